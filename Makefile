@@ -1,0 +1,43 @@
+# make demo: train, sample, evaluate and report on real images. make test: the tests. Both create .venv by themselves.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test check mutants clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(BIN)/.installed ## train DuMo on handwritten digits and write runs/digits/report.html (about three minutes)
+	$(BIN)/dumo train digits
+	$(BIN)/dumo sample runs/digits
+	$(BIN)/dumo evaluate runs/digits --nfe 1,2
+	$(BIN)/dumo report runs/digits
+
+test: $(BIN)/.developed ## run the tests
+	$(BIN)/python -m pytest -n 2
+
+check: $(BIN)/.developed ## lint, formatting, types, layers
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+mutants: $(BIN)/.developed ## plant errors in the mathematics and show that the theory tests catch each
+	$(BIN)/python tests/mutants.py
+
+clean: ## remove the environment and the caches, not the runs
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"dumo needs Python 3.11 or newer; this is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(BIN)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(BIN)/.developed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@ $(BIN)/.installed

@@ -1,0 +1,75 @@
+"""What every data set gives: batches to train on, and a reference to be compared with."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dumo.data.stream import rows_of
+from dumo.flow.draw import stream
+
+
+class Source(Protocol):
+    """Samples x (n, *shape), images in [-1, 1], with class indices c (n,), all zero where there are no classes."""
+
+    @property
+    def size(self) -> int | None:
+        """How many samples there are; None where they never end."""
+        ...
+
+    def batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+        """The global batch of a step."""
+        ...
+
+    def reference(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
+        """What samples are compared with: all of a finite set, else n fresh draws."""
+        ...
+
+
+@dataclass(frozen=True)
+class Table:
+    """A finite data set in memory."""
+
+    x: Tensor
+    c: Tensor
+
+    @property
+    def size(self) -> int:
+        """The number of rows."""
+        return len(self.x)
+
+    def batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Epoch after epoch, each in its own order."""
+        rows = rows_of(step, batch, size=self.size, seed=seed)
+        return self.x[rows], self.c[rows]
+
+    def reference(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Every row; n and seed do not matter."""
+        return self.x, self.c
+
+
+@dataclass(frozen=True)
+class Endless:
+    """A data set that is drawn: `law(n, generator) -> x`, without classes."""
+
+    law: "Law"
+    size: None = None
+
+    def batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Fresh i.i.d. draws, keyed by (seed, step)."""
+        x = self.law(batch, stream(seed, step, "data"))
+        return x, torch.zeros(batch, dtype=torch.long)
+
+    def reference(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
+        """n fresh i.i.d. draws that no batch has seen."""
+        x = self.law(n, stream(seed, "reference"))
+        return x, torch.zeros(n, dtype=torch.long)
+
+
+class Law(Protocol):
+    """A distribution to draw from."""
+
+    def __call__(self, n: int, generator: torch.Generator, /) -> Tensor:
+        """n samples."""
+        ...

@@ -1,0 +1,14 @@
+"""Which rows a step sees: endless, without state, so that a run resumes by its step number alone."""
+
+import torch
+from torch import Tensor
+
+from dumo.flow.draw import stream
+
+
+def rows_of(step: int, batch: int, *, size: int, seed: int) -> Tensor:
+    """Row numbers (batch,) of a global step, out of `size`: each epoch is one keyed permutation, laid end to end."""
+    place = torch.arange(step * batch, (step + 1) * batch)
+    epochs = (place // size).unique()
+    orders = {int(e): torch.randperm(size, generator=stream(seed, "epoch", int(e))) for e in epochs}
+    return torch.cat([orders[int(e)][place[place // size == e] % size] for e in epochs])

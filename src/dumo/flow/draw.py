@@ -1,0 +1,48 @@
+"""The one place where training draws. Every draw has a stream of its own, named after what it is.
+
+A stream's key is a hash of (seed, step, name), and it is drawn for the whole batch, of which each caller takes its
+rows. So two ranks equal one, a resumed run needs no generator state, and an objective that draws one thing more
+sees the same t, z and dropped labels as its sibling.
+"""
+
+from hashlib import blake2b
+
+import torch
+from torch import Generator
+
+from dumo.flow.times import LAWS
+from dumo.types import Cond, Noised, Objective, Path, Sample
+
+
+def stream(*key: int | str) -> Generator:
+    """A CPU generator whose state is a hash of the key."""
+    digest = blake2b("/".join(map(str, key)).encode(), digest_size=7).digest()  # 56 bits: a seed is a signed 64
+    return Generator().manual_seed(int.from_bytes(digest))
+
+
+def draw(
+    objective: Objective,
+    path: Path,
+    x: Sample,
+    c: Cond,
+    null: Cond,
+    *,
+    seed: int,
+    step: int,
+    batch: int | None = None,
+    first: int = 0,
+    progress: float = 0.0,
+) -> Noised:
+    """Rows `first : first + len(x)` of the record that a batch of `batch` rows (None: these rows) gets at this step."""
+    n, mine = batch or len(x), slice(first, first + len(x))
+    exact = torch.promote_types(x.dtype, torch.float32)  # times stay exact where the data is bf16
+
+    t, r = (s[mine].to(x.device, exact) for s in objective.times(n, stream(seed, step, "times")))
+    z = torch.randn((n, *x.shape[1:]), generator=stream(seed, step, "z"))[mine].to(x)
+    kept = (torch.rand(n, generator=stream(seed, step, "kept")) >= objective.drop)[mine].to(x.device)
+    laws = {name: law for name, law in objective if isinstance(law, LAWS)}
+    drawn = {k: law(torch.Size((n, *x.shape[1:])), stream(seed, step, k))[mine].to(x.device) for k, law in laws.items()}
+
+    x_t, v_t = path.at(x, z, t)
+    c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)
+    return Noised(path, x, z, t, r, x_t, v_t, c, null, kept, drawn, progress)

@@ -1,0 +1,28 @@
+"""Paths from data (t = 0) to noise (t = 1): x_t = alpha(t) z + gamma(t) x (paper, Eq. 1)."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from dumo.types import Sample, Spec, Time, lift
+
+
+class Linear(Spec):
+    """alpha(t) = t and gamma(t) = 1 - t, so that v_t = z - x at every time (paper, Sec. 3.2)."""
+
+    kind: Literal["linear"] = "linear"
+
+    def alpha(self, t: Tensor) -> Tensor:
+        """Weight of the noise at time t."""
+        return t
+
+    def gamma(self, t: Tensor) -> Tensor:
+        """Weight of the data at time t."""
+        return 1 - t
+
+    def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
+        """Return x_t and v_t = dx_t/dt, given data and noise (Alg. 1, lines 4 and 5)."""
+        return lift(self.alpha(t), x).to(x) * z + lift(self.gamma(t), x).to(x) * x, z - x
+
+
+Path = Linear  # the union of all paths

@@ -1,0 +1,12 @@
+"""All nets. A net takes (x, c, t=t, r=r ...) and returns the heads and gauges that an objective needs."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from dumo.nets.dit import DiT
+from dumo.nets.mlp import MLP
+
+__all__ = ["MLP", "DiT", "Net"]
+
+Net = Annotated[DiT | MLP, Field(discriminator="kind")]

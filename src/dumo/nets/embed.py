@@ -1,0 +1,69 @@
+"""Numbers in: sinusoidal embeddings of the times and knobs that an objective names, and of places on a grid."""
+
+from functools import reduce
+from math import log
+from operator import add
+
+import torch
+from torch import Tensor, nn
+
+from dumo.types import Time
+
+FREQUENCIES = 128  # DiT: 256 features, half cosines, half sines
+PERIOD = 10_000.0  # DiT: the slowest angle runs 1 / 10,000 as fast as the quickest
+
+
+class Scalars(nn.Module):
+    """Sum of one embedding per named input; all enter raw, times `time_scale`, and r enters as the gap t - r.
+
+    The quickest angle is time_scale * t radians. DiT feeds 1000 t, few-step models 1 t to 10 t: d/dt of a net is a
+    derivative worth regressing only where its inputs are smooth in t (UCGM and MeanFlow feed raw t).
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, names: tuple[str, ...], width: int, time_scale: float) -> None:
+        """One two-layer perceptron of `width` per name (DiT's timestep embedder)."""
+        super().__init__()
+        self.names = names
+        falling = torch.exp(-log(PERIOD) * torch.arange(FREQUENCIES) / FREQUENCIES)
+        self.register_buffer("frequencies", time_scale * falling, persistent=False)
+        self.embedders = nn.ModuleDict({name: _embedder(width) for name in names})
+
+    def forward(self, **inputs: Time) -> Tensor:
+        """Return (b, width). Raises TypeError where the names are not those the net was built for."""
+        if set(inputs) != set(self.names):
+            raise TypeError(f"this net takes {', '.join(self.names)}; it got {', '.join(inputs) or 'nothing'}")
+        if "r" in inputs:
+            inputs["r"] = inputs["t"] - inputs["r"]
+        return reduce(add, (self.embedders[name](self._waves(inputs[name])) for name in self.names))
+
+    def _waves(self, number: Tensor) -> Tensor:
+        angles = number[:, None] * self.frequencies
+        return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def _embedder(width: int) -> nn.Sequential:
+    """DiT: both weights from N(0, 0.02^2)."""
+    layers = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+    return layers
+
+
+def label_table(classes: int, width: int) -> nn.Embedding:
+    """One row per class and one for the null class, index `classes`; N(0, 0.02^2) (DiT)."""
+    table = nn.Embedding(classes + 1, width)
+    nn.init.normal_(table.weight, std=0.02)
+    return table
+
+
+def grid_waves(side: int, width: int) -> Tensor:
+    """Fixed sine and cosine positions of a side x side grid, (side^2, width), width a multiple of 4 (DiT)."""
+    quarter = torch.exp(-log(PERIOD) * torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    place = torch.arange(side, dtype=torch.float64)
+    waves = torch.cat([(a := place[:, None] * quarter).sin(), a.cos()], -1)
+    column, row = waves.repeat(side, 1), waves.repeat_interleave(side, 0)
+    return torch.cat([column, row], -1).float()

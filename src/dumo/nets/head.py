@@ -1,0 +1,22 @@
+"""Numbers out, beside the samples: one number per row and gauge."""
+
+from torch import Tensor, nn
+
+from dumo.nets.embed import Scalars
+from dumo.types import Needs, Time
+
+
+class Gauges(nn.Module):
+    """One learned number per row and gauge, from the named scalars alone; zero at the start (as in EDM2)."""
+
+    def __init__(self, needs: Needs, width: int, time_scale: float) -> None:
+        """One linear layer over an embedding of its own, so that the trunk is left alone."""
+        super().__init__()
+        self.embed = Scalars((*needs.inputs, *needs.knobs), width, time_scale)
+        self.out = nn.Linear(width, len(needs.gauges))
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, **inputs: Time) -> tuple[Tensor, ...]:
+        """Return one (b,) tensor per gauge."""
+        return self.out(self.embed(**inputs)).unbind(1)

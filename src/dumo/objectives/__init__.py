@@ -1,0 +1,13 @@
+"""All objectives. To add one: write its file, import it here, name it in the union."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from dumo.objectives.dumo import DuMo
+from dumo.objectives.flow_matching import FlowMatching
+from dumo.objectives.meanflow import MeanFlow
+
+__all__ = ["DuMo", "FlowMatching", "MeanFlow", "Objective"]
+
+Objective = Annotated[DuMo | FlowMatching | MeanFlow, Field(discriminator="kind")]

@@ -1,0 +1,46 @@
+"""DuMo: one input, two outputs (Duality Models, arXiv 2602.17682, Sec. 3 and Alg. 1).
+
+One pass of F(x_t, t, c) gives both the velocity v = dx_t/dt and the flow map u = (x_t - x_0) / t.
+Differentiating t u = x_t - x_0 along the flow gives the identity that trains u without a teacher:
+
+    u + t du/dt = v        so        u* = v* - t du/dt
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from dumo.flow.guide import Guide
+from dumo.flow.slope import Central, Slope
+from dumo.flow.times import Beta, Times
+from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
+
+
+class DuMo(Spec):
+    """Velocity and flow map, both regressed on every sample."""
+
+    kind: Literal["dumo"] = "dumo"
+    needs: ClassVar[Needs] = Needs(inputs=("t",), heads=("v", "u"))
+    times: Times = Beta(a=2.4, b=2.4)  # line 3; (theta_1, theta_2) of Tab. 3
+    drop: float = Field(default=0.1, ge=0, le=1)  # UCGM; the paper is silent
+    beta: float = Field(default=0.7, ge=0, le=1)  # weight of the velocity, Eq. 9 and Tab. 3
+    guide: Guide = Guide(zeta=0.55)  # line 9 and Tab. 3
+    slope: Slope = Central(h=0.005)  # Sec. 3.3; h as UCGM
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """Lines 7 to 12 of Alg. 1."""
+        (v_hat, u_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t)  # line 7
+        with torch.no_grad():
+            v_star = self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t)[0])  # lines 8 and 9
+            _, du_dt = along(v_star)
+            u_star = v_star - lift(b.t, b.x_t) * du_dt  # line 10
+        v_loss, u_loss = mean_square(v_hat - v_star), mean_square(u_hat - u_star)
+        return Terms(self.beta * v_loss + (1 - self.beta) * u_loss, {"v": v_loss, "u": u_loss})  # line 12
+
+    def read(self, net: Net) -> Reads:
+        """The v head is the slope of the path; the u head jumps to the data, x_0 = x_t - t u (Eq. 6)."""
+        return Reads(
+            velocity=lambda x, t, c: net(x, c, t=t)[0],
+            endpoint=lambda x, t, c: x - lift(t, x) * net(x, c, t=t)[1],
+        )

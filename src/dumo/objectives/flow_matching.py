@@ -1,0 +1,35 @@
+"""Flow matching (Lipman et al. 2023): regress the conditional velocity (paper, Eq. 3).
+
+The mean of v_t given x_t is the velocity of the flow that carries noise to data, and mean squares find means.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+
+from dumo.flow.guide import Guide
+from dumo.flow.times import Times, Uniform
+from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, mean_square
+
+
+class FlowMatching(Spec):
+    """The velocity alone: many passes to sample, and the yardstick for every v head."""
+
+    kind: Literal["flow_matching"] = "flow_matching"
+    needs: ClassVar[Needs] = Needs(inputs=("t",), heads=("v",))
+    times: Times = Uniform()  # SiT
+    drop: float = Field(default=0.1, ge=0, le=1)  # DiT, SiT
+    guide: Guide = Guide()  # none; with omega = 1 it is UCGM's enhanced target
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """Eq. 3."""
+        (v_hat,) = net(b.x_t, b.c, t=b.t)
+        with torch.no_grad():
+            v_star = self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t)[0])
+        v_loss = mean_square(v_hat - v_star)
+        return Terms(v_loss, {"v": v_loss})
+
+    def read(self, net: Net) -> Reads:
+        """The one head is the slope of the path."""
+        return Reads(velocity=lambda x, t, c: net(x, c, t=t)[0])

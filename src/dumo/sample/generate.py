@@ -1,0 +1,113 @@
+"""Images by number: image i of a seed is one thing, whatever batch it is made in, and the net counts its own passes."""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from dumo.sample.noise import noise
+from dumo.sample.solver import Solver, check
+from dumo.types import Cond, Path, Reads, Sample, UserError
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was generated: x in float32 on the CPU, and the passes each row made through the net."""
+
+    x: Sample
+    nfe: int
+
+
+@torch.no_grad()
+def generate(
+    net: nn.Module,
+    reads: Reads,
+    path: Path,
+    solver: Solver,
+    c: Cond,
+    *,
+    nfe: int,
+    seed: int,
+    shape: Sequence[int],
+    indices: Sequence[int] | None = None,
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+    on_batch: Callable[[int], object] | None = None,
+) -> Samples:
+    """Make one image of `shape` per row of c: those numbered `indices` (None: from 0), `batch` at a time on `device`.
+
+    `reads` is a reading of `net`, which stays where it is and is in evaluation mode meanwhile. `on_batch` is told the
+    number of images just made. Raises UserError if the solver cannot serve the reading or nfe.
+    """
+    check(solver, reads, nfe)
+    indices = range(len(c)) if indices is None else indices
+    done: list[Tensor] = []
+    counts: set[float] = set()
+
+    def solve(some: Sequence[int], c: Cond) -> Sample:
+        def fresh(k: int) -> Sample:
+            return noise(seed, some, k, shape).to(device)
+
+        return solver(reads, path, fresh(0), c.to(device), nfe, fresh)
+
+    for first in range(0, len(c), batch):
+        some = indices[first : first + batch]
+        with evaluating(net), counting(net) as passed:
+            done.append(solve(some, c[first : first + batch]).float().cpu())
+        counts.add(sum(passed) / len(some))
+        if on_batch is not None:
+            on_batch(len(some))
+    return Samples(torch.cat(done), _agreed(counts))
+
+
+def labels(n: int, classes: int, only: Sequence[int] | None = None) -> Int[Tensor, " n"]:
+    """A class for each of n images: 0, 1, ... in turn, or `only` in turn; zeros where there are no classes.
+
+    Raises UserError for a label outside [0, classes), or no image at all.
+    """
+    if n < 1:
+        raise UserError(f"{n} images were asked for: ask for at least 1")
+    wrong = [label for label in only or () if not 0 <= label < classes]
+    if wrong:
+        there = f"labels run from 0 to {classes - 1}" if classes else "this model has no classes, so give no labels"
+        raise UserError(f"label {wrong[0]} is out of range: {there}")
+    turn = torch.tensor(only or range(max(classes, 1)))
+    return turn[torch.arange(n) % len(turn)]
+
+
+@contextmanager
+def counting(net: nn.Module) -> Generator[list[int], None, None]:
+    """Yield a list to which every pass through the net adds its number of rows."""
+    passed: list[int] = []
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...], __: object) -> None:
+        passed.append(len(inputs[0]))
+
+    hook = net.register_forward_hook(note)
+    try:
+        yield passed
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Generator[None, None, None]:
+    """Hold the net in evaluation mode, then give every part of it its own mode back."""
+    modes = [(part, part.training) for part in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _agreed(counts: set[float]) -> int:
+    """The one whole number of passes that every row made. Anything else is a defect of the reading."""
+    count = min(counts)
+    if len(counts) > 1 or not count.is_integer():
+        raise RuntimeError(f"rows went unequally often through the net: {sorted(counts)} times, by batch")
+    return int(count)

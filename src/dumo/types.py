@@ -1,0 +1,167 @@
+"""The nouns of dumo: every shape and every contract that two packages share. Imports no other dumo module.
+
+Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless, in [0, 1], one per row.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from pydantic import BaseModel, ConfigDict
+from torch import Generator, Tensor, nn
+
+Sample = Float[Tensor, "b *d"]  # x, z, x_t, v, u
+Time = Float[Tensor, " b"]  # t, r, s; 0 is data, 1 is noise
+PerSample = Float[Tensor, " b"]  # one number per row
+Rows = Bool[Tensor, " b"]  # which rows
+Cond = Shaped[Tensor, "b *c"]  # class indices (b,), or a text embedding
+Heads = tuple[Tensor, ...]  # one Sample per head, then one PerSample per gauge, in the order of `Needs`
+
+
+class UserError(ValueError):
+    """What the user gave is wrong. The message names the thing and the way out; the command line exits with 2."""
+
+
+class Spec(BaseModel):
+    """A value that says what to build or do; every family is a union of specs told apart by `kind`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+@runtime_checkable
+class Net(Protocol):
+    """F(x_t, c; t, r, w ...): times and knobs go in by name, heads and gauges come out in the order of `Needs`."""
+
+    def __call__(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads: ...
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """theta^-: a net that records no gradient, of the weights in training or of their moving average."""
+
+    module: nn.Module
+
+    @torch.no_grad()
+    def __call__(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
+        """As `Net`, without gradients."""
+        return self.module(x, c, **inputs)
+
+
+def still(net: Net) -> Frozen:
+    """The weights in training, without gradients, from inside any distributed wrapper."""
+    return Frozen(cast(nn.Module, getattr(net, "module", net)))
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective asks of a network, and so of whoever builds, checks or samples it."""
+
+    inputs: tuple[str, ...] = ("t",)  # what `read` supplies: t, r
+    heads: tuple[str, ...] = ("v",)  # outputs shaped like the data, all of them used by the loss
+    gauges: tuple[str, ...] = ()  # outputs of one number per row, learned with the net
+    knobs: Mapping[str, float] = field(default_factory=dict[str, float])  # inputs a sampler may set, with defaults
+    paths: tuple[str, ...] = ("linear",)  # the paths whose formulas these are
+
+
+@runtime_checkable
+class Path(Protocol):
+    """x_t = alpha(t) z + gamma(t) x (paper, Eq. 1)."""
+
+    @property
+    def kind(self) -> str:
+        """The name that `Needs.paths` lists."""
+        ...
+
+    def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
+        """Return x_t and its conditional slope v_t = dx_t/dt, given data and noise."""
+        ...
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A minibatch with all its randomness already drawn; a loss reads it and draws nothing."""
+
+    path: Path
+    x: Sample
+    z: Sample
+    t: Time
+    r: Time
+    x_t: Sample
+    v_t: Sample  # dx_t/dt, given (x, z)
+    c: Cond  # some of it dropped to null
+    null: Cond
+    kept: Rows  # the rows whose condition was not dropped
+    drawn: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # the objective's further laws, by name
+    progress: float = 0.0  # share of the training done, in [0, 1]
+
+    def at(self, s: Time, x: Sample | None = None, z: Sample | None = None) -> "Noised":
+        """The same rows at another time; with other data, or other noise, if given."""
+        x, z = self.x if x is None else x, self.z if z is None else z
+        x_s, v_s = self.path.at(x, z, s)
+        return replace(self, x=x, z=z, t=s, x_t=x_s, v_t=v_s)
+
+    def __getitem__(self, rows: slice) -> "Noised":
+        """Some of the rows, by position: so every rank makes the same passes, in static shapes."""
+        cut = {f.name: v[rows] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **cut, drawn={k: v[rows] for k, v in self.drawn.items()})
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A loss per row and its named parts; the trainer takes the mean and logs the parts by time."""
+
+    loss: PerSample
+    parts: Mapping[str, PerSample] = field(default_factory=dict[str, Tensor])
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a trained net can tell a solver; None where the objective never taught it."""
+
+    velocity: Callable[[Sample, Time, Cond], Sample] | None = None  # (x_t, t, c) -> dx_t/dt
+    endpoint: Callable[[Sample, Time, Cond], Sample] | None = None  # (x_t, t, c) -> x_0
+    flow_map: Callable[[Sample, Time, Time, Cond], Sample] | None = None  # (x_t, t, s, c) -> x_s
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A way to train a net, and to read it afterwards: a frozen spec, whose fields that are laws are drawn."""
+
+    @property
+    def needs(self) -> Needs:
+        """What the net must take and give."""
+        ...
+
+    @property
+    def times(self) -> Callable[[int, Generator], tuple[Time, Time]]:
+        """The law of (t, r)."""
+        ...
+
+    @property
+    def drop(self) -> float:
+        """The probability that a row's condition is dropped, in [0, 1]."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[str, object]]:
+        """The fields by name, as pydantic gives them."""
+        ...
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """Pure: the same passes in the same order whatever the record says; draws and changes nothing."""
+        ...
+
+    def read(self, net: Net) -> Reads:
+        """How to sample a net trained so. Does not call it."""
+        ...
+
+
+def lift(t: Float[Tensor, " b"] | Bool[Tensor, " b"], like: Sample) -> Tensor:
+    """Shape a number per row so that it multiplies a sample: the one place where times are broadcast."""
+    return t.view(-1, *(1,) * (like.ndim - 1))
+
+
+def mean_square(e: Sample) -> PerSample:
+    """Mean of squares over all but the batch axis."""
+    return e.square().flatten(1).mean(1)
