@@ -5,7 +5,7 @@ Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Protocol, cast, runtime_checkable
+from typing import ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -129,10 +129,7 @@ class Reads:
 class Objective(Protocol):
     """A way to train a net, and to read it afterwards: a frozen spec, whose fields that are laws are drawn."""
 
-    @property
-    def needs(self) -> Needs:
-        """What the net must take and give."""
-        ...
+    needs: ClassVar[Needs]  # what the net must take and give
 
     @property
     def times(self) -> Callable[[int, Generator], tuple[Time, Time]]:

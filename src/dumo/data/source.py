@@ -22,8 +22,8 @@ class Source(Protocol):
         """The global batch of a step."""
         ...
 
-    def reference(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
-        """What samples are compared with: all of a finite set, else n fresh draws."""
+    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
+        """What samples are compared with: all of a finite set, else n fresh draws, the i-th time."""
         ...
 
 
@@ -44,8 +44,8 @@ class Table:
         rows = rows_of(step, batch, size=self.size, seed=seed)
         return self.x[rows], self.c[rows]
 
-    def reference(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Every row; n and seed do not matter."""
+    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
+        """Every row; n, seed and i do not matter."""
         return self.x, self.c
 
 
@@ -61,9 +61,9 @@ class Endless:
         x = self.law(batch, stream(seed, step, "data"))
         return x, torch.zeros(batch, dtype=torch.long)
 
-    def reference(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
+    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """n fresh i.i.d. draws that no batch has seen."""
-        x = self.law(n, stream(seed, "reference"))
+        x = self.law(n, stream(seed, "reference", i))
         return x, torch.zeros(n, dtype=torch.long)
 
 

@@ -11,7 +11,6 @@ MeanFlow's kappa is our zeta.
 """
 
 from collections.abc import Callable
-from typing import Self
 
 from pydantic import Field, model_validator
 
@@ -27,7 +26,7 @@ class Interval(Spec):
     high: float = Field(default=1.0, ge=0, le=1)
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _ordered(self) -> "Interval":
         if self.low > self.high:
             raise ValueError(f"low ({self.low}) must not be above high ({self.high})")
         return self

@@ -88,8 +88,9 @@ Slope = Annotated[Central | Jvp, Field(discriminator="kind")]
 
 
 def _is_low(x: Sample) -> bool:
-    low = x.dtype in (torch.bfloat16, torch.float16)
-    return low or torch.is_autocast_enabled(x.device.type)
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return autocast or x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _jvp(

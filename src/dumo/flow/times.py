@@ -4,7 +4,7 @@ Laws of one time aim at the data: r = 0.
 """
 
 from math import log
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -36,7 +36,7 @@ class Uniform(Spec):
     high: float = Field(default=1.0, ge=0, le=1)
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _ordered(self) -> "Uniform":
         if self.low >= self.high:
             raise ValueError(f"low ({self.low}) must be below high ({self.high})")
         return self

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
-from dumo.sample.picture import Pixels, Points
+from dumo.sample.picture import Pixels
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def write_adm(path: Path, pixels: Pixels, c: Int[Tensor, " n"]) -> None:
     _write_arrays(path, pixels.numpy(), c.numpy())
 
 
-def write_points(path: Path, points: Points, c: Int[Tensor, " n"]) -> None:
+def write_points(path: Path, points: Float[Tensor, "n 2"], c: Int[Tensor, " n"]) -> None:
     """Points in the same layout: arr_0 float (n, 2), arr_1 int64 labels (n,)."""
     _write_arrays(path, points.numpy(), c.numpy())
 

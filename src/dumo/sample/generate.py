@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from dumo.sample.noise import noise
-from dumo.sample.solver import Solver, check
+from dumo.sample.solver import Solver
 from dumo.types import Cond, Path, Reads, Sample, UserError
 
 
@@ -40,23 +40,23 @@ def generate(
     """Make one image of `shape` per row of c: those numbered `indices` (None: from 0), `batch` at a time on `device`.
 
     `reads` is a reading of `net`, which stays where it is and is in evaluation mode meanwhile. `on_batch` is told the
-    number of images just made. Raises UserError if the solver cannot serve the reading or nfe.
+    number of images just made. Raises UserError if the solver cannot serve the reading or nfe, ValueError if there
+    are more or fewer indices than rows of c.
     """
-    check(solver, reads, nfe)
     indices = range(len(c)) if indices is None else indices
+    if len(indices) != len(c):
+        raise ValueError(f"{len(indices)} images for {len(c)} rows of c: give one index a row")
     done: list[Tensor] = []
     counts: set[float] = set()
 
-    def solve(some: Sequence[int], c: Cond) -> Sample:
-        def fresh(k: int) -> Sample:
+    for first in range(0, len(c), batch):
+        some, c_some = indices[first : first + batch], c[first : first + batch].to(device)
+
+        def fresh(k: int, some: Sequence[int] = some) -> Sample:
             return noise(seed, some, k, shape).to(device)
 
-        return solver(reads, path, fresh(0), c.to(device), nfe, fresh)
-
-    for first in range(0, len(c), batch):
-        some = indices[first : first + batch]
         with evaluating(net), counting(net) as passed:
-            done.append(solve(some, c[first : first + batch]).float().cpu())
+            done.append(solver(reads, path, fresh(0), c_some, nfe, fresh).float().cpu())
         counts.add(sum(passed) / len(some))
         if on_batch is not None:
             on_batch(len(some))

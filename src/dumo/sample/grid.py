@@ -14,7 +14,7 @@ from dumo.types import Sample, Time
 
 def uniform(n: int, start: float = 1.0) -> list[float]:
     """The n + 1 times from `start` to 0 that cut [0, start] into n equal steps."""
-    return [start * (n - k) / n for k in range(n + 1)]
+    return [start * ((n - k) / n) for k in range(n + 1)]
 
 
 def jumps(n: int, m: float = 0.5, start: float = 1.0) -> list[float]:

@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from dumo.types import Sample, UserError
 
 Pixels = UInt8[Tensor, "n h w 3"]
-Points = Float[Tensor, "n 2"]
+Points = Float[Tensor, "_ 2"]
 READABLE = 64  # pixels; a smaller image is enlarged to at least this height. Ours
 
 

@@ -9,7 +9,7 @@ A solver is asked for a number of passes through the net (nfe), not of steps. Wh
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Annotated, ClassVar, Literal, Self, get_args
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -68,7 +68,7 @@ class Restart(Spec):
     start: Start = 1.0
 
     @model_validator(mode="after")
-    def _descends(self) -> Self:
+    def _descends(self) -> "Restart":
         if self.m >= self.start:
             raise ValueError(f"m = {self.m} is not below start = {self.start}: lower m")
         return self

@@ -1,0 +1,248 @@
+"""The command line. torch is imported inside the commands, so that help answers at once.
+
+Exit codes: 0 done, 1 failed, 2 what the user gave was wrong. Pictures of progress go to stderr, answers to stdout.
+"""
+
+import json
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from dumo import recipes as packaged
+
+if TYPE_CHECKING:
+    from dumo.run import Tick
+
+app = typer.Typer(
+    name="dumo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Train generative models that make an image in one or two network passes.\n\n"
+    "Start with:  dumo train digits,  then  dumo sample runs/digits,  dumo evaluate runs/digits,  dumo report runs/digits",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out, err = Console(), Console(stderr=True)
+
+Source = Annotated[str, typer.Argument(help="A recipe's name (see dumo recipes), a YAML file, or a run's folder.")]
+RunFolder = Annotated[str, typer.Argument(help="A run's folder, such as runs/digits.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Set a field, e.g. --set train.steps=2000. May be given many times."),
+]
+Nfe = Annotated[str | None, typer.Option("--nfe", help="Passes through the net, e.g. 1,2,4. Default: the run's own.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling noise. Default: the run's own.")]
+SolverName = Annotated[
+    str | None, typer.Option("--solver", help="euler, heun (velocity), restart (endpoint) or hop (flow map).")
+]
+Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda, cuda:1 ...")]
+Weights = Annotated[
+    str | None, typer.Option("--weights", help="Other weights than the run's first average: a safetensors file.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+
+
+@app.command()
+def recipes() -> None:
+    """List the packaged recipes."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("recipe", style="bold")
+    table.add_column("what it is")
+    for name in packaged.names():
+        table.add_row(name, packaged.about(name))
+    out.print(table)
+    out.print("\nLook at one:  dumo show NAME    Run one:  dumo train NAME")
+
+
+@app.command()
+def show(source: Source, set_: Set = None, as_json: AsJson = False) -> None:
+    """Print a run before it is run: its complete spec, its size, what a step costs and where it teaches jumps."""
+    from dumo import run
+    from dumo.config.load import dump, load
+
+    spec = load(source, set_ or [])
+    facts = run.show(spec)
+    if as_json:
+        print(json.dumps(facts))
+        return
+    out.print(dump(spec), highlight=False, markup=False)
+    far, scale = facts["far"], facts["guidance_scale"]
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_row("parameters", f"{facts['parameters']:,}")
+    table.add_row("one pass", f"{facts['forward_flops_per_image'] / 2e9:.4g} G multiply-adds per sample")
+    table.add_row(
+        "one step", f"{facts['forward_units_per_step']:.2f} F (forward units, counted; a backward pass is 2 F)"
+    )
+    table.add_row("P(t - r > 0.9)", "no jump is taught" if far is None else f"{far:.2%} of the rows")
+    table.add_row("guidance scale", f"{scale:.3g} in training (1 is none)")
+    out.print(table)
+
+
+@app.command()
+def train(
+    source: Source,
+    folder: Annotated[Path | None, typer.Option("--out", help="The run's folder. Default: runs/NAME.")] = None,
+    set_: Set = None,
+    device: Device = "auto",
+) -> None:
+    """Train a recipe, or go on with a run's folder where it stopped: resuming is starting again."""
+    from dumo import run
+    from dumo.config.load import load, place
+
+    spec, folder = load(source, set_ or []), folder or place(source)
+    state = run.train(spec, folder, device=device, watch=bar)
+    err.print(f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints", highlight=False)
+    err.print(f"next:  dumo sample {folder}    dumo evaluate {folder}    dumo report {folder}", highlight=False)
+
+
+@app.command()
+def sample(
+    run_folder: RunFolder,
+    nfe: Nfe = None,
+    count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 100,
+    labels: Annotated[str | None, typer.Option(help="Classes, in turn, e.g. 3,5. Default: all in turn.")] = None,
+    seed: Seed = None,
+    solver: SolverName = None,
+    form: Annotated[
+        str, typer.Option("--format", help="grid (one PNG), images (a PNG each) or npz (ADM's layout).")
+    ] = "grid",
+    folder: Annotated[Path | None, typer.Option("--out", help="Default: samples/ in the run's folder.")] = None,
+    set_: Set = None,
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Make samples with a trained run: sheets of images, single images, or an .npz that others' evaluators read."""
+    from dumo import run
+
+    trained = run.open_run(run_folder, set_ or [], weights=weights, device=device)
+    files = run.export(
+        trained,
+        folder or trained.folder / "samples",
+        form=form,
+        count=count,
+        only=_numbers("--labels", labels),
+        nfe=_numbers("--nfe", nfe),
+        seed=seed,
+        solver=solver,
+        watch=bar,
+    )
+    for file in files:
+        out.print(str(file), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    run_folder: RunFolder,
+    nfe: Nfe = None,
+    seed: Seed = None,
+    solver: SolverName = None,
+    set_: Set = None,
+    weights: Weights = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Judge a trained run by its protocol, beside the same distances where nothing is wrong."""
+    from dumo import run
+
+    trained = run.open_run(run_folder, set_ or [], weights=weights, device=device)
+    report = run.evaluate(trained, nfe=_numbers("--nfe", nfe), seed=seed, solver=solver, watch=bar)
+    if as_json:
+        print(json.dumps(report))
+        return
+    rows = [*report["results"], *report["contrast"]]
+    out.print(_table(f"{report['run']} at step {report['step']:,}, protocol {report['protocol']}", rows))
+    for name, value in report["baselines"].items():
+        facts = ", ".join(f"{key} {number:.4g}" for key, number in value.items())
+        out.print(f"where nothing is wrong, {name}: {facts}", highlight=False)
+
+
+@app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="fig3 (velocity ratio on moons) or zoo (every objective on digits).")],
+    scale: Annotated[str, typer.Option(help="smoke (under a minute) or laptop (under twenty).")] = "laptop",
+    folder: Annotated[Path | None, typer.Option("--out", help="Default: runs/reproduce/NAME-SCALE.")] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Make a figure or table again: picture, table and results.json. Finished cells are kept, a stopped one goes on."""
+    from dumo import reproduce
+
+    results = reproduce.run(name, scale, folder, device=device, watch=bar)
+    if as_json:
+        print(json.dumps(results))
+        return
+    out.print(_table(results["title"], results["table"]))
+    for file in results["files"]:
+        out.print(file, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def report(run_folder: RunFolder, device: Device = "auto") -> None:
+    """Write a run's report.html: one page with its samples, trajectories, neighbours, losses and figures."""
+    from dumo import report, run
+
+    for file in report.write(run.open_run(run_folder, device=device), watch=bar):
+        out.print(str(file), highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def bar(title: str, total: int, /) -> "Generator[Tick, None, None]":
+    """A live progress bar on stderr."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=err) as progress:
+        task = progress.add_task(title, total=total, note="")
+        yield lambda done, note: progress.update(task, completed=done, note=note)
+
+
+def main() -> NoReturn:
+    """Run the command line, and turn every failure into a plain line and an exit code."""
+    try:
+        app()
+    except (ValueError, RuntimeError) as error:  # the two that dumo's own errors derive from
+        from dumo.train.step import Diverged
+        from dumo.types import UserError
+
+        if not isinstance(error, UserError | Diverged):
+            raise
+        err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    sys.exit(0)
+
+
+def _numbers(option: str, text: str | None) -> list[int] | None:
+    """'1,2,4' as [1, 2, 4]."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is no list of whole numbers such as 1,2,4", param_hint=option) from None
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Rows of equal keys as a table."""
+    table = Table(title=title, title_justify="left")
+    for key in rows[0]:
+        table.add_column(key, justify="right")
+    for row in rows:
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Pydantic's findings as lines that a person can act on: the dotted path, what is wrong, the nearest valid name."""
+
+from collections.abc import Iterator
+from difflib import get_close_matches
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+Location = tuple[int | str, ...]
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """One line per mistake."""
+    return "\n".join(_line(found, root) for found in error.errors())
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """A hint: the nearest of the valid names, or all of them."""
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(names)}"
+
+
+def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
+    loc, ctx = found["loc"], found.get("ctx", {})
+    path, model = _walk(loc, root)
+    match found["type"]:
+        case "extra_forbidden":
+            known = sorted(model.model_fields) if model else []
+            return f"{path}: unknown key; {nearest(str(loc[-1]), known)}"
+        case "union_tag_invalid":
+            tags = ctx["expected_tags"].replace("'", "").split(", ")
+            return f"{path}.kind: there is no '{ctx['tag']}'; {nearest(ctx['tag'], tags)}"
+        case "union_tag_not_found":
+            return f"{path}.kind: missing; say which kind this is"
+        case "missing":
+            return f"{path}: missing"
+        case "value_error":
+            return f"{path}: {ctx['error']}" if path else str(ctx["error"])
+        case _:
+            message = found["msg"][0].lower() + found["msg"][1:]
+            return f"{path}: {message}; got {found['input']!r}"
+
+
+def _walk(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
+    """The dotted path without the union tags that pydantic puts in, and the model that the last key was sought in."""
+    names: list[str] = []
+    annotation: Any = root
+    model: type[BaseModel] | None = None
+    for part in loc:
+        models = list(_models(annotation))
+        tagged = [m for m in models if part == m.model_fields["kind"].default] if len(models) > 1 else []
+        if tagged:
+            annotation = tagged[0]
+            continue
+        names.append(str(part))
+        model = models[0] if models else None
+        field = model.model_fields.get(str(part)) if model and isinstance(part, str) else None
+        annotation = field.annotation if field else annotation if isinstance(part, int) else None
+    return ".".join(names), model
+
+
+def _models(annotation: object) -> Iterator[type[BaseModel]]:
+    """The spec types that an annotation names."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    elif get_origin(annotation) in (Union, UnionType, Annotated, tuple, list):
+        for part in get_args(annotation):
+            yield from _models(part)

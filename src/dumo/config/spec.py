@@ -1,0 +1,77 @@
+"""A run: one tree of specs, complete, that a YAML file holds and that stands in every run's folder."""
+
+from typing import Any, cast
+
+import torch
+from pydantic import Field, model_validator
+
+from dumo.data import Data
+from dumo.flow.path import Linear, Path
+from dumo.metrics.protocol import MetricProtocol
+from dumo.nets import Net
+from dumo.objectives import Objective
+from dumo.sample.solver import Solver, check
+from dumo.train.loop import Train
+from dumo.types import Net as AnyNet
+from dumo.types import Reads, Spec, UserError
+
+FREE: dict[str, Any] = {"free": True}  # marks a field that may change when a run is resumed
+
+
+class Sampling(Spec):
+    """How samples are made when nothing else is asked."""
+
+    solver: Solver
+    nfe: tuple[int, ...] = (1, 2, 4)  # passes through the net; a sheet of samples for each
+    seed: int = Field(default=0, ge=0)
+
+
+class Evaluation(Spec):
+    """How a run is judged."""
+
+    protocol: MetricProtocol
+    nfe: tuple[int, ...] = (1, 2)
+    seed: int = Field(default=0, ge=0)
+
+
+class Run(Spec):
+    """All there is to know to make a run again."""
+
+    about: str = Field(json_schema_extra=FREE)  # one line
+    data: Data
+    net: Net
+    objective: Objective
+    path: Path = Linear()
+    train: Train
+    sample: Sampling = Field(json_schema_extra=FREE)
+    evaluate: Evaluation = Field(json_schema_extra=FREE)
+
+    @property
+    def reads(self) -> Reads:
+        """The readings that the objective will teach. They answer nothing yet: there is no net."""
+        return self.objective.read(cast(AnyNet, None))
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Run":
+        """Refuse parts that do not fit one another, before any work."""
+        with torch.device("meta"):  # sizes only
+            self.net.build(self.objective.needs, self.data.shape, self.data.classes)
+        if self.path.kind not in self.objective.needs.paths:
+            raise UserError(
+                f"objective '{self.objective.kind}' has its formulas for path {_or(self.objective.needs.paths)}, "
+                f"not '{self.path.kind}'"
+            )
+        if slope := getattr(self.objective, "slope", None):
+            slope.check(self.train.precision, self.net.time_scale)
+        if self.objective.guide.active and not self.data.classes:
+            raise UserError(
+                f"objective.guide asks for guidance, but data '{self.data.kind}' has no classes to guide by: "
+                "set objective.guide.omega=1 and objective.guide.zeta=0"
+            )
+        check(self.sample.solver, self.reads, *self.sample.nfe, *self.evaluate.nfe)
+        # self.evaluate.protocol.check(self.data.shape, self.data.classes)
+        return self
+
+
+def _or(names: tuple[str, ...]) -> str:
+    return " or ".join(f"'{name}'" for name in names)

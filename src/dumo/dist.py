@@ -1,0 +1,36 @@
+"""Ranks, and means over ranks: the one place that knows how many processes train.
+
+Without torch.distributed there is one rank, number 0, and a mean over ranks is the identity.
+"""
+
+import torch.distributed
+from torch import Tensor
+
+
+def rank() -> int:
+    """The number of this process, in [0, world)."""
+    return torch.distributed.get_rank() if started() else 0
+
+
+def world() -> int:
+    """How many processes train together; 1 without torch.distributed."""
+    return torch.distributed.get_world_size() if started() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and talks."""
+    return rank() == 0
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of x over ranks, on every rank; x itself is left alone. Every rank must call it, with the same shape."""
+    if world() == 1:
+        return x
+    total = x.clone()
+    torch.distributed.all_reduce(total)  # a sum: gloo knows no mean
+    return total / world()
+
+
+def started() -> bool:
+    """Whether a process group is there to ask."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -1,0 +1,1 @@
+"""How samples are judged: statistics of features, kernels and neighbours, and the named protocols that join them."""

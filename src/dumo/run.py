@@ -1,0 +1,309 @@
+"""Train, sample, evaluate, show: where the packages meet. Each reads top to bottom in pipeline order.
+
+A run is a folder: run.yaml (complete), metrics.jsonl, checkpoints/, samples/, evaluation.json, report.html.
+"""
+
+import json
+import platform
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dumo import __version__
+from dumo.config.load import FILE, difference, dump, load, parse
+from dumo.config.spec import Run, Sampling
+from dumo.flow.draw import stream
+from dumo.metrics.protocol import Reference
+from dumo.sample import archive, generate, picture
+from dumo.sample.solver import Euler, Solver, check
+from dumo.train import checkpoint, cost, log
+from dumo.train import loop as training
+from dumo.train.state import State
+from dumo.train.step import Record
+from dumo.types import Sample, UserError
+
+Tick = Callable[[int, str], None]  # (units done so far, a note)
+
+
+class Watch(Protocol):
+    """Shows how far a piece of work is: `with watch("training", 1000) as tick: tick(10, "loss 0.3")`."""
+
+    def __call__(self, title: str, total: int, /) -> AbstractContextManager[Tick]:
+        """Begin to show work of `total` units."""
+        ...
+
+
+@contextmanager
+def unwatched(title: str, total: int, /) -> Generator[Tick, None, None]:
+    """Shows nothing."""
+    yield lambda done, note: None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run's folder, opened to read: the net that is shown (the first average), and where it stands."""
+
+    run: Run
+    folder: Path
+    net: nn.Module
+    step: int
+    weights: str  # the file they came from, relative to the folder where it lies inside
+
+
+def device_of(name: str) -> torch.device:
+    """'auto' is the GPU where there is one. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{name}' is not to be had here: use auto or cpu") from error
+    return torch.device(name)
+
+
+def build(run: Run, device: torch.device) -> State:
+    """A state at step 0, its weights keyed by the run's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(run.train.seed, "weights").initial_seed())
+        net = run.net.build(run.objective.needs, run.data.shape, run.data.classes).to(device)
+    return training.begin(net, run.train)
+
+
+def train(run: Run, folder: Path, *, device: str = "auto", watch: Watch = unwatched) -> State:
+    """Train, or go on where the folder's last checkpoint stands. Returns the state at the end.
+
+    Raises UserError if the folder holds another run, Diverged if the loss is no longer a number.
+    """
+    settle(run, folder)
+    state = build(run, device_of(device))
+    if last := checkpoint.latest(folder / "checkpoints"):
+        checkpoint.restore(last, state)
+    metrics = folder / "metrics.jsonl"
+    log.rewind(metrics, state.step)
+
+    source, spec = run.data.open(), run.train
+    here = next(state.net.parameters()).device
+
+    def batches(step: int) -> tuple[Tensor, Tensor]:
+        x, c = source.batch(step, spec.batch, spec.seed)
+        return x.to(here), c.to(here)
+
+    def save(state: State, record: Record) -> None:
+        checkpoint.save(folder / "checkpoints", state, spec.keep)
+
+    with watch(f"training {folder.name}", spec.steps) as tick:
+        tick(state.step, "")
+        hooks = (
+            training.Every(1, lambda state, record: tick(state.step, f"loss {record.loss:.4f}")),
+            training.Every(spec.log_every, lambda state, record: log.append(metrics, asdict(record))),
+            training.Every(spec.save_every, save),
+        )
+        training.train(state, batches, run.objective, run.path, run.data.classes, spec, hooks)
+    checkpoint.save(folder / "checkpoints", state, spec.keep)
+    return state
+
+
+def settle(run: Run, folder: Path) -> None:
+    """Write run.yaml, or, where it stands, see that this is the same run. Raises UserError with the difference."""
+    file = folder / FILE
+    if file.exists():
+        differs = list(difference(load(str(folder)), run))
+        if differs:
+            raise UserError(
+                f"{folder} holds another run:\n  "
+                + "\n  ".join(differs)
+                + "\nGive another folder with --out, or remove this one"
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    with archive.replacing(file) as out:
+        out.write(dump(run).encode())
+
+
+def open_run(
+    source: str, overrides: Sequence[str] = (), *, weights: str | None = None, device: str = "auto"
+) -> Trained:
+    """Open a run's folder to sample or judge it. Raises UserError where it is none, or has no checkpoint yet."""
+    folder = Path(source)
+    if not (folder / FILE).is_file():
+        raise UserError(f"{source} is no run's folder (it has no {FILE}): train one first, e.g. dumo train digits")
+    run = load(source, overrides)
+    if differs := list(difference(load(source), run)):
+        raise UserError(f"these fields of {source} are as they were trained:\n  " + "\n  ".join(differs))
+    last = checkpoint.latest(folder / "checkpoints")
+    if last is None:
+        raise UserError(f"{source} has no checkpoint yet: train it first, dumo train {source}")
+    state = build(run, device_of(device))
+    checkpoint.restore(last, state)
+    net = state.shown
+    if weights is not None:
+        checkpoint.check(Path(weights), found := checkpoint.load_weights(Path(weights)), net.state_dict())
+        net.load_state_dict(found)
+    return Trained(run, folder, net, state.step, weights or str(last.relative_to(folder)))
+
+
+def sample(
+    trained: Trained,
+    *,
+    nfe: int,
+    c: Tensor,
+    seed: int | None = None,
+    solver: Solver | None = None,
+    watch: Watch = unwatched,
+) -> generate.Samples:
+    """One sample per label of c, image i always from stream (seed, i). Raises UserError as the solver does."""
+    run, solver = trained.run, solver or trained.run.sample.solver
+    with watch(f"sampling, {solver.kind} at {nfe}", len(c)) as tick:
+        made = 0
+
+        def on_batch(n: int) -> None:
+            nonlocal made
+            made += n
+            tick(made, "")
+
+        return generate.generate(
+            trained.net,
+            run.objective.read(trained.net),
+            run.path,
+            solver,
+            c,
+            nfe=nfe,
+            seed=run.sample.seed if seed is None else seed,
+            shape=run.data.shape,
+            device=next(trained.net.parameters()).device,
+            on_batch=on_batch,
+        )
+
+
+def solver_named(run: Run, name: str | None) -> Solver:
+    """The run's own solver, or the one of this name, with its defaults. Raises UserError for an unknown name."""
+    if name in (None, run.sample.solver.kind):
+        return run.sample.solver
+    return parse(Sampling, {"solver": {"kind": name}}).solver
+
+
+FORMS = ("grid", "images", "npz")
+
+
+def export(
+    trained: Trained,
+    folder: Path,
+    *,
+    form: str = "grid",
+    count: int = 100,
+    only: Sequence[int] | None = None,
+    nfe: Sequence[int] | None = None,
+    seed: int | None = None,
+    solver: str | None = None,
+    watch: Watch = unwatched,
+) -> list[Path]:
+    """Make samples and write them: a sheet, an image each, or an .npz in ADM's layout, per number of passes.
+
+    Returns what was written. Raises UserError, before anything is, for a form, label, solver or nfe out of reach.
+    """
+    run, shape = trained.run, trained.run.data.shape
+    forms = FORMS if len(shape) == 3 else ("grid", "npz")
+    if form not in forms:
+        raise UserError(f"format '{form}' is none for samples of shape {shape}: use {', '.join(forms)}")
+    c, nfe = generate.labels(count, run.data.classes, only), tuple(nfe or run.sample.nfe)
+    chosen = solver_named(run, solver)
+    check(chosen, run.reads, *nfe)
+    files: list[Path] = []
+    for n in nfe:
+        made = sample(trained, nfe=n, c=c, seed=seed, solver=chosen, watch=watch)
+        files.append(write(made.x, c, folder / f"{chosen.kind}-nfe{n}", form, run))
+    return files
+
+
+def write(x: Sample, c: Tensor, stem: Path, form: str, run: Run) -> Path:
+    """One set of samples as one file, or one folder of files."""
+    points = len(run.data.shape) == 1
+    match form:
+        case "images":
+            archive.write_singles(stem, picture.to_uint8(x))
+            return stem
+        case "npz":
+            path = stem.with_suffix(".npz")
+            archive.write_points(path, x, c) if points else archive.write_adm(path, picture.to_uint8(x), c)
+            return path
+        case _:
+            path = stem.with_suffix(".png")
+            sheet = (
+                picture.scatter(run.data.open().reference(len(x), run.sample.seed)[0], {stem.name: x})
+                if points
+                else picture.sheet(picture.to_uint8(x), max(run.data.classes, 8))
+            )
+            archive.write_picture(path, sheet)
+            return path
+
+
+def evaluate(
+    trained: Trained,
+    *,
+    nfe: Sequence[int] | None = None,
+    seed: int | None = None,
+    solver: str | None = None,
+    watch: Watch = unwatched,
+) -> dict[str, Any]:
+    """Judge a run by its protocol, and write the report into its folder as evaluation.json.
+
+    `results` has one row per number of passes. `contrast` has the same rows for single Euler steps of the velocity,
+    where a net is taught more than a velocity: what the other head is for. Raises UserError as the solvers do.
+    """
+    run, protocol = trained.run, trained.run.evaluate.protocol
+    chosen, nfe = solver_named(run, solver), tuple(nfe or run.evaluate.nfe)
+    seed = run.evaluate.seed if seed is None else seed
+    check(chosen, run.reads, *nfe)
+    source, c = run.data.open(), protocol.labels(run.data.classes)
+    reference = Reference(
+        *source.reference(protocol.samples, seed),
+        redraw=None if source.size else lambda i: source.reference(protocol.samples, seed, 1 + i)[0],
+    )
+
+    def row(solver: Solver, n: int) -> dict[str, Any]:
+        made = sample(trained, nfe=n, c=c, seed=seed, solver=solver, watch=watch)
+        return {"nfe": made.nfe, "solver": solver.kind, **protocol.score(made.x, c, reference)}
+
+    contrast = Euler() if chosen.uses != "velocity" and run.reads.velocity else None
+    report = {
+        "run": str(trained.folder),
+        "step": trained.step,
+        "weights": trained.weights,
+        "protocol": protocol.name,
+        "samples": protocol.samples,
+        "seed": seed,
+        "solver": chosen.model_dump(),
+        "results": [row(chosen, n) for n in nfe],
+        "contrast": [row(contrast, n) for n in nfe] if contrast else [],
+        "baselines": protocol.baselines(reference),
+        "versions": {"dumo": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+    with archive.replacing(trained.folder / "evaluation.json") as out:
+        out.write((json.dumps(log.finite(report), indent=2) + "\n").encode())
+    return report
+
+
+def show(run: Run) -> dict[str, Any]:
+    """What a run is before it is run: its spec, its size, and what a step costs and teaches.
+
+    `forward_units_per_step` counts floating-point operations; `far` is P(t - r > 0.9), the share of rows where one-step
+    sampling is taught, None where no jump is; `guidance_scale` is the effective one, 1 for none.
+    """
+    with torch.device("meta"):
+        net = run.net.build(run.objective.needs, run.data.shape, run.data.classes)
+    t, r = run.objective.times(1_000_000, stream("show"))
+    jumps = run.reads.endpoint or run.reads.flow_map
+    return {
+        "spec": run.model_dump(mode="json"),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "forward_flops_per_image": cost.forward_flops(net, run.objective, run.data.shape),
+        "forward_units_per_step": cost.forward_units(net, run.objective, run.path, run.data.shape),
+        "far": (t - r > 0.9).double().mean().item() if jumps else None,
+        "guidance_scale": run.objective.guide.scale,
+    }

@@ -1,0 +1,73 @@
+"""The members of every family, found through the unions: a new one is tested without a word written here."""
+
+from collections.abc import Iterator
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dumo.flow.slope import Slope
+from dumo.nets import Net
+from dumo.objectives import Objective
+from dumo.types import Frozen, Noised, Spec, Terms
+
+SMALL = {"width": 16, "depth": 2, "attention": 2, "patch": 2}  # what a net has of these is set so
+
+
+def members(union: Any) -> tuple[type[Any], ...]:
+    """The specs of a union that is told apart by kind."""
+    return get_args(get_args(union)[0])
+
+
+def kind(spec: type[Spec] | Spec) -> str:
+    """The name by which a spec is told apart."""
+    return type(spec).model_fields["kind"].default if isinstance(spec, Spec) else spec.model_fields["kind"].default
+
+
+def objectives(*, exact: bool = False, **fields: Any) -> Iterator[Any]:
+    """Every objective, with every slope it may have (exact: none that is a difference), and `fields` where it has them."""
+    for cls in members(Objective):
+        own = {name: value for name, value in fields.items() if name in cls.model_fields}
+        if "slope" not in cls.model_fields:
+            yield cls(**own)
+            continue
+        for slope in members(Slope):
+            if not (exact and "h" in slope.model_fields):
+                yield cls(**own, slope=slope())
+
+
+def name(spec: Any) -> str:
+    """An objective's kind and slope."""
+    return "-".join(s.kind for s in (spec, getattr(spec, "slope", None)) if s is not None)
+
+
+def nets() -> list[Any]:
+    """Every net, small."""
+    return [cls(**{k: v for k, v in SMALL.items() if k in cls.model_fields}) for cls in members(Net)]
+
+
+def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
+    """Draw every parameter anew: a net that starts at zero has u = du/dt = 0, and would pass everything."""
+    g = torch.Generator().manual_seed(seed)
+    for p in net.parameters():
+        size = p[0].numel() ** -0.5 if p.ndim > 1 else 0.1
+        p.data = torch.randn(p.shape, generator=g, dtype=torch.float64).to(p) * size
+    return net
+
+
+class Counted(nn.Module):
+    """A net that counts its passes, with gradients and without."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net, self.graded, self.still = net, 0, 0
+
+    def forward(self, x: Tensor, c: Tensor, /, **inputs: Tensor) -> tuple[Tensor, ...]:
+        graded = torch.is_grad_enabled()
+        self.graded, self.still = self.graded + graded, self.still + (not graded)
+        return self.net(x, c, **inputs)
+
+
+def step(objective: Any, net: nn.Module, b: Noised) -> Terms:
+    """The loss of a record, theta^- being the net itself."""
+    return objective.loss(net, Frozen(net), b)

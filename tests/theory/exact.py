@@ -1,0 +1,289 @@
+"""Flows whose every quantity is known, to hold the objectives against. Everything here is float64.
+
+Data are Gaussians and mixtures of them, per class; along the linear path x_t = t z + (1 - t) x each component stays
+Gaussian, with mean (1 - t) m and standard deviation S(t) = sqrt(t^2 + (1 - t)^2 s^2). So the mean velocity of the flow
+is known in closed form, for one component
+
+    v(x, t) = E[v_t | x_t = x] = A (x - (1 - t) m) - m        with   A(t) = S'/S,
+
+and for a mixture the mean of these under the posterior of the component. The flow x_t -> x_r then is
+
+- of a Gaussian, closed: (x - (1 - t) m) scales with S;
+- of a guided Gaussian with m = 0, closed: v_w = (w A_c + (1 - w) A_0) x, so x scales with S_c^w S_0^(1 - w);
+- of a mixture in one dimension, by quantiles: the flow keeps the order of points, so F_r(x_r) = F_t(x_t);
+- of anything else, by Runge and Kutta.
+
+`Exact` puts a flow behind the interface of a net, so that any objective can be asked whether it rests there. The last
+class of every flow is its null condition.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from math import inf, prod, sqrt
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dumo.flow.draw import draw
+from dumo.flow.guide import Guide
+from dumo.flow.path import Linear
+from dumo.types import Frozen, Heads, Needs, Noised, Objective
+
+D = torch.float64
+PLAIN = Guide()
+
+
+class Flow(Protocol):
+    """A flow of which everything is known; `classes` is also the index of the null condition."""
+
+    classes: int
+
+    def data(self, c: Tensor, g: torch.Generator) -> Tensor:
+        """One sample of x per class index."""
+        ...
+
+    def velocity(self, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        """E[v_t | x_t = x, c]: without guidance."""
+        ...
+
+    def guided(self, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        """The velocity that guidance makes of it."""
+        ...
+
+    def carry(self, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """x_r of the guided flow through x_t = x."""
+        ...
+
+
+def column(a: Tensor) -> Tensor:
+    """One number per row, to multiply points with."""
+    return a[:, None]
+
+
+def spread(s: Tensor, t: Tensor) -> Tensor:
+    """S(t): the standard deviation at time t of a component of standard deviation s."""
+    return (t**2 + (1 - t) ** 2 * s**2).sqrt()
+
+
+def growth(s: Tensor, t: Tensor) -> Tensor:
+    """A(t) = d log S / dt."""
+    return (t - (1 - t) * s**2) / spread(s, t) ** 2
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """N(m, s^2 I) per class, guided by w at the times low <= t <= high; with guidance, all means are zero.
+
+    d log S_c^w S_0^(1-w) / dt = A_c + (w - 1) (A_c - A_0), and the second part counts only inside [low, high]: clamping
+    the time of its integral says just that. An interval that reaches 0 or 1 goes on beyond it, as differences do.
+    """
+
+    std: Tensor  # (classes + 1,)
+    mean: Tensor  # (classes + 1,)
+    guide: Guide = PLAIN
+    dim: int = 2
+
+    def __post_init__(self) -> None:
+        assert self.guide.scale == 1 or not self.mean.any(), "no closed form"
+
+    @property
+    def classes(self) -> int:
+        return len(self.std) - 1
+
+    def data(self, c: Tensor, g: torch.Generator) -> Tensor:
+        return column(self.mean[c]) + column(self.std[c]) * torch.randn(len(c), self.dim, generator=g, dtype=D)
+
+    def velocity(self, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        m = self.mean[c]
+        return column(growth(self.std[c], t)) * (x - column((1 - t) * m)) - column(m)
+
+    def guided(self, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        extra = growth(self.std[c], t) - growth(self.std[-1], t)
+        where = self._inside(t) == t
+        return self.velocity(x, c, t) + column(where * extra * (self.guide.scale - 1)) * x
+
+    def carry(self, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        ratio = (self._log(c, r) - self._log(c, t)).exp()
+        m = self.mean[c]
+        return column((1 - r) * m) + column(ratio) * (x - column((1 - t) * m))
+
+    def _log(self, c: Tensor, t: Tensor) -> Tensor:
+        inside = self._inside(t)
+        extra = spread(self.std[c], inside).log() - spread(self.std[-1], inside).log()
+        return spread(self.std[c], t).log() + (self.guide.scale - 1) * extra
+
+    def _inside(self, t: Tensor) -> Tensor:
+        low, high = self.guide.interval.low, self.guide.interval.high
+        return t.clamp(low if low > 0 else -inf, high if high < 1 else inf)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Gaussian components shared by all classes, which differ in their weights; guided by w at all times."""
+
+    weight: Tensor  # (classes + 1, k), rows sum to 1
+    mean: Tensor  # (k, d)
+    std: Tensor  # (k, d)
+    guide: Guide = PLAIN
+
+    @property
+    def classes(self) -> int:
+        return len(self.weight) - 1
+
+    def data(self, c: Tensor, g: torch.Generator) -> Tensor:
+        k = torch.multinomial(self.weight[c], 1, generator=g)[:, 0]
+        return self.mean[k] + self.std[k] * torch.randn(self.mean[k].shape, generator=g, dtype=D)
+
+    def velocity(self, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        """The mean of the components' velocities, each as likely as it is at x."""
+        log, v = self._components(x, t)
+        return (self._likely(log, c) * v).sum(1)
+
+    def guided(self, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        log, v = self._components(x, t)
+        likely, w = self._likely(log, c), self.guide.scale
+        if w != 1:
+            likely = w * likely + (1 - w) * self._likely(log, torch.full_like(c, self.classes))
+        return (likely * v).sum(1)
+
+    def carry(self, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        return integrate(lambda x, t: self.guided(x, c, t), x, t, r)
+
+    def _components(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each component, the log of its density at x, coordinate by coordinate, and its velocity: (b, k, d)."""
+        t = t[:, None, None]
+        off, variance = x[:, None] - (1 - t) * self.mean, t**2 + (1 - t) ** 2 * self.std**2
+        v = (t - (1 - t) * self.std**2) / variance * off - self.mean
+        return -(off**2 / variance + variance.log()) / 2, v
+
+    def _likely(self, log: Tensor, c: Tensor) -> Tensor:
+        """The share of each component at x: one for the whole point."""
+        return (log.sum(-1, keepdim=True) + self.weight[c].log()[..., None]).softmax(1)
+
+
+@dataclass(frozen=True)
+class Product(Mixture):
+    """Every coordinate a mixture of its own: the flow acts on each alone, and moves quantiles to quantiles."""
+
+    def data(self, c: Tensor, g: torch.Generator) -> Tensor:
+        columns = [super(Product, self).data(c, g)[:, i] for i in range(self.mean.shape[1])]
+        return torch.stack(columns, 1)
+
+    def carry(self, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """Bisect for F_r(x_r) = F_t(x_t); a last step of Newton's carries the derivatives."""
+        assert self.guide.scale == 1, "guidance mixes two flows: no quantiles"
+        level = self.share(x, c, t)
+        low, high = torch.full_like(x, -20).detach(), torch.full_like(x, 20).detach()
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = (self.share(middle, c, r) < level).detach()
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        y = ((low + high) / 2).detach()
+        return y - (self.share(y, c, r) - level) / self.density(y, c, r).detach()
+
+    def share(self, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        """F_t(x) of each coordinate, less a half."""
+        t = t[:, None, None]
+        deep = (x[:, None] - (1 - t) * self.mean) / spread(self.std, t)
+        return (self.weight[c][..., None] * torch.erf(deep / sqrt(2))).sum(1) / 2
+
+    def density(self, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        """p_t(x) of each coordinate."""
+        t = t[:, None, None]
+        deep = (x[:, None] - (1 - t) * self.mean) / spread(self.std, t)
+        bell = (-(deep**2) / 2).exp() / (spread(self.std, t) * sqrt(2 * torch.pi))
+        return (self.weight[c][..., None] * bell).sum(1)
+
+    def _likely(self, log: Tensor, c: Tensor) -> Tensor:
+        """The share of each component at x: one for each coordinate."""
+        return (log + self.weight[c].log()[..., None]).softmax(1)
+
+
+def integrate(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """x_r by eight explicit Runge-Kutta steps of order 12: midpoint rules of n substeps, extrapolated (Gragg 1965)."""
+    fine = (2, 4, 6, 8, 10, 12)
+    weight = [prod(n**2 / (n**2 - k**2) for k in fine if k != n) for n in fine]  # their errors are even in 1 / n
+    h = (r - t) / 8
+    for i in range(8):
+        x = sum((w * _midpoint(f, x, t + i * h, h, n) for w, n in zip(weight, fine, strict=True)), 0 * x)
+    return x
+
+
+def _midpoint(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, h: Tensor, n: int) -> Tensor:
+    """x after a time h, in n leaps over the last point."""
+    dt = h / n
+    last, x = x, x + column(dt) * f(x, t)
+    for k in range(1, n):
+        last, x = x, last + 2 * column(dt) * f(x, t + k * dt)
+    return (last + x + column(dt) * f(x, t + h)) / 2
+
+
+class Exact(nn.Module):
+    """A net that knows its flow. Each head is off by probe[head] of 1 and of x_t, at first by nothing.
+
+    It knows the heads v and u and the inputs t and r; an objective with others is refused until they are taught here.
+    """
+
+    def __init__(self, flow: Flow, needs: Needs) -> None:
+        super().__init__()
+        self.flow, self.heads = flow, needs.heads
+        self.probe = nn.Parameter(torch.zeros(len(needs.heads), 2, dtype=D))
+
+    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None) -> Heads:
+        know = {"v": self.flow.guided, "u": lambda x, c, t: self.average(x, c, t, 0 * t if r is None else r)}
+        return tuple(know[head](x, c, t) + a + b * x for head, (a, b) in zip(self.heads, self.probe, strict=True))
+
+    def average(self, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """(x_t - x_r) / (t - r), and where r = t its limit."""
+        same = column(t == r)
+        u = (x - self.flow.carry(x, c, t, r)) / torch.where(same, 1, column(t - r))
+        return torch.where(same, self.flow.guided(x, c, t), u)
+
+
+def table(*rows: list[float]) -> Tensor:
+    """A tensor in float64."""
+    return torch.tensor(rows, dtype=D)
+
+
+def gaussian(guide: Guide = PLAIN) -> Gaussian:
+    """Three classes of three widths around zero, and a null of a fourth."""
+    return Gaussian(table([0.4, 0.6, 0.9, 0.7])[0], torch.zeros(4, dtype=D), guide)
+
+
+def plane(guide: Guide = PLAIN) -> Mixture:
+    """Two classes of two components each, in the plane; the null has all four."""
+    weight = table([0.4, 0.6, 0, 0], [0, 0, 0.5, 0.5], [0.2, 0.3, 0.25, 0.25])
+    mean, std = table([-0.8, 0.6], [0.7, -0.5], [0.4, 0.9], [-0.3, -0.9]), table([0.7, 0.8], [0.8, 0.7], [0.9, 0.6], [0.7, 0.7])
+    return Mixture(weight, mean, std, guide)
+
+
+APART = Gaussian(table([0.4, 0.6, 0.9, 0.7])[0], table([1.0, -0.5, 0.3, 0.0])[0])  # means, no guidance
+PRODUCT = Product(
+    weight=table([0.3, 0.7, 0.0], [0.5, 0.2, 0.3], [0.2, 0.5, 0.3]),
+    mean=table([-1.0, 0.8], [0.4, -0.6], [1.0, 0.0]),
+    std=table([0.3, 0.5], [0.4, 0.3], [0.6, 0.4]),
+)
+
+CORNERS = table([1.0, 0.0, 1.0, 0.5, 0.3], [0.0, 0.0, 1.0, 0.5, 0.0])  # t and r
+
+
+def record(objective: Objective, flow: Flow, rows: int = 256) -> Noised:
+    """What a training step sees, v_t replaced by its mean given x_t; the first rows are at the corners of time.
+
+    Targets are affine in v_t, so the gradient of a squared error there is the gradient's mean over v_t, exactly: no
+    noise is left, and what should vanish, vanishes.
+    """
+    g = torch.Generator().manual_seed(7)
+    c = torch.randint(0, flow.classes, (rows,), generator=g)
+    null = torch.full_like(c, flow.classes)
+    b = draw(objective, Linear(), flow.data(c, g), c, null, seed=0, step=0)
+    t, r = torch.cat([CORNERS[0], b.t[5:]]), torch.cat([CORNERS[1], b.r[5:]])
+    b = replace(b.at(t), r=r)
+    return replace(b, v_t=flow.velocity(b.x_t, b.c, t))
+
+
+def gradient(objective: Objective, net: Exact, b: Noised) -> Tensor:
+    """d mean loss / d probe, (heads, 2)."""
+    loss = objective.loss(net, Frozen(net), b).loss.mean()
+    return torch.autograd.grad(loss, net.probe)[0]

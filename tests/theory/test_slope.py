@@ -1,0 +1,91 @@
+"""d/dt along a direction: by formula on a net whose derivative is known, and to the order that each slope claims."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from contract.case import members
+from theory.exact import D, column
+from torch import Tensor, nn
+
+from dumo.flow.slope import Central, Jvp, Slope
+from dumo.types import Frozen, Heads
+
+
+class Wave(nn.Module):
+    """Heads sin(a x + b t + r) and x^2 exp(t r), where every input counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([1.5, 2.0], dtype=D))
+        self.passes = 0
+
+    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor) -> Heads:
+        self.passes += 1
+        t, r = column(t), column(r)
+        return (self.a[0] * x + self.a[1] * t + r + column(c)).sin(), x**2 * (t * r).exp()
+
+    def slopes(self, x: Tensor, c: Tensor, t: Tensor, r: Tensor, w: Tensor) -> Heads:
+        t, r, a = column(t), column(r), self.a.detach()
+        wave = (a[0] * x + a[1] * t + r + column(c)).cos() * (a[0] * w + a[1])
+        return wave, (2 * x * w + r * x**2) * (t * r).exp()
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(4)
+    x, w = torch.randn(2, 32, 3, generator=g, dtype=D)
+    r, t = torch.rand(2, 32, generator=g, dtype=D).sort(0).values
+    return x, torch.arange(32) % 3, t, r, w
+
+
+def error(slope: Any) -> Tensor:
+    """The largest error of each head."""
+    net, (x, c, t, r, w) = Wave(), inputs()
+    _, along = slope(net, Frozen(net), x, c, t=t, r=r)
+    found, known = along(w), net.slopes(x, c, t, r, w)
+    return torch.stack([(a - b).abs().max() for a, b in zip(found, known, strict=True)])
+
+
+def test_jvp_is_exact() -> None:
+    assert error(Jvp()).max() < 1e-13
+
+
+def test_central_is_of_second_order() -> None:
+    left = [error(Central(h=h)) for h in (0.04, 0.02, 0.01, 0.005)]
+    for coarse, fine in pairwise(left):
+        assert ((coarse / fine).log2() - 2).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("slope", [cls() for cls in members(Slope)])
+def test_value_is_of_the_net_and_derivative_of_the_reference(slope: Any) -> None:
+    """The moving average may differ from the weights in training: the one is regressed, the other differentiated."""
+    net, ref, (x, c, t, r, w) = Wave(), Wave(), inputs()
+    ref.a.data *= 0.5
+    heads, along = slope(net, Frozen(ref), x, c, t=t, r=r)
+    assert torch.equal(heads[0], net(x, c, t=t, r=r)[0])
+    assert heads[0].requires_grad
+    found = along(w)
+    assert not any(d.requires_grad for d in found)
+    assert (found[0] - ref.slopes(x, c, t, r, w)[0]).abs().max() < 1e-3
+    assert (found[0] - net.slopes(x, c, t, r, w)[0]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("slope", [cls() for cls in members(Slope)])
+def test_the_derivative_is_affine_in_the_direction(slope: Any) -> None:
+    """So the mean of targets over v_t is the target at its mean; to the square of the step for differences."""
+    net, (x, c, t, r, w) = Wave(), inputs()
+    _, along = slope(net, Frozen(net), x, c, t=t, r=r)
+    for middle, one, other in zip(along(0 * w), along(w), along(-w), strict=True):
+        assert ((one + other) / 2 - middle).abs().max() < (1e-2 if isinstance(slope, Central) else 1e-13)
+
+
+def test_central_leaves_the_unit_interval_rather_than_be_one_sided() -> None:
+    """At t = 1, where one-step sampling runs, a clamped difference would be of first order."""
+    net, (x, c, _, r, w) = Wave(), inputs()
+    one = torch.ones_like(r)
+    errors = []
+    for h in (0.02, 0.01):
+        _, along = Central(h=h)(net, Frozen(net), x, c, t=one, r=r)
+        errors.append((along(w)[0] - net.slopes(x, c, one, r, w)[0]).abs().max())
+    assert abs((errors[0] / errors[1]).log2() - 2) < 0.05

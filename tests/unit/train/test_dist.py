@@ -1,0 +1,51 @@
+"""One rank without torch.distributed; two ranks train as one."""
+
+from pathlib import Path
+
+import torch
+
+from dumo import dist
+from unit.train.toy import python
+
+RANK = """
+import sys, torch, torch.distributed
+from torch.nn.parallel import DistributedDataParallel
+from dumo import dist
+from unit.train.toy import AVERAGES, Small, run, tensors
+from dumo.train.loop import Train, begin
+
+spec = Train(steps=3, batch=12, accumulate=2, ema=AVERAGES, clip=0.5)
+alone, records = {}, []
+whole = run(begin(Small(), spec), spec)
+
+store, rank = sys.argv[1], int(sys.argv[2])
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+assert (dist.rank(), dist.world(), dist.is_main()) == (rank, 2, rank == 0)
+x = torch.tensor([float(rank), 4.0])
+assert dist.mean(x).tolist() == [0.5, 4.0]
+assert x.tolist() == [rank, 4.0]
+
+state = begin(Small(), spec)
+state.net = DistributedDataParallel(state.net)
+run(state, spec)
+state.net = state.net.module
+for name, value in tensors(whole).items():
+    if not name.endswith("passes"):
+        torch.testing.assert_close(tensors(state)[name], value, rtol=0, atol=1e-12)
+torch.distributed.destroy_process_group()
+print("agrees")
+"""
+
+
+def test_one_rank() -> None:
+    x = torch.tensor([1.0, 2.0])
+    assert (dist.rank(), dist.world(), dist.is_main()) == (0, 1, True)
+    assert torch.equal(dist.mean(x), x)
+
+
+def test_two_ranks_train_as_one(tmp_path: Path) -> None:
+    processes = [python(RANK, str(tmp_path / "store"), str(rank)) for rank in range(2)]
+    for process in processes:
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0, out
+        assert out.splitlines()[-1] == "agrees"
