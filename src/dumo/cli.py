@@ -81,7 +81,7 @@ def show(source: Source, set_: Set = None, as_json: AsJson = False) -> None:
     table.add_row(
         "one step", f"{facts['forward_units_per_step']:.2f} F (forward units, counted; a backward pass is 2 F)"
     )
-    table.add_row("P(t - r > 0.9)", "no jump is taught" if far is None else f"{far:.2%} of the rows")
+    table.add_row("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows")
     table.add_row("guidance scale", f"{scale:.3g} in training (1 is none)")
     out.print(table)
 
@@ -175,7 +175,7 @@ def reproduce(
     """Make a figure or table again: picture, table and results.json. Finished cells are kept, a stopped one goes on."""
     from dumo import reproduce
 
-    results = reproduce.run(name, scale, folder, device=device, watch=bar)
+    results = reproduce.reproduce(name, scale, folder, device=device, watch=bar)
     if as_json:
         print(json.dumps(results))
         return

@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from dumo import __version__
 from dumo.config.load import FILE, difference, dump, load, parse
 from dumo.config.spec import Run, Sampling
 from dumo.flow.draw import stream
+from dumo.flow.guide import Guide
 from dumo.metrics.protocol import Reference
 from dumo.sample import archive, generate, picture
 from dumo.sample.solver import Euler, Solver, check
@@ -30,6 +31,7 @@ from dumo.types import Sample, UserError
 Tick = Callable[[int, str], None]  # (units done so far, a note)
 
 
+@runtime_checkable
 class Watch(Protocol):
     """Shows how far a piece of work is: `with watch("training", 1000) as tick: tick(10, "loss 0.3")`."""
 
@@ -299,11 +301,12 @@ def show(run: Run) -> dict[str, Any]:
         net = run.net.build(run.objective.needs, run.data.shape, run.data.classes)
     t, r = run.objective.times(1_000_000, stream("show"))
     jumps = run.reads.endpoint or run.reads.flow_map
+    guide: Guide | None = getattr(run.objective, "guide", None)
     return {
         "spec": run.model_dump(mode="json"),
         "parameters": sum(p.numel() for p in net.parameters()),
         "forward_flops_per_image": cost.forward_flops(net, run.objective, run.data.shape),
         "forward_units_per_step": cost.forward_units(net, run.objective, run.path, run.data.shape),
         "far": (t - r > 0.9).double().mean().item() if jumps else None,
-        "guidance_scale": run.objective.guide.scale,
+        "guidance_scale": guide.scale if guide else 1.0,
     }

@@ -6,6 +6,7 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.data import Data
+from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Path
 from dumo.metrics.protocol import MetricProtocol
 from dumo.nets import Net
@@ -63,7 +64,8 @@ class Run(Spec):
             )
         if slope := getattr(self.objective, "slope", None):
             slope.check(self.train.precision, self.net.time_scale)
-        if self.objective.guide.active and not self.data.classes:
+        guide: Guide | None = getattr(self.objective, "guide", None)
+        if guide and guide.active and not self.data.classes:
             raise UserError(
                 f"objective.guide asks for guidance, but data '{self.data.kind}' has no classes to guide by: "
                 "set objective.guide.omega=1 and objective.guide.zeta=0"

@@ -7,6 +7,4 @@ from pydantic import Field
 from dumo.data.digits import Digits
 from dumo.data.toy import Moons
 
-__all__ = ["Data", "Digits", "Moons"]
-
 Data = Annotated[Digits | Moons, Field(discriminator="kind")]

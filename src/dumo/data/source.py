@@ -1,7 +1,7 @@
 """What every data set gives: batches to train on, and a reference to be compared with."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from dumo.data.stream import rows_of
 from dumo.flow.draw import stream
 
 
+@runtime_checkable
 class Source(Protocol):
     """Samples x (n, *shape), images in [-1, 1], with class indices c (n,), all zero where there are no classes."""
 
@@ -67,6 +68,7 @@ class Endless:
         return x, torch.zeros(n, dtype=torch.long)
 
 
+@runtime_checkable
 class Law(Protocol):
     """A distribution to draw from."""
 

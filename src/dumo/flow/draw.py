@@ -41,7 +41,8 @@ def draw(
     z = torch.randn((n, *x.shape[1:]), generator=stream(seed, step, "z"))[mine].to(x)
     kept = (torch.rand(n, generator=stream(seed, step, "kept")) >= objective.drop)[mine].to(x.device)
     laws = {name: law for name, law in objective if isinstance(law, LAWS)}
-    drawn = {k: law(torch.Size((n, *x.shape[1:])), stream(seed, step, k))[mine].to(x.device) for k, law in laws.items()}
+    shape = torch.Size((n, *x.shape[1:]))
+    drawn = {k: law(shape, stream(seed, step, "law", k))[mine].to(x.device, exact) for k, law in laws.items()}
 
     x_t, v_t = path.at(x, z, t)
     c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)

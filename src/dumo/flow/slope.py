@@ -13,6 +13,7 @@ Slopes differ only inside: how many passes `along` makes, and how exact it is.
 """
 
 from collections.abc import Callable
+from math import floor
 from typing import Annotated, Literal
 
 import torch
@@ -38,7 +39,7 @@ class Central(Spec):
 
     def __call__(self, net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, **rest: Time) -> tuple[Heads, Along]:
         """One pass of net now, two of ref in `along`. Raises UserError below fp32."""
-        self.check("bf16" if _is_low(x) else "fp32")
+        self.check(_precision(x))
         heads = net(x, c, t=t, **rest)
 
         @torch.no_grad()
@@ -59,7 +60,7 @@ class Central(Spec):
         if self.h * time_scale > MAX_STEP:
             raise UserError(
                 f"slope 'central' with h = {self.h} on a net with time_scale = {time_scale}: h * time_scale is above "
-                f"{MAX_STEP}, and the difference is no longer a derivative. Use h <= {MAX_STEP / time_scale:.2g}, a "
+                f"{MAX_STEP}, and the difference is no longer a derivative. Use h <= {floor(1e4 * MAX_STEP / time_scale) / 1e4:g}, a "
                 "smaller time_scale, or slope 'jvp'"
             )
 
@@ -87,10 +88,12 @@ class Jvp(Spec):
 Slope = Annotated[Central | Jvp, Field(discriminator="kind")]
 
 
-def _is_low(x: Sample) -> bool:
+def _precision(x: Sample) -> str:
+    """What a pass on x computes in; fp64 is as good as fp32."""
     kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return autocast or x.dtype in (torch.bfloat16, torch.float16)
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return f"{torch.get_autocast_dtype(kind)} autocast"
+    return "fp32" if x.dtype in (torch.float32, torch.float64) else str(x.dtype)
 
 
 def _jvp(

@@ -61,7 +61,7 @@ class LogitNormal(Spec):
 
 
 class Pair(Spec):
-    """Two draws of one law, sorted, so that r <= t; on a share `velocity_ratio` of the rows r = t (MeanFlow, Sec. 4.1).
+    """Two draws of one law, sorted, so that r <= t; on a share `velocity_ratio` of the rows r = t (MeanFlow, Sec. 4.3).
 
     This is rho of the paper's Eq. 5. The rows are chosen by their place in the batch, evenly spread, not by a coin
     (ours): so every rank and every step has the same number of them.

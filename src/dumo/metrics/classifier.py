@@ -92,7 +92,7 @@ def digits() -> tuple[Digits, Labels]:
     return torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 8 - 1, torch.tensor(labels, dtype=torch.int64)
 
 
-def split(n: int) -> tuple[Labels, Labels]:
+def split(n: int) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " h"]]:
     """The rows to train on and those held out: of a permutation keyed by name, the first `SHARE` is held out."""
     order = torch.randperm(n, generator=stream("dumo.metrics.classifier", "hold-out"))
     return order[int(SHARE * n) :], order[: int(SHARE * n)]

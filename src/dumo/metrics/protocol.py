@@ -122,9 +122,13 @@ class ToyProtocol(Spec):
     def score(self, x: Sample, c: Cond, reference: Reference) -> dict[str, float]:
         """`mmd2`, unbiased, of the mean of Gaussian kernels of `WIDTHS` sd of the data; c is not read.
 
-        Raises `UserError` if x is not `samples` finite vectors like the data.
+        Raises `UserError` if x is not `samples` finite vectors like the data, or if the data are not as many.
         """
         _fit(self, x, reference)
+        if len(reference.x) != self.samples:  # the null is of as many points on both sides
+            raise UserError(
+                f"protocol {self.name} compares with {self.samples} points, here are {len(reference.x)}: draw as many"
+            )
         return {"mmd2": mmd2(x.cpu(), reference.x.cpu(), _widths(reference.x))}
 
     def baselines(self, reference: Reference) -> dict[str, dict[str, float]]:

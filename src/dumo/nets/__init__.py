@@ -7,6 +7,4 @@ from pydantic import Field
 from dumo.nets.dit import DiT
 from dumo.nets.mlp import MLP
 
-__all__ = ["MLP", "DiT", "Net"]
-
 Net = Annotated[DiT | MLP, Field(discriminator="kind")]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dumo.types import Time
 
 FREQUENCIES = 128  # DiT: 256 features, half cosines, half sines
-PERIOD = 10_000.0  # DiT: the slowest angle runs 1 / 10,000 as fast as the quickest
+PERIOD = 10_000.0  # DiT: angles run from 1 down to nearly 1 / PERIOD as fast
 
 
 class Scalars(nn.Module):

@@ -7,7 +7,7 @@ from dumo.types import Needs, Time
 
 
 class Gauges(nn.Module):
-    """One learned number per row and gauge, from the named scalars alone; zero at the start (as in EDM2)."""
+    """One learned number per row and gauge, from the named scalars alone; zero at the start (ours)."""
 
     def __init__(self, needs: Needs, width: int, time_scale: float) -> None:
         """One linear layer over an embedding of its own, so that the trunk is left alone."""

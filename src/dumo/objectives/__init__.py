@@ -8,6 +8,4 @@ from dumo.objectives.dumo import DuMo
 from dumo.objectives.flow_matching import FlowMatching
 from dumo.objectives.meanflow import MeanFlow
 
-__all__ = ["DuMo", "FlowMatching", "MeanFlow", "Objective"]
-
 Objective = Annotated[DuMo | FlowMatching | MeanFlow, Field(discriminator="kind")]

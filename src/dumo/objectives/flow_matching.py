@@ -20,7 +20,7 @@ class FlowMatching(Spec):
     needs: ClassVar[Needs] = Needs(inputs=("t",), heads=("v",))
     times: Times = Uniform()  # SiT
     drop: float = Field(default=0.1, ge=0, le=1)  # DiT, SiT
-    guide: Guide = Guide()  # none; with omega = 1 it is UCGM's enhanced target
+    guide: Guide = Guide()  # none; with zeta > 0 it is UCGM's enhanced target
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Eq. 3."""

@@ -2,7 +2,7 @@
 
 The mean velocity u(x_t, t, r) = (x_t - x_r) / (t - r) obeys, with r at rest, (t - r) u = x_t - x_r, so
 
-    u + (t - r) du/dt = v        so        u* = v* - (t - r) du/dt        (its Eq. 10)
+    u + (t - r) du/dt = v        so        u* = v* - (t - r) du/dt        (its Eq. 6 and 11)
 
 At r = t this is flow matching. One input, one output: rows that train one do not train the other.
 """
@@ -26,19 +26,21 @@ class MeanFlow(Spec):
     kind: Literal["meanflow"] = "meanflow"
     needs: ClassVar[Needs] = Needs(inputs=("t", "r"), heads=("u",))
     times: Times = Pair(of=LogitNormal(mean=-0.4, std=1.0), velocity_ratio=0.75)  # Tab. 4
-    drop: float = Field(default=0.1, ge=0, le=1)  # Tab. 4
+    drop: float = Field(default=0.1, ge=0, le=1)  # Sec. 4.2
     guide: Guide = Guide(omega=0.2, zeta=0.92, interval=Interval(high=0.75))  # XL/2, Tab. 4; zeta is its kappa
     slope: Slope = Jvp()  # Alg. 1
     power: float = Field(default=1.0, ge=0)  # p of Eq. 22
-    floor: float = Field(default=0.01, gt=0)  # c of Eq. 22; 1e-3 for CIFAR-10
+    floor: float = Field(
+        default=0.01, gt=0
+    )  # c of Eq. 22, as the authors' code on ImageNet; 1e-3 in the text and on CIFAR-10
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-        """Its Eq. 9 to 11 and 22; with guidance, Eq. 21."""
+        """Its Eq. 9 and 11; with guidance, Eq. 17 to 21; metric of Eq. 22."""
         (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r)
         with torch.no_grad():
             v_star = self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])  # Eq. 21
             (du_dt,) = along(v_star)
-            u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt  # Eq. 10
+            u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt  # Eq. 11
         e = u_hat - u_star
         return Terms(adaptive(e, self.power, self.floor), {"u": mean_square(e)})  # Eq. 22
 

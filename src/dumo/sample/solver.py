@@ -64,7 +64,9 @@ class Restart(Spec):
     passes: ClassVar[int] = 1
 
     kind: Literal["restart"] = "restart"
-    m: float = Field(default=0.5, gt=0, lt=1)  # time of the second of two jumps; ours, UCGM takes 0.3 for SD-VAE
+    m: float = Field(
+        default=0.5, gt=0, lt=1
+    )  # time of the second of two jumps; ours; UCGM: 0.3 for SD-VAE at 256, 0.5 at 512, 0.6 for DC-AE
     start: Start = 1.0
 
     @model_validator(mode="after")

@@ -90,7 +90,7 @@ def load_weights(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file}: there is no such file")
     with file.open("rb") as opened:
         head = opened.read(4)
-    if file.suffix in PICKLES:
+    if file.suffix.lower() in PICKLES:
         raise UserError(pickled(file))
     try:
         return safetensors.torch.load_file(file)
@@ -135,8 +135,7 @@ def unflatten(file: Path, state: State) -> dict[int, dict[str, Tensor]]:
 
     names = {parameter: name for name, parameter in parameters.items()}
     order = [names[p] for group in state.optimizer.param_groups for p in group["params"]]
-    # Clones, because what safetensors returns is mapped from the file.
-    return {i: {key: found[f"{key}.{name}"].clone() for key in keys} for i, name in enumerate(order) if name in named}
+    return {i: {key: found[f"{key}.{name}"] for key in keys} for i, name in enumerate(order) if name in named}
 
 
 def check(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:

@@ -137,6 +137,8 @@ def test_interrupted_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     before = contents(tmp_path)
 
     def stop(path: Path) -> None:
+        assert path.is_file()
+        assert latest(tmp_path) == whole  # as it would be if the machine stopped here
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dumo.train.checkpoint.flush", stop)

@@ -10,10 +10,10 @@ from dumo.flow.path import Linear
 from dumo.train.checkpoint import latest, restore, save
 from dumo.train.ema import Ema
 from dumo.train.loop import Every, Train, begin, reference, train
-from dumo.train.optim import AdamW, Cosine
+from dumo.train.optim import Adam, AdamW, Cosine
 from dumo.train.state import State
 from dumo.train.step import Record
-from dumo.types import Frozen, Net, Noised, Terms, UserError
+from dumo.types import Cond, Frozen, Net, Noised, Sample, Terms, UserError
 from unit.train.toy import AVERAGES, CLASSES, OPTIMIZERS, Small, Toy, batches, run, same, tensors, trained
 
 
@@ -94,9 +94,29 @@ def test_the_rate_follows_the_schedule() -> None:
     assert rates == pytest.approx([0.05, 0.1, 0.1, 0.05])
 
 
-def test_seeds_differ() -> None:
-    one, two = (trained(Train(steps=3, batch=12, seed=seed)) for seed in (0, 1))
-    assert not torch.equal(one.net.get_parameter("last.bias"), two.net.get_parameter("last.bias"))
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"accumulate": 2}, {"clip": 1e-3}, {"precision": "bf16"}, {"ref": 0.9}, {"steps": 4}]
+)
+def test_a_run_depends_on(other: dict[str, object]) -> None:
+    states: list[State] = []
+    for more in ({}, {}, other):
+        spec = Train.model_validate({"steps": 3, "batch": 12, "ema": AVERAGES, "optimizer": Adam(eps=1e-2)} | more)
+        states.append(run(begin(Small(dtype=torch.float32), spec), spec))
+    one, again, changed = map(tensors, states)
+    assert same(one, again)
+    assert not same(one, changed)
+
+
+def test_every_step_has_its_batch() -> None:
+    asked: list[int] = []
+    spec = Train(steps=5, batch=12, ema=AVERAGES)
+
+    def of(step: int) -> tuple[Sample, Cond]:
+        asked.append(step)
+        return batches(12)(step)
+
+    train(trained(Train(steps=2, batch=12, ema=AVERAGES)), of, Toy(), Linear(), CLASSES, spec)
+    assert asked == [2, 3, 4]
 
 
 def test_the_first_average_is_shown() -> None:

@@ -1,0 +1,229 @@
+"""Figures and tables made again, by name. Each is a plan: cells to train and judge, and how to set them out.
+
+A cell is a run in a folder named after the hash of its spec: one that is finished is not run again, one that was
+stopped goes on, one whose recipe has changed starts anew.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from hashlib import blake2b
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from dumo import __version__, run
+from dumo.config.error import nearest
+from dumo.config.load import dump, load
+from dumo.config.spec import Run
+from dumo.run import Trained, Watch, unwatched
+from dumo.sample import archive, generate, picture
+from dumo.train import checkpoint, cost
+from dumo.types import UserError
+
+SCALES = ("smoke", "laptop")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a plan: what it is called, its spec, and what it stands for in the table."""
+
+    name: str
+    spec: Run
+    labels: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A cell, trained and judged."""
+
+    cell: Cell
+    trained: Trained
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a figure or table needs, and how it is set out."""
+
+    title: str
+    cells: Callable[[str], Iterator[Cell]]  # by scale
+    table: Callable[[list[Finished]], list[dict[str, Any]]]
+    draw: Callable[[list[Finished], Path], list[Path]]
+
+
+def reproduce(
+    name: str, scale: str, folder: Path | None = None, *, device: str = "auto", watch: Watch = unwatched
+) -> dict[str, Any]:
+    """Run a plan, and write results.json, table.md and its pictures. Raises UserError for an unknown name or scale."""
+    if name not in PLANS:
+        raise UserError(f"there is no figure or table '{name}'; {nearest(name, sorted(PLANS))}")
+    if scale not in SCALES:
+        raise UserError(f"there is no scale '{scale}'; {nearest(scale, list(SCALES))}")
+    plan, folder = PLANS[name], folder or Path("runs/reproduce") / f"{name}-{scale}"
+    done = [finish(cell, folder / "cells", device=device, watch=watch) for cell in plan.cells(scale)]
+
+    table = plan.table(done)
+    files = [*plan.draw(done, folder), folder / "table.md", folder / "results.json"]
+    results = {
+        "name": name,
+        "scale": scale,
+        "title": plan.title,
+        "origin": origin(f"dumo reproduce {name} --scale {scale}"),
+        "table": table,
+        "cells": [{"cell": one.cell.name, **one.report} for one in done],
+        "files": [str(file) for file in files],
+    }
+    with archive.replacing(folder / "table.md") as out:
+        out.write(markdown(plan.title, table).encode())
+    with archive.replacing(folder / "results.json") as out:
+        out.write((json.dumps(results, indent=2) + "\n").encode())
+    return results
+
+
+def finish(cell: Cell, cells: Path, *, device: str, watch: Watch) -> Finished:
+    """Train and judge a cell, or take what is there of it."""
+    text = dump(cell.spec)
+    folder = cells / f"{cell.name}-{blake2b(text.encode(), digest_size=4).hexdigest()}"
+    if (last := checkpoint.latest(folder / "checkpoints")) is None or last.name != f"step-{cell.spec.train.steps:08d}":
+        run.train(cell.spec, folder, device=device, watch=watch)
+    trained = run.open_run(str(folder), device=device)
+    judged = folder / "evaluation.json"
+    report = json.loads(judged.read_text(encoding="utf-8")) if judged.exists() else run.evaluate(trained, watch=watch)
+    return Finished(cell, trained, report)
+
+
+def origin(command: str) -> dict[str, Any]:
+    """Where and when results were made."""
+    return {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "versions": {"dumo": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
+
+
+def markdown(title: str, table: Sequence[dict[str, Any]]) -> str:
+    """The table as Markdown."""
+    head = list(table[0])
+    rows = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in table]
+    lines = [head, ["---"] * len(head), *rows]
+    return f"# {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+# Figure 3: what the velocity ratio does to MeanFlow, with DuMo beside it, on moons, in one pass.
+
+RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+
+
+def fig3_cells(scale: str) -> Iterator[Cell]:
+    """MeanFlow at six velocity ratios, and DuMo, which needs none; equal data, net and steps."""
+    sets = {
+        "smoke": ["train.steps=40", "train.batch=128", "net.width=64", "evaluate.protocol.samples=500"],
+        "laptop": ["train.steps=2000", "train.batch=512"],
+    }[scale]
+    for ratio in RATIOS:
+        spec = load("moons-meanflow", [*sets, f"objective.times.velocity_ratio={ratio}", "evaluate.nfe=[1]"])
+        yield Cell(f"meanflow-{ratio}", spec, {"objective": "MeanFlow", "velocity_ratio": ratio})
+    spec = load("moons", [*sets, "evaluate.nfe=[1]"])
+    yield Cell("dumo", spec, {"objective": "DuMo", "velocity_ratio": None})
+
+
+def fig3_table(done: list[Finished]) -> list[dict[str, Any]]:
+    """A row per cell: MMD^2 of one-step samples, with the sd of its null."""
+    return [
+        {
+            **one.cell.labels,
+            "steps": one.report["step"],
+            "mmd2": one.report["results"][0]["mmd2"],
+            "null_sd": one.report["baselines"]["null"]["sd"],
+        }
+        for one in done
+    ]
+
+
+def fig3_draw(done: list[Finished], folder: Path) -> list[Path]:
+    """One row of panels in the paper's layout: grey truth, red one-step samples."""
+    panels: dict[str, torch.Tensor] = {}
+    for one in done:
+        ratio, mmd2 = one.cell.labels["velocity_ratio"], one.report["results"][0]["mmd2"]
+        title = "DuMo" if ratio is None else f"MeanFlow, ratio {ratio}"
+        c = generate.labels(2000, 0)
+        panels[f"{title}\nMMD² = {mmd2:.2g}"] = run.sample(one.trained, nfe=1, c=c).x
+    truth, _ = done[0].trained.run.data.open().reference(4000, 0)
+    path = folder / "fig3.png"
+    archive.write_picture(path, picture.scatter(truth, panels))
+    return [path]
+
+
+# The zoo: every objective on digits, at equal counted cost.
+
+ZOO = {"DuMo": "digits", "MeanFlow": "digits-meanflow", "Flow matching": "digits-flow-matching"}
+
+
+def zoo_cells(scale: str) -> Iterator[Cell]:
+    """Every objective on one net and one time budget: as many steps as cost what DuMo's recipe costs."""
+    seeds = {"smoke": (0,), "laptop": (0, 1, 2)}[scale]
+    small = ["train.batch=32", "net.width=32", "net.depth=1", "evaluate.protocol.samples=500"]
+    sets = small if scale == "smoke" else []
+    first = load("digits", sets)
+    budget = units(first) * (20 if scale == "smoke" else first.train.steps)
+    for title, recipe in ZOO.items():
+        each = units(load(recipe, sets))
+        for seed in seeds:
+            asked = [*sets, f"train.steps={round(budget / each)}", f"train.seed={seed}", "evaluate.nfe=[1,2,4]"]
+            yield Cell(f"{recipe}-{seed}", load(recipe, asked), {"objective": title, "units": each})
+
+
+def units(spec: Run) -> float:
+    """Counted forward units of a step."""
+    with torch.device("meta"):
+        net = spec.net.build(spec.objective.needs, spec.data.shape, spec.data.classes)
+    return cost.forward_units(net, spec.objective, spec.path, spec.data.shape)
+
+
+def zoo_table(done: list[Finished]) -> list[dict[str, Any]]:
+    """A row per objective and number of passes: mean, and sd over seeds, of the Fréchet distance; the means of others."""
+    rows: list[dict[str, Any]] = []
+    for title in ZOO:
+        mine = [one for one in done if one.cell.labels["objective"] == title]
+        for i, first in enumerate(mine[0].report["results"]):
+            results = [one.report["results"][i] for one in mine]
+            fds = [result["fd"] for result in results]
+            rows.append(
+                {
+                    "objective": title,
+                    "nfe": first["nfe"],
+                    "solver": first["solver"],
+                    "fd": fmean(fds),
+                    "fd_sd": stdev(fds) if len(fds) > 1 else None,
+                    **{key: fmean(r[key] for r in results) for key in ("kid", "precision", "recall", "accuracy")},
+                    "seeds": len(fds),
+                    "steps": mine[0].report["step"],
+                    "F_per_step": round(mine[0].cell.labels["units"], 2),
+                }
+            )
+    return rows
+
+
+def zoo_draw(done: list[Finished], folder: Path) -> list[Path]:
+    """One sheet of one-step samples per objective, first seed."""
+    files: list[Path] = []
+    for title, recipe in ZOO.items():
+        one = next(one for one in done if one.cell.labels["objective"] == title)
+        made = run.sample(one.trained, nfe=1, c=generate.labels(80, one.trained.run.data.classes))
+        files.append(folder / f"{recipe}-nfe1.png")
+        archive.write_picture(files[-1], picture.sheet(picture.to_uint8(made.x), one.trained.run.data.classes))
+    return files
+
+
+PLANS = {
+    "fig3": Plan("Velocity ratio on moons, one pass (Fig. 3)", fig3_cells, fig3_table, fig3_draw),
+    "zoo": Plan("Every objective on digits at equal counted cost", zoo_cells, zoo_table, zoo_draw),
+}

@@ -1,0 +1,77 @@
+"""What every objective's record keeps: drawn for the whole batch, so that any share of it has the same rows."""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from contract.case import name, objectives
+from torch import Tensor
+
+from dumo.flow.draw import draw
+from dumo.flow.path import Linear
+from dumo.types import Noised, Objective
+
+each = pytest.mark.parametrize("objective", list(objectives(drop=0.4)), ids=name)
+N = 24
+
+
+def rows(objective: Any, step: int = 3, seed: int = 0, first: int = 0, n: int = N) -> Noised:
+    g = torch.Generator().manual_seed(0)
+    x, c = torch.randn(N, 2, 3, generator=g), torch.arange(N) % 5
+    some = slice(first, first + n)
+    return draw(objective, Linear(), x[some], c[some], torch.full_like(c, 5)[some], seed=seed, step=step, batch=N, first=first)
+
+
+def tensors(b: Noised) -> dict[str, Tensor]:
+    return {f.name: v for f in fields(b) if isinstance(v := getattr(b, f.name), Tensor)} | dict(b.drawn)
+
+
+@each
+def test_objective_fits_its_protocol(objective: Any) -> None:
+    assert isinstance(objective, Objective)
+
+
+@each
+def test_shares_of_the_draw_are_the_whole(objective: Any) -> None:
+    whole = tensors(rows(objective))
+    for cut in ([12, 12], [1, 7, 16], [24]):
+        firsts = [sum(cut[:i]) for i in range(len(cut))]
+        parts = [tensors(rows(objective, first=first, n=n)) for first, n in zip(firsts, cut, strict=True)]
+        for key, v in whole.items():
+            assert torch.equal(torch.cat([p[key] for p in parts]), v), key
+
+
+@each
+def test_a_slice_of_the_record_is_its_rows(objective: Any) -> None:
+    whole, part = tensors(rows(objective)), tensors(rows(objective)[4:9])
+    assert all(torch.equal(part[key], v[4:9]) for key, v in whole.items())
+
+
+@each
+def test_draws_are_keyed_by_seed_and_step(objective: Any) -> None:
+    state = torch.get_rng_state()
+    base, again = tensors(rows(objective)), tensors(rows(objective))
+    assert all(torch.equal(v, again[key]) for key, v in base.items())
+    for other in (tensors(rows(objective, step=4)), tensors(rows(objective, seed=1))):
+        for key in {"t", "z", "kept", "x_t", *rows(objective).drawn}:
+            assert not torch.equal(base[key], other[key]), key
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@each
+def test_record_is_consistent(objective: Any) -> None:
+    b = rows(objective)
+    assert torch.equal(b.v_t, b.z - b.x)
+    assert torch.allclose(b.x_t, b.x + b.t[:, None, None] * b.v_t, rtol=0, atol=1e-6)
+    assert (b.r <= b.t).all()
+    assert torch.equal(b.c == 5, ~b.kept)
+    assert torch.equal(b.c[b.kept], (torch.arange(N) % 5)[b.kept])
+
+
+def test_siblings_see_the_same_noise_and_the_same_dropped_labels() -> None:
+    """So they can be compared in one run."""
+    records = [rows(o) for o in objectives(drop=0.4)]
+    for b in records[1:]:
+        assert torch.equal(b.z, records[0].z)
+        assert torch.equal(b.kept, records[0].kept)

@@ -1,0 +1,232 @@
+"""What every loss keeps, whatever the objective, its slope and its net: a pure function of the record, row by row."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+import torch
+from contract.case import Counted, kind, name, nets, objectives, randomise, step
+from torch import Tensor, nn
+
+from dumo.flow.draw import draw
+from dumo.flow.guide import Guide
+from dumo.flow.path import Linear
+from dumo.flow.slope import Central, Jvp
+from dumo.objectives import DuMo, FlowMatching, MeanFlow
+from dumo.types import Frozen, Noised, UserError
+
+GUIDE = Guide(omega=0.7, zeta=0.4)
+CLASSES = 3
+SHAPE = (2, 4, 4)
+ALL = [*objectives(drop=0.3), *objectives(guide=GUIDE, drop=0.3)]  # by default, and with every pass that guidance has
+each_objective = pytest.mark.parametrize("objective", ALL, ids=name)
+each_net = pytest.mark.parametrize("net", nets(), ids=kind)
+
+
+def built(objective: Any, net: Any, shape: tuple[int, ...] = SHAPE, classes: int = CLASSES) -> nn.Module:
+    """A net of random weights in float64."""
+    return randomise(net.build(objective.needs, shape, classes)).double()
+
+
+def record(objective: Any, n: int = 12, shape: tuple[int, ...] = SHAPE, rows: slice = slice(None)) -> Noised:
+    """Rows of a batch of n."""
+    g = torch.Generator().manual_seed(3)
+    x = torch.randn(n, *shape, generator=g, dtype=torch.float64)
+    c = torch.arange(n) % CLASSES
+    first, null = rows.start or 0, torch.full_like(c, CLASSES)
+    return draw(objective, Linear(), x[rows], c[rows], null[rows], seed=1, step=2, batch=n, first=first, progress=0.5)
+
+
+@each_objective
+@each_net
+def test_loss_and_parts_are_one_number_per_row(objective: Any, net: Any) -> None:
+    terms = step(objective, built(objective, net), record(objective))
+    assert terms.parts
+    for row in (terms.loss, *terms.parts.values()):
+        assert row.shape == (12,)
+        assert row.isfinite().all()
+        assert (row > 0).all()
+    assert terms.loss.requires_grad
+
+
+@each_objective
+@each_net
+def test_loss_is_pure(objective: Any, net: Any) -> None:
+    """Twice the same bits; the record, the weights and the global generator are left as they were."""
+    model, b = built(objective, net), record(objective)
+    tensors = {f.name: v for f in fields(b) if isinstance(v := getattr(b, f.name), Tensor)} | dict(b.drawn)
+    before, weights = deepcopy(tensors), deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    one, two = step(objective, model, b), step(objective, model, b)
+    assert torch.equal(one.loss, two.loss)
+    assert all(torch.equal(part, two.parts[key]) for key, part in one.parts.items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(v, before[key]) for key, v in tensors.items())
+    assert all(torch.equal(v, weights[key]) for key, v in model.state_dict().items())
+
+
+@each_objective
+@each_net
+def test_halves_of_the_loss_are_the_whole(objective: Any, net: Any) -> None:
+    model = built(objective, net)
+    whole = step(objective, model, record(objective)).loss
+    halves = [step(objective, model, record(objective, rows=slice(i, i + 6))).loss for i in (0, 6)]
+    cut = [step(objective, model, record(objective)[i : i + 6]).loss for i in (0, 6)]
+    assert torch.allclose(torch.cat(halves), whole, rtol=1e-9, atol=0)
+    assert torch.allclose(torch.cat(cut), whole, rtol=1e-9, atol=0)
+
+
+def altered(b: Noised) -> dict[str, Noised]:
+    """The same rows, in every corner of the record."""
+    one = torch.ones_like(b.t)
+
+    def at(t: Tensor, r: Tensor) -> Noised:
+        return replace(b.at(t), r=r)
+
+    return {
+        "drawn": b,
+        "all dropped": replace(b, c=b.null, kept=torch.zeros_like(b.kept)),
+        "none dropped": replace(b, c=torch.zeros_like(b.c), kept=torch.ones_like(b.kept)),
+        "data": at(0 * one, 0 * one),
+        "noise": at(one, 0 * one),
+        "noise, no step": at(one, one),
+        "no step": at(b.t, b.t),
+        "half": at(one / 2, one / 4),
+    }
+
+
+@each_objective
+@each_net
+def test_passes_never_depend_on_the_record(objective: Any, net: Any) -> None:
+    """Under sharding, a rank that skips a pass stops all others."""
+    counts = set()
+    for b in altered(record(objective)).values():
+        model = Counted(built(objective, net))
+        terms = step(objective, model, b)
+        assert terms.loss.isfinite().all()
+        counts.add((model.graded, model.still))
+    assert len(counts) == 1
+
+
+GUIDED = Guide(zeta=0.5)
+COUNTS = [  # passes with gradients, and without
+    (FlowMatching(), 1, 0),
+    (FlowMatching(guide=GUIDED), 1, 1),  # null
+    (DuMo(guide=Guide(), slope=Central()), 1, 2),  # t - h, t + h
+    (DuMo(guide=GUIDED, slope=Central()), 1, 3),  # and null; V(c) is the graded pass itself
+    (DuMo(guide=GUIDED, slope=Jvp()), 1, 2),  # null, and one differentiated
+    (MeanFlow(guide=Guide(), slope=Central()), 1, 2),
+    (MeanFlow(slope=Central()), 1, 4),  # V(c) at r = t, null, t - h, t + h
+    (MeanFlow(guide=Guide(omega=0.5, zeta=0.5), slope=Central()), 1, 3),  # null weighs nothing
+    (MeanFlow(guide=Guide(omega=1.5), slope=Central()), 1, 3),  # V(c) weighs nothing
+    (MeanFlow(slope=Jvp()), 1, 3),
+]
+
+
+@pytest.mark.parametrize(("objective", "graded", "still"), COUNTS)
+def test_passes_are_as_many_as_documented(objective: Any, graded: int, still: int) -> None:
+    model = Counted(built(objective, nets()[0]))
+    step(objective, model, record(objective))
+    assert (model.graded, model.still) == (graded, still)
+
+
+@each_objective
+@each_net
+def test_every_parameter_gets_a_gradient(objective: Any, net: Any) -> None:
+    model = built(objective, net)
+    step(objective, model, record(objective)).loss.mean().backward()
+    for key, p in model.named_parameters():
+        assert p.grad is not None, key
+        assert p.grad.isfinite().all(), key
+        assert p.grad.any(), key
+
+
+@each_objective
+@each_net
+def test_reference_gets_no_gradient(objective: Any, net: Any) -> None:
+    """theta^- as a copy, its weights asking for gradients, gives the same loss and gradients, and gets none."""
+    model, b = built(objective, net), record(objective)
+    ref = deepcopy(model)
+
+    def grads(loss: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(loss.mean(), list(model.parameters())))
+
+    one, two = objective.loss(model, Frozen(model), b), objective.loss(model, Frozen(ref), b)
+    assert torch.equal(one.loss, two.loss)
+    assert all(torch.equal(a, b) for a, b in zip(grads(one.loss), grads(two.loss), strict=True))
+    objective.loss(model, Frozen(ref), b).loss.mean().backward()
+    assert all(p.grad is None for p in ref.parameters())
+
+
+@each_objective
+@each_net
+def test_loss_serves_data_without_classes(objective: Any, net: Any) -> None:
+    model = built(objective, net, classes=0)
+    b = replace(record(objective), c=torch.zeros(12, dtype=torch.long), null=torch.zeros(12, dtype=torch.long))
+    terms = step(objective, model, b)
+    assert terms.loss.isfinite().all()
+    terms.loss.mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+@each_objective
+def test_loss_serves_points(objective: Any) -> None:
+    (mlp,) = (net for net in nets() if net.kind == "mlp")
+    assert step(objective, built(objective, mlp, (2,)), record(objective, shape=(2,))).loss.isfinite().all()
+
+
+def low(cast: Callable[[Tensor], Tensor], b: Noised) -> Noised:
+    """The record with its data in another precision; times stay."""
+    return replace(b, **{key: cast(getattr(b, key)) for key in ("x", "z", "x_t", "v_t")}, t=b.t.float(), r=b.r.float())
+
+
+@each_objective
+@each_net
+@pytest.mark.parametrize("bf16_data", [False, True], ids=["fp32 data", "bf16 data"])
+def test_bf16_is_served_or_refused(objective: Any, net: Any, bf16_data: bool) -> None:
+    """Exact slopes work in the corners of time under autocast; differences are refused there, for they would be noise."""
+    model = built(objective, net).float()
+    for b in altered(record(objective)).values():
+        b = low(lambda x: x.to(torch.bfloat16 if bf16_data else torch.float32), b)
+        with torch.autocast("cpu", torch.bfloat16):
+            if isinstance(getattr(objective, "slope", None), Central):
+                with pytest.raises(UserError, match="fp32"):
+                    step(objective, model, b)
+            else:
+                loss = step(objective, model, b).loss
+                assert loss.isfinite().all()
+                loss.mean().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("objective", [o for o in ALL if isinstance(getattr(o, "slope", None), Central)], ids=name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_differences_are_refused_below_fp32_without_autocast(objective: Any, dtype: torch.dtype) -> None:
+    model = built(objective, nets()[0]).to(dtype)
+    with pytest.raises(UserError, match="fp32"):
+        step(objective, model, low(lambda x: x.to(dtype), record(objective)))
+
+
+@each_net
+@pytest.mark.parametrize("power", [0.0, 1.0])
+@pytest.mark.parametrize("slope", [Central(), Jvp()], ids=lambda s: s.kind)
+def test_meanflow_without_a_step_is_flow_matching(net: Any, power: float, slope: Any) -> None:
+    """At r = t its gradient is that of flow matching, row by row, times D / (S + floor)^power for D numbers in a row."""
+    mine, other = MeanFlow(slope=slope, power=power, guide=GUIDE), FlowMatching(guide=GUIDE)
+    model, b = built(mine, net), altered(record(mine))["no step"]
+
+    class AtOneTime(nn.Module):
+        def forward(self, x: Tensor, c: Tensor, /, t: Tensor) -> tuple[Tensor, ...]:
+            return model(x, c, t=t, r=t)
+
+    for i in range(4):
+        row, parameters = b[i : i + 1], list(model.parameters())
+        terms, flow = step(mine, model, row), step(other, AtOneTime(), row)
+        size = row.x[0].numel()
+        assert torch.allclose(terms.parts["u"], flow.loss, rtol=1e-12, atol=0)
+        factor = size / (size * flow.loss.item() + mine.floor) ** power
+        one, two = (torch.autograd.grad(loss.mean(), parameters) for loss in (terms.loss, flow.loss))
+        for a, c in zip(one, two, strict=True):
+            assert torch.allclose(a, factor * c, rtol=1e-9, atol=1e-12)

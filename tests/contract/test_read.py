@@ -1,0 +1,43 @@
+"""What every reading keeps: it is made without a pass, one pass serves it, and it needs only what the net was built for."""
+
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from contract.case import Counted, kind, name, nets, objectives, randomise
+
+from dumo.flow.read import bind
+from dumo.types import Reads
+
+
+@pytest.mark.parametrize("objective", list(objectives()), ids=name)
+@pytest.mark.parametrize("net", nets(), ids=kind)
+def test_readings(objective: Any, net: Any) -> None:
+    model = Counted(randomise(net.build(objective.needs, (2, 4, 4), 3)))
+    reads = objective.read(bind(model, **objective.needs.knobs))
+    assert (model.graded, model.still) == (0, 0)
+
+    x, t, c = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.rand(5), torch.arange(5) % 4
+    arguments = {"velocity": (x, t, c), "endpoint": (x, t, c), "flow_map": (x, t, t / 2, c)}
+    taught = [f.name for f in fields(Reads) if getattr(reads, f.name) is not None]
+    assert taught
+    for i, reading in enumerate(taught, start=1):
+        out = getattr(reads, reading)(*arguments[reading])
+        assert out.shape == x.shape
+        assert out.isfinite().all()
+        assert model.graded + model.still == i
+        assert out.requires_grad
+
+
+@pytest.mark.parametrize("objective", list(objectives()), ids=name)
+def test_a_jump_of_no_time_stays(objective: Any) -> None:
+    net = randomise(nets()[0].build(objective.needs, (2, 4, 4), 3))
+    reads, x = objective.read(net), torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    zero, half, c = torch.zeros(3), torch.full((3,), 0.5), torch.zeros(3, dtype=torch.long)
+    if reads.endpoint is not None:
+        assert torch.equal(reads.endpoint(x, zero, c), x)
+    if reads.flow_map is not None:
+        assert torch.equal(reads.flow_map(x, half, half, c), x)
+        assert reads.endpoint is not None
+        assert torch.equal(reads.flow_map(x, half, zero, c), reads.endpoint(x, half, c))

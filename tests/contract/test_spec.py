@@ -1,0 +1,109 @@
+"""What every spec keeps: a frozen value, told apart by kind, that survives a file and refuses what it does not know."""
+
+from typing import Any
+
+import pytest
+from contract.case import kind, members
+from pydantic import TypeAdapter, ValidationError
+
+from dumo.data import Data
+from dumo.flow.guide import Guide, Interval
+from dumo.flow.slope import Slope
+from dumo.flow.times import Level, Times
+from dumo.nets import Net
+from dumo.objectives import Objective
+
+FAMILIES = [Objective, Slope, Times, Net, Data]
+EVERY = [pytest.param(family, cls, id=kind(cls)) for family in FAMILIES for cls in members(family)]
+
+
+@pytest.mark.parametrize(("family", "cls"), EVERY)
+def test_kind_alone_builds_the_defaults(family: Any, cls: Any) -> None:
+    assert TypeAdapter(family).validate_python({"kind": kind(cls)}) == cls()
+
+
+@pytest.mark.parametrize(("family", "cls"), EVERY)
+def test_a_spec_survives_a_file(family: Any, cls: Any) -> None:
+    adapter = TypeAdapter(family)
+    assert adapter.validate_json(adapter.dump_json(cls())) == cls()
+
+
+@pytest.mark.parametrize(("family", "cls"), EVERY)
+def test_a_spec_is_a_value(family: Any, cls: Any) -> None:
+    spec = cls()
+    assert hash(spec) == hash(cls())
+    with pytest.raises(ValidationError, match="frozen"):
+        spec.kind = "other"
+
+
+@pytest.mark.parametrize(("family", "cls"), EVERY)
+def test_unknown_keys_are_refused(family: Any, cls: Any) -> None:
+    with pytest.raises(ValidationError, match="slop"):
+        TypeAdapter(family).validate_python({"kind": kind(cls), "slop": 1})
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unknown_kinds_are_refused_with_the_known_ones(family: Any) -> None:
+    with pytest.raises(ValidationError) as refused:
+        TypeAdapter(family).validate_python({"kind": "nonsense"})
+    assert all(kind(cls) in str(refused.value) for cls in members(family))
+    with pytest.raises(ValidationError, match="kind"):
+        TypeAdapter(family).validate_python({})
+
+
+@pytest.mark.parametrize(("family", "cls"), EVERY)
+def test_numbers_must_be_numbers(family: Any, cls: Any) -> None:
+    for key, field in cls.model_fields.items():
+        if field.annotation in (int, float):
+            for wrong in ("much", None, float("nan"), float("inf")):
+                with pytest.raises(ValidationError):
+                    TypeAdapter(family).validate_python({"kind": kind(cls), key: wrong})
+
+
+RANGES = [
+    (Objective, "dumo", "beta", (-0.1, 1.1)),
+    (Objective, "dumo", "drop", (-0.1, 1.1)),
+    (Objective, "flow_matching", "drop", (-0.1, 1.1)),
+    (Objective, "meanflow", "drop", (-0.1, 1.1)),
+    (Objective, "meanflow", "power", (-0.1,)),
+    (Objective, "meanflow", "floor", (0, -0.1)),
+    (Slope, "central", "h", (0, -0.005, 0.2)),
+    (Times, "beta", "a", (0, -1)),
+    (Times, "beta", "b", (0, -1)),
+    (Times, "uniform", "low", (-0.1, 1.0, 1.1)),
+    (Times, "uniform", "high", (0.0, 1.1)),
+    (Times, "logit_normal", "std", (0, -1)),
+    (Times, "pair", "velocity_ratio", (-0.1, 1.1)),
+    (Net, "mlp", "width", (0, 1.5)),
+    (Net, "mlp", "depth", (0,)),
+    (Net, "mlp", "time_scale", (0, -1)),
+    (Net, "dit", "width", (0, 6)),
+    (Net, "dit", "patch", (0,)),
+    (Net, "dit", "attention", (0,)),
+    (Data, "moons", "noise", (-0.1,)),
+]
+
+
+@pytest.mark.parametrize(("family", "kind", "key", "wrong"), RANGES)
+def test_what_is_out_of_range_is_refused_by_name(family: Any, kind: str, key: str, wrong: tuple[float, ...]) -> None:
+    for value in wrong:
+        with pytest.raises(ValidationError, match=key):
+            TypeAdapter(family).validate_python({"kind": kind, key: value})
+
+
+@pytest.mark.parametrize("wrong", [{"omega": 0}, {"zeta": 1}, {"zeta": -0.1}, {"scale": 2}])
+def test_guides_that_have_no_scale_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        Guide.model_validate(wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"low": 0.6, "high": 0.5}, {"low": -0.1}, {"high": 1.1}])
+def test_intervals_out_of_order_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        Interval.model_validate(wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"low": 1, "high": 0}, {"log": True}, {"log": True, "low": -1}])
+def test_levels_out_of_order_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Level.model_validate(wrong)

@@ -1,0 +1,27 @@
+"""The adaptive metric against its formula, value and gradient."""
+
+import pytest
+import torch
+
+from dumo.flow.metric import adaptive
+
+
+@pytest.mark.parametrize(("p", "c"), [(0.0, 0.01), (0.5, 0.1), (1.0, 0.01), (1.5, 1.0)])
+def test_value_and_gradient(p: float, c: float) -> None:
+    """S / (S + c)^p; the weight is held still, so the gradient is 2 e / (S + c)^p."""
+    e = torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    loss = adaptive(e, p, c)
+    (grad,) = torch.autograd.grad(loss.sum(), e)
+    for i in range(5):
+        total = sum(float(a) ** 2 for a in e[i].detach().flatten())
+        assert loss[i].item() == pytest.approx(total / (total + c) ** p, rel=1e-12)
+        assert torch.allclose(grad[i], 2 * e[i] / (total + c) ** p, rtol=1e-12, atol=0)
+
+
+def test_a_residual_of_zero_is_no_corner() -> None:
+    e = torch.zeros(2, 3, requires_grad=True)
+    loss = adaptive(e, 1.0, 0.01)
+    loss.sum().backward()
+    assert not loss.any()
+    assert e.grad is not None
+    assert not e.grad.any()

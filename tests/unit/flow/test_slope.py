@@ -1,0 +1,94 @@
+"""What slopes refuse, and how many passes they make. Their mathematics is in tests/theory."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dumo.flow.slope import Central, Jvp
+from dumo.types import Frozen, Heads, UserError
+
+
+class Noting(nn.Module):
+    """A net that notes what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor) -> Heads:
+        self.asked.append((x, t, r))
+        return (x * t[:, None],)
+
+
+X, C = torch.ones(2, 3), torch.zeros(2, dtype=torch.long)
+T, R, W = torch.tensor([0.5, 1.0]), torch.tensor([0.1, 0.2]), torch.full((2, 3), 2.0)
+
+
+def test_central_looks_both_ways_and_rests_r() -> None:
+    net = Noting()
+    _, along = Central(h=0.01)(net, Frozen(net), X, C, t=T, r=R)
+    assert len(net.asked) == 1
+    along(W)
+    behind, ahead = net.asked[1:]
+    for (x, t, r), sign in ((behind, -1), (ahead, 1)):
+        assert torch.allclose(x, X + sign * 0.01 * W)
+        assert torch.allclose(t, T + sign * 0.01)
+        assert torch.equal(r, R)
+
+
+def test_jvp_makes_one_pass_later() -> None:
+    net = Noting()
+    _, along = Jvp()(net, Frozen(net), X, C, t=T, r=R)
+    assert len(net.asked) == 1
+    (slope,) = along(W)
+    assert len(net.asked) == 2
+    assert torch.allclose(slope, W * T[:, None] + X)
+
+
+@pytest.mark.parametrize("slope", [Central(), Jvp()])
+def test_a_derivative_can_be_asked_for_twice(slope: Central | Jvp) -> None:
+    _, along = slope(Noting(), Frozen(Noting()), X, C, t=T, r=R)
+    assert torch.equal(along(W)[0], along(W)[0])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_central_refuses_low_precision_with_the_way_out(precision: str) -> None:
+    with pytest.raises(UserError, match=rf"fp32, not {precision}.*jvp"):
+        Central().check(precision)
+    Jvp().check(precision)
+
+
+@pytest.mark.parametrize(("h", "scale"), [(0.005, 10.1), (0.005, 1000.0), (0.06, 1.0), (0.1, 0.6)])
+def test_central_refuses_steps_too_wide_for_the_net(h: float, scale: float) -> None:
+    with pytest.raises(UserError, match=r"time_scale.*jvp"):
+        Central(h=h).check("fp32", scale)
+    Jvp().check("fp32", scale)
+
+
+@pytest.mark.parametrize(("h", "scale"), [(0.005, 1.0), (0.005, 10.0), (0.05, 1.0), (0.00005, 1000.0)])
+def test_central_serves_steps_that_are_narrow_enough(h: float, scale: float) -> None:
+    Central(h=h).check("fp32", scale)
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0, 7.0, 12.0, 70.0, 1000.0])
+def test_the_step_that_a_refusal_names_is_served(scale: float) -> None:
+    """The way out must be one."""
+    with pytest.raises(UserError) as refused:
+        Central(h=0.1).check("fp32", scale)
+    named = str(refused.value).split("h <= ")[1].split(",")[0]
+    Central(h=float(named)).check("fp32", scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_central_refuses_low_tensors(dtype: torch.dtype) -> None:
+    net = Noting()
+    with pytest.raises(UserError, match="fp32"):
+        Central()(net, Frozen(net), X.to(dtype), C, t=T, r=R)
+    assert net.asked == []
+
+
+def test_central_refuses_autocast() -> None:
+    net = Noting()
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match="fp32"):
+        Central()(net, Frozen(net), X, C, t=T, r=R)
+    Central()(net, Frozen(net), X, C, t=T, r=R)

@@ -1,0 +1,67 @@
+"""Pairs: their order, and the exact number of rows at r = t. Distributions are in tests/theory/test_law.py."""
+
+from typing import Any
+
+import pytest
+import torch
+from contract.case import kind, members
+
+from dumo.flow.draw import stream
+from dumo.flow.times import LAWS, Beta, Level, LogitNormal, Noise, Pair, Times, Uniform
+
+RATIOS = [0.0, 0.1, 0.2, 0.25, 1 / 3, 0.4, 0.5, 0.6, 0.75, 0.8, 0.9, 1.0]
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+@pytest.mark.parametrize("n", [1, 7, 60, 128, 1000, 4099])
+def test_share_of_rows_without_a_step_is_exact(ratio: float, n: int) -> None:
+    t, r = Pair(velocity_ratio=ratio)(n, stream(0))
+    assert (t == r).sum() == int(ratio * n + 1e-6)
+
+
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_rows_without_a_step_are_evenly_spread(ratio: float) -> None:
+    """Any run of rows, so any rank and any slice of accumulation, has its share within one row."""
+    t, r = Pair(velocity_ratio=ratio)(240, stream(1))
+    so_far = torch.cat([torch.zeros(1), (t == r).cumsum(0)])
+    for length in (1, 2, 15, 60, 120, 240):
+        inside = so_far[length:] - so_far[:-length]
+        assert (inside - ratio * length).abs().max() < 1 + 1e-6
+
+
+def test_rows_with_a_step_do_not_depend_on_the_ratio() -> None:
+    """So that runs at two ratios see the same times."""
+    (t, r), (t_half, r_half) = (Pair(velocity_ratio=ratio)(100, stream(2)) for ratio in (0, 0.5))
+    assert torch.equal(t, t_half)
+    assert torch.equal(r_half, torch.where(t_half == r_half, t, r))
+    assert (t > r).all()
+
+
+@pytest.mark.parametrize("of", [Beta(a=2, b=3), Uniform(low=0.2, high=0.4), LogitNormal(mean=-2, std=2)])
+def test_pairs_take_any_law_of_one_time(of: Any) -> None:
+    g, again = stream(3), stream(3)
+    t, r = Pair(of=of, velocity_ratio=0)(50, g)
+    (a, _), (b, _) = of(50, again), of(50, again)
+    assert torch.equal(t, a.maximum(b))
+    assert torch.equal(r, a.minimum(b))
+
+
+@pytest.mark.parametrize("law", [cls() for cls in members(Times)], ids=kind)
+def test_the_generator_decides(law: Any) -> None:
+    one, two, other = law(20, stream(4)), law(20, stream(4)), law(20, stream(5))
+    assert torch.equal(one[0], two[0])
+    assert torch.equal(one[1], two[1])
+    assert not torch.isclose(one[0], other[0]).all()
+
+
+@pytest.mark.parametrize("a", [0.01, 0.05, 0.5])
+def test_a_sharp_beta_stays_a_number(a: float) -> None:
+    """Gamma variables of small shape underflow; their ratio must not be 0 / 0."""
+    t, _ = Beta(a=a, b=a)(100_000, stream(6))
+    assert t.isfinite().all()
+    assert abs(t.mean() - 0.5) < 0.01
+
+
+def test_laws_of_other_things_are_not_laws_of_time() -> None:
+    assert not set(LAWS) & set(members(Times))
+    assert set(LAWS) == {Noise, Level}

@@ -1,0 +1,69 @@
+"""Embeddings by hand."""
+
+from math import cos, sin
+
+import pytest
+import torch
+
+from dumo.nets.embed import Scalars, grid_waves, label_table
+from dumo.nets.head import Gauges
+from dumo.types import Needs
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 1000.0])
+def test_waves_of_time(scale: float) -> None:
+    """cos and sin of scale t 10,000^(-i / 128): the quickest runs at the scale itself."""
+    waves = Scalars(("t",), 4, scale)._waves(torch.tensor([0.0, 0.3], dtype=torch.float64))
+    assert waves.shape == (2, 256)
+    assert torch.equal(waves[0], torch.cat([torch.ones(128), torch.zeros(128)]).double())
+    for i in (0, 1, 64, 127):
+        angle = scale * 0.3 * 10_000 ** (-i / 128)
+        assert waves[1, i].item() == pytest.approx(cos(angle), abs=1e-4 * max(1, scale / 100))
+        assert waves[1, 128 + i].item() == pytest.approx(sin(angle), abs=1e-4 * max(1, scale / 100))
+
+
+def test_embeddings_of_all_names_are_added() -> None:
+    scalars = Scalars(("t", "r", "w"), 4, 1.0)
+    t, r, w = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
+    parts = zip(("t", "r", "w"), (t, t - r, w), strict=True)
+    by_hand = sum(scalars.embedders[name](scalars._waves(number)) for name, number in parts)
+    assert torch.allclose(scalars(t=t, r=r, w=w), by_hand, rtol=0, atol=1e-6)
+
+
+def test_what_was_given_is_left_alone() -> None:
+    given = {"t": torch.tensor([0.5]), "r": torch.tensor([0.2])}
+    Scalars(("t", "r"), 4, 1.0)(**given)
+    assert given["r"].item() == pytest.approx(0.2)
+
+
+def test_embedders_start_small() -> None:
+    scalars = Scalars(("t",), 200, 1.0)
+    for key, p in scalars.named_parameters():
+        assert (p.std() if "weight" in key else p.abs().max()).item() == pytest.approx(0.02 * ("weight" in key), rel=0.05)
+
+
+def test_labels_have_a_row_for_null() -> None:
+    table = label_table(10, 300)
+    assert table.weight.shape == (11, 300)
+    assert table.weight.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+def test_waves_of_places() -> None:
+    """Columns first, then rows; of each the sines, then the cosines (DiT)."""
+    waves = grid_waves(3, 8)
+    assert waves.shape == (9, 8)
+    for row in range(3):
+        for column in range(3):
+            by_hand = [f(n * q) for n in (column, row) for f in (sin, cos) for q in (1.0, 0.01)]
+            assert waves[3 * row + column].tolist() == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_gauges_depend_on_the_scalars_alone() -> None:
+    gauges = Gauges(Needs(inputs=("t",), heads=("u",), gauges=("a", "b"), knobs={"w": 1.0}), 8, 1.0)
+    t, w = torch.rand(2, 5, generator=torch.Generator().manual_seed(0))
+    assert not any(out.any() for out in gauges(t=t, w=w))
+    torch.nn.init.normal_(gauges.out.weight, generator=torch.Generator().manual_seed(0))
+    a, b = gauges(t=t, w=w)
+    assert a.shape == b.shape == (5,)
+    assert not torch.allclose(a, b)
+    assert not torch.allclose(a, gauges(t=t, w=w + 1)[0])
