@@ -27,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Train generative models that make an image in one or two network passes.\n\n"
-    "Start with:  dumo train digits,  then  dumo sample runs/digits,  dumo evaluate runs/digits,  dumo report runs/digits",
+    "Start with  dumo train digits,  then  dumo sample,  dumo evaluate  and  dumo report  with  runs/digits.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 out, err = Console(), Console(stderr=True)

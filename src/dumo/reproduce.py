@@ -103,7 +103,8 @@ def origin(command: str) -> dict[str, Any]:
     return {
         "command": command,
         "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": {"dumo": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }
@@ -189,7 +190,7 @@ def units(spec: Run) -> float:
 
 
 def zoo_table(done: list[Finished]) -> list[dict[str, Any]]:
-    """A row per objective and number of passes: mean, and sd over seeds, of the Fréchet distance; the means of others."""
+    """A row per objective and number of passes: means over seeds, and the sd of the Fréchet distance."""
     rows: list[dict[str, Any]] = []
     for title in ZOO:
         mine = [one for one in done if one.cell.labels["objective"] == title]

@@ -20,7 +20,9 @@ def rows(objective: Any, step: int = 3, seed: int = 0, first: int = 0, n: int = 
     g = torch.Generator().manual_seed(0)
     x, c = torch.randn(N, 2, 3, generator=g), torch.arange(N) % 5
     some = slice(first, first + n)
-    return draw(objective, Linear(), x[some], c[some], torch.full_like(c, 5)[some], seed=seed, step=step, batch=N, first=first)
+    return draw(
+        objective, Linear(), x[some], c[some], torch.full_like(c, 5)[some], seed=seed, step=step, batch=N, first=first
+    )
 
 
 def tensors(b: Noised) -> dict[str, Tensor]:

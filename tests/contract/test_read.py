@@ -18,7 +18,8 @@ def test_readings(objective: Any, net: Any) -> None:
     reads = objective.read(bind(model, **objective.needs.knobs))
     assert (model.graded, model.still) == (0, 0)
 
-    x, t, c = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.rand(5), torch.arange(5) % 4
+    g = torch.Generator().manual_seed(0)
+    x, t, c = torch.randn(5, 2, 4, 4, generator=g), torch.rand(5, generator=g), torch.arange(5) % 4
     arguments = {"velocity": (x, t, c), "endpoint": (x, t, c), "flow_map": (x, t, t / 2, c)}
     taught = [f.name for f in fields(Reads) if getattr(reads, f.name) is not None]
     assert taught

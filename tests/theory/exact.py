@@ -254,7 +254,10 @@ def gaussian(guide: Guide = PLAIN) -> Gaussian:
 def plane(guide: Guide = PLAIN) -> Mixture:
     """Two classes of two components each, in the plane; the null has all four."""
     weight = table([0.4, 0.6, 0, 0], [0, 0, 0.5, 0.5], [0.2, 0.3, 0.25, 0.25])
-    mean, std = table([-0.8, 0.6], [0.7, -0.5], [0.4, 0.9], [-0.3, -0.9]), table([0.7, 0.8], [0.8, 0.7], [0.9, 0.6], [0.7, 0.7])
+    mean, std = (
+        table([-0.8, 0.6], [0.7, -0.5], [0.4, 0.9], [-0.3, -0.9]),
+        table([0.7, 0.8], [0.8, 0.7], [0.9, 0.6], [0.7, 0.7]),
+    )
     return Mixture(weight, mean, std, guide)
 
 

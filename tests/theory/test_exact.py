@@ -4,7 +4,21 @@ from math import pi, sqrt
 
 import pytest
 import torch
-from theory.exact import APART, PRODUCT, D, Exact, Flow, Gaussian, Mixture, Product, column, gaussian, integrate, plane, table
+from theory.exact import (
+    APART,
+    PRODUCT,
+    D,
+    Exact,
+    Flow,
+    Gaussian,
+    Mixture,
+    Product,
+    column,
+    gaussian,
+    integrate,
+    plane,
+    table,
+)
 from torch import Tensor
 
 from dumo.flow.guide import Guide, Interval
@@ -31,7 +45,9 @@ def test_velocity_is_the_mean_slope_by_quadrature() -> None:
         at = torch.tensor([-1.3, 0.2, 0.9], dtype=D)
         posterior = prior * (-(((at[:, None] - (1 - t) * x) / t) ** 2) / 2).exp()
         slope = (posterior * (at[:, None] - x) / t).sum(1) / posterior.sum(1)
-        v = Mixture(weight, mean, std).velocity(at[:, None], torch.zeros(3, dtype=torch.long), torch.full((3,), t, dtype=D))
+        v = Mixture(weight, mean, std).velocity(
+            at[:, None], torch.zeros(3, dtype=torch.long), torch.full((3,), t, dtype=D)
+        )
         assert (v[:, 0] - slope).abs().max() < 1e-12
 
 
@@ -77,7 +93,9 @@ def test_quantiles_keep_the_shares() -> None:
     share = (torch.erf(noise / sqrt(2)) / 2).flatten()
     grid = torch.linspace(-8, 8, 200_001, dtype=D)
     for i in range(2):
-        bell = (-(((grid - PRODUCT.mean[:, i, None]) / PRODUCT.std[:, i, None]) ** 2) / 2).exp() / PRODUCT.std[:, i, None]
+        bell = (-(((grid - PRODUCT.mean[:, i, None]) / PRODUCT.std[:, i, None]) ** 2) / 2).exp() / PRODUCT.std[
+            :, i, None
+        ]
         law = (PRODUCT.weight[0][:, None] * bell).sum(0) / sqrt(2 * pi)
         for k in range(3):
             reached = law[grid < data[k, i]].sum() * 16 / 200_000

@@ -39,7 +39,9 @@ def cases(flow: Flow, guide: Guide, note: str, *, exact: bool) -> Iterator[Any]:
 
 
 ON_GAUSSIANS = [case for note, g in GUIDES.items() for case in cases(gaussian(g), g, note, exact=True)]
-ON_MIXTURES = [case for f, note in ((APART, "means"), (PRODUCT, "product")) for case in cases(f, NONE, note, exact=True)]
+ON_MIXTURES = [
+    case for f, note in ((APART, "means"), (PRODUCT, "product")) for case in cases(f, NONE, note, exact=True)
+]
 IN_THE_PLANE = list(cases(plane(DUMO), DUMO, "plane", exact=True))
 BY_DIFFERENCE = [
     case

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dumo.data.digits import Digits
-from dumo.data.toy import Moons
+from dumo.data.digits import Digits as Digits
+from dumo.data.toy import Moons as Moons
 
 Data = Annotated[Digits | Moons, Field(discriminator="kind")]

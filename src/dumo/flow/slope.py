@@ -58,10 +58,11 @@ class Central(Spec):
                 "difference (42 to 83 % wrong under bf16). Use precision fp32, or slope 'jvp'"
             )
         if self.h * time_scale > MAX_STEP:
+            most = floor(1e6 * MAX_STEP / time_scale) / 1e6
             raise UserError(
                 f"slope 'central' with h = {self.h} on a net with time_scale = {time_scale}: h * time_scale is above "
-                f"{MAX_STEP}, and the difference is no longer a derivative. Use h <= {floor(1e4 * MAX_STEP / time_scale) / 1e4:g}, a "
-                "smaller time_scale, or slope 'jvp'"
+                f"{MAX_STEP}, and the difference is no longer a derivative. Use h <= {most:g}, a smaller time_scale or "
+                "slope 'jvp'"
             )
 
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dumo.nets.dit import DiT
-from dumo.nets.mlp import MLP
+from dumo.nets.dit import DiT as DiT
+from dumo.nets.mlp import MLP as MLP
 
 Net = Annotated[DiT | MLP, Field(discriminator="kind")]

@@ -4,8 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dumo.objectives.dumo import DuMo
-from dumo.objectives.flow_matching import FlowMatching
-from dumo.objectives.meanflow import MeanFlow
+from dumo.objectives.dumo import DuMo as DuMo
+from dumo.objectives.flow_matching import FlowMatching as FlowMatching
+from dumo.objectives.meanflow import MeanFlow as MeanFlow
 
 Objective = Annotated[DuMo | FlowMatching | MeanFlow, Field(discriminator="kind")]

@@ -21,7 +21,9 @@ def test_the_same_key_gives_the_same_bits() -> None:
     assert torch.equal(first("0", "1", "z"), first(0, 1, "z"))
 
 
-@pytest.mark.parametrize("other", [(1, 1, "z"), (0, 2, "z"), (0, 1, "t"), (0, 11, "z"), (0, "z", 1), (0, 1), (0, 1, "z", 0)])
+@pytest.mark.parametrize(
+    "other", [(1, 1, "z"), (0, 2, "z"), (0, 1, "t"), (0, 11, "z"), (0, "z", 1), (0, 1), (0, 1, "z", 0)]
+)
 def test_every_part_of_the_key_counts(other: tuple[int | str, ...]) -> None:
     assert not torch.isclose(first(0, 1, "z"), first(*other)).any()
 

@@ -85,7 +85,9 @@ def test_rows_outside_the_interval_keep_v_t(low: float, high: float, rows: list[
     assert guide.rows(record()).nonzero().flatten().tolist() == rows
 
 
-@pytest.mark.parametrize(("omega", "zeta", "scale"), [(1, 0, 1), (1, 0.55, 1 / 0.45), (0.2, 0.92, 2.5), (1.75, 0, 1.75)])
+@pytest.mark.parametrize(
+    ("omega", "zeta", "scale"), [(1, 0, 1), (1, 0.55, 1 / 0.45), (0.2, 0.92, 2.5), (1.75, 0, 1.75)]
+)
 def test_effective_scale_is_where_the_map_settles(omega: float, zeta: float, scale: float) -> None:
     """V <- omega v + zeta V + (1 - omega - zeta) V_0, again and again, ends at V_0 + w (v - V_0)."""
     guide = Guide(omega=omega, zeta=zeta)

@@ -39,7 +39,9 @@ def test_what_was_given_is_left_alone() -> None:
 def test_embedders_start_small() -> None:
     scalars = Scalars(("t",), 200, 1.0)
     for key, p in scalars.named_parameters():
-        assert (p.std() if "weight" in key else p.abs().max()).item() == pytest.approx(0.02 * ("weight" in key), rel=0.05)
+        assert (p.std() if "weight" in key else p.abs().max()).item() == pytest.approx(
+            0.02 * ("weight" in key), rel=0.05
+        )
 
 
 def test_labels_have_a_row_for_null() -> None:

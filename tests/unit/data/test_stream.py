@@ -1,0 +1,51 @@
+"""Rows of a step: epochs are permutations laid end to end, and a step number is all that is needed to go on."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dumo.data.stream import rows_of
+
+
+def laid_out(steps: int, batch: int, size: int, seed: int = 0) -> Tensor:
+    return torch.cat([rows_of(step, batch, size=size, seed=seed) for step in range(steps)])
+
+
+@pytest.mark.parametrize(("batch", "size"), [(5, 20), (7, 20), (20, 20), (1, 3), (50, 20), (33, 10), (64, 1)])
+def test_each_epoch_is_a_permutation(batch: int, size: int) -> None:
+    """Whether or not batches fit: rows cross from one epoch into the next, none twice, none missing."""
+    epochs = 6
+    rows = laid_out(-(-epochs * size // batch), batch, size)[: epochs * size].view(epochs, size)
+    assert torch.equal(rows.sort(1).values, torch.arange(size).expand(epochs, size))
+
+
+def test_epochs_are_in_their_own_order() -> None:
+    rows = laid_out(4, 100, 100).view(4, 100)
+    for i in range(4):
+        assert not torch.equal(rows[i], torch.arange(100))
+        assert all((rows[i] == rows[j]).sum() < 15 for j in range(i))
+
+
+def test_orders_are_keyed_by_the_seed() -> None:
+    one, other = (rows_of(3, 50, size=100, seed=seed) for seed in (0, 1))
+    assert torch.equal(one, rows_of(3, 50, size=100, seed=0))
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("cut", [1, 4, 7])
+def test_steps_have_no_memory(cut: int) -> None:
+    """From any step on, alone and backwards, the rows are those of a run in one go."""
+    whole = laid_out(10, 7, 20).view(10, 7)
+    for step in reversed(range(cut, 10)):
+        assert torch.equal(rows_of(step, 7, size=20, seed=0), whole[step])
+
+
+def test_the_batch_size_does_not_change_the_order() -> None:
+    """Rows come in one endless line: ten batches of 6 are six of 10."""
+    assert torch.equal(laid_out(10, 6, 20), laid_out(6, 10, 20))
+
+
+def test_the_global_generator_rests() -> None:
+    state = torch.get_rng_state()
+    rows_of(0, 5, size=10, seed=0)
+    assert torch.equal(state, torch.get_rng_state())

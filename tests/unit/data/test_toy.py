@@ -1,0 +1,77 @@
+"""The moons: where they lie, how they are scaled, and that no two draws are the same."""
+
+from math import pi, sqrt
+
+import pytest
+import torch
+from torch import Tensor
+
+from dumo.data import Moons
+from dumo.data.source import Endless
+
+
+def drawn(noise: float, n: int = 200_000) -> Tensor:
+    return Moons(noise=noise).open().reference(n, 0)[0].double()
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.3])
+def test_centred_with_unit_spread(noise: float) -> None:
+    """Noise adds its own variance, in the units of each axis."""
+    x = drawn(noise)
+    unit = torch.tensor([3 / 4, 9 / 16 - 1 / pi], dtype=torch.float64)
+    assert x.mean(0).abs().max() < 5 / sqrt(len(x)) * 1.5
+    assert (x.var(0) - 1 - noise**2 / unit).abs().max() < 0.02
+
+
+def test_moons_are_two_half_circles_that_hook_into_each_other() -> None:
+    x = drawn(0.0) * torch.tensor([3 / 4, 9 / 16 - 1 / pi]).double().sqrt() + torch.tensor([0.5, 0.25])
+    upper = ((x**2).sum(1) - 1).abs() < 1e-4
+    lower = (((x - torch.tensor([1.0, 0.5])) ** 2).sum(1) - 1).abs() < 1e-4
+    assert (upper | lower).all()
+    assert (x[upper & ~lower, 1] > -1e-4).all()
+    assert (x[lower & ~upper, 1] < 0.5 + 1e-4).all()
+    assert abs(lower.double().mean() - 0.5) < 0.01
+
+
+def test_angles_are_uniform() -> None:
+    """Each eighth of an arc has an eighth of its points."""
+    x = drawn(0.0) * torch.tensor([3 / 4, 9 / 16 - 1 / pi]).double().sqrt() + torch.tensor([0.5, 0.25])
+    upper = x[((x**2).sum(1) - 1).abs() < 1e-4]
+    share = torch.atan2(upper[:, 1], upper[:, 0]).clamp(0, pi).histc(8, 0, pi) / len(upper)
+    assert (share - 1 / 8).abs().max() < 0.01
+
+
+def test_batches_are_fresh_and_keyed() -> None:
+    source = Moons().open()
+    assert isinstance(source, Endless)
+    assert source.size is None
+    x, c = source.batch(4, 50, 0)
+    assert x.shape == (50, *Moons.shape)
+    assert x.dtype == torch.float32
+    assert not c.any()
+    assert torch.equal(x, source.batch(4, 50, 0)[0])
+    for other in (source.batch(5, 50, 0), source.batch(4, 50, 1), source.reference(50, 0)):
+        assert not torch.isclose(x, other[0]).all(1).any()
+
+
+def test_references_are_numbered() -> None:
+    source = Moons().open()
+    one, again, two = (source.reference(50, 0, i)[0] for i in (0, 0, 1))
+    assert torch.equal(one, again)
+    assert not torch.isclose(one, two).all(1).any()
+
+
+def test_steps_are_independent() -> None:
+    """No lattice, no memory: neighbouring steps are uncorrelated, and so are the rows of one."""
+    source = Moons().open()
+    first = torch.stack([source.batch(step, 2, 0)[0].flatten() for step in range(4000)])
+    lagged = torch.corrcoef(torch.cat([first[:-1], first[1:]], 1).T)
+    inside, across = lagged[:4, :4] - torch.eye(4), lagged[:4, 4:]
+    assert across.abs().max() < 5 / sqrt(4000)
+    assert inside[:2, 2:].abs().max() < 5 / sqrt(4000)
+
+
+def test_the_global_generator_rests() -> None:
+    state = torch.get_rng_state()
+    Moons().open().batch(0, 10, 0)
+    assert torch.equal(state, torch.get_rng_state())
