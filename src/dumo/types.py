@@ -27,7 +27,7 @@ class UserError(ValueError):
 class Spec(BaseModel):
     """A value that says what to build or do; every family is a union of specs told apart by `kind`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 @runtime_checkable

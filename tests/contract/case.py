@@ -1,7 +1,7 @@
 """The members of every family, found through the unions: a new one is tested without a word written here."""
 
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from dumo.types import Frozen, Noised, Spec, Terms
 SMALL = {"width": 16, "depth": 2, "attention": 2, "patch": 2}  # what a net has of these is set so
 
 
-def members(union: Any) -> tuple[type[Any], ...]:
+def members(union: object) -> tuple[type[Spec], ...]:
     """The specs of a union that is told apart by kind."""
     return get_args(get_args(union)[0])
 
@@ -24,8 +24,8 @@ def kind(spec: type[Spec] | Spec) -> str:
     return type(spec).model_fields["kind"].default if isinstance(spec, Spec) else spec.model_fields["kind"].default
 
 
-def objectives(*, exact: bool = False, **fields: Any) -> Iterator[Any]:
-    """Every objective, with every slope it may have (exact: none that is a difference), and `fields` where it has them."""
+def objectives(*, exact: bool = False, **fields: object) -> Iterator[Objective]:
+    """Every objective with every slope it may have (exact: but differences), and with `fields` where it has them."""
     for cls in members(Objective):
         own = {name: value for name, value in fields.items() if name in cls.model_fields}
         if "slope" not in cls.model_fields:
@@ -36,12 +36,12 @@ def objectives(*, exact: bool = False, **fields: Any) -> Iterator[Any]:
                 yield cls(**own, slope=slope())
 
 
-def name(spec: Any) -> str:
+def name(spec: Spec) -> str:
     """An objective's kind and slope."""
     return "-".join(s.kind for s in (spec, getattr(spec, "slope", None)) if s is not None)
 
 
-def nets() -> list[Any]:
+def nets() -> list[Net]:
     """Every net, small."""
     return [cls(**{k: v for k, v in SMALL.items() if k in cls.model_fields}) for cls in members(Net)]
 
@@ -68,6 +68,6 @@ class Counted(nn.Module):
         return self.net(x, c, **inputs)
 
 
-def step(objective: Any, net: nn.Module, b: Noised) -> Terms:
+def step(objective: Objective, net: nn.Module, b: Noised) -> Terms:
     """The loss of a record, theta^- being the net itself."""
     return objective.loss(net, Frozen(net), b)

@@ -1,13 +1,12 @@
 """What every objective's record keeps: drawn for the whole batch, so that any share of it has the same rows."""
 
 from dataclasses import fields
-from typing import Any
 
 import pytest
 import torch
-from contract.case import name, objectives
 from torch import Tensor
 
+from contract.case import name, objectives
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.types import Noised, Objective
@@ -16,7 +15,7 @@ each = pytest.mark.parametrize("objective", list(objectives(drop=0.4)), ids=name
 N = 24
 
 
-def rows(objective: Any, step: int = 3, seed: int = 0, first: int = 0, n: int = N) -> Noised:
+def rows(objective: Objective, step: int = 3, seed: int = 0, first: int = 0, n: int = N) -> Noised:
     g = torch.Generator().manual_seed(0)
     x, c = torch.randn(N, 2, 3, generator=g), torch.arange(N) % 5
     some = slice(first, first + n)
@@ -30,12 +29,12 @@ def tensors(b: Noised) -> dict[str, Tensor]:
 
 
 @each
-def test_objective_fits_its_protocol(objective: Any) -> None:
+def test_objective_fits_its_protocol(objective: Objective) -> None:
     assert isinstance(objective, Objective)
 
 
 @each
-def test_shares_of_the_draw_are_the_whole(objective: Any) -> None:
+def test_shares_of_the_draw_are_the_whole(objective: Objective) -> None:
     whole = tensors(rows(objective))
     for cut in ([12, 12], [1, 7, 16], [24]):
         firsts = [sum(cut[:i]) for i in range(len(cut))]
@@ -45,13 +44,13 @@ def test_shares_of_the_draw_are_the_whole(objective: Any) -> None:
 
 
 @each
-def test_a_slice_of_the_record_is_its_rows(objective: Any) -> None:
+def test_a_slice_of_the_record_is_its_rows(objective: Objective) -> None:
     whole, part = tensors(rows(objective)), tensors(rows(objective)[4:9])
     assert all(torch.equal(part[key], v[4:9]) for key, v in whole.items())
 
 
 @each
-def test_draws_are_keyed_by_seed_and_step(objective: Any) -> None:
+def test_draws_are_keyed_by_seed_and_step(objective: Objective) -> None:
     state = torch.get_rng_state()
     base, again = tensors(rows(objective)), tensors(rows(objective))
     assert all(torch.equal(v, again[key]) for key, v in base.items())
@@ -62,7 +61,7 @@ def test_draws_are_keyed_by_seed_and_step(objective: Any) -> None:
 
 
 @each
-def test_record_is_consistent(objective: Any) -> None:
+def test_record_is_consistent(objective: Objective) -> None:
     b = rows(objective)
     assert torch.equal(b.v_t, b.z - b.x)
     assert torch.allclose(b.x_t, b.x + b.t[:, None, None] * b.v_t, rtol=0, atol=1e-6)

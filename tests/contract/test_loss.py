@@ -3,18 +3,18 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import fields, replace
-from typing import Any
 
 import pytest
 import torch
-from contract.case import Counted, kind, name, nets, objectives, randomise, step
 from torch import Tensor, nn
 
+from contract.case import Counted, kind, name, nets, objectives, randomise, step
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
-from dumo.flow.slope import Central, Jvp
-from dumo.objectives import DuMo, FlowMatching, MeanFlow
+from dumo.flow.slope import Central, Jvp, Slope
+from dumo.nets import Net
+from dumo.objectives import DuMo, FlowMatching, MeanFlow, Objective
 from dumo.types import Frozen, Noised, UserError
 
 GUIDE = Guide(omega=0.7, zeta=0.4)
@@ -25,12 +25,12 @@ each_objective = pytest.mark.parametrize("objective", ALL, ids=name)
 each_net = pytest.mark.parametrize("net", nets(), ids=kind)
 
 
-def built(objective: Any, net: Any, shape: tuple[int, ...] = SHAPE, classes: int = CLASSES) -> nn.Module:
+def built(objective: Objective, net: Net, shape: tuple[int, ...] = SHAPE, classes: int = CLASSES) -> nn.Module:
     """A net of random weights in float64."""
     return randomise(net.build(objective.needs, shape, classes)).double()
 
 
-def record(objective: Any, n: int = 12, shape: tuple[int, ...] = SHAPE, rows: slice = slice(None)) -> Noised:
+def record(objective: Objective, n: int = 12, shape: tuple[int, ...] = SHAPE, rows: slice = slice(None)) -> Noised:
     """Rows of a batch of n."""
     g = torch.Generator().manual_seed(3)
     x = torch.randn(n, *shape, generator=g, dtype=torch.float64)
@@ -41,7 +41,7 @@ def record(objective: Any, n: int = 12, shape: tuple[int, ...] = SHAPE, rows: sl
 
 @each_objective
 @each_net
-def test_loss_and_parts_are_one_number_per_row(objective: Any, net: Any) -> None:
+def test_loss_and_parts_are_one_number_per_row(objective: Objective, net: Net) -> None:
     terms = step(objective, built(objective, net), record(objective))
     assert terms.parts
     for row in (terms.loss, *terms.parts.values()):
@@ -53,7 +53,7 @@ def test_loss_and_parts_are_one_number_per_row(objective: Any, net: Any) -> None
 
 @each_objective
 @each_net
-def test_loss_is_pure(objective: Any, net: Any) -> None:
+def test_loss_is_pure(objective: Objective, net: Net) -> None:
     """Twice the same bits; the record, the weights and the global generator are left as they were."""
     model, b = built(objective, net), record(objective)
     tensors = {f.name: v for f in fields(b) if isinstance(v := getattr(b, f.name), Tensor)} | dict(b.drawn)
@@ -69,7 +69,7 @@ def test_loss_is_pure(objective: Any, net: Any) -> None:
 
 @each_objective
 @each_net
-def test_halves_of_the_loss_are_the_whole(objective: Any, net: Any) -> None:
+def test_halves_of_the_loss_are_the_whole(objective: Objective, net: Net) -> None:
     model = built(objective, net)
     whole = step(objective, model, record(objective)).loss
     halves = [step(objective, model, record(objective, rows=slice(i, i + 6))).loss for i in (0, 6)]
@@ -99,7 +99,7 @@ def altered(b: Noised) -> dict[str, Noised]:
 
 @each_objective
 @each_net
-def test_passes_never_depend_on_the_record(objective: Any, net: Any) -> None:
+def test_passes_never_depend_on_the_record(objective: Objective, net: Net) -> None:
     """Under sharding, a rank that skips a pass stops all others."""
     counts = set()
     for b in altered(record(objective)).values():
@@ -126,7 +126,7 @@ COUNTS = [  # passes with gradients, and without
 
 
 @pytest.mark.parametrize(("objective", "graded", "still"), COUNTS)
-def test_passes_are_as_many_as_documented(objective: Any, graded: int, still: int) -> None:
+def test_passes_are_as_many_as_documented(objective: Objective, graded: int, still: int) -> None:
     model = Counted(built(objective, nets()[0]))
     step(objective, model, record(objective))
     assert (model.graded, model.still) == (graded, still)
@@ -134,7 +134,7 @@ def test_passes_are_as_many_as_documented(objective: Any, graded: int, still: in
 
 @each_objective
 @each_net
-def test_every_parameter_gets_a_gradient(objective: Any, net: Any) -> None:
+def test_every_parameter_gets_a_gradient(objective: Objective, net: Net) -> None:
     model = built(objective, net)
     step(objective, model, record(objective)).loss.mean().backward()
     for key, p in model.named_parameters():
@@ -145,7 +145,7 @@ def test_every_parameter_gets_a_gradient(objective: Any, net: Any) -> None:
 
 @each_objective
 @each_net
-def test_reference_gets_no_gradient(objective: Any, net: Any) -> None:
+def test_reference_gets_no_gradient(objective: Objective, net: Net) -> None:
     """theta^- as a copy, its weights asking for gradients, gives the same loss and gradients, and gets none."""
     model, b = built(objective, net), record(objective)
     ref = deepcopy(model)
@@ -162,7 +162,7 @@ def test_reference_gets_no_gradient(objective: Any, net: Any) -> None:
 
 @each_objective
 @each_net
-def test_loss_serves_data_without_classes(objective: Any, net: Any) -> None:
+def test_loss_serves_data_without_classes(objective: Objective, net: Net) -> None:
     model = built(objective, net, classes=0)
     b = replace(record(objective), c=torch.zeros(12, dtype=torch.long), null=torch.zeros(12, dtype=torch.long))
     terms = step(objective, model, b)
@@ -172,7 +172,7 @@ def test_loss_serves_data_without_classes(objective: Any, net: Any) -> None:
 
 
 @each_objective
-def test_loss_serves_points(objective: Any) -> None:
+def test_loss_serves_points(objective: Objective) -> None:
     (mlp,) = (net for net in nets() if net.kind == "mlp")
     assert step(objective, built(objective, mlp, (2,)), record(objective, shape=(2,))).loss.isfinite().all()
 
@@ -185,8 +185,8 @@ def low(cast: Callable[[Tensor], Tensor], b: Noised) -> Noised:
 @each_objective
 @each_net
 @pytest.mark.parametrize("bf16_data", [False, True], ids=["fp32 data", "bf16 data"])
-def test_bf16_is_served_or_refused(objective: Any, net: Any, bf16_data: bool) -> None:
-    """Exact slopes work in the corners of time under autocast; differences are refused there, for they would be noise."""
+def test_bf16_is_served_or_refused(objective: Objective, net: Net, bf16_data: bool) -> None:
+    """Exact slopes work in the corners of time under autocast; differences are refused, for they would be noise."""
     model = built(objective, net).float()
     for b in altered(record(objective)).values():
         b = low(lambda x: x.to(torch.bfloat16 if bf16_data else torch.float32), b)
@@ -203,7 +203,7 @@ def test_bf16_is_served_or_refused(objective: Any, net: Any, bf16_data: bool) ->
 
 @pytest.mark.parametrize("objective", [o for o in ALL if isinstance(getattr(o, "slope", None), Central)], ids=name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_differences_are_refused_below_fp32_without_autocast(objective: Any, dtype: torch.dtype) -> None:
+def test_differences_are_refused_below_fp32_without_autocast(objective: Objective, dtype: torch.dtype) -> None:
     model = built(objective, nets()[0]).to(dtype)
     with pytest.raises(UserError, match="fp32"):
         step(objective, model, low(lambda x: x.to(dtype), record(objective)))
@@ -212,8 +212,8 @@ def test_differences_are_refused_below_fp32_without_autocast(objective: Any, dty
 @each_net
 @pytest.mark.parametrize("power", [0.0, 1.0])
 @pytest.mark.parametrize("slope", [Central(), Jvp()], ids=lambda s: s.kind)
-def test_meanflow_without_a_step_is_flow_matching(net: Any, power: float, slope: Any) -> None:
-    """At r = t its gradient is that of flow matching, row by row, times D / (S + floor)^power for D numbers in a row."""
+def test_meanflow_without_a_step_is_flow_matching(net: Net, power: float, slope: Slope) -> None:
+    """At r = t its gradient is flow matching's, row by row, times D / (S + floor)^power for D numbers in a row."""
     mine, other = MeanFlow(slope=slope, power=power, guide=GUIDE), FlowMatching(guide=GUIDE)
     model, b = built(mine, net), altered(record(mine))["no step"]
 

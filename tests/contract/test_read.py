@@ -1,19 +1,20 @@
-"""What every reading keeps: it is made without a pass, one pass serves it, and it needs only what the net was built for."""
+"""What every reading keeps: it is made without a pass, and answers with one."""
 
 from dataclasses import fields
-from typing import Any
 
 import pytest
 import torch
-from contract.case import Counted, kind, name, nets, objectives, randomise
 
+from contract.case import Counted, kind, name, nets, objectives, randomise
 from dumo.flow.read import bind
+from dumo.nets import Net
+from dumo.objectives import Objective
 from dumo.types import Reads
 
 
 @pytest.mark.parametrize("objective", list(objectives()), ids=name)
 @pytest.mark.parametrize("net", nets(), ids=kind)
-def test_readings(objective: Any, net: Any) -> None:
+def test_readings(objective: Objective, net: Net) -> None:
     model = Counted(randomise(net.build(objective.needs, (2, 4, 4), 3)))
     reads = objective.read(bind(model, **objective.needs.knobs))
     assert (model.graded, model.still) == (0, 0)
@@ -32,7 +33,7 @@ def test_readings(objective: Any, net: Any) -> None:
 
 
 @pytest.mark.parametrize("objective", list(objectives()), ids=name)
-def test_a_jump_of_no_time_stays(objective: Any) -> None:
+def test_a_jump_of_no_time_stays(objective: Objective) -> None:
     net = randomise(nets()[0].build(objective.needs, (2, 4, 4), 3))
     reads, x = objective.read(net), torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     zero, half, c = torch.zeros(3), torch.full((3,), 0.5), torch.zeros(3, dtype=torch.long)

@@ -1,35 +1,34 @@
 """What every spec keeps: a frozen value, told apart by kind, that survives a file and refuses what it does not know."""
 
-from typing import Any
-
 import pytest
-from contract.case import kind, members
 from pydantic import TypeAdapter, ValidationError
 
+from contract.case import kind, members
 from dumo.data import Data
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.slope import Slope
 from dumo.flow.times import Level, Times
 from dumo.nets import Net
 from dumo.objectives import Objective
+from dumo.types import Spec
 
 FAMILIES = [Objective, Slope, Times, Net, Data]
 EVERY = [pytest.param(family, cls, id=kind(cls)) for family in FAMILIES for cls in members(family)]
 
 
 @pytest.mark.parametrize(("family", "cls"), EVERY)
-def test_kind_alone_builds_the_defaults(family: Any, cls: Any) -> None:
+def test_kind_alone_builds_the_defaults(family: object, cls: type[Spec]) -> None:
     assert TypeAdapter(family).validate_python({"kind": kind(cls)}) == cls()
 
 
 @pytest.mark.parametrize(("family", "cls"), EVERY)
-def test_a_spec_survives_a_file(family: Any, cls: Any) -> None:
+def test_a_spec_survives_a_file(family: object, cls: type[Spec]) -> None:
     adapter = TypeAdapter(family)
     assert adapter.validate_json(adapter.dump_json(cls())) == cls()
 
 
 @pytest.mark.parametrize(("family", "cls"), EVERY)
-def test_a_spec_is_a_value(family: Any, cls: Any) -> None:
+def test_a_spec_is_a_value(family: object, cls: type[Spec]) -> None:
     spec = cls()
     assert hash(spec) == hash(cls())
     with pytest.raises(ValidationError, match="frozen"):
@@ -37,13 +36,13 @@ def test_a_spec_is_a_value(family: Any, cls: Any) -> None:
 
 
 @pytest.mark.parametrize(("family", "cls"), EVERY)
-def test_unknown_keys_are_refused(family: Any, cls: Any) -> None:
+def test_unknown_keys_are_refused(family: object, cls: type[Spec]) -> None:
     with pytest.raises(ValidationError, match="slop"):
         TypeAdapter(family).validate_python({"kind": kind(cls), "slop": 1})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_unknown_kinds_are_refused_with_the_known_ones(family: Any) -> None:
+def test_unknown_kinds_are_refused_with_the_known_ones(family: object) -> None:
     with pytest.raises(ValidationError) as refused:
         TypeAdapter(family).validate_python({"kind": "nonsense"})
     assert all(kind(cls) in str(refused.value) for cls in members(family))
@@ -52,7 +51,7 @@ def test_unknown_kinds_are_refused_with_the_known_ones(family: Any) -> None:
 
 
 @pytest.mark.parametrize(("family", "cls"), EVERY)
-def test_numbers_must_be_numbers(family: Any, cls: Any) -> None:
+def test_numbers_must_be_numbers(family: object, cls: type[Spec]) -> None:
     for key, field in cls.model_fields.items():
         if field.annotation in (int, float):
             for wrong in ("much", None, float("nan"), float("inf")):
@@ -85,7 +84,7 @@ RANGES = [
 
 
 @pytest.mark.parametrize(("family", "kind", "key", "wrong"), RANGES)
-def test_what_is_out_of_range_is_refused_by_name(family: Any, kind: str, key: str, wrong: tuple[float, ...]) -> None:
+def test_what_is_out_of_range_is_refused_by_name(family: object, kind: str, key: str, wrong: tuple[float, ...]) -> None:
     for value in wrong:
         with pytest.raises(ValidationError, match=key):
             TypeAdapter(family).validate_python({"kind": kind, key: value})
@@ -104,6 +103,6 @@ def test_intervals_out_of_order_are_refused(wrong: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"low": 1, "high": 0}, {"log": True}, {"log": True, "low": -1}])
-def test_levels_out_of_order_are_refused(wrong: dict[str, Any]) -> None:
+def test_levels_out_of_order_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         Level.model_validate(wrong)

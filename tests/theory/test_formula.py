@@ -4,11 +4,9 @@ Away from the exact flow every weight counts, and the gradient shows whether a t
 """
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
-from theory.exact import D, column, gaussian, record, table
 from torch import Tensor, nn
 
 from dumo.flow.guide import Guide, Interval
@@ -16,6 +14,7 @@ from dumo.flow.slope import Jvp
 from dumo.flow.times import Pair
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
 from dumo.types import Frozen, Heads, Noised, Objective, Terms
+from theory.exact import D, column, gaussian, record, table
 
 
 class Polynomial(nn.Module):
@@ -58,7 +57,7 @@ def gradients(loss: Tensor, net: nn.Module) -> list[Tensor]:
     return list(torch.autograd.grad(loss.mean(), list(net.parameters()), allow_unused=True))
 
 
-def agree(objective: Any, net: Polynomial, b: Noised, loss: Tensor, parts: dict[str, Tensor]) -> None:
+def agree(objective: Objective, net: Polynomial, b: Noised, loss: Tensor, parts: dict[str, Tensor]) -> None:
     """Loss, parts and gradients, to rounding."""
     found: Terms = objective.loss(net, Frozen(net), b)
     assert torch.allclose(found.loss, loss, rtol=1e-12, atol=0)

@@ -1,20 +1,18 @@
 """Readings of an exact net: each lands where the flow does."""
 
-from typing import Any
-
 import pytest
-import torch
-from contract.case import name, objectives
-from theory.exact import APART, PRODUCT, Exact, Flow, gaussian, record
 from torch import Tensor
 
+from contract.case import name, objectives
 from dumo.flow.guide import Guide
+from dumo.objectives import Objective
 from dumo.types import Reads
+from theory.exact import APART, PRODUCT, Exact, Flow, gaussian, record
 
 FLOWS = [APART, PRODUCT, gaussian(Guide(zeta=0.55))]
 
 
-def readings(objective: Any, flow: Flow) -> tuple[Reads, Tensor, Tensor, Tensor]:
+def readings(objective: Objective, flow: Flow) -> tuple[Reads, Tensor, Tensor, Tensor]:
     b = record(objective, flow, 64)
     return objective.read(Exact(flow, objective.needs)), b.x_t, b.t, b.c
 
@@ -22,17 +20,17 @@ def readings(objective: Any, flow: Flow) -> tuple[Reads, Tensor, Tensor, Tensor]
 @pytest.mark.parametrize("flow", FLOWS)
 @pytest.mark.parametrize("objective", list(objectives(exact=True)), ids=name)
 class TestReads:
-    def test_velocity_is_the_slope_of_the_flow(self, objective: Any, flow: Flow) -> None:
+    def test_velocity_is_the_slope_of_the_flow(self, objective: Objective, flow: Flow) -> None:
         reads, x, t, c = readings(objective, flow)
         assert reads.velocity is not None
         assert (reads.velocity(x, t, c) - flow.guided(x, c, t)).abs().max() < 1e-12
 
-    def test_endpoint_is_the_data(self, objective: Any, flow: Flow) -> None:
+    def test_endpoint_is_the_data(self, objective: Objective, flow: Flow) -> None:
         reads, x, t, c = readings(objective, flow)
         if reads.endpoint is not None:
             assert (reads.endpoint(x, t, c) - flow.carry(x, c, t, 0 * t)).abs().max() < 1e-12
 
-    def test_flow_map_goes_to_any_time_and_back(self, objective: Any, flow: Flow) -> None:
+    def test_flow_map_goes_to_any_time_and_back(self, objective: Objective, flow: Flow) -> None:
         reads, x, t, c = readings(objective, flow)
         if reads.flow_map is not None:
             s = t.flip(0)

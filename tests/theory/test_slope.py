@@ -1,16 +1,15 @@
 """d/dt along a direction: by formula on a net whose derivative is known, and to the order that each slope claims."""
 
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
-from contract.case import members
-from theory.exact import D, column
 from torch import Tensor, nn
 
+from contract.case import members
 from dumo.flow.slope import Central, Jvp, Slope
 from dumo.types import Frozen, Heads
+from theory.exact import D, column
 
 
 class Wave(nn.Module):
@@ -39,7 +38,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return x, torch.arange(32) % 3, t, r, w
 
 
-def error(slope: Any) -> Tensor:
+def error(slope: Slope) -> Tensor:
     """The largest error of each head."""
     net, (x, c, t, r, w) = Wave(), inputs()
     _, along = slope(net, Frozen(net), x, c, t=t, r=r)
@@ -58,7 +57,7 @@ def test_central_is_of_second_order() -> None:
 
 
 @pytest.mark.parametrize("slope", [cls() for cls in members(Slope)])
-def test_value_is_of_the_net_and_derivative_of_the_reference(slope: Any) -> None:
+def test_value_is_of_the_net_and_derivative_of_the_reference(slope: Slope) -> None:
     """The moving average may differ from the weights in training: the one is regressed, the other differentiated."""
     net, ref, (x, c, t, r, w) = Wave(), Wave(), inputs()
     ref.a.data *= 0.5
@@ -72,7 +71,7 @@ def test_value_is_of_the_net_and_derivative_of_the_reference(slope: Any) -> None
 
 
 @pytest.mark.parametrize("slope", [cls() for cls in members(Slope)])
-def test_the_derivative_is_affine_in_the_direction(slope: Any) -> None:
+def test_the_derivative_is_affine_in_the_direction(slope: Slope) -> None:
     """So the mean of targets over v_t is the target at its mean; to the square of the step for differences."""
     net, (x, c, t, r, w) = Wave(), inputs()
     _, along = slope(net, Frozen(net), x, c, t=t, r=r)

@@ -63,7 +63,7 @@ def _gaussians(widths: Sequence[float]) -> Kernel:
     """The mean of Gaussian kernels of these widths."""
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:
-        square = (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp_(min=0)
+        square = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
         total = torch.zeros_like(square)
         for w in widths:
             total += (square * (-0.5 / w**2)).exp_()

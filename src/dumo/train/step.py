@@ -65,21 +65,21 @@ def train_step(
     noised = partial(draw, objective, path, seed=seed, step=state.step, batch=len(x), progress=progress)
     share = len(x) // dist.world()
     times: list[Time] = []
-    terms: list[Terms] = []
+    seen: list[dict[str, PerSample]] = []
 
     state.net.train()
     state.optimizer.zero_grad()
     for rows in pieces(share, accumulate):
         b = noised(x[rows], c[rows], null[rows], first=rows.start)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            piece = objective.loss(state.net, ref, b)
-        (piece.loss.sum() / share).backward()
+            terms = objective.loss(state.net, ref, b)
+        (terms.loss.sum() / share).backward()
         times.append(b.t)
-        terms.append(piece)
+        seen.append(detached(terms))
 
     parameters = list(state.net.parameters())
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    t, values = torch.cat(times), merge(terms)
+    t, values = torch.cat(times), {name: torch.cat([piece[name] for piece in seen]) for name in seen[0]}
     record = measure(state, t, values, images=len(x), grad_norm=norm.item(), lr=lr)
     if not math.isfinite(record.loss + record.grad_norm):
         raise Diverged(diagnose(record, t, values))
@@ -102,10 +102,9 @@ def pieces(share: int, accumulate: int) -> Iterator[slice]:
         yield slice(start, end)
 
 
-def merge(terms: list[Terms]) -> dict[str, PerSample]:
-    """The loss and its parts, row by row over all pieces, without gradients."""
-    rows = [{"loss": term.loss, **term.parts} for term in terms]
-    return {name: torch.cat([row[name].detach() for row in rows]) for name in rows[0]}
+def detached(terms: Terms) -> dict[str, PerSample]:
+    """The loss and its parts by name, without the graph of the pass."""
+    return {name: value.detach() for name, value in {"loss": terms.loss, **terms.parts}.items()}
 
 
 def measure(

@@ -1,11 +1,9 @@
 """Pairs: their order, and the exact number of rows at r = t. Distributions are in tests/theory/test_law.py."""
 
-from typing import Any
-
 import pytest
 import torch
-from contract.case import kind, members
 
+from contract.case import kind, members
 from dumo.flow.draw import stream
 from dumo.flow.times import LAWS, Beta, Level, LogitNormal, Noise, Pair, Times, Uniform
 
@@ -38,7 +36,7 @@ def test_rows_with_a_step_do_not_depend_on_the_ratio() -> None:
 
 
 @pytest.mark.parametrize("of", [Beta(a=2, b=3), Uniform(low=0.2, high=0.4), LogitNormal(mean=-2, std=2)])
-def test_pairs_take_any_law_of_one_time(of: Any) -> None:
+def test_pairs_take_any_law_of_one_time(of: Times) -> None:
     g, again = stream(3), stream(3)
     t, r = Pair(of=of, velocity_ratio=0)(50, g)
     (a, _), (b, _) = of(50, again), of(50, again)
@@ -47,7 +45,7 @@ def test_pairs_take_any_law_of_one_time(of: Any) -> None:
 
 
 @pytest.mark.parametrize("law", [cls() for cls in members(Times)], ids=kind)
-def test_the_generator_decides(law: Any) -> None:
+def test_the_generator_decides(law: Times) -> None:
     one, two, other = law(20, stream(4)), law(20, stream(4)), law(20, stream(5))
     assert torch.equal(one[0], two[0])
     assert torch.equal(one[1], two[1])

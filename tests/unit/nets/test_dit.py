@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from contract.case import randomise
 from torch import nn
 
+from contract.case import randomise
 from dumo.nets.dit import Block, DiT, Transformer
 from dumo.nets.mlp import MLP
 from dumo.types import Needs, UserError

@@ -1,14 +1,12 @@
 """What every net keeps: names in, names out, zero at the start, a null class, a gap for r, and smoothness in time."""
 
-from typing import Any
-
 import pytest
 import torch
-from contract.case import kind, nets, randomise
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from dumo.flow.slope import Central, Jvp
+from contract.case import kind, nets, randomise
+from dumo.flow.slope import Central, Jvp, Slope
 from dumo.nets import Net
 from dumo.types import Frozen, Heads, Needs
 from dumo.types import Net as AnyNet
@@ -27,7 +25,7 @@ def points(n: int = 6) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 
 @each
-def test_outputs_come_in_the_order_of_the_needs(net: Any) -> None:
+def test_outputs_come_in_the_order_of_the_needs(net: Net) -> None:
     x, c, inputs = points()
     model = net.build(RICH, SHAPE, 3)
     assert isinstance(model, AnyNet)
@@ -44,13 +42,13 @@ def test_outputs_come_in_the_order_of_the_needs(net: Any) -> None:
 
 
 @each
-def test_all_heads_and_gauges_start_at_zero(net: Any) -> None:
+def test_all_heads_and_gauges_start_at_zero(net: Net) -> None:
     x, c, inputs = points()
     assert not any(out.any() for out in net.build(RICH, SHAPE, 3)(x, c, **inputs))
 
 
 @each
-def test_rows_do_not_see_each_other(net: Any) -> None:
+def test_rows_do_not_see_each_other(net: Net) -> None:
     x, c, inputs = points()
     model = randomise(net.build(RICH, SHAPE, 3))
     whole = model(x, c, **inputs)
@@ -59,7 +57,7 @@ def test_rows_do_not_see_each_other(net: Any) -> None:
 
 
 @each
-def test_names_are_checked(net: Any) -> None:
+def test_names_are_checked(net: Net) -> None:
     x, c, inputs = points()
     model = net.build(RICH, SHAPE, 3)
     for wrong in ({}, {"t": inputs["t"]}, inputs | {"s": inputs["t"]}):
@@ -69,7 +67,7 @@ def test_names_are_checked(net: Any) -> None:
 
 @each
 @pytest.mark.parametrize("name", ["t", "r", "w", "low"])
-def test_every_input_reaches_every_head(net: Any, name: str) -> None:
+def test_every_input_reaches_every_head(net: Net, name: str) -> None:
     x, c, inputs = points()
     model = randomise(net.build(RICH, SHAPE, 3))
     before, after = model(x, c, **inputs), model(x, c, **inputs | {name: inputs[name] + 0.3})
@@ -77,7 +75,7 @@ def test_every_input_reaches_every_head(net: Any, name: str) -> None:
 
 
 @each
-def test_order_of_the_inputs_is_free(net: Any) -> None:
+def test_order_of_the_inputs_is_free(net: Net) -> None:
     x, c, inputs = points()
     model = randomise(net.build(RICH, SHAPE, 3))
     backwards = dict(reversed(inputs.items()))
@@ -85,7 +83,7 @@ def test_order_of_the_inputs_is_free(net: Any) -> None:
 
 
 @each
-def test_r_enters_as_the_gap(net: Any) -> None:
+def test_r_enters_as_the_gap(net: Net) -> None:
     """With t's own embedding silenced, only t - r counts."""
     x, c, _ = points()
     model = randomise(net.build(Needs(inputs=("t", "r"), heads=("u",)), SHAPE, 3))
@@ -98,7 +96,7 @@ def test_r_enters_as_the_gap(net: Any) -> None:
 
 
 @each
-def test_classes_and_null_are_told_apart(net: Any) -> None:
+def test_classes_and_null_are_told_apart(net: Net) -> None:
     x, _, inputs = points()
     model = randomise(net.build(V, SHAPE, 3))
     outs = [model(x, torch.full((6,), c), t=inputs["t"])[0] for c in range(4)]
@@ -109,7 +107,7 @@ def test_classes_and_null_are_told_apart(net: Any) -> None:
 
 
 @each
-def test_without_classes_labels_do_not_matter(net: Any) -> None:
+def test_without_classes_labels_do_not_matter(net: Net) -> None:
     x, c, inputs = points()
     model = randomise(net.build(V, SHAPE, 0))
     assert torch.equal(model(x, c, t=inputs["t"])[0], model(x, 0 * c, t=inputs["t"])[0])
@@ -117,7 +115,7 @@ def test_without_classes_labels_do_not_matter(net: Any) -> None:
 
 
 @each
-def test_time_scale_is_a_unit_of_time(net: Any) -> None:
+def test_time_scale_is_a_unit_of_time(net: Net) -> None:
     x, c, inputs = points()
     slow, quick = (randomise(net.model_copy(update={"time_scale": s}).build(V, SHAPE, 3)) for s in (1.0, 10.0))
     assert torch.allclose(slow(x, c, t=10 * inputs["t"])[0], quick(x, c, t=inputs["t"])[0], rtol=1e-4, atol=1e-5)
@@ -128,7 +126,7 @@ def errors(model: nn.Module, h: float) -> tuple[float, float]:
     x, c, inputs = points()
     w = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
 
-    def along(slope: Any, w: Tensor) -> Heads:
+    def along(slope: Slope, w: Tensor) -> Heads:
         return slope(model, Frozen(model), x, c, t=inputs["t"])[1](w)
 
     def error(w: Tensor) -> float:
@@ -140,7 +138,7 @@ def errors(model: nn.Module, h: float) -> tuple[float, float]:
 
 @each
 @pytest.mark.parametrize("scale", [1.0, 10.0])
-def test_differences_are_derivatives_up_to_a_scale_of_ten(net: Any, scale: float) -> None:
+def test_differences_are_derivatives_up_to_a_scale_of_ten(net: Net, scale: float) -> None:
     """Measured: at most 4e-4 of the whole, 6e-4 of the part in time, whose rounding shows first."""
     model = randomise(net.model_copy(update={"time_scale": scale}).build(V, SHAPE, 3))
     Central(h=0.005).check("fp32", scale)
@@ -150,12 +148,12 @@ def test_differences_are_derivatives_up_to_a_scale_of_ten(net: Any, scale: float
 
 
 @each
-def test_differences_are_noise_at_a_scale_of_a_thousand(net: Any) -> None:
+def test_differences_are_noise_at_a_scale_of_a_thousand(net: Net) -> None:
     """Why Central refuses it: about 100 % wrong at the paper's h."""
     model = randomise(net.model_copy(update={"time_scale": 1000.0}).build(V, SHAPE, 3))
     assert min(errors(model, 0.005)) > 0.5
 
 
 @each
-def test_nets_can_be_built_by_name(net: Any) -> None:
+def test_nets_can_be_built_by_name(net: Net) -> None:
     assert TypeAdapter(Net).validate_python(net.model_dump()) == net

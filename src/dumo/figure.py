@@ -1,0 +1,159 @@
+"""Pictures of a report: charts of the log, sheets with labels, and how a page holds them without another file.
+
+A chart is drawn twice, in the ink of a light and of a dark page, on no ground of its own; the page picks one.
+"""
+
+from base64 import b64encode
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image, ImageDraw, ImageFont
+
+Row = Mapping[str, Any]  # a line of metrics.jsonl: `dumo.train.step.Record`
+
+INK = {"light": "#23262b", "dark": "#dedbd4"}
+COLOUR = {"v": "#3f7fbf", "u": "#d2603a"}  # readable on either page
+SIZE, DPI = (3.7, 2.4), 200  # inches; twice what a screen needs
+WIDEST = 1600  # pixels of a picture in the page: enough for a sheet at twice its size
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart for light and for dark pages, its title, and the words for who cannot see it."""
+
+    title: str
+    alt: str
+    light: str  # a data: address
+    dark: str
+
+
+def embed(picture: Image.Image) -> str:
+    """The picture as an address that is the picture itself, a PNG."""
+    shown = picture.copy()
+    shown.thumbnail((WIDEST, 8 * WIDEST))
+    return _address(lambda file: shown.save(file, format="png", optimize=True))
+
+
+def labelled(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), gap: int = 2) -> Image.Image:
+    """Pictures of one size in a grid on white, the rows' names on the left, the columns' above."""
+    w, h = next(iter(rows.values()))[0].size
+    font = ImageFont.load_default(max(14, h // 4 if not columns else h // 16))
+    left = int(max(font.getlength(name) for name in rows)) + 12
+    top = int(font.size * 1.6) if columns else 0
+    across = max(map(len, rows.values()))
+    page = Image.new("RGB", (left + across * (w + gap) - gap, top + len(rows) * (h + gap) - gap), "white")
+    pen = ImageDraw.Draw(page)
+    for i, name in enumerate(columns):
+        pen.text((left + i * (w + gap) + w / 2, top / 2), name, "black", font, anchor="mm")
+    for j, (name, pictures) in enumerate(rows.items()):
+        y = top + j * (h + gap)
+        pen.text((left - 8, y + h / 2), name, "black", font, anchor="rm")
+        for i, picture in enumerate(pictures):
+            page.paste(picture, (left + i * (w + gap), y))
+    return page
+
+
+def charts(rows: Sequence[Row]) -> list[Chart]:
+    """The log as charts: loss and learning rate by step, then every part of the loss by step and time.
+
+    Needs two rows at least.
+    """
+    steps = [row["step"] for row in rows]
+    first, last = rows[0], rows[-1]
+    parts = list(last["parts"]) or ["loss"]
+    cells = {part: np.array([row["bins"][part] for row in rows], dtype=float).T for part in parts}  # null is nan
+    norm = LogNorm(min(map(np.nanmin, cells.values())), max(map(np.nanmax, cells.values())))
+    return [
+        _chart(
+            "Training loss",
+            f"A curve: the loss falls from {first['loss']:.3g} at step {steps[0]} to {last['loss']:.3g} at {steps[-1]}."
+            if last["loss"] < first["loss"]
+            else f"A curve: loss {first['loss']:.3g} at step {steps[0]}, {last['loss']:.3g} at {steps[-1]}.",
+            lambda axes: _draw_loss(axes, rows, steps),
+        ),
+        _chart(
+            "Learning rate",
+            f"A curve: the learning rate, {first['lr']:.3g} at step {steps[0]}, {last['lr']:.3g} at {steps[-1]}.",
+            lambda axes: _draw_rate(axes, rows, steps),
+        ),
+        *(
+            _chart(
+                f"Loss of {part} by time" if part != "loss" else "Loss by time",
+                f"A heat map of the part {part} of the loss, steps from left to right, times from data to noise upwards.",
+                lambda axes, part=part: _draw_times(axes, steps, cells[part], norm),
+            )
+            for part in parts
+        ),
+    ]
+
+
+def _draw_loss(axes: Axes, rows: Sequence[Row], steps: Sequence[int]) -> None:
+    """The loss in ink, its parts in colour, on a logarithmic scale."""
+    parts: Mapping[str, float] = rows[-1]["parts"]
+    for part in parts:
+        axes.plot(steps, [row["parts"][part] for row in rows], color=COLOUR.get(part), lw=1, alpha=0.9, label=part)
+    if [row["loss"] for row in rows] != [row["parts"].get(next(iter(parts), "")) for row in rows]:
+        axes.plot(steps, [row["loss"] for row in rows], lw=1.4, label="loss")
+    axes.set(yscale="log", xlabel="step", xlim=(0, None), ylabel="mean over a batch")
+    _tick(axes.yaxis)
+    axes.legend(frameon=False, ncols=3, handlelength=1.2, columnspacing=1)
+
+
+def _draw_rate(axes: Axes, rows: Sequence[Row], steps: Sequence[int]) -> None:
+    axes.plot(steps, [row["lr"] for row in rows], lw=1.4)
+    axes.set(xlabel="step", xlim=(0, None), ylabel="learning rate", ylim=(0, None))
+    axes.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
+
+
+def _draw_times(axes: Axes, steps: Sequence[int], cells: np.ndarray, norm: LogNorm) -> None:
+    """(bins, steps) as colours; a bin that no row of the batch fell into stays empty."""
+    bins = len(cells)
+    mesh = axes.pcolormesh(steps, (np.arange(bins) + 0.5) / bins, cells, norm=norm, cmap="magma", shading="nearest")
+    axes.set(xlabel="step", ylabel="t, from data to noise", yticks=(0, 0.5, 1))
+    bar = axes.figure.colorbar(mesh, ax=axes, label="mean square", pad=0.02)
+    bar.outline.set_visible(False)
+    _tick(bar.ax.yaxis)
+
+
+def _tick(axis: Axis) -> None:
+    """1, 2 and 5 of every power of ten, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def _chart(title: str, alt: str, draw: Callable[[Axes], None]) -> Chart:
+    """Draw in both inks."""
+    return Chart(title, alt, *(_paint(ink, draw) for ink in INK.values()))
+
+
+def _paint(ink: str, draw: Callable[[Axes], None]) -> str:
+    """A figure of one pair of axes, on no ground."""
+    names = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    style = dict.fromkeys(names, ink) | {
+        "axes.prop_cycle": f"cycler('color', ['{ink}'])",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.6,
+        "font.size": 8,
+    }
+    with rc_context(style):
+        figure = Figure(SIZE, layout="constrained")
+        draw(figure.subplots())
+        return _address(lambda file: figure.savefig(file, format="png", dpi=DPI, transparent=True))
+
+
+def _address(save: Callable[[BytesIO], object]) -> str:
+    """What `save` writes, a PNG, as an address that is the picture itself."""
+    file = BytesIO()
+    save(file)
+    return "data:image/png;base64," + b64encode(file.getvalue()).decode()

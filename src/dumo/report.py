@@ -1,0 +1,241 @@
+"""A run as one page: what it makes, by which head, how near to the data, how it was trained and how it is judged.
+
+The page is one file that needs no other, no script and no network. Numbers are made here, words stand in the template.
+"""
+
+import json
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from functools import partial
+from math import floor, log10
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dumo import __version__, recipes
+from dumo.config.load import dump
+from dumo.config.spec import Run
+from dumo.figure import charts, embed, labelled
+from dumo.flow.draw import stream
+from dumo.metrics.neighbours import nearest
+from dumo.run import Trained, Watch, sample, show, unwatched
+from dumo.sample import archive, picture
+from dumo.sample.generate import labels
+from dumo.sample.solver import Euler, Hop, Restart, Solver
+from dumo.train import log
+from dumo.types import Sample, UserError
+
+ROWS, COLUMNS = 8, 10  # of a sheet of images; its columns are classes
+GAP = 6  # pixels between images: digits fill their height
+POINTS = 2000  # of a scatter
+PASSES = (1, 2, 4, 8, 16, 50)  # of the trajectories
+SHEET = "sheet"  # the samples by the run's own solver
+SHIPPED = {"digits": "zoo", "moons": "fig3"}  # data: the packaged results that are of it
+
+Pictures = dict[int, Image.Image]  # by number of passes
+
+
+def write(trained: Trained, watch: Watch = unwatched) -> list[Path]:
+    """Write pictures into samples/ and report.html into the run's folder; return all paths, the page last.
+
+    Raises UserError where metrics.jsonl or evaluation.json is damaged.
+    """
+    run, folder, source = trained.run, trained.folder, trained.run.data.open()
+    shipped = SHIPPED.get(run.data.kind)
+    rows, judged = log.read(folder / "metrics.jsonl"), judgement(trained)
+    truth, c = source.reference(POINTS, run.sample.seed)
+
+    made = make(trained, watch)
+    drawn = {name: {n: look(run, x, truth) for n, x in row.items()} for name, row in made.items()}
+    sheets = drawn.pop(SHEET)
+    files = {f"nfe{n}": sheet for n, sheet in sheets.items()} | {"trajectories": joined(run, drawn)}
+    near = None
+    if is_image(run) and source.size is not None:
+        files["data"] = look(run, by_class(run, truth, c), truth)
+        near = proximity(run, made[SHEET][min(sheets)], truth)
+        files["nearest"] = labelled({"sample": [near["samples"]], "nearest": [near["found"]]})
+
+    page = template().render(
+        run=run,
+        facts=show(run),
+        folder=shlex.quote(str(folder)),
+        name=folder.resolve().name,
+        step=trained.step,
+        weights=trained.weights,
+        size=source.size,
+        image=is_image(run),
+        sheets=sheets,
+        data=files.get("data"),
+        trajectories=drawn,
+        near=near,
+        charts=charts(rows) if len(rows) > 1 else [],
+        times=late(rows),
+        judged=judged,
+        shipped=shipped,
+        others=recipes.results(shipped) if shipped else None,
+        yaml=dump(run),
+        versions={"dumo": __version__, "torch": torch.__version__, "python": platform.python_version()},
+    )
+    paths = [folder / "samples" / f"{name}.png" for name in files]
+    for path, image in zip(paths, files.values(), strict=True):
+        archive.write_picture(path, image)
+    with archive.replacing(folder / "report.html") as out:
+        out.write(page.encode())
+    return [*paths, folder / "report.html"]
+
+
+def is_image(run: Run) -> bool:
+    """Whether a sample is an image, for a sheet, rather than a point, for a scatter."""
+    return len(run.data.shape) == 3
+
+
+def across(run: Run) -> int:
+    """Columns of a sheet: a class each, the first ten."""
+    return min(run.data.classes or COLUMNS, COLUMNS)
+
+
+def readings(run: Run) -> dict[str, Solver]:
+    """The solvers to compare, named after what they read: jumps if any were taught, and Euler steps of the velocity."""
+    head, reads = run.objective.needs.heads[-1], run.reads
+    jumps = [s for s in (run.sample.solver, Restart(), Hop()) if s.uses != "velocity" and getattr(reads, s.uses)]
+    found: dict[str, Solver] = {f"{head} head, jumps ({jumps[0].kind})": jumps[0]} if jumps else {}
+    if reads.velocity:
+        found["v head, Euler steps" if "v" in run.objective.needs.heads else f"{head} at r = t, Euler steps"] = Euler()
+    return found
+
+
+def make(trained: Trained, watch: Watch) -> dict[str, dict[int, Sample]]:
+    """The samples of the page, by name and number of passes, image i always from the same noise."""
+    run = trained.run
+    many = labels(
+        ROWS * across(run) if is_image(run) else POINTS,
+        run.data.classes,
+        range(across(run)) if run.data.classes else None,
+    )
+    few = many[: across(run)] if is_image(run) else many
+    jobs = [(SHEET, run.sample.solver, n, many) for n in run.sample.nfe]
+    jobs += [(name, s, n, few) for name, s in readings(run).items() for n in PASSES if n % s.passes == 0]
+    made: dict[str, dict[int, Sample]] = {}
+    done = 0
+    with watch("sampling for the report", sum(n for _, _, n, _ in jobs)) as tick:
+        for name, solver, n, c in jobs:
+            made.setdefault(name, {})[n] = sample(trained, nfe=n, c=c, solver=solver).x
+            tick(done := done + n, f"{name}, {n}")
+    return made
+
+
+def look(run: Run, x: Sample, truth: Sample) -> Image.Image:
+    """Samples as a picture: a sheet, or red points before the grey truth."""
+    if is_image(run):
+        return picture.sheet(picture.to_uint8(x), across(run), gap=GAP)
+    return picture.scatter(truth, {"": x})
+
+
+def by_class(run: Run, x: Sample, c: Tensor) -> Sample:
+    """The first rows of the data, in the order of a sheet."""
+    if not run.data.classes:
+        return x[: ROWS * COLUMNS]
+    columns = [x[c == label][:ROWS] for label in range(across(run))]
+    return torch.stack([column[: min(map(len, columns))] for column in columns], 1).flatten(0, 1)
+
+
+def joined(run: Run, drawn: Mapping[str, Pictures]) -> Image.Image:
+    """All trajectories in one picture with labels: a row per number of passes, or, of points, a row per reading."""
+    if is_image(run):
+        return labelled({f"{name[0]} {n}": [p] for name, row in drawn.items() for n, p in row.items()})
+    return labelled({name[0]: list(row.values()) for name, row in drawn.items()}, [f"NFE {n}" for n in PASSES])
+
+
+def proximity(run: Run, x: Sample, truth: Sample) -> dict[str, Any]:
+    """How near samples lie to the data, in pixel space, and how near as many rows of the data lie to the other rows.
+
+    A distance is Euclidean, over all pixels of images in [-1, 1]. The rows held out are keyed by the sampling seed.
+    """
+    distances, places = nearest(truth, x)
+    order = torch.randperm(len(truth), generator=stream(run.sample.seed, "held out"))
+    held, rest = order[: len(x)], order[len(x) :]
+    usual, _ = nearest(truth[rest], truth[held])
+    few = across(run)
+    return {
+        "samples": look(run, x[:few], truth),
+        "found": look(run, truth[places[:few]], truth),
+        "distances": distances[:few].tolist(),
+        "count": len(x),
+        "rows": [
+            {"name": name, "mean": d.mean().item(), "least": d.min().item()}
+            for name, d in (("samples", distances), ("data, held against the rest of it", usual))
+        ],
+    }
+
+
+def late(rows: Sequence[log.Row]) -> dict[str, Any]:
+    """Mean loss by bin of t over the last quarter of the training, each logged row of a batch counting once."""
+    last = [row for row in rows if row["step"] > 0.75 * rows[-1]["step"]]
+    counts = torch.tensor([row["counts"] for row in last], dtype=torch.float64)
+    bins: dict[str, list[float]] = {}
+    for part in last[0]["bins"] if last else ():
+        means = torch.tensor([[value or 0.0 for value in row["bins"][part]] for row in last], dtype=torch.float64)
+        bins[part] = ((means * counts).sum(0) / counts.sum(0)).tolist()
+    return {"first": last[0]["step"], "logged": len(last), "counts": counts.sum(0).tolist(), "bins": bins} if last else {}
+
+
+def judgement(trained: Trained) -> dict[str, Any] | None:
+    """What `dumo evaluate` wrote, or None. `fresh`: of these weights; `columns`: its figures, spreads left out.
+
+    Raises UserError where the file is not JSON.
+    """
+    path = trained.folder / "evaluation.json"
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON ({error}): run dumo evaluate {trained.folder} again") from error
+    columns = [key for key in found["results"][0] if key not in ("nfe", "solver") and not key.endswith("_sd")]
+    fresh = (found["step"], found["weights"]) == (trained.step, trained.weights)
+    return {**found, "columns": columns, "fresh": fresh}
+
+
+def number(value: object) -> str:
+    """Three significant digits, no exponent unless it is needed, a dash for nothing; other things as they are."""
+    if value is None or value != value:
+        return "–"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int) or value == 0 or 100 <= abs(value) < 1e6:
+        return f"{value:,.0f}".replace("-", "−")
+    power = floor(log10(abs(value)))
+    if -4 < power < 6:
+        return f"{value:.{max(0, 2 - power)}f}".replace("-", "−")
+    raised = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{value / 10**power:.2f}".replace("-", "−") + f" · 10{raised}"
+
+
+def large(value: float) -> str:
+    """Three significant digits and k, M, G or T for a power of a thousand."""
+    power = min(4, floor(log10(value) / 3)) if value >= 1000 else 0
+    return f"{number(value / 1000**power)} {'kMGT'[power - 1]}" if power else number(value)
+
+
+def spread(value: float, sd: float) -> str:
+    """A number with its spread, to two digits of the spread."""
+    digits = max(0, 1 - floor(log10(sd))) if sd > 0 else 3
+    return f"{value:.{digits}f} ± {sd:.{digits}f}".replace("-", "−")
+
+
+def template() -> jinja2.Template:
+    """The page. Whatever is put into it is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dumo", "template"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "large": large, "spread": spread, "embed": embed}
+    return environment.get_template("report.html.j2")
