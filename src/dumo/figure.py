@@ -13,12 +13,12 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
 
-Row = Mapping[str, Any]  # a line of metrics.jsonl: `dumo.train.step.Record`
+from dumo.train import log
 
 INK = {"light": "#23262b", "dark": "#dedbd4"}
 COLOUR = {"v": "#3f7fbf", "u": "#d2603a"}  # readable on either page
@@ -43,12 +43,13 @@ def embed(picture: Image.Image) -> str:
     return _address(lambda file: shown.save(file, format="png", optimize=True))
 
 
-def labelled(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), gap: int = 2) -> Image.Image:
+def labelled(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), gap: int = 6) -> Image.Image:
     """Pictures of one size in a grid on white, the rows' names on the left, the columns' above."""
     w, h = next(iter(rows.values()))[0].size
-    font = ImageFont.load_default(max(14, h // 4 if not columns else h // 16))
+    size = max(14, h // 16 if columns else h // 4)
+    font = ImageFont.load_default(size)
     left = int(max(font.getlength(name) for name in rows)) + 12
-    top = int(font.size * 1.6) if columns else 0
+    top = 2 * size if columns else 0
     across = max(map(len, rows.values()))
     page = Image.new("RGB", (left + across * (w + gap) - gap, top + len(rows) * (h + gap) - gap), "white")
     pen = ImageDraw.Draw(page)
@@ -62,7 +63,7 @@ def labelled(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] =
     return page
 
 
-def charts(rows: Sequence[Row]) -> list[Chart]:
+def charts(rows: Sequence[log.Row]) -> list[Chart]:
     """The log as charts: loss and learning rate by step, then every part of the loss by step and time.
 
     Needs two rows at least.
@@ -71,24 +72,23 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
     first, last = rows[0], rows[-1]
     parts = list(last["parts"]) or ["loss"]
     cells = {part: np.array([row["bins"][part] for row in rows], dtype=float).T for part in parts}  # null is nan
-    norm = LogNorm(min(map(np.nanmin, cells.values())), max(map(np.nanmax, cells.values())))
+    low, high = min(map(np.nanmin, cells.values())), max(map(np.nanmax, cells.values()))
+    norm = LogNorm(low, high) if low > 0 else Normalize(low, high)
     return [
         _chart(
             "Training loss",
-            f"A curve: the loss falls from {first['loss']:.3g} at step {steps[0]} to {last['loss']:.3g} at {steps[-1]}."
-            if last["loss"] < first["loss"]
-            else f"A curve: loss {first['loss']:.3g} at step {steps[0]}, {last['loss']:.3g} at {steps[-1]}.",
+            f"Curves: the loss is {first['loss']:.3g} at step {steps[0]} and {last['loss']:.3g} at step {steps[-1]}.",
             lambda axes: _draw_loss(axes, rows, steps),
         ),
         _chart(
             "Learning rate",
-            f"A curve: the learning rate, {first['lr']:.3g} at step {steps[0]}, {last['lr']:.3g} at {steps[-1]}.",
+            f"A curve: the rate is {first['lr']:.3g} at step {steps[0]} and {last['lr']:.3g} at step {steps[-1]}.",
             lambda axes: _draw_rate(axes, rows, steps),
         ),
         *(
             _chart(
                 f"Loss of {part} by time" if part != "loss" else "Loss by time",
-                f"A heat map of the part {part} of the loss, steps from left to right, times from data to noise upwards.",
+                f"A heat map of the part {part} of the loss: steps from left to right, data to noise upwards.",
                 lambda axes, part=part: _draw_times(axes, steps, cells[part], norm),
             )
             for part in parts
@@ -96,32 +96,36 @@ def charts(rows: Sequence[Row]) -> list[Chart]:
     ]
 
 
-def _draw_loss(axes: Axes, rows: Sequence[Row], steps: Sequence[int]) -> None:
-    """The loss in ink, its parts in colour, on a logarithmic scale."""
-    parts: Mapping[str, float] = rows[-1]["parts"]
-    for part in parts:
-        axes.plot(steps, [row["parts"][part] for row in rows], color=COLOUR.get(part), lw=1, alpha=0.9, label=part)
-    if [row["loss"] for row in rows] != [row["parts"].get(next(iter(parts), "")) for row in rows]:
-        axes.plot(steps, [row["loss"] for row in rows], lw=1.4, label="loss")
-    axes.set(yscale="log", xlabel="step", xlim=(0, None), ylabel="mean over a batch")
-    _tick(axes.yaxis)
+def _draw_loss(axes: Axes, rows: Sequence[log.Row], steps: Sequence[int]) -> None:
+    """The loss in ink, unless it is its only part, and its parts in colour."""
+    curves = {part: [row["parts"][part] for row in rows] for part in rows[-1]["parts"]}
+    loss = [row["loss"] for row in rows]
+    for part, values in curves.items():
+        axes.plot(steps, values, color=COLOUR.get(part), lw=1, label=part)
+    if loss not in curves.values():
+        axes.plot(steps, loss, lw=1.4, label="loss")
+    axes.set(xlabel="step", xlim=(0, None), ylabel="mean over a batch")
+    if min(map(min, [loss, *curves.values()])) > 0:
+        axes.set_yscale("log")
+        _tick(axes.yaxis)
     axes.legend(frameon=False, ncols=3, handlelength=1.2, columnspacing=1)
 
 
-def _draw_rate(axes: Axes, rows: Sequence[Row], steps: Sequence[int]) -> None:
+def _draw_rate(axes: Axes, rows: Sequence[log.Row], steps: Sequence[int]) -> None:
     axes.plot(steps, [row["lr"] for row in rows], lw=1.4)
     axes.set(xlabel="step", xlim=(0, None), ylabel="learning rate", ylim=(0, None))
     axes.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
 
 
-def _draw_times(axes: Axes, steps: Sequence[int], cells: np.ndarray, norm: LogNorm) -> None:
+def _draw_times(axes: Axes, steps: Sequence[int], cells: np.ndarray, norm: Normalize) -> None:
     """(bins, steps) as colours; a bin that no row of the batch fell into stays empty."""
     bins = len(cells)
     mesh = axes.pcolormesh(steps, (np.arange(bins) + 0.5) / bins, cells, norm=norm, cmap="magma", shading="nearest")
     axes.set(xlabel="step", ylabel="t, from data to noise", yticks=(0, 0.5, 1))
-    bar = axes.figure.colorbar(mesh, ax=axes, label="mean square", pad=0.02)
+    bar = axes.figure.colorbar(mesh, ax=axes, label="mean over its rows", pad=0.02)
     bar.outline.set_visible(False)
-    _tick(bar.ax.yaxis)
+    if isinstance(norm, LogNorm):
+        _tick(bar.ax.yaxis)
 
 
 def _tick(axis: Axis) -> None:
@@ -139,7 +143,7 @@ def _chart(title: str, alt: str, draw: Callable[[Axes], None]) -> Chart:
 def _paint(ink: str, draw: Callable[[Axes], None]) -> str:
     """A figure of one pair of axes, on no ground."""
     names = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    style = dict.fromkeys(names, ink) | {
+    style: dict[Any, Any] = dict.fromkeys(names, ink) | {
         "axes.prop_cycle": f"cycler('color', ['{ink}'])",
         "axes.spines.top": False,
         "axes.spines.right": False,

@@ -7,14 +7,13 @@ import json
 import platform
 import shlex
 from collections.abc import Mapping, Sequence
-from functools import partial
 from math import floor, log10
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from dumo import __version__, recipes
@@ -37,56 +36,72 @@ PASSES = (1, 2, 4, 8, 16, 50)  # of the trajectories
 SHEET = "sheet"  # the samples by the run's own solver
 SHIPPED = {"digits": "zoo", "moons": "fig3"}  # data: the packaged results that are of it
 
-Pictures = dict[int, Image.Image]  # by number of passes
+Pictures = Mapping[int, Image.Image]  # by number of passes
 
 
 def write(trained: Trained, watch: Watch = unwatched) -> list[Path]:
     """Write pictures into samples/ and report.html into the run's folder; return all paths, the page last.
 
-    Raises UserError where metrics.jsonl or evaluation.json is damaged.
+    Raises UserError, before anything is written, where metrics.jsonl or evaluation.json is damaged.
     """
     run, folder, source = trained.run, trained.folder, trained.run.data.open()
-    shipped = SHIPPED.get(run.data.kind)
     rows, judged = log.read(folder / "metrics.jsonl"), judgement(trained)
     truth, c = source.reference(POINTS, run.sample.seed)
 
     made = make(trained, watch)
     drawn = {name: {n: look(run, x, truth) for n, x in row.items()} for name, row in made.items()}
     sheets = drawn.pop(SHEET)
-    files = {f"nfe{n}": sheet for n, sheet in sheets.items()} | {"trajectories": joined(run, drawn)}
+    pictures = {f"nfe{n}": sheet for n, sheet in sheets.items()} | {"trajectories": joined(run, drawn)}
     near = None
     if is_image(run) and source.size is not None:
-        files["data"] = look(run, by_class(run, truth, c), truth)
+        pictures["data"] = look(run, by_class(run, truth, c), truth)
         near = proximity(run, made[SHEET][min(sheets)], truth)
-        files["nearest"] = labelled({"sample": [near["samples"]], "nearest": [near["found"]]})
+        pictures["nearest"] = labelled({"sample": [near["samples"]], "nearest": [near["found"]]})
 
-    page = template().render(
-        run=run,
-        facts=show(run),
-        folder=shlex.quote(str(folder)),
-        name=folder.resolve().name,
-        step=trained.step,
-        weights=trained.weights,
+    page = render(
+        trained,
         size=source.size,
-        image=is_image(run),
         sheets=sheets,
-        data=files.get("data"),
+        data=pictures.get("data"),
         trajectories=drawn,
         near=near,
         charts=charts(rows) if len(rows) > 1 else [],
         times=late(rows),
         judged=judged,
-        shipped=shipped,
-        others=recipes.results(shipped) if shipped else None,
-        yaml=dump(run),
-        versions={"dumo": __version__, "torch": torch.__version__, "python": platform.python_version()},
     )
-    paths = [folder / "samples" / f"{name}.png" for name in files]
-    for path, image in zip(paths, files.values(), strict=True):
+    paths = [folder / "samples" / f"{name}.png" for name in pictures]
+    for path, image in zip(paths, pictures.values(), strict=True):
         archive.write_picture(path, image)
     with archive.replacing(folder / "report.html") as out:
         out.write(page.encode())
     return [*paths, folder / "report.html"]
+
+
+def render(trained: Trained, **parts: object) -> str:
+    """The page, of these parts and of what the run says of itself. Whatever is put in is escaped."""
+    run, shipped = trained.run, SHIPPED.get(trained.run.data.kind)
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dumo", "template"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    cast(dict[str, Any], environment.filters).update(number=number, large=large, spread=spread, embed=embed)
+    return environment.get_template("report.html.j2").render(
+        run=run,
+        facts=show(run),
+        folder=shlex.quote(str(trained.folder)),
+        name=trained.folder.resolve().name,
+        step=trained.step,
+        weights=trained.weights,
+        image=is_image(run),
+        shipped=shipped,
+        others=recipes.results(shipped) if shipped else None,
+        yaml=dump(run),
+        versions={"dumo": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        **parts,
+    )
 
 
 def is_image(run: Run) -> bool:
@@ -101,11 +116,11 @@ def across(run: Run) -> int:
 
 def readings(run: Run) -> dict[str, Solver]:
     """The solvers to compare, named after what they read: jumps if any were taught, and Euler steps of the velocity."""
-    head, reads = run.objective.needs.heads[-1], run.reads
+    heads, reads = run.objective.needs.heads, run.reads
     jumps = [s for s in (run.sample.solver, Restart(), Hop()) if s.uses != "velocity" and getattr(reads, s.uses)]
-    found: dict[str, Solver] = {f"{head} head, jumps ({jumps[0].kind})": jumps[0]} if jumps else {}
+    found: dict[str, Solver] = {f"{heads[-1]} head, jumps ({jumps[0].kind})": jumps[0]} if jumps else {}
     if reads.velocity:
-        found["v head, Euler steps" if "v" in run.objective.needs.heads else f"{head} at r = t, Euler steps"] = Euler()
+        found["v head, Euler steps" if "v" in heads else f"v = {heads[-1]} at r = t, Euler steps"] = Euler()
     return found
 
 
@@ -119,7 +134,7 @@ def make(trained: Trained, watch: Watch) -> dict[str, dict[int, Sample]]:
     )
     few = many[: across(run)] if is_image(run) else many
     jobs = [(SHEET, run.sample.solver, n, many) for n in run.sample.nfe]
-    jobs += [(name, s, n, few) for name, s in readings(run).items() for n in PASSES if n % s.passes == 0]
+    jobs += [(name, s, n, few) for name, s in readings(run).items() for n in PASSES]
     made: dict[str, dict[int, Sample]] = {}
     done = 0
     with watch("sampling for the report", sum(n for _, _, n, _ in jobs)) as tick:
@@ -130,10 +145,13 @@ def make(trained: Trained, watch: Watch) -> dict[str, dict[int, Sample]]:
 
 
 def look(run: Run, x: Sample, truth: Sample) -> Image.Image:
-    """Samples as a picture: a sheet, or red points before the grey truth."""
-    if is_image(run):
-        return picture.sheet(picture.to_uint8(x), across(run), gap=GAP)
-    return picture.scatter(truth, {"": x})
+    """Samples as a picture: a sheet with clear gaps, or red points before the grey truth."""
+    if not is_image(run):
+        return picture.scatter(truth, {"": x})
+    pixels = picture.to_uint8(x)
+    sheet, gaps = (picture.sheet(p, across(run), gap=GAP) for p in (pixels, 0 * pixels))
+    sheet.putalpha(ImageOps.invert(gaps.convert("L")))  # a page may be dark
+    return sheet
 
 
 def by_class(run: Run, x: Sample, c: Tensor) -> Sample:
@@ -173,15 +191,19 @@ def proximity(run: Run, x: Sample, truth: Sample) -> dict[str, Any]:
     }
 
 
-def late(rows: Sequence[log.Row]) -> dict[str, Any]:
-    """Mean loss by bin of t over the last quarter of the training, each logged row of a batch counting once."""
+def late(rows: Sequence[log.Row]) -> dict[str, Any] | None:
+    """Mean loss by bin of t over the last quarter of the training, row by row of the logged batches; None of no log."""
+    if not rows:
+        return None
     last = [row for row in rows if row["step"] > 0.75 * rows[-1]["step"]]
     counts = torch.tensor([row["counts"] for row in last], dtype=torch.float64)
     bins: dict[str, list[float]] = {}
-    for part in last[0]["bins"] if last else ():
+    for part in last[0]["bins"]:
         means = torch.tensor([[value or 0.0 for value in row["bins"][part]] for row in last], dtype=torch.float64)
         bins[part] = ((means * counts).sum(0) / counts.sum(0)).tolist()
-    return {"first": last[0]["step"], "logged": len(last), "counts": counts.sum(0).tolist(), "bins": bins} if last else {}
+    if bins["loss"] in [bins[part] for part in bins if part != "loss"]:
+        del bins["loss"]  # it is its only part
+    return {"first": last[0]["step"], "logged": len(last), "counts": counts.sum(0).tolist(), "bins": bins}
 
 
 def judgement(trained: Trained) -> dict[str, Any] | None:
@@ -207,7 +229,7 @@ def number(value: object) -> str:
         return "–"
     if not isinstance(value, int | float) or isinstance(value, bool):
         return str(value)
-    if isinstance(value, int) or value == 0 or 100 <= abs(value) < 1e6:
+    if isinstance(value, int) or not value or 100 <= abs(value) < 1e6:
         return f"{value:,.0f}".replace("-", "−")
     power = floor(log10(abs(value)))
     if -4 < power < 6:
@@ -219,23 +241,12 @@ def number(value: object) -> str:
 def large(value: float) -> str:
     """Three significant digits and k, M, G or T for a power of a thousand."""
     power = min(4, floor(log10(value) / 3)) if value >= 1000 else 0
-    return f"{number(value / 1000**power)} {'kMGT'[power - 1]}" if power else number(value)
+    return f"{number(value / 1000**power)}\u00a0{'kMGT'[power - 1]}" if power else number(value)
 
 
-def spread(value: float, sd: float) -> str:
+def spread(value: float | None, sd: float | None) -> str:
     """A number with its spread, to two digits of the spread."""
-    digits = max(0, 1 - floor(log10(sd))) if sd > 0 else 3
+    if value is None or not sd:
+        return number(value)
+    digits = max(0, 1 - floor(log10(sd)))
     return f"{value:.{digits}f} ± {sd:.{digits}f}".replace("-", "−")
-
-
-def template() -> jinja2.Template:
-    """The page. Whatever is put into it is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("dumo", "template"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "large": large, "spread": spread, "embed": embed}
-    return environment.get_template("report.html.j2")

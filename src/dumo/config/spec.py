@@ -71,7 +71,7 @@ class Run(Spec):
                 "set objective.guide.omega=1 and objective.guide.zeta=0"
             )
         check(self.sample.solver, self.reads, *self.sample.nfe, *self.evaluate.nfe)
-        # self.evaluate.protocol.check(self.data.shape, self.data.classes)
+        self.evaluate.protocol.check(self.data.shape, self.data.classes)
         return self
 
 
