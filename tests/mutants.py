@@ -1,7 +1,7 @@
 """Plant an error in the mathematics, see that a test fails; once per error. Run by `make mutants`, about two minutes.
 
 A mutant is one replacement in one file of a copy of src. The tests run against the copy; a mutant that they let live
-is a law that nobody checks, and the exit code is 1. One run without an error comes first: it must pass.
+is a law that nobody checks, and the exit code is 1. One run is without an error, and must pass.
 """
 
 import os
@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).parent.parent
 AT_ONCE = 2
-PATIENCE = 120  # seconds; no test that fails takes as long
+PATIENCE = 600  # seconds, on a busy machine; alone, no run takes 30
 THEORY, SOLVERS = "tests/theory", "tests/unit/sample/test_solver.py"
 FIXED, FORMULA, LAW, READ, SLOPE, EXACT = (
     f"{THEORY}/test_{name}.py" for name in ("fixed_point", "formula", "law", "read", "slope", "exact")
@@ -134,17 +134,16 @@ def trial(mutant: Mutant | None) -> tuple[bool, str]:
 def main() -> int:
     """Print a row per mutant. 0 if every one was killed."""
     begun = time.monotonic()
-    fine, said = trial(None)
-    print(f"without a mutant: {said}", flush=True)
-    if not fine:
-        return 1
-    killed = 0
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for mutant, (dead, by) in zip(MUTANTS, pool.map(trial, MUTANTS), strict=True):
-            killed += dead
-            print(f"{'killed' if dead else 'ALIVE '}  {mutant.file:28} {mutant.why:46} {by}", flush=True)
-    print(f"{killed} of {len(MUTANTS)} mutants killed in {time.monotonic() - begun:.0f} s")
-    return 0 if killed == len(MUTANTS) else 1
+        sane = pool.submit(trial, None)
+        dead = []
+        for mutant, (killed, said) in zip(MUTANTS, pool.map(trial, MUTANTS), strict=True):
+            dead.append(killed)
+            print(f"{'killed' if killed else 'ALIVE '}  {mutant.file:28} {mutant.why:46} {said}", flush=True)
+    fine, said = sane.result()
+    print(f"{'fine  ' if fine else 'BROKEN'}  without a mutant: {said}")
+    print(f"{sum(dead)} of {len(MUTANTS)} mutants killed in {time.monotonic() - begun:.0f} s")
+    return 0 if fine and all(dead) else 1
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from dumo.config.load import dump
 from dumo.config.spec import Run
 from dumo.figure import charts, embed, labelled
 from dumo.flow.draw import stream
-from dumo.metrics.neighbours import nearest
+from dumo.metrics.neighbours import Real, nearest
 from dumo.run import Trained, Watch, sample, show, unwatched
 from dumo.sample import archive, picture
 from dumo.sample.generate import labels
@@ -144,7 +144,7 @@ def make(trained: Trained, watch: Watch) -> dict[str, dict[int, Sample]]:
     return made
 
 
-def look(run: Run, x: Sample, truth: Sample) -> Image.Image:
+def look(run: Run, x: Sample, truth: Real) -> Image.Image:
     """Samples as a picture: a sheet with clear gaps, or red points before the grey truth."""
     if not is_image(run):
         return picture.scatter(truth, {"": x})
@@ -154,7 +154,7 @@ def look(run: Run, x: Sample, truth: Sample) -> Image.Image:
     return sheet
 
 
-def by_class(run: Run, x: Sample, c: Tensor) -> Sample:
+def by_class(run: Run, x: Real, c: Tensor) -> Sample:
     """The first rows of the data, in the order of a sheet."""
     if not run.data.classes:
         return x[: ROWS * COLUMNS]
@@ -169,7 +169,7 @@ def joined(run: Run, drawn: Mapping[str, Pictures]) -> Image.Image:
     return labelled({name[0]: list(row.values()) for name, row in drawn.items()}, [f"NFE {n}" for n in PASSES])
 
 
-def proximity(run: Run, x: Sample, truth: Sample) -> dict[str, Any]:
+def proximity(run: Run, x: Sample, truth: Real) -> dict[str, Any]:
     """How near samples lie to the data, in pixel space, and how near as many rows of the data lie to the other rows.
 
     A distance is Euclidean, over all pixels of images in [-1, 1]. The rows held out are keyed by the sampling seed.
@@ -238,7 +238,7 @@ def number(value: object) -> str:
     return f"{value / 10**power:.2f}".replace("-", "−") + f" · 10{raised}"
 
 
-def large(value: float) -> str:
+def large(value: float | int) -> str:
     """Three significant digits and k, M, G or T for a power of a thousand."""
     power = min(4, floor(log10(value) / 3)) if value >= 1000 else 0
     return f"{number(value / 1000**power)}\u00a0{'kMGT'[power - 1]}" if power else number(value)

@@ -76,7 +76,7 @@ def test_a_mixture_of_one_is_a_gaussian() -> None:
 
 @pytest.mark.parametrize("flow", [gaussian(GUIDE), gaussian(Guide(zeta=0.55)), APART, PRODUCT])
 def test_closed_flows_follow_their_velocity(flow: Flow) -> None:
-    """Closed forms and quantiles against Runge and Kutta, piece by piece: across the guide's corners they lose order."""
+    """Closed forms and quantiles against Runge and Kutta, piece by piece: the guide's corners cost order."""
     x, c, t, r = points(flow)
     for low, high in ((0.0, 0.1), (0.1, 0.75), (0.75, 1.0)):
         a, b = (s.clamp(low, high) for s in (t, r))

@@ -13,6 +13,7 @@ from contract.case import name, objectives
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.slope import Central
 from dumo.flow.times import Pair
+from dumo.objectives import MeanFlow
 from dumo.objectives import Objective as AnyObjective
 from dumo.types import Spec
 from theory.exact import APART, PRODUCT, Exact, Flow, gaussian, gradient, plane, record, table
@@ -86,6 +87,17 @@ def test_gradient_is_the_mean_over_the_slopes(objective: AnyObjective, flow: Flo
     one, other = (gradient(objective, net, replace(b, v_t=b.v_t + sign * off)) for sign in (1, -1))
     assert one.abs().max() > 1e-3
     assert (one + other).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("power", "rests"), [(0.0, True), (1.0, False)])
+def test_the_adaptive_metric_shifts_the_rest_where_slopes_are_skewed(power: float, rests: bool) -> None:
+    """MeanFlow's own limit (its Eq. 22): small residuals weigh more, so it seeks not the mean slope but one nearer to
+    the mode. Slopes of +2 with probability 1/3 and of -1 with 2/3 about the mean show it; p = 0 rests at the mean."""
+    o = MeanFlow(power=power, guide=NONE, times=Pair(velocity_ratio=0.5))
+    net, b = Exact(APART, o.needs), record(o, APART)
+    high, low = (gradient(o, net, replace(b, v_t=b.v_t + off)) for off in (2, -1))
+    assert high.abs().max() > 0.1
+    assert bool((high / 3 + 2 * low / 3).abs().max() < 1e-12) == rests
 
 
 def test_another_guidance_scale_is_not_at_rest() -> None:

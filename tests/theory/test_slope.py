@@ -64,7 +64,7 @@ def test_value_is_of_the_net_and_derivative_of_the_reference(slope: Slope) -> No
     heads, along = slope(net, Frozen(ref), x, c, t=t, r=r)
     assert torch.equal(heads[0], net(x, c, t=t, r=r)[0])
     assert heads[0].requires_grad
-    found = along(w)
+    found = along(w.requires_grad_())
     assert not any(d.requires_grad for d in found)
     assert (found[0] - ref.slopes(x, c, t, r, w)[0]).abs().max() < 1e-3
     assert (found[0] - net.slopes(x, c, t, r, w)[0]).abs().max() > 0.1

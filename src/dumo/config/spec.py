@@ -1,9 +1,10 @@
 """A run: one tree of specs, complete, that a YAML file holds and that stands in every run's folder."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from pydantic import Field, model_validator
+from torch import nn
 
 from dumo.data import Data
 from dumo.flow.guide import Guide
@@ -13,7 +14,6 @@ from dumo.nets import Net
 from dumo.objectives import Objective
 from dumo.sample.solver import Solver, check
 from dumo.train.loop import Train
-from dumo.types import Net as AnyNet
 from dumo.types import Reads, Spec, UserError
 
 FREE: dict[str, Any] = {"free": True}  # marks a field that may change when a run is resumed
@@ -50,7 +50,7 @@ class Run(Spec):
     @property
     def reads(self) -> Reads:
         """The readings that the objective will teach. They answer nothing yet: there is no net."""
-        return self.objective.read(cast(AnyNet, None))
+        return self.objective.read(nn.Identity())
 
     @model_validator(mode="after")
     def _fits(self) -> "Run":

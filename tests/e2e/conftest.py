@@ -1,0 +1,28 @@
+"""Small trained runs that many tests only read."""
+
+from pathlib import Path
+
+import pytest
+
+from e2e.shell import TINY, call, sets
+
+RECIPES = ("digits", "digits-flow-matching", "digits-meanflow", "moons")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run's folder for each of `RECIPES`: to be read, not written to."""
+    folder = tmp_path_factory.mktemp("trained")
+    runs = {name: folder / name for name in RECIPES}
+    for name, run in runs.items():
+        done = call("train", name, "--out", run, *TINY, *sets("train.log_every=5", "train.save_every=10"))
+        assert done.code == 0, done
+        assert done.out == ""
+    return runs
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,111 @@
+"""The command line as a user types it: `call` in this process, which has torch already, `start` in one of its own."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import dumo
+from dumo import cli
+
+SOURCE = Path(dumo.__file__).parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCE), "COLUMNS": "80"}
+
+
+@dataclass(frozen=True)
+class Done:
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:  # noqa: ANN401, what JSON holds
+        """All of stdout as one strict JSON value."""
+        return json.loads(self.out, parse_constant=lambda name: f"{name} is no JSON")
+
+
+def sets(*fields: str) -> list[str]:
+    """--set for each field."""
+    return [word for field in fields for word in ("--set", field)]
+
+
+TINY = sets("net.width=32", "net.depth=1", "train.batch=16", "train.steps=20", "evaluate.protocol.samples=500")
+
+
+def call(*words: object) -> Done:
+    """`dumo WORDS`, through `main` as the installed command runs it; what it raises passes through as a traceback."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with patch.object(sys, "argv", ["dumo", *map(str, words)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+    return Done(code if isinstance(code, int) else 1, out.getvalue(), err.getvalue())
+
+
+def start(*words: object, cwd: Path, first: str = "") -> "subprocess.Popen[str]":
+    """`dumo WORDS` in a process of its own, after the statement `first`."""
+    program = f"{first}\nfrom dumo.cli import main\nmain()"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *map(str, words)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> Done:
+    """Wait for its end."""
+    out, err = process.communicate(timeout=240)
+    return Done(process.returncode, out, err)
+
+
+def wait(process: "subprocess.Popen[str]", event: Callable[[], bool]) -> None:
+    """Until the event has come; fails if the process ends before it."""
+    late = time.monotonic() + 240
+    while not event():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < late, "waited too long"
+        time.sleep(0.002)
+
+
+def tree(folder: Path) -> dict[str, bytes | int]:
+    """Every file's bytes and every folder's time of change, by path: equal trees were not written to."""
+    return {
+        str(path.relative_to(folder)): path.stat().st_mtime_ns if path.is_dir() else path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def refused(*words: object, named: tuple[str, ...], lines: int | None = 1, run: Path | None = None) -> Done:
+    """A command that must end with 2: plain words on stderr that name the thing, nothing on stdout, nothing written.
+
+    It is `lines` long (None: any). What is watched is the folder we are in, and the run's.
+    """
+    watched = [Path.cwd(), *([run] if run else [])]
+    before = [tree(folder) for folder in watched]
+    done = call(*words)
+    assert done.code == 2, done
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    if "╭─ Error" not in done.err:  # the frame in which typer puts what it finds wrong itself
+        said = done.err[done.err.find("error: ") :].rstrip().splitlines()
+        assert said[0].startswith("error: "), done.err
+        assert lines is None or len(said) == lines, done.err
+    flat = " ".join(done.err.replace("│", " ").split())
+    missing = [name for name in named if name not in flat]
+    assert not missing, f"{missing} not in: {done.err}"
+    assert [tree(folder) for folder in watched] == before
+    return done

@@ -1,0 +1,67 @@
+"""`dumo reproduce`: whole, in one command, at the scale of a test."""
+
+import json
+import shutil
+from pathlib import Path
+
+from PIL import Image
+
+from e2e.shell import call, refused, tree
+
+
+def test_figure_3(here: Path) -> None:
+    done = call("reproduce", "fig3", "--scale", "smoke", "--json")
+    assert done.code == 0
+    assert done.out.count("\n") == 1
+    results = done.json
+    folder = here / "runs/reproduce/fig3-smoke"
+    assert results == json.loads((folder / "results.json").read_text())
+    assert sorted(results["files"]) == [
+        f"runs/reproduce/fig3-smoke/{name}" for name in ("fig3.png", "results.json", "table.md")
+    ]
+
+    assert [(row["objective"], row["velocity_ratio"]) for row in results["table"]] == [
+        *(("MeanFlow", ratio) for ratio in (0, 0.2, 0.4, 0.6, 0.8, 1)),
+        ("DuMo", None),
+    ]
+    assert {row["steps"] for row in results["table"]} == {40}
+    assert all(row["mmd2"] > 0 for row in results["table"])
+    assert all(len(cell["results"]) == 1 and cell["results"][0]["nfe"] == 1 for cell in results["cells"])
+    assert results["origin"]["command"] == "dumo reproduce fig3 --scale smoke"
+    assert results["origin"]["versions"].keys() == {"dumo", "torch", "python"}
+    with Image.open(folder / "fig3.png") as picture:
+        assert picture.width > 5 * picture.height  # seven panels in a row
+    assert len((folder / "table.md").read_text(encoding="utf-8").splitlines()) == 2 + 2 + 7
+
+    cells = tree(folder / "cells")
+    again = call("reproduce", "fig3", "--scale", "smoke")
+    assert again.code == 0
+    assert tree(folder / "cells") == cells  # finished cells are kept
+    assert all(str(file) in again.out.splitlines() for file in results["files"])
+
+    stopped = next(folder.glob("cells/dumo-*"))
+    shutil.rmtree(stopped / "checkpoints")
+    (stopped / "evaluation.json").unlink()
+    assert call("reproduce", "fig3", "--scale", "smoke", "--json").json["table"] == results["table"]
+
+
+def test_zoo(here: Path) -> None:
+    done = call("reproduce", "zoo", "--scale", "smoke", "--json", "--out", "my zoo")
+    assert done.code == 0
+    results = done.json
+    assert results == json.loads((here / "my zoo/results.json").read_text())
+    rows = results["table"]
+    assert [(row["objective"], row["nfe"]) for row in rows] == [
+        (name, nfe) for name in ("DuMo", "MeanFlow", "Flow matching") for nfe in (1, 2, 4)
+    ]
+    cost = [row["steps"] * row["F_per_step"] for row in rows]
+    assert max(cost) - min(cost) <= max(row["F_per_step"] for row in rows)  # equal, to a step
+    assert {row["seeds"] for row in rows} == {1}
+    assert {row["fd_sd"] for row in rows} == {None}
+    for file in results["files"]:
+        assert Path(file).is_file()
+    shown = call("reproduce", "zoo", "--scale", "smoke", "--out", "my zoo")
+    assert shown.code == 0
+    for row in rows:
+        assert f"{row['fd']:.4g}" in shown.out  # no number is cut off
+    refused("reproduce", "zoo", "--out", "my zoo/results.json", "--scale", "smoke", named=("my zoo/results.json",))

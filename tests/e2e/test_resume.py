@@ -1,0 +1,178 @@
+"""Whatever stops a run, starting again makes the same run: after a kill, an interrupt, a full disk, or more steps."""
+
+import json
+import resource
+import shutil
+import signal
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from e2e.shell import TINY, call, finish, sets, start, tree, wait
+
+OFTEN = sets("train.log_every=1", "train.save_every=10", "train.keep=3", "train.schedule.kind=constant")
+RICH = sets("train.ema=[{decay: 0.99}, {decay: 0.9, ramp: false}]", "train.ref=0.9", "train.clip=1", "train.steps=200")
+LAST = "checkpoints/step-00000200"
+
+
+def steps_logged(run: Path) -> list[int]:
+    """The steps in the run's log, a torn last line left out."""
+    file = run / "metrics.jsonl"
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line)["step"] for line in text.split("\n")[:-1]]
+
+
+def steps_saved(run: Path) -> list[int]:
+    """The steps of its checkpoints."""
+    return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_killed_run_goes_on_bit_for_bit(schedule: str, here: Path) -> None:
+    words = [*TINY, *OFTEN, *RICH, "--set", f"train.schedule.kind={schedule}"]
+    assert call("train", "digits", "--out", "whole", *words).code == 0
+
+    killed = here / "killed"
+    process = start("train", "digits", "--out", "killed", *words, cwd=here)
+    wait(process, lambda: bool(steps := steps_saved(killed)) and steps[-1] >= 20 and steps_logged(killed)[-1] % 10 == 5)
+    process.kill()
+    assert finish(process).code == -signal.SIGKILL
+    assert steps_saved(killed)[-1] < 200
+    assert not (killed / LAST).exists()
+    with (killed / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 199, "ima')  # a line torn by the kill
+
+    done = call("train", "killed")
+    assert done.code == 0, done
+    assert tree(killed / LAST).keys() == {
+        "net.safetensors",
+        "ema-0.99.safetensors",
+        "ema-0.9.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    }
+    whole = here / "whole"
+    for name, bits in tree(whole / LAST).items():
+        assert (killed / LAST / name).read_bytes() == bits, name
+    assert steps_logged(killed) == list(range(1, 201))
+    for name in ("metrics.jsonl", "run.yaml"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+    assert steps_saved(killed) == steps_saved(whole) == [180, 190, 200]
+    assert sorted(path.name for path in killed.iterdir()) == ["checkpoints", "metrics.jsonl", "run.yaml"]
+
+
+def test_more_steps_are_the_same_as_many_at_once(here: Path) -> None:
+    for name, steps in (("whole", 17), ("parts", 9)):
+        assert call("train", "moons", "--out", name, *TINY, *OFTEN, "--set", f"train.steps={steps}").code == 0
+    done = call("train", "parts", "--set", "train.steps=17")
+    assert done.code == 0
+    assert "17" in done.err
+    last = "checkpoints/step-00000017"
+    assert tree(here / "parts" / last) == tree(here / "whole" / last)
+    for name in ("metrics.jsonl", "run.yaml"):
+        assert (here / "parts" / name).read_bytes() == (here / "whole" / name).read_bytes(), name
+
+
+def test_fields_that_may_change_do_and_are_kept(here: Path, trained: dict[str, Path]) -> None:
+    shutil.copytree(trained["moons"], here / "run")
+    words = sets("train.steps=22", "train.log_every=1", "train.save_every=2", "train.keep=1", "about=mine")
+    words += sets("sample.nfe=[3]", "evaluate.protocol.samples=300", "sample.solver.kind=euler")
+    assert call("train", "run", *words).code == 0
+    assert steps_saved(here / "run") == [22]
+    assert steps_logged(here / "run") == [5, 10, 15, 20, 21, 22]
+    kept = call("show", "run", "--json").json["spec"]
+    assert (kept["train"]["steps"], kept["about"], kept["sample"]["nfe"]) == (22, "mine", [3])
+    assert (kept["evaluate"]["protocol"]["samples"], kept["sample"]["solver"]["kind"]) == (300, "euler")
+
+
+def test_a_finished_run_is_left_as_it_is(here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["digits"], here / "run")
+    before = {name: bits for name, bits in tree(run).items() if isinstance(bits, bytes)}
+    assert call("train", "run").code == 0
+    assert {name: bits for name, bits in tree(run).items() if isinstance(bits, bytes)} == before
+
+
+def test_a_run_without_its_checkpoints_starts_over(here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["digits"], here / "run")
+    shutil.rmtree(run / "checkpoints")
+    assert call("train", "run").code == 0
+    for name, bits in tree(trained["digits"]).items():
+        if isinstance(bits, bytes):
+            assert (run / name).read_bytes() == bits, name
+
+
+def test_interrupt_says_so_and_can_go_on(here: Path) -> None:
+    run = here / "run"
+    process = start("train", "moons", "--out", "run", *TINY, *OFTEN, *sets("train.steps=1000000"), cwd=here)
+    wait(process, lambda: bool(steps_saved(run)))
+    process.send_signal(signal.SIGINT)
+    done = finish(process)
+    assert done.code == 1, done
+    assert done.out == ""
+    assert "Traceback" not in done.err
+    last = done.err.rstrip().splitlines()[-1]
+    assert "dumo train run" in last  # how to go on
+    steps = steps_logged(run)[-1] + 3
+    assert call("train", "run", "--set", f"train.steps={steps}").code == 0
+    assert steps_logged(run) == list(range(1, steps + 1))
+
+
+@contextmanager
+def files_up_to(size: int) -> Generator[None, None, None]:
+    """As on a full disk: no file grows beyond `size` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(here: Path) -> None:
+    words = [*TINY, *OFTEN]
+    assert call("train", "digits", "--out", "whole", *words, "--set", "train.steps=40").code == 0
+    assert call("train", "digits", "--out", "full", *words, "--set", "train.steps=20").code == 0
+    full = here / "full"
+    before = tree(full / "checkpoints")
+
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))"
+    done = finish(start("train", "full", "--set", "train.steps=40", cwd=here, first=limit))
+    assert done.code == 2, done
+    assert "Traceback" not in done.err
+    assert "error: full/checkpoints: the disk is full" in done.err
+    assert "step 30" in done.err
+    assert "step-00000020 still stands" in done.err
+    kept = {name: bits for name, bits in before.items() if isinstance(bits, bytes)}
+    assert kept == {name: bits for name, bits in tree(full / "checkpoints").items() if isinstance(bits, bytes)}
+    assert call("sample", "full", "--count", "2", "--nfe", "1").code == 0
+
+    assert call("train", "full", "--set", "train.steps=40").code == 0
+    last = "checkpoints/step-00000040"
+    assert tree(full / last) == tree(here / "whole" / last)
+    assert steps_logged(full) == list(range(1, 41))
+
+
+@pytest.mark.parametrize("size", [4096, 100, 0])
+def test_full_disk_when_anything_else_is_written(size: int, here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["digits"], here / "run")
+    before = {name: bits for name, bits in tree(run).items() if isinstance(bits, bytes)}
+    commands = [
+        ["train", "run", *sets("train.steps=40", "train.log_every=1")],
+        ["train", "digits", "--out", "new", *TINY, *sets("train.log_every=1")],
+        ["evaluate", "run", "--nfe", "1"],
+        ["sample", "run", "--count", "100", "--nfe", "1", "--format", "npz"],
+        ["report", "run"],
+    ]
+    for words in commands[: 2 if size == 4096 else None]:  # what the others write is less than that
+        with files_up_to(size):
+            done = call(*words)
+        assert done.code == 2, (words, done)
+        assert "the disk is full" in done.err, words
+        assert "Traceback" not in done.err
+    for name, bits in before.items():
+        if name.startswith("checkpoints"):
+            assert (run / name).read_bytes() == bits
+    assert call("train", "run").code == 0
+    assert call("train", "digits", "--out", "new", *TINY, *sets("train.log_every=1")).code == 0

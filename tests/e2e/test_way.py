@@ -1,0 +1,177 @@
+"""The whole way: train, sample, evaluate, report, each with a run's folder and no other flag."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from e2e.conftest import RECIPES
+from e2e.shell import TINY, call, finish, sets, start, tree
+
+SOLVERS = {"digits": "restart", "digits-flow-matching": "euler", "digits-meanflow": "hop", "moons": "restart"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_training_leaves_a_whole_run(name: str, trained: dict[str, Path]) -> None:
+    run = trained[name]
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "metrics.jsonl", "run.yaml"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000010", "step-00000020"]
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+    assert [row["images"] for row in rows] == [80, 160, 240, 320]
+
+
+def test_processes_of_their_own_say_the_same(here: Path, trained: dict[str, Path]) -> None:
+    words = [*TINY, *sets("train.log_every=5", "train.save_every=10")]
+    done = finish(start("train", "moons", *words, cwd=here))
+    assert (done.code, done.out) == (0, "")
+    assert "runs/moons" in done.err
+    assert "Traceback" not in done.err
+    assert tree(here / "runs/moons/checkpoints/step-00000020") == tree(trained["moons"] / "checkpoints/step-00000020")
+    judged = finish(start("evaluate", "runs/moons", "--nfe", "1", "--json", cwd=here))
+    assert judged.code == 0
+    assert judged.json["results"][0]["nfe"] == 1
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_sheets_for_every_number_of_passes(name: str, here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained[name], here / "run")
+    done = call("sample", "run", "--count", "23")
+    assert done.code == 0
+    expected = [Path("run/samples") / f"{SOLVERS[name]}-nfe{n}.png" for n in (call_nfe(run))]
+    assert done.out.splitlines() == [str(path) for path in expected]
+    assert sorted((run / "samples").iterdir()) == sorted(here / path for path in expected)
+    for path in expected:
+        with Image.open(path) as sheet:
+            assert sheet.format == "PNG"
+            if name != "moons":
+                assert sheet.size == (10 * 64 + 9 * 2, 3 * 64 + 2 * 2)  # 23 digits, a class a column
+
+
+def call_nfe(run: Path) -> list[int]:
+    """The numbers of passes in a run's own spec."""
+    return call("show", run, "--json").json["spec"]["sample"]["nfe"]
+
+
+def test_archive_in_adm_layout_and_single_images_agree(here: Path, trained: dict[str, Path]) -> None:
+    words = ["sample", trained["digits"], "--count", "7", "--labels", "3,5", "--nfe", "2", "--seed", "4", "--out", "o"]
+    assert call(*words, "--format", "npz").out == "o/restart-nfe2.npz\n"
+    assert call(*words, "--format", "images").out == "o/restart-nfe2\n"
+    with np.load("o/restart-nfe2.npz") as archive:
+        assert sorted(archive) == ["arr_0", "arr_1"]
+        x, c = archive["arr_0"], archive["arr_1"]
+    assert (x.shape, x.dtype, c.dtype) == ((7, 8, 8, 3), np.uint8, np.int64)
+    assert c.tolist() == [3, 5, 3, 5, 3, 5, 3]
+    files = sorted(Path("o/restart-nfe2").iterdir())
+    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(7)]
+    for file, pixels in zip(files, x, strict=True):
+        with Image.open(file) as image:
+            assert np.array_equal(np.asarray(image.convert("RGB")), pixels)
+
+
+def test_what_changes_a_sample_and_what_does_not(here: Path, trained: dict[str, Path]) -> None:
+    def made(*words: object) -> np.ndarray:
+        done = call("sample", trained["digits"], "--format", "npz", "--nfe", "1", "--out", "o", *words)
+        assert done.code == 0, done
+        with np.load(done.out.strip()) as archive:
+            return archive["arr_0"]
+
+    first = made("--count", 9, "--seed", 0)
+    assert np.array_equal(made("--count", 9), first)  # the run's own seed is 0
+    assert np.array_equal(made("--count", 4), first[:4])
+    assert np.array_equal(made("--count", 9, "--set", "sample.seed=1"), made("--count", 9, "--seed", 1))
+    assert not np.array_equal(made("--count", 9, "--seed", 1), first)
+    assert not np.array_equal(made("--count", 9, "--solver", "euler"), first)
+    last = trained["digits"] / "checkpoints/step-00000020"
+    assert np.array_equal(made("--count", 9, "--weights", last / "ema-0.999.safetensors"), first)
+    assert not np.array_equal(made("--count", 9, "--weights", last / "net.safetensors"), first)
+
+
+def test_points_are_archived_as_they_are(here: Path, trained: dict[str, Path]) -> None:
+    done = call("sample", trained["moons"], "--count", "5", "--nfe", "1,2", "--format", "npz", "--out", "o")
+    assert done.out.splitlines() == ["o/restart-nfe1.npz", "o/restart-nfe2.npz"]
+    with np.load("o/restart-nfe2.npz") as archive:
+        assert archive["arr_0"].shape == (5, 2)
+        assert archive["arr_0"].dtype == np.float32
+        assert archive["arr_1"].tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_evaluation_is_one_object_and_lies_in_the_folder(name: str, here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained[name], here / "run")
+    done = call("evaluate", "run", "--nfe", "1,2", "--json")
+    assert done.code == 0
+    assert done.out.count("\n") == 1
+    report = done.json
+    assert report == json.loads((run / "evaluation.json").read_text())
+
+    assert report["run"] == "run"
+    assert (report["step"], report["samples"], report["seed"]) == (20, 500, 0)
+    assert report["weights"] == "checkpoints/step-00000020"
+    assert "500" in report["protocol"]  # a number of samples of one's own is another protocol
+    measures = {"mmd2"} if name == "moons" else {"fd", "kid", "kid_sd", "precision", "recall", "accuracy"}
+    for row in [*report["results"], *report["contrast"]]:
+        assert row.keys() == measures | {"nfe", "solver"}
+        assert all(np.isfinite(row[key]) for key in measures)
+    assert [(row["nfe"], row["solver"]) for row in report["results"]] == [(1, SOLVERS[name]), (2, SOLVERS[name])]
+    euler = [] if name == "digits-flow-matching" else [(1, "euler"), (2, "euler")]  # its own solver is the contrast
+    assert [(row["nfe"], row["solver"]) for row in report["contrast"]] == euler
+    assert report["baselines"].keys() == ({"null"} if name == "moons" else {"halves", "bootstrap"})
+    assert report["versions"].keys() == {"dumo", "torch", "python"}
+
+    table = call("evaluate", "run", "--nfe", "1,2")
+    assert table.code == 0
+    assert "where nothing is wrong" in table.out
+    assert all(f" {measure} " in table.out for measure in measures)
+    assert json.loads((run / "evaluation.json").read_text()) == report  # the same samples have the same score
+
+
+def test_passes_that_the_run_does_not_list(here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["moons"], here / "run")
+    report = call("evaluate", run, "--nfe", "7", "--solver", "euler", "--seed", "3", "--json").json
+    assert [row["nfe"] for row in report["results"]] == [7]
+    assert (report["solver"]["kind"], report["seed"], report["contrast"]) == ("euler", 3, [])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_report_is_one_page_that_needs_no_other(name: str, here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained[name], here / "run")
+    call("evaluate", "run", "--json")
+    done = call("report", "run")
+    assert done.code == 0, done
+    printed = [Path(line) for line in done.out.splitlines()]
+    assert printed[-1] == Path("run/report.html")
+    assert all(path.is_file() for path in printed)
+    page = (run / "report.html").read_text(encoding="utf-8")
+    sources = re.findall(r"<(?:img|script|link|iframe|source)\b[^>]*?(?:src|href)\s*=\s*[\"']?([^\"'\s>]{1,12})", page)
+    assert sources
+    assert {source.split(":")[0] for source in sources} == {"data"}
+    assert "url(http" not in page
+    assert "@import" not in page
+    assert "{{" not in page
+    assert str(json.loads((run / "evaluation.json").read_text())["step"]) in page
+
+
+def test_report_of_a_run_that_was_never_judged(here: Path, trained: dict[str, Path]) -> None:
+    shutil.copytree(trained["moons"], here / "run")
+    (here / "run/metrics.jsonl").unlink()
+    done = call("report", "run")
+    assert done.code == 0, done
+    assert (here / "run/report.html").is_file()
+
+
+@pytest.mark.parametrize("name", ["ü ñ/x y", "[bold]", "a[/b]", ":x:", "a.b.c"])
+def test_folders_by_any_name(name: str, here: Path) -> None:
+    done = call("train", "moons", "--out", name, *TINY, *sets("train.steps=1", "train.batch=2"))
+    assert done.code == 0
+    assert name in done.err
+    again = call("train", name, *sets("train.steps=2"))
+    assert again.code == 0
+    made = call("sample", name, "--count", "2", "--nfe", "1", "--format", "npz")
+    assert made.code == 0
+    assert Path(made.out.removesuffix("\n")).is_file()  # what is printed can be opened
+    assert [path.name for path in here.iterdir()] == [Path(name).parts[0]]
