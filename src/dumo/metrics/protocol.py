@@ -62,22 +62,26 @@ class DigitsProtocol(Spec):
         return torch.arange(self.samples) % classes
 
     def score(self, x: Sample, c: Cond, reference: Reference) -> dict[str, float]:
-        """`fd`, `kid` with `kid_sd`, `precision`, `recall`, and `accuracy`: the share that the classifier reads as c.
+        """`fd`, `fd_grey`, `kid` with `kid_sd`, `precision`, `recall`, and `accuracy`: the share read as c.
 
+        All but one judge samples as the net makes them; `fd_grey` is `fd` after they are clamped to [-1, 1] and
+        rounded to the 17 levels of the data, as an image file would hold them: the stricter of the two, for half of
+        the pixels of a digit are at the end of the range, where clamped noise is no longer noise but a shift.
         Raises `UserError` if x is not `samples` finite images of 8x8.
         """
         _fit(self, x, reference)
-        images = _grey(x)
-        fake, real = classifier.features(images), classifier.features(_grey(reference.x))
+        fake, real = classifier.features(x), classifier.features(reference.x)
+        grey = classifier.features(_grey(x))
         mean, sd = kid(fake, real, subsets=SUBSETS, subset_size=SUBSET, generator=stream("digits", "kid"))
         precision, recall = precision_recall(real, fake, NEIGHBOURS)
         return {
             "fd": frechet_distance(Moments.of(fake), Moments.of(real)),
+            "fd_grey": frechet_distance(Moments.of(grey), Moments.of(real)),
             "kid": mean,
             "kid_sd": sd,
             "precision": precision,
             "recall": recall,
-            "accuracy": (classifier.predict(images) == c.cpu()).double().mean().item(),
+            "accuracy": (classifier.predict(x) == c.cpu()).double().mean().item(),
         }
 
     def baselines(self, reference: Reference) -> dict[str, dict[str, float]]:
@@ -86,7 +90,7 @@ class DigitsProtocol(Spec):
         `halves`: between random halves of the data. `bootstrap`: from `samples` of its rows, drawn with replacement,
         to the data: the floor of `score`.
         """
-        real = classifier.features(_grey(reference.x))
+        real = classifier.features(reference.x)
         n, whole, halves, floors = len(real), Moments.of(real), list[float](), list[float]()
         for i in range(SPLITS):
             order = torch.randperm(n, generator=stream("digits", "halves", i))
@@ -163,12 +167,7 @@ def _fit(protocol: DigitsProtocol | ToyProtocol, x: Sample, reference: Reference
 
 
 def _grey(x: Sample) -> Sample:
-    """The nearest of the 17 grey levels 0..16 that the data has, as -1..1.
-
-    As photographs are judged at their 256 levels: a sample counts as the image that the data's format would hold, and
-    the last bits, which differ with batch and device, leave the score alone. It hides no noise: as half of it is
-    clamped away from the background, the distance grows by it more than without rounding (measured).
-    """
+    """The nearest of the 17 grey levels 0..16 that the data has, as -1..1."""
     return ((x.clamp(-1, 1) + 1) * 8).round() / 8 - 1
 
 
