@@ -221,6 +221,9 @@ def main() -> NoReturn:
             raise
         err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        err.print(f"error: {error.filename or 'writing'}: {error.strerror}", highlight=False, soft_wrap=True)
+        sys.exit(2)
     sys.exit(0)
 
 

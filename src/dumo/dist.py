@@ -1,10 +1,12 @@
-"""Ranks, and means over ranks: the one place that knows how many processes train.
+"""Ranks, means over ranks, devices: the one place that knows how many processes train, and where.
 
 Without torch.distributed there is one rank, number 0, and a mean over ranks is the identity.
 """
 
 import torch.distributed
 from torch import Tensor
+
+from dumo.types import UserError
 
 
 def rank() -> int:
@@ -34,3 +36,14 @@ def mean(x: Tensor) -> Tensor:
 def started() -> bool:
     """Whether a process group is there to ask."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def device(name: str) -> torch.device:
+    """'auto' is the GPU where there is one. Raises UserError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device '{name}' is not to be had here: use auto or cpu") from error
+    return torch.device(name)

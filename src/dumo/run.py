@@ -14,8 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from dumo import __version__
-from dumo.config.load import FILE, difference, dump, load, parse
+from dumo import __version__, dist
+from dumo.config.folder import FILE, settle
+from dumo.config.load import difference, load, parse
 from dumo.config.spec import Run, Sampling
 from dumo.flow.draw import stream
 from dumo.flow.guide import Guide
@@ -57,39 +58,20 @@ class Trained:
     weights: str  # the file they came from, relative to the folder where it lies inside
 
 
-def device_of(name: str) -> torch.device:
-    """'auto' is the GPU where there is one. Raises UserError for a device that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{name}' is not to be had here: use auto or cpu") from error
-    return torch.device(name)
-
-
-def build(run: Run, device: torch.device) -> State:
-    """A state at step 0, its weights keyed by the run's seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream(run.train.seed, "weights").initial_seed())
-        net = run.net.build(run.objective.needs, run.data.shape, run.data.classes).to(device)
-    return training.begin(net, run.train)
-
-
 def train(run: Run, folder: Path, *, device: str = "auto", watch: Watch = unwatched) -> State:
     """Train, or go on where the folder's last checkpoint stands. Returns the state at the end.
 
     Raises UserError if the folder holds another run, Diverged if the loss is no longer a number.
     """
     settle(run, folder)
-    state = build(run, device_of(device))
+    here = dist.device(device)
+    state = training.begin(run.build(here), run.train)
     if last := checkpoint.latest(folder / "checkpoints"):
         checkpoint.restore(last, state)
     metrics = folder / "metrics.jsonl"
     log.rewind(metrics, state.step)
 
     source, spec = run.data.open(), run.train
-    here = next(state.net.parameters()).device
 
     def batches(step: int) -> tuple[Tensor, Tensor]:
         x, c = source.batch(step, spec.batch, spec.seed)
@@ -110,24 +92,6 @@ def train(run: Run, folder: Path, *, device: str = "auto", watch: Watch = unwatc
     return state
 
 
-def settle(run: Run, folder: Path) -> None:
-    """Write run.yaml, or, where it stands, see that this is the same run. Raises UserError with the difference."""
-    file = folder / FILE
-    if file.exists():
-        differs = list(difference(load(str(folder)), run))
-        if differs:
-            raise UserError(
-                f"{folder} holds another run:\n  "
-                + "\n  ".join(differs)
-                + "\nGive another folder with --out, or remove this one"
-            )
-    elif folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    with archive.replacing(file) as out:
-        out.write(dump(run).encode())
-
-
 def open_run(
     source: str, overrides: Sequence[str] = (), *, weights: str | None = None, device: str = "auto"
 ) -> Trained:
@@ -141,13 +105,13 @@ def open_run(
     last = checkpoint.latest(folder / "checkpoints")
     if last is None:
         raise UserError(f"{source} has no checkpoint yet: train it first, dumo train {source}")
-    state = build(run, device_of(device))
-    checkpoint.restore(last, state)
-    net = state.shown
-    if weights is not None:
-        checkpoint.check(Path(weights), found := checkpoint.load_weights(Path(weights)), net.state_dict())
-        net.load_state_dict(found)
-    return Trained(run, folder, net, state.step, weights or str(last.relative_to(folder)))
+    shown = f"ema-{run.train.ema[0].decay}" if run.train.ema else "net"
+    file = last / f"{shown}.safetensors" if weights is None else Path(weights)
+    net, found = run.build(dist.device(device)), checkpoint.load_weights(file)
+    checkpoint.check(file, found, net.state_dict())
+    net.load_state_dict(found)
+    step, _ = checkpoint.counts(last / "state.json")
+    return Trained(run, folder, net.eval(), step, str(file.relative_to(folder)) if weights is None else weights)
 
 
 def sample(
@@ -162,13 +126,6 @@ def sample(
     """One sample per label of c, image i always from stream (seed, i). Raises UserError as the solver does."""
     run, solver = trained.run, solver or trained.run.sample.solver
     with watch(f"sampling, {solver.kind} at {nfe}", len(c)) as tick:
-        made = 0
-
-        def on_batch(n: int) -> None:
-            nonlocal made
-            made += n
-            tick(made, "")
-
         return generate.generate(
             trained.net,
             run.objective.read(trained.net),
@@ -179,7 +136,7 @@ def sample(
             seed=run.sample.seed if seed is None else seed,
             shape=run.data.shape,
             device=next(trained.net.parameters()).device,
-            on_batch=on_batch,
+            on_batch=lambda made: tick(made, ""),
         )
 
 

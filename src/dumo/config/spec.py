@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from dumo.data import Data
+from dumo.flow.draw import stream
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Path
 from dumo.metrics.protocol import MetricProtocol
@@ -51,6 +52,12 @@ class Run(Spec):
     def reads(self) -> Reads:
         """The readings that the objective will teach. They answer nothing yet: there is no net."""
         return self.objective.read(nn.Identity())
+
+    def build(self, device: torch.device | str = "cpu") -> nn.Module:
+        """The net at step 0, its weights keyed by the run's seed: the same on every device."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream(self.train.seed, "weights").initial_seed())
+            return self.net.build(self.objective.needs, self.data.shape, self.data.classes).to(device)
 
     @model_validator(mode="after")
     def _fits(self) -> "Run":

@@ -40,7 +40,7 @@ def generate(
     """Make one image of `shape` per row of c: those numbered `indices` (None: from 0), `batch` at a time on `device`.
 
     `reads` is a reading of `net`, which stays where it is and is in evaluation mode meanwhile. `on_batch` is told the
-    number of images just made. Raises UserError if the solver cannot serve the reading or nfe, ValueError if there
+    number of images made so far. Raises UserError if the solver cannot serve the reading or nfe, ValueError if there
     are more or fewer indices than rows of c.
     """
     indices = range(len(c)) if indices is None else indices
@@ -59,7 +59,7 @@ def generate(
             done.append(solver(reads, path, fresh(0), c_some, nfe, fresh).float().cpu())
         counts.add(sum(passed) / len(some))
         if on_batch is not None:
-            on_batch(len(some))
+            on_batch(first + len(some))
     return Samples(torch.cat(done), _agreed(counts))
 
 

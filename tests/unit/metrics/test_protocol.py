@@ -57,7 +57,7 @@ def toy() -> Reference:
 
 
 def test_real_digits_score_well(good: dict[str, float], halves: dict[str, float]) -> None:
-    assert list(good) == ["fd", "kid", "kid_sd", "precision", "recall", "accuracy"]
+    assert list(good) == ["fd", "fd_grey", "kid", "kid_sd", "precision", "recall", "accuracy"]
     assert good["fd"] < halves["mean"]
     assert abs(good["kid"]) < good["kid_sd"]
     assert good["precision"] > 0.95
@@ -87,12 +87,21 @@ def test_accuracy_is_of_the_classes_asked_for(data: Reference) -> None:
     assert DIGITS.score(x, (c + 1) % 10, data)["accuracy"] < 0.02
 
 
-def test_digits_are_judged_at_the_grey_levels_of_the_data(data: Reference, good: dict[str, float]) -> None:
-    """A quarter of a level either way, and light beyond black and white, change nothing."""
+def test_filed_digits_are_judged_at_the_grey_levels_of_the_data(data: Reference, good: dict[str, float]) -> None:
+    """A quarter of a level either way, and light beyond black and white, change nothing that a file would hold."""
     x, c = some(data)
     off = x + (torch.rand(x.shape, generator=stream("off")) - 0.5) / 16
     off = torch.where(x == 1, 1.5, torch.where(x == -1, -7.0, off))
-    assert DIGITS.score(off, c, data) == good
+    score = DIGITS.score(off, c, data)
+    assert score["fd_grey"] == good["fd_grey"] == good["fd"]
+    assert score["fd"] > 10 * good["fd"]
+
+
+def test_clamping_turns_noise_into_a_shift(data: Reference, good: dict[str, float]) -> None:
+    """Why there are two: noise of mean zero hardly moves the features, until half of it is cut off."""
+    x, c = some(data)
+    score = DIGITS.score(x + 0.2 * torch.randn(x.shape, generator=stream("noise")), c, data)
+    assert good["fd"] < score["fd"] < score["fd_grey"] / 2
 
 
 def test_digits_baselines(data: Reference, good: dict[str, float], halves: dict[str, float]) -> None:

@@ -1,0 +1,232 @@
+"""A run is one value, whether it comes from a recipe, a file or a folder, and goes back to YAML whole."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dumo import recipes
+from dumo.config.load import difference, dump, load, parse, place
+from dumo.config.spec import Sampling
+from dumo.sample.solver import Heun, Hop
+from dumo.train.ema import Ema
+from dumo.types import UserError
+
+ODD = [
+    "about=a 'quoted' \"line\": # no comment, ünïcödé 你好 \\n",
+    "about='yes'",
+    "about='1e3'",
+    "about=''",
+    "train.optimizer.lr=1e-8",
+    "train.optimizer.lr=0.1234567890123456789",
+    "train.clip=1e300",
+    "train.seed=123456789012345678901234567890",
+    "train.ema=[{decay: 0.9999}, {decay: 0.5, ramp: false}]",
+    "train.ema=[]",
+    "train.ref=0.999",
+    "sample.nfe=[3, 1]",
+    "objective.slope.kind=jvp",
+]
+
+
+def test_a_file_and_a_folder_are_as_good_as_a_recipe(tmp_path: Path) -> None:
+    for name in recipes.names():
+        run = load(name)
+        (tmp_path / "run.yaml").write_text(dump(run), encoding="utf-8")
+        assert load(str(tmp_path)) == load(str(tmp_path / "run.yaml")) == run
+
+
+@pytest.mark.parametrize("override", ODD)
+def test_what_is_dumped_is_loaded(override: str, tmp_path: Path) -> None:
+    run = load("digits", [override])
+    file = tmp_path / "odd name.yml"
+    file.write_text(dump(run), encoding="utf-8")
+    assert load(str(file)) == run
+    assert dump(load(str(file))) == dump(run)
+
+
+def leaves(tree: object, path: str = "") -> dict[str, Any]:
+    """Every value of a tree that is no mapping, by its dotted path."""
+    if isinstance(tree, dict):
+        return {k: v for name, part in tree.items() for k, v in leaves(part, f"{path}.{name}").items()}
+    return {path.removeprefix("."): tree}
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_a_dump_is_complete(name: str) -> None:
+    found = leaves(yaml.safe_load(dump(load(name))))
+    for path, value in found.items():  # so each can be set by its path, to what it is
+        assert load(
+            name, [f"{path}={yaml.safe_dump(value, default_flow_style=True, width=1e9).split(chr(10))[0]}"]
+        ) == load(name)
+    assert {"train.optimizer.eps", "train.schedule.floor", "sample.solver.start", "path.kind"} <= found.keys()
+    assert {path for path in found if path.startswith("objective.times.")}
+
+
+def test_overrides_come_one_after_another() -> None:
+    assert load("digits", ["train.steps=5", "train.steps=7"]).train.steps == 7
+    run = load("moons", ["sample.solver.kind=euler", "sample.solver.start=0.5"])
+    assert run.sample.solver.model_dump() == {"kind": "euler", "start": 0.5}
+
+
+def test_a_new_kind_begins_with_its_own_defaults_and_an_old_one_goes_on() -> None:
+    assert load("moons", ["net.kind=mlp"]) == load("moons")
+    other = load(
+        "moons", ["objective.kind=flow_matching", "sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[2]"]
+    )
+    assert other.objective.kind == "flow_matching"
+    assert other.objective == type(other.objective)()
+    assert other.sample.solver == Heun()
+    with pytest.raises(UserError, match=r"objective\.beta: unknown key"):
+        load("moons", ["objective.beta=0.5", "objective.kind=flow_matching", "objective.beta=0.5"])
+
+
+def test_overrides_of_one_load_leave_the_next_alone() -> None:
+    before = load("digits")
+    load("digits", ["train.steps=5", "objective.kind=meanflow", "sample.solver.kind=hop"])
+    assert load("digits") == before
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps", "--set train.steps: write it as a.b=c"),
+        ("=3", "--set =3: write it as a.b=c"),
+        ("", "--set : write it as a.b=c"),
+        ("train.steps=[", "is not a YAML value"),
+        ("train.steps.more=1", "train.steps is 1000, a value without fields"),
+        ("about.more=1", "about is .*, a value without fields"),
+        ("train.ema.1.decay=0.5", "train.ema.1: this is a list of 1; give a place from 0 to 0"),
+        ("train.ema.first.decay=0.5", "train.ema.first: this is a list"),
+        ("train.ema.1=0.5", "train.ema.1: this is a list"),
+        ("train.ema.²=0.5", "train.ema.²: this is a list"),
+    ],
+)
+def test_overrides_that_go_nowhere(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load("digits", [override])
+
+
+def test_a_place_in_an_empty_list() -> None:
+    with pytest.raises(UserError, match=r"train\.ema\.0: this list is empty") as refused:
+        load("digits", ["train.ema=[]", "train.ema.0.decay=0.5"])
+    assert "-1" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [1, 2\nb: }", "\t- x", "a: !!python/name:os.system", "a: *b", "a: 1\n b: 2", "\x00"]
+)
+def test_what_is_not_yaml(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"a\.yaml is not YAML") as refused:
+        load(str(file))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", ["", "3", "- 1", "null", "text", "2026-01-01"])
+def test_what_holds_no_run(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"a\.yaml holds no run"):
+        load(str(file))
+
+
+def test_garbage_never_gets_further_than_a_user_error(tmp_path: Path) -> None:
+    text, file = dump(load("digits")), tmp_path / "a.yaml"
+    g = random.Random(0)
+    bits = ["", ":", "{", "-", "x", "\n", " ", "null", "[]", "-1"]
+    said: list[str] = []
+    for _ in range(150):
+        at, cut = g.randrange(len(text)), g.randrange(1, 30)
+        file.write_text(text[:at] + g.choice(bits) + text[at + cut :])
+        try:
+            load(str(file))
+        except UserError as error:
+            said.append(str(error))
+    assert len(said) > 100
+    assert all(said)
+
+
+def test_mistakes_of_a_file_name_the_file(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(dump(load("digits")).replace("batch: 128", "batch: -1"))
+    with pytest.raises(UserError, match=r"train\.batch") as refused:
+        load(str(tmp_path))
+    assert str(tmp_path / "run.yaml") in str(refused.value)
+
+
+def test_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a run").mkdir()
+    assert place("digits") == Path("runs/digits")
+    assert place("my/recipes/digits.small.yaml") == Path("runs/digits.small")
+    assert place("a run") == Path("a run")
+    assert place(str(tmp_path / "a run")) == tmp_path / "a run"
+
+
+def test_parse_tells_every_mistake() -> None:
+    with pytest.raises(UserError) as refused:
+        parse(Sampling, {"solver": {"kind": "hopp"}, "seed": -1, "nfee": []})
+    assert sorted(line.split(":")[0] for line in str(refused.value).splitlines()) == ["nfee", "seed", "solver.kind"]
+
+
+def changed(*overrides: str, of: str = "digits") -> list[str]:
+    """What differs between a recipe and the recipe with overrides."""
+    return list(difference(load(of), load(of, overrides)))
+
+
+def test_nothing_differs_from_itself() -> None:
+    for name in recipes.names():
+        assert list(difference(load(name), load(name))) == []
+
+
+def test_free_fields_may_differ() -> None:
+    free = ["about=mine", "train.steps=7", "train.log_every=1", "train.save_every=2", "train.keep=9"]
+    free += [
+        "sample.solver.kind=euler",
+        "sample.nfe=[8]",
+        "sample.seed=4",
+        "evaluate.seed=5",
+        "evaluate.protocol.samples=600",
+    ]
+    assert changed(*free) == []
+    assert load("digits", free) != load("digits")
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("train.batch=16", "train.batch: 128 there, 16 asked"),
+        ("train.seed=1", "train.seed: 0 there, 1 asked"),
+        ("train.clip=0.5", "train.clip: null there, 0.5 asked"),
+        ("train.optimizer.lr=0.5", "train.optimizer.lr: 0.001 there, 0.5 asked"),
+        ("train.optimizer.betas=[0.5, 0.6]", "train.optimizer.betas: [0.9, 0.95] there, [0.5, 0.6] asked"),
+        ("train.schedule.warmup=1", "train.schedule.warmup: 50 there, 1 asked"),
+        ("objective.slope.kind=jvp", "objective.slope: {h: 0.005, kind: central} there, {kind: jvp} asked"),
+        ("net.depth=2", "net.depth: 4 there, 2 asked"),
+        ("train.ema=[]", "train.ema: [{decay: 0.999, ramp: true}] there, [] asked"),
+        ("train.ema=[{decay: 0.5}]", "train.ema: [{decay: 0.999, ramp: true}] there, [{decay: 0.5, ramp: true}] asked"),
+    ],
+)
+def test_difference(override: str, line: str) -> None:
+    assert changed(override) == [line]
+
+
+def test_difference_tells_each_field_from_left_to_right() -> None:
+    assert changed("train.batch=16", "net.depth=2", "train.steps=3", "train.seed=4") == [
+        "net.depth: 4 there, 2 asked",
+        "train.batch: 128 there, 16 asked",
+        "train.seed: 0 there, 4 asked",
+    ]
+    assert list(difference(Hop(), Hop(start=0.5))) == ["start: 1.0 there, 0.5 asked"]
+    assert list(difference(Ema(decay=0.5), Ema(decay=0.5, ramp=False), "a.")) == ["a.ramp: true there, false asked"]
+
+
+def test_another_family_member_is_told_whole() -> None:
+    (line,) = changed("objective.times.kind=uniform")
+    assert line.startswith("objective.times: {")
+    assert "kind: beta" in line
+    assert "kind: uniform" in line
+    assert "\n" not in line

@@ -1,0 +1,110 @@
+"""Parts that do not fit one another are refused when a run is made, whichever way it is made."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.types import UserError
+
+READS = {
+    "dumo": {"velocity", "endpoint"},
+    "flow_matching": {"velocity"},
+    "meanflow": {"velocity", "flow_map"},
+}
+SOLVERS = {"velocity": ("euler", "heun"), "endpoint": ("restart",), "flow_map": ("hop",)}
+
+
+def changed(*overrides: str, of: str = "digits") -> Run:
+    """A recipe with other fields."""
+    return load(of, overrides)
+
+
+@pytest.mark.parametrize("objective", READS)
+def test_reads_are_known_before_there_is_a_net(objective: str) -> None:
+    solver = {"dumo": "restart", "flow_matching": "euler", "meanflow": "hop"}[objective]
+    reads = changed(f"objective.kind={objective}", f"sample.solver.kind={solver}").reads
+    given = {name for name in ("velocity", "endpoint", "flow_map") if getattr(reads, name) is not None}
+    assert READS[objective] <= given
+
+
+@pytest.mark.parametrize("objective", READS)
+@pytest.mark.parametrize(("reading", "solvers"), SOLVERS.items())
+def test_a_solver_needs_what_the_objective_teaches(objective: str, reading: str, solvers: tuple[str, ...]) -> None:
+    for solver in solvers:
+        words = [f"objective.kind={objective}", f"sample.solver.kind={solver}", "sample.nfe=[2]", "evaluate.nfe=[2]"]
+        if reading in READS[objective]:
+            assert changed(*words).sample.solver.kind == solver
+        elif not (objective == "meanflow" and reading == "endpoint"):  # a flow map to time 0 may serve as one
+            with pytest.raises(UserError, match=f"solver '{solver}' needs {reading}"):
+                changed(*words)
+
+
+@pytest.mark.parametrize("field", ["sample.nfe", "evaluate.nfe"])
+@pytest.mark.parametrize("nfe", ["[0]", "[2, -1]", "[]"])
+def test_numbers_of_passes(field: str, nfe: str) -> None:
+    with pytest.raises(UserError, match="nfe"):
+        changed(f"{field}={nfe}")
+
+
+@pytest.mark.parametrize("field", ["sample.nfe", "evaluate.nfe"])
+def test_passes_of_a_solver_with_two_a_step(field: str) -> None:
+    even = ["sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[4]"]
+    assert changed(*even).sample.solver.kind == "heun"
+    with pytest.raises(UserError, match="nfe = 3"):
+        changed(*even, f"{field}=[2, 3]")
+
+
+def test_slopes_that_are_no_derivative() -> None:
+    for words in (
+        ["train.precision=bf16"],
+        ["net.time_scale=11"],
+        ["objective.slope.kind=central", "objective.slope.h=0.06"],
+    ):
+        with pytest.raises(UserError, match="central"):
+            changed(*words)
+        assert changed(*words[:1], "objective.slope.kind=jvp").objective.kind == "dumo"
+    assert changed("net.time_scale=10").net.time_scale == 10
+    at_bound = changed("objective.slope.kind=jvp", "objective.slope.kind=central", "objective.slope.h=0.05")
+    assert at_bound.objective.kind == "dumo"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["data.kind=moons"], "square images"),
+        (["net.patch=3"], "net.patch 3"),
+        (["net.attention=7"], "net.attention 7"),
+        (["evaluate.protocol.kind=toy"], "protocol toy"),
+    ],
+)
+def test_parts_of_digits(words: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        changed(*words)
+
+
+def test_parts_of_moons() -> None:
+    with pytest.raises(UserError, match="no classes"):
+        changed("objective.guide.zeta=0.5", of="moons")
+    with pytest.raises(UserError, match="no classes"):
+        changed("objective.guide.omega=2", of="moons")
+    with pytest.raises(UserError, match="protocol digits"):
+        changed("evaluate.protocol.kind=digits", of="moons")
+    assert changed("objective.drop=0.5", of="moons").objective.drop == 0.5
+
+
+def test_a_run_made_in_python_is_held_to_the_same() -> None:
+    good = load("moons")
+    tree = good.model_dump()
+    assert Run.model_validate(tree) == good
+    tree["evaluate"]["protocol"] = {"kind": "digits"}
+    with pytest.raises(ValidationError, match="protocol digits"):
+        Run.model_validate(tree)
+
+
+def test_checking_costs_no_memory_and_no_randomness() -> None:
+    state = torch.random.get_rng_state()
+    huge = changed("net.width=16384", "net.depth=200", "net.attention=4")  # 600 billion parameters, never made
+    assert huge.net.depth == 200
+    assert torch.equal(torch.random.get_rng_state(), state)

@@ -1,0 +1,106 @@
+"""A recipe is one complete file: nothing in it is left to a default that a later version might change."""
+
+import json
+import subprocess
+import sys
+from importlib.resources import files
+
+import pytest
+import yaml
+
+from dumo import recipes
+from dumo.config.load import dump, load
+from dumo.reproduce import PLANS, SCALES
+
+NAMES = recipes.names()
+SHIPPED = sorted(file.name for file in files("dumo.recipes").joinpath("results").iterdir())
+
+
+def keys(tree: object) -> object:
+    """A tree's keys at every level, without its values."""
+    if isinstance(tree, dict):
+        return {name: keys(part) for name, part in tree.items()}
+    return [keys(part) for part in tree] if isinstance(tree, list) else None
+
+
+def test_names() -> None:
+    assert sorted(NAMES) == NAMES
+    assert {f"{data}{rest}" for data in ("digits", "moons") for rest in ("", "-flow-matching", "-meanflow")} <= set(
+        NAMES
+    )
+    assert "digits-guided" in NAMES
+    assert all(name == name.lower() and " " not in name for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_complete(name: str) -> None:
+    assert keys(yaml.safe_load(recipes.read(name))) == keys(yaml.safe_load(dump(load(name))))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_holds_values_of_their_own_types(name: str) -> None:
+    found, resolved = yaml.safe_load(recipes.read(name)), yaml.safe_load(dump(load(name)))
+    assert load(name) == type(load(name)).model_validate(resolved)
+    for key in found:  # 1e-3 is text to YAML 1.1; the value that it resolves to is a number
+        assert found[key] == {**resolved, key: found[key]}[key]
+        assert "'" not in yaml.safe_dump(found[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_about_is_one_short_line(name: str) -> None:
+    about = recipes.about(name)
+    assert 10 <= len(about) <= 80
+    assert "\n" not in about
+    assert about == about.strip()
+    assert load(name).about == about
+
+
+def test_abouts_tell_recipes_apart() -> None:
+    assert len({recipes.about(name) for name in NAMES}) == len(NAMES)
+
+
+@pytest.mark.parametrize("data", ["digits", "moons"])
+def test_siblings_differ_in_what_they_compare_only(data: str) -> None:
+    runs = [load(name) for name in (data, f"{data}-flow-matching", f"{data}-meanflow")]
+    for part in ("data", "net", "path"):
+        assert len({getattr(run, part) for run in runs}) == 1
+    assert len({run.train for run in runs}) == 1
+    assert len({run.evaluate.protocol for run in runs}) == 1
+
+
+def test_an_unknown_recipe_is_a_key_error() -> None:
+    for name in ("nothing", "digits.yaml", "../recipes/digits", ""):
+        with pytest.raises(KeyError):
+            recipes.read(name)
+
+
+def test_results_that_are_not_there() -> None:
+    assert recipes.results("nothing") is None
+
+
+def test_the_zoo_is_shipped() -> None:
+    assert "zoo.json" in SHIPPED
+
+
+@pytest.mark.parametrize("file", SHIPPED)
+def test_results_say_where_they_come_from(file: str) -> None:
+    name = file.removesuffix(".json")
+    results = recipes.results(name)
+    assert results is not None
+    assert name in PLANS
+    assert (results["name"], results["title"]) == (name, PLANS[name].title)
+    assert results["scale"] in SCALES
+    assert results["scale"] != "smoke"
+    assert results["origin"]["command"] == f"dumo reproduce {name} --scale {results['scale']}"
+    assert {"date", "machine", "device", "threads", "versions"} <= results["origin"].keys()
+    assert results["table"]
+    assert len({tuple(row) for row in results["table"]}) == 1
+    assert results["cells"]
+    json.dumps(results, allow_nan=False)
+
+
+def test_recipes_need_no_torch() -> None:
+    program = "import sys; from dumo import recipes; [recipes.about(n) for n in recipes.names()]; "
+    program += "recipes.results('zoo'); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
