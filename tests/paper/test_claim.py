@@ -1,0 +1,57 @@
+"""What the paper claims of its method and can be checked without training (arXiv 2602.17682)."""
+
+import pytest
+import torch
+from torch import nn
+
+from dumo.flow.draw import draw, stream
+from dumo.flow.path import Linear
+from dumo.flow.slope import Central
+from dumo.nets import MLP, DiT
+from dumo.objectives import DuMo, MeanFlow
+from dumo.train.cost import forward_units
+from dumo.types import Objective, still
+
+LATENT = (4, 32, 32)  # SD-VAE at 256 x 256
+
+
+def xl2(objective: Objective) -> nn.Module:
+    """DiT-XL/2 for ImageNet-256 latents, without memory for its weights."""
+    with torch.device("meta"):
+        return DiT().build(objective.needs, LATENT, 1000)
+
+
+def passes(objective: Objective) -> tuple[int, int]:
+    """Passes with and without gradients that a step makes."""
+    net, made = MLP(width=8, depth=1).build(objective.needs, (2,), 3), list[bool]()
+    net.register_forward_hook(lambda *_: made.append(torch.is_grad_enabled()))
+    x, c = torch.randn(4, 2, generator=stream("passes")), torch.zeros(4, dtype=torch.long)
+    objective.loss(net, still(net), draw(objective, Linear(), x, c, torch.full_like(c, 3), seed=0, step=0))
+    return sum(made), len(made) - sum(made)
+
+
+def test_second_head_costs_less_than_half_a_percent() -> None:
+    """Sec. 3.3: about 3 M more parameters than 675 M."""
+    both = sum(p.numel() for p in xl2(DuMo()).parameters())
+    one = both - sum(p.numel() for name, p in xl2(DuMo()).named_parameters() if name.startswith("heads.u"))
+    assert pytest.approx(one, rel=1e-3) == 675e6
+    assert 0.003 < both / one - 1 < 0.005
+
+
+def test_passes_of_a_step() -> None:
+    """Sec. 3.3: 1 pass with gradients and 3 without, against MeanFlow's 1 and 4 without a JVP."""
+    assert passes(DuMo()) == (1, 3)
+    assert passes(MeanFlow(slope=Central())) == (1, 4)
+
+
+def test_step_is_an_eighth_cheaper_than_meanflow() -> None:
+    """Sec. 4.4 measures 12.6 % more steps per second on XL; counted it is 7 / 6."""
+    dumo, meanflow = DuMo(), MeanFlow(slope=Central())
+    ratio = forward_units(xl2(meanflow), meanflow, Linear(), LATENT) / forward_units(xl2(dumo), dumo, Linear(), LATENT)
+    assert ratio == pytest.approx(7 / 6, rel=1e-3)
+
+
+def test_defaults_are_the_first_row_of_table_3() -> None:
+    objective = DuMo()
+    assert (objective.times.a, objective.times.b) == (2.4, 2.4)
+    assert (objective.beta, objective.guide.zeta) == (0.7, 0.55)
