@@ -10,7 +10,6 @@ import yaml
 
 from dumo import recipes
 from dumo.config.load import load
-from dumo.run import build, device_of
 from e2e.shell import ENVIRONMENT, call, sets
 
 QUICK = """
@@ -75,7 +74,7 @@ def test_show_json_is_one_object_and_true(name: str, here: Path) -> None:
     spec = load(name)
     facts = done.json
     assert facts["spec"] == spec.model_dump(mode="json")
-    net = build(spec, device_of("cpu")).net
+    net = spec.build()
     assert facts["parameters"] == sum(p.numel() for p in net.parameters())
     assert 2.5 <= facts["forward_units_per_step"] <= 12  # a pass, its backward, and the passes of the targets
     assert facts["forward_flops_per_image"] > facts["parameters"]  # each weight is used at least once, two to a use

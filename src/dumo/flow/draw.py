@@ -15,8 +15,12 @@ from dumo.types import Cond, Noised, Objective, Path, Sample
 
 
 def stream(*key: int | str) -> Generator:
-    """A CPU generator whose state is a hash of the key."""
-    digest = blake2b("/".join(map(str, key)).encode(), digest_size=7).digest()  # 56 bits: a seed is a signed 64
+    """A CPU generator seeded by a hash of the key.
+
+    torch keeps 32 bits of a seed on the CPU, so a few of a million steps share one: harmless between steps that are far
+    apart, but nothing to number images by (see `dumo.sample.noise`).
+    """
+    digest = blake2b("/".join(map(str, key)).encode(), digest_size=7).digest()  # a seed is a signed 64-bit number
     return Generator().manual_seed(int.from_bytes(digest))
 
 
@@ -33,8 +37,13 @@ def draw(
     first: int = 0,
     progress: float = 0.0,
 ) -> Noised:
-    """Rows `first : first + len(x)` of the record that a batch of `batch` rows (None: these rows) gets at this step."""
+    """Rows `first : first + len(x)` of the record that a batch of `batch` rows (None: these rows) gets at this step.
+
+    Raises ValueError where the batch ends before these rows do.
+    """
     n, mine = batch or len(x), slice(first, first + len(x))
+    if mine.stop > n:
+        raise ValueError(f"rows {first} to {mine.stop} are not of a batch of {n}")
     exact = torch.promote_types(x.dtype, torch.float32)  # times stay exact where the data is bf16
 
     t, r = (s[mine].to(x.device, exact) for s in objective.times(n, stream(seed, step, "times")))

@@ -24,7 +24,7 @@ from dumo.types import Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError
 
 Along = Callable[[Sample], Heads]
 
-MAX_STEP = 0.05  # ours: the largest h * time_scale at which the difference is within 1 % (measured)
+MAX_STEP = 0.05  # ours: of h * time_scale; the difference is well within 1 % there, 3 % off at ten times it (measured)
 
 
 class Central(Spec):
@@ -78,7 +78,7 @@ class Jvp(Spec):
         def along(w: Sample) -> Heads:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
                 _, slopes = _jvp(lambda x, t: ref(x, c, t=t, **rest), (x, t), (w, torch.ones_like(t)))
-            return tuple(slope.detach() for slope in slopes)
+            return slopes
 
         return heads, along
 

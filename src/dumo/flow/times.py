@@ -100,6 +100,14 @@ class Level(Spec):
     high: float = 1.0
     log: bool = False
 
+    @model_validator(mode="after")
+    def _ordered(self) -> "Level":
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        if self.log and self.low <= 0:
+            raise ValueError(f"log-uniform numbers are positive: low is {self.low}")
+        return self
+
     def __call__(self, shape: torch.Size, g: Generator) -> Tensor:
         """Draw one number per row of `shape`."""
         share = torch.rand(shape[0], generator=g)

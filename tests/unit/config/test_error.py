@@ -19,7 +19,6 @@ class Leaf(Spec):
 class Twig(Spec):
     kind: Literal["twig"] = "twig"
     length: float = 1.0
-    ends: tuple["Part", ...] = ()
 
     @field_validator("length")
     @classmethod
@@ -54,7 +53,10 @@ WRONG: list[tuple[dict[str, object], str]] = [
     ({"top": {"kind": "leaf", "sise": 1}}, "top.sise: unknown key; did you mean 'size'?"),
     ({"top": LEAF, "nota": 1}, "nota: unknown key; did you mean 'note'?"),
     ({"top": LEAF, "xyzzy": 1}, "xyzzy: unknown key; valid: note, pair, parts, ref, spare, top"),
-    ({"top": {"kind": "twig", "ends": [{"kind": "leaf", "siz": 1}]}}, "top.ends.0.siz: unknown key; did you mean"),
+    (
+        {"top": LEAF, "parts": [LEAF, {"kind": "twig", "lenght": 1}]},
+        "parts.1.lenght: unknown key; did you mean 'length'",
+    ),
     ({"top": {"kind": "leef"}}, "top.kind: there is no 'leef'; did you mean 'leaf'?"),
     ({"top": {"kind": "stone"}}, "top.kind: there is no 'stone'; valid: leaf, twig"),
     ({"top": {}}, "top.kind: missing"),

@@ -1,5 +1,6 @@
 """A run is one value, whether it comes from a recipe, a file or a folder, and goes back to YAML whole."""
 
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from dumo.sample.solver import Heun, Hop
 from dumo.train.ema import Ema
 from dumo.types import UserError
 
+ABOUT = "\ta 'quoted' \"line\": # no comment, - ünïcödé 你好 🙂 end "
 ODD = [
-    "about=a 'quoted' \"line\": # no comment, ünïcödé 你好 \\n",
+    f"about={json.dumps(ABOUT)}",
     "about='yes'",
     "about='1e3'",
     "about=''",
@@ -55,12 +57,12 @@ def leaves(tree: object, path: str = "") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", recipes.names())
-def test_a_dump_is_complete(name: str) -> None:
-    found = leaves(yaml.safe_load(dump(load(name))))
-    for path, value in found.items():  # so each can be set by its path, to what it is
-        assert load(
-            name, [f"{path}={yaml.safe_dump(value, default_flow_style=True, width=1e9).split(chr(10))[0]}"]
-        ) == load(name)
+def test_a_dump_is_complete(name: str, tmp_path: Path) -> None:
+    run, file = load(name), tmp_path / "run.yaml"
+    file.write_text(dump(run), encoding="utf-8")
+    found = leaves(yaml.safe_load(dump(run)))
+    for path, value in found.items():  # each can be set by its path, to what it is
+        assert load(str(file), [f"{path}={json.dumps(value)}"]) == run
     assert {"train.optimizer.eps", "train.schedule.floor", "sample.solver.start", "path.kind"} <= found.keys()
     assert {path for path in found if path.startswith("objective.times.")}
 
@@ -96,7 +98,7 @@ def test_overrides_of_one_load_leave_the_next_alone() -> None:
         ("=3", "--set =3: write it as a.b=c"),
         ("", "--set : write it as a.b=c"),
         ("train.steps=[", "is not a YAML value"),
-        ("train.steps.more=1", "train.steps is 1000, a value without fields"),
+        ("train.steps.more=1", r"train\.steps is \d+, a value without fields"),
         ("about.more=1", "about is .*, a value without fields"),
         ("train.ema.1.decay=0.5", "train.ema.1: this is a list of 1; give a place from 0 to 0"),
         ("train.ema.first.decay=0.5", "train.ema.first: this is a list"),
@@ -110,9 +112,9 @@ def test_overrides_that_go_nowhere(override: str, message: str) -> None:
 
 
 def test_a_place_in_an_empty_list() -> None:
-    with pytest.raises(UserError, match=r"train\.ema\.0: this list is empty") as refused:
+    with pytest.raises(UserError, match=r"train\.ema\.0") as refused:
         load("digits", ["train.ema=[]", "train.ema.0.decay=0.5"])
-    assert "-1" not in str(refused.value)
+    assert "-1" not in str(refused.value)  # there is no place to give
 
 
 @pytest.mark.parametrize(
@@ -172,9 +174,19 @@ def test_parse_tells_every_mistake() -> None:
     assert sorted(line.split(":")[0] for line in str(refused.value).splitlines()) == ["nfee", "seed", "solver.kind"]
 
 
-def changed(*overrides: str, of: str = "digits") -> list[str]:
-    """What differs between a recipe and the recipe with overrides."""
-    return list(difference(load(of), load(of, overrides)))
+PINNED = ["train.batch=128", "train.seed=0", "train.clip=null", "train.ema=[{decay: 0.999}]", "net.depth=4"]
+PINNED += ["train.optimizer={kind: adamw, lr: 0.001, betas: [0.9, 0.95]}", "train.schedule={kind: cosine, warmup: 50}"]
+PINNED += [
+    "objective.slope={kind: central, h: 0.005}",
+    "objective.times={kind: beta}",
+    "net.time_scale=1",
+    "train.steps=1000",
+]
+
+
+def changed(*overrides: str) -> list[str]:
+    """What differs between a run and the run with overrides."""
+    return list(difference(load("digits", PINNED), load("digits", [*PINNED, *overrides])))
 
 
 def test_nothing_differs_from_itself() -> None:

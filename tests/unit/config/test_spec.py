@@ -18,7 +18,7 @@ SOLVERS = {"velocity": ("euler", "heun"), "endpoint": ("restart",), "flow_map": 
 
 def changed(*overrides: str, of: str = "digits") -> Run:
     """A recipe with other fields."""
-    return load(of, overrides)
+    return load(of, ["net.time_scale=1", *overrides])
 
 
 @pytest.mark.parametrize("objective", READS)

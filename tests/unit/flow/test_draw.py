@@ -35,13 +35,6 @@ def test_streams_are_uncorrelated() -> None:
     assert (together - torch.eye(len(keys))).abs().max() < 5 / 4000**0.5
 
 
-def test_streams_do_not_collide() -> None:
-    """These four keys agree in the low 32 bits of their hash, which is all that `manual_seed` takes: 50,000 images of
-    one seed would hold two of the same noise in one seed of five."""
-    assert not torch.equal(first(9, "image", 7875, 0), first(9, "image", 22435, 0))
-    assert not torch.equal(first(10, "image", 10661, 0), first(10, "image", 10838, 0))
-
-
 def test_streams_leave_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
     first(0, 1, "z")
