@@ -99,8 +99,16 @@ def train(
 
     spec, folder = load(source, set_ or []), folder or place(source)
     state = run.train(spec, folder, device=device, watch=bar)
-    err.print(f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints", highlight=False)
-    err.print(f"next:  dumo sample {folder}    dumo evaluate {folder}    dumo report {folder}", highlight=False)
+    err.print(
+        f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
+        highlight=False,
+        soft_wrap=True,
+    )
+    err.print(
+        f"next:  dumo sample {folder}    dumo evaluate {folder}    dumo report {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @app.command()

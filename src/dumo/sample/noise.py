@@ -8,7 +8,6 @@ noise a solver starts from; later draws are the fresh noise that it asks for.
 """
 
 from collections.abc import Sequence
-
 from hashlib import blake2b
 
 import numpy as np
