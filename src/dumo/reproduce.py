@@ -1,6 +1,6 @@
 """Figures and tables made again, by name. Each is a plan: cells to train and judge, and how to set them out.
 
-A cell is a run in a folder named after the hash of its spec: one that is finished is not run again, one that was
+A cell is a run in a folder named after a hash of what trains it: one that is finished is not run again, one that was
 stopped goes on, one whose recipe has changed starts anew.
 """
 
@@ -19,11 +19,11 @@ import torch
 
 from dumo import __version__, run
 from dumo.config.error import nearest
-from dumo.config.load import dump, load
+from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.run import Trained, Watch, unwatched
 from dumo.sample import archive, generate, picture
-from dumo.train import checkpoint, cost
+from dumo.train import cost
 from dumo.types import UserError
 
 SCALES = ("smoke", "laptop")
@@ -88,14 +88,17 @@ def reproduce(
 
 def finish(cell: Cell, cells: Path, *, device: str, watch: Watch) -> Finished:
     """Train and judge a cell, or take what is there of it."""
-    text = dump(cell.spec)
-    folder = cells / f"{cell.name}-{blake2b(text.encode(), digest_size=4).hexdigest()}"
-    if (last := checkpoint.latest(folder / "checkpoints")) is None or last.name != f"step-{cell.spec.train.steps:08d}":
-        run.train(cell.spec, folder, device=device, watch=watch)
+    trained_by = cell.spec.model_dump_json(exclude={"about", "sample", "evaluate"})
+    folder = cells / f"{cell.name}-{blake2b(trained_by.encode(), digest_size=4).hexdigest()}"
+    run.train(cell.spec, folder, device=device, watch=watch)
     trained = run.open_run(str(folder), device=device)
-    judged = folder / "evaluation.json"
-    report = json.loads(judged.read_text(encoding="utf-8")) if judged.exists() else run.evaluate(trained, watch=watch)
-    return Finished(cell, trained, report)
+    judged, asked = folder / "evaluation.json", cell.spec.evaluate
+    if judged.exists():
+        report = json.loads(judged.read_text(encoding="utf-8"))
+        made = [row["nfe"] for row in report["results"]]
+        if (report["step"], report["protocol"], made) == (trained.step, asked.protocol.name, list(asked.nfe)):
+            return Finished(cell, trained, report)
+    return Finished(cell, trained, run.evaluate(trained, watch=watch))
 
 
 def origin(command: str) -> dict[str, Any]:
@@ -178,8 +181,10 @@ def zoo_cells(scale: str) -> Iterator[Cell]:
     for title, recipe in ZOO.items():
         each = units(load(recipe, sets))
         for seed in seeds:
-            asked = [*sets, f"train.steps={round(budget / each)}", f"train.seed={seed}", "evaluate.nfe=[1,2,4]"]
-            yield Cell(f"{recipe}-{seed}", load(recipe, asked), {"objective": title, "units": each})
+            steps = round(budget / each)
+            asked = [*sets, f"train.steps={steps}", f"train.seed={seed}", "evaluate.nfe=[1,2,4,50]"]
+            labels = {"objective": title, "cost": {"steps": steps, "F_per_step": round(each, 2)}}
+            yield Cell(f"{recipe}-{seed}", load(recipe, asked), labels)
 
 
 def units(spec: Run) -> float:
@@ -190,27 +195,28 @@ def units(spec: Run) -> float:
 
 
 def zoo_table(done: list[Finished]) -> list[dict[str, Any]]:
-    """A row per objective and number of passes: means over seeds, and the sd of the Fréchet distance."""
+    """A row per objective, reading and number of passes: means over seeds, and the sd of the Fréchet distance."""
     rows: list[dict[str, Any]] = []
     for title in ZOO:
         mine = [one for one in done if one.cell.labels["objective"] == title]
-        for i, first in enumerate(mine[0].report["results"]):
-            results = [one.report["results"][i] for one in mine]
-            fds = [result["fd"] for result in results]
-            rows.append(
-                {
-                    "objective": title,
-                    "nfe": first["nfe"],
-                    "solver": first["solver"],
-                    "fd": fmean(fds),
-                    "fd_sd": stdev(fds) if len(fds) > 1 else None,
-                    **{key: fmean(r[key] for r in results) for key in ("kid", "precision", "recall", "accuracy")},
-                    "seeds": len(fds),
-                    "steps": mine[0].report["step"],
-                    "F_per_step": round(mine[0].cell.labels["units"], 2),
-                }
-            )
+        for part in ("results", "contrast"):
+            by_passes = zip(*(one.report[part] for one in mine), strict=True)
+            rows += [{"objective": title, **over_seeds(same), **mine[0].cell.labels["cost"]} for same in by_passes]
     return rows
+
+
+def over_seeds(same: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row of equal rows of several seeds."""
+    fds = [row["fd"] for row in same]
+    means = {key: fmean(row[key] for row in same) for key in ("fd_grey", "kid", "precision", "recall", "accuracy")}
+    return {
+        "nfe": same[0]["nfe"],
+        "solver": same[0]["solver"],
+        "fd": fmean(fds),
+        "fd_sd": stdev(fds) if len(fds) > 1 else None,
+        **means,
+        "seeds": len(fds),
+    }
 
 
 def zoo_draw(done: list[Finished], folder: Path) -> list[Path]:

@@ -20,6 +20,11 @@ SOURCE = Path(dumo.__file__).parents[1]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCE), "COLUMNS": "80"}
 
 
+def refuse(name: str) -> None:
+    """NaN and infinity are no JSON."""
+    raise ValueError(f"{name} is no JSON")
+
+
 @dataclass(frozen=True)
 class Done:
     """A command that has ended."""
@@ -31,7 +36,7 @@ class Done:
     @property
     def json(self) -> Any:  # noqa: ANN401, what JSON holds
         """All of stdout as one strict JSON value."""
-        return json.loads(self.out, parse_constant=lambda name: f"{name} is no JSON")
+        return json.loads(self.out, parse_constant=refuse)
 
 
 def sets(*fields: str) -> list[str]:

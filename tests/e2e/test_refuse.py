@@ -144,20 +144,21 @@ def test_places_that_cannot_be_written(here: Path, trained: dict[str, Path]) -> 
 
 
 def test_another_run_lives_there(here: Path, trained: dict[str, Path]) -> None:
-    run = trained["digits"]
+    run = shutil.copytree(trained["digits"], here / "run")
     words = [*TINY, *sets("net.depth=2", "objective.drop=0.25", "train.log_every=9")]
-    done = refused("train", "digits", "--out", run, *words, named=("another run", "--out"), lines=4, run=run)
+    done = refused("train", "digits", "--out", run, *words, named=("another run", "--out"), lines=4)
     assert "  net.depth: 1 there, 2 asked\n" in done.err
     assert " there, 0.25 asked\n" in done.err
     assert "log_every" not in done.err
-    refused("train", "moons", "--out", run, named=("data: ", "digits", "moons"), lines=None, run=run)
-    refused("sample", run, "--set", "net.width=64", named=("net.width: 32 there, 64 asked",), lines=2, run=run)
-    refused("train", run, "--set", "train.ema=[]", named=("train.ema", "0.999"), lines=3, run=run)
-    refused("train", run, "--set", "train.ema.0.decay=0.5", named=("train.ema", "0.5"), lines=3, run=run)
+    refused("train", "moons", "--out", run, named=("data: ", "digits", "moons"), lines=None)
+    refused("sample", run, "--set", "net.width=64", named=("net.width: 32 there, 64 asked",), lines=2)
+    refused("train", run, "--set", "train.ema=[]", named=("train.ema", "0.999"), lines=3)
+    refused("train", run, "--set", "train.ema.0.decay=0.5", named=("train.ema", "0.5"), lines=3)
 
 
 def test_fewer_steps_than_are_done(here: Path, trained: dict[str, Path]) -> None:
-    refused("train", trained["digits"], "--set", "train.steps=5", named=("20", "5"), run=trained["digits"])
+    shutil.copytree(trained["digits"], here / "run")
+    refused("train", "run", "--set", "train.steps=5", named=("20", "5"))
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu9", "meta", ""])
@@ -298,7 +299,8 @@ def test_damaged_checkpoint(name: str, harm: Callable[[Path], object], here: Pat
     run = shutil.copytree(trained["digits"], here / "run")
     harm(run / name)
     refused("train", "run", "--set", "train.steps=25", named=(f"run/{name}",))
-    refused("sample", "run", named=(f"run/{name}",))
+    if "ema" in name or "state" in name:  # all that samples need
+        refused("sample", "run", named=(f"run/{name}",))
 
 
 def test_run_without_a_checkpoint(here: Path, trained: dict[str, Path]) -> None:
@@ -341,7 +343,7 @@ def test_run_edited_to_another_net(here: Path, trained: dict[str, Path]) -> None
     run = shutil.copytree(trained["digits"], here / "run")
     (run / "run.yaml").write_text(edited("width: 32", "width: 64")((run / "run.yaml").read_text()))
     for command in ("train", "sample", "evaluate", "report"):
-        refused(command, "run", named=("net.safetensors", "(32,)", "(64,)"))
+        refused(command, "run", named=(".safetensors", "(32,)", "(64,)"))
 
 
 LINES = [("garbage", "line 1"), ("3", "line 1"), ('{"loss": 1}', "line 1")]

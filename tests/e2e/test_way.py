@@ -57,6 +57,15 @@ def call_nfe(run: Path) -> list[int]:
     return call("show", run, "--json").json["spec"]["sample"]["nfe"]
 
 
+@pytest.mark.parametrize("name", ["digits", "moons"])
+def test_one_sample_is_enough_for_a_picture(name: str, here: Path, trained: dict[str, Path]) -> None:
+    done = call("sample", trained[name], "--count", "1", "--nfe", "1", "--out", "o")
+    assert (done.code, done.out) == (0, "o/restart-nfe1.png\n")
+    assert "Warning" not in done.err
+    with Image.open("o/restart-nfe1.png") as picture:
+        assert min(picture.size) >= 64
+
+
 def test_archive_in_adm_layout_and_single_images_agree(here: Path, trained: dict[str, Path]) -> None:
     words = ["sample", trained["digits"], "--count", "7", "--labels", "3,5", "--nfe", "2", "--seed", "4", "--out", "o"]
     assert call(*words, "--format", "npz").out == "o/restart-nfe2.npz\n"

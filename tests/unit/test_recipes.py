@@ -64,7 +64,7 @@ def test_siblings_differ_in_what_they_compare_only(data: str) -> None:
     runs = [load(name) for name in (data, f"{data}-flow-matching", f"{data}-meanflow")]
     for part in ("data", "net", "path"):
         assert len({getattr(run, part) for run in runs}) == 1
-    assert len({run.train for run in runs}) == 1
+    assert len({run.train.model_copy(update={"steps": 1}) for run in runs}) == 1  # steps may pay for dearer ones
     assert len({run.evaluate.protocol for run in runs}) == 1
 
 

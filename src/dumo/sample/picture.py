@@ -52,7 +52,8 @@ def scatter(truth: Points, samples: Mapping[str, Points], side: float = 3.0) -> 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(side * len(samples), side * 1.1), dpi=150, layout="constrained")
+    lines = 1 + max(title.count("\n") for title in samples)
+    figure = Figure(figsize=(side * len(samples), side + 0.3 * lines), dpi=150, layout="constrained")
     low, high = truth.amin(0), truth.amax(0)
     (left, right), (bottom, top) = torch.stack([low - (high - low) / 10, high + (high - low) / 10], 1).tolist()
     for axes, (title, x) in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples.items(), strict=True):

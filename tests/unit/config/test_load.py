@@ -153,10 +153,16 @@ def test_garbage_never_gets_further_than_a_user_error(tmp_path: Path) -> None:
 
 
 def test_mistakes_of_a_file_name_the_file(tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(dump(load("digits")).replace("batch: 128", "batch: -1"))
+    (tmp_path / "run.yaml").write_text(dump(load("digits", ["train.batch=77"])).replace("batch: 77", "batch: -1"))
     with pytest.raises(UserError, match=r"train\.batch") as refused:
         load(str(tmp_path))
     assert str(tmp_path / "run.yaml") in str(refused.value)
+
+
+def test_a_folder_by_a_recipe_s_name_hides_no_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    assert load("digits").data.kind == "digits"
 
 
 def test_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
