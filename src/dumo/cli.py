@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -166,7 +167,7 @@ def evaluate(
         print(json.dumps(report))
         return
     rows = [*report["results"], *report["contrast"]]
-    out.print(_table(f"{report['run']} at step {report['step']:,}, protocol {report['protocol']}", rows))
+    _print_table(f"{report['run']} at step {report['step']:,}, protocol {report['protocol']}", rows)
     for name, value in report["baselines"].items():
         facts = ", ".join(f"{key} {number:.4g}" for key, number in value.items())
         out.print(f"where nothing is wrong, {name}: {facts}", highlight=False)
@@ -187,7 +188,7 @@ def reproduce(
     if as_json:
         print(json.dumps(results))
         return
-    out.print(_table(results["title"], results["table"]))
+    _print_table(results["title"], results["table"])
     for file in results["files"]:
         out.print(file, highlight=False, soft_wrap=True)
 
@@ -245,14 +246,14 @@ def _numbers(option: str, text: str | None) -> list[int] | None:
         raise typer.BadParameter(f"'{text}' is no list of whole numbers such as 1,2,4", param_hint=option) from None
 
 
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """Rows of equal keys as a table."""
-    table = Table(title=title, title_justify="left")
+def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print rows of equal keys, never narrower than its numbers: a narrow terminal wraps, but nothing is lost."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for key in rows[0]:
-        table.add_column(key, justify="right")
+        table.add_column(key, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    return table
+    out.print(table, width=max(out.width, 160), crop=False)
 
 
 if __name__ == "__main__":

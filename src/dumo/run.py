@@ -212,8 +212,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Judge a run by its protocol, and write the report into its folder as evaluation.json.
 
-    `results` has one row per number of passes. `contrast` has the same rows for single Euler steps of the velocity,
-    where a net is taught more than a velocity: what the other head is for. Raises UserError as the solvers do.
+    `results` has one row per number of passes. `contrast` has Euler steps of the velocity, at one pass and at as many,
+    where the run's own solver is another: what the other head, or the higher order, is for. Raises UserError as the
+    solvers do.
     """
     run, protocol = trained.run, trained.run.evaluate.protocol
     chosen, nfe = solver_named(run, solver), tuple(nfe or run.evaluate.nfe)
@@ -229,7 +230,7 @@ def evaluate(
         made = sample(trained, nfe=n, c=c, seed=seed, solver=solver, watch=watch)
         return {"nfe": made.nfe, "solver": solver.kind, **protocol.score(made.x, c, reference)}
 
-    contrast = Euler() if chosen.uses != "velocity" and run.reads.velocity else None
+    euler = sorted({1, *nfe}) if run.reads.velocity and chosen.kind != "euler" else []
     report = {
         "run": str(trained.folder),
         "step": trained.step,
@@ -239,7 +240,7 @@ def evaluate(
         "seed": seed,
         "solver": chosen.model_dump(),
         "results": [row(chosen, n) for n in nfe],
-        "contrast": [row(contrast, n) for n in nfe] if contrast else [],
+        "contrast": [row(Euler(), n) for n in euler],
         "baselines": protocol.baselines(reference),
         "versions": {"dumo": __version__, "torch": torch.__version__, "python": platform.python_version()},
     }

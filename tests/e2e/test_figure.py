@@ -9,6 +9,11 @@ from PIL import Image
 from e2e.shell import call, refused, tree
 
 
+def files(folder: Path) -> dict[str, bytes | int]:
+    """The bytes of every file."""
+    return {path: bits for path, bits in tree(folder).items() if isinstance(bits, bytes)}
+
+
 def test_figure_3(here: Path) -> None:
     done = call("reproduce", "fig3", "--scale", "smoke", "--json")
     assert done.code == 0
@@ -33,10 +38,10 @@ def test_figure_3(here: Path) -> None:
         assert picture.width > 5 * picture.height  # seven panels in a row
     assert len((folder / "table.md").read_text(encoding="utf-8").splitlines()) == 2 + 2 + 7
 
-    cells = tree(folder / "cells")
+    cells = files(folder / "cells")
     again = call("reproduce", "fig3", "--scale", "smoke")
     assert again.code == 0
-    assert tree(folder / "cells") == cells  # finished cells are kept
+    assert files(folder / "cells") == cells  # finished cells are kept
     assert all(str(file) in again.out.splitlines() for file in results["files"])
 
     stopped = next(folder.glob("cells/dumo-*"))
@@ -51,9 +56,9 @@ def test_zoo(here: Path) -> None:
     results = done.json
     assert results == json.loads((here / "my zoo/results.json").read_text())
     rows = results["table"]
-    assert [(row["objective"], row["nfe"]) for row in rows] == [
-        (name, nfe) for name in ("DuMo", "MeanFlow", "Flow matching") for nfe in (1, 2, 4)
-    ]
+    for name, solver in (("DuMo", "restart"), ("MeanFlow", "hop"), ("Flow matching", "euler")):
+        own = [row["nfe"] for row in rows if (row["objective"], row["solver"]) == (name, solver)]
+        assert own[:3] == [1, 2, 4]
     cost = [row["steps"] * row["F_per_step"] for row in rows]
     assert max(cost) - min(cost) <= max(row["F_per_step"] for row in rows)  # equal, to a step
     assert {row["seeds"] for row in rows} == {1}

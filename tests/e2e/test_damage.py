@@ -1,0 +1,154 @@
+"""A run whose files are damaged, edited or not what they claim to be is refused by the file's name, and left alone."""
+
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from e2e.shell import TINY, refused
+
+
+def net_of(run: Path) -> Path:
+    """The weights of its last checkpoint."""
+    return run / "checkpoints/step-00000020/net.safetensors"
+
+
+def weights(kind: str, run: Path) -> None:
+    """Write w.safetensors, or w.pth, that is not what it should be."""
+    found = safetensors.torch.load_file(net_of(run))
+    match kind:
+        case "pth":
+            torch.save(found, "w.pth")
+        case "renamed":
+            torch.save(found, "w.safetensors")
+        case "old":
+            torch.save(found, "w.safetensors", _use_new_zipfile_serialization=False)
+        case "pickle":
+            Path("w.safetensors").write_bytes(pickle.dumps({"a": 1}))
+        case "cut":
+            Path("w.safetensors").write_bytes(net_of(run).read_bytes()[:-100])
+        case "stump":
+            Path("w.safetensors").write_bytes(net_of(run).read_bytes()[:5])
+        case "empty":
+            Path("w.safetensors").write_bytes(b"")
+        case "double":
+            safetensors.torch.save_file({k: v.double() for k, v in found.items()}, "w.safetensors")
+        case "nan":
+            safetensors.torch.save_file({k: v * float("nan") for k, v in found.items()}, "w.safetensors")
+        case "fewer":
+            found.popitem()
+            safetensors.torch.save_file(found, "w.safetensors")
+        case _:
+            raise ValueError(kind)
+
+
+WEIGHTS = [
+    ("pth", ("w.pth", "pickle", "save_file")),
+    ("renamed", ("w.safetensors", "pickle", "save_file")),
+    ("old", ("w.safetensors", "pickle", "save_file")),
+    ("pickle", ("w.safetensors", "pickle", "save_file")),
+    ("cut", ("w.safetensors", "damaged")),
+    ("stump", ("w.safetensors", "damaged")),
+    ("empty", ("w.safetensors", "damaged")),
+    ("double", ("w.safetensors", "float64", "float32")),
+    ("fewer", ("w.safetensors", "absent in the file")),
+    ("nan", ("not finite",)),
+]
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+@pytest.mark.parametrize(("kind", "named"), WEIGHTS, ids=[kind for kind, _ in WEIGHTS])
+def test_weights(command: str, kind: str, named: tuple[str, ...], here: Path, trained: dict[str, Path]) -> None:
+    run = trained["digits"]
+    weights(kind, run)
+    (file,) = here.iterdir()
+    lines = None if "pickle" in named else 1
+    refused(command, run, "--weights", file.name, named=named, lines=lines, run=run)
+
+
+def test_weights_that_are_not_there_or_of_another_net(here: Path, trained: dict[str, Path]) -> None:
+    run = trained["digits"]
+    refused("sample", run, "--weights", "no.safetensors", named=("no.safetensors", "no such file"), run=run)
+    other = net_of(trained["moons"])
+    refused("sample", run, "--weights", other, named=(str(other), "absent in the file"), run=run)
+
+
+def cut(file: Path) -> None:
+    """Its first twenty bytes alone."""
+    file.write_bytes(file.read_bytes()[:20])
+
+
+LAST = "checkpoints/step-00000020"
+DAMAGED: list[tuple[str, Callable[[Path], object]]] = [
+    *[(f"{LAST}/{name}", harm) for name in ("net.safetensors", "state.json") for harm in (cut, Path.unlink)],
+    (f"{LAST}/ema-0.999.safetensors", cut),
+    (f"{LAST}/optimizer.safetensors", cut),
+    (f"{LAST}/state.json", lambda file: file.write_text("[]")),
+]
+
+
+@pytest.mark.parametrize(("name", "harm"), DAMAGED)
+def test_damaged_checkpoint(name: str, harm: Callable[[Path], object], here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["digits"], here / "run")
+    harm(run / name)
+    refused("train", "run", "--set", "train.steps=25", named=(f"run/{name}",))
+    if "ema" in name or "state" in name:  # all that samples need
+        refused("sample", "run", named=(f"run/{name}",))
+
+
+def test_run_without_a_checkpoint(here: Path, trained: dict[str, Path]) -> None:
+    (here / "run").mkdir()
+    shutil.copy(trained["digits"] / "run.yaml", here / "run/run.yaml")
+    for command in ("sample", "evaluate", "report"):
+        refused(command, "run", named=("run", "no checkpoint", "dumo train run"))
+
+
+def edited(old: str, new: str) -> Callable[[str], str]:
+    """A change of text that must take hold."""
+
+    def edit(text: str) -> str:
+        assert old in text
+        return text.replace(old, new)
+
+    return edit
+
+
+EDITS = [
+    (edited("steps: 20", "steps: -20"), ("run/run.yaml", "train.steps", "-20")),
+    (edited("width: 32", "widht: 32"), ("run/run.yaml", "net.widht", "'width'")),
+    (lambda text: text + "\n}", ("run/run.yaml", "YAML")),
+    (lambda text: "", ("run/run.yaml", "names to values")),
+]
+
+
+@pytest.mark.parametrize(("edit", "named"), EDITS)
+def test_run_edited_by_hand(
+    edit: Callable[[str], str], named: tuple[str, ...], here: Path, trained: dict[str, Path]
+) -> None:
+    run = shutil.copytree(trained["digits"], here / "run")
+    (run / "run.yaml").write_text(edit((run / "run.yaml").read_text()))
+    refused("train", "run", named=named)
+    refused("train", "digits", *TINY, "--out", "run", named=named)
+    refused("sample", "run", named=named)
+
+
+def test_run_edited_to_another_net(here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["digits"], here / "run")
+    (run / "run.yaml").write_text(edited("width: 32", "width: 64")((run / "run.yaml").read_text()))
+    for command in ("train", "sample", "evaluate", "report"):
+        refused(command, "run", named=(".safetensors", "(32,)", "(64,)"))
+
+
+LINES = [("garbage", "line 1"), ("3", "line 1"), ('{"loss": 1}', "line 1")]
+
+
+@pytest.mark.parametrize(("line", "named"), LINES)
+def test_log_that_is_damaged_in_the_middle(line: str, named: str, here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["moons"], here / "run")
+    log = run / "metrics.jsonl"
+    log.write_text(f"{line}\n{log.read_text()}")
+    refused("train", "run", "--set", "train.steps=25", named=("run/metrics.jsonl", named))
