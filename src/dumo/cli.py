@@ -253,7 +253,7 @@ def _print_table(title: str, rows: list[dict[str, Any]]) -> None:
         table.add_column(key, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    out.print(table, width=max(out.width, 160), crop=False)
+    Console(width=max(out.width, 160)).print(table)
 
 
 if __name__ == "__main__":
