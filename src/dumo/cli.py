@@ -31,7 +31,8 @@ app = typer.Typer(
     "Start with  dumo train digits,  then  dumo sample,  dumo evaluate  and  dumo report  with  runs/digits.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out, err = Console(), Console(stderr=True)
+out = Console(markup=False, emoji=False)  # what users typed is shown as they typed it
+err = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 Source = Annotated[str, typer.Argument(help="A recipe's name (see dumo recipes), a YAML file, or a run's folder.")]
 RunFolder = Annotated[str, typer.Argument(help="A run's folder, such as runs/digits.")]
@@ -74,7 +75,7 @@ def show(source: Source, set_: Set = None, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(facts))
         return
-    out.print(dump(spec), highlight=False, markup=False)
+    out.print(dump(spec), soft_wrap=True)
     far, scale = facts["far"], facts["guidance_scale"]
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_row("parameters", f"{facts['parameters']:,}")
@@ -99,7 +100,8 @@ def train(
     from dumo.config.load import load, place
 
     spec, folder = load(source, set_ or []), folder or place(source)
-    state = run.train(spec, folder, device=device, watch=bar)
+    with resumable(f"dumo train {folder}"):
+        state = run.train(spec, folder, device=device, watch=bar)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
         highlight=False,
@@ -144,7 +146,7 @@ def sample(
         watch=bar,
     )
     for file in files:
-        out.print(str(file), highlight=False, soft_wrap=True)
+        out.print(str(file), soft_wrap=True)
 
 
 @app.command()
@@ -170,7 +172,7 @@ def evaluate(
     _print_table(f"{report['run']} at step {report['step']:,}, protocol {report['protocol']}", rows)
     for name, value in report["baselines"].items():
         facts = ", ".join(f"{key} {number:.4g}" for key, number in value.items())
-        out.print(f"where nothing is wrong, {name}: {facts}", highlight=False)
+        out.print(f"where nothing is wrong, {name}: {facts}")
 
 
 @app.command()
@@ -184,13 +186,14 @@ def reproduce(
     """Make a figure or table again: picture, table and results.json. Finished cells are kept, a stopped one goes on."""
     from dumo import reproduce
 
-    results = reproduce.reproduce(name, scale, folder, device=device, watch=bar)
+    with resumable(f"dumo reproduce {name} --scale {scale}" + (f" --out {folder}" if folder else "")):
+        results = reproduce.reproduce(name, scale, folder, device=device, watch=bar)
     if as_json:
         print(json.dumps(results))
         return
     _print_table(results["title"], results["table"])
     for file in results["files"]:
-        out.print(file, highlight=False, soft_wrap=True)
+        out.print(file, soft_wrap=True)
 
 
 @app.command()
@@ -199,23 +202,33 @@ def report(run_folder: RunFolder, device: Device = "auto") -> None:
     from dumo import report, run
 
     for file in report.write(run.open_run(run_folder, device=device), watch=bar):
-        out.print(str(file), highlight=False, soft_wrap=True)
+        out.print(str(file), soft_wrap=True)
 
 
 @contextmanager
 def bar(title: str, total: int, /) -> "Generator[Tick, None, None]":
     """A live progress bar on stderr."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=err) as progress:
         task = progress.add_task(title, total=total, note="")
         yield lambda done, note: progress.update(task, completed=done, note=note)
+
+
+@contextmanager
+def resumable(command: str) -> Generator[None, None, None]:
+    """Turn Ctrl-C into a line that says how to go on, and exit code 1."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print(f"stopped; to go on from the last checkpoint:  {command}", soft_wrap=True)
+        raise typer.Exit(1) from None
 
 
 def main() -> NoReturn:
@@ -228,10 +241,10 @@ def main() -> NoReturn:
 
         if not isinstance(error, UserError | Diverged):
             raise
-        err.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        err.print(f"error: {error}", soft_wrap=True)
         sys.exit(2 if isinstance(error, UserError) else 1)
     except OSError as error:  # a full disk, a folder that may not be written to
-        err.print(f"error: {error.filename or 'writing'}: {error.strerror}", highlight=False, soft_wrap=True)
+        err.print(f"error: {error.filename or 'writing'}: {error.strerror}", soft_wrap=True)
         sys.exit(2)
     sys.exit(0)
 

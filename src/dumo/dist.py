@@ -43,7 +43,9 @@ def device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        found = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device '{name}' is not to be had here: use auto or cpu") from error
-    return torch.device(name)
+    if found.type == "meta":
+        raise UserError(f"device '{name}' holds no numbers: use auto or cpu")
+    return found

@@ -95,8 +95,9 @@ def finish(cell: Cell, cells: Path, *, device: str, watch: Watch) -> Finished:
     judged, asked = folder / "evaluation.json", cell.spec.evaluate
     if judged.exists():
         report = json.loads(judged.read_text(encoding="utf-8"))
-        made = [row["nfe"] for row in report["results"]]
-        if (report["step"], report["protocol"], made) == (trained.step, asked.protocol.name, list(asked.nfe)):
+        wanted = (trained.step, trained.weights, asked.protocol.name, asked.seed, cell.spec.sample.solver.model_dump())
+        made = tuple(report[key] for key in ("step", "weights", "protocol", "seed", "solver"))
+        if made == wanted and [row["nfe"] for row in report["results"]] == list(asked.nfe):
             return Finished(cell, trained, report)
     return Finished(cell, trained, run.evaluate(trained, watch=watch))
 

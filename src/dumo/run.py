@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from dumo import __version__, dist
-from dumo.config.folder import FILE, settle
-from dumo.config.load import difference, load, parse
+from dumo.config.folder import claim, note
+from dumo.config.load import FILE, difference, load, parse
 from dumo.config.spec import Run, Sampling
 from dumo.flow.draw import stream
 from dumo.flow.guide import Guide
@@ -63,13 +63,15 @@ def train(run: Run, folder: Path, *, device: str = "auto", watch: Watch = unwatc
 
     Raises UserError if the folder holds another run, Diverged if the loss is no longer a number.
     """
-    settle(run, folder)
-    here = dist.device(device)
+    here, metrics = dist.device(device), folder / "metrics.jsonl"
+    claim(run, folder)
     state = training.begin(run.build(here), run.train)
     if last := checkpoint.latest(folder / "checkpoints"):
         checkpoint.restore(last, state)
-    metrics = folder / "metrics.jsonl"
+    if state.step > run.train.steps:
+        raise UserError(f"{folder} has {state.step} steps behind it, so train.steps={run.train.steps} is no more to do")
     log.rewind(metrics, state.step)
+    note(run, folder)
 
     source, spec = run.data.open(), run.train
 
@@ -148,6 +150,7 @@ def solver_named(run: Run, name: str | None) -> Solver:
 
 
 FORMS = ("grid", "images", "npz")
+TRUTH = 4000  # points of the data behind a scatter of samples
 
 
 def export(
@@ -194,7 +197,7 @@ def write(x: Sample, c: Tensor, stem: Path, form: str, run: Run) -> Path:
         case _:
             path = stem.with_suffix(".png")
             sheet = (
-                picture.scatter(run.data.open().reference(len(x), run.sample.seed)[0], {stem.name: x})
+                picture.scatter(run.data.open().reference(TRUTH, run.sample.seed)[0], {stem.name: x})
                 if points
                 else picture.sheet(picture.to_uint8(x), max(run.data.classes, 8))
             )

@@ -34,7 +34,7 @@ VOID = ("meta", "link", "img", "source", "br", "col")
 SECTIONS = ["samples", "trajectories", "neighbours", "loss", "evaluation", "others", "run"]
 EVALUATION: dict[str, Any] = {
     "step": 20,
-    "weights": "checkpoints/step-00000020",
+    "weights": "checkpoints/step-00000020/ema-0.999.safetensors",
     "protocol": "digits",
     "samples": 2000,
     "seed": 0,

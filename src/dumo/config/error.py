@@ -54,6 +54,8 @@ def _walk(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | 
         if tagged:
             annotation = tagged[0]
             continue
+        if isinstance(part, str) and not models:
+            continue  # which choice of a union of plain types was tried
         names.append(str(part))
         model = models[0] if models else None
         field = model.model_fields.get(str(part)) if model and isinstance(part, str) else None

@@ -8,19 +8,18 @@ from dumo.sample.archive import replacing
 from dumo.types import UserError
 
 
-def settle(run: Run, folder: Path) -> None:
-    """Write run.yaml, or, where it stands, see that this is the same run. Raises UserError with the difference."""
-    file = folder / FILE
-    if file.exists():
-        differs = list(difference(load(str(folder)), run))
-        if differs:
-            raise UserError(
-                f"{folder} holds another run:\n  "
-                + "\n  ".join(differs)
-                + "\nGive another folder with --out, or remove this one"
-            )
-    elif folder.exists() and any(folder.iterdir()):
+def claim(run: Run, folder: Path) -> None:
+    """See that the folder is free, or holds this run. Writes nothing. Raises UserError, with the difference if not."""
+    if (folder / FILE).exists():
+        if differs := list(difference(load(str(folder)), run)):
+            lines = "\n  ".join([f"{folder} holds another run:", *differs])
+            raise UserError(f"{lines}\nGive another folder with --out, or remove this one")
+    elif folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with --out")
+
+
+def note(run: Run, folder: Path) -> None:
+    """Write run.yaml, complete."""
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as out:
+    with replacing(folder / FILE) as out:
         out.write(dump(run).encode())

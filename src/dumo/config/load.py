@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_jsonable_python
 
 from dumo import recipes
 from dumo.config.error import explain, nearest
@@ -31,20 +32,21 @@ def load(source: str, overrides: Sequence[str] = ()) -> Run:
         raise UserError(f"{name} holds no run: it must map names to values, as `dumo show digits` prints it")
     for override in overrides:
         _apply(tree, override)
-    return parse(Run, tree)
+    return parse(Run, tree, name)
 
 
-def parse(spec: type[S], tree: object) -> S:
-    """A tree of plain values as a spec. Raises UserError, one line per mistake."""
+def parse(spec: type[S], tree: object, name: str = "") -> S:
+    """A tree of plain values as a spec. Raises UserError, one line per mistake, each after the name of a file."""
     try:
         return spec.model_validate(tree)
     except ValidationError as error:
-        raise UserError(explain(error, spec)) from error
+        where = f"{name}: " if Path(name).suffix else ""
+        raise UserError("\n".join(where + line for line in explain(error, spec).splitlines())) from error
 
 
 def place(source: str) -> Path:
     """The folder that a run lives in when none is named: runs/NAME, or the folder that `source` is."""
-    return Path(source) if Path(source).is_dir() else Path("runs") / Path(source).stem
+    return Path(source) if (Path(source) / FILE).is_file() else Path("runs") / Path(source).stem
 
 
 def dump(run: Run) -> str:
@@ -66,17 +68,18 @@ def difference(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str
 
 
 def _find(source: str) -> tuple[str, str]:
-    path = Path(source)
-    if path.is_dir():
-        path = path / FILE
-        if not path.is_file():
-            raise UserError(f"{source} is a folder without a {FILE}: give a run's folder, a recipe or a YAML file")
+    path = Path(source) / FILE if Path(source).is_dir() else Path(source)
     if path.is_file():
         if path.suffix not in (".yaml", ".yml"):
             raise UserError(f"{source} is no YAML file: give a run's folder, a recipe or a YAML file")
-        return path.read_text(encoding="utf-8"), str(path)
+        try:
+            return path.read_text(encoding="utf-8"), str(path)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is no text ({error}): give a run's folder, a recipe or a YAML file") from error
     if source in recipes.names():
         return recipes.read(source), f"recipe {source}"
+    if Path(source).is_dir():
+        raise UserError(f"{source} is a folder without a {FILE}: give a run's folder, a recipe or a YAML file")
     raise UserError(f"there is no recipe, file or run's folder '{source}'; {nearest(source, recipes.names())}")
 
 
@@ -105,8 +108,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
 def _step(node: dict[str, Any] | list[Any], key: str, path: str) -> Any:  # noqa: ANN401, a YAML tree
     """One level down; a missing level is made, for the validation to judge."""
     if isinstance(node, list):
-        if not key.isdigit() or int(key) >= len(node):
-            raise UserError(f"{path}: this is a list of {len(node)}; give a place from 0 to {len(node) - 1}")
+        if not key.isdecimal() or int(key) >= len(node):
+            places = f"give a place from 0 to {len(node) - 1}" if node else "set it whole, as [...]"
+            raise UserError(f"{path}: this is a list of {len(node)}; {places}")
         return node[int(key)]
     child = node.setdefault(key, {})
     if not isinstance(child, dict | list):
@@ -115,6 +119,6 @@ def _step(node: dict[str, Any] | list[Any], key: str, path: str) -> Any:  # noqa
 
 
 def _show(value: object) -> str:
-    if isinstance(value, BaseModel):
-        value = value.model_dump(mode="json")
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    return (
+        yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+    )

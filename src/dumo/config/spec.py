@@ -24,7 +24,7 @@ class Sampling(Spec):
     """How samples are made when nothing else is asked."""
 
     solver: Solver
-    nfe: tuple[int, ...] = (1, 2, 4)  # passes through the net; a sheet of samples for each
+    nfe: tuple[int, ...] = Field(default=(1, 2, 4), min_length=1)  # passes through the net; a sheet of samples for each
     seed: int = Field(default=0, ge=0)
 
 
@@ -32,7 +32,7 @@ class Evaluation(Spec):
     """How a run is judged."""
 
     protocol: MetricProtocol
-    nfe: tuple[int, ...] = (1, 2)
+    nfe: tuple[int, ...] = Field(default=(1, 2), min_length=1)
     seed: int = Field(default=0, ge=0)
 
 

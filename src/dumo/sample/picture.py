@@ -19,12 +19,14 @@ READABLE = 64  # pixels; a smaller image is enlarged to at least this height. Ou
 def to_uint8(x: Sample) -> Pixels:
     """Images (n, 1 or 3, h, w) as colours 0 .. 255, grey in all three: -1 is 0 and 1 is 255, rounded and clamped.
 
-    Raises UserError for other shapes, ValueError where x is not a number: no colour would tell.
+    Raises UserError for other shapes, and where x is not finite: no colour would tell.
     """
     if x.ndim != 4 or x.shape[1] not in (1, 3):
         raise UserError(f"samples of shape {tuple(x.shape[1:])} are no images of 1 or 3 channels: decode them first")
-    if x.isnan().any():
-        raise ValueError("the samples hold NaN, which has no colour")
+    if not x.isfinite().all():
+        raise UserError(
+            "the samples are not finite numbers and have no colour: these weights have diverged, use others"
+        )
     scaled = ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return scaled.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().contiguous()
 

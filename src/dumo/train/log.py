@@ -24,16 +24,19 @@ def append(path: Path, row: Row) -> None:
 def read(path: Path) -> list[Row]:
     """All rows, in order; none where there is no file. A torn last line is left out.
 
-    Raises UserError where any other line is not JSON.
+    Raises UserError where any other line is no row with its step.
     """
     lines = path.read_text().splitlines() if path.exists() else []
     rows: list[Row] = []
     for i, text in enumerate(lines, 1):
         try:
-            rows.append(json.loads(text))
-        except json.JSONDecodeError as error:
+            row = json.loads(text)
+            if not isinstance(row["step"], int):
+                raise TypeError("its step is no number")
+            rows.append(row)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
             if i < len(lines):
-                raise UserError(f"{path}, line {i} is not JSON ({error}): mend or remove that line") from error
+                raise UserError(f"{path}, line {i} is no row of a log ({error}): mend or remove that line") from error
     return rows
 
 
