@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.config.folder import FILE, settle
+from dumo.config.folder import FILE, claim, note
 from dumo.config.load import dump, load
 from dumo.config.spec import Run
 from dumo.types import UserError
@@ -13,6 +13,12 @@ from dumo.types import UserError
 def tiny(*overrides: str) -> Run:
     """A recipe made small."""
     return load("moons", ["net.width=16", "net.depth=1", *overrides])
+
+
+def settle(spec: Run, folder: Path) -> None:
+    """As training does: claim the folder, then write into it."""
+    claim(spec, folder)
+    note(spec, folder)
 
 
 def test_a_place_is_settled_once(tmp_path: Path) -> None:

@@ -168,6 +168,7 @@ def test_a_folder_by_a_recipe_s_name_hides_no_recipe(tmp_path: Path, monkeypatch
 def test_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a run").mkdir()
+    (tmp_path / "a run/run.yaml").touch()
     assert place("digits") == Path("runs/digits")
     assert place("my/recipes/digits.small.yaml") == Path("runs/digits.small")
     assert place("a run") == Path("a run")
