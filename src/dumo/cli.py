@@ -178,7 +178,9 @@ def evaluate(
 @app.command()
 def reproduce(
     name: Annotated[str, typer.Argument(help="fig3 (velocity ratio on moons) or zoo (every objective on digits).")],
-    scale: Annotated[str, typer.Option(help="smoke (under a minute) or laptop (fig3 ten minutes, zoo thirty).")] = "laptop",
+    scale: Annotated[
+        str, typer.Option(help="smoke (under a minute) or laptop (fig3 ten minutes, zoo thirty).")
+    ] = "laptop",
     folder: Annotated[Path | None, typer.Option("--out", help="Default: runs/reproduce/NAME-SCALE.")] = None,
     device: Device = "auto",
     as_json: AsJson = False,
