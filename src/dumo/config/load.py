@@ -45,8 +45,11 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
 
 
 def place(source: str) -> Path:
-    """The folder that a run lives in when none is named: runs/NAME, or the folder that `source` is."""
-    return Path(source) if (Path(source) / FILE).is_file() else Path("runs") / Path(source).stem
+    """The folder that a run lives in when none is named: runs/NAME, or that of the run.yaml that `source` is or holds."""
+    path = Path(source)
+    if path.name == FILE:
+        return path.parent
+    return path if (path / FILE).is_file() else Path("runs") / path.stem
 
 
 def dump(run: Run) -> str:

@@ -171,7 +171,7 @@ def test_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a run/run.yaml").touch()
     assert place("digits") == Path("runs/digits")
     assert place("my/recipes/digits.small.yaml") == Path("runs/digits.small")
-    assert place("a run") == Path("a run")
+    assert place("a run") == place("a run/run.yaml") == Path("a run")
     assert place(str(tmp_path / "a run")) == tmp_path / "a run"
 
 
