@@ -45,7 +45,7 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
 
 
 def place(source: str) -> Path:
-    """The folder that a run lives in when none is named: runs/NAME, or that of the run.yaml that `source` is or holds."""
+    """The folder of a run where none is named: runs/NAME, or that of the run.yaml that `source` is or holds."""
     path = Path(source)
     if path.name == FILE:
         return path.parent
