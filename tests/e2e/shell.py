@@ -60,7 +60,8 @@ def call(*words: object) -> Done:
 
 def start(*words: object, cwd: Path, first: str = "") -> "subprocess.Popen[str]":
     """`dumo WORDS` in a process of its own, after the statement `first`."""
-    program = f"{first}\nfrom dumo.cli import main\nmain()"
+    listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background shell ignores it
+    program = f"{listen}\n{first}\nfrom dumo.cli import main\nmain()"
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, words)],
         cwd=cwd,
@@ -73,7 +74,10 @@ def start(*words: object, cwd: Path, first: str = "") -> "subprocess.Popen[str]"
 
 def finish(process: "subprocess.Popen[str]") -> Done:
     """Wait for its end."""
-    out, err = process.communicate(timeout=240)
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
     return Done(process.returncode, out, err)
 
 
