@@ -1,11 +1,14 @@
-"""Ranks, means over ranks, devices: the one place that knows how many processes train, and where.
+"""Ranks, means over ranks, devices, versions: the one place that knows how many processes train, and where.
 
 Without torch.distributed there is one rank, number 0, and a mean over ranks is the identity.
 """
 
+import platform
+
 import torch.distributed
 from torch import Tensor
 
+from dumo import __version__
 from dumo.types import UserError
 
 
@@ -49,3 +52,8 @@ def device(name: str) -> torch.device:
     if found.type == "meta":
         raise UserError(f"device '{name}' holds no numbers: use auto or cpu")
     return found
+
+
+def versions() -> dict[str, str]:
+    """What makes a result: dumo, torch and Python."""
+    return {"dumo": __version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -4,7 +4,6 @@ The page is one file that needs no other, no script and no network. Numbers are 
 """
 
 import json
-import platform
 import shlex
 from collections.abc import Mapping, Sequence
 from math import floor, log10
@@ -16,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dumo import __version__, recipes
+from dumo import dist, recipes
 from dumo.config.load import dump
 from dumo.config.spec import Run
 from dumo.figure import charts, embed, labelled
@@ -99,7 +98,7 @@ def render(trained: Trained, **parts: object) -> str:
         shipped=shipped,
         others=recipes.results(shipped) if shipped else None,
         yaml=dump(run),
-        versions={"dumo": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        versions=dist.versions(),
         **parts,
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dumo import __version__, run
+from dumo import dist, run
 from dumo.config.error import nearest
 from dumo.config.load import load
 from dumo.config.spec import Run
@@ -110,7 +110,7 @@ def origin(command: str) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
         "threads": torch.get_num_threads(),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "versions": {"dumo": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": dist.versions(),
     }
 
 
@@ -190,9 +190,7 @@ def zoo_cells(scale: str) -> Iterator[Cell]:
 
 def units(spec: Run) -> float:
     """Counted forward units of a step."""
-    with torch.device("meta"):
-        net = spec.net.build(spec.objective.needs, spec.data.shape, spec.data.classes)
-    return cost.forward_units(net, spec.objective, spec.path, spec.data.shape)
+    return cost.forward_units(spec.outline(), spec.objective, spec.path, spec.data.shape)
 
 
 def zoo_table(done: list[Finished]) -> list[dict[str, Any]]:

@@ -4,17 +4,15 @@ A run is a folder: run.yaml (complete), metrics.jsonl, checkpoints/, samples/, e
 """
 
 import json
-import platform
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor, nn
 
-from dumo import __version__, dist
+from dumo import dist
 from dumo.config.folder import claim, note
 from dumo.config.load import FILE, difference, load, parse
 from dumo.config.spec import Run, Sampling
@@ -245,7 +243,7 @@ def evaluate(
         "results": [row(chosen, n) for n in nfe],
         "contrast": [row(Euler(), n) for n in euler],
         "baselines": protocol.baselines(reference),
-        "versions": {"dumo": __version__, "torch": torch.__version__, "python": platform.python_version()},
+        "versions": dist.versions(),
     }
     with archive.replacing(trained.folder / "evaluation.json") as out:
         out.write((json.dumps(log.finite(report), indent=2) + "\n").encode())
@@ -258,8 +256,7 @@ def show(run: Run) -> dict[str, Any]:
     `forward_units_per_step` counts floating-point operations; `far` is P(t - r > 0.9), the share of rows where one-step
     sampling is taught, None where no jump is; `guidance_scale` is the effective one, 1 for none.
     """
-    with torch.device("meta"):
-        net = run.net.build(run.objective.needs, run.data.shape, run.data.classes)
+    net = run.outline()
     t, r = run.objective.times(1_000_000, stream("show"))
     jumps = run.reads.endpoint or run.reads.flow_map
     guide: Guide | None = getattr(run.objective, "guide", None)

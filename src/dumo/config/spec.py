@@ -1,7 +1,5 @@
 """A run: one tree of specs, complete, that a YAML file holds and that stands in every run's folder."""
 
-from typing import Any
-
 import torch
 from pydantic import Field, model_validator
 from torch import nn
@@ -14,10 +12,8 @@ from dumo.metrics.protocol import MetricProtocol
 from dumo.nets import Net
 from dumo.objectives import Objective
 from dumo.sample.solver import Solver, check
-from dumo.train.loop import Train
+from dumo.train.loop import FREE, Train
 from dumo.types import Reads, Spec, UserError
-
-FREE: dict[str, Any] = {"free": True}  # marks a field that may change when a run is resumed
 
 
 class Sampling(Spec):
@@ -59,11 +55,15 @@ class Run(Spec):
             torch.manual_seed(stream(self.train.seed, "weights").initial_seed())
             return self.net.build(self.objective.needs, self.data.shape, self.data.classes).to(device)
 
+    def outline(self) -> nn.Module:
+        """The net's sizes without its numbers, on the meta device. Raises UserError where they do not fit the data."""
+        with torch.device("meta"):
+            return self.net.build(self.objective.needs, self.data.shape, self.data.classes)
+
     @model_validator(mode="after")
     def _fits(self) -> "Run":
         """Refuse parts that do not fit one another, before any work."""
-        with torch.device("meta"):  # sizes only
-            self.net.build(self.objective.needs, self.data.shape, self.data.classes)
+        self.outline()
         if self.path.kind not in self.objective.needs.paths:
             raise UserError(
                 f"objective '{self.objective.kind}' has its formulas for path {_or(self.objective.needs.paths)}, "

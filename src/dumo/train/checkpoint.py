@@ -9,7 +9,6 @@ to the disk, then renamed: so a folder named `step-...` is always whole, wheneve
 import errno
 import json
 import os
-import platform
 import re
 import shutil
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from dumo import __version__
+from dumo import dist
 from dumo.train.state import State
 from dumo.types import UserError
 
@@ -107,8 +106,7 @@ def write(folder: Path, state: State) -> None:
     tensors |= {f"ema-{decay}": average.module.state_dict() for decay, average in state.averages.items()}
     for name, named in tensors.items():
         safetensors.torch.save_file(apart(named), folder / f"{name}.safetensors", metadata={"format": "pt"})
-    versions = {"dumo": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    about = {"step": state.step, "images": state.images, "versions": versions}
+    about = {"step": state.step, "images": state.images, "versions": dist.versions()}
     (folder / "state.json").write_text(json.dumps(about, indent=2) + "\n")
     for file in (*folder.iterdir(), folder):
         flush(file)
