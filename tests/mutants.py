@@ -19,9 +19,10 @@ ROOT = Path(__file__).parent.parent
 AT_ONCE = 2
 PATIENCE = 600  # seconds, on a busy machine; alone, no run takes 30
 THEORY, SOLVERS = "tests/theory", "tests/unit/sample/test_solver.py"
-FIXED, FORMULA, LAW, READ, SLOPE, EXACT = (
-    f"{THEORY}/test_{name}.py" for name in ("fixed_point", "formula", "law", "read", "slope", "exact")
+FIXED, FORMULA, LAW, READ, SLOPE, EXACT, UNBIASED = (
+    f"{THEORY}/test_{name}.py" for name in ("fixed_point", "formula", "law", "read", "slope", "exact", "unbiased")
 )
+DRAW = "tests/unit/flow/test_draw.py"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,14 @@ MUTANTS = [
     Mutant("flow/guide.py", "velocity(b, b.null)", "velocity(b, b.c)", "there is no null pass", FIXED),
     Mutant("flow/guide.py", "& (b.t <= self.interval.high)", "", "the interval has no end", FIXED),
     Mutant("flow/guide.py", "return b.kept & (", "return (", "dropped rows are guided", FORMULA),
+    Mutant("flow/guide.py", "lift(weight.to(v_star), v_star) * (v_", "(v_", "a row stands for itself alone", UNBIASED),
+    Mutant("flow/guide.py", "rows.sum(1).to", "(self.every * rows.any(1)).to", "a row stands for all", UNBIASED),
+    Mutant("flow/guide.py", ".where(rows, -1).argmax", ".argmax", "a dropped row is picked, for the others", UNBIASED),
+    Mutant("flow/guide.py", "else v_hat[place]", "else v_hat[: len(place)]", "the picks take others' V(c)", FORMULA),
+    Mutant("objectives/meanflow.py", "if self.power:", "if not self.power:", "a bias is let in", UNBIASED),
+    Mutant("flow/draw.py", 'step, "coin"', 'step, "kept"', "the coin knows of the label", DRAW),
+    Mutant("flow/draw.py", "moving(n)[mine]", "moving(n)[: len(x)]", "all ranks spare the first one's rows", DRAW),
+    Mutant("types.py", "v_t=v_s, moving=None)", "v_t=v_s)", "rows at another time are taken to rest", DRAW),
     Mutant("flow/path.py", ", z - x", ", x - z", "the path runs backwards", EXACT),
     Mutant("flow/path.py", "return 1 - t", "return 1 - t * t", "the path is bent", EXACT),
     Mutant("flow/read.py", "lift(t - s, x)", "lift(t, x)", "a hop goes all the way", READ),
@@ -70,7 +79,8 @@ MUTANTS = [
     Mutant("flow/metric.py", "+ c) ** p", "+ c)", "the power is lost", FORMULA),
     Mutant("flow/times.py", "gamma[:, 0] / ", "gamma[:, 1] / ", "a and b change places", LAW),
     Mutant("flow/times.py", "torch.maximum(a, b), torch.minimum(a, b)", "a, b", "r may be after t", LAW),
-    Mutant("flow/times.py", "so_far.diff() > 0, t, r)", "so_far.diff() > 0, r, r)", "r = t is lost", LAW),
+    Mutant("flow/times.py", "self.moving(n)), r, t)", "self.moving(n)), r, r)", "r = t is lost", LAW),
+    Mutant("flow/times.py", "so_far.diff() == 0", "so_far.diff() >= 0", "rows at rest are said to move", LAW),
     Mutant("flow/times.py", "self.std * torch.randn", "torch.randn", "the width of the law is lost", LAW),
     Mutant(
         "sample/solver.py",

@@ -207,6 +207,23 @@ def report(run_folder: RunFolder, device: Device = "auto") -> None:
         out.print(str(file), soft_wrap=True)
 
 
+@app.command()
+def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto", as_json: AsJson = False) -> None:
+    """Say what this machine has, and test a run's slope on it against float64. Exit code 1 where it fails."""
+    from dumo import doctor
+    from dumo.config.load import load
+
+    found = doctor.diagnose(load(source, set_ or []), device)
+    if as_json:
+        print(json.dumps(found))
+    for line in [] if as_json else found["findings"]:
+        out.print(f"{line['state']:8} {line['name']}: {line['text']}", soft_wrap=True)
+        if line["way"]:
+            out.print(f"{'':8} way out: {line['way']}", soft_wrap=True)
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
 @contextmanager
 def bar(title: str, total: int, /) -> "Generator[Tick, None, None]":
     """A live progress bar on stderr."""

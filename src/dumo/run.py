@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from dumo import dist
+from dumo import dist, doctor
 from dumo.config.folder import claim, note
 from dumo.config.load import FILE, difference, load, parse
 from dumo.config.spec import Run, Sampling
@@ -59,10 +59,12 @@ class Trained:
 def train(run: Run, folder: Path, *, device: str = "auto", watch: Watch = unwatched) -> State:
     """Train, or go on where the folder's last checkpoint stands. Returns the state at the end.
 
-    Raises UserError if the folder holds another run, Diverged if the loss is no longer a number.
+    Raises UserError if the folder holds another run, or the slope fails its examination, before the first step or on
+    the weights of the first checkpoint; Diverged if the loss is no longer a number.
     """
     here, metrics = dist.device(device), folder / "metrics.jsonl"
     claim(run, folder)
+    doctor.examine(run, here).require()
     state = training.begin(run.build(here), run.train)
     if last := checkpoint.latest(folder / "checkpoints"):
         checkpoint.restore(last, state)
@@ -72,6 +74,9 @@ def train(run: Run, folder: Path, *, device: str = "auto", watch: Watch = unwatc
     note(run, folder)
 
     source, spec = run.data.open(), run.train
+    first = min(spec.save_every, spec.steps)  # the step of the first checkpoint
+    if 0 < state.step <= first:  # what was refused there still is
+        doctor.examine_weights(run, state.net, here).require()
 
     def batches(step: int) -> tuple[Tensor, Tensor]:
         x, c = source.batch(step, spec.batch, spec.seed)
@@ -79,13 +84,15 @@ def train(run: Run, folder: Path, *, device: str = "auto", watch: Watch = unwatc
 
     def save(state: State, record: Record) -> None:
         checkpoint.save(folder / "checkpoints", state, spec.keep)
+        if state.step == first:
+            doctor.examine_weights(run, state.net, here).require()
 
     with watch(f"training {folder.name}", spec.steps) as tick:
         tick(state.step, "")
         hooks = (
             training.Every(1, lambda state, record: tick(state.step, f"loss {record.loss:.4f}")),
             training.Every(spec.log_every, lambda state, record: log.append(metrics, asdict(record))),
-            training.Every(spec.save_every, save),
+            training.Every(first, save),
         )
         training.train(state, batches, run.objective, run.path, run.data.classes, spec, hooks)
     checkpoint.save(folder / "checkpoints", state, spec.keep)

@@ -5,19 +5,23 @@ Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import BaseModel, ConfigDict
 from torch import Generator, Tensor, nn
 
-Sample = Float[Tensor, "b *d"]  # x, z, x_t, v, u
-Time = Float[Tensor, " b"]  # t, r, s; 0 is data, 1 is noise
+if TYPE_CHECKING:
+    Array = Tensor
+else:
+    Array = Any  # a Tensor, or what stands in for one on its way through a net: `dumo.flow.dual.Dual`
+Sample = Float[Array, "b *d"]  # x, z, x_t, v, u
+Time = Float[Array, " b"]  # t, r, s; 0 is data, 1 is noise
 PerSample = Float[Tensor, " b"]  # one number per row
 Rows = Bool[Tensor, " b"]  # which rows
 Cond = Shaped[Tensor, "b *c"]  # class indices (b,), or a text embedding
-Heads = tuple[Tensor, ...]  # one Sample per head, then one PerSample per gauge, in the order of `Needs`
+Heads = tuple[Array, ...]  # one Sample per head, then one PerSample per gauge, in the order of `Needs`
 
 
 class UserError(ValueError):
@@ -49,9 +53,16 @@ class Frozen:
         return self.module(x, c, **inputs)
 
 
+def bare(net: Net) -> nn.Module:
+    """The module that holds the weights, from inside any distributed or compiled wrapper."""
+    for wrapper in ("module", "_orig_mod"):
+        net = getattr(net, wrapper, net)
+    return cast(nn.Module, net)
+
+
 def still(net: Net) -> Frozen:
     """The weights in training, without gradients, from inside any distributed wrapper."""
-    return Frozen(cast(nn.Module, getattr(net, "module", net)))
+    return Frozen(bare(net))
 
 
 @dataclass(frozen=True)
@@ -93,19 +104,29 @@ class Noised:
     c: Cond  # some of it dropped to null
     null: Cond
     kept: Rows  # the rows whose condition was not dropped
+    coin: PerSample  # uniform in [0, 1), for a choice among neighbours
+    moving: tuple[bool, ...] | None = None  # the rows that may have r < t, fixed by place; None: all
     drawn: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # the objective's further laws, by name
     progress: float = 0.0  # share of the training done, in [0, 1]
 
     def at(self, s: Time, x: Sample | None = None, z: Sample | None = None) -> "Noised":
-        """The same rows at another time; with other data, or other noise, if given."""
+        """The same rows at another time, where any may move; with other data, or other noise, if given."""
         x, z = self.x if x is None else x, self.z if z is None else z
         x_s, v_s = self.path.at(x, z, s)
-        return replace(self, x=x, z=z, t=s, x_t=x_s, v_t=v_s)
+        return replace(self, x=x, z=z, t=s, x_t=x_s, v_t=v_s, moving=None)
 
-    def __getitem__(self, rows: slice) -> "Noised":
-        """Some of the rows, by position: so every rank makes the same passes, in static shapes."""
+    def __getitem__(self, rows: slice | list[int] | Int[Tensor, " k"]) -> "Noised":
+        """Some of the rows, their number fixed by position: so every rank makes the same passes, in static shapes.
+
+        Which rows a tensor names is not known without waiting for its device, so any of them may move.
+        """
         cut = {f.name: v[rows] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **cut, drawn={k: v[rows] for k, v in self.drawn.items()})
+        return replace(self, **cut, moving=self._moving(rows), drawn={k: v[rows] for k, v in self.drawn.items()})
+
+    def _moving(self, rows: slice | list[int] | Int[Tensor, " k"]) -> tuple[bool, ...] | None:
+        if self.moving is None or isinstance(rows, Tensor):
+            return None
+        return self.moving[rows] if isinstance(rows, slice) else tuple(self.moving[i] for i in rows)
 
 
 @dataclass(frozen=True)

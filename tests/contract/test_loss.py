@@ -12,7 +12,8 @@ from contract.case import Counted, kind, name, nets, objectives, randomise, step
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
-from dumo.flow.slope import Central, Jvp, Slope
+from dumo.flow.slope import Central, Dual, Jvp, Slope
+from dumo.flow.times import Uniform
 from dumo.nets import Net
 from dumo.objectives import DuMo, FlowMatching, MeanFlow, Objective
 from dumo.types import Frozen, Noised, UserError
@@ -79,8 +80,8 @@ def test_halves_of_the_loss_are_the_whole(objective: Objective, net: Net) -> Non
 
 
 def altered(b: Noised) -> dict[str, Noised]:
-    """The same rows, in every corner of the record."""
-    one = torch.ones_like(b.t)
+    """The same rows, in every corner of the record, and so with any of them moving."""
+    one, b = torch.ones_like(b.t), replace(b, moving=None)
 
     def at(t: Tensor, r: Tensor) -> Noised:
         return replace(b.at(t), r=r)
@@ -122,6 +123,10 @@ COUNTS = [  # passes with gradients, and without
     (MeanFlow(guide=Guide(omega=0.5, zeta=0.5), slope=Central()), 1, 3),  # null weighs nothing
     (MeanFlow(guide=Guide(omega=1.5), slope=Central()), 1, 3),  # V(c) weighs nothing
     (MeanFlow(slope=Jvp()), 1, 3),
+    (DuMo(guide=Guide(), slope=Dual()), 1, 0),  # a ride
+    (DuMo(guide=GUIDED, slope=Dual()), 1, 1),  # null; a tape
+    (MeanFlow(slope=Dual()), 2, 2),  # V(c), null; a ride of the rows with r < t, and the others
+    (MeanFlow(slope=Dual(), times=Uniform()), 1, 2),  # all rows have r < t
 ]
 
 
@@ -147,7 +152,7 @@ def test_every_parameter_gets_a_gradient(objective: Objective, net: Net) -> None
 @each_net
 def test_reference_gets_no_gradient(objective: Objective, net: Net) -> None:
     """theta^- as a copy, its weights asking for gradients, gives the same loss and gradients, and gets none."""
-    model, b = built(objective, net), record(objective)
+    model, b = built(objective, net), replace(record(objective), moving=None)  # or a ride makes two passes of one
     ref = deepcopy(model)
 
     def grads(loss: Tensor) -> list[Tensor]:
@@ -206,12 +211,13 @@ def test_bf16_is_served_or_refused(objective: Objective, net: Net, bf16_data: bo
 def test_differences_are_refused_below_fp32_without_autocast(objective: Objective, dtype: torch.dtype) -> None:
     model = built(objective, nets()[0]).to(dtype)
     with pytest.raises(UserError, match="fp32"):
-        step(objective, model, low(lambda x: x.to(dtype), record(objective)))
+        b = low(lambda x: x.to(dtype), record(objective))
+        step(objective, model, replace(b, t=b.t.to(dtype), r=b.r.to(dtype)))
 
 
 @each_net
 @pytest.mark.parametrize("power", [0.0, 1.0])
-@pytest.mark.parametrize("slope", [Central(), Jvp()], ids=lambda s: s.kind)
+@pytest.mark.parametrize("slope", [Central(), Dual(), Jvp()], ids=lambda s: s.kind)
 def test_meanflow_without_a_step_is_flow_matching(net: Net, power: float, slope: Slope) -> None:
     """At r = t its gradient is flow matching's, row by row, times D / (S + floor)^power for D numbers in a row."""
     mine, other = MeanFlow(slope=slope, power=power, guide=GUIDE), FlowMatching(guide=GUIDE)

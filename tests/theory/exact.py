@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.flow.draw import draw
+from dumo.flow.dual import carry, primal
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.types import Frozen, Heads, Needs, Noised, Objective
@@ -219,6 +220,19 @@ def _midpoint(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, h: Te
     return (last + x + column(dt) * f(x, t + h)) / 2
 
 
+def opaque(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
+    """f(x, t) for a slope that rides: whatever f is made of, its tangent is by forward-mode differentiation."""
+    return carry(f(primal(x), primal(t)), push_forward, (x, t), f, primal(x), primal(t))
+
+
+def push_forward(
+    dx: Tensor | None, dt: Tensor | None, f: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor
+) -> Tensor:
+    """The change of f(x, t) for changes of x and t."""
+    moved = tuple(torch.zeros_like(a) if d is None else d for a, d in ((x, dx), (t, dt)))
+    return torch.func.jvp(f, (x, t), moved)[1]
+
+
 class Exact(nn.Module):
     """A net that knows its flow. Each head is off by probe[head] of 1 and of x_t, at first by nothing.
 
@@ -231,8 +245,12 @@ class Exact(nn.Module):
         self.probe = nn.Parameter(torch.zeros(len(needs.heads), 2, dtype=D))
 
     def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None) -> Heads:
-        know = {"v": self.flow.guided, "u": lambda x, c, t: self.average(x, c, t, 0 * t if r is None else r)}
-        return tuple(know[head](x, c, t) + a + b * x for head, (a, b) in zip(self.heads, self.probe, strict=True))
+        know = {
+            "v": lambda x, t: self.flow.guided(x, c, t),
+            "u": lambda x, t: self.average(x, c, t, 0 * t if r is None else r),
+        }
+        known = [opaque(know[head], x, t) for head in self.heads]
+        return tuple(y + a + b * x for y, (a, b) in zip(known, self.probe, strict=True))
 
     def average(self, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """(x_t - x_r) / (t - r), and where r = t its limit."""

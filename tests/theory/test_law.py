@@ -78,6 +78,17 @@ def test_rows_at_one_time_keep_the_law_of_the_larger() -> None:
     assert abs(r[~same].mean() - 1 / 3) < 2 * NOISE
 
 
+@pytest.mark.parametrize("ratio", [0.25, 0.75])
+def test_rows_said_to_rest_rest_and_the_others_move(ratio: float) -> None:
+    """What a derivative is spared for: u* = v* - (t - r) du/dt forgets it at r = t, and nowhere else."""
+    law = Pair(of=Uniform(), velocity_ratio=ratio)
+    t, r = draws(law)
+    moving = torch.tensor(law.moving(N))
+    assert (t == r)[~moving].all()
+    assert (t > r)[moving].double().mean() > 1 - 1e-5  # two of 2^24 numbers may be one
+    assert abs(moving.double().mean() - (1 - ratio)) < 1e-9
+
+
 @pytest.mark.parametrize("law", [cls() for cls in members(Times)])
 def test_times_are_in_order_and_in_the_unit_interval(law: Times) -> None:
     t, r = draws(law)

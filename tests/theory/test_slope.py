@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import members
-from dumo.flow.slope import Central, Jvp, Slope
+from dumo.flow.slope import Central, Dual, Jvp, Slope
 from dumo.types import Frozen, Heads
 from theory.exact import D, column
 
@@ -46,8 +46,54 @@ def error(slope: Slope) -> Tensor:
     return torch.stack([(a - b).abs().max() for a, b in zip(found, known, strict=True)])
 
 
-def test_jvp_is_exact() -> None:
-    assert error(Jvp()).max() < 1e-13
+@pytest.mark.parametrize("slope", [Jvp(), Dual()], ids=lambda s: s.kind)
+def test_exact_slopes_are_exact(slope: Slope) -> None:
+    assert error(slope).max() < 1e-13
+
+
+@pytest.mark.parametrize("slope", [cls() for cls in members(Slope)], ids=lambda s: s.kind)
+@pytest.mark.parametrize("known", [False, True], ids=["found", "known"])
+@pytest.mark.parametrize("own", [False, True], ids=["same weights", "average"])
+def test_rows_that_do_not_move_get_zeros(slope: Slope, known: bool, own: bool) -> None:
+    """Whatever the way, the others get the derivative that they get when all move; no row's value changes."""
+    net, (x, c, t, r, w) = Wave(), inputs()
+    ref = Frozen(Wave() if own else net)
+    toward = {"toward": w} if known else {}
+    wanted = slope(net, ref, x, c, t=t, r=r)[1](w)
+    for share in (0, 1, 3, 4):  # of four rows
+        moving = tuple(i % 4 < share for i in range(len(x)))
+        heads, along = slope(net, ref, x, c, t=t, r=r, moving=moving, **toward)
+        moved = torch.tensor(moving)[:, None]
+        for found, known_slope, head, value in zip(along(w), wanted, heads, net(x, c, t=t, r=r), strict=True):
+            assert torch.equal(head, value)
+            assert not found[~moved[:, 0]].any()
+            assert (found - known_slope.where(moved, 0)).abs().max() < 1e-12
+
+
+def test_a_ride_goes_where_it_was_told() -> None:
+    net, (x, c, t, r, w) = Wave(), inputs()
+    _, along = Dual()(net, Frozen(net), x, c, t=t, r=r, toward=w)
+    with pytest.raises(ValueError, match="toward"):
+        along(2 * w)
+
+
+def test_a_tape_plays_once() -> None:
+    net, (x, c, t, r, w) = Wave(), inputs()
+    _, along = Dual()(net, Frozen(net), x, c, t=t, r=r)
+    along(w)
+    with pytest.raises(RuntimeError, match="once"):
+        along(w)
+
+
+def test_way_of_a_dual() -> None:
+    net = Wave()
+    assert Dual().way(net, Frozen(net), known=False).name == "tape"
+    assert Dual().way(net, Frozen(net), known=True).name == "ride"
+    assert Dual().way(net, Frozen(Wave()), known=True).name == "pass"
+    assert Dual().way(torch.nn.DataParallel(net), Frozen(net), known=False).name == "tape", "seen through a wrapper"
+    net.gradient_checkpointing = True  # type: ignore[assignment]
+    assert Dual().way(net, Frozen(net), known=False).name == "pass"
+    assert Dual().way(net, Frozen(net), known=True).name == "ride"
 
 
 def test_central_is_of_second_order() -> None:
@@ -74,7 +120,10 @@ def test_value_is_of_the_net_and_derivative_of_the_reference(slope: Slope) -> No
 def test_the_derivative_is_affine_in_the_direction(slope: Slope) -> None:
     """So the mean of targets over v_t is the target at its mean; to the square of the step for differences."""
     net, (x, c, t, r, w) = Wave(), inputs()
-    _, along = slope(net, Frozen(net), x, c, t=t, r=r)
+
+    def along(w: Tensor) -> Heads:
+        return slope(net, Frozen(net), x, c, t=t, r=r)[1](w)
+
     for middle, one, other in zip(along(0 * w), along(w), along(-w), strict=True):
         assert ((one + other) / 2 - middle).abs().max() < (1e-2 if isinstance(slope, Central) else 1e-13)
 

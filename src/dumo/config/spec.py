@@ -77,6 +77,12 @@ class Run(Spec):
                 f"objective.guide asks for guidance, but data '{self.data.kind}' has no classes to guide by: "
                 "set objective.guide.omega=1 and objective.guide.zeta=0"
             )
+        if guide and guide.random and self.train.batch % (group := guide.every * self.train.accumulate):
+            raise UserError(
+                f"objective.guide.fraction = {guide.fraction:g} picks one of every {guide.every} rows of a piece, but "
+                f"train.batch = {self.train.batch} is no multiple of {group} ({guide.every} * train.accumulate): "
+                "change train.batch, train.accumulate or objective.guide.fraction"
+            )
         check(self.sample.solver, self.reads, *self.sample.nfe, *self.evaluate.nfe)
         self.evaluate.protocol.check(self.data.shape, self.data.classes)
         return self

@@ -52,26 +52,24 @@ class Table:
 
 @dataclass(frozen=True)
 class Endless:
-    """A data set that is drawn: `law(n, generator) -> x`, without classes."""
+    """A data set that is drawn: `law(n, generator) -> (x, c)`."""
 
     law: "Law"
     size: None = None
 
     def batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
         """Fresh i.i.d. draws, keyed by (seed, step)."""
-        x = self.law(batch, stream(seed, step, "data"))
-        return x, torch.zeros(batch, dtype=torch.long)
+        return self.law(batch, stream(seed, step, "data"))
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """n fresh i.i.d. draws that no batch has seen."""
-        x = self.law(n, stream(seed, "reference", i))
-        return x, torch.zeros(n, dtype=torch.long)
+        return self.law(n, stream(seed, "reference", i))
 
 
 @runtime_checkable
 class Law(Protocol):
     """A distribution to draw from."""
 
-    def __call__(self, n: int, generator: torch.Generator, /) -> Tensor:
-        """n samples."""
+    def __call__(self, n: int, generator: torch.Generator, /) -> tuple[Tensor, Tensor]:
+        """n samples with their class indices, all zero where there are no classes."""
         ...

@@ -20,17 +20,22 @@ class Moons(Spec):
 
     kind: Literal["moons"] = "moons"
     noise: float = Field(default=0.05, ge=0)  # scikit-learn's examples
+    labelled: bool = False  # by the moon: 0 the upper, 1 the lower
     shape: ClassVar[tuple[int, ...]] = (2,)
-    classes: ClassVar[int] = 0
+
+    @property
+    def classes(self) -> int:
+        """A class per moon, or none."""
+        return 2 if self.labelled else 0
 
     def open(self) -> Source:
         """An endless source of points, centred, with standard deviation 1 along each axis before the noise."""
         return Endless(self._law)
 
-    def _law(self, n: int, g: Generator) -> Tensor:
+    def _law(self, n: int, g: Generator) -> tuple[Tensor, Tensor]:
         angle = pi * torch.rand(n, generator=g)
         lower = torch.rand(n, generator=g) < 0.5
         upper = torch.stack([angle.cos(), angle.sin()], 1)
         moons = torch.where(lower[:, None], torch.tensor([1.0, 0.5]) - upper, upper)
         points = moons + self.noise * torch.randn(n, 2, generator=g)
-        return (points - CENTRE) / SPREAD
+        return (points - CENTRE) / SPREAD, lower.long() if self.labelled else torch.zeros(n, dtype=torch.long)

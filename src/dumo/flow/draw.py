@@ -10,7 +10,7 @@ from hashlib import blake2b
 import torch
 from torch import Generator
 
-from dumo.flow.times import LAWS
+from dumo.flow.times import LAWS, Pair
 from dumo.types import Cond, Noised, Objective, Path, Sample
 
 
@@ -49,10 +49,12 @@ def draw(
     t, r = (s[mine].to(x.device, exact) for s in objective.times(n, stream(seed, step, "times")))
     z = torch.randn((n, *x.shape[1:]), generator=stream(seed, step, "z"))[mine].to(x)
     kept = (torch.rand(n, generator=stream(seed, step, "kept")) >= objective.drop)[mine].to(x.device)
+    coin = torch.rand(n, generator=stream(seed, step, "coin"))[mine].to(x.device, exact)
+    moving = objective.times.moving(n)[mine] if isinstance(objective.times, Pair) else None
     laws = {name: law for name, law in objective if isinstance(law, LAWS)}
     shape = torch.Size((n, *x.shape[1:]))
     drawn = {k: law(shape, stream(seed, step, "law", k))[mine].to(x.device, exact) for k, law in laws.items()}
 
     x_t, v_t = path.at(x, z, t)
     c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)
-    return Noised(path, x, z, t, r, x_t, v_t, c, null, kept, drawn, progress)
+    return Noised(path, x, z, t, r, x_t, v_t, c, null, kept, coin, moving, drawn, progress)

@@ -8,13 +8,24 @@ with V the net's own velocity, without gradients. Where V(c) settles at v*, the 
 
 DuMo takes omega = 1 (Alg. 1, line 9): v* = v_t + zeta (V(c) - V(null)), so w = 1 / (1 - zeta).
 MeanFlow's kappa is our zeta.
+
+The passes for V may be made on a random part of the rows. Of k consecutive rows, M of which are to be guided, one of
+these M is picked, each with probability 1 / M, and its guidance counts M times:
+
+    v* = v_t + M (v*_full - v_t)  on the picked row,   v* = v_t  on the others,   so the mean of v* is v*_full.
+
+With plain l2 the gradient is affine in the target, and a target v* - t du/dt is affine in v*, along which it is taken:
+the gradient is right on average, whatever the net (ours; exact with an exact slope, to O(h^2) with a difference).
 """
 
 from collections.abc import Callable
 
+import torch
+from jaxtyping import Int
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from dumo.types import Cond, Noised, Rows, Sample, Spec, lift
+from dumo.types import Cond, Noised, PerSample, Rows, Sample, Spec, UserError, lift
 
 Velocity = Callable[[Noised, Cond], Sample]  # (record, condition) -> V at its x_t and t
 
@@ -38,6 +49,27 @@ class Guide(Spec):
     omega: float = Field(default=1.0, gt=0)  # weight of v_t
     zeta: float = Field(default=0.0, ge=0, lt=1)  # weight of V(c): the enhancement ratio (paper, Sec. 3.3)
     interval: Interval = Interval()  # ours: the paper is silent, so all times
+    fraction: float = Field(default=1.0, gt=0, le=1)  # of the rows that passes are made on, 1 / k (ours)
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Guide":
+        if abs(1 / self.fraction - self.every) > 1e-6:
+            less, more = (1 / k for k in (int(1 / self.fraction) + 1, int(1 / self.fraction)))
+            raise ValueError(
+                f"fraction is {self.fraction:g}, but it must be one row of a whole number, 1/k: "
+                f"use {less:.12g} or {more:.12g}"
+            )
+        return self
+
+    @property
+    def every(self) -> int:
+        """k: one of so many consecutive rows has its passes made."""
+        return round(1 / self.fraction)
+
+    @property
+    def random(self) -> bool:
+        """Whether v* is right on average only: enough for plain l2, and for no other loss (`demand_l2`)."""
+        return self.active and self.every > 1
 
     @property
     def scale(self) -> float:
@@ -49,17 +81,56 @@ class Guide(Spec):
         """Whether v* differs from v_t at all."""
         return self.omega != 1 or self.zeta != 0
 
+    def beforehand(self, b: Noised) -> Sample | None:
+        """v* where it is known before any pass, else None."""
+        return None if self.active else b.v_t
+
+    def demand_l2(self, why: str, way_out: str) -> None:
+        """Refuse a random v* with a ValueError, for a loss whose gradient is not affine in its target, and say why."""
+        if self.random:
+            raise ValueError(
+                f"guide.fraction = {self.fraction:g} makes the target right on average only, which biases a gradient "
+                f"that is not affine in it: {why}. Use {way_out}, or guide.fraction=1"
+            )
+
     def __call__(self, b: Noised, v_hat: Sample | None, velocity: Velocity) -> Sample:
-        """Return v*. `v_hat` is V(c) where the step has it already, else None; makes no pass of weight zero."""
+        """Return v*. `v_hat` is V(c) where the step has it already, else None; makes no pass of weight zero.
+
+        Raises UserError where a fraction of the rows is asked for and they are no whole number of groups.
+        """
         if not self.active:
             return b.v_t
+        if not self.random:
+            return self._full(b, v_hat, velocity)
+        place, weight = self.pick(b)
+        some = b[place]
+        v_star = self._full(some, None if v_hat is None else v_hat[place], velocity)
+        v_star = some.v_t + lift(weight.to(v_star), v_star) * (v_star - some.v_t)
+        return b.v_t.to(v_star).index_copy(0, place, v_star)
+
+    def pick(self, b: Noised) -> tuple[Int[Tensor, " k"], PerSample]:
+        """The place of one row per group, the guided one of the largest coin, and how many guided rows it stands for.
+
+        A group without a guided row gives some row, which stands for none.
+        """
+        if len(b.t) % self.every:
+            raise UserError(
+                f"guide.fraction = {self.fraction:g} picks one of every {self.every} rows, but here are {len(b.t)}: "
+                f"make train.batch a multiple of {self.every} * train.accumulate * ranks, or change one of them"
+            )
+        rows = self.rows(b).view(-1, self.every)
+        winner = b.coin.view_as(rows).where(rows, -1).argmax(1)
+        return torch.arange(0, len(b.t), self.every, device=winner.device) + winner, rows.sum(1).to(b.t)
+
+    def rows(self, b: Noised) -> Rows:
+        """Where guidance acts: kept labels, inside the interval."""
+        return b.kept & (self.interval.low <= b.t) & (b.t <= self.interval.high)
+
+    def _full(self, b: Noised, v_hat: Sample | None, velocity: Velocity) -> Sample:
+        """v* of every row of the record."""
         v_star, rest = self.omega * b.v_t, 1 - self.omega - self.zeta
         if self.zeta:
             v_star = v_star + self.zeta * (velocity(b, b.c) if v_hat is None else v_hat)
         if abs(rest) > 1e-12:  # 1 - .2 - .8 is not 0 in floating point
             v_star = v_star + rest * velocity(b, b.null)
         return v_star.where(lift(self.rows(b), b.x_t), b.v_t)
-
-    def rows(self, b: Noised) -> Rows:
-        """Where guidance acts: kept labels, inside the interval."""
-        return b.kept & (self.interval.low <= b.t) & (b.t <= self.interval.high)

@@ -9,20 +9,27 @@ Every slope linearizes the net at a point, as `torch.func.linearize` does: the v
     heads, along = slope(net, ref, x_t, c, t=t, r=r)     # one pass of net, with gradients
     dv_dt, du_dt = along(w)                              # of ref, without; r and all other inputs rest
 
-Slopes differ only inside: how many passes `along` makes, and how exact it is.
+Where w is known before the pass, `toward=w` says so; where the derivative is wanted of some rows only, `moving` names
+them by place, and the others get zeros. Slopes differ only inside: how many passes `along` makes, and how exact it is.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from math import floor
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dumo.types import Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError
+from dumo.flow import dual
+from dumo.flow import rule as rule  # without which a Dual can do nothing
+from dumo.flow.dual import Later, pair, primal
+from dumo.types import Array, Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError, bare
 
 Along = Callable[[Sample], Heads]
+Moving = Sequence[bool]  # rows by place: static, so that shapes are
 
 MAX_STEP = 0.05  # ours: of h * time_scale; the difference is well within 1 % there, 3 % off at ten times it (measured)
 
@@ -37,16 +44,30 @@ class Central(Spec):
     kind: Literal["central"] = "central"
     h: float = Field(default=0.005, gt=0, le=0.1)
 
-    def __call__(self, net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, **rest: Time) -> tuple[Heads, Along]:
+    def __call__(
+        self,
+        net: Net,
+        ref: Frozen,
+        x: Sample,
+        c: Cond,
+        *,
+        t: Time,
+        toward: Sample | None = None,
+        moving: Moving | None = None,
+        **rest: Time,
+    ) -> tuple[Heads, Along]:
         """One pass of net now, two of ref in `along`. Raises UserError below fp32."""
         self.check(_precision(x))
         heads = net(x, c, t=t, **rest)
 
         @torch.no_grad()
         def along(w: Sample) -> Heads:
-            behind = ref(x - self.h * w, c, t=t - self.h, **rest)
-            ahead = ref(x + self.h * w, c, t=t + self.h, **rest)
-            return tuple((b - a) / (2 * self.h) for a, b in zip(behind, ahead, strict=True))
+            def quotient(x: Sample, c: Cond, w: Sample, t: Time, **rest: Time) -> Heads:
+                behind = ref(x - self.h * w, c, t=t - self.h, **rest)
+                ahead = ref(x + self.h * w, c, t=t + self.h, **rest)
+                return tuple((b - a) / (2 * self.h) for a, b in zip(behind, ahead, strict=True))
+
+            return _on(moving, quotient, heads, x, c, w, t=t, **rest)
 
         return heads, along
 
@@ -55,14 +76,14 @@ class Central(Spec):
         if precision != "fp32":
             raise UserError(
                 f"slope 'central' needs precision fp32, not {precision}: at h = {self.h} rounding outweighs the "
-                "difference (42 to 83 % wrong under bf16). Use precision fp32, or slope 'jvp'"
+                "difference (42 to 83 % wrong under bf16). Use precision fp32, or slope 'dual'"
             )
         if self.h * time_scale > MAX_STEP:
             most = floor(1e6 * MAX_STEP / time_scale) / 1e6
             raise UserError(
                 f"slope 'central' with h = {self.h} on a net with time_scale = {time_scale}: h * time_scale is above "
                 f"{MAX_STEP}, and the difference is no longer a derivative. Use h <= {most:g}, a smaller time_scale or "
-                "slope 'jvp'"
+                "slope 'dual'"
             )
 
 
@@ -71,14 +92,28 @@ class Jvp(Spec):
 
     kind: Literal["jvp"] = "jvp"
 
-    def __call__(self, net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, **rest: Time) -> tuple[Heads, Along]:
+    def __call__(
+        self,
+        net: Net,
+        ref: Frozen,
+        x: Sample,
+        c: Cond,
+        *,
+        t: Time,
+        toward: Sample | None = None,
+        moving: Moving | None = None,
+        **rest: Time,
+    ) -> tuple[Heads, Along]:
         """One pass of net now, one differentiated pass of ref in `along`."""
         heads = net(x, c, t=t, **rest)
 
         def along(w: Sample) -> Heads:
-            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
-                _, slopes = _jvp(lambda x, t: ref(x, c, t=t, **rest), (x, t), (w, torch.ones_like(t)))
-            return slopes
+            def jvp(x: Sample, c: Cond, w: Sample, t: Time, **rest: Time) -> Heads:
+                with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
+                    _, slopes = _jvp(lambda x, t: ref(x, c, t=t, **rest), (x, t), (w, torch.ones_like(t)))
+                return slopes
+
+            return _on(moving, jvp, heads, x, c, w, t=t, **rest)
 
         return heads, along
 
@@ -86,7 +121,149 @@ class Jvp(Spec):
         """Nothing to refuse: exact to rounding in any precision, at any scale."""
 
 
-Slope = Annotated[Central | Jvp, Field(discriminator="kind")]
+class Way(NamedTuple):
+    """How a Dual comes by the tangent, and why so."""
+
+    name: Literal["tape", "ride", "pass"]
+    why: str
+
+
+class Dual(Spec):
+    """Exact, by dual numbers (`dumo.flow.dual`, ours): the tangent rides on the pass with gradients, for one pass more.
+
+    Ride: the direction is known, and the tangent goes along with the pass. Tape: it is not, and the tangent is computed
+    after the pass, from the activations that the backward pass needs anyway. Pass: where these or the weights are not
+    there to use (a moving average as theta^-, checkpointing, sharded weights that are given back after the pass), a
+    dual pass of its own without gradients: two passes, as the central difference, and still exact.
+    """
+
+    kind: Literal["dual"] = "dual"
+
+    def __call__(
+        self,
+        net: Net,
+        ref: Frozen,
+        x: Sample,
+        c: Cond,
+        *,
+        t: Time,
+        toward: Sample | None = None,
+        moving: Moving | None = None,
+        **rest: Time,
+    ) -> tuple[Heads, Along]:
+        """One pass of net now, with whose activations `along` works; a ride of some rows is two passes of net."""
+        way = self.way(net, ref, known=toward is not None)
+        if way.name == "tape" and moving is None:
+            return _tape(net, ref, x, c, t=t, **rest)
+        if way.name == "ride" and toward is not None:
+            return _ride(net, x, c, toward, moving, t=t, **rest)
+        heads = net(x, c, t=t, **rest)
+        return heads, lambda w: _on(moving, lambda *a, **k: _dual_pass(ref, *a, **k), heads, x, c, w, t=t, **rest)
+
+    def way(self, net: Net, ref: Frozen, *, known: bool) -> Way:
+        """Which of the three ways is taken; `known`: the direction is known before the pass."""
+        if ref.module is not bare(net):
+            return Way("pass", "theta^- has weights of its own")
+        if known:
+            return Way("ride", "the direction is known before the pass")
+        if any(getattr(m, "gradient_checkpointing", False) for m in ref.module.modules()):
+            return Way("pass", "checkpointing lets the activations go")
+        return Way("tape", "the direction is known after the pass")
+
+    def check(self, precision: str, time_scale: float = 1.0) -> None:
+        """Nothing to refuse: exact to rounding in any precision, at any scale."""
+
+
+Slope = Annotated[Central | Dual | Jvp, Field(discriminator="kind")]
+
+
+def _tape(net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, **rest: Time) -> tuple[Heads, Along]:
+    """One pass that notes what its tangent needs; played once. Falls back to a pass if the weights are gone by then."""
+    dx, dt = Later(x.shape, x.dtype), Later(t.shape, t.dtype)
+    heads = net(pair(x, dx), c, t=pair(t, dt), **rest)
+    ends = [end for head in heads if isinstance(end := dual.tangent(head), Later)]
+
+    def along(w: Sample) -> Heads:
+        if dx.value is not None:
+            raise RuntimeError("along was called twice: a tape plays once, for all heads")
+        dx.value, dt.value = w.detach(), torch.ones_like(t)
+        if not (torch.compiler.is_compiling() or dual.holds(ends)):
+            warnings.warn(
+                "slope 'dual' makes a pass of its own, 6 F instead of 5 F: the weights are given back after the pass. "
+                "Shard with reshard_after_forward=False to ride on the tape",
+                stacklevel=3,
+            )
+            return _dual_pass(ref, x, c, w, t=t, **rest)
+        dual.play(ends)
+        return tuple(_rate(head) for head in heads)
+
+    return tuple(primal(head) for head in heads), along
+
+
+def _ride(
+    net: Net, x: Sample, c: Cond, toward: Sample, moving: Moving | None, *, t: Time, **rest: Time
+) -> tuple[Heads, Along]:
+    """One pass whose rows move from the start; where some do not, a second pass for those."""
+
+    def ride(x: Sample, c: Cond, w: Sample, t: Time, **rest: Time) -> Heads:
+        return net(pair(x, w.detach()), c, t=pair(t, torch.ones_like(t)), **rest)
+
+    rows, others = _places(moving, x)
+    if not others:
+        heads = ride(x, c, toward, t, **rest)
+        values, slopes = tuple(primal(h) for h in heads), tuple(_rate(h) for h in heads)
+    elif not rows:
+        values = net(x, c, t=t, **rest)
+        slopes = tuple(torch.zeros_like(h) for h in values)
+    else:
+        heads = ride(*(a[rows] for a in (x, c, toward, t)), **{k: s[rows] for k, s in rest.items()})
+        plain = net(*(a[others] for a in (x, c)), t=t[others], **{k: s[others] for k, s in rest.items()})
+        values = tuple(_merge(primal(a), b, rows, others) for a, b in zip(heads, plain, strict=True))
+        slopes = tuple(_merge(_rate(a), torch.zeros_like(b), rows, others) for a, b in zip(heads, plain, strict=True))
+
+    def along(w: Sample) -> Heads:
+        if w is not toward:
+            raise ValueError("along(w) must be given the direction that the pass was told of by `toward`")
+        return slopes
+
+    return values, along
+
+
+def _dual_pass(ref: Frozen, x: Sample, c: Cond, w: Sample, *, t: Time, **rest: Time) -> Heads:
+    """The tangents of a pass without gradients."""
+    return tuple(_rate(h) for h in ref(pair(x, w.detach()), c, t=pair(t, torch.ones_like(t)), **rest))
+
+
+def _rate(head: Array) -> Tensor:
+    """What rode along: zero for a head that the moving inputs do not reach."""
+    rate = dual.tangent(head)
+    rate = rate.value if isinstance(rate, Later) else rate
+    return torch.zeros_like(primal(head)) if rate is None else rate
+
+
+def _on(
+    moving: Moving | None, f: Callable[..., Heads], heads: Heads, x: Sample, c: Cond, w: Sample, **times: Time
+) -> Heads:
+    """Slopes by f of the rows that move; zeros for the others. Where none does, no pass is made."""
+    rows, others = _places(moving, x)
+    if not others:
+        return f(x, c, w, **times)
+    if not rows:
+        return tuple(torch.zeros_like(h) for h in heads)
+    slopes = f(x[rows], c[rows], w[rows], **{k: s[rows] for k, s in times.items()})
+    return tuple(_merge(some, torch.zeros_like(h[others]), rows, others) for some, h in zip(slopes, heads, strict=True))
+
+
+def _places(moving: Moving | None, x: Sample) -> tuple[list[int], list[int]]:
+    """The rows that move, and those that do not."""
+    moving = [True] * len(x) if moving is None else moving
+    return [i for i, m in enumerate(moving) if m], [i for i, m in enumerate(moving) if not m]
+
+
+def _merge(some: Tensor, other: Tensor, rows: list[int], others: list[int]) -> Tensor:
+    """Put rows back to their places."""
+    order = sorted(range(len(rows) + len(others)), key=[*rows, *others].__getitem__)
+    return torch.cat([some, other.to(some.dtype)])[order]
 
 
 def _precision(x: Sample) -> str:

@@ -75,8 +75,12 @@ class Pair(Spec):
         """Draw n rows."""
         (a, _), (b, _) = self.of(n, g), self.of(n, g)
         t, r = torch.maximum(a, b), torch.minimum(a, b)
+        return t, torch.where(torch.tensor(self.moving(n)), r, t)
+
+    def moving(self, n: int) -> tuple[bool, ...]:
+        """Which of the first n rows may have r < t, by their place alone; all others have r = t."""
         so_far = (torch.arange(n + 1, dtype=torch.float64) * self.velocity_ratio + 1e-9).floor()
-        return t, torch.where(so_far.diff() > 0, t, r)
+        return tuple((so_far.diff() == 0).tolist())
 
 
 Times = Annotated[Beta | Uniform | LogitNormal | Pair, Field(discriminator="kind")]

@@ -3,15 +3,19 @@
 The trunk is DiT's; each further head costs one more output layer with its own modulation: 2.7 M of XL/2's 675 M.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from dumo.flow.dual import primal_only
 from dumo.nets.embed import Scalars, grid_waves, label_table
 from dumo.nets.head import Gauges
-from dumo.types import Cond, Heads, Needs, Sample, Spec, Time, UserError
+from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
 
 class DiT(Spec):
@@ -23,6 +27,7 @@ class DiT(Spec):
     depth: int = Field(default=28, ge=1)
     attention: int = Field(default=16, ge=1)  # attention heads
     time_scale: float = Field(default=1.0, gt=0)  # times enter raw (UCGM)
+    checkpoint: bool = False  # keep each block's input alone, and compute the rest again in the backward pass
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "Transformer":
         """A net with the inputs, heads and gauges of `needs` for square images of `shape`; 0 classes: no label.
@@ -49,14 +54,14 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
-    def forward(self, h: Tensor, e: Tensor) -> Tensor:
+    def forward(self, h: Array, e: Array) -> Array:
         """h (b, tokens, width), e (b, width), already through its SiLU."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(e).unsqueeze(1).chunk(6, -1)
         h = h + gate_1 * self.attend(_normalize(h) * (1 + scale_1) + shift_1)
         a = _normalize(h) * (1 + scale_2) + shift_2
         return h + gate_2 * self.down(F.gelu(self.up(a), approximate="tanh"))
 
-    def attend(self, a: Tensor) -> Tensor:
+    def attend(self, a: Array) -> Array:
         """Self-attention over the tokens."""
         q, k, v = self.qkv(a).view(*a.shape[:2], 3, self.attention, -1).permute(2, 0, 3, 1, 4).unbind(0)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
@@ -70,7 +75,7 @@ class Head(nn.Module):
         super().__init__()
         self.modulation, self.out = nn.Linear(width, 2 * width), nn.Linear(width, out)
 
-    def forward(self, h: Tensor, e: Tensor) -> Tensor:
+    def forward(self, h: Array, e: Array) -> Array:
         """h (b, tokens, width), e (b, width), already through its SiLU; returns (b, tokens, out)."""
         shift, scale = self.modulation(e).unsqueeze(1).chunk(2, -1)
         return self.out(_normalize(h) * (1 + scale) + shift)
@@ -93,24 +98,26 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(width, spec.attention) for _ in range(spec.depth))
         self.heads = nn.ModuleDict({name: Head(width, channels * spec.patch**2) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
+        self.gradient_checkpointing = spec.checkpoint
         self._initialize()
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x, then the gauges, in the order of the needs."""
-        h: Tensor = self.embed(self._patches(x)) + self.positions
-        e: Tensor = self.scalars(**inputs)
+        h: Array = self.embed(self._patches(x)) + self.positions
+        e: Array = self.scalars(**inputs)
         e = F.silu(e if self.label is None else e + self.label(c))
+        lean = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            h = block(h, e)
+            h = checkpoint(block, h, e, use_reentrant=False, context_fn=_again) if lean else block(h, e)
         heads = (self._image(head(h, e)) for head in self.heads.values())
         return *heads, *(self.gauges(**inputs) if self.gauges else ())
 
-    def _patches(self, x: Tensor) -> Tensor:
+    def _patches(self, x: Array) -> Array:
         """(b, ch, side, side) -> (b, tokens, ch p p)."""
         b, ch, g, p = x.shape[0], x.shape[1], self.grid, self.patch
         return x.reshape(b, ch, g, p, g, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
-    def _image(self, y: Tensor) -> Tensor:
+    def _image(self, y: Array) -> Array:
         """(b, tokens, ch p p) -> (b, ch, side, side)."""
         b, g, p = y.shape[0], self.grid, self.patch
         return y.view(b, g, g, -1, p, p).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
@@ -128,5 +135,10 @@ class Transformer(nn.Module):
             nn.init.zeros_(layer.bias)
 
 
-def _normalize(h: Tensor) -> Tensor:
+def _again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The tangents that ride on a block are known by the time it is computed again."""
+    return nullcontext(), primal_only()
+
+
+def _normalize(h: Array) -> Array:
     return F.layer_norm(h, h.shape[-1:], eps=1e-6)  # DiT's eps

@@ -7,7 +7,7 @@ from operator import add
 import torch
 from torch import Tensor, nn
 
-from dumo.types import Time
+from dumo.types import Array, Time
 
 FREQUENCIES = 128  # DiT: 256 features, half cosines, half sines
 PERIOD = 10_000.0  # DiT: angles run from 1 down to nearly 1 / PERIOD as fast
@@ -30,7 +30,7 @@ class Scalars(nn.Module):
         self.register_buffer("frequencies", time_scale * falling, persistent=False)
         self.embedders = nn.ModuleDict({name: _embedder(width) for name in names})
 
-    def forward(self, **inputs: Time) -> Tensor:
+    def forward(self, **inputs: Time) -> Array:
         """Return (b, width). Raises TypeError where the names are not those the net was built for."""
         if set(inputs) != set(self.names):
             raise TypeError(f"this net takes {', '.join(self.names)}; it got {', '.join(inputs) or 'nothing'}")
@@ -38,7 +38,7 @@ class Scalars(nn.Module):
             inputs["r"] = inputs["t"] - inputs["r"]
         return reduce(add, (self.embedders[name](self._waves(inputs[name])) for name in self.names))
 
-    def _waves(self, number: Tensor) -> Tensor:
+    def _waves(self, number: Array) -> Array:
         angles = number[:, None] * self.frequencies
         return torch.cat([angles.cos(), angles.sin()], -1)
 

@@ -1,9 +1,9 @@
 """Numbers out, beside the samples: one number per row and gauge."""
 
-from torch import Tensor, nn
+from torch import nn
 
 from dumo.nets.embed import Scalars
-from dumo.types import Needs, Time
+from dumo.types import Array, Needs, Time
 
 
 class Gauges(nn.Module):
@@ -17,6 +17,6 @@ class Gauges(nn.Module):
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, **inputs: Time) -> tuple[Tensor, ...]:
+    def forward(self, **inputs: Time) -> tuple[Array, ...]:
         """Return one (b,) tensor per gauge."""
         return self.out(self.embed(**inputs)).unbind(1)

@@ -4,12 +4,12 @@ from math import prod
 from typing import Literal
 
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
 
 from dumo.nets.embed import Scalars, label_table
 from dumo.nets.head import Gauges
-from dumo.types import Cond, Heads, Needs, Sample, Spec, Time
+from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time
 
 
 class MLP(Spec):
@@ -44,7 +44,7 @@ class Perceptron(nn.Module):
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x, then the gauges, in the order of the needs."""
-        h: Tensor = self.embed(x.flatten(1)) + self.scalars(**inputs)
+        h: Array = self.embed(x.flatten(1)) + self.scalars(**inputs)
         if self.label is not None:
             h = h + self.label(c)
         for layer in self.layers:

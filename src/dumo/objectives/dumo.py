@@ -30,7 +30,7 @@ class DuMo(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Lines 7 to 12 of Alg. 1."""
-        (v_hat, u_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t)  # line 7
+        (v_hat, u_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, toward=self.guide.beforehand(b))  # line 7
         with torch.no_grad():
             v_star = self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t)[0])  # lines 8 and 9
             _, du_dt = along(v_star)

@@ -10,7 +10,7 @@ At r = t this is flow matching. One input, one output: rows that train one do no
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.metric import adaptive
@@ -34,11 +34,18 @@ class MeanFlow(Spec):
         default=0.01, gt=0
     )  # c of Eq. 22, as the authors' code on ImageNet; 1e-3 in the text and on CIFAR-10
 
+    @model_validator(mode="after")
+    def _unbiased(self) -> "MeanFlow":
+        if self.power:
+            self.guide.demand_l2("power > 0 weighs a row by its own residual", "power=0")
+        return self
+
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Its Eq. 9 and 11; with guidance, Eq. 17 to 21; metric of Eq. 22."""
-        (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r)
         with torch.no_grad():
             v_star = self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])  # Eq. 21
+        (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=v_star, moving=b.moving)
+        with torch.no_grad():
             (du_dt,) = along(v_star)
             u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt  # Eq. 11
         e = u_hat - u_star

@@ -1,18 +1,39 @@
-"""What a step costs, counted, not timed: floating-point operations of tensors that hold no numbers.
+"""What a step costs, counted, not timed: floating-point operations and bytes of tensors that hold no numbers.
 
-The unit is F, one pass of the net forward; a backward pass is 2 F. Counts depend on shapes alone, so the step runs on
-the meta device, whatever the net's size: no memory, no arithmetic.
+The unit of work is F, one pass of the net forward; a backward pass is 2 F. Counts depend on shapes alone, so operations
+are counted on the meta device, whatever the net's size: no memory, no arithmetic.
+
+Memory is counted by following every tensor's storage from the operation that made it until it is let go. That needs
+the operations a device would run: on meta, attention keeps all its scores, which no fused kernel does. So bytes are
+counted on fake tensors, which hold no numbers either, but say that they are on the CPU.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from fractions import Fraction
+from math import lcm, prod
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dumo.flow.draw import draw
-from dumo.types import Objective, Path, still
+from dumo.types import Cond, Frozen, Noised, Objective, Path, Sample, still
+
+Theta = Literal["self"] | float  # theta^-: the net itself, or an average of it, as `Train.ref`
+
+
+class Bytes(NamedTuple):
+    """Bytes of tensors that a piece of work met: those there before it, and most of its own alive at one time."""
+
+    before: int
+    peak: int
 
 
 def forward_flops(net: nn.Module, objective: Objective, shape: Sequence[int]) -> float:
@@ -21,26 +42,136 @@ def forward_flops(net: nn.Module, objective: Objective, shape: Sequence[int]) ->
     x, c = _nothing(rows, shape)
     inputs = {name: x.new_empty(rows) for name in (*objective.needs.inputs, *objective.needs.knobs)}
     with torch.no_grad():
-        return _count(lambda: net(x, c, **inputs)) / rows
+        return flops(lambda: net(x, c, **inputs)) / rows
 
 
-def forward_units(net: nn.Module, objective: Objective, path: Path, shape: Sequence[int]) -> float:
-    """Floating-point operations of a training step over those of one pass: forward, targets and backward."""
-    net, rows = copy.deepcopy(net).to("meta"), 2
+def forward_units(
+    net: nn.Module,
+    objective: Objective,
+    path: Path,
+    shape: Sequence[int],
+    *,
+    rows: int | None = None,
+    ref: Theta = "self",
+) -> float:
+    """Floating-point operations of a training step over those of one pass: forward, targets and backward.
+
+    Of a batch of `rows` (None: one in which every share of the rows is a whole number of them).
+    """
+    net, rows = copy.deepcopy(net).to("meta"), rows or exact_rows(objective)
+    work = _step(net, objective, _draw(objective, path, rows, shape), ref)
+    return flops(work) / (rows * forward_flops(net, objective, shape))
+
+
+def peak_bytes(
+    net: nn.Module,
+    objective: Objective,
+    path: Path,
+    shape: Sequence[int],
+    *,
+    rows: int,
+    ref: Theta = "self",
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> Bytes:
+    """Bytes of a training step of `rows` rows on a CPU: net and batch before it; activations, gradients, targets in it.
+
+    What a kernel takes for itself while it runs is not seen.
+    """
+    net, b = copy.deepcopy(net).to("meta"), _draw(objective, path, rows, shape)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        work = _step(net.to_empty(device="cpu"), objective, _empty(b), ref)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return live_bytes(work)
+
+
+def exact_rows(objective: Objective) -> int:
+    """The fewest rows, at least 2, of which every share that an objective treats apart is a whole number."""
+    guide, times = getattr(objective, "guide", None), objective.times
+    shares = (getattr(guide, "fraction", 1.0), getattr(times, "velocity_ratio", 1.0))
+    return lcm(2, *(Fraction(share).limit_denominator(1000).denominator for share in shares))
+
+
+def flops(work: Callable[[], object]) -> int:
+    """Floating-point operations of all matrix products and convolutions, on whatever device they are."""
+    aten = torch.ops.aten
+    missing = {  # from torch's own table; that a fused backward computes the scores again is not counted
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: _attention(q, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, v, *__, **___: 2 * _attention(q, v),
+        aten.addmm_: lambda _, a, b, *__, **___: 2 * prod(a) * b[-1],
+        aten.baddbmm_: lambda _, a, b, *__, **___: 2 * prod(a) * b[-1],
+    }
+    with FlopCounterMode(display=False, custom_mapping=missing) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def live_bytes(work: Callable[[], object]) -> Bytes:
+    """Follow the bytes of all tensors that a piece of work meets, on whatever device they are, fake ones too."""
+    with _Live() as live:
+        work()
+    return Bytes(live.before, live.peak)
+
+
+class _Live(TorchDispatchMode):
+    """Sees every operation beneath autograd, backward passes included, and so every storage on its way in or out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = self.now = self.peak = 0
+        self._known: dict[int, int] = {}  # storages alive: bytes that count in `now`
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        """Run one operation. A storage first seen going in was there before; one first seen coming out is new."""
+        for storage in _storages((args, kwargs)):
+            if self._meet(storage, 0):
+                self.before += storage.nbytes()
+        out = func(*args, **kwargs or {})
+        for storage in _storages(out):
+            self._meet(storage, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _meet(self, storage: torch.UntypedStorage, size: int) -> bool:
+        """Whether a storage is seen for the first time; it counts `size` bytes until the last tensor on it is gone."""
+        if storage._cdata in self._known:
+            return False
+        self._known[storage._cdata] = size
+        self.now += size
+        weakref.finalize(storage, self._leave, storage._cdata).atexit = False
+        return True
+
+    def _leave(self, key: int) -> None:
+        self.now -= self._known.pop(key)
+
+
+def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    return (x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor))
+
+
+def _step(net: nn.Module, objective: Objective, b: Noised, ref: Theta) -> Callable[[], object]:
+    """Forward, targets and backward, as in training."""
+    frozen = still(net) if ref == "self" else Frozen(copy.deepcopy(net))
+    return lambda: objective.loss(net, frozen, b).loss.sum().backward()
+
+
+def _draw(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> Noised:
+    """A record without numbers, but for what is fixed by place."""
     x, c = _nothing(rows, shape)
-    b = draw(objective, path, x, c, c, seed=0, step=0)
-
-    def step() -> None:
-        objective.loss(net, still(net), b).loss.sum().backward()
-
-    return _count(step) / (rows * forward_flops(net, objective, shape))
+    return draw(objective, path, x, c, c, seed=0, step=0)
 
 
-def _nothing(rows: int, shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+def _nothing(rows: int, shape: Sequence[int]) -> tuple[Sample, Cond]:
     return torch.empty(rows, *shape, device="meta"), torch.empty(rows, dtype=torch.long, device="meta")
 
 
-def _count(work: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
+def _empty(b: Noised) -> Noised:
+    """The record with memory of its own on the CPU."""
+    own = {f.name: torch.empty_like(v, device="cpu") for f in fields(b) if isinstance(v := getattr(b, f.name), Tensor)}
+    return replace(b, **own, drawn={name: torch.empty_like(v, device="cpu") for name, v in b.drawn.items()})
+
+
+def _attention(q: Sequence[int], v: Sequence[int]) -> int:
+    """Scores and their product with the values; q is (b, heads, n, d), v (b, heads, m, d)."""
+    return 2 * prod(q[:-1]) * v[-2] * (q[-1] + v[-1])

@@ -94,6 +94,32 @@ def test_parts_of_moons() -> None:
     assert changed("objective.drop=0.5", of="moons").objective.drop == 0.5
 
 
+@pytest.mark.parametrize(
+    ("of", "words", "factor"),
+    [
+        ("digits-guided", ["train.batch=30"], "4"),
+        ("digits-guided", ["train.accumulate=16"], "64"),
+        ("moons-guided", ["train.batch=1026", "train.accumulate=2"], "8"),
+    ],
+)
+def test_a_batch_is_a_whole_number_of_groups_to_guide(of: str, words: list[str], factor: str) -> None:
+    quarter = "objective.guide.fraction=0.25"
+    assert changed(quarter, of=of).objective.guide.every == 4
+    assert changed(*words, of=of).objective.guide.every == 1
+    with pytest.raises(UserError, match=rf"train.batch = \d+ is no multiple of {factor} .*train.accumulate"):
+        changed(quarter, *words, of=of)
+    assert changed(quarter, *words, "objective.guide.zeta=0", of=of).objective.guide.every == 4  # nothing to guide
+
+
+def test_random_guidance_is_refused_where_it_is_biased() -> None:
+    words = ["objective.guide.zeta=0.5", "objective.guide.fraction=0.5"]
+    with pytest.raises(UserError, match=r"guide.fraction = 0.5 .*power > 0.*power=0, or guide.fraction=1"):
+        changed(*words, of="digits-meanflow")
+    assert changed(*words, "objective.power=0", of="digits-meanflow").objective.guide.random
+    with pytest.raises(UserError, match=r"objective.guide: fraction is 0.3"):
+        changed("objective.guide.fraction=0.3")
+
+
 def test_a_run_made_in_python_is_held_to_the_same() -> None:
     good = load("moons")
     tree = good.model_dump()

@@ -33,6 +33,24 @@ def test_moons_are_two_half_circles_that_hook_into_each_other() -> None:
     assert abs(lower.double().mean() - 0.5) < 0.01
 
 
+def test_labels_tell_the_moons_apart() -> None:
+    """And move no point: 0 is the upper moon, 1 the lower, as often."""
+    plain, told = Moons(noise=0.0), Moons(noise=0.0, labelled=True)
+    assert (plain.classes, told.classes) == (0, 2)
+    one, two = plain.open(), told.open()
+    for (x, none), (same, c) in (
+        (one.batch(4, 5000, 0), two.batch(4, 5000, 0)),
+        (one.reference(5000, 0, 1), two.reference(5000, 0, 1)),
+    ):
+        assert torch.equal(x, same)
+        assert not none.any()
+        assert none.dtype == c.dtype == torch.long
+        place = x.double() * torch.tensor([3 / 4, 9 / 16 - 1 / pi]).double().sqrt() + torch.tensor([0.5, 0.25])
+        centre = torch.tensor([[0.0, 0.0], [1.0, 0.5]], dtype=torch.float64)[c]
+        assert (((place - centre) ** 2).sum(1) - 1).abs().max() < 1e-4
+        assert abs(c.double().mean() - 0.5) < 0.03
+
+
 def test_angles_are_uniform() -> None:
     """Each eighth of an arc has an eighth of its points."""
     x = drawn(0.0) * torch.tensor([3 / 4, 9 / 16 - 1 / pi]).double().sqrt() + torch.tensor([0.5, 0.25])

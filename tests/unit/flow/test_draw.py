@@ -61,7 +61,7 @@ def test_laws_among_the_fields_are_drawn_by_name_and_shift_nothing() -> None:
     assert rich.drawn["extra"].shape == (50, 2, 3)
     assert rich.drawn["strength"].shape == (50,)
     assert not torch.equal(rich.drawn["extra"], rich.z)
-    for key in ("t", "r", "z", "c", "kept", "x_t"):
+    for key in ("t", "r", "z", "c", "kept", "coin", "x_t"):
         assert torch.equal(getattr(plain, key), getattr(rich, key))
 
 
@@ -85,11 +85,61 @@ def test_dropped_rows_are_no_run_of_rows() -> None:
     assert not torch.equal(b.kept, later.kept)
 
 
+def test_coins_are_uniform_and_say_nothing_of_the_row() -> None:
+    """They choose which rows are guided: a coin that knew of the label, the time or the noise would be a bias."""
+    b = record(MeanFlow(drop=0.5), torch.zeros(20_000, 1))
+    assert b.coin.min() >= 0
+    assert b.coin.max() < 1
+    assert (b.coin.histc(10, 0, 1) / 20_000 - 0.1).abs().max() < 0.01
+    assert len(b.coin.unique()) > 19_900  # a tie goes to the first, which is no fair choice
+    others = torch.stack([b.coin, b.coin.roll(1), b.kept.float(), b.t, b.r, b.z[:, 0]])
+    assert others.corrcoef()[0, 1:].abs().max() < 5 / 20_000**0.5
+    assert not torch.isclose(b.coin, record(MeanFlow(drop=0.5), torch.zeros(20_000, 1), 1).coin).all()
+
+
+def test_rows_that_move_are_known_by_place() -> None:
+    """The same at every step, and a share's are its part of the batch's: shapes are static, the same on every rank."""
+    x, c = torch.zeros(24, 2), torch.arange(24)
+    for ratio in (0, 0.25, 0.6, 0.75, 1):
+        law = Pair(velocity_ratio=ratio)
+        b = record(MeanFlow(times=law), x)
+        assert b.moving == law.moving(24) == record(MeanFlow(times=law), x, step=5).moving
+        assert b.moving == tuple((b.r < b.t).tolist())
+        for cut in ([12, 12], [8, 8, 8], [5, 7, 12]):
+            parts = [
+                draw(MeanFlow(times=law), Linear(), x[:n], c[:n], c[:n], seed=0, step=0, batch=24, first=sum(cut[:i]))
+                for i, n in enumerate(cut)
+            ]
+            assert sum((part.moving or () for part in parts), ()) == b.moving
+    assert record(FlowMatching(), x).moving is None
+    assert record(MeanFlow(times=Uniform()), x).moving is None
+
+
+def test_rows_are_cut_by_slice_list_or_tensor() -> None:
+    b = record(MeanFlow(times=Pair(velocity_ratio=0.6)), torch.randn(10, 2, generator=stream("cut")))
+    assert b.moving is not None
+    for rows in (slice(2, 7), slice(None, None, 3), [7, 0, 7, 3], [-1]):
+        cut = b[rows]
+        for key in ("x", "z", "t", "r", "x_t", "v_t", "c", "null", "kept", "coin"):
+            assert torch.equal(getattr(cut, key), getattr(b, key)[rows]), key
+        assert cut.moving == tuple(torch.tensor(b.moving)[rows].tolist()) == tuple((cut.r < cut.t).tolist())
+    unknown = b[torch.tensor([7, 0, 7, 3])]
+    assert torch.equal(unknown.coin, b[[7, 0, 7, 3]].coin)
+    assert unknown.moving is None  # to know it, one would have to wait for the device
+
+
+def test_at_another_time_any_row_may_move() -> None:
+    b = record(MeanFlow(times=Pair(velocity_ratio=0.5)), torch.zeros(8, 2))
+    moved = b.at((b.t + 1) / 2)
+    assert (moved.r < moved.t).all()
+    assert moved.moving is None
+
+
 @pytest.mark.parametrize(("dtype", "times"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)])
 def test_times_stay_exact_whatever_the_data(dtype: torch.dtype, times: torch.dtype) -> None:
     b = record(MeanFlow(), torch.zeros(8, 3, dtype=dtype))
     assert (b.x_t.dtype, b.v_t.dtype, b.z.dtype) == (dtype,) * 3
-    assert (b.t.dtype, b.r.dtype) == (times,) * 2
+    assert (b.t.dtype, b.r.dtype, b.coin.dtype) == (times,) * 3
 
 
 def test_embedded_conditions_are_dropped_by_row() -> None:

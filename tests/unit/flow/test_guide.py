@@ -1,16 +1,20 @@
-"""Guidance by hand: each affine map, the rows it leaves alone, and the passes it does not make."""
+"""Guidance by hand: each affine map, the rows it leaves alone, and the passes it does not make.
+
+That guidance of a fraction of the rows is right on average is shown in tests/theory/test_unbiased.py.
+"""
 
 from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
 from dumo.objectives import FlowMatching
-from dumo.types import Cond, Noised
+from dumo.types import Cond, Noised, UserError
 
 V_C, V_NULL = 3.0, 5.0
 
@@ -96,3 +100,126 @@ def test_effective_scale_is_where_the_map_settles(omega: float, zeta: float, sca
         settled = omega * v + zeta * settled + (1 - omega - zeta) * v_null
     assert guide.scale == pytest.approx(scale)
     assert settled == pytest.approx(v_null + guide.scale * (v - v_null))
+
+
+def test_what_is_known_before_a_pass() -> None:
+    b = record()
+    assert Guide().beforehand(b) is b.v_t
+    assert Guide(interval=Interval(high=0.5), fraction=0.5).beforehand(b) is b.v_t
+    for guide in (Guide(zeta=0.5), Guide(omega=2), Guide(zeta=0.5, fraction=0.5)):
+        assert guide.beforehand(b) is None
+
+
+@pytest.mark.parametrize(("fraction", "every"), [(1, 1), (0.5, 2), (1 / 3, 3), (0.33333333, 3), (0.25, 4), (0.01, 100)])
+def test_a_fraction_is_one_row_of_a_whole_number(fraction: float, every: int) -> None:
+    guide = Guide(zeta=0.5, fraction=fraction)
+    assert guide.every == every
+    assert guide.random == (every > 1)
+    assert not Guide(fraction=fraction).random
+
+
+@pytest.mark.parametrize(
+    ("fraction", "said"),
+    [(0.3, "use 0.25 or 0.333333333333"), (0.75, "use 0.5 or 1"), (0.0003333, "use 0.00033")]
+    + [(f, "fraction") for f in (0, -0.25, 1.5, 4)],
+)
+def test_other_fractions_are_refused(fraction: float, said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Guide(fraction=fraction)
+
+
+@pytest.mark.parametrize("fraction", [0.3, 0.7, 0.15, 0.0003333, 0.00017])
+def test_the_fractions_offered_are_taken(fraction: float) -> None:
+    with pytest.raises(ValidationError) as refused:
+        Guide(fraction=fraction)
+    words = str(refused.value).split("use ")[1].split()
+    assert [Guide(fraction=float(word)).every for word in (words[0], words[2])] == [
+        int(1 / fraction) + 1,
+        int(1 / fraction),
+    ]
+
+
+COINS = torch.tensor([0.1, 0.9, 0.3, 0.8, 0.7, 0.2])  # rows 1 and 4 have lost their labels
+PICKS = [  # fraction, latest guided time, rows picked, how many guided rows each stands for
+    (1 / 2, 1.0, [0, 3, 5], [1, 2, 1]),
+    (1 / 3, 1.0, [2, 3], [2, 2]),
+    (1 / 6, 1.0, [3], [4]),
+    (1 / 3, 0.5, [2, 3], [2, 0]),  # the times of the second group are too late
+]
+
+
+@pytest.mark.parametrize(("fraction", "high", "places", "weights"), PICKS)
+def test_the_largest_coin_among_guided_rows_is_picked(
+    fraction: float, high: float, places: list[int], weights: list[int]
+) -> None:
+    """A row that is not to be guided never takes the place of one that is."""
+    b = replace(record(), coin=COINS)
+    place, weight = Guide(zeta=0.5, fraction=fraction, interval=Interval(high=high)).pick(b)
+    stands = weight > 0
+    assert place[stands].tolist() == [p for p, w in zip(places, weights, strict=True) if w]
+    assert weight.tolist() == weights
+    assert (place // round(1 / fraction)).tolist() == list(range(len(places)))
+
+
+@pytest.mark.parametrize(("fraction", "high", "places", "weights"), PICKS)
+@pytest.mark.parametrize("omega", [1.0, 0.3])
+@pytest.mark.parametrize("have_v_hat", [False, True])
+def test_picked_rows_carry_the_guidance_of_their_group(
+    fraction: float, high: float, places: list[int], weights: list[int], omega: float, have_v_hat: bool
+) -> None:
+    """v_t + M (v*_full - v_t) there, v_t elsewhere; and the passes see the picked rows only, with their own inputs."""
+    guide = Guide(omega=omega, zeta=0.5, fraction=fraction, interval=Interval(high=high))
+    b = replace(record(), coin=COINS)
+    v_hat = b.c[:, None] + torch.tensor([0.0, 0.25])
+    seen: list[Noised] = []
+
+    def velocity(some: Noised, c: Cond) -> Tensor:
+        seen.append(some)
+        return v_hat[some.x[:, 0].long()] if (c != 9).any() or (c is some.c) else 10 * some.t[:, None].expand(-1, 2)
+
+    b = replace(b, x=torch.arange(6.0)[:, None].expand(6, 2))
+    found = guide(b, v_hat if have_v_hat else None, velocity)
+    expected = b.v_t.clone()
+    for p, w in zip(places, weights, strict=True):
+        full = omega * b.v_t[p] + 0.5 * v_hat[p] + (0.5 - omega) * 10 * b.t[p]
+        expected[p] += w * (full - b.v_t[p])
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5)
+    assert [len(some.t) for some in seen] == [len(places)] * (1 if have_v_hat else 2)
+
+
+def test_nothing_of_an_unguided_row_is_seen() -> None:
+    """Where no row of a group is guided, one goes through the net all the same: whatever comes out, even no number."""
+    b = replace(record(), kept=torch.zeros(6, dtype=torch.bool))
+    found = Guide(zeta=0.5, fraction=1 / 3)(b, None, lambda some, c: torch.full_like(some.x_t, torch.nan))
+    assert torch.equal(found, b.v_t)
+
+
+@pytest.mark.parametrize(("data", "net"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")])
+def test_precision_is_that_of_guidance_on_every_row(data: str, net: str) -> None:
+    low, out = getattr(torch, data), getattr(torch, net)
+    b = record()
+    b = replace(b, x=b.x.to(low), x_t=b.x_t.to(low), z=b.z.to(low), v_t=b.v_t.to(low))
+    made = [Guide(zeta=0.5, fraction=f)(b, None, lambda some, c: some.x_t.to(out)) for f in (1.0, 1 / 3)]
+    assert made[0].dtype == made[1].dtype
+
+
+def test_rows_that_are_no_whole_number_of_groups_are_refused() -> None:
+    with pytest.raises(UserError, match=r"one of every 4 rows, but here are 6.*train.batch.*train.accumulate.*ranks"):
+        guided(Guide(zeta=0.5, fraction=0.25), record())
+    assert guided(Guide(fraction=0.25), record())[1] == []  # nothing to guide, nothing to refuse
+
+
+def test_the_choice_waits_for_no_number() -> None:
+    """On tensors that hold none: so no step waits for its device, and every rank has the same shapes."""
+    b, seen = record(), list[int]()
+    ghost = {
+        name: getattr(b, name).to("meta") for name in ("x", "z", "t", "r", "x_t", "v_t", "c", "null", "kept", "coin")
+    }
+
+    def velocity(some: Noised, c: Cond) -> Tensor:
+        seen.append(len(some.t))
+        return some.x_t
+
+    found = Guide(zeta=0.5, fraction=1 / 3)(replace(b, **ghost), None, velocity)
+    assert found.shape == b.x_t.shape
+    assert seen == [2, 2]

@@ -28,6 +28,16 @@ def test_rows_without_a_step_are_evenly_spread(ratio: float) -> None:
         assert (inside - ratio * length).abs().max() < 1 + 1e-6
 
 
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_moving_rows_are_those_with_a_step(ratio: float) -> None:
+    """By place alone: of fewer rows, the first ones; and the same whatever is drawn."""
+    law = Pair(velocity_ratio=ratio)
+    for seed in range(3):
+        t, r = law(100, stream(seed))
+        assert law.moving(100) == tuple((r < t).tolist())
+    assert law.moving(100)[:37] == law.moving(37)
+
+
 def test_rows_with_a_step_do_not_depend_on_the_ratio() -> None:
     """So that runs at two ratios see the same times."""
     (t, r), (t_half, r_half) = (Pair(velocity_ratio=ratio)(100, stream(2)) for ratio in (0, 0.5))

@@ -1,0 +1,90 @@
+"""Times of several pieces of work on one machine, which other programs may use too; and how they compute.
+
+All pieces are run in turn, round by round, so that a slow minute slows them alike. What is told is the median over the
+rounds of a ratio within each, and the quartiles beside it. With one thread on a CPU, CPU time is taken: what other
+programs take is not counted.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dumo.run import Watch
+from dumo.types import UserError
+
+Precision = Literal["fp32", "tf32", "bf16"]
+Times = Float[Tensor, "works rounds"]  # seconds
+
+WARM = 2  # rounds before the first that counts: ours; they compile, choose kernels and fill caches
+
+
+def interleave(
+    title: str, works: Sequence[Callable[[], object]], rounds: int, device: torch.device, watch: Watch
+) -> Times:
+    """Seconds of each piece of work in each round."""
+    now, taken = clock(device), torch.zeros(len(works), rounds, dtype=torch.float64)
+    with watch(title, WARM + rounds) as tick:
+        for i in range(-WARM, rounds):
+            for j, work in enumerate(works):
+                start = now()
+                work()
+                if i >= 0:
+                    taken[j, i] = now() - start
+            tick(WARM + i + 1, "")
+    return taken
+
+
+def clock(device: torch.device) -> Callable[[], float]:
+    """Seconds, when all work so far is done."""
+    if device.type != "cuda":
+        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+    def now() -> float:
+        torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return now
+
+
+def spread(ratios: Float[Tensor, " rounds"]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    low, mid, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=ratios.dtype)).tolist()
+    return low, mid, high
+
+
+@contextmanager
+def products(precision: Precision) -> Generator[None, None, None]:
+    """Inside, products of fp32 matrices are rounded to TF32, or not."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+    """As training does it: autocast of the loss."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def check(device: torch.device, rounds: int, *precisions: Precision) -> None:
+    """Raises UserError for TF32 where there is none, and for no round."""
+    if rounds < 1:
+        raise UserError(f"rounds = {rounds} measures nothing: ask for at least 1")
+    if "tf32" in precisions and device.type != "cuda":
+        raise UserError("precision 'tf32' is a GPU's, and this device has none: use fp32 or bf16")
+
+
+def machine(device: torch.device) -> str:
+    """What is measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.system()} {platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"

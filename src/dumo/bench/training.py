@@ -1,0 +1,241 @@
+"""A training step by every slope, side by side: what it computes, how long it takes, what it keeps, how right it is.
+
+A step is the forward pass, the targets and the backward pass, without the optimizer, on random numbers. Its yardstick
+is the plain flow-matching step of the same net in the same precision: three forward units (3 F).
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import nn
+
+from dumo import dist
+from dumo.bench import clock, net
+from dumo.bench.clock import Precision, Times, autocast, products
+from dumo.bench.variant import Plain, Unchecked, judge
+from dumo.config.error import nearest
+from dumo.config.spec import Run
+from dumo.flow.draw import draw, stream
+from dumo.flow.slope import Central, Slope
+from dumo.run import Watch, unwatched
+from dumo.train import cost, log
+from dumo.types import Noised, Objective, UserError, still
+
+Compile = Literal["none", "blocks", "loss"]
+Work = Callable[[], None]
+PLAIN = "none"  # the yardstick, in the column of slopes
+SLOPES: dict[str, Any] = {slope.model_fields["kind"].default: slope for slope in get_args(get_args(Slope)[0])}
+PEAKS = {"H100": 989.0, "H200": 989.0}  # dense bf16 TFLOP/s by the GPU's name (NVIDIA's data sheets, SXM)
+JUDGED = 8  # rows, at least, on which du/dt is judged
+
+
+@dataclass(frozen=True)
+class Row:
+    """One slope in one precision. None: not to be had, or not asked. `refused`: why training would not do it."""
+
+    slope: str
+    precision: Precision
+    compile: Compile
+    way: str | None = None  # how dual numbers come by the tangent: tape, ride or pass
+    refused: str | None = None
+    units_counted: float | None = None  # F
+    units_timed: float | None = None  # F: median, then the quartiles
+    units_low: float | None = None
+    units_high: float | None = None
+    milliseconds: float | None = None  # median
+    images_per_second: float | None = None
+    bytes_before: int | None = None  # there before the step: weights, batch
+    bytes: int | None = None  # most of the step's own alive at one time
+    bytes_over_central: float | None = None
+    error: float | None = None  # of du/dt, relative
+    share_of_peak: float | None = None  # counted operations per second over the GPU's bf16 peak
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows of one table share."""
+
+    run: Run
+    shape: tuple[int, ...]
+    device: torch.device
+    compile: Compile
+    outline: nn.Module  # the net without numbers
+    net: nn.Module
+
+    def prepare(self) -> None:
+        """Compile the net's blocks, if that was asked. Raises UserError where it has none."""
+        if self.compile == "blocks":
+            if not isinstance(blocks := getattr(self.net, "blocks", None), nn.ModuleList):
+                raise UserError(f"compile 'blocks': net '{self.run.net.kind}' has none; use loss")
+            for block in blocks:
+                block.compile(fullgraph=True)
+
+    def attempt(self, row: Row, objective: Objective) -> tuple[Row, Work | None]:
+        """The row with all that needs no clock, and the step to time: None where it cannot be made."""
+        try:
+            step = self.step(row, objective)
+            return self.counted(self.judged(row, objective), objective, step), step
+        except (UserError, torch.OutOfMemoryError) as error:
+            if row.slope == PLAIN:
+                raise
+            return replace(row, refused=str(error).splitlines()[0]), None
+
+    def record(self, objective: Objective, rows: int) -> Noised:
+        """Random numbers and labels, drawn for training."""
+        classes = self.run.data.classes
+        x = torch.randn(rows, *self.shape, generator=stream("bench", "x")).to(self.device)
+        c = torch.randint(max(classes, 1), (rows,), generator=stream("bench", "c")).to(self.device)
+        return draw(objective, self.run.path, x, c, torch.full_like(c, classes), seed=0, step=0)
+
+    def step(self, row: Row, objective: Objective) -> Work:
+        """One training step, ready to be made."""
+        b, ref = self.record(objective, self.run.train.batch), still(self.net)
+        loss = torch.compile(objective.loss) if row.compile == "loss" else objective.loss
+
+        def step() -> None:
+            self.net.zero_grad()
+            with products(row.precision), self.eager(row):
+                with autocast(self.device, row.precision):
+                    mean = loss(self.net, ref, b).loss.mean()
+                mean.backward()
+
+        return step
+
+    def eager(self, row: Row) -> AbstractContextManager[object]:
+        """Inside, what others compiled is run as it was written."""
+        return nullcontext() if row.compile == self.compile else torch.compiler.set_stance("force_eager")
+
+    def judged(self, row: Row, objective: Objective) -> Row:
+        """The row with its slope's way and error. A loss that is compiled whole is judged as it was written."""
+        if row.slope == PLAIN:
+            return row
+        least = cost.exact_rows(objective)
+        b = self.record(objective, least * max(JUDGED // least, 1))
+        with products(row.precision), self.eager(row), autocast(self.device, row.precision):
+            way, error = judge(self.net, objective, b)
+        return replace(row, way=way, error=error)
+
+    def counted(self, row: Row, objective: Objective, step: Work) -> Row:
+        """The row with its operations and bytes: counted on a CPU, on a GPU what its allocator handed out."""
+        given = self.outline, objective, self.run.path, self.shape
+        units = cost.forward_units(*given, rows=self.run.train.batch)
+        if self.device.type == "cuda":
+            self.net.zero_grad()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            step()
+            size = cost.Bytes(before, torch.cuda.max_memory_allocated(self.device) - before)
+        else:
+            low = "bf16" if row.precision == "bf16" else "fp32"
+            size = cost.peak_bytes(*given, rows=self.run.train.batch, precision=low)
+        return replace(row, units_counted=units, bytes_before=size.before, bytes=size.peak)
+
+
+def measure(
+    run: Run,
+    *,
+    slopes: Sequence[str] | None = None,
+    precisions: Sequence[Precision] = ("fp32",),
+    shape: Sequence[int] | None = None,
+    compile: Compile = "none",
+    rounds: int = 9,
+    peak_tflops: float | None = None,
+    device: str = "auto",
+    watch: Watch = unwatched,
+) -> dict[str, Any]:
+    """Measure each slope (None: all) in each precision at the run's batch, and the yardstick, `none`, in any case.
+
+    A slope that training refuses is measured all the same where it can be, and its row says why. Raises UserError for
+    what cannot be asked of this run or device.
+    """
+    here, shape = dist.device(device), tuple(shape or run.data.shape)
+    clock.check(here, rounds, *precisions)
+    todo = list(variants(run, slopes, precisions, compile))
+    setting = Setting(run, shape, here, compile, net.outline(run, shape), net.build(run, shape, here))
+    setting.prepare()
+    tried = [setting.attempt(row, objective) for row, objective in todo]
+    seconds = clock.interleave("training steps", [step for _, step in tried if step], rounds, here, watch)
+
+    flops = cost.forward_flops(setting.outline, run.objective, shape)
+    rate = run.train.batch * flops / (1e12 * peak) if (peak := peak_tflops or named(clock.machine(here))) else None
+    rows = compared(tried, seconds, run.train.batch, rate)
+    return {
+        "net": run.net.model_dump(),
+        "objective": run.objective.model_dump(mode="json"),
+        "shape": shape,
+        "batch": run.train.batch,
+        "parameters": sum(p.numel() for p in setting.net.parameters()),
+        "forward_flops_per_image": flops,
+        "rounds": rounds,
+        "machine": clock.machine(here),
+        "versions": dist.versions(),
+        "rows": [log.finite(asdict(row)) for row in rows],
+    }
+
+
+def variants(
+    run: Run, slopes: Sequence[str] | None, precisions: Sequence[Precision], compile: Compile
+) -> Iterator[tuple[Row, Objective]]:
+    """The yardstick and every slope, in each precision: how its row begins, and its loss. Raises UserError."""
+    own = getattr(run.objective, "slope", None)
+    chosen = (SLOPES if own else ()) if slopes is None else [name for name in slopes if name != PLAIN]
+    for name in chosen:
+        if name not in SLOPES:
+            raise UserError(f"there is no slope '{name}'; {nearest(name, [*SLOPES, PLAIN])}")
+        if own is None:
+            raise UserError(
+                f"objective '{run.objective.kind}' has no slope: only '{PLAIN}', its plain step, can be timed"
+            )
+    for precision in precisions:
+        yield Row(PLAIN, precision, compile), cast(Objective, Plain(run.objective))
+        for name in chosen:
+            slope = own if own and own.kind == name else SLOPES[name]()
+            row = Row(name, precision, "none" if name == "jvp" else compile)  # inductor fails on jvp (torch 2.13)
+            row = replace(row, refused=refusal(slope, precision, run.net.time_scale))
+            if isinstance(slope, Central):
+                slope = Unchecked(h=slope.h)
+            yield row, run.objective.model_copy(update={"slope": slope})
+
+
+def refusal(slope: Any, precision: Precision, time_scale: float) -> str | None:  # noqa: ANN401, any slope
+    """Why training would not take this slope; TF32 is fp32 to it."""
+    try:
+        slope.check("bf16" if precision == "bf16" else "fp32", time_scale)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def compared(tried: Sequence[tuple[Row, Work | None]], seconds: Times, batch: int, rate: float | None) -> Iterator[Row]:
+    """The rows with their times over their yardstick's, and their bytes over central's.
+
+    `rate`: seconds that a forward pass of the batch would take at the GPU's peak.
+    """
+    central = {row.precision: row.bytes for row, _ in tried if row.slope == "central"}
+    unit, each = seconds[0], iter(seconds)
+    for row, step in tried:
+        if row.bytes and (theirs := central.get(row.precision)):
+            row = replace(row, bytes_over_central=row.bytes / theirs)
+        if step:
+            mine = next(each)
+            unit = mine / 3 if row.slope == PLAIN else unit
+            low, mid, high = clock.spread(mine / unit)
+            once = mine.median().item()
+            row = replace(
+                row,
+                units_timed=mid,
+                units_low=low,
+                units_high=high,
+                milliseconds=1e3 * once,
+                images_per_second=batch / once,
+                share_of_peak=row.units_counted * rate / once if rate and row.units_counted else None,
+            )
+        yield row
+
+
+def named(machine: str) -> float | None:
+    """The peak of a GPU whose name is known."""
+    return next((peak for name, peak in PEAKS.items() if name in machine), None)

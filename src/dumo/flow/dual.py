@@ -1,0 +1,211 @@
+"""Dual numbers: a tensor and its tangent, through model code that knows nothing of them.
+
+`Dual(p, t)` carries a primal `p`, an ordinary tensor that autograd records as ever, and a tangent `t`, which nobody
+records. It is no subclass of Tensor but answers to `__torch_function__`, so a net written with `F.linear`,
+`F.layer_norm` and the like runs on it as it is: every operation does to `p` what it always does, and its rule
+(`dumo.flow.rule`) moves `t` along. So the derivative rides on a pass that is made anyway, for the price of one more,
+and the primal and its gradients keep their bits. An operation without a rule raises: never a silent zero.
+
+A tangent may also come `Later`, where the direction is known only after the pass. What will compute it is kept as
+data, a function of the module and the tensors it needs, most of which autograd keeps anyway. There is no list that
+everybody writes to: every Dual knows what it came from, so a compiled region or a sharded module, which takes Duals
+and returns Duals, needs to know no more than that.
+"""
+
+import threading
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Union, cast
+
+import torch
+from torch import Tensor
+
+from dumo.types import Array, UserError
+
+Rule = Callable[..., Any]
+RULES: dict[Callable[..., Any], Rule] = {}  # by the function of torch that a net calls; filled by `dumo.flow.rule`
+
+_state = threading.local()
+
+
+class NoRule(UserError, NotImplementedError):  # noqa: N818, a lack in the rules
+    """A net uses an operation for which there is no tangent rule."""
+
+    def __init__(self, name: str) -> None:
+        """`name` is the operation's."""
+        super().__init__(
+            f"slope 'dual' has no tangent rule for '{name}', which this net uses: "
+            "write one beside those in dumo.flow.rule, or use slope 'jvp'"
+        )
+
+
+class Later:
+    """A tangent still to come: `push(*tangents of moved, *saved)`, of this shape and dtype. Data, never a closure."""
+
+    def __init__(
+        self,
+        shape: Iterable[int],
+        dtype: torch.dtype,
+        push: Callable[..., Tensor] | None = None,
+        moved: tuple["Moved", ...] = (),
+        saved: tuple[object, ...] = (),
+    ) -> None:
+        """Without `push` it is an input, whose value is set by hand."""
+        self.shape, self.dtype, self.push, self.moved, self.saved = tuple(shape), dtype, push, moved, saved
+        self.value: Tensor | None = None
+
+
+Moved = Union[Tensor, Later, None]  # noqa: UP007, what an operand's tangent is; None: it does not move
+
+
+@dataclass(eq=False, repr=False)  # a dataclass, because sharded modules look for tensors inside those
+class Dual:
+    """A primal and its tangent, of the same shape and dtype. Typed as the Tensor it stands in for, see `pair`."""
+
+    p: Tensor
+    t: Tensor | Later
+
+    shape = property(lambda self: self.p.shape)
+    dtype = property(lambda self: self.p.dtype)
+    device = property(lambda self: self.p.device)
+    ndim = property(lambda self: self.p.ndim)
+    is_cuda = property(lambda self: self.p.is_cuda)
+    requires_grad = property(lambda self: self.p.requires_grad)
+
+    __hash__ = object.__hash__  # == compares values, as Tensor's does
+
+    def size(self, *axis: int) -> Any:  # noqa: ANN401, a Size or an int, as Tensor.size
+        """As the primal's."""
+        return self.p.size(*axis)
+
+    def dim(self) -> int:
+        """As the primal's."""
+        return self.p.ndim
+
+    def numel(self) -> int:
+        """As the primal's."""
+        return self.p.numel()
+
+    def is_floating_point(self) -> bool:
+        """As the primal's."""
+        return self.p.is_floating_point()
+
+    def __len__(self) -> int:
+        """As the primal's."""
+        return len(self.p)
+
+    def __getattr__(self, name: str) -> object:
+        """Raise NoRule for a method of Tensor that `dumo.flow.rule` does not know."""
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(name)
+        raise NoRule(f"Tensor.{name}")
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        function: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        """Hand the call to the function's rule. Raises NoRule where there is none."""
+        if function not in RULES:
+            raise NoRule(getattr(function, "__name__", str(function)))
+        return RULES[function](*args, **(kwargs or {}))
+
+
+def pair(p: Tensor, t: Tensor | Later) -> Array:
+    """A Dual, typed as what it stands in for: a tensor on its way through a net."""
+    return cast(Array, Dual(p, t))
+
+
+def primal(x: Any) -> Any:  # noqa: ANN401, numbers and None pass through
+    """What an operand is without its tangent."""
+    return x.p if isinstance(x, Dual) else x
+
+
+def tangent(x: Any) -> Tensor | Later | None:  # noqa: ANN401, typed as a Tensor where it is a Dual
+    """The tangent of what may be a Dual; None: it does not move."""
+    return x.t if isinstance(x, Dual) else None
+
+
+def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], *saved: object) -> Array:
+    """Pair `p` with the tangent `push(*tangents of operands, *saved)`: now if these are known, else later.
+
+    An operand that does not move has tangent None; where none moves, `p` is returned alone. The tangent may have any
+    shape that expands to p's. `push` is a function of a module: it must not close over anything.
+    """
+    if not any(isinstance(x, Dual) for x in operands) or getattr(_state, "primal_only", False):
+        return p
+    moved = tuple(_tangent(x) for x in operands)
+    if any(isinstance(t, Later) for t in moved):
+        kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in saved)
+        return pair(p, Later(p.shape, p.dtype, push, moved, kept))
+    with torch.no_grad():
+        return pair(p, _fit(push(*moved, *saved), p.shape, p.dtype))
+
+
+def play(ends: Iterable[Later]) -> None:
+    """Compute these tangents, and before them all that they need, each once; what is no longer needed is let go.
+
+    Inputs must have their value. Depth first, by hand: a net is deeper than Python's stack.
+    """
+    stack = list(ends)
+    with torch.no_grad():
+        while stack:
+            now = stack[-1]
+            before = [m for m in now.moved if isinstance(m, Later) and m.value is None]
+            if before:
+                stack.extend(before)
+                continue
+            stack.pop()
+            if now.value is None:
+                assert now.push is not None, "an input of the pass was given no tangent"
+                tangents = [m.value if isinstance(m, Later) else m for m in now.moved]
+                now.value = _fit(now.push(*tangents, *now.saved), now.shape, now.dtype)
+                now.moved = now.saved = ()
+
+
+def holds(ends: Iterable[Later]) -> bool:
+    """Whether all that these tangents need is still there: sharded weights may have been given back meanwhile."""
+    stack, seen = list(ends), set[int]()
+    while stack:
+        now = stack.pop()
+        if id(now) in seen:
+            continue
+        seen.add(id(now))
+        if any(isinstance(x, Tensor) and x.numel() and not x.untyped_storage().size() for x in now.saved):
+            return False
+        stack.extend(m for m in now.moved if isinstance(m, Later))
+    return True
+
+
+@contextmanager
+def primal_only() -> Generator[None, None, None]:
+    """Inside, no tangent is computed: for recomputing what a checkpoint let go, whose tangents are known already."""
+    before = getattr(_state, "primal_only", False)
+    _state.primal_only = True
+    try:
+        yield
+    finally:
+        _state.primal_only = before
+
+
+def _tangent(x: object) -> Moved:
+    """The tangent of an operand, in its dtype: a sharded module may have cast the primal on its way in."""
+    if not isinstance(x, Dual):
+        return None
+    if x.t.dtype == x.p.dtype:
+        return x.t
+    return Later(x.p.shape, x.p.dtype, _cast, (x.t,), (x.p.dtype,)) if isinstance(x.t, Later) else x.t.to(x.p.dtype)
+
+
+def _cast(dx: Tensor, dtype: torch.dtype) -> Tensor:
+    return dx.to(dtype)
+
+
+def _fit(t: Tensor, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    """A tangent in the shape and dtype of its primal."""
+    shape = tuple(shape)
+    return (t if tuple(t.shape) == shape else t.expand(shape)).to(dtype)

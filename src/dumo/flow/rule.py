@@ -1,0 +1,496 @@
+"""Tangent rules: for every operation, how a small change of its inputs changes its output.
+
+A rule computes the primal by the very call that the net made, and hands `carry` a function that moves the tangent:
+`_gelu(dx, x)` is the change of gelu at x for a change dx. These functions are of this module and take all they need as
+arguments, so that they can be kept as data and run later. Where an operation is linear, it moves its own tangent.
+
+To add an operation: write its rule below, decorated with the functions of torch that a net calls it by.
+"""
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dumo.flow import attention
+from dumo.flow.dual import RULES, Dual, NoRule, Rule, carry, primal
+from dumo.types import Array
+
+aten = torch.ops.aten
+OPERATORS = "add radd sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg getitem eq ne lt le gt ge".split()
+
+
+METHODS: dict[Callable[..., Any], list[str]] = {}  # the names that Tensor knows a function by
+for _name in dir(Tensor):
+    if callable(_f := getattr(Tensor, _name)) and (not _name.startswith("__") or _name.strip("_") in OPERATORS):
+        METHODS.setdefault(_f, []).append(_name)
+
+
+def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+    """Make the decorated function the rule of these functions of torch; of methods of Tensor, a method of Dual too."""
+
+    def register(f: Rule) -> Rule:
+        for function in functions:
+            RULES[function] = f
+            for name in METHODS.get(function, ()):
+                setattr(Dual, name, f)
+        return f
+
+    return register
+
+
+# Linear maps of one argument: the same map moves the tangent.
+
+LINEAR = (
+    "view reshape view_as reshape_as expand expand_as flatten unflatten squeeze unsqueeze permute transpose movedim "
+    "swapaxes contiguous clone __getitem__ narrow select index_select chunk split unbind repeat repeat_interleave "
+    "tile roll flip to float double half bfloat16 type_as sum mean cumsum neg __neg__"
+)
+RESAMPLE = (F.interpolate, F.avg_pool2d, F.adaptive_avg_pool2d, F.pixel_shuffle, F.pixel_unshuffle, F.unfold, F.fold)
+
+
+def _again(
+    dx: Tensor, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], i: int | None
+) -> Tensor:
+    out = function(dx, *args, **kwargs)
+    return out if i is None else out[i]
+
+
+def _linear_map(function: Callable[..., Any]) -> Rule:
+    def apply(x: Dual, *args: Any, **kwargs: Any) -> Any:
+        out = function(x.p, *(primal(a) for a in args), **kwargs)
+        if isinstance(out, Tensor):
+            return carry(out, _again, (x,), function, args, kwargs, None)
+        return tuple(carry(p, _again, (x,), function, args, kwargs, i) for i, p in enumerate(out))
+
+    return apply
+
+
+for _name in LINEAR.split():
+    _method = getattr(Tensor, _name)
+    rule(*(f for f in (_method, getattr(torch, _name, None)) if callable(f)))(_linear_map(_method))
+for _function in RESAMPLE:
+    rule(_function)(_linear_map(_function))
+
+
+@rule(F.pad)
+def pad(x: Dual, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Array:
+    """Whatever the border is filled with, it does not move."""
+    return carry(F.pad(x.p, pad, mode, value), _pad, (x,), tuple(pad), mode)
+
+
+def _pad(dx: Tensor, pad: tuple[int, ...], mode: str) -> Tensor:
+    return F.pad(dx, pad, mode)
+
+
+@rule(torch.cat, torch.concat)
+def cat(tensors: Sequence[Array], dim: int = 0) -> Array:
+    """What does not move adds zeros."""
+    ps = [primal(x) for x in tensors]
+    return carry(torch.cat(ps, dim), _cat, tuple(tensors), [p.shape for p in ps], dim)
+
+
+def _cat(*rest: Any) -> Tensor:
+    *moved, shapes, dim = rest
+    like = next(d for d in moved if d is not None)
+    return torch.cat([like.new_zeros(s) if d is None else d for d, s in zip(moved, shapes, strict=True)], dim)
+
+
+@rule(torch.stack)
+def stack(tensors: Sequence[Array], dim: int = 0) -> Array:
+    """As cat."""
+    return carry(torch.stack([primal(x) for x in tensors], dim), _stack, tuple(tensors), dim)
+
+
+def _stack(*rest: Any) -> Tensor:
+    *moved, dim = rest
+    like = next(d for d in moved if d is not None)
+    return torch.stack([torch.zeros_like(like) if d is None else d for d in moved], dim)
+
+
+@rule(torch.where, Tensor.where)
+def where(condition: Array, a: Any, b: Any) -> Array:
+    """Choose among tangents as among values; called as a method, the value comes first."""
+    if isinstance(condition, Dual):
+        condition, a = a, condition
+    return carry(torch.where(condition, primal(a), primal(b)), _where, (a, b), condition)
+
+
+def _where(da: Tensor | None, db: Tensor | None, condition: Tensor) -> Tensor:
+    return torch.where(condition, 0.0 if da is None else da, 0.0 if db is None else db)
+
+
+# Comparisons: of primals. Their outcome is constant almost everywhere, so it has no tangent.
+
+
+def _compare(function: Callable[..., Tensor]) -> Rule:
+    def apply(a: Any, b: Any) -> Tensor:
+        return function(primal(a), primal(b))
+
+    return apply
+
+
+for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
+    _functions = [getattr(torch, _name), getattr(Tensor, _name), getattr(Tensor, f"__{_name}__")]
+    rule(*_functions)(_compare(getattr(torch, _name)))
+
+
+# Sums and products.
+
+
+@rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
+def add(a: Any, b: Any) -> Array:
+    """d(a + b) = da + db."""
+    return carry(primal(a) + primal(b), _add, (a, b))
+
+
+def _add(da: Tensor | None, db: Tensor | None) -> Tensor:
+    return _sum(da, db)
+
+
+@rule(torch.sub, torch.subtract, Tensor.sub, Tensor.__sub__)
+def sub(a: Any, b: Any) -> Array:
+    """d(a - b) = da - db."""
+    return carry(primal(a) - primal(b), _sub, (a, b))
+
+
+def _sub(da: Tensor | None, db: Tensor | None) -> Tensor:
+    return _sum(da, None if db is None else -db)
+
+
+@rule(torch.rsub, Tensor.__rsub__)
+def rsub(a: Any, b: Any) -> Array:
+    """d(b - a)."""
+    return sub(b, a)
+
+
+def _sum(*terms: Tensor | None) -> Tensor:
+    first, *others = (d for d in terms if d is not None)
+    for other in others:
+        first = first + other
+    return first
+
+
+@rule(torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
+def mul(a: Any, b: Any) -> Array:
+    """d(a b) = da b + a db."""
+    return _bilinear(torch.mul, a, b)
+
+
+@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__)
+def matmul(a: Any, b: Any) -> Array:
+    """d(a b) = da b + a db."""
+    return _bilinear(torch.matmul, a, b)
+
+
+@rule(torch.bmm, Tensor.bmm)
+def bmm(a: Any, b: Any) -> Array:
+    """d(a b) = da b + a db."""
+    return _bilinear(torch.bmm, a, b)
+
+
+def _bilinear(product: Callable[..., Tensor], a: Any, b: Any) -> Array:
+    p = product(primal(a), primal(b))
+    kept = (primal(a) if isinstance(b, Dual) else None, primal(b) if isinstance(a, Dual) else None)
+    return carry(p, _leibniz, (a, b), product, *kept)
+
+
+def _leibniz(da: Tensor | None, db: Tensor | None, product: Callable[..., Tensor], a: Any, b: Any) -> Tensor:
+    if db is None:
+        return product(da, b)
+    if da is None:
+        return product(a, db)
+    if product is torch.mul and da.dtype == db.dtype == a.dtype == b.dtype:
+        return torch.addcmul(da * b, a, db)
+    return product(da, b) + product(a, db)
+
+
+@rule(torch.einsum)
+def einsum(equation: str, *operands: Array) -> Array:
+    """Linear in every operand."""
+    ps = [primal(x) for x in operands]
+    return carry(torch.einsum(equation, *ps), _einsum, operands, equation, *ps)
+
+
+def _einsum(*rest: Any) -> Tensor:
+    n = (len(rest) - 1) // 2
+    moved, equation, ps = rest[:n], rest[n], rest[n + 1 :]
+    terms = (torch.einsum(equation, *ps[:i], d, *ps[i + 1 :]) for i, d in enumerate(moved) if d is not None)
+    return _sum(*terms)
+
+
+@rule(torch.div, torch.true_divide, Tensor.div, Tensor.__truediv__)
+def div(a: Any, b: Any) -> Array:
+    """d(a / b) = (da - (a / b) db) / b."""
+    p = primal(a) / primal(b)
+    return carry(p, _div, (a, b), p if isinstance(b, Dual) else None, primal(b))
+
+
+@rule(Tensor.__rtruediv__)
+def rdiv(a: Any, b: Any) -> Array:
+    """d(b / a)."""
+    return div(b, a)
+
+
+def _div(da: Tensor | None, db: Tensor | None, y: Tensor | None, b: Any) -> Tensor:
+    if db is None:
+        return da / b  # pyright: ignore[reportOptionalOperand]
+    return _sum(da, -y * db) / b  # pyright: ignore[reportOptionalOperand]
+
+
+@rule(torch.pow, Tensor.pow, Tensor.__pow__)
+def power(x: Dual, n: int | float) -> Array:
+    """d(x^n) = n x^(n - 1) dx, n a number."""
+    return carry(x.p**n, _power, (x,), x.p, n)
+
+
+def _power(dx: Tensor, x: Tensor, n: int | float) -> Tensor:
+    return n * x ** (n - 1) * dx
+
+
+# Functions of one number: their derivative from what went in (x), or from what came out (y).
+
+
+def _of_x(dx: Tensor, slope: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return dx * slope(x)
+
+
+def _elementwise(slope: Callable[[Tensor], Tensor], f: Callable[[Tensor], Tensor], from_output: bool) -> Rule:
+    def apply(x: Dual) -> Array:
+        y = f(x.p)
+        return carry(y, _of_x, (x,), slope, y if from_output else x.p)
+
+    return apply
+
+
+def _minus_sin(x: Tensor) -> Tensor:
+    return -x.sin()
+
+
+def _itself(y: Tensor) -> Tensor:
+    return y
+
+
+def _twice(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+def _one_minus_square(y: Tensor) -> Tensor:
+    return 1 - y * y
+
+
+def _logistic(y: Tensor) -> Tensor:
+    return y * (1 - y)
+
+
+def _half_inverse(y: Tensor) -> Tensor:
+    return 0.5 / y
+
+
+def _minus_half_cube(y: Tensor) -> Tensor:
+    return -0.5 * y**3
+
+
+def _minus_square(y: Tensor) -> Tensor:
+    return -y * y
+
+
+for _name, _slope, _from_output in (
+    ("cos", _minus_sin, False),
+    ("sin", torch.cos, False),
+    ("log", torch.reciprocal, False),
+    ("square", _twice, False),
+    ("abs", torch.sign, False),
+    ("relu", torch.sign, True),
+    ("exp", _itself, True),
+    ("tanh", _one_minus_square, True),
+    ("sigmoid", _logistic, True),
+    ("sqrt", _half_inverse, True),
+    ("rsqrt", _minus_half_cube, True),
+    ("reciprocal", _minus_square, True),
+):
+    rule(getattr(torch, _name), getattr(Tensor, _name))(_elementwise(_slope, getattr(torch, _name), _from_output))
+rule(F.sigmoid)(RULES[torch.sigmoid])
+rule(F.tanh)(RULES[torch.tanh])
+
+
+@rule(F.relu)
+def relu(x: Dual, inplace: bool = False) -> Array:
+    """Never in place: the net may not know that it holds a Dual."""
+    return RULES[torch.relu](x)
+
+
+@rule(F.gelu)
+def gelu(x: Dual, approximate: str = "none") -> Array:
+    """Elementwise, so the kernel of the backward pass is the forward derivative too, in one sweep."""
+    return carry(F.gelu(x.p, approximate=approximate), _gelu, (x,), x.p, approximate)
+
+
+def _gelu(dx: Tensor, x: Tensor, approximate: str) -> Tensor:
+    return aten.gelu_backward(dx, x, approximate=approximate)
+
+
+@rule(F.silu)
+def silu(x: Dual, inplace: bool = False) -> Array:
+    """As gelu."""
+    return carry(F.silu(x.p), _silu, (x,), x.p)
+
+
+def _silu(dx: Tensor, x: Tensor) -> Tensor:
+    return aten.silu_backward(dx, x)
+
+
+@rule(F.softplus)
+def softplus(x: Dual, beta: float = 1.0, threshold: float = 20.0) -> Array:
+    """As gelu."""
+    return carry(F.softplus(x.p, beta, threshold), _softplus, (x,), x.p, beta, threshold)
+
+
+def _softplus(dx: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
+    return aten.softplus_backward(dx, x, beta, threshold)
+
+
+@rule(F.softmax, torch.softmax, Tensor.softmax)
+def softmax(x: Dual, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Array:
+    """dy = y (dx - sum y dx)."""
+    y = torch.softmax(x.p, dim, dtype)
+    return carry(y, _softmax, (x,), y, dim)
+
+
+def _softmax(dx: Tensor, y: Tensor, dim: int) -> Tensor:
+    h = y * dx.to(y.dtype)
+    return h - y * h.sum(dim, keepdim=True)
+
+
+# Layers.
+
+
+@rule(F.linear)
+def linear(x: Dual, weight: Tensor, bias: Tensor | None = None) -> Array:
+    """d(x W^T + b) = dx W^T: one product. Forward-mode differentiation makes two, the second with zeros for dW."""
+    return carry(F.linear(x.p, weight, bias), F.linear, (x,), weight)
+
+
+@rule(F.conv1d)
+def conv1d(x: Dual, weight: Tensor, bias: Tensor | None = None, *how: Any, **named: Any) -> Array:
+    """Linear, but for the bias."""
+    return carry(F.conv1d(x.p, weight, bias, *how, **named), _convolve, (x,), F.conv1d, weight, how, named)
+
+
+@rule(F.conv2d)
+def conv2d(x: Dual, weight: Tensor, bias: Tensor | None = None, *how: Any, **named: Any) -> Array:
+    """Linear, but for the bias."""
+    return carry(F.conv2d(x.p, weight, bias, *how, **named), _convolve, (x,), F.conv2d, weight, how, named)
+
+
+@rule(F.conv_transpose2d)
+def conv_transpose2d(x: Dual, weight: Tensor, bias: Tensor | None = None, *how: Any, **named: Any) -> Array:
+    """Linear, but for the bias."""
+    return carry(
+        F.conv_transpose2d(x.p, weight, bias, *how, **named), _convolve, (x,), F.conv_transpose2d, weight, how, named
+    )
+
+
+def _convolve(
+    dx: Tensor, convolution: Callable[..., Tensor], weight: Tensor, how: tuple[Any, ...], named: dict[str, Any]
+) -> Tensor:
+    return convolution(dx, weight, None, *how, **named)
+
+
+@rule(F.dropout)
+def dropout(x: Dual, p: float = 0.5, training: bool = True, inplace: bool = False) -> Array:
+    """The tangent meets the same mask. torch's generator moves as it does without a tangent."""
+    if p == 0 or not training:
+        return x  # pyright: ignore[reportReturnType]
+    mask = F.dropout(torch.ones_like(x.p), p)
+    return carry(x.p * mask, _leibniz, (x, None), torch.mul, None, mask)
+
+
+@rule(F.layer_norm)
+def layer_norm(
+    x: Dual,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Array:
+    """With y = (x - mean) rstd:  dy = rstd (dx - mean(dx) - y mean(y dx))."""
+    out, mean, rstd = torch.native_layer_norm(x.p, list(normalized_shape), weight, bias, eps)
+    plain = weight is None and bias is None
+    return carry(
+        out, _layer_norm, (x,), out if plain else x.p, None if plain else mean, rstd, weight, len(normalized_shape)
+    )
+
+
+def _layer_norm(dx: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, axes: int) -> Tensor:
+    over, dx = tuple(range(-axes, 0)), dx.to(rstd.dtype)
+    y = x if mean is None else (x - mean) * rstd
+    along = (y * dx).mean(over, keepdim=True)
+    dy = (dx - dx.mean(over, keepdim=True)).addcmul_(y.to(dx.dtype), along, value=-1).mul_(rstd)
+    return dy if weight is None else dy * weight
+
+
+@rule(F.rms_norm)
+def rms_norm(x: Dual, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Array:
+    """With y = x / rms(x):  dy = (dx - y mean(y dx)) / rms(x)."""
+    out = F.rms_norm(x.p, list(normalized_shape), weight, eps)
+    return carry(out, _rms_norm, (x,), x.p, weight, eps, len(normalized_shape))
+
+
+def _rms_norm(dx: Tensor, x: Tensor, weight: Tensor | None, eps: float | None, axes: int) -> Tensor:
+    over, exact = tuple(range(-axes, 0)), torch.promote_types(x.dtype, torch.float32)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    x, dx = x.to(exact), dx.to(exact)
+    inverse = (x.square().mean(over, keepdim=True) + eps).rsqrt()
+    y = x * inverse
+    dy = (dx - y * (y * dx).mean(over, keepdim=True)) * inverse
+    return dy if weight is None else dy * weight
+
+
+@rule(F.group_norm)
+def group_norm(
+    x: Dual, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Array:
+    """As layer_norm, over the channels of a group and all places."""
+    out = F.group_norm(x.p, num_groups, weight, bias, eps)
+    return carry(out, _group_norm, (x,), x.p, num_groups, weight, eps)
+
+
+def _group_norm(dx: Tensor, x: Tensor, groups: int, weight: Tensor | None, eps: float) -> Tensor:
+    exact = torch.promote_types(x.dtype, torch.float32)
+    rows, shape = (x.shape[0], groups, -1), x.shape
+    x, dx = x.to(exact).reshape(rows), dx.to(exact).reshape(rows)
+    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    rstd = (variance + eps).rsqrt()
+    dy = _layer_norm(dx, x, mean, rstd, None, 1).view(shape)
+    return dy if weight is None else dy * weight.view(-1, *(1,) * (len(shape) - 2))
+
+
+@rule(F.scaled_dot_product_attention)
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Array:
+    """See `dumo.flow.attention`. Raises NoRule for masks, dropout and grouped queries."""
+    if attn_mask is not None or dropout_p or is_causal or enable_gqa:
+        raise NoRule("scaled_dot_product_attention with a mask, dropout or grouped queries")
+    q, k, v = (primal(x) for x in (query, key, value))
+    scale = 1 / sqrt(q.shape[-1]) if scale is None else scale  # to the bit as torch does
+    o, lse = attention.attend(q, k, v, scale)
+    return carry(o, _attend, (query, key, value), q, k, v, o, lse, scale)
+
+
+def _attend(
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    return attention.tangent(q, k, v, dq, dk, dv, o, lse, scale)

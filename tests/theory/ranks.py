@@ -1,0 +1,112 @@
+"""One of two processes that train together: its gradients, gathered, against those of one process. See test_rank.py.
+
+`python tests/theory/ranks.py RANK FILE` prints one JSON object per case.
+"""
+
+import copy
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from contract.case import randomise
+from dumo.flow.draw import draw
+from dumo.flow.guide import Guide
+from dumo.flow.path import Linear
+from dumo.flow.slope import Dual
+from dumo.nets import DiT
+from dumo.objectives import DuMo, MeanFlow, Objective
+from dumo.types import Frozen, Net, Noised, still
+
+ROWS, CLASSES, SHAPE = 16, 3, (4, 8, 8)
+GUIDED = Guide(zeta=0.5, fraction=0.5)
+
+
+def plain(net: nn.Module) -> nn.Module:
+    return net
+
+
+def compiled(net: nn.Module) -> nn.Module:
+    for block in net.blocks:
+        block.compile(fullgraph=True)
+    return net
+
+
+def ddp(net: nn.Module) -> nn.Module:
+    return DistributedDataParallel(net)
+
+
+def fsdp(net: nn.Module, reshard: bool = False) -> nn.Module:
+    for block in net.blocks:
+        fully_shard(block, reshard_after_forward=reshard)
+    return fully_shard(net, reshard_after_forward=reshard)
+
+
+def resharded(net: nn.Module) -> nn.Module:
+    return fsdp(net, reshard=True)
+
+
+def both(net: nn.Module) -> nn.Module:
+    """Regional compilation as large trainers do it: each block compiled, then sharded."""
+    return fsdp(compiled(net))
+
+
+OBJECTIVES = {
+    "tape": DuMo(slope=Dual(), guide=Guide(zeta=0.5)),
+    "tape, random guidance": DuMo(slope=Dual(), guide=GUIDED),
+    "ride": DuMo(slope=Dual(), guide=Guide()),
+    "ride, some rows": MeanFlow(slope=Dual()),
+}
+
+
+def record(objective: Objective, rank: int, ranks: int) -> Noised:
+    """This rank's rows of the one batch."""
+    g = torch.Generator().manual_seed(3)
+    x, c = torch.randn(ROWS, *SHAPE, generator=g), torch.arange(ROWS) % CLASSES
+    share = ROWS // ranks
+    mine = slice(rank * share, (rank + 1) * share)
+    null = torch.full_like(c, CLASSES)[mine]
+    return draw(objective, Linear(), x[mine], c[mine], null, seed=0, step=1, batch=ROWS, first=mine.start)
+
+
+def gradient(net: Net, module: nn.Module, objective: Objective, b: Noised) -> Tensor:
+    """Of the mean loss, all parameters in one vector; twice, so that what a step leaves behind is seen."""
+    for _ in range(2):
+        module.zero_grad()
+        objective.loss(net, still(net), b).loss.mean().backward()
+    grads = (p.grad for p in module.parameters())
+    return torch.cat([(g.full_tensor() if hasattr(g, "full_tensor") else g).flatten() for g in grads])
+
+
+def main(rank: int, file: str, wrappers: tuple[Callable[[nn.Module], nn.Module], ...]) -> None:
+    """Compare every objective in every wrapper."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    for name, objective in OBJECTIVES.items():
+        one = randomise(DiT(patch=2, width=32, depth=3, attention=2).build(objective.needs, SHAPE, CLASSES))
+        wanted = gradient(one, one, objective, record(objective, 0, 1))
+        for wrap in wrappers:
+            module = copy.deepcopy(one)
+            net = wrap(module)
+            way = objective.slope.way(net, Frozen(module), known=name.startswith("ride")).name
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                found = gradient(net, module, objective, record(objective, rank, 2))
+            if rank == 0:
+                error = ((found - wanted).norm() / wanted.norm()).item()
+                notes = [str(w.message) for w in said if "slope 'dual'" in str(w.message)]
+                print(json.dumps({"case": name, "net": wrap.__name__, "way": way, "error": error, "said": notes}))
+            torch._dynamo.reset()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], (ddp, fsdp, resharded, both))
