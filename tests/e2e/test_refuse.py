@@ -29,8 +29,9 @@ FIELDS = [
     ("train.accumulate=200", ("train", "16", "200", "accumulate")),
     ("train.ref=0.5", ("ref", "0.5", "0.999")),
     ("train.precision=fp16", ("train.precision", "'bf16'")),
-    ("train.precision=bf16", ("central", "fp32", "jvp")),
-    ("net.time_scale=20", ("central", "h * time_scale", "0.0025", "jvp")),
+    ("train.compile=all", ("train.compile", "'all'", "'blocks'")),
+    ("objective.slope.kind=central; train.precision=bf16", ("central", "fp32", "dual")),
+    ("objective.slope.kind=central; net.time_scale=20", ("central", "h * time_scale", "0.0025", "dual")),
     ("net.patch=3", ("net.patch 3", "8")),
     ("net.width=98", ("net.width", "multiple of 4")),
     ("net.attention=5", ("net.attention 5", "32")),
@@ -63,7 +64,7 @@ FIELDS = [
 @pytest.mark.parametrize(("field", "named"), FIELDS, ids=[field for field, _ in FIELDS])
 @pytest.mark.parametrize("command", ["train", "show"])
 def test_field(command: str, field: str, named: tuple[str, ...], here: Path) -> None:
-    refused(command, "digits", *TINY, "--set", field, named=named)
+    refused(command, "digits", *TINY, *sets(*field.split("; ")), named=named)
 
 
 POINTS = [

@@ -1,6 +1,8 @@
-"""One of two processes that train together: its gradients, gathered, against those of one process. See test_rank.py.
+"""Gradients of a net that is compiled, replicated or sharded, against those of the same net as it is. See test_rank.py.
 
-`python tests/theory/ranks.py RANK FILE` prints one JSON object per case.
+`python tests/theory/ranks.py RANK FILE` is one of two processes that train together, and meet in FILE; with `alone` for
+RANK it is alone. Prints one JSON object per case. A process of its own: shapes are checked in the tests', and
+a compiler cannot see through the checks.
 """
 
 import copy
@@ -11,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch._dynamo
 import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -86,27 +89,45 @@ def gradient(net: Net, module: nn.Module, objective: Objective, b: Noised) -> Te
     return torch.cat([(g.full_tensor() if hasattr(g, "full_tensor") else g).flatten() for g in grads])
 
 
-def main(rank: int, file: str, wrappers: tuple[Callable[[nn.Module], nn.Module], ...]) -> None:
+def compare(wrap: Callable[[nn.Module], nn.Module], name: str, rank: int, ranks: int) -> dict[str, object]:
+    """One objective in one wrapper: error of the gradient, way of the slope, what it said, graphs compiled."""
+    objective = OBJECTIVES[name]
+    one = randomise(DiT(patch=2, width=32, depth=3, attention=2).build(objective.needs, SHAPE, CLASSES))
+    wanted = gradient(one, one, objective, record(objective, 0, 1))
+    module = copy.deepcopy(one)
+    net = wrap(module)
+    way = objective.slope.way(net, Frozen(module), known=name.startswith("ride")).name
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = gradient(net, module, objective, record(objective, rank, ranks))
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return {
+        "case": name,
+        "net": wrap.__name__,
+        "way": way,
+        "error": ((found - wanted).norm() / wanted.norm()).item(),
+        "said": [str(w.message) for w in said if "slope 'dual'" in str(w.message)],
+        "graphs": graphs,
+    }
+
+
+def main(rank: str, file: str = "") -> None:
     """Compare every objective in every wrapper."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    for name, objective in OBJECTIVES.items():
-        one = randomise(DiT(patch=2, width=32, depth=3, attention=2).build(objective.needs, SHAPE, CLASSES))
-        wanted = gradient(one, one, objective, record(objective, 0, 1))
-        for wrap in wrappers:
-            module = copy.deepcopy(one)
-            net = wrap(module)
-            way = objective.slope.way(net, Frozen(module), known=name.startswith("ride")).name
-            with warnings.catch_warnings(record=True) as said:
-                warnings.simplefilter("always")
-                found = gradient(net, module, objective, record(objective, rank, 2))
-            if rank == 0:
-                error = ((found - wanted).norm() / wanted.norm()).item()
-                notes = [str(w.message) for w in said if "slope 'dual'" in str(w.message)]
-                print(json.dumps({"case": name, "net": wrap.__name__, "way": way, "error": error, "said": notes}))
-            torch._dynamo.reset()
+    if rank == "alone":
+        for name in OBJECTIVES:
+            print(json.dumps(compare(compiled, name, 0, 1)))
+        return
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=int(rank), world_size=2)
+    for wrap in (ddp, fsdp, resharded, both):
+        for name in OBJECTIVES:
+            row = compare(wrap, name, int(rank), 2)
+            if rank == "0":
+                print(json.dumps(row))
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], (ddp, fsdp, resharded, both))
+    main(*sys.argv[1:])

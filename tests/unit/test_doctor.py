@@ -186,6 +186,20 @@ def test_what_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(t.unique()) == len(x)
 
 
+@pytest.mark.parametrize(("ref", "own"), [("self", True), ("0.999", False)])
+def test_the_slope_sees_theta_minus_as_training_shows_it(ref: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    same: list[bool] = []
+    real = Jvp.__call__
+
+    def watch(self: Jvp, net: Net, ref: Frozen, *args: Tensor, **inputs: Tensor) -> tuple[Heads, Along]:
+        same.append(ref.module is net)
+        return real(self, net, ref, *args, **inputs)
+
+    monkeypatch.setattr(Jvp, "__call__", watch)
+    doctor.examine(tiny("moons", f"train.ref={ref}"), CPU).require()
+    assert same == [own, own]
+
+
 def test_labels_are_in_range_and_keyed_by_the_seed() -> None:
     run = tiny("digits", "net.attention=2")
     x, w, c, inputs = doctor._point(run, 128, CPU)

@@ -5,17 +5,16 @@ rounds of a ratio within each, and the quartiles beside it. With one thread on a
 programs take is not counted.
 """
 
-import os
-import platform
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dumo.config.error import nearest
 from dumo.run import Watch
 from dumo.types import UserError
 
@@ -75,16 +74,11 @@ def autocast(device: torch.device, precision: Precision) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def check(device: torch.device, rounds: int, *precisions: Precision) -> None:
-    """Raises UserError for TF32 where there is none, and for no round."""
-    if rounds < 1:
-        raise UserError(f"rounds = {rounds} measures nothing: ask for at least 1")
-    if "tf32" in precisions and device.type != "cuda":
-        raise UserError("precision 'tf32' is a GPU's, and this device has none: use fp32 or bf16")
-
-
-def machine(device: torch.device) -> str:
-    """What is measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.system()} {platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
+def known(precisions: Sequence[str], device: torch.device) -> tuple[Precision, ...]:
+    """The precisions by name. Raises UserError for one that is none, or none of this device."""
+    for name in precisions:
+        if name not in get_args(Precision):
+            raise UserError(f"there is no precision '{name}'; {nearest(name, list(get_args(Precision)))}")
+        if name == "tf32" and device.type != "cuda":
+            raise UserError("precision 'tf32' is a GPU's: use fp32 or bf16")
+    return cast(tuple[Precision, ...], tuple(precisions))

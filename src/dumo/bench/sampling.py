@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from dumo import dist
+from dumo import dist, machine
 from dumo.bench import clock, net
 from dumo.bench.clock import Precision, autocast, products
 from dumo.config.spec import Run
@@ -20,7 +20,7 @@ def measure(
     run: Run,
     *,
     nfes: Sequence[int] = (1, 2, 50),
-    precisions: Sequence[Precision] = ("fp32",),
+    precisions: Sequence[str] = ("fp32",),
     shape: Sequence[int] | None = None,
     batch: int = 256,
     rounds: int = 9,
@@ -29,9 +29,8 @@ def measure(
 ) -> dict[str, Any]:
     """Time batches of samples by the run's net, its weights random. Raises UserError for passes out of reach."""
     here, shape = dist.device(device), tuple(shape or run.data.shape)
-    clock.check(here, rounds, *precisions)
     todo: list[tuple[Precision, int, Solver]] = [
-        (precision, nfe, solver(run, nfe)) for precision in precisions for nfe in nfes
+        (precision, nfe, solver(run, nfe)) for precision in clock.known(precisions, here) for nfe in nfes
     ]
     module, c = net.build(run, shape, here), generate.labels(batch, run.data.classes)
     reads = run.objective.read(module)
@@ -52,7 +51,8 @@ def measure(
         "batch": batch,
         "parameters": sum(p.numel() for p in module.parameters()),
         "rounds": rounds,
-        "machine": clock.machine(here),
+        "machine": machine.hardware(here).text,
+        "threads": torch.get_num_threads(),
         "versions": dist.versions(),
         "rows": [
             {"nfe": nfe, "solver": solver.kind, "precision": precision, **rate(batch / taken)}

@@ -4,15 +4,16 @@ A step is the forward pass, the targets and the backward pass, without the optim
 is the plain flow-matching step of the same net in the same precision: three forward units (3 F).
 """
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
 
-from dumo import dist
+from dumo import dist, machine
 from dumo.bench import clock, net
 from dumo.bench.clock import Precision, Times, autocast, products
 from dumo.bench.variant import Plain, Unchecked, judge
@@ -22,10 +23,10 @@ from dumo.flow.draw import draw, stream
 from dumo.flow.slope import Central, Slope
 from dumo.run import Watch, unwatched
 from dumo.train import cost, log
-from dumo.types import Noised, Objective, UserError, still
+from dumo.types import Frozen, Noised, Objective, UserError, still
 
-Compile = Literal["none", "blocks", "loss"]
 Work = Callable[[], None]
+COMPILE = ("none", "blocks", "loss")
 PLAIN = "none"  # the yardstick, in the column of slopes
 SLOPES: dict[str, Any] = {slope.model_fields["kind"].default: slope for slope in get_args(get_args(Slope)[0])}
 PEAKS = {"H100": 989.0, "H200": 989.0}  # dense bf16 TFLOP/s by the GPU's name (NVIDIA's data sheets, SXM)
@@ -38,7 +39,7 @@ class Row:
 
     slope: str
     precision: Precision
-    compile: Compile
+    compile: str
     way: str | None = None  # how dual numbers come by the tangent: tape, ride or pass
     refused: str | None = None
     units_counted: float | None = None  # F
@@ -61,17 +62,10 @@ class Setting:
     run: Run
     shape: tuple[int, ...]
     device: torch.device
-    compile: Compile
+    compile: str
     outline: nn.Module  # the net without numbers
     net: nn.Module
-
-    def prepare(self) -> None:
-        """Compile the net's blocks, if that was asked. Raises UserError where it has none."""
-        if self.compile == "blocks":
-            if not isinstance(blocks := getattr(self.net, "blocks", None), nn.ModuleList):
-                raise UserError(f"compile 'blocks': net '{self.run.net.kind}' has none; use loss")
-            for block in blocks:
-                block.compile(fullgraph=True)
+    ref: Frozen  # theta^-, as in training
 
     def attempt(self, row: Row, objective: Objective) -> tuple[Row, Work | None]:
         """The row with all that needs no clock, and the step to time: None where it cannot be made."""
@@ -92,14 +86,14 @@ class Setting:
 
     def step(self, row: Row, objective: Objective) -> Work:
         """One training step, ready to be made."""
-        b, ref = self.record(objective, self.run.train.batch), still(self.net)
-        loss = torch.compile(objective.loss) if row.compile == "loss" else objective.loss
+        b = self.record(objective, self.run.train.batch)
+        loss = torch.compile(objective.loss, dynamic=False) if row.compile == "loss" else objective.loss
 
         def step() -> None:
             self.net.zero_grad()
             with products(row.precision), self.eager(row):
                 with autocast(self.device, row.precision):
-                    mean = loss(self.net, ref, b).loss.mean()
+                    mean = loss(self.net, self.ref, b).loss.mean()
                 mean.backward()
 
         return step
@@ -115,14 +109,16 @@ class Setting:
         least = cost.exact_rows(objective)
         b = self.record(objective, least * max(JUDGED // least, 1))
         with products(row.precision), self.eager(row), autocast(self.device, row.precision):
-            way, error = judge(self.net, objective, b)
+            way, error = judge(self.net, self.ref, objective, b)
         return replace(row, way=way, error=error)
 
     def counted(self, row: Row, objective: Objective, step: Work) -> Row:
         """The row with its operations and bytes: counted on a CPU, on a GPU what its allocator handed out."""
         given = self.outline, objective, self.run.path, self.shape
-        units = cost.forward_units(*given, rows=self.run.train.batch)
+        rows, ref = self.run.train.batch, self.run.train.ref
+        units = cost.forward_units(*given, rows=rows, ref=ref)
         if self.device.type == "cuda":
+            step()  # once before, for what kernels keep
             self.net.zero_grad()
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
@@ -130,7 +126,7 @@ class Setting:
             size = cost.Bytes(before, torch.cuda.max_memory_allocated(self.device) - before)
         else:
             low = "bf16" if row.precision == "bf16" else "fp32"
-            size = cost.peak_bytes(*given, rows=self.run.train.batch, precision=low)
+            size = cost.peak_bytes(*given, rows=rows, ref=ref, precision=low)
         return replace(row, units_counted=units, bytes_before=size.before, bytes=size.peak)
 
 
@@ -138,9 +134,9 @@ def measure(
     run: Run,
     *,
     slopes: Sequence[str] | None = None,
-    precisions: Sequence[Precision] = ("fp32",),
+    precisions: Sequence[str] = ("fp32",),
     shape: Sequence[int] | None = None,
-    compile: Compile = "none",
+    compile: str = "none",
     rounds: int = 9,
     peak_tflops: float | None = None,
     device: str = "auto",
@@ -152,16 +148,15 @@ def measure(
     what cannot be asked of this run or device.
     """
     here, shape = dist.device(device), tuple(shape or run.data.shape)
-    clock.check(here, rounds, *precisions)
-    todo = list(variants(run, slopes, precisions, compile))
-    setting = Setting(run, shape, here, compile, net.outline(run, shape), net.build(run, shape, here))
-    setting.prepare()
+    todo = list(variants(run, slopes, clock.known(precisions, here), compile))
+    setting = prepare(run, shape, here, compile)
     tried = [setting.attempt(row, objective) for row, objective in todo]
     seconds = clock.interleave("training steps", [step for _, step in tried if step], rounds, here, watch)
 
     flops = cost.forward_flops(setting.outline, run.objective, shape)
-    rate = run.train.batch * flops / (1e12 * peak) if (peak := peak_tflops or named(clock.machine(here))) else None
-    rows = compared(tried, seconds, run.train.batch, rate)
+    hardware = machine.hardware(here).text
+    peak = peak_tflops or next((peak for name, peak in PEAKS.items() if name in hardware), None)
+    rows = compared(tried, seconds, run.train.batch, run.train.batch * flops / (1e12 * peak) if peak else None)
     return {
         "net": run.net.model_dump(),
         "objective": run.objective.model_dump(mode="json"),
@@ -170,14 +165,30 @@ def measure(
         "parameters": sum(p.numel() for p in setting.net.parameters()),
         "forward_flops_per_image": flops,
         "rounds": rounds,
-        "machine": clock.machine(here),
+        "machine": hardware,
+        "threads": torch.get_num_threads(),
         "versions": dist.versions(),
         "rows": [log.finite(asdict(row)) for row in rows],
     }
 
 
+def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str) -> Setting:
+    """Build the net, and compile its blocks if that is asked. Raises UserError where it has none."""
+    if compile not in COMPILE:
+        raise UserError(f"there is no way to compile '{compile}'; {nearest(compile, list(COMPILE))}")
+    ours = net.build(run, shape, device)
+    ref = still(ours) if run.train.ref == "self" else Frozen(copy.deepcopy(ours))
+    if compile == "blocks":
+        if not isinstance(blocks := getattr(ours, "blocks", None), nn.ModuleList):
+            raise UserError(f"compile 'blocks': net '{run.net.kind}' has none; use loss")
+        torch._dynamo.config.recompile_limit = 64  # one block serves every precision, way and number of rows
+        for block in blocks:
+            block.compile(fullgraph=True, dynamic=False)
+    return Setting(run, shape, device, compile, net.outline(run, shape), ours, ref)
+
+
 def variants(
-    run: Run, slopes: Sequence[str] | None, precisions: Sequence[Precision], compile: Compile
+    run: Run, slopes: Sequence[str] | None, precisions: Sequence[Precision], compile: str
 ) -> Iterator[tuple[Row, Objective]]:
     """The yardstick and every slope, in each precision: how its row begins, and its loss. Raises UserError."""
     own = getattr(run.objective, "slope", None)
@@ -234,8 +245,3 @@ def compared(tried: Sequence[tuple[Row, Work | None]], seconds: Times, batch: in
                 share_of_peak=row.units_counted * rate / once if rate and row.units_counted else None,
             )
         yield row
-
-
-def named(machine: str) -> float | None:
-    """The peak of a GPU whose name is known."""
-    return next((peak for name, peak in PEAKS.items() if name in machine), None)

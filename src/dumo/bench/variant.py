@@ -63,15 +63,15 @@ class Overheard:
         return heads, noted
 
 
-def judge(net: nn.Module, objective: Objective, b: Noised) -> tuple[str | None, float]:
+def judge(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> tuple[str | None, float]:
     """The way that the objective's slope takes, and the relative error of du/dt as it enters the loss.
 
-    The truth is `torch.func.jvp` of a float64 copy of the net, at the point and along the direction that the loss asked
+    The truth is `torch.func.jvp` of a float64 copy of theta^-, at the point and along the direction that the loss asked
     for, over all rows that may move.
     """
     heard, u = Overheard(dict(objective)["slope"]), objective.needs.heads.index("u")
-    cast(Any, objective).model_copy(update={"slope": heard}).loss(net, still(net), b)
-    exact, asked = copy.deepcopy(net).double(), {name: _double(a) for name, a in heard.asked.items()}
+    cast(Any, objective).model_copy(update={"slope": heard}).loss(net, ref, b)
+    exact, asked = copy.deepcopy(ref.module).double(), {name: _double(a) for name, a in heard.asked.items()}
     with torch.no_grad(), torch.autocast(b.x.device.type, enabled=False):
         x, c, w = (asked.pop(name) for name in ("x", "c", "w"))
         _, along = Jvp()(exact, still(exact), x, c, **asked)

@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Union, cast
 
 import torch
@@ -25,6 +26,7 @@ from dumo.types import Array, UserError
 
 Rule = Callable[..., Any]
 RULES: dict[Callable[..., Any], Rule] = {}  # by the function of torch that a net calls; filled by `dumo.flow.rule`
+ALONE: set[Callable[..., Any]] = set()  # those of them whose first operand alone may move
 
 _state = threading.local()
 
@@ -74,10 +76,11 @@ class Dual:
     requires_grad = property(lambda self: self.p.requires_grad)
 
     __hash__ = object.__hash__  # == compares values, as Tensor's does
+    __array_priority__ = 1000  # as Tensor's: a number of numpy leaves the operation to what stands on its right
 
-    def size(self, *axis: int) -> Any:  # noqa: ANN401, a Size or an int, as Tensor.size
+    def size(self, *axis: int, **named: int) -> Any:  # noqa: ANN401, a Size or an int, as Tensor.size
         """As the primal's."""
-        return self.p.size(*axis)
+        return self.p.size(*axis, **named)
 
     def dim(self) -> int:
         """As the primal's."""
@@ -110,9 +113,31 @@ class Dual:
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         """Hand the call to the function's rule. Raises NoRule where there is none."""
-        if function not in RULES:
-            raise NoRule(getattr(function, "__name__", str(function)))
-        return RULES[function](*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if "input" in kwargs:
+            args = (kwargs.pop("input"), *args)
+        name = getattr(function, "__name__", str(function))
+        if function not in RULES or kwargs.pop("out", None) is not None:
+            raise NoRule(f"{name} with out" if function in RULES else name)
+        if function in ALONE and any(isinstance(x, Dual) for x in (*args[1:], *kwargs.values())):
+            raise NoRule(f"{name} with a moving parameter")
+        return RULES[function](*args, **kwargs)
+
+
+def _refuse(name: str) -> Callable[..., Any]:
+    def refuse(self: Dual, *others: object) -> Any:  # noqa: ANN401, it never returns
+        raise NoRule(f"Tensor.{name}")
+
+    return refuse
+
+
+# What Python would else do by itself: `x += y` as `x = x + y`, though x may be known by other names; `if x` by its len.
+REFUSED = (
+    "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor setitem delitem bool int float array "
+    "abs pos invert floordiv rfloordiv mod rmod rpow rmatmul and rand or ror xor rxor"
+)
+for _name in REFUSED.split():
+    setattr(Dual, f"__{_name}__", _refuse(f"__{_name}__"))
 
 
 def pair(p: Tensor, t: Tensor | Later) -> Array:
@@ -138,6 +163,8 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
     """
     if not any(isinstance(x, Dual) for x in operands) or getattr(_state, "primal_only", False):
         return p
+    if not torch.is_grad_enabled() and any(isinstance(x, Dual) and x.p.requires_grad for x in operands):
+        raise NoRule("a custom autograd.Function, reentrant checkpoint or no_grad block, where a Dual loses gradients")
     moved = tuple(_tangent(x) for x in operands)
     if any(isinstance(t, Later) for t in moved):
         kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in saved)
@@ -162,9 +189,15 @@ def play(ends: Iterable[Later]) -> None:
             stack.pop()
             if now.value is None:
                 assert now.push is not None, "an input of the pass was given no tangent"
-                tangents = [m.value if isinstance(m, Later) else m for m in now.moved]
+                tangents = [_now(m) for m in now.moved]
                 now.value = _fit(now.push(*tangents, *now.saved), now.shape, now.dtype)
                 now.moved = now.saved = ()
+
+
+@cache
+def compiled_play() -> Callable[[Iterable[Later]], None]:
+    """`play` as one graph, for nets whose blocks are compiled: where they return Duals, only data is left to play."""
+    return torch.compile(play, fullgraph=True)
 
 
 def holds(ends: Iterable[Later]) -> bool:
@@ -203,6 +236,13 @@ def _tangent(x: object) -> Moved:
 
 def _cast(dx: Tensor, dtype: torch.dtype) -> Tensor:
     return dx.to(dtype)
+
+
+def _now(moved: Moved) -> Tensor | None:
+    """A tangent that is known by now; an input's may have been set in another dtype."""
+    if not isinstance(moved, Later) or moved.value is None:
+        return cast(Tensor | None, moved)
+    return _fit(moved.value, moved.shape, moved.dtype)
 
 
 def _fit(t: Tensor, shape: Iterable[int], dtype: torch.dtype) -> Tensor:

@@ -5,12 +5,15 @@
     p = 2^(S log2 e - peak),    h = p * s (dq k^T + q dk^T),
     acc += p dv + h v,          m += rowsum h,
 
-and writes dO = acc - m O. Where the primal's kernel gave its log-sum-exp, that is the peak and p are the weights.
-Where it did not, the peak is the largest score so far, and acc and m are divided by the sum of p at the end.
+and writes dO = acc - m O. Where the primal's kernel gave its log-sum-exp, that is the peak, and p are the weights.
+Where it did not, the peak is the largest score so far, and acc and m are divided by the sum of all p at the end.
 No gradient flows through a tangent, so there is no backward kernel. Products are of the inputs' type, sums are fp32.
 
-Importing this file imports Triton. Block sizes are looked up and not timed, so a machine gives the same bits each time.
+Importing this file imports Triton. Blocks are looked up and not timed, so a machine gives the same bits each time.
 """
+# The functions of Triton are no Python: what they take and return has no type here.
+# ruff: noqa: ANN001, ANN202
+# pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
 
 from math import gcd
 
@@ -20,42 +23,43 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-# queries, keys, warps, and loads in flight of a program. The first that fits into shared memory is taken (ours).
-BLOCKS = ((128, 64, 8, 3), (128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 1), (16, 16, 4, 1))
-HOPPER = 227 << 10  # bytes of shared memory a program can have on H100 and H200
+Shape = tuple[int, ...]
+
+HOPPER = 227 << 10  # bytes of shared memory that a program can have on H100 and H200
+# Queries, keys and loads in flight of a program of WARPS; the first that fits into shared memory is taken (ours).
+BLOCKS, WARPS = ((128, 64, 3), (128, 64, 2), (64, 64, 2), (64, 32, 2), (32, 32, 1)), 8
 
 
-def widths(size: int) -> tuple[int, int, int]:
-    """A head's size, and one or two powers of two from 16 that cover it: 72 as 64 + 16, since 128 would be waste."""
-    whole = max(16, triton.next_power_of_2(size))
+def cover(size: int) -> tuple[int, int, int]:
+    """A head's size, and one or two powers of two from 16 that cover it: 72 takes 64 + 16, where 128 would be waste."""
+    whole = max(16, 1 << (size - 1).bit_length())
     half = whole // 2
-    rest = max(16, triton.next_power_of_2(size - half))
-    return (size, half, rest) if half >= 16 and rest < half else (size, whole, 0)
+    rest = max(16, 1 << (size - half - 1).bit_length())
+    return (size, half, rest) if rest < half else (size, whole, 0)
 
 
-def block(numbers: int, limit: int) -> tuple[int, int, int, int]:
-    """The entry of BLOCKS for rows of `numbers` bytes: q and dq stay in memory, k, dk, v and dv pass through it."""
-    fit = (b for b in BLOCKS if (2 * b[0] + 4 * b[1] * b[3]) * numbers <= limit)
-    return next(fit, BLOCKS[-1])
-
-
-@triton.jit
-def _at(x, stride, b, h, rows, n, D: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, UNIT: tl.constexpr):
-    """Addresses of WIDTH columns of some rows, and which of them exist."""
-    cols = FIRST + tl.arange(0, WIDTH)
-    at = (b * stride[0] + h * stride[1] + rows[:, None] * stride[2]) * UNIT + cols[None, :] * stride[3]
-    return x + at, (rows[:, None] < n) & (cols[None, :] < D[0])
+def block(row: int, limit: int) -> tuple[int, int, int]:
+    """The entry of BLOCKS for rows of that many bytes: q and dq stay in memory, and k, dk, v and dv pass through it."""
+    return next((b for b in BLOCKS if (2 * b[0] + 4 * b[1] * b[2]) * row <= limit), BLOCKS[-1])
 
 
 @triton.jit
-def _load(x, stride, b, h, rows, n, D: tl.constexpr, UNIT: tl.constexpr):
-    """Some rows, in the one or two parts of `widths`; zero outside."""
-    at, there = _at(x, stride, b, h, rows, n, D, 0, D[1], UNIT)
+def _at(x, stride, b, h, rows, n, d: tl.constexpr, first: tl.constexpr, width: tl.constexpr, unit: tl.constexpr):
+    """Addresses of some columns of some rows, and which of them exist."""
+    cols = first + tl.arange(0, width)
+    at = (b * stride[0] + h * stride[1] + rows[:, None] * stride[2]) * unit + cols[None, :] * stride[3]
+    return x + at, (rows[:, None] < n) & (cols[None, :] < d[0])
+
+
+@triton.jit
+def _load(x, stride, b, h, rows, n, d: tl.constexpr, unit: tl.constexpr):
+    """Some rows, in the one or two parts of `cover`; zero where there is nothing."""
+    at, there = _at(x, stride, b, h, rows, n, d, 0, d[1], unit)
     left = tl.load(at, mask=there, other=0.0)
-    if D[2] == 0:
+    if d[2] == 0:
         return left, None
     else:
-        at, there = _at(x, stride, b, h, rows, n, D, D[1], D[2], UNIT)
+        at, there = _at(x, stride, b, h, rows, n, d, d[1], d[2], unit)
         return left, tl.load(at, mask=there, other=0.0)
 
 
@@ -75,101 +79,98 @@ def _mix(p, v, acc):
 
 
 @triton.jit
+def _times(acc, share):
+    """Every row of acc times its share."""
+    return acc[0] * share[:, None], None if acc[1] is None else acc[1] * share[:, None]
+
+
+@triton.jit
 def _kernel(
-    q, k, v, dq, dk, dv, o, out, q_s, k_s, v_s, dq_s, dk_s, dv_s, o_s, out_s, lse, scale, heads, n, keys,
-    D: tl.constexpr, E: tl.constexpr, M: tl.constexpr, N: tl.constexpr, UNIT: tl.constexpr,
+    q, k, v, dq, dk, dv, o, out, qs, ks, vs, dqs, dks, dvs, os, outs, lse, scale, heads, n, m,
+    d: tl.constexpr, e: tl.constexpr, bn: tl.constexpr, bm: tl.constexpr, unit: tl.constexpr,
 ):  # fmt: skip
-    """M queries against all keys, N at a time. D and E are the `widths` of k and v; strides of rows count in UNITs."""
-    blocks = tl.cdiv(n, M)
+    """bn of n queries against m keys, bm at a time; d and e `cover` k and v; strides, but the last, count in units."""
+    blocks = tl.cdiv(n, bn)
     head = (tl.program_id(0) // blocks).to(tl.int64)
     b, h = head // heads, head % heads
-    rows = tl.program_id(0) % blocks * M + tl.arange(0, M)
+    rows = tl.program_id(0) % blocks * bn + tl.arange(0, bn)
 
-    here = _load(q, q_s, b, h, rows, n, D, UNIT)
+    query = _load(q, qs, b, h, rows, n, d, unit)
     if dq is not None:
-        moved = _load(dq, dq_s, b, h, rows, n, D, UNIT)
-    if lse is None:
-        peak = tl.full((M,), float("-inf"), tl.float32)
-    else:
+        moved = _load(dq, dqs, b, h, rows, n, d, unit)
+    peak = tl.full((bn,), float("-inf"), tl.float32)
+    if lse is not None:
         peak = tl.load(lse + head * n + rows, mask=rows < n, other=0.0) * 1.4426950408889634  # log2 e
-    total, mean = tl.zeros((M,), tl.float32), tl.zeros((M,), tl.float32)
-    acc = tl.zeros((M, E[1]), tl.float32), None if E[2] == 0 else tl.zeros((M, E[2]), tl.float32)
+    total, mean = tl.zeros((bn,), tl.float32), tl.zeros((bn,), tl.float32)
+    acc = tl.full((bn, e[1]), 0.0, tl.float32), None if e[2] == 0 else tl.full((bn, e[2]), 0.0, tl.float32)
 
-    for first in range(0, keys, N):
-        cols = first + tl.arange(0, N)
-        key = _load(k, k_s, b, h, cols, keys, D, UNIT)
-        s = _scores(here, key, tl.zeros((M, N), tl.float32)) * (scale * 1.4426950408889634)
-        s = tl.where(cols[None, :] < keys, s, float("-inf"))
+    for first in range(0, m, bm):
+        cols = first + tl.arange(0, bm)
+        key = _load(k, ks, b, h, cols, m, d, unit)
+        s = _scores(query, key, tl.zeros((bn, bm), tl.float32)) * (scale * 1.4426950408889634)
+        s = tl.where(cols[None, :] < m, s, float("-inf"))
         if lse is None:
             top = tl.maximum(peak, tl.max(s, 1))
             fade = tl.exp2(peak - top)
-            acc = acc[0] * fade[:, None], None if acc[1] is None else acc[1] * fade[:, None]
-            total, mean, peak = total * fade, mean * fade, top
+            peak, total, mean, acc = top, total * fade, mean * fade, _times(acc, fade)
         p = tl.exp2(s - peak[:, None])
-        total += tl.sum(p, 1)
+        if lse is None:
+            total += tl.sum(p, 1)
         if dv is not None:
-            acc = _mix(p, _load(dv, dv_s, b, h, cols, keys, E, UNIT), acc)
+            acc = _mix(p, _load(dv, dvs, b, h, cols, m, e, unit), acc)
         if dq is not None or dk is not None:
-            ds = tl.zeros((M, N), tl.float32)
+            ds = tl.zeros((bn, bm), tl.float32)
             if dq is not None:
                 ds = _scores(moved, key, ds)
             if dk is not None:
-                ds = _scores(here, _load(dk, dk_s, b, h, cols, keys, D, UNIT), ds)
+                ds = _scores(query, _load(dk, dks, b, h, cols, m, d, unit), ds)
             ds *= p * scale
             mean += tl.sum(ds, 1)
-            acc = _mix(ds, _load(v, v_s, b, h, cols, keys, E, UNIT), acc)
+            acc = _mix(ds, _load(v, vs, b, h, cols, m, e, unit), acc)
 
-    share = 1.0 / total if lse is None else total * 0.0 + 1.0
-    old = _load(o, o_s, b, h, rows, n, E, UNIT)
-    at, there = _at(out, out_s, b, h, rows, n, E, 0, E[1], UNIT)
-    tl.store(at, (acc[0] - mean[:, None] * old[0]) * share[:, None], mask=there)
-    if E[2] > 0:
-        at, there = _at(out, out_s, b, h, rows, n, E, E[1], E[2], UNIT)
-        tl.store(at, (acc[1] - mean[:, None] * old[1]) * share[:, None], mask=there)
+    if lse is None:
+        mean, acc = mean / total, _times(acc, 1.0 / total)
+    old = _load(o, os, b, h, rows, n, e, unit)
+    at, there = _at(out, outs, b, h, rows, n, e, 0, e[1], unit)
+    tl.store(at, acc[0] - mean[:, None] * old[0], mask=there)
+    if e[2] > 0:
+        at, there = _at(out, outs, b, h, rows, n, e, e[1], e[2], unit)
+        tl.store(at, acc[1] - mean[:, None] * old[1], mask=there)
 
 
 @torch.library.custom_op("dumo::attention_tangent", mutates_args=())
 def attention_tangent(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dq: Tensor | None,
-    dk: Tensor | None,
-    dv: Tensor | None,
-    o: Tensor,
-    lse: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """dO, laid out as o: q and dq (b, h, n, d), k and dk (b, h, m, d), v and dv (b, h, m, e), o (b, h, n, e), lse (b, h, n).
+    q: Tensor, k: Tensor, v: Tensor, dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, o: Tensor,
+    lse: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """dO, laid out as o (b, h, n, e). q, dq: (b, h, n, d); k, dk: (b, h, m, d); v, dv: (b, h, m, e); lse: (b, h, n).
 
-    All of one type, with any strides. A tangent that is None is zero, and its products are skipped.
+    All but lse (fp32) are of one type, and of any strides. A tangent that is None is zero: its products are skipped.
     """
-    out, heads = torch.empty_like(o), q.shape[1]
+    out, (b, h, n, _) = torch.empty_like(o), q.shape
     given = (q, k, v, dq, dk, dv, o, out)
-    unit = gcd(8, *(s for x in given if x is not None for s in x.stride()[:3]))  # lets 16 bytes be loaded at once
-    strides = [x if x is None else (*(s // unit for s in x.stride()[:3]), x.stride(3)) for x in given]
-    limit = HOPPER
-    if q.is_cuda:
-        limit = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
-    D, E = widths(q.shape[3]), widths(v.shape[3])
-    M, N, warps, stages = block(max(sum(D[1:]), sum(E[1:])) * q.element_size(), limit)
-    with torch.cuda.device_of(q):
-        _kernel[(triton.cdiv(q.shape[2], M) * q.shape[0] * heads,)](
-            *given, *strides, lse if lse is None else lse.contiguous(), scale, heads, q.shape[2], k.shape[2],
-            D, E, M, N, unit, num_warps=warps, num_stages=stages,
+    unit = gcd(8, *(s for x in given if x is not None for s in x.stride()[:3]))  # so that 16 bytes load at once
+    strides = (x if x is None else (*(s // unit for s in x.stride()[:3]), x.stride(3)) for x in given)
+    d, e = cover(q.shape[3]), cover(v.shape[3])
+    memory = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin if q.is_cuda else HOPPER
+    bn, bm, stages = block(max(sum(d[1:]), sum(e[1:])) * q.element_size(), memory)
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        _kernel[(triton.cdiv(n, bn) * b * h,)](
+            *given, *strides, lse if lse is None else lse.contiguous(), scale, h, n, k.shape[2],
+            d, e, bn, bm, unit, num_warps=WARPS, num_stages=stages,
         )  # fmt: skip
     return out
 
 
 @attention_tangent.register_fake
-def _(q, k, v, dq, dk, dv, o, lse, scale):
+def _(q: Tensor, k: Tensor, v: Tensor, dq: object, dk: object, dv: object, o: Tensor, *_: object) -> Tensor:
     return torch.empty_like(o)
 
 
 @register_flop_formula(torch.ops.dumo.attention_tangent)
-def flops(q, k, v, dq, dk, dv, *rest, **more) -> int:
-    """Two per multiply-add of the products that are made: up to three of q and k, up to two with v."""
+def flops(q: Shape, k: Shape, v: Shape, dq: object, dk: object, dv: object, *_: object, **__: object) -> int:
+    """Operations of the products that are made, two per multiply-add; shapes for tensors."""
     b, h, n, d = q
-    of_keys = 1 + (dq is not None) + (dk is not None)
-    of_values = (dv is not None) + (dq is not None or dk is not None)
-    return 2 * b * h * n * k[2] * (of_keys * d + of_values * v[3])
+    with_keys = 1 + (dq is not None) + (dk is not None)
+    with_values = (dv is not None) + (dq is not None or dk is not None)
+    return 2 * b * h * n * k[2] * (with_keys * d + with_values * v[3])

@@ -16,25 +16,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dumo.flow import attention
-from dumo.flow.dual import RULES, Dual, NoRule, Rule, carry, primal
+from dumo.flow.dual import ALONE, RULES, Dual, NoRule, Rule, carry, primal
 from dumo.types import Array
 
 aten = torch.ops.aten
-OPERATORS = "add radd sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg getitem eq ne lt le gt ge".split()
+OPERATORS = "abs add radd sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg getitem eq ne lt le gt ge"
 
 
 METHODS: dict[Callable[..., Any], list[str]] = {}  # the names that Tensor knows a function by
 for _name in dir(Tensor):
-    if callable(_f := getattr(Tensor, _name)) and (not _name.startswith("__") or _name.strip("_") in OPERATORS):
+    if callable(_f := getattr(Tensor, _name)) and (not _name.startswith("__") or _name.strip("_") in OPERATORS.split()):
         METHODS.setdefault(_f, []).append(_name)
 
 
 def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
-    """Make the decorated function the rule of these functions of torch; of methods of Tensor, a method of Dual too."""
+    """Make the decorated function the rule of these functions of torch; of methods of Tensor, a method of Dual too.
+
+    Where an argument is annotated as Dual, it is the first, and no other may move.
+    """
 
     def register(f: Rule) -> Rule:
         for function in functions:
             RULES[function] = f
+            if Dual in f.__annotations__.values():
+                ALONE.add(function)
             for name in METHODS.get(function, ()):
                 setattr(Dual, name, f)
         return f
@@ -46,10 +51,23 @@ def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
 
 LINEAR = (
     "view reshape view_as reshape_as expand expand_as flatten unflatten squeeze unsqueeze permute transpose movedim "
-    "swapaxes contiguous clone __getitem__ narrow select index_select chunk split unbind repeat repeat_interleave "
-    "tile roll flip to float double half bfloat16 type_as sum mean cumsum neg __neg__"
+    "swapaxes contiguous clone __getitem__ narrow select index_select chunk split split_with_sizes unbind repeat "
+    "repeat_interleave tile roll flip to float double half bfloat16 type_as sum mean cumsum neg __neg__"
 )
 RESAMPLE = (F.interpolate, F.avg_pool2d, F.adaptive_avg_pool2d, F.pixel_shuffle, F.pixel_unshuffle, F.unfold, F.fold)
+COMPLEX = (torch.view_as_complex, torch.view_as_real)  # rotary embeddings, in some nets
+
+
+def _as_complex(dx: Tensor) -> Tensor:
+    return torch.view_as_complex(dx.contiguous())
+
+
+# A tangent lies in memory as it likes, where a view of the primal may count on its order.
+COPY: dict[Callable[..., Any], Callable[..., Any]] = {
+    Tensor.view: Tensor.reshape,
+    Tensor.view_as: Tensor.reshape_as,
+    torch.view_as_complex: _as_complex,
+}
 
 
 def _again(
@@ -60,11 +78,16 @@ def _again(
 
 
 def _linear_map(function: Callable[..., Any]) -> Rule:
-    def apply(x: Dual, *args: Any, **kwargs: Any) -> Any:
-        out = function(x.p, *(primal(a) for a in args), **kwargs)
+    again = COPY.get(function, function)
+
+    def apply(x: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tuple(primal(a) for a in args), {name: primal(a) for name, a in kwargs.items()}
+        out = function(primal(x), *args, **kwargs)
         if isinstance(out, Tensor):
-            return carry(out, _again, (x,), function, args, kwargs, None)
-        return tuple(carry(p, _again, (x,), function, args, kwargs, i) for i, p in enumerate(out))
+            if isinstance(x, Dual) and not (out.is_floating_point() or out.is_complex()):
+                raise NoRule(f"{function.__name__} to {out.dtype}")
+            return carry(out, _again, (x,), again, args, kwargs, None)
+        return tuple(carry(p, _again, (x,), again, args, kwargs, i) for i, p in enumerate(out))
 
     return apply
 
@@ -72,7 +95,7 @@ def _linear_map(function: Callable[..., Any]) -> Rule:
 for _name in LINEAR.split():
     _method = getattr(Tensor, _name)
     rule(*(f for f in (_method, getattr(torch, _name, None)) if callable(f)))(_linear_map(_method))
-for _function in RESAMPLE:
+for _function in (*RESAMPLE, *COMPLEX):
     rule(_function)(_linear_map(_function))
 
 
@@ -111,19 +134,33 @@ def _stack(*rest: Any) -> Tensor:
     return torch.stack([torch.zeros_like(like) if d is None else d for d in moved], dim)
 
 
-@rule(torch.where, Tensor.where)
-def where(condition: Array, a: Any, b: Any) -> Array:
-    """Choose among tangents as among values; called as a method, the value comes first."""
-    if isinstance(condition, Dual):
-        condition, a = a, condition
+@rule(torch.where)
+def where(condition: Tensor, a: Any, b: Any) -> Array:
+    """Choose among tangents as among values."""
     return carry(torch.where(condition, primal(a), primal(b)), _where, (a, b), condition)
+
+
+@rule(Tensor.where)
+def where_method(a: Any, condition: Tensor, b: Any) -> Array:
+    """As where."""
+    return where(condition, a, b)
 
 
 def _where(da: Tensor | None, db: Tensor | None, condition: Tensor) -> Tensor:
     return torch.where(condition, 0.0 if da is None else da, 0.0 if db is None else db)
 
 
-# Comparisons: of primals. Their outcome is constant almost everywhere, so it has no tangent.
+@rule(torch.masked_fill, Tensor.masked_fill)
+def masked_fill(x: Dual, mask: Tensor, value: Any) -> Array:
+    """What is filled in does not move."""
+    return carry(x.p.masked_fill(mask, value), _masked_fill, (x,), mask)
+
+
+def _masked_fill(dx: Tensor, mask: Tensor) -> Tensor:
+    return dx.masked_fill(mask, 0.0)
+
+
+# Comparisons, and constants like another tensor: of primals. The outcome is constant almost everywhere: no tangent.
 
 
 def _compare(function: Callable[..., Tensor]) -> Rule:
@@ -138,27 +175,38 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     rule(*_functions)(_compare(getattr(torch, _name)))
 
 
+def _constant(function: Callable[..., Any]) -> Rule:
+    def apply(x: Dual, *args: Any, **kwargs: Any) -> Any:
+        return function(x.p, *args, **kwargs)
+
+    return apply
+
+
+for _function in (torch.zeros_like, torch.ones_like, torch.full_like):
+    rule(_function)(_constant(_function))
+for _function in (Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor, Tensor.is_contiguous):
+    rule(_function)(_constant(_function))
+
+
 # Sums and products.
 
 
 @rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-def add(a: Any, b: Any) -> Array:
-    """d(a + b) = da + db."""
-    return carry(primal(a) + primal(b), _add, (a, b))
+def add(a: Any, b: Any, *, alpha: int | float = 1) -> Array:
+    """d(a + alpha b) = da + alpha db."""
+    p = primal(a) + primal(b) if alpha == 1 else torch.add(primal(a), primal(b), alpha=alpha)
+    return carry(p, _add, (a, b), alpha)
 
 
-def _add(da: Tensor | None, db: Tensor | None) -> Tensor:
-    return _sum(da, db)
+def _add(da: Tensor | None, db: Tensor | None, alpha: int | float) -> Tensor:
+    return _sum(da, db if db is None or alpha == 1 else alpha * db)
 
 
 @rule(torch.sub, torch.subtract, Tensor.sub, Tensor.__sub__)
-def sub(a: Any, b: Any) -> Array:
-    """d(a - b) = da - db."""
-    return carry(primal(a) - primal(b), _sub, (a, b))
-
-
-def _sub(da: Tensor | None, db: Tensor | None) -> Tensor:
-    return _sum(da, None if db is None else -db)
+def sub(a: Any, b: Any, *, alpha: int | float = 1) -> Array:
+    """d(a - alpha b) = da - alpha db."""
+    p = primal(a) - primal(b) if alpha == 1 else torch.sub(primal(a), primal(b), alpha=alpha)
+    return carry(p, _add, (a, b), -alpha)
 
 
 @rule(torch.rsub, Tensor.__rsub__)
@@ -192,6 +240,12 @@ def bmm(a: Any, b: Any) -> Array:
     return _bilinear(torch.bmm, a, b)
 
 
+@rule(torch.outer, torch.ger, Tensor.outer, Tensor.ger)
+def outer(a: Any, b: Any) -> Array:
+    """d(a b^T) = da b^T + a db^T."""
+    return _bilinear(torch.outer, a, b)
+
+
 def _bilinear(product: Callable[..., Tensor], a: Any, b: Any) -> Array:
     p = product(primal(a), primal(b))
     kept = (primal(a) if isinstance(b, Dual) else None, primal(b) if isinstance(a, Dual) else None)
@@ -206,6 +260,32 @@ def _leibniz(da: Tensor | None, db: Tensor | None, product: Callable[..., Tensor
     if product is torch.mul and da.dtype == db.dtype == a.dtype == b.dtype:
         return torch.addcmul(da * b, a, db)
     return product(da, b) + product(a, db)
+
+
+@rule(torch.addcmul, Tensor.addcmul)
+def addcmul(c: Any, a: Any, b: Any, *, value: int | float = 1) -> Array:
+    """d(c + k a b) = dc + k (da b + a db)."""
+    c_, a_, b_ = primal(c), primal(a), primal(b)
+    return carry(torch.addcmul(c_, a_, b_, value=value), _addcmul, (c, a, b), a_, b_, value)
+
+
+def _addcmul(
+    dc: Tensor | None, da: Tensor | None, db: Tensor | None, a: Tensor, b: Tensor, value: int | float
+) -> Tensor:
+    return _sum(dc, None if da is None else value * da * b, None if db is None else value * a * db)
+
+
+@rule(torch.lerp, Tensor.lerp)
+def lerp(a: Any, b: Any, w: Any) -> Array:
+    """d(a + w (b - a)) = da + w (db - da) + dw (b - a)."""
+    a_, b_, w_ = primal(a), primal(b), primal(w)
+    return carry(torch.lerp(a_, b_, w_), _lerp, (a, b, w), a_, b_, w_)
+
+
+def _lerp(da: Tensor | None, db: Tensor | None, dw: Tensor | None, a: Tensor, b: Tensor, w: Any) -> Tensor:
+    return _sum(
+        None if da is None else (1 - w) * da, None if db is None else w * db, None if dw is None else dw * (b - a)
+    )
 
 
 @rule(torch.einsum)
@@ -223,8 +303,10 @@ def _einsum(*rest: Any) -> Tensor:
 
 
 @rule(torch.div, torch.true_divide, Tensor.div, Tensor.__truediv__)
-def div(a: Any, b: Any) -> Array:
+def div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Array:
     """d(a / b) = (da - (a / b) db) / b."""
+    if rounding_mode is not None:
+        raise NoRule(f"div with rounding_mode={rounding_mode}")
     p = primal(a) / primal(b)
     return carry(p, _div, (a, b), p if isinstance(b, Dual) else None, primal(b))
 
@@ -242,13 +324,15 @@ def _div(da: Tensor | None, db: Tensor | None, y: Tensor | None, b: Any) -> Tens
 
 
 @rule(torch.pow, Tensor.pow, Tensor.__pow__)
-def power(x: Dual, n: int | float) -> Array:
-    """d(x^n) = n x^(n - 1) dx, n a number."""
+def power(x: Dual, n: Any) -> Array:
+    """d(x^n) = n x^(n - 1) dx, n a number; a tensor raises NoRule."""
+    if not isinstance(n, int | float):
+        raise NoRule("pow with a tensor as exponent")
     return carry(x.p**n, _power, (x,), x.p, n)
 
 
 def _power(dx: Tensor, x: Tensor, n: int | float) -> Tensor:
-    return n * x ** (n - 1) * dx
+    return n * x ** (n - 1) * dx if n else torch.zeros_like(dx)
 
 
 # Functions of one number: their derivative from what went in (x), or from what came out (y).
@@ -313,13 +397,18 @@ for _name, _slope, _from_output in (
     ("reciprocal", _minus_square, True),
 ):
     rule(getattr(torch, _name), getattr(Tensor, _name))(_elementwise(_slope, getattr(torch, _name), _from_output))
-rule(F.sigmoid)(RULES[torch.sigmoid])
-rule(F.tanh)(RULES[torch.tanh])
+
+
+def _elsewhere(name: str, inplace: bool) -> None:
+    """Raise NoRule where the result is to overwrite the input, which other Duals may be views of."""
+    if inplace:
+        raise NoRule(f"{name} with inplace=True")
 
 
 @rule(F.relu)
 def relu(x: Dual, inplace: bool = False) -> Array:
-    """Never in place: the net may not know that it holds a Dual."""
+    """Raises NoRule in place."""
+    _elsewhere("relu", inplace)
     return RULES[torch.relu](x)
 
 
@@ -335,7 +424,8 @@ def _gelu(dx: Tensor, x: Tensor, approximate: str) -> Tensor:
 
 @rule(F.silu)
 def silu(x: Dual, inplace: bool = False) -> Array:
-    """As gelu."""
+    """As gelu. Raises NoRule in place."""
+    _elsewhere("silu", inplace)
     return carry(F.silu(x.p), _silu, (x,), x.p)
 
 
@@ -353,8 +443,14 @@ def _softplus(dx: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
     return aten.softplus_backward(dx, x, beta, threshold)
 
 
-@rule(F.softmax, torch.softmax, Tensor.softmax)
-def softmax(x: Dual, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Array:
+@rule(F.softmax)
+def softmax_function(x: Dual, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Array:
+    """As softmax."""
+    return softmax(x, dim, dtype)
+
+
+@rule(torch.softmax, Tensor.softmax)
+def softmax(x: Dual, dim: int, dtype: torch.dtype | None = None) -> Array:
     """dy = y (dx - sum y dx)."""
     y = torch.softmax(x.p, dim, dtype)
     return carry(y, _softmax, (x,), y, dim)
@@ -402,7 +498,8 @@ def _convolve(
 
 @rule(F.dropout)
 def dropout(x: Dual, p: float = 0.5, training: bool = True, inplace: bool = False) -> Array:
-    """The tangent meets the same mask. torch's generator moves as it does without a tangent."""
+    """The tangent meets the same mask. torch's generator moves as it does without a tangent. NoRule in place."""
+    _elsewhere("dropout", inplace)
     if p == 0 or not training:
         return x  # pyright: ignore[reportReturnType]
     mask = F.dropout(torch.ones_like(x.p), p)
@@ -442,12 +539,43 @@ def rms_norm(x: Dual, normalized_shape: Sequence[int], weight: Tensor | None = N
 
 def _rms_norm(dx: Tensor, x: Tensor, weight: Tensor | None, eps: float | None, axes: int) -> Tensor:
     over, exact = tuple(range(-axes, 0)), torch.promote_types(x.dtype, torch.float32)
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    eps = torch.finfo(exact).eps if eps is None else eps
     x, dx = x.to(exact), dx.to(exact)
     inverse = (x.square().mean(over, keepdim=True) + eps).rsqrt()
     y = x * inverse
     dy = (dx - y * (y * dx).mean(over, keepdim=True)) * inverse
     return dy if weight is None else dy * weight
+
+
+@rule(F.normalize)
+def normalize(x: Dual, p: int | float = 2.0, dim: int = 1, eps: int | float = 1e-12) -> Array:
+    """With n = max(|x|, eps) and y = x / n:  dy = (dx - y sum(y dx)) / n; dx / eps below eps."""
+    if p != 2:
+        raise NoRule(f"normalize with p={p}")
+    return carry(F.normalize(x.p, p, dim, eps), _normalize, (x,), x.p, dim, eps)
+
+
+def _normalize(dx: Tensor, x: Tensor, dim: int, eps: int | float) -> Tensor:
+    exact = torch.promote_types(x.dtype, torch.float32)
+    x, dx = x.to(exact), dx.to(exact)
+    n = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    inverse = n.clamp_min(eps).reciprocal()
+    y = x * inverse
+    return (dx - (n > eps) * y * (y * dx).sum(dim, keepdim=True)) * inverse
+
+
+@rule(torch.linalg.vector_norm)
+def vector_norm(x: Dual, ord: int | float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Array:
+    """d|x| = sum(x dx) / |x|, the Euclidean norm; zero at zero, as autograd has it."""
+    if ord != 2:
+        raise NoRule(f"vector_norm with ord={ord}")
+    n = torch.linalg.vector_norm(x.p, ord, dim, keepdim, dtype=dtype)
+    return carry(n, _vector_norm, (x,), x.p, n, dim, keepdim)
+
+
+def _vector_norm(dx: Tensor, x: Tensor, n: Tensor, dim: Any, keepdim: bool) -> Tensor:
+    along = (x.to(n.dtype) * dx.to(n.dtype)).sum(dim, keepdim)
+    return torch.where(n > 0, along / n, 0.0)
 
 
 @rule(F.group_norm)

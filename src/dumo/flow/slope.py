@@ -194,7 +194,8 @@ def _tape(net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, **rest: Time) -
                 stacklevel=3,
             )
             return _dual_pass(ref, x, c, w, t=t, **rest)
-        dual.play(ends)
+        play = dual.compiled_play() if getattr(ref.module, "compile_tangents", False) else dual.play
+        play(ends)
         return tuple(_rate(head) for head in heads)
 
     return tuple(primal(head) for head in heads), along

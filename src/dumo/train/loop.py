@@ -16,7 +16,7 @@ from torch import nn
 from dumo.train.ema import Average, Ema
 from dumo.train.optim import AdamW, Constant, Optimizer, Schedule
 from dumo.train.state import State
-from dumo.train.step import Precision, Record, train_step
+from dumo.train.step import Loss, Precision, Record, train_step
 from dumo.types import Cond, Frozen, Objective, Path, Sample, Spec, UserError, still
 
 FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
@@ -33,6 +33,7 @@ class Train(Spec):
     ema: tuple[Ema, ...] = (Ema(decay=0.9999),)  # App. C.1; the first is sampled and evaluated, the weights if none
     ref: Literal["self"] | float = "self"  # theta^- (Alg. 1): the weights in training, or the average of this decay
     clip: float | None = Field(default=None, gt=0)  # largest norm of the gradient; None: no clipping, as the paper
+    compile: Literal["none", "blocks", "loss"] = Field(default="none", json_schema_extra=FREE)  # changes rounding
     precision: Precision = "fp32"  # bf16: autocast of the loss; weights, optimizer and averages stay as they are
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=50, ge=1, json_schema_extra=FREE)  # steps
@@ -79,7 +80,7 @@ def train(
     `batches(step)` is the global batch of a step, on the device of the net; `classes` is the label that means none.
     Raises UserError if `spec.ref` is no average of `state`, Diverged as `train_step` does.
     """
-    ref = reference(state, spec.ref)
+    ref, loss = reference(state, spec.ref), compiled(state.net, objective, spec.compile)
     while state.step < spec.steps:
         x, c = batches(state.step)
         record = train_step(
@@ -96,10 +97,25 @@ def train(
             accumulate=spec.accumulate,
             clip=spec.clip,
             precision=spec.precision,
+            loss=loss,
         )
         for hook in hooks:
             if state.step % hook.n == 0:
                 hook.f(state, record)
+
+
+def compiled(net: nn.Module, objective: Objective, choice: Literal["none", "blocks", "loss"]) -> Loss:
+    """The loss as it is to be run, by torch.compile: its net's blocks (in place), all of it, or none.
+
+    Blocks are alike and share the code of one. Raises UserError if they are to be compiled and there are none.
+    """
+    if choice == "blocks":
+        if not (blocks := getattr(net, "blocks", None)):
+            raise UserError("train.compile is 'blocks', but this net has none: use train.compile=loss, or none")
+        for block in blocks:
+            block.compile(fullgraph=True)
+        net.compile_tangents = True  # pyright: ignore[reportArgumentType], what `Dual` asks of a net
+    return torch.compile(objective.loss, fullgraph=True) if choice == "loss" else objective.loss
 
 
 def reference(state: State, choice: Literal["self"] | float) -> Frozen:

@@ -5,7 +5,7 @@ pieces, each of which adds the gradient of its sum over the batch size: so the s
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -17,9 +17,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dumo import dist
 from dumo.flow.draw import draw
 from dumo.train.state import State
-from dumo.types import Cond, Frozen, Objective, Path, PerSample, Sample, Terms, Time
+from dumo.types import Cond, Frozen, Net, Noised, Objective, Path, PerSample, Sample, Terms, Time
 
 Precision = Literal["fp32", "bf16"]
+Loss = Callable[[Net, Frozen, Noised], Terms]
 BINS = 10  # of t, equally wide: ours
 
 
@@ -56,11 +57,13 @@ def train_step(
     accumulate: int = 1,
     clip: float | None = None,
     precision: Precision = "fp32",
+    loss: Loss | None = None,
 ) -> Record:
     """Update net, optimizer, averages and counters of `state` once, and say what was measured.
 
-    (x, c) is the global batch, of which each rank takes its rows; `progress` is the share of the training done. Raises
-    Diverged, and updates nothing, if the loss or the norm of its gradient is not finite.
+    (x, c) is the global batch, of which each rank takes its rows; `progress` is the share of the training done; `loss`
+    is the objective's, compiled, or None for as it is. Raises Diverged, and updates nothing, if the loss or the norm of
+    its gradient is not finite.
     """
     noised = partial(draw, objective, path, seed=seed, step=state.step, batch=len(x), progress=progress)
     share = len(x) // dist.world()
@@ -72,7 +75,7 @@ def train_step(
     for rows in pieces(share, accumulate):
         b = noised(x[rows], c[rows], null[rows], first=rows.start)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            terms = objective.loss(state.net, ref, b)
+            terms = (loss or objective.loss)(state.net, ref, b)
         (terms.loss.sum() / share).backward()
         times.append(b.t)
         seen.append(detached(terms))

@@ -5,19 +5,22 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from contract.case import SMALL, objectives
 from contract.case import name as name_of
+from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
-from dumo.flow.slope import Central, Jvp
+from dumo.flow.slope import Central, Dual, Jvp, Slope
+from dumo.flow.times import Pair
 from dumo.nets import MLP, DiT
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
-from dumo.train.cost import forward_flops, forward_units
-from dumo.types import Needs, Objective
+from dumo.train.cost import Bytes, exact_rows, flops, forward_flops, forward_units, live_bytes, peak_bytes
+from dumo.types import Needs, Objective, still
 
-PLAIN = Guide()
+PLAIN, GUIDED = Guide(), Guide(zeta=0.5)
+SHAPE = (4, 32, 32)
 WIDTH, DEPTH = 8, 3
 SCALAR = 256  # features of a time
 
@@ -25,6 +28,12 @@ SCALAR = 256  # features of a time
 def perceptron(needs: Needs, shape: tuple[int, ...] = (2,), classes: int = 0) -> nn.Module:
     """A small one."""
     return MLP(width=WIDTH, depth=DEPTH).build(needs, shape, classes)
+
+
+def outline(checkpoint: bool = False) -> nn.Module:
+    """256 tokens of width 384, six blocks, two heads, no numbers."""
+    with torch.device("meta"):
+        return DiT(width=384, depth=6, patch=2, attention=6, checkpoint=checkpoint).build(DuMo.needs, SHAPE, 10)
 
 
 def multiply_adds(objective: Objective, dim: int = 2) -> tuple[int, int]:
@@ -40,32 +49,44 @@ def test_a_pass_is_counted_as_by_hand(objective: Objective) -> None:
     assert forward_flops(net, objective, (2,)) == 2 * multiply_adds(objective)[0]
 
 
-def test_a_pass_of_a_transformer_is_counted_as_by_hand() -> None:
-    width, depth, patch, side, channels, classes = 16, 2, 2, 8, 3, 10
-    net = DiT(width=width, depth=depth, patch=patch, attention=2).build(DuMo.needs, (channels, side, side), classes)
-    tokens, out = (side // patch) ** 2, channels * patch**2
-    embed = tokens * out * width + SCALAR * width + width**2
+def by_hand(
+    width: int, depth: int, tokens: int, channels: int = 3, patch: int = 2, heads: int = 2
+) -> tuple[int, int, int]:
+    """Multiply-adds of one row through a transformer: of linear layers, of attention, of layers fed by no parameter."""
+    out = channels * patch**2
+    first = tokens * out * width + SCALAR * width
     linear = tokens * (3 + 1 + 4 + 4) * width**2 + 6 * width**2
-    attention = 2 * tokens**2 * width
     head = 2 * width**2 + tokens * width * out
-    expected = embed + depth * (linear + attention) + 2 * head
-    assert forward_flops(net, DuMo(), (channels, side, side)) == 2 * expected
+    return first + width**2 + depth * linear + heads * head, depth * 2 * tokens**2 * width, first
+
+
+def test_a_pass_of_a_transformer_is_counted_as_by_hand() -> None:
+    net = DiT(width=16, depth=2, patch=2, attention=2).build(DuMo.needs, (3, 8, 8), 10)
+    linear, attention, _ = by_hand(16, 2, tokens=16)
+    assert forward_flops(net, DuMo(), (3, 8, 8)) == 2 * (linear + attention)
 
 
 @pytest.mark.parametrize(
     ("objective", "more"),
     [
         (FlowMatching(guide=PLAIN), 0),
-        (FlowMatching(guide=Guide(zeta=0.5)), 1),  # a pass without condition
+        (FlowMatching(guide=GUIDED), 1),  # a pass without condition
         (FlowMatching(guide=Guide(omega=2, zeta=0.5)), 1),
         (FlowMatching(guide=Guide(omega=0.5, zeta=0.5)), 0),  # the null pass weighs nothing
+        (FlowMatching(guide=Guide(zeta=0.5, fraction=0.2)), 0.2),
         (DuMo(guide=PLAIN, slope=Central()), 2),  # the two ends of the difference
-        (DuMo(guide=Guide(zeta=0.5), slope=Central()), 3),
-        (MeanFlow(guide=PLAIN, slope=Central()), 2),
-        (MeanFlow(guide=Guide(zeta=0.5), slope=Central()), 4),  # V(c) is at r = t, so it is a pass of its own
+        (DuMo(guide=GUIDED, slope=Central()), 3),
+        (DuMo(guide=PLAIN, slope=Dual()), 1),  # the tangent
+        (DuMo(guide=GUIDED, slope=Dual()), 2),
+        (DuMo(guide=Guide(zeta=0.5, fraction=0.25), slope=Dual()), 1.25),
+        (MeanFlow(guide=PLAIN, slope=Central()), 0.5),  # a quarter of the rows moves
+        (MeanFlow(guide=PLAIN, slope=Dual()), 0.25),
+        (MeanFlow(guide=PLAIN, slope=Dual(), times=Pair(velocity_ratio=0.6)), 0.4),
+        (MeanFlow(guide=GUIDED, slope=Central()), 2.5),  # V(c) is at r = t, so it is a pass of its own
+        (MeanFlow(guide=GUIDED, slope=Dual()), 2.25),
     ],
 )
-def test_a_step_is_a_pass_its_backward_and_the_passes_of_the_targets(objective: Objective, more: int) -> None:
+def test_a_step_is_a_pass_its_backward_and_the_passes_of_the_targets(objective: Objective, more: float) -> None:
     once, first = multiply_adds(objective)
     step = once + 2 * once - first + more * once  # backward: to the weights, and to inputs that need it
     assert forward_units(perceptron(objective.needs), objective, Linear(), (2,)) == pytest.approx(
@@ -73,11 +94,66 @@ def test_a_step_is_a_pass_its_backward_and_the_passes_of_the_targets(objective: 
     )
 
 
-def test_exact_slopes_cost_more_than_none_and_scale_alike() -> None:
-    for objective in (DuMo(guide=PLAIN, slope=Jvp()), MeanFlow(guide=PLAIN, slope=Jvp())):
+def test_weights_of_its_own_for_theta_minus_cost_a_dual_a_pass() -> None:
+    objective = DuMo(guide=PLAIN, slope=Dual())
+    own, net = (forward_units(perceptron(DuMo.needs), objective, Linear(), (2,), ref=ref) for ref in (0.999, "self"))
+    assert own - net == pytest.approx(1, rel=1e-12)
+
+
+def test_forward_mode_costs_more_than_a_pass() -> None:
+    for objective, moving in ((DuMo(guide=PLAIN, slope=Jvp()), 1), (MeanFlow(guide=PLAIN, slope=Jvp()), 0.25)):
         once, first = multiply_adds(objective)
         units = forward_units(perceptron(objective.needs), objective, Linear(), (2,))
-        assert 3 - first / once + 1 <= units <= 3 - first / once + 3
+        assert 3 - first / once + 1 * moving < units <= 3 - first / once + 3 * moving
+
+
+@pytest.mark.parametrize(
+    ("slope", "guide", "passes", "products"),
+    [  # a tangent of attention is five products of matrices, attention two
+        (Central(), GUIDED, 3, 0),
+        (Jvp(), GUIDED, 4, 0),
+        (Dual(), GUIDED, 2, 1.5),
+        (Dual(), Guide(zeta=0.5, fraction=0.25), 1.25, 1.5),
+        (Dual(), PLAIN, 1, 1.5),
+    ],
+)
+def test_a_step_of_a_transformer_by_every_slope(slope: Slope, guide: Guide, passes: float, products: float) -> None:
+    """256 tokens of width 384, six blocks."""
+    linear, attention, first = by_hand(384, 6, tokens=256, channels=4)
+    once = linear + attention
+    objective = DuMo(guide=guide, slope=slope)
+    expected = 3 + passes + (products * attention - first) / once
+    assert forward_units(outline(), objective, Linear(), SHAPE) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_dual_step_stays_near_five_passes() -> None:
+    """256 tokens of width 384: the figures of docs/performance.md."""
+
+    def units(checkpoint: bool = False, **guide: float) -> float:
+        objective = DuMo(guide=Guide(**guide), slope=Dual())
+        return forward_units(outline(checkpoint=checkpoint), objective, Linear(), SHAPE)
+
+    assert units(zeta=0.5) < 5.15
+    assert units(zeta=0.5, fraction=0.25) < 4.40
+    assert units() < 4.15
+    assert units(checkpoint=True) < 5.15
+
+
+def test_the_bytes_of_a_dual_step_stay_near_those_of_a_difference() -> None:
+    def peak(slope: Slope, guide: Guide) -> int:
+        return peak_bytes(outline(), DuMo(guide=guide, slope=slope), Linear(), SHAPE, rows=4).peak
+
+    assert peak(Dual(), GUIDED) < 1.10 * peak(Central(), GUIDED)  # a tape
+    assert peak(Dual(), PLAIN) < 1.00 * peak(Central(), PLAIN)  # a ride
+
+
+def test_the_bytes_of_a_dual_step_grow_as_the_tokens() -> None:
+    def peak(side: int) -> int:
+        with torch.device("meta"):
+            net = DiT(width=64, depth=1, patch=2, attention=2).build(DuMo.needs, (1, side, side), 10)
+        return peak_bytes(net, DuMo(guide=GUIDED, slope=Dual()), Linear(), (1, side, side), rows=1).peak
+
+    assert peak(128) < 4.05 * peak(64)  # 4,096 and 1,024 tokens
 
 
 @pytest.mark.parametrize("objective", list(objectives()), ids=name_of)
@@ -106,3 +182,110 @@ def test_units_hardly_depend_on_size_and_flops_do() -> None:
     assert all(4.8 < unit <= 5 for unit in units)
     flops = [forward_flops(net, DuMo(), (1, 8, 8)) for net in nets]
     assert all(b > 1.5 * a for a, b in itertools.pairwise(flops))
+
+
+def test_rows_make_every_share_whole() -> None:
+    assert exact_rows(FlowMatching()) == 2
+    assert exact_rows(DuMo(guide=Guide(zeta=0.5, fraction=0.125))) == 8
+    assert exact_rows(MeanFlow(times=Pair(velocity_ratio=0.6))) == 10
+    few, many = (forward_units(perceptron(MeanFlow.needs), MeanFlow(), Linear(), (2,), rows=rows) for rows in (4, 64))
+    assert few == many
+
+
+@pytest.mark.parametrize("objective", list(objectives(guide=GUIDED)), ids=name_of)
+def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Objective) -> None:
+    shape, rows = (1, 16, 16), 4
+    net = DiT(width=32, depth=2, patch=2, attention=2).build(objective.needs, shape, 10)
+    x, c = torch.zeros(rows, *shape), torch.zeros(rows, dtype=torch.long)
+    b = draw(objective, Linear(), x, c, c, seed=0, step=0)
+
+    def step() -> None:
+        net.zero_grad()
+        objective.loss(net, still(net), b).loss.sum().backward()
+
+    step()  # tables that torch fills once
+    net.zero_grad()
+    assert live_bytes(step) == peak_bytes(net, objective, Linear(), shape, rows=rows)
+    units = flops(step) / rows / forward_flops(net, objective, shape)
+    assert units == forward_units(net, objective, Linear(), shape, rows=rows)
+
+
+def test_products_in_place_and_fused_ones_are_counted() -> None:
+    a, b, c = torch.ones(2, 3, 4), torch.ones(2, 4, 5), torch.ones(2, 3, 5)
+    assert flops(lambda: c.baddbmm_(a, b)) == 2 * 2 * 3 * 4 * 5
+    assert flops(lambda: c[0].addmm_(a[0], b[0])) == 2 * 3 * 4 * 5
+    q, k, v = (torch.ones(2, 3, n, d, requires_grad=True) for n, d in ((5, 4), (7, 4), (7, 4)))
+    once = 2 * 2 * 3 * 5 * 7 * (4 + 4)
+    assert flops(lambda: nn.functional.scaled_dot_product_attention(q, k, v)) == once
+    assert flops(lambda: nn.functional.scaled_dot_product_attention(q, k, v).sum().backward()) == 3 * once
+
+
+N = 1000  # numbers of a tensor, four bytes each
+
+
+def test_bytes_of_a_chain_are_counted_as_by_hand() -> None:
+    x = torch.ones(N)
+
+    def chain() -> None:
+        a = x.exp()
+        b = a.exp()  # x is given; a and b live
+        del a
+        c = b.exp()  # b and c
+        c.exp_()
+
+    assert live_bytes(chain) == Bytes(before=4 * N, peak=8 * N)
+
+
+def test_freed_tensors_do_not_count() -> None:
+    x = torch.ones(N)
+
+    def many(keep: bool) -> None:
+        kept: list[Tensor] = []
+        for _ in range(5):
+            kept = [*kept, x.exp()] if keep else [x.exp()]
+
+    assert live_bytes(lambda: many(True)).peak == 5 * 4 * N
+    assert live_bytes(lambda: many(False)).peak == 2 * 4 * N  # a new one is made before the old is let go
+
+
+def test_views_do_not_count_twice_and_keep_their_storage() -> None:
+    x = torch.ones(N)
+
+    def views() -> None:
+        first = x.exp().view(10, -1)[0].unsqueeze(0).t()  # a tenth of it is used, all of it lives
+        x.exp()
+        assert first.numel() == N / 10
+
+    assert live_bytes(views) == Bytes(before=4 * N, peak=8 * N)
+    assert live_bytes(lambda: (x.view(10, -1), x[3:5])) == Bytes(before=4 * N, peak=0)
+
+
+def test_what_autograd_saves_counts_until_the_backward_pass_is_through() -> None:
+    x = torch.ones(N, requires_grad=True)
+
+    def depth(n: int) -> None:
+        y = x
+        for _ in range(n):
+            y = y.exp()  # saves its result
+        y.sum().backward()
+
+    peaks = {n: live_bytes(lambda n=n: depth(n)).peak for n in (1, 2, 3, 7)}
+    assert peaks[1] == 4 * (2 * N + 2)  # the result, its gradient; the sum, and its own
+    assert peaks[3] - peaks[2] == 4 * N
+    assert peaks[7] - peaks[2] == 5 * 4 * N
+
+    def still() -> None:
+        y = x.detach()
+        for _ in range(7):
+            y = y.exp()
+
+    assert live_bytes(still).peak == 8 * N
+
+
+def test_a_storage_counts_what_it_has_grown_to() -> None:
+    def grows() -> None:
+        y = torch.empty(1)
+        for n in (N, 3 * N):
+            y.resize_(n)
+
+    assert live_bytes(grows).peak == 3 * 4 * N
