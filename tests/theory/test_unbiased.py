@@ -26,7 +26,7 @@ from dumo.types import Noised, PerSample, Spec
 N, CLASSES, SHAPE = 16, 3, (1, 4, 4)
 KEPT = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 1, 0], [0, 0, 0, 0]]).bool().flatten()
 EARLY = Interval(low=0.1, high=0.9)
-SPREAD = {"drop": 0.3, "times": Pair(of=Uniform(), velocity_ratio=0.5), "power": 0.0}  # where an objective has them
+PAIRS = Pair(of=Uniform(), velocity_ratio=0.5)
 
 
 class ByFraction(Guide):
@@ -48,7 +48,7 @@ class Once(Guide):
 
 
 class AnyRow(Guide):
-    """Right, and dearer: the choice is among all rows, those that are not to be guided as well."""
+    """Right, and noisier: the choice is among all rows, those that are not to be guided as well."""
 
     def pick(self, b: Noised) -> tuple[Int[Tensor, " k"], PerSample]:
         """One of every k, standing for k."""
@@ -58,10 +58,8 @@ class AnyRow(Guide):
 
 def cases(exact: bool = True) -> list[Objective]:
     """Every objective, its loss plain l2, with pairs of times where it takes pairs."""
-    found = list[Objective]()
-    for o in objectives(exact=exact, **{k: v for k, v in SPREAD.items() if k != "times"}):
-        found.append(o.model_copy(update={"times": SPREAD["times"]}) if isinstance(o.times, Pair) else o)
-    return found
+    found = objectives(exact=exact, drop=0.3, power=0.0)
+    return [o.model_copy(update={"times": PAIRS}) if isinstance(o.times, Pair) else o for o in found]
 
 
 EACH = pytest.mark.parametrize("objective", cases(), ids=name)

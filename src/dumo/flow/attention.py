@@ -110,7 +110,7 @@ def _sum(pairs: Sequence[tuple[Tensor, Tensor]], scale: float = 1.0) -> Tensor:
             new = torch.bmm(a, b, out_dtype=torch.float32).mul_(scale)
             total = total.add_(new) if i else new
         else:  # beta = 0: the first total is not read
-            total = torch.baddbmm(total, a, b, beta=int(i > 0), alpha=scale)
+            total = torch.baddbmm(total, a, b, beta=int(i > 0), alpha=scale, out=total if i else None)
     return total
 
 

@@ -7,7 +7,6 @@ are parameters, which rest.
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from math import prod, sqrt
-from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dumo.flow import dual, rule
 from dumo.flow.dual import ALONE, RULES, Dual, Later, NoRule
+from dumo.types import Array
 
 D = torch.float64
 Shapes = dict[str, tuple[int, ...]]
@@ -374,10 +374,10 @@ FLAT = [(shapes, call) for shapes, calls in CASES for call in lines(calls)]
 each = pytest.mark.parametrize(("shapes", "call"), FLAT, ids=[call for _, call in FLAT])
 
 
-def function(call: str) -> Callable[..., Any]:
+def function(call: str) -> Callable[..., Array]:
     """The call as a function of its operands. Whatever it draws, it draws anew."""
 
-    def f(**operands: Any) -> tuple[Any, ...]:
+    def f(**operands: Array) -> tuple[Array, ...]:
         torch.manual_seed(0)
         out = eval(call, {"torch": torch, "F": F, "np": np}, operands)
         return tuple(out) if isinstance(out, tuple | list) else (out,)
@@ -422,26 +422,26 @@ def crooked(x: Tensor) -> Tensor:
     return x.permute(*range(x.ndim)[::-1]).contiguous().permute(*range(x.ndim)[::-1])
 
 
-def known(f: Callable[..., Any], given: dict[str, Tensor], along: dict[str, Tensor]) -> tuple[Tensor, ...]:
+def known(f: Callable[..., Array], given: dict[str, Tensor], along: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """The tangent by torch, which has none for some orders of memory."""
     with sdpa_kernel(SDPBackend.MATH):
         at = {name: given[name] for name in along}
-        _, slopes = torch.func.jvp(lambda moved: f(**(given | moved)), (at,), (along,))  # type: ignore[misc]
+        _, slopes = torch.func.jvp(lambda moved: f(**(given | moved)), (at,), (along,))
     return slopes
 
 
-def ride(f: Callable[..., Any], given: dict[str, Tensor], along: dict[str, Tensor]) -> tuple[Any, ...]:
+def ride(f: Callable[..., Array], given: dict[str, Tensor], along: dict[str, Tensor]) -> tuple[Array, ...]:
     return f(**given | {name: Dual(given[name], d) for name, d in along.items()})
 
 
-def tape(f: Callable[..., Any], given: dict[str, Tensor], along: dict[str, Tensor]) -> tuple[Any, ...]:
+def tape(f: Callable[..., Array], given: dict[str, Tensor], along: dict[str, Tensor]) -> tuple[Array, ...]:
     later = {name: Later(d.shape, d.dtype) for name, d in along.items()}
     heads = f(**given | {name: Dual(given[name], end) for name, end in later.items()})
     for name, end in later.items():
         end.value = along[name]
     ends = [head.t for head in heads if isinstance(head, Dual)]
     dual.play(ends)
-    return tuple(Dual(h.p, cast(Tensor, h.t.value)) if isinstance(h, Dual) else h for h in heads)
+    return tuple(Dual(h.p, h.t.value) if isinstance(h, Dual) else h for h in heads)
 
 
 def error(found: Tensor, truth: Tensor) -> float:
@@ -474,13 +474,13 @@ def test_tangent_is_that_of_torch(shapes: Shapes, call: str) -> None:
 def test_primal_and_gradients_keep_their_bits(shapes: Shapes, call: str) -> None:
     f = function(call)
 
-    def run(way: Callable[..., Any], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor | None]]:
+    def run(way: Callable[..., Array], dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor | None]]:
         given = operands(shapes, call, dtype)
         leaves = [x.requires_grad_() for x in given.values() if x.is_floating_point()]
         heads = [dual.primal(h) for h in way(f, given, directions(given, tuple(moving(shapes, given))))]
         weigh = torch.Generator().manual_seed(3)
         loss = sum((h * torch.randn(h.shape, generator=weigh).to(h)).sum() for h in heads)
-        cast(Tensor, loss).backward()
+        loss.backward()
         return heads, [x.grad for x in leaves]
 
     for dtype in (torch.float32, D):
@@ -505,8 +505,8 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rule nobody calls is a rule nobody checks: the functions of torch, and the methods and operators of Dual."""
     called = set[object]()
 
-    def noting(name: object, f: Callable[..., Any]) -> Callable[..., Any]:
-        def note(*args: Any, **kwargs: Any) -> Any:
+    def noting(name: object, f: Callable[..., Array]) -> Callable[..., Array]:
+        def note(*args: object, **kwargs: object) -> object:
             called.add(name)
             return f(*args, **kwargs)
 
@@ -603,11 +603,11 @@ def test_a_block_that_hides_gradients_raises() -> None:
 
     class Own(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
+        def forward(ctx: object, x: Tensor) -> Tensor:
             return x * 2
 
         @staticmethod
-        def backward(ctx: Any, *g: Tensor) -> Tensor:
+        def backward(ctx: object, *g: Tensor) -> Tensor:
             return g[0] * 2
 
     x = Dual(torch.ones(2, requires_grad=True), torch.ones(2))
@@ -670,23 +670,23 @@ def test_dropout_shares_its_mask(dtype: torch.dtype) -> None:
     torch.manual_seed(5)
     plain, after = F.dropout(x, 0.4), torch.get_rng_state()
     torch.manual_seed(5)
-    y = cast(Dual, F.dropout(cast(Tensor, Dual(x, d)), 0.4))
+    y = F.dropout(Dual(x, d), 0.4)
     assert torch.equal(torch.get_rng_state(), after)
     assert torch.equal(y.p, plain)
     torch.manual_seed(5)
     mask = F.dropout(torch.ones_like(x), 0.4)
-    assert torch.equal(cast(Tensor, y.t), d * mask)
+    assert torch.equal(y.t, d * mask)
     assert 0.3 < float((mask == 0).to(D).mean()) < 0.5
 
 
 @pytest.mark.parametrize(("p", "training"), [(0.4, False), (0.0, True)])
 def test_dropout_that_drops_nothing_is_the_identity(p: float, training: bool) -> None:
-    state = torch.get_rng_state()
     x = Dual(torch.randn(3), torch.randn(3))
-    y = cast(Dual, F.dropout(cast(Tensor, x), p, training))
+    state = torch.get_rng_state()
+    y = F.dropout(x, p, training)
     assert y.p is x.p
     assert y.t is x.t
-    assert torch.equal(torch.get_rng_state().float().mean(), state.float().mean()) or p == 0.4
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # Low precision.
@@ -743,7 +743,7 @@ FLAT_LOW = [(shapes, call) for shapes, calls in LOW for call in lines(calls)]
 @pytest.mark.parametrize(("shapes", "call"), FLAT_LOW, ids=[call for _, call in FLAT_LOW])
 def test_under_autocast_tangents_are_as_good_as_values(shapes: Shapes, call: str) -> None:
     f, given = function(call), operands(shapes, call, torch.float32)
-    exact = {name: x.double() for name, x in given.items()}
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
     for names in subsets(moving(shapes, given)):
         along = directions(given, names)
         (truth,) = known(function(call.replace(".bfloat16()", "")), exact, {n: d.double() for n, d in along.items()})
@@ -772,6 +772,6 @@ def test_norms_of_bf16_weights(shapes: Shapes, call: str) -> None:
 def test_attention_scales_as_torch_does(n: int) -> None:
     """To the bit: 1 / sqrt(n) is not always n ** -0.5."""
     q, k, v = torch.randn(3, 1, 2, 5, n, dtype=D)
-    y = cast(Dual, F.scaled_dot_product_attention(cast(Tensor, Dual(q, q)), k, v))
+    y = F.scaled_dot_product_attention(Dual(q, q), k, v)
     assert torch.equal(y.p, F.scaled_dot_product_attention(q, k, v))
     assert prod(y.p.shape) == 10 * n
