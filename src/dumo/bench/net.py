@@ -5,10 +5,13 @@ from torch import nn
 
 from dumo.config.spec import Run
 from dumo.flow.draw import stream
+from dumo.types import UserError
 
 
 def outline(run: Run, shape: tuple[int, ...]) -> nn.Module:
     """The net without numbers. Raises UserError where it does not fit the shape."""
+    if min(shape) < 1:
+        raise UserError(f"a sample of shape {shape} has nothing in it: every side is at least 1")
     with torch.device("meta"):
         return run.net.build(run.objective.needs, shape, run.data.classes)
 

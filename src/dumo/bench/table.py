@@ -14,7 +14,7 @@ def title(report: dict[str, Any]) -> str:
 def cells(row: dict[str, Any]) -> dict[str, str]:
     """A row of the bench of training steps; what is not known is left empty."""
 
-    def cell(key: str, form: str, scale: float = 1) -> str:
+    def cell(key: str, form: str, scale: float = 1.0) -> str:
         return "" if row[key] is None else format(scale * row[key], form)
 
     return {
@@ -29,7 +29,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
         "images/s": cell("images_per_second", ".4g"),
         "MB": cell("bytes", ".1f", 1e-6),
         "x central": cell("bytes_over_central", ".2f"),
-        "% of peak": cell("share_of_peak", ".1f", 100),
+        "% of peak": cell("share_of_peak", ".1f", 1e2),
         "du/dt off": cell("error", ".1e"),
     }
 

@@ -84,22 +84,26 @@ def _by_chunks(
     def flat(x: Tensor) -> Tensor:
         return x.reshape(-1, *x.shape[-2:]).to(stored)
 
-    out, q, k, v = torch.empty_like(o), flat(q), flat(k).mT, flat(v)
+    out, q, k, v = torch.empty_like(o), flat(q), flat(k), flat(v)
     dq, dk, dv = (x if x is None else flat(x) for x in (dq, dk, dv))
     for first in range(0, o.shape[-2], CHUNK):
         rows = slice(first, first + CHUNK)
-        p = _sum([(q[:, rows], k)], scale).softmax(-1)
-        mixed = [] if dv is None else [(p.to(stored), dv)]
-        moved = [] if dq is None else [(dq[:, rows], k)]
-        moved += [] if dk is None else [(q[:, rows], dk.mT)]
-        if moved:
-            h = _sum(moved, scale).mul_(p)
-            mean = h.sum(-1, keepdim=True) * flat(o[..., rows, :])
-            step = _sum([*mixed, (h.to(stored), v)]) - mean
-        else:
-            step = _sum(mixed)
-        out[..., rows, :] = step.view(*o.shape[:-2], -1, o.shape[-1])
+        old, moved = o[..., rows, :], None if dq is None else dq[:, rows]
+        out[..., rows, :] = _chunk(q[:, rows], k, v, moved, dk, dv, flat(old), scale).view(old.shape)
     return out
+
+
+def _chunk(
+    q: Queries, k: Keys, v: Values, dq: Queries | None, dk: Keys | None, dv: Values | None, o: Mixed, scale: float
+) -> Mixed:
+    p = _sum([(q, k.mT)], scale).softmax(-1)
+    mixed = [] if dv is None else [(p.to(v.dtype), dv)]
+    moved = [] if dq is None else [(dq, k.mT)]
+    moved += [] if dk is None else [(q, dk.mT)]
+    if not moved:
+        return _sum(mixed)
+    h = _sum(moved, scale).mul_(p)
+    return _sum([*mixed, (h.to(v.dtype), v)]) - h.sum(-1, keepdim=True) * o
 
 
 def _sum(pairs: Sequence[tuple[Tensor, Tensor]], scale: float = 1.0) -> Tensor:

@@ -100,13 +100,26 @@ class Guide(Spec):
         """
         if not self.active:
             return b.v_t
-        if not self.random:
+        place, weight = self.pick(b) if self.random else (self.needing(b), None)
+        if place is None:
             return self._full(b, v_hat, velocity)
-        place, weight = self.pick(b)
         some = b[place]
         v_star = self._full(some, None if v_hat is None else v_hat[place], velocity)
-        v_star = some.v_t + lift(weight.to(v_star), v_star) * (v_star - some.v_t)
+        if weight is not None:
+            v_star = some.v_t + lift(weight.to(v_star), v_star) * (v_star - some.v_t)
         return b.v_t.to(v_star).index_copy(0, place, v_star)
+
+    def needing(self, b: Noised) -> Int[Tensor, " k"] | None:
+        """The places where guidance acts, at least one, so that every rank makes the pass; None: make it for all.
+
+        That is also the answer where shapes must not depend on numbers, to a compiler, or where there are no numbers.
+        """
+        if torch.compiler.is_compiling() or type(b.t) is not Tensor or b.t.is_meta:
+            return None
+        place = self.rows(b).nonzero().flatten()
+        if len(place) == len(b.t):
+            return None
+        return place if len(place) else torch.zeros(1, dtype=torch.long, device=b.t.device)
 
     def pick(self, b: Noised) -> tuple[Int[Tensor, " k"], PerSample]:
         """The place of one row per group, the guided one of the largest coin, and how many guided rows it stands for.

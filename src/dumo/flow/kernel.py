@@ -16,6 +16,7 @@ Importing this file imports Triton. Blocks are looked up and not timed, so a mac
 # pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
 
 from math import gcd
+from typing import no_type_check
 
 import torch
 import triton
@@ -44,6 +45,7 @@ def block(row: int, limit: int) -> tuple[int, int, int]:
 
 
 @triton.jit
+@no_type_check
 def _at(x, stride, b, h, rows, n, d: tl.constexpr, first: tl.constexpr, width: tl.constexpr, unit: tl.constexpr):
     """Addresses of some columns of some rows, and which of them exist."""
     cols = first + tl.arange(0, width)
@@ -52,6 +54,7 @@ def _at(x, stride, b, h, rows, n, d: tl.constexpr, first: tl.constexpr, width: t
 
 
 @triton.jit
+@no_type_check
 def _load(x, stride, b, h, rows, n, d: tl.constexpr, unit: tl.constexpr):
     """Some rows, in the one or two parts of `cover`; zero where there is nothing."""
     at, there = _at(x, stride, b, h, rows, n, d, 0, d[1], unit)
@@ -64,6 +67,7 @@ def _load(x, stride, b, h, rows, n, d: tl.constexpr, unit: tl.constexpr):
 
 
 @triton.jit
+@no_type_check
 def _scores(a, b, s):
     """s + a b^T."""
     s = tl.dot(a[0], tl.trans(b[0]), s, input_precision="ieee")
@@ -71,6 +75,7 @@ def _scores(a, b, s):
 
 
 @triton.jit
+@no_type_check
 def _mix(p, v, acc):
     """acc + p v."""
     p = p.to(v[0].dtype)
@@ -79,12 +84,14 @@ def _mix(p, v, acc):
 
 
 @triton.jit
+@no_type_check
 def _times(acc, share):
     """Every row of acc times its share."""
     return acc[0] * share[:, None], None if acc[1] is None else acc[1] * share[:, None]
 
 
 @triton.jit
+@no_type_check
 def _kernel(
     q, k, v, dq, dk, dv, o, out, qs, ks, vs, dqs, dks, dvs, os, outs, lse, scale, heads, n, m,
     d: tl.constexpr, e: tl.constexpr, bn: tl.constexpr, bm: tl.constexpr, unit: tl.constexpr,

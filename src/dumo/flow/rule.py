@@ -135,15 +135,15 @@ def _stack(*rest: Any) -> Tensor:
 
 
 @rule(torch.where)
-def where(condition: Tensor, a: Any, b: Any) -> Array:
+def where(condition: Tensor, a: Any, other: Any) -> Array:
     """Choose among tangents as among values."""
-    return carry(torch.where(condition, primal(a), primal(b)), _where, (a, b), condition)
+    return carry(torch.where(condition, primal(a), primal(other)), _where, (a, other), condition)
 
 
 @rule(Tensor.where)
-def where_method(a: Any, condition: Tensor, b: Any) -> Array:
+def where_method(a: Any, condition: Tensor, other: Any) -> Array:
     """As where."""
-    return where(condition, a, b)
+    return where(condition, a, other)
 
 
 def _where(da: Tensor | None, db: Tensor | None, condition: Tensor) -> Tensor:
@@ -164,8 +164,8 @@ def _masked_fill(dx: Tensor, mask: Tensor) -> Tensor:
 
 
 def _compare(function: Callable[..., Tensor]) -> Rule:
-    def apply(a: Any, b: Any) -> Tensor:
-        return function(primal(a), primal(b))
+    def apply(a: Any, other: Any) -> Tensor:
+        return function(primal(a), primal(other))
 
     return apply
 
@@ -182,20 +182,21 @@ def _constant(function: Callable[..., Any]) -> Rule:
     return apply
 
 
-for _function in (torch.zeros_like, torch.ones_like, torch.full_like):
-    rule(_function)(_constant(_function))
-for _function in (Tensor.new_zeros, Tensor.new_ones, Tensor.new_full, Tensor.new_tensor, Tensor.is_contiguous):
-    rule(_function)(_constant(_function))
+for _name in ("zeros", "ones", "full", "empty"):
+    for _function in (getattr(torch, f"{_name}_like"), getattr(Tensor, f"new_{_name}")):
+        rule(_function)(_constant(_function))
+rule(Tensor.new_tensor)(_constant(Tensor.new_tensor))
+rule(Tensor.is_contiguous)(_constant(Tensor.is_contiguous))
 
 
 # Sums and products.
 
 
 @rule(torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__)
-def add(a: Any, b: Any, *, alpha: int | float = 1) -> Array:
+def add(a: Any, other: Any, *, alpha: int | float = 1) -> Array:
     """d(a + alpha b) = da + alpha db."""
-    p = primal(a) + primal(b) if alpha == 1 else torch.add(primal(a), primal(b), alpha=alpha)
-    return carry(p, _add, (a, b), alpha)
+    a_, b_ = primal(a), primal(other)
+    return carry(a_ + b_ if alpha == 1 else torch.add(a_, b_, alpha=alpha), _add, (a, other), alpha)
 
 
 def _add(da: Tensor | None, db: Tensor | None, alpha: int | float) -> Tensor:
@@ -203,16 +204,16 @@ def _add(da: Tensor | None, db: Tensor | None, alpha: int | float) -> Tensor:
 
 
 @rule(torch.sub, torch.subtract, Tensor.sub, Tensor.__sub__)
-def sub(a: Any, b: Any, *, alpha: int | float = 1) -> Array:
+def sub(a: Any, other: Any, *, alpha: int | float = 1) -> Array:
     """d(a - alpha b) = da - alpha db."""
-    p = primal(a) - primal(b) if alpha == 1 else torch.sub(primal(a), primal(b), alpha=alpha)
-    return carry(p, _add, (a, b), -alpha)
+    a_, b_ = primal(a), primal(other)
+    return carry(a_ - b_ if alpha == 1 else torch.sub(a_, b_, alpha=alpha), _add, (a, other), -alpha)
 
 
 @rule(torch.rsub, Tensor.__rsub__)
-def rsub(a: Any, b: Any) -> Array:
+def rsub(a: Any, other: Any) -> Array:
     """d(b - a)."""
-    return sub(b, a)
+    return sub(other, a)
 
 
 def _sum(*terms: Tensor | None) -> Tensor:
@@ -223,27 +224,27 @@ def _sum(*terms: Tensor | None) -> Tensor:
 
 
 @rule(torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
-def mul(a: Any, b: Any) -> Array:
+def mul(a: Any, other: Any) -> Array:
     """d(a b) = da b + a db."""
-    return _bilinear(torch.mul, a, b)
+    return _bilinear(torch.mul, a, other)
 
 
 @rule(torch.matmul, Tensor.matmul, Tensor.__matmul__)
-def matmul(a: Any, b: Any) -> Array:
+def matmul(a: Any, other: Any) -> Array:
     """d(a b) = da b + a db."""
-    return _bilinear(torch.matmul, a, b)
+    return _bilinear(torch.matmul, a, other)
 
 
 @rule(torch.bmm, Tensor.bmm)
-def bmm(a: Any, b: Any) -> Array:
+def bmm(a: Any, mat2: Any) -> Array:
     """d(a b) = da b + a db."""
-    return _bilinear(torch.bmm, a, b)
+    return _bilinear(torch.bmm, a, mat2)
 
 
 @rule(torch.outer, torch.ger, Tensor.outer, Tensor.ger)
-def outer(a: Any, b: Any) -> Array:
+def outer(a: Any, vec2: Any) -> Array:
     """d(a b^T) = da b^T + a db^T."""
-    return _bilinear(torch.outer, a, b)
+    return _bilinear(torch.outer, a, vec2)
 
 
 def _bilinear(product: Callable[..., Tensor], a: Any, b: Any) -> Array:
@@ -263,10 +264,11 @@ def _leibniz(da: Tensor | None, db: Tensor | None, product: Callable[..., Tensor
 
 
 @rule(torch.addcmul, Tensor.addcmul)
-def addcmul(c: Any, a: Any, b: Any, *, value: int | float = 1) -> Array:
+def addcmul(c: Any, tensor1: Any, tensor2: Any, *, value: int | float = 1) -> Array:
     """d(c + k a b) = dc + k (da b + a db)."""
-    c_, a_, b_ = primal(c), primal(a), primal(b)
-    return carry(torch.addcmul(c_, a_, b_, value=value), _addcmul, (c, a, b), a_, b_, value)
+    a_, b_ = primal(tensor1), primal(tensor2)
+    p = torch.addcmul(primal(c), a_, b_, value=value)
+    return carry(p, _addcmul, (c, tensor1, tensor2), a_, b_, value)
 
 
 def _addcmul(
@@ -276,13 +278,14 @@ def _addcmul(
 
 
 @rule(torch.lerp, Tensor.lerp)
-def lerp(a: Any, b: Any, w: Any) -> Array:
+def lerp(a: Any, end: Any, weight: Any) -> Array:
     """d(a + w (b - a)) = da + w (db - da) + dw (b - a)."""
-    a_, b_, w_ = primal(a), primal(b), primal(w)
-    return carry(torch.lerp(a_, b_, w_), _lerp, (a, b, w), a_, b_, w_)
+    a_, b_, w_ = primal(a), primal(end), primal(weight)
+    ends = (a_, b_) if isinstance(weight, Dual) else (None, None)
+    return carry(torch.lerp(a_, b_, w_), _lerp, (a, end, weight), *ends, w_)
 
 
-def _lerp(da: Tensor | None, db: Tensor | None, dw: Tensor | None, a: Tensor, b: Tensor, w: Any) -> Tensor:
+def _lerp(da: Tensor | None, db: Tensor | None, dw: Tensor | None, a: Any, b: Any, w: Any) -> Tensor:
     return _sum(
         None if da is None else (1 - w) * da, None if db is None else w * db, None if dw is None else dw * (b - a)
     )
@@ -303,18 +306,18 @@ def _einsum(*rest: Any) -> Tensor:
 
 
 @rule(torch.div, torch.true_divide, Tensor.div, Tensor.__truediv__)
-def div(a: Any, b: Any, *, rounding_mode: str | None = None) -> Array:
+def div(a: Any, other: Any, *, rounding_mode: str | None = None) -> Array:
     """d(a / b) = (da - (a / b) db) / b."""
     if rounding_mode is not None:
         raise NoRule(f"div with rounding_mode={rounding_mode}")
-    p = primal(a) / primal(b)
-    return carry(p, _div, (a, b), p if isinstance(b, Dual) else None, primal(b))
+    p = primal(a) / primal(other)
+    return carry(p, _div, (a, other), p if isinstance(other, Dual) else None, primal(other))
 
 
 @rule(Tensor.__rtruediv__)
-def rdiv(a: Any, b: Any) -> Array:
+def rdiv(a: Any, other: Any) -> Array:
     """d(b / a)."""
-    return div(b, a)
+    return div(other, a)
 
 
 def _div(da: Tensor | None, db: Tensor | None, y: Tensor | None, b: Any) -> Tensor:
@@ -324,11 +327,11 @@ def _div(da: Tensor | None, db: Tensor | None, y: Tensor | None, b: Any) -> Tens
 
 
 @rule(torch.pow, Tensor.pow, Tensor.__pow__)
-def power(x: Dual, n: Any) -> Array:
+def power(x: Dual, exponent: Any) -> Array:
     """d(x^n) = n x^(n - 1) dx, n a number; a tensor raises NoRule."""
-    if not isinstance(n, int | float):
+    if not isinstance(exponent, int | float):
         raise NoRule("pow with a tensor as exponent")
-    return carry(x.p**n, _power, (x,), x.p, n)
+    return carry(x.p**exponent, _power, (x,), x.p, exponent)
 
 
 def _power(dx: Tensor, x: Tensor, n: int | float) -> Tensor:
@@ -497,7 +500,7 @@ def _convolve(
 
 
 @rule(F.dropout)
-def dropout(x: Dual, p: float = 0.5, training: bool = True, inplace: bool = False) -> Array:
+def dropout(x: Dual, p: int | float = 0.5, training: bool = True, inplace: bool = False) -> Array:
     """The tangent meets the same mask. torch's generator moves as it does without a tangent. NoRule in place."""
     _elsewhere("dropout", inplace)
     if p == 0 or not training:
@@ -603,7 +606,7 @@ def scaled_dot_product_attention(
     key: Any,
     value: Any,
     attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
+    dropout_p: int | float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,

@@ -58,8 +58,8 @@ def forward_units(
 
     Of a batch of `rows` (None: one in which every share of the rows is a whole number of them).
     """
-    net, rows = copy.deepcopy(net).to("meta"), rows or exact_rows(objective)
-    work = _step(net, objective, _draw(objective, path, rows, shape), ref)
+    rows = rows or exact_rows(objective)
+    work = _step(*_outlines(net, ref), objective, _draw(objective, path, rows, shape))
     return flops(work) / (rows * forward_flops(net, objective, shape))
 
 
@@ -77,9 +77,11 @@ def peak_bytes(
 
     What a kernel takes for itself while it runs is not seen.
     """
-    net, b = copy.deepcopy(net).to("meta"), _draw(objective, path, rows, shape)
+    (net, frozen), b = _outlines(net, ref), _draw(objective, path, rows, shape)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        work = _step(net.to_empty(device="cpu"), objective, _empty(b), ref)
+        for module in {net, frozen.module}:
+            module.to_empty(device="cpu")
+        work = _step(net, frozen, objective, _empty(b))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             return live_bytes(work)
 
@@ -150,10 +152,15 @@ def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
     return (x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor))
 
 
-def _step(net: nn.Module, objective: Objective, b: Noised, ref: Theta) -> Callable[[], object]:
+def _step(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:
     """Forward, targets and backward, as in training."""
-    frozen = still(net) if ref == "self" else Frozen(copy.deepcopy(net))
-    return lambda: objective.loss(net, frozen, b).loss.sum().backward()
+    return lambda: objective.loss(net, ref, b).loss.sum().backward()
+
+
+def _outlines(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
+    """The net and theta^- without numbers."""
+    net = copy.deepcopy(net).to("meta")
+    return net, still(net) if ref == "self" else Frozen(copy.deepcopy(net))
 
 
 def _draw(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> Noised:

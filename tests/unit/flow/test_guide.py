@@ -28,15 +28,20 @@ def record() -> Noised:
     return replace(b, t=t, v_t=torch.full((6, 2), 2.0), kept=kept, c=torch.where(kept, c, 9))
 
 
+def needing(guide: Guide, b: Noised) -> list[int]:
+    """Passes are made for the rows that are guided, and for one where none is: no rank may go without."""
+    return guide.rows(b).nonzero().flatten().tolist() or [0]
+
+
 def guided(guide: Guide, b: Noised, *, have_v_hat: bool = False) -> tuple[Tensor, list[str]]:
     """v*, and the passes that were made for it."""
     passes: list[str] = []
 
     def velocity(rows: Noised, c: Cond) -> Tensor:
-        assert rows is b
+        assert torch.equal(rows.t, b.t[needing(guide, b)])
         null = bool((c == 9).all())
         passes.append("null" if null else "c")
-        return torch.full_like(b.x_t, V_NULL if null else V_C)
+        return torch.full_like(rows.x_t, V_NULL if null else V_C)
 
     v_hat = torch.full_like(b.x_t, V_C) if have_v_hat else None
     return guide(b, v_hat, velocity), passes
@@ -81,7 +86,7 @@ def test_a_velocity_at_hand_saves_its_pass(omega: float, zeta: float, v_star: fl
     [(0.0, 1.0, KEPT), (0.0, 0.75, [0, 2, 3]), (0.3, 1.0, [2, 3, 5]), (0.4, 0.6, [2, 3]), (0.5, 0.55, [])],
 )
 def test_rows_outside_the_interval_keep_v_t(low: float, high: float, rows: list[int]) -> None:
-    """Both ends belong to it. The passes are made all the same: other rows of the batch may need them."""
+    """Both ends belong to it. The passes are made even where no row needs them: another rank's rows may."""
     guide = Guide(zeta=0.5, interval=Interval(low=low, high=high))
     found, made = guided(guide, record())
     assert torch.equal(found, expected(1.0, rows))
@@ -100,6 +105,14 @@ def test_effective_scale_is_where_the_map_settles(omega: float, zeta: float, sca
         settled = omega * v + zeta * settled + (1 - omega - zeta) * v_null
     assert guide.scale == pytest.approx(scale)
     assert settled == pytest.approx(v_null + guide.scale * (v - v_null))
+
+
+def test_all_rows_are_taken_where_shapes_must_not_depend_on_numbers() -> None:
+    b, guide = record(), Guide(zeta=0.5)
+    assert guide.needing(b).tolist() == KEPT
+    assert guide.needing(b[torch.tensor(KEPT)]) is None  # all are needed
+    fields = {name: getattr(b, name).to("meta") for name in ("t", "kept", "coin")}
+    assert guide.needing(replace(b, **fields)) is None
 
 
 def test_what_is_known_before_a_pass() -> None:

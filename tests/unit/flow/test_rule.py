@@ -145,7 +145,7 @@ CASES: list[tuple[Shapes, str]] = [
         torch.stack((-y, w.view(2, 3), x), dim=-1).flatten(1)
         torch.where(m, x, y)
         torch.where(m, x, 2.0)
-        torch.where(x > 0, z, y)
+        torch.where(x > 0, z, other=y)
         x.where(m, y)
         w.where(m, x)
         """,
@@ -158,7 +158,7 @@ CASES: list[tuple[Shapes, str]] = [
         1 + x
         w + y
         torch.add(x, y)
-        torch.add(x, y, alpha=3)
+        torch.add(x, other=y, alpha=3)
         x.add(y)
         x - y
         x - 0.5
@@ -174,15 +174,15 @@ CASES: list[tuple[Shapes, str]] = [
         np.float64(3) * x
         x * np.float32(3)
         w * y
-        torch.mul(x, y)
+        torch.mul(input=x, other=y)
         torch.multiply(y, x)
         x.mul(y)
         x * x
         x * (1 + y) + y
         torch.addcmul(x, y, w)
-        torch.addcmul(w, x, 1 + y, value=0.5)
+        torch.addcmul(w, tensor1=x, tensor2=1 + y, value=0.5)
         x.addcmul(x, y)
-        torch.lerp(x, y, 0.3)
+        torch.lerp(x, end=y, weight=0.3)
         torch.lerp(w, x, y)
         x.lerp(w, 0.3)
         """,
@@ -192,9 +192,9 @@ CASES: list[tuple[Shapes, str]] = [
         {"x": (2, 3, 4), "y": (2, 4, 5)},
         """
         x @ y
-        torch.matmul(x, y)
+        torch.matmul(x, other=y)
         x.matmul(y)
-        torch.bmm(x, y)
+        torch.bmm(x, mat2=y)
         x.bmm(y)
         w.transpose(1, 2) @ x
         torch.einsum("bij,bjk->bik", x, y)
@@ -209,14 +209,14 @@ CASES: list[tuple[Shapes, str]] = [
         x / 4
         2.0 / a
         w / a
-        torch.div(x, a)
+        torch.div(x, other=a)
         torch.true_divide(x, a)
         x.div(a)
         x**2
         x**3
         a**-0.5
         x.pow(2)
-        torch.pow(a, 1.5)
+        torch.pow(a, exponent=1.5)
         x**1
         x**0 * x
         """,
@@ -277,7 +277,8 @@ CASES: list[tuple[Shapes, str]] = [
         F.dropout(x, 0.3)
         F.dropout(x, p=0.5, training=True) * x
         F.dropout(x, 0.3, False)
-        F.dropout(x, 0.0)
+        F.dropout(x, 0)
+        x * x.new_empty((len(x), 3, 1)).bernoulli_(0.6).div_(0.6)
         torch.nn.Dropout(0.4)(x)
         F.linear(x, w[0])
         F.linear(x, w[0], b[:3])
@@ -319,6 +320,10 @@ CASES: list[tuple[Shapes, str]] = [
         F.scaled_dot_product_attention(x, y, z, scale=0.5)
         F.scaled_dot_product_attention(query=x, key=y, value=z, attn_mask=None, dropout_p=0.0, is_causal=False)
         F.scaled_dot_product_attention(x, x, x)
+        F.scaled_dot_product_attention(x, y, z[..., :4])
+        F.scaled_dot_product_attention(x[0], y[0], z[0])
+        F.scaled_dot_product_attention(x.transpose(0, 1), y.transpose(0, 1)[:, :, :5], w)
+        F.scaled_dot_product_attention(x, y, z).transpose(1, 2).flatten(2)
         """,
     ),
 ]
@@ -346,6 +351,8 @@ CONSTANTS = """
     torch.zeros_like(x)
     torch.ones_like(x, dtype=torch.float32)
     torch.full_like(x, 3)
+    torch.empty_like(x).fill_(2)
+    x.new_empty((2,)).zero_()
     x.new_zeros(2)
     x.new_ones((2, 3))
     x.new_full((2,), 0.5)
@@ -457,6 +464,9 @@ def test_tangent_is_that_of_torch(shapes: Shapes, call: str) -> None:
         along = directions(given, names)
         truth = known(function(call.replace(CHANNELS_LAST, "")), given, along)
         bent = {name: crooked(d) for name, d in along.items()}
+        flat = {name: d[:1].expand_as(d) for name, d in along.items()}
+        for a, b in zip(ride(f, given, flat), ride(f, given, {n: d.clone() for n, d in flat.items()}), strict=True):
+            assert a is b or not isinstance(a, Dual) or torch.allclose(a.t, b.t, rtol=1e-12, atol=1e-14)
         for found in (ride(f, given, along), tape(f, given, along), ride(f, given, bent)):
             assert len(found) == len(truth)
             for head, d in zip(found, truth, strict=True):
