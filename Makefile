@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+ifneq ($(wildcard ../shared/data),)
+export DUMO_DATA ?= $(abspath ../shared/data)
+endif
 
 .PHONY: help demo test check mutants clean
 .DEFAULT_GOAL := help

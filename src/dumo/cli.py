@@ -83,6 +83,8 @@ def show(source: Source, set_: Set = None, as_json: AsJson = False) -> None:
     table.add_row(
         "one step", f"{facts['forward_units_per_step']:.2f} F (forward units, counted; a backward pass is 2 F)"
     )
+    if way := facts["slope"]:
+        table.add_row("slope", f"dual, {way['name']}: {way['why']}")
     table.add_row("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows")
     table.add_row("guidance scale", f"{scale:.3g} in training (1 is none)")
     out.print(table)

@@ -260,18 +260,21 @@ def evaluate(
 def show(run: Run) -> dict[str, Any]:
     """What a run is before it is run: its spec, its size, and what a step costs and teaches.
 
-    `forward_units_per_step` counts floating-point operations; `far` is P(t - r > 0.9), the share of rows where one-step
-    sampling is taught, None where no jump is; `guidance_scale` is the effective one, 1 for none.
+    `forward_units_per_step` counts floating-point operations; `slope` is the way of a slope that rides; `far` is
+    P(t - r > 0.9), the share of rows where one-step sampling is taught, None where no jump is; `guidance_scale` is the
+    effective one, 1 for none.
     """
     net = run.outline()
     t, r = run.objective.times(1_000_000, stream("show"))
     jumps = run.reads.endpoint or run.reads.flow_map
     guide: Guide | None = getattr(run.objective, "guide", None)
+    way = cost.way(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     return {
         "spec": run.model_dump(mode="json"),
         "parameters": sum(p.numel() for p in net.parameters()),
         "forward_flops_per_image": cost.forward_flops(net, run.objective, run.data.shape),
-        "forward_units_per_step": cost.forward_units(net, run.objective, run.path, run.data.shape),
+        "forward_units_per_step": cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref),
+        "slope": way and way._asdict(),
         "far": (t - r > 0.9).double().mean().item() if jumps else None,
         "guidance_scale": guide.scale if guide else 1.0,
     }

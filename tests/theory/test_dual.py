@@ -249,7 +249,7 @@ def test_the_net_and_its_gradients_keep_their_bits(name: str, way: str, dtype: t
     truth = plain(net, dtype)
     known_gradients = gradients(net, truth)
     assert sum(g is not None for g in known_gradients) > len(known_gradients) - 3
-    for moving in (None, MOVING["some"]) if way != "ride" else (None,):  # a ride of some rows is two passes
+    for moving in (None, MOVING["some"]) if way != "ride" and dtype == D else (None,):  # a ride of some is two passes
         heads, _ = run(net, way, moving, dtype)
         assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(heads, truth, strict=True))
         assert same(gradients(net, heads), known_gradients)
@@ -395,14 +395,12 @@ def test_a_missing_rule_is_named(way: str, operation: Callable[[Array], Array], 
 
 @each_net
 @each_way
-@pytest.mark.parametrize("at", [0.0, 1.0])
-def test_the_ends_of_time_are_finite(name: str, way: str, at: float) -> None:
-    """Also on inputs that are all zero, where norms divide by their eps."""
+def test_the_ends_of_time_are_finite(name: str, way: str) -> None:
+    """On inputs that are all zero, where norms divide by their eps; others are in the record."""
     net, (x, c, t, _, w) = made(name), record()
-    s, ref = torch.full_like(t, at), Frozen(deepcopy(net) if way == "pass" else net)
-    for point in (x, 0 * x):
-        _, along = slope.Dual()(net, ref, point, c, t=s, r=s, toward=w if way == "ride" else None)
-        assert all(d.isfinite().all() for d in along(w))
+    ends, ref = torch.arange(BATCH, dtype=D) % 2, Frozen(deepcopy(net) if way == "pass" else net)
+    _, along = slope.Dual()(net, ref, 0 * x, c, t=ends, r=0 * t, toward=w if way == "ride" else None)
+    assert all(d.isfinite().all() and d.any() for d in along(w))
 
 
 # Checkpointing.

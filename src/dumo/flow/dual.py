@@ -13,7 +13,7 @@ and returns Duals, needs to know no more than that.
 """
 
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -25,19 +25,20 @@ from torch import Tensor
 from dumo.types import Array, UserError
 
 Rule = Callable[..., Any]
-RULES: dict[Callable[..., Any], Rule] = {}  # by the function of torch that a net calls; filled by `dumo.flow.rule`
-ALONE: set[Callable[..., Any]] = set()  # those of them whose first operand alone may move
+Name = Callable[..., Any] | str  # a function of torch; as a string where a compiler hands over another object for it
+RULES: dict[Name, Rule] = {}  # by what a net calls; filled by `dumo.flow.rule`
+ALONE: set[Name] = set()  # those of them whose first operand alone may move
 
 _state = threading.local()
 
 
 class NoRule(UserError, NotImplementedError):  # noqa: N818, a lack in the rules
-    """A net uses an operation for which there is no tangent rule."""
+    """A net uses an operation, named by the argument, for which there is no tangent rule."""
 
-    def __init__(self, name: str) -> None:
-        """`name` is the operation's."""
-        super().__init__(
-            f"slope 'dual' has no tangent rule for '{name}', which this net uses: "
+    def __str__(self) -> str:
+        """The name and the way out. Not made by the constructor, which a compiler could not trace."""
+        return (
+            f"slope 'dual' has no tangent rule for '{self.args[0]}', which this net uses: "
             "write one beside those in dumo.flow.rule, or use slope 'jvp'"
         )
 
@@ -98,6 +99,10 @@ class Dual:
         """As the primal's."""
         return len(self.p)
 
+    def __iter__(self) -> Iterator[Array]:
+        """Row by row, as Tensor's. Python by itself would ask for rows until one is missing."""
+        return iter(RULES[Tensor.unbind](self, 0))
+
     def __getattr__(self, name: str) -> object:
         """Raise NoRule for a method of Tensor that `dumo.flow.rule` does not know."""
         if name.startswith("__") or not hasattr(Tensor, name):
@@ -117,11 +122,12 @@ class Dual:
         if "input" in kwargs:
             args = (kwargs.pop("input"), *args)
         name = getattr(function, "__name__", str(function))
-        if function not in RULES or kwargs.pop("out", None) is not None:
-            raise NoRule(f"{name} with out" if function in RULES else name)
-        if function in ALONE and any(isinstance(x, Dual) for x in (*args[1:], *kwargs.values())):
+        key = name if name in RULES else function
+        if key not in RULES or kwargs.pop("out", None) is not None:
+            raise NoRule(f"{name} with out" if key in RULES else name)
+        if key in ALONE and any(isinstance(x, Dual) for x in (*args[1:], *kwargs.values())):
             raise NoRule(f"{name} with a moving parameter")
-        return RULES[function](*args, **kwargs)
+        return RULES[key](*args, **kwargs)
 
 
 def _refuse(name: str) -> Callable[..., Any]:

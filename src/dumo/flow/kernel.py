@@ -14,6 +14,7 @@ Importing this file imports Triton. Blocks are looked up and not timed, so a mac
 # The functions of Triton are no Python: what they take and return has no type here.
 # ruff: noqa: ANN001, ANN202
 # pyright: reportMissingParameterType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+# pyright: reportMissingImports=false, reportUntypedFunctionDecorator=false
 
 from math import gcd
 from typing import no_type_check

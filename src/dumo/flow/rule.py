@@ -16,20 +16,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dumo.flow import attention
-from dumo.flow.dual import ALONE, RULES, Dual, NoRule, Rule, carry, primal
+from dumo.flow.dual import ALONE, RULES, Dual, Name, NoRule, Rule, carry, primal
 from dumo.types import Array
 
 aten = torch.ops.aten
 OPERATORS = "abs add radd sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg getitem eq ne lt le gt ge"
 
 
-METHODS: dict[Callable[..., Any], list[str]] = {}  # the names that Tensor knows a function by
+METHODS: dict[Name, list[str]] = {}  # the names that Tensor knows a function by
 for _name in dir(Tensor):
     if callable(_f := getattr(Tensor, _name)) and (not _name.startswith("__") or _name.strip("_") in OPERATORS.split()):
         METHODS.setdefault(_f, []).append(_name)
 
 
-def rule(*functions: Callable[..., Any]) -> Callable[[Rule], Rule]:
+def rule(*functions: Name) -> Callable[[Rule], Rule]:
     """Make the decorated function the rule of these functions of torch; of methods of Tensor, a method of Dual too.
 
     Where an argument is annotated as Dual, it is the first, and no other may move.
@@ -94,7 +94,8 @@ def _linear_map(function: Callable[..., Any]) -> Rule:
 
 for _name in LINEAR.split():
     _method = getattr(Tensor, _name)
-    rule(*(f for f in (_method, getattr(torch, _name, None)) if callable(f)))(_linear_map(_method))
+    _map = torch.unflatten if _name == "unflatten" else _method  # this one method does not compile
+    rule(*(f for f in (_method, getattr(torch, _name, None)) if callable(f)))(_linear_map(_map))
 for _function in (*RESAMPLE, *COMPLEX):
     rule(_function)(_linear_map(_function))
 
@@ -210,7 +211,7 @@ def sub(a: Any, other: Any, *, alpha: int | float = 1) -> Array:
     return carry(a_ - b_ if alpha == 1 else torch.sub(a_, b_, alpha=alpha), _add, (a, other), -alpha)
 
 
-@rule(torch.rsub, Tensor.__rsub__)
+@rule(torch.rsub, Tensor.__rsub__, "__rsub__")
 def rsub(a: Any, other: Any) -> Array:
     """d(b - a)."""
     return sub(other, a)
@@ -229,10 +230,18 @@ def mul(a: Any, other: Any) -> Array:
     return _bilinear(torch.mul, a, other)
 
 
-@rule(torch.matmul, Tensor.matmul, Tensor.__matmul__)
+@rule(torch.matmul)
 def matmul(a: Any, other: Any) -> Array:
     """d(a b) = da b + a db."""
     return _bilinear(torch.matmul, a, other)
+
+
+@rule(Tensor.matmul, Tensor.__matmul__)
+def matmul_method(a: Any, other: Any) -> Array:
+    """As matmul. Raises NoRule for `tensor @ moving` under torch.compile, which gives `moving @ tensor` as the same."""
+    if torch.compiler.is_compiling() and not isinstance(a, Dual):
+        raise NoRule("@ under torch.compile, which may swap its operands: write torch.matmul")
+    return matmul(a, other)
 
 
 @rule(torch.bmm, Tensor.bmm)
@@ -314,7 +323,7 @@ def div(a: Any, other: Any, *, rounding_mode: str | None = None) -> Array:
     return carry(p, _div, (a, other), p if isinstance(other, Dual) else None, primal(other))
 
 
-@rule(Tensor.__rtruediv__)
+@rule(Tensor.__rtruediv__, "__rdiv__")
 def rdiv(a: Any, other: Any) -> Array:
     """d(b / a)."""
     return div(other, a)
@@ -341,14 +350,14 @@ def _power(dx: Tensor, x: Tensor, n: int | float) -> Tensor:
 # Functions of one number: their derivative from what went in (x), or from what came out (y).
 
 
-def _of_x(dx: Tensor, slope: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return dx * slope(x)
+def _of_x(dx: Tensor, name: str, x: Tensor) -> Tensor:
+    return dx * SLOPES[name][0](x)
 
 
-def _elementwise(slope: Callable[[Tensor], Tensor], f: Callable[[Tensor], Tensor], from_output: bool) -> Rule:
+def _elementwise(name: str, f: Callable[[Tensor], Tensor], from_output: bool) -> Rule:
     def apply(x: Dual) -> Array:
         y = f(x.p)
-        return carry(y, _of_x, (x,), slope, y if from_output else x.p)
+        return carry(y, _of_x, (x,), name, y if from_output else x.p)
 
     return apply
 
@@ -385,21 +394,22 @@ def _minus_square(y: Tensor) -> Tensor:
     return -y * y
 
 
-for _name, _slope, _from_output in (
-    ("cos", _minus_sin, False),
-    ("sin", torch.cos, False),
-    ("log", torch.reciprocal, False),
-    ("square", _twice, False),
-    ("abs", torch.sign, False),
-    ("relu", torch.sign, True),
-    ("exp", _itself, True),
-    ("tanh", _one_minus_square, True),
-    ("sigmoid", _logistic, True),
-    ("sqrt", _half_inverse, True),
-    ("rsqrt", _minus_half_cube, True),
-    ("reciprocal", _minus_square, True),
-):
-    rule(getattr(torch, _name), getattr(Tensor, _name))(_elementwise(_slope, getattr(torch, _name), _from_output))
+SLOPES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and whether it is a function of the output
+    "cos": (_minus_sin, False),
+    "sin": (torch.cos, False),
+    "log": (torch.reciprocal, False),
+    "square": (_twice, False),
+    "abs": (torch.sign, False),
+    "relu": (torch.sign, True),
+    "exp": (_itself, True),
+    "tanh": (_one_minus_square, True),
+    "sigmoid": (_logistic, True),
+    "sqrt": (_half_inverse, True),
+    "rsqrt": (_minus_half_cube, True),
+    "reciprocal": (_minus_square, True),
+}
+for _name, (_, _from_output) in SLOPES.items():
+    rule(getattr(torch, _name), getattr(Tensor, _name))(_elementwise(_name, getattr(torch, _name), _from_output))
 
 
 def _elsewhere(name: str, inplace: bool) -> None:

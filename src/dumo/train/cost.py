@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from fractions import Fraction
 from math import lcm, prod
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from dumo.flow.draw import draw
-from dumo.types import Cond, Frozen, Noised, Objective, Path, Sample, still
+from dumo.flow.draw import draw, stream
+from dumo.flow.guide import Guide
+from dumo.flow.slope import Along, Dual, Way
+from dumo.types import Cond, Frozen, Heads, Net, Noised, Objective, Path, Sample, still
 
+LAW = 1_000_000  # rows that a law is judged by
 Theta = Literal["self"] | float  # theta^-: the net itself, or an average of it, as `Train.ref`
 
 
@@ -56,11 +59,35 @@ def forward_units(
 ) -> float:
     """Floating-point operations of a training step over those of one pass: forward, targets and backward.
 
-    Of a batch of `rows` (None: one in which every share of the rows is a whole number of them).
+    Of a batch of `rows` (None: one in which every share of the rows is a whole number of them). The passes of guidance
+    count by the expected share of the rows that need them.
     """
     rows = rows or exact_rows(objective)
-    work = _step(*_outlines(net, ref), objective, _draw(objective, path, rows, shape))
-    return flops(work) / (rows * forward_flops(net, objective, shape))
+
+    def units(objective: Objective) -> float:
+        work = _step(*_outlines(net, ref), objective, _draw(objective, path, rows, shape))
+        return flops(work) / (rows * forward_flops(net, objective, shape))
+
+    guide: Guide | None = getattr(objective, "guide", None)
+    if guide is None or not guide.active or guide.random:
+        return units(objective)
+    without = units(cast(Any, objective).model_copy(update={"guide": Guide()}))
+    return without + _guided(objective, guide) * (units(objective) - without)
+
+
+def way(net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], *, ref: Theta = "self") -> Way | None:
+    """How a slope that rides comes by its tangent in a step of this objective; None for any other slope."""
+    slope, ways = dict(objective).get("slope"), list[Way]()
+    if not isinstance(slope, Dual):
+        return None
+
+    def heard(net: Net, ref: Frozen, *at: Tensor, toward: Sample | None = None, **rest: Any) -> tuple[Heads, Along]:  # noqa: ANN401, as a slope
+        ways.append(slope.way(net, ref, known=toward is not None))
+        return slope(net, ref, *at, toward=toward, **rest)
+
+    listening = cast(Any, objective).model_copy(update={"slope": heard})
+    _step(*_outlines(net, ref), listening, _draw(objective, path, exact_rows(objective), shape))()
+    return ways[0]
 
 
 def peak_bytes(
@@ -161,6 +188,13 @@ def _outlines(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
     """The net and theta^- without numbers."""
     net = copy.deepcopy(net).to("meta")
     return net, still(net) if ref == "self" else Frozen(copy.deepcopy(net))
+
+
+def _guided(objective: Objective, guide: Guide) -> float:
+    """The expected share of the rows that are guided: the label kept, the time inside the interval."""
+    t, _ = objective.times(LAW, stream("cost"))
+    inside = (guide.interval.low <= t) & (t <= guide.interval.high)
+    return (1 - objective.drop) * inside.double().mean().item()
 
 
 def _draw(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> Noised:

@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.case import SMALL, objectives
+from contract.case import nets, objectives
 from contract.case import name as name_of
 from dumo.flow.draw import draw
-from dumo.flow.guide import Guide
+from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
 from dumo.flow.slope import Central, Dual, Jvp, Slope
-from dumo.flow.times import Pair
+from dumo.flow.times import Pair, Uniform
 from dumo.nets import MLP, DiT
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
-from dumo.train.cost import Bytes, exact_rows, flops, forward_flops, forward_units, live_bytes, peak_bytes
+from dumo.train.cost import Bytes, exact_rows, flops, forward_flops, forward_units, live_bytes, peak_bytes, way
 from dumo.types import Needs, Objective, still
 
 PLAIN, GUIDED = Guide(), Guide(zeta=0.5)
@@ -70,20 +70,20 @@ def test_a_pass_of_a_transformer_is_counted_as_by_hand() -> None:
     ("objective", "more"),
     [
         (FlowMatching(guide=PLAIN), 0),
-        (FlowMatching(guide=GUIDED), 1),  # a pass without condition
-        (FlowMatching(guide=Guide(omega=2, zeta=0.5)), 1),
-        (FlowMatching(guide=Guide(omega=0.5, zeta=0.5)), 0),  # the null pass weighs nothing
-        (FlowMatching(guide=Guide(zeta=0.5, fraction=0.2)), 0.2),
-        (DuMo(guide=PLAIN, slope=Central()), 2),  # the two ends of the difference
-        (DuMo(guide=GUIDED, slope=Central()), 3),
-        (DuMo(guide=PLAIN, slope=Dual()), 1),  # the tangent
-        (DuMo(guide=GUIDED, slope=Dual()), 2),
-        (DuMo(guide=Guide(zeta=0.5, fraction=0.25), slope=Dual()), 1.25),
-        (MeanFlow(guide=PLAIN, slope=Central()), 0.5),  # a quarter of the rows moves
-        (MeanFlow(guide=PLAIN, slope=Dual()), 0.25),
-        (MeanFlow(guide=PLAIN, slope=Dual(), times=Pair(velocity_ratio=0.6)), 0.4),
-        (MeanFlow(guide=GUIDED, slope=Central()), 2.5),  # V(c) is at r = t, so it is a pass of its own
-        (MeanFlow(guide=GUIDED, slope=Dual()), 2.25),
+        (FlowMatching(drop=0, guide=GUIDED), 1),  # a pass without condition
+        (FlowMatching(drop=0, guide=Guide(omega=2, zeta=0.5)), 1),
+        (FlowMatching(drop=0, guide=Guide(omega=0.5, zeta=0.5)), 0),  # the null pass weighs nothing
+        (FlowMatching(drop=0, guide=Guide(zeta=0.5, fraction=0.2)), 0.2),
+        (DuMo(drop=0, guide=PLAIN, slope=Central()), 2),  # the two ends of the difference
+        (DuMo(drop=0, guide=GUIDED, slope=Central()), 3),
+        (DuMo(drop=0, guide=PLAIN, slope=Dual()), 1),  # the tangent
+        (DuMo(drop=0, guide=GUIDED, slope=Dual()), 2),
+        (DuMo(drop=0, guide=Guide(zeta=0.5, fraction=0.25), slope=Dual()), 1.25),
+        (MeanFlow(drop=0, guide=PLAIN, slope=Central()), 0.5),  # a quarter of the rows moves
+        (MeanFlow(drop=0, guide=PLAIN, slope=Dual()), 0.25),
+        (MeanFlow(drop=0, guide=PLAIN, slope=Dual(), times=Pair(velocity_ratio=0.6)), 0.4),
+        (MeanFlow(drop=0, guide=GUIDED, slope=Central()), 2.5),  # V(c) is at r = t, so it is a pass of its own
+        (MeanFlow(drop=0, guide=GUIDED, slope=Dual()), 2.25),
     ],
 )
 def test_a_step_is_a_pass_its_backward_and_the_passes_of_the_targets(objective: Objective, more: float) -> None:
@@ -92,6 +92,32 @@ def test_a_step_is_a_pass_its_backward_and_the_passes_of_the_targets(objective: 
     assert forward_units(perceptron(objective.needs), objective, Linear(), (2,)) == pytest.approx(
         step / once, rel=1e-12
     )
+
+
+def test_rows_that_are_not_guided_cost_no_pass() -> None:
+    """Neither those without a label nor those outside the interval; a tenth and, with uniform times, a quarter."""
+
+    def units(guide: Guide, **fields: object) -> float:
+        objective = DuMo(guide=guide, slope=Dual(), times=Uniform(), **fields)
+        return forward_units(perceptron(DuMo.needs), objective, Linear(), (2,))
+
+    inside = Guide(zeta=0.5, interval=Interval(high=0.75))
+    assert units(GUIDED, drop=0.1) - units(PLAIN) == pytest.approx(0.9, rel=1e-9)
+    assert units(inside, drop=0.1) - units(PLAIN) == pytest.approx(0.9 * 0.75, rel=2e-3)
+    assert units(Guide(zeta=0.5, fraction=0.25), drop=0.1) - units(PLAIN) == pytest.approx(0.25, rel=1e-9)
+
+
+def test_the_way_of_a_slope() -> None:
+    net = perceptron(DuMo.needs)
+
+    def found(guide: Guide, slope: Slope, **how: object) -> str | None:
+        seen = way(net, DuMo(guide=guide, slope=slope), Linear(), (2,), **how)
+        return seen and seen.name
+
+    assert found(GUIDED, Dual()) == "tape"
+    assert found(PLAIN, Dual()) == "ride"
+    assert found(PLAIN, Dual(), ref=0.999) == "pass"
+    assert found(PLAIN, Central()) is None
 
 
 def test_weights_of_its_own_for_theta_minus_cost_a_dual_a_pass() -> None:
@@ -123,7 +149,7 @@ def test_a_step_of_a_transformer_by_every_slope(
     """256 tokens of width 384, six blocks: the figures of docs/performance.md."""
     linear, attention, first = by_hand(384, 6, tokens=256, channels=4)
     once = linear + attention
-    units = forward_units(outline(), DuMo(guide=guide, slope=slope), Linear(), SHAPE)
+    units = forward_units(outline(), DuMo(drop=0, guide=guide, slope=slope), Linear(), SHAPE)
     assert units == pytest.approx(3 + passes + (products * attention - first) / once, rel=1e-12)
     assert units == pytest.approx(figure, abs=0.005)
 
@@ -153,7 +179,7 @@ def test_the_bytes_of_a_dual_step_grow_as_the_tokens() -> None:
 
 @pytest.mark.parametrize("objective", list(objectives()), ids=name_of)
 def test_counting_changes_nothing_and_needs_no_numbers(objective: Objective) -> None:
-    build = DiT(**SMALL).build
+    build = nets()[0].build
     net = build(objective.needs, (1, 4, 4), 3)
     for p in net.parameters():
         p.data.fill_(math.nan)  # no number matters
@@ -187,7 +213,7 @@ def test_rows_make_every_share_whole() -> None:
     assert few == many
 
 
-@pytest.mark.parametrize("objective", list(objectives(guide=GUIDED)), ids=name_of)
+@pytest.mark.parametrize("objective", list(objectives(guide=GUIDED, drop=0.0)), ids=name_of)
 def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Objective) -> None:
     shape, rows = (1, 16, 16), 4
     net = DiT(width=32, depth=2, patch=2, attention=2).build(objective.needs, shape, 10)
