@@ -7,8 +7,8 @@ made again; two ranks equal one, any split of the batch equals the whole, and a 
     with masks(keys(seed, step, len(x))[rows]):  # the training step, for its rows of the batch
         loss(...)  # in it: `of(rows)` around a pass of some rows, `none()` around the null pass
 
-The net asks for the keys once per pass, by `current`, and hands them to its layers as an argument: what is computed
-again by checkpointing, after the step has left these contexts, meets the same masks too.
+The net asks for the keys once per pass, by `current`, and hands each layer its own, by `of_layer`, as an argument: what
+is computed again by checkpointing, after the step has left these contexts, meets the same masks too.
 """
 
 import threading
@@ -66,17 +66,22 @@ def current(n: int) -> Keys | None:
     return now
 
 
-def drop(h: Array, rows: Keys, layer: int, p: float) -> Array:
+def of_layer(rows: Keys, layer: int) -> Keys:
+    """The keys of one layer of a net, of which no two have the same number."""
+    return rows + layer * GOLDEN % 2**31
+
+
+def drop(h: Array, rows: Keys, p: float) -> Array:
     """h (b, ...), each number zero with probability p, else divided by 1 - p, so as before in the mean."""
     dropped = round(p * LEVELS)
-    return h * _kept(rows, layer, h.shape[1:], dropped) * (LEVELS / (LEVELS - dropped))
+    return h * _kept(rows, h.shape[1:], dropped) * (LEVELS / (LEVELS - dropped))
 
 
 @torch.no_grad()
-def _kept(rows: Keys, layer: int, shape: Sequence[int], dropped: int) -> Bool[Tensor, "b ..."]:
-    """Which numbers stay: those whose 16 bits, hashed from key, layer and place, are not among the first `dropped`."""
+def _kept(rows: Keys, shape: Sequence[int], dropped: int) -> Bool[Tensor, "b ..."]:
+    """Which numbers stay: those whose 16 bits, hashed from key and place, are not among the first `dropped`."""
     n = prod(shape)
-    step, start = _mix(rows + layer * GOLDEN % 2**31).unsqueeze(-1).unbind(1)
+    step, start = _mix(rows).unsqueeze(-1).unbind(1)
     places = torch.arange((n + 1) // 2, dtype=torch.int32, device=rows.device)
     bits = _mix(places * (step | 1) + start).view(torch.int16)  # two numbers of 16 bits from one of 32
     return (bits[:, :n] >= dropped - LEVELS // 2).view(-1, *shape)

@@ -1,0 +1,13 @@
+"""Tangent rules: for every operation, how a small change of its inputs changes its output.
+
+A rule computes the primal by the very call that the net made, and hands `carry` a function that moves the tangent:
+`_gelu(dx, x)` is the change of gelu at x for a change dx. These functions are of their module and take all they need
+as arguments, so that they can be kept as data and run later. Where an operation is linear, it moves its own tangent.
+
+To add an operation: write its rule in one of these files, decorated with the functions of torch that a net calls it by.
+"""
+
+from dumo.flow.rule import algebra as algebra
+from dumo.flow.rule import function as function
+from dumo.flow.rule import layer as layer
+from dumo.flow.rule import shape as shape
