@@ -25,6 +25,9 @@ FIXED, FORMULA, LAW, READ, SLOPE, EXACT, UNBIASED = (
 DRAW = "tests/unit/flow/test_draw.py"
 
 
+RULE = "tests/unit/flow/test_rule.py"
+
+
 @dataclass(frozen=True)
 class Mutant:
     """`old`, which stands once in src/dumo/`file`, becomes `new`; `tests` are to see it."""
@@ -97,6 +100,28 @@ MUTANTS = [
     Mutant("flow/draw.py", 'step, "coin"', 'step, "kept"', "the coin knows of the label", DRAW),
     Mutant("flow/draw.py", "moving(n)[mine]", "moving(n)[: len(x)]", "all ranks spare the first one's rows", DRAW),
     Mutant("types.py", "v_t=v_s, moving=None)", "v_t=v_s)", "rows at another time are taken to rest", DRAW),
+    Mutant(
+        "flow/rule/algebra.py",
+        "product(da, b) + product(a, db)",
+        "product(da, b) - product(a, db)",
+        "the product rule has the wrong sign",
+        RULE,
+    ),
+    Mutant(
+        "flow/rule/layer.py",
+        ".addcmul_(y.to(dx.dtype), along, value=-1)",
+        "",
+        "a norm forgets that its scale moves",
+        RULE,
+    ),
+    Mutant("flow/rule/function.py", "return -x.sin()", "return x.sin()", "the cosine has the wrong slope", RULE),
+    Mutant(
+        "flow/guide.py",
+        "if len(place) == len(b.t):",
+        "if True:",
+        "guidance is made on all rows",
+        "tests/unit/flow/test_guide.py",
+    ),
     Mutant("flow/path.py", ", z - x", ", x - z", "the path runs backwards", EXACT),
     Mutant("flow/path.py", "return 1 - t", "return 1 - t * t", "the path is bent", EXACT),
     Mutant("flow/read.py", "lift(t - s, x)", "lift(t, x)", "a hop goes all the way", READ),

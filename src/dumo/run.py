@@ -64,6 +64,7 @@ def train(run: Run, folder: Path, *, device: str = "auto", watch: Watch = unwatc
     """
     here, metrics = dist.device(device), folder / "metrics.jsonl"
     claim(run, folder)
+    source, spec = run.data.open(), run.train
     doctor.examine(run, here).require()
     state = training.begin(run.build(here), run.train)
     if last := checkpoint.latest(folder / "checkpoints"):
@@ -73,7 +74,6 @@ def train(run: Run, folder: Path, *, device: str = "auto", watch: Watch = unwatc
     log.rewind(metrics, state.step)
     note(run, folder)
 
-    source, spec = run.data.open(), run.train
     first = min(spec.save_every, spec.steps)  # the step of the first checkpoint
     if 0 < state.step <= first:  # what was refused there still is
         doctor.examine_weights(run, state.net, here).require()

@@ -11,7 +11,9 @@ from dumo.nets import Net
 from dumo.objectives import Objective
 from dumo.types import Frozen, Noised, Spec, Terms
 
-SMALL = {"width": 16, "depth": 2, "attention": 2, "patch": 2}  # what a net has of these is set so
+# What a net has of these is set so.
+SMALL = {"width": 16, "depth": 2, "attention": 2, "patch": 2, "multipliers": (1, 2), "attend": (2,)}
+OWN: dict[str, dict[str, object]] = {"unet": {"depth": 1}}  # ten blocks as it is
 
 
 def members(union: object) -> tuple[type[Spec], ...]:
@@ -43,7 +45,8 @@ def name(spec: Spec) -> str:
 
 def nets() -> list[Net]:
     """Every net, small."""
-    return [cls(**{k: v for k, v in SMALL.items() if k in cls.model_fields}) for cls in members(Net)]
+    small = {cls: SMALL | OWN.get(kind(cls), {}) for cls in members(Net)}
+    return [cls(**{k: v for k, v in small[cls].items() if k in cls.model_fields}) for cls in small]
 
 
 def randomise(net: nn.Module, seed: int = 0) -> nn.Module:

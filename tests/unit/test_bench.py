@@ -10,9 +10,10 @@ from torch import nn
 from contract.case import members
 from dumo.bench import clock, net, sampling, table, training
 from dumo.bench.training import Row
-from dumo.bench.variant import Overheard, Plain, judge
+from dumo.bench.variant import Chunked, Overheard, Plain, judge
 from dumo.config.load import load
 from dumo.config.spec import Run
+from dumo.flow import attention
 from dumo.flow.draw import draw
 from dumo.flow.slope import Along, Jvp, Slope
 from dumo.run import unwatched
@@ -148,10 +149,30 @@ def test_a_slope_that_is_a_tenth_off_is_seen_to_be(name: str) -> None:
     for slope, error in ((Jvp(), 0), (Skewed(), 0.1)):
         objective = run.objective.model_copy(update={"slope": slope})
         b = draw(objective, run.path, x, c, c, seed=0, step=0)
-        way, found = judge(module, still(module), objective, b)
-        assert way is None
-        assert found == pytest.approx(error, abs=1e-5)
+        assert judge(module, still(module), objective, b) == pytest.approx(error, abs=1e-5)
     assert all(p.dtype == torch.float32 for p in module.parameters())
+
+
+def test_chunks_are_dual_numbers_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def has_kernel(*_: object) -> bool:
+        seen.append(attention.TRITON)
+        return False
+
+    monkeypatch.setattr(attention, "TRITON", True)
+    monkeypatch.setattr(attention, "_has_kernel", has_kernel)
+    for zeta in (0.0, 0.5):  # on the pass, and after it
+        run = tiny("digits", f"objective.guide.zeta={zeta}")
+        objective = run.objective.model_copy(update={"slope": Chunked()})
+        setting = training.prepare(run, (1, 8, 8), CPU, "none")
+        b = setting.record(objective, 8)
+        objective.loss(setting.net, setting.ref, b)
+        assert seen
+        assert not any(seen)
+        assert attention.TRITON
+        assert judge(setting.net, setting.ref, objective, b) < 1e-5
+        seen.clear()
 
 
 def test_overhearing_changes_nothing() -> None:

@@ -16,9 +16,10 @@ from torch import nn
 from dumo import dist, machine
 from dumo.bench import clock, net
 from dumo.bench.clock import Precision, Times, autocast, products
-from dumo.bench.variant import Plain, Unchecked, judge
+from dumo.bench.variant import Chunked, Plain, Unchecked, judge
 from dumo.config.error import nearest
 from dumo.config.spec import Run
+from dumo.flow import attention
 from dumo.flow.draw import draw, stream
 from dumo.flow.slope import Central, Slope
 from dumo.run import Watch, unwatched
@@ -28,7 +29,9 @@ from dumo.types import Frozen, Noised, Objective, UserError, still
 Work = Callable[[], None]
 COMPILE = ("none", "blocks", "loss")
 PLAIN = "none"  # the yardstick, in the column of slopes
-SLOPES: dict[str, Any] = {slope.model_fields["kind"].default: slope for slope in get_args(get_args(Slope)[0])}
+SLOPES: dict[str, Any] = {slope.model_fields["kind"].default: slope for slope in get_args(get_args(Slope)[0])} | (
+    {"dual-chunks": Chunked} if attention.TRITON else {}
+)
 PEAKS = {"H100": 989.0, "H200": 989.0}  # dense bf16 TFLOP/s by the GPU's name (NVIDIA's data sheets, SXM)
 JUDGED = 8  # rows, at least, on which du/dt is judged
 
@@ -103,20 +106,19 @@ class Setting:
         return nullcontext() if row.compile == self.compile else torch.compiler.set_stance("force_eager")
 
     def judged(self, row: Row, objective: Objective) -> Row:
-        """The row with its slope's way and error. A loss that is compiled whole is judged as it was written."""
+        """The row with the error of its slope. A loss that is compiled whole is judged as it was written."""
         if row.slope == PLAIN:
             return row
         least = cost.exact_rows(objective)
         b = self.record(objective, least * max(JUDGED // least, 1))
         with products(row.precision), self.eager(row), autocast(self.device, row.precision):
-            way, error = judge(self.net, self.ref, objective, b)
-        return replace(row, way=way, error=error)
+            return replace(row, error=judge(self.net, self.ref, objective, b))
 
     def counted(self, row: Row, objective: Objective, step: Work) -> Row:
-        """The row with its operations and bytes: counted on a CPU, on a GPU what its allocator handed out."""
+        """The row with its way, operations and bytes: counted on a CPU, on a GPU what its allocator handed out."""
         given = self.outline, objective, self.run.path, self.shape
         rows, ref = self.run.train.batch, self.run.train.ref
-        units = cost.forward_units(*given, rows=rows, ref=ref)
+        units, way = cost.forward_units(*given, rows=rows, ref=ref), cost.way(*given, ref=ref)
         if self.device.type == "cuda":
             step()  # once before, for what kernels keep
             self.net.zero_grad()
@@ -127,7 +129,7 @@ class Setting:
         else:
             low = "bf16" if row.precision == "bf16" else "fp32"
             size = cost.peak_bytes(*given, rows=rows, ref=ref, precision=low)
-        return replace(row, units_counted=units, bytes_before=size.before, bytes=size.peak)
+        return replace(row, way=way and way.name, units_counted=units, bytes_before=size.before, bytes=size.peak)
 
 
 def measure(

@@ -1,15 +1,18 @@
-"""What a step is measured with: the yardstick, a difference that is not refused, and a slope that is overheard."""
+"""What a step is measured with beside the slopes themselves: the yardstick, and slopes with something taken away."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from dumo.flow.slope import Along, Central, Jvp
-from dumo.types import Frozen, Heads, Net, Noised, Objective, Terms, mean_square, still
+from dumo.flow import attention
+from dumo.flow.slope import Along, Central, Dual, Jvp
+from dumo.flow.times import LAWS
+from dumo.types import Frozen, Heads, Needs, Net, Noised, Objective, Reads, Terms, Time, mean_square, still
 
 
 @dataclass(frozen=True)
@@ -18,13 +21,24 @@ class Plain:
 
     of: Objective
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401, needs, times and drop are the other's
+    @property
+    def needs(self) -> Needs:
         """As the other objective."""
-        return getattr(self.of, name)
+        return self.of.needs
+
+    @property
+    def times(self) -> Callable[[int, torch.Generator], tuple[Time, Time]]:
+        """As the other objective."""
+        return self.of.times
+
+    @property
+    def drop(self) -> float:
+        """As the other objective."""
+        return self.of.drop
 
     def __iter__(self) -> Iterator[tuple[str, object]]:
-        """As the other objective."""
-        return iter(self.of)
+        """The laws of the other objective, so that the same numbers are drawn."""
+        return ((name, law) for name, law in self.of if isinstance(law, LAWS))
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Every head is the velocity; knobs rest at zero."""
@@ -32,6 +46,10 @@ class Plain:
         inputs = {name: times.get(name, torch.zeros_like(b.t)) for name in (*needs.inputs, *needs.knobs)}
         heads = net(b.x_t, b.c, **inputs)[: len(needs.heads)]
         return Terms(sum((mean_square(head - b.v_t) for head in heads), torch.zeros_like(b.t)))
+
+    def read(self, net: Net) -> Reads:
+        """As the other objective."""
+        return self.of.read(net)
 
 
 class Unchecked(Central):
@@ -41,20 +59,37 @@ class Unchecked(Central):
         """Nothing is refused."""
 
 
+class Chunked(Dual):
+    """Dual numbers whose attention goes by chunks, on a GPU that has a kernel for it."""
+
+    def __call__(self, *args: Any, **rest: Any) -> tuple[Heads, Along]:  # noqa: ANN401, a slope's
+        """As the dual slope."""
+        with _without_kernel():
+            heads, along = super().__call__(*args, **rest)
+        return heads, _without_kernel()(along)
+
+
+@contextmanager
+def _without_kernel() -> Generator[None, None, None]:
+    before, attention.TRITON = attention.TRITON, False
+    try:
+        yield
+    finally:
+        attention.TRITON = before
+
+
 class Overheard:
     """A slope that notes what it was asked for, and what it answered."""
 
     def __init__(self, slope: Any) -> None:  # noqa: ANN401, any slope
         """Nothing was asked yet."""
-        self.slope, self.way = slope, None
+        self.slope = slope
         self.asked: dict[str, Any] = {}
         self.slopes: Heads = ()
 
     def __call__(self, net: Net, ref: Frozen, x: Any, c: Any, **rest: Any) -> tuple[Heads, Along]:  # noqa: ANN401
         """As the slope does."""
         heads, along = self.slope(net, ref, x, c, **rest)
-        if hasattr(self.slope, "way"):
-            self.way = self.slope.way(net, ref, known=rest.get("toward") is not None).name
 
         def noted(w: Any) -> Heads:  # noqa: ANN401, a Sample
             self.asked, self.slopes = {"x": x, "c": c, "w": w, **rest}, along(w)
@@ -63,8 +98,8 @@ class Overheard:
         return heads, noted
 
 
-def judge(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> tuple[str | None, float]:
-    """The way that the objective's slope takes, and the relative error of du/dt as it enters the loss.
+def judge(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> float:
+    """The relative error of du/dt as it enters the loss.
 
     The truth is `torch.func.jvp` of a float64 copy of theta^-, at the point and along the direction that the loss asked
     for, over all rows that may move.
@@ -76,7 +111,7 @@ def judge(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> tuple
         x, c, w = (asked.pop(name) for name in ("x", "c", "w"))
         _, along = Jvp()(exact, still(exact), x, c, **asked)
         true = along(w)[u]
-    return heard.way, ((heard.slopes[u].double() - true).norm() / true.norm()).item()
+    return ((heard.slopes[u].double() - true).norm() / true.norm()).item()
 
 
 def _double(a: Any) -> Any:  # noqa: ANN401, an argument of a slope

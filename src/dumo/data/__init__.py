@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from dumo.data.digits import Digits as Digits
+from dumo.data.image import Images as Images
 from dumo.data.toy import Moons as Moons
 
-Data = Annotated[Digits | Moons, Field(discriminator="kind")]
+Data = Annotated[Digits | Images | Moons, Field(discriminator="kind")]

@@ -6,5 +6,6 @@ from pydantic import Field
 
 from dumo.nets.dit import DiT as DiT
 from dumo.nets.mlp import MLP as MLP
+from dumo.nets.unet import UNet as UNet
 
-Net = Annotated[DiT | MLP, Field(discriminator="kind")]
+Net = Annotated[DiT | MLP | UNet, Field(discriminator="kind")]

@@ -1,25 +1,28 @@
 """Diffusion Transformer (Peebles & Xie 2023): patches, adaLN-zero blocks, one output layer per head (paper, Sec. 3.3).
 
 The trunk is DiT's; each further head costs one more output layer with its own modulation: 2.7 M of XL/2's 675 M.
+The options, all off, are those of later transformers, as LightningDiT (Yao et al. 2025) joins them.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
-from dumo.flow.dual import primal_only
 from dumo.nets.embed import Scalars, grid_waves, label_table
 from dumo.nets.head import Gauges
+from dumo.nets.lean import run
+from dumo.nets.norm import EPS, Norm, normalize
+from dumo.nets.rotary import turn, turns
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
+
+Mlp = Literal["gelu", "swiglu"]
+SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # DiT, Tab. 1
 
 
 class DiT(Spec):
-    """A DiT by its sizes. XL/2 is patch 2, width 1152, depth 28, attention 16."""
+    """A DiT by its sizes. XL/2 is patch 2, width 1152, depth 28, attention 16, as it is; `size` names the others."""
 
     kind: Literal["dit"] = "dit"
     patch: int = Field(default=2, ge=1)
@@ -27,7 +30,19 @@ class DiT(Spec):
     depth: int = Field(default=28, ge=1)
     attention: int = Field(default=16, ge=1)  # attention heads
     time_scale: float = Field(default=1.0, gt=0)  # times enter raw (UCGM)
+    norm: Norm = "layer"  # before attention, perceptron and heads
+    qk_norm: bool = False  # queries and keys to mean square 1, by weights of their own (Dehghani et al. 2023)
+    mlp: Mlp = "gelu"  # swiglu: gated (Shazeer 2020), of as many parameters
+    position: Literal["waves", "rope"] = "waves"  # added to the tokens, or turning queries and keys
+    aux_time: bool = False  # a second embedding of time, where the objective has but one: of the gap to r = 0
     checkpoint: bool = False  # keep each block's input alone, and compute the rest again in the backward pass
+
+    @classmethod
+    def size(cls, name: str, **others: Any) -> "DiT":  # noqa: ANN401, any field
+        """S, B, L or XL of DiT's Tab. 1, with `others` among the fields: `DiT.size("B", patch=4)`."""
+        if name not in SIZES:
+            raise UserError(f"there is no DiT of size '{name}': it is one of {', '.join(SIZES)}")
+        return cls(**dict(zip(("width", "depth", "attention"), SIZES[name], strict=True)), **others)
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "Transformer":
         """A net with the inputs, heads and gauges of `needs` for square images of `shape`; 0 classes: no label.
@@ -40,51 +55,82 @@ class DiT(Spec):
             raise UserError(f"net.patch {self.patch} does not divide the image side {shape[1]}")
         if self.width % self.attention:
             raise UserError(f"net.attention {self.attention} does not divide net.width {self.width}")
+        if self.position == "rope" and (size := self.width // self.attention) % 4:
+            raise UserError(
+                f"net.position rope needs attention heads of a multiple of 4 numbers, not net.width / net.attention = "
+                f"{size}: change one of them, or use net.position=waves"
+            )
         return Transformer(self, needs, shape, classes)
 
 
 class Block(nn.Module):
     """Attention and perceptron, each modulated and gated by the condition; the gates start at zero (adaLN-zero)."""
 
-    def __init__(self, width: int, attention: int) -> None:
+    def __init__(
+        self, width: int, attention: int, norm: Norm = "layer", qk_norm: bool = False, mlp: Mlp = "gelu"
+    ) -> None:
         """`attention` heads; the perceptron is four times as wide."""
         super().__init__()
-        self.attention = attention
+        self.attention, self.mlp = attention, mlp
+        self.norm: Norm = norm
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        hidden = 4 * width if mlp == "gelu" else gated(width)
+        self.up, self.down = nn.Linear(width, hidden if mlp == "gelu" else 2 * hidden), nn.Linear(hidden, width)
+        self.q_norm, self.k_norm = (nn.RMSNorm(width // attention, eps=EPS) if qk_norm else None for _ in range(2))
 
-    def forward(self, h: Array, e: Array) -> Array:
-        """h (b, tokens, width), e (b, width), already through its SiLU."""
+    def forward(self, h: Array, e: Array, *places: Array) -> Array:
+        """h (b, tokens, width), e (b, width), already through its SiLU; places: what `turns` gives, or nothing."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(e).unsqueeze(1).chunk(6, -1)
-        h = h + gate_1 * self.attend(_normalize(h) * (1 + scale_1) + shift_1)
-        a = _normalize(h) * (1 + scale_2) + shift_2
-        return h + gate_2 * self.down(F.gelu(self.up(a), approximate="tanh"))
+        h = h + gate_1 * self.attend(normalize(h, self.norm) * (1 + scale_1) + shift_1, *places)
+        return h + gate_2 * self.perceive(normalize(h, self.norm) * (1 + scale_2) + shift_2)
 
-    def attend(self, a: Array) -> Array:
+    def attend(self, a: Array, *places: Array) -> Array:
         """Self-attention over the tokens."""
         q, k, v = self.qkv(a).view(*a.shape[:2], 3, self.attention, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.q_norm and self.k_norm:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if places:
+            q, k = turn(q, *places), turn(k, *places)
         return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def perceive(self, a: Array) -> Array:
+        """The perceptron, token by token."""
+        if self.mlp == "gelu":
+            return self.down(F.gelu(self.up(a), approximate="tanh"))
+        gate, up = self.up(a).chunk(2, -1)
+        return self.down(F.silu(gate) * up)
+
+
+def gated(width: int) -> int:
+    """Hidden numbers of a gated perceptron, whose three matrices have the size of the plain one's two: 8/3 width.
+
+    Rounded to a multiple of 8, which matrix units like.
+    """
+    return 8 * round(width / 3)
 
 
 class Head(nn.Module):
     """An output layer: modulated norm, then linear, zero at the start."""
 
-    def __init__(self, width: int, out: int) -> None:
+    def __init__(self, width: int, out: int, norm: Norm = "layer") -> None:
         """From `width` to `out` numbers per token."""
         super().__init__()
+        self.norm: Norm = norm
         self.modulation, self.out = nn.Linear(width, 2 * width), nn.Linear(width, out)
 
     def forward(self, h: Array, e: Array) -> Array:
         """h (b, tokens, width), e (b, width), already through its SiLU; returns (b, tokens, out)."""
         shift, scale = self.modulation(e).unsqueeze(1).chunk(2, -1)
-        return self.out(_normalize(h) * (1 + scale) + shift)
+        return self.out(normalize(h, self.norm) * (1 + scale) + shift)
 
 
 class Transformer(nn.Module):
     """The net of a `DiT` spec."""
 
-    positions: Tensor
+    positions: Tensor  # of waves
+    cos: Tensor  # of rope
+    sin: Tensor
 
     def __init__(self, spec: DiT, needs: Needs, shape: tuple[int, ...], classes: int) -> None:
         """See `DiT.build`."""
@@ -92,23 +138,30 @@ class Transformer(nn.Module):
         width, (channels, side, _) = spec.width, shape
         self.patch, self.grid = spec.patch, side // spec.patch
         self.embed = nn.Linear(channels * spec.patch**2, width)
-        self.register_buffer("positions", grid_waves(self.grid, width))
-        self.scalars = Scalars((*needs.inputs, *needs.knobs), width, spec.time_scale)
+        self.rope = spec.position == "rope"
+        if self.rope:
+            for name, table in zip(("cos", "sin"), turns(self.grid, width // spec.attention), strict=True):
+                self.register_buffer(name, table, persistent=False)
+        else:
+            self.register_buffer("positions", grid_waves(self.grid, width))
+        self.scalars = Scalars((*needs.inputs, *needs.knobs), width, spec.time_scale, aux=spec.aux_time)
         self.label = label_table(classes, width) if classes else None
-        self.blocks = nn.ModuleList(Block(width, spec.attention) for _ in range(spec.depth))
-        self.heads = nn.ModuleDict({name: Head(width, channels * spec.patch**2) for name in needs.heads})
+        style = (spec.norm, spec.qk_norm, spec.mlp)
+        self.blocks = nn.ModuleList(Block(width, spec.attention, *style) for _ in range(spec.depth))
+        self.heads = nn.ModuleDict({name: Head(width, channels * spec.patch**2, spec.norm) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
         self.gradient_checkpointing = spec.checkpoint
         self._initialize()
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x, then the gauges, in the order of the needs."""
-        h: Array = self.embed(self._patches(x)) + self.positions
+        h: Array = self.embed(self._patches(x))
+        places = (self.cos, self.sin) if self.rope else ()
+        h = h if self.rope else h + self.positions
         e: Array = self.scalars(**inputs)
         e = F.silu(e if self.label is None else e + self.label(c))
-        lean = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.blocks:
-            h = checkpoint(block, h, e, use_reentrant=False, context_fn=_again) if lean else block(h, e)
+            h = run(block, h, e, *places, lean=self.gradient_checkpointing)
         heads = (self._image(head(h, e)) for head in self.heads.values())
         return *heads, *(self.gauges(**inputs) if self.gauges else ())
 
@@ -133,12 +186,3 @@ class Transformer(nn.Module):
         for layer in zero:
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
-
-
-def _again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The tangents that ride on a block are known by the time it is computed again."""
-    return nullcontext(), primal_only()
-
-
-def _normalize(h: Array) -> Array:
-    return F.layer_norm(h, h.shape[-1:], eps=1e-6)  # DiT's eps

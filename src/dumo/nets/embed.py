@@ -16,36 +16,46 @@ PERIOD = 10_000.0  # DiT: angles run from 1 down to nearly 1 / PERIOD as fast
 class Scalars(nn.Module):
     """Sum of one embedding per named input; all enter raw, times `time_scale`, and r enters as the gap t - r.
 
+    With `aux`, a net without the input r has an embedding for it still, and always r = 0: the gap is t.
+
     The quickest angle is time_scale * t radians. DiT feeds 1000 t, few-step models 1 t to 10 t: d/dt of a net is a
     derivative worth regressing only where its inputs are smooth in t (UCGM and MeanFlow feed raw t).
     """
 
     frequencies: Tensor
 
-    def __init__(self, names: tuple[str, ...], width: int, time_scale: float) -> None:
-        """One two-layer perceptron of `width` per name (DiT's timestep embedder)."""
+    def __init__(
+        self, names: tuple[str, ...], width: int, time_scale: float, *, count: int = FREQUENCIES, aux: bool = False
+    ) -> None:
+        """One two-layer perceptron of `width` per name (DiT's timestep embedder), over waves of `count` frequencies."""
         super().__init__()
-        self.names = names
-        falling = torch.exp(-log(PERIOD) * torch.arange(FREQUENCIES) / FREQUENCIES)
+        self.names, self.aux = names, aux and "r" not in names
+        falling = torch.exp(-log(PERIOD) * torch.arange(count) / count)
         self.register_buffer("frequencies", time_scale * falling, persistent=False)
-        self.embedders = nn.ModuleDict({name: _embedder(width) for name in names})
+        self.embedders = nn.ModuleDict({name: _embedder(2 * count, width) for name in (*names, *("r",) * self.aux)})
 
-    def forward(self, **inputs: Time) -> Array:
-        """Return (b, width). Raises TypeError where the names are not those the net was built for."""
+    def forward(self, shift: Array | None = None, /, **inputs: Time) -> Array:
+        """Return (b, width); `shift` (b, 2 count), if given, is added to the waves of every input.
+
+        Raises TypeError where the names are not those the net was built for.
+        """
         if set(inputs) != set(self.names):
             raise TypeError(f"this net takes {', '.join(self.names)}; it got {', '.join(inputs) or 'nothing'}")
         if "r" in inputs:
             inputs["r"] = inputs["t"] - inputs["r"]
-        return reduce(add, (self.embedders[name](self._waves(inputs[name])) for name in self.names))
+        elif self.aux:
+            inputs["r"] = inputs["t"]
+        waves = ((name, self._waves(inputs[name])) for name in self.embedders)
+        return reduce(add, (self.embedders[name](w if shift is None else w + shift) for name, w in waves))
 
     def _waves(self, number: Array) -> Array:
         angles = number[:, None] * self.frequencies
         return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-def _embedder(width: int) -> nn.Sequential:
+def _embedder(features: int, width: int) -> nn.Sequential:
     """DiT: both weights from N(0, 0.02^2)."""
-    layers = nn.Sequential(nn.Linear(2 * FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+    layers = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width))
     for layer in layers:
         if isinstance(layer, nn.Linear):
             nn.init.normal_(layer.weight, std=0.02)

@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 
 from dumo.flow import mask
-from dumo.flow.mask import current, drop, keys, masks
+from dumo.flow.mask import current, drop, keys, masks, of_layer
 
 LAYERS, SHAPE = range(3), (4, 5, 5)
 
 
 def whole(rows: Tensor, layer: int = 0, p: float = 0.5, shape: tuple[int, ...] = SHAPE) -> Tensor:
     """A mask of these rows."""
-    return drop(torch.ones(len(rows), *shape), rows, layer, p)
+    return drop(torch.ones(len(rows), *shape), of_layer(rows, layer), p)
 
 
 def by_hand(key: tuple[int, int], layer: int, n: int, p: float) -> list[bool]:
@@ -108,7 +108,7 @@ def test_rows_nobody_named_are_refused() -> None:
 def test_what_is_dropped_keeps_its_dtype(dtype: torch.dtype) -> None:
     rows = keys(0, 0, 4)
     h = torch.randn(4, 7, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
-    out = drop(h, rows, 2, 0.25)
+    out = drop(h, rows, 0.25)
     out.sum().backward()
     assert out.dtype == dtype
-    assert torch.equal(h.grad, drop(torch.ones_like(h), rows, 2, 0.25))
+    assert torch.equal(h.grad, drop(torch.ones_like(h), rows, 0.25))

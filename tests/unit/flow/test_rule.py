@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dumo
-from dumo.flow import dual, rule
+from dumo.flow import dual
 from dumo.flow.dual import ALONE, RULES, Dual, Later, NoRule
+from dumo.flow.rule.register import METHODS
 from dumo.types import Array
 
 D = torch.float64
@@ -527,7 +528,7 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return note
 
-    methods = [name for of in RULES for name in rule.METHODS.get(of, ())]
+    methods = [name for of in RULES for name in METHODS.get(of, ())]
     for of, f in list(RULES.items()):
         monkeypatch.setitem(RULES, of, noting(of, f))
     for name in methods:
@@ -537,7 +538,7 @@ def test_every_rule_has_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
         given = operands(shapes, call, D)
         for names in subsets(moving(shapes, given)):
             ride(function(call), given, directions(given, names))
-    by_method = {of for of in RULES if set(rule.METHODS.get(of, ())) & called}
+    by_method = {of for of in RULES if set(METHODS.get(of, ())) & called}
     assert {str(of) for of in set(RULES) - called - by_method if not isinstance(of, str)} == set()
     assert set(methods) - called == set()
 

@@ -12,8 +12,8 @@ from dumo.types import UserError
 COUNT = 1000
 
 
-def gaussian(mean: Tensor, covariance: Tensor) -> Moments:
-    return Moments(COUNT, mean, covariance * (COUNT - 1))
+def gaussian(mean: Tensor, covariance: Tensor, count: int = COUNT) -> Moments:
+    return Moments(count, mean, covariance * (count - 1))
 
 
 def randn(*shape: int, key: str) -> Tensor:
@@ -46,6 +46,40 @@ def test_different_axes() -> None:
     product = ((s @ t).trace() + 2 * torch.linalg.det(s @ t).sqrt()).sqrt()
     expected = m.square().sum() + s.trace() + t.trace() - 2 * product
     assert frechet_distance(gaussian(m, s), gaussian(0 * m, t)) == pytest.approx(expected.item(), rel=1e-9)
+
+
+def mirrored(rows: Tensor) -> Tensor:
+    """A reflection of every row: it mixes all coordinates, at less cost than a random rotation."""
+    v = randn(rows.shape[1], key="mirror")
+    return rows - 2 * torch.outer(rows @ v, v) / v.square().sum()
+
+
+@pytest.mark.parametrize("sizes", [(400,), (133, 1, 266), (50,) * 8])
+def test_merged_rows_against_the_closed_form(sizes: tuple[int, ...]) -> None:
+    """Rows mean +- a_i q_i along common axes q have an exact mean, and variances 2 a_i^2 / (n - 1)."""
+    d = sum(sizes) // 2
+    q, scale, merged = mirrored(torch.eye(d, dtype=torch.float64)), (2 / (2 * d - 1)) ** 0.5, list[Moments]()
+    means, lengths = [randn(d, key=f"m{i}") for i in "ab"], [randn(d, key=f"l{i}").abs() + 0.01 for i in "ab"]
+    for mean, a in zip(means, lengths, strict=True):
+        rows = torch.cat([mean + a[:, None] * q, mean - a[:, None] * q])
+        rows = rows[torch.randperm(2 * d, generator=stream("frechet", "order"))]
+        parts = [Moments.of(part) for part in rows.split(list(sizes))]
+        merged.append(sum(parts[1:], start=parts[0]))
+    expected = (means[0] - means[1]).square().sum() + (scale * (lengths[0] - lengths[1])).square().sum()
+    assert frechet_distance(*merged) == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_as_wide_as_inception() -> None:
+    """2048 features, no axis in common: pairs of coordinates, each with its closed form, mixed by one reflection."""
+    d = 2048
+    roots = (randn(d // 2, 2, 2, key=key) for key in "st")
+    s, t = (root @ root.mT + 0.1 * torch.eye(2, dtype=torch.float64) for root in roots)
+    product = ((s @ t).diagonal(dim1=1, dim2=2).sum(1) + 2 * torch.linalg.det(s @ t).sqrt()).sqrt().sum()
+    m = randn(d, key="m")
+    expected = m.square().sum() + sum(c.diagonal(dim1=1, dim2=2).sum() for c in (s, t)) - 2 * product
+    mixed = (mirrored(mirrored(torch.block_diag(*c)).T) for c in (s, t))
+    a, b = (gaussian(mean, c, 50_000) for mean, c in zip((m, 0 * m), mixed, strict=True))
+    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_laws_of_a_squared_distance() -> None:

@@ -1,29 +1,83 @@
 """The transformer: its size, its patches, its attention, its start, its refusals."""
 
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from contract.case import randomise
-from dumo.nets.dit import Block, DiT, Transformer
+from dumo.flow.slope import Dual, Jvp
+from dumo.nets.dit import Block, DiT, Transformer, gated
 from dumo.nets.mlp import MLP
-from dumo.types import Needs, UserError
+from dumo.nets.rotary import turn, turns
+from dumo.objectives import DuMo, FlowMatching, Objective
+from dumo.train.cost import forward_flops
+from dumo.types import Frozen, Needs, UserError
 
 TINY = DiT(patch=2, width=8, depth=2, attention=2)
 V, VU = Needs(heads=("v",)), Needs(heads=("v", "u"))
+MODERN: dict[str, Any] = {"norm": "rms", "qk_norm": True, "mlp": "swiglu", "position": "rope", "aux_time": True}
+NORMS = ("layer", "rms")
+LATENT, LARGE, DEEP = (4, 32, 32), (4, 64, 64), (32, 16, 16)  # SD-VAE at 256 and 512, DC-AE at 512
+
+
+def trained(net: nn.Module) -> int:
+    """Parameters."""
+    return sum(p.numel() for p in net.parameters())
 
 
 def count(net: nn.Module) -> int:
     """Parameters and the fixed table of positions, as DiT counts."""
-    table = net.get_buffer("positions")
-    return sum(p.numel() for p in net.parameters()) + table.numel()
+    return trained(net) + net.get_buffer("positions").numel()
 
 
-@pytest.mark.parametrize(("needs", "millions"), [(V, 675.111), (VU, 677.786)])
-def test_xl_2_has_the_papers_size(needs: Needs, millions: float) -> None:
+def outline(spec: DiT, needs: Needs, shape: tuple[int, ...]) -> Transformer:
+    """A net for the classes of ImageNet without numbers."""
     with torch.device("meta"):
-        net = DiT().build(needs, (4, 32, 32), 1000)
-    assert round(count(net) / 1e6, 3) == millions
+        return spec.build(needs, shape, 1000)
+
+
+def inputs(n: int = 3, *, r: bool = False) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """x, c and times in float64."""
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(n, 3, 4, 4, generator=g).double(), torch.rand(n, generator=g).double()
+    return x, torch.arange(n), {"t": t, "r": t / 3} if r else {"t": t}
+
+
+@pytest.mark.parametrize(
+    ("spec", "needs", "shape", "millions"),
+    [
+        (DiT(), V, LATENT, 675.111),
+        (DiT(), VU, LATENT, 677.786),
+        (DiT(aux_time=True), VU, LATENT, 679.410),
+        (DiT.size("XL", patch=4), VU, LARGE, 677.952),
+        (DiT.size("XL", patch=1), VU, DEEP, 677.841),
+        (DiT.size("XL", mlp="swiglu"), V, LATENT, 675.154),
+        (DiT.size("L"), V, LATENT, 458.086),
+        (DiT.size("B"), V, LATENT, 130.500),
+        (DiT.size("S"), V, LATENT, 32.957),
+    ],
+)
+def test_sizes(spec: DiT, needs: Needs, shape: tuple[int, ...], millions: float) -> None:
+    """The paper's 675 M and 679 M, DiT's 33, 130, 458 and 675 M."""
+    assert round(count(outline(spec, needs, shape)) / 1e6, 3) == millions
+
+
+def test_of_the_size_the_positions_are_not_trained() -> None:
+    assert trained(outline(DiT(), VU, LATENT)) == 677_491_232
+
+
+@pytest.mark.parametrize(("objective", "needs"), [(FlowMatching(), V), (DuMo(), VU)])
+def test_a_pass_of_xl_2_is_119_billion_multiply_adds(objective: Objective, needs: Needs) -> None:
+    """DiT: 118.6. The second head costs 7 million."""
+    assert forward_flops(outline(DiT(), needs, LATENT), objective, LATENT) / 2 == pytest.approx(118.62e9, abs=5e6)
+
+
+def test_a_size_is_its_numbers() -> None:
+    assert DiT.size("XL", patch=4) == DiT(width=1152, depth=28, attention=16, patch=4)
+    with pytest.raises(UserError, match=r"size 'H'.*S, B, L, XL"):
+        DiT.size("H")
 
 
 def test_a_further_head_is_one_output_layer() -> None:
@@ -78,9 +132,121 @@ def test_block_by_hand() -> None:
     assert torch.allclose(block(h, e), middle + m[5] * block.down(wide), rtol=1e-4, atol=1e-5)
 
 
-def test_blocks_start_as_nothing() -> None:
+def test_rms_norm_by_hand() -> None:
+    """A stream and the same raised by a number differ, where layer norm sees none; scaled, they are the same."""
+    h, e = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 8)
+    layer, rms = (DiT(width=8, depth=1, attention=2, norm=norm).build(V, (3, 4, 4), 0).heads["v"] for norm in NORMS)
+    randomise(layer)
+    rms.load_state_dict(layer.state_dict())
+    shift, scale = layer.modulation.bias.chunk(2)
+    unit = h / (h.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(rms(h, e), rms.out(unit * (1 + scale) + shift), rtol=1e-5, atol=1e-6)
+    assert torch.allclose(rms(h, e), rms(5 * h, e), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(layer(h, e), layer(h + 1, e), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(rms(h, e), rms(h + 1, e), atol=1e-2)
+
+
+def test_qk_norm_by_hand() -> None:
+    """Scores are of queries and keys of mean square 1, so their size in the stream does not count."""
+    block = Block(8, 2, qk_norm=True)
+    randomise(block)
+    assert block.q_norm
+    assert block.k_norm
+    a = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    q, k, v = (p.unflatten(-1, (2, 4)).transpose(1, 2) for p in block.qkv(a).chunk(3, -1))
+    q, k = (p / p.square().mean(-1, keepdim=True).sqrt() for p in (q, k))
+    weight = ((q * block.q_norm.weight) @ (k * block.k_norm.weight).mT / 2).softmax(-1)
+    before = block.attend(a)
+    assert torch.allclose(before, block.out((weight @ v).transpose(1, 2).flatten(2)), rtol=1e-4, atol=1e-5)
+    for p in (block.qkv.weight, block.qkv.bias):
+        p.data[:16] *= 7  # queries and keys
+    assert torch.allclose(block.attend(a), before, rtol=1e-4, atol=1e-5)
+
+
+def test_swiglu_by_hand() -> None:
+    block = Block(8, 2, mlp="swiglu")
+    randomise(block)
+    a, hidden = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)), gated(8)
+    gate, up = block.up(a)[..., :hidden], block.up(a)[..., hidden:]
+    assert torch.allclose(block.perceive(a), block.down(gate * gate.sigmoid() * up), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("width", [384, 768, 1024, 1152])
+def test_swiglu_has_as_many_parameters(width: int) -> None:
+    with torch.device("meta"):
+        plain, other = (trained(Block(width, 1, mlp=mlp)) for mlp in ("gelu", "swiglu"))
+    assert gated(width) % 8 == 0
+    assert other == pytest.approx(plain, rel=2e-3)
+
+
+def test_turned_scores_depend_on_the_offset_alone() -> None:
+    """Of one query and one key at every two places; and on both coordinates of the offset, and on its sign."""
+    side, size = 4, 8
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(size, generator=g).expand(1, 1, side**2, size) for _ in range(2))
+    tables = turns(side, size)
+    scores = (turn(q, *tables) @ turn(k, *tables).mT).view(side, side, side, side)
+    seen: dict[tuple[int, int], float] = {}
+    for a in range(side):
+        for b in range(side):
+            for c in range(side):
+                for d in range(side):
+                    score = seen.setdefault((a - c, b - d), scores[a, b, c, d].item())
+                    assert scores[a, b, c, d].item() == pytest.approx(score, abs=1e-5)
+    assert len({round(score, 3) for score in seen.values()}) == (2 * side - 1) ** 2
+
+
+def test_turning_keeps_lengths_and_the_first_place() -> None:
+    a = torch.randn(2, 3, 16, 8, generator=torch.Generator().manual_seed(0))
+    turned = turn(a, *turns(4, 8))
+    assert torch.allclose(turned.norm(dim=-1), a.norm(dim=-1), rtol=1e-5)
+    assert torch.equal(turned[:, :, 0], a[:, :, 0])
+    assert not torch.allclose(turned[:, :, 1:], a[:, :, 1:], atol=0.1)
+
+
+def test_a_second_time_is_that_of_a_net_that_starts_at_the_data() -> None:
+    """With `aux_time` a net of t alone has the weights of a net of t and r, and is that net at r = 0."""
+    one = TINY.model_copy(update={"aux_time": True}).build(VU, (3, 4, 4), 5).double()
+    two = TINY.build(Needs(inputs=("t", "r"), heads=("v", "u")), (3, 4, 4), 5).double()
+    randomise(two)
+    one.load_state_dict(two.state_dict())
+    x, c, times = inputs()
+    zero = torch.zeros_like(times["t"])
+    assert all(torch.equal(a, b) for a, b in zip(one(x, c, **times), two(x, c, **times, r=zero), strict=True))
+    assert not torch.allclose(one(x, c, **times)[0], two(x, c, **times, r=times["t"])[0])
+
+
+def test_a_second_time_is_no_third() -> None:
+    needs = Needs(inputs=("t", "r"), heads=("u",))
+    plain, aux = (TINY.model_copy(update={"aux_time": aux}).build(needs, (3, 4, 4), 5) for aux in (False, True))
+    assert set(plain.state_dict()) == set(aux.state_dict())
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("options", [{}, MODERN, *({k: v} for k, v in MODERN.items())], ids=str)
+def test_options_have_exact_slopes(options: dict[str, Any], checkpoint: bool) -> None:
+    spec = TINY.model_copy(update={**options, "checkpoint": checkpoint})
+    net = randomise(spec.build(VU, (3, 4, 4), 5)).double()
+    x, c, times = inputs()
+    w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
+    for toward in (None, w):
+        exact, found = (s(net, Frozen(net), x, c, toward=toward, **times)[1](w) for s in (Jvp(), Dual()))
+        assert all(((a - b).norm() / b.norm()).item() < 1e-12 for a, b in zip(found, exact, strict=True))
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("options", [{}, MODERN], ids=["plain", "modern"])
+def test_every_parameter_learns(options: dict[str, Any], checkpoint: bool) -> None:
+    net = randomise(TINY.model_copy(update={**options, "checkpoint": checkpoint}).build(VU, (3, 4, 4), 5)).double()
+    x, c, times = inputs(6)
+    sum(head.square().sum() for head in net(x, c, **times)).backward()
+    assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+@pytest.mark.parametrize("options", [{}, MODERN], ids=["plain", "modern"])
+def test_blocks_start_as_nothing(options: dict[str, Any]) -> None:
     """adaLN-zero: a block is the identity, though its own layers are not zero."""
-    net = TINY.build(V, (3, 4, 4), 0)
+    net = TINY.model_copy(update=options).build(V, (3, 4, 4), 0)
     g = torch.Generator().manual_seed(0)
     h, e = torch.randn(2, 4, 8, generator=g), torch.randn(2, 8, generator=g)
     for block in net.blocks:
@@ -90,9 +256,10 @@ def test_blocks_start_as_nothing() -> None:
         assert block.down.weight.any()
 
 
-def test_places_are_told_apart() -> None:
+@pytest.mark.parametrize("position", ["waves", "rope"])
+def test_places_are_told_apart(position: str) -> None:
     """Without positions a transformer cannot tell a picture from its patches shuffled."""
-    net = TINY.build(V, (3, 4, 4), 0)
+    net = TINY.model_copy(update={"position": position}).build(V, (3, 4, 4), 0)
     randomise(net)
     x, t = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.2, 0.7])
     shuffled = net._image(net._patches(x).flip(1))
@@ -113,6 +280,7 @@ def test_positions_are_saved_and_waves_are_not() -> None:
         ({}, (3, 4, 6), "square"),
         ({}, (3, 5, 5), "patch 2 does not divide.*5"),
         ({"attention": 3}, (3, 4, 4), "attention 3 does not divide.*8"),
+        ({"attention": 4, "position": "rope"}, (3, 4, 4), "rope.*multiple of 4.*2.*waves"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(update: dict[str, int], shape: tuple[int, ...], says: str) -> None:

@@ -1,0 +1,12 @@
+"""All codecs: images in, what a net learns out, and back. A codec's spec holds every number that this takes."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from dumo.codecs.autoencoder import DcAe as DcAe
+from dumo.codecs.autoencoder import SdVae as SdVae
+from dumo.codecs.identity import Identity as Identity
+from dumo.codecs.taesd import Taef2 as Taef2
+
+Codec = Annotated[Identity | Taef2 | SdVae | DcAe, Field(discriminator="kind")]

@@ -1,0 +1,68 @@
+"""Files of weights: safetensors only, whole, and the ones that were meant."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dumo.types import UserError
+
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+CONVERT = (
+    'python -c "import torch, safetensors.torch as s; '
+    "s.save_file(torch.load('{file}', weights_only=True), '{out}', dict(format='pt'))\""
+)
+
+
+def path_of(name: str) -> Path:
+    """A path as the user wrote it, environment variables and ~ expanded. Raises UserError for a variable not set."""
+    expanded = os.path.expandvars(name)
+    if "$" in expanded:
+        raise UserError(f"{name}: that environment variable is not set: set it, or give a path in codec.weights")
+    return Path(expanded).expanduser()
+
+
+def checked(file: Path, sha256: str | None, hint: str) -> str:
+    """The SHA-256 of a whole safetensors file, in hexadecimal.
+
+    Raises UserError for no file (with the hint where to get it), a pickle, a damaged file, or another hash than asked.
+    """
+    if file.suffix.lower() in PICKLES:
+        line = CONVERT.format(file=file.name, out=file.with_suffix(".safetensors").name)
+        raise UserError(
+            f"{file}: dumo reads no pickle, which can run code. Convert it once, where you trust it:\n  {line}\n{hint}"
+        )
+    if not file.is_file():
+        raise UserError(f"{file}: there is no such file. {hint}")
+    try:
+        with safe_open(file, "pt"):  # reads the header, and compares it with the file's size
+            pass
+    except SafetensorError as error:
+        raise UserError(f"{file} is damaged or is not safetensors ({error}): take another copy. {hint}") from error
+    found = digest(file)
+    if sha256 not in (None, found):
+        raise UserError(
+            f"{file} has SHA-256 {found}, and codec.sha256 asks for {sha256}: "
+            "take the file that was meant, or set codec.sha256 to this one's (null: any)"
+        )
+    return found
+
+
+def digest(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def load(file: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checked file. Raises UserError, naming the first whose name or shape is not the wanted one."""
+    found = load_file(file)
+    for name in sorted(found.keys() | wanted.keys()):
+        has, needs = (tuple(side[name].shape) if name in side else "absent" for side in (found, wanted))
+        if has != needs:
+            raise UserError(f"{file}: {name} is {has} in the file, {needs} in the codec: these are other weights")
+    return found

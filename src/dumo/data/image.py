@@ -1,0 +1,151 @@
+"""A user's own images: a folder, hub parquet or webdataset shards, found out by looking.
+
+A run must know how many classes there are before any data is opened: it says so, or the data are looked at once, when
+the run is made, and the number stands in its run.yaml.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from pydantic.config import JsonDict
+
+from dumo.data.album import Album
+from dumo.data.folder import Folder
+from dumo.data.parquet import Parquet, columns
+from dumo.data.pixel import SUFFIXES, Crop, Frame
+from dumo.data.store import Store, choose, walk
+from dumo.data.tar import Tar
+from dumo.types import Spec, UserError
+
+Format = Literal["folder", "parquet", "tar"]
+GIGABYTE = 1e9
+FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
+
+
+class Images(Spec):
+    """Images brought to one size, with a class each or none.
+
+    A folder with a folder per class, or a flat one; parquet with a column `image` of {bytes, path}, as on the Hugging
+    Face hub; webdataset tar shards with `.cls` labels.
+    """
+
+    kind: Literal["images"] = "images"
+    root: str  # a folder or a file; may begin with ~ and hold $NAMES of environment variables
+    side: int = Field(ge=1)  # pixels
+    channels: Literal[1, 3] = 3  # grey or RGB
+    crop: Crop = "adm"  # adm: as the ImageNet references were made; smaller images are enlarged, bicubically
+    flip: bool = False  # mirror half of the images of a batch
+    format: Literal["auto", "folder", "parquet", "tar"] = "auto"
+    split: str | None = None  # train, test ...: the part of the data, where names tell several
+    labelled: Literal["auto", False] = "auto"  # false: the labels there are, are not read
+    label: str = "label"  # the column of classes in parquet
+    on_bad: Literal["raise", "skip"] = Field(default="raise", json_schema_extra=FREE)  # an image that cannot be read
+    memory: float = Field(default=2.0, ge=0, json_schema_extra=FREE)  # GB of pixels kept decoded; ours
+    classes: int = Field(default=None, ge=0, validate_default=True)  # 0: none; not given: those that are there
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height, width."""
+        return (self.channels, self.side, self.side)
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _looked_up(cls, classes: object, info: Any) -> object:  # noqa: ANN401, pydantic's, which cannot be checked
+        """Not given: look. Where a field before is wrong already, 0 will do."""
+        before = {"root", "format", "split", "labelled", "label"} <= info.data.keys()
+        return classes if classes is not None else _count(info.data) if before else 0
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Images":
+        if self.labelled is False and self.classes:
+            raise UserError(f"classes={self.classes} needs labels: remove labelled=false, or set classes=0")
+        return self
+
+    def open(self) -> Album:
+        """The images as a source, all decoded if they fit in `memory`.
+
+        Raises UserError where there are none, the files are damaged, the classes are not as many as expected, or an
+        image cannot be read.
+        """
+        root = _expanded(self.root)
+        store = find(
+            root,
+            format=None if self.format == "auto" else self.format,
+            split=self.split,
+            label=self.label if self.labelled and self.classes else None,
+        )
+        self._check(root, store)
+        frame = Frame(self.side, self.channels, self.crop)
+        return Album(store, frame, flip=self.flip, skip=self.on_bad == "skip", memory=self.memory * GIGABYTE)
+
+    def _check(self, root: Path, store: Store) -> None:
+        """Refuse other classes than expected. Where they have no names, the last ones may lack images."""
+        if not self.classes:
+            return
+        if store.labels is None:
+            why = f" (no column '{self.label}' among {', '.join(columns(store))})" if isinstance(store, Parquet) else ""
+            raise UserError(f"{root} has no labels{why}, data.classes says {self.classes}: set data.classes=0")
+        found = store.labels.count
+        if found > self.classes or (store.labels.names and found < self.classes):
+            raise UserError(f"{root} has {found} classes, data.classes says {self.classes}: set data.classes={found}")
+
+
+def find(root: Path, *, format: Format | None = None, split: str | None = None, label: str | None = "label") -> Store:
+    """Look what is under `root`, and open it without decoding. `label`: the column of classes; None: no labels.
+
+    Raises UserError where there are no images, or several ways to take what is there.
+    """
+    files = walk(root)
+    found: dict[Format, list[str]] = {
+        "folder": [file for file in files if os.path.splitext(file)[1].lower() in SUFFIXES],
+        "parquet": [file for file in files if file.endswith(".parquet")],
+        "tar": [file for file in files if file.endswith(".tar")],
+    }
+    there: list[Format] = [name for name, listed in found.items() if listed]
+    if format is None and len(there) > 1:
+        raise UserError(f"{root} holds {' and '.join(there)} side by side: say which with data.format")
+    chosen = format or (there[0] if there else None)
+    if chosen is None or not found[chosen]:
+        sought: dict[Format, str] = {
+            "folder": "image files (.jpg, .png, .webp ...)",
+            "parquet": "*.parquet",
+            "tar": "*.tar",
+        }
+        looked = sought[chosen] if chosen else ", ".join(sought.values())
+        raise UserError(f"no images in {root}, where there are {len(files)} files: looked for {looked}, at any depth")
+    store = _opened(root, chosen, found[chosen], split, label)
+    if not len(store):
+        raise UserError(f"no images in the {chosen} files of {root}")
+    return store
+
+
+def _opened(root: Path, format: Format, files: list[str], split: str | None, label: str | None) -> Store:
+    match format:
+        case "folder":
+            return Folder(root, files, split=split, labelled=label is not None)
+        case "parquet":
+            return Parquet(choose(root, files, split), label=label)
+        case "tar":
+            return Tar(choose(root, files, split), labelled=label is not None)
+
+
+def _expanded(root: str) -> Path:
+    """The path with its variables' values. Raises UserError for one that is not set."""
+    path = os.path.expanduser(os.path.expandvars(root))
+    if unset := re.search(r"\$\{?(\w+)\}?", path):
+        name = unset[1]
+        raise UserError(f"data.root is {root}, but {name} is not set: export {name}=DIR, or set data.root")
+    return Path(path)
+
+
+def _count(data: Mapping[str, Any]) -> int:
+    """How many classes there are, where these fields say."""
+    if data["labelled"] is False:
+        return 0
+    format: Format | None = None if data["format"] == "auto" else data["format"]
+    store = find(_expanded(data["root"]), format=format, split=data["split"], label=data["label"])
+    return store.labels.count if store.labels else 0

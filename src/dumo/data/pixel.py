@@ -1,0 +1,102 @@
+"""From the bytes of an image file to a square of pixels.
+
+Every file becomes 8-bit grey or RGB, upright, as one looks at it: transparency lies over white, 16 bits are rounded to
+8, of an animation the first frame is taken, and the camera's rotation (EXIF) is carried out. Colour profiles are not
+read, as in ADM and the references that were computed with it.
+"""
+
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from dumo.types import UserError
+
+Crop = Literal["adm", "bicubic", "none"]
+
+# What is opened. No EPS or PDF: pillow hands them to another program, and data may come from anywhere.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+# What is taken for an image by its name. Photographs of telephones are named too, where they cannot be read.
+KNOWN = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
+SUFFIXES = KNOWN | {".avif", ".heic", ".heif"}
+
+
+class Unreadable(UserError):  # noqa: N818, it says what the image is
+    """An image that cannot be shown as pixels; the message says why, and not which."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What an image is brought to: `channels` (1 grey, 3 RGB) of `side` x `side` pixels."""
+
+    side: int
+    channels: int
+    crop: Crop
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        return (self.channels, self.side, self.side)
+
+    def __call__(self, data: bytes) -> UInt8[Tensor, "c side side"]:
+        """The pixels, 0 ... 255. Raises Unreadable where the bytes are no whole image, or not of a size that fits."""
+        image = square(flat(upright(data), self.channels), self.side, self.crop)
+        return torch.from_numpy(np.array(image).reshape(self.side, self.side, self.channels)).permute(2, 0, 1)
+
+
+def upright(data: bytes) -> Image.Image:
+    """The first frame, loaded and turned as its EXIF tag says. Raises Unreadable."""
+    try:
+        with Image.open(BytesIO(data), formats=FORMATS) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:
+        raise Unreadable(f"is no image of a known format ({', '.join(FORMATS)})") from error
+    except Exception as error:  # a broken file may raise anything in pillow's readers
+        raise Unreadable(f"cannot be read as an image: {error}") from error
+
+
+def flat(image: Image.Image, channels: int) -> Image.Image:
+    """The image in 8-bit grey (1 channel) or RGB (3), over white where it is transparent. Raises Unreadable."""
+    if image.mode == "F":
+        raise Unreadable("has floating-point pixels, whose range is not known: convert it to 8 bits")
+    if image.mode.startswith("I"):
+        image = _eight_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("RGB")  # first: CMYK and CIELAB know no way to grey
+    return image if channels == 3 else image.convert("L")
+
+
+def square(image: Image.Image, side: int, crop: Crop) -> Image.Image:
+    """The middle of the image, of `side` x `side` pixels.
+
+    `adm`: halve by boxes while the short side is at least twice `side`, bring it to `side` bicubically, up as well as
+    down, and cut the middle out (`center_crop_arr` of guided-diffusion, Dhariwal & Nichol 2021: how the ImageNet
+    references were made). `bicubic`: the same without the halving. `none`: as it is; raises Unreadable if it does not
+    fit.
+    """
+    if crop == "none":
+        if image.size != (side, side):
+            raise Unreadable(f"is {image.width} x {image.height} pixels, not {side} x {side}: set data.crop=adm")
+        return image
+    while crop == "adm" and min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = side / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits, 0 ... 65535, rounded to 0 ... 255: pillow alone would clip it."""
+    levels = np.asarray(image).astype(np.int64)
+    if levels.min() < 0 or levels.max() > 65535:
+        raise Unreadable("has grey levels outside 0 ... 65535, whose range is not known: convert it to 8 bits")
+    return Image.fromarray(((levels + 128) // 257).astype(np.uint8))

@@ -1,0 +1,116 @@
+"""Where encoded images lie: files, rows of a table, members of an archive. Opened without decoding any."""
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from dumo.types import UserError
+
+# Names of the parts of a data set, as they stand in names of folders and files.
+SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test"))
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The class of each image, and how many classes there are.
+
+    Where the classes have names their number is known; where there are numbers only, it is one more than the largest.
+    """
+
+    c: Tensor  # (n,), Long, in 0 ... count - 1
+    count: int
+    names: tuple[str, ...] = ()  # () where there are numbers only
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Encoded images in a fixed order, to be read from many threads at once."""
+
+    @property
+    def labels(self) -> Labels | None:
+        """None where there are none, or none were asked for."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def path(self, i: int) -> str:
+        """What to call image i."""
+        ...
+
+    def read(self, i: int) -> bytes:
+        """The bytes of image i. Raises OSError or ValueError where they are not to be had."""
+        ...
+
+
+def walk(root: Path) -> list[str]:
+    """All files under `root`, or itself; in the order of their names, hidden ones left out, links followed.
+
+    Raises UserError where there is nothing, or a link leads to a folder above it.
+    """
+    if root.is_file():
+        return [str(root)]
+    if not root.is_dir():
+        raise UserError(f"there is no folder or file {root}: set data.root to where the images are")
+    found: list[str] = []
+    _enter(str(root), frozenset(), found)
+    return found
+
+
+def choose(root: Path, files: Sequence[str], split: str | None) -> list[str]:
+    """The shards of one split, by their names and folders: `data/train-00000-of-00010.parquet` is of `train`.
+
+    Without a split: all, if they are of one. Raises UserError where the split is absent, or must be chosen.
+    """
+    if split is None:
+        found = {next((name for name in _tokens(root, file) if name in SPLITS), None) for file in files}
+        if len(found) > 1:
+            names = ", ".join(sorted(name or "(no split)" for name in found))
+            raise UserError(f"{root} holds {names}: choose one with data.split")
+        return list(files)
+    return kept(root, split, [file for file in files if split in _tokens(root, file)])
+
+
+def kept(root: Path, split: str, files: list[str]) -> list[str]:
+    """The files of a split, as they are. Raises UserError if there are none."""
+    if not files:
+        raise UserError(f"{root} has no split '{split}': no folder or file of it is called so; change data.split")
+    return files
+
+
+def counted(c: Tensor, root: str, names: Sequence[str] = ()) -> Labels:
+    """Labels as they stand in the data, with the classes' names if known. Raises UserError for one that is none."""
+    low, high = (int(c.min()), int(c.max())) if len(c) else (0, -1)
+    if low < 0 or (names and high >= len(names)):
+        wrong = low if low < 0 else high
+        raise UserError(f"{root} has the label {wrong}, which is no class: set data.labelled=false, or choose a split")
+    return Labels(c, len(names) or high + 1, tuple(names))
+
+
+def some(items: Iterable[str]) -> str:
+    """The first few of many, in words."""
+    listed = sorted(items)
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+
+
+def _enter(folder: str, above: frozenset[tuple[int, int]], found: list[str]) -> None:
+    stat = os.stat(folder)
+    if (here := (stat.st_dev, stat.st_ino)) in above:
+        raise UserError(f"{folder} is a link to a folder that holds it, so it never ends: remove the link")
+    with os.scandir(folder) as entries:
+        listed = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    for entry in listed:
+        if os.path.isdir(entry.path):  # not entry.is_dir(): it raises for a link to itself
+            _enter(entry.path, above | {here}, found)
+        else:
+            found.append(entry.path)
+
+
+def _tokens(root: Path, file: str) -> list[str]:
+    """Folders below the root, then the words of the file's name: what a split may be called by."""
+    relative = Path(file).relative_to(root) if Path(file) != root else Path(root.name)
+    return [*relative.parts[:-1], *re.split(r"[-_.]", relative.stem)]

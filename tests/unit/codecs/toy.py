@@ -1,0 +1,55 @@
+"""Small data and a cheap codec for the tests of codecs, and an encoder that runs in a process of its own."""
+
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dumo.codecs.cache import Plan
+from dumo.codecs.encode import encode
+from dumo.codecs.identity import Identity
+from dumo.flow.draw import stream
+
+SIDE, CLASSES = 4, 7
+PLAN = Plan(resolution=SIDE, classes=CLASSES, shard_rows=16, dtype="float32")
+
+
+@dataclass
+class Pictures:
+    """Random uint8 images, each a function of its number."""
+
+    count: int
+    reads: int = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def rows(self, i: slice, /) -> tuple[Tensor, Tensor]:
+        """Images and labels, the label of row i being i mod 7."""
+        self.reads += 1
+        places = range(*i.indices(self.count))
+        return torch.stack([picture(k) for k in places]), torch.tensor([k % CLASSES for k in places])
+
+
+def picture(k: int) -> Tensor:
+    """The k-th image, uint8."""
+    return torch.randint(256, (3, SIDE, SIDE), generator=stream("picture", k), dtype=torch.uint8)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def work(out: Path, count: int, rank: int, world: int, parent: Connection | None) -> None:
+    """Encode, in a process of its own; with a parent, every tick waits until it may go on."""
+    torch.set_num_threads(1)
+
+    def tick(done: int, note: str) -> None:
+        if parent:
+            parent.send(done)
+            parent.recv()
+
+    encode(Pictures(count), Identity().open(), PLAN, out, batch=4, rank=rank, world=world, tick=tick)

@@ -1,0 +1,518 @@
+"""A user's own images: found by looking, the same from every kind of store, and refused with a reason."""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from dumo.data import Images
+from dumo.data.source import Source
+from dumo.types import UserError
+
+COUNT, SIDE = 12, 8
+CLASSES = ("ant", "bee", "cow")
+
+
+def levels(i: int) -> tuple[int, int, int]:
+    return (20 * i, 255 - 20 * i, 7)
+
+
+def picture(i: int) -> bytes:
+    """A plane of a colour of its own, with a white left upper corner."""
+    image = Image.new("RGB", (SIDE, SIDE), levels(i))
+    image.putpixel((0, 0), (255, 255, 255))
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()
+
+
+def label(i: int) -> int:
+    return i // 4  # so that all stores have one order
+
+
+def as_folder(root: Path) -> None:
+    for i in range(COUNT):
+        file = root / CLASSES[label(i)] / f"{i:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(picture(i))
+
+
+def table(rows: range, **columns: object) -> pa.Table:
+    image = [{"bytes": picture(i), "path": f"{i}.png"} for i in rows]
+    made = pa.table({"image": image, "label": [label(i) for i in rows], **columns})
+    names = {"info": {"features": {"label": {"_type": "ClassLabel", "names": list(CLASSES)}}}}
+    return made.replace_schema_metadata({"huggingface": json.dumps(names)})
+
+
+def as_parquet(root: Path) -> None:
+    root.mkdir(parents=True, exist_ok=True)
+    for k, rows in enumerate((range(7), range(7, COUNT))):
+        pq.write_table(table(rows), root / f"train-{k:05}-of-00002.parquet", row_group_size=3)
+
+
+def archive(file: Path, members: dict[str, bytes]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w") as out:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+
+
+def as_tar(root: Path) -> None:
+    for k, rows in enumerate((range(5), range(5, COUNT))):
+        members = {}
+        for i in rows:
+            members |= {f"{i:06}.cls": str(label(i)).encode(), f"{i:06}.png": picture(i), f"{i:06}.json": b"{}"}
+        archive(root / f"animals-train-{k:06}.tar", members)
+
+
+STORES: dict[str, Callable[[Path], None]] = {"folder": as_folder, "parquet": as_parquet, "tar": as_tar}
+
+
+def spec(root: Path, **fields: object) -> Images:
+    return Images.model_validate({"root": str(root), "side": SIDE, **fields})
+
+
+def refused(root: Path, **fields: object) -> str:
+    """What the user is told, whether the data are opened or only looked at."""
+    with pytest.raises((UserError, ValidationError)) as caught:
+        spec(root, **fields).open()
+    return str(caught.value)
+
+
+def bytes_of(x: torch.Tensor) -> torch.Tensor:
+    return ((x + 1) * 127.5).round().int()
+
+
+# --- what is there
+
+
+@pytest.mark.parametrize("form", STORES)
+@pytest.mark.parametrize("memory", [2.0, 0.0])
+def test_every_store_gives_the_same(form: str, memory: float, tmp_path: Path) -> None:
+    STORES[form](tmp_path)
+    images = spec(tmp_path, memory=memory)
+    assert (images.classes, images.shape) == (3, (3, SIDE, SIDE))
+    source = images.open()
+    assert isinstance(source, Source)
+    assert source.size == len(source) == COUNT
+    assert source.names == (CLASSES if form != "tar" else ())
+    x, c = source.reference(100, 0)
+    assert (x.dtype, c.dtype) == (torch.float32, torch.int64)
+    assert c.tolist() == [label(i) for i in range(COUNT)]
+    assert bytes_of(x)[:, :, 5, 5].tolist() == [list(levels(i)) for i in range(COUNT)]
+    assert (x[:, :, 0, 0] == 1).all()  # white is 1, and up and left are where they were
+
+
+@pytest.mark.parametrize("form", STORES)
+@pytest.mark.parametrize("flip", [False, True])
+def test_memory_changes_no_batch(form: str, flip: bool, tmp_path: Path) -> None:
+    """And no order of asking does: forwards, again, from the middle."""
+    STORES[form](tmp_path)
+    kept = spec(tmp_path, flip=flip).open()
+    read = spec(tmp_path, flip=flip, memory=0.0).open()
+    for step, seed in ((0, 0), (1, 0), (2, 0), (2, 0), (7, 0), (1, 3)):
+        (x, c), (y, d) = kept.batch(step, 5, seed), read.batch(step, 5, seed)
+        assert torch.equal(x, y)
+        assert torch.equal(c, d)
+
+
+def test_images_keep_their_labels(tmp_path: Path) -> None:
+    as_folder(tmp_path)
+    for memory in (2.0, 0.0):
+        x, c = spec(tmp_path, memory=memory).open().batch(3, 30, 0)  # crosses epochs
+        number = 255 - bytes_of(x)[:, 1, 5, 5]
+        assert torch.equal(c, number // 20 // 4)
+
+
+def test_an_epoch_has_each_image_once(tmp_path: Path) -> None:
+    as_folder(tmp_path)
+    source = spec(tmp_path, memory=0.0).open()
+    seen = torch.cat([source.batch(step, 4, 1)[0] for step in range(3)])[:, 0, 5, 5]
+    assert torch.equal(seen.sort().values, source.reference(COUNT, 0)[0][:, 0, 5, 5].sort().values)
+
+
+def test_half_are_mirrored_and_keyed(tmp_path: Path) -> None:
+    """The white corner goes to the right, never down; with the step, not with the image."""
+    as_folder(tmp_path)
+    source = spec(tmp_path, flip=True).open()
+    x, _ = source.batch(0, 4000, 0)
+    left, right = (x[:, :, 0, k].eq(1).all(1) for k in (0, -1))
+    assert torch.equal(left, ~right)
+    assert abs(right.double().mean() - 0.5) < 0.04
+    again, other = source.batch(0, 4000, 0)[0], source.batch(1, 4000, 0)[0]
+    assert torch.equal(x, again)
+    assert not torch.equal(right, other[:, :, 0, -1].eq(1).all(1))
+    assert source.reference(1, 0)[0][:, :, 0, 0].eq(1).all()  # what is compared with is not mirrored
+    plain = spec(tmp_path).open().batch(0, 4000, 0)[0]
+    assert torch.equal(torch.where(right[:, None, None, None], x.flip(-1), x), plain)
+
+
+@pytest.mark.parametrize("form", STORES)
+def test_rows_are_in_order_and_have_paths(form: str, tmp_path: Path) -> None:
+    STORES[form](tmp_path)
+    for memory in (2.0, 0.0):
+        source = spec(tmp_path, memory=memory, flip=True).open()
+        whole, c = source.reference(COUNT, 0)
+        x, d = source.rows(slice(4, 9))
+        assert torch.equal(x, whole[4:9])
+        assert torch.equal(d, c[4:9])
+    paths = [source.path(i) for i in (0, 11)]
+    ends = {
+        "folder": ["ant/00.png", "cow/11.png"],
+        "parquet": ["train-00000-of-00002.parquet row 0", "train-00001-of-00002.parquet row 4"],
+        "tar": ["animals-train-000000.tar member 000000.png", "animals-train-000001.tar member 000011.png"],
+    }[form]
+    assert paths == [str(tmp_path / end) for end in ends]
+
+
+def test_a_large_set_gives_a_sample_as_reference(tmp_path: Path) -> None:
+    as_folder(tmp_path)
+    source = spec(tmp_path, memory=0.0).open()
+    some = [source.reference(5, 0, i)[0][:, 0, 5, 5] for i in (0, 0, 1)]
+    assert len(some[0].unique()) == 5
+    assert torch.equal(some[0], some[1])
+    assert not torch.equal(some[0], some[2])
+
+
+@pytest.mark.parametrize("form", STORES)
+def test_labels_can_be_left_unread(form: str, tmp_path: Path) -> None:
+    STORES[form](tmp_path)
+    images = spec(tmp_path, labelled=False)
+    assert images.classes == 0
+    assert not images.open().batch(0, 20, 0)[1].any()
+
+
+def test_grey_images_have_one_channel(tmp_path: Path) -> None:
+    as_folder(tmp_path)
+    images = spec(tmp_path, channels=1, side=4)
+    assert images.shape == (1, 4, 4)
+    assert images.open().batch(0, 5, 0)[0].shape == (5, 1, 4, 4)
+
+
+def test_the_global_generator_rests(tmp_path: Path) -> None:
+    as_folder(tmp_path)
+    state = torch.get_rng_state()
+    spec(tmp_path, flip=True).open().batch(0, 4, 0)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# --- how it is found
+
+
+def test_a_flat_folder_has_no_classes(tmp_path: Path) -> None:
+    """Nor has a folder of one folder; hidden files and other files are none of it."""
+    for i in (3, 1, 2):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / f"{i}.PNG").write_bytes(picture(i))
+    (tmp_path / "photos" / "notes.txt").write_text("read me")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "9.png").write_bytes(picture(9))
+    for root in (tmp_path, tmp_path / "photos"):
+        images = spec(root)
+        assert images.classes == 0
+        assert bytes_of(images.open().reference(9, 0)[0])[:, 0, 5, 5].tolist() == [20, 40, 60]
+
+
+def test_a_file_may_be_the_root(tmp_path: Path) -> None:
+    as_parquet(tmp_path / "p")
+    as_tar(tmp_path / "t")
+    assert spec(tmp_path / "p" / "train-00001-of-00002.parquet").open().size == 5
+    assert spec(tmp_path / "t" / "animals-train-000001.tar").open().size == 7
+    (tmp_path / "one.png").write_bytes(picture(1))
+    assert spec(tmp_path / "one.png").open().size == 1
+
+
+def test_classes_may_lie_deep_and_be_links(tmp_path: Path) -> None:
+    as_folder(tmp_path / "all")
+    (tmp_path / "set" / "few").mkdir(parents=True)
+    (tmp_path / "set" / "few" / "a").symlink_to(tmp_path / "all" / "bee")
+    (tmp_path / "set" / "few" / "b" / "deep").mkdir(parents=True)
+    shutil.copy(tmp_path / "all" / "cow" / "08.png", tmp_path / "set" / "few" / "b" / "deep")
+    x, c = spec(tmp_path / "set").open().reference(9, 0)
+    assert c.tolist() == [0, 0, 0, 0, 1]
+    assert bytes_of(x)[:, 0, 5, 5].tolist() == [80, 100, 120, 140, 160]
+
+
+@pytest.mark.parametrize("form", STORES)
+def test_a_split_is_chosen_by_name(form: str, tmp_path: Path) -> None:
+    STORES[form](tmp_path / "train")
+    STORES[form](tmp_path / "test")
+    for file in list((tmp_path / "test").rglob("*train*")):
+        file.rename(str(file).replace("train", "test"))
+    assert "data.split" in refused(tmp_path)
+    assert "test, train" in refused(tmp_path)
+    source = spec(tmp_path, split="test").open()
+    assert source.size == COUNT
+    assert source.path(0).startswith(str(tmp_path / "test"))
+    assert "no split 'val'" in refused(tmp_path, split="val")
+    shutil.rmtree(tmp_path / "test")
+    assert spec(tmp_path).classes == 3  # a split alone needs no choice
+
+
+def test_the_place_may_be_an_environment_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And stays one in the spec: a run's folder can move to another machine."""
+    as_folder(tmp_path / "animals")
+    monkeypatch.setenv("SOME_DATA", str(tmp_path))
+    images = Images(root="$SOME_DATA/animals", side=SIDE)
+    assert images.root == "$SOME_DATA/animals"
+    assert images.open().size == COUNT
+    monkeypatch.delenv("SOME_DATA")
+    with pytest.raises(UserError, match=r"\$SOME_DATA/animals, but SOME_DATA is not set"):
+        images.open()
+
+
+def test_a_spec_that_says_its_classes_looks_at_nothing(tmp_path: Path) -> None:
+    """A run can be shown and sampled where its data are not; what was found stands in the spec."""
+    away = spec(tmp_path / "nowhere", classes=7)
+    assert (away.classes, away.shape) == (7, (3, SIDE, SIDE))
+    as_folder(tmp_path)
+    found = spec(tmp_path).model_dump()
+    shutil.rmtree(tmp_path / "ant")
+    assert Images.model_validate(found).classes == 3
+
+
+def test_the_column_of_labels_has_a_name(tmp_path: Path) -> None:
+    rows = range(COUNT)
+    fine = pa.array([i % 5 for i in rows])
+    pq.write_table(table(rows, fine=fine), tmp_path / "a.parquet")
+    assert spec(tmp_path, label="fine").classes == 5
+    assert spec(tmp_path).classes == 3
+
+
+def test_bytes_alone_are_images_too(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"img": [picture(i) for i in range(3)]}), tmp_path / "a.parquet")
+    images = spec(tmp_path)
+    assert images.classes == 0
+    assert bytes_of(images.open().reference(3, 0)[0])[:, 0, 5, 5].tolist() == [0, 20, 40]
+
+
+# --- what is wrong
+
+
+@pytest.mark.parametrize("form", STORES)
+@pytest.mark.parametrize("memory", [2.0, 0.0])
+def test_another_number_of_classes_is_refused(form: str, memory: float, tmp_path: Path) -> None:
+    STORES[form](tmp_path)
+    text = refused(tmp_path, classes=2, memory=memory)
+    assert "has 3 classes, data.classes says 2" in text
+    if form == "tar":  # numbers alone: the last classes may lack images
+        assert spec(tmp_path, classes=4).open().size == COUNT
+    else:
+        assert "has 3 classes, data.classes says 4" in refused(tmp_path, classes=4)
+
+
+def test_classes_without_labels_are_refused(tmp_path: Path) -> None:
+    pq.write_table(table(range(4)).drop_columns(["label"]), tmp_path / "a.parquet")
+    text = refused(tmp_path, classes=10)
+    for part in ("has no labels", "no column 'label' among image", "says 10"):
+        assert part in text
+    assert "needs labels" in refused(tmp_path, classes=10, labelled=False)
+
+
+def test_nothing_there_is_said_with_what_was_sought(tmp_path: Path) -> None:
+    assert f"no folder or file {tmp_path / 'x'}" in refused(tmp_path / "x")
+    (tmp_path / "a.txt").write_text("")
+    text = refused(tmp_path)
+    for part in (str(tmp_path), "1 files", ".jpg", "*.parquet", "*.tar"):
+        assert part in text
+    as_folder(tmp_path)
+    assert "*.tar" in refused(tmp_path, format="tar")
+    as_tar(tmp_path)
+    assert "folder and tar side by side" in refused(tmp_path)
+    assert spec(tmp_path, format="tar").classes == 3
+    archive(tmp_path / "e" / "empty.tar", {"a.txt": b""})
+    assert "no images in the tar files" in refused(tmp_path / "e")
+
+
+def test_images_beside_classes_are_refused(tmp_path: Path) -> None:
+    as_folder(tmp_path)
+    (tmp_path / "z.png").write_bytes(picture(0))
+    assert "beside them" in refused(tmp_path)
+    assert spec(tmp_path, labelled=False).open().size == COUNT + 1
+
+
+def test_a_loop_of_links_is_named(tmp_path: Path) -> None:
+    as_folder(tmp_path)
+    (tmp_path / "ant" / "loop").symlink_to(tmp_path)
+    assert str(tmp_path / "ant" / "loop") in refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["self.png", "gone.png"])
+def test_a_link_to_nowhere_is_named(name: str, tmp_path: Path) -> None:
+    as_folder(tmp_path)
+    (tmp_path / "ant" / name).symlink_to(tmp_path / "ant" / (name if name == "self.png" else "nothing.png"))
+    assert str(tmp_path / "ant" / name) in refused(tmp_path)
+
+
+def spoil(form: str, root: Path, i: int) -> str:
+    """Make image i no image; returns what must be named."""
+    text = b"<html>404</html>"
+    match form:
+        case "folder":
+            file = root / CLASSES[label(i)] / f"{i:02}.png"
+            file.write_bytes(text)
+            return str(file)
+        case "parquet":
+            for file in root.iterdir():
+                rows = pq.read_table(file).to_pylist()
+                for row in rows:
+                    if row["image"]["path"] == f"{i}.png":
+                        row["image"]["bytes"] = None if i == 9 else text
+                schema = pq.read_schema(file)
+                pq.write_table(pa.Table.from_pylist(rows, schema=schema), file, row_group_size=3)
+            return f"row {i if i < 7 else i - 7}"
+        case _:
+            members = {f"{k:06}.png": text if k == i else picture(k) for k in range(COUNT)}
+            members |= {f"{k:06}.cls": str(label(k)).encode() for k in range(COUNT)}
+            shutil.rmtree(root)
+            archive(root / "a.tar", members)
+            return f"member {i:06}.png"
+
+
+@pytest.mark.parametrize("form", STORES)
+@pytest.mark.parametrize("memory", [2.0, 0.0])
+def test_a_file_that_is_no_image_is_named(form: str, memory: float, tmp_path: Path) -> None:
+    """At once where all are decoded, else in the batch that has it; the others are made."""
+    STORES[form](tmp_path)
+    name = spoil(form, tmp_path, 9)
+    if memory:
+        text = refused(tmp_path)
+    else:
+        source = spec(tmp_path, memory=0.0).open()
+        with pytest.raises(UserError) as caught:
+            [source.batch(step, 3, 0) for step in range(4)]
+        text = str(caught.value)
+    for part in (name, "data.on_bad=skip"):
+        assert part in text
+
+
+@pytest.mark.parametrize("form", STORES)
+def test_skipped_images_are_counted_and_left_out(form: str, tmp_path: Path) -> None:
+    STORES[form](tmp_path)
+    for i in (2, 9) if form != "tar" else (9,):
+        name = spoil(form, tmp_path, i)
+    with pytest.warns(UserWarning, match=f"{1 if form == 'tar' else 2} of 12 images cannot be read") as caught:
+        source = spec(tmp_path, on_bad="skip").open()
+    assert name in str(caught[0].message)
+    left = [i for i in range(COUNT) if i != 9 and (form == "tar" or i != 2)]
+    x, c = source.reference(COUNT, 0)
+    assert source.size == len(left)
+    assert bytes_of(x)[:, 0, 5, 5].tolist() == [20 * i for i in left]
+    assert c.tolist() == [label(i) for i in left]
+    assert "10" in source.path(left.index(10)) or form == "parquet"
+
+
+def test_read_on_demand_the_next_image_takes_the_place(tmp_path: Path) -> None:
+    """Whoever asks first: batches stay a function of step and seed, and each image has its own label."""
+    as_folder(tmp_path)
+    spoil("folder", tmp_path, 3)
+    spoil("folder", tmp_path, 11)
+    images = spec(tmp_path, memory=0.0, on_bad="skip")
+    one, two = images.open(), images.open()
+    with pytest.warns(UserWarning, match="replaced by the next"):
+        x, c = one.batch(0, COUNT, 0)
+    number = bytes_of(x)[:, 0, 5, 5] // 20
+    assert number.sort().values.tolist() == [0, 0, 1, 2, 4, 4, 5, 6, 7, 8, 9, 10]
+    assert torch.equal(c, number // 4)
+    x, c = one.rows(slice(None))  # a pass over all has each once
+    assert bytes_of(x)[:, 0, 5, 5].tolist() == [20 * i for i in (0, 1, 2, 4, 5, 6, 7, 8, 9, 10)]
+    assert c.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    with pytest.warns(UserWarning, match="2 of 12"):
+        late = [two.batch(step, 6, 0) for step in (3, 2, 1, 0)][::-1]
+    for step, (y, d) in enumerate(late):
+        x, c = one.batch(step, 6, 0)
+        assert torch.equal(x, y)
+        assert torch.equal(c, d)
+
+
+@pytest.mark.parametrize("memory", [2.0, 0.0])
+def test_no_readable_image_is_an_error(memory: float, tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"none of the 3 images can be read; the first: .*0\.png"):
+        spec(tmp_path, memory=memory, on_bad="skip").open().batch(0, 2, 0)
+
+
+def test_images_of_another_size_are_named(tmp_path: Path) -> None:
+    as_folder(tmp_path)
+    text = refused(tmp_path, side=16, crop="none")
+    assert "ant/00.png is 8 x 8 pixels, not 16 x 16: set data.crop=adm" in text
+    assert spec(tmp_path, side=16).open().batch(0, 2, 0)[0].shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("keep", [0.99, 0.5, 0.01])
+def test_a_truncated_table_is_named(keep: float, tmp_path: Path) -> None:
+    as_parquet(tmp_path)
+    file = tmp_path / "train-00001-of-00002.parquet"
+    os.truncate(file, int(keep * file.stat().st_size))
+    assert f"{file} is no whole parquet file" in refused(tmp_path, on_bad="skip")
+
+
+def test_a_damaged_row_group_names_its_rows(tmp_path: Path) -> None:
+    as_parquet(tmp_path)
+    file = tmp_path / "train-00000-of-00002.parquet"
+    data = bytearray(file.read_bytes())
+    data[4:400] = bytes(396)
+    file.write_bytes(data)
+    assert f"{file} row 0" in refused(tmp_path, classes=3)
+
+
+def test_a_truncated_archive_is_named_wherever_it_ends(tmp_path: Path) -> None:
+    """In a member, in a header, or between two: where a reader stops without a word. Padding may be missing."""
+    as_tar(tmp_path)
+    file = tmp_path / "animals-train-000001.tar"
+    end = 7 * 3 * 2 * tarfile.BLOCKSIZE  # seven samples of three members, each a header and a block
+    os.truncate(file, end + tarfile.BLOCKSIZE)
+    assert spec(tmp_path).open().size == COUNT
+    for size in range(end, -1, -256):
+        os.truncate(file, size)
+        assert str(file) in refused(tmp_path, on_bad="skip", format="tar")
+
+
+def test_a_damaged_header_is_named(tmp_path: Path) -> None:
+    as_tar(tmp_path)
+    file = tmp_path / "animals-train-000000.tar"
+    data = bytearray(file.read_bytes())
+    data[2 * 512 + 3 : 2 * 512 + 20] = b"x" * 17  # the second member's header
+    file.write_bytes(data)
+    assert f"{file} is broken off or damaged at byte 1024" in refused(tmp_path)
+
+
+def test_labels_that_are_none_are_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [picture(0)] * 2, "label": [0, -1]}), tmp_path / "a.parquet")
+    assert "the label -1" in refused(tmp_path)
+    pq.write_table(pa.table({"image": [picture(0)] * 2, "label": [0, None]}), tmp_path / "a.parquet")
+    assert "1 empty rows" in refused(tmp_path)
+    pq.write_table(pa.table({"image": [picture(0)], "label": ["ant"]}), tmp_path / "a.parquet")
+    assert "the type string" in refused(tmp_path)
+    pq.write_table(pa.table({"pixels": [1], "label": [0]}), tmp_path / "a.parquet")
+    assert "no column of images {bytes, path} (it has pixels, label)" in refused(tmp_path)
+    pq.write_table(pa.table({"a": [b""], "b": [b""]}), tmp_path / "a.parquet")
+    assert "several columns" in refused(tmp_path)
+    archive(tmp_path / "t" / "a.tar", {"0.png": picture(0), "1.png": picture(1), "0.cls": b"1"})
+    assert "has no label '1.cls'" in refused(tmp_path / "t")
+    archive(tmp_path / "t" / "a.tar", {"0.png": picture(0), "0.cls": b"ant"})
+    assert "holds no class number: b'ant'" in refused(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [({"side": 0}, "side"), ({"channels": 4}, "channels"), ({"split": 3}, "split"), ({"flipped": 1}, "flipped")],
+)
+def test_a_wrong_field_is_named_alone(fields: dict[str, object], named: str, tmp_path: Path) -> None:
+    as_folder(tmp_path)
+    with pytest.raises(ValidationError) as caught:
+        spec(tmp_path, **fields)
+    assert [error["loc"] for error in caught.value.errors()] == [(named,)]

@@ -1,0 +1,201 @@
+"""From bytes to pixels: every kind of image file comes out as one would see it, and in ADM's size."""
+
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dumo.data.pixel import Crop, Frame, Unreadable
+
+RED, BLUE = (255, 0, 0), (0, 0, 255)
+
+
+def noise(width: int, height: int) -> Image.Image:
+    levels = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(levels)
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
+    out = BytesIO()
+    image.save(out, form, **options)
+    return out.getvalue()
+
+
+def decoded(image: Image.Image, side: int, crop: Crop = "none", channels: int = 3, form: str = "PNG") -> Tensor:
+    return Frame(side, channels, crop)(encoded(image, form)).int()
+
+
+def pixels(image: Image.Image) -> Tensor:
+    return torch.tensor(np.asarray(image).astype(np.int32)).permute(2, 0, 1)
+
+
+def two(left: object, right: object, mode: str = "RGB") -> Image.Image:
+    """8 x 8, one colour at the left, one at the right."""
+    image = Image.new(mode, (8, 8), left)
+    image.paste(right, (4, 0, 8, 8))
+    return image
+
+
+def colours(x: Tensor) -> list[tuple[int, ...]]:
+    """In the middle of the left half, and of the right."""
+    return [tuple(x[:, 4, 2].tolist()), tuple(x[:, 4, 6].tolist())]
+
+
+@pytest.mark.parametrize("form", ["PNG", "BMP", "PPM", "TIFF"])
+def test_a_lossless_image_comes_back_as_it_is(form: str) -> None:
+    assert torch.equal(decoded(noise(5, 5), 5, form=form), pixels(noise(5, 5)))
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 32), (24, 72), (32, 32)])
+def test_adm_halves_by_the_mean_of_blocks(width: int, height: int) -> None:
+    """Three times to the eighth part: nothing is left to do but to cut out the middle."""
+    side, x = min(width, height) // 8, pixels(noise(width, height)).double()
+    for _ in range(3):
+        x = x.unfold(2, 2, 2).mean(3).add(0.5).floor()  # pillow rounds each way by itself
+        x = x.unfold(1, 2, 2).mean(3).add(0.5).floor()
+    top, left = (x.shape[1] - side) // 2, (x.shape[2] - side) // 2
+    found = decoded(noise(width, height), side, "adm")
+    assert found.shape == (3, side, side)
+    assert (found - x[:, top : top + side, left : left + side]).abs().max() <= 1  # in an order of its own
+    assert not torch.equal(found, decoded(noise(width, height), side, "bicubic"))
+
+
+@pytest.mark.parametrize("crop", ["adm", "bicubic"])
+@pytest.mark.parametrize(("width", "height"), [(7, 5), (5, 8), (9, 9)])
+def test_the_middle_is_cut_out(width: int, height: int, crop: Crop) -> None:
+    """Where the short side is right already: pixel by pixel, with the odd one left over at the far end."""
+    side = min(width, height)
+    top, left = (height - side) // 2, (width - side) // 2
+    whole = pixels(noise(width, height))
+    assert torch.equal(decoded(noise(width, height), side, crop), whole[:, top : top + side, left : left + side])
+
+
+def test_below_twice_the_side_adm_is_bicubic() -> None:
+    """And never less than that: 31 is brought to 16 in one go, 32 by a halving."""
+    assert torch.equal(decoded(noise(40, 31), 16, "adm"), decoded(noise(40, 31), 16, "bicubic"))
+    assert not torch.equal(decoded(noise(40, 32), 16, "adm"), decoded(noise(40, 32), 16, "bicubic"))
+
+
+@pytest.mark.parametrize("size", [(3, 3), (3, 9), (50, 7)])
+def test_small_images_are_enlarged(size: tuple[int, int]) -> None:
+    """A plane stays a plane, but for the edges and rounding: bicubic, not by repeating pixels."""
+    ramp = np.tile(np.linspace(0, 255, size[0]).round().astype(np.uint8), (size[1], 1))
+    x = decoded(Image.fromarray(ramp), 32, "adm")
+    assert x.shape == (3, 32, 32)
+    steps = x[0, 16, 12:20].diff()
+    assert steps.max() - steps.min() <= max(2, 255 // size[0] // 8)
+
+
+def test_without_a_crop_sizes_must_fit() -> None:
+    with pytest.raises(Unreadable, match=r"is 6 x 5 pixels, not 5 x 5"):
+        decoded(noise(6, 5), 5)
+
+
+def test_grey_is_the_same_in_all_channels() -> None:
+    image = two(10, 200, "L")
+    assert colours(decoded(image, 8)) == [(10,) * 3, (200,) * 3]
+    assert colours(decoded(image, 8, channels=1)) == [(10,), (200,)]
+    assert colours(decoded(two(0, 1, "1"), 8)) == [(0,) * 3, (255,) * 3]
+
+
+def test_colour_becomes_grey_by_its_luma() -> None:
+    """ITU-R 601: red .299, blue .114."""
+    assert colours(decoded(two(RED, BLUE), 8, channels=1)) == [(76,), (29,)]
+
+
+def test_a_palette_gives_its_colours() -> None:
+    assert colours(decoded(two(RED, BLUE).quantize(2), 8)) == [RED, BLUE]
+
+
+def test_cmyk_is_read_as_ink() -> None:
+    """Yellow with magenta is red, whether the file says it upright (TIFF) or upside down (Adobe's JPEG)."""
+    ink = two((0, 255, 255, 0), (255, 255, 0, 0), "CMYK")
+    assert colours(decoded(ink, 8, form="TIFF")) == [RED, BLUE]
+    for found, meant in zip(colours(decoded(ink, 8, form="JPEG")), (RED, BLUE), strict=True):
+        assert max(abs(a - b) for a, b in zip(found, meant, strict=True)) <= 3
+
+
+def test_lightness_is_read_as_colour() -> None:
+    """CIELAB's middle grey, L* = 50, is 119 of sRGB; in one channel as in three."""
+    for channels in (1, 3):
+        x = decoded(Image.new("LAB", (4, 4), (128, 128, 128)), 4, channels=channels, form="TIFF")
+        assert x.unique().tolist() == [119]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_what_is_transparent_is_white(mode: str) -> None:
+    """Whatever colour hides below; half of it shines through halfway."""
+    if mode == "RGBA":
+        assert colours(decoded(two((255, 0, 0, 0), (0, 0, 255, 128), mode), 8)) == [(255,) * 3, (127, 127, 255)]
+    elif mode == "LA":
+        assert colours(decoded(two((0, 0), (0, 255), mode), 8)) == [(255,) * 3, (0,) * 3]
+    else:
+        image = two(RED, BLUE).quantize(2) if mode == "P" else two(10, 200, "L")
+        number = image.getpixel((0, 0))
+        x = Frame(8, 3, "none")(encoded(image, "PNG", transparency=number)).int()
+        assert colours(x)[0] == (255,) * 3
+        assert colours(x)[1] != (255,) * 3
+
+
+def test_sixteen_bits_are_rounded_to_eight() -> None:
+    """0 ... 65535 is 0 ... 255, the nearest each; pillow's own conversion makes nearly all of it white."""
+    levels = np.arange(256, dtype=np.int64) * 257
+    shifted = (levels + np.where(np.arange(256) % 2, 128, -128)).clip(0, 65535)
+    for grey in (levels, shifted):
+        image = Image.fromarray(grey.astype(np.uint16).reshape(16, 16))
+        for form in ("PNG", "TIFF"):
+            assert torch.equal(decoded(image, 16, form=form, channels=1).flatten(), torch.arange(256, dtype=torch.int))
+
+
+@pytest.mark.parametrize(
+    ("image", "why"),
+    [
+        (Image.new("F", (4, 4), 0.5), "floating-point"),
+        (Image.new("I", (4, 4), 100_000), "outside 0 ... 65535"),
+        (Image.new("I", (4, 4), -1), "outside 0 ... 65535"),
+    ],
+)
+def test_pixels_without_a_known_range_are_refused(image: Image.Image, why: str) -> None:
+    with pytest.raises(Unreadable, match=why):
+        decoded(image, 4, form="TIFF")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_rotation_of_the_camera_is_carried_out(orientation: int) -> None:
+    """What is red at the left when upright: each tag tells how the file's rows lie."""
+    upright = np.zeros((8, 8, 3), np.uint8)
+    upright[:, :4, 0] = 255
+    upright[:4, :, 1] = 255  # green at the top, so that all eight differ
+    turn = {1: 0, 2: 0, 3: 2, 4: 2, 5: 1, 6: 1, 7: 3, 8: 3}[orientation]  # quarters, against the clock
+    stored = np.rot90(upright, turn)
+    if orientation in (2, 4, 5, 7):
+        stored = np.fliplr(stored) if orientation in (2, 4) else np.flipud(stored)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(np.ascontiguousarray(stored)), "PNG", exif=exif)
+    assert torch.equal(Frame(8, 3, "none")(data).permute(1, 2, 0), torch.tensor(upright))
+
+
+def test_of_an_animation_the_first_frame() -> None:
+    first, *others = (Image.new("RGB", (8, 8), colour) for colour in (RED, BLUE, (0, 255, 0)))
+    data = encoded(first, "GIF", save_all=True, append_images=others)
+    assert colours(Frame(8, 3, "none")(data).int()) == [RED, RED]
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "no image of a known format"),
+        (b"<html>404 not found</html>", "no image of a known format"),
+        (encoded(noise(64, 64), "JPEG")[:700], "truncated"),
+        (encoded(noise(64, 64))[:5000], "cannot be read as an image"),
+        (encoded(noise(64, 64))[:9], "no image of a known format"),
+        (encoded(noise(8, 8), "EPS"), "no image of a known format"),  # a program, not pixels
+    ],
+)
+def test_what_is_no_whole_image_is_refused(data: bytes, why: str) -> None:
+    with pytest.raises(Unreadable, match=why):
+        Frame(8, 3, "adm")(data)

@@ -1,0 +1,35 @@
+"""`python tests/unit/metrics/meet.py RANK FILE WHOLE` is one of two processes that count images together.
+
+They meet in FILE; the first writes what came out to WHOLE. See test_tally.py.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from dumo.metrics.image_protocol import ImageProtocol
+from dumo.metrics.tally import count, gather, write
+from unit.metrics.eye import eye, images
+
+TOTAL, BATCH = 61, 7
+
+
+def main(rank: int, meeting: str, whole: Path) -> None:
+    """This rank's batches, and all together; then the same of data whose number is not known before."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    x, numbers = images(TOTAL), torch.arange(TOTAL)
+    mine = numbers[numbers // BATCH % 2 == rank].flip(0)  # a rank's own order
+    tally = gather(count(eye, ((rows, x[rows]) for rows in mine.split(BATCH)), TOTAL), TOTAL)
+    data = ImageProtocol(kind="folder").reference(eye, x.split(BATCH))
+    if rank == 0:
+        write(whole, tally, {"of": "samples"})
+        write(whole.with_suffix(".data"), data, {"of": "data"})
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -1,0 +1,278 @@
+"""The U-Net: its size, its plan, its blocks, its condition, its dropout, its slopes."""
+
+from math import sqrt
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from contract.case import randomise
+from dumo.flow import mask
+from dumo.flow.mask import keys, masks
+from dumo.flow.slope import Central, Dual, Jvp, Slope
+from dumo.nets import unet
+from dumo.nets.unet import Convolutional, Place, Residual, UNet, plan
+from dumo.types import Frozen, Heads, Needs, UserError
+
+TINY = UNet(width=8, multipliers=(1, 2), depth=2, attend=(4,))
+SHAPE = (3, 4, 4)
+V, VU = Needs(heads=("v",)), Needs(heads=("v", "u"))
+KEYS = keys(0, 0, 6)
+
+
+def tiny(needs: Needs = VU, classes: int = 0, **fields: Any) -> Convolutional:  # noqa: ANN401
+    """A net of random weights in float64, in training."""
+    net = TINY.model_copy(update=fields).build(needs, SHAPE, classes)
+    randomise(net)
+    return net.double()
+
+
+def inputs(n: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """x, c, t in float64."""
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(n, *SHAPE, generator=g).double(), torch.zeros(n).long(), torch.rand(n, generator=g).double()
+
+
+def apart(a: Heads, b: Heads) -> float:
+    """Relative distance."""
+    return max(((p - q).norm() / q.norm()).item() for p, q in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("spec", "needs", "parameters"),
+    [
+        (UNet(), V, 55_732_739),
+        (UNet(augment=9), V, 55_733_891),  # EDM's, with its augmentation
+        (UNet(), VU, 55_732_739 + 2 * 256 + (9 * 256 + 1) * 3),
+    ],
+)
+def test_sizes(spec: UNet, needs: Needs, parameters: int) -> None:
+    with torch.device("meta"):
+        net = spec.build(needs, (3, 32, 32), 0)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+
+
+def test_plan_of_two_resolutions() -> None:
+    assert [*plan(TINY, 4)] == [
+        Place(8, 8, "down", True),
+        Place(8, 8, "down", True),
+        Place(8, 8, "down", resample="half"),
+        Place(8, 16, "down"),
+        Place(16, 16, "down"),
+        Place(16, 16, "through", True),
+        Place(16, 16, "through"),
+        Place(16 + 16, 16, "up"),
+        Place(16 + 16, 16, "up"),
+        Place(16 + 8, 16, "up"),  # the halved
+        Place(16, 16, "through", resample="double"),
+        Place(16 + 8, 8, "up"),
+        Place(8 + 8, 8, "up"),
+        Place(8 + 8, 8, "up", True),  # the image's first convolution
+    ]
+
+
+def test_what_was_kept_last_joins_first() -> None:
+    """The net of that plan, written out."""
+    net = tiny(V)
+    x, c, t = inputs()
+    e, a = F.silu(net.scalars(t=t)), net.embed(x)
+
+    def block(i: int, *h: Tensor) -> Tensor:
+        return net.blocks[i](torch.cat(h, 1), e)
+
+    b = block(0, a)
+    d = block(1, b)
+    half = block(2, d)
+    f = block(3, half)
+    g = block(4, f)
+    h = block(6, block(5, g))
+    h = block(9, block(8, block(7, h, g), f), half)
+    h = block(13, block(12, block(11, block(10, h), d), b), a)
+    assert torch.equal(net.heads["v"](h), net(x, c, t=t)[0])
+
+
+def test_edms_plan() -> None:
+    """Tab. 7: 4 blocks on the way down, 5 on the way up; attention at 16 and in the middle."""
+    places = [*plan(UNet(), 32)]
+    assert [p.way for p in places].count("down") == 3 * 4 + 2
+    assert [p.way for p in places].count("up") == 3 * 5
+    assert [i for i, p in enumerate(places) if p.attends] == [5, 6, 7, 8, 14, 26]
+    assert {p.out for p in places[1:]} == {256}
+
+
+def norm(h: Tensor, groups: int) -> Tensor:
+    """Group norm without weights."""
+    g = h.unflatten(1, (groups, -1))
+    mean, var = g.mean((2, 3, 4), keepdim=True), g.var((2, 3, 4), correction=0, keepdim=True)
+    return ((g - mean) / (var + 1e-6).sqrt()).flatten(1, 2)
+
+
+@pytest.mark.parametrize("resample", ["half", "same", "double"])
+def test_block_by_hand(resample: Any) -> None:  # noqa: ANN401
+    block = Residual(Place(8, 12, "through", resample=resample), 5, 2, 0.5).double()
+    randomise(block)
+    g = torch.Generator().manual_seed(0)
+    h, e = torch.randn(2, 8, 4, 4, generator=g).double(), torch.randn(2, 5, generator=g).double()
+    for layer in (block.norm_1, block.norm_2):
+        nn.init.ones_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+    def other(h: Tensor) -> Tensor:
+        if resample == "half":
+            return (h[..., ::2, ::2] + h[..., 1::2, ::2] + h[..., ::2, 1::2] + h[..., 1::2, 1::2]) / 4
+        return h.repeat_interleave(2, 2).repeat_interleave(2, 3) if resample == "double" else h
+
+    a = block.conv_1(other(F.silu(norm(h, 2)))) + (e @ block.shift.weight.T + block.shift.bias)[..., None, None]
+    a = block.conv_2(F.silu(norm(a, 1)))
+    skip = torch.einsum("bchw,oc->bohw", other(h), block.skip.weight[..., 0, 0]) + block.skip.bias[:, None, None]
+    assert torch.allclose(block(h, e), (skip + a) * sqrt(0.5), rtol=1e-12, atol=1e-12)
+
+
+def test_attention_by_hand() -> None:
+    """Every place sees every place; the sum is scaled once more."""
+    plain, block = (Residual(Place(8, 8, "through", at), 5, 2).double() for at in (False, True))
+    randomise(block)
+    plain.load_state_dict(block.state_dict(), strict=False)
+    g = torch.Generator().manual_seed(0)
+    h, e = torch.randn(2, 8, 3, 3, generator=g).double(), torch.randn(2, 5, generator=g).double()
+    before = plain(h, e)
+    mixed, (q, k, v) = torch.empty_like(h), block.qkv(block.norm_3(before)).chunk(3, 1)
+    for part in (slice(0, 4), slice(4, 8)):
+        weight = (torch.einsum("bchw,bcij->bhwij", q[:, part], k[:, part]) / 2).flatten(3).softmax(-1)
+        mixed[:, part] = torch.einsum("bhwn,bcn->bchw", weight, v[:, part].flatten(2))
+    assert torch.allclose(block(h, e), (before + block.out(mixed)) * sqrt(0.5), rtol=1e-12, atol=1e-12)
+
+
+def test_blocks_start_as_their_skips() -> None:
+    net = TINY.build(V, SHAPE, 0)
+    h, e = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, 32)
+    first = net.blocks[0]
+    assert isinstance(first, Residual)
+    assert first.attention
+    assert torch.allclose(first(h, e), h / 2, rtol=1e-6)
+    assert first.conv_1.weight.any()
+    assert first.qkv.weight.any()
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_every_parameter_learns(checkpoint: bool) -> None:
+    net = tiny(Needs(inputs=("t", "r"), heads=("v", "u"), gauges=("a",)), checkpoint=checkpoint, augment=2)
+    x, _, t = inputs()
+    sum(out.square().sum() for out in net(x, x[:, :2, 0, 0], t=t, r=t / 3)).backward()
+    assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+
+
+def test_augmentation_is_a_condition() -> None:
+    """No augmentation is zeros, or no numbers at all."""
+    net = tiny(augment=9)
+    x, c, t = inputs()
+    how = torch.zeros(6, 9)
+    plain = net(x, c, t=t)
+    assert all(torch.equal(a, b) for a, b in zip(net(x, how, t=t), plain, strict=True))
+    how[2, 4] = 1
+    other = net(x, how, t=t)
+    assert torch.equal(other[0][[0, 1, 3, 4, 5]], plain[0][[0, 1, 3, 4, 5]])
+    assert not torch.allclose(other[0][2], plain[0][2], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("update", "shape", "classes", "says"),
+    [
+        ({}, (2,), 0, "square images.*mlp"),
+        ({}, (3, 4, 6), 0, "square"),
+        ({"multipliers": (1, 1, 1)}, (3, 6, 6), 0, "3 resolutions.*multiple of 4, not 6"),
+        ({"attention": 3}, (3, 4, 4), 0, "attention 3 does not divide"),
+        ({"multipliers": (1, 0)}, (3, 4, 4), 0, "at least 1"),
+        ({"augment": 9}, (3, 4, 4), 10, "augment takes 9.*10 classes.*augment=0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(
+    update: dict[str, Any], shape: tuple[int, ...], classes: int, says: str
+) -> None:
+    with pytest.raises(UserError, match=says):
+        TINY.model_copy(update=update).build(V, shape, classes)
+
+
+def test_dropout_is_for_training_under_masks() -> None:
+    net = tiny(dropout=0.4)
+    x, c, t = inputs()
+    plain = net(x, c, t=t)
+    with masks(KEYS):
+        dropped = net(x, c, t=t)
+        with mask.none():
+            null = net(x, c, t=t)
+        net.eval()
+        still = net(x, c, t=t)
+    assert not torch.allclose(dropped[0], plain[0], atol=1e-3)
+    assert all(torch.equal(a, plain[0]) for a in (null[0], still[0]))
+
+
+def test_passes_of_a_step_share_their_masks() -> None:
+    """Again, and for some of the rows; and the next step has others."""
+    net, state = tiny(dropout=0.4), torch.get_rng_state()
+    x, c, t = inputs()
+    some = [4, 1]
+    with masks(KEYS):
+        one, two = net(x, c, t=t)[0], net(x, c, t=t)[0]
+        with mask.of(some):
+            part = net(x[some], c[some], t=t[some])[0]
+    with masks(keys(0, 1, 6)):
+        later = net(x, c, t=t)[0]
+    assert torch.equal(one, two)
+    assert torch.allclose(part, one[some], rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(later, one, atol=1e-3)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_layers_have_masks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def drop(h: Tensor, rows: Tensor, p: float) -> Tensor:
+        seen.append(rows)
+        assert p == 0.4
+        return mask.drop(h, rows, p)
+
+    monkeypatch.setattr(unet, "drop", drop)
+    x, c, t = inputs()
+    with masks(KEYS):
+        tiny(dropout=0.4)(x, c, t=t)
+    assert len({tuple(rows.flatten().tolist()) for rows in seen}) == len(seen) == 14
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_slopes_are_exact(dropout: float, checkpoint: bool) -> None:
+    """Riding, from the tape or by a pass of its own; the tangent meets the mask of the primal."""
+    net = tiny(dropout=dropout, checkpoint=checkpoint)
+    x, c, t = inputs()
+    w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
+
+    def slope(s: Slope, toward: Tensor | None = None) -> Heads:
+        return s(net, Frozen(net), x, c, t=t, toward=toward)[1](w)
+
+    with masks(KEYS):
+        exact = slope(Jvp())
+        assert apart(slope(Dual()), exact) < 1e-12
+        assert apart(slope(Dual(), w), exact) < 1e-12
+        assert apart(slope(Central(h=1e-3)), exact) < 1e-3
+    if dropout:
+        assert apart(slope(Dual()), exact) > 1e-2
+
+
+@pytest.mark.parametrize("toward", [False, True])
+def test_checkpointing_meets_the_same_masks(toward: bool) -> None:
+    """Also where the backward pass comes after the step has left the masks."""
+    gradients: list[list[Tensor]] = []
+    for checkpoint in (False, True):
+        net = tiny(dropout=0.4, checkpoint=checkpoint)
+        x, c, t = inputs()
+        with masks(KEYS):
+            heads, along = Dual()(net, Frozen(net), x, c, t=t, toward=x if toward else None)
+            _, du_dt = along(x)
+        (heads[0].square().sum() + (heads[1] - du_dt).square().sum()).backward()
+        gradients.append([p.grad for p in net.parameters() if p.grad is not None])
+    one, other = gradients
+    assert len(one) == len([*net.parameters()])
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(one, other, strict=True))
