@@ -210,9 +210,10 @@ def test_bf16_is_served_or_refused(objective: Objective, net: Net, bf16_data: bo
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_differences_are_refused_below_fp32_without_autocast(objective: Objective, dtype: torch.dtype) -> None:
     model = built(objective, nets()[0]).to(dtype)
+    b = low(lambda x: x.to(dtype), record(objective))
+    b = replace(b, t=b.t.to(dtype), r=b.r.to(dtype))
     with pytest.raises(UserError, match="fp32"):
-        b = low(lambda x: x.to(dtype), record(objective))
-        step(objective, model, replace(b, t=b.t.to(dtype), r=b.r.to(dtype)))
+        step(objective, model, b)
 
 
 @each_net

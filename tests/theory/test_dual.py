@@ -129,7 +129,7 @@ class Residual(nn.Module):
         return (self.out(torch.einsum("nqk,nck->ncq", w, v).reshape(*h.shape)) + h) * sqrt(0.5)
 
 
-class UNet(nn.Module):
+class Ddpm(nn.Module):
     """A small DDPM++ of three levels: down by stride and by pooling, up by transposition and by copying."""
 
     def __init__(self, width: int = 8, drop: float = 0.0) -> None:
@@ -154,11 +154,14 @@ class UNet(nn.Module):
         return v, u
 
 
+SIZES = {k: v for k, v in SMALL.items() if k in DiT.model_fields}
+LATER = DiT(**SIZES, norm="rms", qk_norm=True, mlp="swiglu", position="rope")
 BUILD: dict[str, Callable[[], nn.Module]] = {
     **{spec.kind: partial(spec.build, NEEDS, SHAPE, CLASSES) for spec in nets()},
+    "dit with all options": partial(LATER.build, NEEDS, SHAPE, CLASSES),
     "modern": Modern,
     "complex": partial(Modern, rotary=turn_complex),
-    "unet": UNet,
+    "ddpm": Ddpm,
 }
 each_net = pytest.mark.parametrize("name", BUILD)
 each_way = pytest.mark.parametrize("way", WAYS)
@@ -302,7 +305,7 @@ def test_bf16_weights_do_no_harm(name: str) -> None:
 @each_way
 @pytest.mark.parametrize("dtype", [torch.float32, D])
 def test_dropout_moves_with_its_mask(way: str, dtype: torch.dtype) -> None:
-    net = randomise(UNet(drop=0.3)).to(dtype).train()
+    net = randomise(Ddpm(drop=0.3)).to(dtype).train()
     truth = plain(net, dtype)
     heads, slopes = run(net, way, None, dtype)
     assert all(torch.equal(a, b) for a, b in zip(heads, truth, strict=True))
@@ -408,8 +411,7 @@ def test_the_ends_of_time_are_finite(name: str, way: str) -> None:
 
 def transformers() -> tuple[nn.Module, nn.Module]:
     """The same DiT, without checkpointing and with it."""
-    sizes = {k: v for k, v in SMALL.items() if k in DiT.model_fields}
-    one, other = (DiT(**sizes, checkpoint=lean).build(NEEDS, SHAPE, CLASSES) for lean in (False, True))
+    one, other = (DiT(**SIZES, checkpoint=lean).build(NEEDS, SHAPE, CLASSES) for lean in (False, True))
     return randomise(one).to(D), randomise(other).to(D)
 
 

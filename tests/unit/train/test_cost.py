@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.case import nets, objectives
 from contract.case import name as name_of
+from contract.case import nets, objectives
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
