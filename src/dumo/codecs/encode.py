@@ -101,7 +101,8 @@ def claim(out: Path, contents: Contents, rank: int) -> Contents:
     """Take the folder, or go on in it; what its cache.yaml says, without shards. Raises UserError if it is taken."""
     there = read(out)
     if there is None:
-        if out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):
+        taken = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
+        if taken and not (out / FILE).exists():  # another rank may have begun meanwhile
             raise UserError(f"{out} is not empty and holds no {FILE}: give another folder")
         out.mkdir(parents=True, exist_ok=True)
         write(out / FILE, dump(contents).encode(), rank)
@@ -158,9 +159,8 @@ def checked(images: Tensor, labels: Tensor, contents: Contents, first: int) -> T
     side, where = contents.resolution, f"images {first} to {first + len(images) - 1}"
     if images.shape[1:] != (3, side, side):
         raise UserError(f"{where} are {tuple(images.shape[1:])}, planned is (3, {side}, {side})")
-    if int(labels.min()) < 0 or int(labels.max()) >= max(contents.classes, 1):
-        label = int(labels.max() if int(labels.max()) >= max(contents.classes, 1) else labels.min())
-        raise UserError(f"{where}: there is a label {label}, and {contents.classes} classes are planned")
+    if len(wrong := labels[(labels < 0) | (labels >= max(contents.classes, 1))]):
+        raise UserError(f"{where}: there is a label {int(wrong[0])}, and {contents.classes} classes are planned")
     if images.dtype == torch.uint8:
         return images.float() / 127.5 - 1
     if float(images.abs().max()) > 1 + 1e-4:
@@ -171,13 +171,10 @@ def checked(images: Tensor, labels: Tensor, contents: Contents, first: int) -> T
 def store(out: Path, number: int, tensors: dict[str, Tensor], rank: int) -> None:
     """Write a shard, then its note."""
     data, file = safetensors.torch.save(tensors), f"{name(number)}.safetensors"
-    rows, sha256 = len(tensors["labels"]), hashlib.sha256(data).hexdigest()
+    sha256 = hashlib.sha256(data).hexdigest()
+    note = Shard(file=file, rows=len(tensors["labels"]), size=len(data), sha256=sha256)
     write(out / file, data, rank)
-    write(
-        out / f"{name(number)}.json",
-        Shard(file=file, rows=rows, size=len(data), sha256=sha256).model_dump_json().encode(),
-        rank,
-    )
+    write(out / f"{name(number)}.json", note.model_dump_json().encode(), rank)
 
 
 def noted(out: Path, contents: Contents) -> dict[int, Shard]:

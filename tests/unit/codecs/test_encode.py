@@ -119,6 +119,15 @@ def test_two_ranks_equal_one(tmp_path: Path, whole: Path) -> None:
     assert contents(tmp_path / "turns") == contents(whole)
 
 
+def test_ranks_may_begin_at_the_same_moment(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One looks before the other has begun, and goes on after that has written."""
+    encode(Pictures(COUNT), CODEC, PLAN, tmp_path, batch=4, rank=0, world=2)
+    answers = iter([None])
+    monkeypatch.setattr(encoding, "read", lambda out: next(answers, read(out)))
+    assert encode(Pictures(COUNT), CODEC, PLAN, tmp_path, batch=4, rank=1, world=2).missing == 0
+    assert contents(tmp_path) == contents(whole)
+
+
 def test_half_files_of_ranks_that_are_gone_are_swept(tmp_path: Path, whole: Path) -> None:
     out = tmp_path / "out"
     encode(Pictures(COUNT), CODEC, PLAN, out, batch=4, rank=0, world=4)

@@ -30,6 +30,17 @@ def test_embeddings_of_all_names_are_added() -> None:
     assert torch.allclose(scalars(t=t, r=r, w=w), by_hand, rtol=0, atol=1e-6)
 
 
+def test_a_shift_is_added_to_the_waves_of_every_input() -> None:
+    """As EDM's labels are; and there may be fewer frequencies, over the same range."""
+    scalars = Scalars(("t", "w"), 4, 1.0, count=3)
+    t, w = torch.rand(2, 5, generator=torch.Generator().manual_seed(0))
+    shift = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
+    angles = t[:, None] * torch.tensor([1, 10_000 ** (-1 / 3), 10_000 ** (-2 / 3)])
+    assert torch.allclose(scalars._waves(t), torch.cat([angles.cos(), angles.sin()], -1))
+    by_hand = sum(scalars.embedders[name](scalars._waves(s) + shift) for name, s in (("t", t), ("w", w)))
+    assert torch.allclose(scalars(shift, t=t, w=w), by_hand, rtol=0, atol=1e-6)
+
+
 def test_what_was_given_is_left_alone() -> None:
     given = {"t": torch.tensor([0.5]), "r": torch.tensor([0.2])}
     Scalars(("t", "r"), 4, 1.0)(**given)
