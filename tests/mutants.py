@@ -25,7 +25,7 @@ FIXED, FORMULA, LAW, READ, SLOPE, EXACT, UNBIASED = (
 DRAW = "tests/unit/flow/test_draw.py"
 
 
-RULE = "tests/unit/flow/test_rule.py"
+RULE, DUAL = "tests/unit/flow/test_rule.py", "tests/unit/flow/test_dual.py"
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,11 @@ MUTANTS = [
         RULE,
     ),
     Mutant("flow/rule/function.py", "return -x.sin()", "return x.sin()", "the cosine has the wrong slope", RULE),
+    Mutant("flow/rule/layer.py", "out if plain else x.p", "out", "a norm with weights moves by what it gave", RULE),
+    Mutant("flow/rule/layer.py", "torch.mul, None, mask", "torch.mul, None, 1 / (1 - p)", "the dropped move", RULE),
+    Mutant("flow/rule/shape.py", "Tensor.view: Tensor.reshape,", "", "tangents must lie as their primals", RULE),
+    Mutant("flow/dual.py", "now.moved = now.saved = ()", "pass", "a tape keeps what it has played", DUAL),
+    Mutant("flow/dual.py", "if not torch.is_grad_enabled() and", "if False and", "gradients are lost unsaid", RULE),
     Mutant(
         "flow/guide.py",
         "if len(place) == len(b.t):",

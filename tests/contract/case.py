@@ -16,6 +16,9 @@ SMALL = {"width": 16, "depth": 2, "attention": 2, "patch": 2, "multipliers": (1,
 OWN: dict[str, dict[str, object]] = {"unet": {"depth": 1}}  # ten blocks as it is
 
 
+GIVEN = {"images": {"root": "somewhere", "side": 8, "classes": 2}}  # what a spec cannot do without
+
+
 def members(union: object) -> tuple[type[Spec], ...]:
     """The specs of a union that is told apart by kind."""
     return get_args(get_args(union)[0])

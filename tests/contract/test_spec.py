@@ -3,7 +3,7 @@
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from contract.case import kind, members
+from contract.case import GIVEN, kind, members
 from dumo.data import Data
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.slope import Slope
@@ -16,21 +16,28 @@ FAMILIES = [Objective, Slope, Times, Net, Data]
 EVERY = [pytest.param(family, cls, id=kind(cls)) for family in FAMILIES for cls in members(family)]
 
 
+def built(cls: type[Spec]) -> Spec:
+    """By its defaults, and what has none."""
+    return cls(**GIVEN.get(kind(cls), {}))
+
+
 @pytest.mark.parametrize(("family", "cls"), EVERY)
 def test_kind_alone_builds_the_defaults(family: object, cls: type[Spec]) -> None:
-    assert TypeAdapter(family).validate_python({"kind": kind(cls)}) == cls()
+    """But for what has none."""
+    tree = {"kind": kind(cls), **GIVEN.get(kind(cls), {})}
+    assert TypeAdapter(family).validate_python(tree) == built(cls)
 
 
 @pytest.mark.parametrize(("family", "cls"), EVERY)
 def test_a_spec_survives_a_file(family: object, cls: type[Spec]) -> None:
     adapter = TypeAdapter(family)
-    assert adapter.validate_json(adapter.dump_json(cls())) == cls()
+    assert adapter.validate_json(adapter.dump_json(built(cls))) == built(cls)
 
 
 @pytest.mark.parametrize(("family", "cls"), EVERY)
 def test_a_spec_is_a_value(family: object, cls: type[Spec]) -> None:
-    spec = cls()
-    assert hash(spec) == hash(cls())
+    spec = built(cls)
+    assert hash(spec) == hash(built(cls))
     with pytest.raises(ValidationError, match="frozen"):
         spec.kind = "other"
 
@@ -38,7 +45,7 @@ def test_a_spec_is_a_value(family: object, cls: type[Spec]) -> None:
 @pytest.mark.parametrize(("family", "cls"), EVERY)
 def test_unknown_keys_are_refused(family: object, cls: type[Spec]) -> None:
     with pytest.raises(ValidationError, match="slop"):
-        TypeAdapter(family).validate_python({"kind": kind(cls), "slop": 1})
+        TypeAdapter(family).validate_python({"kind": kind(cls), **GIVEN.get(kind(cls), {}), "slop": 1})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

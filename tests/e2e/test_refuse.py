@@ -35,7 +35,7 @@ FIELDS = [
     ("net.patch=3", ("net.patch 3", "8")),
     ("net.width=98", ("net.width", "multiple of 4")),
     ("net.attention=5", ("net.attention 5", "32")),
-    ("net.kind=unet", ("net.kind", "'unet'", "dit", "mlp")),
+    ("net.kind=xyzzy", ("net.kind", "'xyzzy'", "dit", "mlp", "unet")),
     ("data.kind=moons", ("dit", "square images", "mlp")),
     ("data.kind=", ("data.kind", "digits", "moons")),
     ("objective.kind=dumbo", ("objective.kind", "'dumbo'", "'dumo'")),
@@ -81,7 +81,7 @@ def test_field_that_does_not_fit_points(field: str, named: tuple[str, ...], here
 
 
 def test_every_mistake_has_its_line(here: Path) -> None:
-    words = sets("train.stpes=3", "train.batch=-1", "net.kind=unet")
+    words = sets("train.stpes=3", "train.batch=-1", "net.kind=xyzzy")
     done = refused("train", "digits", *words, named=("train.stpes", "train.batch", "net.kind"), lines=3)
     lines = done.err.removeprefix("error: ").splitlines()
     assert {line.split(":")[0] for line in lines} == {"train.stpes", "train.batch", "net.kind"}

@@ -238,16 +238,16 @@ def test_the_slope_is_that_of_torch_and_the_net_is_itself(name: str, way: str) -
     truth = plain(net)
     known_gradients = gradients(net, truth)
     assert sum(g is not None for g in known_gradients) > len(known_gradients) - 3
-    for moving in MOVING.values():
+    for moving in (MOVING["all"], MOVING["some"], MOVING["none"]):
         heads, slopes = run(net, way, moving)
         rows = torch.tensor(moving or [True] * BATCH).view(-1, 1, 1, 1)
         slopes_of_torch = tuple(d * rows for d in known_of(name))
         assert rows.any() == any(bool(d.any()) for d in slopes_of_torch)
         assert not any(d.requires_grad for d in slopes)
         assert error(slopes, slopes_of_torch) < 1e-12, moving
-        if way != "ride" or moving is None or all(moving) or not any(moving):  # a ride of some rows is two passes
+        if way != "ride" or moving is not MOVING["some"]:  # a ride of some rows is two passes
             assert all(torch.equal(a, b) for a, b in zip(heads, truth, strict=True))
-            assert same(gradients(net, heads), known_gradients)
+            assert moving or same(gradients(net, heads), known_gradients)
 
 
 @pytest.mark.parametrize("name", sorted(set(BUILD) - {"complex"}))

@@ -201,7 +201,7 @@ def test_a_slow_round_slows_all_and_changes_no_ratio() -> None:
     slow = torch.tensor([1.0, 7.0, 1.0, 2.0, 1.0])
     seconds = torch.stack([3 * slow, 5 * slow, 4 * torch.ones(5)])
     tried = [
-        (Row(name, "fp32", "none", bytes=size, units_counted=2.0), print)
+        (Row(name, "fp32", "none", bytes=size, units_counted=2.9), print)
         for name, size in (("none", 10), ("central", 20), ("dual", 25))
     ]
     plain, central, dual = training.compared(tried, seconds, batch=6, rate=0.5)
@@ -210,7 +210,14 @@ def test_a_slow_round_slows_all_and_changes_no_ratio() -> None:
     assert (dual.units_low, dual.units_timed, dual.units_high) == (2, 4, 4)
     assert (dual.milliseconds, dual.images_per_second) == (4000, 1.5)
     assert (plain.bytes_over_central, central.bytes_over_central, dual.bytes_over_central) == (0.5, 1, 1.25)
-    assert dual.share_of_peak == 2.0 * 0.5 / 4
+    assert dual.share_of_peak == 2.9 * 0.5 / 4
+
+
+def test_a_yardstick_that_computes_its_blocks_twice_is_four_passes() -> None:
+    tried = [(Row(name, "fp32", "none", units_counted=units), print) for name, units in (("none", 3.9), ("dual", 5.0))]
+    rows = training.compared(tried, torch.tensor([[8.0], [10.0]]), 1, None)
+    assert [row.units_timed for row in rows] == [4, 5]
+    assert measured(tiny("digits", "net.checkpoint=true"), slopes=())["none", "fp32"]["units_timed"] == 4
 
 
 def test_each_precision_has_its_own_yardstick() -> None:

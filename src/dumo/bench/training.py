@@ -1,7 +1,8 @@
 """A training step by every slope, side by side: what it computes, how long it takes, what it keeps, how right it is.
 
 A step is the forward pass, the targets and the backward pass, without the optimizer, on random numbers. Its yardstick
-is the plain flow-matching step of the same net in the same precision: three forward units (3 F).
+is the plain flow-matching step of the same net in the same precision: three forward units (3 F), four where the blocks
+are computed again in the backward pass (checkpointing).
 """
 
 import copy
@@ -234,7 +235,7 @@ def compared(tried: Sequence[tuple[Row, Work | None]], seconds: Times, batch: in
             row = replace(row, bytes_over_central=row.bytes / theirs)
         if step:
             mine = next(each)
-            unit = mine / 3 if row.slope == PLAIN else unit
+            unit = mine / round(row.units_counted or 3) if row.slope == PLAIN else unit  # 4 with checkpointing
             low, mid, high = clock.spread(mine / unit)
             once = mine.median().item()
             row = replace(

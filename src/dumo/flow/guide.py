@@ -25,6 +25,7 @@ from jaxtyping import Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dumo.flow import mask
 from dumo.types import Cond, Noised, PerSample, Rows, Sample, Spec, UserError, lift
 
 Velocity = Callable[[Noised, Cond], Sample]  # (record, condition) -> V at its x_t and t
@@ -104,7 +105,8 @@ class Guide(Spec):
         if place is None:
             return self._full(b, v_hat, velocity)
         some = b[place]
-        v_star = self._full(some, None if v_hat is None else v_hat[place], velocity)
+        with mask.of(place):
+            v_star = self._full(some, None if v_hat is None else v_hat[place], velocity)
         if weight is not None:
             v_star = some.v_t + lift(weight.to(v_star), v_star) * (v_star - some.v_t)
         return b.v_t.to(v_star).index_copy(0, place, v_star)
@@ -145,5 +147,6 @@ class Guide(Spec):
         if self.zeta:
             v_star = v_star + self.zeta * (velocity(b, b.c) if v_hat is None else v_hat)
         if abs(rest) > 1e-12:  # 1 - .2 - .8 is not 0 in floating point
-            v_star = v_star + rest * velocity(b, b.null)
+            with mask.none():
+                v_star = v_star + rest * velocity(b, b.null)
         return v_star.where(lift(self.rows(b), b.x_t), b.v_t)

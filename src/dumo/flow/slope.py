@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dumo.flow import dual
+from dumo.flow import dual, mask
 from dumo.flow import rule as rule  # without which a Dual can do nothing
 from dumo.flow.dual import Later, pair, primal
 from dumo.types import Array, Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError, bare
@@ -217,8 +217,10 @@ def _ride(
         values = net(x, c, t=t, **rest)
         slopes = tuple(torch.zeros_like(h) for h in values)
     else:
-        heads = ride(*(a[rows] for a in (x, c, toward, t)), **{k: s[rows] for k, s in rest.items()})
-        plain = net(*(a[others] for a in (x, c)), t=t[others], **{k: s[others] for k, s in rest.items()})
+        with mask.of(rows):
+            heads = ride(*(a[rows] for a in (x, c, toward, t)), **{k: s[rows] for k, s in rest.items()})
+        with mask.of(others):
+            plain = net(*(a[others] for a in (x, c)), t=t[others], **{k: s[others] for k, s in rest.items()})
         values = tuple(_merge(primal(a), b, rows, others) for a, b in zip(heads, plain, strict=True))
         slopes = tuple(_merge(_rate(a), torch.zeros_like(b), rows, others) for a, b in zip(heads, plain, strict=True))
 
@@ -251,7 +253,8 @@ def _on(
         return f(x, c, w, **times)
     if not rows:
         return tuple(torch.zeros_like(h) for h in heads)
-    slopes = f(x[rows], c[rows], w[rows], **{k: s[rows] for k, s in times.items()})
+    with mask.of(rows):
+        slopes = f(x[rows], c[rows], w[rows], **{k: s[rows] for k, s in times.items()})
     return tuple(_merge(some, torch.zeros_like(h[others]), rows, others) for some, h in zip(slopes, heads, strict=True))
 
 

@@ -15,6 +15,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dumo import dist
+from dumo.flow import mask
 from dumo.flow.draw import draw
 from dumo.train.state import State
 from dumo.types import Cond, Frozen, Net, Noised, Objective, Path, PerSample, Sample, Terms, Time
@@ -66,6 +67,7 @@ def train_step(
     its gradient is not finite.
     """
     noised = partial(draw, objective, path, seed=seed, step=state.step, batch=len(x), progress=progress)
+    keys = mask.keys(seed, state.step, len(x))
     share = len(x) // dist.world()
     times: list[Time] = []
     seen: list[dict[str, PerSample]] = []
@@ -74,7 +76,8 @@ def train_step(
     state.optimizer.zero_grad()
     for rows in pieces(share, accumulate):
         b = noised(x[rows], c[rows], null[rows], first=rows.start)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16"):
+        low = torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
+        with low, mask.masks(keys[rows].to(x.device)):
             terms = (loss or objective.loss)(state.net, ref, b)
         (terms.loss.sum() / share).backward()
         times.append(b.t)
