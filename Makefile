@@ -12,7 +12,7 @@ endif
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(BIN)/.installed ## train DuMo on handwritten digits and write runs/digits/report.html (about three minutes)
+demo: $(BIN)/.installed ## train DuMo on handwritten digits and write runs/digits/report.html (about four minutes)
 	$(BIN)/dumo train digits
 	$(BIN)/dumo sample runs/digits
 	$(BIN)/dumo evaluate runs/digits --nfe 1,2
