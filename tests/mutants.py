@@ -74,7 +74,7 @@ MUTANTS = [
         "on a ride, time stands still",
         FIXED,
     ),
-    Mutant("flow/slope.py", "ref(pair(x, w.detach()), c", "ref(x, c", "in a dual pass, x_t stands still", SLOPE),
+    Mutant("flow/slope.py", "_moved(ref, x, c, w,", "_moved(ref, x, c, 0 * w,", "in a dual pass, x_t rests", SLOPE),
     Mutant(
         "flow/slope.py", "if ref.module is not bare(net):", "if False:", "the tangent rides on the wrong weights", SLOPE
     ),

@@ -56,7 +56,7 @@ class Plan:
     title: str
     cells: Callable[[str], Iterator[Cell]]  # by scale
     table: Callable[[list[Finished]], list[dict[str, Any]]]
-    draw: Callable[[list[Finished], Path], list[Path]]
+    draw: Callable[[list[Finished], Path], list[Path]] = lambda done, folder: []  # most plans have pictures
 
 
 def reproduce(
@@ -214,10 +214,15 @@ def over_seeds(same: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "nfe": same[0]["nfe"],
         "solver": same[0]["solver"],
         "fd": fmean(fds),
-        "fd_sd": stdev(fds) if len(fds) > 1 else None,
+        "fd_sd": deviation(fds),
         **means,
         "seeds": len(fds),
     }
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """The standard deviation over seeds; None of one."""
+    return stdev(values) if len(values) > 1 else None
 
 
 def zoo_draw(done: list[Finished], folder: Path) -> list[Path]:
@@ -284,12 +289,7 @@ def spread(scores: Sequence[dict[str, float]]) -> dict[str, Any]:
     """The first distance of these scores, fd or mmd2, over seeds: its name, mean and sd."""
     name = next(iter(scores[0]))
     values = [score[name] for score in scores]
-    return {"distance": name, "mean": fmean(values), "sd": stdev(values) if len(values) > 1 else None}
-
-
-def guidance_draw(done: list[Finished], folder: Path) -> list[Path]:
-    """No picture: the numbers say it."""
-    return []
+    return {"distance": name, "mean": fmean(values), "sd": deviation(values)}
 
 
 PLANS = {
@@ -297,7 +297,6 @@ PLANS = {
         "Random guidance at equal counted cost, distance to a fully guided net trained longer (ours)",
         guidance_cells,
         guidance_table,
-        guidance_draw,
     ),
     "fig3": Plan("Velocity ratio on moons, one pass (Fig. 3)", fig3_cells, fig3_table, fig3_draw),
     "zoo": Plan("Every objective on digits at equal counted cost", zoo_cells, zoo_table, zoo_draw),

@@ -24,7 +24,7 @@ from dumo.flow import attention
 from dumo.flow.draw import draw, stream
 from dumo.flow.slope import Central, Slope
 from dumo.run import Watch, unwatched
-from dumo.train import cost, log
+from dumo.train import cost, log, loop
 from dumo.types import Frozen, Noised, Objective, UserError, still
 
 Work = Callable[[], None]
@@ -182,11 +182,8 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
     ours = net.build(run, shape, device)
     ref = still(ours) if run.train.ref == "self" else Frozen(copy.deepcopy(ours))
     if compile == "blocks":
-        if not isinstance(blocks := getattr(ours, "blocks", None), nn.ModuleList):
-            raise UserError(f"compile 'blocks': net '{run.net.kind}' has none; use loss")
         torch._dynamo.config.recompile_limit = 64  # one block serves every precision, way and number of rows
-        for block in blocks:
-            block.compile(fullgraph=True, dynamic=False)
+        loop.compile_blocks(ours, dynamic=False)  # as training does, tape and all
     return Setting(run, shape, device, compile, net.outline(run, shape), ours, ref)
 
 

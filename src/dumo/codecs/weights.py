@@ -9,13 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dumo.pickled import PICKLES, conversion, refusal
 from dumo.types import UserError
-
-PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
-CONVERT = (
-    'python -c "import torch, safetensors.torch as s; '
-    "s.save_file(torch.load('{file}', weights_only=True), '{out}', dict(format='pt'))\""
-)
 
 
 def path_of(name: str) -> Path:
@@ -32,10 +27,8 @@ def checked(file: Path, sha256: str | None, hint: str) -> str:
     Raises UserError for no file (with the hint where to get it), a pickle, a damaged file, or another hash than asked.
     """
     if file.suffix.lower() in PICKLES:
-        line = CONVERT.format(file=file.name, out=file.with_suffix(".safetensors").name)
-        raise UserError(
-            f"{file}: dumo reads no pickle, which can run code. Convert it once, where you trust it:\n  {line}\n{hint}"
-        )
+        line = conversion(file.name, file.with_suffix(".safetensors").name)
+        raise UserError(f"{refusal(file, line)}\n{hint}")
     if not file.is_file():
         raise UserError(f"{file}: there is no such file. {hint}")
     try:

@@ -13,8 +13,8 @@ and returns Duals, needs to know no more than that.
 """
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Union, cast
@@ -22,6 +22,7 @@ from typing import Any, Union, cast
 import torch
 from torch import Tensor
 
+from dumo.flow.scope import held
 from dumo.types import Array, UserError
 
 Rule = Callable[..., Any]
@@ -220,15 +221,9 @@ def holds(ends: Iterable[Later]) -> bool:
     return True
 
 
-@contextmanager
-def primal_only() -> Generator[None, None, None]:
+def primal_only() -> AbstractContextManager[None]:
     """Inside, no tangent is computed: for recomputing what a checkpoint let go, whose tangents are known already."""
-    before = getattr(_state, "primal_only", False)
-    _state.primal_only = True
-    try:
-        yield
-    finally:
-        _state.primal_only = before
+    return held(_state, "primal_only", True)
 
 
 def _tangent(x: object) -> Moved:

@@ -12,8 +12,8 @@ is computed again by checkpointing, after the step has left these contexts, meet
 """
 
 import threading
-from collections.abc import Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from math import prod
 
 import torch
@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dumo.flow.draw import stream
+from dumo.flow.scope import held
 from dumo.types import Array
 
 Keys = Int[Tensor, "b 2"]  # two numbers of 32 bits per row
@@ -36,15 +37,9 @@ def keys(seed: int, step: int, batch: int) -> Keys:
     return torch.randint(-(2**31), 2**31, (batch, 2), generator=stream(seed, step, "dropout"), dtype=torch.int32)
 
 
-@contextmanager
-def masks(rows: Keys | None) -> Generator[None, None, None]:
+def masks(rows: Keys | None) -> AbstractContextManager[None]:
     """Inside, nets in training drop by these keys, one for each row of a pass; None: they drop nothing."""
-    before = getattr(_state, "keys", None)
-    _state.keys = rows
-    try:
-        yield
-    finally:
-        _state.keys = before
+    return held(_state, "keys", rows)
 
 
 def of(rows: Sequence[int] | Int[Tensor, " k"]) -> AbstractContextManager[None]:

@@ -15,6 +15,7 @@ them by place, and the others get zeros. Slopes differ only inside: how many pas
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import floor
 from typing import Annotated, Literal, NamedTuple
 
@@ -58,18 +59,13 @@ class Central(Spec):
     ) -> tuple[Heads, Along]:
         """One pass of net now, two of ref in `along`. Raises UserError below fp32."""
         self.check(_precision(x))
-        heads = net(x, c, t=t, **rest)
 
-        @torch.no_grad()
-        def along(w: Sample) -> Heads:
-            def quotient(x: Sample, c: Cond, w: Sample, t: Time, **rest: Time) -> Heads:
-                behind = ref(x - self.h * w, c, t=t - self.h, **rest)
-                ahead = ref(x + self.h * w, c, t=t + self.h, **rest)
-                return tuple((b - a) / (2 * self.h) for a, b in zip(behind, ahead, strict=True))
+        def quotient(x: Sample, c: Cond, w: Sample, *, t: Time, **rest: Time) -> Heads:
+            behind = ref(x - self.h * w, c, t=t - self.h, **rest)
+            ahead = ref(x + self.h * w, c, t=t + self.h, **rest)
+            return tuple((b - a) / (2 * self.h) for a, b in zip(behind, ahead, strict=True))
 
-            return _on(moving, quotient, heads, x, c, w, t=t, **rest)
-
-        return heads, along
+        return _then(quotient, net, x, c, moving, t=t, **rest)
 
     def check(self, precision: str, time_scale: float = 1.0) -> None:
         """Raise UserError where the difference would not be a derivative."""
@@ -105,17 +101,13 @@ class Jvp(Spec):
         **rest: Time,
     ) -> tuple[Heads, Along]:
         """One pass of net now, one differentiated pass of ref in `along`."""
-        heads = net(x, c, t=t, **rest)
 
-        def along(w: Sample) -> Heads:
-            def jvp(x: Sample, c: Cond, w: Sample, t: Time, **rest: Time) -> Heads:
-                with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
-                    _, slopes = _jvp(lambda x, t: ref(x, c, t=t, **rest), (x, t), (w, torch.ones_like(t)))
-                return slopes
+        def jvp(x: Sample, c: Cond, w: Sample, *, t: Time, **rest: Time) -> Heads:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
+                _, slopes = _jvp(lambda x, t: ref(x, c, t=t, **rest), (x, t), (w, torch.ones_like(t)))
+            return slopes
 
-            return _on(moving, jvp, heads, x, c, w, t=t, **rest)
-
-        return heads, along
+        return _then(jvp, net, x, c, moving, t=t, **rest)
 
     def check(self, precision: str, time_scale: float = 1.0) -> None:
         """Nothing to refuse: exact to rounding in any precision, at any scale."""
@@ -157,8 +149,7 @@ class Dual(Spec):
             return _tape(net, ref, x, c, t=t, **rest)
         if way.name == "ride" and toward is not None:
             return _ride(net, x, c, toward, moving, t=t, **rest)
-        heads = net(x, c, t=t, **rest)
-        return heads, lambda w: _on(moving, lambda *a, **k: _dual_pass(ref, *a, **k), heads, x, c, w, t=t, **rest)
+        return _then(partial(_dual_pass, ref), net, x, c, moving, t=t, **rest)
 
     def way(self, net: Net, ref: Frozen, *, known: bool) -> Way:
         """Which of the three ways is taken; `known`: the direction is known before the pass."""
@@ -205,20 +196,16 @@ def _ride(
     net: Net, x: Sample, c: Cond, toward: Sample, moving: Moving | None, *, t: Time, **rest: Time
 ) -> tuple[Heads, Along]:
     """One pass whose rows move from the start; where some do not, a second pass for those."""
-
-    def ride(x: Sample, c: Cond, w: Sample, t: Time, **rest: Time) -> Heads:
-        return net(pair(x, w.detach()), c, t=pair(t, torch.ones_like(t)), **rest)
-
     rows, others = _places(moving, x)
     if not others:
-        heads = ride(x, c, toward, t, **rest)
+        heads = _moved(net, x, c, toward, t=t, **rest)
         values, slopes = tuple(primal(h) for h in heads), tuple(_rate(h) for h in heads)
     elif not rows:
         values = net(x, c, t=t, **rest)
         slopes = tuple(torch.zeros_like(h) for h in values)
     else:
         with mask.of(rows):
-            heads = ride(*(a[rows] for a in (x, c, toward, t)), **{k: s[rows] for k, s in rest.items()})
+            heads = _moved(net, *(a[rows] for a in (x, c, toward)), t=t[rows], **{k: s[rows] for k, s in rest.items()})
         with mask.of(others):
             plain = net(*(a[others] for a in (x, c)), t=t[others], **{k: s[others] for k, s in rest.items()})
         values = tuple(_merge(primal(a), b, rows, others) for a, b in zip(heads, plain, strict=True))
@@ -232,9 +219,14 @@ def _ride(
     return values, along
 
 
+def _moved(net: Net, x: Sample, c: Cond, w: Sample, *, t: Time, **rest: Time) -> Heads:
+    """A pass whose inputs move: x along w, t by 1."""
+    return net(pair(x, w.detach()), c, t=pair(t, torch.ones_like(t)), **rest)
+
+
 def _dual_pass(ref: Frozen, x: Sample, c: Cond, w: Sample, *, t: Time, **rest: Time) -> Heads:
     """The tangents of a pass without gradients."""
-    return tuple(_rate(h) for h in ref(pair(x, w.detach()), c, t=pair(t, torch.ones_like(t)), **rest))
+    return tuple(_rate(h) for h in _moved(ref, x, c, w, t=t, **rest))
 
 
 def _rate(head: Array) -> Tensor:
@@ -244,18 +236,24 @@ def _rate(head: Array) -> Tensor:
     return torch.zeros_like(primal(head)) if rate is None else rate
 
 
-def _on(
-    moving: Moving | None, f: Callable[..., Heads], heads: Heads, x: Sample, c: Cond, w: Sample, **times: Time
-) -> Heads:
-    """Slopes by f of the rows that move; zeros for the others. Where none does, no pass is made."""
-    rows, others = _places(moving, x)
-    if not others:
-        return f(x, c, w, **times)
-    if not rows:
-        return tuple(torch.zeros_like(h) for h in heads)
-    with mask.of(rows):
-        slopes = f(x[rows], c[rows], w[rows], **{k: s[rows] for k, s in times.items()})
-    return tuple(_merge(some, torch.zeros_like(h[others]), rows, others) for some, h in zip(slopes, heads, strict=True))
+def _then(
+    f: Callable[..., Heads], net: Net, x: Sample, c: Cond, moving: Moving | None, *, t: Time, **rest: Time
+) -> tuple[Heads, Along]:
+    """One pass of net now; later the slopes by f of the rows that move, and zeros. Where none does, f makes no pass."""
+    heads, (rows, others) = net(x, c, t=t, **rest), _places(moving, x)
+
+    @torch.no_grad()
+    def along(w: Sample) -> Heads:
+        if not others:
+            return f(x, c, w, t=t, **rest)
+        if not rows:
+            return tuple(torch.zeros_like(h) for h in heads)
+        with mask.of(rows):
+            slopes = f(x[rows], c[rows], w[rows], t=t[rows], **{k: s[rows] for k, s in rest.items()})
+        zeros = (torch.zeros_like(h[others]) for h in heads)
+        return tuple(_merge(some, zero, rows, others) for some, zero in zip(slopes, zeros, strict=True))
+
+    return heads, along
 
 
 def _places(moving: Moving | None, x: Sample) -> tuple[list[int], list[int]]:

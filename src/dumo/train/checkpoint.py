@@ -20,14 +20,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dumo import dist
+from dumo.pickled import PICKLES, conversion, refusal
 from dumo.train.state import State
 from dumo.types import UserError
 
-CONVERT = (
-    'python -c "import torch, safetensors.torch as s; '
-    "s.save_file(torch.load('weights.pth', weights_only=True), 'weights.safetensors')\""
-)
-PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+CONVERT = conversion("weights.pth", "weights.safetensors")
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
@@ -90,12 +87,12 @@ def load_weights(file: Path) -> dict[str, Tensor]:
     with file.open("rb") as opened:
         head = opened.read(4)
     if file.suffix.lower() in PICKLES:
-        raise UserError(pickled(file))
+        raise UserError(refusal(file, CONVERT))
     try:
         return safetensors.torch.load_file(file)
     except SafetensorError as error:
         if head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5"):
-            raise UserError(pickled(file)) from error
+            raise UserError(refusal(file, CONVERT)) from error
         raise UserError(f"{file} is damaged or is not safetensors ({error}): take another copy of it") from error
 
 
@@ -198,8 +195,3 @@ def full(error: BaseException) -> bool:
         match = re.search(r"os error (\d+)", str(error))
         return match is not None and int(match[1]) in FULL
     return isinstance(error, OSError) and error.errno in FULL
-
-
-def pickled(file: Path) -> str:
-    """Why a pickle is refused, and the way out."""
-    return f"{file}: dumo reads no pickle, which can run code. Convert it once, where you trust it:\n  {CONVERT}"

@@ -107,15 +107,23 @@ def train(
 def compiled(net: nn.Module, objective: Objective, choice: Literal["none", "blocks", "loss"]) -> Loss:
     """The loss as it is to be run, by torch.compile: its net's blocks (in place), all of it, or none.
 
-    Blocks are alike and share the code of one. Raises UserError if they are to be compiled and there are none.
+    Raises UserError if blocks are to be compiled and there are none.
     """
     if choice == "blocks":
-        if not (blocks := getattr(net, "blocks", None)):
-            raise UserError("train.compile is 'blocks', but this net has none: use train.compile=loss, or none")
-        for block in blocks:
-            block.compile(fullgraph=True)
-        net.compile_tangents = True  # pyright: ignore[reportArgumentType], what `Dual` asks of a net
+        compile_blocks(net)
     return torch.compile(objective.loss, fullgraph=True) if choice == "loss" else objective.loss
+
+
+def compile_blocks(net: nn.Module, *, dynamic: bool | None = None) -> None:
+    """Compile each block of a net in place, and the tape of a slope that rides on them. Raises UserError without any.
+
+    Blocks are alike and share the code of one; `dynamic` as torch.compile's.
+    """
+    if not (blocks := getattr(net, "blocks", None)):
+        raise UserError("compile 'blocks': this net has none: use loss, or none")
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=dynamic)
+    net.compile_tangents = True  # pyright: ignore[reportArgumentType], what `Dual` asks of a net
 
 
 def reference(state: State, choice: Literal["self"] | float) -> Frozen:
