@@ -1,4 +1,7 @@
-"""Samples per second by number of passes: from noise, which the CPU draws, to numbers in its memory."""
+"""Samples per second by number of passes: from noise, which the CPU draws, to numbers in its memory.
+
+Latents must be decoded too, which at one pass may take longer than the net: that is measured beside it.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,9 +12,12 @@ from dumo import dist, machine
 from dumo.bench import clock, net
 from dumo.bench.clock import Precision, autocast, products
 from dumo.config.spec import Run
+from dumo.data import Latents
+from dumo.flow.draw import stream
 from dumo.run import Watch, unwatched
 from dumo.sample import generate
 from dumo.sample.solver import Euler, Solver, check
+from dumo.types import UserError
 
 JUMPS = 4  # passes up to which a restart makes sense: later ones add error (docs/reproduce.md)
 
@@ -44,7 +50,10 @@ def measure(
 
         return make
 
-    seconds = clock.interleave("sampling", [work(*one) for one in todo], rounds, here, watch)
+    works = [work(*one) for one in todo]
+    decoder, missing = decoding(run, shape, batch, here)
+    seconds = clock.interleave("sampling", works + ([decoder] if decoder else []), rounds, here, watch)
+    extra = seconds[-1] if decoder else None
     return {
         "net": run.net.model_dump(),
         "shape": shape,
@@ -55,10 +64,31 @@ def measure(
         "threads": torch.get_num_threads(),
         "versions": dist.versions(),
         "rows": [
-            {"nfe": nfe, "solver": solver.kind, "precision": precision, **rate(batch / taken)}
-            for (precision, nfe, solver), taken in zip(todo, seconds, strict=True)
+            {
+                "nfe": nfe,
+                "solver": solver.kind,
+                "precision": precision,
+                **rate(batch / taken),
+                "decoded_per_second": None if extra is None else rate(batch / (taken + extra))["images_per_second"],
+            }
+            for (precision, nfe, solver), taken in zip(todo, seconds, strict=False)
         ],
+        "decoder": missing,
     }
+
+
+def decoding(
+    run: Run, shape: tuple[int, ...], batch: int, device: torch.device
+) -> tuple[Callable[[], object] | None, str | None]:
+    """Decode a batch of noise by the run's codec, in float32; else None, and why where it has no weights."""
+    if not isinstance(run.data, Latents):
+        return None, None
+    try:
+        codec = run.data.codec.open(device)
+    except UserError as error:
+        return None, f"not decoded: {error}"
+    x = torch.randn(batch, *shape, generator=stream("bench", "latents"))
+    return lambda: codec.decode(x).cpu(), None
 
 
 def solver(run: Run, nfe: int) -> Solver:

@@ -13,7 +13,8 @@ from pydantic import model_validator
 from torch import nn
 
 from dumo.codecs.scaled import Images, Latent, Moments, Opened, Scale, Scaled
-from dumo.codecs.weights import checked, path_of
+from dumo.codecs.weights import checked
+from dumo.place import place
 from dumo.types import UserError
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -125,7 +126,7 @@ def _opened(name: str, codec: Scaled) -> tuple[nn.Module, str]:
 
 def _folder(name: str) -> Path:
     """The folder of a model: a path, or what the hub's client keeps of a model named `owner/model`."""
-    path = path_of(name)
+    path = place(name, "codec.weights")
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):

@@ -90,6 +90,7 @@ class Cache:
     folder: Path
     contents: Contents
     codec: Codec  # in whose shift and scale rows are given
+    memory: float = 0.0  # bytes of shards that are read rather than mapped
 
     def __len__(self) -> int:
         return sum(shard.rows for shard in self.contents.shards)
@@ -109,7 +110,7 @@ class Cache:
         x, labels = torch.empty(len(rows), *self.contents.shape), torch.empty(len(rows), dtype=torch.long)
         for number in places.unique().tolist():
             shard, here = self._tensors[number], places == number
-            inside = rows[here] - (int(self._ends[number]) - self.contents.shards[number].rows)
+            inside = rows[here] - (int(self._ends[number]) - len(shard["labels"]))
             x[here], labels[here] = shard["x"][inside].float(), shard["labels"][inside]
             if flipped is not None and bool((mirrored := here & flipped).any()):
                 x[mirrored] = shard["flipped"][inside[flipped[here]]].float()
@@ -124,27 +125,40 @@ class Cache:
 
     @cached_property
     def _ends(self) -> Int64[Tensor, " k"]:
-        return torch.tensor([shard.rows for shard in self.contents.shards]).cumsum(0)
+        return torch.tensor([len(shard["labels"]) for shard in self._tensors]).cumsum(0)
 
     @cached_property
     def _tensors(self) -> list[dict[str, Tensor]]:
-        return [mapped(self.folder / shard.file) for shard in self.contents.shards]
+        """A dictionary per shard, mapped into memory; of a small cache one for all, read."""
+        shards = [mapped(self.folder / shard.file) for shard in self.contents.shards]
+        if sum(shard.size for shard in self.contents.shards) > self.memory:
+            return shards
+        keys = ["x", "labels", *(["flipped"] if self.contents.flips else [])]
+        return [{key: torch.cat([shard[key] for shard in shards]) for key in keys}]
 
 
 def open_cache(
-    folder: Path, *, codec: Codec | None = None, resolution: int | None = None, classes: int | None = None
+    folder: Path,
+    *,
+    codec: Codec | None = None,
+    resolution: int | None = None,
+    crop: str | None = None,
+    classes: int | None = None,
+    flips: bool | None = None,
+    memory: float = 0.0,
 ) -> Cache:
-    """Open a cache to read it as the data of a codec, a resolution and a number of classes; None: its own.
+    """Open a cache to read it as the data of a codec, a resolution, crop and number of classes; None: its own.
 
-    A codec that differs in shift and scale only still fits: rows come in its normalisation. Raises UserError where
-    there is no cache, it is unfinished, a shard is missing or of another size, or what is asked is not what is there.
+    A cache of both flips serves those who ask for one. One of at most `memory` bytes is read, not mapped. A codec that
+    differs in shift and scale only still fits: rows come in its normalisation. Raises UserError where there is no
+    cache, it is unfinished, a shard is missing or of another size, or what is asked is not what is there.
     """
     contents = read(folder)
     if contents is None:
         raise UserError(f"{folder} is no cache (it has no {FILE}): make it with dumo encode")
     if not contents.shards:
         raise UserError(f"{folder} is unfinished: start the same dumo encode again, and it goes on where it stopped")
-    asked = {"resolution": resolution, "classes": classes}
+    asked = {"resolution": resolution, "crop": crop, "classes": classes, "flips": flips or None}
     lines = [f"{name}: {getattr(contents, name)} in the cache, {value} asked"
              for name, value in asked.items() if value not in (None, getattr(contents, name))]  # fmt: skip
     lines += [] if codec is None else differences(contents, codec)
@@ -155,7 +169,7 @@ def open_cache(
         raise UserError(
             f"{folder}: {'; '.join(faults)}: start the same dumo encode again, which re-makes what is damaged"
         )
-    return Cache(folder, contents, codec or contents.codec)
+    return Cache(folder, contents, codec or contents.codec, memory)
 
 
 def differences(contents: Contents, codec: Codec) -> Iterator[str]:

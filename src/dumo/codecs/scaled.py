@@ -19,6 +19,8 @@ Images = Float[Tensor, "b 3 h w"]  # in [-1, 1]
 Moments = Float[Tensor, "b m y x"]  # m channels, or 2 m: means and standard deviations
 Latent = Float[Tensor, "b l y x"]
 
+PIECE = 2**20  # pixels decoded at a time: 16 images of 256 x 256. Ours
+
 S = TypeVar("S", bound="Scaled")
 Positive = Annotated[float, Field(gt=0)]
 Scale = Positive | tuple[Positive, ...]
@@ -129,8 +131,10 @@ class Opened:
 
     @torch.no_grad()
     def decode(self, x: Latent) -> Images:
-        """Images in [-1, 1], what overshoots is cut off."""
-        return self.net.decode(self.codec.restore(x.to(self.device, torch.float32))).clamp(-1, 1)
+        """Images in [-1, 1], what overshoots is cut off; a few at a time, whatever the memory."""
+        few = max(1, PIECE // (self.codec.factor**2 * x.shape[2] * x.shape[3]))
+        parts = (self.net.decode(self.codec.restore(part.to(self.device, torch.float32))) for part in x.split(few))
+        return torch.cat([part.clamp(-1, 1) for part in parts])
 
     def shape(self, side: int) -> tuple[int, int, int]:
         """As the codec's `shape`."""

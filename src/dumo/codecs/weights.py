@@ -1,7 +1,6 @@
 """Files of weights: safetensors only, whole, and the ones that were meant."""
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,14 +10,6 @@ from torch import Tensor
 
 from dumo.pickled import PICKLES, conversion, refusal
 from dumo.types import UserError
-
-
-def path_of(name: str) -> Path:
-    """A path as the user wrote it, environment variables and ~ expanded. Raises UserError for a variable not set."""
-    expanded = os.path.expandvars(name)
-    if "$" in expanded:
-        raise UserError(f"{name}: that environment variable is not set: set it, or give a path in codec.weights")
-    return Path(expanded).expanduser()
 
 
 def checked(file: Path, sha256: str | None, hint: str) -> str:

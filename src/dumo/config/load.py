@@ -30,8 +30,8 @@ def load(source: str, overrides: Sequence[str] = ()) -> Run:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{name} holds no run: it must map names to values, as `dumo show digits` prints it")
-    for override in overrides:
-        _apply(tree, override)
+    for text in overrides:
+        override(tree, text)
     return parse(Run, tree, name)
 
 
@@ -86,15 +86,18 @@ def _find(source: str) -> tuple[str, str]:
     raise UserError(f"there is no recipe, file or run's folder '{source}'; {nearest(source, recipes.names())}")
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
-    """Set one value in place. A new `kind` starts from that kind's own defaults: the old kind's fields are dropped."""
-    dotted, sign, text = override.partition("=")
+def override(tree: dict[str, Any], text: str) -> None:
+    """Set one value in place, from `a.b=c`. Raises UserError where it is none, or leads nowhere.
+
+    A new `kind` starts from that kind's own defaults: the old kind's fields are dropped.
+    """
+    dotted, sign, right = text.partition("=")
     if not sign or not dotted:
-        raise UserError(f"--set {override}: write it as a.b=c, for example --set train.steps=2000")
+        raise UserError(f"--set {text}: write it as a.b=c, for example --set train.steps=2000")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.safe_load(right)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {override}: '{text}' is not a YAML value") from error
+        raise UserError(f"--set {text}: '{right}' is not a YAML value") from error
     *parents, last = dotted.split(".")
     node: Any = tree
     for i, parent in enumerate(parents):

@@ -1,11 +1,11 @@
 """Images by number: image i of a seed is one thing, whatever batch it is made in, and the net counts its own passes."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Int64
 from torch import Tensor, nn
 
 from dumo.sample.noise import noise
@@ -21,7 +21,15 @@ class Samples:
     nfe: int
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Batch:
+    """Some of the samples: their numbers (n,), x in float32 on the CPU, and the passes each row made."""
+
+    index: Int64[Tensor, " n"]
+    x: Sample
+    nfe: int
+
+
 def generate(
     net: nn.Module,
     reads: Reads,
@@ -37,17 +45,39 @@ def generate(
     device: torch.device | str = "cpu",
     on_batch: Callable[[int], object] | None = None,
 ) -> Samples:
+    """All of `batches` in one. `on_batch` is told the number of images made so far. Raises as that does."""
+    done: list[Batch] = []
+    for part in batches(
+        net, reads, path, solver, c, nfe=nfe, seed=seed, shape=shape, indices=indices, batch=batch, device=device
+    ):
+        done.append(part)
+        if on_batch is not None:
+            on_batch(sum(len(part.x) for part in done))
+    return joined(done)
+
+
+def batches(
+    net: nn.Module,
+    reads: Reads,
+    path: Path,
+    solver: Solver,
+    c: Cond,
+    *,
+    nfe: int,
+    seed: int,
+    shape: Sequence[int],
+    indices: Sequence[int] | None = None,
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
     """Make one image of `shape` per row of c: those numbered `indices` (None: from 0), `batch` at a time on `device`.
 
-    `reads` is a reading of `net`, which stays where it is and is in evaluation mode meanwhile. `on_batch` is told the
-    number of images made so far. Raises UserError if the solver cannot serve the reading or nfe, ValueError if there
-    are more or fewer indices than rows of c.
+    `reads` is a reading of `net`, which stays where it is and is in evaluation mode meanwhile. Raises UserError if the
+    solver cannot serve the reading or nfe, ValueError if there are more or fewer indices than rows of c.
     """
     indices = range(len(c)) if indices is None else indices
     if len(indices) != len(c):
         raise ValueError(f"{len(indices)} images for {len(c)} rows of c: give one index a row")
-    done: list[Tensor] = []
-    counts: set[float] = set()
 
     for first in range(0, len(c), batch):
         some, c_some = indices[first : first + batch], c[first : first + batch].to(device)
@@ -55,12 +85,14 @@ def generate(
         def fresh(k: int, some: Sequence[int] = some) -> Sample:
             return noise(seed, some, k, shape).to(device)
 
-        with evaluating(net), counting(net) as passed:
-            done.append(solver(reads, path, fresh(0), c_some, nfe, fresh).float().cpu())
-        counts.add(sum(passed) / len(some))
-        if on_batch is not None:
-            on_batch(first + len(some))
-    return Samples(torch.cat(done), _agreed(counts))
+        with torch.no_grad(), evaluating(net), counting(net) as passed:
+            x = solver(reads, path, fresh(0), c_some, nfe, fresh).float().cpu()
+        yield Batch(torch.tensor(some), x, _agreed({sum(passed) / len(some)}))
+
+
+def joined(parts: Sequence[Batch]) -> Samples:
+    """Batches, in their order, as one."""
+    return Samples(torch.cat([part.x for part in parts]), _agreed({part.nfe for part in parts}))
 
 
 def labels(n: int, classes: int, only: Sequence[int] | None = None) -> Int[Tensor, " n"]:
@@ -105,9 +137,9 @@ def evaluating(net: nn.Module) -> Generator[None, None, None]:
             part.training = mode
 
 
-def _agreed(counts: set[float]) -> int:
+def _agreed(counts: Set[float] | Set[int]) -> int:
     """The one whole number of passes that every row made. Anything else is a defect of the reading."""
     count = min(counts)
-    if len(counts) > 1 or not count.is_integer():
+    if len(counts) > 1 or not float(count).is_integer():
         raise RuntimeError(f"rows went unequally often through the net: {sorted(counts)} times, by batch")
     return int(count)

@@ -1,0 +1,97 @@
+"""What a codec made of images: a cache, which `dumo encode` fills and training reads.
+
+The images that were encoded, the codec and the cache stand side by side in a run, so that one file says how to make the
+cache, whether a cache at hand is the one meant, how samples are decoded, and what they are compared with.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dumo.codecs import Codec
+from dumo.codecs.cache import Cache, open_cache
+from dumo.data.image import FREE, GIGABYTE, Images
+from dumo.data.stream import mirrored, rows_of
+from dumo.flow.draw import stream
+from dumo.place import place
+from dumo.types import Spec, UserError
+
+
+class Latents(Spec):
+    """Images through a codec, from a cache of them."""
+
+    kind: Literal["latents"] = "latents"
+    root: str = Field(json_schema_extra=FREE)  # the cache's folder; may begin with ~ and hold $NAMES
+    images: Images  # what is encoded; `flip` mirrors them before the codec
+    codec: Codec
+    per_channel: bool = False  # take shift and scale from the cache: mean 0 and deviation 1 in each channel
+    memory: float = Field(default=1.0, ge=0, json_schema_extra=FREE)  # GB of cache read at once, not mapped; ours
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height, width of a latent."""
+        return self.codec.shape(self.images.side)
+
+    @property
+    def classes(self) -> int:
+        """Those of the images."""
+        return self.images.classes
+
+    @property
+    def folder(self) -> Path:
+        """Where the cache is. Raises UserError for a variable that is not set."""
+        return place(self.root, "data.root")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Latents":
+        if self.images.channels != 3:
+            raise ValueError("codecs take images of 3 channels: set data.images.channels=3")
+        _ = self.shape  # refuses a side that the codec does not divide
+        if not self.per_channel or isinstance(self.codec.scale, tuple):
+            return self
+        contents = open_cache(self.folder, codec=self.codec).contents  # looked up once: the run holds the numbers
+        raw = contents.codec.normalised(contents.mean, contents.std)
+        return self.model_copy(update={"codec": self.codec.model_copy(update={"shift": raw.shift, "scale": raw.scale})})
+
+    def open(self) -> "Encoded":
+        """The cache. Raises UserError where there is none, or one of other images or of another codec."""
+        images = self.images
+        try:
+            cache = open_cache(
+                self.folder,
+                codec=self.codec,
+                resolution=images.side,
+                crop=images.crop,
+                classes=images.classes,
+                flips=images.flip,
+                memory=self.memory * GIGABYTE,
+            )
+        except UserError as error:
+            raise UserError(f"data.root: {error}") from error
+        return Encoded(cache, flip=images.flip)
+
+
+class Encoded:
+    """Latents as a source. Of a codec with Gaussians every visit draws anew, keyed by the step."""
+
+    def __init__(self, cache: Cache, *, flip: bool) -> None:
+        self.cache, self.flip = cache, flip
+
+    @property
+    def size(self) -> int:
+        """The number of rows."""
+        return len(self.cache)
+
+    def batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+        """Epoch after epoch, each in its own order, half of the images mirrored if `flip`."""
+        rows = rows_of(step, batch, size=self.size, seed=seed)
+        x, c = self.cache.rows(rows, mirrored(step, batch, seed) if self.flip else None)
+        return self.cache.codec.sample(x, stream(seed, step, "posterior")), c
+
+    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
+        """n of the rows, or all where there are fewer, the i-th choice; not mirrored."""
+        x, c = self.cache.rows(torch.randperm(self.size, generator=stream(seed, "reference", i))[:n])
+        return self.cache.codec.sample(x, stream(seed, "reference posterior", i)), c
