@@ -97,6 +97,13 @@ def encode(
     return Encoded(data.folder, done, None if done.missing else read(data.folder))
 
 
+def ensure(data: Latents, *, device: str = "auto", watch: Watch = unwatched) -> None:
+    """Make the cache if it is not there, or go on with it if it is not finished. Raises UserError as `encode` does."""
+    contents = read(data.folder)
+    if contents is None or not contents.shards:
+        encode(data, device=device, watch=watch)
+
+
 def part_of(text: str | None) -> tuple[int, int]:
     """'2/8' as (2, 8); None: this process's rank and how many there are, as torchrun says. Raises UserError."""
     if text is None:

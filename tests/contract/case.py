@@ -16,7 +16,11 @@ SMALL = {"width": 16, "depth": 2, "attention": 2, "patch": 2, "multipliers": (1,
 OWN: dict[str, dict[str, object]] = {"unet": {"depth": 1}}  # ten blocks as it is
 
 
-GIVEN = {"images": {"root": "somewhere", "side": 8, "classes": 2}}  # what a spec cannot do without
+SOME = {"root": "somewhere", "side": 8, "classes": 2}
+GIVEN = {  # what a spec cannot do without
+    "images": SOME,
+    "latents": {"root": "elsewhere", "images": {"kind": "images", **SOME}, "codec": {"kind": "identity"}},
+}
 
 
 def members(union: object) -> tuple[type[Spec], ...]:

@@ -49,6 +49,8 @@ class Latents(Spec):
     def _fits(self) -> "Latents":
         if self.images.channels != 3:
             raise ValueError("codecs take images of 3 channels: set data.images.channels=3")
+        if self.images.augment:
+            raise ValueError("latents are of images as they are: set data.images.augment=null")
         _ = self.shape  # refuses a side that the codec does not divide
         if not self.per_channel or isinstance(self.codec.scale, tuple):
             return self

@@ -1,0 +1,127 @@
+"""From a folder of images to judged samples, by way of a cache: encode, train, sample, evaluate, report."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from dumo import recipes
+from e2e.shell import call, finish, refused, start, wait
+
+CLASSES, EACH, SIDE = 10, 100, 32
+NET = {"kind": "dit", "patch": 8, "width": 16, "depth": 1, "attention": 2, "time_scale": 10.0}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random images in ten classes, and a run that trains on them through a codec that changes nothing."""
+    home = tmp_path_factory.mktemp("home")
+    for i in range(CLASSES * EACH):
+        folder = home / "images" / f"class{i % CLASSES}"
+        folder.mkdir(parents=True, exist_ok=True)
+        draws = torch.Generator().manual_seed(i)
+        pixels = torch.randint(256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=draws)
+        Image.fromarray(pixels.numpy()).save(folder / f"{i:03d}.png")
+    tree = yaml.safe_load(recipes.read("digits"))
+    images = {"root": str(home / "images"), "side": SIDE, "crop": "none", "flip": True}
+    tree["data"] = {"kind": "latents", "root": str(home / "cache"), "images": images, "codec": {"kind": "identity"}}
+    tree["net"], tree["train"]["steps"], tree["train"]["schedule"] = NET, 4, {"kind": "constant"}
+    tree["evaluate"]["protocol"] = {"kind": "cifar10-features", "samples": 1000}
+    (home / "run.yml").write_text(yaml.safe_dump(tree))
+    return home
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is watched for changes is the folder we are in."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_whole_way(home: Path) -> None:
+    """Each command takes what the one before has left; without a cache training says how to make it."""
+    run = home / "run"
+    refused("train", home / "run.yml", "--out", run, named=("data.root", "dumo encode"))
+    assert not run.exists()
+    made = call("encode", home / "run.yml", "--shard-rows", 256)
+    assert (made.code, "1,000 images" in made.out) == (0, True)
+    assert call("train", home / "run.yml", "--out", run).code == 0
+    sampled = call("sample", run, "--nfe", 1, "--count", 3, "--format", "images")
+    assert sampled.code == 0
+    with Image.open(run / "samples" / "restart-nfe1" / "000002.png") as image:
+        assert image.size == (SIDE, SIDE)
+    judged = call("evaluate", run, "--nfe", 1, "--json")
+    assert judged.json["results"][0]["fd"] > 0
+    assert judged.json["card"]["codec"]["kind"] == "identity"
+    assert call("report", run).code == 0
+    assert "nearest" in (run / "report.html").read_text()
+
+
+def test_another_cache_is_refused_with_both(home: Path, tmp_path: Path) -> None:
+    """The recipe asks for what the cache does not hold."""
+    call("encode", home / "run.yml", tmp_path / "cache", "--set", "data.images.flip=false")
+    words = ("train", home / "run.yml", "--out", tmp_path / "run", "--set", f"data.root={tmp_path / 'cache'}")
+    refused(*words, named=("flips: False in the cache, True asked",), lines=None)
+
+
+def test_a_damaged_shard_is_named_and_made_again(home: Path, tmp_path: Path) -> None:
+    """Cut short: training refuses, encoding again makes it, and it is as it was."""
+    cache = tmp_path / "cache"
+    call("encode", home / "run.yml", cache, "--shard-rows", 256)
+    whole = files(cache)
+    shard = cache / "shard-00002.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    words = ("train", home / "run.yml", "--out", tmp_path / "run", "--set", f"data.root={cache}")
+    refused(*words, named=(shard.name, "bytes"))
+    again = call("encode", home / "run.yml", cache, "--shard-rows", 256)
+    assert (again.code, shard.name in again.out) == (0, True)
+    assert files(cache) == whole
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (("data.images.classes=17",), ("10 classes", "17")),
+        (("data.codec.kind=taef2", "data.codec.weights=w.pth", "net.patch=1"), ("w.pth", "pickle")),
+        (("data.images.side=36", "data.codec.kind=taef2"), ("36 pixels", "8")),
+        (("data.images.root=/nowhere",), ("/nowhere",)),
+    ],
+)
+def test_bad_input_to_encode(home: Path, tmp_path: Path, sets: tuple[str, ...], said: tuple[str, ...]) -> None:
+    """One plain line, exit code 2, and nothing begun."""
+    words = [word for one in sets for word in ("--set", one)]
+    refused("encode", home / "run.yml", tmp_path / "cache", *words, named=said, lines=None)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_file_that_is_no_image_is_named(home: Path, tmp_path: Path) -> None:
+    """Refused by its name, and left out if the user says so."""
+    images = tmp_path / "images"
+    images.mkdir()
+    shutil.copy(home / "images" / "class0" / "000.png", images / "good.png")
+    (images / "bad.png").write_text("no image")
+    words = ("encode", images, tmp_path / "cache", "--codec", "identity", "--side", SIDE)
+    refused(*words, named=("bad.png", "data.on_bad=skip"))
+    with pytest.warns(UserWarning, match="bad.png"):
+        made = call(*words, "--set", "data.images.on_bad=skip")
+    assert "1 images (1 could not be read)" in made.out
+
+
+def test_killed_and_started_again(home: Path, tmp_path: Path) -> None:
+    """Killed after a shard or two; the cache is then the same as of one that was never stopped."""
+    words = ("encode", home / "run.yml", "--shard-rows", 50, "--batch", 4)
+    call(*words[:2], tmp_path / "whole", *words[2:])
+    running = start(*words[:2], tmp_path / "stopped", *words[2:], cwd=tmp_path)
+    wait(running, (tmp_path / "stopped" / "shard-00001.json").exists)
+    running.kill()
+    running.communicate()
+    assert finish(start(*words[:2], tmp_path / "stopped", *words[2:], cwd=tmp_path)).code == 0
+    assert files(tmp_path / "stopped") == files(tmp_path / "whole")
