@@ -22,7 +22,7 @@ THEORY, SOLVERS = "tests/theory", "tests/unit/sample/test_solver.py"
 FIXED, FORMULA, LAW, READ, SLOPE, EXACT, UNBIASED = (
     f"{THEORY}/test_{name}.py" for name in ("fixed_point", "formula", "law", "read", "slope", "exact", "unbiased")
 )
-DRAW = "tests/unit/flow/test_draw.py"
+DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
 
 
 RULE, DUAL = "tests/unit/flow/test_rule.py", "tests/unit/flow/test_dual.py"
@@ -96,6 +96,14 @@ MUTANTS = [
     Mutant("flow/guide.py", "rows.sum(1).to", "(self.every * rows.any(1)).to", "a row stands for all", UNBIASED),
     Mutant("flow/guide.py", ".where(rows, -1).argmax", ".argmax", "a dropped row is picked, for the others", UNBIASED),
     Mutant("flow/guide.py", "else v_hat[place]", "else v_hat[: len(place)]", "the picks take others' V(c)", FORMULA),
+    Mutant("flow/guide.py", "(b.v_t + v_hat) / 2", "b.v_t + v_hat / 2", "an average is half as much again", FIXED),
+    Mutant("flow/guide.py", "(b.v_t + v_hat) / 2", "(b.v_t + 2 * v_hat) / 3", "an average of unequal halves", FORMULA),
+    Mutant("flow/guide.py", "lift(~self.rows(b), b.x_t)", "lift(self.rows(b), b.x_t)", "other rows average", FORMULA),
+    Mutant("flow/guide.py", ".where(lift(~self.rows(b), b.x_t), b.v_t)", "", "rows that wait average", UNBIASED),
+    Mutant("flow/guide.py", "v_hat = velocity(b, b.c)", "v_hat = velocity(b, b.null)", "V(null) is averaged", FORMULA),
+    Mutant("sample/guidance.py", "y_null + self.scale *", "y[place] + self.scale *", "w is one too much", GUIDANCE),
+    Mutant("sample/guidance.py", "torch.full_like(c, null)", "c", "there is no null reading", GUIDANCE),
+    Mutant("sample/guidance.py", "& (t <= self.interval.high)", "", "the interval has no end", GUIDANCE),
     Mutant("objectives/meanflow.py", "if self.power:", "if not self.power:", "a bias is let in", UNBIASED),
     Mutant("flow/draw.py", 'step, "coin"', 'step, "kept"', "the coin knows of the label", DRAW),
     Mutant("flow/draw.py", "moving(n)[mine]", "moving(n)[: len(x)]", "all ranks spare the first one's rows", DRAW),

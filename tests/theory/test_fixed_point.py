@@ -24,6 +24,7 @@ GUIDES = [
     DUMO,
     Guide(omega=0.2, zeta=0.92),  # MeanFlow, XL/2
     Guide(omega=0.2, zeta=0.92, interval=Interval(low=0.1, high=0.75)),
+    Guide(zeta=0.44, interval=Interval(high=0.75), elsewhere="average"),  # UCGM
     Guide(omega=0.5, zeta=0.5),  # no null pass
     Guide(omega=1.5),  # no pass of c
 ]

@@ -111,7 +111,15 @@ def bias(objective: Objective, model: nn.Module, guide: Callable[..., Guide], ev
 @EACH
 @EVERY
 @pytest.mark.parametrize("net", nets(), ids=kind)
-@pytest.mark.parametrize("guide", [{"zeta": 0.5, "interval": EARLY}, {"omega": 0.3, "zeta": 0.6}], ids=["dumo", "mean"])
+@pytest.mark.parametrize(
+    "guide",
+    [
+        {"zeta": 0.5, "interval": EARLY},
+        {"omega": 0.3, "zeta": 0.6},
+        {"zeta": 0.5, "interval": EARLY, "elsewhere": "average"},
+    ],
+    ids=["dumo", "mean", "ucgm"],
+)
 def test_the_mean_gradient_is_that_of_full_guidance(
     objective: Objective, every: int, net: Net, guide: dict[str, object]
 ) -> None:

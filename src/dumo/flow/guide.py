@@ -9,6 +9,14 @@ with V the net's own velocity, without gradients. Where V(c) settles at v*, the 
 DuMo takes omega = 1 (Alg. 1, line 9): v* = v_t + zeta (V(c) - V(null)), so w = 1 / (1 - zeta).
 MeanFlow's kappa is our zeta.
 
+Elsewhere, at times outside an interval and on rows whose label was dropped, v* = v_t; or, as UCGM has it, the average
+
+    v* = (v_t + V(c)) / 2,
+
+where c is null on dropped rows. The fixed point is the same: V settles where V = E[v*] = (E[v_t] + V) / 2, at
+V = E[v_t]. Where V(c) is the pass in training itself, v_hat - v* = (v_hat - v_t) / 2: with plain l2 half of flow
+matching's gradient, a quarter of its loss. What u is taught of v* has half the noise of v_t.
+
 The passes for V may be made on a random part of the rows. Of k consecutive rows, M of which are to be guided, one of
 these M is picked, each with probability 1 / M, and its guidance counts M times:
 
@@ -19,6 +27,7 @@ the gradient is right on average, whatever the net (ours; exact with an exact sl
 """
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int
@@ -44,13 +53,29 @@ class Interval(Spec):
         return self
 
 
+PRESETS: dict[str, dict[str, Any]] = {  # what a name in place of a Guide's fields stands for
+    "paper": {"zeta": 0.55},  # DuMo, Alg. 1 and Tab. 3 at 256 x 256; the rest as below, for the paper is silent
+    "ucgm": {"zeta": 0.44, "interval": {"high": 0.75}, "elsewhere": "average"},  # UCGM's code, multi-step, 256 x 256
+}
+
+
 class Guide(Spec):
-    """The guided velocity v*. Rows whose label was dropped, and times outside the interval, keep v_t."""
+    """The guided velocity v*, on rows that kept their label, at times inside the interval; or the name of a preset."""
 
     omega: float = Field(default=1.0, gt=0)  # weight of v_t
     zeta: float = Field(default=0.0, ge=0, lt=1)  # weight of V(c): the enhancement ratio (paper, Sec. 3.3)
     interval: Interval = Interval()  # ours: the paper is silent, so all times
+    elsewhere: Literal["data", "average"] = "data"  # v* of other rows: v_t, or (v_t + V(c)) / 2 as UCGM
     fraction: float = Field(default=1.0, gt=0, le=1)  # of the rows that passes are made on, 1 / k (ours)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, fields: object) -> object:
+        if not isinstance(fields, str):
+            return fields
+        if fields not in PRESETS:
+            raise ValueError(f"there is no preset '{fields}'; valid: {', '.join(PRESETS)}, or the fields themselves")
+        return PRESETS[fields]
 
     @model_validator(mode="after")
     def _whole(self) -> "Guide":
@@ -79,7 +104,7 @@ class Guide(Spec):
 
     @property
     def active(self) -> bool:
-        """Whether v* differs from v_t at all."""
+        """Whether v* differs from v_t at all: without guidance there is no elsewhere either."""
         return self.omega != 1 or self.zeta != 0
 
     def beforehand(self, b: Noised) -> Sample | None:
@@ -97,19 +122,25 @@ class Guide(Spec):
     def __call__(self, b: Noised, v_hat: Sample | None, velocity: Velocity) -> Sample:
         """Return v*. `v_hat` is V(c) where the step has it already, else None; makes no pass of weight zero.
 
+        An average takes V(c) of every row: `v_hat`, for no pass more, or else one pass of all.
+
         Raises UserError where a fraction of the rows is asked for and they are no whole number of groups.
         """
         if not self.active:
             return b.v_t
+        if self.elsewhere == "average" and v_hat is None:
+            v_hat = velocity(b, b.c)
+        rows, rest = lift(self.rows(b), b.x_t), self._rest(b, v_hat)
         place, weight = self.pick(b) if self.random else (self.needing(b), None)
         if place is None:
-            return self._full(b, v_hat, velocity)
+            return self._inside(b, v_hat, velocity).where(rows, rest)
         some = b[place]
         with mask.of(place):
-            v_star = self._full(some, None if v_hat is None else v_hat[place], velocity)
+            v_star = self._inside(some, None if v_hat is None else v_hat[place], velocity)
         if weight is not None:
             v_star = some.v_t + lift(weight.to(v_star), v_star) * (v_star - some.v_t)
-        return b.v_t.to(v_star).index_copy(0, place, v_star)
+        v_star = v_star.where(rows[place], rest[place])
+        return rest.to(v_star).index_copy(0, place, v_star)
 
     def needing(self, b: Noised) -> Int[Tensor, " k"] | None:
         """The places where guidance acts, at least one, so that every rank makes the pass; None: make it for all.
@@ -141,12 +172,18 @@ class Guide(Spec):
         """Where guidance acts: kept labels, inside the interval."""
         return b.kept & (self.interval.low <= b.t) & (b.t <= self.interval.high)
 
-    def _full(self, b: Noised, v_hat: Sample | None, velocity: Velocity) -> Sample:
-        """v* of every row of the record."""
+    def _inside(self, b: Noised, v_hat: Sample | None, velocity: Velocity) -> Sample:
+        """The affine map, of every row of the record."""
         v_star, rest = self.omega * b.v_t, 1 - self.omega - self.zeta
         if self.zeta:
             v_star = v_star + self.zeta * (velocity(b, b.c) if v_hat is None else v_hat)
         if abs(rest) > 1e-12:  # 1 - .2 - .8 is not 0 in floating point
             with mask.none():
                 v_star = v_star + rest * velocity(b, b.null)
-        return v_star.where(lift(self.rows(b), b.x_t), b.v_t)
+        return v_star
+
+    def _rest(self, b: Noised, v_hat: Sample | None) -> Sample:
+        """v* of rows that no guidance has reached: those elsewhere, and guided ones that were not picked."""
+        if self.elsewhere == "data" or v_hat is None:
+            return b.v_t
+        return ((b.v_t + v_hat) / 2).where(lift(~self.rows(b), b.x_t), b.v_t)

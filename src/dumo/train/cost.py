@@ -1,7 +1,8 @@
 """What a step costs, counted, not timed: floating-point operations and bytes of tensors that hold no numbers.
 
 The unit of work is F, one pass of the net forward; a backward pass is 2 F. Counts depend on shapes alone, so operations
-are counted on the meta device, whatever the net's size: no memory, no arithmetic.
+are counted on the meta device, whatever the net's size: no memory, no arithmetic. Blocks that are alike cost alike, so
+of a deep net of such blocks only the first few are run (`by_depth`).
 
 Memory is counted by following every tensor's storage from the operation that made it until it is let go. That needs
 the operations a device would run: on meta, attention keeps all its scores, which no fused kernel does. So bytes are
@@ -29,6 +30,7 @@ from dumo.flow.slope import Along, Dual, Way
 from dumo.types import Cond, Frozen, Heads, Net, Noised, Objective, Path, Sample, still
 
 LAW = 1_000_000  # rows that a law is judged by
+FEW = 6  # blocks up to which all are run: ours
 Theta = Literal["self"] | float  # theta^-: the net itself, or an average of it, as `Train.ref`
 
 
@@ -41,11 +43,13 @@ class Bytes(NamedTuple):
 
 def forward_flops(net: nn.Module, objective: Objective, shape: Sequence[int]) -> float:
     """Floating-point operations of one pass, per row (two per multiply-add)."""
-    net, rows = copy.deepcopy(net).to("meta"), 2
-    x, c = _nothing(rows, shape)
-    inputs = {name: x.new_empty(rows) for name in (*objective.needs.inputs, *objective.needs.knobs)}
-    with torch.no_grad():
-        return flops(lambda: net(x, c, **inputs)) / rows
+    rows = 2
+    return by_depth(net, lambda net: flops(lambda: _pass(net, objective, shape, rows))) / rows
+
+
+def heads(net: nn.Module, objective: Objective, shape: Sequence[int], *, rows: int) -> Heads:
+    """What a pass gives, without numbers."""
+    return _pass(_short(net), objective, shape, rows)
 
 
 def forward_units(
@@ -60,18 +64,19 @@ def forward_units(
     """Floating-point operations of a training step over those of one pass: forward, targets and backward.
 
     Of a batch of `rows` (None: one in which every share of the rows is a whole number of them). The passes of guidance
-    count by the expected share of the rows that need them.
+    count by the expected share of the rows that need them; V(c) for an average is needed by all.
     """
-    rows = rows or exact_rows(objective)
+    rows, one = rows or exact_rows(objective), forward_flops(net, objective, shape)
 
     def units(objective: Objective) -> float:
-        work = _step(*_outlines(net, ref), objective, _draw(objective, path, rows, shape))
-        return flops(work) / (rows * forward_flops(net, objective, shape))
+        b = _draw(objective, path, rows, shape)
+        return by_depth(net, lambda net: flops(_step(*_outlines(net, ref), objective, b))) / (rows * one)
 
     guide: Guide | None = getattr(objective, "guide", None)
     if guide is None or not guide.active or guide.random:
         return units(objective)
-    without = units(cast(Any, objective).model_copy(update={"guide": Guide()}))
+    anyhow = Guide(omega=0.5, zeta=0.5, elsewhere="average") if guide.elsewhere == "average" else Guide()  # no V(null)
+    without = units(cast(Any, objective).model_copy(update={"guide": anyhow}))
     return without + _guided(objective, guide) * (units(objective) - without)
 
 
@@ -86,7 +91,8 @@ def way(net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], 
         return slope(net, ref, *at, toward=toward, **rest)
 
     listening = cast(Any, objective).model_copy(update={"slope": heard})
-    _step(*_outlines(net, ref), listening, _draw(objective, path, exact_rows(objective), shape))()
+    b = _draw(objective, path, exact_rows(objective), shape)
+    _step(*_outlines(_short(net), ref), listening, b)()
     return ways[0]
 
 
@@ -104,13 +110,38 @@ def peak_bytes(
 
     What a kernel takes for itself while it runs is not seen.
     """
-    (net, frozen), b = _outlines(net, ref), _draw(objective, path, rows, shape)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in {net, frozen.module}:
-            module.to_empty(device="cpu")
-        work = _step(net, frozen, objective, _empty(b))
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            return live_bytes(work)
+    return _peak(net, objective, _draw(objective, path, rows, shape), ref, precision, graded=False)
+
+
+def activation_bytes(
+    net: nn.Module,
+    objective: Objective,
+    path: Path,
+    shape: Sequence[int],
+    *,
+    rows: int,
+    ref: Theta = "self",
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> int:
+    """Bytes that a step of `rows` rows takes beside weights, gradients and batch, seen as `peak_bytes` sees them.
+
+    So what a piece of a batch takes when an earlier one has left its gradients.
+    """
+    b = _draw(objective, path, rows, shape)
+    return by_depth(net, lambda net: _peak(net, objective, b, ref, precision, graded=True).peak, check=True)
+
+
+def by_depth(net: nn.Module, count: Callable[[nn.Module], int], *, check: bool = False) -> int:
+    """A count of a net: of all of it, or, where its blocks are alike, of its first one and two, and so of all.
+
+    `check`: where something may outweigh a few blocks, a third must add what the second did, or all are counted.
+    """
+    if (depth := _alike(net)) <= FEW:
+        return count(net)
+    one, two = (count(_cut(net, n)) for n in (1, 2))
+    if check and (one == two or count(_cut(net, 3)) - two != two - one):
+        return count(net)
+    return one + (depth - 1) * (two - one)
 
 
 def exact_rows(objective: Objective) -> int:
@@ -177,6 +208,50 @@ class _Live(TorchDispatchMode):
 
 def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
     return (x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor))
+
+
+@torch.no_grad()
+def _pass(net: nn.Module, objective: Objective, shape: Sequence[int], rows: int) -> Heads:
+    """One pass on the meta device."""
+    x, c = _nothing(rows, shape)
+    inputs = {name: x.new_empty(rows) for name in (*objective.needs.inputs, *objective.needs.knobs)}
+    return copy.deepcopy(net).to("meta")(x, c, **inputs)
+
+
+def _alike(net: nn.Module) -> int:
+    """How many blocks a net has, if all have parameters of the same shapes, else 0."""
+    blocks = getattr(net, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList):
+        return 0
+    kinds = {tuple((name, p.shape) for name, p in block.named_parameters()) for block in blocks}
+    return len(blocks) if len(kinds) == 1 else 0
+
+
+def _short(net: nn.Module) -> nn.Module:
+    """The net with its first block alone, where all are alike."""
+    return _cut(net, 1) if _alike(net) else net
+
+
+def _cut(net: nn.Module, n: int) -> nn.Module:
+    """The net with its first n blocks; all parts are shared."""
+    cut = copy.copy(net)
+    cut._modules = {**net._modules, "blocks": cast(nn.ModuleList, net.blocks)[:n]}
+    return cut
+
+
+def _peak(
+    net: nn.Module, objective: Objective, b: Noised, ref: Theta, precision: Literal["fp32", "bf16"], *, graded: bool
+) -> Bytes:
+    """Bytes before a step and in it, on fake tensors; `graded`: the gradients are there before."""
+    net, frozen = _outlines(net, ref)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in {net, frozen.module}:
+            module.to_empty(device="cpu")
+        for p in net.parameters() if graded else ():
+            p.grad = torch.empty_like(p)
+        work = _step(net, frozen, objective, _empty(b))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return live_bytes(work)
 
 
 def _step(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:

@@ -10,10 +10,11 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dumo.flow import mask
 from dumo.flow.draw import draw
-from dumo.flow.guide import Guide, Interval
+from dumo.flow.guide import PRESETS, Guide, Interval
 from dumo.flow.path import Linear
-from dumo.objectives import FlowMatching
+from dumo.objectives import DuMo, FlowMatching
 from dumo.types import Cond, Noised, UserError
 
 V_C, V_NULL = 3.0, 5.0
@@ -92,6 +93,90 @@ def test_rows_outside_the_interval_keep_v_t(low: float, high: float, rows: list[
     assert torch.equal(found, expected(1.0, rows))
     assert made == ["c", "null"]
     assert guide.rows(record()).nonzero().flatten().tolist() == rows
+
+
+AVERAGE = (2.0 + V_C) / 2
+
+
+@pytest.mark.parametrize(("low", "high", "rows"), [(0.0, 1.0, KEPT), (0.0, 0.75, [0, 2, 3]), (0.5, 0.55, [])])
+@pytest.mark.parametrize("omega", [1.0, 0.5])
+def test_an_average_elsewhere(low: float, high: float, rows: list[int], omega: float) -> None:
+    """Of late rows and of those that lost their label; with V(c) at hand no pass is made for it."""
+    guide = Guide(omega=omega, zeta=0.5, interval=Interval(low=low, high=high), elsewhere="average")
+    found, made = guided(guide, record(), have_v_hat=True)
+    inside = omega * 2 + 0.5 * V_C + (0.5 - omega) * V_NULL
+    assert found[rows].tolist() == [[inside, inside]] * len(rows)
+    others = [i for i in range(6) if i not in rows]
+    assert found[others].tolist() == [[AVERAGE, AVERAGE]] * len(others)
+    assert made == ["null"] * (omega != 0.5)
+
+
+@pytest.mark.parametrize(
+    ("guide", "passes"),
+    [
+        (Guide(zeta=0.5), {"null": [0, 2, 3]}),
+        (Guide(omega=1.5), {"null": [0, 2, 3]}),
+        (Guide(omega=0.5, zeta=0.5), {}),
+        (Guide(zeta=0.5, fraction=0.5), {"null": [0, 2, 4]}),  # of the last two rows neither is to be guided
+    ],
+)
+def test_an_average_without_v_hat_is_one_pass_of_all_rows(guide: Guide, passes: dict[str, list[int]]) -> None:
+    guide = guide.model_copy(update={"elsewhere": "average", "interval": Interval(high=0.75)})
+    b, seen = replace(record(), x=torch.arange(6.0)[:, None].expand(6, 2)), dict[str, list[int]]()
+    b = replace(b, coin=torch.tensor([0.9, 0.1, 0.9, 0.1, 0.9, 0.1]))
+
+    def velocity(some: Noised, c: Cond) -> Tensor:
+        name = "null" if c is some.null else "c"
+        assert name not in seen
+        seen[name] = some.x[:, 0].int().tolist()
+        return torch.full_like(some.x_t, V_NULL if name == "null" else V_C)
+
+    found = guide(b, None, velocity)
+    assert seen == {"c": [*range(6)], **passes}
+    assert found[[1, 4, 5]].tolist() == [[AVERAGE, AVERAGE]] * 3
+
+
+def test_an_average_leaves_guided_rows_that_were_not_picked_at_v_t() -> None:
+    guide = Guide(zeta=0.5, fraction=1 / 3, elsewhere="average")
+    b = replace(record(), coin=COINS)  # rows 2 and 3 are picked, each for two
+    found = guide(b, torch.full((6, 2), V_C), lambda some, c: torch.full_like(some.x_t, V_NULL))
+    stands = 2 + 2 * 0.5 * (V_C - V_NULL)
+    assert found[:, 0].tolist() == [2.0, AVERAGE, stands, stands, AVERAGE, 2.0]
+
+
+def test_without_guidance_there_is_no_elsewhere() -> None:
+    b, guide = record(), Guide(interval=Interval(high=0.5), elsewhere="average")
+    assert not guide.active
+    assert guide.beforehand(b) is b.v_t
+    assert guided(guide, b, have_v_hat=True)[0] is b.v_t
+
+
+@pytest.mark.parametrize("elsewhere", ["data", "average"])
+def test_every_pass_meets_the_masks_of_its_rows(elsewhere: str) -> None:
+    """A null pass drops nothing."""
+    b, keys = record(), torch.arange(12, dtype=torch.int32).view(6, 2)
+    seen: list[list[int] | None] = []
+
+    def velocity(some: Noised, c: Cond) -> Tensor:
+        found = mask.current(len(some.t))
+        seen.append(None if found is None else found[:, 0].tolist())
+        return some.x_t
+
+    with mask.masks(keys):
+        Guide.model_validate({"zeta": 0.5, "elsewhere": elsewhere})(b, None, velocity)
+    assert seen == [[0, 4, 6, 10] if elsewhere == "data" else [0, 2, 4, 6, 8, 10], None]
+
+
+def test_presets_stand_for_their_numbers() -> None:
+    paper, ucgm = (Guide.model_validate(name) for name in ("paper", "ucgm"))
+    assert paper == Guide(omega=1.0, zeta=0.55, interval=Interval(low=0, high=1), elsewhere="data", fraction=1)
+    assert ucgm == Guide(omega=1.0, zeta=0.44, interval=Interval(low=0, high=0.75), elsewhere="average", fraction=1)
+    assert paper == DuMo().guide
+    assert set(PRESETS) == {"paper", "ucgm"}
+    assert ucgm.scale == pytest.approx(1 / 0.56)
+    for name in ("ucmg", "", "Paper"):
+        with pytest.raises(ValidationError, match=f"there is no preset '{name}'; valid: paper, ucgm, or the fields"):
+            Guide.model_validate(name)
 
 
 @pytest.mark.parametrize(
@@ -200,20 +285,27 @@ def test_picked_rows_carry_the_guidance_of_their_group(
     assert [len(some.t) for some in seen] == [len(places)] * (1 if have_v_hat else 2)
 
 
-def test_nothing_of_an_unguided_row_is_seen() -> None:
+@pytest.mark.parametrize("fraction", [1.0, 1 / 3])
+def test_nothing_of_an_unguided_row_is_seen(fraction: float) -> None:
     """Where no row of a group is guided, one goes through the net all the same: whatever comes out, even no number."""
     b = replace(record(), kept=torch.zeros(6, dtype=torch.bool))
-    found = Guide(zeta=0.5, fraction=1 / 3)(b, None, lambda some, c: torch.full_like(some.x_t, torch.nan))
-    assert torch.equal(found, b.v_t)
+    guide = Guide(zeta=0.5, fraction=fraction)
+    assert torch.equal(guide(b, None, lambda some, c: torch.full_like(some.x_t, torch.nan)), b.v_t)
+    guide, v_hat = guide.model_copy(update={"elsewhere": "average"}), torch.full((6, 2), V_C)
+    found = guide(b, v_hat, lambda some, c: torch.full_like(some.x_t, torch.nan))
+    assert torch.equal(found, torch.full((6, 2), AVERAGE))
 
 
 @pytest.mark.parametrize(("data", "net"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")])
-def test_precision_is_that_of_guidance_on_every_row(data: str, net: str) -> None:
+@pytest.mark.parametrize("elsewhere", ["data", "average"])
+def test_precision_is_that_of_guidance_on_every_row(data: str, net: str, elsewhere: str) -> None:
     low, out = getattr(torch, data), getattr(torch, net)
     b = record()
     b = replace(b, x=b.x.to(low), x_t=b.x_t.to(low), z=b.z.to(low), v_t=b.v_t.to(low))
-    made = [Guide(zeta=0.5, fraction=f)(b, None, lambda some, c: some.x_t.to(out)) for f in (1.0, 1 / 3)]
-    assert made[0].dtype == made[1].dtype
+    fields = {"zeta": 0.5, "elsewhere": elsewhere}
+    guides = [Guide.model_validate({**fields, "fraction": f}) for f in (1.0, 1 / 3)]
+    made = [guide(b, None, lambda some, c: some.x_t.to(out)) for guide in guides]
+    assert made[0].dtype == made[1].dtype == torch.promote_types(low, out)
 
 
 def test_rows_that_are_no_whole_number_of_groups_are_refused() -> None:

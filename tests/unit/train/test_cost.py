@@ -107,6 +107,23 @@ def test_rows_that_are_not_guided_cost_no_pass() -> None:
     assert units(Guide(zeta=0.5, fraction=0.25), drop=0.1) - units(PLAIN) == pytest.approx(0.25, rel=1e-9)
 
 
+def test_an_average_elsewhere_costs_v_of_all_rows_where_the_step_has_it_not() -> None:
+    """DuMo has it, MeanFlow at r = t has not; the null pass is of guided rows as ever."""
+
+    def units(of: type[DuMo | MeanFlow], guide: Guide, **fields: float) -> float:
+        objective = of(guide=guide, slope=Dual(), times=Uniform(), drop=0.1, **fields)
+        return forward_units(perceptron(of.needs), objective, Linear(), (2,))
+
+    interval = Interval(high=0.75)
+    data, average = (Guide(zeta=0.5, interval=interval, elsewhere=elsewhere) for elsewhere in ("data", "average"))
+    share = 0.9 * 0.75
+    assert units(DuMo, average) == pytest.approx(units(DuMo, data), rel=1e-12)
+    assert units(MeanFlow, data) - units(MeanFlow, PLAIN) == pytest.approx(2 * share, rel=2e-3)
+    assert units(MeanFlow, average) - units(MeanFlow, PLAIN) == pytest.approx(1 + share, rel=2e-3)
+    part = average.model_copy(update={"fraction": 0.25})
+    assert units(MeanFlow, part, power=0.0) - units(MeanFlow, PLAIN) == pytest.approx(1.25, rel=1e-9)
+
+
 def test_the_way_of_a_slope() -> None:
     net = perceptron(DuMo.needs)
 
