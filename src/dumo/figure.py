@@ -4,8 +4,9 @@ A chart is drawn twice, in the ink of a light and of a dark page, on no ground o
 """
 
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -43,30 +44,36 @@ def embed(picture: Image.Image) -> str:
     return _address(lambda file: shown.save(file, format="png", optimize=True))
 
 
-def labelled(rows: Mapping[str, Sequence[Image.Image]], columns: Sequence[str] = (), gap: int = 6) -> Image.Image:
-    """Pictures of one size in a grid on white, the rows' names on the left, the columns' above."""
-    w, h = next(iter(rows.values()))[0].size
+def labelled(
+    rows: Mapping[str, Sequence[Image.Image]] | Sequence[tuple[str, Sequence[Image.Image]]],
+    columns: Sequence[str] = (),
+    gap: int = 6,
+) -> Image.Image:
+    """Pictures in a grid on white, in cells of the largest's size, the rows' names on the left, the columns' above."""
+    rows = list(rows.items() if isinstance(rows, Mapping) else rows)
+    w, h = (max(sides) for sides in zip(*(one.size for _, pictures in rows for one in pictures), strict=True))
     size = max(14, h // 16 if columns else h // 4)
     font = ImageFont.load_default(size)
-    left = int(max(font.getlength(name) for name in rows)) + 12
-    top = 2 * size if columns else 0
-    across = max(map(len, rows.values()))
+    names = max(font.getlength(line) for name, _ in rows for line in name.split("\n"))
+    left = int(names) + 12 if names else 0
+    top = (1 + max(name.count("\n") + 1 for name in columns)) * size if columns else 0
+    across = max(len(pictures) for _, pictures in rows)
     page = Image.new("RGB", (left + across * (w + gap) - gap, top + len(rows) * (h + gap) - gap), "white")
     pen = ImageDraw.Draw(page)
     for i, name in enumerate(columns):
-        pen.text((left + i * (w + gap) + w / 2, top / 2), name, "black", font, anchor="mm")
-    for j, (name, pictures) in enumerate(rows.items()):
+        pen.text((left + i * (w + gap) + w / 2, top / 2), name, "black", font, anchor="mm", align="center")
+    for j, (name, pictures) in enumerate(rows):
         y = top + j * (h + gap)
-        pen.text((left - 8, y + h / 2), name, "black", font, anchor="rm")
+        pen.text((left - 8, y + h / 2), name, "black", font, anchor="rm", align="right")
         for i, picture in enumerate(pictures):
             page.paste(picture, (left + i * (w + gap), y))
     return page
 
 
 def charts(rows: Sequence[log.Row]) -> list[Chart]:
-    """The log as charts: loss and learning rate by step, then every part of the loss by step and time.
+    """The log as charts: loss and learning rate by step, then every part of the loss by step and time, then its notes.
 
-    Needs two rows at least.
+    Needs two rows at least. What older rows lack, notes and gradients of the parts, is drawn from those that have it.
     """
     steps = [row["step"] for row in rows]
     first, last = rows[0], rows[-1]
@@ -93,7 +100,24 @@ def charts(rows: Sequence[log.Row]) -> list[Chart]:
             )
             for part in parts
         ),
+        *_watched(rows),
     ]
+
+
+def _watched(rows: Sequence[log.Row]) -> Iterator[Chart]:
+    """What stands beside the loss, a curve each: notes of the objective; drift, and cosines of gradients, of probes."""
+    found: dict[str, dict[int, float]] = {}  # by name, then by step
+    for row in rows:
+        probe: dict[str, Any] = row.get("probe") or {"cosines": {}, "drift": None}
+        cosines = {f"cosine of {pair}": value for pair, value in probe["cosines"].items()}
+        for name, value in {**row.get("notes", {}), "drift": probe["drift"], **cosines}.items():
+            if value is not None:
+                found.setdefault(name, {})[row["step"]] = value
+    for name, values in sorted(found.items()):
+        if len(values) > 1:
+            first, *_, last = values
+            alt = f"A curve: {name} is {values[first]:.3g} at step {first} and {values[last]:.3g} at step {last}."
+            yield _chart(name, alt, partial(_draw_watched, name=name, values=values))
 
 
 def _draw_loss(axes: Axes, rows: Sequence[log.Row], steps: Sequence[int]) -> None:
@@ -115,6 +139,14 @@ def _draw_rate(axes: Axes, rows: Sequence[log.Row], steps: Sequence[int]) -> Non
     axes.plot(steps, [row["lr"] for row in rows], lw=1.4)
     axes.set(xlabel="step", xlim=(0, None), ylabel="learning rate", ylim=(0, None))
     axes.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
+
+
+def _draw_watched(axes: Axes, name: str, values: Mapping[int, float]) -> None:
+    """A cosine between -1 and 1, the others from 0 on; points where they are few."""
+    low, high = (-1, 1) if name.startswith("cosine") else (0, None)
+    axes.plot([*values], [*values.values()], lw=1, marker="." if len(values) < 50 else None)
+    axes.axhline(0, lw=0.6)
+    axes.set(xlabel="step", xlim=(0, None), ylabel="mean over a batch" if high is None else "cosine", ylim=(low, high))
 
 
 def _draw_times(axes: Axes, steps: Sequence[int], cells: np.ndarray, norm: Normalize) -> None:

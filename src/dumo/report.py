@@ -6,7 +6,7 @@ The page is one file that needs no other, no script and no network. Numbers are 
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from math import floor, log10
+from math import floor, log10, prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,18 +20,18 @@ from dumo.config.load import dump
 from dumo.config.spec import Run
 from dumo.figure import charts, embed, labelled
 from dumo.flow.draw import stream
+from dumo.gallery import PASSES, is_image, readings
 from dumo.metrics.neighbours import Real, nearest
 from dumo.run import Trained, Watch, sample, show, unwatched
 from dumo.sample import archive, picture
 from dumo.sample.generate import labels
-from dumo.sample.solver import Euler, Hop, Restart, Solver
 from dumo.train import log
 from dumo.types import Sample, UserError
 
 ROWS, COLUMNS = 8, 10  # of a sheet of images; its columns are classes
 GAP = 6  # pixels between images: digits fill their height
-POINTS = 2000  # of a scatter
-PASSES = (1, 2, 4, 8, 16, 50)  # of the trajectories
+POINTS = 2000  # of a scatter; rows of a data set that are read for the page, if they are not all in memory
+NEAR = 2**24  # pixels of data that are decoded for it: 256 images of 256 x 256
 SHEET = "sheet"  # the samples by the run's own solver
 SHIPPED = {"digits": "zoo", "moons": "fig3"}  # data: the packaged results that are of it
 
@@ -45,7 +45,8 @@ def write(trained: Trained, watch: Watch = unwatched) -> list[Path]:
     """
     run, folder, source = trained.run, trained.folder, trained.run.data.open()
     rows, judged = log.read(folder / "metrics.jsonl"), judgement(trained)
-    truth, c = source.reference(POINTS, run.sample.seed)
+    truth, c = source.reference(min(POINTS, NEAR // prod(run.pixels[1:])), run.sample.seed)
+    truth = trained.decode(truth)
 
     made = make(trained, watch)
     drawn = {name: {n: look(run, x, truth) for n, x in row.items()} for name, row in made.items()}
@@ -103,24 +104,9 @@ def render(trained: Trained, **parts: object) -> str:
     )
 
 
-def is_image(run: Run) -> bool:
-    """Whether a sample is an image, for a sheet, rather than a point, for a scatter."""
-    return len(run.data.shape) == 3
-
-
 def across(run: Run) -> int:
     """Columns of a sheet: a class each, the first ten."""
     return min(run.data.classes or COLUMNS, COLUMNS)
-
-
-def readings(run: Run) -> dict[str, Solver]:
-    """The solvers to compare, named after what they read: jumps if any were taught, and Euler steps of the velocity."""
-    heads, reads = run.objective.needs.heads, run.reads
-    jumps = [s for s in (run.sample.solver, Restart(), Hop()) if s.uses != "velocity" and getattr(reads, s.uses)]
-    found: dict[str, Solver] = {f"{heads[-1]} head, jumps ({jumps[0].kind})": jumps[0]} if jumps else {}
-    if reads.velocity:
-        found["v head, Euler steps" if "v" in heads else f"v = {heads[-1]} at r = t, Euler steps"] = Euler()
-    return found
 
 
 def make(trained: Trained, watch: Watch) -> dict[str, dict[int, Sample]]:
@@ -133,7 +119,7 @@ def make(trained: Trained, watch: Watch) -> dict[str, dict[int, Sample]]:
     )
     few = many[: across(run)] if is_image(run) else many
     jobs = [(SHEET, run.sample.solver, n, many) for n in run.sample.nfe]
-    jobs += [(name, s, n, few) for name, s in readings(run).items() for n in PASSES]
+    jobs += [(one.title, one.solver, n, few) for one in readings(run).values() for n in PASSES]
     made: dict[str, dict[int, Sample]] = {}
     done = 0
     with watch("sampling for the report", sum(n for _, _, n, _ in jobs)) as tick:

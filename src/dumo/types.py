@@ -131,10 +131,11 @@ class Noised:
 
 @dataclass(frozen=True)
 class Terms:
-    """A loss per row and its named parts; the trainer takes the mean and logs the parts by time."""
+    """A loss per row, its named parts, and what else to watch; the trainer takes means and logs them all by time."""
 
     loss: PerSample
     parts: Mapping[str, PerSample] = field(default_factory=dict[str, Tensor])
+    notes: Mapping[str, PerSample] = field(default_factory=dict[str, Tensor])  # no part of the loss, without gradients
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def record(objective: Objective, n: int = 12, shape: tuple[int, ...] = SHAPE, ro
 
 @each_objective
 @each_net
-def test_loss_and_parts_are_one_number_per_row(objective: Objective, net: Net) -> None:
+def test_loss_parts_and_notes_are_one_number_per_row(objective: Objective, net: Net) -> None:
     terms = step(objective, built(objective, net), record(objective))
     assert terms.parts
     for row in (terms.loss, *terms.parts.values()):
@@ -50,6 +50,11 @@ def test_loss_and_parts_are_one_number_per_row(objective: Objective, net: Net) -
         assert row.isfinite().all()
         assert (row > 0).all()
     assert terms.loss.requires_grad
+    for row in terms.notes.values():
+        assert row.shape == (12,)
+        assert row.isfinite().all()
+        assert not row.requires_grad
+    assert not terms.notes.keys() & {"loss", *terms.parts}  # they share a log
 
 
 @each_objective

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from dumo.flow.guide import Guide
+from dumo.flow.metric import apart, beyond
 from dumo.flow.slope import Central, Slope
 from dumo.flow.times import Beta, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
@@ -35,8 +36,10 @@ class DuMo(Spec):
             v_star = self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t)[0])  # lines 8 and 9
             _, du_dt = along(v_star)
             u_star = v_star - lift(b.t, b.x_t) * du_dt  # line 10
-        v_loss, u_loss = mean_square(v_hat - v_star), mean_square(u_hat - u_star)
-        return Terms(self.beta * v_loss + (1 - self.beta) * u_loss, {"v": v_loss, "u": u_loss})  # line 12
+        v_error, u_error = v_hat - v_star, u_hat - u_star
+        v_loss, u_loss = mean_square(v_error), mean_square(u_error)
+        loss = self.beta * v_loss + (1 - self.beta) * u_loss  # line 12
+        return Terms(loss, {"v": v_loss, "u": u_loss}, {"beyond": beyond(u_error), "apart": apart(v_error, u_error)})
 
     def read(self, net: Net) -> Reads:
         """The v head is the slope of the path; the u head jumps to the data, x_0 = x_t - t u (Eq. 6)."""

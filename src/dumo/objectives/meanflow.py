@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide, Interval
-from dumo.flow.metric import adaptive
+from dumo.flow.metric import adaptive, beyond
 from dumo.flow.read import average
 from dumo.flow.slope import Jvp, Slope
 from dumo.flow.times import LogitNormal, Pair, Times
@@ -49,7 +49,7 @@ class MeanFlow(Spec):
             (du_dt,) = along(v_star)
             u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt  # Eq. 11
         e = u_hat - u_star
-        return Terms(adaptive(e, self.power, self.floor), {"u": mean_square(e)})  # Eq. 22
+        return Terms(adaptive(e, self.power, self.floor), {"u": mean_square(e)}, {"beyond": beyond(e)})  # Eq. 22
 
     def read(self, net: Net) -> Reads:
         """One head, read at two times (Eq. 12)."""

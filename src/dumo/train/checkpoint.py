@@ -1,9 +1,11 @@
 """Checkpoints: what a run needs to go on, bit for bit, in safetensors and JSON only.
 
     checkpoints/step-00001000/   net.safetensors  ema-<decay>.safetensors ...  optimizer.safetensors  state.json
+    milestones/step-00000200.safetensors
 
-The optimizer's tensors are named `<state name>.<parameter name>`. A checkpoint is written into a hidden folder, flushed
-to the disk, then renamed: so a folder named `step-...` is always whole, whenever the process or the machine stops.
+The optimizer's tensors are named `<state name>.<parameter name>`. A milestone is the weights alone that are shown after
+a step, and stays. Each is written in a hidden place, flushed to the disk, then renamed: so what is named `step-...` is
+always whole, whenever the process or the machine stops.
 """
 
 import errno
@@ -11,7 +13,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
@@ -33,33 +36,38 @@ def save(folder: Path, state: State, keep: int) -> Path:
 
     A step that already stands is left alone. Raises UserError if the disk is full; the older checkpoints then stand.
     """
-    for left in folder.glob(".step-*.tmp"):
-        shutil.rmtree(left)
     target = folder / f"step-{state.step:08d}"
     if not target.exists():
-        temp = hidden(target)
-        try:
+        with whole(target, "checkpoint", state.step) as temp:
             write(temp, state)
-            temp.rename(target)
-            flush(folder)
-        except BaseException as error:
-            shutil.rmtree(temp, ignore_errors=True)
-            if full(error):
-                last = latest(folder)
-                raise UserError(
-                    f"{folder}: the disk is full, so the checkpoint of step {state.step} was not written; "
-                    f"{last.name if last else 'no checkpoint'} still stands. Free some space and start again."
-                ) from error
-            raise
-    older = [path for path in standing(folder) if path.name <= target.name]
+    older = [path for step, path in standing(folder).items() if step <= state.step]
     for old in older[:-keep]:
         shutil.rmtree(old.rename(hidden(old)))  # hidden first: half a checkpoint must not look like one
     return target
 
 
+def mark(folder: Path, state: State) -> Path:
+    """Write the weights that are shown, the first average or the net's own, as this step's milestone; return its path.
+
+    One that stands is replaced. Raises UserError if the disk is full; what stood before then still stands.
+    """
+    target = folder / f"step-{state.step:08d}.safetensors"
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole(target, "milestone", state.step) as temp:
+        about = {"step": str(state.step)}  # and nothing else: two entries come in either order, so not the same bytes
+        safetensors.torch.save_file(apart(state.shown.state_dict()), temp, metadata=about)
+        flush(temp)
+    return target
+
+
+def milestones(folder: Path) -> dict[int, Path]:
+    """The milestones in `folder` by step, the first one first."""
+    return standing(folder, ".safetensors")
+
+
 def latest(folder: Path) -> Path | None:
     """The checkpoint of the most steps in `folder`, or None."""
-    return next(reversed(standing(folder)), None)
+    return next(reversed(standing(folder).values()), None)
 
 
 def restore(checkpoint: Path, state: State) -> None:
@@ -107,6 +115,40 @@ def write(folder: Path, state: State) -> None:
     (folder / "state.json").write_text(json.dumps(about, indent=2) + "\n")
     for file in (*folder.iterdir(), folder):
         flush(file)
+
+
+@contextmanager
+def whole(target: Path, kind: str, step: int) -> Generator[Path, None, None]:
+    """Yield a hidden place to write to, which becomes `target` when all went well, and is removed when not.
+
+    Raises UserError if the disk is full, saying of which kind and step nothing was written.
+    """
+    folder, temp = target.parent, hidden(target)
+    for left in folder.glob(".step-*.tmp"):
+        remove(left)
+    try:
+        yield temp
+        temp.replace(target)
+        flush(folder)
+    except BaseException as error:
+        remove(temp)
+        if full(error):
+            last = next(reversed(standing(folder, target.suffix).values()), None)
+            raise UserError(
+                f"{folder}: the disk is full, so the {kind} of step {step} was not written; "
+                f"{last.name if last else f'no {kind}'} still stands. Free some space and start again."
+            ) from error
+        raise
+
+
+def step_of(file: Path, default: int) -> int:
+    """The step that weights are of: as the file says, else as the checkpoint it lies in does, else the default."""
+    with safetensors.safe_open(file, framework="pt") as opened:
+        step = (opened.metadata() or {}).get("step", "")
+    if step.isdecimal():
+        return int(step)
+    beside = file.with_name("state.json")
+    return counts(beside)[0] if beside.is_file() else default
 
 
 def flatten(state: State) -> dict[str, Tensor]:
@@ -169,15 +211,21 @@ def counts(file: Path) -> tuple[int, int]:
         raise UserError(f"{file} is missing or damaged ({error}): remove that checkpoint to resume earlier") from error
 
 
-def standing(folder: Path) -> list[Path]:
-    """The whole checkpoints in `folder`, oldest first."""
-    found = {int(match[1]): path for path in folder.glob("step-*") if (match := re.fullmatch(r"step-(\d+)", path.name))}
-    return [found[step] for step in sorted(found)]
+def standing(folder: Path, suffix: str = "") -> dict[int, Path]:
+    """The whole checkpoints in `folder`, or its files of this suffix, by step, the first one first."""
+    name = re.compile(rf"step-(\d+){re.escape(suffix)}")
+    found = {int(match[1]): path for path in folder.glob("step-*") if (match := name.fullmatch(path.name))}
+    return dict(sorted(found.items()))
 
 
 def hidden(path: Path) -> Path:
-    """Where a checkpoint lives while it is being written or removed."""
+    """Where a checkpoint or milestone lies while it is being written or removed."""
     return path.with_name(f".{path.name}.tmp")
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file, as far as it is there."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def flush(path: Path) -> None:

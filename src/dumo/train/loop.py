@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, NonNegativeInt, model_validator
 from pydantic.config import JsonDict
 from torch import nn
 
@@ -37,8 +37,10 @@ class Train(Spec):
     precision: Precision = "fp32"  # bf16: autocast of the loss; weights, optimizer and averages stay as they are
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=50, ge=1, json_schema_extra=FREE)  # steps
+    probe_every: int = Field(default=250, ge=0, json_schema_extra=FREE)  # steps; 0: never
     save_every: int = Field(default=500, ge=1, json_schema_extra=FREE)  # steps
     keep: int = Field(default=2, ge=1, json_schema_extra=FREE)  # checkpoints
+    milestones: tuple[NonNegativeInt, ...] = Field(default=(), json_schema_extra=FREE)  # steps whose weights stay
 
     @model_validator(mode="after")
     def _possible(self) -> "Train":
@@ -98,6 +100,7 @@ def train(
             clip=spec.clip,
             precision=spec.precision,
             loss=loss,
+            probe=spec.probe_every > 0 and (state.step + 1) % spec.probe_every == 0,
         )
         for hook in hooks:
             if state.step % hook.n == 0:

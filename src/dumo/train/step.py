@@ -5,8 +5,8 @@ pieces, each of which adds the gradient of its sum over the batch size: so the s
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Literal
@@ -17,6 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dumo import dist
 from dumo.flow import mask
 from dumo.flow.draw import draw
+from dumo.train.probe import Probe, ask
 from dumo.train.state import State
 from dumo.types import Cond, Frozen, Net, Noised, Objective, Path, PerSample, Sample, Terms, Time
 
@@ -37,10 +38,12 @@ class Record:
     images: int  # images seen, this batch included
     loss: float
     parts: dict[str, float]  # the loss's named parts
-    bins: dict[str, list[float]]  # the loss and its parts in ten bins of t, data to noise; nan where no row fell
+    notes: dict[str, float]  # what else the objective watches
+    bins: dict[str, list[float]]  # loss, parts and notes in ten bins of t, data to noise; nan where no row fell
     counts: list[int]  # rows per bin
     grad_norm: float  # before clipping
     lr: float
+    probe: Probe | None = None  # whether parts and heads agree, after the step; None where that was not asked
 
 
 def train_step(
@@ -59,46 +62,51 @@ def train_step(
     clip: float | None = None,
     precision: Precision = "fp32",
     loss: Loss | None = None,
+    probe: bool = False,
 ) -> Record:
     """Update net, optimizer, averages and counters of `state` once, and say what was measured.
 
     (x, c) is the global batch, of which each rank takes its rows; `progress` is the share of the training done; `loss`
-    is the objective's, compiled, or None for as it is. Raises Diverged, and updates nothing, if the loss or the norm of
-    its gradient is not finite.
+    is the objective's, compiled, or None for as it is; `probe` asks how its parts and the net's readings agree, on
+    the last piece. Raises Diverged, and updates nothing, if the loss or the norm of its gradient is not finite.
     """
     noised = partial(draw, objective, path, seed=seed, step=state.step, batch=len(x), progress=progress)
+    low = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=precision == "bf16")
     keys = mask.keys(seed, state.step, len(x))
     share = len(x) // dist.world()
     times: list[Time] = []
-    seen: list[dict[str, PerSample]] = []
+    seen: list[Terms] = []
+
+    def drawn(rows: slice) -> Noised:
+        return noised(x[rows], c[rows], null[rows], first=rows.start)
+
+    def taught(b: Noised, rows: slice) -> Terms:
+        with low(), mask.masks(keys[rows].to(x.device)):
+            return (loss or objective.loss)(state.net, ref, b)
 
     state.net.train()
     state.optimizer.zero_grad()
-    for rows in pieces(share, accumulate):
-        b = noised(x[rows], c[rows], null[rows], first=rows.start)
-        low = torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bf16")
-        with low, mask.masks(keys[rows].to(x.device)):
-            terms = (loss or objective.loss)(state.net, ref, b)
+    for rows in (cuts := list(pieces(share, accumulate))):
+        b = drawn(rows)
+        terms = taught(b, rows)
         (terms.loss.sum() / share).backward()
         times.append(b.t)
         seen.append(detached(terms))
 
     parameters = list(state.net.parameters())
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    t, values = torch.cat(times), {name: torch.cat([piece[name] for piece in seen]) for name in seen[0]}
-    record = measure(state, t, values, images=len(x), grad_norm=norm.item(), lr=lr)
+    t, terms = torch.cat(times), joined(seen)
+    record = measure(state, t, terms, images=len(x), grad_norm=norm.item(), lr=lr)
     if not math.isfinite(record.loss + record.grad_norm):
-        raise Diverged(diagnose(record, t, values))
+        raise Diverged(diagnose(record, t, values(terms)))
 
     if clip is not None:
         clip_grads_with_norm_(parameters, clip, norm)
-    for group in state.optimizer.param_groups:
-        group["lr"] = lr
-    state.optimizer.step()
-    state.step, state.images = record.step, record.images
-    for average in state.averages.values():
-        average.update(state.net, state.step)
-    return record
+    advance(state, record)
+    if not probe:
+        return record
+    b = drawn(cuts[-1])
+    return replace(record, probe=ask(state.net, objective.read(state.net), terms.parts, b, lambda: taught(b, cuts[-1])))
 
 
 def pieces(share: int, accumulate: int) -> Iterator[slice]:
@@ -108,22 +116,37 @@ def pieces(share: int, accumulate: int) -> Iterator[slice]:
         yield slice(start, end)
 
 
-def detached(terms: Terms) -> dict[str, PerSample]:
-    """The loss and its parts by name, without the graph of the pass."""
-    return {name: value.detach() for name, value in {"loss": terms.loss, **terms.parts}.items()}
+def detached(terms: Terms) -> Terms:
+    """The same numbers without the graph of the pass."""
+    parts, notes = ({name: row.detach() for name, row in rows.items()} for rows in (terms.parts, terms.notes))
+    return Terms(terms.loss.detach(), parts, notes)
 
 
-def measure(
-    state: State, t: Time, values: Mapping[str, PerSample], *, images: int, grad_norm: float, lr: float
-) -> Record:
+def joined(terms: Sequence[Terms]) -> Terms:
+    """The terms of the pieces of a batch as those of the whole."""
+    first = terms[0]
+    return Terms(
+        torch.cat([piece.loss for piece in terms]),
+        {name: torch.cat([piece.parts[name] for piece in terms]) for name in first.parts},
+        {name: torch.cat([piece.notes[name] for piece in terms]) for name in first.notes},
+    )
+
+
+def values(terms: Terms) -> dict[str, PerSample]:
+    """The loss, its parts and notes, by name."""
+    return {"loss": terms.loss, **terms.parts, **terms.notes}
+
+
+def measure(state: State, t: Time, terms: Terms, *, images: int, grad_norm: float, lr: float) -> Record:
     """The record of the step about to be made on a batch of `images` rows."""
-    sums, counts = by_time(t, values)
+    sums, counts = by_time(t, values(terms))
     means = {name: sum(row) / sum(counts) for name, row in sums.items()}
     return Record(
         step=state.step + 1,
         images=state.images + images,
-        loss=means.pop("loss"),
-        parts=means,
+        loss=means["loss"],
+        parts={name: means[name] for name in terms.parts},
+        notes={name: means[name] for name in terms.notes},
         bins={name: [s / n if n else math.nan for s, n in zip(row, counts, strict=True)] for name, row in sums.items()},
         counts=[round(n * dist.world()) for n in counts],
         grad_norm=grad_norm,
@@ -139,6 +162,16 @@ def by_time(t: Time, values: Mapping[str, PerSample]) -> tuple[dict[str, list[fl
         row.index_add_(0, bins, value.to(t))
     *sums, counts = dist.mean(table).tolist()
     return dict(zip(values, sums, strict=True)), counts
+
+
+def advance(state: State, record: Record) -> None:
+    """Apply the gradients that the parameters hold, and count the step."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = record.lr
+    state.optimizer.step()
+    state.step, state.images = record.step, record.images
+    for average in state.averages.values():
+        average.update(state.net, state.step)
 
 
 def diagnose(record: Record, t: Time, values: Mapping[str, PerSample]) -> str:

@@ -128,7 +128,7 @@ def test_the_first_average_is_shown() -> None:
 def test_fields_free_on_resume() -> None:
     properties = Train.model_json_schema()["properties"]
     free = {name for name, field in properties.items() if field.get("free")}
-    assert free == {"steps", "compile", "log_every", "save_every", "keep"}
+    assert free == {"steps", "compile", "log_every", "probe_every", "save_every", "keep", "milestones"}
 
 
 def test_survives_json() -> None:

@@ -76,6 +76,26 @@ def test_bins_are_means_by_time() -> None:
         assert sum(sums) / 40 == pytest.approx(value.mean().item())
 
 
+def test_notes_are_logged_as_parts_are_and_move_nothing() -> None:
+    class Noting(Toy):
+        """Watches t squared."""
+
+        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+            terms = super().loss(net, ref, b)
+            return Terms(terms.loss, terms.parts, {"late": b.t.square().float()})
+
+    plain, noting, t = fresh(), fresh(), noised(40).t
+    one, record = step(plain, batch=40), step(noting, Noting(), batch=40, accumulate=1)
+    assert same(tensors(plain), tensors(noting))
+    assert (one.notes, one.bins.keys()) == ({}, {"loss", "v", "pull"})
+    assert record.notes == pytest.approx({"late": t.square().mean().item()}, rel=1e-6)
+    assert record.parts == one.parts
+    assert record.bins["late"][4] == pytest.approx(t[(t >= 0.4) & (t < 0.5)].square().mean().item(), rel=1e-6)
+    assert step(fresh(), Noting(), batch=40, accumulate=3).bins["late"] == pytest.approx(
+        record.bins["late"], nan_ok=True
+    )
+
+
 class Ends(Toy):
     """Times at both ends of the range, where a bin is easily missed."""
 
