@@ -1,16 +1,18 @@
 """A run: one tree of specs, complete, that a YAML file holds and that stands in every run's folder."""
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 from torch import nn
 
-from dumo.data import Data
+from dumo.data import Data, Latents
+from dumo.data.augment import Edm
 from dumo.flow.draw import stream
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Path
 from dumo.metrics.protocol import MetricProtocol
 from dumo.nets import Net
 from dumo.objectives import Objective
+from dumo.sample.guidance import Guidance
 from dumo.sample.solver import Solver, check
 from dumo.train.loop import FREE, Train
 from dumo.types import Reads, Spec, UserError
@@ -20,7 +22,8 @@ class Sampling(Spec):
     """How samples are made when nothing else is asked."""
 
     solver: Solver
-    nfe: tuple[int, ...] = Field(default=(1, 2, 4), min_length=1)  # passes through the net; a sheet of samples for each
+    guide: Guidance = Guidance()  # none; a guided reading is two passes through the net
+    nfe: tuple[int, ...] = Field(default=(1, 2, 4), min_length=1)  # readings of the net; a sheet of samples for each
     seed: int = Field(default=0, ge=0)
 
 
@@ -29,6 +32,7 @@ class Evaluation(Spec):
 
     protocol: MetricProtocol
     nfe: tuple[int, ...] = Field(default=(1, 2), min_length=1)
+    contrast: tuple[PositiveInt, ...] = (1,)  # passes of Euler steps that stand beside, with those of nfe; (): none
     seed: int = Field(default=0, ge=0)
 
 
@@ -43,6 +47,11 @@ class Run(Spec):
     train: Train
     sample: Sampling = Field(json_schema_extra=FREE)
     evaluate: Evaluation = Field(json_schema_extra=FREE)
+
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """The shape of what is shown: of an image that a codec decodes, else of a sample as the net makes it."""
+        return self.data.images.shape if isinstance(self.data, Latents) else self.data.shape
 
     @property
     def reads(self) -> Reads:
@@ -64,6 +73,7 @@ class Run(Spec):
     def _fits(self) -> "Run":
         """Refuse parts that do not fit one another, before any work."""
         self.outline()
+        self._check_augment()
         if self.path.kind not in self.objective.needs.paths:
             raise UserError(
                 f"objective '{self.objective.kind}' has its formulas for path {_or(self.objective.needs.paths)}, "
@@ -83,9 +93,30 @@ class Run(Spec):
                 f"train.batch = {self.train.batch} is no multiple of {group} ({guide.every} * train.accumulate): "
                 "change train.batch, train.accumulate or objective.guide.fraction"
             )
+        trained = guide.scale if guide else 1.0
+        self.sample.guide.check(self.data.kind, self.data.classes, self.objective.drop, trained)
         check(self.sample.solver, self.reads, *self.sample.nfe, *self.evaluate.nfe)
-        self.evaluate.protocol.check(self.data.shape, self.data.classes)
+        self.evaluate.protocol.check(self.pixels, self.data.classes)
         return self
+
+    def _check_augment(self) -> None:
+        """Refuse augmentation that the net is not told of, or told wrong."""
+        images = self.data.images if isinstance(self.data, Latents) else self.data
+        augment: Edm | None = getattr(images, "augment", None)
+        if augment and isinstance(self.data, Latents):
+            raise UserError("data.images.augment: images are encoded as they are: set data.images.augment=null")
+        told, takes = augment.numbers if augment else 0, getattr(self.net, "augment", 0)
+        if told != takes:
+            way = f"net.augment={told}" if told == 0 or self.net.kind == "unet" else f"net.kind=unet net.augment={told}"
+            raise UserError(
+                f"data '{self.data.kind}' describes how an image was augmented by {told} numbers, net "
+                f"'{self.net.kind}' takes {takes}: set {way}" + (", or data.augment=null" if told else "")
+            )
+        if augment and self.objective.drop:
+            raise UserError(
+                f"objective.drop = {self.objective.drop:g} would tell the net of so many augmented images that they "
+                "are not, and samples would look augmented: set objective.drop=0, or data.augment=null"
+            )
 
 
 def _or(names: tuple[str, ...]) -> str:

@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
+from dumo.data.augment import Edm
 from dumo.data.pixel import Frame, Unreadable
 from dumo.data.store import Store
-from dumo.data.stream import rows_of
+from dumo.data.stream import mirrored, rows_of
 from dumo.flow.draw import stream
 from dumo.types import Sample, UserError
 
@@ -30,9 +31,11 @@ class Album:
     for good where all are in memory; else whenever it is met, and in a batch the next one takes its place.
     """
 
-    def __init__(self, store: Store, frame: Frame, *, flip: bool, skip: bool, memory: float) -> None:
+    def __init__(
+        self, store: Store, frame: Frame, *, flip: bool, skip: bool, memory: float, augment: Edm | None = None
+    ) -> None:
         """Decode all, if it takes at most `memory` bytes."""
-        self.store, self.frame, self.flip, self.skip = store, frame, flip, skip
+        self.store, self.frame, self.flip, self.augment, self.skip = store, frame, flip, augment, skip
         self.bad: dict[int, str] = {}  # which, and why, by number in the store
         self.told = 0  # how many of them have been warned of
         self.places = torch.arange(len(store))  # numbers in the store, by row
@@ -57,9 +60,10 @@ class Album:
     def batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
         """Epoch after epoch, each in its own order, half of the images mirrored if `flip`; the next ones are begun.
 
-        A function of its arguments alone.
+        The second is the classes (batch,), or what was done to augmented images (batch, numbers). A function of its
+        arguments alone.
         """
-        if self.kept is not None:
+        if self.kept is not None and self.augment is None:
             return self._batch(step, batch, seed)
         wanted = [(s, batch, seed) for s in range(step, step + AHEAD + 1)]
         for key in set(self.ahead) - set(wanted):
@@ -88,9 +92,10 @@ class Album:
     def _batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
         pixels, c = self._full(rows_of(step, batch, size=self.size, seed=seed))
         if self.flip:
-            mirrored = torch.rand(batch, generator=stream(seed, step, "flip")) < 0.5
-            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
-        return _unit(pixels), c
+            turned = mirrored(step, batch, seed)[:, None, None, None]
+            pixels = torch.where(turned, pixels.flip(-1), pixels)
+        x = _unit(pixels)
+        return self.augment(x, stream(seed, step, "augment")) if self.augment else (x, c)
 
     def _whole(self, rows: Order) -> tuple[Tensor, Tensor]:
         """The samples and classes of these rows, without those that cannot be read."""

@@ -5,7 +5,6 @@ the run is made, and the number stands in its run.yaml.
 """
 
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +13,13 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.config import JsonDict
 
 from dumo.data.album import Album
+from dumo.data.augment import Edm
 from dumo.data.folder import Folder
 from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import SUFFIXES, Crop, Frame
 from dumo.data.store import Store, choose, walk
 from dumo.data.tar import Tar
+from dumo.place import place
 from dumo.types import Spec, UserError
 
 Format = Literal["folder", "parquet", "tar"]
@@ -39,6 +40,7 @@ class Images(Spec):
     channels: Literal[1, 3] = 3  # grey or RGB
     crop: Crop = "adm"  # adm: as the ImageNet references were made; smaller images are enlarged, bicubically
     flip: bool = False  # mirror half of the images of a batch
+    augment: Edm | None = None  # transform the images of a batch, and tell the net, whose `augment` is how many numbers
     format: Literal["auto", "folder", "parquet", "tar"] = "auto"
     split: str | None = None  # train, test ...: the part of the data, where names tell several
     labelled: Literal["auto", False] = "auto"  # false: the labels there are, are not read
@@ -63,6 +65,11 @@ class Images(Spec):
     def _agrees(self) -> "Images":
         if self.labelled is False and self.classes:
             raise UserError(f"classes={self.classes} needs labels: remove labelled=false, or set classes=0")
+        if self.augment and self.classes:
+            raise UserError(
+                f"augment gives the net numbers as its condition c, but so do the {self.classes} classes: set "
+                "labelled=false and classes=0, or augment=null"
+            )
         return self
 
     def open(self) -> Album:
@@ -71,7 +78,7 @@ class Images(Spec):
         Raises UserError where there are none, the files are damaged, the classes are not as many as expected, or an
         image cannot be read.
         """
-        root = _expanded(self.root)
+        root = place(self.root, "data.root")
         store = find(
             root,
             format=None if self.format == "auto" else self.format,
@@ -80,7 +87,8 @@ class Images(Spec):
         )
         self._check(root, store)
         frame = Frame(self.side, self.channels, self.crop)
-        return Album(store, frame, flip=self.flip, skip=self.on_bad == "skip", memory=self.memory * GIGABYTE)
+        skip, memory = self.on_bad == "skip", self.memory * GIGABYTE
+        return Album(store, frame, flip=self.flip, augment=self.augment, skip=skip, memory=memory)
 
     def _check(self, root: Path, store: Store) -> None:
         """Refuse other classes than expected. Where they have no names, the last ones may lack images."""
@@ -133,19 +141,10 @@ def _opened(root: Path, format: Format, files: list[str], split: str | None, lab
             return Tar(choose(root, files, split), labelled=label is not None)
 
 
-def _expanded(root: str) -> Path:
-    """The path with its variables' values. Raises UserError for one that is not set."""
-    path = os.path.expanduser(os.path.expandvars(root))
-    if unset := re.search(r"\$\{?(\w+)\}?", path):
-        name = unset[1]
-        raise UserError(f"data.root is {root}, but {name} is not set: export {name}=DIR, or set data.root")
-    return Path(path)
-
-
 def _count(data: Mapping[str, Any]) -> int:
     """How many classes there are, where these fields say."""
     if data["labelled"] is False:
         return 0
     format: Format | None = None if data["format"] == "auto" else data["format"]
-    store = find(_expanded(data["root"]), format=format, split=data["split"], label=data["label"])
+    store = find(place(data["root"], "data.root"), format=format, split=data["split"], label=data["label"])
     return store.labels.count if store.labels else 0
