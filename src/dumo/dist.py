@@ -3,7 +3,10 @@
 Without torch.distributed there is one rank, number 0, and a mean over ranks is the identity.
 """
 
+import os
 import platform
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import torch.distributed
 from torch import Tensor
@@ -36,9 +39,48 @@ def mean(x: Tensor) -> Tensor:
     return total / world()
 
 
+def gathered(x: Tensor) -> list[Tensor]:
+    """This tensor of every rank, by rank, on the CPU; first axes may differ in length. Every rank must call it."""
+    if world() == 1:
+        return [x.cpu()]
+    here = x.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu").contiguous()
+    sizes = [torch.tensor(0, device=here.device) for _ in range(world())]
+    torch.distributed.all_gather(sizes, torch.tensor(len(x), device=here.device))
+    longest = max(int(n) for n in sizes)
+    padded = torch.cat([here, here.new_zeros(longest - len(x), *x.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(parts, padded)
+    return [part[: int(n)].cpu() for part, n in zip(parts, sizes, strict=True)]
+
+
 def started() -> bool:
     """Whether a process group is there to ask."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def launched() -> tuple[int, int]:
+    """(rank, world) as torchrun sets them, for work that needs no process group; (0, 1) without."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def join() -> Generator[None, None, None]:
+    """Meet the processes that torchrun started, each on a GPU of its own where there is one; alone without torchrun.
+
+    Where several ranks must share a GPU they talk through gloo, which nccl would refuse.
+    """
+    if launched()[1] == 1 or started():
+        yield
+        return
+    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    if gpus:
+        torch.cuda.set_device(here % gpus)
+    own = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.distributed.init_process_group("nccl" if gpus and own else "gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def device(name: str) -> torch.device:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
-import torch.distributed
 from jaxtyping import Float32, Int64, UInt8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from dumo import dist
 from dumo.metrics.inception import Pixels
+from dumo.metrics.judge import ordered
 from dumo.metrics.moments import Moments
 from dumo.metrics.score import Score
 from dumo.types import UserError
@@ -102,20 +102,15 @@ def count(eye: Eye, batches: Iterable[Batch], total: int | None = None) -> Tally
 def gather(mine: Tally, total: int | None = None) -> Tally:
     """The tally of all ranks on every rank, its images in the order of their numbers; every rank must call it.
 
-    Raises `UserError` unless each of the numbers 0 .. total - 1 came once; without a total, whatever it is.
+    Raises `UserError` unless each of the numbers 0 .. total - 1 came once. Without a total the numbers may have gaps,
+    which are closed: the images are numbered anew.
     """
     whole = mine
     if dist.world() > 1:
-        parts = {name: _all(x) for name, x in _pack(mine).items()}
+        parts = {name: dist.gathered(x) for name, x in _pack(mine).items()}
         whole = reduce(add, [_unpack({name: x[rank] for name, x in parts.items()}) for rank in range(dist.world())])
-    order = whole.index.argsort()
-    total = total or len(order)
-    if not torch.equal(whole.index[order], torch.arange(total)):
-        raise UserError(
-            f"{len(order)} images came, {len(whole.index.unique())} different numbers among them, where each of"
-            f" 0 to {total - 1} must come once: give as many as the protocol judges"
-        )
-    return replace(whole, rows=whole.rows[order], index=whole.index[order])
+    order = ordered(whole.index, total)
+    return replace(whole, rows=whole.rows[order], index=torch.arange(len(order)))
 
 
 def write(path: Path, tally: Tally, told: Mapping[str, str]) -> None:
@@ -164,15 +159,3 @@ def _unpack(parts: Mapping[str, Tensor]) -> Tally:
 
     score = Score(parts["score.count"], parts["score.entropy"], parts["score.mass"])
     return Tally(moments("pool"), moments("spatial"), score, parts["rows"], parts["index"])
-
-
-def _all(x: Tensor) -> list[Tensor]:
-    """This tensor of every rank, by rank, on the CPU; first axes may differ in length."""
-    here = x.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu").contiguous()
-    sizes = [torch.tensor(0, device=here.device) for _ in range(dist.world())]
-    torch.distributed.all_gather(sizes, torch.tensor(len(x), device=here.device))
-    longest = max(int(n) for n in sizes)
-    padded = torch.cat([here, here.new_zeros(longest - len(x), *x.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in sizes]
-    torch.distributed.all_gather(parts, padded)
-    return [part[: int(n)].cpu() for part, n in zip(parts, sizes, strict=True)]

@@ -5,11 +5,12 @@ safetensors file of it once, by `MAKE`, which also notes the sha256 of its sourc
 """
 
 import os
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from dumo.metrics.inception import Inception
 from dumo.types import UserError
@@ -47,6 +48,15 @@ def load(path: Path | str | None = None, device: torch.device | str = "cpu") -> 
     net.load_state_dict(weights, assign=True)
     net.origin = origin
     return net.to(device)
+
+
+def facts(net: nn.Module) -> dict[str, str]:
+    """What a report says of a network that was loaded: what it was made of, and the hash of the weights that it has."""
+    origin, said = getattr(net, "origin", {}), sha256()
+    for name, w in sorted(net.state_dict().items()):
+        said.update(f"{name} {tuple(w.shape)}".encode() + w.cpu().numpy().tobytes())
+    made = f"Inception of December 2015, of a file of sha256 {origin.get('sha256', 'unknown')}"
+    return {"features": made, "features_sha256": said.hexdigest()}
 
 
 def _check(net: Inception, origin: dict[str, str], weights: dict[str, Tensor], path: str) -> None:

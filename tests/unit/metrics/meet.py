@@ -10,11 +10,13 @@ import torch
 import torch.distributed
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from dumo.metrics.image_protocol import ImageProtocol
+from dumo.metrics import truth
+from dumo.metrics.judge import collect
+from dumo.metrics.locked import LOCKED
 from dumo.metrics.tally import count, gather, write
-from unit.metrics.eye import eye, images
+from unit.metrics.eye import Album, eye, images
 
-TOTAL, BATCH = 61, 7
+TOTAL, BATCH = 61, 7  # pieces of the data are as large as the batches
 
 
 def main(rank: int, meeting: str, whole: Path) -> None:
@@ -24,10 +26,14 @@ def main(rank: int, meeting: str, whole: Path) -> None:
     x, numbers = images(TOTAL), torch.arange(TOTAL)
     mine = numbers[numbers // BATCH % 2 == rank].flip(0)  # a rank's own order
     tally = gather(count(eye, ((rows, x[rows]) for rows in mine.split(BATCH)), TOTAL), TOTAL)
-    data = ImageProtocol(kind="folder").reference(eye, x.split(BATCH))
+    truth.PIECE = BATCH
+    album = Album(x)
+    data, facts = truth.album_tally(eye, album), truth.album_facts(album, "folder", LOCKED["folder"])
+    waited = collect(((rows, x[rows]) for rows in mine.split(BATCH)), TOTAL)
+    assert torch.equal(waited, x)
     if rank == 0:
         write(whole, tally, {"of": "samples"})
-        write(whole.with_suffix(".data"), data, {"of": "data"})
+        write(whole.with_suffix(".data"), data, facts)
     torch.distributed.destroy_process_group()
 
 

@@ -8,14 +8,21 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dumo.metrics import image_protocol, reference
+from dumo.metrics import cache, locked, reference, weights
 from dumo.metrics.frechet import frechet_distance
-from dumo.metrics.image_protocol import LOCKED, ImageProtocol, Locked, to_pixels
+from dumo.metrics.image_judge import HALVES, ImageJudge
+from dumo.metrics.image_protocol import ImageProtocol
+from dumo.metrics.judge import Judge, Made
+from dumo.metrics.kernel import kid
+from dumo.metrics.locked import LOCKED, Locked
 from dumo.metrics.moments import Moments
-from dumo.metrics.tally import Tally
+from dumo.metrics.pixel import to_pixels
+from dumo.metrics.tally import Eye, Tally
+from dumo.metrics.truth import Album as AnyAlbum
+from dumo.metrics.truth import adm, adm_facts, adm_tally, album_facts, album_tally
 from dumo.types import UserError
 from golden import inception as recipe
-from unit.metrics.eye import NARROW, WIDTH, eye, images
+from unit.metrics.eye import NARROW, WIDTH, Album, Peephole, eye, images
 
 N = 120
 FOLDER = ImageProtocol(kind="folder", samples=N)
@@ -26,9 +33,19 @@ def samples(pixels: Tensor) -> Tensor:
     return pixels.float() / 127.5 - 1
 
 
-def judged(pixels: Tensor, batch: int = 50, protocol: ImageProtocol = FOLDER) -> Tally:
+def made(pixels: Tensor, batch: int = 50) -> Made:
+    """Batches of them."""
     x = samples(pixels)
-    return protocol.judge(eye, ((rows, x[rows]) for rows in torch.arange(len(x)).split(batch)))
+    return [(rows, x[rows]) for rows in torch.arange(len(x)).split(batch)]
+
+
+def judge(real: Tally, protocol: ImageProtocol = FOLDER, eye: Eye = eye) -> ImageJudge:
+    return ImageJudge(protocol.kind, protocol.locked, protocol.total, protocol.frechet, eye, real)
+
+
+def counted(pixels: Tensor) -> Tally:
+    """What data comes to."""
+    return album_tally(eye, Album(pixels))
 
 
 def test_names_lock_what_the_papers_do() -> None:
@@ -95,13 +112,13 @@ def test_colours_are_rounded_to_the_nearest_and_clamped() -> None:
 
 def test_the_numbers_are_those_of_their_definitions() -> None:
     """Against the features of all images at once; KID and neighbours have tests of their own."""
-    made, data = images(N, "made"), images(150, "data")
-    scores = FOLDER.score(judged(made), FOLDER.reference(eye, data.split(64)))
+    fake, data = images(N, "made"), images(150, "data")
+    scores = judge(counted(data)).score(made(fake))
     assert list(scores) == ["fid", "sfid", "kid", "kid_sd", "is", "is_sd", "precision", "recall"]
     for name, part in (("fid", "pool"), ("sfid", "spatial")):
-        wanted = frechet_distance(*(Moments.of(getattr(eye(x), part)) for x in (made, data)))
+        wanted = frechet_distance(*(Moments.of(getattr(eye(x), part)) for x in (fake, data)))
         assert scores[name] == pytest.approx(wanted, rel=1e-9)
-    p = eye(made).logits.double().softmax(1)
+    p = eye(fake).logits.double().softmax(1)
     assert scores["is"] == pytest.approx((p * (p / p.mean(0)).log()).sum(1).mean().exp().item(), rel=1e-9)
     assert abs(scores["kid"]) < 3 * scores["kid_sd"]
     assert 0.5 < scores["precision"] <= 1
@@ -110,35 +127,36 @@ def test_the_numbers_are_those_of_their_definitions() -> None:
 
 def test_copies_of_the_data_are_perfect_and_shifts_are_not() -> None:
     data = images(N) // 2
-    real = FOLDER.reference(eye, [data])
-    same, brighter = (FOLDER.score(judged(x), real) for x in (data, data + 100))
+    of = judge(counted(data))
+    same, brighter = (of.score(made(x)) for x in (data, data + 100))
     assert same["fid"] == pytest.approx(0, abs=1e-9)
     assert (same["precision"], same["recall"]) == (1, 1)
-    one = FOLDER.score(judged(data[:1].repeat(N, 1, 1, 1)), real)
+    one = of.score(made(data[:1].repeat(N, 1, 1, 1)))
     assert one["precision"] == 1
     assert one["recall"] < 0.1
     shift = eye(data[:1] + 100).pool.double() - eye(data[:1]).pool.double()
     assert brighter["fid"] == pytest.approx(shift.square().sum().item(), rel=1e-6)
     assert brighter["kid"] > same["kid"]
-    assert brighter["is"] == pytest.approx(FOLDER.score(judged(data + 100, batch=7), real)["is"], rel=1e-12)
+    assert brighter["is"] == pytest.approx(of.score(made(data + 100, batch=7))["is"], rel=1e-12)
 
 
 def test_the_same_samples_have_the_same_scores() -> None:
-    made, real = images(N, "made"), FOLDER.reference(eye, [images(150, "data")])
-    assert FOLDER.score(judged(made), real) == FOLDER.score(judged(made), real)
-    assert FOLDER.score(judged(made, 9), real) == pytest.approx(FOLDER.score(judged(made), real), rel=1e-9)
+    fake, of = images(N, "made"), judge(counted(images(150, "data")))
+    assert of.score(made(fake)) == of.score(made(fake))
+    assert of.score(made(fake, 9)) == pytest.approx(of.score(made(fake)), rel=1e-9)
 
 
 def test_few_images_have_no_frechet_distance_but_may_go_without() -> None:
-    few, many = (FOLDER.reference(eye, [images(n)]) for n in (WIDTH, N))
-    for pair in ((judged(images(N)), few), (replaced(judged(images(N)), few), many)):
+    few, many = counted(images(WIDTH)), counted(images(N))
+    fake = judge(many).tally(made(images(N)))
+    for of, tally in ((judge(few), fake), (judge(many), replaced(fake, few))):
         with pytest.raises(UserError, match=r"give no Fréchet distance of 6 features: .* set frechet to false"):
-            FOLDER.score(*pair)
+            of.compare(tally)
     without = ImageProtocol(kind="folder", samples=N, frechet=False)
-    scores = without.score(judged(images(N), protocol=without), many)
+    scores = judge(many, without).score(made(images(N)))
     assert list(scores) == ["kid", "kid_sd", "is", "is_sd", "precision", "recall"]
     with pytest.raises(UserError, match="subsets of 100 rows do not fit"):
-        without.score(judged(images(N), protocol=without), few)
+        judge(few, without).score(made(images(N)))
 
 
 def replaced(tally: Tally, moments: Tally) -> Tally:
@@ -148,10 +166,37 @@ def replaced(tally: Tally, moments: Tally) -> Tally:
 
 def test_samples_must_be_as_many_as_the_name_says() -> None:
     with pytest.raises(UserError, match="119 images came"):
-        judged(images(N - 1))
+        judge(counted(images(N))).score(made(images(N - 1)))
 
 
-def adm(path: Path, size: int = 4) -> Path:
+def test_baselines_are_of_halves_of_the_data() -> None:
+    """So small where the halves are of one law; of too few images there are none."""
+    real = counted(images(400))
+    halves = judge(real).baselines()["halves"]
+    assert halves["splits"] == HALVES
+    far = judge(real).score(made(images(N) // 2))["fid"]
+    assert 0 < halves["mean"] < far / 10
+    without = ImageProtocol(kind="folder", samples=N, frechet=False)
+    a, b = real.rows[:200], real.rows[200:]
+    sd = kid(a, b, subsets=100, subset_size=100, generator=torch.Generator().manual_seed(0))[1]
+    assert abs(judge(real, without).baselines()["halves"]["mean"]) < sd
+    assert judge(counted(images(199))).baselines() == {}
+
+
+def test_images_that_cannot_be_read_are_left_out_and_the_rest_is_known_by_hash() -> None:
+    data = images(70)
+    whole, some = (album_facts(Album(data, bad), "folder", LOCKED["folder"]) for bad in ((), (3, 66)))
+    assert (whole["reference"], some["reference"]) == ("70 images of the data", "68 images of the data")
+    rest = data[[i for i in range(70) if i not in (3, 66)]]
+    assert some == album_facts(Album(rest), "folder", LOCKED["folder"])
+    assert whole["reference_sha256"] != album_facts(Album(data.flip(0)), "folder", LOCKED["folder"])["reference_sha256"]
+    tally = album_tally(eye, Album(data, (3, 66)))
+    assert torch.equal(tally.rows, eye(rest).pool)
+    assert tally.index.tolist() == list(range(68))
+    assert isinstance(Album(data), AnyAlbum)
+
+
+def filed(path: Path, size: int = 4) -> Path:
     """A reference file of 12 images whose moments are no one's."""
     arrays = {
         "mu": np.arange(WIDTH) + 0.5,
@@ -174,29 +219,114 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> ImageProtocol:
 
 
 def test_adms_file_gives_moments_of_all_and_features_of_its_images(tmp_path: Path, tiny: ImageProtocol) -> None:
-    real = tiny.reference(eye, adm(tmp_path / "a.npz"))
-    assert real.pool.count == real.spatial.count == image_protocol.TRAIN == 1_281_167
+    file = adm(filed(tmp_path / "a.npz"), tiny.kind, tiny.locked)
+    real = adm_tally(eye, file)
+    assert real.pool.count == real.spatial.count == locked.TRAIN == 1_281_167
     torch.testing.assert_close(real.pool.covariance, 3 * torch.eye(WIDTH, dtype=torch.float64), rtol=1e-14, atol=0)
     assert torch.equal(real.rows, eye(torch.zeros(12, 3, 4, 4, dtype=torch.uint8)).pool)
-    made = judged(images(N), protocol=tiny)
-    assert tiny.score(made, real)["fid"] == pytest.approx(frechet_distance(made.pool, real.pool), rel=1e-12)
+    of = judge(real, tiny)
+    fake = of.tally(made(images(N)))
+    assert of.compare(fake)["fid"] == pytest.approx(frechet_distance(fake.pool, real.pool), rel=1e-12)
+    assert adm_facts(file)["reference"] == "a.npz"
 
 
-def test_another_reference_is_refused(tmp_path: Path, tiny: ImageProtocol) -> None:
-    with pytest.raises(UserError, match="compares with the file https://there: give that"):
-        tiny.reference(eye, [images(12)])
+@pytest.fixture
+def peephole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Peephole:
+    """A small network in Inception's place, and an empty cache."""
+    net = Peephole()
+    monkeypatch.setattr(weights, "load", lambda path, device: net)
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    return net
+
+
+def opened(protocol: ImageProtocol, pixels: Tensor) -> Judge:
+    return protocol.judge(lambda: Album(pixels))
+
+
+def test_another_reference_is_refused(tmp_path: Path, tiny: ImageProtocol, peephole: Peephole) -> None:
+    with pytest.raises(UserError, match=r"ADM's file https://there: fetch it, and set evaluate\.protocol\.reference"):
+        opened(tiny, images(12))
+    path = str(filed(tmp_path / "a.npz", size=5))
     with pytest.raises(UserError, match=r"images of shape \(12, 5, 5, 3\), .* compares with 12 of 4x4: give the file"):
-        tiny.reference(eye, adm(tmp_path / "a.npz", size=5))
-    with pytest.raises(UserError, match="compares with the images themselves"):
-        FOLDER.reference(eye, tmp_path / "a.npz")
+        opened(ImageProtocol(kind=tiny.kind, reference=path), images(12))
+    with pytest.raises(ValidationError, match="compares with the images of the data: leave out its reference"):
+        ImageProtocol(kind="folder", reference=path)
     with pytest.raises(UserError, match="compares with 12 images, here are 11: give them all"):
-        ImageProtocol(kind="cifar10-train50k").reference(eye, [images(11)])
+        opened(ImageProtocol(kind="cifar10-train50k"), images(11))
+    with pytest.raises(UserError, match="goes through all images of a data set"):
+        FOLDER.judge(lambda: NoAlbum())
+
+
+class NoAlbum:
+    """Data without end."""
+
+    size = None
+
+    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
+        raise AssertionError
+
+
+def test_facts_name_features_and_reference_by_hash(tmp_path: Path, tiny: ImageProtocol, peephole: Peephole) -> None:
+    facts = opened(FOLDER, images(N)).facts
+    assert set(facts) == {"features", "features_sha256", "reference", "reference_sha256", "resize", "rounding"}
+    assert (facts["reference"], len(facts["reference_sha256"])) == (f"{N} images of the data", 64)
+    assert opened(FOLDER, images(N, "others")).facts["reference_sha256"] != facts["reference_sha256"]
+    path = filed(tmp_path / "a.npz")
+    with_file = opened(ImageProtocol(kind=tiny.kind, reference=str(path)), images(1)).facts
+    assert (with_file["reference"], with_file["features_sha256"]) == ("a.npz", facts["features_sha256"])
+    peephole.scale += 1
+    assert opened(FOLDER, images(N)).facts["features_sha256"] != facts["features_sha256"]
+
+
+def test_data_is_counted_once_and_anew_when_anything_changes(tmp_path: Path, peephole: Peephole) -> None:
+    first = opened(FOLDER, images(N)).score(made(images(N, "made")))
+    assert peephole.seen == 2 * N
+    assert opened(FOLDER, images(N)).score(made(images(N, "made"))) == first
+    assert peephole.seen == 3 * N  # the samples alone
+    opened(ImageProtocol(kind="folder", samples=99), images(N))  # the data is the same
+    assert peephole.seen == 3 * N
+    opened(FOLDER, images(N).roll(1, 0))
+    assert peephole.seen == 4 * N
+    peephole.scale *= 2
+    opened(FOLDER, images(N))
+    assert peephole.seen == 5 * N
+    (path, *_) = sorted((tmp_path / "cache").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    path.write_bytes(path.read_bytes()[:-9])
+    peephole.scale /= 2
+    assert opened(FOLDER, images(N)).score(made(images(N, "made"))) == first
+    assert peephole.seen == 7 * N
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_where_nothing_can_be_kept_the_numbers_stand(
+    tmp_path: Path, peephole: Peephole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file/folder"))
+    with pytest.warns(UserWarning, match="cannot be written .* counted again next time"):
+        opened(FOLDER, images(N))
+    monkeypatch.setenv(cache.VARIABLE, "$NOWHERE/cache")
+    with pytest.raises(UserError, match="NOWHERE is not set"):
+        opened(FOLDER, images(N))
+
+
+def test_missing_weights_are_refused_before_the_data_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(weights.VARIABLE, raising=False)
+
+    def never() -> Album:
+        raise AssertionError
+
+    with pytest.raises(UserError, match="no weights of Inception for the FID: no path is given"):
+        FOLDER.judge(never)
+    with pytest.raises(UserError, match=r"/none is no file"):
+        ImageProtocol(kind="folder", weights="/none").judge(never)
 
 
 def test_inception_itself_serves() -> None:
     """Three images through the real network, of random weights; its widths are those of ADM's files."""
     net, protocol = recipe.net(), ImageProtocol(kind="folder", samples=3, frechet=False)
     x = samples(torch.randint(256, (3, 3, 40, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
-    tally = protocol.judge(net, ((rows, x[rows]) for rows in torch.arange(3).split(2)))
+    of = judge(album_tally(net, Album(torch.zeros(1, 3, 8, 8))), protocol, net)
+    tally = of.tally((rows, x[rows]) for rows in torch.arange(3).split(2))
     assert (tally.rows.shape, tally.spatial.mean.shape) == ((3, 2048), (2023,))
     torch.testing.assert_close(tally.rows[2:], net(to_pixels(x[2:])).pool, rtol=1e-5, atol=1e-4)

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from dumo.flow.draw import stream
 from dumo.metrics import classifier
-from dumo.metrics.protocol import DigitsProtocol, MetricProtocol, Reference, ToyProtocol
+from dumo.metrics.judge import Reference
+from dumo.metrics.protocol import DigitsProtocol, MetricProtocol, ToyProtocol
 from dumo.types import UserError
 
 DIGITS, TOY = DigitsProtocol(), ToyProtocol(samples=400)

@@ -1,0 +1,161 @@
+"""What every protocol gives: a judge, who knows the data and scores samples.
+
+Samples are known by number and come in batches, of several ranks each rank's own share. All ranks must ask, and all
+get the same score, whatever came in which batch or where. What a score depends on beside the samples, the judge says:
+`facts`, of which a report is made, and by which two reports are known to be of one kind.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from dumo import dist
+from dumo.types import Cond, Sample, UserError
+
+Made = Iterable[tuple[Tensor, Tensor]]  # numbers (n,) and samples (n, *d), in batches of any sizes
+Tick = Callable[[int, int], object]  # told how many images of the data have been seen, of how many
+Scores = dict[str, float]  # the first is the one that counts, lower being better
+
+
+@runtime_checkable
+class Data(Protocol):
+    """What samples are compared with, images in [-1, 1]."""
+
+    @property
+    def size(self) -> int | None:
+        """How many rows there are; None where they never end."""
+        ...
+
+    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
+        """Rows and their classes: all of a finite set, else n fresh draws, the i-th time."""
+        ...
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """Scores samples against data that it knows."""
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """By what it judges: the features, the reference, and what else its protocol fixes."""
+        ...
+
+    def score(self, made: Made) -> Scores:
+        """Each of the samples once. Raises UserError where some are missing, come twice, or cannot be judged."""
+        ...
+
+    def baselines(self) -> dict[str, Scores]:
+        """The first of the scores where nothing is wrong: its `mean` and `sd`, by what it is measured between."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The data that samples are compared with."""
+
+    x: Sample
+    c: Cond
+    redraw: Callable[[int], Sample] | None = None  # the i-th fresh draw of as many rows; None: `x` is all there is
+
+    @classmethod
+    def of(cls, data: Data, n: int, seed: int) -> "Reference":
+        """All of a finite data set, or n draws of one without end."""
+        redraw = None if data.size else lambda i: data.reference(n, seed, 1 + i)[0]
+        return cls(*data.reference(n, seed), redraw=redraw)
+
+    def facts(self, seed: int) -> dict[str, str]:
+        """What a report says of it. Draws differ in their last bits between machines, so they have no hash."""
+        if self.redraw:
+            return {"reference": f"{len(self.x):,} draws of seed {seed}"}
+        return {"reference": f"{len(self.x):,} samples of the data", "reference_sha256": digest(self.x)}
+
+
+@runtime_checkable
+class Measure(Protocol):
+    """Scores all samples at once, of classes c."""
+
+    def score(self, x: Sample, c: Cond, reference: Reference) -> Scores:
+        """As a judge's, of all samples."""
+        ...
+
+    def baselines(self, reference: Reference) -> dict[str, Scores]:
+        """As a judge's."""
+        ...
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A judge who waits for all samples."""
+
+    measure: Measure
+    c: Int64[Tensor, " n"]
+    reference: Reference
+    facts: dict[str, str]
+
+    def score(self, made: Made) -> Scores:
+        """All samples by the measure."""
+        return self.measure.score(collect(made, len(self.c)), self.c, self.reference)
+
+    def baselines(self) -> dict[str, Scores]:
+        """Those of the measure."""
+        return self.measure.baselines(self.reference)
+
+
+def collect(made: Made, total: int) -> Tensor:
+    """All samples of all ranks, in the order of their numbers. Raises UserError unless each came once."""
+    mine = list(made)
+    if not mine:
+        raise UserError("there are no samples to judge: give some, at least one batch to each rank")
+    index, x = (torch.cat([part[i].cpu() for part in mine]) for i in (0, 1))
+    index, x = (torch.cat(dist.gathered(part)) for part in (index, x))
+    return x[ordered(index, total)]
+
+
+def ordered(index: Int64[Tensor, " n"], total: int | None = None) -> Int64[Tensor, " n"]:
+    """The places of the numbers in their order.
+
+    Raises UserError unless each of 0 .. total - 1 came once; without a total, if a number came twice.
+    """
+    order = index.argsort()
+    there = index[order]
+    if len(there.unique()) < len(there) if total is None else not torch.equal(there, torch.arange(total)):
+        raise UserError(
+            f"{len(order)} images came, {len(there.unique())} different numbers among them, where each of"
+            f" 0 to {(total or len(order)) - 1} must come once: give as many as the protocol judges"
+        )
+    return order
+
+
+def named(kind: str, samples: int, standard: int) -> str:
+    """With a number of samples of one's own it is another protocol, and must not pass for the named one."""
+    return kind if samples == standard else f"{kind} ({samples} samples)"
+
+
+def fit(name: str, samples: int, x: Sample, reference: Reference) -> None:
+    """Refuse samples that are not as many as a protocol judges, not like the data, or not finite. Raises UserError."""
+    if x.shape[1:] != reference.x.shape[1:]:
+        raise UserError(
+            f"protocol {name} compares like with like: the samples have shape {tuple(x.shape[1:])}, the data"
+            f" {tuple(reference.x.shape[1:])}: give the data that the net was trained on"
+        )
+    if len(x) != samples:
+        raise UserError(f"protocol {name} judges {samples} samples, here are {len(x)}: give as many")
+    if not x.isfinite().all():
+        raise UserError("some samples are not finite numbers: train again with a lower rate, or clip the gradient")
+
+
+def summary(values: Sequence[float]) -> Scores:
+    """Mean, unbiased sd and number of some distances."""
+    v = torch.tensor(values, dtype=torch.float64)
+    return {"mean": v.mean().item(), "sd": v.std().item(), "splits": float(len(values))}
+
+
+def digest(x: Tensor) -> str:
+    """The SHA-256 of a tensor's shape, type and numbers, in hexadecimal."""
+    head = f"{tuple(x.shape)} {x.dtype}".encode()
+    return sha256(head + x.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
