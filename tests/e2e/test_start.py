@@ -52,7 +52,7 @@ def test_help_names_every_command() -> None:
     done = call("--help")
     assert done.code == 0
     assert done.err == ""
-    for command in ("recipes", "show", "train", "sample", "evaluate", "reproduce", "report"):
+    for command in ("recipes", "show", "dry", "train", "sample", "evaluate", "compare", "reproduce", "report", "grid"):
         assert f" {command} " in done.out
         one = call(command, "--help")
         assert one.code == 0
@@ -74,7 +74,7 @@ def test_show_json_is_one_object_and_true(name: str, here: Path) -> None:
     spec = load(name)
     facts = done.json
     assert facts["spec"] == spec.model_dump(mode="json")
-    net = spec.build()
+    net = spec.build() if facts["parameters"] < 1e8 else spec.outline()  # XL takes seconds and 2.7 GB
     assert facts["parameters"] == sum(p.numel() for p in net.parameters())
     assert 2.5 <= facts["forward_units_per_step"] <= 12  # a pass, its backward, and the passes of the targets
     assert facts["forward_flops_per_image"] > facts["parameters"]  # each weight is used at least once, two to a use

@@ -111,12 +111,13 @@ def test_points_are_archived_as_they_are(here: Path, trained: dict[str, Path]) -
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_evaluation_is_one_object_and_lies_in_the_folder(name: str, here: Path, trained: dict[str, Path]) -> None:
-    run = shutil.copytree(trained[name], here / "run")
+    shutil.copytree(trained[name], here / "run")
     done = call("evaluate", "run", "--nfe", "1,2", "--json")
     assert done.code == 0
     assert done.out.count("\n") == 1
     report = done.json
-    assert report == json.loads((run / "evaluation.json").read_text())
+    assert report == json.loads(Path(report["file"]).read_text())
+    assert report["file"] == ("run/evaluation.json" if name != "digits-flow-matching" else "run/evaluation-nfe1-2.json")
 
     assert report["run"] == "run"
     assert (report["step"], report["samples"], report["seed"]) == (20, 500, 0)
@@ -136,7 +137,8 @@ def test_evaluation_is_one_object_and_lies_in_the_folder(name: str, here: Path, 
     assert table.code == 0
     assert "where nothing is wrong" in table.out
     assert all(f" {measure} " in table.out for measure in measures)
-    assert json.loads((run / "evaluation.json").read_text()) == report  # the same samples have the same score
+    assert json.loads(Path(report["file"]).read_text()) == report  # the same samples have the same score
+    assert table.out.splitlines()[-1] == report["file"]
 
 
 def test_passes_that_the_run_does_not_list(here: Path, trained: dict[str, Path]) -> None:

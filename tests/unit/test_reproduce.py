@@ -3,28 +3,17 @@
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dumo import reproduce as module
 from dumo import run
 from dumo.config.load import load
-from dumo.reproduce import (
-    PLANS,
-    RATIOS,
-    Cell,
-    Finished,
-    Plan,
-    fig3_cells,
-    finish,
-    markdown,
-    reproduce,
-    units,
-    zoo_cells,
-    zoo_table,
-)
+from dumo.judge.evaluation import evaluate
+from dumo.reproduce import PLANS, fig3, reproduce, trajectory, zoo
+from dumo.reproduce.plan import SCALES, Cell, Finished, Plan, finish, markdown, units
 from dumo.train import loop
 from dumo.train.state import State
 from dumo.train.step import Record
@@ -141,8 +130,15 @@ def test_what_is_judged_otherwise_is_judged_again(tmp_path: Path, more: str) -> 
 @pytest.mark.parametrize("otherwise", [{"nfe": [3, 4]}, {"seed": 5}, {"solver": "euler"}])
 def test_a_judgement_by_other_means_is_not_taken(tmp_path: Path, otherwise: dict[str, Any]) -> None:
     first = finished(tmp_path)
-    run.evaluate(first.trained, **otherwise)  # someone looks at a cell with dumo evaluate
+    evaluate(first.trained, **otherwise)  # someone looks at a cell with dumo evaluate
     assert finished(tmp_path).report == first.report
+
+
+def test_cells_that_were_measured_otherwise_make_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PLANS, "test", plan(cell("a"), cell("b", "evaluate.seed=1")))
+    with pytest.raises(UserError, match=r"not measured alike(.|\n)*  seed: 0 in a; 1 in b\n"):
+        reproduce("test", "smoke", tmp_path / "out")
+    assert not (tmp_path / "out/table.md").exists()
 
 
 def test_wrong_names_are_refused_before_any_work(tmp_path: Path) -> None:
@@ -158,11 +154,11 @@ def test_markdown() -> None:
     assert lines == ["# T", "", "| a | b | c |", "| --- | --- | --- |", "| 1 | 0.1235 | None |", "| 20 | 1e-09 | x |"]
 
 
-@pytest.mark.parametrize("scale", module.SCALES)
+@pytest.mark.parametrize("scale", SCALES)
 def test_figure_3_varies_the_ratio_alone(scale: str) -> None:
-    *meanflows, dumo = fig3_cells(scale)
-    assert [one.labels["velocity_ratio"] for one in meanflows] == list(RATIOS)
-    assert [one.spec.model_dump()["objective"]["times"]["velocity_ratio"] for one in meanflows] == list(RATIOS)
+    *meanflows, dumo = fig3.cells(scale)
+    assert [one.labels["velocity_ratio"] for one in meanflows] == list(fig3.RATIOS)
+    assert [one.spec.model_dump()["objective"]["times"]["velocity_ratio"] for one in meanflows] == list(fig3.RATIOS)
     assert (
         len(
             {
@@ -179,7 +175,7 @@ def test_figure_3_varies_the_ratio_alone(scale: str) -> None:
 
 @pytest.mark.parametrize(("scale", "seeds"), [("smoke", 1), ("laptop", 3)])
 def test_the_zoo_is_at_equal_cost(scale: str, seeds: int) -> None:
-    cells = list(zoo_cells(scale))
+    cells = list(zoo.cells(scale))
     assert len(cells) == 3 * seeds
     assert len({one.name for one in cells}) == len(cells)
     each = {one.spec.objective.kind: units(one.spec) for one in cells if one.spec.train.seed == 0}
@@ -204,9 +200,40 @@ def test_the_table_of_the_zoo_is_means_over_seeds() -> None:
         report = {"step": cell.spec.train.steps, "results": rows, "contrast": []}
         return Finished(cell, run.Trained(cell.spec, Path("x"), net, 7, "w"), report)
 
-    table = zoo_table([one(cell) for cell in zoo_cells("laptop")])
-    assert [(row["objective"], row["nfe"]) for row in table] == [(title, n) for title in module.ZOO for n in (1, 2)]
+    table = zoo.table([one(cell) for cell in zoo.cells("laptop")])
+    assert [(row["objective"], row["nfe"]) for row in table] == [(title, n) for title in zoo.ZOO for n in (1, 2)]
     for row in table:
         assert (row["fd"], row["fd_sd"], row["kid"], row["seeds"]) == (row["nfe"] + 2, 2, 1, 3)
     cost = [row["steps"] * row["F_per_step"] for row in table]
     assert max(cost) - min(cost) <= 0.01 * max(cost)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_trajectories_are_of_equal_steps_and_milestones(scale: str) -> None:
+    dumo, meanflow = trajectory.cells(scale)
+    assert [one.labels["objective"] for one in (dumo, meanflow)] == ["DuMo", "MeanFlow"]
+    assert dumo.spec.train == meanflow.spec.train
+    for part in ("data", "net", "evaluate"):
+        assert getattr(dumo.spec, part) == getattr(meanflow.spec, part)
+    assert dumo.spec.train.milestones[0] == 0
+    assert max(dumo.spec.train.milestones) < dumo.spec.train.steps
+
+
+def test_trajectories_are_drawn_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both objectives, both readings, every milestone; the last is what the cell's own report says."""
+    monkeypatch.setattr(trajectory, "JUDGED", (1, 2))
+    tiny = ["net.width=8", "net.depth=1", "train.batch=4", "train.steps=3", "train.milestones=[0,2]"]
+    tiny += ["evaluate.protocol.samples=500", "evaluate.nfe=[1,2]"]
+    cells = [Cell(name, load(name, tiny), {"objective": title}) for title, name in trajectory.RECIPES.items()]
+    done = [finish(one, tmp_path / "cells", device="cpu", watch=run.unwatched) for one in cells]
+    table = trajectory.table(done)
+    keys = [(row["objective"], row["step"], row["reading"], row["nfe"]) for row in table]
+    assert keys == list(product(("DuMo", "MeanFlow"), (0, 2, 3), "uv", (1, 2)))
+    for one in done:
+        last = [row for row in table if row["objective"] == one.cell.labels["objective"] and row["step"] == 3]
+        own = [row["fd"] for row in one.report["results"]]
+        assert [row["fd"] for row in last if row["reading"] == "u"] == own
+    files = trajectory.draw(done, tmp_path / "out")
+    assert files[0].name == "fig5.png"
+    assert len(files) == len(set(files)) == 1 + 2 * (3 * 2 + 1 + 2)
+    assert all(file.is_file() for file in files)

@@ -1,0 +1,210 @@
+"""Runs judged as a user types it: reports with cards, sweeps, comparisons, several ranks, and what is refused."""
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from dumo.flow.draw import stream
+from dumo.metrics import weights
+from dumo.metrics.locked import LOCKED, Locked
+from e2e.shell import call, finish, refused, sets, start
+from golden import inception
+from unit.metrics.eye import Peephole
+
+TESTS = Path(__file__).parents[1]
+COUNT = 120  # images
+
+
+@pytest.fixture(scope="module")
+def album(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of small images in two classes."""
+    root = tmp_path_factory.mktemp("album")
+    pixels = torch.randint(256, (COUNT, 8, 8, 3), generator=stream("album"), dtype=torch.uint8).numpy()
+    for i, image in enumerate(pixels):
+        (root / f"class {i % 2}").mkdir(exist_ok=True)
+        Image.fromarray(image).save(root / f"class {i % 2}/{i:03d}.png")
+    return root
+
+
+def of(album: Path, protocol: str = "folder", *more: str) -> list[str]:
+    """Settings that make the digits' recipe one of these images."""
+    tiny = ("net.width=16", "net.depth=1", "net.attention=1", "train.batch=8", "train.steps=2", "train.save_every=2")
+    data = ("data.kind=images", f"data.root={album}", "data.side=8")
+    judged = (f"evaluate.protocol.kind={protocol}", f"evaluate.protocol.samples={COUNT}")
+    return sets(*tiny, *data, *judged, "evaluate.protocol.frechet=false", "evaluate.nfe=[1]", *more)
+
+
+@pytest.fixture(scope="module")
+def trained(album: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on them, and a second one of another seed beside it."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, seed in (("a", 0), ("b", 1)):
+        done = call("train", "digits", "--out", folder / name, *of(album, "folder", f"train.seed={seed}"))
+        assert done.code == 0, done
+    return folder
+
+
+@pytest.fixture
+def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder to work in, with copies of both runs, an empty cache and no weights."""
+    for name in ("a", "b"):
+        shutil.copytree(trained / name, tmp_path / "work" / name)
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("DUMO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv(weights.VARIABLE, raising=False)
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def peephole(monkeypatch: pytest.MonkeyPatch) -> Peephole:
+    """A small network in Inception's place."""
+    net = Peephole()
+    monkeypatch.setattr(weights, "load", lambda path, device: net)
+    return net
+
+
+def test_from_images_to_a_table(here: Path, peephole: Peephole) -> None:
+    for name in ("a", "b"):
+        done = call("evaluate", name)
+        assert done.code == 0, done
+        assert done.out.splitlines()[-1] == f"{name}/evaluation.json"
+        assert "where nothing is wrong" not in done.out  # of 120 images there are no halves
+    assert peephole.seen == 5 * COUNT  # the data once, of each run 1 pass by both solvers
+    a, b = (json.loads(Path(name, "evaluation.json").read_text()) for name in ("a", "b"))
+    assert set(a["results"][0]) == {"nfe", "solver", "kid", "kid_sd", "is", "is_sd", "precision", "recall"}
+    assert a["card"]["protocol"] == f"folder ({COUNT} samples, no Fréchet distances)"
+    assert a["card"]["reference"] == f"{COUNT} images of the data"
+    assert a["card"]["reference_sha256"] == b["card"]["reference_sha256"]
+    assert a["card"]["weights_sha256"] != b["card"]["weights_sha256"]
+
+    table = call("compare", "a", "b")
+    assert table.code == 0, table
+    assert table.out.count("restart") == table.out.count("euler") == 2
+    found = call("compare", "a", "b", "--json").json
+    assert [row["run"] for row in found["rows"]] == ["a", "a", "b", "b"]
+    assert found["rows"][0]["kid"] == a["results"][0]["kid"]
+
+    call("evaluate", "b", "--seed", "7")
+    refused("compare", "a", "b/evaluation-seed7.json", named=("measured alike", "seed: 0 in a; 7 in b"), lines=3)
+    anyway = call("compare", "a", "b/evaluation-seed7.json", "--anyway")
+    assert anyway.code == 0
+    assert "measured otherwise, seed: 0 in a; 7 in b/evaluation-seed7.json" in anyway.out
+
+
+def test_inception_itself_from_a_file(here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The real network, of random weights that pass for the published ones; six images of each side."""
+    monkeypatch.setitem(LOCKED, "folder", Locked(6, None, None, None, 4))
+    monkeypatch.setattr(weights, "SHA256", "of random weights")
+    save_file(inception.net().state_dict(), tmp_path / "i.safetensors", {"sha256": weights.SHA256})
+    root = tmp_path / "few"
+    shutil.copytree(json.loads(call("show", "a", "--json").out)["spec"]["data"]["root"], root)
+    for image in sorted(root.rglob("*.png"))[6:]:
+        image.unlink()
+    few = of(root, "folder", "evaluate.protocol.samples=6", "evaluate.contrast=[]", "data.labelled=false")
+    assert call("train", "digits", "--out", "few", *few, *sets("data.classes=0")).code == 0
+    monkeypatch.setenv(weights.VARIABLE, str(tmp_path / "i.safetensors"))
+    report = call("evaluate", "few", "--json").json
+    assert report["card"]["features"].endswith("of a file of sha256 of random weights")
+    assert np.isfinite([report["results"][0][key] for key in ("kid", "is", "precision", "recall")]).all()
+    (kept,) = (tmp_path / "cache").iterdir()
+    before = kept.stat().st_mtime_ns
+    given = sets(f"evaluate.protocol.weights={tmp_path / 'i.safetensors'}")  # the same, said in another way
+    assert call("evaluate", "few", *given, "--json").json == report
+    assert kept.stat().st_mtime_ns == before
+
+
+def test_two_ranks_judge_as_one(here: Path, peephole: Peephole, tmp_path: Path) -> None:
+    one = call("evaluate", "a", "--json").json
+    (kept,) = (tmp_path / "cache").iterdir()
+    kept.unlink()
+    (here / "a/evaluation.json").unlink()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = {"DUMO_CACHE": str(tmp_path / "cache"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    told |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    first = f"import os, sys; sys.path.insert(0, {str(TESTS)!r}); os.environ.update({told})"
+    first += "; from unit.metrics.eye import Peephole; from dumo.metrics import weights"
+    first += "; weights.load = lambda path, device: Peephole(); os.environ['RANK'] = os.environ['LOCAL_RANK'] = "
+    words = ("evaluate", "a", "--json", "--device", "cpu")
+    ranks = [start(*words, cwd=here, first=f"{first}'{rank}'") for rank in (0, 1)]
+    main, other = (finish(rank) for rank in ranks)
+    assert (main.code, other.code) == (0, 0), (main, other)
+    assert other.out == ""  # one rank talks
+    both = main.json
+    assert both["card"] == one["card"]
+    for mine, theirs in zip([*both["results"], *both["contrast"]], [*one["results"], *one["contrast"]], strict=True):
+        assert (mine.pop("solver"), mine.pop("nfe")) == (theirs.pop("solver"), theirs.pop("nfe"))
+        assert mine == pytest.approx(theirs, rel=1e-6)
+    assert json.loads((here / "a/evaluation.json").read_text()) == main.json
+    assert kept.is_file()
+
+
+def test_a_sweep_is_one_table(here: Path, peephole: Peephole) -> None:
+    done = call("evaluate", "a", "--sweep", "sample.m=0.3:0.5:0.2", "--nfe", "1,2")
+    assert done.code == 0, done
+    rows = [line.split() for line in done.out.splitlines() if " restart " in line]
+    assert [row[:2] for row in rows] == [["0.3", "1"], ["0.3", "2"], ["0.5", "1"], ["0.5", "2"]]
+    assert sum(row[-1] == "*" for row in rows) == 1
+    assert done.out.splitlines()[-1] == "a/sweep-sample.m-0.3-0.5-0.2-nfe1-2.json"
+    assert peephole.seen == 5 * COUNT  # the data once
+
+
+REFUSED = [
+    (["--sweep", "sample.m=0.8:0.2:0.1"], ("--sweep", "'0.8:0.2:0.1'", "nothing in it")),
+    (["--sweep", "sample.m=0.2:2:0.9"], ("sample.solver.m", "less than 1")),
+    (["--sweep", "emma"], ("--sweep emma", "sample.m=0.2:0.8:0.1")),
+    (["--sweep", "train.lr=1,2"], ("train.lr", "sample.solver", "evaluate")),
+]
+
+
+@pytest.mark.parametrize(("words", "named"), REFUSED)
+def test_sweeps_that_are_none(words: list[str], named: tuple[str, ...], here: Path) -> None:
+    refused("evaluate", "a", *words, named=named)
+
+
+def test_weights_that_are_not_inceptions(here: Path) -> None:
+    way = (weights.URL, "python -c", weights.VARIABLE)
+    refused("evaluate", "a", named=("no weights of Inception", f"{weights.VARIABLE} is not set", *way), lines=None)
+    torch.save({"fc.bias": torch.zeros(1008)}, "i.pth")
+    given = sets("evaluate.protocol.weights=i.pth")
+    refused("evaluate", "a", *given, named=("i.pth", "dumo reads no pickle", *way), lines=None)
+    save_file(inception.net().state_dict(), "i.safetensors", {"sha256": "0123"})
+    given = sets("evaluate.protocol.weights=i.safetensors")
+    refused("evaluate", "a", *given, named=("sha256 0123", weights.SHA256, *way), lines=None)
+    given = sets("evaluate.protocol.weights=$NOWHERE/i")
+    refused("evaluate", "a", *given, named=("evaluate.protocol.weights", "NOWHERE is not set"))
+
+
+def test_a_reference_without_its_keys(
+    here: Path, album: Path, peephole: Peephole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "adm-imagenet256-50k"
+    monkeypatch.setitem(LOCKED, name, Locked(COUNT, 8, 2, 10, 10, "https://there"))
+    adm = sets(f"evaluate.protocol.kind={name}", "evaluate.protocol.frechet=false")
+    refused("evaluate", "a", *adm, named=("https://there", "evaluate.protocol.reference"))
+    np.savez("r.npz", mu=np.zeros(3))
+    given = [*adm, *sets("evaluate.protocol.reference=r.npz")]
+    refused("evaluate", "a", *given, named=("r.npz", "mu is float64 of shape (3,)"))
+    np.savez("r.npz", arr_0=np.zeros((10, 8, 8, 3), np.uint8))
+    refused("evaluate", "a", *given, named=("r.npz has no mu, only arr_0",))
+
+
+def test_classes_of_another_number(here: Path) -> None:
+    words = sets("data.kind=images", "data.root=x", "data.side=32", "data.classes=17", "net.patch=4")
+    for kind in ("cifar10-train50k", "cifar10-features"):
+        refused("show", "digits", *words, *sets(f"evaluate.protocol.kind={kind}"), named=(kind, "10 classes", "17"))
+
+
+def test_nothing_to_compare(here: Path) -> None:
+    refused("compare", "a", "b", named=("a/evaluation.json is not there", "dumo evaluate a"))
+    refused("compare", "c", named=("no run's folder or evaluation c",))
+    Path("a/evaluation.json").write_text("{}")
+    refused("compare", "a", named=("a/evaluation.json has no report card", "dumo evaluate a"))
