@@ -5,8 +5,9 @@ Exit codes: 0 done, 1 failed, 2 what the user gave was wrong. Pictures of progre
 
 import json
 import sys
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -91,6 +92,31 @@ def show(source: Source, set_: Set = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def dry(
+    source: Source,
+    set_: Set = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Make one real step of so many rows of random numbers, and time it.")
+    ] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Try a run before hours are spent on it: what it takes, counted; with --rows one step, timed. Needs no data."""
+    from dumo.config.load import load
+    from dumo.dry import plan, rehearsal, table
+
+    spec = load(source, set_ or [])
+    facts = plan.plan(spec)
+    if not as_json:
+        _print_lines(table.lines(facts))
+    step = asdict(rehearsal.rehearse(spec, rows, device)) if rows else None
+    if as_json:
+        print(json.dumps({**facts, "step": step}))
+    elif step:
+        _print_lines(table.rehearsed(step, spec.train.batch))
+
+
+@app.command()
 def train(
     source: Source,
     folder: Annotated[Path | None, typer.Option("--out", help="The run's folder. Default: runs/NAME.")] = None,
@@ -114,6 +140,48 @@ def train(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command()
+def encode(
+    source: Annotated[str, typer.Argument(help="A recipe that trains on latents, or a folder or file of images.")],
+    folder: Annotated[
+        str | None, typer.Argument(metavar="[OUT]", help="The cache's folder. Default: the recipe's data.root.")
+    ] = None,
+    codec: Annotated[str | None, typer.Option(help="taef2, sd-vae, dc-ae or identity. Default: the recipe's.")] = None,
+    side: Annotated[int | None, typer.Option(min=1, help="Pixels along a side. Default: the recipe's.")] = None,
+    store: Annotated[
+        str, typer.Option(help="moments, drawn from anew at every visit, or samples, drawn once, half the size.")
+    ] = "moments",
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    shard_rows: Annotated[int, typer.Option(min=1, help="Images to a shard: what a stop may lose.")] = 1024,
+    batch: Annotated[int, typer.Option(min=1, help="Images that the codec takes at a time.")] = 32,
+    part: Annotated[
+        str | None, typer.Option(metavar="K/N", help="Make part K of N, from 0. Default: as torchrun says.")
+    ] = None,
+    set_: Set = None,
+    device: Device = "auto",
+) -> None:
+    """Encode images into the cache of latents that a recipe trains on; started again, it goes on where it stopped.
+
+    Both flips are kept where the data are flipped. A shard that is damaged is named and made again.
+    """
+    from dumo import encode
+
+    data = encode.asked(source, set_ or [], out=folder, codec=codec, side=side)
+    with resumable("the same dumo encode"):
+        made = encode.encode(
+            data,
+            store=store,
+            dtype=dtype,
+            shard_rows=shard_rows,
+            batch=batch,
+            part=encode.part_of(part),
+            device=device,
+            watch=bar,
+        )
+    for line in encode.told(made):
+        out.print(line, soft_wrap=True)
 
 
 @app.command()
@@ -159,22 +227,65 @@ def evaluate(
     solver: SolverName = None,
     set_: Set = None,
     weights: Weights = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="Judge at several values: sample.m=0.2:0.8:0.1, sample.m=0.3,0.5, or ema, every average."),
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Judge a trained run by its protocol, beside the same distances where nothing is wrong."""
-    from dumo import run
+    """Judge a trained run by its protocol, beside the same distances where nothing is wrong.
 
-    trained = run.open_run(run_folder, set_ or [], weights=weights, device=device)
-    report = run.evaluate(trained, nfe=_numbers("--nfe", nfe), seed=seed, solver=solver, watch=bar)
+    Under torchrun (torchrun --nproc-per-node 2 -m dumo.cli evaluate RUN) the ranks share the work.
+    """
+    from dumo import dist, run
+    from dumo.judge import evaluation
+    from dumo.judge import sweep as sweeps
+
+    with dist.join():
+        main, watch = dist.is_main(), bar if dist.is_main() else run.unwatched
+        trained = run.open_run(run_folder, set_ or [], weights=weights, device=device)
+        asked = evaluation.asked(trained, nfe=_numbers("--nfe", nfe), seed=seed, solver=solver)
+        report = sweeps.sweep(asked, sweep, watch=watch) if sweep else evaluation.evaluate(asked, watch=watch)
+    if not main:
+        return
     if as_json:
         print(json.dumps(report))
         return
-    rows = [*report["results"], *report["contrast"]]
-    _print_table(f"{report['run']} at step {report['step']:,}, protocol {report['protocol']}", rows)
-    for name, value in report["baselines"].items():
-        facts = ", ".join(f"{key} {number:.4g}" for key, number in value.items())
-        out.print(f"where nothing is wrong, {name}: {facts}")
+    if sweep:
+        rows = [{**row, "best": "*" if row["best"] else ""} for row in report["rows"]]
+        rows = [{key: row[key] for key in row if key != "card"} for row in rows]
+        _print_table(f"{report['run']}, {sweep}; * is the best of its number of passes", rows)
+    else:
+        rows = [*report["results"], *report["contrast"]]
+        _print_table(f"{report['run']} at step {report['step']:,}, protocol {report['protocol']}", rows)
+        for name, value in report["baselines"].items():
+            facts = ", ".join(f"{key} {number:.4g}" for key, number in value.items())
+            out.print(f"where nothing is wrong, {name}: {facts}")
+    out.print(report["file"], soft_wrap=True)
+
+
+@app.command()
+def compare(
+    run_folders: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders of runs that were evaluated, or single evaluations.")
+    ],
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Print the table though they were measured otherwise, and say how.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Set the evaluations of several runs side by side, if they were measured alike."""
+    from dumo.judge import comparison
+
+    found = comparison.compare(run_folders, anyway=anyway)
+    if as_json:
+        print(json.dumps(found))
+        return
+    _print_table("", [{key: "" if value is None else value for key, value in row.items()} for row in found["rows"]])
+    for field, values in found["differs"].items():
+        told = "; ".join(f"{value} in {name}" for name, value in values.items())
+        out.print(f"measured otherwise, {field}: {told}", soft_wrap=True)
 
 
 @app.command()
@@ -206,6 +317,52 @@ def report(run_folder: RunFolder, device: Device = "auto") -> None:
     from dumo import report, run
 
     for file in report.write(run.open_run(run_folder, device=device), watch=bar):
+        out.print(str(file), soft_wrap=True)
+
+
+@app.command()
+def grid(
+    run_folder: RunFolder,
+    nfe: Annotated[
+        str | None, typer.Option("--nfe", help="Passes through the net. Default: 1,2,4,8,16,50; of --classes, 1.")
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(help="Milestones (train.milestones) and the last step, or all. Default: all; of --classes, last."),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Rows, or images of a class. Default: 8; of points, 2000.")
+    ] = None,
+    labels: Annotated[str | None, typer.Option(help="Classes of the rows, in turn, e.g. 3,5. Default: all.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Class grids in place of trajectories, of these classes, e.g. 3,5, or all.")
+    ] = None,
+    reading: Annotated[
+        str | None, typer.Option(help="u (jumps) and v (Heun). Default: both, if taught; of --classes, the first.")
+    ] = None,
+    seed: Seed = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Default: grids/ in the run's folder.")] = None,
+    set_: Set = None,
+    device: Device = "auto",
+) -> None:
+    """Draw samples by number of passes, after each milestone, from the same noise (Figs. 5 and 6), or by class."""
+    from dumo import gallery, run
+
+    if labels and classes:
+        raise typer.BadParameter("--labels is of trajectories, --classes asks for class grids: give one of them")
+    trained = run.open_run(run_folder, set_ or [], device=device)
+    asked: dict[str, Any] = {"seed": seed, "watch": bar, "letters": reading.split(",") if reading else None}
+    asked |= {"nfe": _numbers("--nfe", nfe)} if nfe else {}
+    asked |= {"steps": None if steps == "all" else _numbers("--steps", steps)} if steps else {}
+    asked |= {"count": count} if count else {}
+    folder = folder or trained.folder / "grids"
+    if classes:
+        only = None if classes == "all" else _numbers("--classes", classes)
+        files = gallery.write_class_grids(folder, gallery.class_grids(trained, only, **asked))
+    else:
+        panels = gallery.trajectories(trained, only=_numbers("--labels", labels), **asked)
+        files = gallery.write_trajectories(folder, panels)
+    for file in files:
         out.print(str(file), soft_wrap=True)
 
 
@@ -313,7 +470,12 @@ def bench_sample(
         device=device,
         watch=bar,
     )
-    print(json.dumps(report)) if as_json else _print_table(table.title(report), report["rows"])
+    if as_json:
+        print(json.dumps(report))
+        return
+    _print_table(table.title(report), report["rows"])
+    if report["decoder"]:
+        out.print(report["decoder"], soft_wrap=True)
 
 
 @contextmanager
@@ -376,6 +538,14 @@ def _use(threads: int | None) -> None:
         import torch
 
         torch.set_num_threads(threads)
+
+
+def _print_lines(lines: Iterable[tuple[str, str]]) -> None:
+    """Print a name and what is to be said of it, line by line."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for line in lines:
+        table.add_row(*line)
+    out.print(table)
 
 
 def _print_table(title: str, rows: list[dict[str, Any]]) -> None:

@@ -1,26 +1,30 @@
-"""Train, sample, evaluate, show: where the packages meet. Each reads top to bottom in pipeline order.
+"""Train, sample, show: where the packages meet. Each reads top to bottom in pipeline order.
 
-A run is a folder: run.yaml (complete), metrics.jsonl, checkpoints/, samples/, evaluation.json, report.html.
+A run is a folder: run.yaml (complete), metrics.jsonl, checkpoints/, milestones/, grids/, samples/, evaluation.json,
+report.html.
 """
 
-import json
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from dumo import dist, doctor
+from dumo.codecs.scaled import Opened
 from dumo.config.folder import claim, note
 from dumo.config.load import FILE, difference, load, parse
 from dumo.config.spec import Run, Sampling
+from dumo.data import Latents
+from dumo.data.source import Source
 from dumo.flow.draw import stream
 from dumo.flow.guide import Guide
-from dumo.metrics.protocol import Reference
 from dumo.sample import archive, generate, picture
-from dumo.sample.solver import Euler, Solver, check
+from dumo.sample.solver import Solver, check
 from dumo.train import checkpoint, cost, log
 from dumo.train import loop as training
 from dumo.train.state import State
@@ -54,6 +58,24 @@ class Trained:
     net: nn.Module
     step: int
     weights: str  # the file they came from, relative to the folder where it lies inside
+    file: Path = Path()  # that file
+
+    @property
+    def device(self) -> torch.device:
+        """Where the net is."""
+        return next(self.net.parameters()).device
+
+    @cached_property
+    def codec(self) -> Opened | None:
+        """The codec that decodes what the net makes, with its weights; None where nothing is decoded.
+
+        Raises UserError where they are missing or others than those meant.
+        """
+        return self.run.data.codec.open(self.device) if isinstance(self.run.data, Latents) else None
+
+    def decode(self, x: Sample) -> Sample:
+        """What the net makes as images in [-1, 1], on the CPU; x itself where there is no codec. Raises as `codec`."""
+        return x if self.codec is None else self.codec.decode(x).cpu()
 
 
 def train(run: Run, folder: Path, *, device: str = "auto", watch: Watch = unwatched) -> State:
@@ -82,16 +104,27 @@ def train(run: Run, folder: Path, *, device: str = "auto", watch: Watch = unwatc
         x, c = source.batch(step, spec.batch, spec.seed)
         return x.to(here), c.to(here)
 
+    def mark(state: State, record: Record) -> None:
+        if state.step in spec.milestones:
+            checkpoint.mark(folder / "milestones", state)
+
     def save(state: State, record: Record) -> None:
         checkpoint.save(folder / "checkpoints", state, spec.keep)
         if state.step == first:
             doctor.examine_weights(run, state.net, here).require()
 
+    def keep(state: State, record: Record) -> None:
+        if record.probe or state.step % spec.log_every == 0:
+            log.append(metrics, asdict(record))
+
+    if state.step in {*spec.milestones} - checkpoint.milestones(folder / "milestones").keys():
+        checkpoint.mark(folder / "milestones", state)
     with watch(f"training {folder.name}", spec.steps) as tick:
         tick(state.step, "")
         hooks = (
             training.Every(1, lambda state, record: tick(state.step, f"loss {record.loss:.4f}")),
-            training.Every(spec.log_every, lambda state, record: log.append(metrics, asdict(record))),
+            training.Every(1, keep),
+            training.Every(1, mark),
             training.Every(first, save),
         )
         training.train(state, batches, run.objective, run.path, run.data.classes, spec, hooks)
@@ -112,13 +145,65 @@ def open_run(
     last = checkpoint.latest(folder / "checkpoints")
     if last is None:
         raise UserError(f"{source} has no checkpoint yet: train it first, dumo train {source}")
-    shown = f"ema-{run.train.ema[0].decay}" if run.train.ema else "net"
-    file = last / f"{shown}.safetensors" if weights is None else Path(weights)
-    net, found = run.build(dist.device(device)), checkpoint.load_weights(file)
+    file = shown(folder, run) if weights is None else Path(weights)
+    net = load_net(run, file, dist.device(device))
+    step, _ = checkpoint.counts(last / "state.json")
+    name = str(file.relative_to(folder)) if weights is None else weights
+    return Trained(run, folder, net, checkpoint.step_of(file, step), name, file)
+
+
+def shown(folder: Path, run: Run) -> Path:
+    """The weights of a run that are sampled and judged: the first average of the last checkpoint, the net's of none.
+
+    Raises UserError where there is no checkpoint yet.
+    """
+    last = checkpoint.latest(folder / "checkpoints")
+    if last is None:
+        raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {folder}")
+    return last / (f"ema-{run.train.ema[0].decay}.safetensors" if run.train.ema else "net.safetensors")
+
+
+def load_net(run: Run, file: Path, device: torch.device) -> nn.Module:
+    """A run's net with the weights of a file. Raises UserError where they do not fit."""
+    net, found = run.build(device), checkpoint.load_weights(file)
     checkpoint.check(file, found, net.state_dict())
     net.load_state_dict(found)
-    step, _ = checkpoint.counts(last / "state.json")
-    return Trained(run, folder, net.eval(), step, str(file.relative_to(folder)) if weights is None else weights)
+    return net.eval()
+
+
+def truth(run: Run) -> Source:
+    """The data as images or points: of latents, the images that were encoded. Raises UserError as opening them does."""
+    return run.data.images.open() if isinstance(run.data, Latents) else run.data.open()
+
+
+def made(
+    trained: Trained,
+    *,
+    nfe: int,
+    c: Tensor,
+    seed: int | None = None,
+    solver: Solver | None = None,
+    indices: Sequence[int] | None = None,
+) -> Iterator[generate.Batch]:
+    """One sample per row of c, decoded, batch by batch: those numbered `indices`, or this rank's share of all.
+
+    Image i always comes from stream (seed, i). Raises UserError as the solver does.
+    """
+    run = trained.run
+    some = range(dist.rank(), len(c), dist.world()) if indices is None else indices
+    parts = generate.batches(
+        trained.net,
+        run.sample.guide(run.objective.read(trained.net), run.data.classes),
+        run.path,
+        solver or run.sample.solver,
+        c[torch.tensor(some, dtype=torch.long)],
+        nfe=nfe,
+        seed=run.sample.seed if seed is None else seed,
+        shape=run.data.shape,
+        indices=some,
+        device=trained.device,
+    )
+    return (replace(part, x=trained.decode(part.x)) for part in parts)
 
 
 def sample(
@@ -130,21 +215,13 @@ def sample(
     solver: Solver | None = None,
     watch: Watch = unwatched,
 ) -> generate.Samples:
-    """One sample per label of c, image i always from stream (seed, i). Raises UserError as the solver does."""
-    run, solver = trained.run, solver or trained.run.sample.solver
+    """One sample per label of c, decoded, image i always from stream (seed, i). Raises UserError as the solver does."""
+    solver, parts = solver or trained.run.sample.solver, list[generate.Batch]()
     with watch(f"sampling, {solver.kind} at {nfe}", len(c)) as tick:
-        return generate.generate(
-            trained.net,
-            run.objective.read(trained.net),
-            run.path,
-            solver,
-            c,
-            nfe=nfe,
-            seed=run.sample.seed if seed is None else seed,
-            shape=run.data.shape,
-            device=next(trained.net.parameters()).device,
-            on_batch=lambda made: tick(made, ""),
-        )
+        for part in made(trained, nfe=nfe, c=c, seed=seed, solver=solver, indices=range(len(c))):
+            parts.append(part)
+            tick(sum(len(one.x) for one in parts), "")
+    return generate.joined(parts)
 
 
 def solver_named(run: Run, name: str | None) -> Solver:
@@ -174,7 +251,7 @@ def export(
 
     Returns what was written. Raises UserError, before anything is, for a form, label, solver or nfe out of reach.
     """
-    run, shape = trained.run, trained.run.data.shape
+    run, shape = trained.run, trained.run.pixels
     forms = FORMS if len(shape) == 3 else ("grid", "npz")
     if form not in forms:
         raise UserError(f"format '{form}' is none for samples of shape {shape}: use {', '.join(forms)}")
@@ -190,7 +267,7 @@ def export(
 
 def write(x: Sample, c: Tensor, stem: Path, form: str, run: Run) -> Path:
     """One set of samples as one file, or one folder of files."""
-    points = len(run.data.shape) == 1
+    points = len(run.pixels) == 1
     match form:
         case "images":
             archive.write_singles(stem, picture.to_uint8(x))
@@ -208,53 +285,6 @@ def write(x: Sample, c: Tensor, stem: Path, form: str, run: Run) -> Path:
             )
             archive.write_picture(path, sheet)
             return path
-
-
-def evaluate(
-    trained: Trained,
-    *,
-    nfe: Sequence[int] | None = None,
-    seed: int | None = None,
-    solver: str | None = None,
-    watch: Watch = unwatched,
-) -> dict[str, Any]:
-    """Judge a run by its protocol, and write the report into its folder as evaluation.json.
-
-    `results` has one row per number of passes. `contrast` has Euler steps of the velocity, at one pass and at as many,
-    where the run's own solver is another: what the other head, or the higher order, is for. Raises UserError as the
-    solvers do.
-    """
-    run, protocol = trained.run, trained.run.evaluate.protocol
-    chosen, nfe = solver_named(run, solver), tuple(nfe or run.evaluate.nfe)
-    seed = run.evaluate.seed if seed is None else seed
-    check(chosen, run.reads, *nfe)
-    source, c = run.data.open(), protocol.labels(run.data.classes)
-    reference = Reference(
-        *source.reference(protocol.samples, seed),
-        redraw=None if source.size else lambda i: source.reference(protocol.samples, seed, 1 + i)[0],
-    )
-
-    def row(solver: Solver, n: int) -> dict[str, Any]:
-        made = sample(trained, nfe=n, c=c, seed=seed, solver=solver, watch=watch)
-        return {"nfe": made.nfe, "solver": solver.kind, **protocol.score(made.x, c, reference)}
-
-    euler = sorted({1, *nfe}) if run.reads.velocity and chosen.kind != "euler" else []
-    report = {
-        "run": str(trained.folder),
-        "step": trained.step,
-        "weights": trained.weights,
-        "protocol": protocol.name,
-        "samples": protocol.samples,
-        "seed": seed,
-        "solver": chosen.model_dump(),
-        "results": [row(chosen, n) for n in nfe],
-        "contrast": [row(Euler(), n) for n in euler],
-        "baselines": protocol.baselines(reference),
-        "versions": dist.versions(),
-    }
-    with archive.replacing(trained.folder / "evaluation.json") as out:
-        out.write((json.dumps(log.finite(report), indent=2) + "\n").encode())
-    return report
 
 
 def show(run: Run) -> dict[str, Any]:

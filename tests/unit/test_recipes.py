@@ -10,7 +10,8 @@ import yaml
 
 from dumo import recipes
 from dumo.config.load import dump, load
-from dumo.reproduce import PLANS, SCALES
+from dumo.reproduce import PLANS
+from dumo.reproduce.plan import SCALES
 
 NAMES = recipes.names()
 SHIPPED = sorted(path.stem for path in Path(recipes.__file__).parent.glob("results/*.json"))

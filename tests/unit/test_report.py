@@ -16,10 +16,11 @@ from PIL import Image
 
 from dumo import report, run
 from dumo.config.load import load
+from dumo.train import log
 from dumo.types import UserError
 
 SMALL = ["train.batch=32", "train.save_every=20", "train.steps=20", "train.schedule.kind=constant"]
-DIGITS = [*SMALL, "train.optimizer.lr=0.02", "net.depth=1", "net.width=16", "train.log_every=4"]
+DIGITS = [*SMALL, "train.optimizer.lr=0.02", "net.depth=1", "net.width=16", "train.log_every=4", "train.probe_every=8"]
 VELOCITY = [*DIGITS, "objective.kind=flow_matching", "sample.solver.kind=euler", "train.log_every=50"]
 AVERAGE = [
     *DIGITS,
@@ -249,11 +250,39 @@ def test_points_are_scattered(moons: Path) -> None:
 def test_charts_are_drawn_for_light_and_dark(digits: Path) -> None:
     page = page_of(digits)
     dark = [of for of in page.pictures if "srcset" in of]
-    assert [of["media"] for of in dark] == ["screen and (prefers-color-scheme: dark)"] * 4
+    assert [of["media"] for of in dark] == ["screen and (prefers-color-scheme: dark)"] * 8
     inks = {address: decode(address) for of in page.pictures for address in [of.get("srcset")] if address}
     for pixels in inks.values():
         assert pixels[0, 0, 3] == 0  # no ground of its own
     assert all(title in page.words for title in ("Training loss", "Learning rate", "Loss of v by time", "Loss of u by"))
+
+
+WATCHED = ("Heads apart", "Residuals beyond ±1", "Cosine of v and u", "Drift of the endpoint")
+
+
+def test_what_is_watched_is_drawn_and_explained(digits: Path, average: Path, velocity: Path) -> None:
+    titles = {folder: [title for title in WATCHED if title in page_of(folder).words] for folder in (digits, average)}
+    assert titles == {digits: [*WATCHED], average: [WATCHED[1], WATCHED[3]]}  # one head has nothing to go with
+    words = page_of(digits).words
+    assert "t loss v u residuals beyond ±1 heads apart rows 0.0 – 0.1" in " ".join(words.split())
+    assert all(f"{title.lower()}:" in words.lower() for title in WATCHED)
+    assert "App. D" not in page_of(average).words
+    assert not any(title.lower() in page_of(velocity).words for title in WATCHED)
+
+
+def test_a_log_of_an_older_run_is_shown_as_far_as_it_goes(digits: Path) -> None:
+    """Without notes and probes, and where it was resumed by a version that has them."""
+    new = log.read(digits / "metrics.jsonl")
+    old = [{k: v for k, v in row.items() if k not in ("notes", "probe")} for row in new]
+    old = [row | {"bins": {part: row["bins"][part] for part in ("loss", "v", "u")}} for row in old]
+    assert len(report.charts(new)) == 8
+    assert len(report.charts(old)) == 4
+    assert [chart.title for chart in report.charts([*old[:3], *new[3:]])][4:] == ["apart", "beyond"]  # probed once
+    found = report.late([*old[:4], new[4] | {"step": 17}])
+    assert found is not None
+    assert [*found["bins"]] == ["loss", "v", "u"]
+    never = {"notes": {"beyond": None}, "probe": {"norms": {}, "cosines": {"v,u": None}, "drift": 0.1}}  # a number
+    assert [chart.title for chart in report.charts([row | never for row in new])][4:] == ["drift"]
 
 
 def test_what_is_put_in_is_escaped(digits: Path) -> None:

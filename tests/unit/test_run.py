@@ -16,7 +16,6 @@ from dumo.run import (
     Tick,
     Trained,
     Watch,
-    evaluate,
     export,
     open_run,
     sample,
@@ -28,7 +27,7 @@ from dumo.run import (
 from dumo.sample.generate import labels
 from dumo.sample.noise import noise
 from dumo.sample.solver import Euler, Heun, Restart
-from dumo.train import checkpoint
+from dumo.train import checkpoint, log
 from dumo.types import UserError
 
 TINY = ["net.width=16", "net.depth=1", "train.batch=8", "train.steps=6", "train.save_every=2", "train.log_every=3"]
@@ -102,6 +101,21 @@ def test_training_is_watched_and_logged(tmp_path: Path) -> None:
     assert load(str(tmp_path / "run")) == tiny()
     train(tiny("moons", "train.steps=8"), tmp_path / "run", watch=seen)
     assert seen.ticks[7:] == [6, 7, 8]
+
+
+def test_a_probe_is_logged_whenever_it_is_made(tmp_path: Path) -> None:
+    """Of a run that is stopped and resumed, as of one that is not."""
+    run = tiny("moons", "train.probe_every=4")
+    train(run, tmp_path / "whole")
+    rows = log.read(tmp_path / "whole/metrics.jsonl")
+    assert [row["step"] for row in rows] == [3, 4, 6]
+    assert [row["probe"] is not None for row in rows] == [False, True, False]
+    assert rows[1]["probe"]["cosines"].keys() == {"v,u"}
+    assert rows[0]["notes"].keys() == {"beyond", "apart"}
+    train(tiny("moons", "train.probe_every=4", "train.steps=3", "train.schedule.kind=constant"), tmp_path / "run")
+    train(tiny("moons", "train.probe_every=4", "train.schedule.kind=constant"), tmp_path / "run")
+    train(tiny("moons", "train.probe_every=4", "train.schedule.kind=constant"), tmp_path / "again")
+    assert log.read(tmp_path / "run/metrics.jsonl") == log.read(tmp_path / "again/metrics.jsonl")
 
 
 @pytest.mark.parametrize("device", ["", "gpu", "cuda:99", "meta"])
@@ -190,28 +204,6 @@ def test_export_holds_the_samples(moons: Trained, tmp_path: Path) -> None:
         made = torch.from_numpy(archive["arr_0"])
     assert torch.equal(made, sample(moons, nfe=2, c=labels(5, 0), seed=3).x)
     assert set(FORMS) == {"grid", "images", "npz"}
-
-
-def test_an_evaluation_is_of_this_run(tmp_path: Path) -> None:
-    train(tiny(), tmp_path / "run")
-    trained = open_run(str(tmp_path / "run"))
-    report = evaluate(trained)
-    assert [row["nfe"] for row in report["results"]] == list(trained.run.evaluate.nfe)
-    assert {row["solver"] for row in report["contrast"]} == {"euler"}
-    assert json.loads((trained.folder / "evaluation.json").read_text()) == report
-    assert evaluate(trained) == report
-    other = evaluate(trained, nfe=[1], seed=1)
-    assert (other["seed"], len(other["results"])) == (1, 1)
-    assert other["results"][0]["mmd2"] != report["results"][0]["mmd2"]
-
-
-def test_an_evaluation_is_refused_before_any_work(moons: Trained) -> None:
-    seen = Seen()
-    for wrong in ({"nfe": [0]}, {"solver": "hop"}, {"solver": "heun", "nfe": [3]}):
-        with pytest.raises(UserError):
-            evaluate(moons, watch=seen, **wrong)
-    assert seen.titles == []
-    assert not (moons.folder / "evaluation.json").exists()
 
 
 @pytest.mark.parametrize(

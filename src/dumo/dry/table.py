@@ -1,0 +1,52 @@
+"""What was counted and measured, to read: torch is not needed for that."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+GB = 1e9
+Line = tuple[str, str]  # what, and how much
+
+
+def lines(facts: Mapping[str, Any]) -> Iterator[Line]:
+    """What a plan says."""
+    train, memory = facts["spec"]["train"], facts["memory"]
+    fixed = facts["parameters_total"] - facts["parameters"]
+    yield "parameters", f"{facts['parameters'] / 1e6:,.3f} M" + (f", {fixed / 1e6:,.3f} M fixed" if fixed else "")
+    yield "inputs", shapes(facts["inputs"])
+    yield "outputs", shapes(facts["heads"]) + (f"; {facts['tokens']} tokens" if facts["tokens"] else "")
+    yield "one pass", f"{facts['forward_flops_per_image'] / 2e9:,.4g} G multiply-adds per sample"
+    way = facts["slope"]
+    yield "one step", f"{facts['forward_units_per_step']:.2f} F" + (f"; slope dual, {way['name']}" if way else "")
+    epochs = f", {number(facts['epochs'])} epochs" if facts["epochs"] else ""
+    yield "in all", f"{train['steps']:,} steps of {train['batch']:,}: {facts['images']:,} images{epochs}"
+    yield "work", f"{number(facts['flops'] / 1e15)} PFLOP, two to a multiply-add"
+    parts = ", ".join(f"{name} {memory[name] / GB:.2f}" for name in memory if name not in ("rows", "total"))
+    yield "memory", f"{memory['total'] / GB:.2f} GB at most, {memory['rows']} rows at a time: {parts}"
+    if cache := facts["cache"]:
+        whole = f", {cache['bytes'] / GB:,.1f} GB of {cache['images']:,} images" if cache["bytes"] else ""
+        yield "cache", f"{cache['bytes_per_image'] / 1e3:,.1f} kB an image{whole}"
+    yield "data", facts["lack"] or "there"
+
+
+def rehearsed(step: Mapping[str, Any], batch: int) -> Iterator[Line]:
+    """What a rehearsal found."""
+    yield "rehearsed", f"one step of {step['rows']} rows of random numbers, on {step['machine']}"
+    yield "slope here", step["examination"]
+    took = f"{step['pass_seconds']:.3g} s for these rows, {step['update_seconds']:.3g} s to update"
+    yield "took", f"{took}; loss {step['loss']:.4g}, gradient norm {step['grad_norm']:.4g}"
+    passes = "1 pass" if step["sample_nfe"] == 1 else f"{step['sample_nfe']} passes"
+    yield "a sample", f"{step['sample_seconds']:.3g} s in {passes}, not decoded"
+    yield "peak", f"{step['peak_bytes'] / GB:.2f} GB with {step['rows']} rows at a time"
+    yield "a batch", f"{number(step['step_seconds'])} s for {batch:,}: {number(step['images_per_second'])} images/s"
+    off = f"; for a better guess take a multiple of {step['whole']} rows" if step["rows"] % step["whole"] else ""
+    yield "the run", f"{number(step['hours'])} hours on this device alone{off}"
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def shapes(named: Mapping[str, list[int]]) -> str:
+    """'x 4x32x32, t': shapes of a row; a single number has none."""
+    return ", ".join(" ".join([name, "x".join(map(str, shape))]).strip() for name, shape in named.items())
