@@ -1,0 +1,53 @@
+"""The command line. torch is imported inside the commands, so that help answers at once.
+
+Exit codes: 0 done, 1 failed, 2 what the user gave was wrong. Pictures of progress go to stderr, answers to stdout.
+"""
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from dumo.cli import bench, judge, look, make
+from dumo.cli.terminal import err
+
+app = typer.Typer(
+    name="dumo",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Train generative models that make an image in one or two network passes.\n\n"
+    "Start with  dumo train digits,  then  dumo sample,  dumo evaluate  and  dumo report  with  runs/digits.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+COMMANDS = (
+    *(look.recipes, look.show, look.dry, look.doctor),
+    *(make.encode, make.train, make.sample, make.grid),
+    *(judge.evaluate, judge.compare, make.report, judge.reproduce),
+)
+for command in COMMANDS:
+    app.command()(command)
+
+benches = typer.Typer(no_args_is_help=True, help="Measure training steps and sampling on this machine.")
+benches.command()(bench.step)
+benches.command()(bench.sample)
+app.add_typer(benches, name="bench")
+
+
+def main() -> NoReturn:
+    """Run the command line, and turn every failure into a plain line and an exit code."""
+    try:
+        app()
+    except (ValueError, RuntimeError) as error:  # the two that dumo's own errors derive from
+        from dumo.train.step import Diverged
+        from dumo.types import UserError
+
+        if not isinstance(error, UserError | Diverged):
+            raise
+        err.print(f"error: {error}", soft_wrap=True)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        err.print(f"error: {error.filename or 'writing'}: {error.strerror}", soft_wrap=True)
+        sys.exit(2)
+    sys.exit(0)

@@ -1,0 +1,5 @@
+"""`python -m dumo.cli`, as torchrun starts it."""
+
+from dumo.cli import main
+
+main()

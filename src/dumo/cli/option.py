@@ -1,0 +1,32 @@
+"""Arguments and options that several commands take."""
+
+from typing import Annotated
+
+import typer
+
+Source = Annotated[str, typer.Argument(help="A recipe's name (see dumo recipes), a YAML file, or a run's folder.")]
+RunFolder = Annotated[str, typer.Argument(help="A run's folder, such as runs/digits.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Set a field, e.g. --set train.steps=2000. May be given many times."),
+]
+Nfe = Annotated[str | None, typer.Option("--nfe", help="Passes through the net, e.g. 1,2,4. Default: the run's own.")]
+Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling noise. Default: the run's own.")]
+SolverName = Annotated[
+    str | None, typer.Option("--solver", help="euler, heun (velocity), restart (endpoint) or hop (flow map).")
+]
+Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda, cuda:1 ...")]
+Weights = Annotated[
+    str | None, typer.Option("--weights", help="Other weights than the run's first average: a safetensors file.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+
+
+def numbers(option: str, text: str | None) -> list[int] | None:
+    """'1,2,4' as [1, 2, 4]."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is no list of whole numbers such as 1,2,4", param_hint=option) from None
