@@ -23,6 +23,7 @@ FIXED, FORMULA, LAW, READ, SLOPE, EXACT, UNBIASED = (
     f"{THEORY}/test_{name}.py" for name in ("fixed_point", "formula", "law", "read", "slope", "exact", "unbiased")
 )
 DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
+PROBE = "tests/unit/train/test_probe.py"
 
 
 RULE, DUAL = "tests/unit/flow/test_rule.py", "tests/unit/flow/test_dual.py"
@@ -91,6 +92,8 @@ MUTANTS = [
     Mutant("flow/guide.py", "1 - self.omega - self.zeta", "1 - self.omega", "the three weights do not sum to 1", FIXED),
     Mutant("flow/guide.py", "velocity(b, b.null)", "velocity(b, b.c)", "there is no null pass", FIXED),
     Mutant("flow/guide.py", "& (b.t <= self.interval.high)", "", "the interval has no end", FIXED),
+    Mutant("flow/metric.py", "(v_error - u_error)", "(v_error + u_error)", "the heads are added", FORMULA),
+    Mutant("train/probe.py", "row[i] * row[j]", "row[i] * row[i]", "a cosine of a gradient with itself", PROBE),
     Mutant("flow/guide.py", "return b.kept & (", "return (", "dropped rows are guided", FORMULA),
     Mutant("flow/guide.py", "lift(weight.to(v_star), v_star) * (v_", "(v_", "a row stands for itself alone", UNBIASED),
     Mutant("flow/guide.py", "rows.sum(1).to", "(self.every * rows.any(1)).to", "a row stands for all", UNBIASED),
