@@ -14,6 +14,7 @@ from dumo.codecs import Identity
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Images, Latents
+from dumo.doctor import Examination
 from dumo.dry import rehearsal, table
 from dumo.dry.plan import cache, lack, memory, plan
 from dumo.train import cost
@@ -206,7 +207,7 @@ def test_a_rehearsal_is_the_first_step_of_training() -> None:
 
 def test_hours_are_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes take time by the row, the update by the step: here 3 s for 2 rows, and 1 s."""
-    clock = iter([0.0, 3.0, 4.0, 10.0, 12.0])
+    clock = iter([*[100.0] * 3 * rehearsal.WARM, 0.0, 3.0, 4.0, 10.0, 12.0])
     monkeypatch.setattr(rehearsal, "now", lambda here: next(clock))
     found = rehearsal.rehearse(small("train.batch=32", "train.steps=900"), 2, "cpu")
     assert (found.pass_seconds, found.update_seconds, found.sample_seconds) == (3, 1, 2)
@@ -217,9 +218,28 @@ def test_hours_are_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.peak_bytes > 1e7
 
 
-def test_a_compiled_step_is_made_before_the_one_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearsal.loop, "compiled", lambda net, objective, choice: objective.loss)
-    assert rehearsal.make_step(small("train.compile=blocks"), 2, CPU)[0].step == 1 + rehearsal.WARM
+def test_a_large_net_on_a_cpu_makes_no_step_more_than_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    warmed: list[int] = []
+
+    def made(*given: object, warm: int) -> None:
+        warmed.append(warm)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rehearsal, "make_step", made)
+    monkeypatch.setattr(rehearsal.doctor, "examine", lambda *_: Examination(None, "fp32", 1.0, "", {}))
+    for name in ("digits", "imagenet256-xl2"):
+        with pytest.raises(KeyboardInterrupt):
+            rehearsal.rehearse(load(name), 1, "cpu")
+    assert warmed == [rehearsal.WARM, 0]
+
+
+def test_what_does_not_fit_is_told_with_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(rehearsal, "make_step", full)
+    with pytest.raises(UserError, match=r"4 rows.*fewer rows.*net.checkpoint"):
+        rehearsal.rehearse(small(), 4, "cpu")
 
 
 def test_what_training_refuses_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""The step that training would make first, by the same loop, on random numbers; and one sample.
+"""The step that training makes, by the same loop, on random numbers; and one sample.
 
 What would stop a run stops it here: a slope that is not the derivative on this device, memory, a compiler. Passes and
 gradients take so long per row, the update so long per step, however many rows there are: from the two comes the time
@@ -19,10 +19,11 @@ from dumo.sample import generate
 from dumo.train import cost, loop
 from dumo.train.state import State
 from dumo.train.step import Record
-from dumo.types import Cond, Sample
+from dumo.types import Cond, Sample, UserError
 
 HOUR = 3600.0
-WARM = 2  # steps before the one that is timed, on a GPU or compiled: ours; they choose kernels and fill caches
+WARM = 2  # steps before the one that is timed: ours; they choose kernels, compile, allocate
+SLOW = 1e8  # parameters of a net whose first step on a CPU is the one that is timed, it takes so long: ours
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,19 @@ class Rehearsal:
 def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
     """Examine the slope, then make a step of so many rows, and a sample.
 
-    Raises UserError where training would refuse to begin, Diverged where the step is not finite.
+    Raises UserError where training would refuse to begin, or memory is too small; Diverged where the step is not finite.
     """
     here = dist.device(device)
     if here.type == "cuda":
         torch.cuda.reset_peak_memory_stats(here)
     exam = doctor.examine(spec, here)
     exam.require()
-    state, record, passes, update = make_step(spec, rows, here)
+    slow = here.type == "cpu" and sum(p.numel() for p in spec.outline().parameters()) > SLOW
+    try:
+        state, record, passes, update = make_step(spec, rows, here, warm=0 if slow else WARM)
+    except torch.OutOfMemoryError as error:
+        way = "take fewer rows (in training: a larger train.accumulate), or net.checkpoint=true"
+        raise UserError(f"{rows} rows at a time do not fit on {machine.hardware(here).text}: {way}") from error
     nfe, taken = make_sample(spec, state, here)
     step = spec.train.batch / rows * passes + update
     return Rehearsal(
@@ -78,10 +84,9 @@ def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
     )
 
 
-def make_step(spec: Run, rows: int, here: torch.device) -> tuple[State, Record, float, float]:
-    """One step by the training loop: the state after it, its record, seconds of its passes and of its update."""
-    steps = 1 + WARM * (here.type == "cuda" or spec.train.compile != "none")
-    train = spec.train.model_copy(update={"batch": rows, "accumulate": 1, "steps": steps})
+def make_step(spec: Run, rows: int, here: torch.device, *, warm: int = 0) -> tuple[State, Record, float, float]:
+    """One step by the training loop, after some to warm up: the state, its record, seconds of its passes and update."""
+    train = spec.train.model_copy(update={"batch": rows, "accumulate": 1, "steps": warm + 1})
     (x, c), state, records, times = noise(spec, rows, here), loop.begin(spec.build(here), train), list[Record](), [0.0]
 
     def batches(step: int) -> tuple[Sample, Cond]:
