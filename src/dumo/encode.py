@@ -16,8 +16,8 @@ from dumo.codecs.cache import Contents, Plan, read
 from dumo.config.load import FILE, load, override, parse
 from dumo.data import Latents
 from dumo.place import place
-from dumo.run import Watch, unwatched
 from dumo.types import Spec, UserError
+from dumo.watch import Watch, unwatched
 
 
 class Asked(Spec):

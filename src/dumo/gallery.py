@@ -17,12 +17,13 @@ from torch import Tensor
 from dumo.config.error import nearest
 from dumo.config.spec import Run
 from dumo.figure import labelled
-from dumo.run import Tick, Trained, Watch, load_net, made, sample, truth, unwatched
+from dumo.run import Trained, load_net, made, sample, truth
 from dumo.sample import archive, picture
 from dumo.sample.generate import joined, labels
 from dumo.sample.solver import Euler, Heun, Hop, Restart, Solver, check
 from dumo.train import checkpoint
 from dumo.types import Sample, UserError
+from dumo.watch import Tick, Watch, unwatched
 
 PASSES = (1, 2, 4, 8, 16, 50)  # of the trajectories
 COUNT = 8  # rows of trajectories; images of a class

@@ -22,11 +22,12 @@ from dumo.figure import charts, embed, labelled
 from dumo.flow.draw import stream
 from dumo.gallery import PASSES, is_image, readings
 from dumo.metrics.neighbours import Real, nearest
-from dumo.run import Trained, Watch, sample, show, unwatched
+from dumo.run import Trained, sample, show
 from dumo.sample import archive, picture
 from dumo.sample.generate import labels
 from dumo.train import log
 from dumo.types import Sample, UserError
+from dumo.watch import Watch, unwatched
 
 ROWS, COLUMNS = 8, 10  # of a sheet of images; its columns are classes
 GAP = 6  # pixels between images: digits fill their height

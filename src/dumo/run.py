@@ -4,12 +4,11 @@ A run is a folder: run.yaml (complete), metrics.jsonl, checkpoints/, milestones/
 report.html.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,23 +29,7 @@ from dumo.train import loop as training
 from dumo.train.state import State
 from dumo.train.step import Record
 from dumo.types import Sample, UserError
-
-Tick = Callable[[int, str], None]  # (units done so far, a note)
-
-
-@runtime_checkable
-class Watch(Protocol):
-    """Shows how far a piece of work is: `with watch("training", 1000) as tick: tick(10, "loss 0.3")`."""
-
-    def __call__(self, title: str, total: int, /) -> AbstractContextManager[Tick]:
-        """Begin to show work of `total` units."""
-        ...
-
-
-@contextmanager
-def unwatched(title: str, total: int, /) -> Generator[Tick, None, None]:
-    """Shows nothing."""
-    yield lambda done, note: None
+from dumo.watch import Watch, unwatched
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from dumo.config.spec import Run
 from dumo.flow import attention
 from dumo.flow.draw import draw
 from dumo.flow.slope import Along, Jvp, Slope
-from dumo.run import unwatched
 from dumo.sample.solver import Euler, Heun, Hop, Restart
 from dumo.types import Cond, Frozen, Heads, Net, Sample, Time, UserError, still
+from dumo.watch import unwatched
 from e2e.shell import call, refused, sets
 
 CPU = torch.device("cpu")

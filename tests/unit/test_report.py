@@ -18,6 +18,7 @@ from dumo import report, run
 from dumo.config.load import load
 from dumo.train import log
 from dumo.types import UserError
+from dumo.watch import Tick
 
 SMALL = ["train.batch=32", "train.save_every=20", "train.steps=20", "train.schedule.kind=constant"]
 DIGITS = [*SMALL, "train.optimizer.lr=0.02", "net.depth=1", "net.width=16", "train.log_every=4", "train.probe_every=8"]
@@ -181,7 +182,7 @@ def test_the_paths_are_told_with_the_page_last_and_again_it_is_the_same(digits: 
     seen: list[tuple[int, int]] = []
 
     @contextmanager
-    def watch(title: str, total: int) -> Generator[run.Tick, None, None]:
+    def watch(title: str, total: int) -> Generator[Tick, None, None]:
         yield lambda done, note: seen.append((done, total))
 
     paths = report.write(run.open_run(str(digits)), watch)

@@ -18,6 +18,7 @@ from dumo.train import loop
 from dumo.train.state import State
 from dumo.train.step import Record
 from dumo.types import UserError
+from dumo.watch import unwatched
 
 TINY = ["net.width=8", "net.depth=1", "train.batch=4", "train.steps=4", "train.save_every=2"]
 TINY += ["evaluate.protocol.samples=20", "evaluate.nfe=[1]"]
@@ -81,7 +82,7 @@ def test_the_default_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def finished(tmp_path: Path, *more: str) -> Finished:
     """A cell, trained and judged."""
-    return finish(cell("a", *more), tmp_path, device="cpu", watch=run.unwatched)
+    return finish(cell("a", *more), tmp_path, device="cpu", watch=unwatched)
 
 
 def test_finished_cells_are_kept(tmp_path: Path, steps: list[int]) -> None:
@@ -225,7 +226,7 @@ def test_trajectories_are_drawn_and_judged(tmp_path: Path, monkeypatch: pytest.M
     tiny = ["net.width=8", "net.depth=1", "train.batch=4", "train.steps=3", "train.milestones=[0,2]"]
     tiny += ["evaluate.protocol.samples=500", "evaluate.nfe=[1,2]"]
     cells = [Cell(name, load(name, tiny), {"objective": title}) for title, name in trajectory.RECIPES.items()]
-    done = [finish(one, tmp_path / "cells", device="cpu", watch=run.unwatched) for one in cells]
+    done = [finish(one, tmp_path / "cells", device="cpu", watch=unwatched) for one in cells]
     table = trajectory.table(done)
     keys = [(row["objective"], row["step"], row["reading"], row["nfe"]) for row in table]
     assert keys == list(product(("DuMo", "MeanFlow"), (0, 2, 3), "uv", (1, 2)))

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dumo.config.error import nearest
-from dumo.run import Watch
 from dumo.types import UserError
+from dumo.watch import Watch
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Times = Float[Tensor, "works rounds"]  # seconds

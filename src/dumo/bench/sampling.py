@@ -14,10 +14,10 @@ from dumo.bench.clock import Precision, autocast, products
 from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.flow.draw import stream
-from dumo.run import Watch, unwatched
 from dumo.sample import generate
 from dumo.sample.solver import Euler, Solver, check
 from dumo.types import UserError
+from dumo.watch import Watch, unwatched
 
 JUMPS = 4  # passes up to which a restart makes sense: later ones add error (docs/reproduce.md)
 

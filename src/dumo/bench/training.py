@@ -23,9 +23,9 @@ from dumo.config.spec import Run
 from dumo.flow import attention
 from dumo.flow.draw import draw, stream
 from dumo.flow.slope import Central, Slope
-from dumo.run import Watch, unwatched
 from dumo.train import cost, log, loop
 from dumo.types import Frozen, Noised, Objective, UserError, still
+from dumo.watch import Watch, unwatched
 
 Work = Callable[[], None]
 COMPILE = ("none", "blocks", "loss")

@@ -31,9 +31,10 @@ def evaluate(
     from dumo import dist, run
     from dumo.judge import evaluation
     from dumo.judge import sweep as sweeps
+    from dumo.watch import unwatched
 
     with dist.join():
-        main, watch = dist.is_main(), bar if dist.is_main() else run.unwatched
+        main, watch = dist.is_main(), bar if dist.is_main() else unwatched
         trained = run.open_run(run_folder, set_ or [], weights=weights, device=device)
         asked = evaluation.asked(trained, nfe=numbers("--nfe", nfe), seed=seed, solver=solver)
         report = sweeps.sweep(asked, sweep, watch=watch) if sweep else evaluation.evaluate(asked, watch=watch)
@@ -79,9 +80,7 @@ def compare(
 
 def reproduce(
     name: Annotated[str, typer.Argument(help="fig3, fig5, guidance, latents (CIFAR-10) or zoo (digits).")],
-    scale: Annotated[
-        str, typer.Option(help="smoke (a minute) or laptop (ten minutes to half an hour).")
-    ] = "laptop",
+    scale: Annotated[str, typer.Option(help="smoke (a minute) or laptop (ten minutes to half an hour).")] = "laptop",
     folder: Annotated[Path | None, typer.Option("--out", help="Default: runs/reproduce/NAME-SCALE.")] = None,
     device: Device = "auto",
     as_json: AsJson = False,

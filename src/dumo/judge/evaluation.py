@@ -20,11 +20,12 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.judge.card import card
 from dumo.metrics.judge import Judge
-from dumo.run import Tick, Trained, Watch, made, shown, solver_named, truth, unwatched
+from dumo.run import Trained, made, shown, solver_named, truth
 from dumo.sample import archive
 from dumo.sample.solver import Euler, Solver, check
 from dumo.train import log
 from dumo.types import UserError
+from dumo.watch import Tick, Watch, unwatched
 
 FILE = "evaluation.json"
 PLACES = ("protocol.reference", "protocol.weights")  # where files lie; which ones they are the card says

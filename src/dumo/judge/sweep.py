@@ -12,9 +12,10 @@ from dumo.config.spec import Run, Sampling
 from dumo.judge.card import card
 from dumo.judge.evaluation import Row, judge_of, name_of, row, write
 from dumo.metrics.judge import Judge
-from dumo.run import Trained, Watch, open_run, shown, unwatched
+from dumo.run import Trained, open_run, shown
 from dumo.sample.solver import check
 from dumo.types import UserError
+from dumo.watch import Watch, unwatched
 
 EMA = "ema"
 MOST = 1000  # values of a range: more is a slip of the pen

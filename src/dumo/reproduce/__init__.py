@@ -7,9 +7,9 @@ from typing import Any
 from dumo.config.error import nearest
 from dumo.reproduce import fig3, guidance, latents, trajectory, zoo
 from dumo.reproduce.plan import SCALES, alike, finish, markdown, origin
-from dumo.run import Watch, unwatched
 from dumo.sample import archive
 from dumo.types import UserError
+from dumo.watch import Watch, unwatched
 
 PLANS = {
     "fig3": fig3.PLAN,

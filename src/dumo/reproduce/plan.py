@@ -21,8 +21,9 @@ from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.judge import card
 from dumo.judge.evaluation import evaluate, standing
-from dumo.run import Trained, Watch
+from dumo.run import Trained
 from dumo.train import cost
+from dumo.watch import Watch
 
 SCALES = ("smoke", "laptop")
 

@@ -13,8 +13,9 @@ from dumo import gallery
 from dumo.config.load import load
 from dumo.judge.evaluation import judge_of, row
 from dumo.reproduce.plan import Cell, Finished, Plan
-from dumo.run import Trained, unwatched
+from dumo.run import Trained
 from dumo.sample import archive
+from dumo.watch import unwatched
 
 RECIPES = {"DuMo": "digits", "MeanFlow": "digits-meanflow"}
 JUDGED = (1, 2, 50)  # passes: few, and as many as the velocity needs

@@ -12,9 +12,10 @@ import torch
 
 from dumo.config.load import load
 from dumo.judge.evaluation import contrast, evaluate, read, standing
-from dumo.run import Tick, Trained, open_run, train
+from dumo.run import Trained, open_run, train
 from dumo.train import checkpoint
 from dumo.types import UserError
+from dumo.watch import Tick
 
 TINY = ["net.width=16", "net.depth=1", "train.batch=8", "train.steps=4", "train.save_every=2"]
 TINY += ["evaluate.protocol.samples=40"]

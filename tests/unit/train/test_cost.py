@@ -14,9 +14,21 @@ from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
 from dumo.flow.slope import Central, Dual, Jvp, Slope
 from dumo.flow.times import Pair, Uniform
-from dumo.nets import MLP, DiT
+from dumo.nets import MLP, DiT, UNet
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
-from dumo.train.cost import Bytes, exact_rows, flops, forward_flops, forward_units, live_bytes, peak_bytes, way
+from dumo.train import cost
+from dumo.train.cost import (
+    Bytes,
+    activation_bytes,
+    by_depth,
+    exact_rows,
+    flops,
+    forward_flops,
+    forward_units,
+    live_bytes,
+    peak_bytes,
+    way,
+)
 from dumo.types import Needs, Objective, still
 
 PLAIN, GUIDED = Guide(), Guide(zeta=0.5)
@@ -246,6 +258,63 @@ def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Ob
     assert live_bytes(step) == peak_bytes(net, objective, Linear(), shape, rows=rows)
     units = flops(step) / rows / forward_flops(net, objective, shape)
     assert units == forward_units(net, objective, Linear(), shape, rows=rows)
+
+
+def deep(needs: Needs, checkpoint: bool = False) -> nn.Module:
+    """One block more than are all run."""
+    with torch.device("meta"):
+        return DiT(width=32, depth=cost.FEW + 1, attention=2, checkpoint=checkpoint).build(needs, (1, 8, 8), 10)
+
+
+@pytest.mark.parametrize(
+    ("objective", "checkpoint"),
+    [
+        (DuMo(guide=GUIDED), False),
+        (DuMo(guide=GUIDED, slope=Dual()), False),
+        (DuMo(guide=PLAIN, slope=Dual()), True),
+        (MeanFlow(guide=GUIDED), False),
+        (FlowMatching(), True),
+    ],
+)
+def test_the_first_blocks_tell_of_all(objective: Objective, checkpoint: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, shape = deep(objective.needs, checkpoint), (1, 8, 8)
+
+    def counts() -> tuple[float, ...]:
+        given = net, objective, Linear(), shape
+        return forward_flops(net, objective, shape), forward_units(*given), activation_bytes(*given, rows=4)
+
+    told = counts()
+    monkeypatch.setattr(cost, "FEW", len(net.blocks))  # pyright: ignore[reportArgumentType]
+    assert counts() == told
+
+
+def test_blocks_that_differ_are_all_run_and_so_are_those_that_something_outweighs() -> None:
+    def size(net: nn.Module) -> int:
+        return max(100, 7 * len(net.blocks))  # pyright: ignore[reportArgumentType]
+
+    net = deep(DuMo.needs)
+    net.blocks.extend([net.blocks[0]] * 20)  # pyright: ignore
+    assert by_depth(net, size) == 100
+    assert by_depth(net, size, check=True) == 7 * (cost.FEW + 21)
+    assert by_depth(net, lambda net: 7 * len(net.blocks), check=True) == 7 * (cost.FEW + 21)  # pyright: ignore
+    with torch.device("meta"):
+        other = UNet(width=8, multipliers=(1, 2), depth=2).build(DuMo.needs, (1, 8, 8), 0)
+    seen: list[nn.Module] = []
+    assert by_depth(other, lambda net: len(seen) or not seen.append(net)) == 1
+    assert seen == [other]
+
+
+def test_activations_are_a_step_beside_its_gradients() -> None:
+    """With few rows gradients outweigh them, with many they are nearly all there is, and grow with the rows."""
+    with torch.device("meta"):
+        net = DiT(width=64, depth=2, attention=2).build(DuMo.needs, SHAPE, 10)
+    given = DuMo(), Linear(), SHAPE
+    gradients = sum(p.nbytes for p in net.parameters())
+    few, some, many = (activation_bytes(net, *given, rows=rows) for rows in (1, 8, 64))
+    assert many - some == pytest.approx(8 * (some - few), rel=0.02)
+    for rows, own in ((1, few), (64, many)):
+        peak = peak_bytes(net, *given, rows=rows).peak
+        assert max(own, gradients) <= peak <= own + gradients
 
 
 def test_products_in_place_and_fused_ones_are_counted() -> None:
