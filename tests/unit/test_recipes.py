@@ -1,6 +1,7 @@
 """A recipe is one complete file: nothing in it is left to a default that a later version might change."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,37 @@ def test_siblings_differ_in_what_they_compare_only(data: str) -> None:
         assert len({getattr(run, part) for run in runs}) == 1
     assert len({run.train.model_copy(update={"steps": 1}) for run in runs}) == 1  # steps may pay for dearer ones
     assert len({run.evaluate.protocol for run in runs}) == 1
+
+
+# The paper's FID in one pass and in two (Tab. 1); of B/2 the best in one pass (Fig. 4)
+FID = {
+    "imagenet256-xl2": ("3.07", "2.82"),
+    "imagenet256-xl2-432": ("2.60", "1.79"),
+    "imagenet256-xl2-meanflow": ("3.43", "2.93"),
+    "imagenet512-xl4": ("3.47", "2.76"),
+    "imagenet512-xl4-meanflow": ("4.21", "3.41"),
+    "imagenet512-xl1-dcae": ("2.89", "2.23"),
+    "imagenet256-b2": ("63.86",),
+    "imagenet256-b2-meanflow": ("76.04",),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if re.match(r"imagenet\d", name)])
+def test_a_full_size_recipe_says_what_the_paper_has_and_where_its_numbers_come_from(name: str) -> None:
+    text = recipes.read(name)
+    head, lines = text[: text.index("about:")], [line.strip() for line in text.splitlines()]
+    for fid in FID[name] if name in FID else (name.removesuffix("-dual"),):
+        assert fid in head
+    for key in ("lr", "betas", "decay", "batch", "steps", "accumulate", "drop", "zeta", "scale", "ramp"):
+        assert any(re.match(rf"(- )?{key}: .+ # .+", line) for line in lines), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_loads_where_no_folder_is_named(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for variable in re.findall(r"\$(\w+)", recipes.read(name)):
+        monkeypatch.delenv(variable, raising=False)
+    load(name)
 
 
 def test_an_unknown_recipe_is_a_key_error() -> None:

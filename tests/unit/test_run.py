@@ -13,22 +13,20 @@ from dumo.config.load import FILE, load
 from dumo.config.spec import Run
 from dumo.run import (
     FORMS,
-    Tick,
     Trained,
-    Watch,
     export,
     open_run,
     sample,
     show,
     solver_named,
     train,
-    unwatched,
 )
 from dumo.sample.generate import labels
 from dumo.sample.noise import noise
 from dumo.sample.solver import Euler, Heun, Restart
 from dumo.train import checkpoint, log
 from dumo.types import UserError
+from dumo.watch import Tick, Watch, unwatched
 
 TINY = ["net.width=16", "net.depth=1", "train.batch=8", "train.steps=6", "train.save_every=2", "train.log_every=3"]
 

@@ -82,6 +82,7 @@ def reproduce(
     name: Annotated[str, typer.Argument(help="fig3, fig5, guidance, latents (CIFAR-10) or zoo (digits).")],
     scale: Annotated[str, typer.Option(help="smoke (a minute) or laptop (ten minutes to half an hour).")] = "laptop",
     folder: Annotated[Path | None, typer.Option("--out", help="Default: runs/reproduce/NAME-SCALE.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, each with its share of the cores.")] = 1,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -89,7 +90,7 @@ def reproduce(
     from dumo import reproduce
 
     with resumable(f"dumo reproduce {name} --scale {scale}" + (f" --out {folder}" if folder else "")):
-        results = reproduce.reproduce(name, scale, folder, device=device, watch=bar)
+        results = reproduce.reproduce(name, scale, folder, jobs=jobs, device=device, watch=bar)
     if as_json:
         print(json.dumps(results))
         return

@@ -6,7 +6,7 @@ from typing import Any
 
 from dumo.config.error import nearest
 from dumo.reproduce import fig3, guidance, latents, trajectory, zoo
-from dumo.reproduce.plan import SCALES, alike, finish, markdown, origin
+from dumo.reproduce.plan import SCALES, alike, finish_all, markdown, origin
 from dumo.sample import archive
 from dumo.types import UserError
 from dumo.watch import Watch, unwatched
@@ -21,15 +21,24 @@ PLANS = {
 
 
 def reproduce(
-    name: str, scale: str, folder: Path | None = None, *, device: str = "auto", watch: Watch = unwatched
+    name: str,
+    scale: str,
+    folder: Path | None = None,
+    *,
+    jobs: int = 1,
+    device: str = "auto",
+    watch: Watch = unwatched,
 ) -> dict[str, Any]:
-    """Run a plan, and write results.json, table.md and its pictures. Raises UserError for an unknown name or scale."""
+    """Run a plan, and write results.json, table.md and its pictures; `jobs` cells at a time.
+
+    Raises UserError for an unknown name or scale.
+    """
     if name not in PLANS:
         raise UserError(f"there is no figure or table '{name}'; {nearest(name, sorted(PLANS))}")
     if scale not in SCALES:
         raise UserError(f"there is no scale '{scale}'; {nearest(scale, list(SCALES))}")
     plan, folder = PLANS[name], folder or Path("runs/reproduce") / f"{name}-{scale}"
-    done = [finish(cell, folder / "cells", device=device, watch=watch) for cell in plan.cells(scale)]
+    done = finish_all(list(plan.cells(scale)), folder / "cells", jobs=jobs, device=device, watch=watch)
     alike(done)
 
     table = plan.table(done)
@@ -38,7 +47,7 @@ def reproduce(
         "name": name,
         "scale": scale,
         "title": plan.title,
-        "origin": origin(f"dumo reproduce {name} --scale {scale}"),
+        "origin": origin(f"dumo reproduce {name} --scale {scale}" + (f" --jobs {jobs}" if jobs > 1 else "")),
         "table": table,
         "cells": [{"cell": one.cell.name, **one.report} for one in done],
         "files": [str(file) for file in files],
