@@ -50,7 +50,7 @@ class Rehearsal:
 def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
     """Examine the slope, then make a step of so many rows, and a sample.
 
-    Raises UserError where training would refuse to begin, or memory is too small; Diverged where the step is not finite.
+    Raises UserError where training would refuse to begin or memory is too small, Diverged where the step is not finite.
     """
     here = dist.device(device)
     if here.type == "cuda":
