@@ -1,6 +1,7 @@
 """A plan is made once: what is finished is kept, what was stopped goes on, what has changed is made anew."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from itertools import product
@@ -71,6 +72,19 @@ def test_a_plan_leaves_results_table_and_pictures(tmp_path: Path, monkeypatch: p
     assert all(Path(file).is_file() for file in results["files"])
     assert (tmp_path / "out/picture.txt").read_text() == "2 cells"
     assert (tmp_path / "out/table.md").read_text().splitlines()[0] == "# A test"
+
+
+def test_cells_side_by_side_are_those_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
+) -> None:
+    """Made in processes of their own: here no step is trained, and the numbers are the same."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # a core each, as the tests have
+    monkeypatch.setitem(PLANS, "test", plan(cell("a"), cell("b", "train.seed=1")))
+    apart = reproduce("test", "smoke", tmp_path / "apart", jobs=2)
+    assert steps == []
+    assert apart["origin"]["command"].endswith("--jobs 2")
+    assert apart["table"] == reproduce("test", "smoke", tmp_path / "in turn")["table"]
+    assert steps
 
 
 def test_the_default_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
