@@ -1,13 +1,13 @@
 """Plant an error in the mathematics, see that a test fails; once per error. Run by `make mutants`, about two minutes.
 
 A mutant is one replacement in one file of a copy of src. The tests run against the copy; a mutant that they let live
-is a law that nobody checks, and the exit code is 1. One run is without an error, and must pass.
+is a law that nobody checks, and the exit code is 1. At last the tests that saw one run without any, and must pass.
 """
 
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import matplotlib.pyplot  # noqa: F401, as scipy and torch: here once, so that no child needs to
+import pydantic  # noqa: F401
+import pytest
+import scipy.linalg  # noqa: F401
+import torch
+
 ROOT = Path(__file__).parent.parent
 AT_ONCE = 2
+FORK = multiprocessing.get_context("fork")
+ADDED = "--import-mode=importlib --strict-markers --strict-config -ra"
 PATIENCE = 600  # seconds, on a busy machine; alone, no run takes 30
 THEORY, SOLVERS = "tests/theory", "tests/unit/sample/test_solver.py"
 FIXED, FORMULA, LAW, READ, SLOPE, EXACT, UNBIASED = (
@@ -24,6 +32,16 @@ FIXED, FORMULA, LAW, READ, SLOPE, EXACT, UNBIASED = (
 )
 DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
 PROBE = "tests/unit/train/test_probe.py"
+SHORTCUT, SPLIT, TWIN, SOFLOW, RCGM, ALPHA, UCGM, THEOREM = (
+    f"{THEORY}/test_{name}.py"
+    for name in ("shortcut", "split_meanflow", "twinflow", "soflow", "rcgm", "alpha_flow", "ucgm", "theorem")
+)
+CONSISTENCY, IMM, SEVERAL, TVM, RATE, IMF, FACM, SCT = (
+    f"{THEORY}/test_{name}.py" for name in ("consistency", "imm", "several", "tvm", "rate", "imf", "facm", "sct")
+)
+SCHEDULE, EDM, HEADS = (
+    f"tests/unit/{name}.py" for name in ("flow/test_schedule", "nets/test_precondition", "nets/test_own")
+)
 
 
 RULE, DUAL = "tests/unit/flow/test_rule.py", "tests/unit/flow/test_dual.py"
@@ -142,13 +160,19 @@ MUTANTS = [
     Mutant("flow/path.py", "return 1 - t", "return 1 - t * t", "the path is bent", EXACT),
     Mutant("flow/read.py", "lift(t - s, x)", "lift(t, x)", "a hop goes all the way", READ),
     Mutant("flow/read.py", "t=t, r=t)", "t=t, r=0 * t)", "the velocity is read off r = 0", READ),
-    Mutant("flow/metric.py", "s.detach()", "s", "the weight is pulled too", FORMULA),
+    Mutant("flow/metric.py", "(s.detach() + c) ** p", "(s + c) ** p", "the weight is pulled too", FORMULA),
     Mutant("flow/metric.py", "+ c) ** p", "+ c)", "the power is lost", FORMULA),
     Mutant("flow/times.py", "gamma[:, 0] / ", "gamma[:, 1] / ", "a and b change places", LAW),
     Mutant("flow/times.py", "torch.maximum(a, b), torch.minimum(a, b)", "a, b", "r may be after t", LAW),
-    Mutant("flow/times.py", "self.moving(n)), r, t)", "self.moving(n)), r, r)", "r = t is lost", LAW),
-    Mutant("flow/times.py", "so_far.diff() == 0", "so_far.diff() >= 0", "rows at rest are said to move", LAW),
-    Mutant("flow/times.py", "self.std * torch.randn", "torch.randn", "the width of the law is lost", LAW),
+    Mutant("flow/times.py", "torch.where(moving, r, t)", "r", "r = t is lost", LAW),
+    Mutant("flow/times.py", "so_far.diff() > 0", "so_far.diff() < 0", "rows at rest are said to move", LAW),
+    Mutant(
+        "flow/times.py",
+        "t = (self.mean + self.std * torch.randn",
+        "t = (self.mean + torch.randn",
+        "the width of the law is lost",
+        LAW,
+    ),
     Mutant(
         "sample/solver.py",
         "lift(t - s, x) * velocity(x, t, c)",
@@ -165,6 +189,552 @@ MUTANTS = [
     Mutant(
         "sample/grid.py", "log2(n / (n - k))", "log2((n - k) / n)", "the jumps rise", "tests/unit/sample/test_grid.py"
     ),
+    Mutant("objectives/shortcut.py", "torch.exp2(-k - 1)", "torch.exp2(-k)", "a half step is a whole one", SHORTCUT),
+    Mutant(
+        "objectives/shortcut.py", "b.x_t - lift(half", "b.x_t + lift(half", "the half step goes back to noise", SHORTCUT
+    ),
+    Mutant("objectives/shortcut.py", "b.t - half)", "b.t)", "the second half step has the time of the first", SHORTCUT),
+    Mutant(
+        "objectives/shortcut.py",
+        "((u_1 + u_2) / 2).clamp",
+        "(u_1 + u_2).clamp",
+        "the sum of both halves, not their mean",
+        SHORTCUT,
+    ),
+    Mutant(
+        "objectives/shortcut.py",
+        "self.times.levels - 1, b.x_t",
+        "self.times.levels - 2, b.x_t",
+        "guidance in the second doubling",
+        SHORTCUT,
+    ),
+    Mutant(
+        "objectives/shortcut.py",
+        "(u_c,) = ref(x, b.c, t=t, k=k + 1)",
+        "(u_c,) = ref(x, b.c, t=t, k=k)",
+        "a step learns from itself",
+        SHORTCUT,
+    ),
+    Mutant(
+        "objectives/shortcut.py",
+        "torch.full_like(t, self.times.levels))[0]",
+        "0 * t)[0]",
+        "the velocity is read at the longest step",
+        SHORTCUT,
+    ),
+    Mutant(
+        "objectives/shortcut.py", "t * 2.0**k % 1 == 0", "True", "steps from any place are told as taught", SHORTCUT
+    ),
+    Mutant(
+        "objectives/shortcut.py",
+        "self._halves(ref,",
+        "self._halves(Frozen(net),",
+        "targets of the weights in training",
+        SHORTCUT,
+    ),
+    Mutant(
+        "objectives/split_meanflow.py",
+        "(1 - share) * u_1 + share * u_2",
+        "share * u_1 + (1 - share) * u_2",
+        "the parts change weights",
+        SPLIT,
+    ),
+    Mutant(
+        "objectives/split_meanflow.py",
+        "b.x_t - lift(b.t - s",
+        "b.x_t + lift(b.t - s",
+        "the first part goes back to noise",
+        SPLIT,
+    ),
+    Mutant(
+        "objectives/split_meanflow.py",
+        "u_2, b.c, t=s, r=b.r)",
+        "u_2, b.c, t=b.t, r=b.r)",
+        "the second part starts at t",
+        SPLIT,
+    ),
+    Mutant(
+        "objectives/split_meanflow.py",
+        "(1 - lam) * b.t + lam * b.r",
+        "lam * b.t + (1 - lam) * b.r",
+        "s counts from r",
+        SPLIT,
+    ),
+    Mutant(
+        "objectives/split_meanflow.py",
+        "with torch.no_grad():",
+        "with torch.enable_grad():",
+        "the target is pulled too",
+        SPLIT,
+    ),
+    Mutant(
+        "objectives/split_meanflow.py", "b.c, t=b.t, r=s)", "b.c, t=b.t, r=b.r)", "the first part is the whole", SPLIT
+    ),
+    Mutant(
+        "objectives/split_meanflow.py",
+        "lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)",
+        "lambda b, c: ref(b.x_t, b.c, t=b.t, r=b.t)",
+        "V(null) has a label",
+        SPLIT,
+    ),
+    Mutant(
+        "objectives/split_meanflow.py",
+        "self._parts(ref, b[jump])",
+        "self._parts(Frozen(net), b[jump])",
+        "targets of the weights in training",
+        SPLIT,
+    ),
+    Mutant(
+        "objectives/twinflow.py", "return v_fake - v_real", "return v_real - v_fake", "G pushes samples apart", TWIN
+    ),
+    Mutant(
+        "objectives/twinflow.py",
+        "one.x_t - u_one).detach()",
+        "one.x_t - u_one)",
+        "the twin pulls the sample that it learns",
+        TWIN,
+    ),
+    Mutant("objectives/twinflow.py", "one.x_t - u_one)", "one.x_t + u_one)", "the jump goes past noise", TWIN),
+    Mutant("objectives/twinflow.py", 'z=b.drawn["z_twin"].to(b.z)', "z=b.z", "samples meet their own noise", TWIN),
+    Mutant("objectives/twinflow.py", ", teacher=None)", ")", "a teacher of the data teaches the samples", TWIN),
+    Mutant("objectives/twinflow.py", "t=-b.t, r=-b.t)", "t=b.t, r=b.t)", "the twin is the net itself", TWIN),
+    Mutant("objectives/twinflow.py", "self._apart(still(net)", "self._apart(ref", "G is of the average", TWIN),
+    Mutant("objectives/twinflow.py", 'made.at(b.drawn["t_twin"].to(b.t))', "fake", "G at the time of the twin", TWIN),
+    Mutant(
+        "objectives/twinflow.py",
+        "self.residual(u_one, ref, one, self.aim(ref, one))",
+        "self.residual(u_one, ref, one, v_star)",
+        "the jump from noise takes v* from elsewhere",
+        TWIN,
+    ),
+    Mutant("objectives/twinflow.py", "v_hat - v_star", "v_hat - b.v_t", "the flow is not guided", TWIN),
+    Mutant("objectives/twinflow.py", '"one": self.one', '"one": self.twin', "one has the weight of the twin", TWIN),
+    Mutant("sample/guidance.py", "hops=reads.hops", "hops=None", "guided jumps are of any size", SHORTCUT),
+    Mutant(
+        "sample/solver.py", "_reach(solver, reads, nfe)\n\n", "pass\n\n", "jumps that nobody taught are made", SHORTCUT
+    ),
+    Mutant("objectives/soflow.py", "v_star - lift((b", "v_star + lift((b", "u* has the sign of du/dt wrong", SOFLOW),
+    Mutant(
+        "objectives/soflow.py",
+        "lift((b.t - d - b.r).clamp(min=0), b.x_t)",
+        "lift(b.t - b.r, b.x_t)",
+        "the whole step is weighed, not the rest of it",
+        SOFLOW,
+    ),
+    Mutant(
+        "objectives/soflow.py",
+        "back(ref, b, v_star, d)",
+        "back(ref, b, b.v_t, d)",
+        "it goes back along the unguided velocity",
+        SOFLOW,
+    ),
+    Mutant(
+        "objectives/soflow.py",
+        "torch.where(b.r < b.t, 0.5, 1.0)",
+        "torch.where(b.r < b.t, 1.0, 1.0)",
+        "rows with r < t have a whole gradient",
+        SOFLOW,
+    ),
+    Mutant("objectives/soflow.py", "mean=True)", "mean=False)", "the metric sums squares", SOFLOW),
+    Mutant(
+        "objectives/soflow.py",
+        "self.first * (self.last / self.first) ** progress",
+        "self.first + (self.last - self.first) * progress",
+        "the step shrinks by equal parts",
+        SOFLOW,
+    ),
+    Mutant("objectives/soflow.py", "t=b.t, r=b.t)[0]", "t=b.t, r=b.r)[0]", "guidance takes u for v", SOFLOW),
+    Mutant("objectives/soflow.py", ".clamp(min=self.gap)", ".clamp(min=0)", "a step may be of no length", SOFLOW),
+    Mutant("flow/secant.py", "some.x_t - lift(d, some.x_t)", "some.x_t + lift(d, some.x_t)", "it goes forward", SOFLOW),
+    Mutant(
+        "flow/secant.py", "r=torch.minimum(some.r, l)", "r=l", "the earlier point is asked for its velocity", SOFLOW
+    ),
+    Mutant("flow/secant.py", "gain > MAX_GAIN", "gain < 0", "secants are served below fp32", SOFLOW),
+    Mutant(
+        "objectives/rcgm.py",
+        "- v_star\n            off = torch.where",
+        "+ v_star\n            off = torch.where",
+        "v* has the wrong sign",
+        RCGM,
+    ),
+    Mutant(
+        "objectives/rcgm.py", "(now - b.r) / self.order", "(now - b.r)", "the first of N jumps goes all the way", RCGM
+    ),
+    Mutant("objectives/rcgm.py", "t=now, r=then)[0]", "t=now, r=b.r)[0]", "each jump is asked for the whole way", RCGM),
+    Mutant(
+        "objectives/rcgm.py",
+        "torch.where(far < self.step, u_hat - v_star, off)",
+        "off",
+        "rows with r = t aim at 0",
+        RCGM,
+    ),
+    Mutant(
+        "objectives/rcgm.py",
+        "b.x_t - self.step * v_star",
+        "b.x_t - self.step * b.v_t",
+        "the first step is not guided",
+        RCGM,
+    ),
+    Mutant(
+        "objectives/rcgm.py",
+        "off.clamp(-self.clip, self.clip)",
+        "off.clamp(0, self.clip)",
+        "the bound has one side",
+        RCGM,
+    ),
+    Mutant("flow/metric.py", "(alpha / 2 - 1)\n", "(alpha - 2)\n", "Barron's weight has twice its power", RCGM),
+    Mutant(
+        "objectives/alpha_flow.py",
+        "self.floor / (alpha or 1) ** 2",
+        "self.floor / (alpha or 1)",
+        "the floor is in no units of a velocity",
+        ALPHA,
+    ),
+    Mutant(
+        "objectives/alpha_flow.py",
+        "(1 - alpha) * back",
+        "alpha * back",
+        "the two parts of the way change weights",
+        ALPHA,
+    ),
+    Mutant(
+        "objectives/alpha_flow.py",
+        "(u_hat.detach() - self._far(ref, b, v_star, alpha)) / alpha",
+        "(u_hat.detach() - self._far(ref, b, v_star, alpha))",
+        "the residual shrinks with alpha",
+        ALPHA,
+    ),
+    Mutant(
+        "objectives/alpha_flow.py",
+        "u_star = torch.where(lift(moves, u_hat), u_hat.detach() - off, v_star)",
+        "u_star = u_hat.detach() - off",
+        "rows with r = t are cut, too",
+        ALPHA,
+    ),
+    Mutant(
+        "objectives/alpha_flow.py",
+        "v_star - lift(b.t - b.r",
+        "v_star + lift(b.t - b.r",
+        "u* has the sign of du/dt wrong at the end",
+        ALPHA,
+    ),
+    Mutant("objectives/alpha_flow.py", "1 - 1 / (1 + exp(", "1 / (1 + exp(", "alpha grows", ALPHA),
+    Mutant("objectives/alpha_flow.py", "0.0 if alpha < self.snap else", "", "alpha never comes to 0", ALPHA),
+    Mutant(
+        "objectives/ucgm.py",
+        "- self.ratio * u_s) / (1",
+        "+ self.ratio * u_s) / (1",
+        "alignment has the wrong sign",
+        UCGM,
+    ),
+    Mutant(
+        "objectives/ucgm.py",
+        "b.c, t=self.ratio * b.t)",
+        "b.c, t=b.t)",
+        "F is aligned at another time than its point's",
+        UCGM,
+    ),
+    Mutant(
+        "objectives/ucgm.py",
+        "lift((1 - self.ratio) * b.t, b.x_t)",
+        "lift(self.ratio * b.t, b.x_t)",
+        "the point is at (1 - ratio) t",
+        UCGM,
+    ),
+    Mutant("objectives/ucgm.py", "now = still(net)", "now = ref", "F is aligned with theta^-", UCGM),
+    Mutant("objectives/ucgm.py", "lift(4 / (QUARTER", "lift(1 / (QUARTER", "the gain is a quarter", UCGM),
+    Mutant(
+        "objectives/ucgm.py", "torch.cos(QUARTER * b.t)", "torch.sin(QUARTER * b.t)", "the weight grows with t", UCGM
+    ),
+    Mutant(
+        "objectives/ucgm.py", "u_hat.detach() + lift(b.t", "u_hat.detach() - lift(b.t", "dF/dt has the wrong sign", UCGM
+    ),
+    Mutant(
+        "objectives/ucgm.py",
+        "        with torch.no_grad():\n            u_star",
+        "        with torch.enable_grad():\n            u_star",
+        "F is pulled less",
+        THEOREM,
+    ),
+    Mutant(
+        "objectives/ucgm.py",
+        "(u_hat - self.ratio * u_s) / (1 - self.ratio) - b.v_t",
+        "(u_hat - self.ratio * u_s) - b.v_t",
+        "the rate is not over the time",
+        THEOREM,
+    ),
+    Mutant("flow/metric.py", "((s + c**2).sqrt() + c)", "((s + c**2).sqrt() - c)", "the Huber loss is another", UCGM),
+    Mutant(
+        "objectives/consistency.py",
+        "b.x_t - lift(step, b.x_t) * b.v_t",
+        "b.x_t + lift(step, b.x_t) * b.v_t",
+        "x_r lies on the other side of x_t",
+        CONSISTENCY,
+    ),
+    Mutant(
+        "objectives/consistency.py", "b.v_t, b.c, t=r)", "b.v_t, b.c, t=t)", "x_r is asked of at time t", CONSISTENCY
+    ),
+    Mutant("objectives/consistency.py", "else b.at(t)", "else b", "t moves to the grid, x_t does not", CONSISTENCY),
+    Mutant(
+        "objectives/consistency.py",
+        "lift(r * one_over, b.x_t) *",
+        "lift(t * one_over, b.x_t) *",
+        "the secant forgets that r is at rest",
+        CONSISTENCY,
+    ),
+    Mutant(
+        "objectives/consistency.py",
+        "(u_hat - u_r)",
+        "(u_hat.detach() - u_r)",
+        "the loss no longer lives on D",
+        CONSISTENCY,
+    ),
+    Mutant("objectives/consistency.py", "(u_r,) = ref(", "(u_r,) = net(", "both points are pulled", CONSISTENCY),
+    Mutant(
+        "objectives/consistency.py",
+        "(1 - t) * (1 - r) * one_over",
+        "(1 - t) * one_over",
+        "the weight forgets 1 - r",
+        CONSISTENCY,
+    ),
+    Mutant(
+        "flow/schedule.py", "self.q ** -(stage + 1)", "self.q**-stage", "ECT's stages start one too early", SCHEDULE
+    ),
+    Mutant(
+        "flow/schedule.py",
+        "level(i + 1), torch.where(i > 0, level(i), 0.0)",
+        "level(i + 1), level(i)",
+        "no step ends at the data",
+        SCHEDULE,
+    ),
+    Mutant(
+        "flow/schedule.py",
+        "(log2(self.last / self.first) + 1)",
+        "log2(self.last / self.first)",
+        "iCT doubles once too few",
+        SCHEDULE,
+    ),
+    Mutant("objectives/imm.py", "(u_q,) = ref(", "(u_q,) = net(", "y' is pulled too", IMM),
+    Mutant("objectives/imm.py", "lift(at_q.t - b.r, b.x_t)", "lift(b.t - b.r, b.x_t)", "y' jumps as far as y", IMM),
+    Mutant("objectives/imm.py", "- 2 * kernel(mine, other)", "- kernel(mine, other)", "the discrepancy is none", IMM),
+    Mutant("objectives/imm.py", "t=at_q.t, r=b.r)", "t=b.t, r=b.r)", "x_q is asked of at time t", IMM),
+    Mutant(
+        "objectives/imm.py",
+        "* (1 - t) ** (self.a - 1)",
+        "* (1 - t) ** self.a",
+        "the weight has 1 - t once too often",
+        IMM,
+    ),
+    Mutant(
+        "objectives/imm.py",
+        "step.clamp(min=NEAREST) * mine.shape[-1]",
+        "step.clamp(min=NEAREST)",
+        "the kernel does not know of D",
+        IMM,
+    ),
+    Mutant("objectives/imm.py", "torch.maximum(r,", "torch.minimum(r,", "q falls below r", IMM),
+    Mutant(
+        "objectives/imm.py",
+        "exact = torch.promote_types(y.dtype, torch.float32)",
+        "exact = y.dtype",
+        "kernels are rounded to bf16",
+        IMM,
+    ),
+    Mutant("nets/precondition.py", "(2 * past - 1)", "(1 - 2 * past)", "the skip has its sign wrong", EDM),
+    Mutant("nets/precondition.py", "skip - y / n", "skip - y", "c_out is 1", EDM),
+    Mutant("nets/precondition.py", "return x / n,", "return x,", "c_in is 1", EDM),
+    Mutant(
+        "objectives/part.py",
+        "return v_star - lift(b.t - b.r, b.x_t) * rate",
+        "return v_star - lift(b.t, b.x_t) * rate",
+        "the average is not down to r",
+        SEVERAL,
+    ),
+    Mutant(
+        "objectives/part.py",
+        "return v_star - lift(b.t, b.x_t) * rate",
+        "return v_star + lift(b.t, b.x_t) * rate",
+        "u* has the sign of du/dt wrong",
+        SEVERAL,
+    ),
+    Mutant(
+        "objectives/part.py",
+        "middle = (some.t + some.r) / 2",
+        "middle = (some.t + some.r) / 3",
+        "the halves are none",
+        SEVERAL,
+    ),
+    Mutant(
+        "objectives/part.py",
+        "lift(some.t - middle, one) * one, middle,",
+        "lift(some.t - middle, one) * one, some.t,",
+        "the second half has the time of the first",
+        SEVERAL,
+    ),
+    Mutant(
+        "objectives/part.py",
+        ".where(lift(some.r < some.t, one), m_star[place])",
+        "",
+        "rows without a step teach themselves",
+        SEVERAL,
+    ),
+    Mutant(
+        "objectives/several.py",
+        "v_star = self.guide(b, heads[first],",
+        "v_star = self.guide(b, heads[-1],",
+        "guidance asks another head",
+        SEVERAL,
+    ),
+    Mutant(
+        "objectives/several.py",
+        "self._aimed(ref, first)(b.x_t, b.t, b.r, c)",
+        "self._aimed(ref, 0)(b.x_t, b.t, b.r, c)",
+        "V(null) is another head's",
+        SEVERAL,
+    ),
+    Mutant(
+        "objectives/several.py", "part.weight * part.measure(e)", "part.measure(e)", "parts have no weights", SEVERAL
+    ),
+    Mutant(
+        "objectives/several.py",
+        "self._aimed(ref, i)) for i, (part, rate) in at]",
+        "self._aimed(net, i)) for i, (part, rate) in at]",
+        "halves are those of the weights in training",
+        SEVERAL,
+    ),
+    Mutant(
+        "objectives/several.py",
+        "None if any(part.derived and not part.aims for part in self.parts) else b.moving",
+        "b.moving",
+        "no du/dt where r = t",
+        SEVERAL,
+    ),
+    Mutant(
+        "objectives/several.py",
+        "key=lambda i: self.parts[i].aims",
+        "key=lambda i: not self.parts[i].aims",
+        "the endpoint is read off m",
+        SEVERAL,
+    ),
+    Mutant(
+        "nets/dit.py",
+        "F.silu(told + own[k]) if k in own else e",
+        "F.silu(told + sum(own.values(), 0 * told))",
+        "r reaches every head",
+        HEADS,
+    ),
+    Mutant(
+        "nets/mlp.py",
+        "F.silu(h + own[k]) if k in own else told",
+        "F.silu(h + sum(own.values(), 0 * h))",
+        "r reaches every head",
+        HEADS,
+    ),
+    Mutant("nets/unet.py", "a = a * (1 + scale) + shift", "a = a * scale + shift", "a head without its norm", HEADS),
+    Mutant("objectives/tvm.py", "b.x_t - gap * u_hat", "b.x_t + gap * u_hat", "the jump goes the wrong way", TVM),
+    Mutant(
+        "objectives/tvm.py", "u_hat - gap * du_dr - v_r", "u_hat + gap * du_dr - v_r", "du/dr has the wrong sign", TVM
+    ),
+    Mutant(
+        "objectives/tvm.py",
+        "b.c, t=b.r, r=b.r, **told",
+        "b.c, t=b.t, r=b.r, **told",
+        "the velocity is that of another time",
+        TVM,
+    ),
+    Mutant("objectives/tvm.py", "terminal = beta**2 *", "terminal = beta *", "guided rows weigh too much", TVM),
+    Mutant("objectives/tvm.py", "(b.r < b.t) * ", "", "rows with r = t count", TVM),
+    Mutant("objectives/tvm.py", 'of="r", t=b.t', 'of="t", t=b.t', "the derivative is in t", TVM),
+    Mutant("objectives/tvm.py", "beta=torch.ones_like(beta)", "beta=beta", "V(null) is told of guidance", TVM),
+    Mutant("objectives/tvm.py", "lift(1 / beta, b.x_t)", "lift(beta, b.x_t)", "the scale is upside down", TVM),
+    Mutant("objectives/tvm.py", 'b.at(b.drawn["s"])', "b.at(b.r)", "the velocity has no time of its own", TVM),
+    Mutant("objectives/tvm.py", "masked_fill(b.kept,", "masked_fill(~b.kept,", "dropped rows are guided", TVM),
+    Mutant("flow/rate.py", "inputs[of] + d", "inputs[of] - d", "the difference has the wrong sign", RATE),
+    Mutant("flow/rate.py", "/ (2 * self.h)", "/ self.h", "the difference is twice the derivative", RATE),
+    Mutant(
+        "flow/dual.py",
+        "    if recording():\n        return pair",
+        "    if recording() and False:\n        return pair",
+        "rates lose their gradient",
+        RATE,
+    ),
+    Mutant(
+        "flow/rule/layer.py",
+        "if recording():  # to",
+        "if recording() and False:  # to",
+        "the norm's deviation is held still",
+        RATE,
+    ),
+    Mutant(
+        "flow/attention.py",
+        "p = (s * q @ k.mT).softmax(-1)\n        out",
+        "p = (s * q @ k.mT).softmax(-1).detach()\n        out",
+        "attention's weights are held still",
+        RATE,
+    ),
+    Mutant(
+        "nets/lean.py",
+        "recorded() if recording() else primal_only()",
+        "primal_only()",
+        "a checkpoint loses the rate",
+        RATE,
+    ),
+    Mutant("objectives/imf.py", "du_dt, _ = along(v)", "du_dt, _ = along(b.v_t)", "du/dt runs along the draw", IMF),
+    Mutant(
+        "objectives/imf.py", "v_star - lift(b.t - b.r", "v_star + lift(b.t - b.r", "u* has the sign of du/dt wrong", IMF
+    ),
+    Mutant(
+        "objectives/imf.py",
+        'b.drawn["low"].masked_fill(still, 0)',
+        'b.drawn["low"]',
+        "rows with r = t are not guided at all times",
+        IMF,
+    ),
+    Mutant("objectives/imf.py", "(1 - 1 / w)", "(w - 1)", "guidance takes V(c) for unguided", IMF),
+    Mutant("objectives/imf.py", "lift(b.kept * (1", "lift((1", "rows without a label are guided", IMF),
+    Mutant(
+        "objectives/facm.py",
+        "(v_hat,) = net(b.x_t, b.c, t=-b.t)",
+        "(v_hat,) = net(b.x_t, b.c, t=b.t)",
+        "the anchor is told t",
+        FACM,
+    ),
+    Mutant("objectives/facm.py", "v_star - lift(b.t", "v_star + lift(b.t", "u* has the sign of du/dt wrong", FACM),
+    Mutant("objectives/facm.py", "along(v_star)", "along(b.v_t)", "du/dt runs along the unguided velocity", FACM),
+    Mutant(
+        "objectives/facm.py",
+        "lift(1 - (1 - t).sqrt(), error)",
+        "lift((1 - t).sqrt(), error)",
+        "u is relaxed at the wrong end",
+        FACM,
+    ),
+    Mutant("objectives/facm.py", "u_hat - self.step", "u_star - self.step", "u is led away from its target", FACM),
+    Mutant(
+        "objectives/facm.py",
+        "velocity=lambda x, t, c: net(x, c, t=-t)[0]",
+        "velocity=lambda x, t, c: net(x, c, t=t)[0]",
+        "the velocity is read off u",
+        FACM,
+    ),
+    Mutant(
+        "objectives/sct.py", "grown * sin * (b.x_t + slow", "grown * sin * (b.x_t - slow", "f' has the wrong sign", SCT
+    ),
+    Mutant("objectives/sct.py", "-cos * (cos * (f", "cos * (cos * (f", "f is pushed from its target", SCT),
+    Mutant("objectives/sct.py", "slow * df_dt", "df_dt", "d/dt stands for d/dtheta", SCT),
+    Mutant("objectives/sct.py", "grown * sin * (", "sin * (", "there is no warm-up", SCT),
+    Mutant(
+        "objectives/sct.py",
+        "theta.cos() * x - theta.sin()",
+        "theta.cos() * x + theta.sin()",
+        "the endpoint is on the wrong side",
+        SCT,
+    ),
+    Mutant(
+        "objectives/sct.py", "(-log_variance).exp() * pull", "log_variance.exp() * pull", "the gauge multiplies", SCT
+    ),
+    Mutant(
+        "objectives/sct.py", "clamp(EDGE, pi / 2 - EDGE)", "clamp(0, pi / 2)", "the weight at t = 0 is infinite", SCT
+    ),
 ]
 
 
@@ -178,49 +748,81 @@ def plant(mutant: Mutant, src: Path) -> None:
 
 
 def run(src: Path, tests: list[str]) -> tuple[int, str]:
-    """Exit code and output of the tests against this copy. Raises RuntimeError if another one would be tested."""
-    env = {**os.environ, "PYTHONPATH": str(src), "PYTHONDONTWRITEBYTECODE": "1"}
-    where = [sys.executable, "-c", "import dumo; print(dumo.__file__)"]
-    found = subprocess.run(where, cwd=ROOT, env=env, capture_output=True, text=True, check=True).stdout.strip()
-    if Path(found) != src / "dumo" / "__init__.py":
-        raise RuntimeError(f"the tests would run against {found}, not against {src}")
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "--no-header", "-p", "no:cacheprovider", *tests]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=PATIENCE)
-    return done.returncode, done.stdout + done.stderr
+    """Exit code and output of the tests against this copy, in a process forked from this one: torch is there already.
+
+    Raises TimeoutError where they take too long.
+    """
+    output = src.parent / "output"
+    child = FORK.Process(target=test, args=(src, tests, output))
+    child.start()
+    end = time.monotonic() + PATIENCE
+    while child.exitcode is None:  # not join: what it waits for, the other child has inherited
+        if time.monotonic() > end:
+            child.kill()
+            raise TimeoutError(f"no end after {PATIENCE} s")
+        time.sleep(0.05)
+    return child.exitcode, output.read_text()
 
 
-def trial(mutant: Mutant | None) -> tuple[bool, str]:
-    """Whether the tests did what they should, pass without a mutant and fail with one, and what they said."""
+def test(src: Path, tests: list[str], output: Path) -> None:
+    """Run the tests in this process, and end it. Shapes are not checked here: that takes longer than the tests."""
+    with output.open("w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+        sys.path.insert(0, str(src))
+        import dumo
+
+        if Path(dumo.__file__) != src / "dumo" / "__init__.py":
+            raise RuntimeError(f"the tests would run against {dumo.__file__}, not against {src}")
+        options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-n", "0", "-o", f"addopts={ADDED}"]
+        code = pytest.main([*options, *tests])
+    os._exit(code)
+
+
+def copied(folder: str) -> Path:
+    """A copy of the source, with what Python has compiled of it."""
+    src = Path(folder).resolve() / "src"
+    shutil.copytree(ROOT / "src", src)
+    return src
+
+
+def trial(mutant: Mutant) -> tuple[str | None, str]:
+    """The test that fails with a mutant, None if it lives, and what to say of it."""
     with TemporaryDirectory() as folder:
-        src = Path(folder).resolve() / "src"
-        shutil.copytree(ROOT / "src", src, ignore=shutil.ignore_patterns("__pycache__"))
-        if mutant is None:
-            code, output = run(src, sorted({m.tests for m in MUTANTS}))
-            return code == 0, output.strip().splitlines()[-1]
+        src, file = copied(folder), Path(mutant.file)
+        mine = ["-k", file.stem] if file.parent.name == "objectives" and mutant.tests == FIXED else []
         try:
             plant(mutant, src)
-            code, output = run(src, [mutant.tests])
-        except (ValueError, subprocess.TimeoutExpired) as error:
-            return False, str(error)
-    failed = re.search(r"^FAILED \S*::(\S+)", output, re.MULTILINE)
+            code, output = run(src, [mutant.tests, *mine])
+        except (ValueError, TimeoutError) as error:
+            return None, str(error)
+    failed = re.search(r"^FAILED (.*?)( - .*)?$", output, re.MULTILINE)
     if code == 1 and failed:
-        return True, failed[1]
-    return False, "SURVIVED" if code == 0 else f"no test failed, yet pytest exits with {code}: {output[-300:]}"
+        return failed[1], failed[1].partition("::")[2]
+    return None, "SURVIVED" if code == 0 else f"no test failed, yet pytest exits with {code}: {output[-300:]}"
+
+
+def sane(tests: set[str]) -> str:
+    """What the tests that saw an error say without one; empty if they pass."""
+    with TemporaryDirectory() as folder:
+        code, output = run(copied(folder), sorted(tests))
+    return output[-2000:] if code else ""
 
 
 def main() -> int:
-    """Print a row per mutant. 0 if every one was killed."""
+    """Print a row per mutant. 0 if every one was killed, by a test that passes without it."""
     begun = time.monotonic()
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    seen: list[str] = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        sane = pool.submit(trial, None)
-        dead = []
-        for mutant, (killed, said) in zip(MUTANTS, pool.map(trial, MUTANTS), strict=True):
-            dead.append(killed)
-            print(f"{'killed' if killed else 'ALIVE '}  {mutant.file:28} {mutant.why:46} {said}", flush=True)
-    fine, said = sane.result()
-    print(f"{'fine  ' if fine else 'BROKEN'}  without a mutant: {said}")
-    print(f"{sum(dead)} of {len(MUTANTS)} mutants killed in {time.monotonic() - begun:.0f} s")
-    return 0 if fine and all(dead) else 1
+        for mutant, (failed, said) in zip(MUTANTS, pool.map(trial, MUTANTS), strict=True):
+            seen += [failed] * (failed is not None)
+            print(f"{'killed' if failed else 'ALIVE '}  {mutant.file:28} {mutant.why:46} {said}", flush=True)
+    broken = sane(set(seen))
+    print(f"BROKEN  without a mutant: {broken}" if broken else f"fine    without a mutant: {len(set(seen))} tests pass")
+    print(f"{len(seen)} of {len(MUTANTS)} mutants killed in {time.monotonic() - begun:.0f} s")
+    return 1 if broken or len(seen) < len(MUTANTS) else 0
 
 
 if __name__ == "__main__":

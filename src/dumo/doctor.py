@@ -118,13 +118,13 @@ def _point(run: Run, rows: int, device: torch.device) -> tuple[Sample, Sample, C
     x, z = torch.randn(2, rows, *run.data.shape, generator=g).unbind()
     c = torch.randint(run.data.classes + 1, (rows,), generator=g)  # the null class, too
     t = torch.linspace(0, 1, rows + 1)[1:]
-    inputs = {name: t if name == "t" else t * torch.linspace(1, 0, rows) for name in needs.inputs}
-    inputs |= {name: torch.full_like(t, value) for name, value in needs.knobs.items()}
+    knobs = {name: torch.full_like(t, value) for name, value in needs.knobs.items()}
+    inputs = {name: t if name == "t" else t * torch.linspace(1, 0, rows) for name in needs.names} | knobs
     x_t, w = run.path.at(x, z, t)
     return x_t.to(device), w.to(device), c.to(device), {name: s.to(device) for name, s in inputs.items()}
 
 
-def _exact(net: nn.Module, x: Sample, w: Sample, c: Cond, **inputs: Time) -> Heads:
+def _exact(net: nn.Module, x: Sample, w: Sample, c: Cond, /, **inputs: Time) -> Heads:
     """d/dt of every output in float64, on the CPU where the device has none."""
     where = torch.device("cpu") if x.device.type == "mps" else x.device
     net, c = copy.deepcopy(net).to(where).double(), c.to(where)

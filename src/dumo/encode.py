@@ -61,39 +61,32 @@ def asked(
 def encode(
     data: Latents,
     *,
-    store: str = "moments",
-    dtype: str = "float16",
-    shard_rows: int = 1024,
-    seed: int = 0,
     batch: int = 32,
     part: tuple[int, int] = (0, 1),
     device: str = "auto",
     watch: Watch = unwatched,
+    **options: object,
 ) -> Encoded:
     """Make shards k, k + n, k + 2 n ... of the cache, `part` being (k, n), with mirrored images where data are flipped.
 
-    Raises UserError as opening the images or the codec does, and where the folder holds something else.
+    `options` are fields of the `Plan`: store, dtype, shard_rows, seed. Raises UserError as opening the images or the
+    codec does, for an option that is none, and where the folder holds something else.
     """
     (rank, world), images = part, data.images
     opened, album = data.codec.open(dist.device(device)), images.model_copy(update={"memory": 0.0}).open()
-    plan = {
+    tree = {
         "source": " ".join(word for word in (images.root, images.split) if word),
         "resolution": images.side,
         "crop": images.crop,
         "classes": images.classes,
         "names": album.names,
         "flips": images.flip,
-        "store": store,
-        "dtype": dtype,
-        "shard_rows": shard_rows,
-        "seed": seed,
     }
-    mine = range(rank, ceil(len(album) / shard_rows), world)
-    total = sum(min(shard_rows, len(album) - k * shard_rows) for k in mine)
+    plan = parse(Plan, tree | options)
+    mine = range(rank, ceil(len(album) / plan.shard_rows), world)
+    total = sum(min(plan.shard_rows, len(album) - k * plan.shard_rows) for k in mine)
     with watch(f"encoding {images.root}", total) as tick:
-        done = codecs.encode(
-            album, opened, parse(Plan, plan), data.folder, batch=batch, rank=rank, world=world, tick=tick
-        )
+        done = codecs.encode(album, opened, plan, data.folder, batch=batch, rank=rank, world=world, tick=tick)
     return Encoded(data.folder, done, None if done.missing else read(data.folder))
 
 

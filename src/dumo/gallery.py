@@ -17,11 +17,12 @@ from torch import Tensor
 from dumo.config.error import nearest
 from dumo.config.spec import Run
 from dumo.figure import labelled
-from dumo.run import Trained, load_net, made, sample, truth
+from dumo.run import made, sample, truth
 from dumo.sample import archive, picture
 from dumo.sample.generate import joined, labels
 from dumo.sample.solver import Euler, Heun, Hop, Restart, Solver, check
 from dumo.train import checkpoint
+from dumo.trained import Trained, load_net
 from dumo.types import Sample, UserError
 from dumo.watch import Tick, Watch, unwatched
 
@@ -56,7 +57,8 @@ def readings(run: Run, along: Euler | Heun | None = None) -> dict[str, Reading]:
     """The readings that the objective taught, by letter; v takes steps by `along`, Euler's if None."""
     heads, reads, along = run.objective.needs.heads, run.reads, along or Euler()
     jumps = [s for s in (run.sample.solver, Restart(), Hop()) if s.uses != "velocity" and getattr(reads, s.uses)]
-    found = {"u": Reading("u", f"{heads[-1]} head, jumps ({jumps[0].kind})", jumps[0])} if jumps else {}
+    jumping = "u" if "u" in heads and jumps and jumps[0].uses == "endpoint" else heads[-1]
+    found = {"u": Reading("u", f"{jumping} head, jumps ({jumps[0].kind})", jumps[0])} if jumps else {}
     if reads.velocity:
         head = "v head" if "v" in heads else f"v = {heads[-1]} at r = t"
         found["v"] = Reading("v", f"{head}, {along.kind.title()} steps", along)
@@ -158,7 +160,7 @@ def class_grid(
     every = torch.arange(trained.run.data.classes).repeat_interleave(count)
     some = [k * count + i for k in classes for i in range(count)]
     solver = reading.at(nfe)
-    found = joined(list(made(trained, nfe=nfe, c=every, seed=seed, solver=solver, indices=some)))
+    found = joined(made(trained, nfe=nfe, c=every, seed=seed, solver=solver, indices=some))
     sheets = [picture.sheet(part, across(count)) for part in picture.to_uint8(found.x).split(count)]
     blocks = [labelled([("", [sheet])], [f"class {k}"]) for k, sheet in zip(classes, sheets, strict=True)]
     pixels = torch.from_numpy(np.stack([np.asarray(block) for block in blocks]))

@@ -22,10 +22,11 @@ from dumo.figure import charts, embed, labelled
 from dumo.flow.draw import stream
 from dumo.gallery import PASSES, is_image, readings
 from dumo.metrics.neighbours import Real, nearest
-from dumo.run import Trained, sample, show
+from dumo.run import sample, show
 from dumo.sample import archive, picture
 from dumo.sample.generate import labels
 from dumo.train import log
+from dumo.trained import Trained
 from dumo.types import Sample, UserError
 from dumo.watch import Watch, unwatched
 

@@ -5,60 +5,33 @@ report.html.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dumo import dist, doctor
-from dumo.codecs.scaled import Opened
+from dumo import dist, doctor, teacher
 from dumo.config.folder import claim, note
-from dumo.config.load import FILE, difference, load, parse
+from dumo.config.load import parse
 from dumo.config.spec import Run, Sampling
 from dumo.data import Latents
 from dumo.data.source import Source
 from dumo.flow.draw import stream
 from dumo.flow.guide import Guide
+from dumo.flow.read import reading
 from dumo.sample import archive, generate, picture
 from dumo.sample.solver import Solver, check
 from dumo.train import checkpoint, cost, log
 from dumo.train import loop as training
 from dumo.train.state import State
 from dumo.train.step import Record
+from dumo.trained import Trained as Trained
+from dumo.trained import begun
+from dumo.trained import open_run as open_run
 from dumo.types import Sample, UserError
 from dumo.watch import Watch, unwatched
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A run's folder, opened to read: the net that is shown (the first average), and where it stands."""
-
-    run: Run
-    folder: Path
-    net: nn.Module
-    step: int
-    weights: str  # the file they came from, relative to the folder where it lies inside
-    file: Path = Path()  # that file
-
-    @property
-    def device(self) -> torch.device:
-        """Where the net is."""
-        return next(self.net.parameters()).device
-
-    @cached_property
-    def codec(self) -> Opened | None:
-        """The codec that decodes what the net makes, with its weights; None where nothing is decoded.
-
-        Raises UserError where they are missing or others than those meant.
-        """
-        return self.run.data.codec.open(self.device) if isinstance(self.run.data, Latents) else None
-
-    def decode(self, x: Sample) -> Sample:
-        """What the net makes as images in [-1, 1], on the CPU; x itself where there is no codec. Raises as `codec`."""
-        return x if self.codec is None else self.codec.decode(x).cpu()
 
 
 def train(run: Run, folder: Path, *, device: str = "auto", watch: Watch = unwatched) -> State:
@@ -71,21 +44,29 @@ def train(run: Run, folder: Path, *, device: str = "auto", watch: Watch = unwatc
     claim(run, folder)
     source, spec = run.data.open(), run.train
     doctor.examine(run, here).require()
-    state = training.begin(run.build(here), run.train)
-    if last := checkpoint.latest(folder / "checkpoints"):
+    known = teacher.opened(run.teacher, run, here) if run.teacher else None
+    last = checkpoint.latest(folder / "checkpoints")
+    net = begun(run.build(here), run.start, here) if run.start and not last else run.build(here)
+    state = training.begin(net, run.train)
+    if last:
         checkpoint.restore(last, state)
     if state.step > run.train.steps:
         raise UserError(f"{folder} has {state.step} steps behind it, so train.steps={run.train.steps} is no more to do")
+    if known:
+        known.check(folder)
     log.rewind(metrics, state.step)
     note(run, folder)
+    if run.teacher and known:
+        known.note(folder)
+        if pairs := run.teacher.pairs:
+            source = teacher.couple(run, pairs, known.reads, folder / "pairs", here, watch)
 
     first = min(spec.save_every, spec.steps)  # the step of the first checkpoint
     if 0 < state.step <= first:  # what was refused there still is
         doctor.examine_weights(run, state.net, here).require()
 
-    def batches(step: int) -> tuple[Tensor, Tensor]:
-        x, c = source.batch(step, spec.batch, spec.seed)
-        return x.to(here), c.to(here)
+    def batches(step: int) -> tuple[Tensor, ...]:
+        return tuple(part.to(here) for part in source.batch(step, spec.batch, spec.seed))
 
     def mark(state: State, record: Record) -> None:
         if state.step in spec.milestones:
@@ -110,48 +91,9 @@ def train(run: Run, folder: Path, *, device: str = "auto", watch: Watch = unwatc
             training.Every(1, mark),
             training.Every(first, save),
         )
-        training.train(state, batches, run.objective, run.path, run.data.classes, spec, hooks)
+        training.train(state, batches, run.objective, run.path, run.data.classes, spec, hooks, known and known.velocity)
     checkpoint.save(folder / "checkpoints", state, spec.keep)
     return state
-
-
-def open_run(
-    source: str, overrides: Sequence[str] = (), *, weights: str | None = None, device: str = "auto"
-) -> Trained:
-    """Open a run's folder to sample or judge it. Raises UserError where it is none, or has no checkpoint yet."""
-    folder = Path(source)
-    if not (folder / FILE).is_file():
-        raise UserError(f"{source} is no run's folder (it has no {FILE}): train one first, e.g. dumo train digits")
-    run = load(source, overrides)
-    if differs := list(difference(load(source), run)):
-        raise UserError(f"these fields of {source} are as they were trained:\n  " + "\n  ".join(differs))
-    last = checkpoint.latest(folder / "checkpoints")
-    if last is None:
-        raise UserError(f"{source} has no checkpoint yet: train it first, dumo train {source}")
-    file = shown(folder, run) if weights is None else Path(weights)
-    net = load_net(run, file, dist.device(device))
-    step, _ = checkpoint.counts(last / "state.json")
-    name = str(file.relative_to(folder)) if weights is None else weights
-    return Trained(run, folder, net, checkpoint.step_of(file, step), name, file)
-
-
-def shown(folder: Path, run: Run) -> Path:
-    """The weights of a run that are sampled and judged: the first average of the last checkpoint, the net's of none.
-
-    Raises UserError where there is no checkpoint yet.
-    """
-    last = checkpoint.latest(folder / "checkpoints")
-    if last is None:
-        raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {folder}")
-    return last / (f"ema-{run.train.ema[0].decay}.safetensors" if run.train.ema else "net.safetensors")
-
-
-def load_net(run: Run, file: Path, device: torch.device) -> nn.Module:
-    """A run's net with the weights of a file. Raises UserError where they do not fit."""
-    net, found = run.build(device), checkpoint.load_weights(file)
-    checkpoint.check(file, found, net.state_dict())
-    net.load_state_dict(found)
-    return net.eval()
 
 
 def truth(run: Run) -> Source:
@@ -176,7 +118,7 @@ def made(
     some = range(dist.rank(), len(c), dist.world()) if indices is None else indices
     parts = generate.batches(
         trained.net,
-        run.sample.guide(run.objective.read(trained.net), run.data.classes),
+        run.sample.guide(reading(run.objective, trained.net, run.sample.knobs), run.data.classes),
         run.path,
         solver or run.sample.solver,
         c[torch.tensor(some, dtype=torch.long)],
@@ -199,12 +141,10 @@ def sample(
     watch: Watch = unwatched,
 ) -> generate.Samples:
     """One sample per label of c, decoded, image i always from stream (seed, i). Raises UserError as the solver does."""
-    solver, parts = solver or trained.run.sample.solver, list[generate.Batch]()
+    solver = solver or trained.run.sample.solver
     with watch(f"sampling, {solver.kind} at {nfe}", len(c)) as tick:
-        for part in made(trained, nfe=nfe, c=c, seed=seed, solver=solver, indices=range(len(c))):
-            parts.append(part)
-            tick(sum(len(one.x) for one in parts), "")
-    return generate.joined(parts)
+        parts = made(trained, nfe=nfe, c=c, seed=seed, solver=solver, indices=range(len(c)))
+        return generate.joined(parts, lambda count: tick(count, ""))
 
 
 def solver_named(run: Run, name: str | None) -> Solver:
@@ -278,7 +218,6 @@ def show(run: Run) -> dict[str, Any]:
     effective one, 1 for none.
     """
     net = run.outline()
-    t, r = run.objective.times(1_000_000, stream("show"))
     jumps = run.reads.endpoint or run.reads.flow_map
     guide: Guide | None = getattr(run.objective, "guide", None)
     way = cost.way(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
@@ -288,6 +227,12 @@ def show(run: Run) -> dict[str, Any]:
         "forward_flops_per_image": cost.forward_flops(net, run.objective, run.data.shape),
         "forward_units_per_step": cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref),
         "slope": way and way._asdict(),
-        "far": (t - r > 0.9).double().mean().item() if jumps else None,
+        "far": far(run) if jumps else None,
         "guidance_scale": guide.scale if guide else 1.0,
     }
+
+
+def far(run: Run) -> float:
+    """P(t - r > 0.9), of a million draws: the share of the rows where one-step sampling is taught."""
+    t, r = run.objective.times(1_000_000, stream("show"))
+    return (t - r > 0.9).double().mean().item()

@@ -3,9 +3,9 @@
 Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless, in [0, 1], one per row.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -74,6 +74,17 @@ class Needs:
     gauges: tuple[str, ...] = ()  # outputs of one number per row, learned with the net
     knobs: Mapping[str, float] = field(default_factory=dict[str, float])  # inputs a sampler may set, with defaults
     paths: tuple[str, ...] = ("linear",)  # the paths whose formulas these are
+    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])  # inputs of some heads alone
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The names of what every head is told: inputs, then knobs."""
+        return (*self.inputs, *self.knobs)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all that a pass is given: what is shared, then what some heads alone are told."""
+        return tuple(dict.fromkeys((*self.shared, *(name for own in self.own.values() for name in own))))
 
 
 @runtime_checkable
@@ -100,7 +111,7 @@ class Noised:
     t: Time
     r: Time
     x_t: Sample
-    v_t: Sample  # dx_t/dt, given (x, z)
+    v_t: Sample  # dx_t/dt: given (x, z), or the teacher's
     c: Cond  # some of it dropped to null
     null: Cond
     kept: Rows  # the rows whose condition was not dropped
@@ -108,12 +119,25 @@ class Noised:
     moving: tuple[bool, ...] | None = None  # the rows that may have r < t, fixed by place; None: all
     drawn: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # the objective's further laws, by name
     progress: float = 0.0  # share of the training done, in [0, 1]
+    teacher: Callable[[Sample, Time, Cond, Sample], Sample] | None = None  # (x_t, t, c, v_t) -> what v_t is to be
 
     def at(self, s: Time, x: Sample | None = None, z: Sample | None = None) -> "Noised":
         """The same rows at another time, where any may move; with other data, or other noise, if given."""
         x, z = self.x if x is None else x, self.z if z is None else z
         x_s, v_s = self.path.at(x, z, s)
+        if self.teacher:
+            v_s = self.teacher(x_s, s, self.c, v_s)
         return replace(self, x=x, z=z, t=s, x_t=x_s, v_t=v_s, moving=None)
+
+    @property
+    def places(self) -> tuple[list[int], list[int]]:
+        """The rows that may have r < t and those that may have r = t, told by place; all and all where it tells none.
+
+        Where it does, the first are the rows that move, the second the others.
+        """
+        if self.moving is None:
+            return list(range(len(self.t))), list(range(len(self.t)))
+        return parted(self.moving)
 
     def __getitem__(self, rows: slice | list[int] | Int[Tensor, " k"]) -> "Noised":
         """Some of the rows, their number fixed by position: so every rank makes the same passes, in static shapes.
@@ -134,8 +158,8 @@ class Terms:
     """A loss per row, its named parts, and what else to watch; the trainer takes means and logs them all by time."""
 
     loss: PerSample
-    parts: Mapping[str, PerSample] = field(default_factory=dict[str, Tensor])
-    notes: Mapping[str, PerSample] = field(default_factory=dict[str, Tensor])  # no part of the loss, without gradients
+    parts: Mapping[str, PerSample] = field(default_factory=dict)  # not dict[str, Tensor], which does not compile
+    notes: Mapping[str, PerSample] = field(default_factory=dict)  # no part of the loss, without gradients
 
 
 @dataclass(frozen=True)
@@ -145,13 +169,17 @@ class Reads:
     velocity: Callable[[Sample, Time, Cond], Sample] | None = None  # (x_t, t, c) -> dx_t/dt
     endpoint: Callable[[Sample, Time, Cond], Sample] | None = None  # (x_t, t, c) -> x_0
     flow_map: Callable[[Sample, Time, Time, Cond], Sample] | None = None  # (x_t, t, s, c) -> x_s
+    hops: Callable[[float, float], bool] | None = None  # (t, s) -> was this jump of the flow map taught; None: all were
 
 
 @runtime_checkable
 class Objective(Protocol):
     """A way to train a net, and to read it afterwards: a frozen spec, whose fields that are laws are drawn."""
 
-    needs: ClassVar[Needs]  # what the net must take and give
+    @property
+    def needs(self) -> Needs:
+        """What the net must take and give."""
+        ...
 
     @property
     def times(self) -> Callable[[int, Generator], tuple[Time, Time]]:
@@ -176,7 +204,12 @@ class Objective(Protocol):
         ...
 
 
-def lift(t: Float[Tensor, " b"] | Bool[Tensor, " b"], like: Sample) -> Tensor:
+def parted(moving: Sequence[bool]) -> tuple[list[int], list[int]]:
+    """The places of the rows that move, and of those that do not."""
+    return [i for i, m in enumerate(moving) if m], [i for i, m in enumerate(moving) if not m]
+
+
+def lift(t: Time | Rows, like: Sample) -> Array:
     """Shape a number per row so that it multiplies a sample: the one place where times are broadcast."""
     return t.view(-1, *(1,) * (like.ndim - 1))
 

@@ -1,14 +1,16 @@
 """The members of every family, found through the unions: a new one is tested without a word written here."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from dumo.flow.slope import Slope
+from dumo.flow.draw import draw
+from dumo.flow.path import Linear, Trig
+from dumo.flow.slope import Dual, Slope
 from dumo.nets import Net
-from dumo.objectives import Objective
+from dumo.objectives import UCGM, Objective
 from dumo.types import Frozen, Noised, Spec, Terms
 
 # What a net has of these is set so.
@@ -34,9 +36,14 @@ def kind(spec: type[Spec] | Spec) -> str:
 
 
 def objectives(*, exact: bool = False, **fields: object) -> Iterator[Objective]:
-    """Every objective with every slope it may have (exact: but differences), and with `fields` where it has them."""
+    """Every objective with every slope it may have (exact: but differences), and with `fields` where it has them.
+
+    UCGM with its defaults is no velocity, by which to guide: there `guide` stays as it is.
+    """
     for cls in members(Objective):
         own = {name: value for name, value in fields.items() if name in cls.model_fields}
+        if cls is UCGM:
+            own.pop("guide", None)
         if "slope" not in cls.model_fields:
             yield cls(**own)
             continue
@@ -45,15 +52,23 @@ def objectives(*, exact: bool = False, **fields: object) -> Iterator[Objective]:
                 yield cls(**own, slope=slope())
 
 
+def pairs(some: Iterable[Objective]) -> list[tuple[Objective, Net]]:
+    """Every objective with the first net, and with the others each kind of objective once: the last of it."""
+    first, *others = nets()
+    last = list({kind(o): o for o in some if getattr(o, "slope", Dual()) == Dual()}.values())
+    return [*((o, first) for o in some), *((o, net) for net in others for o in last)]
+
+
 def name(spec: Spec) -> str:
     """An objective's kind and slope."""
     return "-".join(s.kind for s in (spec, getattr(spec, "slope", None)) if s is not None)
 
 
 def nets() -> list[Net]:
-    """Every net, small."""
+    """Every net, small; the first is the quickest."""
     small = {cls: SMALL | OWN.get(kind(cls), {}) for cls in members(Net)}
-    return [cls(**{k: v for k, v in small[cls].items() if k in cls.model_fields}) for cls in small]
+    found = [cls(**{k: v for k, v in small[cls].items() if k in cls.model_fields}) for cls in small]
+    return sorted(found, key=lambda net: kind(net) != "mlp")
 
 
 def randomise(net: nn.Module, seed: int = 0) -> nn.Module:
@@ -81,3 +96,13 @@ class Counted(nn.Module):
 def step(objective: Objective, net: nn.Module, b: Noised) -> Terms:
     """The loss of a record, theta^- being the net itself."""
     return objective.loss(net, Frozen(net), b)
+
+
+def passes(objective: Objective) -> tuple[int, int]:
+    """How many passes a loss makes, with gradients and without, of the first net and eight drawn rows; it is finite."""
+    model = Counted(randomise(nets()[0].build(objective.needs, (2, 4, 4), 3)))
+    x, c = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
+    path = Trig() if objective.needs.paths == ("trig",) else Linear()
+    terms = step(objective, model, draw(objective, path, x, c, torch.full_like(c, 3), seed=0, step=0))
+    assert terms.loss.isfinite().all()
+    return model.graded, model.still

@@ -1,7 +1,5 @@
 """What every reading keeps: it is made without a pass, and answers with one."""
 
-from dataclasses import fields
-
 import pytest
 import torch
 
@@ -9,7 +7,6 @@ from contract.case import Counted, kind, name, nets, objectives, randomise
 from dumo.flow.read import bind
 from dumo.nets import Net
 from dumo.objectives import Objective
-from dumo.types import Reads
 
 
 @pytest.mark.parametrize("objective", list(objectives()), ids=name)
@@ -22,7 +19,7 @@ def test_readings(objective: Objective, net: Net) -> None:
     g = torch.Generator().manual_seed(0)
     x, t, c = torch.randn(5, 2, 4, 4, generator=g), torch.rand(5, generator=g), torch.arange(5) % 4
     arguments = {"velocity": (x, t, c), "endpoint": (x, t, c), "flow_map": (x, t, t / 2, c)}
-    taught = [f.name for f in fields(Reads) if getattr(reads, f.name) is not None]
+    taught = [reading for reading in arguments if getattr(reads, reading) is not None]
     assert taught
     for i, reading in enumerate(taught, start=1):
         out = getattr(reads, reading)(*arguments[reading])
@@ -35,11 +32,12 @@ def test_readings(objective: Objective, net: Net) -> None:
 @pytest.mark.parametrize("objective", list(objectives()), ids=name)
 def test_a_jump_of_no_time_stays(objective: Objective) -> None:
     net = randomise(nets()[0].build(objective.needs, (2, 4, 4), 3))
-    reads, x = objective.read(net), torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    bound = bind(net, **objective.needs.knobs)
+    reads, x = objective.read(bound), torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     zero, half, c = torch.zeros(3), torch.full((3,), 0.5), torch.zeros(3, dtype=torch.long)
     if reads.endpoint is not None:
         assert torch.equal(reads.endpoint(x, zero, c), x)
     if reads.flow_map is not None:
         assert torch.equal(reads.flow_map(x, half, half, c), x)
-        assert reads.endpoint is not None
+    if reads.flow_map is not None and reads.endpoint is not None and objective.kind != "several":  # heads of their own
         assert torch.equal(reads.flow_map(x, half, zero, c), reads.endpoint(x, half, c))

@@ -19,8 +19,9 @@ class of every flow is its null condition.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from math import inf, prod, sqrt
-from typing import Protocol
+from functools import partial
+from math import inf, pi, prod, sqrt
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from dumo.flow.draw import draw
 from dumo.flow.dual import carry, primal
 from dumo.flow.guide import Guide
-from dumo.flow.path import Linear
+from dumo.flow.path import Linear, Trig
 from dumo.types import Frozen, Heads, Needs, Noised, Objective
 
 D = torch.float64
@@ -86,7 +87,7 @@ class Gaussian:
     dim: int = 2
 
     def __post_init__(self) -> None:
-        assert self.guide.scale == 1 or not self.mean.any(), "no closed form"
+        assert (torch.as_tensor(self.guide.scale) == 1).all() or not self.mean.any(), "no closed form"
 
     @property
     def classes(self) -> int:
@@ -115,8 +116,8 @@ class Gaussian:
         return spread(self.std[c], t).log() + (self.guide.scale - 1) * extra
 
     def _inside(self, t: Tensor) -> Tensor:
-        low, high = self.guide.interval.low, self.guide.interval.high
-        return t.clamp(low if low > 0 else -inf, high if high < 1 else inf)
+        low, high = (torch.as_tensor(a, dtype=D) for a in (self.guide.interval.low, self.guide.interval.high))
+        return t.clamp(torch.where(low > 0, low, -inf), torch.where(high < 1, high, inf))
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,8 @@ class Mixture:
 
     def guided(self, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
         log, v = self._components(x, t)
-        likely, w = self._likely(log, c), self.guide.scale
-        if w != 1:
+        likely, w = self._likely(log, c), torch.as_tensor(self.guide.scale, dtype=D).reshape(-1, 1, 1)
+        if (w != 1).any():
             likely = w * likely + (1 - w) * self._likely(log, torch.full_like(c, self.classes))
         return (likely * v).sum(1)
 
@@ -173,7 +174,7 @@ class Product(Mixture):
 
     def carry(self, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
         """Bisect for F_r(x_r) = F_t(x_t); a last step of Newton's carries the derivatives."""
-        assert self.guide.scale == 1, "guidance mixes two flows: no quantiles"
+        assert (torch.as_tensor(self.guide.scale) == 1).all(), "guidance mixes two flows: no quantiles"
         level = self.share(x, c, t)
         low, high = torch.full_like(x, -20).detach(), torch.full_like(x, 20).detach()
         for _ in range(60):
@@ -201,6 +202,46 @@ class Product(Mixture):
         return (log + self.weight[c].log()[..., None]).softmax(1)
 
 
+@dataclass(frozen=True)
+class OnTrig:
+    """A flow of the linear path on the trigonometric one: x_t = x_s / n(s), s / (1 - s) = tan(pi t / 2).
+
+    Here n(s)^2 = s^2 + (1 - s)^2. The means of noise and data given x_t are the same points' on both paths, whence the
+    velocity.
+    """
+
+    of: Flow
+
+    @property
+    def classes(self) -> int:
+        return self.of.classes
+
+    def data(self, c: Tensor, g: torch.Generator) -> Tensor:
+        return self.of.data(c, g)
+
+    def velocity(self, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        return self._turned(self.of.velocity, x, c, t)
+
+    def guided(self, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        return self._turned(self.of.guided, x, c, t)
+
+    def carry(self, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        (s, n), (q, m) = self._there(t), self._there(r)
+        return self.of.carry(column(n) * x, c, s, q) / column(m)
+
+    def _turned(self, f: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        s, n = self._there(t)
+        x_s, angle = column(n) * x, column(t * pi / 2)
+        v = f(x_s, c, s)
+        data, noise = x_s - column(s) * v, x_s + column(1 - s) * v
+        return pi / 2 * (angle.cos() * noise - angle.sin() * data)
+
+    def _there(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The time on the linear path, and its n."""
+        sin, cos = (t * pi / 2).sin(), (t * pi / 2).cos()
+        return sin / (sin + cos), 1 / (sin + cos)
+
+
 def integrate(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, r: Tensor) -> Tensor:
     """x_r by eight explicit Runge-Kutta steps of order 12: midpoint rules of n substeps, extrapolated (Gragg 1965)."""
     fine = (2, 4, 6, 8, 10, 12)
@@ -220,43 +261,90 @@ def _midpoint(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, h: Te
     return (last + x + column(dt) * f(x, t + h)) / 2
 
 
-def opaque(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor) -> Tensor:
-    """f(x, t) for a slope that rides: whatever f is made of, its tangent is by forward-mode differentiation."""
-    return carry(f(primal(x), primal(t)), push_forward, (x, t), f, primal(x), primal(t))
+def opaque(f: Callable[..., Tensor], *at: Tensor) -> Tensor:
+    """f(x, t, r) for a slope that rides: whatever f is made of, its tangent is by forward-mode differentiation."""
+    still = tuple(primal(a) for a in at)
+    return carry(f(*still), push_forward, at, f, still)
 
 
-def push_forward(
-    dx: Tensor | None, dt: Tensor | None, f: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor
-) -> Tensor:
-    """The change of f(x, t) for changes of x and t."""
-    moved = tuple(torch.zeros_like(a) if d is None else d for a, d in ((x, dx), (t, dt)))
-    return torch.func.jvp(f, (x, t), moved)[1]
+def push_forward(*rest: Any) -> Tensor:  # noqa: ANN401, the changes of x, t, r, then f and these
+    """The change of f(x, t, r); None: it does not move."""
+    *moved, f, at = rest
+    along = tuple(torch.zeros_like(a) if d is None else d for a, d in zip(at, moved, strict=True))
+    return torch.func.jvp(f, at, along)[1]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the knobs of a net say of guidance: numbers per row, where a Guide has one for all."""
+
+    scale: Tensor
+    interval: "Told | None" = None
+    low: Tensor | float = 0.0
+    high: Tensor | float = 1.0
+
+
+LEVELS = 7  # of steps 2^-k: the finest stands for none (Shortcut models)
 
 
 class Exact(nn.Module):
     """A net that knows its flow. Each head is off by probe[head] of 1 and of x_t, at first by nothing.
 
-    It knows the heads v and u and the inputs t and r; an objective with others is refused until they are taught here.
+    Heads: v, the velocity; u and m, the mean velocity down to r, 0 where no r reaches them; f, the mean direction on
+    the trigonometric path. A step may be told as k, of size 2^-k. At negative times all of them are the velocity at -t.
+    The knobs w, or beta = 1 / w, low and high are those of a guided flow. Gauges are zero. An objective with others is
+    refused until they are taught here.
     """
 
     def __init__(self, flow: Flow, needs: Needs) -> None:
         super().__init__()
-        self.flow, self.heads = flow, needs.heads
+        self.flow, self.needs = OnTrig(flow) if "trig" in needs.paths[:1] else flow, needs
         self.probe = nn.Parameter(torch.zeros(len(needs.heads), 2, dtype=D))
 
-    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None) -> Heads:
-        know = {
-            "v": lambda x, t: self.flow.guided(x, c, t),
-            "u": lambda x, t: self.average(x, c, t, 0 * t if r is None else r),
-        }
-        known = [opaque(know[head], x, t) for head in self.heads]
-        return tuple(y + a + b * x for y, (a, b) in zip(known, self.probe, strict=True))
+    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, **inputs: Tensor) -> Heads:
+        assert not inputs.keys() - {"r", "k", "w", "beta", "low", "high"}
+        flow = self.told(inputs)
+        r = {"r": inputs.pop("r")} if "r" in inputs else {}  # it may move
 
-    def average(self, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        def head(name: str, x: Tensor, t: Tensor, *r: Tensor) -> Tensor:
+            return self.head(flow, name, x, c, t, inputs | dict(zip("r", r, strict=False)))
+
+        known = [opaque(partial(head, name), x, t, *r.values()) for name in self.needs.heads]
+        gauges = (0 * primal(t) for _ in self.needs.gauges)
+        return *(y + a + b * x for y, (a, b) in zip(known, self.probe, strict=True)), *gauges
+
+    def told(self, inputs: dict[str, Tensor]) -> Flow:
+        """The flow that the knobs ask for."""
+        if not inputs.keys() & {"w", "beta"}:
+            return self.flow
+        w = inputs["w"] if "w" in inputs else 1 / inputs["beta"]
+        limits = Told(w, None, inputs.get("low", 0.0), inputs.get("high", 1.0))
+        return replace(self.flow, guide=Told(w, limits))
+
+    def head(self, flow: Flow, head: str, x: Tensor, c: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
+        """What a head of this name is, as a function of x and t."""
+        if head.startswith("v"):  # v2 is another
+            return flow.guided(x, c, t)
+        r = 0 * t
+        if "k" in inputs:
+            r = torch.where(inputs["k"] >= LEVELS, t, t - torch.exp2(-inputs["k"]))
+        elif "r" in (*self.needs.inputs, *self.needs.own.get(head, ())):
+            r = inputs["r"]
+        r = torch.where(t < 0, t, r)
+        t, r = t.abs(), torch.where(t < 0, -r, r)
+        return self.direction(flow, x, c, t) if head == "f" else self.average(x, c, t, r, flow)
+
+    def average(self, x: Tensor, c: Tensor, t: Tensor, r: Tensor, flow: Flow | None = None) -> Tensor:
         """(x_t - x_r) / (t - r), and where r = t its limit."""
-        same = column(t == r)
-        u = (x - self.flow.carry(x, c, t, r)) / torch.where(same, 1, column(t - r))
-        return torch.where(same, self.flow.guided(x, c, t), u)
+        same, flow = column(t == r), flow or self.flow
+        u = (x - flow.carry(x, c, t, r)) / torch.where(same, 1, column(t - r))
+        return torch.where(same, flow.guided(x, c, t), u)
+
+    def direction(self, flow: Flow, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
+        """(cos(theta) x_t - x_0) / sin(theta), and at t = 0 its limit."""
+        angle, start = column(t * pi / 2), column(t == 0)
+        f = (angle.cos() * x - flow.carry(x, c, t, 0 * t)) / torch.where(start, 1, angle.sin())
+        return torch.where(start, flow.guided(x, c, t) * 2 / pi, f)
 
 
 def table(*rows: list[float]) -> Tensor:
@@ -290,18 +378,23 @@ CORNERS = table([1.0, 0.0, 1.0, 0.5, 0.3], [0.0, 0.0, 1.0, 0.5, 0.0])  # t and r
 
 
 def record(objective: Objective, flow: Flow, rows: int = 256) -> Noised:
-    """What a training step sees, v_t replaced by its mean given x_t; the first rows are at the corners of time.
+    """What a training step sees, v_t replaced by its mean given x_t; the first rows are at the corners of time, where
+    the law of times leaves rows alone.
 
-    Targets are affine in v_t, so the gradient of a squared error there is the gradient's mean over v_t, exactly: no
-    noise is left, and what should vanish, vanishes.
+    The training is over: what grows or shrinks with it has arrived. Targets are affine in v_t, so the gradient of a
+    squared error there is the gradient's mean over v_t, exactly: no noise is left, and what should vanish, vanishes.
     """
     g = torch.Generator().manual_seed(7)
     c = torch.randint(0, flow.classes, (rows,), generator=g)
     null = torch.full_like(c, flow.classes)
-    b = draw(objective, Linear(), flow.data(c, g), c, null, seed=0, step=0)
+    trig = "trig" in objective.needs.paths[:1]
+    path, on = (Trig(), OnTrig(flow)) if trig else (Linear(), flow)
+    key: dict[str, Any] = {"seed": 0, "step": 0, "progress": 1.0}
+    b = draw(objective, path, flow.data(c, g), c, null, **key, teacher=lambda x, t, c, v: on.velocity(x, c, t))
+    if hasattr(objective.times, "group"):  # rows belong together, or a step has to fit its time
+        return b
     t, r = torch.cat([CORNERS[0], b.t[5:]]), torch.cat([CORNERS[1], b.r[5:]])
-    b = replace(b.at(t), r=r)
-    return replace(b, v_t=flow.velocity(b.x_t, b.c, t))
+    return replace(b.at(t), r=r)
 
 
 def gradient(objective: Objective, net: Exact, b: Noised) -> Tensor:

@@ -20,10 +20,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from contract.case import randomise
+from contract.case import name as named
+from contract.case import objectives, randomise
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
-from dumo.flow.path import Linear
+from dumo.flow.path import Linear, Trig
 from dumo.flow.slope import Dual
 from dumo.nets import DiT
 from dumo.objectives import DuMo, MeanFlow, Objective
@@ -70,6 +71,9 @@ OBJECTIVES = {
 }
 
 
+EVERY = {named(o): o for o in objectives() if getattr(o, "slope", Dual()) == Dual()}  # each meets one wrapper
+
+
 def record(objective: Objective, rank: int, ranks: int) -> Noised:
     """This rank's rows of the one batch."""
     g = torch.Generator().manual_seed(3)
@@ -77,7 +81,8 @@ def record(objective: Objective, rank: int, ranks: int) -> Noised:
     share = ROWS // ranks
     mine = slice(rank * share, (rank + 1) * share)
     null = torch.full_like(c, CLASSES)[mine]
-    return draw(objective, Linear(), x[mine], c[mine], null, seed=0, step=1, batch=ROWS, first=mine.start)
+    path = Trig() if objective.needs.paths == ("trig",) else Linear()
+    return draw(objective, path, x[mine], c[mine], null, seed=0, step=1, batch=ROWS, first=mine.start)
 
 
 def gradient(net: Net, module: nn.Module, objective: Objective, b: Noised) -> Tensor:
@@ -91,12 +96,12 @@ def gradient(net: Net, module: nn.Module, objective: Objective, b: Noised) -> Te
 
 def compare(wrap: Callable[[nn.Module], nn.Module], name: str, rank: int, ranks: int) -> dict[str, object]:
     """One objective in one wrapper: error of the gradient, way of the slope, what it said, graphs compiled."""
-    objective = OBJECTIVES[name]
+    objective = OBJECTIVES.get(name) or EVERY[name]
     one = randomise(DiT(patch=2, width=32, depth=3, attention=2).build(objective.needs, SHAPE, CLASSES))
     wanted = gradient(one, one, objective, record(objective, 0, 1))
     module = copy.deepcopy(one)
     net = wrap(module)
-    way = objective.slope.way(net, Frozen(module), known=name.startswith("ride")).name
+    way = objective.slope.way(net, Frozen(module), known=name.startswith("ride")).name if name in OBJECTIVES else None
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = gradient(net, module, objective, record(objective, rank, ranks))
@@ -126,6 +131,10 @@ def main(rank: str, file: str = "") -> None:
             row = compare(wrap, name, int(rank), 2)
             if rank == "0":
                 print(json.dumps(row))
+    for name in EVERY:
+        row = compare(ddp, name, int(rank), 2)
+        if rank == "0":
+            print(json.dumps({**row, "net": "every"}))
     torch.distributed.destroy_process_group()
 
 

@@ -3,20 +3,22 @@
 Net = exact flow + probe of 1 and of x_t on every head: constants alone would miss a flipped sign.
 """
 
+import re
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 
-from contract.case import name, objectives
+from contract.case import kind, members, name, objectives
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.slope import Central
 from dumo.flow.times import Pair
 from dumo.objectives import MeanFlow
 from dumo.objectives import Objective as AnyObjective
 from dumo.types import Spec
-from theory.exact import APART, PRODUCT, Exact, Flow, gaussian, gradient, plane, record, table
+from theory.exact import APART, PRODUCT, Exact, Flow, Gaussian, gaussian, gradient, plane, record, table
 
 NONE, DUMO = Guide(), Guide(zeta=0.55)
 GUIDES = [
@@ -31,9 +33,25 @@ GUIDES = [
 Case = tuple[AnyObjective, Flow]
 
 
+# Compared over a step of finite length, they rest at the flow to its order only: test_<kind>.py holds them to that.
+STEPS = ("consistency", "imm", "rcgm", "shortcut", "soflow", "twinflow")
+# Their residual is bounded, turned or normalised, or they ask for a velocity elsewhere: not affine in v_t here.
+BENT = ("facm", "sct", "tvm", "ucgm")
+
+
+def serves(objective: AnyObjective, flow: Flow, guide: Guide) -> bool:
+    """Whether the flow is where this objective leads to, by its own guidance."""
+    if objective.needs.knobs:  # they guide each row in a way of its own
+        return isinstance(flow, Gaussian) and not flow.mean.any()
+    if objective.kind == "ucgm":  # at ratio 1 it asks its flow map for a velocity: guidance is a teacher's there
+        return not guide.active
+    return not guide.active or hasattr(objective, "guide")
+
+
 def cases(*on: tuple[Flow, Guide], exact: bool = True) -> list[Case]:
-    """Every objective with each guide, on its flow; three quarters of the pairs have r < t."""
-    found = [(o, flow) for flow, guide in on for o in objectives(exact=exact, guide=guide, drop=0.2)]
+    """Every objective without a finite step, with each guide, on its flow; three quarters of the pairs have r < t."""
+    every = [(o, flow, guide) for flow, guide in on for o in objectives(exact=exact, guide=guide, drop=0.2)]
+    found = [(o, flow) for o, flow, guide in every if o.kind not in STEPS and serves(o, flow, guide)]
     spread = {"times": Pair(velocity_ratio=0.25)}
     return [(o.model_copy(update=spread) if isinstance(o.times, Pair) else o, flow) for o, flow in found]
 
@@ -48,6 +66,9 @@ CLOSED = [*cases(*((gaussian(guide), guide) for guide in GUIDES)), *ON_MIXTURES]
 IN_THE_PLANE = cases((plane(DUMO), DUMO))
 STEPPED = cases((gaussian(DUMO), DUMO), (APART, NONE), (PRODUCT, NONE), exact=False)
 BY_DIFFERENCE = [(o, flow) for o, flow in STEPPED if isinstance(getattr(o, "slope", None), Central)]
+STRAIGHT = [
+    (o, flow) for o, flow in BY_DIFFERENCE if o.kind not in (*BENT, "imf")
+]  # a difference may leave an interval
 
 
 @each(CLOSED)
@@ -56,7 +77,7 @@ def test_gradient_vanishes_at_the_flow(objective: AnyObjective, flow: Flow) -> N
     assert gradient(objective, Exact(flow, objective.needs), record(objective, flow)).abs().max() < 1e-12
 
 
-@each(BY_DIFFERENCE)
+@each(STRAIGHT)
 def test_gradient_vanishes_with_the_square_of_the_step(objective: AnyObjective, flow: Flow) -> None:
     steps = [objective.model_copy(update={"slope": Central(h=h)}) for h in (0.04, 0.02, 0.01, 0.005)]
     left = [gradient(o, Exact(flow, o.needs), record(o, flow)).abs() for o in steps]
@@ -79,7 +100,7 @@ def test_descent_leads_back_to_the_flow(objective: AnyObjective, flow: Flow) -> 
     assert torch.linalg.eigvals(pull).real.min() > 0.1
 
 
-@each(ON_MIXTURES)
+@each([(o, flow) for o, flow in ON_MIXTURES if o.kind not in BENT])
 def test_gradient_is_the_mean_over_the_slopes(objective: AnyObjective, flow: Flow) -> None:
     """Targets are affine in v_t, so one slope and its mirror image about the mean pull apart equally."""
     objective = objective.model_copy(update={"power": 0.0} if "power" in type(objective).model_fields else {})
@@ -103,17 +124,17 @@ def test_the_adaptive_metric_shifts_the_rest_where_slopes_are_skewed(power: floa
 
 def test_another_guidance_scale_is_not_at_rest() -> None:
     """A velocity guided too little is pulled one way, one guided too much the other."""
-    for o in [o for o in objectives(exact=True, guide=DUMO, drop=0.2) if hasattr(o, "guide")]:
+    for o, _ in [(o, flow) for o, flow in cases((gaussian(DUMO), DUMO)) if hasattr(o, "guide")]:
         flows = [gaussian(Guide(zeta=zeta)) for zeta in (0.3, 0.7)]
         little, much = (gradient(o, Exact(f, o.needs), record(o, f))[0, 1] for f in flows)
-        assert little < -1e-2
-        assert much > 1e-2
+        assert little < -1e-3
+        assert much > 1e-3
 
 
 def test_dropped_rows_learn_the_null_flow() -> None:
     """Rows without their label are not guided: a guide that moved them would move the fixed point."""
-    for o in objectives(exact=True, guide=DUMO, drop=1.0):
-        flow = gaussian(DUMO)
+    for o, flow in cases((gaussian(DUMO), DUMO)):
+        o = o.model_copy(update={"drop": 1.0})
         b = record(o, flow)
         assert not b.kept.any()
         assert gradient(o, Exact(flow, o.needs), b).abs().max() < 1e-12
@@ -125,6 +146,16 @@ def test_gradient_vanishes_in_the_plane(objective: AnyObjective, flow: Flow) -> 
     assert gradient(objective, Exact(flow, objective.needs), record(objective, flow, 64)).abs().max() < 1e-10
 
 
+def test_what_has_a_finite_step_is_held_to_its_order_elsewhere() -> None:
+    kinds = {kind(o) for o in members(AnyObjective)}
+    assert set(STEPS) | set(BENT) <= kinds
+    tested = {o.kind for o, _ in CLOSED}
+    assert tested | set(STEPS) == kinds
+    for stepped in STEPS:
+        text = (Path(__file__).parent / f"test_{stepped}.py").read_text()
+        assert re.search(r"def test_\w*(order|step)", text), stepped
+
+
 def test_corners_of_time_are_in_the_record() -> None:
-    b = record(next(iter(objectives())), gaussian())
+    b = record(MeanFlow(), gaussian())
     assert torch.equal(torch.stack([b.t[:3], b.r[:3]]), table([1.0, 0.0, 1.0], [0.0, 0.0, 1.0]))

@@ -1,6 +1,6 @@
 """Laws of time against their closed forms: moments, distribution functions and shares."""
 
-from math import comb, erf, log, sqrt
+from math import comb, erf, log, pi, sqrt
 
 import pytest
 import torch
@@ -8,7 +8,24 @@ from torch import Tensor
 
 from contract.case import members
 from dumo.flow.draw import stream
-from dumo.flow.times import Beta, Level, LogitNormal, Noise, Pair, Times, Uniform
+from dumo.flow.times import (
+    Arctan,
+    Atom,
+    Below,
+    Beta,
+    Dyadic,
+    Gap,
+    Groups,
+    Karras,
+    Level,
+    Logistic,
+    LogitNormal,
+    Noise,
+    One,
+    Pair,
+    Times,
+    Uniform,
+)
 
 N = 200_000
 NOISE = 5 / sqrt(N)  # five standard errors of a mean of numbers in [0, 1], whose deviation is at most 1/2, doubled
@@ -97,7 +114,7 @@ def test_times_are_in_order_and_in_the_unit_interval(law: Times) -> None:
     assert (r <= t).all()
     assert (t <= 1).all()
     assert t.std() > 0.05
-    if not isinstance(law, Pair):
+    if isinstance(law, (*members(One), Atom)):
         assert not r.any()
 
 
@@ -116,3 +133,154 @@ def test_other_laws() -> None:
     assert abs(steep.mean() - log(8) / 2) < 3 * NOISE
     assert steep.min() >= 0
     assert steep.max() <= log(8) + 1e-6
+
+
+def uniform(share: Tensor) -> bool:
+    """Kolmogorov: whether numbers are uniform in [0, 1]. By chance they are held not to be once in 30,000 times."""
+    share = share.double().sort().values
+    steps = torch.arange(1, len(share) + 1, dtype=torch.float64) / len(share)
+    off = torch.maximum((steps - share).abs(), (steps - 1 / len(share) - share).abs()).max()
+    return bool(off * sqrt(len(share)) < 2.35)
+
+
+def normal(x: Tensor) -> Tensor:
+    """Phi(x)."""
+    return torch.special.ndtr(x.double())
+
+
+def test_the_test_of_uniformity_can_fail() -> None:
+    u = torch.rand(N, generator=stream(4), dtype=torch.float64)
+    assert uniform(u)
+    assert not uniform(u**1.02)
+    assert not uniform(0.99 * u)
+
+
+SOFLOW = Pair(of=LogitNormal(mean=0.2, std=0.8), to=LogitNormal(mean=-1.0, std=0.8), velocity_ratio=0)
+TABLE = [  # law; E[t], P(t > 0.95) and P(t - r > 0.9), of rows that may move; worked out by others, once
+    (Pair(velocity_ratio=0), 0.535, 8e-4, 1.7e-5),  # MeanFlow, ImageNet
+    (SOFLOW, 0.544, 3e-4, 9e-6),
+    (Pair(of=LogitNormal(mean=-2.0, std=2.0), velocity_ratio=0), 0.35, 1.3e-2, 9e-3),  # MeanFlow, CIFAR-10
+    (
+        Pair(of=LogitNormal(mean=-0.6, std=1.6), to=LogitNormal(mean=-4.0, std=1.6), velocity_ratio=0),
+        0.40,
+        None,
+        2.4e-2,
+    ),
+    (
+        Pair(of=LogitNormal(mean=-0.9, std=1.6), to=LogitNormal(mean=-4.0, std=1.6), velocity_ratio=0),
+        0.35,
+        8e-3,
+        1.6e-2,
+    ),
+    (Beta(), 0.5, 3.4e-3, 1.7e-2),  # DuMo
+    (Beta(a=0.8, b=1.0), 0.444, 4e-2, None),  # UCGM
+    (Gap(), 0.686, 8.5e-2, 1.4e-3),  # TVM
+    (LogitNormal(mean=-1.1 + log(2), std=2.0), 0.439, 4.7e-2, None),  # ECT: sigma / sd = t / (1 - t) is log-normal
+    (Arctan(mean=-0.8, std=1.6, sd=1.0), 0.354, 1.8e-2, 4.9e-2),  # FACM
+    (Below(of=Uniform()), 0.5, 5e-2, 5.3e-3),  # RCGM
+]
+
+
+@pytest.mark.parametrize(("law", "mean", "late", "far"), TABLE)
+def test_where_laws_put_their_rows(law: Times, mean: float, late: float | None, far: float | None) -> None:
+    """To the two digits that the table has, and five standard errors."""
+    t, r = draws(law)
+    assert abs(t.mean() - mean) < 5e-3 + NOISE
+    for share, told in (((t > 0.95).double().mean(), late), ((t - r > 0.9).double().mean(), far)):
+        if told is not None:
+            assert abs(share - told) < 0.07 * told + 5 * sqrt(told / N)
+
+
+def test_pairs_with_laws_of_their_own() -> None:
+    """t, r and the t of rows at rest each keep their law; r is t where it is drawn above."""
+    law = SOFLOW.model_copy(update={"velocity_ratio": 0.5, "flow": LogitNormal(mean=-0.2)})
+    (t, r), moving = draws(law), torch.tensor(law.moving(N))
+    assert uniform(normal((t[moving].logit() - 0.2) / 0.8))
+    assert uniform(normal(t[~moving].logit() + 0.2))
+    assert torch.equal(t[~moving], r[~moving])
+    above = normal(torch.tensor(-1.2 / (0.8 * sqrt(2))))  # P(r > t), as they are drawn
+    assert abs((t == r)[moving].double().mean() - above) < 2 * NOISE
+    low = r[moving][t[moving] > 0.9].logit()  # hardly ever cut off
+    assert abs(low.mean() + 1) < 5 * 0.8 / sqrt(len(low))
+
+
+def test_below_is_uniform_below_t() -> None:
+    t, r = draws(Below(of=Beta()))
+    assert uniform(r / t)
+    assert abs(torch.corrcoef(torch.stack([t, r / t]))[0, 1]) < NOISE
+    t, r = draws(Below(of=Uniform(low=0.1), low=0.2))
+    assert t.min() == r.min() == pytest.approx(0.2)
+    assert uniform(((r - 0.2) / (t - 0.2))[t > t.min()])
+
+
+def test_gaps_and_the_times_below_them() -> None:
+    """t - r is logistic-normal; r is, too, but for what is above 1 - (t - r), whatever the gap."""
+    t, r = draws(Gap())
+    assert uniform(normal((t - r).clamp(min=1e-7).logit() + 0.8))
+    share = normal(r.logit() + 0.4) / normal((1 - (t - r)).clamp(max=1 - 1e-7).logit() + 0.4)
+    assert uniform(share.clamp(max=1))
+    assert abs(torch.corrcoef(torch.stack([t - r, share]))[0, 1]) < NOISE
+
+
+@pytest.mark.parametrize(("levels", "every"), [(7, 8), (3, 2)])
+def test_dyadic_steps_are_on_their_own_grid(levels: int, every: int) -> None:
+    """Steps of 2^-k from a multiple of 2^-k, all k as often and all places of a k; the others on the finest grid."""
+    law = Dyadic(levels=levels, every=every)
+    (t, r), moving = draws(law), torch.tensor(law.moving(N))
+    assert moving.sum() == -(-N // every)
+    assert torch.equal(t[~moving], r[~moving])
+    fine = t[~moving] * 2**levels
+    assert torch.equal(fine, fine.round())
+    assert fine.min() == 1
+    assert fine.max() == 2**levels
+    step = (t - r)[moving]
+    k = -step.log2()
+    assert torch.equal(k, k.round())
+    place = t[moving] / step
+    assert torch.equal(place, place.round())
+    for level in range(levels):
+        of = place[k == level]
+        assert abs(len(of) / len(k) - 1 / levels) < NOISE * sqrt(every)
+        assert set(of.unique().tolist()) == set(range(1, 2**level + 1))
+        assert abs(of.mean() / 2**level - (1 + 2**-level) / 2) < NOISE * sqrt(every * levels)
+
+
+def test_groups_share_their_times() -> None:
+    law = Groups(of=Below(of=Uniform()), size=4)
+    t, r = law(10, stream(5))
+    for s in (t, r):
+        assert len(s[:4].unique()) == len(s[4:8].unique()) == len(s[8:].unique()) == 1
+        assert len(s.unique()) == 3
+    t, r = (s[::4] for s in draws(law))
+    assert uniform(t)
+    assert uniform(r / t)
+
+
+def test_karras_is_uniform_in_the_seventh_root_of_the_level() -> None:
+    t, _ = draws(Karras())
+    root = (0.5 * t / (1 - t)) ** (1 / 7)
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    assert uniform((root - low) / (high - low))
+
+
+def test_arctan_is_a_normal_level_as_an_angle() -> None:
+    t, _ = draws(Arctan(mean=-1.0, std=1.4, sd=0.5))
+    level = (t * pi / 2).tan()
+    assert uniform(normal(((level * 0.5).log() + 1) / 1.4))
+    linear = level / (1 + level)  # the same noise on the linear path
+    assert abs(linear.mean() - 0.444) < NOISE
+    assert abs((linear > 0.95).double().mean() - 1.0e-2) < 1e-3
+
+
+@pytest.mark.parametrize("share", [0.15, 0.5])
+def test_an_atom_is_a_share_of_the_rows(share: float) -> None:
+    t, _ = draws(Atom(of=Uniform(), share=share, at=1.0))
+    there = t == 1
+    assert abs(there.double().mean() - share) < 1e-5
+    assert uniform(t[~there])
+
+
+def test_logistic_numbers() -> None:
+    s = Logistic(mean=-0.4, std=2.0)(torch.Size((N, 3)), stream(6))
+    assert s.shape == (N,)
+    assert uniform(normal((s.double().logit() + 0.4) / 2))

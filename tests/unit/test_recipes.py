@@ -70,11 +70,13 @@ def test_siblings_differ_in_what_they_compare_only(data: str) -> None:
     assert len({run.evaluate.protocol for run in runs}) == 1
 
 
-# The paper's FID in one pass and in two (Tab. 1); of B/2 the best in one pass (Fig. 4)
+# The paper's FID in one pass and two (Tab. 1); of B/2 the best in one pass (Fig. 4), of three heads in one (Sec. 4.3)
 FID = {
     "imagenet256-xl2": ("3.07", "2.82"),
     "imagenet256-xl2-432": ("2.60", "1.79"),
     "imagenet256-xl2-meanflow": ("3.43", "2.93"),
+    "imagenet256-xl2-three-heads": ("2.84",),
+    "imagenet256-xl2-three-heads-shortcut": ("4.73",),
     "imagenet512-xl4": ("3.47", "2.76"),
     "imagenet512-xl4-meanflow": ("4.21", "3.41"),
     "imagenet512-xl1-dcae": ("2.89", "2.23"),

@@ -5,15 +5,21 @@ import os
 import shutil
 from collections.abc import Iterator
 from itertools import product
+from math import log
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+import torch
+from PIL import Image
 
 from dumo import run
 from dumo.config.load import load
+from dumo.flow.draw import stream
 from dumo.judge.evaluation import evaluate
-from dumo.reproduce import PLANS, fig3, reproduce, trajectory, zoo
+from dumo.objectives import Objective
+from dumo.reproduce import PLANS, fair, fig3, fig4a, fig4b, fig4c, grid, ours, reproduce, sec43, tab2, trajectory, zoo
+from dumo.reproduce.grid import Arm
 from dumo.reproduce.plan import SCALES, Cell, Finished, Plan, finish, markdown, units
 from dumo.train import loop
 from dumo.train.state import State
@@ -44,6 +50,12 @@ def plan(*cells: Cell) -> Plan:
         yield from cells
 
     return Plan("A test", made, table, draw)
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counting what steps cost takes long, and is tested by itself: here all cost 3 F."""
+    monkeypatch.setattr(grid, "units", lambda spec: 3.0)
 
 
 @pytest.fixture
@@ -157,7 +169,11 @@ def test_cells_that_were_measured_otherwise_make_no_table(tmp_path: Path, monkey
 
 
 def test_wrong_names_are_refused_before_any_work(tmp_path: Path) -> None:
-    for name, scale, said in (("fig33", "smoke", "'fig3'"), ("fig3", "smoky", "'smoke'"), ("zoo", "", "smoke, laptop")):
+    for name, scale, said in (
+        ("fig33", "smoke", "'fig3'"),
+        ("fig3", "smoky", "'smoke'"),
+        ("zoo", "", "smoke, laptop, paper"),
+    ):
         with pytest.raises(UserError, match=said):
             reproduce(name, scale, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -169,61 +185,291 @@ def test_markdown() -> None:
     assert lines == ["# T", "", "| a | b | c |", "| --- | --- | --- |", "| 1 | 0.1235 | None |", "| 20 | 1e-09 | x |"]
 
 
-@pytest.mark.parametrize("scale", SCALES)
+SMALL_SCALES = ("smoke", "laptop")
+UNPUBLISHED = ("fig3", "fig5", "guidance", "latents", "ours", "ours-latents")
+
+
+@pytest.mark.usefixtures("free")
+@pytest.mark.parametrize("name", sorted({*PLANS} - {"guidance"}))  # it counts for itself
+def test_every_plan_has_its_cells_at_every_scale(name: str) -> None:
+    for scale in SMALL_SCALES if name in UNPUBLISHED else SCALES:
+        cells = list(PLANS[name].cells(scale))
+        names = [cell.name for cell in cells]
+        assert len(set(names)) == len(names) >= 2
+        assert len({tuple(cell.labels) for cell in cells}) == 1  # one table
+        assert len({cell.spec.model_dump_json() for cell in cells}) == len(cells)  # no two are alike
+        if scale == "smoke" and PLANS[name].finish is not PLANS["fig4b"].finish:
+            assert all(cell.spec.train.steps <= 40 for cell in cells)
+
+
+@pytest.mark.parametrize("name", UNPUBLISHED)
+def test_what_the_paper_has_not_is_refused_at_its_scale(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"^{name} has no scale 'paper': .*; it has smoke and laptop$"):
+        reproduce(name, "paper", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("free")
+@pytest.mark.parametrize("name", ["fig4a", "fig4c", "sec43", "tab2", "zoo"])
+def test_the_papers_size_needs_data_first(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("DUMO_LATENTS", "IMAGENET", "DUMO_DATA"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(UserError, match=r"data.root is .*, but DUMO_\w+ is not set"):
+        reproduce(name, "paper", tmp_path / "out", device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_largest_steps_are_not_timed_on_a_cpu(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="it needs a GPU"):
+        reproduce("fig4b", "paper", tmp_path / "out", device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scale", SMALL_SCALES)
 def test_figure_3_varies_the_ratio_alone(scale: str) -> None:
     *meanflows, dumo = fig3.cells(scale)
     assert [one.labels["velocity_ratio"] for one in meanflows] == list(fig3.RATIOS)
     assert [one.spec.model_dump()["objective"]["times"]["velocity_ratio"] for one in meanflows] == list(fig3.RATIOS)
-    assert (
-        len(
-            {
-                one.spec.model_dump_json().replace(f'"velocity_ratio":{one.labels["velocity_ratio"]}', "")
-                for one in meanflows
-            }
-        )
-        == 1
-    )
+    dumps = [(one.spec.model_dump_json(), f'"velocity_ratio":{one.labels["velocity_ratio"]}') for one in meanflows]
+    assert len({text.replace(ratio, "") for text, ratio in dumps}) == 1
     assert dumo.labels["objective"] == "DuMo"
     for part in ("data", "net", "train", "evaluate"):
         assert getattr(dumo.spec, part) == getattr(meanflows[0].spec, part)
 
 
-@pytest.mark.parametrize(("scale", "seeds"), [("smoke", 1), ("laptop", 3)])
-def test_the_zoo_is_at_equal_cost(scale: str, seeds: int) -> None:
-    cells = list(zoo.cells(scale))
-    assert len(cells) == 3 * seeds
-    assert len({one.name for one in cells}) == len(cells)
-    each = {one.spec.objective.kind: units(one.spec) for one in cells if one.spec.train.seed == 0}
-    budget = each["dumo"] * cells[0].spec.train.steps
+@pytest.mark.parametrize("scale", SMALL_SCALES)
+def test_arms_are_at_equal_cost(scale: str) -> None:
+    arms = [Arm(name, name, (), {"objective": name}) for name in ("digits", "digits-meanflow", "digits-flow-matching")]
+    cells = list(grid.equal_cost(arms, scale, seeds=2))
+    assert [(one.labels["objective"], one.spec.train.seed) for one in cells] == [
+        (arm.name, seed) for arm in arms for seed in range(1 if scale == "smoke" else 2)
+    ]
+    budget = cells[0].spec.train.steps * (first := units(cells[0].spec))
+    assert cells[0].spec.train.steps == (grid.SMOKE if scale == "smoke" else load("digits").train.steps)
     for one in cells:
-        per_step = each[one.spec.objective.kind]
-        assert abs(per_step * one.spec.train.steps - budget) <= per_step / 2 + 1e-9  # to half a step
-        assert {1, 2} <= set(one.spec.evaluate.nfe)
-    assert len({one.spec.net for one in cells}) == 1
-    assert len({one.spec.train.batch for one in cells}) == 1
-    assert {one.spec.train.seed for one in cells} == set(range(seeds))
-    assert cells[0].spec.train.steps == (20 if scale == "smoke" else load("digits").train.steps)
+        each = units(one.spec)
+        assert abs(each * one.spec.train.steps - budget) <= each / 2 + 1e-9  # to half a step
+        assert (one.labels["steps"], one.labels["F_per_step"]) == (one.spec.train.steps, round(each, 2))
+    assert first > 4
+    asked = next(grid.equal_cost(arms, scale, seeds=1, steps=700))
+    assert asked.spec.train.steps == (grid.SMOKE if scale == "smoke" else 700)
 
 
-def test_the_table_of_the_zoo_is_means_over_seeds() -> None:
-    keys = ("fd_grey", "kid", "precision", "recall", "accuracy")
-    net = load("digits", ["net.width=8", "net.depth=1"]).build()
+def test_theta_minus_that_is_an_average_counts() -> None:
+    spec = load("digits", ["net.width=8", "net.depth=1"])
+    other = load("digits", ["net.width=8", "net.depth=1", "train.ref=0.999"])
+    assert units(other) > units(spec)  # the derivative is another net's, and takes a pass of its own
 
-    def one(cell: Cell) -> Finished:
-        seed = cell.spec.train.seed
-        rows = [{"nfe": n, "solver": "s", "fd": n + 2.0 * seed, **dict.fromkeys(keys, float(seed))} for n in (1, 2)]
-        report = {"step": cell.spec.train.steps, "results": rows, "contrast": []}
-        return Finished(cell, run.Trained(cell.spec, Path("x"), net, 7, "w"), report)
 
-    table = zoo.table([one(cell) for cell in zoo.cells("laptop")])
-    assert [(row["objective"], row["nfe"]) for row in table] == [(title, n) for title in zoo.ZOO for n in (1, 2)]
-    for row in table:
-        assert (row["fd"], row["fd_sd"], row["kid"], row["seeds"]) == (row["nfe"] + 2, 2, 1, 3)
-    cost = [row["steps"] * row["F_per_step"] for row in table]
-    assert max(cost) - min(cost) <= 0.01 * max(cost)
+@pytest.mark.usefixtures("free")
+def test_the_zoo_has_every_objective() -> None:
+    kinds = {model.model_fields["kind"].default for model in get_args(get_args(Objective)[0])}
+    listed = zoo.zoo()
+    assert next(iter(listed.items())) == ("DuMo", "digits")
+    assert {load(recipe).objective.kind for recipe in listed.values()} == kinds
+    assert "digits-guided" not in listed.values()
+    cells = list(zoo.PLAN.cells("laptop"))
+    assert {one.spec.train.seed for one in cells} == {0, 1}
+    for one in cells:
+        assert one.spec.data == cells[0].spec.data
+        assert one.spec.evaluate.protocol == cells[0].spec.evaluate.protocol
+        assert one.spec.evaluate.nfe in ((1, 2, 4), (2, 4))
+        assert one.spec.train.batch == load("digits").train.batch
+
+
+def finished_by_hand(cells: list[Cell], score: str = "fd") -> list[Finished]:
+    """Reports whose numbers follow from passes, seed and the arm's place."""
+    net, done = load("digits", ["net.width=8", "net.depth=1"]).build(), list[Finished]()
+    names = list(dict.fromkeys(json.dumps(one.labels) for one in cells))
+    for one in cells:
+        place, seed = names.index(json.dumps(one.labels)), float(one.spec.train.seed)
+        rows = [
+            {"nfe": n, "solver": "s", score: 1 + place + n + 2 * seed, "kid": seed, "kid_sd": 9.0, "recall": 0.5}
+            for n in one.spec.evaluate.nfe
+        ]
+        report = {"step": one.spec.train.steps, "results": rows, "contrast": []}
+        done.append(Finished(one, run.Trained(one.spec, Path("x"), net, 7, "w"), report))
+    return done
+
+
+@pytest.mark.usefixtures("free")
+def test_a_table_is_means_over_seeds() -> None:
+    table = PLANS["latents"].table(finished_by_hand(list(PLANS["latents"].cells("laptop"))))
+    assert [(row["objective"], row["nfe"]) for row in table] == [
+        (title, n) for title in ("DuMo", "MeanFlow", "Flow matching") for n in (1, 2)
+    ]
+    for i, row in enumerate(table):
+        assert (row["fd"], row["fd_sd"], row["kid"], row["seeds"]) == (1 + i // 2 + row["nfe"] + 2, 2, 1, 3)
+        assert "kid_sd" not in row  # of another kind: over subsets, not seeds
+    assert grid.measure(table[0]) == "fd"
+
+
+@pytest.mark.usefixtures("free")
+def test_the_zoo_is_compared_with_dumo_in_one_pass() -> None:
+    table = zoo.PLAN.table(finished_by_hand(list(zoo.PLAN.cells("laptop"))))
+    assert table[0]["objective"] == "DuMo"
+    assert table[0]["over_dumo_1_pass"] == 1
+    assert all(row["over_dumo_1_pass"] == row["fd"] / table[0]["fd"] for row in table)
+    beside = {row["objective"]: row["paper_fid_imagenet_xl_1_pass"] for row in table}
+    assert (beside["DuMo"], beside["MeanFlow"], beside["Flow matching"]) == (3.07, 3.43, None)
+
+
+@pytest.mark.usefixtures("free")
+@pytest.mark.parametrize("scale", SCALES)
+def test_figure_4a_varies_the_share_on_the_velocity(scale: str) -> None:
+    cells = list(fig4a.PLAN.cells(scale))
+    ratio = ("times", "velocity_ratio")
+    for title, field, shares in (("DuMo", ("beta",), fig4a.BETAS), ("MeanFlow", ratio, fig4a.RATIOS)):
+        mine = [one for one in cells if one.labels["objective"] == title]
+        assert tuple(dict.fromkeys(one.labels["share_on_velocity"] for one in mine)) == shares
+        for one in mine:
+            value: Any = one.spec.objective.model_dump()
+            for key in field:
+                value = value[key]
+            assert value == one.labels["share_on_velocity"]
+            assert one.spec.evaluate.nfe == (1,)
+    if scale == "paper":
+        assert {one.spec.train.steps for one in cells} == {10_000}
+    table = fig4a.PLAN.table(finished_by_hand(cells, "fid" if scale == "paper" else "fd"))
+    assert {row["paper_best_fid_b2_10k"] for row in table} == {63.86, 76.04}
 
 
 @pytest.mark.parametrize("scale", SCALES)
+def test_figure_4c_is_a_grid_of_laws(scale: str) -> None:
+    cells = list(fig4c.PLAN.cells(scale))
+    pairs = [(one.labels["theta_1"], one.labels["theta_2"]) for one in cells]
+    assert sorted(pairs) == sorted(product(fig4c.THETAS, fig4c.THETAS))
+    for one, (a, b) in zip(cells, pairs, strict=True):
+        assert one.spec.objective.times.model_dump() == {"kind": "beta", "a": a, "b": b}
+    assert all(one.spec.train == cells[0].spec.train for one in cells)
+    if scale == "smoke":
+        table = {(row["theta_1"], row["theta_2"]): row for row in fig4c.PLAN.table(finished_by_hand(cells))}
+        assert table[0.5, 1.0]["log"] == pytest.approx(log(3))
+        assert table[1.0, 1.0]["far"] == pytest.approx(0.1, abs=2e-3)  # uniform
+        assert table[2.4, 2.4]["far"] == pytest.approx(0.017, abs=1e-3)
+        assert [pair for pair, row in table.items() if row["paper_log_fid_b2_10k"]] == [(2.0, 2.0)]
+
+
+@pytest.mark.usefixtures("free")
+def test_the_fair_ablation_varies_one_thing_at_a_time() -> None:
+    """At the same law of (t, r) two heads and one draw the very same times; nothing else differs but the objective."""
+    *mine, meanflow = fair.PLAN.cells("smoke")
+    assert len(mine) == 2 * 2 * len(fair.TIMES)
+    for two, one in zip(mine[::2], mine[1::2], strict=True):
+        assert two.labels | {"heads": "one"} == one.labels | {"steps": two.labels["steps"]}
+        assert len(two.spec.objective.needs.heads) == 2
+        assert len(one.spec.objective.needs.heads) == 1
+        for a, b in zip(*(cell.spec.objective.times(64, stream("fair")) for cell in (two, one)), strict=True):
+            assert torch.equal(a, b)
+        for part in ("data", "net", "path", "sample", "evaluate"):
+            assert getattr(two.spec, part) == getattr(one.spec, part)
+    for one in mine:
+        t, r = one.spec.objective.times(4000, stream("fair"))
+        still = (t == r).double().mean().item()
+        assert still == pytest.approx(0.75 if one.labels["rows"] == "a quarter" else 0, abs=1e-3)
+        assert ((r == 0) | (r == t)).all() == (one.labels["jumps"] == "to data")
+        tree = one.spec.objective.model_dump()
+        assert tree.get("power", 0) == 0
+        assert (tree["drop"], tree["guide"]["zeta"]) == (0, 0)
+    assert meanflow.spec.objective == load("digits-meanflow").objective
+    assert meanflow.labels["metric"] == "adaptive"
+    first, _ = fair.PLAN.table(finished_by_hand(mine[:1]))
+    assert first["far"] == pytest.approx(0.1, abs=2e-3)  # uniform, to the data
+
+
+@pytest.mark.usefixtures("free")
+def test_three_heads_at_the_papers_size_keep_its_recipe() -> None:
+    two, *three = sec43.PLAN.cells("paper")
+    assert two.spec == load(sec43.HOST)
+    for one in three:
+        kinds = [part.kind for part in one.spec.objective.parts]
+        assert kinds[:2] == ["velocity", "endpoint"]
+        assert one.spec.objective.guide == two.spec.objective.guide
+        assert one.spec.objective.slope == two.spec.objective.slope
+        assert one.spec.train.steps == round(two.spec.train.steps * 424 / 432)
+        assert one.spec.data == two.spec.data
+    assert [one.labels["paper_fid_imagenet256_xl2_1_pass"] for one in (two, *three)] == [2.60, 2.84, 4.73]
+
+
+@pytest.mark.usefixtures("free")
+def test_table_2_takes_objectives_onto_one_recipe() -> None:
+    for scale, host in (("laptop", "cifar10-latents"), ("paper", "cifar10")):
+        cells = list(tab2.PLAN.cells(scale))
+        assert {one.spec.data.classes for one in cells} == {0}
+        assert all(one.spec.data == cells[0].spec.data for one in cells)
+        assert {one.spec.evaluate.nfe for one in cells} == {(1,)}
+        assert [one.labels["objective"] for one in cells if one.spec.train.seed == 0] == list(tab2.ARMS)
+        sct = next(one.spec for one in cells if one.labels["objective"] == "sCT")
+        assert sct.objective.model_dump() == load("digits-sct").objective.model_dump() | {"drop": 0}
+        assert (sct.path, sct.sample.solver) == (load("digits-sct").path, load("digits-sct").sample.solver)
+        assert sct.net.model_copy(update={"precondition": "none"}) == load(host).net
+        assert sct.train.batch == load(host).train.batch
+
+
+@pytest.mark.usefixtures("free")
+def test_ideas_differ_from_the_base_in_what_they_say() -> None:
+    for plan, recipe, seeds in ((ours.DIGITS, "digits", 3), (ours.LATENTS, "cifar10-latents", 2)):
+        cells = list(plan.cells("laptop"))
+        assert len(cells) == seeds * len(ours.IDEAS)
+        assert cells[0].labels["idea"] == "base"
+        assert cells[0].spec.objective == load(recipe).objective
+        assert all(one.spec.data == cells[0].spec.data for one in cells)
+
+
+def test_steps_are_compared_within_rounds() -> None:
+    """A round that is slow for all changes no ratio."""
+    cost = {fig4b.PLAIN: 1.0, fig4b.DUMO: 2.0, fig4b.MEANFLOW: 4.0}
+    cells = [one for one in fig4b.cells("smoke") if one.labels["objective"] in cost]
+    net = cells[0].spec.outline()
+    report = {"card": {"machine": "m"}, "parameters": 7, "F_per_step": 3.0}
+    done = [
+        Finished(
+            one,
+            run.Trained(one.spec, Path("x"), net, 0, "none"),
+            report | {"seconds": [cost[one.labels["objective"]] * slow for slow in (1, 1, 10)]},
+        )
+        for one in cells
+    ]
+    table = {row["objective"]: row for row in fig4b.PLAN.table(done)}
+    assert [table[name]["time_over_flow_matching"] for name in cost] == [1, 2, 4]
+    assert [table[name]["speed_over_guided_meanflow"] for name in cost] == [4, 2, 1]
+    assert table[fig4b.DUMO]["F_by_time"] == 6
+    assert table[fig4b.DUMO]["steps_per_second"] == 0.5
+    assert table[fig4b.DUMO]["paper_speed_over_meanflow_xl"] == 1.126
+
+
+def test_steps_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One size, three objectives, two rounds: bars of the paper's two, and all in a line each."""
+    monkeypatch.setattr(fig4b, "zoo", lambda: {"DuMo": "digits", "Flow matching": "digits-flow-matching"})
+    results = reproduce("fig4b", "smoke", tmp_path, device="cpu")
+    assert [row["objective"] for row in results["table"]] == [
+        fig4b.PLAIN,
+        fig4b.DUMO,
+        fig4b.MEANFLOW,
+        fig4b.SPARING,
+        "DuMo",
+    ]
+    counted = [row["F_per_step"] for row in results["table"]]
+    assert counted[2] > counted[1] > counted[3] > counted[0]
+    assert all(row["low"] <= row["time_over_flow_matching"] <= row["high"] for row in results["table"])
+    assert results["cells"][0]["card"]["rounds"] == 2
+    for name in ("fig4b.png", "fig4b-all.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 300
+
+
+@pytest.mark.usefixtures("free")
+@pytest.mark.parametrize("name", ["fair", "fig4a", "fig4c", "ours"])
+def test_pictures_are_drawn(name: str, tmp_path: Path) -> None:
+    files = PLANS[name].draw(finished_by_hand(list(PLANS[name].cells("smoke"))), tmp_path)
+    assert files
+    for file in files:
+        with Image.open(file) as picture:
+            assert min(picture.size) > 300
+            assert len(picture.getcolors(1 << 24) or ()) > 50  # not blank
+
+
+@pytest.mark.parametrize("scale", SMALL_SCALES)
 def test_trajectories_are_of_equal_steps_and_milestones(scale: str) -> None:
     dumo, meanflow = trajectory.cells(scale)
     assert [one.labels["objective"] for one in (dumo, meanflow)] == ["DuMo", "MeanFlow"]

@@ -14,6 +14,7 @@ from dumo.bench.clock import Precision, autocast, products
 from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.flow.draw import stream
+from dumo.flow.read import reading
 from dumo.sample import generate
 from dumo.sample.solver import Euler, Solver, check
 from dumo.types import UserError
@@ -39,7 +40,7 @@ def measure(
         (precision, nfe, solver(run, nfe)) for precision in clock.known(precisions, here) for nfe in nfes
     ]
     module, c = net.build(run, shape, here), generate.labels(batch, run.data.classes)
-    reads = run.objective.read(module)
+    reads = reading(run.objective, module, run.sample.knobs)
 
     def work(precision: Precision, nfe: int, solver: Solver) -> Callable[[], object]:
         def make() -> None:

@@ -43,7 +43,7 @@ class Plain:
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Every head is the velocity; knobs rest at zero."""
         needs, times = self.of.needs, {"t": b.t, "r": b.r}
-        inputs = {name: times.get(name, torch.zeros_like(b.t)) for name in (*needs.inputs, *needs.knobs)}
+        inputs = {name: times.get(name, torch.zeros_like(b.t)) for name in needs.names}
         heads = net(b.x_t, b.c, **inputs)[: len(needs.heads)]
         return Terms(sum((mean_square(head - b.v_t) for head in heads), torch.zeros_like(b.t)))
 
@@ -92,7 +92,7 @@ class Overheard:
         heads, along = self.slope(net, ref, x, c, **rest)
 
         def noted(w: Any) -> Heads:  # noqa: ANN401, a Sample
-            self.asked, self.slopes = {"x": x, "c": c, "w": w, **rest}, along(w)
+            self.asked, self.slopes = {"x": x, "c": c, "along": w, **rest}, along(w)
             return self.slopes
 
         return heads, noted
@@ -104,11 +104,12 @@ def judge(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> float
     The truth is `torch.func.jvp` of a float64 copy of theta^-, at the point and along the direction that the loss asked
     for, over all rows that may move.
     """
-    heard, u = Overheard(dict(objective)["slope"]), objective.needs.heads.index("u")
+    heard, heads = Overheard(dict(objective)["slope"]), objective.needs.heads
+    u = heads.index("u" if "u" in heads else heads[-1])
     cast(Any, objective).model_copy(update={"slope": heard}).loss(net, ref, b)
     exact, asked = copy.deepcopy(ref.module).double(), {name: _double(a) for name, a in heard.asked.items()}
     with torch.no_grad(), torch.autocast(b.x.device.type, enabled=False):
-        x, c, w = (asked.pop(name) for name in ("x", "c", "w"))
+        x, c, w = (asked.pop(name) for name in ("x", "c", "along"))
         _, along = Jvp()(exact, still(exact), x, c, **asked)
         true = along(w)[u]
     return ((heard.slopes[u].double() - true).norm() / true.norm()).item()

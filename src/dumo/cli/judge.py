@@ -79,8 +79,15 @@ def compare(
 
 
 def reproduce(
-    name: Annotated[str, typer.Argument(help="fig3, fig5, guidance, latents (CIFAR-10) or zoo (digits).")],
-    scale: Annotated[str, typer.Option(help="smoke (a minute) or laptop (ten minutes to half an hour).")] = "laptop",
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: fair, guidance, latents, ours, ours-latents."
+        ),
+    ],
+    scale: Annotated[
+        str, typer.Option(help="smoke (a minute or two), laptop (up to an hour) or paper (its own size, on GPUs).")
+    ] = "laptop",
     folder: Annotated[Path | None, typer.Option("--out", help="Default: runs/reproduce/NAME-SCALE.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, each with its share of the cores.")] = 1,
     device: Device = "auto",

@@ -34,18 +34,16 @@ def show(source: Source, set_: Set = None, as_json: AsJson = False) -> None:
         print(json.dumps(facts))
         return
     out.print(dump(spec), soft_wrap=True)
-    far, scale = facts["far"], facts["guidance_scale"]
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_row("parameters", f"{facts['parameters']:,}")
-    table.add_row("one pass", f"{facts['forward_flops_per_image'] / 2e9:.4g} G multiply-adds per sample")
-    table.add_row(
-        "one step", f"{facts['forward_units_per_step']:.2f} F (forward units, counted; a backward pass is 2 F)"
-    )
-    if way := facts["slope"]:
-        table.add_row("slope", f"dual, {way['name']}: {way['why']}")
-    table.add_row("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows")
-    table.add_row("guidance scale", f"{scale:.3g} in training (1 is none)")
-    out.print(table)
+    far, scale, way = facts["far"], facts["guidance_scale"], facts["slope"]
+    lines = [
+        ("parameters", f"{facts['parameters']:,}"),
+        ("one pass", f"{facts['forward_flops_per_image'] / 2e9:.4g} G multiply-adds per sample"),
+        ("one step", f"{facts['forward_units_per_step']:.2f} F (forward units, counted; a backward pass is 2 F)"),
+        *([("slope", f"dual, {way['name']}: {way['why']}")] if way else []),
+        ("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows"),
+        ("guidance scale", f"{scale:.3g} in training (1 is none)"),
+    ]
+    show_lines(lines)
 
 
 def dry(

@@ -17,10 +17,12 @@ def encode(
     codec: Annotated[str | None, typer.Option(help="taef2, sd-vae, dc-ae or identity. Default: the recipe's.")] = None,
     side: Annotated[int | None, typer.Option(min=1, help="Pixels along a side. Default: the recipe's.")] = None,
     store: Annotated[
-        str, typer.Option(help="moments, drawn from anew at every visit, or samples, drawn once, half the size.")
-    ] = "moments",
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
-    shard_rows: Annotated[int, typer.Option(min=1, help="Images to a shard: what a stop may lose.")] = 1024,
+        str | None, typer.Option(help="moments (default), drawn from anew at every visit, or samples, half the size.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16 (default), bfloat16 or float32.")] = None,
+    shard_rows: Annotated[
+        int | None, typer.Option(min=1, help="Images to a shard: what a stop may lose. Default: 1024.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images that the codec takes at a time.")] = 32,
     part: Annotated[
         str | None, typer.Option(metavar="K/N", help="Make part K of N, from 0. Default: as torchrun says.")
@@ -35,16 +37,15 @@ def encode(
     from dumo import encode
 
     data = encode.asked(source, set_ or [], out=folder, codec=codec, side=side)
+    options = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
     with resumable("the same dumo encode"):
         made = encode.encode(
             data,
-            store=store,
-            dtype=dtype,
-            shard_rows=shard_rows,
             batch=batch,
             part=encode.part_of(part),
             device=device,
             watch=bar,
+            **{name: value for name, value in options.items() if value is not None},
         )
     for line in encode.told(made):
         out.print(line, soft_wrap=True)

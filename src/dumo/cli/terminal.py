@@ -58,4 +58,5 @@ def show_table(title: str, rows: list[dict[str, Any]]) -> None:
         table.add_column(key, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    Console(width=max(out.width, 160)).print(table)
+    needed = Console(width=10_000).measure(table).maximum
+    Console(width=max(out.width, needed)).print(table)

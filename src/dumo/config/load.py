@@ -118,7 +118,9 @@ def _step(node: dict[str, Any] | list[Any], key: str, path: str) -> Any:  # noqa
             places = f"give a place from 0 to {len(node) - 1}" if node else "set it whole, as [...]"
             raise UserError(f"{path}: this is a list of {len(node)}; {places}")
         return node[int(key)]
-    child = node.setdefault(key, {})
+    if node.get(key) is None:  # not there, or a part that may be none
+        node[key] = {}
+    child = node[key]
     if not isinstance(child, dict | list):
         raise UserError(f"{path} is {_show(child)}, a value without fields of its own")
     return child

@@ -4,13 +4,17 @@ import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import nn
 
+from dumo.config.teacher import Start, Teacher
 from dumo.data import Data, Latents
 from dumo.data.augment import Edm
 from dumo.flow.draw import stream
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Path
+from dumo.flow.secant import demand
+from dumo.flow.times import Pair
 from dumo.metrics.protocol import MetricProtocol
 from dumo.nets import Net
+from dumo.nets.precondition import VELOCITIES
 from dumo.objectives import Objective
 from dumo.sample.guidance import Guidance
 from dumo.sample.solver import Solver, check
@@ -23,6 +27,7 @@ class Sampling(Spec):
 
     solver: Solver
     guide: Guidance = Guidance()  # none; a guided reading is two passes through the net
+    knobs: dict[str, float] = Field(default_factory=dict[str, float])  # inputs that an objective lets be set
     nfe: tuple[int, ...] = Field(default=(1, 2, 4), min_length=1)  # readings of the net; a sheet of samples for each
     seed: int = Field(default=0, ge=0)
 
@@ -44,6 +49,8 @@ class Run(Spec):
     net: Net
     objective: Objective
     path: Path = Linear()
+    teacher: Teacher | None = None
+    start: Start | None = None
     train: Train
     sample: Sampling = Field(json_schema_extra=FREE)
     evaluate: Evaluation = Field(json_schema_extra=FREE)
@@ -79,13 +86,29 @@ class Run(Spec):
                 f"objective '{self.objective.kind}' has its formulas for path {_or(self.objective.needs.paths)}, "
                 f"not '{self.path.kind}'"
             )
+        self._check_precondition()
         if slope := getattr(self.objective, "slope", None):
             slope.check(self.train.precision, self.net.time_scale)
+        if rate := getattr(self.objective, "rate", None):
+            rate.check(self.train.precision, self.net.time_scale)
+        demand(self.train.precision, getattr(self.objective, "amplifies", 0.0), self.objective.kind)
+        self._check_groups()
+        self._check_guidance()
+        self._check_knobs()
+        check(self.sample.solver, self.reads, *self.sample.nfe, *self.evaluate.nfe)
+        self.evaluate.protocol.check(self.pixels, self.data.classes)
+        return self
+
+    def _check_guidance(self) -> None:
+        """Refuse guidance without classes, on rows that do not come in whole groups, or twice."""
         guide: Guide | None = getattr(self.objective, "guide", None)
-        if guide and guide.active and not self.data.classes:
+        scale: float = guide.scale if guide else getattr(self.objective, "scale", 1.0)
+        guided = guide.active if guide else scale != 1
+        if guided and not self.data.classes:
+            way = "objective.guide.omega=1 and objective.guide.zeta=0" if guide else "objective.scale=1"
             raise UserError(
-                f"objective.guide asks for guidance, but data '{self.data.kind}' has no classes to guide by: "
-                "set objective.guide.omega=1 and objective.guide.zeta=0"
+                f"objective.{'guide' if guide else 'scale'} asks for guidance, but data '{self.data.kind}' has no "
+                f"classes to guide by: set {way}"
             )
         if guide and guide.random and self.train.batch % (group := guide.every * self.train.accumulate):
             raise UserError(
@@ -93,11 +116,61 @@ class Run(Spec):
                 f"train.batch = {self.train.batch} is no multiple of {group} ({guide.every} * train.accumulate): "
                 "change train.batch, train.accumulate or objective.guide.fraction"
             )
-        trained = guide.scale if guide else 1.0
-        self.sample.guide.check(self.data.kind, self.data.classes, self.objective.drop, trained)
-        check(self.sample.solver, self.reads, *self.sample.nfe, *self.evaluate.nfe)
-        self.evaluate.protocol.check(self.pixels, self.data.classes)
-        return self
+        if self.teacher and not self.teacher.pairs and not getattr(self.objective, "teachable", True):
+            raise UserError(
+                f"objective '{self.objective.kind}' learns from no velocity, so a teacher's says nothing to it: set "
+                "teacher.pairs, or teacher=null"
+            )
+        if self.teacher and self.teacher.guide.active:
+            if guided or self.objective.needs.knobs:
+                raise UserError("the objective would guide what teacher.guide has guided: leave one of them at none")
+            self.teacher.guide.check(self.data.kind, self.data.classes, 1.0, 1.0)
+            scale = self.teacher.guide.scale
+        self.sample.guide.check(self.data.kind, self.data.classes, self.objective.drop, scale)
+
+    def _check_knobs(self) -> None:
+        """Refuse knobs that the net does not have, and those of guidance where there is nothing to guide by."""
+        kind, there = self.objective.kind, self.objective.needs.knobs
+        if strange := [name for name in self.sample.knobs if name not in there]:
+            have = f"its knobs are {', '.join(there)}" if there else "it has none: set sample.knobs={}"
+            raise UserError(f"sample.knobs.{strange[0]}: objective '{kind}' has no such knob, {have}")
+        if there and not self.data.classes:
+            raise UserError(
+                f"objective '{kind}' teaches its knobs {', '.join(there)} to guide, but data '{self.data.kind}' has no "
+                "classes to guide by: train without guidance, which of 'imf' is objective.w=null"
+            )
+        if there and self.sample.guide.active:
+            raise UserError(
+                f"sample.guide.scale = {self.sample.guide.scale:g} would guide once more what the knobs of objective "
+                f"'{kind}' guide already: set sample.guide.scale=1, and sample.knobs"
+            )
+
+    def _check_groups(self) -> None:
+        """Refuse pieces of a batch that part rows which belong together, and batches that lack one kind of row."""
+        times, batch = self.objective.times, self.train.batch
+        group = getattr(times, "group", 1)
+        if batch % (group * self.train.accumulate):
+            raise UserError(
+                f"objective.times of kind '{times.kind}' keeps {group} rows together, so train.batch = {batch} must be "
+                f"a multiple of {group * self.train.accumulate} ({group} * train.accumulate; with several processes, "
+                "times their number)"
+            )
+        if isinstance(times, Pair) and 0 < times.velocity_ratio < 1 and len(set(times.moving(batch))) == 1:
+            kind = "r = t" if times.moving(batch)[0] else "r < t"
+            raise UserError(
+                f"train.batch = {batch} has no row with {kind} at objective.times.velocity_ratio = "
+                f"{times.velocity_ratio:g}, so that would never be taught: raise train.batch"
+            )
+
+    def _check_precondition(self) -> None:
+        """Refuse preconditioning that is made for other heads, or for another path."""
+        others = set(self.objective.needs.heads) - set(VELOCITIES)
+        if self.net.precondition != "none" and (others or self.path.kind != "linear"):
+            what = f"path '{self.path.kind}'" if self.path.kind != "linear" else f"head {_or(tuple(sorted(others)))}"
+            raise UserError(
+                f"net.precondition '{self.net.precondition}' is made for velocities on path 'linear' (heads "
+                f"{_or(VELOCITIES)}), not for {what}: set net.precondition=none"
+            )
 
     def _check_augment(self) -> None:
         """Refuse augmentation that the net is not told of, or told wrong."""

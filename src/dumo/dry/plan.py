@@ -34,7 +34,7 @@ def plan(spec: Run) -> dict[str, Any]:
     return {
         **shown,
         "parameters_total": sum(value.numel() for value in net.state_dict().values()),
-        "inputs": {"x": list(shape), **{name: [] for name in ("c", *needs.inputs, *needs.knobs)}},
+        "inputs": {"x": list(shape), **{name: [] for name in ("c", *needs.names)}},
         "heads": {name: list(head.shape[1:]) for name, head in zip((*needs.heads, *needs.gauges), heads, strict=True)},
         "tokens": getattr(net, "grid", 0) ** 2 or None,
         "memory": memory(spec, rows),

@@ -15,6 +15,7 @@ import torch
 from dumo import dist, doctor, machine
 from dumo.config.spec import Run
 from dumo.flow.draw import stream
+from dumo.flow.read import reading
 from dumo.sample import generate
 from dumo.train import cost, loop
 from dumo.train.state import State
@@ -107,7 +108,7 @@ def make_sample(spec: Run, state: State, here: torch.device) -> tuple[int, float
     """One sample of the weights that are shown, in as few passes as the run's solver can: how many, and seconds."""
     net, solver, began = state.shown, spec.sample.solver, now(here)
     made = generate.generate(
-        *(net, spec.objective.read(net), spec.path, solver, torch.zeros(1, dtype=torch.long)),
+        *(net, reading(spec.objective, net, spec.sample.knobs), spec.path, solver, torch.zeros(1, dtype=torch.long)),
         nfe=solver.passes,
         seed=spec.sample.seed,
         shape=spec.data.shape,

@@ -14,7 +14,7 @@ their error grows with the logits (in bf16 2.9 % of dO at a standard deviation o
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
 import torch
@@ -65,8 +65,7 @@ def tangent(
     if dq is None and dk is None and dv is None:
         return torch.zeros_like(o)
     s = q.shape[-1] ** -0.5 if scale is None else scale
-    at = o.device.type
-    with torch.autocast(at, enabled=False) if torch.amp.is_autocast_available(at) else nullcontext():
+    with _as_typed(o.device.type):
         q, k, v = (x.to(o.dtype) for x in (q, k, v))
         dq, dk, dv = (x if x is None else x.to(o.dtype) for x in (dq, dk, dv))
         if _has_kernel(q, v):
@@ -74,6 +73,31 @@ def tangent(
 
             return attention_tangent(q, k, v, dq, dk, dv, o, lse, s)
         return _by_chunks(q, k, v, dq, dk, dv, o, s)
+
+
+def recorded_tangent(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    dq: Queries | None,
+    dk: Keys | None,
+    dv: Values | None,
+    o: Mixed,
+    scale: float | None = None,
+) -> Mixed:
+    """As `tangent`, with gradients: of the formula as it stands, all scores in memory, for no kernel has them."""
+    s = q.shape[-1] ** -0.5 if scale is None else scale
+    exact = torch.promote_types(o.dtype, torch.float32)
+    with _as_typed(o.device.type):
+        q, k, v, o_ = (x.to(exact) for x in (q, k, v, o))
+        dq, dk, dv = (x if x is None else x.to(exact) for x in (dq, dk, dv))
+        p = (s * q @ k.mT).softmax(-1)
+        out = torch.zeros_like(o_) if dv is None else p @ dv
+        moved = ([] if dq is None else [dq @ k.mT]) + ([] if dk is None else [q @ dk.mT])
+        for ds in moved:
+            h = s * p * ds
+            out = out + h @ v - h.sum(-1, keepdim=True) * o_
+        return out.to(o.dtype)
 
 
 def _by_chunks(
@@ -122,3 +146,8 @@ def _has_kernel(q: Tensor, v: Tensor) -> bool:
     """Triton, halves, tensor cores that take bf16, and heads that fit into shared memory."""
     fits = q.ndim == 4 and max(q.shape[-1], v.shape[-1]) <= 256
     return TRITON and q.is_cuda and fits and q.dtype in HALF and torch.cuda.get_device_properties(q.device).major >= 8
+
+
+def _as_typed(device: str) -> AbstractContextManager[object]:
+    """Inside, numbers keep their types: no autocast, where the device has one."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()

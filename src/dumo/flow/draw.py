@@ -5,13 +5,16 @@ rows. So two ranks equal one, a resumed run needs no generator state, and an obj
 sees the same t, z and dropped labels as its sibling.
 """
 
+from collections.abc import Callable
 from hashlib import blake2b
 
 import torch
 from torch import Generator
 
-from dumo.flow.times import LAWS, Pair
-from dumo.types import Cond, Noised, Objective, Path, Sample
+from dumo.flow.times import LAWS, Dyadic, Pair
+from dumo.types import Cond, Noised, Objective, Path, Sample, Time
+
+Velocity = Callable[[Sample, Time, Cond, Sample], Sample]  # (x_t, t, c, v_t) -> the velocity to learn
 
 
 def stream(*key: int | str) -> Generator:
@@ -36,10 +39,13 @@ def draw(
     batch: int | None = None,
     first: int = 0,
     progress: float = 0.0,
+    z: Sample | None = None,
+    teacher: Velocity | None = None,
 ) -> Noised:
     """Rows `first : first + len(x)` of the record that a batch of `batch` rows (None: these rows) gets at this step.
 
-    Raises ValueError where the batch ends before these rows do.
+    `z` is noise that belongs to x, as a teacher paired them; None: drawn. What a `teacher` makes of
+    (x_t, t, c, v_t) takes the place of v_t. Raises ValueError where the batch ends before these rows do.
     """
     n, mine = batch or len(x), slice(first, first + len(x))
     if mine.stop > n:
@@ -47,14 +53,17 @@ def draw(
     exact = torch.promote_types(x.dtype, torch.float32)  # times stay exact where the data is bf16
 
     t, r = (s[mine].to(x.device, exact) for s in objective.times(n, stream(seed, step, "times")))
-    z = torch.randn((n, *x.shape[1:]), generator=stream(seed, step, "z"))[mine].to(x)
+    if z is None:
+        z = torch.randn((n, *x.shape[1:]), generator=stream(seed, step, "z"))[mine].to(x)
     kept = (torch.rand(n, generator=stream(seed, step, "kept")) >= objective.drop)[mine].to(x.device)
     coin = torch.rand(n, generator=stream(seed, step, "coin"))[mine].to(x.device, exact)
-    moving = objective.times.moving(n)[mine] if isinstance(objective.times, Pair) else None
+    moving = objective.times.moving(n)[mine] if isinstance(objective.times, Pair | Dyadic) else None
     laws = {name: law for name, law in objective if isinstance(law, LAWS)}
     shape = torch.Size((n, *x.shape[1:]))
     drawn = {k: law(shape, stream(seed, step, "law", k))[mine].to(x.device, exact) for k, law in laws.items()}
 
     x_t, v_t = path.at(x, z, t)
     c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)
-    return Noised(path, x, z, t, r, x_t, v_t, c, null, kept, coin, moving, drawn, progress)
+    if teacher:
+        v_t = teacher(x_t, t, c, v_t)
+    return Noised(path, x, z, t, r, x_t, v_t, c, null, kept, coin, moving, drawn, progress, teacher)

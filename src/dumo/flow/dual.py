@@ -5,6 +5,7 @@ records. It is no subclass of Tensor but answers to `__torch_function__`, so a n
 `F.layer_norm` and the like runs on it as it is: every operation does to `p` what it always does, and its rule
 (`dumo.flow.rule`) moves `t` along. So the derivative rides on a pass that is made anyway, for the price of one more,
 and the primal and its gradients keep their bits. An operation without a rule raises: never a silent zero.
+Where a loss holds the derivative itself, tangents are `recorded`, too.
 
 A tangent may also come `Later`, where the direction is known only after the pass. What will compute it is kept as
 data, a function of the module and the tensors it needs, most of which autograd keeps anyway. There is no list that
@@ -176,6 +177,8 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
     if any(isinstance(t, Later) for t in moved):
         kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in saved)
         return pair(p, Later(p.shape, p.dtype, push, moved, kept))
+    if recording():
+        return pair(p, _fit(push(*moved, *saved), p.shape, p.dtype))
     with torch.no_grad():
         return pair(p, _fit(push(*moved, *saved), p.shape, p.dtype))
 
@@ -224,6 +227,16 @@ def holds(ends: Iterable[Later]) -> bool:
 def primal_only() -> AbstractContextManager[None]:
     """Inside, no tangent is computed: for recomputing what a checkpoint let go, whose tangents are known already."""
     return held(_state, "primal_only", True)
+
+
+def recorded() -> AbstractContextManager[None]:
+    """Inside, tangents that are known are recorded as primals are: for a loss that holds the derivative itself."""
+    return held(_state, "recorded", True)
+
+
+def recording() -> bool:
+    """Whether tangents are recorded; then a rule must save what autograd can follow, and no kernel's own numbers."""
+    return getattr(_state, "recorded", None) is True
 
 
 def _tangent(x: object) -> Moved:

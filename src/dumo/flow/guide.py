@@ -53,6 +53,8 @@ class Interval(Spec):
         return self
 
 
+FADING = 0.025  # of SoFlow: how slowly guidance comes back below t = 1
+
 PRESETS: dict[str, dict[str, Any]] = {  # what a name in place of a Guide's fields stands for
     "paper": {"zeta": 0.55},  # DuMo, Alg. 1 and Tab. 3 at 256 x 256; the rest as below, for the paper is silent
     "ucgm": {"zeta": 0.44, "interval": {"high": 0.75}, "elsewhere": "average"},  # UCGM's code, multi-step, 256 x 256
@@ -67,6 +69,7 @@ class Guide(Spec):
     interval: Interval = Interval()  # ours: the paper is silent, so all times
     elsewhere: Literal["data", "average"] = "data"  # v* of other rows: v_t, or (v_t + V(c)) / 2 as UCGM
     fraction: float = Field(default=1.0, gt=0, le=1)  # of the rows that passes are made on, 1 / k (ours)
+    fade: float | None = Field(default=None, ge=0, lt=1)  # the time from which guidance fades, to none at t = 1: SoFlow
 
     @model_validator(mode="before")
     @classmethod
@@ -179,8 +182,15 @@ class Guide(Spec):
             v_star = v_star + self.zeta * (velocity(b, b.c) if v_hat is None else v_hat)
         if abs(rest) > 1e-12:  # 1 - .2 - .8 is not 0 in floating point
             with mask.none():
-                v_star = v_star + rest * velocity(b, b.null)
+                v_null = velocity(b, b.null)
+            v_star = v_star + rest * (v_null if self.fade is None else b.v_t + self._left(b) * (v_null - b.v_t))
         return v_star
+
+    def _left(self, b: Noised) -> Sample:
+        """What fading leaves of V(null), in [0, 1]; v_t has the rest (SoFlow's code, `models.py`)."""
+        assert self.fade is not None
+        s = ((1 - b.t) / (1 - self.fade)).clamp(0, 1)
+        return lift(torch.where(s < 1, -torch.expm1(-FADING * s / (1 - s).clamp(min=1e-12)), 1), b.x_t)
 
     def _rest(self, b: Noised, v_hat: Sample | None) -> Sample:
         """v* of rows that no guidance has reached: those elsewhere, and guided ones that were not picked."""

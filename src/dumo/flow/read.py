@@ -1,6 +1,8 @@
 """What a net of two times u(x_t, t, r) can tell a solver, and how its knobs are set."""
 
-from dumo.types import Cond, Heads, Net, Reads, Sample, Time, lift
+from collections.abc import Mapping
+
+from dumo.types import Cond, Heads, Net, Objective, Reads, Sample, Time, lift
 
 
 def bind(net: Net, **knobs: float) -> Net:
@@ -10,6 +12,12 @@ def bind(net: Net, **knobs: float) -> Net:
         return net(x, c, **inputs, **{name: x.new_full((len(x),), value) for name, value in knobs.items()})
 
     return bound
+
+
+def reading(objective: Objective, net: Net, knobs: Mapping[str, float] | None = None) -> Reads:
+    """Read a net trained by an objective, with these of its knobs set and the others as the objective has them."""
+    knobs = {**objective.needs.knobs, **(knobs or {})}
+    return objective.read(bind(net, **knobs) if knobs else net)
 
 
 def average(net: Net, head: int = 0) -> Reads:

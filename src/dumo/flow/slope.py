@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dumo.flow import dual, mask
 from dumo.flow import rule as rule  # without which a Dual can do nothing
 from dumo.flow.dual import Later, pair, primal
-from dumo.types import Array, Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError, bare
+from dumo.types import Array, Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError, bare, parted
 
 Along = Callable[[Sample], Heads]
 Moving = Sequence[bool]  # rows by place: static, so that shapes are
@@ -58,9 +58,9 @@ class Central(Spec):
         **rest: Time,
     ) -> tuple[Heads, Along]:
         """One pass of net now, two of ref in `along`. Raises UserError below fp32."""
-        self.check(_precision(x))
+        self.check(precision_of(x))
 
-        def quotient(x: Sample, c: Cond, w: Sample, *, t: Time, **rest: Time) -> Heads:
+        def quotient(x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
             behind = ref(x - self.h * w, c, t=t - self.h, **rest)
             ahead = ref(x + self.h * w, c, t=t + self.h, **rest)
             return tuple((b - a) / (2 * self.h) for a, b in zip(behind, ahead, strict=True))
@@ -69,18 +69,7 @@ class Central(Spec):
 
     def check(self, precision: str, time_scale: float = 1.0) -> None:
         """Raise UserError where the difference would not be a derivative."""
-        if precision != "fp32":
-            raise UserError(
-                f"slope 'central' needs precision fp32, not {precision}: at h = {self.h} rounding outweighs the "
-                "difference (42 to 83 % wrong under bf16). Use precision fp32, or slope 'dual'"
-            )
-        if self.h * time_scale > MAX_STEP:
-            most = floor(1e6 * MAX_STEP / time_scale) / 1e6
-            raise UserError(
-                f"slope 'central' with h = {self.h} on a net with time_scale = {time_scale}: h * time_scale is above "
-                f"{MAX_STEP}, and the difference is no longer a derivative. Use h <= {most:g}, a smaller time_scale or "
-                "slope 'dual'"
-            )
+        check_difference("slope", self.h, precision, time_scale)
 
 
 class Jvp(Spec):
@@ -102,7 +91,7 @@ class Jvp(Spec):
     ) -> tuple[Heads, Along]:
         """One pass of net now, one differentiated pass of ref in `along`."""
 
-        def jvp(x: Sample, c: Cond, w: Sample, *, t: Time, **rest: Time) -> Heads:
+        def jvp(x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
                 _, slopes = _jvp(lambda x, t: ref(x, c, t=t, **rest), (x, t), (w, torch.ones_like(t)))
             return slopes
@@ -187,7 +176,7 @@ def _tape(net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, **rest: Time) -
             return _dual_pass(ref, x, c, w, t=t, **rest)
         play = dual.compiled_play() if getattr(ref.module, "compile_tangents", False) else dual.play
         play(ends)
-        return tuple(_rate(head) for head in heads)
+        return tuple(rate_of(head) for head in heads)
 
     return tuple(primal(head) for head in heads), along
 
@@ -196,10 +185,10 @@ def _ride(
     net: Net, x: Sample, c: Cond, toward: Sample, moving: Moving | None, *, t: Time, **rest: Time
 ) -> tuple[Heads, Along]:
     """One pass whose rows move from the start; where some do not, a second pass for those."""
-    rows, others = _places(moving, x)
+    rows, others = parted([True] * len(x) if moving is None else moving)
     if not others:
         heads = _moved(net, x, c, toward, t=t, **rest)
-        values, slopes = tuple(primal(h) for h in heads), tuple(_rate(h) for h in heads)
+        values, slopes = tuple(primal(h) for h in heads), tuple(rate_of(h) for h in heads)
     elif not rows:
         values = net(x, c, t=t, **rest)
         slopes = tuple(torch.zeros_like(h) for h in values)
@@ -209,7 +198,7 @@ def _ride(
         with mask.of(others):
             plain = net(*(a[others] for a in (x, c)), t=t[others], **{k: s[others] for k, s in rest.items()})
         values = tuple(_merge(primal(a), b, rows, others) for a, b in zip(heads, plain, strict=True))
-        slopes = tuple(_merge(_rate(a), torch.zeros_like(b), rows, others) for a, b in zip(heads, plain, strict=True))
+        slopes = tuple(_merge(rate_of(a), torch.zeros_like(b), rows, others) for a, b in zip(heads, plain, strict=True))
 
     def along(w: Sample) -> Heads:
         if w is not toward:
@@ -219,17 +208,17 @@ def _ride(
     return values, along
 
 
-def _moved(net: Net, x: Sample, c: Cond, w: Sample, *, t: Time, **rest: Time) -> Heads:
+def _moved(net: Net, x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
     """A pass whose inputs move: x along w, t by 1."""
     return net(pair(x, w.detach()), c, t=pair(t, torch.ones_like(t)), **rest)
 
 
-def _dual_pass(ref: Frozen, x: Sample, c: Cond, w: Sample, *, t: Time, **rest: Time) -> Heads:
+def _dual_pass(ref: Frozen, x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
     """The tangents of a pass without gradients."""
-    return tuple(_rate(h) for h in _moved(ref, x, c, w, t=t, **rest))
+    return tuple(rate_of(h) for h in _moved(ref, x, c, w, t=t, **rest))
 
 
-def _rate(head: Array) -> Tensor:
+def rate_of(head: Array) -> Tensor:
     """What rode along: zero for a head that the moving inputs do not reach."""
     rate = dual.tangent(head)
     rate = rate.value if isinstance(rate, Later) else rate
@@ -240,7 +229,7 @@ def _then(
     f: Callable[..., Heads], net: Net, x: Sample, c: Cond, moving: Moving | None, *, t: Time, **rest: Time
 ) -> tuple[Heads, Along]:
     """One pass of net now; later the slopes by f of the rows that move, and zeros. Where none does, f makes no pass."""
-    heads, (rows, others) = net(x, c, t=t, **rest), _places(moving, x)
+    heads, (rows, others) = net(x, c, t=t, **rest), parted([True] * len(x) if moving is None else moving)
 
     @torch.no_grad()
     def along(w: Sample) -> Heads:
@@ -256,19 +245,29 @@ def _then(
     return heads, along
 
 
-def _places(moving: Moving | None, x: Sample) -> tuple[list[int], list[int]]:
-    """The rows that move, and those that do not."""
-    moving = [True] * len(x) if moving is None else moving
-    return [i for i, m in enumerate(moving) if m], [i for i, m in enumerate(moving) if not m]
-
-
 def _merge(some: Tensor, other: Tensor, rows: list[int], others: list[int]) -> Tensor:
     """Put rows back to their places."""
     order = sorted(range(len(rows) + len(others)), key=[*rows, *others].__getitem__)
     return torch.cat([some, other.to(some.dtype)])[order]
 
 
-def _precision(x: Sample) -> str:
+def check_difference(what: str, h: float, precision: str, time_scale: float) -> None:
+    """Raise UserError where a central difference, be it a slope or a rate, would not be a derivative."""
+    if precision != "fp32":
+        raise UserError(
+            f"{what} 'central' needs precision fp32, not {precision}: at h = {h} rounding outweighs the difference "
+            f"(42 to 83 % wrong under bf16). Use precision fp32, or {what} 'dual'"
+        )
+    if h * time_scale > MAX_STEP:
+        most = floor(1e6 * MAX_STEP / time_scale) / 1e6
+        raise UserError(
+            f"{what} 'central' with h = {h} on a net with time_scale = {time_scale}: h * time_scale is above "
+            f"{MAX_STEP}, and the difference is no longer a derivative. Use h <= {most:g}, a smaller time_scale or "
+            f"{what} 'dual'"
+        )
+
+
+def precision_of(x: Sample) -> str:
     """What a pass on x computes in; fp64 is as good as fp32."""
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):

@@ -1,9 +1,9 @@
 """Laws: what is drawn per row. A law of times gives (t, r) with r <= t; any other law gives one tensor.
 
-Laws of one time aim at the data: r = 0.
+Laws of one time aim at the data: r = 0. A law whose rows belong together has a `group`: so many neighbours.
 """
 
-from math import log
+from math import log, pi
 from typing import Annotated, Literal
 
 import torch
@@ -29,7 +29,7 @@ class Beta(Spec):
 
 
 class Uniform(Spec):
-    """t ~ U(low, high), r = 0."""
+    """t ~ U(low, high), r = 0; where both are equal, that one time."""
 
     kind: Literal["uniform"] = "uniform"
     low: float = Field(default=0.0, ge=0, le=1)
@@ -37,8 +37,8 @@ class Uniform(Spec):
 
     @model_validator(mode="after")
     def _ordered(self) -> "Uniform":
-        if self.low >= self.high:
-            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low}) must not be above high ({self.high})")
         return self
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
@@ -60,30 +60,187 @@ class LogitNormal(Spec):
         return t, torch.zeros_like(t)
 
 
+class Arctan(Spec):
+    """tan(pi t / 2) = exp(N(mean, std^2)) / sd, r = 0: a log-normal noise level as an angle, in units of a right angle.
+
+    sCM on the trigonometric path (Lu and Song 2025, its Sec. 4), whose data have the standard deviation `sd`; with
+    sd = 1, FACM's times of its FM and CM losses (its code, `losses.py`: mean -0.8, std 1.6).
+    """
+
+    kind: Literal["arctan"] = "arctan"
+    mean: float = -1.0
+    std: float = Field(default=1.4, gt=0)
+    sd: float = Field(default=0.5, gt=0)
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows."""
+        level = (self.mean + self.std * torch.randn(n, generator=g)).exp() / self.sd
+        t = level.atan() * 2 / pi
+        return t, torch.zeros_like(t)
+
+
+class Karras(Spec):
+    """t = s / (1 + s), with s = sigma / sd and sigma^(1 / rho) uniform from `low` to `high`; r = 0.
+
+    The noise levels of Karras et al. (2022), Eq. 5, in the limit of many: so are those of CM (Song et al. 2023) spread.
+    """
+
+    kind: Literal["karras"] = "karras"
+    low: float = Field(default=0.002, gt=0)
+    high: float = Field(default=80.0, gt=0)
+    rho: float = Field(default=7.0, gt=0)
+    sd: float = Field(default=0.5, gt=0)  # of the data that `low` and `high` are meant for
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Karras":
+        if self.low >= self.high:
+            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
+        return self
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows."""
+        low, high = self.low ** (1 / self.rho), self.high ** (1 / self.rho)
+        s = (low + (high - low) * torch.rand(n, generator=g)) ** self.rho / self.sd
+        t = s / (1 + s)
+        return t, torch.zeros_like(t)
+
+
+One = Annotated[Arctan | Beta | Karras | LogitNormal | Uniform, Field(discriminator="kind")]  # laws of one time
+
+
+class Atom(Spec):
+    """One law, but t = `at` on a share of the rows; r = 0 (ours).
+
+    Laws with a density teach one-step sampling, which starts at t = 1 exactly, by its neighbours. The rows are chosen
+    by their place, evenly spread.
+    """
+
+    kind: Literal["atom"] = "atom"
+    of: One = Beta()
+    share: float = Field(default=0.15, ge=0, le=1)
+    at: float = Field(default=1.0, ge=0, le=1)
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows."""
+        t, r = self.of(n, g)
+        return t.masked_fill(torch.tensor(spread(n, self.share)), self.at), r
+
+
 class Pair(Spec):
     """Two draws of one law, sorted, so that r <= t; on a share `velocity_ratio` of the rows r = t (MeanFlow, Sec. 4.3).
 
     This is rho of the paper's Eq. 5. The rows are chosen by their place in the batch, evenly spread, not by a coin
-    (ours): so every rank and every step has the same number of them.
+    (ours): so every rank and every step has the same number of them. With `to` r has a law of its own, and is t where
+    that is above t (MeanFlow on CIFAR-10); with `flow` so has t on the rows with r = t (SoFlow).
     """
 
     kind: Literal["pair"] = "pair"
-    of: Annotated[Beta | Uniform | LogitNormal, Field(discriminator="kind")] = LogitNormal()
+    of: One = LogitNormal()
     velocity_ratio: float = Field(default=0.75, ge=0, le=1)
+    to: One | None = None  # of r; None: the lower of two draws
+    flow: One | None = None  # of t where r = t; None: as elsewhere
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """Draw n rows."""
-        (a, _), (b, _) = self.of(n, g), self.of(n, g)
-        t, r = torch.maximum(a, b), torch.minimum(a, b)
-        return t, torch.where(torch.tensor(self.moving(n)), r, t)
+        (a, _), (b, _) = self.of(n, g), (self.to or self.of)(n, g)
+        t, r = (torch.maximum(a, b), torch.minimum(a, b)) if self.to is None else (a, torch.minimum(a, b))
+        moving = torch.tensor(self.moving(n))
+        if self.flow is not None:
+            t = torch.where(moving, t, self.flow(n, g)[0])
+        return t, torch.where(moving, r, t)
 
     def moving(self, n: int) -> tuple[bool, ...]:
         """Which of the first n rows may have r < t, by their place alone; all others have r = t."""
-        so_far = (torch.arange(n + 1, dtype=torch.float64) * self.velocity_ratio + 1e-9).floor()
-        return tuple((so_far.diff() == 0).tolist())
+        return tuple(not still for still in spread(n, self.velocity_ratio))
 
 
-Times = Annotated[Beta | Uniform | LogitNormal | Pair, Field(discriminator="kind")]
+class Below(Spec):
+    """t by a law, and r uniform from `low` to t: RCGM, whose r = t - U t (TwinFlow's code), and IMM."""
+
+    kind: Literal["below"] = "below"
+    of: One = Uniform()
+    low: float = Field(default=0.0, ge=0, lt=1)
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows; t is at least `low`."""
+        t = self.of(n, g)[0].clamp(min=self.low)
+        return t, self.low + (t - self.low) * torch.rand(n, generator=g)
+
+
+class Gap(Spec):
+    """t - r = sigmoid(N), and r = sigmoid(N) given that r < 1 - (t - r) (TVM's code, `loss.py`)."""
+
+    kind: Literal["gap"] = "gap"
+    of: LogitNormal = LogitNormal(mean=-0.8, std=1.0)  # of t - r
+    to: LogitNormal = LogitNormal(mean=-0.4, std=1.0)  # of r, cut off
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows; r by its inverse distribution function."""
+        gap = self.of(n, g)[0].double()
+        most = torch.special.ndtr(((1 - gap).logit() - self.to.mean) / self.to.std)
+        share = torch.rand(n, generator=g).double().clamp(min=1e-12) * most
+        r = (self.to.mean + self.to.std * torch.special.ndtri(share)).sigmoid()
+        return (r + gap).clamp(max=1).float(), r.float()
+
+
+class Dyadic(Spec):
+    """Steps of 2^-k, k < levels, from a place on their own grid, on one row of `every`; elsewhere the finest, r = t.
+
+    Shortcut models (Frans et al. 2025), whose code gives every k as many rows (`targets_shortcut.py`); here k is drawn,
+    and the rows stand evenly spread, so that any share of a batch has its part of them (ours). t of the other rows lies
+    on the grid of 2^-levels.
+    """
+
+    kind: Literal["dyadic"] = "dyadic"
+    levels: int = Field(default=7, ge=1, le=20)
+    every: int = Field(default=8, ge=1)
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows."""
+        jumps = torch.tensor(self.moving(n))
+        k = torch.where(jumps, (torch.rand(n, generator=g) * self.levels).floor(), self.levels)
+        step = torch.exp2(-k)
+        t = 1 - (torch.rand(n, generator=g) / step).floor() * step
+        return t, torch.where(jumps, t - step, t)
+
+    def moving(self, n: int) -> tuple[bool, ...]:
+        """Which of the first n rows have r < t, by their place alone."""
+        return tuple(i % self.every == 0 for i in range(n))
+
+    @property
+    def group(self) -> int:
+        """Rows that must not be parted: a piece of a batch needs the first of so many."""
+        return self.every
+
+
+class Groups(Spec):
+    """Neighbouring rows, `size` of them, share their times (IMM: M of its Alg. 1)."""
+
+    kind: Literal["groups"] = "groups"
+    of: "Below | Pair" = Field(default=Below(), discriminator="kind")
+    size: int = Field(default=4, ge=2)
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows; those of a last group that is not whole share theirs, too."""
+        t, r = (s.repeat_interleave(self.size)[:n] for s in self.of(-(-n // self.size), g))
+        return t, r
+
+    @property
+    def group(self) -> int:
+        """Rows that must not be parted."""
+        return self.size
+
+
+def spread(n: int, share: float) -> tuple[bool, ...]:
+    """Which of the first n rows are picked, by place alone: a share of them, evenly spread, whatever n is."""
+    so_far = (torch.arange(n + 1, dtype=torch.float64) * share + 1e-9).floor()
+    return tuple((so_far.diff() > 0).tolist())
+
+
+Times = Annotated[
+    Arctan | Atom | Below | Beta | Dyadic | Gap | Groups | Karras | LogitNormal | Pair | Uniform,
+    Field(discriminator="kind"),
+]
 
 
 class Noise(Spec):
@@ -120,4 +277,16 @@ class Level(Spec):
         return self.low + (self.high - self.low) * share
 
 
-LAWS = (Noise, Level)  # fields of an objective that have one of these types are drawn into `Noised.drawn`
+class Logistic(Spec):
+    """One number per row: sigmoid(N(mean, std^2)); for a time beside (t, r)."""
+
+    kind: Literal["logistic"] = "logistic"
+    mean: float = 0.0
+    std: float = Field(default=1.0, gt=0)
+
+    def __call__(self, shape: torch.Size, g: Generator) -> Tensor:
+        """Draw one number per row of `shape`."""
+        return (self.mean + self.std * torch.randn(shape[0], generator=g)).sigmoid()
+
+
+LAWS = (Noise, Level, Logistic)  # fields of an objective that have one of these types are drawn into `Noised.drawn`

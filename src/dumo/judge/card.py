@@ -12,7 +12,7 @@ from dumo import dist
 from dumo.codecs.weights import digest
 from dumo.data import Latents
 from dumo.metrics.judge import Judge
-from dumo.run import Trained
+from dumo.trained import Trained
 from dumo.types import UserError
 
 Card = dict[str, Any]
@@ -48,6 +48,7 @@ def card(trained: Trained, judge: Judge, samples: int) -> Card:
         "ema": float(decay) if mark and _is_number(decay) else None,  # None: no average, or not known
         "solver": run.sample.solver.model_dump(mode="json"),
         "guide": run.sample.guide.model_dump(mode="json"),
+        "knobs": {**run.objective.needs.knobs, **run.sample.knobs},
         "nfe": list(run.evaluate.nfe),
         "contrast": list(run.evaluate.contrast),
         "seed": run.evaluate.seed,

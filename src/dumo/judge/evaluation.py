@@ -20,10 +20,11 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.judge.card import card
 from dumo.metrics.judge import Judge
-from dumo.run import Trained, made, shown, solver_named, truth
+from dumo.run import made, solver_named, truth
 from dumo.sample import archive
 from dumo.sample.solver import Euler, Solver, check
 from dumo.train import log
+from dumo.trained import Trained, shown
 from dumo.types import UserError
 from dumo.watch import Tick, Watch, unwatched
 
@@ -154,6 +155,7 @@ def standing(trained: Trained) -> dict[str, Any] | None:
         "protocol": run.evaluate.protocol.name,
         "solver": run.sample.solver.model_dump(mode="json"),
         "guide": run.sample.guide.model_dump(mode="json"),
+        "knobs": {**run.objective.needs.knobs, **run.sample.knobs},
         "nfe": list(run.evaluate.nfe),
         "contrast": list(run.evaluate.contrast),
         "seed": run.evaluate.seed,
@@ -191,7 +193,7 @@ def _told(run: Run) -> dict[str, Any]:
     """What of a spec decides an evaluation, one level deep: `evaluate.nfe`, `evaluate.protocol.samples` ..."""
     spec = run.model_dump(mode="json")
     parts = {"protocol": spec["evaluate"].pop("protocol"), "solver": spec["sample"]["solver"]}
-    parts |= {"guide": spec["sample"]["guide"], "evaluate": spec["evaluate"]}
+    parts |= {name: spec["sample"][name] for name in ("guide", "knobs")} | {"evaluate": spec["evaluate"]}
     told = {f"{part}.{name}": value for part, fields in parts.items() for name, value in fields.items()}
     return {field: value for field, value in told.items() if field not in PLACES}
 

@@ -12,14 +12,14 @@ from dumo.config.spec import Run, Sampling
 from dumo.judge.card import card
 from dumo.judge.evaluation import Row, judge_of, name_of, row, write
 from dumo.metrics.judge import Judge
-from dumo.run import Trained, open_run, shown
 from dumo.sample.solver import check
+from dumo.trained import Trained, open_run, shown
 from dumo.types import UserError
 from dumo.watch import Watch, unwatched
 
 EMA = "ema"
 MOST = 1000  # values of a range: more is a slip of the pen
-PARTS = ("sample.solver.", "sample.guide.", "evaluate.")  # what an evaluation depends on and no training does
+PARTS = ("sample.solver.", "sample.guide.", "sample.knobs.", "evaluate.")  # on which no training depends
 HOW = "write it as sample.m=0.2:0.8:0.1 (from, to, step), sample.m=0.3,0.5 or ema"
 
 
@@ -84,7 +84,7 @@ def full(field: str) -> str:
     if not field.startswith(PARTS):
         raise UserError(
             f"--sweep {field}: no evaluation depends on it, or only a training; sweep a field of sample.solver,"
-            " sample.guide or evaluate, or ema"
+            " sample.guide, sample.knobs or evaluate, or ema"
         )
     return field
 

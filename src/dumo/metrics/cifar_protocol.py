@@ -20,7 +20,7 @@ from torch import Tensor
 from dumo.flow.draw import stream
 from dumo.metrics import cifar
 from dumo.metrics.frechet import frechet_distance
-from dumo.metrics.judge import Data, Judge, Reference, Scores, Tick, Whole, fit, named, summary
+from dumo.metrics.judge import Data, Judge, Reference, Scores, Tick, Whole, distances, fit, in_turn, named
 from dumo.metrics.kernel import kid
 from dumo.metrics.moments import Moments
 from dumo.metrics.neighbours import precision_recall
@@ -30,7 +30,6 @@ from dumo.types import Cond, Sample, Spec, UserError
 KIND = "cifar10-features"
 STANDARD = 5000  # samples
 SHAPE, CLASSES = (3, 32, 32), 10
-SPLITS = 20  # random halves, and bootstrap resamples
 SUBSETS, SUBSET = 50, 1000  # of the kernel distance
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 KEPT = 2  # references whose features are kept
@@ -65,7 +64,7 @@ class CifarProtocol(Spec):
 
     def labels(self, classes: int = CLASSES) -> Int64[Tensor, " n"]:
         """The class of sample i: i mod `classes`, all 0 where there are none."""
-        return torch.arange(self.samples) % max(classes, 1)
+        return in_turn(self.samples, classes)
 
     def judge(
         self,
@@ -112,19 +111,8 @@ class CifarProtocol(Spec):
         return score
 
     def baselines(self, reference: Reference) -> dict[str, Scores]:
-        """The Fréchet distance where nothing is wrong: mean and sd over `SPLITS` draws.
-
-        `halves`: between random halves of the data. `bootstrap`: from `samples` of its rows, drawn with replacement,
-        to the data: the floor of `score`.
-        """
-        real = learned(reference.x)
-        n, whole, halves, floors = len(real), Moments.of(real), list[float](), list[float]()
-        for i in range(SPLITS):
-            order = torch.randperm(n, generator=stream(KIND, "halves", i))
-            again = torch.randint(n, (self.samples,), generator=stream(KIND, "bootstrap", i))
-            halves.append(frechet_distance(Moments.of(real[order[: n // 2]]), Moments.of(real[order[n // 2 :]])))
-            floors.append(frechet_distance(Moments.of(real[again]), whole))
-        return {"halves": summary(halves), "bootstrap": summary(floors)}
+        """The Fréchet distance where nothing is wrong, in halves and resamples of the data (`distances`)."""
+        return distances(learned(reference.x), self.samples, KIND)
 
 
 def seen(x: Sample) -> Features:

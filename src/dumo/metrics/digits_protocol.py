@@ -15,14 +15,13 @@ from dumo.codecs.weights import digest as file_digest
 from dumo.flow.draw import stream
 from dumo.metrics import classifier
 from dumo.metrics.frechet import frechet_distance
-from dumo.metrics.judge import Data, Judge, Reference, Scores, Tick, Whole, fit, named, summary
+from dumo.metrics.judge import Data, Judge, Reference, Scores, Tick, Whole, distances, fit, in_turn, named
 from dumo.metrics.kernel import kid
 from dumo.metrics.moments import Moments
 from dumo.metrics.neighbours import precision_recall
 from dumo.types import Cond, Sample, Spec, UserError
 
 STANDARD = 2000  # samples
-SPLITS = 20  # random halves, and bootstrap resamples
 SUBSETS, SUBSET = 50, 500  # of the kernel distance
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 
@@ -48,7 +47,7 @@ class DigitsProtocol(Spec):
 
     def labels(self, classes: int = 10) -> Int64[Tensor, " n"]:
         """The class of sample i: i mod `classes`."""
-        return torch.arange(self.samples) % classes
+        return in_turn(self.samples, classes)
 
     def judge(
         self,
@@ -92,19 +91,8 @@ class DigitsProtocol(Spec):
         }
 
     def baselines(self, reference: Reference) -> dict[str, Scores]:
-        """The Fréchet distance where nothing is wrong: mean and sd over `SPLITS` draws.
-
-        `halves`: between random halves of the data. `bootstrap`: from `samples` of its rows, drawn with replacement,
-        to the data: the floor of `score`.
-        """
-        real = classifier.features(reference.x)
-        n, whole, halves, floors = len(real), Moments.of(real), list[float](), list[float]()
-        for i in range(SPLITS):
-            order = torch.randperm(n, generator=stream("digits", "halves", i))
-            again = torch.randint(n, (self.samples,), generator=stream("digits", "bootstrap", i))
-            halves.append(frechet_distance(Moments.of(real[order[: n // 2]]), Moments.of(real[order[n // 2 :]])))
-            floors.append(frechet_distance(Moments.of(real[again]), whole))
-        return {"halves": summary(halves), "bootstrap": summary(floors)}
+        """The Fréchet distance where nothing is wrong, in halves and resamples of the data (`distances`)."""
+        return distances(classifier.features(reference.x), self.samples, "digits")
 
 
 def _grey(x: Sample) -> Sample:

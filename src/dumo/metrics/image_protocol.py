@@ -21,7 +21,7 @@ from dumo.metrics import truth, weights
 from dumo.metrics.cache import kept
 from dumo.metrics.image_judge import ImageJudge
 from dumo.metrics.inception import SIZE, WIDTH
-from dumo.metrics.judge import Data, Judge, Tick
+from dumo.metrics.judge import Data, Judge, Tick, in_turn
 from dumo.metrics.locked import LOCKED, Locked, Name
 from dumo.place import place
 from dumo.types import Spec, UserError
@@ -75,7 +75,7 @@ class ImageProtocol(Spec):
 
     def labels(self, classes: int = 0) -> Int64[Tensor, " n"]:
         """The class of sample i: i mod `classes`, all 0 where there are none."""
-        return torch.arange(self.total) % max(classes, 1)
+        return in_turn(self.total, classes)
 
     def judge(
         self,

@@ -11,15 +11,20 @@ from hashlib import sha256
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dumo import dist
+from dumo.flow.draw import stream
+from dumo.metrics.frechet import frechet_distance
+from dumo.metrics.moments import Moments
 from dumo.types import Cond, Sample, UserError
 
 Made = Iterable[tuple[Tensor, Tensor]]  # numbers (n,) and samples (n, *d), in batches of any sizes
 Tick = Callable[[int, int], object]  # told how many images of the data have been seen, of how many
 Scores = dict[str, float]  # the first is the one that counts, lower being better
+
+SPLITS = 20  # random halves, and bootstrap resamples
 
 
 @runtime_checkable
@@ -149,6 +154,26 @@ def fit(name: str, samples: int, x: Sample, reference: Reference) -> None:
         raise UserError("some samples are not finite numbers: train again with a lower rate, or clip the gradient")
 
 
+def in_turn(samples: int, classes: int) -> Int64[Tensor, " n"]:
+    """The class of sample i: i mod `classes`, all 0 where there are none."""
+    return torch.arange(samples) % max(classes, 1)
+
+
+def distances(real: Float[Tensor, "n f"], samples: int, kind: str) -> dict[str, Scores]:
+    """The Fréchet distance of features where nothing is wrong: mean and sd over `SPLITS` draws, keyed by `kind`.
+
+    `halves`: between random halves of the data. `bootstrap`: from `samples` of its rows, drawn with replacement, to
+    the data: the floor of a score.
+    """
+    n, whole, halves, floors = len(real), Moments.of(real), list[float](), list[float]()
+    for i in range(SPLITS):
+        order = torch.randperm(n, generator=stream(kind, "halves", i))
+        again = torch.randint(n, (samples,), generator=stream(kind, "bootstrap", i))
+        halves.append(frechet_distance(Moments.of(real[order[: n // 2]]), Moments.of(real[order[n // 2 :]])))
+        floors.append(frechet_distance(Moments.of(real[again]), whole))
+    return {"halves": summary(halves), "bootstrap": summary(floors)}
+
+
 def summary(values: Sequence[float]) -> Scores:
     """Mean, unbiased sd and number of some distances."""
     v = torch.tensor(values, dtype=torch.float64)
@@ -157,5 +182,6 @@ def summary(values: Sequence[float]) -> Scores:
 
 def digest(x: Tensor) -> str:
     """The SHA-256 of a tensor's shape, type and numbers, in hexadecimal."""
-    head = f"{tuple(x.shape)} {x.dtype}".encode()
-    return sha256(head + x.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
+    found = sha256(f"{tuple(x.shape)} {x.dtype}".encode())
+    found.update(x.detach().cpu().contiguous().numpy().data)
+    return found.hexdigest()

@@ -8,7 +8,7 @@ from jaxtyping import Int64
 from pydantic import Field
 from torch import Tensor
 
-from dumo.metrics.judge import Data, Judge, Reference, Scores, Tick, Whole, fit, named
+from dumo.metrics.judge import Data, Judge, Reference, Scores, Tick, Whole, fit, in_turn, named
 from dumo.metrics.kernel import mmd2, null_spread
 from dumo.types import Cond, Sample, Spec, UserError
 
@@ -37,7 +37,7 @@ class ToyProtocol(Spec):
 
     def labels(self, classes: int = 0) -> Int64[Tensor, " n"]:
         """The class of sample i: i mod `classes`, all 0 where there are none."""
-        return torch.arange(self.samples) % max(classes, 1)
+        return in_turn(self.samples, classes)
 
     def judge(
         self,

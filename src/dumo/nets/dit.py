@@ -10,10 +10,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dumo.nets.embed import Scalars, grid_waves, label_table
+from dumo.nets.embed import Own, Scalars, grid_waves, label_table
 from dumo.nets.head import Gauges
 from dumo.nets.lean import run
 from dumo.nets.norm import EPS, Norm, normalize
+from dumo.nets.precondition import Precondition, framed
 from dumo.nets.rotary import turn, turns
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
@@ -30,6 +31,7 @@ class DiT(Spec):
     depth: int = Field(default=28, ge=1)
     attention: int = Field(default=16, ge=1)  # attention heads
     time_scale: float = Field(default=1.0, gt=0)  # times enter raw (UCGM)
+    precondition: Precondition = "none"  # of what goes into the layers and comes out of them; edm: linear path only
     norm: Norm = "layer"  # before attention, perceptron and heads
     qk_norm: bool = False  # queries and keys to mean square 1, by weights of their own (Dehghani et al. 2023)
     mlp: Mlp = "gelu"  # swiglu: gated (Shazeer 2020), of as many parameters
@@ -138,13 +140,15 @@ class Transformer(nn.Module):
         width, (channels, side, _) = spec.width, shape
         self.patch, self.grid = spec.patch, side // spec.patch
         self.embed = nn.Linear(channels * spec.patch**2, width)
+        self.precondition: Precondition = spec.precondition
         self.rope = spec.position == "rope"
         if self.rope:
             for name, table in zip(("cos", "sin"), turns(self.grid, width // spec.attention), strict=True):
                 self.register_buffer(name, table, persistent=False)
         else:
             self.register_buffer("positions", grid_waves(self.grid, width))
-        self.scalars = Scalars((*needs.inputs, *needs.knobs), width, spec.time_scale, aux=spec.aux_time)
+        self.scalars = Scalars(needs.shared, width, spec.time_scale, aux=spec.aux_time)
+        self.own = Own(needs, width, spec.time_scale)
         self.label = label_table(classes, width) if classes else None
         style = (spec.norm, spec.qk_norm, spec.mlp)
         self.blocks = nn.ModuleList(Block(width, spec.attention, *style) for _ in range(spec.depth))
@@ -155,15 +159,18 @@ class Transformer(nn.Module):
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x, then the gauges, in the order of the needs."""
+        shared, own = self.own(**inputs)
+        x, out = framed(self.precondition, x, shared["t"])
         h: Array = self.embed(self._patches(x))
         places = (self.cos, self.sin) if self.rope else ()
         h = h if self.rope else h + self.positions
-        e: Array = self.scalars(**inputs)
-        e = F.silu(e if self.label is None else e + self.label(c))
+        told: Array = self.scalars(**shared)
+        told = told if self.label is None else told + self.label(c)
+        e = F.silu(told)
         for block in self.blocks:
             h = run(block, h, e, *places, lean=self.gradient_checkpointing)
-        heads = (self._image(head(h, e)) for head in self.heads.values())
-        return *heads, *(self.gauges(**inputs) if self.gauges else ())
+        heads = (out(self._image(head(h, F.silu(told + own[k]) if k in own else e))) for k, head in self.heads.items())
+        return *heads, *(self.gauges(**shared) if self.gauges else ())
 
     def _patches(self, x: Array) -> Array:
         """(b, ch, side, side) -> (b, tokens, ch p p)."""

@@ -1,5 +1,6 @@
 """Numbers in: sinusoidal embeddings of the times and knobs that an objective names, and of places on a grid."""
 
+from collections.abc import Collection
 from functools import reduce
 from math import log
 from operator import add
@@ -7,7 +8,7 @@ from operator import add
 import torch
 from torch import Tensor, nn
 
-from dumo.types import Array, Time
+from dumo.types import Array, Needs, Time
 
 FREQUENCIES = 128  # DiT: 256 features, half cosines, half sines
 PERIOD = 10_000.0  # DiT: angles run from 1 down to nearly 1 / PERIOD as fast
@@ -39,8 +40,7 @@ class Scalars(nn.Module):
 
         Raises TypeError where the names are not those the net was built for.
         """
-        if set(inputs) != set(self.names):
-            raise TypeError(f"this net takes {', '.join(self.names)}; it got {', '.join(inputs) or 'nothing'}")
+        check(self.names, inputs)
         if "r" in inputs:
             inputs["r"] = inputs["t"] - inputs["r"]
         elif self.aux:
@@ -51,6 +51,37 @@ class Scalars(nn.Module):
     def _waves(self, number: Array) -> Array:
         angles = number[:, None] * self.frequencies
         return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+class Own(nn.Module):
+    """An embedding for every head that is told more than the others, of time and of what it alone is told (ours)."""
+
+    def __init__(self, needs: Needs, width: int, time_scale: float) -> None:
+        """Embeddings of `width`. A net whose heads are all told the same has no parameter here."""
+        super().__init__()
+        self.shared, self.names = needs.shared, needs.names
+        self.heads = nn.ModuleDict(
+            {head: Scalars(("t", *names), width, time_scale) for head, names in needs.own.items()}
+        )
+
+    def forward(self, **inputs: Time) -> tuple[dict[str, Time], dict[str, Array]]:
+        """Return what all heads are told, and (b, width) for each that is told more.
+
+        Raises TypeError where the names are not those the net was built for.
+        """
+        check(self.names, inputs)
+        more = {
+            head: scalars(**{name: inputs[name] for name in scalars.names})
+            for head, scalars in self.heads.items()
+            if isinstance(scalars, Scalars)
+        }
+        return {name: inputs[name] for name in self.shared}, more
+
+
+def check(names: Collection[str], inputs: Collection[str]) -> None:
+    """Raise TypeError where the inputs are not those of these names."""
+    if set(inputs) != set(names):
+        raise TypeError(f"this net takes {', '.join(names)}; it got {', '.join(inputs) or 'nothing'}")
 
 
 def _embedder(features: int, width: int) -> nn.Sequential:

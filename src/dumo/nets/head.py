@@ -12,7 +12,7 @@ class Gauges(nn.Module):
     def __init__(self, needs: Needs, width: int, time_scale: float) -> None:
         """One linear layer over an embedding of its own, so that the trunk is left alone."""
         super().__init__()
-        self.embed = Scalars((*needs.inputs, *needs.knobs), width, time_scale)
+        self.embed = Scalars(needs.shared, width, time_scale)
         self.out = nn.Linear(width, len(needs.gauges))
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)

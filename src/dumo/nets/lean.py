@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from dumo.flow.dual import primal_only
+from dumo.flow.dual import primal_only, recorded, recording
 from dumo.types import Array
 
 
@@ -18,5 +18,5 @@ def run(block: nn.Module, *inputs: Array | None, lean: bool) -> Array:
 
 
 def _again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """The tangents that ride on a block are known by the time it is computed again."""
-    return nullcontext(), primal_only()
+    """The tangents that ride on a block are known by the time it is computed again, unless they were recorded."""
+    return nullcontext(), recorded() if recording() else primal_only()

@@ -7,8 +7,9 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from dumo.nets.embed import Scalars, label_table
+from dumo.nets.embed import Own, Scalars, label_table
 from dumo.nets.head import Gauges
+from dumo.nets.precondition import Precondition, framed
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time
 
 
@@ -19,6 +20,7 @@ class MLP(Spec):
     width: int = Field(default=256, ge=1)
     depth: int = Field(default=4, ge=1)
     time_scale: float = Field(default=1.0, gt=0)  # times enter raw (UCGM)
+    precondition: Precondition = "none"  # of what goes into the layers and comes out of them; edm: linear path only
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "Perceptron":
         """A net with the inputs, heads and gauges of `needs` for samples of `shape`; 0 classes: no label."""
@@ -32,7 +34,9 @@ class Perceptron(nn.Module):
         """See `MLP.build`."""
         super().__init__()
         dim, width = prod(shape), spec.width
-        self.scalars = Scalars((*needs.inputs, *needs.knobs), width, spec.time_scale)
+        self.precondition: Precondition = spec.precondition
+        self.scalars = Scalars(needs.shared, width, spec.time_scale)
+        self.own = Own(needs, width, spec.time_scale)
         self.label = label_table(classes, width) if classes else None
         self.embed = nn.Linear(dim, width)
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(spec.depth))
@@ -44,11 +48,13 @@ class Perceptron(nn.Module):
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x, then the gauges, in the order of the needs."""
-        h: Array = self.embed(x.flatten(1)) + self.scalars(**inputs)
+        shared, own = self.own(**inputs)
+        x, out = framed(self.precondition, x, shared["t"])
+        h: Array = self.embed(x.flatten(1)) + self.scalars(**shared)
         if self.label is not None:
             h = h + self.label(c)
         for layer in self.layers:
             h = h + layer(F.silu(h))
-        h = F.silu(h)
-        heads = (head(h).view(x.shape) for head in self.heads.values())
-        return *heads, *(self.gauges(**inputs) if self.gauges else ())
+        told = F.silu(h)
+        heads = (out(head(F.silu(h + own[k]) if k in own else told).view(x.shape)) for k, head in self.heads.items())
+        return *heads, *(self.gauges(**shared) if self.gauges else ())

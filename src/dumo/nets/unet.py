@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from dumo.flow import mask
 from dumo.flow.mask import Keys, drop
-from dumo.nets.embed import Scalars, label_table
+from dumo.nets.embed import Own, Scalars, label_table
 from dumo.nets.head import Gauges
 from dumo.nets.lean import run
+from dumo.nets.precondition import Precondition, framed
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
 EPS = 1e-6  # of group norms: Song et al.
@@ -40,6 +41,7 @@ class UNet(Spec):
     dropout: float = Field(default=0.0, ge=0, lt=1)  # EDM: 0.13 for CIFAR-10
     augment: int = Field(default=0, ge=0)  # numbers that say how an image was augmented; EDM has 9
     time_scale: float = Field(default=1.0, gt=0)  # times enter raw (UCGM)
+    precondition: Precondition = "none"  # of what goes into the layers and comes out of them; edm: linear path only
     checkpoint: bool = False  # keep each block's input alone, and compute the rest again in the backward pass
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "Convolutional":
@@ -151,6 +153,23 @@ class Residual(nn.Module):
         return F.interpolate(h, scale_factor=2.0, mode="nearest") if self.resample == "double" else h
 
 
+class Head(nn.Sequential):
+    """An output layer: norm, SiLU, convolution; what it alone is told, if anything, shifts and scales its norm."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        """From so many channels to `out`."""
+        super().__init__(Norm(channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
+
+    def forward(self, input: Array, own: Array | None = None) -> Array:
+        """input (b, channels, side, side); own (b, 2 channels); returns (b, out, side, side)."""
+        norm, bend, convolve = self
+        a = norm(input)
+        if own is not None:
+            shift, scale = own[:, :, None, None].chunk(2, 1)
+            a = a * (1 + scale) + shift
+        return convolve(bend(a))
+
+
 class Convolutional(nn.Module):
     """The net of a `UNet` spec. Its blocks, from first to last, are `blocks`; of them some join an earlier output."""
 
@@ -158,7 +177,8 @@ class Convolutional(nn.Module):
         """See `UNet.build`."""
         super().__init__()
         width, channels = spec.width, shape[0]
-        self.scalars = Scalars((*needs.inputs, *needs.knobs), EMBED * width, spec.time_scale, count=width // 2)
+        self.precondition: Precondition = spec.precondition
+        self.scalars = Scalars(needs.shared, EMBED * width, spec.time_scale, count=width // 2)
         self.label = label_table(classes, width) if classes else None
         self.augment = nn.Linear(spec.augment, width, bias=False) if spec.augment else None
         self.embed = nn.Conv2d(channels, width, 3, padding=1)
@@ -166,23 +186,26 @@ class Convolutional(nn.Module):
         self.blocks = nn.ModuleList(
             Residual(place, EMBED * width, spec.attention, spec.dropout) for place in self.places
         )
-        self.heads = nn.ModuleDict({name: _head(self.places[-1].out, channels) for name in needs.heads})
+        self.own = Own(needs, 2 * (last := self.places[-1].out), spec.time_scale)
+        self.heads = nn.ModuleDict({name: Head(last, channels) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
         self.gradient_checkpointing, self.dropout = spec.checkpoint, spec.dropout
         self._initialize()
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
         """Return the heads, shaped like x, then the gauges, in the order of the needs."""
-        e = F.silu(self.scalars(self._shift(x, c), **inputs))
+        shared, own = self.own(**inputs)
+        e = F.silu(self.scalars(self._shift(x, c), **shared))
         rows = mask.current(x.shape[0]) if self.training and self.dropout else None
+        x, out = framed(self.precondition, x, shared["t"])
         h: Array = self.embed(x)
         kept = [h]
         for i, (block, place) in enumerate(zip(self.blocks, self.places, strict=True)):
             h = torch.cat([h, kept.pop()], 1) if place.way == "up" else h
             h = run(block, h, e, None if rows is None else mask.of_layer(rows, i), lean=self.gradient_checkpointing)
             kept += [h] if place.way == "down" else []
-        heads = (head(h) for head in self.heads.values())
-        return *heads, *(self.gauges(**inputs) if self.gauges else ())
+        heads = (out(head(h, own.get(name))) for name, head in self.heads.items())
+        return *heads, *(self.gauges(**shared) if self.gauges else ())
 
     def _shift(self, x: Sample, c: Cond) -> Array | None:
         """What the condition adds to the waves of time: a class's row, or the numbers of an augmentation, if any."""
@@ -206,8 +229,3 @@ class Convolutional(nn.Module):
                 ends.append(block.out)
         for layer in (*ends, *([self.gauges.out] if self.gauges else [])):
             nn.init.zeros_(layer.weight)  # pyright: ignore[reportArgumentType]
-
-
-def _head(channels: int, out: int) -> nn.Sequential:
-    """An output layer."""
-    return nn.Sequential(Norm(channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))

@@ -6,7 +6,7 @@ Differentiating t u = x_t - x_0 along the flow gives the identity that trains u 
     u + t du/dt = v        so        u* = v* - t du/dt
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -22,12 +22,16 @@ class DuMo(Spec):
     """Velocity and flow map, both regressed on every sample."""
 
     kind: Literal["dumo"] = "dumo"
-    needs: ClassVar[Needs] = Needs(inputs=("t",), heads=("v", "u"))
     times: Times = Beta(a=2.4, b=2.4)  # line 3; (theta_1, theta_2) of Tab. 3
     drop: float = Field(default=0.1, ge=0, le=1)  # UCGM; the paper is silent
     beta: float = Field(default=0.7, ge=0, le=1)  # weight of the velocity, Eq. 9 and Tab. 3
     guide: Guide = Guide(zeta=0.55)  # line 9 and Tab. 3
     slope: Slope = Central(h=0.005)  # Sec. 3.3; h as UCGM
+
+    @property
+    def needs(self) -> Needs:
+        """What the net takes and gives."""
+        return Needs(inputs=("t",), heads=("v", "u"))
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Lines 7 to 12 of Alg. 1."""

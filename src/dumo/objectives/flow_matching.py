@@ -3,7 +3,7 @@
 The mean of v_t given x_t is the velocity of the flow that carries noise to data, and mean squares find means.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -17,10 +17,14 @@ class FlowMatching(Spec):
     """The velocity alone: many passes to sample, and the yardstick for every v head."""
 
     kind: Literal["flow_matching"] = "flow_matching"
-    needs: ClassVar[Needs] = Needs(inputs=("t",), heads=("v",))
     times: Times = Uniform()  # SiT
     drop: float = Field(default=0.1, ge=0, le=1)  # DiT, SiT
     guide: Guide = Guide()  # none; with zeta > 0 it is UCGM's enhanced target
+
+    @property
+    def needs(self) -> Needs:
+        """What the net takes and gives."""
+        return Needs(inputs=("t",), heads=("v",))
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Eq. 3."""

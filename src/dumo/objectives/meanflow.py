@@ -7,7 +7,7 @@ The mean velocity u(x_t, t, r) = (x_t - x_r) / (t - r) obeys, with r at rest, (t
 At r = t this is flow matching. One input, one output: rows that train one do not train the other.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -24,7 +24,6 @@ class MeanFlow(Spec):
     """Mean velocity from t to r, with a share of the rows at r = t."""
 
     kind: Literal["meanflow"] = "meanflow"
-    needs: ClassVar[Needs] = Needs(inputs=("t", "r"), heads=("u",))
     times: Times = Pair(of=LogitNormal(mean=-0.4, std=1.0), velocity_ratio=0.75)  # Tab. 4
     drop: float = Field(default=0.1, ge=0, le=1)  # Sec. 4.2
     guide: Guide = Guide(omega=0.2, zeta=0.92, interval=Interval(high=0.75))  # XL/2, Tab. 4; zeta is its kappa
@@ -33,6 +32,11 @@ class MeanFlow(Spec):
     floor: float = Field(
         default=0.01, gt=0
     )  # c of Eq. 22, as the authors' code on ImageNet; 1e-3 in the text and on CIFAR-10
+
+    @property
+    def needs(self) -> Needs:
+        """What the net takes and gives."""
+        return Needs(inputs=("t", "r"), heads=("u",))
 
     @model_validator(mode="after")
     def _unbiased(self) -> "MeanFlow":

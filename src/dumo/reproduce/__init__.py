@@ -5,17 +5,25 @@ from pathlib import Path
 from typing import Any
 
 from dumo.config.error import nearest
-from dumo.reproduce import fig3, guidance, latents, trajectory, zoo
-from dumo.reproduce.plan import SCALES, alike, finish_all, markdown, origin
+from dumo.reproduce import fair, fig3, fig4a, fig4b, fig4c, guidance, latents, ours, sec43, tab2, trajectory, zoo
+from dumo.reproduce.plan import SCALES, markdown, origin
 from dumo.sample import archive
 from dumo.types import UserError
 from dumo.watch import Watch, unwatched
 
 PLANS = {
+    "fair": fair.PLAN,
     "fig3": fig3.PLAN,
+    "fig4a": fig4a.PLAN,
+    "fig4b": fig4b.PLAN,
+    "fig4c": fig4c.PLAN,
     "fig5": trajectory.PLAN,
     "guidance": guidance.PLAN,
     "latents": latents.PLAN,
+    "ours": ours.DIGITS,
+    "ours-latents": ours.LATENTS,
+    "sec43": sec43.PLAN,
+    "tab2": tab2.PLAN,
     "zoo": zoo.PLAN,
 }
 
@@ -31,15 +39,15 @@ def reproduce(
 ) -> dict[str, Any]:
     """Run a plan, and write results.json, table.md and its pictures; `jobs` cells at a time.
 
-    Raises UserError for an unknown name or scale.
+    Raises UserError for an unknown name, or a scale that it has not.
     """
     if name not in PLANS:
         raise UserError(f"there is no figure or table '{name}'; {nearest(name, sorted(PLANS))}")
     if scale not in SCALES:
         raise UserError(f"there is no scale '{scale}'; {nearest(scale, list(SCALES))}")
     plan, folder = PLANS[name], folder or Path("runs/reproduce") / f"{name}-{scale}"
-    done = finish_all(list(plan.cells(scale)), folder / "cells", jobs=jobs, device=device, watch=watch)
-    alike(done)
+    plan.check(name, scale)
+    done = plan.finish(list(plan.cells(scale)), folder / "cells", jobs=jobs, device=device, watch=watch)
 
     table = plan.table(done)
     files = [*plan.draw(done, folder), folder / "table.md", folder / "results.json"]

@@ -54,4 +54,10 @@ def draw(done: list[Finished], folder: Path) -> list[Path]:
     return [path]
 
 
-PLAN = Plan("Velocity ratio on moons, one pass (Fig. 3)", cells, table, draw)
+PLAN = Plan(
+    "Velocity ratio on moons, one pass (Fig. 3)",
+    cells,
+    table,
+    draw,
+    unpublished="the paper gives neither net, times nor steps of its Fig. 3",
+)

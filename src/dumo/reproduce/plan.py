@@ -25,9 +25,10 @@ from dumo.judge import card
 from dumo.judge.evaluation import evaluate, standing
 from dumo.run import Trained
 from dumo.train import cost
+from dumo.types import UserError
 from dumo.watch import Watch, unwatched
 
-SCALES = ("smoke", "laptop")
+SCALES = ("smoke", "laptop", "paper")  # a minute; this machine's cores within an hour; the paper's size, on GPUs
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,11 @@ class Finished:
     report: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a figure or table needs, and how it is set out."""
-
-    title: str
-    cells: Callable[[str], Iterator[Cell]]  # by scale
-    table: Callable[[list[Finished]], list[dict[str, Any]]]
-    draw: Callable[[list[Finished], Path], list[Path]] = lambda done, folder: []  # most plans have pictures
-
-
 def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, watch: Watch) -> list[Finished]:
     """Train and judge all cells, `jobs` at a time, each in a process of its own with its share of the cores.
 
-    A small net is quicker on one core, and two of them on two, than one on two. Raises UserError as `finish` does.
+    A small net is quicker on one core, and two of them on two, than one on two. Raises UserError as `finish` does, and
+    for cells of one protocol that were not measured alike.
     """
     for data in dict.fromkeys(cell.spec.data for cell in cells):
         if isinstance(data, Latents):
@@ -75,7 +67,26 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, w
             working = [pool.submit(work, cell, folder, device) for cell in cells]
             for done, one in enumerate(as_completed(working), 1):
                 tick(done, one.result())
-    return [finish(cell, folder, device=device, watch=watch) for cell in cells]
+    finished = [finish(cell, folder, device=device, watch=watch) for cell in cells]
+    alike(finished)
+    return finished
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a figure or table needs, and how it is set out."""
+
+    title: str
+    cells: Callable[[str], Iterator[Cell]]  # by scale
+    table: Callable[[list[Finished]], list[dict[str, Any]]]
+    draw: Callable[[list[Finished], Path], list[Path]] = lambda done, folder: []  # most plans have pictures
+    finish: Callable[..., list[Finished]] = finish_all
+    unpublished: str = ""  # why it has no paper's scale
+
+    def check(self, name: str, scale: str) -> None:
+        """Refuse a scale that this plan, of this name, does not have. Raises UserError with those that it has."""
+        if scale == "paper" and self.unpublished:
+            raise UserError(f"{name} has no scale 'paper': {self.unpublished}; it has smoke and laptop")
 
 
 def work(cell: Cell, folder: Path, device: str) -> str:
@@ -127,7 +138,7 @@ def markdown(title: str, table: Sequence[dict[str, Any]]) -> str:
 
 def units(spec: Run) -> float:
     """Counted forward units of a step."""
-    return cost.forward_units(spec.outline(), spec.objective, spec.path, spec.data.shape)
+    return cost.forward_units(spec.outline(), spec.objective, spec.path, spec.data.shape, ref=spec.train.ref)
 
 
 def deviation(values: Sequence[float]) -> float | None:

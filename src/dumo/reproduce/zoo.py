@@ -1,83 +1,87 @@
-"""The zoo: every objective on digits, at equal counted cost."""
+"""The zoo: every objective on digits at equal counted cost; at the paper's size, the recipes of its Tab. 1."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from statistics import fmean
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
-from dumo import run
+from dumo import recipes
 from dumo.config.load import load
-from dumo.reproduce.plan import Cell, Finished, Plan, deviation, units
-from dumo.sample import archive, generate, picture
+from dumo.reproduce import grid
+from dumo.reproduce.grid import Arm
+from dumo.reproduce.plan import Finished
+from dumo.sample.solver import Solver
 
-ZOO = {"DuMo": "digits", "MeanFlow": "digits-meanflow", "Flow matching": "digits-flow-matching"}
+PASSES = (1, 2, 4)
+TITLES = {  # by what a recipe is called after "digits-"; others are called that
+    "": "DuMo",
+    "alpha-flow": "α-Flow",
+    "cm": "CM",
+    "ect": "ECT",
+    "facm": "FACM",
+    "flow-matching": "Flow matching",
+    "fm-plus": "FM+",
+    "ict": "iCT",
+    "imf": "Improved MeanFlow",
+    "imm": "IMM",
+    "meanflow": "MeanFlow",
+    "rcgm": "RCGM",
+    "sct": "sCT",
+    "shortcut": "Shortcut",
+    "soflow": "SoFlow",
+    "split-meanflow": "SplitMeanFlow",
+    "three-heads": "DuMo + MeanFlow",
+    "three-heads-shortcut": "DuMo + Shortcut",
+    "tvm": "TVM",
+    "twinflow": "TwinFlow",
+    "ucgm": "UCGM",
+}
+TAB1 = {  # recipes, with FID in one pass
+    "imagenet256-xl2": ("DuMo XL/2, 240 epochs", 3.07),
+    "imagenet256-xl2-432": ("DuMo XL/2, 432 epochs", 2.60),
+    "imagenet256-xl2-meanflow": ("MeanFlow XL/2, 240 epochs", 3.43),
+    "imagenet512-xl4": ("DuMo XL/4, 360 epochs", 3.47),
+    "imagenet512-xl4-meanflow": ("MeanFlow XL/4, 360 epochs", 4.21),
+    "imagenet512-xl1-dcae": ("DuMo XL/1, DC-AE, 840 epochs", 2.89),
+}
+PAPER = {"DuMo": 3.07, "MeanFlow": 3.43, "Shortcut": 10.6}  # Tab. 1, XL/2 at 256 in one pass, 240 to 250 epochs
 
 
-def cells(scale: str) -> Iterator[Cell]:
-    """Every objective on one net, each with as many steps as cost what DuMo's recipe costs."""
-    small = ["train.batch=32", "net.width=32", "net.depth=1", "evaluate.protocol.samples=500"]
-    return siblings(ZOO, small if scale == "smoke" else [], scale, passes=(1, 2, 4, 50))
+@cache
+def zoo() -> dict[str, str]:
+    """The recipes of objectives on digits, by title, DuMo first: all but the guided one and those with a teacher."""
+    found = [name for name in recipes.names() if name.partition("-")[0] == "digits" and name != "digits-guided"]
+    alone = [name for name in found if (spec := load(name)).teacher is None and spec.start is None]
+    return {TITLES.get(name := recipe[len("digits-") :], name): recipe for recipe in alone}
 
 
-def siblings(recipes: Mapping[str, str], sets: Sequence[str], scale: str, *, passes: Sequence[int]) -> Iterator[Cell]:
-    """Recipes by title, the first of which gives the budget: as many steps as cost the same, with every seed."""
-    seeds = {"smoke": (0,), "laptop": (0, 1, 2)}[scale]
-    first = load(next(iter(recipes.values())), sets)
-    budget = units(first) * (20 if scale == "smoke" else first.train.steps)
-    for title, recipe in recipes.items():
-        each = units(load(recipe, sets))
-        for seed in seeds:
-            steps = round(budget / each)
-            asked = [*sets, f"train.steps={steps}", f"train.seed={seed}", f"evaluate.nfe={list(passes)}"]
-            labels = {"objective": title, "cost": {"steps": steps, "F_per_step": round(each, 2)}}
-            yield Cell(f"{recipe}-{seed}", load(recipe, asked), labels)
+def passes(solver: Solver) -> str:
+    """Those of `PASSES` that a solver can make."""
+    return f"evaluate.nfe={[n for n in PASSES if n % solver.passes == 0]}"
+
+
+def arms(scale: str) -> Sequence[Arm]:
+    """Every objective, with the paper's number beside it."""
+    if scale == "paper":
+        found = ((recipe, title, fid, ()) for recipe, (title, fid) in TAB1.items())
+    else:
+        small = ("evaluate.contrast=[]",)
+        found = (
+            (recipe, title, PAPER.get(title), (passes(load(recipe).sample.solver), *small))
+            for title, recipe in zoo().items()
+        )
+    return [
+        Arm(recipe, recipe, sets, {"objective": title, "paper_fid_imagenet_xl_1_pass": fid})
+        for recipe, title, fid, sets in found
+    ]
 
 
 def table(done: list[Finished]) -> list[dict[str, Any]]:
-    """A row per objective, reading and number of passes."""
-    return rows(ZOO, done)
+    """As any comparison, with every distance over DuMo's in one pass."""
+    rows = list(grid.averaged(done))
+    first = rows[0][score := grid.measure(rows[0])]
+    return [row | {"over_dumo_1_pass": row[score] / first} for row in rows]
 
 
-def rows(recipes: Mapping[str, str], done: list[Finished]) -> list[dict[str, Any]]:
-    """A row per objective, reading and number of passes: means over seeds, and the sd of the first distance."""
-    found: list[dict[str, Any]] = []
-    for title in recipes:
-        mine = [one for one in done if one.cell.labels["objective"] == title]
-        for part in ("results", "contrast"):
-            by_passes = zip(*(one.report[part] for one in mine), strict=True)
-            found += [{"objective": title, **over_seeds(same), **mine[0].cell.labels["cost"]} for same in by_passes]
-    return found
-
-
-def over_seeds(same: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One row of equal rows of several seeds."""
-    fds = [row["fd"] for row in same]
-    others = [key for key in same[0] if key not in ("nfe", "solver", "fd") and not key.endswith("_sd")]
-    return {
-        "nfe": same[0]["nfe"],
-        "solver": same[0]["solver"],
-        "fd": fmean(fds),
-        "fd_sd": deviation(fds),
-        **{key: fmean(row[key] for row in same) for key in others},
-        "seeds": len(fds),
-    }
-
-
-def draw(done: list[Finished], folder: Path) -> list[Path]:
-    """One sheet of one-step samples per objective, first seed."""
-    return sheets(ZOO, done, folder)
-
-
-def sheets(recipes: Mapping[str, str], done: list[Finished], folder: Path) -> list[Path]:
-    """One sheet of one-step samples per objective, first seed."""
-    files: list[Path] = []
-    for title, recipe in recipes.items():
-        one = next(one for one in done if one.cell.labels["objective"] == title)
-        classes = one.trained.run.data.classes
-        made = run.sample(one.trained, nfe=1, c=generate.labels(80, classes))
-        files.append(folder / f"{recipe}-nfe1.png")
-        archive.write_picture(files[-1], picture.sheet(picture.to_uint8(made.x), classes or 10))
-    return files
-
-
-PLAN = Plan("Every objective on digits at equal counted cost", cells, table, draw)
+PLAN = grid.comparison(
+    "Every objective on digits at equal counted cost", "zoo", arms, seeds=2, table=table, samples=True
+)

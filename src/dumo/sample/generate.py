@@ -1,6 +1,6 @@
 """Images by number: image i of a seed is one thing, whatever batch it is made in, and the net counts its own passes."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence, Set
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -46,14 +46,10 @@ def generate(
     on_batch: Callable[[int], object] | None = None,
 ) -> Samples:
     """All of `batches` in one. `on_batch` is told the number of images made so far. Raises as that does."""
-    done: list[Batch] = []
-    for part in batches(
+    parts = batches(
         net, reads, path, solver, c, nfe=nfe, seed=seed, shape=shape, indices=indices, batch=batch, device=device
-    ):
-        done.append(part)
-        if on_batch is not None:
-            on_batch(sum(len(part.x) for part in done))
-    return joined(done)
+    )
+    return joined(parts, on_batch)
 
 
 def batches(
@@ -90,9 +86,15 @@ def batches(
         yield Batch(torch.tensor(some), x, _agreed({sum(passed) / len(some)}))
 
 
-def joined(parts: Sequence[Batch]) -> Samples:
-    """Batches, in their order, as one."""
-    return Samples(torch.cat([part.x for part in parts]), _agreed({part.nfe for part in parts}))
+def joined(parts: Iterable[Batch], on_batch: Callable[[int], object] | None = None) -> Samples:
+    """Batches, in their order, as one; `on_batch` is told the number of images so far as each comes."""
+    done, count = list[Batch](), 0
+    for part in parts:
+        done.append(part)
+        count += len(part.x)
+        if on_batch is not None:
+            on_batch(count)
+    return Samples(torch.cat([part.x for part in done]), _agreed({part.nfe for part in done}))
 
 
 def labels(n: int, classes: int, only: Sequence[int] | None = None) -> Int[Tensor, " n"]:

@@ -42,6 +42,7 @@ class Guidance(Spec):
             velocity=reads.velocity and self._of(reads.velocity, null),
             endpoint=reads.endpoint and self._of(reads.endpoint, null),
             flow_map=reads.flow_map and self._of(reads.flow_map, null),
+            hops=reads.hops,
         )
 
     def rows(self, t: Time) -> Rows:

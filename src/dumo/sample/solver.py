@@ -97,8 +97,9 @@ class Hop(Spec):
 
     def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
         """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
+        check(self, reads, nfe)
         flow_map = taught(self, reads)
-        for t, s in pairwise(rows(uniform(steps(self, nfe), self.start), x)):
+        for t, s in pairwise(rows(uniform(nfe, self.start), x)):
             x = flow_map(x, t, s, c)
         return x
 
@@ -136,6 +137,23 @@ def check(solver: Solver, reads: Reads, *nfes: int) -> None:
     taught(solver, reads)
     for nfe in nfes:
         steps(solver, nfe)
+        if isinstance(solver, Hop):
+            _reach(solver, reads, nfe)
+
+
+def _reach(solver: Hop, reads: Reads, nfe: int) -> None:
+    """Refuse jumps that were never taught, with a UserError."""
+
+    def able(n: int) -> bool:
+        return reads.hops is None or all(reads.hops(t, s) for t, s in pairwise(uniform(n, solver.start)))
+
+    if not able(nfe):
+        others = [str(n) for n in range(1, 2 * nfe + 1) if able(n)]
+        way_out = f"nfe = {_either(others[-2:])}" if others else "start = 1"
+        raise UserError(
+            f"solver 'hop' of nfe = {nfe} from t = {solver.start:g} makes jumps that this objective never teaches: ask "
+            f"for {way_out}" + ", or use euler" * (reads.velocity is not None)
+        )
 
 
 def _either(names: list[str]) -> str:

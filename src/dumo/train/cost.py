@@ -93,7 +93,7 @@ def way(net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], 
     listening = cast(Any, objective).model_copy(update={"slope": heard})
     b = _draw(objective, path, exact_rows(objective), shape)
     _step(*_outlines(_short(net), ref), listening, b)()
-    return ways[0]
+    return ways[0] if ways else None  # an objective may have a slope that it does not take
 
 
 def peak_bytes(
@@ -148,7 +148,7 @@ def exact_rows(objective: Objective) -> int:
     """The fewest rows, at least 2, of which every share that an objective treats apart is a whole number."""
     guide, times = getattr(objective, "guide", None), objective.times
     shares = (getattr(guide, "fraction", 1.0), getattr(times, "velocity_ratio", 1.0))
-    return lcm(2, *(Fraction(share).limit_denominator(1000).denominator for share in shares))
+    return lcm(2, getattr(times, "group", 1), *(Fraction(s).limit_denominator(1000).denominator for s in shares))
 
 
 def flops(work: Callable[[], object]) -> int:
@@ -214,7 +214,7 @@ def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
 def _pass(net: nn.Module, objective: Objective, shape: Sequence[int], rows: int) -> Heads:
     """One pass on the meta device."""
     x, c = _nothing(rows, shape)
-    inputs = {name: x.new_empty(rows) for name in (*objective.needs.inputs, *objective.needs.knobs)}
+    inputs = {name: x.new_empty(rows) for name in objective.needs.names}
     return copy.deepcopy(net).to("meta")(x, c, **inputs)
 
 

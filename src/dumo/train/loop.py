@@ -11,13 +11,14 @@ from typing import Literal
 import torch
 from pydantic import Field, NonNegativeInt, model_validator
 from pydantic.config import JsonDict
-from torch import nn
+from torch import Tensor, nn
 
+from dumo.flow.draw import Velocity
 from dumo.train.ema import Average, Ema
 from dumo.train.optim import AdamW, Constant, Optimizer, Schedule
 from dumo.train.state import State
 from dumo.train.step import Loss, Precision, Record, train_step
-from dumo.types import Cond, Frozen, Objective, Path, Sample, Spec, UserError, still
+from dumo.types import Frozen, Objective, Path, Spec, UserError, still
 
 FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
 
@@ -70,21 +71,23 @@ def begin(net: nn.Module, spec: Train) -> State:
 
 def train(
     state: State,
-    batches: Callable[[int], tuple[Sample, Cond]],
+    batches: Callable[[int], tuple[Tensor, ...]],
     objective: Objective,
     path: Path,
     classes: int,
     spec: Train,
     hooks: Sequence[Every] = (),
+    teacher: Velocity | None = None,
 ) -> None:
     """Train `state` in place until `spec.steps` steps are done, from wherever it stands.
 
-    `batches(step)` is the global batch of a step, on the device of the net; `classes` is the label that means none.
+    `batches(step)` is the global batch of a step, on the device of the net, (x, c) or with their noise (x, c, z);
+    `classes` is the label that means none.
     Raises UserError if `spec.ref` is no average of `state`, Diverged as `train_step` does.
     """
     ref, loss = reference(state, spec.ref), compiled(state.net, objective, spec.compile)
     while state.step < spec.steps:
-        x, c = batches(state.step)
+        x, c, *paired = batches(state.step)
         record = train_step(
             state,
             objective,
@@ -100,6 +103,8 @@ def train(
             clip=spec.clip,
             precision=spec.precision,
             loss=loss,
+            z=paired[0] if paired else None,
+            teacher=teacher,
             probe=spec.probe_every > 0 and (state.step + 1) % spec.probe_every == 0,
         )
         for hook in hooks:

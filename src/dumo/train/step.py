@@ -16,7 +16,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dumo import dist
 from dumo.flow import mask
-from dumo.flow.draw import draw
+from dumo.flow.draw import Velocity, draw
+from dumo.flow.read import reading
 from dumo.train.probe import Probe, ask
 from dumo.train.state import State
 from dumo.types import Cond, Frozen, Net, Noised, Objective, Path, PerSample, Sample, Terms, Time
@@ -63,14 +64,18 @@ def train_step(
     precision: Precision = "fp32",
     loss: Loss | None = None,
     probe: bool = False,
+    z: Sample | None = None,
+    teacher: Velocity | None = None,
 ) -> Record:
     """Update net, optimizer, averages and counters of `state` once, and say what was measured.
 
-    (x, c) is the global batch, of which each rank takes its rows; `progress` is the share of the training done; `loss`
-    is the objective's, compiled, or None for as it is; `probe` asks how its parts and the net's readings agree, on
-    the last piece. Raises Diverged, and updates nothing, if the loss or the norm of its gradient is not finite.
+    (x, c) is the global batch, of which each rank takes its rows; `z` the noise that belongs to x, None for any;
+    `teacher` as `draw` has it; `progress` the share of the training done; `loss` the objective's, compiled, or None for
+    as it is; `probe` asks how its parts and the net's readings agree, on the last piece. Raises Diverged, and updates
+    nothing, if the loss or the norm of its gradient is not finite.
     """
-    noised = partial(draw, objective, path, seed=seed, step=state.step, batch=len(x), progress=progress)
+    keyed = {"seed": seed, "step": state.step, "batch": len(x)}
+    noised = partial(draw, objective, path, **keyed, progress=progress, teacher=teacher)
     low = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=precision == "bf16")
     keys = mask.keys(seed, state.step, len(x))
     share = len(x) // dist.world()
@@ -78,7 +83,7 @@ def train_step(
     seen: list[Terms] = []
 
     def drawn(rows: slice) -> Noised:
-        return noised(x[rows], c[rows], null[rows], first=rows.start)
+        return noised(x[rows], c[rows], null[rows], first=rows.start, z=None if z is None else z[rows])
 
     def taught(b: Noised, rows: slice) -> Terms:
         with low(), mask.masks(keys[rows].to(x.device)):
@@ -106,7 +111,8 @@ def train_step(
     if not probe:
         return record
     b = drawn(cuts[-1])
-    return replace(record, probe=ask(state.net, objective.read(state.net), terms.parts, b, lambda: taught(b, cuts[-1])))
+    reads = reading(objective, state.net)
+    return replace(record, probe=ask(state.net, reads, terms.parts, b, lambda: taught(b, cuts[-1])))
 
 
 def pieces(share: int, accumulate: int) -> Iterator[slice]:

@@ -27,6 +27,7 @@ def test_a_preset_stands_in_the_run_as_its_numbers(recipe: str, preset: str) -> 
         "interval": {"low": 0.0, "high": {"paper": 1.0, "ucgm": 0.75}[preset]},
         "elsewhere": {"paper": "data", "ucgm": "average"}[preset],
         "fraction": 1.0,
+        "fade": None,
     }
     again = parse(Run, tree)
     assert again == run

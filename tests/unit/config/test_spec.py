@@ -67,6 +67,22 @@ def test_slopes_that_are_no_derivative() -> None:
     assert at_bound.objective.kind == "dumo"
 
 
+def test_rates_that_are_no_derivative() -> None:
+    for word in ("train.precision=bf16", "net.time_scale=11"):
+        with pytest.raises(UserError, match="rate 'central'"):
+            changed("objective.rate.kind=central", word, of="digits-tvm")
+        assert changed(word, of="digits-tvm").objective.kind == "tvm"
+
+
+def test_a_scale_of_guidance_needs_classes_and_is_not_guided_again() -> None:
+    plain = ["data.kind=moons", "net.kind=mlp", "evaluate.protocol.kind=toy"]
+    assert changed(*plain, of="digits-tvm").data.classes == 0
+    with pytest.raises(UserError, match="no classes to guide by: set objective"):
+        changed(*plain, "objective.scale=2", of="digits-tvm")
+    with pytest.raises(UserError, match="guide once more"):
+        changed("objective.scale=2", "objective.drop=0.1", "sample.guide.scale=2", of="digits-tvm")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -131,3 +147,24 @@ def test_checking_costs_no_memory_and_no_randomness() -> None:
     huge = changed("net.width=16384", "net.depth=200", "net.attention=4")  # 600 billion parameters, never made
     assert huge.net.depth == 200
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "batch", "said"),
+    [
+        ("digits-meanflow", 1, "no row with r = t"),
+        ("digits-split-meanflow", 1, "no row with r = t"),
+        ("digits-shortcut", 4, "keeps 8 rows together"),
+        ("digits-imm", 6, "keeps 4 rows together"),
+    ],
+)
+def test_a_batch_that_could_not_teach_is_refused(recipe: str, batch: int, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load(recipe, [f"train.batch={batch}"])
+    load(recipe, [f"train.batch={8 * batch}"])
+
+
+def test_a_velocity_says_nothing_to_moments() -> None:
+    with pytest.raises(UserError, match="learns from no velocity"):
+        load("digits-imm", ["teacher.source=somewhere"])
+    load("digits-imm", ["teacher.source=somewhere", "teacher.pairs.count=100"])

@@ -5,7 +5,7 @@ import torch
 
 from contract.case import kind, members
 from dumo.flow.draw import stream
-from dumo.flow.times import LAWS, Beta, Level, LogitNormal, Noise, Pair, Times, Uniform
+from dumo.flow.times import LAWS, Beta, Level, Logistic, LogitNormal, Noise, Pair, Times, Uniform
 
 RATIOS = [0.0, 0.1, 0.2, 0.25, 0.29, 1 / 3, 0.4, 0.5, 0.6, 0.75, 0.8, 0.9, 1.0]
 
@@ -73,4 +73,4 @@ def test_a_sharp_beta_stays_a_number(a: float) -> None:
 
 def test_laws_of_other_things_are_not_laws_of_time() -> None:
     assert not set(LAWS) & set(members(Times))
-    assert set(LAWS) == {Noise, Level}
+    assert set(LAWS) == {Noise, Level, Logistic}

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dumo.flow import attention
-from dumo.flow.dual import Dual, NoRule, carry, primal
+from dumo.flow.dual import Dual, NoRule, carry, primal, recording
 from dumo.flow.rule.algebra import leibniz
 from dumo.flow.rule.register import elsewhere, rule
 from dumo.types import Array
@@ -69,6 +69,10 @@ def layer_norm(
 ) -> Array:
     """With y = (x - mean) rstd:  dy = rstd (dx - mean(dx) - y mean(y dx))."""
     out, mean, rstd = torch.native_layer_norm(x.p, list(normalized_shape), weight, bias, eps)
+    if recording():  # to autograd the kernel's are constants
+        exact, over = torch.promote_types(x.p.dtype, torch.float32), tuple(range(-len(normalized_shape), 0))
+        variance, mean = torch.var_mean(x.p.to(exact), over, correction=0, keepdim=True)
+        rstd = (variance + eps).rsqrt()
     plain = weight is None and bias is None
     return carry(
         out, _layer_norm, (x,), out if plain else x.p, None if plain else mean, rstd, weight, len(normalized_shape)
@@ -128,7 +132,7 @@ def vector_norm(x: Dual, ord: int | float = 2, dim: Any = None, keepdim: bool = 
 
 def _vector_norm(dx: Tensor, x: Tensor, n: Tensor, dim: Any, keepdim: bool) -> Tensor:
     along = (x.to(n.dtype) * dx.to(n.dtype)).sum(dim, keepdim)
-    return torch.where(n > 0, along / n, 0.0)
+    return torch.where(n > 0, along / torch.where(n > 0, n, 1.0), 0.0)  # 0 / 0 would have no gradient
 
 
 @rule(F.group_norm)
@@ -174,4 +178,6 @@ def _attend(
     dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
     q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor | None, scale: float,
 ) -> Tensor:  # fmt: skip
+    if torch.is_grad_enabled():
+        return attention.recorded_tangent(q, k, v, dq, dk, dv, o, scale)
     return attention.tangent(q, k, v, dq, dk, dv, o, lse, scale)

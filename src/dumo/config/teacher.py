@@ -1,0 +1,59 @@
+"""Where a teacher's velocity comes from, and what is made of it.
+
+A teacher stands in for the data's own velocity: every objective that learns from v_t = dx_t/dt, given data and noise,
+learns with `teacher` from
+
+    v_t + mix (V(x_t, t, c) - v_t),        mix = 1 being the teacher's V alone,
+
+V guided as `guide` says. So sCT becomes sCD, and MeanFlow and FACM their distilled selves; UCGM's released recipe goes
+past its teacher, mix = 2 up to t = 0.75, and takes the mean of both, 0.5, above. Rows that lost their label have the
+teacher's velocity without one.
+
+With `pairs` the teacher is asked once, for whole trajectories: its samples x are paired with the noise z that they come
+from, and these are what is trained on (Reflow, Liu et al. 2023; Re-MeanFlow).
+"""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from dumo.flow.guide import Interval
+from dumo.sample.guidance import Guidance
+from dumo.sample.solver import Heun, Solver
+from dumo.types import Spec
+
+
+class Pairs(Spec):
+    """Samples of the teacher with their noise, made before the first step and kept in the run's folder."""
+
+    count: int = Field(default=50_000, ge=1)  # ours; Reflow's on CIFAR-10 is a million
+    solver: Solver = Heun()  # ours
+    nfe: int = Field(default=32, ge=1)  # passes of the teacher for each
+    seed: int = Field(default=0, ge=0)
+
+
+class Teacher(Spec):
+    """A trained net: that of a run's folder, or what a function of the user's returns."""
+
+    kind: Literal["run", "python"] = "run"
+    source: str  # a run's folder; or module:function, which takes the run and the device and returns `dumo.types.Reads`
+    weights: str | None = None  # a file of the run's weights; None: those that it shows
+    guide: Guidance = Guidance()  # of the teacher, as in sampling
+    mix: float = Field(default=1.0, gt=0)  # weight of the teacher's velocity, where the data's has the rest
+    interval: Interval = Interval()  # the times where that holds
+    elsewhere: float = Field(default=1.0, ge=0)  # the weight at other times
+    pairs: Pairs | None = None  # learn from whole trajectories instead
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Teacher":
+        if self.pairs and (self.mix, self.elsewhere) != (1, 1):
+            raise ValueError("pairs are learned from as they are: leave mix and elsewhere at 1, or set pairs=null")
+        return self
+
+
+class Start(Spec):
+    """Weights to begin with: those of a run, by name."""
+
+    source: str  # a run's folder
+    weights: str | None = None  # a file of its weights; None: those that it shows
+    heads: dict[str, str] = Field(default_factory=dict[str, str])  # heads that begin as another of the source: {u: v}

@@ -1,0 +1,43 @@
+"""d/dt of a net's head along the flow, from one pass at an earlier time: a secant in place of the tangent.
+
+With l = t - d, and x_l = x_t - d w on the straight line back along w,
+
+    du/dt  is about  (u(x_t, t) - u(x_l, l)) / d,    off by O(d).
+
+In a target u* = w - (l - r) du/dt it says: go back by d along w, then jump the rest as the net would. No derivative of
+the net is taken, but its rounding grows as (l - r) / d, the gain: with a short d these differences want fp32 as central
+ones do.
+"""
+
+import torch
+
+from dumo.flow import mask
+from dumo.types import Frozen, Noised, Sample, Time, UserError, lift
+
+MAX_GAIN = 20  # ours: rounding to bf16, 2^-8 of u, is then 8 % of the residual
+
+
+def demand(precision: str, gain: float, kind: str) -> None:
+    """Raise UserError where passes of this precision round more than objective `kind`, of this gain, can bear."""
+    if gain > MAX_GAIN and precision != "fp32":
+        raise UserError(
+            f"objective '{kind}' needs precision fp32, not {precision}: it multiplies the rounding of the net by up to "
+            f"{gain:g}. Use train.precision=fp32, a longer step, or objective 'meanflow' with slope 'dual'"
+        )
+
+
+@torch.no_grad()
+def back(ref: Frozen, b: Noised, w: Sample, d: Time) -> Sample:
+    """u(x_l, l, r) of the first head at l = t - d, for the rows that may move, told by place; zeros for the others.
+
+    Where l is below r the net is asked at r = l: the caller weighs such rows by nothing. One pass, none if none moves.
+    """
+    place, _ = b.places
+    u_l = torch.zeros_like(b.x_t)
+    if not place:
+        return u_l
+    some, d = b[place], d[place]
+    l = (some.t - d).clamp(min=0)  # noqa: E741, SoFlow's letter
+    with mask.of(place):
+        (head,) = ref(some.x_t - lift(d, some.x_t) * w[place], some.c, t=l, r=torch.minimum(some.r, l))
+    return u_l.to(head).index_copy(0, torch.tensor(place, device=head.device), head)

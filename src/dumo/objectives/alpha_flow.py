@@ -1,0 +1,96 @@
+"""alpha-Flow (Zhang et al. 2025, arXiv 2510.20771): from flow matching to MeanFlow, by a step that shrinks in training.
+
+A step from t to r is alpha of the way along the velocity, then the rest as the net jumps it. With l = t - alpha (t - r)
+and x_l = x_t - (t - l) v*,
+
+    (t - r) u = (t - l) v* + (l - r) u_l    so    u* = alpha v* + (1 - alpha) u_l.
+
+At alpha = 1 it is v*, on rows of r < t too: trajectory flow matching. As alpha vanishes so does the residual,
+u - u* = alpha (u - v* + (l - r) (u - u_l) / (t - l)), whose bracket becomes MeanFlow's: it is in units of a velocity
+whatever alpha, and is what this loss squares. Its floor is divided by alpha^2, and then the gradient is the authors'.
+
+alpha is a number of the training's progress alone, the same for every rank: so it may decide which passes are made.
+"""
+
+from math import exp, inf
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from dumo.flow.guide import Guide, Interval
+from dumo.flow.metric import adaptive, beyond
+from dumo.flow.read import average
+from dumo.flow.secant import back, demand
+from dumo.flow.slope import Jvp, Slope, precision_of
+from dumo.flow.times import LogitNormal, Pair, Times
+from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
+
+
+class AlphaFlow(Spec):
+    """Mean velocity from t to r, with a share of rows at r = t. Defaults: XL/2 of its `experiments-alphaflow.yaml`."""
+
+    kind: Literal["alpha_flow"] = "alpha_flow"
+    times: Times = Pair(of=LogitNormal(mean=-0.4), flow=LogitNormal(mean=-0.4), velocity_ratio=0.5)
+    drop: float = Field(default=0.1, ge=0, le=1)  # label_dropout
+    guide: Guide = Guide(omega=0.2, zeta=0.92, interval=Interval(high=0.75))  # cfg_params; zeta is its kappa
+    slope: Slope = Jvp()  # where alpha = 0: `_compute_mean_velocity_c`
+    begin: float = Field(default=0.5, ge=0, le=1)  # of the training, when alpha leaves 1: 600k steps of 1.2M
+    end: float = Field(default=5 / 6, ge=0, le=1)  # and when it has come to 0: 1M
+    steep: float = Field(default=25.0, gt=0)  # gamma
+    snap: float = Field(default=0.005, ge=0, lt=0.5)  # alpha this near to 0 or 1 is that: clamp_value
+    clip: float | None = Field(default=4.0, gt=0)  # bound of u* where alpha > 0 and r < t: clamp_utgt
+    floor: float = Field(default=1e-3, gt=0)  # adaptive_loss_weight_eps
+
+    @property
+    def needs(self) -> Needs:
+        """What the net takes and gives."""
+        return Needs(inputs=("t", "r"), heads=("u",))
+
+    @property
+    def amplifies(self) -> float:
+        """How often the rounding of the net is multiplied (`dumo.flow.secant`)."""
+        return 1 / self.snap if self.snap else inf
+
+    @model_validator(mode="after")
+    def _possible(self) -> "AlphaFlow":
+        if self.begin > self.end:
+            raise ValueError(f"begin ({self.begin}) must not be above end ({self.end})")
+        self.guide.demand_l2("the net is asked where v* leads", "objective 'meanflow' with power=0")
+        return self
+
+    def alpha(self, progress: float) -> float:
+        """1 - sigmoid from `begin` to `end`, 1 before and 0 after, snapped at both ends (`get_ratio`)."""
+        if not self.begin <= progress <= self.end:
+            return float(progress < self.begin)
+        middle, width = (self.begin + self.end) / 2, max(self.end - self.begin, 1e-9)
+        alpha = 1 - 1 / (1 + exp(-self.steep * (progress - middle) / width))
+        return 0.0 if alpha < self.snap else 1.0 if alpha > 1 - self.snap else alpha
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """`AlphaFlowLoss.forward`; its gradient, row by row. Raises UserError where a short step meets bf16."""
+        demand(precision_of(b.x_t), self.amplifies, self.kind)
+        alpha, moves = self.alpha(b.progress), b.r < b.t
+        with torch.no_grad():
+            v_star = self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
+        if alpha:
+            (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
+            off = (u_hat.detach() - self._far(ref, b, v_star, alpha)) / alpha
+            u_star = torch.where(lift(moves, u_hat), u_hat.detach() - off, v_star)
+        else:
+            (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=v_star, moving=b.moving)
+            u_star = v_star - lift(b.t - b.r, b.x_t) * along(v_star)[0]
+        e = u_hat - u_star
+        floor = torch.full_like(b.t, self.floor).where(~moves, self.floor / (alpha or 1) ** 2)
+        return Terms(adaptive(e, 1.0, floor, mean=True), {"u": mean_square(e)}, {"beyond": beyond(e)})
+
+    def _far(self, ref: Frozen, b: Noised, v_star: Sample, alpha: float) -> Sample:
+        """u* for alpha > 0; no pass where alpha = 1, which goes all the way along v*."""
+        u_star = alpha * v_star
+        if alpha < 1:
+            u_star = u_star + (1 - alpha) * back(ref, b, v_star, alpha * (b.t - b.r))
+        return u_star if self.clip is None else u_star.clamp(-self.clip, self.clip)
+
+    def read(self, net: Net) -> Reads:
+        """One head, read at two times."""
+        return average(net)

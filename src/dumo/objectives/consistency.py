@@ -1,0 +1,90 @@
+"""Consistency training: what the net makes of two points of one trajectory must be the same data.
+
+CM (Song et al. 2023), iCT (Song and Dhariwal 2024) and ECT (Geng et al. 2025, arXiv 2406.14548). The net's guess at
+the data is D(x_t, t) = x_t - t u, with u the mean velocity down to 0. From t to r < t one goes along v_t, which on the
+linear path is with the same data and noise:
+
+    x_r = x_t - (t - r) v_t,   D(x_t, t) = sg D(x_r, r),   and at r = 0   D = x_r = x.
+
+Divided by t - r this is a secant in place of DuMo's derivative, and at r = 0 it is flow matching:
+
+    (sg D(x_r, r) - D(x_t, t)) / (t - r) = e = u - v_t + r (u - u_r) / (t - r),   about   u - v_t + t du/dt.
+
+The authors' weight 1 / (sigma_t - sigma_r), with sigma = t / (1 - t), is (1 - t) (1 - r) / (t - r): with it one
+regresses (1 - t) (1 - r) e, of which the length of the step has dropped out. As the loss lives on D, its gradient with
+respect to u has the factor t / (sigma_t - sigma_r) = (1 - t) (1 - r) t / (t - r), which grows as steps get short.
+"""
+
+from math import log
+from typing import Any, Literal
+
+from pydantic import Field
+
+from dumo.flow.metric import beyond, huber
+from dumo.flow.schedule import Grid, Ratio, Schedule
+from dumo.flow.secant import demand
+from dumo.flow.slope import precision_of
+from dumo.flow.times import Karras, LogitNormal, Times
+from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, UserError, lift, mean_square
+
+LOG_NORMAL = LogitNormal(mean=-1.1 + log(2), std=2.0)  # sigma = exp(N(-1.1, 4)) on data of standard deviation 0.5
+PRESETS: dict[str, dict[str, Any]] = {  # each with its authors' constants
+    "cm": {
+        "times": Karras(),
+        "schedule": Grid(growth="root", first=2, last=150),  # its App. C, CIFAR-10
+        "weighted": False,
+        "soft": None,  # its distance is LPIPS, a net's word for what an image is; l2, its second choice, needs none
+    },
+    "ict": {"schedule": Grid(), "soft": 0.00108},  # its c, 0.00054, in units of data of standard deviation 0.5
+    "ect": {},  # as it is
+}
+
+
+class Consistency(Spec):
+    """The flow map to the data, from pairs of neighbouring times; theta^- is the run's `train.ref`."""
+
+    kind: Literal["consistency"] = "consistency"
+    times: Times = LOG_NORMAL
+    drop: float = Field(default=0.0, ge=0, le=1)  # ours: all three train without labels or without dropping any
+    schedule: Schedule = Ratio()
+    weighted: bool = True  # by 1 / (sigma_t - sigma_r)
+    soft: float | None = Field(default=0.0, ge=0)  # c of a Huber loss; 0: the length of the difference; None: plain l2
+
+    @classmethod
+    def named(cls, name: str, **others: Any) -> "Consistency":  # noqa: ANN401, any field
+        """cm, ict or ect of PRESETS, with `others` among the fields: `Consistency.named("ict", drop=0.1)`."""
+        if name not in PRESETS:
+            raise UserError(f"there is no consistency model '{name}': it is one of {', '.join(PRESETS)}")
+        return cls(**PRESETS[name] | others)
+
+    @property
+    def needs(self) -> Needs:
+        """What the net takes and gives."""
+        return Needs(inputs=("t",), heads=("u",))
+
+    @property
+    def amplifies(self) -> float:
+        """How often the rounding of the net is multiplied (`dumo.flow.secant`)."""
+        return self.schedule.amplifies
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """One pass with gradients, one without. At t = r, which is at t = 0 and 1 only, a row weighs nothing.
+
+        Raises UserError where short steps meet bf16.
+        """
+        demand(precision_of(b.x_t), self.amplifies, self.kind)
+        t, r = self.schedule(b.t, b.progress)
+        b = b if t is b.t else b.at(t)
+        step, same = t - r, r == t
+        (u_hat,) = net(b.x_t, b.c, t=t)
+        (u_r,) = ref(b.x_t - lift(step, b.x_t) * b.v_t, b.c, t=r)
+        one_over = (1 / step.masked_fill(same, 1)).masked_fill(same, 0)
+        e = u_hat - b.v_t + lift(r * one_over, b.x_t) * (u_hat - u_r)
+        apart = lift(step, b.x_t) * e  # sg D(x_r, r) - D(x_t, t)
+        loss = mean_square(apart) if self.soft is None else huber(apart, self.soft)
+        weight = (1 - t) * (1 - r) * one_over if self.weighted else 1
+        return Terms(weight * loss, {"u": mean_square(e)}, {"beyond": beyond(e)})
+
+    def read(self, net: Net) -> Reads:
+        """The head jumps to the data, x_0 = x_t - t u; a velocity it has at t = 0 only."""
+        return Reads(endpoint=lambda x, t, c: x - lift(t, x) * net(x, c, t=t)[0])

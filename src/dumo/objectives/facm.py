@@ -1,0 +1,83 @@
+"""FACM (Peng et al. 2025): a consistency model in continuous time, anchored by flow matching in the same head.
+
+One net with one head and one time, which is told the time t for the flow map u = (x_t - x_0) / t, and -t for the
+velocity v: in "expanded time" the two tasks are one function of [-1, 1], and meet at t = 0, where u = v. Both are
+taught on every row, each by a pass of its own:
+
+    u + t du/dt = v        so        u* = v* - t du/dt,        and the anchor        v(x_t, -t)* = v*
+
+The flow map is led to u* by a part of the way, alpha(t) = 1 - sqrt(1 - t) of the error clipped to [-1, 1], so most
+slowly near the data; an adaptive weight and sin(pi t / 2) weigh the rows.
+"""
+
+from math import pi
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from dumo.flow.guide import Guide, Interval
+from dumo.flow.metric import adaptive, beyond, turned
+from dumo.flow.slope import Jvp, Slope
+from dumo.flow.times import Arctan, Times
+from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+
+
+class FACM(Spec):
+    """Velocity and flow map of one head, told apart by the sign of the time."""
+
+    kind: Literal["facm"] = "facm"
+    times: Times = Arctan(mean=-0.8, std=1.6, sd=1.0)  # the authors' `losses.py`
+    drop: float = Field(default=0.1, ge=0, le=1)  # ours: it teaches V(null), which a teacher gave theirs
+    guide: Guide = Guide(omega=1.75, interval=Interval(high=0.875))  # theirs, from scratch
+    slope: Slope = Jvp()  # theirs
+    relax: bool = True  # lead u by alpha(t) of its error only
+    clip: float | None = Field(default=1.0, gt=0)  # theirs; None: nothing is clipped
+    cosine: bool = True  # the anchor also turns v, pixel by pixel over channels; of one channel it teaches nothing
+    power: float = Field(default=0.5, ge=0)  # p of the adaptive weight of u, of mean squares; theirs
+    floor: float = Field(default=1e-3, gt=0)  # c of it; theirs
+
+    @property
+    def needs(self) -> Needs:
+        """What the net takes and gives."""
+        return Needs(inputs=("t",), heads=("u",))
+
+    @model_validator(mode="after")
+    def _unbiased(self) -> "FACM":
+        for on, why, way in (
+            (self.power, "power > 0 weighs a row by its own residual", "power=0"),
+            (self.clip, "a clipped residual is not affine", "clip=null"),
+            (self.cosine, "an angle is not affine", "cosine=false"),
+        ):
+            if on:
+                self.guide.demand_l2(why, way)
+        return self
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """The anchor at -t, then the flow map at t: two passes with gradients."""
+        (v_hat,) = net(b.x_t, b.c, t=-b.t)
+        with torch.no_grad():
+            v_star = self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=-b.t)[0])
+        (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, toward=v_star)
+        with torch.no_grad():
+            (du_dt,) = along(v_star)
+            u_star = v_star - lift(b.t, b.x_t) * du_dt
+            u_next = u_hat - self.step(u_hat - u_star, b.t)
+        error, v_loss = u_hat - u_star, mean_square(v_hat - v_star)
+        anchor = v_loss + turned(v_hat, v_star) if self.cosine else v_loss
+        u_loss = adaptive(u_hat - u_next, self.power, self.floor, mean=True)
+        loss = anchor + (pi / 2 * b.t).sin() * u_loss
+        return Terms(loss, {"v": v_loss, "u": mean_square(error)}, {"beyond": beyond(error)})
+
+    def step(self, error: Sample, t: Time) -> Sample:
+        """How far towards its target u is led."""
+        if self.clip is not None:
+            error = error.clamp(-self.clip, self.clip)
+        return lift(1 - (1 - t).sqrt(), error) * error if self.relax else error
+
+    def read(self, net: Net) -> Reads:
+        """At -t the slope of the path, at t the jump to the data, x_0 = x_t - t u."""
+        return Reads(
+            velocity=lambda x, t, c: net(x, c, t=-t)[0],
+            endpoint=lambda x, t, c: x - lift(t, x) * net(x, c, t=t)[0],
+        )

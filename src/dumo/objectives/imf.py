@@ -1,0 +1,87 @@
+"""Improved MeanFlow (Geng et al. 2025b): the mean velocity, differentiated along the velocity that the net predicts.
+
+MeanFlow's identity holds along the flow, whose velocity v(x_t, t) is the mean of v_t:
+
+    u + (t - r) du/dt = v,      d/dt along v        so        u* = v* - (t - r) du/dt
+
+Regression finds the mean of v* by itself. The direction of du/dt need not be a draw as well: here it is the velocity V
+that a second head has learned, so the only noise left in the target is that of v*. And the scale w of guidance is an
+input of the net, with the interval [low, high] in which it acts: a user sets these knobs when sampling.
+
+    V = V(x_t, c; w'),      w' = w in the interval, else 1
+    v* = v_t + (1 - 1 / w') (V - V(x_t, null; 1))        settles at        V(null) + w' (E[v_t] - V(null))
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from dumo.flow import mask
+from dumo.flow.metric import adaptive, beyond
+from dumo.flow.read import average
+from dumo.flow.slope import Jvp, Slope
+from dumo.flow.times import Level, LogitNormal, Pair, Times
+from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+
+
+class ImprovedMeanFlow(Spec):
+    """Mean velocity from t to r and, on every row, the velocity, both guided as the knobs say."""
+
+    kind: Literal["imf"] = "imf"
+    times: Times = Pair(of=LogitNormal(mean=-0.4, std=1.0), velocity_ratio=0.5)  # its code, `imf.py`
+    drop: float = Field(default=0.1, ge=0, le=1)  # as MeanFlow
+    w: Level | None = Level(low=1.0, high=8.0, log=True)  # its code; None: no guidance, no knobs, and no pass for them
+    low: Level = Level(low=0.0, high=0.5)  # its code; rows with r = t are guided at all times
+    high: Level = Level(low=0.5, high=1.0)
+    slope: Slope = Jvp()  # its code
+    power: float = Field(default=1.0, ge=0)  # p of MeanFlow's Eq. 22, for both heads
+    floor: float = Field(default=0.01, gt=0)  # c of it, as its code
+
+    @property
+    def needs(self) -> Needs:
+        """The knobs are those of one pass with XL/2 (its `eval_config.yml`)."""
+        knobs = {"w": 8.0, "low": 0.42, "high": 0.62} if self.w else {}
+        return Needs(inputs=("t", "r"), heads=("u", "v"), knobs=knobs)
+
+    @model_validator(mode="after")
+    def _positive(self) -> "ImprovedMeanFlow":
+        if self.w and self.w.low <= 0:
+            raise ValueError(f"w is a scale of guidance, above 0: w.low is {self.w.low}")
+        return self
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """MeanFlow's Eq. 9 and 11, along V; both heads under its Eq. 22."""
+        knobs = self.knobs(b)
+        with torch.no_grad():
+            v, v_star = self.velocities(ref, b, knobs)
+        (u_hat, v_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=v, moving=b.moving, **knobs)
+        with torch.no_grad():
+            du_dt, _ = along(v)
+            u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt
+        errors = {"u": u_hat - u_star, "v": v_hat - v_star}
+        loss = sum((adaptive(e, self.power, self.floor) for e in errors.values()), torch.zeros_like(b.t))
+        return Terms(loss, {k: mean_square(e) for k, e in errors.items()}, {"beyond": beyond(errors["u"])})
+
+    def knobs(self, b: Noised) -> dict[str, Time]:
+        """What the net is told of guidance; where r = t, that it acts at all times."""
+        if self.w is None:
+            return {}
+        still = b.r == b.t
+        low, high = b.drawn["low"].masked_fill(still, 0), b.drawn["high"].masked_fill(still, 1)
+        return {"w": b.drawn["w"], "low": low, "high": high}
+
+    def velocities(self, ref: Frozen, b: Noised, knobs: dict[str, Time]) -> tuple[Sample, Sample]:
+        """V, the net's own velocity as guided as the row is at t, and v*: a pass, and one for the null."""
+        if not knobs:
+            return ref(b.x_t, b.c, t=b.t, r=b.t)[1], b.v_t
+        one = torch.ones_like(b.t)
+        w = knobs["w"].where((knobs["low"] <= b.t) & (b.t <= knobs["high"]), one)
+        v = ref(b.x_t, b.c, t=b.t, r=b.t, w=w, low=0 * one, high=one)[1]
+        with mask.none():
+            v_null = ref(b.x_t, b.null, t=b.t, r=b.t, w=one, low=0 * one, high=one)[1]
+        return v, b.v_t + lift(b.kept * (1 - 1 / w), b.x_t) * (v - v_null)
+
+    def read(self, net: Net) -> Reads:
+        """The u head, at two times; the v head has served in training, as the authors leave it behind."""
+        return average(net)

@@ -1,0 +1,133 @@
+"""The parts of an objective of several heads: each a head, its weight, and what it is to be.
+
+With v* the guided velocity, along which the heads are derived, r at rest,
+
+    velocity   v*                         for   v(x_t, t) = dx_t/dt                      (flow matching, Eq. 3)
+    endpoint   v* - t du/dt               for   u(x_t, t) = (x_t - x_0) / t              (DuMo, Alg. 1)
+    average    v* - (t - r) dm/dt         for   m(x_t, t, r) = (x_t - x_r) / (t - r)     (MeanFlow, its Eq. 11)
+    shortcut   the mean of m over both halves of [r, t], or v* where r = t; for the same m   (Frans et al. 2025)
+
+To add a part: write its class here, and name it in the union.
+"""
+
+from collections.abc import Callable
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from dumo.flow import mask
+from dumo.flow.metric import adaptive
+from dumo.types import Cond, Noised, PerSample, Reads, Sample, Spec, Time, lift, mean_square
+
+Aimed = Callable[[Sample, Time, Time, Cond], Sample]  # (x_t, t, r, c) -> what one head says there
+Name = Annotated[str, Field(pattern=r"^[a-z]\d*$")]  # of a head: a letter, and perhaps a number
+Weight = Annotated[float, Field(gt=0)]
+
+
+class Head(Spec):
+    """What every part has."""
+
+    aims: ClassVar[bool] = False  # its head is told r
+    derived: ClassVar[bool] = False  # its target holds its head's derivative
+    name: Name
+    weight: Weight
+
+    def measure(self, e: Sample) -> PerSample:
+        """The loss of a residual, before its weight."""
+        return mean_square(e)
+
+
+class Velocity(Head):
+    """Flow matching. The first of this kind is the velocity that guidance asks."""
+
+    kind: Literal["velocity"] = "velocity"
+    name: Name = "v"
+    weight: Weight = 0.7  # DuMo's beta, Tab. 3
+
+    def target(self, b: Noised, v_star: Sample, rate: Sample, ref: Aimed) -> Sample:
+        """v*."""
+        return v_star
+
+    def read(self, head: Aimed) -> Reads:
+        """The slope of the path."""
+        return Reads(velocity=lambda x, t, c: head(x, t, t, c))
+
+
+class Endpoint(Head):
+    """DuMo's flow map to the data: consistency."""
+
+    kind: Literal["endpoint"] = "endpoint"
+    derived: ClassVar[bool] = True
+    name: Name = "u"
+    weight: Weight = 0.15  # ours
+
+    def target(self, b: Noised, v_star: Sample, rate: Sample, ref: Aimed) -> Sample:
+        """Alg. 1, line 10."""
+        return v_star - lift(b.t, b.x_t) * rate
+
+    def read(self, head: Aimed) -> Reads:
+        """The jump to the data (Eq. 6)."""
+        return Reads(endpoint=lambda x, t, c: x - lift(t, x) * head(x, t, t, c))
+
+
+class Average(Head):
+    """MeanFlow's mean velocity down to r."""
+
+    kind: Literal["average"] = "average"
+    aims: ClassVar[bool] = True
+    derived: ClassVar[bool] = True
+    name: Name = "m"
+    weight: Weight = 0.15  # ours
+    power: float = Field(default=0.0, ge=0)  # ours: 0 is the mean square, as of the others; above, MeanFlow's Eq. 22
+    floor: float = Field(default=0.01, gt=0)  # MeanFlow's code; of a power above 0
+
+    def target(self, b: Noised, v_star: Sample, rate: Sample, ref: Aimed) -> Sample:
+        """MeanFlow, Eq. 11."""
+        return v_star - lift(b.t - b.r, b.x_t) * rate
+
+    def measure(self, e: Sample) -> PerSample:
+        """Mean square, or MeanFlow's adaptive sum of squares."""
+        return adaptive(e, self.power, self.floor) if self.power else mean_square(e)
+
+    def read(self, head: Aimed) -> Reads:
+        """Jumps, that to the data among them (MeanFlow, Eq. 12)."""
+        jump = leap(head)
+        return Reads(flow_map=jump, endpoint=lambda x, t, c: jump(x, t, 0 * t, c))
+
+
+class Shortcut(Head):
+    """Mean velocity of a step from those of its halves, which theta^- makes; on rows without a step, v*.
+
+    The finest half is of a size that no row has: it is read off between the sizes next to it (ours; Frans et al. take
+    the velocity there). Neither is anything clipped (ours).
+    """
+
+    kind: Literal["shortcut"] = "shortcut"
+    aims: ClassVar[bool] = True
+    name: Name = "m"
+    weight: Weight = 0.15  # ours
+
+    def target(self, b: Noised, v_star: Sample, rate: Sample, ref: Aimed) -> Sample:
+        """Frans et al., Eq. 4 and 5."""
+        place, _ = b.places
+        if not place:
+            return v_star
+        m_star, some = v_star.clone(), b[place]
+        middle = (some.t + some.r) / 2
+        with mask.of(place):
+            one = ref(some.x_t, some.t, middle, some.c)
+            other = ref(some.x_t - lift(some.t - middle, one) * one, middle, some.r, some.c)
+        m_star[place] = ((one + other) / 2).to(m_star).where(lift(some.r < some.t, one), m_star[place])
+        return m_star
+
+    def read(self, head: Aimed) -> Reads:
+        """Jumps, best of the sizes that were taught."""
+        return Reads(flow_map=leap(head))
+
+
+def leap(head: Aimed) -> Callable[[Sample, Time, Time, Cond], Sample]:
+    """x_r = x_t - (t - r) m."""
+    return lambda x, t, r, c: x - lift(t - r, x) * head(x, t, r, c)
+
+
+Part = Annotated[Average | Endpoint | Shortcut | Velocity, Field(discriminator="kind")]

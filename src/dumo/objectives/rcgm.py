@@ -1,0 +1,91 @@
+"""RCGM (Sun et al. 2025, its code as TwinFlow has it, arXiv 2512.05150): a short step of data, then N jumps of the net.
+
+One jump u from t to r lands where these land: back by h along v*, then from s = t - h to r in N jumps of equal size, of
+the mean velocities u_i, with displacement I = sum of (t_i - t_(i+1)) u_i:
+
+    (t - r) u = h v* + I    so    u* = u - [((t - r) u - I) / h - v*],
+
+in units of a velocity: as h vanishes the bracket becomes MeanFlow's u + (t - r) du/dt - v*, whatever N is. N = 1 is
+SoFlow with a step of fixed length; with more the far jump is asked of shorter ones. Within h of t, r included, u* = v*.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from dumo.flow.guide import Guide
+from dumo.flow.metric import barron, beyond
+from dumo.flow.read import average
+from dumo.flow.secant import demand
+from dumo.flow.slope import precision_of
+from dumo.flow.times import Below, Times, Uniform
+from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Sample, Spec, Terms, lift, mean_square
+
+
+class RCGM(Spec):
+    """Mean velocity from t to r, by N jumps of theta^-. Defaults: the tutorial of TwinFlow, `tutorials/mnist`."""
+
+    kind: Literal["rcgm"] = "rcgm"
+    times: Times = Below(of=Uniform())  # prepare_inputs
+    drop: float = Field(default=0.1, ge=0, le=1)  # ours: the tutorial has shuffled labels for none
+    guide: Guide = Guide(zeta=0.5)  # enhanced_ratio; 0.8 in its text-to-image configurations
+    order: int = Field(default=2, ge=1)  # N: estimate_order; with 1 theta^- is the net itself, above an average of 0.99
+    step: float = Field(default=0.01, gt=0, lt=1)  # h
+    clip: float | None = Field(default=1.0, gt=0)  # bound of u - u*
+    metric: Literal["l2", "barron"] = "l2"  # barron: its text-to-image configurations
+
+    @property
+    def needs(self) -> Needs:
+        """What the net takes and gives."""
+        return Needs(inputs=("t", "r"), heads=("u",))
+
+    @property
+    def amplifies(self) -> float:
+        """How often the rounding of the net is multiplied (`dumo.flow.secant`)."""
+        return 1 / self.step
+
+    @model_validator(mode="after")
+    def _unbiased(self) -> "RCGM":
+        self.guide.demand_l2("the net is asked where v* leads", "objective 'meanflow' with power=0")
+        return self
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """`get_rcgm_target` of `methodes.py`. Raises UserError where a short step meets bf16."""
+        demand(precision_of(b.x_t), self.amplifies, self.kind)
+        (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
+        e, off = self.residual(u_hat, ref, b, self.aim(ref, b))
+        return Terms(self.measure(e), {"u": mean_square(e)}, {"beyond": beyond(off)})
+
+    @torch.no_grad()
+    def aim(self, ref: Frozen, b: Noised) -> Sample:
+        """v*."""
+        return self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
+
+    def residual(self, u_hat: Sample, ref: Frozen, b: Noised, v_star: Sample) -> tuple[Sample, Sample]:
+        """u - u*, with the gradient of u alone, and what it is without its bound."""
+        with torch.no_grad():
+            far = lift(b.t - b.r, b.x_t)
+            off = (far * u_hat - self._jump(ref, b, v_star)) / self.step - v_star
+            off = torch.where(far < self.step, u_hat - v_star, off)
+            u_star = u_hat - (off if self.clip is None else off.clamp(-self.clip, self.clip))
+        return u_hat - u_star, off
+
+    def measure(self, e: Sample) -> PerSample:
+        """The loss of a residual."""
+        return mean_square(e) if self.metric == "l2" else barron(e)
+
+    def _jump(self, ref: Frozen, b: Noised, v_star: Sample) -> Sample:
+        """I: the displacement from t - h, or r, to r in N jumps."""
+        now = torch.maximum(b.t - self.step, b.r)
+        x = start = b.x_t - self.step * v_star
+        hop = (now - b.r) / self.order
+        for _ in range(self.order):
+            then = torch.maximum(now - hop, b.r)
+            x = x - lift(now - then, x) * ref(x, b.c, t=now, r=then)[0]
+            now = then
+        return start - x
+
+    def read(self, net: Net) -> Reads:
+        """One head, read at two times."""
+        return average(net)

@@ -1,0 +1,101 @@
+"""Several heads of different objectives on one trunk: one pass, and one loss that sums over them (paper, Sec. 4.3).
+
+    loss = sum_i w_i ||head_i - target_i||^2        with the targets of `dumo.objectives.part`
+
+One slope gives the derivatives of all heads, at the price of one. What tells a head where to aim, r, reaches its own
+output layer alone (`Needs.own`): so v and u mean what they do in DuMo, and velocity and endpoint alone are DuMo, to
+the bit. Guidance asks the velocity, the first where there are more.
+
+Derivatives may run along that head instead of v*, which is a draw where the head is a mean (as iMF has it), and may
+grow in the first part of the training (as sCT has it): then all heads begin as the velocity.
+"""
+
+from collections import Counter
+from dataclasses import fields
+from functools import reduce
+from operator import add
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from dumo.flow.guide import Guide
+from dumo.flow.metric import beyond
+from dumo.flow.slope import Along, Central, Slope
+from dumo.flow.times import Below, Beta, Times
+from dumo.objectives.part import Aimed, Average, Endpoint, Part, Velocity
+from dumo.types import Frozen, Heads, Needs, Net, Noised, Reads, Spec, Terms, Time, mean_square
+
+
+class Several(Spec):
+    """A head for every part; by default the paper's first three: flow matching, consistency and MeanFlow."""
+
+    kind: Literal["several"] = "several"
+    parts: tuple[Part, ...] = (Velocity(), Endpoint(), Average())  # weights .7, .15, .15: ours, the paper is silent
+    times: Times = Below(of=Beta(a=2.4, b=2.4))  # t of DuMo, Tab. 3; r ours
+    drop: float = Field(default=0.1, ge=0, le=1)  # as DuMo
+    guide: Guide = Guide(zeta=0.55)  # as DuMo
+    slope: Slope = Central(h=0.005)  # as DuMo
+    along: Literal["target", "velocity"] = "target"  # derivatives run along v*, as DuMo's, or the velocity head (ours)
+    ramp: float = Field(default=0.0, ge=0, le=1)  # share of training in which they grow, from heads that are v (ours)
+
+    @property
+    def needs(self) -> Needs:
+        """What the net takes and gives."""
+        return Needs(heads=tuple(p.name for p in self.parts), own={p.name: ("r",) for p in self.parts if p.aims})
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Several":
+        if twice := [name for name, n in Counter(p.name for p in self.parts).items() if n > 1]:
+            raise ValueError(f"parts are named after their heads, but '{twice[0]}' is the name of two: rename one")
+        if not any(p.kind == "velocity" for p in self.parts):
+            raise ValueError("no part is of kind velocity, which guides the others: add one")
+        if any(p.kind == "shortcut" for p in self.parts):
+            moving = getattr(self.times, "moving", None)
+            if moving is None or all(moving(1000)):
+                raise ValueError(
+                    f"a shortcut learns the velocity on rows with r = t, of which times '{self.times.kind}' set none "
+                    "apart: use times.kind=dyadic, or pair with a velocity_ratio"
+                )
+        if any(isinstance(p, Average) and p.power for p in self.parts):
+            self.guide.demand_l2("power > 0 weighs a row by its own residual", "power=0")
+        return self
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """The weighted sum over the parts; notes: what a clamp of a target with a derivative would cut."""
+        heads, along = self._heads(net, ref, b)
+        first = next(i for i, part in enumerate(self.parts) if part.kind == "velocity")
+        with torch.no_grad():
+            v_star = self.guide(b, heads[first], lambda b, c: self._aimed(ref, first)(b.x_t, b.t, b.r, c))
+            grown = min(1.0, b.progress / self.ramp) if self.ramp else 1.0
+            rates = tuple(grown * rate for rate in along(v_star if self.along == "target" else heads[first].detach()))
+            at = enumerate(zip(self.parts, rates, strict=True))
+            targets = [part.target(b, v_star, rate, self._aimed(ref, i)) for i, (part, rate) in at]
+        known = [(part, head - target) for part, head, target in zip(self.parts, heads, targets, strict=True)]
+        loss = reduce(add, (part.weight * part.measure(e) for part, e in known))
+        notes = {f"beyond_{part.name}": beyond(e) for part, e in known if part.derived}
+        return Terms(loss, {part.name: mean_square(e) for part, e in known}, notes)
+
+    def read(self, net: Net) -> Reads:
+        """Of each reading the first head that has it, those before that are not told r."""
+        order = sorted(range(len(self.parts)), key=lambda i: self.parts[i].aims)
+        found = [self.parts[i].read(self._aimed(net, i)) for i in order]
+        first = {f.name: [one for reads in found if (one := getattr(reads, f.name)) is not None] for f in fields(Reads)}
+        return Reads(**{name: have[0] for name, have in first.items() if have})
+
+    def _heads(self, net: Net, ref: Frozen, b: Noised) -> tuple[Heads, Along]:
+        """The pass, and the derivatives: none where no target has one, of rows with r < t where no other needs it."""
+        if not any(part.derived for part in self.parts):
+            heads = net(b.x_t, b.c, t=b.t, **self._own(b.r))
+            return heads, lambda w: tuple(torch.zeros_like(w) for _ in self.parts)
+        moving = None if any(part.derived and not part.aims for part in self.parts) else b.moving
+        toward = self.guide.beforehand(b) if self.along == "target" else None
+        return self.slope(net, ref, b.x_t, b.c, t=b.t, toward=toward, moving=moving, **self._own(b.r))
+
+    def _aimed(self, net: Net, i: int) -> Aimed:
+        """Head i as a function of r as well."""
+        return lambda x, t, r, c: net(x, c, t=t, **self._own(r))[i]
+
+    def _own(self, r: Time) -> dict[str, Time]:
+        """What the net is told beside t."""
+        return {"r": r} if any(part.aims for part in self.parts) else {}

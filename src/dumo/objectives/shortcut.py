@@ -1,0 +1,82 @@
+"""Shortcut models (Frans et al. 2025, arXiv 2410.12557): one step of size d = 2^-k equals two of half the size.
+
+The mean velocity u(x_t, t, k) = (x_t - x_(t-d)) / d of a step is the mean over its halves,
+
+    u* = (u_1 + u_2) / 2    with   u_1 = u(x_t, t, k + 1),   x' = x_t - d/2 u_1,   u_2 = u(x', t - d/2, k + 1),
+
+so a net that knows steps of one size teaches itself those of twice the size. The finest, k = levels, stand for steps
+of no size: they match the flow, v_t, and the first doubling takes two of Euler's. All else is learned from it.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from dumo.flow import mask
+from dumo.flow.times import Dyadic
+from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+
+
+class Shortcut(Spec):
+    """Steps of 2^-k, learned from the finest up. Guidance acts in the first doubling, and the others inherit it."""
+
+    kind: Literal["shortcut"] = "shortcut"
+    times: Dyadic = Dyadic(levels=7, every=8)  # `denoise_timesteps` and `bootstrap_every` of its code
+    drop: float = Field(default=0.1, ge=0, le=1)  # `class_dropout_prob`
+    scale: float = Field(default=1.5, gt=0)  # of guidance, `cfg_scale`; 1 is none
+    clip: float = Field(default=4.0, gt=0)  # bound of x' and u*: `targets_shortcut.py`, for data of about unit size
+
+    @property
+    def needs(self) -> Needs:
+        """What the net takes and gives."""
+        return Needs(inputs=("t", "k"), heads=("u",))
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """Mean squares on all rows; theta^- is an average of 0.999 in its code (`train.ref`)."""
+        k = self._level(b.t - b.r)
+        (u_hat,) = net(b.x_t, b.c, t=b.t, k=k)
+        u_star, (place, _) = b.v_t.clone(), b.places
+        if place:
+            with mask.of(place):
+                some = self._halves(ref, b[place], k[place]).to(u_star)
+            u_star[place] = torch.where(lift(b.r < b.t, b.x_t)[place], some, u_star[place])
+        e = mean_square(u_hat - u_star)
+        return Terms(e, {"u": e})
+
+    @torch.no_grad()
+    def _halves(self, ref: Frozen, b: Noised, k: Time) -> Sample:
+        """The mean of two steps of half the size, guided where these are the finest."""
+        half, fine = torch.exp2(-k - 1), lift(k == self.times.levels - 1, b.x_t)
+
+        def u(x: Sample, t: Time) -> Sample:
+            (u_c,) = ref(x, b.c, t=t, k=k + 1)
+            if self.scale == 1:
+                return u_c
+            with mask.none():
+                (u_null,) = ref(x, b.null, t=t, k=k + 1)
+            return torch.where(fine, u_null + self.scale * (u_c - u_null), u_c)
+
+        u_1 = u(b.x_t, b.t)
+        u_2 = u((b.x_t - lift(half, b.x_t) * u_1).clamp(-self.clip, self.clip), b.t - half)
+        return ((u_1 + u_2) / 2).clamp(-self.clip, self.clip)
+
+    def read(self, net: Net) -> Reads:
+        """Steps of 2^-k from a place on their own grid, and the velocity; no endpoint, which has steps of any size."""
+
+        def flow_map(x: Sample, t: Time, s: Time, c: Cond) -> Sample:
+            return x - lift(t - s, x) * net(x, c, t=t, k=self._level(t - s))[0]
+
+        return Reads(
+            velocity=lambda x, t, c: net(x, c, t=t, k=torch.full_like(t, self.times.levels))[0],
+            flow_map=flow_map,
+            hops=self._taught,
+        )
+
+    def _level(self, step: Time) -> Time:
+        """k of a step 2^-k; of none, `levels`."""
+        return -step.log2().clamp(min=-self.times.levels).round()
+
+    def _taught(self, t: float, s: float) -> bool:
+        """Whether a step has a size, and a place, that training knew."""
+        return any(t - s == 2.0**-k and t * 2.0**k % 1 == 0 for k in range(self.times.levels + 1))

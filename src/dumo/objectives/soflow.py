@@ -1,0 +1,80 @@
+"""SoFlow (Luo et al. 2025, arXiv 2512.15657): the jump from t and the jump from a little earlier land in one place.
+
+The solution f(x_t, t, r) = x_t - (t - r) u(x_t, t, r) is x_r whatever t, so it does not change along the flow. With l
+between r and t and x_l = x_t - (t - l) v*, which is on the trajectory up to O((t - l)^2),
+
+    (t - r) u = (t - l) v* + (l - r) u_l    so    u* = v* - (l - r) (u - u_l) / (t - l):
+
+MeanFlow's target with a secant for the derivative, no JVP. In training l goes from near r to near t. At r = t this is
+flow matching. The authors' loss is no square but u times its residual, held still; its gradient, half of that of a
+square, is kept on rows with r < t.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from dumo.flow.guide import Guide
+from dumo.flow.metric import adaptive, beyond
+from dumo.flow.read import average
+from dumo.flow.secant import back, demand
+from dumo.flow.slope import precision_of
+from dumo.flow.times import LogitNormal, Pair, Times
+from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
+
+
+class SoFlow(Spec):
+    """Mean velocity from t to r by a secant, with a share of the rows at r = t. Defaults: its `imagenet.yaml`."""
+
+    kind: Literal["soflow"] = "soflow"
+    times: Times = Pair(
+        of=LogitNormal(mean=0.2, std=0.8),
+        to=LogitNormal(mean=-1.0, std=0.8),
+        flow=LogitNormal(mean=-0.2, std=1.0),
+        velocity_ratio=0.75,
+    )
+    drop: float = Field(default=0.1, ge=0, le=1)  # cfg_drop_rate
+    guide: Guide = Guide(omega=0.75, zeta=0.75, fade=0.8)  # m w and 1 - m of m = 0.25, w = 3; cfg_decay_time
+    first: float = Field(default=0.1, gt=0, le=1)  # (t - l) / (t - r) at the start: l_init_ratio
+    last: float = Field(default=0.002, gt=0, le=1)  # and at the end: l_end_ratio
+    gap: float = Field(default=1e-4, gt=0, lt=1)  # t - l is at least this: `train.py`
+    power: float = Field(default=1.0, ge=0)  # p
+    floor: float = Field(default=0.01, gt=0)  # eps
+
+    @property
+    def needs(self) -> Needs:
+        """What the net takes and gives."""
+        return Needs(inputs=("t", "r"), heads=("u",))
+
+    @property
+    def amplifies(self) -> float:
+        """How often the rounding of the net is multiplied (`dumo.flow.secant`)."""
+        return 1 / min(self.first, self.last)
+
+    @model_validator(mode="after")
+    def _unbiased(self) -> "SoFlow":
+        self.guide.demand_l2("the net is asked where v* leads", "objective 'meanflow' with power=0")
+        return self
+
+    def ratio(self, progress: float) -> float:
+        """(t - l) / (t - r) at a share of the training: exponential from `first` to `last` (`get_middle_time`)."""
+        return self.first * (self.last / self.first) ** progress
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """`models.py`, get_velocity_loss and get_consistency_loss. Raises UserError where a short step meets bf16."""
+        demand(precision_of(b.x_t), self.amplifies, self.kind)
+        (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
+        with torch.no_grad():
+            v_star = self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
+            d = (self.ratio(b.progress) * (b.t - b.r)).clamp(min=self.gap)  # t - l
+            du_dt = (u_hat - back(ref, b, v_star, d)) / lift(d, b.x_t)
+            u_star = v_star - lift((b.t - d - b.r).clamp(min=0), b.x_t) * du_dt
+        e = u_hat - u_star
+        half = torch.where(b.r < b.t, 0.5, 1.0)
+        loss = half * adaptive(e, self.power, self.floor, mean=True)
+        return Terms(loss, {"u": mean_square(e)}, {"beyond": beyond(e)})
+
+    def read(self, net: Net) -> Reads:
+        """One head, read at two times."""
+        return average(net)

@@ -1,0 +1,77 @@
+"""SplitMeanFlow (Guo et al. 2025, arXiv 2507.16884): a step is the mean of its two parts, wherever it is split.
+
+The displacement (t - r) u = x_t - x_r is that down to s and that from s. With s = (1 - lam) t + lam r these are lam and
+1 - lam of the way, so
+
+    u* = (1 - lam) u_1 + lam u_2    with   u_2 = u(x_t, t, s),   x_s = x_t - (t - s) u_2,   u_1 = u(x_s, s, r).
+
+That says nothing of the data. They enter at r = t, where u is the velocity, and the rows there match the flow. There is
+no derivative: with lam = 1/2 on a grid it is a shortcut model.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from dumo.flow import mask
+from dumo.flow.guide import Guide
+from dumo.flow.metric import beyond
+from dumo.flow.read import average
+from dumo.flow.times import Level, Pair, Uniform
+from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Sample, Spec, Terms, lift, mean_square
+
+
+class SplitMeanFlow(Spec):
+    """Mean velocity from t to r, learned from its parts, with a share of the rows at r = t."""
+
+    kind: Literal["split_meanflow"] = "split_meanflow"
+    times: Pair = Pair(of=Uniform(), velocity_ratio=0.5)  # two of one law; the share is ours: sources disagree
+    lam: Level = Level()  # where s stands: 0 is t, 1 is r
+    drop: float = Field(default=0.1, ge=0, le=1)  # ours
+    guide: Guide = Guide()  # ours: none
+
+    @property
+    def needs(self) -> Needs:
+        """What the net takes and gives."""
+        return Needs(inputs=("t", "r"), heads=("u",))
+
+    @model_validator(mode="after")
+    def _grounded(self) -> "SplitMeanFlow":
+        if not self.times.velocity_ratio:
+            raise ValueError("times.velocity_ratio = 0 leaves no row that matches the data: use 0.5")
+        if self.guide.random:
+            raise ValueError(
+                "guide.fraction: guidance is of the rows with r = t alone, which are no whole groups of neighbours: "
+                "use guide.fraction=1"
+            )
+        return self
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """Mean squares on all rows: of the identity where r < t, of flow matching where r = t."""
+        (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
+        jump, flow = b.places
+        u_star = b.v_t.clone()
+        with torch.no_grad():
+            if flow:
+                with mask.of(flow):
+                    v_star = self.guide(b[flow], u_hat[flow], lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
+                u_star[flow] = v_star.to(u_star)
+            if jump:
+                with mask.of(jump):
+                    some = self._parts(ref, b[jump]).to(u_star)
+                u_star[jump] = torch.where(lift(b.r < b.t, b.x_t)[jump], some, u_star[jump])
+        e = u_hat - u_star
+        return Terms(mean_square(e), {"u": mean_square(e)}, {"beyond": beyond(e)})
+
+    def _parts(self, ref: Frozen, b: Noised) -> Sample:
+        """The mean velocity over both parts of the step."""
+        lam: PerSample = b.drawn["lam"].to(b.t)
+        s, share = (1 - lam) * b.t + lam * b.r, lift(lam, b.x_t)
+        (u_2,) = ref(b.x_t, b.c, t=b.t, r=s)
+        (u_1,) = ref(b.x_t - lift(b.t - s, b.x_t) * u_2, b.c, t=s, r=b.r)
+        return (1 - share) * u_1 + share * u_2
+
+    def read(self, net: Net) -> Reads:
+        """One head, read at two times, as MeanFlow's."""
+        return average(net)

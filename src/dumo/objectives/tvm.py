@@ -1,0 +1,61 @@
+"""Terminal velocity matching (Zhou et al. 2025, arXiv 2511.19797): where a jump lands moves with the velocity there.
+
+A jump from t to r, f(x_t, t, r) = x_t - (t - r) u(x_t, t, r), is that of the flow if it stays at t = r, and if its end
+moves along the flow as r does: df/dr = v(f, r). With the net's own u(x, r, r) for v,
+
+    u - (t - r) du/dr = u(f, r, r)        and        u(x_s, s, s) = v*
+
+MeanFlow differentiates where the jump starts, along x_t; this, where it ends, in r alone. The derivative is no target
+here but what is trained: gradients go through it. So at r = t the first says nothing, and only the second teaches.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from dumo.flow import mask
+from dumo.flow.rate import Dual, Rate
+from dumo.flow.read import average
+from dumo.flow.times import Gap, Logistic, Times
+from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
+
+
+class TVM(Spec):
+    """Mean velocity from t to r by its derivative in r, and the velocity at a time s of its own, on every row."""
+
+    kind: Literal["tvm"] = "tvm"
+    times: Times = Gap()  # `sample_ts` of the authors' `loss.py`
+    s: Logistic = Logistic(mean=-0.4, std=1.0)  # as r before it is cut off
+    drop: float = Field(default=0.1, ge=0, le=1)  # their im256_w2.yaml
+    scale: float = Field(default=2.0, ge=1)  # w of v* = w v_t + (1 - w) V(null), and what the net is told of; as above
+    rate: Rate = Dual()  # du/dr
+
+    @property
+    def needs(self) -> Needs:
+        """With guidance, beta = 1 / w is an input: 1 on rows without a label."""
+        return Needs(inputs=("t", "r"), heads=("u",), knobs={"beta": 1 / self.scale} if self.scale != 1 else {})
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """The authors' `wrapper.py`; beta^2 keeps the size of a guided row's residual to that of others."""
+        beta = torch.ones_like(b.t).masked_fill(b.kept, 1 / self.scale)
+        told = {"beta": beta} if self.scale != 1 else {}
+        (u_hat,), (du_dr,) = self.rate(net, b.x_t, b.c, of="r", t=b.t, r=b.r, **told)
+        with torch.no_grad():
+            gap = lift(b.t - b.r, b.x_t)
+            (v_r,) = ref(b.x_t - gap * u_hat, b.c, t=b.r, r=b.r, **told)
+        terminal = beta**2 * (b.r < b.t) * mean_square(u_hat - gap * du_dr - v_r)
+
+        b = b.at(b.drawn["s"])
+        (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.t, **told)
+        v_star = b.v_t
+        if self.scale != 1:
+            with mask.none():
+                (v_null,) = ref(b.x_t, b.null, t=b.t, r=b.t, beta=torch.ones_like(beta))
+            v_star = v_null + lift(1 / beta, b.x_t) * (b.v_t - v_null)
+        flow = beta**2 * mean_square(v_hat - v_star)
+        return Terms(terminal + flow, {"terminal": terminal, "flow": flow})
+
+    def read(self, net: Net) -> Reads:
+        """One head, read at two times; guided as its knob beta says."""
+        return average(net)

@@ -1,0 +1,64 @@
+"""TwinFlow (Cheng et al. 2025, arXiv 2512.05150): RCGM, and a twin at negative times that follows the net's samples.
+
+One jump from noise makes x' = z - u(z, 1, 0). The net told -t learns the velocity of these as it learns that of the
+data told t. Where the two differ, samples and data do: the score is -(x_t + (1 - t) v) / t, so the gradient of the
+divergence KL(samples || data), diffused to t, by x' is along v(x_t, t) - v(x_t, -t), and by u, which has x' = z - u,
+
+    G = v(x_t, -t) - v(x_t, t),
+
+held still, that u(z, 1, 0) descends. Both velocities agree on the data's law alone, so the exact flow is at rest.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from dumo.flow.metric import beyond
+from dumo.flow.secant import demand
+from dumo.flow.slope import precision_of
+from dumo.flow.times import Level, Noise
+from dumo.objectives.rcgm import RCGM
+from dumo.types import Frozen, Net, Noised, Sample, Terms, mean_square, still
+
+
+class TwinFlow(RCGM):
+    """RCGM on all rows, and at (1, 0), where one jump is made; flow matching; the twin and what it corrects.
+
+    Defaults: all terms on all rows, of weight 1, as in the tutorial (`methodes.py`); but the noise of the twin is not
+    that which the sample was made of, as in `twinflow.py`: made so, the velocity of the samples would be that of
+    straight lines from their own noise, which is another law's, and the exact flow would not be at rest.
+    """
+
+    kind: Literal["twinflow"] = "twinflow"  # pyright: ignore[reportIncompatibleVariableOverride], told apart by it
+    z_twin: Noise = Noise()  # that samples are diffused with, for the twin and for G
+    t_twin: Level = Level()  # the time of G, dist_match
+    flow: float = Field(default=1.0, ge=0)  # weight of v(x_t, t) - v*
+    one: float = Field(default=1.0, ge=0)  # of RCGM at (1, 0)
+    twin: float = Field(default=1.0, ge=0)  # of the velocity of the samples, L_adv
+    rectify: float = Field(default=1.0, ge=0)  # of G, L_rectify
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """`training_step`. Raises UserError where a short step meets bf16."""
+        demand(precision_of(b.x_t), self.amplifies, self.kind)
+        (u_hat,), (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.r), net(b.x_t, b.c, t=b.t, r=b.t)
+        one = replace(b.at(torch.ones_like(b.t)), r=torch.zeros_like(b.r))
+        (u_one,) = net(one.x_t, b.c, t=one.t, r=one.r)
+        made = replace(b, x=(one.x_t - u_one).detach(), z=b.drawn["z_twin"].to(b.z), teacher=None)  # not the teacher's
+        fake = made.at(b.t)
+        (v_fake,) = net(fake.x_t, b.c, t=-b.t, r=-b.t)
+
+        v_star = self.aim(ref, b)
+        e, off = self.residual(u_hat, ref, b, v_star)
+        e_one, _ = self.residual(u_one, ref, one, self.aim(ref, one))
+        pull = u_one - (u_one - self._apart(still(net), made.at(b.drawn["t_twin"].to(b.t)))).detach()
+        parts = {"u": e, "flow": v_hat - v_star, "one": e_one, "twin": v_fake - fake.v_t, "rectify": pull}
+        weights = {"u": 1.0, "flow": self.flow, "one": self.one, "twin": self.twin, "rectify": self.rectify}
+        loss = torch.stack([weights[name] * self.measure(e) for name, e in parts.items()]).sum(0)
+        return Terms(loss, {name: mean_square(e) for name, e in parts.items()}, {"beyond": beyond(off)})
+
+    def _apart(self, net: Frozen, b: Noised) -> Sample:
+        """G: the twin's velocity less the net's, of samples diffused to t."""
+        (v_fake,), (v_real,) = (net(b.x_t, b.c, t=s, r=s) for s in (-b.t, b.t))
+        return v_fake - v_real

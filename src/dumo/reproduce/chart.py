@@ -1,0 +1,113 @@
+"""Charts of a plan's table: curves with error bars, a heat map with its numbers, bars side by side. Writes no file."""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+from math import isfinite
+
+import numpy as np
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image
+
+COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470")
+MARKS = "*osDv^"  # DuMo, which comes first, as green stars, as the paper has it
+Curve = Sequence[tuple[float, float, float | None]]  # x, y, the deviation of y
+
+
+def curves(
+    title: str,
+    x: str,
+    y: str,
+    rows: Mapping[str, Curve],
+) -> Image.Image:
+    """A curve per name, with error bars where a deviation is known; y on a log scale."""
+    figure = Figure((6.4, 4.2), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for (name, points), colour, mark in zip(rows.items(), cycle(COLOURS), cycle(MARKS), strict=False):
+        xs, ys, sds = zip(*sorted(points), strict=True)
+        bars = [sd or 0 for sd in sds] if any(sds) else None
+        size = 9 if mark == "*" else 5
+        axes.errorbar(xs, ys, bars, color=colour, marker=mark, ms=size, lw=1.4, capsize=3, label=name)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    _spread(axes.yaxis, axes.set_yscale)
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False)
+    return _drawn(figure)
+
+
+def heat(title: str, x: str, y: str, values: Mapping[tuple[float, float], float], scale: str) -> Image.Image:
+    """A cell per (x, y) with its number, x to the right, y upwards; `scale` says what the colours mean."""
+    xs, ys = (sorted({key[i] for key in values}) for i in (0, 1))
+    table = np.array([[values.get((a, b), np.nan) for a in xs] for b in ys])
+    figure = Figure((1.5 + 0.85 * len(xs), 1.3 + 0.7 * len(ys)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    mesh = axes.imshow(table, origin="lower", cmap="RdYlBu_r", aspect="auto")
+    low, high = np.nanmin(table), np.nanmax(table)
+    for (j, i), value in np.ndenumerate(table):
+        if isfinite(value):
+            middle = high == low or 0.15 < (value - low) / (high - low) < 0.85
+            best = "bold" if value == low else "normal"
+            axes.text(i, j, f"{value:.2f}", ha="center", va="center", color="black" if middle else "white", weight=best)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.set_xticks(range(len(xs)), [f"{a:g}" for a in xs])
+    axes.set_yticks(range(len(ys)), [f"{b:g}" for b in ys])
+    figure.colorbar(mesh, ax=axes, label=scale, pad=0.02)
+    return _drawn(figure)
+
+
+def dots(title: str, x: str, rows: Mapping[str, Mapping[str, tuple[float, float | None]]]) -> Image.Image:
+    """A line per name, from the top, with a mark per name of its own: a number and its deviation, on a log scale."""
+    figure = Figure((7.2, 1.4 + 0.3 * len(rows)), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for name, colour, mark in zip(dict.fromkeys(n for row in rows.values() for n in row), cycle(COLOURS), cycle(MARKS)):
+        there = [(y, *row[name]) for y, row in enumerate(rows.values()) if name in row]
+        ys, xs, sds = zip(*there, strict=True)
+        below = [min(sd or 0, 0.9 * value) for value, sd in zip(xs, sds, strict=True)]  # a log scale has no zero
+        errors = [below, [sd or 0 for sd in sds]] if any(sds) else None
+        axes.errorbar(xs, ys, xerr=errors, fmt=mark, color=colour, ms=7 if mark == "*" else 5, capsize=2, label=name)
+    axes.set(title=title, xlabel=x, ylim=(len(rows) - 0.5, -0.5))
+    axes.set_yticks(range(len(rows)), list(rows))
+    _spread(axes.xaxis, axes.set_xscale)
+    axes.grid(axis="x", alpha=0.3)
+    axes.grid(axis="y", alpha=0.15)
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return _drawn(figure)
+
+
+def bars(title: str, x: str, y: str, rows: Mapping[str, Mapping[str, float]]) -> Image.Image:
+    """A group of bars per name, in it a bar per name of its own, with its number on top."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    width = 0.85 / len(names)
+    figure = Figure((max(6.4, 1.5 + 0.4 * len(rows) * len(names)), 4.6), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for k, (name, colour) in enumerate(zip(names, cycle(COLOURS), strict=False)):
+        there = [(i, row[name]) for i, row in enumerate(rows.values()) if name in row]
+        at, values = [i + (k - (len(names) - 1) / 2) * width for i, _ in there], [value for _, value in there]
+        drawn = axes.bar(at, values, width * 0.9, color=colour, label=name)
+        axes.bar_label(drawn, [f"{value:.3g}" for value in values], fontsize=6.5, padding=2)
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.set_xticks(range(len(rows)), list(rows))
+    axes.margins(y=0.12)
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return _drawn(figure)
+
+
+def _spread(axis: Axis, set_scale: Callable[[str], None]) -> None:
+    """A log scale with plain numbers, closer where the range is narrow; a linear one where it is less than half."""
+    low, high = axis.get_view_interval()
+    if low <= 0 or high < 1.5 * low:
+        return
+    set_scale("log")
+    axis.set_major_locator(
+        LogLocator(subs=(1, 1.5, 2, 3, 5, 7) if high < 5 * low else (1, 2, 5) if high < 50 * low else (1, 3))
+    )
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _drawn(figure: Figure) -> Image.Image:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

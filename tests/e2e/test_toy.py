@@ -1,0 +1,59 @@
+"""A new objective is one file and its name in the union: every contract test then finds it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import dumo
+
+SRC, TESTS = Path(dumo.__file__).parents[1], Path(__file__).parents[1]
+TOY = '''
+"""Half of flow matching."""
+
+from typing import Literal
+
+from dumo.objectives.flow_matching import FlowMatching
+from dumo.types import Frozen, Net, Noised, Terms
+
+
+class Toy(FlowMatching):
+    """Its loss is flow matching's, halved."""
+
+    kind: Literal["toy"] = "toy"  # pyright: ignore
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """Half of it."""
+        terms = super().loss(net, ref, b)
+        return Terms(terms.loss / 2, terms.parts)
+'''
+
+
+def test_the_contract_tests_find_a_new_objective(tmp_path: Path) -> None:
+    src, tests = tmp_path / "src", tmp_path / "tests"
+    shutil.copytree(SRC / "dumo", src / "dumo")
+    for part in ("contract", "theory", "conftest.py"):
+        copy = shutil.copytree if (TESTS / part).is_dir() else shutil.copy
+        copy(TESTS / part, tests / part)
+    shutil.copy(TESTS.parent / "pyproject.toml", tmp_path)
+    (src / "dumo/objectives/toy.py").write_text(TOY)
+    init = src / "dumo/objectives/__init__.py"
+    text = init.read_text()
+    union = re.sub(r"(Annotated\[\s*)", r"\1Toy | ", text)
+    init.write_text(union.replace("\n\nObjective", "\nfrom dumo.objectives.toy import Toy as Toy\n\nObjective", 1))
+
+    def ran(kind: str) -> int:
+        """How many tests of an objective there are; all have passed."""
+        where = [str(tests / "contract"), str(tests / "theory/test_fixed_point.py")]
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *where, "-k", kind]
+        env = {**os.environ, "PYTHONPATH": f"{src}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+        found = re.search(r"(\d+) passed", done.stdout)
+        assert found
+        return int(found[1])
+
+    about_it = "flow_matching and not toy and not without_a_step and not out_of_range"  # not what is said of it by name
+    assert ran("toy") == ran(about_it) > 30

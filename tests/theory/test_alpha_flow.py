@@ -1,0 +1,134 @@
+"""alpha-Flow against its formula and its authors' way to weigh it, at every alpha; its schedule, order and edges."""
+
+from dataclasses import replace
+from itertools import pairwise
+from math import exp, log
+
+import pytest
+import torch
+
+from contract.case import Counted, nets, randomise
+from dumo.flow.draw import draw
+from dumo.flow.guide import Guide
+from dumo.flow.path import Linear
+from dumo.flow.slope import Dual, Jvp
+from dumo.flow.times import Pair
+from dumo.objectives import AlphaFlow, FlowMatching
+from dumo.types import Frozen
+from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
+from theory.test_formula import GUIDES, Polynomial, gradients, guided, half, rows
+from theory.test_soflow import AtOneTime
+
+MIXED = Pair(velocity_ratio=0.25)
+DUMO = Guide(zeta=0.55)
+WIDE = {"begin": 0.0, "end": 1.0}
+
+
+def test_schedule() -> None:
+    """1 - sigmoid(25 s) for s from -1/2 to 1/2 between begin and end; 1 before and 0 after, and where it is near."""
+    o = AlphaFlow(begin=0.2, end=0.6)
+    assert [o.alpha(p) for p in (0.0, 0.2, 0.3, 0.5, 0.6, 1.0)] == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    assert o.alpha(0.4) == 0.5
+    assert o.alpha(0.38) == pytest.approx(1 / (1 + exp(-25 * 0.05)))
+    some = [o.alpha(0.2 + 0.4 * i / 1000) for i in range(1001)]
+    assert all(a >= b for a, b in pairwise(some))
+    assert min(a for a in some if a) > 0.005
+    assert max(a for a in some if a < 1) < 0.995
+    assert AlphaFlow(begin=0.5, end=0.5).alpha(0.6) == 0.0
+    with pytest.raises(ValueError, match="begin"):
+        AlphaFlow(begin=0.6, end=0.5)
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.45, 0.55, 0.65, 1.0])
+@pytest.mark.parametrize("guide", [g for g in GUIDES if not g.random][1:3])
+@pytest.mark.parametrize("clip", [1.0, None])
+def test_formula(progress: float, guide: Guide, clip: float | None) -> None:
+    """The authors' loss, alpha (u - u*)^2 / (its mean + eps) where r < t: another value, and the same gradient."""
+    objective = AlphaFlow(times=MIXED, guide=guide, drop=0.3, clip=clip, **WIDE)
+    net, b = Polynomial(1), replace(rows(objective), progress=progress)
+    alpha, moves = objective.alpha(progress), b.r < b.t
+    (u,), (v_c,), (v_null,) = (net(b.x_t, c, t=b.t, r=r) for c, r in ((b.c, b.r), (b.c, b.t), (b.null, b.t)))
+    v_star = guided(b, guide, v_c, v_null)
+    step = alpha * (b.t - b.r)
+    if alpha:
+        (u_l,) = net(b.x_t - column(step) * v_star, b.c, t=b.t - step, r=b.r)
+        share = torch.where(moves, step / (b.t - b.r), 1)
+        far = column(share) * v_star + column(1 - share) * u_l.detach()
+        far = far if clip is None else torch.where(column(moves), far.clamp(-clip, clip), far)
+        weight = torch.ones_like(b.t).where(~moves, alpha)
+    else:
+        far = v_star - column(b.t - b.r) * net.slope(0, b.x_t, b.t, b.r, v_star)
+        weight = torch.ones_like(b.t)
+    size = ((u - far) ** 2).mean(1)
+    theirs = weight * size / (size.detach() + 1e-3)
+    found = objective.loss(net, Frozen(net), b)
+    for mine, hand in zip(gradients(found.loss, net), gradients(theirs, net), strict=True):
+        assert torch.allclose(mine, hand, rtol=1e-8, atol=1e-10)
+    e = (u - far).detach() / column(weight)
+    assert torch.allclose(found.parts["u"], (e**2).mean(1), rtol=1e-8)
+    assert torch.allclose(found.notes["beyond"].double(), half(e))
+    assert torch.allclose(found.loss, (e**2).mean(1) / ((e**2).mean(1) + 1e-3 / weight**2), rtol=1e-8)
+
+
+@pytest.mark.parametrize(("flow", "guide"), [(APART, Guide()), (PRODUCT, Guide()), (gaussian(DUMO), DUMO)])
+def test_gradient_vanishes_with_alpha(flow: Flow, guide: Guide) -> None:
+    """Off the exact flow by O(alpha (t - r)); the floor, so large that it weighs all rows alike."""
+    found = []
+    for progress in (0.55, 0.58, 0.61, 0.64):
+        o = AlphaFlow(times=MIXED, guide=guide, drop=0.2, floor=1e6, clip=None, **WIDE)
+        b, alpha = replace(record(o, flow), progress=progress), o.alpha(progress)
+        found.append((alpha, (gradient(o, Exact(flow, o.needs), b) / alpha**2).norm()))
+    for (large, coarse), (small, fine) in pairwise(found):
+        assert abs((coarse / fine).log() / log(large / small) - 1) < 0.2
+
+
+@pytest.mark.parametrize("slope", [Dual(), Jvp()], ids=lambda s: s.kind)
+def test_it_rests_at_the_flow_when_alpha_is_zero_and_elsewhere_before(slope: Dual | Jvp) -> None:
+    """At the start it is flow matching along trajectories: u* = v* on rows of r < t, too, which no u obeys."""
+    for flow, guide in ((PRODUCT, Guide()), (gaussian(DUMO), DUMO)):
+        o = AlphaFlow(times=MIXED, guide=guide, drop=0.2, slope=slope)
+        net, b = Exact(flow, o.needs), record(o, flow)
+        assert gradient(o, net, replace(b, progress=1.0)).abs().max() < 1e-12
+        assert gradient(o, net, replace(b, progress=0.0)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.55, 1.0])
+def test_rows_at_one_time_are_flow_matching(progress: float) -> None:
+    """At r = t its gradient is flow matching's, row by row, over (mean square + floor), whatever alpha is."""
+    mine, other = AlphaFlow(guide=DUMO, slope=Jvp(), clip=0.1, **WIDE), FlowMatching(guide=DUMO)
+    net, b = Polynomial(1), rows(mine)
+    velocity, b = AtOneTime(net), replace(b, r=b.t, progress=progress)
+    for i in range(5, 8):
+        row = b[i : i + 1]
+        one, two = mine.loss(net, Frozen(net), row).loss, other.loss(velocity, Frozen(velocity), row).loss
+        factor = 1 / (two.item() + mine.floor)
+        for a, c in zip(gradients(one, net), gradients(two, net), strict=True):
+            assert torch.allclose(a, factor * c, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.55, 1.0])
+def test_edges(progress: float) -> None:
+    """No time makes it infinite, be it rounded to bf16."""
+    o = AlphaFlow(guide=Guide(), **WIDE)
+    t = torch.tensor([0, 1e-5, 1e-4, 0.5, 0.5, 0.5, 1, 1, 1], dtype=D)
+    r = torch.tensor([0, 0, 0, 0.5, 0.5 - 5e-5, 0.4, 1, 0, 1 - 1e-5], dtype=D)
+    net, b = Polynomial(1), rows(o)[:9]
+    for s, q in ((t, r), (t.bfloat16().double(), r.bfloat16().double())):
+        terms = o.loss(net, Frozen(net), replace(b.at(s), r=q, progress=progress))
+        assert terms.loss.isfinite().all()
+        assert all(g.isfinite().all() for g in gradients(terms.loss, net))
+
+
+@pytest.mark.parametrize(("progress", "graded", "still"), [(0.0, 1, 0), (0.5, 1, 1), (1.0, 2, 0)])
+def test_passes_follow_the_training_and_nothing_else(progress: float, graded: int, still: int) -> None:
+    """Flow matching; a secant; a derivative that rides on the moving rows' share of the pass."""
+    o = AlphaFlow(guide=Guide(), slope=Dual(), **WIDE)
+    net = Counted(randomise(nets()[0].build(o.needs, (2, 4, 4), 3)).double())
+    x, c = (
+        torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=D),
+        torch.zeros(8, dtype=torch.long),
+    )
+    b = draw(o, Linear(), x, c, c + 3, seed=0, step=0, progress=progress)
+    terms = o.loss(net, Frozen(net), b)
+    assert (net.graded, net.still) == (graded, still)
+    assert torch.allclose(terms.loss, o.loss(net, Frozen(net), replace(b, moving=None)).loss, rtol=1e-8)

@@ -1,0 +1,166 @@
+"""Consistency training against its authors' formulas, and what of the flow it keeps at steps that are not yet short."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from contract.case import Counted, nets, randomise, step
+from dumo.config.load import load
+from dumo.flow.schedule import Grid, Ratio
+from dumo.objectives import Consistency, FlowMatching
+from dumo.objectives.consistency import PRESETS
+from dumo.types import Frozen, Noised, UserError
+from theory.exact import APART, PRODUCT, Exact, Flow, column, gaussian, gradient, record
+from theory.test_formula import Polynomial, gradients
+
+each_preset = pytest.mark.parametrize("name", PRESETS)
+each_flow = pytest.mark.parametrize("flow", [gaussian(), APART, PRODUCT], ids=["gaussian", "means", "mixture"])
+L2 = Consistency(soft=None)
+
+
+def rows(objective: Consistency, progress: float) -> Noised:
+    """A record with slopes as they fall, of which v_t is given to x and z; no corners."""
+    b = record(objective, gaussian(), 64)
+    return replace(b, v_t=b.z - b.x, teacher=None, progress=progress)[5:]
+
+
+def at_steps(objective: Consistency, q: float) -> Consistency:
+    """Steps of a length that is as 1 / q."""
+    return objective.model_copy(update={"schedule": Ratio(q=q, stages=1)})
+
+
+@each_preset
+@pytest.mark.parametrize("progress", [0.0, 0.4, 1.0])
+def test_formula(name: str, progress: float) -> None:
+    """D and D^- of one x and z, in the authors' noise levels; the Huber loss of a vector of D numbers is sqrt(D) times
+    that of their mean square."""
+    o = Consistency.named(name)
+    net, b = Polynomial(1), rows(o, progress)
+    t, r = o.schedule(b.t, progress)
+
+    def denoised(t: Tensor) -> Tensor:
+        x_t = column(t) * b.z + column(1 - t) * b.x
+        return x_t - column(t) * net(x_t, b.c, t=t)[0]
+
+    apart = denoised(t) - denoised(r).detach()
+    at_zero = r == 0
+    assert torch.allclose(denoised(r)[at_zero], b.x[at_zero])
+    weight = {"cm": torch.ones_like(t)}.get(name, 1 / (t / (1 - t) - r / (1 - r)))
+    if name == "cm":
+        loss = apart.square().mean(1)
+    else:
+        c = {"ict": 2 * 0.00054 * 2**0.5, "ect": 0.0}[name]
+        loss = weight * ((apart.square().sum(1) + c**2).sqrt() - c) / 2**0.5
+    found = o.loss(net, Frozen(net), b)
+    assert torch.allclose(found.loss, loss, rtol=1e-8, atol=1e-12)
+    assert torch.allclose(found.parts["u"], (apart / column(t - r)).square().mean(1), rtol=1e-8)
+    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
+        assert torch.allclose(mine, hand, rtol=1e-8, atol=1e-10)
+
+
+@each_flow
+@pytest.mark.parametrize(("weighted", "order"), [(True, 1), (False, 2)])
+def test_gradient_vanishes_with_the_step(flow: Flow, weighted: bool, order: int) -> None:
+    """Along the velocity the secant is off by O(t - r); unweighted, the gradient has a factor t (t - r) besides."""
+    objectives = [at_steps(L2.model_copy(update={"weighted": weighted}), q) for q in (250, 500, 1000, 2000)]
+    left = [gradient(o, Exact(flow, o.needs), record(o, flow)).abs() for o in objectives]
+    for coarse, fine in pairwise(left):
+        assert ((coarse / fine).log2() - order).abs().max() < 0.1
+
+
+@each_flow
+def test_on_a_grid_it_vanishes_too(flow: Flow) -> None:
+    """There t moves to the end of its step, and x_t with it."""
+    grids = [Grid(first=n, last=n) for n in (100, 400, 1600)]
+    objectives = [L2.model_copy(update={"schedule": grid, "weighted": False}) for grid in grids]
+    left = [gradient(o, Exact(flow, o.needs), record(o, flow)).abs() for o in objectives]
+    for coarse, fine in pairwise(left):
+        assert ((coarse / fine).log2() / 2 - 2).abs().max() < 0.2
+
+
+@each_flow
+def test_slopes_that_scatter_cancel_as_steps_get_short(flow: Flow) -> None:
+    """A slope and its mirror image about the mean pull apart equally, up to O(t - r): D is asked at x_r, not at x_t."""
+    sums = []
+    for q in (500, 1000, 2000):
+        o = at_steps(L2, q)
+        net, b = Exact(flow, o.needs), record(o, flow)
+        off = torch.randn(b.x.shape, generator=torch.Generator().manual_seed(5), dtype=b.x.dtype)
+        one, other = (gradient(o, net, replace(b, v_t=b.v_t + sign * off)) for sign in (1, -1))
+        assert one.abs().max() > 1e-3
+        sums.append((one + other).abs())
+    for coarse, fine in pairwise(sums):
+        assert ((coarse / fine).log2() - 1).abs().max() < 0.15
+
+
+@each_flow
+def test_descent_leads_back_to_the_flow(flow: Flow) -> None:
+    o = at_steps(L2, 256)
+    net, b = Exact(flow, o.needs), record(o, flow)
+    rest, columns = gradient(o, net, b), []
+    for i in range(2):
+        net.probe.data = 1e-4 * torch.eye(2, dtype=b.t.dtype)[i].view(1, 2)
+        columns.append((gradient(o, net, b) - rest).flatten() / 1e-4)
+    assert torch.linalg.eigvals(torch.stack(columns, 1)).real.min() > 0.05
+
+
+@pytest.mark.parametrize(("weighted", "soft"), [(True, 0.0), (False, None)])
+def test_without_a_second_point_it_is_flow_matching(weighted: bool, soft: float | None) -> None:
+    """At r = 0 the gradient is flow matching's, row by row: of ECT times (1 - t) / (2 sqrt(S)), with S the mean square
+    of u - v_t; of CM times t^2."""
+    o = Consistency(schedule=Ratio(k=1e6), weighted=weighted, soft=soft)
+    net, b = Polynomial(1), rows(o, 0.0)
+    for i in range(6):
+        row = b[i : i + 1]
+        terms, flow = o.loss(net, Frozen(net), row), FlowMatching().loss(net, Frozen(net), row)
+        assert torch.allclose(terms.parts["u"], flow.loss, rtol=1e-12)
+        factor = (1 - row.t) / (2 * flow.loss.detach().sqrt()) if weighted else row.t**2
+        for mine, plain in zip(gradients(terms.loss, net), gradients(flow.loss, net), strict=True):
+            assert torch.allclose(mine, factor * plain, rtol=1e-9, atol=1e-13)
+
+
+@each_preset
+@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_corners_are_finite(name: str, progress: float, dtype: torch.dtype) -> None:
+    """Also where times were rounded to bf16."""
+    o = Consistency.named(name)
+    net, b = Polynomial(1).to(dtype), record(o, gaussian(), 64)
+    for t in (torch.zeros(64), torch.ones(64), b.t.bfloat16(), 1 - b.t.bfloat16() / 256):
+        there = replace(b.at(t.to(b.t)), teacher=None, progress=progress)
+        fields = {key: getattr(there, key).to(dtype) for key in ("x", "z", "t", "r", "x_t", "v_t")}
+        loss = o.loss(net, Frozen(net), replace(there, **fields)).loss
+        assert loss.dtype == dtype
+        assert loss.isfinite().all()
+        assert all(g.isfinite().all() for g in gradients(loss, net))
+
+
+@each_preset
+def test_passes(name: str) -> None:
+    o = Consistency.named(name)
+    model = Counted(randomise(nets()[0].build(o.needs, (2,), 3)).double())
+    step(o, model, rows(o, 0.5))
+    assert (model.graded, model.still) == (1, 1)
+
+
+@each_preset
+def test_recipes_are_the_presets_but_for_times(name: str) -> None:
+    """Made for hundreds of times the images, their schedules get fine too soon: here some steps end longer."""
+    run, theirs = load(f"digits-{name}"), Consistency.named(name)
+    assert isinstance(run.objective, Consistency)
+    assert run.objective.model_copy(update={"times": theirs.times, "schedule": theirs.schedule}) == theirs
+    t = torch.linspace(0.01, 0.99, 99)
+    ends = [schedule(t, 1.0) for schedule in (run.objective.schedule, theirs.schedule)]
+    assert (ends[0][0] - ends[0][1]).mean() >= (1 if name == "ict" else 2) * (ends[1][0] - ends[1][1]).mean()
+    assert run.net.precondition == "edm"
+    assert (run.train.ref == "self") == (name != "cm")
+
+
+def test_names() -> None:
+    assert Consistency.named("ect") == Consistency()
+    assert Consistency.named("ict", drop=0.2) == Consistency(schedule=Grid(), soft=0.00108, drop=0.2)
+    with pytest.raises(UserError, match=r"'sct'.*cm, ict, ect"):
+        Consistency.named("sct")

@@ -1,0 +1,141 @@
+"""FACM: its formula by hand, its rest at the flow, its edges and passes."""
+
+from dataclasses import replace
+from itertools import pairwise
+from math import pi
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from contract.case import nets, passes
+from dumo.flow.draw import draw
+from dumo.flow.guide import Guide, Interval
+from dumo.flow.path import Linear
+from dumo.flow.slope import Central, Dual, Jvp, Slope
+from dumo.objectives import FACM
+from dumo.types import Frozen
+from theory.exact import APART, PRODUCT, Exact, Flow, column, gaussian, gradient, plane, record
+from theory.test_formula import Polynomial, gradients, guided, half, rows
+
+NONE, OWN = Guide(), Guide(omega=1.75, interval=Interval(high=0.875))
+SWITCHES = [{}, {"relax": False}, {"clip": None}, {"cosine": False}, {"power": 0.0}, {"clip": 0.2, "floor": 0.1}]
+
+
+@pytest.mark.parametrize("guide", [NONE, OWN, Guide(zeta=0.5)], ids=["none", "own", "zeta"])
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_formula(guide: Guide, switches: dict[str, float | None]) -> None:
+    o = FACM(guide=guide, drop=0.3, slope=Jvp(), **switches)
+    net, b = Polynomial(1), rows(o)
+    (v,), (v_null,), (u,) = (net(b.x_t, c, t=s) for c, s in ((b.c, -b.t), (b.null, -b.t), (b.c, b.t)))
+    v_star = guided(b, guide, v, v_null)
+    error = u - (v_star - column(b.t) * net.slope(0, b.x_t, b.t, 0 * b.t, v_star))
+    most = o.clip or 1e9
+    alpha = 1 - (1 - b.t) ** 0.5 if o.relax else torch.ones_like(b.t)
+    u_goal = (u - column(alpha) * error.clamp(-most, most)).detach()
+    u_loss = ((u - u_goal) ** 2).mean(1)
+    loss = ((v - v_star) ** 2).mean(1) + u_loss / (u_loss + o.floor).detach() ** o.power * (pi * b.t / 2).sin()
+    if o.cosine:
+        loss = loss + 1 - cosine_similarity(v, v_star)
+    found = o.loss(net, Frozen(net), b)
+    assert torch.allclose(found.loss, loss, rtol=1e-10, atol=1e-3 if o.cosine else 0)  # short directions count less
+    assert torch.allclose(found.parts["v"], ((v - v_star) ** 2).mean(1), rtol=1e-12, atol=0)
+    assert torch.allclose(found.parts["u"], (error**2).mean(1), rtol=1e-12, atol=0)
+    assert torch.allclose(found.notes["beyond"].double(), half(error))
+    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
+        bound = 2e-3 if o.cosine else 1e-10
+        assert torch.allclose(mine, hand, rtol=bound, atol=bound * hand.abs().max().item())
+
+
+def at_rest(o: FACM, flow: Flow, n: int = 256) -> float:
+    return gradient(o, Exact(flow, o.needs), record(o, flow, n)).abs().max().item()
+
+
+@pytest.mark.parametrize("slope", [Jvp(), Dual()], ids=lambda s: s.kind)
+def test_it_rests_at_the_flow(slope: Slope) -> None:
+    """With every switch as the authors have it. Measured: 1e-14."""
+    for flow, guide in ((gaussian(OWN), OWN), (APART, NONE), (PRODUCT, NONE)):
+        assert at_rest(FACM(guide=guide, drop=0.2, slope=slope), flow) < 1e-12
+    guide = Guide(omega=1.75)
+    assert at_rest(FACM(guide=guide, drop=0.2, slope=slope), plane(guide), 64) < 1e-10
+
+
+def test_differences_are_of_second_order() -> None:
+    left = [
+        gradient(o := FACM(guide=NONE, slope=Central(h=h)), Exact(PRODUCT, o.needs), record(o, PRODUCT)).norm()
+        for h in (0.04, 0.02, 0.01, 0.005)
+    ]
+    for coarse, fine in pairwise(left):
+        assert abs((coarse / fine).log2() - 2) < 0.15
+
+
+def test_the_anchor_alone_is_flow_matching() -> None:
+    """At t = 0 the flow map weighs nothing; the head told -t gets flow matching's gradient, factor 1."""
+    o = FACM(guide=NONE, cosine=False, slope=Jvp())
+    net, b = Polynomial(1), rows(o)
+    for at in (b.at(0 * b.t), b):
+        anchor = ((net(at.x_t, at.c, t=-at.t)[0] - at.v_t) ** 2).mean(1)
+        found = o.loss(net, Frozen(net), at)
+        assert torch.allclose(found.parts["v"], anchor, rtol=1e-12, atol=0)
+        if not at.t.any():
+            for mine, hand in zip(gradients(found.loss, net), gradients(anchor, net), strict=True):
+                assert torch.allclose(mine, hand, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_corners_of_time(dtype: torch.dtype) -> None:
+    """Finite with finite gradients at t = 0 and t = 1, and where all heads are zero, as at the start."""
+    o = FACM(guide=NONE, slope=Dual())
+    g = torch.Generator().manual_seed(0)
+    net = nets()[0].build(o.needs, (2, 4, 4), 3)
+    x, c = torch.randn(8, 2, 4, 4, generator=g), torch.arange(8) % 3
+    b = draw(o, Linear(), x, c, torch.full_like(c, 3), seed=0, step=0)
+    b = replace(b.at(torch.cat([torch.tensor([0.0, 1.0]), b.t[2:]]).to(dtype).float()))
+    o.loss(net, Frozen(net), b).loss.mean().backward()
+    sizes = [p.grad.abs().max().item() for p in net.parameters() if p.grad is not None]
+    assert sizes
+    assert 0 < max(sizes) < 1e4
+
+
+COUNTS = [  # passes with gradients, and without
+    (FACM(), 2, 2),  # V(null), and one differentiated
+    (FACM(slope=Dual()), 2, 1),  # the tangent rides
+    (FACM(slope=Central()), 2, 3),
+    (FACM(guide=NONE, slope=Dual()), 2, 0),
+]
+
+
+@pytest.mark.parametrize(("o", "graded", "still"), COUNTS)
+def test_passes(o: FACM, graded: int, still: int) -> None:
+    assert passes(o) == (graded, still)
+
+
+def test_readings_are_told_apart_by_the_sign_of_time() -> None:
+    o = FACM()
+    net, b = Exact(APART, o.needs), record(o, APART)
+    reads = o.read(net)
+    assert reads.velocity is not None
+    assert reads.endpoint is not None
+    assert (reads.velocity(b.x_t, b.t, b.c) - APART.velocity(b.x_t, b.c, b.t)).abs().max() < 1e-12
+    assert (reads.endpoint(b.x_t, b.t, b.c) - APART.carry(b.x_t, b.c, b.t, 0 * b.t)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(("name", "free"), [("power", 0.0), ("clip", None), ("cosine", False)])
+def test_guidance_on_a_fraction_asks_for_plain_squares(name: str, free: float | None) -> None:
+    plain = {"power": 0.0, "clip": None, "cosine": False}
+    some = Guide(omega=1.75, fraction=0.5)
+    FACM(guide=some, **plain)
+    del plain[name]
+    with pytest.raises(ValueError, match=name):
+        FACM(guide=some, **plain)
+
+
+def test_the_angle() -> None:
+    """Of one channel it knows the sign alone: nothing to learn."""
+    o = FACM(guide=NONE)
+    net, b = Polynomial(1), rows(o)
+    one = replace(b, x_t=b.x_t[:, :1], v_t=b.v_t[:, :1], x=b.x[:, :1], z=b.z[:, :1])
+    with_, without = (FACM(guide=NONE, cosine=cosine).loss(net, Frozen(net), one).loss for cosine in (True, False))
+    turn: Tensor = with_ - without
+    assert ((turn < 1e-3) | ((turn - 2).abs() < 1e-3)).double().mean() > 0.9

@@ -1,0 +1,223 @@
+"""A derivative inside a loss: its value, and its own gradient, through every rule and every net.
+
+The truth is made by reverse-mode three times over: J^T v is linear in v, and its derivative in v along d is J d, which
+is then differentiated. That is exact but for `F.layer_norm`, whose third derivative torch has wrong, as it has that of
+forward-mode; so in the truth it is written out.
+"""
+
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from contract.case import Counted, randomise
+from dumo.flow import dual, slope
+from dumo.flow.dual import Dual
+from dumo.flow.rate import Central, Rate
+from dumo.flow.rate import Dual as Exact
+from dumo.nets import MLP, DiT
+from dumo.types import Array, Frozen, Heads, Needs, UserError
+from theory.test_dual import BATCH, CLASSES, NEEDS, SHAPE, SIZES, D, each_net, error, made, quiet, record
+from unit.flow.test_rule import FLAT, Shapes, directions, function, moving, operands, ride
+
+SMOOTH = [(shapes, call) for shapes, call in FLAT if not any(s in call for s in ("float", "half()", "double()"))]
+
+
+def by_formula(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    """`F.layer_norm`."""
+    variance, mean = torch.var_mean(x, tuple(range(-len(shape), 0)), correction=0, keepdim=True)
+    y = (x - mean) / (variance + eps).sqrt() * (1 if weight is None else weight)
+    return y if bias is None else y + bias
+
+
+@pytest.fixture
+def honest(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Heads]:
+    """J d of outputs f() along the directions d of some inputs, to be differentiated further."""
+
+    def derivative(f: Callable[[], Heads], inputs: Sequence[Tensor], along: Sequence[Tensor]) -> Heads:
+        with monkeypatch.context() as patch, sdpa_kernel(SDPBackend.MATH):
+            patch.setattr(F, "layer_norm", by_formula)
+            outputs = f()
+            back = [torch.zeros_like(y, requires_grad=True) for y in outputs]
+            if not any(y.requires_grad for y in outputs):
+                return tuple(torch.zeros_like(y) for y in outputs)
+            pulled = torch.autograd.grad(outputs, inputs, back, create_graph=True, materialize_grads=True)
+            along_d = sum((p * d).sum() for p, d in zip(pulled, along, strict=True))
+            return torch.autograd.grad(along_d, back, create_graph=True, materialize_grads=True)
+
+    return derivative
+
+
+def weighed(heads: Sequence[Array]) -> Tensor:
+    """A number made of all numbers."""
+    g = torch.Generator().manual_seed(3)
+    return sum((h.double() * torch.randn(h.shape, generator=g, dtype=D)).sum() for h in heads)
+
+
+def gradients(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+    if not loss.requires_grad:
+        return [torch.zeros_like(x) for x in leaves]
+    return list(torch.autograd.grad(loss, leaves, retain_graph=True, materialize_grads=True))
+
+
+@pytest.mark.parametrize(("shapes", "call"), SMOOTH, ids=[call for _, call in SMOOTH])
+def test_gradient_of_a_tangent(shapes: Shapes, call: str, honest: Callable[..., Heads]) -> None:
+    f, given = function(call), {name: x.requires_grad_(x.dtype == D) for name, x in operands(shapes, call, D).items()}
+    along = directions(given, tuple(moving(shapes, given)))
+    leaves = [x for x in given.values() if x.requires_grad]
+    with dual.recorded():
+        found = ride(f, given, along)
+    tangents = [h.t if isinstance(h, Dual) else torch.zeros_like(h) for h in found]
+    truth = honest(lambda: f(**given), [given[name] for name in along], list(along.values()))
+    for a, b in zip(gradients(weighed(tangents), leaves), gradients(weighed(truth), leaves), strict=True):
+        assert (a - b).abs().max() <= 1e-11 * max(1, b.abs().max()), call
+
+
+def test_tangents_are_recorded_inside_only() -> None:
+    x = torch.randn(2, 3, dtype=D, requires_grad=True)
+    with dual.recorded():
+        assert dual.recording()
+        assert F.silu(dual.pair(x, torch.ones_like(x))).t.requires_grad  # pyright: ignore
+    assert not dual.recording()
+    assert not F.silu(dual.pair(x, torch.ones_like(x))).t.requires_grad  # pyright: ignore
+
+
+def test_a_norm_has_a_gradient_at_zero() -> None:
+    x = torch.zeros(2, 3, dtype=D, requires_grad=True)
+    with dual.recorded():
+        for y in (torch.linalg.vector_norm(Dual(x, torch.ones_like(x)), dim=1), F.normalize(Dual(x, 0 * x + 1))):
+            assert torch.autograd.grad(y.t.sum(), x)[0].isfinite().all()
+
+
+def rated(net: nn.Module, rate: Rate, dtype: torch.dtype = D) -> tuple[Heads, Heads]:
+    """Heads and rates in r, in every corner of time."""
+    x, c, t, r, _ = record(dtype)
+    return rate(net, x, c, of="r", t=t, r=r)
+
+
+@each_net
+def test_rates_and_their_gradients_are_exact(name: str, honest: Callable[..., Heads]) -> None:
+    net = made(name)
+    x, c, t, r, _ = record()
+    r.requires_grad_()
+    truth = honest(lambda: net(x, c, t=t, r=r), [r], [torch.ones_like(r)])
+    heads, rates = rated(net, Exact())
+    assert all(torch.equal(a, b) for a, b in zip(heads, net(x, c, t=t, r=r), strict=True))
+    assert all(b.norm() > 0.01 for b in truth)
+    assert error(rates, truth) < 1e-12
+    leaves = list(net.parameters())
+    mine, known = (
+        gradients(sum(h.square().sum() for h in (*heads, *found)), leaves) for found in (rates, truth)
+    )  # of values and rates together
+    plain = gradients(sum(h.square().sum() for h in heads), leaves)
+    for a, b in zip(mine, known, strict=True):
+        assert (a - b).norm() <= 1e-10 * b.norm().clamp(min=1e-3)
+    assert sum((b - c).norm() > 1e-3 * b.norm() for b, c in zip(known, plain, strict=True)) > len(leaves) / 3
+
+
+@pytest.mark.parametrize("name", ["dit", "dit with all options", "unet"])
+def test_gradients_are_those_of_differences(name: str) -> None:
+    """Of the loss, along a direction among all weights; extrapolated from three steps. Nothing else is asked."""
+    net = made(name)
+    weights = list(net.parameters())
+    g = torch.Generator().manual_seed(4)
+    along = [torch.randn(p.shape, generator=g, dtype=D) * p.detach().std().clamp(min=0.01) for p in weights]
+
+    def loss(h: float) -> Tensor:
+        moved = deepcopy(net)
+        for p, d in zip(moved.parameters(), along, strict=True):
+            p.data.add_(d, alpha=h)
+        return sum(rate.square().sum() for rate in rated(moved if h else net, Exact())[1])
+
+    def quotient(h: float) -> float:
+        return ((loss(h) - loss(-h)) / (2 * h)).item()
+
+    h = 4e-3
+    known = (64 * quotient(h / 4) - 20 * quotient(h / 2) + quotient(h)) / 45
+    found = sum((a * d).sum() for a, d in zip(gradients(loss(0.0), weights), along, strict=True)).item()
+    assert abs(found / known - 1) < 1e-9
+
+
+@quiet
+@pytest.mark.parametrize("name", ["mlp", "dit", "dit with all options", "unet"])
+def test_bf16_is_near(name: str) -> None:
+    exact, low = made(name), made(name, torch.float32)
+    _, known = rated(exact, Exact())
+    wanted = gradients(sum(h.square().sum() for h in known), list(exact.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        _, rates = rated(low, Exact(), torch.float32)
+    assert error(rates, known) < 0.05
+    found = gradients(sum(h.double().square().sum() for h in rates), list(low.parameters()))
+    off, size = (
+        torch.cat([x.flatten() for x in xs]).norm()
+        for xs in ([a - b for a, b in zip(found, wanted, strict=True)], wanted)
+    )
+    assert off / size < 0.05
+
+
+def test_checkpointing_changes_nothing() -> None:
+    def found(checkpoint: bool) -> list[Tensor]:
+        net = randomise(DiT(**SIZES, checkpoint=checkpoint).build(NEEDS, SHAPE, CLASSES)).to(D)
+        heads, rates = rated(net, Exact())
+        return gradients(weighed((*heads, *rates)), list(net.parameters()))
+
+    for a, b in zip(found(True), found(False), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_difference_is_of_second_order_and_three_passes() -> None:
+    net = Counted(made("mlp"))
+    heads, truth = rated(net, Exact())
+    assert (net.graded, net.still) == (1, 0)
+    off = []
+    for h in (0.02, 0.01, 0.005):
+        same, rates = rated(net, Central(h=h))
+        assert all(torch.equal(a, b) for a, b in zip(heads, same, strict=True))
+        assert all(rate.requires_grad for rate in rates)
+        off.append(error(rates, truth))
+    assert net.graded == 10
+    assert 3.9 < off[0] / off[1] < 4.1
+    assert 3.9 < off[1] / off[2] < 4.1
+
+
+def test_differences_are_refused_below_fp32() -> None:
+    net = made("mlp", torch.float32)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match="rate 'central' needs precision fp32"):
+        rated(net, Central(), torch.float32)
+    with pytest.raises(UserError, match="a smaller time_scale or rate 'dual'"):
+        Central(h=0.01).check("fp32", 10.0)
+    Central().check("fp32", 10.0)
+    Exact().check("bf16", 1000.0)
+
+
+def test_a_head_that_the_input_does_not_reach_has_rate_zero() -> None:
+    needs = Needs(inputs=("t", "r"), heads=("v", "u"))
+
+    class Half(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = MLP(width=8, depth=1).build(needs, SHAPE, CLASSES)
+
+        def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Array) -> Heads:
+            return self.net(x, c, t=t, r=0 * t)[0], self.net(x, c, t=t, r=r)[1]
+
+    net = randomise(Half()).to(D)
+    (v, u), (dv, du) = rated(net, Exact())
+    assert v.shape == u.shape == dv.shape == du.shape == (BATCH, *SHAPE)
+    assert not dv.any()
+    assert du.any()
+
+
+def test_a_rate_leaves_slopes_as_they_are() -> None:
+    """After it, a tangent that rides is held still again."""
+    net = made("dit")
+    rated(net, Exact())
+    x, c, t, r, w = record()
+    _, along = slope.Dual()(net, Frozen(net), x, c, t=t, r=r, toward=w)
+    assert not any(d.requires_grad for d in along(w))

@@ -1,0 +1,122 @@
+"""RCGM against its formula and its authors' way to write it; the order of its step, whatever N is; its edges."""
+
+from dataclasses import replace
+from itertools import pairwise
+from typing import Literal
+
+import pytest
+import torch
+
+from contract.case import Counted, nets, randomise
+from dumo.flow.draw import draw
+from dumo.flow.guide import Guide
+from dumo.flow.metric import barron
+from dumo.flow.path import Linear
+from dumo.flow.times import Pair
+from dumo.objectives import RCGM, FlowMatching
+from dumo.types import Frozen, UserError
+from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
+from theory.test_formula import GUIDES, Polynomial, gradients, guided, half, rows
+from theory.test_soflow import AtOneTime
+
+MIXED = Pair(velocity_ratio=0.25)
+DUMO = Guide(zeta=0.55)
+Metric = Literal["l2", "barron"]
+
+
+@pytest.mark.parametrize("guide", [g for g in GUIDES if not g.random])
+@pytest.mark.parametrize(("order", "metric", "clip"), [(1, "l2", None), (2, "l2", 1.0), (3, "barron", 1.0)])
+def test_formula(guide: Guide, order: int, metric: Metric, clip: float | None) -> None:
+    """As `get_rcgm_target` has it, with factors of 1 / h and none, so that r = t gives no 0 / 0."""
+    objective = RCGM(guide=guide, order=order, metric=metric, clip=clip, drop=0.3, step=0.05)
+    net, b = Polynomial(1), rows(objective)
+    (u,), (v_c,), (v_null,) = (net(b.x_t, c, t=b.t, r=r) for c, r in ((b.c, b.r), (b.c, b.t), (b.null, b.t)))
+    v_star = guided(b, guide, v_c, v_null)
+    x, start, total = b.x_t - 0.05 * v_star, torch.maximum(b.t - 0.05, b.r), 0
+    times = [start + (b.r - start) * i / order for i in range(order + 1)]
+    for now, then in pairwise(times):
+        (u_i,) = net(x, b.c, t=now, r=then)
+        x, total = x - column(now - then) * u_i, total + column(now - then) * u_i
+    near = column(b.t < b.r + 0.05)
+    off = (torch.where(near, u, 20 * (column(b.t - b.r) * u - total)) - v_star).detach()
+    e = off if clip is None else off.clamp(-clip, clip)
+    assert (e != off).any() == (clip is not None)
+    size = (e**2).mean(1)
+    found = objective.loss(net, Frozen(net), b)
+    assert torch.allclose(found.parts["u"], size, rtol=1e-9)
+    assert torch.allclose(found.notes["beyond"].double(), half(off))
+    (u,) = net(b.x_t, b.c, t=b.t, r=b.r)
+    square = ((u - (u.detach() - e)) ** 2).mean(1)
+    weight = 1.0 if metric == "l2" else 1e3 * (size / (1e-6 + 1e-8) + 1) ** -0.5
+    assert torch.allclose(found.loss, weight * square, rtol=1e-9)
+    for mine, hand in zip(gradients(found.loss, net), gradients(weight * square, net), strict=True):
+        assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-11)
+
+
+def test_barron_is_nearly_a_root_and_at_2_a_square() -> None:
+    e = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0), dtype=D)
+    square = e.square().flatten(1).mean(1)
+    assert torch.allclose(barron(e), square.sqrt(), rtol=6e-3)
+    assert torch.allclose(barron(e, alpha=2.0, c=0.5), 2 * square)
+    assert torch.equal(barron(0 * e), 0 * square)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.parametrize(("flow", "guide"), [(APART, Guide()), (PRODUCT, Guide()), (gaussian(DUMO), DUMO)])
+def test_gradient_vanishes_with_the_step(flow: Flow, guide: Guide, order: int) -> None:
+    """Off the exact flow by O(h), for the first step is straight; the N jumps after it are exact."""
+    left = []
+    for h in (0.02, 0.01, 0.005, 0.0025):
+        o = RCGM(times=MIXED, guide=guide, drop=0.2, step=h, order=order, clip=None)
+        b = record(o, flow, 128)
+        b = replace(b, r=torch.where(b.t - b.r < 0.02, b.t, b.r))  # the same rows within h of t for all h
+        left.append(gradient(o, Exact(flow, o.needs), b).norm())
+    for coarse, fine in pairwise(left):
+        assert abs((coarse / fine).log2() - 1) < 0.1
+    assert left[-1] < 2e-2
+
+
+def test_descent_leads_back_to_the_flow() -> None:
+    o = RCGM(times=MIXED, guide=Guide(), order=2)
+    net, b = Exact(PRODUCT, o.needs), record(o, PRODUCT, 64)
+    start, pull = gradient(o, net, b), []
+    for i in range(2):
+        net.probe.data = 1e-4 * torch.eye(2, dtype=D)[i : i + 1]
+        pull.append((gradient(o, net, b) - start).flatten() / 1e-4)
+    assert torch.linalg.eigvals(torch.stack(pull, 1)).real.min() > 0.1
+
+
+def test_rows_at_one_time_are_flow_matching() -> None:
+    """At r = t its gradient is flow matching's, where no residual is cut."""
+    mine, other = RCGM(guide=DUMO, clip=None), FlowMatching(guide=DUMO)
+    net, b = Polynomial(1), rows(mine)
+    velocity, b = AtOneTime(net), replace(b, r=b.t)
+    one, two = mine.loss(net, Frozen(net), b).loss, other.loss(velocity, Frozen(velocity), b).loss
+    assert torch.allclose(one, two, rtol=1e-12)
+    for a, c in zip(gradients(one, net), gradients(two, net), strict=True):
+        assert torch.allclose(a, c, rtol=1e-9, atol=1e-14)
+
+
+def test_edges() -> None:
+    """No time makes it infinite, be it rounded to bf16, and none below 0 is asked for."""
+    o = RCGM(guide=Guide(), clip=None)
+    t = torch.tensor([0, 1e-5, 0.01, 0.5, 0.5, 0.5, 1, 1, 1], dtype=D)
+    r = torch.tensor([0, 0, 0, 0.5, 0.5 - 5e-5, 0.4, 1, 0, 1 - 1e-5], dtype=D)
+    net, b = Polynomial(1), rows(o)[:9]
+    for s, q in ((t, r), (t.bfloat16().double(), r.bfloat16().double())):
+        terms = o.loss(net, Frozen(net), replace(b.at(s), r=q))
+        assert terms.loss.isfinite().all()
+        assert all(g.isfinite().all() for g in gradients(terms.loss, net))
+
+
+@pytest.mark.parametrize(("order", "guide", "passes"), [(1, Guide(), 1), (4, Guide(), 4), (2, DUMO, 4)])
+def test_passes(order: int, guide: Guide, passes: int) -> None:
+    """One per jump, and with guidance V(c) and V(null)."""
+    o = RCGM(order=order, guide=guide)
+    net = Counted(randomise(nets()[0].build(o.needs, (2, 4, 4), 3)))
+    x, c = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(4, dtype=torch.long)
+    b = draw(o, Linear(), x, c, c + 3, seed=0, step=0)
+    o.loss(net, Frozen(net), b)
+    assert (net.graded, net.still) == (1, passes)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match=r"rcgm.*fp32.*100"):
+        o.loss(net, Frozen(net), b)

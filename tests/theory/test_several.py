@@ -1,0 +1,288 @@
+"""Several heads on one trunk: the formula by hand, DuMo within it, and rest at the exact flow for all sets of parts."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from contract.case import Counted, nets, randomise, step
+from dumo.flow.draw import draw
+from dumo.flow.guide import Guide, Interval
+from dumo.flow.path import Linear
+from dumo.flow.slope import Central, Dual, Jvp, Slope
+from dumo.flow.times import Below, Beta, Dyadic, Pair, Uniform
+from dumo.objectives import DuMo, Several
+from dumo.objectives.part import Average, Endpoint, Shortcut, Velocity
+from dumo.types import Frozen, Heads, Noised
+from theory.exact import APART, PRODUCT, D, Exact, Gaussian, Product, column, gaussian, gradient, record
+from theory.test_formula import GUIDES, Polynomial, agree, gradients, guided, half, rows
+
+NONE, GUIDED = Guide(), Guide(zeta=0.55)
+V, U, M, S = Velocity(weight=0.6), Endpoint(weight=0.3), Average(weight=0.2), Shortcut(weight=0.4)
+STEPS = Dyadic(levels=4, every=2)
+HALF = Pair(of=Uniform(), velocity_ratio=0.5)
+DUMO = (Velocity(weight=0.7), Endpoint(weight=1 - 0.7))
+SETS = {  # every way to have heads, with a law that teaches them
+    "dumo and average": ((V, U, M), Below(of=Beta())),
+    "dumo and shortcut": ((V, U, S), STEPS),
+    "average": ((V, M), HALF),
+    "shortcut": ((V, S), HALF),
+    "all": ((U, M, V, Shortcut(name="s", weight=0.4)), HALF),
+    "twice": ((V, U, Velocity(name="v2", weight=0.1), Endpoint(name="u2", weight=0.1)), HALF),
+}
+each_set = pytest.mark.parametrize("made_of", SETS)
+
+
+def several(made_of: str, **fields: object) -> Several:
+    """An objective of one of the sets."""
+    parts, times = SETS[made_of]
+    return Several(**{"parts": parts, "times": times, "drop": 0.3, "slope": Jvp(), "guide": NONE, **fields})
+
+
+class Aimed(Polynomial):
+    """The polynomial, whose heads are told r where they may be."""
+
+    def __init__(self, objective: Several) -> None:
+        super().__init__(len(objective.parts))
+        self.aims = [part.aims for part in objective.parts]
+
+    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None) -> Heads:
+        told, alone = super().forward(x, c, t=t, r=r), super().forward(x, c, t=t)
+        return tuple(a if aims else b for a, b, aims in zip(told, alone, self.aims, strict=True))
+
+
+def by_hand(objective: Several, net: Aimed, b: Noised, v_star: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its parts, row by row for shortcuts."""
+    loss, parts = torch.zeros(len(b.t), dtype=D), dict[str, Tensor]()
+    heads = net(b.x_t, b.c, t=b.t, r=b.r)
+    first = [part.kind for part in objective.parts].index("velocity")
+    w = heads[first].detach() if objective.along == "velocity" else v_star
+    grown = b.progress / objective.ramp if b.progress < objective.ramp else 1
+    for i, (part, head) in enumerate(zip(objective.parts, heads, strict=True)):
+        target = v_star.clone()
+        if part.kind == "endpoint":
+            target -= grown * column(b.t) * net.slope(i, b.x_t, b.t, 0 * b.t, w)
+        if part.kind == "average":
+            target -= grown * column(b.t - b.r) * net.slope(i, b.x_t, b.t, b.r, w)
+        for k in range(len(b.t)) if part.kind == "shortcut" else ():
+            t, r, x, c = b.t[k : k + 1], b.r[k : k + 1], b.x_t[k : k + 1], b.c[k : k + 1]
+            if t > r:
+                s = r + (t - r) / 2
+                first = net(x, c, t=t, r=s)[i]
+                second = net(x - (t - s) * first, c, t=s, r=r)[i]
+                target[k] = (first + second).detach()[0] / 2
+        square = ((head - target) ** 2).sum(1)
+        parts[part.name] = square / 2
+        loss = loss + part.weight * square / 2
+    return loss, parts
+
+
+@each_set
+@pytest.mark.parametrize("guide", GUIDES[:4])
+def test_by_hand(made_of: str, guide: Guide) -> None:
+    objective = several(made_of, guide=guide)
+    net = Aimed(objective)
+    b = drawn(objective)
+    assert (b.r < b.t).any()
+    at = next(i for i, part in enumerate(objective.parts) if part.kind == "velocity")
+    v_star = guided(b, guide, net(b.x_t, b.c, t=b.t)[at], net(b.x_t, b.null, t=b.t)[at])
+    loss, parts = by_hand(objective, net, b, v_star)
+    found = objective.loss(net, Frozen(net), b)
+    assert torch.allclose(found.loss, loss, rtol=1e-12, atol=0)
+    assert found.parts.keys() == parts.keys()
+    assert all(torch.allclose(found.parts[key], value, rtol=1e-12, atol=0) for key, value in parts.items())
+    assert list(found.notes) == [f"beyond_{p.name}" for p in objective.parts if p.kind in ("endpoint", "average")]
+    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
+        assert torch.allclose(mine, hand, rtol=1e-11, atol=1e-13)
+
+
+def drawn(objective: Several, n: int = 64) -> Noised:
+    """Rows as training draws them."""
+    g, flow = torch.Generator().manual_seed(1), gaussian()
+    c = torch.arange(n) % 3
+    return draw(objective, Linear(), flow.data(c, g), c, torch.full_like(c, 3), seed=0, step=0)
+
+
+@pytest.mark.parametrize("slope", [Jvp(), Dual()], ids=lambda s: s.kind)
+@pytest.mark.parametrize(("ramp", "progress"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.2), (0.5, 0.5), (0.5, 1.0)])
+@pytest.mark.parametrize("guide", [NONE, GUIDED])
+def test_derivatives_may_run_along_the_velocity_and_grow(
+    slope: Slope, ramp: float, progress: float, guide: Guide
+) -> None:
+    for along in ("target", "velocity"):
+        objective = several("dumo and average", slope=slope, along=along, ramp=ramp, guide=guide)
+        net, b = Aimed(objective), replace(rows(objective), progress=progress)
+        first = net(b.x_t, b.c, t=b.t, r=b.r)[0], net(b.x_t, b.null, t=b.t, r=b.r)[0]
+        loss, parts = by_hand(objective, net, b, guided(b, guide, *first))
+        found = objective.loss(net, Frozen(net), b)
+        assert torch.allclose(found.loss, loss, rtol=1e-12, atol=0)
+        for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
+            assert torch.allclose(mine, hand, rtol=1e-11, atol=1e-13)
+    assert parts
+
+
+@pytest.mark.parametrize("power", [0.75, 1.0])
+def test_the_adaptive_metric_is_of_the_average_alone(power: float) -> None:
+    objective = several("average", parts=(V, Average(weight=0.2, power=power, floor=0.1)))
+    net = Aimed(objective)
+    b = rows(objective)
+    _, parts = by_hand(objective, net, b, b.v_t)
+    total = 2 * parts["m"]
+    loss = 0.6 * parts["v"] + 0.2 * total / (total + 0.1).detach() ** power
+    m = net(b.x_t, b.c, t=b.t, r=b.r)[1]
+    error = m - (b.v_t - column(b.t - b.r) * net.slope(1, b.x_t, b.t, b.r, b.v_t))
+    agree(objective, net, b, loss, parts, beyond_m=half(error))
+
+
+@pytest.mark.parametrize("slope", [Central(), Dual(), Jvp()], ids=lambda s: s.kind)
+@pytest.mark.parametrize("guide", [NONE, GUIDED, Guide(omega=0.4, zeta=0.3, interval=Interval(high=0.7))])
+def test_velocity_and_endpoint_alone_are_dumo_to_the_bit(slope: Slope, guide: Guide) -> None:
+    """And with any third head: the parts of v and u are DuMo's, whatever r is."""
+    fields = {"slope": slope, "guide": guide, "times": Beta(), "drop": 0.3}
+    dumo, mine, more = DuMo(**fields), Several(parts=DUMO, **fields), Several(parts=(*DUMO, Average()), **fields)
+    net = nets()[0]
+    one, two = (randomise(net.build(o.needs, (2,), 3)).double() for o in (dumo, more))
+    one.load_state_dict({k: v for k, v in two.state_dict().items() if k in one.state_dict()})
+    b = drawn(mine)
+    expected, found = step(dumo, one, b), step(mine, one, b)
+    assert torch.equal(expected.loss, found.loss)
+    for a, c in zip(gradients(expected.loss, one), gradients(found.loss, one), strict=True):
+        assert torch.equal(a, c)
+    told = step(more, two, replace(b, r=b.t * 0.3))
+    assert all(torch.equal(told.parts[name], expected.parts[name]) for name in ("v", "u"))
+
+
+@each_set
+@pytest.mark.parametrize("along", ["target", "velocity"])
+@pytest.mark.parametrize("flow", [gaussian(GUIDED), gaussian(Guide(omega=0.2, zeta=0.9)), APART, PRODUCT])
+def test_rests_at_the_flow(made_of: str, along: str, flow: Gaussian | Product) -> None:
+    objective = several(made_of, guide=flow.guide, along=along)
+    net, b = Exact(flow, objective.needs), record(objective, flow, 32)
+    assert gradient(objective, net, b).abs().max() < 1e-10
+
+
+@each_set
+def test_descent_leads_back(made_of: str) -> None:
+    """Near the flow the gradient is linear in the displacement; all eigenvalues are positive."""
+    flow, objective = gaussian(), several(made_of)
+    net, b = Exact(flow, objective.needs), record(objective, flow)
+    columns = []
+    for i in range(net.probe.numel()):
+        net.probe.data = 1e-4 * torch.eye(net.probe.numel(), dtype=D)[i].view_as(net.probe)
+        columns.append(gradient(objective, net, b).flatten() / 1e-4)
+    assert torch.linalg.eigvals(torch.stack(columns, 1)).real.min() > 0.01
+
+
+@pytest.mark.parametrize("third", [M, S], ids=lambda p: p.kind)
+def test_without_a_step_an_aimed_head_learns_the_velocity(third: Average | Shortcut) -> None:
+    """Where r = t its gradient is flow matching's times its weight, as v's is."""
+    objective = Several(parts=(V, U, third), times=HALF, guide=NONE, slope=Jvp())
+    flow = gaussian()
+    net, b = Exact(flow, objective.needs), record(objective, flow)
+    net.probe.data = torch.tensor([0.3, -0.2], dtype=D).expand(3, 2).clone()
+    grad = gradient(objective, net, replace(b, r=b.t, moving=None))
+    assert grad[0].abs().min() > 0.01
+    assert torch.allclose(grad[2] / third.weight, grad[0] / V.weight, rtol=1e-12)
+
+
+COUNTS = [  # passes with gradients, and without
+    (several("dumo and average", slope=Central()), 1, 2),  # one slope for all heads
+    (several("dumo and average", slope=Central(), guide=GUIDED), 1, 3),  # null
+    (several("dumo and average", slope=Dual()), 1, 0),  # a ride
+    (several("dumo and average", slope=Dual(), guide=GUIDED), 1, 1),  # a tape; null
+    (several("dumo and shortcut", slope=Dual()), 1, 2),  # halves
+    (several("average", slope=Dual()), 2, 0),  # a ride of the rows with r < t, and the others
+    (several("average", slope=Jvp()), 1, 1),
+    (several("shortcut", slope=Central()), 1, 2),  # no derivative, so no slope
+]
+
+
+@pytest.mark.parametrize(("objective", "graded", "still"), COUNTS)
+def test_passes(objective: Several, graded: int, still: int) -> None:
+    model = Counted(randomise(nets()[0].build(objective.needs, (2,), 3)).double())
+    step(objective, model, drawn(objective))
+    assert (model.graded, model.still) == (graded, still)
+
+
+def test_halves_are_made_of_the_rows_that_move_alone() -> None:
+    """By their place: a piece of a batch without any makes no pass for them."""
+    objective = several("shortcut", times=Dyadic(levels=4, every=8))
+    b, model = drawn(objective), Counted(randomise(nets()[0].build(objective.needs, (2,), 3)).double())
+    step(objective, model, b[1:8])
+    assert model.still == 0
+    sizes = list[int]()
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    step(objective, model, b)
+    assert sizes == [64, 8, 8]
+
+
+def test_halves_are_those_of_theta_minus() -> None:
+    """And of theta^- alone: with another one the target is another, of a step, and of a row without it is not."""
+    objective = several("shortcut")
+    net, ref, b = Aimed(objective), Aimed(objective), drawn(objective)
+    ref.a.data.mul_(1.5)
+    m, still = net(b.x_t, b.c, t=b.t, r=b.r)[1], b.r == b.t
+    middle = (b.t + b.r) / 2
+    one = ref(b.x_t, b.c, t=b.t, r=middle)[1]
+    other = ref(b.x_t - column(b.t - middle) * one, b.c, t=middle, r=b.r)[1]
+    target = torch.where(column(still), b.v_t, (one + other) / 2)
+    assert torch.allclose(objective.loss(net, Frozen(ref), b).parts["m"], ((m - target) ** 2).sum(1) / 2, rtol=1e-12)
+
+
+def test_readings_are_of_the_head_that_is_told_least() -> None:
+    objective = several("all")
+    net = Aimed(objective)
+    x, c = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=D), torch.arange(5) % 4
+    t, s = torch.full((5,), 0.8, dtype=D), torch.full((5,), 0.3, dtype=D)
+    reads, (u, m, v, _) = objective.read(net), net(x, c, t=t, r=s)
+    assert reads.velocity
+    assert reads.endpoint
+    assert reads.flow_map
+    assert torch.equal(reads.velocity(x, t, c), v)
+    assert torch.equal(reads.endpoint(x, t, c), x - column(t) * u)
+    assert torch.allclose(reads.flow_map(x, t, s, c), x - 0.5 * m)
+    average, shortcut = (several(made_of) for made_of in ("average", "shortcut"))
+    net = Aimed(average)
+    endpoint = average.read(net).endpoint
+    assert endpoint
+    assert torch.equal(endpoint(x, t, c), x - column(t) * net(x, c, t=t, r=0 * t)[1])
+    assert shortcut.read(net).endpoint is None
+    assert several("twice").read(net).flow_map is None
+
+
+def test_needs() -> None:
+    """r is no input that all heads share."""
+    needs = several("all").needs
+    assert (needs.inputs, needs.heads, needs.own) == (("t",), ("u", "m", "v", "s"), {"m": ("r",), "s": ("r",)})
+    assert not Several(parts=DUMO).needs.own
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"parts": (V, Average(name="v"))}, "'v' is the name of two"),
+        ({"parts": (U, M)}, "no part is of kind velocity"),
+        ({"parts": ()}, "no part is of kind velocity"),
+        ({"parts": (V, S), "times": Beta()}, "times 'beta'.*dyadic"),
+        ({"parts": (V, S), "times": Pair(velocity_ratio=0)}, "times 'pair'"),
+        ({"parts": (V, Average(power=1)), "guide": Guide(zeta=0.5, fraction=0.5)}, "power=0"),
+        ({"parts": ({"kind": "velocity", "weight": 0},)}, "weight"),
+        ({"parts": ({"kind": "velocity", "name": "loss"},)}, "name"),
+        ({"parts": ({"kind": "nonsense"},)}, "average.*endpoint.*shortcut.*velocity"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(fields: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Several.model_validate(fields)
+
+
+def test_defaults() -> None:
+    """Sec. 4.3, first of its two; weights of the second and third head are ours, all else is DuMo's."""
+    o, dumo = Several(), DuMo()
+    assert [(p.kind, p.name, p.weight) for p in o.parts] == [
+        ("velocity", "v", 0.7),
+        ("endpoint", "u", 0.15),
+        ("average", "m", 0.15),
+    ]
+    assert (o.drop, o.guide, o.slope, o.times) == (dumo.drop, dumo.guide, dumo.slope, Below(of=dumo.times))

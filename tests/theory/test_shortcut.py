@@ -1,0 +1,232 @@
+"""Shortcut models: the formula by hand, the order of the first doubling, and the steps that can be read."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from contract.case import Counted, step
+from dumo.config.load import load
+from dumo.flow.draw import draw
+from dumo.flow.guide import Guide
+from dumo.flow.path import Linear
+from dumo.flow.times import Dyadic
+from dumo.objectives import FlowMatching, Shortcut
+from dumo.sample.guidance import Guidance
+from dumo.sample.solver import Euler, Hop, check
+from dumo.types import Frozen, Heads, Noised, Reads, UserError
+from theory import exact
+from theory.exact import D, Exact, Gaussian, column, gaussian, table
+from theory.test_formula import Polynomial, gradients
+
+LEVELS = 7
+
+
+class Stepped(Polynomial):
+    """The polynomial, k for r."""
+
+    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, k: Tensor) -> Heads:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return super().forward(x, c, t=t, r=k / LEVELS)
+
+
+def drawn(objective: Shortcut, n: int = 128, flow: Gaussian | None = None, *, teacher: bool = False) -> Noised:
+    """Rows as training draws them; with a teacher, v_t is its mean."""
+    flow, g = flow or gaussian(), torch.Generator().manual_seed(1)
+    c = torch.arange(n) % 3
+    mean = (lambda x, t, c, v: flow.velocity(x, c, t)) if teacher else None
+    null = torch.full_like(c, 3)
+    return draw(objective, Linear(), flow.data(c, g), c, null, seed=0, step=0, teacher=mean)
+
+
+def by_hand(objective: Shortcut, ref: Stepped, b: Noised) -> Tensor:
+    """u*, row by row, for steps of 1, 1/2, ... 1/64 and none."""
+    u_star = b.v_t.clone()
+    for i in range(len(b.t)):
+        x, c, null, t, d = b.x_t[i : i + 1], b.c[i : i + 1], b.null[i : i + 1], b.t[i : i + 1], b.t[i] - b.r[i]
+        if d == 0:
+            continue
+        (k,) = (k for k in range(LEVELS) if d == 0.5**k)
+        finer, many = torch.tensor([k + 1], dtype=D), []
+        for part in (0, 1):
+            t_i = t - part * d / 2
+            (u,), (u_null,) = (ref(x, label, t=t_i, k=finer) for label in (c, null))
+            if d == 1 / 64:
+                u = (1 - objective.scale) * u_null + objective.scale * u
+            many.append(u)
+            x = (x - d / 2 * u).clamp(-objective.clip, objective.clip)
+        u_star[i] = ((many[0] + many[1]) / 2).clamp(-objective.clip, objective.clip)[0].detach()
+    return u_star
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["places", "no places"])
+@pytest.mark.parametrize(("scale", "clip"), [(1.0, 4.0), (1.5, 4.0), (1.5, 0.5)])
+def test_loss_and_gradient_are_those_of_the_formula(scale: float, clip: float, known: bool) -> None:
+    objective = Shortcut(times=Dyadic(every=2), scale=scale, clip=clip, drop=0.3)
+    net, ref = Stepped(1), Stepped(1)
+    ref.a.data = ref.a.data.roll(1) / 2
+    b = drawn(objective)
+    b = b if known else replace(b, moving=None)
+    k = torch.where(b.r < b.t, -(b.t - b.r).log2(), LEVELS).to(D)
+    assert len(set(k.tolist())) == LEVELS + 1
+    (u,) = net(b.x_t, b.c, t=b.t, k=k)
+    loss = ((u - by_hand(objective, ref, b)) ** 2).sum(1) / 2
+    found = objective.loss(net, Frozen(ref), b)
+    assert torch.allclose(found.loss, loss, rtol=1e-10, atol=0)
+    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
+        assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-13)
+
+
+def test_targets_are_those_of_the_authors_code() -> None:
+    """`targets_shortcut.py` at 6010043, lines 36 to 78, bootstrap_cfg on, with a net on paper; time turned round."""
+
+    class Known(Stepped):
+        def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, k: Tensor) -> Heads:
+            t, k, n = column(t), column(k), column(c.to(D))
+            return (0.5 + 0.8 * x - 0.6 * t * x + 0.3 * x * x + 0.4 * t * t + 0.1 * k * x + 0.2 * n,)
+
+    class Silent(Stepped):
+        def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, k: Tensor) -> Heads:
+            return (0 * self.a.sum() * x,)
+
+    left = [[0.168075, 0.552482], [-0.302239, -0.620584], [-2.325031, -0.218792], [-1.245911, -0.732267]]
+    right = [[0.41079, 0.362121], [0.23424, 1.067975], [-0.128535, 1.366463], [-0.665195, 0.35151]]
+    theirs = [[0.47567371, 1.04575795], [0.45640196, 0.24228614], [1.27402791, 1.13638937], [0.57291173, 0.57993353]]
+    theirs += [[1.26773477, 1.21498804], [0.84811312, 1.61367933], [0.61200972, 1.39239332], [0.97850407, 1.13084261]]
+    k = torch.tensor([6, 5, 4, 3, 2, 1, 0, 0], dtype=D)
+    t = torch.tensor([0.375, 0.75, 1, 1, 0.25, 0.5, 1, 1], dtype=D)
+    objective, c = Shortcut(scale=1.5), torch.tensor([0, 0, 2, 0, 2, 1, 0, 2])
+    b = replace(drawn(objective, 8), x_t=table(*left, *right), t=t, r=t - 0.5**k, c=c, moving=None)
+    found = objective.loss(Silent(1), Frozen(Known(1)), b).loss
+    assert torch.allclose(found, (table(*theirs) ** 2).mean(1), rtol=1e-5, atol=0)
+
+
+def test_without_a_step_it_is_flow_matching() -> None:
+    """The same gradient, factor 1, of the net told k = 7."""
+    mine, b = Shortcut(), drawn(Shortcut())
+    b = replace(b, r=b.t)
+
+    class Finest(Stepped):
+        def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor) -> Heads:  # pyright: ignore[reportIncompatibleMethodOverride]
+            return super().forward(x, c, t=t, k=torch.full_like(t, LEVELS))
+
+    one, two = step(mine, net := Stepped(1), b).loss, step(FlowMatching(), flat := Finest(1), b).loss
+    assert torch.equal(one, two)
+    assert all(torch.equal(a, c) for a, c in zip(gradients(one, net), gradients(two, flat), strict=True))
+
+
+class Taught(nn.Module):
+    """What training leads to: the velocity of the plain flow at the finest, the guided flow's steps elsewhere."""
+
+    def __init__(self, objective: Shortcut, levels: int) -> None:
+        super().__init__()
+        self.levels, guided = levels, gaussian(Guide(omega=objective.scale))
+        self.plain, self.guided = (Exact(flow, objective.needs) for flow in (gaussian(), guided))
+
+    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, k: Tensor) -> Heads:
+        (plain,), (guided,) = (net(x, c, t=t, k=k) for net in (self.plain, self.guided))
+        return (torch.where(column(k >= self.levels), plain, guided),)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_only_the_first_doubling_is_off_and_by_the_order_of_its_step(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps of Euler's are not the flow: the mean velocity over d is off by d x'' / 4, and so is what grows of it.
+
+    All coarser steps, and the rows that match the flow, rest exactly; the guided flow is guided in the first alone.
+    """
+    off: list[Tensor] = []
+    for levels in (5, 6, 7, 8):
+        monkeypatch.setattr(exact, "LEVELS", levels)
+        objective = Shortcut(times=Dyadic(levels=levels), scale=scale, clip=100.0, drop=0.2)
+        net, b = Taught(objective, levels), drawn(objective, 512, teacher=True)
+        finest = b.t - b.r == 2.0 ** (1 - levels)
+        loss = step(objective, net, b).loss
+        assert loss[~finest].max() < 1e-20
+        first = replace(b.at((16 * b.t).ceil() / 16), r=(16 * b.t).ceil() / 16 - 2.0 ** (1 - levels))
+        off.append(step(objective, net, first).loss.sqrt())
+    for coarse, fine in pairwise(off):
+        assert ((coarse.mean() / fine.mean()).log2() - 1).abs() < 0.1
+
+
+@pytest.mark.parametrize(("scale", "still"), [(1.0, 2), (1.5, 4)])
+def test_passes(scale: float, still: int) -> None:
+    """Two half steps, each with V(null) where there is guidance, of an eighth of the rows; of no row, none."""
+    objective = Shortcut(scale=scale)
+    b = drawn(objective, 24)
+    step(objective, net := Counted(Stepped(1)), b)
+    assert (net.graded, net.still) == (1, still)
+    step(objective, net := Counted(Stepped(1)), b[1:8])
+    assert (net.graded, net.still) == (1, 0)
+
+
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_small_batches(n: int) -> None:
+    loss = step(Shortcut(), Stepped(1), drawn(Shortcut(), n)).loss
+    assert loss.shape == (n,)
+    assert loss.isfinite().all()
+
+
+def test_times_in_bf16_name_the_same_steps() -> None:
+    objective, b = Shortcut(), drawn(Shortcut())
+    coarse = replace(b, t=b.t.bfloat16().to(b.t), r=b.r.bfloat16().to(b.r))
+    one, two = (step(objective, Stepped(1), a).loss for a in (b, coarse))
+    assert torch.equal(one, two)
+
+
+READS = Shortcut().read(Stepped(1))
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 4, 64])
+def test_hops_of_the_flow_are_exact(nfe: int) -> None:
+    flow = gaussian()
+    reads = Shortcut().read(Exact(flow, Shortcut().needs))
+    x, c = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=D), torch.arange(5) % 3
+    one = torch.ones(5, dtype=D)
+    found = Hop()(reads, Linear(), x, c, nfe, lambda _: x)
+    assert torch.allclose(found, flow.carry(x, c, one, 0 * one), rtol=1e-10, atol=0)
+
+
+def test_the_velocity_is_the_finest_step() -> None:
+    flow = gaussian()
+    reads = Shortcut().read(Exact(flow, Shortcut().needs))
+    x, c, t = torch.full((3, 2), 0.7, dtype=D), torch.arange(3), torch.tensor([0.3, 0.5, 1.0], dtype=D)
+    assert reads.velocity is not None
+    assert torch.allclose(reads.velocity(x, t, c), flow.velocity(x, c, t), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("guide", [Guidance(), Guidance(scale=2.0)])
+@pytest.mark.parametrize(
+    ("solver", "nfe", "way_out"),
+    [
+        (Hop(), 3, "nfe = 2 or 4, or use euler"),
+        (Hop(), 6, "nfe = 4 or 8"),
+        (Hop(), 256, "nfe = 64 or 128"),
+        (Hop(start=0.75), 1, "nfe = "),
+        (Hop(start=0.999), 2, "start = 1"),
+    ],
+)
+def test_steps_of_other_sizes_are_refused(solver: Hop, nfe: int, way_out: str, guide: Guidance) -> None:
+    reads: Reads = guide(READS, 3)
+    with pytest.raises(UserError, match=way_out):
+        check(solver, reads, 1 if nfe > 1 and solver.start == 1 else nfe, nfe)
+    x = torch.zeros(2, 2, dtype=D)
+    with pytest.raises(UserError, match=way_out):
+        solver(reads, Linear(), x, torch.zeros(2, dtype=torch.long), nfe, lambda _: x)
+
+
+def test_steps_of_its_sizes_are_not_refused() -> None:
+    check(Hop(), READS, *(2**k for k in range(LEVELS + 1)))
+    check(Hop(start=0.5), READS, 1, 2)
+    check(Euler(), READS, 3)
+    assert READS.hops is not None
+    assert READS.hops(0.75, 0.5)
+    assert not READS.hops(0.75, 0.25)  # half a unit, but not from a place on its own grid
+
+
+def test_a_run_that_asks_for_other_steps_is_refused_when_loaded() -> None:
+    load("digits-shortcut", ["sample.nfe=[1,8]"])
+    with pytest.raises(UserError, match="nfe = 2 or 4"):
+        load("digits-shortcut", ["sample.nfe=[1,3]"])

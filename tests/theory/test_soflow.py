@@ -1,0 +1,159 @@
+"""SoFlow against its formula and its authors' way to write it; the order of its secant; its schedule and edges."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from contract.case import Counted, nets, randomise
+from dumo.flow.draw import draw
+from dumo.flow.guide import Guide
+from dumo.flow.path import Linear
+from dumo.flow.times import Pair
+from dumo.objectives import FlowMatching, SoFlow
+from dumo.types import Frozen, Heads, Noised, UserError
+from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
+from theory.test_formula import Polynomial, gradients, half, rows
+
+MIXED = Pair(velocity_ratio=0.25)
+DUMO = Guide(zeta=0.55)
+
+
+def guided(b: Noised, v_c: Tensor, v_null: Tensor) -> Tensor:
+    """m [v_t + fade (w - 1) (v_t - V(null))] + (1 - m) V(c), with m = 1/4 and w = 3, where the label is kept."""
+    s = ((1 - b.t) / 0.2).clamp(max=1 - 1e-15)
+    fade = torch.where(b.t <= 0.8, 1.0, 1 - (-0.025 * s / (1 - s)).exp())
+    full = 0.25 * (b.v_t + column(fade) * 2 * (b.v_t - v_null)) + 0.75 * v_c
+    return torch.where(column(b.kept), full, b.v_t).detach()
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize(("power", "floor"), [(1.0, 0.01), (0.75, 1e-3), (0.0, 0.01)])
+def test_formula(progress: float, power: float, floor: float) -> None:
+    objective = SoFlow(times=MIXED, drop=0.3, power=power, floor=floor)
+    net, b = Polynomial(1), replace(rows(objective), progress=progress)
+    (u,), (v_c,), (v_null,) = (net(b.x_t, c, t=b.t, r=r) for c, r in ((b.c, b.r), (b.c, b.t), (b.null, b.t)))
+    v_star = guided(b, v_c, v_null)
+    q = 0.1 * 0.02**progress
+    moves = b.t - b.r > 1e-4
+    l = torch.minimum(b.t + (b.r - b.t) * q, b.t - 1e-4)  # noqa: E741
+    x_l = b.x_t + column(l - b.t) * v_star
+    (u_l,) = net(x_l, b.c, t=l, r=b.r)
+    quotient = (column(b.t - b.r) * u - column(l - b.r) * u_l) / column(b.t - l) - v_star  # their Delta, less its sign
+    e = torch.where(column(moves), quotient, u - v_star).detach()
+    size = (e**2).mean(1)
+    weight = (size + floor) ** -power
+    theirs = torch.where(moves, weight * (u * e).mean(1), weight * ((u - v_star) ** 2).mean(1))
+    found = objective.loss(net, Frozen(net), b)
+    for mine, hand in zip(gradients(found.loss, net), gradients(theirs, net), strict=True):
+        assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-11)
+    loss = torch.where(moves, 0.5, 1.0) * weight * size
+    (u,) = net(b.x_t, b.c, t=b.t, r=b.r)
+    assert torch.allclose(found.loss, loss, rtol=1e-9, atol=0)
+    assert torch.allclose(found.parts["u"], size, rtol=1e-9, atol=0)
+    assert torch.allclose(found.notes["beyond"].double(), half(e))
+
+
+@pytest.mark.parametrize(("flow", "guide"), [(APART, Guide()), (PRODUCT, Guide()), (gaussian(DUMO), DUMO)])
+def test_gradient_vanishes_with_the_step(flow: Flow, guide: Guide) -> None:
+    """Off the exact flow by O(t - l), as one straight step is: halving it halves the gradient."""
+    left = []
+    for q in (0.04, 0.02, 0.01, 0.005):
+        o = SoFlow(times=MIXED, guide=guide, drop=0.2, first=q, last=q, gap=1e-9, power=0.0)
+        left.append(gradient(o, Exact(flow, o.needs), record(o, flow)).norm())
+    for coarse, fine in pairwise(left):
+        assert abs((coarse / fine).log2() - 1) < 0.1
+    assert left[-1] < 2e-3
+
+
+def test_descent_leads_back_to_the_flow() -> None:
+    o = SoFlow(times=MIXED, guide=Guide(), last=0.1)
+    net, b = Exact(PRODUCT, o.needs), record(o, PRODUCT)
+    start, pull = gradient(o, net, b), []
+    for i in range(2):
+        net.probe.data = 1e-4 * torch.eye(2, dtype=D)[i : i + 1]
+        pull.append((gradient(o, net, b) - start).flatten() / 1e-4)
+    assert torch.linalg.eigvals(torch.stack(pull, 1)).real.min() > 0.1
+
+
+class AtOneTime(nn.Module):
+    """u at r = t: a velocity."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor) -> Heads:
+        return self.net(x, c, t=t, r=t)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_rows_at_one_time_are_flow_matching(power: float) -> None:
+    """At r = t its gradient is flow matching's, row by row, over (mean square + floor)^power."""
+    mine, other = SoFlow(guide=DUMO, power=power), FlowMatching(guide=DUMO)
+    net, b = Polynomial(1), rows(mine)
+    velocity = AtOneTime(net)
+    for i in range(5, 9):
+        row = replace(b, r=b.t)[i : i + 1]
+        terms, flow = mine.loss(net, Frozen(net), row), other.loss(velocity, Frozen(velocity), row)
+        assert torch.allclose(terms.parts["u"], flow.loss, rtol=1e-9)
+        factor = (flow.loss.item() + mine.floor) ** -power
+        for a, c in zip(gradients(terms.loss, net), gradients(flow.loss, net), strict=True):
+            assert torch.allclose(a, factor * c, rtol=1e-9, atol=1e-14)
+
+
+def test_schedule() -> None:
+    """From a tenth of the way to a five-hundredth, by equal factors in equal times."""
+    o = SoFlow()
+    assert o.ratio(0.0) == pytest.approx(0.1)
+    assert o.ratio(0.5) == pytest.approx((0.1 * 0.002) ** 0.5)
+    assert o.ratio(1.0) == pytest.approx(0.002)
+
+
+@pytest.mark.parametrize("progress", [0.0, 1.0])
+def test_edges(progress: float) -> None:
+    """No time makes it infinite, be it rounded to bf16; steps shorter than the gap aim at v*."""
+    o = SoFlow(guide=Guide())
+    t = torch.tensor([0, 1e-5, 1e-4, 0.5, 0.5, 0.5, 1, 1, 1], dtype=D)
+    r = torch.tensor([0, 0, 0, 0.5, 0.5 - 5e-5, 0.4, 1, 0, 1 - 1e-5], dtype=D)
+    net, b = Polynomial(1), rows(o)[:9]
+    b = replace(b.at(t), r=r, progress=progress)
+    rounded = replace(b.at(t.bfloat16().double()), r=r.bfloat16().double(), progress=progress)
+    for some in (b, rounded):
+        terms = o.loss(net, Frozen(net), some)
+        assert terms.loss.isfinite().all()
+        assert all(g.isfinite().all() for g in gradients(terms.loss, net))
+    near = t - r <= 1e-4
+    (u,) = net(b.x_t, b.c, t=t, r=r)
+    aim = ((u - b.v_t) ** 2).mean(1)
+    assert torch.allclose(o.loss(net, Frozen(net), b).parts["u"][near], aim[near], rtol=1e-9)
+
+
+def test_the_secant_is_of_the_moving_rows_alone() -> None:
+    """The loss is the same whether rows at rest are told by place or not; and where all rest, there is no such pass."""
+    for ratio, passes in ((0.5, 1), (1.0, 0)):
+        o = SoFlow(times=Pair(velocity_ratio=ratio), guide=Guide())
+        net = Counted(randomise(nets()[0].build(o.needs, (2, 4, 4), 3)).double())
+        g = torch.Generator().manual_seed(0)
+        x, c = torch.randn(8, 2, 4, 4, generator=g, dtype=D), torch.zeros(8, dtype=torch.long)
+        b = draw(o, Linear(), x, c, c + 3, seed=0, step=0)
+        terms = o.loss(net, Frozen(net), b)
+        assert (net.graded, net.still) == (1, passes)
+        assert torch.allclose(terms.loss, o.loss(net, Frozen(net), replace(b, moving=None)).loss, rtol=1e-9)
+
+
+def test_short_steps_are_refused_below_fp32() -> None:
+    net = randomise(nets()[0].build(SoFlow().needs, (2, 4, 4), 3))
+    x, c = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(4, dtype=torch.long)
+    b = draw(SoFlow(), Linear(), x, c, c + 3, seed=0, step=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(UserError, match=r"soflow.*fp32.*500"):
+            SoFlow().loss(net, Frozen(net), b)
+        assert SoFlow(last=0.1).loss(net, Frozen(net), b).loss.isfinite().all()
+
+
+def test_random_guidance_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"guide\.fraction"):
+        SoFlow(guide=Guide(zeta=0.5, fraction=0.5))

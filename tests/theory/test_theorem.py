@@ -1,0 +1,101 @@
+"""Theorem 1 of the paper: what consistency training has of flow matching, as gradients and as values.
+
+Its Eq. 10, with F = F_theta(x_t, t) and F_s = F_theta-(x_s, s) at s = lam t, held still, is
+
+    L(lam) = E |F - v_t|^2 + lam / (1 - lam) E |F - F_s|^2.
+
+Of UCGM's loss at the ratio lam, without its weights and bound, the mean of |e|^2 with e = F - v_t + lam / (1 - lam)
+(F - F_s) held still, it has the gradient, 2 e dF, for every lam: that is the decomposition. It has not its value. With
+F smooth, F - F_s = (1 - lam) t dF/dt + O((1 - lam)^2), the total derivative along v_t, and so
+
+- as lam -> 0 both terms tend to flow matching's, values and gradients;
+- as lam -> 1 the gradient tends to that of consistency, e = F - v_t + t dF/dt, and so does UCGM's own value; but the
+  value of Eq. 10 tends to flow matching's: its second term is lam (1 - lam) E |t dF/dt|^2. What "approximates
+  consistency models" is the gradient, and only while theta- is held still: through F and F_s it is flow matching's.
+"""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from dumo.flow.slope import Jvp
+from dumo.objectives import UCGM, FlowMatching
+from dumo.types import Frozen, Noised, mean_square
+from theory.exact import column
+from theory.test_formula import Polynomial, gradients, rows
+
+NEAR = (0.04, 0.02, 0.01, 0.005)  # of 0 or 1
+
+
+def ucgm(ratio: float) -> UCGM:
+    """Without its weights and its bound."""
+    return UCGM(ratio=ratio, slope=Jvp(), clip=None, gain=False, soft=None, fall=False)
+
+
+NET, FM = Polynomial(1), FlowMatching()
+B = rows(ucgm(1.0))
+
+
+def loss(objective: UCGM | FlowMatching, b: Noised = B) -> Tensor:
+    """Row by row."""
+    return objective.loss(NET, Frozen(NET), b).loss
+
+
+def surrogate(lam: float, *, still: bool = True) -> Tensor:
+    """Eq. 10, row by row; `still` or with gradients through F_theta- too."""
+    (now,) = NET(B.x_t, B.c, t=B.t)
+    s = lam * B.t
+    (then,) = NET(column(s) * B.z + column(1 - s) * B.x, B.c, t=s)
+    return mean_square(now - B.v_t) + lam / (1 - lam) * mean_square(now - (then.detach() if still else then))
+
+
+def slopes(loss: Tensor) -> Tensor:
+    """The gradient of the mean, as one vector."""
+    return torch.cat([g.flatten() for g in gradients(loss, NET)])
+
+
+def halves(off: list[Tensor]) -> bool:
+    """Whether each is half of the one before: an error of the first order."""
+    return all(abs((coarse / fine).log2() - 1) < 0.1 for coarse, fine in pairwise(off))
+
+
+@pytest.mark.parametrize("lam", [0.01, 0.3, 0.5, 0.9, 0.99])
+def test_the_gradient_decomposes_at_every_ratio(lam: float) -> None:
+    one, two = loss(ucgm(lam)), surrogate(lam)
+    assert torch.allclose(slopes(one), slopes(two), rtol=1e-9, atol=1e-12)
+    assert (one.mean() / two.mean() - 1).abs() > 1e-3  # not the value
+
+
+def test_towards_0_both_are_flow_matching() -> None:
+    value, slope = loss(FM).mean(), slopes(loss(FM))
+    for of in (lambda lam: loss(ucgm(lam)), surrogate):
+        assert halves([(of(lam).mean() - value).abs() for lam in NEAR])
+        assert halves([(slopes(of(lam)) - slope).norm() for lam in NEAR])
+
+
+def test_towards_1_the_gradient_is_that_of_consistency() -> None:
+    limit = slopes(loss(ucgm(1.0)))
+    assert halves([(slopes(surrogate(1 - d)) - limit).norm() for d in NEAR])
+    assert (limit - slopes(loss(FM))).norm() > 0.1 * limit.norm()
+
+
+def test_towards_1_the_value_of_ucgm_is_that_of_consistency() -> None:
+    limit = loss(ucgm(1.0)).mean()
+    assert halves([(loss(ucgm(1 - d)).mean() - limit).abs() for d in NEAR])
+
+
+def test_towards_1_the_value_of_the_surrogate_is_that_of_flow_matching() -> None:
+    """It falls off as (1 - lam) E |t dF/dt|^2."""
+    plain, consistency = loss(FM).mean(), loss(ucgm(1.0)).mean()
+    assert (consistency / plain - 1).abs() > 0.1
+    over = [surrogate(1 - d).mean() - plain for d in NEAR]
+    assert halves(over)
+    change = column(B.t) * NET.slope(0, B.x_t, B.t, 0 * B.t, B.v_t)
+    assert torch.allclose(over[-1] / NEAR[-1], mean_square(change).mean(), rtol=0.05)
+
+
+def test_towards_1_the_gradient_through_both_is_that_of_flow_matching() -> None:
+    """Consistency is in what is held still."""
+    assert halves([(slopes(surrogate(1 - d, still=False)) - slopes(loss(FM))).norm() for d in NEAR])

@@ -1,0 +1,204 @@
+"""Terminal velocity matching: its loss by hand, its gradient through the derivative, its passes, its corners."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from contract.case import Counted, nets, randomise, step
+from dumo.flow.draw import draw
+from dumo.flow.path import Linear
+from dumo.flow.rate import Central
+from dumo.objectives import TVM, FlowMatching
+from dumo.types import Frozen, Heads, Noised
+from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
+from theory.test_formula import gradients
+
+
+class Curved(nn.Module):
+    """u = a0 + a1 x + a2 t x + a3 x^2 + a4 t^2 + a5 r x + a6 r^2 + a7 r x^2 + a8 beta x + a9 beta r + label."""
+
+    def __init__(self, seed: int = 2) -> None:
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        self.a = nn.Parameter(torch.randn(10, generator=g, dtype=D))
+        self.label = nn.Parameter(torch.randn(4, generator=g, dtype=D))
+
+    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor, beta: Tensor | None = None) -> Heads:
+        t, r, beta = t[:, None], r[:, None], (0 * t if beta is None else beta)[..., None].view(-1, 1)
+        a, r_x = self.a, r * x
+        poly = a[0] + a[1] * x + a[2] * (t * x) + a[3] * (x * x) + a[4] * (t * t) + a[5] * r_x
+        return (
+            poly + a[6] * (r * r) + a[7] * (r_x * x) + a[8] * (beta * x) + a[9] * (beta * r) + column(self.label[c]),
+        )
+
+    def rate(self, x: Tensor, r: Tensor, beta: Tensor | float) -> Tensor:
+        """du/dr on paper, which the weights can still be asked about."""
+        a = self.a
+        return a[5] * x + 2 * a[6] * column(r) + a[7] * x**2 + a[9] * torch.as_tensor(beta, dtype=D).view(-1, 1)
+
+
+def rows(objective: TVM, flow: Flow | None = None) -> Noised:
+    """A record with slopes as they fall, labels dropped here and there, and the corners of time."""
+    b = record(objective, flow or gaussian(), 64)
+    b = replace(b, teacher=None, v_t=b.z - b.x)
+    assert 0 < b.kept.sum() < 64 or not objective.drop
+    return b
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.75])
+@pytest.mark.parametrize("online", [True, False])
+def test_by_hand(scale: float, online: bool) -> None:
+    """With theta^- the net itself, and another."""
+    objective = TVM(scale=scale, drop=0.3)
+    net, b = Curved(), rows(objective)
+    other = net if online else Curved(seed=5)
+    w = torch.where(b.kept, scale, 1.0).to(D)
+    told = {"beta": 1 / w} if scale != 1 else {}
+    gap, s = column(b.t - b.r), b.drawn["s"]
+
+    (u,) = net(b.x_t, b.c, t=b.t, r=b.r, **told)
+    df_dr = u - gap * net.rate(b.x_t, b.r, 1 / w if scale != 1 else 0.0)
+    landed = (b.x_t - gap * u).detach()
+    terminal = ((df_dr - other(landed, b.c, t=b.r, r=b.r, **told)[0].detach()) ** 2).sum(1) / 2
+    terminal = torch.where(b.t == b.r, 0, terminal / w**2)
+    assert (terminal == 0).sum() == 3  # the corners, and no more
+
+    x_s = column(s) * b.z + column(1 - s) * b.x
+    (v,) = net(x_s, b.c, t=s, r=s, **told)
+    (v_null,) = other(x_s, b.null, t=s, r=s, **({"beta": 1 + 0 * w} if scale != 1 else {}))
+    v_star = column(w) * (b.z - b.x) + column(1 - w) * v_null.detach()
+    flow = ((v - v_star) ** 2).sum(1) / 2 / w**2
+
+    found = objective.loss(net, Frozen(other), b)
+    assert torch.allclose(found.loss, terminal + flow, rtol=1e-12, atol=0)
+    assert torch.allclose(found.parts["terminal"], terminal, rtol=1e-12, atol=0)
+    assert torch.allclose(found.parts["flow"], flow, rtol=1e-12, atol=0)
+    for mine, hand in zip(gradients(found.loss, net), gradients(terminal + flow, net), strict=True):
+        assert torch.allclose(mine, hand, rtol=1e-11, atol=1e-13)
+    assert all(p.grad is None for p in other.parameters())
+
+
+def test_a_rate_held_still_would_be_another_gradient() -> None:
+    """The derivative is trained, not a target: without its gradient, a6 and a9, of r alone, would learn otherwise."""
+    objective = TVM(scale=1.0)
+    net, b = Curved(), rows(objective)
+    (found,) = torch.autograd.grad(step(objective, net, b).loss.mean(), [net.a])
+    gap = column(b.t - b.r)
+    (u,) = net(b.x_t, b.c, t=b.t, r=b.r)
+    e = u - gap * net.rate(b.x_t, b.r, 0.0).detach() - net(b.x_t - gap * u, b.c, t=b.r, r=b.r)[0].detach()
+    (still,) = torch.autograd.grad((e**2).sum(1).mean() / 2, [net.a])
+    assert (found[7] - still[7]).abs() > 0.1
+
+
+ON = [gaussian(), APART, PRODUCT]
+
+
+@pytest.mark.parametrize("flow", ON, ids=lambda f: type(f).__name__)
+def test_rests_at_the_flow(flow: Flow) -> None:
+    """Unguided, where means are not zero and components several; guided, see test_fixed_point.py."""
+    objective = TVM(scale=1.0, drop=0.2)
+    net, b = Exact(flow, objective.needs), record(objective, flow)
+    assert gradient(objective, net, b).abs().max() < 1e-10
+    net.probe.data[0] = torch.tensor([0.1, -0.1], dtype=D)
+    assert gradient(objective, net, b).abs().min() > 1e-3
+
+
+def test_every_row_rests_by_itself() -> None:
+    """The terminal residual is zero point by point, for it holds no draw."""
+    objective = TVM(scale=1.0)
+    b = record(objective, APART)
+    assert step(objective, Exact(APART, objective.needs), b).parts["terminal"].max() < 1e-16
+
+
+def test_a_difference_rests_to_second_order() -> None:
+    flow, left = APART, list[Tensor]()
+    for h in (0.04, 0.02, 0.01):
+        objective = TVM(scale=1.0, rate=Central(h=h))
+        b = record(objective, flow)
+        far = b.t - b.r > 0.1
+        parts = step(objective, Exact(flow, objective.needs), b).parts["terminal"]
+        left.append(parts[far].sqrt().mean())
+    assert 3.8 < left[0] / left[1] < 4.2
+    assert 3.8 < left[1] / left[2] < 4.2
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_without_a_step_it_is_flow_matching(scale: float) -> None:
+    """At r = t the gradient is that of flow matching at s, guided by w, times beta^2: on rows with a label 1 / w^2."""
+    objective, other = TVM(scale=scale, drop=0.3), FlowMatching(guide={"omega": scale}, drop=0.3)
+    net, b = Curved(), rows(objective)
+    b = replace(b, r=b.t)
+    plain = b.at(b.drawn["s"])
+
+    class AtOneTime(nn.Module):
+        def __init__(self, kept: Tensor) -> None:
+            super().__init__()
+            self.kept = kept
+
+        def forward(self, x: Tensor, c: Tensor, /, t: Tensor) -> Heads:
+            beta = torch.where(c == gaussian().classes, 1.0, 1 / scale).to(D)
+            return net(x, c, t=t, r=t, **({"beta": beta} if scale != 1 else {}))
+
+    for i in range(8):
+        row = slice(i, i + 1)
+        one = gradients(step(objective, net, b[row]).loss, net)
+        two = gradients(step(other, AtOneTime(b.kept[row]), plain[row]).loss, net)
+        factor = 1 / scale**2 if b.kept[i] else 1.0
+        for mine, its in zip(one, two, strict=True):
+            assert torch.allclose(mine, factor * its, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("objective", "graded", "still"),
+    [
+        (TVM(scale=1.0), 2, 1),  # u with its rate, v; where it lands
+        (TVM(), 2, 2),  # and null
+        (TVM(scale=1.0, rate=Central()), 4, 1),  # u at r - h, r, r + h
+    ],
+)
+def test_passes(objective: TVM, graded: int, still: int) -> None:
+    net = Counted(randomise(nets()[0].build(objective.needs, (2, 4, 4), 3)))
+    g = torch.Generator().manual_seed(0)
+    x, c = torch.randn(4, 2, 4, 4, generator=g), torch.arange(4) % 3
+    step(objective, net, draw(objective, Linear(), x, c, 0 * c + 3, seed=0, step=0))
+    assert (net.graded, net.still) == (graded, still)
+
+
+def test_corners_are_finite() -> None:
+    objective = TVM()
+    net = Curved()
+    for t, r in ((1.0, 0.0), (1.0, 1.0), (0.0, 0.0), (0.5, 0.4985)):
+        b = rows(objective)
+        b = replace(b.at(0 * b.t + t), r=0 * b.t + r, drawn={"s": 0 * b.t + t})
+        loss = step(objective, net, b).loss
+        assert loss.isfinite().all()
+        assert all(g.isfinite().all() for g in gradients(loss, net))
+        assert (step(objective, net, b).parts["terminal"] == 0).all() == (t == r)
+
+
+def test_without_guidance_the_net_is_told_of_none() -> None:
+    assert TVM(scale=1.0).needs.knobs == {}
+    assert TVM(scale=1.6).needs.knobs == {"beta": 0.625}
+    assert TVM().needs.inputs == ("t", "r")
+    with pytest.raises(ValidationError):
+        TVM(scale=0.5)
+    with pytest.raises(ValidationError):
+        TVM(rate={"kind": "jvp"})  # pyright: ignore
+
+
+def test_values_of_the_authors_code() -> None:
+    """Loss and gradient of `TVMWrapper.forward` (lumalabs/tvm 82e8e5d, training/wrapper.py, lines 83 to 197).
+
+    Run in fp32 on these very rows, with this net and that theta^-, `do_scale_param` and `detach_jvp` off.
+    """
+    objective = TVM(scale=1.75, drop=0.3)
+    net, b = Curved(), rows(objective)[3:11]
+    loss = objective.loss(net, Frozen(Curved(seed=5)), b).loss
+    theirs = [0.07949407, 1.6344074, 4.8001027, 3.1075888, 4.4305987, 1.1424905, 1.5773499, 1.2556008]
+    assert torch.allclose(loss, torch.tensor(theirs, dtype=D), rtol=1e-5, atol=0)
+    theirs = [0.36284786, -0.08954591, -0.02974140, 0.04895879, 0.51687992]
+    theirs += [-0.02367964, -0.23522401, -0.04191776, -0.06693049, -0.20580184]
+    assert torch.allclose(gradients(loss, net)[0], torch.tensor(theirs, dtype=D), rtol=1e-4, atol=1e-6)

@@ -1,0 +1,220 @@
+"""TwinFlow: the formula by hand, the rest of each of its terms, and which way the twin pulls."""
+
+from dataclasses import replace
+from itertools import pairwise, product
+
+import pytest
+import torch
+from torch import Tensor
+
+from contract.case import Counted, step
+from dumo.flow.draw import draw
+from dumo.flow.guide import Guide, Interval
+from dumo.flow.path import Linear
+from dumo.objectives import FlowMatching, TwinFlow
+from dumo.types import Frozen, Heads, Noised
+from theory.exact import D, Exact, column, gaussian, growth, table
+from theory.test_formula import Polynomial, gradients, guided, half
+
+GUIDES = [Guide(), Guide(omega=0.8, zeta=0.55, interval=Interval(low=0.2, high=0.8))]
+
+
+def drawn(objective: TwinFlow, n: int = 16, *, teacher: bool = False) -> Noised:
+    """Rows as training draws them; with a teacher, v_t is its mean."""
+    flow, g = gaussian(), torch.Generator().manual_seed(1)
+    c = torch.arange(n) % 3
+    mean = (lambda x, t, c, v: flow.velocity(x, c, t)) if teacher else None
+    x, null = flow.data(c, g), torch.full_like(c, 3)
+    return draw(objective, Linear(), x, c, null, seed=0, step=0, teacher=mean)
+
+
+def rcgm(o: TwinFlow, u: Tensor, ref: Polynomial, x: Tensor, b: Noised, t: Tensor, r: Tensor) -> Tensor:
+    """u - u* of two jumps from t - 0.01, all rows of which are further than that from r."""
+    (v_c,), (v_null,) = ref(x, b.c, t=t, r=t), ref(x, b.null, t=t, r=t)
+    v_star = guided(replace(b, t=t), o.guide, v_c, v_null)
+    y, now = x - o.step * v_star, t - o.step
+    middle = (now + r) / 2
+    one = column(now - middle) * ref(y, b.c, t=now, r=middle)[0]
+    other = column(middle - r) * ref(y - one, b.c, t=middle, r=r)[0]
+    return ((column(t - r) * u - one - other) / o.step - v_star).detach()
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_loss_and_gradient_are_those_of_the_formula(guide: Guide, clip: float | None) -> None:
+    weights = {"flow": 0.7, "one": 0.3, "twin": 1.3, "rectify": 0.6}
+    o = TwinFlow(guide=guide, clip=clip, drop=0.3, step=0.05, **weights)  # pyright: ignore[reportArgumentType]
+    net, ref, b = Polynomial(1), Polynomial(1), drawn(o)
+    ref.a.data = ref.a.data.roll(1) / 2
+    b = replace(b, r=torch.minimum(b.r, b.t - 2 * o.step))
+    one, none, bound = torch.ones_like(b.t), torch.zeros_like(b.t), clip or 1e9
+
+    (u,), (v,), (u_one,) = (
+        net(x, b.c, t=t, r=r) for x, t, r in ((b.x_t, b.t, b.r), (b.x_t, b.t, b.t), (b.z, one, none))
+    )
+    (v_c,), (v_null,) = (ref(b.x_t, c, t=b.t, r=b.t) for c in (b.c, b.null))
+    made, z = (b.z - u_one).detach(), b.drawn["z_twin"].to(D)
+    at, t_twin = (lambda t: column(t) * z + column(1 - t) * made), b.drawn["t_twin"].to(D)
+    (v_fake,) = net(at(b.t), b.c, t=-b.t, r=-b.t)
+    (twin,), (real,) = (net(at(t_twin), b.c, t=s, r=s) for s in (-t_twin, t_twin))
+    off = {
+        "u": rcgm(o, u, ref, b.x_t, b, b.t, b.r),
+        "one": rcgm(o, u_one, ref, b.z, b, one, none),
+        "rectify": (twin - real).detach(),
+    }
+    beyond = half(off["u"])
+    targets = {
+        "u": (u, u - off["u"].clamp(-bound, bound)),
+        "flow": (v, guided(b, guide, v_c, v_null)),
+        "one": (u_one, u_one - off["one"].clamp(-bound, bound)),
+        "twin": (v_fake, z - made),
+        "rectify": (u_one, u_one - off["rectify"]),
+    }
+    parts = {name: ((y - y_star.detach()) ** 2).sum(1) / 2 for name, (y, y_star) in targets.items()}
+    loss = sum((weights.get(name, 1.0) * part for name, part in parts.items()), 0 * b.t)
+    found = o.loss(net, Frozen(ref), b)
+    assert found.parts.keys() == parts.keys()
+    assert torch.allclose(found.loss, loss, rtol=1e-10, atol=0)
+    assert all(torch.allclose(found.parts[name], part, rtol=1e-9, atol=1e-14) for name, part in parts.items())
+    assert torch.allclose(found.notes["beyond"].to(D), beyond)
+    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
+        assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-13)
+
+
+def test_without_a_step_jump_and_flow_are_flow_matching() -> None:
+    """Each with its gradient, factor 1; what begins at (1, 0) has its own."""
+    o = TwinFlow(guide=Guide(), clip=None)
+    b = drawn(o)
+    b = replace(b, r=b.t)
+
+    class AtOneTime(Polynomial):
+        def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None) -> Heads:
+            return super().forward(x, c, t=t, r=t)
+
+    flat = AtOneTime(1)
+    plain = gradients(step(FlowMatching(), flat, b).loss, flat)
+    for name in ("u", "flow"):
+        net = Polynomial(1)
+        mine = gradients(step(o, net, b).parts[name], net)
+        assert all(torch.allclose(a, c, rtol=1e-11, atol=1e-13) for a, c in zip(mine, plain, strict=True))
+
+
+def test_all_but_the_twin_rest_with_the_step() -> None:
+    """Row by row: G and the flow at once; the jumps are off by one step of Euler's, O(h)."""
+    left: list[Tensor] = []
+    for h in (0.02, 0.01, 0.005):
+        o = TwinFlow(guide=Guide(), clip=None, step=h)
+        parts = step(o, Exact(gaussian(), o.needs), drawn(o, 128, teacher=True)).parts
+        assert max(parts[name].max() for name in ("flow", "rectify")) < 1e-20
+        left.append(torch.stack([parts[name].mean().sqrt() for name in ("u", "one")]))
+    for coarse, fine in pairwise(left):
+        assert ((coarse / fine).log2() - 1).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["other noise", "its own noise"])
+def test_the_twin_rests_at_the_flow_unless_samples_meet_their_own_noise(own: bool) -> None:
+    """The mean over noise, exactly: the gradient is of second order in both noises, of which +-1 have the moments.
+
+    In their own noise samples move on straight lines, whose mean velocity is not the flow's (but for the tutorial).
+    """
+    o = TwinFlow(guide=Guide(), drop=0.0)
+    four = torch.tensor(list(product((1, -1), repeat=2)), dtype=D)
+    z, z_twin = (column(a).expand(4, 2) for a in four.T)
+    b = drawn(o, 4)
+    for t in (0.0, 0.3, 1.0):
+        at = replace(b, z=z, c=0 * b.c).at(torch.full_like(b.t, t))
+        at = replace(at, r=0 * at.t, drawn={**b.drawn, "z_twin": z if own else z_twin})
+        net = Exact(gaussian(), o.needs)
+        (left,) = torch.autograd.grad(step(o, net, at).parts["twin"].mean(), net.probe)
+        assert bool(left.abs().max() < 1e-12) != own
+
+
+def test_the_twin_is_taught_by_no_teacher() -> None:
+    """A teacher knows the data's velocity, not that of the samples."""
+    o, net = TwinFlow(guide=Guide(), clip=None), Polynomial(1)
+    plain, taught = (step(o, net, drawn(o, teacher=teacher)).parts for teacher in (False, True))
+    assert torch.equal(plain["twin"], taught["twin"])
+    assert torch.equal(plain["rectify"], taught["rectify"])
+    assert (plain["flow"] != taught["flow"]).all()
+    assert (plain["one"] != taught["one"]).all()
+
+
+class TooWide(Exact):
+    """The exact flow, but samples are `wide` times as wide, and the twin knows it."""
+
+    wide = 1.5
+
+    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, **inputs: Tensor) -> Heads:
+        (u,) = super().forward(x, c, t=t, **inputs)
+        std = gaussian().std[c]
+        fake = column(growth(self.wide * std, t.abs())) * x
+        one = x - column(self.wide * std) * x + self.probe[0, 1] * x
+        return (torch.where(column(t < 0), fake, torch.where(column((t == 1) & (inputs["r"] == 0)), one, u)),)
+
+
+@pytest.mark.parametrize(("wide", "sign"), [(1.5, -1), (0.6, 1)])
+def test_samples_of_another_width_are_pulled_back(wide: float, sign: int) -> None:
+    """x' = z - u: where they are too wide u is to grow along z, so its gradient is below 0; and conversely."""
+    o = TwinFlow(guide=Guide(), drop=0.0)
+    net, b = TooWide(gaussian(), o.needs), drawn(o, 256)
+    net.wide = wide
+    (pull,) = torch.autograd.grad(step(o, net, b).parts["rectify"].mean(), net.probe)
+    assert pull[0, 1] * sign > 1e-2
+
+
+@pytest.mark.parametrize(("guide", "order", "still"), [(Guide(), 2, 6), (Guide(zeta=0.5), 2, 10), (Guide(), 1, 4)])
+def test_passes(guide: Guide, order: int, still: int) -> None:
+    """Four with gradients; without, N jumps twice, V(c) and V(null) twice where there is guidance, and two for G."""
+    o = TwinFlow(guide=guide, order=order)
+    step(o, net := Counted(Polynomial(1)), drawn(o))
+    assert (net.graded, net.still) == (4, still)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_small_batches(n: int) -> None:
+    loss = step(TwinFlow(), Polynomial(1), drawn(TwinFlow(), n)).loss
+    assert loss.shape == (n,)
+    assert loss.isfinite().all()
+
+
+def test_g_asks_the_net_in_training() -> None:
+    """theta^- is asked for jumps and guidance alone: G is of the weights as they are."""
+    o, net, ref = TwinFlow(guide=Guide()), Polynomial(1), Polynomial(1)
+    ref.a.data = ref.a.data / 3
+    one, other = (o.loss(net, Frozen(r), drawn(o)).parts for r in (net, ref))
+    assert torch.equal(one["rectify"], other["rectify"])
+    assert (one["u"] != other["u"]).any()
+
+
+def test_parts_are_those_of_the_authors_code() -> None:
+    """`training_step` of tutorials/mnist/methodes.py at a109a71, lines 448 to 513, enhanced_ratio 0.5, no average.
+
+    Theirs diffuses samples with their own noise for the twin, and with another, at another time, for G: two records.
+    """
+
+    class Nearly(Polynomial):
+        def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None) -> Heads:
+            assert r is not None
+            t, r, n = column(t), column(r), column(c.to(D))
+            y = 0.3 * x - 0.2 * t * x + 0.1 * x * x + 0.1 * t * t + 0.3 * r * x
+            return (0.1 + 0.1 * n + 0.01 * y + 0.4 * (-t).clamp(min=0) + 0 * self.a.sum(),)
+
+    x = table([0.4623, -0.088], [-0.6536, 0.1705], [-0.3254, -0.4196], [0.121, 0.2514])
+    z = table([-0.2158, -0.121], [-0.179, 0.0546], [-0.257, 0.3302], [-0.3214, 0.0368])
+    other = table([-0.1699, 0.1119], [-0.2676, -0.4527], [0.1111, 0.437], [0.2819, 0.2325])
+    (t, r, t_twin), c = table([0.25, 0.5, 0.75, 1.0], [0.125, 0.495, 0.0, 0.5], [0.5, 0.125, 0.875, 0.25]), [0, 1, 2, 0]
+    o = TwinFlow(guide=Guide(zeta=0.5), drop=0.0)
+    b = replace(drawn(o, 4), x=x, z=z, c=torch.tensor(c), null=torch.full((4,), 3)).at(t)
+    own, fresh = (replace(b, r=r, drawn={"z_twin": noise, "t_twin": t_twin}) for noise in (z, other))
+    one, two = (step(o, Nearly(1), a).parts for a in (own, fresh))
+    theirs = {
+        "u": [0.471167296, 0.102181509, 0.125149533, 0.369300663],
+        "flow": [0.471682429, 0.102183305, 0.119013056, 0.348043531],
+        "one": [0.55466789, 0.110367469, 0.13818723, 0.426253796],
+        "twin": [0.009720186, 0.039572403, 0.089663804, 0.159886226],
+        "rectify": [0.040059686, 0.002506887, 0.122246981, 0.010011818],
+    }
+    for name, part in theirs.items():
+        assert torch.allclose(
+            (two if name == "rectify" else one)[name], torch.tensor(part, dtype=D), rtol=1e-5, atol=1e-8
+        )

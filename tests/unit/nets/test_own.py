@@ -1,0 +1,154 @@
+"""Inputs of some heads alone: they reach these heads' own output layers, and nothing else."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from contract.case import kind, nets, randomise
+from dumo.flow.slope import Central, Dual, Jvp, Slope
+from dumo.nets import DiT, Net
+from dumo.nets.embed import Own
+from dumo.nets.norm import normalize
+from dumo.types import Frozen, Needs
+
+each = pytest.mark.parametrize("net", nets(), ids=kind)
+SHAPE = (2, 4, 4)
+PLAIN = Needs(heads=("v", "u", "m"), gauges=("doubt",), knobs={"w": 1.0})
+TOLD = Needs(heads=("v", "u", "m"), gauges=("doubt",), knobs={"w": 1.0}, own={"m": ("r",)})
+THREE = Needs(heads=("v", "u", "m"), own={"m": ("r",)})
+
+
+def points(n: int = 5, *, r: bool = True) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """x, c and times in float64."""
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(n, *SHAPE, generator=g).double(), torch.rand(n, generator=g).double()
+    return x, torch.arange(n) % 4, {"t": t, "r": t / 3} if r else {"t": t}
+
+
+def built(net: Net, needs: Needs, shape: tuple[int, ...] = SHAPE) -> nn.Module:
+    """A net of random weights in float64."""
+    return randomise(net.build(needs, shape, 3)).double()
+
+
+def test_names_of_all_that_a_pass_is_given() -> None:
+    needs = Needs(inputs=("t", "r"), heads=("a", "b", "d"), knobs={"w": 1.0}, own={"b": ("s", "r"), "d": ("s", "q")})
+    assert needs.shared == ("t", "r", "w")
+    assert needs.names == ("t", "r", "w", "s", "q")
+
+
+@each
+def test_r_reaches_its_head_and_no_other(net: Net) -> None:
+    x, c, times = points()
+    model, w = built(net, TOLD), torch.ones(5).double()
+    one, two = (model(x, c, w=w, **times | {"r": times["t"] * share}) for share in (0.2, 0.9))
+    for i in (0, 1, 3):  # v, u and the gauge
+        assert torch.equal(one[i], two[i])
+    assert ((one[2] - two[2]).abs().flatten(1).amax(1) > 1e-3).all()
+
+
+@each
+def test_a_head_that_is_told_nothing_by_its_embedding_is_as_any_other(net: Net) -> None:
+    """And a net of the same weights whose heads are all told the same gives v, u and the gauge bit by bit."""
+    x, c, times = points()
+    w = torch.ones(5).double()
+    model, plain = built(net, TOLD), built(net, PLAIN)
+    plain.load_state_dict({key: p for key, p in model.state_dict().items() if not key.startswith("own.")})
+    expected, found = plain(x, c, t=times["t"], w=w), model(x, c, w=w, **times)
+    assert all(torch.equal(expected[i], found[i]) for i in (0, 1, 3))
+    assert not torch.allclose(expected[2], found[2])
+    for name, p in model.named_parameters():
+        if name.startswith("own.") and ".2." in name:  # the last layers of its embeddings
+            p.data.zero_()
+    assert torch.allclose(model(x, c, w=w, **times)[2], expected[2], rtol=1e-12)
+
+
+@each
+def test_what_a_head_is_told_depends_on_the_gap(net: Net) -> None:
+    """With its embedding of t silenced, and t - r the same, it is told the same."""
+    model = built(net, THREE)
+    for p in model.own.heads["m"].embedders["t"].parameters():
+        p.data.zero_()
+    told = [model.own(t=torch.tensor([t]).double(), r=torch.tensor([r]).double())[1]["m"] for t, r in GAPS]
+    assert torch.allclose(told[0], told[1], rtol=1e-12)
+    assert not torch.allclose(told[0], told[2])
+
+
+GAPS = ((0.75, 0.25), (0.5, 0.0), (0.75, 0.0))
+
+
+@each
+def test_names_are_checked(net: Net) -> None:
+    x, c, times = points()
+    model = built(net, THREE)
+    for wrong in ({"t": times["t"]}, {"r": times["r"]}, {}, times | {"s": times["t"]}):
+        with pytest.raises(TypeError, match="takes t, r; it got"):
+            model(x, c, **wrong)
+
+
+@each
+def test_nothing_is_broken_at_the_start(net: Net) -> None:
+    x, c, times = points()
+    assert not any(head.any() for head in net.build(THREE, SHAPE, 3).double()(x, c, **times))
+
+
+@each
+def test_nets_without_such_heads_are_as_they_were(net: Net) -> None:
+    torch.manual_seed(0)
+    plain = net.build(PLAIN, SHAPE, 3)
+    assert not any(key.startswith("own") for key in plain.state_dict())
+    assert not list(Own(PLAIN, 8, 1.0).parameters())
+
+
+@each
+@pytest.mark.parametrize("known", [True, False], ids=["ride", "tape"])
+def test_slopes_are_exact_with_r_at_rest(net: Net, known: bool) -> None:
+    """One slope gives every head's: u's as without r, m's with the gap growing."""
+    x, c, times = points()
+    model = built(net, THREE)
+    w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
+
+    def slope(of: Slope) -> tuple[Tensor, ...]:
+        return of(model, Frozen(model), x, c, toward=w if known else None, **times)[1](w)
+
+    h = 1e-5
+    ahead, behind = (model(x + s * w, c, t=times["t"] + s, r=times["r"]) for s in (h, -h))
+    by_hand = [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)]
+    exact, dual, central = slope(Jvp()), slope(Dual()), slope(Central(h=1e-4))
+    for i in range(3):
+        assert ((exact[i] - by_hand[i]).norm() / by_hand[i].norm()).item() < 1e-8
+        assert ((dual[i] - exact[i]).norm() / exact[i].norm()).item() < 1e-12
+        assert ((central[i] - exact[i]).norm() / exact[i].norm()).item() < 1e-5
+
+
+def test_a_head_of_the_transformer_by_hand() -> None:
+    """Its own embedding is added to the condition before the SiLU; the blocks never see it."""
+    spec = DiT(patch=2, width=8, depth=1, attention=2)
+    model, (x, c, times) = built(spec, THREE), points()
+    seen = list[tuple[Tensor, ...]]()
+    model.heads["v"].register_forward_pre_hook(lambda _, args: seen.append(args))
+    found = model(x, c, **times)[2]
+    told = model.scalars(t=times["t"]) + model.label(c) + model.own.heads["m"](**times)
+    head = model.heads["m"]
+    shift, scale = head.modulation(F.silu(told))[:, None].chunk(2, -1)
+    assert torch.allclose(model._image(head.out(normalize(seen[0][0], "layer") * (1 + scale) + shift)), found)
+
+
+def test_a_head_of_the_unet_by_hand() -> None:
+    """Shift and scale of its norm."""
+    (spec,) = (net for net in nets() if net.kind == "unet")
+    model, (x, c, times) = built(spec, THREE), points()
+    seen = list[Tensor]()
+    model.heads["v"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    found = model(x, c, **times)[2]
+    shift, scale = model.own.heads["m"](**times)[:, :, None, None].chunk(2, 1)
+    norm, _, convolve = model.heads["m"]
+    assert torch.allclose(convolve(F.silu(norm(seen[0]) * (1 + scale) + shift)), found)
+
+
+def test_what_it_costs() -> None:
+    """Two embeddings of 256 waves, of t and of the gap: 3.2 M of XL/2, beside the 2.7 M of a head."""
+    for width, size in ((8, 2 * (256 * 8 + 8 + 8 * 8 + 8)), (1152, 3_248_640)):
+        with torch.device("meta"):
+            a, b = (DiT(width=width, depth=1, attention=2).build(needs, SHAPE, 3) for needs in (PLAIN, TOLD))
+        assert sum(p.numel() for p in b.parameters()) - sum(p.numel() for p in a.parameters()) == size

@@ -1,0 +1,105 @@
+"""EDM's preconditioning: its own formulas, in every net, under every slope."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from contract.case import kind, nets, randomise
+from dumo.config.load import load
+from dumo.flow.slope import Central, Dual, Jvp
+from dumo.nets import Net
+from dumo.nets.precondition import framed
+from dumo.types import Frozen, Needs, UserError, lift
+
+D = torch.float64
+SHAPE = (2, 4, 4)
+NEEDS = Needs(inputs=("t", "r"), heads=("v", "u"), gauges=("doubt",))
+EDM = [net.model_copy(update={"precondition": "edm"}) for net in nets()]
+each = pytest.mark.parametrize("net", EDM, ids=kind)
+
+
+def built(net: Net) -> nn.Module:
+    return randomise(net.build(NEEDS, SHAPE, 3)).double()
+
+
+def points(n: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    t = torch.rand(n, generator=g, dtype=D)
+    return torch.randn(n, *SHAPE, generator=g, dtype=D), torch.arange(n) % 4, t, t / 2
+
+
+@each
+def test_a_net_is_that_of_edm(net: Net) -> None:
+    """D = c_skip y + c_out F(c_in y) of EDM's Tab. 1, with F the net as it is without, at times that nobody scales."""
+    x, c, t, r = points()
+    model, plain = built(net), built(net.model_copy(update={"precondition": "none"}))
+    plain.load_state_dict(model.state_dict())
+    for sd in (1.0, 0.5):  # sigma and y in units of the data's deviation
+        sigma = lift(sd * t / (1 - t), x)
+        y = sd * x / (1 - lift(t, x))
+        skip, out, into = sd**2 / (sigma**2 + sd**2), sigma * sd / (sigma**2 + sd**2).sqrt(), (sigma**2 + sd**2) ** -0.5
+        *layers, doubt = plain(into * y, c, t=t, r=r)
+        *heads, same = model(x, c, t=t, r=r)
+        for head, f in zip(heads, layers, strict=True):
+            data = (skip * y + out * f) / sd
+            assert torch.allclose(x - lift(t, x) * head, data, rtol=1e-12, atol=1e-12)
+        assert torch.equal(doubt, same)
+
+
+@each
+def test_it_starts_at_the_velocity_of_gaussian_data(net: Net) -> None:
+    """Whose x_t has the standard deviation n: d log n / dt = (2t - 1) / n^2. Also at the corners of time and beyond."""
+    x, c, _, _ = points()
+    t = torch.tensor([0.0, 1.0, 0.5, -0.005, 1.005, -1.0], dtype=D)
+    n_squared = lift(t**2 + (1 - t) ** 2, x)
+    for head in net.build(NEEDS, SHAPE, 3).double()(x, c, t=t, r=t)[:2]:
+        assert torch.allclose(head, (2 * lift(t, x) - 1) / n_squared * x, rtol=1e-14, atol=0)
+
+
+@each
+def test_every_slope_has_the_same_derivative(net: Net) -> None:
+    x, c, t, r = points()
+    model, w = built(net), torch.ones_like(x)
+    found = []
+    for slope, toward in ((Jvp(), None), (Dual(), None), (Dual(), w), (Central(h=1e-4), None)):
+        heads, along = slope(model, Frozen(model), x, c, t=t, r=r, toward=toward)
+        assert all(torch.equal(a, b) for a, b in zip(heads, model(x, c, t=t, r=r), strict=True))
+        found.append(along(w))
+    for slopes, bound in zip(found[1:], (1e-12, 1e-12, 1e-6), strict=True):
+        assert all(torch.allclose(a, b, rtol=0, atol=bound) for a, b in zip(found[0], slopes, strict=True))
+
+
+@each
+def test_bf16_autocast_and_data(net: Net) -> None:
+    x, c, t, r = points()
+    model = built(net).float()
+    exact = model(x.float(), c, t=t.float(), r=r.float())
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
+            heads, along = Dual()(model, Frozen(model), x.to(dtype), c, t=t.float(), r=r.float())
+            slopes = along(torch.ones_like(x).to(dtype))
+        assert all((a - b).norm() < 0.05 * b.norm() for a, b in zip(heads[:2], exact, strict=False))
+        assert all(s.isfinite().all() for s in slopes)
+
+
+def test_layers_take_in_variance_one() -> None:
+    g = torch.Generator().manual_seed(1)
+    t = torch.linspace(0, 1, 9, dtype=D)
+    x, z = torch.randn(2, 9, 4000, generator=g, dtype=D)
+    for t_, x_t in zip(t, lift(t, x) * z + lift(1 - t, x) * x, strict=True):
+        into, _ = framed("edm", x_t[None], t_[None])
+        assert abs(into.std() - 1) < 0.05
+
+
+def test_none_leaves_all_as_it_is() -> None:
+    x, _, t, _ = points()
+    into, out = framed("none", x, t)
+    assert into is x
+    assert out(x) is x
+
+
+def test_a_run_refuses_it_off_the_linear_path() -> None:
+    load("digits", ["net.precondition=edm"])
+    for recipe, word in (("digits-sct", "path 'trig'"),):
+        with pytest.raises(UserError, match=rf"net\.precondition.*{word}.*precondition=none"):
+            load(recipe, ["net.precondition=edm"])

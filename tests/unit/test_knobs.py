@@ -1,0 +1,96 @@
+"""Knobs, from a run's spec to the net: what a user may set, what is refused, and that samples follow."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dumo.bench.variant import judge
+from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.doctor import examine
+from dumo.flow.draw import draw
+from dumo.flow.path import Linear
+from dumo.flow.read import reading
+from dumo.judge.sweep import full
+from dumo.objectives import DuMo, ImprovedMeanFlow
+from dumo.run import made
+from dumo.trained import Trained
+from dumo.types import Cond, Heads, Sample, Time, UserError, still
+
+SMALL = ["net.width=16", "net.depth=1", "sample.nfe=[1]"]
+GUIDED = [*SMALL, "objective.drop=0.1", "objective.w={kind: level, low: 1.0, high: 8.0, log: true}"]
+
+
+def guided(*more: str) -> Run:
+    """Improved MeanFlow on digits, its guidance an input."""
+    return load("digits-imf", [*GUIDED, *more])
+
+
+@pytest.mark.parametrize(
+    ("source", "sets", "words"),
+    [
+        ("digits-imf", ["sample.knobs.w=4"], ["sample.knobs.w", "'imf'", "none", "sample.knobs={}"]),
+        ("digits", ["sample.knobs.w=4"], ["sample.knobs.w", "'dumo'", "none"]),
+        ("digits-imf", [*GUIDED, "sample.knobs.weight=4"], ["sample.knobs.weight", "w, low, high"]),
+        ("digits-imf", [*GUIDED, "sample.guide.scale=2"], ["sample.guide.scale=1", "sample.knobs"]),
+        ("moons-flow-matching", ["objective.kind=imf", "objective.drop=0.1"], ["no classes", "objective.w=null"]),
+    ],
+)
+def test_what_cannot_be_set_is_refused(source: str, sets: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as refused:
+        load(source, [*SMALL[2:], *sets])
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_the_others_are_as_the_objective_has_them() -> None:
+    heard: list[dict[str, Time]] = []
+
+    def net(x: Sample, c: Cond, /, **inputs: Time) -> Heads:
+        heard.append(inputs)
+        return x, x
+
+    x, t, c = torch.ones(3, 2), torch.full((3,), 0.5), torch.zeros(3, dtype=torch.long)
+    reads = reading(ImprovedMeanFlow(), net, {"w": 2.0})
+    assert reads.flow_map is not None
+    reads.flow_map(x, t, 0 * t, c)
+    assert {name: value[0].item() for name, value in heard[0].items()} == pytest.approx(
+        {"t": 0.5, "r": 0.0, "w": 2.0, "low": 0.42, "high": 0.62}
+    )
+    reads = reading(DuMo(), net)
+    assert reads.endpoint is not None
+    reads.endpoint(x, t, c)
+    assert list(heard[1]) == ["t"]
+
+
+def test_samples_follow_the_knobs(tmp_path: Path) -> None:
+    runs = [guided(), guided("sample.knobs.w=8"), guided("sample.knobs={w: 2, low: 0.1, high: 0.9}")]
+    net = runs[0].build()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+    c = torch.arange(4)
+    one, same, other = (
+        torch.cat([part.x for part in made(Trained(run, tmp_path, net.eval(), 0, ""), nfe=1, c=c)]) for run in runs
+    )
+    assert torch.equal(one, same)
+    assert not torch.allclose(one, other)
+
+
+def test_a_sweep_may_turn_a_knob() -> None:
+    assert full("sample.knobs.w") == "sample.knobs.w"
+
+
+@pytest.mark.parametrize("slope", ["dual", "jvp"])
+def test_a_knob_may_be_called_as_a_direction_is(slope: str) -> None:
+    """What examines a slope calls the direction w, too."""
+    run = guided(f"objective.slope.kind={slope}")
+    assert examine(run, torch.device("cpu")).passed
+    net = run.build()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+    x, c = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(8)
+    b = draw(run.objective, Linear(), x, c, torch.full_like(c, 10), seed=0, step=0)
+    assert judge(net, still(net), run.objective, b) < 1e-3
