@@ -29,6 +29,7 @@ from dumo.flow.slope import Dual
 from dumo.nets import DiT
 from dumo.objectives import DuMo, MeanFlow, Objective
 from dumo.types import Frozen, Net, Noised, still
+from meeting import meeting
 
 ROWS, CLASSES, SHAPE = 16, 3, (4, 8, 8)
 GUIDED = Guide(zeta=0.5, fraction=0.5)
@@ -125,17 +126,16 @@ def main(rank: str, file: str = "") -> None:
         for name in OBJECTIVES:
             print(json.dumps(compare(compiled, name, 0, 1)))
         return
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=int(rank), world_size=2)
-    for wrap in (ddp, fsdp, resharded, both):
-        for name in OBJECTIVES:
-            row = compare(wrap, name, int(rank), 2)
+    with meeting(file, int(rank)):
+        for wrap in (ddp, fsdp, resharded, both):
+            for name in OBJECTIVES:
+                row = compare(wrap, name, int(rank), 2)
+                if rank == "0":
+                    print(json.dumps(row))
+        for name in EVERY:
+            row = compare(ddp, name, int(rank), 2)
             if rank == "0":
-                print(json.dumps(row))
-    for name in EVERY:
-        row = compare(ddp, name, int(rank), 2)
-        if rank == "0":
-            print(json.dumps({**row, "net": "every"}))
-    torch.distributed.destroy_process_group()
+                print(json.dumps({**row, "net": "every"}))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ from dumo import dist
 from unit.train.toy import python
 
 RANK = """
-import sys, torch, torch.distributed
+import sys, torch
 from torch.nn.parallel import DistributedDataParallel
 from dumo import dist
+from meeting import meeting
 from unit.train.toy import AVERAGES, Small, run, tensors
 from dumo.train.loop import Every, Train, begin
 
@@ -19,25 +20,24 @@ alone, together = [], []
 whole = run(begin(Small(), spec), spec, hooks=[Every(1, lambda _, record: alone.append(record))])
 
 store, rank = sys.argv[1], int(sys.argv[2])
-torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-assert (dist.rank(), dist.world(), dist.is_main()) == (rank, 2, rank == 0)
-x = torch.tensor([float(rank), 4.0])
-assert dist.mean(x).tolist() == [0.5, 4.0]
-assert x.tolist() == [rank, 4.0]
+with meeting(store, rank):
+    assert (dist.rank(), dist.world(), dist.is_main()) == (rank, 2, rank == 0)
+    x = torch.tensor([float(rank), 4.0])
+    assert dist.mean(x).tolist() == [0.5, 4.0]
+    assert x.tolist() == [rank, 4.0]
 
-state = begin(Small(), spec)
-state.net = DistributedDataParallel(state.net)
-run(state, spec, hooks=[Every(1, lambda _, record: together.append(record))])
-state.net = state.net.module
-for name, value in tensors(whole).items():
-    if not name.endswith("passes"):
-        torch.testing.assert_close(tensors(state)[name], value, rtol=0, atol=1e-12)
-for one, two in zip(alone, together, strict=True):
-    assert (one.step, one.images, one.counts) == (two.step, two.images, two.counts)
-    for a, b in [(one.loss, two.loss), (one.grad_norm, two.grad_norm), *zip(one.bins["pull"], two.bins["pull"])]:
-        assert abs(a - b) < 1e-12 or a != a and b != b
-torch.distributed.destroy_process_group()
-print("agrees")
+    state = begin(Small(), spec)
+    state.net = DistributedDataParallel(state.net)
+    run(state, spec, hooks=[Every(1, lambda _, record: together.append(record))])
+    state.net = state.net.module
+    for name, value in tensors(whole).items():
+        if not name.endswith("passes"):
+            torch.testing.assert_close(tensors(state)[name], value, rtol=0, atol=1e-12)
+    for one, two in zip(alone, together, strict=True):
+        assert (one.step, one.images, one.counts) == (two.step, two.images, two.counts)
+        for a, b in [(one.loss, two.loss), (one.grad_norm, two.grad_norm), *zip(one.bins["pull"], two.bins["pull"])]:
+            assert abs(a - b) < 1e-12 or a != a and b != b
+    print("agrees")
 """
 
 

@@ -187,11 +187,12 @@ def test_one_part_has_nothing_to_agree_with() -> None:
 
 
 RANK = """
-import sys, torch.distributed
+import sys
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from dumo.flow.path import Linear
 from dumo.train.loop import Every, Train, begin
+from meeting import meeting
 from unit.train.toy import Small, run
 
 spec = Train(steps=2, batch=12, ema=(), probe_every=2)
@@ -202,14 +203,13 @@ def found(net):
 
 store, rank = sys.argv[1], int(sys.argv[2])
 alone = found(Small())
-torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-together = {"ddp": found(DistributedDataParallel(Small())), "fsdp": found(fully_shard(Small()))}
-for probe in together.values():
-    for mine, whole in ((probe.cosines, alone.cosines), (probe.norms, alone.norms)):
-        assert mine.keys() == whole.keys() != set()
-        assert all(abs(mine[name] - whole[name]) < 1e-10 for name in whole), (mine, whole)
-torch.distributed.destroy_process_group()
-print("agrees")
+with meeting(store, rank):
+    together = {"ddp": found(DistributedDataParallel(Small())), "fsdp": found(fully_shard(Small()))}
+    for probe in together.values():
+        for mine, whole in ((probe.cosines, alone.cosines), (probe.norms, alone.norms)):
+            assert mine.keys() == whole.keys() != set()
+            assert all(abs(mine[name] - whole[name]) < 1e-10 for name in whole), (mine, whole)
+    print("agrees")
 """
 
 
