@@ -47,13 +47,13 @@ def arms(recipe: str, scale: str) -> Sequence[Arm]:
     ]
 
 
-def plan(title: str, stem: str, recipe: str, small: Sequence[str], seeds: int) -> grid.Plan:
-    """The ideas on a recipe."""
+def plan(title: str, stem: str, recipe: str, small: Sequence[str], seeds: int, steps: int) -> grid.Plan:
+    """The ideas on a recipe, whose `steps` are few enough for half an hour on two cores."""
     why = "these are ideas of ours, and the paper's net takes days"
-    return grid.comparison(title, stem, partial(arms, recipe), seeds=seeds, small=small, unpublished=why)
+    return grid.comparison(title, stem, partial(arms, recipe), seeds=seeds, small=small, steps=steps, unpublished=why)
 
 
-DIGITS = plan("Ideas of ours on digits, at equal counted cost", "ours", "digits", SMALL, 3)
+DIGITS = plan("Ideas of ours on digits, at equal counted cost", "ours", "digits", SMALL, 3, 2000)
 LATENTS = plan(
-    "Ideas of ours on CIFAR-10 latents, at equal counted cost", "ours-latents", "cifar10-latents", grid.LATENTS, 2
+    "Ideas of ours on CIFAR-10 latents, at equal counted cost", "ours-latents", "cifar10-latents", grid.LATENTS, 2, 600
 )
