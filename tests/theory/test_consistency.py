@@ -10,10 +10,11 @@ from torch import Tensor
 from contract.case import Counted, nets, randomise, step
 from dumo.config.load import load
 from dumo.flow.schedule import Grid, Ratio
+from dumo.flow.secant import MAX_GAIN, demand
 from dumo.objectives import Consistency, FlowMatching
 from dumo.objectives.consistency import PRESETS
 from dumo.types import Frozen, Noised, UserError
-from theory.exact import APART, PRODUCT, Exact, Flow, column, gaussian, gradient, record
+from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
 from theory.test_formula import Polynomial, gradients
 
 each_preset = pytest.mark.parametrize("name", PRESETS)
@@ -157,6 +158,15 @@ def test_recipes_are_the_presets_but_for_times(name: str) -> None:
     assert (ends[0][0] - ends[0][1]).mean() >= (1 if name == "ict" else 2) * (ends[1][0] - ends[1][1]).mean()
     assert run.net.precondition == "edm"
     assert (run.train.ref == "self") == (name != "cm")
+
+
+@pytest.mark.parametrize("name", ["cm", "ict", "ect"])
+def test_short_steps_multiply_rounding_more_than_bf16_bears(name: str) -> None:
+    objective = Consistency.named(name)
+    t, r = objective.schedule(torch.tensor([0.5, 0.9, 0.99], dtype=D), 1.0)
+    assert (r / (t - r)).max() > MAX_GAIN
+    with pytest.raises(UserError, match="rounding of the net without bound"):
+        demand("bf16", objective.amplifies, objective.kind)
 
 
 def test_names() -> None:

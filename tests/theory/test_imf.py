@@ -99,8 +99,15 @@ def test_it_rests_at_the_flow_that_its_knobs_ask_for(slope: Slope) -> None:
 def test_another_scale_is_not_at_rest() -> None:
     o = ImprovedMeanFlow(times=EVEN, drop=0.2)
     b = record(o, gaussian())
-    wrong = replace(b, v_t=gaussian().velocity(b.x_t, b.null, b.t))
-    assert gradient(o, Exact(gaussian(), o.needs), wrong).abs().max() > 1e-2
+    other = replace(b, drawn={**b.drawn, "w": b.drawn["w"] * 1.2})
+    told = Exact(gaussian(), o.needs)
+    assert gradient(o, told, other).abs().max() < 1e-12  # told of it, it is
+
+    class Deaf(Exact):
+        def forward(self, x: Tensor, c: Tensor, **inputs: Tensor) -> tuple[Tensor, ...]:
+            return super().forward(x, c, **inputs | {"w": inputs["w"] / 1.2})
+
+    assert gradient(o, Deaf(gaussian(), o.needs), other).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("guided", [True, False])

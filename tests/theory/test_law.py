@@ -157,8 +157,8 @@ def test_the_test_of_uniformity_can_fail() -> None:
 
 SOFLOW = Pair(of=LogitNormal(mean=0.2, std=0.8), to=LogitNormal(mean=-1.0, std=0.8), velocity_ratio=0)
 TABLE = [  # law; E[t], P(t > 0.95) and P(t - r > 0.9), of rows that may move; worked out by others, once
-    (Pair(velocity_ratio=0), 0.535, 8e-4, 1.7e-5),  # MeanFlow, ImageNet
-    (SOFLOW, 0.544, 3e-4, 9e-6),
+    (Pair(velocity_ratio=0), 0.535, 8e-4, None),  # MeanFlow, ImageNet; 1.44e-5 by quadrature, too rare to be drawn
+    (SOFLOW, 0.544, 3e-4, None),  # 8.0e-6 by quadrature
     (Pair(of=LogitNormal(mean=-2.0, std=2.0), velocity_ratio=0), 0.35, 1.3e-2, 9e-3),  # MeanFlow, CIFAR-10
     (
         Pair(of=LogitNormal(mean=-0.6, std=1.6), to=LogitNormal(mean=-4.0, std=1.6), velocity_ratio=0),

@@ -155,12 +155,15 @@ class Run(Spec):
                 f"a multiple of {group * self.train.accumulate} ({group} * train.accumulate; with several processes, "
                 "times their number)"
             )
-        if isinstance(times, Pair) and 0 < times.velocity_ratio < 1 and len(set(times.moving(batch))) == 1:
-            kind = "r = t" if times.moving(batch)[0] else "r < t"
-            raise UserError(
-                f"train.batch = {batch} has no row with {kind} at objective.times.velocity_ratio = "
-                f"{times.velocity_ratio:g}, so that would never be taught: raise train.batch"
-            )
+        if isinstance(times, Pair) and 0 < times.velocity_ratio < 1:
+            moving, rows = times.moving(batch), batch // self.train.accumulate
+            for piece in (moving[i : i + rows] for i in range(0, batch, rows)):
+                if len(set(piece)) == 1:
+                    raise UserError(
+                        f"train.batch = {batch} has a piece of {rows} rows (train.accumulate = "
+                        f"{self.train.accumulate}) without one with {'r = t' if piece[0] else 'r < t'} at "
+                        f"objective.times.velocity_ratio = {times.velocity_ratio:g}: raise train.batch"
+                    )
 
     def _check_precondition(self) -> None:
         """Refuse preconditioning that is made for other heads, or for another path."""

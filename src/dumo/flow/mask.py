@@ -1,8 +1,9 @@
 """Dropout whose masks are a function of the row, the step and the layer: a pass draws nothing.
 
 Each row of the global batch has a key per step, from a stream of its own. A layer's mask of that row is a hash of key,
-layer and place. So every pass of a step meets the same masks, whichever rows it is made of and however often it is
-made again; two ranks equal one, any split of the batch equals the whole, and a mask is the same on every device.
+layer and place. So every pass of a step in training meets the same masks, whichever rows it is made of and however
+often it is made again; two ranks equal one, any split of the batch equals the whole, and a mask is the same on every
+device. An average of the weights as theta^- drops nothing: it is in the mode of sampling.
 
     with masks(keys(seed, step, len(x))[rows]):  # the training step, for its rows of the batch
         loss(...)  # in it: `of(rows)` around a pass of some rows, `none()` around the null pass

@@ -26,11 +26,6 @@ class Ratio(Spec):
     k: float = Field(default=8.0, ge=0)  # how much longer a step is near the data
     sd: float = Field(default=0.5, gt=0)  # of the data that k is meant for
 
-    @property
-    def amplifies(self) -> float:
-        """r / (t - r) at most, but for k: how often the rounding of a net is multiplied at the end."""
-        return self.q**self.stages
-
     def __call__(self, t: Time, progress: float) -> tuple[Time, Time]:
         """Return t and r; r < t, but r = t at t = 0, and at t = 1 unless r = 0."""
         stage = min(int(progress * self.stages), self.stages - 1)
@@ -61,11 +56,6 @@ class Grid(Spec):
             if low > high or (name == "low" and low == high):
                 raise ValueError(f"{name} ({low}) must not be above {'last' if name == 'first' else 'high'} ({high})")
         return self
-
-    @property
-    def amplifies(self) -> float:
-        """r / (t - r) at most, in the highest of the shortest steps."""
-        return self.last / (self.rho * (1 - (self.low / self.high) ** (1 / self.rho)))
 
     def steps(self, progress: float) -> int:
         """How many steps there are from the highest level to the lowest."""

@@ -9,6 +9,8 @@ the net is taken, but its rounding grows as (l - r) / d, the gain: with a short 
 ones do.
 """
 
+from math import isinf
+
 import torch
 
 from dumo.flow import mask
@@ -20,9 +22,10 @@ MAX_GAIN = 20  # ours: rounding to bf16, 2^-8 of u, is then 8 % of the residual
 def demand(precision: str, gain: float, kind: str) -> None:
     """Raise UserError where passes of this precision round more than objective `kind`, of this gain, can bear."""
     if gain > MAX_GAIN and precision != "fp32":
+        times = "without bound" if isinf(gain) else f"by up to {gain:g}"
         raise UserError(
-            f"objective '{kind}' needs precision fp32, not {precision}: it multiplies the rounding of the net by up to "
-            f"{gain:g}. Use train.precision=fp32, a longer step, or objective 'meanflow' with slope 'dual'"
+            f"objective '{kind}' needs precision fp32, not {precision}: it multiplies the rounding of the net {times}. "
+            "Use train.precision=fp32, a longer step, or objective 'meanflow' with slope 'dual'"
         )
 
 

@@ -11,8 +11,8 @@ layers take in c_in y = x_t / n, and D = (1 - t) x_t / n^2 + t F / n. A head is 
 
     head = (2t - 1) x_t / n^2 - F / n,
 
-finite at every t, also those beyond [0, 1] of a difference and the negative ones that stand for another task. Of
-Gaussian data of variance 1 the first part is the velocity itself, and F = 0.
+finite at every t. Of Gaussian data of variance 1 the first part is the velocity itself, and F = 0. At the negative
+times that stand for another task, FACM's and TwinFlow's, neither holds.
 """
 
 from collections.abc import Callable

@@ -15,7 +15,7 @@ regresses (1 - t) (1 - r) e, of which the length of the step has dropped out. As
 respect to u has the factor t / (sigma_t - sigma_r) = (1 - t) (1 - r) t / (t - r), which grows as steps get short.
 """
 
-from math import log
+from math import inf, log
 from typing import Any, Literal
 
 from pydantic import Field
@@ -64,8 +64,8 @@ class Consistency(Spec):
 
     @property
     def amplifies(self) -> float:
-        """How often the rounding of the net is multiplied (`dumo.flow.secant`)."""
-        return self.schedule.amplifies
+        """r / (t - r) is 1 / (1 - t) times sigma_r / (sigma_t - sigma_r): without bound towards t = 1."""
+        return inf
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass with gradients, one without. At t = r, which is at t = 0 and 1 only, a row weighs nothing.

@@ -67,7 +67,7 @@ class FACM(Spec):
         anchor = v_loss + turned(v_hat, v_star) if self.cosine else v_loss
         u_loss = adaptive(u_hat - u_next, self.power, self.floor, mean=True)
         loss = anchor + (pi / 2 * b.t).sin() * u_loss
-        return Terms(loss, {"v": v_loss, "u": mean_square(error)}, {"beyond": beyond(error)})
+        return Terms(loss, {"v": v_loss, "u": mean_square(error)}, {"beyond": beyond(error, self.clip or 1.0)})
 
     def step(self, error: Sample, t: Time) -> Sample:
         """How far towards its target u is led."""

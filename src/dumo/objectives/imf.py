@@ -12,6 +12,7 @@ input of the net, with the interval [low, high] in which it acts: a user sets th
     v* = v_t + (1 - 1 / w') (V - V(x_t, null; 1))        settles at        V(null) + w' (E[v_t] - V(null))
 """
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -83,5 +84,8 @@ class ImprovedMeanFlow(Spec):
         return v, b.v_t + lift(b.kept * (1 - 1 / w), b.x_t) * (v - v_null)
 
     def read(self, net: Net) -> Reads:
-        """The u head, at two times; the v head has served in training, as the authors leave it behind."""
-        return average(net)
+        """The u head, at two times; the v head has served in training, as the authors leave it behind.
+
+        No velocity where there are knobs: r = t is taught with guidance at all times, not in an interval.
+        """
+        return replace(average(net), velocity=None) if self.w else average(net)

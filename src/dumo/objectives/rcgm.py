@@ -55,7 +55,7 @@ class RCGM(Spec):
         demand(precision_of(b.x_t), self.amplifies, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         e, off = self.residual(u_hat, ref, b, self.aim(ref, b))
-        return Terms(self.measure(e), {"u": mean_square(e)}, {"beyond": beyond(off)})
+        return Terms(self.measure(e), {"u": mean_square(e)}, {"beyond": beyond(off, self.clip or 1.0)})
 
     @torch.no_grad()
     def aim(self, ref: Frozen, b: Noised) -> Sample:

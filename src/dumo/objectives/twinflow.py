@@ -56,7 +56,9 @@ class TwinFlow(RCGM):
         parts = {"u": e, "flow": v_hat - v_star, "one": e_one, "twin": v_fake - fake.v_t, "rectify": pull}
         weights = {"u": 1.0, "flow": self.flow, "one": self.one, "twin": self.twin, "rectify": self.rectify}
         loss = torch.stack([weights[name] * self.measure(e) for name, e in parts.items()]).sum(0)
-        return Terms(loss, {name: mean_square(e) for name, e in parts.items()}, {"beyond": beyond(off)})
+        return Terms(
+            loss, {name: mean_square(e) for name, e in parts.items()}, {"beyond": beyond(off, self.clip or 1.0)}
+        )
 
     def _apart(self, net: Frozen, b: Noised) -> Sample:
         """G: the twin's velocity less the net's, of samples diffused to t."""

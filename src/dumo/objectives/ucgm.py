@@ -78,7 +78,7 @@ class UCGM(Spec):
         loss = mean_square(e) if self.soft is None else huber(e, self.soft)
         loss = loss + turned(u_hat, u_star) if self.cosine else loss
         loss = loss * torch.cos(QUARTER * b.t) if self.fall else loss
-        return Terms(loss, {self.needs.heads[0]: mean_square(off)}, {"beyond": beyond(off)})
+        return Terms(loss, {self.needs.heads[0]: mean_square(off)}, {"beyond": beyond(off, self.clip or 1.0)})
 
     def _off(self, net: Net, ref: Frozen, b: Noised) -> tuple[Sample, Sample]:
         """F and, without gradients, e. Guidance asks theta^-; F is aligned with the weights in training."""
