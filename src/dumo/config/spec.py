@@ -1,5 +1,7 @@
 """A run: one tree of specs, complete, that a YAML file holds and that stands in every run's folder."""
 
+from itertools import pairwise
+
 import torch
 from pydantic import Field, PositiveInt, model_validator
 from torch import nn
@@ -87,7 +89,8 @@ class Run(Spec):
                 f"not '{self.path.kind}'"
             )
         self._check_precondition()
-        if slope := getattr(self.objective, "slope", None):
+        slope = getattr(self.objective, "slope", None)
+        if slope and getattr(self.objective, "derives", True):
             slope.check(self.train.precision, self.net.time_scale)
         if rate := getattr(self.objective, "rate", None):
             rate.check(self.train.precision, self.net.time_scale)
@@ -149,25 +152,30 @@ class Run(Spec):
         """Refuse pieces of a batch that part rows which belong together, and batches that lack one kind of row."""
         times, batch = self.objective.times, self.train.batch
         group = getattr(times, "group", 1)
-        if batch % (group * self.train.accumulate):
+        if group > 1 and batch % (group * self.train.accumulate):
             raise UserError(
                 f"objective.times of kind '{times.kind}' keeps {group} rows together, so train.batch = {batch} must be "
                 f"a multiple of {group * self.train.accumulate} ({group} * train.accumulate; with several processes, "
                 "times their number)"
             )
         if isinstance(times, Pair) and 0 < times.velocity_ratio < 1:
-            moving, rows = times.moving(batch), batch // self.train.accumulate
-            for piece in (moving[i : i + rows] for i in range(0, batch, rows)):
-                if len(set(piece)) == 1:
+            moving, n = times.moving(batch), self.train.accumulate
+            for start, end in pairwise(batch * i // n for i in range(n + 1)):
+                if len(set(moving[start:end])) == 1:
                     raise UserError(
-                        f"train.batch = {batch} has a piece of {rows} rows (train.accumulate = "
-                        f"{self.train.accumulate}) without one with {'r = t' if piece[0] else 'r < t'} at "
-                        f"objective.times.velocity_ratio = {times.velocity_ratio:g}: raise train.batch"
+                        f"train.batch = {batch} has a piece of {end - start} rows (train.accumulate = {n}) without one "
+                        f"with {'r = t' if moving[start] else 'r < t'} at objective.times.velocity_ratio = "
+                        f"{times.velocity_ratio:g}: raise train.batch"
                     )
 
     def _check_precondition(self) -> None:
         """Refuse preconditioning that is made for other heads, or for another path."""
         others = set(self.objective.needs.heads) - set(VELOCITIES)
+        if self.net.precondition != "none" and getattr(self.objective, "signed", False):
+            raise UserError(
+                f"net.precondition '{self.net.precondition}' is not made for the negative times of objective "
+                f"'{self.objective.kind}': set net.precondition=none"
+            )
         if self.net.precondition != "none" and (others or self.path.kind != "linear"):
             what = f"path '{self.path.kind}'" if self.path.kind != "linear" else f"head {_or(tuple(sorted(others)))}"
             raise UserError(

@@ -47,7 +47,7 @@ class Grid(Spec):
     last: int = Field(default=1280, ge=1)
     low: float = Field(default=0.002, gt=0)  # EDM
     high: float = Field(default=80.0, gt=0)
-    rho: float = Field(default=7.0, gt=0)
+    rho: float = Field(default=7.0, ge=1)
     sd: float = Field(default=0.5, gt=0)  # of the data that `low` and `high` are meant for
 
     @model_validator(mode="after")

@@ -88,7 +88,7 @@ class Karras(Spec):
     kind: Literal["karras"] = "karras"
     low: float = Field(default=0.002, gt=0)
     high: float = Field(default=80.0, gt=0)
-    rho: float = Field(default=7.0, gt=0)
+    rho: float = Field(default=7.0, ge=1)
     sd: float = Field(default=0.5, gt=0)  # of the data that `low` and `high` are meant for
 
     @model_validator(mode="after")
@@ -275,6 +275,11 @@ class Level(Spec):
         if self.log:
             return self.low * (share * log(self.high / self.low)).exp()
         return self.low + (self.high - self.low) * share
+
+    def demand_share(self, name: str) -> None:
+        """Raise ValueError for numbers beyond [0, 1], where field `name` is a time or a share."""
+        if self.low < 0 or self.high > 1:
+            raise ValueError(f"{name} is in [0, 1], not in [{self.low:g}, {self.high:g}]")
 
 
 class Logistic(Spec):

@@ -12,7 +12,7 @@ whatever alpha, and is what this loss squares. Its floor is divided by alpha^2, 
 alpha is a number of the training's progress alone, the same for every rank: so it may decide which passes are made.
 """
 
-from math import exp, inf
+from math import inf, tanh
 from typing import Literal
 
 import torch
@@ -64,7 +64,7 @@ class AlphaFlow(Spec):
         if not self.begin <= progress <= self.end:
             return float(progress < self.begin)
         middle, width = (self.begin + self.end) / 2, max(self.end - self.begin, 1e-9)
-        alpha = 1 - 1 / (1 + exp(-self.steep * (progress - middle) / width))
+        alpha = 0.5 - 0.5 * tanh(self.steep * (progress - middle) / width / 2)  # 1 - sigmoid, without overflow
         return 0.0 if alpha < self.snap else 1.0 if alpha > 1 - self.snap else alpha
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:

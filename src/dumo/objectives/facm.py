@@ -11,7 +11,7 @@ slowly near the data; an adaptive weight and sin(pi t / 2) weigh the rows.
 """
 
 from math import pi
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -27,6 +27,7 @@ class FACM(Spec):
     """Velocity and flow map of one head, told apart by the sign of the time."""
 
     kind: Literal["facm"] = "facm"
+    signed: ClassVar[bool] = True  # it has negative times
     times: Times = Arctan(mean=-0.8, std=1.6, sd=1.0)  # the authors' `losses.py`
     drop: float = Field(default=0.1, ge=0, le=1)  # ours: it teaches V(null), which a teacher gave theirs
     guide: Guide = Guide(omega=1.75, interval=Interval(high=0.875))  # theirs, from scratch

@@ -44,6 +44,11 @@ class Several(Spec):
         """What the net takes and gives."""
         return Needs(heads=tuple(p.name for p in self.parts), own={p.name: ("r",) for p in self.parts if p.aims})
 
+    @property
+    def derives(self) -> bool:
+        """Whether a derivative is taken."""
+        return any(part.derived for part in self.parts)
+
     @model_validator(mode="after")
     def _whole(self) -> "Several":
         if twice := [name for name, n in Counter(p.name for p in self.parts).items() if n > 1]:
@@ -85,7 +90,7 @@ class Several(Spec):
 
     def _heads(self, net: Net, ref: Frozen, b: Noised) -> tuple[Heads, Along]:
         """The pass, and the derivatives: none where no target has one, of rows with r < t where no other needs it."""
-        if not any(part.derived for part in self.parts):
+        if not self.derives:
             heads = net(b.x_t, b.c, t=b.t, **self._own(b.r))
             return heads, lambda w: tuple(torch.zeros_like(w) for _ in self.parts)
         moving = None if any(part.derived and not part.aims for part in self.parts) else b.moving

@@ -11,7 +11,7 @@ of no size: they match the flow, v_t, and the first doubling takes two of Euler'
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dumo.flow import mask
 from dumo.flow.times import Dyadic
@@ -26,6 +26,12 @@ class Shortcut(Spec):
     drop: float = Field(default=0.1, ge=0, le=1)  # `class_dropout_prob`
     scale: float = Field(default=1.5, gt=0)  # of guidance, `cfg_scale`; 1 is none
     clip: float = Field(default=4.0, gt=0)  # bound of x' and u*: `targets_shortcut.py`, for data of about unit size
+
+    @model_validator(mode="after")
+    def _anchored(self) -> "Shortcut":
+        if self.times.every == 1:
+            raise ValueError("times.every = 1 leaves no row with r = t, which teach the velocity: take 2 or more")
+        return self
 
     @property
     def needs(self) -> Needs:

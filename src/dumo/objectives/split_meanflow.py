@@ -40,6 +40,7 @@ class SplitMeanFlow(Spec):
     def _grounded(self) -> "SplitMeanFlow":
         if not self.times.velocity_ratio:
             raise ValueError("times.velocity_ratio = 0 leaves no row that matches the data: use 0.5")
+        self.lam.demand_share("lam")
         if self.guide.random:
             raise ValueError(
                 "guide.fraction: guidance is of the rows with r = t alone, which are no whole groups of neighbours: "

@@ -10,10 +10,10 @@ held still, that u(z, 1, 0) descends. Both velocities agree on the data's law al
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dumo.flow.metric import beyond
 from dumo.flow.secant import demand
@@ -32,12 +32,18 @@ class TwinFlow(RCGM):
     """
 
     kind: Literal["twinflow"] = "twinflow"  # pyright: ignore[reportIncompatibleVariableOverride], told apart by it
+    signed: ClassVar[bool] = True  # it has negative times
     z_twin: Noise = Noise()  # that samples are diffused with, for the twin and for G
     t_twin: Level = Level()  # the time of G, dist_match
     flow: float = Field(default=1.0, ge=0)  # weight of v(x_t, t) - v*
     one: float = Field(default=1.0, ge=0)  # of RCGM at (1, 0)
     twin: float = Field(default=1.0, ge=0)  # of the velocity of the samples, L_adv
     rectify: float = Field(default=1.0, ge=0)  # of G, L_rectify
+
+    @model_validator(mode="after")
+    def _in_time(self) -> "TwinFlow":
+        self.t_twin.demand_share("t_twin")
+        return self
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`training_step`. Raises UserError where a short step meets bf16."""

@@ -54,6 +54,11 @@ class UCGM(Spec):
         return Needs(inputs=("t",), heads=("u",) if self.ratio else ("v",))
 
     @property
+    def derives(self) -> bool:
+        """Whether a derivative is taken."""
+        return self.ratio == 1
+
+    @property
     def amplifies(self) -> float:
         """How often the rounding of the net is multiplied (`dumo.flow.secant`)."""
         return self.ratio / (1 - self.ratio) if self.ratio < 1 else 0.0

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 
 from dumo.config.load import load
 from dumo.config.spec import Run
+from dumo.objectives import AlphaFlow
 from dumo.types import UserError
 
 READS = {
@@ -152,8 +153,8 @@ def test_checking_costs_no_memory_and_no_randomness() -> None:
 @pytest.mark.parametrize(
     ("recipe", "batch", "said"),
     [
-        ("digits-meanflow", 1, "no row with r = t"),
-        ("digits-split-meanflow", 1, "no row with r = t"),
+        ("digits-meanflow", 1, "without one with r = t"),
+        ("digits-split-meanflow", 1, "without one with r = t"),
         ("digits-shortcut", 4, "keeps 8 rows together"),
         ("digits-imm", 6, "keeps 4 rows together"),
     ],
@@ -162,6 +163,51 @@ def test_a_batch_that_could_not_teach_is_refused(recipe: str, batch: int, said: 
     with pytest.raises(UserError, match=said):
         load(recipe, [f"train.batch={batch}"])
     load(recipe, [f"train.batch={8 * batch}"])
+
+
+def test_pieces_that_could_not_teach_are_refused() -> None:
+    for accumulate in (8, 9):  # of 4 rows; of 3 and 4, of which some have none with r < t
+        words = [f"train.accumulate={accumulate}"]
+        if accumulate == 8:
+            load("digits-meanflow", words)
+        else:
+            with pytest.raises(UserError, match=r"a piece of 3 rows \(train.accumulate = 9\) without one with r < t"):
+                load("digits-meanflow", words)
+        load("digits", words)  # whose rows are all alike
+
+
+@pytest.mark.parametrize(
+    ("recipe", "word", "said"),
+    [
+        ("digits-shortcut", "times.every=1", "times.every = 1 leaves no row with r = t"),
+        ("digits-split-meanflow", "lam.low=-3", r"lam is in \[0, 1\], not in \[-3, 1\]"),
+        ("digits-twinflow", "t_twin.high=5", r"t_twin is in \[0, 1\], not in \[0, 5\]"),
+        ("digits-cm", "times.rho=0.001", "times.rho"),
+        ("digits-ict", "schedule.rho=1e-300", "schedule.rho"),
+    ],
+)
+def test_numbers_that_mean_nothing(recipe: str, word: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load(recipe, [f"objective.{word}"])
+
+
+def test_a_steep_sigmoid_is_a_step() -> None:
+    objective = load("digits-alpha-flow", ["objective.steep=1e9"]).objective
+    assert isinstance(objective, AlphaFlow)
+    assert [objective.alpha(progress) for progress in (0.0, 0.4, 0.6, 1.0)] == [1, 1, 0, 0]
+
+
+def test_a_slope_that_is_not_taken_is_not_asked() -> None:
+    words = ["net.time_scale=1", "train.precision=bf16", "objective.slope.kind=central", "objective.slope.h=0.005"]
+    with pytest.raises(UserError, match="slope 'central' needs precision fp32"):
+        load("digits-ucgm", words)
+    load("digits-fm-plus", words)
+
+
+@pytest.mark.parametrize("recipe", ["digits-facm", "digits-twinflow"])
+def test_preconditioning_knows_no_negative_times(recipe: str) -> None:
+    with pytest.raises(UserError, match=r"not made for the negative times .* set net.precondition=none"):
+        load(recipe, ["net.precondition=edm"])
 
 
 def test_a_velocity_says_nothing_to_moments() -> None:
