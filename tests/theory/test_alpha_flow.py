@@ -1,5 +1,6 @@
 """alpha-Flow against its formula and its authors' way to weigh it, at every alpha; its schedule, order and edges."""
 
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 from math import exp, log
@@ -132,3 +133,18 @@ def test_passes_follow_the_training_and_nothing_else(progress: float, graded: in
     terms = o.loss(net, Frozen(net), b)
     assert (net.graded, net.still) == (graded, still)
     assert torch.allclose(terms.loss, o.loss(net, Frozen(net), replace(b, moving=None)).loss, rtol=1e-8)
+
+
+@pytest.mark.parametrize("fields", [{}, {"begin": 0.0, "end": 1.0}, {"snap": 0.0}, {"begin": 1.0, "end": 1.0}])
+def test_phases_are_where_steps_cost_alike(fields: dict[str, float]) -> None:
+    """By counting alpha = 1, between and 0 at ten thousand times of the training."""
+    objective = AlphaFlow(**fields)
+
+    def phase(progress: float) -> float:
+        alpha = objective.alpha(progress)
+        return alpha if alpha in (0, 1) else 0.5
+
+    counted = Counter(phase((i + 0.5) / 10_000) for i in range(10_000))
+    told = {phase(progress): share for progress, share in objective.phases}
+    assert told.keys() == counted.keys()
+    assert all(abs(told[key] - count / 10_000) < 2e-4 for key, count in counted.items())

@@ -12,7 +12,7 @@ whatever alpha, and is what this loss squares. Its floor is divided by alpha^2, 
 alpha is a number of the training's progress alone, the same for every rank: so it may decide which passes are made.
 """
 
-from math import inf, tanh
+from math import inf, log, tanh
 from typing import Literal
 
 import torch
@@ -51,6 +51,14 @@ class AlphaFlow(Spec):
     def amplifies(self) -> float:
         """How often the rounding of the net is multiplied (`dumo.flow.secant`)."""
         return 1 / self.snap if self.snap else inf
+
+    @property
+    def phases(self) -> tuple[tuple[float, float], ...]:
+        """Where steps cost alike: a progress with alpha = 1, one between, one with 0, and the share of each."""
+        middle, width = (self.begin + self.end) / 2, self.end - self.begin
+        half = min(width / 2, width / self.steep * log(1 / self.snap - 1)) if self.snap else width / 2
+        found = ((0.0, middle - half), (middle, 2 * half), (1.0, 1 - middle - half))
+        return tuple((progress, share) for progress, share in found if share > 0)
 
     @model_validator(mode="after")
     def _possible(self) -> "AlphaFlow":

@@ -64,13 +64,18 @@ def forward_units(
     """Floating-point operations of a training step over those of one pass: forward, targets and backward.
 
     Of a batch of `rows` (None: one in which every share of the rows is a whole number of them). The passes of guidance
-    count by the expected share of the rows that need them; V(c) for an average is needed by all.
+    count by the expected share of the rows that need them; V(c) for an average is needed by all. Where steps cost more
+    in one part of the training than in another (`phases` of the objective), their mean.
     """
     rows, one = rows or exact_rows(objective), forward_flops(net, objective, shape)
 
-    def units(objective: Objective) -> float:
-        b = _draw(objective, path, rows, shape)
+    def at(objective: Objective, progress: float) -> float:
+        b = replace(_draw(objective, path, rows, shape), progress=progress)
         return by_depth(net, lambda net: flops(_step(*_outlines(net, ref), objective, b))) / (rows * one)
+
+    def units(objective: Objective) -> float:
+        phases: Sequence[tuple[float, float]] = getattr(objective, "phases", ((0.0, 1.0),))
+        return sum(share * at(objective, progress) for progress, share in phases)
 
     guide: Guide | None = getattr(objective, "guide", None)
     if guide is None or not guide.active or guide.random:
