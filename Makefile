@@ -19,7 +19,7 @@ demo: $(BIN)/.installed ## train DuMo on handwritten digits and write runs/digit
 	$(BIN)/dumo report runs/digits
 
 test: $(BIN)/.developed ## run the tests
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --durations 20 --durations-min 5
 
 check: $(BIN)/.developed ## lint, formatting, types, layers
 	$(BIN)/ruff check
