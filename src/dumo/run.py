@@ -46,7 +46,7 @@ def train(run: Run, folder: Path, *, device: str = "auto", watch: Watch = unwatc
     doctor.examine(run, here).require()
     known = teacher.opened(run.teacher, run, here) if run.teacher else None
     last = checkpoint.latest(folder / "checkpoints")
-    net = begun(run.build(here), run.start, here) if run.start and not last else run.build(here)
+    net = begun(run, run.start, here) if run.start and not last else run.build(here)
     state = training.begin(net, run.train)
     if last:
         checkpoint.restore(last, state)

@@ -1,8 +1,12 @@
 """A teacher at work: its velocity in place of the data's, or pairs of noise and data that its flow joins."""
 
+import hashlib
 import importlib
+import inspect
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +42,22 @@ class Known:
     about: dict[str, str]
 
     def check(self, folder: Path) -> None:
-        """Raise UserError where another taught when the run in this folder began."""
-        if not (file := folder / FILE).is_file() or (then := json.loads(file.read_text())) == self.about:
+        """Raise UserError where another taught what stands in this folder."""
+        file, stands = folder / FILE, any((folder / name).is_dir() for name in ("pairs", "checkpoints"))
+        if not stands or not file.is_file():
             return
-        raise UserError(
-            f"{folder} began with another teacher:\n  {then}\n  {self.about} now\n"
-            "Set teacher.weights to what it was, or start anew in another folder"
-        )
+        try:
+            then = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(
+                f"{file} is damaged ({error}): delete it if the teacher is the one that {folder} began with, or start "
+                "anew in another folder"
+            ) from error
+        if then != self.about:
+            raise UserError(
+                f"{folder} began with another teacher: {then} then, {self.about} now. Set teacher.weights, or make the "
+                "function, what it was, or start anew in another folder"
+            )
 
     def note(self, folder: Path) -> None:
         """Write down who teaches."""
@@ -54,35 +67,102 @@ class Known:
 
 def opened(teacher: Teacher, run: Run, device: torch.device) -> Known:
     """A run's teacher. Raises UserError where it cannot be had, knows other data, or cannot tell enough."""
-    reads, about = (of_user if teacher.kind == "python" else of_run)(teacher, run, device)
+    raw, about = (of_user if teacher.kind == "python" else of_run)(teacher, run, device)
+    reads = teacher.guide(raw, run.data.classes)
     if teacher.pairs:
-        check(teacher.pairs.solver, reads, teacher.pairs.nfe)
-    reads = teacher.guide(reads, run.data.classes)
+        reach(teacher, teacher.pairs, raw)
     learned = None if teacher.pairs else velocity(teacher, reads)
+    if teacher.kind == "python":
+        try_out(teacher, run, reads, device)
     return Known(reads, learned, {"source": teacher.source, **about})
 
 
 def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dict[str, str]]:
-    """What the function that the user names returns. Raises UserError where there is none, or it returns no `Reads`."""
+    """What the function that the user names returns, and the digest of its source.
+
+    Raises UserError where there is none, it fails, or it returns no `Reads`.
+    """
     module, _, name = teacher.source.partition(":")
-    try:
+    way = "Give module:function, importable from here, that takes (run, device) and returns a dumo.types.Reads"
+    with importable(Path.cwd()), explained(teacher, way):
         make: Callable[[Run, torch.device], object] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"teacher.source = {teacher.source}: {error}. Give module:function, importable from where you are"
-        ) from error
-    reads: object = make(run, device)
+        reads = make(run, device)
     if not isinstance(reads, Reads):
-        raise UserError(f"{teacher.source} returned {type(reads).__name__}: a teacher is read by a dumo.types.Reads")
-    return reads, {}
+        raise UserError(
+            f"teacher.source = {teacher.source} returned {type(reads).__name__}: it must return a dumo.types.Reads"
+        )
+    if not (reads.velocity or reads.endpoint or reads.flow_map):
+        raise UserError(f"teacher.source = {teacher.source}: its Reads has no velocity, and nothing else: give it one")
+    return reads, digest_of(make)
+
+
+def digest_of(make: Callable[..., object]) -> dict[str, str]:
+    """The SHA-256 of a function's source; nothing where that is not to be had. What the function calls is not in it."""
+    try:
+        return {"sha256": hashlib.sha256(inspect.getsource(make).encode()).hexdigest()}
+    except (OSError, TypeError):
+        return {}
+
+
+@contextmanager
+def importable(folder: Path) -> Generator[None]:
+    """Let modules of this folder be imported, as `python -m` does and an installed command does not."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+@contextmanager
+def explained(teacher: Teacher, way: str) -> Generator[None]:
+    """Whatever goes wrong in a user's code is a UserError, with a way out."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"teacher.source = {teacher.source}: {what}. {way}") from error
+
+
+def try_out(teacher: Teacher, run: Run, reads: Reads, device: torch.device) -> None:
+    """Ask a user's teacher for two rows, one without a label: before anything is written, UserError where it fails."""
+    uses = teacher.pairs.solver.uses if teacher.pairs else "velocity"
+    takes = "(x, t, s, c)" if uses == "flow_map" else "(x, t, c)"
+    x, c = noise(0, range(2), 0, run.data.shape).to(device), torch.tensor([0, run.data.classes], device=device)
+    t = torch.full((2,), 0.5, device=device)
+    with explained(teacher, f"Its {uses} must take {takes} and return the shape of x"), torch.no_grad():
+        y: Tensor = getattr(reads, uses)(x, t, *([0 * t] if uses == "flow_map" else []), c)
+        if y.shape != x.shape:
+            raise TypeError(f"{uses} of x of shape {tuple(x.shape)} has shape {tuple(y.shape)}")
+        if not y.isfinite().all():
+            raise ValueError(f"{uses} at t = 0.5 is no finite number")
+
+
+def reach(teacher: Teacher, pairs: Pairs, reads: Reads) -> None:
+    """Raise UserError where the solver of the pairs cannot follow what the teacher tells."""
+    try:
+        check(pairs.solver, reads, pairs.nfe)
+    except UserError as error:
+        what = str(error).replace("this objective", f"the teacher {teacher.source}")
+        asked = f"teacher.pairs.solver.kind={pairs.solver.kind} teacher.pairs.nfe={pairs.nfe}"
+        raise UserError(f"{asked}: {what}") from error
 
 
 def of_run(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dict[str, str]]:
-    """What the net of another run can tell, and its digest. Raises UserError where it knows other data."""
+    """What the net of another run can tell, and its digest.
+
+    Raises UserError where it knows other data, or cannot be guided as asked.
+    """
     known = open_run(teacher.source, weights=teacher.weights, device=str(device))
     there, here = facts(known.run), facts(run)
     if differs := [f"{name} is {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]:
-        raise UserError(f"the teacher {teacher.source} knows other data: " + "; ".join(differs))
+        raise UserError(
+            f"the teacher {teacher.source} knows other data: {'; '.join(differs)}. Take a teacher trained on this "
+            "data, or set these fields as they are there"
+        )
+    known.run.check_guided(teacher.guide, "teacher.guide", teacher.source)
     return reading(known.run.objective, known.net, known.run.sample.knobs), {"sha256": digest(known.file)}
 
 
@@ -123,9 +203,8 @@ class Coupled:
 def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.device, watch: Watch) -> Coupled:
     """Pairs that the teacher's flow joins: those that stand in `folder`, and the others, made now, file by file.
 
-    Raises UserError where the solver cannot serve the reading.
+    Raises UserError where a file is damaged, or the teacher answers with what is no number: that is not written.
     """
-    check(pairs.solver, reads, pairs.nfe)
     c = generate.labels(pairs.count, run.data.classes)
     files: list[Path] = []
     with watch("the teacher's pairs", pairs.count) as tick:
@@ -134,11 +213,24 @@ def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.dev
             files.append(file := folder / f"{first:08d}.safetensors")
             if not file.is_file():
                 made = joined(run, pairs, reads, c[list(some)], some, device)
+                if bad := [k for k, x in zip(some, made["x"], strict=True) if not x.isfinite().all()]:
+                    raise UserError(
+                        f"the teacher makes {len(bad)} of {len(some)} pairs, the first number {bad[0]}, of what is no "
+                        "finite number: mend it, or take another solver or more passes (teacher.pairs)"
+                    )
                 with archive.replacing(file) as out:
                     out.write(safetensors.torch.save(made))
             tick(some.stop, "")
-    parts = [checkpoint.load_weights(file) for file in files]
+    parts = [kept(file) for file in files]
     return Coupled(*(torch.cat([part[name] for part in parts]) for name in ("x", "z", "c")))
+
+
+def kept(file: Path) -> dict[str, Tensor]:
+    """The pairs of a file. Raises UserError where it is damaged."""
+    try:
+        return checkpoint.load_weights(file)
+    except UserError as error:
+        raise UserError(f"{file} is damaged: delete it, and these pairs are made again") from error
 
 
 @torch.no_grad()

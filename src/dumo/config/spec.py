@@ -18,7 +18,7 @@ from dumo.metrics.protocol import MetricProtocol
 from dumo.nets import Net
 from dumo.nets.precondition import VELOCITIES
 from dumo.objectives import Objective
-from dumo.sample.guidance import Guidance
+from dumo.sample.guidance import Guidance, Guided
 from dumo.sample.solver import Solver, check
 from dumo.train.loop import FREE, Train
 from dumo.types import Reads, Spec, UserError
@@ -97,21 +97,45 @@ class Run(Spec):
         demand(self.train.precision, getattr(self.objective, "amplifies", 0.0), self.objective.kind)
         self._check_groups()
         self._check_guidance()
+        self._check_teacher()
+        self._check_start()
         self._check_knobs()
         check(self.sample.solver, self.reads, *self.sample.nfe, *self.evaluate.nfe)
         self.evaluate.protocol.check(self.pixels, self.data.classes)
         return self
 
+    def check_guided(self, guide: Guidance, name: str = "sample.guide", whose: str = "") -> None:
+        """Refuse to read the run's net guided as `name` asks, with a UserError: untaught without a label, or twice.
+
+        `whose` names the run where it is read for another.
+        """
+        trained = self._guided
+        if self.teacher and self.teacher.guide.active:
+            trained = Guided(self.teacher.guide.scale, "teacher.guide", "teacher.guide.scale=1")
+        guide.check(self.data.kind, self.data.classes, self.objective.drop, trained, name=name, whose=whose)
+        if guide.active and self.objective.needs.knobs:
+            of = whose and f" of {whose}"
+            raise UserError(
+                f"{name}.scale = {guide.scale:g} would guide once more what the knobs of objective "
+                f"'{self.objective.kind}'{of} guide already: set {name}.scale=1, and sample.knobs{of}"
+            )
+
+    @property
+    def _guided(self) -> Guided:
+        """What the objective guides its target by."""
+        if guide := getattr(self.objective, "guide", None):
+            return Guided(guide.scale)
+        return Guided(getattr(self.objective, "scale", 1.0), "objective.scale", "objective.scale=1")
+
     def _check_guidance(self) -> None:
         """Refuse guidance without classes, on rows that do not come in whole groups, or twice."""
         guide: Guide | None = getattr(self.objective, "guide", None)
-        scale: float = guide.scale if guide else getattr(self.objective, "scale", 1.0)
-        guided = guide.active if guide else scale != 1
+        trained = self._guided
+        guided = guide.active if guide else trained.scale != 1
         if guided and not self.data.classes:
-            way = "objective.guide.omega=1 and objective.guide.zeta=0" if guide else "objective.scale=1"
             raise UserError(
-                f"objective.{'guide' if guide else 'scale'} asks for guidance, but data '{self.data.kind}' has no "
-                f"classes to guide by: set {way}"
+                f"{trained.field} asks for guidance, but data '{self.data.kind}' has no classes to guide by: "
+                f"set {trained.off}"
             )
         if guide and guide.random and self.train.batch % (group := guide.every * self.train.accumulate):
             raise UserError(
@@ -119,17 +143,36 @@ class Run(Spec):
                 f"train.batch = {self.train.batch} is no multiple of {group} ({guide.every} * train.accumulate): "
                 "change train.batch, train.accumulate or objective.guide.fraction"
             )
-        if self.teacher and not self.teacher.pairs and not getattr(self.objective, "teachable", True):
+        self.check_guided(self.sample.guide)
+
+    def _check_teacher(self) -> None:
+        """Refuse a teacher who says nothing to the objective, or whose guidance is there twice or without classes.
+
+        What the teacher itself can be asked for is seen when it is opened.
+        """
+        if not self.teacher:
+            return
+        if not self.teacher.pairs and not getattr(self.objective, "teachable", True):
             raise UserError(
                 f"objective '{self.objective.kind}' learns from no velocity, so a teacher's says nothing to it: set "
                 "teacher.pairs, or teacher=null"
             )
-        if self.teacher and self.teacher.guide.active:
-            if guided or self.objective.needs.knobs:
-                raise UserError("the objective would guide what teacher.guide has guided: leave one of them at none")
-            self.teacher.guide.check(self.data.kind, self.data.classes, 1.0, 1.0)
-            scale = self.teacher.guide.scale
-        self.sample.guide.check(self.data.kind, self.data.classes, self.objective.drop, scale)
+        guide, trained, knobs = self.teacher.guide, self._guided, self.objective.needs.knobs
+        guide.check(self.data.kind, self.data.classes, 1.0, Guided(), name="teacher.guide")
+        if guide.active and (knobs or trained.active):
+            field, off = (trained.field, trained.off) if trained.active else ("objective.w", "objective.w=null")
+            raise UserError(
+                f"{field} would guide what teacher.guide has guided: set teacher.guide.scale=1, or train with {off}"
+            )
+
+    def _check_start(self) -> None:
+        """Refuse to begin heads that are not there."""
+        there = self.objective.needs.heads
+        if strange := [name for name in (self.start.heads if self.start else ()) if name not in there]:
+            raise UserError(
+                f"start.heads.{strange[0]}: objective '{self.objective.kind}' has no such head, its heads are "
+                f"{', '.join(there)}"
+            )
 
     def _check_knobs(self) -> None:
         """Refuse knobs that the net does not have, and those of guidance where there is nothing to guide by."""
@@ -141,11 +184,6 @@ class Run(Spec):
             raise UserError(
                 f"objective '{kind}' teaches its knobs {', '.join(there)} to guide, but data '{self.data.kind}' has no "
                 "classes to guide by: train without guidance, which of 'imf' is objective.w=null"
-            )
-        if there and self.sample.guide.active:
-            raise UserError(
-                f"sample.guide.scale = {self.sample.guide.scale:g} would guide once more what the knobs of objective "
-                f"'{kind}' guide already: set sample.guide.scale=1, and sample.knobs"
             )
 
     def _check_groups(self) -> None:

@@ -31,6 +31,15 @@ class Pairs(Spec):
     nfe: int = Field(default=32, ge=1)  # passes of the teacher for each
     seed: int = Field(default=0, ge=0)
 
+    @model_validator(mode="after")
+    def _whole(self) -> "Pairs":
+        if less := self.nfe % (a_step := self.solver.passes):
+            raise ValueError(
+                f"solver '{self.solver.kind}' makes {a_step} passes a step, so {self.nfe} are out of its reach: set "
+                f"teacher.pairs.nfe={self.nfe + a_step - less}, or teacher.pairs.solver.kind=euler"
+            )
+        return self
+
 
 class Teacher(Spec):
     """A trained net: that of a run's folder, or what a function of the user's returns."""
@@ -46,8 +55,20 @@ class Teacher(Spec):
 
     @model_validator(mode="after")
     def _one_way(self) -> "Teacher":
-        if self.pairs and (self.mix, self.elsewhere) != (1, 1):
-            raise ValueError("pairs are learned from as they are: leave mix and elsewhere at 1, or set pairs=null")
+        if self.pairs and (self.mix, self.elsewhere, self.interval) != (1, 1, Interval()):
+            raise ValueError(
+                "pairs are learned from as they are: leave mix and elsewhere at 1 and interval whole, or set "
+                "teacher.pairs=null"
+            )
+        if self.interval != Interval() and self.mix == self.elsewhere:
+            raise ValueError(
+                f"interval says nothing where mix and elsewhere are both {self.mix:g}: set teacher.elsewhere, e.g. 0"
+            )
+        if self.kind == "python" and self.weights is not None:
+            raise ValueError(
+                f"weights = {self.weights} is a file of a run, and {self.source} a function: set teacher.weights=null, "
+                "or teacher.kind=run"
+            )
         return self
 
 

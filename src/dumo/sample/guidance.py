@@ -15,12 +15,26 @@ many where all the times are in the interval.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from pydantic import Field
 
 from dumo.flow.guide import Interval
 from dumo.types import Reads, Rows, Sample, Spec, Time, UserError
+
+
+class Guided(NamedTuple):
+    """What guided a target in training: its effective scale, 1 for none, the field that says so, what turns it off."""
+
+    scale: float = 1.0
+    field: str = "objective.guide"
+    off: str = "objective.guide.omega=1 and objective.guide.zeta=0"
+
+    @property
+    def active(self) -> bool:
+        """Whether there was any guidance."""
+        return abs(self.scale - 1) > 1e-9  # 0.2 / (1 - 0.8) is not 1 in floating point
 
 
 class Guidance(Spec):
@@ -49,27 +63,29 @@ class Guidance(Spec):
         """Which rows are guided, by the time where the net is read."""
         return (self.interval.low <= t) & (t <= self.interval.high)
 
-    def check(self, data: str, classes: int, drop: float, trained: float) -> None:
+    def check(
+        self, data: str, classes: int, drop: float, trained: Guided, *, name: str = "sample.guide", whose: str = ""
+    ) -> None:
         """Refuse what has no null condition, or is guided already, with a UserError.
 
-        Of the data the kind and number of classes, of the objective its `drop` and the scale that it was guided by.
+        Of the data the kind and number of classes, of the objective its `drop` and what guided it in training; `name`
+        is the field that asks, `whose` the run that is read, where that is another.
         """
-        here = f"sample.guide.scale = {self.scale:g}"
+        here, none = f"{name}.scale = {self.scale:g}", f"set {name}.scale=1"
+        of, train = (f" of {whose}", f"train {whose}") if whose else ("", "train")
         if not self.active:
             return
         if not classes:
+            raise UserError(f"{here} asks for guidance, but data '{data}' has no classes to guide by: {none}")
+        if trained.active:
             raise UserError(
-                f"{here} asks for guidance, but data '{data}' has no classes to guide by: set sample.guide.scale=1"
-            )
-        if abs(trained - 1) > 1e-9:  # 0.2 / (1 - 0.8) is not 1 in floating point
-            raise UserError(
-                f"{here} would guide once more what objective.guide has guided in training, by {trained:.3g}: "
-                "set sample.guide.scale=1, or train with objective.guide.omega=1 and objective.guide.zeta=0"
+                f"{here} would guide once more what {trained.field}{of} has guided in training, by "
+                f"{trained.scale:.3g}: {none}, or {train} with {trained.off}"
             )
         if not drop:
             raise UserError(
-                f"{here} needs what the net makes without a label, which objective.drop = 0 never teaches: "
-                "set sample.guide.scale=1, or train with objective.drop=0.1"
+                f"{here} needs what the net makes without a label, which objective.drop = 0{of} never teaches: "
+                f"{none}, or {train} with objective.drop=0.1"
             )
 
     def _of(self, read: Callable[..., Sample], null: int) -> Callable[..., Sample]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
 from dumo.sample.generate import generate, labels
-from dumo.sample.guidance import Guidance
+from dumo.sample.guidance import Guidance, Guided
 from dumo.sample.solver import Euler, Heun, Hop, Restart, Solver
 from dumo.types import Reads, UserError, lift
 
@@ -130,8 +130,8 @@ def test_nets_that_cannot_be_guided_are_refused() -> None:
         (10, 0.0, 1.0, r"sample.guide.scale = 1.5 .*objective.drop = 0 never.*objective.drop=0.1"),
         (10, 0.1, 2.5, r"sample.guide.scale = 1.5 .*objective.guide .*2.5.*objective.guide.zeta=0"),
     ]:
-        Guidance().check("moons", classes, drop, trained)
+        Guidance().check("moons", classes, drop, Guided(trained))
         with pytest.raises(UserError, match=said):
-            strong.check("moons", classes, drop, trained)
-    strong.check("digits", 10, 0.1, Guide().scale)
-    strong.check("digits", 10, 0.1, Guide(omega=0.2, zeta=0.8).scale)  # settles unguided
+            strong.check("moons", classes, drop, Guided(trained))
+    strong.check("digits", 10, 0.1, Guided(Guide().scale))
+    strong.check("digits", 10, 0.1, Guided(Guide(omega=0.2, zeta=0.8).scale))  # settles unguided
