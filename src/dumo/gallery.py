@@ -5,7 +5,7 @@ noise in every column, by every reading and after every step: what differs is th
 a block of images per class, which is the same whatever other classes are beside it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from torch import Tensor
 from dumo.config.error import nearest
 from dumo.config.spec import Run
 from dumo.figure import labelled
+from dumo.flow.read import source
 from dumo.run import made, sample, truth
 from dumo.sample import archive, picture
 from dumo.sample.generate import joined, labels
-from dumo.sample.solver import Euler, Heun, Hop, Restart, Solver, check
+from dumo.sample.solver import Euler, Heun, Hop, Restart, Solver, able, check
 from dumo.train import checkpoint
 from dumo.trained import Trained, load_net
 from dumo.types import Sample, UserError
@@ -37,6 +38,7 @@ class Reading:
     """A way to sample a net: u, by jumps, or v, along the velocity. `title` says which head is read, and how."""
 
     letter: str
+    head: str  # the one that it reads: v may be read off a head of another name
     title: str
     solver: Solver
 
@@ -55,14 +57,23 @@ Panels = Mapping[Reading, Mapping[int, Image.Image]]  # a picture by reading and
 
 def readings(run: Run, along: Euler | Heun | None = None) -> dict[str, Reading]:
     """The readings that the objective taught, by letter; v takes steps by `along`, Euler's if None."""
-    heads, reads, along = run.objective.needs.heads, run.reads, along or Euler()
+    objective, reads, along, found = run.objective, run.reads, along or Euler(), dict[str, Reading]()
     jumps = [s for s in (run.sample.solver, Restart(), Hop()) if s.uses != "velocity" and getattr(reads, s.uses)]
-    jumping = "u" if "u" in heads and jumps and jumps[0].uses == "endpoint" else heads[-1]
-    found = {"u": Reading("u", f"{jumping} head, jumps ({jumps[0].kind})", jumps[0])} if jumps else {}
+    if jumps:
+        head = source(objective, jumps[0].uses)
+        found["u"] = Reading("u", head, f"{head} head, jumps ({jumps[0].kind})", jumps[0])
     if reads.velocity:
-        head = "v head" if "v" in heads else f"v = {heads[-1]} at r = t"
-        found["v"] = Reading("v", f"{head}, {along.kind.title()} steps", along)
+        head = source(objective, "velocity")
+        other = f"v = {head} at r = t" if "r" in objective.needs.inputs else f"v by the {head} head"
+        title = "v head" if head == "v" else other
+        found["v"] = Reading("v", head, f"{title}, {along.kind.title()} steps", along)
     return found
+
+
+def within(nfe: Iterable[int], run: Run, asked: Iterable[Reading]) -> list[int]:
+    """Those numbers of passes that all these readings can make; the run's own, which they can, where there is none."""
+    asked, reads = list(asked), run.reads
+    return [n for n in nfe if all(able(one.at(n), reads, n) for one in asked)] or list(run.sample.nfe)
 
 
 def is_image(run: Run) -> bool:
@@ -73,7 +84,7 @@ def is_image(run: Run) -> bool:
 def trajectories(
     trained: Trained,
     *,
-    nfe: Sequence[int] = PASSES,
+    nfe: Sequence[int] | None = None,
     steps: Sequence[int] | None = None,
     count: int | None = None,
     only: Sequence[int] | None = None,
@@ -83,10 +94,12 @@ def trajectories(
 ) -> dict[Reading, dict[int, Image.Image]]:
     """A picture per reading and step: a row per image (points: one row of scatters), a column per number of passes.
 
-    `steps` None: every milestone and the last checkpoint. `letters` None: u and v, if taught. `only`: classes of the
-    rows, in turn. Raises UserError, before any work, for a step, reading, label or nfe that is not there.
+    `nfe` None: those of `PASSES` that all readings can make. `steps` None: every milestone and the last checkpoint.
+    `letters` None: u and v, if taught. `only`: classes of the rows, in turn. Raises UserError, before any work, for a
+    step, reading, label or nfe that is not there.
     """
     run, found, asked = trained.run, stages(trained, steps), chosen(trained.run, letters, nfe)
+    nfe = nfe or within(PASSES, run, asked)
     c = labels(count or (COUNT if is_image(run) else POINTS), run.data.classes, only)
     behind = None if is_image(run) else truth(run).reference(2 * POINTS, run.sample.seed)[0]
     panels: dict[Reading, dict[int, Image.Image]] = {reading: {} for reading in asked}
@@ -125,7 +138,7 @@ def class_grids(
     trained: Trained,
     classes: Sequence[int] | None,
     *,
-    nfe: Sequence[int] = (1,),
+    nfe: Sequence[int] | None = None,
     steps: Sequence[int] | None = (),
     count: int = COUNT,
     letters: Sequence[str] | None = None,
@@ -134,11 +147,12 @@ def class_grids(
 ) -> dict[tuple[Reading, int, int], Image.Image]:
     """A picture per reading, step and number of passes: a block of `count` images per class, in the order given.
 
-    `classes` None: all. `steps` (): the last checkpoint; None: every milestone too. `letters` None: u if taught, else
-    v. Raises UserError as `trajectories`, and where there are no classes.
+    `classes` None: all. `nfe` None: one pass. `steps` (): the last checkpoint; None: every milestone too. `letters`
+    None: u if taught, else v. Raises UserError as `trajectories`, and where there are no classes.
     """
     run, found = trained.run, stages(trained, (trained.step,) if steps == () else steps)
     asked = chosen(run, letters or sorted(readings(run))[:1], nfe)
+    nfe = nfe or within((1,), run, asked)
     if not run.data.classes or not is_image(run):
         raise UserError(f"data '{run.data.kind}' has no classes of images, so no grid of them: leave out --classes")
     classes = labels(len(classes), run.data.classes, classes).tolist() if classes else range(run.data.classes)
@@ -221,20 +235,20 @@ def open_at(trained: Trained, step: int, file: Path | None) -> Trained:
     return replace(trained, net=net, step=step, weights=str(file.relative_to(trained.folder)))
 
 
-def chosen(run: Run, letters: Sequence[str] | None, nfe: Sequence[int]) -> list[Reading]:
+def chosen(run: Run, letters: Sequence[str] | None, nfe: Sequence[int] | None) -> list[Reading]:
     """The readings of these letters, v by Heun's steps. Raises UserError for one that was not taught, or such nfe."""
     there = readings(run, Heun(start=run.sample.solver.start))
     for letter in letters or ():
         if letter not in ("u", "v"):
             raise UserError(f"there is no reading '{letter}'; {nearest(letter, ['u', 'v'])}")
         if letter not in there:
-            what = "jumps" if letter == "u" else "a velocity"
+            what = "jumps" if letter == "u" else "velocity"
             raise UserError(
                 f"objective '{run.objective.kind}' was taught no {what}, so there is no reading {letter}: "
                 f"use --reading {','.join(there)}"
             )
     asked = [there[letter] for letter in dict.fromkeys(letters or there)]
-    for n, reading in ((n, reading) for n in nfe for reading in asked):
+    for n, reading in ((n, reading) for n in nfe or () for reading in asked):
         check(reading.at(n), run.reads, n)
     return asked
 

@@ -20,7 +20,7 @@ from dumo.config.load import dump
 from dumo.config.spec import Run
 from dumo.figure import charts, embed, labelled
 from dumo.flow.draw import stream
-from dumo.gallery import PASSES, is_image, readings
+from dumo.gallery import PASSES, is_image, readings, within
 from dumo.metrics.neighbours import Real, nearest
 from dumo.run import sample, show
 from dumo.sample import archive, picture
@@ -98,6 +98,7 @@ def render(trained: Trained, **parts: object) -> str:
         step=trained.step,
         weights=trained.weights,
         image=is_image(run),
+        heads={letter: one.head for letter, one in readings(run).items()},
         shipped=shipped,
         others=recipes.results(shipped) if shipped else None,
         yaml=dump(run),
@@ -120,8 +121,8 @@ def make(trained: Trained, watch: Watch) -> dict[str, dict[int, Sample]]:
         range(across(run)) if run.data.classes else None,
     )
     few = many[: across(run)] if is_image(run) else many
-    jobs = [(SHEET, run.sample.solver, n, many) for n in run.sample.nfe]
-    jobs += [(one.title, one.solver, n, few) for one in readings(run).values() for n in PASSES]
+    jobs, asked = [(SHEET, run.sample.solver, n, many) for n in run.sample.nfe], readings(run).values()
+    jobs += [(one.title, one.solver, n, few) for one in asked for n in within(PASSES, run, asked)]
     made: dict[str, dict[int, Sample]] = {}
     done = 0
     with watch("sampling for the report", sum(n for _, _, n, _ in jobs)) as tick:
@@ -151,9 +152,10 @@ def by_class(run: Run, x: Real, c: Tensor) -> Sample:
 
 def joined(run: Run, drawn: Mapping[str, Pictures]) -> Image.Image:
     """All trajectories in one picture with labels: a row per number of passes, or, of points, a row per reading."""
+    rows = [(name.split()[0], row) for name, row in drawn.items()]
     if is_image(run):
-        return labelled({f"{name[0]} {n}": [p] for name, row in drawn.items() for n, p in row.items()})
-    return labelled({name[0]: list(row.values()) for name, row in drawn.items()}, [f"NFE {n}" for n in PASSES])
+        return labelled([(f"{name} {n}", [p]) for name, row in rows for n, p in row.items()])
+    return labelled([(name, list(row.values())) for name, row in rows], [f"NFE {n}" for n in rows[0][1]])
 
 
 def proximity(run: Run, x: Sample, truth: Real) -> dict[str, Any]:

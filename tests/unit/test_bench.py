@@ -103,6 +103,14 @@ def test_other_nets_and_objectives_can_be_measured(name: str) -> None:
     assert measured(tiny(name), slopes=("dual",))["dual", "fp32"]["error"] < 1e-4
 
 
+@pytest.mark.parametrize("name", ["digits-alpha-flow", "digits-fm-plus"])
+def test_a_slope_that_is_not_taken_has_no_error(name: str) -> None:
+    """α-Flow begins at α = 1, FM+ is UCGM at ratio 0: neither has a derivative in its loss."""
+    row = measured(tiny(name), slopes=("dual",))["dual", "fp32"]
+    assert row["error"] is row["way"] is row["refused"] is None
+    assert row["units_timed"] > 0
+
+
 def test_an_objective_without_a_slope_has_its_plain_step() -> None:
     assert list(measured(tiny("digits-flow-matching"))) == [("none", "fp32")]
     with pytest.raises(UserError, match="no slope"):

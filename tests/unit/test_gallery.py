@@ -84,8 +84,51 @@ def test_readings_are_those_that_were_taught() -> None:
     assert [one.letter for one in gallery.chosen(flow, None, [1, 3])] == ["v"]
     with pytest.raises(UserError, match=r"'flow_matching' was taught no jumps, .*use --reading v"):
         gallery.chosen(flow, ["u"], [1])
+    with pytest.raises(UserError, match=r"'sct' was taught no velocity, so there is no reading v: use --reading u"):
+        gallery.chosen(load("digits-sct"), ["v"], [1])
     with pytest.raises(UserError, match="no reading 'w'; valid: u, v"):
         gallery.chosen(flow, ["w"], [1])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "u", "v"),
+    [
+        ("digits", "u head, jumps (restart)", "v head, Euler steps"),
+        ("digits-meanflow", "u head, jumps (hop)", "v = u at r = t, Euler steps"),
+        ("digits-imf", "u head, jumps (hop)", "v = u at r = t, Euler steps"),  # its v head serves in training alone
+        ("digits-facm", "u head, jumps (restart)", "v by the u head, Euler steps"),  # at -t; it has no r
+        ("digits-shortcut", "u head, jumps (hop)", "v by the u head, Euler steps"),  # at the last k
+        ("digits-sct", "f head, jumps (restart)", None),
+        ("digits-three-heads", "u head, jumps (restart)", "v head, Euler steps"),
+    ],
+)
+def test_titles_name_the_head_that_is_read(recipe: str, u: str, v: str | None) -> None:
+    found = {letter: one.title for letter, one in gallery.readings(load(recipe)).items()}
+    assert found == {"u": u} | ({"v": v} if v else {})
+
+
+def test_passes_not_asked_for_by_name_are_those_that_can_be_made() -> None:
+    """Shortcut knows jumps of powers of two, so 50 are out of its reach; where none is left, the run's own do."""
+    halves = load("digits-shortcut")
+    asked = gallery.chosen(halves, None, None)
+    assert gallery.within(gallery.PASSES, halves, asked) == [1, 2, 4, 8, 16]
+    assert gallery.within((1,), halves, asked) == [1]
+    with pytest.raises(UserError, match="ask for nfe = 32 or 64"):
+        gallery.chosen(halves, None, [50])
+    late = load("digits-shortcut", ["sample.solver.start=0.75", "sample.nfe=[3]", "evaluate.nfe=[6]"])
+    assert gallery.within(gallery.PASSES, late, gallery.chosen(late, None, None)) == [3]
+    for recipe in ("digits", "digits-imm", "digits-cm", "digits-sct", "digits-flow-matching"):
+        there = load(recipe)
+        assert gallery.within(gallery.PASSES, there, gallery.chosen(there, None, None)) == [*gallery.PASSES]
+    heun = load("digits", ["sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[2]"])
+    assert gallery.within(gallery.PASSES, heun, gallery.chosen(heun, None, None)) == [*gallery.PASSES]  # odd by Euler
+
+
+def test_galleries_of_jumps_of_some_sizes_need_no_option(tmp_path: Path) -> None:
+    one = trained(tmp_path / "run", "digits-shortcut", "train.steps=2", "train.milestones=[]")
+    u, v = gallery.trajectories(one, count=1).values()
+    assert u[2].width == v[2].width < 6 * (SIDE + GAP) - GAP  # five columns and the name of the row
+    assert [n for _, _, n in gallery.class_grids(one, [0], count=1)] == [1]
 
 
 def test_heun_where_it_can_and_euler_elsewhere() -> None:

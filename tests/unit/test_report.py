@@ -91,9 +91,9 @@ def decode(address: str) -> np.ndarray:
     return np.asarray(Image.open(BytesIO(b64decode(data, validate=True))))
 
 
-def make(folder: Path, overrides: list[str], evaluation: object = None) -> Path:
+def make(folder: Path, overrides: list[str], evaluation: object = None, recipe: str = "digits") -> Path:
     """Train a tiny run and write its report."""
-    run.train(load("digits", overrides), folder)
+    run.train(load(recipe, overrides), folder)
     if evaluation:
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
     report.write(run.open_run(str(folder)))
@@ -237,6 +237,24 @@ def test_one_head_at_two_times_is_named_so(average: Path) -> None:
     assert "v = u at r = t, Euler steps" in page.words
     with Image.open(average / "samples" / "trajectories.png") as picture:
         assert picture.height == 2 * len(report.PASSES) * (64 + 6) - 6  # no reading in the place of the other
+
+
+def test_passes_that_the_solver_cannot_make_are_left_out(tmp_path: Path) -> None:
+    """Shortcut jumps by powers of two: of 1, 2, 4 and 7 passes it makes three."""
+    page = page_of(make(tmp_path / "run", [*DIGITS, "train.steps=2"], recipe="digits-shortcut"))
+    alts = [of["alt"] for of in page.pictures if "the same seeds after" in of.get("alt", "")]
+    titles = ("u head, jumps (hop)", "v by the u head, Euler steps")
+    assert alts == [f"{t}: the same seeds after {n}." for t in titles for n in ("1 pass", "2 passes", "4 passes")]
+
+
+@pytest.mark.parametrize(("recipe", "head"), [("digits-imf", "u"), ("digits-three-heads", "u"), ("digits-sct", "f")])
+def test_the_words_name_the_head_that_is_read(tmp_path: Path, recipe: str, head: str) -> None:
+    """Not the last of the objective's; and where no velocity is taught, there is none to fail."""
+    run.train(load(recipe, [*DIGITS, "train.steps=1"]), tmp_path / "run")
+    words = rendered(tmp_path / "run").words
+    assert f"One pass of the {head} head makes these images." in words
+    assert f"Look at one pass: the {head} head jumps to the data" in words
+    assert ("single Euler step" in words) is (recipe != "digits-sct")
 
 
 def test_points_are_scattered(moons: Path) -> None:

@@ -225,6 +225,12 @@ def test_the_largest_steps_are_not_timed_on_a_cpu(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_cells_that_take_turns_are_not_timed_together(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"fig4b times its cells in turn.*: leave out --jobs"):
+        reproduce("fig4b", "smoke", tmp_path / "out", jobs=2, device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("scale", SMALL_SCALES)
 def test_figure_3_varies_the_ratio_alone(scale: str) -> None:
     *meanflows, dumo = fig3.cells(scale)
@@ -310,6 +316,8 @@ def test_the_zoo_is_compared_with_dumo_in_one_pass() -> None:
     assert table[0]["objective"] == "DuMo"
     assert table[0]["over_dumo_1_pass"] == 1
     assert all(row["over_dumo_1_pass"] == row["fd"] / table[0]["fd"] for row in table)
+    assert all(bool(row["why"]) == (row["nfe"] == 1 and row["fd"] > zoo.FAR * table[0]["fd"]) for row in table)
+    assert zoo.WHY.keys() <= zoo.zoo().keys()
     beside = {row["objective"]: row["paper_fid_imagenet_xl_1_pass"] for row in table}
     assert (beside["DuMo"], beside["MeanFlow"], beside["Flow matching"]) == (3.07, 3.43, None)
 

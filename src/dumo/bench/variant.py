@@ -98,8 +98,8 @@ class Overheard:
         return heads, noted
 
 
-def judge(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> float:
-    """The relative error of du/dt as it enters the loss.
+def judge(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> float | None:
+    """The relative error of du/dt as it enters the loss; None where the loss asks for none.
 
     The truth is `torch.func.jvp` of a float64 copy of theta^-, at the point and along the direction that the loss asked
     for, over all rows that may move.
@@ -107,6 +107,8 @@ def judge(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> float
     heard, heads = Overheard(dict(objective)["slope"]), objective.needs.heads
     u = heads.index("u" if "u" in heads else heads[-1])
     cast(Any, objective).model_copy(update={"slope": heard}).loss(net, ref, b)
+    if not heard.asked:
+        return None  # an objective may have a slope that it does not take
     exact, asked = copy.deepcopy(ref.module).double(), {name: _double(a) for name, a in heard.asked.items()}
     with torch.no_grad(), torch.autocast(b.x.device.type, enabled=False):
         x, c, w = (asked.pop(name) for name in ("x", "c", "along"))

@@ -1,6 +1,10 @@
 """What a net of two times u(x_t, t, r) can tell a solver, and how its knobs are set."""
 
 from collections.abc import Mapping
+from math import nan
+from typing import Literal
+
+import torch
 
 from dumo.types import Cond, Heads, Net, Objective, Reads, Sample, Time, lift
 
@@ -18,6 +22,21 @@ def reading(objective: Objective, net: Net, knobs: Mapping[str, float] | None = 
     """Read a net trained by an objective, with these of its knobs set and the others as the objective has them."""
     knobs = {**objective.needs.knobs, **(knobs or {})}
     return objective.read(bind(net, **knobs) if knobs else net)
+
+
+def source(objective: Objective, name: Literal["velocity", "endpoint", "flow_map"]) -> str:
+    """The head that a reading reads; the reading must be taught.
+
+    An objective does not say which, so nets are read of which one head alone says NaN: it comes through from that head.
+    """
+    heads, one, c = objective.needs.heads, torch.ones(1), torch.zeros(1, dtype=torch.long)
+
+    def says_nan(k: int) -> Net:
+        return lambda x, c, /, **_: tuple(torch.full_like(x, nan if i == k else 0.0) for i in range(len(heads)))
+
+    times = (one, 0 * one) if name == "flow_map" else (one,)
+    answers = [getattr(reading(objective, says_nan(k)), name)(torch.zeros(1, 1), *times, c) for k in range(len(heads))]
+    return " and ".join(head for head, x in zip(heads, answers, strict=True) if x.isnan().any())
 
 
 def average(net: Net, head: int = 0) -> Reads:

@@ -73,7 +73,12 @@ def cells(scale: str) -> Iterator[Cell]:
 
 
 def measured(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, watch: Watch) -> list[Finished]:
-    """Time the steps of all cells, size by size. Raises UserError for nets of the paper's size without a GPU."""
+    """Time the steps of all cells, size by size.
+
+    Raises UserError for several at a time, and for nets of the paper's size without a GPU.
+    """
+    if jobs > 1:
+        raise UserError("fig4b times its cells in turn, so that a slow minute slows all alike: leave out --jobs")
     here, done = dist.device(device), list[Finished]()
     sizes = list(dict.fromkeys(cell.labels["size"] for cell in cells))
     if here.type == "cpu" and {*sizes} & {*SIZES["paper"]}:
@@ -110,10 +115,10 @@ def step(spec: Run, here: torch.device) -> Callable[[], object]:
     c = torch.randint(max(classes, 1), (rows,), generator=stream("fig4b", "c")).to(here)
     null, precision = torch.full_like(c, classes), spec.train.precision
 
-    def step() -> None:
+    def once() -> None:
         train_step(state, spec.objective, spec.path, x, c, null, ref=ref, lr=0.0, progress=0.5, precision=precision)
 
-    return step
+    return once
 
 
 def card(cell: Cell, here: torch.device) -> dict[str, Any]:

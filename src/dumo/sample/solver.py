@@ -141,14 +141,18 @@ def check(solver: Solver, reads: Reads, *nfes: int) -> None:
             _reach(solver, reads, nfe)
 
 
+def able(solver: Solver, reads: Reads, nfe: int) -> bool:
+    """Whether a solver whose reading was taught can make so many passes: in whole steps, and no jump never taught."""
+    if nfe < 1 or nfe % solver.passes:
+        return False
+    hops = reads.hops if isinstance(solver, Hop) else None
+    return hops is None or all(hops(t, s) for t, s in pairwise(uniform(nfe, solver.start)))
+
+
 def _reach(solver: Hop, reads: Reads, nfe: int) -> None:
     """Refuse jumps that were never taught, with a UserError."""
-
-    def able(n: int) -> bool:
-        return reads.hops is None or all(reads.hops(t, s) for t, s in pairwise(uniform(n, solver.start)))
-
-    if not able(nfe):
-        others = [str(n) for n in range(1, 2 * nfe + 1) if able(n)]
+    if not able(solver, reads, nfe):
+        others = [str(n) for n in range(1, 2 * nfe + 1) if able(solver, reads, n)]
         way_out = f"nfe = {_either(others[-2:])}" if others else "start = 1"
         raise UserError(
             f"solver 'hop' of nfe = {nfe} from t = {solver.start:g} makes jumps that this objective never teaches: ask "

@@ -1,9 +1,11 @@
 """A net of two times, read; and knobs, set."""
 
+import pytest
 import torch
 from torch import Tensor
 
-from dumo.flow.read import average, bind
+from dumo.config.load import load
+from dumo.flow.read import average, bind, source
 from dumo.types import Heads
 
 X, C = torch.arange(6.0).view(3, 2), torch.zeros(3, dtype=torch.long)
@@ -44,3 +46,19 @@ def test_bind_sets_knobs_and_leaves_inputs() -> None:
     assert torch.equal(seen["t"], T)
     assert torch.equal(seen["w"], torch.full((3,), 2.5))
     assert torch.equal(seen["low"], torch.full((3,), 0.1))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "reading", "head"),
+    [
+        ("digits", "velocity", "v"),
+        ("digits", "endpoint", "u"),
+        ("digits-imf", "flow_map", "u"),
+        ("digits-shortcut", "velocity", "u"),
+        ("digits-sct", "endpoint", "f"),
+        ("digits-three-heads", "endpoint", "u"),
+        ("digits-three-heads", "flow_map", "m"),
+    ],
+)
+def test_source_is_the_head_that_a_reading_reads(recipe: str, reading: str, head: str) -> None:
+    assert source(load(recipe).objective, reading) == head  # pyright: ignore[reportArgumentType]

@@ -16,7 +16,7 @@ from torch import Tensor
 from dumo.flow.draw import stream
 from dumo.flow.path import Linear
 from dumo.sample.grid import jumps, uniform
-from dumo.sample.solver import Euler, Heun, Hop, Restart, Solver, check, steps
+from dumo.sample.solver import Euler, Heun, Hop, Restart, Solver, able, check, steps
 from dumo.types import Reads, UserError, lift
 
 S0 = 0.4  # standard deviation of the data
@@ -64,6 +64,20 @@ def test_order_of_convergence(solver: Euler | Heun, order: int) -> None:
 @pytest.mark.parametrize("nfe", [1, 2, 3, 8])
 def test_hop_lands_exactly(nfe: int) -> None:
     assert (solve(Hop(), nfe) - S0 * fresh(0)).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("solver", ALL, ids=lambda solver: solver.kind)
+def test_able_is_what_check_lets_through(solver: Solver) -> None:
+    halves = Reads(velocity, endpoint, flow_map, hops=lambda t, s: t - s in (1, 0.5, 0.25))
+    made: list[int] = []
+    for nfe in range(-1, 6):
+        try:
+            check(solver, halves, nfe)
+        except UserError:
+            continue
+        made.append(nfe)
+    assert made == {"heun": [2, 4], "hop": [1, 2, 4]}.get(solver.kind, [1, 2, 3, 4, 5])
+    assert [nfe for nfe in range(-1, 6) if able(solver, halves, nfe)] == made
 
 
 def test_one_jump_lands_exactly() -> None:
