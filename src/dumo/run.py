@@ -19,7 +19,6 @@ from dumo.config.spec import Run, Sampling
 from dumo.data import Latents
 from dumo.data.source import Source
 from dumo.flow.draw import stream
-from dumo.flow.guide import Guide
 from dumo.flow.read import reading
 from dumo.sample import archive, generate, picture
 from dumo.sample.solver import Solver, check
@@ -219,7 +218,6 @@ def show(run: Run) -> dict[str, Any]:
     """
     net = run.outline()
     jumps = run.reads.endpoint or run.reads.flow_map
-    guide: Guide | None = getattr(run.objective, "guide", None)
     way = cost.way(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     return {
         "spec": run.model_dump(mode="json"),
@@ -228,7 +226,7 @@ def show(run: Run) -> dict[str, Any]:
         "forward_units_per_step": cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref),
         "slope": way and way._asdict(),
         "far": far(run) if jumps else None,
-        "guidance_scale": guide.scale if guide else 1.0,
+        "guidance_scale": run.guided.scale,
     }
 
 

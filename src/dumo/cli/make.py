@@ -113,7 +113,10 @@ def sample(
 def grid(
     run_folder: RunFolder,
     nfe: Annotated[
-        str | None, typer.Option("--nfe", help="Passes through the net. Default: 1,2,4,8,16,50; of --classes, 1.")
+        str | None,
+        typer.Option(
+            "--nfe", help="Passes. Default: those of 1,2,4,8,16,50 that the solver can make; of --classes, 1."
+        ),
     ] = None,
     steps: Annotated[
         str | None,

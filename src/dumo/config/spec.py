@@ -109,16 +109,20 @@ class Run(Spec):
 
         `whose` names the run where it is read for another.
         """
-        trained = self._guided
-        if self.teacher and self.teacher.guide.active:
-            trained = Guided(self.teacher.guide.scale, "teacher.guide", "teacher.guide.scale=1")
-        guide.check(self.data.kind, self.data.classes, self.objective.drop, trained, name=name, whose=whose)
+        guide.check(self.data.kind, self.data.classes, self.objective.drop, self.guided, name=name, whose=whose)
         if guide.active and self.objective.needs.knobs:
             of = whose and f" of {whose}"
             raise UserError(
                 f"{name}.scale = {guide.scale:g} would guide once more what the knobs of objective "
                 f"'{self.objective.kind}'{of} guide already: set {name}.scale=1, and sample.knobs{of}"
             )
+
+    @property
+    def guided(self) -> Guided:
+        """What the net's velocity is guided by in training: by the objective, or by its teacher."""
+        if self.teacher and self.teacher.guide.active:
+            return Guided(self.teacher.guide.scale, "teacher.guide", "teacher.guide.scale=1")
+        return self._guided
 
     @property
     def _guided(self) -> Guided:

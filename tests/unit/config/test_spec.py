@@ -210,6 +210,16 @@ def test_preconditioning_knows_no_negative_times(recipe: str) -> None:
         load(recipe, ["net.precondition=edm"])
 
 
+def test_show_knows_all_guidance_in_training() -> None:
+    for recipe, word, scale in (
+        ("digits-shortcut", "objective.scale=1.5", 1.5),
+        ("digits", "objective.guide.zeta=0.5", 2),
+        ("digits", 'teacher={"source": "runs/teacher", "guide": {"scale": 3}}', 3),
+        ("digits", "train.seed=1", 1),
+    ):
+        assert load(recipe, [word]).guided.scale == pytest.approx(scale)
+
+
 def test_a_velocity_says_nothing_to_moments() -> None:
     with pytest.raises(UserError, match="learns from no velocity"):
         load("digits-imm", ["teacher.source=somewhere"])
