@@ -27,7 +27,7 @@ def curves(
     axes = figure.subplots()
     for (name, points), colour, mark in zip(rows.items(), cycle(COLOURS), cycle(MARKS), strict=False):
         xs, ys, sds = zip(*sorted(points), strict=True)
-        bars = [sd or 0 for sd in sds] if any(sds) else None
+        bars = _bars(ys, sds)
         size = 9 if mark == "*" else 5
         axes.errorbar(xs, ys, bars, color=colour, marker=mark, ms=size, lw=1.4, capsize=3, label=name)
     axes.set(title=title, xlabel=x, ylabel=y)
@@ -64,9 +64,9 @@ def dots(title: str, x: str, rows: Mapping[str, Mapping[str, tuple[float, float 
     for name, colour, mark in zip(dict.fromkeys(n for row in rows.values() for n in row), cycle(COLOURS), cycle(MARKS)):
         there = [(y, *row[name]) for y, row in enumerate(rows.values()) if name in row]
         ys, xs, sds = zip(*there, strict=True)
-        below = [min(sd or 0, 0.9 * value) for value, sd in zip(xs, sds, strict=True)]  # a log scale has no zero
-        errors = [below, [sd or 0 for sd in sds]] if any(sds) else None
-        axes.errorbar(xs, ys, xerr=errors, fmt=mark, color=colour, ms=7 if mark == "*" else 5, capsize=2, label=name)
+        axes.errorbar(
+            xs, ys, xerr=_bars(xs, sds), fmt=mark, color=colour, ms=7 if mark == "*" else 5, capsize=2, label=name
+        )
     axes.set(title=title, xlabel=x, ylim=(len(rows) - 0.5, -0.5))
     axes.set_yticks(range(len(rows)), list(rows))
     _spread(axes.xaxis, axes.set_xscale)
@@ -94,9 +94,16 @@ def bars(title: str, x: str, y: str, rows: Mapping[str, Mapping[str, float]]) ->
     return _drawn(figure)
 
 
+def _bars(values: Sequence[float], sds: Sequence[float | None]) -> list[list[float]] | None:
+    """How far error bars go down and up; down not to zero, which a log scale does not have."""
+    if not any(sds):
+        return None
+    return [[min(sd or 0, 0.9 * value) for value, sd in zip(values, sds, strict=True)], [sd or 0 for sd in sds]]
+
+
 def _spread(axis: Axis, set_scale: Callable[[str], None]) -> None:
     """A log scale with plain numbers, closer where the range is narrow; a linear one where it is less than half."""
-    low, high = axis.get_view_interval()
+    low, high = axis.get_data_interval()
     if low <= 0 or high < 1.5 * low:
         return
     set_scale("log")
