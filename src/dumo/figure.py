@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image, ImageDraw, ImageFont
 
@@ -53,7 +54,7 @@ def labelled(
     rows = list(rows.items() if isinstance(rows, Mapping) else rows)
     w, h = (max(sides) for sides in zip(*(one.size for _, pictures in rows for one in pictures), strict=True))
     size = max(14, h // 16 if columns else h // 4)
-    font = ImageFont.load_default(size)
+    font = ImageFont.truetype(findfont("DejaVu Sans"), size)  # matplotlib's own file: PIL's font has no Greek
     names = max(font.getlength(line) for name, _ in rows for line in name.split("\n"))
     left = int(names) + 12 if names else 0
     top = (1 + max(name.count("\n") + 1 for name in columns)) * size if columns else 0
