@@ -418,7 +418,10 @@ MUTANTS = [
         "u* has the sign of du/dt wrong at the end",
         ALPHA,
     ),
-    Mutant("objectives/alpha_flow.py", "1 - 1 / (1 + exp(", "1 / (1 + exp(", "alpha grows", ALPHA),
+    Mutant("objectives/alpha_flow.py", "0.5 - 0.5 * tanh(", "0.5 + 0.5 * tanh(", "alpha grows", ALPHA),
+    Mutant(
+        "objectives/alpha_flow.py", "(middle, 2 * half)", "(middle, half)", "steps between are counted by half", ALPHA
+    ),
     Mutant("objectives/alpha_flow.py", "0.0 if alpha < self.snap else", "", "alpha never comes to 0", ALPHA),
     Mutant(
         "objectives/ucgm.py",
