@@ -416,9 +416,10 @@ def test_table_2_takes_objectives_onto_one_recipe() -> None:
 
 @pytest.mark.usefixtures("free")
 def test_ideas_differ_from_the_base_in_what_they_say() -> None:
-    for plan, recipe, seeds in ((ours.DIGITS, "digits", 3), (ours.LATENTS, "cifar10-latents", 2)):
+    ideas, followed = len(ours.IDEAS), len(ours.FOLLOWED)
+    for plan, recipe, count in ((ours.DIGITS, "digits", 3 * ideas), (ours.LATENTS, "cifar10-latents", 2 * followed)):
         cells = list(plan.cells("laptop"))
-        assert len(cells) == seeds * len(ours.IDEAS)
+        assert len(cells) == count
         assert cells[0].labels["idea"] == "base"
         assert cells[0].spec.objective == load(recipe).objective
         assert all(one.spec.data == cells[0].spec.data for one in cells)
