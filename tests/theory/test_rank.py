@@ -15,6 +15,7 @@ from dumo.objectives import Objective
 from theory.ranks import EVERY, OBJECTIVES
 
 LIMIT = 1e-6
+ROUGH = 1e-5  # of objectives that subtract what is nearly equal, and so multiply rounding: secants, IMM's kernels
 SCRIPT = Path(__file__).parent / "ranks.py"
 PATIENCE = 400  # seconds, on a busy machine; alone they take 60
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(dumo.__file__).parents[1])}
@@ -50,7 +51,8 @@ def test_every_objective_met_every_wrapper(pair: Rows) -> None:
 
 
 def test_two_ranks_are_one(pair: Rows) -> None:
-    assert all(0 < row["error"] < LIMIT for row in pair), pair
+    for row in pair:
+        assert 0 < row["error"] < (ROUGH if row["net"] == "every" else LIMIT), row
 
 
 def test_a_tape_whose_weights_are_given_back_becomes_a_pass_and_says_so(pair: Rows) -> None:
