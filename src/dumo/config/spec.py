@@ -118,6 +118,11 @@ class Run(Spec):
             )
 
     @property
+    def knobs(self) -> dict[str, float]:
+        """The knobs of the net as samples are made: the objective's, but where `sample.knobs` sets them."""
+        return {**self.objective.needs.knobs, **self.sample.knobs}
+
+    @property
     def guided(self) -> Guided:
         """What the net's velocity is guided by in training: by the objective, or by its teacher."""
         if self.teacher and self.teacher.guide.active:

@@ -48,7 +48,7 @@ def card(trained: Trained, judge: Judge, samples: int) -> Card:
         "ema": float(decay) if mark and _is_number(decay) else None,  # None: no average, or not known
         "solver": run.sample.solver.model_dump(mode="json"),
         "guide": run.sample.guide.model_dump(mode="json"),
-        "knobs": {**run.objective.needs.knobs, **run.sample.knobs},
+        "knobs": run.knobs,
         "nfe": list(run.evaluate.nfe),
         "contrast": list(run.evaluate.contrast),
         "seed": run.evaluate.seed,

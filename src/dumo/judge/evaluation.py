@@ -155,7 +155,7 @@ def standing(trained: Trained) -> dict[str, Any] | None:
         "protocol": run.evaluate.protocol.name,
         "solver": run.sample.solver.model_dump(mode="json"),
         "guide": run.sample.guide.model_dump(mode="json"),
-        "knobs": {**run.objective.needs.knobs, **run.sample.knobs},
+        "knobs": run.knobs,
         "nfe": list(run.evaluate.nfe),
         "contrast": list(run.evaluate.contrast),
         "seed": run.evaluate.seed,

@@ -7,9 +7,9 @@ of its own, `guidance`, for its nets must be judged otherwise.
 import json
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
-from dumo.reproduce import grid
+from dumo.reproduce import fair, grid
+from dumo.reproduce.fair import LAWS, LOW, UNIFORM
 from dumo.reproduce.grid import SMALL, Arm
 
 AVERAGES = 'train.ema=[{"decay": 0.999, "ramp": true}, {"decay": 0.99, "ramp": true}]'
@@ -21,17 +21,15 @@ TWO = (  # DuMo by its parts, which have more to choose
     "objective.guide.zeta=0",
     "objective.slope.kind=dual",
 )
-LOW = {"kind": "logit_normal", "mean": -0.4, "std": 1.0}  # MeanFlow's law, Tab. 4
 AVERAGE = (  # u is MeanFlow's head, told r, which is 0 on a quarter of the rows and t on the others
     'objective.parts=[{"kind": "velocity"}, {"kind": "average", "weight": 0.3}]',
     'sample.solver={"kind": "restart", "m": 0.5}',
 )
 
 
-def quarter(law: dict[str, Any]) -> str:
+def quarter(law: str) -> str:
     """A law of which three rows of four have no jump, and the others one to the data."""
-    to = {"kind": "uniform", "low": 0.0, "high": 0.0}
-    return f"objective.times={json.dumps({'kind': 'pair', 'of': law, 'to': to, 'velocity_ratio': 0.75})}"
+    return f"objective.times={json.dumps(fair.times(law, 'to data', 'a quarter'))}"
 
 
 TIMES, QUARTER = "MeanFlow's times, logit-normal(-0.4, 1)", "jumps on a quarter of the rows"
@@ -39,8 +37,8 @@ BOTH, ALONG = "the last two together", "du/dt along the net's own v"
 IDEAS: dict[str, tuple[str, ...]] = {
     "base": (),
     "the paper's times, Beta(2.4, 2.4)": ('objective.times={"kind": "beta", "a": 2.4, "b": 2.4}',),
-    TIMES: (f"objective.times={json.dumps(LOW)}",),
-    QUARTER: (*TWO, *AVERAGE, quarter({"kind": "uniform"})),
+    TIMES: (f"objective.times={json.dumps(LAWS[LOW])}",),
+    QUARTER: (*TWO, *AVERAGE, quarter(UNIFORM)),
     BOTH: (*TWO, *AVERAGE, quarter(LOW)),
     **{
         f"{share:.0%} of the rows at t = 1": (
