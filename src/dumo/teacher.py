@@ -19,14 +19,13 @@ from dumo.config.spec import Run
 from dumo.config.teacher import Pairs, Teacher
 from dumo.data.source import Table
 from dumo.data.stream import rows_of
-from dumo.flow.draw import Velocity
 from dumo.flow.read import reading
 from dumo.sample import archive, generate
 from dumo.sample.noise import noise
 from dumo.sample.solver import check
 from dumo.train import checkpoint
 from dumo.trained import open_run
-from dumo.types import Cond, Reads, Sample, Time, UserError, lift
+from dumo.types import Cond, Reads, Sample, Taught, Time, UserError, lift
 from dumo.watch import Watch
 
 FILE = "teacher.json"
@@ -38,7 +37,7 @@ class Known:
     """A teacher, opened: what it can tell, guided as its spec says, and who it is."""
 
     reads: Reads
-    velocity: Velocity | None  # to learn; None where pairs are
+    velocity: Taught | None  # to learn; None where pairs are
     about: dict[str, str]
 
     def check(self, folder: Path) -> None:
@@ -173,7 +172,7 @@ def facts(run: Run) -> dict[str, object]:
     return {**data, "path": run.path.kind}
 
 
-def velocity(teacher: Teacher, reads: Reads) -> Velocity:
+def velocity(teacher: Teacher, reads: Reads) -> Taught:
     """The velocity to learn at (x_t, t, c), where the data's own is v. Raises UserError where none was taught."""
     if (read := reads.velocity) is None:
         raise UserError(f"the teacher {teacher.source} has no velocity: take one whose objective teaches it")

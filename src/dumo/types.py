@@ -101,6 +101,9 @@ class Path(Protocol):
         ...
 
 
+Taught = Callable[[Sample, Time, Cond, Sample], Sample]  # (x_t, t, c, v_t) -> the velocity to learn
+
+
 @dataclass(frozen=True)
 class Noised:
     """A minibatch with all its randomness already drawn; a loss reads it and draws nothing."""
@@ -119,7 +122,7 @@ class Noised:
     moving: tuple[bool, ...] | None = None  # the rows that may have r < t, fixed by place; None: all
     drawn: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # the objective's further laws, by name
     progress: float = 0.0  # share of the training done, in [0, 1]
-    teacher: Callable[[Sample, Time, Cond, Sample], Sample] | None = None  # (x_t, t, c, v_t) -> what v_t is to be
+    teacher: Taught | None = None  # what puts another velocity in the place of v_t
 
     def at(self, s: Time, x: Sample | None = None, z: Sample | None = None) -> "Noised":
         """The same rows at another time, where any may move; with other data, or other noise, if given."""

@@ -5,16 +5,13 @@ rows. So two ranks equal one, a resumed run needs no generator state, and an obj
 sees the same t, z and dropped labels as its sibling.
 """
 
-from collections.abc import Callable
 from hashlib import blake2b
 
 import torch
 from torch import Generator
 
 from dumo.flow.times import LAWS, Dyadic, Pair
-from dumo.types import Cond, Noised, Objective, Path, Sample, Time
-
-Velocity = Callable[[Sample, Time, Cond, Sample], Sample]  # (x_t, t, c, v_t) -> the velocity to learn
+from dumo.types import Cond, Noised, Objective, Path, Sample, Taught
 
 
 def stream(*key: int | str) -> Generator:
@@ -40,7 +37,7 @@ def draw(
     first: int = 0,
     progress: float = 0.0,
     z: Sample | None = None,
-    teacher: Velocity | None = None,
+    teacher: Taught | None = None,
 ) -> Noised:
     """Rows `first : first + len(x)` of the record that a batch of `batch` rows (None: these rows) gets at this step.
 

@@ -13,12 +13,11 @@ from pydantic import Field, NonNegativeInt, model_validator
 from pydantic.config import JsonDict
 from torch import Tensor, nn
 
-from dumo.flow.draw import Velocity
 from dumo.train.ema import Average, Ema
 from dumo.train.optim import AdamW, Constant, Optimizer, Schedule
 from dumo.train.state import State
 from dumo.train.step import Loss, Precision, Record, train_step
-from dumo.types import Frozen, Objective, Path, Spec, UserError, still
+from dumo.types import Frozen, Objective, Path, Spec, Taught, UserError, still
 
 FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
 
@@ -77,7 +76,7 @@ def train(
     classes: int,
     spec: Train,
     hooks: Sequence[Every] = (),
-    teacher: Velocity | None = None,
+    teacher: Taught | None = None,
 ) -> None:
     """Train `state` in place until `spec.steps` steps are done, from wherever it stands.
 

@@ -16,11 +16,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dumo import dist
 from dumo.flow import mask
-from dumo.flow.draw import Velocity, draw
+from dumo.flow.draw import draw
 from dumo.flow.read import reading
 from dumo.train.probe import Probe, ask
 from dumo.train.state import State
-from dumo.types import Cond, Frozen, Net, Noised, Objective, Path, PerSample, Sample, Terms, Time
+from dumo.types import Cond, Frozen, Net, Noised, Objective, Path, PerSample, Sample, Taught, Terms, Time
 
 Precision = Literal["fp32", "bf16"]
 Loss = Callable[[Net, Frozen, Noised], Terms]
@@ -65,7 +65,7 @@ def train_step(
     loss: Loss | None = None,
     probe: bool = False,
     z: Sample | None = None,
-    teacher: Velocity | None = None,
+    teacher: Taught | None = None,
 ) -> Record:
     """Update net, optimizer, averages and counters of `state` once, and say what was measured.
 
