@@ -26,12 +26,12 @@ AT_ONCE = 2
 FORK = multiprocessing.get_context("fork")
 ADDED = "--import-mode=importlib --strict-markers --strict-config -ra"
 PATIENCE = 600  # seconds, on a busy machine; alone, no run takes 30
-THEORY, SOLVERS = "tests/theory", "tests/unit/sample/test_solver.py"
+THEORY, SOLVERS = "tests/theory", "tests/unit/sampling/test_solver.py"
 FIXED, FORMULA, LAW, READ, SLOPE, EXACT, UNBIASED = (
     f"{THEORY}/test_{name}.py" for name in ("fixed_point", "formula", "law", "read", "slope", "exact", "unbiased")
 )
 DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
-PROBE = "tests/unit/train/test_probe.py"
+PROBE = "tests/unit/training/test_probe.py"
 SHORTCUT, SPLIT, TWIN, SOFLOW, RCGM, ALPHA, UCGM, THEOREM = (
     f"{THEORY}/test_{name}.py"
     for name in ("shortcut", "split_meanflow", "twinflow", "soflow", "rcgm", "alpha_flow", "ucgm", "theorem")
@@ -40,11 +40,11 @@ CONSISTENCY, IMM, SEVERAL, TVM, RATE, IMF, FACM, SCT = (
     f"{THEORY}/test_{name}.py" for name in ("consistency", "imm", "several", "tvm", "rate", "imf", "facm", "sct")
 )
 SCHEDULE, EDM, HEADS = (
-    f"tests/unit/{name}.py" for name in ("flow/test_schedule", "nets/test_precondition", "nets/test_own")
+    f"tests/unit/{name}.py" for name in ("flow/test_discretization", "nets/test_precondition", "nets/test_own")
 )
 
 
-RULE, DUAL = "tests/unit/flow/test_rule.py", "tests/unit/flow/test_dual.py"
+RULE, DUAL = "tests/unit/autodiff/test_rule.py", "tests/unit/autodiff/test_dual.py"
 
 
 @dataclass(frozen=True)
@@ -95,11 +95,15 @@ MUTANTS = [
     ),
     Mutant("flow/slope.py", "_moved(ref, x, c, w,", "_moved(ref, x, c, 0 * w,", "in a dual pass, x_t rests", SLOPE),
     Mutant(
-        "flow/slope.py", "if ref.module is not bare(net):", "if False:", "the tangent rides on the wrong weights", SLOPE
+        "flow/slope.py",
+        "if ref.module is not unwrap(net):",
+        "if False:",
+        "the tangent rides on the wrong weights",
+        SLOPE,
     ),
     Mutant("flow/slope.py", "key=[*rows, *others].__getitem__)", "key=None)", "rows are put back elsewhere", SLOPE),
     Mutant(
-        "flow/dual.py",
+        "autodiff/dual.py",
         "now.push(*tangents, *now.saved)",
         "now.push(*tangents[::-1], *now.saved)",
         "operands change places",
@@ -110,8 +114,8 @@ MUTANTS = [
     Mutant("flow/guide.py", "1 - self.omega - self.zeta", "1 - self.omega", "the three weights do not sum to 1", FIXED),
     Mutant("flow/guide.py", "velocity(b, b.null)", "velocity(b, b.c)", "there is no null pass", FIXED),
     Mutant("flow/guide.py", "& (b.t <= self.interval.high)", "", "the interval has no end", FIXED),
-    Mutant("flow/metric.py", "(v_error - u_error)", "(v_error + u_error)", "the heads are added", FORMULA),
-    Mutant("train/probe.py", "row[i] * row[j]", "row[i] * row[i]", "a cosine of a gradient with itself", PROBE),
+    Mutant("flow/residual.py", "(v_error - u_error)", "(v_error + u_error)", "the heads are added", FORMULA),
+    Mutant("training/probe.py", "row[i] * row[j]", "row[i] * row[i]", "a cosine of a gradient with itself", PROBE),
     Mutant("flow/guide.py", "return b.kept & (", "return (", "dropped rows are guided", FORMULA),
     Mutant("flow/guide.py", "lift(weight.to(v_star), v_star) * (v_", "(v_", "a row stands for itself alone", UNBIASED),
     Mutant("flow/guide.py", "rows.sum(1).to", "(self.every * rows.any(1)).to", "a row stands for all", UNBIASED),
@@ -122,33 +126,33 @@ MUTANTS = [
     Mutant("flow/guide.py", "lift(~self.rows(b), b.x_t)", "lift(self.rows(b), b.x_t)", "other rows average", FORMULA),
     Mutant("flow/guide.py", ".where(lift(~self.rows(b), b.x_t), b.v_t)", "", "rows that wait average", UNBIASED),
     Mutant("flow/guide.py", "v_hat = velocity(b, b.c)", "v_hat = velocity(b, b.null)", "V(null) is averaged", FORMULA),
-    Mutant("sample/guidance.py", "y_null + self.scale *", "y[place] + self.scale *", "w is one too much", GUIDANCE),
-    Mutant("sample/guidance.py", "torch.full_like(c, null)", "c", "there is no null reading", GUIDANCE),
-    Mutant("sample/guidance.py", "& (t <= self.interval.high)", "", "the interval has no end", GUIDANCE),
+    Mutant("sampling/guidance.py", "y_null + self.scale *", "y[place] + self.scale *", "w is one too much", GUIDANCE),
+    Mutant("sampling/guidance.py", "torch.full_like(c, null)", "c", "there is no null reading", GUIDANCE),
+    Mutant("sampling/guidance.py", "& (t <= self.interval.high)", "", "the interval has no end", GUIDANCE),
     Mutant("objectives/meanflow.py", "if self.power:", "if not self.power:", "a bias is let in", UNBIASED),
     Mutant("flow/draw.py", 'step, "coin"', 'step, "kept"', "the coin knows of the label", DRAW),
     Mutant("flow/draw.py", "moving(n)[mine]", "moving(n)[: len(x)]", "all ranks spare the first one's rows", DRAW),
     Mutant("types.py", "v_t=v_s, moving=None)", "v_t=v_s)", "rows at another time are taken to rest", DRAW),
     Mutant(
-        "flow/rule/algebra.py",
+        "autodiff/rule/algebra.py",
         "product(da, b) + product(a, db)",
         "product(da, b) - product(a, db)",
         "the product rule has the wrong sign",
         RULE,
     ),
     Mutant(
-        "flow/rule/layer.py",
+        "autodiff/rule/layer.py",
         ".addcmul_(y.to(dx.dtype), along, value=-1)",
         "",
         "a norm forgets that its scale moves",
         RULE,
     ),
-    Mutant("flow/rule/function.py", "return -x.sin()", "return x.sin()", "the cosine has the wrong slope", RULE),
-    Mutant("flow/rule/layer.py", "out if plain else x.p", "out", "a norm with weights moves by what it gave", RULE),
-    Mutant("flow/rule/layer.py", "torch.mul, None, mask", "torch.mul, None, 1 / (1 - p)", "the dropped move", RULE),
-    Mutant("flow/rule/shape.py", "Tensor.view: Tensor.reshape,", "", "tangents must lie as their primals", RULE),
-    Mutant("flow/dual.py", "now.moved = now.saved = ()", "pass", "a tape keeps what it has played", DUAL),
-    Mutant("flow/dual.py", "if not torch.is_grad_enabled() and", "if False and", "gradients are lost unsaid", RULE),
+    Mutant("autodiff/rule/function.py", "return -x.sin()", "return x.sin()", "the cosine has the wrong slope", RULE),
+    Mutant("autodiff/rule/layer.py", "out if plain else x.p", "out", "a norm with weights moves by what it gave", RULE),
+    Mutant("autodiff/rule/layer.py", "torch.mul, None, mask", "torch.mul, None, 1 / (1 - p)", "the dropped move", RULE),
+    Mutant("autodiff/rule/shape.py", "Tensor.view: Tensor.reshape,", "", "tangents must lie as their primals", RULE),
+    Mutant("autodiff/dual.py", "now.moved = now.saved = ()", "pass", "a tape keeps what it has played", DUAL),
+    Mutant("autodiff/dual.py", "if not torch.is_grad_enabled() and", "if False and", "gradients are lost unsaid", RULE),
     Mutant(
         "flow/guide.py",
         "if len(place) == len(b.t):",
@@ -160,8 +164,8 @@ MUTANTS = [
     Mutant("flow/path.py", "return 1 - t", "return 1 - t * t", "the path is bent", EXACT),
     Mutant("flow/read.py", "lift(t - s, x)", "lift(t, x)", "a hop goes all the way", READ),
     Mutant("flow/read.py", "t=t, r=t)", "t=t, r=0 * t)", "the velocity is read off r = 0", READ),
-    Mutant("flow/metric.py", "(s.detach() + c) ** p", "(s + c) ** p", "the weight is pulled too", FORMULA),
-    Mutant("flow/metric.py", "+ c) ** p", "+ c)", "the power is lost", FORMULA),
+    Mutant("flow/residual.py", "(s.detach() + c) ** p", "(s + c) ** p", "the weight is pulled too", FORMULA),
+    Mutant("flow/residual.py", "+ c) ** p", "+ c)", "the power is lost", FORMULA),
     Mutant("flow/times.py", "gamma[:, 0] / ", "gamma[:, 1] / ", "a and b change places", LAW),
     Mutant("flow/times.py", "torch.maximum(a, b), torch.minimum(a, b)", "a, b", "r may be after t", LAW),
     Mutant("flow/times.py", "torch.where(moving, r, t)", "r", "r = t is lost", LAW),
@@ -174,20 +178,24 @@ MUTANTS = [
         LAW,
     ),
     Mutant(
-        "sample/solver.py",
+        "sampling/solver.py",
         "lift(t - s, x) * velocity(x, t, c)",
         "lift(t - s, x) * velocity(x, s, c)",
         "Euler looks ahead",
         SOLVERS,
     ),
     Mutant(
-        "sample/solver.py", "velocity(x - dt * v, s, c)", "velocity(x - dt * v, t, c)", "Heun stays in time", SOLVERS
+        "sampling/solver.py", "velocity(x - dt * v, s, c)", "velocity(x - dt * v, t, c)", "Heun stays in time", SOLVERS
     ),
-    Mutant("sample/solver.py", "velocity(x - dt * v, s, c)", "velocity(x, s, c)", "Heun stays in place", SOLVERS),
-    Mutant("sample/solver.py", "fresh(k)", "fresh(0)", "Restart noises with the noise it started from", SOLVERS),
-    Mutant("sample/solver.py", "flow_map(x, t, s, c)", "flow_map(x, t, 0 * s, c)", "Hop goes all the way", SOLVERS),
+    Mutant("sampling/solver.py", "velocity(x - dt * v, s, c)", "velocity(x, s, c)", "Heun stays in place", SOLVERS),
+    Mutant("sampling/solver.py", "fresh(k)", "fresh(0)", "Restart noises with the noise it started from", SOLVERS),
+    Mutant("sampling/solver.py", "flow_map(x, t, s, c)", "flow_map(x, t, 0 * s, c)", "Hop goes all the way", SOLVERS),
     Mutant(
-        "sample/grid.py", "log2(n / (n - k))", "log2((n - k) / n)", "the jumps rise", "tests/unit/sample/test_grid.py"
+        "sampling/timesteps.py",
+        "log2(n / (n - k))",
+        "log2((n - k) / n)",
+        "the jumps rise",
+        "tests/unit/sampling/test_timesteps.py",
     ),
     Mutant("objectives/shortcut.py", "torch.exp2(-k - 1)", "torch.exp2(-k)", "a half step is a whole one", SHORTCUT),
     Mutant(
@@ -298,7 +306,7 @@ MUTANTS = [
     Mutant("objectives/twinflow.py", 'z=b.drawn["z_twin"].to(b.z)', "z=b.z", "samples meet their own noise", TWIN),
     Mutant("objectives/twinflow.py", ", teacher=None)", ")", "a teacher of the data teaches the samples", TWIN),
     Mutant("objectives/twinflow.py", "t=-b.t, r=-b.t)", "t=b.t, r=b.t)", "the twin is the net itself", TWIN),
-    Mutant("objectives/twinflow.py", "self._apart(still(net)", "self._apart(ref", "G is of the average", TWIN),
+    Mutant("objectives/twinflow.py", "self._apart(frozen(net)", "self._apart(ref", "G is of the average", TWIN),
     Mutant("objectives/twinflow.py", 'made.at(b.drawn["t_twin"].to(b.t))', "fake", "G at the time of the twin", TWIN),
     Mutant(
         "objectives/twinflow.py",
@@ -309,9 +317,13 @@ MUTANTS = [
     ),
     Mutant("objectives/twinflow.py", "v_hat - v_star", "v_hat - b.v_t", "the flow is not guided", TWIN),
     Mutant("objectives/twinflow.py", '"one": self.one', '"one": self.twin', "one has the weight of the twin", TWIN),
-    Mutant("sample/guidance.py", "hops=reads.hops", "hops=None", "guided jumps are of any size", SHORTCUT),
+    Mutant("sampling/guidance.py", "hops=reads.hops", "hops=None", "guided jumps are of any size", SHORTCUT),
     Mutant(
-        "sample/solver.py", "_reach(solver, reads, nfe)\n\n", "pass\n\n", "jumps that nobody taught are made", SHORTCUT
+        "sampling/solver.py",
+        "_reach(solver, reads, nfe)\n\n",
+        "pass\n\n",
+        "jumps that nobody taught are made",
+        SHORTCUT,
     ),
     Mutant("objectives/soflow.py", "v_star - lift((b", "v_star + lift((b", "u* has the sign of du/dt wrong", SOFLOW),
     Mutant(
@@ -382,7 +394,7 @@ MUTANTS = [
         "the bound has one side",
         RCGM,
     ),
-    Mutant("flow/metric.py", "(alpha / 2 - 1)\n", "(alpha - 2)\n", "Barron's weight has twice its power", RCGM),
+    Mutant("flow/residual.py", "(alpha / 2 - 1)\n", "(alpha - 2)\n", "Barron's weight has twice its power", RCGM),
     Mutant(
         "objectives/alpha_flow.py",
         "self.floor / (alpha or 1) ** 2",
@@ -444,7 +456,7 @@ MUTANTS = [
         "the point is at (1 - ratio) t",
         UCGM,
     ),
-    Mutant("objectives/ucgm.py", "now = still(net)", "now = ref", "F is aligned with theta^-", UCGM),
+    Mutant("objectives/ucgm.py", "now = frozen(net)", "now = ref", "F is aligned with theta^-", UCGM),
     Mutant("objectives/ucgm.py", "lift(4 / (QUARTER", "lift(1 / (QUARTER", "the gain is a quarter", UCGM),
     Mutant(
         "objectives/ucgm.py", "torch.cos(QUARTER * b.t)", "torch.sin(QUARTER * b.t)", "the weight grows with t", UCGM
@@ -466,7 +478,7 @@ MUTANTS = [
         "the rate is not over the time",
         THEOREM,
     ),
-    Mutant("flow/metric.py", "((s + c**2).sqrt() + c)", "((s + c**2).sqrt() - c)", "the Huber loss is another", UCGM),
+    Mutant("flow/residual.py", "((s + c**2).sqrt() + c)", "((s + c**2).sqrt() - c)", "the Huber loss is another", UCGM),
     Mutant(
         "objectives/consistency.py",
         "b.x_t - lift(step, b.x_t) * b.v_t",
@@ -501,17 +513,21 @@ MUTANTS = [
         CONSISTENCY,
     ),
     Mutant(
-        "flow/schedule.py", "self.q ** -(stage + 1)", "self.q**-stage", "ECT's stages start one too early", SCHEDULE
+        "flow/discretization.py",
+        "self.q ** -(stage + 1)",
+        "self.q**-stage",
+        "ECT's stages start one too early",
+        SCHEDULE,
     ),
     Mutant(
-        "flow/schedule.py",
+        "flow/discretization.py",
         "level(i + 1), torch.where(i > 0, level(i), 0.0)",
         "level(i + 1), level(i)",
         "no step ends at the data",
         SCHEDULE,
     ),
     Mutant(
-        "flow/schedule.py",
+        "flow/discretization.py",
         "(log2(self.last / self.first) + 1)",
         "log2(self.last / self.first)",
         "iCT doubles once too few",
@@ -655,28 +671,28 @@ MUTANTS = [
     Mutant("flow/rate.py", "inputs[of] + d", "inputs[of] - d", "the difference has the wrong sign", RATE),
     Mutant("flow/rate.py", "/ (2 * self.h)", "/ self.h", "the difference is twice the derivative", RATE),
     Mutant(
-        "flow/dual.py",
+        "autodiff/dual.py",
         "    if recording():\n        return pair",
         "    if recording() and False:\n        return pair",
         "rates lose their gradient",
         RATE,
     ),
     Mutant(
-        "flow/rule/layer.py",
+        "autodiff/rule/layer.py",
         "if recording():  # to",
         "if recording() and False:  # to",
         "the norm's deviation is held still",
         RATE,
     ),
     Mutant(
-        "flow/attention.py",
+        "autodiff/attention.py",
         "p = (s * q @ k.mT).softmax(-1)\n        out",
         "p = (s * q @ k.mT).softmax(-1).detach()\n        out",
         "attention's weights are held still",
         RATE,
     ),
     Mutant(
-        "nets/lean.py",
+        "nets/checkpointing.py",
         "recorded() if recording() else primal_only()",
         "primal_only()",
         "a checkpoint loses the rate",

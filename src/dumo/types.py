@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 if TYPE_CHECKING:
     Array = Tensor
 else:
-    Array = Any  # a Tensor, or what stands in for one on its way through a net: `dumo.flow.dual.Dual`
+    Array = Any  # a Tensor, or what stands in for one on its way through a net: `dumo.autodiff.dual.Dual`
 Sample = Float[Array, "b *d"]  # x, z, x_t, v, u
 Time = Float[Array, " b"]  # t, r, s; 0 is data, 1 is noise
 PerSample = Float[Tensor, " b"]  # one number per row
@@ -53,16 +53,16 @@ class Frozen:
         return self.module(x, c, **inputs)
 
 
-def bare(net: Net) -> nn.Module:
+def unwrap(net: Net) -> nn.Module:
     """The module that holds the weights, from inside any distributed or compiled wrapper."""
     for wrapper in ("module", "_orig_mod"):
         net = getattr(net, wrapper, net)
     return cast(nn.Module, net)
 
 
-def still(net: Net) -> Frozen:
+def frozen(net: Net) -> Frozen:
     """The weights in training, without gradients, from inside any distributed wrapper."""
-    return Frozen(bare(net))
+    return Frozen(unwrap(net))
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,14 @@ class Noised:
         return replace(self, x=x, z=z, t=s, x_t=x_s, v_t=v_s, moving=None)
 
     @property
-    def places(self) -> tuple[list[int], list[int]]:
+    def rows_by_step(self) -> tuple[list[int], list[int]]:
         """The rows that may have r < t and those that may have r = t, told by place; all and all where it tells none.
 
         Where it does, the first are the rows that move, the second the others.
         """
         if self.moving is None:
             return list(range(len(self.t))), list(range(len(self.t)))
-        return parted(self.moving)
+        return split_by_step(self.moving)
 
     def __getitem__(self, rows: slice | list[int] | Int[Tensor, " k"]) -> "Noised":
         """Some of the rows, their number fixed by position: so every rank makes the same passes, in static shapes.
@@ -207,7 +207,7 @@ class Objective(Protocol):
         ...
 
 
-def parted(moving: Sequence[bool]) -> tuple[list[int], list[int]]:
+def split_by_step(moving: Sequence[bool]) -> tuple[list[int], list[int]]:
     """The places of the rows that move, and of those that do not."""
     return [i for i, m in enumerate(moving) if m], [i for i, m in enumerate(moving) if not m]
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear, Trig
-from dumo.flow.slope import Dual, Slope
+from dumo.flow.slope import DualSlope, Slope
 from dumo.nets import Net
 from dumo.objectives import UCGM, Objective
 from dumo.types import Frozen, Noised, Spec, Terms
@@ -55,7 +55,7 @@ def objectives(*, exact: bool = False, **fields: object) -> Iterator[Objective]:
 def pairs(some: Iterable[Objective]) -> list[tuple[Objective, Net]]:
     """Every objective with the first net, and with the others each kind of objective once: the last of it."""
     first, *others = nets()
-    last = list({kind(o): o for o in some if getattr(o, "slope", Dual()) == Dual()}.values())
+    last = list({kind(o): o for o in some if getattr(o, "slope", DualSlope()) == DualSlope()}.values())
     return [*((o, first) for o in some), *((o, net) for net in others for o in last)]
 
 

@@ -13,7 +13,7 @@ from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.secant import MAX_GAIN
-from dumo.flow.slope import Central, Dual, Jvp, Slope
+from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Uniform
 from dumo.nets import Net
 from dumo.objectives import DuMo, FlowMatching, MeanFlow, Objective
@@ -121,18 +121,18 @@ GUIDED = Guide(zeta=0.5)
 COUNTS = [  # passes with gradients, and without
     (FlowMatching(), 1, 0),
     (FlowMatching(guide=GUIDED), 1, 1),  # null
-    (DuMo(guide=Guide(), slope=Central()), 1, 2),  # t - h, t + h
-    (DuMo(guide=GUIDED, slope=Central()), 1, 3),  # and null; V(c) is the graded pass itself
-    (DuMo(guide=GUIDED, slope=Jvp()), 1, 2),  # null, and one differentiated
-    (MeanFlow(guide=Guide(), slope=Central()), 1, 2),
-    (MeanFlow(slope=Central()), 1, 4),  # V(c) at r = t, null, t - h, t + h
-    (MeanFlow(guide=Guide(omega=0.5, zeta=0.5), slope=Central()), 1, 3),  # null weighs nothing
-    (MeanFlow(guide=Guide(omega=1.5), slope=Central()), 1, 3),  # V(c) weighs nothing
-    (MeanFlow(slope=Jvp()), 1, 3),
-    (DuMo(guide=Guide(), slope=Dual()), 1, 0),  # a ride
-    (DuMo(guide=GUIDED, slope=Dual()), 1, 1),  # null; a tape
-    (MeanFlow(slope=Dual()), 2, 2),  # V(c), null; a ride of the rows with r < t, and the others
-    (MeanFlow(slope=Dual(), times=Uniform()), 1, 2),  # all rows have r < t
+    (DuMo(guide=Guide(), slope=CentralSlope()), 1, 2),  # t - h, t + h
+    (DuMo(guide=GUIDED, slope=CentralSlope()), 1, 3),  # and null; V(c) is the graded pass itself
+    (DuMo(guide=GUIDED, slope=JvpSlope()), 1, 2),  # null, and one differentiated
+    (MeanFlow(guide=Guide(), slope=CentralSlope()), 1, 2),
+    (MeanFlow(slope=CentralSlope()), 1, 4),  # V(c) at r = t, null, t - h, t + h
+    (MeanFlow(guide=Guide(omega=0.5, zeta=0.5), slope=CentralSlope()), 1, 3),  # null weighs nothing
+    (MeanFlow(guide=Guide(omega=1.5), slope=CentralSlope()), 1, 3),  # V(c) weighs nothing
+    (MeanFlow(slope=JvpSlope()), 1, 3),
+    (DuMo(guide=Guide(), slope=DualSlope()), 1, 0),  # a ride
+    (DuMo(guide=GUIDED, slope=DualSlope()), 1, 1),  # null; a tape
+    (MeanFlow(slope=DualSlope()), 2, 2),  # V(c), null; a ride of the rows with r < t, and the others
+    (MeanFlow(slope=DualSlope(), times=Uniform()), 1, 2),  # all rows have r < t
 ]
 
 
@@ -193,7 +193,7 @@ def low(cast: Callable[[Tensor], Tensor], b: Noised) -> Noised:
 
 def refused(objective: Objective) -> bool:
     """Whether it takes a difference that rounding would outweigh."""
-    by_slope = objective.kind != "alpha_flow" and isinstance(getattr(objective, "slope", None), Central)
+    by_slope = objective.kind != "alpha_flow" and isinstance(getattr(objective, "slope", None), CentralSlope)
     return by_slope or getattr(objective, "amplifies", 0) > MAX_GAIN
 
 
@@ -227,7 +227,7 @@ def test_differences_are_refused_below_fp32_without_autocast(objective: Objectiv
 
 @each_net
 @pytest.mark.parametrize("power", [0.0, 1.0])
-@pytest.mark.parametrize("slope", [Central(), Dual(), Jvp()], ids=lambda s: s.kind)
+@pytest.mark.parametrize("slope", [CentralSlope(), DualSlope(), JvpSlope()], ids=lambda s: s.kind)
 def test_meanflow_without_a_step_is_flow_matching(net: Net, power: float, slope: Slope) -> None:
     """At r = t its gradient is flow matching's, row by row, times D / (S + floor)^power for D numbers in a row."""
     mine, other = MeanFlow(slope=slope, power=power, guide=GUIDE), FlowMatching(guide=GUIDE)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dumo.types import Frozen, lift, mean_square, still
+from dumo.types import Frozen, frozen, lift, mean_square
 
 
 class Line(nn.Module):
@@ -36,8 +36,8 @@ def test_a_still_net_is_the_weights_in_training_from_inside_a_wrapper() -> None:
     net = Line()
     wrapper = nn.Module()
     wrapper.module = net
-    assert still(net).module is net
-    assert still(wrapper).module is net
+    assert frozen(net).module is net
+    assert frozen(wrapper).module is net
 
 
 @pytest.mark.parametrize("shape", [(3, 2), (3, 2, 4, 4)])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dumo.reproduce import zoo
+from dumo.reproduce.paper import zoo
 from e2e.shell import call, refused, tree
 
 

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dumo.flow.draw import stream
-from dumo.metrics import weights
-from dumo.metrics.locked import LOCKED, Locked
+from dumo.features import weights
+from dumo.protocols.standard import STANDARDS, Standard
+from dumo.random import stream
 from e2e.shell import call, finish, refused, sets, start
 from golden import inception
-from unit.metrics.eye import Peephole
+from unit.extractor import Peephole
 
 TESTS = Path(__file__).parents[1]
 COUNT = 120  # images
@@ -100,7 +100,7 @@ def test_from_images_to_a_table(here: Path, peephole: Peephole) -> None:
 
 def test_inception_itself_from_a_file(here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The real network, of random weights that pass for the published ones; six images of each side."""
-    monkeypatch.setitem(LOCKED, "folder", Locked(6, None, None, None, 4))
+    monkeypatch.setitem(STANDARDS, "folder", Standard(6, None, None, None, 4))
     monkeypatch.setattr(weights, "SHA256", "of random weights")
     save_file(inception.net().state_dict(), tmp_path / "i.safetensors", {"sha256": weights.SHA256})
     root = tmp_path / "few"
@@ -131,7 +131,7 @@ def test_two_ranks_judge_as_one(here: Path, peephole: Peephole, tmp_path: Path) 
     told = {"DUMO_CACHE": str(tmp_path / "cache"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     told |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     first = f"import os, sys; sys.path.insert(0, {str(TESTS)!r}); os.environ.update({told})"
-    first += "; from unit.metrics.eye import Peephole; from dumo.metrics import weights"
+    first += "; from unit.extractor import Peephole; from dumo.features import weights"
     first += "; weights.load = lambda path, device: Peephole(); os.environ['RANK'] = os.environ['LOCAL_RANK'] = "
     words = ("evaluate", "a", "--json", "--device", "cpu")
     ranks = [start(*words, cwd=here, first=f"{first}'{rank}'") for rank in (0, 1)]
@@ -187,7 +187,7 @@ def test_a_reference_without_its_keys(
     here: Path, album: Path, peephole: Peephole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = "adm-imagenet256-50k"
-    monkeypatch.setitem(LOCKED, name, Locked(COUNT, 8, 2, 10, 10, "https://there"))
+    monkeypatch.setitem(STANDARDS, name, Standard(COUNT, 8, 2, 10, 10, "https://there"))
     adm = sets(f"evaluate.protocol.kind={name}", "evaluate.protocol.frechet=false")
     refused("evaluate", "a", *adm, named=("https://there", "evaluate.protocol.reference"))
     np.savez("r.npz", mu=np.zeros(3))

@@ -25,7 +25,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         draws = torch.Generator().manual_seed(i)
         pixels = torch.randint(256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=draws)
         Image.fromarray(pixels.numpy()).save(folder / f"{i:03d}.png")
-    tree = yaml.safe_load(recipes.read("digits"))
+    tree = yaml.safe_load(recipes.text("digits"))
     images = {"root": str(home / "images"), "side": SIDE, "crop": "none", "flip": True}
     tree["data"] = {"kind": "latents", "root": str(home / "cache"), "images": images, "codec": {"kind": "identity"}}
     tree["net"], tree["train"]["steps"], tree["train"]["schedule"] = NET, 4, {"kind": "constant"}

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo import run
-from dumo.run import Trained
-from dumo.sample.generate import generate, labels
+from dumo.run.folder import RunFolder, open_run
+from dumo.run.sample import sample, solver_named
+from dumo.run.train import train
+from dumo.sampling.generate import generate, labels
 from e2e.shell import call, sets
 
 COUNT = 64
@@ -18,7 +19,7 @@ CLOSE = 1e-5  # in [-1, 1]: a product of matrices rounds by the number of its ro
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def taught(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     """A small transformer, trained until its modulations are far from zero."""
     folder = tmp_path_factory.mktemp("seed") / "digits"
     words = sets("net.width=64", "net.depth=1", "train.batch=32", "train.steps=80", "train.optimizer.lr=0.005")
@@ -26,15 +27,15 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     assert call("train", "digits", "--out", folder, *words).code == 0
     rows = [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1] < 0.7 * rows[0]
-    return run.open_run(str(folder))
+    return open_run(str(folder))
 
 
-def made(trained: Trained, c: Tensor, nfe: int, batch: int, indices: Sequence[int] | None = None) -> Tensor:
+def made(opened: RunFolder, c: Tensor, nfe: int, batch: int, indices: Sequence[int] | None = None) -> Tensor:
     """Samples in batches of `batch`."""
-    spec = trained.run
-    reads = spec.objective.read(trained.net)
+    spec = opened.run
+    reads = spec.objective.read(opened.net)
     return generate(
-        trained.net,
+        opened.net,
         reads,
         spec.path,
         spec.sample.solver,
@@ -48,16 +49,16 @@ def made(trained: Trained, c: Tensor, nfe: int, batch: int, indices: Sequence[in
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 4])
-def test_same_image_at_any_batch(taught: Trained, nfe: int) -> None:
+def test_same_image_at_any_batch(taught: RunFolder, nfe: int) -> None:
     c = labels(COUNT, 10)
     together = made(taught, c, nfe, COUNT)
     assert together.std() > 0.3  # there is something to see
     for batch in (1, 7):
         assert (made(taught, c, nfe, batch) - together).abs().max() <= CLOSE
-    assert torch.equal(run.sample(taught, nfe=nfe, c=c, seed=3).x, together)
+    assert torch.equal(sample(taught, nfe=nfe, c=c, seed=3).x, together)
 
 
-def test_any_image_can_be_made_alone(taught: Trained) -> None:
+def test_any_image_can_be_made_alone(taught: RunFolder) -> None:
     c = labels(COUNT, 10)
     together = made(taught, c, 2, COUNT)
     for i in (0, 13, 63):
@@ -67,7 +68,7 @@ def test_any_image_can_be_made_alone(taught: Trained) -> None:
 
 
 @pytest.mark.parametrize(("solver", "nfe"), [("restart", 1), ("restart", 3), ("euler", 5), ("heun", 2), ("heun", 6)])
-def test_passes_are_counted_by_the_net(taught: Trained, solver: str, nfe: int) -> None:
+def test_passes_are_counted_by_the_net(taught: RunFolder, solver: str, nfe: int) -> None:
     rows = 0
 
     def count(_: object, inputs: tuple[Tensor, ...], __: object) -> None:
@@ -76,14 +77,14 @@ def test_passes_are_counted_by_the_net(taught: Trained, solver: str, nfe: int) -
 
     hook = taught.net.register_forward_hook(count)
     try:
-        samples = run.sample(taught, nfe=nfe, c=labels(5, 10), solver=run.solver_named(taught.run, solver))
+        samples = sample(taught, nfe=nfe, c=labels(5, 10), solver=solver_named(taught.run, solver))
     finally:
         hook.remove()
     assert rows == 5 * nfe
     assert samples.nfe == nfe
 
 
-def test_training_again_makes_the_same_weights(taught: Trained, tmp_path: Path) -> None:
-    again = run.train(taught.run, tmp_path / "again")
+def test_training_again_makes_the_same_weights(taught: RunFolder, tmp_path: Path) -> None:
+    again = train(taught.run, tmp_path / "again")
     for mine, theirs in zip(again.shown.parameters(), taught.net.parameters(), strict=True):
         assert torch.equal(mine, theirs)

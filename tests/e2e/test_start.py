@@ -101,6 +101,6 @@ def test_set_reaches_every_depth_and_the_last_wins(here: Path) -> None:
 
 
 def test_a_file_is_as_good_as_a_recipe(here: Path) -> None:
-    tree = yaml.safe_load(recipes.read("moons"))
+    tree = yaml.safe_load(recipes.text("moons"))
     (here / "my moons.yaml").write_text(yaml.safe_dump(tree))
     assert call("show", "my moons.yaml", "--json").json == call("show", "moons", "--json").json

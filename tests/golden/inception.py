@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dumo.flow.draw import stream
-from dumo.metrics.inception import Inception
+from dumo.features.inception import Inception
+from dumo.random import stream
 
 FILE = Path(__file__).with_name("inception.json")
 

@@ -10,11 +10,12 @@ from typing import get_args
 import pytest
 import torch
 
-from dumo.flow.draw import draw, stream
+from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.nets import DiT
 from dumo.objectives import Objective
-from dumo.types import Spec, still
+from dumo.random import stream
+from dumo.types import Spec, frozen
 
 OBJECTIVES: tuple[type[Spec], ...] = get_args(get_args(Objective)[0])
 FILE = Path(__file__).with_name("loss.json")
@@ -34,7 +35,7 @@ def measured(kind: type[Spec]) -> dict[str, list[float]]:
     for step in range(3):
         b = draw(objective, Linear(), x, c, torch.full_like(c, CLASSES), seed=0, step=step)
         net.zero_grad()
-        loss = objective.loss(net, still(net), b).loss.mean()
+        loss = objective.loss(net, frozen(net), b).loss.mean()
         loss.backward()
         found["loss"].append(loss.item())
         found["gradient"].append(sum(p.grad.square().sum().item() for p in net.parameters()) ** 0.5)

@@ -4,15 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-from dumo.flow.draw import draw, stream
+from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
-from dumo.flow.slope import Central
+from dumo.flow.slope import CentralSlope
 from dumo.flow.times import Pair
 from dumo.nets import MLP, DiT
 from dumo.objectives import DuMo, MeanFlow
-from dumo.train.cost import forward_units
-from dumo.types import Objective, still
+from dumo.preflight.cost import forward_units
+from dumo.random import stream
+from dumo.types import Objective, frozen
 
 LATENT = (4, 32, 32)  # SD-VAE at 256 x 256
 
@@ -28,7 +29,7 @@ def passes(objective: Objective) -> tuple[int, int]:
     net, made = MLP(width=8, depth=1).build(objective.needs, (2,), 3), list[bool]()
     net.register_forward_hook(lambda *_: made.append(torch.is_grad_enabled()))
     x, c = torch.randn(4, 2, generator=stream("passes")), torch.zeros(4, dtype=torch.long)
-    objective.loss(net, still(net), draw(objective, Linear(), x, c, torch.full_like(c, 3), seed=0, step=0))
+    objective.loss(net, frozen(net), draw(objective, Linear(), x, c, torch.full_like(c, 3), seed=0, step=0))
     return sum(made), len(made) - sum(made)
 
 
@@ -43,7 +44,7 @@ def test_second_head_costs_less_than_half_a_percent() -> None:
 def test_passes_of_a_step() -> None:
     """Sec. 3.3: 1 pass with gradients and 3 without, against MeanFlow's 1 and 4 without a JVP."""
     assert passes(DuMo()) == (1, 3)
-    assert passes(MeanFlow(slope=Central())) == (1, 4)
+    assert passes(MeanFlow(slope=CentralSlope())) == (1, 4)
 
 
 def test_step_is_an_eighth_cheaper_than_meanflow() -> None:
@@ -52,7 +53,7 @@ def test_step_is_an_eighth_cheaper_than_meanflow() -> None:
     Here they do not: no pass is made for rows that need none.
     """
     every_row = {"times": Pair(velocity_ratio=0), "guide": Guide(omega=0.2, zeta=0.92)}
-    dumo, meanflow = DuMo(drop=0), MeanFlow(slope=Central(), drop=0, **every_row)
+    dumo, meanflow = DuMo(drop=0), MeanFlow(slope=CentralSlope(), drop=0, **every_row)
     ratio = forward_units(xl2(meanflow), meanflow, Linear(), LATENT) / forward_units(xl2(dumo), dumo, Linear(), LATENT)
     assert ratio == pytest.approx(7 / 6, rel=1e-3)
 

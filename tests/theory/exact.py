@@ -26,8 +26,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from dumo.autodiff.dual import carry, primal
 from dumo.flow.draw import draw
-from dumo.flow.dual import carry, primal
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
 from dumo.types import Frozen, Heads, Needs, Noised, Objective

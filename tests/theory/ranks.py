@@ -25,10 +25,10 @@ from contract.case import objectives, randomise
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
-from dumo.flow.slope import Dual
+from dumo.flow.slope import DualSlope
 from dumo.nets import DiT
 from dumo.objectives import DuMo, MeanFlow, Objective
-from dumo.types import Frozen, Net, Noised, still
+from dumo.types import Frozen, Net, Noised, frozen
 from meeting import meeting
 
 ROWS, CLASSES, SHAPE = 16, 3, (4, 8, 8)
@@ -65,14 +65,14 @@ def both(net: nn.Module) -> nn.Module:
 
 
 OBJECTIVES = {
-    "tape": DuMo(slope=Dual(), guide=Guide(zeta=0.5)),
-    "tape, random guidance": DuMo(slope=Dual(), guide=GUIDED),
-    "ride": DuMo(slope=Dual(), guide=Guide()),
-    "ride, some rows": MeanFlow(slope=Dual()),
+    "tape": DuMo(slope=DualSlope(), guide=Guide(zeta=0.5)),
+    "tape, random guidance": DuMo(slope=DualSlope(), guide=GUIDED),
+    "ride": DuMo(slope=DualSlope(), guide=Guide()),
+    "ride, some rows": MeanFlow(slope=DualSlope()),
 }
 
 
-EVERY = {named(o): o for o in objectives() if getattr(o, "slope", Dual()) == Dual()}  # each meets one wrapper
+EVERY = {named(o): o for o in objectives() if getattr(o, "slope", DualSlope()) == DualSlope()}  # each meets one wrapper
 
 
 def record(objective: Objective, rank: int, ranks: int) -> Noised:
@@ -90,7 +90,7 @@ def gradient(net: Net, module: nn.Module, objective: Objective, b: Noised) -> Te
     """Of the mean loss, all parameters in one vector; twice, so that what a step leaves behind is seen."""
     for _ in range(2):
         module.zero_grad()
-        objective.loss(net, still(net), b).loss.mean().backward()
+        objective.loss(net, frozen(net), b).loss.mean().backward()
     grads = (p.grad for p in module.parameters())
     return torch.cat([(g.full_tensor() if hasattr(g, "full_tensor") else g).flatten() for g in grads])
 

@@ -12,7 +12,7 @@ from contract.case import Counted, nets, randomise
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
-from dumo.flow.slope import Dual, Jvp
+from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Pair
 from dumo.objectives import AlphaFlow, FlowMatching
 from dumo.types import Frozen
@@ -83,8 +83,8 @@ def test_gradient_vanishes_with_alpha(flow: Flow, guide: Guide) -> None:
         assert abs((coarse / fine).log() / log(large / small) - 1) < 0.2
 
 
-@pytest.mark.parametrize("slope", [Dual(), Jvp()], ids=lambda s: s.kind)
-def test_it_rests_at_the_flow_when_alpha_is_zero_and_elsewhere_before(slope: Dual | Jvp) -> None:
+@pytest.mark.parametrize("slope", [DualSlope(), JvpSlope()], ids=lambda s: s.kind)
+def test_it_rests_at_the_flow_when_alpha_is_zero_and_elsewhere_before(slope: DualSlope | JvpSlope) -> None:
     """At the start it is flow matching along trajectories: u* = v* on rows of r < t, too, which no u obeys."""
     for flow, guide in ((PRODUCT, Guide()), (gaussian(DUMO), DUMO)):
         o = AlphaFlow(times=MIXED, guide=guide, drop=0.2, slope=slope)
@@ -96,7 +96,7 @@ def test_it_rests_at_the_flow_when_alpha_is_zero_and_elsewhere_before(slope: Dua
 @pytest.mark.parametrize("progress", [0.0, 0.55, 1.0])
 def test_rows_at_one_time_are_flow_matching(progress: float) -> None:
     """At r = t its gradient is flow matching's, row by row, over (mean square + floor), whatever alpha is."""
-    mine, other = AlphaFlow(guide=DUMO, slope=Jvp(), clip=0.1, **WIDE), FlowMatching(guide=DUMO)
+    mine, other = AlphaFlow(guide=DUMO, slope=JvpSlope(), clip=0.1, **WIDE), FlowMatching(guide=DUMO)
     net, b = Polynomial(1), rows(mine)
     velocity, b = AtOneTime(net), replace(b, r=b.t, progress=progress)
     for i in range(5, 8):
@@ -123,7 +123,7 @@ def test_edges(progress: float) -> None:
 @pytest.mark.parametrize(("progress", "graded", "still"), [(0.0, 1, 0), (0.5, 1, 1), (1.0, 2, 0)])
 def test_passes_follow_the_training_and_nothing_else(progress: float, graded: int, still: int) -> None:
     """Flow matching; a secant; a derivative that rides on the moving rows' share of the pass."""
-    o = AlphaFlow(guide=Guide(), slope=Dual(), **WIDE)
+    o = AlphaFlow(guide=Guide(), slope=DualSlope(), **WIDE)
     net = Counted(randomise(nets()[0].build(o.needs, (2, 4, 4), 3)).double())
     x, c = (
         torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=D),

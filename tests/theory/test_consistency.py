@@ -9,7 +9,7 @@ from torch import Tensor
 
 from contract.case import Counted, nets, randomise, step
 from dumo.config.load import load
-from dumo.flow.schedule import Grid, Ratio
+from dumo.flow.discretization import KarrasGrid, Ratio
 from dumo.flow.secant import MAX_GAIN, demand
 from dumo.objectives import Consistency, FlowMatching
 from dumo.objectives.consistency import PRESETS
@@ -75,7 +75,7 @@ def test_gradient_vanishes_with_the_step(flow: Flow, weighted: bool, order: int)
 @each_flow
 def test_on_a_grid_it_vanishes_too(flow: Flow) -> None:
     """There t moves to the end of its step, and x_t with it."""
-    grids = [Grid(first=n, last=n) for n in (100, 400, 1600)]
+    grids = [KarrasGrid(first=n, last=n) for n in (100, 400, 1600)]
     objectives = [L2.model_copy(update={"schedule": grid, "weighted": False}) for grid in grids]
     left = [gradient(o, Exact(flow, o.needs), record(o, flow)).abs() for o in objectives]
     for coarse, fine in pairwise(left):
@@ -103,7 +103,7 @@ def test_descent_leads_back_to_the_flow(flow: Flow) -> None:
     net, b = Exact(flow, o.needs), record(o, flow)
     rest, columns = gradient(o, net, b), []
     for i in range(2):
-        net.probe.data = 1e-4 * torch.eye(2, dtype=b.t.dtype)[i].view(1, 2)
+        net.probe.data = 1e-4 * torch.extractor(2, dtype=b.t.dtype)[i].view(1, 2)
         columns.append((gradient(o, net, b) - rest).flatten() / 1e-4)
     assert torch.linalg.eigvals(torch.stack(columns, 1)).real.min() > 0.05
 
@@ -171,6 +171,6 @@ def test_short_steps_multiply_rounding_more_than_bf16_bears(name: str) -> None:
 
 def test_names() -> None:
     assert Consistency.named("ect") == Consistency()
-    assert Consistency.named("ict", drop=0.2) == Consistency(schedule=Grid(), soft=0.00108, drop=0.2)
+    assert Consistency.named("ict", drop=0.2) == Consistency(schedule=KarrasGrid(), soft=0.00108, drop=0.2)
     with pytest.raises(UserError, match=r"'sct'.*cm, ict, ect"):
         Consistency.named("sct")

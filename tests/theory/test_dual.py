@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from contract.case import SMALL, nets, randomise
+from dumo.autodiff.dual import NoRule
 from dumo.flow import slope
-from dumo.flow.dual import NoRule
 from dumo.nets import DiT
 from dumo.types import Array, Frozen, Heads, Needs, UserError
 
@@ -200,7 +200,7 @@ def run(
     """Heads and slopes; the way is checked to be the one asked for."""
     x, c, t, r, w = record(dtype)
     ref = Frozen(deepcopy(net) if way == "pass" else net)
-    exact = slope.Dual()
+    exact = slope.DualSlope()
     assert exact.way(net, ref, known=way == "ride").name == way
     torch.manual_seed(0)
     heads, along = exact(net, ref, x, c, t=t, r=r, toward=w if way == "ride" else None, moving=moving)
@@ -292,7 +292,7 @@ def test_bf16_weights_do_no_harm(name: str) -> None:
     """The direction may be of more precision than the net."""
     net = made(name, torch.bfloat16)
     x, c, t, r, w = record(torch.bfloat16)
-    _, along = slope.Dual()(net, Frozen(net), x, c, t=t, r=r)
+    _, along = slope.DualSlope()(net, Frozen(net), x, c, t=t, r=r)
     slopes = along(w.float())
     assert all(d.dtype == torch.bfloat16 for d in slopes)
     assert error(slopes, known_of(name, torch.bfloat16)) < 0.1
@@ -342,7 +342,7 @@ def test_what_the_moving_inputs_do_not_reach_rests(way: str, moving: tuple[bool,
 @each_net
 def test_a_tape_plays_once(name: str) -> None:
     net, (x, c, t, r, w) = made(name), record()
-    _, along = slope.Dual()(net, Frozen(net), x, c, t=t, r=r)
+    _, along = slope.DualSlope()(net, Frozen(net), x, c, t=t, r=r)
     along(w)
     with pytest.raises(RuntimeError, match="twice"):
         along(w)
@@ -350,7 +350,7 @@ def test_a_tape_plays_once(name: str) -> None:
 
 def test_a_ride_keeps_to_its_direction() -> None:
     net, (x, c, t, r, w) = made("mlp"), record()
-    _, along = slope.Dual()(net, Frozen(net), x, c, t=t, r=r, toward=w)
+    _, along = slope.DualSlope()(net, Frozen(net), x, c, t=t, r=r, toward=w)
     along(w)
     with pytest.raises(ValueError, match="direction"):
         along(w.clone())
@@ -396,7 +396,7 @@ def test_a_missing_rule_is_named(way: str, operation: Callable[[Array], Array], 
 def test_the_ends_of_time_are_finite(name: str) -> None:
     """On inputs that are all zero, where norms divide by their eps; others are in the record."""
     net, (x, c, t, _, w) = made(name), record()
-    _, along = slope.Dual()(net, Frozen(net), 0 * x, c, t=torch.arange(BATCH, dtype=D) % 2, r=0 * t)
+    _, along = slope.DualSlope()(net, Frozen(net), 0 * x, c, t=torch.arange(BATCH, dtype=D) % 2, r=0 * t)
     assert all(d.isfinite().all() and d.any() for d in along(w))
 
 
@@ -421,7 +421,7 @@ def test_a_checkpointed_net_keeps_its_bits(way: str) -> None:
 
 def test_a_checkpointed_net_has_no_tape() -> None:
     _, lean = transformers()
-    way = slope.Dual().way(lean, Frozen(lean), known=False)
+    way = slope.DualSlope().way(lean, Frozen(lean), known=False)
     assert way.name == "pass"
     assert "checkpointing" in way.why
 

@@ -13,7 +13,7 @@ from contract.case import nets, passes
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
-from dumo.flow.slope import Central, Dual, Jvp, Slope
+from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.objectives import FACM
 from dumo.types import Frozen
 from theory.exact import APART, PRODUCT, Exact, Flow, column, gaussian, gradient, plane, record
@@ -26,7 +26,7 @@ SWITCHES = [{}, {"relax": False}, {"clip": None}, {"cosine": False}, {"power": 0
 @pytest.mark.parametrize("guide", [NONE, OWN, Guide(zeta=0.5)], ids=["none", "own", "zeta"])
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_formula(guide: Guide, switches: dict[str, float | None]) -> None:
-    o = FACM(guide=guide, drop=0.3, slope=Jvp(), **switches)
+    o = FACM(guide=guide, drop=0.3, slope=JvpSlope(), **switches)
     net, b = Polynomial(1), rows(o)
     (v,), (v_null,), (u,) = (net(b.x_t, c, t=s) for c, s in ((b.c, -b.t), (b.null, -b.t), (b.c, b.t)))
     v_star = guided(b, guide, v, v_null)
@@ -52,7 +52,7 @@ def at_rest(o: FACM, flow: Flow, n: int = 256) -> float:
     return gradient(o, Exact(flow, o.needs), record(o, flow, n)).abs().max().item()
 
 
-@pytest.mark.parametrize("slope", [Jvp(), Dual()], ids=lambda s: s.kind)
+@pytest.mark.parametrize("slope", [JvpSlope(), DualSlope()], ids=lambda s: s.kind)
 def test_it_rests_at_the_flow(slope: Slope) -> None:
     """With every switch as the authors have it. Measured: 1e-14."""
     for flow, guide in ((gaussian(OWN), OWN), (APART, NONE), (PRODUCT, NONE)):
@@ -63,7 +63,7 @@ def test_it_rests_at_the_flow(slope: Slope) -> None:
 
 def test_differences_are_of_second_order() -> None:
     left = [
-        gradient(o := FACM(guide=NONE, slope=Central(h=h)), Exact(PRODUCT, o.needs), record(o, PRODUCT)).norm()
+        gradient(o := FACM(guide=NONE, slope=CentralSlope(h=h)), Exact(PRODUCT, o.needs), record(o, PRODUCT)).norm()
         for h in (0.04, 0.02, 0.01, 0.005)
     ]
     for coarse, fine in pairwise(left):
@@ -72,7 +72,7 @@ def test_differences_are_of_second_order() -> None:
 
 def test_the_anchor_alone_is_flow_matching() -> None:
     """At t = 0 the flow map weighs nothing; the head told -t gets flow matching's gradient, factor 1."""
-    o = FACM(guide=NONE, cosine=False, slope=Jvp())
+    o = FACM(guide=NONE, cosine=False, slope=JvpSlope())
     net, b = Polynomial(1), rows(o)
     for at in (b.at(0 * b.t), b):
         anchor = ((net(at.x_t, at.c, t=-at.t)[0] - at.v_t) ** 2).mean(1)
@@ -86,7 +86,7 @@ def test_the_anchor_alone_is_flow_matching() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_corners_of_time(dtype: torch.dtype) -> None:
     """Finite with finite gradients at t = 0 and t = 1, and where all heads are zero, as at the start."""
-    o = FACM(guide=NONE, slope=Dual())
+    o = FACM(guide=NONE, slope=DualSlope())
     g = torch.Generator().manual_seed(0)
     net = nets()[0].build(o.needs, (2, 4, 4), 3)
     x, c = torch.randn(8, 2, 4, 4, generator=g), torch.arange(8) % 3
@@ -100,9 +100,9 @@ def test_corners_of_time(dtype: torch.dtype) -> None:
 
 COUNTS = [  # passes with gradients, and without
     (FACM(), 2, 2),  # V(null), and one differentiated
-    (FACM(slope=Dual()), 2, 1),  # the tangent rides
-    (FACM(slope=Central()), 2, 3),
-    (FACM(guide=NONE, slope=Dual()), 2, 0),
+    (FACM(slope=DualSlope()), 2, 1),  # the tangent rides
+    (FACM(slope=CentralSlope()), 2, 3),
+    (FACM(guide=NONE, slope=DualSlope()), 2, 0),
 ]
 
 

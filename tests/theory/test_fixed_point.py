@@ -12,7 +12,7 @@ import torch
 
 from contract.case import kind, members, name, objectives
 from dumo.flow.guide import Guide, Interval
-from dumo.flow.slope import Central
+from dumo.flow.slope import CentralSlope
 from dumo.flow.times import Pair
 from dumo.objectives import MeanFlow
 from dumo.objectives import Objective as AnyObjective
@@ -71,7 +71,7 @@ ON_MIXTURES = cases((APART, NONE), (PRODUCT, NONE))
 CLOSED = [*cases(*((gaussian(guide), guide) for guide in GUIDES)), *ON_MIXTURES]
 IN_THE_PLANE = cases((plane(DUMO), DUMO))
 STEPPED = cases((gaussian(DUMO), DUMO), (APART, NONE), (PRODUCT, NONE), exact=False)
-BY_DIFFERENCE = [(o, flow) for o, flow in STEPPED if isinstance(getattr(o, "slope", None), Central)]
+BY_DIFFERENCE = [(o, flow) for o, flow in STEPPED if isinstance(getattr(o, "slope", None), CentralSlope)]
 STRAIGHT = [
     (o, flow) for o, flow in BY_DIFFERENCE if o.kind not in (*BENT, "imf")
 ]  # a difference may leave an interval
@@ -85,7 +85,7 @@ def test_gradient_vanishes_at_the_flow(objective: AnyObjective, flow: Flow) -> N
 
 @each(STRAIGHT)
 def test_gradient_vanishes_with_the_square_of_the_step(objective: AnyObjective, flow: Flow) -> None:
-    steps = [objective.model_copy(update={"slope": Central(h=h)}) for h in (0.04, 0.02, 0.01, 0.005)]
+    steps = [objective.model_copy(update={"slope": CentralSlope(h=h)}) for h in (0.04, 0.02, 0.01, 0.005)]
     left = [gradient(o, Exact(flow, o.needs), record(o, flow)).abs() for o in steps]
     moved = left[-1] > 1e-14  # a head without a derivative in its target rests exactly
     assert moved[-1].all()
@@ -99,7 +99,7 @@ def test_descent_leads_back_to_the_flow(objective: AnyObjective, flow: Flow) -> 
     net, b = Exact(flow, objective.needs), record(objective, flow)
     columns = []
     for i in range(net.probe.numel()):
-        net.probe.data = 1e-4 * torch.eye(net.probe.numel(), dtype=net.probe.dtype)[i].view_as(net.probe)
+        net.probe.data = 1e-4 * torch.extractor(net.probe.numel(), dtype=net.probe.dtype)[i].view_as(net.probe)
         columns.append(gradient(objective, net, b).flatten() / 1e-4)
     pull = torch.stack(columns, 1)
     assert pull.diag().min() > 0.1

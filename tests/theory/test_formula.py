@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.flow.guide import Guide, Interval
-from dumo.flow.slope import Jvp
+from dumo.flow.slope import JvpSlope
 from dumo.flow.times import Pair
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
 from dumo.types import Frozen, Heads, Noised, Objective, Terms
@@ -97,7 +97,7 @@ GUIDES += [g.model_copy(update={"fraction": 0.25}) for g in GUIDES[1:]]
 @pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("beta", [0.7, 0.1])
 def test_dumo(guide: Guide, beta: float) -> None:
-    objective = DuMo(guide=guide, slope=Jvp(), beta=beta, drop=0.3)
+    objective = DuMo(guide=guide, slope=JvpSlope(), beta=beta, drop=0.3)
     net, b = Polynomial(2), rows(objective)
     v, u = net(b.x_t, b.c, t=b.t)
     v_star = guided(b, guide, v, net(b.x_t, b.null, t=b.t)[0])
@@ -135,7 +135,7 @@ def test_meanflow(guide: Guide, power: float, floor: float) -> None:
 
 @pytest.mark.parametrize(
     "objective",
-    [FlowMatching(), DuMo(beta=1.0, slope=Jvp()), MeanFlow(power=0.0, times=Pair(velocity_ratio=1.0))],
+    [FlowMatching(), DuMo(beta=1.0, slope=JvpSlope()), MeanFlow(power=0.0, times=Pair(velocity_ratio=1.0))],
     ids=lambda o: o.kind,
 )
 def test_an_average_halves_the_gradient_of_v(objective: Objective) -> None:

@@ -7,15 +7,15 @@ from torch import Tensor
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
 from dumo.objectives import DuMo, FlowMatching, Objective
-from dumo.sample.guidance import Guidance
-from dumo.sample.solver import Euler, Heun, Solver
+from dumo.sampling.guidance import CFG
+from dumo.sampling.solver import Euler, Heun, Solver
 from dumo.types import Reads
 from theory.exact import APART, D, Exact, column, gaussian, plane, record, table
 
 ALL, LATE = Interval(), Interval(low=0.2, high=0.75)
 
 
-def readings(objective: Objective, guidance: Guidance, null: int = 3) -> Reads:
+def readings(objective: Objective, guidance: CFG, null: int = 3) -> Reads:
     """Of the Gaussians that no guidance has touched."""
     return guidance(objective.read(Exact(gaussian(), objective.needs)), null)
 
@@ -25,7 +25,7 @@ def readings(objective: Objective, guidance: Guidance, null: int = 3) -> Reads:
 def test_a_guided_velocity_is_that_of_the_guided_flow(scale: float, interval: Interval) -> None:
     """The net trained on plain targets and guided when sampled; the flow that guidance in training settles at."""
     objective, flow = FlowMatching(drop=0.3), gaussian(Guide(omega=scale, interval=interval))
-    b, velocity = record(objective, flow), readings(objective, Guidance(scale=scale, interval=interval)).velocity
+    b, velocity = record(objective, flow), readings(objective, CFG(scale=scale, interval=interval)).velocity
     assert velocity is not None
     found = velocity(b.x_t, b.t, b.c)
     assert (found - flow.guided(b.x_t, b.c, b.t)).abs().max() < 1e-12
@@ -37,7 +37,7 @@ def test_a_guided_velocity_is_that_of_the_guided_flow(scale: float, interval: In
 def test_a_guided_velocity_of_mixtures() -> None:
     objective, flow, guided = FlowMatching(drop=0.3), plane(), plane(Guide(zeta=0.6))
     b = record(objective, flow, 64)
-    velocity = Guidance(scale=2.5)(objective.read(Exact(flow, objective.needs)), flow.classes).velocity
+    velocity = CFG(scale=2.5)(objective.read(Exact(flow, objective.needs)), flow.classes).velocity
     assert velocity is not None
     assert (velocity(b.x_t, b.t, b.c) - guided.guided(b.x_t, b.c, b.t)).abs().max() < 1e-12
 
@@ -46,7 +46,7 @@ def test_a_guided_velocity_of_mixtures() -> None:
 def test_solvers_follow_the_guided_flow(solver: Solver, order: int) -> None:
     z, c = torch.randn(12, 2, generator=torch.Generator().manual_seed(0), dtype=D), torch.arange(12) % 4
     exact = gaussian(Guide(omega=2)).carry(z, c, one := torch.ones(12, dtype=D), 0 * one)
-    reads = readings(FlowMatching(), Guidance(scale=2))
+    reads = readings(FlowMatching(), CFG(scale=2))
     off = [(solver(reads, Linear(), z, c, nfe, lambda k: z) - exact).abs().max() for nfe in (64, 128)]
     assert off[1] < 0.02
     assert abs(torch.log2(off[0] / off[1]).item() - order) < 0.3
@@ -57,7 +57,7 @@ def test_a_guided_jump_is_near_that_of_the_guided_flow() -> None:
     z, c = table([1.0, -0.5], [1.0, -0.5], [1.0, -0.5]), torch.arange(3)
     one, std = torch.ones(3, dtype=D), gaussian().std
     for scale in (1.5, 2.0):
-        endpoint = readings(DuMo(), Guidance(scale=scale)).endpoint
+        endpoint = readings(DuMo(), CFG(scale=scale)).endpoint
         assert endpoint is not None
         found = endpoint(z, one, c)
         assert (found - column(scale * std[c] + (1 - scale) * std[-1]) * z).abs().max() < 1e-12
@@ -71,7 +71,7 @@ def test_the_mean_does_not_matter_to_the_map() -> None:
     """A guided velocity of classes at different places, by hand."""
     objective = FlowMatching(drop=0.3)
     b = record(objective, APART)
-    velocity = Guidance(scale=3)(objective.read(Exact(APART, objective.needs)), APART.classes).velocity
+    velocity = CFG(scale=3)(objective.read(Exact(APART, objective.needs)), APART.classes).velocity
     assert velocity is not None
     v, null = (APART.velocity(b.x_t, c, b.t) for c in (b.c, b.null))
     found: Tensor = velocity(b.x_t, b.t, b.c)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import passes
-from dumo.flow.slope import Central, Dual, Jvp, Slope
+from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Level, Pair
 from dumo.objectives import ImprovedMeanFlow
 from dumo.types import Frozen, Heads, Noised
@@ -63,7 +63,7 @@ def by_hand(o: ImprovedMeanFlow, net: Knobbed, b: Noised) -> tuple[Tensor, Tenso
 @pytest.mark.parametrize("w", [Level(low=1.0, high=8.0, log=True), None], ids=["guided", "unguided"])
 @pytest.mark.parametrize(("power", "floor"), [(1.0, 0.01), (0.0, 0.01), (0.75, 1e-3)])
 def test_formula(w: Level | None, power: float, floor: float) -> None:
-    o = ImprovedMeanFlow(w=w, power=power, floor=floor, drop=0.3, times=EVEN, slope=Jvp())
+    o = ImprovedMeanFlow(w=w, power=power, floor=floor, drop=0.3, times=EVEN, slope=JvpSlope())
     net, b = Knobbed(), rows(o)
     assert (b.r == b.t).any()
     assert (b.r < b.t).any()
@@ -84,7 +84,7 @@ def at_rest(o: ImprovedMeanFlow, flow: Flow, n: int = 256) -> float:
     return gradient(o, Exact(flow, o.needs), record(o, flow, n)).abs().max().item()
 
 
-@pytest.mark.parametrize("slope", [Jvp(), Dual()], ids=lambda s: s.kind)
+@pytest.mark.parametrize("slope", [JvpSlope(), DualSlope()], ids=lambda s: s.kind)
 def test_it_rests_at_the_flow_that_its_knobs_ask_for(slope: Slope) -> None:
     """Every row guided by its own w in its own interval. Measured: 4e-15 on Gaussians, 4e-13 by Runge and Kutta."""
     o = ImprovedMeanFlow(times=EVEN, drop=0.2, slope=slope)
@@ -119,7 +119,7 @@ def test_differences_are_of_second_order(guided: bool) -> None:
     clear = (b.t - b.drawn["low"]).abs().minimum((b.t - b.drawn["high"]).abs()) > 0.05
     b = b[clear.nonzero().flatten()]
     left = [
-        gradient(o.model_copy(update={"slope": Central(h=h)}), Exact(flow, o.needs), b)[0].norm()
+        gradient(o.model_copy(update={"slope": CentralSlope(h=h)}), Exact(flow, o.needs), b)[0].norm()
         for h in (0.02, 0.01, 0.005, 0.0025)
     ]
     for coarse, fine in pairwise(left):
@@ -129,7 +129,7 @@ def test_differences_are_of_second_order(guided: bool) -> None:
 @pytest.mark.parametrize("power", [0.0, 1.0])
 def test_rows_without_a_step_are_flow_matching_for_both_heads(power: float) -> None:
     """A gradient D / (S + floor)^power times that of the mean square, for D numbers in a row."""
-    o = ImprovedMeanFlow(w=None, power=power, times=Pair(velocity_ratio=1.0), slope=Dual())
+    o = ImprovedMeanFlow(w=None, power=power, times=Pair(velocity_ratio=1.0), slope=DualSlope())
     net, b = Knobbed(), rows(o)
     b = replace(b.at(b.t), r=b.t)[5:]
     v_t = b.v_t
@@ -146,11 +146,11 @@ def test_rows_without_a_step_are_flow_matching_for_both_heads(power: float) -> N
 
 
 COUNTS = [  # passes with gradients, and without
-    (ImprovedMeanFlow(slope=Dual()), 2, 2),  # a ride of the rows with r < t, and the others; V and V(null)
-    (ImprovedMeanFlow(slope=Jvp()), 1, 3),
-    (ImprovedMeanFlow(slope=Central()), 1, 4),
-    (ImprovedMeanFlow(slope=Dual(), w=None), 2, 1),  # V alone
-    (ImprovedMeanFlow(slope=Jvp(), w=None), 1, 2),
+    (ImprovedMeanFlow(slope=DualSlope()), 2, 2),  # a ride of the rows with r < t, and the others; V and V(null)
+    (ImprovedMeanFlow(slope=JvpSlope()), 1, 3),
+    (ImprovedMeanFlow(slope=CentralSlope()), 1, 4),
+    (ImprovedMeanFlow(slope=DualSlope(), w=None), 2, 1),  # V alone
+    (ImprovedMeanFlow(slope=JvpSlope(), w=None), 1, 2),
 ]
 
 

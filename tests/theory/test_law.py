@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from contract.case import members
-from dumo.flow.draw import stream
 from dumo.flow.times import (
     Arctan,
     Atom,
@@ -26,6 +25,7 @@ from dumo.flow.times import (
     Times,
     Uniform,
 )
+from dumo.random import stream
 
 N = 200_000
 NOISE = 5 / sqrt(N)  # five standard errors of a mean of numbers in [0, 1], whose deviation is at most 1/2, doubled

@@ -15,14 +15,15 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from contract.case import Counted, randomise
-from dumo.flow import dual, slope
-from dumo.flow.dual import Dual
-from dumo.flow.rate import Central, Rate
-from dumo.flow.rate import Dual as Exact
+from dumo.autodiff import dual
+from dumo.autodiff.dual import Dual
+from dumo.flow import slope
+from dumo.flow.rate import CentralRate, Rate
+from dumo.flow.rate import DualRate as Exact
 from dumo.nets import MLP, DiT
 from dumo.types import Array, Frozen, Heads, Needs, UserError
 from theory.test_dual import BATCH, CLASSES, NEEDS, SHAPE, SIZES, D, each_net, error, made, quiet, record
-from unit.flow.test_rule import FLAT, Shapes, directions, function, moving, operands, ride
+from unit.autodiff.test_rule import FLAT, Shapes, directions, function, moving, operands, ride
 
 SMOOTH = [(shapes, call) for shapes, call in FLAT if not any(s in call for s in ("float", "half()", "double()"))]
 
@@ -177,7 +178,7 @@ def test_a_difference_is_of_second_order_and_three_passes() -> None:
     assert (net.graded, net.still) == (1, 0)
     off = []
     for h in (0.02, 0.01, 0.005):
-        same, rates = rated(net, Central(h=h))
+        same, rates = rated(net, CentralRate(h=h))
         assert all(torch.equal(a, b) for a, b in zip(heads, same, strict=True))
         assert all(rate.requires_grad for rate in rates)
         off.append(error(rates, truth))
@@ -189,10 +190,10 @@ def test_a_difference_is_of_second_order_and_three_passes() -> None:
 def test_differences_are_refused_below_fp32() -> None:
     net = made("mlp", torch.float32)
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match="rate 'central' needs precision fp32"):
-        rated(net, Central(), torch.float32)
+        rated(net, CentralRate(), torch.float32)
     with pytest.raises(UserError, match="a smaller time_scale or rate 'dual'"):
-        Central(h=0.01).check("fp32", 10.0)
-    Central().check("fp32", 10.0)
+        CentralRate(h=0.01).check("fp32", 10.0)
+    CentralRate().check("fp32", 10.0)
     Exact().check("bf16", 1000.0)
 
 
@@ -219,5 +220,5 @@ def test_a_rate_leaves_slopes_as_they_are() -> None:
     net = made("dit")
     rated(net, Exact())
     x, c, t, r, w = record()
-    _, along = slope.Dual()(net, Frozen(net), x, c, t=t, r=r, toward=w)
+    _, along = slope.DualSlope()(net, Frozen(net), x, c, t=t, r=r, toward=w)
     assert not any(d.requires_grad for d in along(w))

@@ -10,8 +10,8 @@ import torch
 from contract.case import Counted, nets, randomise
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
-from dumo.flow.metric import barron
 from dumo.flow.path import Linear
+from dumo.flow.residual import barron
 from dumo.flow.times import Pair
 from dumo.objectives import RCGM, FlowMatching
 from dumo.types import Frozen, UserError
@@ -81,7 +81,7 @@ def test_descent_leads_back_to_the_flow() -> None:
     net, b = Exact(PRODUCT, o.needs), record(o, PRODUCT, 64)
     start, pull = gradient(o, net, b), []
     for i in range(2):
-        net.probe.data = 1e-4 * torch.eye(2, dtype=D)[i : i + 1]
+        net.probe.data = 1e-4 * torch.extractor(2, dtype=D)[i : i + 1]
         pull.append((gradient(o, net, b) - start).flatten() / 1e-4)
     assert torch.linalg.eigvals(torch.stack(pull, 1)).real.min() > 0.1
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from contract.case import nets, passes, randomise
 from dumo.flow.draw import draw
 from dumo.flow.path import Trig
-from dumo.flow.slope import Central, Dual, Jvp, Slope
+from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.objectives import SCT
-from dumo.sample.solver import Restart
+from dumo.sampling.solver import Restart
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Flow, OnTrig, column, gaussian, gradient, record
 from theory.test_formula import Polynomial, gradients
@@ -44,7 +44,7 @@ GROWN = [(0.0, 0.1, 0.0), (0.04, 0.1, 0.4), (0.5, 0.1, 1.0), (0.0, 0.0, 1.0)]
 @pytest.mark.parametrize(("progress", "warmup", "grown"), GROWN)
 @pytest.mark.parametrize(("floor", "weigh"), [(0.2, True), (None, True), (1.0, False), (None, False)])
 def test_formula(progress: float, warmup: float, grown: float, floor: float | None, weigh: bool) -> None:
-    o = SCT(warmup=warmup, floor=floor, weigh=weigh, slope=Jvp())
+    o = SCT(warmup=warmup, floor=floor, weigh=weigh, slope=JvpSlope())
     net, b = Gauged(), rows(o, gaussian(), progress)
     f, s = net(b.x_t, b.c, t=b.t)
     net.weigh = weigh
@@ -77,7 +77,7 @@ def taught(flow: Flow, slope: Slope, progress: float = 1.0, weigh: bool = True) 
     return gradient(o, Exact(flow, o.needs), replace(record(o, flow), progress=progress))
 
 
-@pytest.mark.parametrize("slope", [Jvp(), Dual()], ids=lambda s: s.kind)
+@pytest.mark.parametrize("slope", [JvpSlope(), DualSlope()], ids=lambda s: s.kind)
 @pytest.mark.parametrize("flow", [gaussian(), APART, PRODUCT], ids=["gaussian", "apart", "product"])
 def test_it_rests_at_the_flow_after_the_warm_up(flow: Flow, slope: Slope) -> None:
     """Measured: 3e-15. Before, it is taught something else."""
@@ -104,7 +104,7 @@ def test_differences_are_of_second_order() -> None:
     """At times from which a step does not reach below 0."""
     left = []
     for h in (0.04, 0.02, 0.01, 0.005):
-        o = SCT(slope=Central(h=h))
+        o = SCT(slope=CentralSlope(h=h))
         b = replace(record(o, PRODUCT), progress=1.0)
         left.append(gradient(o, Exact(PRODUCT, o.needs), b[((b.t > 0.2) & (b.t < 0.95)).nonzero().flatten()]).norm())
     for coarse, fine in pairwise(left):
@@ -113,7 +113,7 @@ def test_differences_are_of_second_order() -> None:
 
 def test_the_gauge_settles_at_the_log_of_what_it_divides() -> None:
     """d/ds of exp(-s) L + s is 0 where exp(s) = L: then every time weighs the same."""
-    o = SCT(slope=Jvp())
+    o = SCT(slope=JvpSlope())
     net, b = Gauged(), rows(o, gaussian(), 1.0)
     net.gauge.data = torch.zeros(2, dtype=D)
     pull = o.loss(net, Frozen(net), b).loss.detach()  # s = 0
@@ -128,7 +128,7 @@ def test_the_gauge_settles_at_the_log_of_what_it_divides() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_corners_of_time(dtype: torch.dtype) -> None:
     """The weight 1 / tan(theta) is held at both ends: finite, above zero, with finite gradients."""
-    o = SCT(slope=Dual())
+    o = SCT(slope=DualSlope())
     g = torch.Generator().manual_seed(0)
     net = randomise(nets()[0].build(o.needs, (2, 4, 4), 0))
     x, c = torch.randn(8, 2, 4, 4, generator=g), torch.zeros(8, dtype=torch.long)
@@ -141,7 +141,9 @@ def test_corners_of_time(dtype: torch.dtype) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
 
 
-@pytest.mark.parametrize(("slope", "graded", "still"), [(Dual(), 1, 0), (Jvp(), 1, 1), (Central(), 1, 2)])
+@pytest.mark.parametrize(
+    ("slope", "graded", "still"), [(DualSlope(), 1, 0), (JvpSlope(), 1, 1), (CentralSlope(), 1, 2)]
+)
 def test_passes(slope: Slope, graded: int, still: int) -> None:
     assert passes(SCT(slope=slope)) == (graded, still)
 

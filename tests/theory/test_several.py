@@ -10,26 +10,26 @@ from contract.case import Counted, nets, randomise, step
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
-from dumo.flow.slope import Central, Dual, Jvp, Slope
+from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Below, Beta, Dyadic, Pair, Uniform
 from dumo.objectives import DuMo, Several
-from dumo.objectives.part import Average, Endpoint, Shortcut, Velocity
+from dumo.objectives.part import AveragePart, EndpointPart, ShortcutPart, VelocityPart
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Gaussian, Product, column, gaussian, gradient, record
 from theory.test_formula import GUIDES, Polynomial, agree, gradients, guided, half, rows
 
 NONE, GUIDED = Guide(), Guide(zeta=0.55)
-V, U, M, S = Velocity(weight=0.6), Endpoint(weight=0.3), Average(weight=0.2), Shortcut(weight=0.4)
+V, U, M, S = VelocityPart(weight=0.6), EndpointPart(weight=0.3), AveragePart(weight=0.2), ShortcutPart(weight=0.4)
 STEPS = Dyadic(levels=4, every=2)
 HALF = Pair(of=Uniform(), velocity_ratio=0.5)
-DUMO = (Velocity(weight=0.7), Endpoint(weight=1 - 0.7))
+DUMO = (VelocityPart(weight=0.7), EndpointPart(weight=1 - 0.7))
 SETS = {  # every way to have heads, with a law that teaches them
     "dumo and average": ((V, U, M), Below(of=Beta())),
     "dumo and shortcut": ((V, U, S), STEPS),
     "average": ((V, M), HALF),
     "shortcut": ((V, S), HALF),
-    "all": ((U, M, V, Shortcut(name="s", weight=0.4)), HALF),
-    "twice": ((V, U, Velocity(name="v2", weight=0.1), Endpoint(name="u2", weight=0.1)), HALF),
+    "all": ((U, M, V, ShortcutPart(name="s", weight=0.4)), HALF),
+    "twice": ((V, U, VelocityPart(name="v2", weight=0.1), EndpointPart(name="u2", weight=0.1)), HALF),
 }
 each_set = pytest.mark.parametrize("made_of", SETS)
 
@@ -37,7 +37,7 @@ each_set = pytest.mark.parametrize("made_of", SETS)
 def several(made_of: str, **fields: object) -> Several:
     """An objective of one of the sets."""
     parts, times = SETS[made_of]
-    return Several(**{"parts": parts, "times": times, "drop": 0.3, "slope": Jvp(), "guide": NONE, **fields})
+    return Several(**{"parts": parts, "times": times, "drop": 0.3, "slope": JvpSlope(), "guide": NONE, **fields})
 
 
 class Aimed(Polynomial):
@@ -104,7 +104,7 @@ def drawn(objective: Several, n: int = 64) -> Noised:
     return draw(objective, Linear(), flow.data(c, g), c, torch.full_like(c, 3), seed=0, step=0)
 
 
-@pytest.mark.parametrize("slope", [Jvp(), Dual()], ids=lambda s: s.kind)
+@pytest.mark.parametrize("slope", [JvpSlope(), DualSlope()], ids=lambda s: s.kind)
 @pytest.mark.parametrize(("ramp", "progress"), [(0.0, 0.0), (0.5, 0.0), (0.5, 0.2), (0.5, 0.5), (0.5, 1.0)])
 @pytest.mark.parametrize("guide", [NONE, GUIDED])
 def test_derivatives_may_run_along_the_velocity_and_grow(
@@ -124,7 +124,7 @@ def test_derivatives_may_run_along_the_velocity_and_grow(
 
 @pytest.mark.parametrize("power", [0.75, 1.0])
 def test_the_adaptive_metric_is_of_the_average_alone(power: float) -> None:
-    objective = several("average", parts=(V, Average(weight=0.2, power=power, floor=0.1)))
+    objective = several("average", parts=(V, AveragePart(weight=0.2, power=power, floor=0.1)))
     net = Aimed(objective)
     b = rows(objective)
     _, parts = by_hand(objective, net, b, b.v_t)
@@ -135,12 +135,12 @@ def test_the_adaptive_metric_is_of_the_average_alone(power: float) -> None:
     agree(objective, net, b, loss, parts, beyond_m=half(error))
 
 
-@pytest.mark.parametrize("slope", [Central(), Dual(), Jvp()], ids=lambda s: s.kind)
+@pytest.mark.parametrize("slope", [CentralSlope(), DualSlope(), JvpSlope()], ids=lambda s: s.kind)
 @pytest.mark.parametrize("guide", [NONE, GUIDED, Guide(omega=0.4, zeta=0.3, interval=Interval(high=0.7))])
 def test_velocity_and_endpoint_alone_are_dumo_to_the_bit(slope: Slope, guide: Guide) -> None:
     """And with any third head: the parts of v and u are DuMo's, whatever r is."""
     fields = {"slope": slope, "guide": guide, "times": Beta(), "drop": 0.3}
-    dumo, mine, more = DuMo(**fields), Several(parts=DUMO, **fields), Several(parts=(*DUMO, Average()), **fields)
+    dumo, mine, more = DuMo(**fields), Several(parts=DUMO, **fields), Several(parts=(*DUMO, AveragePart()), **fields)
     net = nets()[0]
     one, two = (randomise(net.build(o.needs, (2,), 3)).double() for o in (dumo, more))
     one.load_state_dict({k: v for k, v in two.state_dict().items() if k in one.state_dict()})
@@ -169,15 +169,15 @@ def test_descent_leads_back(made_of: str) -> None:
     net, b = Exact(flow, objective.needs), record(objective, flow)
     columns = []
     for i in range(net.probe.numel()):
-        net.probe.data = 1e-4 * torch.eye(net.probe.numel(), dtype=D)[i].view_as(net.probe)
+        net.probe.data = 1e-4 * torch.extractor(net.probe.numel(), dtype=D)[i].view_as(net.probe)
         columns.append(gradient(objective, net, b).flatten() / 1e-4)
     assert torch.linalg.eigvals(torch.stack(columns, 1)).real.min() > 0.01
 
 
 @pytest.mark.parametrize("third", [M, S], ids=lambda p: p.kind)
-def test_without_a_step_an_aimed_head_learns_the_velocity(third: Average | Shortcut) -> None:
+def test_without_a_step_an_aimed_head_learns_the_velocity(third: AveragePart | ShortcutPart) -> None:
     """Where r = t its gradient is flow matching's times its weight, as v's is."""
-    objective = Several(parts=(V, U, third), times=HALF, guide=NONE, slope=Jvp())
+    objective = Several(parts=(V, U, third), times=HALF, guide=NONE, slope=JvpSlope())
     flow = gaussian()
     net, b = Exact(flow, objective.needs), record(objective, flow)
     net.probe.data = torch.tensor([0.3, -0.2], dtype=D).expand(3, 2).clone()
@@ -187,14 +187,14 @@ def test_without_a_step_an_aimed_head_learns_the_velocity(third: Average | Short
 
 
 COUNTS = [  # passes with gradients, and without
-    (several("dumo and average", slope=Central()), 1, 2),  # one slope for all heads
-    (several("dumo and average", slope=Central(), guide=GUIDED), 1, 3),  # null
-    (several("dumo and average", slope=Dual()), 1, 0),  # a ride
-    (several("dumo and average", slope=Dual(), guide=GUIDED), 1, 1),  # a tape; null
-    (several("dumo and shortcut", slope=Dual()), 1, 2),  # halves
-    (several("average", slope=Dual()), 2, 0),  # a ride of the rows with r < t, and the others
-    (several("average", slope=Jvp()), 1, 1),
-    (several("shortcut", slope=Central()), 1, 2),  # no derivative, so no slope
+    (several("dumo and average", slope=CentralSlope()), 1, 2),  # one slope for all heads
+    (several("dumo and average", slope=CentralSlope(), guide=GUIDED), 1, 3),  # null
+    (several("dumo and average", slope=DualSlope()), 1, 0),  # a ride
+    (several("dumo and average", slope=DualSlope(), guide=GUIDED), 1, 1),  # a tape; null
+    (several("dumo and shortcut", slope=DualSlope()), 1, 2),  # halves
+    (several("average", slope=DualSlope()), 2, 0),  # a ride of the rows with r < t, and the others
+    (several("average", slope=JvpSlope()), 1, 1),
+    (several("shortcut", slope=CentralSlope()), 1, 2),  # no derivative, so no slope
 ]
 
 
@@ -261,12 +261,12 @@ def test_needs() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"parts": (V, Average(name="v"))}, "'v' is the name of two"),
+        ({"parts": (V, AveragePart(name="v"))}, "'v' is the name of two"),
         ({"parts": (U, M)}, "no part is of kind velocity"),
         ({"parts": ()}, "no part is of kind velocity"),
         ({"parts": (V, S), "times": Beta()}, "times 'beta'.*dyadic"),
         ({"parts": (V, S), "times": Pair(velocity_ratio=0)}, "times 'pair'"),
-        ({"parts": (V, Average(power=1)), "guide": Guide(zeta=0.5, fraction=0.5)}, "power=0"),
+        ({"parts": (V, AveragePart(power=1)), "guide": Guide(zeta=0.5, fraction=0.5)}, "power=0"),
         ({"parts": ({"kind": "velocity", "weight": 0},)}, "weight"),
         ({"parts": ({"kind": "velocity", "name": "loss"},)}, "name"),
         ({"parts": ({"kind": "nonsense"},)}, "average.*endpoint.*shortcut.*velocity"),

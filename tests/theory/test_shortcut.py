@@ -14,8 +14,8 @@ from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.times import Dyadic
 from dumo.objectives import FlowMatching, Shortcut
-from dumo.sample.guidance import Guidance
-from dumo.sample.solver import Euler, Hop, check
+from dumo.sampling.guidance import CFG
+from dumo.sampling.solver import Euler, Hop, check
 from dumo.types import Frozen, Heads, Noised, Reads, UserError
 from theory import exact
 from theory.exact import D, Exact, Gaussian, column, gaussian, table
@@ -197,7 +197,7 @@ def test_the_velocity_is_the_finest_step() -> None:
     assert torch.allclose(reads.velocity(x, t, c), flow.velocity(x, c, t), rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("guide", [Guidance(), Guidance(scale=2.0)])
+@pytest.mark.parametrize("guide", [CFG(), CFG(scale=2.0)])
 @pytest.mark.parametrize(
     ("solver", "nfe", "way_out"),
     [
@@ -208,7 +208,7 @@ def test_the_velocity_is_the_finest_step() -> None:
         (Hop(start=0.999), 2, "start = 1"),
     ],
 )
-def test_steps_of_other_sizes_are_refused(solver: Hop, nfe: int, way_out: str, guide: Guidance) -> None:
+def test_steps_of_other_sizes_are_refused(solver: Hop, nfe: int, way_out: str, guide: CFG) -> None:
     reads: Reads = guide(READS, 3)
     with pytest.raises(UserError, match=way_out):
         check(solver, reads, 1 if nfe > 1 and solver.start == 1 else nfe, nfe)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import members
-from dumo.flow.slope import Central, Dual, Jvp, Slope
+from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.types import Frozen, Heads
 from theory.exact import D, column
 
@@ -46,7 +46,7 @@ def error(slope: Slope) -> Tensor:
     return torch.stack([(a - b).abs().max() for a, b in zip(found, known, strict=True)])
 
 
-@pytest.mark.parametrize("slope", [Jvp(), Dual()], ids=lambda s: s.kind)
+@pytest.mark.parametrize("slope", [JvpSlope(), DualSlope()], ids=lambda s: s.kind)
 def test_exact_slopes_are_exact(slope: Slope) -> None:
     assert error(slope).max() < 1e-13
 
@@ -72,14 +72,14 @@ def test_rows_that_do_not_move_get_zeros(slope: Slope, known: bool, own: bool) -
 
 def test_a_ride_goes_where_it_was_told() -> None:
     net, (x, c, t, r, w) = Wave(), inputs()
-    _, along = Dual()(net, Frozen(net), x, c, t=t, r=r, toward=w)
+    _, along = DualSlope()(net, Frozen(net), x, c, t=t, r=r, toward=w)
     with pytest.raises(ValueError, match="toward"):
         along(2 * w)
 
 
 def test_a_tape_plays_once() -> None:
     net, (x, c, t, r, w) = Wave(), inputs()
-    _, along = Dual()(net, Frozen(net), x, c, t=t, r=r)
+    _, along = DualSlope()(net, Frozen(net), x, c, t=t, r=r)
     along(w)
     with pytest.raises(RuntimeError, match="once"):
         along(w)
@@ -87,17 +87,19 @@ def test_a_tape_plays_once() -> None:
 
 def test_way_of_a_dual() -> None:
     net = Wave()
-    assert Dual().way(net, Frozen(net), known=False).name == "tape"
-    assert Dual().way(net, Frozen(net), known=True).name == "ride"
-    assert Dual().way(net, Frozen(Wave()), known=True).name == "pass"
-    assert Dual().way(torch.nn.DataParallel(net), Frozen(net), known=False).name == "tape", "seen through a wrapper"
+    assert DualSlope().way(net, Frozen(net), known=False).name == "tape"
+    assert DualSlope().way(net, Frozen(net), known=True).name == "ride"
+    assert DualSlope().way(net, Frozen(Wave()), known=True).name == "pass"
+    assert DualSlope().way(torch.nn.DataParallel(net), Frozen(net), known=False).name == "tape", (
+        "seen through a wrapper"
+    )
     net.gradient_checkpointing = True  # type: ignore[assignment]
-    assert Dual().way(net, Frozen(net), known=False).name == "pass"
-    assert Dual().way(net, Frozen(net), known=True).name == "ride"
+    assert DualSlope().way(net, Frozen(net), known=False).name == "pass"
+    assert DualSlope().way(net, Frozen(net), known=True).name == "ride"
 
 
 def test_central_is_of_second_order() -> None:
-    left = [error(Central(h=h)) for h in (0.04, 0.02, 0.01, 0.005)]
+    left = [error(CentralSlope(h=h)) for h in (0.04, 0.02, 0.01, 0.005)]
     for coarse, fine in pairwise(left):
         assert ((coarse / fine).log2() - 2).abs().max() < 0.02
 
@@ -125,7 +127,7 @@ def test_the_derivative_is_affine_in_the_direction(slope: Slope) -> None:
         return slope(net, Frozen(net), x, c, t=t, r=r)[1](w)
 
     for middle, one, other in zip(along(0 * w), along(w), along(-w), strict=True):
-        assert ((one + other) / 2 - middle).abs().max() < (1e-2 if isinstance(slope, Central) else 1e-13)
+        assert ((one + other) / 2 - middle).abs().max() < (1e-2 if isinstance(slope, CentralSlope) else 1e-13)
 
 
 def test_central_leaves_the_unit_interval_rather_than_be_one_sided() -> None:
@@ -134,6 +136,6 @@ def test_central_leaves_the_unit_interval_rather_than_be_one_sided() -> None:
     one = torch.ones_like(r)
     errors = []
     for h in (0.02, 0.01):
-        _, along = Central(h=h)(net, Frozen(net), x, c, t=one, r=r)
+        _, along = CentralSlope(h=h)(net, Frozen(net), x, c, t=one, r=r)
         errors.append((along(w)[0] - net.slopes(x, c, one, r, w)[0]).abs().max())
     assert abs((errors[0] / errors[1]).log2() - 2) < 0.05

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.flow.slope import Jvp
+from dumo.flow.slope import JvpSlope
 from dumo.objectives import UCGM, FlowMatching
 from dumo.types import Frozen, Noised, mean_square
 from theory.exact import column
@@ -31,7 +31,7 @@ NEAR = (0.04, 0.02, 0.01, 0.005)  # of 0 or 1
 
 def ucgm(ratio: float) -> UCGM:
     """Without its weights and its bound."""
-    return UCGM(ratio=ratio, slope=Jvp(), clip=None, gain=False, soft=None, fall=False)
+    return UCGM(ratio=ratio, slope=JvpSlope(), clip=None, gain=False, soft=None, fall=False)
 
 
 NET, FM = Polynomial(1), FlowMatching()

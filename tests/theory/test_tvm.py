@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from contract.case import Counted, nets, randomise, step
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
-from dumo.flow.rate import Central
+from dumo.flow.rate import CentralRate
 from dumo.objectives import TVM, FlowMatching
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
@@ -116,7 +116,7 @@ def test_every_row_rests_by_itself() -> None:
 def test_a_difference_rests_to_second_order() -> None:
     flow, left = APART, list[Tensor]()
     for h in (0.04, 0.02, 0.01):
-        objective = TVM(scale=1.0, rate=Central(h=h))
+        objective = TVM(scale=1.0, rate=CentralRate(h=h))
         b = record(objective, flow)
         far = b.t - b.r > 0.1
         parts = step(objective, Exact(flow, objective.needs), b).parts["terminal"]
@@ -156,7 +156,7 @@ def test_without_a_step_it_is_flow_matching(scale: float) -> None:
     [
         (TVM(scale=1.0), 2, 1),  # u with its rate, v; where it lands
         (TVM(), 2, 2),  # and null
-        (TVM(scale=1.0, rate=Central()), 4, 1),  # u at r - h, r, r + h
+        (TVM(scale=1.0, rate=CentralRate()), 4, 1),  # u at r - h, r, r + h
     ],
 )
 def test_passes(objective: TVM, graded: int, still: int) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from contract.case import Counted, nets, randomise
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
-from dumo.flow.metric import huber, rmse, turned
 from dumo.flow.path import Linear
-from dumo.flow.slope import Central, Dual, Jvp, Slope
+from dumo.flow.residual import huber, rmse, turned
+from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.objectives import UCGM, DuMo, FlowMatching
 from dumo.types import Frozen, UserError
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gradient, record
@@ -39,7 +39,7 @@ def off(net: Polynomial, x: Tensor, z: Tensor, c: Tensor, t: Tensor, ratio: floa
 @pytest.mark.parametrize("ratio", [0.3, 0.9, 1.0])
 @pytest.mark.parametrize(("clip", "soft"), [(1.0, 5.0), (None, 0.3)])
 def test_formula(ratio: float, clip: float | None, soft: float) -> None:
-    objective = UCGM(ratio=ratio, slope=Jvp(), clip=clip, soft=soft, drop=0.3)
+    objective = UCGM(ratio=ratio, slope=JvpSlope(), clip=clip, soft=soft, drop=0.3)
     net, b = Polynomial(1), rows(objective)[5:]  # the first are at the corners of time
     (u,) = net(b.x_t, b.c, t=b.t)
     e = off(net, b.x, b.z, b.c, b.t, ratio).detach()
@@ -78,7 +78,7 @@ def test_guidance_asks_theta_and_alignment_the_weights_in_training() -> None:
     other.a.data += 1
     net, fm = Polynomial(1), UCGM(ratio=0.0, guide=Guide(zeta=0.5))
     b = rows(fm)
-    for o, moved in ((fm, True), (UCGM(ratio=0.5), False), (UCGM(slope=Jvp()), False)):
+    for o, moved in ((fm, True), (UCGM(ratio=0.5), False), (UCGM(slope=JvpSlope()), False)):
         one, two = (o.loss(net, Frozen(ref), b).loss for ref in (net, other))
         assert torch.equal(one, two) != moved
 
@@ -109,7 +109,7 @@ def test_gradient_vanishes_as_the_ratio_tends_to_1(flow: Flow) -> None:
         left.append(gradient(o, Exact(flow, o.needs), record(o, flow)).norm())
     for coarse, fine in pairwise(left):
         assert abs((coarse / fine).log2() - 1) < 0.1
-    o = UCGM(slope=Jvp(), drop=0.2)
+    o = UCGM(slope=JvpSlope(), drop=0.2)
     assert gradient(o, Exact(flow, o.needs), record(o, flow)).norm() < 1e-12
 
 
@@ -118,7 +118,7 @@ def test_gradient_vanishes_with_the_square_of_a_central_step(flow: Flow) -> None
     """Where t - h is no time below 0, which to the exact net are a task of their own."""
     left = []
     for h in (0.04, 0.02, 0.01, 0.005):
-        o = UCGM(slope=Central(h=h), drop=0.2)
+        o = UCGM(slope=CentralSlope(h=h), drop=0.2)
         b = record(o, flow)
         left.append(gradient(o, Exact(flow, o.needs), b.at(b.t.clamp(min=0.05))).norm())
     for coarse, fine in pairwise(left):
@@ -134,7 +134,7 @@ def test_at_ratio_0_without_weights_it_is_flow_matching(guide: Guide) -> None:
     assert all(torch.equal(a, c) for a, c in zip(gradients(one, net), gradients(two, net), strict=True))
 
 
-@pytest.mark.parametrize("slope", [Central(), Dual(), Jvp()], ids=lambda s: s.kind)
+@pytest.mark.parametrize("slope", [CentralSlope(), DualSlope(), JvpSlope()], ids=lambda s: s.kind)
 def test_at_ratio_1_without_weights_it_is_the_second_head_of_dumo(slope: Slope) -> None:
     class Twice(Polynomial):
         def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -152,7 +152,7 @@ def test_at_ratio_1_without_weights_it_is_the_second_head_of_dumo(slope: Slope) 
 
 def test_rows_at_the_data_are_flow_matching() -> None:
     """At t = 0 F is the velocity: the gradient is flow matching's times (8 / pi) / 2 (mean square + c^2)^(1/2)."""
-    mine = UCGM(slope=Jvp(), clip=None)
+    mine = UCGM(slope=JvpSlope(), clip=None)
     net, b = Polynomial(1), rows(mine)
     b = b.at(0 * b.t)
     (u,) = net(b.x_t, b.c, t=b.t)
@@ -168,7 +168,7 @@ def test_rows_at_the_data_are_flow_matching() -> None:
 @pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
 def test_edges(ratio: float) -> None:
     """No time makes it infinite, be it rounded to bf16."""
-    o = UCGM(ratio=ratio, slope=Jvp())
+    o = UCGM(ratio=ratio, slope=JvpSlope())
     t = torch.tensor([0, 1e-5, 1e-4, 0.5, 1 - 1e-5, 1], dtype=D)
     net, b = Polynomial(1), rows(o)[:6]
     for s in (t, t.bfloat16().double()):
@@ -182,7 +182,7 @@ def test_edges(ratio: float) -> None:
     ("objective", "graded", "still"),
     [
         (UCGM(), 1, 2),
-        (UCGM(slope=Dual()), 1, 0),
+        (UCGM(slope=DualSlope()), 1, 0),
         (UCGM(ratio=0.5), 1, 1),
         (UCGM(ratio=0.0), 1, 0),
         (UCGM(ratio=0.0, guide=Guide(zeta=0.44)), 1, 1),

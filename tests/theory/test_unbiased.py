@@ -18,7 +18,7 @@ from contract.case import kind, name, nets, objectives, randomise, step
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
-from dumo.flow.slope import Central
+from dumo.flow.slope import CentralSlope
 from dumo.flow.times import Pair, Uniform
 from dumo.nets import Net
 from dumo.objectives import DuMo, FlowMatching, MeanFlow, Objective
@@ -197,10 +197,12 @@ def test_a_target_is_right_on_average_with_the_least_spread(every: int) -> None:
     assert (spread - expected).abs().max() < 1e-11
 
 
-@pytest.mark.parametrize("objective", [o for o in cases(exact=False) if isinstance(getattr(o, "slope", None), Central)])
+@pytest.mark.parametrize(
+    "objective", [o for o in cases(exact=False) if isinstance(getattr(o, "slope", None), CentralSlope)]
+)
 def test_a_difference_is_right_to_the_square_of_its_step(objective: Objective) -> None:
     assert isinstance(objective, Spec)
-    steps = [objective.model_copy(update={"slope": Central(h=h)}) for h in (0.02, 0.01, 0.005)]
+    steps = [objective.model_copy(update={"slope": CentralSlope(h=h)}) for h in (0.02, 0.01, 0.005)]
     model = built(objective, nets()[0])
     left = torch.tensor([bias(o, model, Guide, 4, zeta=0.5, interval=EARLY) for o in steps])
     assert left[-1] < 1e-4

@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo import run as runs
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data.augment import Edm
-from dumo.flow.draw import draw, stream
-from dumo.sample.generate import labels
-from dumo.train import cost
-from dumo.train.loop import begin, reference
-from dumo.train.step import train_step
+from dumo.flow.draw import draw
+from dumo.preflight import cost
+from dumo.random import stream
+from dumo.run import train as runs
+from dumo.sampling.generate import labels
+from dumo.training.loop import begin, reference
+from dumo.training.step import train_step
 from dumo.types import UserError
 
 RECIPES = ("cifar10", "cifar10-meanflow", "cifar10-small")

@@ -5,18 +5,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from dumo.bench.variant import judge
+from dumo.bench.variant import slope_error
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.doctor import examine
+from dumo.evaluation.sweep import full
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.flow.read import reading
-from dumo.judge.sweep import full
 from dumo.objectives import DuMo, ImprovedMeanFlow
-from dumo.run import made
-from dumo.trained import Trained
-from dumo.types import Cond, Heads, Sample, Time, UserError, still
+from dumo.preflight.doctor import examine
+from dumo.run.folder import RunFolder
+from dumo.run.sample import made
+from dumo.types import Cond, Heads, Sample, Time, UserError, frozen
 
 SMALL = ["net.width=16", "net.depth=1", "sample.nfe=[1]"]
 GUIDED = [*SMALL, "objective.drop=0.1", "objective.w={kind: level, low: 1.0, high: 8.0, log: true}"]
@@ -72,7 +72,7 @@ def test_samples_follow_the_knobs(tmp_path: Path) -> None:
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
     c = torch.arange(4)
     one, same, other = (
-        torch.cat([part.x for part in made(Trained(run, tmp_path, net.eval(), 0, ""), nfe=1, c=c)]) for run in runs
+        torch.cat([part.x for part in made(RunFolder(run, tmp_path, net.eval(), 0, ""), nfe=1, c=c)]) for run in runs
     )
     assert torch.equal(one, same)
     assert not torch.allclose(one, other)
@@ -93,4 +93,4 @@ def test_a_knob_may_be_called_as_a_direction_is(slope: str) -> None:
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
     x, c = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(8)
     b = draw(run.objective, Linear(), x, c, torch.full_like(c, 10), seed=0, step=0)
-    assert judge(net, still(net), run.objective, b) < 1e-3
+    assert slope_error(net, frozen(net), run.objective, b) < 1e-3

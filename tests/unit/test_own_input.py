@@ -5,19 +5,18 @@ import torch
 from torch import nn
 
 from contract.case import randomise
-from dumo import doctor
-from dumo.bench.variant import Plain, judge
+from dumo.bench.variant import Plain, slope_error
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.dry.plan import plan
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
-from dumo.flow.slope import Dual
-from dumo.gallery import readings
+from dumo.flow.slope import DualSlope
 from dumo.objectives import Several
-from dumo.train import cost
-from dumo.train.probe import ask
-from dumo.types import Noised, still
+from dumo.preflight import cost, doctor
+from dumo.preflight.plan import plan
+from dumo.report.gallery import readings
+from dumo.training.probe import ask
+from dumo.types import Noised, frozen
 from theory.exact import Exact, gaussian, record
 
 NAMES = ("digits-three-heads", "digits-three-heads-shortcut")
@@ -63,7 +62,7 @@ def test_a_third_head_costs_its_layers_and_halves_two_passes_of_their_rows() -> 
 def test_three_parts_are_probed_two_by_two(name: str) -> None:
     run, net, b = tiny(name)
     loss = run.objective.loss
-    found = ask(net, run.objective.read(net), ("v", "u", "m"), b, lambda: loss(net, still(net), b))
+    found = ask(net, run.objective.read(net), ("v", "u", "m"), b, lambda: loss(net, frozen(net), b))
     assert found
     assert found.drift
     assert list(found.cosines) == ["v,u", "v,m", "u,m"]
@@ -72,9 +71,9 @@ def test_three_parts_are_probed_two_by_two(name: str) -> None:
 
 
 def test_the_endpoint_of_three_heads_rests_along_the_exact_flow() -> None:
-    objective, flow = Several(guide=Guide(), slope=Dual()), gaussian()
+    objective, flow = Several(guide=Guide(), slope=DualSlope()), gaussian()
     net, b = Exact(flow, objective.needs), record(objective, flow, 32)
-    found = ask(net, objective.read(net), ("v",), b, lambda: objective.loss(net, still(net), b))
+    found = ask(net, objective.read(net), ("v",), b, lambda: objective.loss(net, frozen(net), b))
     assert found
     assert found.drift is not None
     assert found.drift < 1e-6
@@ -84,9 +83,9 @@ def test_the_endpoint_of_three_heads_rests_along_the_exact_flow() -> None:
 def test_the_bench_has_its_yardstick_and_its_judge(name: str) -> None:
     run, net, b = tiny(name)
     plain = Plain(run.objective)
-    plain.loss(net, still(net), b).loss.mean().backward()
+    plain.loss(net, frozen(net), b).loss.mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in net.parameters() if p.numel() > 11 * 16)
-    assert judge(net, still(net), run.objective, b) < 1e-3
+    assert slope_error(net, frozen(net), run.objective, b) < 1e-3
 
 
 def test_a_reading_is_titled_by_the_head_it_reads() -> None:

@@ -15,8 +15,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dumo.config.error import nearest
+from dumo.progress import Bar
 from dumo.types import UserError
-from dumo.watch import Watch
 
 Precision = Literal["fp32", "tf32", "bf16"]
 Times = Float[Tensor, "works rounds"]  # seconds
@@ -24,12 +24,10 @@ Times = Float[Tensor, "works rounds"]  # seconds
 WARM = 2  # rounds before the first that counts: ours; they compile, choose kernels and fill caches
 
 
-def interleave(
-    title: str, works: Sequence[Callable[[], object]], rounds: int, device: torch.device, watch: Watch
-) -> Times:
+def interleave(title: str, works: Sequence[Callable[[], object]], rounds: int, device: torch.device, bar: Bar) -> Times:
     """Seconds of each piece of work in each round."""
     now, taken = clock(device), torch.zeros(len(works), rounds, dtype=torch.float64)
-    with watch(title, WARM + rounds) as tick:
+    with bar(title, WARM + rounds) as tick:
         for i in range(-WARM, rounds):
             for j, work in enumerate(works):
                 start = now()

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from dumo.config.spec import Run
-from dumo.flow.draw import stream
+from dumo.random import stream
 from dumo.types import UserError
 
 

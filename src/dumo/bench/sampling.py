@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 
-from dumo import dist, machine
+from dumo import dist
 from dumo.bench import clock, net
 from dumo.bench.clock import Precision, autocast, products
 from dumo.config.spec import Run
 from dumo.data import Latents
-from dumo.flow.draw import stream
 from dumo.flow.read import reading
-from dumo.sample import generate
-from dumo.sample.solver import Euler, Solver, check
+from dumo.preflight import machine
+from dumo.progress import Bar, no_bar
+from dumo.random import stream
+from dumo.sampling import generate
+from dumo.sampling.solver import Euler, Solver, check
 from dumo.types import UserError
-from dumo.watch import Watch, unwatched
 
 JUMPS = 4  # passes up to which a restart makes sense: later ones add error (docs/reproduce.md)
 
@@ -32,7 +33,7 @@ def measure(
     batch: int = 256,
     rounds: int = 9,
     device: str = "auto",
-    watch: Watch = unwatched,
+    bar: Bar = no_bar,
 ) -> dict[str, Any]:
     """Time batches of samples by the run's net, its weights random. Raises UserError for passes out of reach."""
     here, shape = dist.device(device), tuple(shape or run.data.shape)
@@ -53,7 +54,7 @@ def measure(
 
     works = [work(*one) for one in todo]
     decoder, missing = decoding(run, shape, batch, here)
-    seconds = clock.interleave("sampling", works + ([decoder] if decoder else []), rounds, here, watch)
+    seconds = clock.interleave("sampling", works + ([decoder] if decoder else []), rounds, here, bar)
     extra = seconds[-1] if decoder else None
     return {
         "net": run.net.model_dump(),

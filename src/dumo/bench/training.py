@@ -14,18 +14,20 @@ from typing import Any, cast, get_args
 import torch
 from torch import nn
 
-from dumo import dist, machine
+from dumo import dist
+from dumo.autodiff import attention
 from dumo.bench import clock, net
 from dumo.bench.clock import Precision, Times, autocast, products
-from dumo.bench.variant import Chunked, Plain, Unchecked, judge
+from dumo.bench.variant import Chunked, Plain, Unchecked, slope_error
 from dumo.config.error import nearest
 from dumo.config.spec import Run
-from dumo.flow import attention
-from dumo.flow.draw import draw, stream
-from dumo.flow.slope import Central, Slope
-from dumo.train import cost, log, loop
-from dumo.types import Frozen, Noised, Objective, UserError, still
-from dumo.watch import Watch, unwatched
+from dumo.flow.draw import draw
+from dumo.flow.slope import CentralSlope, Slope
+from dumo.preflight import cost, machine
+from dumo.progress import Bar, no_bar
+from dumo.random import stream
+from dumo.training import log, loop
+from dumo.types import Frozen, Noised, Objective, UserError, frozen
 
 Work = Callable[[], None]
 COMPILE = ("none", "blocks", "loss")
@@ -34,7 +36,7 @@ SLOPES: dict[str, Any] = {slope.model_fields["kind"].default: slope for slope in
     {"dual-chunks": Chunked} if attention.TRITON else {}
 )
 PEAKS = {"H100": 989.0, "H200": 989.0}  # dense bf16 TFLOP/s by the GPU's name (NVIDIA's data sheets, SXM)
-JUDGED = 8  # rows, at least, on which du/dt is judged
+COMPARED = 8  # rows, at least, on which du/dt is judged
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,9 @@ class Setting:
         if row.slope == PLAIN:
             return row
         least = cost.exact_rows(objective)
-        b = self.record(objective, least * max(JUDGED // least, 1))
+        b = self.record(objective, least * max(COMPARED // least, 1))
         with products(row.precision), self.eager(row), autocast(self.device, row.precision):
-            return replace(row, error=judge(self.net, self.ref, objective, b))
+            return replace(row, error=slope_error(self.net, self.ref, objective, b))
 
     def counted(self, row: Row, objective: Objective, step: Work) -> Row:
         """The row with its way, operations and bytes: counted on a CPU, on a GPU what its allocator handed out."""
@@ -143,7 +145,7 @@ def measure(
     rounds: int = 9,
     peak_tflops: float | None = None,
     device: str = "auto",
-    watch: Watch = unwatched,
+    bar: Bar = no_bar,
 ) -> dict[str, Any]:
     """Measure each slope (None: all) in each precision at the run's batch, and the yardstick, `none`, in any case.
 
@@ -154,7 +156,7 @@ def measure(
     todo = list(variants(run, slopes, clock.known(precisions, here), compile))
     setting = prepare(run, shape, here, compile)
     tried = [setting.attempt(row, objective) for row, objective in todo]
-    seconds = clock.interleave("training steps", [step for _, step in tried if step], rounds, here, watch)
+    seconds = clock.interleave("training steps", [step for _, step in tried if step], rounds, here, bar)
 
     flops = cost.forward_flops(setting.outline, run.objective, shape)
     hardware = machine.hardware(here).text
@@ -180,7 +182,7 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
     if compile not in COMPILE:
         raise UserError(f"there is no way to compile '{compile}'; {nearest(compile, list(COMPILE))}")
     ours = net.build(run, shape, device)
-    ref = still(ours) if run.train.ref == "self" else Frozen(copy.deepcopy(ours))
+    ref = frozen(ours) if run.train.ref == "self" else Frozen(copy.deepcopy(ours))
     if compile == "blocks":
         torch._dynamo.config.recompile_limit = 64  # one block serves every precision, way and number of rows
         loop.compile_blocks(ours, dynamic=False)  # as training does, tape and all
@@ -206,7 +208,7 @@ def variants(
             slope = own if own and own.kind == name else SLOPES[name]()
             row = Row(name, precision, "none" if name == "jvp" else compile)  # inductor fails on jvp (torch 2.13)
             row = replace(row, refused=refusal(slope, precision, run.net.time_scale))
-            if isinstance(slope, Central):
+            if isinstance(slope, CentralSlope):
                 slope = Unchecked(h=slope.h)
             yield row, run.objective.model_copy(update={"slope": slope})
 

@@ -9,10 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dumo.flow import attention
-from dumo.flow.slope import Along, Central, Dual, Jvp
+from dumo.autodiff import attention
+from dumo.flow.slope import Along, CentralSlope, DualSlope, JvpSlope
 from dumo.flow.times import LAWS
-from dumo.types import Frozen, Heads, Needs, Net, Noised, Objective, Reads, Terms, Time, mean_square, still
+from dumo.types import Frozen, Heads, Needs, Net, Noised, Objective, Reads, Terms, Time, frozen, mean_square
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class Plain:
         return self.of.read(net)
 
 
-class Unchecked(Central):
+class Unchecked(CentralSlope):
     """The difference that refuses nothing: what training refuses is measured here all the same."""
 
     def check(self, precision: str, time_scale: float = 1.0) -> None:
         """Nothing is refused."""
 
 
-class Chunked(Dual):
+class Chunked(DualSlope):
     """Dual numbers whose attention goes by chunks, on a GPU that has a kernel for it."""
 
     def __call__(self, *args: Any, **rest: Any) -> tuple[Heads, Along]:  # noqa: ANN401, a slope's
@@ -98,7 +98,7 @@ class Overheard:
         return heads, noted
 
 
-def judge(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> float | None:
+def slope_error(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> float | None:
     """The relative error of du/dt as it enters the loss; None where the loss asks for none.
 
     The truth is `torch.func.jvp` of a float64 copy of theta^-, at the point and along the direction that the loss asked
@@ -112,7 +112,7 @@ def judge(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> float
     exact, asked = copy.deepcopy(ref.module).double(), {name: _double(a) for name, a in heard.asked.items()}
     with torch.no_grad(), torch.autocast(b.x.device.type, enabled=False):
         x, c, w = (asked.pop(name) for name in ("x", "c", "along"))
-        _, along = Jvp()(exact, still(exact), x, c, **asked)
+        _, along = JvpSlope()(exact, frozen(exact), x, c, **asked)
         true = along(w)[u]
     return ((heard.slopes[u].double() - true).norm() / true.norm()).item()
 

@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from dumo.cli import bench, judge, look, make
+from dumo.cli import bench, evaluate, preflight, run
 from dumo.cli.terminal import err
 
 app = typer.Typer(
@@ -22,9 +22,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 COMMANDS = (
-    *(look.recipes, look.show, look.dry, look.doctor),
-    *(make.encode, make.train, make.sample, make.grid),
-    *(judge.evaluate, judge.compare, make.report, judge.reproduce),
+    *(preflight.recipes, preflight.show, preflight.dry, preflight.doctor),
+    *(run.encode, run.train, run.sample, run.grid),
+    *(evaluate.evaluate, evaluate.compare, run.report, evaluate.reproduce),
 )
 for command in COMMANDS:
     app.command()(command)
@@ -40,7 +40,7 @@ def main() -> NoReturn:
     try:
         app()
     except (ValueError, RuntimeError) as error:  # the two that dumo's own errors derive from
-        from dumo.train.step import Diverged
+        from dumo.training.step import Diverged
         from dumo.types import UserError
 
         if not isinstance(error, UserError | Diverged):

@@ -52,7 +52,7 @@ def step(
         rounds=rounds,
         peak_tflops=peak,
         device=device,
-        watch=bar,
+        bar=bar,
     )
     if as_json:
         print(json.dumps(report))
@@ -88,7 +88,7 @@ def sample(
         batch=batch,
         rounds=rounds,
         device=device,
-        watch=bar,
+        bar=bar,
     )
     if as_json:
         print(json.dumps(report))

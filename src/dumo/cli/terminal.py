@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from dumo.watch import Tick
+    from dumo.progress import Tick
 
 out = Console(markup=False, emoji=False)  # what users typed is shown as they typed it
 err = Console(markup=False, emoji=False, highlight=False, stderr=True)

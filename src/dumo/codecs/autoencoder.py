@@ -13,8 +13,8 @@ from pydantic import model_validator
 from torch import nn
 
 from dumo.codecs.scaled import Images, Latent, Moments, Opened, Scale, Scaled
-from dumo.codecs.weights import checked
-from dumo.place import place
+from dumo.io.place import user_path
+from dumo.io.weights import checked
 from dumo.types import UserError
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -126,7 +126,7 @@ def _opened(name: str, codec: Scaled) -> tuple[nn.Module, str]:
 
 def _folder(name: str) -> Path:
     """The folder of a model: a path, or what the hub's client keeps of a model named `owner/model`."""
-    path = place(name, "codec.weights")
+    path = user_path(name, "codec.weights")
     if path.is_dir():
         return path
     if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):

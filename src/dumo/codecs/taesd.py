@@ -11,8 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dumo.codecs.scaled import Digest, Images, Latent, Moments, Opened, Scale, Scaled
-from dumo.codecs.weights import checked, load
-from dumo.place import place
+from dumo.io.place import user_path
+from dumo.io.weights import checked, load
 
 WIDTH = 64
 HINT = "It is taef2 of github.com/madebyollin/taesd; set codec.weights to where you keep it."
@@ -34,7 +34,7 @@ class Taef2(Scaled):
 
     def open(self, device: str | torch.device = "cpu") -> Opened:
         """Read the weights. Raises UserError where they are missing, damaged or not the ones meant."""
-        file = place(self.weights, "codec.weights")
+        file = user_path(self.weights, "codec.weights")
         found = checked(file, self.sha256, HINT)
         with torch.device("meta"):
             net = Tiny(self.channels)

@@ -44,7 +44,7 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
         raise UserError("\n".join(where + line for line in explain(error, spec).splitlines())) from error
 
 
-def place(source: str) -> Path:
+def default_folder(source: str) -> Path:
     """The folder of a run where none is named: runs/NAME, or that of the run.yaml that `source` is or holds."""
     path = Path(source)
     if path.name == FILE:
@@ -80,7 +80,7 @@ def _find(source: str) -> tuple[str, str]:
         except UnicodeDecodeError as error:
             raise UserError(f"{path} is no text ({error}): give a run's folder, a recipe or a YAML file") from error
     if source in recipes.names():
-        return recipes.read(source), f"recipe {source}"
+        return recipes.text(source), f"recipe {source}"
     if Path(source).is_dir():
         raise UserError(f"{source} is a folder without a {FILE}: give a run's folder, a recipe or a YAML file")
     raise UserError(f"there is no recipe, file or run's folder '{source}'; {nearest(source, recipes.names())}")

@@ -9,18 +9,18 @@ from torch import nn
 from dumo.config.teacher import Start, Teacher
 from dumo.data import Data, Latents
 from dumo.data.augment import Edm
-from dumo.flow.draw import stream
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Path
 from dumo.flow.secant import demand
 from dumo.flow.times import Pair
-from dumo.metrics.protocol import MetricProtocol
 from dumo.nets import Net
 from dumo.nets.precondition import VELOCITIES
 from dumo.objectives import Objective
-from dumo.sample.guidance import Guidance, Guided
-from dumo.sample.solver import Solver, check
-from dumo.train.loop import FREE, Train
+from dumo.protocols import MetricProtocol
+from dumo.random import stream
+from dumo.sampling.guidance import CFG, GuidanceScale
+from dumo.sampling.solver import Solver, check
+from dumo.training.loop import FREE, Train
 from dumo.types import Reads, Spec, UserError
 
 
@@ -28,7 +28,7 @@ class Sampling(Spec):
     """How samples are made when nothing else is asked."""
 
     solver: Solver
-    guide: Guidance = Guidance()  # none; a guided reading is two passes through the net
+    guide: CFG = CFG()  # none; a guided reading is two passes through the net
     knobs: dict[str, float] = Field(default_factory=dict[str, float])  # inputs that an objective lets be set
     nfe: tuple[int, ...] = Field(default=(1, 2, 4), min_length=1)  # readings of the net; a sheet of samples for each
     seed: int = Field(default=0, ge=0)
@@ -104,7 +104,7 @@ class Run(Spec):
         self.evaluate.protocol.check(self.pixels, self.data.classes)
         return self
 
-    def check_guided(self, guide: Guidance, name: str = "sample.guide", whose: str = "") -> None:
+    def check_guided(self, guide: CFG, name: str = "sample.guide", whose: str = "") -> None:
         """Refuse to read the run's net guided as `name` asks, with a UserError: untaught without a label, or twice.
 
         `whose` names the run where it is read for another.
@@ -123,28 +123,28 @@ class Run(Spec):
         return {**self.objective.needs.knobs, **self.sample.knobs}
 
     @property
-    def guided(self) -> Guided:
+    def guided(self) -> GuidanceScale:
         """What the net's velocity is guided by in training: by the objective, or by its teacher."""
         if self.teacher and self.teacher.guide.active:
-            return Guided(self.teacher.guide.scale, "teacher.guide", "teacher.guide.scale=1")
+            return GuidanceScale(self.teacher.guide.scale, "teacher.guide", "teacher.guide.scale=1")
         return self._guided
 
     @property
-    def _guided(self) -> Guided:
+    def _guided(self) -> GuidanceScale:
         """What the objective guides its target by."""
         if guide := getattr(self.objective, "guide", None):
-            return Guided(guide.scale)
-        return Guided(getattr(self.objective, "scale", 1.0), "objective.scale", "objective.scale=1")
+            return GuidanceScale(guide.scale)
+        return GuidanceScale(getattr(self.objective, "scale", 1.0), "objective.scale", "objective.scale=1")
 
     def _check_guidance(self) -> None:
         """Refuse guidance without classes, on rows that do not come in whole groups, or twice."""
         guide: Guide | None = getattr(self.objective, "guide", None)
-        trained = self._guided
-        guided = guide.active if guide else trained.scale != 1
+        opened = self._guided
+        guided = guide.active if guide else opened.scale != 1
         if guided and not self.data.classes:
             raise UserError(
-                f"{trained.field} asks for guidance, but data '{self.data.kind}' has no classes to guide by: "
-                f"set {trained.off}"
+                f"{opened.field} asks for guidance, but data '{self.data.kind}' has no classes to guide by: "
+                f"set {opened.off}"
             )
         if guide and guide.random and self.train.batch % (group := guide.every * self.train.accumulate):
             raise UserError(
@@ -166,10 +166,10 @@ class Run(Spec):
                 f"objective '{self.objective.kind}' learns from no velocity, so a teacher's says nothing to it: set "
                 "teacher.pairs, or teacher=null"
             )
-        guide, trained, knobs = self.teacher.guide, self._guided, self.objective.needs.knobs
-        guide.check(self.data.kind, self.data.classes, 1.0, Guided(), name="teacher.guide")
-        if guide.active and (knobs or trained.active):
-            field, off = (trained.field, trained.off) if trained.active else ("objective.w", "objective.w=null")
+        guide, opened, knobs = self.teacher.guide, self._guided, self.objective.needs.knobs
+        guide.check(self.data.kind, self.data.classes, 1.0, GuidanceScale(), name="teacher.guide")
+        if guide.active and (knobs or opened.active):
+            field, off = (opened.field, opened.off) if opened.active else ("objective.w", "objective.w=null")
             raise UserError(
                 f"{field} would guide what teacher.guide has guided: set teacher.guide.scale=1, or train with {off}"
             )

@@ -18,8 +18,8 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from dumo.flow.guide import Interval
-from dumo.sample.guidance import Guidance
-from dumo.sample.solver import Heun, Solver
+from dumo.sampling.guidance import CFG
+from dumo.sampling.solver import Heun, Solver
 from dumo.types import Spec
 
 
@@ -47,7 +47,7 @@ class Teacher(Spec):
     kind: Literal["run", "python"] = "run"
     source: str  # a run's folder; or module:function, which takes the run and the device and returns `dumo.types.Reads`
     weights: str | None = None  # a file of the run's weights; None: those that it shows
-    guide: Guidance = Guidance()  # of the teacher, as in sampling
+    guide: CFG = CFG()  # of the teacher, as in sampling
     mix: float = Field(default=1.0, gt=0)  # weight of the teacher's velocity, where the data's has the rest
     interval: Interval = Interval()  # the times where that holds
     elsewhere: float = Field(default=1.0, ge=0)  # the weight at other times

@@ -10,10 +10,10 @@ from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
 from dumo.data.augment import Edm
+from dumo.data.epoch import mirrored, rows_of
 from dumo.data.pixel import Frame, Unreadable
 from dumo.data.store import Store
-from dumo.data.stream import mirrored, rows_of
-from dumo.flow.draw import stream
+from dumo.random import stream
 from dumo.types import Sample, UserError
 
 PIECE = 32  # images that a thread decodes in one go

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from dumo.data.store import SPLITS, Labels, kept, some
+from dumo.data.store import SPLITS, Labels, in_split, some
 from dumo.types import UserError
 
 
@@ -19,7 +19,7 @@ class Folder:
 
     def __init__(self, root: Path, files: Sequence[str], *, split: str | None, labelled: bool) -> None:
         if split is not None:
-            files = kept(root, split, [f for f in files if split in Path(f).relative_to(root).parts[:-1]])
+            files = in_split(root, split, [f for f in files if split in Path(f).relative_to(root).parts[:-1]])
         above = os.path.commonpath([os.path.dirname(file) for file in files])
         tops = [_top(file, above) for file in files]
         if split is None and len(found := set(tops)) > 1 and found <= SPLITS:

@@ -19,7 +19,7 @@ from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import SUFFIXES, Crop, Frame
 from dumo.data.store import Store, choose, walk
 from dumo.data.tar import Tar
-from dumo.place import place
+from dumo.io.place import user_path
 from dumo.types import Spec, UserError
 
 Format = Literal["folder", "parquet", "tar"]
@@ -78,7 +78,7 @@ class Images(Spec):
         Raises UserError where there are none, the files are damaged, the classes are not as many as expected, or an
         image cannot be read.
         """
-        root = place(self.root, "data.root")
+        root = user_path(self.root, "data.root")
         store = find(
             root,
             format=None if self.format == "auto" else self.format,
@@ -146,5 +146,5 @@ def _count(data: Mapping[str, Any]) -> int:
     if data["labelled"] is False:
         return 0
     format: Format | None = None if data["format"] == "auto" else data["format"]
-    store = find(place(data["root"], "data.root"), format=format, split=data["split"], label=data["label"])
+    store = find(user_path(data["root"], "data.root"), format=format, split=data["split"], label=data["label"])
     return store.labels.count if store.labels else 0

@@ -12,11 +12,11 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.codecs import Codec
-from dumo.codecs.cache import Cache, open_cache
+from dumo.data.cache import Cache, open_cache
+from dumo.data.epoch import mirrored, rows_of
 from dumo.data.image import FREE, GIGABYTE, Images
-from dumo.data.stream import mirrored, rows_of
-from dumo.flow.draw import stream
-from dumo.place import place
+from dumo.io.place import user_path
+from dumo.random import stream
 from dumo.types import Spec, UserError
 
 
@@ -43,7 +43,7 @@ class Latents(Spec):
     @property
     def folder(self) -> Path:
         """Where the cache is. Raises UserError for a variable that is not set."""
-        return place(self.root, "data.root")
+        return user_path(self.root, "data.root")
 
     @model_validator(mode="after")
     def _fits(self) -> "Latents":

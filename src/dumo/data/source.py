@@ -6,8 +6,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dumo.data.stream import rows_of
-from dumo.flow.draw import stream
+from dumo.data.epoch import rows_of
+from dumo.random import stream
 
 
 @runtime_checkable

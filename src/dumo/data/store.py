@@ -72,10 +72,10 @@ def choose(root: Path, files: Sequence[str], split: str | None) -> list[str]:
             names = ", ".join(sorted(name or "(no split)" for name in found))
             raise UserError(f"{root} holds {names}: choose one with data.split")
         return list(files)
-    return kept(root, split, [file for file in files if split in _tokens(root, file)])
+    return in_split(root, split, [file for file in files if split in _tokens(root, file)])
 
 
-def kept(root: Path, split: str, files: list[str]) -> list[str]:
+def in_split(root: Path, split: str, files: list[str]) -> list[str]:
     """The files of a split, as they are. Raises UserError if there are none."""
     if not files:
         raise UserError(f"{root} has no split '{split}': no folder or file of it is called so; change data.split")

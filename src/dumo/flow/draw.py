@@ -5,23 +5,11 @@ rows. So two ranks equal one, a resumed run needs no generator state, and an obj
 sees the same t, z and dropped labels as its sibling.
 """
 
-from hashlib import blake2b
-
 import torch
-from torch import Generator
 
 from dumo.flow.times import LAWS, Dyadic, Pair
+from dumo.random import stream
 from dumo.types import Cond, Noised, Objective, Path, Sample, Taught
-
-
-def stream(*key: int | str) -> Generator:
-    """A CPU generator seeded by a hash of the key.
-
-    torch keeps 32 bits of a seed on the CPU, so a few of a million steps share one: harmless between steps that are far
-    apart, but nothing to number images by (see `dumo.sample.noise`).
-    """
-    digest = blake2b("/".join(map(str, key)).encode(), digest_size=7).digest()  # a seed is a signed 64-bit number
-    return Generator().manual_seed(int.from_bytes(digest))
 
 
 def draw(

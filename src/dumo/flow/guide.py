@@ -34,10 +34,10 @@ from jaxtyping import Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dumo.flow import mask
+from dumo.flow import dropout
 from dumo.types import Cond, Noised, PerSample, Rows, Sample, Spec, UserError, lift
 
-Velocity = Callable[[Noised, Cond], Sample]  # (record, condition) -> V at its x_t and t
+AskVelocity = Callable[[Noised, Cond], Sample]  # (record, condition) -> V at its x_t and t
 
 
 class Interval(Spec):
@@ -110,7 +110,7 @@ class Guide(Spec):
         """Whether v* differs from v_t at all: without guidance there is no elsewhere either."""
         return self.omega != 1 or self.zeta != 0
 
-    def beforehand(self, b: Noised) -> Sample | None:
+    def known_target(self, b: Noised) -> Sample | None:
         """v* where it is known before any pass, else None."""
         return None if self.active else b.v_t
 
@@ -122,7 +122,7 @@ class Guide(Spec):
                 f"that is not affine in it: {why}. Use {way_out}, or guide.fraction=1"
             )
 
-    def __call__(self, b: Noised, v_hat: Sample | None, velocity: Velocity) -> Sample:
+    def __call__(self, b: Noised, v_hat: Sample | None, velocity: AskVelocity) -> Sample:
         """Return v*. `v_hat` is V(c) where the step has it already, else None; makes no pass of weight zero.
 
         An average takes V(c) of every row: `v_hat`, for no pass more, or else one pass of all.
@@ -138,7 +138,7 @@ class Guide(Spec):
         if place is None:
             return self._inside(b, v_hat, velocity).where(rows, rest)
         some = b[place]
-        with mask.of(place):
+        with dropout.rows(place):
             v_star = self._inside(some, None if v_hat is None else v_hat[place], velocity)
         if weight is not None:
             v_star = some.v_t + lift(weight.to(v_star), v_star) * (v_star - some.v_t)
@@ -175,13 +175,13 @@ class Guide(Spec):
         """Where guidance acts: kept labels, inside the interval."""
         return b.kept & (self.interval.low <= b.t) & (b.t <= self.interval.high)
 
-    def _inside(self, b: Noised, v_hat: Sample | None, velocity: Velocity) -> Sample:
+    def _inside(self, b: Noised, v_hat: Sample | None, velocity: AskVelocity) -> Sample:
         """The affine map, of every row of the record."""
         v_star, rest = self.omega * b.v_t, 1 - self.omega - self.zeta
         if self.zeta:
             v_star = v_star + self.zeta * (velocity(b, b.c) if v_hat is None else v_hat)
         if abs(rest) > 1e-12:  # 1 - .2 - .8 is not 0 in floating point
-            with mask.none():
+            with dropout.off():
                 v_null = velocity(b, b.null)
             v_star = v_star + rest * (v_null if self.fade is None else b.v_t + self._left(b) * (v_null - b.v_t))
         return v_star

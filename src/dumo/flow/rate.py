@@ -14,13 +14,14 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from dumo.flow import dual, slope
-from dumo.flow import rule as rule  # without which a Dual can do nothing
-from dumo.flow.dual import pair, primal
+from dumo.autodiff import dual
+from dumo.autodiff import rule as rule  # without which a Dual can do nothing
+from dumo.autodiff.dual import pair, primal
+from dumo.flow import slope
 from dumo.types import Cond, Heads, Net, Sample, Spec, Time
 
 
-class Central(Spec):
+class CentralRate(Spec):
     """Central difference, at s - h and s + h: three passes with gradients. Needs fp32, as the slope of this name."""
 
     kind: Literal["central"] = "central"
@@ -37,7 +38,7 @@ class Central(Spec):
         slope.check_difference("rate", self.h, precision, time_scale)
 
 
-class Dual(Spec):
+class DualRate(Spec):
     """Exact, by dual numbers whose tangents are recorded: one pass, about as dear as two, and so is its backward."""
 
     kind: Literal["dual"] = "dual"
@@ -53,4 +54,4 @@ class Dual(Spec):
         """Nothing to refuse: exact to rounding in any precision, at any scale."""
 
 
-Rate = Annotated[Central | Dual, Field(discriminator="kind")]
+Rate = Annotated[CentralRate | DualRate, Field(discriminator="kind")]

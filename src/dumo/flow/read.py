@@ -24,7 +24,7 @@ def reading(objective: Objective, net: Net, knobs: Mapping[str, float] | None = 
     return objective.read(bind(net, **knobs) if knobs else net)
 
 
-def source(objective: Objective, name: Literal["velocity", "endpoint", "flow_map"]) -> str:
+def head_of(objective: Objective, name: Literal["velocity", "endpoint", "flow_map"]) -> str:
     """The head that a reading reads; the reading must be taught.
 
     An objective does not say which, so nets are read of which one head alone says NaN: it comes through from that head.
@@ -39,7 +39,7 @@ def source(objective: Objective, name: Literal["velocity", "endpoint", "flow_map
     return " and ".join(head for head, x in zip(heads, answers, strict=True) if x.isnan().any())
 
 
-def average(net: Net, head: int = 0) -> Reads:
+def mean_velocity(net: Net, head: int = 0) -> Reads:
     """Read the mean velocity u(x_t, t, r): x_r = x_t - (t - r) u, and v = u at r = t (MeanFlow, Eq. 12)."""
 
     def flow_map(x: Sample, t: Time, s: Time, c: Cond) -> Sample:

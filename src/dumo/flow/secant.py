@@ -13,7 +13,7 @@ from math import isinf
 
 import torch
 
-from dumo.flow import mask
+from dumo.flow import dropout
 from dumo.types import Frozen, Noised, Sample, Time, UserError, lift
 
 MAX_GAIN = 20  # ours: rounding to bf16, 2^-8 of u, is then 8 % of the residual
@@ -35,12 +35,12 @@ def back(ref: Frozen, b: Noised, w: Sample, d: Time) -> Sample:
 
     Where l is below r the net is asked at r = l: the caller weighs such rows by nothing. One pass, none if none moves.
     """
-    place, _ = b.places
+    place, _ = b.rows_by_step
     u_l = torch.zeros_like(b.x_t)
     if not place:
         return u_l
     some, d = b[place], d[place]
     l = (some.t - d).clamp(min=0)  # noqa: E741, SoFlow's letter
-    with mask.of(place):
+    with dropout.rows(place):
         (head,) = ref(some.x_t - lift(d, some.x_t) * w[place], some.c, t=l, r=torch.minimum(some.r, l))
     return u_l.to(head).index_copy(0, torch.tensor(place, device=head.device), head)

@@ -24,10 +24,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dumo.flow import dual, mask
-from dumo.flow import rule as rule  # without which a Dual can do nothing
-from dumo.flow.dual import Later, pair, primal
-from dumo.types import Array, Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError, bare, parted
+from dumo.autodiff import dual
+from dumo.autodiff import rule as rule  # without which a Dual can do nothing
+from dumo.autodiff.dual import Later, pair, primal
+from dumo.flow import dropout
+from dumo.types import Array, Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError, split_by_step, unwrap
 
 Along = Callable[[Sample], Heads]
 Moving = Sequence[bool]  # rows by place: static, so that shapes are
@@ -35,7 +36,7 @@ Moving = Sequence[bool]  # rows by place: static, so that shapes are
 MAX_STEP = 0.05  # ours: of h * time_scale; the difference is well within 1 % there, 3 % off at ten times it (measured)
 
 
-class Central(Spec):
+class CentralSlope(Spec):
     """Central difference, two passes of ref at t - h and t + h: no JVP (paper, Sec. 3.3; h as UCGM).
 
     Both ends stay as they fall, so t may leave [0, 1] by h: clamping would make the difference one-sided at t = 1,
@@ -72,7 +73,7 @@ class Central(Spec):
         check_difference("slope", self.h, precision, time_scale)
 
 
-class Jvp(Spec):
+class JvpSlope(Spec):
     """Exact, by forward-mode differentiation of ref: a pass of its own, with the math kernel of attention."""
 
     kind: Literal["jvp"] = "jvp"
@@ -109,8 +110,9 @@ class Way(NamedTuple):
     why: str
 
 
-class Dual(Spec):
-    """Exact, by dual numbers (`dumo.flow.dual`, ours): the tangent rides on the pass with gradients, for one pass more.
+class DualSlope(Spec):
+    """Exact, by dual numbers (`dumo.autodiff.dual`, ours): the tangent rides on the pass with gradients, for one pass
+    more.
 
     Ride: the direction is known, and the tangent goes along with the pass. Tape: it is not, and the tangent is computed
     after the pass, from the activations that the backward pass needs anyway. Pass: where these or the weights are not
@@ -142,7 +144,7 @@ class Dual(Spec):
 
     def way(self, net: Net, ref: Frozen, *, known: bool) -> Way:
         """Which of the three ways is taken; `known`: the direction is known before the pass."""
-        if ref.module is not bare(net):
+        if ref.module is not unwrap(net):
             return Way("pass", "theta^- has weights of its own")
         if known:
             return Way("ride", "the direction is known before the pass")
@@ -154,7 +156,7 @@ class Dual(Spec):
         """Nothing to refuse: exact to rounding in any precision, at any scale."""
 
 
-Slope = Annotated[Central | Dual | Jvp, Field(discriminator="kind")]
+Slope = Annotated[CentralSlope | DualSlope | JvpSlope, Field(discriminator="kind")]
 
 
 def _tape(net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, **rest: Time) -> tuple[Heads, Along]:
@@ -185,7 +187,7 @@ def _ride(
     net: Net, x: Sample, c: Cond, toward: Sample, moving: Moving | None, *, t: Time, **rest: Time
 ) -> tuple[Heads, Along]:
     """One pass whose rows move from the start; where some do not, a second pass for those."""
-    rows, others = parted([True] * len(x) if moving is None else moving)
+    rows, others = split_by_step([True] * len(x) if moving is None else moving)
     if not others:
         heads = _moved(net, x, c, toward, t=t, **rest)
         values, slopes = tuple(primal(h) for h in heads), tuple(rate_of(h) for h in heads)
@@ -193,9 +195,9 @@ def _ride(
         values = net(x, c, t=t, **rest)
         slopes = tuple(torch.zeros_like(h) for h in values)
     else:
-        with mask.of(rows):
+        with dropout.rows(rows):
             heads = _moved(net, *(a[rows] for a in (x, c, toward)), t=t[rows], **{k: s[rows] for k, s in rest.items()})
-        with mask.of(others):
+        with dropout.rows(others):
             plain = net(*(a[others] for a in (x, c)), t=t[others], **{k: s[others] for k, s in rest.items()})
         values = tuple(_merge(primal(a), b, rows, others) for a, b in zip(heads, plain, strict=True))
         slopes = tuple(_merge(rate_of(a), torch.zeros_like(b), rows, others) for a, b in zip(heads, plain, strict=True))
@@ -229,7 +231,7 @@ def _then(
     f: Callable[..., Heads], net: Net, x: Sample, c: Cond, moving: Moving | None, *, t: Time, **rest: Time
 ) -> tuple[Heads, Along]:
     """One pass of net now; later the slopes by f of the rows that move, and zeros. Where none does, f makes no pass."""
-    heads, (rows, others) = net(x, c, t=t, **rest), parted([True] * len(x) if moving is None else moving)
+    heads, (rows, others) = net(x, c, t=t, **rest), split_by_step([True] * len(x) if moving is None else moving)
 
     @torch.no_grad()
     def along(w: Sample) -> Heads:
@@ -237,7 +239,7 @@ def _then(
             return f(x, c, w, t=t, **rest)
         if not rows:
             return tuple(torch.zeros_like(h) for h in heads)
-        with mask.of(rows):
+        with dropout.rows(rows):
             slopes = f(x[rows], c[rows], w[rows], t=t[rows], **{k: s[rows] for k, s in rest.items()})
         zeros = (torch.zeros_like(h[others]) for h in heads)
         return tuple(_merge(some, zero, rows, others) for some, zero in zip(slopes, zeros, strict=True))

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dumo.nets.checkpointing import run
 from dumo.nets.embed import Own, Scalars, grid_waves, label_table
 from dumo.nets.head import Gauges
-from dumo.nets.lean import run
 from dumo.nets.norm import EPS, Norm, normalize
 from dumo.nets.precondition import Precondition, framed
 from dumo.nets.rotary import turn, turns

@@ -17,11 +17,11 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from dumo.flow import mask
-from dumo.flow.mask import Keys, drop
+from dumo.flow import dropout
+from dumo.flow.dropout import Keys, drop
+from dumo.nets.checkpointing import run
 from dumo.nets.embed import Own, Scalars, label_table
 from dumo.nets.head import Gauges
-from dumo.nets.lean import run
 from dumo.nets.precondition import Precondition, framed
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
@@ -196,13 +196,15 @@ class Convolutional(nn.Module):
         """Return the heads, shaped like x, then the gauges, in the order of the needs."""
         shared, own = self.own(**inputs)
         e = F.silu(self.scalars(self._shift(x, c), **shared))
-        rows = mask.current(x.shape[0]) if self.training and self.dropout else None
+        rows = dropout.current(x.shape[0]) if self.training and self.dropout else None
         x, out = framed(self.precondition, x, shared["t"])
         h: Array = self.embed(x)
         kept = [h]
         for i, (block, place) in enumerate(zip(self.blocks, self.places, strict=True)):
             h = torch.cat([h, kept.pop()], 1) if place.way == "up" else h
-            h = run(block, h, e, None if rows is None else mask.of_layer(rows, i), lean=self.gradient_checkpointing)
+            h = run(
+                block, h, e, None if rows is None else dropout.layer_keys(rows, i), lean=self.gradient_checkpointing
+            )
             kept += [h] if place.way == "down" else []
         heads = (out(head(h, own.get(name))) for name, head in self.heads.items())
         return *heads, *(self.gauges(**shared) if self.gauges else ())

@@ -19,10 +19,10 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide, Interval
-from dumo.flow.metric import adaptive, beyond
-from dumo.flow.read import average
+from dumo.flow.read import mean_velocity
+from dumo.flow.residual import adaptive, beyond
 from dumo.flow.secant import back, demand
-from dumo.flow.slope import Jvp, Slope, precision_of
+from dumo.flow.slope import JvpSlope, Slope, precision_of
 from dumo.flow.times import LogitNormal, Pair, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
 
@@ -34,7 +34,7 @@ class AlphaFlow(Spec):
     times: Times = Pair(of=LogitNormal(mean=-0.4), flow=LogitNormal(mean=-0.4), velocity_ratio=0.5)
     drop: float = Field(default=0.1, ge=0, le=1)  # label_dropout
     guide: Guide = Guide(omega=0.2, zeta=0.92, interval=Interval(high=0.75))  # cfg_params; zeta is its kappa
-    slope: Slope = Jvp()  # where alpha = 0: `_compute_mean_velocity_c`
+    slope: Slope = JvpSlope()  # where alpha = 0: `_compute_mean_velocity_c`
     begin: float = Field(default=0.5, ge=0, le=1)  # of the training, when alpha leaves 1: 600k steps of 1.2M
     end: float = Field(default=5 / 6, ge=0, le=1)  # and when it has come to 0: 1M
     steep: float = Field(default=25.0, gt=0)  # gamma
@@ -101,4 +101,4 @@ class AlphaFlow(Spec):
 
     def read(self, net: Net) -> Reads:
         """One head, read at two times."""
-        return average(net)
+        return mean_velocity(net)

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from dumo.flow.metric import beyond, huber
-from dumo.flow.schedule import Grid, Ratio, Schedule
+from dumo.flow.discretization import Discretization, KarrasGrid, Ratio
+from dumo.flow.residual import beyond, huber
 from dumo.flow.secant import demand
 from dumo.flow.slope import precision_of
 from dumo.flow.times import Karras, LogitNormal, Times
@@ -31,11 +31,11 @@ LOG_NORMAL = LogitNormal(mean=-1.1 + log(2), std=2.0)  # sigma = exp(N(-1.1, 4))
 PRESETS: dict[str, dict[str, Any]] = {  # each with its authors' constants
     "cm": {
         "times": Karras(),
-        "schedule": Grid(growth="root", first=2, last=150),  # its App. C, CIFAR-10
+        "schedule": KarrasGrid(growth="root", first=2, last=150),  # its App. C, CIFAR-10
         "weighted": False,
         "soft": None,  # its distance is LPIPS, a net's word for what an image is; l2, its second choice, needs none
     },
-    "ict": {"schedule": Grid(), "soft": 0.00108},  # its c, 0.00054, in units of data of standard deviation 0.5
+    "ict": {"schedule": KarrasGrid(), "soft": 0.00108},  # its c, 0.00054, in units of data of standard deviation 0.5
     "ect": {},  # as it is
 }
 
@@ -46,7 +46,7 @@ class Consistency(Spec):
     kind: Literal["consistency"] = "consistency"
     times: Times = LOG_NORMAL
     drop: float = Field(default=0.0, ge=0, le=1)  # ours: all three train without labels or without dropping any
-    schedule: Schedule = Ratio()
+    schedule: Discretization = Ratio()
     weighted: bool = True  # by 1 / (sigma_t - sigma_r)
     soft: float | None = Field(default=0.0, ge=0)  # c of a Huber loss; 0: the length of the difference; None: plain l2
 

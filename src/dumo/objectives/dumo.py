@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 
 from dumo.flow.guide import Guide
-from dumo.flow.metric import apart, beyond
-from dumo.flow.slope import Central, Slope
+from dumo.flow.residual import apart, beyond
+from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Beta, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
 
@@ -26,7 +26,7 @@ class DuMo(Spec):
     drop: float = Field(default=0.1, ge=0, le=1)  # UCGM; the paper is silent
     beta: float = Field(default=0.7, ge=0, le=1)  # weight of the velocity, Eq. 9 and Tab. 3
     guide: Guide = Guide(zeta=0.55)  # line 9 and Tab. 3
-    slope: Slope = Central(h=0.005)  # Sec. 3.3; h as UCGM
+    slope: Slope = CentralSlope(h=0.005)  # Sec. 3.3; h as UCGM
 
     @property
     def needs(self) -> Needs:
@@ -35,7 +35,7 @@ class DuMo(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Lines 7 to 12 of Alg. 1."""
-        (v_hat, u_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, toward=self.guide.beforehand(b))  # line 7
+        (v_hat, u_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, toward=self.guide.known_target(b))  # line 7
         with torch.no_grad():
             v_star = self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t)[0])  # lines 8 and 9
             _, du_dt = along(v_star)

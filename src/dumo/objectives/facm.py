@@ -17,8 +17,8 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide, Interval
-from dumo.flow.metric import adaptive, beyond, turned
-from dumo.flow.slope import Jvp, Slope
+from dumo.flow.residual import adaptive, beyond, turned
+from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import Arctan, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
 
@@ -31,7 +31,7 @@ class FACM(Spec):
     times: Times = Arctan(mean=-0.8, std=1.6, sd=1.0)  # the authors' `losses.py`
     drop: float = Field(default=0.1, ge=0, le=1)  # ours: it teaches V(null), which a teacher gave theirs
     guide: Guide = Guide(omega=1.75, interval=Interval(high=0.875))  # theirs, from scratch
-    slope: Slope = Jvp()  # theirs
+    slope: Slope = JvpSlope()  # theirs
     relax: bool = True  # lead u by alpha(t) of its error only
     clip: float | None = Field(default=1.0, gt=0)  # theirs; None: nothing is clipped
     cosine: bool = True  # the anchor also turns v, pixel by pixel over channels; of one channel it teaches nothing

@@ -18,10 +18,10 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from dumo.flow import mask
-from dumo.flow.metric import adaptive, beyond
-from dumo.flow.read import average
-from dumo.flow.slope import Jvp, Slope
+from dumo.flow import dropout
+from dumo.flow.read import mean_velocity
+from dumo.flow.residual import adaptive, beyond
+from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import Level, LogitNormal, Pair, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
 
@@ -35,7 +35,7 @@ class ImprovedMeanFlow(Spec):
     w: Level | None = Level(low=1.0, high=8.0, log=True)  # its code; None: no guidance, no knobs, and no pass for them
     low: Level = Level(low=0.0, high=0.5)  # its code; rows with r = t are guided at all times
     high: Level = Level(low=0.5, high=1.0)
-    slope: Slope = Jvp()  # its code
+    slope: Slope = JvpSlope()  # its code
     power: float = Field(default=1.0, ge=0)  # p of MeanFlow's Eq. 22, for both heads
     floor: float = Field(default=0.01, gt=0)  # c of it, as its code
 
@@ -79,7 +79,7 @@ class ImprovedMeanFlow(Spec):
         one = torch.ones_like(b.t)
         w = knobs["w"].where((knobs["low"] <= b.t) & (b.t <= knobs["high"]), one)
         v = ref(b.x_t, b.c, t=b.t, r=b.t, w=w, low=0 * one, high=one)[1]
-        with mask.none():
+        with dropout.off():
             v_null = ref(b.x_t, b.null, t=b.t, r=b.t, w=one, low=0 * one, high=one)[1]
         return v, b.v_t + lift(b.kept * (1 - 1 / w), b.x_t) * (v - v_null)
 
@@ -88,4 +88,4 @@ class ImprovedMeanFlow(Spec):
 
         No velocity where there are knobs: r = t is taught with guidance at all times, not in an interval.
         """
-        return replace(average(net), velocity=None) if self.w else average(net)
+        return replace(mean_velocity(net), velocity=None) if self.w else mean_velocity(net)

@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dumo.flow.read import average
+from dumo.flow.read import mean_velocity
 from dumo.flow.times import Below, Groups, Uniform
 from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Spec, Terms, Time, UserError, lift
 
@@ -91,4 +91,4 @@ class IMM(Spec):
 
     def read(self, net: Net) -> Reads:
         """One head, read at two times. What it says at r = t, the velocity, is taught by its neighbours only."""
-        return average(net)
+        return mean_velocity(net)

@@ -13,9 +13,9 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide, Interval
-from dumo.flow.metric import adaptive, beyond
-from dumo.flow.read import average
-from dumo.flow.slope import Jvp, Slope
+from dumo.flow.read import mean_velocity
+from dumo.flow.residual import adaptive, beyond
+from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import LogitNormal, Pair, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
 
@@ -27,7 +27,7 @@ class MeanFlow(Spec):
     times: Times = Pair(of=LogitNormal(mean=-0.4, std=1.0), velocity_ratio=0.75)  # Tab. 4
     drop: float = Field(default=0.1, ge=0, le=1)  # Sec. 4.2
     guide: Guide = Guide(omega=0.2, zeta=0.92, interval=Interval(high=0.75))  # XL/2, Tab. 4; zeta is its kappa
-    slope: Slope = Jvp()  # Alg. 1
+    slope: Slope = JvpSlope()  # Alg. 1
     power: float = Field(default=1.0, ge=0)  # p of Eq. 22
     floor: float = Field(
         default=0.01, gt=0
@@ -57,4 +57,4 @@ class MeanFlow(Spec):
 
     def read(self, net: Net) -> Reads:
         """One head, read at two times (Eq. 12)."""
-        return average(net)
+        return mean_velocity(net)

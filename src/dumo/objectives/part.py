@@ -15,8 +15,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from dumo.flow import mask
-from dumo.flow.metric import adaptive
+from dumo.flow import dropout
+from dumo.flow.residual import adaptive
 from dumo.types import Cond, Noised, PerSample, Reads, Sample, Spec, Time, lift, mean_square
 
 Aimed = Callable[[Sample, Time, Time, Cond], Sample]  # (x_t, t, r, c) -> what one head says there
@@ -24,7 +24,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z]\d*$")]  # of a head: a letter, and 
 Weight = Annotated[float, Field(gt=0)]
 
 
-class Head(Spec):
+class WeightedHead(Spec):
     """What every part has."""
 
     aims: ClassVar[bool] = False  # its head is told r
@@ -37,7 +37,7 @@ class Head(Spec):
         return mean_square(e)
 
 
-class Velocity(Head):
+class VelocityPart(WeightedHead):
     """Flow matching. The first of this kind is the velocity that guidance asks."""
 
     kind: Literal["velocity"] = "velocity"
@@ -53,7 +53,7 @@ class Velocity(Head):
         return Reads(velocity=lambda x, t, c: head(x, t, t, c))
 
 
-class Endpoint(Head):
+class EndpointPart(WeightedHead):
     """DuMo's flow map to the data: consistency."""
 
     kind: Literal["endpoint"] = "endpoint"
@@ -70,7 +70,7 @@ class Endpoint(Head):
         return Reads(endpoint=lambda x, t, c: x - lift(t, x) * head(x, t, t, c))
 
 
-class Average(Head):
+class AveragePart(WeightedHead):
     """MeanFlow's mean velocity down to r."""
 
     kind: Literal["average"] = "average"
@@ -95,7 +95,7 @@ class Average(Head):
         return Reads(flow_map=jump, endpoint=lambda x, t, c: jump(x, t, 0 * t, c))
 
 
-class Shortcut(Head):
+class ShortcutPart(WeightedHead):
     """Mean velocity of a step from those of its halves, which theta^- makes; on rows without a step, v*.
 
     The finest half is of a size that no row has: it is read off between the sizes next to it (ours; Frans et al. take
@@ -109,12 +109,12 @@ class Shortcut(Head):
 
     def target(self, b: Noised, v_star: Sample, rate: Sample, ref: Aimed) -> Sample:
         """Frans et al., Eq. 4 and 5."""
-        place, _ = b.places
+        place, _ = b.rows_by_step
         if not place:
             return v_star
         m_star, some = v_star.clone(), b[place]
         middle = (some.t + some.r) / 2
-        with mask.of(place):
+        with dropout.rows(place):
             one = ref(some.x_t, some.t, middle, some.c)
             other = ref(some.x_t - lift(some.t - middle, one) * one, middle, some.r, some.c)
         m_star[place] = ((one + other) / 2).to(m_star).where(lift(some.r < some.t, one), m_star[place])
@@ -130,4 +130,4 @@ def leap(head: Aimed) -> Callable[[Sample, Time, Time, Cond], Sample]:
     return lambda x, t, r, c: x - lift(t - r, x) * head(x, t, r, c)
 
 
-Part = Annotated[Average | Endpoint | Shortcut | Velocity, Field(discriminator="kind")]
+Part = Annotated[AveragePart | EndpointPart | ShortcutPart | VelocityPart, Field(discriminator="kind")]

@@ -15,8 +15,8 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide
-from dumo.flow.metric import barron, beyond
-from dumo.flow.read import average
+from dumo.flow.read import mean_velocity
+from dumo.flow.residual import barron, beyond
 from dumo.flow.secant import demand
 from dumo.flow.slope import precision_of
 from dumo.flow.times import Below, Times, Uniform
@@ -88,4 +88,4 @@ class RCGM(Spec):
 
     def read(self, net: Net) -> Reads:
         """One head, read at two times."""
-        return average(net)
+        return mean_velocity(net)

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dumo.flow.slope import Jvp, Slope
+from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import Arctan, Times
 from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
 
@@ -36,7 +36,7 @@ class SCT(Spec):
     kind: Literal["sct"] = "sct"
     times: Times = Arctan(mean=-1.0, std=1.4, sd=0.5)  # CIFAR-10, its Tab. 4
     drop: float = Field(default=0.0, ge=0, le=1)  # its CIFAR-10 has no labels
-    slope: Slope = Jvp()  # its App. A
+    slope: Slope = JvpSlope()  # its App. A
     warmup: float = Field(default=0.03, ge=0, le=1)  # share of training in which sin cos (x_t + f') grows: 10k of 350k
     floor: float | None = Field(default=0.2, gt=0)  # c: its 0.1 for data of standard deviation 0.5, here 1; None: g
     weigh: bool = True  # rows by exp(-s) / tan(theta); else all alike, and no s

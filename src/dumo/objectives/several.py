@@ -20,10 +20,10 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide
-from dumo.flow.metric import beyond
-from dumo.flow.slope import Along, Central, Slope
+from dumo.flow.residual import beyond
+from dumo.flow.slope import Along, CentralSlope, Slope
 from dumo.flow.times import Below, Beta, Times
-from dumo.objectives.part import Aimed, Average, Endpoint, Part, Velocity
+from dumo.objectives.part import Aimed, AveragePart, EndpointPart, Part, VelocityPart
 from dumo.types import Frozen, Heads, Needs, Net, Noised, Reads, Spec, Terms, Time, mean_square
 
 
@@ -31,11 +31,15 @@ class Several(Spec):
     """A head for every part; by default the paper's first three: flow matching, consistency and MeanFlow."""
 
     kind: Literal["several"] = "several"
-    parts: tuple[Part, ...] = (Velocity(), Endpoint(), Average())  # weights .7, .15, .15: ours, the paper is silent
+    parts: tuple[Part, ...] = (
+        VelocityPart(),
+        EndpointPart(),
+        AveragePart(),
+    )  # weights .7, .15, .15: ours, the paper is silent
     times: Times = Below(of=Beta(a=2.4, b=2.4))  # t of DuMo, Tab. 3; r ours
     drop: float = Field(default=0.1, ge=0, le=1)  # as DuMo
     guide: Guide = Guide(zeta=0.55)  # as DuMo
-    slope: Slope = Central(h=0.005)  # as DuMo
+    slope: Slope = CentralSlope(h=0.005)  # as DuMo
     along: Literal["target", "velocity"] = "target"  # derivatives run along v*, as DuMo's, or the velocity head (ours)
     ramp: float = Field(default=0.0, ge=0, le=1)  # share of training in which they grow, from heads that are v (ours)
 
@@ -62,7 +66,7 @@ class Several(Spec):
                     f"a shortcut learns the velocity on rows with r = t, of which times '{self.times.kind}' set none "
                     "apart: use times.kind=dyadic, or pair with a velocity_ratio"
                 )
-        if any(isinstance(p, Average) and p.power for p in self.parts):
+        if any(isinstance(p, AveragePart) and p.power for p in self.parts):
             self.guide.demand_l2("power > 0 weighs a row by its own residual", "power=0")
         return self
 
@@ -94,7 +98,7 @@ class Several(Spec):
             heads = net(b.x_t, b.c, t=b.t, **self._own(b.r))
             return heads, lambda w: tuple(torch.zeros_like(w) for _ in self.parts)
         moving = None if any(part.derived and not part.aims for part in self.parts) else b.moving
-        toward = self.guide.beforehand(b) if self.along == "target" else None
+        toward = self.guide.known_target(b) if self.along == "target" else None
         return self.slope(net, ref, b.x_t, b.c, t=b.t, toward=toward, moving=moving, **self._own(b.r))
 
     def _aimed(self, net: Net, i: int) -> Aimed:

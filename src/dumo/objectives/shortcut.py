@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from dumo.flow import mask
+from dumo.flow import dropout
 from dumo.flow.times import Dyadic
 from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
 
@@ -42,9 +42,9 @@ class Shortcut(Spec):
         """Mean squares on all rows; theta^- is an average of 0.999 in its code (`train.ref`)."""
         k = self._level(b.t - b.r)
         (u_hat,) = net(b.x_t, b.c, t=b.t, k=k)
-        u_star, (place, _) = b.v_t.clone(), b.places
+        u_star, (place, _) = b.v_t.clone(), b.rows_by_step
         if place:
-            with mask.of(place):
+            with dropout.rows(place):
                 some = self._halves(ref, b[place], k[place]).to(u_star)
             u_star[place] = torch.where(lift(b.r < b.t, b.x_t)[place], some, u_star[place])
         e = mean_square(u_hat - u_star)
@@ -59,7 +59,7 @@ class Shortcut(Spec):
             (u_c,) = ref(x, b.c, t=t, k=k + 1)
             if self.scale == 1:
                 return u_c
-            with mask.none():
+            with dropout.off():
                 (u_null,) = ref(x, b.null, t=t, k=k + 1)
             return torch.where(fine, u_null + self.scale * (u_c - u_null), u_c)
 

@@ -16,8 +16,8 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide
-from dumo.flow.metric import adaptive, beyond
-from dumo.flow.read import average
+from dumo.flow.read import mean_velocity
+from dumo.flow.residual import adaptive, beyond
 from dumo.flow.secant import back, demand
 from dumo.flow.slope import precision_of
 from dumo.flow.times import LogitNormal, Pair, Times
@@ -77,4 +77,4 @@ class SoFlow(Spec):
 
     def read(self, net: Net) -> Reads:
         """One head, read at two times."""
-        return average(net)
+        return mean_velocity(net)

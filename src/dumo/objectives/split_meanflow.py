@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from dumo.flow import mask
+from dumo.flow import dropout
 from dumo.flow.guide import Guide
-from dumo.flow.metric import beyond
-from dumo.flow.read import average
+from dumo.flow.read import mean_velocity
+from dumo.flow.residual import beyond
 from dumo.flow.times import Level, Pair, Uniform
 from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Sample, Spec, Terms, lift, mean_square
 
@@ -51,15 +51,15 @@ class SplitMeanFlow(Spec):
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Mean squares on all rows: of the identity where r < t, of flow matching where r = t."""
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
-        jump, flow = b.places
+        jump, flow = b.rows_by_step
         u_star = b.v_t.clone()
         with torch.no_grad():
             if flow:
-                with mask.of(flow):
+                with dropout.rows(flow):
                     v_star = self.guide(b[flow], u_hat[flow], lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
                 u_star[flow] = v_star.to(u_star)
             if jump:
-                with mask.of(jump):
+                with dropout.rows(jump):
                     some = self._parts(ref, b[jump]).to(u_star)
                 u_star[jump] = torch.where(lift(b.r < b.t, b.x_t)[jump], some, u_star[jump])
         e = u_hat - u_star
@@ -75,4 +75,4 @@ class SplitMeanFlow(Spec):
 
     def read(self, net: Net) -> Reads:
         """One head, read at two times, as MeanFlow's."""
-        return average(net)
+        return mean_velocity(net)

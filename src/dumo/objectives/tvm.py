@@ -14,9 +14,9 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dumo.flow import mask
-from dumo.flow.rate import Dual, Rate
-from dumo.flow.read import average
+from dumo.flow import dropout
+from dumo.flow.rate import DualRate, Rate
+from dumo.flow.read import mean_velocity
 from dumo.flow.times import Gap, Logistic, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
 
@@ -29,7 +29,7 @@ class TVM(Spec):
     s: Logistic = Logistic(mean=-0.4, std=1.0)  # as r before it is cut off
     drop: float = Field(default=0.1, ge=0, le=1)  # their im256_w2.yaml
     scale: float = Field(default=2.0, ge=1)  # w of v* = w v_t + (1 - w) V(null), and what the net is told of; as above
-    rate: Rate = Dual()  # du/dr
+    rate: Rate = DualRate()  # du/dr
 
     @property
     def needs(self) -> Needs:
@@ -50,7 +50,7 @@ class TVM(Spec):
         (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.t, **told)
         v_star = b.v_t
         if self.scale != 1:
-            with mask.none():
+            with dropout.off():
                 (v_null,) = ref(b.x_t, b.null, t=b.t, r=b.t, beta=torch.ones_like(beta))
             v_star = v_null + lift(1 / beta, b.x_t) * (b.v_t - v_null)
         flow = beta**2 * mean_square(v_hat - v_star)
@@ -58,4 +58,4 @@ class TVM(Spec):
 
     def read(self, net: Net) -> Reads:
         """One head, read at two times; guided as its knob beta says."""
-        return average(net)
+        return mean_velocity(net)

@@ -20,11 +20,11 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide
-from dumo.flow.metric import beyond, huber, turned
+from dumo.flow.residual import beyond, huber, turned
 from dumo.flow.secant import demand
-from dumo.flow.slope import Central, Slope, precision_of
+from dumo.flow.slope import CentralSlope, Slope, precision_of
 from dumo.flow.times import Beta, Times
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square, still
+from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, frozen, lift, mean_square
 
 QUARTER = 1.57  # pi / 2 as the authors round it: so the weight is not quite 0 at t = 1
 
@@ -41,7 +41,7 @@ class UCGM(Spec):
     drop: float = Field(default=0.1, ge=0, le=1)  # lab_drop_ratio
     ratio: float = Field(default=1.0, ge=0, le=1)  # lambda: consistc_ratio
     guide: Guide = Guide()  # none; at ratio 0 the preset ucgm, with an average of 0.999 as theta^-
-    slope: Slope = Central(h=0.005)  # at ratio 1: epsilo
+    slope: Slope = CentralSlope(h=0.005)  # at ratio 1: epsilo
     clip: float | None = Field(default=1.0, gt=0)  # bound of e, at ratio > 0
     gain: bool = True  # u* = F - 4 t / sin(pi t / 2) e, at ratio > 0
     soft: float | None = Field(default=5.0, ge=0)  # c of the Huber loss: scaled_cbl_eps, 0 for FM+; None: plain l2
@@ -87,7 +87,7 @@ class UCGM(Spec):
 
     def _off(self, net: Net, ref: Frozen, b: Noised) -> tuple[Sample, Sample]:
         """F and, without gradients, e. Guidance asks theta^-; F is aligned with the weights in training."""
-        now = still(net)
+        now = frozen(net)
         if self.ratio == 1:
             (u_hat,), along = self.slope(net, now, b.x_t, b.c, t=b.t, toward=b.v_t)
             (du_dt,) = along(b.v_t)

@@ -14,7 +14,7 @@ def names() -> list[str]:
     return sorted(file.name.removesuffix(".yaml") for file in HERE.iterdir() if file.name.endswith(".yaml"))
 
 
-def read(name: str) -> str:
+def text(name: str) -> str:
     """The text of a recipe. Raises KeyError where there is none."""
     if name not in names():
         raise KeyError(name)
@@ -23,7 +23,7 @@ def read(name: str) -> str:
 
 def about(name: str) -> str:
     """The line in which a recipe says what it is."""
-    return cast(dict[str, str], yaml.safe_load(read(name)))["about"]
+    return cast(dict[str, str], yaml.safe_load(text(name)))["about"]
 
 
 def results(name: str) -> dict[str, Any] | None:

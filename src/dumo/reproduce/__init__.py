@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from dumo.config.error import nearest
-from dumo.reproduce import fair, fig3, fig4a, fig4b, fig4c, guidance, latents, ours, sec43, tab2, trajectory, zoo
+from dumo.io import archive
+from dumo.progress import Bar, no_bar
+from dumo.reproduce.ours import fair, guidance, ideas, latents
+from dumo.reproduce.paper import fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo
 from dumo.reproduce.plan import SCALES, markdown, origin
-from dumo.sample import archive
 from dumo.types import UserError
-from dumo.watch import Watch, unwatched
 
 PLANS = {
     "fair": fair.PLAN,
@@ -17,11 +18,11 @@ PLANS = {
     "fig4a": fig4a.PLAN,
     "fig4b": fig4b.PLAN,
     "fig4c": fig4c.PLAN,
-    "fig5": trajectory.PLAN,
+    "fig5": fig5.PLAN,
     "guidance": guidance.PLAN,
     "latents": latents.PLAN,
-    "ours": ours.DIGITS,
-    "ours-latents": ours.LATENTS,
+    "ours": ideas.DIGITS,
+    "ours-latents": ideas.LATENTS,
     "sec43": sec43.PLAN,
     "tab2": tab2.PLAN,
     "zoo": zoo.PLAN,
@@ -35,7 +36,7 @@ def reproduce(
     *,
     jobs: int = 1,
     device: str = "auto",
-    watch: Watch = unwatched,
+    bar: Bar = no_bar,
 ) -> dict[str, Any]:
     """Run a plan, and write results.json, table.md and its pictures; `jobs` cells at a time.
 
@@ -47,7 +48,7 @@ def reproduce(
         raise UserError(f"there is no scale '{scale}'; {nearest(scale, list(SCALES))}")
     plan, folder = PLANS[name], folder or Path("runs/reproduce") / f"{name}-{scale}"
     plan.check(name, scale)
-    done = plan.finish(list(plan.cells(scale)), folder / "cells", jobs=jobs, device=device, watch=watch)
+    done = plan.finish(list(plan.cells(scale)), folder / "cells", jobs=jobs, device=device, bar=bar)
 
     table = plan.table(done)
     files = [*plan.draw(done, folder), folder / "table.md", folder / "results.json"]

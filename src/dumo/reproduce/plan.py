@@ -18,15 +18,17 @@ from typing import Any
 
 import torch
 
-from dumo import dist, encode, run
+from dumo import dist
 from dumo.config.spec import Run
 from dumo.data import Latents
-from dumo.judge import card
-from dumo.judge.evaluation import evaluate, standing
-from dumo.run import Trained
-from dumo.train import cost
+from dumo.evaluation import card
+from dumo.evaluation.evaluate import evaluate, standing
+from dumo.preflight import cost
+from dumo.progress import Bar, no_bar
+from dumo.run import encode
+from dumo.run.folder import RunFolder, open_run
+from dumo.run.train import train
 from dumo.types import UserError
-from dumo.watch import Watch, unwatched
 
 SCALES = ("smoke", "laptop", "paper")  # a minute; this machine's cores within an hour; the paper's size, on GPUs
 
@@ -45,11 +47,11 @@ class Finished:
     """A cell, trained and judged."""
 
     cell: Cell
-    trained: Trained
+    opened: RunFolder
     report: dict[str, Any]
 
 
-def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, watch: Watch) -> list[Finished]:
+def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> list[Finished]:
     """Train and judge all cells, `jobs` at a time, each in a process of its own with its share of the cores.
 
     A small net is quicker on one core, and two of them on two, than one on two. Raises UserError as `finish` does, and
@@ -57,17 +59,17 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, w
     """
     for data in dict.fromkeys(cell.spec.data for cell in cells):
         if isinstance(data, Latents):
-            encode.ensure(data, device=device, watch=watch)
+            encode.ensure(data, device=device, bar=bar)
     if jobs > 1:
         threads = max(1, (os.cpu_count() or 1) // jobs)
         with (
             ProcessPoolExecutor(jobs, get_context("spawn"), torch_threads, (threads,)) as pool,
-            watch(f"{len(cells)} cells, {jobs} at a time", len(cells)) as tick,
+            bar(f"{len(cells)} cells, {jobs} at a time", len(cells)) as tick,
         ):
             working = [pool.submit(work, cell, folder, device) for cell in cells]
             for done, one in enumerate(as_completed(working), 1):
                 tick(done, one.result())
-    finished = [finish(cell, folder, device=device, watch=watch) for cell in cells]
+    finished = [finish(cell, folder, device=device, bar=bar) for cell in cells]
     alike(finished)
     return finished
 
@@ -91,7 +93,7 @@ class Plan:
 
 def work(cell: Cell, folder: Path, device: str) -> str:
     """Finish a cell, and say its name."""
-    finish(cell, folder, device=device, watch=unwatched)
+    finish(cell, folder, device=device, bar=no_bar)
     return cell.name
 
 
@@ -100,13 +102,13 @@ def torch_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def finish(cell: Cell, cells: Path, *, device: str, watch: Watch) -> Finished:
+def finish(cell: Cell, cells: Path, *, device: str, bar: Bar) -> Finished:
     """Train and judge a cell, or take what is there of it."""
     trained_by = cell.spec.model_dump_json(exclude={"about", "sample", "evaluate"})
     folder = cells / f"{cell.name}-{blake2b(trained_by.encode(), digest_size=4).hexdigest()}"
-    run.train(cell.spec, folder, device=device, watch=watch)
-    trained = run.open_run(str(folder), device=device)
-    return Finished(cell, trained, standing(trained) or evaluate(trained, watch=watch))
+    train(cell.spec, folder, device=device, bar=bar)
+    opened = open_run(str(folder), device=device)
+    return Finished(cell, opened, standing(opened) or evaluate(opened, bar=bar))
 
 
 def alike(done: Sequence[Finished]) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from dumo.codecs import Codec, DcAe, Identity, SdVae, Taef2
 from dumo.codecs.autoencoder import CONFIG, WEIGHTS
 from dumo.codecs.taesd import Tiny
-from dumo.flow.draw import stream
+from dumo.random import stream
 from dumo.types import UserError
 
 SPEC = TypeAdapter[Codec](Codec)

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dumo.codecs.cache import Plan
-from dumo.codecs.encode import encode
 from dumo.codecs.identity import Identity
-from dumo.flow.draw import stream
+from dumo.data.cache import Plan
+from dumo.data.encode import encode
+from dumo.random import stream
 
 SIDE, CLASSES = 4, 7
 PLAN = Plan(resolution=SIDE, classes=CLASSES, shard_rows=16, dtype="float32")

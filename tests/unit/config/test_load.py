@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from dumo import recipes
-from dumo.config.load import difference, dump, load, parse, place
+from dumo.config.load import default_folder, difference, dump, load, parse
 from dumo.config.spec import Sampling
-from dumo.sample.solver import Heun, Hop
-from dumo.train.ema import Ema
+from dumo.sampling.solver import Heun, Hop
+from dumo.training.ema import Ema
 from dumo.types import UserError
 
 ABOUT = "\ta 'quoted' \"line\": # no comment, - ünïcödé 你好 🙂 end "
@@ -168,10 +168,10 @@ def test_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a run").mkdir()
     (tmp_path / "a run/run.yaml").touch()
-    assert place("digits") == Path("runs/digits")
-    assert place("my/recipes/digits.small.yaml") == Path("runs/digits.small")
-    assert place("a run") == place("a run/run.yaml") == Path("a run")
-    assert place(str(tmp_path / "a run")) == tmp_path / "a run"
+    assert default_folder("digits") == Path("runs/digits")
+    assert default_folder("my/recipes/digits.small.yaml") == Path("runs/digits.small")
+    assert default_folder("a run") == default_folder("a run/run.yaml") == Path("a run")
+    assert default_folder(str(tmp_path / "a run")) == tmp_path / "a run"
 
 
 def test_parse_tells_every_mistake() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dumo.data import Images
 from dumo.data.augment import NUMBERS, SHIFT, SIZE, STRETCH, SYM6, Edm, Names, matrix, warp
-from dumo.flow.draw import stream
+from dumo.random import stream
 from dumo.types import Sample
 
 SIDE = 16
@@ -46,7 +46,7 @@ def only(name: Names) -> Edm:
 
 def still(n: int) -> tuple[Tensor, Tensor]:
     """No change, n times: the matrix and the shift."""
-    return torch.eye(2, dtype=torch.float64).expand(n, 2, 2), torch.zeros(n, 2, dtype=torch.float64)
+    return torch.extractor(2, dtype=torch.float64).expand(n, 2, 2), torch.zeros(n, 2, dtype=torch.float64)
 
 
 def test_the_filter_is_orthogonal_to_its_even_shifts() -> None:

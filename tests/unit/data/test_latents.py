@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from dumo import encode
 from dumo.config.load import parse
 from dumo.data import Latents
+from dumo.run import encode
 from dumo.types import UserError
 
 SIDE, COUNT = 8, 22

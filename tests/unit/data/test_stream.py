@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.data.stream import rows_of
+from dumo.data.epoch import rows_of
 
 
 def laid_out(steps: int, batch: int, size: int, seed: int = 0) -> Tensor:

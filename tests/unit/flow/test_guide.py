@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dumo.flow import mask
+from dumo.flow import dropout
 from dumo.flow.draw import draw
 from dumo.flow.guide import PRESETS, Guide, Interval
 from dumo.flow.path import Linear
@@ -147,7 +147,7 @@ def test_an_average_leaves_guided_rows_that_were_not_picked_at_v_t() -> None:
 def test_without_guidance_there_is_no_elsewhere() -> None:
     b, guide = record(), Guide(interval=Interval(high=0.5), elsewhere="average")
     assert not guide.active
-    assert guide.beforehand(b) is b.v_t
+    assert guide.known_target(b) is b.v_t
     assert guided(guide, b, have_v_hat=True)[0] is b.v_t
 
 
@@ -158,11 +158,11 @@ def test_every_pass_meets_the_masks_of_its_rows(elsewhere: str) -> None:
     seen: list[list[int] | None] = []
 
     def velocity(some: Noised, c: Cond) -> Tensor:
-        found = mask.current(len(some.t))
+        found = dropout.current(len(some.t))
         seen.append(None if found is None else found[:, 0].tolist())
         return some.x_t
 
-    with mask.masks(keys):
+    with dropout.using(keys):
         Guide.model_validate({"zeta": 0.5, "elsewhere": elsewhere})(b, None, velocity)
     assert seen == [[0, 4, 6, 10] if elsewhere == "data" else [0, 2, 4, 6, 8, 10], None]
 
@@ -202,10 +202,10 @@ def test_all_rows_are_taken_where_shapes_must_not_depend_on_numbers() -> None:
 
 def test_what_is_known_before_a_pass() -> None:
     b = record()
-    assert Guide().beforehand(b) is b.v_t
-    assert Guide(interval=Interval(high=0.5), fraction=0.5).beforehand(b) is b.v_t
+    assert Guide().known_target(b) is b.v_t
+    assert Guide(interval=Interval(high=0.5), fraction=0.5).known_target(b) is b.v_t
     for guide in (Guide(zeta=0.5), Guide(omega=2), Guide(zeta=0.5, fraction=0.5)):
-        assert guide.beforehand(b) is None
+        assert guide.known_target(b) is None
 
 
 @pytest.mark.parametrize(("fraction", "every"), [(1, 1), (0.5, 2), (1 / 3, 3), (0.33333333, 3), (0.25, 4), (0.01, 100)])

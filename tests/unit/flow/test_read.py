@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dumo.config.load import load
-from dumo.flow.read import average, bind, source
+from dumo.flow.read import bind, head_of, mean_velocity
 from dumo.types import Heads
 
 X, C = torch.arange(6.0).view(3, 2), torch.zeros(3, dtype=torch.long)
@@ -18,7 +18,7 @@ def net(x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor) -> Heads:
 
 
 def test_average_by_hand() -> None:
-    reads = average(net)
+    reads = mean_velocity(net)
     assert reads.velocity is not None
     assert reads.endpoint is not None
     assert reads.flow_map is not None
@@ -29,7 +29,7 @@ def test_average_by_hand() -> None:
 
 
 def test_average_of_another_head() -> None:
-    reads = average(net, head=1)
+    reads = mean_velocity(net, head=1)
     assert reads.endpoint is not None
     assert torch.allclose(reads.endpoint(X, T, C), X - T[:, None] * X)
 
@@ -61,4 +61,4 @@ def test_bind_sets_knobs_and_leaves_inputs() -> None:
     ],
 )
 def test_source_is_the_head_that_a_reading_reads(recipe: str, reading: str, head: str) -> None:
-    assert source(load(recipe).objective, reading) == head  # pyright: ignore[reportArgumentType]
+    assert head_of(load(recipe).objective, reading) == head  # pyright: ignore[reportArgumentType]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dumo.flow.slope import Central, Jvp
+from dumo.flow.slope import CentralSlope, JvpSlope
 from dumo.types import Frozen, Heads, UserError
 
 
@@ -26,7 +26,7 @@ T, R, W = torch.tensor([0.5, 1.0]), torch.tensor([0.1, 0.2]), torch.full((2, 3),
 
 def test_central_looks_both_ways_and_rests_r() -> None:
     net = Noting()
-    _, along = Central(h=0.01)(net, Frozen(net), X, C, t=T, r=R)
+    _, along = CentralSlope(h=0.01)(net, Frozen(net), X, C, t=T, r=R)
     assert len(net.asked) == 1
     along(W)
     behind, ahead = net.asked[1:]
@@ -38,15 +38,15 @@ def test_central_looks_both_ways_and_rests_r() -> None:
 
 def test_jvp_makes_one_pass_later() -> None:
     net = Noting()
-    _, along = Jvp()(net, Frozen(net), X, C, t=T, r=R)
+    _, along = JvpSlope()(net, Frozen(net), X, C, t=T, r=R)
     assert len(net.asked) == 1
     (slope,) = along(W)
     assert len(net.asked) == 2
     assert torch.allclose(slope, W * T[:, None] + X)
 
 
-@pytest.mark.parametrize("slope", [Central(), Jvp()])
-def test_a_derivative_can_be_asked_for_twice(slope: Central | Jvp) -> None:
+@pytest.mark.parametrize("slope", [CentralSlope(), JvpSlope()])
+def test_a_derivative_can_be_asked_for_twice(slope: CentralSlope | JvpSlope) -> None:
     _, along = slope(Noting(), Frozen(Noting()), X, C, t=T, r=R)
     assert torch.equal(along(W)[0], along(W)[0])
 
@@ -54,41 +54,41 @@ def test_a_derivative_can_be_asked_for_twice(slope: Central | Jvp) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_central_refuses_low_precision_with_the_way_out(precision: str) -> None:
     with pytest.raises(UserError, match=rf"fp32, not {precision}.*dual"):
-        Central().check(precision)
-    Jvp().check(precision)
+        CentralSlope().check(precision)
+    JvpSlope().check(precision)
 
 
 @pytest.mark.parametrize(("h", "scale"), [(0.005, 10.1), (0.005, 1000.0), (0.06, 1.0), (0.1, 0.6)])
 def test_central_refuses_steps_too_wide_for_the_net(h: float, scale: float) -> None:
     with pytest.raises(UserError, match=r"time_scale.*dual"):
-        Central(h=h).check("fp32", scale)
-    Jvp().check("fp32", scale)
+        CentralSlope(h=h).check("fp32", scale)
+    JvpSlope().check("fp32", scale)
 
 
 @pytest.mark.parametrize(("h", "scale"), [(0.005, 1.0), (0.005, 10.0), (0.05, 1.0), (0.00005, 1000.0)])
 def test_central_serves_steps_that_are_narrow_enough(h: float, scale: float) -> None:
-    Central(h=h).check("fp32", scale)
+    CentralSlope(h=h).check("fp32", scale)
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0, 7.0, 12.0, 70.0, 1000.0])
 def test_the_step_that_a_refusal_names_is_served(scale: float) -> None:
     """The way out must be one."""
     with pytest.raises(UserError) as refused:
-        Central(h=0.1).check("fp32", scale)
+        CentralSlope(h=0.1).check("fp32", scale)
     named = str(refused.value).split("h <= ")[1].split(",")[0]
-    Central(h=float(named)).check("fp32", scale)
+    CentralSlope(h=float(named)).check("fp32", scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_central_refuses_low_tensors(dtype: torch.dtype) -> None:
     net = Noting()
     with pytest.raises(UserError, match="fp32"):
-        Central()(net, Frozen(net), X.to(dtype), C, t=T, r=R)
+        CentralSlope()(net, Frozen(net), X.to(dtype), C, t=T, r=R)
     assert net.asked == []
 
 
 def test_central_refuses_autocast() -> None:
     net = Noting()
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match="fp32"):
-        Central()(net, Frozen(net), X, C, t=T, r=R)
-    Central()(net, Frozen(net), X, C, t=T, r=R)
+        CentralSlope()(net, Frozen(net), X, C, t=T, r=R)
+    CentralSlope()(net, Frozen(net), X, C, t=T, r=R)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dumo.flow.draw import stream
 from dumo.metrics.moments import Moments
+from dumo.random import stream
 from dumo.types import UserError
 
 

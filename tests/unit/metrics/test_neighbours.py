@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.flow.draw import stream
 from dumo.metrics import neighbours
 from dumo.metrics.neighbours import nearest, precision_recall
+from dumo.random import stream
 from dumo.types import UserError
 
 

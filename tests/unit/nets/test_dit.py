@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import randomise
-from dumo.flow.slope import Dual, Jvp
+from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.dit import Block, DiT, Transformer, gated
 from dumo.nets.mlp import MLP
 from dumo.nets.rotary import turn, turns
 from dumo.objectives import DuMo, FlowMatching, Objective
-from dumo.train.cost import forward_flops
+from dumo.preflight.cost import forward_flops
 from dumo.types import Frozen, Needs, UserError
 
 TINY = DiT(patch=2, width=8, depth=2, attention=2)
@@ -230,7 +230,7 @@ def test_options_have_exact_slopes(options: dict[str, Any], checkpoint: bool) ->
     x, c, times = inputs()
     w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
     for toward in (None, w):
-        exact, found = (s(net, Frozen(net), x, c, toward=toward, **times)[1](w) for s in (Jvp(), Dual()))
+        exact, found = (s(net, Frozen(net), x, c, toward=toward, **times)[1](w) for s in (JvpSlope(), DualSlope()))
         assert all(((a - b).norm() / b.norm()).item() < 1e-12 for a, b in zip(found, exact, strict=True))
 
 

@@ -6,7 +6,7 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from contract.case import kind, nets, randomise
-from dumo.flow.slope import Central, Jvp, Slope
+from dumo.flow.slope import CentralSlope, JvpSlope, Slope
 from dumo.nets import Net
 from dumo.types import Frozen, Heads, Needs
 from dumo.types import Net as AnyNet
@@ -130,7 +130,7 @@ def errors(model: nn.Module, h: float) -> tuple[float, float]:
         return slope(model, Frozen(model), x, c, t=inputs["t"])[1](w)
 
     def error(w: Tensor) -> float:
-        ((exact,), (found,)) = along(Jvp(), w), along(Central(h=h), w)
+        ((exact,), (found,)) = along(JvpSlope(), w), along(CentralSlope(h=h), w)
         return ((found - exact).norm() / exact.norm()).item()
 
     return error(w), error(0 * w)
@@ -141,7 +141,7 @@ def errors(model: nn.Module, h: float) -> tuple[float, float]:
 def test_differences_are_derivatives_up_to_a_scale_of_ten(net: Net, scale: float) -> None:
     """Measured: at most 4e-4 of the whole, 6e-4 of the part in time, whose rounding shows first."""
     model = randomise(net.model_copy(update={"time_scale": scale}).build(V, SHAPE, 3))
-    Central(h=0.005).check("fp32", scale)
+    CentralSlope(h=0.005).check("fp32", scale)
     whole, in_time = errors(model, 0.005)
     assert whole < 1e-3
     assert in_time < 3e-3

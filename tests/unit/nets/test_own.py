@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contract.case import kind, nets, randomise
-from dumo.flow.slope import Central, Dual, Jvp, Slope
+from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.nets import DiT, Net
 from dumo.nets.embed import Own
 from dumo.nets.norm import normalize
@@ -114,7 +114,7 @@ def test_slopes_are_exact_with_r_at_rest(net: Net, known: bool) -> None:
     h = 1e-5
     ahead, behind = (model(x + s * w, c, t=times["t"] + s, r=times["r"]) for s in (h, -h))
     by_hand = [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)]
-    exact, dual, central = slope(Jvp()), slope(Dual()), slope(Central(h=1e-4))
+    exact, dual, central = slope(JvpSlope()), slope(DualSlope()), slope(CentralSlope(h=1e-4))
     for i in range(3):
         assert ((exact[i] - by_hand[i]).norm() / by_hand[i].norm()).item() < 1e-8
         assert ((dual[i] - exact[i]).norm() / exact[i].norm()).item() < 1e-12

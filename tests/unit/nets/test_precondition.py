@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from contract.case import kind, nets, randomise
 from dumo.config.load import load
-from dumo.flow.slope import Central, Dual, Jvp
+from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope
 from dumo.nets import Net
 from dumo.nets.precondition import framed
 from dumo.types import Frozen, Needs, UserError, lift
@@ -61,7 +61,7 @@ def test_every_slope_has_the_same_derivative(net: Net) -> None:
     x, c, t, r = points()
     model, w = built(net), torch.ones_like(x)
     found = []
-    for slope, toward in ((Jvp(), None), (Dual(), None), (Dual(), w), (Central(h=1e-4), None)):
+    for slope, toward in ((JvpSlope(), None), (DualSlope(), None), (DualSlope(), w), (CentralSlope(h=1e-4), None)):
         heads, along = slope(model, Frozen(model), x, c, t=t, r=r, toward=toward)
         assert all(torch.equal(a, b) for a, b in zip(heads, model(x, c, t=t, r=r), strict=True))
         found.append(along(w))
@@ -76,7 +76,7 @@ def test_bf16_autocast_and_data(net: Net) -> None:
     exact = model(x.float(), c, t=t.float(), r=r.float())
     for dtype in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", torch.bfloat16):
-            heads, along = Dual()(model, Frozen(model), x.to(dtype), c, t=t.float(), r=r.float())
+            heads, along = DualSlope()(model, Frozen(model), x.to(dtype), c, t=t.float(), r=r.float())
             slopes = along(torch.ones_like(x).to(dtype))
         assert all((a - b).norm() < 0.05 * b.norm() for a, b in zip(heads[:2], exact, strict=False))
         assert all(s.isfinite().all() for s in slopes)

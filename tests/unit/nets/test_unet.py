@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from contract.case import randomise
-from dumo.flow import mask
-from dumo.flow.mask import keys, masks
-from dumo.flow.slope import Central, Dual, Jvp, Slope
+from dumo.flow import dropout
+from dumo.flow.dropout import keys, using
+from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.nets import unet
 from dumo.nets.unet import Convolutional, Place, Residual, UNet, plan
 from dumo.types import Frozen, Heads, Needs, UserError
@@ -199,9 +199,9 @@ def test_dropout_is_for_training_under_masks() -> None:
     net = tiny(dropout=0.4)
     x, c, t = inputs()
     plain = net(x, c, t=t)
-    with masks(KEYS):
+    with using(KEYS):
         dropped = net(x, c, t=t)
-        with mask.none():
+        with dropout.off():
             null = net(x, c, t=t)
         net.eval()
         still = net(x, c, t=t)
@@ -214,11 +214,11 @@ def test_passes_of_a_step_share_their_masks() -> None:
     net, state = tiny(dropout=0.4), torch.get_rng_state()
     x, c, t = inputs()
     some = [4, 1]
-    with masks(KEYS):
+    with using(KEYS):
         one, two = net(x, c, t=t)[0], net(x, c, t=t)[0]
-        with mask.of(some):
+        with dropout.rows(some):
             part = net(x[some], c[some], t=t[some])[0]
-    with masks(keys(0, 1, 6)):
+    with using(keys(0, 1, 6)):
         later = net(x, c, t=t)[0]
     assert torch.equal(one, two)
     assert torch.allclose(part, one[some], rtol=1e-10, atol=1e-12)
@@ -232,11 +232,11 @@ def test_layers_have_masks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None
     def drop(h: Tensor, rows: Tensor, p: float) -> Tensor:
         seen.append(rows)
         assert p == 0.4
-        return mask.drop(h, rows, p)
+        return dropout.drop(h, rows, p)
 
     monkeypatch.setattr(unet, "drop", drop)
     x, c, t = inputs()
-    with masks(KEYS):
+    with using(KEYS):
         tiny(dropout=0.4)(x, c, t=t)
     assert len({tuple(rows.flatten().tolist()) for rows in seen}) == len(seen) == 14
 
@@ -252,13 +252,13 @@ def test_slopes_are_exact(dropout: float, checkpoint: bool) -> None:
     def slope(s: Slope, toward: Tensor | None = None) -> Heads:
         return s(net, Frozen(net), x, c, t=t, toward=toward)[1](w)
 
-    with masks(KEYS):
-        exact = slope(Jvp())
-        assert apart(slope(Dual()), exact) < 1e-12
-        assert apart(slope(Dual(), w), exact) < 1e-12
-        assert apart(slope(Central(h=1e-3)), exact) < 1e-3
+    with using(KEYS):
+        exact = slope(JvpSlope())
+        assert apart(slope(DualSlope()), exact) < 1e-12
+        assert apart(slope(DualSlope(), w), exact) < 1e-12
+        assert apart(slope(CentralSlope(h=1e-3)), exact) < 1e-3
     if dropout:
-        assert apart(slope(Dual()), exact) > 1e-2
+        assert apart(slope(DualSlope()), exact) > 1e-2
 
 
 @pytest.mark.parametrize("toward", [False, True])
@@ -268,8 +268,8 @@ def test_checkpointing_meets_the_same_masks(toward: bool) -> None:
     for checkpoint in (False, True):
         net = tiny(dropout=0.4, checkpoint=checkpoint)
         x, c, t = inputs()
-        with masks(KEYS):
-            heads, along = Dual()(net, Frozen(net), x, c, t=t, toward=x if toward else None)
+        with using(KEYS):
+            heads, along = DualSlope()(net, Frozen(net), x, c, t=t, toward=x if toward else None)
             _, du_dt = along(x)
         (heads[0].square().sum() + (heads[1] - du_dt).square().sum()).backward()
         gradients.append([p.grad for p in net.parameters() if p.grad is not None])

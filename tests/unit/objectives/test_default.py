@@ -3,7 +3,7 @@
 import pytest
 
 from dumo.flow.guide import Guide, Interval
-from dumo.flow.slope import Central, Jvp
+from dumo.flow.slope import CentralSlope, JvpSlope
 from dumo.flow.times import Beta, LogitNormal, Pair, Uniform
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
 
@@ -15,7 +15,7 @@ def test_dumo() -> None:
     assert o.times == Beta(a=2.4, b=2.4)
     assert o.guide == Guide(omega=1, zeta=0.55, interval=Interval(low=0, high=1))
     assert o.guide.scale == pytest.approx(2.2222, abs=1e-4)
-    assert o.slope == Central(h=0.005)
+    assert o.slope == CentralSlope(h=0.005)
     assert (o.needs.inputs, o.needs.heads) == (("t",), ("v", "u"))
 
 
@@ -33,5 +33,5 @@ def test_meanflow() -> None:
     assert o.guide == Guide(omega=0.2, zeta=0.92, interval=Interval(low=0, high=0.75))
     assert o.guide.scale == pytest.approx(2.5)
     assert (o.power, o.floor, o.drop) == (1, 0.01, 0.1)
-    assert o.slope == Jvp()
+    assert o.slope == JvpSlope()
     assert (o.needs.inputs, o.needs.heads) == (("t", "r"), ("u",))

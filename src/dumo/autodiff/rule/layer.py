@@ -1,0 +1,183 @@
+"""Layers: linear ones, norms, dropout, attention."""
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dumo.autodiff import attention
+from dumo.autodiff.dual import Dual, NoRule, carry, primal, recording
+from dumo.autodiff.rule.algebra import leibniz
+from dumo.autodiff.rule.register import elsewhere, rule
+from dumo.types import Array
+
+aten = torch.ops.aten
+
+
+@rule(F.linear)
+def linear(x: Dual, weight: Tensor, bias: Tensor | None = None) -> Array:
+    """d(x W^T + b) = dx W^T: one product. Forward-mode differentiation makes two, the second with zeros for dW."""
+    return carry(F.linear(x.p, weight, bias), F.linear, (x,), weight)
+
+
+@rule(F.conv1d)
+def conv1d(x: Dual, weight: Tensor, bias: Tensor | None = None, *how: Any, **named: Any) -> Array:
+    """Linear, but for the bias."""
+    return carry(F.conv1d(x.p, weight, bias, *how, **named), _convolve, (x,), F.conv1d, weight, how, named)
+
+
+@rule(F.conv2d)
+def conv2d(x: Dual, weight: Tensor, bias: Tensor | None = None, *how: Any, **named: Any) -> Array:
+    """Linear, but for the bias."""
+    return carry(F.conv2d(x.p, weight, bias, *how, **named), _convolve, (x,), F.conv2d, weight, how, named)
+
+
+@rule(F.conv_transpose2d)
+def conv_transpose2d(x: Dual, weight: Tensor, bias: Tensor | None = None, *how: Any, **named: Any) -> Array:
+    """Linear, but for the bias."""
+    return carry(
+        F.conv_transpose2d(x.p, weight, bias, *how, **named), _convolve, (x,), F.conv_transpose2d, weight, how, named
+    )
+
+
+def _convolve(
+    dx: Tensor, convolution: Callable[..., Tensor], weight: Tensor, how: tuple[Any, ...], named: dict[str, Any]
+) -> Tensor:
+    return convolution(dx, weight, None, *how, **named)
+
+
+@rule(F.dropout)
+def dropout(x: Dual, p: int | float = 0.5, training: bool = True, inplace: bool = False) -> Array:
+    """The tangent meets the same mask. torch's generator moves as it does without a tangent. NoRule in place."""
+    elsewhere("dropout", inplace)
+    if p == 0 or not training:
+        return x  # pyright: ignore[reportReturnType]
+    mask = F.dropout(torch.ones_like(x.p), p)
+    return carry(x.p * mask, leibniz, (x, None), torch.mul, None, mask)
+
+
+@rule(F.layer_norm)
+def layer_norm(
+    x: Dual,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Array:
+    """With y = (x - mean) rstd:  dy = rstd (dx - mean(dx) - y mean(y dx))."""
+    out, mean, rstd = torch.native_layer_norm(x.p, list(normalized_shape), weight, bias, eps)
+    if recording():  # to autograd the kernel's are constants
+        exact, over = torch.promote_types(x.p.dtype, torch.float32), tuple(range(-len(normalized_shape), 0))
+        variance, mean = torch.var_mean(x.p.to(exact), over, correction=0, keepdim=True)
+        rstd = (variance + eps).rsqrt()
+    plain = weight is None and bias is None
+    return carry(
+        out, _layer_norm, (x,), out if plain else x.p, None if plain else mean, rstd, weight, len(normalized_shape)
+    )
+
+
+def _layer_norm(dx: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, axes: int) -> Tensor:
+    over, dx = tuple(range(-axes, 0)), dx.to(rstd.dtype)
+    y = x if mean is None else (x - mean) * rstd
+    along = (y * dx).mean(over, keepdim=True)
+    dy = (dx - dx.mean(over, keepdim=True)).addcmul_(y.to(dx.dtype), along, value=-1).mul_(rstd)
+    return dy if weight is None else dy * weight
+
+
+@rule(F.rms_norm)
+def rms_norm(x: Dual, normalized_shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Array:
+    """With y = x / rms(x):  dy = (dx - y mean(y dx)) / rms(x)."""
+    out = F.rms_norm(x.p, list(normalized_shape), weight, eps)
+    return carry(out, _rms_norm, (x,), x.p, weight, eps, len(normalized_shape))
+
+
+def _rms_norm(dx: Tensor, x: Tensor, weight: Tensor | None, eps: float | None, axes: int) -> Tensor:
+    over, exact = tuple(range(-axes, 0)), torch.promote_types(x.dtype, torch.float32)
+    eps = torch.finfo(exact).eps if eps is None else eps
+    x, dx = x.to(exact), dx.to(exact)
+    inverse = (x.square().mean(over, keepdim=True) + eps).rsqrt()
+    y = x * inverse
+    dy = (dx - y * (y * dx).mean(over, keepdim=True)) * inverse
+    return dy if weight is None else dy * weight
+
+
+@rule(F.normalize)
+def normalize(x: Dual, p: int | float = 2.0, dim: int = 1, eps: int | float = 1e-12) -> Array:
+    """With n = max(|x|, eps) and y = x / n:  dy = (dx - y sum(y dx)) / n; dx / eps below eps."""
+    if p != 2:
+        raise NoRule(f"normalize with p={p}")
+    return carry(F.normalize(x.p, p, dim, eps), _normalize, (x,), x.p, dim, eps)
+
+
+def _normalize(dx: Tensor, x: Tensor, dim: int, eps: int | float) -> Tensor:
+    exact = torch.promote_types(x.dtype, torch.float32)
+    x, dx = x.to(exact), dx.to(exact)
+    n = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    inverse = n.clamp_min(eps).reciprocal()
+    y = x * inverse
+    return (dx - (n > eps) * y * (y * dx).sum(dim, keepdim=True)) * inverse
+
+
+@rule(torch.linalg.vector_norm)
+def vector_norm(x: Dual, ord: int | float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Array:
+    """d|x| = sum(x dx) / |x|, the Euclidean norm; zero at zero, as autograd has it."""
+    if ord != 2:
+        raise NoRule(f"vector_norm with ord={ord}")
+    n = torch.linalg.vector_norm(x.p, ord, dim, keepdim, dtype=dtype)
+    return carry(n, _vector_norm, (x,), x.p, n, dim, keepdim)
+
+
+def _vector_norm(dx: Tensor, x: Tensor, n: Tensor, dim: Any, keepdim: bool) -> Tensor:
+    along = (x.to(n.dtype) * dx.to(n.dtype)).sum(dim, keepdim)
+    return torch.where(n > 0, along / torch.where(n > 0, n, 1.0), 0.0)  # 0 / 0 would have no gradient
+
+
+@rule(F.group_norm)
+def group_norm(
+    x: Dual, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Array:
+    """As layer_norm, over the channels of a group and all places."""
+    out = F.group_norm(x.p, num_groups, weight, bias, eps)
+    return carry(out, _group_norm, (x,), x.p, num_groups, weight, eps)
+
+
+def _group_norm(dx: Tensor, x: Tensor, groups: int, weight: Tensor | None, eps: float) -> Tensor:
+    exact = torch.promote_types(x.dtype, torch.float32)
+    rows, shape = (x.shape[0], groups, -1), x.shape
+    x, dx = x.to(exact).reshape(rows), dx.to(exact).reshape(rows)
+    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    rstd = (variance + eps).rsqrt()
+    dy = _layer_norm(dx, x, mean, rstd, None, 1).view(shape)
+    return dy if weight is None else dy * weight.view(-1, *(1,) * (len(shape) - 2))
+
+
+@rule(F.scaled_dot_product_attention)
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Tensor | None = None,
+    dropout_p: int | float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Array:
+    """See `dumo.autodiff.attention`. Raises NoRule for masks, dropout and grouped queries."""
+    if attn_mask is not None or dropout_p or is_causal or enable_gqa:
+        raise NoRule("scaled_dot_product_attention with a mask, dropout or grouped queries")
+    q, k, v = (primal(x) for x in (query, key, value))
+    scale = 1 / sqrt(q.shape[-1]) if scale is None else scale  # to the bit as torch does
+    o, lse = attention.attend(q, k, v, scale)
+    return carry(o, _attend, (query, key, value), q, k, v, o, lse, scale)
+
+
+def _attend(
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    if torch.is_grad_enabled():
+        return attention.recorded_tangent(q, k, v, dq, dk, dv, o, scale)
+    return attention.tangent(q, k, v, dq, dk, dv, o, lse, scale)

@@ -1,0 +1,107 @@
+"""How good it is: evaluate, compare, and the figures and tables made again."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dumo.cli.option import AsJson, Device, Nfe, RunFolder, Seed, Set, SolverName, Weights, numbers
+from dumo.cli.terminal import bar, out, resumable, show_table
+
+
+def evaluate(
+    run_folder: RunFolder,
+    nfe: Nfe = None,
+    seed: Seed = None,
+    solver: SolverName = None,
+    set_: Set = None,
+    weights: Weights = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option(help="Judge at several values: sample.m=0.2:0.8:0.1, sample.m=0.3,0.5, or ema, every average."),
+    ] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Judge a trained run by its protocol, beside the same distances where nothing is wrong.
+
+    Under torchrun (torchrun --nproc-per-node 2 -m dumo.cli evaluate RUN) the ranks share the work.
+    """
+    from dumo import dist
+    from dumo.evaluation import evaluate
+    from dumo.evaluation import sweep as sweeps
+    from dumo.progress import no_bar
+    from dumo.run.folder import open_run
+
+    with dist.join():
+        main, shown = dist.is_main(), bar if dist.is_main() else no_bar
+        opened = open_run(run_folder, set_ or [], weights=weights, device=device)
+        asked = evaluate.asked(opened, nfe=numbers("--nfe", nfe), seed=seed, solver=solver)
+        report = sweeps.sweep(asked, sweep, bar=shown) if sweep else evaluate.evaluate(asked, bar=shown)
+    if not main:
+        return
+    if as_json:
+        print(json.dumps(report))
+        return
+    if sweep:
+        rows = [{**row, "best": "*" if row["best"] else ""} for row in report["rows"]]
+        rows = [{key: row[key] for key in row if key != "card"} for row in rows]
+        show_table(f"{report['run']}, {sweep}; * is the best of its number of passes", rows)
+    else:
+        rows = [*report["results"], *report["contrast"]]
+        show_table(f"{report['run']} at step {report['step']:,}, protocol {report['protocol']}", rows)
+        for name, value in report["baselines"].items():
+            facts = ", ".join(f"{key} {number:.4g}" for key, number in value.items())
+            out.print(f"where nothing is wrong, {name}: {facts}")
+    out.print(report["file"], soft_wrap=True)
+
+
+def compare(
+    run_folders: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders of runs that were evaluated, or single evaluations.")
+    ],
+    anyway: Annotated[
+        bool, typer.Option("--anyway", help="Print the table though they were measured otherwise, and say how.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Set the evaluations of several runs side by side, if they were measured alike."""
+    from dumo.evaluation import compare
+
+    found = compare.compare(run_folders, anyway=anyway)
+    if as_json:
+        print(json.dumps(found))
+        return
+    show_table("", [{key: "" if value is None else value for key, value in row.items()} for row in found["rows"]])
+    for field, values in found["differs"].items():
+        told = "; ".join(f"{value} in {name}" for name, value in values.items())
+        out.print(f"measured otherwise, {field}: {told}", soft_wrap=True)
+
+
+def reproduce(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: fair, guidance, latents, ours, ours-latents."
+        ),
+    ],
+    scale: Annotated[
+        str, typer.Option(help="smoke (a minute or two), laptop (up to an hour) or paper (its own size, on GPUs).")
+    ] = "laptop",
+    folder: Annotated[Path | None, typer.Option("--out", help="Default: runs/reproduce/NAME-SCALE.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, each with its share of the cores.")] = 1,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Make a figure or table again: picture, table and results.json. Finished cells are kept, a stopped one goes on."""
+    from dumo import reproduce
+
+    with resumable(f"dumo reproduce {name} --scale {scale}" + (f" --out {folder}" if folder else "")):
+        results = reproduce.reproduce(name, scale, folder, jobs=jobs, device=device, bar=bar)
+    if as_json:
+        print(json.dumps(results))
+        return
+    show_table(results["title"], results["table"])
+    for file in results["files"]:
+        out.print(file, soft_wrap=True)

@@ -1,0 +1,170 @@
+"""From images to samples: encode, train, sample, draw."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dumo.cli.option import Device, Nfe, RunFolder, Seed, Set, SolverName, Source, Weights, numbers
+from dumo.cli.terminal import bar, err, out, resumable
+
+
+def encode(
+    source: Annotated[str, typer.Argument(help="A recipe that trains on latents, or a folder or file of images.")],
+    folder: Annotated[
+        str | None, typer.Argument(metavar="[OUT]", help="The cache's folder. Default: the recipe's data.root.")
+    ] = None,
+    codec: Annotated[str | None, typer.Option(help="taef2, sd-vae, dc-ae or identity. Default: the recipe's.")] = None,
+    side: Annotated[int | None, typer.Option(min=1, help="Pixels along a side. Default: the recipe's.")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="moments (default), drawn from anew at every visit, or samples, half the size.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float16 (default), bfloat16 or float32.")] = None,
+    shard_rows: Annotated[
+        int | None, typer.Option(min=1, help="Images to a shard: what a stop may lose. Default: 1024.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images that the codec takes at a time.")] = 32,
+    part: Annotated[
+        str | None, typer.Option(metavar="K/N", help="Make part K of N, from 0. Default: as torchrun says.")
+    ] = None,
+    set_: Set = None,
+    device: Device = "auto",
+) -> None:
+    """Encode images into the cache of latents that a recipe trains on; started again, it goes on where it stopped.
+
+    Both flips are kept where the data are flipped. A shard that is damaged is named and made again.
+    """
+    from dumo.run import encode
+
+    data = encode.asked(source, set_ or [], out=folder, codec=codec, side=side)
+    options = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
+    with resumable("the same dumo encode"):
+        made = encode.encode(
+            data,
+            batch=batch,
+            part=encode.part_of(part),
+            device=device,
+            bar=bar,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+    for line in encode.told(made):
+        out.print(line, soft_wrap=True)
+
+
+def train(
+    source: Source,
+    folder: Annotated[Path | None, typer.Option("--out", help="The train's folder. Default: runs/NAME.")] = None,
+    set_: Set = None,
+    device: Device = "auto",
+) -> None:
+    """Train a recipe, or go on with a run's folder where it stopped: resuming is starting again."""
+    from dumo.config.load import default_folder, load
+    from dumo.run import train
+
+    spec, folder = load(source, set_ or []), folder or default_folder(source)
+    with resumable(f"dumo train {folder}"):
+        state = train.train(spec, folder, device=device, bar=bar)
+    err.print(
+        f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
+        highlight=False,
+        soft_wrap=True,
+    )
+    err.print(
+        f"next:  dumo sample {folder}    dumo evaluate {folder}    dumo report {folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def sample(
+    run_folder: RunFolder,
+    nfe: Nfe = None,
+    count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 100,
+    labels: Annotated[str | None, typer.Option(help="Classes, in turn, e.g. 3,5. Default: all in turn.")] = None,
+    seed: Seed = None,
+    solver: SolverName = None,
+    form: Annotated[
+        str, typer.Option("--format", help="grid (one PNG), images (a PNG each) or npz (ADM's layout).")
+    ] = "grid",
+    folder: Annotated[Path | None, typer.Option("--out", help="Default: samples/ in the train's folder.")] = None,
+    set_: Set = None,
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Make samples with a trained run: sheets of images, single images, or an .npz that others' evaluators read."""
+    from dumo.run.folder import open_run
+    from dumo.run.sample import export
+
+    opened = open_run(run_folder, set_ or [], weights=weights, device=device)
+    files = export(
+        opened,
+        folder or opened.folder / "samples",
+        form=form,
+        count=count,
+        only=numbers("--labels", labels),
+        nfe=numbers("--nfe", nfe),
+        seed=seed,
+        solver=solver,
+        bar=bar,
+    )
+    for file in files:
+        out.print(str(file), soft_wrap=True)
+
+
+def grid(
+    run_folder: RunFolder,
+    nfe: Annotated[
+        str | None,
+        typer.Option(
+            "--nfe", help="Passes. Default: those of 1,2,4,8,16,50 that the solver can make; of --classes, 1."
+        ),
+    ] = None,
+    steps: Annotated[
+        str | None,
+        typer.Option(help="Milestones (train.milestones) and the last step, or all. Default: all; of --classes, last."),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Rows, or images of a class. Default: 8; of points, 2000.")
+    ] = None,
+    labels: Annotated[str | None, typer.Option(help="Classes of the rows, in turn, e.g. 3,5. Default: all.")] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Class grids in default_folder of trajectories, of these classes, e.g. 3,5, or all."),
+    ] = None,
+    reading: Annotated[
+        str | None, typer.Option(help="u (jumps) and v (Heun). Default: both, if taught; of --classes, the first.")
+    ] = None,
+    seed: Seed = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Default: grids/ in the train's folder.")] = None,
+    set_: Set = None,
+    device: Device = "auto",
+) -> None:
+    """Draw samples by number of passes, after each milestone, from the same noise (Figs. 5 and 6), or by class."""
+    from dumo.report import gallery
+    from dumo.run.folder import open_run
+
+    if labels and classes:
+        raise typer.BadParameter("--labels is of trajectories, --classes asks for class grids: give one of them")
+    opened = open_run(run_folder, set_ or [], device=device)
+    asked: dict[str, Any] = {"seed": seed, "watch": bar, "letters": reading.split(",") if reading else None}
+    asked |= {"nfe": numbers("--nfe", nfe)} if nfe else {}
+    asked |= {"steps": None if steps == "all" else numbers("--steps", steps)} if steps else {}
+    asked |= {"count": count} if count else {}
+    folder = folder or opened.folder / "grids"
+    if classes:
+        only = None if classes == "all" else numbers("--classes", classes)
+        files = gallery.write_class_grids(folder, gallery.class_grids(opened, only, **asked))
+    else:
+        panels = gallery.trajectories(opened, only=numbers("--labels", labels), **asked)
+        files = gallery.write_trajectories(folder, panels)
+    for file in files:
+        out.print(str(file), soft_wrap=True)
+
+
+def report(run_folder: RunFolder, device: Device = "auto") -> None:
+    """Write a run's report.html: one page with its samples, trajectories, neighbours, losses and figures."""
+    from dumo.report import page
+    from dumo.run.folder import open_run
+
+    for file in page.write(open_run(run_folder, device=device), bar=bar):
+        out.print(str(file), soft_wrap=True)

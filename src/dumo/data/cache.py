@@ -1,0 +1,225 @@
+"""The cache of a data set that a codec has encoded: its format, and how it is read.
+
+    cache.yaml                     codec, hash of its weights, resolution, crop, classes, mean, deviation, shards
+    shard-00000.safetensors        x, labels, and flipped where both flips are kept; total and squares per channel
+
+`x` is what `Opened.encode` gives, so its moments where the codec has Gaussians, or one draw of them: (rows, m, y, x) in
+the stored dtype. `flipped` is the same of the mirrored images; a mirrored latent would not decode to a mirrored image.
+`total` and `squares` are sums of x and of E x^2 over rows and places, in float64, from which mean and deviation come.
+
+Shards are mapped into memory, so a cache may be larger than it. All of them but the last hold the same number of rows,
+less those that the source left out.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from jaxtyping import Bool, Float, Int64
+from pydantic import Field, ValidationError
+from safetensors import safe_open
+from torch import Tensor
+
+from dumo.codecs import Codec
+from dumo.codecs.scaled import Moments
+from dumo.io.weights import digest
+from dumo.types import Spec, UserError
+
+FILE = "cache.yaml"
+
+
+class Plan(Spec):
+    """How a data set is to be encoded, beside the codec."""
+
+    source: str = ""  # what it is, in words
+    resolution: int = Field(gt=0)  # pixels along a side
+    crop: str = ""  # how the images came to be square, in words
+    classes: int = Field(default=0, ge=0)  # labels are in [0, classes); 0: there are none, and all are 0
+    names: tuple[str, ...] = ()  # of the classes
+    flips: bool = True  # mirrored images, too
+    store: Literal["moments", "samples"] = "moments"  # of a codec with Gaussians; others have one latent per image
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    shard_rows: int = Field(default=1024, gt=0)  # images to a shard
+    seed: int = 0  # of the samples
+
+
+class Shard(Spec):
+    """A file of the cache, as it was written."""
+
+    file: str
+    rows: int
+    size: int  # bytes
+    sha256: str
+
+    def fault(self, folder: Path, *, deep: bool) -> str | None:
+        """What is wrong with the file, if anything is; its checksum is compared only if `deep`."""
+        file = folder / self.file
+        if not file.is_file():
+            return "is not there"
+        if (size := file.stat().st_size) != self.size:
+            return f"has {size} of {self.size} bytes"
+        return "has changed: its SHA-256 is another" if deep and digest(file) != self.sha256 else None
+
+
+class Contents(Plan):
+    """What cache.yaml says."""
+
+    format: Literal[1] = 1
+    codec: Codec
+    weights: str | None  # SHA-256 of the codec's
+    images: int  # in the source
+    shape: tuple[int, int, int]  # of a row of x
+    mean: tuple[float, ...] = ()  # of x, per channel
+    std: tuple[float, ...] = ()
+    shards: tuple[Shard, ...] = ()  # none until all are written
+
+    @property
+    def count(self) -> int:
+        """How many shards there are, or will be."""
+        return -(-self.images // self.shard_rows)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """An encoded data set, opened to read."""
+
+    folder: Path
+    contents: Contents
+    codec: Codec  # in whose shift and scale rows are given
+    memory: float = 0.0  # bytes of shards that are read rather than mapped
+
+    def __len__(self) -> int:
+        return sum(shard.rows for shard in self.contents.shards)
+
+    def rows(
+        self, rows: Int64[Tensor, " b"], flipped: Bool[Tensor, " b"] | None = None
+    ) -> tuple[Moments, Int64[Tensor, " b"]]:
+        """x in float32, or its moments (see the codec's `sample`), and labels; mirrored where `flipped` says so.
+
+        Raises UserError if mirrored images are asked for and there are none, IndexError for a row that is not there.
+        """
+        if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= len(self)):
+            raise IndexError(f"rows are numbered from 0 to {len(self) - 1}")
+        if flipped is not None and flipped.any() and not self.contents.flips:
+            raise UserError(f"{self.folder} holds no mirrored images: encode it with flips, or train without")
+        places = torch.searchsorted(self._ends, rows, right=True)
+        x, labels = torch.empty(len(rows), *self.contents.shape), torch.empty(len(rows), dtype=torch.long)
+        for number in places.unique().tolist():
+            shard, here = self._tensors[number], places == number
+            inside = rows[here] - (int(self._ends[number]) - len(shard["labels"]))
+            x[here], labels[here] = shard["x"][inside].float(), shard["labels"][inside]
+            if flipped is not None and bool((mirrored := here & flipped).any()):
+                x[mirrored] = shard["flipped"][inside[flipped[here]]].float()
+        own = self.contents.codec
+        same = (own.shift, own.scale) == (self.codec.shift, self.codec.scale)
+        return (x if same else self.codec.normalise(own.restore(x))), labels
+
+    @cached_property
+    def labels(self) -> Int64[Tensor, " n"]:
+        """Every row's label."""
+        return torch.cat([shard["labels"] for shard in self._tensors])
+
+    @cached_property
+    def _ends(self) -> Int64[Tensor, " k"]:
+        return torch.tensor([len(shard["labels"]) for shard in self._tensors]).cumsum(0)
+
+    @cached_property
+    def _tensors(self) -> list[dict[str, Tensor]]:
+        """A dictionary per shard, mapped into memory; of a small cache one for all, read."""
+        shards = [mapped(self.folder / shard.file) for shard in self.contents.shards]
+        if sum(shard.size for shard in self.contents.shards) > self.memory:
+            return shards
+        keys = ["x", "labels", *(["flipped"] if self.contents.flips else [])]
+        return [{key: torch.cat([shard[key] for shard in shards]) for key in keys}]
+
+
+def open_cache(
+    folder: Path,
+    *,
+    codec: Codec | None = None,
+    resolution: int | None = None,
+    crop: str | None = None,
+    classes: int | None = None,
+    flips: bool | None = None,
+    memory: float = 0.0,
+) -> Cache:
+    """Open a cache to read it as the data of a codec, a resolution, crop and number of classes; None: its own.
+
+    A cache of both flips serves those who ask for one. One of at most `memory` bytes is read, not mapped. A codec that
+    differs in shift and scale only still fits: rows come in its normalisation. Raises UserError where there is no
+    cache, it is unfinished, a shard is missing or of another size, or what is asked is not what is there.
+    """
+    contents = read_contents(folder)
+    if contents is None:
+        raise UserError(f"{folder} is no cache (it has no {FILE}): make it with dumo encode")
+    if not contents.shards:
+        raise UserError(f"{folder} is unfinished: start the same dumo encode again, and it goes on where it stopped")
+    asked = {"resolution": resolution, "crop": crop, "classes": classes, "flips": flips or None}
+    lines = [f"{name}: {getattr(contents, name)} in the cache, {value} asked"
+             for name, value in asked.items() if value not in (None, getattr(contents, name))]  # fmt: skip
+    lines += [] if codec is None else differences(contents, codec)
+    if lines:
+        listed = "\n  ".join(lines)
+        raise UserError(f"{folder} does not fit:\n  {listed}\nEncode the data for this, or ask for what is there")
+    if faults := [f"{shard.file} {fault}" for shard in contents.shards if (fault := shard.fault(folder, deep=False))]:
+        raise UserError(
+            f"{folder}: {'; '.join(faults)}: start the same dumo encode again, which re-makes what is damaged"
+        )
+    return Cache(folder, contents, codec or contents.codec, memory)
+
+
+def differences(contents: Contents, codec: Codec) -> Iterator[str]:
+    """A line per way in which a codec would have given another latent; shift and scale do not matter.
+
+    Weights are the same if their SHA-256 is, or, where the codec does not ask for one, if they have the same name.
+    """
+    free = {"shift", "scale", "weights", "sha256"}
+    here, there = contents.codec.model_dump(exclude=free), codec.model_dump(exclude=free)
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            yield f"codec.{name}: {here.get(name)} in the cache, {there.get(name)} asked"
+    if codec.kind != contents.codec.kind:
+        return
+    if codec.sha256 is not None and codec.sha256 != contents.weights:
+        yield f"codec.sha256: {contents.weights} in the cache, {codec.sha256} asked"
+    elif codec.sha256 is None and codec.weights != contents.codec.weights:
+        yield (
+            f"codec.weights: {contents.codec.weights} in the cache, {codec.weights} asked "
+            f"(if they are the same, set codec.sha256={contents.weights})"
+        )
+
+
+def read_contents(folder: Path) -> Contents | None:
+    """What cache.yaml says, or None where there is none. Raises UserError if it is damaged."""
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    try:
+        return Contents.model_validate(yaml.safe_load(file.read_text()))
+    except (ValidationError, ValueError, yaml.YAMLError) as error:
+        why = " ".join(str(error).split())
+        raise UserError(
+            f"{file} is damaged, or another version wrote it ({why}): encode into another folder"
+        ) from error
+
+
+def dump(contents: Contents) -> str:
+    """As `read` reads it."""
+    return yaml.safe_dump(contents.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+
+
+def mapped(file: Path) -> dict[str, Tensor]:
+    """The tensors of a shard, mapped into memory, not read."""
+    with safe_open(file, "pt") as shard:
+        return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118, safe_open is no dict
+
+
+def sums(x: Moments, channels: int) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
+    """Sums over rows and places of x and of E x^2 = mean^2 + deviation^2, per channel, in float64."""
+    mean, *deviation = x.double().split(channels, 1)
+    squares = mean.square() + sum((d.square() for d in deviation), torch.zeros(()))
+    return mean.sum((0, 2, 3)), squares.sum((0, 2, 3))

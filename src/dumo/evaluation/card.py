@@ -1,0 +1,108 @@
+"""A report card: all that a number depends on, beside the number.
+
+Two numbers may stand in one table if what measured them is the same (`MEASURED`); what made the samples, the weights,
+the solver and its settings, may differ, for that is what is compared. A codec counts to the measure: who decodes in
+another way shows other pixels for the same latent. Its scale and shift do not, they belong to the net.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from dumo import dist
+from dumo.data import Latents
+from dumo.io.weights import digest
+from dumo.protocols.evaluator import Evaluator
+from dumo.run.folder import RunFolder
+from dumo.types import UserError
+
+Card = dict[str, Any]
+
+MEASURED = (
+    "protocol",
+    "samples",
+    "features",
+    "features_sha256",
+    "reference",
+    "reference_sha256",
+    "resize",
+    "rounding",
+    "codec",
+    "seed",
+)
+
+
+def card(opened: RunFolder, judge: Evaluator, samples: int) -> Card:
+    """The card of a run that is judged as its spec says, by this judge."""
+    run, file = opened.run, opened.file
+    data = run.data.images if isinstance(run.data, Latents) else run.data
+    _, mark, decay = file.stem.partition("ema-")
+    return {
+        "protocol": run.evaluate.protocol.name,
+        "samples": samples,
+        **judge.facts,
+        "data": data.model_dump(mode="json"),
+        "codec": _codec(opened),
+        "weights": opened.weights,
+        "weights_sha256": digest(file),
+        "step": opened.step,
+        "ema": float(decay) if mark and _is_number(decay) else None,  # None: no average, or not known
+        "solver": run.sample.solver.model_dump(mode="json"),
+        "guide": run.sample.guide.model_dump(mode="json"),
+        "knobs": run.knobs,
+        "nfe": list(run.evaluate.nfe),
+        "contrast": list(run.evaluate.contrast),
+        "seed": run.evaluate.seed,
+        "device": opened.device.type,
+        "versions": dist.versions(),
+    }
+
+
+def differing(cards: Sequence[Card]) -> dict[str, list[Any]]:
+    """What measured otherwise: the fields that are not the same on all cards, each with its value on every card."""
+    told = [_measured(one) for one in cards]
+    fields = dict.fromkeys(field for one in told for field in one)
+    found = {field: [one.get(field) for one in told] for field in fields}
+    return {field: values for field, values in found.items() if any(value != values[0] for value in values)}
+
+
+def alike(cards: Mapping[str, Card]) -> None:
+    """Refuse cards, by name, that were measured otherwise. Raises UserError with the fields side by side."""
+    if differs := differing(list(cards.values())):
+        lines = [f"{field}: {_beside(cards, values)}" for field, values in differs.items()]
+        raise UserError(
+            "\n  ".join(["these were not measured alike, so no table holds them both:", *lines])
+            + "\nJudge them alike, or print the table with what differs: --anyway"
+        )
+
+
+def brief(value: object) -> str:
+    """A value of a card in a table: hashes cut short."""
+    return " ".join(word[:8] if len(word) == 64 else word for word in str(value).split())
+
+
+def _beside(cards: Mapping[str, Card], values: Sequence[Any]) -> str:
+    """'0 in a, b; 1 in c'."""
+    names: dict[str, list[str]] = {}
+    for name, value in zip(cards, values, strict=True):
+        names.setdefault(str(value), []).append(name)
+    return "; ".join(f"{value} in {', '.join(which)}" for value, which in names.items())
+
+
+def _measured(one: Card) -> Card:
+    """What of a card is measure. Where the reference has no hash, the data are in its place."""
+    told = {field: one[field] for field in MEASURED if field in one}
+    if codec := told["codec"]:
+        told["codec"] = f"{codec['kind']} {codec['sha256']}"
+    return told if "reference_sha256" in told else told | {"data": one["data"]}
+
+
+def _codec(opened: RunFolder) -> dict[str, Any] | None:
+    """The codec that decodes, with the hash of its weights."""
+    if (codec := opened.codec) is None:
+        return None
+    named = codec.codec.model_dump(mode="json")
+    return {"kind": named["kind"], "scale": named["scale"], "shift": named["shift"], "sha256": codec.sha256}
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdecimal()

@@ -1,0 +1,1 @@
+"""Networks whose activations are the features of a metric: Inception, and the shipped classifiers."""

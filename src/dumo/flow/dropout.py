@@ -1,0 +1,90 @@
+"""Dropout whose masks are a function of the row, the step and the layer: a pass draws nothing.
+
+Each row of the global batch has a key per step, from a stream of its own. A layer's mask of that row is a hash of key,
+layer and place. So every pass of a step in training meets the same masks, whichever rows it is made of and however
+often it is made again; two ranks equal one, any split of the batch equals the whole, and a mask is the same on every
+device. An average of the weights as theta^- drops nothing: it is in the mode of sampling.
+
+    with using(keys(seed, step, len(x))[rows]):  # the training step, for its rows of the batch
+        loss(...)  # in it: `rows(...)` around a pass of some rows, `off()` around the null pass
+
+The net asks for the keys once per pass, by `current`, and hands each layer its own, by `layer_keys`, as an argument:
+what is computed again by checkpointing, after the step has left these contexts, meets the same masks too.
+"""
+
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from math import prod
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from dumo.autodiff.scope import held
+from dumo.random import stream
+from dumo.types import Array
+
+Keys = Int[Tensor, "b 2"]  # two numbers of 32 bits per row
+
+LEVELS = 1 << 16  # a probability is rounded to a multiple of 1 / LEVELS
+GOLDEN = -1640531527  # 2^32 / golden ratio as a signed number: layers are told apart by its multiples
+
+_state = threading.local()
+
+
+def keys(seed: int, step: int, batch: int) -> Keys:
+    """The keys of all rows of the global batch at this step."""
+    return torch.randint(-(2**31), 2**31, (batch, 2), generator=stream(seed, step, "dropout"), dtype=torch.int32)
+
+
+def using(rows: Keys | None) -> AbstractContextManager[None]:
+    """Inside, nets in training drop by these keys, one for each row of a pass; None: they drop nothing."""
+    return held(_state, "keys", rows)
+
+
+def rows(rows: Sequence[int] | Int[Tensor, " k"]) -> AbstractContextManager[None]:
+    """Inside, passes are of these rows alone."""
+    now: Tensor | None = getattr(_state, "keys", None)
+    return using(None if now is None else now[rows])
+
+
+def off() -> AbstractContextManager[None]:
+    """Inside, nothing is dropped."""
+    return using(None)
+
+
+def current(n: int) -> Keys | None:
+    """The keys for a pass of n rows; None outside of `using`. Raises RuntimeError where they are for other rows."""
+    now: Tensor | None = getattr(_state, "keys", None)
+    if now is not None and len(now) != n:
+        raise RuntimeError(f"a pass of {n} rows has dropout keys for {len(now)}: make it inside `dropout.rows(...)`")
+    return now
+
+
+def layer_keys(rows: Keys, layer: int) -> Keys:
+    """The keys of one layer of a net, of which no two have the same number."""
+    return rows + layer * GOLDEN % 2**31
+
+
+def drop(h: Array, rows: Keys, p: float) -> Array:
+    """h (b, ...), each number zero with probability p, else divided by 1 - p, so as before in the mean."""
+    dropped = round(p * LEVELS)
+    return h * _kept(rows, h.shape[1:], dropped) * (LEVELS / (LEVELS - dropped))
+
+
+@torch.no_grad()
+def _kept(rows: Keys, shape: Sequence[int], dropped: int) -> Bool[Tensor, "b ..."]:
+    """Which numbers stay: those whose 16 bits, hashed from key and place, are not among the first `dropped`."""
+    n = prod(shape)
+    step, start = _mix(rows).unsqueeze(-1).unbind(1)
+    places = torch.arange((n + 1) // 2, dtype=torch.int32, device=rows.device)
+    bits = _mix(places * (step | 1) + start).view(torch.int16)  # two numbers of 16 bits from one of 32
+    return (bits[:, :n] >= dropped - LEVELS // 2).view(-1, *shape)
+
+
+def _mix(x: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
+    """A bijection of numbers of 32 bits that looks random (`lowbias32`, C. Wellons 2018). Products wrap around."""
+    x = (x ^ (x >> 16 & 0xFFFF)) * 0x7FEB352D
+    x = (x ^ (x >> 15 & 0x1FFFF)) * -0x7B935975  # 0x846CA68B as a signed number
+    return x ^ (x >> 16 & 0xFFFF)

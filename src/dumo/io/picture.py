@@ -1,0 +1,73 @@
+"""Samples as something to look at: eight-bit colours, a sheet of images, a scatter of points. Writes no file."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+
+from dumo.types import Sample, UserError
+
+Pixels = UInt8[Tensor, "n 3 h w"]
+PixelRows = UInt8[Tensor, "n h w 3"]  # as files hold them
+Points = Float[Tensor, "_ 2"]
+READABLE = 64  # pixels; a smaller image is enlarged to at least this height. Ours
+
+
+def to_uint8(x: Sample) -> Pixels:
+    """Images (n, 1 or 3, h, w) as colours 0 .. 255, grey in all three: -1 is 0 and 1 is 255, rounded and clamped.
+
+    Raises UserError for other shapes, and where x is not finite: no colour would tell.
+    """
+    if x.ndim != 4 or x.shape[1] not in (1, 3):
+        raise UserError(f"samples of shape {tuple(x.shape[1:])} are no images of 1 or 3 channels: decode them first")
+    if not x.isfinite().all():
+        raise UserError(
+            "the samples are not finite numbers and have no colour: these weights have diverged, use others, or train "
+            "again with a lower rate or a clipped gradient"
+        )
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
+
+
+def to_rows(x: Sample) -> PixelRows:
+    """The same colours as files hold them, channels last, on the CPU. Raises as `to_uint8`."""
+    return to_uint8(x).permute(0, 2, 3, 1).cpu().contiguous()
+
+
+def sheet(pixels: PixelRows, columns: int, scale: int | None = None, gap: int = 2) -> Image.Image:
+    """All images, row after row, `columns` to a row, with white gaps between them.
+
+    Each pixel becomes a square of side `scale`; None takes the least scale at which an image is readable.
+    """
+    scale = scale or -(-READABLE // pixels.shape[1])
+    cells = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    cells = pad(cells, (0, 0, 0, gap, 0, gap), value=255)
+    missing = -len(cells) % columns
+    cells = torch.cat([cells, cells.new_full((missing, *cells.shape[1:]), 255)])
+    n, h, w, _ = cells.shape
+    whole = cells.view(n // columns, columns, h, w, 3).transpose(1, 2).reshape(n // columns * h, columns * w, 3)
+    return Image.fromarray(whole[: len(whole) - gap, : whole.shape[1] - gap].numpy())
+
+
+def scatter(truth: Points, samples: Mapping[str, Points], side: float = 3.0) -> Image.Image:
+    """A panel per title, of `side` inches: the truth in grey, the samples in red (look of the paper's Fig. 3).
+
+    The frame is the truth's with a tenth around it; samples that fly farther fall outside of it.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = 1 + max(title.count("\n") for title in samples)
+    figure = Figure(figsize=(side * len(samples), side + 0.3 * lines), dpi=150, layout="constrained")
+    low, high = truth.amin(0), truth.amax(0)
+    (left, right), (bottom, top) = torch.stack([low - (high - low) / 10, high + (high - low) / 10], 1).tolist()
+    for axes, (title, x) in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples.items(), strict=True):
+        axes.scatter(*truth.T.numpy(), s=6, color="0.8", linewidths=0)
+        axes.scatter(*x.T.numpy(), s=2, color="red", linewidths=0)
+        axes.set(title=title, xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

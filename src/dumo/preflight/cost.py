@@ -1,0 +1,299 @@
+"""What a step costs, counted, not timed: floating-point operations and bytes of tensors that hold no numbers.
+
+The unit of work is F, one pass of the net forward; a backward pass is 2 F. Counts depend on shapes alone, so operations
+are counted on the meta device, whatever the net's size: no memory, no arithmetic. Blocks that are alike cost alike, so
+of a deep net of such blocks only the first few are run (`by_depth`).
+
+Memory is counted by following every tensor's storage from the operation that made it until it is let go. That needs
+the operations a device would run: on meta, attention keeps all its scores, which no fused kernel does. So bytes are
+counted on fake tensors, which hold no numbers either, but say that they are on the CPU.
+"""
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
+from fractions import Fraction
+from math import lcm, prod
+from typing import Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from dumo.flow.draw import draw
+from dumo.flow.guide import Guide
+from dumo.flow.slope import Along, DualSlope, Way
+from dumo.random import stream
+from dumo.types import Cond, Frozen, Heads, Net, Noised, Objective, Path, Sample, frozen
+
+LAW = 1_000_000  # rows that a law is judged by
+FEW = 6  # blocks up to which all are run: ours
+Theta = Literal["self"] | float  # theta^-: the net itself, or an average of it, as `Train.ref`
+
+
+class Bytes(NamedTuple):
+    """Bytes of tensors that a piece of work met: those there before it, and most of its own alive at one time."""
+
+    before: int
+    peak: int
+
+
+def forward_flops(net: nn.Module, objective: Objective, shape: Sequence[int]) -> float:
+    """Floating-point operations of one pass, per row (two per multiply-add)."""
+    rows = 2
+    return by_depth(net, lambda net: flops(lambda: _pass(net, objective, shape, rows))) / rows
+
+
+def heads(net: nn.Module, objective: Objective, shape: Sequence[int], *, rows: int) -> Heads:
+    """What a pass gives, without numbers."""
+    return _pass(_short(net), objective, shape, rows)
+
+
+def forward_units(
+    net: nn.Module,
+    objective: Objective,
+    path: Path,
+    shape: Sequence[int],
+    *,
+    rows: int | None = None,
+    ref: Theta = "self",
+) -> float:
+    """Floating-point operations of a training step over those of one pass: forward, targets and backward.
+
+    Of a batch of `rows` (None: one in which every share of the rows is a whole number of them). The passes of guidance
+    count by the expected share of the rows that need them; V(c) for an average is needed by all. Where steps cost more
+    in one part of the training than in another (`phases` of the objective), their mean.
+    """
+    rows, one = rows or exact_rows(objective), forward_flops(net, objective, shape)
+
+    def at(objective: Objective, progress: float) -> float:
+        b = replace(_draw(objective, path, rows, shape), progress=progress)
+        return by_depth(net, lambda net: flops(_step(*_outlines(net, ref), objective, b))) / (rows * one)
+
+    def units(objective: Objective) -> float:
+        phases: Sequence[tuple[float, float]] = getattr(objective, "phases", ((0.0, 1.0),))
+        return sum(share * at(objective, progress) for progress, share in phases)
+
+    guide: Guide | None = getattr(objective, "guide", None)
+    if guide is None or not guide.active or guide.random:
+        return units(objective)
+    anyhow = Guide(omega=0.5, zeta=0.5, elsewhere="average") if guide.elsewhere == "average" else Guide()  # no V(null)
+    without = units(cast(Any, objective).model_copy(update={"guide": anyhow}))
+    return without + _guided(objective, guide) * (units(objective) - without)
+
+
+def way(net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], *, ref: Theta = "self") -> Way | None:
+    """How a slope that rides comes by its tangent in a step of this objective; None for any other slope."""
+    slope, ways = dict(objective).get("slope"), list[Way]()
+    if not isinstance(slope, DualSlope):
+        return None
+
+    def heard(net: Net, ref: Frozen, *at: Tensor, toward: Sample | None = None, **rest: Any) -> tuple[Heads, Along]:  # noqa: ANN401, as a slope
+        ways.append(slope.way(net, ref, known=toward is not None))
+        return slope(net, ref, *at, toward=toward, **rest)
+
+    listening = cast(Any, objective).model_copy(update={"slope": heard})
+    b = _draw(objective, path, exact_rows(objective), shape)
+    _step(*_outlines(_short(net), ref), listening, b)()
+    return ways[0] if ways else None  # an objective may have a slope that it does not take
+
+
+def peak_bytes(
+    net: nn.Module,
+    objective: Objective,
+    path: Path,
+    shape: Sequence[int],
+    *,
+    rows: int,
+    ref: Theta = "self",
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> Bytes:
+    """Bytes of a training step of `rows` rows on a CPU: net and batch before it; activations, gradients, targets in it.
+
+    What a kernel takes for itself while it runs is not seen.
+    """
+    return _peak(net, objective, _draw(objective, path, rows, shape), ref, precision, graded=False)
+
+
+def activation_bytes(
+    net: nn.Module,
+    objective: Objective,
+    path: Path,
+    shape: Sequence[int],
+    *,
+    rows: int,
+    ref: Theta = "self",
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> int:
+    """Bytes that a step of `rows` rows takes beside weights, gradients and batch, seen as `peak_bytes` sees them.
+
+    So what a piece of a batch takes when an earlier one has left its gradients.
+    """
+    b = _draw(objective, path, rows, shape)
+    return by_depth(net, lambda net: _peak(net, objective, b, ref, precision, graded=True).peak, check=True)
+
+
+def by_depth(net: nn.Module, count: Callable[[nn.Module], int], *, check: bool = False) -> int:
+    """A count of a net: of all of it, or, where its blocks are alike, of its first one and two, and so of all.
+
+    `check`: where something may outweigh a few blocks, a third must add what the second did, or all are counted.
+    """
+    if (depth := _alike(net)) <= FEW:
+        return count(net)
+    one, two = (count(_cut(net, n)) for n in (1, 2))
+    if check and (one == two or count(_cut(net, 3)) - two != two - one):
+        return count(net)
+    return one + (depth - 1) * (two - one)
+
+
+def exact_rows(objective: Objective) -> int:
+    """The fewest rows, at least 2, of which every share that an objective treats apart is a whole number."""
+    guide, times = getattr(objective, "guide", None), objective.times
+    shares = (getattr(guide, "fraction", 1.0), getattr(times, "velocity_ratio", 1.0))
+    return lcm(2, getattr(times, "group", 1), *(Fraction(s).limit_denominator(1000).denominator for s in shares))
+
+
+def flops(work: Callable[[], object]) -> int:
+    """Floating-point operations of all matrix products and convolutions, on whatever device they are."""
+    aten = torch.ops.aten
+    missing = {  # from torch's own table; that a fused backward computes the scores again is not counted
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: _attention(q, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, v, *__, **___: 2 * _attention(q, v),
+        aten.addmm_: lambda _, a, b, *__, **___: 2 * prod(a) * b[-1],
+        aten.baddbmm_: lambda _, a, b, *__, **___: 2 * prod(a) * b[-1],
+    }
+    with FlopCounterMode(display=False, custom_mapping=missing) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def live_bytes(work: Callable[[], object]) -> Bytes:
+    """Follow the bytes of all tensors that a piece of work meets, on whatever device they are, fake ones too."""
+    with _Live() as live:
+        work()
+    return Bytes(live.before, live.peak)
+
+
+class _Live(TorchDispatchMode):
+    """Sees every operation beneath autograd, backward passes included, and so every storage on its way in or out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = self.now = self.peak = 0
+        self._known: dict[int, int] = {}  # storages alive: bytes that count in `now`
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        """Run one operation. A storage first seen going in was there before; one first seen coming out is new."""
+        for storage in _storages((args, kwargs)):
+            if self._meet(storage, 0):
+                self.before += storage.nbytes()
+        out = func(*args, **kwargs or {})
+        for storage in _storages(out):
+            self._meet(storage, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _meet(self, storage: torch.UntypedStorage, size: int) -> bool:
+        """Whether a storage is seen for the first time; it counts `size` bytes until the last tensor on it is gone."""
+        if storage._cdata in self._known:
+            return False
+        self._known[storage._cdata] = size
+        self.now += size
+        weakref.finalize(storage, self._leave, storage._cdata).atexit = False
+        return True
+
+    def _leave(self, key: int) -> None:
+        self.now -= self._known.pop(key)
+
+
+def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    return (x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor))
+
+
+@torch.no_grad()
+def _pass(net: nn.Module, objective: Objective, shape: Sequence[int], rows: int) -> Heads:
+    """One pass on the meta device."""
+    x, c = _nothing(rows, shape)
+    inputs = {name: x.new_empty(rows) for name in objective.needs.names}
+    return copy.deepcopy(net).to("meta")(x, c, **inputs)
+
+
+def _alike(net: nn.Module) -> int:
+    """How many blocks a net has, if all have parameters of the same shapes, else 0."""
+    blocks = getattr(net, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList):
+        return 0
+    kinds = {tuple((name, p.shape) for name, p in block.named_parameters()) for block in blocks}
+    return len(blocks) if len(kinds) == 1 else 0
+
+
+def _short(net: nn.Module) -> nn.Module:
+    """The net with its first block alone, where all are alike."""
+    return _cut(net, 1) if _alike(net) else net
+
+
+def _cut(net: nn.Module, n: int) -> nn.Module:
+    """The net with its first n blocks; all parts are shared."""
+    cut = copy.copy(net)
+    cut._modules = {**net._modules, "blocks": cast(nn.ModuleList, net.blocks)[:n]}
+    return cut
+
+
+def _peak(
+    net: nn.Module, objective: Objective, b: Noised, ref: Theta, precision: Literal["fp32", "bf16"], *, graded: bool
+) -> Bytes:
+    """Bytes before a step and in it, on fake tensors; `graded`: the gradients are there before."""
+    net, frozen = _outlines(net, ref)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for module in {net, frozen.module}:
+            module.to_empty(device="cpu")
+        for p in net.parameters() if graded else ():
+            p.grad = torch.empty_like(p)
+        work = _step(net, frozen, objective, _empty(b))
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return live_bytes(work)
+
+
+def _step(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:
+    """Forward, targets and backward, as in training."""
+    return lambda: objective.loss(net, ref, b).loss.sum().backward()
+
+
+def _outlines(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
+    """The net and theta^- without numbers."""
+    net = copy.deepcopy(net).to("meta")
+    return net, frozen(net) if ref == "self" else Frozen(copy.deepcopy(net))
+
+
+def _guided(objective: Objective, guide: Guide) -> float:
+    """The expected share of the rows that are guided: the label kept, the time inside the interval."""
+    t, _ = objective.times(LAW, stream("cost"))
+    inside = (guide.interval.low <= t) & (t <= guide.interval.high)
+    return (1 - objective.drop) * inside.double().mean().item()
+
+
+def _draw(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> Noised:
+    """A record without numbers, but for what is fixed by place."""
+    x, c = _nothing(rows, shape)
+    return draw(objective, path, x, c, c, seed=0, step=0)
+
+
+def _nothing(rows: int, shape: Sequence[int]) -> tuple[Sample, Cond]:
+    return torch.empty(rows, *shape, device="meta"), torch.empty(rows, dtype=torch.long, device="meta")
+
+
+def _empty(b: Noised) -> Noised:
+    """The record with memory of its own on the CPU."""
+    own = {f.name: torch.empty_like(v, device="cpu") for f in fields(b) if isinstance(v := getattr(b, f.name), Tensor)}
+    return replace(b, **own, drawn={name: torch.empty_like(v, device="cpu") for name, v in b.drawn.items()})
+
+
+def _attention(q: Sequence[int], v: Sequence[int]) -> int:
+    """Scores and their product with the values; q is (b, heads, n, d), v (b, heads, m, d)."""
+    return 2 * prod(q[:-1]) * v[-2] * (q[-1] + v[-1])

@@ -1,0 +1,117 @@
+"""What a run takes, counted on nets without numbers: sizes, work, memory, images.
+
+Of memory the sum is an upper bound: weights, gradients, optimizer and averages stay, and on top comes the most that one
+piece of a batch needs at one time.
+"""
+
+from collections.abc import Iterable
+from math import ceil, prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dumo import dist
+from dumo.config.spec import Run
+from dumo.data import Latents
+from dumo.data.cache import FILE, Plan, read_contents
+from dumo.io.place import user_path
+from dumo.preflight import cost
+from dumo.preflight.show import show
+from dumo.protocols.standard import TRAIN, Standard
+from dumo.training import loop
+from dumo.types import UserError
+
+
+def plan(spec: Run) -> dict[str, Any]:
+    """What `run.show` says, and shapes, bytes, work, images, and whether the data are there.
+
+    `parameters_total` counts fixed tables, too; `inputs` and `heads` are shapes of a row; `flops` and `images` are the
+    whole run's.
+    """
+    net, shape, needs, train = spec.outline(), spec.data.shape, spec.objective.needs, spec.train
+    shown, images, missing = show(spec), train.steps * train.batch, lack(spec)
+    heads = cost.heads(net, spec.objective, shape, rows=1)
+    rows, epoch = (
+        ceil(train.batch / dist.world() / train.accumulate),
+        (not missing and cached_images(spec)) or protocol_images(spec),
+    )
+    return {
+        **shown,
+        "parameters_total": sum(value.numel() for value in net.state_dict().values()),
+        "inputs": {"x": list(shape), **{name: [] for name in ("c", *needs.names)}},
+        "heads": {name: list(head.shape[1:]) for name, head in zip((*needs.heads, *needs.gauges), heads, strict=True)},
+        "tokens": getattr(net, "grid", 0) ** 2 or None,
+        "memory": memory(spec, rows),
+        "images": images,
+        "epochs": epoch and images / epoch,
+        "flops": shown["forward_units_per_step"] * shown["forward_flops_per_image"] * images,
+        "cache": cache(spec.data, epoch) if isinstance(spec.data, Latents) else None,
+        "lack": missing,
+    }
+
+
+def memory(spec: Run, rows: int) -> dict[str, int]:
+    """Bytes that training holds on each rank, by what they are, `rows` rows at a time; `total`: the most at once."""
+    net, train = spec.outline(), spec.train
+    activations = cost.activation_bytes(
+        net, spec.objective, spec.path, spec.data.shape, rows=rows, ref=train.ref, precision=train.precision
+    )
+    state = loop.begin(net, train)
+    for p in net.parameters():
+        p.grad = torch.empty_like(p)
+    state.optimizer.step()  # its own tensors come with its first step
+    own = (value for entry in state.optimizer.state.values() for value in entry.values())
+    parts = {
+        "weights": size(tensors(net)),
+        "gradients": size(net.parameters()),
+        "optimizer": size(value for value in own if isinstance(value, Tensor)),
+        "averages": sum(size(tensors(average.module)) for average in state.averages.values()),
+        "activations": activations,
+    }
+    return {"rows": rows, **parts, "total": sum(parts.values())}
+
+
+def cache(data: Latents, images: int | None) -> dict[str, int | None]:
+    """Bytes that `dumo encode` writes for an image, as it is without options, and for all, if their number is known."""
+    fields = Plan.model_fields
+    moments = data.codec.gaussian and fields["store"].default == "moments"
+    numbers = prod(data.shape) * (2 if moments else 1) * (2 if data.images.flip else 1)
+    each: int = numbers * getattr(torch, fields["dtype"].default).itemsize
+    return {"images": images, "bytes_per_image": each, "bytes": images and images * each}
+
+
+def cached_images(spec: Run) -> int | None:
+    """How many images there are in the run's cache, which is there; None where that is not known, or there is none."""
+    contents = read_contents(spec.data.folder) if isinstance(spec.data, Latents) else None
+    return contents.images if contents else None
+
+
+def protocol_images(spec: Run) -> int | None:
+    """How many images the set has that the run's protocol is named after; None where it is named after none."""
+    standard: Standard | None = getattr(spec.evaluate.protocol, "locked", None)
+    return standard and (TRAIN if standard.url else standard.real)
+
+
+def lack(spec: Run) -> str | None:
+    """Why training could not begin here, as far as a look at the data's place tells; None if it could."""
+    root: str | None = getattr(spec.data, "root", None)
+    if root is None:
+        return None
+    try:
+        path = user_path(root, "data.root")
+    except UserError as error:
+        return str(error)
+    if isinstance(spec.data, Latents) and not (path / FILE).is_file():
+        return f"there is no cache in {path}: make it with dumo encode"
+    return None if path.exists() else f"there is no {path}: set data.root"
+
+
+def tensors(net: nn.Module) -> Iterable[Tensor]:
+    """Parameters and buffers."""
+    return (*net.parameters(), *net.buffers())
+
+
+def size(values: Iterable[Tensor]) -> int:
+    """Bytes."""
+    return sum(value.nbytes for value in values)

@@ -1,0 +1,28 @@
+"""Named ways to judge samples, so that two numbers under one name were measured in one way.
+
+A protocol fixes the features, the number of samples, their labels, rounding, splits and seeds; what may be set, the
+number of samples first, shows in its name. It is asked in this order:
+
+    protocol.check(shape, classes)               before any work: is this what it judges?
+    c = protocol.labels(classes)                 the classes of the samples that it wants, image i of class c[i]
+    judge = protocol.judge(open_data, classes=..., seed=..., device=...)
+    judge.score(batches), judge.baselines(), judge.facts          see `dumo.protocols.evaluator`
+
+`baselines` tells how large a distance is where there is no difference: between two halves of a finite data set, a
+bootstrap of it, or two independent draws.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from dumo.protocols.cifar10 import CifarProtocol as CifarProtocol
+from dumo.protocols.digits import DigitsProtocol as DigitsProtocol
+from dumo.protocols.evaluator import Reference as Reference
+from dumo.protocols.image import ImageProtocol as ImageProtocol
+from dumo.protocols.toy import ToyProtocol as ToyProtocol
+
+MetricProtocol = Annotated[
+    CifarProtocol | DigitsProtocol | ImageProtocol | ToyProtocol,
+    Field(discriminator="kind"),
+]

@@ -1,0 +1,57 @@
+"""What was counted once and need not be again: tallies of data, in a folder that may be emptied at any time.
+
+The name of a file is a hash of what it is of, which the file itself repeats: the data's pixels, the network's weights,
+the protocol. So what has changed is counted anew, and what is damaged too.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from dumo import dist
+from dumo.io.place import user_path
+from dumo.metrics.statistics import Statistics, load_statistics, save_statistics
+from dumo.types import UserError
+
+VARIABLE = "DUMO_CACHE"  # of the environment: the folder
+
+
+def folder() -> Path:
+    """Where `VARIABLE` says, else ~/.cache/dumo."""
+    return user_path(os.environ.get(VARIABLE) or "~/.cache/dumo", VARIABLE)
+
+
+def cached(told: Mapping[str, str], make: Callable[[], Statistics]) -> Statistics:
+    """The tally of what is told: as it was kept if every rank can read it, else made, and kept by the first rank."""
+    path = folder() / f"tally-{sha256(json.dumps(dict(told), sort_keys=True).encode()).hexdigest()[:16]}.safetensors"
+    try:
+        found = load_statistics(path, told) if path.is_file() else None
+    except UserError:  # half a file, or another's
+        found = None
+    everywhere = all(bool(rank) for rank in dist.gathered(torch.tensor([found is not None])))
+    if found is not None and everywhere:
+        return found
+    made = make()
+    if dist.is_main():
+        _keep(path, made, told)
+    return made
+
+
+def _keep(path: Path, tally: Statistics, told: Mapping[str, str]) -> None:
+    """Write it whole or not at all. Where it cannot be written the numbers still stand: only a warning."""
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_statistics(half, tally, told)
+            half.replace(path)
+        finally:
+            half.unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"{path} cannot be written ({error}), so the data is counted again next time", stacklevel=2)

@@ -1,0 +1,142 @@
+"""A named way to judge samples of CIFAR-10 without Inception: by the features of the shipped classifier.
+
+The distances are in this classifier's features. They are comparable with each other, and with no published number:
+they are no FID and are never called so. The reference is what the caller gives, as a rule the 50,000 training images.
+The classifier was trained on these and has learned little by heart: to them, 5,000 real images that it has not seen
+are at a distance of 0.41, another 5,000 at 0.34, where as many drawn from the reference itself are at 0.34 +- 0.03;
+these 5,000 with noise of sd 0.1 are at 7.1, blurred by 3x3 at 52, noise alone at 279 (measured). Images are judged as
+a file holds them, clamped to [-1, 1] and rounded to 8 bits.
+"""
+
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int64
+from pydantic import Field
+from torch import Tensor
+
+from dumo.features import cifar10
+from dumo.io.picture import to_uint8
+from dumo.metrics.frechet import frechet_distance
+from dumo.metrics.mmd import kid
+from dumo.metrics.moments import Moments
+from dumo.metrics.neighbours import precision_recall
+from dumo.protocols.evaluator import (
+    Data,
+    Evaluator,
+    Reference,
+    Scores,
+    Tick,
+    WholeSetEvaluator,
+    distances,
+    fit,
+    in_turn,
+    named,
+)
+from dumo.random import stream
+from dumo.types import Cond, Sample, Spec, UserError
+
+KIND = "cifar10-features"
+SAMPLES = 5000  # samples
+SHAPE, CLASSES = (3, 32, 32), 10
+SUBSETS, SUBSET = 50, 1000  # of the kernel distance
+NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
+KEPT = 2  # references whose features are kept
+
+Features = Float[Tensor, "n f"]
+known: dict[bytes, Features] = {}  # by the digest of the pixels, for this process; 26 MB for 50,000 images
+
+
+class CifarProtocol(Spec):
+    """Images of 32x32 in colour, decoded, in [-1, 1], by the features of the shipped classifier of CIFAR-10."""
+
+    kind: Literal["cifar10-features"] = KIND
+    samples: int = Field(default=SAMPLES, ge=SUBSET)  # a covariance of 128 features needs 129 rows, the kernel a subset
+
+    @property
+    def name(self) -> str:
+        """`kind`, with the number of samples if it is not the standard one."""
+        return named(self.kind, self.samples, SAMPLES)
+
+    def check(self, shape: Sequence[int], classes: int = CLASSES) -> None:
+        """Refuse data that is not 32x32 images in colour, of 10 classes or none, with a `UserError`, before any work.
+
+        The shape is that of a decoded image.
+        """
+        if tuple(shape) != SHAPE or classes not in (0, CLASSES):
+            raise UserError(
+                f"protocol {KIND} judges images of shape {SHAPE} in {CLASSES} classes or none,"
+                f" not of shape {tuple(shape)} in {classes}: choose another protocol"
+            )
+
+    def labels(self, classes: int = CLASSES) -> Int64[Tensor, " n"]:
+        """The class of sample i: i mod `classes`, all 0 where there are none."""
+        return in_turn(self.samples, classes)
+
+    def evaluator(
+        self,
+        open_data: Callable[[], Data],
+        *,
+        classes: int = CLASSES,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        tick: Tick | None = None,
+    ) -> Evaluator:
+        """Who compares samples with all of the data. The features are of the CPU: device and tick are not used."""
+        reference = Reference.of(open_data(), self.samples, seed)
+        features = {
+            "features": f"{cifar10.WIDTH} of dumo's classifier of CIFAR-10",
+            "features_sha256": cifar10.sha256(),
+            "rounding": "0 to 255",
+        }
+        return WholeSetEvaluator(self, self.labels(classes), reference, features | reference.facts(seed))
+
+    def score(self, x: Sample, c: Cond, reference: Reference) -> Scores:
+        """`fd`, `kid` with `kid_sd`, `precision`, `recall`, and `accuracy`: the share read as c.
+
+        Precision and recall compare with as many images of the reference as there are samples, drawn by the protocol:
+        so both sides cover space alike, and 50,000 of them would take minutes. Where all of c are equal, as without
+        classes, there is no `accuracy`. The kernel's subsets depend on the order of x, nothing else does. The features
+        of a reference are computed once in a process. Raises `UserError` if x is not `samples` finite images of 32x32,
+        or the reference is fewer than `SUBSET`.
+        """
+        self.check(reference.x.shape[1:])
+        fit(self.name, self.samples, x, reference)
+        fake, real = seen(x), learned(reference.x)
+        mean, sd = kid(fake, real, subsets=SUBSETS, subset_size=SUBSET, generator=stream(KIND, "kid"))
+        some = torch.randperm(len(real), generator=stream(KIND, "neighbours"))[: self.samples]
+        precision, recall = precision_recall(real[some], fake, NEIGHBOURS)
+        score = {
+            "fd": frechet_distance(Moments.of(fake), Moments.of(real)),
+            "kid": mean,
+            "kid_sd": sd,
+            "precision": precision,
+            "recall": recall,
+        }
+        if (c != c[0]).any():
+            score["accuracy"] = (cifar10.classify(fake) == c.cpu()).double().mean().item()
+        return score
+
+    def baselines(self, reference: Reference) -> dict[str, Scores]:
+        """The Fréchet distance where nothing is wrong, in halves and resamples of the data (`distances`)."""
+        return distances(learned(reference.x), self.samples, KIND)
+
+
+def seen(x: Sample) -> Features:
+    """The features of images after they are clamped and rounded to 8 bits, in pieces."""
+    return torch.cat([cifar10.features(cifar10.unit(to_uint8(part))) for part in x.split(cifar10.PIECE)])
+
+
+def learned(x: Sample) -> Features:
+    """As `seen`, kept for the next time that the same images are the reference."""
+    digest = blake2b()
+    for part in x.split(cifar10.PIECE):
+        digest.update(to_uint8(part).cpu().contiguous().numpy().data)
+    if (key := digest.digest()) not in known:
+        f = seen(x)
+        while len(known) >= KEPT:
+            del known[next(iter(known))]
+        known[key] = f
+    return known[key]

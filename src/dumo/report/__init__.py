@@ -1,0 +1,1 @@
+"""A run as pictures: sheets, trajectories, charts, and the page that joins them."""

@@ -1,0 +1,196 @@
+"""Pictures of a report: charts of the log, sheets with labels, and how a page holds them without another file.
+
+A chart is drawn twice, in the ink of a light and of a dark page, on no ground of its own; the page picks one.
+"""
+
+from base64 import b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
+from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image, ImageDraw, ImageFont
+
+from dumo.training import log
+
+INK = {"light": "#23262b", "dark": "#dedbd4"}
+COLOUR = {"v": "#3f7fbf", "u": "#d2603a"}  # readable on either page
+SIZE, DPI = (3.7, 2.4), 200  # inches; twice what a screen needs
+WIDEST = 1600  # pixels of a picture in the page: enough for a sheet at twice its size
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart for light and for dark pages, its title, and the words for who cannot see it."""
+
+    title: str
+    alt: str
+    light: str  # a data: address
+    dark: str
+
+
+def embed(picture: Image.Image) -> str:
+    """The picture as an address that is the picture itself, a PNG."""
+    shown = picture.copy()
+    shown.thumbnail((WIDEST, 8 * WIDEST))
+    return _address(lambda file: shown.save(file, format="png", optimize=True))
+
+
+def labelled(
+    rows: Mapping[str, Sequence[Image.Image]] | Sequence[tuple[str, Sequence[Image.Image]]],
+    columns: Sequence[str] = (),
+    gap: int = 6,
+) -> Image.Image:
+    """Pictures in a grid on white, in cells of the largest's size, the rows' names on the left, the columns' above."""
+    rows = list(rows.items() if isinstance(rows, Mapping) else rows)
+    w, h = (max(sides) for sides in zip(*(one.size for _, pictures in rows for one in pictures), strict=True))
+    size = max(14, h // 16 if columns else h // 4)
+    font = ImageFont.truetype(findfont("DejaVu Sans"), size)  # matplotlib's own file: PIL's font has no Greek
+    names = max(font.getlength(line) for name, _ in rows for line in name.split("\n"))
+    left = int(names) + 12 if names else 0
+    top = (1 + max(name.count("\n") + 1 for name in columns)) * size if columns else 0
+    across = max(len(pictures) for _, pictures in rows)
+    page = Image.new("RGB", (left + across * (w + gap) - gap, top + len(rows) * (h + gap) - gap), "white")
+    pen = ImageDraw.Draw(page)
+    for i, name in enumerate(columns):
+        pen.text((left + i * (w + gap) + w / 2, top / 2), name, "black", font, anchor="mm", align="center")
+    for j, (name, pictures) in enumerate(rows):
+        y = top + j * (h + gap)
+        pen.text((left - 8, y + h / 2), name, "black", font, anchor="rm", align="right")
+        for i, picture in enumerate(pictures):
+            page.paste(picture, (left + i * (w + gap), y))
+    return page
+
+
+def charts(rows: Sequence[log.Row]) -> list[Chart]:
+    """The log as charts: loss and learning rate by step, then every part of the loss by step and time, then its notes.
+
+    Needs two rows at least. What older rows lack, notes and gradients of the parts, is drawn from those that have it.
+    """
+    steps = [row["step"] for row in rows]
+    first, last = rows[0], rows[-1]
+    parts = list(last["parts"]) or ["loss"]
+    cells = {part: np.array([row["bins"][part] for row in rows], dtype=float).T for part in parts}  # null is nan
+    low, high = min(map(np.nanmin, cells.values())), max(map(np.nanmax, cells.values()))
+    norm = LogNorm(low, high) if low > 0 else Normalize(low, high)
+    return [
+        _chart(
+            "Training loss",
+            f"Curves: the loss is {first['loss']:.3g} at step {steps[0]} and {last['loss']:.3g} at step {steps[-1]}.",
+            lambda axes: _draw_loss(axes, rows, steps),
+        ),
+        _chart(
+            "Learning rate",
+            f"A curve: the rate is {first['lr']:.3g} at step {steps[0]} and {last['lr']:.3g} at step {steps[-1]}.",
+            lambda axes: _draw_rate(axes, rows, steps),
+        ),
+        *(
+            _chart(
+                f"Loss of {part} by time" if part != "loss" else "Loss by time",
+                f"A heat map of the part {part} of the loss: steps from left to right, data to noise upwards.",
+                lambda axes, part=part: _draw_times(axes, steps, cells[part], norm),
+            )
+            for part in parts
+        ),
+        *_watched(rows),
+    ]
+
+
+def _watched(rows: Sequence[log.Row]) -> Iterator[Chart]:
+    """What stands beside the loss, a curve each: notes of the objective; drift, and cosines of gradients, of probes."""
+    found: dict[str, dict[int, float]] = {}  # by name, then by step
+    for row in rows:
+        probe: dict[str, Any] = row.get("probe") or {"cosines": {}, "drift": None}
+        cosines = {f"cosine of {pair}": value for pair, value in probe["cosines"].items()}
+        for name, value in {**row.get("notes", {}), "drift": probe["drift"], **cosines}.items():
+            if value is not None:
+                found.setdefault(name, {})[row["step"]] = value
+    for name, values in sorted(found.items()):
+        if len(values) > 1:
+            first, *_, last = values
+            alt = f"A curve: {name} is {values[first]:.3g} at step {first} and {values[last]:.3g} at step {last}."
+            yield _chart(name, alt, partial(_draw_watched, name=name, values=values))
+
+
+def _draw_loss(axes: Axes, rows: Sequence[log.Row], steps: Sequence[int]) -> None:
+    """The loss in ink, unless it is its only part, and its parts in colour."""
+    curves = {part: [row["parts"][part] for row in rows] for part in rows[-1]["parts"]}
+    loss = [row["loss"] for row in rows]
+    for part, values in curves.items():
+        axes.plot(steps, values, color=COLOUR.get(part), lw=1, label=part)
+    if loss not in curves.values():
+        axes.plot(steps, loss, lw=1.4, label="loss")
+    axes.set(xlabel="step", xlim=(0, None), ylabel="mean over a batch")
+    if min(map(min, [loss, *curves.values()])) > 0:
+        axes.set_yscale("log")
+        _tick(axes.yaxis)
+    axes.legend(frameon=False, ncols=3, handlelength=1.2, columnspacing=1)
+
+
+def _draw_rate(axes: Axes, rows: Sequence[log.Row], steps: Sequence[int]) -> None:
+    axes.plot(steps, [row["lr"] for row in rows], lw=1.4)
+    axes.set(xlabel="step", xlim=(0, None), ylabel="learning rate", ylim=(0, None))
+    axes.ticklabel_format(axis="y", scilimits=(-2, 3), useMathText=True)
+
+
+def _draw_watched(axes: Axes, name: str, values: Mapping[int, float]) -> None:
+    """A cosine between -1 and 1, the others from 0 on; points where they are few."""
+    low, high = (-1, 1) if name.startswith("cosine") else (0, None)
+    axes.plot([*values], [*values.values()], lw=1, marker="." if len(values) < 50 else None)
+    axes.axhline(0, lw=0.6)
+    axes.set(xlabel="step", xlim=(0, None), ylabel="mean over a batch" if high is None else "cosine", ylim=(low, high))
+
+
+def _draw_times(axes: Axes, steps: Sequence[int], cells: np.ndarray, norm: Normalize) -> None:
+    """(bins, steps) as colours; a bin that no row of the batch fell into stays empty."""
+    bins = len(cells)
+    mesh = axes.pcolormesh(steps, (np.arange(bins) + 0.5) / bins, cells, norm=norm, cmap="magma", shading="nearest")
+    axes.set(xlabel="step", ylabel="t, from data to noise", yticks=(0, 0.5, 1))
+    bar = axes.figure.colorbar(mesh, ax=axes, label="mean over its rows", pad=0.02)
+    bar.outline.set_visible(False)
+    if isinstance(norm, LogNorm):
+        _tick(bar.ax.yaxis)
+
+
+def _tick(axis: Axis) -> None:
+    """1, 2 and 5 of every power of ten, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def _chart(title: str, alt: str, draw: Callable[[Axes], None]) -> Chart:
+    """Draw in both inks."""
+    return Chart(title, alt, *(_paint(ink, draw) for ink in INK.values()))
+
+
+def _paint(ink: str, draw: Callable[[Axes], None]) -> str:
+    """A figure of one pair of axes, on no ground."""
+    names = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    style: dict[Any, Any] = dict.fromkeys(names, ink) | {
+        "axes.prop_cycle": f"cycler('color', ['{ink}'])",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.6,
+        "font.size": 8,
+    }
+    with rc_context(style):
+        figure = Figure(SIZE, layout="constrained")
+        draw(figure.subplots())
+        return _address(lambda file: figure.savefig(file, format="png", dpi=DPI, transparent=True))
+
+
+def _address(save: Callable[[BytesIO], object]) -> str:
+    """What `save` writes, a PNG, as an address that is the picture itself."""
+    file = BytesIO()
+    save(file)
+    return "data:image/png;base64," + b64encode(file.getvalue()).decode()

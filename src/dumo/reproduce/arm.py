@@ -1,0 +1,198 @@
+"""What most plans are: arms, each with several seeds, as long as costs the same; and a table of means over seeds.
+
+Equal cost is equal counted forward units: steps times what a step costs (`dumo show`). So an objective that needs more
+passes a step gets fewer steps. At the paper's size arms are compared as the paper does, by equal steps, once.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from PIL import Image
+
+from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.io import archive, picture
+from dumo.preflight import show
+from dumo.report import figure
+from dumo.reproduce import chart
+from dumo.reproduce.plan import Cell, Finished, Plan, deviation, units
+from dumo.run.sample import sample
+from dumo.sampling import generate
+
+SMALL = ("train.batch=32", "net.width=32", "net.depth=1", "evaluate.protocol.samples=500")  # for smoke, on digits
+SMOKE = 20  # steps
+LATENTS = (  # for smoke: a thousand other images, that are encoded in seconds
+    "data.root=runs/latents/smoke-taef2",
+    "data.images.root=$DUMO_DATA/imagenet-sample",
+    "data.images.crop=adm",
+    "data.images.split=null",
+    "data.images.labelled=false",
+    "data.images.classes=0",
+    "data.images.flip=false",
+    "net.width=32",
+    "net.depth=1",
+    "train.batch=32",
+    "evaluate.protocol.samples=1000",
+)
+WORDS = {"fd": "Fréchet distance", "fid": "FID"}  # first scores of protocols
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing compared with others: the name of its cells, a recipe, changes to it, and its columns in the table."""
+
+    name: str
+    recipe: str
+    sets: tuple[str, ...] = ()
+    labels: dict[str, Any] = field(default_factory=dict[str, Any])  # the first is its name in a picture
+
+    def load(self, more: Sequence[str] = ()) -> Run:
+        """Its run. Raises UserError as `load` does."""
+        return load(self.recipe, [*self.sets, *more])
+
+
+def comparison(
+    title: str,
+    stem: str,
+    arms: Callable[[str], Sequence[Arm]],
+    *,
+    seeds: int,
+    small: Sequence[str] = SMALL,
+    steps: int | None = None,
+    table: Callable[[list[Finished]], list[dict[str, Any]]] | None = None,
+    samples: bool = False,
+    unpublished: str = "",
+) -> Plan:
+    """A plan of arms by scale: a row per arm and number of passes, and a picture of them, STEM.png.
+
+    With `samples` there is also a picture of what every arm makes in one pass.
+    """
+
+    def cells(scale: str) -> Iterator[Cell]:
+        if scale == "paper":
+            return equal_steps(arms(scale), scale)
+        return equal_cost(arms(scale), scale, seeds, small=small, steps=steps)
+
+    def draw(done: list[Finished], folder: Path) -> list[Path]:
+        files = [folder / f"{stem}.png", *([folder / f"{stem}-samples.png"] if samples else [])]
+        archive.write_picture(files[0], ranking(title, list(averaged(done))))
+        if samples:
+            archive.write_picture(files[1], side_by_side(done))
+        return files
+
+    return Plan(title, cells, table or (lambda done: list(averaged(done))), draw, unpublished=unpublished)
+
+
+def equal_cost(
+    arms: Sequence[Arm], scale: str, seeds: int, *, small: Sequence[str] = SMALL, steps: int | None = None
+) -> Iterator[Cell]:
+    """Every arm with every seed, each with as many steps as cost what those of the first arm do.
+
+    These are `steps`, or its recipe's; for smoke a few, of a net made small, with one seed.
+    """
+    sets, budget = small if scale == "smoke" else (), 0.0
+    for arm in arms:
+        spec = arm.load(sets)
+        each = units(spec)
+        budget = budget or each * (SMOKE if scale == "smoke" else steps or spec.train.steps)
+        count = round(budget / each)
+        labels = {**arm.labels, "steps": count, "F_per_step": round(each, 2)}
+        for seed in range(1 if scale == "smoke" else seeds):
+            train = spec.train.model_copy(update={"steps": count, "seed": seed})
+            yield Cell(f"{arm.name}-{seed}", spec.model_copy(update={"train": train}), labels)
+
+
+def equal_steps(
+    arms: Sequence[Arm], scale: str, *, small: Sequence[str] = SMALL, steps: int | None = None
+) -> Iterator[Cell]:
+    """Every arm once, all of them with `steps` steps, or each with its recipe's; for smoke a few, of a small net."""
+    count = SMOKE if scale == "smoke" else steps
+    sets = [*(small if scale == "smoke" else ()), *([f"train.steps={count}"] if count else [])]
+    for arm in arms:
+        spec = arm.load(sets)
+        yield Cell(f"{arm.name}-{spec.train.seed}", spec, {**arm.labels, "steps": spec.train.steps})
+
+
+def taught(recipe: str, host: str, *, kept: Sequence[str] = ("drop", "guide")) -> tuple[str, ...]:
+    """What makes the recipe `host` train as `recipe` does: its objective, path, preconditioning, theta^- and solver.
+
+    The fields `kept` of the objective, if both have them, stay the host's, and so do its data, net and training.
+    """
+    here, there = (load(name).model_dump(mode="json") for name in (host, recipe))
+    objective = there["objective"]
+    objective |= {name: here["objective"][name] for name in kept if name in objective and name in here["objective"]}
+    parts = {
+        "objective": objective,
+        "path": there["path"],
+        "net.precondition": there["net"]["precondition"],
+        "train.ref": there["train"]["ref"],
+        "sample.solver": there["sample"]["solver"],
+    }
+    return tuple(f"{name}={json.dumps(value)}" for name, value in parts.items())
+
+
+def seeds_of(done: Sequence[Finished]) -> list[list[Finished]]:
+    """The cells by arm: those of one arm differ in their seed alone."""
+    found: dict[str, list[Finished]] = {}
+    for one in done:
+        found.setdefault(json.dumps(one.cell.labels), []).append(one)
+    return list(found.values())
+
+
+def averaged(
+    done: Sequence[Finished], more: Callable[[Run], dict[str, Any]] = lambda spec: {}
+) -> Iterator[dict[str, Any]]:
+    """A row per arm and number of passes: its columns, `more` of its spec, means over seeds, the first score's sd."""
+    for same in seeds_of(done):
+        columns = same[0].cell.labels | more(same[0].cell.spec)
+        for rows in zip(*(one.report["results"] for one in same), strict=True):
+            yield columns | over_seeds(rows)
+
+
+def over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One row of equal rows of several seeds."""
+    names = [key for key in rows[0] if key not in ("nfe", "solver") and not key.endswith("_sd")]
+    means = {key: fmean(row[key] for row in rows) for key in names}
+    first = names[0]
+    return {
+        "nfe": rows[0]["nfe"],
+        "solver": rows[0]["solver"],
+        first: means.pop(first),
+        f"{first}_sd": deviation([row[first] for row in rows]),
+        **means,
+        "seeds": len(rows),
+    }
+
+
+def measure(row: dict[str, Any]) -> str:
+    """The score of an averaged row that counts: the one whose deviation is beside it."""
+    return next(key.removesuffix("_sd") for key in row if key.endswith("_sd"))
+
+
+def ranking(title: str, rows: Sequence[dict[str, Any]]) -> Image.Image:
+    """The score that counts, a line per arm, a mark per number of passes."""
+    score = measure(rows[0])
+    marks = {1: "1 pass"} | {row["nfe"]: f"{row['nfe']} passes" for row in rows if row["nfe"] > 1}
+    points: dict[str, dict[str, tuple[float, float | None]]] = {}
+    for row in rows:
+        points.setdefault(str(next(iter(row.values()))), {})[marks[row["nfe"]]] = row[score], row[f"{score}_sd"]
+    return chart.dots(title, f"{WORDS[score]}, mean and deviation over seeds", points)
+
+
+def side_by_side(done: Sequence[Finished]) -> Image.Image:
+    """Samples of one pass, two of a class, of every arm's first seed, its name beside them."""
+    rows: dict[str, list[Image.Image]] = {}
+    for one, *_ in seeds_of(done):
+        classes = one.opened.run.data.classes
+        made = sample(one.opened, nfe=1, c=generate.labels(2 * max(classes, 10), classes))
+        rows[next(iter(one.cell.labels.values()))] = [picture.sheet(picture.to_rows(made.x), max(classes, 10))]
+    return figure.labelled(rows)
+
+
+def far(spec: Run) -> dict[str, float]:
+    """P(t - r > 0.9), the share of rows where one-step sampling is taught, as a column."""
+    return {"far": round(show.far(spec), 6)}

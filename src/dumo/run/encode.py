@@ -1,0 +1,122 @@
+"""Make the cache that a recipe trains on: where images, a codec and a folder meet.
+
+By any number of ranks, which need not run at once; a killed one is started again, and the cache is the same to the last
+bit. What is damaged is found, named and made anew (see `dumo.data.encode`).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from dumo import dist
+from dumo.config.load import FILE, load, override, parse
+from dumo.data import Latents
+from dumo.data import encode as codecs
+from dumo.data.cache import Contents, Plan, read_contents
+from dumo.io.place import user_path
+from dumo.progress import Bar, no_bar
+from dumo.types import Spec, UserError
+
+
+class Asked(Spec):
+    """The part of a run that says what to encode."""
+
+    data: Latents
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What this rank did, and what is in the folder."""
+
+    folder: Path
+    done: codecs.Done
+    contents: Contents | None  # of a cache that is whole; None: other ranks have shards to make
+
+
+def asked(
+    source: str, overrides: Sequence[str] = (), *, out: str | None, codec: str | None, side: int | None
+) -> Latents:
+    """What to encode, by which codec, into which folder: as a recipe's data say, or a place of images and options.
+
+    Raises UserError where the recipe trains on no latents, or an option is missing.
+    """
+    given = {"data.root": out, "data.codec.kind": codec, "data.images.side": side}
+    sets = [*(f"{name}={value}" for name, value in given.items() if value is not None), *overrides]
+    path = user_path(source, "the source")
+    if not path.exists() or (path / FILE).exists() or path.suffix in (".yaml", ".yml"):
+        data = load(source, sets).data
+        if not isinstance(data, Latents):
+            raise UserError(f"{source} trains on data '{data.kind}', not on latents: there is nothing to encode")
+        return data
+    if None in given.values():
+        raise UserError(f"{source} holds images: say by which --codec, of how many pixels --side, and where to, OUT")
+    tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": source, "flip": True}}}
+    for text in sets:
+        override(tree, text)
+    return parse(Asked, tree).data
+
+
+def encode(
+    data: Latents,
+    *,
+    batch: int = 32,
+    part: tuple[int, int] = (0, 1),
+    device: str = "auto",
+    bar: Bar = no_bar,
+    **options: object,
+) -> Encoded:
+    """Make shards k, k + n, k + 2 n ... of the cache, `part` being (k, n), with mirrored images where data are flipped.
+
+    `options` are fields of the `Plan`: store, dtype, shard_rows, seed. Raises UserError as opening the images or the
+    codec does, for an option that is none, and where the folder holds something else.
+    """
+    (rank, world), images = part, data.images
+    opened, album = data.codec.open(dist.device(device)), images.model_copy(update={"memory": 0.0}).open()
+    tree = {
+        "source": " ".join(word for word in (images.root, images.split) if word),
+        "resolution": images.side,
+        "crop": images.crop,
+        "classes": images.classes,
+        "names": album.names,
+        "flips": images.flip,
+    }
+    plan = parse(Plan, tree | options)
+    mine = range(rank, ceil(len(album) / plan.shard_rows), world)
+    total = sum(min(plan.shard_rows, len(album) - k * plan.shard_rows) for k in mine)
+    with bar(f"encoding {images.root}", total) as tick:
+        done = codecs.encode(album, opened, plan, data.folder, batch=batch, rank=rank, world=world, tick=tick)
+    return Encoded(data.folder, done, None if done.missing else read_contents(data.folder))
+
+
+def ensure(data: Latents, *, device: str = "auto", bar: Bar = no_bar) -> None:
+    """Make the cache if it is not there, or go on with it if it is not finished. Raises UserError as `encode` does."""
+    contents = read_contents(data.folder)
+    if contents is None or not contents.shards:
+        encode(data, device=device, bar=bar)
+
+
+def part_of(text: str | None) -> tuple[int, int]:
+    """'2/8' as (2, 8); None: this process's rank and how many there are, as torchrun says. Raises UserError."""
+    if text is None:
+        return dist.launched()
+    k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
+        raise UserError(f"--part {text}: write K/N with K from 0 to N - 1, such as 0/8")
+    return int(k), int(n)
+
+
+def told(made: Encoded) -> Iterator[str]:
+    """What was done, in lines: what was damaged, what is there, and how to give each channel deviation 1."""
+    done, contents = made.done, made.contents
+    yield from (f"was damaged and is made again: {what}" for what in done.damaged)
+    if contents is None:
+        yield f"{made.folder}: {done.made} shards made, {done.missing} are still to be made by others"
+        return
+    rows = sum(shard.rows for shard in contents.shards)
+    lost = f" ({contents.images - rows} could not be read)" if rows < contents.images else ""
+    yield f"{made.folder}: {rows:,} images{lost} as {contents.shape} in {contents.dtype}, {done.made} shards made now"
+    mean, std = (", ".join(f"{number:.4g}" for number in side) for side in (contents.mean, contents.std))
+    yield f"mean per channel       {mean}"
+    yield f"deviation per channel  {std}"

@@ -1,0 +1,241 @@
+"""A teacher at work: its velocity in place of the data's, or pairs of noise and data that its flow joins."""
+
+import hashlib
+import importlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dumo.config.spec import Run
+from dumo.config.teacher import Pairs, Teacher
+from dumo.data.epoch import rows_of
+from dumo.data.source import Table
+from dumo.flow.read import reading
+from dumo.io import archive
+from dumo.io.weights import digest
+from dumo.progress import Bar
+from dumo.random import noise
+from dumo.run.folder import open_run
+from dumo.sampling import generate
+from dumo.sampling.solver import check
+from dumo.training import checkpoint
+from dumo.types import Cond, Reads, Sample, Taught, Time, UserError, lift
+
+FILE = "teacher.json"
+SHARD = 1024  # pairs to a file: what a stop may lose
+
+
+@dataclass(frozen=True)
+class Known:
+    """A teacher, opened: what it can tell, guided as its spec says, and who it is."""
+
+    reads: Reads
+    velocity: Taught | None  # to learn; None where pairs are
+    about: dict[str, str]
+
+    def check(self, folder: Path) -> None:
+        """Raise UserError where another taught what stands in this folder."""
+        file, stands = folder / FILE, any((folder / name).is_dir() for name in ("pairs", "checkpoints"))
+        if not stands or not file.is_file():
+            return
+        try:
+            then = json.loads(file.read_text())
+        except ValueError as error:
+            raise UserError(
+                f"{file} is damaged ({error}): delete it if the teacher is the one that {folder} began with, or start "
+                "anew in another folder"
+            ) from error
+        if then != self.about:
+            raise UserError(
+                f"{folder} began with another teacher: {then} then, {self.about} now. Set teacher.weights, or make the "
+                "function, what it was, or start anew in another folder"
+            )
+
+    def note(self, folder: Path) -> None:
+        """Write down who teaches."""
+        with archive.replacing(folder / FILE) as out:
+            out.write((json.dumps(self.about, indent=2) + "\n").encode())
+
+
+def opened(teacher: Teacher, run: Run, device: torch.device) -> Known:
+    """A run's teacher. Raises UserError where it cannot be had, knows other data, or cannot tell enough."""
+    raw, about = (of_user if teacher.kind == "python" else of_run)(teacher, run, device)
+    reads = teacher.guide(raw, run.data.classes)
+    if teacher.pairs:
+        reach(teacher, teacher.pairs, raw)
+    learned = None if teacher.pairs else velocity(teacher, reads)
+    if teacher.kind == "python":
+        try_out(teacher, run, reads, device)
+    return Known(reads, learned, {"source": teacher.source, **about})
+
+
+def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dict[str, str]]:
+    """What the function that the user names returns, and the digest of its source.
+
+    Raises UserError where there is none, it fails, or it returns no `Reads`.
+    """
+    module, _, name = teacher.source.partition(":")
+    way = "Give module:function, importable from here, that takes (run, device) and returns a dumo.types.Reads"
+    with importable(Path.cwd()), explained(teacher, way):
+        make: Callable[[Run, torch.device], object] = getattr(importlib.import_module(module), name)
+        reads = make(run, device)
+    if not isinstance(reads, Reads):
+        raise UserError(
+            f"teacher.source = {teacher.source} returned {type(reads).__name__}: it must return a dumo.types.Reads"
+        )
+    if not (reads.velocity or reads.endpoint or reads.flow_map):
+        raise UserError(f"teacher.source = {teacher.source}: its Reads has no velocity, and nothing else: give it one")
+    return reads, digest_of(make)
+
+
+def digest_of(make: Callable[..., object]) -> dict[str, str]:
+    """The SHA-256 of a function's source; nothing where that is not to be had. What the function calls is not in it."""
+    try:
+        return {"sha256": hashlib.sha256(inspect.getsource(make).encode()).hexdigest()}
+    except (OSError, TypeError):
+        return {}
+
+
+@contextmanager
+def importable(folder: Path) -> Generator[None]:
+    """Let modules of this folder be imported, as `python -m` does and an installed command does not."""
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+@contextmanager
+def explained(teacher: Teacher, way: str) -> Generator[None]:
+    """Whatever goes wrong in a user's code is a UserError, with a way out."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"teacher.source = {teacher.source}: {what}. {way}") from error
+
+
+def try_out(teacher: Teacher, run: Run, reads: Reads, device: torch.device) -> None:
+    """Ask a user's teacher for two rows, one without a label: before anything is written, UserError where it fails."""
+    uses = teacher.pairs.solver.uses if teacher.pairs else "velocity"
+    takes = "(x, t, s, c)" if uses == "flow_map" else "(x, t, c)"
+    x, c = noise(0, range(2), 0, run.data.shape).to(device), torch.tensor([0, run.data.classes], device=device)
+    t = torch.full((2,), 0.5, device=device)
+    with explained(teacher, f"Its {uses} must take {takes} and return the shape of x"), torch.no_grad():
+        y: Tensor = getattr(reads, uses)(x, t, *([0 * t] if uses == "flow_map" else []), c)
+        if y.shape != x.shape:
+            raise TypeError(f"{uses} of x of shape {tuple(x.shape)} has shape {tuple(y.shape)}")
+        if not y.isfinite().all():
+            raise ValueError(f"{uses} at t = 0.5 is no finite number")
+
+
+def reach(teacher: Teacher, pairs: Pairs, reads: Reads) -> None:
+    """Raise UserError where the solver of the pairs cannot follow what the teacher tells."""
+    try:
+        check(pairs.solver, reads, pairs.nfe)
+    except UserError as error:
+        what = str(error).replace("this objective", f"the teacher {teacher.source}")
+        asked = f"teacher.pairs.solver.kind={pairs.solver.kind} teacher.pairs.nfe={pairs.nfe}"
+        raise UserError(f"{asked}: {what}") from error
+
+
+def of_run(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dict[str, str]]:
+    """What the net of another run can tell, and its digest.
+
+    Raises UserError where it knows other data, or cannot be guided as asked.
+    """
+    known = open_run(teacher.source, weights=teacher.weights, device=str(device))
+    there, here = facts(known.run), facts(run)
+    if differs := [f"{name} is {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]:
+        raise UserError(
+            f"the teacher {teacher.source} knows other data: {'; '.join(differs)}. Take a teacher trained on this "
+            "data, or set these fields as they are there"
+        )
+    known.run.check_guided(teacher.guide, "teacher.guide", teacher.source)
+    return reading(known.run.objective, known.net, known.run.sample.knobs), {"sha256": digest(known.file)}
+
+
+def facts(run: Run) -> dict[str, object]:
+    """What a teacher and its pupil must agree on."""
+    names = ("shape", "classes", "codec", "per_channel")
+    data: dict[str, object] = {f"data.{name}": getattr(run.data, name, None) for name in names}
+    return {**data, "path": run.path.kind}
+
+
+def velocity(teacher: Teacher, reads: Reads) -> Taught:
+    """The velocity to learn at (x_t, t, c), where the data's own is v. Raises UserError where none was taught."""
+    if (read := reads.velocity) is None:
+        raise UserError(f"the teacher {teacher.source} has no velocity: take one whose objective teaches it")
+
+    def mixed(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
+        with torch.no_grad():
+            inside = (teacher.interval.low <= t) & (t <= teacher.interval.high)
+            weight = torch.where(inside, teacher.mix, teacher.elsewhere)
+            return v + lift(weight, v).to(v) * (read(x, t, c).to(v) - v)
+
+    return mixed
+
+
+class Coupled:
+    """Pairs of data and noise, with their classes, as a source of batches."""
+
+    def __init__(self, x: Tensor, z: Tensor, c: Tensor) -> None:
+        """All in memory."""
+        self.table, self.z = Table(x, c), z
+
+    def batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x, c and z of a step, in the order that a table of x would have."""
+        rows = rows_of(step, batch, size=len(self.z), seed=seed)
+        return self.table.x[rows], self.table.c[rows], self.z[rows]
+
+
+def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.device, bar: Bar) -> Coupled:
+    """Pairs that the teacher's flow joins: those that stand in `folder`, and the others, made now, file by file.
+
+    Raises UserError where a file is damaged, or the teacher answers with what is no number: that is not written.
+    """
+    c = generate.labels(pairs.count, run.data.classes)
+    files: list[Path] = []
+    with bar("the teacher's pairs", pairs.count) as tick:
+        for first in range(0, pairs.count, SHARD):
+            some = range(first, min(first + SHARD, pairs.count))
+            files.append(file := folder / f"{first:08d}.safetensors")
+            if not file.is_file():
+                made = joined(run, pairs, reads, c[list(some)], some, device)
+                if bad := [k for k, x in zip(some, made["x"], strict=True) if not x.isfinite().all()]:
+                    raise UserError(
+                        f"the teacher makes {len(bad)} of {len(some)} pairs, the first number {bad[0]}, of what is no "
+                        "finite number: mend it, or take another solver or more passes (teacher.pairs)"
+                    )
+                with archive.replacing(file) as out:
+                    out.write(safetensors.torch.save(made))
+            tick(some.stop, "")
+    parts = [load_pairs(file) for file in files]
+    return Coupled(*(torch.cat([part[name] for part in parts]) for name in ("x", "z", "c")))
+
+
+def load_pairs(file: Path) -> dict[str, Tensor]:
+    """The pairs of a file. Raises UserError where it is damaged."""
+    try:
+        return checkpoint.load_weights(file)
+    except UserError as error:
+        raise UserError(f"{file} is damaged: delete it, and these pairs are made again") from error
+
+
+@torch.no_grad()
+def joined(run: Run, pairs: Pairs, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
+    """Noise, and the data that the flow carries it to."""
+    z = noise(pairs.seed, numbers, 0, run.data.shape).to(device)
+    x = pairs.solver(reads, run.path, z, c.to(device), pairs.nfe, lambda k: noise(pairs.seed, numbers, k, z.shape[1:]))
+    return {"x": x.float().cpu(), "z": z.cpu(), "c": c}

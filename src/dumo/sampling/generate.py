@@ -1,0 +1,147 @@
+"""Images by number: image i of a seed is one thing, whatever batch it is made in, and the net counts its own passes."""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int, Int64
+from torch import Tensor, nn
+
+from dumo.random import noise
+from dumo.sampling.solver import Solver
+from dumo.types import Cond, Path, Reads, Sample, UserError
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was generated: x in float32 on the CPU, and the passes each row made through the net."""
+
+    x: Sample
+    nfe: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some of the samples: their numbers (n,), x in float32 on the CPU, and the passes each row made."""
+
+    index: Int64[Tensor, " n"]
+    x: Sample
+    nfe: int
+
+
+def generate(
+    net: nn.Module,
+    reads: Reads,
+    path: Path,
+    solver: Solver,
+    c: Cond,
+    *,
+    nfe: int,
+    seed: int,
+    shape: Sequence[int],
+    indices: Sequence[int] | None = None,
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+    on_batch: Callable[[int], object] | None = None,
+) -> Samples:
+    """All of `batches` in one. `on_batch` is told the number of images made so far. Raises as that does."""
+    parts = batches(
+        net, reads, path, solver, c, nfe=nfe, seed=seed, shape=shape, indices=indices, batch=batch, device=device
+    )
+    return joined(parts, on_batch)
+
+
+def batches(
+    net: nn.Module,
+    reads: Reads,
+    path: Path,
+    solver: Solver,
+    c: Cond,
+    *,
+    nfe: int,
+    seed: int,
+    shape: Sequence[int],
+    indices: Sequence[int] | None = None,
+    batch: int = 256,
+    device: torch.device | str = "cpu",
+) -> Iterator[Batch]:
+    """Make one image of `shape` per row of c: those numbered `indices` (None: from 0), `batch` at a time on `device`.
+
+    `reads` is a reading of `net`, which stays where it is and is in evaluation mode meanwhile. Raises UserError if the
+    solver cannot serve the reading or nfe, ValueError if there are more or fewer indices than rows of c.
+    """
+    indices = range(len(c)) if indices is None else indices
+    if len(indices) != len(c):
+        raise ValueError(f"{len(indices)} images for {len(c)} rows of c: give one index a row")
+
+    for first in range(0, len(c), batch):
+        some, c_some = indices[first : first + batch], c[first : first + batch].to(device)
+
+        def fresh(k: int, some: Sequence[int] = some) -> Sample:
+            return noise(seed, some, k, shape).to(device)
+
+        with torch.no_grad(), evaluating(net), counting(net) as passed:
+            x = solver(reads, path, fresh(0), c_some, nfe, fresh).float().cpu()
+        yield Batch(torch.tensor(some), x, _agreed({sum(passed) / len(some)}))
+
+
+def joined(parts: Iterable[Batch], on_batch: Callable[[int], object] | None = None) -> Samples:
+    """Batches, in their order, as one; `on_batch` is told the number of images so far as each comes."""
+    done, count = list[Batch](), 0
+    for part in parts:
+        done.append(part)
+        count += len(part.x)
+        if on_batch is not None:
+            on_batch(count)
+    return Samples(torch.cat([part.x for part in done]), _agreed({part.nfe for part in done}))
+
+
+def labels(n: int, classes: int, only: Sequence[int] | None = None) -> Int[Tensor, " n"]:
+    """A class for each of n images: 0, 1, ... in turn, or `only` in turn; zeros where there are no classes.
+
+    Raises UserError for a label outside [0, classes), or no image at all.
+    """
+    if n < 1:
+        raise UserError(f"{n} images were asked for: ask for at least 1")
+    wrong = [label for label in only or () if not 0 <= label < classes]
+    if wrong:
+        there = f"labels run from 0 to {classes - 1}" if classes else "this model has no classes, so give no labels"
+        raise UserError(f"label {wrong[0]} is out of range: {there}")
+    turn = torch.tensor(only or range(max(classes, 1)))
+    return turn[torch.arange(n) % len(turn)]
+
+
+@contextmanager
+def counting(net: nn.Module) -> Generator[list[int], None, None]:
+    """Yield a list to which every pass through the net adds its number of rows."""
+    passed: list[int] = []
+
+    def note(_: nn.Module, inputs: tuple[Tensor, ...], __: object) -> None:
+        passed.append(len(inputs[0]))
+
+    hook = net.register_forward_hook(note)
+    try:
+        yield passed
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def evaluating(net: nn.Module) -> Generator[None, None, None]:
+    """Hold the net in evaluation mode, then give every part of it its own mode back."""
+    modes = [(part, part.training) for part in net.modules()]
+    net.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def _agreed(counts: Set[float] | Set[int]) -> int:
+    """The one whole number of passes that every row made. Anything else is a defect of the reading."""
+    count = min(counts)
+    if len(counts) > 1 or not float(count).is_integer():
+        raise RuntimeError(f"rows went unequally often through the net: {sorted(counts)} times, by batch")
+    return int(count)

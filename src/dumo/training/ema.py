@@ -1,0 +1,47 @@
+"""Moving averages of the weights.
+
+With decay d, the average after update n is a_n = d a_{n-1} + (1 - d) w_n. The untrained start a_0 still weighs d^n:
+for d = 0.9999 that is 37 % after 10,000 updates. With the ramp d_n = min(d, (1 + n) / (10 + n)) the start weighs
+
+    prod_{k <= n} (1 + k) / (10 + k) = 10! / ((n + 2) ... (n + 10)),
+
+which is below 1e-6 after 19 updates, and the weights that are averaged are n / 10 updates old in the mean, until n
+reaches (10 d - 1) / (1 - d). The ramp is TensorFlow's (`tf.train.ExponentialMovingAverage`).
+"""
+
+from copy import deepcopy
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from dumo.types import Spec
+
+
+class Ema(Spec):
+    """How fast the average forgets. The paper takes 0.9999 (App. C.1) and names no ramp; the ramp is ours."""
+
+    decay: float = Field(gt=0, lt=1)
+    ramp: bool = True
+
+    def __call__(self, n: int) -> float:
+        """The decay of update n, the first of which is n = 1."""
+        return min(self.decay, (1 + n) / (10 + n)) if self.ramp else self.decay
+
+
+class MovingAverage:
+    """A running copy of a net: same class, same buffers, averaged parameters, no gradients, in evaluation mode."""
+
+    def __init__(self, spec: Ema, net: nn.Module) -> None:
+        """Start from the net as it is."""
+        self.spec = spec
+        self.module = deepcopy(net).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def update(self, net: nn.Module, n: int) -> None:
+        """Move towards the net, in place; n counts updates from 1. Buffers are copied, not averaged."""
+        weight = 1 - self.spec(n)
+        for mine, new in zip(self.module.parameters(), net.parameters(), strict=True):
+            mine.lerp_(new, weight)
+        for mine, new in zip(self.module.buffers(), net.buffers(), strict=True):
+            mine.copy_(new)

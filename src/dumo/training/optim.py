@@ -1,0 +1,97 @@
+"""Optimizers and learning rate schedules, as values.
+
+An optimizer spec holds the peak learning rate. A schedule is a pure function of (step, steps) to a factor in [0, 1],
+so the rate of a step never depends on how the run got there, and a resumed run needs no scheduler state.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from dumo.types import Spec
+
+LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AdamW(Spec):
+    """Adam with decoupled weight decay (arXiv 1711.05101). The defaults are the paper's (Sec. 4.1); eps is torch's."""
+
+    kind: Literal["adamw"] = "adamw"
+    lr: LearningRate = 1e-4
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    weight_decay: Decay = 0.0
+    eps: LearningRate = 1e-8
+
+    def __call__(self, params: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+        """The optimizer of these parameters."""
+        return torch.optim.AdamW(params, self.lr, self.betas, self.eps, self.weight_decay)
+
+
+class Adam(Spec):
+    """Adam (arXiv 1412.6980); weight decay is added to the gradient. Defaults as in `AdamW`."""
+
+    kind: Literal["adam"] = "adam"
+    lr: LearningRate = 1e-4
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    weight_decay: Decay = 0.0
+    eps: LearningRate = 1e-8
+
+    def __call__(self, params: Iterable[nn.Parameter]) -> torch.optim.Adam:
+        """The optimizer of these parameters."""
+        return torch.optim.Adam(params, self.lr, self.betas, self.eps, self.weight_decay)
+
+
+class RAdam(Spec):
+    """Adam with a rectified first phase (arXiv 1908.03265); weight decay as in `Adam`. Defaults as in `AdamW`."""
+
+    kind: Literal["radam"] = "radam"
+    lr: LearningRate = 1e-4
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    weight_decay: Decay = 0.0
+    eps: LearningRate = 1e-8
+
+    def __call__(self, params: Iterable[nn.Parameter]) -> torch.optim.RAdam:
+        """The optimizer of these parameters."""
+        return torch.optim.RAdam(params, self.lr, self.betas, self.eps, self.weight_decay)
+
+
+Optimizer = Annotated[AdamW | Adam | RAdam, Field(discriminator="kind")]
+
+
+class Constant(Spec):
+    """Full rate after the warm-up. Without one it is the paper's schedule (App. C.1)."""
+
+    kind: Literal["constant"] = "constant"
+    warmup: int = Field(default=0, ge=0)  # steps
+
+    def __call__(self, step: int, steps: int) -> float:
+        """The factor of the update that follows `step` done ones; `steps` does not matter."""
+        return climb(step, self.warmup)
+
+
+class Cosine(Spec):
+    """Half a cosine from full rate at the end of the warm-up down to `floor` (arXiv 1608.03983, without restarts)."""
+
+    kind: Literal["cosine"] = "cosine"
+    warmup: int = Field(default=0, ge=0)  # steps
+    floor: float = Field(default=0.0, ge=0, le=1)  # the factor at the end
+
+    def __call__(self, step: int, steps: int) -> float:
+        """The factor of the update that follows `step` done ones, of `steps` in all."""
+        done = (step - self.warmup) / max(1, steps - self.warmup)
+        fall = (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
+        return climb(step, self.warmup) * (self.floor + (1 - self.floor) * fall)
+
+
+Schedule = Annotated[Constant | Cosine, Field(discriminator="kind")]
+
+
+def climb(step: int, warmup: int) -> float:
+    """Linear warm-up: 1/warmup at the first update, 1 from the last one of the warm-up on."""
+    return min(1.0, (step + 1) / warmup) if warmup else 1.0

@@ -1,0 +1,24 @@
+"""All that training changes: what a checkpoint holds, and a resumed run needs."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from dumo.training.ema import MovingAverage
+
+
+@dataclass
+class State:
+    """A run between two steps. No generator state: every draw is keyed by (seed, step)."""
+
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    averages: dict[float, MovingAverage] = field(default_factory=dict[float, MovingAverage])  # by decay
+    step: int = 0  # updates done
+    images: int = 0  # images seen, repeats counted
+
+    @property
+    def shown(self) -> nn.Module:
+        """The net that is sampled and evaluated: the first average, or the net itself where there is none."""
+        return next((average.module for average in self.averages.values()), self.net)

@@ -1,0 +1,193 @@
+"""One optimizer step, and what is worth knowing of it.
+
+The gradient is that of the mean loss over the global batch. The batch is drawn as a whole and taken in `accumulate`
+pieces, each of which adds the gradient of its sum over the batch size: so the split changes nothing but rounding.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from dumo import dist
+from dumo.flow import dropout
+from dumo.flow.draw import draw
+from dumo.flow.read import reading
+from dumo.training.probe import Probe, ask
+from dumo.training.state import State
+from dumo.types import Cond, Frozen, Net, Noised, Objective, Path, PerSample, Sample, Taught, Terms, Time
+
+Precision = Literal["fp32", "bf16"]
+Loss = Callable[[Net, Frozen, Noised], Terms]
+BINS = 10  # of t, equally wide: ours
+
+
+class Diverged(RuntimeError):  # noqa: N818, a state of the run
+    """The loss or its gradient is no longer a number. The weights are those before the step."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one step measured: means over the global batch."""
+
+    step: int  # updates done, this one included
+    images: int  # images seen, this batch included
+    loss: float
+    parts: dict[str, float]  # the loss's named parts
+    notes: dict[str, float]  # what else the objective watches
+    bins: dict[str, list[float]]  # loss, parts and notes in ten bins of t, data to noise; nan where no row fell
+    counts: list[int]  # rows per bin
+    grad_norm: float  # before clipping
+    lr: float
+    probe: Probe | None = None  # whether parts and heads agree, after the step; None where that was not asked
+
+
+def train_step(
+    state: State,
+    objective: Objective,
+    path: Path,
+    x: Sample,
+    c: Cond,
+    null: Cond,
+    *,
+    ref: Frozen,
+    lr: float,
+    seed: int = 0,
+    progress: float = 0.0,
+    accumulate: int = 1,
+    clip: float | None = None,
+    precision: Precision = "fp32",
+    loss: Loss | None = None,
+    probe: bool = False,
+    z: Sample | None = None,
+    teacher: Taught | None = None,
+) -> Record:
+    """Update net, optimizer, averages and counters of `state` once, and say what was measured.
+
+    (x, c) is the global batch, of which each rank takes its rows; `z` the noise that belongs to x, None for any;
+    `teacher` as `draw` has it; `progress` the share of the training done; `loss` the objective's, compiled, or None for
+    as it is; `probe` asks how its parts and the net's readings agree, on the last piece. Raises Diverged, and updates
+    nothing, if the loss or the norm of its gradient is not finite.
+    """
+    keyed = {"seed": seed, "step": state.step, "batch": len(x)}
+    noised = partial(draw, objective, path, **keyed, progress=progress, teacher=teacher)
+    low = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=precision == "bf16")
+    keys = dropout.keys(seed, state.step, len(x))
+    share = len(x) // dist.world()
+    times: list[Time] = []
+    seen: list[Terms] = []
+
+    def drawn(rows: slice) -> Noised:
+        return noised(x[rows], c[rows], null[rows], first=rows.start, z=None if z is None else z[rows])
+
+    def taught(b: Noised, rows: slice) -> Terms:
+        with low(), dropout.using(keys[rows].to(x.device)):
+            return (loss or objective.loss)(state.net, ref, b)
+
+    state.net.train()
+    state.optimizer.zero_grad()
+    for rows in (cuts := list(pieces(share, accumulate))):
+        b = drawn(rows)
+        terms = taught(b, rows)
+        (terms.loss.sum() / share).backward()
+        times.append(b.t)
+        seen.append(detached(terms))
+
+    parameters = list(state.net.parameters())
+    norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    t, terms = torch.cat(times), joined(seen)
+    record = measure(state, t, terms, images=len(x), grad_norm=norm.item(), lr=lr)
+    if not math.isfinite(record.loss + record.grad_norm):
+        raise Diverged(diagnose(record, t, values(terms)))
+
+    if clip is not None:
+        clip_grads_with_norm_(parameters, clip, norm)
+    advance(state, record)
+    if not probe:
+        return record
+    b = drawn(cuts[-1])
+    reads = reading(objective, state.net)
+    return replace(record, probe=ask(state.net, reads, terms.parts, b, lambda: taught(b, cuts[-1])))
+
+
+def pieces(share: int, accumulate: int) -> Iterator[slice]:
+    """This rank's rows of the global batch, `share` in number, in `accumulate` consecutive pieces."""
+    first = dist.rank() * share
+    for start, end in pairwise(first + share * i // accumulate for i in range(accumulate + 1)):
+        yield slice(start, end)
+
+
+def detached(terms: Terms) -> Terms:
+    """The same numbers without the graph of the pass."""
+    parts, notes = ({name: row.detach() for name, row in rows.items()} for rows in (terms.parts, terms.notes))
+    return Terms(terms.loss.detach(), parts, notes)
+
+
+def joined(terms: Sequence[Terms]) -> Terms:
+    """The terms of the pieces of a batch as those of the whole."""
+    first = terms[0]
+    return Terms(
+        torch.cat([piece.loss for piece in terms]),
+        {name: torch.cat([piece.parts[name] for piece in terms]) for name in first.parts},
+        {name: torch.cat([piece.notes[name] for piece in terms]) for name in first.notes},
+    )
+
+
+def values(terms: Terms) -> dict[str, PerSample]:
+    """The loss, its parts and notes, by name."""
+    return {"loss": terms.loss, **terms.parts, **terms.notes}
+
+
+def measure(state: State, t: Time, terms: Terms, *, images: int, grad_norm: float, lr: float) -> Record:
+    """The record of the step about to be made on a batch of `images` rows."""
+    sums, counts = by_time(t, values(terms))
+    means = {name: sum(row) / sum(counts) for name, row in sums.items()}
+    return Record(
+        step=state.step + 1,
+        images=state.images + images,
+        loss=means["loss"],
+        parts={name: means[name] for name in terms.parts},
+        notes={name: means[name] for name in terms.notes},
+        bins={name: [s / n if n else math.nan for s, n in zip(row, counts, strict=True)] for name, row in sums.items()},
+        counts=[round(n * dist.world()) for n in counts],
+        grad_norm=grad_norm,
+        lr=lr,
+    )
+
+
+def by_time(t: Time, values: Mapping[str, PerSample]) -> tuple[dict[str, list[float]], list[float]]:
+    """Sums of each value and the number of rows, by bin of t; both are means over ranks."""
+    bins = (t * BINS).long().clamp(0, BINS - 1)
+    table = t.new_zeros(len(values) + 1, BINS)
+    for row, value in zip(table, [*values.values(), torch.ones_like(t)], strict=True):
+        row.index_add_(0, bins, value.to(t))
+    *sums, counts = dist.mean(table).tolist()
+    return dict(zip(values, sums, strict=True)), counts
+
+
+def advance(state: State, record: Record) -> None:
+    """Apply the gradients that the parameters hold, and count the step."""
+    for group in state.optimizer.param_groups:
+        group["lr"] = record.lr
+    state.optimizer.step()
+    state.step, state.images = record.step, record.images
+    for average in state.averages.values():
+        average.update(state.net, state.step)
+
+
+def diagnose(record: Record, t: Time, values: Mapping[str, PerSample]) -> str:
+    """What is not finite, where, and what to try."""
+    broken = {name: ~value.isfinite() for name, value in values.items() if not value.isfinite().all()}
+    what = ", ".join(broken) or ("the mean loss" if math.isfinite(record.grad_norm) else "the gradient norm")
+    rows = torch.stack(list(broken.values())).any(0) if broken else torch.ones_like(t, dtype=torch.bool)
+    low, high = t[rows].min().item(), t[rows].max().item()
+    return (
+        f"step {record.step} diverged: {what} is not finite, in {int(rows.sum())} of {len(t)} rows, t in "
+        f"[{low:.3f}, {high:.3f}] (loss {record.loss:g}, gradient norm {record.grad_norm:g}). The weights are "
+        "those before this step. Try a lower learning rate, gradient clipping, another slope, or precision fp32."
+    )

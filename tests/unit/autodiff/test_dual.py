@@ -1,0 +1,320 @@
+"""Dual numbers: that a tangent comes once, of the right shape and unrecorded, now or later, and is let go again."""
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable
+from copy import deepcopy
+from itertools import permutations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import dumo.flow.rule  # noqa: F401, the operations of a Dual
+from dumo.autodiff.dual import Dual, Later, NoRule, carry, holds, pair, play, primal, primal_only, tangent
+from dumo.types import Array, UserError
+
+calls: list[str] = []
+
+
+def double(dx: Tensor, name: str = "", *saved: object) -> Tensor:
+    """A push that notes its name."""
+    calls.append(name)
+    return 2 * dx
+
+
+def total(da: Tensor, db: Tensor, name: str) -> Tensor:
+    calls.append(name)
+    return da + db
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    calls.clear()
+
+
+def later(x: Tensor) -> Array:
+    """A Dual whose tangent is set by hand."""
+    return pair(x, Later(x.shape, x.dtype))
+
+
+def ends(*heads: Array) -> list[Later]:
+    return [head.t for head in heads]
+
+
+def diamond() -> tuple[Array, list[Later]]:
+    """a feeds b and c, which feed d; b feeds e too."""
+    x, p = later(torch.ones(3)), torch.ones(3)
+    a = carry(p, double, (x,), "a")
+    b, c = carry(p, double, (a,), "b"), carry(p, double, (a,), "c")
+    return x, ends(carry(p, total, (b, c), "d"), carry(p, double, (b,), "e"), a)
+
+
+# Carry.
+
+
+def test_what_does_not_move_is_left_alone() -> None:
+    p = torch.ones(2)
+    assert carry(p, double, (p, 3, None), "no") is p
+    assert calls == []
+
+
+def test_a_known_tangent_rides_at_once() -> None:
+    y = carry(torch.ones(3), double, (pair(torch.ones(3), torch.arange(3.0)),), "now")
+    assert torch.equal(y.t, torch.tensor([0.0, 2.0, 4.0]))
+    assert calls == ["now"]
+
+
+def test_one_late_operand_makes_the_outcome_late() -> None:
+    x, y = pair(torch.ones(3), torch.full((3,), 5.0)), later(torch.ones(3))
+    z = carry(torch.ones(3), total, (x, y), "sum")
+    assert calls == []
+    y.t.value = torch.arange(3.0)
+    play([z.t])
+    assert torch.equal(z.t.value, torch.tensor([5.0, 6.0, 7.0]))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_tangent_has_shape_and_dtype_of_its_primal(late: bool) -> None:
+    """Where only a column moves, where the primal was promoted, and where a sharded module cast it on its way in."""
+    w = torch.randn(4, 3, dtype=torch.float64)
+    for p in (torch.randn(4, 1), torch.randn(4, 1).bfloat16()):
+        d = torch.randn(4, 1)
+        x = later(p) if late else pair(p, d)
+        y = x + w
+        if late:
+            x.t.value = d
+            play([y.t])
+        t = y.t.value if late else y.t
+        assert (t.shape, t.dtype) == (y.p.shape, y.p.dtype) == ((4, 3), torch.float64)
+        assert torch.equal(t, d.to(p.dtype).double().expand(4, 3))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_primal_that_was_cast_takes_its_tangent_along(late: bool) -> None:
+    """A sharded module replaces the tensors of a dataclass, each for itself, by those of its precision."""
+    x = later(torch.randn(2, 4)) if late else pair(torch.randn(2, 4), torch.randn(2, 4))
+    x.p = x.p.bfloat16()
+    y = F.linear(x, torch.randn(3, 4).bfloat16())
+    if late:
+        x.t.value = torch.randn(2, 4)
+        play([y.t])
+    assert (y.t.value if late else y.t).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_tangents_are_never_recorded(late: bool) -> None:
+    """Though everything in sight asks for gradients, and gradients are on."""
+    w, d = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
+    p = torch.randn(2, 4, requires_grad=True)
+    x = later(p) if late else pair(p, d)
+    with torch.enable_grad():
+        y = F.gelu(F.linear(x, w)) * x.sum(-1, keepdim=True)
+        if late:
+            x.t.value = d
+            play([y.t])
+    assert y.p.requires_grad
+    assert not (y.t.value if late else y.t).requires_grad
+    y.p.sum().backward()
+    assert d.grad is None
+    assert p.grad is not None
+
+
+def test_what_is_kept_for_later_holds_no_graph() -> None:
+    p, w = torch.randn(2, 4, requires_grad=True), torch.randn(4, requires_grad=True)
+    y = later(p) * w
+    assert not any(x.requires_grad for x in y.t.saved if isinstance(x, Tensor))
+    assert any(isinstance(x, Tensor) and x.data_ptr() == w.data_ptr() for x in y.t.saved)
+
+
+# Play.
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_play_computes_each_once_in_any_order(order: tuple[int, ...]) -> None:
+    x, last = diamond()
+    x.t.value = torch.tensor([1.0, 2.0, 3.0])
+    play([last[i] for i in order])
+    assert sorted(calls) == ["a", "b", "c", "d", "e"]
+    for end, factor in zip(last, (8, 8, 2), strict=True):
+        assert torch.equal(end.value, factor * x.t.value)
+
+
+def test_play_computes_what_is_asked_for_alone() -> None:
+    x, last = diamond()
+    x.t.value = torch.ones(3)
+    play(last[2:])
+    assert calls == ["a"]
+    play(last[1:2])
+    assert calls == ["a", "b", "e"]
+    play(last)
+    assert sorted(calls) == ["a", "b", "c", "d", "e"]
+
+
+def test_play_lets_go_of_what_it_has_used() -> None:
+    """Of saved tensors, and of tangents in between."""
+    x, w = later(torch.ones(3)), torch.full((3,), 2.0)
+    y = x * w
+    z = y.sin()
+    middle = weakref.ref(y.t)
+    kept = [weakref.ref(s) for s in y.t.saved if isinstance(s, Tensor)]
+    assert len(kept) == 1
+    del y
+    gc.collect()
+    assert kept[0]() is not None
+    x.t.value = torch.ones(3)
+    play([z.t])
+    assert kept[0]() is None
+    assert middle() is None
+    assert torch.allclose(z.t.value, 2 * torch.full((3,), 2.0).cos())
+
+
+def test_play_goes_deeper_than_the_stack_of_python() -> None:
+    x = later(torch.zeros(2, dtype=torch.float64))
+    y = x
+    for _ in range(2500):
+        y = y * 1.001 + 1  # two operations
+    x.t.value = torch.ones(2, dtype=torch.float64)
+    assert holds([y.t])
+    play([y.t])
+    assert torch.allclose(y.t.value, torch.full((2,), 1.001**2500, dtype=torch.float64), rtol=1e-11)
+
+
+def test_a_tape_that_is_never_played_dies_quietly() -> None:
+    x = later(torch.zeros(2))
+    y = x
+    for _ in range(10_000):
+        y = carry(y.p, double, (y,), "never")
+    alive = weakref.ref(y.t)
+    del y
+    gc.collect()
+    assert alive() is None
+    assert calls == []
+
+
+def test_an_input_without_a_direction_is_an_error() -> None:
+    y = later(torch.ones(2)) * 2
+    with pytest.raises(AssertionError, match="no tangent"):
+        play([y.t])
+
+
+# Holds.
+
+
+def test_holds_sees_weights_that_were_given_back() -> None:
+    """As a sharded module does after its pass: the storage is emptied, the tensor lives."""
+    w, x = torch.randn(3, 4), later(torch.randn(2, 4))
+    y = F.gelu(F.linear(x, w))
+    z = y * torch.zeros(0, 2, 3).sum()  # empty tensors have no storage, and miss none
+    assert holds([y.t, z.t])
+    size = w.untyped_storage().size()
+    w.untyped_storage().resize_(0)
+    assert not holds([y.t])
+    assert not holds([z.t, x.t])
+    assert holds([x.t])
+    w.untyped_storage().resize_(size)
+    assert holds([y.t])
+
+
+def test_holds_asks_nothing_of_what_has_been_played() -> None:
+    w, x = torch.randn(3, 4), later(torch.randn(2, 4))
+    y = F.linear(x, w)
+    x.t.value = torch.ones(2, 4)
+    play([y.t])
+    w.untyped_storage().resize_(0)
+    assert holds([y.t])
+
+
+# Primal only.
+
+
+def test_inside_primal_only_nothing_moves() -> None:
+    x = pair(torch.ones(2), torch.ones(2))
+    with primal_only():
+        y = x * 2
+        with primal_only():
+            assert type(x + 1) is Tensor
+        assert type(F.layer_norm(x, (2,))) is Tensor
+        assert type(F.layer_norm(y, (2,))) is Tensor
+    assert type(y) is Tensor
+    assert isinstance(x * 2, Dual)
+
+
+def test_primal_only_ends_with_an_error() -> None:
+    x = pair(torch.ones(2), torch.ones(2))
+    with pytest.raises(ZeroDivisionError), primal_only():
+        _ = 1 / 0
+    assert isinstance(x * 2, Dual)
+
+
+def test_primal_only_is_of_one_thread() -> None:
+    """A backward pass recomputes in a thread of its own, while another rank of threads may be in its forward pass."""
+    x, inside, found = pair(torch.ones(2), torch.ones(2)), threading.Event(), list[Array]()
+    done = threading.Event()
+
+    def recompute() -> None:
+        with primal_only():
+            inside.set()
+            done.wait(10)
+            found.append(x * 2)
+
+    thread = threading.Thread(target=recompute)
+    thread.start()
+    inside.wait(10)
+    here = x * 2
+    done.set()
+    thread.join()
+    assert isinstance(here, Dual)
+    assert type(found[0]) is Tensor
+
+
+# The type.
+
+
+def test_a_dual_reads_as_its_primal() -> None:
+    p = torch.randn(2, 3, requires_grad=True)
+    x = pair(p, torch.zeros(2, 3))
+    assert (x.shape, x.dtype, x.device, x.ndim, x.requires_grad, x.is_cuda) == (
+        p.shape, p.dtype, p.device, 2, True, False,
+    )  # fmt: skip
+    assert (x.size(), x.size(0), x.size(dim=1), x.dim(), x.numel(), len(x)) == (p.size(), 2, 3, 2, 6, 2)
+    assert x.is_floating_point()
+    assert primal(x) is p
+    assert primal(3) == 3
+    assert tangent(p) is None
+    assert tangent(x) is x.t
+
+
+def test_a_dual_is_copied_and_hashed_as_an_object() -> None:
+    x = pair(torch.ones(2), torch.zeros(2))
+    twin = deepcopy(x)
+    assert torch.equal(twin.p, x.p)
+    assert twin.p is not x.p
+    assert len({x, twin, x}) == 2
+
+
+def test_what_is_missing_is_named() -> None:
+    x = pair(torch.ones(2), torch.ones(2))
+    with pytest.raises(NoRule, match=r"'Tensor\.acos'.*dumo\.flow\.rule.*jvp"):
+        x.acos()
+    with pytest.raises(UserError, match="'acos'"):
+        torch.acos(x)
+    with pytest.raises(AttributeError):
+        _ = x.nothing_of_the_kind
+    with pytest.raises(AttributeError):
+        x.__nothing__()
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("f", [lambda x: x[0], lambda x: sum(x), lambda x: torch.stack(list(x)), lambda x: [*x][-1]])
+def test_a_dual_is_walked_row_by_row(f: Callable[[Array], Array], late: bool) -> None:
+    p, d = torch.randn(3, 2), torch.randn(3, 2)
+    x = later(p) if late else pair(p, d)
+    y = f(x)
+    if late:
+        x.t.value = d
+        play([y.t])
+    assert torch.equal(y.p, f(p))
+    assert torch.equal(y.t.value if late else y.t, f(d))

@@ -1,0 +1,340 @@
+"""What the benches say of a step: all slopes side by side, right errors, refusals as rows. Never how long it takes."""
+
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from contract.case import members
+from dumo.autodiff import attention
+from dumo.bench import clock, net, sampling, table, training
+from dumo.bench.training import Row
+from dumo.bench.variant import Chunked, Overheard, Plain, slope_error
+from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.flow.draw import draw
+from dumo.flow.slope import Along, JvpSlope, Slope
+from dumo.progress import no_bar
+from dumo.sampling.solver import Euler, Heun, Hop, Restart
+from dumo.types import Cond, Frozen, Heads, Net, Sample, Time, UserError, frozen
+from e2e.shell import call, refused, sets
+
+CPU = torch.device("cpu")
+TINY = ("net.width=16", "net.depth=1", "train.batch=8")
+KINDS = [slope.model_fields["kind"].default for slope in members(Slope)]
+GUIDED = "objective.guide.zeta=0.5"
+
+
+def tiny(name: str = "digits", *more: str) -> Run:
+    """A recipe made small."""
+    return load(name, [*TINY, *more])
+
+
+def measured(run: Run, **more: object) -> dict[tuple[str, str], dict[str, object]]:
+    """The rows of a bench of one round, by slope and precision."""
+    report = training.measure(run, rounds=1, device="cpu", **more)  # pyright: ignore[reportArgumentType]
+    return {(row["slope"], row["precision"]): row for row in report["rows"]}
+
+
+def test_every_slope_has_a_row_in_every_precision_beside_the_yardstick() -> None:
+    rows = measured(tiny("digits", GUIDED), precisions=("fp32", "bf16"))
+    assert list(rows) == [(slope, precision) for precision in ("fp32", "bf16") for slope in ("none", *KINDS)]
+    for (slope, precision), row in rows.items():
+        assert row["images_per_second"] == pytest.approx(8 / (row["milliseconds"] / 1000))
+        assert row["bytes"] > 0
+        assert row["bytes_before"] > 0
+        assert row["units_low"] <= row["units_timed"] <= row["units_high"]
+        assert row["share_of_peak"] is None
+        if slope == "none":
+            assert row["units_timed"] == 3
+            assert row["error"] is None
+            assert 2.9 < row["units_counted"] < 3
+        else:
+            assert row["error"] < (2e-2 if precision == "bf16" else 1e-3) or slope == "central"
+    for precision in ("fp32", "bf16"):
+        assert rows["central", precision]["bytes_over_central"] == 1
+        assert rows["jvp", precision]["error"] == pytest.approx(rows["dual", precision]["error"], rel=0.5, abs=1e-6)
+
+
+def test_what_training_refuses_is_measured_and_says_why() -> None:
+    rows = measured(tiny("digits", GUIDED), precisions=("fp32", "bf16"), slopes=("central",))
+    assert rows["central", "fp32"]["refused"] is None
+    assert rows["central", "fp32"]["error"] < 1e-3
+    assert "needs precision fp32" in str(rows["central", "bf16"]["refused"])
+    assert rows["central", "bf16"]["error"] > 0.1
+    assert rows["central", "bf16"]["units_counted"] > 5.5
+    wide = measured(tiny("digits", "net.time_scale=1000"), slopes=("central",))["central", "fp32"]
+    assert "time_scale" in str(wide["refused"])
+    assert wide["error"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("more", "way"),
+    [((GUIDED,), "tape"), ((), "ride"), (("train.ref=0.999",), "pass"), ((GUIDED, "net.checkpoint=true"), "pass")],
+)
+def test_the_way_of_a_dual_is_shown(more: tuple[str, ...], way: str) -> None:
+    assert measured(tiny("digits", *more), slopes=("dual",))["dual", "fp32"]["way"] == way
+
+
+def test_what_cannot_be_run_is_a_row_without_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Lame(JvpSlope):
+        def __call__(self, *args: object, **rest: object) -> tuple[Heads, Along]:
+            raise UserError("no rule for this\nin two lines")
+
+    monkeypatch.setitem(training.SLOPES, "jvp", Lame)
+    rows = measured(tiny(), slopes=("jvp", "dual"))
+    assert rows["jvp", "fp32"]["refused"] == "no rule for this"
+    assert rows["jvp", "fp32"]["units_timed"] is None
+    assert rows["jvp", "fp32"]["bytes"] is None
+    assert rows["dual", "fp32"]["units_timed"] > 0
+
+
+def test_any_shape_and_net_can_be_measured() -> None:
+    report = training.measure(tiny("digits", "net.patch=4"), shape=(4, 16, 16), slopes=(), rounds=1, device="cpu")
+    assert report["shape"] == (4, 16, 16)
+    assert [row["slope"] for row in report["rows"]] == ["none"]
+    assert json.loads(json.dumps(report))["batch"] == 8
+
+
+@pytest.mark.parametrize("name", ["moons", "moons-meanflow", "digits-meanflow"])
+def test_other_nets_and_objectives_can_be_measured(name: str) -> None:
+    assert measured(tiny(name), slopes=("dual",))["dual", "fp32"]["error"] < 1e-4
+
+
+@pytest.mark.parametrize("name", ["digits-alpha-flow", "digits-fm-plus"])
+def test_a_slope_that_is_not_taken_has_no_error(name: str) -> None:
+    """α-Flow begins at α = 1, FM+ is UCGM at ratio 0: neither has a derivative in its loss."""
+    row = measured(tiny(name), slopes=("dual",))["dual", "fp32"]
+    assert row["error"] is row["way"] is row["refused"] is None
+    assert row["units_timed"] > 0
+
+
+def test_an_objective_without_a_slope_has_its_plain_step() -> None:
+    assert list(measured(tiny("digits-flow-matching"))) == [("none", "fp32")]
+    with pytest.raises(UserError, match="no slope"):
+        measured(tiny("digits-flow-matching"), slopes=("dual",))
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"slopes": ("duall",)}, "'dual'"),
+        ({"precisions": ("bf61",)}, "'bf16'"),
+        ({"precisions": ("tf32",)}, "GPU"),
+        ({"compile": "block"}, "'blocks'"),
+        ({"shape": (4, 32)}, "square images"),
+        ({"shape": (4, 0, 0)}, "at least 1"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(more: dict[str, object], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        measured(tiny(), **more)
+
+
+def test_blocks_are_compiled_where_there_are_some() -> None:
+    setting = training.prepare(tiny(), (1, 8, 8), CPU, "blocks")
+    assert all(block._compiled_call_impl is not None for block in setting.net.blocks)  # pyright: ignore
+    with pytest.raises(UserError, match="loss"):
+        training.prepare(tiny("moons"), (2,), CPU, "blocks")
+
+
+class Skewed(JvpSlope):
+    """A tenth too long."""
+
+    def __call__(self, net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, **rest: object) -> tuple[Heads, Along]:
+        heads, along = super().__call__(net, ref, x, c, t=t, **rest)  # pyright: ignore[reportArgumentType]
+        return heads, lambda w: tuple(1.1 * slope for slope in along(w))
+
+
+@pytest.mark.parametrize("name", ["digits", "digits-guided", "digits-meanflow", "moons", "moons-meanflow"])
+def test_a_slope_that_is_a_tenth_off_is_seen_to_be(name: str) -> None:
+    run = tiny(name)
+    module = net.build(run, run.data.shape, CPU)
+    x = torch.randn(8, *run.data.shape, generator=torch.Generator().manual_seed(0))
+    c = torch.zeros(8, dtype=torch.long)
+    for slope, error in ((JvpSlope(), 0), (Skewed(), 0.1)):
+        objective = run.objective.model_copy(update={"slope": slope})
+        b = draw(objective, run.path, x, c, c, seed=0, step=0)
+        assert slope_error(module, frozen(module), objective, b) == pytest.approx(error, abs=1e-5)
+    assert all(p.dtype == torch.float32 for p in module.parameters())
+
+
+def test_chunks_are_dual_numbers_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    def has_kernel(*_: object) -> bool:
+        seen.append(attention.TRITON)
+        return False
+
+    monkeypatch.setattr(attention, "TRITON", True)
+    monkeypatch.setattr(attention, "_has_kernel", has_kernel)
+    for zeta in (0.0, 0.5):  # on the pass, and after it
+        run = tiny("digits", f"objective.guide.zeta={zeta}")
+        objective = run.objective.model_copy(update={"slope": Chunked()})
+        setting = training.prepare(run, (1, 8, 8), CPU, "none")
+        b = setting.record(objective, 8)
+        objective.loss(setting.net, setting.ref, b)
+        assert seen
+        assert not any(seen)
+        assert attention.TRITON
+        assert slope_error(setting.net, setting.ref, objective, b) < 1e-5
+        seen.clear()
+
+
+def test_overhearing_changes_nothing() -> None:
+    run = tiny("digits", GUIDED)
+    module = net.build(run, run.data.shape, CPU)
+    x, c = torch.ones(8, 1, 8, 8), torch.zeros(8, dtype=torch.long)
+    b = draw(run.objective, run.path, x, c, c, seed=0, step=0)
+    heard = run.objective.model_copy(update={"slope": Overheard(dict(run.objective)["slope"])})
+    losses = [objective.loss(module, frozen(module), b).loss for objective in (run.objective, heard)]
+    assert torch.equal(*losses)
+
+
+def test_the_yardstick_teaches_every_head_the_velocity() -> None:
+    class Ones(nn.Module):
+        def forward(self, x: Sample, c: Cond, /, *, t: Time) -> Heads:
+            return x * 0 + 1, x * 0 + 3
+
+    x, c = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
+    plain = Plain(tiny("moons").objective)
+    b = draw(plain, tiny("moons").path, x, c, c, seed=0, step=0)  # pyright: ignore[reportArgumentType]
+    loss = plain.loss(Ones(), frozen(Ones()), b).loss
+    assert torch.allclose(loss, (1 - b.v_t).square().mean(1) + (3 - b.v_t).square().mean(1))
+
+
+def test_a_slow_round_slows_all_and_changes_no_ratio() -> None:
+    slow = torch.tensor([1.0, 7.0, 1.0, 2.0, 1.0])
+    seconds = torch.stack([3 * slow, 5 * slow, 4 * torch.ones(5)])
+    tried = [
+        (Row(name, "fp32", "none", bytes=size, units_counted=2.9), print)
+        for name, size in (("none", 10), ("central", 20), ("dual", 25))
+    ]
+    plain, central, dual = training.compared(tried, seconds, batch=6, rate=0.5)
+    assert (plain.units_low, plain.units_timed, plain.units_high) == (3, 3, 3)
+    assert (central.units_low, central.units_timed, central.units_high) == pytest.approx((5, 5, 5))
+    assert (dual.units_low, dual.units_timed, dual.units_high) == (2, 4, 4)
+    assert (dual.milliseconds, dual.images_per_second) == (4000, 1.5)
+    assert (plain.bytes_over_central, central.bytes_over_central, dual.bytes_over_central) == (0.5, 1, 1.25)
+    assert dual.share_of_peak == 2.9 * 0.5 / 4
+
+
+def test_a_yardstick_that_computes_its_blocks_twice_is_four_passes() -> None:
+    tried = [(Row(name, "fp32", "none", units_counted=units), print) for name, units in (("none", 3.9), ("dual", 5.0))]
+    rows = training.compared(tried, torch.tensor([[8.0], [10.0]]), 1, None)
+    assert [row.units_timed for row in rows] == [4, 5]
+    assert measured(tiny("digits", "net.checkpoint=true"), slopes=())["none", "fp32"]["units_timed"] == 4
+
+
+def test_each_precision_has_its_own_yardstick() -> None:
+    tried = [(Row(name, precision, "none"), print) for precision in ("fp32", "bf16") for name in ("none", "dual")]
+    seconds = torch.tensor([[3.0], [5.0], [1.5], [5.0]])
+    assert [row.units_timed for row in training.compared(tried, seconds, 1, None)] == [3, 5, 3, 10]
+
+
+def test_works_take_turns_and_the_first_rounds_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, order = [0.0], list[str]()
+    monkeypatch.setattr(clock, "clock", lambda device: lambda: now[0])
+
+    def work(name: str, takes: Callable[[int], float]) -> Callable[[], None]:
+        def run() -> None:
+            now[0] += takes(order.count(name))
+            order.append(name)
+
+        return run
+
+    works = [work("a", lambda i: 100 if i < clock.WARM else i), work("b", lambda i: 2 * i)]
+    seconds = clock.interleave("test", works, 3, CPU, no_bar)
+    assert order == ["a", "b"] * (clock.WARM + 3)
+    assert seconds.tolist() == [[2, 3, 4], [4, 6, 8]]
+    assert clock.spread(seconds[0]) == (2.5, 3, 3.5)
+
+
+def test_matrix_products_are_as_before_when_all_is_done() -> None:
+    before = torch.get_float32_matmul_precision()
+    with clock.products("tf32"):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_zeros_are_filled_and_nothing_else() -> None:
+    rng = torch.random.get_rng_state()
+    module, again = (net.build(tiny(), (1, 8, 8), CPU) for _ in range(2))
+    assert torch.equal(torch.random.get_rng_state(), rng)
+    assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
+    assert all(p.all() for p in module.parameters())
+    layer = nn.Linear(3, 2)
+    nn.init.zeros_(layer.bias)
+    weight = layer.weight.detach().clone()
+    assert torch.equal(net.fill(layer).weight, weight)
+    assert layer.bias.all()
+
+
+def test_sampling_is_measured_by_passes() -> None:
+    report = sampling.measure(tiny(), nfes=(1, 5), precisions=("fp32", "bf16"), batch=3, rounds=2, device="cpu")
+    rows = report["rows"]
+    assert [(row["nfe"], row["solver"], row["precision"]) for row in rows] == [
+        (nfe, solver, precision) for precision in ("fp32", "bf16") for nfe, solver in ((1, "restart"), (5, "euler"))
+    ]
+    assert all(0 < row["low"] <= row["images_per_second"] <= row["high"] for row in rows)
+    json.dumps(report)
+
+
+def test_samples_are_made_by_what_makes_sense() -> None:
+    def solvers(name: str, **update: object) -> list[object]:
+        run = tiny(name)
+        run = run.model_copy(update={"sample": run.sample.model_copy(update=update)})
+        return [sampling.solver(run, nfe) for nfe in (1, 2, 50)]
+
+    assert solvers("digits") == [Restart(), Restart(), Euler()]
+    assert solvers("digits-meanflow") == [Hop(), Hop(), Hop()]
+    assert solvers("digits", solver=Heun()) == [Euler(), Heun(), Heun()]
+    with pytest.raises(UserError, match="at least 1"):
+        sampling.solver(tiny(), 0)
+
+
+def test_the_commands_print_tables_and_json() -> None:
+    words = ("bench", "step", "digits", *sets(*TINY, GUIDED), "--rounds", 1, "--device", "cpu", "--precision", "bf16")
+    made = call(*words, "--slope", "central,none")
+    assert made.code == 0
+    assert "F by time" in made.out
+    assert "central in bf16: slope 'central' needs" in made.out
+    report = call(*words, "--slope", "none", "--batch", 4, "--shape", "1,4,4", "--json").json
+    assert report["batch"] == 4
+    assert report["shape"] == [1, 4, 4]
+    assert [row["slope"] for row in report["rows"]] == ["none"]
+    words = ("bench", "sample", "moons", *sets("net.width=16"), "--nfe", 1, "--batch", 8, "--rounds", 1)
+    assert call(*words, "--json").json["rows"][0]["nfe"] == 1
+    assert "images_per_second" in call(*words).out
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("step", "digits", "--slope", "cental"), ("'cental'", "'central'")),
+        (("step", "digits", "--precision", "tf32", "--device", "cpu"), ("tf32", "GPU")),
+        (("step", "digits", "--compile", "all"), ("'all'", "blocks")),
+        (("step", "digits", "--shape", "4,x"), ("--shape", "4,x")),
+        (("step", "digits", "--batch", "0"), ("--batch",)),
+        (("step", "digitz"), ("digitz", "'digits'")),
+        (("sample", "digits", "--nfe", "0"), ("nfe = 0",)),
+        (("sample", "digits", "--set", "net.kind=mpl"), ("net.kind", "'mpl'")),
+    ],
+)
+def test_wrong_words_are_refused_in_a_line(
+    words: tuple[str, ...], named: tuple[str, ...], tmp_path: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # pyright: ignore[reportArgumentType]
+    refused("bench", *words, named=named)
+
+
+def test_a_table_leaves_empty_what_is_not_known() -> None:
+    row = {key: None for key in Row.__dataclass_fields__} | {"slope": "jvp", "precision": "fp32", "compile": "none"}
+    shown = table.cells({**row, "refused": "no", "bytes": 2_500_000, "error": 0.012})
+    assert shown["way"] == "refused"
+    assert shown["quartiles"] == ""
+    assert shown["F by time"] == ""
+    assert shown["MB"] == "2.5"
+    assert shown["du/dt off"] == "1.2e-02"

@@ -1,0 +1,77 @@
+"""Laws of the pictures: which number is which colour, and where each image lies."""
+
+import numpy as np
+import pytest
+import torch
+
+from dumo.io.picture import scatter, sheet, to_rows
+from dumo.random import stream
+from dumo.types import UserError
+
+
+def test_every_colour_comes_back() -> None:
+    """k / 127.5 - 1 is the middle of colour k's interval: all 256 are told apart, grey is equal in all channels."""
+    x = (torch.arange(256) / 127.5 - 1).view(1, 1, 16, 16)
+    pixels = to_rows(x)
+    assert (pixels.dtype, pixels.shape) == (torch.uint8, (1, 16, 16, 3))
+    for channel in range(3):
+        assert pixels[..., channel].flatten().tolist() == list(range(256))
+
+
+def test_rounds_to_the_nearest_colour_and_clamps() -> None:
+    x = torch.tensor([-9.0, -1.001, -1 + 0.49 / 127.5, -1 + 0.51 / 127.5, 1 - 0.51 / 127.5, 1 - 0.49 / 127.5, 1.3, 9.0])
+    assert to_rows(x.view(1, 1, 2, 4))[..., 0].flatten().tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
+
+
+def test_colours_keep_their_channel_and_place() -> None:
+    x = 2 * torch.rand(2, 3, 4, 5, generator=stream("colours")) - 1
+    pixels = to_rows(x)
+    for i, k, h, w in ((0, 0, 0, 0), (1, 2, 3, 4), (0, 1, 2, 3)):
+        assert abs(pixels[i, h, w, k].item() - (x[i, k, h, w].item() + 1) * 127.5) <= 0.5
+
+
+def test_what_is_no_image_is_refused() -> None:
+    with pytest.raises(UserError, match=r"\(4, 8, 8\) are no images"):
+        to_rows(torch.zeros(2, 4, 8, 8))
+    with pytest.raises(UserError, match=r"\(2,\) are no images"):
+        to_rows(torch.zeros(5, 2))
+    with pytest.raises(ValueError, match="not finite"):
+        to_rows(torch.full((1, 1, 2, 2), torch.nan))
+
+
+def test_sheet_shows_every_pixel_of_every_image_in_its_place() -> None:
+    pixels = to_rows(2 * torch.rand(5, 3, 4, 6, generator=stream("sheet")) - 1)
+    page = np.asarray(sheet(pixels, columns=3, scale=2, gap=1))
+    assert page.shape == (2 * 8 + 1, 3 * 12 + 2, 3)
+    seen = np.zeros(page.shape[:2], bool)
+    for i in range(5):
+        top, left = i // 3 * 9, i % 3 * 13
+        for h in range(8):
+            for w in range(12):
+                assert (page[top + h, left + w] == pixels[i, h // 2, w // 2].numpy()).all()
+                seen[top + h, left + w] = True
+    assert (page[~seen] == 255).all()  # gaps, and the missing sixth
+
+
+@pytest.mark.parametrize(("size", "scale"), [(8, 8), (28, 3), (64, 1), (256, 1)])
+def test_small_images_are_enlarged(size: int, scale: int) -> None:
+    page = sheet(torch.zeros(1, size, size, 3, dtype=torch.uint8), columns=1)
+    assert page.size == (size * scale, size * scale)
+
+
+def test_scatter_has_grey_truth_below_red_samples_in_panels() -> None:
+    """Samples of the first panel lie on the left, those of the second far outside; the frame is the truth's."""
+    truth = torch.rand(500, 2, generator=stream("truth"))
+    left = torch.stack([0.3 * truth[:, 0], truth[:, 1]], 1)
+    page = np.asarray(scatter(truth, {"left": left, "gone": left + 100})).astype(int)
+    height, width, _ = page.shape
+    assert width == pytest.approx(2 * 450, abs=1)
+    assert height > 450
+    red = (page[..., 0] > 200) & (page[..., 1:].max(-1) < 80)
+    grey = (np.ptp(page, axis=-1) == 0) & (page[..., 0] > 150) & (page[..., 0] < 230)
+    first, second = slice(0, width // 2), slice(width // 2, width)
+    assert red[:, first].sum() > 500
+    assert red[:, second].sum() == 0
+    assert grey[:, first].sum() > 500
+    assert grey[:, second].sum() > grey[:, first].sum()
+    assert np.nonzero(red)[1].max() < 0.5 * width / 2

@@ -1,0 +1,43 @@
+"""`python tests/unit/protocols/meet.py RANK FILE WHOLE` is one of two processes that count images together.
+
+They meet in FILE; the first writes what came out to WHOLE. See test_tally.py.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from dumo.metrics.statistics import gather, save_statistics, statistics_of
+from dumo.protocols import reference
+from dumo.protocols.evaluator import collect
+from dumo.protocols.standard import STANDARDS
+from meeting import meeting
+from unit.extractor import Album, extractor, images
+
+TOTAL, BATCH = 61, 7  # pieces of the data are as large as the batches
+
+
+def main(rank: int, file: str, whole: Path) -> None:
+    """This rank's batches, and all together; then the same of data whose number is not known before."""
+    torch.set_num_threads(1)
+    with meeting(file, rank):
+        x, numbers = images(TOTAL), torch.arange(TOTAL)
+        mine = numbers[numbers // BATCH % 2 == rank].flip(0)  # a rank's own order
+        tally = gather(statistics_of(extractor, ((rows, x[rows]) for rows in mine.split(BATCH)), TOTAL), TOTAL)
+        reference.PIECE = BATCH
+        album = Album(x)
+        data, facts = (
+            reference.album_statistics(extractor, album),
+            reference.album_facts(album, "folder", STANDARDS["folder"]),
+        )
+        waited = collect(((rows, x[rows]) for rows in mine.split(BATCH)), TOTAL)
+        assert torch.equal(waited, x)
+        if rank == 0:
+            save_statistics(whole, tally, {"of": "samples"})
+            save_statistics(whole.with_suffix(".data"), data, facts)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

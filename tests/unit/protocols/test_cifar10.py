@@ -1,0 +1,181 @@
+"""The protocol of CIFAR-10 sees what is wrong with samples, and says how large nothing is."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.nn import functional as F
+
+from dumo.features import cifar10
+from dumo.protocols import cifar10 as protocol
+from dumo.protocols.cifar10 import CifarProtocol, known, learned, seen
+from dumo.protocols.evaluator import Reference
+from dumo.random import stream
+from dumo.types import UserError
+
+QUICK = CifarProtocol(samples=1000)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """A tenth of the kernel's subsets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "SUBSETS", 5)
+        yield
+
+
+def real(split: str, count: int) -> Reference:
+    x, c = cifar10.images(Path(os.environ["DUMO_DATA"]) / "cifar10", split, count)
+    return Reference(cifar10.unit(x), c)
+
+
+@pytest.fixture(scope="module")
+def data() -> Reference:
+    """The reference."""
+    return real("train", 3000)
+
+
+@pytest.fixture(scope="module")
+def test() -> Reference:
+    """As good as samples can be."""
+    return real("test", 1000)
+
+
+@pytest.fixture(scope="module")
+def good(data: Reference, test: Reference) -> dict[str, float]:
+    return QUICK.score(test.x, test.c, data)
+
+
+@pytest.fixture(scope="module")
+def blobs() -> Reference:
+    """A thousand smooth images of no meaning, which need no file."""
+    x = F.interpolate(torch.randn(1000, 3, 4, 4, generator=stream("blobs")), 32, mode="bilinear")
+    return Reference(cifar10.unit(((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)), torch.arange(1000) % 10)
+
+
+@pytest.mark.data
+def test_unseen_real_images_score_near_the_baseline(data: Reference, good: dict[str, float]) -> None:
+    assert list(good) == ["fd", "kid", "kid_sd", "precision", "recall", "accuracy"]
+    baselines = QUICK.baselines(data)
+    halves, floor = baselines["halves"], baselines["bootstrap"]
+    assert halves["splits"] == floor["splits"] == 20
+    assert 0 < halves["sd"] < halves["mean"]
+    assert 0 < floor["sd"] < floor["mean"]
+    assert floor["mean"] < good["fd"] < 2 * floor["mean"]
+    assert abs(good["kid"]) < 3 * good["kid_sd"]
+    assert min(good["precision"], good["recall"]) > 0.6
+    assert good["accuracy"] >= 0.78
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("fault", ["blur", "noise", "one class"])
+def test_faults_are_seen(fault: str, data: Reference, test: Reference, good: dict[str, float]) -> None:
+    x = test.x
+    if fault == "blur":
+        x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    elif fault == "noise":
+        x = x + 0.2 * torch.randn(x.shape, generator=stream("noise"))
+    else:
+        rows = (data.c == 3).nonzero().flatten()
+        x = data.x[rows[torch.randint(len(rows), (1000,), generator=stream("rows"))]]
+    bad = QUICK.score(x, test.c, data)
+    assert bad["fd"] > 3 * good["fd"]
+    assert bad["kid"] > 3 * max(good["kid_sd"], abs(good["kid"]))
+    share = "recall" if fault == "one class" else "precision"
+    assert bad[share] < good[share] - 0.05
+
+
+@pytest.mark.data
+def test_mirrored_images_are_as_good(data: Reference, test: Reference, good: dict[str, float]) -> None:
+    mirrored = QUICK.score(test.x.flip(3), test.c, data)
+    assert mirrored["fd"] == pytest.approx(good["fd"], rel=0.1)
+    assert mirrored["accuracy"] == pytest.approx(good["accuracy"], abs=0.03)
+
+
+@pytest.mark.data
+def test_accuracy_is_of_the_classes_asked_for(data: Reference, test: Reference) -> None:
+    assert QUICK.score(test.x, (test.c + 1) % 10, data)["accuracy"] < 0.1
+
+
+def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) -> None:
+    class Data:
+        size = 1000
+
+        def reference(self, n: int, seed: int, i: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+            return blobs.x, blobs.c
+
+    judge, upside_down = QUICK.evaluator(Data, classes=10), blobs.x.flip(2)
+    order = torch.randperm(1000, generator=stream("order"))
+    score = judge.score((part, upside_down[part]) for part in order.split(300))
+    assert score == QUICK.score(upside_down, blobs.c, blobs)
+    assert score["fd"] > 0.01
+    assert judge.facts["features_sha256"] == cifar10.sha256()
+    again = QUICK.score(upside_down[order], blobs.c[order], blobs)  # the kernel's subsets are all of the rows here
+    assert again == pytest.approx(score, rel=1e-4, abs=1e-6)
+
+
+def test_without_classes_there_is_no_accuracy(blobs: Reference) -> None:
+    assert QUICK.labels(0).tolist() == [0] * 1000
+    assert "accuracy" not in QUICK.score(blobs.x, QUICK.labels(0), blobs)
+
+
+def test_images_are_judged_as_a_file_holds_them(blobs: Reference) -> None:
+    """A quarter of a level either way, and light beyond black and white, change nothing."""
+    x = blobs.x[:50]
+    off = x + (torch.rand(x.shape, generator=stream("off")) - 0.5) / 255
+    off = torch.where(x == 1, 1.5, torch.where(x == -1, -7.0, off))
+    assert not torch.equal(off, x)
+    assert torch.equal(seen(off), seen(x))
+    assert torch.equal(seen(x), cifar10.features(x))
+    assert not torch.equal(seen(x + 2 / 255), seen(x))
+
+
+def test_a_reference_is_read_once(blobs: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(protocol, "seen", lambda x: read.append(len(x)) or seen(x))
+    known.clear()
+    first, second, third = blobs.x[:20], blobs.x[20:50], blobs.x[50:90]
+    assert torch.equal(learned(first), seen(first))
+    assert torch.equal(learned(first.clone()), seen(first))
+    learned(second)
+    learned(first)
+    assert read == [20, 30]
+    changed = first.clone()
+    changed[0, 0, 0, 0] *= -1
+    assert not torch.equal(learned(changed), seen(first))
+    learned(third)
+    assert len(known) == protocol.KEPT
+
+
+def test_labels_are_balanced() -> None:
+    assert QUICK.labels()[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert CifarProtocol().labels(10).bincount().tolist() == [500] * 10
+
+
+def test_the_name_tells_the_number_of_samples() -> None:
+    assert (CifarProtocol().name, CifarProtocol().samples) == ("cifar10-features", 5000)
+    assert QUICK.name == "cifar10-features (1000 samples)"
+    with pytest.raises(ValidationError, match="greater than or equal to 1000"):
+        CifarProtocol(samples=999)
+
+
+def test_other_data_are_refused(blobs: Reference) -> None:
+    CifarProtocol().check((3, 32, 32))
+    CifarProtocol().check((3, 32, 32), 0)
+    with pytest.raises(UserError, match=r"judges images of shape \(3, 32, 32\) .* not of shape \(1, 8, 8\) in 10"):
+        CifarProtocol().check((1, 8, 8), 10)
+    with pytest.raises(UserError, match="in 1000: choose another protocol"):
+        CifarProtocol().check((3, 32, 32), 1000)
+    with pytest.raises(UserError, match=r"samples have shape \(3, 16, 16\), the data \(3, 32, 32\)"):
+        QUICK.score(blobs.x[..., ::2, ::2], blobs.c, blobs)
+    with pytest.raises(UserError, match=r"not of shape \(32, 4, 4\)"):
+        QUICK.score(blobs.x, blobs.c, Reference(torch.zeros(1000, 32, 4, 4), blobs.c))
+    with pytest.raises(UserError, match="judges 1000 samples, here are 999: give as many"):
+        QUICK.score(blobs.x[1:], blobs.c[1:], blobs)
+    with pytest.raises(UserError, match="not finite"):
+        QUICK.score(blobs.x / 0, blobs.c, blobs)
+    with pytest.raises(UserError, match="do not fit"):
+        QUICK.score(blobs.x, blobs.c, Reference(blobs.x[:900], blobs.c[:900]))

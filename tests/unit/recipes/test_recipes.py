@@ -1,0 +1,141 @@
+"""A recipe is one complete file: nothing in it is left to a default that a later version might change."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dumo import recipes
+from dumo.config.load import dump, load
+from dumo.reproduce import PLANS
+from dumo.reproduce.plan import SCALES
+
+NAMES = recipes.names()
+SHIPPED = sorted(path.stem for path in Path(recipes.__file__).parent.glob("results/*.json"))
+
+
+def keys(tree: object) -> object:
+    """A tree's keys at every level, without its values."""
+    if isinstance(tree, dict):
+        return {name: keys(part) for name, part in tree.items()}
+    return [keys(part) for part in tree] if isinstance(tree, list) else None
+
+
+def test_names() -> None:
+    assert sorted(NAMES) == NAMES
+    assert {f"{data}{rest}" for data in ("digits", "moons") for rest in ("", "-flow-matching", "-meanflow")} <= set(
+        NAMES
+    )
+    assert "digits-guided" in NAMES
+    assert all(name == name.lower() and " " not in name for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_complete(name: str) -> None:
+    assert keys(yaml.safe_load(recipes.text(name))) == keys(yaml.safe_load(dump(load(name))))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_holds_values_of_their_own_types(name: str) -> None:
+    found, resolved = yaml.safe_load(recipes.text(name)), yaml.safe_load(dump(load(name)))
+    assert load(name) == type(load(name)).model_validate(resolved)
+    for key in found:  # 1e-3 is text to YAML 1.1; the value that it resolves to is a number
+        assert found[key] == {**resolved, key: found[key]}[key]
+        assert "'" not in yaml.safe_dump(found[key]), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_about_is_one_short_line(name: str) -> None:
+    about = recipes.about(name)
+    assert 10 <= len(about) <= 80
+    assert "\n" not in about
+    assert about == about.strip()
+    assert load(name).about == about
+
+
+def test_abouts_tell_recipes_apart() -> None:
+    assert len({recipes.about(name) for name in NAMES}) == len(NAMES)
+
+
+@pytest.mark.parametrize("data", ["digits", "moons"])
+def test_siblings_differ_in_what_they_compare_only(data: str) -> None:
+    runs = [load(name) for name in (data, f"{data}-flow-matching", f"{data}-meanflow")]
+    for part in ("data", "net", "path"):
+        assert len({getattr(run, part) for run in runs}) == 1
+    assert len({run.train.model_copy(update={"steps": 1}) for run in runs}) == 1  # steps may pay for dearer ones
+    assert len({run.evaluate.protocol for run in runs}) == 1
+
+
+# The paper's FID in one pass and two (Tab. 1); of B/2 the best in one pass (Fig. 4), of three heads in one (Sec. 4.3)
+FID = {
+    "imagenet256-xl2": ("3.07", "2.82"),
+    "imagenet256-xl2-432": ("2.60", "1.79"),
+    "imagenet256-xl2-meanflow": ("3.43", "2.93"),
+    "imagenet256-xl2-three-heads": ("2.84",),
+    "imagenet256-xl2-three-heads-shortcut": ("4.73",),
+    "imagenet512-xl4": ("3.47", "2.76"),
+    "imagenet512-xl4-meanflow": ("4.21", "3.41"),
+    "imagenet512-xl1-dcae": ("2.89", "2.23"),
+    "imagenet256-b2": ("63.86",),
+    "imagenet256-b2-meanflow": ("76.04",),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if re.match(r"imagenet\d", name)])
+def test_a_full_size_recipe_says_what_the_paper_has_and_where_its_numbers_come_from(name: str) -> None:
+    text = recipes.text(name)
+    head, lines = text[: text.index("about:")], [line.strip() for line in text.splitlines()]
+    for fid in FID[name] if name in FID else (name.removesuffix("-dual"),):
+        assert fid in head
+    for key in ("lr", "betas", "decay", "batch", "steps", "accumulate", "drop", "zeta", "scale", "ramp"):
+        assert any(re.match(rf"(- )?{key}: .+ # .+", line) for line in lines), key
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_loads_where_no_folder_is_named(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for variable in re.findall(r"\$(\w+)", recipes.text(name)):
+        monkeypatch.delenv(variable, raising=False)
+    load(name)
+
+
+def test_an_unknown_recipe_is_a_key_error() -> None:
+    for name in ("nothing", "digits.yaml", "../recipes/digits", ""):
+        with pytest.raises(KeyError):
+            recipes.text(name)
+
+
+def test_results_that_are_not_there() -> None:
+    assert recipes.results("nothing") is None
+
+
+def test_the_zoo_is_shipped_and_what_fails_there_says_why() -> None:
+    results = recipes.results("zoo")
+    assert results is not None
+    assert "not known" not in {row["why"] for row in results["table"]}
+
+
+def test_results_say_where_they_come_from() -> None:
+    for name in SHIPPED:
+        results = recipes.results(name)
+        assert results is not None
+        assert (results["name"], results["title"]) == (name, PLANS[name].title)
+        assert results["scale"] in SCALES
+        assert results["scale"] != "smoke"
+        assert results["origin"]["command"].startswith(f"dumo reproduce {name} --scale {results['scale']}")
+        assert {"date", "machine", "device", "threads", "versions"} <= results["origin"].keys()
+        assert results["table"]
+        assert len({tuple(row) for row in results["table"]}) == 1
+        assert results["cells"]
+        json.dumps(results, allow_nan=False)
+
+
+def test_recipes_need_no_torch() -> None:
+    program = "import sys; from dumo import recipes; [recipes.about(n) for n in recipes.names()]; "
+    program += "recipes.results('zoo'); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

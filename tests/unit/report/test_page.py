@@ -1,0 +1,410 @@
+"""Laws of the report: what is promised is there, nothing outside is needed, and no number is made up."""
+
+import json
+from base64 import b64decode
+from collections.abc import Generator
+from contextlib import contextmanager
+from html.parser import HTMLParser
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dumo.config.load import load
+from dumo.progress import Tick
+from dumo.report import page
+from dumo.run.folder import RunFolder, open_run
+from dumo.run.train import train
+from dumo.training import log
+from dumo.types import UserError
+
+SMALL = ["train.batch=32", "train.save_every=20", "train.steps=20", "train.schedule.kind=constant"]
+DIGITS = [*SMALL, "train.optimizer.lr=0.02", "net.depth=1", "net.width=16", "train.log_every=4", "train.probe_every=8"]
+VELOCITY = [*DIGITS, "objective.kind=flow_matching", "sample.solver.kind=euler", "train.log_every=50"]
+AVERAGE = [
+    *DIGITS,
+    "train.log_every=10",
+    "objective.kind=meanflow",
+    "objective.guide.omega=1",
+    "objective.guide.zeta=0",
+]
+MOONS = [*SMALL, "data.kind=moons", "net.kind=mlp", "net.width=16", "evaluate.protocol.kind=toy", "train.log_every=4"]
+VOID = ("meta", "link", "img", "source", "br", "col")
+
+SECTIONS = ["samples", "trajectories", "neighbours", "loss", "evaluation", "others", "run"]
+EVALUATION: dict[str, Any] = {
+    "step": 20,
+    "weights": "checkpoints/step-00000020/ema-0.999.safetensors",
+    "protocol": "digits",
+    "samples": 2000,
+    "seed": 0,
+    "results": [{"nfe": 1, "solver": "restart", "fd": 2.3456, "kid": 0.14208, "kid_sd": 0.0206, "recall": None}],
+    "contrast": [{"nfe": 1, "solver": "euler", "fd": 98.76, "kid": 0.7, "kid_sd": 0.05, "recall": 0.0083}],
+    "baselines": {"halves": {"mean": 3.579, "sd": 0.1}, "bootstrap": {"mean": 0.0556, "sd": 0.02}},
+}
+ZOO: dict[str, Any] = {
+    "title": "Every objective at equal cost",
+    "origin": {"command": "dumo reproduce zoo", "machine": "two cores", "seeds": [0, 1], "versions": {"torch": "2.13"}},
+    "table": [{"objective": "dumo", "fd at 1": 2.5}, {"objective": "flow_matching", "fd at 1": 94.04}],
+}
+
+
+class Page(HTMLParser):
+    """What stands in a page: its sections, its tags, its pictures, its text. Refuses tags that do not nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.sections, self.tags, self.pictures, self.words = [], set[str](), [], ""
+        self.open: list[str] = []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        of = dict(attrs)
+        self.tags.add(tag)
+        if tag == "section":
+            self.sections.append(of["id"])
+        if tag in ("img", "source"):
+            self.pictures.append(of)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words += " ".join(data.split()) + " "
+
+    def picture(self, alt: str) -> np.ndarray:
+        """The pixels of the one picture whose alt text is this."""
+        (of,) = [of for of in self.pictures if of.get("alt") == alt]
+        return decode(of["src"])
+
+
+def decode(address: str) -> np.ndarray:
+    """The pixels in a data: address."""
+    kind, _, data = address.partition(",")
+    assert kind == "data:image/png;base64"
+    return np.asarray(Image.open(BytesIO(b64decode(data, validate=True))))
+
+
+def make(folder: Path, overrides: list[str], evaluation: object = None, recipe: str = "digits") -> Path:
+    """Train a tiny run and write its report."""
+    train(load(recipe, overrides), folder)
+    if evaluation:
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    page.write(open_run(str(folder)))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick() -> Generator[None, None, None]:
+    """Fewer passes and points than a report has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "PASSES", (1, 2, 4, 7))
+        patch.setattr(page, "POINTS", 100)
+        yield
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("runs") / "digits", DIGITS, EVALUATION)
+
+
+@pytest.fixture(scope="module")
+def velocity(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("runs") / "velocity", VELOCITY)
+
+
+@pytest.fixture(scope="module")
+def average(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("runs") / "average", AVERAGE)
+
+
+@pytest.fixture(scope="module")
+def moons(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("runs") / "moons", MOONS)
+
+
+@pytest.fixture(params=["digits", "velocity", "average", "moons"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    return request.getfixturevalue(request.param)
+
+
+def page_of(folder: Path) -> Page:
+    return Page((folder / "report.html").read_text())
+
+
+def rendered(folder: Path, *overrides: str) -> Page:
+    """The words of a page, without its pictures."""
+    opened = open_run(str(folder), overrides)
+    judged = page.judgement(opened)
+    none = {"sheets": {}, "data": None, "trajectories": {}, "near": None, "charts": [], "times": None}
+    return Page(page.render(opened, size=1797, judged=judged, **none))
+
+
+def test_the_page_needs_nothing_else(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    for outside in ("http://", "https://", "url(", "@import", "<script", "<link", "<iframe", "javascript:"):
+        assert outside not in text
+    page = Page(text)
+    assert len(page.pictures) > 9
+    for of in page.pictures:
+        address = of.get("src") or of["srcset"]
+        assert decode(address).size > 0
+        assert "srcset" in of or len(of["alt"]) > 10  # words for who cannot see it
+
+
+def test_every_section_is_there(folder: Path) -> None:
+    page = page_of(folder)
+    assert page.sections == [name for name in SECTIONS if name != "neighbours" or "moons" not in folder.name]
+    assert {"header", "main", "h1", "h2", "table", "caption", "figure", "figcaption"} - page.tags <= {
+        "table",
+        "caption",
+    }
+    assert f"dumo evaluate {folder}" in page.words
+    assert f"dumo sample {folder}" in page.words
+    assert all(line.strip() in page.words for line in (folder / "run.yaml").read_text().splitlines())
+    assert torch.__version__ in page.words
+
+
+def test_the_pictures_lie_beside_the_page_and_nothing_half_done(folder: Path) -> None:
+    names = {"nfe1", "nfe2", "nfe4", "trajectories"} | (set() if "moons" in folder.name else {"data", "nearest"})
+    assert {path.stem for path in (folder / "samples").iterdir()} == names
+    assert not [path for path in folder.rglob(".*") if path.is_file()]
+
+
+def test_the_paths_are_told_with_the_page_last_and_again_it_is_the_same(digits: Path) -> None:
+    before = {path: path.read_bytes() for path in digits.rglob("*") if path.is_file()}
+    seen: list[tuple[int, int]] = []
+
+    @contextmanager
+    def watch(title: str, total: int) -> Generator[Tick, None, None]:
+        yield lambda done, note: seen.append((done, total))
+
+    paths = page.write(open_run(str(digits)), watch)
+    assert paths[-1] == digits / "report.html"
+    assert sorted(paths[:-1]) == sorted((digits / "samples").iterdir())
+    assert {path: path.read_bytes() for path in digits.rglob("*") if path.is_file()} == before
+    assert seen[-1][0] == seen[-1][1] == 1 + 2 + 4 + 2 * sum(page.PASSES)
+
+
+def test_lead_and_figures_are_facts(digits: Path) -> None:
+    words = page_of(digits).words
+    assert "One pass of the u head makes these images." in words
+    assert "was trained by DuMo on digits (1,797 images in 10 classes) for 20 steps of 32." in words
+    assert "images seen in training 640" in words
+    for found in ("2.35", "98.8", "3.58", "0.0556", "0.142 ± 0.021", "0.00830", "not FID", "random halves of the data"):
+        assert found in words
+
+
+def test_first_row_of_a_sheet_is_where_the_trajectory_begins(digits: Path) -> None:
+    """The same seeds and classes, so the same images, whatever number of them is made at once."""
+    page = page_of(digits)
+    for n in ("1 pass", "2 passes", "4 passes"):
+        sheet = page.picture(f"Generated images after {n} through the net.")
+        strip = page.picture(f"u head, jumps (restart): the same seeds after {n}.")
+        assert strip.shape == (64, 10 * 64 + 9 * page.GAP, 4)
+        assert sheet.shape == (8 * 64 + 7 * page.GAP, *strip.shape[1:])
+        assert (np.abs(sheet[:64].astype(int) - strip) <= 1).all()
+    one, many = (page.picture(f"v head, Euler steps: the same seeds after {n}.") for n in ("1 pass", "7 passes"))
+    assert np.abs(one.astype(int) - many).max() > 20
+
+
+def test_gaps_are_clear_and_images_are_not(digits: Path) -> None:
+    alpha = page_of(digits).picture("Images of the training data, in the same layout.")[..., 3]
+    assert (alpha[:64, :64] == 255).all()
+    assert (alpha[64 : 64 + page.GAP] == 0).all()
+    assert (alpha[:, 64 : 64 + page.GAP] == 0).all()
+
+
+def test_velocity_alone_shows_one_reading_and_says_what_is_missing(velocity: Path) -> None:
+    page = page_of(velocity)
+    assert "passes of the velocity make the images below" in page.words
+    assert "u head" not in page.words
+    assert "v head, Euler steps" in page.words
+    assert len([of for of in page.pictures if "the same seeds after" in of.get("alt", "")]) == len(page.PASSES)
+    assert "Nothing is logged yet" in page.words  # every 50 steps, of 20
+    assert f"This run has not been evaluated. dumo evaluate {velocity} does it" in page.words
+
+
+def test_one_head_at_two_times_is_named_so(average: Path) -> None:
+    page = page_of(average)
+    assert "u head, jumps (restart)" in page.words
+    assert "v = u at r = t, Euler steps" in page.words
+    with Image.open(average / "samples" / "trajectories.png") as picture:
+        assert picture.height == 2 * len(page.PASSES) * (64 + 6) - 6  # no reading in the place of the other
+
+
+def test_passes_that_the_solver_cannot_make_are_left_out(tmp_path: Path) -> None:
+    """Shortcut jumps by powers of two: of 1, 2, 4 and 7 passes it makes three."""
+    page = page_of(make(tmp_path / "run", [*DIGITS, "train.steps=2"], recipe="digits-shortcut"))
+    alts = [of["alt"] for of in page.pictures if "the same seeds after" in of.get("alt", "")]
+    titles = ("u head, jumps (hop)", "v by the u head, Euler steps")
+    assert alts == [f"{t}: the same seeds after {n}." for t in titles for n in ("1 pass", "2 passes", "4 passes")]
+
+
+@pytest.mark.parametrize(("recipe", "head"), [("digits-imf", "u"), ("digits-three-heads", "u"), ("digits-sct", "f")])
+def test_the_words_name_the_head_that_is_read(tmp_path: Path, recipe: str, head: str) -> None:
+    """Not the last of the objective's; and where no velocity is taught, there is none to fail."""
+    train(load(recipe, [*DIGITS, "train.steps=1"]), tmp_path / "run")
+    words = rendered(tmp_path / "run").words
+    assert f"One pass of the {head} head makes these images." in words
+    assert f"Look at one pass: the {head} head jumps to the data" in words
+    assert ("single Euler step" in words) is (recipe != "digits-sct")
+
+
+def test_points_are_scattered(moons: Path) -> None:
+    page = page_of(moons)
+    assert "One pass of the u head makes these points." in page.words
+    assert "dumo reproduce fig3" in page.words
+    rgb = page.picture("v head, Euler steps: samples before the data after 1 pass.")[..., :3].astype(int)
+    assert ((rgb[..., 0] > 200) & (rgb[..., 1:].max(-1) < 80)).sum() > 50  # red: samples
+    assert ((np.ptp(rgb, axis=-1) == 0) & (rgb[..., 0] > 150) & (rgb[..., 0] < 230)).sum() > 200  # grey: truth
+
+
+def test_charts_are_drawn_for_light_and_dark(digits: Path) -> None:
+    page = page_of(digits)
+    dark = [of for of in page.pictures if "srcset" in of]
+    assert [of["media"] for of in dark] == ["screen and (prefers-color-scheme: dark)"] * 8
+    inks = {address: decode(address) for of in page.pictures for address in [of.get("srcset")] if address}
+    for pixels in inks.values():
+        assert pixels[0, 0, 3] == 0  # no ground of its own
+    assert all(title in page.words for title in ("Training loss", "Learning rate", "Loss of v by time", "Loss of u by"))
+
+
+WATCHED = ("Heads apart", "Residuals beyond ±1", "Cosine of v and u", "Drift of the endpoint")
+
+
+def test_what_is_watched_is_drawn_and_explained(digits: Path, average: Path, velocity: Path) -> None:
+    titles = {folder: [title for title in WATCHED if title in page_of(folder).words] for folder in (digits, average)}
+    assert titles == {digits: [*WATCHED], average: [WATCHED[1], WATCHED[3]]}  # one head has nothing to go with
+    words = page_of(digits).words
+    assert "t loss v u residuals beyond ±1 heads apart rows 0.0 – 0.1" in " ".join(words.split())
+    assert all(f"{title.lower()}:" in words.lower() for title in WATCHED)
+    assert "App. D" not in page_of(average).words
+    assert not any(title.lower() in page_of(velocity).words for title in WATCHED)
+
+
+def test_a_log_of_an_older_run_is_shown_as_far_as_it_goes(digits: Path) -> None:
+    """Without notes and probes, and where it was resumed by a version that has them."""
+    new = log.read_log(digits / "metrics.jsonl")
+    old = [{k: v for k, v in row.items() if k not in ("notes", "probe")} for row in new]
+    old = [row | {"bins": {part: row["bins"][part] for part in ("loss", "v", "u")}} for row in old]
+    assert len(page.charts(new)) == 8
+    assert len(page.charts(old)) == 4
+    assert [chart.title for chart in page.charts([*old[:3], *new[3:]])][4:] == ["apart", "beyond"]  # probed once
+    found = page.late([*old[:4], new[4] | {"step": 17}])
+    assert found is not None
+    assert [*found["bins"]] == ["loss", "v", "u"]
+    never = {"notes": {"beyond": None}, "probe": {"norms": {}, "cosines": {"v,u": None}, "drift": 0.1}}  # a number
+    assert [chart.title for chart in page.charts([row | never for row in new])][4:] == ["drift"]
+
+
+def test_what_is_put_in_is_escaped(digits: Path) -> None:
+    page = rendered(digits, "about='<script>alert(1)</script> & <b>bold</b>'")
+    assert "<script>alert(1)</script> & <b>bold</b>" in page.words
+    assert not {"script", "b"} & page.tags
+
+
+@pytest.mark.parametrize("change", [{"step": 10}, {"weights": "other.safetensors"}])
+def test_figures_of_other_weights_are_not_shown(tmp_path: Path, digits: Path, change: dict[str, object]) -> None:
+    opened = open_run(str(digits))
+    moved = RunFolder(opened.run, tmp_path, opened.net, opened.step, opened.weights)
+    (tmp_path / "evaluation.json").write_text(json.dumps({**EVALUATION, **change}))
+    judged = page.judgement(moved)
+    none = {"sheets": {}, "data": None, "trajectories": {}, "near": None, "charts": [], "times": None}
+    words = Page(page.render(moved, size=1797, judged=judged, **none)).words
+    assert "2.35" not in words
+    assert f"The last evaluation is of step {(EVALUATION | change)['step']}" in words
+    assert f"dumo evaluate {tmp_path}" in words
+
+
+def test_a_failure_leaves_the_report_that_stood(moons: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.read_bytes() for path in moons.rglob("*") if path.is_file()}
+
+    def full(*_: object, **__: object) -> str:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(page, "render", full)
+    with pytest.raises(OSError, match="full"):
+        page.write(open_run(str(moons)))
+    assert {path: path.read_bytes() for path in moons.rglob("*") if path.is_file()} == before
+
+
+def test_a_damaged_evaluation_is_named(tmp_path: Path, digits: Path) -> None:
+    opened = open_run(str(digits))
+    (tmp_path / "evaluation.json").write_text("{")
+    with pytest.raises(UserError, match=r"evaluation\.json is not JSON.*dumo evaluate"):
+        page.write(RunFolder(opened.run, tmp_path, opened.net, opened.step, opened.weights))
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_shipped_results_stand_with_their_origin(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page.recipes, "results", {"zoo": ZOO}.get)
+    words = rendered(digits).words
+    assert "Every objective at equal cost. These numbers come with dumo and were not made by this run." in words
+    for found in ("flow_matching 94.0", "Machine: two cores.", "Seeds: 0, 1.", "Versions: torch 2.13."):
+        assert found in words
+    monkeypatch.setattr(page.recipes, "results", {}.get)
+    assert "No results of the other objectives at equal cost come with this version" in rendered(digits).words
+
+
+def test_late_loss_counts_rows_of_the_last_quarter() -> None:
+    """Bin 0: (1 · 2 + 3 · 4) / 4 of three rows and one; bin 1: only the row with a number; bin 2: none."""
+    rows = [
+        {"step": 75, "counts": [9, 9, 9], "bins": {"loss": [100.0, 100.0, 100.0], "v": [7.0, 7.0, 7.0]}},
+        {"step": 80, "counts": [3, 0, 0], "bins": {"loss": [2.0, None, None], "v": [1.0, None, None]}},
+        {"step": 100, "counts": [1, 5, 0], "bins": {"loss": [4.0, 6.0, None], "v": [5.0, 2.0, None]}},
+    ]
+    found = page.late(rows)
+    assert found is not None
+    assert (found["first"], found["logged"], found["counts"]) == (80, 2, [4.0, 5.0, 0.0])
+    assert found["bins"]["loss"][:2] == [2.5, 6.0]
+    assert found["bins"]["v"][:2] == [2.0, 2.0]
+    assert page.number(found["bins"]["loss"][2]) == "–"
+    assert page.late([]) is None
+
+
+def test_copies_lie_at_distance_zero_and_held_out_rows_do_not(digits: Path) -> None:
+    spec = load(str(digits))
+    truth, c = spec.data.open().reference(1, 0)
+    near = page.proximity(spec, truth[100:180].flip(0), truth)
+    copies, held = near["rows"]
+    assert copies["mean"] == copies["least"] == 0
+    assert 1.5 < held["mean"] < 2.5  # no row is held against itself
+    assert held["least"] > 0.3
+    assert near["samples"].tobytes() == near["found"].tobytes()
+    moved = page.proximity(spec, truth[100:180] + 0.25, truth)
+    assert moved["rows"][0]["mean"] <= 0.25 * 8  # 64 pixels, each off by a quarter
+
+    sheet = page.by_class(spec, truth, c)
+    for i in (0, 7, 13, 79):
+        same = (truth[c == i % 10] == sheet[i]).all((1, 2, 3)).nonzero()
+        assert same[0].item() == i // 10
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"), (1797, "1,797"), (True, "True"), ("hop", "hop"), (None, "–"), (float("nan"), "–"), (0.0, "0"),
+        (2.3456, "2.35"), (94.04, "94.0"), (0.00835, "0.00835"), (1234.5, "1,234"), (-0.02, "−0.0200"),
+        (4.87e-5, "4.87 · 10⁻⁵"), (-1.5e-10, "−1.50 · 10⁻¹⁰"), (3.2e7, "3.20 · 10⁷"),
+    ],
+)  # fmt: skip
+def test_numbers_have_three_digits(value: object, text: str) -> None:
+    assert page.number(value) == text
+
+
+def test_spreads_and_large_numbers() -> None:
+    assert page.spread(0.14208, 0.0206) == "0.142 ± 0.021"
+    assert page.spread(-12.3, 4.56) == "−12.3 ± 4.6"
+    assert (page.spread(0.5, 0.0), page.spread(None, None)) == ("0.500", "–")
+    assert [page.large(x) for x in (742_856, 999, 7.58e6, 6.7779e8, 2e15)] == [
+        "743\u00a0k", "999", "7.58\u00a0M", "678\u00a0M", "2,000\u00a0T",
+    ]  # fmt: skip

@@ -1,0 +1,49 @@
+"""A folder is one run's: what it holds is compared with what is asked, field by field."""
+
+from pathlib import Path
+
+import pytest
+
+from dumo.config.load import dump, load
+from dumo.config.spec import Run
+from dumo.run.folder import FILE, claim, note
+from dumo.types import UserError
+
+
+def tiny(*overrides: str) -> Run:
+    """A recipe made small."""
+    return load("moons", ["net.width=16", "net.depth=1", *overrides])
+
+
+def settle(spec: Run, folder: Path) -> None:
+    """As training does: claim the folder, then write into it."""
+    claim(spec, folder)
+    note(spec, folder)
+
+
+def test_a_place_is_settled_once(tmp_path: Path) -> None:
+    run = tiny()
+    settle(run, tmp_path / "a/b")
+    file = tmp_path / "a/b" / FILE
+    assert file.read_text(encoding="utf-8") == dump(run)
+    settle(tiny("train.steps=9", "sample.seed=3"), tmp_path / "a/b")
+    assert load(str(file)).train.steps == 9
+    before = file.read_bytes()
+    with pytest.raises(UserError, match=r"net\.width: 16 there, 17 asked"):
+        settle(tiny("net.width=17"), tmp_path / "a/b")
+    with pytest.raises(UserError, match="not empty"):
+        settle(run, tmp_path / "a")
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir()] == [FILE]
+
+
+def test_what_is_there_must_be_a_run(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("- 1")
+    with pytest.raises(UserError, match="holds no run"):
+        settle(tiny(), tmp_path)
+    assert (tmp_path / FILE).read_text() == "- 1"
+
+
+def test_an_empty_folder_will_do(tmp_path: Path) -> None:
+    settle(tiny(), tmp_path)
+    assert load(str(tmp_path)) == tiny()

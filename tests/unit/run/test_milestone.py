@@ -1,0 +1,112 @@
+"""A milestone is the weights that were shown after a step: it stays, and a finished run can be opened as it was."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.run.folder import open_run
+from dumo.run.train import train
+from dumo.training import checkpoint
+from dumo.types import UserError
+
+TINY = ["net.width=8", "net.depth=1", "train.batch=4", "train.save_every=2", "train.keep=1"]
+TINY += ["train.schedule.kind=constant", "evaluate.protocol.samples=40"]
+
+
+def tiny(steps: int, milestones: str, *more: str) -> Run:
+    """DuMo on moons, in no time."""
+    return load("moons", [*TINY, f"train.steps={steps}", f"train.milestones={milestones}", *more])
+
+
+def kept(folder: Path) -> dict[int, bytes]:
+    """The bytes of the milestones, by step; nothing else lies beside them."""
+    files = checkpoint.milestones(folder / "milestones")
+    assert sorted(files.values()) == sorted((folder / "milestones").iterdir())
+    return {step: file.read_bytes() for step, file in files.items()}
+
+
+def test_milestones_outlive_the_checkpoints(tmp_path: Path) -> None:
+    train(tiny(6, "[0, 3, 4, 99]"), tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000006"]
+    assert list(kept(tmp_path / "run")) == [0, 3, 4]
+    train(tiny(4, "[]"), tmp_path / "short")
+    assert not (tmp_path / "short/milestones").exists()
+    first = checkpoint.load_weights(tmp_path / "short/checkpoints/step-00000004/ema-0.999.safetensors")
+    there = checkpoint.load_weights(tmp_path / "run/milestones/step-00000004.safetensors")
+    assert there.keys() == first.keys()
+    assert all(torch.equal(there[name], value) for name, value in first.items())
+
+
+def test_the_first_milestone_is_before_training(tmp_path: Path) -> None:
+    spec = tiny(2, "[0]", "train.ema=[]")
+    train(spec, tmp_path / "run")
+    there = checkpoint.load_weights(tmp_path / "run/milestones/step-00000000.safetensors")
+    assert all(torch.equal(there[name], value) for name, value in spec.build().state_dict().items())
+
+
+def test_stopped_and_resumed_leaves_the_same_milestones(tmp_path: Path) -> None:
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train(tiny(7, "[0, 1, 3, 5, 7]"), whole)
+    train(tiny(3, "[0, 1, 3]"), run)
+    before = {path: path.stat().st_mtime_ns for path in (run / "milestones").iterdir()}
+    train(tiny(7, "[0, 1, 3, 5, 7]"), run)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert kept(run) == kept(whole)
+    train(tiny(7, "[0, 1, 3, 5, 7]"), run)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_milestone_where_a_run_stands_is_written_on_resume(tmp_path: Path) -> None:
+    train(tiny(2, "[]"), tmp_path / "run")
+    train(tiny(2, "[1, 2]"), tmp_path / "run")  # step 1 is over
+    assert list(kept(tmp_path / "run")) == [2]
+
+
+def test_what_is_made_again_replaces_what_was_lost_with_its_checkpoint(tmp_path: Path) -> None:
+    """The milestones after the checkpoint are those of the run that went on, not of the one that stopped."""
+    run = tmp_path / "run"
+    train(tiny(4, "[3]"), run)
+    first = kept(run)
+    shutil.rmtree(run / "checkpoints")
+    (run / "milestones/step-00000003.safetensors").write_bytes(b"of another time")
+    (run / "milestones/.step-00000009.safetensors.tmp").write_bytes(b"half")
+    train(tiny(4, "[3]"), run)
+    assert kept(run) == first
+
+
+def test_an_opened_milestone_says_its_step(tmp_path: Path) -> None:
+    train(tiny(6, "[0, 3]", "train.keep=9"), tmp_path / "run")
+    file = tmp_path / "run/milestones/step-00000003.safetensors"
+    moved = shutil.copy(file, tmp_path / "mine.safetensors")
+    for weights in (str(file), str(moved)):
+        opened = open_run(str(tmp_path / "run"), weights=weights)
+        assert (opened.step, opened.weights) == (3, weights)
+        there = checkpoint.load_weights(file)
+        assert all(torch.equal(there[name], value) for name, value in opened.net.state_dict().items())
+    earlier = tmp_path / "run/checkpoints/step-00000002/net.safetensors"
+    assert open_run(str(tmp_path / "run"), weights=str(earlier)).step == 2
+    assert open_run(str(tmp_path / "run")).step == 6
+
+
+def test_steps_before_the_first_are_refused() -> None:
+    with pytest.raises(UserError, match=r"train\.milestones"):
+        tiny(4, "[-1]")
+
+
+def test_a_full_disk_is_said_and_leaves_what_stood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tiny(2, "[0, 1]"), tmp_path / "run")
+    before = kept(tmp_path / "run")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "flush", fail)
+    with pytest.raises(
+        UserError, match=r"milestone of step 2 was not written; step-00000001\.safetensors still stands"
+    ):
+        train(tiny(2, "[0, 1, 2]"), tmp_path / "run")
+    assert kept(tmp_path / "run") == before

@@ -1,0 +1,255 @@
+"""A teacher's velocity takes the place of the data's, its pairs the place of data and noise; another's is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dumo.config.load import load
+from dumo.config.teacher import Teacher
+from dumo.progress import no_bar
+from dumo.random import noise
+from dumo.run import teacher
+from dumo.run.folder import open_run
+from dumo.run.train import train
+from dumo.sampling.guidance import CFG
+from dumo.training import checkpoint
+from dumo.types import Cond, Reads, Sample, Time, UserError
+from unit.known import line, nan, tiny
+
+CPU = torch.device("cpu")
+USER = ["teacher.kind=python", "teacher.source=unit.known:line"]
+KNOBS = "objective.w={kind: level, low: 1.0, high: 8.0, log: true}"
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that can teach others on moons."""
+    folder = tmp_path_factory.mktemp("teacher") / "fm"
+    train(tiny("moons-flow-matching"), folder)
+    return folder
+
+
+def rows(n: int = 5) -> tuple[Sample, Time, Cond, Sample]:
+    """Points, times 0, .25, .5, .75, 1, labels, and velocities of the data."""
+    g = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(n, 2, generator=g),
+        torch.linspace(0, 1, n),
+        torch.zeros(n).long(),
+        torch.randn(n, 2, generator=g),
+    )
+
+
+def constant(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+    return torch.full_like(x, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "weights"),
+    [
+        ({}, [1, 1, 1, 1, 1]),
+        ({"mix": 2.0, "interval": {"high": 0.75}, "elsewhere": 0.5}, [2, 2, 2, 2, 0.5]),  # UCGM's released recipe
+        ({"mix": 0.25}, [0.25] * 5),
+        ({"interval": {"low": 0.5, "high": 0.75}, "elsewhere": 0.0}, [0, 0, 1, 1, 0]),
+    ],
+)
+def test_what_is_learned_is_a_mean_of_both(fields: dict[str, object], weights: list[float]) -> None:
+    spec = Teacher.model_validate({"source": "somewhere", **fields})
+    x, t, c, v = rows()
+    found = teacher.velocity(spec, Reads(velocity=constant))(x, t, c, v)
+    share = torch.tensor(weights)[:, None]
+    assert torch.allclose(found, share * 3 + (1 - share) * v)
+
+
+def test_a_teacher_without_a_velocity_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no velocity"):
+        teacher.velocity(Teacher(source="a:b"), Reads())
+    with pytest.raises(UserError, match="has no velocity"):
+        train(tiny("moons", "teacher.kind=python", "teacher.source=unit.known:mute"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_pairs_cannot_be_made_of_is_refused(tmp_path: Path) -> None:
+    asked = ["teacher.kind=python", "teacher.pairs.count=4"]
+    for source, more, said in [
+        ("line", "nfe=3", r"^teacher\.pairs: solver 'heun' .*pairs\.nfe=4, or teacher\.pairs\.solver\.kind=euler"),
+        ("line", "solver.kind=hop", r"^teacher\.pairs\.solver\.kind=hop .*the teacher unit.known:line gives velocity"),
+        ("mute", "nfe=2", "unit.known:mute: its Reads has no velocity"),
+        ("flat", "nfe=2", r"has shape \(2, 1\)"),
+        ("nan", "nfe=2", "no finite number"),
+    ]:
+        taught = [*asked, f"teacher.source=unit.known:{source}", f"teacher.pairs.{more}"]
+        with pytest.raises(UserError, match=said):
+            train(tiny("moons", *taught), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_note_that_is_damaged_is_named(tmp_path: Path) -> None:
+    run = tiny("moons", *USER, "train.steps=2")
+    train(run, tmp_path)
+    (tmp_path / "teacher.json").write_text('{"sou')
+    with pytest.raises(UserError, match=r"teacher\.json is damaged .*delete it"):
+        train(run, tmp_path)
+
+
+def test_pairs_that_are_no_numbers_are_not_written(tmp_path: Path) -> None:
+    """So a teacher who was mended makes them anew; and a file that was damaged since is named."""
+    run = tiny("moons", *USER, "teacher.pairs.count=6", "teacher.pairs.nfe=2", "teacher.pairs.solver.kind=euler")
+    assert run.teacher
+    assert run.teacher.pairs
+    pairs = (run, run.teacher.pairs)
+    with pytest.raises(UserError, match="6 of 6 pairs, the first number 0"):
+        teacher.couple(*pairs, nan(run, CPU), tmp_path, CPU, no_bar)
+    assert not list(tmp_path.iterdir())
+    teacher.couple(*pairs, line(run, CPU), tmp_path, CPU, no_bar)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"00000000\.safetensors is damaged: delete it"):
+        teacher.couple(*pairs, line(run, CPU), tmp_path, CPU, no_bar)
+
+
+def test_fields_that_say_nothing_are_refused() -> None:
+    with pytest.raises(UserError, match=r"interval says nothing .*set teacher\.elsewhere, e\.g\. 0"):
+        load("moons", ["teacher.source=x", "teacher.interval.high=0.5"])
+    with pytest.raises(UserError, match="interval whole"):
+        load("moons", ["teacher.source=x", "teacher.interval.high=0.5", "teacher.pairs.nfe=2"])
+    with pytest.raises(UserError, match=r"set teacher\.weights=null"):
+        load("moons", [*USER, "teacher.weights=net.safetensors"])
+
+
+def test_the_net_learns_what_the_teacher_says(tmp_path: Path) -> None:
+    """Of data that are two moons it learns one point, which is what its teacher knows."""
+    few = ["net.width=32", "net.depth=2", "train.steps=300", "train.batch=64", "train.optimizer.lr=0.003"]
+    run = tiny("moons-flow-matching", *USER, *few, "objective.times.low=0.05")
+    train(run, tmp_path / "run")
+    opened = open_run(str(tmp_path / "run"))
+    velocity = opened.run.objective.read(opened.net).velocity
+    x, t, c, _ = rows()
+    t = t.clamp(min=0.5)
+    near = torch.tensor([1.0, -2.0]) * (1 - t)[:, None] + t[:, None] * x
+    wanted = line(run, CPU).velocity
+    assert velocity
+    assert wanted
+    with torch.no_grad():
+        assert (velocity(near, t, c) - wanted(near, t, c)).abs().mean() < 0.3
+
+
+def test_a_run_teaches_and_is_remembered(known: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    one = train(tiny("moons-meanflow", f"teacher.source={known}"), folder)
+    plain = train(tiny("moons-meanflow"), tmp_path / "plain")
+    a, b = one.net.state_dict(), plain.net.state_dict()
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+    about = json.loads((folder / "teacher.json").read_text())
+    assert about["source"] == str(known)
+    assert len(about["sha256"]) == 64
+
+
+def test_stopped_and_resumed_is_the_same(known: Path, tmp_path: Path) -> None:
+    for more in ([], ["teacher.pairs.count=24", "teacher.pairs.nfe=2"]):
+        name = f"{len(more)}"
+        taught = [f"teacher.source={known}", *more]
+        whole = train(tiny("moons", *taught), tmp_path / f"whole{name}")
+        train(tiny("moons", *taught, "train.steps=2"), tmp_path / f"run{name}")
+        again = train(tiny("moons", *taught), tmp_path / f"run{name}")
+        for key, value in whole.net.state_dict().items():
+            assert torch.equal(again.net.state_dict()[key], value), key
+
+
+def test_another_teacher_in_the_middle_is_refused(known: Path, tmp_path: Path) -> None:
+    other = tmp_path / "teacher"
+    train(tiny("moons-flow-matching"), other)
+    taught = tiny("moons", f"teacher.source={other}", "train.steps=2")
+    train(taught, tmp_path / "run")
+    train(tiny("moons-flow-matching", "train.steps=6"), other)  # it has learned something since
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*"))
+    with pytest.raises(UserError, match=r"began with another teacher[\s\S]*teacher\.weights"):
+        train(tiny("moons", f"teacher.source={other}"), tmp_path / "run")
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*")) == before
+
+
+def test_a_teacher_of_other_data_is_refused(known: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"other data: data\.shape is \(2,\) there, \(1, 8, 8\) here.* Take a teacher"):
+        train(load("digits", [f"teacher.source={known}", "net.width=16", "net.depth=1"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_pairs_are_joined_by_the_teachers_flow(tmp_path: Path) -> None:
+    """Its one point, whatever the noise; kept, and made again to the same bits where a file is missing."""
+    run = tiny("moons", *USER, "teacher.pairs.count=1500", "teacher.pairs.nfe=4", "teacher.pairs.solver.kind=euler")
+    assert run.teacher
+    assert run.teacher.pairs
+    made = teacher.couple(run, run.teacher.pairs, line(run, CPU), tmp_path, CPU, no_bar)
+    files = sorted(tmp_path.iterdir())
+    assert [len(checkpoint.load_weights(file)["x"]) for file in files] == [1024, 476]
+    x, c, z = made.batch(3, 8, 0)
+    assert torch.allclose(x, torch.tensor([1.0, -2.0]).expand(8, 2), atol=1e-5)
+    assert torch.equal(made.z[:3], noise(0, range(3), 0, (2,)))
+    assert (x.shape, c.shape, z.shape) == ((8, 2), (8,), (8, 2))
+    second, first = files[1].read_bytes(), files[0].stat().st_mtime_ns
+    files[1].unlink()
+    teacher.couple(run, run.teacher.pairs, line(run, CPU), tmp_path, CPU, no_bar)
+    assert files[1].read_bytes() == second
+    assert files[0].stat().st_mtime_ns == first
+
+
+def test_pairs_are_trained_on_as_they_are(tmp_path: Path) -> None:
+    """Their slopes z - x have no scatter: a net that knows the line has loss 0 to learn."""
+    few = ["net.width=32", "net.depth=2", "train.steps=300", "train.batch=64", "train.optimizer.lr=0.003"]
+    pairs = ["teacher.pairs.count=512", "teacher.pairs.nfe=1", "teacher.pairs.solver.kind=euler"]
+    train(tiny("moons-flow-matching", *USER, *few, *pairs), tmp_path / "run")
+    train(tiny("moons-flow-matching", *few), tmp_path / "plain")
+    last = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("run", "plain")]
+    assert last[0]["loss"] < 0.1 < 0.3 < last[1]["loss"]
+
+
+def test_guidance_twice_is_refused() -> None:
+    guided = ["teacher.source=x", "teacher.guide.scale=2", "objective.drop=0.1"]
+    with pytest.raises(UserError, match=r"teacher\.guide has guided"):
+        load("digits-guided", guided)
+    with pytest.raises(UserError, match=r"^teacher\.guide\.scale = 2 .*no classes .*set teacher\.guide\.scale=1$"):
+        load("moons", guided)
+    with pytest.raises(UserError, match=r"^sample\.guide\.scale = 2 .*teacher\.guide has .*teacher\.guide\.scale=1$"):
+        load("digits", [*guided, "sample.guide.scale=2"])
+    with pytest.raises(UserError, match=r"^objective\.w would guide .*objective\.w=null"):
+        load("digits-imf", [*guided, KNOBS])
+    with pytest.raises(UserError, match="leave mix and elsewhere at 1"):
+        load("digits", ["teacher.source=x", "teacher.mix=2", "teacher.pairs.count=5"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "said"),
+    [
+        ("digits", "objective.drop=0", r"objective\.drop = 0 of runs/x .* train runs/x with objective\.drop"),
+        ("digits-guided", "train.seed=0", r"what objective\.guide of runs/x has guided in training"),
+        ("digits-tvm", "objective.scale=2", r"what objective\.scale of runs/x has .* by 2"),
+        ("digits-imf", KNOBS, "the knobs of objective 'imf' of runs/x"),
+    ],
+)
+def test_a_teacher_is_guided_only_where_it_can_be(recipe: str, more: str, said: str) -> None:
+    run = load(recipe, ["objective.drop=0.1", more])
+    run.check_guided(CFG(), "teacher.guide", "runs/x")
+    with pytest.raises(UserError, match=rf"^teacher\.guide\.scale = 2 .*{said}"):
+        run.check_guided(CFG(scale=2), "teacher.guide", "runs/x")
+
+
+def test_a_teacher_who_never_lost_a_label_is_not_guided(tmp_path: Path) -> None:
+    few = ["net.width=16", "net.depth=1", "train.batch=4", "train.steps=1", "train.probe_every=0", "objective.drop=0"]
+    train(load("digits-flow-matching", few), tmp_path / "fm")
+    with pytest.raises(UserError, match=r"^teacher\.guide\.scale = 2 .*objective\.drop = 0 of "):
+        train(load("digits", [*few, f"teacher.source={tmp_path / 'fm'}", "teacher.guide.scale=2"]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_is_remembered_once_it_has_taught(tmp_path: Path) -> None:
+    """One who failed before may be mended."""
+    first, second = (teacher.Known(Reads(), None, {"source": name}) for name in "ab")
+    first.note(tmp_path)
+    second.check(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    first.check(tmp_path)
+    with pytest.raises(UserError, match="began with another teacher"):
+        second.check(tmp_path)

@@ -1,0 +1,291 @@
+"""A checkpoint is whole or not there, comes back bit for bit, and refuses what does not fit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from dumo.training.checkpoint import CONVERT, latest, load_weights, restore, save
+from dumo.training.loop import Train, begin
+from dumo.training.state import State
+from dumo.types import UserError
+from unit.training.toy import AVERAGES, OPTIMIZERS, Small, python, same, tensors, trained
+
+SPEC = Train(steps=3, batch=12, ema=AVERAGES)
+
+
+def listing(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.kind)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_comes_back_bit_for_bit(tmp_path: Path, optimizer: object, dtype: torch.dtype) -> None:
+    spec = SPEC.model_copy(update={"optimizer": optimizer})
+    old, new = trained(spec), begin(Small(1), spec)
+    for state in (old, new):
+        state.net.to(dtype)
+        for average in state.averages.values():
+            average.module.to(dtype)
+    for memory in old.optimizer.state.values():
+        memory.update({key: value.to(dtype) for key, value in memory.items() if key != "step"})
+
+    restore(save(tmp_path, old, 1), new)
+    assert (new.step, new.images) == (3, 36)
+    assert same(tensors(old), tensors(new))
+    assert all(memory["step"].dtype == torch.float32 for memory in new.optimizer.state.values())
+
+
+def test_layout(tmp_path: Path) -> None:
+    target = save(tmp_path, trained(), 1)
+    weights = ["net.safetensors", "ema-0.99.safetensors", "ema-0.9.safetensors", "optimizer.safetensors"]
+    assert listing(tmp_path) == {"step-00000003", *(f"step-00000003/{name}" for name in (*weights, "state.json"))}
+    assert {"step.last.bias", "exp_avg.first.weight", "exp_avg_sq.label.weight"} < load_file(target / weights[3]).keys()
+    about = json.loads((target / "state.json").read_text())
+    assert (about["step"], about["images"], about["versions"]["torch"]) == (3, 36, torch.__version__)
+
+
+def test_before_the_first_step(tmp_path: Path) -> None:
+    old, new = begin(Small(0), SPEC), begin(Small(1), SPEC)
+    restore(save(tmp_path, old, 1), new)
+    assert same(tensors(old), tensors(new))
+    assert not new.optimizer.state
+
+
+def test_restored_state_does_not_write_into_the_file(tmp_path: Path) -> None:
+    new, target = begin(Small(1), SPEC), save(tmp_path, trained(), 1)
+    before = contents(target)
+    restore(target, new)
+    for value in (p for memory in new.optimizer.state.values() for p in memory.values()):
+        value.fill_(7)
+    assert contents(target) == before
+
+
+def test_a_parameter_without_gradient_has_no_memory(tmp_path: Path) -> None:
+    old, new = begin(Small(0), SPEC), begin(Small(1), SPEC)
+    (name, parameter), *_ = old.net.named_parameters()
+    parameter.grad = torch.ones_like(parameter)
+    old.optimizer.step()
+    restore(save(tmp_path, old, 1), new)
+    assert [next(iter(new.optimizer.state)) is new.net.get_parameter(name), len(new.optimizer.state)] == [True, 1]
+
+
+def test_tied_and_transposed_weights(tmp_path: Path) -> None:
+    def tied(value: float) -> State:
+        net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 3))
+        net[1].weight = net[0].weight
+        net[2].weight = nn.Parameter(torch.arange(6.0).view(2, 3).T)
+        net[0].weight.data.fill_(value)
+        return State(net, torch.optim.Adam(net.parameters()))
+
+    old, new = tied(1), tied(2)
+    restore(save(tmp_path, old, 1), new)
+    assert same(tensors(old), tensors(new))
+    assert new.net.get_parameter("0.weight") is new.net.get_parameter("1.weight")
+
+
+def test_keeps_the_last(tmp_path: Path) -> None:
+    state = trained()
+    for step, keep, left in [
+        (1, 2, [1]),
+        (2, 2, [1, 2]),
+        (10, 2, [2, 10]),
+        (11, 1, [11]),
+        (123456789, 3, [11, 123456789]),
+    ]:
+        state.step = step
+        target = save(tmp_path, state, keep)
+        assert listing(tmp_path) & {path.name for path in tmp_path.iterdir()} == {f"step-{n:08d}" for n in left}
+        assert latest(tmp_path) == target
+
+
+def test_later_checkpoints_do_not_push_out_this_one(tmp_path: Path) -> None:
+    state = trained()
+    for step in (5, 6, 3):
+        state.step = step
+        assert save(tmp_path, state, 2).is_dir()
+
+
+def test_half_written_folders_are_ignored_then_removed(tmp_path: Path) -> None:
+    assert latest(tmp_path / "none") is None
+    state = trained()
+    whole = save(tmp_path, state, 2)
+    shutil.copytree(whole, tmp_path / ".step-00000009.tmp")
+    (tmp_path / "notes").mkdir()
+    assert latest(tmp_path) == whole
+    state.step = 4
+    save(tmp_path, state, 2)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000003", "step-00000004", "notes"}
+
+
+def test_a_step_that_stands_is_left_alone(tmp_path: Path) -> None:
+    before = contents(save(tmp_path, trained(), 1))
+    assert contents(save(tmp_path, trained(seed=1), 1)) == before
+
+
+def test_interrupted_while_saving(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = trained()
+    whole = save(tmp_path, state, 1)
+    before = contents(tmp_path)
+
+    def stop(path: Path) -> None:
+        assert path.is_file()
+        assert latest(tmp_path) == whole  # as it would be if the machine stopped here
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dumo.training.checkpoint.flush", stop)
+    state.step = 4
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path, state, 1)
+    assert contents(tmp_path) == before
+    assert latest(tmp_path) == whole
+
+
+FILL = """
+import resource, sys
+from pathlib import Path
+from unit.training.toy import trained
+from dumo.train.checkpoint import save
+from dumo.types import UserError
+
+folder, state = Path(sys.argv[1]), trained()
+sizes = {path.name: path.stat().st_size for path in save(folder, state, 1).iterdir()}
+assert sizes["state.json"] < sizes["net.safetensors"] < sizes["optimizer.safetensors"], sizes
+before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+for step, limit in enumerate((0, sizes["net.safetensors"] - 1, sizes["optimizer.safetensors"] - 1), 4):
+    state.step = step
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        save(folder, state, 1)
+    except UserError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert [path.name for path in folder.iterdir()] == ["step-00000003"]
+print("then", save(folder, state, 1).name, *(path.name for path in folder.iterdir()))
+"""
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    process = python(FILL, str(folder))
+    out, _ = process.communicate(timeout=60)
+    *errors, last = out.splitlines()
+    assert process.returncode == 0, out
+    assert last == "then step-00000006 step-00000006"
+    assert len(errors) == 3
+    for step, error in enumerate(errors, 4):
+        assert f"{folder}: the disk is full" in error
+        assert f"step {step} was not written" in error
+        assert "step-00000003 still stands" in error
+
+
+def test_a_full_disk_before_any_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "mkdir", fail)
+    with pytest.raises(UserError, match="no checkpoint still stands"):
+        save(tmp_path, trained(), 1)
+
+
+def test_other_errors_pass(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(NotADirectoryError):
+        save(tmp_path / "checkpoints", trained(), 1)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value", "words"),
+    [
+        ("net", "last.weight", torch.zeros(3, 8, dtype=torch.float64), r"last.weight is \(3, 8\).*\(2, 8\)"),
+        ("net", "last.weight", torch.zeros(2, 8), r"last.weight is \(2, 8\) float32.*float64"),
+        ("net", "last.weight", None, r"last.weight is absent"),
+        ("net", "more", torch.zeros(1), r"more is \(1,\) float32 in the file, absent in the run"),
+        ("ema-0.9", "passes", torch.zeros(()), r"passes is \(\) float32.*int64"),
+        ("optimizer", "exp_avg.last.bias", torch.zeros(3, dtype=torch.float64), r"exp_avg.last.bias is \(3,\)"),
+        ("optimizer", "exp_avg.last.bias", torch.zeros(2), r"exp_avg.last.bias is \(2,\) float32.*float64"),
+        ("optimizer", "exp_avg.last.bias", None, r"exp_avg.last.bias is absent"),
+        ("optimizer", "exp_avg.more", torch.zeros(2), r"exp_avg.more is .* absent in the run"),
+        ("optimizer", "step.last.bias", torch.zeros(2), r"step.last.bias is \(2,\) float32.*\(\) float32"),
+    ],
+)
+def test_what_does_not_fit_changes_nothing(
+    tmp_path: Path, file: str, name: str, value: torch.Tensor | None, words: str
+) -> None:
+    target, new = save(tmp_path, trained(), 1), begin(Small(1), SPEC)
+    before = tensors(new)
+    weights = load_file(target / f"{file}.safetensors")
+    weights.pop(name, None)
+    save_file(weights if value is None else weights | {name: value}, target / f"{file}.safetensors")
+    with pytest.raises(UserError, match=words) as caught:
+        restore(target, new)
+    assert f"{file}.safetensors" in str(caught.value)
+    assert same(tensors(new), before)
+    assert new.step == 0
+
+
+@pytest.mark.parametrize("file", ["net", "ema-0.99", "optimizer"])
+@pytest.mark.parametrize("cut", [-1, 100, 0, None])
+def test_a_damaged_file_is_named(tmp_path: Path, file: str, cut: int | None) -> None:
+    target, new = save(tmp_path, trained(), 1), begin(Small(1), SPEC)
+    before, path = tensors(new), target / f"{file}.safetensors"
+    path.unlink() if cut is None else path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match=f"{file}.safetensors"):
+        restore(target, new)
+    assert same(tensors(new), before)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"step": 3}', '{"step": null, "images": 1}'])
+def test_a_damaged_state_is_named(tmp_path: Path, text: str) -> None:
+    target, new = save(tmp_path, trained(), 1), begin(Small(1), SPEC)
+    before = tensors(new)
+    (target / "state.json").write_text(text)
+    with pytest.raises(UserError, match=r"state\.json"):
+        restore(target, new)
+    assert same(tensors(new), before)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.ckpt", "w.bin", "w.PTH", "w.safetensors", "w"])
+def test_no_pickle(tmp_path: Path, name: str, zipped: bool) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="dumo reads no pickle") as caught:
+        load_weights(tmp_path / name)
+    assert CONVERT in str(caught.value)
+
+
+def test_a_name_of_pickles_is_refused_whatever_it_holds(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "w.bin")
+    with pytest.raises(UserError, match="dumo reads no pickle"):
+        load_weights(tmp_path / "w.bin")
+
+
+def test_the_line_that_converts_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"w": torch.arange(3.0)}, tmp_path / "weights.pth")
+    monkeypatch.chdir(tmp_path)
+    exec(CONVERT.removeprefix('python -c "').removesuffix('"'))
+    assert torch.equal(load_weights(Path("weights.safetensors"))["w"], torch.arange(3.0))
+
+
+@pytest.mark.parametrize("size", [0x0280, 0x4B50])  # these headers begin with the bytes of a pickle, and of a zip
+def test_weights_that_look_like_a_pickle_are_read(tmp_path: Path, size: int) -> None:
+    path, values = tmp_path / "w.safetensors", torch.arange(3.0)
+    header = json.dumps({"w": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}).ljust(size)
+    path.write_bytes(size.to_bytes(8, "little") + header.encode() + values.numpy().tobytes())
+    assert path.read_bytes()[:2] in (b"\x80\x02", b"PK")
+    assert torch.equal(load_weights(path)["w"], values)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(UserError, match=str(path)):
+            load_weights(path)

@@ -1,0 +1,70 @@
+"""The log survives a torn write, and goes back to a checkpoint's step."""
+
+from pathlib import Path
+
+import pytest
+
+from dumo.training.log import append, read_log, rewind
+from dumo.types import UserError
+
+
+def logged(path: Path, steps: int) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = [{"step": n, "loss": 0.1 * n, "bins": {"v": [1.0, n]}} for n in range(1, steps + 1)]
+    for row in rows:
+        append(path, row)
+    return rows
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert read_log(path) == []
+    rows = logged(path, 3)
+    assert read_log(path) == rows
+    assert path.read_text().count("\n") == 3
+
+
+def test_numbers_json_cannot_say_are_null(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    append(path, {"step": 1, "a": float("nan"), "b": {"v": [1.0, float("inf")]}, "c": (-float("inf"), "nan")})
+    assert read_log(path) == [{"step": 1, "a": None, "b": {"v": [1.0, None]}, "c": [None, "nan"]}]
+    assert "NaN" not in path.read_text()
+    assert "Infinity" not in path.read_text()
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 5, "lo', '{"step": 5, "loss": 1', "\0\0\0"])
+def test_rewind(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = logged(path, 4)
+    with path.open("a") as file:
+        file.write(torn)
+    assert read_log(path) == rows
+
+    rewind(path, 2)
+    assert read_log(path) == rows[:2]
+    append(path, {"step": 3})
+    assert [row["step"] for row in read_log(path)] == [1, 2, 3]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_whole_last_line_is_kept_without_its_newline(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    rows = logged(path, 2)
+    path.write_text(path.read_text().removesuffix("\n"))
+    rewind(path, 2)
+    append(path, {"step": 3})
+    assert read_log(path) == [*rows, {"step": 3}]
+
+
+def test_rewind_without_a_log(tmp_path: Path) -> None:
+    rewind(tmp_path / "metrics.jsonl", 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_line_inside_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2\n{"step": 3}\n')
+    with pytest.raises(UserError, match="line 2"):
+        read_log(path)
+    with pytest.raises(UserError, match="line 2"):
+        rewind(path, 1)
+    assert path.read_text().count("\n") == 3

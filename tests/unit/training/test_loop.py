@@ -1,0 +1,167 @@
+"""A run is a function of its spec: stopped and resumed from disk, it is the same run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from dumo.flow.path import Linear
+from dumo.training.checkpoint import latest, restore, save
+from dumo.training.ema import Ema
+from dumo.training.loop import Every, Train, begin, reference, train
+from dumo.training.optim import Adam, AdamW, Cosine
+from dumo.training.state import State
+from dumo.training.step import Record
+from dumo.types import Cond, Frozen, Net, Noised, Sample, Terms, UserError
+from unit.training.toy import AVERAGES, CLASSES, OPTIMIZERS, Small, Toy, batches, run, same, tensors, trained
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.kind)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("ref", ["self", 0.9])
+def test_resumed_is_uninterrupted(tmp_path: Path, optimizer: AdamW, dtype: torch.dtype, ref: str | float) -> None:
+    spec = Train.model_validate(
+        {"steps": 13, "batch": 12, "accumulate": 2, "optimizer": optimizer, "schedule": Cosine(warmup=3), "ref": ref}
+        | {"ema": AVERAGES, "clip": 1.0, "save_every": 7}
+    )
+    whole = run(begin(Small(0, dtype=dtype), spec), spec)
+
+    first = begin(Small(0, dtype=dtype), spec)
+    stop = Every(7, lambda state, _: save(tmp_path, state, 1) and None)
+    with pytest.raises(InterruptedError):
+        run(first, spec, hooks=[stop, Every(9, interrupt)])
+    second = begin(Small(1, dtype=dtype), spec)  # other weights: all must come from the disk
+    found = latest(tmp_path)
+    assert found is not None
+    restore(found, second)
+    assert (second.step, second.images) == (7, 84)
+    run(second, spec)
+
+    assert same(tensors(whole), tensors(second))
+    assert (second.step, second.images) == (whole.step, whole.images) == (13, 156)
+
+
+def interrupt(state: State, record: Record) -> None:
+    raise InterruptedError
+
+
+def test_training_lowers_the_loss() -> None:
+    losses: list[float] = []
+    spec = Train(steps=300, batch=64, optimizer=AdamW(lr=1e-2), schedule=Cosine())
+    run(begin(Small(), spec), spec, hooks=[Every(1, lambda _, record: losses.append(record.parts["v"]))])
+    assert sum(losses[-20:]) < 0.5 * sum(losses[:20])
+
+
+def test_hooks_come_in_order_and_in_time() -> None:
+    calls: list[tuple[str, int]] = []
+    spec = Train(steps=6, batch=4)
+    hooks = [
+        Every(2, lambda state, record: calls.append(("a", state.step))),
+        Every(3, lambda state, record: calls.append(("b", record.step))),
+    ]
+    run(begin(Small(), spec), spec, hooks=hooks)
+    assert calls == [("a", 2), ("b", 3), ("a", 4), ("a", 6), ("b", 6)]
+
+
+def test_a_run_that_is_over_does_nothing() -> None:
+    spec = Train(steps=3, batch=12, ema=AVERAGES)
+    state = trained(spec)
+    before = tensors(state)
+    assert same(tensors(run(state, spec)), before)
+
+
+def test_what_an_objective_sees() -> None:
+    seen: list[tuple[float, bool]] = []
+
+    class Watching(Toy):
+        """Notes progress, and that the null label is the one after the last class."""
+
+        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+            dropped = torch.equal(b.c[~b.kept], b.null[~b.kept])
+            seen.append((b.progress, bool((b.null == CLASSES).all()) and dropped))
+            return super().loss(net, ref, b)
+
+    spec = Train(steps=4, batch=32)
+    train(begin(Small(), spec), batches(32), Watching(), Linear(), CLASSES, spec)
+    assert seen == [(0.0, True), (0.25, True), (0.5, True), (0.75, True)]
+
+
+def test_the_rate_follows_the_schedule() -> None:
+    rates: list[float] = []
+    spec = Train(steps=4, batch=4, optimizer=AdamW(lr=0.1), schedule=Cosine(warmup=2))
+    run(begin(Small(), spec), spec, hooks=[Every(1, lambda _, record: rates.append(record.lr))])
+    assert rates == pytest.approx([0.05, 0.1, 0.1, 0.05])
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 1}, {"accumulate": 2}, {"clip": 1e-3}, {"precision": "bf16"}, {"ref": 0.9}, {"steps": 4}]
+)
+def test_a_run_depends_on(other: dict[str, object]) -> None:
+    states: list[State] = []
+    for more in ({}, {}, other):
+        spec = Train.model_validate({"steps": 3, "batch": 12, "ema": AVERAGES, "optimizer": Adam(eps=1e-2)} | more)
+        states.append(run(begin(Small(dtype=torch.float32), spec), spec))
+    one, again, changed = map(tensors, states)
+    assert same(one, again)
+    assert not same(one, changed)
+
+
+def test_every_step_has_its_batch() -> None:
+    asked: list[int] = []
+    spec = Train(steps=5, batch=12, ema=AVERAGES)
+
+    def of(step: int) -> tuple[Sample, Cond]:
+        asked.append(step)
+        return batches(12)(step)
+
+    train(trained(Train(steps=2, batch=12, ema=AVERAGES)), of, Toy(), Linear(), CLASSES, spec)
+    assert asked == [2, 3, 4]
+
+
+def test_the_first_average_is_shown() -> None:
+    state = trained()
+    assert state.shown is state.averages[0.99].module
+    assert trained(Train(steps=1, batch=12, ema=())).shown.training  # the net itself
+
+
+def test_fields_free_on_resume() -> None:
+    properties = Train.model_json_schema()["properties"]
+    free = {name for name, field in properties.items() if field.get("free")}
+    assert free == {"steps", "compile", "log_every", "probe_every", "save_every", "keep", "milestones"}
+
+
+def test_survives_json() -> None:
+    spec = Train(
+        steps=3, batch=12, ema=AVERAGES, ref=0.9, optimizer=OPTIMIZERS[2], schedule=Cosine(floor=0.1), clip=1.0
+    )
+    assert Train.model_validate_json(spec.model_dump_json()) == spec
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"batch": 0}, "batch"),
+        ({"accumulate": 5}, "cannot be taken in 5 pieces"),
+        ({"ref": 0.5}, "average of decay 0.5"),
+        ({"ref": "ema"}, "ref"),
+        ({"ema": [{"decay": 0.9}, {"decay": 0.9, "ramp": False}]}, "twice"),
+        ({"clip": 0}, "clip"),
+        ({"precision": "fp16"}, "precision"),
+        ({"optimizer": {"kind": "sgd"}}, "adamw"),
+        ({"schedule": {"kind": "linear"}}, "cosine"),
+        ({"learning_rate": 1}, "learning_rate"),
+    ],
+)
+def test_refusals(bad: dict[str, object], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        Train.model_validate({"steps": 2, "batch": 4} | bad)
+
+
+def test_a_reference_that_is_not_there() -> None:
+    with pytest.raises(UserError, match=r"0\.5.*0\.99, 0\.9"):
+        reference(trained(), 0.5)
+    spec = Train(steps=5, batch=12, ema=(Ema(decay=0.7),), ref=0.7)
+    with pytest.raises(UserError, match=r"decay 0\.7"):
+        run(trained(), spec)

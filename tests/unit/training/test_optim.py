@@ -1,0 +1,68 @@
+"""Optimizers carry their numbers to torch; schedules are the curves they say."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from dumo.training.optim import Adam, AdamW, Constant, Cosine, Optimizer, RAdam, Schedule
+
+
+@pytest.mark.parametrize(("spec", "kind"), [(AdamW, "AdamW"), (Adam, "Adam"), (RAdam, "RAdam")])
+def test_numbers_reach_torch(spec: type[AdamW | Adam | RAdam], kind: str) -> None:
+    optimizer = spec(lr=0.1, betas=(0.2, 0.3), weight_decay=0.4, eps=0.5)([nn.Parameter(torch.ones(1))])
+    (group,) = optimizer.param_groups
+    assert type(optimizer) is getattr(torch.optim, kind)
+    assert (group["lr"], tuple(group["betas"]), group["weight_decay"], group["eps"]) == (0.1, (0.2, 0.3), 0.4, 0.5)
+
+
+def test_defaults_are_the_papers() -> None:
+    assert (AdamW().lr, AdamW().betas, AdamW().weight_decay) == (1e-4, (0.9, 0.95), 0)
+
+
+def test_kind_chooses() -> None:
+    assert TypeAdapter(Optimizer).validate_python({"kind": "radam", "lr": 0.1}) == RAdam(lr=0.1)
+    assert TypeAdapter(Schedule).validate_python({"kind": "cosine", "warmup": 3}) == Cosine(warmup=3)
+
+
+@pytest.mark.parametrize("bad", [{"lr": 0}, {"lr": math.inf}, {"betas": (0.9, 1.0)}, {"weight_decay": -1}, {"eps": 0}])
+def test_optimizers_refuse(bad: dict[str, object]) -> None:
+    for spec in (AdamW, Adam, RAdam):
+        with pytest.raises(ValidationError, match=next(iter(bad))):
+            spec.model_validate(bad)
+
+
+def test_constant() -> None:
+    assert [Constant()(step, 10) for step in range(4)] == [1, 1, 1, 1]
+    assert [Constant(warmup=4)(step, 10) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+def test_cosine() -> None:
+    assert [Cosine()(step, 4) for step in range(5)] == pytest.approx([1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0])
+    assert [Cosine(floor=0.2)(step, 2) for step in range(3)] == pytest.approx([1, 0.6, 0.2])
+    assert [Cosine(warmup=2)(step, 4) for step in range(5)] == pytest.approx([0.5, 1, 1, 0.5, 0])
+
+
+def test_cosine_stays_at_its_floor() -> None:
+    assert [Cosine(floor=0.1)(step, 4) for step in (4, 5, 400)] == pytest.approx([0.1] * 3)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 5, 40])
+@pytest.mark.parametrize("steps", [1, 2, 6, 30])
+@pytest.mark.parametrize("floor", [0.0, 0.3, 1.0])
+def test_schedules_climb_then_fall_within_bounds(warmup: int, steps: int, floor: float) -> None:
+    for schedule in (Constant(warmup=warmup), Cosine(warmup=warmup, floor=floor)):
+        factors = [schedule(step, steps) for step in range(steps)]
+        top = min(warmup, steps)
+        assert all(0 < factor <= 1 for factor in factors)
+        assert all(a <= b for a, b in pairwise(factors[:top]))
+        assert all(a >= b for a, b in pairwise(factors[max(0, top - 1) :]))
+
+
+def test_cosine_refuses() -> None:
+    for bad in ({"warmup": -1}, {"floor": 1.1}, {"floor": -0.1}):
+        with pytest.raises(ValidationError, match=next(iter(bad))):
+            Cosine.model_validate(bad)

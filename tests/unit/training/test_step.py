@@ -1,0 +1,255 @@
+"""A step is the gradient of the mean loss, however the batch is cut; and it stops before it does harm."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dumo.flow.draw import draw
+from dumo.flow.path import Linear
+from dumo.training.loop import Train, begin, reference
+from dumo.training.state import State
+from dumo.training.step import Diverged, Record, train_step
+from dumo.types import Frozen, Net, Noised, Terms, frozen
+from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, same, tensors, trained
+
+
+def step(state: State, objective: Toy | None = None, batch: int = 12, lr: float = 1e-2, **more: object) -> Record:
+    x, c = batches(batch, next(state.net.parameters()).dtype)(state.step)
+    null = torch.full_like(c, CLASSES)
+    given: dict[str, object] = {"ref": frozen(state.net), "progress": 0.5} | more
+    return train_step(state, objective or Toy(), Linear(), x, c, null, lr=lr, **given)  # pyright: ignore
+
+
+def fresh(dtype: torch.dtype = torch.float64, seed: int = 0) -> State:
+    return begin(Small(seed, dtype=dtype), Train(steps=9, batch=12, ema=AVERAGES))
+
+
+def noised(batch: int = 12, seed: int = 0, at: int = 0) -> Noised:
+    x, c = batches(batch)(at)
+    return draw(Toy(), Linear(), x, c, torch.full_like(c, CLASSES), seed=seed, step=at, progress=0.5)
+
+
+def test_the_gradient_of_the_mean_loss() -> None:
+    state, twin, b = fresh(), Small(), noised()
+    terms = Toy().loss(twin, frozen(twin), b)
+    terms.loss.mean().backward()
+    record = step(state)
+    for mine, other in zip(state.net.parameters(), twin.parameters(), strict=True):
+        assert mine.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-12, atol=1e-14)
+    norm = math.sqrt(sum(p.grad.square().sum().item() for p in twin.parameters() if p.grad is not None))
+    assert record.grad_norm == pytest.approx(norm, rel=1e-12)
+    assert record.loss == pytest.approx(terms.loss.mean().item(), rel=1e-12)
+    assert record.parts == pytest.approx({name: part.mean().item() for name, part in terms.parts.items()}, rel=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+@pytest.mark.parametrize("accumulate", [2, 4, 5, 12])
+def test_any_split_is_the_whole_batch(dtype: torch.dtype, close: float, accumulate: int) -> None:
+    whole, split = fresh(dtype), fresh(dtype)
+    for _ in range(3):
+        one, many = step(whole), step(split, accumulate=accumulate)
+        assert many.loss == pytest.approx(one.loss, rel=10 * close)
+        assert many.grad_norm == pytest.approx(one.grad_norm, rel=10 * close)
+        assert many.counts == one.counts
+    skip = {name for name in tensors(whole) if name.endswith("passes")}  # a split makes more passes
+    for name, value in tensors(whole).items():
+        if name not in skip:
+            torch.testing.assert_close(tensors(split)[name], value, rtol=0, atol=close)
+
+
+def test_bins_are_means_by_time() -> None:
+    state, b = fresh(), noised(40)
+    terms = Toy().loss(state.net, frozen(state.net), b)
+    record = step(state, batch=40, accumulate=3)
+    assert sum(record.counts) == 40
+    assert 0 in record.counts or min(record.counts) > 0
+    for name, value in {"loss": terms.loss, **terms.parts}.items():
+        for i, (mean, count) in enumerate(zip(record.bins[name], record.counts, strict=True)):
+            rows = (b.t >= i / 10) & (b.t < (i + 1) / 10)
+            assert count == rows.sum()
+            assert mean == pytest.approx(value[rows].mean().item(), rel=1e-12, nan_ok=True)
+        sums = (m * n for m, n in zip(record.bins[name], record.counts, strict=True) if n)
+        assert sum(sums) / 40 == pytest.approx(value.mean().item())
+
+
+def test_notes_are_logged_as_parts_are_and_move_nothing() -> None:
+    class Noting(Toy):
+        """Watches t squared."""
+
+        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+            terms = super().loss(net, ref, b)
+            return Terms(terms.loss, terms.parts, {"late": b.t.square().float()})
+
+    plain, noting, t = fresh(), fresh(), noised(40).t
+    one, record = step(plain, batch=40), step(noting, Noting(), batch=40, accumulate=1)
+    assert same(tensors(plain), tensors(noting))
+    assert (one.notes, one.bins.keys()) == ({}, {"loss", "v", "pull"})
+    assert record.notes == pytest.approx({"late": t.square().mean().item()}, rel=1e-6)
+    assert record.parts == one.parts
+    assert record.bins["late"][4] == pytest.approx(t[(t >= 0.4) & (t < 0.5)].square().mean().item(), rel=1e-6)
+    assert step(fresh(), Noting(), batch=40, accumulate=3).bins["late"] == pytest.approx(
+        record.bins["late"], nan_ok=True
+    )
+
+
+class Ends(Toy):
+    """Times at both ends of the range, where a bin is easily missed."""
+
+    @property
+    def times(self):  # noqa: ANN201
+        """0, 1, 0, 1 ..."""
+        return lambda n, g: (t := torch.arange(n, dtype=torch.float64) % 2, t)
+
+
+def test_bins_hold_both_ends() -> None:
+    record = step(fresh(), Ends())
+    assert record.counts == [6, 0, 0, 0, 0, 0, 0, 0, 0, 6]
+    assert [math.isnan(mean) for mean in record.bins["v"]] == [False, *[True] * 8, False]
+
+
+@pytest.mark.parametrize("kind", ["loss", "part", "gradient"])
+def test_diverged_leaves_everything_untouched(kind: str) -> None:
+    class Broken(Toy):
+        """Not finite at late times."""
+
+        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+            terms, late, early = super().loss(net, ref, b), b.t > 0.6, b.t < 0.2
+            if kind == "gradient":  # sqrt(0) is 0, with an infinite slope
+                (v_hat,) = net(b.x_t, b.c, t=b.t)
+                return Terms(terms.loss + (v_hat - v_hat).abs().sum(1).sqrt(), terms.parts)
+            loss = terms.loss.where(~late, math.inf)
+            return Terms(loss, terms.parts | ({"pull": b.t.where(~early, math.nan)} if kind == "part" else {}))
+
+    state = trained()
+    before, lr = tensors(state), state.optimizer.param_groups[0]["lr"]
+    with pytest.raises(Diverged) as caught:
+        step(state, Broken(), lr=0.5, clip=1.0)
+    after = tensors(state)
+    counters = {name for name in before if name.startswith("net.passes")}
+    assert same(
+        {k: v for k, v in before.items() if k not in counters}, {k: v for k, v in after.items() if k not in counters}
+    )
+    assert (state.step, state.images, state.optimizer.param_groups[0]["lr"]) == (3, 36, lr)
+
+    message, t = str(caught.value), noised(at=3).t
+    bad = t[{"loss": t > 0.6, "part": (t > 0.6) | (t < 0.2), "gradient": t >= 0}[kind]]
+    assert message.startswith("step 4 diverged")
+    assert f"[{bad.min():.3f}, {bad.max():.3f}]" in message
+    assert f"{len(bad)} of 12 rows" in message
+    assert {"loss": "loss is not", "part": "loss, pull is not", "gradient": "the gradient norm is not"}[kind] in message
+    for out in ("learning rate", "clip", "slope", "fp32"):
+        assert out in message
+    assert math.isfinite(step(state).loss)  # and the run can go on
+
+
+def test_a_part_outside_the_loss_may_be_broken() -> None:
+    class Side(Toy):
+        """A part that is only watched."""
+
+        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+            terms = super().loss(net, ref, b)
+            return Terms(terms.loss, terms.parts | {"watched": torch.full_like(b.t, math.nan)})
+
+    assert math.isnan(step(fresh(), Side()).parts["watched"])
+
+
+def test_clip_bounds_the_gradient() -> None:
+    free, loose, tight = fresh(), fresh(), fresh()
+    norm = step(free).grad_norm
+    assert step(loose, clip=2 * norm).grad_norm == norm
+    assert same(tensors(free), tensors(loose))
+    assert step(tight, clip=norm / 10).grad_norm == norm
+    clipped = torch.cat([p.grad.flatten() for p in tight.net.parameters() if p.grad is not None])
+    assert clipped.norm().item() == pytest.approx(norm / 10, rel=1e-4)
+
+
+def test_the_rate_is_the_one_given() -> None:
+    state = fresh()
+    state.optimizer = torch.optim.SGD(state.net.parameters(), lr=99.0)
+    before = [p.detach().clone() for p in state.net.parameters()]
+    assert step(state, lr=0.25).lr == 0.25
+    for old, p in zip(before, state.net.parameters(), strict=True):
+        assert p.grad is not None
+        torch.testing.assert_close(p.detach(), old - 0.25 * p.grad)
+
+
+def test_counts_and_averages() -> None:
+    state = fresh()
+    expected = {decay: state.net.get_parameter("last.bias").detach().clone() for decay in state.averages}
+    for n in (1, 2, 3):
+        record = step(state)
+        assert (record.step, record.images) == (state.step, state.images) == (n, 12 * n)
+        for decay, average in state.averages.items():
+            d = average.spec(n)
+            expected[decay] = d * expected[decay] + (1 - d) * state.net.get_parameter("last.bias").detach()
+            torch.testing.assert_close(average.module.get_parameter("last.bias").data, expected[decay])
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"progress": 0.1}, {"ref": Frozen(Small(5))}])
+def test_what_a_step_depends_on(other: dict[str, object]) -> None:
+    assert step(fresh(), **other).loss != step(fresh()).loss
+
+
+def test_the_step_number_draws_anew() -> None:
+    class Same(Toy):
+        """The first batch again."""
+
+        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+            return Terms(b.t + 0 * super().loss(net, ref, b).loss)
+
+    state = fresh()
+    assert step(state, Same()).loss != step(state, Same()).loss
+
+
+def test_bf16_computes_low_and_keeps_high() -> None:
+    low, high = fresh(torch.float32), fresh(torch.float32)
+    seen: list[torch.dtype] = []
+    low.net.get_submodule("last").register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    rough, exact = step(low, precision="bf16"), step(high)
+    assert set(seen) == {torch.bfloat16}
+    assert {value.dtype for name, value in tensors(low).items() if "passes" not in name} == {torch.float32}
+    assert rough.loss != exact.loss
+    assert rough.loss == pytest.approx(exact.loss, rel=0.02)
+    assert rough.grad_norm == pytest.approx(exact.grad_norm, rel=0.05)
+
+
+def test_bf16_keeps_the_gradient_where_the_reference_passes_first() -> None:
+    class First(Toy):
+        """theta^- runs before the net, so autocast casts the weights without gradients first."""
+
+        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+            ref(b.x_t, b.null, t=b.t)
+            return super().loss(net, ref, b)
+
+    assert step(fresh(torch.float32), First(), precision="bf16").grad_norm > 0.1
+
+
+def test_the_net_trains_in_training_mode() -> None:
+    state = fresh()
+    state.net.eval()
+    step(state)
+    assert state.net.training
+    assert not any(average.module.training for average in state.averages.values())
+
+
+def test_reference_is_the_net_or_a_moving_average() -> None:
+    state = trained()
+    assert reference(state, "self").module is state.net
+    assert reference(state, 0.9).module is state.averages[0.9].module
+    before = tensors(state)
+    step(state, ref=reference(state, 0.9))
+    assert not torch.equal(reference(state, 0.9).module.get_parameter("last.bias"), before["0.9.last.bias"])
+
+
+def test_a_parameter_no_loss_reaches_stays() -> None:
+    state = fresh()
+    state.net.register_module("unused", nn.Linear(1, 1, dtype=torch.float64))
+    state.averages = {}
+    state.optimizer = torch.optim.AdamW(state.net.parameters(), weight_decay=0.5)
+    before = state.net.get_parameter("unused.weight").detach().clone()
+    assert math.isfinite(step(state).grad_norm)
+    assert torch.equal(before, state.net.get_parameter("unused.weight"))

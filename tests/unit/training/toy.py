@@ -1,0 +1,117 @@
+"""A small net, objective and data for the tests of training; and how to run Python in a process of its own."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor, nn
+
+import dumo
+from dumo.flow.path import Linear
+from dumo.random import stream
+from dumo.training.ema import Ema
+from dumo.training.loop import Train, begin, train
+from dumo.training.optim import Adam, AdamW, RAdam
+from dumo.training.state import State
+from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, mean_square
+
+CLASSES = 3
+OPTIMIZERS = (AdamW(lr=1e-2, weight_decay=0.1), Adam(lr=1e-2), RAdam(lr=1e-2))
+AVERAGES = (Ema(decay=0.99), Ema(decay=0.9, ramp=False))
+
+
+class Small(nn.Module):
+    """Two layers, a label table, and a buffer that counts passes."""
+
+    passes: Tensor
+
+    def __init__(self, seed: int = 0, width: int = 8, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, width), nn.Linear(width, 2)
+        self.label = nn.Embedding(CLASSES + 1, width)
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
+        g = stream(seed, "small")
+        for p in self.parameters():
+            p.data = 0.5 * torch.randn(p.shape, generator=g)
+        self.to(dtype)
+
+    def forward(self, x: Sample, c: Cond, /, *, t: Time) -> Heads:
+        self.passes += 1
+        h = self.first(torch.cat([x, t[:, None].to(x)], 1)) + self.label(c)
+        return (self.last(torch.tanh(h)),)
+
+
+class Toy(Spec):
+    """Flow matching, pulled to the reference without a label: so that ref, null, t and progress all matter."""
+
+    needs: ClassVar[Needs] = Needs()
+    drop: float = 0.3
+
+    @property
+    def times(self) -> Callable[[int, Generator], tuple[Time, Time]]:
+        """Uniform."""
+        return lambda n, g: (t := torch.rand(n, generator=g, dtype=torch.float64), t)
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """Square of the slope's error, plus a growing pull."""
+        (v_hat,), (v_null,) = net(b.x_t, b.c, t=b.t), ref(b.x_t, b.null, t=b.t)
+        v, pull = mean_square(v_hat - b.v_t), mean_square(v_hat - v_null)
+        return Terms(v + 0.1 * b.progress * pull, {"v": v, "pull": pull})
+
+    def read(self, net: Net) -> Reads:
+        """Not needed here."""
+        return Reads()
+
+
+def batches(batch: int = 12, dtype: torch.dtype = torch.float64) -> Callable[[int], tuple[Sample, Cond]]:
+    """Points around one place per label."""
+
+    def of(step: int) -> tuple[Sample, Cond]:
+        g = stream("batch", step)
+        c = torch.randint(CLASSES, (batch,), generator=g)
+        x = torch.stack([c - 1, 1 - c], 1) + 0.1 * torch.randn(batch, 2, generator=g, dtype=torch.float64)
+        return x.to(dtype), c
+
+    return of
+
+
+def run(state: State, spec: Train, **more: object) -> State:
+    """Train the toy and return the state."""
+    dtype = next(state.net.parameters()).dtype
+    train(state, batches(spec.batch, dtype), Toy(), Linear(), CLASSES, spec, **more)  # pyright: ignore
+    return state
+
+
+def trained(spec: Train | None = None, seed: int = 0) -> State:
+    """A state after a few steps."""
+    spec = spec or Train(steps=3, batch=12, ema=AVERAGES)
+    return run(begin(Small(seed), spec), spec)
+
+
+def tensors(state: State) -> dict[str, Tensor]:
+    """Every tensor of a state by name."""
+    found = {f"net.{name}": value for name, value in state.net.state_dict().items()}
+    for decay, average in state.averages.items():
+        found |= {f"{decay}.{name}": value for name, value in average.module.state_dict().items()}
+    for i, (_, memory) in enumerate(sorted(state.optimizer.state_dict()["state"].items())):
+        found |= {f"optimizer.{i}.{name}": value for name, value in memory.items()}
+    return {name: value.detach().clone() for name, value in found.items()}
+
+
+def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
+    """Whether names, dtypes and bits agree."""
+    return one.keys() == two.keys() and all(
+        value.dtype == two[name].dtype and torch.equal(value, two[name]) for name, value in one.items()
+    )
+
+
+def python(script: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start a process that sees dumo and the tests."""
+    roots = Path(dumo.__file__).parents[1], Path(__file__).parents[2]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, roots)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, *arguments]
+    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
