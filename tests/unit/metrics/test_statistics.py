@@ -15,7 +15,7 @@ from dumo.protocols.reference import album_facts
 from dumo.protocols.standard import STANDARDS
 from dumo.types import UserError
 from unit.extractor import Album, extractor, images
-from unit.metrics import meet
+from unit.protocols import meet
 
 TOTAL = meet.TOTAL
 
