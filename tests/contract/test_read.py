@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from contract.case import Counted, kind, name, nets, objectives, randomise
-from dumo.flow.read import bind
+from dumo.flow.reading import bind
 from dumo.nets import Net
 from dumo.objectives import Objective
 

@@ -17,7 +17,9 @@ from dumo.data.augment import Edm
 from dumo.flow.draw import draw
 from dumo.preflight import cost
 from dumo.random import stream
-from dumo.run import train as runs
+from dumo.run.folder import open_run
+from dumo.run.sample import sample_batches
+from dumo.run.train import train
 from dumo.sampling.generate import labels
 from dumo.training.loop import begin, reference
 from dumo.training.step import train_step
@@ -143,9 +145,9 @@ def test_the_recipe_trains_on_its_data(tmp_path: Path) -> None:
     """On the test images, which are fewer, with a net of a few layers, and makes images in one pass."""
     small = ["net.width=8", "net.depth=1", "net.multipliers=[1]", "net.attend=[1]", "train.batch=4", "train.steps=2"]
     few = ["data.split=test", "data.memory=0", "train.log_every=1", "train.probe_every=0"]
-    runs.train(load("cifar10", [*small, *few]), tmp_path, device="cpu")
+    train(load("cifar10", [*small, *few]), tmp_path, device="cpu")
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["images"] for record in records] == [4, 8]
     assert all(0 < record["loss"] < 10 for record in records)
-    (made,) = runs.made(runs.open_run(str(tmp_path), device="cpu"), nfe=1, c=labels(3, 0))
+    (made,) = sample_batches(open_run(str(tmp_path), device="cpu"), nfe=1, c=labels(3, 0))
     assert made.x.shape == (3, 3, 32, 32)

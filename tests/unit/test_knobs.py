@@ -11,7 +11,7 @@ from dumo.config.spec import Run
 from dumo.evaluation.sweep import full
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
-from dumo.flow.read import reading
+from dumo.flow.reading import reading
 from dumo.objectives import DuMo, ImprovedMeanFlow
 from dumo.preflight.doctor import examine
 from dumo.run.folder import RunFolder

@@ -13,7 +13,7 @@ from dumo.bench import clock, net
 from dumo.bench.clock import Precision, autocast, products
 from dumo.config.spec import Run
 from dumo.data import Latents
-from dumo.flow.read import reading
+from dumo.flow.reading import reading
 from dumo.preflight import machine
 from dumo.progress import Bar, no_bar
 from dumo.random import stream

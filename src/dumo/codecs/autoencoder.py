@@ -13,7 +13,7 @@ from pydantic import model_validator
 from torch import nn
 
 from dumo.codecs.scaled import Images, Latent, Moments, Opened, Scale, Scaled
-from dumo.io.place import user_path
+from dumo.io.path import user_path
 from dumo.io.weights import checked
 from dumo.types import UserError
 

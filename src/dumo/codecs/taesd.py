@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from dumo.codecs.scaled import Digest, Images, Latent, Moments, Opened, Scale, Scaled
-from dumo.io.place import user_path
+from dumo.io.path import user_path
 from dumo.io.weights import checked, load
 
 WIDTH = 64

@@ -19,7 +19,7 @@ from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import SUFFIXES, Crop, Frame
 from dumo.data.store import Store, choose, walk
 from dumo.data.tar import Tar
-from dumo.io.place import user_path
+from dumo.io.path import user_path
 from dumo.types import Spec, UserError
 
 Format = Literal["folder", "parquet", "tar"]

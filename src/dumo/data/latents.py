@@ -15,7 +15,7 @@ from dumo.codecs import Codec
 from dumo.data.cache import Cache, open_cache
 from dumo.data.epoch import mirrored, rows_of
 from dumo.data.image import FREE, GIGABYTE, Images
-from dumo.io.place import user_path
+from dumo.io.path import user_path
 from dumo.random import stream
 from dumo.types import Spec, UserError
 

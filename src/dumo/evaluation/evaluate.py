@@ -23,7 +23,7 @@ from dumo.io.weights import digest
 from dumo.progress import Bar, Tick, no_bar
 from dumo.protocols.evaluator import Evaluator
 from dumo.run.folder import RunFolder, shown
-from dumo.run.sample import made, real_data, solver_named
+from dumo.run.sample import real_data, sample_batches, solver_named
 from dumo.sampling.solver import Euler, Solver, check
 from dumo.training import log
 from dumo.types import UserError
@@ -117,7 +117,7 @@ def row(opened: RunFolder, judge: Evaluator, solver: Solver, nfe: int, c: Tensor
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         done = 0
-        for part in made(opened, nfe=nfe, c=c, seed=opened.run.evaluate.seed, solver=solver):
+        for part in sample_batches(opened, nfe=nfe, c=c, seed=opened.run.evaluate.seed, solver=solver):
             done += len(part.index) * dist.world()
             tick(min(done, len(c)), "")
             passes.add(part.nfe)

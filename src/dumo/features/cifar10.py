@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from dumo.io.place import user_path
+from dumo.io.path import user_path
 from dumo.io.weights import digest
 from dumo.random import stream
 from dumo.types import UserError

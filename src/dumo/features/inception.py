@@ -3,7 +3,7 @@
 It is not the Inception-v3 of later libraries (Szegedy et al. 2015): there are 1008 classes, an average takes no padding
 in, and the last block takes a maximum where its sibling takes an average. The tables below are the whole network:
 a network is a row of blocks, a block is branches side by side, a branch is a row of steps. Its names and shapes are
-those of the published file, so that loading it (`dumo.features.weights`) checks both.
+those of the published file, so that loading it (`dumo.features.inception_weights`) checks both.
 """
 
 from collections.abc import Callable, Sequence

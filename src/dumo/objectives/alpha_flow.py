@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide, Interval
-from dumo.flow.read import mean_velocity
+from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive, beyond
 from dumo.flow.secant import back, demand
 from dumo.flow.slope import JvpSlope, Slope, precision_of

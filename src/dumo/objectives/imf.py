@@ -19,7 +19,7 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow import dropout
-from dumo.flow.read import mean_velocity
+from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive, beyond
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import Level, LogitNormal, Pair, Times

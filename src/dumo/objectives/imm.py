@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dumo.flow.read import mean_velocity
+from dumo.flow.reading import mean_velocity
 from dumo.flow.times import Below, Groups, Uniform
 from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Spec, Terms, Time, UserError, lift
 

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide
-from dumo.flow.read import mean_velocity
+from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import barron, beyond
 from dumo.flow.secant import demand
 from dumo.flow.slope import precision_of

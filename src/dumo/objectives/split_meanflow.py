@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from dumo.flow import dropout
 from dumo.flow.guide import Guide
-from dumo.flow.read import mean_velocity
+from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import beyond
 from dumo.flow.times import Level, Pair, Uniform
 from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Sample, Spec, Terms, lift, mean_square

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from dumo.flow import dropout
 from dumo.flow.rate import DualRate, Rate
-from dumo.flow.read import mean_velocity
+from dumo.flow.reading import mean_velocity
 from dumo.flow.times import Gap, Logistic, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
 

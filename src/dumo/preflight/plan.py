@@ -15,7 +15,7 @@ from dumo import dist
 from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.data.cache import FILE, Plan, read_contents
-from dumo.io.place import user_path
+from dumo.io.path import user_path
 from dumo.preflight import cost
 from dumo.preflight.show import show
 from dumo.protocols.standard import TRAIN, Standard

@@ -14,7 +14,7 @@ import torch
 
 from dumo import dist
 from dumo.config.spec import Run
-from dumo.flow.read import reading
+from dumo.flow.reading import reading
 from dumo.preflight import cost, doctor, machine
 from dumo.random import stream
 from dumo.sampling import generate

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from dumo import dist
-from dumo.io.place import user_path
+from dumo.io.path import user_path
 from dumo.metrics.statistics import Statistics, load_statistics, save_statistics
 from dumo.types import UserError
 

@@ -17,9 +17,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo import __version__
-from dumo.features import weights
+from dumo.features import inception_weights
 from dumo.features.inception import SIZE, WIDTH
-from dumo.io.place import user_path
+from dumo.io.path import user_path
 from dumo.protocols import reference
 from dumo.protocols.cache import cached
 from dumo.protocols.evaluator import Data, Evaluator, Tick, in_turn
@@ -35,7 +35,7 @@ class ImageProtocol(Spec):
     samples: int | None = Field(default=None, ge=1)  # None: as many as the name says
     frechet: bool = True  # without it, FID and sFID are left out: for sets of 2048 images or fewer
     reference: str | None = Field(default=None)  # ADM's file; None: the run's own data
-    weights: str | None = Field(default=None)  # of Inception; None: where $DUMO_INCEPTION says
+    inception_weights: str | None = Field(default=None)  # of Inception; None: where $DUMO_INCEPTION says
 
     @property
     def name(self) -> str:
@@ -94,7 +94,9 @@ class ImageProtocol(Spec):
         more or fewer images than the name says.
         """
         standard = self.standard
-        extractor = weights.load(self.weights and user_path(self.weights, "evaluate.protocol.weights"), device)
+        extractor = inception_weights.load(
+            self.weights and user_path(self.weights, "evaluate.protocol.weights"), device
+        )
         if standard.url:
             file = reference.adm_file(self._file(standard.url), self.kind, standard)
             found, make = reference.adm_facts(file), partial(reference.adm_statistics, extractor, file, tick)
@@ -106,7 +108,7 @@ class ImageProtocol(Spec):
         else:
             raise UserError(f"protocol {self.kind} goes through all images of a data set, and this has none")
         facts = {
-            **weights.facts(extractor),
+            **inception_weights.facts(extractor),
             **found,
             "resize": f"TensorFlow 1, bilinear, to {SIZE}",
             "rounding": "0 to 255",

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from dumo.config.error import nearest
 from dumo.config.spec import Run
-from dumo.flow.read import head_of
+from dumo.flow.reading import head_of
 from dumo.io import archive, picture
 from dumo.progress import Bar, Tick, no_bar
 from dumo.report.figure import labelled
 from dumo.run.folder import RunFolder, load_net
-from dumo.run.sample import made, real_data, sample
+from dumo.run.sample import real_data, sample, sample_batches
 from dumo.sampling.generate import joined, labels
 from dumo.sampling.solver import Euler, Heun, Hop, Restart, Solver, able, check
 from dumo.training import checkpoint
@@ -174,7 +174,7 @@ def class_grid(
     every = torch.arange(opened.run.data.classes).repeat_interleave(count)
     some = [k * count + i for k in classes for i in range(count)]
     solver = reading.at(nfe)
-    found = joined(made(opened, nfe=nfe, c=every, seed=seed, solver=solver, indices=some))
+    found = joined(sample_batches(opened, nfe=nfe, c=every, seed=seed, solver=solver, indices=some))
     sheets = [picture.sheet(part, across(count)) for part in picture.to_rows(found.x).split(count)]
     blocks = [labelled([("", [sheet])], [f"class {k}"]) for k, sheet in zip(classes, sheets, strict=True)]
     pixels = torch.from_numpy(np.stack([np.asarray(block) for block in blocks]))

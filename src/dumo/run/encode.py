@@ -15,7 +15,7 @@ from dumo.config.load import FILE, load, override, parse
 from dumo.data import Latents
 from dumo.data import encode as codecs
 from dumo.data.cache import Contents, Plan, read_contents
-from dumo.io.place import user_path
+from dumo.io.path import user_path
 from dumo.progress import Bar, no_bar
 from dumo.types import Spec, UserError
 

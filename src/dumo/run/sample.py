@@ -12,7 +12,7 @@ from dumo.config.load import parse
 from dumo.config.spec import Run, Sampling
 from dumo.data import Latents
 from dumo.data.source import Source
-from dumo.flow.read import reading
+from dumo.flow.reading import reading
 from dumo.io import archive, picture
 from dumo.progress import Bar, no_bar
 from dumo.run.folder import RunFolder
@@ -26,7 +26,7 @@ def real_data(run: Run) -> Source:
     return run.data.images.open() if isinstance(run.data, Latents) else run.data.open()
 
 
-def made(
+def sample_batches(
     opened: RunFolder,
     *,
     nfe: int,
@@ -68,7 +68,7 @@ def sample(
     """One sample per label of c, decoded, image i always from stream (seed, i). Raises UserError as the solver does."""
     solver = solver or opened.run.sample.solver
     with bar(f"sampling, {solver.kind} at {nfe}", len(c)) as tick:
-        parts = made(opened, nfe=nfe, c=c, seed=seed, solver=solver, indices=range(len(c)))
+        parts = sample_batches(opened, nfe=nfe, c=c, seed=seed, solver=solver, indices=range(len(c)))
         return generate.joined(parts, lambda count: tick(count, ""))
 
 

@@ -18,7 +18,7 @@ from dumo.config.spec import Run
 from dumo.config.teacher import Pairs, Teacher
 from dumo.data.epoch import rows_of
 from dumo.data.source import Table
-from dumo.flow.read import reading
+from dumo.flow.reading import reading
 from dumo.io import archive
 from dumo.io.weights import digest
 from dumo.progress import Bar

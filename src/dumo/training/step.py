@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from dumo import dist
 from dumo.flow import dropout
 from dumo.flow.draw import draw
-from dumo.flow.read import reading
+from dumo.flow.reading import reading
 from dumo.training.probe import Probe, ask
 from dumo.training.state import State
 from dumo.types import Cond, Frozen, Net, Noised, Objective, Path, PerSample, Sample, Taught, Terms, Time

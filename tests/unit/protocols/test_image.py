@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dumo.features import weights
+from dumo.features import inception_weights
 from dumo.io.picture import to_uint8
 from dumo.metrics.frechet import frechet_distance
 from dumo.metrics.mmd import kid
@@ -239,7 +239,7 @@ def test_adms_file_gives_moments_of_all_and_features_of_its_images(tmp_path: Pat
 def peephole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Peephole:
     """A small network in Inception's place, and an empty cache."""
     net = Peephole()
-    monkeypatch.setattr(weights, "load", lambda path, device: net)
+    monkeypatch.setattr(inception_weights, "load", lambda path, device: net)
     monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
     return net
 
@@ -316,7 +316,7 @@ def test_where_nothing_can_be_kept_the_numbers_stand(
 
 
 def test_missing_weights_are_refused_before_the_data_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(weights.VARIABLE, raising=False)
+    monkeypatch.delenv(inception_weights.VARIABLE, raising=False)
 
     def never() -> Album:
         raise AssertionError

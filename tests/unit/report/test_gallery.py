@@ -11,7 +11,7 @@ from dumo.config.load import load
 from dumo.io import picture
 from dumo.report import gallery
 from dumo.run.folder import RunFolder, open_run
-from dumo.run.sample import made
+from dumo.run.sample import sample_batches
 from dumo.run.train import train
 from dumo.sampling.solver import Euler, Heun, Hop, Restart
 from dumo.types import UserError
@@ -45,7 +45,7 @@ def cell(panel: Image.Image, row: int, column: int, rows: int, columns: int) -> 
 def shown(one: RunFolder, number: int, label: int, **asked: object) -> np.ndarray:
     """The pixels of an image made alone."""
     c = torch.full((number + 1,), label)
-    (part,) = made(one, c=c, indices=[number], **asked)
+    (part,) = sample_batches(one, c=c, indices=[number], **asked)
     return np.asarray(picture.sheet(picture.to_rows(part.x), 1))
 
 

@@ -10,7 +10,7 @@ from dumo.config.load import load
 from dumo.data.source import Table
 from dumo.reproduce.plan import Cell, Finished, Plan, deviation, units
 from dumo.run.folder import RunFolder
-from dumo.run.sample import made, sample
+from dumo.run.sample import sample, sample_batches
 from dumo.sampling.solver import Heun
 
 GUIDED = ("digits-guided", "moons-guided")
@@ -63,7 +63,7 @@ def table(done: list[Finished]) -> list[dict[str, Any]]:
 
 def batches(opened: RunFolder, nfe: int, c: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Samples with their numbers."""
-    return ((part.index, part.x) for part in made(opened, nfe=nfe, c=c))
+    return ((part.index, part.x) for part in sample_batches(opened, nfe=nfe, c=c))
 
 
 def spread(scores: Sequence[dict[str, float]]) -> dict[str, Any]:
