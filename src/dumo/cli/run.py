@@ -146,7 +146,7 @@ def grid(
     if labels and classes:
         raise typer.BadParameter("--labels is of trajectories, --classes asks for class grids: give one of them")
     opened = open_run(run_folder, set_ or [], device=device)
-    asked: dict[str, Any] = {"seed": seed, "watch": bar, "letters": reading.split(",") if reading else None}
+    asked: dict[str, Any] = {"seed": seed, "bar": bar, "letters": reading.split(",") if reading else None}
     asked |= {"nfe": numbers("--nfe", nfe)} if nfe else {}
     asked |= {"steps": None if steps == "all" else numbers("--steps", steps)} if steps else {}
     asked |= {"count": count} if count else {}

@@ -31,15 +31,15 @@ MEASURED = (
 )
 
 
-def card(opened: RunFolder, judge: Evaluator, samples: int) -> Card:
-    """The card of a run that is judged as its spec says, by this judge."""
+def card(opened: RunFolder, evaluator: Evaluator, samples: int) -> Card:
+    """The card of a run that is judged as its spec says, by this evaluator."""
     run, file = opened.run, opened.file
     data = run.data.images if isinstance(run.data, Latents) else run.data
     _, mark, decay = file.stem.partition("ema-")
     return {
         "protocol": run.evaluate.protocol.name,
         "samples": samples,
-        **judge.facts,
+        **evaluator.facts,
         "data": data.model_dump(mode="json"),
         "codec": _codec(opened),
         "weights": opened.weights,

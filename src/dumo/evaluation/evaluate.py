@@ -49,7 +49,7 @@ def evaluate(
     """
     opened = asked(opened, nfe=nfe, seed=seed, solver=solver)
     run = opened.run
-    judge = evaluator_of(opened, bar)
+    evaluator = evaluator_of(opened, bar)
     c = run.evaluate.protocol.labels(run.data.classes)
     path = opened.folder / name_of(opened)
     report = {
@@ -61,10 +61,10 @@ def evaluate(
         "samples": len(c),
         "seed": run.evaluate.seed,
         "solver": run.sample.solver.model_dump(),
-        "results": [row(opened, judge, run.sample.solver, n, c, bar) for n in run.evaluate.nfe],
-        "contrast": [row(opened, judge, Euler(), n, c, bar) for n in contrast(run)],
-        "baselines": judge.baselines(),
-        "card": card(opened, judge, len(c)),
+        "results": [row(opened, evaluator, run.sample.solver, n, c, bar) for n in run.evaluate.nfe],
+        "contrast": [row(opened, evaluator, Euler(), n, c, bar) for n in contrast(run)],
+        "baselines": evaluator.baselines(),
+        "card": card(opened, evaluator, len(c)),
         "versions": dist.versions(),
     }
     if dist.is_main():
@@ -86,7 +86,7 @@ def asked(
 
 
 def evaluator_of(opened: RunFolder, bar: Bar) -> Evaluator:
-    """The judge of the run's protocol. Raises UserError as the protocol does."""
+    """The evaluator of the run's protocol. Raises UserError as the protocol does."""
     run, ticks = opened.run, list[Tick]()
     with ExitStack() as stack:
 
@@ -111,7 +111,7 @@ def contrast(run: Run) -> list[int]:
     return sorted({*run.evaluate.contrast, *run.evaluate.nfe})
 
 
-def row(opened: RunFolder, judge: Evaluator, solver: Solver, nfe: int, c: Tensor, bar: Bar) -> Row:
+def row(opened: RunFolder, evaluator: Evaluator, solver: Solver, nfe: int, c: Tensor, bar: Bar) -> Row:
     """The scores of samples by a solver at one number of passes, the passes as the net counted them."""
     passes = set[int]()
 
@@ -124,7 +124,7 @@ def row(opened: RunFolder, judge: Evaluator, solver: Solver, nfe: int, c: Tensor
             yield part.index, part.x
 
     with bar(f"sampling, {solver.kind} at {nfe}", len(c)) as tick:
-        scores = judge.score(batches())
+        scores = evaluator.score(batches())
     return {"nfe": passes.pop(), "solver": solver.kind, **scores}
 
 

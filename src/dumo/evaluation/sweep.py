@@ -31,16 +31,16 @@ def sweep(opened: RunFolder, text: str, *, bar: Bar = no_bar) -> dict[str, Any]:
     UserError, before any work, for what cannot be read or a value out of range.
     """
     points = dict(_averages(opened) if text == EMA else _settings(opened, text))
-    judges: dict[tuple[object, int], Evaluator] = {}
+    evaluators: dict[tuple[object, int], Evaluator] = {}
     rows: list[Row] = []
     for value, point in points.items():
         run = point.run
         key = (run.evaluate.protocol, run.evaluate.seed)
-        judge = judges[key] = judges.get(key) or evaluator_of(point, bar)
+        evaluator = evaluators[key] = evaluators.get(key) or evaluator_of(point, bar)
         c = run.evaluate.protocol.labels(run.data.classes)
-        told = card(point, judge, len(c))
+        told = card(point, evaluator, len(c))
         for n in run.evaluate.nfe:
-            rows.append({"value": value, **row(point, judge, run.sample.solver, n, c, bar), "card": told})
+            rows.append({"value": value, **row(point, evaluator, run.sample.solver, n, c, bar), "card": told})
     mark(rows)
     named = re.sub(r"[^\w.]+", "-", text)
     path = opened.folder / name_of(opened, f"sweep-{named}")

@@ -7,7 +7,7 @@ image, so that a processor reads thousands of images a second. It is trained wit
 features of a class together (Müller et al. 2019): what tells a good image of a class from a poor one would go. Two of
 the features do not vary over the training images, and count for nothing.
 
-`python -m dumo.metrics.cifar` makes the shipped file again, from the images in `$DUMO_DATA/cifar10`, in about twelve
+`python -m dumo.features.cifar10` makes the shipped file again, from the images in `$DUMO_DATA/cifar10`, in about twelve
 minutes of one core. The metrics may not import `dumo.data`; what it takes to read this one layout stands here.
 """
 
@@ -41,6 +41,7 @@ FLOOR = 0.8  # accuracy on the test images, below which no file is written
 EPOCHS, BATCH, RATE, MOMENTUM, DECAY = 10, 128, 0.1, 0.9, 5e-4  # ours
 SHIFT = 4  # pixels each way that a training image is moved by, at most (He et al. 2016)
 PIECE = 500  # images at a time through the net
+KEY = "dumo.metrics.cifar"  # of the draws: what this module was called when the shipped weights were made
 WEIGHTS = Path(__file__).with_name("cifar10.safetensors")
 FILES = {"train": "train-00000-of-00001.parquet", "test": "test-00000-of-00001.parquet"}
 
@@ -143,7 +144,7 @@ def silent(epoch: int, loss: float) -> None:
 
 def train(x: Pixels, c: Labels, tick: Tick = silent) -> Classifier:
     """Train on all these images: SGD with one cycle of the rate, images mirrored and shifted (He et al. 2016)."""
-    draws = stream("dumo.metrics.cifar", "train")
+    draws = stream(KEY, "train")
     net = _fresh(draws)
     steps = len(x) // BATCH
     optimizer = torch.optim.SGD(net.parameters(), RATE, MOMENTUM, weight_decay=DECAY, nesterov=True)
@@ -185,7 +186,7 @@ def make(folder: Path, path: Path = WEIGHTS, tick: Tick = silent) -> dict[str, s
             f"accuracy on the test images is {right:.4f}, below {FLOOR}: nothing written, change the recipe"
         )
     told = {
-        "recipe": "python -m dumo.metrics.cifar",
+        "recipe": "python -m dumo.features.cifar10",
         "data": "CIFAR-10 (Krizhevsky 2009) re-encoded as JPEG: trained on the 50,000 training images",
         "accuracy": f"{right:.4f}",
         "tested": f"on the {len(x):,} test images, which neither training nor choices have seen",

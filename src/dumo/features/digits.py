@@ -5,7 +5,7 @@ nonlinearity, standardised (about mean 0, variance 1 over the data), so no featu
 distance counts in variances. 32 of them because a distance of n rows is biased in proportion to features / n and half
 the data set is 898 rows; 64 double that bias and see blur, noise and lost classes about as well (measured).
 
-`python -m dumo.metrics.classifier` makes the shipped file again, in seconds; on one machine byte for byte.
+`python -m dumo.features.digits` makes the shipped file again, in seconds; on one machine byte for byte.
 """
 
 import json
@@ -30,6 +30,7 @@ WIDTH = 32  # features
 SHARE = 0.2  # of the data, never trained on
 FLOOR = 0.98  # accuracy on that share, below which no file is written
 STEPS, BATCH, RATE, DECAY = 1000, 64, 4e-3, 0.01  # ours
+KEY = "dumo.metrics.classifier"  # of the draws: what this module was called when the shipped weights were made
 WEIGHTS = Path(__file__).with_name("digits.safetensors")
 
 
@@ -95,13 +96,13 @@ def digits() -> tuple[Digits, Labels]:
 
 def split(n: int) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " h"]]:
     """The rows to train on and those held out: of a permutation keyed by name, the first `SHARE` is held out."""
-    order = torch.randperm(n, generator=stream("dumo.metrics.classifier", "hold-out"))
+    order = torch.randperm(n, generator=stream(KEY, "hold-out"))
     return order[int(SHARE * n) :], order[: int(SHARE * n)]
 
 
 def train(x: Digits, c: Labels) -> Classifier:
     """Train on all these rows: AdamW with one cycle of the rate, images shifted by up to a pixel each way."""
-    draws = stream("dumo.metrics.classifier", "train")
+    draws = stream(KEY, "train")
     net = _fresh(draws)
     optimizer = torch.optim.AdamW(net.parameters(), RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
@@ -131,7 +132,7 @@ def make(path: Path = WEIGHTS) -> dict[str, str]:
             f"accuracy on held-out digits is {right:.4f}, below {FLOOR}: nothing written, change the recipe"
         )
     told = {
-        "recipe": "python -m dumo.metrics.classifier",
+        "recipe": "python -m dumo.features.digits",
         "data": "scikit-learn load_digits, 1,797 images, of the UCI set Optical Recognition of Handwritten Digits",
         "held_out": f"{len(held)} rows: the first {SHARE:.0%} of a keyed permutation (dumo.features.digits.split)",
         "accuracy": f"{right:.4f}",

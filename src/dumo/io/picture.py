@@ -52,7 +52,7 @@ def sheet(pixels: PixelRows, columns: int, scale: int | None = None, gap: int = 
     return Image.fromarray(whole[: len(whole) - gap, : whole.shape[1] - gap].numpy())
 
 
-def scatter(truth: Points, samples: Mapping[str, Points], side: float = 3.0) -> Image.Image:
+def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> Image.Image:
     """A panel per title, of `side` inches: the truth in grey, the samples in red (look of the paper's Fig. 3).
 
     The frame is the truth's with a tenth around it; samples that fly farther fall outside of it.
@@ -62,10 +62,10 @@ def scatter(truth: Points, samples: Mapping[str, Points], side: float = 3.0) -> 
 
     lines = 1 + max(title.count("\n") for title in samples)
     figure = Figure(figsize=(side * len(samples), side + 0.3 * lines), dpi=150, layout="constrained")
-    low, high = truth.amin(0), truth.amax(0)
+    low, high = real.amin(0), real.amax(0)
     (left, right), (bottom, top) = torch.stack([low - (high - low) / 10, high + (high - low) / 10], 1).tolist()
     for axes, (title, x) in zip(figure.subplots(1, len(samples), squeeze=False)[0], samples.items(), strict=True):
-        axes.scatter(*truth.T.numpy(), s=6, color="0.8", linewidths=0)
+        axes.scatter(*real.T.numpy(), s=6, color="0.8", linewidths=0)
         axes.scatter(*x.T.numpy(), s=2, color="red", linewidths=0)
         axes.set(title=title, xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
     canvas = FigureCanvasAgg(figure)

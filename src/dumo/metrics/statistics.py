@@ -1,4 +1,5 @@
-"""What a set of images comes to in the eyes of a network: moments, sums and features, gathered batch by batch.
+"""Statistics of a set of images, of the features that a network extracts: moments, sums and features, gathered batch by
+batch.
 
 Images are known by number, so it does not matter which batch or which rank an image came in. Moments and sums are in
 float64 and merge (`dumo.metrics.moments`, `dumo.metrics.inception_score`). The features themselves are kept too, in
@@ -94,12 +95,12 @@ def statistics_of(extractor: Extractor, batches: Iterable[Batch], total: int | N
         numbers.append(index.cpu())
     if sums is None:
         raise UserError("there are no images to judge: give some, at least one batch to each rank")
-    tally = Statistics(*sums, torch.cat(rows), torch.cat(numbers))
-    return _unpack({name: x.cpu() for name, x in _pack(tally).items()})
+    statistics = Statistics(*sums, torch.cat(rows), torch.cat(numbers))
+    return _unpack({name: x.cpu() for name, x in _pack(statistics).items()})
 
 
 def gather(mine: Statistics, total: int | None = None) -> Statistics:
-    """The tally of all ranks on every rank, its images in the order of their numbers; every rank must call it.
+    """The statistics of all ranks on every rank, its images in the order of their numbers; every rank must call it.
 
     Raises `UserError` unless each of the numbers 0 .. total - 1 came once. Without a total the numbers may have gaps,
     which are closed: the images are numbered anew.
@@ -112,13 +113,13 @@ def gather(mine: Statistics, total: int | None = None) -> Statistics:
     return replace(whole, rows=whole.rows[order], index=torch.arange(len(order)))
 
 
-def save_statistics(path: Path, tally: Statistics, told: Mapping[str, str]) -> None:
-    """Keep a tally as safetensors, with what it is of, such as the data and the sha256 of the network."""
-    save_file({name: x.contiguous() for name, x in _pack(tally).items()}, path, dict(told))
+def save_statistics(path: Path, statistics: Statistics, told: Mapping[str, str]) -> None:
+    """Keep statistics as safetensors, with what it is of, such as the data and the sha256 of the network."""
+    save_file({name: x.contiguous() for name, x in _pack(statistics).items()}, path, dict(told))
 
 
 def load_statistics(path: Path, told: Mapping[str, str]) -> Statistics:
-    """A tally that was kept. Raises `UserError` if it is of something else than `told`, showing both."""
+    """Statistics that were kept. Raises `UserError` if they are of something else than `told`, showing both."""
     try:
         with safe_open(path, "pt") as file:
             found, parts = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -132,9 +133,9 @@ def load_statistics(path: Path, told: Mapping[str, str]) -> Statistics:
         raise UserError(f"{path} holds no statistics (it lacks {error}): remove it, to count them anew") from error
 
 
-def _pack(tally: Statistics) -> dict[str, Tensor]:
-    """A tally as named tensors."""
-    pool, spatial, score = tally.pool, tally.spatial, tally.score
+def _pack(statistics: Statistics) -> dict[str, Tensor]:
+    """Statistics as named tensors."""
+    pool, spatial, score = statistics.pool, statistics.spatial, statistics.score
     return {
         "pool.count": torch.tensor([pool.count]),
         "pool.mean": pool.mean,
@@ -145,8 +146,8 @@ def _pack(tally: Statistics) -> dict[str, Tensor]:
         "score.count": score.count,
         "score.entropy": score.entropy,
         "score.mass": score.mass,
-        "rows": tally.rows,
-        "index": tally.index,
+        "rows": statistics.rows,
+        "index": statistics.index,
     }
 
 

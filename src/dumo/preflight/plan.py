@@ -89,7 +89,7 @@ def cached_images(spec: Run) -> int | None:
 
 def protocol_images(spec: Run) -> int | None:
     """How many images the set has that the run's protocol is named after; None where it is named after none."""
-    standard: Standard | None = getattr(spec.evaluate.protocol, "locked", None)
+    standard: Standard | None = getattr(spec.evaluate.protocol, "standard", None)
     return standard and (TRAIN if standard.url else standard.real)
 
 

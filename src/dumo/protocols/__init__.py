@@ -5,8 +5,8 @@ number of samples first, shows in its name. It is asked in this order:
 
     protocol.check(shape, classes)               before any work: is this what it judges?
     c = protocol.labels(classes)                 the classes of the samples that it wants, image i of class c[i]
-    judge = protocol.judge(open_data, classes=..., seed=..., device=...)
-    judge.score(batches), judge.baselines(), judge.facts          see `dumo.protocols.evaluator`
+    evaluator = protocol.evaluator(open_data, classes=..., seed=..., device=...)
+    evaluator.score(batches), evaluator.baselines(), evaluator.facts          see `dumo.protocols.evaluator`
 
 `baselines` tells how large a distance is where there is no difference: between two halves of a finite data set, a
 bootstrap of it, or two independent draws.

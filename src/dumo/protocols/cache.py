@@ -1,4 +1,4 @@
-"""What was counted once and need not be again: tallies of data, in a folder that may be emptied at any time.
+"""What was counted once and need not be again: statistics of data, in a folder that may be emptied at any time.
 
 The name of a file is a hash of what it is of, which the file itself repeats: the data's pixels, the network's weights,
 the protocol. So what has changed is counted anew, and what is damaged too.
@@ -28,7 +28,7 @@ def folder() -> Path:
 
 
 def cached(told: Mapping[str, str], make: Callable[[], Statistics]) -> Statistics:
-    """The tally of what is told: as it was kept if every rank can read it, else made, and kept by the first rank."""
+    """The statistics of what is told: as they were kept if every rank can read them, else made and kept."""
     path = folder() / f"tally-{sha256(json.dumps(dict(told), sort_keys=True).encode()).hexdigest()[:16]}.safetensors"
     try:
         found = load_statistics(path, told) if path.is_file() else None
@@ -43,13 +43,13 @@ def cached(told: Mapping[str, str], make: Callable[[], Statistics]) -> Statistic
     return made
 
 
-def _keep(path: Path, tally: Statistics, told: Mapping[str, str]) -> None:
+def _keep(path: Path, statistics: Statistics, told: Mapping[str, str]) -> None:
     """Write it whole or not at all. Where it cannot be written the numbers still stand: only a warning."""
     half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_statistics(half, tally, told)
+            save_statistics(half, statistics, told)
             half.replace(path)
         finally:
             half.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""What every protocol gives: a judge, who knows the data and scores samples.
+"""What every protocol gives: an evaluator, which knows the data and scores samples.
 
-Samples are known by number and come in batches, of several ranks each rank's own share. All ranks must ask, and all
-get the same score, whatever came in which batch or where. What a score depends on beside the samples, the judge says:
+Samples are known by number and come in batches, of several ranks each rank's own share. All ranks must ask, and all get
+the same score, whatever came in which batch or where. What a score depends on beside the samples, the evaluator says:
 `facts`, of which a report is made, and by which two reports are known to be of one kind.
 """
 
@@ -48,7 +48,7 @@ class Evaluator(Protocol):
 
     @property
     def facts(self) -> Mapping[str, str]:
-        """By what it judges: the features, the reference, and what else its protocol fixes."""
+        """What it measures by: the features, the reference, and what else its protocol fixes."""
         ...
 
     def score(self, made: Made) -> Scores:
@@ -86,17 +86,17 @@ class Measure(Protocol):
     """Scores all samples at once, of classes c."""
 
     def score(self, x: Sample, c: Cond, reference: Reference) -> Scores:
-        """As a judge's, of all samples."""
+        """As an evaluator's, of all samples."""
         ...
 
     def baselines(self, reference: Reference) -> dict[str, Scores]:
-        """As a judge's."""
+        """As an evaluator's."""
         ...
 
 
 @dataclass(frozen=True)
 class WholeSetEvaluator:
-    """A judge who waits for all samples."""
+    """An evaluator that waits for all samples."""
 
     measure: Measure
     c: Int64[Tensor, " n"]

@@ -1,7 +1,7 @@
 """The named protocols of images: FID and its kin, on the features of Inception.
 
 Which number a paper calls FID depends on the network, the resize before it, how colours are rounded, how many images,
-of which classes, against which statistics. A name fixes all of it (`LOCKED`); what may be changed shows in the name.
+of which classes, against which statistics. A name fixes all of it (`STANDARDS`); what may be changed shows in the name.
 Fixed for all: the TF-2015 Inception, TensorFlow's resize without antialiasing, colours rounded to the nearest of 0 ..
 255, classes in turn (i mod classes), Inception Score in splits of 5000 by number and without the last layer's bias,
 3 neighbours. So `adm-*` are ADM's own definitions; ADM rounds distances of neighbours to half precision, we do not.
@@ -35,7 +35,7 @@ class ImageProtocol(Spec):
     samples: int | None = Field(default=None, ge=1)  # None: as many as the name says
     frechet: bool = True  # without it, FID and sFID are left out: for sets of 2048 images or fewer
     reference: str | None = Field(default=None)  # ADM's file; None: the run's own data
-    inception_weights: str | None = Field(default=None)  # of Inception; None: where $DUMO_INCEPTION says
+    weights: str | None = Field(default=None)  # of Inception; None: where $DUMO_INCEPTION says
 
     @property
     def name(self) -> str:

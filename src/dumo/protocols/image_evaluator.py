@@ -1,4 +1,4 @@
-"""Images judged by what Inception sees in them: FID and its kin."""
+"""Images compared by the features that Inception extracts: FID and its kin."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ HALVES, HALF = 3, 25_000  # random halves of the reference, and the most images 
 
 @dataclass(frozen=True)
 class ImageEvaluator:
-    """Compares samples, batch by batch, with a tally of the data. `device` is where neighbours are looked up."""
+    """Compares samples, batch by batch, with statistics of the data. `device` is where neighbours are looked up."""
 
     name: str  # of the protocol's kind: keys its draws
     standard: Standard
@@ -40,14 +40,14 @@ class ImageEvaluator:
 
         Raises `UserError` where samples are missing, come twice, or are no images, and where they are too few.
         """
-        return self.compare(self.tally(made))
+        return self.compare(self.statistics(made))
 
-    def tally(self, made: Made) -> Statistics:
+    def statistics(self, made: Made) -> Statistics:
         """What the samples, in [-1, 1], come to."""
         return gather(statistics_of(self.extractor, _pixels(made), self.total), self.total)
 
     def compare(self, fake: Statistics) -> Scores:
-        """The scores of samples that are tallied. On a GPU 50,000 against 50,000 take minutes, on a CPU hours."""
+        """The scores of samples, by their statistics. On a GPU 50,000 against 50,000 take minutes, on a CPU hours."""
         distances = self._distances(fake)  # the first to refuse
         rows, data = fake.rows.to(self.device), self.real.rows.to(self.device)
         draws = stream(self.name, "kid")

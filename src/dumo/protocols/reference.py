@@ -1,4 +1,5 @@
-"""What the data comes to in the eyes of a network: of ADM's file, or of all images of a run's own data, one by one.
+"""Statistics of the data that samples are compared with: of ADM's file, or of all images of a run's own data, one by
+one.
 
 Images are read in pieces, every rank its share of them, and none is held. A hash of all their pixels says which data it
 was; it takes a small part of the time that the network takes.

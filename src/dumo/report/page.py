@@ -48,17 +48,17 @@ def write(opened: RunFolder, bar: Bar = no_bar) -> list[Path]:
     """
     run, folder, source = opened.run, opened.folder, opened.run.data.open()
     rows, judged = log.read_log(folder / "metrics.jsonl"), judgement(opened)
-    truth, c = source.reference(min(POINTS, NEAR // prod(run.pixels[1:])), run.sample.seed)
-    truth = opened.decode(truth)
+    real, c = source.reference(min(POINTS, NEAR // prod(run.pixels[1:])), run.sample.seed)
+    real = opened.decode(real)
 
     made = make(opened, bar)
-    drawn = {name: {n: look(run, x, truth) for n, x in row.items()} for name, row in made.items()}
+    drawn = {name: {n: look(run, x, real) for n, x in row.items()} for name, row in made.items()}
     sheets = drawn.pop(SHEET)
     pictures = {f"nfe{n}": sheet for n, sheet in sheets.items()} | {"trajectories": joined(run, drawn)}
     near = None
     if is_image(run) and source.size is not None:
-        pictures["data"] = look(run, by_class(run, truth, c), truth)
-        near = proximity(run, made[SHEET][min(sheets)], truth)
+        pictures["data"] = look(run, by_class(run, real, c), real)
+        near = proximity(run, made[SHEET][min(sheets)], real)
         pictures["nearest"] = labelled({"sample": [near["samples"]], "nearest": [near["found"]]})
 
     page = render(
@@ -133,10 +133,10 @@ def make(opened: RunFolder, bar: Bar) -> dict[str, dict[int, Sample]]:
     return made
 
 
-def look(run: Run, x: Sample, truth: Real) -> Image.Image:
+def look(run: Run, x: Sample, real: Real) -> Image.Image:
     """Samples as a picture: a sheet with clear gaps, or red points before the grey truth."""
     if not is_image(run):
-        return picture.scatter(truth, {"": x})
+        return picture.scatter(real, {"": x})
     pixels = picture.to_rows(x)
     sheet, gaps = (picture.sheet(p, across(run), gap=GAP) for p in (pixels, 0 * pixels))
     sheet.putalpha(ImageOps.invert(gaps.convert("L")))  # a page may be dark
@@ -159,19 +159,19 @@ def joined(run: Run, drawn: Mapping[str, Pictures]) -> Image.Image:
     return labelled([(name, list(row.values())) for name, row in rows], [f"NFE {n}" for n in rows[0][1]])
 
 
-def proximity(run: Run, x: Sample, truth: Real) -> dict[str, Any]:
+def proximity(run: Run, x: Sample, real: Real) -> dict[str, Any]:
     """How near samples lie to the data, in pixel space, and how near as many rows of the data lie to the other rows.
 
     A distance is Euclidean, over all pixels of images in [-1, 1]. The rows held out are keyed by the sampling seed.
     """
-    distances, places = nearest(truth, x)
-    order = torch.randperm(len(truth), generator=stream(run.sample.seed, "held out"))
+    distances, places = nearest(real, x)
+    order = torch.randperm(len(real), generator=stream(run.sample.seed, "held out"))
     held, rest = order[: len(x)], order[len(x) :]
-    usual, _ = nearest(truth[rest], truth[held])
+    usual, _ = nearest(real[rest], real[held])
     few = across(run)
     return {
-        "samples": look(run, x[:few], truth),
-        "found": look(run, truth[places[:few]], truth),
+        "samples": look(run, x[:few], real),
+        "found": look(run, real[places[:few]], real),
         "distances": distances[:few].tolist(),
         "count": len(x),
         "rows": [

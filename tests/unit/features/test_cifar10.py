@@ -60,7 +60,7 @@ def test_shipped_file_is_small_whole_and_tells_its_origin() -> None:
     assert WEIGHTS.stat().st_size <= 1_000_000
     assert cifar10.sha256() == SHA256
     told = cifar10.origin()
-    assert told["recipe"] == "python -m dumo.metrics.cifar"
+    assert told["recipe"] == f"python -m {cifar10.KEY}"  # as this module was called then
     assert told["features"] == str(WIDTH)
     assert {"torch", "pillow", "safetensors"} <= set(told["versions"].replace(",", "").split())
     assert "50,000 training images" in told["data"]

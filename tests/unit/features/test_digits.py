@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from dumo.features import digits as classifier
-from dumo.features.digits import WEIGHTS, WIDTH, accuracy, digits, features, make, origin, predict, shipped, split
+from dumo.features.digits import KEY, WEIGHTS, WIDTH, accuracy, digits, features, make, origin, predict, shipped, split
 from dumo.types import UserError
 
 
@@ -40,7 +40,7 @@ def test_shipped_accuracy_on_held_out_digits() -> None:
 def test_shipped_file_is_small_and_tells_its_origin() -> None:
     assert WEIGHTS.stat().st_size <= 300_000
     told = origin()
-    assert told["recipe"] == "python -m dumo.metrics.classifier"
+    assert told["recipe"] == f"python -m {KEY}"  # as this module was called then
     assert told["features"] == str(WIDTH)
     assert {"torch", "scikit-learn", "safetensors"} <= set(told["versions"].replace(",", "").split())
     assert "load_digits" in told["data"]

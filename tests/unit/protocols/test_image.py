@@ -149,7 +149,7 @@ def test_the_same_samples_have_the_same_scores() -> None:
 
 def test_few_images_have_no_frechet_distance_but_may_go_without() -> None:
     few, many = counted(images(WIDTH)), counted(images(N))
-    fake = evaluator(many).tally(made(images(N)))
+    fake = evaluator(many).statistics(made(images(N)))
     for of, tally in ((evaluator(few), fake), (evaluator(many), replaced(fake, few))):
         with pytest.raises(UserError, match=r"give no Fréchet distance of 6 features: .* set frechet to false"):
             of.compare(tally)
@@ -230,7 +230,7 @@ def test_adms_file_gives_moments_of_all_and_features_of_its_images(tmp_path: Pat
     )
     assert torch.equal(real.rows, extractor(torch.zeros(12, 3, 4, 4, dtype=torch.uint8)).pool)
     of = evaluator(real, tiny)
-    fake = of.tally(made(images(N)))
+    fake = of.statistics(made(images(N)))
     assert of.compare(fake)["fid"] == pytest.approx(frechet_distance(fake.pool, real.pool), rel=1e-12)
     assert adm_facts(file)["reference"] == "a.npz"
 
@@ -332,6 +332,6 @@ def test_inception_itself_serves() -> None:
     net, protocol = recipe.net(), ImageProtocol(kind="folder", samples=3, frechet=False)
     x = samples(torch.randint(256, (3, 3, 40, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
     of = evaluator(album_statistics(net, Album(torch.zeros(1, 3, 8, 8))), protocol, net)
-    tally = of.tally((rows, x[rows]) for rows in torch.arange(3).split(2))
+    tally = of.statistics((rows, x[rows]) for rows in torch.arange(3).split(2))
     assert (tally.rows.shape, tally.spatial.mean.shape) == ((3, 2048), (2023,))
     torch.testing.assert_close(tally.rows[2:], net(to_uint8(x[2:])).pool, rtol=1e-5, atol=1e-4)

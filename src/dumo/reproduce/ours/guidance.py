@@ -51,12 +51,12 @@ def table(done: list[Finished]) -> list[dict[str, Any]]:
         yardstick, *others = mine
         protocol, classes = yardstick.cell.spec.evaluate.protocol, yardstick.cell.spec.data.classes
         c = protocol.labels(classes)
-        truth = Table(sample(yardstick.opened, nfe=50, c=c, seed=1, solver=Heun()).x, c)
-        judge = protocol.evaluator(lambda truth=truth: truth, classes=classes)
+        real = Table(sample(yardstick.opened, nfe=50, c=c, seed=1, solver=Heun()).x, c)
+        evaluator = protocol.evaluator(lambda real=real: real, classes=classes)
         for fraction in FRACTIONS:
             same = [one for one in others if one.cell.labels["fraction"] == fraction]
             for nfe in same[0].cell.spec.evaluate.nfe:
-                scores = [judge.score(batches(one.opened, nfe, c)) for one in same]
+                scores = [evaluator.score(batches(one.opened, nfe, c)) for one in same]
                 rows.append({**same[0].cell.labels, "nfe": nfe, **spread(scores), "seeds": len(scores)})
     return rows
 

@@ -49,9 +49,9 @@ def draw(done: list[Finished], folder: Path) -> list[Path]:
         title = "DuMo" if ratio is None else f"MeanFlow, ratio {ratio}"
         c = generate.labels(2000, 0)
         panels[f"{title}\nMMD² = {mmd2:.2g}"] = sample(one.opened, nfe=1, c=c).x
-    truth, _ = done[0].opened.run.data.open().reference(4000, 0)
+    real, _ = done[0].opened.run.data.open().reference(4000, 0)
     path = folder / "fig3.png"
-    archive.write_picture(path, picture.scatter(truth, panels))
+    archive.write_picture(path, picture.scatter(real, panels))
     return [path]
 
 

@@ -39,12 +39,12 @@ def table(done: list[Finished]) -> list[dict[str, Any]]:
 def judged(opened: RunFolder) -> Iterator[dict[str, Any]]:
     """How near samples come to the data after each step that was kept, by reading and number of passes."""
     spec = opened.run
-    judge, c = evaluator_of(opened, no_bar), spec.evaluate.protocol.labels(spec.data.classes)
+    evaluator, c = evaluator_of(opened, no_bar), spec.evaluate.protocol.labels(spec.data.classes)
     for step, file in gallery.stages(opened).items():
         then = gallery.open_at(opened, step, file)
         for reading in gallery.chosen(spec, None, JUDGED):
             for n in JUDGED:
-                found = row(then, judge, reading.at(n), n, c, no_bar)
+                found = row(then, evaluator, reading.at(n), n, c, no_bar)
                 passes_solver_distance = dict(islice(found.items(), 3))
                 yield {"reading": reading.letter, "step": step, **passes_solver_distance}
 
