@@ -26,7 +26,7 @@ from dumo.config.spec import Run
 from dumo.preflight.machine import Finding, look
 from dumo.random import stream
 from dumo.training.log import finite
-from dumo.types import Cond, Frozen, Heads, Sample, Time, UserError, frozen, unwrap
+from dumo.types import Cond, Frozen, Heads, Sample, Time, UserError, unwrap
 
 LIMIT = 0.05  # ours: an exact slope is 1 to 2 % off under bf16, a broken one 40 % and more (measured)
 SMALL = 1e-6  # ours: the l2 error allowed where du/dt is zero
@@ -99,7 +99,7 @@ def _compare(run: Run, net: nn.Module, device: torch.device, *, rows: int, weigh
         return Examination(None, *about, {})
     x, w, c, inputs = _point(run, rows, device)
     net.eval()  # no dropout
-    ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
+    ref = Frozen(net if run.train.ref == "self" else copy.deepcopy(net))
     exact = _exact(net, x, w, c, **inputs)
     errors: list[Tensor] = []
     for toward in (w, None):
