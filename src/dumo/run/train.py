@@ -19,6 +19,7 @@ from dumo.run.start import begin
 from dumo.training import checkpoint, log, loop
 from dumo.training.state import State
 from dumo.training.step import Batch, Record, Task
+from dumo.types import unwrap
 
 
 def train(run: Run, folder: Path, *, device: str = "auto", bar: Bar = no_bar) -> State:
@@ -75,7 +76,7 @@ class Journal:
     def open(self, state: State) -> None:
         """Before the next step: refuse again what was refused at the first checkpoint; the milestone of this step."""
         if 0 < state.step <= self.first:
-            doctor.examine_weights(self.run, state.net, self.device).require()
+            doctor.examine_weights(self.run, unwrap(state.net), self.device).require()
         if state.step not in checkpoint.milestones(self.folder / "milestones"):
             self.mark(state)
 
@@ -93,7 +94,7 @@ class Journal:
         """A checkpoint; the first one's weights are examined."""
         self.save(state)
         if state.step == self.first:
-            doctor.examine_weights(self.run, state.net, self.device).require()
+            doctor.examine_weights(self.run, unwrap(state.net), self.device).require()
 
     def save(self, state: State) -> None:
         """A checkpoint of this step."""
