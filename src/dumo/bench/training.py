@@ -23,10 +23,11 @@ from dumo.config.error import nearest
 from dumo.config.spec import Run
 from dumo.flow.draw import draw
 from dumo.flow.slope import CentralSlope, Slope
+from dumo.io.json import finite
 from dumo.preflight import cost, machine
 from dumo.progress import Bar, no_bar
 from dumo.random import stream
-from dumo.training import log, loop
+from dumo.training import loop
 from dumo.types import Frozen, Noised, Objective, UserError, frozen
 
 Work = Callable[[], None]
@@ -173,7 +174,7 @@ def measure(
         "machine": hardware,
         "threads": torch.get_num_threads(),
         "versions": dist.versions(),
-        "rows": [log.finite(asdict(row)) for row in rows],
+        "rows": [finite(asdict(row)) for row in rows],
     }
 
 

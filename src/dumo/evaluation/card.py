@@ -10,7 +10,7 @@ from typing import Any
 
 from dumo import dist
 from dumo.data import Latents
-from dumo.io.weights import digest
+from dumo.io import digest
 from dumo.protocols.evaluator import Evaluator
 from dumo.run.folder import RunFolder
 from dumo.types import UserError
@@ -43,7 +43,7 @@ def card(opened: RunFolder, evaluator: Evaluator, samples: int) -> Card:
         "data": data.model_dump(mode="json"),
         "codec": _codec(opened),
         "weights": opened.weights,
-        "weights_sha256": digest(file),
+        "weights_sha256": digest.of_file(file),
         "step": opened.step,
         "ema": float(decay) if mark and _is_number(decay) else None,  # None: no average, or not known
         "solver": run.sample.solver.model_dump(mode="json"),

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from dumo.io import digest, weights
 from dumo.io.path import user_path
-from dumo.io.weights import digest
+from dumo.io.picture import from_uint8
 from dumo.random import stream
 from dumo.types import UserError
 
@@ -86,20 +86,19 @@ def shipped() -> Classifier:
     """The classifier with the weights that come with the package, on the CPU, in evaluation mode."""
     with torch.device("meta"):  # no weights are drawn, so nobody's random numbers move
         net = Classifier()
-    net.load_state_dict({name: w.float() for name, w in load_file(WEIGHTS).items()}, assign=True)
+    net.load_state_dict({name: w.float() for name, w in weights.load(WEIGHTS).items()}, assign=True)
     return net.eval().requires_grad_(False)
 
 
 def origin(path: Path = WEIGHTS) -> dict[str, str]:
     """Where the weights come from: recipe, data, accuracy, versions."""
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["origin"])
+    return json.loads(weights.notes(path)["origin"])
 
 
 @cache
 def sha256(path: Path = WEIGHTS) -> str:
     """Of the file of the weights, as it goes with every number that was measured with them."""
-    return digest(path)
+    return digest.of_file(path)
 
 
 def features(x: Images) -> Float[Tensor, "n f"]:
@@ -133,11 +132,6 @@ def images(folder: Path, split: str, count: int | None = None) -> tuple[Pixels, 
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(table["label"].to_pylist())
 
 
-def unit(pixels: Pixels) -> Images:
-    """0 ... 255 as -1 ... 1."""
-    return pixels.float() / 127.5 - 1
-
-
 def silent(epoch: int, loss: float) -> None:
     """Say nothing."""
 
@@ -155,7 +149,7 @@ def train(x: Pixels, c: Labels, tick: Tick = silent) -> Classifier:
         total = torch.zeros(())
         for rows in torch.randperm(len(x), generator=draws)[: steps * BATCH].split(BATCH):
             optimizer.zero_grad()
-            loss = F.cross_entropy(net(unit(_moved(x[rows], draws))), c[rows])
+            loss = F.cross_entropy(net(from_uint8(_moved(x[rows], draws))), c[rows])
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -167,7 +161,7 @@ def train(x: Pixels, c: Labels, tick: Tick = silent) -> Classifier:
 def accuracy(net: Classifier, x: Pixels, c: Labels) -> float:
     """The share of right answers, in [0, 1]."""
     with torch.no_grad():
-        said = torch.cat([net(unit(part)).argmax(1) for part in x.split(PIECE)])
+        said = torch.cat([net(from_uint8(part)).argmax(1) for part in x.split(PIECE)])
     return (said == c).double().mean().item()
 
 

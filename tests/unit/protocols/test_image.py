@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dumo.data.source import Finite
 from dumo.features import inception_weights
 from dumo.io.picture import to_uint8
 from dumo.metrics.frechet import frechet_distance
@@ -18,7 +19,6 @@ from dumo.protocols import adm, cache, standard
 from dumo.protocols.evaluator import Evaluator, Made
 from dumo.protocols.image import ImageProtocol
 from dumo.protocols.image_evaluator import HALVES, ImageEvaluator
-from dumo.protocols.reference import Album as AnyAlbum
 from dumo.protocols.reference import adm_facts, adm_file, adm_statistics, album_facts, album_statistics
 from dumo.protocols.standard import STANDARDS, Standard
 from dumo.types import UserError
@@ -196,7 +196,7 @@ def test_images_that_cannot_be_read_are_left_out_and_the_rest_is_known_by_hash()
     tally = album_statistics(extractor, Album(data, (3, 66)))
     assert torch.equal(tally.rows, extractor(rest).pool)
     assert tally.index.tolist() == list(range(68))
-    assert isinstance(Album(data), AnyAlbum)
+    assert isinstance(Album(data), Finite)
 
 
 def filed(path: Path, size: int = 4) -> Path:
@@ -225,9 +225,7 @@ def test_adms_file_gives_moments_of_all_and_features_of_its_images(tmp_path: Pat
     file = adm_file(filed(tmp_path / "a.npz"), tiny.kind, tiny.standard)
     real = adm_statistics(extractor, file)
     assert real.pool.count == real.spatial.count == standard.TRAIN == 1_281_167
-    torch.testing.assert_close(
-        real.pool.covariance, 3 * torch.eye(WIDTH, dtype=torch.float64), rtol=1e-14, atol=0
-    )
+    torch.testing.assert_close(real.pool.covariance, 3 * torch.eye(WIDTH, dtype=torch.float64), rtol=1e-14, atol=0)
     assert torch.equal(real.rows, extractor(torch.zeros(12, 3, 4, 4, dtype=torch.uint8)).pool)
     of = evaluator(real, tiny)
     fake = of.statistics(made(images(N)))
