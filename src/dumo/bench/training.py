@@ -26,7 +26,7 @@ from dumo.flow.slope import CentralSlope, Slope
 from dumo.io.json import finite
 from dumo.preflight import cost, machine
 from dumo.progress import Bar, no_bar
-from dumo.random import stream
+from dumo.random import random_batch
 from dumo.training import loop
 from dumo.types import Frozen, Noised, Objective, UserError, frozen
 
@@ -87,8 +87,7 @@ class Setting:
     def record(self, objective: Objective, rows: int) -> Noised:
         """Random numbers and labels, drawn for training."""
         classes = self.run.data.classes
-        x = torch.randn(rows, *self.shape, generator=stream("bench", "x")).to(self.device)
-        c = torch.randint(max(classes, 1), (rows,), generator=stream("bench", "c")).to(self.device)
+        x, c = (part.to(self.device) for part in random_batch("bench", rows, self.shape, classes))
         return draw(objective, self.run.path, x, c, torch.full_like(c, classes), seed=0, step=0)
 
     def step(self, row: Row, objective: Objective) -> Work:

@@ -8,7 +8,7 @@ features of a class together (Müller et al. 2019): what tells a good image of a
 the features do not vary over the training images, and count for nothing.
 
 `python -m dumo.features.cifar10` makes the shipped file again, from the images in `$DUMO_DATA/cifar10`, in about twelve
-minutes of one core. The metrics may not import `dumo.data`; what it takes to read this one layout stands here.
+minutes of one core.
 """
 
 import json
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from dumo.io import digest, weights
+from dumo.io.parquet import image_column, open_table, read_group, read_labels
 from dumo.io.path import user_path
 from dumo.io.picture import from_uint8
 from dumo.random import stream
@@ -119,17 +121,18 @@ def classify(f: Float[Tensor, "n f"]) -> Labels:
 def images(folder: Path, split: str, count: int | None = None) -> tuple[Pixels, Labels]:
     """The first `count` images (None: all) of `train` or `test`, 0 ... 255, and their classes.
 
-    The files are as on the Hugging Face hub: a column of {bytes, path}, one of class numbers. Raises `UserError`
-    where there is none.
+    The files are as on the Hugging Face hub (`dumo.io.parquet`). Raises `UserError` where there is none, or a damaged
+    one.
     """
-    from PIL import Image  # slow to import, as is pyarrow
-    from pyarrow.parquet import read_table
+    from PIL import Image  # slow to import
 
     if not (file := folder / FILES[split]).is_file():
         raise UserError(f"there is no {file}: set DUMO_DATA to the folder whose cifar10 holds {FILES[split]}")
-    table = read_table(file, columns=["image", "label"], use_threads=False).slice(0, count)
-    pixels = [np.asarray(Image.open(BytesIO(row["bytes"])).convert("RGB")) for row in table["image"].to_pylist()]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(table["label"].to_pylist())
+    table = open_table(file)
+    column = image_column(file, table)
+    rows = (row.as_py() for group in range(table.num_row_groups) for row in read_group(table, group, column))
+    pixels = [np.asarray(Image.open(BytesIO(row)).convert("RGB")) for row in islice(rows, count)]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), read_labels(file, table, "label")[:count]
 
 
 def silent(epoch: int, loss: float) -> None:

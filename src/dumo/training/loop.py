@@ -10,16 +10,13 @@ from typing import Literal
 
 import torch
 from pydantic import Field, NonNegativeInt, model_validator
-from pydantic.config import JsonDict
 from torch import Tensor, nn
 
 from dumo.training.ema import Ema, MovingAverage
 from dumo.training.optim import AdamW, Constant, Optimizer, Schedule
 from dumo.training.state import State
 from dumo.training.step import Loss, Precision, Record, train_step
-from dumo.types import Frozen, Objective, Path, Spec, Taught, UserError, frozen
-
-FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
+from dumo.types import FREE, Frozen, Objective, Path, Spec, Taught, UserError, frozen
 
 
 class Train(Spec):
