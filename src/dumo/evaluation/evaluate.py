@@ -16,7 +16,7 @@ from torch import Tensor
 from dumo import dist
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.evaluation.card import card
+from dumo.evaluation.card import card, settings
 from dumo.io import digest
 from dumo.io.json import read_json, write_json
 from dumo.progress import Bar, Tick, no_bar
@@ -149,12 +149,7 @@ def standing(opened: RunFolder) -> dict[str, Any] | None:
         "step": opened.step,
         "weights": opened.weights,
         "protocol": run.evaluate.protocol.name,
-        "solver": run.sample.solver.model_dump(mode="json"),
-        "guide": run.sample.guide.model_dump(mode="json"),
-        "knobs": run.knobs,
-        "nfe": list(run.evaluate.nfe),
-        "contrast": list(run.evaluate.contrast),
-        "seed": run.evaluate.seed,
+        **settings(run),
     }
     return found if all(told.get(key) == value for key, value in wanted.items()) else None
 

@@ -225,9 +225,13 @@ def load_pairs(file: Path) -> dict[str, Tensor]:
         raise UserError(f"{file} is damaged: delete it, and these pairs are made again") from error
 
 
-@torch.no_grad()
 def joined(run: Run, pairs: Pairs, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
     """Noise, and the data that the flow carries it to."""
-    z = noise(pairs.seed, numbers, 0, run.data.shape).to(device)
-    x = pairs.solver(reads, run.path, z, c.to(device), pairs.nfe, lambda k: noise(pairs.seed, numbers, k, z.shape[1:]))
-    return {"x": x.float().cpu(), "z": z.cpu(), "c": c}
+    z, x = generate.solve(
+        *(reads, run.path, pairs.solver, c.to(device)),
+        nfe=pairs.nfe,
+        seed=pairs.seed,
+        shape=run.data.shape,
+        indices=numbers,
+    )
+    return {"x": x.cpu(), "z": z.cpu(), "c": c}
