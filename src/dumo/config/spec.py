@@ -20,8 +20,8 @@ from dumo.protocols import MetricProtocol
 from dumo.random import stream
 from dumo.sampling.guidance import CFG, GuidanceScale
 from dumo.sampling.solver import Solver, check
-from dumo.training.spec import FREE, Train
-from dumo.types import Reads, Spec, UserError
+from dumo.training.spec import Train
+from dumo.types import FREE, Reads, Spec, UserError
 
 
 class Sampling(Spec):
