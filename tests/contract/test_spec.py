@@ -6,8 +6,9 @@ from pydantic import TypeAdapter, ValidationError
 from contract.case import GIVEN, kind, members
 from dumo.data import Data
 from dumo.flow.guide import Guide, Interval
+from dumo.flow.law import Level
 from dumo.flow.slope import Slope
-from dumo.flow.times import Level, Times
+from dumo.flow.times import Times
 from dumo.nets import Net
 from dumo.objectives import Objective
 from dumo.types import Spec

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dumo.autodiff import attention
+from dumo.flow.law import LAWS
 from dumo.flow.slope import Along, CentralSlope, DualSlope, JvpSlope
-from dumo.flow.times import LAWS
 from dumo.types import Frozen, Heads, Needs, Net, Noised, Objective, Reads, Terms, Time, frozen, mean_square
 
 

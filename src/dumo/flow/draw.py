@@ -7,7 +7,7 @@ sees the same t, z and dropped labels as its sibling.
 
 import torch
 
-from dumo.flow.times import LAWS, Dyadic, Pair
+from dumo.flow.law import Law
 from dumo.random import stream
 from dumo.types import Cond, Noised, Objective, Path, Sample, Taught
 
@@ -42,8 +42,8 @@ def draw(
         z = torch.randn((n, *x.shape[1:]), generator=stream(seed, step, "z"))[mine].to(x)
     kept = (torch.rand(n, generator=stream(seed, step, "kept")) >= objective.drop)[mine].to(x.device)
     coin = torch.rand(n, generator=stream(seed, step, "coin"))[mine].to(x.device, exact)
-    moving = objective.times.moving(n)[mine] if isinstance(objective.times, Pair | Dyadic) else None
-    laws = {name: law for name, law in objective if isinstance(law, LAWS)}
+    moving = objective.times.moving(n)
+    laws = {name: law for name, law in objective if isinstance(law, Law)}
     shape = torch.Size((n, *x.shape[1:]))
     drawn = {k: law(shape, stream(seed, step, "law", k))[mine].to(x.device, exact) for k, law in laws.items()}
 
@@ -51,4 +51,4 @@ def draw(
     c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)
     if teacher:
         v_t = teacher(x_t, t, c, v_t)
-    return Noised(path, x, z, t, r, x_t, v_t, c, null, kept, coin, moving, drawn, progress, teacher)
+    return Noised(path, x, z, t, r, x_t, v_t, c, null, kept, coin, moving and moving[mine], drawn, progress, teacher)

@@ -17,7 +17,7 @@ Rows of a group have labels of their own, the same for y and y'. Then all pairs 
 is made of all labels together; it is the pairs j = k, and those of one label, that match each by itself.
 """
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field
@@ -33,7 +33,6 @@ NEAREST = 1e-4  # q is at least so far below t, if r is
 class IMM(Spec):
     """Jumps from t to r, by samples; constants of the authors' for ImageNet at 256 (as others made them out)."""
 
-    teachable: ClassVar[bool] = False  # there is no velocity in its loss
     kind: Literal["imm"] = "imm"
     times: Groups = Groups(of=Below(of=Uniform(high=0.994)), size=4)
     drop: float = Field(default=0.1, ge=0, le=1)
@@ -43,8 +42,8 @@ class IMM(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives."""
-        return Needs(inputs=("t", "r"), heads=("u",))
+        """What the net takes and gives; there is no velocity in the loss."""
+        return Needs(inputs=("t", "r"), heads=("u",), teachable=False)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass with gradients, one without; every row has its group's loss.

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from contract.case import kind, members
-from dumo.flow.times import LAWS, Beta, Level, Logistic, LogitNormal, Noise, Pair, Times, Uniform
+from dumo.flow.law import LAWS, Level, Logistic, Noise
+from dumo.flow.times import Beta, LogitNormal, Pair, Times, Uniform
 from dumo.random import stream
 
 RATIOS = [0.0, 0.1, 0.2, 0.25, 0.29, 1 / 3, 0.4, 0.5, 0.6, 0.75, 0.8, 0.9, 1.0]
