@@ -121,8 +121,7 @@ def check_guide(run: "Run") -> None:
     guided = guide.active if guide else opened.scale != 1
     if guided and not run.data.classes:
         raise UserError(
-            f"{opened.field} asks for guidance, but data '{run.data.kind}' has no classes to guide by: "
-            f"set {opened.off}"
+            f"{opened.field} asks for guidance, but data '{run.data.kind}' has no classes to guide by: set {opened.off}"
         )
     if guide and guide.group > 1 and run.train.batch % (group := guide.group * run.train.accumulate):
         raise UserError(

@@ -25,9 +25,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dumo.flow.draw import draw
-from dumo.flow.slope import Along, DualSlope, Way
+from dumo.flow.overhear import Overheard, exchanged
+from dumo.flow.slope import DualSlope, Way
 from dumo.random import stream
-from dumo.types import Cond, Frozen, Guide, Heads, Net, Noised, Objective, Path, Sample, exchanged, frozen
+from dumo.types import Cond, Frozen, Guide, Heads, Noised, Objective, Path, Sample, frozen
 
 LAW = 1_000_000  # rows that a law is judged by
 FEW = 6  # blocks up to which all are run: ours
@@ -85,17 +86,14 @@ def forward_units(
 
 def way(net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], *, ref: Theta = "self") -> Way | None:
     """How a slope that rides comes by its tangent in a step of this objective; None for any other slope."""
-    slope, ways = objective.needs.slope, list[Way]()
+    slope = objective.needs.slope
     if not isinstance(slope, DualSlope):
         return None
-
-    def heard(net: Net, ref: Frozen, *at: Tensor, toward: Sample | None = None, **rest: Any) -> tuple[Heads, Along]:  # noqa: ANN401, as a slope
-        ways.append(slope.way(net, ref, known=toward is not None))
-        return slope(net, ref, *at, toward=toward, **rest)
-
-    b = _draw(objective, path, exact_rows(objective), shape)
+    heard, b = Overheard(slope), _draw(objective, path, exact_rows(objective), shape)
     _step(*_outlines(_short(net), ref), exchanged(objective, slope, heard), b)()
-    return ways[0] if ways else None  # an objective may have a slope that it does not take
+    if heard.nets is None:
+        return None  # an objective may have a slope that it does not take
+    return slope.way(*heard.nets, known=heard.inputs.get("toward") is not None)
 
 
 def peak_bytes(
