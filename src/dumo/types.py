@@ -6,7 +6,7 @@ Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol, Self, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -270,7 +270,7 @@ class Objective(Protocol):
         """The fields by name, as pydantic gives them; those that are laws (`dumo.flow.law`) are drawn."""
         ...
 
-    def model_copy(self, *, update: Mapping[str, Any]) -> Self:
+    def model_copy(self, *, update: Mapping[str, Any]) -> "Objective":
         """The same with other fields, unchecked, as pydantic gives it."""
         ...
 

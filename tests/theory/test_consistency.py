@@ -166,7 +166,7 @@ def test_short_steps_multiply_rounding_more_than_bf16_bears(name: str) -> None:
     t, r = objective.schedule(torch.tensor([0.5, 0.9, 0.99], dtype=D), 1.0)
     assert (r / (t - r)).max() > MAX_GAIN
     with pytest.raises(UserError, match="rounding of the net without bound"):
-        demand("bf16", objective.amplifies, objective.kind)
+        demand_precision("bf16", objective.needs.amplifies, objective.kind)
 
 
 def test_names() -> None:

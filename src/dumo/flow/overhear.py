@@ -1,10 +1,8 @@
 """What a loss asks of its slope, and its slope answers: one that listens takes the slope's place."""
 
-from typing import Any, TypeVar
+from typing import Any
 
 from dumo.types import Array, Cond, Derivative, Frozen, Heads, Net, Objective, Sample
-
-O = TypeVar("O", bound=Objective)  # noqa: E741, an objective
 
 
 class Overheard:
@@ -34,6 +32,6 @@ class Overheard:
         self.slope.check(precision, time_scale)
 
 
-def exchanged(objective: O, old: object, new: object) -> O:
+def exchanged(objective: Objective, old: object, new: object) -> Objective:
     """The objective with `new` in the field that holds `old`, unchecked: another slope, another guide."""
     return objective.model_copy(update={name: new for name, value in objective if value is old})
