@@ -10,7 +10,7 @@ from torch import Tensor
 from contract.case import Counted, nets, randomise, step
 from dumo.config.load import load
 from dumo.flow.discretization import KarrasGrid, Ratio
-from dumo.flow.secant import MAX_GAIN, demand
+from dumo.flow.secant import MAX_GAIN, demand_precision
 from dumo.objectives import Consistency, FlowMatching
 from dumo.objectives.consistency import PRESETS
 from dumo.types import Frozen, Noised, UserError
