@@ -27,7 +27,8 @@ from dumo.flow.slope import CentralSlope, Slope
 from dumo.preflight import cost, machine
 from dumo.progress import Bar, no_bar
 from dumo.random import stream
-from dumo.training import log, loop
+from dumo.training import log
+from dumo.training.compile import compile_blocks
 from dumo.types import Frozen, Noised, Objective, UserError, frozen
 
 Work = Callable[[], None]
@@ -186,7 +187,7 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
     ref = frozen(ours) if run.train.ref == "self" else Frozen(copy.deepcopy(ours))
     if compile == "blocks":
         torch._dynamo.config.recompile_limit = 64  # one block serves every precision, way and number of rows
-        loop.compile_blocks(ours, dynamic=False)  # as training does, tape and all
+        compile_blocks(ours, dynamic=False)  # as training does, tape and all
     return Setting(run, shape, device, compile, net.outline(run, shape), ours, ref)
 
 

@@ -14,7 +14,7 @@ from dumo.protocols import MetricProtocol
 from dumo.random import stream
 from dumo.sampling.guidance import CFG, GuidanceScale
 from dumo.sampling.solver import Solver
-from dumo.training.loop import FREE, Train
+from dumo.training.spec import FREE, Train
 from dumo.types import Reads, Spec
 
 

@@ -39,6 +39,7 @@ def card(opened: RunFolder, evaluator: Evaluator, samples: int) -> Card:
     return {
         "protocol": run.evaluate.protocol.name,
         "samples": samples,
+        "labels": f"i mod {run.data.classes}" if run.data.classes else "none",  # of sample i; others draw at random
         **evaluator.facts,
         "data": data.model_dump(mode="json"),
         "codec": _codec(opened),

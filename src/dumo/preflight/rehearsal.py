@@ -19,8 +19,8 @@ from dumo.preflight import cost, doctor, machine
 from dumo.random import stream
 from dumo.sampling import generate
 from dumo.training import loop
-from dumo.training.state import State
-from dumo.training.step import Record
+from dumo.training.state import State, begin
+from dumo.training.step import Record, Task
 from dumo.types import Cond, Sample, UserError
 
 HOUR = 3600.0
@@ -89,7 +89,8 @@ def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
 def make_step(spec: Run, rows: int, here: torch.device, *, warm: int = 0) -> tuple[State, Record, float, float]:
     """One step by the training loop, after some to warm up: the state, its record, seconds of its passes and update."""
     train = spec.train.model_copy(update={"batch": rows, "accumulate": 1, "steps": warm + 1})
-    (x, c), state, records, times = noise(spec, rows, here), loop.begin(spec.build(here), train), list[Record](), [0.0]
+    (x, c), state, records, times = noise(spec, rows, here), begin(spec.build(here), train), list[Record](), [0.0]
+    task = Task(spec.objective, spec.path, spec.data.classes)
 
     def batches(step: int) -> tuple[Sample, Cond]:
         times.append(now(here))
@@ -100,7 +101,7 @@ def make_step(spec: Run, rows: int, here: torch.device, *, warm: int = 0) -> tup
         records.append(record)
 
     state.optimizer.register_step_pre_hook(lambda *_: times.append(now(here)))
-    loop.train(state, batches, spec.objective, spec.path, spec.data.classes, train, [loop.Every(1, done)])
+    loop.train(state, task, batches, train, [loop.Every(1, done)])
     began, passed, ended = times[-3:]
     return state, records[-1], passed - began, ended - passed
 

@@ -18,7 +18,7 @@ from dumo.config.check import check_guided
 from dumo.config.spec import Run
 from dumo.config.teacher import Pairs, Teacher
 from dumo.data.epoch import rows_of
-from dumo.data.source import Table
+from dumo.data.source import Source, Table
 from dumo.flow.reading import reading
 from dumo.io import archive
 from dumo.io.weights import digest
@@ -38,6 +38,7 @@ SHARD = 1024  # pairs to a file: what a stop may lose
 class Known:
     """A teacher, opened: what it can tell, guided as its spec says, and who it is."""
 
+    spec: Teacher
     reads: Reads
     velocity: Taught | None  # to learn; None where pairs are
     about: dict[str, str]
@@ -65,6 +66,15 @@ class Known:
         with archive.replacing(folder / FILE) as out:
             out.write((json.dumps(self.about, indent=2) + "\n").encode())
 
+    def begin(self, source: Source, run: Run, folder: Path, device: torch.device, bar: Bar) -> "Source | Coupled":
+        """Write down who teaches, and return what to train on: the run's own source, or the teacher's pairs, made now.
+
+        Raises UserError as `couple` does.
+        """
+        self.note(folder)
+        pairs = self.spec.pairs
+        return couple(run, pairs, self.reads, folder / "pairs", device, bar) if pairs else source
+
 
 def opened(teacher: Teacher, run: Run, device: torch.device) -> Known:
     """A run's teacher. Raises UserError where it cannot be had, knows other data, or cannot tell enough."""
@@ -75,7 +85,7 @@ def opened(teacher: Teacher, run: Run, device: torch.device) -> Known:
     learned = None if teacher.pairs else velocity(teacher, reads)
     if teacher.kind == "python":
         try_out(teacher, run, reads, device)
-    return Known(reads, learned, {"source": teacher.source, **about})
+    return Known(teacher, reads, learned, {"source": teacher.source, **about})
 
 
 def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dict[str, str]]:

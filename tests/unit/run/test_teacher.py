@@ -247,7 +247,7 @@ def test_a_teacher_who_never_lost_a_label_is_not_guided(tmp_path: Path) -> None:
 
 def test_a_teacher_is_remembered_once_it_has_taught(tmp_path: Path) -> None:
     """One who failed before may be mended."""
-    first, second = (teacher.Known(Reads(), None, {"source": name}) for name in "ab")
+    first, second = (teacher.Known(Teacher(source=name), Reads(), None, {"source": name}) for name in "ab")
     first.note(tmp_path)
     second.check(tmp_path)
     (tmp_path / "checkpoints").mkdir()

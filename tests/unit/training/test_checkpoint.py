@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dumo.training.checkpoint import CONVERT, latest, load_weights, restore, save
-from dumo.training.loop import Train, begin
-from dumo.training.state import State
+from dumo.training.spec import Train
+from dumo.training.state import State, begin
 from dumo.types import UserError
 from unit.training.toy import AVERAGES, OPTIMIZERS, Small, python, same, tensors, trained
 

@@ -14,9 +14,11 @@ import dumo
 from dumo.flow.path import Linear
 from dumo.random import stream
 from dumo.training.ema import Ema
-from dumo.training.loop import Train, begin, train
+from dumo.training.loop import train
 from dumo.training.optim import Adam, AdamW, RAdam
-from dumo.training.state import State
+from dumo.training.spec import Train
+from dumo.training.state import State, begin
+from dumo.training.step import Task
 from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, TimeLaw, mean_square
 
 CLASSES = 3
@@ -65,11 +67,14 @@ class Toy(Spec):
         """Square of the slope's error, plus a growing pull."""
         (v_hat,), (v_null,) = net(b.x_t, b.c, t=b.t), ref(b.x_t, b.null, t=b.t)
         v, pull = mean_square(v_hat - b.v_t), mean_square(v_hat - v_null)
-        return Terms(v + 0.1 * b.progress * pull, {"v": v, "pull": pull})
+        return Terms(v + 0.1 * (1 + b.progress) * pull, {"v": v, "pull": pull})
 
     def read(self, net: Net) -> Reads:
         """Not needed here."""
         return Reads()
+
+
+TASK = Task(Toy(), Linear(), CLASSES)
 
 
 def batches(batch: int = 12, dtype: torch.dtype = torch.float64) -> Callable[[int], tuple[Sample, Cond]]:
@@ -87,7 +92,7 @@ def batches(batch: int = 12, dtype: torch.dtype = torch.float64) -> Callable[[in
 def run(state: State, spec: Train, **more: object) -> State:
     """Train the toy and return the state."""
     dtype = next(state.net.parameters()).dtype
-    train(state, batches(spec.batch, dtype), Toy(), Linear(), CLASSES, spec, **more)  # pyright: ignore
+    train(state, TASK, batches(spec.batch, dtype), spec, **more)  # pyright: ignore
     return state
 
 
