@@ -1,4 +1,7 @@
-"""The one place where training draws. Every draw has a stream of its own, named after what it is.
+"""What a loss reads that is random: times, noise, dropped labels and further laws, all drawn here.
+
+Every draw has a stream of its own, named after what it is. What else training draws has streams of its own, too: the
+order of the data, augmentation, weights at step 0, and masks of dropout, whose keys are `dumo.flow.dropout`'s.
 
 A stream's key is a hash of (seed, step, name), and it is drawn for the whole batch, of which each caller takes its
 rows. So two ranks equal one, a resumed run needs no generator state, and an objective that draws one thing more

@@ -11,7 +11,8 @@ K, the mean discrepancy of a group of M is
     MMD^2 = mean over j, k of   K(y_j, y_k) + K(y'_j, y'_k) - 2 K(y_j, y'_k).
 
 Nothing here is regressed, and no velocity enters. The pairs j = k, 1 of M, compare y with the y' of its own x and z,
-which is on average nearer to the mean than y: at the exact flow they leave a pull of O((t - q) / M).
+which is on average nearer to the mean than y: at the exact flow they leave a pull of O(1 / M). Of Gaussian data it
+shrinks with the gap t - q; of skewed data it does not (measured, docs/objectives.md).
 
 Rows of a group have labels of their own, the same for y and y'. Then all pairs j, k of different labels only match what
 is made of all labels together; it is the pairs j = k, and those of one label, that match each by itself.

@@ -6,7 +6,9 @@ divergence KL(samples || data), diffused to t, by x' is along v(x_t, t) - v(x_t,
 
     G = v(x_t, -t) - v(x_t, t),
 
-held still, that u(z, 1, 0) descends. Both velocities agree on the data's law alone, so the exact flow is at rest.
+held still, that u(z, 1, 0) descends. Both velocities agree on the data's law alone, so without guidance the exact flow
+is at rest. Guided it is not: v(x_t, t) is then v*, which is not the velocity of its own samples diffused by fresh noise
+(with w = 2, G is 23 % of the velocity there, measured).
 """
 
 from dataclasses import replace
@@ -27,7 +29,7 @@ class TwinFlow(RCGM):
 
     Defaults: all terms on all rows, of weight 1, as in the tutorial (`methodes.py`); but the noise of the twin is not
     that which the sample was made of, as in `twinflow.py`: made so, the velocity of the samples would be that of
-    straight lines from their own noise, which is another law's, and the exact flow would not be at rest.
+    straight lines from their own noise, which is another law's, and not even the unguided flow would be at rest.
     """
 
     kind: Literal["twinflow"] = "twinflow"  # pyright: ignore[reportIncompatibleVariableOverride], told apart by it

@@ -9,8 +9,11 @@ and e = (F_t - v*) + ratio / (1 - ratio) (F_t - F_(ratio t)): flow matching and 
 the ratio tends to 1 so does e to F_t + t dF/dt - v*, DuMo's residual, which it is at 1. At 0 the net is a velocity, and
 this is the loss, FM+, from which the multi-step nets of UCGM come.
 
-On top of e the authors put a bound, a gain that grows with t, a Huber loss and a weight that falls with t. Each may be
-left out; without all of them the loss is the mean square of e.
+On top of e the authors put a bound, a gain that grows with t, a Huber loss and a weight that falls with t. Where the
+law of v* given x_t is skewed these move the fixed point off the flow (docs/objectives.md). Each may be left out;
+without all of them the loss is the mean square of e.
+
+At ratio 1 F is taken at t, where the authors' code has the mean of its values at t - h and t + h.
 """
 
 from math import pi
