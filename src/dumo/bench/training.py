@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from dumo.bench.variant import Chunked, Plain, Unchecked, slope_error
 from dumo.config.error import nearest
 from dumo.config.spec import Run
 from dumo.flow.draw import draw
+from dumo.flow.overhear import exchanged
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.io.json import finite
 from dumo.preflight import cost, machine
@@ -193,7 +194,7 @@ def variants(
     run: Run, slopes: Sequence[str] | None, precisions: Sequence[Precision], compile: str
 ) -> Iterator[tuple[Row, Objective]]:
     """The yardstick and every slope, in each precision: how its row begins, and its loss. Raises UserError."""
-    own = getattr(run.objective, "slope", None)
+    own = run.objective.needs.slope
     chosen = (SLOPES if own else ()) if slopes is None else [name for name in slopes if name != PLAIN]
     for name in chosen:
         if name not in SLOPES:
@@ -203,14 +204,14 @@ def variants(
                 f"objective '{run.objective.kind}' has no slope: only '{PLAIN}', its plain step, can be timed"
             )
     for precision in precisions:
-        yield Row(PLAIN, precision, compile), cast(Objective, Plain(run.objective))
+        yield Row(PLAIN, precision, compile), Plain(of=run.objective)
         for name in chosen:
             slope = own if own and own.kind == name else SLOPES[name]()
             row = Row(name, precision, "none" if name == "jvp" else compile)  # inductor fails on jvp (torch 2.13)
             row = replace(row, refused=refusal(slope, precision, run.net.time_scale))
             if isinstance(slope, CentralSlope):
                 slope = Unchecked(h=slope.h)
-            yield row, run.objective.model_copy(update={"slope": slope})
+            yield row, exchanged(run.objective, own, slope)
 
 
 def refusal(slope: Any, precision: Precision, time_scale: float) -> str | None:  # noqa: ANN401, any slope

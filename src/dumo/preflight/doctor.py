@@ -92,7 +92,7 @@ def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examinati
 
 def _compare(run: Run, net: nn.Module, device: torch.device, *, rows: int, weights: str) -> Examination:
     """The slope, used as training uses it, against float64. Ranks take the mean, so that all go on or none."""
-    slope, heads = getattr(run.objective, "slope", None), run.objective.needs.heads
+    slope, heads = run.objective.needs.slope, run.objective.needs.heads
     about = (run.train.precision, run.net.time_scale, weights)
     if slope is None:
         return Examination(None, *about, {})

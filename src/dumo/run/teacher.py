@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dumo.config.check import check_guided
 from dumo.config.spec import Run
 from dumo.config.teacher import Pairs, Teacher
 from dumo.data.epoch import rows_of
@@ -165,7 +166,7 @@ def of_run(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dic
             f"the teacher {teacher.source} knows other data: {'; '.join(differs)}. Take a teacher trained on this "
             "data, or set these fields as they are there"
         )
-    known.run.check_guided(teacher.guide, "teacher.guide", teacher.source)
+    check_guided(known.run, teacher.guide, "teacher.guide", teacher.source)
     return reading(known.run.objective, known.net, known.run.sample.knobs), {"sha256": digest.of_file(known.file)}
 
 
@@ -183,7 +184,7 @@ def velocity(teacher: Teacher, reads: Reads) -> Taught:
 
     def mixed(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
         with torch.no_grad():
-            inside = (teacher.interval.low <= t) & (t <= teacher.interval.high)
+            inside = teacher.interval.holds(t)
             weight = torch.where(inside, teacher.mix, teacher.elsewhere)
             return v + lift(weight, v).to(v) * (read(x, t, c).to(v) - v)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dumo.config.check import check_guided
 from dumo.config.load import load
 from dumo.config.teacher import Teacher
 from dumo.io.weights import load as load_weights
@@ -231,9 +232,9 @@ def test_guidance_twice_is_refused() -> None:
 )
 def test_a_teacher_is_guided_only_where_it_can_be(recipe: str, more: str, said: str) -> None:
     run = load(recipe, ["objective.drop=0.1", more])
-    run.check_guided(CFG(), "teacher.guide", "runs/x")
+    check_guided(run, CFG(), "teacher.guide", "runs/x")
     with pytest.raises(UserError, match=rf"^teacher\.guide\.scale = 2 .*{said}"):
-        run.check_guided(CFG(scale=2), "teacher.guide", "runs/x")
+        check_guided(run, CFG(scale=2), "teacher.guide", "runs/x")
 
 
 def test_a_teacher_who_never_lost_a_label_is_not_guided(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Generator, nn
 
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
@@ -12,7 +12,7 @@ from dumo.training.optim import AdamW
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import Diverged, Record, Task, train_step
-from dumo.types import Frozen, Net, Noised, Terms, frozen
+from dumo.types import Frozen, Net, Noised, Terms, Time, TimeLaw, frozen
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, same, tensors, trained
 
 STEPS = 9
@@ -100,17 +100,16 @@ def test_notes_are_logged_as_parts_are_and_move_nothing() -> None:
     )
 
 
-class Ends(Toy):
+class Ends(TimeLaw):
     """Times at both ends of the range, where a bin is easily missed."""
 
-    @property
-    def times(self):  # noqa: ANN201
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """0, 1, 0, 1 ..."""
-        return lambda n, g: (t := torch.arange(n, dtype=torch.float64) % 2, t)
+        return (t := torch.arange(n, dtype=torch.float64) % 2), t
 
 
 def test_bins_hold_both_ends() -> None:
-    record = step(fresh(), Ends())
+    record = step(fresh(), Toy(times=Ends()))
     assert record.counts == [6, 0, 0, 0, 0, 0, 0, 0, 0, 6]
     assert [math.isnan(mean) for mean in record.bins["v"]] == [False, *[True] * 8, False]
 

@@ -19,7 +19,7 @@ from dumo.training.optim import Adam, AdamW, RAdam
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import Task
-from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, mean_square
+from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, TimeLaw, mean_square
 
 CLASSES = 3
 OPTIMIZERS = (AdamW(lr=1e-2, weight_decay=0.1), Adam(lr=1e-2), RAdam(lr=1e-2))
@@ -47,16 +47,21 @@ class Small(nn.Module):
         return (self.last(torch.tanh(h)),)
 
 
+class Still(TimeLaw):
+    """Uniform, without a step."""
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """In double precision."""
+        return (t := torch.rand(n, generator=g, dtype=torch.float64)), t
+
+
 class Toy(Spec):
     """Flow matching, pulled to the reference without a label: so that ref, null, t and progress all matter."""
 
     needs: ClassVar[Needs] = Needs()
     drop: float = 0.3
 
-    @property
-    def times(self) -> Callable[[int, Generator], tuple[Time, Time]]:
-        """Uniform."""
-        return lambda n, g: (t := torch.rand(n, generator=g, dtype=torch.float64), t)
+    times: TimeLaw = Still()
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Square of the slope's error, plus a growing pull."""
