@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import BaseModel, ConfigDict
+from pydantic.config import JsonDict
 from torch import Generator, Tensor, nn
 
 if TYPE_CHECKING:
@@ -33,6 +34,9 @@ class Spec(BaseModel):
     """A value that says what to build or do; every family is a union of specs told apart by `kind`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
 
 
 @runtime_checkable

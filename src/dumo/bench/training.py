@@ -24,10 +24,10 @@ from dumo.config.spec import Run
 from dumo.flow.draw import draw
 from dumo.flow.overhear import exchanged
 from dumo.flow.slope import CentralSlope, Slope
+from dumo.io.json import finite
 from dumo.preflight import cost, machine
 from dumo.progress import Bar, no_bar
-from dumo.random import stream
-from dumo.training import log
+from dumo.random import random_batch
 from dumo.training.compile import compile_blocks
 from dumo.types import Frozen, Noised, Objective, UserError, frozen
 
@@ -88,8 +88,7 @@ class Setting:
     def record(self, objective: Objective, rows: int) -> Noised:
         """Random numbers and labels, drawn for training."""
         classes = self.run.data.classes
-        x = torch.randn(rows, *self.shape, generator=stream("bench", "x")).to(self.device)
-        c = torch.randint(max(classes, 1), (rows,), generator=stream("bench", "c")).to(self.device)
+        x, c = (part.to(self.device) for part in random_batch("bench", rows, self.shape, classes))
         return draw(objective, self.run.path, x, c, torch.full_like(c, classes), seed=0, step=0)
 
     def step(self, row: Row, objective: Objective) -> Work:
@@ -175,7 +174,7 @@ def measure(
         "machine": hardware,
         "threads": torch.get_num_threads(),
         "versions": dist.versions(),
-        "rows": [log.finite(asdict(row)) for row in rows],
+        "rows": [finite(asdict(row)) for row in rows],
     }
 
 

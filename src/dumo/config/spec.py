@@ -14,8 +14,8 @@ from dumo.protocols import MetricProtocol
 from dumo.random import stream
 from dumo.sampling.guidance import CFG, GuidanceScale
 from dumo.sampling.solver import Solver
-from dumo.training.spec import FREE, Train
-from dumo.types import Reads, Spec
+from dumo.training.spec import Train
+from dumo.types import FREE, Reads, Spec
 
 
 class Sampling(Spec):

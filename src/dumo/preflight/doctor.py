@@ -23,9 +23,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dumo import dist
 from dumo.config.spec import Run
+from dumo.io.json import finite
 from dumo.preflight.machine import Finding, look
 from dumo.random import stream
-from dumo.training.log import finite
 from dumo.types import Cond, Frozen, Heads, Sample, Time, UserError
 
 LIMIT = 0.05  # ours: an exact slope is 1 to 2 % off under bf16, a broken one 40 % and more (measured)

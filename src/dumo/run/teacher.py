@@ -1,9 +1,7 @@
 """A teacher at work: its velocity in place of the data's, or pairs of noise and data that its flow joins."""
 
-import hashlib
 import importlib
 import inspect
-import json
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -20,14 +18,15 @@ from dumo.config.teacher import Pairs, Teacher
 from dumo.data.epoch import rows_of
 from dumo.data.source import Source, Table
 from dumo.flow.reading import reading
-from dumo.io import archive
-from dumo.io.weights import digest
+from dumo.io import digest
+from dumo.io.file import write
+from dumo.io.json import read_json, write_json
+from dumo.io.weights import load
 from dumo.progress import Bar
 from dumo.random import noise
 from dumo.run.folder import open_run
 from dumo.sampling import generate
 from dumo.sampling.solver import check
-from dumo.training import checkpoint
 from dumo.types import Cond, Reads, Sample, Taught, Time, UserError, lift
 
 FILE = "teacher.json"
@@ -48,13 +47,8 @@ class Known:
         file, stands = folder / FILE, any((folder / name).is_dir() for name in ("pairs", "checkpoints"))
         if not stands or not file.is_file():
             return
-        try:
-            then = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(
-                f"{file} is damaged ({error}): delete it if the teacher is the one that {folder} began with, or start "
-                "anew in another folder"
-            ) from error
+        way_out = f"delete it if the teacher is the one that {folder} began with, or start anew in another folder"
+        then = read_json(file, way_out)
         if then != self.about:
             raise UserError(
                 f"{folder} began with another teacher: {then} then, {self.about} now. Set teacher.weights, or make the "
@@ -63,8 +57,7 @@ class Known:
 
     def note(self, folder: Path) -> None:
         """Write down who teaches."""
-        with archive.replacing(folder / FILE) as out:
-            out.write((json.dumps(self.about, indent=2) + "\n").encode())
+        write_json(folder / FILE, self.about)
 
     def begin(self, source: Source, run: Run, folder: Path, device: torch.device, bar: Bar) -> "Source | Coupled":
         """Write down who teaches, and return what to train on: the run's own source, or the teacher's pairs, made now.
@@ -110,7 +103,7 @@ def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, di
 def digest_of(make: Callable[..., object]) -> dict[str, str]:
     """The SHA-256 of a function's source; nothing where that is not to be had. What the function calls is not in it."""
     try:
-        return {"sha256": hashlib.sha256(inspect.getsource(make).encode()).hexdigest()}
+        return {"sha256": digest.of_bytes(inspect.getsource(make).encode())}
     except (OSError, TypeError):
         return {}
 
@@ -174,7 +167,7 @@ def of_run(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dic
             "data, or set these fields as they are there"
         )
     check_guided(known.run, teacher.guide, "teacher.guide", teacher.source)
-    return reading(known.run.objective, known.net, known.run.sample.knobs), {"sha256": digest(known.file)}
+    return reading(known.run.objective, known.net, known.run.sample.knobs), {"sha256": digest.of_file(known.file)}
 
 
 def facts(run: Run) -> dict[str, object]:
@@ -229,8 +222,7 @@ def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.dev
                         f"the teacher makes {len(bad)} of {len(some)} pairs, the first number {bad[0]}, of what is no "
                         "finite number: mend it, or take another solver or more passes (teacher.pairs)"
                     )
-                with archive.replacing(file) as out:
-                    out.write(safetensors.torch.save(made))
+                write(file, safetensors.torch.save(made))
             tick(some.stop, "")
     parts = [load_pairs(file) for file in files]
     return Coupled(*(torch.cat([part[name] for part in parts]) for name in ("x", "z", "c")))
@@ -239,14 +231,18 @@ def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.dev
 def load_pairs(file: Path) -> dict[str, Tensor]:
     """The pairs of a file. Raises UserError where it is damaged."""
     try:
-        return checkpoint.load_weights(file)
+        return load(file)
     except UserError as error:
         raise UserError(f"{file} is damaged: delete it, and these pairs are made again") from error
 
 
-@torch.no_grad()
 def joined(run: Run, pairs: Pairs, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
     """Noise, and the data that the flow carries it to."""
-    z = noise(pairs.seed, numbers, 0, run.data.shape).to(device)
-    x = pairs.solver(reads, run.path, z, c.to(device), pairs.nfe, lambda k: noise(pairs.seed, numbers, k, z.shape[1:]))
-    return {"x": x.float().cpu(), "z": z.cpu(), "c": c}
+    z, x = generate.solve(
+        *(reads, run.path, pairs.solver, c.to(device)),
+        nfe=pairs.nfe,
+        seed=pairs.seed,
+        shape=run.data.shape,
+        indices=numbers,
+    )
+    return {"x": x.cpu(), "z": z.cpu(), "c": c}

@@ -3,13 +3,11 @@
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
-from pydantic.config import JsonDict
 
 from dumo.training.ema import Ema
 from dumo.training.optim import AdamW, Constant, Optimizer, Schedule
-from dumo.types import Spec
+from dumo.types import FREE, Spec
 
-FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
 Precision = Literal["fp32", "bf16"]
 Compile = Literal["none", "blocks", "loss"]
 

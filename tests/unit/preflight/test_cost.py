@@ -399,4 +399,4 @@ def test_what_autograd_saves_counts_until_the_backward_pass_is_through() -> None
         for _ in range(7):
             y = y.exp()
 
-    assert live_bytes(frozen).peak == 8 * N
+    assert live_bytes(still).peak == 8 * N
