@@ -17,6 +17,7 @@ from PIL import Image
 from dumo.config.load import load
 from dumo.progress import Tick
 from dumo.report import page
+from dumo.report.page import GAP
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.train import train
 from dumo.training import log
@@ -102,11 +103,14 @@ def make(folder: Path, overrides: list[str], evaluation: object = None, recipe: 
     return folder
 
 
+QUICK = (1, 2, 4, 7)  # passes
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _quick() -> Generator[None, None, None]:
     """Fewer passes and points than a report has."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "PASSES", (1, 2, 4, 7))
+        patch.setattr(page, "PASSES", QUICK)
         patch.setattr(page, "POINTS", 100)
         yield
 
@@ -209,8 +213,8 @@ def test_first_row_of_a_sheet_is_where_the_trajectory_begins(digits: Path) -> No
     for n in ("1 pass", "2 passes", "4 passes"):
         sheet = page.picture(f"Generated images after {n} through the net.")
         strip = page.picture(f"u head, jumps (restart): the same seeds after {n}.")
-        assert strip.shape == (64, 10 * 64 + 9 * page.GAP, 4)
-        assert sheet.shape == (8 * 64 + 7 * page.GAP, *strip.shape[1:])
+        assert strip.shape == (64, 10 * 64 + 9 * GAP, 4)
+        assert sheet.shape == (8 * 64 + 7 * GAP, *strip.shape[1:])
         assert (np.abs(sheet[:64].astype(int) - strip) <= 1).all()
     one, many = (page.picture(f"v head, Euler steps: the same seeds after {n}.") for n in ("1 pass", "7 passes"))
     assert np.abs(one.astype(int) - many).max() > 20
@@ -219,8 +223,8 @@ def test_first_row_of_a_sheet_is_where_the_trajectory_begins(digits: Path) -> No
 def test_gaps_are_clear_and_images_are_not(digits: Path) -> None:
     alpha = page_of(digits).picture("Images of the training data, in the same layout.")[..., 3]
     assert (alpha[:64, :64] == 255).all()
-    assert (alpha[64 : 64 + page.GAP] == 0).all()
-    assert (alpha[:, 64 : 64 + page.GAP] == 0).all()
+    assert (alpha[64 : 64 + GAP] == 0).all()
+    assert (alpha[:, 64 : 64 + GAP] == 0).all()
 
 
 def test_velocity_alone_shows_one_reading_and_says_what_is_missing(velocity: Path) -> None:
@@ -228,7 +232,7 @@ def test_velocity_alone_shows_one_reading_and_says_what_is_missing(velocity: Pat
     assert "passes of the velocity make the images below" in page.words
     assert "u head" not in page.words
     assert "v head, Euler steps" in page.words
-    assert len([of for of in page.pictures if "the same seeds after" in of.get("alt", "")]) == len(page.PASSES)
+    assert len([of for of in page.pictures if "the same seeds after" in of.get("alt", "")]) == len(QUICK)
     assert "Nothing is logged yet" in page.words  # every 50 steps, of 20
     assert f"This run has not been evaluated. dumo evaluate {velocity} does it" in page.words
 
@@ -238,7 +242,7 @@ def test_one_head_at_two_times_is_named_so(average: Path) -> None:
     assert "u head, jumps (restart)" in page.words
     assert "v = u at r = t, Euler steps" in page.words
     with Image.open(average / "samples" / "trajectories.png") as picture:
-        assert picture.height == 2 * len(page.PASSES) * (64 + 6) - 6  # no reading in the place of the other
+        assert picture.height == 2 * len(QUICK) * (64 + 6) - 6  # no reading in the place of the other
 
 
 def test_passes_that_the_solver_cannot_make_are_left_out(tmp_path: Path) -> None:
