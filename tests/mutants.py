@@ -4,9 +4,11 @@ A mutant is one replacement in one file of a copy of src. The tests run against 
 is a law that nobody checks, and the exit code is 1. At last the tests that saw one run without any, and must pass.
 """
 
+import gc
 import multiprocessing
 import os
 import re
+import resource
 import shutil
 import sys
 import time
@@ -20,11 +22,19 @@ import pydantic  # noqa: F401
 import pytest
 import scipy.linalg  # noqa: F401
 import torch
+import torch._dynamo
 
 ROOT = Path(__file__).parent.parent
 AT_ONCE = 2
 FORK = multiprocessing.get_context("fork")
 ADDED = "--import-mode=importlib --strict-markers --strict-config -ra"
+UNUSED = (
+    "cacheprovider",
+    "xdist",
+    "hypothesispytest",
+    "anyio",
+    "junitxml",
+)  # plugins of pytest's, a tenth of a second each
 PATIENCE = 600  # seconds, on a busy machine; alone, no run takes 30
 THEORY, SOLVERS = "tests/theory", "tests/unit/sampling/test_solver.py"
 FIXED, FORMULA, LAW, READ, SLOPE, EXACT, UNBIASED = (
@@ -793,7 +803,8 @@ def test(src: Path, tests: list[str], output: Path) -> None:
 
         if Path(dumo.__file__) != src / "dumo" / "__init__.py":
             raise RuntimeError(f"the tests would run against {dumo.__file__}, not against {src}")
-        options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-n", "0", "-o", f"addopts={ADDED}"]
+        options = ["-x", "-q", "--no-header", "--tb=no", "-o", f"addopts={ADDED}"]
+        options += [word for plugin in UNUSED for word in ("-p", f"no:{plugin}")]
         code = pytest.main([*options, *tests])
     os._exit(code)
 
@@ -833,6 +844,7 @@ def main() -> int:
     begun = time.monotonic()
     os.chdir(ROOT)
     torch.set_num_threads(1)
+    gc.freeze()  # what is there is looked at by no child
     seen: list[str] = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for mutant, (failed, said) in zip(MUTANTS, pool.map(trial, MUTANTS), strict=True):
@@ -840,7 +852,9 @@ def main() -> int:
             print(f"{'killed' if failed else 'ALIVE '}  {mutant.file:28} {mutant.why:46} {said}", flush=True)
     broken = sane(set(seen))
     print(f"BROKEN  without a mutant: {broken}" if broken else f"fine    without a mutant: {len(set(seen))} tests pass")
-    print(f"{len(seen)} of {len(MUTANTS)} mutants killed in {time.monotonic() - begun:.0f} s")
+    took = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = f"{took.ru_utime + took.ru_stime:.0f} s of processors"
+    print(f"{len(seen)} of {len(MUTANTS)} mutants killed in {time.monotonic() - begun:.0f} s, {cpu}")
     return 1 if broken or len(seen) < len(MUTANTS) else 0
 
 
