@@ -22,19 +22,13 @@ import pydantic  # noqa: F401
 import pytest
 import scipy.linalg  # noqa: F401
 import torch
-import torch._dynamo
+import torch._dynamo  # a derivative in forward mode asks for it; it takes four seconds
 
 ROOT = Path(__file__).parent.parent
 AT_ONCE = 2
 FORK = multiprocessing.get_context("fork")
 ADDED = "--import-mode=importlib --strict-markers --strict-config -ra"
-UNUSED = (
-    "cacheprovider",
-    "xdist",
-    "hypothesispytest",
-    "anyio",
-    "junitxml",
-)  # plugins of pytest's, a tenth of a second each
+UNUSED = ("cacheprovider", "xdist", "hypothesispytest", "anyio", "junitxml")  # plugins: a tenth of a second each
 PATIENCE = 600  # seconds, on a busy machine; alone, no run takes 30
 THEORY, SOLVERS = "tests/theory", "tests/unit/sampling/test_solver.py"
 FIXED, FORMULA, LAW, READ, SLOPE, EXACT, UNBIASED = (
