@@ -57,6 +57,8 @@ def notes(file: Path) -> dict[str, str]:
 
 def checked(file: Path, sha256: str | None, hint: str) -> str:
     """The SHA-256 of a whole safetensors file, in hexadecimal. Raises as `opened`, and for another hash than asked."""
+    if file.suffix.lower() in PICKLES:  # whether it is there or not, it is not what to fetch
+        raise UserError(_refusal(file, hint, convert=True))
     with opened(file, hint):
         found = digest.of_file(file)
     if sha256 not in (None, found):
