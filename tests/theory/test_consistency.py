@@ -103,7 +103,7 @@ def test_descent_leads_back_to_the_flow(flow: Flow) -> None:
     net, b = Exact(flow, o.needs), record(o, flow)
     rest, columns = gradient(o, net, b), []
     for i in range(2):
-        net.probe.data = 1e-4 * torch.extractor(2, dtype=b.t.dtype)[i].view(1, 2)
+        net.probe.data = 1e-4 * torch.eye(2, dtype=b.t.dtype)[i].view(1, 2)
         columns.append((gradient(o, net, b) - rest).flatten() / 1e-4)
     assert torch.linalg.eigvals(torch.stack(columns, 1)).real.min() > 0.05
 

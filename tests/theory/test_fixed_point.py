@@ -99,7 +99,7 @@ def test_descent_leads_back_to_the_flow(objective: AnyObjective, flow: Flow) -> 
     net, b = Exact(flow, objective.needs), record(objective, flow)
     columns = []
     for i in range(net.probe.numel()):
-        net.probe.data = 1e-4 * torch.extractor(net.probe.numel(), dtype=net.probe.dtype)[i].view_as(net.probe)
+        net.probe.data = 1e-4 * torch.eye(net.probe.numel(), dtype=net.probe.dtype)[i].view_as(net.probe)
         columns.append(gradient(objective, net, b).flatten() / 1e-4)
     pull = torch.stack(columns, 1)
     assert pull.diag().min() > 0.1

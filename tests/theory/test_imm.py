@@ -98,7 +98,7 @@ def test_it_rests_near_the_flow() -> None:
 def test_it_is_led_back_to_the_flow() -> None:
     for i in range(2):
         for off in (-0.3, 0.3):
-            pull, error = pulls(off * torch.extractor(2, dtype=D)[i], 16)
+            pull, error = pulls(off * torch.eye(2, dtype=D)[i], 16)
             assert pull[i] * (1 if off > 0 else -1) > 10 * error[i]
 
 

@@ -169,7 +169,7 @@ def test_descent_leads_back(made_of: str) -> None:
     net, b = Exact(flow, objective.needs), record(objective, flow)
     columns = []
     for i in range(net.probe.numel()):
-        net.probe.data = 1e-4 * torch.extractor(net.probe.numel(), dtype=D)[i].view_as(net.probe)
+        net.probe.data = 1e-4 * torch.eye(net.probe.numel(), dtype=D)[i].view_as(net.probe)
         columns.append(gradient(objective, net, b).flatten() / 1e-4)
     assert torch.linalg.eigvals(torch.stack(columns, 1)).real.min() > 0.01
 

@@ -73,7 +73,7 @@ def test_descent_leads_back_to_the_flow() -> None:
     net, b = Exact(PRODUCT, o.needs), record(o, PRODUCT)
     start, pull = gradient(o, net, b), []
     for i in range(2):
-        net.probe.data = 1e-4 * torch.extractor(2, dtype=D)[i : i + 1]
+        net.probe.data = 1e-4 * torch.eye(2, dtype=D)[i : i + 1]
         pull.append((gradient(o, net, b) - start).flatten() / 1e-4)
     assert torch.linalg.eigvals(torch.stack(pull, 1)).real.min() > 0.1
 

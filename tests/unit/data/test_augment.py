@@ -46,7 +46,7 @@ def only(name: Names) -> Edm:
 
 def still(n: int) -> tuple[Tensor, Tensor]:
     """No change, n times: the matrix and the shift."""
-    return torch.extractor(2, dtype=torch.float64).expand(n, 2, 2), torch.zeros(n, 2, dtype=torch.float64)
+    return torch.eye(2, dtype=torch.float64).expand(n, 2, 2), torch.zeros(n, 2, dtype=torch.float64)
 
 
 def test_the_filter_is_orthogonal_to_its_even_shifts() -> None:

@@ -84,7 +84,7 @@ def test_steps_are_independent() -> None:
     source = Moons().open()
     first = torch.stack([source.batch(step, 2, 0)[0].flatten() for step in range(4000)])
     lagged = torch.corrcoef(torch.cat([first[:-1], first[1:]], 1).T)
-    inside, across = lagged[:4, :4] - torch.extractor(4), lagged[:4, 4:]
+    inside, across = lagged[:4, :4] - torch.eye(4), lagged[:4, 4:]
     assert across.abs().max() < 5 / sqrt(4000)
     assert inside[:2, 2:].abs().max() < 5 / sqrt(4000)
 

@@ -26,7 +26,7 @@ def rotation(d: int, key: str) -> Tensor:
 
 def covariance(d: int, key: str) -> Tensor:
     root = randn(d, d, key=key)
-    return root @ root.T + 0.1 * torch.extractor(d, dtype=torch.float64)
+    return root @ root.T + 0.1 * torch.eye(d, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("d", [1, 2, 7, 32])
@@ -58,7 +58,7 @@ def mirrored(rows: Tensor) -> Tensor:
 def test_merged_rows_against_the_closed_form(sizes: tuple[int, ...]) -> None:
     """Rows mean +- a_i q_i along common axes q have an exact mean, and variances 2 a_i^2 / (n - 1)."""
     d = sum(sizes) // 2
-    q, scale, merged = mirrored(torch.extractor(d, dtype=torch.float64)), (2 / (2 * d - 1)) ** 0.5, list[Moments]()
+    q, scale, merged = mirrored(torch.eye(d, dtype=torch.float64)), (2 / (2 * d - 1)) ** 0.5, list[Moments]()
     means, lengths = [randn(d, key=f"m{i}") for i in "ab"], [randn(d, key=f"l{i}").abs() + 0.01 for i in "ab"]
     for mean, a in zip(means, lengths, strict=True):
         rows = torch.cat([mean + a[:, None] * q, mean - a[:, None] * q])
@@ -73,7 +73,7 @@ def test_as_wide_as_inception() -> None:
     """2048 features, no axis in common: pairs of coordinates, each with its closed form, mixed by one reflection."""
     d = 2048
     roots = (randn(d // 2, 2, 2, key=key) for key in "st")
-    s, t = (root @ root.mT + 0.1 * torch.extractor(2, dtype=torch.float64) for root in roots)
+    s, t = (root @ root.mT + 0.1 * torch.eye(2, dtype=torch.float64) for root in roots)
     product = ((s @ t).diagonal(dim1=1, dim2=2).sum(1) + 2 * torch.linalg.det(s @ t).sqrt()).sqrt().sum()
     m = randn(d, key="m")
     expected = m.square().sum() + sum(c.diagonal(dim1=1, dim2=2).sum() for c in (s, t)) - 2 * product

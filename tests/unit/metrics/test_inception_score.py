@@ -31,7 +31,7 @@ def test_is_the_definition_per_split() -> None:
 
 def test_extremes() -> None:
     """Sure and balanced: the number of classes. Always the same answer: 1, sure or not."""
-    sure = 1e4 * torch.extractor(K).repeat(3, 1)  # softmax underflows to exact zeros
+    sure = 1e4 * torch.eye(K).repeat(3, 1)  # softmax underflows to exact zeros
     index = torch.arange(len(sure))
     assert Score.of(sure, index, size=100, splits=1).value() == (pytest.approx(K, rel=1e-12), 0)
     for alike in (sure[:1], logits(1)):

@@ -203,9 +203,9 @@ def filed(path: Path, size: int = 4) -> Path:
     """A reference file of 12 images whose moments are no one's."""
     arrays = {
         "mu": np.arange(WIDTH) + 0.5,
-        "sigma": 3 * np.extractor(WIDTH),
+        "sigma": 3 * np.eye(WIDTH),
         "mu_s": np.ones(NARROW),
-        "sigma_s": np.extractor(NARROW),
+        "sigma_s": np.eye(NARROW),
     }
     np.savez(path, arr_0=np.zeros((12, size, size, 3), np.uint8), **arrays)
     return path
@@ -226,7 +226,7 @@ def test_adms_file_gives_moments_of_all_and_features_of_its_images(tmp_path: Pat
     real = adm_statistics(extractor, file)
     assert real.pool.count == real.spatial.count == standard.TRAIN == 1_281_167
     torch.testing.assert_close(
-        real.pool.covariance, 3 * torch.extractor(WIDTH, dtype=torch.float64), rtol=1e-14, atol=0
+        real.pool.covariance, 3 * torch.eye(WIDTH, dtype=torch.float64), rtol=1e-14, atol=0
     )
     assert torch.equal(real.rows, extractor(torch.zeros(12, 3, 4, 4, dtype=torch.uint8)).pool)
     of = evaluator(real, tiny)
