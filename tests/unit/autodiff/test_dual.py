@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import dumo.flow.rule  # noqa: F401, the operations of a Dual
+import dumo.autodiff.rule  # noqa: F401, the operations of a Dual
 from dumo.autodiff.dual import Dual, Later, NoRule, carry, holds, pair, play, primal, primal_only, tangent
 from dumo.types import Array, UserError
 

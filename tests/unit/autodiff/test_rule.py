@@ -815,8 +815,8 @@ SWAPPED = "x @ w"
 SCRIPT = """
 import sys
 import torch
-import dumo.flow.rule
-from dumo.flow.dual import Dual, Later, play
+import dumo.autodiff.rule
+from dumo.autodiff.dual import Dual, Later, play
 
 p, d, w = torch.randn(3, 4, 4)
 

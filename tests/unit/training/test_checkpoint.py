@@ -153,7 +153,7 @@ FILL = """
 import resource, sys
 from pathlib import Path
 from unit.training.toy import trained
-from dumo.train.checkpoint import save
+from dumo.training.checkpoint import save
 from dumo.types import UserError
 
 folder, state = Path(sys.argv[1]), trained()

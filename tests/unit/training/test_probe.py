@@ -191,7 +191,7 @@ import sys
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from dumo.flow.path import Linear
-from dumo.train.loop import Every, Train, begin
+from dumo.training.loop import Every, Train, begin
 from meeting import meeting
 from unit.training.toy import Small, run
 
