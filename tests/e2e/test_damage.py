@@ -62,18 +62,18 @@ WEIGHTS = [
 
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
 @pytest.mark.parametrize(("kind", "named"), WEIGHTS, ids=[kind for kind, _ in WEIGHTS])
-def test_weights(command: str, kind: str, named: tuple[str, ...], here: Path, opened: dict[str, Path]) -> None:
-    run = opened["digits"]
+def test_weights(command: str, kind: str, named: tuple[str, ...], here: Path, trained: dict[str, Path]) -> None:
+    run = trained["digits"]
     weights(kind, run)
     (file,) = here.iterdir()
     lines = None if "pickle" in named else 1
     refused(command, run, "--weights", file.name, named=named, lines=lines, run=run)
 
 
-def test_weights_that_are_not_there_or_of_another_net(here: Path, opened: dict[str, Path]) -> None:
-    run = opened["digits"]
+def test_weights_that_are_not_there_or_of_another_net(here: Path, trained: dict[str, Path]) -> None:
+    run = trained["digits"]
     refused("sample", run, "--weights", "no.safetensors", named=("no.safetensors", "no such file"), run=run)
-    other = net_of(opened["moons"])
+    other = net_of(trained["moons"])
     refused("sample", run, "--weights", other, named=(str(other), "absent in the file"), run=run)
 
 
@@ -92,17 +92,17 @@ DAMAGED: list[tuple[str, Callable[[Path], object]]] = [
 
 
 @pytest.mark.parametrize(("name", "harm"), DAMAGED)
-def test_damaged_checkpoint(name: str, harm: Callable[[Path], object], here: Path, opened: dict[str, Path]) -> None:
-    run = shutil.copytree(opened["digits"], here / "run")
+def test_damaged_checkpoint(name: str, harm: Callable[[Path], object], here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["digits"], here / "run")
     harm(run / name)
     refused("train", "run", "--set", "train.steps=25", named=(f"run/{name}",))
     if "ema" in name or "state" in name:  # all that samples need
         refused("sample", "run", named=(f"run/{name}",))
 
 
-def test_run_without_a_checkpoint(here: Path, opened: dict[str, Path]) -> None:
+def test_run_without_a_checkpoint(here: Path, trained: dict[str, Path]) -> None:
     (here / "run").mkdir()
-    shutil.copy(opened["digits"] / "run.yaml", here / "run/run.yaml")
+    shutil.copy(trained["digits"] / "run.yaml", here / "run/run.yaml")
     for command in ("sample", "evaluate", "report"):
         refused(command, "run", named=("run", "no checkpoint", "dumo train run"))
 
@@ -127,17 +127,17 @@ EDITS = [
 
 @pytest.mark.parametrize(("edit", "named"), EDITS)
 def test_run_edited_by_hand(
-    edit: Callable[[str], str], named: tuple[str, ...], here: Path, opened: dict[str, Path]
+    edit: Callable[[str], str], named: tuple[str, ...], here: Path, trained: dict[str, Path]
 ) -> None:
-    run = shutil.copytree(opened["digits"], here / "run")
+    run = shutil.copytree(trained["digits"], here / "run")
     (run / "run.yaml").write_text(edit((run / "run.yaml").read_text()))
     refused("train", "run", named=named)
     refused("train", "digits", *TINY, "--out", "run", named=named)
     refused("sample", "run", named=named)
 
 
-def test_run_edited_to_another_net(here: Path, opened: dict[str, Path]) -> None:
-    run = shutil.copytree(opened["digits"], here / "run")
+def test_run_edited_to_another_net(here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["digits"], here / "run")
     (run / "run.yaml").write_text(edited("width: 32", "width: 64")((run / "run.yaml").read_text()))
     for command in ("train", "sample", "evaluate", "report"):
         refused(command, "run", named=(".safetensors", "(32,)", "(64,)"))
@@ -147,8 +147,8 @@ LINES = [("garbage", "line 1"), ("3", "line 1"), ('{"loss": 1}', "line 1")]
 
 
 @pytest.mark.parametrize(("line", "named"), LINES)
-def test_log_that_is_damaged_in_the_middle(line: str, named: str, here: Path, opened: dict[str, Path]) -> None:
-    run = shutil.copytree(opened["moons"], here / "run")
+def test_log_that_is_damaged_in_the_middle(line: str, named: str, here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["moons"], here / "run")
     log = run / "metrics.jsonl"
     log.write_text(f"{line}\n{log.read_text()}")
     refused("train", "run", "--set", "train.steps=25", named=("run/metrics.jsonl", named))

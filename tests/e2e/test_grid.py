@@ -29,10 +29,10 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("words", "named"), WRONG)
-def test_grids_that_are_none(words: list[str], named: tuple[str, ...], here: Path, opened: dict[str, Path]) -> None:
-    refused("grid", opened["digits"], *words, named=named, run=opened["digits"])
+def test_grids_that_are_none(words: list[str], named: tuple[str, ...], here: Path, trained: dict[str, Path]) -> None:
+    refused("grid", trained["digits"], *words, named=named, run=trained["digits"])
 
 
-def test_a_reading_that_was_not_taught(here: Path, opened: dict[str, Path]) -> None:
-    run = opened["digits-flow-matching"]
+def test_a_reading_that_was_not_taught(here: Path, trained: dict[str, Path]) -> None:
+    run = trained["digits-flow-matching"]
     refused("grid", run, "--reading", "u", named=("no reading u", "--reading v"), run=run)

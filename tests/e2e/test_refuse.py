@@ -132,16 +132,16 @@ def test_folders_that_are_no_run(here: Path) -> None:
         refused(command, "digits", named=("digits", "train"))
 
 
-def test_places_that_cannot_be_written(here: Path, opened: dict[str, Path]) -> None:
+def test_places_that_cannot_be_written(here: Path, trained: dict[str, Path]) -> None:
     (here / "file").write_text("mine")
     words = ["--count", "1", "--nfe", "1"]
     for out in ("file", "file/x", "/dev/null/x"):
         refused("train", "moons", *TINY, "--out", out, named=(out,))
-        refused("sample", opened["moons"], *words, "--out", out, named=(out,), run=opened["moons"])
+        refused("sample", trained["moons"], *words, "--out", out, named=(out,), run=trained["moons"])
 
 
-def test_another_run_lives_there(here: Path, opened: dict[str, Path]) -> None:
-    run = shutil.copytree(opened["digits"], here / "run")
+def test_another_run_lives_there(here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["digits"], here / "run")
     words = [*TINY, *sets("net.depth=2", "objective.drop=0.25", "train.log_every=9")]
     done = refused("train", "digits", "--out", run, *words, named=("another run", "--out"), lines=4)
     assert "  net.depth: 1 there, 2 asked\n" in done.err
@@ -153,16 +153,16 @@ def test_another_run_lives_there(here: Path, opened: dict[str, Path]) -> None:
     refused("train", run, "--set", "train.ema.0.decay=0.5", named=("train.ema", "0.5"), lines=3)
 
 
-def test_fewer_steps_than_are_done(here: Path, opened: dict[str, Path]) -> None:
-    shutil.copytree(opened["digits"], here / "run")
+def test_fewer_steps_than_are_done(here: Path, trained: dict[str, Path]) -> None:
+    shutil.copytree(trained["digits"], here / "run")
     refused("train", "run", "--set", "train.steps=5", named=("20", "5"))
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "tpu9", "meta", ""])
-def test_device_that_is_not_there(device: str, here: Path, opened: dict[str, Path]) -> None:
+def test_device_that_is_not_there(device: str, here: Path, trained: dict[str, Path]) -> None:
     refused("train", "moons", *TINY, "--device", device, named=(f"device '{device}'", "cpu"))
     for command in ("sample", "evaluate", "report"):
-        run = opened["moons"]
+        run = trained["moons"]
         refused(command, run, "--device", device, named=(f"device '{device}'", "cpu"), run=run)
 
 
@@ -186,9 +186,9 @@ ASKED = [
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
 @pytest.mark.parametrize(("words", "named"), ASKED, ids=[" ".join(words) for words, _ in ASKED])
 def test_what_no_run_can_do(
-    command: str, words: list[str], named: tuple[str, ...], here: Path, opened: dict[str, Path]
+    command: str, words: list[str], named: tuple[str, ...], here: Path, trained: dict[str, Path]
 ) -> None:
-    refused(command, opened["digits"], *words, named=named, run=opened["digits"])
+    refused(command, trained["digits"], *words, named=named, run=trained["digits"])
 
 
 SAMPLES = [
@@ -207,9 +207,9 @@ SAMPLES = [
 
 @pytest.mark.parametrize(("name", "words", "named"), SAMPLES)
 def test_samples_that_cannot_be_made(
-    name: str, words: list[str], named: tuple[str, ...], here: Path, opened: dict[str, Path]
+    name: str, words: list[str], named: tuple[str, ...], here: Path, trained: dict[str, Path]
 ) -> None:
-    refused("sample", opened[name], *words, named=named, run=opened[name])
+    refused("sample", trained[name], *words, named=named, run=trained[name])
 
 
 FIGURES = [

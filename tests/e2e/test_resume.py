@@ -75,8 +75,8 @@ def test_more_steps_are_the_same_as_many_at_once(here: Path) -> None:
         assert (here / "parts" / name).read_bytes() == (here / "whole" / name).read_bytes(), name
 
 
-def test_fields_that_may_change_do_and_are_kept(here: Path, opened: dict[str, Path]) -> None:
-    shutil.copytree(opened["moons"], here / "run")
+def test_fields_that_may_change_do_and_are_kept(here: Path, trained: dict[str, Path]) -> None:
+    shutil.copytree(trained["moons"], here / "run")
     words = sets("train.steps=22", "train.log_every=1", "train.save_every=2", "train.keep=1", "about=mine")
     words += sets("sample.nfe=[3]", "evaluate.protocol.samples=300", "sample.solver.kind=euler")
     assert call("train", "run", *words).code == 0
@@ -87,18 +87,18 @@ def test_fields_that_may_change_do_and_are_kept(here: Path, opened: dict[str, Pa
     assert (kept["evaluate"]["protocol"]["samples"], kept["sample"]["solver"]["kind"]) == (300, "euler")
 
 
-def test_a_finished_run_is_left_as_it_is(here: Path, opened: dict[str, Path]) -> None:
-    run = shutil.copytree(opened["digits"], here / "run")
+def test_a_finished_run_is_left_as_it_is(here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["digits"], here / "run")
     before = {name: bits for name, bits in tree(run).items() if isinstance(bits, bytes)}
     assert call("train", "run").code == 0
     assert {name: bits for name, bits in tree(run).items() if isinstance(bits, bytes)} == before
 
 
-def test_a_run_without_its_checkpoints_starts_over(here: Path, opened: dict[str, Path]) -> None:
-    run = shutil.copytree(opened["digits"], here / "run")
+def test_a_run_without_its_checkpoints_starts_over(here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["digits"], here / "run")
     shutil.rmtree(run / "checkpoints")
     assert call("train", "run").code == 0
-    for name, bits in tree(opened["digits"]).items():
+    for name, bits in tree(trained["digits"]).items():
         if isinstance(bits, bytes):
             assert (run / name).read_bytes() == bits, name
 
@@ -155,8 +155,8 @@ def test_full_disk_keeps_the_last_good_checkpoint(here: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [4096, 100, 0])
-def test_full_disk_when_anything_else_is_written(size: int, here: Path, opened: dict[str, Path]) -> None:
-    run = shutil.copytree(opened["digits"], here / "run")
+def test_full_disk_when_anything_else_is_written(size: int, here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["digits"], here / "run")
     before = {name: bits for name, bits in tree(run).items() if isinstance(bits, bytes)}
     commands = [
         ["train", "run", *sets("train.steps=40", "train.log_every=1")],

@@ -30,12 +30,12 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return open_run(str(folder))
 
 
-def made(opened: RunFolder, c: Tensor, nfe: int, batch: int, indices: Sequence[int] | None = None) -> Tensor:
+def made(trained: RunFolder, c: Tensor, nfe: int, batch: int, indices: Sequence[int] | None = None) -> Tensor:
     """Samples in batches of `batch`."""
-    spec = opened.run
-    reads = spec.objective.read(opened.net)
+    spec = trained.run
+    reads = spec.objective.read(trained.net)
     return generate(
-        opened.net,
+        trained.net,
         reads,
         spec.path,
         spec.sample.solver,

@@ -16,8 +16,8 @@ SOLVERS = {"digits": "restart", "digits-flow-matching": "euler", "digits-meanflo
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_training_leaves_a_whole_run(name: str, opened: dict[str, Path]) -> None:
-    run = opened[name]
+def test_training_leaves_a_whole_run(name: str, trained: dict[str, Path]) -> None:
+    run = trained[name]
     assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "metrics.jsonl", "run.yaml"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000010", "step-00000020"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -25,21 +25,21 @@ def test_training_leaves_a_whole_run(name: str, opened: dict[str, Path]) -> None
     assert [row["images"] for row in rows] == [80, 160, 240, 320]
 
 
-def test_processes_of_their_own_say_the_same(here: Path, opened: dict[str, Path]) -> None:
+def test_processes_of_their_own_say_the_same(here: Path, trained: dict[str, Path]) -> None:
     words = [*TINY, *sets("train.log_every=5", "train.save_every=10")]
     done = finish(start("train", "moons", *words, cwd=here))
     assert (done.code, done.out) == (0, "")
     assert "runs/moons" in done.err
     assert "Traceback" not in done.err
-    assert tree(here / "runs/moons/checkpoints/step-00000020") == tree(opened["moons"] / "checkpoints/step-00000020")
+    assert tree(here / "runs/moons/checkpoints/step-00000020") == tree(trained["moons"] / "checkpoints/step-00000020")
     judged = finish(start("evaluate", "runs/moons", "--nfe", "1", "--json", cwd=here))
     assert judged.code == 0
     assert judged.json["results"][0]["nfe"] == 1
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_sheets_for_every_number_of_passes(name: str, here: Path, opened: dict[str, Path]) -> None:
-    run = shutil.copytree(opened[name], here / "run")
+def test_sheets_for_every_number_of_passes(name: str, here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained[name], here / "run")
     done = call("sample", "run", "--count", "23")
     assert done.code == 0
     expected = [Path("run/samples") / f"{SOLVERS[name]}-nfe{n}.png" for n in (call_nfe(run))]
@@ -58,16 +58,16 @@ def call_nfe(run: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("name", ["digits", "moons"])
-def test_one_sample_is_enough_for_a_picture(name: str, here: Path, opened: dict[str, Path]) -> None:
-    done = call("sample", opened[name], "--count", "1", "--nfe", "1", "--out", "o")
+def test_one_sample_is_enough_for_a_picture(name: str, here: Path, trained: dict[str, Path]) -> None:
+    done = call("sample", trained[name], "--count", "1", "--nfe", "1", "--out", "o")
     assert (done.code, done.out) == (0, "o/restart-nfe1.png\n")
     assert "Warning" not in done.err
     with Image.open("o/restart-nfe1.png") as picture:
         assert min(picture.size) >= 64
 
 
-def test_archive_in_adm_layout_and_single_images_agree(here: Path, opened: dict[str, Path]) -> None:
-    words = ["sample", opened["digits"], "--count", "7", "--labels", "3,5", "--nfe", "2", "--seed", "4", "--out", "o"]
+def test_archive_in_adm_layout_and_single_images_agree(here: Path, trained: dict[str, Path]) -> None:
+    words = ["sample", trained["digits"], "--count", "7", "--labels", "3,5", "--nfe", "2", "--seed", "4", "--out", "o"]
     assert call(*words, "--format", "npz").out == "o/restart-nfe2.npz\n"
     assert call(*words, "--format", "images").out == "o/restart-nfe2\n"
     with np.load("o/restart-nfe2.npz") as archive:
@@ -82,9 +82,9 @@ def test_archive_in_adm_layout_and_single_images_agree(here: Path, opened: dict[
             assert np.array_equal(np.asarray(image.convert("RGB")), pixels)
 
 
-def test_what_changes_a_sample_and_what_does_not(here: Path, opened: dict[str, Path]) -> None:
+def test_what_changes_a_sample_and_what_does_not(here: Path, trained: dict[str, Path]) -> None:
     def made(*words: object) -> np.ndarray:
-        done = call("sample", opened["digits"], "--format", "npz", "--nfe", "1", "--out", "o", *words)
+        done = call("sample", trained["digits"], "--format", "npz", "--nfe", "1", "--out", "o", *words)
         assert done.code == 0, done
         with np.load(done.out.strip()) as archive:
             return archive["arr_0"]
@@ -95,13 +95,13 @@ def test_what_changes_a_sample_and_what_does_not(here: Path, opened: dict[str, P
     assert np.array_equal(made("--count", 9, "--set", "sample.seed=1"), made("--count", 9, "--seed", 1))
     assert not np.array_equal(made("--count", 9, "--seed", 1), first)
     assert not np.array_equal(made("--count", 9, "--solver", "euler"), first)
-    last = opened["digits"] / "checkpoints/step-00000020"
+    last = trained["digits"] / "checkpoints/step-00000020"
     assert np.array_equal(made("--count", 9, "--weights", last / "ema-0.999.safetensors"), first)
     assert not np.array_equal(made("--count", 9, "--weights", last / "net.safetensors"), first)
 
 
-def test_points_are_archived_as_they_are(here: Path, opened: dict[str, Path]) -> None:
-    done = call("sample", opened["moons"], "--count", "5", "--nfe", "1,2", "--format", "npz", "--out", "o")
+def test_points_are_archived_as_they_are(here: Path, trained: dict[str, Path]) -> None:
+    done = call("sample", trained["moons"], "--count", "5", "--nfe", "1,2", "--format", "npz", "--out", "o")
     assert done.out.splitlines() == ["o/restart-nfe1.npz", "o/restart-nfe2.npz"]
     with np.load("o/restart-nfe2.npz") as archive:
         assert archive["arr_0"].shape == (5, 2)
@@ -110,8 +110,8 @@ def test_points_are_archived_as_they_are(here: Path, opened: dict[str, Path]) ->
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_evaluation_is_one_object_and_lies_in_the_folder(name: str, here: Path, opened: dict[str, Path]) -> None:
-    shutil.copytree(opened[name], here / "run")
+def test_evaluation_is_one_object_and_lies_in_the_folder(name: str, here: Path, trained: dict[str, Path]) -> None:
+    shutil.copytree(trained[name], here / "run")
     done = call("evaluate", "run", "--nfe", "1,2", "--json")
     assert done.code == 0
     assert done.out.count("\n") == 1
@@ -141,16 +141,16 @@ def test_evaluation_is_one_object_and_lies_in_the_folder(name: str, here: Path, 
     assert table.out.splitlines()[-1] == report["file"]
 
 
-def test_passes_that_the_run_does_not_list(here: Path, opened: dict[str, Path]) -> None:
-    run = shutil.copytree(opened["moons"], here / "run")
+def test_passes_that_the_run_does_not_list(here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["moons"], here / "run")
     report = call("evaluate", run, "--nfe", "7", "--solver", "euler", "--seed", "3", "--json").json
     assert [row["nfe"] for row in report["results"]] == [7]
     assert (report["solver"]["kind"], report["seed"], report["contrast"]) == ("euler", 3, [])
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_report_is_one_page_that_needs_no_other(name: str, here: Path, opened: dict[str, Path]) -> None:
-    run = shutil.copytree(opened[name], here / "run")
+def test_report_is_one_page_that_needs_no_other(name: str, here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained[name], here / "run")
     call("evaluate", "run", "--json")
     done = call("report", "run")
     assert done.code == 0, done
@@ -167,8 +167,8 @@ def test_report_is_one_page_that_needs_no_other(name: str, here: Path, opened: d
     assert str(json.loads((run / "evaluation.json").read_text())["step"]) in page
 
 
-def test_report_of_a_run_that_was_never_judged(here: Path, opened: dict[str, Path]) -> None:
-    shutil.copytree(opened["moons"], here / "run")
+def test_report_of_a_run_that_was_never_judged(here: Path, trained: dict[str, Path]) -> None:
+    shutil.copytree(trained["moons"], here / "run")
     (here / "run/metrics.jsonl").unlink()
     done = call("report", "run")
     assert done.code == 0, done
