@@ -26,18 +26,19 @@ AT_ONCE = 2
 FORK = multiprocessing.get_context("fork")
 ADDED = "--import-mode=importlib --strict-markers --strict-config -ra"
 PATIENCE = 600  # seconds, on a busy machine; alone, no run takes 30
-THEORY, SOLVERS = "tests/theory", "tests/unit/sampling/test_solver.py"
+THEORY, OBJECTIVES, SOLVERS = "tests/theory", "tests/objectives", "tests/unit/sampling/test_solver.py"
 FIXED, FORMULA, LAW, READ, SLOPE, EXACT, UNBIASED = (
     f"{THEORY}/test_{name}.py" for name in ("fixed_point", "formula", "law", "read", "slope", "exact", "unbiased")
 )
 DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
 PROBE = "tests/unit/training/test_probe.py"
-SHORTCUT, SPLIT, TWIN, SOFLOW, RCGM, ALPHA, UCGM, THEOREM = (
-    f"{THEORY}/test_{name}.py"
-    for name in ("shortcut", "split_meanflow", "twinflow", "soflow", "rcgm", "alpha_flow", "ucgm", "theorem")
+THEOREM, RATE = (f"{THEORY}/test_{name}.py" for name in ("theorem", "rate"))
+SHORTCUT, SPLIT, TWIN, SOFLOW, RCGM, ALPHA, UCGM = (
+    f"{OBJECTIVES}/test_{name}.py"
+    for name in ("shortcut", "split_meanflow", "twinflow", "soflow", "rcgm", "alpha_flow", "ucgm")
 )
-CONSISTENCY, IMM, SEVERAL, TVM, RATE, IMF, FACM, SCT = (
-    f"{THEORY}/test_{name}.py" for name in ("consistency", "imm", "several", "tvm", "rate", "imf", "facm", "sct")
+CONSISTENCY, IMM, SEVERAL, TVM, IMF, FACM, SCT = (
+    f"{OBJECTIVES}/test_{name}.py" for name in ("consistency", "imm", "several", "tvm", "imf", "facm", "sct")
 )
 SCHEDULE, EDM, HEADS = (
     f"tests/unit/{name}.py" for name in ("flow/test_discretization", "nets/test_precondition", "nets/test_own")

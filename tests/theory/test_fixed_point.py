@@ -158,7 +158,7 @@ def test_what_has_a_finite_step_is_held_to_its_order_elsewhere() -> None:
     tested = {o.kind for o, _ in CLOSED}
     assert tested | set(STEPS) == kinds
     for stepped, test in STEPS.items():
-        assert f"def {test}(" in (Path(__file__).parent / f"test_{stepped}.py").read_text()
+        assert f"def {test}(" in (Path(__file__).parents[1] / f"objectives/test_{stepped}.py").read_text()
 
 
 def test_corners_of_time_are_in_the_record() -> None:

@@ -23,7 +23,7 @@ from dumo.protocols.reference import adm_facts, adm_file, adm_statistics, album_
 from dumo.protocols.standard import STANDARDS, Standard
 from dumo.types import UserError
 from golden import inception as recipe
-from unit.extractor import NARROW, WIDTH, Album, Peephole, extractor, images
+from unit.metrics.extractor import NARROW, WIDTH, Album, Peephole, extractor, images
 
 N = 120
 FOLDER = ImageProtocol(kind="folder", samples=N)
@@ -225,9 +225,7 @@ def test_adms_file_gives_moments_of_all_and_features_of_its_images(tmp_path: Pat
     file = adm_file(filed(tmp_path / "a.npz"), tiny.kind, tiny.standard)
     real = adm_statistics(extractor, file)
     assert real.pool.count == real.spatial.count == standard.TRAIN == 1_281_167
-    torch.testing.assert_close(
-        real.pool.covariance, 3 * torch.eye(WIDTH, dtype=torch.float64), rtol=1e-14, atol=0
-    )
+    torch.testing.assert_close(real.pool.covariance, 3 * torch.eye(WIDTH, dtype=torch.float64), rtol=1e-14, atol=0)
     assert torch.equal(real.rows, extractor(torch.zeros(12, 3, 4, 4, dtype=torch.uint8)).pool)
     of = evaluator(real, tiny)
     fake = of.statistics(made(images(N)))
