@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Generator
 
-from dumo.types import Sample
+from dumo.types import Cond, Sample
 
 
 def stream(*key: int | str) -> Generator:
@@ -26,6 +26,12 @@ def stream(*key: int | str) -> Generator:
     """
     digest = blake2b("/".join(map(str, key)).encode(), digest_size=7).digest()  # a seed is a signed 64-bit number
     return Generator().manual_seed(int.from_bytes(digest))
+
+
+def random_batch(key: str, rows: int, shape: Sequence[int], classes: int) -> tuple[Sample, Cond]:
+    """What stands for a batch of data, on the CPU: normal numbers (rows, *shape), and classes, all 0 of none."""
+    x = torch.randn(rows, *shape, generator=stream(key, "x"))
+    return x, torch.randint(max(classes, 1), (rows,), generator=stream(key, "c"))
 
 
 def noise(seed: int, indices: Sequence[int], draw: int, shape: Sequence[int]) -> Sample:

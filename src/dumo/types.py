@@ -3,6 +3,7 @@
 Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless, in [0, 1], one per row.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import BaseModel, ConfigDict
+from pydantic.config import JsonDict
 from torch import Generator, Tensor, nn
 
 if TYPE_CHECKING:
@@ -32,6 +34,9 @@ class Spec(BaseModel):
     """A value that says what to build or do; every family is a union of specs told apart by `kind`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
 
 
 @runtime_checkable
@@ -65,9 +70,76 @@ def frozen(net: Net) -> Frozen:
     return Frozen(unwrap(net))
 
 
+class TimeLaw(Spec, ABC):
+    """The law of (t, r), with r <= t."""
+
+    @abstractmethod
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows."""
+
+    @property
+    def group(self) -> int:
+        """So many neighbouring rows belong together, and no piece of a batch may part them."""
+        return 1
+
+    def moving(self, n: int) -> tuple[bool, ...] | None:
+        """Which of the first n rows may have r < t, by place alone, while the others have r = t; None: all may."""
+        return None
+
+    @property
+    def moving_share(self) -> float:
+        """The share of the rows that `moving` names, in [0, 1]."""
+        return 1.0
+
+
+@runtime_checkable
+class Derivative(Protocol):
+    """How a loss differentiates a net: along the flow (`dumo.flow.slope`), or in one input (`dumo.flow.rate`)."""
+
+    @property
+    def kind(self) -> str:
+        """Its name."""
+        ...
+
+    def __call__(self, *at: Any, **inputs: Any) -> tuple[Heads, Any]: ...  # noqa: ANN401, a slope's or a rate's
+
+    def check(self, precision: str, time_scale: float = 1.0) -> None:
+        """Raise UserError where it would be none: of passes in this precision, of a net of this time scale."""
+        ...
+
+
+@runtime_checkable
+class Guide(Protocol):
+    """How a loss makes of v_t the velocity v* to learn (`dumo.flow.guide`)."""
+
+    @property
+    def scale(self) -> float:
+        """The effective guidance scale w; 1 means none."""
+        ...
+
+    @property
+    def active(self) -> bool:
+        """Whether v* differs from v_t at all."""
+        ...
+
+    @property
+    def group(self) -> int:
+        """One of so many neighbouring rows is guided for all of them; 1: every row for itself."""
+        ...
+
+    @property
+    def unguided(self) -> "Guide":
+        """One that makes the passes which this one makes of rows without guidance."""
+        ...
+
+    def inside(self, t: Time) -> Rows:
+        """Where guidance acts, by the time."""
+        ...
+
+
 @dataclass(frozen=True)
 class Needs:
-    """What an objective asks of a network, and so of whoever builds, checks or samples it."""
+    """What an objective says of itself to whoever builds, checks, counts or samples: its net first, then its loss."""
 
     inputs: tuple[str, ...] = ("t",)  # what `read` supplies: t, r
     heads: tuple[str, ...] = ("v",)  # outputs shaped like the data, all of them used by the loss
@@ -75,6 +147,15 @@ class Needs:
     knobs: Mapping[str, float] = field(default_factory=dict[str, float])  # inputs a sampler may set, with defaults
     paths: tuple[str, ...] = ("linear",)  # the paths whose formulas these are
     own: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])  # inputs of some heads alone
+    signed: bool = False  # the net is told negative times, too
+    slope: Derivative | None = None  # along the flow: what a field holds
+    derives: bool = True  # whether the loss takes its slope
+    rate: Derivative | None = None  # in an input of the net
+    guide: Guide | None = None  # what makes v*: what a field holds
+    scale: float = 1.0  # of guidance by a field of this name, where there is no guide; 1 is none
+    teachable: bool = True  # whether the loss learns from v_t, in whose place a teacher's velocity may be
+    amplifies: float = 0.0  # how often the rounding of the net is multiplied (`dumo.flow.secant`)
+    phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)  # where steps cost alike: a progress, its share of training
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -134,10 +215,7 @@ class Noised:
 
     @property
     def rows_by_step(self) -> tuple[list[int], list[int]]:
-        """The rows that may have r < t and those that may have r = t, told by place; all and all where it tells none.
-
-        Where it does, the first are the rows that move, the second the others.
-        """
+        """The rows that move, and the others, told by place; all and all where it tells none: any may be either."""
         if self.moving is None:
             return list(range(len(self.t))), list(range(len(self.t)))
         return split_by_step(self.moving)
@@ -148,12 +226,10 @@ class Noised:
         Which rows a tensor names is not known without waiting for its device, so any of them may move.
         """
         cut = {f.name: v[rows] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        return replace(self, **cut, moving=self._moving(rows), drawn={k: v[rows] for k, v in self.drawn.items()})
-
-    def _moving(self, rows: slice | list[int] | Int[Tensor, " k"]) -> tuple[bool, ...] | None:
-        if self.moving is None or isinstance(rows, Tensor):
-            return None
-        return self.moving[rows] if isinstance(rows, slice) else tuple(self.moving[i] for i in rows)
+        moving = None if isinstance(rows, Tensor) else self.moving
+        if moving is not None and not isinstance(rows, Tensor):
+            moving = moving[rows] if isinstance(rows, slice) else tuple(moving[i] for i in rows)
+        return replace(self, **cut, moving=moving, drawn={k: v[rows] for k, v in self.drawn.items()})
 
 
 @dataclass(frozen=True)
@@ -177,15 +253,15 @@ class Reads:
 
 @runtime_checkable
 class Objective(Protocol):
-    """A way to train a net, and to read it afterwards: a frozen spec, whose fields that are laws are drawn."""
+    """A way to train a net, and to read it afterwards: a frozen spec. What follows is all that is read of it."""
 
     @property
     def needs(self) -> Needs:
-        """What the net must take and give."""
+        """What it says of itself."""
         ...
 
     @property
-    def times(self) -> Callable[[int, Generator], tuple[Time, Time]]:
+    def times(self) -> TimeLaw:
         """The law of (t, r)."""
         ...
 
@@ -195,7 +271,11 @@ class Objective(Protocol):
         ...
 
     def __iter__(self) -> Iterator[tuple[str, object]]:
-        """The fields by name, as pydantic gives them."""
+        """The fields by name, as pydantic gives them; those that are laws (`dumo.flow.law`) are drawn."""
+        ...
+
+    def model_copy(self, *, update: Mapping[str, Any]) -> "Objective":
+        """The same with other fields, unchecked, as pydantic gives it."""
         ...
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:

@@ -1,4 +1,7 @@
-"""The members of every family, found through the unions: a new one is tested without a word written here."""
+"""The members of every family, found through the unions: a new one is tested without a word written here.
+
+Those of `contract.outside` stand for what users write: they are tested as ours are.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import get_args
@@ -6,6 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from contract.outside import Outside, PlainNet
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear, Trig
 from dumo.flow.slope import DualSlope, Slope
@@ -40,7 +44,7 @@ def objectives(*, exact: bool = False, **fields: object) -> Iterator[Objective]:
 
     UCGM with its defaults is no velocity, by which to guide: there `guide` stays as it is.
     """
-    for cls in members(Objective):
+    for cls in (*members(Objective), Outside):
         own = {name: value for name, value in fields.items() if name in cls.model_fields}
         if cls is UCGM:
             own.pop("guide", None)
@@ -52,10 +56,10 @@ def objectives(*, exact: bool = False, **fields: object) -> Iterator[Objective]:
                 yield cls(**own, slope=slope())
 
 
-def pairs(some: Iterable[Objective]) -> list[tuple[Objective, Net]]:
+def pairs(some: Iterable[Objective]) -> list[tuple[Objective, Net | PlainNet]]:
     """Every objective with the first net, and with the others each kind of objective once: the last of it."""
-    first, *others = nets()
-    last = list({kind(o): o for o in some if getattr(o, "slope", DualSlope()) == DualSlope()}.values())
+    first, *others = (*nets(), PlainNet())
+    last = list({kind(o): o for o in some if o.needs.slope in (None, DualSlope())}.values())
     return [*((o, first) for o in some), *((o, net) for net in others for o in last)]
 
 

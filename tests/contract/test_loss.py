@@ -193,8 +193,8 @@ def low(cast: Callable[[Tensor], Tensor], b: Noised) -> Noised:
 
 def refused(objective: Objective) -> bool:
     """Whether it takes a difference that rounding would outweigh."""
-    by_slope = objective.kind != "alpha_flow" and isinstance(getattr(objective, "slope", None), CentralSlope)
-    return by_slope or getattr(objective, "amplifies", 0) > MAX_GAIN
+    by_slope = objective.kind != "alpha_flow" and isinstance(objective.needs.slope, CentralSlope)
+    return by_slope or objective.needs.amplifies > MAX_GAIN
 
 
 @each

@@ -4,16 +4,21 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from contract.case import GIVEN, kind, members
+from contract.outside import Alternate, Outside, PlainNet, Weight
 from dumo.data import Data
 from dumo.flow.guide import Guide, Interval
+from dumo.flow.law import Level
 from dumo.flow.slope import Slope
-from dumo.flow.times import Level, Times
+from dumo.flow.times import Times
 from dumo.nets import Net
 from dumo.objectives import Objective
 from dumo.types import Spec
 
 FAMILIES = [Objective, Slope, Times, Net, Data]
-EVERY = [pytest.param(family, cls, id=kind(cls)) for family in FAMILIES for cls in members(family)]
+EVERY = [
+    *(pytest.param(family, cls, id=kind(cls)) for family in FAMILIES for cls in members(family)),
+    *(pytest.param(cls, cls, id=kind(cls)) for cls in (Alternate, Outside, PlainNet, Weight)),
+]
 
 
 def built(cls: type[Spec]) -> Spec:

@@ -21,8 +21,9 @@ from dumo.run.folder import open_run
 from dumo.run.sample import sample_batches
 from dumo.run.train import train
 from dumo.sampling.generate import labels
-from dumo.training.loop import begin, reference
-from dumo.training.step import train_step
+from dumo.training.optim import AdamW, Constant
+from dumo.training.state import begin
+from dumo.training.step import Task, train_step
 from dumo.types import UserError
 
 RECIPES = ("cifar10", "cifar10-meanflow", "cifar10-small")
@@ -70,12 +71,12 @@ def test_a_step_teaches_what_the_numbers_mean() -> None:
     """The layer that reads them moves; at zero they are worth nothing to it."""
     run = tiny()
     x, c = batch(run)
+    fast = run.train.model_copy(update={"optimizer": AdamW(lr=1e-2), "schedule": Constant()})
     for told in (c, torch.zeros_like(c)):
-        state = begin(run.build(), run.train)
+        state = begin(run.build(), fast)
         before = [p.clone() for p in state.net.get_parameter("augment.weight")]
         for _ in range(3):  # all but the last layer are still at first: they start at zero
-            ref = reference(state, run.train.ref)
-            train_step(state, run.objective, run.path, x, told, torch.full_like(told, 0), ref=ref, lr=1e-2)
+            train_step(state, Task(run.objective, run.path, 0), (x, told), fast)
         moved = any((a != b).any() for a, b in zip(before, state.net.get_parameter("augment.weight"), strict=True))
         assert moved == (told is c)
 

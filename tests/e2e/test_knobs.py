@@ -15,7 +15,7 @@ from dumo.flow.reading import reading
 from dumo.objectives import DuMo, ImprovedMeanFlow
 from dumo.preflight.doctor import examine
 from dumo.run.folder import RunFolder
-from dumo.run.sample import made
+from dumo.run.sample import sample_batches
 from dumo.types import Cond, Heads, Sample, Time, UserError, frozen
 
 SMALL = ["net.width=16", "net.depth=1", "sample.nfe=[1]"]
@@ -72,7 +72,8 @@ def test_samples_follow_the_knobs(tmp_path: Path) -> None:
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
     c = torch.arange(4)
     one, same, other = (
-        torch.cat([part.x for part in made(RunFolder(run, tmp_path, net.eval(), 0, ""), nfe=1, c=c)]) for run in runs
+        torch.cat([part.x for part in sample_batches(RunFolder(run, tmp_path, net.eval(), 0, ""), nfe=1, c=c)])
+        for run in runs
     )
     assert torch.equal(one, same)
     assert not torch.allclose(one, other)

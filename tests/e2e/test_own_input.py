@@ -82,7 +82,7 @@ def test_the_endpoint_of_three_heads_rests_along_the_exact_flow() -> None:
 @each
 def test_the_bench_has_its_yardstick_and_its_judge(name: str) -> None:
     run, net, b = tiny(name)
-    plain = Plain(run.objective)
+    plain = Plain(of=run.objective)
     plain.loss(net, frozen(net), b).loss.mean().backward()
     assert all(p.grad is not None and p.grad.any() for p in net.parameters() if p.numel() > 11 * 16)
     assert slope_error(net, frozen(net), run.objective, b) < 1e-3

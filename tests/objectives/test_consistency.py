@@ -10,7 +10,7 @@ from torch import Tensor
 from contract.case import Counted, nets, randomise, step
 from dumo.config.load import load
 from dumo.flow.discretization import KarrasGrid, Ratio
-from dumo.flow.secant import MAX_GAIN, demand
+from dumo.flow.secant import MAX_GAIN, demand_precision
 from dumo.objectives import Consistency, FlowMatching
 from dumo.objectives.consistency import PRESETS
 from dumo.types import Frozen, Noised, UserError
@@ -166,7 +166,7 @@ def test_short_steps_multiply_rounding_more_than_bf16_bears(name: str) -> None:
     t, r = objective.schedule(torch.tensor([0.5, 0.9, 0.99], dtype=D), 1.0)
     assert (r / (t - r)).max() > MAX_GAIN
     with pytest.raises(UserError, match="rounding of the net without bound"):
-        demand("bf16", objective.amplifies, objective.kind)
+        demand_precision("bf16", objective.needs.amplifies, objective.kind)
 
 
 def test_names() -> None:

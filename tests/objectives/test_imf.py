@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import passes
+from dumo.flow.law import Level
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
-from dumo.flow.times import Level, Pair
+from dumo.flow.times import Pair
 from dumo.objectives import ImprovedMeanFlow
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, plane, record

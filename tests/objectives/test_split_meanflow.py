@@ -10,8 +10,9 @@ from torch import Tensor
 from contract.case import Counted, step
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
+from dumo.flow.law import Level
 from dumo.flow.path import Linear
-from dumo.flow.times import Level, Pair
+from dumo.flow.times import Pair
 from dumo.objectives import FlowMatching, SplitMeanFlow
 from dumo.types import Frozen, Noised
 from theory.exact import D, Exact, column, gaussian, record

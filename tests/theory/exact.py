@@ -391,7 +391,7 @@ def record(objective: Objective, flow: Flow, rows: int = 256) -> Noised:
     path, on = (Trig(), OnTrig(flow)) if trig else (Linear(), flow)
     key: dict[str, Any] = {"seed": 0, "step": 0, "progress": 1.0}
     b = draw(objective, path, flow.data(c, g), c, null, **key, teacher=lambda x, t, c, v: on.velocity(x, c, t))
-    if hasattr(objective.times, "group"):  # rows belong together, or a step has to fit its time
+    if objective.times.group > 1:  # rows belong together, or a step has to fit its time
         return b
     t, r = torch.cat([CORNERS[0], b.t[5:]]), torch.cat([CORNERS[1], b.r[5:]])
     return replace(b.at(t), r=r)

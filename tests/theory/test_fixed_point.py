@@ -51,7 +51,7 @@ def serves(objective: AnyObjective, flow: Flow, guide: Guide) -> bool:
         return isinstance(flow, Gaussian) and not flow.mean.any()
     if objective.kind == "ucgm":  # at ratio 1 it asks its flow map for a velocity: guidance is a teacher's there
         return not guide.active
-    return not guide.active or hasattr(objective, "guide")
+    return not guide.active or objective.needs.guide is not None
 
 
 def cases(*on: tuple[Flow, Guide], exact: bool = True) -> list[Case]:
@@ -71,7 +71,7 @@ ON_MIXTURES = cases((APART, NONE), (PRODUCT, NONE))
 CLOSED = [*cases(*((gaussian(guide), guide) for guide in GUIDES)), *ON_MIXTURES]
 IN_THE_PLANE = cases((plane(DUMO), DUMO))
 STEPPED = cases((gaussian(DUMO), DUMO), (APART, NONE), (PRODUCT, NONE), exact=False)
-BY_DIFFERENCE = [(o, flow) for o, flow in STEPPED if isinstance(getattr(o, "slope", None), CentralSlope)]
+BY_DIFFERENCE = [(o, flow) for o, flow in STEPPED if isinstance(o.needs.slope, CentralSlope)]
 STRAIGHT = [
     (o, flow) for o, flow in BY_DIFFERENCE if o.kind not in (*BENT, "imf")
 ]  # a difference may leave an interval
@@ -130,7 +130,7 @@ def test_the_adaptive_metric_shifts_the_rest_where_slopes_are_skewed(power: floa
 
 def test_another_guidance_scale_is_not_at_rest() -> None:
     """A velocity guided too little is pulled one way, one guided too much the other."""
-    for o, _ in [(o, flow) for o, flow in cases((gaussian(DUMO), DUMO)) if hasattr(o, "guide")]:
+    for o, _ in [(o, flow) for o, flow in cases((gaussian(DUMO), DUMO)) if o.needs.guide]:
         flows = [gaussian(Guide(zeta=zeta)) for zeta in (0.3, 0.7)]
         little, much = (gradient(o, Exact(f, o.needs), record(o, f))[0, 1] for f in flows)
         assert little < -1e-3

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from contract.case import members
+from dumo.flow.law import Level, Logistic, Noise
 from dumo.flow.times import (
     Arctan,
     Atom,
@@ -16,10 +17,7 @@ from dumo.flow.times import (
     Gap,
     Groups,
     Karras,
-    Level,
-    Logistic,
     LogitNormal,
-    Noise,
     One,
     Pair,
     Times,

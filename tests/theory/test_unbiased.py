@@ -197,9 +197,7 @@ def test_a_target_is_right_on_average_with_the_least_spread(every: int) -> None:
     assert (spread - expected).abs().max() < 1e-11
 
 
-@pytest.mark.parametrize(
-    "objective", [o for o in cases(exact=False) if isinstance(getattr(o, "slope", None), CentralSlope)]
-)
+@pytest.mark.parametrize("objective", [o for o in cases(exact=False) if isinstance(o.needs.slope, CentralSlope)])
 def test_a_difference_is_right_to_the_square_of_its_step(objective: Objective) -> None:
     assert isinstance(objective, Spec)
     steps = [objective.model_copy(update={"slope": CentralSlope(h=h)}) for h in (0.02, 0.01, 0.005)]

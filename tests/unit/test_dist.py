@@ -13,7 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from dumo import dist
 from meeting import meeting
 from unit.training.toy import AVERAGES, Small, run, tensors
-from dumo.training.loop import Every, Train, begin
+from dumo.training.loop import Every
+from dumo.training.spec import Train
+from dumo.training.state import begin
 
 spec = Train(steps=3, batch=12, accumulate=2, ema=AVERAGES, clip=0.5)
 alone, together = [], []

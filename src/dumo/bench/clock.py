@@ -8,6 +8,7 @@ programs take is not counted.
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal, cast, get_args
 
 import torch
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dumo.config.error import nearest
+from dumo.preflight import machine
 from dumo.progress import Bar
 from dumo.types import UserError
 
@@ -40,14 +42,8 @@ def interleave(title: str, works: Sequence[Callable[[], object]], rounds: int, d
 
 def clock(device: torch.device) -> Callable[[], float]:
     """Seconds, when all work so far is done."""
-    if device.type != "cuda":
-        return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-
-    def now() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return now
+    own = device.type != "cuda" and torch.get_num_threads() == 1
+    return time.process_time if own else partial(machine.now, device)
 
 
 def spread(ratios: Float[Tensor, " rounds"]) -> tuple[float, float, float]:

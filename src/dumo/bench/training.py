@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -22,11 +22,13 @@ from dumo.bench.variant import Chunked, Plain, Unchecked, slope_error
 from dumo.config.error import nearest
 from dumo.config.spec import Run
 from dumo.flow.draw import draw
+from dumo.flow.overhear import exchanged
 from dumo.flow.slope import CentralSlope, Slope
+from dumo.io.json import finite
 from dumo.preflight import cost, machine
 from dumo.progress import Bar, no_bar
-from dumo.random import stream
-from dumo.training import log, loop
+from dumo.random import random_batch
+from dumo.training.compile import compile_blocks
 from dumo.types import Frozen, Noised, Objective, UserError, frozen
 
 Work = Callable[[], None]
@@ -86,8 +88,7 @@ class Setting:
     def record(self, objective: Objective, rows: int) -> Noised:
         """Random numbers and labels, drawn for training."""
         classes = self.run.data.classes
-        x = torch.randn(rows, *self.shape, generator=stream("bench", "x")).to(self.device)
-        c = torch.randint(max(classes, 1), (rows,), generator=stream("bench", "c")).to(self.device)
+        x, c = (part.to(self.device) for part in random_batch("bench", rows, self.shape, classes))
         return draw(objective, self.run.path, x, c, torch.full_like(c, classes), seed=0, step=0)
 
     def step(self, row: Row, objective: Objective) -> Work:
@@ -173,7 +174,7 @@ def measure(
         "machine": hardware,
         "threads": torch.get_num_threads(),
         "versions": dist.versions(),
-        "rows": [log.finite(asdict(row)) for row in rows],
+        "rows": [finite(asdict(row)) for row in rows],
     }
 
 
@@ -185,7 +186,7 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
     ref = frozen(ours) if run.train.ref == "self" else Frozen(copy.deepcopy(ours))
     if compile == "blocks":
         torch._dynamo.config.recompile_limit = 64  # one block serves every precision, way and number of rows
-        loop.compile_blocks(ours, dynamic=False)  # as training does, tape and all
+        compile_blocks(ours, dynamic=False)  # as training does, tape and all
     return Setting(run, shape, device, compile, net.outline(run, shape), ours, ref)
 
 
@@ -193,7 +194,7 @@ def variants(
     run: Run, slopes: Sequence[str] | None, precisions: Sequence[Precision], compile: str
 ) -> Iterator[tuple[Row, Objective]]:
     """The yardstick and every slope, in each precision: how its row begins, and its loss. Raises UserError."""
-    own = getattr(run.objective, "slope", None)
+    own = run.objective.needs.slope
     chosen = (SLOPES if own else ()) if slopes is None else [name for name in slopes if name != PLAIN]
     for name in chosen:
         if name not in SLOPES:
@@ -203,14 +204,14 @@ def variants(
                 f"objective '{run.objective.kind}' has no slope: only '{PLAIN}', its plain step, can be timed"
             )
     for precision in precisions:
-        yield Row(PLAIN, precision, compile), cast(Objective, Plain(run.objective))
+        yield Row(PLAIN, precision, compile), Plain(of=run.objective)
         for name in chosen:
             slope = own if own and own.kind == name else SLOPES[name]()
             row = Row(name, precision, "none" if name == "jvp" else compile)  # inductor fails on jvp (torch 2.13)
             row = replace(row, refused=refusal(slope, precision, run.net.time_scale))
             if isinstance(slope, CentralSlope):
                 slope = Unchecked(h=slope.h)
-            yield row, run.objective.model_copy(update={"slope": slope})
+            yield row, exchanged(run.objective, own, slope)
 
 
 def refusal(slope: Any, precision: Precision, time_scale: float) -> str | None:  # noqa: ANN401, any slope

@@ -1,33 +1,32 @@
 """What a step is measured with beside the slopes themselves: the yardstick, and slopes with something taken away."""
 
 import copy
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dumo.autodiff import attention
+from dumo.flow.overhear import Overheard, exchanged
 from dumo.flow.slope import Along, CentralSlope, DualSlope, JvpSlope
-from dumo.flow.times import LAWS
-from dumo.types import Frozen, Heads, Needs, Net, Noised, Objective, Reads, Terms, Time, frozen, mean_square
+from dumo.types import Frozen, Heads, Needs, Net, Noised, Objective, Reads, Spec, Terms, TimeLaw, frozen, mean_square
 
 
-@dataclass(frozen=True)
-class Plain:
+class Plain(Spec):
     """The plain flow-matching loss on every head of another objective's net: three forward units."""
 
-    of: Objective
+    of: Any  # an objective
 
     @property
     def needs(self) -> Needs:
-        """As the other objective."""
-        return self.of.needs
+        """The net of the other objective."""
+        its: Needs = self.of.needs
+        return Needs(its.inputs, its.heads, its.gauges, its.knobs, its.paths, its.own)
 
     @property
-    def times(self) -> Callable[[int, torch.Generator], tuple[Time, Time]]:
+    def times(self) -> TimeLaw:
         """As the other objective."""
         return self.of.times
 
@@ -36,9 +35,9 @@ class Plain:
         """As the other objective."""
         return self.of.drop
 
-    def __iter__(self) -> Iterator[tuple[str, object]]:
-        """The laws of the other objective, so that the same numbers are drawn."""
-        return ((name, law) for name, law in self.of if isinstance(law, LAWS))
+    def __iter__(self) -> Iterator[tuple[str, object]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The fields of the other objective, so that the same numbers are drawn."""
+        return iter(self.of)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Every head is the velocity; knobs rest at zero."""
@@ -78,35 +77,17 @@ def _without_kernel() -> Generator[None, None, None]:
         attention.TRITON = before
 
 
-class Overheard:
-    """A slope that notes what it was asked for, and what it answered."""
-
-    def __init__(self, slope: Any) -> None:  # noqa: ANN401, any slope
-        """Nothing was asked yet."""
-        self.slope = slope
-        self.asked: dict[str, Any] = {}
-        self.slopes: Heads = ()
-
-    def __call__(self, net: Net, ref: Frozen, x: Any, c: Any, **rest: Any) -> tuple[Heads, Along]:  # noqa: ANN401
-        """As the slope does."""
-        heads, along = self.slope(net, ref, x, c, **rest)
-
-        def noted(w: Any) -> Heads:  # noqa: ANN401, a Sample
-            self.asked, self.slopes = {"x": x, "c": c, "along": w, **rest}, along(w)
-            return self.slopes
-
-        return heads, noted
-
-
 def slope_error(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> float | None:
     """The relative error of du/dt as it enters the loss; None where the loss asks for none.
 
     The truth is `torch.func.jvp` of a float64 copy of theta^-, at the point and along the direction that the loss asked
     for, over all rows that may move.
     """
-    heard, heads = Overheard(dict(objective)["slope"]), objective.needs.heads
-    u = heads.index("u" if "u" in heads else heads[-1])
-    cast(Any, objective).model_copy(update={"slope": heard}).loss(net, ref, b)
+    slope, heads = objective.needs.slope, objective.needs.heads
+    if slope is None:
+        return None
+    heard, u = Overheard(slope), heads.index("u" if "u" in heads else heads[-1])
+    exchanged(objective, slope, heard).loss(net, ref, b)
     if not heard.asked:
         return None  # an objective may have a slope that it does not take
     exact, asked = copy.deepcopy(ref.module).double(), {name: _double(a) for name, a in heard.asked.items()}

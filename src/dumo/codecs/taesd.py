@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dumo.codecs.scaled import Digest, Images, Latent, Moments, Opened, Scale, Scaled
 from dumo.io.path import user_path
-from dumo.io.weights import checked, load
+from dumo.io.weights import checked, compare, load
 
 WIDTH = 64
 HINT = "It is taef2 of github.com/madebyollin/taesd; set codec.weights to where you keep it."
@@ -38,7 +38,8 @@ class Taef2(Scaled):
         found = checked(file, self.sha256, HINT)
         with torch.device("meta"):
             net = Tiny(self.channels)
-        net.load_state_dict(load(file, net.state_dict()), assign=True)
+        compare(file, weights := load(file), net.state_dict(), "the codec", "these are other weights", dtypes=False)
+        net.load_state_dict(weights, assign=True)
         return Opened(self, net.to(device, torch.float32).eval().requires_grad_(False), found, torch.device(device))
 
 

@@ -13,8 +13,9 @@ from dumo.data.augment import Edm
 from dumo.data.epoch import mirrored, rows_of
 from dumo.data.pixel import Frame, Unreadable
 from dumo.data.store import Store
+from dumo.io.picture import from_uint8
 from dumo.random import stream
-from dumo.types import Sample, UserError
+from dumo.types import UserError
 
 PIECE = 32  # images that a thread decodes in one go
 AHEAD = 2  # batches decoded ahead of the step
@@ -94,18 +95,18 @@ class Album:
         if self.flip:
             turned = mirrored(step, batch, seed)[:, None, None, None]
             pixels = torch.where(turned, pixels.flip(-1), pixels)
-        x = _unit(pixels)
+        x = from_uint8(pixels)
         return self.augment(x, stream(seed, step, "augment")) if self.augment else (x, c)
 
     def _whole(self, rows: Order) -> tuple[Tensor, Tensor]:
         """The samples and classes of these rows, without those that cannot be read."""
         places = self.places[rows]
         if self.kept is not None:
-            return _unit(self.kept[rows]), self._classes(places)
+            return from_uint8(self.kept[rows]), self._classes(places)
         pixels, bad = self._decode(places)
         self._tell()
         good = _others(len(places), bad)
-        return _unit(pixels[good]), self._classes(places[good])
+        return from_uint8(pixels[good]), self._classes(places[good])
 
     def _full(self, rows: Order) -> tuple[Pixels, Order]:
         """The pixels and classes of as many rows, of the next ones where these cannot be read."""
@@ -201,8 +202,3 @@ def _others(n: int, bad: list[int]) -> Bool[Tensor, " n"]:
     good = torch.ones(n, dtype=torch.bool)
     good[bad] = False
     return good
-
-
-def _unit(pixels: Pixels) -> Sample:
-    """0 ... 255 as -1 ... 1."""
-    return pixels.float().div_(127.5).sub_(1)

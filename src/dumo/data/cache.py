@@ -21,12 +21,12 @@ import torch
 import yaml
 from jaxtyping import Bool, Float, Int64
 from pydantic import Field, ValidationError
-from safetensors import safe_open
 from torch import Tensor
 
 from dumo.codecs import Codec
 from dumo.codecs.scaled import Moments
-from dumo.io.weights import digest
+from dumo.io import digest
+from dumo.io.weights import load
 from dumo.types import Spec, UserError
 
 FILE = "cache.yaml"
@@ -62,7 +62,7 @@ class Shard(Spec):
             return "is not there"
         if (size := file.stat().st_size) != self.size:
             return f"has {size} of {self.size} bytes"
-        return "has changed: its SHA-256 is another" if deep and digest(file) != self.sha256 else None
+        return "has changed: its SHA-256 is another" if deep and digest.of_file(file) != self.sha256 else None
 
 
 class Contents(Plan):
@@ -130,7 +130,7 @@ class Cache:
     @cached_property
     def _tensors(self) -> list[dict[str, Tensor]]:
         """A dictionary per shard, mapped into memory; of a small cache one for all, read."""
-        shards = [mapped(self.folder / shard.file) for shard in self.contents.shards]
+        shards = [load(self.folder / shard.file) for shard in self.contents.shards]
         if sum(shard.size for shard in self.contents.shards) > self.memory:
             return shards
         keys = ["x", "labels", *(["flipped"] if self.contents.flips else [])]
@@ -210,12 +210,6 @@ def read_contents(folder: Path) -> Contents | None:
 def dump(contents: Contents) -> str:
     """As `read` reads it."""
     return yaml.safe_dump(contents.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
-
-
-def mapped(file: Path) -> dict[str, Tensor]:
-    """The tensors of a shard, mapped into memory, not read."""
-    with safe_open(file, "pt") as shard:
-        return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118, safe_open is no dict
 
 
 def sums(x: Moments, channels: int) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:

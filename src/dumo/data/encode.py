@@ -7,38 +7,26 @@ made it, or how often that was interrupted. Rank k of n makes the shards k, k + 
 at once, nor know of each other. Whoever finds the last note in its place gathers them all in cache.yaml.
 """
 
-import errno
-import hashlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import safetensors.torch
 import torch
-from jaxtyping import Int64
 from pydantic import ValidationError
 from torch import Tensor
 
 from dumo.codecs.scaled import Opened
-from dumo.data.cache import FILE, Contents, Plan, Shard, dump, mapped, read_contents, sums
+from dumo.data.cache import FILE, Contents, Plan, Shard, dump, read_contents, sums
+from dumo.data.source import Finite
+from dumo.io import digest
+from dumo.io import file as files
+from dumo.io.picture import from_uint8
+from dumo.io.weights import load
 from dumo.random import stream
 from dumo.types import UserError
 
 Tick = Callable[[int, str], None]  # (this rank's images behind it, a note)
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-
-
-@runtime_checkable
-class Source(Protocol):
-    """A finite data set of square images."""
-
-    def __len__(self) -> int: ...
-
-    def rows(self, i: slice, /) -> tuple[Tensor, Int64[Tensor, " b"]]:
-        """Images (b, 3, side, side), uint8 or floats in [-1, 1], and labels; fewer rows where some are left out."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +39,7 @@ class Done:
 
 
 def encode(
-    source: Source,
+    source: Finite,
     codec: Opened,
     plan: Plan,
     out: Path,
@@ -87,7 +75,7 @@ def encode(
     return Done(made, tuple(damaged), gather(out, contents, rank))
 
 
-def described(source: Source, codec: Opened, plan: Plan) -> Contents:
+def described(source: Finite, codec: Opened, plan: Plan) -> Contents:
     """What cache.yaml says before any shard is made. Raises UserError if there is nothing to encode."""
     if not len(source):
         raise UserError(f"there are no images to encode{f' in {plan.source}' if plan.source else ''}")
@@ -104,7 +92,6 @@ def claim(out: Path, contents: Contents, rank: int) -> Contents:
         taken = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
         if taken and not (out / FILE).exists():  # another rank may have begun meanwhile
             raise UserError(f"{out} is not empty and holds no {FILE}: give another folder")
-        out.mkdir(parents=True, exist_ok=True)
         write(out / FILE, dump(contents).encode(), rank)
         return contents
     old, new = (flat(side) for side in (there, contents))
@@ -122,7 +109,7 @@ def flat(contents: Contents) -> dict[str, object]:
 
 
 def batches(
-    source: Source, codec: Opened, contents: Contents, number: int, batch: int
+    source: Finite, codec: Opened, contents: Contents, number: int, batch: int
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """A shard's images encoded, batch by batch, each with how many images are behind it. Raises as `encode` does."""
     places = span(contents, number)
@@ -162,7 +149,7 @@ def checked(images: Tensor, labels: Tensor, contents: Contents, first: int) -> T
     if len(wrong := labels[(labels < 0) | (labels >= max(contents.classes, 1))]):
         raise UserError(f"{where}: there is a label {int(wrong[0])}, and {contents.classes} classes are planned")
     if images.dtype == torch.uint8:
-        return images.float() / 127.5 - 1
+        return from_uint8(images)
     if float(images.abs().max()) > 1 + 1e-4:
         raise UserError(f"{where} reach {float(images.abs().max()):.4g}: give uint8, or floats in [-1, 1]")
     return images.float()
@@ -171,8 +158,7 @@ def checked(images: Tensor, labels: Tensor, contents: Contents, first: int) -> T
 def store(out: Path, number: int, tensors: dict[str, Tensor], rank: int) -> None:
     """Write a shard, then its note."""
     data, file = safetensors.torch.save(tensors), f"{name(number)}.safetensors"
-    sha256 = hashlib.sha256(data).hexdigest()
-    note = Shard(file=file, rows=len(tensors["labels"]), size=len(data), sha256=sha256)
+    note = Shard(file=file, rows=len(tensors["labels"]), size=len(data), sha256=digest.of_bytes(data))
     write(out / file, data, rank)
     write(out / f"{name(number)}.json", note.model_dump_json().encode(), rank)
 
@@ -199,7 +185,7 @@ def gather(out: Path, contents: Contents, rank: int) -> int:
         return contents.count - len(whole)
     total = squares = torch.zeros(contents.codec.channels, dtype=torch.float64)
     for note in whole:
-        shard = mapped(out / note.file)
+        shard = load(out / note.file)
         total, squares = total + shard["total"], squares + shard["squares"]
     n = sum(note.rows for note in whole) * (1 + contents.flips) * contents.shape[1] * contents.shape[2]
     mean, std = total / n, (squares / n - (total / n).square()).clamp(min=0).sqrt()
@@ -212,16 +198,10 @@ def gather(out: Path, contents: Contents, rank: int) -> int:
 
 def write(file: Path, data: bytes, rank: int) -> None:
     """Write a file beside its place, wait until it is on the disk, and move it there whole."""
-    half = file.with_name(f".{file.name}.{rank}.tmp")
     try:
-        with half.open("wb") as opened:
-            opened.write(data)
-            opened.flush()
-            os.fsync(opened.fileno())
-        half.replace(file)
+        files.write(file, data, writer=rank, durable=True)
     except OSError as error:
-        half.unlink(missing_ok=True)
-        if error.errno in FULL:
+        if files.full(error):
             raise UserError(
                 f"{file}: the disk is full; free some space and start again, what stands is kept"
             ) from error

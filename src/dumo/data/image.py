@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
-from pydantic.config import JsonDict
 
 from dumo.data.album import Album
 from dumo.data.augment import Edm
@@ -20,11 +19,10 @@ from dumo.data.pixel import SUFFIXES, Crop, Frame
 from dumo.data.store import Store, choose, walk
 from dumo.data.tar import Tar
 from dumo.io.path import user_path
-from dumo.types import Spec, UserError
+from dumo.types import FREE, Spec, UserError
 
 Format = Literal["folder", "parquet", "tar"]
 GIGABYTE = 1e9
-FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
 
 
 class Images(Spec):

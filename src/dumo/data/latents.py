@@ -14,10 +14,10 @@ from torch import Tensor
 from dumo.codecs import Codec
 from dumo.data.cache import Cache, open_cache
 from dumo.data.epoch import mirrored, rows_of
-from dumo.data.image import FREE, GIGABYTE, Images
+from dumo.data.image import GIGABYTE, Images
 from dumo.io.path import user_path
 from dumo.random import stream
-from dumo.types import Spec, UserError
+from dumo.types import FREE, Spec, UserError
 
 
 class Latents(Spec):

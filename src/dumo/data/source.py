@@ -1,4 +1,4 @@
-"""What every data set gives: batches to train on, and a reference to be compared with."""
+"""What data sets give: batches to train on, a reference to be compared with, rows to be gone through."""
 
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -11,7 +11,7 @@ from dumo.random import stream
 
 
 @runtime_checkable
-class Source(Protocol):
+class Data(Protocol):
     """Samples x (n, *shape), images in [-1, 1], with class indices c (n,), all zero where there are no classes."""
 
     @property
@@ -19,12 +19,28 @@ class Source(Protocol):
         """How many samples there are; None where they never end."""
         ...
 
+    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
+        """What samples are compared with: all of a finite set, else n fresh draws, the i-th time."""
+        ...
+
+
+@runtime_checkable
+class Source(Data, Protocol):
+    """Data to train on."""
+
     def batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
         """The global batch of a step."""
         ...
 
-    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """What samples are compared with: all of a finite set, else n fresh draws, the i-th time."""
+
+@runtime_checkable
+class Finite(Protocol):
+    """A finite set of images that can be gone through, each once."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, rows: slice, /) -> tuple[Tensor, Tensor]:
+        """A stretch of them, uint8 or in [-1, 1], with their classes; fewer where some cannot be read."""
         ...
 
 

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dumo import dist
+from dumo.config.spec import Run
 from dumo.data import Latents
-from dumo.io.weights import digest
+from dumo.io import digest
 from dumo.protocols.evaluator import Evaluator
 from dumo.run.folder import RunFolder
 from dumo.types import UserError
@@ -39,21 +40,29 @@ def card(opened: RunFolder, evaluator: Evaluator, samples: int) -> Card:
     return {
         "protocol": run.evaluate.protocol.name,
         "samples": samples,
+        "labels": f"i mod {run.data.classes}" if run.data.classes else "none",  # of sample i; others draw at random
         **evaluator.facts,
         "data": data.model_dump(mode="json"),
         "codec": _codec(opened),
         "weights": opened.weights,
-        "weights_sha256": digest(file),
+        "weights_sha256": digest.of_file(file),
         "step": opened.step,
         "ema": float(decay) if mark and _is_number(decay) else None,  # None: no average, or not known
+        **settings(run),
+        "device": opened.device.type,
+        "versions": dist.versions(),
+    }
+
+
+def settings(run: Run) -> Card:
+    """What a run's spec says of how samples are made and judged."""
+    return {
         "solver": run.sample.solver.model_dump(mode="json"),
         "guide": run.sample.guide.model_dump(mode="json"),
         "knobs": run.knobs,
         "nfe": list(run.evaluate.nfe),
         "contrast": list(run.evaluate.contrast),
         "seed": run.evaluate.seed,
-        "device": opened.device.type,
-        "versions": dist.versions(),
     }
 
 

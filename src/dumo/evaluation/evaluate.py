@@ -4,7 +4,6 @@ What is written lies in the run's folder. evaluation.json is the run as its own 
 way, or of other weights, it is another file, named after what differs; of an earlier step it is kept under that step.
 """
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -17,15 +16,14 @@ from torch import Tensor
 from dumo import dist
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.evaluation.card import card
-from dumo.io import archive
-from dumo.io.weights import digest
+from dumo.evaluation.card import card, settings
+from dumo.io import digest
+from dumo.io.json import read_json, write_json
 from dumo.progress import Bar, Tick, no_bar
 from dumo.protocols.evaluator import Evaluator
 from dumo.run.folder import RunFolder, shown
 from dumo.run.sample import real_data, sample_batches, solver_named
 from dumo.sampling.solver import Euler, Solver, check
-from dumo.training import log
 from dumo.types import UserError
 
 FILE = "evaluation.json"
@@ -69,7 +67,7 @@ def evaluate(
     }
     if dist.is_main():
         keep(path, opened.step)
-        write(path, report)
+        write_json(path, report)
     return report
 
 
@@ -132,11 +130,9 @@ def read_report(path: Path) -> dict[str, Any]:
     """A report with its card. Raises UserError where there is none."""
     again = f"run dumo evaluate {path.parent} first"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path, again)
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there: {again}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): {again}") from error
     if not isinstance(found, dict) or "card" not in found:
         raise UserError(f"{path} has no report card: {again}")
     return found
@@ -153,12 +149,7 @@ def standing(opened: RunFolder) -> dict[str, Any] | None:
         "step": opened.step,
         "weights": opened.weights,
         "protocol": run.evaluate.protocol.name,
-        "solver": run.sample.solver.model_dump(mode="json"),
-        "guide": run.sample.guide.model_dump(mode="json"),
-        "knobs": run.knobs,
-        "nfe": list(run.evaluate.nfe),
-        "contrast": list(run.evaluate.contrast),
-        "seed": run.evaluate.seed,
+        **settings(run),
     }
     return found if all(told.get(key) == value for key, value in wanted.items()) else None
 
@@ -169,7 +160,7 @@ def name_of(opened: RunFolder, stem: str = "evaluation") -> str:
     before, after = _told(own), _told(run)
     parts = [_word(field, value) for field, value in after.items() if before.get(field) != value]
     if opened.file.resolve() != shown(opened.folder, own).resolve():
-        parts.append(f"{opened.file.stem}-{digest(opened.file)[:6]}")
+        parts.append(f"{opened.file.stem}-{digest.of_file(opened.file)[:6]}")
     return "-".join([stem, *parts]) + ".json"
 
 
@@ -181,12 +172,6 @@ def keep(path: Path, step: int) -> None:
         return
     if before != step:
         path.replace(path.with_name(f"{path.stem}-step{before}.json"))
-
-
-def write(path: Path, report: dict[str, Any]) -> None:
-    """As JSON, whole or not at all."""
-    with archive.replacing(path) as out:
-        out.write((json.dumps(log.finite(report), indent=2) + "\n").encode())
 
 
 def _told(run: Run) -> dict[str, Any]:

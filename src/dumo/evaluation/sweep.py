@@ -10,7 +10,8 @@ from dumo import dist
 from dumo.config.load import override, parse
 from dumo.config.spec import Run, Sampling
 from dumo.evaluation.card import card
-from dumo.evaluation.evaluate import Row, evaluator_of, name_of, row, write
+from dumo.evaluation.evaluate import Row, evaluator_of, name_of, row
+from dumo.io.json import write_json
 from dumo.progress import Bar, no_bar
 from dumo.protocols.evaluator import Evaluator
 from dumo.run.folder import RunFolder, open_run, shown
@@ -46,7 +47,7 @@ def sweep(opened: RunFolder, text: str, *, bar: Bar = no_bar) -> dict[str, Any]:
     path = opened.folder / name_of(opened, f"sweep-{named}")
     report = {"run": str(opened.folder), "file": str(path), "sweep": text, "values": list(points), "rows": rows}
     if dist.is_main():
-        write(path, report)
+        write_json(path, report)
     return report
 
 

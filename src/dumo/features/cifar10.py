@@ -8,7 +8,7 @@ features of a class together (Müller et al. 2019): what tells a good image of a
 the features do not vary over the training images, and count for nothing.
 
 `python -m dumo.features.cifar10` makes the shipped file again, from the images in `$DUMO_DATA/cifar10`, in about twelve
-minutes of one core. The metrics may not import `dumo.data`; what it takes to read this one layout stands here.
+minutes of one core.
 """
 
 import json
@@ -16,18 +16,20 @@ from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int64, UInt8
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from dumo.io import digest, weights
+from dumo.io.parquet import image_column, open_table, read_group, read_labels
 from dumo.io.path import user_path
-from dumo.io.weights import digest
+from dumo.io.picture import from_uint8
 from dumo.random import stream
 from dumo.types import UserError
 
@@ -86,20 +88,19 @@ def shipped() -> Classifier:
     """The classifier with the weights that come with the package, on the CPU, in evaluation mode."""
     with torch.device("meta"):  # no weights are drawn, so nobody's random numbers move
         net = Classifier()
-    net.load_state_dict({name: w.float() for name, w in load_file(WEIGHTS).items()}, assign=True)
+    net.load_state_dict({name: w.float() for name, w in weights.load(WEIGHTS).items()}, assign=True)
     return net.eval().requires_grad_(False)
 
 
 def origin(path: Path = WEIGHTS) -> dict[str, str]:
     """Where the weights come from: recipe, data, accuracy, versions."""
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["origin"])
+    return json.loads(weights.notes(path)["origin"])
 
 
 @cache
 def sha256(path: Path = WEIGHTS) -> str:
     """Of the file of the weights, as it goes with every number that was measured with them."""
-    return digest(path)
+    return digest.of_file(path)
 
 
 def features(x: Images) -> Float[Tensor, "n f"]:
@@ -120,22 +121,18 @@ def classify(f: Float[Tensor, "n f"]) -> Labels:
 def images(folder: Path, split: str, count: int | None = None) -> tuple[Pixels, Labels]:
     """The first `count` images (None: all) of `train` or `test`, 0 ... 255, and their classes.
 
-    The files are as on the Hugging Face hub: a column of {bytes, path}, one of class numbers. Raises `UserError`
-    where there is none.
+    The files are as on the Hugging Face hub (`dumo.io.parquet`). Raises `UserError` where there is none, or a damaged
+    one.
     """
-    from PIL import Image  # slow to import, as is pyarrow
-    from pyarrow.parquet import read_table
+    from PIL import Image  # slow to import
 
     if not (file := folder / FILES[split]).is_file():
         raise UserError(f"there is no {file}: set DUMO_DATA to the folder whose cifar10 holds {FILES[split]}")
-    table = read_table(file, columns=["image", "label"], use_threads=False).slice(0, count)
-    pixels = [np.asarray(Image.open(BytesIO(row["bytes"])).convert("RGB")) for row in table["image"].to_pylist()]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), torch.tensor(table["label"].to_pylist())
-
-
-def unit(pixels: Pixels) -> Images:
-    """0 ... 255 as -1 ... 1."""
-    return pixels.float() / 127.5 - 1
+    table = open_table(file)
+    column = image_column(file, table)
+    rows = (row.as_py() for group in range(table.num_row_groups) for row in read_group(table, group, column))
+    pixels = [np.asarray(Image.open(BytesIO(row)).convert("RGB")) for row in islice(rows, count)]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), read_labels(file, table, "label")[:count]
 
 
 def silent(epoch: int, loss: float) -> None:
@@ -155,7 +152,7 @@ def train(x: Pixels, c: Labels, tick: Tick = silent) -> Classifier:
         total = torch.zeros(())
         for rows in torch.randperm(len(x), generator=draws)[: steps * BATCH].split(BATCH):
             optimizer.zero_grad()
-            loss = F.cross_entropy(net(unit(_moved(x[rows], draws))), c[rows])
+            loss = F.cross_entropy(net(from_uint8(_moved(x[rows], draws))), c[rows])
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -167,7 +164,7 @@ def train(x: Pixels, c: Labels, tick: Tick = silent) -> Classifier:
 def accuracy(net: Classifier, x: Pixels, c: Labels) -> float:
     """The share of right answers, in [0, 1]."""
     with torch.no_grad():
-        said = torch.cat([net(unit(part)).argmax(1) for part in x.split(PIECE)])
+        said = torch.cat([net(from_uint8(part)).argmax(1) for part in x.split(PIECE)])
     return (said == c).double().mean().item()
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from dumo.io import weights
 from dumo.random import stream
 from dumo.types import UserError
 
@@ -66,14 +66,13 @@ def shipped() -> Classifier:
     """The classifier with the weights that come with the package, on the CPU, in evaluation mode."""
     with torch.device("meta"):  # no weights are drawn, so nobody's random numbers move
         net = Classifier()
-    net.load_state_dict(load_file(WEIGHTS), assign=True)
+    net.load_state_dict(weights.load(WEIGHTS), assign=True)
     return net.eval().requires_grad_(False)
 
 
 def origin(path: Path = WEIGHTS) -> dict[str, str]:
     """Where the weights come from: recipe, data, held-out share, accuracy, versions."""
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["origin"])
+    return json.loads(weights.notes(path)["origin"])
 
 
 def features(x: Digits) -> Float[Tensor, "n f"]:

@@ -5,14 +5,14 @@ safetensors file of it once, by `MAKE`, which also notes the sha256 of its sourc
 """
 
 import os
-from hashlib import sha256
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dumo.features.inception import Inception
+from dumo.io import digest
+from dumo.io.weights import compare, read
 from dumo.types import UserError
 
 VARIABLE = "DUMO_INCEPTION"  # of the environment: where the weights are
@@ -39,12 +39,8 @@ def load(path: Path | str | None = None, device: torch.device | str = "cpu") -> 
         raise UserError(f"no weights of Inception for the FID: {said}.\n{_way()}")
     with torch.device("meta"):
         net = Inception()
-    try:
-        with safe_open(found, "pt") as file:
-            origin, weights = file.metadata() or {}, {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{found} is no safetensors file ({error}), and dumo reads no pickle.\n{_way()}") from error
-    _check(net, origin, weights, str(found))
+    weights, origin = read(Path(found), _way(), convert=False)
+    _check(net, origin, weights, Path(found))
     net.load_state_dict(weights, assign=True)
     net.origin = origin
     return net.to(device)
@@ -52,27 +48,20 @@ def load(path: Path | str | None = None, device: torch.device | str = "cpu") -> 
 
 def facts(net: nn.Module) -> dict[str, str]:
     """What a report says of a network that was loaded: what it was made of, and the hash of the weights that it has."""
-    origin, said = getattr(net, "origin", {}), sha256()
-    for name, w in sorted(net.state_dict().items()):
-        said.update(f"{name} {tuple(w.shape)}".encode() + w.cpu().numpy().tobytes())
-    made = f"Inception of December 2015, of a file of sha256 {origin.get('sha256', 'unknown')}"
-    return {"features": made, "features_sha256": said.hexdigest()}
+    weights = sorted(net.state_dict().items())
+    said = digest.of_bytes(*(f"{name} {tuple(w.shape)}".encode() + w.cpu().numpy().tobytes() for name, w in weights))
+    source = getattr(net, "origin", {}).get("sha256", "unknown")
+    return {"features": f"Inception of December 2015, of a file of sha256 {source}", "features_sha256": said}
 
 
-def _check(net: Inception, origin: dict[str, str], weights: dict[str, Tensor], path: str) -> None:
+def _check(net: Inception, origin: dict[str, str], weights: dict[str, Tensor], path: Path) -> None:
     """Refuse weights that are not those of the published file, as far as it can be told."""
-    wanted = {name: w.shape for name, w in net.state_dict().items()}
     for name in [name for name in weights if name.endswith("num_batches_tracked")]:
         del weights[name]
-    if odd := sorted(wanted.keys() ^ weights.keys()):
-        verb = "lacks" if odd[0] in wanted else "has an unknown"
-        raise UserError(f"{path} {verb} {odd[0]} ({len(odd)} such names): these are not Inception's weights.\n{_way()}")
-    for name, w in weights.items():
-        if w.shape != wanted[name] or w.dtype != torch.float32 or not w.isfinite().all():
-            raise UserError(
-                f"{path}: {name} is {w.dtype} of shape {tuple(w.shape)}, not finite float32 of shape"
-                f" {tuple(wanted[name])}: these are not Inception's weights.\n{_way()}"
-            )
+    other = f"these are not Inception's weights.\n{_way()}"
+    compare(path, weights, net.state_dict(), "Inception", other)
+    if odd := [name for name, w in weights.items() if not w.isfinite().all()]:
+        raise UserError(f"{path}: {odd[0]} is not finite: {other}")
     if origin.get("sha256") != SHA256:
         said = origin.get("sha256", "nothing")
         raise UserError(f"{path} says it was made of a file of sha256 {said}, not {SHA256}.\n{_way()}")

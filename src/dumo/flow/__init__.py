@@ -1,1 +1,1 @@
-"""Mathematics only: paths, laws of time, derivatives along the flow, guidance, and the one place that draws."""
+"""Mathematics only: paths, laws of time, derivatives along the flow, guidance, and what a loss is shown."""

@@ -1,4 +1,7 @@
-"""The one place where training draws. Every draw has a stream of its own, named after what it is.
+"""What a loss reads that is random: times, noise, dropped labels and further laws, all drawn here.
+
+Every draw has a stream of its own, named after what it is. What else training draws has streams of its own, too: the
+order of the data, augmentation, weights at step 0, and masks of dropout, whose keys are `dumo.flow.dropout`'s.
 
 A stream's key is a hash of (seed, step, name), and it is drawn for the whole batch, of which each caller takes its
 rows. So two ranks equal one, a resumed run needs no generator state, and an objective that draws one thing more
@@ -7,7 +10,7 @@ sees the same t, z and dropped labels as its sibling.
 
 import torch
 
-from dumo.flow.times import LAWS, Dyadic, Pair
+from dumo.flow.law import Law
 from dumo.random import stream
 from dumo.types import Cond, Noised, Objective, Path, Sample, Taught
 
@@ -42,8 +45,8 @@ def draw(
         z = torch.randn((n, *x.shape[1:]), generator=stream(seed, step, "z"))[mine].to(x)
     kept = (torch.rand(n, generator=stream(seed, step, "kept")) >= objective.drop)[mine].to(x.device)
     coin = torch.rand(n, generator=stream(seed, step, "coin"))[mine].to(x.device, exact)
-    moving = objective.times.moving(n)[mine] if isinstance(objective.times, Pair | Dyadic) else None
-    laws = {name: law for name, law in objective if isinstance(law, LAWS)}
+    moving = objective.times.moving(n)
+    laws = {name: law for name, law in objective if isinstance(law, Law)}
     shape = torch.Size((n, *x.shape[1:]))
     drawn = {k: law(shape, stream(seed, step, "law", k))[mine].to(x.device, exact) for k, law in laws.items()}
 
@@ -51,4 +54,4 @@ def draw(
     c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)
     if teacher:
         v_t = teacher(x_t, t, c, v_t)
-    return Noised(path, x, z, t, r, x_t, v_t, c, null, kept, coin, moving, drawn, progress, teacher)
+    return Noised(path, x, z, t, r, x_t, v_t, c, null, kept, coin, moving and moving[mine], drawn, progress, teacher)

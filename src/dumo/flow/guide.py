@@ -35,7 +35,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.flow import dropout
-from dumo.types import Cond, Noised, PerSample, Rows, Sample, Spec, UserError, lift
+from dumo.types import Cond, Noised, PerSample, Rows, Sample, Spec, Time, UserError, lift
 
 AskVelocity = Callable[[Noised, Cond], Sample]  # (record, condition) -> V at its x_t and t
 
@@ -45,6 +45,10 @@ class Interval(Spec):
 
     low: float = Field(default=0.0, ge=0, le=1)
     high: float = Field(default=1.0, ge=0, le=1)
+
+    def holds(self, t: Time) -> Rows:
+        """Which times are inside, the ends included."""
+        return (self.low <= t) & (t <= self.high)
 
     @model_validator(mode="after")
     def _ordered(self) -> "Interval":
@@ -110,6 +114,20 @@ class Guide(Spec):
         """Whether v* differs from v_t at all: without guidance there is no elsewhere either."""
         return self.omega != 1 or self.zeta != 0
 
+    @property
+    def group(self) -> int:
+        """So many consecutive rows must stand together: one is picked of them."""
+        return self.every if self.random else 1
+
+    @property
+    def unguided(self) -> "Guide":
+        """One that makes the passes of rows elsewhere alone: V(c) for an average, else none, and never V(null)."""
+        return Guide(omega=0.5, zeta=0.5, elsewhere="average") if self.elsewhere == "average" else Guide()
+
+    def inside(self, t: Time) -> Rows:
+        """Where guidance acts, by the time."""
+        return self.interval.holds(t)
+
     def known_target(self, b: Noised) -> Sample | None:
         """v* where it is known before any pass, else None."""
         return None if self.active else b.v_t
@@ -173,7 +191,7 @@ class Guide(Spec):
 
     def rows(self, b: Noised) -> Rows:
         """Where guidance acts: kept labels, inside the interval."""
-        return b.kept & (self.interval.low <= b.t) & (b.t <= self.interval.high)
+        return b.kept & self.inside(b.t)
 
     def _inside(self, b: Noised, v_hat: Sample | None, velocity: AskVelocity) -> Sample:
         """The affine map, of every row of the record."""

@@ -1,6 +1,6 @@
 """What a net of two times u(x_t, t, r) can tell a solver, and how its knobs are set."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import nan
 from typing import Literal
 
@@ -37,6 +37,11 @@ def head_of(objective: Objective, name: Literal["velocity", "endpoint", "flow_ma
     times = (one, 0 * one) if name == "flow_map" else (one,)
     answers = [getattr(reading(objective, says_nan(k)), name)(torch.zeros(1, 1), *times, c) for k in range(len(heads))]
     return " and ".join(head for head, x in zip(heads, answers, strict=True) if x.isnan().any())
+
+
+def jump_to_data(net: Net, head: int = 0) -> Callable[[Sample, Time, Cond], Sample]:
+    """Read the mean velocity down to the data u(x_t, t) = (x_t - x_0) / t: x_0 = x_t - t u (paper, Eq. 6)."""
+    return lambda x, t, c: x - lift(t, x) * net(x, c, t=t)[head]
 
 
 def mean_velocity(net: Net, head: int = 0) -> Reads:

@@ -14,12 +14,18 @@ from math import isinf
 import torch
 
 from dumo.flow import dropout
+from dumo.flow.slope import precision_of
 from dumo.types import Frozen, Noised, Sample, Time, UserError, lift
 
 MAX_GAIN = 20  # ours: rounding to bf16, 2^-8 of u, is then 8 % of the residual
 
 
-def demand(precision: str, gain: float, kind: str) -> None:
+def demand(b: Noised, gain: float, kind: str) -> None:
+    """Raise UserError where passes on a record round more than objective `kind`, of this gain, can bear."""
+    demand_precision(precision_of(b.x_t), gain, kind)
+
+
+def demand_precision(precision: str, gain: float, kind: str) -> None:
     """Raise UserError where passes of this precision round more than objective `kind`, of this gain, can bear."""
     if gain > MAX_GAIN and precision != "fp32":
         times = "without bound" if isinf(gain) else f"by up to {gain:g}"

@@ -14,6 +14,7 @@ them by place, and the others get zeros. Slopes differ only inside: how many pas
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import floor
@@ -31,12 +32,44 @@ from dumo.flow import dropout
 from dumo.types import Array, Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError, split_by_step, unwrap
 
 Along = Callable[[Sample], Heads]
+Begin = Callable[..., tuple[Heads, Along]]  # of (x, c, t=t, **rest)
 Moving = Sequence[bool]  # rows by place: static, so that shapes are
 
 MAX_STEP = 0.05  # ours: of h * time_scale; the difference is well within 1 % there, 3 % off at ten times it (measured)
 
 
-class CentralSlope(Spec):
+class Linearization(Spec, ABC):
+    """How every slope is called."""
+
+    def __call__(
+        self,
+        net: Net,
+        ref: Frozen,
+        x: Sample,
+        c: Cond,
+        *,
+        t: Time,
+        toward: Sample | None = None,
+        moving: Moving | None = None,
+        **rest: Time,
+    ) -> tuple[Heads, Along]:
+        """One pass of net now, with gradients; the derivatives of ref later. Raises UserError as `check` does."""
+        self.check(precision_of(x))
+        return self.begin(net, ref, toward, moving)(x, c, t=t, **rest)
+
+    def begin(self, net: Net, ref: Frozen, toward: Sample | None, moving: Moving | None) -> Begin:
+        """How the pass at (x, c, t=t, **rest) is made: by itself, unless a slope can make more of it."""
+        return partial(_then, partial(self.slopes, ref), net, moving)
+
+    @abstractmethod
+    def slopes(self, ref: Frozen, x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
+        """The derivatives of ref along w, by passes of their own."""
+
+    def check(self, precision: str, time_scale: float = 1.0) -> None:
+        """Raise UserError where it would be no derivative. What is exact refuses no precision, and no scale."""
+
+
+class CentralSlope(Linearization):
     """Central difference, two passes of ref at t - h and t + h: no JVP (paper, Sec. 3.3; h as UCGM).
 
     Both ends stay as they fall, so t may leave [0, 1] by h: clamping would make the difference one-sided at t = 1,
@@ -46,61 +79,27 @@ class CentralSlope(Spec):
     kind: Literal["central"] = "central"
     h: float = Field(default=0.005, gt=0, le=0.1)
 
-    def __call__(
-        self,
-        net: Net,
-        ref: Frozen,
-        x: Sample,
-        c: Cond,
-        *,
-        t: Time,
-        toward: Sample | None = None,
-        moving: Moving | None = None,
-        **rest: Time,
-    ) -> tuple[Heads, Along]:
-        """One pass of net now, two of ref in `along`. Raises UserError below fp32."""
-        self.check(precision_of(x))
-
-        def quotient(x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
-            behind = ref(x - self.h * w, c, t=t - self.h, **rest)
-            ahead = ref(x + self.h * w, c, t=t + self.h, **rest)
-            return tuple((b - a) / (2 * self.h) for a, b in zip(behind, ahead, strict=True))
-
-        return _then(quotient, net, x, c, moving, t=t, **rest)
+    def slopes(self, ref: Frozen, x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
+        """Two passes."""
+        behind = ref(x - self.h * w, c, t=t - self.h, **rest)
+        ahead = ref(x + self.h * w, c, t=t + self.h, **rest)
+        return tuple((b - a) / (2 * self.h) for a, b in zip(behind, ahead, strict=True))
 
     def check(self, precision: str, time_scale: float = 1.0) -> None:
-        """Raise UserError where the difference would not be a derivative."""
+        """Raise UserError below fp32, and where h is a long step to the net."""
         check_difference("slope", self.h, precision, time_scale)
 
 
-class JvpSlope(Spec):
+class JvpSlope(Linearization):
     """Exact, by forward-mode differentiation of ref: a pass of its own, with the math kernel of attention."""
 
     kind: Literal["jvp"] = "jvp"
 
-    def __call__(
-        self,
-        net: Net,
-        ref: Frozen,
-        x: Sample,
-        c: Cond,
-        *,
-        t: Time,
-        toward: Sample | None = None,
-        moving: Moving | None = None,
-        **rest: Time,
-    ) -> tuple[Heads, Along]:
-        """One pass of net now, one differentiated pass of ref in `along`."""
-
-        def jvp(x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
-            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
-                _, slopes = _jvp(lambda x, t: ref(x, c, t=t, **rest), (x, t), (w, torch.ones_like(t)))
-            return slopes
-
-        return _then(jvp, net, x, c, moving, t=t, **rest)
-
-    def check(self, precision: str, time_scale: float = 1.0) -> None:
-        """Nothing to refuse: exact to rounding in any precision, at any scale."""
+    def slopes(self, ref: Frozen, x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
+        """One differentiated pass."""
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
+            _, slopes = _jvp(lambda x, t: ref(x, c, t=t, **rest), (x, t), (w, torch.ones_like(t)))
+        return slopes
 
 
 class Way(NamedTuple):
@@ -110,37 +109,27 @@ class Way(NamedTuple):
     why: str
 
 
-class DualSlope(Spec):
+class DualSlope(Linearization):
     """Exact, by dual numbers (`dumo.autodiff.dual`, ours): the tangent rides on the pass with gradients, for one pass
     more.
 
-    Ride: the direction is known, and the tangent goes along with the pass. Tape: it is not, and the tangent is computed
-    after the pass, from the activations that the backward pass needs anyway. Pass: where these or the weights are not
-    there to use (a moving average as theta^-, checkpointing, sharded weights that are given back after the pass), a
-    dual pass of its own without gradients: two passes, as the central difference, and still exact.
+    Ride: the direction is known, and the tangent goes along with the pass; of some rows, it is two passes. Tape: it is
+    not, and the tangent is computed after the pass, from the activations that the backward pass needs anyway. Pass:
+    where these or the weights are not there to use (a moving average as theta^-, checkpointing, sharded weights that
+    are given back after the pass), a dual pass of its own without gradients: two passes, as the central difference, and
+    still exact.
     """
 
     kind: Literal["dual"] = "dual"
 
-    def __call__(
-        self,
-        net: Net,
-        ref: Frozen,
-        x: Sample,
-        c: Cond,
-        *,
-        t: Time,
-        toward: Sample | None = None,
-        moving: Moving | None = None,
-        **rest: Time,
-    ) -> tuple[Heads, Along]:
-        """One pass of net now, with whose activations `along` works; a ride of some rows is two passes of net."""
+    def begin(self, net: Net, ref: Frozen, toward: Sample | None, moving: Moving | None) -> Begin:
+        """The way that is taken."""
         way = self.way(net, ref, known=toward is not None)
         if way.name == "tape" and moving is None:
-            return _tape(net, ref, x, c, t=t, **rest)
+            return partial(_tape, partial(self.slopes, ref), net, ref)
         if way.name == "ride" and toward is not None:
-            return _ride(net, x, c, toward, moving, t=t, **rest)
-        return _then(partial(_dual_pass, ref), net, x, c, moving, t=t, **rest)
+            return partial(_ride, net, toward, moving)
+        return super().begin(net, ref, toward, moving)
 
     def way(self, net: Net, ref: Frozen, *, known: bool) -> Way:
         """Which of the three ways is taken; `known`: the direction is known before the pass."""
@@ -152,15 +141,18 @@ class DualSlope(Spec):
             return Way("pass", "checkpointing lets the activations go")
         return Way("tape", "the direction is known after the pass")
 
-    def check(self, precision: str, time_scale: float = 1.0) -> None:
-        """Nothing to refuse: exact to rounding in any precision, at any scale."""
+    def slopes(self, ref: Frozen, x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
+        """One dual pass: its tangents."""
+        return tuple(rate_of(h) for h in _moved(ref, x, c, w, t=t, **rest))
 
 
 Slope = Annotated[CentralSlope | DualSlope | JvpSlope, Field(discriminator="kind")]
 
 
-def _tape(net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, **rest: Time) -> tuple[Heads, Along]:
-    """One pass that notes what its tangent needs; played once. Falls back to a pass if the weights are gone by then."""
+def _tape(
+    f: Callable[..., Heads], net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, **rest: Time
+) -> tuple[Heads, Along]:
+    """One pass that notes what its tangent needs; played once. Falls back to f if the weights are gone by then."""
     dx, dt = Later(x.shape, x.dtype), Later(t.shape, t.dtype)
     heads = net(pair(x, dx), c, t=pair(t, dt), **rest)
     ends = [end for head in heads if isinstance(end := dual.tangent(head), Later)]
@@ -175,7 +167,7 @@ def _tape(net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, **rest: Time) -
                 "Shard with reshard_after_forward=False to ride on the tape",
                 stacklevel=3,
             )
-            return _dual_pass(ref, x, c, w, t=t, **rest)
+            return f(x, c, w, t=t, **rest)
         play = dual.compiled_play() if getattr(ref.module, "compile_tangents", False) else dual.play
         play(ends)
         return tuple(rate_of(head) for head in heads)
@@ -184,7 +176,7 @@ def _tape(net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, **rest: Time) -
 
 
 def _ride(
-    net: Net, x: Sample, c: Cond, toward: Sample, moving: Moving | None, *, t: Time, **rest: Time
+    net: Net, toward: Sample, moving: Moving | None, x: Sample, c: Cond, *, t: Time, **rest: Time
 ) -> tuple[Heads, Along]:
     """One pass whose rows move from the start; where some do not, a second pass for those."""
     rows, others = split_by_step([True] * len(x) if moving is None else moving)
@@ -215,11 +207,6 @@ def _moved(net: Net, x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time)
     return net(pair(x, w.detach()), c, t=pair(t, torch.ones_like(t)), **rest)
 
 
-def _dual_pass(ref: Frozen, x: Sample, c: Cond, w: Sample, /, *, t: Time, **rest: Time) -> Heads:
-    """The tangents of a pass without gradients."""
-    return tuple(rate_of(h) for h in _moved(ref, x, c, w, t=t, **rest))
-
-
 def rate_of(head: Array) -> Tensor:
     """What rode along: zero for a head that the moving inputs do not reach."""
     rate = dual.tangent(head)
@@ -228,7 +215,7 @@ def rate_of(head: Array) -> Tensor:
 
 
 def _then(
-    f: Callable[..., Heads], net: Net, x: Sample, c: Cond, moving: Moving | None, *, t: Time, **rest: Time
+    f: Callable[..., Heads], net: Net, moving: Moving | None, x: Sample, c: Cond, *, t: Time, **rest: Time
 ) -> tuple[Heads, Along]:
     """One pass of net now; later the slopes by f of the rows that move, and zeros. Where none does, f makes no pass."""
     heads, (rows, others) = net(x, c, t=t, **rest), split_by_step([True] * len(x) if moving is None else moving)

@@ -1,19 +1,16 @@
-"""Laws: what is drawn per row. A law of times gives (t, r) with r <= t; any other law gives one tensor.
+"""Laws of (t, r), r <= t. Those of one time aim at the data: r = 0."""
 
-Laws of one time aim at the data: r = 0. A law whose rows belong together has a `group`: so many neighbours.
-"""
-
-from math import log, pi
+from math import pi
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Generator, Tensor
+from torch import Generator
 
-from dumo.types import Spec, Time
+from dumo.types import Time, TimeLaw
 
 
-class Beta(Spec):
+class Beta(TimeLaw):
     """t ~ Beta(a, b), r = 0: (theta_1, theta_2) of the paper (Sec. 3.3 and Tab. 3)."""
 
     kind: Literal["beta"] = "beta"
@@ -28,7 +25,7 @@ class Beta(Spec):
         return t, torch.zeros_like(t)
 
 
-class Uniform(Spec):
+class Uniform(TimeLaw):
     """t ~ U(low, high), r = 0; where both are equal, that one time."""
 
     kind: Literal["uniform"] = "uniform"
@@ -47,7 +44,7 @@ class Uniform(Spec):
         return t, torch.zeros_like(t)
 
 
-class LogitNormal(Spec):
+class LogitNormal(TimeLaw):
     """t = sigmoid(N(mean, std^2)), r = 0 (Esser et al. 2024, Sec. 3.1; mean and std of MeanFlow, Tab. 4)."""
 
     kind: Literal["logit_normal"] = "logit_normal"
@@ -60,7 +57,7 @@ class LogitNormal(Spec):
         return t, torch.zeros_like(t)
 
 
-class Arctan(Spec):
+class Arctan(TimeLaw):
     """tan(pi t / 2) = exp(N(mean, std^2)) / sd, r = 0: a log-normal noise level as an angle, in units of a right angle.
 
     sCM on the trigonometric path (Lu and Song 2025, its Sec. 4), whose data have the standard deviation `sd`; with
@@ -79,7 +76,7 @@ class Arctan(Spec):
         return t, torch.zeros_like(t)
 
 
-class Karras(Spec):
+class Karras(TimeLaw):
     """t = s / (1 + s), with s = sigma / sd and sigma^(1 / rho) uniform from `low` to `high`; r = 0.
 
     The noise levels of Karras et al. (2022), Eq. 5, in the limit of many: so are those of CM (Song et al. 2023) spread.
@@ -108,7 +105,7 @@ class Karras(Spec):
 One = Annotated[Arctan | Beta | Karras | LogitNormal | Uniform, Field(discriminator="kind")]  # laws of one time
 
 
-class Atom(Spec):
+class Atom(TimeLaw):
     """One law, but t = `at` on a share of the rows; r = 0 (ours).
 
     Laws with a density teach one-step sampling, which starts at t = 1 exactly, by its neighbours. The rows are chosen
@@ -126,7 +123,7 @@ class Atom(Spec):
         return t.masked_fill(torch.tensor(spread(n, self.share)), self.at), r
 
 
-class Pair(Spec):
+class Pair(TimeLaw):
     """Two draws of one law, sorted, so that r <= t; on a share `velocity_ratio` of the rows r = t (MeanFlow, Sec. 4.3).
 
     This is rho of the paper's Eq. 5. The rows are chosen by their place in the batch, evenly spread, not by a coin
@@ -153,8 +150,13 @@ class Pair(Spec):
         """Which of the first n rows may have r < t, by their place alone; all others have r = t."""
         return tuple(not still for still in spread(n, self.velocity_ratio))
 
+    @property
+    def moving_share(self) -> float:
+        """All but `velocity_ratio`."""
+        return 1 - self.velocity_ratio
 
-class Below(Spec):
+
+class Below(TimeLaw):
     """t by a law, and r uniform from `low` to t: RCGM, whose r = t - U t (TwinFlow's code), and IMM."""
 
     kind: Literal["below"] = "below"
@@ -167,7 +169,7 @@ class Below(Spec):
         return t, self.low + (t - self.low) * torch.rand(n, generator=g)
 
 
-class Gap(Spec):
+class Gap(TimeLaw):
     """t - r = sigmoid(N), and r = sigmoid(N) given that r < 1 - (t - r) (TVM's code, `loss.py`)."""
 
     kind: Literal["gap"] = "gap"
@@ -183,7 +185,7 @@ class Gap(Spec):
         return (r + gap).clamp(max=1).float(), r.float()
 
 
-class Dyadic(Spec):
+class Dyadic(TimeLaw):
     """Steps of 2^-k, k < levels, from a place on their own grid, on one row of `every`; elsewhere the finest, r = t.
 
     Shortcut models (Frans et al. 2025), whose code gives every k as many rows (`targets_shortcut.py`); here k is drawn,
@@ -208,12 +210,17 @@ class Dyadic(Spec):
         return tuple(i % self.every == 0 for i in range(n))
 
     @property
+    def moving_share(self) -> float:
+        """One of `every`."""
+        return 1 / self.every
+
+    @property
     def group(self) -> int:
-        """Rows that must not be parted: a piece of a batch needs the first of so many."""
+        """A piece of a batch needs the first of so many."""
         return self.every
 
 
-class Groups(Spec):
+class Groups(TimeLaw):
     """Neighbouring rows, `size` of them, share their times (IMM: M of its Alg. 1)."""
 
     kind: Literal["groups"] = "groups"
@@ -227,7 +234,7 @@ class Groups(Spec):
 
     @property
     def group(self) -> int:
-        """Rows that must not be parted."""
+        """Those of the same times."""
         return self.size
 
 
@@ -241,57 +248,3 @@ Times = Annotated[
     Arctan | Atom | Below | Beta | Dyadic | Gap | Groups | Karras | LogitNormal | Pair | Uniform,
     Field(discriminator="kind"),
 ]
-
-
-class Noise(Spec):
-    """N(0, I), shaped like the data."""
-
-    kind: Literal["noise"] = "noise"
-
-    def __call__(self, shape: torch.Size, g: Generator) -> Tensor:
-        """Draw one sample per row of `shape`."""
-        return torch.randn(shape, generator=g)
-
-
-class Level(Spec):
-    """One number per row: uniform in [low, high], or log-uniform; for knobs that a net learns to be set by."""
-
-    kind: Literal["level"] = "level"
-    low: float = 0.0
-    high: float = 1.0
-    log: bool = False
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Level":
-        if self.low >= self.high:
-            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
-        if self.log and self.low <= 0:
-            raise ValueError(f"log-uniform numbers are positive: low is {self.low}")
-        return self
-
-    def __call__(self, shape: torch.Size, g: Generator) -> Tensor:
-        """Draw one number per row of `shape`."""
-        share = torch.rand(shape[0], generator=g)
-        if self.log:
-            return self.low * (share * log(self.high / self.low)).exp()
-        return self.low + (self.high - self.low) * share
-
-    def demand_share(self, name: str) -> None:
-        """Raise ValueError for numbers beyond [0, 1], where field `name` is a time or a share."""
-        if self.low < 0 or self.high > 1:
-            raise ValueError(f"{name} is in [0, 1], not in [{self.low:g}, {self.high:g}]")
-
-
-class Logistic(Spec):
-    """One number per row: sigmoid(N(mean, std^2)); for a time beside (t, r)."""
-
-    kind: Literal["logistic"] = "logistic"
-    mean: float = 0.0
-    std: float = Field(default=1.0, gt=0)
-
-    def __call__(self, shape: torch.Size, g: Generator) -> Tensor:
-        """Draw one number per row of `shape`."""
-        return (self.mean + self.std * torch.randn(shape[0], generator=g)).sigmoid()
-
-
-LAWS = (Noise, Level, Logistic)  # fields of an objective that have one of these types are drawn into `Noised.drawn`

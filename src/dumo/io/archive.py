@@ -1,39 +1,20 @@
-"""Samples as files. Each is written beside its place and moved there whole, so that no half a file is ever found.
+"""Samples as files, each written whole or not at all (`dumo.io.file.whole`, which tells what it raises)."""
 
-An OSError (a full disk, a forbidden folder) passes through; the file that stood there before still stands.
-"""
-
-import os
-from collections.abc import Generator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 
+from dumo.io.file import whole
 from dumo.io.picture import PixelRows
-
-
-@contextmanager
-def replacing(path: Path) -> Generator[BinaryIO, None, None]:
-    """Yield a file to write that takes the place of `path` when all went well, and is removed when not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with half.open("wb") as file:
-            yield file
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:
     """One picture as PNG."""
-    with replacing(path) as file:
-        picture.save(file, format="png")
+    with whole(path) as half:
+        picture.save(half, format="png")
 
 
 def write_singles(folder: Path, pixels: PixelRows, first: int = 0) -> None:
@@ -53,5 +34,5 @@ def write_points(path: Path, points: Float[Tensor, "n 2"], c: Int[Tensor, " n"])
 
 
 def _write_arrays(path: Path, x: np.ndarray, c: np.ndarray) -> None:
-    with replacing(path) as file:
+    with whole(path) as half, half.open("wb") as file:  # savez would add an ending to a path
         np.savez(file, x, c.astype(np.int64))

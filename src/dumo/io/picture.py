@@ -32,6 +32,11 @@ def to_uint8(x: Sample) -> Pixels:
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
 
 
+def from_uint8(pixels: UInt8[Tensor, "n c h w"]) -> Sample:
+    """Colours 0 .. 255 as numbers -1 .. 1."""
+    return pixels.float().div_(127.5).sub_(1)
+
+
 def to_rows(x: Sample) -> PixelRows:
     """The same colours as files hold them, channels last, on the CPU. Raises as `to_uint8`."""
     return to_uint8(x).permute(0, 2, 3, 1).cpu().contiguous()

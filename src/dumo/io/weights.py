@@ -1,33 +1,64 @@
-"""Files of weights: safetensors only, whole, and the ones that were meant."""
+"""Files of weights: safetensors only, whole, and the ones that were meant.
 
-import hashlib
-from collections.abc import Mapping
+No pickle is read, for one can run whatever code it likes when it is opened.
+"""
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from dumo.io.pickled import PICKLES, conversion, refusal
+from dumo.io import digest
 from dumo.types import UserError
+
+PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
+ANOTHER = "take another copy of it"
+
+
+@contextmanager
+def opened(file: Path, hint: str = "", *, convert: bool = True) -> Generator[safe_open, None, None]:
+    """A safetensors file, whose header is read, and compared with the file's size.
+
+    Raises UserError for no file, a pickle, or a damaged file. `hint` says where to get it; `convert`: a pickle may be
+    converted as it is.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: there is no such file{hint and f'. {hint}'}")
+    if file.suffix.lower() in PICKLES:
+        raise UserError(_refusal(file, hint, convert))
+    try:
+        with safe_open(file, "pt") as found:
+            yield found
+    except SafetensorError as error:
+        if _is_pickle(file):
+            raise UserError(_refusal(file, hint, convert)) from error
+        way = f"{ANOTHER}. {hint}" if hint else ANOTHER
+        raise UserError(f"{file} is damaged or is not safetensors ({error}): {way}") from error
+
+
+def read(file: Path, hint: str = "", *, convert: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file by name, mapped into memory, and its notes. Raises as `opened`."""
+    with opened(file, hint, convert=convert) as found:
+        return {name: found.get_tensor(name) for name in found.keys()}, found.metadata() or {}  # noqa: SIM118, no dict
+
+
+def load(file: Path) -> dict[str, Tensor]:
+    """The tensors alone. Raises as `opened`."""
+    return read(file)[0]
+
+
+def notes(file: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, its tensors left unread. Raises as `opened`."""
+    with opened(file) as found:
+        return found.metadata() or {}
 
 
 def checked(file: Path, sha256: str | None, hint: str) -> str:
-    """The SHA-256 of a whole safetensors file, in hexadecimal.
-
-    Raises UserError for no file (with the hint where to get it), a pickle, a damaged file, or another hash than asked.
-    """
-    if file.suffix.lower() in PICKLES:
-        line = conversion(file.name, file.with_suffix(".safetensors").name)
-        raise UserError(f"{refusal(file, line)}\n{hint}")
-    if not file.is_file():
-        raise UserError(f"{file}: there is no such file. {hint}")
-    try:
-        with safe_open(file, "pt"):  # reads the header, and compares it with the file's size
-            pass
-    except SafetensorError as error:
-        raise UserError(f"{file} is damaged or is not safetensors ({error}): take another copy. {hint}") from error
-    found = digest(file)
+    """The SHA-256 of a whole safetensors file, in hexadecimal. Raises as `opened`, and for another hash than asked."""
+    with opened(file, hint):
+        found = digest.of_file(file)
     if sha256 not in (None, found):
         raise UserError(
             f"{file} has SHA-256 {found}, and codec.sha256 asks for {sha256}: "
@@ -36,17 +67,52 @@ def checked(file: Path, sha256: str | None, hint: str) -> str:
     return found
 
 
-def digest(file: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+def compare(
+    file: Path,
+    found: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    whose: str,
+    way_out: str,
+    *,
+    dtypes: bool = True,
+) -> None:
+    """Raise UserError, naming the first that differs, unless both have the same names, shapes and, if asked, dtypes.
+
+    `found` are a file's tensors, `wanted` those of whoever reads it.
+    """
+    names = sorted(found.keys() | wanted.keys())
+    pairs = {name: [_described(tensors.get(name), dtypes) for tensors in (found, wanted)] for name in names}
+    if odd := [name for name, (has, needs) in pairs.items() if has != needs]:
+        has, needs = pairs[odd[0]]
+        more = f" ({len(odd)} such names)" if len(odd) > 1 else ""
+        raise UserError(f"{file}: {odd[0]} is {has} in the file, {needs} in {whose}{more}: {way_out}")
+
+
+def conversion(file: str, out: str) -> str:
+    """The line that a user runs, once, to make a safetensors file of published weights."""
+    return (
+        'python -c "import torch, safetensors.torch as s; '
+        f"s.save_file(torch.load('{file}', weights_only=True), '{out}', dict(format='pt'))\""
+    )
+
+
+def _refusal(file: Path, hint: str, convert: bool) -> str:
+    """Why a pickle is refused, and the way out."""
+    why, out = f"{file}: dumo reads no pickle, which can run code.", file.with_suffix(".safetensors")
+    line = conversion(file.name, out.name if out != file else f"new-{out.name}")
+    lines = [f"{why} Convert it once, where you trust it:", f"  {line}"] if convert else [why]
+    return "\n".join([*lines, hint] if hint else lines)
+
+
+def _is_pickle(file: Path) -> bool:
+    """Whether a file begins as torch.save or pickle would have it; a whole safetensors file may do so, too."""
     with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        head = opened.read(4)
+    return head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5")
 
 
-def load(file: Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a checked file. Raises UserError, naming the first whose name or shape is not the wanted one."""
-    found = load_file(file)
-    for name in sorted(found.keys() | wanted.keys()):
-        has, needs = (tuple(side[name].shape) if name in side else "absent" for side in (found, wanted))
-        if has != needs:
-            raise UserError(f"{file}: {name} is {has} in the file, {needs} in the codec: these are other weights")
-    return found
+def _described(tensor: Tensor | None, dtypes: bool) -> str:
+    """Shape and dtype in words."""
+    if tensor is None:
+        return "absent"
+    return f"{tuple(tensor.shape)}" + (f" {str(tensor.dtype).removeprefix('torch.')}" if dtypes else "")

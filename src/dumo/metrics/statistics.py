@@ -16,11 +16,11 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float32, Int64, UInt8
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dumo import dist
+from dumo.io import weights
 from dumo.io.picture import Pixels
 from dumo.metrics.inception_score import Score
 from dumo.metrics.moments import Moments
@@ -121,9 +121,8 @@ def save_statistics(path: Path, statistics: Statistics, told: Mapping[str, str])
 def load_statistics(path: Path, told: Mapping[str, str]) -> Statistics:
     """Statistics that were kept. Raises `UserError` if they are of something else than `told`, showing both."""
     try:
-        with safe_open(path, "pt") as file:
-            found, parts = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        parts, found = weights.read(path)
+    except (UserError, OSError) as error:
         raise UserError(f"{path} holds no statistics ({error}): remove it, to count them anew") from error
     if found != dict(told):
         raise UserError(f"{path} has the statistics of {found}, wanted are those of {dict(told)}: name another file")

@@ -22,7 +22,7 @@ from dumo.flow.guide import Guide, Interval
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive, beyond
 from dumo.flow.secant import back, demand
-from dumo.flow.slope import JvpSlope, Slope, precision_of
+from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import LogitNormal, Pair, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
 
@@ -44,13 +44,9 @@ class AlphaFlow(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives."""
-        return Needs(inputs=("t", "r"), heads=("u",))
-
-    @property
-    def amplifies(self) -> float:
-        """How often the rounding of the net is multiplied (`dumo.flow.secant`)."""
-        return 1 / self.snap if self.snap else inf
+        """What the net takes and gives, and the loss takes."""
+        amplifies = 1 / self.snap if self.snap else inf
+        return Needs(("t", "r"), ("u",), slope=self.slope, guide=self.guide, amplifies=amplifies, phases=self.phases)
 
     @property
     def phases(self) -> tuple[tuple[float, float], ...]:
@@ -77,7 +73,7 @@ class AlphaFlow(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`AlphaFlowLoss.forward`; its gradient, row by row. Raises UserError where a short step meets bf16."""
-        demand(precision_of(b.x_t), self.amplifies, self.kind)
+        demand(b, self.needs.amplifies, self.kind)
         alpha, moves = self.alpha(b.progress), b.r < b.t
         with torch.no_grad():
             v_star = self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])

@@ -21,9 +21,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from dumo.flow.discretization import Discretization, KarrasGrid, Ratio
+from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import beyond, huber
 from dumo.flow.secant import demand
-from dumo.flow.slope import precision_of
 from dumo.flow.times import Karras, LogitNormal, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, UserError, lift, mean_square
 
@@ -59,20 +59,15 @@ class Consistency(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives."""
-        return Needs(inputs=("t",), heads=("u",))
-
-    @property
-    def amplifies(self) -> float:
-        """r / (t - r) is 1 / (1 - t) times sigma_r / (sigma_t - sigma_r): without bound towards t = 1."""
-        return inf
+        """Rounding is multiplied by r / (t - r), 1 / (1 - t) times sigma_r / (sigma_t - sigma_r): without bound."""
+        return Needs(inputs=("t",), heads=("u",), amplifies=inf)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass with gradients, one without. At t = r, which is at t = 0 and 1 only, a row weighs nothing.
 
         Raises UserError where short steps meet bf16.
         """
-        demand(precision_of(b.x_t), self.amplifies, self.kind)
+        demand(b, self.needs.amplifies, self.kind)
         t, r = self.schedule(b.t, b.progress)
         b = b if t is b.t else b.at(t)
         step, same = t - r, r == t
@@ -87,4 +82,4 @@ class Consistency(Spec):
 
     def read(self, net: Net) -> Reads:
         """The head jumps to the data, x_0 = x_t - t u; a velocity it has at t = 0 only."""
-        return Reads(endpoint=lambda x, t, c: x - lift(t, x) * net(x, c, t=t)[0])
+        return Reads(endpoint=jump_to_data(net))

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field
 
 from dumo.flow.guide import Guide
+from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import apart, beyond
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Beta, Times
@@ -30,8 +31,8 @@ class DuMo(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives."""
-        return Needs(inputs=("t",), heads=("v", "u"))
+        """What the net takes and gives, and the loss takes."""
+        return Needs(inputs=("t",), heads=("v", "u"), slope=self.slope, guide=self.guide)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Lines 7 to 12 of Alg. 1."""
@@ -47,7 +48,4 @@ class DuMo(Spec):
 
     def read(self, net: Net) -> Reads:
         """The v head is the slope of the path; the u head jumps to the data, x_0 = x_t - t u (Eq. 6)."""
-        return Reads(
-            velocity=lambda x, t, c: net(x, c, t=t)[0],
-            endpoint=lambda x, t, c: x - lift(t, x) * net(x, c, t=t)[1],
-        )
+        return Reads(velocity=lambda x, t, c: net(x, c, t=t)[0], endpoint=jump_to_data(net, head=1))

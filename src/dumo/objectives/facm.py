@@ -11,12 +11,13 @@ slowly near the data; an adaptive weight and sin(pi t / 2) weigh the rows.
 """
 
 from math import pi
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide, Interval
+from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import adaptive, beyond, turned
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import Arctan, Times
@@ -27,7 +28,6 @@ class FACM(Spec):
     """Velocity and flow map of one head, told apart by the sign of the time."""
 
     kind: Literal["facm"] = "facm"
-    signed: ClassVar[bool] = True  # it has negative times
     times: Times = Arctan(mean=-0.8, std=1.6, sd=1.0)  # the authors' `losses.py`
     drop: float = Field(default=0.1, ge=0, le=1)  # ours: it teaches V(null), which a teacher gave theirs
     guide: Guide = Guide(omega=1.75, interval=Interval(high=0.875))  # theirs, from scratch
@@ -40,8 +40,8 @@ class FACM(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives."""
-        return Needs(inputs=("t",), heads=("u",))
+        """What the net takes and gives, and the loss takes."""
+        return Needs(inputs=("t",), heads=("u",), signed=True, slope=self.slope, guide=self.guide)
 
     @model_validator(mode="after")
     def _unbiased(self) -> "FACM":
@@ -78,7 +78,4 @@ class FACM(Spec):
 
     def read(self, net: Net) -> Reads:
         """At -t the slope of the path, at t the jump to the data, x_0 = x_t - t u."""
-        return Reads(
-            velocity=lambda x, t, c: net(x, c, t=-t)[0],
-            endpoint=lambda x, t, c: x - lift(t, x) * net(x, c, t=t)[0],
-        )
+        return Reads(velocity=lambda x, t, c: net(x, c, t=-t)[0], endpoint=jump_to_data(net))

@@ -23,8 +23,8 @@ class FlowMatching(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives."""
-        return Needs(inputs=("t",), heads=("v",))
+        """What the net takes and gives, and the loss takes."""
+        return Needs(inputs=("t",), heads=("v",), guide=self.guide)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Eq. 3."""

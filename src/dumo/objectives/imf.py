@@ -19,10 +19,11 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow import dropout
+from dumo.flow.law import Level
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive, beyond
 from dumo.flow.slope import JvpSlope, Slope
-from dumo.flow.times import Level, LogitNormal, Pair, Times
+from dumo.flow.times import LogitNormal, Pair, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
 
 
@@ -43,7 +44,7 @@ class ImprovedMeanFlow(Spec):
     def needs(self) -> Needs:
         """The knobs are those of one pass with XL/2 (its `eval_config.yml`)."""
         knobs = {"w": 8.0, "low": 0.42, "high": 0.62} if self.w else {}
-        return Needs(inputs=("t", "r"), heads=("u", "v"), knobs=knobs)
+        return Needs(inputs=("t", "r"), heads=("u", "v"), knobs=knobs, slope=self.slope)
 
     @model_validator(mode="after")
     def _positive(self) -> "ImprovedMeanFlow":

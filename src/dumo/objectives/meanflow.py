@@ -35,8 +35,8 @@ class MeanFlow(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives."""
-        return Needs(inputs=("t", "r"), heads=("u",))
+        """What the net takes and gives, and the loss takes."""
+        return Needs(inputs=("t", "r"), heads=("u",), slope=self.slope, guide=self.guide)
 
     @model_validator(mode="after")
     def _unbiased(self) -> "MeanFlow":

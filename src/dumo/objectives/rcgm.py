@@ -18,7 +18,6 @@ from dumo.flow.guide import Guide
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import barron, beyond
 from dumo.flow.secant import demand
-from dumo.flow.slope import precision_of
 from dumo.flow.times import Below, Times, Uniform
 from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Sample, Spec, Terms, lift, mean_square
 
@@ -37,13 +36,8 @@ class RCGM(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives."""
-        return Needs(inputs=("t", "r"), heads=("u",))
-
-    @property
-    def amplifies(self) -> float:
-        """How often the rounding of the net is multiplied (`dumo.flow.secant`)."""
-        return 1 / self.step
+        """What the net takes and gives, and the loss takes."""
+        return Needs(inputs=("t", "r"), heads=("u",), guide=self.guide, amplifies=1 / self.step)
 
     @model_validator(mode="after")
     def _unbiased(self) -> "RCGM":
@@ -52,7 +46,7 @@ class RCGM(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`get_rcgm_target` of `methodes.py`. Raises UserError where a short step meets bf16."""
-        demand(precision_of(b.x_t), self.amplifies, self.kind)
+        demand(b, self.needs.amplifies, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         e, off = self.residual(u_hat, ref, b, self.aim(ref, b))
         return Terms(self.measure(e), {"u": mean_square(e)}, {"beyond": beyond(off, self.clip or 1.0)})

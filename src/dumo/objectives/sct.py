@@ -43,9 +43,9 @@ class SCT(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives."""
+        """What the net takes and gives, and the loss takes."""
         gauges = ("log_variance",) if self.weigh else ()
-        return Needs(inputs=("t",), heads=("f",), gauges=gauges, paths=("trig",))
+        return Needs(inputs=("t",), heads=("f",), gauges=gauges, paths=("trig",), slope=self.slope)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Its Alg. 1."""

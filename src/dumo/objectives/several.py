@@ -45,13 +45,10 @@ class Several(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives."""
-        return Needs(heads=tuple(p.name for p in self.parts), own={p.name: ("r",) for p in self.parts if p.aims})
-
-    @property
-    def derives(self) -> bool:
-        """Whether a derivative is taken."""
-        return any(part.derived for part in self.parts)
+        """What the net takes and gives, and the loss takes."""
+        own = {p.name: ("r",) for p in self.parts if p.aims}
+        heads, derives = tuple(p.name for p in self.parts), any(p.derived for p in self.parts)
+        return Needs(heads=heads, own=own, slope=self.slope, derives=derives, guide=self.guide)
 
     @model_validator(mode="after")
     def _whole(self) -> "Several":
@@ -60,8 +57,8 @@ class Several(Spec):
         if not any(p.kind == "velocity" for p in self.parts):
             raise ValueError("no part is of kind velocity, which guides the others: add one")
         if any(p.kind == "shortcut" for p in self.parts):
-            moving = getattr(self.times, "moving", None)
-            if moving is None or all(moving(1000)):
+            moving = self.times.moving(1000)
+            if moving is None or all(moving):
                 raise ValueError(
                     f"a shortcut learns the velocity on rows with r = t, of which times '{self.times.kind}' set none "
                     "apart: use times.kind=dyadic, or pair with a velocity_ratio"
@@ -94,7 +91,7 @@ class Several(Spec):
 
     def _heads(self, net: Net, ref: Frozen, b: Noised) -> tuple[Heads, Along]:
         """The pass, and the derivatives: none where no target has one, of rows with r < t where no other needs it."""
-        if not self.derives:
+        if not self.needs.derives:
             heads = net(b.x_t, b.c, t=b.t, **self._own(b.r))
             return heads, lambda w: tuple(torch.zeros_like(w) for _ in self.parts)
         moving = None if any(part.derived and not part.aims for part in self.parts) else b.moving

@@ -19,7 +19,6 @@ from dumo.flow.guide import Guide
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive, beyond
 from dumo.flow.secant import back, demand
-from dumo.flow.slope import precision_of
 from dumo.flow.times import LogitNormal, Pair, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
 
@@ -44,13 +43,8 @@ class SoFlow(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives."""
-        return Needs(inputs=("t", "r"), heads=("u",))
-
-    @property
-    def amplifies(self) -> float:
-        """How often the rounding of the net is multiplied (`dumo.flow.secant`)."""
-        return 1 / min(self.first, self.last)
+        """What the net takes and gives, and the loss takes."""
+        return Needs(inputs=("t", "r"), heads=("u",), guide=self.guide, amplifies=1 / min(self.first, self.last))
 
     @model_validator(mode="after")
     def _unbiased(self) -> "SoFlow":
@@ -63,7 +57,7 @@ class SoFlow(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`models.py`, get_velocity_loss and get_consistency_loss. Raises UserError where a short step meets bf16."""
-        demand(precision_of(b.x_t), self.amplifies, self.kind)
+        demand(b, self.needs.amplifies, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         with torch.no_grad():
             v_star = self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])

@@ -16,9 +16,10 @@ from pydantic import Field, model_validator
 
 from dumo.flow import dropout
 from dumo.flow.guide import Guide
+from dumo.flow.law import Level
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import beyond
-from dumo.flow.times import Level, Pair, Uniform
+from dumo.flow.times import Pair, Uniform
 from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Sample, Spec, Terms, lift, mean_square
 
 
@@ -33,8 +34,8 @@ class SplitMeanFlow(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives."""
-        return Needs(inputs=("t", "r"), heads=("u",))
+        """What the net takes and gives, and the loss takes."""
+        return Needs(inputs=("t", "r"), heads=("u",), guide=self.guide)
 
     @model_validator(mode="after")
     def _grounded(self) -> "SplitMeanFlow":

@@ -15,9 +15,10 @@ import torch
 from pydantic import Field
 
 from dumo.flow import dropout
+from dumo.flow.law import Logistic
 from dumo.flow.rate import DualRate, Rate
 from dumo.flow.reading import mean_velocity
-from dumo.flow.times import Gap, Logistic, Times
+from dumo.flow.times import Gap, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
 
 
@@ -34,7 +35,8 @@ class TVM(Spec):
     @property
     def needs(self) -> Needs:
         """With guidance, beta = 1 / w is an input: 1 on rows without a label."""
-        return Needs(inputs=("t", "r"), heads=("u",), knobs={"beta": 1 / self.scale} if self.scale != 1 else {})
+        knobs = {"beta": 1 / self.scale} if self.scale != 1 else {}
+        return Needs(inputs=("t", "r"), heads=("u",), knobs=knobs, rate=self.rate, scale=self.scale)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """The authors' `wrapper.py`; beta^2 keeps the size of a guided row's residual to that of others."""

@@ -25,10 +25,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dumo.flow.draw import draw
-from dumo.flow.guide import Guide
-from dumo.flow.slope import Along, DualSlope, Way
+from dumo.flow.overhear import Overheard, exchanged
+from dumo.flow.slope import DualSlope, Way
 from dumo.random import stream
-from dumo.types import Cond, Frozen, Heads, Net, Noised, Objective, Path, Sample, frozen
+from dumo.types import Cond, Frozen, Guide, Heads, Noised, Objective, Path, Sample, frozen
 
 LAW = 1_000_000  # rows that a law is judged by
 FEW = 6  # blocks up to which all are run: ours
@@ -75,31 +75,25 @@ def forward_units(
         return by_depth(net, lambda net: flops(_step(*_outlines(net, ref), objective, b))) / (rows * one)
 
     def units(objective: Objective) -> float:
-        phases: Sequence[tuple[float, float]] = getattr(objective, "phases", ((0.0, 1.0),))
-        return sum(share * at(objective, progress) for progress, share in phases)
+        return sum(share * at(objective, progress) for progress, share in objective.needs.phases)
 
-    guide: Guide | None = getattr(objective, "guide", None)
-    if guide is None or not guide.active or guide.random:
+    guide = objective.needs.guide
+    if guide is None or not guide.active or guide.group > 1:
         return units(objective)
-    anyhow = Guide(omega=0.5, zeta=0.5, elsewhere="average") if guide.elsewhere == "average" else Guide()  # no V(null)
-    without = units(cast(Any, objective).model_copy(update={"guide": anyhow}))
+    without = units(exchanged(objective, guide, guide.unguided))
     return without + _guided(objective, guide) * (units(objective) - without)
 
 
 def way(net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], *, ref: Theta = "self") -> Way | None:
     """How a slope that rides comes by its tangent in a step of this objective; None for any other slope."""
-    slope, ways = dict(objective).get("slope"), list[Way]()
+    slope = objective.needs.slope
     if not isinstance(slope, DualSlope):
         return None
-
-    def heard(net: Net, ref: Frozen, *at: Tensor, toward: Sample | None = None, **rest: Any) -> tuple[Heads, Along]:  # noqa: ANN401, as a slope
-        ways.append(slope.way(net, ref, known=toward is not None))
-        return slope(net, ref, *at, toward=toward, **rest)
-
-    listening = cast(Any, objective).model_copy(update={"slope": heard})
-    b = _draw(objective, path, exact_rows(objective), shape)
-    _step(*_outlines(_short(net), ref), listening, b)()
-    return ways[0] if ways else None  # an objective may have a slope that it does not take
+    heard, b = Overheard(slope), _draw(objective, path, exact_rows(objective), shape)
+    _step(*_outlines(_short(net), ref), exchanged(objective, slope, heard), b)()
+    if heard.nets is None:
+        return None  # an objective may have a slope that it does not take
+    return slope.way(*heard.nets, known=heard.inputs.get("toward") is not None)
 
 
 def peak_bytes(
@@ -152,9 +146,9 @@ def by_depth(net: nn.Module, count: Callable[[nn.Module], int], *, check: bool =
 
 def exact_rows(objective: Objective) -> int:
     """The fewest rows, at least 2, of which every share that an objective treats apart is a whole number."""
-    guide, times = getattr(objective, "guide", None), objective.times
-    shares = (getattr(guide, "fraction", 1.0), getattr(times, "velocity_ratio", 1.0))
-    return lcm(2, getattr(times, "group", 1), *(Fraction(s).limit_denominator(1000).denominator for s in shares))
+    guide, times = objective.needs.guide, objective.times
+    moving = Fraction(times.moving_share).limit_denominator(1000)
+    return lcm(2, times.group, moving.denominator, guide.group if guide else 1)
 
 
 def flops(work: Callable[[], object]) -> int:
@@ -274,8 +268,7 @@ def _outlines(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
 def _guided(objective: Objective, guide: Guide) -> float:
     """The expected share of the rows that are guided: the label kept, the time inside the interval."""
     t, _ = objective.times(LAW, stream("cost"))
-    inside = (guide.interval.low <= t) & (t <= guide.interval.high)
-    return (1 - objective.drop) * inside.double().mean().item()
+    return (1 - objective.drop) * guide.inside(t).double().mean().item()
 
 
 def _draw(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> Noised:

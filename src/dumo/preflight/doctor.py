@@ -23,10 +23,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dumo import dist
 from dumo.config.spec import Run
+from dumo.io.json import finite
 from dumo.preflight.machine import Finding, look
 from dumo.random import stream
-from dumo.training.log import finite
-from dumo.types import Cond, Frozen, Heads, Sample, Time, UserError, frozen, unwrap
+from dumo.types import Cond, Frozen, Heads, Sample, Time, UserError
 
 LIMIT = 0.05  # ours: an exact slope is 1 to 2 % off under bf16, a broken one 40 % and more (measured)
 SMALL = 1e-6  # ours: the l2 error allowed where du/dt is zero
@@ -86,20 +86,19 @@ def examine(run: Run, device: torch.device) -> Examination:
 
 
 def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:
-    """The run's slope on a net in training, all of it, left as it is. Raises UserError as the slope does."""
-    net = copy.deepcopy(unwrap(net))
-    return _compare(run, net, device, rows=2, weights="the weights in training, which are saved")
+    """The run's slope on a net in training, unwrapped, all of it, left as it is. Raises UserError as the slope does."""
+    return _compare(run, copy.deepcopy(net), device, rows=2, weights="the weights in training, which are saved")
 
 
 def _compare(run: Run, net: nn.Module, device: torch.device, *, rows: int, weights: str) -> Examination:
     """The slope, used as training uses it, against float64. Ranks take the mean, so that all go on or none."""
-    slope, heads = getattr(run.objective, "slope", None), run.objective.needs.heads
+    slope, heads = run.objective.needs.slope, run.objective.needs.heads
     about = (run.train.precision, run.net.time_scale, weights)
     if slope is None:
         return Examination(None, *about, {})
     x, w, c, inputs = _point(run, rows, device)
     net.eval()  # no dropout
-    ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
+    ref = Frozen(net if run.train.ref == "self" else copy.deepcopy(net))
     exact = _exact(net, x, w, c, **inputs)
     errors: list[Tensor] = []
     for toward in (w, None):

@@ -4,6 +4,7 @@ import os
 import platform
 import re
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -71,6 +72,13 @@ def hardware(here: torch.device) -> Finding:
     blind = torch.version.cuda is not None and not torch.cuda.is_available()
     way = "torch is built for CUDA but sees no GPU: see nvidia-smi" if blind else ""
     return judged("device", f"{here}: {name}, {size / GIB:.1f} GiB", way)
+
+
+def now(here: torch.device) -> float:
+    """Seconds, when all work so far is done."""
+    if here.type == "cuda":
+        torch.cuda.synchronize(here)
+    return time.perf_counter()
 
 
 def kernels(here: torch.device) -> Finding:

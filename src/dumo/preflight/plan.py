@@ -19,7 +19,7 @@ from dumo.io.path import user_path
 from dumo.preflight import cost
 from dumo.preflight.show import show
 from dumo.protocols.standard import TRAIN, Standard
-from dumo.training import loop
+from dumo.training.state import begin
 from dumo.types import UserError
 
 
@@ -57,7 +57,7 @@ def memory(spec: Run, rows: int) -> dict[str, int]:
     activations = cost.activation_bytes(
         net, spec.objective, spec.path, spec.data.shape, rows=rows, ref=train.ref, precision=train.precision
     )
-    state = loop.begin(net, train)
+    state = begin(net, train)
     for p in net.parameters():
         p.grad = torch.empty_like(p)
     state.optimizer.step()  # its own tensors come with its first step

@@ -7,7 +7,6 @@ of the whole run at its own batch.
 
 import resource
 import sys
-import time
 from dataclasses import dataclass
 
 import torch
@@ -16,11 +15,11 @@ from dumo import dist
 from dumo.config.spec import Run
 from dumo.flow.reading import reading
 from dumo.preflight import cost, doctor, machine
-from dumo.random import stream
+from dumo.random import random_batch
 from dumo.sampling import generate
 from dumo.training import loop
-from dumo.training.state import State
-from dumo.training.step import Record
+from dumo.training.state import State, begin
+from dumo.training.step import Record, Task
 from dumo.types import Cond, Sample, UserError
 
 HOUR = 3600.0
@@ -89,25 +88,27 @@ def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
 def make_step(spec: Run, rows: int, here: torch.device, *, warm: int = 0) -> tuple[State, Record, float, float]:
     """One step by the training loop, after some to warm up: the state, its record, seconds of its passes and update."""
     train = spec.train.model_copy(update={"batch": rows, "accumulate": 1, "steps": warm + 1})
-    (x, c), state, records, times = noise(spec, rows, here), loop.begin(spec.build(here), train), list[Record](), [0.0]
+    x, c = (part.to(here) for part in random_batch("dry", rows, spec.data.shape, spec.data.classes))
+    state, records, times = begin(spec.build(here), train), list[Record](), [0.0]
+    task = Task(spec.objective, spec.path, spec.data.classes)
 
     def batches(step: int) -> tuple[Sample, Cond]:
-        times.append(now(here))
+        times.append(machine.now(here))
         return x, c
 
     def done(state: State, record: Record) -> None:
-        times.append(now(here))
+        times.append(machine.now(here))
         records.append(record)
 
-    state.optimizer.register_step_pre_hook(lambda *_: times.append(now(here)))
-    loop.train(state, batches, spec.objective, spec.path, spec.data.classes, train, [loop.Every(1, done)])
+    state.optimizer.register_step_pre_hook(lambda *_: times.append(machine.now(here)))
+    loop.train(state, task, batches, train, [loop.Every(1, done)])
     began, passed, ended = times[-3:]
     return state, records[-1], passed - began, ended - passed
 
 
 def make_sample(spec: Run, state: State, here: torch.device) -> tuple[int, float]:
     """One sample of the weights that are shown, in as few passes as the run's solver can: how many, and seconds."""
-    net, solver, began = state.shown, spec.sample.solver, now(here)
+    net, solver, began = state.shown, spec.sample.solver, machine.now(here)
     made = generate.generate(
         *(net, reading(spec.objective, net, spec.sample.knobs), spec.path, solver, torch.zeros(1, dtype=torch.long)),
         nfe=solver.passes,
@@ -115,21 +116,7 @@ def make_sample(spec: Run, state: State, here: torch.device) -> tuple[int, float
         shape=spec.data.shape,
         device=here,
     )
-    return made.nfe, now(here) - began
-
-
-def noise(spec: Run, rows: int, here: torch.device) -> tuple[Sample, Cond]:
-    """What stands for a batch: normal numbers, and classes."""
-    x = torch.randn(rows, *spec.data.shape, generator=stream("dry", "x"))
-    c = torch.randint(max(spec.data.classes, 1), (rows,), generator=stream("dry", "c"))
-    return x.to(here), c.to(here)
-
-
-def now(here: torch.device) -> float:
-    """Seconds, when all work so far is done."""
-    if here.type == "cuda":
-        torch.cuda.synchronize(here)
-    return time.perf_counter()
+    return made.nfe, machine.now(here) - began
 
 
 def peak(here: torch.device) -> int:

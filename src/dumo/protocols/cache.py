@@ -8,13 +8,13 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from hashlib import sha256
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 
 from dumo import dist
+from dumo.io import digest, file
 from dumo.io.path import user_path
 from dumo.metrics.statistics import Statistics, load_statistics, save_statistics
 from dumo.types import UserError
@@ -29,7 +29,8 @@ def folder() -> Path:
 
 def cached(told: Mapping[str, str], make: Callable[[], Statistics]) -> Statistics:
     """The statistics of what is told: as they were kept if every rank can read them, else made and kept."""
-    path = folder() / f"tally-{sha256(json.dumps(dict(told), sort_keys=True).encode()).hexdigest()[:16]}.safetensors"
+    key = digest.of_bytes(json.dumps(dict(told), sort_keys=True).encode())[:16]
+    path = folder() / f"tally-{key}.safetensors"
     try:
         found = load_statistics(path, told) if path.is_file() else None
     except UserError:  # half a file, or another's
@@ -45,13 +46,8 @@ def cached(told: Mapping[str, str], make: Callable[[], Statistics]) -> Statistic
 
 def _keep(path: Path, statistics: Statistics, told: Mapping[str, str]) -> None:
     """Write it whole or not at all. Where it cannot be written the numbers still stand: only a warning."""
-    half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with file.whole(path) as half:
             save_statistics(half, statistics, told)
-            half.replace(path)
-        finally:
-            half.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         warnings.warn(f"{path} cannot be written ({error}), so the data is counted again next time", stacklevel=2)

@@ -17,14 +17,14 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
+from dumo.data.source import Data
 from dumo.features import cifar10
-from dumo.io.picture import to_uint8
+from dumo.io.picture import from_uint8, to_uint8
 from dumo.metrics.frechet import frechet_distance
 from dumo.metrics.mmd import kid
 from dumo.metrics.moments import Moments
 from dumo.metrics.neighbours import precision_recall
 from dumo.protocols.evaluator import (
-    Data,
     Evaluator,
     Reference,
     Scores,
@@ -126,7 +126,7 @@ class CifarProtocol(Spec):
 
 def seen(x: Sample) -> Features:
     """The features of images after they are clamped and rounded to 8 bits, in pieces."""
-    return torch.cat([cifar10.features(cifar10.unit(to_uint8(part))) for part in x.split(cifar10.PIECE)])
+    return torch.cat([cifar10.features(from_uint8(to_uint8(part))) for part in x.split(cifar10.PIECE)])
 
 
 def learned(x: Sample) -> Features:

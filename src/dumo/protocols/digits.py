@@ -11,14 +11,14 @@ from jaxtyping import Int64
 from pydantic import Field
 from torch import Tensor
 
+from dumo.data.source import Data
 from dumo.features import digits
-from dumo.io.weights import digest as file_digest
+from dumo.io import digest
 from dumo.metrics.frechet import frechet_distance
 from dumo.metrics.mmd import kid
 from dumo.metrics.moments import Moments
 from dumo.metrics.neighbours import precision_recall
 from dumo.protocols.evaluator import (
-    Data,
     Evaluator,
     Reference,
     Scores,
@@ -73,7 +73,7 @@ class DigitsProtocol(Spec):
         reference = Reference.of(open_data(), self.samples, seed)
         features = {
             "features": f"{digits.WIDTH} of dumo's classifier of digits",
-            "features_sha256": file_digest(digits.WEIGHTS),
+            "features_sha256": digest.of_file(digits.WEIGHTS),
         }
         return WholeSetEvaluator(self, self.labels(classes), reference, features | reference.facts(seed))
 

@@ -7,7 +7,6 @@ the same score, whatever came in which batch or where. What a score depends on b
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -15,6 +14,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dumo import dist
+from dumo.data.source import Data
+from dumo.io import digest
 from dumo.metrics.frechet import frechet_distance
 from dumo.metrics.moments import Moments
 from dumo.metrics.statistics import ordered
@@ -26,20 +27,6 @@ Tick = Callable[[int, int], object]  # told how many images of the data have bee
 Scores = dict[str, float]  # the first is the one that counts, lower being better
 
 SPLITS = 20  # random halves, and bootstrap resamples
-
-
-@runtime_checkable
-class Data(Protocol):
-    """What samples are compared with, images in [-1, 1]."""
-
-    @property
-    def size(self) -> int | None:
-        """How many rows there are; None where they never end."""
-        ...
-
-    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        """Rows and their classes: all of a finite set, else n fresh draws, the i-th time."""
-        ...
 
 
 @runtime_checkable
@@ -78,7 +65,7 @@ class Reference:
         """What a report says of it. Draws differ in their last bits between machines, so they have no hash."""
         if self.redraw:
             return {"reference": f"{len(self.x):,} draws of seed {seed}"}
-        return {"reference": f"{len(self.x):,} samples of the data", "reference_sha256": digest(self.x)}
+        return {"reference": f"{len(self.x):,} samples of the data", "reference_sha256": digest.of_tensor(self.x)}
 
 
 @runtime_checkable
@@ -164,10 +151,3 @@ def summary(values: Sequence[float]) -> Scores:
     """Mean, unbiased sd and number of some distances."""
     v = torch.tensor(values, dtype=torch.float64)
     return {"mean": v.mean().item(), "sd": v.std().item(), "splits": float(len(values))}
-
-
-def digest(x: Tensor) -> str:
-    """The SHA-256 of a tensor's shape, type and numbers, in hexadecimal."""
-    found = sha256(f"{tuple(x.shape)} {x.dtype}".encode())
-    found.update(x.detach().cpu().contiguous().numpy().data)
-    return found.hexdigest()

@@ -17,12 +17,13 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo import __version__
+from dumo.data.source import Data, Finite
 from dumo.features import inception_weights
 from dumo.features.inception import SIZE, WIDTH
 from dumo.io.path import user_path
 from dumo.protocols import reference
 from dumo.protocols.cache import cached
-from dumo.protocols.evaluator import Data, Evaluator, Tick, in_turn
+from dumo.protocols.evaluator import Evaluator, Tick, in_turn
 from dumo.protocols.image_evaluator import ImageEvaluator
 from dumo.protocols.standard import STANDARDS, Name, Standard
 from dumo.types import Spec, UserError
@@ -100,7 +101,7 @@ class ImageProtocol(Spec):
         if standard.url:
             file = reference.adm_file(self._file(standard.url), self.kind, standard)
             found, make = reference.adm_facts(file), partial(reference.adm_statistics, extractor, file, tick)
-        elif isinstance(data := open_data(), reference.Album):
+        elif isinstance(data := open_data(), Finite):
             found, make = (
                 reference.album_facts(data, self.kind, standard),
                 partial(reference.album_statistics, extractor, data, tick),

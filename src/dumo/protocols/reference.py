@@ -7,16 +7,14 @@ was; it takes a small part of the time that the network takes.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from dumo import dist
+from dumo.data.source import Finite
+from dumo.io import digest
 from dumo.io.picture import Pixels, to_uint8
-from dumo.io.weights import digest
 from dumo.metrics.statistics import Batch, Extractor, Statistics, gather, statistics_of
 from dumo.protocols.adm import AdmReference, read_adm
 from dumo.protocols.evaluator import Tick, ordered
@@ -24,20 +22,6 @@ from dumo.protocols.standard import TRAIN, Standard
 from dumo.types import UserError
 
 PIECE = 64  # images
-
-
-@runtime_checkable
-class Album(Protocol):
-    """Images that can be gone through."""
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-        ...
-
-    def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """A stretch of them in [-1, 1], with their classes; fewer where some cannot be read."""
-        ...
 
 
 def adm_file(path: Path, name: str, standard: Standard) -> AdmReference:
@@ -53,7 +37,7 @@ def adm_file(path: Path, name: str, standard: Standard) -> AdmReference:
 
 def adm_facts(file: AdmReference) -> dict[str, str]:
     """What a report says of the file."""
-    return {"reference": file.path.name, "reference_sha256": digest(file.path)}
+    return {"reference": file.path.name, "reference_sha256": digest.of_file(file.path)}
 
 
 def adm_statistics(extractor: Extractor, file: AdmReference, tick: Tick | None = None) -> Statistics:
@@ -65,34 +49,34 @@ def adm_statistics(extractor: Extractor, file: AdmReference, tick: Tick | None =
     )
 
 
-def album_facts(album: Album, name: str, standard: Standard) -> dict[str, str]:
+def album_facts(album: Finite, name: str, standard: Standard) -> dict[str, str]:
     """How many images there are, and the hash of their pixels in their order.
 
     Raises `UserError` where the protocol of this name says another number.
     """
     hashes, numbers = [torch.empty(0, 32, dtype=torch.uint8)], [torch.empty(0, dtype=torch.long)]
     for first, x in _pieces(album):
-        told = b"".join(sha256(f"{tuple(one.shape)}".encode() + one.numpy().tobytes()).digest() for one in x)
-        hashes.append(torch.tensor(list(told), dtype=torch.uint8).view(-1, 32))
+        told = "".join(digest.of_bytes(f"{tuple(one.shape)}".encode(), one.numpy().tobytes()) for one in x)
+        hashes.append(torch.tensor(list(bytes.fromhex(told)), dtype=torch.uint8).view(-1, 32))
         numbers.append(torch.arange(first, first + len(x)))
     all_hashes, index = (torch.cat(dist.gathered(torch.cat(part))) for part in (hashes, numbers))
     total = len(index)
     if standard.real not in (None, total):
         raise UserError(f"protocol {name} compares with {standard.real} images, here are {total}: give them all, once")
-    whole = sha256(all_hashes[ordered(index)].numpy().tobytes()).hexdigest()
+    whole = digest.of_bytes(all_hashes[ordered(index)].numpy().tobytes())
     return {"reference": f"{total:,} images of the data", "reference_sha256": whole}
 
 
-def album_statistics(extractor: Extractor, album: Album, tick: Tick | None = None) -> Statistics:
+def album_statistics(extractor: Extractor, album: Finite, tick: Tick | None = None) -> Statistics:
     """All images, known by their rows."""
     mine = ((torch.arange(first, first + len(x)), x) for first, x in _pieces(album) if len(x))
-    return gather(statistics_of(extractor, _told(mine, album.size, tick)))
+    return gather(statistics_of(extractor, _told(mine, len(album), tick)))
 
 
-def _pieces(album: Album) -> Iterator[tuple[int, Pixels]]:
+def _pieces(album: Finite) -> Iterator[tuple[int, Pixels]]:
     """Of all pieces in turn this rank's: the row it begins with, and its images. Some may have none."""
-    piece = min(PIECE, -(-album.size // dist.world()))  # a share for each rank
-    for first in range(dist.rank() * piece, album.size, dist.world() * piece):
+    piece = min(PIECE, -(-len(album) // dist.world()))  # a share for each rank
+    for first in range(dist.rank() * piece, len(album), dist.world() * piece):
         yield first, to_uint8(album.rows(slice(first, first + piece))[0])
 
 

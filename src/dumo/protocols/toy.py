@@ -8,8 +8,9 @@ from jaxtyping import Int64
 from pydantic import Field
 from torch import Tensor
 
+from dumo.data.source import Data
 from dumo.metrics.mmd import mmd2, null_spread
-from dumo.protocols.evaluator import Data, Evaluator, Reference, Scores, Tick, WholeSetEvaluator, fit, in_turn, named
+from dumo.protocols.evaluator import Evaluator, Reference, Scores, Tick, WholeSetEvaluator, fit, in_turn, named
 from dumo.types import Cond, Sample, Spec, UserError
 
 SAMPLES = 10_000  # samples

@@ -1,4 +1,7 @@
-"""Packaged recipes, one complete YAML file per run, and the results that came of some of them. Imports no torch."""
+"""Packaged recipes, one complete YAML file per run, the results that came of some of them, and published ones.
+
+Imports no torch.
+"""
 
 import json
 from importlib.resources import files
@@ -30,3 +33,8 @@ def results(name: str) -> dict[str, Any] | None:
     """Results shipped with the package: what `dumo reproduce NAME` wrote, with its origin; None if none were."""
     file = HERE / "results" / f"{name}.json"
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def published(name: str) -> dict[str, Any]:
+    """What papers report of a figure or table of `dumo reproduce`, and what is known of our own numbers."""
+    return yaml.safe_load((HERE / "published" / f"{name}.yaml").read_text(encoding="utf-8"))

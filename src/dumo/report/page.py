@@ -3,7 +3,6 @@
 The page is one file that needs no other, no script and no network. Numbers are made here, words stand in the template.
 """
 
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from math import floor, log10, prod
@@ -18,7 +17,8 @@ from torch import Tensor
 from dumo import dist, recipes
 from dumo.config.load import dump
 from dumo.config.spec import Run
-from dumo.io import archive, picture
+from dumo.io import archive, file, picture
+from dumo.io.json import read_json
 from dumo.metrics.neighbours import Real, nearest
 from dumo.preflight.show import show
 from dumo.progress import Bar, no_bar
@@ -29,7 +29,7 @@ from dumo.run.folder import RunFolder
 from dumo.run.sample import sample
 from dumo.sampling.generate import labels
 from dumo.training import log
-from dumo.types import Sample, UserError
+from dumo.types import Sample
 
 ROWS, COLUMNS = 8, 10  # of a sheet of images; its columns are classes
 GAP = 6  # pixels between images: digits fill their height
@@ -75,8 +75,7 @@ def write(opened: RunFolder, bar: Bar = no_bar) -> list[Path]:
     paths = [folder / "samples" / f"{name}.png" for name in pictures]
     for path, image in zip(paths, pictures.values(), strict=True):
         archive.write_picture(path, image)
-    with archive.replacing(folder / "report.html") as out:
-        out.write(page.encode())
+    file.write(folder / "report.html", page.encode())
     return [*paths, folder / "report.html"]
 
 
@@ -204,10 +203,7 @@ def judgement(opened: RunFolder) -> dict[str, Any] | None:
     path = opened.folder / "evaluation.json"
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON ({error}): run dumo evaluate {opened.folder} again") from error
+    found = read_json(path, f"run dumo evaluate {opened.folder} again")
     columns = [key for key in found["results"][0] if key not in ("nfe", "solver") and not key.endswith("_sd")]
     fresh = (found["step"], found["weights"]) == (opened.step, opened.weights)
     return {**found, "columns": columns, "fresh": fresh}

@@ -1,11 +1,11 @@
 """Figures and tables made again, by name."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from dumo.config.error import nearest
-from dumo.io import archive
+from dumo.io import file
+from dumo.io.json import write_json
 from dumo.progress import Bar, no_bar
 from dumo.reproduce.ours import fair, guidance, ideas, latents
 from dumo.reproduce.paper import fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo
@@ -61,8 +61,6 @@ def reproduce(
         "cells": [{"cell": one.cell.name, **one.report} for one in done],
         "files": [str(file) for file in files],
     }
-    with archive.replacing(folder / "table.md") as out:
-        out.write(markdown(plan.title, table).encode())
-    with archive.replacing(folder / "results.json") as out:
-        out.write((json.dumps(results, indent=2) + "\n").encode())
+    file.write(folder / "table.md", markdown(plan.title, table).encode())
+    write_json(folder / "results.json", results)
     return results

@@ -13,7 +13,9 @@ from dumo.codecs.scaled import Opened
 from dumo.config.load import FILE, difference, dump, load
 from dumo.config.spec import Run
 from dumo.data import Latents
-from dumo.io.archive import replacing
+from dumo.io import file as files
+from dumo.io.weights import compare
+from dumo.io.weights import load as load_weights
 from dumo.training import checkpoint
 from dumo.types import Sample, UserError
 
@@ -78,8 +80,8 @@ def shown(folder: Path, run: Run) -> Path:
 
 def load_net(run: Run, file: Path, device: torch.device) -> nn.Module:
     """A run's net with the weights of a file. Raises UserError where they do not fit."""
-    net, found = run.build(device), checkpoint.load_weights(file)
-    checkpoint.check(file, found, net.state_dict())
+    net, found = run.build(device), load_weights(file)
+    compare(file, found, net.state_dict(), "the run", checkpoint.FIT)
     net.load_state_dict(found)
     return net.eval()
 
@@ -96,6 +98,4 @@ def claim(run: Run, folder: Path) -> None:
 
 def note(run: Run, folder: Path) -> None:
     """Write run.yaml, complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / FILE) as out:
-        out.write(dump(run).encode())
+    files.write(folder / FILE, dump(run).encode())

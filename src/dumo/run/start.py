@@ -1,4 +1,6 @@
-"""To begin a run with the weights of another."""
+"""Where a run begins: at its last checkpoint, with the weights of another run, or anew."""
+
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -7,10 +9,25 @@ from dumo.config.load import difference
 from dumo.config.spec import Run
 from dumo.config.teacher import Start
 from dumo.run.folder import open_run
+from dumo.training import checkpoint
+from dumo.training.state import State
+from dumo.training.state import begin as begin_training
 from dumo.types import UserError
 
 PRIVATE = ("heads.", "gauges.", "scalars.", "own.")  # parts of a net that an objective asks for: another may lack them
 SAME = ("net.checkpoint:", "net.dropout:")  # fields of a net that leave it the same function
+
+
+def begin(run: Run, folder: Path, device: torch.device) -> State:
+    """The state that a run goes on from. Raises UserError where it has more steps behind it than it is to make."""
+    last = checkpoint.latest(folder / "checkpoints")
+    net = begin_from(run, run.start, device) if run.start and not last else run.build(device)
+    state = begin_training(net, run.train)
+    if last:
+        checkpoint.restore(last, state)
+    if state.step > run.train.steps:
+        raise UserError(f"{folder} has {state.step} steps behind it, so train.steps={run.train.steps} is no more to do")
+    return state
 
 
 def begin_from(run: Run, start: Start, device: torch.device) -> nn.Module:

@@ -1,9 +1,7 @@
 """A teacher at work: its velocity in place of the data's, or pairs of noise and data that its flow joins."""
 
-import hashlib
 import importlib
 import inspect
-import json
 import sys
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -14,19 +12,21 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dumo.config.check import check_guided
 from dumo.config.spec import Run
 from dumo.config.teacher import Pairs, Teacher
 from dumo.data.epoch import rows_of
-from dumo.data.source import Table
+from dumo.data.source import Source, Table
 from dumo.flow.reading import reading
-from dumo.io import archive
-from dumo.io.weights import digest
+from dumo.io import digest
+from dumo.io.file import write
+from dumo.io.json import read_json, write_json
+from dumo.io.weights import load
 from dumo.progress import Bar
 from dumo.random import noise
 from dumo.run.folder import open_run
 from dumo.sampling import generate
 from dumo.sampling.solver import check
-from dumo.training import checkpoint
 from dumo.types import Cond, Reads, Sample, Taught, Time, UserError, lift
 
 FILE = "teacher.json"
@@ -37,6 +37,7 @@ SHARD = 1024  # pairs to a file: what a stop may lose
 class Known:
     """A teacher, opened: what it can tell, guided as its spec says, and who it is."""
 
+    spec: Teacher
     reads: Reads
     velocity: Taught | None  # to learn; None where pairs are
     about: dict[str, str]
@@ -46,13 +47,8 @@ class Known:
         file, stands = folder / FILE, any((folder / name).is_dir() for name in ("pairs", "checkpoints"))
         if not stands or not file.is_file():
             return
-        try:
-            then = json.loads(file.read_text())
-        except ValueError as error:
-            raise UserError(
-                f"{file} is damaged ({error}): delete it if the teacher is the one that {folder} began with, or start "
-                "anew in another folder"
-            ) from error
+        way_out = f"delete it if the teacher is the one that {folder} began with, or start anew in another folder"
+        then = read_json(file, way_out)
         if then != self.about:
             raise UserError(
                 f"{folder} began with another teacher: {then} then, {self.about} now. Set teacher.weights, or make the "
@@ -61,8 +57,16 @@ class Known:
 
     def note(self, folder: Path) -> None:
         """Write down who teaches."""
-        with archive.replacing(folder / FILE) as out:
-            out.write((json.dumps(self.about, indent=2) + "\n").encode())
+        write_json(folder / FILE, self.about)
+
+    def begin(self, source: Source, run: Run, folder: Path, device: torch.device, bar: Bar) -> "Source | Coupled":
+        """Write down who teaches, and return what to train on: the run's own source, or the teacher's pairs, made now.
+
+        Raises UserError as `couple` does.
+        """
+        self.note(folder)
+        pairs = self.spec.pairs
+        return couple(run, pairs, self.reads, folder / "pairs", device, bar) if pairs else source
 
 
 def opened(teacher: Teacher, run: Run, device: torch.device) -> Known:
@@ -74,7 +78,7 @@ def opened(teacher: Teacher, run: Run, device: torch.device) -> Known:
     learned = None if teacher.pairs else velocity(teacher, reads)
     if teacher.kind == "python":
         try_out(teacher, run, reads, device)
-    return Known(reads, learned, {"source": teacher.source, **about})
+    return Known(teacher, reads, learned, {"source": teacher.source, **about})
 
 
 def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dict[str, str]]:
@@ -99,7 +103,7 @@ def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, di
 def digest_of(make: Callable[..., object]) -> dict[str, str]:
     """The SHA-256 of a function's source; nothing where that is not to be had. What the function calls is not in it."""
     try:
-        return {"sha256": hashlib.sha256(inspect.getsource(make).encode()).hexdigest()}
+        return {"sha256": digest.of_bytes(inspect.getsource(make).encode())}
     except (OSError, TypeError):
         return {}
 
@@ -162,8 +166,8 @@ def of_run(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dic
             f"the teacher {teacher.source} knows other data: {'; '.join(differs)}. Take a teacher trained on this "
             "data, or set these fields as they are there"
         )
-    known.run.check_guided(teacher.guide, "teacher.guide", teacher.source)
-    return reading(known.run.objective, known.net, known.run.sample.knobs), {"sha256": digest(known.file)}
+    check_guided(known.run, teacher.guide, "teacher.guide", teacher.source)
+    return reading(known.run.objective, known.net, known.run.sample.knobs), {"sha256": digest.of_file(known.file)}
 
 
 def facts(run: Run) -> dict[str, object]:
@@ -180,7 +184,7 @@ def velocity(teacher: Teacher, reads: Reads) -> Taught:
 
     def mixed(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
         with torch.no_grad():
-            inside = (teacher.interval.low <= t) & (t <= teacher.interval.high)
+            inside = teacher.interval.holds(t)
             weight = torch.where(inside, teacher.mix, teacher.elsewhere)
             return v + lift(weight, v).to(v) * (read(x, t, c).to(v) - v)
 
@@ -218,8 +222,7 @@ def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.dev
                         f"the teacher makes {len(bad)} of {len(some)} pairs, the first number {bad[0]}, of what is no "
                         "finite number: mend it, or take another solver or more passes (teacher.pairs)"
                     )
-                with archive.replacing(file) as out:
-                    out.write(safetensors.torch.save(made))
+                write(file, safetensors.torch.save(made))
             tick(some.stop, "")
     parts = [load_pairs(file) for file in files]
     return Coupled(*(torch.cat([part[name] for part in parts]) for name in ("x", "z", "c")))
@@ -228,14 +231,18 @@ def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.dev
 def load_pairs(file: Path) -> dict[str, Tensor]:
     """The pairs of a file. Raises UserError where it is damaged."""
     try:
-        return checkpoint.load_weights(file)
+        return load(file)
     except UserError as error:
         raise UserError(f"{file} is damaged: delete it, and these pairs are made again") from error
 
 
-@torch.no_grad()
 def joined(run: Run, pairs: Pairs, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
     """Noise, and the data that the flow carries it to."""
-    z = noise(pairs.seed, numbers, 0, run.data.shape).to(device)
-    x = pairs.solver(reads, run.path, z, c.to(device), pairs.nfe, lambda k: noise(pairs.seed, numbers, k, z.shape[1:]))
-    return {"x": x.float().cpu(), "z": z.cpu(), "c": c}
+    z, x = generate.solve(
+        *(reads, run.path, pairs.solver, c.to(device)),
+        nfe=pairs.nfe,
+        seed=pairs.seed,
+        shape=run.data.shape,
+        indices=numbers,
+    )
+    return {"x": x.cpu(), "z": z.cpu(), "c": c}

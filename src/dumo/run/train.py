@@ -4,10 +4,10 @@ A run is a folder: run.yaml (complete), metrics.jsonl, checkpoints/, milestones/
 report.html.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import Tensor
+import torch
 
 from dumo import dist
 from dumo.config.spec import Run
@@ -15,12 +15,11 @@ from dumo.preflight import doctor
 from dumo.progress import Bar, no_bar
 from dumo.run import teacher
 from dumo.run.folder import claim, note
-from dumo.run.start import begin_from
-from dumo.training import checkpoint, log
-from dumo.training import loop as training
+from dumo.run.start import begin
+from dumo.training import checkpoint, log, loop
 from dumo.training.state import State
-from dumo.training.step import Record
-from dumo.types import UserError
+from dumo.training.step import Batch, Record, Task
+from dumo.types import unwrap
 
 
 def train(run: Run, folder: Path, *, device: str = "auto", bar: Bar = no_bar) -> State:
@@ -29,57 +28,74 @@ def train(run: Run, folder: Path, *, device: str = "auto", bar: Bar = no_bar) ->
     Raises UserError if the folder holds another run, or the slope fails its examination, before the first step or on
     the weights of the first checkpoint; Diverged if the loss is no longer a number.
     """
-    here, metrics = dist.device(device), folder / "metrics.jsonl"
+    here = dist.device(device)
     claim(run, folder)
-    source, spec = run.data.open(), run.train
+    source = run.data.open()
     doctor.examine(run, here).require()
     known = teacher.opened(run.teacher, run, here) if run.teacher else None
-    last = checkpoint.latest(folder / "checkpoints")
-    net = begin_from(run, run.start, here) if run.start and not last else run.build(here)
-    state = training.begin(net, run.train)
-    if last:
-        checkpoint.restore(last, state)
-    if state.step > run.train.steps:
-        raise UserError(f"{folder} has {state.step} steps behind it, so train.steps={run.train.steps} is no more to do")
+    state = begin(run, folder, here)
     if known:
         known.check(folder)
-    log.rewind(metrics, state.step)
+    log.rewind(folder / "metrics.jsonl", state.step)
     note(run, folder)
-    if run.teacher and known:
-        known.note(folder)
-        if pairs := run.teacher.pairs:
-            source = teacher.couple(run, pairs, known.reads, folder / "pairs", here, bar)
+    if known:
+        source = known.begin(source, run, folder, here, bar)
 
-    first = min(spec.save_every, spec.steps)  # the step of the first checkpoint
-    if 0 < state.step <= first:  # what was refused there still is
-        doctor.examine_weights(run, state.net, here).require()
+    def batches(step: int) -> Batch:
+        return [part.to(here) for part in source.batch(step, run.train.batch, run.train.seed)]
 
-    def batches(step: int) -> tuple[Tensor, ...]:
-        return tuple(part.to(here) for part in source.batch(step, spec.batch, spec.seed))
-
-    def mark(state: State, record: Record) -> None:
-        if state.step in spec.milestones:
-            checkpoint.mark(folder / "milestones", state)
-
-    def save(state: State, record: Record) -> None:
-        checkpoint.save(folder / "checkpoints", state, spec.keep)
-        if state.step == first:
-            doctor.examine_weights(run, state.net, here).require()
-
-    def keep(state: State, record: Record) -> None:
-        if record.probe or state.step % spec.log_every == 0:
-            log.append(metrics, asdict(record))
-
-    if state.step in {*spec.milestones} - checkpoint.milestones(folder / "milestones").keys():
-        checkpoint.mark(folder / "milestones", state)
-    with bar(f"training {folder.name}", spec.steps) as tick:
+    journal = Journal(run, folder, here)
+    journal.open(state)
+    task = Task(run.objective, run.path, run.data.classes, known and known.velocity)
+    with bar(f"training {folder.name}", run.train.steps) as tick:
         tick(state.step, "")
-        hooks = (
-            training.Every(1, lambda state, record: tick(state.step, f"loss {record.loss:.4f}")),
-            training.Every(1, keep),
-            training.Every(1, mark),
-            training.Every(first, save),
-        )
-        training.train(state, batches, run.objective, run.path, run.data.classes, spec, hooks, known and known.velocity)
-    checkpoint.save(folder / "checkpoints", state, spec.keep)
+        show = loop.Every(1, lambda state, record: tick(state.step, f"loss {record.loss:.4f}"))
+        loop.train(state, task, batches, run.train, (show, *journal.hooks))
+    journal.save(state)
     return state
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What a run writes down as it trains: its log, its milestones, its checkpoints."""
+
+    run: Run
+    folder: Path
+    device: torch.device
+
+    @property
+    def first(self) -> int:
+        """The step of the first checkpoint, whose weights are examined."""
+        return min(self.run.train.save_every, self.run.train.steps)
+
+    @property
+    def hooks(self) -> tuple[loop.Every, ...]:
+        """What the loop calls after its steps, in this order."""
+        return loop.Every(1, self.log), loop.Every(1, self.mark), loop.Every(self.first, self.keep)
+
+    def open(self, state: State) -> None:
+        """Before the next step: refuse again what was refused at the first checkpoint; the milestone of this step."""
+        if 0 < state.step <= self.first:
+            doctor.examine_weights(self.run, unwrap(state.net), self.device).require()
+        if state.step not in checkpoint.milestones(self.folder / "milestones"):
+            self.mark(state)
+
+    def log(self, state: State, record: Record) -> None:
+        """A line of the log, where one is due."""
+        if record.probe or state.step % self.run.train.log_every == 0:
+            log.append(self.folder / "metrics.jsonl", asdict(record))
+
+    def mark(self, state: State, record: Record | None = None) -> None:
+        """The weights that are shown, at a milestone."""
+        if state.step in self.run.train.milestones:
+            checkpoint.mark(self.folder / "milestones", state)
+
+    def keep(self, state: State, record: Record) -> None:
+        """A checkpoint; the first one's weights are examined."""
+        self.save(state)
+        if state.step == self.first:
+            doctor.examine_weights(self.run, unwrap(state.net), self.device).require()
+
+    def save(self, state: State) -> None:
+        """A checkpoint of this step."""
+        checkpoint.save(self.folder / "checkpoints", state, self.run.train.keep)

@@ -77,13 +77,33 @@ def batches(
 
     for first in range(0, len(c), batch):
         some, c_some = indices[first : first + batch], c[first : first + batch].to(device)
+        with evaluating(net), counting(net) as passed:
+            _, x = solve(reads, path, solver, c_some, nfe=nfe, seed=seed, shape=shape, indices=some)
+        yield Batch(torch.tensor(some), x.cpu(), _agreed({sum(passed) / len(some)}))
 
-        def fresh(k: int, some: Sequence[int] = some) -> Sample:
-            return noise(seed, some, k, shape).to(device)
 
-        with torch.no_grad(), evaluating(net), counting(net) as passed:
-            x = solver(reads, path, fresh(0), c_some, nfe, fresh).float().cpu()
-        yield Batch(torch.tensor(some), x, _agreed({sum(passed) / len(some)}))
+@torch.no_grad()
+def solve(
+    reads: Reads,
+    path: Path,
+    solver: Solver,
+    c: Cond,
+    *,
+    nfe: int,
+    seed: int,
+    shape: Sequence[int],
+    indices: Sequence[int],
+) -> tuple[Sample, Sample]:
+    """The noise of the images of these numbers, and what the solver makes of it, in float32 where c is.
+
+    Raises UserError if the solver cannot serve the reading or nfe.
+    """
+
+    def fresh(k: int) -> Sample:
+        return noise(seed, indices, k, shape).to(c.device)
+
+    z = fresh(0)
+    return z, solver(reads, path, z, c, nfe, fresh).float()
 
 
 def joined(parts: Iterable[Batch], on_batch: Callable[[int], object] | None = None) -> Samples:

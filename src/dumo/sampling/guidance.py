@@ -21,7 +21,7 @@ import torch
 from pydantic import Field
 
 from dumo.flow.guide import Interval
-from dumo.types import Reads, Rows, Sample, Spec, Time, UserError
+from dumo.types import Needs, Reads, Rows, Sample, Spec, Time, UserError
 
 
 class GuidanceScale(NamedTuple):
@@ -30,6 +30,11 @@ class GuidanceScale(NamedTuple):
     scale: float = 1.0
     field: str = "objective.guide"
     off: str = "objective.guide.omega=1 and objective.guide.zeta=0"
+
+    @classmethod
+    def of(cls, needs: Needs) -> "GuidanceScale":
+        """What an objective guides its target by."""
+        return cls(needs.guide.scale) if needs.guide else cls(needs.scale, "objective.scale", "objective.scale=1")
 
     @property
     def active(self) -> bool:
@@ -61,7 +66,7 @@ class CFG(Spec):
 
     def rows(self, t: Time) -> Rows:
         """Which rows are guided, by the time where the net is read."""
-        return (self.interval.low <= t) & (t <= self.interval.high)
+        return self.interval.holds(t)
 
     def check(
         self,

@@ -8,9 +8,7 @@ a step, and stays. Each is written in a hidden place, flushed to the disk, then 
 always whole, whenever the process or the machine stops.
 """
 
-import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Generator, Mapping
@@ -19,16 +17,15 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from dumo import dist
-from dumo.io.pickled import PICKLES, conversion, refusal
+from dumo.io import file as files
+from dumo.io.weights import compare, load, notes
 from dumo.training.state import State
 from dumo.types import UserError
 
-CONVERT = conversion("weights.pth", "weights.safetensors")
-FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+FIT = "resume with the spec that wrote it"  # the way out for weights of another net
 
 
 def save(folder: Path, state: State, keep: int) -> Path:
@@ -38,11 +35,11 @@ def save(folder: Path, state: State, keep: int) -> Path:
     """
     target = folder / f"step-{state.step:08d}"
     if not target.exists():
-        with whole(target, "checkpoint", state.step) as temp:
+        with made(target, "checkpoint", state.step) as temp:
             write(temp, state)
     older = [path for step, path in standing(folder).items() if step <= state.step]
     for old in older[:-keep]:
-        shutil.rmtree(old.rename(hidden(old)))  # hidden first: half a checkpoint must not look like one
+        shutil.rmtree(old.rename(files.hidden(old)))  # hidden first: half a checkpoint must not look like one
     return target
 
 
@@ -52,11 +49,9 @@ def mark(folder: Path, state: State) -> Path:
     One that stands is replaced. Raises UserError if the disk is full; what stood before then still stands.
     """
     target = folder / f"step-{state.step:08d}.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    with whole(target, "milestone", state.step) as temp:
+    with made(target, "milestone", state.step) as temp:
         about = {"step": str(state.step)}  # and nothing else: two entries come in either order, so not the same bytes
         safetensors.torch.save_file(apart(state.shown.state_dict()), temp, metadata=about)
-        flush(temp)
     return target
 
 
@@ -76,9 +71,9 @@ def restore(checkpoint: Path, state: State) -> None:
     Raises UserError naming the file and the first tensor that is missing, unknown, or of another shape or dtype.
     """
     modules = {"net": state.net} | {f"ema-{decay}": average.module for decay, average in state.averages.items()}
-    weights = {name: load_weights(checkpoint / f"{name}.safetensors") for name in modules}
+    weights = {name: load(checkpoint / f"{name}.safetensors") for name in modules}
     for name, module in modules.items():
-        check(checkpoint / f"{name}.safetensors", weights[name], module.state_dict())
+        compare(checkpoint / f"{name}.safetensors", weights[name], module.state_dict(), "the run", FIT)
     memory = unflatten(checkpoint / "optimizer.safetensors", state)
     step, images = counts(checkpoint / "state.json")
 
@@ -88,51 +83,31 @@ def restore(checkpoint: Path, state: State) -> None:
     state.step, state.images = step, images
 
 
-def load_weights(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file, by name, on the CPU. Raises UserError for a pickle, a damaged or no file."""
-    if not file.is_file():
-        raise UserError(f"{file}: there is no such file")
-    with file.open("rb") as opened:
-        head = opened.read(4)
-    if file.suffix.lower() in PICKLES:
-        raise UserError(refusal(file, CONVERT))
-    try:
-        return safetensors.torch.load_file(file)
-    except SafetensorError as error:
-        if head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5"):
-            raise UserError(refusal(file, CONVERT)) from error
-        raise UserError(f"{file} is damaged or is not safetensors ({error}): take another copy of it") from error
-
-
 def write(folder: Path, state: State) -> None:
-    """Write all files of a checkpoint, and flush them to the disk."""
-    folder.mkdir(parents=True)
+    """Write all files of a checkpoint."""
+    folder.mkdir()
     tensors = {"net": state.net.state_dict(), "optimizer": flatten(state)}
     tensors |= {f"ema-{decay}": average.module.state_dict() for decay, average in state.averages.items()}
     for name, named in tensors.items():
         safetensors.torch.save_file(apart(named), folder / f"{name}.safetensors", metadata={"format": "pt"})
     about = {"step": state.step, "images": state.images, "versions": dist.versions()}
     (folder / "state.json").write_text(json.dumps(about, indent=2) + "\n")
-    for file in (*folder.iterdir(), folder):
-        flush(file)
 
 
 @contextmanager
-def whole(target: Path, kind: str, step: int) -> Generator[Path, None, None]:
-    """Yield a hidden place to write to, which becomes `target` when all went well, and is removed when not.
+def made(target: Path, kind: str, step: int) -> Generator[Path, None, None]:
+    """Yield a hidden place to write to, which becomes `target` once all of it is on the disk (`dumo.io.file.whole`).
 
     Raises UserError if the disk is full, saying of which kind and step nothing was written.
     """
-    folder, temp = target.parent, hidden(target)
+    folder = target.parent
     for left in folder.glob(".step-*.tmp"):
-        remove(left)
+        files.remove(left)
     try:
-        yield temp
-        temp.replace(target)
-        flush(folder)
-    except BaseException as error:
-        remove(temp)
-        if full(error):
+        with files.whole(target, writer="", durable=True) as temp:
+            yield temp
+    except Exception as error:
+        if files.full(error):
             last = next(reversed(standing(folder, target.suffix).values()), None)
             raise UserError(
                 f"{folder}: the disk is full, so the {kind} of step {step} was not written; "
@@ -143,8 +118,7 @@ def whole(target: Path, kind: str, step: int) -> Generator[Path, None, None]:
 
 def step_of(file: Path, default: int) -> int:
     """The step that weights are of: as the file says, else as the checkpoint it lies in does, else the default."""
-    with safetensors.safe_open(file, framework="pt") as opened:
-        step = (opened.metadata() or {}).get("step", "")
+    step = notes(file).get("step", "")
     if step.isdecimal():
         return int(step)
     beside = file.with_name("state.json")
@@ -163,31 +137,16 @@ def unflatten(file: Path, state: State) -> dict[int, dict[str, Tensor]]:
 
     A parameter that never had a gradient has no memory. Raises UserError as `restore` does.
     """
-    found, parameters = load_weights(file), dict(state.net.named_parameters())
+    found, parameters = load(file), dict(state.net.named_parameters())
     keys = sorted({name.partition(".")[0] for name in found})
     named = sorted({name.partition(".")[2] for name in found} & parameters.keys())
     scalar = torch.zeros(())
     like = {f"{key}.{name}": scalar if key == "step" else parameters[name] for key in keys for name in named}
-    check(file, found, like)
+    compare(file, found, like, "the run", FIT)
 
     names = {parameter: name for name, parameter in parameters.items()}
     order = [names[p] for group in state.optimizer.param_groups for p in group["params"]]
     return {i: {key: found[f"{key}.{name}"] for key in keys} for i, name in enumerate(order) if name in named}
-
-
-def check(file: Path, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raise UserError unless both have the same names, and for each the same shape and dtype."""
-    for name in sorted(found.keys() | wanted.keys()):
-        has, needs = (describe(tensors.get(name)) for tensors in (found, wanted))
-        if has != needs:
-            raise UserError(
-                f"{file}: {name} is {has} in the file, {needs} in the run: resume with the spec that wrote it"
-            )
-
-
-def describe(tensor: Tensor | None) -> str:
-    """Shape and dtype in words."""
-    return "absent" if tensor is None else f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -216,30 +175,3 @@ def standing(folder: Path, suffix: str = "") -> dict[int, Path]:
     name = re.compile(rf"step-(\d+){re.escape(suffix)}")
     found = {int(match[1]): path for path in folder.glob("step-*") if (match := name.fullmatch(path.name))}
     return dict(sorted(found.items()))
-
-
-def hidden(path: Path) -> Path:
-    """Where a checkpoint or milestone lies while it is being written or removed."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def remove(path: Path) -> None:
-    """Remove a folder with all that is in it, or a file, as far as it is there."""
-    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def full(error: BaseException) -> bool:
-    """Whether an error says that the disk, the quota or the limit on a file's size is used up."""
-    if isinstance(error, SafetensorError):  # carries the number of the system's error as text only
-        match = re.search(r"os error (\d+)", str(error))
-        return match is not None and int(match[1]) in FULL
-    return isinstance(error, OSError) and error.errno in FULL

@@ -14,6 +14,7 @@ from copy import deepcopy
 import torch
 from pydantic import Field
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dumo.types import Spec
 
@@ -40,8 +41,7 @@ class MovingAverage:
     @torch.no_grad()
     def update(self, net: nn.Module, n: int) -> None:
         """Move towards the net, in place; n counts updates from 1. Buffers are copied, not averaged."""
-        weight = 1 - self.spec(n)
-        for mine, new in zip(self.module.parameters(), net.parameters(), strict=True):
-            mine.lerp_(new, weight)
+        move = get_ema_multi_avg_fn(self.spec(n))  # all parameters at once
+        move([*self.module.parameters()], [*net.parameters()], n)
         for mine, new in zip(self.module.buffers(), net.buffers(), strict=True):
             mine.copy_(new)

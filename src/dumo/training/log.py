@@ -4,12 +4,11 @@ JSON has no NaN and no infinity: they are written as null, such as the mean loss
 """
 
 import json
-import math
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dumo.io import file
+from dumo.io.json import finite
 from dumo.types import UserError
 
 Row = dict[str, Any]
@@ -17,8 +16,8 @@ Row = dict[str, Any]
 
 def append(path: Path, row: Row) -> None:
     """Add one line, and hand it to the operating system before returning."""
-    with path.open("a") as file:
-        file.write(line(row))
+    with path.open("a") as log:
+        log.write(line(row))
 
 
 def read_log(path: Path) -> list[Row]:
@@ -45,25 +44,9 @@ def rewind(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = [row for row in read_log(path) if row["step"] <= step]
-    temp = path.with_name(f".{path.name}.tmp")
-    with temp.open("w") as file:
-        file.writelines(map(line, kept))
-        file.flush()
-        os.fsync(file.fileno())
-    temp.replace(path)
+    file.write(path, "".join(map(line, kept)).encode(), writer="", durable=True)
 
 
 def line(row: Row) -> str:
     """The row as a line of strict JSON."""
     return json.dumps(finite(row), allow_nan=False) + "\n"
-
-
-def finite(value: object) -> object:
-    """The value with null for every number that JSON cannot say."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    return value

@@ -6,7 +6,7 @@ so the rate of a step never depends on how the run got there, and a resumed run 
 
 import math
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -14,51 +14,46 @@ from torch import nn
 
 from dumo.types import Spec
 
+Kind = TypeVar("Kind", bound=str)
 LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class AdamW(Spec):
-    """Adam with decoupled weight decay (arXiv 1711.05101). The defaults are the paper's (Sec. 4.1); eps is torch's."""
+class Adaptive(Spec, Generic[Kind]):
+    """A step per parameter, of two moments of its gradient. The defaults are the paper's (Sec. 4.1); eps is torch's."""
 
+    of: ClassVar[type[torch.optim.Adam | torch.optim.RAdam]]
+    kind: Kind
+    lr: LearningRate = 1e-4
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    weight_decay: Decay = 0.0
+    eps: LearningRate = 1e-8
+
+    def __call__(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of these parameters."""
+        return self.of(params, self.lr, self.betas, self.eps, self.weight_decay)
+
+
+class AdamW(Adaptive[Literal["adamw"]]):
+    """Adam with decoupled weight decay (arXiv 1711.05101)."""
+
+    of = torch.optim.AdamW
     kind: Literal["adamw"] = "adamw"
-    lr: LearningRate = 1e-4
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    weight_decay: Decay = 0.0
-    eps: LearningRate = 1e-8
-
-    def __call__(self, params: Iterable[nn.Parameter]) -> torch.optim.AdamW:
-        """The optimizer of these parameters."""
-        return torch.optim.AdamW(params, self.lr, self.betas, self.eps, self.weight_decay)
 
 
-class Adam(Spec):
-    """Adam (arXiv 1412.6980); weight decay is added to the gradient. Defaults as in `AdamW`."""
+class Adam(Adaptive[Literal["adam"]]):
+    """Adam (arXiv 1412.6980); weight decay is added to the gradient."""
 
+    of = torch.optim.Adam
     kind: Literal["adam"] = "adam"
-    lr: LearningRate = 1e-4
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    weight_decay: Decay = 0.0
-    eps: LearningRate = 1e-8
-
-    def __call__(self, params: Iterable[nn.Parameter]) -> torch.optim.Adam:
-        """The optimizer of these parameters."""
-        return torch.optim.Adam(params, self.lr, self.betas, self.eps, self.weight_decay)
 
 
-class RAdam(Spec):
-    """Adam with a rectified first phase (arXiv 1908.03265); weight decay as in `Adam`. Defaults as in `AdamW`."""
+class RAdam(Adaptive[Literal["radam"]]):
+    """Adam with a rectified first phase (arXiv 1908.03265); weight decay as in `Adam`."""
 
+    of = torch.optim.RAdam
     kind: Literal["radam"] = "radam"
-    lr: LearningRate = 1e-4
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    weight_decay: Decay = 0.0
-    eps: LearningRate = 1e-8
-
-    def __call__(self, params: Iterable[nn.Parameter]) -> torch.optim.RAdam:
-        """The optimizer of these parameters."""
-        return torch.optim.RAdam(params, self.lr, self.betas, self.eps, self.weight_decay)
 
 
 Optimizer = Annotated[AdamW | Adam | RAdam, Field(discriminator="kind")]

@@ -5,13 +5,13 @@ pieces, each of which adds the gradient of its sum over the batch size: so the s
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dumo import dist
@@ -19,12 +19,23 @@ from dumo.flow import dropout
 from dumo.flow.draw import draw
 from dumo.flow.reading import reading
 from dumo.training.probe import Probe, ask
+from dumo.training.spec import Train
 from dumo.training.state import State
-from dumo.types import Cond, Frozen, Net, Noised, Objective, Path, PerSample, Sample, Taught, Terms, Time
+from dumo.types import Frozen, Net, Noised, Objective, Path, PerSample, Taught, Terms, Time
 
-Precision = Literal["fp32", "bf16"]
+Batch = Sequence[Tensor]  # (x, c), or with the noise that belongs to x: (x, c, z)
 Loss = Callable[[Net, Frozen, Noised], Terms]
 BINS = 10  # of t, equally wide: ours
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is learned: an objective on a path; `classes` is the label that means none."""
+
+    objective: Objective
+    path: Path
+    classes: int
+    teacher: Taught | None = None  # what puts another velocity in the place of the data's, as `draw` has it
 
 
 class Diverged(RuntimeError):  # noqa: N818, a state of the run
@@ -47,75 +58,73 @@ class Record:
     probe: Probe | None = None  # whether parts and heads agree, after the step; None where that was not asked
 
 
-def train_step(
-    state: State,
-    objective: Objective,
-    path: Path,
-    x: Sample,
-    c: Cond,
-    null: Cond,
-    *,
-    ref: Frozen,
-    lr: float,
-    seed: int = 0,
-    progress: float = 0.0,
-    accumulate: int = 1,
-    clip: float | None = None,
-    precision: Precision = "fp32",
-    loss: Loss | None = None,
-    probe: bool = False,
-    z: Sample | None = None,
-    teacher: Taught | None = None,
-) -> Record:
+def train_step(state: State, task: Task, batch: Batch, spec: Train, loss: Loss | None = None) -> Record:
     """Update net, optimizer, averages and counters of `state` once, and say what was measured.
 
-    (x, c) is the global batch, of which each rank takes its rows; `z` the noise that belongs to x, None for any;
-    `teacher` as `draw` has it; `progress` the share of the training done; `loss` the objective's, compiled, or None for
-    as it is; `probe` asks how its parts and the net's readings agree, on the last piece. Raises Diverged, and updates
-    nothing, if the loss or the norm of its gradient is not finite.
+    `batch` is the global one, of which each rank takes its rows; `loss` the objective's, compiled, or None for as it
+    is. Where the spec says so, the last piece is probed after the update. Raises Diverged, and updates nothing, if the
+    loss or the norm of its gradient is not finite, and UserError if `spec.ref` is no average of the state.
     """
-    keyed = {"seed": seed, "step": state.step, "batch": len(x)}
-    noised = partial(draw, objective, path, **keyed, progress=progress, teacher=teacher)
-    low = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=precision == "bf16")
-    keys = dropout.keys(seed, state.step, len(x))
-    share = len(x) // dist.world()
+    pieces = Pieces(state, task, batch, spec, loss or task.objective.loss)
     times: list[Time] = []
     seen: list[Terms] = []
-
-    def drawn(rows: slice) -> Noised:
-        return noised(x[rows], c[rows], null[rows], first=rows.start, z=None if z is None else z[rows])
-
-    def taught(b: Noised, rows: slice) -> Terms:
-        with low(), dropout.using(keys[rows].to(x.device)):
-            return (loss or objective.loss)(state.net, ref, b)
-
     state.net.train()
     state.optimizer.zero_grad()
-    for rows in (cuts := list(pieces(share, accumulate))):
-        b = drawn(rows)
-        terms = taught(b, rows)
-        (terms.loss.sum() / share).backward()
+    for rows in pieces.cuts:
+        b = pieces.draw(rows)
+        terms = pieces.loss_of(b, rows)
+        (terms.loss.sum() / pieces.share).backward()
         times.append(b.t)
         seen.append(detached(terms))
 
     parameters = list(state.net.parameters())
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
-    t, terms = torch.cat(times), joined(seen)
-    record = measure(state, t, terms, images=len(x), grad_norm=norm.item(), lr=lr)
+    t, terms, rate, probed = torch.cat(times), joined(seen), spec.rate(state.step), spec.probes(state.step)
+    record = measure(state, t, terms, images=len(batch[0]), grad_norm=norm.item(), lr=rate)
     if not math.isfinite(record.loss + record.grad_norm):
         raise Diverged(diagnose(record, t, values(terms)))
-
-    if clip is not None:
-        clip_grads_with_norm_(parameters, clip, norm)
+    if spec.clip is not None:
+        clip_grads_with_norm_(parameters, spec.clip, norm)
     advance(state, record)
-    if not probe:
-        return record
-    b = drawn(cuts[-1])
-    reads = reading(objective, state.net)
-    return replace(record, probe=ask(state.net, reads, terms.parts, b, lambda: taught(b, cuts[-1])))
+    return replace(record, probe=pieces.probe(terms.parts)) if probed else record
 
 
-def pieces(share: int, accumulate: int) -> Iterator[slice]:
+class Pieces:
+    """A step's batch on this rank, in the pieces that it is taken in; keyed by the step at which it was made."""
+
+    def __init__(self, state: State, task: Task, batch: Batch, spec: Train, loss: Loss) -> None:
+        """Draw nothing yet."""
+        self.x, c, *paired = batch
+        self.c, self.z, self.null = c, paired[0] if paired else None, torch.full_like(c, task.classes)
+        self.net, self.loss, self.task = state.net, loss, task
+        self.share = len(self.x) // dist.world()
+        self.cuts = list(cut(self.share, spec.accumulate))
+        keyed = {"seed": spec.seed, "step": state.step, "batch": len(self.x)}
+        self.noised = partial(draw, task.objective, task.path, **keyed, progress=state.step / spec.steps)
+        self.autocast = partial(torch.autocast, self.x.device.type, torch.bfloat16, enabled=spec.precision == "bf16")
+        self.keys = dropout.keys(spec.seed, state.step, len(self.x))
+        self.ref = state.reference(spec.ref)
+
+    def draw(self, rows: slice) -> Noised:
+        """The record of these rows of the global batch."""
+        z = None if self.z is None else self.z[rows]
+        return self.noised(
+            self.x[rows], self.c[rows], self.null[rows], first=rows.start, z=z, teacher=self.task.teacher
+        )
+
+    def loss_of(self, b: Noised, rows: slice) -> Terms:
+        """The loss of these rows, in the run's precision and under their dropout masks."""
+        with self.autocast(), dropout.using(self.keys[rows].to(self.x.device)):
+            return self.loss(self.net, self.ref, b)
+
+    def probe(self, parts: Iterable[str]) -> Probe | None:
+        """How the parts and the net's readings agree now, on the last piece."""
+        b, rows = self.draw(self.cuts[-1]), self.cuts[-1]
+        reads = reading(self.task.objective, self.net)
+        return ask(self.net, reads, parts, b, lambda: self.loss_of(b, rows))
+
+
+def cut(share: int, accumulate: int) -> Iterator[slice]:
     """This rank's rows of the global batch, `share` in number, in `accumulate` consecutive pieces."""
     first = dist.rank() * share
     for start, end in pairwise(first + share * i // accumulate for i in range(accumulate + 1)):

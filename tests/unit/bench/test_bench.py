@@ -11,10 +11,11 @@ from contract.case import members
 from dumo.autodiff import attention
 from dumo.bench import clock, net, sampling, table, training
 from dumo.bench.training import Row
-from dumo.bench.variant import Chunked, Overheard, Plain, slope_error
+from dumo.bench.variant import Chunked, Plain, slope_error
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.flow.draw import draw
+from dumo.flow.overhear import Overheard
 from dumo.flow.slope import Along, JvpSlope, Slope
 from dumo.progress import no_bar
 from dumo.sampling.solver import Euler, Heun, Hop, Restart
@@ -188,7 +189,7 @@ def test_overhearing_changes_nothing() -> None:
     module = net.build(run, run.data.shape, CPU)
     x, c = torch.ones(8, 1, 8, 8), torch.zeros(8, dtype=torch.long)
     b = draw(run.objective, run.path, x, c, c, seed=0, step=0)
-    heard = run.objective.model_copy(update={"slope": Overheard(dict(run.objective)["slope"])})
+    heard = run.objective.model_copy(update={"slope": Overheard(run.objective.needs.slope)})
     losses = [objective.loss(module, frozen(module), b).loss for objective in (run.objective, heard)]
     assert torch.equal(*losses)
 
@@ -199,7 +200,7 @@ def test_the_yardstick_teaches_every_head_the_velocity() -> None:
             return x * 0 + 1, x * 0 + 3
 
     x, c = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
-    plain = Plain(tiny("moons").objective)
+    plain = Plain(of=tiny("moons").objective)
     b = draw(plain, tiny("moons").path, x, c, c, seed=0, step=0)  # pyright: ignore[reportArgumentType]
     loss = plain.loss(Ones(), frozen(Ones()), b).loss
     assert torch.allclose(loss, (1 - b.v_t).square().mean(1) + (3 - b.v_t).square().mean(1))

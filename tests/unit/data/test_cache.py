@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dumo.codecs import Codec, Identity, SdVae, Taef2
 from dumo.codecs.scaled import Images, Latent, Moments, Opened
-from dumo.data.cache import FILE, Plan, mapped, open_cache
+from dumo.data.cache import FILE, Plan, open_cache
 from dumo.data.encode import encode
+from dumo.io.weights import load
 from dumo.random import stream
 from dumo.types import UserError
 from unit.codecs.toy import CLASSES, PLAN, SIDE, Pictures, contents, picture
@@ -77,7 +78,7 @@ def test_stored_dtype_rounds_and_no_more(tmp_path: Path, dtype: str, error: floa
     cache = open_cache(made(tmp_path, dtype=dtype))
     x, _ = cache.rows(ROWS)
     assert x.dtype == torch.float32
-    assert mapped(tmp_path / "shard-00000.safetensors")["x"].dtype == getattr(torch, dtype)
+    assert load(tmp_path / "shard-00000.safetensors")["x"].dtype == getattr(torch, dtype)
     assert 0 < ((x - pictures(ROWS)) / pictures(ROWS)).abs().max() <= error
 
 

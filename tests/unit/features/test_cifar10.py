@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dumo.features import cifar10
 from dumo.features.cifar10 import FILES, WEIGHTS, WIDTH
+from dumo.io.picture import from_uint8
 from dumo.random import stream
 from dumo.types import UserError
 
@@ -29,7 +30,7 @@ def pixels(n: int) -> tuple[Tensor, Tensor]:
 
 
 def some(n: int) -> Tensor:
-    return cifar10.unit(pixels(n)[0])
+    return from_uint8(pixels(n)[0])
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +75,14 @@ def test_shipped_accuracy_on_test_images() -> None:
     x, c = cifar10.images(Path(os.environ["DUMO_DATA"]) / "cifar10", "test", 1000)
     right = cifar10.accuracy(cifar10.shipped(), x, c)
     assert right >= 0.78
-    assert right == (cifar10.predict(cifar10.unit(x)) == c).double().mean().item()
+    assert right == (cifar10.predict(from_uint8(x)) == c).double().mean().item()
     assert right == pytest.approx(float(cifar10.origin()["accuracy"]), abs=0.033)
 
 
 @pytest.mark.data
 def test_features_are_standardised() -> None:
     x, _ = cifar10.images(Path(os.environ["DUMO_DATA"]) / "cifar10", "train", 1000)
-    f = cifar10.features(cifar10.unit(x))
+    f = cifar10.features(from_uint8(x))
     assert f.mean(0).abs().max() < 0.3
     still = f.var(0) < 1e-3
     assert still.sum() <= 2  # never awake; they must not blow up what wakes them
@@ -121,7 +122,7 @@ def test_images_are_the_rows_of_the_table(folder: Path) -> None:
     taught, tested = cifar10.images(folder, "train"), cifar10.images(folder, "test", 7)
     assert torch.equal(torch.cat([taught[0], tested[0]]), x[:103])
     assert torch.equal(torch.cat([taught[1], tested[1]]), c[:103])
-    assert cifar10.unit(
+    assert from_uint8(
         torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 32, 32)
     ).unique().tolist() == [-1, 1]
 

@@ -65,23 +65,23 @@ def test_no_file_and_no_safetensors_are_refused_with_the_way(tmp_path: Path, mon
 
 
 def test_other_weights_are_refused_by_name_and_shape(tmp_path: Path) -> None:
-    refused(small(tmp_path / "shape"), r"is torch.float32 of shape \(1,\), not finite float32 of shape")
-    refused(small(tmp_path / "more", a=torch.zeros(1)), "has an unknown a \\(1 such names\\)")
+    refused(small(tmp_path / "shape"), r"is \(1,\) float32 in the file, \(.*\) float32 in Inception \(\d+ such names\)")
+    refused(small(tmp_path / "more", A=torch.zeros(1)), r"A is \(1,\) float32 in the file, absent in Inception")
     fewer = tmp_path / "fewer"
     save_file({"fc.bias": torch.zeros(1008)}, fewer)
-    refused(fewer, "lacks Conv2d_1a_3x3.bn.bias")
+    refused(fewer, "Conv2d_1a_3x3.bn.bias is absent in the file")
 
 
 @pytest.mark.parametrize("wrong", [torch.full((1008,), torch.nan), torch.zeros(1008, dtype=torch.float16)])
 def test_numbers_that_are_none_are_refused(wrong: Tensor) -> None:
     net = recipe.net()
-    with pytest.raises(UserError, match=r"fc\.bias is torch"):
+    with pytest.raises(UserError, match=r"fc\.bias is (not finite|\(1008,\) float16)"):
         inception_weights._check(
-            net, {"sha256": inception_weights.SHA256}, net.state_dict() | {"fc.bias": wrong}, "file"
+            net, {"sha256": inception_weights.SHA256}, net.state_dict() | {"fc.bias": wrong}, Path("file")
         )
 
 
 def test_a_file_that_tells_no_source_is_refused() -> None:
     net = recipe.net()
     with pytest.raises(UserError, match="says it was made of a file of sha256 nothing, not 6726825d"):
-        inception_weights._check(net, {}, dict(net.state_dict()), "file")
+        inception_weights._check(net, {}, dict(net.state_dict()), Path("file"))

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from dumo.flow.draw import draw
+from dumo.flow.law import Level, Noise
 from dumo.flow.path import Linear
-from dumo.flow.times import Level, Noise, Pair, Uniform
+from dumo.flow.times import Pair, Uniform
 from dumo.objectives import FlowMatching, MeanFlow
 from dumo.random import stream
 from dumo.types import Noised, Objective

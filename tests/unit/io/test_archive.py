@@ -4,14 +4,13 @@ import resource
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from dumo.io.archive import replacing, write_adm, write_picture, write_points, write_singles
+from dumo.io.archive import write_adm, write_picture, write_points, write_singles
 from dumo.io.picture import to_rows
 from dumo.random import stream
 
@@ -79,24 +78,6 @@ def test_a_full_disk_leaves_the_old_file_and_nothing_else(tmp_path: Path, write:
     write(path)
     assert len(path.read_bytes()) > 512
     assert [f.name for f in tmp_path.iterdir()] == ["old"]
-
-
-def _interrupt(file: BinaryIO) -> None:
-    file.write(b"other")
-    raise KeyboardInterrupt
-
-
-def test_nothing_stands_in_place_until_all_is_written(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    with replacing(path) as file:
-        file.write(b"half")
-        file.flush()
-        assert not path.exists()
-    assert path.read_bytes() == b"half"
-    with pytest.raises(KeyboardInterrupt), replacing(path) as file:
-        _interrupt(file)
-    assert path.read_bytes() == b"half"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_singles_written_before_the_disk_is_full_are_whole(tmp_path: Path) -> None:

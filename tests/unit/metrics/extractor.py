@@ -48,12 +48,11 @@ class Album:
     def __init__(self, pixels: Tensor, bad: Collection[int] = ()) -> None:
         self.pixels, self.bad = pixels, bad
 
-    @property
-    def size(self) -> int:
+    def __len__(self) -> int:
         return len(self.pixels)
 
     def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
-        x = self.pixels[[i for i in range(self.size)[rows] if i not in self.bad]]
+        x = self.pixels[[i for i in range(len(self))[rows] if i not in self.bad]]
         return x.float() / 127.5 - 1, torch.zeros(len(x), dtype=torch.long)
 
 

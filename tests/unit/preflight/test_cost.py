@@ -269,7 +269,7 @@ def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Ob
     assert real.before == counted.before
     assert real.peak == pytest.approx(counted.peak, rel=1e-4)  # a mask lives a little longer on one of them
     units = 0.0
-    for progress, share in getattr(objective, "phases", [(0.0, 1.0)]):
+    for progress, share in objective.needs.phases:
         b = replace(b, progress=progress)
         units += share * flops(step) / rows / forward_flops(net, objective, shape)
     assert units == pytest.approx(forward_units(net, objective, Linear(), shape, rows=rows), rel=1e-12)
@@ -399,4 +399,4 @@ def test_what_autograd_saves_counts_until_the_backward_pass_is_through() -> None
         for _ in range(7):
             y = y.exp()
 
-    assert live_bytes(frozen).peak == 8 * N
+    assert live_bytes(still).peak == 8 * N

@@ -14,7 +14,7 @@ from dumo.codecs import Identity
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Images, Latents
-from dumo.preflight import cost, rehearsal, table
+from dumo.preflight import cost, machine, rehearsal, table
 from dumo.preflight.doctor import Examination
 from dumo.preflight.plan import cache, lack, memory, plan
 from dumo.run import encode
@@ -208,7 +208,7 @@ def test_a_rehearsal_is_the_first_step_of_training() -> None:
 def test_hours_are_of_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes take time by the row, the update by the step: here 3 s for 2 rows, and 1 s."""
     clock = iter([*[100.0] * 3 * rehearsal.WARM, 0.0, 3.0, 4.0, 10.0, 12.0])
-    monkeypatch.setattr(rehearsal, "now", lambda here: next(clock))
+    monkeypatch.setattr(machine, "now", lambda here: next(clock))
     found = rehearsal.rehearse(small("train.batch=32", "train.steps=900"), 2, "cpu")
     assert (found.pass_seconds, found.update_seconds, found.sample_seconds) == (3, 1, 2)
     assert found.step_seconds == 16 * 3 + 1

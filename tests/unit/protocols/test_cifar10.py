@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 
 from dumo.features import cifar10
+from dumo.io.picture import from_uint8
 from dumo.protocols import cifar10 as protocol
 from dumo.protocols.cifar10 import CifarProtocol, known, learned, seen
 from dumo.protocols.evaluator import Reference
@@ -29,7 +30,7 @@ def quick() -> Iterator[None]:
 
 def real(split: str, count: int) -> Reference:
     x, c = cifar10.images(Path(os.environ["DUMO_DATA"]) / "cifar10", split, count)
-    return Reference(cifar10.unit(x), c)
+    return Reference(from_uint8(x), c)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def good(data: Reference, test: Reference) -> dict[str, float]:
 def blobs() -> Reference:
     """A thousand smooth images of no meaning, which need no file."""
     x = F.interpolate(torch.randn(1000, 3, 4, 4, generator=stream("blobs")), 32, mode="bilinear")
-    return Reference(cifar10.unit(((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)), torch.arange(1000) % 10)
+    return Reference(from_uint8(((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)), torch.arange(1000) % 10)
 
 
 @pytest.mark.data

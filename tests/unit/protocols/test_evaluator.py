@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from dumo.features import digits
+from dumo.io.digest import of_tensor
 from dumo.protocols import DigitsProtocol, ToyProtocol
-from dumo.protocols.evaluator import Evaluator, Reference, collect, digest, ordered
+from dumo.protocols.evaluator import Evaluator, Reference, collect, ordered
 from dumo.types import UserError
 
 
@@ -30,10 +31,10 @@ def test_numbers_may_have_gaps_where_no_total_is_known_but_none_twice() -> None:
 
 def test_a_digest_is_of_numbers_shape_and_type() -> None:
     x = torch.arange(6.0)
-    assert digest(x) == digest(x.clone())
+    assert of_tensor(x) == of_tensor(x.clone())
     others = [x + 1, x.view(2, 3), x.double(), x.flip(0), x[:5]]
-    assert len({digest(y) for y in (x, *others)}) == 6
-    assert digest(x.view(2, 3).T) == digest(x.view(2, 3).T.contiguous())
+    assert len({of_tensor(y) for y in (x, *others)}) == 6
+    assert of_tensor(x.view(2, 3).T) == of_tensor(x.view(2, 3).T.contiguous())
 
 
 class Drawn:
@@ -70,5 +71,5 @@ def test_a_judge_scores_as_its_protocol_does() -> None:
 def test_a_finite_reference_is_known_by_its_hash_and_features_by_theirs() -> None:
     facts = DigitsProtocol(samples=500).evaluator(Finite).facts
     assert facts["reference"] == "1,797 samples of the data"
-    assert facts["reference_sha256"] == digest(digits.digits()[0])
+    assert facts["reference_sha256"] == of_tensor(digits.digits()[0])
     assert facts["features_sha256"] == hashlib.sha256(digits.WEIGHTS.read_bytes()).hexdigest()

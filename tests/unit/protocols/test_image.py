@@ -8,6 +8,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dumo.data.source import Finite
 from dumo.features import inception_weights
 from dumo.io.picture import to_uint8
 from dumo.metrics.frechet import frechet_distance
@@ -18,7 +19,6 @@ from dumo.protocols import adm, cache, standard
 from dumo.protocols.evaluator import Evaluator, Made
 from dumo.protocols.image import ImageProtocol
 from dumo.protocols.image_evaluator import HALVES, ImageEvaluator
-from dumo.protocols.reference import Album as AnyAlbum
 from dumo.protocols.reference import adm_facts, adm_file, adm_statistics, album_facts, album_statistics
 from dumo.protocols.standard import STANDARDS, Standard
 from dumo.types import UserError
@@ -196,7 +196,7 @@ def test_images_that_cannot_be_read_are_left_out_and_the_rest_is_known_by_hash()
     tally = album_statistics(extractor, Album(data, (3, 66)))
     assert torch.equal(tally.rows, extractor(rest).pool)
     assert tally.index.tolist() == list(range(68))
-    assert isinstance(Album(data), AnyAlbum)
+    assert isinstance(Album(data), Finite)
 
 
 def filed(path: Path, size: int = 4) -> Path:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from dumo.config.load import load
 from dumo.progress import Tick
-from dumo.report import page
+from dumo.report import page as report
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.train import train
 from dumo.training import log
@@ -98,7 +98,7 @@ def make(folder: Path, overrides: list[str], evaluation: object = None, recipe: 
     train(load(recipe, overrides), folder)
     if evaluation:
         (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    page.write(open_run(str(folder)))
+    report.write(open_run(str(folder)))
     return folder
 
 
@@ -106,8 +106,8 @@ def make(folder: Path, overrides: list[str], evaluation: object = None, recipe: 
 def _quick() -> Generator[None, None, None]:
     """Fewer passes and points than a report has."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "PASSES", (1, 2, 4, 7))
-        patch.setattr(page, "POINTS", 100)
+        patch.setattr(report, "PASSES", (1, 2, 4, 7))
+        patch.setattr(report, "POINTS", 100)
         yield
 
 
@@ -143,9 +143,9 @@ def page_of(folder: Path) -> Page:
 def rendered(folder: Path, *overrides: str) -> Page:
     """The words of a page, without its pictures."""
     opened = open_run(str(folder), overrides)
-    judged = page.judgement(opened)
+    judged = report.judgement(opened)
     none = {"sheets": {}, "data": None, "trajectories": {}, "near": None, "charts": [], "times": None}
-    return Page(page.render(opened, size=1797, judged=judged, **none))
+    return Page(report.render(opened, size=1797, judged=judged, **none))
 
 
 def test_the_page_needs_nothing_else(folder: Path) -> None:
@@ -187,11 +187,11 @@ def test_the_paths_are_told_with_the_page_last_and_again_it_is_the_same(digits: 
     def watch(title: str, total: int) -> Generator[Tick, None, None]:
         yield lambda done, note: seen.append((done, total))
 
-    paths = page.write(open_run(str(digits)), watch)
+    paths = report.write(open_run(str(digits)), watch)
     assert paths[-1] == digits / "report.html"
     assert sorted(paths[:-1]) == sorted((digits / "samples").iterdir())
     assert {path: path.read_bytes() for path in digits.rglob("*") if path.is_file()} == before
-    assert seen[-1][0] == seen[-1][1] == 1 + 2 + 4 + 2 * sum(page.PASSES)
+    assert seen[-1][0] == seen[-1][1] == 1 + 2 + 4 + 2 * sum(report.PASSES)
 
 
 def test_lead_and_figures_are_facts(digits: Path) -> None:
@@ -209,8 +209,8 @@ def test_first_row_of_a_sheet_is_where_the_trajectory_begins(digits: Path) -> No
     for n in ("1 pass", "2 passes", "4 passes"):
         sheet = page.picture(f"Generated images after {n} through the net.")
         strip = page.picture(f"u head, jumps (restart): the same seeds after {n}.")
-        assert strip.shape == (64, 10 * 64 + 9 * page.GAP, 4)
-        assert sheet.shape == (8 * 64 + 7 * page.GAP, *strip.shape[1:])
+        assert strip.shape == (64, 10 * 64 + 9 * report.GAP, 4)
+        assert sheet.shape == (8 * 64 + 7 * report.GAP, *strip.shape[1:])
         assert (np.abs(sheet[:64].astype(int) - strip) <= 1).all()
     one, many = (page.picture(f"v head, Euler steps: the same seeds after {n}.") for n in ("1 pass", "7 passes"))
     assert np.abs(one.astype(int) - many).max() > 20
@@ -219,8 +219,8 @@ def test_first_row_of_a_sheet_is_where_the_trajectory_begins(digits: Path) -> No
 def test_gaps_are_clear_and_images_are_not(digits: Path) -> None:
     alpha = page_of(digits).picture("Images of the training data, in the same layout.")[..., 3]
     assert (alpha[:64, :64] == 255).all()
-    assert (alpha[64 : 64 + page.GAP] == 0).all()
-    assert (alpha[:, 64 : 64 + page.GAP] == 0).all()
+    assert (alpha[64 : 64 + report.GAP] == 0).all()
+    assert (alpha[:, 64 : 64 + report.GAP] == 0).all()
 
 
 def test_velocity_alone_shows_one_reading_and_says_what_is_missing(velocity: Path) -> None:
@@ -228,7 +228,7 @@ def test_velocity_alone_shows_one_reading_and_says_what_is_missing(velocity: Pat
     assert "passes of the velocity make the images below" in page.words
     assert "u head" not in page.words
     assert "v head, Euler steps" in page.words
-    assert len([of for of in page.pictures if "the same seeds after" in of.get("alt", "")]) == len(page.PASSES)
+    assert len([of for of in page.pictures if "the same seeds after" in of.get("alt", "")]) == len(report.PASSES)
     assert "Nothing is logged yet" in page.words  # every 50 steps, of 20
     assert f"This run has not been evaluated. dumo evaluate {velocity} does it" in page.words
 
@@ -238,7 +238,7 @@ def test_one_head_at_two_times_is_named_so(average: Path) -> None:
     assert "u head, jumps (restart)" in page.words
     assert "v = u at r = t, Euler steps" in page.words
     with Image.open(average / "samples" / "trajectories.png") as picture:
-        assert picture.height == 2 * len(page.PASSES) * (64 + 6) - 6  # no reading in the place of the other
+        assert picture.height == 2 * len(report.PASSES) * (64 + 6) - 6  # no reading in the place of the other
 
 
 def test_passes_that_the_solver_cannot_make_are_left_out(tmp_path: Path) -> None:
@@ -296,14 +296,14 @@ def test_a_log_of_an_older_run_is_shown_as_far_as_it_goes(digits: Path) -> None:
     new = log.read_log(digits / "metrics.jsonl")
     old = [{k: v for k, v in row.items() if k not in ("notes", "probe")} for row in new]
     old = [row | {"bins": {part: row["bins"][part] for part in ("loss", "v", "u")}} for row in old]
-    assert len(page.charts(new)) == 8
-    assert len(page.charts(old)) == 4
-    assert [chart.title for chart in page.charts([*old[:3], *new[3:]])][4:] == ["apart", "beyond"]  # probed once
-    found = page.late([*old[:4], new[4] | {"step": 17}])
+    assert len(report.charts(new)) == 8
+    assert len(report.charts(old)) == 4
+    assert [chart.title for chart in report.charts([*old[:3], *new[3:]])][4:] == ["apart", "beyond"]  # probed once
+    found = report.late([*old[:4], new[4] | {"step": 17}])
     assert found is not None
     assert [*found["bins"]] == ["loss", "v", "u"]
     never = {"notes": {"beyond": None}, "probe": {"norms": {}, "cosines": {"v,u": None}, "drift": 0.1}}  # a number
-    assert [chart.title for chart in page.charts([row | never for row in new])][4:] == ["drift"]
+    assert [chart.title for chart in report.charts([row | never for row in new])][4:] == ["drift"]
 
 
 def test_what_is_put_in_is_escaped(digits: Path) -> None:
@@ -317,9 +317,9 @@ def test_figures_of_other_weights_are_not_shown(tmp_path: Path, digits: Path, ch
     opened = open_run(str(digits))
     moved = RunFolder(opened.run, tmp_path, opened.net, opened.step, opened.weights)
     (tmp_path / "evaluation.json").write_text(json.dumps({**EVALUATION, **change}))
-    judged = page.judgement(moved)
+    judged = report.judgement(moved)
     none = {"sheets": {}, "data": None, "trajectories": {}, "near": None, "charts": [], "times": None}
-    words = Page(page.render(moved, size=1797, judged=judged, **none)).words
+    words = Page(report.render(moved, size=1797, judged=judged, **none)).words
     assert "2.35" not in words
     assert f"The last evaluation is of step {(EVALUATION | change)['step']}" in words
     assert f"dumo evaluate {tmp_path}" in words
@@ -331,9 +331,9 @@ def test_a_failure_leaves_the_report_that_stood(moons: Path, monkeypatch: pytest
     def full(*_: object, **__: object) -> str:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(page, "render", full)
+    monkeypatch.setattr(report, "render", full)
     with pytest.raises(OSError, match="full"):
-        page.write(open_run(str(moons)))
+        report.write(open_run(str(moons)))
     assert {path: path.read_bytes() for path in moons.rglob("*") if path.is_file()} == before
 
 
@@ -341,17 +341,17 @@ def test_a_damaged_evaluation_is_named(tmp_path: Path, digits: Path) -> None:
     opened = open_run(str(digits))
     (tmp_path / "evaluation.json").write_text("{")
     with pytest.raises(UserError, match=r"evaluation\.json is not JSON.*dumo evaluate"):
-        page.write(RunFolder(opened.run, tmp_path, opened.net, opened.step, opened.weights))
+        report.write(RunFolder(opened.run, tmp_path, opened.net, opened.step, opened.weights))
     assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
 
 
 def test_shipped_results_stand_with_their_origin(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(page.recipes, "results", {"zoo": ZOO}.get)
+    monkeypatch.setattr(report.recipes, "results", {"zoo": ZOO}.get)
     words = rendered(digits).words
     assert "Every objective at equal cost. These numbers come with dumo and were not made by this run." in words
     for found in ("flow_matching 94.0", "Machine: two cores.", "Seeds: 0, 1.", "Versions: torch 2.13."):
         assert found in words
-    monkeypatch.setattr(page.recipes, "results", {}.get)
+    monkeypatch.setattr(report.recipes, "results", {}.get)
     assert "No results of the other objectives at equal cost come with this version" in rendered(digits).words
 
 
@@ -362,28 +362,28 @@ def test_late_loss_counts_rows_of_the_last_quarter() -> None:
         {"step": 80, "counts": [3, 0, 0], "bins": {"loss": [2.0, None, None], "v": [1.0, None, None]}},
         {"step": 100, "counts": [1, 5, 0], "bins": {"loss": [4.0, 6.0, None], "v": [5.0, 2.0, None]}},
     ]
-    found = page.late(rows)
+    found = report.late(rows)
     assert found is not None
     assert (found["first"], found["logged"], found["counts"]) == (80, 2, [4.0, 5.0, 0.0])
     assert found["bins"]["loss"][:2] == [2.5, 6.0]
     assert found["bins"]["v"][:2] == [2.0, 2.0]
-    assert page.number(found["bins"]["loss"][2]) == "–"
-    assert page.late([]) is None
+    assert report.number(found["bins"]["loss"][2]) == "–"
+    assert report.late([]) is None
 
 
 def test_copies_lie_at_distance_zero_and_held_out_rows_do_not(digits: Path) -> None:
     spec = load(str(digits))
     truth, c = spec.data.open().reference(1, 0)
-    near = page.proximity(spec, truth[100:180].flip(0), truth)
+    near = report.proximity(spec, truth[100:180].flip(0), truth)
     copies, held = near["rows"]
     assert copies["mean"] == copies["least"] == 0
     assert 1.5 < held["mean"] < 2.5  # no row is held against itself
     assert held["least"] > 0.3
     assert near["samples"].tobytes() == near["found"].tobytes()
-    moved = page.proximity(spec, truth[100:180] + 0.25, truth)
+    moved = report.proximity(spec, truth[100:180] + 0.25, truth)
     assert moved["rows"][0]["mean"] <= 0.25 * 8  # 64 pixels, each off by a quarter
 
-    sheet = page.by_class(spec, truth, c)
+    sheet = report.by_class(spec, truth, c)
     for i in (0, 7, 13, 79):
         same = (truth[c == i % 10] == sheet[i]).all((1, 2, 3)).nonzero()
         assert same[0].item() == i // 10
@@ -398,13 +398,13 @@ def test_copies_lie_at_distance_zero_and_held_out_rows_do_not(digits: Path) -> N
     ],
 )  # fmt: skip
 def test_numbers_have_three_digits(value: object, text: str) -> None:
-    assert page.number(value) == text
+    assert report.number(value) == text
 
 
 def test_spreads_and_large_numbers() -> None:
-    assert page.spread(0.14208, 0.0206) == "0.142 ± 0.021"
-    assert page.spread(-12.3, 4.56) == "−12.3 ± 4.6"
-    assert (page.spread(0.5, 0.0), page.spread(None, None)) == ("0.500", "–")
-    assert [page.large(x) for x in (742_856, 999, 7.58e6, 6.7779e8, 2e15)] == [
+    assert report.spread(0.14208, 0.0206) == "0.142 ± 0.021"
+    assert report.spread(-12.3, 4.56) == "−12.3 ± 4.6"
+    assert (report.spread(0.5, 0.0), report.spread(None, None)) == ("0.500", "–")
+    assert [report.large(x) for x in (742_856, 999, 7.58e6, 6.7779e8, 2e15)] == [
         "743\u00a0k", "999", "7.58\u00a0M", "678\u00a0M", "2,000\u00a0T",
     ]  # fmt: skip

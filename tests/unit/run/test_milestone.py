@@ -8,6 +8,7 @@ import torch
 
 from dumo.config.load import load
 from dumo.config.spec import Run
+from dumo.io.weights import load as load_weights
 from dumo.run.folder import open_run
 from dumo.run.train import train
 from dumo.training import checkpoint
@@ -35,8 +36,8 @@ def test_milestones_outlive_the_checkpoints(tmp_path: Path) -> None:
     assert list(kept(tmp_path / "run")) == [0, 3, 4]
     train(tiny(4, "[]"), tmp_path / "short")
     assert not (tmp_path / "short/milestones").exists()
-    first = checkpoint.load_weights(tmp_path / "short/checkpoints/step-00000004/ema-0.999.safetensors")
-    there = checkpoint.load_weights(tmp_path / "run/milestones/step-00000004.safetensors")
+    first = load_weights(tmp_path / "short/checkpoints/step-00000004/ema-0.999.safetensors")
+    there = load_weights(tmp_path / "run/milestones/step-00000004.safetensors")
     assert there.keys() == first.keys()
     assert all(torch.equal(there[name], value) for name, value in first.items())
 
@@ -44,7 +45,7 @@ def test_milestones_outlive_the_checkpoints(tmp_path: Path) -> None:
 def test_the_first_milestone_is_before_training(tmp_path: Path) -> None:
     spec = tiny(2, "[0]", "train.ema=[]")
     train(spec, tmp_path / "run")
-    there = checkpoint.load_weights(tmp_path / "run/milestones/step-00000000.safetensors")
+    there = load_weights(tmp_path / "run/milestones/step-00000000.safetensors")
     assert all(torch.equal(there[name], value) for name, value in spec.build().state_dict().items())
 
 
@@ -85,7 +86,7 @@ def test_an_opened_milestone_says_its_step(tmp_path: Path) -> None:
     for weights in (str(file), str(moved)):
         opened = open_run(str(tmp_path / "run"), weights=weights)
         assert (opened.step, opened.weights) == (3, weights)
-        there = checkpoint.load_weights(file)
+        there = load_weights(file)
         assert all(torch.equal(there[name], value) for name, value in opened.net.state_dict().items())
     earlier = tmp_path / "run/checkpoints/step-00000002/net.safetensors"
     assert open_run(str(tmp_path / "run"), weights=str(earlier)).step == 2
@@ -104,7 +105,7 @@ def test_a_full_disk_is_said_and_leaves_what_stood(tmp_path: Path, monkeypatch: 
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "flush", fail)
+    monkeypatch.setattr("dumo.io.file.flush", fail)
     with pytest.raises(
         UserError, match=r"milestone of step 2 was not written; step-00000001\.safetensors still stands"
     ):

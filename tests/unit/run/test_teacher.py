@@ -7,15 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from dumo.config.check import check_guided
 from dumo.config.load import load
 from dumo.config.teacher import Teacher
+from dumo.io.weights import load as load_weights
 from dumo.progress import no_bar
 from dumo.random import noise
 from dumo.run import teacher
 from dumo.run.folder import open_run
 from dumo.run.train import train
 from dumo.sampling.guidance import CFG
-from dumo.training import checkpoint
 from dumo.types import Cond, Reads, Sample, Time, UserError
 from unit.run.known import line, nan, tiny
 
@@ -91,7 +92,7 @@ def test_a_note_that_is_damaged_is_named(tmp_path: Path) -> None:
     run = tiny("moons", *USER, "train.steps=2")
     train(run, tmp_path)
     (tmp_path / "teacher.json").write_text('{"sou')
-    with pytest.raises(UserError, match=r"teacher\.json is damaged .*delete it"):
+    with pytest.raises(UserError, match=r"teacher\.json is not JSON .*delete it"):
         train(run, tmp_path)
 
 
@@ -184,7 +185,7 @@ def test_pairs_are_joined_by_the_teachers_flow(tmp_path: Path) -> None:
     assert run.teacher.pairs
     made = teacher.couple(run, run.teacher.pairs, line(run, CPU), tmp_path, CPU, no_bar)
     files = sorted(tmp_path.iterdir())
-    assert [len(checkpoint.load_weights(file)["x"]) for file in files] == [1024, 476]
+    assert [len(load_weights(file)["x"]) for file in files] == [1024, 476]
     x, c, z = made.batch(3, 8, 0)
     assert torch.allclose(x, torch.tensor([1.0, -2.0]).expand(8, 2), atol=1e-5)
     assert torch.equal(made.z[:3], noise(0, range(3), 0, (2,)))
@@ -231,9 +232,9 @@ def test_guidance_twice_is_refused() -> None:
 )
 def test_a_teacher_is_guided_only_where_it_can_be(recipe: str, more: str, said: str) -> None:
     run = load(recipe, ["objective.drop=0.1", more])
-    run.check_guided(CFG(), "teacher.guide", "runs/x")
+    check_guided(run, CFG(), "teacher.guide", "runs/x")
     with pytest.raises(UserError, match=rf"^teacher\.guide\.scale = 2 .*{said}"):
-        run.check_guided(CFG(scale=2), "teacher.guide", "runs/x")
+        check_guided(run, CFG(scale=2), "teacher.guide", "runs/x")
 
 
 def test_a_teacher_who_never_lost_a_label_is_not_guided(tmp_path: Path) -> None:
@@ -246,7 +247,7 @@ def test_a_teacher_who_never_lost_a_label_is_not_guided(tmp_path: Path) -> None:
 
 def test_a_teacher_is_remembered_once_it_has_taught(tmp_path: Path) -> None:
     """One who failed before may be mended."""
-    first, second = (teacher.Known(Reads(), None, {"source": name}) for name in "ab")
+    first, second = (teacher.Known(Teacher(source=name), Reads(), None, {"source": name}) for name in "ab")
     first.note(tmp_path)
     second.check(tmp_path)
     (tmp_path / "checkpoints").mkdir()

@@ -11,6 +11,7 @@ import torch
 
 from dumo.config.load import FILE, load
 from dumo.config.spec import Run
+from dumo.io.weights import load as load_weights
 from dumo.preflight.show import show
 from dumo.progress import Bar, Tick, no_bar
 from dumo.random import noise
@@ -121,9 +122,9 @@ def test_what_is_opened_is_the_first_average(moons: RunFolder) -> None:
     last = checkpoint.latest(moons.folder / "checkpoints")
     assert last is not None
     assert (moons.step, moons.weights) == (6, "checkpoints/step-00000006/ema-0.999.safetensors")
-    average = checkpoint.load_weights(last / "ema-0.999.safetensors")
+    average = load_weights(last / "ema-0.999.safetensors")
     assert all(torch.equal(average[name], value) for name, value in moons.net.state_dict().items())
-    net = checkpoint.load_weights(last / "net.safetensors")
+    net = load_weights(last / "net.safetensors")
     assert any(not torch.equal(net[name], value) for name, value in moons.net.state_dict().items())
 
 
@@ -133,7 +134,7 @@ def test_other_weights(moons: RunFolder, tmp_path: Path) -> None:
     file = str(last / "net.safetensors")
     opened = open_run(str(moons.folder), weights=file)
     assert opened.weights == file
-    net = checkpoint.load_weights(Path(file))
+    net = load_weights(Path(file))
     assert all(torch.equal(net[name], value) for name, value in opened.net.state_dict().items())
 
 

@@ -7,9 +7,9 @@ from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets import UNet
 from dumo.objectives import DuMo
-from dumo.training.loop import Train, begin
-from dumo.training.step import Record, train_step
-from dumo.types import frozen
+from dumo.training.spec import Train
+from dumo.training.state import begin
+from dumo.training.step import Record, Task, train_step
 
 SMALL = {"width": 8, "multipliers": (1, 2), "attend": (4,), "depth": 1}
 
@@ -21,10 +21,10 @@ def step(dropout: float, accumulate: int = 1, exact: bool = False) -> tuple[Reco
     net = UNet(**SMALL, dropout=dropout).build(objective.needs, (3, 8, 8), 3)
     for p in net.parameters():
         p.data.add_(0.05 * torch.randn_like(p))
-    state = begin(net, Train(steps=1, batch=8))
+    spec = Train(steps=1, batch=8, seed=1, accumulate=accumulate)
+    state = begin(net, spec)
     x, c = torch.randn(8, 3, 8, 8), torch.arange(8) % 3
-    null = torch.full_like(c, 3)
-    done = train_step(state, objective, Linear(), x, c, null, ref=frozen(net), lr=0.0, seed=1, accumulate=accumulate)
+    done = train_step(state, Task(objective, Linear(), 3), (x, c), spec)
     return done, torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
 

@@ -9,12 +9,13 @@ from pydantic import ValidationError
 from dumo.flow.path import Linear
 from dumo.training.checkpoint import latest, restore, save
 from dumo.training.ema import Ema
-from dumo.training.loop import Every, Train, begin, reference, train
+from dumo.training.loop import Every, train
 from dumo.training.optim import Adam, AdamW, Cosine
-from dumo.training.state import State
-from dumo.training.step import Record
+from dumo.training.spec import Train
+from dumo.training.state import State, begin
+from dumo.training.step import Record, Task
 from dumo.types import Cond, Frozen, Net, Noised, Sample, Terms, UserError
-from unit.training.toy import AVERAGES, CLASSES, OPTIMIZERS, Small, Toy, batches, run, same, tensors, trained
+from unit.training.toy import AVERAGES, CLASSES, OPTIMIZERS, TASK, Small, Toy, batches, run, same, tensors, trained
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.kind)
@@ -83,7 +84,7 @@ def test_what_an_objective_sees() -> None:
             return super().loss(net, ref, b)
 
     spec = Train(steps=4, batch=32)
-    train(begin(Small(), spec), batches(32), Watching(), Linear(), CLASSES, spec)
+    train(begin(Small(), spec), Task(Watching(), Linear(), CLASSES), batches(32), spec)
     assert seen == [(0.0, True), (0.25, True), (0.5, True), (0.75, True)]
 
 
@@ -115,7 +116,7 @@ def test_every_step_has_its_batch() -> None:
         asked.append(step)
         return batches(12)(step)
 
-    train(trained(Train(steps=2, batch=12, ema=AVERAGES)), of, Toy(), Linear(), CLASSES, spec)
+    train(trained(Train(steps=2, batch=12, ema=AVERAGES)), TASK, of, spec)
     assert asked == [2, 3, 4]
 
 
@@ -161,7 +162,7 @@ def test_refusals(bad: dict[str, object], words: str) -> None:
 
 def test_a_reference_that_is_not_there() -> None:
     with pytest.raises(UserError, match=r"0\.5.*0\.99, 0\.9"):
-        reference(trained(), 0.5)
+        trained().reference(0.5)
     spec = Train(steps=5, batch=12, ema=(Ema(decay=0.7),), ref=0.7)
     with pytest.raises(UserError, match=r"decay 0\.7"):
         run(trained(), spec)

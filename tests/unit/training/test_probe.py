@@ -14,10 +14,11 @@ from dumo.flow.slope import DualSlope
 from dumo.nets import DiT
 from dumo.objectives import DuMo, MeanFlow
 from dumo.training.checkpoint import latest, restore, save
-from dumo.training.loop import Every, Train, begin, train
+from dumo.training.loop import Every, train
 from dumo.training.probe import Probe, ask, compare, drift
-from dumo.training.state import State
-from dumo.training.step import Record
+from dumo.training.spec import Train
+from dumo.training.state import State, begin
+from dumo.training.step import Record, Task
 from dumo.types import Frozen, Net, Noised, Objective, Reads, Terms, frozen
 from theory.exact import APART, Exact, record
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, python, run, same, tensors
@@ -181,7 +182,7 @@ def test_one_part_has_nothing_to_agree_with() -> None:
 
     spec, found = Train(steps=3, batch=12, probe_every=1), list[Record]()
     hook = Every(1, lambda _, record: found.append(record))
-    train(begin(Small(), spec), batches(), One(), Linear(), CLASSES, spec, [hook])
+    train(begin(Small(), spec), Task(One(), Linear(), CLASSES), batches(), spec, [hook])
     assert [record.probe for record in found] == [None] * 3
     assert calls == [12] * 3  # no pass for nothing
 
@@ -191,7 +192,9 @@ import sys
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from dumo.flow.path import Linear
-from dumo.training.loop import Every, Train, begin
+from dumo.training.loop import Every
+from dumo.training.spec import Train
+from dumo.training.state import begin
 from meeting import meeting
 from unit.training.toy import Small, run
 

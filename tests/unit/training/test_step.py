@@ -4,31 +4,35 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Generator, nn
 
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
-from dumo.training.loop import Train, begin, reference
-from dumo.training.state import State
-from dumo.training.step import Diverged, Record, train_step
-from dumo.types import Frozen, Net, Noised, Terms, frozen
+from dumo.training.optim import AdamW
+from dumo.training.spec import Train
+from dumo.training.state import State, begin
+from dumo.training.step import Diverged, Record, Task, train_step
+from dumo.types import Frozen, Net, Noised, Terms, Time, TimeLaw, frozen
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, same, tensors, trained
+
+STEPS = 9
 
 
 def step(state: State, objective: Toy | None = None, batch: int = 12, lr: float = 1e-2, **more: object) -> Record:
-    x, c = batches(batch, next(state.net.parameters()).dtype)(state.step)
-    null = torch.full_like(c, CLASSES)
-    given: dict[str, object] = {"ref": frozen(state.net), "progress": 0.5} | more
-    return train_step(state, objective or Toy(), Linear(), x, c, null, lr=lr, **given)  # pyright: ignore
+    fields = {"steps": STEPS, "batch": batch, "optimizer": AdamW(lr=lr), "ema": AVERAGES} | more
+    task = Task(objective or Toy(), Linear(), CLASSES)
+    some = batches(batch, next(state.net.parameters()).dtype)(state.step)
+    return train_step(state, task, some, Train.model_validate(fields))
 
 
 def fresh(dtype: torch.dtype = torch.float64, seed: int = 0) -> State:
-    return begin(Small(seed, dtype=dtype), Train(steps=9, batch=12, ema=AVERAGES))
+    return begin(Small(seed, dtype=dtype), Train(steps=STEPS, batch=12, ema=AVERAGES))
 
 
 def noised(batch: int = 12, seed: int = 0, at: int = 0) -> Noised:
     x, c = batches(batch)(at)
-    return draw(Toy(), Linear(), x, c, torch.full_like(c, CLASSES), seed=seed, step=at, progress=0.5)
+    null = torch.full_like(c, CLASSES)
+    return draw(Toy(), Linear(), x, c, null, seed=seed, step=at, progress=at / STEPS)
 
 
 def test_the_gradient_of_the_mean_loss() -> None:
@@ -96,17 +100,16 @@ def test_notes_are_logged_as_parts_are_and_move_nothing() -> None:
     )
 
 
-class Ends(Toy):
+class Ends(TimeLaw):
     """Times at both ends of the range, where a bin is easily missed."""
 
-    @property
-    def times(self):  # noqa: ANN201
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """0, 1, 0, 1 ..."""
-        return lambda n, g: (t := torch.arange(n, dtype=torch.float64) % 2, t)
+        return (t := torch.arange(n, dtype=torch.float64) % 2), t
 
 
 def test_bins_hold_both_ends() -> None:
-    record = step(fresh(), Ends())
+    record = step(fresh(), Toy(times=Ends()))
     assert record.counts == [6, 0, 0, 0, 0, 0, 0, 0, 0, 6]
     assert [math.isnan(mean) for mean in record.bins["v"]] == [False, *[True] * 8, False]
 
@@ -189,9 +192,9 @@ def test_counts_and_averages() -> None:
             torch.testing.assert_close(average.module.get_parameter("last.bias").data, expected[decay])
 
 
-@pytest.mark.parametrize("other", [{"seed": 1}, {"progress": 0.1}, {"ref": Frozen(Small(5))}])
+@pytest.mark.parametrize("other", [{"seed": 1}, {"steps": 90}, {"ref": 0.9}])
 def test_what_a_step_depends_on(other: dict[str, object]) -> None:
-    assert step(fresh(), **other).loss != step(fresh()).loss
+    assert step(trained(), **other).loss != step(trained()).loss
 
 
 def test_the_step_number_draws_anew() -> None:
@@ -238,11 +241,11 @@ def test_the_net_trains_in_training_mode() -> None:
 
 def test_reference_is_the_net_or_a_moving_average() -> None:
     state = trained()
-    assert reference(state, "self").module is state.net
-    assert reference(state, 0.9).module is state.averages[0.9].module
+    assert state.reference("self").module is state.net
+    assert state.reference(0.9).module is state.averages[0.9].module
     before = tensors(state)
-    step(state, ref=reference(state, 0.9))
-    assert not torch.equal(reference(state, 0.9).module.get_parameter("last.bias"), before["0.9.last.bias"])
+    step(state, ref=0.9)
+    assert not torch.equal(state.reference(0.9).module.get_parameter("last.bias"), before["0.9.last.bias"])
 
 
 def test_a_parameter_no_loss_reaches_stays() -> None:

@@ -14,10 +14,12 @@ import dumo
 from dumo.flow.path import Linear
 from dumo.random import stream
 from dumo.training.ema import Ema
-from dumo.training.loop import Train, begin, train
+from dumo.training.loop import train
 from dumo.training.optim import Adam, AdamW, RAdam
-from dumo.training.state import State
-from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, mean_square
+from dumo.training.spec import Train
+from dumo.training.state import State, begin
+from dumo.training.step import Task
+from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, TimeLaw, mean_square
 
 CLASSES = 3
 OPTIMIZERS = (AdamW(lr=1e-2, weight_decay=0.1), Adam(lr=1e-2), RAdam(lr=1e-2))
@@ -45,26 +47,34 @@ class Small(nn.Module):
         return (self.last(torch.tanh(h)),)
 
 
+class Still(TimeLaw):
+    """Uniform, without a step."""
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """In double precision."""
+        return (t := torch.rand(n, generator=g, dtype=torch.float64)), t
+
+
 class Toy(Spec):
     """Flow matching, pulled to the reference without a label: so that ref, null, t and progress all matter."""
 
     needs: ClassVar[Needs] = Needs()
     drop: float = 0.3
 
-    @property
-    def times(self) -> Callable[[int, Generator], tuple[Time, Time]]:
-        """Uniform."""
-        return lambda n, g: (t := torch.rand(n, generator=g, dtype=torch.float64), t)
+    times: TimeLaw = Still()
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Square of the slope's error, plus a growing pull."""
         (v_hat,), (v_null,) = net(b.x_t, b.c, t=b.t), ref(b.x_t, b.null, t=b.t)
         v, pull = mean_square(v_hat - b.v_t), mean_square(v_hat - v_null)
-        return Terms(v + 0.1 * b.progress * pull, {"v": v, "pull": pull})
+        return Terms(v + 0.1 * (1 + b.progress) * pull, {"v": v, "pull": pull})
 
     def read(self, net: Net) -> Reads:
         """Not needed here."""
         return Reads()
+
+
+TASK = Task(Toy(), Linear(), CLASSES)
 
 
 def batches(batch: int = 12, dtype: torch.dtype = torch.float64) -> Callable[[int], tuple[Sample, Cond]]:
@@ -82,7 +92,7 @@ def batches(batch: int = 12, dtype: torch.dtype = torch.float64) -> Callable[[in
 def run(state: State, spec: Train, **more: object) -> State:
     """Train the toy and return the state."""
     dtype = next(state.net.parameters()).dtype
-    train(state, batches(spec.batch, dtype), Toy(), Linear(), CLASSES, spec, **more)  # pyright: ignore
+    train(state, TASK, batches(spec.batch, dtype), spec, **more)  # pyright: ignore
     return state
 
 

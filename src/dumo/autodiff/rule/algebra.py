@@ -81,6 +81,7 @@ def _bilinear(product: Callable[..., Tensor], a: Any, b: Any) -> Array:
 
 
 def leibniz(da: Tensor | None, db: Tensor | None, product: Callable[..., Tensor], a: Any, b: Any) -> Tensor:
+    """The change of a product: da b + a db, without what rests."""
     if db is None:
         return product(da, b)
     if da is None:

@@ -36,28 +36,8 @@ TITLES = {  # by what a recipe is called after "digits-"; others are called that
     "twinflow": "TwinFlow",
     "ucgm": "UCGM",
 }
-TAB1 = {  # recipes, with FID in one pass
-    "imagenet256-xl2": ("DuMo XL/2, 240 epochs", 3.07),
-    "imagenet256-xl2-432": ("DuMo XL/2, 432 epochs", 2.60),
-    "imagenet256-xl2-meanflow": ("MeanFlow XL/2, 240 epochs", 3.43),
-    "imagenet512-xl4": ("DuMo XL/4, 360 epochs", 3.47),
-    "imagenet512-xl4-meanflow": ("MeanFlow XL/4, 360 epochs", 4.21),
-    "imagenet512-xl1-dcae": ("DuMo XL/1, DC-AE, 840 epochs", 2.89),
-}
-PAPER = {"DuMo": 3.07, "MeanFlow": 3.43, "Shortcut": 10.6}  # Tab. 1, XL/2 at 256 in one pass, 240 to 250 epochs
 FAR = 3.0  # times DuMo's distance, beyond which a row says why
-WHY = {  # at this size; other trials in docs/log.md
-    "CM": "r = 0 is in its lowest step only: what is known there must climb the grid",
-    "FACM": "a step costs 7 F; 0.53 after twice as many steps",
-    "FM+": "one step along a velocity leads to the mean of the data",
-    "Flow matching": "one step along a velocity leads to the mean of the data",
-    "iCT": "r = 0 is in its lowest step only: what is known there must climb the grid",
-    "sCT": "its derivative comes in over half of the training; 0.71 after twice as many steps",
-    "Shortcut": "one row of 56 learns the whole jump, from halves that are still being learned",
-    "SplitMeanFlow": "a jump is learned from its parts alone, which are still being learned",
-    "TVM": "a step costs 10 F; 0.48 after twice as many steps",
-    "TwinFlow": "a step costs 16 F; as far without its adversarial terms, 7.2 and as many steps",
-}
+PUBLISHED = recipes.published("zoo")
 
 
 @cache
@@ -76,11 +56,11 @@ def passes(solver: Solver) -> str:
 def arms(scale: str) -> Sequence[Arm]:
     """Every objective, with the paper's number beside it."""
     if scale == "paper":
-        found = ((recipe, title, fid, ()) for recipe, (title, fid) in TAB1.items())
+        found = ((recipe, told["title"], told["fid"], ()) for recipe, told in PUBLISHED["tab1"].items())
     else:
         small = ("evaluate.contrast=[]",)
         found = (
-            (recipe, title, PAPER.get(title), (passes(load(recipe).sample.solver), *small))
+            (recipe, title, PUBLISHED["xl2"].get(title), (passes(load(recipe).sample.solver), *small))
             for title, recipe in zoo().items()
         )
     return [
@@ -96,7 +76,7 @@ def table(done: list[Finished]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for row in rows:
         over = row[score] / first
-        why = WHY.get(row["objective"], "not known") if row["nfe"] == 1 and over > FAR else ""
+        why = PUBLISHED["why"].get(row["objective"], "not known") if row["nfe"] == 1 and over > FAR else ""
         found.append(row | {"over_dumo_1_pass": over, "why": why})
     return found
 

@@ -1,0 +1,25 @@
+"""SHA-256, in hexadecimal: by which files, numbers and texts are known to be the same."""
+
+import hashlib
+from pathlib import Path
+
+from torch import Tensor
+
+
+def of_file(file: Path) -> str:
+    """Of a file's bytes."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def of_tensor(x: Tensor) -> str:
+    """Of a tensor's shape, type and numbers."""
+    return of_bytes(f"{tuple(x.shape)} {x.dtype}".encode(), x.detach().cpu().contiguous().numpy().data)
+
+
+def of_bytes(*parts: bytes | memoryview) -> str:
+    """Of all parts, one after the other."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.hexdigest()

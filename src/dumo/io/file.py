@@ -1,0 +1,71 @@
+"""Files and folders written whole or not at all: in a hidden place beside their own, then renamed.
+
+So what stands under a name is whole, whenever the process stops. What is `durable` outlives the machine, too.
+"""
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+@contextmanager
+def whole(path: Path, *, writer: int | str | None = None, durable: bool = False) -> Generator[Path, None, None]:
+    """Yield a hidden place for a file or a folder, which becomes `path` when all went well, and is removed when not.
+
+    `writer` tells apart those who may write this path at once; None: this process. `durable`: wait for the disk. An
+    OSError (a full disk, a forbidden folder) passes through; what stood at `path` before then still stands.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = hidden(path, os.getpid() if writer is None else writer)
+    try:
+        yield half
+        if durable:
+            for part in (*half.iterdir(), half) if half.is_dir() else (half,):
+                flush(part)
+        half.replace(path)
+        if durable:
+            flush(path.parent)
+    except BaseException:
+        remove(half)
+        raise
+
+
+def write(path: Path, data: bytes, *, writer: int | str | None = None, durable: bool = False) -> None:
+    """Write a file as `whole` does."""
+    with whole(path, writer=writer, durable=durable) as half:
+        half.write_bytes(data)
+
+
+def hidden(path: Path, writer: int | str = "") -> Path:
+    """Where a file or folder lies while it is being written, or removed; '': there is one writer at a time."""
+    return path.with_name(f".{path.name}.{writer}.tmp" if writer != "" else f".{path.name}.tmp")
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it, or a file, as far as it is there."""
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def full(error: BaseException) -> bool:
+    """Whether an error says that the disk, the quota or the limit on a file's size is used up."""
+    if isinstance(error, SafetensorError):  # carries the number of the system's error as text only
+        match = re.search(r"os error (\d+)", str(error))
+        return match is not None and int(match[1]) in FULL
+    return isinstance(error, OSError) and error.errno in FULL

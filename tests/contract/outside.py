@@ -1,0 +1,106 @@
+"""What a user writes in files of their own: a law of times, another law, an objective and a net.
+
+None is in a union of the package. The contract tests, and with them those of the theory, run on these as on ours.
+"""
+
+from math import prod
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Generator, Tensor, nn
+
+from dumo.flow.law import Law
+from dumo.flow.reading import mean_velocity
+from dumo.flow.slope import DualSlope, Slope
+from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, Time, TimeLaw, lift, mean_square
+
+
+class Alternate(TimeLaw):
+    """Every second row jumps to the data, the next one is at the same time and stays there."""
+
+    kind: Literal["alternate"] = "alternate"
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows."""
+        t = torch.rand((n + 1) // 2, generator=g).repeat_interleave(2)[:n]
+        return t, t.masked_fill(torch.tensor(self.moving(n)), 0)
+
+    @property
+    def group(self) -> int:
+        """A jump, and the row of its time."""
+        return 2
+
+    def moving(self, n: int) -> tuple[bool, ...]:
+        """The first of every two."""
+        return tuple(i % 2 == 0 for i in range(n))
+
+    @property
+    def moving_share(self) -> float:
+        """A half."""
+        return 0.5
+
+
+class Weight(Law):
+    """How much a row counts: from 1 to 2."""
+
+    kind: Literal["weight"] = "weight"
+
+    def __call__(self, shape: torch.Size, g: Generator) -> Tensor:
+        """Draw one number per row."""
+        return 1 + torch.rand(shape[0], generator=g)
+
+
+class Outside(Spec):
+    """MeanFlow without guidance, by mean squares, with laws of its own."""
+
+    kind: Literal["outside"] = "outside"
+    times: Alternate = Alternate()
+    counts: Weight = Weight()
+    drop: float = Field(default=0.1, ge=0, le=1)
+    slope: Slope = DualSlope()
+
+    @property
+    def needs(self) -> Needs:
+        """What differs from the defaults."""
+        return Needs(inputs=("t", "r"), heads=("u",), slope=self.slope)
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """Mean squares to u*."""
+        (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=b.v_t, moving=b.moving)
+        with torch.no_grad():
+            u_star = b.v_t - lift(b.t - b.r, b.x_t) * along(b.v_t)[0]
+        e = mean_square(u_hat - u_star)
+        return Terms(b.drawn["counts"].to(e) * e, {"u": e})
+
+    def read(self, net: Net) -> Reads:
+        """One head, read at two times."""
+        return mean_velocity(net)
+
+
+class Plain(nn.Module):
+    """A net of one hidden layer that knows nothing of the package: it takes and gives what it is asked for."""
+
+    def __init__(self, needs: Needs, shape: tuple[int, ...], classes: int, width: int = 8) -> None:
+        super().__init__()
+        self.names = needs.names
+        self.label = nn.Embedding(classes + 1, width)
+        self.inner = nn.Linear(prod(shape) + len(self.names), width)
+        self.heads = nn.ModuleList(nn.Linear(width, prod(shape)) for _ in needs.heads)
+        self.gauges = nn.ModuleList(nn.Linear(width, 1) for _ in needs.gauges)
+
+    def forward(self, x: Tensor, c: Tensor, /, **inputs: Tensor) -> tuple[Tensor, ...]:
+        told = [inputs[name].unsqueeze(1).to(x.dtype) for name in self.names]
+        h = torch.tanh(self.inner(torch.cat([x.flatten(1), *told], 1)) + self.label(c))
+        heads = (head(h).view(x.shape) for head in self.heads)
+        return (*heads, *(gauge(h).squeeze(1) for gauge in self.gauges))
+
+
+class PlainNet(Spec):
+    """What builds it."""
+
+    kind: Literal["plain"] = "plain"
+
+    def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> Plain:
+        """A net with the inputs, heads and gauges of `needs`."""
+        return Plain(needs, shape, classes)
