@@ -27,8 +27,8 @@ FORK = multiprocessing.get_context("fork")
 ADDED = "--import-mode=importlib --strict-markers --strict-config -ra"
 PATIENCE = 600  # seconds, on a busy machine; alone, no run takes 30
 THEORY, OBJECTIVES, SOLVERS = "tests/theory", "tests/objectives", "tests/unit/sampling/test_solver.py"
-FIXED, FORMULA, LAW, READ, SLOPE, EXACT, UNBIASED = (
-    f"{THEORY}/test_{name}.py" for name in ("fixed_point", "formula", "law", "read", "slope", "exact", "unbiased")
+FIXED, LAW, READ, SLOPE, EXACT, UNBIASED = (
+    f"{THEORY}/test_{name}.py" for name in ("fixed_point", "law", "read", "slope", "exact", "unbiased")
 )
 DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
 PROBE = "tests/unit/training/test_probe.py"
@@ -37,6 +37,7 @@ SHORTCUT, SPLIT, TWIN, SOFLOW, RCGM, ALPHA, UCGM = (
     f"{OBJECTIVES}/test_{name}.py"
     for name in ("shortcut", "split_meanflow", "twinflow", "soflow", "rcgm", "alpha_flow", "ucgm")
 )
+DUMO, MEANFLOW, FLOW = (f"{OBJECTIVES}/test_{name}.py" for name in ("dumo", "meanflow", "flow_matching"))
 CONSISTENCY, IMM, SEVERAL, TVM, IMF, FACM, SCT = (
     f"{OBJECTIVES}/test_{name}.py" for name in ("consistency", "imm", "several", "tvm", "imf", "facm", "sct")
 )
@@ -64,8 +65,8 @@ MUTANTS = [
     Mutant("objectives/dumo.py", "lift(b.t, b.x_t) * du_dt", "du_dt", "u* forgets the factor t", FIXED),
     Mutant("objectives/dumo.py", "along(v_star)", "along(b.v_t)", "du/dt runs along the unguided velocity", FIXED),
     Mutant("objectives/dumo.py", "_, du_dt =", "du_dt, _ =", "u* takes the slope of v", FIXED),
-    Mutant("objectives/dumo.py", "(1 - self.beta) * u_loss", "self.beta * u_loss", "beta weighs both", FORMULA),
-    Mutant("objectives/dumo.py", "torch.no_grad()", "torch.enable_grad()", "the target is pulled too", FORMULA),
+    Mutant("objectives/dumo.py", "(1 - self.beta) * u_loss", "self.beta * u_loss", "beta weighs both", DUMO),
+    Mutant("objectives/dumo.py", "torch.no_grad()", "torch.enable_grad()", "the target is pulled too", DUMO),
     Mutant("objectives/dumo.py", "head=1", "head=0", "the endpoint is read off v", READ),
     Mutant("objectives/flow_matching.py", "(v_hat - v_star)", "(v_hat - b.v_t)", "guidance has no effect", FIXED),
     Mutant("objectives/meanflow.py", "v_star - lift", "v_star + lift", "u* has the sign of du/dt wrong", FIXED),
@@ -73,7 +74,7 @@ MUTANTS = [
     Mutant("objectives/meanflow.py", "along(v_star)", "along(b.v_t)", "du/dt runs along the unguided velocity", FIXED),
     Mutant("objectives/meanflow.py", "t=b.t, r=b.t)[0]", "t=b.t, r=b.r)[0]", "guidance takes u for v", FIXED),
     Mutant(
-        "objectives/meanflow.py", "self.power, self.floor", "self.floor, self.power", "p and c change places", FORMULA
+        "objectives/meanflow.py", "self.power, self.floor", "self.floor, self.power", "p and c change places", MEANFLOW
     ),
     Mutant("flow/slope.py", "(b - a) / (2", "(a - b) / (2", "the difference has the wrong sign", FIXED),
     Mutant("flow/slope.py", "(2 * self.h)", "self.h", "the difference is twice the derivative", FIXED),
@@ -115,18 +116,18 @@ MUTANTS = [
     Mutant("flow/guide.py", "1 - self.omega - self.zeta", "1 - self.omega", "the three weights do not sum to 1", FIXED),
     Mutant("flow/guide.py", "velocity(b, b.null)", "velocity(b, b.c)", "there is no null pass", FIXED),
     Mutant("flow/guide.py", "& (t <= self.high)", "", "the interval has no end", FIXED),
-    Mutant("flow/residual.py", "(v_error - u_error)", "(v_error + u_error)", "the heads are added", FORMULA),
+    Mutant("flow/residual.py", "(v_error - u_error)", "(v_error + u_error)", "the heads are added", DUMO),
     Mutant("training/probe.py", "row[i] * row[j]", "row[i] * row[i]", "a cosine of a gradient with itself", PROBE),
-    Mutant("flow/guide.py", "return b.kept & self", "return self", "dropped rows are guided", FORMULA),
+    Mutant("flow/guide.py", "return b.kept & self", "return self", "dropped rows are guided", FLOW),
     Mutant("flow/guide.py", "lift(weight.to(v_star), v_star) * (v_", "(v_", "a row stands for itself alone", UNBIASED),
     Mutant("flow/guide.py", "rows.sum(1).to", "(self.every * rows.any(1)).to", "a row stands for all", UNBIASED),
     Mutant("flow/guide.py", ".where(rows, -1).argmax", ".argmax", "a dropped row is picked, for the others", UNBIASED),
-    Mutant("flow/guide.py", "else v_hat[place]", "else v_hat[: len(place)]", "the picks take others' V(c)", FORMULA),
+    Mutant("flow/guide.py", "else v_hat[place]", "else v_hat[: len(place)]", "the picks take others' V(c)", FLOW),
     Mutant("flow/guide.py", "(b.v_t + v_hat) / 2", "b.v_t + v_hat / 2", "an average is half as much again", FIXED),
-    Mutant("flow/guide.py", "(b.v_t + v_hat) / 2", "(b.v_t + 2 * v_hat) / 3", "an average of unequal halves", FORMULA),
-    Mutant("flow/guide.py", "lift(~self.rows(b), b.x_t)", "lift(self.rows(b), b.x_t)", "other rows average", FORMULA),
+    Mutant("flow/guide.py", "(b.v_t + v_hat) / 2", "(b.v_t + 2 * v_hat) / 3", "an average of unequal halves", FLOW),
+    Mutant("flow/guide.py", "lift(~self.rows(b), b.x_t)", "lift(self.rows(b), b.x_t)", "other rows average", FLOW),
     Mutant("flow/guide.py", ".where(lift(~self.rows(b), b.x_t), b.v_t)", "", "rows that wait average", UNBIASED),
-    Mutant("flow/guide.py", "v_hat = velocity(b, b.c)", "v_hat = velocity(b, b.null)", "V(null) is averaged", FORMULA),
+    Mutant("flow/guide.py", "v_hat = velocity(b, b.c)", "v_hat = velocity(b, b.null)", "V(null) is averaged", MEANFLOW),
     Mutant("sampling/guidance.py", "y_null + self.scale *", "y[place] + self.scale *", "w is one too much", GUIDANCE),
     Mutant("sampling/guidance.py", "torch.full_like(c, null)", "c", "there is no null reading", GUIDANCE),
     Mutant("sampling/guidance.py", "interval.holds(t)", "interval.low <= t", "the interval has no end", GUIDANCE),
@@ -165,8 +166,8 @@ MUTANTS = [
     Mutant("flow/path.py", "return 1 - t", "return 1 - t * t", "the path is bent", EXACT),
     Mutant("flow/reading.py", "lift(t - s, x)", "lift(t, x)", "a hop goes all the way", READ),
     Mutant("flow/reading.py", "t=t, r=t)", "t=t, r=0 * t)", "the velocity is read off r = 0", READ),
-    Mutant("flow/residual.py", "(s.detach() + c) ** p", "(s + c) ** p", "the weight is pulled too", FORMULA),
-    Mutant("flow/residual.py", "+ c) ** p", "+ c)", "the power is lost", FORMULA),
+    Mutant("flow/residual.py", "(s.detach() + c) ** p", "(s + c) ** p", "the weight is pulled too", MEANFLOW),
+    Mutant("flow/residual.py", "+ c) ** p", "+ c)", "the power is lost", MEANFLOW),
     Mutant("flow/times.py", "gamma[:, 0] / ", "gamma[:, 1] / ", "a and b change places", LAW),
     Mutant("flow/times.py", "torch.maximum(a, b), torch.minimum(a, b)", "a, b", "r may be after t", LAW),
     Mutant("flow/times.py", "torch.where(moving, r, t)", "r", "r = t is lost", LAW),

@@ -18,7 +18,7 @@ from dumo.objectives import AlphaFlow, FlowMatching
 from dumo.types import Frozen
 from objectives.test_soflow import AtOneTime
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
-from theory.test_formula import GUIDES, Polynomial, gradients, guided, half, rows
+from theory.formula import GUIDES, Polynomial, gradients, guided, half, rows
 
 MIXED = Pair(velocity_ratio=0.25)
 DUMO = Guide(zeta=0.55)
