@@ -14,7 +14,7 @@ from dumo.flow.draw import draw
 from dumo.flow.path import Linear, Trig
 from dumo.flow.slope import DualSlope, Slope
 from dumo.nets import Net
-from dumo.objectives import UCGM, Objective
+from dumo.objectives import UCGM, DuMo, Objective
 from dumo.types import Frozen, Noised, Spec, Terms
 
 # What a net has of these is set so.
@@ -57,10 +57,24 @@ def objectives(*, exact: bool = False, **fields: object) -> Iterator[Objective]:
 
 
 def pairs(some: Iterable[Objective]) -> list[tuple[Objective, Net | PlainNet]]:
-    """Every objective with the first net, and with the others each kind of objective once: the last of it."""
+    """Every objective with the first net; with the others one of those that ask the same of a net, the last."""
     first, *others = (*nets(), PlainNet())
-    last = list({kind(o): o for o in some if o.needs.slope in (None, DualSlope())}.values())
+    last = {asked(o): o for o in some if o.needs.slope in (None, DualSlope())}.values()
     return [*((o, first) for o in some), *((o, net) for net in others for o in last)]
+
+
+def asked(objective: Objective) -> tuple[object, ...]:
+    """What an objective asks of a net: in this alone it differs from others to the net."""
+    needs = objective.needs
+    return needs.inputs, len(needs.heads), needs.gauges, tuple(needs.knobs), tuple(needs.own), needs.signed
+
+
+def one_each(**fields: object) -> list[Objective]:
+    """Every kind of objective once, with the slope that rides, and DuMo with the other slopes.
+
+    For laws of a slope and of an objective: every pair of them would show the same again.
+    """
+    return [o for o in objectives(**fields) if o.needs.slope in (None, DualSlope()) or isinstance(o, DuMo)]
 
 
 def name(spec: Spec) -> str:

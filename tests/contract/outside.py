@@ -17,13 +17,13 @@ from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, Time, Tim
 
 
 class Alternate(TimeLaw):
-    """Every second row jumps to the data, the next one is at the same time and stays there."""
+    """Every second row jumps to the data, the next one is at the same time and stays there; none is near the data."""
 
     kind: Literal["alternate"] = "alternate"
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """Draw n rows."""
-        t = torch.rand((n + 1) // 2, generator=g).repeat_interleave(2)[:n]
+        t = (0.1 + 0.9 * torch.rand((n + 1) // 2, generator=g)).repeat_interleave(2)[:n]
         return t, t.masked_fill(torch.tensor(self.moving(n)), 0)
 
     @property

@@ -66,7 +66,8 @@ def test_a_tape_whose_weights_are_given_back_becomes_a_pass_and_says_so(pair: Ro
 def test_regional_compilation_keeps_the_gradient() -> None:
     """Each block one graph, without a break; all blocks share one with tangents and one without, of each shape."""
     alone = rows_of(("alone",))
-    assert {row["case"] for row in alone} == set(OBJECTIVES)
+    met = {(case, "compiled") for case in OBJECTIVES} | {("tape", "inductor")}
+    assert {(row["case"], row["net"]) for row in alone} == met
     for row in alone:
-        assert 0 < row["error"] < LIMIT, row
+        assert row["error"] < LIMIT, row
         assert 0 < row["graphs"] <= 3, row

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import name as name_of
-from contract.case import nets, objectives
+from contract.case import nets, objectives, one_each
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
@@ -216,7 +216,7 @@ def test_the_bytes_of_a_dual_step_grow_as_the_tokens() -> None:
     assert peak(128) < 4.05 * peak(64)  # 4,096 and 1,024 tokens
 
 
-@pytest.mark.parametrize("objective", list(objectives()), ids=name_of)
+@pytest.mark.parametrize("objective", one_each(), ids=name_of)
 def test_counting_changes_nothing_and_needs_no_numbers(objective: Objective) -> None:
     build = nets()[0].build
     net = build(objective.needs, (1, 4, 4), 3)
@@ -252,7 +252,7 @@ def test_rows_make_every_share_whole() -> None:
     assert few == many
 
 
-@pytest.mark.parametrize("objective", list(objectives(guide=GUIDED, drop=0.0)), ids=name_of)
+@pytest.mark.parametrize("objective", one_each(guide=GUIDED, drop=0.0), ids=name_of)
 def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Objective) -> None:
     shape, rows = (1, 16, 16), 4
     net = DiT(width=32, depth=2, patch=2, attention=2).build(objective.needs, shape, 10)
