@@ -53,7 +53,7 @@ def encode(
 
 def train(
     source: Source,
-    folder: Annotated[Path | None, typer.Option("--out", help="The train's folder. Default: runs/NAME.")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="The run's folder. Default: runs/NAME.")] = None,
     set_: Set = None,
     device: Device = "auto",
 ) -> None:
@@ -86,7 +86,7 @@ def sample(
     form: Annotated[
         str, typer.Option("--format", help="grid (one PNG), images (a PNG each) or npz (ADM's layout).")
     ] = "grid",
-    folder: Annotated[Path | None, typer.Option("--out", help="Default: samples/ in the train's folder.")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Default: samples/ in the run's folder.")] = None,
     set_: Set = None,
     weights: Weights = None,
     device: Device = "auto",
@@ -129,13 +129,13 @@ def grid(
     labels: Annotated[str | None, typer.Option(help="Classes of the rows, in turn, e.g. 3,5. Default: all.")] = None,
     classes: Annotated[
         str | None,
-        typer.Option(help="Class grids in default_folder of trajectories, of these classes, e.g. 3,5, or all."),
+        typer.Option(help="Class grids in place of trajectories, of these classes, e.g. 3,5, or all."),
     ] = None,
     reading: Annotated[
         str | None, typer.Option(help="u (jumps) and v (Heun). Default: both, if taught; of --classes, the first.")
     ] = None,
     seed: Seed = None,
-    folder: Annotated[Path | None, typer.Option("--out", help="Default: grids/ in the train's folder.")] = None,
+    folder: Annotated[Path | None, typer.Option("--out", help="Default: grids/ in the run's folder.")] = None,
     set_: Set = None,
     device: Device = "auto",
 ) -> None:
