@@ -1,28 +1,41 @@
 """Plant an error in the mathematics, see that a test fails; once per error. Run by `make mutants`, about two minutes.
 
-A mutant is one replacement in one file of a copy of src. The tests run against the copy; a mutant that they let live
-is a law that nobody checks, and the exit code is 1. At last the tests that saw one run without any, and must pass.
+A mutant is one replacement in one file of src, made as Python imports it; the file stays as it is. A mutant that its
+tests let live is a law that nobody checks, and the exit code is 1. At last the tests that saw one run without any, and
+must pass.
 """
 
+import gc
+import importlib
 import multiprocessing
 import os
 import re
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import spec_from_file_location
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
+from types import CodeType
 
-import matplotlib.pyplot  # noqa: F401, as scipy and torch: here once, so that no child needs to
-import pydantic  # noqa: F401
 import pytest
-import scipy.linalg  # noqa: F401
 import torch
 
 ROOT = Path(__file__).parent.parent
 AT_ONCE = 2
+# What dumo and the tests import, and what torch does when it differentiates.
+OTHERS = (
+    "jaxtyping",
+    "matplotlib.pyplot",
+    "pydantic.main",
+    "safetensors.torch",
+    "scipy.linalg",
+    "torch._dynamo",
+    "yaml",
+)
 FORK = multiprocessing.get_context("fork")
 ADDED = "--import-mode=importlib --strict-markers --strict-config -ra"
 PATIENCE = 600  # seconds, on a busy machine; alone, no run takes 30
@@ -759,64 +772,75 @@ MUTANTS = [
 ]
 
 
-def plant(mutant: Mutant, src: Path) -> None:
-    """Put the error into the copy. Raises ValueError unless there is exactly one place for it."""
-    file = src / "dumo" / mutant.file
-    text = file.read_text()
-    if text.count(mutant.old) != 1:
-        raise ValueError(f"{mutant.file} holds {mutant.old!r} {text.count(mutant.old)} times: mend tests/mutants.py")
-    file.write_text(text.replace(mutant.old, mutant.new))
+def warm(compiled: str) -> None:
+    """Do here once what each child would do again: import what is not ours, and keep what Python compiles."""
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    sys.dont_write_bytecode, sys.pycache_prefix = False, compiled
+    torch.set_num_threads(1)
+    for name in OTHERS:
+        importlib.import_module(name)
+    gc.freeze()
 
 
-def run(src: Path, tests: list[str]) -> tuple[int, str]:
-    """Exit code and output of the tests against this copy, in a process forked from this one: torch is there already.
+class Plant(MetaPathFinder, SourceFileLoader):
+    """Imports one module of dumo with the error in it, whatever its file and what was compiled of it say."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        """Raises ValueError unless there is exactly one place for the error."""
+        file = ROOT / "src/dumo" / mutant.file
+        super().__init__("dumo." + mutant.file.removesuffix(".py").replace("/", "."), str(file))
+        text = file.read_text()
+        if text.count(mutant.old) != 1:
+            raise ValueError(f"{mutant.file} has {mutant.old!r} {text.count(mutant.old)} times: mend tests/mutants.py")
+        self.text = text.replace(mutant.old, mutant.new)
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        """Of this module alone."""
+        return spec_from_file_location(fullname, self.path, loader=self) if fullname == self.name else None
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Of the text with the error."""
+        return compile(self.text, self.path, "exec", dont_inherit=True)
+
+
+def run(tests: list[str], plant: Plant | None = None) -> tuple[int, str]:
+    """Exit code and output of the tests, in a process forked from this one, where what they import of others is.
 
     Raises TimeoutError where they take too long.
     """
-    output = src.parent / "output"
-    child = FORK.Process(target=test, args=(src, tests, output))
-    child.start()
-    end = time.monotonic() + PATIENCE
-    while child.exitcode is None:  # not join: what it waits for, the other child has inherited
-        if time.monotonic() > end:
-            child.kill()
-            raise TimeoutError(f"no end after {PATIENCE} s")
-        time.sleep(0.05)
-    return child.exitcode, output.read_text()
+    with NamedTemporaryFile() as output:
+        child = FORK.Process(target=test, args=(tests, plant, output.name))
+        child.start()
+        end = time.monotonic() + PATIENCE
+        while child.exitcode is None:  # not join: what it waits for, the other child has inherited
+            if time.monotonic() > end:
+                child.kill()
+                raise TimeoutError(f"no end after {PATIENCE} s")
+            time.sleep(0.05)
+        return child.exitcode, Path(output.name).read_text()
 
 
-def test(src: Path, tests: list[str], output: Path) -> None:
+def test(tests: list[str], plant: Plant | None, output: str) -> None:
     """Run the tests in this process, and end it. Shapes are not checked here: that takes longer than the tests."""
-    with output.open("w") as out:
+    with open(output, "w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-        sys.path.insert(0, str(src))
-        import dumo
-
-        if Path(dumo.__file__) != src / "dumo" / "__init__.py":
-            raise RuntimeError(f"the tests would run against {dumo.__file__}, not against {src}")
-        options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-n", "0", "-o", f"addopts={ADDED}"]
-        code = pytest.main([*options, *tests])
+    sys.path.insert(0, str(ROOT / "src"))
+    if plant:
+        sys.meta_path.insert(0, plant)
+    options = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", "-o", f"addopts={ADDED}"]
+    code = pytest.main([*options, *tests])
     os._exit(code)
-
-
-def copied(folder: str) -> Path:
-    """A copy of the source, with what Python has compiled of it."""
-    src = Path(folder).resolve() / "src"
-    shutil.copytree(ROOT / "src", src)
-    return src
 
 
 def trial(mutant: Mutant) -> tuple[str | None, str]:
     """The test that fails with a mutant, None if it lives, and what to say of it."""
-    with TemporaryDirectory() as folder:
-        src, file = copied(folder), Path(mutant.file)
-        mine = ["-k", file.stem] if file.parent.name == "objectives" and mutant.tests == FIXED else []
-        try:
-            plant(mutant, src)
-            code, output = run(src, [mutant.tests, *mine])
-        except (ValueError, TimeoutError) as error:
-            return None, str(error)
+    stem = Path(mutant.file).stem
+    mine = ["-k", stem] if mutant.file.startswith("objectives/") and mutant.tests == FIXED else []
+    try:
+        code, output = run([mutant.tests, *mine], Plant(mutant))
+    except (ValueError, TimeoutError) as error:
+        return None, str(error)
     failed = re.search(r"^FAILED (.*?)( - .*)?$", output, re.MULTILINE)
     if code == 1 and failed:
         return failed[1], failed[1].partition("::")[2]
@@ -825,8 +849,7 @@ def trial(mutant: Mutant) -> tuple[str | None, str]:
 
 def sane(tests: set[str]) -> str:
     """What the tests that saw an error say without one; empty if they pass."""
-    with TemporaryDirectory() as folder:
-        code, output = run(copied(folder), sorted(tests))
+    code, output = run(sorted(tests))
     return output[-2000:] if code else ""
 
 
@@ -834,9 +857,9 @@ def main() -> int:
     """Print a row per mutant. 0 if every one was killed, by a test that passes without it."""
     begun = time.monotonic()
     os.chdir(ROOT)
-    torch.set_num_threads(1)
     seen: list[str] = []
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with TemporaryDirectory() as compiled, ThreadPoolExecutor(AT_ONCE) as pool:
+        warm(compiled)
         for mutant, (failed, said) in zip(MUTANTS, pool.map(trial, MUTANTS), strict=True):
             seen += [failed] * (failed is not None)
             print(f"{'killed' if failed else 'ALIVE '}  {mutant.file:28} {mutant.why:46} {said}", flush=True)
