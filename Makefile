@@ -6,7 +6,7 @@ ifneq ($(wildcard ../shared/data),)
 export DUMO_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help demo test check mutants clean
+.PHONY: help demo test slow check mutants clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -18,8 +18,11 @@ demo: $(BIN)/.installed ## train DuMo on handwritten digits and write runs/digit
 	$(BIN)/dumo evaluate runs/digits --nfe 1,2
 	$(BIN)/dumo report runs/digits
 
-test: $(BIN)/.developed ## run the tests
-	$(BIN)/python -m pytest -n 2 --durations 20 --durations-min 5
+test: $(BIN)/.developed ## run the tests, but for the slow ones
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations 10 --durations-min 5
+
+slow: $(BIN)/.developed ## run the slow tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 check: $(BIN)/.developed ## lint, formatting, types, layers
 	$(BIN)/ruff check

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -11,7 +12,8 @@ matplotlib.use("Agg")
 torch.set_num_threads(1)  # the tests run side by side, and a number of threads is a number of roundings
 
 DATA = "DUMO_DATA"  # a folder of real images and a real autoencoder; tests marked `data` read it
-left_out: list[str] = []
+WITHOUT_SLOW = "not slow"  # the expression of marks by which `make test` leaves out the slow group
+left_out: dict[str, int] = {}  # how many tests, by mark
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,16 +23,32 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without the folder leave out the tests that read it, and count them."""
+    """Without the folder leave out the tests that read it; count what is left out."""
+    if config.option.markexpr == WITHOUT_SLOW:
+        left_out["slow"] = sum(item.get_closest_marker("slow") is not None for item in items)
     if os.environ.get(DATA):
         return
     without = [item for item in items if item.get_closest_marker("data")]
-    left_out.extend(item.nodeid for item in without)
+    left_out["data"] = len(without)
     config.hook.pytest_deselected(items=without)
     items[:] = [item for item in items if item not in without]
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Tell the process that has the terminal."""
+    if (told := getattr(session.config, "workeroutput", None)) is not None:
+        told["left_out"] = left_out
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:  # noqa: ANN401, of pytest-xdist, which is not typed
+    """Hear it."""
+    left_out.update(getattr(node, "workeroutput", {}).get("left_out", {}))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how many were left out, and why."""
-    if left_out:
-        terminalreporter.write_line(f"{len(left_out)} tests need real data, and {DATA} is not set: left out")
+    if left_out.get("data"):
+        terminalreporter.write_line(f"{left_out['data']} tests need real data, and {DATA} is not set: left out")
+    if left_out.get("slow"):
+        terminalreporter.write_line(f"{left_out['slow']} slow tests left out: make slow runs them")

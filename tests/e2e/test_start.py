@@ -68,7 +68,7 @@ def test_recipes_are_listed_with_what_they_are() -> None:
 
 
 def kinds() -> list[str]:
-    """A recipe of every objective, net and data; `dry`, which says what `show` says, is asked of all."""
+    """A recipe of every objective, net and data: what `show` counts depends on little else."""
     found = ((name, spec) for name in recipes.names() for spec in [load(name)])
     return list({(spec.objective.kind, spec.net.kind, spec.data.kind): name for name, spec in found}.values())
 

@@ -23,7 +23,7 @@ from e2e.shell import call, refused, sets
 
 CPU = torch.device("cpu")
 TINY = ("net.width=16", "net.depth=1", "net.attention=2")
-WEIGHED = ("digits-guided",)  # whose steps are counted here; `dumo show` is tested on all
+WEIGHED = ("digits-guided",)  # whose steps are counted here; `dumo show` is, of every objective and net
 
 # Parameters in millions: trained, and with DiT's fixed table of positions; the paper says 675, 676 and 679
 MILLIONS = {
