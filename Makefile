@@ -34,7 +34,7 @@ mutants: $(BIN)/.developed ## plant errors in the mathematics and show that the 
 	$(BIN)/python tests/mutants.py
 
 clean: ## remove the environment and the caches, not the runs
-	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"dumo needs Python 3.11 or newer; this is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'

@@ -1,47 +1,59 @@
 """Plant an error in the mathematics, see that a test fails; once per error. Run by `make mutants`, about two minutes.
 
-A mutant is one replacement in one file of a copy of src. The tests run against the copy; a mutant that they let live
-is a law that nobody checks, and the exit code is 1. At last the tests that saw one run without any, and must pass.
+A mutant is one replacement in one file of src, made as Python imports it; the file stays as it is. A mutant that its
+tests let live is a law that nobody checks, and the exit code is 1. At last the tests that saw one run without any, and
+must pass.
 """
 
 import gc
+import importlib
 import multiprocessing
 import os
 import re
 import resource
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.util import spec_from_file_location
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
+from types import CodeType
 
-import matplotlib.pyplot  # noqa: F401, as scipy and torch: here once, so that no child needs to
-import pydantic  # noqa: F401
 import pytest
-import scipy.linalg  # noqa: F401
 import torch
-import torch._dynamo  # a derivative in forward mode asks for it; it takes four seconds
 
 ROOT = Path(__file__).parent.parent
 AT_ONCE = 2
+# What dumo and the tests import; a derivative in forward mode asks for the fourth, which takes four seconds.
+OTHERS = [
+    "jaxtyping",
+    "matplotlib.pyplot",
+    "pydantic.main",
+    "torch._dynamo",
+    "safetensors.torch",
+    "scipy.linalg",
+    "yaml",
+]
 FORK = multiprocessing.get_context("fork")
 ADDED = "--import-mode=importlib --strict-markers --strict-config -ra"
-UNUSED = ("cacheprovider", "xdist", "hypothesispytest", "anyio", "junitxml")  # plugins: a tenth of a second each
 PATIENCE = 600  # seconds, on a busy machine; alone, no run takes 30
-THEORY, SOLVERS = "tests/theory", "tests/unit/sampling/test_solver.py"
-FIXED, FORMULA, LAW, READ, SLOPE, EXACT, UNBIASED = (
-    f"{THEORY}/test_{name}.py" for name in ("fixed_point", "formula", "law", "read", "slope", "exact", "unbiased")
+THEORY, OBJECTIVES, SOLVERS = "tests/theory", "tests/objectives", "tests/unit/sampling/test_solver.py"
+FIXED, LAW, READ, SLOPE, EXACT, UNBIASED = (
+    f"{THEORY}/test_{name}.py" for name in ("fixed_point", "law", "read", "slope", "exact", "unbiased")
 )
 DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
 PROBE = "tests/unit/training/test_probe.py"
-SHORTCUT, SPLIT, TWIN, SOFLOW, RCGM, ALPHA, UCGM, THEOREM = (
-    f"{THEORY}/test_{name}.py"
-    for name in ("shortcut", "split_meanflow", "twinflow", "soflow", "rcgm", "alpha_flow", "ucgm", "theorem")
+THEOREM, RATE = (f"{THEORY}/test_{name}.py" for name in ("theorem", "rate"))
+SHORTCUT, SPLIT, TWIN, SOFLOW, RCGM, ALPHA, UCGM = (
+    f"{OBJECTIVES}/test_{name}.py"
+    for name in ("shortcut", "split_meanflow", "twinflow", "soflow", "rcgm", "alpha_flow", "ucgm")
 )
-CONSISTENCY, IMM, SEVERAL, TVM, RATE, IMF, FACM, SCT = (
-    f"{THEORY}/test_{name}.py" for name in ("consistency", "imm", "several", "tvm", "rate", "imf", "facm", "sct")
+DUMO, MEANFLOW, FLOW = (f"{OBJECTIVES}/test_{name}.py" for name in ("dumo", "meanflow", "flow_matching"))
+CONSISTENCY, IMM, SEVERAL, TVM, IMF, FACM, SCT = (
+    f"{OBJECTIVES}/test_{name}.py" for name in ("consistency", "imm", "several", "tvm", "imf", "facm", "sct")
 )
 SCHEDULE, EDM, HEADS = (
     f"tests/unit/{name}.py" for name in ("flow/test_discretization", "nets/test_precondition", "nets/test_own")
@@ -67,8 +79,8 @@ MUTANTS = [
     Mutant("objectives/dumo.py", "lift(b.t, b.x_t) * du_dt", "du_dt", "u* forgets the factor t", FIXED),
     Mutant("objectives/dumo.py", "along(v_star)", "along(b.v_t)", "du/dt runs along the unguided velocity", FIXED),
     Mutant("objectives/dumo.py", "_, du_dt =", "du_dt, _ =", "u* takes the slope of v", FIXED),
-    Mutant("objectives/dumo.py", "(1 - self.beta) * u_loss", "self.beta * u_loss", "beta weighs both", FORMULA),
-    Mutant("objectives/dumo.py", "torch.no_grad()", "torch.enable_grad()", "the target is pulled too", FORMULA),
+    Mutant("objectives/dumo.py", "(1 - self.beta) * u_loss", "self.beta * u_loss", "beta weighs both", DUMO),
+    Mutant("objectives/dumo.py", "torch.no_grad()", "torch.enable_grad()", "the target is pulled too", DUMO),
     Mutant("objectives/dumo.py", "head=1", "head=0", "the endpoint is read off v", READ),
     Mutant("objectives/flow_matching.py", "(v_hat - v_star)", "(v_hat - b.v_t)", "guidance has no effect", FIXED),
     Mutant("objectives/meanflow.py", "v_star - lift", "v_star + lift", "u* has the sign of du/dt wrong", FIXED),
@@ -76,7 +88,7 @@ MUTANTS = [
     Mutant("objectives/meanflow.py", "along(v_star)", "along(b.v_t)", "du/dt runs along the unguided velocity", FIXED),
     Mutant("objectives/meanflow.py", "t=b.t, r=b.t)[0]", "t=b.t, r=b.r)[0]", "guidance takes u for v", FIXED),
     Mutant(
-        "objectives/meanflow.py", "self.power, self.floor", "self.floor, self.power", "p and c change places", FORMULA
+        "objectives/meanflow.py", "self.power, self.floor", "self.floor, self.power", "p and c change places", MEANFLOW
     ),
     Mutant("flow/slope.py", "(b - a) / (2", "(a - b) / (2", "the difference has the wrong sign", FIXED),
     Mutant("flow/slope.py", "(2 * self.h)", "self.h", "the difference is twice the derivative", FIXED),
@@ -118,18 +130,18 @@ MUTANTS = [
     Mutant("flow/guide.py", "1 - self.omega - self.zeta", "1 - self.omega", "the three weights do not sum to 1", FIXED),
     Mutant("flow/guide.py", "velocity(b, b.null)", "velocity(b, b.c)", "there is no null pass", FIXED),
     Mutant("flow/guide.py", "& (t <= self.high)", "", "the interval has no end", FIXED),
-    Mutant("flow/residual.py", "(v_error - u_error)", "(v_error + u_error)", "the heads are added", FORMULA),
+    Mutant("flow/residual.py", "(v_error - u_error)", "(v_error + u_error)", "the heads are added", DUMO),
     Mutant("training/probe.py", "row[i] * row[j]", "row[i] * row[i]", "a cosine of a gradient with itself", PROBE),
-    Mutant("flow/guide.py", "return b.kept & self", "return self", "dropped rows are guided", FORMULA),
+    Mutant("flow/guide.py", "return b.kept & self", "return self", "dropped rows are guided", FLOW),
     Mutant("flow/guide.py", "lift(weight.to(v_star), v_star) * (v_", "(v_", "a row stands for itself alone", UNBIASED),
     Mutant("flow/guide.py", "rows.sum(1).to", "(self.every * rows.any(1)).to", "a row stands for all", UNBIASED),
     Mutant("flow/guide.py", ".where(rows, -1).argmax", ".argmax", "a dropped row is picked, for the others", UNBIASED),
-    Mutant("flow/guide.py", "else v_hat[place]", "else v_hat[: len(place)]", "the picks take others' V(c)", FORMULA),
+    Mutant("flow/guide.py", "else v_hat[place]", "else v_hat[: len(place)]", "the picks take others' V(c)", FLOW),
     Mutant("flow/guide.py", "(b.v_t + v_hat) / 2", "b.v_t + v_hat / 2", "an average is half as much again", FIXED),
-    Mutant("flow/guide.py", "(b.v_t + v_hat) / 2", "(b.v_t + 2 * v_hat) / 3", "an average of unequal halves", FORMULA),
-    Mutant("flow/guide.py", "lift(~self.rows(b), b.x_t)", "lift(self.rows(b), b.x_t)", "other rows average", FORMULA),
+    Mutant("flow/guide.py", "(b.v_t + v_hat) / 2", "(b.v_t + 2 * v_hat) / 3", "an average of unequal halves", FLOW),
+    Mutant("flow/guide.py", "lift(~self.rows(b), b.x_t)", "lift(self.rows(b), b.x_t)", "other rows average", FLOW),
     Mutant("flow/guide.py", ".where(lift(~self.rows(b), b.x_t), b.v_t)", "", "rows that wait average", UNBIASED),
-    Mutant("flow/guide.py", "v_hat = velocity(b, b.c)", "v_hat = velocity(b, b.null)", "V(null) is averaged", FORMULA),
+    Mutant("flow/guide.py", "v_hat = velocity(b, b.c)", "v_hat = velocity(b, b.null)", "V(null) is averaged", MEANFLOW),
     Mutant("sampling/guidance.py", "y_null + self.scale *", "y[place] + self.scale *", "w is one too much", GUIDANCE),
     Mutant("sampling/guidance.py", "torch.full_like(c, null)", "c", "there is no null reading", GUIDANCE),
     Mutant("sampling/guidance.py", "interval.holds(t)", "interval.low <= t", "the interval has no end", GUIDANCE),
@@ -168,8 +180,8 @@ MUTANTS = [
     Mutant("flow/path.py", "return 1 - t", "return 1 - t * t", "the path is bent", EXACT),
     Mutant("flow/reading.py", "lift(t - s, x)", "lift(t, x)", "a hop goes all the way", READ),
     Mutant("flow/reading.py", "t=t, r=t)", "t=t, r=0 * t)", "the velocity is read off r = 0", READ),
-    Mutant("flow/residual.py", "(s.detach() + c) ** p", "(s + c) ** p", "the weight is pulled too", FORMULA),
-    Mutant("flow/residual.py", "+ c) ** p", "+ c)", "the power is lost", FORMULA),
+    Mutant("flow/residual.py", "(s.detach() + c) ** p", "(s + c) ** p", "the weight is pulled too", MEANFLOW),
+    Mutant("flow/residual.py", "+ c) ** p", "+ c)", "the power is lost", MEANFLOW),
     Mutant("flow/times.py", "gamma[:, 0] / ", "gamma[:, 1] / ", "a and b change places", LAW),
     Mutant("flow/times.py", "torch.maximum(a, b), torch.minimum(a, b)", "a, b", "r may be after t", LAW),
     Mutant("flow/times.py", "torch.where(moving, r, t)", "r", "r = t is lost", LAW),
@@ -761,65 +773,74 @@ MUTANTS = [
 ]
 
 
-def plant(mutant: Mutant, src: Path) -> None:
-    """Put the error into the copy. Raises ValueError unless there is exactly one place for it."""
-    file = src / "dumo" / mutant.file
-    text = file.read_text()
-    if text.count(mutant.old) != 1:
-        raise ValueError(f"{mutant.file} holds {mutant.old!r} {text.count(mutant.old)} times: mend tests/mutants.py")
-    file.write_text(text.replace(mutant.old, mutant.new))
+def warm(compiled: str) -> None:
+    """Do here once what each child would do again: import what is not ours, and keep what Python compiles."""
+    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    sys.dont_write_bytecode, sys.pycache_prefix = False, compiled
+    torch.set_num_threads(1)
+    for name in OTHERS:
+        importlib.import_module(name)
+    gc.freeze()
 
 
-def run(src: Path, tests: list[str]) -> tuple[int, str]:
-    """Exit code and output of the tests against this copy, in a process forked from this one: torch is there already.
+class Plant(MetaPathFinder, SourceFileLoader):
+    """Imports one module of dumo with the error in it, whatever its file and what was compiled of it say."""
+
+    def __init__(self, mutant: Mutant) -> None:
+        """Raises ValueError unless there is exactly one place for the error."""
+        file = ROOT / "src/dumo" / mutant.file
+        super().__init__("dumo." + mutant.file.removesuffix(".py").replace("/", "."), str(file))
+        text = file.read_text()
+        if text.count(mutant.old) != 1:
+            raise ValueError(f"{mutant.file} has {mutant.old!r} {text.count(mutant.old)} times: mend tests/mutants.py")
+        self.text = text.replace(mutant.old, mutant.new)
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
+        """Of this module alone."""
+        return spec_from_file_location(fullname, self.path, loader=self) if fullname == self.name else None
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Of the text with the error."""
+        return compile(self.text, self.path, "exec", dont_inherit=True)
+
+
+def run(tests: list[str], plant: Plant | None = None) -> tuple[int, str]:
+    """Exit code and output of the tests, in a process forked from this one, where what they import of others is.
 
     Raises TimeoutError where they take too long.
     """
-    output = src.parent / "output"
-    child = FORK.Process(target=test, args=(src, tests, output))
-    child.start()
-    end = time.monotonic() + PATIENCE
-    while child.exitcode is None:  # not join: what it waits for, the other child has inherited
-        if time.monotonic() > end:
-            child.kill()
-            raise TimeoutError(f"no end after {PATIENCE} s")
-        time.sleep(0.05)
-    return child.exitcode, output.read_text()
+    with NamedTemporaryFile() as output:
+        child = FORK.Process(target=test, args=(tests, plant, output.name))
+        child.start()
+        end = time.monotonic() + PATIENCE
+        while child.exitcode is None:  # not join: what it waits for, the other child has inherited
+            if time.monotonic() > end:
+                child.kill()
+                raise TimeoutError(f"no end after {PATIENCE} s")
+            time.sleep(0.05)
+        return child.exitcode, Path(output.name).read_text()
 
 
-def test(src: Path, tests: list[str], output: Path) -> None:
+def test(tests: list[str], plant: Plant | None, output: str) -> None:
     """Run the tests in this process, and end it. Shapes are not checked here: that takes longer than the tests."""
-    with output.open("w") as out:
+    with open(output, "w") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-        sys.path.insert(0, str(src))
-        import dumo
-
-        if Path(dumo.__file__) != src / "dumo" / "__init__.py":
-            raise RuntimeError(f"the tests would run against {dumo.__file__}, not against {src}")
-        options = ["-x", "-q", "--no-header", "--tb=no", "-o", f"addopts={ADDED}"]
-        options += [word for plugin in UNUSED for word in ("-p", f"no:{plugin}")]
-        code = pytest.main([*options, *tests])
-    os._exit(code)
-
-
-def copied(folder: str) -> Path:
-    """A copy of the source, with what Python has compiled of it."""
-    src = Path(folder).resolve() / "src"
-    shutil.copytree(ROOT / "src", src)
-    return src
+    sys.path.insert(0, str(ROOT / "src"))
+    if plant:
+        sys.meta_path.insert(0, plant)
+    options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", f"addopts={ADDED}"]
+    os._exit(pytest.main([*options, *tests]))
 
 
 def trial(mutant: Mutant) -> tuple[str | None, str]:
     """The test that fails with a mutant, None if it lives, and what to say of it."""
-    with TemporaryDirectory() as folder:
-        src, file = copied(folder), Path(mutant.file)
-        mine = ["-k", file.stem] if file.parent.name == "objectives" and mutant.tests == FIXED else []
-        try:
-            plant(mutant, src)
-            code, output = run(src, [mutant.tests, *mine])
-        except (ValueError, TimeoutError) as error:
-            return None, str(error)
+    stem = Path(mutant.file).stem
+    mine = ["-k", stem] if mutant.file.startswith("objectives/") and mutant.tests == FIXED else []
+    try:
+        code, output = run([mutant.tests, *mine], Plant(mutant))
+    except (ValueError, TimeoutError) as error:
+        return None, str(error)
     failed = re.search(r"^FAILED (.*?)( - .*)?$", output, re.MULTILINE)
     if code == 1 and failed:
         return failed[1], failed[1].partition("::")[2]
@@ -828,8 +849,7 @@ def trial(mutant: Mutant) -> tuple[str | None, str]:
 
 def sane(tests: set[str]) -> str:
     """What the tests that saw an error say without one; empty if they pass."""
-    with TemporaryDirectory() as folder:
-        code, output = run(copied(folder), sorted(tests))
+    code, output = run(sorted(tests))
     return output[-2000:] if code else ""
 
 
@@ -837,14 +857,13 @@ def main() -> int:
     """Print a row per mutant. 0 if every one was killed, by a test that passes without it."""
     begun = time.monotonic()
     os.chdir(ROOT)
-    torch.set_num_threads(1)
-    gc.freeze()  # what is there is looked at by no child
     seen: list[str] = []
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with TemporaryDirectory() as compiled, ThreadPoolExecutor(AT_ONCE) as pool:
+        warm(compiled)
         for mutant, (failed, said) in zip(MUTANTS, pool.map(trial, MUTANTS), strict=True):
             seen += [failed] * (failed is not None)
             print(f"{'killed' if failed else 'ALIVE '}  {mutant.file:28} {mutant.why:46} {said}", flush=True)
-    broken = sane(set(seen))
+        broken = sane(set(seen))
     print(f"BROKEN  without a mutant: {broken}" if broken else f"fine    without a mutant: {len(set(seen))} tests pass")
     took = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = f"{took.ru_utime + took.ru_stime:.0f} s of processors"

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.case import Counted, kind, name, nets, objectives, pairs, randomise, step
+from contract.case import Counted, name, nets, objectives, pairs, randomise, step
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.secant import MAX_GAIN
-from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
+from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope
 from dumo.flow.times import Uniform
 from dumo.nets import Net
 from dumo.objectives import DuMo, FlowMatching, MeanFlow, Objective
@@ -26,7 +26,6 @@ N = 16  # two groups of the rows that any law keeps together
 # By default, and with every pass that guidance has; those without a guide are the same twice.
 ALL = list(dict.fromkeys([*objectives(drop=0.3), *objectives(guide=GUIDE, drop=0.3)]))
 each_objective = pytest.mark.parametrize("objective", ALL, ids=name)
-each_net = pytest.mark.parametrize("net", nets(), ids=kind)
 each = pytest.mark.parametrize(("objective", "net"), pairs(ALL), ids=name)
 
 
@@ -229,26 +228,3 @@ def test_differences_are_refused_below_fp32_without_autocast(objective: Objectiv
     b = replace(b, t=b.t.to(dtype), r=b.r.to(dtype), drawn={key: v.to(dtype) for key, v in b.drawn.items()})
     with pytest.raises(UserError, match="fp32"):
         step(objective, model, b)
-
-
-@each_net
-@pytest.mark.parametrize("power", [0.0, 1.0])
-@pytest.mark.parametrize("slope", [CentralSlope(), DualSlope(), JvpSlope()], ids=lambda s: s.kind)
-def test_meanflow_without_a_step_is_flow_matching(net: Net, power: float, slope: Slope) -> None:
-    """At r = t its gradient is flow matching's, row by row, times D / (S + floor)^power for D numbers in a row."""
-    mine, other = MeanFlow(slope=slope, power=power, guide=GUIDE), FlowMatching(guide=GUIDE)
-    model, b = built(mine, net), altered(record(mine))["no step"]
-
-    class AtOneTime(nn.Module):
-        def forward(self, x: Tensor, c: Tensor, /, t: Tensor) -> tuple[Tensor, ...]:
-            return model(x, c, t=t, r=t)
-
-    for i in range(4):
-        row, parameters = b[i : i + 1], list(model.parameters())
-        terms, flow = step(mine, model, row), step(other, AtOneTime(), row)
-        size = row.x[0].numel()
-        assert torch.allclose(terms.parts["u"], flow.loss, rtol=1e-12, atol=0)
-        factor = size / (size * flow.loss.item() + mine.floor) ** power
-        one, two = (torch.autograd.grad(loss.mean(), parameters) for loss in (terms.loss, flow.loss))
-        for a, c in zip(one, two, strict=True):
-            assert torch.allclose(a, factor * c, rtol=1e-9, atol=1e-12)

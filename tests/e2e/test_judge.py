@@ -16,7 +16,7 @@ from dumo.protocols.standard import STANDARDS, Standard
 from dumo.random import stream
 from e2e.shell import call, finish, refused, sets, start
 from golden import inception
-from unit.extractor import Peephole
+from unit.metrics.extractor import Peephole
 
 TESTS = Path(__file__).parents[1]
 COUNT = 120  # images
@@ -131,7 +131,7 @@ def test_two_ranks_judge_as_one(here: Path, peephole: Peephole, tmp_path: Path) 
     told = {"DUMO_CACHE": str(tmp_path / "cache"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     told |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     first = f"import os, sys; sys.path.insert(0, {str(TESTS)!r}); os.environ.update({told})"
-    first += "; from unit.extractor import Peephole; from dumo.features import inception_weights"
+    first += "; from unit.metrics.extractor import Peephole; from dumo.features import inception_weights"
     first += (
         "; inception_weights.load = lambda path, device: Peephole(); os.environ['RANK'] = os.environ['LOCAL_RANK'] = "
     )

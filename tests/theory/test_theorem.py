@@ -24,7 +24,7 @@ from dumo.flow.slope import JvpSlope
 from dumo.objectives import UCGM, FlowMatching
 from dumo.types import Frozen, Noised, mean_square
 from theory.exact import column
-from theory.test_formula import Polynomial, gradients, rows
+from theory.formula import Polynomial, gradients, rows
 
 NEAR = (0.04, 0.02, 0.01, 0.005)  # of 0 or 1
 

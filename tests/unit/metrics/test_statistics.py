@@ -14,8 +14,8 @@ from dumo.metrics.statistics import Statistics, gather, load_statistics, save_st
 from dumo.protocols.reference import album_facts
 from dumo.protocols.standard import STANDARDS
 from dumo.types import UserError
-from unit.extractor import Album, extractor, images
-from unit.protocols import meet
+from unit.metrics import meet
+from unit.metrics.extractor import Album, extractor, images
 
 TOTAL = meet.TOTAL
 

@@ -23,7 +23,7 @@ from dumo.protocols.reference import adm_facts, adm_file, adm_statistics, album_
 from dumo.protocols.standard import STANDARDS, Standard
 from dumo.types import UserError
 from golden import inception as recipe
-from unit.extractor import NARROW, WIDTH, Album, Peephole, extractor, images
+from unit.metrics.extractor import NARROW, WIDTH, Album, Peephole, extractor, images
 
 N = 120
 FOLDER = ImageProtocol(kind="folder", samples=N)

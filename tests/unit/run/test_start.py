@@ -8,7 +8,7 @@ import torch
 from dumo.run.folder import open_run
 from dumo.run.train import train
 from dumo.types import UserError
-from unit.known import tiny
+from unit.run.known import tiny
 
 
 @pytest.fixture(scope="module")

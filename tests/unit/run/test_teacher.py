@@ -18,10 +18,10 @@ from dumo.run.folder import open_run
 from dumo.run.train import train
 from dumo.sampling.guidance import CFG
 from dumo.types import Cond, Reads, Sample, Time, UserError
-from unit.known import line, nan, tiny
+from unit.run.known import line, nan, tiny
 
 CPU = torch.device("cpu")
-USER = ["teacher.kind=python", "teacher.source=unit.known:line"]
+USER = ["teacher.kind=python", "teacher.source=unit.run.known:line"]
 KNOBS = "objective.w={kind: level, low: 1.0, high: 8.0, log: true}"
 
 
@@ -69,7 +69,7 @@ def test_a_teacher_without_a_velocity_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has no velocity"):
         teacher.velocity(Teacher(source="a:b"), Reads())
     with pytest.raises(UserError, match="has no velocity"):
-        train(tiny("moons", "teacher.kind=python", "teacher.source=unit.known:mute"), tmp_path / "run")
+        train(tiny("moons", "teacher.kind=python", "teacher.source=unit.run.known:mute"), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -77,12 +77,12 @@ def test_what_pairs_cannot_be_made_of_is_refused(tmp_path: Path) -> None:
     asked = ["teacher.kind=python", "teacher.pairs.count=4"]
     for source, more, said in [
         ("line", "nfe=3", r"^teacher\.pairs: solver 'heun' .*pairs\.nfe=4, or teacher\.pairs\.solver\.kind=euler"),
-        ("line", "solver.kind=hop", r"^teacher\.pairs\.solver\.kind=hop .*the teacher unit.known:line gives velocity"),
-        ("mute", "nfe=2", "unit.known:mute: its Reads has no velocity"),
+        ("line", "solver.kind=hop", r"^teacher\.pairs\.solver\.kind=hop .*teacher unit.run.known:line gives velocity"),
+        ("mute", "nfe=2", "unit.run.known:mute: its Reads has no velocity"),
         ("flat", "nfe=2", r"has shape \(2, 1\)"),
         ("nan", "nfe=2", "no finite number"),
     ]:
-        taught = [*asked, f"teacher.source=unit.known:{source}", f"teacher.pairs.{more}"]
+        taught = [*asked, f"teacher.source=unit.run.known:{source}", f"teacher.pairs.{more}"]
         with pytest.raises(UserError, match=said):
             train(tiny("moons", *taught), tmp_path / "run")
         assert not (tmp_path / "run").exists()

@@ -8,24 +8,24 @@ import pytest
 
 from dumo.run.train import train
 from dumo.types import UserError
-from unit.known import tiny
+from unit.run.known import tiny
 
 
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ("unit.known", "Give module:function"),
+        ("unit.run.known", "Give module:function"),
         ("unit.nowhere:line", "No module named"),
-        ("unit.known:nothing", "no attribute 'nothing'"),
-        ("unit.known:wrong", "returned int"),
-        ("unit.known:line_of_one", r"unit.known:line_of_one: TypeError: .*that takes \(run, device\)"),
-        ("unit.known:failing", r"unit.known:failing: KeyError: 'x'. .*dumo.types.Reads"),
-        ("unit.known:CPU", "not callable"),
+        ("unit.run.known:nothing", "no attribute 'nothing'"),
+        ("unit.run.known:wrong", "returned int"),
+        ("unit.run.known:line_of_one", r"unit.run.known:line_of_one: TypeError: .*that takes \(run, device\)"),
+        ("unit.run.known:failing", r"unit.run.known:failing: KeyError: 'x'. .*dumo.types.Reads"),
+        ("unit.run.known:CPU", "not callable"),
         (".known:line", "relative import"),
         ("os.path:join", "os.path:join: TypeError"),
-        ("unit.known:flat", r"velocity of x of shape \(2, 2\) has shape \(2, 1\)"),
-        ("unit.known:untimed", r"TypeError: .*velocity must take \(x, t, c\)"),
-        ("unit.known:nan", "velocity at t = 0.5 is no finite number"),
+        ("unit.run.known:flat", r"velocity of x of shape \(2, 2\) has shape \(2, 1\)"),
+        ("unit.run.known:untimed", r"TypeError: .*velocity must take \(x, t, c\)"),
+        ("unit.run.known:nan", "velocity at t = 0.5 is no finite number"),
     ],
 )
 def test_a_function_that_is_none_is_refused(source: str, said: str, tmp_path: Path) -> None:

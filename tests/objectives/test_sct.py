@@ -16,7 +16,7 @@ from dumo.objectives import SCT
 from dumo.sampling.solver import Restart
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Flow, OnTrig, column, gaussian, gradient, record
-from theory.test_formula import Polynomial, gradients
+from theory.formula import Polynomial, gradients
 
 
 class Gauged(nn.Module):

@@ -15,9 +15,9 @@ from dumo.flow.residual import barron
 from dumo.flow.times import Pair
 from dumo.objectives import RCGM, FlowMatching
 from dumo.types import Frozen, UserError
+from objectives.test_soflow import AtOneTime
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
-from theory.test_formula import GUIDES, Polynomial, gradients, guided, half, rows
-from theory.test_soflow import AtOneTime
+from theory.formula import GUIDES, Polynomial, gradients, guided, half, rows
 
 MIXED = Pair(velocity_ratio=0.25)
 DUMO = Guide(zeta=0.55)

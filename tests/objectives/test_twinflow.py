@@ -14,7 +14,7 @@ from dumo.flow.path import Linear
 from dumo.objectives import FlowMatching, TwinFlow
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import D, Exact, column, gaussian, growth, table
-from theory.test_formula import Polynomial, gradients, guided, half
+from theory.formula import Polynomial, gradients, guided, half
 
 GUIDES = [Guide(), Guide(omega=0.8, zeta=0.55, interval=Interval(low=0.2, high=0.8))]
 

@@ -12,7 +12,7 @@ from dumo.flow.times import Below, Groups, Uniform
 from dumo.objectives import IMM
 from dumo.types import Frozen, Noised, UserError
 from theory.exact import APART, D, Exact, Gaussian, column, record, table
-from theory.test_formula import Polynomial, gradients
+from theory.formula import Polynomial, gradients
 
 ONE = Gaussian(table([0.5, 0.5])[0], table([0.3, 0.3])[0])  # one class
 

@@ -15,7 +15,7 @@ from dumo.flow.times import Pair
 from dumo.objectives import FlowMatching, SoFlow
 from dumo.types import Frozen, Heads, Noised, UserError
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
-from theory.test_formula import Polynomial, gradients, half, rows
+from theory.formula import Polynomial, gradients, half, rows
 
 MIXED = Pair(velocity_ratio=0.25)
 DUMO = Guide(zeta=0.55)

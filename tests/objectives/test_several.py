@@ -16,7 +16,7 @@ from dumo.objectives import DuMo, Several
 from dumo.objectives.part import AveragePart, EndpointPart, ShortcutPart, VelocityPart
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Gaussian, Product, column, gaussian, gradient, record
-from theory.test_formula import GUIDES, Polynomial, agree, gradients, guided, half, rows
+from theory.formula import GUIDES, Polynomial, agree, gradients, guided, half, rows
 
 NONE, GUIDED = Guide(), Guide(zeta=0.55)
 V, U, M, S = VelocityPart(weight=0.6), EndpointPart(weight=0.3), AveragePart(weight=0.2), ShortcutPart(weight=0.4)

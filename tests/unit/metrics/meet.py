@@ -1,6 +1,6 @@
-"""`python tests/unit/protocols/meet.py RANK FILE WHOLE` is one of two processes that count images together.
+"""`python tests/unit/metrics/meet.py RANK FILE WHOLE` is one of two processes that count images together.
 
-They meet in FILE; the first writes what came out to WHOLE. See test_tally.py.
+They meet in FILE; the first writes what came out to WHOLE. See test_statistics.py.
 """
 
 import sys
@@ -14,7 +14,7 @@ from dumo.protocols import reference
 from dumo.protocols.evaluator import collect
 from dumo.protocols.standard import STANDARDS
 from meeting import meeting
-from unit.extractor import Album, extractor, images
+from unit.metrics.extractor import Album, extractor, images
 
 TOTAL, BATCH = 61, 7  # pieces of the data are as large as the batches
 

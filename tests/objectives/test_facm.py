@@ -17,7 +17,7 @@ from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.objectives import FACM
 from dumo.types import Frozen
 from theory.exact import APART, PRODUCT, Exact, Flow, column, gaussian, gradient, plane, record
-from theory.test_formula import Polynomial, gradients, guided, half, rows
+from theory.formula import Polynomial, gradients, guided, half, rows
 
 NONE, OWN = Guide(), Guide(omega=1.75, interval=Interval(high=0.875))
 SWITCHES = [{}, {"relax": False}, {"clip": None}, {"cosine": False}, {"power": 0.0}, {"clip": 0.2, "floor": 0.1}]

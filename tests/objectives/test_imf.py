@@ -14,7 +14,7 @@ from dumo.flow.times import Pair
 from dumo.objectives import ImprovedMeanFlow
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, plane, record
-from theory.test_formula import Polynomial, gradients, half, rows
+from theory.formula import Polynomial, gradients, half, rows
 
 EVEN = Pair(velocity_ratio=0.5)
 

@@ -18,7 +18,7 @@ from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.objectives import UCGM, DuMo, FlowMatching
 from dumo.types import Frozen, UserError
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gradient, record
-from theory.test_formula import GUIDES, Polynomial, gradients, guided, half, rows
+from theory.formula import GUIDES, Polynomial, gradients, guided, half, rows
 
 PLAIN = {"clip": None, "gain": False, "soft": None, "fall": False}
 

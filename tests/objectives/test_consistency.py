@@ -15,7 +15,7 @@ from dumo.objectives import Consistency, FlowMatching
 from dumo.objectives.consistency import PRESETS
 from dumo.types import Frozen, Noised, UserError
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
-from theory.test_formula import Polynomial, gradients
+from theory.formula import Polynomial, gradients
 
 each_preset = pytest.mark.parametrize("name", PRESETS)
 each_flow = pytest.mark.parametrize("flow", [gaussian(), APART, PRODUCT], ids=["gaussian", "means", "mixture"])

@@ -16,9 +16,9 @@ from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Pair
 from dumo.objectives import AlphaFlow, FlowMatching
 from dumo.types import Frozen
+from objectives.test_soflow import AtOneTime
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
-from theory.test_formula import GUIDES, Polynomial, gradients, guided, half, rows
-from theory.test_soflow import AtOneTime
+from theory.formula import GUIDES, Polynomial, gradients, guided, half, rows
 
 MIXED = Pair(velocity_ratio=0.25)
 DUMO = Guide(zeta=0.55)

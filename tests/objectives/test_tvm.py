@@ -14,7 +14,7 @@ from dumo.flow.rate import CentralRate
 from dumo.objectives import TVM, FlowMatching
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
-from theory.test_formula import gradients
+from theory.formula import gradients
 
 
 class Curved(nn.Module):

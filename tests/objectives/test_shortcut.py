@@ -19,7 +19,7 @@ from dumo.sampling.solver import Euler, Hop, check
 from dumo.types import Frozen, Heads, Noised, Reads, UserError
 from theory import exact
 from theory.exact import D, Exact, Gaussian, column, gaussian, table
-from theory.test_formula import Polynomial, gradients
+from theory.formula import Polynomial, gradients
 
 LEVELS = 7
 

@@ -16,7 +16,7 @@ from dumo.flow.times import Pair
 from dumo.objectives import FlowMatching, SplitMeanFlow
 from dumo.types import Frozen, Noised
 from theory.exact import D, Exact, column, gaussian, record
-from theory.test_formula import Polynomial, gradients, guided, half, rows
+from theory.formula import Polynomial, gradients, guided, half, rows
 
 GUIDES = [Guide(), Guide(omega=0.8, zeta=0.55, interval=Interval(low=0.2, high=0.8))]
 GUIDES += [g.model_copy(update={"elsewhere": "average"}) for g in GUIDES[1:]]
