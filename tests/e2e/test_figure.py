@@ -10,6 +10,8 @@ from PIL import Image
 from dumo.reproduce.paper import zoo
 from e2e.shell import call, refused, tree
 
+pytestmark = pytest.mark.slow
+
 
 def files(folder: Path) -> dict[str, bytes | int]:
     """The bytes of every file."""

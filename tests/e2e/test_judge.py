@@ -98,6 +98,7 @@ def test_from_images_to_a_table(here: Path, peephole: Peephole) -> None:
     assert "measured otherwise, seed: 0 in a; 7 in b/evaluation-seed7.json" in anyway.out
 
 
+@pytest.mark.slow
 def test_inception_itself_from_a_file(here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The real network, of random weights that pass for the published ones; six images of each side."""
     monkeypatch.setitem(STANDARDS, "folder", Standard(6, None, None, None, 4))
@@ -120,6 +121,7 @@ def test_inception_itself_from_a_file(here: Path, monkeypatch: pytest.MonkeyPatc
     assert kept.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_two_ranks_judge_as_one(here: Path, peephole: Peephole, tmp_path: Path) -> None:
     one = call("evaluate", "a", "--json").json
     (kept,) = (tmp_path / "cache").iterdir()

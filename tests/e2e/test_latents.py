@@ -46,6 +46,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_the_whole_way(home: Path) -> None:
     """Each command takes what the one before has left; without a cache training says how to make it."""
     run = home / "run"
@@ -115,6 +116,7 @@ def test_a_file_that_is_no_image_is_named(home: Path, tmp_path: Path) -> None:
     assert "1 images (1 could not be read)" in made.out
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(home: Path, tmp_path: Path) -> None:
     """Killed after a shard or two; the cache is then the same as of one that was never stopped."""
     words = ("encode", home / "run.yml", "--shard-rows", 50, "--batch", 4)

@@ -30,6 +30,7 @@ def steps_saved(run: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_bit_for_bit(here: Path) -> None:
     words = [*TINY, *OFTEN, *RICH]
     assert call("train", "digits", "--out", "whole", *words).code == 0

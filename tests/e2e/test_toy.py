@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import dumo
+
+pytestmark = pytest.mark.slow
 
 SRC, TESTS = Path(dumo.__file__).parents[1], Path(__file__).parents[1]
 TOY = '''

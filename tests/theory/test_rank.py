@@ -14,6 +14,8 @@ from contract.case import members
 from dumo.objectives import Objective
 from theory.ranks import EVERY, OBJECTIVES
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 1e-6
 ROUGH = 1e-5  # of objectives that subtract what is nearly equal, and so multiply rounding: secants, IMM's kernels
 SCRIPT = Path(__file__).parent / "ranks.py"

@@ -88,6 +88,7 @@ def test_a_plan_leaves_results_table_and_pictures(tmp_path: Path, monkeypatch: p
     assert (tmp_path / "out/table.md").read_text().splitlines()[0] == "# A test"
 
 
+@pytest.mark.slow
 def test_cells_side_by_side_are_those_one_after_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
 ) -> None:
@@ -491,6 +492,7 @@ def test_trajectories_are_of_equal_steps_and_milestones(scale: str) -> None:
     assert max(dumo.spec.train.milestones) < dumo.spec.train.steps
 
 
+@pytest.mark.slow
 def test_trajectories_are_drawn_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both objectives, both readings, every milestone; the last is what the cell's own report says."""
     monkeypatch.setattr(fig5, "JUDGED", (1, 2))
