@@ -24,6 +24,8 @@ PerSample = Float[Tensor, " b"]  # one number per row
 Rows = Bool[Tensor, " b"]  # which rows
 Cond = Shaped[Tensor, "b *c"]  # class indices (b,), or a text embedding
 Heads = tuple[Array, ...]  # one Sample per head, then one PerSample per gauge, in the order of `Needs`
+Taught = Callable[[Sample, Time, Cond, Sample], Sample]  # (x_t, t, c, v_t) -> the velocity to learn
+FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
 
 
 class UserError(ValueError):
@@ -34,9 +36,6 @@ class Spec(BaseModel):
     """A value that says what to build or do; every family is a union of specs told apart by `kind`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
 
 
 @runtime_checkable
@@ -180,9 +179,6 @@ class Path(Protocol):
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
         """Return x_t and its conditional slope v_t = dx_t/dt, given data and noise."""
         ...
-
-
-Taught = Callable[[Sample, Time, Cond, Sample], Sample]  # (x_t, t, c, v_t) -> the velocity to learn
 
 
 @dataclass(frozen=True)

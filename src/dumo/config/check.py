@@ -4,8 +4,8 @@ They are made when a run is read, before any work; each raises UserError, which 
 """
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
+from dumo.config.tree import Tree
 from dumo.data import Latents
 from dumo.data.augment import Edm
 from dumo.flow.secant import demand_precision
@@ -15,11 +15,8 @@ from dumo.sampling import solver
 from dumo.sampling.guidance import CFG, GuidanceScale
 from dumo.types import UserError
 
-if TYPE_CHECKING:
-    from dumo.config.spec import Run
 
-
-def check(run: "Run") -> None:
+def check(run: Tree) -> None:
     """Refuse parts that do not fit one another, the first found."""
     run.outline()
     check_augment(run)
@@ -36,7 +33,7 @@ def check(run: "Run") -> None:
     run.evaluate.protocol.check(run.pixels, run.data.classes)
 
 
-def check_augment(run: "Run") -> None:
+def check_augment(run: Tree) -> None:
     """Refuse augmentation that the net is not told of, or told wrong."""
     images = run.data.images if isinstance(run.data, Latents) else run.data
     augment: Edm | None = getattr(images, "augment", None)
@@ -56,7 +53,7 @@ def check_augment(run: "Run") -> None:
         )
 
 
-def check_path(run: "Run") -> None:
+def check_path(run: Tree) -> None:
     """Refuse a path that the objective has no formulas for."""
     paths = run.objective.needs.paths
     if run.path.kind not in paths:
@@ -65,7 +62,7 @@ def check_path(run: "Run") -> None:
         )
 
 
-def check_precondition(run: "Run") -> None:
+def check_precondition(run: Tree) -> None:
     """Refuse preconditioning that is made for other heads, or for another path."""
     if run.net.precondition == "none":
         return
@@ -83,7 +80,7 @@ def check_precondition(run: "Run") -> None:
         )
 
 
-def check_precision(run: "Run") -> None:
+def check_precision(run: Tree) -> None:
     """Refuse differences whose rounding, or whose step, is too large."""
     needs = run.objective.needs
     for derivative in (needs.slope if needs.derives else None, needs.rate):
@@ -92,7 +89,7 @@ def check_precision(run: "Run") -> None:
     demand_precision(run.train.precision, needs.amplifies, run.objective.kind)
 
 
-def check_groups(run: "Run") -> None:
+def check_groups(run: Tree) -> None:
     """Refuse pieces of a batch that part rows which belong together, and pieces that lack one kind of row."""
     times, batch, n = run.objective.times, run.train.batch, run.train.accumulate
     group = times.group
@@ -115,7 +112,7 @@ def check_groups(run: "Run") -> None:
             )
 
 
-def check_guide(run: "Run") -> None:
+def check_guide(run: Tree) -> None:
     """Refuse guidance in training without classes, or by rows that do not come in whole groups."""
     guide, opened = run.objective.needs.guide, GuidanceScale.of(run.objective.needs)
     guided = guide.active if guide else opened.scale != 1
@@ -131,7 +128,7 @@ def check_guide(run: "Run") -> None:
         )
 
 
-def check_guided(run: "Run", guide: CFG, name: str = "sample.guide", whose: str = "") -> None:
+def check_guided(run: Tree, guide: CFG, name: str = "sample.guide", whose: str = "") -> None:
     """Refuse to read the run's net guided as `name` asks: untaught without a label, or twice.
 
     `whose` names the run where it is read for another.
@@ -145,7 +142,7 @@ def check_guided(run: "Run", guide: CFG, name: str = "sample.guide", whose: str 
         )
 
 
-def check_teacher(run: "Run") -> None:
+def check_teacher(run: Tree) -> None:
     """Refuse a teacher who says nothing to the objective, or whose guidance is there twice or without classes.
 
     What the teacher itself can be asked for is seen when it is opened.
@@ -167,7 +164,7 @@ def check_teacher(run: "Run") -> None:
         )
 
 
-def check_start(run: "Run") -> None:
+def check_start(run: Tree) -> None:
     """Refuse to begin heads that are not there."""
     there = run.objective.needs.heads
     if strange := [name for name in (run.start.heads if run.start else ()) if name not in there]:
@@ -177,7 +174,7 @@ def check_start(run: "Run") -> None:
         )
 
 
-def check_knobs(run: "Run") -> None:
+def check_knobs(run: Tree) -> None:
     """Refuse knobs that the net does not have, and those of guidance where there is nothing to guide by."""
     kind, there = run.objective.kind, run.objective.needs.knobs
     if strange := [name for name in run.sample.knobs if name not in there]:

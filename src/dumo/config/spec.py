@@ -1,90 +1,17 @@
 """A run: one tree of specs, complete, that a YAML file holds and that stands in every run's folder."""
 
-import torch
-from pydantic import Field, PositiveInt, model_validator
-from torch import nn
+from pydantic import model_validator
 
 from dumo.config.check import check
-from dumo.config.teacher import Start, Teacher
-from dumo.data import Data, Latents
-from dumo.flow.path import Linear, Path
-from dumo.nets import Net
-from dumo.objectives import Objective
-from dumo.protocols import MetricProtocol
-from dumo.random import stream
-from dumo.sampling.guidance import CFG, GuidanceScale
-from dumo.sampling.solver import Solver
-from dumo.training.spec import Train
-from dumo.types import FREE, Reads, Spec
+from dumo.config.tree import Evaluation as Evaluation
+from dumo.config.tree import Sampling as Sampling
+from dumo.config.tree import Tree
 
 
-class Sampling(Spec):
-    """How samples are made when nothing else is asked."""
-
-    solver: Solver
-    guide: CFG = CFG()  # none; a guided reading is two passes through the net
-    knobs: dict[str, float] = Field(default_factory=dict[str, float])  # inputs that an objective lets be set
-    nfe: tuple[int, ...] = Field(default=(1, 2, 4), min_length=1)  # readings of the net; a sheet of samples for each
-    seed: int = Field(default=0, ge=0)
-
-
-class Evaluation(Spec):
-    """How a run is judged."""
-
-    protocol: MetricProtocol
-    nfe: tuple[int, ...] = Field(default=(1, 2), min_length=1)
-    contrast: tuple[PositiveInt, ...] = (1,)  # passes of Euler steps that stand beside, with those of nfe; (): none
-    seed: int = Field(default=0, ge=0)
-
-
-class Run(Spec):
-    """All there is to know to make a run again."""
-
-    about: str = Field(json_schema_extra=FREE)  # one line
-    data: Data
-    net: Net
-    objective: Objective
-    path: Path = Linear()
-    teacher: Teacher | None = None
-    start: Start | None = None
-    train: Train
-    sample: Sampling = Field(json_schema_extra=FREE)
-    evaluate: Evaluation = Field(json_schema_extra=FREE)
-
-    @property
-    def pixels(self) -> tuple[int, ...]:
-        """The shape of what is shown: of an image that a codec decodes, else of a sample as the net makes it."""
-        return self.data.images.shape if isinstance(self.data, Latents) else self.data.shape
-
-    @property
-    def reads(self) -> Reads:
-        """The readings that the objective will teach. They answer nothing yet: there is no net."""
-        return self.objective.read(nn.Identity())
-
-    def build(self, device: torch.device | str = "cpu") -> nn.Module:
-        """The net at step 0, its weights keyed by the run's seed: the same on every device."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream(self.train.seed, "weights").initial_seed())
-            return self.net.build(self.objective.needs, self.data.shape, self.data.classes).to(device)
-
-    def outline(self) -> nn.Module:
-        """The net's sizes without its numbers, on the meta device. Raises UserError where they do not fit the data."""
-        with torch.device("meta"):
-            return self.net.build(self.objective.needs, self.data.shape, self.data.classes)
+class Run(Tree):
+    """All there is to know to make a run again, its parts checked against one another."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Run":
         check(self)
         return self
-
-    @property
-    def knobs(self) -> dict[str, float]:
-        """The knobs of the net as samples are made: the objective's, but where `sample.knobs` sets them."""
-        return {**self.objective.needs.knobs, **self.sample.knobs}
-
-    @property
-    def guided(self) -> GuidanceScale:
-        """What the net's velocity is guided by in training: by the objective, or by its teacher."""
-        if self.teacher and self.teacher.guide.active:
-            return GuidanceScale(self.teacher.guide.scale, "teacher.guide", "teacher.guide.scale=1")
-        return GuidanceScale.of(self.objective.needs)

@@ -14,8 +14,7 @@ from dumo.config.spec import Run
 from dumo.preflight import doctor
 from dumo.progress import Bar, no_bar
 from dumo.run import teacher
-from dumo.run.folder import claim, note
-from dumo.run.start import begin
+from dumo.run.folder import begin, claim, note
 from dumo.training import checkpoint, log, loop
 from dumo.training.state import State
 from dumo.training.step import Batch, Record, Task
@@ -51,7 +50,6 @@ def train(run: Run, folder: Path, *, device: str = "auto", bar: Bar = no_bar) ->
         tick(state.step, "")
         show = loop.Every(1, lambda state, record: tick(state.step, f"loss {record.loss:.4f}"))
         loop.train(state, task, batches, run.train, (show, *journal.hooks))
-    journal.save(state)
     return state
 
 
@@ -71,7 +69,7 @@ class Journal:
     @property
     def hooks(self) -> tuple[loop.Every, ...]:
         """What the loop calls after its steps, in this order."""
-        return loop.Every(1, self.log), loop.Every(1, self.mark), loop.Every(self.first, self.keep)
+        return loop.Every(1, self.log), loop.Every(1, self.mark), loop.Every(1, self.keep)
 
     def open(self, state: State) -> None:
         """Before the next step: refuse again what was refused at the first checkpoint; the milestone of this step."""
@@ -79,6 +77,8 @@ class Journal:
             doctor.examine_weights(self.run, unwrap(state.net), self.device).require()
         if state.step not in checkpoint.milestones(self.folder / "milestones"):
             self.mark(state)
+        if state.step == self.run.train.steps:  # there is nothing to do but to keep no more than is asked
+            self.save(state)
 
     def log(self, state: State, record: Record) -> None:
         """A line of the log, where one is due."""
@@ -91,8 +91,9 @@ class Journal:
             checkpoint.mark(self.folder / "milestones", state)
 
     def keep(self, state: State, record: Record) -> None:
-        """A checkpoint; the first one's weights are examined."""
-        self.save(state)
+        """A checkpoint, where one is due and at the end; the first one's weights are examined."""
+        if state.step % self.first == 0 or state.step == self.run.train.steps:
+            self.save(state)
         if state.step == self.first:
             doctor.examine_weights(self.run, unwrap(state.net), self.device).require()
 

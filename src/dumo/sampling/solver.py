@@ -5,20 +5,40 @@ x_s = f(x_t, t, s), down the same grid, with no error of its own. Restart asks f
 left, noises it again to a lower time with fresh noise: what the net got wrong at high noise is drawn anew.
 
 A solver is asked for a number of passes through the net (nfe), not of steps. What it cannot make it refuses.
+
+It looks at the net at times from noise, t = `start` at or just below 1, down to data, t = 0: with n steps at the n + 1
+times start, ..., start / n, 0. Restart visits n times, the last of them above 0. Its uniform grid s = 1, (n - 1) / n,
+..., 1 / n is bent by a power, t = start s^p, and the one number that says how much is m, the time at s = 1/2:
+start (1/2)^p = m. Solved for p, this reads t = start (m / start)^log2(1 / s), which at s = 1 and s = 1/2 is exact.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import log2
 from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from dumo.sampling.timesteps import jumps, rows, uniform
-from dumo.types import Cond, Path, Reads, Sample, Spec, UserError, lift
+from dumo.types import Cond, Path, Reads, Sample, Spec, Time, UserError, lift
 
 Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from
 Reading = Literal["velocity", "endpoint", "flow_map"]  # the fields of Reads
 Start = Annotated[float, Field(gt=0, le=1)]  # the first time; UCGM starts at 0.999 with SD-VAE
+
+
+def uniform(n: int, start: float = 1.0) -> list[float]:
+    """The n + 1 times from `start` to 0 that cut [0, start] into n equal steps."""
+    return [start * ((n - k) / n) for k in range(n + 1)]
+
+
+def jumps(n: int, m: float = 0.5, start: float = 1.0) -> list[float]:
+    """The n times of the jumps to the data, for 0 < m < start: two of them are (start, m). Ours."""
+    return [start * (m / start) ** log2(n / (n - k)) for k in range(n)]
+
+
+def rows(times: Sequence[float], like: Sample) -> list[Time]:
+    """Each time, once per row of `like`, on its device and in its precision."""
+    return [like.new_full((len(like),), t) for t in times]
 
 
 class Euler(Spec):

@@ -1,14 +1,12 @@
 """All that training changes: what a checkpoint holds, and a resumed run needs."""
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import nn
 
 from dumo.training.ema import MovingAverage
 from dumo.training.spec import Train
-from dumo.types import Frozen, UserError, frozen
 
 
 @dataclass
@@ -25,14 +23,6 @@ class State:
     def shown(self) -> nn.Module:
         """The net that is sampled and evaluated: the first average, or the net itself where there is none."""
         return next((average.module for average in self.averages.values()), self.net)
-
-    def reference(self, choice: Literal["self"] | float) -> Frozen:
-        """theta^-: the weights in training, or the average of a decay. Raises UserError if there is none of that."""
-        if choice == "self":
-            return frozen(self.net)
-        if choice not in self.averages:
-            raise UserError(f"ref: there is no average of decay {choice}; train has {list(self.averages) or 'none'}")
-        return Frozen(self.averages[choice].module)
 
 
 def begin(net: nn.Module, spec: Train) -> State:

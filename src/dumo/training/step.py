@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from dumo.flow.reading import reading
 from dumo.training.probe import Probe, ask
 from dumo.training.spec import Train
 from dumo.training.state import State
-from dumo.types import Frozen, Net, Noised, Objective, Path, PerSample, Taught, Terms, Time
+from dumo.types import Frozen, Net, Noised, Objective, Path, PerSample, Taught, Terms, Time, UserError, frozen
 
 Batch = Sequence[Tensor]  # (x, c), or with the noise that belongs to x: (x, c, z)
 Loss = Callable[[Net, Frozen, Noised], Terms]
@@ -103,7 +104,7 @@ class Pieces:
         self.noised = partial(draw, task.objective, task.path, **keyed, progress=state.step / spec.steps)
         self.autocast = partial(torch.autocast, self.x.device.type, torch.bfloat16, enabled=spec.precision == "bf16")
         self.keys = dropout.keys(spec.seed, state.step, len(self.x))
-        self.ref = state.reference(spec.ref)
+        self.ref = reference(state, spec.ref)
 
     def draw(self, rows: slice) -> Noised:
         """The record of these rows of the global batch."""
@@ -122,6 +123,15 @@ class Pieces:
         b, rows = self.draw(self.cuts[-1]), self.cuts[-1]
         reads = reading(self.task.objective, self.net)
         return ask(self.net, reads, parts, b, lambda: self.loss_of(b, rows))
+
+
+def reference(state: State, choice: Literal["self"] | float) -> Frozen:
+    """theta^-: the weights in training, or the average of a decay. Raises UserError if there is none of that decay."""
+    if choice == "self":
+        return frozen(state.net)
+    if choice not in state.averages:
+        raise UserError(f"ref: there is no average of decay {choice}; train has {list(state.averages) or 'none'}")
+    return Frozen(state.averages[choice].module)
 
 
 def cut(share: int, accumulate: int) -> Iterator[slice]:

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from dumo.flow.path import Linear
 from dumo.random import stream
-from dumo.sampling.solver import Euler, Heun, Hop, Restart, Solver, able, check, steps
-from dumo.sampling.timesteps import jumps, uniform
+from dumo.sampling.solver import Euler, Heun, Hop, Restart, Solver, able, check, jumps, steps, uniform
 from dumo.types import Reads, UserError, lift
 
 S0 = 0.4  # standard deviation of the data

@@ -13,7 +13,7 @@ from dumo.training.loop import Every, train
 from dumo.training.optim import Adam, AdamW, Cosine
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import Record, Task
+from dumo.training.step import Record, Task, reference
 from dumo.types import Cond, Frozen, Net, Noised, Sample, Terms, UserError
 from unit.training.toy import AVERAGES, CLASSES, OPTIMIZERS, TASK, Small, Toy, batches, run, same, tensors, trained
 
@@ -162,7 +162,7 @@ def test_refusals(bad: dict[str, object], words: str) -> None:
 
 def test_a_reference_that_is_not_there() -> None:
     with pytest.raises(UserError, match=r"0\.5.*0\.99, 0\.9"):
-        trained().reference(0.5)
+        reference(trained(), 0.5)
     spec = Train(steps=5, batch=12, ema=(Ema(decay=0.7),), ref=0.7)
     with pytest.raises(UserError, match=r"decay 0\.7"):
         run(trained(), spec)

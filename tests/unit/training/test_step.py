@@ -11,7 +11,7 @@ from dumo.flow.path import Linear
 from dumo.training.optim import AdamW
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import Diverged, Record, Task, train_step
+from dumo.training.step import Diverged, Record, Task, reference, train_step
 from dumo.types import Frozen, Net, Noised, Terms, Time, TimeLaw, frozen
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, same, tensors, trained
 
@@ -241,11 +241,11 @@ def test_the_net_trains_in_training_mode() -> None:
 
 def test_reference_is_the_net_or_a_moving_average() -> None:
     state = trained()
-    assert state.reference("self").module is state.net
-    assert state.reference(0.9).module is state.averages[0.9].module
+    assert reference(state, "self").module is state.net
+    assert reference(state, 0.9).module is state.averages[0.9].module
     before = tensors(state)
     step(state, ref=0.9)
-    assert not torch.equal(state.reference(0.9).module.get_parameter("last.bias"), before["0.9.last.bias"])
+    assert not torch.equal(reference(state, 0.9).module.get_parameter("last.bias"), before["0.9.last.bias"])
 
 
 def test_a_parameter_no_loss_reaches_stays() -> None:
