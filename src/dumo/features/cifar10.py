@@ -221,8 +221,8 @@ def _moved(x: Pixels, generator: Generator) -> Pixels:
     n, side = len(x), x.shape[-1]
     flip = torch.rand(n, 1, generator=generator) < 0.5
     down, right = torch.randint(2 * SHIFT + 1, (2, n, 1), generator=generator)
-    user_path = torch.arange(side)
-    rows, columns = user_path + down, torch.where(flip, user_path.flip(0), user_path) + right
+    place = torch.arange(side)
+    rows, columns = place + down, torch.where(flip, place.flip(0), place) + right
     x = F.pad(x.float(), (SHIFT,) * 4, mode="reflect").to(x.dtype).permute(0, 2, 3, 1)
     return x[torch.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
