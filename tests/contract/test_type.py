@@ -1,9 +1,14 @@
 """The nouns that all parts share keep their word."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 
+import dumo
+from dumo.flow.path import Linear
 from dumo.types import Frozen, frozen, lift, mean_square
 
 
@@ -51,3 +56,17 @@ def test_lift_multiplies_rows(shape: tuple[int, ...]) -> None:
 def test_mean_square_is_per_row() -> None:
     e = torch.arange(12.0).view(2, 3, 2)
     assert mean_square(e).tolist() == pytest.approx([55 / 6, 451 / 6])
+
+
+def test_shapes_are_checked_wherever_a_module_names_some(request: pytest.FixtureRequest) -> None:
+    checked = request.config.getoption("jaxtyping_packages").split(",")
+    source = Path(dumo.__file__).parent
+    named = [
+        file
+        for file in source.rglob("*.py")
+        if "import jaxtyping" in (text := file.read_text()) or "from jaxtyping" in text
+    ]
+    for module in (".".join(("dumo", *file.relative_to(source).with_suffix("").parts)) for file in named):
+        assert any(f"{module}.".startswith(f"{room}.") for room in checked), module
+    with pytest.raises(TypeCheckError, match=r"dumo\.flow\.path"):
+        Linear().at(torch.ones(3, 2), torch.ones(3, 2), torch.ones(4))

@@ -148,7 +148,7 @@ def test_passes_that_the_run_does_not_list(here: Path, trained: dict[str, Path])
     assert (report["solver"]["kind"], report["seed"], report["contrast"]) == ("euler", 3, [])
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", ["digits", "moons"])  # images, points
 def test_report_is_one_page_that_needs_no_other(name: str, here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained[name], here / "run")
     call("evaluate", "run", "--json")

@@ -224,14 +224,13 @@ def test_counting_changes_nothing_and_needs_no_numbers(objective: Objective) -> 
         p.data.fill_(math.nan)  # no number matters
     net.train()
     rng = torch.random.get_rng_state()
-    counted = [forward_units(net, objective, Linear(), (1, 4, 4)) for _ in range(2)]
-    assert counted[0] == counted[1]
+    counted = forward_units(net, objective, Linear(), (1, 4, 4))
     assert torch.equal(torch.random.get_rng_state(), rng)
     assert net.training
     assert all(p.grad is None and p.device.type == "cpu" and p.requires_grad for p in net.parameters())
     with torch.device("meta"):
         ghost = build(objective.needs, (1, 4, 4), 3)
-    assert forward_units(ghost, objective, Linear(), (1, 4, 4)) == counted[0]
+    assert forward_units(ghost, objective, Linear(), (1, 4, 4)) == counted
     assert forward_flops(ghost, objective, (1, 4, 4)) == forward_flops(net, objective, (1, 4, 4))
 
 
