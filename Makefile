@@ -30,7 +30,7 @@ check: $(BIN)/.developed ## lint, formatting, types, layers
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
-mutants: $(BIN)/.developed ## plant errors in the mathematics and show that the theory tests catch each
+mutants: $(BIN)/.developed ## plant errors in the mathematics and show that a test catches each
 	$(BIN)/python tests/mutants.py
 
 clean: ## remove the environment and the caches, not the runs

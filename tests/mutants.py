@@ -55,7 +55,7 @@ DUMO, MEANFLOW, FLOW = (f"{OBJECTIVES}/test_{name}.py" for name in ("dumo", "mea
 CONSISTENCY, IMM, SEVERAL, TVM, IMF, FACM, SCT = (
     f"{OBJECTIVES}/test_{name}.py" for name in ("consistency", "imm", "several", "tvm", "imf", "facm", "sct")
 )
-SCHEDULE, EDM, HEADS = (
+DISCRETIZATION, EDM, HEADS = (
     f"tests/unit/{name}.py" for name in ("flow/test_discretization", "nets/test_precondition", "nets/test_own")
 )
 
@@ -533,21 +533,21 @@ MUTANTS = [
         "self.q ** -(stage + 1)",
         "self.q**-stage",
         "ECT's stages start one too early",
-        SCHEDULE,
+        DISCRETIZATION,
     ),
     Mutant(
         "flow/discretization.py",
         "level(i + 1), torch.where(i > 0, level(i), 0.0)",
         "level(i + 1), level(i)",
         "no step ends at the data",
-        SCHEDULE,
+        DISCRETIZATION,
     ),
     Mutant(
         "flow/discretization.py",
         "(log2(self.last / self.first) + 1)",
         "log2(self.last / self.first)",
         "iCT doubles once too few",
-        SCHEDULE,
+        DISCRETIZATION,
     ),
     Mutant("objectives/imm.py", "(u_q,) = ref(", "(u_q,) = net(", "y' is pulled too", IMM),
     Mutant("objectives/imm.py", "lift(at_q.t - b.r, b.x_t)", "lift(b.t - b.r, b.x_t)", "y' jumps as far as y", IMM),

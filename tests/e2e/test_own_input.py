@@ -80,7 +80,7 @@ def test_the_endpoint_of_three_heads_rests_along_the_exact_flow() -> None:
 
 
 @each
-def test_the_bench_has_its_yardstick_and_its_judge(name: str) -> None:
+def test_the_bench_has_its_yardstick_and_its_errors(name: str) -> None:
     run, net, b = tiny(name)
     plain = Plain(of=run.objective)
     plain.loss(net, frozen(net), b).loss.mean().backward()

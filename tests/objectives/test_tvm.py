@@ -98,7 +98,7 @@ ON = [gaussian(), APART, PRODUCT]
 
 @pytest.mark.parametrize("flow", ON, ids=lambda f: type(f).__name__)
 def test_rests_at_the_flow(flow: Flow) -> None:
-    """Unguided, where means are not zero and components several; guided, see test_fixed_point.py."""
+    """Unguided, where means are not zero and components several; guided, see tests/theory/test_fixed_point.py."""
     objective = TVM(scale=1.0, drop=0.2)
     net, b = Exact(flow, objective.needs), record(objective, flow)
     assert gradient(objective, net, b).abs().max() < 1e-10

@@ -32,7 +32,7 @@ GUIDES = [
 Case = tuple[AnyObjective, Flow]
 
 
-# Compared over a step of finite length, they rest at the flow to its order only: test_<kind>.py holds them to that.
+# Compared over a step of finite length, they rest at the flow to its order only: tests/objectives holds them to that.
 STEPS = {  # of a finite step, and so off the flow by an order of it: by kind, the test that says so
     "consistency": "test_gradient_vanishes_with_the_step",
     "imm": "test_it_rests_near_the_flow",

@@ -208,7 +208,7 @@ def read_contents(folder: Path) -> Contents | None:
 
 
 def dump(contents: Contents) -> str:
-    """As `read` reads it."""
+    """As `read_contents` reads it."""
     return yaml.safe_dump(contents.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
 
 

@@ -2,7 +2,7 @@
 
 Discrete consistency models compare what a net makes of two points of one trajectory. Their authors speak of noise
 levels, y = x + sigma z with data of standard deviation `sd`; in units of it x_t = (1 - t) y, t / (1 - t) = sigma / sd.
-All schedules take t and the share of the training that is done; they return t, which may move, and r.
+All discretizations take t and the share of the training that is done; they return t, which may move, and r.
 """
 
 from math import ceil, log2

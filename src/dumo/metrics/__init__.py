@@ -1,1 +1,1 @@
-"""How samples are judged: statistics of features, kernels and neighbours, and the named protocols that join them."""
+"""Distances between samples and data: by statistics of features, by kernels, by neighbours."""

@@ -1,1 +1,1 @@
-"""A run before it is run: what it takes, counted, and one real step of it, timed. No data or codec's weights needed."""
+"""A run before it is run: what it is, what it takes, one real step of it, and whether its derivative is one here."""

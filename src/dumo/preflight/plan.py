@@ -24,7 +24,7 @@ from dumo.types import UserError
 
 
 def plan(spec: Run) -> dict[str, Any]:
-    """What `run.show` says, and shapes, bytes, work, images, and whether the data are there.
+    """What `show` says, and shapes, bytes, work, images, and whether the data are there.
 
     `parameters_total` counts fixed tables, too; `inputs` and `heads` are shapes of a row; `flops` and `images` are the
     whole run's.

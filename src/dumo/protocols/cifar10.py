@@ -104,7 +104,7 @@ class CifarProtocol(Spec):
         """
         self.check(reference.x.shape[1:])
         fit(self.name, self.samples, x, reference)
-        fake, real = seen(x), learned(reference.x)
+        fake, real = features_of(x), learned(reference.x)
         mean, sd = kid(fake, real, subsets=SUBSETS, subset_size=SUBSET, generator=stream(KIND, "kid"))
         some = torch.randperm(len(real), generator=stream(KIND, "neighbours"))[: self.samples]
         precision, recall = precision_recall(real[some], fake, NEIGHBOURS)
@@ -124,18 +124,18 @@ class CifarProtocol(Spec):
         return distances(learned(reference.x), self.samples, KIND)
 
 
-def seen(x: Sample) -> Features:
+def features_of(x: Sample) -> Features:
     """The features of images after they are clamped and rounded to 8 bits, in pieces."""
     return torch.cat([cifar10.features(from_uint8(to_uint8(part))) for part in x.split(cifar10.PIECE)])
 
 
 def learned(x: Sample) -> Features:
-    """As `seen`, kept for the next time that the same images are the reference."""
+    """As `features_of`, kept for the next time that the same images are the reference."""
     digest = blake2b()
     for part in x.split(cifar10.PIECE):
         digest.update(to_uint8(part).cpu().contiguous().numpy().data)
     if (key := digest.digest()) not in known:
-        f = seen(x)
+        f = features_of(x)
         while len(known) >= KEPT:
             del known[next(iter(known))]
         known[key] = f

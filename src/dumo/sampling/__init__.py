@@ -1,1 +1,1 @@
-"""From noise to data with a trained net: time grids, solvers, noise by image, pictures and the files they go to."""
+"""From noise to data with a trained net: solvers and their grids of time, guidance, batches of samples."""

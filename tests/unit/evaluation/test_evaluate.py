@@ -44,7 +44,7 @@ def files(folder: Path) -> set[str]:
 
 
 class Seen:
-    """A watch that keeps what it is told."""
+    """A bar that keeps what it is told."""
 
     def __init__(self) -> None:
         self.titles: list[tuple[str, int]] = []

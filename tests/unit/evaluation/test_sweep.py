@@ -99,7 +99,7 @@ def test_every_average_and_the_weights_in_training(folder: Path) -> None:
     assert (folder / "sweep-ema.json").is_file()
 
 
-def test_other_protocols_have_judges_of_their_own(folder: Path) -> None:
+def test_other_protocols_have_evaluators_of_their_own(folder: Path) -> None:
     report = sweep(open_run(str(folder)), "evaluate.seed=0,1")
     assert [row["card"]["reference"] for row in report["rows"]] == ["40 draws of seed 0"] * 2 + [
         "40 draws of seed 1"

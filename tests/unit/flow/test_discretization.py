@@ -1,4 +1,4 @@
-"""Schedules of neighbouring times against their authors' formulas, which are in noise levels."""
+"""Discretizations of neighbouring times against their authors' formulas, which are in noise levels."""
 
 from itertools import pairwise
 from math import erf, log, sqrt

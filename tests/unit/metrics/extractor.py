@@ -12,7 +12,7 @@ WIDTH, NARROW, CLASSES = 6, 4, 5
 
 
 class Glance(NamedTuple):
-    """What Inception's pass gives that a tally reads."""
+    """What Inception's pass gives that statistics read."""
 
     pool: Tensor
     spatial: Tensor

@@ -25,7 +25,7 @@ def main(rank: int, file: str, whole: Path) -> None:
     with meeting(file, rank):
         x, numbers = images(TOTAL), torch.arange(TOTAL)
         mine = numbers[numbers // BATCH % 2 == rank].flip(0)  # a rank's own order
-        tally = gather(statistics_of(extractor, ((rows, x[rows]) for rows in mine.split(BATCH)), TOTAL), TOTAL)
+        found = gather(statistics_of(extractor, ((rows, x[rows]) for rows in mine.split(BATCH)), TOTAL), TOTAL)
         reference.PIECE = BATCH
         album = Album(x)
         data, facts = (
@@ -35,7 +35,7 @@ def main(rank: int, file: str, whole: Path) -> None:
         waited = collect(((rows, x[rows]) for rows in mine.split(BATCH)), TOTAL)
         assert torch.equal(waited, x)
         if rank == 0:
-            save_statistics(whole, tally, {"of": "samples"})
+            save_statistics(whole, found, {"of": "samples"})
             save_statistics(whole.with_suffix(".data"), data, facts)
 
 

@@ -1,4 +1,4 @@
-"""A tally does not depend on batches, order or ranks, and keeps."""
+"""Statistics do not depend on batches, order or ranks, and are kept."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ from unit.metrics.extractor import Album, extractor, images
 TOTAL = meet.TOTAL
 
 
-def tally(batch: int = TOTAL, order: torch.Tensor | None = None) -> Statistics:
+def counted(batch: int = TOTAL, order: torch.Tensor | None = None) -> Statistics:
     x, order = images(TOTAL), torch.arange(TOTAL) if order is None else order
     return gather(statistics_of(extractor, ((rows, x[rows]) for rows in order.split(batch)), TOTAL), TOTAL)
 
@@ -37,7 +37,7 @@ def same(a: Statistics, b: Statistics) -> None:
 
 
 def test_holds_what_the_network_saw() -> None:
-    seen, whole = extractor(images(TOTAL)), tally()
+    seen, whole = extractor(images(TOTAL)), counted()
     assert torch.equal(whole.rows, seen.pool)
     torch.testing.assert_close(whole.pool.covariance, seen.pool.double().T.cov())
     torch.testing.assert_close(whole.spatial.mean, seen.spatial.double().mean(0))
@@ -46,7 +46,7 @@ def test_holds_what_the_network_saw() -> None:
 
 @pytest.mark.parametrize("batch", [1, 7, 60])
 def test_any_batches_in_any_order_are_the_same(batch: int) -> None:
-    same(tally(batch, torch.arange(TOTAL).flip(0)), tally())
+    same(counted(batch, torch.arange(TOTAL).flip(0)), counted())
 
 
 def test_two_ranks_are_one(tmp_path: Path) -> None:
@@ -62,10 +62,10 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
     finally:
         for rank in ranks:
             rank.kill()
-    same(load_statistics(whole, {"of": "samples"}), tally())
+    same(load_statistics(whole, {"of": "samples"}), counted())
     same(
         load_statistics(whole.with_suffix(".data"), album_facts(Album(images(TOTAL)), "folder", STANDARDS["folder"])),
-        tally(),
+        counted(),
     )
 
 
@@ -78,7 +78,7 @@ def test_two_ranks_are_one(tmp_path: Path) -> None:
 )
 def test_missing_and_repeated_images_are_refused(order: torch.Tensor, said: str) -> None:
     with pytest.raises(UserError, match=f"{said} numbers among them, where each of 0 to 60 must come once"):
-        tally(7, order)
+        counted(7, order)
 
 
 def test_no_images_are_refused() -> None:
@@ -88,8 +88,8 @@ def test_no_images_are_refused() -> None:
 
 def test_is_kept_and_read_for_what_it_is_only(tmp_path: Path) -> None:
     path, told = tmp_path / "data.safetensors", {"data": "cifar10", "inception": "6726825d"}
-    save_statistics(path, tally(), told)
-    same(load_statistics(path, told), tally())
+    save_statistics(path, counted(), told)
+    same(load_statistics(path, told), counted())
     with pytest.raises(UserError, match=r"has the statistics of .*cifar10.*, wanted are those of .*mine.*name another"):
         load_statistics(path, told | {"data": "mine"})
     path.write_bytes(path.read_bytes()[:-1])

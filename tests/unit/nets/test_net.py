@@ -149,7 +149,7 @@ def test_differences_are_derivatives_up_to_a_scale_of_ten(net: Net, scale: float
 
 @each
 def test_differences_are_noise_at_a_scale_of_a_thousand(net: Net) -> None:
-    """Why Central refuses it: about 100 % wrong at the paper's h."""
+    """Why CentralSlope refuses it: about 100 % wrong at the paper's h."""
     model = randomise(net.model_copy(update={"time_scale": 1000.0}).build(V, SHAPE, 3))
     assert min(errors(model, 0.005)) > 0.5
 

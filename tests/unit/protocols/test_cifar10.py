@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dumo.features import cifar10
 from dumo.io.picture import from_uint8
 from dumo.protocols import cifar10 as protocol
-from dumo.protocols.cifar10 import CifarProtocol, known, learned, seen
+from dumo.protocols.cifar10 import CifarProtocol, features_of, known, learned
 from dumo.protocols.evaluator import Reference
 from dumo.random import stream
 from dumo.types import UserError
@@ -108,12 +108,12 @@ def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) 
         def reference(self, n: int, seed: int, i: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
             return blobs.x, blobs.c
 
-    judge, upside_down = QUICK.evaluator(Data, classes=10), blobs.x.flip(2)
+    evaluator, upside_down = QUICK.evaluator(Data, classes=10), blobs.x.flip(2)
     order = torch.randperm(1000, generator=stream("order"))
-    score = judge.score((part, upside_down[part]) for part in order.split(300))
+    score = evaluator.score((part, upside_down[part]) for part in order.split(300))
     assert score == QUICK.score(upside_down, blobs.c, blobs)
     assert score["fd"] > 0.01
-    assert judge.facts["features_sha256"] == cifar10.sha256()
+    assert evaluator.facts["features_sha256"] == cifar10.sha256()
     again = QUICK.score(upside_down[order], blobs.c[order], blobs)  # the kernel's subsets are all of the rows here
     assert again == pytest.approx(score, rel=1e-4, abs=1e-6)
 
@@ -129,24 +129,24 @@ def test_images_are_judged_as_a_file_holds_them(blobs: Reference) -> None:
     off = x + (torch.rand(x.shape, generator=stream("off")) - 0.5) / 255
     off = torch.where(x == 1, 1.5, torch.where(x == -1, -7.0, off))
     assert not torch.equal(off, x)
-    assert torch.equal(seen(off), seen(x))
-    assert torch.equal(seen(x), cifar10.features(x))
-    assert not torch.equal(seen(x + 2 / 255), seen(x))
+    assert torch.equal(features_of(off), features_of(x))
+    assert torch.equal(features_of(x), cifar10.features(x))
+    assert not torch.equal(features_of(x + 2 / 255), features_of(x))
 
 
 def test_a_reference_is_read_once(blobs: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    monkeypatch.setattr(protocol, "seen", lambda x: read.append(len(x)) or seen(x))
+    monkeypatch.setattr(protocol, "features_of", lambda x: read.append(len(x)) or features_of(x))
     known.clear()
     first, second, third = blobs.x[:20], blobs.x[20:50], blobs.x[50:90]
-    assert torch.equal(learned(first), seen(first))
-    assert torch.equal(learned(first.clone()), seen(first))
+    assert torch.equal(learned(first), features_of(first))
+    assert torch.equal(learned(first.clone()), features_of(first))
     learned(second)
     learned(first)
     assert read == [20, 30]
     changed = first.clone()
     changed[0, 0, 0, 0] *= -1
-    assert not torch.equal(learned(changed), seen(first))
+    assert not torch.equal(learned(changed), features_of(first))
     learned(third)
     assert len(known) == protocol.KEPT
 

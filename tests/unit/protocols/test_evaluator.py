@@ -1,4 +1,4 @@
-"""What judges share: samples gathered by number, whatever came in which batch."""
+"""What evaluators share: samples gathered by number, whatever came in which batch."""
 
 import hashlib
 
@@ -56,16 +56,16 @@ class Finite:
         return digits.digits()
 
 
-def test_a_judge_scores_as_its_protocol_does() -> None:
+def test_an_evaluator_scores_as_its_protocol_does() -> None:
     toy = ToyProtocol(samples=60)
-    judge = toy.evaluator(Drawn, seed=3)
-    assert isinstance(judge, Evaluator)
+    evaluator = toy.evaluator(Drawn, seed=3)
+    assert isinstance(evaluator, Evaluator)
     x, reference = Drawn().reference(60, 9)[0], Reference.of(Drawn(), 60, 3)
     rows = torch.arange(60).flip(0)
-    assert judge.score((part, x[part]) for part in rows.split(7)) == toy.score(x, toy.labels(), reference)
-    assert judge.baselines() == toy.baselines(reference)
-    assert judge.facts["reference"] == "60 draws of seed 3"
-    assert "reference_sha256" not in judge.facts
+    assert evaluator.score((part, x[part]) for part in rows.split(7)) == toy.score(x, toy.labels(), reference)
+    assert evaluator.baselines() == toy.baselines(reference)
+    assert evaluator.facts["reference"] == "60 draws of seed 3"
+    assert "reference_sha256" not in evaluator.facts
 
 
 def test_a_finite_reference_is_known_by_its_hash_and_features_by_theirs() -> None:

@@ -1,4 +1,4 @@
-"""The image protocols: what a name locks, and that the numbers are those of its definition."""
+"""The image protocols: what a name fixes, and that the numbers are those of its definition."""
 
 from pathlib import Path
 
@@ -150,9 +150,9 @@ def test_the_same_samples_have_the_same_scores() -> None:
 def test_few_images_have_no_frechet_distance_but_may_go_without() -> None:
     few, many = counted(images(WIDTH)), counted(images(N))
     fake = evaluator(many).statistics(made(images(N)))
-    for of, tally in ((evaluator(few), fake), (evaluator(many), replaced(fake, few))):
+    for of, statistics in ((evaluator(few), fake), (evaluator(many), replaced(fake, few))):
         with pytest.raises(UserError, match=r"give no Fréchet distance of 6 features: .* set frechet to false"):
-            of.compare(tally)
+            of.compare(statistics)
     without = ImageProtocol(kind="folder", samples=N, frechet=False)
     scores = evaluator(many, without).score(made(images(N)))
     assert list(scores) == ["kid", "kid_sd", "is", "is_sd", "precision", "recall"]
@@ -160,9 +160,9 @@ def test_few_images_have_no_frechet_distance_but_may_go_without() -> None:
         evaluator(few, without).score(made(images(N)))
 
 
-def replaced(tally: Statistics, moments: Statistics) -> Statistics:
+def replaced(statistics: Statistics, moments: Statistics) -> Statistics:
     """These features with the moments of others."""
-    return Statistics(moments.pool, moments.spatial, tally.score, tally.rows, tally.index)
+    return Statistics(moments.pool, moments.spatial, statistics.score, statistics.rows, statistics.index)
 
 
 def test_samples_must_be_as_many_as_the_name_says() -> None:
@@ -193,9 +193,9 @@ def test_images_that_cannot_be_read_are_left_out_and_the_rest_is_known_by_hash()
     assert (
         whole["reference_sha256"] != album_facts(Album(data.flip(0)), "folder", STANDARDS["folder"])["reference_sha256"]
     )
-    tally = album_statistics(extractor, Album(data, (3, 66)))
-    assert torch.equal(tally.rows, extractor(rest).pool)
-    assert tally.index.tolist() == list(range(68))
+    statistics = album_statistics(extractor, Album(data, (3, 66)))
+    assert torch.equal(statistics.rows, extractor(rest).pool)
+    assert statistics.index.tolist() == list(range(68))
     assert isinstance(Album(data), Finite)
 
 
@@ -213,7 +213,7 @@ def filed(path: Path, size: int = 4) -> Path:
 
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> ImageProtocol:
-    """ADM's protocol for what a small eye sees of small images."""
+    """ADM's protocol for what a small extractor sees of small images."""
     monkeypatch.setattr(adm, "WIDTH", WIDTH)
     monkeypatch.setattr(adm, "SPATIAL_WIDTH", NARROW)
     monkeypatch.setitem(STANDARDS, "adm-imagenet256-50k", Standard(N, 4, 1000, 12, 10, "https://there"))
@@ -330,6 +330,6 @@ def test_inception_itself_serves() -> None:
     net, protocol = recipe.net(), ImageProtocol(kind="folder", samples=3, frechet=False)
     x = samples(torch.randint(256, (3, 3, 40, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
     of = evaluator(album_statistics(net, Album(torch.zeros(1, 3, 8, 8))), protocol, net)
-    tally = of.statistics((rows, x[rows]) for rows in torch.arange(3).split(2))
-    assert (tally.rows.shape, tally.spatial.mean.shape) == ((3, 2048), (2023,))
-    torch.testing.assert_close(tally.rows[2:], net(to_uint8(x[2:])).pool, rtol=1e-5, atol=1e-4)
+    statistics = of.statistics((rows, x[rows]) for rows in torch.arange(3).split(2))
+    assert (statistics.rows.shape, statistics.spatial.mean.shape) == ((3, 2048), (2023,))
+    torch.testing.assert_close(statistics.rows[2:], net(to_uint8(x[2:])).pool, rtol=1e-5, atol=1e-4)

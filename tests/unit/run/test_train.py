@@ -1,4 +1,4 @@
-"""The four verbs: a run trained, opened, sampled and judged is the run that its folder says it is."""
+"""A run trained, opened and sampled is the run that its folder says it is."""
 
 import json
 from collections.abc import Generator
@@ -12,7 +12,6 @@ import torch
 from dumo.config.load import FILE, load
 from dumo.config.spec import Run
 from dumo.io.weights import load as load_weights
-from dumo.preflight.show import show
 from dumo.progress import Bar, Tick, no_bar
 from dumo.random import noise
 from dumo.run.folder import RunFolder, open_run
@@ -41,7 +40,7 @@ def moons(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 
 class Seen:
-    """A watch that keeps what it is told."""
+    """A bar that keeps what it is told."""
 
     def __init__(self) -> None:
         self.titles: list[tuple[str, int]] = []
@@ -53,7 +52,7 @@ class Seen:
         yield lambda done, note: self.ticks.append(done)
 
 
-def test_watches() -> None:
+def test_bars() -> None:
     assert isinstance(Seen(), Bar)
     assert isinstance(no_bar, Bar)
 
@@ -197,35 +196,3 @@ def test_export_holds_the_samples(moons: RunFolder, tmp_path: Path) -> None:
         made = torch.from_numpy(archive["arr_0"])
     assert torch.equal(made, sample(moons, nfe=2, c=labels(5, 0), seed=3).x)
     assert set(FORMS) == {"grid", "images", "npz"}
-
-
-@pytest.mark.parametrize(
-    ("name", "overrides", "far"),
-    [
-        ("moons", ["objective.times.kind=uniform"], 0.1),
-        ("moons", ["objective.times.kind=uniform", "objective.times.high=0.5"], 0.0),
-        ("moons", ["objective.times.kind=beta", "objective.times.a=1", "objective.times.b=1"], 0.1),
-        ("moons-meanflow", ["objective.times.velocity_ratio=0"], 0.01),  # both of two uniform times
-        ("moons-meanflow", ["objective.times.velocity_ratio=0.5"], 0.005),
-        ("moons-flow-matching", [], None),
-    ],
-)
-def test_how_much_is_far(name: str, overrides: list[str], far: float | None) -> None:
-    found = show(tiny(name, *overrides))["far"]
-    assert found == far if far is None else found == pytest.approx(far, abs=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("omega", "zeta", "scale"), [(1.0, 0.0, 1.0), (1.0, 0.5, 2.0), (0.2, 0.9, 2.0), (3.0, 0.0, 3.0)]
-)
-def test_effective_scale(omega: float, zeta: float, scale: float) -> None:
-    run = tiny("digits", f"objective.guide.omega={omega}", f"objective.guide.zeta={zeta}")
-    assert show(run)["guidance_scale"] == pytest.approx(scale)
-
-
-def test_show_is_strict_json_and_complete() -> None:
-    run = tiny("digits")
-    facts = json.loads(json.dumps(show(run), allow_nan=False))
-    assert Run.model_validate(facts["spec"]) == run
-    assert facts["parameters"] == sum(p.numel() for p in run.build().parameters())
-    assert show(run) == show(run)

@@ -42,7 +42,7 @@ def test_pieces_of_a_batch_meet_the_masks_of_the_whole() -> None:
 
 
 def test_the_derivative_is_of_the_pass_that_it_rides_on() -> None:
-    """A pass of its own, as `Jvp` makes, meets the same masks."""
+    """A pass of its own, as `JvpSlope` makes, meets the same masks."""
     (ride, one), (own, other) = step(0.3), step(0.3, exact=True)
     assert abs(ride.loss - own.loss) < 1e-4 * ride.loss
     assert (one - other).norm() < 1e-4 * one.norm()

@@ -1,4 +1,4 @@
-"""Runs judged as a user types it: reports with cards, sweeps, comparisons, several ranks, and what is refused."""
+"""Runs evaluated as a user types it: reports with cards, sweeps, comparisons, several ranks, and what is refused."""
 
 import json
 import shutil
@@ -122,7 +122,7 @@ def test_inception_itself_from_a_file(here: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.slow
-def test_two_ranks_judge_as_one(here: Path, peephole: Peephole, tmp_path: Path) -> None:
+def test_two_ranks_evaluate_as_one(here: Path, peephole: Peephole, tmp_path: Path) -> None:
     one = call("evaluate", "a", "--json").json
     (kept,) = (tmp_path / "cache").iterdir()
     kept.unlink()
