@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,8 @@ HEAVY = ["torch", "numpy", "sklearn", "matplotlib", "safetensors"]
 
 
 def test_quick_commands_import_nothing_heavy() -> None:
-    words = [[], ["--help"], ["-h"], ["recipes"], ["train", "--help"], ["reproduce", "-h"], ["frobnicate"]]
+    words = [[], ["--help"], ["-h"], ["--version"], ["recipes"]]
+    words += [["train", "--help"], ["reproduce", "-h"], ["frobnicate"]]
     words += [["train"], ["sample", "x", "--count", "0"], ["evaluate", "x", "--seed", "-1"]]
     done = subprocess.run(
         [sys.executable, "-c", f"HEAVY = {HEAVY}\n{QUICK}", json.dumps(words)],
@@ -44,7 +46,7 @@ def test_quick_commands_import_nothing_heavy() -> None:
     wrong = {"", "frobnicate", "train", "sample x --count 0", "evaluate x --seed -1"}
     for asked, (code, printed, heavy) in found.items():
         assert code == (2 if asked in wrong else 0), asked
-        assert printed > 50, asked
+        assert printed > (10 if asked == "--version" else 50), asked
         assert heavy == [], asked
 
 
@@ -57,6 +59,10 @@ def test_help_names_every_command() -> None:
         one = call(command, "--help")
         assert one.code == 0
         assert "Usage:" in one.out
+
+
+def test_version_is_the_packages() -> None:
+    assert call("--version").out == f"dumo {metadata.version('dumo')}\n"
 
 
 def test_recipes_are_listed_with_what_they_are() -> None:

@@ -4,10 +4,11 @@ Exit codes: 0 done, 1 failed, 2 what the user gave was wrong. Pictures of progre
 """
 
 import sys
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
+from dumo import __version__
 from dumo.cli import bench, evaluate, preflight, run
 from dumo.cli.terminal import err
 
@@ -21,6 +22,24 @@ app = typer.Typer(
     "Start with  dumo train digits,  then  dumo sample,  dumo evaluate  and  dumo report  with  runs/digits.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def tell(version: bool) -> None:
+    """Print the version and leave, if it is asked for."""
+    if version:
+        print(f"dumo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=tell, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What stands before a command."""
+
+
 COMMANDS = (
     *(preflight.recipes, preflight.show, preflight.dry, preflight.doctor),
     *(run.encode, run.train, run.sample, run.grid),

@@ -143,11 +143,13 @@ def look(run: Run, x: Sample, real: Real) -> Image.Image:
 
 
 def by_class(run: Run, x: Real, c: Tensor) -> Sample:
-    """The first rows of the data, in the order of a sheet."""
-    if not run.data.classes:
-        return x[: ROWS * COLUMNS]
+    """The first rows of the data, in the order of a sheet; grey where a class has none among the rows read."""
     columns = [x[c == label][:ROWS] for label in range(across(run))]
-    return torch.stack([column[: min(map(len, columns))] for column in columns], 1).flatten(0, 1)
+    if not run.data.classes or not any(map(len, columns)):
+        return x[: ROWS * COLUMNS]
+    rows = min(len(column) for column in columns if len(column))
+    grey = torch.zeros_like(x[:1]).expand(rows, *x.shape[1:])
+    return torch.stack([column[:rows] if len(column) else grey for column in columns], 1).flatten(0, 1)
 
 
 def joined(run: Run, drawn: Mapping[str, Pictures]) -> Image.Image:
@@ -161,22 +163,21 @@ def joined(run: Run, drawn: Mapping[str, Pictures]) -> Image.Image:
 def proximity(run: Run, x: Sample, real: Real) -> dict[str, Any]:
     """How near samples lie to the data, in pixel space, and how near as many rows of the data lie to the other rows.
 
-    A distance is Euclidean, over all pixels of images in [-1, 1]. The rows held out are keyed by the sampling seed.
+    A distance is Euclidean, over all pixels of images in [-1, 1]. The rows held out are keyed by the sampling seed; of
+    little data they are half, and as many samples are counted.
     """
     distances, places = nearest(real, x)
     order = torch.randperm(len(real), generator=stream(run.sample.seed, "held out"))
-    held, rest = order[: len(x)], order[len(x) :]
-    usual, _ = nearest(real[rest], real[held])
-    few = across(run)
+    count, few = min(len(x), len(real) // 2), across(run)
+    compared = {"samples": distances[: count or len(x)]}
+    if count:
+        compared["data, held against the rest of it"], _ = nearest(real[order[count:]], real[order[:count]])
     return {
         "samples": look(run, x[:few], real),
         "found": look(run, real[places[:few]], real),
         "distances": distances[:few].tolist(),
-        "count": len(x),
-        "rows": [
-            {"name": name, "mean": d.mean().item(), "least": d.min().item()}
-            for name, d in (("samples", distances), ("data, held against the rest of it", usual))
-        ],
+        "count": count or len(x),
+        "rows": [{"name": name, "mean": d.mean().item(), "least": d.min().item()} for name, d in compared.items()],
     }
 
 

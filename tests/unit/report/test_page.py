@@ -389,6 +389,27 @@ def test_copies_lie_at_distance_zero_and_held_out_rows_do_not(digits: Path) -> N
         assert same[0].item() == i // 10
 
 
+@pytest.mark.parametrize(("size", "count"), [(80, 40), (7, 3), (2, 1), (1, 80)])
+def test_little_data_is_compared_as_far_as_it_goes(digits: Path, size: int, count: int) -> None:
+    spec = load(str(digits))
+    truth, _ = spec.data.open().reference(200, 0)
+    near = report.proximity(spec, truth[100:180], truth[:size])
+    assert near["count"] == count
+    assert [row["name"].split(",")[0] for row in near["rows"]] == (["samples", "data"] if size > 1 else ["samples"])
+    assert all(row["least"] > 0.3 for row in near["rows"])
+
+
+def test_a_class_without_a_row_leaves_its_column_grey(digits: Path) -> None:
+    spec = load(str(digits))
+    truth, c = spec.data.open().reference(1, 0)
+    sheet = report.by_class(spec, truth[c != 3], c[c != 3]).unflatten(0, (-1, 10))
+    assert sheet.shape[:2] == (report.ROWS, 10)
+    assert (sheet[:, 3] == 0).all()
+    assert (sheet[:, [*range(3), *range(4, 10)]] != 0).flatten(2).any(-1).all()
+    assert report.look(spec, sheet.flatten(0, 1), truth).height > 0
+    assert torch.equal(report.by_class(spec, truth, c + 10), truth[:80])  # none of the first ten classes
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
