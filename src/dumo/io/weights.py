@@ -24,10 +24,10 @@ def opened(file: Path, hint: str = "", *, convert: bool = True) -> Generator[saf
     Raises UserError for no file, a pickle, or a damaged file. `hint` says where to get it; `convert`: a pickle may be
     converted as it is.
     """
+    if file.suffix.lower() in PICKLES:  # whether it is there or not, it is not what to fetch
+        raise UserError(_refusal(file, hint, convert))
     if not file.is_file():
         raise UserError(f"{file}: there is no such file{hint and f'. {hint}'}")
-    if file.suffix.lower() in PICKLES:
-        raise UserError(_refusal(file, hint, convert))
     try:
         with safe_open(file, "pt") as found:
             yield found
@@ -57,8 +57,6 @@ def notes(file: Path) -> dict[str, str]:
 
 def checked(file: Path, sha256: str | None, hint: str) -> str:
     """The SHA-256 of a whole safetensors file, in hexadecimal. Raises as `opened`, and for another hash than asked."""
-    if file.suffix.lower() in PICKLES:  # whether it is there or not, it is not what to fetch
-        raise UserError(_refusal(file, hint, convert=True))
     with opened(file, hint):
         found = digest.of_file(file)
     if sha256 not in (None, found):
