@@ -3,8 +3,6 @@
 from pydantic import model_validator
 
 from dumo.config.check import check
-from dumo.config.tree import Evaluation as Evaluation
-from dumo.config.tree import Sampling as Sampling
 from dumo.config.tree import Tree
 
 

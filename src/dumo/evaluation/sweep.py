@@ -8,7 +8,8 @@ from typing import Any
 
 from dumo import dist
 from dumo.config.load import override, parse
-from dumo.config.spec import Run, Sampling
+from dumo.config.spec import Run
+from dumo.config.tree import Sampling
 from dumo.evaluation.card import card
 from dumo.evaluation.evaluate import Row, evaluator_of, name_of, row
 from dumo.io.json import write_json

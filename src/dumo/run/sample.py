@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dumo import dist
 from dumo.config.load import parse
-from dumo.config.spec import Run, Sampling
+from dumo.config.spec import Run
+from dumo.config.tree import Sampling
 from dumo.data import Latents
 from dumo.data.source import Source
 from dumo.flow.reading import reading

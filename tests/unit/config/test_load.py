@@ -10,7 +10,7 @@ import yaml
 
 from dumo import recipes
 from dumo.config.load import default_folder, difference, dump, load, parse
-from dumo.config.spec import Sampling
+from dumo.config.tree import Sampling
 from dumo.sampling.solver import Heun, Hop
 from dumo.training.ema import Ema
 from dumo.types import UserError
