@@ -2,14 +2,17 @@
 
 import json
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from dumo import recipes as packaged
 from dumo.cli.option import AsJson, Device, Set, Source
-from dumo.cli.terminal import out, show_lines
+from dumo.cli.terminal import out, say, show_lines
+
+if TYPE_CHECKING:
+    from dumo.config.spec import Run
 
 
 def recipes() -> None:
@@ -23,12 +26,23 @@ def recipes() -> None:
     out.print("\nLook at one:  dumo show NAME    Run one:  dumo train NAME")
 
 
+def advised(source: str, overrides: list[str] | None) -> "Run":
+    """The run, and on stderr what of it is not as its sources have it."""
+    from dumo.config.advice import advice
+    from dumo.config.load import load
+
+    run = load(source, overrides or [])
+    for line in advice(run):
+        say(line)
+    return run
+
+
 def show(source: Source, set_: Set = None, as_json: AsJson = False) -> None:
     """Print a run before it is run: its complete spec, its size, what a step costs and where it teaches jumps."""
-    from dumo.config.load import dump, load
+    from dumo.config.load import dump
     from dumo.preflight.show import show
 
-    spec = load(source, set_ or [])
+    spec = advised(source, set_)
     facts = show(spec)
     if as_json:
         print(json.dumps(facts))
@@ -56,10 +70,9 @@ def dry(
     as_json: AsJson = False,
 ) -> None:
     """Try a run before hours are spent on it: what it takes, counted; with --rows one step, timed. Needs no data."""
-    from dumo.config.load import load
     from dumo.preflight import plan, rehearsal, table
 
-    spec = load(source, set_ or [])
+    spec = advised(source, set_)
     facts = plan.plan(spec)
     if not as_json:
         show_lines(table.lines(facts))
@@ -72,10 +85,9 @@ def dry(
 
 def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto", as_json: AsJson = False) -> None:
     """Say what this machine has, and test a run's slope on it against float64. Exit code 1 where it fails."""
-    from dumo.config.load import load
     from dumo.preflight import doctor
 
-    found = doctor.diagnose(load(source, set_ or []), device)
+    found = doctor.diagnose(advised(source, set_), device)
     if as_json:
         print(json.dumps(found))
     for line in [] if as_json else found["findings"]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from dumo.cli.option import Device, Nfe, RunFolder, Seed, Set, SolverName, Source, Weights, numbers
-from dumo.cli.terminal import bar, err, out, resumable
+from dumo.cli.terminal import bar, err, out, resumable, say
 
 
 def encode(
@@ -63,7 +63,7 @@ def train(
 
     spec, folder = load(source, set_ or []), folder or default_folder(source)
     with resumable(f"dumo train {folder}"):
-        state = train.train(spec, folder, device=device, bar=bar)
+        state = train.train(spec, folder, device=device, bar=bar, tell=say)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
         highlight=False,

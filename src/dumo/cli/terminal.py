@@ -43,6 +43,11 @@ def resumable(command: str) -> Generator[None, None, None]:
         raise typer.Exit(1) from None
 
 
+def say(line: str) -> None:
+    """A line on stderr, as it is."""
+    err.print(line, soft_wrap=True)
+
+
 def show_lines(lines: Iterable[tuple[str, str]]) -> None:
     """Print a name and what is to be said of it, line by line."""
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -13,6 +13,7 @@ from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.io import digest
 from dumo.protocols.evaluator import Evaluator
+from dumo.run import deviation
 from dumo.run.folder import RunFolder
 from dumo.types import UserError
 
@@ -43,6 +44,8 @@ def card(opened: RunFolder, evaluator: Evaluator, samples: int) -> Card:
         "labels": f"i mod {run.data.classes}" if run.data.classes else "none",  # of sample i; others draw at random
         **evaluator.facts,
         "data": data.model_dump(mode="json"),
+        "data_sd": deviation.noted(opened.folder),  # None: of a run from before it was measured
+        "path": run.path.model_dump(mode="json"),
         "codec": _codec(opened),
         "weights": opened.weights,
         "weights_sha256": digest.of_file(file),

@@ -50,6 +50,7 @@ def draw(
     shape = torch.Size((n, *x.shape[1:]))
     drawn = {k: law(shape, stream(seed, step, "law", k))[mine].to(x.device, exact) for k, law in laws.items()}
 
+    x = x / path.sd
     x_t, v_t = path.at(x, z, t)
     c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)
     if teacher:

@@ -45,7 +45,7 @@ class SCT(Spec):
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
         gauges = ("log_variance",) if self.weigh else ()
-        return Needs(inputs=("t",), heads=("f",), gauges=gauges, paths=("trig",), slope=self.slope)
+        return Needs(inputs=("t",), heads=("f",), gauges=gauges, paths=("trig",), slope=self.slope, unit=True)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Its Alg. 1."""

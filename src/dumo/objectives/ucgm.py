@@ -57,7 +57,8 @@ class UCGM(Spec):
         """What the net takes and gives, at ratio 0 a velocity, and the loss takes."""
         derives, heads = self.ratio == 1, ("u",) if self.ratio else ("v",)
         amplifies = 0.0 if derives else self.ratio / (1 - self.ratio)
-        return Needs(("t",), heads, slope=self.slope, derives=derives, guide=self.guide, amplifies=amplifies)
+        ref = 0.999 if self.guide.active else None  # FM+ asks it for V(null)
+        return Needs(("t",), heads, slope=self.slope, derives=derives, guide=self.guide, amplifies=amplifies, ref=ref)
 
     @model_validator(mode="after")
     def _guided(self) -> "UCGM":

@@ -174,7 +174,7 @@ def facts(run: Run) -> dict[str, object]:
     """What a teacher and its pupil must agree on."""
     names = ("shape", "classes", "codec", "per_channel")
     data: dict[str, object] = {f"data.{name}": getattr(run.data, name, None) for name in names}
-    return {**data, "path": run.path.kind}
+    return {**data, "path": run.path.kind, "path.sd": run.path.sd}
 
 
 def velocity(teacher: Teacher, reads: Reads) -> Taught:

@@ -1,19 +1,21 @@
 """Train a run: where data, net, objective and folder meet.
 
-A run is a folder: run.yaml (complete), metrics.jsonl, checkpoints/, milestones/, grids/, samples/, evaluation.json,
-report.html.
+A run is a folder: run.yaml (complete), data.json, metrics.jsonl, checkpoints/, milestones/, grids/, samples/,
+evaluation.json, report.html.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from dumo import dist
+from dumo.config.advice import advice
 from dumo.config.spec import Run
 from dumo.preflight import doctor
 from dumo.progress import Bar, no_bar
-from dumo.run import teacher
+from dumo.run import deviation, teacher
 from dumo.run.folder import begin, claim, note
 from dumo.training import checkpoint, log, loop
 from dumo.training.state import State
@@ -21,11 +23,19 @@ from dumo.training.step import Batch, Record, Task
 from dumo.types import unwrap
 
 
-def train(run: Run, folder: Path, *, device: str = "auto", bar: Bar = no_bar) -> State:
+def train(
+    run: Run,
+    folder: Path,
+    *,
+    device: str = "auto",
+    bar: Bar = no_bar,
+    tell: Callable[[str], None] | None = None,
+) -> State:
     """Train, or go on where the folder's last checkpoint stands. Returns the state at the end.
 
-    Raises UserError if the folder holds another run, or the slope fails its examination, before the first step or on
-    the weights of the first checkpoint; Diverged if the loss is no longer a number.
+    `tell` hears what of the run is not as its sources have it, before the first step. Raises UserError if the folder
+    holds another run, or the slope fails its examination, before the first step or on the weights of the first
+    checkpoint; Diverged if the loss is no longer a number.
     """
     here = dist.device(device)
     claim(run, folder)
@@ -37,6 +47,9 @@ def train(run: Run, folder: Path, *, device: str = "auto", bar: Bar = no_bar) ->
         known.check(folder)
     log.rewind(folder / "metrics.jsonl", state.step)
     note(run, folder)
+    told = advice(run, deviation.note(folder, source))
+    for line in told if tell else ():
+        tell(line)
     if known:
         source = known.begin(source, run, folder, here, bar)
 
