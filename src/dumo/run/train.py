@@ -47,9 +47,10 @@ def train(
         known.check(folder)
     log.rewind(folder / "metrics.jsonl", state.step)
     note(run, folder)
-    told = advice(run, deviation.note(folder, source))
-    for line in told if tell else ():
-        tell(line)
+    sd = deviation.note(folder, source)
+    if tell:
+        for line in advice(run, sd):
+            tell(line)
     if known:
         source = known.begin(source, run, folder, here, bar)
 

@@ -40,7 +40,7 @@ def open_folder(folder: Path, *overrides: str, weights: str | None = None) -> Ru
 
 
 def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("*.json")}
+    return {path.name for path in folder.glob("evaluation*.json")}
 
 
 class Seen:
@@ -75,6 +75,7 @@ def test_the_card_says_by_what_it_was_measured(folder: Path) -> None:
     assert card["solver"] == {"kind": "restart", "m": 0.25, "start": 1.0}
     assert (card["nfe"], card["contrast"], card["codec"]) == ([1, 2], [1], None)
     assert (card["data"]["kind"], card["step"], card["ema"]) == ("moons", 4, 0.999)
+    assert (round(card["data_sd"], 1), card["path"]) == (1.0, {"kind": "linear"})
     assert card["weights_sha256"] == hashlib.sha256(opened.file.read_bytes()).hexdigest()
     assert card["versions"]["torch"] == torch.__version__
 
