@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from contract.case import Counted, nets, randomise, step
+from dumo.config.load import load
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
@@ -207,6 +208,14 @@ def test_heads_apart_rest_at_the_flow(flow: Gaussian | Product) -> None:
     objective = Several(parts=(V, U, S), times=OTHERS, guide=flow.guide, slope=JvpSlope(), apart=True)
     net, b = Exact(flow, objective.needs), record(objective, flow, 32)
     assert gradient(objective, net, b).abs().max() < 1e-10
+
+
+def test_the_paper_s_third_head_leaves_v_and_u_the_times_of_dumo() -> None:
+    three = load("imagenet256-xl2-three-heads-shortcut").objective
+    assert isinstance(three, Several)
+    assert isinstance(three.times, Dyadic)
+    assert three.apart
+    assert three.times.flow == load("imagenet256-xl2").objective.times
 
 
 COUNTS = [  # passes with gradients, and without
