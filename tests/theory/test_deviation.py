@@ -39,7 +39,7 @@ def noised(objective: Objective, path: Path, x: Tensor, progress: float = 0.4) -
 
 
 def test_those_with_such_constants_say_so() -> None:
-    assert {o.kind for o, _ in UNIT} == {"consistency", "sct"}
+    assert {o.kind for o, _ in UNIT} == {"consistency", "imm", "sct"}
 
 
 @each_sd

@@ -43,8 +43,8 @@ class IMM(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives; there is no velocity in the loss."""
-        return Needs(inputs=("t", "r"), heads=("u",), teachable=False)
+        """What the net takes and gives; there is no velocity in the loss. Its constants are for deviation 1."""
+        return Needs(inputs=("t", "r"), heads=("u",), teachable=False, unit=True)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass with gradients, one without; every row has its group's loss.
