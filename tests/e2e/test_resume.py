@@ -58,10 +58,10 @@ def test_killed_run_goes_on_bit_for_bit(here: Path) -> None:
     for name, bits in tree(whole / LAST).items():
         assert (killed / LAST / name).read_bytes() == bits, name
     assert steps_logged(killed) == list(range(1, 151))
-    for name in ("metrics.jsonl", "run.yaml"):
+    for name in ("data.json", "metrics.jsonl", "run.yaml"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
     assert steps_saved(killed) == steps_saved(whole) == [130, 140, 150]
-    assert sorted(path.name for path in killed.iterdir()) == ["checkpoints", "metrics.jsonl", "run.yaml"]
+    assert sorted(path.name for path in killed.iterdir()) == ["checkpoints", "data.json", "metrics.jsonl", "run.yaml"]
 
 
 def test_more_steps_are_the_same_as_many_at_once(here: Path) -> None:
