@@ -24,14 +24,13 @@ from dumo.io import picture
 from dumo.progress import Bar, no_bar
 from dumo.report import page
 from dumo.run.folder import RunFolder, open_run
-from dumo.run.sample import guided_reading, sample, solver_named
+from dumo.run.sample import COUNT, guided_reading, sample, solver_named
 from dumo.run.train import train as train_run
 from dumo.sampling.generate import labels
 from dumo.types import Reads, Sample
 from dumo.types import UserError as UserError
 
 Changes = Mapping[str, Any]  # dotted fields of a run and their values, e.g. {"train.steps": 100}
-COUNT = 16  # samples, where neither their number nor their classes are given
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class TrainedRun:
     ) -> Sample:
         """Make samples, float32 on the CPU: images (n, channels, height, width) in [-1, 1], or points (n, 2).
 
-        `classes` are taken in turn (None: all of them, from 0), `count` is n: as many as classes are given, else 16.
+        `classes` are taken in turn (None: all of them, from 0), `count` is n: as many as classes are given, else 100.
         `nfe` is the number of network passes; it, seed and solver are the run's own unless given. Sample i depends on
         seed, class and i alone. Raises UserError for a class, solver or nfe out of range.
         """
@@ -175,7 +174,7 @@ def train(
 ) -> TrainedRun:
     """Train a recipe, or go on with a run's folder where it stopped; return the trained run.
 
-    `out` is the run's folder, runs/NAME unless given. `bar` is told of the progress, e.g. `dumo.cli.terminal.bar`.
+    `out` is the run's folder, runs/NAME unless given; `bar` is told of the progress.
     Raises UserError as `recipe` does, and where the folder holds another run.
     """
     run = recipe(source, changes)

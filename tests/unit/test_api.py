@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import dumo
-from dumo.api import COUNT, TrainedRun
+from dumo.api import TrainedRun
 from dumo.config.load import load
-from dumo.run.sample import sample
+from dumo.run.sample import COUNT, sample
 from dumo.types import Reads
 from e2e.shell import ENVIRONMENT, call
 from e2e.test_start import HEAVY

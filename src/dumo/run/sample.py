@@ -99,6 +99,7 @@ def solver_named(run: Run, name: str | None) -> Solver:
     return parse(Sampling, {"solver": {"kind": name}}).solver
 
 
+COUNT = 100  # samples, if no other number is asked for
 FORMS = ("grid", "images", "npz")
 SCATTERED = 4000  # points of the data behind a scatter of samples
 
@@ -108,7 +109,7 @@ def export(
     folder: Path,
     *,
     form: str = "grid",
-    count: int = 100,
+    count: int = COUNT,
     only: Sequence[int] | None = None,
     nfe: Sequence[int] | None = None,
     seed: int | None = None,
