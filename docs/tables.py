@@ -44,7 +44,7 @@ def zoo(results: Row) -> Iterator[str]:
     yield "|" + "---|" * (len(head) + 2)
     for own in by_objective(results):
         name, steps, cost = (own[0][key] for key in ("objective", "steps", "F_per_step"))
-        distances = [f"{row[key]:.2f} ± {row[f'{key}_sd']:.2f}" for key in ("fd_grey", "fd") for row in own]
+        distances = [f"{row[key]:.2f}&nbsp;±&nbsp;{row[f'{key}_sd']:.2f}" for key in ("fd_grey", "fd") for row in own]
         kid = ", ".join(f"{round(1000 * row['kid'])}".replace("-", "−") for row in own)
         recall = ", ".join(f"{row['recall']:.2f}" for row in own)
         cells = [f"**{name}**" if name == "DuMo" else name, f"{steps:,}", f"{cost:.2f}", *distances, kid, recall]

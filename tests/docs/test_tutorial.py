@@ -42,7 +42,7 @@ def blocks(name: str, language: str) -> list[str]:
 
 def typed(name: str, changed: Mapping[str, str] | None = None) -> Iterator[str]:
     """Type a tutorial's commands, each of which must end well, and give what each printed; trainings are made small."""
-    text = "".join(blocks(name, "sh"))
+    text = "".join(blocks(name, "sh")).replace("\\\n", "")
     for old, new in (changed or {}).items():
         assert old in text
         text = text.replace(old, new)
