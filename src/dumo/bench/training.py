@@ -43,7 +43,7 @@ COMPARED = 8  # rows, at least, on which du/dt is judged
 
 @dataclass(frozen=True)
 class Row:
-    """One slope in one precision. None: not to be had, or not asked. `refused`: why training would not do it."""
+    """One slope in one precision. None: not available, or not asked. `refused`: why training would not do it."""
 
     slope: str
     precision: Precision

@@ -101,7 +101,7 @@ def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, di
 
 
 def digest_of(make: Callable[..., object]) -> dict[str, str]:
-    """The SHA-256 of a function's source; nothing where that is not to be had. What the function calls is not in it."""
+    """The SHA-256 of a function's source; nothing where that is not available. What the function calls is not in it."""
     try:
         return {"sha256": digest.of_bytes(inspect.getsource(make).encode())}
     except (OSError, TypeError):
