@@ -73,6 +73,7 @@ def test_what_runs_is_said_before_it_runs(
     assert said[1:] == [
         f"{file} runs" for file in ("loud/__init__.py", "loud/inner/__init__.py", "loud/inner/my_teacher.py")
     ]
+    monkeypatch.setattr(sys, "path", [])
     assert file_of("loud.inner.my_teacher") == str(file)  # imported by now
 
 
