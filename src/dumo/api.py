@@ -18,6 +18,7 @@ from torch import nn
 
 from dumo.codecs.scaled import Opened
 from dumo.config import load as config
+from dumo.config.change import override
 from dumo.config.spec import Run
 from dumo.evaluation import evaluate as evaluation
 from dumo.io import picture
@@ -159,8 +160,7 @@ def recipe(source: str | Path | Run, changes: Changes | None = None) -> Run:
     if not isinstance(source, Run):
         return config.load(str(source), _told(changes))
     tree = source.model_dump(mode="json")
-    for text in _told(changes):
-        config.override(tree, text)
+    override(tree, _told(changes))
     return config.parse(Run, tree)
 
 
