@@ -40,6 +40,8 @@ def _base(base: object, name: str, file: Path | None) -> dict[str, Any]:
         raise UserError(f"{name}: base is {shown(base)}: name a recipe, a YAML file or a run's folder")
     if base in recipes.names():
         tree = _packaged(base)
+        if file and "base" in tree:  # to a user's file a packaged recipe is whole
+            tree = merge(_packaged(tree.pop("base")), tree)
     elif file and (found := _file(file.parent / user_path(base, "base"))):
         tree = _tree(found)
     else:

@@ -41,6 +41,11 @@ def test_a_recipe_is_a_recipe_whatever_lies_beside_the_file(tmp_path: Path) -> N
     assert load(written(tmp_path / "mine.yaml", "base: ./digits")) == load("moons")
 
 
+def test_a_packaged_recipe_is_a_whole_base(tmp_path: Path) -> None:
+    mine = written(tmp_path / "mine.yaml", MINE.format(base="digits-meanflow"))
+    assert load(mine) == load("digits-meanflow", SETS)
+
+
 def test_a_run_s_own_file_is_whole(tmp_path: Path) -> None:
     run = load(written(tmp_path / "mine.yaml", MINE.format(base="digits")))
     assert "base" not in dump(run)
@@ -50,9 +55,8 @@ def test_a_run_s_own_file_is_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("base: digits-meanflow", r"base 'digits-meanflow' has a base itself, 'digits', .*show digits-meanflow --yaml"),
         ("base: mine.yaml", "base 'mine.yaml' has a base itself, 'mine.yaml'"),
-        ("base: other.yaml", "base 'other.yaml' has a base itself, 'digits'"),
+        ("base: other.yaml", r"base 'other.yaml' has a base itself, 'digits', .*show other.yaml --yaml"),
         ("base: dgits", r"base: there is no recipe 'dgits', .*did you mean 'digits'"),
         ("base: nowhere/run.yaml", "no recipe 'nowhere/run.yaml', nor a file"),
         ("base: $NOWHERE/a.yaml", "NOWHERE is not set"),
