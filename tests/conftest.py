@@ -8,6 +8,8 @@ import matplotlib
 import pytest
 import torch
 
+import browser
+
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # the tests run side by side, and a number of threads is a number of roundings
 
@@ -23,15 +25,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without the folder leave out the tests that read it; count what is left out."""
+    """Without the folder, or a browser, leave out the tests that need it; count what is left out."""
     if config.option.markexpr == WITHOUT_SLOW:
         left_out["slow"] = sum(item.get_closest_marker("slow") is not None for item in items)
-    if os.environ.get(DATA):
-        return
-    without = [item for item in items if item.get_closest_marker("data")]
-    left_out["data"] = len(without)
-    config.hook.pytest_deselected(items=without)
-    items[:] = [item for item in items if item not in without]
+    for mark, there in (("data", os.environ.get(DATA)), ("browser", browser.found())):
+        if not there:
+            without = [item for item in items if item.get_closest_marker(mark)]
+            left_out[mark] = len(without)
+            config.hook.pytest_deselected(items=without)
+            items[:] = [item for item in items if item not in without]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -50,5 +52,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say how many were left out, and why."""
     if left_out.get("data"):
         terminalreporter.write_line(f"{left_out['data']} tests need real data, and {DATA} is not set: left out")
+    if left_out.get("browser"):
+        terminalreporter.write_line(f"{left_out['browser']} tests need Chromium, and there is none: left out")
     if left_out.get("slow"):
         terminalreporter.write_line(f"{left_out['slow']} slow tests left out: make slow runs them")

@@ -90,7 +90,7 @@ def device(name: str) -> torch.device:
     try:
         found = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{name}' is not to be had here: use auto or cpu") from error
+        raise UserError(f"device '{name}' is not available: use auto or cpu") from error
     if found.type == "meta":
         raise UserError(f"device '{name}' holds no numbers: use auto or cpu")
     return found

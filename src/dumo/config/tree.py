@@ -60,6 +60,10 @@ class Tree(Spec):
         """The readings that the objective will teach. They answer nothing yet: there is no net."""
         return self.objective.read(nn.Identity())
 
+    def class_name(self, c: int) -> str:
+        """What a class is called."""
+        return str(c)
+
     def build(self, device: torch.device | str = "cpu") -> nn.Module:
         """The net at step 0, its weights keyed by the run's seed: the same on every device."""
         with torch.random.fork_rng(devices=[]):

@@ -19,12 +19,18 @@ from dumo.progress import Bar, no_bar
 from dumo.run.folder import RunFolder
 from dumo.sampling import generate
 from dumo.sampling.solver import Solver, check
-from dumo.types import Sample, UserError
+from dumo.types import Reads, Sample, UserError
 
 
 def real_data(run: Run) -> Source:
     """The data as images or points: of latents, the images that were encoded. Raises UserError as opening them does."""
     return run.data.images.open() if isinstance(run.data, Latents) else run.data.open()
+
+
+def guided_reading(opened: RunFolder) -> Reads:
+    """The net as it is sampled: with the run's knobs and guidance."""
+    run = opened.run
+    return run.sample.guide(reading(run.objective, opened.net, run.sample.knobs), run.data.classes)
 
 
 def sample_batches(
@@ -38,13 +44,14 @@ def sample_batches(
 ) -> Iterator[generate.Batch]:
     """One sample per row of c, decoded, batch by batch: those numbered `indices`, or this rank's share of all.
 
-    Image i always comes from stream (seed, i). Raises UserError as the solver does.
+    Image i always comes from stream (seed, i). Raises UserError for a class out of range, and as the solver does.
     """
     run = opened.run
+    check_classes(c, run.data.classes)
     some = range(dist.rank(), len(c), dist.world()) if indices is None else indices
     parts = generate.batches(
         opened.net,
-        run.sample.guide(reading(run.objective, opened.net, run.sample.knobs), run.data.classes),
+        guided_reading(opened),
         run.path,
         solver or run.sample.solver,
         c[torch.tensor(some, dtype=torch.long)],
@@ -66,11 +73,23 @@ def sample(
     solver: Solver | None = None,
     bar: Bar = no_bar,
 ) -> generate.Samples:
-    """One sample per label of c, decoded, image i always from stream (seed, i). Raises UserError as the solver does."""
+    """One sample per class of c, decoded, image i always from stream (seed, i). Raises as `sample_batches`."""
     solver = solver or opened.run.sample.solver
     with bar(f"sampling, {solver.kind} at {nfe}", len(c)) as tick:
         parts = sample_batches(opened, nfe=nfe, c=c, seed=seed, solver=solver, indices=range(len(c)))
         return generate.joined(parts, lambda count: tick(count, ""))
+
+
+def check_classes(c: Tensor, classes: int) -> None:
+    """Raise UserError for a class outside [0, classes]; that of this number means no class."""
+    wrong = c[(c < 0) | (c > classes)]
+    if len(wrong):
+        there = (
+            f"classes run from 0 to {classes - 1}, {classes} is no class"
+            if classes
+            else "these data have none, so c is 0"
+        )
+        raise UserError(f"class {int(wrong[0])} is out of range: {there}")
 
 
 def solver_named(run: Run, name: str | None) -> Solver:
@@ -80,6 +99,7 @@ def solver_named(run: Run, name: str | None) -> Solver:
     return parse(Sampling, {"solver": {"kind": name}}).solver
 
 
+COUNT = 100  # samples, if no other number is asked for
 FORMS = ("grid", "images", "npz")
 SCATTERED = 4000  # points of the data behind a scatter of samples
 
@@ -89,7 +109,7 @@ def export(
     folder: Path,
     *,
     form: str = "grid",
-    count: int = 100,
+    count: int = COUNT,
     only: Sequence[int] | None = None,
     nfe: Sequence[int] | None = None,
     seed: int | None = None,

@@ -1,0 +1,34 @@
+"""The Python on the pages runs as it is written, block after block, where a reader would run it."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def execute(page: Path) -> int:
+    """Run every Python block of a page in one namespace; an error names the page's line. Returns how many there are."""
+    text, names = page.read_text(encoding="utf-8"), {"__name__": "__page__"}
+    blocks = list(BLOCK.finditer(text))
+    for block in blocks:
+        above = "\n" * text.count("\n", 0, block.start(1))
+        exec(compile(above + block[1], page, "exec"), names)
+    return len(blocks)
+
+
+@pytest.mark.parametrize("name", ["README.md", pytest.param("docs/library.md", marks=pytest.mark.slow)])
+def test_python_on_a_page_runs_as_written(name: str, here: Path, trained: dict[str, Path]) -> None:
+    shutil.copytree(trained["digits"], here / "runs/digits")
+    assert execute(ROOT / name)
+
+
+def test_an_error_on_a_page_is_found(here: Path) -> None:
+    page = here / "page.md"
+    page.write_text("# A page\n\n```python\nx = 1\n```\n\n```sh\nfalse\n```\n\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError) as found:
+        execute(page)
+    assert found.traceback[-1].lineno == 12 - 1  # pytest counts from 0
