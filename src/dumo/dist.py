@@ -63,6 +63,15 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def alone(work: str) -> None:
+    """Refuse, where torchrun started several processes, work that they do not share. Raises UserError."""
+    if (world := launched()[1]) > 1:
+        raise UserError(
+            f"{work} takes one process, and {world} were started (WORLD_SIZE={world}): start it without torchrun; "
+            "only evaluate and encode share their work"
+        )
+
+
 @contextmanager
 def join() -> Generator[None, None, None]:
     """Meet the processes that torchrun started, each on a GPU of its own where there is one; alone without torchrun.

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from dumo import recipes as packaged
 from dumo.cli.option import AsJson, Device, Set, Source
-from dumo.cli.terminal import out, say, show_lines
+from dumo.cli.terminal import out, show_lines
+from dumo.progress import say
 
 if TYPE_CHECKING:
     from dumo.config.spec import Run

@@ -63,10 +63,17 @@ def settings(run: Run) -> Card:
         "solver": run.sample.solver.model_dump(mode="json"),
         "guide": run.sample.guide.model_dump(mode="json"),
         "knobs": run.knobs,
-        "nfe": list(run.evaluate.nfe),
-        "contrast": list(run.evaluate.contrast),
+        "nfe": sorted(set(run.evaluate.nfe)),
+        "contrast": contrast(run),
         "seed": run.evaluate.seed,
     }
+
+
+def contrast(run: Run) -> list[int]:
+    """Passes of Euler's that stand beside the results."""
+    if not run.evaluate.contrast or not run.reads.velocity or run.sample.solver.kind == "euler":
+        return []
+    return sorted({*run.evaluate.contrast, *run.evaluate.nfe})
 
 
 def differing(cards: Sequence[Card]) -> dict[str, list[Any]]:

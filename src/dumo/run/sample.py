@@ -17,6 +17,7 @@ from dumo.flow.reading import reading
 from dumo.io import archive, picture
 from dumo.progress import Bar, no_bar
 from dumo.run.folder import RunFolder
+from dumo.run.name import changes, own, sampling, word
 from dumo.sampling import generate
 from dumo.sampling.solver import Solver, check
 from dumo.types import Reads, Sample, UserError
@@ -118,7 +119,8 @@ def export(
 ) -> list[Path]:
     """Make samples and write them: a sheet, an image each, or an .npz in ADM's layout, per number of passes.
 
-    Returns what was written. Raises UserError, before anything is, for a form, label, solver or nfe out of reach.
+    Names say the solver, the passes, and whatever is not as the run has it. Returns what was written. Raises UserError,
+    before anything is, for a form, label, solver or nfe out of reach.
     """
     run, shape = opened.run, opened.run.pixels
     forms = FORMS if len(shape) == 3 else ("grid", "npz")
@@ -127,10 +129,16 @@ def export(
     c, nfe = generate.labels(count, run.data.classes, only), tuple(nfe or run.sample.nfe)
     chosen = solver_named(run, solver)
     check(chosen, run.reads, *nfe)
+    asked = run.sample.model_copy(update={"solver": chosen, "seed": run.sample.seed if seed is None else seed})
+    opened = replace(opened, run=run.model_copy(update={"sample": asked}))
+    before = {**sampling(own(opened)), "solver.kind": chosen.kind}  # every name begins with it
+    said = changes(opened, before, sampling(opened.run))
+    said += [word("labels", only)] if only else []
+    said += [word("count", count)] if count != COUNT else []
     files: list[Path] = []
     for n in nfe:
-        made = sample(opened, nfe=n, c=c, seed=seed, solver=chosen, bar=bar)
-        files.append(write(made.x, c, folder / f"{chosen.kind}-nfe{n}", form, run))
+        made = sample(opened, nfe=n, c=c, bar=bar)
+        files.append(write(made.x, c, folder / "-".join([chosen.kind, f"nfe{n}", *said]), form, run))
     return files
 
 
@@ -142,11 +150,11 @@ def write(x: Sample, c: Tensor, stem: Path, form: str, run: Run) -> Path:
             archive.write_singles(stem, picture.to_rows(x))
             return stem
         case "npz":
-            path = stem.with_suffix(".npz")
+            path = stem.with_name(f"{stem.name}.npz")
             archive.write_points(path, x, c) if points else archive.write_adm(path, picture.to_rows(x), c)
             return path
         case _:
-            path = stem.with_suffix(".png")
+            path = stem.with_name(f"{stem.name}.png")
             sheet = (
                 picture.scatter(run.data.open().reference(SCATTERED, run.sample.seed)[0], {stem.name: x})
                 if points
