@@ -22,7 +22,7 @@ from dumo.config.change import override
 from dumo.config.spec import Run
 from dumo.evaluation import evaluate as evaluation
 from dumo.io import picture
-from dumo.progress import Bar, no_bar
+from dumo.progress import Bar, bar, no_bar, say
 from dumo.report import page
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.sample import COUNT, guided_reading, sample, solver_named
@@ -170,7 +170,7 @@ def train(
     *,
     out: str | Path | None = None,
     device: str | torch.device = "auto",
-    bar: Bar = no_bar,
+    bar: Bar = bar,
 ) -> TrainedRun:
     """Train a recipe, or go on with a run's folder where it stopped; return the trained run.
 
@@ -181,7 +181,7 @@ def train(
     if out is None and isinstance(source, Run):
         raise UserError('a run without a name needs a folder: say out="runs/NAME"')
     folder = Path(out) if out is not None else config.default_folder(str(source))
-    train_run(run, folder, device=str(device), bar=bar)
+    train_run(run, folder, device=str(device), bar=bar, tell=None if bar is no_bar else say)
     return load(folder, device=device)
 
 
