@@ -174,7 +174,7 @@ def train(
 ) -> TrainedRun:
     """Train a recipe, or go on with a run's folder where it stopped; return the trained run.
 
-    `out` is the run's folder, runs/NAME unless given; `bar` is told of the progress.
+    `out` is the run's folder, runs/NAME unless given; `bar` shows the progress, on stderr unless given.
     Raises UserError as `recipe` does, and where the folder holds another run.
     """
     run = recipe(source, changes)
