@@ -102,7 +102,7 @@ SOURCES = [
     ("a.yaml", "about: !!python/object/apply:os.getcwd []", ("a.yaml", "python")),
     ("a.txt", "about: me", ("a.txt", "YAML")),
     ("a.yaml", "base: dgits", ("a.yaml", "base", "'dgits'", "'digits'")),
-    ("a.yaml", "base: digits-guided", ("a.yaml", "'digits-guided'", "'digits'", "show digits-guided --yaml")),
+    ("a.yaml", "base: a.yaml", ("a.yaml", "has a base itself", "show a.yaml --yaml")),
 ]
 
 

@@ -35,7 +35,8 @@ def test_one_process_trains_in_a_folder(here: Path) -> None:
     step = int(sorted(checkpoints.glob("step-*"))[-1].name.removeprefix("step-"))
     done = call("train", "run", *sets(f"train.steps={step + 1}"))
     assert done.code == 0, done
-    assert sorted(path.name for path in (here / "run").iterdir()) == ["checkpoints", "metrics.jsonl", "run.yaml"]
+    there = sorted(path.name for path in (here / "run").iterdir())
+    assert there == ["checkpoints", "data.json", "metrics.jsonl", "run.yaml"]
 
 
 @pytest.mark.parametrize("command", ["train", "sample", "grid", "report", "reproduce"])
