@@ -38,7 +38,7 @@ class Toy(FlowMatching):
 def test_the_contract_tests_find_a_new_objective(tmp_path: Path) -> None:
     src, tests = tmp_path / "src", tmp_path / "tests"
     shutil.copytree(SRC / "dumo", src / "dumo")
-    for part in ("contract", "theory", "objectives", "conftest.py"):
+    for part in ("contract", "theory", "objectives", "browser.py", "conftest.py"):
         copy = shutil.copytree if (TESTS / part).is_dir() else shutil.copy
         copy(TESTS / part, tests / part)
     shutil.copy(TESTS.parent / "pyproject.toml", tmp_path)
