@@ -2,9 +2,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-ifneq ($(wildcard ../shared/data),)
-export DUMO_DATA ?= $(abspath ../shared/data)
-endif
 
 .PHONY: help demo test slow check docs mutants clean
 .DEFAULT_GOAL := help

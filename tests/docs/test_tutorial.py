@@ -5,7 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,6 @@ from e2e.shell import ENVIRONMENT, TINY, call, sets
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = ROOT / "docs/tutorials"
-
-NOT_YET = {  # classes are not yet found by looking, nor photos judged without Inception: empty this, and delete it
-    "data.root=photos": "data.root=photos --set data.classes=null",
-    "--labels cats": "--labels 0",
-    "dumo evaluate runs/my-images\n": "",
-}
 
 pytestmark = pytest.mark.slow
 
@@ -40,12 +34,9 @@ def blocks(name: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-def typed(name: str, changed: Mapping[str, str] | None = None) -> Iterator[str]:
+def typed(name: str) -> Iterator[str]:
     """Type a tutorial's commands, each of which must end well, and give what each printed; trainings are made small."""
     text = "".join(blocks(name, "sh")).replace("\\\n", "")
-    for old, new in (changed or {}).items():
-        assert old in text
-        text = text.replace(old, new)
     for line in text.splitlines():
         program, *words = shlex.split(line, comments=True)
         assert program == "dumo", line
@@ -65,7 +56,7 @@ def photos(folder: Path) -> None:
 
 def test_own_images(here: Path) -> None:
     photos(here / "photos")
-    *_, report = typed("own-images", NOT_YET)
+    *_, report = typed("own-images")
     assert report.splitlines()[-1] == "runs/my-images/report.html"
 
 

@@ -111,7 +111,7 @@ def test_a_file_that_is_no_image_is_named(home: Path, tmp_path: Path) -> None:
     shutil.copy(home / "images" / "class0" / "000.png", images / "good.png")
     (images / "bad.png").write_text("no image")
     words = ("encode", images, tmp_path / "cache", "--codec", "identity", "--side", SIDE)
-    refused(*words, named=("bad.png", "data.on_bad=skip"))
+    refused(*words, named=("bad.png", "data.images.on_bad=skip"))
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         made = call(*words, "--set", "data.images.on_bad=skip")

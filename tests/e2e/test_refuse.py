@@ -194,11 +194,11 @@ def test_what_no_run_can_do(
 
 
 SAMPLES = [
-    ("digits", ["--labels", "10"], ("label 10", "0 to 9")),
-    ("digits", ["--labels", "3,-1"], ("label -1", "0 to 9")),
-    ("digits", ["--labels", "three"], ("--labels", "'three'")),
-    ("digits", ["--labels", ""], ("--labels",)),
-    ("moons", ["--labels", "0"], ("label 0", "no classes")),
+    ("digits", ["--labels", "10"], ("label '10'", "0 to 9")),
+    ("digits", ["--labels", "3,-1"], ("label '-1'", "0 to 9")),
+    ("digits", ["--labels", "three"], ("label 'three'", "0 to 9")),
+    ("digits", ["--labels", ""], ("label ''", "0 to 9")),
+    ("moons", ["--labels", "0"], ("label '0'", "no classes")),
     ("digits", ["--format", "gif"], ("'gif'", "grid, images", "npz")),
     ("moons", ["--format", "images"], ("'images'", "grid", "npz")),
     ("digits", ["--count", "0"], ("--count", "1")),

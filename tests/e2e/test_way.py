@@ -50,7 +50,10 @@ def test_sheets_for_every_number_of_passes(name: str, here: Path, trained: dict[
         with Image.open(path) as sheet:
             assert sheet.format == "PNG"
             if name != "moons":
-                assert sheet.size == (10 * 64 + 9 * 2, 3 * 64 + 2 * 2)  # 23 digits, a class a column
+                assert sheet.size == (
+                    10 * 64 + 9 * 2,
+                    20 + 3 * 64 + 2 * 2,
+                )  # 23 digits, a class a column, named
 
 
 def call_nfe(run: Path) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dumo import __version__
-from dumo.cli import bench, evaluate, preflight, run
+from dumo.cli import bench, data, evaluate, preflight, run
 from dumo.cli.terminal import err, plain_warnings, stoppable
 
 app = typer.Typer(
@@ -42,6 +42,7 @@ def options(
 
 COMMANDS = (
     *(preflight.recipes, preflight.show, preflight.dry, preflight.doctor),
+    data.data,
     *(run.encode, run.train, run.sample, run.grid),
     *(evaluate.evaluate, evaluate.compare, run.report, evaluate.reproduce),
 )

@@ -1,10 +1,13 @@
 """Arguments and options that several commands take."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dumo import recipes
+
+if TYPE_CHECKING:
+    from dumo.config.spec import Run
 
 
 def begun(text: str) -> list[str]:
@@ -31,6 +34,11 @@ Weights = Annotated[
     str | None, typer.Option("--weights", help="Other weights than the run's first average: a safetensors file.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+
+
+def classes(text: str | None, run: "Run") -> list[int] | None:
+    """'cats,2' as the numbers of these classes. Raises UserError for one that is none."""
+    return None if text is None else [run.class_index(part) for part in text.split(",")]
 
 
 def numbers(option: str, text: str | None) -> list[int] | None:

@@ -81,6 +81,7 @@ def show(
         ("one pass", f"{facts['forward_flops_per_image'] / 2e9:.4g} G multiply-adds per sample"),
         ("one step", f"{facts['forward_units_per_step']:.2f} F (forward units, counted; a backward pass is 2 F)"),
         *([("slope", f"dual, {way['name']}: {way['why']}")] if way else []),
+        *unknown_classes(spec),
         ("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows"),
         ("guidance scale", f"{scale:.3g} in training (1 is none)"),
     ]
@@ -92,6 +93,15 @@ def show(
 def comment(text: str) -> str:
     """A line that YAML skips."""
     return "# " + "".join(char if char.isprintable() else " " for char in text)
+
+
+def unknown_classes(spec: "Run") -> list[tuple[str, str]]:
+    """A line that says so, where classes are not known before the data are there."""
+    return (
+        []
+        if spec.classes_known
+        else [("classes", "not known yet: a class per folder, counted when the data are there")]
+    )
 
 
 def dry(
@@ -109,7 +119,7 @@ def dry(
     spec = advised(source, set_)
     facts = plan.plan(spec)
     if not as_json:
-        show_lines(table.lines(facts))
+        show_lines([*table.lines(facts), *unknown_classes(spec)])
     step = asdict(rehearsal.rehearse(spec, rows, device)) if rows else None
     if as_json:
         print(json.dumps({**facts, "step": step}))
@@ -121,9 +131,12 @@ def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto",
     """Say what this machine has, and test a run's slope on it against float64. Exit code 1 where it fails."""
     from dumo.preflight import doctor
 
-    found = doctor.diagnose(advised(source, set_), device)
+    spec = advised(source, set_)
+    found = doctor.diagnose(spec, device)
     if as_json:
         print(json.dumps(found))
+    else:
+        show_lines(unknown_classes(spec))
     for line in [] if as_json else found["findings"]:
         out.print(f"{line['state']:8} {line['name']}: {line['text']}", soft_wrap=True)
         if line["way"]:

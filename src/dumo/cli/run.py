@@ -1,11 +1,13 @@
 """From images to samples: encode, train, sample, draw."""
 
 from pathlib import Path
+from shlex import join, quote
 from typing import Annotated, Any
 
 import typer
 
 from dumo.cli.option import Device, Nfe, RunFolder, Seed, Set, SolverName, Source, Weights, numbers
+from dumo.cli.option import classes as class_numbers
 from dumo.cli.terminal import err, out
 from dumo.progress import bar, say
 
@@ -49,6 +51,11 @@ def encode(
     )
     for line in encode.told(made):
         out.print(line, soft_wrap=True)
+    if made.contents and not Path(source).exists():
+        given = {"data.root": folder, "data.codec.kind": codec, "data.images.side": side}
+        fields = [*(f"{name}={value}" for name, value in given.items() if value is not None), *(set_ or [])]
+        words = ["dumo", "train", source, *(word for field in fields for word in ("--set", field))]
+        err.print(f"next:  {join(words)}", soft_wrap=True)
 
 
 def train(
@@ -68,18 +75,20 @@ def train(
         highlight=False,
         soft_wrap=True,
     )
-    err.print(
-        f"next:  dumo sample {folder}    dumo evaluate {folder}    dumo report {folder}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    missing: str | None = getattr(spec.evaluate.protocol, "missing", None)
+    does = ("sample", "report") if missing else ("sample", "evaluate", "report")
+    err.print("next:  " + "    ".join(f"dumo {verb} {quote(str(folder))}" for verb in does), soft_wrap=True)
+    if missing:
+        err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
 
 
 def sample(
     run_folder: RunFolder,
     nfe: Nfe = None,
     count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 100,
-    labels: Annotated[str | None, typer.Option(help="Classes, in turn, e.g. 3,5. Default: all in turn.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Classes by name or number, e.g. cats,dogs or 3,5. Default: all in turn.")
+    ] = None,
     seed: Seed = None,
     solver: SolverName = None,
     form: Annotated[
@@ -102,7 +111,7 @@ def sample(
         folder or opened.folder / "samples",
         form=form,
         count=count,
-        only=numbers("--labels", labels),
+        only=class_numbers(labels, opened.run),
         nfe=numbers("--nfe", nfe),
         seed=seed,
         solver=solver,
@@ -127,10 +136,12 @@ def grid(
     count: Annotated[
         int | None, typer.Option(min=1, help="Rows, or images of a class. Default: 8; of points, 2000.")
     ] = None,
-    labels: Annotated[str | None, typer.Option(help="Classes of the rows, in turn, e.g. 3,5. Default: all.")] = None,
+    labels: Annotated[
+        str | None, typer.Option(help="Classes of the rows, by name or number, e.g. cats or 3,5. Default: all.")
+    ] = None,
     classes: Annotated[
         str | None,
-        typer.Option(help="Class grids in place of trajectories, of these classes, e.g. 3,5, or all."),
+        typer.Option(help="Class grids in place of trajectories, of these classes, e.g. cats or 3,5, or all."),
     ] = None,
     reading: Annotated[
         str | None, typer.Option(help="u (jumps) and v (Heun). Default: both, if taught; of --classes, the first.")
@@ -155,10 +166,10 @@ def grid(
     asked |= {"count": count} if count else {}
     folder = folder or opened.folder / "grids"
     if classes:
-        only = None if classes == "all" else numbers("--classes", classes)
+        only = None if classes == "all" else class_numbers(classes, opened.run)
         files = gallery.write_class_grids(folder, gallery.class_grids(opened, only, **asked))
     else:
-        panels = gallery.trajectories(opened, only=numbers("--labels", labels), **asked)
+        panels = gallery.trajectories(opened, only=class_numbers(labels, opened.run), **asked)
         files = gallery.write_trajectories(folder, panels)
     for file in files:
         out.print(str(file), soft_wrap=True)

@@ -4,6 +4,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import nn
 
+from dumo.config.error import nearest
 from dumo.config.teacher import Start, Teacher
 from dumo.data import Data, Latents
 from dumo.flow.path import Linear, Path
@@ -14,7 +15,7 @@ from dumo.random import stream
 from dumo.sampling.guidance import CFG, GuidanceScale
 from dumo.sampling.solver import Solver
 from dumo.training.spec import Train
-from dumo.types import FREE, Reads, Spec
+from dumo.types import FREE, Reads, Spec, UserError
 
 
 class Sampling(Spec):
@@ -60,9 +61,33 @@ class Tree(Spec):
         """The readings that the objective will teach. They answer nothing yet: there is no net."""
         return self.objective.read(nn.Identity())
 
+    @property
+    def classes_known(self) -> bool:
+        """False where they are to be counted, and the data are not there yet: until then there are none."""
+        return getattr(self.data.images if isinstance(self.data, Latents) else self.data, "names", ()) is not None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes; () where there are none, or they have numbers only."""
+        return getattr(self.data.images if isinstance(self.data, Latents) else self.data, "names", None) or ()
+
     def class_name(self, c: int) -> str:
-        """What a class is called."""
-        return str(c)
+        """What a class is called: its folder's name, else its number."""
+        return self.class_names[c] if self.class_names else str(c)
+
+    def class_index(self, text: str) -> int:
+        """The number of the class that is meant by a name or a number. Raises UserError where there is none."""
+        names, word = self.class_names, text.strip()
+        if word in names:
+            return names.index(word)
+        if word.isdecimal() and int(word) < self.data.classes:
+            return int(word)
+        if not self.data.classes:
+            raise UserError(f"label '{word}' is out of range: this run has no classes, so give no labels")
+        way = f"labels run from 0 to {self.data.classes - 1}"
+        if word.isdecimal() or not names:
+            raise UserError(f"label '{word}' is out of range: {way}")
+        raise UserError(f"there is no class '{word}'; {nearest(word, [*names])}; by number, {way}")
 
     def build(self, device: torch.device | str = "cpu") -> nn.Module:
         """The net at step 0, its weights keyed by the run's seed: the same on every device."""

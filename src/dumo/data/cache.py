@@ -144,10 +144,11 @@ def open_cache(
     resolution: int | None = None,
     crop: str | None = None,
     classes: int | None = None,
+    names: tuple[str, ...] | None = None,
     flips: bool | None = None,
     memory: float = 0.0,
 ) -> Cache:
-    """Open a cache to read it as the data of a codec, a resolution, crop and number of classes; None: its own.
+    """Open a cache to read it as the data of a codec, a resolution, crop and classes; None: its own.
 
     A cache of both flips serves those who ask for one. One of at most `memory` bytes is read, not mapped. A codec that
     differs in shift and scale only still fits: rows come in its normalisation. Raises UserError where there is no
@@ -158,7 +159,7 @@ def open_cache(
         raise UserError(f"{folder} is no cache (it has no {FILE}): make it with dumo encode")
     if not contents.shards:
         raise UserError(f"{folder} is unfinished: start the same dumo encode again, and it goes on where it stopped")
-    asked = {"resolution": resolution, "crop": crop, "classes": classes, "flips": flips or None}
+    asked = {"resolution": resolution, "crop": crop, "classes": classes, "names": names, "flips": flips or None}
     lines = [f"{name}: {getattr(contents, name)} in the cache, {value} asked"
              for name, value in asked.items() if value not in (None, getattr(contents, name))]  # fmt: skip
     lines += [] if codec is None else differences(contents, codec)

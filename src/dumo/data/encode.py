@@ -68,7 +68,9 @@ def encode(
             for behind, part in batches(source, codec, contents, number, batch):
                 parts.append(part)
                 tick(done + behind, title)
-            store(out, number, packed(parts, codec, contents, number), rank)
+            shard = packed(parts, codec, contents, number)
+            claim(out, contents, rank)  # raises where another took the folder, as long as it was empty
+            store(out, number, shard, rank)
             made += 1
         done += len(span(contents, number))
         tick(done, title)
@@ -88,9 +90,11 @@ def described(source: Finite, codec: Opened, plan: Plan) -> Contents:
 def claim(out: Path, contents: Contents, rank: int) -> Contents:
     """Take the folder, or go on in it; what its cache.yaml says, without shards. Raises UserError if it is taken."""
     there = read_contents(out)
+    if there is not None and not there.shards and not any(out.glob("shard-*.json")) and flat(there) != flat(contents):
+        there = None  # begun, and stopped before anything was made: that binds nobody
     if there is None:
         taken = out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir())
-        if taken and not (out / FILE).exists():  # another rank may have begun meanwhile
+        if taken and not (out / FILE).exists():  # not where another rank has begun meanwhile
             raise UserError(f"{out} is not empty and holds no {FILE}: give another folder")
         write(out / FILE, dump(contents).encode(), rank)
         return contents

@@ -1,22 +1,25 @@
 """A user's own images: a folder, hub parquet or webdataset shards, found out by looking.
 
 A run must know how many classes there are before any data is opened: it says so, or the data are looked at once, when
-the run is made, and the number stands in its run.yaml.
+the run is made, and the number stands in its run.yaml, with the names. Where the data are not there yet, as for `dumo
+show`, there are no classes, `names` is None, and what is written down asks to look again.
 """
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_serializer, model_validator
 
 from dumo.data.album import Album
 from dumo.data.augment import Edm
 from dumo.data.folder import Folder
 from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import SUFFIXES, Crop, Frame
-from dumo.data.store import Store, choose, walk
+from dumo.data.store import Store, choose, some, walk
 from dumo.data.tar import Tar
 from dumo.io.path import user_path
 from dumo.types import FREE, Spec, UserError
@@ -46,21 +49,24 @@ class Images(Spec):
     on_bad: Literal["raise", "skip"] = Field(default="raise", json_schema_extra=FREE)  # an image that cannot be read
     memory: float = Field(default=2.0, ge=0, json_schema_extra=FREE)  # GB of pixels kept decoded; ours
     classes: int = Field(default=None, ge=0, validate_default=True)  # 0: none; not given: those that are there
+    names: tuple[str, ...] | None = None  # of the classes; (): they have none; None: the data are not there yet
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Channels, height, width."""
         return (self.channels, self.side, self.side)
 
-    @field_validator("classes", mode="before")
+    @field_validator("classes", mode="wrap")
     @classmethod
-    def _looked_up(cls, classes: object, info: Any) -> object:  # noqa: ANN401, pydantic's, which cannot be checked
-        """Not given: look. Where a field before is wrong already, 0 will do."""
-        before = {"root", "format", "split", "labelled", "label"} <= info.data.keys()
-        return classes if classes is not None else _count(info.data) if before else 0
+    def _to_be_counted(cls, classes: object, count: Callable[[object], object]) -> object:
+        return None if classes is None else count(classes)
 
     @model_validator(mode="after")
     def _agrees(self) -> "Images":
+        for name, value in self._looked_up().items():
+            object.__setattr__(self, name, value)  # no copy: it would be lost where `Images(...)` is called
+        if self.names and len(self.names) != self.classes:
+            raise UserError(f"names has {len(self.names)} names for classes={self.classes}: remove names")
         if self.labelled is False and self.classes:
             raise UserError(f"classes={self.classes} needs labels: remove labelled=false, or set classes=0")
         if self.augment and self.classes:
@@ -70,11 +76,35 @@ class Images(Spec):
             )
         return self
 
+    def _looked_up(self) -> dict[str, Any]:
+        """The classes and their names, as far as they are not given."""
+        if self.classes is not None:  # pyright: ignore[reportUnnecessaryComparison], it is not given
+            return {} if self.names is not None else {"names": ()}
+        if self.labelled is False:
+            return {"classes": 0, "names": ()}
+        try:
+            root = user_path(self.root, "data.root")
+        except UserError:
+            return {"classes": 0, "names": None}
+        if not root.exists():
+            return {"classes": 0, "names": None}
+        format = None if self.format == "auto" else self.format
+        labels = find(root, format=format, split=self.split, label=self.label).labels
+        return {"classes": labels.count if labels else 0, "names": labels.names if labels else ()}
+
+    @model_serializer(mode="wrap")
+    def _told(self, tell: Callable[["Images"], dict[str, Any]]) -> dict[str, Any]:
+        """Names where there are some; classes that are not known stay to be counted."""
+        tree = tell(self)
+        if not self.names:
+            tree.pop("names", None)
+        return tree if self.names is not None else tree | {"classes": None}
+
     def open(self) -> Album:
         """The images as a source, all decoded if they fit in `memory`.
 
-        Raises UserError where there are none, the files are damaged, the classes are not as many as expected, or an
-        image cannot be read.
+        Raises UserError where there are none, the files are damaged, the classes are not those expected, or an image
+        cannot be read.
         """
         root = user_path(self.root, "data.root")
         store = find(
@@ -90,11 +120,20 @@ class Images(Spec):
 
     def _check(self, root: Path, store: Store) -> None:
         """Refuse other classes than expected. Where they have no names, the last ones may lack images."""
+        if self.names is None:
+            raise UserError(f"{root} was not there when the run was made, so nobody counted its classes: load it again")
         if not self.classes:
             return
         if store.labels is None:
             why = f" (no column '{self.label}' among {', '.join(columns(store))})" if isinstance(store, Parquet) else ""
             raise UserError(f"{root} has no labels{why}, data.classes says {self.classes}: set data.classes=0")
+        if self.names and (there := store.labels.names) != self.names:
+            new, gone = (some(set(one) - set(other)) for one, other in ((there, self.names), (self.names, there)))
+            what = "; ".join(f"{word} {names}" for word, names in (("without", gone), ("with", new)) if names)
+            raise UserError(
+                f"{root} has other classes than the run was made with, {what or 'in another order'}: name the folders "
+                "as they were, or begin a new run"
+            )
         found = store.labels.count
         if found > self.classes or (store.labels.names and found < self.classes):
             raise UserError(f"{root} has {found} classes, data.classes says {self.classes}: set data.classes={found}")
@@ -139,10 +178,13 @@ def _opened(root: Path, format: Format, files: list[str], split: str | None, lab
             return Tar(choose(root, files, split), labelled=label is not None)
 
 
-def _count(data: Mapping[str, Any]) -> int:
-    """How many classes there are, where these fields say."""
-    if data["labelled"] is False:
-        return 0
-    format: Format | None = None if data["format"] == "auto" else data["format"]
-    store = find(user_path(data["root"], "data.root"), format=format, split=data["split"], label=data["label"])
-    return store.labels.count if store.labels else 0
+FIELDS = re.compile(rf"\bdata\.(?={'|'.join(Images.model_fields)})\b")
+
+
+@contextmanager
+def below(where: str) -> Generator[None]:
+    """Let errors name fields of images where they stand, such as data.images, in place of data."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(FIELDS.sub(f"{where}.", str(error))) from error

@@ -12,9 +12,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.codecs import Codec
-from dumo.data.cache import Cache, open_cache
+from dumo.data.album import Album
+from dumo.data.cache import Cache, Contents, open_cache, read_contents
 from dumo.data.epoch import mirrored, rows_of
-from dumo.data.image import GIGABYTE, Images
+from dumo.data.image import GIGABYTE, Images, below
 from dumo.io.path import user_path
 from dumo.random import stream
 from dumo.types import FREE, Spec, UserError
@@ -52,11 +53,27 @@ class Latents(Spec):
         if self.images.augment:
             raise ValueError("latents are of images as they are: set data.images.augment=null")
         _ = self.shape  # refuses a side that the codec does not divide
+        if self.images.names is None and (there := self._there()):  # the cache knows, where the images are not here
+            images = self.images.model_copy(update={"classes": there.classes, "names": there.names})
+            object.__setattr__(self, "images", images)
         if not self.per_channel or isinstance(self.codec.scale, tuple):
             return self
         contents = open_cache(self.folder, codec=self.codec).contents  # looked up once: the run holds the numbers
         raw = contents.codec.normalised(contents.mean, contents.std)
         return self.model_copy(update={"codec": self.codec.model_copy(update={"shift": raw.shift, "scale": raw.scale})})
+
+    def _there(self) -> Contents | None:
+        """What the cache holds, if there is one."""
+        try:
+            return read_contents(self.folder)
+        except UserError:
+            return None
+
+    def originals(self, memory: float | None = None) -> Album:
+        """The images that are encoded, with `memory` GB of them decoded. Raises UserError as opening them does."""
+        images = self.images if memory is None else self.images.model_copy(update={"memory": memory})
+        with below("data.images"):
+            return images.open()
 
     def open(self) -> "Encoded":
         """The cache. Raises UserError where there is none, or one of other images or of another codec."""
@@ -68,6 +85,7 @@ class Latents(Spec):
                 resolution=images.side,
                 crop=images.crop,
                 classes=images.classes,
+                names=images.names or None,
                 flips=images.flip,
                 memory=self.memory * GIGABYTE,
             )

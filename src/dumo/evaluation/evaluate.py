@@ -22,6 +22,7 @@ from dumo.io.file import locked
 from dumo.io.json import finite, read_json, write_json
 from dumo.progress import Bar, Tick, no_bar
 from dumo.protocols.evaluator import Evaluator
+from dumo.protocols.state import state
 from dumo.run.folder import RunFolder
 from dumo.run.name import Fields, changes, flat, own
 from dumo.run.sample import real_data, sample_batches, solver_named
@@ -54,7 +55,7 @@ def evaluate(
     evaluator = evaluator_of(opened, bar)
     c = run.evaluate.protocol.labels(run.data.classes)
     path = opened.folder / name_of(opened, but=[f"evaluate.{field}" for field in ROWS.values()])
-    report = {
+    report: dict[str, Any] = {
         "run": str(opened.folder),
         "file": str(path),
         "step": opened.step,
@@ -69,6 +70,7 @@ def evaluate(
         "card": card(opened, evaluator, len(c)),
         "versions": dist.versions(),
     }
+    report["state"] = state(report["results"], report["baselines"])
     if dist.is_main():
         write(path, report)
     return report
@@ -190,7 +192,8 @@ def merged(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
 def with_rows(report: dict[str, Any], rows: dict[str, dict[int, Row]], passes: dict[str, list[int]]) -> dict[str, Any]:
     """The report with the rows of these passes in place of its own."""
     parts = {part: [rows[part][n] for n in passes[field]] for part, field in ROWS.items()}
-    return {**report, **parts, "card": {**report["card"], **passes}}
+    told = {"state": state(parts["results"], report["baselines"]), "card": {**report["card"], **passes}}
+    return {**report, **parts, **told}
 
 
 def by_passes(report: dict[str, Any], part: str) -> dict[int, Row]:

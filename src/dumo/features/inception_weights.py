@@ -27,20 +27,26 @@ MAKE = (
 )
 
 
+def place(path: Path | str | None = None) -> Path | None:
+    """Where the weights should be: `path`, or where `VARIABLE` says."""
+    found = path or os.environ.get(VARIABLE)
+    return Path(found) if found else None
+
+
 def load(path: Path | str | None = None, device: torch.device | str = "cpu") -> Inception:
     """The network with the published weights, from `path` or, without it, from where `VARIABLE` says.
 
     Checked are the name and shape of every weight, that all are finite float32, and that the file says it was made
     (`MAKE`) of a source of the published `SHA256`. `origin` repeats what it says. Raises `UserError`.
     """
-    found = path or os.environ.get(VARIABLE)
-    if not found or not Path(found).is_file():
+    found = place(path)
+    if not found or not found.is_file():
         said = f"{found} is no file" if found else f"no path is given and {VARIABLE} is not set"
         raise UserError(f"no weights of Inception for the FID: {said}.\n{_way()}")
     with torch.device("meta"):
         net = Inception()
-    weights, origin = read(Path(found), _way(), convert=False)
-    _check(net, origin, weights, Path(found))
+    weights, origin = read(found, _way(), convert=False)
+    _check(net, origin, weights, found)
     net.load_state_dict(weights, assign=True)
     net.origin = origin
     return net.to(device)

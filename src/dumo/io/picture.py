@@ -1,11 +1,11 @@
 """Samples as something to look at: eight-bit colours, a sheet of images, a scatter of points. Writes no file."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -15,6 +15,7 @@ Pixels = UInt8[Tensor, "n 3 h w"]
 PixelRows = UInt8[Tensor, "n h w 3"]  # as files hold them
 Points = Float[Tensor, "_ 2"]
 READABLE = 64  # pixels; a smaller image is enlarged to at least this height. Ours
+TITLE = 12  # pixels of its letters
 
 
 def to_uint8(x: Sample) -> Pixels:
@@ -42,19 +43,45 @@ def to_rows(x: Sample) -> PixelRows:
     return to_uint8(x).permute(0, 2, 3, 1).cpu().contiguous()
 
 
-def sheet(pixels: PixelRows, columns: int, scale: int | None = None, gap: int = 2) -> Image.Image:
+def sheet(
+    pixels: PixelRows, columns: int, scale: int | None = None, gap: int = 2, titles: Sequence[str] = ()
+) -> Image.Image:
     """All images, row after row, `columns` to a row, with white gaps between them.
 
-    Each pixel becomes a square of side `scale`; None takes the least scale at which an image is readable.
+    Each pixel becomes a square of side `scale`; None takes the least scale at which an image is readable. `titles` are
+    written above the columns, or, where there are as many as images, above each image.
     """
     scale = scale or -(-READABLE // pixels.shape[1])
     cells = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    heads = torch.stack([_title(text, cells.shape[2]) for text in titles]) if titles else None
+    if heads is not None and len(heads) == len(cells):
+        cells, heads = torch.cat([heads, cells], 1), None
+    whole = _tiled(cells, columns, gap)
+    if heads is not None:
+        whole = torch.cat([_tiled(heads, columns, gap), whole])
+    return Image.fromarray(whole[: len(whole) - gap, : whole.shape[1] - gap].numpy())
+
+
+def _tiled(cells: PixelRows, columns: int, gap: int) -> UInt8[Tensor, "height width 3"]:
+    """Pictures of one size as one, a gap below and to the right of each; white where the last row is not full."""
     cells = pad(cells, (0, 0, 0, gap, 0, gap), value=255)
     missing = -len(cells) % columns
     cells = torch.cat([cells, cells.new_full((missing, *cells.shape[1:]), 255)])
     n, h, w, _ = cells.shape
-    whole = cells.view(n // columns, columns, h, w, 3).transpose(1, 2).reshape(n // columns * h, columns * w, 3)
-    return Image.fromarray(whole[: len(whole) - gap, : whole.shape[1] - gap].numpy())
+    return cells.view(n // columns, columns, h, w, 3).transpose(1, 2).reshape(n // columns * h, columns * w, 3)
+
+
+def _title(text: str, width: int) -> UInt8[Tensor, "height width 3"]:
+    """A line of text in black on white, cut to fit."""
+    from matplotlib.font_manager import findfont  # its font has the letters of many scripts
+
+    font = ImageFont.truetype(findfont("DejaVu Sans"), TITLE)
+    cut = text
+    while len(cut) > 1 and font.getlength(cut) > width:
+        cut = cut.rstrip("…")[:-1] + "…"
+    strip = Image.new("RGB", (width, TITLE + 6), "white")
+    ImageDraw.Draw(strip).text((width / 2, TITLE / 2 + 3), cut, "black", font, anchor="mm")
+    return torch.from_numpy(np.array(strip))
 
 
 def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> Image.Image:

@@ -59,6 +59,11 @@ def kid(
     return _mean_sd(values)
 
 
+def kernel_distance(x: Points, y: Float[Tensor, "m d"]) -> float:
+    """The kernel distance of `kid` between all of x and y. Raises `UserError` for fewer than 2 rows on a side."""
+    return _unbiased(x.double(), y.double(), _cubic)
+
+
 def _gaussians(widths: Sequence[float]) -> Kernel:
     """The mean of Gaussian kernels of these widths."""
 

@@ -13,6 +13,7 @@ from dumo.types import UserError
 
 Real = Float[Tensor, "n *d"]
 Fake = Float[Tensor, "m *d"]
+Images = Float[Tensor, "n c h w"]
 
 BLOCK = 512  # rows per block of distances
 DIRECT = "donot_use_mm_for_euclid_dist"  # by differences: a copy is at distance 0, not at the root of a rounding error
@@ -33,6 +34,21 @@ def nearest(real: Real, fake: Fake) -> tuple[Float64[Tensor, " m"], Int64[Tensor
     real, fake = real.double().flatten(1), fake.double().flatten(1)
     blocks = [_distances(part, real).min(1) for part in fake.split(BLOCK)]
     return torch.cat([b.values for b in blocks]), torch.cat([b.indices for b in blocks])
+
+
+def nearest_two(real: Images, fake: Float[Tensor, "m c h w"], *, same: bool = False) -> Float64[Tensor, "m 2"]:
+    """How far each fake is from the nearest real image and from the next one, by their pixels, mirrored or not.
+
+    `same`: the fakes are the real images, and each leaves out itself. Needs 2 other images at least.
+    """
+    x, mirrored = (side.double().flatten(1) for side in (real, real.flip(-1)))
+    found: list[Tensor] = []
+    for first, part in enumerate(fake.double().flatten(1).split(BLOCK)):
+        away = torch.minimum(_distances(part, x), _distances(part, mirrored))
+        if same:
+            away[torch.arange(len(part)), first * BLOCK + torch.arange(len(part))] = torch.inf
+        found.append(away.topk(2, largest=False).values)
+    return torch.cat(found)
 
 
 def _radii(x: Tensor, k: int) -> Tensor:

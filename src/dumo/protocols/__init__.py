@@ -20,9 +20,10 @@ from dumo.protocols.cifar10 import CifarProtocol as CifarProtocol
 from dumo.protocols.digits import DigitsProtocol as DigitsProtocol
 from dumo.protocols.evaluator import Reference as Reference
 from dumo.protocols.image import ImageProtocol as ImageProtocol
+from dumo.protocols.photos import PhotosProtocol as PhotosProtocol
 from dumo.protocols.toy import ToyProtocol as ToyProtocol
 
 MetricProtocol = Annotated[
-    CifarProtocol | DigitsProtocol | ImageProtocol | ToyProtocol,
+    CifarProtocol | DigitsProtocol | ImageProtocol | PhotosProtocol | ToyProtocol,
     Field(discriminator="kind"),
 ]

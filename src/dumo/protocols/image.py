@@ -55,6 +55,18 @@ class ImageProtocol(Spec):
         """How many samples are judged."""
         return self.samples or self.standard.samples
 
+    @property
+    def missing(self) -> str | None:
+        """What must be fetched before anything can be judged here; None: nothing."""
+        try:
+            file = inception_weights.place(self.weights and user_path(self.weights, "evaluate.protocol.weights"))
+        except UserError as error:
+            return str(error)
+        if not file or not file.is_file():
+            return "the weights of Inception: dumo data inception says how to get them"
+        named = self.reference is not None or not self.standard.url
+        return None if named else "ADM's reference, named in evaluate.protocol.reference: see dumo data adm"
+
     def check(self, shape: Sequence[int], classes: int = 0) -> None:
         """Refuse, with a `UserError` and before any work, images that this protocol does not judge, or too few.
 

@@ -16,6 +16,7 @@ from dumo.config.load import FILE, load, parse
 from dumo.data import Latents
 from dumo.data import encode as codecs
 from dumo.data.cache import Contents, Plan, read_contents
+from dumo.data.image import below
 from dumo.io.path import user_path
 from dumo.progress import Bar, no_bar
 from dumo.types import Spec, UserError
@@ -73,7 +74,7 @@ def encode(
     codec does, for an option that is none, and where the folder holds something else.
     """
     (rank, world), images = part, data.images
-    opened, album = data.codec.open(dist.device(device)), images.model_copy(update={"memory": 0.0}).open()
+    opened, album = data.codec.open(dist.device(device)), data.originals(memory=0.0)
     tree = {
         "source": " ".join(word for word in (images.root, images.split) if word),
         "resolution": images.side,
@@ -85,7 +86,7 @@ def encode(
     plan = parse(Plan, tree | options)
     mine = range(rank, ceil(len(album) / plan.shard_rows), world)
     total = sum(min(plan.shard_rows, len(album) - k * plan.shard_rows) for k in mine)
-    with bar(f"encoding {images.root}", total) as tick:
+    with bar(f"encoding {images.root}", total) as tick, below("data.images"):
         done = codecs.encode(album, opened, plan, data.folder, batch=batch, rank=rank, world=world, tick=tick)
     return Encoded(data.folder, done, None if done.missing else read_contents(data.folder))
 

@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from dumo import dist
 from dumo.codecs.scaled import Opened
@@ -22,6 +23,8 @@ from dumo.training import checkpoint
 from dumo.training.state import State
 from dumo.training.state import begin as begin_training
 from dumo.types import Sample, UserError
+
+Shown = Float[Tensor, "b *pixels"]  # images, or samples as the net makes them
 
 LOCK = ".training.lock"  # a file that is held, and there, while the run is trained
 PRIVATE = ("heads.", "gauges.", "scalars.", "own.")  # parts of a net that an objective asks for: another may lack them
@@ -52,7 +55,7 @@ class RunFolder:
         """
         return self.run.data.codec.open(self.device) if isinstance(self.run.data, Latents) else None
 
-    def decode(self, x: Sample) -> Sample:
+    def decode(self, x: Sample) -> Shown:
         """What the net makes as images in [-1, 1], on the CPU; x itself where there is no codec. Raises as `codec`."""
         return x if self.codec is None else self.codec.decode(x).cpu()
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from dumo.types import Reads, Sample, UserError
 
 def real_data(run: Run) -> Source:
     """The data as images or points: of latents, the images that were encoded. Raises UserError as opening them does."""
-    return run.data.images.open() if isinstance(run.data, Latents) else run.data.open()
+    return run.data.originals() if isinstance(run.data, Latents) else run.data.open()
 
 
 def guided_reading(opened: RunFolder) -> Reads:
@@ -142,6 +143,20 @@ def export(
     return files
 
 
+def titles(c: Tensor, run: Run) -> dict[str, Any]:
+    """How many columns a sheet of these classes has, and what is written above them, or above each image.
+
+    A column holds one class where classes come in turn and are few, and every image says its own elsewhere.
+    """
+    if not run.data.classes:
+        return {"columns": 8}
+    names = [run.class_name(k) for k in c.tolist()]
+    turn, most = len(set(names)), 20 if run.pixels[-1] <= picture.READABLE else 10
+    columns = min(turn * max(1, 8 // turn) if turn <= most else 10, len(names))
+    in_turn = all(name == names[i % columns] for i, name in enumerate(names))
+    return {"columns": columns, "titles": names[:columns] if in_turn else names}
+
+
 def write(x: Sample, c: Tensor, stem: Path, form: str, run: Run) -> Path:
     """One set of samples as one file, or one folder of files."""
     points = len(run.pixels) == 1
@@ -158,7 +173,7 @@ def write(x: Sample, c: Tensor, stem: Path, form: str, run: Run) -> Path:
             sheet = (
                 picture.scatter(run.data.open().reference(SCATTERED, run.sample.seed)[0], {stem.name: x})
                 if points
-                else picture.sheet(picture.to_rows(x), max(run.data.classes, 8))
+                else picture.sheet(picture.to_rows(x), **titles(c, run))
             )
             archive.write_picture(path, sheet)
             return path

@@ -13,6 +13,7 @@ import torch
 from dumo import dist
 from dumo.config.advice import advice
 from dumo.config.spec import Run
+from dumo.data.store import some
 from dumo.preflight import cost, doctor
 from dumo.progress import Bar, no_bar
 from dumo.run import deviation, teacher
@@ -80,7 +81,8 @@ def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.dev
     """What is trained on what, and what a step costs, in a line."""
     net, what = run.outline(), "images" if len(run.pixels) == 3 else "points"
     many = f"{size:,} {what}" if size is not None else f"{what} drawn anew"
-    classes = f" in {run.data.classes} classes" if run.data.classes else ""
+    names = f": {some(run.class_names)}" if run.class_names else ""
+    classes = f" in {run.data.classes} classes{names}" if run.data.classes else ""
     units = cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     return (
         f"training {folder} on {here}{f' ({torch.cuda.get_device_name(here)})' if here.type == 'cuda' else ''}: "

@@ -516,3 +516,42 @@ def test_a_wrong_field_is_named_alone(fields: dict[str, object], named: str, tmp
     with pytest.raises(ValidationError) as caught:
         spec(tmp_path, **fields)
     assert [error["loc"] for error in caught.value.errors()] == [(named,)]
+
+
+def test_names_of_classes_are_written_down_and_held_to(tmp_path: Path) -> None:
+    as_folder(tmp_path)
+    images = spec(tmp_path)
+    assert images.names == CLASSES
+    told = images.model_dump(mode="json")
+    assert told["names"] == list(CLASSES)
+    assert Images.model_validate(told) == images
+    (tmp_path / "bee").rename(tmp_path / "wasp")
+    with pytest.raises(UserError, match="without bee; with wasp"):
+        images.open()
+    (tmp_path / "wasp" / "04.png").rename(tmp_path / "ant" / "04.png")
+    assert spec(tmp_path).names == ("ant", "cow", "wasp")
+    assert "names has 3 names for classes=2" in refused(tmp_path, classes=2, names=CLASSES)
+
+
+def test_what_has_no_names_tells_none(tmp_path: Path) -> None:
+    """Numbers only, no classes, or classes that were given: the field is not written."""
+    as_folder(tmp_path)
+    for fields in ({"classes": 3}, {"labelled": False}):
+        images = spec(tmp_path, **fields)
+        assert images.names == ()
+        assert "names" not in images.model_dump()
+    as_tar(tmp_path / "tar")
+    assert (spec(tmp_path / "tar").classes, spec(tmp_path / "tar").names) == (3, ())
+
+
+def test_where_the_data_are_not_there_yet_classes_stay_to_be_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written down then asks to look again, and whoever opens what was not looked at is told."""
+    monkeypatch.delenv("HERE", raising=False)
+    for images in (Images(root="$HERE", side=SIDE), spec(tmp_path / "later")):
+        assert (images.classes, images.names, images.model_dump()["classes"]) == (0, None, None)
+    as_folder(tmp_path / "later")
+    with pytest.raises(UserError, match="was not there when the run was made"):
+        images.open()
+    assert Images.model_validate(images.model_dump()).names == CLASSES

@@ -75,3 +75,17 @@ def test_scatter_has_grey_truth_below_red_samples_in_panels() -> None:
     assert grey[:, first].sum() > 500
     assert grey[:, second].sum() > grey[:, first].sum()
     assert np.nonzero(red)[1].max() < 0.5 * width / 2
+
+
+def test_titles_stand_above_columns_or_images() -> None:
+    """Black letters on white, cut to the cell; below them the sheet is what it is without."""
+    pixels = to_rows(2 * torch.rand(5, 3, 4, 6, generator=stream("titles")) - 1)
+    plain = np.asarray(sheet(pixels, columns=3, scale=16))
+    heads = np.asarray(sheet(pixels, columns=3, scale=16, titles=["cats", "", "a name too long for its column"]))
+    extra = len(heads) - len(plain)
+    assert (heads[extra:] == plain).all()
+    dark = [(heads[:extra, 98 * k : 98 * k + 96] < 100).any() for k in range(3)]
+    assert dark == [True, False, True]
+    assert (heads[:extra, 96:98] == 255).all()  # the gaps stay free
+    each = np.asarray(sheet(pixels, columns=3, scale=16, titles=list("abcde")))
+    assert len(each) == len(plain) + 2 * (extra - 2)

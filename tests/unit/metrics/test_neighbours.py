@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dumo.metrics import neighbours
-from dumo.metrics.neighbours import nearest, precision_recall
+from dumo.metrics.neighbours import nearest, nearest_two, precision_recall
 from dumo.random import stream
 from dumo.types import UserError
 
@@ -93,3 +93,14 @@ def test_too_few_rows_are_refused() -> None:
     assert precision_recall(randn(4, "a"), randn(4, "a"), k=3) == (1, 1)
     with pytest.raises(UserError, match="3 neighbours need more than 3 rows, here are 4 and 3"):
         precision_recall(randn(4, "a"), randn(3, "b"))
+
+
+def test_two_nearest_mirrored_or_not() -> None:
+    real = torch.tensor([[0.0, 3.0], [10.0, 10.0], [0.0, 7.0]]).view(3, 1, 1, 2)
+    fake = torch.tensor([[3.0, 0.0], [0.0, 6.0]]).view(2, 1, 1, 2)
+    assert torch.equal(nearest_two(real, fake), torch.tensor([[0.0, 4.0], [1.0, 3.0]], dtype=torch.float64))
+    among = nearest_two(real, real, same=True)
+    assert among[0].tolist() == [4.0, pytest.approx(149**0.5)]
+    many = torch.rand(neighbours.BLOCK + 3, 1, 2, 2, generator=stream("many"))
+    assert nearest_two(many, many, same=True).min() > 0
+    assert nearest_two(many, many)[:, 0].max() == 0

@@ -177,6 +177,7 @@ def test_what_is_lacking_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     assert "MY_IMAGES is not set" in str(lacks())
     assert f"there is no {tmp_path / 'a'}" in str(lacks(f"data.root={tmp_path / 'a'}"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     assert lacks(f"data.root={tmp_path}") is None
     monkeypatch.setenv("MY_IMAGES", str(tmp_path))
     assert lacks() is None
@@ -269,5 +270,6 @@ def test_your_own_folder_need_not_be_named_to_be_looked_at() -> None:
     shown = call("show", "my-images", *sets(*TINY))
     assert (shown.code, shown.err) == (0, "")
     assert "root: $MY_IMAGES" in shown.out
+    assert "not known yet: a class per folder" in " ".join(shown.out.split())
     assert "MY_IMAGES is not set" in " ".join(call("dry", "my-images", *sets(*TINY)).out.split())
     refused("train", "my-images", *sets(*TINY), named=("MY_IMAGES is not set", "set data.root"))

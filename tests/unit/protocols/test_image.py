@@ -333,3 +333,13 @@ def test_inception_itself_serves() -> None:
     statistics = of.statistics((rows, x[rows]) for rows in torch.arange(3).split(2))
     assert (statistics.rows.shape, statistics.spatial.mean.shape) == ((3, 2048), (2023,))
     torch.testing.assert_close(statistics.rows[2:], net(to_uint8(x[2:])).pool, rtol=1e-5, atol=1e-4)
+
+
+def test_what_is_not_there_is_told_before_anybody_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(inception_weights.VARIABLE, raising=False)
+    folder, adm = ImageProtocol(kind="folder"), ImageProtocol(kind="adm-imagenet256-50k")
+    assert "dumo data inception" in str(folder.missing)
+    (tmp_path / "weights").touch()
+    monkeypatch.setenv(inception_weights.VARIABLE, str(tmp_path / "weights"))
+    assert folder.missing is None
+    assert "ADM's reference" in str(adm.missing)

@@ -1,0 +1,181 @@
+"""Somebody's own photos in class folders, one of them broken, with no network and nothing fetched: the whole way."""
+
+import json
+import os
+import socket
+import warnings
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from dumo.config.load import load
+from e2e.shell import Done, call, refused, sets
+
+CLASSES = ("cats", "dogs", "fish", "zoo birds")
+SMALL = sets("net.width=32", "net.depth=1", "train.steps=3", "train.batch=64", "evaluate.nfe=[1]", "sample.nfe=[1]")
+PIXELS = [*SMALL, *sets("net.attention=2", "data.side=16", "evaluate.protocol.samples=40", "evaluate.contrast=[]")]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """61 images as telephones leave them: turned, grey, transparent; one is cut off."""
+    root, draws = tmp_path_factory.mktemp("own") / "photos", np.random.default_rng(0)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for k, name in enumerate(CLASSES):
+        (root / name).mkdir(parents=True)
+        for i in range(15):
+            pixels = draws.integers(60 * k, 60 * k + 60, (24, 30, 3), dtype=np.uint8)
+            image, file = Image.fromarray(pixels), root / name / f"IMG_{i:04}"
+            if i == 0:
+                image.save(file.with_suffix(".JPG"), exif=turned)
+            else:
+                image.convert({1: "L", 2: "RGBA"}.get(i, "RGB")).save(file.with_suffix(".png"))
+    whole = (root / "cats" / "IMG_0003.png").read_bytes()
+    (root / "dogs" / "broken.png").write_bytes(whole[: len(whole) // 2])
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(photos: Path) -> Path:
+    folder = photos.parent / "run"
+    done, told = said("train", "my-images", "--out", folder, *PIXELS, *sets(f"data.root={photos}"))
+    assert done.code == 0, done
+    assert "1 of 61 images cannot be read" in told
+    assert "dogs/broken.png" in told
+    assert "60 images in 4 classes: cats, dogs, fish, zoo birds" in told
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def alone(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No network, no folder that is named, nothing fetched before."""
+
+    def no(*_: object) -> NoReturn:
+        raise AssertionError("the network is asked")
+
+    monkeypatch.setattr(socket.socket, "connect", no)
+    monkeypatch.setattr(socket, "getaddrinfo", no)
+    for name in ("MY_IMAGES", "DUMO_INCEPTION"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def said(*words: object) -> tuple[Done, str]:
+    """A command, and all it said on stderr, warnings too."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        done = call(*words)
+    return done, " ".join(" ".join([done.err, *(str(one.message) for one in caught)]).split())
+
+
+def test_folders_are_classes_by_name(run: Path) -> None:
+    told = yaml.safe_load((run / "run.yaml").read_text())["data"]
+    assert (told["classes"], told["names"]) == (4, list(CLASSES))
+    spec = load(str(run))
+    assert [spec.class_name(k) for k in range(4)] == list(CLASSES)
+    assert [spec.class_index(name) for name in ("fish", " zoo birds", "3")] == [2, 3, 3]
+
+
+def test_the_hints_work_when_typed(run: Path, photos: Path) -> None:
+    done, _ = said("train", run)
+    assert done.code == 0
+    hint = done.err.split("next:  dumo ")[1].splitlines()[0].split("    dumo ")
+    assert [words.split()[0] for words in hint] == ["sample", "evaluate", "report"]
+    for words in hint:
+        done, told = said(*words.split())
+        assert done.code == 0, (words, told)
+    judged = json.loads((run / "evaluation.json").read_text())
+    assert judged["protocol"] == "photos (40 samples)"
+    assert "fid" not in json.dumps(judged["results"])
+    assert "no FID" in judged["card"]["features"]
+    assert "rough" in judged["card"]["spread"]
+    assert judged["state"] == "untrained"
+    assert (run / "report.html").stat().st_size > 10_000
+
+
+def test_labels_by_name(run: Path) -> None:
+    by_name = call("sample", run, "--labels", "fish,cats", "--count", 8, "--out", "a", "--format", "npz").out
+    by_number = call("sample", run, "--labels", "2,0", "--count", 8, "--out", "b", "--format", "npz").out
+    one, other = (np.load(text.strip()) for text in (by_name, by_number))
+    assert one["arr_1"].tolist() == [2, 0] * 4
+    assert np.array_equal(one["arr_0"], other["arr_0"])
+    assert call("grid", run, "--classes", "zoo birds", "--out", "c", "--count", 4).code == 0
+    refused("sample", run, "--labels", "fsh", named=("no class 'fsh'", "did you mean 'fish'"), run=run)
+    refused("sample", run, "--labels", "4", named=("label '4' is out of range", "0 to 3"), run=run)
+    refused("grid", run, "--labels", "fsh", named=("did you mean 'fish'",), run=run)
+
+
+def test_names_stand_above_the_columns(run: Path) -> None:
+    plain = Image.open(call("sample", run, "--labels", "fish", "--count", 8, "--out", "a").out.strip())
+    tall = np.asarray(plain.convert("L"))[:18]
+    assert plain.height == 18 + 64
+    assert (tall < 100).any()
+    assert (tall > 250).mean() > 0.7  # letters on white
+
+
+def test_other_folders_are_refused(photos: Path, run: Path) -> None:
+    again = ("train", run)
+    (photos / "cats").rename(photos / "lions")
+    try:
+        refused(*again, *sets(f"data.root={photos}"), named=("without cats", "with lions"), run=run)
+    finally:
+        (photos / "lions").rename(photos / "cats")
+    fields = sets(f"data.root={photos}", "data.on_bad=raise")
+    refused("train", "my-images", *PIXELS, *fields, named=("dogs/broken.png", "data.on_bad=skip"))
+
+
+def test_nothing_need_be_named_to_be_looked_at() -> None:
+    shown = call("show", "my-images", *SMALL)
+    assert shown.code == 0
+    assert "classes: null" in shown.out
+    assert call("dry", "my-images-256", *SMALL, *sets("net.attention=2")).code == 0
+
+
+def test_a_run_that_needs_inception_does_not_hint_at_judging(photos: Path) -> None:
+    fields = sets(f"data.root={photos}", "evaluate.protocol={kind: folder, samples: 40, frechet: false}")
+    done, told = said("train", "my-images", *PIXELS[: PIXELS.index("evaluate.protocol.samples=40") - 1], *fields)
+    assert done.code == 0
+    assert "dumo evaluate runs" not in told
+    assert "dumo data inception" in told
+
+
+@pytest.mark.data
+def test_in_latents(photos: Path) -> None:
+    """With a real autoencoder: stopped by the broken file, nothing is in the way of the true run."""
+    fields = sets(f"data.images.root={photos}", "data.images.side=32")
+    before = call("encode", "my-images-256", *fields, *sets("data.images.on_bad=raise"))
+    assert before.code == 2
+    assert "broken.png" in before.err
+    assert "data.images.on_bad=skip" in before.err
+    done, told = said("encode", "my-images-256", *fields)
+    assert done.code == 0, told
+    assert "60 images (1 could not be read)" in done.out
+    hint = done.err.split("next:  dumo ")[1].splitlines()[0].split()
+    rest = sets("net.attention=2", "evaluate.protocol.samples=20", "evaluate.contrast=[]")
+    assert hint == ["train", "my-images-256", *fields]
+    done, told = said(*hint, *SMALL, *rest)
+    assert done.code == 0, told
+    run = Path("runs/my-images-256")
+    assert load(str(run)).class_name(3) == "zoo birds"
+    for words in (("sample", run, "--labels", "cats"), ("evaluate", run), ("report", run)):
+        done, told = said(*words)
+        assert done.code == 0, told
+    assert os.path.getsize(run / "report.html") > 10_000
+
+
+@pytest.mark.data
+def test_what_an_empty_beginning_left_is_no_obstacle(photos: Path) -> None:
+    """A cache that holds nothing yet binds nobody to the number of images that there were."""
+    fields = ["--codec=taef2", "--side=32", "--set", "data.images.on_bad=raise"]
+    assert call("encode", photos, "cache", *fields).code == 2
+    bad = (photos / "dogs" / "broken.png").rename(photos.parent / "broken.png")
+    try:
+        done = call("encode", photos, "cache", *fields)
+    finally:
+        bad.rename(photos / "dogs" / "broken.png")
+    assert done.code == 0, done
+    assert "60 images as" in done.out
