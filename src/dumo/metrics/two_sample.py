@@ -13,14 +13,18 @@ from torch import Generator, Tensor
 
 from dumo.types import UserError
 
+Real = Float[Tensor, "n *d"]
+Fake = Float[Tensor, "m *d"]
+
 FEWEST = 4  # rows of a side: two to learn, two to order
 
 
-def two_sample_auc(real: Float[Tensor, "n *d"], fake: Float[Tensor, "m *d"], generator: Generator) -> float:
+def two_sample_auc(real: Real, fake: Fake, generator: Generator) -> float:
     """The mean area over both ways round of one random split in halves, in [0, 1].
 
-    The machine is scikit-learn's own: C = 1, a Gaussian kernel whose width comes from the spread of the rows. Takes
-    time as the square of the rows, half a second for 4,000 of 64 numbers. Raises `UserError` for fewer than `FEWEST` rows on a side.
+    The machine is scikit-learn's own: C = 1, a Gaussian kernel whose width comes from the spread of the rows. Its time
+    grows as the square of the rows: half a second for 4,000 of 64 numbers. Raises `UserError` for fewer than `FEWEST`
+    rows on a side.
     """
     from sklearn.metrics import roc_auc_score  # slow to import
     from sklearn.svm import SVC
