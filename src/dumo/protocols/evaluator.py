@@ -109,6 +109,11 @@ def collect(made: Made, total: int) -> Tensor:
     return x[ordered(index, total)]
 
 
+def headline(scores: Mapping[str, object]) -> str:
+    """The score that counts: that of what a file holds (`fd_grey`), where it was taken, else the first."""
+    return "fd_grey" if "fd_grey" in scores else next(iter(scores))
+
+
 def named(kind: str, samples: int, standard: int) -> str:
     """With a number of samples of one's own it is another protocol, and must not pass for the named one."""
     return kind if samples == standard else f"{kind} ({samples} samples)"
