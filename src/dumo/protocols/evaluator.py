@@ -5,7 +5,7 @@ the same score, whatever came in which batch or where. What a score depends on b
 `facts`, of which a report is made, and by which two reports are known to be of one kind.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -109,7 +109,7 @@ def collect(made: Made, total: int) -> Tensor:
     return x[ordered(index, total)]
 
 
-def headline(scores: Mapping[str, object]) -> str:
+def headline(scores: Collection[str]) -> str:
     """The score that counts: that of what a file holds (`fd_grey`), where it was taken, else the first."""
     return "fd_grey" if "fd_grey" in scores else next(iter(scores))
 

@@ -92,6 +92,22 @@ def headed(sheet: Image.Image, names: Sequence[str]) -> Image.Image:
     return page
 
 
+def gathered(blocks: Mapping[str, Image.Image], across: int = 3, note: str = "", gap: int = 28) -> Image.Image:
+    """Pictures of one size on white, `across` to a row, the name of each above it; a note below them all."""
+    w, h = next(iter(blocks.values())).size
+    font = ImageFont.truetype(findfont("DejaVu Sans"), size := max(22, w // 30))
+    top = size * (2 + max(name.count("\n") for name in blocks))
+    high, across = h + top + gap, min(across, len(blocks))
+    whole = -(-len(blocks) // across) * high - gap
+    page = Image.new("RGB", (across * (w + gap) - gap, whole + (2 * size if note else 0)), "white")
+    ImageDraw.Draw(page).text((0, whole + size), note, "black", font, anchor="lm")
+    for i, (name, picture) in enumerate(blocks.items()):
+        x, y = i % across * (w + gap), i // across * high
+        ImageDraw.Draw(page).text((x, y + top / 2), name, "black", font, anchor="lm")
+        page.paste(picture, (x, y + top))
+    return page
+
+
 def smoothed(values: Sequence[float]) -> np.ndarray:
     """Each value's mean with its neighbours, a fifteenth of all on either side; fewer at the ends."""
     x, reach = np.asarray(values, dtype=float), len(values) // 15
@@ -164,10 +180,10 @@ def _draw_loss(axes: Axes, rows: Sequence[log.Row], steps: Sequence[int]) -> Non
     axes.legend(frameon=False, ncols=3, handlelength=1.2, columnspacing=1)
 
 
-def _draw_curve(axes: Axes, steps: Sequence[int], values: Sequence[float], label: str, **look: str) -> None:
-    """As logged, pale, and smoothed before it."""
-    raw = axes.plot(steps, values, lw=0.8, alpha=PALE, **look)
-    axes.plot(steps, smoothed(values), lw=1.5, label=label, color=raw[0].get_color())
+def _draw_curve(axes: Axes, steps: Sequence[int], values: Sequence[float], name: str, color: str | None = None) -> None:
+    """As logged, pale, and smoothed before it; in ink unless in a colour."""
+    raw, *_ = axes.plot(steps, values, lw=0.8, alpha=PALE, color=color)
+    axes.plot(steps, smoothed(values), lw=1.5, label=name, color=raw.get_color())
 
 
 def _draw_rate(axes: Axes, rows: Sequence[log.Row], steps: Sequence[int]) -> None:

@@ -42,7 +42,7 @@ def figures(row: Mapping[str, Any]) -> list[str]:
         for key, value in row.items()
         if key != "nfe" and not key.endswith("_sd") and (value is None or isinstance(value, int | float))
     ]
-    lead = headline(dict.fromkeys(found, 0.0))
+    lead = headline(found)
     return [lead, *(key for key in found if key != lead)]
 
 
