@@ -776,6 +776,13 @@ MUTANTS = [
     Mutant(
         "protocols/digits.py", "(reference.x, filed,", "(reference.x, x,", "what no file holds is told apart", PROTOCOL
     ),
+    Mutant(
+        "protocols/evaluator.py",
+        '"fd_grey" if "fd_grey" in scores else next',
+        "next",
+        "what no file holds leads",
+        "tests/unit/report/test_score.py",
+    ),
 ]
 
 

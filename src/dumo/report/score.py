@@ -10,12 +10,11 @@ from dumo.config.spec import Run
 from dumo.io.json import read_json
 from dumo.protocols.evaluator import headline
 from dumo.report.number import number, spread
-from dumo.report.word import BASELINES, MERITS, REAL, STATES, merits, word
+from dumo.report.word import BASELINES, MERITS, STATES, merits, word
 from dumo.run.folder import RunFolder
 
 FAR_OFF = 1.5  # times the distance of real images to their nearest, beyond which samples are not like them; ours:
 # on digits 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000
-FAR = 20.0  # times the baseline, the same for the score that leads: 77 after 20 steps, 44 after 500, 2 after 5,000
 SHIPPED = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # protocol: packaged results that are of it
 
 Table = dict[str, Any]
@@ -86,9 +85,10 @@ def others(results: Table, judged: Table | None, step: int, cost: float) -> Tabl
     if judged and alike:
         own = _row("this run", step, cost, own=True)
         for row in (row for row in judged["results"] if row["nfe"] in passes):
-            own["lead"][row["nfe"]], own["beside"][row["nfe"]] = row.get(score), row.get(beside)
+            own["lead"] |= {row["nfe"]: row[score]} if row.get(score) is not None else {}
+            own["beside"][row["nfe"]] = row.get(beside)
         rows["this run"] = own
-    found = sorted(rows.values(), key=lambda row: [row["lead"].get(n) or float("inf") for n in passes])
+    found = sorted(rows.values(), key=lambda row: [row["lead"].get(n, float("inf")) for n in passes])
     return {
         "title": results["title"],
         "origin": results.get("origin", {}),
@@ -97,7 +97,6 @@ def others(results: Table, judged: Table | None, step: int, cost: float) -> Tabl
         "passes": passes,
         "rows": found,
         "alike": alike,
-        "baseline": results["cells"][0]["baselines"] if results.get("cells") else {},
     }
 
 
@@ -106,23 +105,20 @@ def _row(name: str, steps: int, cost: float | None, *, own: bool = False) -> Tab
 
 
 def doubts(run: Run, step: int, judged: Table | None, near: Table | None) -> list[tuple[str, str]]:
-    """What a reader must know first: a few words, and why. Nothing of a run that is done and like its data."""
+    """What a reader must know first: a few words, and why. Nothing of a run that is done and like its data.
+
+    What an evaluation of these weights says of itself (`state`) goes before what the nearest images say.
+    """
     found: list[tuple[str, str]] = []
-    state = next((row["state"] for row in judged["results"] if row.get("state")), None) if judged else None
+    state = judged.get("state") if judged and judged["fresh"] else None
     distances = [row["mean"] for row in near["rows"]] if near else []
-    if state and judged and judged["fresh"]:
-        found.append((word(STATES, str(state)).title, "as its evaluation says."))
-    elif step == 0:
+    if step == 0:
         found.append(("Untrained", "these are the weights that training starts from."))
+    elif state in STATES:
+        found.append((STATES[state], "so its evaluation says."))
     elif len(distances) == 2 and distances[0] > FAR_OFF * distances[1]:
         said = f"samples are {number(distances[0] / distances[1])} times as far from the nearest training image"
-        found.append(("Not yet like the data", f"{said} as real images are."))
-    elif judged and judged["fresh"] and (base := judged["baseline"]) and base["name"] == "halves":
-        lead = judged["columns"][0]
-        best = min(row[lead] for row in judged["results"])
-        if best > FAR * base["mean"]:
-            times = number(best / base["mean"])
-            found.append(("Not yet like the data", f"{word(MERITS, lead).title}: {times} times the {REAL}."))
+        found.append((STATES["far"], f"{said} as real images are."))
     if step < run.train.steps:
         found.append((f"Stopped at step {step:,} of {run.train.steps:,}", "its training is not done."))
     return found

@@ -32,7 +32,7 @@ MERITS = {
     ),
     "kid": Word(
         "kernel distance",
-        LOWER,
+        f"{LOWER}; not FID",
         "on the same features, unbiased, so about 0 where nothing differs; ± is its spread over subsets.",
     ),
     "precision": Word("precision", HIGHER, "share of the samples that lie where the data are."),
@@ -52,6 +52,9 @@ MERITS = {
         "Fréchet distance of pixels",
         f"{LOWER}; not FID",
         "of the pixels themselves, as a PNG holds them, with no network in between.",
+    ),
+    "copies": Word(
+        "copies", LOWER, "share of the samples that are a training image again: far nearer to it than to the next."
     ),
     "mmd2": Word(
         "MMD²",
@@ -73,6 +76,7 @@ BASELINES = {
         meaning="as many rows as there are samples, drawn from the data with replacement, compared with the data: the "
         "lowest that so few samples can reach.",
     ),
+    "noise": Word("noise", meaning="what plain noise would have in place of samples."),
     "null": Word(REAL, meaning="two independent draws of the data, compared with each other; mean ± spread."),
 }
 WATCHED = {
@@ -100,7 +104,7 @@ WATCHED = {
         "Healthy if it rises, falls again, and ends far below the mean square of the velocity, about 1.",
     ),
 }
-STATES = {"untrained": Word("Untrained"), "far": Word("Not yet like the data")}  # as an evaluation calls them
+STATES = {"untrained": "As good as untrained", "far": "Not yet like the data"}  # as an evaluation calls them
 METHODS = {
     "alpha_flow": "α-Flow",
     "consistency": "consistency training",
