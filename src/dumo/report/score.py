@@ -68,7 +68,8 @@ def shipped(run: Run) -> str | None:
 def others(results: Table, judged: Table | None, step: int, cost: float) -> Table:
     """Packaged results as a row per objective, and the run's own if judged alike, the best in fewest passes first.
 
-    Each row has a `name`, `steps`, `cost` of a step, and `lead` and `beside`, its scores by number of passes.
+    Each row has a `name`, `steps`, `cost` of a step, and `lead` and `beside`, its scores by number of passes. `times`:
+    how often the cost of another's training, all of them equal, went into the run's.
     """
     table, protocol = results["table"], results["cells"][0]["protocol"] if results.get("cells") else None
     score = next(key for key in MERITS if key in table[0])
@@ -97,6 +98,7 @@ def others(results: Table, judged: Table | None, step: int, cost: float) -> Tabl
         "passes": passes,
         "rows": found,
         "alike": alike,
+        "times": step * cost / (table[0]["steps"] * each) if (each := table[0].get("F_per_step")) else None,
     }
 
 

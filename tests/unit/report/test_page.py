@@ -400,6 +400,7 @@ def test_shipped_results_stand_with_their_origin(digits: Path, monkeypatch: pyte
     assert "DuMo 7 4.05 5.12 2.50 this run 20 4.1" in words  # sorted, and the own run in its place
     for found in ("8.64 2.35 FM 9 3.00 95.1 94.0", "Machine: two cores.", "Seeds: 0, 1.", "Versions: torch 2.13."):
         assert found in words
+    assert re.search(r"This run’s training cost 3\.\d\d times theirs\.", words)  # 20 steps of about 4.1, 9 of 3
     other = {**ZOO, "cells": [{"protocol": "digits (500 samples)", "baselines": {}}]}
     monkeypatch.setattr(report.recipes, "results", {"zoo": other}.get)
     assert "This run was not judged in the same way" in rendered(digits).words
