@@ -6,7 +6,7 @@ ifneq ($(wildcard ../shared/data),)
 export DUMO_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help demo test slow check mutants clean
+.PHONY: help demo test slow check docs mutants clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -30,11 +30,14 @@ check: $(BIN)/.developed ## lint, formatting, types, layers
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
+docs: $(BIN)/.developed ## build the documentation: open site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 mutants: $(BIN)/.developed ## plant errors in the mathematics and show that a test catches each
 	$(BIN)/python tests/mutants.py
 
-clean: ## remove the environment and the caches, not the runs
-	rm -rf $(VENV) .pytest_cache .ruff_cache .import_linter_cache
+clean: ## remove the environment, the site and the caches, not the runs
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .import_linter_cache
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"dumo needs Python 3.11 or newer; this is {v[0]}.{v[1]}: make PYTHON=python3.11 ...")'

@@ -18,7 +18,8 @@ QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 LOOK = """() => {
   const shown = e => e.checkVisibility() && e.getClientRects().length;
   const letters = [...document.querySelectorAll("body *")].filter(e =>
-    shown(e) && !e.closest("svg, sup, sub") && [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim()));
+    shown(e) && !e.closest("svg, math, sup, sub") &&
+    [...e.childNodes].some(n => n.nodeType == 3 && n.textContent.trim()));
   return {
     broken: [...document.images].filter(i => shown(i) && !i.naturalWidth).map(i => i.currentSrc.slice(0, 80) || i.alt),
     beyond: document.documentElement.scrollWidth - document.documentElement.clientWidth,

@@ -47,7 +47,7 @@ FIXED, LAW, READ, SLOPE, EXACT, UNBIASED = (
 DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
 PROBE = "tests/unit/training/test_probe.py"
 TWO_SAMPLE, PROTOCOL = "tests/unit/metrics/test_two_sample.py", "tests/unit/protocols/test_protocol.py"
-THEOREM, RATE = (f"{THEORY}/test_{name}.py" for name in ("theorem", "rate"))
+THEOREM, RATE, DEVIATION = (f"{THEORY}/test_{name}.py" for name in ("theorem", "rate", "deviation"))
 SHORTCUT, SPLIT, TWIN, SOFLOW, RCGM, ALPHA, UCGM = (
     f"{OBJECTIVES}/test_{name}.py"
     for name in ("shortcut", "split_meanflow", "twinflow", "soflow", "rcgm", "alpha_flow", "ucgm")
@@ -576,6 +576,24 @@ MUTANTS = [
         "kernels are rounded to bf16",
         IMM,
     ),
+    Mutant("flow/draw.py", "x = x / path.sd", "x = x * path.sd", "data are multiplied by their deviation", DEVIATION),
+    Mutant("sampling/generate.py", "path.sd * solver(", "solver(", "samples stay in units of the data's", DEVIATION),
+    Mutant("objectives/consistency.py", '"soft": 0.00108', '"soft": 0.00054', "c is in their units", DEVIATION),
+    Mutant("objectives/consistency.py", "mean=-1.1 + log(2)", "mean=-1.1", "levels are in their units", DEVIATION),
+    Mutant(
+        "objectives/sct.py", "Field(default=0.2, gt=0)", "Field(default=0.1, gt=0)", "c is in their units", DEVIATION
+    ),
+    Mutant(
+        "objectives/several.py",
+        ".to(b.t) / (1 - self.times.moving_share)",
+        ".to(b.t)",
+        "rows apart count less",
+        SEVERAL,
+    ),
+    Mutant("objectives/several.py", "(1 if part.aims else alone)", "alone", "steps are taught nowhere", SEVERAL),
+    Mutant(
+        "flow/times.py", "torch.where(jumps, t, self.flow(n, g)[0])", "self.flow(n, g)[0]", "steps leave the grid", LAW
+    ),
     Mutant("nets/precondition.py", "(2 * past - 1)", "(1 - 2 * past)", "the skip has its sign wrong", EDM),
     Mutant("nets/precondition.py", "skip - y / n", "skip - y", "c_out is 1", EDM),
     Mutant("nets/precondition.py", "return x / n,", "return x,", "c_in is 1", EDM),
@@ -628,9 +646,7 @@ MUTANTS = [
         "V(null) is another head's",
         SEVERAL,
     ),
-    Mutant(
-        "objectives/several.py", "part.weight * part.measure(e)", "part.measure(e)", "parts have no weights", SEVERAL
-    ),
+    Mutant("objectives/several.py", "part.weight * (1 if", "(1 if", "parts have no weights", SEVERAL),
     Mutant(
         "objectives/several.py",
         "self._aimed(ref, i)) for i, (part, rate) in at]",

@@ -33,7 +33,25 @@ report                  one page with all of it
 
 bench, reproduce        what a step costs by every slope; the paper's figures and ours
 
+api                     what `import dumo` offers: load, train, recipe
+
 cli                     the commands
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 __version__ = "0.1.0"
+__all__ = ["UserError", "load", "recipe", "train"]
+
+if TYPE_CHECKING:
+    from dumo.api import UserError, load, recipe, train
+else:  # torch takes seconds to import: it waits for the first use
+
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module 'dumo' has no attribute '{name}'")
+        return getattr(import_module("dumo.api"), name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -63,6 +63,15 @@ def launched() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def alone(work: str) -> None:
+    """Refuse, where torchrun started several processes, work that they do not share. Raises UserError."""
+    if (world := launched()[1]) > 1:
+        raise UserError(
+            f"{work} takes one process, and {world} were started (WORLD_SIZE={world}): start it without torchrun; "
+            "only evaluate and encode share their work"
+        )
+
+
 @contextmanager
 def join() -> Generator[None, None, None]:
     """Meet the processes that torchrun started, each on a GPU of its own where there is one; alone without torchrun.
@@ -90,7 +99,7 @@ def device(name: str) -> torch.device:
     try:
         found = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device '{name}' is not to be had here: use auto or cpu") from error
+        raise UserError(f"device '{name}' is not available: use auto or cpu") from error
     if found.type == "meta":
         raise UserError(f"device '{name}' holds no numbers: use auto or cpu")
     return found

@@ -1,5 +1,8 @@
 """Showing how far a piece of work is: whoever works says so to a `Bar`, and knows no terminal."""
 
+import os
+import sys
+import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, runtime_checkable
@@ -20,3 +23,84 @@ class Bar(Protocol):
 def no_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
     """Shows nothing."""
     yield lambda done, note: None
+
+
+def bar(title: str, total: int, /) -> AbstractContextManager[Tick]:
+    """On stderr: a live bar on a terminal; in a log file, a line a minute."""
+    live = sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    return live_bar(title, total) if live else lines(title, total)
+
+
+@contextmanager
+def live_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
+    """A bar that moves."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", markup=False),
+    )
+    with Progress(*columns, console=Console(markup=False, emoji=False, stderr=True)) as progress:
+        task = progress.add_task(title, total=total, note="")
+        yield lambda done, note: progress.update(task, completed=done, note=note)
+
+
+@contextmanager
+def lines(
+    title: str, total: int, /, *, every: float = 60.0, clock: Callable[[], float] = time.monotonic
+) -> Generator[Tick, None, None]:
+    """A plain line at most every so many seconds, and one at the end: units done, the note, their rate, time left."""
+    began = last = clock()
+    ticks: list[tuple[float, int]] = []  # the first and the latest one: when, units done
+    said = ""
+
+    def show(done: int, end: str) -> None:
+        rate = speed(*ticks)
+        told = (f"{title}: {done:,} of {total:,}", said, f"{number(rate)}/s" if rate else "", end)
+        say(", ".join(part for part in told if part))
+
+    def tick(done: int, note: str) -> None:
+        nonlocal last, said
+        ticks[1:], said = [(clock(), done)], note
+        if clock() - last >= every:
+            rate, last = speed(*ticks), clock()
+            show(done, f"{span((total - done) / rate)} left" if rate else "")
+
+    yield tick
+    show(ticks[-1][1] if ticks else 0, f"took {span(clock() - began)}")
+
+
+def speed(*ticks: tuple[float, int]) -> float:
+    """Units a second from the first tick to the last; 0 where that is not known."""
+    if len(ticks) < 2:
+        return 0.0
+    (began, first), (now, done) = ticks
+    return (done - first) / (now - began) if now > began else 0.0
+
+
+def number(value: float) -> str:
+    """Three significant digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def say(line: str) -> None:
+    """Print a line on stderr at once, above a live bar."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def span(seconds: float) -> str:
+    """Seconds as hours, minutes and seconds: 1:02:03."""
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

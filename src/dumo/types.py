@@ -153,6 +153,8 @@ class Needs:
     guide: Guide | None = None  # what makes v*: what a field holds
     scale: float = 1.0  # of guidance by a field of this name, where there is no guide; 1 is none
     teachable: bool = True  # whether the loss learns from v_t, in whose place a teacher's velocity may be
+    unit: bool = False  # whether constants of it are for data of standard deviation 1
+    ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
     amplifies: float = 0.0  # how often the rounding of the net is multiplied (`dumo.flow.secant`)
     phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)  # where steps cost alike: a progress, its share of training
 
@@ -176,6 +178,11 @@ class Path(Protocol):
         """The name that `Needs.paths` lists."""
         ...
 
+    @property
+    def sd(self) -> float:
+        """The standard deviation of the data, in units of which x is."""
+        ...
+
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
         """Return x_t and its conditional slope v_t = dx_t/dt, given data and noise."""
         ...
@@ -186,7 +193,7 @@ class Noised:
     """A minibatch with all its randomness already drawn; a loss reads it and draws nothing."""
 
     path: Path
-    x: Sample
+    x: Sample  # the data in units of the path's sd
     z: Sample
     t: Time
     r: Time

@@ -120,10 +120,6 @@ def test_costs_are_counted() -> None:
         (["net.augment=0"], "by 6 numbers, net 'unet' takes 0"),
         (["data.augment.yflip=true"], r"by 7 numbers.*takes 6: set net\.augment=7"),
         (["data.augment=null"], r"by 0 numbers, net 'unet' takes 6: set net\.augment=0$"),
-        (
-            ["net={kind: dit, width: 8, depth: 1, attention: 1}"],
-            r"net 'dit' takes 0: set net\.kind=unet net\.augment=6",
-        ),
         (["objective.drop=0.1"], r"objective\.drop = 0\.1.*objective\.drop=0"),
         (["data.labelled=auto", "data.classes=10"], r"data: augment.*10 classes.*labelled=false"),
         (["data.augment.p=1.2"], r"data\.augment\.p"),
@@ -133,6 +129,11 @@ def test_costs_are_counted() -> None:
 def test_what_does_not_fit_is_refused(words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
         tiny(*words)
+
+
+def test_a_net_that_takes_no_such_numbers_is_refused() -> None:
+    with pytest.raises(UserError, match=r"net 'dit' takes 0: set net\.kind=unet net\.augment=6"):
+        load("cifar10", ["net={kind: dit, width: 8, depth: 1, attention: 1}"])
 
 
 def test_latents_are_of_images_as_they_are() -> None:

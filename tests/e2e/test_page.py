@@ -1,65 +1,34 @@
-"""The page of a run as a browser shows it, on a desk and on a telephone, by day and by night."""
+"""The Python on the pages runs as it is written, block after block, where a reader would run it."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 
-import browser
-from dumo.report import page as report
-from e2e.shell import call
-
-pytestmark = pytest.mark.browser
-RUNS = ("digits", "digits-flow-matching", "moons")  # judged; with a velocity alone, and not judged; points
+ROOT = Path(__file__).parents[2]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def pages(trained: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The report of each."""
-    folder, found = tmp_path_factory.mktemp("pages"), dict[str, Path]()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "PASSES", (1, 2, 4))
-        for name in RUNS:
-            shutil.copytree(trained[name], folder / name)
-            if name != "digits-flow-matching":
-                assert call("evaluate", folder / name, "--json").code == 0
-            assert call("report", folder / name).code == 0
-            found[name] = folder / name / "report.html"
-    return found
+def execute(page: Path) -> int:
+    """Run every Python block of a page in one namespace; an error names the page's line. Returns how many there are."""
+    text, names = page.read_text(encoding="utf-8"), {"__name__": "__page__"}
+    blocks = list(BLOCK.finditer(text))
+    for block in blocks:
+        above = "\n" * text.count("\n", 0, block.start(1))
+        exec(compile(above + block[1], page, "exec"), names)
+    return len(blocks)
 
 
-@pytest.mark.parametrize("width", [browser.DESK, browser.TELEPHONE])
-@pytest.mark.parametrize("name", RUNS)
-def test_it_is_readable(name: str, width: int, pages: dict[str, Path]) -> None:
-    """The folded part is open; light on a desk and dark on a telephone, for ink changes no size."""
-    text = pages[name].read_text()
-    shown = pages[name].with_name("open.html")
-    shown.write_text(text.replace("<details>", "<details open>"))
-    seen = browser.look(shown, width, dark=width == browser.TELEPHONE)
-    assert (seen.broken, seen.beyond, seen.errors) == ([], 0, ())
-    assert seen.smallest >= browser.READABLE
+@pytest.mark.parametrize("name", ["README.md", pytest.param("docs/library.md", marks=pytest.mark.slow)])
+def test_python_on_a_page_runs_as_written(name: str, here: Path, trained: dict[str, Path]) -> None:
+    shutil.copytree(trained["digits"], here / "runs/digits")
+    assert execute(ROOT / name)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "of"),
-    [
-        (".scroll { overflow-x: auto;", ".scroll { overflow-x: visible;", "beyond"),
-        ('src="data:image/png;base64,', 'src="data:image/png;base64,x', "broken"),
-        ("font: 0.75rem/1.3", "font: 0.4rem/1.3", "smallest"),
-        ("</main>", '<script src="https://example.org/x.js"></script></main>', "errors"),
-    ],
-)
-def test_a_fault_is_seen(old: str, new: str, of: str, pages: dict[str, Path]) -> None:
-    text = pages["digits"].read_text()
-    assert old in text
-    spoilt = pages["digits"].with_name("spoilt.html")
-    spoilt.write_text(text.replace(old, new))
-    seen = browser.look(spoilt, browser.TELEPHONE)
-    wrong = {
-        "beyond": seen.beyond > 0,
-        "broken": bool(seen.broken),
-        "smallest": seen.smallest < browser.READABLE,
-        "errors": bool(seen.errors),
-    }
-    found = {name for name, there in wrong.items() if there}
-    assert found == {of, "errors"} if of == "broken" else found == {of}  # a picture that fails is an error, too
+def test_an_error_on_a_page_is_found(here: Path) -> None:
+    page = here / "page.md"
+    page.write_text("# A page\n\n```python\nx = 1\n```\n\n```sh\nfalse\n```\n\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError) as found:
+        execute(page)
+    assert found.traceback[-1].lineno == 12 - 1  # pytest counts from 0

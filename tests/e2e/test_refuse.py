@@ -16,7 +16,7 @@ FIELDS = [
     ("train.steps=", ("train.steps", "integer")),
     ("train.steps=0", ("train.steps", "greater than or equal to 1")),
     ("train.steps.more=3", ("train.steps", "20")),
-    ("train=3", ("train", "got 3")),
+    ("train=3", ("train is 3", "without fields")),
     ("train.ema.0.decya=0.5", ("train.ema.0.decya", "'decay'")),
     ("train.ema.0.decay=2", ("train.ema.0.decay", "less than 1")),
     ("train.ema.1.decay=0.5", ("train.ema.1", "from 0 to 0")),
@@ -93,7 +93,7 @@ def test_text_is_shown_as_it_was_typed(here: Path) -> None:
 
 SOURCES = [
     ("moon", "", ("'moon'", "'moons'")),
-    ("xyzzy", "", ("'xyzzy'", "digits-meanflow")),
+    ("xyzzy", "", ("'xyzzy'", "dumo recipes")),
     ("", "", ("recipe",)),
     ("no.yaml", "", ("'no.yaml'",)),
     ("a.yaml", "a: [1, 2\nb: }", ("a.yaml", "YAML", "line 2")),
@@ -101,6 +101,8 @@ SOURCES = [
     ("a.yaml", "", ("a.yaml", "names to values")),
     ("a.yaml", "about: !!python/object/apply:os.getcwd []", ("a.yaml", "python")),
     ("a.txt", "about: me", ("a.txt", "YAML")),
+    ("a.yaml", "base: dgits", ("a.yaml", "base", "'dgits'", "'digits'")),
+    ("a.yaml", "base: digits-guided", ("a.yaml", "'digits-guided'", "'digits'", "show digits-guided --yaml")),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shlex
 import shutil
 import signal
 from collections.abc import Generator
@@ -58,10 +59,10 @@ def test_killed_run_goes_on_bit_for_bit(here: Path) -> None:
     for name, bits in tree(whole / LAST).items():
         assert (killed / LAST / name).read_bytes() == bits, name
     assert steps_logged(killed) == list(range(1, 151))
-    for name in ("metrics.jsonl", "run.yaml"):
+    for name in ("data.json", "metrics.jsonl", "run.yaml"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
     assert steps_saved(killed) == steps_saved(whole) == [130, 140, 150]
-    assert sorted(path.name for path in killed.iterdir()) == ["checkpoints", "metrics.jsonl", "run.yaml"]
+    assert sorted(path.name for path in killed.iterdir()) == ["checkpoints", "data.json", "metrics.jsonl", "run.yaml"]
 
 
 def test_more_steps_are_the_same_as_many_at_once(here: Path) -> None:
@@ -110,13 +111,13 @@ def test_interrupt_says_so_and_can_go_on(here: Path) -> None:
     wait(process, lambda: bool(steps_saved(run)))
     process.send_signal(signal.SIGINT)
     done = finish(process)
-    assert done.code == 1, done
+    assert done.code == 130, done
     assert done.out == ""
     assert "Traceback" not in done.err
-    last = done.err.rstrip().splitlines()[-1]
-    assert "dumo train run" in last  # how to go on
+    _, _, hint = done.err.rstrip().splitlines()[-1].partition("  dumo ")
     steps = steps_logged(run)[-1] + 3
-    assert call("train", "run", "--set", f"train.steps={steps}").code == 0
+    assert call(*shlex.split(hint), "--set", f"train.steps={steps}").code == 0  # as it was typed
+    assert [path.name for path in run.iterdir() if path.name.startswith(".")] == []
     assert steps_logged(run) == list(range(1, steps + 1))
 
 

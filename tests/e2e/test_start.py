@@ -10,8 +10,10 @@ import pytest
 import yaml
 
 from dumo import recipes
-from dumo.config.load import load
-from e2e.shell import ENVIRONMENT, call, sets
+from dumo.config.load import load, parse
+from dumo.config.source import read
+from dumo.config.spec import Run
+from e2e.shell import ENVIRONMENT, TINY, call, refused, sets
 
 QUICK = """
 import contextlib, io, json, sys
@@ -65,17 +67,34 @@ def test_version_is_the_packages() -> None:
     assert call("--version").out == f"dumo {metadata.version('dumo')}\n"
 
 
-def test_recipes_are_listed_with_what_they_are() -> None:
+def test_recipes_are_listed_by_purpose_with_what_they_are() -> None:
     done = call("recipes")
     assert (done.code, done.err) == (0, "")
-    flat = " ".join(done.out.split())
-    for name in recipes.names():
-        assert f"{name} {recipes.about(name)}" in flat
+    lines = [" ".join(line.split()) for line in done.out.splitlines()]  # as grep sees them: a recipe, a line
+    expected = [
+        line for group, names in recipes.GROUPS.items() for line in (group, *(f"{n} {recipes.about(n)}" for n in names))
+    ]
+    assert [line for line in lines if line][: len(expected)] == expected
+    assert "dumo show NAME --yaml > my.yaml" in done.out
+
+
+def test_recipes_as_json_say_all_that_is_known_of_them() -> None:
+    done = call("recipes", "--json")
+    assert (done.code, done.err) == (0, "")
+    told = {recipe["name"]: recipe for recipe in done.json["recipes"]}
+    assert sorted(told) == recipes.names()
+    assert told["digits-guided"] == {
+        "name": "digits-guided",
+        "about": recipes.about("digits-guided"),
+        "group": next(group for group, names in recipes.GROUPS.items() if "digits-guided" in names),
+        "base": "digits",
+    }
+    assert told["digits"]["base"] is None
 
 
 def kinds() -> list[str]:
     """A recipe of every objective, net and data: what `show` counts depends on little else."""
-    trees = {name: yaml.safe_load(recipes.text(name)) for name in recipes.names()}
+    trees = {name: read(name)[0] for name in recipes.names()}
     return list(
         {tuple(tree[part]["kind"] for part in ("objective", "net", "data")): n for n, tree in trees.items()}.values()
     )
@@ -96,14 +115,42 @@ def test_show_json_is_one_object_and_true(name: str, here: Path) -> None:
     assert list(here.iterdir()) == []
 
 
-def test_show_prints_the_complete_spec_in_full_width(here: Path) -> None:
+@pytest.mark.parametrize("alone", [[], ["--yaml"]])
+def test_what_show_prints_is_a_file_that_trains(alone: list[str], here: Path) -> None:
     about = "a long line that says what this is " * 5
-    done = call("show", "digits", *sets(f"about={about}", "train.steps=7"))
+    words = [*TINY, *sets(f"about={about}", "train.steps=2")]
+    done = call("show", "digits-guided", *words, *alone)
     assert (done.code, done.err) == (0, "")
-    (here / "mine.yaml").write_text(done.out.split("\nparameters")[0])  # as the error for no run's YAML advises
-    assert load("mine.yaml") == load("digits", [f"about={about}", "train.steps=7"])
-    for fact in ("parameters", "one step", "P(t - r > 0.9)", "guidance scale"):
-        assert fact in done.out
+    (here / "my.yaml").write_text(done.out)
+    assert "base" not in yaml.safe_load(done.out)  # it is whole
+    facts = ("# parameters", "# one step", "# P(t - r > 0.9)", "# guidance scale")
+    assert [fact in done.out for fact in facts] == [not alone] * len(facts)
+    assert call("train", "my.yaml").code == 0
+    assert load("my.yaml") == load("runs/my") == load("digits-guided", words[1::2])
+    assert "base" not in yaml.safe_load((here / "runs/my/run.yaml").read_text())
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_shown_as_yaml_reads_back(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("DUMO_DATA", "DUMO_LATENTS", "DUMO_INCEPTION", "IMAGENET", "MY_IMAGES"):
+        monkeypatch.delenv(variable, raising=False)
+    done = call("show", name, "--yaml")
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(f"# dumo show {name}\nabout: ")
+    assert parse(Run, yaml.safe_load(done.out)) == load(name)
+
+
+def test_what_was_typed_stays_in_its_comment(here: Path) -> None:
+    (here / "a\tb\x07.yaml").write_text("base: digits")
+    done = call("show", "a\tb\x07.yaml", "--yaml", *sets("about='one\n\n  about: two'"))
+    assert yaml.safe_load(done.out) == {**load("digits").model_dump(mode="json"), "about": "one\nabout: two"}
+    refused("show", "digits", "--yaml", "--json", named=("--yaml and --json",), lines=None)
+
+
+def test_a_recipe_that_is_none_is_told_the_nearest_and_no_list(here: Path) -> None:
+    done = refused("show", "dgits-meanflow", named=("'digits-meanflow'", "dumo recipes"))
+    assert done.err.count("digits") <= 3
+    assert "did you mean" not in refused("show", "xyzzy", named=("'xyzzy'", "dumo recipes")).err
 
 
 def test_set_reaches_every_depth_and_the_last_wins(here: Path) -> None:
@@ -118,3 +165,19 @@ def test_a_file_is_as_good_as_a_recipe(here: Path) -> None:
     tree = yaml.safe_load(recipes.text("moons"))
     (here / "my moons.yaml").write_text(yaml.safe_dump(tree))
     assert call("show", "my moons.yaml", "--json").json == call("show", "moons", "--json").json
+
+
+def test_a_teacher_s_code_runs_on_train_alone_and_is_named_before(here: Path) -> None:
+    """It may be in a file of somebody else's: to look at that is safe."""
+    text = "open('ran', 'w').close()\nfrom dumo.types import Reads\n"
+    text += "make = lambda run, device: Reads(velocity=lambda x, t, c: x)"
+    (here / "loud_teacher.py").write_text(text)
+    teacher = "{kind: python, source: 'loud_teacher:make'}"
+    (here / "theirs.yaml").write_text(f"base: moons\nteacher: {teacher}\ntrain: {{steps: 2, batch: 4}}\n")
+    for command, *words in (["show"], ["dry", "--rows", "2"]):
+        done = call(command, "theirs.yaml", *words)
+        assert (done.code, "executes" in done.err) == (0, False)
+    assert not (here / "ran").exists()
+    done = call("train", "theirs.yaml")
+    assert (here / "ran").exists()
+    assert done.err.startswith(f"teacher.source: this run executes loud_teacher:make of {here / 'loud_teacher.py'}\n")

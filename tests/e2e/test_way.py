@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ SOLVERS = {"digits": "restart", "digits-flow-matching": "euler", "digits-meanflo
 @pytest.mark.parametrize("name", RECIPES)
 def test_training_leaves_a_whole_run(name: str, trained: dict[str, Path]) -> None:
     run = trained[name]
-    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "metrics.jsonl", "run.yaml"]
+    assert sorted(path.name for path in run.iterdir()) == ["checkpoints", "data.json", "metrics.jsonl", "run.yaml"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000010", "step-00000020"]
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [5, 10, 15, 20]
@@ -42,7 +43,7 @@ def test_sheets_for_every_number_of_passes(name: str, here: Path, trained: dict[
     run = shutil.copytree(trained[name], here / "run")
     done = call("sample", "run", "--count", "23")
     assert done.code == 0
-    expected = [Path("run/samples") / f"{SOLVERS[name]}-nfe{n}.png" for n in (call_nfe(run))]
+    expected = [Path("run/samples") / f"{SOLVERS[name]}-nfe{n}-count23.png" for n in (call_nfe(run))]
     assert done.out.splitlines() == [str(path) for path in expected]
     assert sorted((run / "samples").iterdir()) == sorted(here / path for path in expected)
     for path in expected:
@@ -60,26 +61,48 @@ def call_nfe(run: Path) -> list[int]:
 @pytest.mark.parametrize("name", ["digits", "moons"])
 def test_one_sample_is_enough_for_a_picture(name: str, here: Path, trained: dict[str, Path]) -> None:
     done = call("sample", trained[name], "--count", "1", "--nfe", "1", "--out", "o")
-    assert (done.code, done.out) == (0, "o/restart-nfe1.png\n")
+    assert (done.code, done.out) == (0, "o/restart-nfe1-count1.png\n")
     assert "Warning" not in done.err
-    with Image.open("o/restart-nfe1.png") as picture:
+    with Image.open("o/restart-nfe1-count1.png") as picture:
         assert min(picture.size) >= 64
 
 
 def test_archive_in_adm_layout_and_single_images_agree(here: Path, trained: dict[str, Path]) -> None:
     words = ["sample", trained["digits"], "--count", "7", "--labels", "3,5", "--nfe", "2", "--seed", "4", "--out", "o"]
-    assert call(*words, "--format", "npz").out == "o/restart-nfe2.npz\n"
-    assert call(*words, "--format", "images").out == "o/restart-nfe2\n"
-    with np.load("o/restart-nfe2.npz") as archive:
+    made = "o/restart-nfe2-seed4-labels3-5-count7"
+    assert call(*words, "--format", "npz").out == f"{made}.npz\n"
+    assert call(*words, "--format", "images").out == f"{made}\n"
+    with np.load(f"{made}.npz") as archive:
         assert sorted(archive) == ["arr_0", "arr_1"]
         x, c = archive["arr_0"], archive["arr_1"]
     assert (x.shape, x.dtype, c.dtype) == ((7, 8, 8, 3), np.uint8, np.int64)
     assert c.tolist() == [3, 5, 3, 5, 3, 5, 3]
-    files = sorted(Path("o/restart-nfe2").iterdir())
+    files = sorted(Path(made).iterdir())
     assert [file.name for file in files] == [f"{i:06d}.png" for i in range(7)]
     for file, pixels in zip(files, x, strict=True):
         with Image.open(file) as image:
             assert np.array_equal(np.asarray(image.convert("RGB")), pixels)
+
+
+def test_no_sheet_writes_over_another(here: Path, trained: dict[str, Path]) -> None:
+    last = trained["digits"] / "checkpoints/step-00000020"
+    asked = {
+        "restart-nfe1": [],
+        "restart-nfe1-count9": ["--count", 9],
+        "restart-nfe1-labels3-5": ["--labels", "3,5"],
+        "restart-nfe1-seed1": ["--seed", 1],
+        "restart-nfe1-m0.25": ["--set", "sample.solver.m=0.25"],
+        "euler-nfe1": ["--solver", "euler"],
+        f"restart-nfe1-net-{sha256((last / 'net.safetensors').read_bytes()).hexdigest()[:6]}": [
+            *("--weights", last / "net.safetensors")
+        ],
+    }
+    for name, words in asked.items():
+        done = call("sample", trained["digits"], "--nfe", 1, "--out", "o", *words)
+        assert (done.code, done.out) == (0, f"o/{name}.png\n")
+    assert {path.stem for path in Path("o").iterdir()} == asked.keys()
+    own = ["--seed", 0, "--count", 100, "--weights", last / "ema-0.999.safetensors"]  # as the run has it
+    assert call("sample", trained["digits"], "--nfe", 1, "--out", "o", *own).out == "o/restart-nfe1.png\n"
 
 
 def test_what_changes_a_sample_and_what_does_not(here: Path, trained: dict[str, Path]) -> None:
@@ -102,8 +125,8 @@ def test_what_changes_a_sample_and_what_does_not(here: Path, trained: dict[str, 
 
 def test_points_are_archived_as_they_are(here: Path, trained: dict[str, Path]) -> None:
     done = call("sample", trained["moons"], "--count", "5", "--nfe", "1,2", "--format", "npz", "--out", "o")
-    assert done.out.splitlines() == ["o/restart-nfe1.npz", "o/restart-nfe2.npz"]
-    with np.load("o/restart-nfe2.npz") as archive:
+    assert done.out.splitlines() == ["o/restart-nfe1-count5.npz", "o/restart-nfe2-count5.npz"]
+    with np.load("o/restart-nfe2-count5.npz") as archive:
         assert archive["arr_0"].shape == (5, 2)
         assert archive["arr_0"].dtype == np.float32
         assert archive["arr_1"].tolist() == [0] * 5
@@ -117,8 +140,7 @@ def test_evaluation_is_one_object_and_lies_in_the_folder(name: str, here: Path, 
     assert done.out.count("\n") == 1
     report = done.json
     assert report == json.loads(Path(report["file"]).read_text())
-    assert report["file"] == ("run/evaluation.json" if name != "digits-flow-matching" else "run/evaluation-nfe1-2.json")
-
+    assert report["file"] == "run/evaluation.json"
     assert report["run"] == "run"
     assert (report["step"], report["samples"], report["seed"]) == (20, 500, 0)
     assert report["weights"] == "checkpoints/step-00000020/ema-0.999.safetensors"
@@ -135,10 +157,13 @@ def test_evaluation_is_one_object_and_lies_in_the_folder(name: str, here: Path, 
 
     table = call("evaluate", "run", "--nfe", "1,2")
     assert table.code == 0
-    assert "where nothing is wrong" in table.out
+    assert "baseline, real vs real" in table.out
     assert all(f" {measure} " in table.out for measure in measures)
     assert json.loads(Path(report["file"]).read_text()) == report  # the same samples have the same score
     assert table.out.splitlines()[-1] == report["file"]
+    assert call("evaluate", "run", "--nfe", "3", "--json").json["file"] == "run/evaluation.json"
+    shown = call("compare", "run", "--json").json["rows"]
+    assert {row["nfe"] for row in shown if row["solver"] == SOLVERS[name]} == {1, 2, 3}
 
 
 def test_passes_that_the_run_does_not_list(here: Path, trained: dict[str, Path]) -> None:

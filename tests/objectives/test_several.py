@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from contract.case import Counted, nets, randomise, step
+from dumo.config.load import load
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
@@ -186,6 +187,37 @@ def test_without_a_step_an_aimed_head_learns_the_velocity(third: AveragePart | S
     assert torch.allclose(grad[2] / third.weight, grad[0] / V.weight, rtol=1e-12)
 
 
+OTHERS = Dyadic(levels=4, every=2, flow=Beta())
+
+
+@pytest.mark.parametrize("times", [OTHERS, HALF, Pair(of=Uniform(), velocity_ratio=0.25)])
+def test_heads_apart_learn_where_r_is_t_alone(times: Dyadic | Pair) -> None:
+    """Each as if these rows were all; heads that are told r learn on every row as before."""
+    objective = Several(parts=(V, U, S), times=times, guide=NONE, slope=JvpSlope())
+    net, b = Aimed(objective), drawn(objective)
+    alike, mine = (o.loss(net, Frozen(net), b) for o in (objective, objective.model_copy(update={"apart": True})))
+    still = b.r == b.t
+    heads = V.weight * mine.parts["v"] + U.weight * mine.parts["u"]
+    assert torch.allclose(mine.loss - S.weight * mine.parts["m"], heads * still * len(b.t) / still.sum(), atol=1e-14)
+    assert torch.allclose(alike.loss, heads + S.weight * mine.parts["m"], rtol=1e-14)
+    assert torch.allclose((mine.loss - S.weight * mine.parts["m"]).mean(), heads[still].mean(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("flow", [gaussian(GUIDED), APART, PRODUCT])
+def test_heads_apart_rest_at_the_flow(flow: Gaussian | Product) -> None:
+    objective = Several(parts=(V, U, S), times=OTHERS, guide=flow.guide, slope=JvpSlope(), apart=True)
+    net, b = Exact(flow, objective.needs), record(objective, flow, 32)
+    assert gradient(objective, net, b).abs().max() < 1e-10
+
+
+def test_the_paper_s_third_head_leaves_v_and_u_the_times_of_dumo() -> None:
+    three = load("imagenet256-xl2-three-heads-shortcut").objective
+    assert isinstance(three, Several)
+    assert isinstance(three.times, Dyadic)
+    assert three.apart
+    assert three.times.flow == load("imagenet256-xl2").objective.times
+
+
 COUNTS = [  # passes with gradients, and without
     (several("dumo and average", slope=CentralSlope()), 1, 2),  # one slope for all heads
     (several("dumo and average", slope=CentralSlope(), guide=GUIDED), 1, 3),  # null
@@ -266,6 +298,7 @@ def test_needs() -> None:
         ({"parts": ()}, "no part is of kind velocity"),
         ({"parts": (V, S), "times": Beta()}, "times 'beta'.*dyadic"),
         ({"parts": (V, S), "times": Pair(velocity_ratio=0)}, "times 'pair'"),
+        ({"parts": (V, M), "times": Below(), "apart": True}, "apart: .*times 'below'.*apart=false"),
         ({"parts": (V, AveragePart(power=1)), "guide": Guide(zeta=0.5, fraction=0.5)}, "power=0"),
         ({"parts": ({"kind": "velocity", "weight": 0},)}, "weight"),
         ({"parts": ({"kind": "velocity", "name": "loss"},)}, "name"),

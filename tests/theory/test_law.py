@@ -243,6 +243,15 @@ def test_dyadic_steps_are_on_their_own_grid(levels: int, every: int) -> None:
         assert abs(of.mean() / 2**level - (1 + 2**-level) / 2) < NOISE * sqrt(every * levels)
 
 
+def test_dyadic_steps_leave_the_others_to_a_law_of_their_own() -> None:
+    law = Dyadic(levels=7, every=8, flow=LogitNormal(mean=-0.4, std=1.0))
+    (t, r), moving = draws(law), torch.tensor(law.moving(N))
+    assert torch.equal(t[~moving], r[~moving])
+    assert uniform(normal(t[~moving].logit() + 0.4))
+    (t, _), (plain, _) = (some(N, stream(5)) for some in (law, Dyadic(levels=7, every=8)))
+    assert torch.equal(t[moving], plain[moving])
+
+
 def test_groups_share_their_times() -> None:
     law = Groups(of=Below(of=Uniform()), size=4)
     t, r = law(10, stream(5))

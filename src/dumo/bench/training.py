@@ -43,7 +43,7 @@ COMPARED = 8  # rows, at least, on which du/dt is judged
 
 @dataclass(frozen=True)
 class Row:
-    """One slope in one precision. None: not to be had, or not asked. `refused`: why training would not do it."""
+    """One slope in one precision. None: not available, or not asked. `refused`: why training would not do it."""
 
     slope: str
     precision: Precision
@@ -89,7 +89,7 @@ class Setting:
         """Random numbers and labels, drawn for training."""
         classes = self.run.data.classes
         x, c = (part.to(self.device) for part in random_batch("bench", rows, self.shape, classes))
-        return draw(objective, self.run.path, x, c, torch.full_like(c, classes), seed=0, step=0)
+        return draw(objective, self.run.path, x, c, classes, seed=0, step=0)
 
     def step(self, row: Row, objective: Objective) -> Work:
         """One training step, ready to be made."""

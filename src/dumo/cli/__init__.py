@@ -1,6 +1,7 @@
 """The command line. torch is imported inside the commands, so that help answers at once.
 
-Exit codes: 0 done, 1 failed, 2 what the user gave was wrong. Pictures of progress go to stderr, answers to stdout.
+Exit codes: 0 done, 1 failed, 2 what the user gave was wrong, 130 stopped by Ctrl-C. Progress goes to stderr, answers to
+stdout.
 """
 
 import sys
@@ -10,12 +11,11 @@ import typer
 
 from dumo import __version__
 from dumo.cli import bench, evaluate, preflight, run
-from dumo.cli.terminal import err
+from dumo.cli.terminal import err, plain_warnings, stoppable
 
 app = typer.Typer(
     name="dumo",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help="Train generative models that make an image in one or two network passes.\n\n"
@@ -46,18 +46,19 @@ COMMANDS = (
     *(evaluate.evaluate, evaluate.compare, run.report, evaluate.reproduce),
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command()(stoppable(command))
 
 benches = typer.Typer(no_args_is_help=True, help="Measure training steps and sampling on this machine.")
-benches.command()(bench.step)
-benches.command()(bench.sample)
+for command in (bench.step, bench.sample):
+    benches.command()(stoppable(command))
 app.add_typer(benches, name="bench")
 
 
 def main() -> NoReturn:
     """Run the command line, and turn every failure into a plain line and an exit code."""
     try:
-        app()
+        with plain_warnings():
+            app()
     except (ValueError, RuntimeError) as error:  # the two that dumo's own errors derive from
         from dumo.training.step import Diverged
         from dumo.types import UserError

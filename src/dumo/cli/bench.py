@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from dumo.cli.option import AsJson, Device, Set, Source, numbers
-from dumo.cli.terminal import bar, out, show_table
+from dumo.cli.terminal import out, show_table
+from dumo.progress import bar
 
 Shape = Annotated[
     str | None, typer.Option(help="Shape of a sample in place of the data's, e.g. 4,32,32: random numbers.")

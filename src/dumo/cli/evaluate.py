@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from dumo.cli.option import AsJson, Device, Nfe, RunFolder, Seed, Set, SolverName, Weights, numbers
-from dumo.cli.terminal import bar, out, resumable, show_table
+from dumo.cli.terminal import out, show_table
+from dumo.progress import bar
 
 
 def evaluate(
@@ -24,7 +25,7 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Judge a trained run by its protocol, beside the same distances where nothing is wrong.
+    """Judge a trained run by its protocol, with baselines: the same distances between real and real.
 
     Under torchrun (torchrun --nproc-per-node 2 -m dumo.cli evaluate RUN) the ranks share the work.
     """
@@ -53,7 +54,7 @@ def evaluate(
         show_table(f"{report['run']} at step {report['step']:,}, protocol {report['protocol']}", rows)
         for name, value in report["baselines"].items():
             facts = ", ".join(f"{key} {number:.4g}" for key, number in value.items())
-            out.print(f"where nothing is wrong, {name}: {facts}")
+            out.print(f"baseline, real vs real ({name}): {facts}")
     out.print(report["file"], soft_wrap=True)
 
 
@@ -95,10 +96,10 @@ def reproduce(
     as_json: AsJson = False,
 ) -> None:
     """Make a figure or table again: picture, table and results.json. Finished cells are kept, a stopped one goes on."""
-    from dumo import reproduce
+    from dumo import dist, reproduce
 
-    with resumable(f"dumo reproduce {name} --scale {scale}" + (f" --out {folder}" if folder else "")):
-        results = reproduce.reproduce(name, scale, folder, jobs=jobs, device=device, bar=bar)
+    dist.alone("dumo reproduce")
+    results = reproduce.reproduce(name, scale, folder, jobs=jobs, device=device, bar=bar)
     if as_json:
         print(json.dumps(results))
         return

@@ -4,7 +4,18 @@ from typing import Annotated
 
 import typer
 
-Source = Annotated[str, typer.Argument(help="A recipe's name (see dumo recipes), a YAML file, or a run's folder.")]
+from dumo import recipes
+
+
+def begun(text: str) -> list[str]:
+    """The recipes whose names begin so, for the shell to complete; of none it completes files."""
+    return [name for name in recipes.names() if name.startswith(text)]
+
+
+Source = Annotated[
+    str,
+    typer.Argument(help="A recipe's name (see dumo recipes), a YAML file, or a run's folder.", autocompletion=begun),
+]
 RunFolder = Annotated[str, typer.Argument(help="A run's folder, such as runs/digits.")]
 Set = Annotated[
     list[str] | None,

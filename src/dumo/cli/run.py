@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from dumo.cli.option import Device, Nfe, RunFolder, Seed, Set, SolverName, Source, Weights, numbers
-from dumo.cli.terminal import bar, err, out, resumable
+from dumo.cli.terminal import err, out
+from dumo.progress import bar, say
 
 
 def encode(
@@ -38,15 +39,14 @@ def encode(
 
     data = encode.asked(source, set_ or [], out=folder, codec=codec, side=side)
     options = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
-    with resumable("the same dumo encode"):
-        made = encode.encode(
-            data,
-            batch=batch,
-            part=encode.part_of(part),
-            device=device,
-            bar=bar,
-            **{name: value for name, value in options.items() if value is not None},
-        )
+    made = encode.encode(
+        data,
+        batch=batch,
+        part=encode.part_of(part),
+        device=device,
+        bar=bar,
+        **{name: value for name, value in options.items() if value is not None},
+    )
     for line in encode.told(made):
         out.print(line, soft_wrap=True)
 
@@ -62,8 +62,7 @@ def train(
     from dumo.run import train
 
     spec, folder = load(source, set_ or []), folder or default_folder(source)
-    with resumable(f"dumo train {folder}"):
-        state = train.train(spec, folder, device=device, bar=bar)
+    state = train.train(spec, folder, device=device, bar=bar, tell=say)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
         highlight=False,
@@ -92,9 +91,11 @@ def sample(
     device: Device = "auto",
 ) -> None:
     """Make samples with a trained run: sheets of images, single images, or an .npz that others' evaluators read."""
+    from dumo import dist
     from dumo.run.folder import open_run
     from dumo.run.sample import export
 
+    dist.alone("dumo sample")
     opened = open_run(run_folder, set_ or [], weights=weights, device=device)
     files = export(
         opened,
@@ -140,9 +141,11 @@ def grid(
     device: Device = "auto",
 ) -> None:
     """Draw samples by number of passes, after each milestone, from the same noise (Figs. 5 and 6), or by class."""
+    from dumo import dist
     from dumo.report import gallery
     from dumo.run.folder import open_run
 
+    dist.alone("dumo grid")
     if labels and classes:
         raise typer.BadParameter("--labels is of trajectories, --classes asks for class grids: give one of them")
     opened = open_run(run_folder, set_ or [], device=device)
@@ -163,8 +166,10 @@ def grid(
 
 def report(run_folder: RunFolder, device: Device = "auto") -> None:
     """Write a run's report.html: one page with its samples, trajectories, neighbours, losses and figures."""
+    from dumo import dist
     from dumo.report import page
     from dumo.run.folder import open_run
 
+    dist.alone("dumo report")
     for file in page.write(open_run(run_folder, device=device), bar=bar):
         out.print(str(file), soft_wrap=True)

@@ -1,46 +1,48 @@
-"""What the terminal shows: answers on stdout, pictures of progress and errors on stderr."""
+"""What the terminal shows: answers on stdout; errors, warnings and how to go on on stderr."""
 
-from collections.abc import Generator, Iterable
+import shlex
+import sys
+import warnings
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from dumo.progress import Tick
+from dumo.progress import say
 
 out = Console(markup=False, emoji=False)  # what users typed is shown as they typed it
 err = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 
-@contextmanager
-def bar(title: str, total: int, /) -> "Generator[Tick, None, None]":
-    """A live progress bar on stderr."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
-    )
-    with Progress(*columns, console=err) as progress:
-        task = progress.add_task(title, total=total, note="")
-        yield lambda done, note: progress.update(task, completed=done, note=note)
+def stoppable(command: Callable[..., None]) -> Callable[..., None]:
+    """The command; Ctrl-C ends it with a line that says how to go on, and exit code 130."""
+
+    @wraps(command)
+    def run(*words: object, **options: object) -> None:
+        try:
+            command(*words, **options)
+        except KeyboardInterrupt:
+            say(f"stopped; the same command goes on from what is kept:  {shlex.join(['dumo', *sys.argv[1:]])}")
+            raise typer.Exit(130) from None
+
+    return run
 
 
 @contextmanager
-def resumable(command: str) -> Generator[None, None, None]:
-    """Turn Ctrl-C into a line that says how to go on, and exit code 1."""
-    try:
+def plain_warnings() -> Generator[None, None, None]:
+    """Warnings are plain lines on stderr, without the place in the code where they arose."""
+
+    def show(message: Warning | str, *place: object) -> None:
+        say(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
         yield
-    except KeyboardInterrupt:
-        err.print(f"stopped; to go on from the last checkpoint:  {command}", soft_wrap=True)
-        raise typer.Exit(1) from None
 
 
 def show_lines(lines: Iterable[tuple[str, str]]) -> None:

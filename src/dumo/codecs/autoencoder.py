@@ -136,7 +136,7 @@ def _folder(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
     except (OSError, ValueError) as error:
-        raise UserError(f"{name} is no folder, and not to be had from the hub ({error}). {HINT}") from error
+        raise UserError(f"{name} is no folder, and not available from the hub ({error}). {HINT}") from error
 
 
 def _weights(folder: Path) -> Path:

@@ -22,6 +22,15 @@ def nearest(name: str, names: list[str]) -> str:
     return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(names)}"
 
 
+def nearest_few(name: str, names: list[str]) -> str:
+    """A hint before others: up to three of the valid names, where all are too many; nothing where none is near."""
+    close = [f"'{near}'" for near in get_close_matches(name, names, n=3, cutoff=0.5)]
+    if not close:
+        return ""
+    *others, last = close
+    return f"did you mean {', '.join(others)}{' or ' if others else ''}{last}? "
+
+
 def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
     loc, ctx = found["loc"], found.get("ctx", {})
     path, model = _walk(loc, root)

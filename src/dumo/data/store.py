@@ -43,7 +43,7 @@ class Store(Protocol):
         ...
 
     def read(self, i: int) -> bytes:
-        """The bytes of image i. Raises OSError or ValueError where they are not to be had."""
+        """The bytes of image i. Raises OSError or ValueError where they are not available."""
         ...
 
 

@@ -13,6 +13,7 @@ from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.io import digest
 from dumo.protocols.evaluator import Evaluator
+from dumo.run import deviation
 from dumo.run.folder import RunFolder
 from dumo.types import UserError
 
@@ -43,6 +44,8 @@ def card(opened: RunFolder, evaluator: Evaluator, samples: int) -> Card:
         "labels": f"i mod {run.data.classes}" if run.data.classes else "none",  # of sample i; others draw at random
         **evaluator.facts,
         "data": data.model_dump(mode="json"),
+        "data_sd": deviation.noted(opened.folder),  # None: of a run from before it was measured
+        "path": run.path.model_dump(mode="json"),
         "codec": _codec(opened),
         "weights": opened.weights,
         "weights_sha256": digest.of_file(file),
@@ -60,10 +63,17 @@ def settings(run: Run) -> Card:
         "solver": run.sample.solver.model_dump(mode="json"),
         "guide": run.sample.guide.model_dump(mode="json"),
         "knobs": run.knobs,
-        "nfe": list(run.evaluate.nfe),
-        "contrast": list(run.evaluate.contrast),
+        "nfe": sorted(set(run.evaluate.nfe)),
+        "contrast": contrast(run),
         "seed": run.evaluate.seed,
     }
+
+
+def contrast(run: Run) -> list[int]:
+    """Passes of Euler's that stand beside the results."""
+    if not run.evaluate.contrast or not run.reads.velocity or run.sample.solver.kind == "euler":
+        return []
+    return sorted({*run.evaluate.contrast, *run.evaluate.nfe})
 
 
 def differing(cards: Sequence[Card]) -> dict[str, list[Any]]:

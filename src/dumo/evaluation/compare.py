@@ -41,4 +41,8 @@ def _file(source: str) -> Path:
     path = Path(source)
     if not path.exists():
         raise UserError(f"there is no run's folder or evaluation {source}: give folders such as runs/digits")
+    if path.is_dir() and not (path / FILE).exists() and (others := sorted(map(str, path.glob("evaluation-*.json")))):
+        raise UserError(
+            f"{source} was not judged as its own spec says: name {' or '.join(others)}, or run dumo evaluate {source}"
+        )
     return path / FILE if path.is_dir() else path

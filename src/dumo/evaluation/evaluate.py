@@ -1,11 +1,12 @@
 """A run judged by its protocol: samples for every number of passes, scored against the data, with their report card.
 
-What is written lies in the run's folder. evaluation.json is the run as its own spec has it judged. Asked in another
-way, or of other weights, it is another file, named after what differs; of an earlier step it is kept under that step.
+What is written lies in the run's folder. evaluation.json is the run as its own spec has it judged, at whatever numbers
+of passes: it collects their rows. Asked in another way, or of other weights, it is another file, named after what
+differs; of an earlier step it is kept under that step.
 """
 
-import re
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -14,20 +15,22 @@ from typing import Any
 from torch import Tensor
 
 from dumo import dist
-from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.evaluation.card import card, settings
 from dumo.io import digest
-from dumo.io.json import read_json, write_json
+from dumo.io.file import locked
+from dumo.io.json import finite, read_json, write_json
 from dumo.progress import Bar, Tick, no_bar
 from dumo.protocols.evaluator import Evaluator
-from dumo.run.folder import RunFolder, shown
+from dumo.run.folder import RunFolder
+from dumo.run.name import Fields, changes, flat, own
 from dumo.run.sample import real_data, sample_batches, solver_named
 from dumo.sampling.solver import Euler, Solver, check
 from dumo.types import UserError
 
 FILE = "evaluation.json"
 PLACES = ("protocol.reference", "protocol.weights")  # where files lie; which ones they are the card says
+ROWS = {"results": "nfe", "contrast": "contrast"}  # parts of a report, and where its card has their passes
 Row = dict[str, Any]
 
 
@@ -41,15 +44,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Judge a run by its protocol, and write the report, which says in `file` where it is.
 
+    The file keeps rows of other passes that were measured in the same way; what is returned has none of them.
     `results` has one row per number of passes. `contrast` has Euler steps of the velocity, at as many passes and at
     those that the run wants beside them, where its own solver is another: what the other head, or the higher order, is
     for. Several ranks share the work, and the first writes. Raises UserError as the solvers and the protocol do.
     """
     opened = asked(opened, nfe=nfe, seed=seed, solver=solver)
-    run = opened.run
+    run, passes = opened.run, settings(opened.run)
     evaluator = evaluator_of(opened, bar)
     c = run.evaluate.protocol.labels(run.data.classes)
-    path = opened.folder / name_of(opened)
+    path = opened.folder / name_of(opened, but=[f"evaluate.{field}" for field in ROWS.values()])
     report = {
         "run": str(opened.folder),
         "file": str(path),
@@ -59,15 +63,14 @@ def evaluate(
         "samples": len(c),
         "seed": run.evaluate.seed,
         "solver": run.sample.solver.model_dump(),
-        "results": [row(opened, evaluator, run.sample.solver, n, c, bar) for n in run.evaluate.nfe],
-        "contrast": [row(opened, evaluator, Euler(), n, c, bar) for n in contrast(run)],
+        "results": [row(opened, evaluator, run.sample.solver, n, c, bar) for n in passes["nfe"]],
+        "contrast": [row(opened, evaluator, Euler(), n, c, bar) for n in passes["contrast"]],
         "baselines": evaluator.baselines(),
         "card": card(opened, evaluator, len(c)),
         "versions": dist.versions(),
     }
     if dist.is_main():
-        keep(path, opened.step)
-        write_json(path, report)
+        write(path, report)
     return report
 
 
@@ -100,13 +103,6 @@ def evaluator_of(opened: RunFolder, bar: Bar) -> Evaluator:
             device=opened.device,
             tick=tick,
         )
-
-
-def contrast(run: Run) -> list[int]:
-    """Passes of Euler's that stand beside the results."""
-    if not run.evaluate.contrast or not run.reads.velocity or run.sample.solver.kind == "euler":
-        return []
-    return sorted({*run.evaluate.contrast, *run.evaluate.nfe})
 
 
 def row(opened: RunFolder, evaluator: Evaluator, solver: Solver, nfe: int, c: Tensor, bar: Bar) -> Row:
@@ -144,46 +140,74 @@ def standing(opened: RunFolder) -> dict[str, Any] | None:
         found = read_report(opened.folder / FILE)
     except UserError:
         return None
-    run, told = opened.run, found["card"]
-    wanted = {
+    wanted: dict[str, Any] = {
         "step": opened.step,
         "weights": opened.weights,
-        "protocol": run.evaluate.protocol.name,
-        **settings(run),
+        "protocol": opened.run.evaluate.protocol.name,
+        **settings(opened.run),
     }
-    return found if all(told.get(key) == value for key, value in wanted.items()) else None
+    passes = {field: wanted.pop(field) for field in ROWS.values()}
+    rows = {part: by_passes(found, part) for part in ROWS}
+    if any(found["card"].get(field) != value for field, value in wanted.items()):
+        return None
+    if any(n not in rows[part] for part, field in ROWS.items() for n in passes[field]):
+        return None
+    return with_rows(found, rows, passes)
 
 
-def name_of(opened: RunFolder, stem: str = "evaluation") -> str:
-    """The name of a report: what the run's own spec asks has the stem's, other things are said in it."""
-    own, run = load(str(opened.folder)), opened.run
-    before, after = _told(own), _told(run)
-    parts = [_word(field, value) for field, value in after.items() if before.get(field) != value]
-    if opened.file.resolve() != shown(opened.folder, own).resolve():
-        parts.append(f"{opened.file.stem}-{digest.of_file(opened.file)[:6]}")
-    return "-".join([stem, *parts]) + ".json"
+def name_of(opened: RunFolder, stem: str = "evaluation", *, but: Collection[str] = ()) -> str:
+    """The name of a report: what the run's own spec asks has the stem's, other things are said in it, `but` these."""
+    before, after = (_told(run, but) for run in (own(opened), opened.run))
+    return "-".join([stem, *changes(opened, before, after)]) + ".json"
 
 
-def keep(path: Path, step: int) -> None:
-    """Put aside what stands there of another step."""
-    try:
-        before = int(read_report(path)["step"])
-    except (UserError, KeyError, TypeError, ValueError):
-        return
-    if before != step:
-        path.replace(path.with_name(f"{path.stem}-step{before}.json"))
+def write(path: Path, report: dict[str, Any]) -> None:
+    """Write a report with the rows of other passes that stand there, if all else on their cards is the same.
+
+    If not, what stands there is put aside, under its step and, of this step, a part of its card's hash.
+    """
+    with locked(path.with_name(f".{path.name}.lock")):  # others may judge the same run at other passes
+        try:
+            before = read_report(path)
+            step = int(before["step"])
+        except (UserError, KeyError, TypeError, ValueError):  # there is nothing to keep
+            write_json(path, report)
+            return
+        if _measure(before) == _measure(report):
+            write_json(path, merged(before, report))
+            return
+        mark = "" if step != report["step"] else f"-{digest.of_bytes(_measure(before).encode())[:6]}"
+        path.replace(path.with_name(f"{path.stem}-step{step}{mark}.json"))
+        write_json(path, report)
 
 
-def _told(run: Run) -> dict[str, Any]:
-    """What of a spec decides an evaluation, one level deep: `evaluate.nfe`, `evaluate.protocol.samples` ..."""
+def merged(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """The report with what rows the earlier one has of other passes, in order of passes."""
+    both = {part: {**by_passes(before, part), **by_passes(report, part)} for part in ROWS}
+    return with_rows(report, both, {field: sorted(both[part]) for part, field in ROWS.items()})
+
+
+def with_rows(report: dict[str, Any], rows: dict[str, dict[int, Row]], passes: dict[str, list[int]]) -> dict[str, Any]:
+    """The report with the rows of these passes in place of its own."""
+    parts = {part: [rows[part][n] for n in passes[field]] for part, field in ROWS.items()}
+    return {**report, **parts, "card": {**report["card"], **passes}}
+
+
+def by_passes(report: dict[str, Any], part: str) -> dict[int, Row]:
+    """The rows of a part by the passes that were asked for, as the card has them; guidance makes the net count more."""
+    asked = report["card"].get(ROWS[part], [])
+    return dict(zip(asked, report[part], strict=True)) if len(asked) == len(report[part]) else {}
+
+
+def _measure(report: dict[str, Any]) -> str:
+    """All that is on a card but which rows there are; where the weights lie is nothing beside their hash."""
+    told = {field: value for field, value in report["card"].items() if field not in (*ROWS.values(), "weights")}
+    return json.dumps(finite(told), sort_keys=True)
+
+
+def _told(run: Run, but: Collection[str]) -> Fields:
+    """What of a spec decides an evaluation."""
     spec = run.model_dump(mode="json")
     parts = {"protocol": spec["evaluate"].pop("protocol"), "solver": spec["sample"]["solver"]}
     parts |= {name: spec["sample"][name] for name in ("guide", "knobs")} | {"evaluate": spec["evaluate"]}
-    told = {f"{part}.{name}": value for part, fields in parts.items() for name, value in fields.items()}
-    return {field: value for field, value in told.items() if field not in PLACES}
-
-
-def _word(field: str, value: object) -> str:
-    """A field and its value as part of a file's name: seed3, heun, nfe1-2."""
-    name = "" if field.endswith(".kind") else field.split(".")[-1]
-    return name + re.sub(r"[^\w.]+", "-", str(value)).strip("-")[:40]
+    return {field: value for field, value in flat(parts).items() if field not in (*PLACES, *but)}

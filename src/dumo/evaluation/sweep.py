@@ -7,7 +7,8 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from dumo import dist
-from dumo.config.load import override, parse
+from dumo.config.change import override
+from dumo.config.load import parse
 from dumo.config.spec import Run
 from dumo.config.tree import Sampling
 from dumo.evaluation.card import card
@@ -97,7 +98,7 @@ def _settings(opened: RunFolder, text: str) -> Iterator[tuple[str, RunFolder]]:
     field = full(name)
     for value in listed:
         tree = opened.run.model_dump(mode="json")
-        override(tree, f"{field}={value}")
+        override(tree, [f"{field}={value}"])
         tree["sample"]["nfe"] = tree["evaluate"]["nfe"]  # samples to look at are not judged
         run = parse(Run, tree)
         check(run.sample.solver, run.reads, *run.evaluate.nfe)

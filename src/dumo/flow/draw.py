@@ -20,7 +20,7 @@ def draw(
     path: Path,
     x: Sample,
     c: Cond,
-    null: Cond,
+    null: Cond | int,
     *,
     seed: int,
     step: int,
@@ -32,6 +32,7 @@ def draw(
 ) -> Noised:
     """Rows `first : first + len(x)` of the record that a batch of `batch` rows (None: these rows) gets at this step.
 
+    `null` is what a dropped label becomes, a row each, or one class index for all (`data.classes` of our data).
     `z` is noise that belongs to x, as a teacher paired them; None: drawn. What a `teacher` makes of
     (x_t, t, c, v_t) takes the place of v_t. Raises ValueError where the batch ends before these rows do.
     """
@@ -50,7 +51,9 @@ def draw(
     shape = torch.Size((n, *x.shape[1:]))
     drawn = {k: law(shape, stream(seed, step, "law", k))[mine].to(x.device, exact) for k, law in laws.items()}
 
+    x = x / path.sd
     x_t, v_t = path.at(x, z, t)
+    null = torch.full_like(c, null) if isinstance(null, int) else null
     c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)
     if teacher:
         v_t = teacher(x_t, t, c, v_t)

@@ -1,4 +1,9 @@
-"""Paths from data (t = 0) to noise (t = 1): x_t = alpha(t) z + gamma(t) x (paper, Eq. 1)."""
+"""Paths from data (t = 0) to noise (t = 1): x_t = alpha(t) z + gamma(t) x (paper, Eq. 1).
+
+x is the data in units of `sd`: they are divided by it before they meet the noise (`dumo.flow.draw`), and samples are
+multiplied by it (`dumo.sampling.generate`). Constants that are meant for data of standard deviation 1 (noise levels, a
+Huber loss's c, EDM's preconditioning) are so right for data of any (docs/adr/0031).
+"""
 
 from math import pi
 from typing import Annotated, Literal
@@ -8,11 +13,14 @@ from torch import Tensor
 
 from dumo.types import Sample, Spec, Time, lift
 
+Deviation = Annotated[float, Field(gt=0, exclude_if=lambda sd: sd == 1)]  # of the data; 1, as they are, is not written
+
 
 class Linear(Spec):
     """alpha(t) = t and gamma(t) = 1 - t, so that v_t = z - x at every time (paper, Sec. 3.2)."""
 
     kind: Literal["linear"] = "linear"
+    sd: Deviation = 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
         """Weight of the noise at time t."""
@@ -35,6 +43,7 @@ class Trig(Spec):
     """
 
     kind: Literal["trig"] = "trig"
+    sd: Deviation = 1.0
 
     def alpha(self, t: Tensor) -> Tensor:
         """Weight of the noise at time t."""

@@ -190,12 +190,13 @@ class Dyadic(TimeLaw):
 
     Shortcut models (Frans et al. 2025), whose code gives every k as many rows (`targets_shortcut.py`); here k is drawn,
     and the rows stand evenly spread, so that any share of a batch has its part of them (ours). t of the other rows lies
-    on the grid of 2^-levels.
+    on the grid of 2^-levels, or is by a law of its own (`flow`, ours).
     """
 
     kind: Literal["dyadic"] = "dyadic"
     levels: int = Field(default=7, ge=1, le=20)
     every: int = Field(default=8, ge=1)
+    flow: One | None = None  # of t where r = t; None: on the finest grid
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """Draw n rows."""
@@ -203,6 +204,8 @@ class Dyadic(TimeLaw):
         k = torch.where(jumps, (torch.rand(n, generator=g) * self.levels).floor(), self.levels)
         step = torch.exp2(-k)
         t = 1 - (torch.rand(n, generator=g) / step).floor() * step
+        if self.flow is not None:
+            t = torch.where(jumps, t, self.flow(n, g)[0])
         return t, torch.where(jumps, t - step, t)
 
     def moving(self, n: int) -> tuple[bool, ...]:

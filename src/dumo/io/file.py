@@ -1,6 +1,7 @@
 """Files and folders written whole or not at all: in a hidden place beside their own, then renamed.
 
 So what stands under a name is whole, whenever the process stops. What is `durable` outlives the machine, too.
+`locked` keeps other processes out.
 """
 
 import errno
@@ -11,7 +12,10 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
+
+from dumo.types import UserError
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
@@ -42,6 +46,27 @@ def write(path: Path, data: bytes, *, writer: int | str | None = None, durable: 
     """Write a file as `whole` does."""
     with whole(path, writer=writer, durable=durable) as half:
         half.write_bytes(data)
+
+
+@contextmanager
+def locked(path: Path, busy: str | None = None) -> Generator[None, None, None]:
+    """Hold the lock file `path`, one process at a time; the file is removed at the end.
+
+    The operating system keeps the lock, so a killed process lets go of it. While another holds it: UserError with the
+    words `busy`; None: wait.
+    """
+    lock = FileLock(path, timeout=-1 if busy is None else 0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(f"{busy} ({path} is locked)") from error
+    try:
+        yield
+    finally:
+        path.unlink(
+            missing_ok=True
+        )  # while it is held: who has opened it already sees that it is gone, and tries again
+        lock.release()
 
 
 def hidden(path: Path, writer: int | str = "") -> Path:

@@ -12,7 +12,7 @@ K, the mean discrepancy of a group of M is
 
 Nothing here is regressed, and no velocity enters. The pairs j = k, 1 of M, compare y with the y' of its own x and z,
 which is on average nearer to the mean than y: at the exact flow they leave a pull of O(1 / M). Of Gaussian data it
-shrinks with the gap t - q; of skewed data it does not (measured, docs/objectives.md).
+shrinks with the gap t - q; of skewed data it does not (measured, docs/objectives/imm.md).
 
 Rows of a group have labels of their own, the same for y and y'. Then all pairs j, k of different labels only match what
 is made of all labels together; it is the pairs j = k, and those of one label, that match each by itself.
@@ -43,8 +43,8 @@ class IMM(Spec):
 
     @property
     def needs(self) -> Needs:
-        """What the net takes and gives; there is no velocity in the loss."""
-        return Needs(inputs=("t", "r"), heads=("u",), teachable=False)
+        """What the net takes and gives; there is no velocity in the loss. Its constants are for deviation 1."""
+        return Needs(inputs=("t", "r"), heads=("u",), teachable=False, unit=True)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass with gradients, one without; every row has its group's loss.

@@ -37,7 +37,8 @@ class RCGM(Spec):
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        return Needs(inputs=("t", "r"), heads=("u",), guide=self.guide, amplifies=1 / self.step)
+        ref = 0.99 if self.order > 1 else None
+        return Needs(inputs=("t", "r"), heads=("u",), guide=self.guide, amplifies=1 / self.step, ref=ref)
 
     @model_validator(mode="after")
     def _unbiased(self) -> "RCGM":

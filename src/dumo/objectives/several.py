@@ -8,6 +8,9 @@ the bit. Guidance asks the velocity, the first where there are more.
 
 Derivatives may run along that head instead of v*, which is a draw where the head is a mean (as iMF has it), and may
 grow in the first part of the training (as sCT has it): then all heads begin as the velocity.
+
+One pass has one time a row. Where a law sets rows with r = t apart, the heads without r may learn on these alone
+(`apart`), each counted 1 / share times: so theirs are the times of these rows, whatever the others' law of steps is.
 """
 
 from collections import Counter
@@ -42,6 +45,7 @@ class Several(Spec):
     slope: Slope = CentralSlope(h=0.005)  # as DuMo
     along: Literal["target", "velocity"] = "target"  # derivatives run along v*, as DuMo's, or the velocity head (ours)
     ramp: float = Field(default=0.0, ge=0, le=1)  # share of training in which they grow, from heads that are v (ours)
+    apart: bool = False  # heads that are not told r learn on rows with r = t alone (ours)
 
     @property
     def needs(self) -> Needs:
@@ -56,12 +60,14 @@ class Several(Spec):
             raise ValueError(f"parts are named after their heads, but '{twice[0]}' is the name of two: rename one")
         if not any(p.kind == "velocity" for p in self.parts):
             raise ValueError("no part is of kind velocity, which guides the others: add one")
-        if any(p.kind == "shortcut" for p in self.parts):
+        shortcut = any(p.kind == "shortcut" for p in self.parts)
+        if shortcut or self.apart:
             moving = self.times.moving(1000)
             if moving is None or all(moving):
                 raise ValueError(
-                    f"a shortcut learns the velocity on rows with r = t, of which times '{self.times.kind}' set none "
-                    "apart: use times.kind=dyadic, or pair with a velocity_ratio"
+                    f"{'a shortcut learns the velocity' if shortcut else 'apart: heads learn'} on rows with r = t, of "
+                    f"which times '{self.times.kind}' set none apart: use times.kind=dyadic, or pair with a "
+                    "velocity_ratio" + ("" if shortcut else ", or apart=false")
                 )
         if any(isinstance(p, AveragePart) and p.power for p in self.parts):
             self.guide.demand_l2("power > 0 weighs a row by its own residual", "power=0")
@@ -78,7 +84,8 @@ class Several(Spec):
             at = enumerate(zip(self.parts, rates, strict=True))
             targets = [part.target(b, v_star, rate, self._aimed(ref, i)) for i, (part, rate) in at]
         known = [(part, head - target) for part, head, target in zip(self.parts, heads, targets, strict=True)]
-        loss = reduce(add, (part.weight * part.measure(e) for part, e in known))
+        alone = (b.r == b.t).to(b.t) / (1 - self.times.moving_share) if self.apart else 1
+        loss = reduce(add, (part.weight * (1 if part.aims else alone) * part.measure(e) for part, e in known))
         notes = {f"beyond_{part.name}": beyond(e) for part, e in known if part.derived}
         return Terms(loss, {part.name: mean_square(e) for part, e in known}, notes)
 

@@ -36,7 +36,7 @@ class TVM(Spec):
     def needs(self) -> Needs:
         """With guidance, beta = 1 / w is an input: 1 on rows without a label."""
         knobs = {"beta": 1 / self.scale} if self.scale != 1 else {}
-        return Needs(inputs=("t", "r"), heads=("u",), knobs=knobs, rate=self.rate, scale=self.scale)
+        return Needs(inputs=("t", "r"), heads=("u",), knobs=knobs, rate=self.rate, scale=self.scale, ref=0.99)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """The authors' `wrapper.py`; beta^2 keeps the size of a guided row's residual to that of others."""

@@ -10,7 +10,7 @@ the ratio tends to 1 so does e to F_t + t dF/dt - v*, DuMo's residual, which it 
 this is the loss, FM+, from which the multi-step nets of UCGM come.
 
 On top of e the authors put a bound, a gain that grows with t, a Huber loss and a weight that falls with t. Where the
-law of v* given x_t is skewed these move the fixed point off the flow (docs/objectives.md). Each may be left out;
+law of v* given x_t is skewed these move the fixed point off the flow (docs/objectives/ucgm.md). Each may be left out;
 without all of them the loss is the mean square of e.
 
 At ratio 1 F is taken at t, where the authors' code has the mean of its values at t - h and t + h.
@@ -57,7 +57,8 @@ class UCGM(Spec):
         """What the net takes and gives, at ratio 0 a velocity, and the loss takes."""
         derives, heads = self.ratio == 1, ("u",) if self.ratio else ("v",)
         amplifies = 0.0 if derives else self.ratio / (1 - self.ratio)
-        return Needs(("t",), heads, slope=self.slope, derives=derives, guide=self.guide, amplifies=amplifies)
+        ref = 0.999 if self.guide.active else None  # FM+ asks it for V(null)
+        return Needs(("t",), heads, slope=self.slope, derives=derives, guide=self.guide, amplifies=amplifies, ref=ref)
 
     @model_validator(mode="after")
     def _guided(self) -> "UCGM":

@@ -30,7 +30,7 @@ def plan(spec: Run) -> dict[str, Any]:
     whole run's.
     """
     net, shape, needs, train = spec.outline(), spec.data.shape, spec.objective.needs, spec.train
-    shown, images, missing = show(spec), train.steps * train.batch, lack(spec)
+    shown, images, missing = show(spec), train.steps * train.batch, missing_data(spec)
     heads = cost.heads(net, spec.objective, shape, rows=1)
     rows, epoch = (
         ceil(train.batch / dist.world() / train.accumulate),
@@ -47,7 +47,7 @@ def plan(spec: Run) -> dict[str, Any]:
         "epochs": epoch and images / epoch,
         "flops": shown["forward_units_per_step"] * shown["forward_flops_per_image"] * images,
         "cache": cache(spec.data, epoch) if isinstance(spec.data, Latents) else None,
-        "lack": missing,
+        "missing_data": missing,
     }
 
 
@@ -93,7 +93,7 @@ def protocol_images(spec: Run) -> int | None:
     return standard and (TRAIN if standard.url else standard.real)
 
 
-def lack(spec: Run) -> str | None:
+def missing_data(spec: Run) -> str | None:
     """Why training could not begin here, as far as a look at the data's place tells; None if it could."""
     root: str | None = getattr(spec.data, "root", None)
     if root is None:

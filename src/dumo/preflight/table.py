@@ -25,7 +25,7 @@ def lines(facts: Mapping[str, Any]) -> Iterator[Line]:
     if cache := facts["cache"]:
         whole = f", {cache['bytes'] / GB:,.1f} GB of {cache['images']:,} images" if cache["bytes"] else ""
         yield "cache", f"{cache['bytes_per_image'] / 1e3:,.1f} kB an image{whole}"
-    yield "data", facts["lack"] or "there"
+    yield "data", facts["missing_data"] or "there"
 
 
 def rehearsed(step: Mapping[str, Any], batch: int) -> Iterator[Line]:

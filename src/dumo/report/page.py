@@ -43,7 +43,7 @@ Pictures = Mapping[int, Image.Image]  # by number of passes
 
 
 def write(opened: RunFolder, bar: Bar = no_bar) -> list[Path]:
-    """Write pictures into samples/ and report.html into the run's folder; return all paths, the page last.
+    """Write pictures into report/ and report.html into the run's folder; return all paths, the page last.
 
     Raises UserError, before anything is written, where metrics.jsonl or evaluation.json is damaged.
     """
@@ -74,7 +74,7 @@ def write(opened: RunFolder, bar: Bar = no_bar) -> list[Path]:
         times=late(rows),
         judged=judged,
     )
-    paths = [folder / "samples" / f"{name}.png" for name in pictures]
+    paths = [folder / "report" / f"{name}.png" for name in pictures]
     for path, image in zip(paths, pictures.values(), strict=True):
         archive.write_picture(path, image)
     file.write(folder / "report.html", page.encode())

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from dumo import dist
-from dumo.config.load import FILE, load, override, parse
+from dumo.config.change import override
+from dumo.config.load import FILE, load, parse
 from dumo.data import Latents
 from dumo.data import encode as codecs
 from dumo.data.cache import Contents, Plan, read_contents
@@ -53,8 +54,7 @@ def asked(
     if None in given.values():
         raise UserError(f"{source} holds images: say by which --codec, of how many pixels --side, and where to, OUT")
     tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": source, "flip": True}}}
-    for text in sets:
-        override(tree, text)
+    override(tree, sets)
     return parse(Asked, tree).data
 
 

@@ -1,6 +1,7 @@
-"""A run's folder: taken, gone on with where its last checkpoint stands, and opened to read."""
+"""A run's folder: claimed and held, gone on with where its last checkpoint stands, and opened to read."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ from dumo.training.state import State
 from dumo.training.state import begin as begin_training
 from dumo.types import Sample, UserError
 
+LOCK = ".training.lock"  # a file that is held, and there, while the run is trained
 PRIVATE = ("heads.", "gauges.", "scalars.", "own.")  # parts of a net that an objective asks for: another may lack them
 SAME = ("net.checkpoint:", "net.dropout:")  # fields of a net that leave it the same function
 
@@ -93,13 +95,37 @@ def load_net(run: Run, file: Path, device: torch.device) -> nn.Module:
 
 
 def claim(run: Run, folder: Path) -> None:
-    """See that the folder is free, or holds this run. Writes nothing. Raises UserError, with the difference if not."""
+    """See that the folder is free, or holds this run with no more steps behind it than it is to make. Writes nothing.
+
+    Raises UserError, with the difference if not.
+    """
+    if (done := max(checkpoint.standing(folder / "checkpoints"), default=0)) > run.train.steps:
+        raise UserError(f"{folder} has {done} steps behind it, so train.steps={run.train.steps} is no more to do")
     if (folder / FILE).exists():
         if differs := list(difference(load(str(folder)), run)):
             lines = "\n  ".join([f"{folder} holds another run:", *differs])
             raise UserError(f"{lines}\nGive another folder with --out, or remove this one")
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with --out")
+
+
+@contextmanager
+def held(run: Run, folder: Path) -> Generator[None, None, None]:
+    """Claim the folder and keep every other training out of it; folders made for nothing are removed.
+
+    Raises UserError as `claim`, and where another process is training there.
+    """
+    claim(run, folder)
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with files.locked(folder / LOCK, f"{folder} is being trained by another process: wait for it, or give --out"):
+            claim(run, folder)  # who held it before may have left another run
+            yield
+    finally:
+        with suppress(OSError):  # it is not empty: something was written
+            for path in new:
+                path.rmdir()
 
 
 def note(run: Run, folder: Path) -> None:
@@ -108,14 +134,12 @@ def note(run: Run, folder: Path) -> None:
 
 
 def begin(run: Run, folder: Path, device: torch.device) -> State:
-    """The state that a run goes on from. Raises UserError where it has more steps behind it than it is to make."""
+    """The state that a run goes on from: of its last checkpoint, of another run, or as drawn. Raises UserError."""
     last = checkpoint.latest(folder / "checkpoints")
     net = begin_from(run, run.start, device) if run.start and not last else run.build(device)
     state = begin_training(net, run.train)
     if last:
         checkpoint.restore(last, state)
-    if state.step > run.train.steps:
-        raise UserError(f"{folder} has {state.step} steps behind it, so train.steps={run.train.steps} is no more to do")
     return state
 
 

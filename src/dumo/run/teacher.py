@@ -3,15 +3,17 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
+from dumo import dist
 from dumo.config.check import check_guided
 from dumo.config.spec import Run
 from dumo.config.teacher import Pairs, Teacher
@@ -82,13 +84,16 @@ def opened(teacher: Teacher, run: Run, device: torch.device) -> Known:
 
 
 def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dict[str, str]]:
-    """What the function that the user names returns, and the digest of its source.
+    """What the function that the user names returns, and the digest of its source; what runs is said before it does.
 
     Raises UserError where there is none, it fails, or it returns no `Reads`.
     """
     module, _, name = teacher.source.partition(":")
     way = "Give module:function, importable from here, that takes (run, device) and returns a dumo.types.Reads"
     with importable(Path.cwd()), explained(teacher, way):
+        if dist.is_main():
+            where = f" of {file}" if (file := file_of(module)) else ""
+            print(f"teacher.source: this run executes {teacher.source}{where}", file=sys.stderr, flush=True)
         make: Callable[[Run, torch.device], object] = getattr(importlib.import_module(module), name)
         reads = make(run, device)
     if not isinstance(reads, Reads):
@@ -100,8 +105,22 @@ def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, di
     return reads, digest_of(make)
 
 
+def file_of(module: str) -> str | None:
+    """The file that a module would be imported from, found without running any of it; None where it is not known."""
+    if module in sys.modules:
+        return getattr(sys.modules[module], "__file__", None)
+    path: Sequence[str] | None = None
+    spec: ModuleSpec | None = None
+    for i, _ in enumerate(parts := module.split("."), 1):
+        spec = PathFinder.find_spec(".".join(parts[:i]), path)
+        if spec is None:
+            return None
+        path = spec.submodule_search_locations or ()
+    return spec and spec.origin
+
+
 def digest_of(make: Callable[..., object]) -> dict[str, str]:
-    """The SHA-256 of a function's source; nothing where that is not to be had. What the function calls is not in it."""
+    """The SHA-256 of a function's source; nothing where that is not available. What the function calls is not in it."""
     try:
         return {"sha256": digest.of_bytes(inspect.getsource(make).encode())}
     except (OSError, TypeError):
@@ -174,7 +193,7 @@ def facts(run: Run) -> dict[str, object]:
     """What a teacher and its pupil must agree on."""
     names = ("shape", "classes", "codec", "per_channel")
     data: dict[str, object] = {f"data.{name}": getattr(run.data, name, None) for name in names}
-    return {**data, "path": run.path.kind}
+    return {**data, "path": run.path.kind, "path.sd": run.path.sd}
 
 
 def velocity(teacher: Teacher, reads: Reads) -> Taught:

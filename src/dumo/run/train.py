@@ -1,42 +1,65 @@
 """Train a run: where data, net, objective and folder meet.
 
-A run is a folder: run.yaml (complete), metrics.jsonl, checkpoints/, milestones/, grids/, samples/, evaluation.json,
-report.html.
+A run is a folder: run.yaml (complete), data.json, metrics.jsonl, checkpoints/, milestones/, grids/, samples/,
+evaluation.json, report.html with its pictures in report/.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 from dumo import dist
+from dumo.config.advice import advice
 from dumo.config.spec import Run
-from dumo.preflight import doctor
+from dumo.preflight import cost, doctor
 from dumo.progress import Bar, no_bar
-from dumo.run import teacher
-from dumo.run.folder import begin, claim, note
+from dumo.run import deviation, teacher
+from dumo.run.folder import begin, held, note
 from dumo.training import checkpoint, log, loop
 from dumo.training.state import State
 from dumo.training.step import Batch, Record, Task
 from dumo.types import unwrap
 
 
-def train(run: Run, folder: Path, *, device: str = "auto", bar: Bar = no_bar) -> State:
+def train(
+    run: Run,
+    folder: Path,
+    *,
+    device: str = "auto",
+    bar: Bar = no_bar,
+    tell: Callable[[str], None] | None = None,
+) -> State:
     """Train, or go on where the folder's last checkpoint stands. Returns the state at the end.
 
-    Raises UserError if the folder holds another run, or the slope fails its examination, before the first step or on
-    the weights of the first checkpoint; Diverged if the loss is no longer a number.
+    `tell` hears, before the first step, what is trained on what (`outlook`), and what is not as its sources have it.
+    Raises UserError if the folder holds another run or another process trains there, if torchrun started several
+    processes, or if the slope fails its examination, before the first step or on the weights of the first checkpoint;
+    Diverged if the loss is no longer a number.
     """
+    dist.alone("training")
     here = dist.device(device)
-    claim(run, folder)
+    with held(run, folder):
+        return go_on(run, folder, here, bar, tell)
+
+
+def go_on(run: Run, folder: Path, here: torch.device, bar: Bar, tell: Callable[[str], None] | None) -> State:
+    """Train in a folder that is held. Returns and raises as `train`."""
     source = run.data.open()
     doctor.examine(run, here).require()
     known = teacher.opened(run.teacher, run, here) if run.teacher else None
     state = begin(run, folder, here)
+    if tell:
+        tell(outlook(run, folder, source.size, state.step, here))
     if known:
         known.check(folder)
     log.rewind(folder / "metrics.jsonl", state.step)
     note(run, folder)
+    sd = deviation.note(folder, source)
+    if tell:
+        for line in advice(run, sd):
+            tell(line)
     if known:
         source = known.begin(source, run, folder, here, bar)
 
@@ -51,6 +74,21 @@ def train(run: Run, folder: Path, *, device: str = "auto", bar: Bar = no_bar) ->
         show = loop.Every(1, lambda state, record: tick(state.step, f"loss {record.loss:.4f}"))
         loop.train(state, task, batches, run.train, (show, *journal.hooks))
     return state
+
+
+def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.device) -> str:
+    """What is trained on what, and what a step costs, in a line."""
+    net, what = run.outline(), "images" if len(run.pixels) == 3 else "points"
+    many = f"{size:,} {what}" if size is not None else f"{what} drawn anew"
+    classes = f" in {run.data.classes} classes" if run.data.classes else ""
+    units = cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
+    return (
+        f"training {folder} on {here}{f' ({torch.cuda.get_device_name(here)})' if here.type == 'cuda' else ''}: "
+        f"data {run.data.kind} ({many}{classes}), "
+        f"net {run.net.kind} ({sum(p.numel() for p in net.parameters()):,} parameters), "
+        f"{units:.2f} F a step (1 F: one forward pass), "
+        f"steps {step:,} to {run.train.steps:,} of {run.train.batch:,} {what}"
+    )
 
 
 @dataclass(frozen=True)

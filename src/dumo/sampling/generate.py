@@ -103,7 +103,7 @@ def solve(
         return noise(seed, indices, k, shape).to(c.device)
 
     z = fresh(0)
-    return z, solver(reads, path, z, c, nfe, fresh).float()
+    return z, path.sd * solver(reads, path, z, c, nfe, fresh).float()
 
 
 def joined(parts: Iterable[Batch], on_batch: Callable[[int], object] | None = None) -> Samples:

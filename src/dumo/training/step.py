@@ -96,7 +96,7 @@ class Pieces:
     def __init__(self, state: State, task: Task, batch: Batch, spec: Train, loss: Loss) -> None:
         """Draw nothing yet."""
         self.x, c, *paired = batch
-        self.c, self.z, self.null = c, paired[0] if paired else None, torch.full_like(c, task.classes)
+        self.c, self.z = c, paired[0] if paired else None
         self.net, self.loss, self.task = state.net, loss, task
         self.share = len(self.x) // dist.world()
         self.cuts = list(cut(self.share, spec.accumulate))
@@ -109,9 +109,8 @@ class Pieces:
     def draw(self, rows: slice) -> Noised:
         """The record of these rows of the global batch."""
         z = None if self.z is None else self.z[rows]
-        return self.noised(
-            self.x[rows], self.c[rows], self.null[rows], first=rows.start, z=z, teacher=self.task.teacher
-        )
+        task = self.task
+        return self.noised(self.x[rows], self.c[rows], task.classes, first=rows.start, z=z, teacher=task.teacher)
 
     def loss_of(self, b: Noised, rows: slice) -> Terms:
         """The loss of these rows, in the run's precision and under their dropout masks."""

@@ -284,7 +284,7 @@ def test_hub_is_asked_for_what_is_no_folder(vae: Path, monkeypatch: pytest.Monke
     assert SdVae(factor=2).open().sha256
     assert asked == ["stabilityai/sd-vae-ft-ema"]
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
-    with pytest.raises(UserError, match=r"sd-vae-ft-ema is no folder, and not to be had from the hub"):
+    with pytest.raises(UserError, match=r"sd-vae-ft-ema is no folder, and not available from the hub"):
         SdVae().open()
     with pytest.raises(UserError, match="is no folder"):
         SdVae(weights="/no/such/folder").open()

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 from dumo.config.load import load
-from dumo.evaluation.evaluate import contrast, evaluate, read_report, standing
+from dumo.evaluation.card import contrast
+from dumo.evaluation.compare import compare
+from dumo.evaluation.evaluate import evaluate, read_report, standing
 from dumo.progress import Tick
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.train import train
@@ -40,7 +43,7 @@ def open_folder(folder: Path, *overrides: str, weights: str | None = None) -> Ru
 
 
 def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("*.json")}
+    return {path.name for path in folder.glob("evaluation*.json")}
 
 
 class Seen:
@@ -73,8 +76,9 @@ def test_the_card_says_by_what_it_was_measured(folder: Path) -> None:
     assert card["reference"] == "40 draws of seed 3"
     assert card["features"].startswith("none")
     assert card["solver"] == {"kind": "restart", "m": 0.25, "start": 1.0}
-    assert (card["nfe"], card["contrast"], card["codec"]) == ([1, 2], [1], None)
+    assert (card["nfe"], card["contrast"], card["codec"]) == ([1, 2], [1, 2], None)
     assert (card["data"]["kind"], card["step"], card["ema"]) == ("moons", 4, 0.999)
+    assert (round(card["data_sd"], 1), card["path"]) == (1.0, {"kind": "linear"})
     assert card["weights_sha256"] == hashlib.sha256(opened.file.read_bytes()).hexdigest()
     assert card["versions"]["torch"] == torch.__version__
 
@@ -86,9 +90,9 @@ def test_what_is_asked_otherwise_is_another_file(folder: Path) -> None:
     asked = {
         "evaluation-seed1.json": evaluate(open_folder(folder), seed=1),
         "evaluation-m0.3.json": evaluate(open_folder(folder, "sample.solver.m=0.3")),
-        "evaluation-samples41-nfe1.json": evaluate(open_folder(folder, "evaluate.protocol.samples=41"), nfe=[1]),
+        "evaluation-samples41.json": evaluate(open_folder(folder, "evaluate.protocol.samples=41"), nfe=[1]),
         f"evaluation-net-{sha}.json": evaluate(open_folder(folder, weights=net)),
-        "evaluation-euler-nfe7.json": evaluate(open_folder(folder), solver="euler", nfe=[7]),
+        "evaluation-euler.json": evaluate(open_folder(folder), solver="euler", nfe=[7]),
     }
     assert files(folder) == {"evaluation.json", *asked}
     for name, report in asked.items():
@@ -110,12 +114,62 @@ def test_an_evaluation_of_an_earlier_step_is_kept(folder: Path) -> None:
     assert read_report(folder / "evaluation-step4.json") == before
 
 
+def test_rows_of_other_passes_are_collected(folder: Path) -> None:
+    """So what was judged at one pass, then at others, is what a comparison and a report show."""
+    one = evaluate(open_folder(folder), nfe=[1])
+    assert one["file"] == str(folder / "evaluation.json")
+    assert standing(open_folder(folder)) is None  # its own spec asks for two passes as well
+    three = evaluate(open_folder(folder), nfe=[3])
+    assert [row["nfe"] for row in three["results"]] == [3]  # what was asked
+    whole = evaluate(open_folder(folder))
+    kept = read_report(folder / "evaluation.json")
+    assert kept["results"] == [*whole["results"], *three["results"]]
+    assert kept["contrast"] == [*whole["contrast"], three["contrast"][-1]]
+    assert (kept["card"]["nfe"], kept["card"]["contrast"]) == ([1, 2, 3], [1, 2, 3])
+    assert standing(open_folder(folder)) == whole
+    assert [row["nfe"] for row in compare([str(folder)])["rows"]] == [1, 2, 3] * 2
+    assert files(folder) == {"evaluation.json"}
+
+
+def test_guided_rows_are_collected_by_the_passes_asked_for(tmp_path: Path) -> None:
+    """The net counts two passes where it is guided, so a row of one asked for says 2."""
+    folder = tmp_path / "run"
+    train(
+        load("digits", [*TINY, "evaluate.protocol.samples=500", "objective.drop=0.1", "sample.guide.scale=2"]), folder
+    )
+    two, one = (evaluate(open_folder(folder), nfe=[n]) for n in (2, 1))
+    kept = read_report(folder / "evaluation.json")
+    assert kept["results"] == [*one["results"], *two["results"]]
+    assert ([row["nfe"] for row in kept["results"]], kept["card"]["nfe"]) == ([2, 4], [1, 2])
+
+
+def test_rows_of_another_card_are_put_aside(folder: Path) -> None:
+    evaluate(open_folder(folder), nfe=[1])
+    before = read_report(folder / "evaluation.json")
+    before["card"]["versions"]["torch"] = "0"
+    (folder / "evaluation.json").write_text(json.dumps(before))
+    after = evaluate(open_folder(folder), nfe=[2])
+    assert read_report(folder / "evaluation.json") == after
+    (aside,) = folder.glob("evaluation-step4-*.json")
+    assert read_report(aside) == before
+
+
+def test_two_evaluations_at_once_lose_no_row(folder: Path) -> None:
+    """Between reading what stands and writing, nobody else writes."""
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: evaluate(open_folder(folder), nfe=[n]), range(1, 9)))
+    kept = read_report(folder / "evaluation.json")
+    assert [row["nfe"] for row in kept["results"]] == list(range(1, 9))
+
+
 def test_what_stands_is_known_to_be_what_is_asked(folder: Path) -> None:
     assert standing(open_folder(folder)) is None
     report = evaluate(open_folder(folder))
     assert standing(open_folder(folder)) == report
-    for more in ("sample.solver.m=0.3", "evaluate.seed=1", "evaluate.nfe=[2]", "evaluate.contrast=[]"):
+    for more in ("sample.solver.m=0.3", "evaluate.seed=1", "evaluate.nfe=[1, 3]", "evaluate.contrast=[4]"):
         assert standing(open_folder(folder, more)) is None
+    for more in ("evaluate.nfe=[2]", "evaluate.contrast=[]"):  # less than stands is known, too
+        assert standing(open_folder(folder, more)) == evaluate(open_folder(folder, more))
     (folder / "evaluation.json").write_text(json.dumps({"step": 4}))  # of a version without cards
     assert standing(open_folder(folder)) is None
 

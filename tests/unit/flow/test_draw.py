@@ -50,6 +50,14 @@ def test_labels_are_dropped_at_their_rate(drop: float) -> None:
     assert torch.equal(b.c, torch.where(b.kept, torch.arange(20_000), -1))
 
 
+def test_a_dropped_label_may_be_one_number_for_all() -> None:
+    x, c = torch.zeros(20, 1), torch.arange(20)
+    one, each = (draw(FlowMatching(drop=0.5), Linear(), x, c, null, seed=0, step=0) for null in (99, 0 * c + 99))
+    assert torch.equal(one.c, each.c)
+    assert torch.equal(one.null, each.null)
+    assert torch.equal(one[3:5].null, each[3:5].null)
+
+
 def test_dropped_rows_are_no_run_of_rows() -> None:
     """Not the first rows, as elsewhere: each twentieth of the batch has its share, and steps differ."""
     b, later = (record(FlowMatching(drop=0.5), torch.zeros(20_000, 1), step) for step in (0, 1))

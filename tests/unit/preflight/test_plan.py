@@ -16,7 +16,7 @@ from dumo.config.spec import Run
 from dumo.data import Images, Latents
 from dumo.preflight import cost, machine, rehearsal, table
 from dumo.preflight.doctor import Examination
-from dumo.preflight.plan import cache, lack, memory, plan
+from dumo.preflight.plan import cache, memory, missing_data, plan
 from dumo.run import encode
 from dumo.types import UserError
 from e2e.shell import call, refused, sets
@@ -78,7 +78,7 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert parts["gradients"] == 4 * facts["parameters"]
     assert facts["memory"]["rows"] * spec.train.accumulate == spec.train.batch
     assert (facts["cache"] is None) == (spec.data.kind != "latents")
-    assert (facts["lack"] is None) == (spec.data.kind in ("digits", "moons"))
+    assert (facts["missing_data"] is None) == (spec.data.kind in ("digits", "moons"))
     assert dict(table.lines(facts)).keys() >= {"parameters", "memory", "data"}
 
 
@@ -150,11 +150,11 @@ def test_a_cache_is_as_large_as_it_is_said_to_be(tmp_path: Path) -> None:
     data = Latents(root=str(tmp_path / "cache"), images=images, codec=Identity())
     mine = load("my-images", TINY)
     spec = load("digits", TINY).model_copy(update={"data": data, "evaluate": mine.evaluate})
-    assert "no cache" in str(lack(spec))
+    assert "no cache" in str(missing_data(spec))
     assert cache(data, None) == {"images": None, "bytes_per_image": 2 * 2 * prod(data.shape), "bytes": None}
     encode.encode(data, device="cpu")
     facts = plan(spec)
-    assert facts["lack"] is None
+    assert facts["missing_data"] is None
     assert facts["cache"]["images"] == 3
     assert facts["epochs"] == facts["images"] / 3
     files = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.safetensors"))
@@ -173,7 +173,7 @@ def test_a_cache_holds_moments_of_gaussians_both_flips_and_two_bytes_a_number(na
 
 def test_what_is_lacking_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lacks(*fields: str) -> str | None:
-        return lack(load("my-images", [*TINY, *fields]))
+        return missing_data(load("my-images", [*TINY, *fields]))
 
     assert "MY_IMAGES is not set" in str(lacks())
     assert f"there is no {tmp_path / 'a'}" in str(lacks(f"data.root={tmp_path / 'a'}"))

@@ -1,4 +1,4 @@
-"""A recipe is one complete file: nothing in it is left to a default that a later version might change."""
+"""A recipe, over its base if it names one, is complete: nothing is left to a default that might change."""
 
 import json
 import re
@@ -11,6 +11,7 @@ import yaml
 
 from dumo import recipes
 from dumo.config.load import dump, load
+from dumo.config.source import read
 from dumo.reproduce import PLANS
 from dumo.reproduce.plan import SCALES
 
@@ -25,6 +26,12 @@ def keys(tree: object) -> object:
     return [keys(part) for part in tree] if isinstance(tree, list) else None
 
 
+def whole(name: str) -> str:
+    """All that a recipe says: its own text, and before it that of its base."""
+    base = recipes.base(name)
+    return (recipes.text(base) if base else "") + recipes.text(name)
+
+
 def test_names() -> None:
     assert sorted(NAMES) == NAMES
     assert {f"{data}{rest}" for data in ("digits", "moons") for rest in ("", "-flow-matching", "-meanflow")} <= set(
@@ -36,12 +43,31 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_complete(name: str) -> None:
-    assert keys(yaml.safe_load(recipes.text(name))) == keys(yaml.safe_load(dump(load(name))))
+    assert keys(read(name)[0]) == keys(yaml.safe_load(dump(load(name))))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if recipes.base(name)])
+def test_a_recipe_with_a_base_says_less(name: str) -> None:
+    tree = yaml.safe_load(recipes.text(name))
+    assert recipes.base(name) == tree["base"] != name
+    assert recipes.base(tree["base"]) is None  # one level
+    assert len(recipes.text(name).splitlines()) <= 0.6 * len(recipes.text(tree["base"]).splitlines())
+
+
+def test_a_recipe_without_a_base_names_none() -> None:
+    for name in NAMES:
+        assert ("base" in yaml.safe_load(recipes.text(name))) == (recipes.base(name) is not None)
+
+
+def test_every_recipe_is_in_one_group() -> None:
+    listed = [name for group in recipes.GROUPS.values() for name in group]
+    assert sorted(listed) == NAMES
+    assert next(iter(recipes.GROUPS.values()))[0] == "digits"
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_holds_values_of_their_own_types(name: str) -> None:
-    found, resolved = yaml.safe_load(recipes.text(name)), yaml.safe_load(dump(load(name)))
+    (found, _), resolved = read(name), yaml.safe_load(dump(load(name)))
     assert load(name) == type(load(name)).model_validate(resolved)
     for key in found:  # 1e-3 is text to YAML 1.1; the value that it resolves to is a number
         assert found[key] == {**resolved, key: found[key]}[key]
@@ -88,7 +114,7 @@ FID = {
 @pytest.mark.parametrize("name", [name for name in NAMES if re.match(r"imagenet\d", name)])
 def test_a_full_size_recipe_says_what_the_paper_has_and_where_its_numbers_come_from(name: str) -> None:
     text = recipes.text(name)
-    head, lines = text[: text.index("about:")], [line.strip() for line in text.splitlines()]
+    head, lines = text[: text.index("about:")], [line.strip() for line in whole(name).splitlines()]
     for fid in FID[name] if name in FID else (name.removesuffix("-dual"),):
         assert fid in head
     for key in ("lr", "betas", "decay", "batch", "steps", "accumulate", "drop", "zeta", "scale", "ramp"):
@@ -98,7 +124,7 @@ def test_a_full_size_recipe_says_what_the_paper_has_and_where_its_numbers_come_f
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_loads_where_no_folder_is_named(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    for variable in re.findall(r"\$(\w+)", recipes.text(name)):
+    for variable in re.findall(r"\$(\w+)", whole(name)):
         monkeypatch.delenv(variable, raising=False)
     load(name)
 
@@ -134,8 +160,16 @@ def test_results_say_where_they_come_from() -> None:
         json.dumps(results, allow_nan=False)
 
 
-def test_recipes_need_no_torch() -> None:
-    program = "import sys; from dumo import recipes; [recipes.about(n) for n in recipes.names()]; "
-    program += "recipes.results('zoo'); print('torch' in sys.modules)"
+def test_a_list_of_recipes_needs_neither_torch_nor_pydantic() -> None:
+    program = "import sys; from dumo import recipes; [(recipes.about(n), recipes.base(n)) for n in recipes.names()]; "
+    program += "recipes.results('zoo'); print({'torch', 'pydantic', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_list_of_recipes_reads_one_line_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse, parsed = recipes.parse_yaml, list[str]()
+    monkeypatch.setattr(recipes, "parse_yaml", lambda text: parsed.append(text) or parse(text))
+    abouts = [recipes.about(name) for name in NAMES]
+    assert len(parsed) == len(abouts)
+    assert not any("\n" in text for text in parsed)

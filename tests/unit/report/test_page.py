@@ -193,7 +193,7 @@ def test_every_section_is_there(folder: Path) -> None:
 
 def test_the_pictures_lie_beside_the_page_and_nothing_half_done(folder: Path) -> None:
     names = {"nfe1", "nfe2", "nfe4", "trajectories"} | (set() if "moons" in folder.name else {"data", "nearest"})
-    assert {path.stem for path in (folder / "samples").iterdir()} == names
+    assert {path.stem for path in (folder / "report").iterdir()} == names
     assert not [path for path in folder.rglob(".*") if path.is_file()]
 
 
@@ -207,7 +207,7 @@ def test_the_paths_are_told_with_the_page_last_and_again_it_is_the_same(digits: 
 
     paths = report.write(open_run(str(digits)), watch)
     assert paths[-1] == digits / "report.html"
-    assert sorted(paths[:-1]) == sorted((digits / "samples").iterdir())
+    assert sorted(paths[:-1]) == sorted((digits / "report").iterdir())
     assert {path: path.read_bytes() for path in digits.rglob("*") if path.is_file()} == before
     assert seen[-1][0] == seen[-1][1] == 1 + 2 + 4 + 2 * sum(report.PASSES)
 
@@ -285,7 +285,7 @@ def test_one_head_at_two_times_is_named_so(average: Path) -> None:
     page = page_of(average)
     assert "u head, jumps (restart)" in page.words
     assert "v = u at r = t, Euler steps" in page.words
-    with Image.open(average / "samples" / "trajectories.png") as picture:
+    with Image.open(average / "report" / "trajectories.png") as picture:
         assert picture.height == 2 * len(report.PASSES) * (64 + 6) - 6  # no reading in the place of the other
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from dumo.config.load import dump, load
 from dumo.config.spec import Run
-from dumo.run.folder import FILE, claim, note
+from dumo.run.folder import FILE, LOCK, claim, held, note
 from dumo.types import UserError
 
 
@@ -35,6 +35,35 @@ def test_a_place_is_settled_once(tmp_path: Path) -> None:
         settle(run, tmp_path / "a")
     assert file.read_bytes() == before
     assert [path.name for path in file.parent.iterdir()] == [FILE]
+
+
+def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
+    folder = tmp_path / "a/b"
+    with held(tiny(), folder):
+        with pytest.raises(UserError, match=r"a/b is being trained by another process.*--out.*\.training\.lock"):
+            settle_held(tiny(), folder)
+        note(tiny(), folder)
+    assert [path.name for path in folder.iterdir()] == [FILE]
+    settle_held(tiny(), folder)
+    with pytest.raises(UserError, match="another run"):
+        settle_held(tiny("net.width=17"), folder)
+
+
+def settle_held(spec: Run, folder: Path) -> None:
+    with held(spec, folder):
+        note(spec, folder)
+
+
+def test_a_folder_held_for_nothing_is_not_left(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), held(tiny(), tmp_path / "a/b"):
+        _ = 1 / 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_training_leaves_is_no_hindrance(tmp_path: Path) -> None:
+    (tmp_path / LOCK).touch()
+    settle_held(tiny(), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [FILE]
 
 
 def test_what_is_there_must_be_a_run(tmp_path: Path) -> None:

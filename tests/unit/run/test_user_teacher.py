@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dumo.run.teacher import file_of
 from dumo.run.train import train
 from dumo.types import UserError
 from unit.run.known import tiny
@@ -52,3 +53,30 @@ def test_a_function_of_the_current_folder_is_remembered(tmp_path: Path, monkeypa
     Path("my_teacher.py").write_text("def make(")
     with pytest.raises(UserError, match="my_teacher:make: SyntaxError"):
         train(asked, tmp_path / "run")
+
+
+def test_what_runs_is_said_before_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("loud/__init__.py", "loud/inner/__init__.py", "loud/inner/my_teacher.py"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(f"import sys\nprint('{file} runs', file=sys.stderr)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert file_of("loud.inner.my_teacher") == str(tmp_path / "loud/inner/my_teacher.py")
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="no attribute 'make'"):
+        train(tiny("moons", "teacher.kind=python", "teacher.source=loud.inner.my_teacher:make"), tmp_path / "run")
+    said = capsys.readouterr().err.splitlines()
+    file = tmp_path / "loud/inner/my_teacher.py"
+    assert said[0] == f"teacher.source: this run executes loud.inner.my_teacher:make of {file}"
+    assert said[1:] == [
+        f"{file} runs" for file in ("loud/__init__.py", "loud/inner/__init__.py", "loud/inner/my_teacher.py")
+    ]
+    monkeypatch.setattr(sys, "path", [])
+    assert file_of("loud.inner.my_teacher") == str(file)  # imported by now
+
+
+@pytest.mark.parametrize("module", ["nowhere", "nowhere.at.all", ".known", "os.path.deep", "sys", ""])
+def test_a_module_whose_file_is_not_known(module: str) -> None:
+    assert file_of(module) is None

@@ -1,0 +1,89 @@
+"""What the site adds to the pages: formulas as MathML, links into the tree, and the pages that lie at the root.
+
+MathML is rendered by the browser itself: no script, no fonts of its own, nothing to fetch.
+"""
+
+import html
+import posixpath
+import re
+from pathlib import Path
+
+from griffe import Extension, Object
+from latex2mathml.converter import convert
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
+LINK = re.compile(r"(?<!!)\[(?P<words>(?:[^\[\]]|\[[^\]]*\])*)\]\((?P<target>[^)\s]+)\)")
+MODULE = re.compile(r"\.\./src/(?P<path>dumo/(?P<room>\w+).*?)(?:/__init__)?(?:\.py)?")
+LIKE_TEX = {  # upright and close, as in TeX
+    "<mo>&#x02205;</mo>": '<mi mathvariant="normal">&#x02205;</mi>',
+    "<mo>&#x02016;</mo>": '<mo stretchy="false">&#x02016;</mo>',
+    "<mo>&#x0002F;</mo>": '<mo lspace="0" rspace="0">/</mo>',
+}
+STARRED = re.compile(r"(?<=\w)\*(?=[\s,.;:)]|$)", re.MULTILINE)  # u* in a docstring, which Markdown takes for emphasis
+ROOT = {"../README.md": "index.md", "../CONTRIBUTING.md": "contributing.md", "../CHANGELOG.md": "changelog.md"}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Take in the pages of the root, and a list of the decisions."""
+    docs = Path(config.docs_dir)
+    for name, page in ROOT.items():
+        text = (docs / name).read_text(encoding="utf-8")
+        text = re.sub(r"\]\((?!https?:|#)", "](../", text).replace("](../docs/", "](")
+        files.append(File.generated(config, page, content=text))
+    files.append(File.generated(config, "adr/index.md", content=decisions(docs / "adr")))
+    return files
+
+
+def decisions(folder: Path) -> str:
+    """A line for each, by number."""
+    titles = ((path.name, path.read_text(encoding="utf-8").partition("\n")[0][2:]) for path in folder.glob("*.md"))
+    lines = [f"- [{title}]({name})" for name, title in sorted(titles)]
+    return "\n".join(["# Decisions", "", "Why things are as they are.", "", *lines, ""])
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Point links that leave the pages at the reference. Where it does not hold what they name, keep their words."""
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def lead(found: re.Match[str]) -> str:
+        words, target = found["words"], found["target"]
+        if ":" in target or target.startswith("#"):
+            return found[0]
+        path = posixpath.normpath(posixpath.join(folder, target))
+        if files.get_file_from_path(f"{path}/index.md"):
+            return f"[{words}]({target}/index.md)"
+        if not path.startswith("../"):
+            return found[0]
+        if path in ROOT:
+            return f"[{words}]({posixpath.relpath(ROOT[path], folder or '.')})"
+        module = MODULE.fullmatch(path)
+        if module and files.get_file_from_path(f"reference/{module['room']}.md"):
+            return f"[{words}][{module['path'].replace('/', '.')}]"
+        return words
+
+    return LINK.sub(lead, markdown)
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Formulas as the browser draws them."""
+
+    def draw(found: re.Match[str]) -> str:
+        block = found["tag"] == "div"
+        formula = convert(html.unescape(found["tex"]).strip(), display="block" if block else "inline")
+        for wide, close in LIKE_TEX.items():
+            formula = formula.replace(wide, close)
+        return f'<div class="formula">{formula}</div>' if block else formula
+
+    return FORMULA.sub(draw, content)
+
+
+class Stars(Extension):
+    """Docstrings whose targets u* and v* keep their star."""
+
+    def on_object(self, *, obj: Object, **_: object) -> None:
+        """Take another star."""
+        if obj.docstring:
+            obj.docstring.value = STARRED.sub("⋆", obj.docstring.value)

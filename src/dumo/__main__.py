@@ -1,0 +1,5 @@
+"""`python -m dumo`, the same as `dumo`."""
+
+from dumo.cli import main
+
+main()

@@ -1,0 +1,44 @@
+"""What of a run fits together, but is not as its sources have it: lines to read before it trains."""
+
+from math import log
+
+import yaml
+
+from dumo.config.tree import Tree
+from dumo.training.ema import Ema
+
+FAR = 1.2  # a standard deviation off by this factor is said; ours
+
+
+def advice(run: Tree, sd: float | None = None) -> list[str]:
+    """A line per finding, each with the --set that follows the source; `sd` is the data's, where it was measured."""
+    return [*of_reference(run), *(of_deviation(run, sd) if sd else ())]
+
+
+def of_reference(run: Tree) -> list[str]:
+    """theta^- is the weights in training, where the objective's source takes an average of them."""
+    decay, averages = run.objective.needs.ref, run.train.ema
+    if decay is None or run.train.ref != "self":
+        return []
+    way = f"--set train.ref={decay:g}"
+    if decay not in [ema.decay for ema in averages]:
+        whole = [ema.model_dump(mode="json") for ema in (*averages, Ema(decay=decay))]
+        way = f"--set 'train.ema={yaml.safe_dump(whole, default_flow_style=True, width=1000).strip()}' {way}"
+    return [
+        f"objective '{run.objective.kind}' takes theta^- in its source from an average of the weights, of decay "
+        f"{decay:g}; this run takes the weights in training (train.ref: self). As the source:  {way}"
+    ]
+
+
+def of_deviation(run: Tree, sd: float) -> list[str]:
+    """Constants are for data of standard deviation 1, and these have another in units of `path.sd`."""
+    told = {f"objective '{run.objective.kind}'": run.objective.needs.unit}
+    told[f"net.precondition '{run.net.precondition}'"] = run.net.precondition != "none"
+    who = " and ".join(name for name, unit in told.items() if unit)
+    if not who or abs(log(sd / run.path.sd)) <= log(FAR):
+        return []
+    units = "" if run.path.sd == 1 else f" in units of path.sd = {run.path.sd:g}"
+    return [
+        f"the constants of {who} are for data of standard deviation 1; these data have {sd / run.path.sd:.2g}{units}. "
+        f"To train on them in units of it:  --set path.sd={sd:.2g}"
+    ]

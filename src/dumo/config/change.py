@@ -1,0 +1,99 @@
+"""Changes to a run's tree of plain values: a file's to its base, and those of --set (ADR 0030).
+
+Both keep one rule: a part that is given another `kind` begins with that kind's own defaults; what was said of the old
+one is dropped.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from pydantic_core import to_jsonable_python
+
+from dumo.types import UserError
+
+Parts = tuple[str, ...]  # of a dotted path
+
+
+def merge(base: dict[str, Any], change: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """The base with what a file changes; neither is altered. `where` is the dotted path to them.
+
+    Mappings are merged key by key; all else replaces what was there, and so do an empty mapping and another kind.
+    Raises UserError where fields are given to a value of the base that has none.
+    """
+    merged = dict(base)
+    for key, new in change.items():
+        old = base.get(key)
+        if isinstance(new, dict) and old is not None and not isinstance(old, dict):
+            raise UserError(f"{where}{key} is {shown(old)} in the base, a value without fields: write them out there")
+        if isinstance(new, dict) and new and isinstance(old, dict) and not _another(old, new.get("kind")):
+            merged[key] = merge(old, new, f"{where}{key}.")
+        else:
+            merged[key] = new
+    return merged
+
+
+def override(tree: dict[str, Any], texts: Sequence[str]) -> None:
+    """Set values in place, each from `a.b=c`; their order says only which holds of two for the same field: the last.
+
+    What is higher in the tree is set first, and a part's `kind` before its other fields, so none of them is lost to it.
+    Raises UserError where one is none, leads nowhere, or contradicts another.
+    """
+    asked = dict(_split(text) for text in texts)
+    for path in sorted(asked, key=lambda path: (len(path), path[-1] != "kind")):
+        if none := [path[:i] for i in range(1, len(path)) if asked.get(path[:i], path) is None]:
+            one, two = ".".join(none[0]), ".".join(path)
+            raise UserError(f"--set {one}=null takes away what --set {two} is a part of: leave out one of them")
+        _put(tree, path, asked[path])
+
+
+def shown(value: object) -> str:
+    """A value as YAML, on one line."""
+    text = yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, width=10_000)
+    return text.removesuffix("...\n").strip()
+
+
+def _another(part: dict[str, Any], kind: object) -> bool:
+    """Whether a part has a kind, and this is another one."""
+    return kind is not None and part.get("kind", kind) != kind
+
+
+def _split(text: str) -> tuple[Parts, object]:
+    """'a.b=c' as the parts of the path, and the value."""
+    dotted, sign, right = text.partition("=")
+    if not sign or not dotted:
+        raise UserError(f"--set {text}: write it as a.b=c, for example --set train.steps=2000")
+    try:
+        return tuple(dotted.split(".")), yaml.safe_load(right)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {text}: '{right}' is not a YAML value") from error
+
+
+def _put(tree: dict[str, Any], path: Parts, value: object) -> None:
+    """Set one value in place; another kind drops the fields beside it."""
+    node: Any = tree
+    for i, parent in enumerate(path[:-1]):
+        node = _step(node, parent, ".".join(path[: i + 1]))
+    last = path[-1]
+    if isinstance(node, list):
+        _step(node, last, ".".join(path))
+        node[int(last)] = value
+        return
+    if last == "kind" and _another(node, value):
+        node.clear()
+    node[last] = value
+
+
+def _step(node: dict[str, Any] | list[Any], key: str, path: str) -> Any:  # noqa: ANN401, a YAML tree
+    """One level down; a missing level is made, for the validation to judge."""
+    if isinstance(node, list):
+        if not key.isdecimal() or int(key) >= len(node):
+            places = f"give a place from 0 to {len(node) - 1}" if node else "set it whole, as [...]"
+            raise UserError(f"{path}: this is a list of {len(node)}; {places}")
+        return node[int(key)]
+    if node.get(key) is None:  # not there, or a part that may be none
+        node[key] = {}
+    child = node[key]
+    if not isinstance(child, dict | list):
+        raise UserError(f"{path} is {shown(child)}, a value without fields of its own")
+    return child

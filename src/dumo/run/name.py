@@ -1,0 +1,47 @@
+"""Names of files in a run's folder that say what is not as the run's own spec has it: restart-nfe1-seed3.
+
+So what is asked in one way does not write over what was asked in another.
+"""
+
+import re
+from typing import Any
+
+from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.io import digest
+from dumo.run.folder import RunFolder, shown
+
+LONG = 40  # characters of a value in a name
+Fields = dict[str, Any]  # of a spec, one level deep: sample.seed, solver.m
+
+
+def sampling(run: Run) -> Fields:
+    """What of a spec decides samples of a number of passes."""
+    tree = run.sample.model_dump(mode="json", exclude={"nfe"})
+    nested = {part: tree.pop(part) for part in ("solver", "guide", "knobs")}
+    return flat({**nested, "sample": tree})
+
+
+def flat(tree: dict[str, Fields]) -> Fields:
+    """Fields of several parts as one."""
+    return {f"{part}.{name}": value for part, fields in tree.items() for name, value in fields.items()}
+
+
+def changes(opened: RunFolder, before: Fields, after: Fields) -> list[str]:
+    """The fields that differ, and weights other than those the run shows, as parts of a name."""
+    parts = [word(field, value) for field, value in after.items() if before.get(field) != value]
+    if opened.file.resolve() != shown(opened.folder, own(opened)).resolve():
+        parts.append(f"{opened.file.stem}-{digest.of_file(opened.file)[:6]}")
+    return parts
+
+
+def own(opened: RunFolder) -> Run:
+    """The run as its folder has it, without what was set to look at it."""
+    return load(str(opened.folder))
+
+
+def word(field: str, value: object) -> str:
+    """A field and its value as a part of a name: seed3, heun, labels3-5. What is long ends in a part of its hash."""
+    name = "" if field.endswith(".kind") else field.split(".")[-1]
+    text = re.sub(r"[^\w.]+", "-", str(value)).strip("-")
+    return name + (text if len(text) <= LONG else f"{text[: LONG - 7]}-{digest.of_bytes(text.encode())[:6]}")

@@ -1,0 +1,121 @@
+"""Numbers that pages say are those that are counted, or stored."""
+
+import re
+import runpy
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from contract.case import kind, members
+from dumo.config.load import load
+from dumo.flow.guide import Guide
+from dumo.flow.path import Linear, Trig
+from dumo.flow.slope import DualSlope
+from dumo.nets import DiT
+from dumo.objectives import Objective
+from dumo.preflight.cost import forward_units
+from dumo.types import Spec
+
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "docs/objectives"
+SHAPE = (4, 4, 4)
+DEPTH = 500  # blocks, so that what is not a block hardly counts
+OBJECTIVES = members(Objective)
+
+
+@cache
+def table() -> dict[str, tuple[str, ...]]:
+    """The table of docs/objectives/index.md: the cells that follow the kind, by kind."""
+    lines = (PAGES / "index.md").read_text(encoding="utf-8").splitlines()
+    rows = [[cell.strip() for cell in line.split(" | ")] for line in lines if re.match(r"\| \[", line)]
+    return {row[1].strip("`"): tuple(row[2:]) for row in rows}
+
+
+def page(name: str) -> str:
+    """The page of an objective."""
+    return (PAGES / f"{name}.md").read_text(encoding="utf-8")
+
+
+def told(name: str) -> tuple[float, float | None]:
+    """What a step costs by the table, unguided and guided; None where it says no number."""
+    plain, guided = table()[name][1:3]
+    return float(plain), float(guided) if guided[0].isdigit() else None
+
+
+def counted(cls: type[Spec], *, guided: bool) -> float | None:
+    """What a step costs with all labels kept and the slope that rides; None where guidance is not the objective's."""
+    name, fields = kind(cls), cls.model_fields
+    if name != "ucgm" and "guide" in fields:  # by default UCGM is no velocity, by which to guide
+        guidance: dict[str, object] = {"guide": Guide(zeta=0.5 if guided else 0)}
+    elif "scale" in fields:
+        guidance = {"scale": 1.5 if guided else 1}
+    elif name == "imf":
+        guidance = {} if guided else {"w": None}
+    elif guided:
+        return None
+    else:
+        guidance = {}
+    objective = cls(**guidance, drop=0, **({"slope": DualSlope()} if "slope" in fields else {}))
+    with torch.device("meta"):
+        net = DiT(width=256, depth=1, attention=1).build(objective.needs, SHAPE, 10)
+    net.blocks.extend([net.blocks[0]] * (DEPTH - 1))
+    return forward_units(net, objective, Trig() if objective.needs.paths == ("trig",) else Linear(), SHAPE)
+
+
+def test_every_objective_has_a_row_and_a_page() -> None:
+    kinds = {kind(cls) for cls in OBJECTIVES}
+    assert table().keys() == kinds
+    assert {path.stem for path in PAGES.glob("*.md")} == kinds | {"index"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls", OBJECTIVES, ids=kind)
+def test_a_step_costs_what_the_table_says(cls: type[Spec]) -> None:
+    for number, guided in zip(told(kind(cls)), (False, True), strict=True):
+        assert counted(cls, guided=guided) == (number and pytest.approx(number, abs=0.015))
+
+
+def test_two_steps_cost_what_the_table_says() -> None:
+    """The slow group counts all; here one without a slope, and one with."""
+    for cls in OBJECTIVES:
+        if kind(cls) in ("imm", "dumo"):
+            assert counted(cls, guided=False) == pytest.approx(told(kind(cls))[0], abs=0.015)
+
+
+@pytest.mark.parametrize("name", sorted(kind(cls) for cls in OBJECTIVES))
+def test_a_page_says_what_the_table_says(name: str) -> None:
+    plain, guided = told(name)
+    said = re.search(r"A step costs \*\*([\d.]+) F\*\*(?:, guided \*\*([\d.]+) F\*\*)?", page(name))
+    assert said
+    assert (float(said[1]), said[2] and float(said[2])) == (plain, guided)
+
+
+@pytest.mark.parametrize("name", sorted(kind(cls) for cls in OBJECTIVES))
+def test_a_page_trains_its_objective(name: str) -> None:
+    recipes = re.findall(r"^dumo train ([\w-]+)", page(name), re.MULTILINE)
+    assert recipes
+    assert {load(recipe).objective.kind for recipe in recipes} == {name}
+
+
+def test_the_readme_says_what_the_table_says() -> None:
+    """Its rows are some of the table's: a kind, and the cost of a step without guidance."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in readme.splitlines() if re.match(r"\| \[?`\w+`", line)]
+    assert len(rows) >= 5
+    for row in rows:
+        name = re.search(r"`(\w+)`", row)
+        costs = [float(number) for number in re.findall(r"([\d.]+) F\b", row)]
+        assert name
+        assert costs == [told(name[1])[0]], row
+
+
+def test_tables_are_those_of_the_results() -> None:
+    tables = runpy.run_path(str(ROOT / "docs/tables.py"))
+    pages = [path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]]
+    assert sum("<!-- table: " in text for text in pages) == 2
+    for text in pages:
+        assert tables["written"](text) == text, "python docs/tables.py writes it again"
+    zoo = (ROOT / "docs/zoo.md").read_text(encoding="utf-8")
+    assert tables["written"](zoo.replace("| 0.89", "| 0.88")) == zoo

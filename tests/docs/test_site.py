@@ -1,0 +1,69 @@
+"""The site builds without a warning and without a network, and its pages can be read at a desk and on a telephone."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from browser import DESK, READABLE, TELEPHONE, look
+
+ROOT = Path(__file__).parents[2]
+LOADED = re.compile(r"""<(?:script|img|link|iframe)\b[^>]*?\b(?:src|href)=["']?(https?:[^"' >]+)""")
+PAGES = [
+    "index.html",
+    "zoo.html",
+    "objectives/index.html",
+    "objectives/dumo.html",
+    "objectives/sct.html",
+    "tutorials/own-images.html",
+    "reference/flow.html",
+]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built once, by the command of `make docs`; what asked for the network would fail."""
+    folder = tmp_path_factory.mktemp("site")
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # a port at which nobody listens
+        proxy = f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        done = subprocess.run(
+            [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
+            cwd=ROOT,
+            env=os.environ | {"NO_MKDOCS_2_WARNING": "1", "HTTP_PROXY": proxy, "HTTPS_PROXY": proxy},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder
+
+
+def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 60
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert [url for url in LOADED.findall(text) if "://www.w3.org" not in url] == [], page
+
+
+def test_formulas_are_drawn_by_the_browser(site: Path) -> None:
+    text = (site / "objectives/dumo.html").read_text(encoding="utf-8")
+    assert text.count("<math ") > 20
+    for page in site.rglob("*.html"):
+        assert 'class="arithmatex"' not in page.read_text(encoding="utf-8"), page
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [DESK, TELEPHONE])
+def test_pages_can_be_read(width: int, site: Path) -> None:
+    for name in PAGES:
+        seen = look(site / name, width)
+        assert (seen.broken, seen.beyond, seen.errors) == ([], 0, ()), name
+        assert seen.smallest >= READABLE, name

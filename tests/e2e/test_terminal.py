@@ -1,0 +1,139 @@
+"""What a command does to whoever started it: a person who stops it, a pipe, a scheduler, a second process."""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from e2e.shell import ENVIRONMENT, TINY, call, finish, refused, sets, start, wait
+
+LONG = [*TINY, *sets("train.steps=1000000", "train.save_every=5", "train.log_every=1")]
+
+
+def test_one_process_trains_in_a_folder(here: Path) -> None:
+    """A second is refused, others read, and a killed one holds nothing back."""
+    first = start("train", "moons", "--out", "run", *LONG, cwd=here)
+    checkpoints = here / "run/checkpoints"
+    wait(first, lambda: checkpoints.is_dir() and any(checkpoints.glob("step-*")))
+    first.send_signal(signal.SIGSTOP)  # it need not be busy to hold its folder
+    for words in (["train", "run"], ["train", "moons", "--out", "run", *LONG]):
+        done = call(*words)
+        assert (done.code, done.out) == (2, "")
+        assert done.err.startswith("error: run is being trained by another process")
+        assert done.err.count("\n") == 1
+    assert call("sample", "run", "--nfe", "1", "--count", "2", "--out", "o").code == 0
+    first.kill()
+    assert finish(first).code == -signal.SIGKILL
+    assert (here / "run/.training.lock").exists()
+    step = int(sorted(checkpoints.glob("step-*"))[-1].name.removeprefix("step-"))
+    done = call("train", "run", *sets(f"train.steps={step + 1}"))
+    assert done.code == 0, done
+    assert sorted(path.name for path in (here / "run").iterdir()) == ["checkpoints", "metrics.jsonl", "run.yaml"]
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "grid", "report", "reproduce"])
+def test_work_that_ranks_do_not_share_is_refused(
+    command: str, here: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    source = {"train": "moons", "reproduce": "fig3"}.get(command, str(trained["moons"]))
+    refused(command, source, named=("2 were started", "without torchrun"), run=trained["moons"])
+
+
+@pytest.mark.parametrize(
+    ("words", "slow"),
+    [
+        (["sample", "run"], "dumo.run.sample.sample"),
+        (["evaluate", "run", "--nfe", "1"], "dumo.evaluation.evaluate.row"),
+        (["report", "run"], "dumo.report.page.make"),
+        (["reproduce", "fig3", "--out", "a b"], "dumo.reproduce.plan.finish"),
+    ],
+)
+def test_interrupts(
+    words: list[str], slow: str, here: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained["moons"], "run")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slow, stop)
+    done = call(*words)
+    assert (done.code, done.out) == (130, "")
+    assert done.err == f"stopped; the same command goes on from what is kept:  dumo {shlex.join(words)}\n"
+
+
+def test_the_start_line(here: Path) -> None:
+    """Printed without a terminal, too, with the last line of the work; on a terminal a bar is below it."""
+    done = call("train", "digits", "--out", "run", *TINY, "--device", "cpu")
+    began, ended, *_ = done.err.splitlines()
+    facts = call("show", "run", "--json").json
+    assert began == (
+        "training run on cpu: data digits (1,797 images in 10 classes), "
+        f"net dit ({facts['parameters']:,} parameters), {facts['forward_units_per_step']:.2f} F a step "
+        "(1 F: one forward pass), steps 0 to 20 of 16 images"
+    )
+    assert ended.startswith("training run: 20 of 20, loss ")
+    done = call("train", "moons", *TINY, *sets("train.steps=1"))
+    assert "data moons (points drawn anew), net mlp" in done.err.splitlines()[0]
+
+
+def test_warnings_are_plain_lines(here: Path) -> None:
+    Path("album/a").mkdir(parents=True)
+    for i in range(8):
+        Image.new("RGB", (8, 8), (i, i, i)).save(f"album/a/{i}.png")
+    Path("album/a/bad.png").write_text("no image")
+    words = sets("data.kind=images", "data.root=album", "data.side=8", "data.on_bad=skip", "data.classes=0")
+    words += sets("data.labelled=false", "evaluate.protocol.kind=folder", "evaluate.protocol.frechet=false")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # as a user's Python has it, not as pytest
+        done = call("train", "digits", "--out", "run", *TINY[:-2], *words, *sets("train.steps=1"))
+    assert done.code == 0, done
+    (line,) = [line for line in done.err.splitlines() if "bad.png" in line]
+    assert line.startswith("warning: 1 of 9 images cannot be read")
+    assert "UserWarning" not in done.err
+
+
+def command(*words: str, **options: object) -> "subprocess.Popen[str]":
+    """`dumo WORDS`, its output where the options say."""
+    environment = {**ENVIRONMENT, **{name: str(value) for name, value in options.pop("env", {}).items()}}
+    return subprocess.Popen(
+        [sys.executable, "-c", "import sys; sys.argv[0] = 'dumo'; from dumo.cli import main; main()", *words],
+        env=environment,
+        text=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("words", [["recipes"], ["--help"]])
+def test_a_reader_that_leaves_is_no_error(words: list[str]) -> None:
+    """`dumo recipes | head -1`."""
+    read, write = os.pipe()
+    os.close(read)
+    done = finish(command(*words, stdout=write, stderr=subprocess.PIPE))
+    os.close(write)
+    assert done.err == ""
+    assert done.code == 1
+
+
+def test_completion(tmp_path: Path) -> None:
+    def completed(text: str) -> list[str]:
+        asked = {"_DUMO_COMPLETE": "complete_bash", "COMP_WORDS": text, "COMP_CWORD": len(text.split(" ")) - 1}
+        done = finish(command(env=asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        assert done.code == 0, done
+        return done.out.split()
+
+    assert completed("dumo tr") == ["train"]
+    assert completed("dumo train moons-m") == ["moons-meanflow"]
+    assert completed("dumo train runs/") == []  # the shell completes files
+    home = {"HOME": tmp_path}
+    done = finish(command("--install-completion", "bash", env=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+    assert done.code == 0, done
+    assert "_DUMO_COMPLETE" in "".join(p.read_text() for p in tmp_path.rglob("*") if p.is_file())

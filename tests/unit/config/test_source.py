@@ -1,0 +1,85 @@
+"""A file may name one base, and then only what it changes: the same run as the file written out."""
+
+from pathlib import Path
+
+import pytest
+
+from dumo.config.load import dump, load
+from dumo.types import UserError
+
+MINE = "base: {base}\nabout: mine\ntrain:\n  steps: 7\nobjective:\n  kind: flow_matching\n  drop: 0.25\n"
+SETS = ["about=mine", "train.steps=7", "objective.kind=flow_matching", "objective.drop=0.25"]
+MINE += "sample:\n  solver: {{kind: euler}}\n"
+SETS += ["sample.solver.kind=euler"]
+
+
+def written(file: Path, text: str) -> str:
+    """A file's path."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+def test_a_base_is_a_recipe(tmp_path: Path) -> None:
+    assert load(written(tmp_path / "mine.yaml", MINE.format(base="digits"))) == load("digits", SETS)
+
+
+@pytest.mark.parametrize("base", ["../other/my base.yaml", "../other/run", "../other/run/run.yaml", "$THERE/run"])
+def test_a_base_is_a_file_or_a_folder_beside_it(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THERE", str(tmp_path / "other"))
+    monkeypatch.chdir(Path("/"))  # wherever the command is called
+    for name in ("my base.yaml", "run/run.yaml"):
+        written(tmp_path / "other" / name, dump(load("digits", ["net.depth=2"])))
+    mine = written(tmp_path / "mine" / "mine.yaml", MINE.format(base=base))
+    assert load(mine) == load("digits", ["net.depth=2", *SETS])
+    assert load(mine, ["net.depth=3"]).net == load("digits", ["net.depth=3"]).net
+
+
+def test_a_recipe_is_a_recipe_whatever_lies_beside_the_file(tmp_path: Path) -> None:
+    written(tmp_path / "digits/run.yaml", dump(load("moons")))
+    assert load(written(tmp_path / "mine.yaml", "base: digits")) == load("digits")
+    assert load(written(tmp_path / "mine.yaml", "base: ./digits")) == load("moons")
+
+
+def test_a_packaged_recipe_is_a_whole_base(tmp_path: Path) -> None:
+    mine = written(tmp_path / "mine.yaml", MINE.format(base="digits-meanflow"))
+    assert load(mine) == load("digits-meanflow", SETS)
+
+
+def test_a_run_s_own_file_is_whole(tmp_path: Path) -> None:
+    run = load(written(tmp_path / "mine.yaml", MINE.format(base="digits")))
+    assert "base" not in dump(run)
+    assert load(written(tmp_path / "run.yaml", dump(run))) == run
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("base: mine.yaml", "base 'mine.yaml' has a base itself, 'mine.yaml'"),
+        ("base: other.yaml", r"base 'other.yaml' has a base itself, 'digits', .*show other.yaml --yaml"),
+        ("base: dgits", r"base: there is no recipe 'dgits', .*did you mean 'digits'"),
+        ("base: nowhere/run.yaml", "no recipe 'nowhere/run.yaml', nor a file"),
+        ("base: $NOWHERE/a.yaml", "NOWHERE is not set"),
+        ("base: 3", "base is 3: name a recipe"),
+        ("base: [digits, moons]", r"base is \[digits, moons\]: name a recipe"),
+        ("base:", "base is null: name a recipe"),
+        ("base: ''", "base is empty"),
+        ("base: list.yaml", r"list\.yaml holds no run"),
+        ("base: notes.txt", r"notes\.txt is no YAML file"),
+        ("base: digits\nabout: {a: 1}", r"mine\.yaml: about is DuMo on .* in the base, a value without fields"),
+        ("base: digits\ntrain: {stpes: 1}", r"mine\.yaml: train\.stpes: unknown key; did you mean 'steps'"),
+    ],
+)
+def test_a_base_that_is_none_is_refused_in_a_line(text: str, said: str, tmp_path: Path) -> None:
+    written(tmp_path / "other.yaml", "base: digits")
+    written(tmp_path / "list.yaml", "- 1")
+    written(tmp_path / "notes.txt", "base: digits")
+    mine = written(tmp_path / "mine.yaml", text)
+    with pytest.raises(UserError, match=said) as refused:
+        load(mine)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_base_is_no_field() -> None:
+    with pytest.raises(UserError, match="base: unknown key"):
+        load("digits", ["base=moons"])

@@ -1,0 +1,51 @@
+"""The deviation of the data: of all numbers together, measured once, on the card, and in units of it no more."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dumo.config.load import load
+from dumo.data.source import Table
+from dumo.data.toy import Moons
+from dumo.run.deviation import FILE, measure, note, noted
+from dumo.run.folder import open_run
+from dumo.run.train import train
+from dumo.types import UserError
+from unit.run.known import tiny
+
+
+def test_that_of_all_numbers_together() -> None:
+    """Also between channels of other means; of digits 0.75."""
+    x = torch.randn(5000, 2, generator=torch.Generator().manual_seed(0)) * 0.5 + torch.tensor([-1.0, 1.0])
+    assert abs(measure(Table(x, torch.zeros(5000, dtype=torch.long))) - 1.25**0.5) < 0.05
+    assert abs(measure(load("digits").data.open()) - 0.752) < 0.01
+
+
+def test_it_is_measured_once(tmp_path: Path) -> None:
+    x = torch.tensor([[-2.0], [2.0]])
+    first = note(tmp_path, Table(x, torch.zeros(2, dtype=torch.long)))
+    assert note(tmp_path, Table(9 * x, torch.zeros(2, dtype=torch.long))) == first == noted(tmp_path)
+    (tmp_path / FILE).write_text("{")
+    with pytest.raises(UserError, match="delete it"):
+        noted(tmp_path)
+
+
+def test_a_run_notes_it_and_tells_what_it_means(tmp_path: Path) -> None:
+    told = list[str]()
+    train(tiny("moons", "net.precondition=edm"), tmp_path / "moons", tell=told.append)
+    assert noted(tmp_path / "moons") == measure(Moons().open())
+    assert not told
+    train(tiny("moons", "net.precondition=edm", "path.sd=0.5"), tmp_path / "narrow", tell=told.append)
+    (line,) = told
+    assert f"--set path.sd={noted(tmp_path / 'narrow'):.2g}" in line
+    assert open_run(str(tmp_path / "narrow")).run.path.sd == 0.5
+
+
+def test_a_run_of_another_deviation_is_another_run(tmp_path: Path) -> None:
+    train(tiny(), tmp_path / "run")
+    with pytest.raises(UserError, match=r"path\.sd: 1\.0 there, 0\.5 asked"):
+        train(tiny("moons", "path.sd=0.5"), tmp_path / "run")
+    taught = {"source": str(tmp_path / "run")}
+    with pytest.raises(UserError, match=r"path\.sd is 1\.0 there, 0\.5 here"):
+        train(tiny("moons", "path.sd=0.5", f"teacher={taught}"), tmp_path / "pupil")
