@@ -46,6 +46,7 @@ FIXED, LAW, READ, SLOPE, EXACT, UNBIASED = (
 )
 DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
 PROBE = "tests/unit/training/test_probe.py"
+TWO_SAMPLE, PROTOCOL = "tests/unit/metrics/test_two_sample.py", "tests/unit/protocols/test_protocol.py"
 THEOREM, RATE, DEVIATION = (f"{THEORY}/test_{name}.py" for name in ("theorem", "rate", "deviation"))
 SHORTCUT, SPLIT, TWIN, SOFLOW, RCGM, ALPHA, UCGM = (
     f"{OBJECTIVES}/test_{name}.py"
@@ -785,6 +786,18 @@ MUTANTS = [
     ),
     Mutant(
         "objectives/sct.py", "clamp(EDGE, pi / 2 - EDGE)", "clamp(0, pi / 2)", "the weight at t = 0 is infinite", SCT
+    ),
+    Mutant("metrics/two_sample.py", "half[1 - learnt]", "half[learnt]", "it is asked what it learned", TWO_SAMPLE),
+    Mutant("metrics/two_sample.py", "[len(real), len(fake)]", "[len(fake), len(real)]", "sides change", TWO_SAMPLE),
+    Mutant(
+        "protocols/digits.py", "(reference.x, filed,", "(reference.x, x,", "what no file holds is told apart", PROTOCOL
+    ),
+    Mutant(
+        "protocols/evaluator.py",
+        '"fd_grey" if "fd_grey" in scores else next',
+        "next",
+        "what no file holds leads",
+        "tests/unit/report/test_score.py",
     ),
 ]
 

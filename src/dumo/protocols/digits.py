@@ -1,6 +1,7 @@
-"""Handwritten digits, by the features of the shipped classifier.
+"""Handwritten digits, by the features of the shipped classifier, and by two measures that no classifier of digits sees.
 
-The protocol's own draws are keyed by its name: the same samples and data have the same score.
+The first score, which counts, is of the samples as a file holds them. The protocol's own draws are keyed by its name:
+the same samples and data have the same score.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from dumo.metrics.frechet import frechet_distance
 from dumo.metrics.mmd import kid
 from dumo.metrics.moments import Moments
 from dumo.metrics.neighbours import precision_recall
+from dumo.metrics.pixel import pixel_frechet
+from dumo.metrics.two_sample import two_sample_auc
 from dumo.protocols.evaluator import (
     Evaluator,
     Reference,
@@ -28,12 +31,14 @@ from dumo.protocols.evaluator import (
     fit,
     in_turn,
     named,
+    summary,
 )
 from dumo.random import stream
 from dumo.types import Cond, Sample, Spec, UserError
 
 SAMPLES = 2000  # samples
 SUBSETS, SUBSET = 50, 500  # of the kernel distance
+FEW = 5  # halves of the data between which the slower measures are taken
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 
 
@@ -78,32 +83,48 @@ class DigitsProtocol(Spec):
         return WholeSetEvaluator(self, self.labels(classes), reference, features | reference.facts(seed))
 
     def score(self, x: Sample, c: Cond, reference: Reference) -> Scores:
-        """`fd`, `fd_grey`, `kid` with `kid_sd`, `precision`, `recall`, and `accuracy`: the share read as c.
+        """`fd_grey`, `fd`, `kid` with `kid_sd`, `precision`, `recall`, `accuracy`, `auc` and `pixel_fd`.
 
-        All but one judge samples as the net makes them; `fd_grey` is `fd` after they are clamped to [-1, 1] and
-        rounded to the 17 levels of the data, as an image file would hold them: the stricter of the two, for half of
-        the pixels of a digit are at the end of the range, where clamped noise is no longer noise but a shift.
-        Raises `UserError` if x is not `samples` finite images of 8x8.
+        `fd_grey`, `auc` and `pixel_fd` judge samples as a file holds them: clamped to [-1, 1] and rounded to the 17
+        levels of the data. The others judge them as the net makes them. `fd_grey` is the stricter of the two Fréchet
+        distances: half of the pixels of a digit are at the end of the range, where clamped noise is no longer noise
+        but a shift. `accuracy` is the share read as c; `auc` that of `two_sample_auc`, 0.5 where samples cannot be
+        told from digits. Raises `UserError` if x is not `samples` finite images of 8x8.
         """
         self.check(reference.x.shape[1:])
         fit(self.name, self.samples, x, reference)
-        fake, real = digits.features(x), digits.features(reference.x)
-        grey = digits.features(_grey(x))
+        filed = _grey(x)
+        fake, grey, real = (digits.features(of) for of in (x, filed, reference.x))
         mean, sd = kid(fake, real, subsets=SUBSETS, subset_size=SUBSET, generator=stream("digits", "kid"))
         precision, recall = precision_recall(real, fake, NEIGHBOURS)
         return {
-            "fd": frechet_distance(Moments.of(fake), Moments.of(real)),
             "fd_grey": frechet_distance(Moments.of(grey), Moments.of(real)),
+            "fd": frechet_distance(Moments.of(fake), Moments.of(real)),
             "kid": mean,
             "kid_sd": sd,
             "precision": precision,
             "recall": recall,
             "accuracy": (digits.predict(x) == c.cpu()).double().mean().item(),
+            "auc": two_sample_auc(reference.x, filed, stream("digits", "auc")),
+            "pixel_fd": pixel_frechet(filed, reference.x),
         }
 
     def baselines(self, reference: Reference) -> dict[str, Scores]:
-        """The Fréchet distance where nothing is wrong, in halves and resamples of the data (`distances`)."""
-        return distances(digits.features(reference.x), self.samples, "digits")
+        """The Fréchet distance of features between real digits, in halves and resamples of the data (`distances`).
+
+        Digits are grey already, so it is that of `fd` and of `fd_grey`. `halves` has `auc` and `pixel_fd` too, of the
+        first `FEW` of them, each with its sd.
+        """
+        found, apart = distances(digits.features(reference.x), self.samples, "digits"), dict[str, list[float]]()
+        for i in range(FEW):
+            order = torch.randperm(len(reference.x), generator=stream("digits", "halves", i))
+            a, b = reference.x[order].chunk(2)
+            apart.setdefault("auc", []).append(two_sample_auc(a, b, stream("digits", "auc", i)))
+            apart.setdefault("pixel_fd", []).append(pixel_frechet(a, b))
+        for name, values in apart.items():
+            of = summary(values)
+            found["halves"] |= {name: of["mean"], f"{name}_sd": of["sd"]}
+        return found
 
 
 def _grey(x: Sample) -> Sample:

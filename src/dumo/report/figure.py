@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,10 @@ from dumo.training import log
 
 INK = {"light": "#23262b", "dark": "#dedbd4"}
 COLOUR = {"v": "#3f7fbf", "u": "#d2603a"}  # readable on either page
+OTHERS = ("#7d8a3c", "#8b62b0", "#2f9a94")  # of other parts, in turn
 SIZE, DPI = (3.7, 2.4), 200  # inches; twice what a screen needs
+PALE = 0.25  # of a curve as logged, behind itself smoothed
+LETTERS = (16, 14, 12, 10)  # pixels of the names above a sheet: the first that fits
 WIDEST = 1600  # pixels of a picture in the page: enough for a sheet at twice its size
 
 
@@ -69,6 +73,45 @@ def labelled(
         for i, picture in enumerate(pictures):
             page.paste(picture, (left + i * (w + gap), y))
     return page
+
+
+def headed(sheet: Image.Image, names: Sequence[str]) -> Image.Image:
+    """The sheet on white, names above columns of equal width: one that is too long is written smaller, or cut."""
+    if not names:
+        return sheet
+    width, path = sheet.width / len(names), findfont("DejaVu Sans")
+    longest = max(names, key=lambda name: ImageFont.truetype(path, LETTERS[0]).getlength(name))
+    size = next((n for n in LETTERS if ImageFont.truetype(path, n).getlength(longest) < width - 4), LETTERS[-1])
+    font, top = ImageFont.truetype(path, size), 2 * LETTERS[0]
+    page = Image.new("RGB", (sheet.width, sheet.height + top), "white")
+    page.paste(sheet, (0, top), sheet if sheet.mode == "RGBA" else None)
+    for i, name in enumerate(names):
+        cut = next((name[:n] + "…" for n in range(len(name), 0, -1) if font.getlength(name[:n] + "…") < width), "…")
+        shown = name if font.getlength(name) < width else cut
+        ImageDraw.Draw(page).text(((i + 0.5) * width, top / 2), shown, "black", font, anchor="mm")
+    return page
+
+
+def gathered(blocks: Mapping[str, Image.Image], across: int = 3, note: str = "", gap: int = 28) -> Image.Image:
+    """Pictures of one size on white, `across` to a row, the name of each above it; a note below them all."""
+    w, h = next(iter(blocks.values())).size
+    font = ImageFont.truetype(findfont("DejaVu Sans"), size := max(22, w // 30))
+    top = size * (2 + max(name.count("\n") for name in blocks))
+    high, across = h + top + gap, min(across, len(blocks))
+    whole = -(-len(blocks) // across) * high - gap
+    page = Image.new("RGB", (across * (w + gap) - gap, whole + (2 * size if note else 0)), "white")
+    ImageDraw.Draw(page).text((0, whole + size), note, "black", font, anchor="lm")
+    for i, (name, picture) in enumerate(blocks.items()):
+        x, y = i % across * (w + gap), i // across * high
+        ImageDraw.Draw(page).text((x, y + top / 2), name, "black", font, anchor="lm")
+        page.paste(picture, (x, y + top))
+    return page
+
+
+def smoothed(values: Sequence[float]) -> np.ndarray:
+    """Each value's mean with its neighbours, a fifteenth of all on either side; fewer at the ends."""
+    x, reach = np.asarray(values, dtype=float), len(values) // 15
+    return np.array([x[max(0, i - reach) : i + reach + 1].mean() for i in range(len(x))])
 
 
 def charts(rows: Sequence[log.Row]) -> list[Chart]:
@@ -125,15 +168,22 @@ def _draw_loss(axes: Axes, rows: Sequence[log.Row], steps: Sequence[int]) -> Non
     """The loss in ink, unless it is its only part, and its parts in colour."""
     curves = {part: [row["parts"][part] for row in rows] for part in rows[-1]["parts"]}
     loss = [row["loss"] for row in rows]
+    others = cycle(OTHERS)
     for part, values in curves.items():
-        axes.plot(steps, values, color=COLOUR.get(part), lw=1, label=part)
+        _draw_curve(axes, steps, values, part, color=COLOUR.get(part) or next(others))
     if loss not in curves.values():
-        axes.plot(steps, loss, lw=1.4, label="loss")
+        _draw_curve(axes, steps, loss, "loss")
     axes.set(xlabel="step", xlim=(0, None), ylabel="mean over a batch")
     if min(map(min, [loss, *curves.values()])) > 0:
         axes.set_yscale("log")
         _tick(axes.yaxis)
     axes.legend(frameon=False, ncols=3, handlelength=1.2, columnspacing=1)
+
+
+def _draw_curve(axes: Axes, steps: Sequence[int], values: Sequence[float], name: str, color: str | None = None) -> None:
+    """As logged, pale, and smoothed before it; in ink unless in a colour."""
+    raw, *_ = axes.plot(steps, values, lw=0.8, alpha=PALE, color=color)
+    axes.plot(steps, smoothed(values), lw=1.5, label=name, color=raw.get_color())
 
 
 def _draw_rate(axes: Axes, rows: Sequence[log.Row], steps: Sequence[int]) -> None:
@@ -143,9 +193,9 @@ def _draw_rate(axes: Axes, rows: Sequence[log.Row], steps: Sequence[int]) -> Non
 
 
 def _draw_watched(axes: Axes, name: str, values: Mapping[int, float]) -> None:
-    """A cosine between -1 and 1, the others from 0 on; points where they are few."""
+    """A cosine between -1 and 1, the others from 0 on."""
     low, high = (-1, 1) if name.startswith("cosine") else (0, None)
-    axes.plot([*values], [*values.values()], lw=1, marker="." if len(values) < 50 else None)
+    _draw_curve(axes, [*values], [*values.values()], name)
     axes.axhline(0, lw=0.6)
     axes.set(xlabel="step", xlim=(0, None), ylabel="mean over a batch" if high is None else "cosine", ylim=(low, high))
 

@@ -129,7 +129,8 @@ def panel(
         title = f"NFE {found.nfe}" + ("" if solver is reading.solver else f"\n{solver.kind.title()}")
         columns[title] = singles(found.x) if behind is None else [picture.scatter(behind, {"": found.x})]
         tick(n, f"step {opened.step:,}, {reading.title}, {n}")
-    names = [str(k) for k in (c if opened.run.data.classes else torch.arange(len(c))).tolist()]
+    run = opened.run
+    names = [run.class_name(k) for k in c.tolist()] if run.data.classes else [str(k) for k in range(len(c))]
     rows = zip(names if behind is None else [""], zip(*columns.values(), strict=True), strict=True)
     return labelled(list(rows), list(columns))
 
@@ -176,11 +177,17 @@ def class_grid(
     solver = reading.at(nfe)
     found = joined(sample_batches(opened, nfe=nfe, c=every, seed=seed, solver=solver, indices=some))
     sheets = [picture.sheet(part, across(count)) for part in picture.to_rows(found.x).split(count)]
-    blocks = [labelled([("", [sheet])], [f"class {k}"]) for k, sheet in zip(classes, sheets, strict=True)]
+    blocks = [labelled([("", [sheet])], [_class(opened.run, k)]) for k, sheet in zip(classes, sheets, strict=True)]
     pixels = torch.from_numpy(np.stack([np.asarray(block) for block in blocks]))
     page = picture.sheet(pixels, across(len(blocks)), scale=1, gap=GAP)
     name = replace(reading, solver=solver).name
     return labelled([(name, [page])], [f"step {opened.step:,}, NFE {found.nfe}"])
+
+
+def _class(run: Run, k: int) -> str:
+    """The name of a class; with a word before it where it is a number."""
+    name = run.class_name(k)
+    return f"class {name}" if name.isdigit() else name
 
 
 def side_by_side(rows: Mapping[str, Mapping[int, Image.Image]]) -> Image.Image:

@@ -5,7 +5,7 @@ The page is one file that needs no other, no script and no network. Numbers are 
 
 import shlex
 from collections.abc import Mapping, Sequence
-from math import floor, log10, prod
+from math import prod
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,13 +18,15 @@ from dumo import dist, recipes
 from dumo.config.load import dump
 from dumo.config.spec import Run
 from dumo.io import archive, file, picture
-from dumo.io.json import read_json
 from dumo.metrics.neighbours import Real, nearest
 from dumo.preflight.show import show
 from dumo.progress import Bar, no_bar
 from dumo.random import stream
-from dumo.report.figure import charts, embed, labelled
+from dumo.report import score, word
+from dumo.report.figure import charts, embed, headed, labelled
 from dumo.report.gallery import PASSES, is_image, readings, within
+from dumo.report.number import large, number
+from dumo.report.score import judgement
 from dumo.run.folder import RunFolder
 from dumo.run.sample import sample
 from dumo.sampling.generate import labels
@@ -36,7 +38,6 @@ GAP = 6  # pixels between images: digits fill their height
 POINTS = 2000  # of a scatter; rows of a data set that are read for the page, if they are not all in memory
 NEAR = 2**24  # pixels of data that are decoded for it: 256 images of 256 x 256
 SHEET = "sheet"  # the samples by the run's own solver
-SHIPPED = {"digits": "zoo", "moons": "fig3"}  # data: the packaged results that are of it
 
 Pictures = Mapping[int, Image.Image]  # by number of passes
 
@@ -53,19 +54,20 @@ def write(opened: RunFolder, bar: Bar = no_bar) -> list[Path]:
 
     made = make(opened, bar)
     drawn = {name: {n: look(run, x, real) for n, x in row.items()} for name, row in made.items()}
-    sheets = drawn.pop(SHEET)
-    pictures = {f"nfe{n}": sheet for n, sheet in sheets.items()} | {"trajectories": joined(run, drawn)}
-    near = None
+    sheets, names, data, near = drawn.pop(SHEET), class_names(run), None, None
+    pictures = {f"nfe{n}": headed(sheet, names) for n, sheet in sheets.items()}
+    pictures["trajectories"] = joined(run, drawn)
     if is_image(run) and source.size is not None:
-        pictures["data"] = look(run, by_class(run, real, c), real)
+        data = look(run, by_class(run, real, c), real)
         near = proximity(run, made[SHEET][min(sheets)], real)
+        pictures["data"] = headed(data, names)
         pictures["nearest"] = labelled({"sample": [near["samples"]], "nearest": [near["found"]]})
 
     page = render(
         opened,
         size=source.size,
         sheets=sheets,
-        data=pictures.get("data"),
+        data=data,
         trajectories=drawn,
         near=near,
         charts=charts(rows) if len(rows) > 1 else [],
@@ -81,7 +83,9 @@ def write(opened: RunFolder, bar: Bar = no_bar) -> list[Path]:
 
 def render(opened: RunFolder, **parts: object) -> str:
     """The page, of these parts and of what the run says of itself. Whatever is put in is escaped."""
-    run, shipped = opened.run, SHIPPED.get(opened.run.data.kind)
+    run, shipped = opened.run, score.shipped(opened.run)
+    facts, judged, near = show(run), cast(Any, parts["judged"]), cast(Any, parts["near"])
+    results = recipes.results(shipped) if shipped else None
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dumo.report", "."),
         autoescape=True,
@@ -89,10 +93,10 @@ def render(opened: RunFolder, **parts: object) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    cast(dict[str, Any], environment.filters).update(number=number, large=large, spread=spread, embed=embed)
+    cast(dict[str, Any], environment.filters).update(number=number, large=large, embed=embed, sentence=sentence)
     return environment.get_template("report.html.j2").render(
         run=run,
-        facts=show(run),
+        facts=facts,
         folder=shlex.quote(str(opened.folder)),
         name=opened.folder.resolve().name,
         step=opened.step,
@@ -100,16 +104,59 @@ def render(opened: RunFolder, **parts: object) -> str:
         image=is_image(run),
         heads={letter: one.head for letter, one in readings(run).items()},
         shipped=shipped,
-        others=recipes.results(shipped) if shipped else None,
+        others=score.others(results, judged, opened.step, facts["forward_units_per_step"]) if results else None,
+        doubts=score.doubts(run, opened.step, judged, near),
+        scores=score.rows(judged) if judged else [],
+        baselines=score.baselines(judged) if judged else [],
+        commands=commands(opened),
+        names=class_names(run),
+        data_name=data_name(run),
+        word=word,
         yaml=dump(run),
         versions=dist.versions(),
         **parts,
     )
 
 
+def commands(opened: RunFolder) -> list[tuple[str, str]]:
+    """What goes on with a run, or makes it again, and what each is for; as wide as one another."""
+    run, folder = opened.run, shlex.quote(str(opened.folder))
+    goes_on = {f"dumo train {folder}": f"go on to step {run.train.steps:,}"} if opened.step < run.train.steps else {}
+    found = {
+        **goes_on,
+        f"dumo sample {folder} --nfe {','.join(map(str, run.sample.nfe))} --seed 1": "more samples",
+        f"dumo evaluate {folder} --nfe {','.join(map(str, run.evaluate.nfe))}": "judge it",
+        f"dumo report {folder}": "write this page again",
+        f"dumo train {folder}/run.yaml --out runs/again": "make this run again",
+    }
+    return [(line.ljust(max(map(len, found))), why) for line, why in found.items()]
+
+
+def sentence(title: str) -> str:
+    """With a capital letter at its start, the others as they are."""
+    return title[:1].upper() + title[1:]
+
+
+def columns(run: Run) -> list[int]:
+    """The class of each column of a sheet: the first ten, or fewer side by side until there are about ten; or none."""
+    shown = min(run.data.classes, COLUMNS)
+    return [c for c in range(shown) for _ in range(COLUMNS // shown)]
+
+
 def across(run: Run) -> int:
-    """Columns of a sheet: a class each, the first ten."""
-    return min(run.data.classes or COLUMNS, COLUMNS)
+    """How many columns a sheet has."""
+    return len(columns(run)) or COLUMNS
+
+
+def class_names(run: Run) -> list[str]:
+    """What the classes of a sheet are called, each over as many columns as it has."""
+    return [run.class_name(c) for c in dict.fromkeys(columns(run))] if is_image(run) else []
+
+
+def data_name(run: Run) -> str:
+    """What the data are called: their kind, or the folder that images are in."""
+    images = getattr(run.data, "images", run.data)
+    return Path(images.root).name.lstrip("$") if images.kind == "images" else run.data.kind
 
 
 def make(opened: RunFolder, bar: Bar) -> dict[str, dict[int, Sample]]:
@@ -118,7 +165,7 @@ def make(opened: RunFolder, bar: Bar) -> dict[str, dict[int, Sample]]:
     many = labels(
         ROWS * across(run) if is_image(run) else POINTS,
         run.data.classes,
-        range(across(run)) if run.data.classes else None,
+        (columns(run) if is_image(run) else range(min(run.data.classes, COLUMNS))) or None,
     )
     few = many[: across(run)] if is_image(run) else many
     jobs, asked = [(SHEET, run.sample.solver, n, many) for n in run.sample.nfe], readings(run).values()
@@ -144,12 +191,14 @@ def look(run: Run, x: Sample, real: Real) -> Image.Image:
 
 def by_class(run: Run, x: Real, c: Tensor) -> Sample:
     """The first rows of the data, in the order of a sheet; grey where a class has none among the rows read."""
-    columns = [x[c == label][:ROWS] for label in range(across(run))]
-    if not run.data.classes or not any(map(len, columns)):
+    shown = [x[c == label] for label in dict.fromkeys(columns(run))]
+    if not any(map(len, shown)):
         return x[: ROWS * COLUMNS]
-    rows = min(len(column) for column in columns if len(column))
-    grey = torch.zeros_like(x[:1]).expand(rows, *x.shape[1:])
-    return torch.stack([column[:rows] if len(column) else grey for column in columns], 1).flatten(0, 1)
+    each = across(run) // len(shown)  # columns of a class
+    rows = max(1, min(ROWS, *(len(of) // each for of in shown if len(of))))
+    grey = torch.zeros_like(x[:1]).expand(rows * each, *x.shape[1:])
+    blocks = [torch.cat([of, grey])[: rows * each].unflatten(0, (rows, each)) for of in shown]
+    return torch.cat(blocks, 1).flatten(0, 1)
 
 
 def joined(run: Run, drawn: Mapping[str, Pictures]) -> Image.Image:
@@ -171,7 +220,7 @@ def proximity(run: Run, x: Sample, real: Real) -> dict[str, Any]:
     count, few = min(len(x), len(real) // 2), across(run)
     compared = {"samples": distances[: count or len(x)]}
     if count:
-        compared["data, held against the rest of it"], _ = nearest(real[order[count:]], real[order[:count]])
+        compared[word.REAL], _ = nearest(real[order[count:]], real[order[:count]])
     return {
         "samples": look(run, x[:few], real),
         "found": look(run, real[places[:few]], real),
@@ -194,46 +243,3 @@ def late(rows: Sequence[log.Row]) -> dict[str, Any] | None:
     if bins["loss"] in [bins[part] for part in bins if part != "loss"]:
         del bins["loss"]  # it is its only part
     return {"first": last[0]["step"], "logged": len(last), "counts": counts.sum(0).tolist(), "bins": bins}
-
-
-def judgement(opened: RunFolder) -> dict[str, Any] | None:
-    """What `dumo evaluate` wrote, or None. `fresh`: of these weights; `columns`: its figures, spreads left out.
-
-    Raises UserError where the file is not JSON.
-    """
-    path = opened.folder / "evaluation.json"
-    if not path.is_file():
-        return None
-    found = read_json(path, f"run dumo evaluate {opened.folder} again")
-    columns = [key for key in found["results"][0] if key not in ("nfe", "solver") and not key.endswith("_sd")]
-    fresh = (found["step"], found["weights"]) == (opened.step, opened.weights)
-    return {**found, "columns": columns, "fresh": fresh}
-
-
-def number(value: object) -> str:
-    """Three significant digits, no exponent unless it is needed, a dash for nothing; other things as they are."""
-    if value is None or value != value:
-        return "–"
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return str(value)
-    if isinstance(value, int) or not value or 100 <= abs(value) < 1e6:
-        return f"{value:,.0f}".replace("-", "−")
-    power = floor(log10(abs(value)))
-    if -4 < power < 6:
-        return f"{value:.{max(0, 2 - power)}f}".replace("-", "−")
-    raised = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{value / 10**power:.2f}".replace("-", "−") + f" · 10{raised}"
-
-
-def large(value: float | int) -> str:
-    """Three significant digits and k, M, G or T for a power of a thousand."""
-    power = min(4, floor(log10(value) / 3)) if value >= 1000 else 0
-    return f"{number(value / 1000**power)}\u00a0{'kMGT'[power - 1]}" if power else number(value)
-
-
-def spread(value: float | None, sd: float | None) -> str:
-    """A number with its spread, to two digits of the spread."""
-    if value is None or not sd:
-        return number(value)
-    digits = max(0, 1 - floor(log10(sd)))
-    return f"{value:.{digits}f} ± {sd:.{digits}f}".replace("-", "−")

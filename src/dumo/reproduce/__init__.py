@@ -3,13 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from dumo import recipes
 from dumo.config.error import nearest
-from dumo.io import file
+from dumo.io import archive, file
 from dumo.io.json import write_json
 from dumo.progress import Bar, no_bar
+from dumo.reproduce.arm import respread
 from dumo.reproduce.ours import fair, guidance, ideas, latents
 from dumo.reproduce.paper import fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo
-from dumo.reproduce.plan import SCALES, markdown, origin
+from dumo.reproduce.plan import SCALES, Plan, markdown, origin
 from dumo.types import UserError
 
 PLANS = {
@@ -51,7 +53,7 @@ def reproduce(
     done = plan.finish(list(plan.cells(scale)), folder / "cells", jobs=jobs, device=device, bar=bar)
 
     table = plan.table(done)
-    files = [*plan.draw(done, folder), folder / "table.md", folder / "results.json"]
+    files = [*_charts(plan, table, folder), *plan.draw(done, folder), folder / "table.md", folder / "results.json"]
     results = {
         "name": name,
         "scale": scale,
@@ -64,3 +66,19 @@ def reproduce(
     file.write(folder / "table.md", markdown(plan.title, table).encode())
     write_json(folder / "results.json", results)
     return results
+
+
+def redraw(name: str, folder: Path) -> list[Path]:
+    """The charts of the results that come with dumo, without training anything. Raises UserError where none do."""
+    found = recipes.results(name)
+    if not found or name not in PLANS:
+        raise UserError(f"no results of '{name}' come with dumo: dumo reproduce {name} makes them")
+    return _charts(PLANS[name], respread(found), folder)
+
+
+def _charts(plan: Plan, table: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write the charts of a table; return their paths."""
+    drawn = {folder / f"{name}.png": image for name, image in plan.charts(table).items()}
+    for path, image in drawn.items():
+        archive.write_picture(path, image)
+    return [*drawn]

@@ -17,7 +17,10 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.io import archive, picture
 from dumo.preflight import show
+from dumo.protocols.evaluator import headline
 from dumo.report import figure
+from dumo.report.score import figures
+from dumo.report.word import MERITS, word
 from dumo.reproduce import chart
 from dumo.reproduce.plan import Cell, Finished, Plan, deviation, units
 from dumo.run.sample import sample
@@ -38,7 +41,6 @@ LATENTS = (  # for smoke: a thousand other images, that are encoded in seconds
     "train.batch=32",
     "evaluate.protocol.samples=1000",
 )
-WORDS = {"fd": "Fréchet distance", "fid": "FID"}  # first scores of protocols
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def comparison(
 ) -> Plan:
     """A plan of arms by scale: a row per arm and number of passes, and a picture of them, STEM.png.
 
-    With `samples` there is also a picture of what every arm makes in one pass.
+    With `samples` there is also a picture of what every arm makes in one pass, STEM-samples.png.
     """
 
     def cells(scale: str) -> Iterator[Cell]:
@@ -78,13 +80,19 @@ def comparison(
         return equal_cost(arms(scale), scale, seeds, small=small, steps=steps)
 
     def draw(done: list[Finished], folder: Path) -> list[Path]:
-        files = [folder / f"{stem}.png", *([folder / f"{stem}-samples.png"] if samples else [])]
-        archive.write_picture(files[0], ranking(title, list(averaged(done))))
+        path = folder / f"{stem}-samples.png"
         if samples:
-            archive.write_picture(files[1], side_by_side(done))
-        return files
+            archive.write_picture(path, side_by_side(done))
+        return [path] if samples else []
 
-    return Plan(title, cells, table or (lambda done: list(averaged(done))), draw, unpublished=unpublished)
+    return Plan(
+        title,
+        cells,
+        table or (lambda done: list(averaged(done))),
+        draw,
+        charts=lambda table: {stem: ranking(title, table)},
+        unpublished=unpublished,
+    )
 
 
 def equal_cost(
@@ -146,7 +154,7 @@ def seeds_of(done: Sequence[Finished]) -> list[list[Finished]]:
 def averaged(
     done: Sequence[Finished], more: Callable[[Run], dict[str, Any]] = lambda spec: {}
 ) -> Iterator[dict[str, Any]]:
-    """A row per arm and number of passes: its columns, `more` of its spec, means over seeds, the first score's sd."""
+    """A row per arm and number of passes: its columns, `more` of its spec, means over seeds, the sd of what leads."""
     for same in seeds_of(done):
         columns = same[0].cell.labels | more(same[0].cell.spec)
         for rows in zip(*(one.report["results"] for one in same), strict=True):
@@ -154,43 +162,65 @@ def averaged(
 
 
 def over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One row of equal rows of several seeds."""
+    """One row of equal rows of several seeds: what counts first, then `fd` where that is another, each with sd."""
     names = [key for key in rows[0] if key not in ("nfe", "solver") and not key.endswith("_sd")]
-    means = {key: fmean(row[key] for row in rows) for key in names}
-    first = names[0]
-    return {
-        "nfe": rows[0]["nfe"],
-        "solver": rows[0]["solver"],
-        first: means.pop(first),
-        f"{first}_sd": deviation([row[first] for row in rows]),
-        **means,
-        "seeds": len(rows),
-    }
+    lead = headline(names)
+    spreads = [name for name in dict.fromkeys((lead, "fd")) if name in names]
+    found: dict[str, Any] = {"nfe": rows[0]["nfe"], "solver": rows[0]["solver"]}
+    for name in spreads:
+        values = [row[name] for row in rows]
+        found |= {name: fmean(values), f"{name}_sd": deviation(values)}
+    return {**found, **{n: fmean(row[n] for row in rows) for n in names if n not in spreads}, "seeds": len(rows)}
+
+
+def respread(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The table of stored results, the spread of what counts today taken from their cells, by whose order it is."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for cell in results["cells"]:
+        arms.setdefault(cell["cell"].rpartition("-")[0], []).append(cell)
+    rows = [over_seeds(same) for of in arms.values() for same in zip(*(cell["results"] for cell in of), strict=True)]
+    return [row | again for row, again in zip(results["table"], rows, strict=True)]
 
 
 def measure(row: dict[str, Any]) -> str:
-    """The score of an averaged row that counts: the one whose deviation is beside it."""
-    return next(key.removesuffix("_sd") for key in row if key.endswith("_sd"))
+    """The score of an averaged row that counts: what a file holds, or the first whose deviation is beside it."""
+    return headline([key for key in row if f"{key}_sd" in row or key == "fd_grey"])
+
+
+def axis(score: str) -> str:
+    """What stands below an axis of this score."""
+    of = word(MERITS, score)
+    return f"{of.title} ({of.better}), mean ± deviation over seeds"
 
 
 def ranking(title: str, rows: Sequence[dict[str, Any]]) -> Image.Image:
-    """The score that counts, a line per arm, a mark per number of passes."""
+    """The score that counts, a line per arm, the best in the fewest passes on top, a mark per number of passes."""
     score = measure(rows[0])
-    marks = {1: "1 pass"} | {row["nfe"]: f"{row['nfe']} passes" for row in rows if row["nfe"] > 1}
+    marks = {n: f"{n} pass{'es' * (n > 1)}" for n in sorted({row["nfe"] for row in rows})}
     points: dict[str, dict[str, tuple[float, float | None]]] = {}
-    for row in rows:
-        points.setdefault(str(next(iter(row.values()))), {})[marks[row["nfe"]]] = row[score], row[f"{score}_sd"]
-    return chart.dots(title, f"{WORDS[score]}, mean and deviation over seeds", points)
+    for row in sorted(rows, key=lambda row: (row["nfe"], row[score])):
+        points.setdefault(str(next(iter(row.values()))), {})[marks[row["nfe"]]] = row[score], row.get(f"{score}_sd")
+    return chart.dots(title, axis(score), points)
 
 
 def side_by_side(done: Sequence[Finished]) -> Image.Image:
-    """Samples of one pass, two of a class, of every arm's first seed, its name beside them."""
-    rows: dict[str, list[Image.Image]] = {}
+    """Samples of one pass, two of a class, of every arm's first seed, below its name and score: the best first."""
+    blocks: dict[str, tuple[float, Image.Image]] = {}
     for one, *_ in seeds_of(done):
-        classes = one.opened.run.data.classes
-        made = sample(one.opened, nfe=1, c=generate.labels(2 * max(classes, 10), classes))
-        rows[next(iter(one.cell.labels.values()))] = [picture.sheet(picture.to_rows(made.x), max(classes, 10))]
-    return figure.labelled(rows)
+        run, told = one.opened.run, one.report["results"][0]
+        each, score = max(run.data.classes, 10), figures(told)[0]
+        made = sample(one.opened, nfe=1, c=generate.labels(2 * each, run.data.classes))
+        sheet = picture.sheet(picture.to_rows(made.x), each)
+        names = [run.class_name(c) for c in range(run.data.classes)]
+        blocks[f"{next(iter(one.cell.labels.values()))}, {told[score]:.3g}"] = told[score], figure.headed(sheet, names)
+    best = {name: sheet for name, (_, sheet) in sorted(blocks.items(), key=lambda of: of[1][0])}
+    return figure.gathered(best, note=samples_note(figures(done[0].report["results"][0])[0]))
+
+
+def samples_note(score: str) -> str:
+    """What stands below samples side by side."""
+    of = word(MERITS, score)
+    return f"One pass of each (its fewest), seed 0. The number: {of.title}; {of.better}."
 
 
 def far(spec: Run) -> dict[str, float]:

@@ -58,21 +58,32 @@ def heat(title: str, x: str, y: str, values: Mapping[tuple[float, float], float]
 
 
 def dots(title: str, x: str, rows: Mapping[str, Mapping[str, tuple[float, float | None]]]) -> Image.Image:
-    """A line per name, from the top, with a mark per name of its own: a number and its deviation, on a log scale."""
-    figure = Figure((7.2, 1.4 + 0.3 * len(rows)), dpi=150, layout="constrained")
+    """A line per name, from the top, with a mark per name of its own: a number and its deviation, on a log scale.
+
+    The marks of a line are joined, and the legend stands above, so that a line is read as one thing.
+    """
+    figure = Figure((7.6, 1.7 + 0.3 * len(rows)), dpi=150, layout="constrained")
     axes = figure.subplots()
+    for y, row in enumerate(rows.values()):
+        xs = [value for value, _ in row.values()]
+        axes.plot([min(xs), max(xs)], [y, y], color="0.85", lw=3, zorder=1, solid_capstyle="round")
     for name, colour, mark in zip(dict.fromkeys(n for row in rows.values() for n in row), cycle(COLOURS), cycle(MARKS)):
         there = [(y, *row[name]) for y, row in enumerate(rows.values()) if name in row]
         ys, xs, sds = zip(*there, strict=True)
-        axes.errorbar(
-            xs, ys, xerr=_bars(xs, sds), fmt=mark, color=colour, ms=7 if mark == "*" else 5, capsize=2, label=name
-        )
-    axes.set(title=title, xlabel=x, ylim=(len(rows) - 0.5, -0.5))
+        bars, size = _bars(xs, sds), 9 if mark == "*" else 6
+        axes.errorbar(xs, ys, xerr=bars, fmt=mark, color=colour, ms=size, elinewidth=1, capsize=2, label=name, zorder=2)
+    axes.set(ylim=(len(rows) - 0.5, -0.5))
     axes.set_yticks(range(len(rows)), list(rows))
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     _spread(axes.xaxis, axes.set_xscale)
     axes.grid(axis="x", alpha=0.3)
-    axes.grid(axis="y", alpha=0.15)
-    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set_axisbelow(True)
+    figure.suptitle(title, weight="bold")
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, handletextpad=0.3, columnspacing=1.2
+    )
+    figure.supxlabel(x, fontsize="medium")
     return _drawn(figure)
 
 

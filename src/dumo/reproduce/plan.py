@@ -17,6 +17,7 @@ from statistics import stdev
 from typing import Any
 
 import torch
+from PIL import Image
 
 from dumo import dist
 from dumo.config.spec import Run
@@ -81,8 +82,9 @@ class Plan:
     title: str
     cells: Callable[[str], Iterator[Cell]]  # by scale
     table: Callable[[list[Finished]], list[dict[str, Any]]]
-    draw: Callable[[list[Finished], Path], list[Path]] = lambda done, folder: []  # most plans have pictures
+    draw: Callable[[list[Finished], Path], list[Path]] = lambda done, folder: []  # pictures that take the nets
     finish: Callable[..., list[Finished]] = finish_all
+    charts: Callable[[list[dict[str, Any]]], dict[str, Image.Image]] = lambda table: {}  # by the names of their files
     unpublished: str = ""  # why it has no paper's scale
 
     def check(self, name: str, scale: str) -> None:

@@ -58,12 +58,14 @@ def toy() -> Reference:
 
 
 def test_real_digits_score_well(good: dict[str, float], halves: dict[str, float]) -> None:
-    assert list(good) == ["fd", "fd_grey", "kid", "kid_sd", "precision", "recall", "accuracy"]
+    assert list(good) == ["fd_grey", "fd", "kid", "kid_sd", "precision", "recall", "accuracy", "auc", "pixel_fd"]
     assert good["fd"] < halves["mean"]
     assert abs(good["kid"]) < good["kid_sd"]
     assert good["precision"] > 0.95
     assert good["recall"] > 0.85
     assert good["accuracy"] > 0.98
+    assert good["auc"] < 0.55  # copies of the data, so even below 0.5
+    assert good["pixel_fd"] < halves["pixel_fd"]
 
 
 @pytest.mark.parametrize("fault", ["blur", "noise", "one class", "no threes"])
@@ -79,6 +81,8 @@ def test_faults_are_seen(fault: str, data: Reference, good: dict[str, float], ha
     assert bad["fd"] > 3 * halves["mean"]
     assert bad["fd"] > 10 * good["fd"]
     assert bad["kid"] > 3 * good["kid_sd"]
+    assert bad["pixel_fd"] > 4 * good["pixel_fd"]
+    assert bad["auc"] > good["auc"] + 2 * halves["auc_sd"]
     share = "recall" if fault in ("one class", "no threes") else "precision"
     assert bad[share] < good[share] - 0.05
 
@@ -94,7 +98,9 @@ def test_filed_digits_are_judged_at_the_grey_levels_of_the_data(data: Reference,
     off = x + (torch.rand(x.shape, generator=stream("off")) - 0.5) / 16
     off = torch.where(x == 1, 1.5, torch.where(x == -1, -7.0, off))
     score = DIGITS.score(off, c, data)
-    assert score["fd_grey"] == good["fd_grey"] == good["fd"]
+    for name in ("fd_grey", "auc", "pixel_fd"):
+        assert score[name] == good[name]
+    assert good["fd_grey"] == good["fd"]
     assert score["fd"] > 10 * good["fd"]
 
 
@@ -110,6 +116,8 @@ def test_digits_baselines(data: Reference, good: dict[str, float], halves: dict[
     baselines = DIGITS.baselines(data)
     floor = baselines["bootstrap"]
     assert baselines["halves"] == halves
+    assert abs(halves["auc"] - 0.5) < 3 * halves["auc_sd"] < 0.1
+    assert 0 < halves["pixel_fd_sd"] < halves["pixel_fd"] < 0.5
     assert halves["splits"] == floor["splits"] == 20
     assert 0 < floor["mean"] + 2 * floor["sd"] < halves["mean"] < 1
     assert 0 < halves["sd"] < halves["mean"]

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from math import log
 from pathlib import Path
@@ -13,17 +14,19 @@ import pytest
 import torch
 from PIL import Image
 
+from dumo import recipes
 from dumo.config.load import load
 from dumo.evaluation.evaluate import evaluate
 from dumo.objectives import Objective
 from dumo.progress import no_bar
 from dumo.random import stream
-from dumo.reproduce import PLANS, arm, reproduce
+from dumo.reproduce import PLANS, arm, redraw, reproduce
 from dumo.reproduce.arm import Arm
 from dumo.reproduce.ours import fair, ideas
 from dumo.reproduce.paper import fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo
 from dumo.reproduce.plan import SCALES, Cell, Finished, Plan, finish, markdown, units
 from dumo.run.folder import RunFolder
+from dumo.sampling.generate import Samples
 from dumo.training import loop
 from dumo.training.state import State
 from dumo.training.step import Record
@@ -472,13 +475,63 @@ def test_steps_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.usefixtures("free")
 @pytest.mark.parametrize("name", ["fair", "fig4a", "fig4c", "ours"])
-def test_pictures_are_drawn(name: str, tmp_path: Path) -> None:
-    files = PLANS[name].draw(finished_by_hand(list(PLANS[name].cells("smoke"))), tmp_path)
-    assert files
-    for file in files:
-        with Image.open(file) as picture:
-            assert min(picture.size) > 300
-            assert len(picture.getcolors(1 << 24) or ()) > 50  # not blank
+def test_charts_are_drawn(name: str) -> None:
+    plan = PLANS[name]
+    drawn = plan.charts(plan.table(finished_by_hand(list(plan.cells("smoke")))))
+    assert drawn
+    for picture in drawn.values():
+        assert min(picture.size) > 300
+        assert len(picture.getcolors(1 << 24) or ()) > 50  # not blank
+
+
+def test_what_a_file_holds_leads_a_table() -> None:
+    """With its own spread, and `fd` beside it with its own."""
+    rows = [{"nfe": 1, "solver": "s", "fd": float(i), "fd_grey": 10.0 * i, "kid": 1.0, "kid_sd": 9.0} for i in (1, 3)]
+    row = arm.over_seeds(rows)
+    assert list(row) == ["nfe", "solver", "fd_grey", "fd_grey_sd", "fd", "fd_sd", "kid", "seeds"]
+    assert (row["fd_grey"], row["fd"], row["seeds"]) == (20, 2, 2)
+    assert row["fd_grey_sd"] == pytest.approx(10 * row["fd_sd"])
+    assert arm.measure({"objective": "x", **row}) == "fd_grey"
+    assert arm.measure({"fd": 1, "fd_sd": 2, "fd_grey": 3}) == "fd_grey"  # a stored one, without the spread
+
+
+def test_a_ranking_has_the_best_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(arm.chart, "dots", lambda *given: seen.append(given))
+    rows = [("a", 1, 3.0), ("a", 2, 0.1), ("b", 2, 0.05), ("c", 1, 2.0), ("c", 2, 9.0)]  # b has no single pass
+    arm.ranking("T", [{"objective": name, "nfe": n, "fd": value, "fd_sd": None} for name, n, value in rows])
+    (_, x, points) = seen[0]
+    assert list(points) == ["c", "a", "b"]
+    assert [*points["a"]] == ["1 pass", "2 passes"]
+    assert "not FID" in x
+
+
+@pytest.mark.parametrize("name", ["zoo", "ours", "fair"])
+def test_results_that_ship_are_drawn_again(name: str, tmp_path: Path) -> None:
+    """Of the numbers as they were measured: the spread of what counts today is in the cells."""
+    found = recipes.results(name)
+    assert found is not None
+    for stored, row in zip(found["table"], arm.respread(found), strict=True):
+        assert row.items() >= {key: stored[key] for key in ("nfe", "steps", "fd_grey")}.items()
+        assert row["fd_sd"] == pytest.approx(stored["fd_sd"])
+        assert 0 < row["fd_grey_sd"] < 10
+    files = redraw(name, tmp_path)
+    assert [file.name for file in files] == ([f"{name}.png"] if name != "fair" else ["fair-nfe1.png", "fair-nfe2.png"])
+    assert all(file.is_file() for file in files)
+    with pytest.raises(UserError, match="no results of 'sec43' come with dumo"):
+        redraw("sec43", tmp_path)
+
+
+def test_samples_stand_best_first_below_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(arm.figure, "gathered", lambda blocks, note: seen.append((list(blocks), note)))
+    monkeypatch.setattr(arm, "sample", lambda opened, nfe, c: Samples(torch.zeros(len(c), 1, 8, 8), nfe))
+    done = finished_by_hand(list(PLANS["latents"].cells("laptop"))[::3])[::-1]
+    digits = load("digits")
+    arm.side_by_side([replace(one, opened=replace(one.opened, run=digits)) for one in done])
+    ((names, note),) = seen
+    assert names == ["DuMo, 2", "MeanFlow, 3", "Flow matching, 4"]  # they came the other way round
+    assert "lower is better; not FID" in note
 
 
 @pytest.mark.parametrize("scale", SMALL_SCALES)

@@ -17,10 +17,10 @@ whole trunk of a net with one head.
 import json
 from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-from dumo.io import archive
+from PIL import Image
+
 from dumo.reproduce import arm, chart
 from dumo.reproduce.arm import Arm
 from dumo.reproduce.plan import Cell, Finished, Plan
@@ -83,27 +83,21 @@ def table(done: list[Finished]) -> list[dict[str, Any]]:
     return list(arm.averaged(done, arm.far))
 
 
-def draw(done: list[Finished], folder: Path) -> list[Path]:
-    """A line per law, two heads and one on it; a picture per number of passes."""
-    files: list[Path] = []
-    rows = list(arm.averaged(done))
-    score = arm.measure(rows[0])
-    for nfe in dict.fromkeys(row["nfe"] for row in rows):
+def charts(table: list[dict[str, Any]]) -> dict[str, Image.Image]:
+    """A line per law, two heads and one on it, the best on top; a picture per number of passes."""
+    drawn: dict[str, Image.Image] = {}
+    score = arm.measure(table[0])
+    for nfe in dict.fromkeys(row["nfe"] for row in table):
         points: dict[str, dict[str, tuple[float, float | None]]] = {}
-        for row in (row for row in rows if row["nfe"] == nfe):
+        for row in sorted((row for row in table if row["nfe"] == nfe), key=lambda row: row[score]):
             line = f"{row['law']}, {row['jumps']}, on {row['rows']}"
-            heads = (
-                "MeanFlow's metric"
-                if row["metric"] == "adaptive"
-                else f"{row['heads']} head{'s' * (row['heads'] == 'two')}"
-            )
-            points.setdefault(line, {})[heads] = row[score], row[f"{score}_sd"]
-        files.append(folder / f"fair-nfe{nfe}.png")
+            heads = f"{row['heads']} head{'s' * (row['heads'] == 'two')}"
+            name = f"{heads}, MeanFlow's metric" if row["metric"] == "adaptive" else heads
+            points.setdefault(line, {})[name] = row[score], row.get(f"{score}_sd")
+        points = {line: dict(sorted(of.items(), reverse=True)) for line, of in points.items()}  # two heads first
         title = f"Two heads and one at the same times and cost, {nfe} pass{'es' * (nfe > 1)}"
-        archive.write_picture(
-            files[-1], chart.dots(title, f"{arm.WORDS[score]}, mean and deviation over seeds", points)
-        )
-    return files
+        drawn[f"fair-nfe{nfe}"] = chart.dots(title, arm.axis(score), points)
+    return drawn
 
 
-PLAN = Plan("Two heads and one, at the same law of times and equal counted cost (ours)", cells, table, draw)
+PLAN = Plan("Two heads and one, at the same law of times and equal counted cost (ours)", cells, table, charts=charts)

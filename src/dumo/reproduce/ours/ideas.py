@@ -34,7 +34,7 @@ def quarter(law: str) -> str:
 
 
 TIMES, QUARTER = "MeanFlow's times, logit-normal(-0.4, 1)", "jumps on a quarter of the rows"
-BOTH, ALONG = "the last two together", "du/dt along the net's own v"
+BOTH, ALONG = "MeanFlow's times, jumps on a quarter", "du/dt along the net's own v"
 IDEAS: dict[str, tuple[str, ...]] = {
     "base": (),
     "the paper's times, Beta(2.4, 2.4)": ('objective.times={"kind": "beta", "a": 2.4, "b": 2.4}',),

@@ -4,10 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from PIL import Image
 
 from dumo.config.load import load
 from dumo.io import archive, picture
+from dumo.report import figure
 from dumo.reproduce.plan import Cell, Finished, Plan
 from dumo.run.sample import sample
 from dumo.sampling import generate
@@ -42,16 +43,17 @@ def table(done: list[Finished]) -> list[dict[str, Any]]:
 
 
 def draw(done: list[Finished], folder: Path) -> list[Path]:
-    """One row of panels in the paper's layout: grey truth, red one-step samples."""
-    panels: dict[str, torch.Tensor] = {}
+    """A panel per cell as the paper's: grey truth, red one-step samples; and at the end what the colours are."""
+    real, _ = done[0].opened.run.data.open().reference(4000, 0)
+    panels: dict[str, Image.Image] = {}
     for one in done:
         ratio, mmd2 = one.cell.labels["velocity_ratio"], one.report["results"][0]["mmd2"]
-        title = "DuMo" if ratio is None else f"MeanFlow, ratio {ratio}"
-        c = generate.labels(2000, 0)
-        panels[f"{title}\nMMD² = {mmd2:.2g}"] = sample(one.opened, nfe=1, c=c).x
-    real, _ = done[0].opened.run.data.open().reference(4000, 0)
+        title = "DuMo" if ratio is None else f"MeanFlow, velocity ratio {ratio:g}"
+        made = sample(one.opened, nfe=1, c=generate.labels(2000, 0)).x
+        panels[f"{title}\nMMD² {mmd2:.2g}"] = picture.scatter(real, {"": made})
+    panels["grey: data\nred: samples of one pass"] = picture.scatter(real, {"": real[:0]})
     path = folder / "fig3.png"
-    archive.write_picture(path, picture.scatter(real, panels))
+    archive.write_picture(path, figure.gathered(panels, 4))
     return [path]
 
 

@@ -1,10 +1,10 @@
 """Figure 4a: how much to spend on the velocity. DuMo weighs its loss on every row, MeanFlow sets rows aside for it."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from dumo.io import archive
+from PIL import Image
+
 from dumo.reproduce import arm, chart
 from dumo.reproduce.arm import Arm
 from dumo.reproduce.plan import Cell, Finished, Plan
@@ -39,20 +39,17 @@ def table(done: list[Finished]) -> list[dict[str, Any]]:
     return [row | {"paper_best_fid_b2_10k": PAPER[row["objective"]]} for row in arm.averaged(done)]
 
 
-def draw(done: list[Finished], folder: Path) -> list[Path]:
+def charts(table: list[dict[str, Any]]) -> dict[str, Image.Image]:
     """Two curves, share on the velocity to the right, distance upwards."""
-    rows = table(done)
-    measure = arm.measure(rows[0])
+    score = arm.measure(table[0])
     points: dict[str, list[tuple[float, float, float | None]]] = {}
-    for row in rows:
-        name = f"{row['objective']}, " + (
-            "β of its loss" if row["objective"] == "DuMo" else "velocity ratio of its rows"
-        )
-        points.setdefault(name, []).append((row["share_on_velocity"], row[measure], row[f"{measure}_sd"]))
-    path = folder / "fig4a.png"
-    title = f"Share on the velocity, {done[0].cell.spec.data.kind}, one pass"
-    archive.write_picture(path, chart.curves(title, "share on the velocity", arm.WORDS[measure], points))
-    return [path]
+    for row in table:
+        of = "β of its loss" if row["objective"] == "DuMo" else "velocity ratio of its rows"
+        point = row["share_on_velocity"], row[score], row.get(f"{score}_sd")
+        points.setdefault(f"{row['objective']}, {of}", []).append(point)
+    return {"fig4a": chart.curves("Share on the velocity, one pass", "share on the velocity", arm.axis(score), points)}
 
 
-PLAN = Plan("Share on the velocity: beta of DuMo, velocity ratio of MeanFlow, one pass (Fig. 4a)", cells, table, draw)
+PLAN = Plan(
+    "Share on the velocity: beta of DuMo, velocity ratio of MeanFlow, one pass (Fig. 4a)", cells, table, charts=charts
+)

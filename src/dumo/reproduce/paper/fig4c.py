@@ -6,10 +6,11 @@ A large theta_1 moves mass to the noise, a large theta_2 to the data; equal ones
 from collections.abc import Iterator
 from itertools import product
 from math import log
-from pathlib import Path
 from typing import Any
 
-from dumo.io import archive
+from PIL import Image
+
+from dumo.report.word import MERITS, word
 from dumo.reproduce import arm, chart
 from dumo.reproduce.arm import Arm
 from dumo.reproduce.plan import Cell, Finished, Plan
@@ -42,14 +43,12 @@ def table(done: list[Finished]) -> list[dict[str, Any]]:
     ]
 
 
-def draw(done: list[Finished], folder: Path) -> list[Path]:
+def charts(table: list[dict[str, Any]]) -> dict[str, Image.Image]:
     """The grid, theta_1 to the right, theta_2 upwards, in colours and numbers; the lowest is bold."""
-    rows = list(arm.averaged(done))
-    values = {(row["theta_1"], row["theta_2"]): log(row[arm.measure(row)]) for row in rows}
-    path, measure = folder / "fig4c.png", arm.WORDS[arm.measure(rows[0])]
-    title = f"t ~ Beta(θ₁, θ₂), {done[0].cell.spec.data.kind}, one pass"
-    archive.write_picture(path, chart.heat(title, "θ₁", "θ₂", values, f"log of the {measure}"))
-    return [path]
+    score = arm.measure(table[0])
+    values = {(row["theta_1"], row["theta_2"]): log(row[score]) for row in table}
+    scale = f"log of the {word(MERITS, score).title} (lower is better)"
+    return {"fig4c": chart.heat("t ~ Beta(θ₁, θ₂), one pass", "θ₁", "θ₂", values, scale)}
 
 
-PLAN = Plan("Law of times: Beta(theta_1, theta_2), one pass (Fig. 4c)", cells, table, draw)
+PLAN = Plan("Law of times: Beta(theta_1, theta_2), one pass (Fig. 4c)", cells, table, charts=charts)

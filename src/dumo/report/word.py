@@ -1,0 +1,138 @@
+"""The words of a report: what a measured number is called, which way is better, and what it says.
+
+Nothing that a file of numbers calls a thing stands on the page by that key: what has no words here is at least spaced.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+LOWER, HIGHER = "lower is better", "higher is better"
+
+
+@dataclass(frozen=True)
+class Word:
+    """A title for the head of a column, which way is better, and a sentence."""
+
+    title: str
+    better: str = ""
+    meaning: str = ""
+
+
+MERITS = {
+    "fd_grey": Word(
+        "Fréchet distance in a PNG",
+        f"{LOWER}; not FID",
+        "how far samples are from the data, clamped and rounded to 17 grey levels as a PNG holds them, on the features "
+        "of dumo’s own classifier of digits. 0 is equal.",
+    ),
+    "fd": Word(
+        "Fréchet distance",
+        f"{LOWER}; not FID",
+        "how far samples are from the data on the features of dumo’s own classifier of these images. 0 is equal.",
+    ),
+    "kid": Word(
+        "kernel distance",
+        f"{LOWER}; not FID",
+        "on the same features, unbiased, so about 0 where nothing differs; ± is its spread over subsets.",
+    ),
+    "precision": Word("precision", HIGHER, "share of the samples that lie where the data are."),
+    "recall": Word(
+        "recall", HIGHER, "share of the data that lie where the samples are. It falls when kinds of images go missing."
+    ),
+    "accuracy": Word(
+        "class accuracy", HIGHER, "share of the samples that the classifier reads as the class they were asked for."
+    ),
+    "auc": Word(
+        "SVM two-sample AUC",
+        f"{LOWER}, down to 0.5",
+        "how well a support vector machine tells samples, as a PNG holds them, from real digits that it has not seen: "
+        "0.5 is chance, 1 is always. It reads pixels and no features.",
+    ),
+    "pixel_fd": Word(
+        "Fréchet distance of pixels",
+        f"{LOWER}; not FID",
+        "of the pixels themselves, as a PNG holds them, with no network in between.",
+    ),
+    "copies": Word(
+        "copies", LOWER, "share of the samples that are a training image again: far nearer to it than to the next."
+    ),
+    "mmd2": Word(
+        "MMD²",
+        LOWER,
+        "squared maximum mean discrepancy, unbiased, of Gaussian kernels of five widths. Scatter about 0 is equal.",
+    ),
+    "fid": Word("FID", LOWER, "Fréchet distance on the features of Inception, as the protocol fixes them."),
+    "sfid": Word("sFID", LOWER, "the same on features that keep the place in the image."),
+    "is": Word("Inception Score", HIGHER, "from Inception’s answers alone, whatever the data are."),
+}
+BEFORE = Word(
+    "before rounding", f"{LOWER}; not FID", "the same for the samples as the net makes them."
+)  # fd by fd_grey
+REAL = "baseline: real vs real"
+BASELINES = {
+    "halves": Word(REAL, meaning="two random halves of the data, compared with each other; mean ± spread."),
+    "bootstrap": Word(
+        f"{REAL}, redrawn",
+        meaning="as many rows as there are samples, drawn from the data with replacement, compared with the data: the "
+        "lowest that so few samples can reach.",
+    ),
+    "noise": Word("noise", meaning="what plain noise would have in place of samples."),
+    "null": Word(REAL, meaning="two independent draws of the data, compared with each other; mean ± spread."),
+}
+WATCHED = {
+    "apart": Word(
+        "heads apart",
+        meaning="mean square of v̂ − (û + t dû/dt), with the derivative along the target v★, as the loss has it. It "
+        "does not vanish, for v★ scatters about the velocity, and t dû/dt with it. It starts at 0, where both heads "
+        "do. Healthy if it then levels off; where u blows up, so does it.",
+    ),
+    "beyond": Word(
+        "residuals beyond ±1",
+        meaning="share of the entries of û − u★ that a clamp at 1 would cut, as some methods have it and this one has "
+        "not. A third is usual near t = 0, where the target holds noise that nothing can tell. Healthy if it is less "
+        "towards t = 1, and does not grow in training.",
+    ),
+    "cosine of v,u": Word(
+        "cosine of v and u",
+        meaning="between the gradients of the two losses, over the weights that both reach, on one batch. Above 0 a "
+        "step for one head helps the other (the paper’s App. D); lastingly below, they are at odds.",
+    ),
+    "drift": Word(
+        "drift of the endpoint",
+        meaning="mean square of its change along the net’s own velocity, per unit of time; of DuMo, of v̂ − (û + t "
+        "dû/dt) without the scatter. 0 if what the net reads is of one flow, and at the start, where all of it is 0. "
+        "Healthy if it rises, falls again, and ends far below the mean square of the velocity, about 1.",
+    ),
+}
+STATES = {"untrained": "As good as untrained", "far": "Not yet like the data"}  # as an evaluation calls them
+METHODS = {
+    "alpha_flow": "α-Flow",
+    "consistency": "consistency training",
+    "dumo": "DuMo",
+    "facm": "FACM",
+    "flow_matching": "flow matching",
+    "imf": "improved MeanFlow",
+    "imm": "IMM",
+    "meanflow": "MeanFlow",
+    "rcgm": "RCGM",
+    "sct": "sCT",
+    "several": "several losses",
+    "shortcut": "Shortcut",
+    "soflow": "SoFlow",
+    "split_meanflow": "SplitMeanFlow",
+    "tvm": "TVM",
+    "twinflow": "TwinFlow",
+    "ucgm": "UCGM",
+}
+NETS = {"dit": "diffusion transformer", "mlp": "perceptron", "unet": "U-Net"}
+
+
+def word(words: Mapping[str, Word], key: str) -> Word:
+    """The words for a key; its own, spaced, where there are none."""
+    return words.get(key) or Word(key.replace("_", " "))
+
+
+def merits(columns: list[str]) -> dict[str, Word]:
+    """The words for the columns of a table; `fd` beside `fd_grey` is the same before rounding."""
+    found = {key: word(MERITS, key) for key in columns}
+    return found | ({"fd": BEFORE} if {"fd", "fd_grey"} <= found.keys() else {})
