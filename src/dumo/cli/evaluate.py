@@ -54,7 +54,8 @@ def evaluate(
         show_table(f"{report['run']} at step {report['step']:,}, protocol {report['protocol']}", rows)
         for name, value in report["baselines"].items():
             facts = ", ".join(f"{key} {number:.4g}" for key, number in value.items())
-            out.print(f"baseline, real vs real ({name}): {facts}")
+            what = "noise vs real" if name == "noise" else f"real vs real ({name})"
+            out.print(f"baseline, {what}: {facts}")
     out.print(report["file"], soft_wrap=True)
 
 
