@@ -81,7 +81,7 @@ class TrainedRun:
 
     def sample(
         self,
-        classes: int | Sequence[int] | None = None,
+        classes: int | str | Sequence[int | str] | None = None,
         count: int | None = None,
         *,
         nfe: int | None = None,
@@ -91,11 +91,14 @@ class TrainedRun:
     ) -> Sample:
         """Make samples, float32 on the CPU: images (n, channels, height, width) in [-1, 1], or points (n, 2).
 
-        `classes` are taken in turn (None: all of them, from 0), `count` is n: as many as classes are given, else 100.
-        `nfe` is the number of network passes; it, seed and solver are the run's own unless given. Sample i depends on
-        seed, class and i alone. Raises UserError for a class, solver or nfe out of range.
+        `classes`, numbers or names, are taken in turn (None: all of them). `count` is n: as many as classes are given,
+        else 100. `nfe` is the number of network passes; it, seed and solver are the run's own unless given. Sample i
+        depends on seed, class and i alone. Raises UserError for a class, solver or nfe out of range.
         """
-        only = [classes] if isinstance(classes, int) else None if classes is None else [int(c) for c in classes]
+        named = [classes] if isinstance(classes, int | str) else classes
+        only = (
+            None if named is None else [self.spec.class_index(c if isinstance(c, str) else str(int(c))) for c in named]
+        )
         if only == []:
             raise UserError("classes is empty: name at least one, or leave it out for all of them")
         c = labels(count if count is not None else len(only or range(COUNT)), self.spec.data.classes, only)
