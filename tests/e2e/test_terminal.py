@@ -134,7 +134,7 @@ def test_completion(tmp_path: Path) -> None:
     assert completed("dumo tr") == ["train"]
     assert completed("dumo train moons-m") == ["moons-meanflow"]
     assert completed("dumo train runs/") == []  # the shell completes files
-    home = {"HOME": tmp_path}
+    home = {"HOME": tmp_path, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}  # not what shell the tests run in
     done = finish(command("--install-completion", "bash", env=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
     assert done.code == 0, done
     assert "_DUMO_COMPLETE" in "".join(p.read_text() for p in tmp_path.rglob("*") if p.is_file())
