@@ -50,7 +50,8 @@ def show_lines(lines: Iterable[tuple[str, str]]) -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for line in lines:
         table.add_row(*line)
-    out.print(table)
+    if table.row_count:
+        out.print(table)
 
 
 def show_table(title: str, rows: list[dict[str, Any]]) -> None:

@@ -558,8 +558,8 @@ def test_trajectories_are_drawn_and_judged(tmp_path: Path, monkeypatch: pytest.M
     assert keys == list(product(("DuMo", "MeanFlow"), (0, 2, 3), "uv", (1, 2)))
     for one in done:
         last = [row for row in table if row["objective"] == one.cell.labels["objective"] and row["step"] == 3]
-        own = [row["fd"] for row in one.report["results"]]
-        assert [row["fd"] for row in last if row["reading"] == "u"] == own
+        own = [row["fd_grey"] for row in one.report["results"]]
+        assert [row["fd_grey"] for row in last if row["reading"] == "u"] == own
     files = fig5.draw(done, tmp_path / "out")
     assert files[0].name == "fig5.png"
     assert len(files) == len(set(files)) == 1 + 2 * (3 * 2 + 1 + 2)
