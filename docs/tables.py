@@ -18,37 +18,52 @@ PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n\n).*?(?P<end>\
 Row = dict[str, Any]
 
 
-def by_objective(results: Row) -> list[list[Row]]:
-    """The rows of each objective, of 1, 2 and 4 passes; the smallest `fd_grey` in one pass first.
+def grouped(results: Row, *keys: str) -> list[list[Row]]:
+    """The rows that agree in these keys, one for each number of passes, in their order.
 
     Adds the spread of `fd_grey` over the seeds, which is in the cells.
     """
-    found: dict[str, list[Row]] = {}
+    found: dict[tuple[Any, ...], list[Row]] = {}
     for row in results["table"]:
-        found.setdefault(row["objective"], []).append(row)
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
     cells: dict[str, list[Row]] = {}
     for cell in results["cells"]:
         cells.setdefault(cell["cell"].rpartition("-")[0], []).append(cell)
     for own, seeds in zip(found.values(), cells.values(), strict=True):
         for row in own:
-            values = [one["fd_grey"] for seed in seeds for one in seed["results"] if one["nfe"] == row["nfe"]]
-            assert abs(sum(values) / len(values) - row["fd_grey"]) < 1e-9, row["objective"]
-            row["fd_grey_sd"] = stdev(values)
-    return sorted(found.values(), key=lambda own: own[0]["fd_grey"])
+            if "fd_grey" in row:
+                values = [one["fd_grey"] for seed in seeds for one in seed["results"] if one["nfe"] == row["nfe"]]
+                assert abs(sum(values) / len(values) - row["fd_grey"]) < 1e-9, own
+                row["fd_grey_sd"] = stdev(values)
+    return [*found.values()]
+
+
+def by_objective(results: Row) -> list[list[Row]]:
+    """The rows of each objective; the smallest `fd_grey` in one pass first."""
+    return sorted(grouped(results, "objective"), key=lambda own: own[0]["fd_grey"])
+
+
+def spread(rows: list[Row], *keys: str, digits: int = 2) -> list[str]:
+    """Mean and standard deviation over the seeds, of each key in each row, as cells that do not break."""
+    return [f"{row[key]:.{digits}f}&nbsp;±&nbsp;{row[f'{key}_sd']:.{digits}f}" for key in keys for row in rows]
+
+
+def line(cells: list[str]) -> str:
+    """A row of a table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def zoo(results: Row) -> Iterator[str]:
     """Every objective: what it cost, and its measures in 1, 2 and 4 passes."""
     head = ["", "steps", "F per step", "FD, 1 pass", "2", "4", "raw FD, 1 pass", "2", "4"]
-    yield f"| {' | '.join([*head, 'KID · 10³, 1, 2, 4', 'recall, 1, 2, 4'])} |"
+    yield line([*head, "KID · 10³, 1, 2, 4", "recall, 1, 2, 4"])
     yield "|" + "---|" * (len(head) + 2)
     for own in by_objective(results):
         name, steps, cost = (own[0][key] for key in ("objective", "steps", "F_per_step"))
-        distances = [f"{row[key]:.2f}&nbsp;±&nbsp;{row[f'{key}_sd']:.2f}" for key in ("fd_grey", "fd") for row in own]
         kid = ", ".join(f"{round(1000 * row['kid'])}".replace("-", "−") for row in own)
         recall = ", ".join(f"{row['recall']:.2f}" for row in own)
-        cells = [f"**{name}**" if name == "DuMo" else name, f"{steps:,}", f"{cost:.2f}", *distances, kid, recall]
-        yield f"| {' | '.join(cells)} |"
+        cells = [f"**{name}**" if name == "DuMo" else name, f"{steps:,}", f"{cost:.2f}"]
+        yield line([*cells, *spread(own, "fd_grey", "fd"), kid, recall])
 
 
 def far(results: Row) -> Iterator[str]:
@@ -66,9 +81,50 @@ def front(results: Row) -> Iterator[str]:
         if (name := own[0]["objective"]) in FRONT:
             kind, cost = FRONT[name]
             cells = [f"{row['fd_grey']:.2f}±{row['fd_grey_sd']:.2f}" for row in own] + [f"{own[0]['recall']:.2f}"]
-            yield f"| `{kind}` | {cost} | {' | '.join(cells)} |"
+            yield line([f"`{kind}`", cost, *cells])
 
 
+def heads(results: Row) -> Iterator[str]:
+    """DuMo with a third head and without, beside what the paper reports."""
+    yield line(["heads", "FD, 1 pass", "2", "4", "raw FD, 1 pass", "2", "4", "the paper's FID in one pass (XL/2)"])
+    yield "|" + "---|" * 8
+    for name, fid in PAPER.items():
+        (own,) = [rows for rows in by_objective(results) if rows[0]["objective"] == name]
+        yield line([name, *spread(own, "fd_grey", "fd"), fid])
+
+
+def ideas(results: Row) -> Iterator[str]:
+    """Ideas of ours by number of passes: as a file holds them first, where that was measured."""
+    keys = [key for key in ("fd_grey", "fd") if key in results["table"][0]]
+    head = [name for key in keys for name in (("raw FD" if key != keys[0] else "FD") + ", 1 pass", "2")]
+    yield line(["idea", "steps", "F per step", *head, "recall, 1 pass", "2"])
+    yield "|" + "---|" * (len(head) + 5)
+    for own in grouped(results, "idea"):
+        cells = [own[0]["idea"], f"{own[0]['steps']:,}", f"{own[0]['F_per_step']:.2f}"]
+        digits = 2 if len(keys) == 2 else 1
+        yield line([*cells, *spread(own, *keys, digits=digits), *(f"{row['recall']:.2f}" for row in own)])
+
+
+def fair(results: Row) -> Iterator[str]:
+    """Two heads and one, under the same laws of time."""
+    yield line(
+        ["law of $t$", "jumps", "on", "far", *(f"{n}, {k}" for k in ("1 pass", "2") for n in ("two heads", "one head"))]
+    )
+    yield "|" + "---|" * 8
+    found: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for own in grouped(results, "law", "jumps", "rows", "heads", "metric"):
+        row = own[0]
+        on = {"all": "all rows"}.get(row["rows"], row["rows"]) + (
+            ", MeanFlow's metric" if row["metric"] != "l2" else ""
+        )
+        far = f"{100 * row['far']:.1f} %" if row["far"] > 1e-4 else f"{100 * row['far']:.4f} %"
+        found.setdefault((row["law"], row["jumps"], on, far), {})[row["heads"]] = spread(own, "fd_grey")
+    for arm, cells in found.items():
+        yield line([*arm, *(cells.get(n, ["", ""])[k] for k in (0, 1) for n in ("two", "one"))])
+
+
+# of the paper, Sec. 4.3 and Tab. 1: FID of XL/2, of 432 and 424 epochs
+PAPER = {"DuMo": "2.60", "DuMo + MeanFlow": "2.84", "DuMo + Shortcut": "4.73"}
 # of the README: the kind, and what a step costs by docs/objectives/index.md, to which a test holds it
 FRONT = {
     "DuMo": ("dumo", "4 F"),
@@ -81,6 +137,10 @@ TABLES = {
     "zoo": ("zoo", zoo),
     "zoo-far": ("zoo", far),
     "front": ("zoo", front),
+    "heads": ("zoo", heads),
+    "ideas": ("ours", ideas),
+    "ideas-latents": ("ours-latents", ideas),
+    "fair": ("fair", fair),
 }  # by name: the file, and what is made of it
 
 
