@@ -52,11 +52,19 @@ def evaluate(
     else:
         rows = [*report["results"], *report["contrast"]]
         show_table(f"{report['run']} at step {report['step']:,}, protocol {report['protocol']}", rows)
+        first = next(key for key in rows[0] if key not in ("nfe", "solver"))
         for name, value in report["baselines"].items():
-            facts = ", ".join(f"{key} {number:.4g}" for key, number in value.items())
             what = "noise vs real" if name == "noise" else f"real vs real ({name})"
-            out.print(f"baseline, {what}: {facts}")
+            out.print(f"baseline, {what}: {spelt(value, first)}", soft_wrap=True)
     out.print(report["file"], soft_wrap=True)
+
+
+def spelt(baseline: dict[str, float], first: str) -> str:
+    """A baseline in words; its mean and sd are of the first score."""
+    found = {{"mean": first, "sd": f"{first}_sd"}.get(key, key): value for key, value in baseline.items()}
+    told = {key: value for key, value in found.items() if key != "splits" and not key.endswith("_sd")}
+    spread = {key: f" ± {found[f'{key}_sd']:.2g}" for key in told if f"{key}_sd" in found}
+    return ", ".join(f"{key} {value:.3g}{spread.get(key, '')}" for key, value in told.items())
 
 
 def compare(
