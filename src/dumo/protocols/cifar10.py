@@ -120,7 +120,7 @@ class CifarProtocol(Spec):
         return score
 
     def baselines(self, reference: Reference) -> dict[str, Scores]:
-        """The Fréchet distance where nothing is wrong, in halves and resamples of the data (`distances`)."""
+        """The Fréchet distance, real vs real, in halves and resamples of the data (`distances`)."""
         return distances(learned(reference.x), self.samples, KIND)
 
 

@@ -43,7 +43,7 @@ class Evaluator(Protocol):
         ...
 
     def baselines(self) -> dict[str, Scores]:
-        """The first of the scores where nothing is wrong: its `mean` and `sd`, by what it is measured between."""
+        """The first of the scores, real vs real: its `mean` and `sd`, by what it is measured between."""
         ...
 
 
@@ -138,7 +138,7 @@ def in_turn(samples: int, classes: int) -> Int64[Tensor, " n"]:
 
 
 def distances(real: Float[Tensor, "n f"], samples: int, kind: str) -> dict[str, Scores]:
-    """The Fréchet distance of features where nothing is wrong: mean and sd over `SPLITS` draws, keyed by `kind`.
+    """The Fréchet distance of features, real vs real: mean and sd over `SPLITS` draws, keyed by `kind`.
 
     `halves`: between random halves of the data. `bootstrap`: from `samples` of its rows, drawn with replacement, to
     the data: the floor of a score.
