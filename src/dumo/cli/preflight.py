@@ -80,7 +80,7 @@ def show(
         ("parameters", f"{facts['parameters']:,}"),
         ("one pass", f"{facts['forward_flops_per_image'] / 2e9:.4g} G multiply-adds per sample"),
         ("one step", f"{facts['forward_units_per_step']:.2f} F (forward units, counted; a backward pass is 2 F)"),
-        *([("slope", f"dual, {way['name']}: {way['why']}")] if way else []),
+        *([("slope", f"dual, {way['text']}: {way['why']}")] if way else []),
         *unknown_classes(spec),
         ("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows"),
         ("guidance scale", f"{scale:.3g} in training (1 is none)"),

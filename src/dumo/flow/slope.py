@@ -108,6 +108,15 @@ class Way(NamedTuple):
     name: Literal["tape", "ride", "pass"]
     why: str
 
+    @property
+    def text(self) -> str:
+        """The name in words."""
+        return {
+            "tape": "after the training pass, from its activations",
+            "ride": "along with the training pass",
+            "pass": "by a pass of its own",
+        }[self.name]
+
 
 class DualSlope(Linearization):
     """Exact, by dual numbers (`dumo.autodiff.dual`, ours): the tangent rides on the pass with gradients, for one pass

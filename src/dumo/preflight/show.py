@@ -22,7 +22,7 @@ def show(run: Run) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in net.parameters()),
         "forward_flops_per_image": cost.forward_flops(net, run.objective, run.data.shape),
         "forward_units_per_step": cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref),
-        "slope": way and way._asdict(),
+        "slope": way and {**way._asdict(), "text": way.text},
         "far": far(run) if jumps else None,
         "guidance_scale": run.guided.scale,
     }

@@ -16,7 +16,7 @@ def lines(facts: Mapping[str, Any]) -> Iterator[Line]:
     yield "outputs", shapes(facts["heads"]) + (f"; {facts['tokens']} tokens" if facts["tokens"] else "")
     yield "one pass", f"{facts['forward_flops_per_image'] / 2e9:,.4g} G multiply-adds per sample"
     way = facts["slope"]
-    yield "one step", f"{facts['forward_units_per_step']:.2f} F" + (f"; slope dual, {way['name']}" if way else "")
+    yield "one step", f"{facts['forward_units_per_step']:.2f} F" + (f"; slope dual, {way['text']}" if way else "")
     epochs = f", {number(facts['epochs'])} epochs" if facts["epochs"] else ""
     yield "in all", f"{train['steps']:,} steps of {train['batch']:,}: {facts['images']:,} images{epochs}"
     yield "work", f"{number(facts['flops'] / 1e15)} PFLOP, two to a multiply-add"
