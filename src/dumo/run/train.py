@@ -6,7 +6,6 @@ evaluation.json, report.html with its pictures in report/.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -15,9 +14,6 @@ from dumo import dist
 from dumo.config.advice import advice
 from dumo.config.spec import Run
 from dumo.data.store import some
-from dumo.flow.path import Path as PathSpec
-from dumo.nets import Net
-from dumo.objectives import Objective
 from dumo.preflight import cost, doctor
 from dumo.progress import Bar, no_bar
 from dumo.run import deviation, teacher
@@ -87,8 +83,7 @@ def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.dev
     many = f"{size:,} {what}" if size is not None else f"{what} drawn anew"
     names = f": {some(run.class_names)}" if run.class_names else ""
     classes = f" in {run.data.classes} classes{names}" if run.data.classes else ""
-    said = run.net, run.objective, run.path, run.data.shape, run.data.classes, run.train.ref
-    units = units_of(*said)  # pyright: ignore[reportArgumentType], frozen specs have a hash
+    units = cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     return (
         f"training {folder} on {here}{f' ({torch.cuda.get_device_name(here)})' if here.type == 'cuda' else ''}: "
         f"data {run.data.kind} ({many}{classes}), "
@@ -96,16 +91,6 @@ def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.dev
         f"{units:.2f} F a step (1 F: one forward pass), "
         f"steps {step:,} to {run.train.steps:,} of {run.train.batch:,} {what}"
     )
-
-
-@cache
-def units_of(
-    net: Net, objective: Objective, path: PathSpec, shape: tuple[int, ...], classes: int, ref: cost.Theta
-) -> float:
-    """What a step costs in forward passes: counted once in a process that trains many runs of the same net."""
-    with torch.device("meta"):
-        outline = net.build(objective.needs, shape, classes)
-    return cost.forward_units(outline, objective, path, shape, ref=ref)
 
 
 @dataclass(frozen=True)
