@@ -9,8 +9,9 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import stdev
 from typing import Any
+
+from dumo.reproduce.arm import respread
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "src/dumo/recipes/results"
@@ -19,22 +20,11 @@ Row = dict[str, Any]
 
 
 def grouped(results: Row, *keys: str) -> list[list[Row]]:
-    """The rows that agree in these keys, one for each number of passes, in their order.
-
-    Adds the spread of `fd_grey` over the seeds, which is in the cells.
-    """
+    """The rows that agree in these keys, one for each number of passes, in their order, with all spreads."""
     found: dict[tuple[Any, ...], list[Row]] = {}
-    for row in results["table"]:
+    for stored, row in zip(results["table"], respread(results), strict=True):
+        assert abs(stored["fd"] - row["fd"]) + abs(stored.get("fd_grey", 0) - row.get("fd_grey", 0)) < 1e-9, stored
         found.setdefault(tuple(row[key] for key in keys), []).append(row)
-    cells: dict[str, list[Row]] = {}
-    for cell in results["cells"]:
-        cells.setdefault(cell["cell"].rpartition("-")[0], []).append(cell)
-    for own, seeds in zip(found.values(), cells.values(), strict=True):
-        for row in own:
-            if "fd_grey" in row:
-                values = [one["fd_grey"] for seed in seeds for one in seed["results"] if one["nfe"] == row["nfe"]]
-                assert abs(sum(values) / len(values) - row["fd_grey"]) < 1e-9, own
-                row["fd_grey_sd"] = stdev(values)
     return [*found.values()]
 
 

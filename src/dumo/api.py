@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
-from pydantic_core import PydanticSerializationError, to_jsonable_python
+from pydantic_core import PydanticSerializationError
 from torch import nn
 
 from dumo.codecs.scaled import Opened
 from dumo.config import load as config
-from dumo.config.change import override
+from dumo.config.change import override, shown
 from dumo.config.spec import Run
 from dumo.evaluation import evaluate as evaluation
 from dumo.io import picture
@@ -193,7 +192,7 @@ def _told(changes: Changes | None) -> list[str]:
 
     def text(name: str, value: object) -> str:
         try:
-            return yaml.safe_dump(to_jsonable_python(value), default_flow_style=True)
+            return shown(value)
         except PydanticSerializationError as error:
             raise UserError(f"{name}: {value!r} is no number, text, list or dict") from error
 

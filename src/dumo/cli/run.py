@@ -52,8 +52,7 @@ def encode(
     for line in encode.told(made):
         out.print(line, soft_wrap=True)
     if made.contents and not Path(source).exists():
-        given = {"data.root": folder, "data.codec.kind": codec, "data.images.side": side}
-        fields = [*(f"{name}={value}" for name, value in given.items() if value is not None), *(set_ or [])]
+        fields = [*encode.settings(folder, codec, side), *(set_ or [])]
         words = ["dumo", "train", source, *(word for field in fields for word in ("--set", field))]
         err.print(f"next:  {join(words)}", soft_wrap=True)
 

@@ -2,8 +2,7 @@
 
 from math import log
 
-import yaml
-
+from dumo.config.change import shown
 from dumo.config.tree import Tree
 from dumo.training.ema import Ema
 
@@ -23,7 +22,7 @@ def of_reference(run: Tree) -> list[str]:
     way = f"--set train.ref={decay:g}"
     if decay not in [ema.decay for ema in averages]:
         whole = [ema.model_dump(mode="json") for ema in (*averages, Ema(decay=decay))]
-        way = f"--set 'train.ema={yaml.safe_dump(whole, default_flow_style=True, width=1000).strip()}' {way}"
+        way = f"--set 'train.ema={shown(whole)}' {way}"
     return [
         f"objective '{run.objective.kind}' takes theta^- in its source from an average of the weights, of decay "
         f"{decay:g}; this run takes the weights in training (train.ref: self). As the source:  {way}"

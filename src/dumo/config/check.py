@@ -35,8 +35,7 @@ def check(run: Tree) -> None:
 
 def check_augment(run: Tree) -> None:
     """Refuse augmentation that the net is not told of, or told wrong."""
-    images = run.data.images if isinstance(run.data, Latents) else run.data
-    augment: Edm | None = getattr(images, "augment", None)
+    augment: Edm | None = getattr(run.images, "augment", None)
     if augment and isinstance(run.data, Latents):
         raise UserError("data.images.augment: images are encoded as they are: set data.images.augment=null")
     told, takes = augment.numbers if augment else 0, getattr(run.net, "augment", 0)

@@ -6,7 +6,7 @@ from torch import nn
 
 from dumo.config.error import nearest
 from dumo.config.teacher import Start, Teacher
-from dumo.data import Data, Latents
+from dumo.data import Data, Digits, Images, Latents, Moons
 from dumo.flow.path import Linear, Path
 from dumo.nets import Net
 from dumo.objectives import Objective
@@ -52,9 +52,14 @@ class Tree(Spec):
     evaluate: Evaluation = Field(json_schema_extra=FREE)
 
     @property
+    def images(self) -> Digits | Images | Moons:
+        """The data as they are shown: of latents, the images that are encoded."""
+        return self.data.images if isinstance(self.data, Latents) else self.data
+
+    @property
     def pixels(self) -> tuple[int, ...]:
         """The shape of what is shown: of an image that a codec decodes, else of a sample as the net makes it."""
-        return self.data.images.shape if isinstance(self.data, Latents) else self.data.shape
+        return self.images.shape
 
     @property
     def reads(self) -> Reads:
@@ -64,12 +69,12 @@ class Tree(Spec):
     @property
     def classes_known(self) -> bool:
         """False where they are to be counted, and the data are not there yet: until then there are none."""
-        return getattr(self.data.images if isinstance(self.data, Latents) else self.data, "names", ()) is not None
+        return getattr(self.images, "names", ()) is not None
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """The names of the classes; () where there are none, or they have numbers only."""
-        return getattr(self.data.images if isinstance(self.data, Latents) else self.data, "names", None) or ()
+        return getattr(self.images, "names", None) or ()
 
     def class_name(self, c: int) -> str:
         """What a class is called: its folder's name, else its number."""

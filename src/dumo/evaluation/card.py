@@ -10,7 +10,6 @@ from typing import Any
 
 from dumo import dist
 from dumo.config.spec import Run
-from dumo.data import Latents
 from dumo.io import digest
 from dumo.protocols.evaluator import Evaluator
 from dumo.run import deviation
@@ -36,14 +35,13 @@ MEASURED = (
 def card(opened: RunFolder, evaluator: Evaluator, samples: int) -> Card:
     """The card of a run that is judged as its spec says, by this evaluator."""
     run, file = opened.run, opened.file
-    data = run.data.images if isinstance(run.data, Latents) else run.data
     _, mark, decay = file.stem.partition("ema-")
     return {
         "protocol": run.evaluate.protocol.name,
         "samples": samples,
         "labels": f"i mod {run.data.classes}" if run.data.classes else "none",  # of sample i; others draw at random
         **evaluator.facts,
-        "data": data.model_dump(mode="json"),
+        "data": run.images.model_dump(mode="json"),
         "data_sd": deviation.noted(opened.folder),  # None: of a run from before it was measured
         "path": run.path.model_dump(mode="json"),
         "codec": _codec(opened),

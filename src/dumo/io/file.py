@@ -63,9 +63,7 @@ def locked(path: Path, busy: str | None = None) -> Generator[None, None, None]:
     try:
         yield
     finally:
-        path.unlink(
-            missing_ok=True
-        )  # while it is held: who has opened it already sees that it is gone, and tries again
+        path.unlink(missing_ok=True)  # while it is held: who waits for it sees that it is gone, and makes it again
         lock.release()
 
 

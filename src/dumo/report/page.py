@@ -155,7 +155,7 @@ def class_names(run: Run) -> list[str]:
 
 def data_name(run: Run) -> str:
     """What the data are called: their kind, or the folder that images are in."""
-    images = getattr(run.data, "images", run.data)
+    images = run.images
     return Path(images.root).name.lstrip("$") if images.kind == "images" else run.data.kind
 
 

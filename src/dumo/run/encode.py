@@ -44,19 +44,24 @@ def asked(
 
     Raises UserError where the recipe trains on no latents, or an option is missing.
     """
-    given = {"data.root": out, "data.codec.kind": codec, "data.images.side": side}
-    sets = [*(f"{name}={value}" for name, value in given.items() if value is not None), *overrides]
+    sets = [*settings(out, codec, side), *overrides]
     path = user_path(source, "the source")
     if not path.exists() or (path / FILE).exists() or path.suffix in (".yaml", ".yml"):
         data = load(source, sets).data
         if not isinstance(data, Latents):
             raise UserError(f"{source} trains on data '{data.kind}', not on latents: there is nothing to encode")
         return data
-    if None in given.values():
+    if None in (out, codec, side):
         raise UserError(f"{source} holds images: say by which --codec, of how many pixels --side, and where to, OUT")
     tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": source, "flip": True}}}
     override(tree, sets)
     return parse(Asked, tree).data
+
+
+def settings(out: str | None, codec: str | None, side: int | None) -> list[str]:
+    """What these options set of a recipe, as --set takes it."""
+    given = {"data.root": out, "data.codec.kind": codec, "data.images.side": side}
+    return [f"{name}={value}" for name, value in given.items() if value is not None]
 
 
 def encode(

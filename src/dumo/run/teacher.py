@@ -24,7 +24,7 @@ from dumo.io import digest
 from dumo.io.file import write
 from dumo.io.json import read_json, write_json
 from dumo.io.weights import load
-from dumo.progress import Bar
+from dumo.progress import Bar, say
 from dumo.random import noise
 from dumo.run.folder import open_run
 from dumo.sampling import generate
@@ -93,7 +93,7 @@ def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, di
     with importable(Path.cwd()), explained(teacher, way):
         if dist.is_main():
             where = f" of {file}" if (file := file_of(module)) else ""
-            print(f"teacher.source: this run executes {teacher.source}{where}", file=sys.stderr, flush=True)
+            say(f"teacher.source: this run executes {teacher.source}{where}")
         make: Callable[[Run, torch.device], object] = getattr(importlib.import_module(module), name)
         reads = make(run, device)
     if not isinstance(reads, Reads):
