@@ -53,6 +53,12 @@ def gathered(x: Tensor) -> list[Tensor]:
     return [part[: int(n)].cpu() for part, n in zip(parts, sizes, strict=True)]
 
 
+def barrier() -> None:
+    """Wait for all ranks. Every rank must call it."""
+    if world() > 1:
+        torch.distributed.barrier()
+
+
 def started() -> bool:
     """Whether a process group is there to ask."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

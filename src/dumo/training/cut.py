@@ -1,0 +1,35 @@
+"""Which rows of a batch each pass takes: the batch is shared among ranks, and a rank's share among its passes.
+
+Pieces are consecutive rows, as even as whole groups allow, and all ranks make equally many: one rank that makes two
+passes and two ranks that make one each cut a batch at the same places.
+"""
+
+from itertools import pairwise
+from math import ceil
+
+from dumo.types import UserError
+
+
+def cuts(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: int = 1) -> list[list[slice]]:
+    """The rows of every pass, by rank: at most `micro_batch` of them (None: a rank's all), in whole groups of `group`.
+
+    Raises UserError where the batch is no whole number of groups, a group is more than a pass takes, or there are fewer
+    groups than passes.
+    """
+    if batch % group:
+        raise UserError(f"train.batch = {batch} is no multiple of {group}, the rows that belong together: change it")
+    if micro_batch is not None and micro_batch < group:
+        raise UserError(
+            f"train.micro_batch = {micro_batch} parts {group} rows that belong together: raise it to {group} or more"
+        )
+    groups, most = batch // group, batch if micro_batch is None else micro_batch // group
+    passes = ceil(groups / (most * ranks))
+    if (pieces := ranks * passes) > groups:
+        what = f"{groups} rows" if group == 1 else f"{groups} groups of {group} rows"
+        raise UserError(
+            f"train.batch = {batch} is {what}, too few for {passes} passes on each of {ranks} ranks: raise train.batch, "
+            "or take fewer ranks"
+        )
+    ends = [groups * i // pieces * group for i in range(pieces + 1)]
+    rows = [slice(start, end) for start, end in pairwise(ends)]
+    return [rows[rank * passes : (rank + 1) * passes] for rank in range(ranks)]
