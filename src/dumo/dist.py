@@ -14,6 +14,7 @@ from torch import Tensor
 from dumo import __version__
 from dumo.types import UserError
 
+FIRST = (2, 13)  # the torch whose sharded weights and checkpoints were tried
 
 def rank() -> int:
     """The number of this process, in [0, world)."""
@@ -43,14 +44,14 @@ def gathered(x: Tensor) -> list[Tensor]:
     """This tensor of every rank, by rank, on the CPU; first axes may differ in length. Every rank must call it."""
     if world() == 1:
         return [x.cpu()]
-    here = x.to("cuda" if torch.distributed.get_backend() == "nccl" else "cpu").contiguous()
-    sizes = [torch.tensor(0, device=here.device) for _ in range(world())]
-    torch.distributed.all_gather(sizes, torch.tensor(len(x), device=here.device))
+    here = x.detach().cpu().contiguous()
+    sizes = [torch.tensor(0) for _ in range(world())]
+    torch.distributed.all_gather(sizes, torch.tensor(len(x)))
     longest = max(int(n) for n in sizes)
     padded = torch.cat([here, here.new_zeros(longest - len(x), *x.shape[1:])])
     parts = [torch.empty_like(padded) for _ in sizes]
     torch.distributed.all_gather(parts, padded)
-    return [part[: int(n)].cpu() for part, n in zip(parts, sizes, strict=True)]
+    return [part[: int(n)] for part, n in zip(parts, sizes, strict=True)]
 
 
 def barrier() -> None:
@@ -74,32 +75,44 @@ def alone(work: str) -> None:
     if (world := launched()[1]) > 1:
         raise UserError(
             f"{work} takes one process, and {world} were started (WORLD_SIZE={world}): start it without torchrun; "
-            "only evaluate and encode share their work"
+            "train, sample, evaluate and encode share their work"
         )
+
+
+def require_ranks(what: str) -> None:
+    """Refuse what sharded weights are needed for on a torch that was not tried with them. Raises UserError."""
+    if torch.torch_version.TorchVersion(torch.__version__) < FIRST:
+        needed = ".".join(map(str, FIRST))
+        raise UserError(f"{what} needs torch {needed} or newer, here is {torch.__version__}: pip install -U torch")
 
 
 @contextmanager
 def join() -> Generator[None, None, None]:
     """Meet the processes that torchrun started, each on a GPU of its own where there is one; alone without torchrun.
 
-    Where several ranks must share a GPU they talk through gloo, which nccl would refuse.
+    What is on a GPU goes by nccl, all else by gloo; where ranks must share a GPU, which nccl would refuse, all by gloo.
+    Raises UserError below torch 2.13.
     """
-    if launched()[1] == 1 or started():
+    if (world := launched()[1]) == 1 or started():
         yield
         return
+    require_ranks(f"work on {world} ranks")
     gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
     if gpus:
         torch.cuda.set_device(here % gpus)
     own = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.distributed.init_process_group("nccl" if gpus and own else "gloo")
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus and own else "gloo")
     try:
         yield
+        torch.distributed.barrier()  # nobody leaves while another may still ask
     finally:
         torch.distributed.destroy_process_group()
 
 
 def device(name: str) -> torch.device:
-    """'auto' is the GPU where there is one. Raises UserError for a device that is not there."""
+    """'auto' is the GPU where there is one, a rank's own. Raises UserError for a device that is not there."""
+    if world() > 1 and ":" in name:
+        raise UserError(f"device '{name}' is one for all {world()} ranks: use auto, which gives each its own, or cpu")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -4,14 +4,13 @@ Exit codes: 0 done, 1 failed, 2 what the user gave was wrong, 130 stopped by Ctr
 stdout.
 """
 
-import sys
 from typing import Annotated, NoReturn
 
 import typer
 
 from dumo import __version__
 from dumo.cli import bench, data, evaluate, preflight, run
-from dumo.cli.terminal import err, plain_warnings, stoppable
+from dumo.cli.terminal import err, plain_warnings, rank_0_speaks, stoppable
 
 app = typer.Typer(
     name="dumo",
@@ -57,9 +56,17 @@ app.add_typer(benches, name="bench")
 
 def main() -> NoReturn:
     """Run the command line, and turn every failure into a plain line and an exit code."""
+    with rank_0_speaks() as leave:
+        leave(answered())
+
+
+def answered() -> int:
+    """Run the command that is asked for; its exit code."""
     try:
         with plain_warnings():
             app()
+    except SystemExit as end:  # typer's, always
+        return end.code if isinstance(end.code, int) else 1
     except (ValueError, RuntimeError) as error:  # the two that dumo's own errors derive from
         from dumo.training.step import Diverged
         from dumo.types import UserError
@@ -67,8 +74,8 @@ def main() -> NoReturn:
         if not isinstance(error, UserError | Diverged):
             raise
         err.print(f"error: {error}", soft_wrap=True)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        return 2 if isinstance(error, UserError) else 1
     except OSError as error:  # a full disk, a folder that may not be written to
         err.print(f"error: {error.filename or 'writing'}: {error.strerror}", soft_wrap=True)
-        sys.exit(2)
-    sys.exit(0)
+        return 2
+    return 0

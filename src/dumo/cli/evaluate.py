@@ -27,7 +27,7 @@ def evaluate(
 ) -> None:
     """Judge a trained run by its protocol, with baselines: the same distances between real and real.
 
-    Under torchrun (torchrun --nproc-per-node 2 -m dumo.cli evaluate RUN) the ranks share the work.
+    Under torchrun (torchrun --nproc-per-node 2 -m dumo evaluate RUN) the ranks share the work.
     """
     from dumo import dist
     from dumo.evaluation import evaluate

@@ -1,12 +1,16 @@
 """What the terminal shows: answers on stdout; errors, warnings and how to go on on stderr."""
 
+import os
 import shlex
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import wraps
-from typing import Any
+from io import StringIO
+from typing import Any, NoReturn
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -18,6 +22,9 @@ from dumo.progress import say
 out = Console(markup=False, emoji=False)  # what users typed is shown as they typed it
 err = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
+PATIENCE = 5.0  # seconds that a failed rank gives rank 0 to say the same: ours
+LAST = 30  # lines that it says after that: a traceback's end
+
 
 def stoppable(command: Callable[..., None]) -> Callable[..., None]:
     """The command; Ctrl-C ends it with a line that says how to go on, and exit code 130."""
@@ -27,10 +34,49 @@ def stoppable(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*words, **options)
         except KeyboardInterrupt:
-            say(f"stopped; the same command goes on from what is kept:  {shlex.join(['dumo', *sys.argv[1:]])}")
+            say(f"stopped; the same command goes on from what is kept:  {shlex.join([*started(), *sys.argv[1:]])}")
             raise typer.Exit(130) from None
 
     return run
+
+
+def started() -> list[str]:
+    """How this program was started, in words for a shell."""
+    if "WORLD_SIZE" not in os.environ:
+        return ["dumo"]
+    return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "dumo"]
+
+
+@contextmanager
+def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
+    """Under torchrun what other ranks say is held back, unless one fails and rank 0 does not: then it says why.
+
+    What fails on all ranks is thus said once. torchrun stops the others as soon as one is gone, so they wait a little.
+    Yields how to leave: with an exit code. torch may abort while it takes down what a sharded net leaves behind, after
+    all work is done, so ranks leave at once.
+    """
+    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    own, kept = (sys.stdout, sys.stderr), StringIO()
+
+    def leave(code: int) -> NoReturn:
+        if rank and code:
+            time.sleep(PATIENCE)
+            print(*(f"rank {rank}: {line}" for line in kept.getvalue().splitlines()[-LAST:]), sep="\n", file=own[1])
+        for stream in own:
+            stream.flush()
+        if ranks > 1:
+            os._exit(code)
+        sys.exit(code)
+
+    if rank:
+        sys.stdout, sys.stderr = kept, kept
+    try:
+        yield leave
+    except Exception:
+        if ranks == 1:
+            raise
+        traceback.print_exc()
+        leave(1)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ def measure(source: Source) -> float:
 
 
 def note(folder: Path, source: Source) -> float:
-    """The deviation that stands in the folder; measured and written where none does."""
+    """The deviation that stands in the folder; measured and written where none does. One process alone may do it."""
     if (known := noted(folder)) is None:
         known = measure(source)
         write_json(folder / FILE, {"sd": known, "rows": ROWS})

@@ -75,11 +75,26 @@ def sample(
     solver: Solver | None = None,
     bar: Bar = no_bar,
 ) -> generate.Samples:
-    """One sample per class of c, decoded, image i always from stream (seed, i). Raises as `sample_batches`."""
-    solver = solver or opened.run.sample.solver
+    """One sample per class of c, decoded, image i always from stream (seed, i). Raises as `sample_batches`.
+
+    Several ranks share the work, each must call it, and all of them get all samples.
+    """
+    solver, mine, done = solver or opened.run.sample.solver, list[generate.Batch](), 0
     with bar(f"sampling, {solver.kind} at {nfe}", len(c)) as tick:
-        parts = sample_batches(opened, nfe=nfe, c=c, seed=seed, solver=solver, indices=range(len(c)))
-        return generate.joined(parts, lambda count: tick(count, ""))
+        for part in sample_batches(opened, nfe=nfe, c=c, seed=seed, solver=solver):
+            mine.append(part)
+            done += len(part.x) * dist.world()
+            tick(min(done, len(c)), "")
+    return shared(mine, opened.run.pixels)
+
+
+def shared(mine: Sequence[generate.Batch], pixels: Sequence[int]) -> generate.Samples:
+    """What all ranks made, in the order of their numbers; some may have made none. Every rank must call it."""
+    index = torch.cat([torch.zeros(0, dtype=torch.long), *(part.index for part in mine)])
+    x = torch.cat([torch.zeros(0, *pixels), *(part.x for part in mine)])
+    passes = torch.tensor([part.nfe for part in mine], dtype=torch.long)
+    index, x, passes = (torch.cat(dist.gathered(one)) for one in (index, x, passes))
+    return generate.Samples(x[index.argsort()], int(passes.unique().item()))
 
 
 def check_classes(c: Tensor, classes: int) -> None:
@@ -139,6 +154,8 @@ def export(
     files: list[Path] = []
     for n in nfe:
         made = sample(opened, nfe=n, c=c, bar=bar)
+        if not dist.is_main():
+            continue
         files.append(write(made.x, c, folder / "-".join([chosen.kind, f"nfe{n}", *said]), form, run))
     return files
 

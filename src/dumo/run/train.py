@@ -5,6 +5,7 @@ evaluation.json, report.html with its pictures in report/.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,16 +13,17 @@ import torch
 
 from dumo import dist
 from dumo.config.advice import advice
+from dumo.config.check import check_pieces  # noqa
 from dumo.config.spec import Run
 from dumo.data.store import some
 from dumo.preflight import cost, doctor
 from dumo.progress import Bar, no_bar
 from dumo.run import deviation, teacher
 from dumo.run.folder import begin, held, note
-from dumo.training import checkpoint, log, loop
+from dumo.training import checkpoint, layout, log, loop
+from dumo.training.layout import share_of
 from dumo.training.state import State
-from dumo.training.step import Batch, Record, Task
-from dumo.types import unwrap
+from dumo.training.step import Batch, Record, Task, pieces
 
 
 def train(
@@ -34,15 +36,18 @@ def train(
 ) -> State:
     """Train, or go on where the folder's last checkpoint stands. Returns the state at the end.
 
-    `tell` hears, before the first step, what is trained on what (`outlook`), and what is not as its sources have it.
-    Raises UserError if the folder holds another run or another process trains there, if torchrun started several
-    processes, or if the slope fails its examination, before the first step or on the weights of the first checkpoint;
-    Diverged if the loss is no longer a number.
+    Under torchrun the ranks share the work, each with a part of every batch; every rank must call it, and rank 0 alone
+    writes and tells. `tell` hears, before the first step, what is trained on what (`outlook`), and what is not as its
+    sources have it. Raises UserError if the run does not fit so many ranks, the folder holds another run or another
+    process trains there, or if the slope fails its examination, before the first step or on the weights of the first
+    checkpoint; Diverged if the loss is no longer a number.
     """
-    dist.alone("training")
-    here = dist.device(device)
-    with held(run, folder):
-        return go_on(run, folder, here, bar, tell)
+    rank, ranks = dist.launched()
+    check_pieces(run, ranks)
+    with held(run, folder) if rank == 0 else nullcontext(), dist.join():
+        if rank:
+            bar, tell = no_bar, None
+        return go_on(run, folder, dist.device(device), bar, tell)
 
 
 def go_on(run: Run, folder: Path, here: torch.device, bar: Bar, tell: Callable[[str], None] | None) -> State:
@@ -55,17 +60,21 @@ def go_on(run: Run, folder: Path, here: torch.device, bar: Bar, tell: Callable[[
         tell(outlook(run, folder, source.size, state.step, here))
     if known:
         known.check(folder)
-    log.rewind(folder / "metrics.jsonl", state.step)
-    note(run, folder)
-    sd = deviation.note(folder, source)
-    if tell:
-        for line in advice(run, sd):
-            tell(line)
+    dist.barrier()  # the folder is read by all before it is written
+    if dist.is_main():
+        log.rewind(folder / "metrics.jsonl", state.step)
+        note(run, folder)
+        for line in advice(run, deviation.note(folder, source)):
+            if tell:
+                tell(line)
     if known:
         source = known.begin(source, run, folder, here, bar)
 
+    mine = pieces(run.train, run.objective)
+    rows = slice(mine[0].start, mine[-1].stop)
+
     def batches(step: int) -> Batch:
-        return [part.to(here) for part in source.batch(step, run.train.batch, run.train.seed)]
+        return [part.to(here) for part in source.batch(step, run.train.batch, run.train.seed, rows)]
 
     journal = Journal(run, folder, here)
     journal.open(state)
@@ -85,12 +94,22 @@ def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.dev
     classes = f" in {run.data.classes} classes{names}" if run.data.classes else ""
     units = cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     return (
-        f"training {folder} on {here}{f' ({torch.cuda.get_device_name(here)})' if here.type == 'cuda' else ''}: "
+        f"training {folder} on {where(run, here)}: "
         f"data {run.data.kind} ({many}{classes}), "
         f"net {run.net.kind} ({sum(p.numel() for p in net.parameters()):,} parameters), "
         f"{units:.2f} F a step (1 F: one forward pass), "
         f"steps {step:,} to {run.train.steps:,} of {run.train.batch:,} {what}"
     )
+
+
+def where(run: Run, here: torch.device) -> str:
+    """The device, and how the weights lie on several ranks."""
+    name = f"{here}{f' ({torch.cuda.get_device_name(here)})' if here.type == 'cuda' else ''}"
+    if (ranks := dist.world()) == 1:
+        return name
+    share = share_of(run.train.share, ranks)
+    lie = "each with all weights" if share == 1 else f"the weights in parts over {'all' if share == ranks else share}"
+    return f"{ranks} ranks of {name}, {lie}"
 
 
 @dataclass(frozen=True)
@@ -114,7 +133,7 @@ class Journal:
     def open(self, state: State) -> None:
         """Before the next step: refuse again what was refused at the first checkpoint; the milestone of this step."""
         if 0 < state.step <= self.first:
-            doctor.examine_weights(self.run, unwrap(state.net), self.device).require()
+            self.examine(state)
         if state.step not in checkpoint.milestones(self.folder / "milestones"):
             self.mark(state)
         if state.step == self.run.train.steps:  # there is nothing to do but to keep no more than is asked
@@ -122,7 +141,7 @@ class Journal:
 
     def log(self, state: State, record: Record) -> None:
         """A line of the log, where one is due."""
-        if record.probe or state.step % self.run.train.log_every == 0:
+        if dist.is_main() and (record.probe or state.step % self.run.train.log_every == 0):
             log.append(self.folder / "metrics.jsonl", asdict(record))
 
     def mark(self, state: State, record: Record | None = None) -> None:
@@ -135,8 +154,12 @@ class Journal:
         if state.step % self.first == 0 or state.step == self.run.train.steps:
             self.save(state)
         if state.step == self.first:
-            doctor.examine_weights(self.run, unwrap(state.net), self.device).require()
+            self.examine(state)
 
     def save(self, state: State) -> None:
         """A checkpoint of this step."""
         checkpoint.save(self.folder / "checkpoints", state, self.run.train.keep)
+
+    def examine(self, state: State) -> None:
+        """Refuse a slope that is not the derivative at the weights in training."""
+        doctor.examine_weights(self.run, layout.copy(state.net, self.run.build), self.device).require()

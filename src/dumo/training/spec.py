@@ -17,7 +17,9 @@ class Train(Spec):
 
     steps: int = Field(ge=1, json_schema_extra=FREE)  # in all, resumed ones included; schedules stretch with it
     batch: int = Field(ge=1)  # rows per step, over all ranks
-    accumulate: int = Field(default=1, ge=1)  # pieces a batch is taken in, to save memory; changes rounding
+    micro_batch: int | None = Field(default=None, ge=1, json_schema_extra=FREE)  # rows of a pass on a rank; None: all
+    share: int = Field(default=1, ge=1, json_schema_extra=FREE)  # ranks that hold one copy of the weights between them
+    reshard: bool = Field(default=False, json_schema_extra=FREE)  # gathered weights are given back after each pass
     optimizer: Optimizer = AdamW()
     schedule: Schedule = Constant()
     ema: tuple[Ema, ...] = (Ema(decay=0.9999),)  # App. C.1; the first is sampled and evaluated, the weights if none
@@ -39,8 +41,6 @@ class Train(Spec):
             raise ValueError(f"ema has a decay twice: {decays}")
         if self.ref != "self" and self.ref not in decays:
             raise ValueError(f"ref is the average of decay {self.ref}, but ema has {decays or 'none'}")
-        if self.accumulate > self.batch:
-            raise ValueError(f"a batch of {self.batch} cannot be taken in {self.accumulate} pieces (accumulate)")
         return self
 
     def rate(self, step: int) -> float:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from dumo.training import layout
 from dumo.training.ema import MovingAverage
 from dumo.training.spec import Train
 
@@ -25,7 +26,11 @@ class State:
         return next((average.module for average in self.averages.values()), self.net)
 
 
-def begin(net: nn.Module, spec: Train) -> State:
-    """The state before the first step."""
+def begin(net: nn.Module, spec: Train, device: torch.device | None = None) -> State:
+    """The state before the first step; on several ranks spread over them, as the spec says, each on its `device`."""
     averages = {ema.decay: MovingAverage(ema, net) for ema in spec.ema}
+    mesh = layout.mesh_of(spec.share, device or next(net.parameters()).device)
+    layout.lay(net, mesh, reshard=spec.reshard)
+    for average in averages.values():
+        layout.lay(average.module, mesh, reshard=True)
     return State(net, spec.optimizer(net.parameters()), averages)

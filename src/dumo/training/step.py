@@ -1,14 +1,14 @@
 """One optimizer step, and what is worth knowing of it.
 
-The gradient is that of the mean loss over the global batch. The batch is drawn as a whole and taken in `accumulate`
-pieces, each of which adds the gradient of its sum over the batch size: so the split changes nothing but rounding.
+The gradient is that of the mean loss over the global batch, of which each rank has its rows and takes them in pieces
+(`dumo.training.cut`). A piece adds the gradient of its sum over the batch size, and ranks are added up after the last:
+so the split changes nothing but rounding, and two ranks are one that makes two passes, to the bit.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -19,6 +19,8 @@ from dumo import dist
 from dumo.flow import dropout
 from dumo.flow.draw import draw
 from dumo.flow.reading import reading
+from dumo.training import layout
+from dumo.training.cut import cuts, together
 from dumo.training.probe import Probe, ask
 from dumo.training.spec import Train
 from dumo.training.state import State
@@ -62,55 +64,59 @@ class Record:
 def train_step(state: State, task: Task, batch: Batch, spec: Train, loss: Loss | None = None) -> Record:
     """Update net, optimizer, averages and counters of `state` once, and say what was measured.
 
-    `batch` is the global one, of which each rank takes its rows; `loss` the objective's, compiled, or None for as it
-    is. Where the spec says so, the last piece is probed after the update. Raises Diverged, and updates nothing, if the
-    loss or the norm of its gradient is not finite, and UserError if `spec.ref` is no average of the state.
+    `batch` is this rank's rows of the global one; `loss` the objective's, compiled, or None for as it is. Where the
+    spec says so, the last piece is probed after the update. Every rank must call it. Raises Diverged, and updates
+    nothing, if the loss or the norm of its gradient is not finite, and UserError if `spec.ref` is no average of the
+    state.
     """
-    pieces = Pieces(state, task, batch, spec, loss or task.objective.loss)
+    mine = Pieces(state, task, batch, spec, loss or task.objective.loss)
     times: list[Time] = []
     seen: list[Terms] = []
     state.net.train()
     state.optimizer.zero_grad()
-    for rows in pieces.cuts:
-        b = pieces.draw(rows)
-        terms = pieces.loss_of(b, rows)
-        (terms.loss.sum() / pieces.share).backward()
+    for rows in mine.cuts:
+        layout.reduce_gradients(state.net, now=rows is mine.cuts[-1])
+        b = mine.draw(rows)
+        terms = mine.loss_of(b, rows)
+        (terms.loss.sum() / (spec.batch / dist.world())).backward()  # torch takes the mean over ranks
         times.append(b.t)
         seen.append(detached(terms))
 
     parameters = list(state.net.parameters())
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     t, terms, rate, probed = torch.cat(times), joined(seen), spec.rate(state.step), spec.probes(state.step)
-    record = measure(state, t, terms, images=len(batch[0]), grad_norm=norm.item(), lr=rate)
+    record = measure(state, t, terms, images=spec.batch, grad_norm=layout.whole(norm).item(), lr=rate)
     if not math.isfinite(record.loss + record.grad_norm):
         raise Diverged(diagnose(record, t, values(terms)))
     if spec.clip is not None:
         clip_grads_with_norm_(parameters, spec.clip, norm)
     advance(state, record)
-    return replace(record, probe=pieces.probe(terms.parts)) if probed else record
+    return replace(record, probe=mine.probe(terms.parts)) if probed else record
 
 
 class Pieces:
-    """A step's batch on this rank, in the pieces that it is taken in; keyed by the step at which it was made."""
+    """A rank's part of a step's batch, in the pieces that it is taken in; keyed by the step at which it was made."""
 
     def __init__(self, state: State, task: Task, batch: Batch, spec: Train, loss: Loss) -> None:
-        """Draw nothing yet."""
+        """Draw nothing yet. Raises ValueError where the rows are not those of this rank."""
+        self.cuts = pieces(spec, task.objective)
+        self.first = self.cuts[0].start
         self.x, c, *paired = batch
         self.c, self.z = c, paired[0] if paired else None
+        if len(self.x) != (mine := self.cuts[-1].stop - self.first):
+            raise ValueError(f"here are {len(self.x)} rows, and {mine} of a batch of {spec.batch} are this rank's")
         self.net, self.loss, self.task = state.net, loss, task
-        self.share = len(self.x) // dist.world()
-        self.cuts = list(cut(self.share, spec.accumulate))
-        keyed = {"seed": spec.seed, "step": state.step, "batch": len(self.x)}
+        keyed = {"seed": spec.seed, "step": state.step, "batch": spec.batch}
         self.noised = partial(draw, task.objective, task.path, **keyed, progress=state.step / spec.steps)
         self.autocast = partial(torch.autocast, self.x.device.type, torch.bfloat16, enabled=spec.precision == "bf16")
-        self.keys = dropout.keys(spec.seed, state.step, len(self.x))
+        self.keys = dropout.keys(spec.seed, state.step, spec.batch)
         self.ref = reference(state, spec.ref)
 
     def draw(self, rows: slice) -> Noised:
         """The record of these rows of the global batch."""
-        z = None if self.z is None else self.z[rows]
-        task = self.task
-        return self.noised(self.x[rows], self.c[rows], task.classes, first=rows.start, z=z, teacher=task.teacher)
+        here, task = slice(rows.start - self.first, rows.stop - self.first), self.task
+        z = None if self.z is None else self.z[here]
+        return self.noised(self.x[here], self.c[here], task.classes, first=rows.start, z=z, teacher=task.teacher)
 
     def loss_of(self, b: Noised, rows: slice) -> Terms:
         """The loss of these rows, in the run's precision and under their dropout masks."""
@@ -121,7 +127,9 @@ class Pieces:
         """How the parts and the net's readings agree now, on the last piece."""
         b, rows = self.draw(self.cuts[-1]), self.cuts[-1]
         reads = reading(self.task.objective, self.net)
-        return ask(self.net, reads, parts, b, lambda: self.loss_of(b, rows))
+        found = ask(self.net, reads, parts, b, lambda: self.loss_of(b, rows))
+        layout.release(self.net)
+        return found
 
 
 def reference(state: State, choice: Literal["self"] | float) -> Frozen:
@@ -133,11 +141,10 @@ def reference(state: State, choice: Literal["self"] | float) -> Frozen:
     return Frozen(state.averages[choice].module)
 
 
-def cut(share: int, accumulate: int) -> Iterator[slice]:
-    """This rank's rows of the global batch, `share` in number, in `accumulate` consecutive pieces."""
-    first = dist.rank() * share
-    for start, end in pairwise(first + share * i // accumulate for i in range(accumulate + 1)):
-        yield slice(start, end)
+def pieces(spec: Train, objective: Objective) -> list[slice]:
+    """The rows of the global batch that this rank takes, pass by pass. Raises UserError as `cuts`."""
+    group = together(objective)
+    return cuts(spec.batch, ranks=dist.world(), micro_batch=spec.micro_batch, group=group)[dist.rank()]
 
 
 def detached(terms: Terms) -> Terms:
@@ -199,8 +206,9 @@ def advance(state: State, record: Record) -> None:
 
 
 def diagnose(record: Record, t: Time, values: Mapping[str, PerSample]) -> str:
-    """What is not finite, where, and what to try."""
-    broken = {name: ~value.isfinite() for name, value in values.items() if not value.isfinite().all()}
+    """What is not finite, where, and what to try; of all ranks' rows. Every rank must call it."""
+    t, *columns = (torch.cat(dist.gathered(row)) for row in (t, *values.values()))
+    broken = {name: ~row.isfinite() for name, row in zip(values, columns, strict=True) if not row.isfinite().all()}
     what = ", ".join(broken) or ("the mean loss" if math.isfinite(record.grad_norm) else "the gradient norm")
     rows = torch.stack(list(broken.values())).any(0) if broken else torch.ones_like(t, dtype=torch.bool)
     low, high = t[rows].min().item(), t[rows].max().item()

@@ -1,0 +1,87 @@
+"""How the weights of a run lie on its ranks: by torch's `fully_shard`, in place, on a mesh of copies by shares.
+
+    share 1                every rank holds all weights, gradients are averaged        (replicated, as DDP)
+    share of all ranks     each holds a part, weights are gathered for a pass          (sharded, as FSDP)
+    between                parts within a copy, copies averaged with one another       (hybrid, as HSDP)
+
+One process has no mesh, and its net is left as it is. Little else in dumo knows which of these it meets: parameters
+are then `DTensor`s, which optimizers, averages and clipping take as they take tensors.
+"""
+
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from dumo import dist
+from dumo.types import UserError, unwrap
+
+
+def share_of(asked: int, ranks: int) -> int:
+    """How many ranks hold a copy of the weights between them: `asked`, or all where there are fewer.
+
+    Raises UserError where that does not divide their number.
+    """
+    share = min(asked, ranks)
+    if ranks % share:
+        raise UserError(f"train.share = {share} does not divide {ranks} ranks: take a divisor, such as 1 or {ranks}")
+    return share
+
+
+def mesh_of(share: int, device: torch.device) -> DeviceMesh | None:
+    """All ranks as copies by shares; None for one process. Every rank must call it."""
+    if dist.world() == 1:
+        return None
+    copies = dist.world() // (share := share_of(share, dist.world()))
+    if copies == 1:
+        return init_device_mesh(device.type, (share,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (copies, share), mesh_dim_names=("replicate", "shard"))
+
+
+def lay(net: nn.Module, mesh: DeviceMesh | None, *, reshard: bool) -> None:
+    """Spread a net over a mesh in place, its blocks (`net.blocks`, where it has them) one by one, onto its device.
+
+    Every rank must hold the same numbers. `reshard`: gathered weights are given back after each pass, else after the
+    backward one; of an average, which has none, they always must be, for it is moved as a sharded one.
+    """
+    if mesh is None:
+        return
+    # The net's outputs may be views: no objective changes one in place, of which torch would warn at every pass.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
+    for part in (*getattr(net, "blocks", ()), net):
+        fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
+
+
+def reduce_gradients(net: nn.Module, now: bool) -> None:
+    """Whether the next backward pass ends in a mean over ranks, or adds to this rank's own gradients."""
+    if isinstance(net, FSDPModule):
+        net.set_requires_gradient_sync(now)
+
+
+def release(net: nn.Module) -> None:
+    """Give back what a pass without a backward one has gathered: weights that a later step would not move."""
+    for part in net.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+def whole(x: Tensor) -> Tensor:
+    """A tensor in one piece, on every rank; itself where it is. Every rank must call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def copy(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.Module:
+    """A net of the same numbers, in one piece on every rank, to do with as one likes; `build` makes one of its kind.
+
+    Every rank must call it.
+    """
+    if not isinstance(net, FSDPModule):
+        return deepcopy(unwrap(net))
+    twin = build(next(net.parameters()).device)
+    twin.load_state_dict({name: whole(x) for name, x in net.state_dict().items()})
+    return twin
