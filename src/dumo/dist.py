@@ -16,6 +16,8 @@ from dumo.types import UserError
 
 FIRST = (2, 13)  # the torch whose sharded weights and checkpoints were tried
 
+joined = False  # whether this process ever met others
+
 def rank() -> int:
     """The number of this process, in [0, world)."""
     return torch.distributed.get_rank() if started() else 0
@@ -101,6 +103,8 @@ def join() -> Generator[None, None, None]:
     if gpus:
         torch.cuda.set_device(here % gpus)
     own = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    global joined
+    joined = True
     torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus and own else "gloo")
     try:
         yield

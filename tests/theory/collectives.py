@@ -1,0 +1,88 @@
+"""What a step sends, counted on a fake group of processes: `python tests/theory/collectives.py`. See test_collective.py.
+
+Prints a JSON object per case. A process of its own, for torch has one group of all processes at a time.
+"""
+
+import json
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dumo.config.load import load
+from dumo.training.state import begin
+from dumo.training.step import Task, pieces, train_step
+
+SLOPES = ("dual", "jvp", "central")
+WORLDS = (1, 2, 8, 64)
+NAMES = {"_allgather_base_": "gather", "_reduce_scatter_base_": "scatter", "allreduce_": "reduce"}
+
+
+class Sent(TorchDispatchMode):
+    """Counts what torch's sharding asks of the group, and the bytes of the larger side; not what is sent in return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+        space, name, *_ = str(op).split(".")
+        if space == "c10d":
+            self.calls[NAMES[name]] += 1
+            self.bytes[NAMES[name]] += max(x.nbytes for x in tree_leaves(args) if isinstance(x, Tensor))
+        return op(*args, **(kwargs or {}))
+
+
+def count(slope: str, share: int, reshard: bool, micro_batch: int | None) -> dict[str, object]:
+    """One step of the digits recipe, guided."""
+    spec = load(
+        "digits",
+        [
+            *(f"objective.slope.kind={slope}", "objective.guide.zeta=0.5", "train.probe_every=0", "train.batch=128"),
+            *(f"train.share={share}", f"train.reshard={reshard}", f"train.micro_batch={micro_batch or 'null'}"),
+        ],
+    )
+    state = begin(spec.build(), spec.train)
+    size = sum(p.numel() for p in spec.build().parameters()) * 4
+    mine = pieces(spec.train, spec.objective)
+    batch = spec.data.open().batch(0, spec.train.batch, 0, slice(mine[0].start, mine[-1].stop))
+    with Sent() as sent:
+        train_step(state, Task(spec.objective, spec.path, spec.data.classes), batch, spec.train)
+    return {
+        "slope": slope,
+        "share": share,
+        "reshard": reshard,
+        "passes": len(mine),
+        "groups": len(state.net.blocks) + 1,  # what is sent together: a block, and the rest of the net
+        "calls": sent.calls,
+        "copies": {name: number / size for name, number in sent.bytes.items()},  # in units of all weights
+    }
+
+
+def main() -> None:
+    """All cases."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # 'dual' says that it makes a pass of its own where weights are given back
+    for world in WORLDS:
+        if world > 1:
+            torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+        for share in sorted({1, min(2, world), world}):
+            for reshard in {False, share > 1}:
+                for slope in SLOPES:
+                    print(json.dumps({"world": world, **count(slope, share, reshard, None)}))
+        if world == 8:
+            print(json.dumps({"world": world, **count("dual", 1, False, 4)}))
+            print(json.dumps({"world": world, **count("dual", world, False, 4)}))
+        if world > 1:
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
