@@ -10,10 +10,10 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from dumo.flow.law import Law
+from dumo.flow.law import Number
 from dumo.flow.reading import mean_velocity
 from dumo.flow.slope import DualSlope, Slope
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, Time, TimeLaw, lift, mean_square
+from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Spec, Terms, Time, TimeLaw, lift, mean_square
 
 
 class Alternate(TimeLaw):
@@ -41,14 +41,14 @@ class Alternate(TimeLaw):
         return 0.5
 
 
-class Weight(Law):
+class Weight(Number):
     """How much a row counts: from 1 to 2."""
 
     kind: Literal["weight"] = "weight"
 
-    def __call__(self, shape: torch.Size, g: Generator) -> Tensor:
+    def __call__(self, n: int, g: Generator) -> PerSample:
         """Draw one number per row."""
-        return 1 + torch.rand(shape[0], generator=g)
+        return 1 + torch.rand(n, generator=g)
 
 
 class Outside(Spec):

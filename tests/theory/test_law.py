@@ -117,17 +117,17 @@ def test_times_are_in_order_and_in_the_unit_interval(law: Times) -> None:
 
 
 def test_other_laws() -> None:
-    noise = Noise()(torch.Size((1000, 3, 5)), stream(1)).double()
+    noise = Noise().rows((1,), range(1000), 1000, (3, 5)).double()
     assert noise.shape == (1000, 3, 5)
     assert abs(noise.mean()) < 5 / sqrt(15_000)
     assert abs(noise.square().mean() - 1) < 8 / sqrt(15_000)
 
-    flat = Level(low=2, high=6)(torch.Size((N, 3)), stream(2)).double()
+    flat = Level(low=2, high=6)(N, stream(2)).double()
     assert flat.shape == (N,)
     assert abs(flat.mean() - 4) < 4 * NOISE
     assert abs(flat.var() - 16 / 12) < 4 * NOISE
 
-    steep = Level(low=1, high=8, log=True)(torch.Size((N, 3)), stream(3)).double().log()
+    steep = Level(low=1, high=8, log=True)(N, stream(3)).double().log()
     assert abs(steep.mean() - log(8) / 2) < 3 * NOISE
     assert steep.min() >= 0
     assert steep.max() <= log(8) + 1e-6
@@ -288,6 +288,6 @@ def test_an_atom_is_a_share_of_the_rows(share: float) -> None:
 
 
 def test_logistic_numbers() -> None:
-    s = Logistic(mean=-0.4, std=2.0)(torch.Size((N, 3)), stream(6))
+    s = Logistic(mean=-0.4, std=2.0)(N, stream(6))
     assert s.shape == (N,)
     assert uniform(normal((s.double().logit() + 0.4) / 2))

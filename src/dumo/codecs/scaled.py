@@ -5,14 +5,16 @@ Where the encoder gives a Gaussian per pixel, its moments stand one after the ot
 is mapped as x is, then the standard deviation, which is multiplied by a.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from pydantic import Field, model_validator
-from torch import Generator, Tensor
+from torch import Tensor
 
+from dumo.random import keyed
 from dumo.types import Spec, UserError
 
 Images = Float[Tensor, "b 3 h w"]  # in [-1, 1]
@@ -51,12 +53,12 @@ class Scaled(Spec):
             raise UserError(f"{side} pixels do not divide by {self.factor}, as {self.about} needs: resize the images")
         return self.channels, side // self.factor, side // self.factor
 
-    def sample(self, moments: Moments, generator: Generator) -> Latent:
-        """One draw per row of Gaussians; what is no Gaussian comes back as it is. Noise is drawn on the CPU."""
+    def sample(self, moments: Moments, *key: int | str, rows: Sequence[int]) -> Latent:
+        """One draw per row of Gaussians, by the key and the row's number; what is no Gaussian comes back as it is."""
         if moments.shape[1] == self.channels:
             return moments
         mean, deviation = moments.split(self.channels, 1)
-        return mean + deviation * torch.randn(mean.shape, generator=generator).to(mean)
+        return mean + deviation * keyed(*key, rows=rows, shape=mean.shape[1:]).to(mean)
 
     def normalise(self, raw: Moments) -> Moments:
         """What the encoder gave, as a net learns it."""
@@ -125,9 +127,9 @@ class Opened:
             self.codec.shape(side)
         return self.codec.normalise(self.net.encode(images.to(self.device, torch.float32)))
 
-    def sample(self, moments: Moments, generator: Generator) -> Latent:
+    def sample(self, moments: Moments, *key: int | str, rows: Sequence[int]) -> Latent:
         """As the codec's `sample`."""
-        return self.codec.sample(moments, generator)
+        return self.codec.sample(moments, *key, rows=rows)
 
     @torch.no_grad()
     def decode(self, x: Latent) -> Images:

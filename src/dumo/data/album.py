@@ -41,7 +41,7 @@ class Album:
         self.told = 0  # how many of them have been warned of
         self.places = torch.arange(len(store))  # numbers in the store, by row
         self.kept: Pixels | None = None
-        self.ahead: dict[tuple[int, int, int], Future[tuple[Tensor, Tensor]]] = {}
+        self.ahead: dict[tuple[int, int, int, range], Future[tuple[Tensor, Tensor]]] = {}
         if len(store) * frame.channels * frame.side**2 <= memory:
             self._keep()
 
@@ -58,15 +58,16 @@ class Album:
     def __len__(self) -> int:
         return self.size
 
-    def batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Epoch after epoch, each in its own order, half of the images mirrored if `flip`; the next ones are begun.
 
-        The second is the classes (batch,), or what was done to augmented images (batch, numbers). A function of its
+        The second is the classes (rows,), or what was done to augmented images (rows, numbers). A function of its
         arguments alone.
         """
+        mine = range(batch)[rows]
         if self.kept is not None and self.augment is None:
-            return self._batch(step, batch, seed)
-        wanted = [(s, batch, seed) for s in range(step, step + AHEAD + 1)]
+            return self._batch(step, batch, seed, mine)
+        wanted = [(s, batch, seed, mine) for s in range(step, step + AHEAD + 1)]
         for key in set(self.ahead) - set(wanted):
             self.ahead.pop(key).cancel()
         for key in wanted:
@@ -90,13 +91,17 @@ class Album:
         """What to call the image in a row: its file, or its place in one."""
         return self.store.path(int(self.places[row]))
 
-    def _batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
-        pixels, c = self._full(rows_of(step, batch, size=self.size, seed=seed))
+    def _batch(self, step: int, batch: int, seed: int, mine: range) -> tuple[Tensor, Tensor]:
+        rows = slice(mine.start, mine.stop)
+        pixels, c = self._full(rows_of(step, batch, size=self.size, seed=seed, rows=rows))
         if self.flip:
-            turned = mirrored(step, batch, seed)[:, None, None, None]
+            turned = mirrored(step, batch, seed, rows)[:, None, None, None]
             pixels = torch.where(turned, pixels.flip(-1), pixels)
         x = from_uint8(pixels)
-        return self.augment(x, stream(seed, step, "augment")) if self.augment else (x, c)
+        if not self.augment:
+            return x, c
+        change = self.augment.drawn(batch, stream(seed, step, "augment"))[rows]
+        return self.augment(x, change), change.told
 
     def _whole(self, rows: Order) -> tuple[Tensor, Tensor]:
         """The samples and classes of these rows, without those that cannot be read."""

@@ -14,17 +14,18 @@ whole pixels changes no pixel. Beyond its edges an image goes on as its own refl
 Refining and bringing back are linear in rows and in columns, so each is two products with a matrix.
 """
 
+from dataclasses import dataclass
 from functools import cache
 from math import pi
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from dumo.types import PerSample, Sample, Spec, lift
+from dumo.types import PerSample, Rows, Sample, Spec, lift
 
 # The low-pass filter of the wavelet sym6, the least asymmetric with 6 vanishing moments (Daubechies 1992).
 SYM6 = (
@@ -43,7 +44,6 @@ SYM6 = (
 )
 MIDDLE = 5  # of the filter: the place, counted from 0, that is meant by a pixel's own
 EDGE = len(SYM6) // 2  # fine places beyond the image on each side, that the filter reaches on its way back
-VALUES = 2**19  # of the fine grid that are there at one time: ours, as many as a processor keeps at hand
 
 SIZE, STRETCH = 0.2, 0.2  # sd of log2 of scales
 OBLIQUE = 0.5  # share of the stretches along another axis than the image's own
@@ -51,6 +51,21 @@ SHIFT = 0.125  # sd, in sides of the image
 
 Names = Literal["xflip", "yflip", "scale", "rotate", "aniso", "translate"]
 NUMBERS: dict[Names, int] = {"xflip": 1, "yflip": 1, "scale": 1, "rotate": 2, "aniso": 2, "translate": 2}
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is to be done to images, a row each: drawn for a whole batch, of which a caller takes its rows."""
+
+    flipped: Bool[Tensor, "b 2"]  # left and right, top and bottom
+    moved: Rows  # which are looked up at other places, by what follows
+    a: Float[Tensor, "b 2 2"]  # A of the formula above
+    shift: Float[Tensor, "b 2"]  # right and down, in sides
+    told: Float[Tensor, "b n"]  # the numbers that the net is given
+
+    def __getitem__(self, rows: slice) -> "Change":
+        """Some of the rows."""
+        return Change(self.flipped[rows], self.moved[rows], self.a[rows], self.shift[rows], self.told[rows])
 
 
 class Edm(Spec):
@@ -70,14 +85,14 @@ class Edm(Spec):
         """How many numbers describe an image."""
         return sum(n for name, n in NUMBERS.items() if getattr(self, name))
 
-    def __call__(self, x: Sample, g: Generator) -> tuple[Sample, Float[Tensor, "b n"]]:
-        """Images (b, channels, side, side) transformed, and what was done; draws as much whatever is turned off."""
-        made = torch.rand(len(NUMBERS), len(x), generator=g) < torch.tensor(self._shares())[:, None]
+    def drawn(self, n: int, g: Generator) -> Change:
+        """Draw what is to be done to n images; as much is drawn whatever is turned off."""
+        made = torch.rand(len(NUMBERS), n, generator=g) < torch.tensor(self._shares())[:, None]
         xflip, yflip, scale, rotate, aniso, translate = made.float()
-        size, stretch, *shift = torch.randn(4, len(x), generator=g)
-        angle, axis = pi * (2 * torch.rand(2, len(x), generator=g) - 1)
+        size, stretch, *shift = torch.randn(4, n, generator=g)
+        angle, axis = pi * (2 * torch.rand(2, n, generator=g) - 1)
         size, angle, stretch = scale * size, rotate * angle, aniso * stretch
-        axis = axis * (torch.rand(len(x), generator=g) < OBLIQUE)
+        axis = axis * (torch.rand(n, generator=g) < OBLIQUE)
         right, down = (translate * s for s in shift)
         done: dict[Names, tuple[PerSample, ...]] = {
             "xflip": (xflip,),
@@ -87,13 +102,18 @@ class Edm(Spec):
             "aniso": (stretch * axis.cos(), stretch * axis.sin()),
             "translate": (right, down),
         }
-        x = torch.where(lift(made[0], x), x.flip(-1), x)
-        x = torch.where(lift(made[1], x), x.flip(-2), x)
-        rows = made[2:].any(0).nonzero().flatten()
-        if len(rows):
-            a = matrix((SIZE * size).exp2(), angle, (STRETCH * stretch).exp2(), axis)
-            x = x.index_copy(0, rows, warp(x[rows], a[rows], SHIFT * torch.stack([right, down], 1)[rows]))
-        return x, torch.stack([n for name, ns in done.items() if getattr(self, name) for n in ns], 1)
+        a = matrix((SIZE * size).exp2(), angle, (STRETCH * stretch).exp2(), axis)
+        told = [number for name, numbers in done.items() if getattr(self, name) for number in numbers]
+        shift = SHIFT * torch.stack([right, down], 1)
+        return Change(made[:2].T, made[2:].any(0), a, shift, torch.stack(told, 1))
+
+    def __call__(self, x: Sample, change: Change) -> Sample:
+        """Images (b, channels, side, side) transformed. One is the same whatever others are there."""
+        left, top = change.flipped.T
+        x = torch.where(lift(left, x), x.flip(-1), x)
+        x = torch.where(lift(top, x), x.flip(-2), x)
+        rows = change.moved.nonzero().flatten()
+        return x.index_copy(0, rows, warp(x[rows], change.a[rows], change.shift[rows])) if len(rows) else x
 
     def _shares(self) -> list[float]:
         """Of the rows, that each transformation is made on."""
@@ -114,12 +134,12 @@ def warp(x: Sample, a: Float[Tensor, "b 2 2"], shift: Float[Tensor, "b 2"]) -> S
     half, long = len(fine) / 2, coarse.shape[1]  # of the fine grids of the image and its reflections, of the result
     a, shift = a.to(x), side * shift.to(x)
     # On a fine grid a pixel stands half a place before the middle of its two: at 2 o - 1/2 from the middle of all.
-    start = a @ (0.5 - 2 * shift)[:, :, None] - 0.5
+    start = (a * (0.5 - 2 * shift)[:, None]).sum(2, keepdim=True) - 0.5
     theta = torch.cat([a * long / 2, start], 2) / half  # in halves of a grid, as torch counts
     made: list[Tensor] = []
-    for rows in torch.arange(b).split(max(VALUES // (ch * len(fine) ** 2), 1)):
-        grid = F.affine_grid(theta[rows], [len(rows), ch, long, long], align_corners=False)
-        found = F.grid_sample(fine @ (x[rows] @ fine.T), grid, mode="bilinear", align_corners=False)
+    for row in torch.arange(b).split(1):  # the last bits of a product of more may depend on how many
+        grid = F.affine_grid(theta[row], [1, ch, long, long], align_corners=False)
+        found = F.grid_sample(fine @ (x[row] @ fine.T), grid, mode="bilinear", align_corners=False)
         made.append(coarse @ found @ coarse.T)
     return torch.cat(made)
 

@@ -23,7 +23,6 @@ from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.picture import from_uint8
 from dumo.io.weights import load
-from dumo.random import stream
 from dumo.types import UserError
 
 Tick = Callable[[int, str], None]  # (this rank's images behind it, a note)
@@ -134,9 +133,10 @@ def packed(parts: list[dict[str, Tensor]], codec: Opened, contents: Contents, nu
     if not parts:
         raise UserError(f"{where}: not one could be read")
     whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    labels, draws = whole.pop("labels"), stream(contents.seed, "posterior", number)
+    labels = whole.pop("labels")
     if contents.store == "samples":
-        whole = {key: codec.sample(x, draws) for key, x in whole.items()}
+        keyed = (contents.seed, "posterior", number)
+        whole = {key: codec.sample(x, *keyed, key, rows=range(len(x))) for key, x in whole.items()}
     whole = {key: x.to(getattr(torch, contents.dtype)) for key, x in whole.items()}
     each = [sums(x, codec.codec.channels) for x in whole.values()]
     total, squares = (torch.stack(side).sum(0) for side in zip(*each, strict=True))

@@ -105,13 +105,13 @@ class Encoded:
         """The number of rows."""
         return len(self.cache)
 
-    def batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Epoch after epoch, each in its own order, half of the images mirrored if `flip`."""
-        rows = rows_of(step, batch, size=self.size, seed=seed)
-        x, c = self.cache.rows(rows, mirrored(step, batch, seed) if self.flip else None)
-        return self.cache.codec.sample(x, stream(seed, step, "posterior")), c
+        places = rows_of(step, batch, size=self.size, seed=seed, rows=rows)
+        x, c = self.cache.rows(places, mirrored(step, batch, seed, rows) if self.flip else None)
+        return self.cache.codec.sample(x, seed, step, "posterior", rows=range(batch)[rows]), c
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """n of the rows, or all where there are fewer, the i-th choice; not mirrored."""
         x, c = self.cache.rows(torch.randperm(self.size, generator=stream(seed, "reference", i))[:n])
-        return self.cache.codec.sample(x, stream(seed, "reference posterior", i)), c
+        return self.cache.codec.sample(x, seed, "reference posterior", i, rows=range(len(x))), c

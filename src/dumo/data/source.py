@@ -1,13 +1,14 @@
 """What data sets give: batches to train on, a reference to be compared with, rows to be gone through."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from dumo.data.epoch import rows_of
-from dumo.random import stream
+from dumo.random import keyed
+from dumo.types import Cond, Sample
 
 
 @runtime_checkable
@@ -28,8 +29,8 @@ class Data(Protocol):
 class Source(Data, Protocol):
     """Data to train on."""
 
-    def batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
-        """The global batch of a step."""
+    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """The rows `rows` of a step's global batch of `batch` rows; no others are read, decoded or drawn."""
         ...
 
 
@@ -56,10 +57,10 @@ class Table:
         """The number of rows."""
         return len(self.x)
 
-    def batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
+    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Epoch after epoch, each in its own order."""
-        rows = rows_of(step, batch, size=self.size, seed=seed)
-        return self.x[rows], self.c[rows]
+        places = rows_of(step, batch, size=self.size, seed=seed, rows=rows)
+        return self.x[places], self.c[places]
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """Every row; n, seed and i do not matter."""
@@ -68,24 +69,20 @@ class Table:
 
 @dataclass(frozen=True)
 class Endless:
-    """A data set that is drawn: `law(n, generator) -> (x, c)`."""
+    """A data set that is drawn: a map of `numbers` normal numbers a row to samples with their class indices.
 
-    law: "Law"
+    To be the same in any batch, a row must be made of its own numbers alone, by operations that are rounded once, as
+    sums, products, quotients and roots are: what torch rounds otherwise may depend on the place in the batch.
+    """
+
+    law: Callable[[Sample], tuple[Sample, Cond]]
+    numbers: int
     size: None = None
 
-    def batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor]:
-        """Fresh i.i.d. draws, keyed by (seed, step)."""
-        return self.law(batch, stream(seed, step, "data"))
+    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Fresh i.i.d. draws, keyed by (seed, step, row)."""
+        return self.law(keyed(seed, step, "data", rows=range(batch)[rows], shape=[self.numbers]))
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """n fresh i.i.d. draws that no batch has seen."""
-        return self.law(n, stream(seed, "reference", i))
-
-
-@runtime_checkable
-class Law(Protocol):
-    """A distribution to draw from."""
-
-    def __call__(self, n: int, generator: torch.Generator, /) -> tuple[Tensor, Tensor]:
-        """n samples with their class indices, all zero where there are no classes."""
-        ...
+        return self.law(keyed(seed, "reference", i, rows=range(n), shape=[self.numbers]))

@@ -4,8 +4,9 @@ from math import pi
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float, Int64
 from pydantic import Field
-from torch import Generator, Tensor
+from torch import Tensor
 
 from dumo.data.source import Endless, Source
 from dumo.types import Spec
@@ -30,12 +31,16 @@ class Moons(Spec):
 
     def open(self) -> Source:
         """An endless source of points, centred, with standard deviation 1 along each axis before the noise."""
-        return Endless(self._law)
+        return Endless(self._law, numbers=4)
 
-    def _law(self, n: int, g: Generator) -> tuple[Tensor, Tensor]:
-        angle = pi * torch.rand(n, generator=g)
-        lower = torch.rand(n, generator=g) < 0.5
-        upper = torch.stack([angle.cos(), angle.sin()], 1)
+    def _law(self, numbers: Float[Tensor, "b 4"]) -> tuple[Float[Tensor, "b 2"], Int64[Tensor, " b"]]:
+        """Of two normal numbers the direction is uniform: folded up it is a point of the upper moon; the fold is fair.
+
+        Two more are the noise.
+        """
+        right, up, *noise = numbers.T
+        far, lower = (right * right + up * up).sqrt(), up < 0
+        upper = torch.stack([right / far, up.abs() / far], 1)
         moons = torch.where(lower[:, None], torch.tensor([1.0, 0.5]) - upper, upper)
-        points = moons + self.noise * torch.randn(n, 2, generator=g)
-        return (points - CENTRE) / SPREAD, lower.long() if self.labelled else torch.zeros(n, dtype=torch.long)
+        points = moons + self.noise * torch.stack(noise, 1)
+        return (points - CENTRE) / SPREAD, lower.long() if self.labelled else torch.zeros_like(lower, dtype=torch.long)

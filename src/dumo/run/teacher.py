@@ -58,8 +58,9 @@ class Known:
             )
 
     def note(self, folder: Path) -> None:
-        """Write down who teaches."""
-        write_json(folder / FILE, self.about)
+        """Write down who teaches: the main process does."""
+        if dist.is_main():
+            write_json(folder / FILE, self.about)
 
     def begin(self, source: Source, run: Run, folder: Path, device: torch.device, bar: Bar) -> "Source | Coupled":
         """Write down who teaches, and return what to train on: the run's own source, or the teacher's pairs, made now.
@@ -217,32 +218,35 @@ class Coupled:
         """All in memory."""
         self.table, self.z = Table(x, c), z
 
-    def batch(self, step: int, batch: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-        """x, c and z of a step, in the order that a table of x would have."""
-        rows = rows_of(step, batch, size=len(self.z), seed=seed)
-        return self.table.x[rows], self.table.c[rows], self.z[rows]
+    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
+        """x, c and z of the rows `rows` of a step's batch, in the order that a table of x would have."""
+        places = rows_of(step, batch, size=len(self.z), seed=seed, rows=rows)
+        return self.table.x[places], self.table.c[places], self.z[places]
 
 
 def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.device, bar: Bar) -> Coupled:
     """Pairs that the teacher's flow joins: those that stand in `folder`, and the others, made now, file by file.
 
-    Raises UserError where a file is damaged, or the teacher answers with what is no number: that is not written.
+    Rank k of n makes the files k, k + n, k + 2 n ...; every rank must call it, and has all pairs. Raises UserError, on
+    every rank, where a file is damaged, or the teacher answers with what is no number: that is not written.
     """
     c = generate.labels(pairs.count, run.data.classes)
-    files: list[Path] = []
+    files = {folder / f"{first:08d}.safetensors": first for first in range(0, pairs.count, SHARD)}
+    bad: list[int] = []
     with bar("the teacher's pairs", pairs.count) as tick:
-        for first in range(0, pairs.count, SHARD):
-            some = range(first, min(first + SHARD, pairs.count))
-            files.append(file := folder / f"{first:08d}.safetensors")
+        for file in list(files)[dist.rank() :: dist.world()]:
+            some = range(files[file], min(files[file] + SHARD, pairs.count))
             if not file.is_file():
                 made = joined(run, pairs, reads, c[list(some)], some, device)
                 if bad := [k for k, x in zip(some, made["x"], strict=True) if not x.isfinite().all()]:
-                    raise UserError(
-                        f"the teacher makes {len(bad)} of {len(some)} pairs, the first number {bad[0]}, of what is no "
-                        "finite number: mend it, or take another solver or more passes (teacher.pairs)"
-                    )
+                    break  # told to the others below: they would wait for this rank's files
                 write(file, safetensors.torch.save(made))
             tick(some.stop, "")
+    if bad := torch.cat(dist.gathered(torch.tensor(bad, dtype=torch.long))).tolist():
+        raise UserError(
+            f"the teacher makes {len(bad)} pairs, the first number {min(bad)}, of what is no finite number: mend it, "
+            "or take another solver or more passes (teacher.pairs)"
+        )
     parts = [load_pairs(file) for file in files]
     return Coupled(*(torch.cat([part[name] for part in parts]) for name in ("x", "z", "c")))
 

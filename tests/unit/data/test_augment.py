@@ -44,6 +44,12 @@ def only(name: Names) -> Edm:
     return Edm.model_validate({"p": 1.0, **NOTHING, name: True})
 
 
+def made(spec: Edm, x: Sample, key: int) -> tuple[Sample, Float[Tensor, "b n"]]:
+    """The images transformed, and the numbers that say how."""
+    change = spec.drawn(len(x), stream(key))
+    return spec(x, change), change.told
+
+
 def still(n: int) -> tuple[Tensor, Tensor]:
     """No change, n times: the matrix and the shift."""
     return torch.eye(2, dtype=torch.float64).expand(n, 2, 2), torch.zeros(n, 2, dtype=torch.float64)
@@ -132,7 +138,7 @@ def test_far_beyond_the_edges_it_is_grey() -> None:
 @pytest.mark.parametrize("name", ["xflip", "yflip"])
 def test_flips(name: Names) -> None:
     x = images(40)
-    y, c = only(name)(x, stream(1))
+    y, c = made(only(name), x, 1)
     turned = c[:, 0] == 1
     assert c.shape == (40, 1)
     assert 8 <= turned.sum() <= 32
@@ -145,7 +151,7 @@ def test_flips(name: Names) -> None:
 def test_the_numbers_say_what_was_done(name: Names) -> None:
     """From the numbers alone the image is made again."""
     x = images(12)
-    y, c = only(name)(x, stream(2))
+    y, c = made(only(name), x, 2)
     one, zero, c = torch.ones(12).double(), torch.zeros(12).double(), c.double()
     a, shift = still(12)
     match name:
@@ -166,7 +172,7 @@ def test_the_numbers_say_what_was_done(name: Names) -> None:
 
 def test_numbers_are_zero_where_and_only_where_an_image_is_as_it_was() -> None:
     x = images(300)
-    y, c = Edm()(x, stream(3))
+    y, c = made(Edm(), x, 3)
     same = (x == y).flatten(1).all(1)
     assert torch.equal(same, ~c.any(1))
     assert c.shape == (300, Edm().numbers) == (300, 9)
@@ -176,7 +182,7 @@ def test_numbers_are_zero_where_and_only_where_an_image_is_as_it_was() -> None:
 def test_shares() -> None:
     """Half mirrored, p / 2 upside down, p of each other; angles all around, scales in the right spread."""
     n, p = 20_000, 0.3
-    _, c = Edm(p=p)(torch.zeros(n, 1, 1, 1), stream(4))
+    c = Edm(p=p).drawn(n, stream(4)).told
     rates = (c != 0).double().mean(0).tolist()
     assert rates[:3] == pytest.approx([0.5, p / 2, p], abs=0.02)
     assert rates[4:] == pytest.approx([p, p, p / 2, p, p], abs=0.02)  # half the stretches are along the side: r = 0
@@ -188,7 +194,7 @@ def test_shares() -> None:
 
 def test_without_probability_there_is_nothing() -> None:
     x = images(50)
-    y, c = Edm(p=0)(x, stream(5))
+    y, c = made(Edm(p=0), x, 5)
     assert torch.equal(x, y)
     assert c.shape == (50, 9)
     assert not c.any()
@@ -196,7 +202,7 @@ def test_without_probability_there_is_nothing() -> None:
 
 def test_what_is_turned_off_changes_no_other_draw() -> None:
     every, some = Edm(p=0.5), Edm(p=0.5, yflip=False, rotate=False)
-    c, d = every(images(30), stream(6))[1], some(images(30), stream(6))[1]
+    c, d = every.drawn(30, stream(6)).told, some.drawn(30, stream(6)).told
     assert some.numbers == 6
     assert torch.equal(c[:, [0, 2, 5, 6, 7, 8]], d)
 
