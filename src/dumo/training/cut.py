@@ -5,9 +5,15 @@ passes and two ranks that make one each cut a batch at the same places.
 """
 
 from itertools import pairwise
-from math import ceil
+from math import ceil, lcm
 
-from dumo.types import UserError
+from dumo.types import Objective, UserError
+
+
+def together(objective: Objective) -> int:
+    """How many neighbouring rows no pass may part: those that share times, or of which one is guided for all."""
+    guide = objective.needs.guide
+    return lcm(objective.times.group, guide.group if guide else 1)
 
 
 def cuts(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: int = 1) -> list[list[slice]]:
@@ -27,7 +33,7 @@ def cuts(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: i
     if (pieces := ranks * passes) > groups:
         what = f"{groups} rows" if group == 1 else f"{groups} groups of {group} rows"
         raise UserError(
-            f"train.batch = {batch} is {what}, too few for {passes} passes on each of {ranks} ranks: raise train.batch, "
+            f"train.batch = {batch} is {what}, too few for {passes} passes on each of {ranks} ranks: raise it, "
             "or take fewer ranks"
         )
     ends = [groups * i // pieces * group for i in range(pieces + 1)]

@@ -17,7 +17,14 @@ class Train(Spec):
 
     steps: int = Field(ge=1, json_schema_extra=FREE)  # in all, resumed ones included; schedules stretch with it
     batch: int = Field(ge=1)  # rows per step, over all ranks
-    accumulate: int = Field(default=1, ge=1)  # pieces a batch is taken in, to save memory; changes rounding
+    # Rows of a pass on a rank, to save memory; None: all of a rank's. Changes rounding only.
+    micro_batch: int | None = Field(default=None, ge=1, json_schema_extra=FREE)
+    # Ranks that hold one copy of weights, averages and optimizer between them, to save memory: 1: each its own copy
+    # (replicated); all ranks: each a part (sharded); between: copies by groups (hybrid). Of fewer ranks, all.
+    share: int = Field(default=1, ge=1, json_schema_extra=FREE)
+    reshard: bool = Field(
+        default=False, json_schema_extra=FREE
+    )  # give gathered weights back after each pass: less memory
     optimizer: Optimizer = AdamW()
     schedule: Schedule = Constant()
     ema: tuple[Ema, ...] = (Ema(decay=0.9999),)  # App. C.1; the first is sampled and evaluated, the weights if none
@@ -39,8 +46,6 @@ class Train(Spec):
             raise ValueError(f"ema has a decay twice: {decays}")
         if self.ref != "self" and self.ref not in decays:
             raise ValueError(f"ref is the average of decay {self.ref}, but ema has {decays or 'none'}")
-        if self.accumulate > self.batch:
-            raise ValueError(f"a batch of {self.batch} cannot be taken in {self.accumulate} pieces (accumulate)")
         return self
 
     def rate(self, step: int) -> float:

@@ -1,14 +1,14 @@
 """One optimizer step, and what is worth knowing of it.
 
-The gradient is that of the mean loss over the global batch. The batch is drawn as a whole and taken in `accumulate`
-pieces, each of which adds the gradient of its sum over the batch size: so the split changes nothing but rounding.
+The gradient is that of the mean loss over the global batch. The batch is drawn as a whole and taken in
+pieces (`dumo.training.cut`), each of which adds the gradient of its sum over the batch size: so the split changes
+nothing but rounding.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -19,6 +19,7 @@ from dumo import dist
 from dumo.flow import dropout
 from dumo.flow.draw import draw
 from dumo.flow.reading import reading
+from dumo.training.cut import cuts, together
 from dumo.training.probe import Probe, ask
 from dumo.training.spec import Train
 from dumo.training.state import State
@@ -98,8 +99,9 @@ class Pieces:
         self.x, c, *paired = batch
         self.c, self.z = c, paired[0] if paired else None
         self.net, self.loss, self.task = state.net, loss, task
-        self.share = len(self.x) // dist.world()
-        self.cuts = list(cut(self.share, spec.accumulate))
+        ranks, group = dist.world(), together(task.objective)
+        self.cuts = cuts(len(self.x), ranks=ranks, micro_batch=spec.micro_batch, group=group)[dist.rank()]
+        self.share = len(self.x) / ranks
         keyed = {"seed": spec.seed, "step": state.step, "batch": len(self.x)}
         self.noised = partial(draw, task.objective, task.path, **keyed, progress=state.step / spec.steps)
         self.autocast = partial(torch.autocast, self.x.device.type, torch.bfloat16, enabled=spec.precision == "bf16")
@@ -131,13 +133,6 @@ def reference(state: State, choice: Literal["self"] | float) -> Frozen:
     if choice not in state.averages:
         raise UserError(f"ref: there is no average of decay {choice}; train has {list(state.averages) or 'none'}")
     return Frozen(state.averages[choice].module)
-
-
-def cut(share: int, accumulate: int) -> Iterator[slice]:
-    """This rank's rows of the global batch, `share` in number, in `accumulate` consecutive pieces."""
-    first = dist.rank() * share
-    for start, end in pairwise(first + share * i // accumulate for i in range(accumulate + 1)):
-        yield slice(start, end)
 
 
 def detached(terms: Terms) -> Terms:
