@@ -18,6 +18,7 @@ FIRST = (2, 13)  # the torch whose sharded weights and checkpoints were tried
 
 joined = False  # whether this process ever met others
 
+
 def rank() -> int:
     """The number of this process, in [0, world)."""
     return torch.distributed.get_rank() if started() else 0

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from dumo import recipes
-from dumo.config.load import load, parse
+from dumo.config.format import FORMAT, KEY
+from dumo.config.load import load
 from dumo.config.source import read
-from dumo.config.spec import Run
 from e2e.shell import ENVIRONMENT, TINY, call, refused, sets
 
 QUICK = """
@@ -136,14 +136,16 @@ def test_every_recipe_shown_as_yaml_reads_back(name: str, here: Path, monkeypatc
         monkeypatch.delenv(variable, raising=False)
     done = call("show", name, "--yaml")
     assert (done.code, done.err) == (0, "")
-    assert done.out.startswith(f"# dumo show {name}\nabout: ")
-    assert parse(Run, yaml.safe_load(done.out)) == load(name)
+    assert done.out.startswith(f"# dumo show {name}\nformat: {FORMAT}\nabout: ")
+    (here / "my.yaml").write_text(done.out)
+    assert load("my.yaml") == load(name)
 
 
 def test_what_was_typed_stays_in_its_comment(here: Path) -> None:
     (here / "a\tb\x07.yaml").write_text("base: digits")
     done = call("show", "a\tb\x07.yaml", "--yaml", *sets("about='one\n\n  about: two'"))
-    assert yaml.safe_load(done.out) == {**load("digits").model_dump(mode="json"), "about": "one\nabout: two"}
+    whole = {KEY: FORMAT, **load("digits").model_dump(mode="json")}
+    assert yaml.safe_load(done.out) == {**whole, "about": "one\nabout: two"}
     refused("show", "digits", "--yaml", "--json", named=("--yaml and --json",), lines=None)
 
 

@@ -60,7 +60,7 @@ OURS: dict[str, dict[str, Any]] = {  # the spec of ours that each case is held a
     "twinflow_guided": {"kind": "twinflow", "one": 0},
     "consistency": {"kind": "consistency"},
     "consistency_huber": {"kind": "consistency", "soft": 0.06 * 2 / 8**0.5},
-    "consistency_fixed": {"kind": "consistency", "schedule": {"kind": "ratio", "q": 256, "stages": 1}},
+    "consistency_fixed": {"kind": "consistency", "discretization": {"kind": "ratio", "q": 256, "stages": 1}},
     "facm": FACM,
     "facm_plain": FACM | {"guide": NONE},
     "sct": SCT,

@@ -67,7 +67,7 @@ def test_formula(progress: float, guide: Guide, clip: float | None) -> None:
         assert torch.allclose(mine, hand, rtol=1e-8, atol=1e-10)
     e = (u - far).detach() / column(weight)
     assert torch.allclose(found.parts["u"], (e**2).mean(1), rtol=1e-8)
-    assert torch.allclose(found.notes["beyond"].double(), half(e))
+    assert torch.allclose(found.notes["clipped_share"].double(), half(e))
     assert torch.allclose(found.loss, (e**2).mean(1) / ((e**2).mean(1) + 1e-3 / weight**2), rtol=1e-8)
 
 

@@ -30,7 +30,7 @@ def rows(objective: Consistency, progress: float) -> Noised:
 
 def at_steps(objective: Consistency, q: float) -> Consistency:
     """Steps of a length that is as 1 / q."""
-    return objective.model_copy(update={"schedule": Ratio(q=q, stages=1)})
+    return objective.model_copy(update={"discretization": Ratio(q=q, stages=1)})
 
 
 @each_preset
@@ -40,7 +40,7 @@ def test_formula(name: str, progress: float) -> None:
     that of their mean square."""
     o = Consistency.named(name)
     net, b = Polynomial(1), rows(o, progress)
-    t, r = o.schedule(b.t, progress)
+    t, r = o.discretization(b.t, progress)
 
     def denoised(t: Tensor) -> Tensor:
         x_t = column(t) * b.z + column(1 - t) * b.x
@@ -76,7 +76,7 @@ def test_gradient_vanishes_with_the_step(flow: Flow, weighted: bool, order: int)
 def test_on_a_grid_it_vanishes_too(flow: Flow) -> None:
     """There t moves to the end of its step, and x_t with it."""
     grids = [KarrasGrid(first=n, last=n) for n in (100, 400, 1600)]
-    objectives = [L2.model_copy(update={"schedule": grid, "weighted": False}) for grid in grids]
+    objectives = [L2.model_copy(update={"discretization": grid, "weighted": False}) for grid in grids]
     left = [gradient(o, Exact(flow, o.needs), record(o, flow)).abs() for o in objectives]
     for coarse, fine in pairwise(left):
         assert ((coarse / fine).log2() / 2 - 2).abs().max() < 0.2
@@ -112,7 +112,7 @@ def test_descent_leads_back_to_the_flow(flow: Flow) -> None:
 def test_without_a_second_point_it_is_flow_matching(weighted: bool, soft: float | None) -> None:
     """At r = 0 the gradient is flow matching's, row by row: of ECT times (1 - t) / (2 sqrt(S)), with S the mean square
     of u - v_t; of CM times t^2."""
-    o = Consistency(schedule=Ratio(k=1e6), weighted=weighted, soft=soft)
+    o = Consistency(discretization=Ratio(k=1e6), weighted=weighted, soft=soft)
     net, b = Polynomial(1), rows(o, 0.0)
     for i in range(6):
         row = b[i : i + 1]
@@ -152,9 +152,9 @@ def test_recipes_are_the_presets_but_for_times(name: str) -> None:
     """Made for hundreds of times the images, their schedules get fine too soon: here some steps end longer."""
     run, theirs = load(f"digits-{name}"), Consistency.named(name)
     assert isinstance(run.objective, Consistency)
-    assert run.objective.model_copy(update={"times": theirs.times, "schedule": theirs.schedule}) == theirs
+    assert run.objective.model_copy(update={"times": theirs.times, "discretization": theirs.discretization}) == theirs
     t = torch.linspace(0.01, 0.99, 99)
-    ends = [schedule(t, 1.0) for schedule in (run.objective.schedule, theirs.schedule)]
+    ends = [grid(t, 1.0) for grid in (run.objective.discretization, theirs.discretization)]
     assert (ends[0][0] - ends[0][1]).mean() >= (1 if name == "ict" else 2) * (ends[1][0] - ends[1][1]).mean()
     assert run.net.precondition == "edm"
     assert (run.train.ref == "self") == (name != "cm")
@@ -163,7 +163,7 @@ def test_recipes_are_the_presets_but_for_times(name: str) -> None:
 @pytest.mark.parametrize("name", ["cm", "ict", "ect"])
 def test_short_steps_multiply_rounding_more_than_bf16_bears(name: str) -> None:
     objective = Consistency.named(name)
-    t, r = objective.schedule(torch.tensor([0.5, 0.9, 0.99], dtype=D), 1.0)
+    t, r = objective.discretization(torch.tensor([0.5, 0.9, 0.99], dtype=D), 1.0)
     assert (r / (t - r)).max() > MAX_GAIN
     with pytest.raises(UserError, match="rounding of the net without bound"):
         demand_precision("bf16", objective.needs.amplifies, objective.kind)
@@ -171,6 +171,6 @@ def test_short_steps_multiply_rounding_more_than_bf16_bears(name: str) -> None:
 
 def test_names() -> None:
     assert Consistency.named("ect") == Consistency()
-    assert Consistency.named("ict", drop=0.2) == Consistency(schedule=KarrasGrid(), soft=0.00108, drop=0.2)
+    assert Consistency.named("ict", drop=0.2) == Consistency(discretization=KarrasGrid(), soft=0.00108, drop=0.2)
     with pytest.raises(UserError, match=r"'sct'.*cm, ict, ect"):
         Consistency.named("sct")

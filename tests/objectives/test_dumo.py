@@ -20,9 +20,9 @@ def test_formula(guide: Guide, beta: float) -> None:
     du_dt = net.slope(1, b.x_t, b.t, 0 * b.t, v_star)
     u_star = v_star - column(b.t) * du_dt
     v_loss, u_loss = ((v - v_star) ** 2).sum(1) / 2, ((u - u_star) ** 2).sum(1) / 2
-    apart = ((v - (u + column(b.t) * du_dt)) ** 2).sum(1) / 2
+    gap = ((v - (u + column(b.t) * du_dt)) ** 2).sum(1) / 2
     loss, parts = beta * v_loss + (1 - beta) * u_loss, {"v": v_loss, "u": u_loss}
-    agree(objective, net, b, loss, parts, beyond=half(u - u_star), apart=apart)
+    agree(objective, net, b, loss, parts, clipped_share=half(u - u_star), head_gap=gap)
 
 
 def test_defaults() -> None:

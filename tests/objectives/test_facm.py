@@ -42,7 +42,7 @@ def test_formula(guide: Guide, switches: dict[str, float | None]) -> None:
     assert torch.allclose(found.loss, loss, rtol=1e-10, atol=1e-3 if o.cosine else 0)  # short directions count less
     assert torch.allclose(found.parts["v"], ((v - v_star) ** 2).mean(1), rtol=1e-12, atol=0)
     assert torch.allclose(found.parts["u"], (error**2).mean(1), rtol=1e-12, atol=0)
-    assert torch.allclose(found.notes["beyond"].double(), half(error / (o.clip or 1)))
+    assert torch.allclose(found.notes["clipped_share"].double(), half(error / (o.clip or 1)))
     for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
         bound = 2e-3 if o.cosine else 1e-10
         assert torch.allclose(mine, hand, rtol=bound, atol=bound * hand.abs().max().item())

@@ -75,7 +75,7 @@ def test_formula(w: Level | None, power: float, floor: float) -> None:
     assert torch.allclose(found.loss, loss, rtol=1e-12, atol=0)
     assert torch.allclose(found.parts["u"], sizes[0] / 2, rtol=1e-12, atol=0)
     assert torch.allclose(found.parts["v"], sizes[1] / 2, rtol=1e-12, atol=0)
-    assert torch.allclose(found.notes["beyond"].double(), half(u_error))
+    assert torch.allclose(found.notes["clipped_share"].double(), half(u_error))
     for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
         assert (mine is None) == (hand is None)  # knobs that are not there
         assert mine is None or torch.allclose(mine, hand, rtol=1e-10, atol=1e-12)

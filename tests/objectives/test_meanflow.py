@@ -30,7 +30,7 @@ def test_formula(guide: Guide, power: float, floor: float) -> None:
     u_star = v_star - column(b.t - b.r) * net.slope(0, b.x_t, b.t, b.r, v_star)
     total = ((u - u_star) ** 2).sum(1)
     loss = total / (total + floor).detach() ** power
-    agree(objective, net, b, loss, {"u": total / 2}, beyond=half(u - u_star))
+    agree(objective, net, b, loss, {"u": total / 2}, clipped_share=half(u - u_star))
 
 
 @pytest.mark.parametrize(("power", "rests"), [(0.0, True), (1.0, False)])

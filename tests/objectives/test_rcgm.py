@@ -44,7 +44,7 @@ def test_formula(guide: Guide, order: int, metric: Metric, clip: float | None) -
     size = (e**2).mean(1)
     found = objective.loss(net, Frozen(net), b)
     assert torch.allclose(found.parts["u"], size, rtol=1e-9)
-    assert torch.allclose(found.notes["beyond"].double(), half(off))
+    assert torch.allclose(found.notes["clipped_share"].double(), half(off))
     (u,) = net(b.x_t, b.c, t=b.t, r=b.r)
     square = ((u - (u.detach() - e)) ** 2).mean(1)
     weight = 1.0 if metric == "l2" else 1e3 * (size / (1e-6 + 1e-8) + 1) ** -0.5

@@ -53,7 +53,7 @@ def test_formula(progress: float, power: float, floor: float) -> None:
     (u,) = net(b.x_t, b.c, t=b.t, r=b.r)
     assert torch.allclose(found.loss, loss, rtol=1e-9, atol=0)
     assert torch.allclose(found.parts["u"], size, rtol=1e-9, atol=0)
-    assert torch.allclose(found.notes["beyond"].double(), half(e))
+    assert torch.allclose(found.notes["clipped_share"].double(), half(e))
 
 
 @pytest.mark.parametrize(("flow", "guide"), [(APART, Guide()), (PRODUCT, Guide()), (gaussian(DUMO), DUMO)])

@@ -53,7 +53,7 @@ def test_loss_and_gradient_are_those_of_the_formula(guide: Guide, known: bool) -
     found = objective.loss(net, Frozen(ref), b)
     assert torch.allclose(found.loss, loss, rtol=1e-10, atol=0)
     assert torch.equal(found.parts["u"], found.loss)
-    assert torch.allclose(found.notes["beyond"].to(D), half(u - u_star))
+    assert torch.allclose(found.notes["clipped_share"].to(D), half(u - u_star))
     for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
         assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-13)
 

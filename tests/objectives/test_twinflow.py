@@ -76,7 +76,7 @@ def test_loss_and_gradient_are_those_of_the_formula(guide: Guide, clip: float | 
     assert found.parts.keys() == parts.keys()
     assert torch.allclose(found.loss, loss, rtol=1e-10, atol=0)
     assert all(torch.allclose(found.parts[name], part, rtol=1e-9, atol=1e-14) for name, part in parts.items())
-    assert torch.allclose(found.notes["beyond"].to(D), beyond)
+    assert torch.allclose(found.notes["clipped_share"].to(D), beyond)
     for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
         assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-13)
 

@@ -50,7 +50,7 @@ def test_formula(ratio: float, clip: float | None, soft: float) -> None:
     found = objective.loss(net, Frozen(net), b)
     assert torch.allclose(found.loss, loss, rtol=1e-9)
     assert torch.allclose(found.parts["u"], (e**2).mean(1), rtol=1e-9)
-    assert torch.allclose(found.notes["beyond"].double(), half(e))
+    assert torch.allclose(found.notes["clipped_share"].double(), half(e))
     for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
         assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-12)
 

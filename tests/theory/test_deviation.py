@@ -78,7 +78,7 @@ def test_consistency_is_its_authors(name: str, sd: float) -> None:
     o = Consistency.named(name)
     net, x = Polynomial(1), sd * data()
     b = noised(o, Linear(sd=sd), x)
-    t, r = o.schedule(b.t, b.progress)
+    t, r = o.discretization(b.t, b.progress)
 
     def denoised(sigma: Tensor) -> Tensor:
         y, t = x + column(sigma) * b.z, sigma / (sd + sigma)

@@ -17,7 +17,7 @@ from dumo.training.loop import Every
 from dumo.training.spec import Train
 from dumo.training.state import begin
 
-spec = Train(steps=3, batch=12, accumulate=2, ema=AVERAGES, clip=0.5)
+spec = Train(steps=3, batch=12, micro_batch=3, ema=AVERAGES, clip=0.5)
 alone, together = [], []
 whole = run(begin(Small(), spec), spec, hooks=[Every(1, lambda _, record: alone.append(record))])
 

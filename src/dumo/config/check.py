@@ -3,7 +3,7 @@
 They are made when a run is read, before any work; each raises UserError, which says what is wrong, and the way out.
 """
 
-from itertools import pairwise
+from itertools import chain
 
 from dumo.config.tree import Tree
 from dumo.data import Latents
@@ -13,6 +13,7 @@ from dumo.flow.times import Pair
 from dumo.nets.precondition import VELOCITIES
 from dumo.sampling import solver
 from dumo.sampling.guidance import CFG, GuidanceScale
+from dumo.training.cut import cuts, together
 from dumo.types import UserError
 
 
@@ -23,7 +24,7 @@ def check(run: Tree) -> None:
     check_path(run)
     check_precondition(run)
     check_precision(run)
-    check_groups(run)
+    check_pieces(run)
     check_guide(run)
     check_guided(run, run.sample.guide)
     check_teacher(run)
@@ -88,42 +89,35 @@ def check_precision(run: Tree) -> None:
     demand_precision(run.train.precision, needs.amplifies, run.objective.kind)
 
 
-def check_groups(run: Tree) -> None:
-    """Refuse pieces of a batch that part rows which belong together, and pieces that lack one kind of row."""
-    times, batch, n = run.objective.times, run.train.batch, run.train.accumulate
-    group = times.group
-    if group > 1 and batch % (group * n):
-        raise UserError(
-            f"objective.times of kind '{times.kind}' keeps {group} rows together, so train.batch = {batch} must be "
-            f"a multiple of {group * n} ({group} * train.accumulate; with several processes, times their number)"
-        )
-    moving = times.moving(batch)
-    if moving is None or not 0 < times.moving_share < 1:
-        return
-    where = f"objective.times of kind '{times.kind}'"
-    if isinstance(times, Pair):
-        where = f"objective.times.velocity_ratio = {times.velocity_ratio:g}"
-    for start, end in pairwise(batch * i // n for i in range(n + 1)):
-        if len(set(moving[start:end])) == 1:
-            raise UserError(
-                f"train.batch = {batch} has a piece of {end - start} rows (train.accumulate = {n}) without one "
-                f"with {'r = t' if moving[start] else 'r < t'} at {where}: raise train.batch"
-            )
+def check_pieces(run: Tree, ranks: int = 1) -> None:
+    """Refuse a batch that so many ranks cannot cut into passes, each with all kinds of rows; and what takes one rank.
+
+    Passes are cut as `dumo.training.cut` does.
+    """
+    train, times, group = run.train, run.objective.times, together(run.objective)
+    try:
+        pieces = cuts(train.batch, ranks=ranks, micro_batch=train.micro_batch, group=group)
+    except UserError as error:
+        raise UserError(f"{error}{_grouped(run) if group > 1 else ''}") from error
+    moving = times.moving(train.batch)
+    if moving is not None and 0 < times.moving_share < 1:
+        for rows in chain.from_iterable(pieces):
+            if len(set(moving[rows])) == 1:
+                raise UserError(_lacking(run, ranks, rows, "r = t" if moving[rows.start] else "r < t"))
+    if ranks % (share := min(train.share, ranks)):
+        divisors = " or ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise UserError(f"train.share = {share} does not divide {ranks} ranks: set train.share={divisors}")
+    if ranks > 1 and train.compile == "loss":
+        raise UserError(f"train.compile = loss is for one rank, not for {ranks}: set train.compile=blocks")
 
 
 def check_guide(run: Tree) -> None:
-    """Refuse guidance in training without classes, or by rows that do not come in whole groups."""
+    """Refuse guidance in training without classes."""
     guide, opened = run.objective.needs.guide, GuidanceScale.of(run.objective.needs)
     guided = guide.active if guide else opened.scale != 1
     if guided and not run.data.classes:
         raise UserError(
             f"{opened.field} asks for guidance, but data '{run.data.kind}' has no classes to guide by: set {opened.off}"
-        )
-    if guide and guide.group > 1 and run.train.batch % (group := guide.group * run.train.accumulate):
-        raise UserError(
-            f"objective.guide.fraction = {1 / guide.group:g} picks one of every {guide.group} rows of a piece, but "
-            f"train.batch = {run.train.batch} is no multiple of {group} ({guide.group} * train.accumulate): "
-            "change train.batch, train.accumulate or objective.guide.fraction"
         )
 
 
@@ -188,3 +182,27 @@ def check_knobs(run: Tree) -> None:
 
 def _or(names: tuple[str, ...]) -> str:
     return " or ".join(f"'{name}'" for name in names)
+
+
+def _grouped(run: Tree) -> str:
+    """Which fields make rows belong together."""
+    times, guide = run.objective.times, run.objective.needs.guide
+    said = [f"objective.times of kind '{times.kind}' keeps {times.group} rows together"] if times.group > 1 else []
+    if guide and guide.group > 1:
+        said.append(f"objective.guide.fraction = {1 / guide.group:g} picks one of every {guide.group}")
+    return f" ({' and '.join(said)})"
+
+
+def _lacking(run: Tree, ranks: int, rows: slice, kind: str) -> str:
+    """Which piece lacks rows of this kind, and the way out."""
+    train, times, n = run.train, run.objective.times, rows.stop - rows.start
+    where = f"objective.times of kind '{times.kind}'"
+    if isinstance(times, Pair):
+        where = f"objective.times.velocity_ratio = {times.velocity_ratio:g}"
+    cut = f", train.micro_batch = {train.micro_batch}" if train.micro_batch else ""
+    cut += f", {ranks} ranks" if ranks > 1 else ""
+    ways = ["raise train.batch", *(["train.micro_batch"] if train.micro_batch else [])]
+    return (
+        f"train.batch = {train.batch} has a pass of {n} rows{f' ({cut[2:]})' if cut else ''} without one with {kind} "
+        f"at {where}: {' or '.join(ways)}{', or take fewer ranks' if ranks > 1 else ''}"
+    )

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from dumo.config.format import hint
+
 Location = tuple[int | str, ...]
 
 
@@ -37,7 +39,7 @@ def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
     match found["type"]:
         case "extra_forbidden":
             known = sorted(model.model_fields) if model else []
-            return f"{path}: unknown key; {nearest(str(loc[-1]), known)}"
+            return f"{path}: unknown key; {hint(path, known) or nearest(str(loc[-1]), known)}"
         case "union_tag_invalid":
             tags = ctx["expected_tags"].replace("'", "").split(", ")
             return f"{path}.kind: there is no '{ctx['tag']}'; {nearest(ctx['tag'], tags)}"

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from dumo.config.change import override, shown
 from dumo.config.error import explain
+from dumo.config.format import FORMAT, KEY
 from dumo.config.source import FILE as FILE
 from dumo.config.source import read
 from dumo.config.spec import Run
@@ -45,8 +46,8 @@ def default_folder(source: str) -> Path:
 
 
 def dump(run: Run) -> str:
-    """The complete run as YAML, which `load` reads back."""
-    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+    """The complete run as YAML, its format first, which `load` reads back."""
+    return yaml.safe_dump({KEY: FORMAT, **run.model_dump(mode="json")}, sort_keys=False, width=120, allow_unicode=True)
 
 
 def difference(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str]:

@@ -8,6 +8,7 @@ import yaml
 from dumo import recipes
 from dumo.config.change import merge, shown
 from dumo.config.error import nearest_few
+from dumo.config.format import take, upgrade
 from dumo.io.path import user_path
 from dumo.types import UserError
 
@@ -32,6 +33,12 @@ def read(source: str) -> tuple[dict[str, Any], str]:
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
     return tree, name
+
+
+def format_of(folder: Path) -> int:
+    """The format that a folder's run.yaml was written in. Raises UserError as `read`."""
+    file = folder / FILE
+    return take(_plain(file), str(file), recorded=True)
 
 
 def _base(base: object, name: str, file: Path | None) -> dict[str, Any]:
@@ -61,6 +68,15 @@ def _file(path: Path) -> Path | None:
 
 
 def _tree(file: Path) -> dict[str, Any]:
+    """What a file holds, in this format, without saying so."""
+    tree = _plain(file)
+    if take(tree, str(file), recorded=file.name == FILE) == 1:
+        upgrade(tree)
+    return tree
+
+
+def _plain(file: Path) -> dict[str, Any]:
+    """What a file holds, as it stands there."""
     if file.suffix not in (".yaml", ".yml"):
         raise UserError(f"{file} is no YAML file: give a run's folder, a recipe or a YAML file")
     try:

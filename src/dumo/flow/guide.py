@@ -183,7 +183,7 @@ class Guide(Spec):
         if len(b.t) % self.every:
             raise UserError(
                 f"guide.fraction = {self.fraction:g} picks one of every {self.every} rows, but here are {len(b.t)}: "
-                f"make train.batch a multiple of {self.every} * train.accumulate * ranks, or change one of them"
+                f"make train.batch and train.micro_batch multiples of {self.every}, or change objective.guide.fraction"
             )
         rows = self.rows(b).view(-1, self.every)
         winner = b.coin.view_as(rows).where(rows, -1).argmax(1)

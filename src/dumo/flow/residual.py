@@ -54,12 +54,12 @@ def turned(u: Sample, w: Sample) -> PerSample:
     return mean_square(one - other) * u.shape[1] / 2
 
 
-def beyond(e: Sample, bound: float = 1.0) -> PerSample:
+def clipped_share(e: Sample, bound: float = 1.0) -> PerSample:
     """Share of a row's entries with |e| > bound: what a clamp of the residual would cut, at 1 in UCGM and RCGM."""
     return (e.detach().abs() > bound).flatten(1).float().mean(1)
 
 
-def apart(v_error: Sample, u_error: Sample) -> PerSample:
+def head_gap(v_error: Sample, u_error: Sample) -> PerSample:
     """Mean square of v_hat - (u_hat + t du/dt), for v* - u* = t du/dt: how far two heads are from DuMo's identity.
 
     Along v*, so it holds the scatter of v* about the velocity; the drift of `dumo.training.probe` does not.

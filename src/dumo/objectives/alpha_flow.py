@@ -20,7 +20,7 @@ from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import adaptive, beyond
+from dumo.flow.residual import adaptive, clipped_share
 from dumo.flow.secant import back, demand
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import LogitNormal, Pair, Times
@@ -86,7 +86,7 @@ class AlphaFlow(Spec):
             u_star = v_star - lift(b.t - b.r, b.x_t) * along(v_star)[0]
         e = u_hat - u_star
         floor = torch.full_like(b.t, self.floor).where(~moves, self.floor / (alpha or 1) ** 2)
-        return Terms(adaptive(e, 1.0, floor, mean=True), {"u": mean_square(e)}, {"beyond": beyond(e)})
+        return Terms(adaptive(e, 1.0, floor, mean=True), {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
 
     def _far(self, ref: Frozen, b: Noised, v_star: Sample, alpha: float) -> Sample:
         """u* for alpha > 0; no pass where alpha = 1, which goes all the way along v*."""

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from dumo.flow.discretization import Discretization, KarrasGrid, Ratio
 from dumo.flow.reading import jump_to_data
-from dumo.flow.residual import beyond, huber
+from dumo.flow.residual import clipped_share, huber
 from dumo.flow.secant import demand
 from dumo.flow.times import Karras, LogitNormal, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, UserError, lift, mean_square
@@ -31,11 +31,14 @@ LOG_NORMAL = LogitNormal(mean=-1.1 + log(2), std=2.0)  # sigma = exp(N(-1.1, 4))
 PRESETS: dict[str, dict[str, Any]] = {  # each with its authors' constants
     "cm": {
         "times": Karras(),
-        "schedule": KarrasGrid(growth="root", first=2, last=150),  # its App. C, CIFAR-10
+        "discretization": KarrasGrid(growth="root", first=2, last=150),  # its App. C, CIFAR-10
         "weighted": False,
         "soft": None,  # its distance is LPIPS, a net's word for what an image is; l2, its second choice, needs none
     },
-    "ict": {"schedule": KarrasGrid(), "soft": 0.00108},  # its c, 0.00054, in units of data of standard deviation 0.5
+    "ict": {
+        "discretization": KarrasGrid(),
+        "soft": 0.00108,  # its c, 0.00054, in units of data of standard deviation 0.5
+    },
     "ect": {},  # as it is
 }
 
@@ -46,7 +49,7 @@ class Consistency(Spec):
     kind: Literal["consistency"] = "consistency"
     times: Times = LOG_NORMAL
     drop: float = Field(default=0.0, ge=0, le=1)  # ours: all three train without labels or without dropping any
-    schedule: Discretization = Ratio()
+    discretization: Discretization = Ratio()
     weighted: bool = True  # by 1 / (sigma_t - sigma_r)
     soft: float | None = Field(default=0.0, ge=0)  # c of a Huber loss; 0: the length of the difference; None: plain l2
 
@@ -69,7 +72,7 @@ class Consistency(Spec):
         Raises UserError where short steps meet bf16.
         """
         demand(b, self.needs.amplifies, self.kind)
-        t, r = self.schedule(b.t, b.progress)
+        t, r = self.discretization(b.t, b.progress)
         b = b if t is b.t else b.at(t)
         step, same = t - r, r == t
         (u_hat,) = net(b.x_t, b.c, t=t)
@@ -79,7 +82,7 @@ class Consistency(Spec):
         apart = lift(step, b.x_t) * e  # sg D(x_r, r) - D(x_t, t)
         loss = mean_square(apart) if self.soft is None else huber(apart, self.soft)
         weight = (1 - t) * (1 - r) * one_over if self.weighted else 1
-        return Terms(weight * loss, {"u": mean_square(e)}, {"beyond": beyond(e)})
+        return Terms(weight * loss, {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
 
     def read(self, net: Net) -> Reads:
         """The head jumps to the data, x_0 = x_t - t u; a velocity it has at t = 0 only."""

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from dumo.flow.guide import Guide
 from dumo.flow.reading import jump_to_data
-from dumo.flow.residual import apart, beyond
+from dumo.flow.residual import clipped_share, head_gap
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Beta, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
@@ -44,7 +44,8 @@ class DuMo(Spec):
         v_error, u_error = v_hat - v_star, u_hat - u_star
         v_loss, u_loss = mean_square(v_error), mean_square(u_error)
         loss = self.beta * v_loss + (1 - self.beta) * u_loss  # line 12
-        return Terms(loss, {"v": v_loss, "u": u_loss}, {"beyond": beyond(u_error), "apart": apart(v_error, u_error)})
+        notes = {"clipped_share": clipped_share(u_error), "head_gap": head_gap(v_error, u_error)}
+        return Terms(loss, {"v": v_loss, "u": u_loss}, notes)
 
     def read(self, net: Net) -> Reads:
         """The v head is the slope of the path; the u head jumps to the data, x_0 = x_t - t u (Eq. 6)."""

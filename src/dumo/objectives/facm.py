@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.reading import jump_to_data
-from dumo.flow.residual import adaptive, beyond, turned
+from dumo.flow.residual import adaptive, clipped_share, turned
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import Arctan, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
@@ -68,7 +68,8 @@ class FACM(Spec):
         anchor = v_loss + turned(v_hat, v_star) if self.cosine else v_loss
         u_loss = adaptive(u_hat - u_next, self.power, self.floor, mean=True)
         loss = anchor + (pi / 2 * b.t).sin() * u_loss
-        return Terms(loss, {"v": v_loss, "u": mean_square(error)}, {"beyond": beyond(error, self.clip or 1.0)})
+        parts = {"v": v_loss, "u": mean_square(error)}
+        return Terms(loss, parts, {"clipped_share": clipped_share(error, self.clip or 1.0)})
 
     def step(self, error: Sample, t: Time) -> Sample:
         """How far towards its target u is led."""

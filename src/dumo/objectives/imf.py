@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from dumo.flow import dropout
 from dumo.flow.law import Level
 from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import adaptive, beyond
+from dumo.flow.residual import adaptive, clipped_share
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import LogitNormal, Pair, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
@@ -63,7 +63,9 @@ class ImprovedMeanFlow(Spec):
             u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt
         errors = {"u": u_hat - u_star, "v": v_hat - v_star}
         loss = sum((adaptive(e, self.power, self.floor) for e in errors.values()), torch.zeros_like(b.t))
-        return Terms(loss, {k: mean_square(e) for k, e in errors.items()}, {"beyond": beyond(errors["u"])})
+        return Terms(
+            loss, {k: mean_square(e) for k, e in errors.items()}, {"clipped_share": clipped_share(errors["u"])}
+        )
 
     def knobs(self, b: Noised) -> dict[str, Time]:
         """What the net is told of guidance; where r = t, that it acts at all times."""

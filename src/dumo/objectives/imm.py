@@ -54,7 +54,7 @@ class IMM(Spec):
         if len(b.t) % self.times.size:
             raise UserError(
                 f"objective 'imm' compares {self.times.size} rows with one another, but here are {len(b.t)}: make "
-                "train.batch a multiple of objective.times.size * train.accumulate * ranks, or change one of them"
+                "train.batch and train.micro_batch multiples of objective.times.size, or change that"
             )
         at_q = b.at(self.nearer(b.t, b.r))
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)

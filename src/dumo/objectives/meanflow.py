@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import adaptive, beyond
+from dumo.flow.residual import adaptive, clipped_share
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import LogitNormal, Pair, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
@@ -53,7 +53,8 @@ class MeanFlow(Spec):
             (du_dt,) = along(v_star)
             u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt  # Eq. 11
         e = u_hat - u_star
-        return Terms(adaptive(e, self.power, self.floor), {"u": mean_square(e)}, {"beyond": beyond(e)})  # Eq. 22
+        loss = adaptive(e, self.power, self.floor)  # Eq. 22
+        return Terms(loss, {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
 
     def read(self, net: Net) -> Reads:
         """One head, read at two times (Eq. 12)."""

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide
 from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import barron, beyond
+from dumo.flow.residual import barron, clipped_share
 from dumo.flow.secant import demand
 from dumo.flow.times import Below, Times, Uniform
 from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Sample, Spec, Terms, lift, mean_square
@@ -50,7 +50,7 @@ class RCGM(Spec):
         demand(b, self.needs.amplifies, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         e, off = self.residual(u_hat, ref, b, self.aim(ref, b))
-        return Terms(self.measure(e), {"u": mean_square(e)}, {"beyond": beyond(off, self.clip or 1.0)})
+        return Terms(self.measure(e), {"u": mean_square(e)}, {"clipped_share": clipped_share(off, self.clip or 1.0)})
 
     @torch.no_grad()
     def aim(self, ref: Frozen, b: Noised) -> Sample:

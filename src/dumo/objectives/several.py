@@ -23,7 +23,7 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide
-from dumo.flow.residual import beyond
+from dumo.flow.residual import clipped_share
 from dumo.flow.slope import Along, CentralSlope, Slope
 from dumo.flow.times import Below, Beta, Times
 from dumo.objectives.part import Aimed, AveragePart, EndpointPart, Part, VelocityPart
@@ -86,7 +86,7 @@ class Several(Spec):
         known = [(part, head - target) for part, head, target in zip(self.parts, heads, targets, strict=True)]
         alone = (b.r == b.t).to(b.t) / (1 - self.times.moving_share) if self.apart else 1
         loss = reduce(add, (part.weight * (1 if part.aims else alone) * part.measure(e) for part, e in known))
-        notes = {f"beyond_{part.name}": beyond(e) for part, e in known if part.derived}
+        notes = {f"clipped_share_{part.name}": clipped_share(e) for part, e in known if part.derived}
         return Terms(loss, {part.name: mean_square(e) for part, e in known}, notes)
 
     def read(self, net: Net) -> Reads:

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide
 from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import adaptive, beyond
+from dumo.flow.residual import adaptive, clipped_share
 from dumo.flow.secant import back, demand
 from dumo.flow.times import LogitNormal, Pair, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
@@ -67,7 +67,7 @@ class SoFlow(Spec):
         e = u_hat - u_star
         half = torch.where(b.r < b.t, 0.5, 1.0)
         loss = half * adaptive(e, self.power, self.floor, mean=True)
-        return Terms(loss, {"u": mean_square(e)}, {"beyond": beyond(e)})
+        return Terms(loss, {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
 
     def read(self, net: Net) -> Reads:
         """One head, read at two times."""

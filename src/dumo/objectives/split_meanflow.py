@@ -18,7 +18,7 @@ from dumo.flow import dropout
 from dumo.flow.guide import Guide
 from dumo.flow.law import Level
 from dumo.flow.reading import mean_velocity
-from dumo.flow.residual import beyond
+from dumo.flow.residual import clipped_share
 from dumo.flow.times import Pair, Uniform
 from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Sample, Spec, Terms, lift, mean_square
 
@@ -64,7 +64,7 @@ class SplitMeanFlow(Spec):
                     some = self._parts(ref, b[jump]).to(u_star)
                 u_star[jump] = torch.where(lift(b.r < b.t, b.x_t)[jump], some, u_star[jump])
         e = u_hat - u_star
-        return Terms(mean_square(e), {"u": mean_square(e)}, {"beyond": beyond(e)})
+        return Terms(mean_square(e), {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
 
     def _parts(self, ref: Frozen, b: Noised) -> Sample:
         """The mean velocity over both parts of the step."""

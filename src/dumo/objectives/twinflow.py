@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow.law import Level, Noise
-from dumo.flow.residual import beyond
+from dumo.flow.residual import clipped_share
 from dumo.flow.secant import demand
 from dumo.objectives.rcgm import RCGM
 from dumo.types import Frozen, Needs, Net, Noised, Sample, Terms, frozen, mean_square
@@ -68,7 +68,9 @@ class TwinFlow(RCGM):
         weights = {"u": 1.0, "flow": self.flow, "one": self.one, "twin": self.twin, "rectify": self.rectify}
         loss = torch.stack([weights[name] * self.measure(e) for name, e in parts.items()]).sum(0)
         return Terms(
-            loss, {name: mean_square(e) for name, e in parts.items()}, {"beyond": beyond(off, self.clip or 1.0)}
+            loss,
+            {name: mean_square(e) for name, e in parts.items()},
+            {"clipped_share": clipped_share(off, self.clip or 1.0)},
         )
 
     def _apart(self, net: Frozen, b: Noised) -> Sample:

@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide
 from dumo.flow.reading import jump_to_data
-from dumo.flow.residual import beyond, huber, turned
+from dumo.flow.residual import clipped_share, huber, turned
 from dumo.flow.secant import demand
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Beta, Times
@@ -80,7 +80,9 @@ class UCGM(Spec):
         loss = mean_square(e) if self.soft is None else huber(e, self.soft)
         loss = loss + turned(u_hat, u_star) if self.cosine else loss
         loss = loss * torch.cos(QUARTER * b.t) if self.fall else loss
-        return Terms(loss, {self.needs.heads[0]: mean_square(off)}, {"beyond": beyond(off, self.clip or 1.0)})
+        return Terms(
+            loss, {self.needs.heads[0]: mean_square(off)}, {"clipped_share": clipped_share(off, self.clip or 1.0)}
+        )
 
     def _off(self, net: Net, ref: Frozen, b: Noised) -> tuple[Sample, Sample]:
         """F and, without gradients, e. Guidance asks theta^-; F is aligned with the weights in training."""

@@ -5,7 +5,7 @@ piece of a batch needs at one time.
 """
 
 from collections.abc import Iterable
-from math import ceil, prod
+from math import prod
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from dumo.io.path import user_path
 from dumo.preflight import cost
 from dumo.preflight.show import show
 from dumo.protocols.standard import TRAIN, Standard
+from dumo.training.cut import cuts, together
 from dumo.training.state import begin
 from dumo.types import UserError
 
@@ -32,23 +33,27 @@ def plan(spec: Run) -> dict[str, Any]:
     net, shape, needs, train = spec.outline(), spec.data.shape, spec.objective.needs, spec.train
     shown, images, missing = show(spec), train.steps * train.batch, missing_data(spec)
     heads = cost.heads(net, spec.objective, shape, rows=1)
-    rows, epoch = (
-        ceil(train.batch / dist.world() / train.accumulate),
-        (not missing and cached_images(spec)) or protocol_images(spec),
-    )
+    epoch = (not missing and cached_images(spec)) or protocol_images(spec)
     return {
         **shown,
         "parameters_total": sum(value.numel() for value in net.state_dict().values()),
         "inputs": {"x": list(shape), **{name: [] for name in ("c", *needs.names)}},
         "heads": {name: list(head.shape[1:]) for name, head in zip((*needs.heads, *needs.gauges), heads, strict=True)},
         "tokens": getattr(net, "grid", 0) ** 2 or None,
-        "memory": memory(spec, rows),
+        "memory": memory(spec, most_rows(spec)),
         "images": images,
         "epochs": epoch and images / epoch,
         "flops": shown["forward_units_per_step"] * shown["forward_flops_per_image"] * images,
         "cache": cache(spec.data, epoch) if isinstance(spec.data, Latents) else None,
         "missing_data": missing,
     }
+
+
+def most_rows(spec: Run) -> int:
+    """The rows of the largest pass on any rank. Raises UserError where the batch does not fit so many ranks."""
+    train, group = spec.train, together(spec.objective)
+    passes = cuts(train.batch, ranks=dist.world(), micro_batch=train.micro_batch, group=group)
+    return max(rows.stop - rows.start for rank in passes for rows in rank)
 
 
 def memory(spec: Run, rows: int) -> dict[str, int]:

@@ -62,7 +62,7 @@ def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
     try:
         state, record, passes, update = make_step(spec, rows, here, warm=0 if slow else WARM)
     except torch.OutOfMemoryError as error:
-        way = "take fewer rows (in training: a larger train.accumulate), or net.checkpoint=true"
+        way = "take fewer rows (in training: a smaller train.micro_batch), or net.checkpoint=true"
         raise UserError(f"{rows} rows at a time do not fit on {machine.hardware(here).text}: {way}") from error
     nfe, taken = make_sample(spec, state, here)
     step = spec.train.batch / rows * passes + update
@@ -87,7 +87,7 @@ def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
 
 def make_step(spec: Run, rows: int, here: torch.device, *, warm: int = 0) -> tuple[State, Record, float, float]:
     """One step by the training loop, after some to warm up: the state, its record, seconds of its passes and update."""
-    train = spec.train.model_copy(update={"batch": rows, "accumulate": 1, "steps": warm + 1})
+    train = spec.train.model_copy(update={"batch": rows, "micro_batch": None, "steps": warm + 1})
     x, c = (part.to(here) for part in random_batch("dry", rows, spec.data.shape, spec.data.classes))
     state, records, times = begin(spec.build(here), train), list[Record](), [0.0]
     task = Task(spec.objective, spec.path, spec.data.classes)

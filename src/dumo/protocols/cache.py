@@ -30,7 +30,7 @@ def folder() -> Path:
 def cached(told: Mapping[str, str], make: Callable[[], Statistics]) -> Statistics:
     """The statistics of what is told: as they were kept if every rank can read them, else made and kept."""
     key = digest.of_bytes(json.dumps(dict(told), sort_keys=True).encode())[:16]
-    path = folder() / f"tally-{key}.safetensors"
+    path = folder() / f"statistics-{key}.safetensors"
     try:
         found = load_statistics(path, told) if path.is_file() else None
     except UserError:  # half a file, or another's

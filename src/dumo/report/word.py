@@ -80,13 +80,13 @@ BASELINES = {
     "null": Word(REAL, meaning="two independent draws of the data, compared with each other; mean ± spread."),
 }
 WATCHED = {
-    "apart": Word(
-        "heads apart",
+    "head_gap": Word(
+        "gap between the heads",
         meaning="mean square of v̂ − (û + t dû/dt), with the derivative along the target v★, as the loss has it. It "
         "does not vanish, for v★ scatters about the velocity, and t dû/dt with it. It starts at 0, where both heads "
         "do. Healthy if it then levels off; where u blows up, so does it.",
     ),
-    "beyond": Word(
+    "clipped_share": Word(
         "residuals beyond ±1",
         meaning="share of the entries of û − u★ that a clamp at 1 would cut, as some methods have it and this one has "
         "not. A third is usual near t = 0, where the target holds noise that nothing can tell. Healthy if it is less "

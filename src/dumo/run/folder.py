@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from dumo import dist
 from dumo.codecs.scaled import Opened
+from dumo.config.format import FORMAT
 from dumo.config.load import FILE, difference, dump, load
+from dumo.config.source import format_of
 from dumo.config.spec import Run
 from dumo.config.teacher import Start
 from dumo.data import Latents
@@ -100,11 +102,17 @@ def load_net(run: Run, file: Path, device: torch.device) -> nn.Module:
 def claim(run: Run, folder: Path) -> None:
     """See that the folder is free, or holds this run with no more steps behind it than it is to make. Writes nothing.
 
-    Raises UserError, with the difference if not.
+    Raises UserError, with the difference if not, and where it is of an older format.
     """
     if (done := max(checkpoint.standing(folder / "checkpoints"), default=0)) > run.train.steps:
         raise UserError(f"{folder} has {done} steps behind it, so train.steps={run.train.steps} is no more to do")
     if (folder / FILE).exists():
+        if done and (then := format_of(folder)) < FORMAT:
+            raise UserError(
+                f"{folder} is a run of format {then}, whose batches were drawn otherwise than now, in format {FORMAT}: "
+                "it samples and evaluates as before, but training cannot go on. Train in another folder with --out, "
+                f"and with --set start.source={folder} from the weights of this one"
+            )
         if differs := list(difference(load(str(folder)), run)):
             lines = "\n  ".join([f"{folder} holds another run:", *differs])
             raise UserError(f"{lines}\nGive another folder with --out, or remove this one")

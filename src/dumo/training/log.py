@@ -12,6 +12,7 @@ from dumo.io.json import finite
 from dumo.types import UserError
 
 Row = dict[str, Any]
+RENAMED = {"beyond": "clipped_share", "apart": "head_gap"}  # notes of runs of format 1 (`dumo.config.format`)
 
 
 def append(path: Path, row: Row) -> None:
@@ -21,7 +22,7 @@ def append(path: Path, row: Row) -> None:
 
 
 def read_log(path: Path) -> list[Row]:
-    """All rows, in order; none where there is no file. A torn last line is left out.
+    """All rows, in order, under the names of today; none where there is no file. A torn last line is left out.
 
     Raises UserError where any other line is no row with its step.
     """
@@ -32,11 +33,22 @@ def read_log(path: Path) -> list[Row]:
             row = json.loads(text)
             if not isinstance(row["step"], int):
                 raise TypeError("its step is no number")
-            rows.append(row)
+            rows.append(renamed(row))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if i < len(lines):
                 raise UserError(f"{path}, line {i} is no row of a log ({error}): mend or remove that line") from error
     return rows
+
+
+def renamed(row: Row) -> Row:
+    """A row whose notes have the names of today, whichever they were written under: beyond_u is clipped_share_u."""
+
+    def today(name: str) -> str:
+        first, line, part = name.partition("_")
+        return RENAMED[first] + line + part if first in RENAMED else name
+
+    tables = {key: row[key] for key in ("notes", "bins") if isinstance(row.get(key), dict)}
+    return row | {key: {today(name): value for name, value in table.items()} for key, table in tables.items()}
 
 
 def rewind(path: Path, step: int) -> None:

@@ -17,9 +17,14 @@ class Train(Spec):
 
     steps: int = Field(ge=1, json_schema_extra=FREE)  # in all, resumed ones included; schedules stretch with it
     batch: int = Field(ge=1)  # rows per step, over all ranks
-    micro_batch: int | None = Field(default=None, ge=1, json_schema_extra=FREE)  # rows of a pass on a rank; None: all
-    share: int = Field(default=1, ge=1, json_schema_extra=FREE)  # ranks that hold one copy of the weights between them
-    reshard: bool = Field(default=False, json_schema_extra=FREE)  # gathered weights are given back after each pass
+    # Rows of a pass on a rank, to save memory; None: all of a rank's. Changes rounding only.
+    micro_batch: int | None = Field(default=None, ge=1, json_schema_extra=FREE)
+    # Ranks that hold one copy of weights, averages and optimizer between them, to save memory: 1: each its own copy
+    # (replicated); all ranks: each a part (sharded); between: copies by groups (hybrid). Of fewer ranks, all.
+    share: int = Field(default=1, ge=1, json_schema_extra=FREE)
+    reshard: bool = Field(
+        default=False, json_schema_extra=FREE
+    )  # give gathered weights back after each pass: less memory
     optimizer: Optimizer = AdamW()
     schedule: Schedule = Constant()
     ema: tuple[Ema, ...] = (Ema(decay=0.9999),)  # App. C.1; the first is sampled and evaluated, the weights if none

@@ -1,9 +1,8 @@
 """Guidance as a user asks for it: by a preset's name, in training or in sampling, and where it is refused."""
 
 import pytest
-import yaml
 
-from dumo.config.load import difference, dump, load, parse
+from dumo.config.load import difference, load, parse
 from dumo.config.spec import Run
 from dumo.flow.guide import Guide
 from dumo.types import UserError
@@ -20,7 +19,7 @@ def guide(run: Run) -> Guide:
 def test_a_preset_stands_in_the_run_as_its_numbers(recipe: str, preset: str) -> None:
     run = load(recipe, [f"objective.guide={preset}", *FREE])
     assert guide(run) == Guide.model_validate(preset)
-    tree = yaml.safe_load(dump(run))
+    tree = run.model_dump(mode="json")
     assert tree["objective"]["guide"] == {
         "omega": 1.0,
         "zeta": {"paper": 0.55, "ucgm": 0.44}[preset],
@@ -35,7 +34,7 @@ def test_a_preset_stands_in_the_run_as_its_numbers(recipe: str, preset: str) -> 
 
 
 def test_a_preset_may_stand_in_a_file() -> None:
-    tree = yaml.safe_load(dump(load("digits", FREE)))
+    tree = load("digits", FREE).model_dump(mode="json")
     tree["objective"]["guide"] = "ucgm"
     assert guide(parse(Run, tree)).elsewhere == "average"
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dumo import recipes
+from dumo.config.format import FORMAT, KEY
 from dumo.config.load import default_folder, difference, dump, load, parse
 from dumo.config.tree import Sampling
 from dumo.sampling.solver import Heun, Hop
@@ -60,7 +61,10 @@ def leaves(tree: object, path: str = "") -> dict[str, Any]:
 def test_a_dump_is_complete(name: str, tmp_path: Path) -> None:
     run, file = load(name), tmp_path / "run.yaml"
     file.write_text(dump(run), encoding="utf-8")
-    found = leaves(yaml.safe_load(dump(run)))
+    tree = yaml.safe_load(dump(run))
+    assert next(iter(tree.items())) == (KEY, FORMAT)
+    del tree[KEY]
+    found = leaves(tree)
     assert load(str(file), [f"{path}={json.dumps(value)}" for path, value in found.items()]) == run  # each by its path
     assert {"train.optimizer.eps", "train.schedule.kind", "sample.solver.kind", "path.kind"} <= found.keys()
     assert {path for path in found if path.startswith("objective.times.")}
@@ -202,6 +206,7 @@ def test_nothing_differs_from_itself() -> None:
 
 def test_free_fields_may_differ() -> None:
     free = ["about=mine", "train.steps=7", "train.log_every=1", "train.save_every=2", "train.keep=9"]
+    free += ["train.micro_batch=16", "train.share=2", "train.reshard=true"]
     free += [
         "sample.solver.kind=euler",
         "sample.nfe=[8]",

@@ -4,6 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from dumo.config.check import check_pieces
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.objectives import AlphaFlow
@@ -109,18 +110,18 @@ def test_parts_of_moons() -> None:
 
 
 @pytest.mark.parametrize(
-    ("of", "words", "factor"),
+    ("of", "words", "said"),
     [
-        ("digits-guided", ["train.batch=30"], "4"),
-        ("digits-guided", ["train.accumulate=16"], "64"),
-        ("moons-guided", ["train.batch=1026", "train.accumulate=2"], "8"),
+        ("digits-guided", ["train.batch=30"], "train.batch = 30 is no multiple of 4, "),
+        ("digits-guided", ["train.micro_batch=3"], "train.micro_batch = 3 parts 4 rows .* raise it to 4"),
+        ("moons-guided", ["train.batch=1026", "train.micro_batch=513"], "train.batch = 1026 is no multiple of 4, "),
     ],
 )
-def test_a_batch_is_a_whole_number_of_groups_to_guide(of: str, words: list[str], factor: str) -> None:
+def test_a_batch_is_a_whole_number_of_groups_to_guide(of: str, words: list[str], said: str) -> None:
     quarter = "objective.guide.fraction=0.25"
     assert changed(quarter, of=of).objective.guide.every == 4
     assert changed(*words, of=of).objective.guide.every == 1
-    with pytest.raises(UserError, match=rf"train.batch = \d+ is no multiple of {factor} .*train.accumulate"):
+    with pytest.raises(UserError, match=rf"{said}.*objective.guide.fraction = 0.25 picks one of every 4"):
         changed(quarter, *words, of=of)
     assert changed(quarter, *words, "objective.guide.zeta=0", of=of).objective.guide.every == 4  # nothing to guide
 
@@ -155,8 +156,8 @@ def test_checking_costs_no_memory_and_no_randomness() -> None:
     [
         ("digits-meanflow", 1, "without one with r = t"),
         ("digits-split-meanflow", 1, "without one with r = t"),
-        ("digits-shortcut", 4, "keeps 8 rows together"),
-        ("digits-imm", 6, "keeps 4 rows together"),
+        ("digits-shortcut", 4, "no multiple of 8, .*keeps 8 rows together"),
+        ("digits-imm", 6, "no multiple of 4, .*keeps 4 rows together"),
     ],
 )
 def test_a_batch_that_could_not_teach_is_refused(recipe: str, batch: int, said: str) -> None:
@@ -165,15 +166,52 @@ def test_a_batch_that_could_not_teach_is_refused(recipe: str, batch: int, said: 
     load(recipe, [f"train.batch={8 * batch}"])
 
 
-def test_pieces_that_could_not_teach_are_refused() -> None:
-    for accumulate in (8, 9):  # of 4 rows; of 3 and 4, of which some have none with r < t
-        words = [f"train.accumulate={accumulate}"]
-        if accumulate == 8:
-            load("digits-meanflow", words)
-        else:
-            with pytest.raises(UserError, match=r"a piece of 3 rows \(train.accumulate = 9\) without one with r < t"):
-                load("digits-meanflow", words)
-        load("digits", words)  # whose rows are all alike
+def test_passes_that_could_not_teach_are_refused() -> None:
+    load("digits-meanflow", ["train.micro_batch=4"])
+    with pytest.raises(
+        UserError, match=r"a pass of 3 rows \(train.micro_batch = 3\) without .* r < t .*raise train.batch"
+    ):
+        load("digits-meanflow", ["train.micro_batch=3"])  # of 2 and 3, of which some have none with r < t
+    load("digits", ["train.micro_batch=3"])  # whose rows are all alike
+
+
+FITS = [
+    ("digits", ["train.batch=16"], 3),  # 5, 5 and 6 rows
+    ("digits", ["train.batch=16", "train.micro_batch=2"], 8),
+    ("digits", ["train.share=4"], 2),  # of fewer ranks, all
+    ("digits", ["train.share=2", "train.compile=blocks"], 4),
+    ("digits", ["train.share=3", "train.compile=loss"], 1),
+    ("digits-meanflow", [], 8),  # 4 rows each
+    ("digits-imm", ["train.batch=32"], 8),
+]
+
+
+@pytest.mark.parametrize(("recipe", "words", "ranks"), FITS)
+def test_what_so_many_ranks_can_train(recipe: str, words: list[str], ranks: int) -> None:
+    check_pieces(load(recipe, words), ranks)
+
+
+UNFIT = [
+    ("digits", ["train.batch=16"], 17, "train.batch = 16 .*17 ranks: raise it, or take fewer ranks"),
+    ("digits-meanflow", ["train.batch=32"], 16, r"a pass of 2 rows \(16 ranks\) .* r < t .*or take fewer ranks"),
+    (
+        "digits-meanflow",
+        ["train.batch=20", "train.micro_batch=7"],
+        6,
+        r"train.micro_batch = 7, 6 ranks\).* raise train.batch or train.micro_batch, or take fewer ranks",
+    ),
+    ("digits-imm", ["train.batch=32"], 9, "8 groups of 4 rows, too few .*9 ranks.*'groups' keeps 4 rows together"),
+    ("digits", ["train.share=4"], 6, r"train.share = 4 does not divide 6 ranks: set train.share=1 or 2 or 3 or 6"),
+    ("digits", ["train.compile=loss"], 2, "train.compile = loss .* 2: set train.compile=blocks"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "words", "ranks", "said"), UNFIT)
+def test_what_so_many_ranks_cannot_train(recipe: str, words: list[str], ranks: int, said: str) -> None:
+    run = load(recipe, words)  # which one can
+    with pytest.raises(UserError, match=said) as refused:
+        check_pieces(run, ranks)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +221,7 @@ def test_pieces_that_could_not_teach_are_refused() -> None:
         ("digits-split-meanflow", "lam.low=-3", r"lam is in \[0, 1\], not in \[-3, 1\]"),
         ("digits-twinflow", "t_twin.high=5", r"t_twin is in \[0, 1\], not in \[0, 5\]"),
         ("digits-cm", "times.rho=0.001", "times.rho"),
-        ("digits-ict", "schedule.rho=1e-300", "schedule.rho"),
+        ("digits-ict", "discretization.rho=1e-300", "discretization.rho"),
     ],
 )
 def test_numbers_that_mean_nothing(recipe: str, word: str, said: str) -> None:

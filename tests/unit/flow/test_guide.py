@@ -309,7 +309,9 @@ def test_precision_is_that_of_guidance_on_every_row(data: str, net: str, elsewhe
 
 
 def test_rows_that_are_no_whole_number_of_groups_are_refused() -> None:
-    with pytest.raises(UserError, match=r"one of every 4 rows, but here are 6.*train.batch.*train.accumulate.*ranks"):
+    with pytest.raises(
+        UserError, match=r"one of every 4 rows, but here are 6.*train.batch and train.micro_batch multiples of 4"
+    ):
         guided(Guide(zeta=0.5, fraction=0.25), record())
     assert guided(Guide(fraction=0.25), record())[1] == []  # nothing to guide, nothing to refuse
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dumo.flow.residual import adaptive, apart, beyond
+from dumo.flow.residual import adaptive, clipped_share, head_gap
 
 
 @pytest.mark.parametrize(("p", "c"), [(0.0, 0.01), (0.5, 0.1), (1.0, 0.01), (1.5, 1.0)])
@@ -29,15 +29,15 @@ def test_a_residual_of_zero_is_no_corner() -> None:
 
 def test_what_lies_beyond_a_bound_is_counted_by_row() -> None:
     e = torch.tensor([[[0.5, -1.5], [1.0, 3.0]], [[-0.9, 0.0], [0.9, -1.0]]], requires_grad=True)
-    assert beyond(e).tolist() == [0.5, 0.0]
-    assert beyond(e, 0.5).tolist() == [0.75, 0.75]
-    assert not beyond(e).requires_grad
-    assert beyond(e.to(torch.bfloat16).repeat(1, 1, 600)).tolist() == [0.5, 0.0]  # as many as bf16 cannot count
+    assert clipped_share(e).tolist() == [0.5, 0.0]
+    assert clipped_share(e, 0.5).tolist() == [0.75, 0.75]
+    assert not clipped_share(e).requires_grad
+    assert clipped_share(e.to(torch.bfloat16).repeat(1, 1, 600)).tolist() == [0.5, 0.0]  # as many as bf16 cannot count
 
 
 def test_heads_are_apart_by_the_difference_of_their_residuals() -> None:
     v, u, slope = (torch.randn(4, 3, 2, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(3))
     t, v_star = torch.rand(4, 1, 1), torch.zeros(4, 3, 2)
-    found = apart(v - v_star, u - (v_star - t * slope))
+    found = head_gap(v - v_star, u - (v_star - t * slope))
     assert torch.allclose(found, (v - u - t * slope).square().mean((1, 2)))
     assert not found.requires_grad

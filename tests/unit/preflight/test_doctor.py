@@ -239,7 +239,7 @@ def test_examining_leaves_everything_as_it_is() -> None:
 
 @pytest.mark.parametrize("slope", members(Slope), ids=kind)
 def test_training_does_not_notice(slope: type[Spec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tiny("moons", f"objective.slope.kind={kind(slope)}", "train.steps=6", "train.accumulate=2")
+    run = tiny("moons", f"objective.slope.kind={kind(slope)}", "train.steps=6", "train.micro_batch=2")
     train(run, tmp_path / "examined")
     nothing = doctor.Examination(None, "fp32", 1.0, "none", {})
     monkeypatch.setattr(doctor, "examine", lambda *_: nothing)

@@ -76,7 +76,7 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert facts["memory"]["total"] == sum(parts.values())
     assert parts["optimizer"] == pytest.approx(2 * parts["gradients"], rel=1e-3)  # two moments
     assert parts["gradients"] == 4 * facts["parameters"]
-    assert facts["memory"]["rows"] * spec.train.accumulate == spec.train.batch
+    assert facts["memory"]["rows"] == (spec.train.micro_batch or spec.train.batch)
     assert (facts["cache"] is None) == (spec.data.kind != "latents")
     assert (facts["missing_data"] is None) == (spec.data.kind in ("digits", "moons"))
     assert dict(table.lines(facts)).keys() >= {"parameters", "memory", "data"}
@@ -189,7 +189,7 @@ def small(*fields: str) -> Run:
 
 def test_a_rehearsal_is_the_first_step_of_training() -> None:
     """One update of every weight that has a gradient, at the rate of step 0, and the average follows."""
-    spec = small("train.schedule.warmup=10", "train.ema=[{decay: 0.75, ramp: false}]", "train.accumulate=4")
+    spec = small("train.schedule.warmup=10", "train.ema=[{decay: 0.75, ramp: false}]", "train.micro_batch=8")
     before, (state, record, passes, update) = spec.build(), rehearsal.make_step(spec, 2, CPU)
     assert (state.step, state.images, record.images) == (1, 2, 2)
     assert record.lr == spec.train.optimizer.lr / 10

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from dumo import recipes
+from dumo.config.format import FORMAT, KEY
 from dumo.config.load import dump, load
 from dumo.config.source import read
 from dumo.reproduce import PLANS
@@ -43,7 +44,7 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_complete(name: str) -> None:
-    assert keys(read(name)[0]) == keys(yaml.safe_load(dump(load(name))))
+    assert keys(read(name)[0] | {KEY: FORMAT}) == keys(yaml.safe_load(dump(load(name))))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if recipes.base(name)])
@@ -68,6 +69,7 @@ def test_every_recipe_is_in_one_group() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_holds_values_of_their_own_types(name: str) -> None:
     (found, _), resolved = read(name), yaml.safe_load(dump(load(name)))
+    del resolved[KEY]
     assert load(name) == type(load(name)).model_validate(resolved)
     for key in found:  # 1e-3 is text to YAML 1.1; the value that it resolves to is a number
         assert found[key] == {**resolved, key: found[key]}[key]
@@ -117,7 +119,7 @@ def test_a_full_size_recipe_says_what_the_paper_has_and_where_its_numbers_come_f
     head, lines = text[: text.index("about:")], [line.strip() for line in whole(name).splitlines()]
     for fid in FID[name] if name in FID else (name.removesuffix("-dual"),):
         assert fid in head
-    for key in ("lr", "betas", "decay", "batch", "steps", "accumulate", "drop", "zeta", "scale", "ramp"):
+    for key in ("lr", "betas", "decay", "batch", "steps", "micro_batch", "drop", "zeta", "scale", "ramp"):
         assert any(re.match(rf"(- )?{key}: .+ # .+", line) for line in lines), key
 
 

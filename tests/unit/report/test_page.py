@@ -333,7 +333,7 @@ def test_what_is_watched_is_drawn_and_explained(digits: Path, average: Path, vel
     titles = {folder: [title for title in WATCHED if title in page_of(folder).words] for folder in (digits, average)}
     assert titles == {digits: [*WATCHED], average: [WATCHED[1], WATCHED[3]]}  # one head has nothing to go with
     words = page_of(digits).words
-    assert "t loss v u residuals beyond ±1 heads apart rows 0.0 – 0.1" in " ".join(words.split())
+    assert "t loss v u residuals beyond ±1 gap between the heads rows 0.0 – 0.1" in " ".join(words.split())
     assert all(f"{title.lower()}:" in words.lower() for title in WATCHED)
     assert "App. D" not in page_of(average).words
     assert not any(title.lower() in page_of(velocity).words for title in WATCHED)
@@ -346,11 +346,17 @@ def test_a_log_of_an_older_run_is_shown_as_far_as_it_goes(digits: Path) -> None:
     old = [row | {"bins": {part: row["bins"][part] for part in ("loss", "v", "u")}} for row in old]
     assert len(report.charts(new)) == 8
     assert len(report.charts(old)) == 4
-    assert [chart.title for chart in report.charts([*old[:3], *new[3:]])][4:] == ["apart", "beyond"]  # probed once
+    assert [chart.title for chart in report.charts([*old[:3], *new[3:]])][4:] == [
+        "clipped_share",
+        "head_gap",
+    ]  # probed once
     found = report.late([*old[:4], new[4] | {"step": 17}])
     assert found is not None
     assert [*found["bins"]] == ["loss", "v", "u"]
-    never = {"notes": {"beyond": None}, "probe": {"norms": {}, "cosines": {"v,u": None}, "drift": 0.1}}  # a number
+    never = {
+        "notes": {"clipped_share": None},
+        "probe": {"norms": {}, "cosines": {"v,u": None}, "drift": 0.1},
+    }  # a number
     assert [chart.title for chart in report.charts([row | never for row in new])][4:] == ["drift"]
 
 

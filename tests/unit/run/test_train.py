@@ -103,7 +103,7 @@ def test_a_probe_is_logged_whenever_it_is_made(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [3, 4, 6]
     assert [row["probe"] is not None for row in rows] == [False, True, False]
     assert rows[1]["probe"]["cosines"].keys() == {"v,u"}
-    assert rows[0]["notes"].keys() == {"beyond", "apart"}
+    assert rows[0]["notes"].keys() == {"clipped_share", "head_gap"}
     train(tiny("moons", "train.probe_every=4", "train.steps=3", "train.schedule.kind=constant"), tmp_path / "run")
     train(tiny("moons", "train.probe_every=4", "train.schedule.kind=constant"), tmp_path / "run")
     train(tiny("moons", "train.probe_every=4", "train.schedule.kind=constant"), tmp_path / "again")

@@ -23,7 +23,7 @@ from unit.training.toy import AVERAGES, CLASSES, OPTIMIZERS, TASK, Small, Toy, b
 @pytest.mark.parametrize("ref", ["self", 0.9])
 def test_resumed_is_uninterrupted(tmp_path: Path, optimizer: AdamW, dtype: torch.dtype, ref: str | float) -> None:
     spec = Train.model_validate(
-        {"steps": 13, "batch": 12, "accumulate": 2, "optimizer": optimizer, "schedule": Cosine(warmup=3), "ref": ref}
+        {"steps": 13, "batch": 12, "micro_batch": 6, "optimizer": optimizer, "schedule": Cosine(warmup=3), "ref": ref}
         | {"ema": AVERAGES, "clip": 1.0, "save_every": 7}
     )
     whole = run(begin(Small(0, dtype=dtype), spec), spec)
@@ -96,7 +96,7 @@ def test_the_rate_follows_the_schedule() -> None:
 
 
 @pytest.mark.parametrize(
-    "other", [{"seed": 1}, {"accumulate": 2}, {"clip": 1e-3}, {"precision": "bf16"}, {"ref": 0.9}, {"steps": 4}]
+    "other", [{"seed": 1}, {"micro_batch": 6}, {"clip": 1e-3}, {"precision": "bf16"}, {"ref": 0.9}, {"steps": 4}]
 )
 def test_a_run_depends_on(other: dict[str, object]) -> None:
     states: list[State] = []
@@ -129,7 +129,8 @@ def test_the_first_average_is_shown() -> None:
 def test_fields_free_on_resume() -> None:
     properties = Train.model_json_schema()["properties"]
     free = {name for name, field in properties.items() if field.get("free")}
-    assert free == {"steps", "compile", "log_every", "probe_every", "save_every", "keep", "milestones"}
+    often = {"log_every", "probe_every", "save_every", "keep", "milestones"}
+    assert free == {"steps", "micro_batch", "share", "reshard", "compile"} | often
 
 
 def test_survives_json() -> None:
@@ -144,7 +145,9 @@ def test_survives_json() -> None:
     [
         ({"steps": 0}, "steps"),
         ({"batch": 0}, "batch"),
-        ({"accumulate": 5}, "cannot be taken in 5 pieces"),
+        ({"micro_batch": 0}, "micro_batch"),
+        ({"share": 0}, "share"),
+        ({"accumulate": 2}, "accumulate"),
         ({"ref": 0.5}, "average of decay 0.5"),
         ({"ref": "ema"}, "ref"),
         ({"ema": [{"decay": 0.9}, {"decay": 0.9, "ramp": False}]}, "twice"),

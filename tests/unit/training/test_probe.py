@@ -135,7 +135,7 @@ def probes(spec: Train, state: State | None = None, *hooks: Every) -> tuple[Stat
     return run(state or begin(Small(dtype=torch.float32), spec), spec, hooks=[Every(1, keep), *hooks]), found
 
 
-SPEC = Train(steps=9, batch=12, accumulate=5, ema=AVERAGES, ref=0.9, clip=0.5)  # 2, 2, 3, 2, 3 rows
+SPEC = Train(steps=9, batch=12, micro_batch=3, ema=AVERAGES, ref=0.9, clip=0.5)
 
 
 def test_a_run_is_the_same_with_and_without() -> None:

@@ -51,11 +51,11 @@ def test_the_gradient_of_the_mean_loss() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
-@pytest.mark.parametrize("accumulate", [2, 4, 5, 12])
-def test_any_split_is_the_whole_batch(dtype: torch.dtype, close: float, accumulate: int) -> None:
+@pytest.mark.parametrize("rows", [6, 5, 3, 1])
+def test_any_split_is_the_whole_batch(dtype: torch.dtype, close: float, rows: int) -> None:
     whole, split = fresh(dtype), fresh(dtype)
     for _ in range(3):
-        one, many = step(whole), step(split, accumulate=accumulate)
+        one, many = step(whole), step(split, micro_batch=rows)
         assert many.loss == pytest.approx(one.loss, rel=10 * close)
         assert many.grad_norm == pytest.approx(one.grad_norm, rel=10 * close)
         assert many.counts == one.counts
@@ -68,7 +68,7 @@ def test_any_split_is_the_whole_batch(dtype: torch.dtype, close: float, accumula
 def test_bins_are_means_by_time() -> None:
     state, b = fresh(), noised(40)
     terms = Toy().loss(state.net, frozen(state.net), b)
-    record = step(state, batch=40, accumulate=3)
+    record = step(state, batch=40, micro_batch=14)
     assert sum(record.counts) == 40
     assert 0 in record.counts or min(record.counts) > 0
     for name, value in {"loss": terms.loss, **terms.parts}.items():
@@ -89,13 +89,13 @@ def test_notes_are_logged_as_parts_are_and_move_nothing() -> None:
             return Terms(terms.loss, terms.parts, {"late": b.t.square().float()})
 
     plain, noting, t = fresh(), fresh(), noised(40).t
-    one, record = step(plain, batch=40), step(noting, Noting(), batch=40, accumulate=1)
+    one, record = step(plain, batch=40), step(noting, Noting(), batch=40, micro_batch=None)
     assert same(tensors(plain), tensors(noting))
     assert (one.notes, one.bins.keys()) == ({}, {"loss", "v", "pull"})
     assert record.notes == pytest.approx({"late": t.square().mean().item()}, rel=1e-6)
     assert record.parts == one.parts
     assert record.bins["late"][4] == pytest.approx(t[(t >= 0.4) & (t < 0.5)].square().mean().item(), rel=1e-6)
-    assert step(fresh(), Noting(), batch=40, accumulate=3).bins["late"] == pytest.approx(
+    assert step(fresh(), Noting(), batch=40, micro_batch=14).bins["late"] == pytest.approx(
         record.bins["late"], nan_ok=True
     )
 

@@ -49,7 +49,7 @@ PAPER = {DUMO: 1.126, MEANFLOW: 1.0}  # Sec. 4.4: steps per second on XL over Me
 def arms(scale: str) -> Iterator[Arm]:
     """Flow matching and the paper's two, one in two ways; but for the paper's scale, the zoo beside them."""
     if scale == "paper":
-        sets = ("train.batch=32", "train.accumulate=1")
+        sets = ("train.batch=32", "train.micro_batch=null")
         plain = ('objective={"kind": "flow_matching"}', "sample.solver.kind=euler")
         yield Arm(PLAIN, "imagenet256-xl2", (*sets, *plain))
         yield Arm(DUMO, "imagenet256-xl2", (*sets, CENTRAL))
@@ -120,7 +120,7 @@ class Rest(Constant):
 
 def step(spec: Run, here: torch.device) -> Callable[[], object]:
     """A training step on random numbers, in the middle of the training; the rate is zero, so it cannot diverge."""
-    rest = {"steps": 2 * MIDDLE, "schedule": Rest(), "accumulate": 1, "clip": None, "probe_every": 0}
+    rest = {"steps": 2 * MIDDLE, "schedule": Rest(), "micro_batch": None, "clip": None, "probe_every": 0}
     train, classes, rows = spec.train.model_copy(update=rest), spec.data.classes, spec.train.batch
     state, task = begin(spec.build(here), train), Task(spec.objective, spec.path, classes)
     state.step = MIDDLE
