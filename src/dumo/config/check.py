@@ -13,7 +13,7 @@ from dumo.flow.times import Pair
 from dumo.nets.precondition import VELOCITIES
 from dumo.sampling import solver
 from dumo.sampling.guidance import CFG, GuidanceScale
-from dumo.training.cut import cuts, together
+from dumo.training.cut import cuts, share_of, together
 from dumo.types import UserError
 
 
@@ -104,9 +104,7 @@ def check_pieces(run: Tree, ranks: int = 1) -> None:
         for rows in chain.from_iterable(pieces):
             if len(set(moving[rows])) == 1:
                 raise UserError(_lacking(run, ranks, rows, "r = t" if moving[rows.start] else "r < t"))
-    if ranks % (share := min(train.share, ranks)):
-        divisors = " or ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
-        raise UserError(f"train.share = {share} does not divide {ranks} ranks: set train.share={divisors}")
+    share_of(train.share, ranks)
     if ranks > 1 and train.compile == "loss":
         raise UserError(f"train.compile = loss is for one rank, not for {ranks}: set train.compile=blocks")
 

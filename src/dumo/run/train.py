@@ -13,7 +13,7 @@ import torch
 
 from dumo import dist
 from dumo.config.advice import advice
-from dumo.config.check import check_pieces  # noqa
+from dumo.config.check import check_pieces
 from dumo.config.spec import Run
 from dumo.data.store import some
 from dumo.preflight import cost, doctor
@@ -21,7 +21,7 @@ from dumo.progress import Bar, no_bar
 from dumo.run import deviation, teacher
 from dumo.run.folder import begin, held, note
 from dumo.training import checkpoint, layout, log, loop
-from dumo.training.layout import share_of
+from dumo.training.cut import share_of
 from dumo.training.state import State
 from dumo.training.step import Batch, Record, Task, pieces
 

@@ -39,3 +39,14 @@ def cuts(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: i
     ends = [groups * i // pieces * group for i in range(pieces + 1)]
     rows = [slice(start, end) for start, end in pairwise(ends)]
     return [rows[rank * passes : (rank + 1) * passes] for rank in range(ranks)]
+
+
+def share_of(asked: int, ranks: int) -> int:
+    """How many ranks hold a copy of the weights between them: `asked`, or all where there are fewer.
+
+    Raises UserError where that does not divide their number.
+    """
+    if ranks % (share := min(asked, ranks)):
+        divisors = " or ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise UserError(f"train.share = {share} does not divide {ranks} ranks: set train.share={divisors}")
+    return share

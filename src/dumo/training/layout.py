@@ -19,18 +19,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from dumo import dist
-from dumo.types import UserError, unwrap
-
-
-def share_of(asked: int, ranks: int) -> int:
-    """How many ranks hold a copy of the weights between them: `asked`, or all where there are fewer.
-
-    Raises UserError where that does not divide their number.
-    """
-    share = min(asked, ranks)
-    if ranks % share:
-        raise UserError(f"train.share = {share} does not divide {ranks} ranks: take a divisor, such as 1 or {ranks}")
-    return share
+from dumo.training.cut import share_of
+from dumo.types import unwrap
 
 
 def mesh_of(share: int, device: torch.device) -> DeviceMesh | None:
@@ -57,10 +47,14 @@ def lay(net: nn.Module, mesh: DeviceMesh | None, *, reshard: bool) -> None:
         fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
 
 
-def reduce_gradients(net: nn.Module, now: bool) -> None:
-    """Whether the next backward pass ends in a mean over ranks, or adds to this rank's own gradients."""
+def finish(net: nn.Module, step: bool, *, reshard: bool) -> None:
+    """What the next backward pass ends in: a mean over ranks if it ends the `step`, else own gradients, added up.
+
+    Weights that are gathered anyway stay so from pass to pass, unless `reshard`.
+    """
     if isinstance(net, FSDPModule):
-        net.set_requires_gradient_sync(now)
+        net.set_requires_gradient_sync(step)
+        net.set_reshard_after_backward(step or reshard)
 
 
 def release(net: nn.Module) -> None:

@@ -75,7 +75,7 @@ def train_step(state: State, task: Task, batch: Batch, spec: Train, loss: Loss |
     state.net.train()
     state.optimizer.zero_grad()
     for rows in mine.cuts:
-        layout.reduce_gradients(state.net, now=rows is mine.cuts[-1])
+        layout.finish(state.net, rows is mine.cuts[-1], reshard=spec.reshard)
         b = mine.draw(rows)
         terms = mine.loss_of(b, rows)
         (terms.loss.sum() / (spec.batch / dist.world())).backward()  # torch takes the mean over ranks
