@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from contract.case import name, objectives
+from drawn import counting
 from dumo.flow.draw import draw
+from dumo.flow.law import Noise
 from dumo.flow.path import Linear
 from dumo.types import Noised, Objective
 
@@ -76,3 +78,22 @@ def test_siblings_see_the_same_noise_and_the_same_dropped_labels() -> None:
     for b in records[1:]:
         assert torch.equal(b.z, records[0].z)
         assert torch.equal(b.kept, records[0].kept)
+
+
+@each
+@pytest.mark.parametrize("world", [1, 2, 8, 64])
+def test_a_rank_draws_samples_for_its_own_rows_only(objective: Objective, world: int) -> None:
+    """Its noise grows with its share of the batch; what is a number per row is drawn for the whole batch."""
+    batch, shape = 64, (5, 7)
+    x, c = torch.zeros(batch, *shape), torch.arange(batch) % 5
+    share, samples = batch // world, 1 + sum(isinstance(law, Noise) for _, law in objective)
+    with counting() as whole:
+        draw(objective, Linear(), x, c, c, seed=0, step=3)
+    assert 2 * batch < whole.scalars < 12 * batch
+    for first in range(0, batch, share):
+        mine = slice(first, first + share)
+        with counting() as drawn:
+            draw(objective, Linear(), x[mine], c[mine], c[mine], seed=0, step=3, batch=batch, first=first)
+        assert drawn.scalars == whole.scalars
+        assert drawn.rows == samples * list(range(batch)[mine])
+        assert drawn.shaped == samples * share * 35

@@ -49,7 +49,9 @@ def batch(run: Run, n: int = 6) -> tuple[Tensor, Tensor]:
     augment: Edm | None = getattr(run.data, "augment", None)
     assert augment is not None
     g = stream("augmented")
-    return augment.model_copy(update={"p": 0.7})(2 * torch.rand(n, *run.data.shape, generator=g) - 1, g)
+    often, x = augment.model_copy(update={"p": 0.7}), 2 * torch.rand(n, *run.data.shape, generator=g) - 1
+    change = often.drawn(n, g)
+    return often(x, change), change.told
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -7,33 +7,17 @@ import torch
 import yaml
 from torch import Tensor
 
-from dumo.codecs import Codec, Identity, SdVae, Taef2
-from dumo.codecs.scaled import Images, Latent, Moments, Opened
+from dumo.codecs import Codec, Identity, Taef2
+from dumo.codecs.scaled import Opened
 from dumo.data.cache import FILE, Plan, open_cache
 from dumo.data.encode import encode
 from dumo.io.weights import load
 from dumo.random import stream
 from dumo.types import UserError
-from unit.codecs.toy import CLASSES, PLAN, SIDE, Pictures, contents, picture
+from unit.codecs.toy import CLASSES, GAUSSIAN, OPENED, PLAN, SIDE, Pictures, contents, picture
 
 COUNT = 50
 ROWS = torch.tensor([49, 0, 16, 15, 3, 16])  # of three shards, in no order, one twice
-
-
-class Blurred:
-    """Each pixel's Gaussian: its mean the pixel, its deviation |pixel| / 4 + 1/8."""
-
-    def encode(self, images: Images) -> Moments:
-        """Means and deviations."""
-        return torch.cat([images, images.abs() / 4 + 1 / 8], 1)
-
-    def decode(self, raw: Latent) -> Images:
-        """As it is."""
-        return raw
-
-
-GAUSSIAN = SdVae(channels=3, factor=1, shift=(0.25, 0.0, -0.5), scale=(2.0, 1.0, 0.5), weights="here")
-OPENED = Opened(GAUSSIAN, Blurred(), "0" * 64, torch.device("cpu"))
 
 
 def made(folder: Path, codec: Opened | None = None, **change: object) -> Path:

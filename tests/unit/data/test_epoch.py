@@ -1,10 +1,14 @@
 """Rows of a step: epochs are permutations laid end to end, and a step number is all that is needed to go on."""
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
 
-from dumo.data.epoch import rows_of
+from dumo.data import epoch
+from dumo.data.epoch import mirrored, rows_of
 
 
 def laid_out(steps: int, batch: int, size: int, seed: int = 0) -> Tensor:
@@ -49,3 +53,54 @@ def test_the_global_generator_rests() -> None:
     state = torch.get_rng_state()
     rows_of(0, 5, size=10, seed=0)
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(("batch", "size"), [(12, 100), (12, 5), (12, 12)])
+def test_places_of_a_batch_are_its_rows(batch: int, size: int) -> None:
+    """The rows of a part are that part of the rows, within an epoch and across several; of no place, none."""
+    for step in range(9):
+        whole, turned = rows_of(step, batch, size=size, seed=0), mirrored(step, batch, 0)
+        for part in (slice(0, 5), slice(5, 12), slice(11, 12), slice(None), slice(4, 4)):
+            assert torch.equal(rows_of(step, batch, size=size, seed=0, rows=part), whole[part])
+            assert torch.equal(mirrored(step, batch, 0, part), turned[part])
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The sizes of the orders made from here on."""
+    sizes: list[int] = []
+    permuted = torch.randperm
+
+    def noted(n: int, **more: torch.Generator) -> Tensor:
+        sizes.append(n)
+        return permuted(n, **more)
+
+    epoch._permuted.cache_clear()
+    monkeypatch.setattr(torch, "randperm", noted)
+    yield sizes
+    epoch._permuted.cache_clear()
+
+
+def test_an_order_is_made_once_an_epoch(made: list[int]) -> None:
+    """Whoever asks: steps in a row, ahead across the end of an epoch, and threads at once."""
+    steps = [step + ahead for step in range(20) for ahead in range(3)]  # 5 steps an epoch
+    for step in steps:
+        rows_of(step, 20, size=100, seed=0)
+    assert made == [100] * 5
+    with ThreadPoolExecutor(8) as pool:
+        rows = list(pool.map(lambda _: rows_of(0, 20, size=2_000_000, seed=0), range(8)))
+    assert all(torch.equal(row, rows[0]) for row in rows)
+    assert made == [100] * 5 + [2_000_000]
+
+
+def test_few_orders_are_kept(made: list[int]) -> None:
+    """They are as large as the data."""
+    for step in range(20):
+        rows_of(step, 100, size=100, seed=0)
+    assert len(made) == 20
+    assert epoch._permuted.cache_info().currsize == epoch.ORDERS == 2
+
+
+def test_what_is_given_is_not_the_order_that_is_kept(made: list[int]) -> None:
+    rows_of(0, 10, size=10, seed=0).zero_()
+    assert rows_of(0, 10, size=10, seed=0).any()

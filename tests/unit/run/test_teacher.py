@@ -1,14 +1,19 @@
 """A teacher's velocity takes the place of the data's, its pairs the place of data and noise; another's is refused."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from dumo import dist
 from dumo.config.check import check_guided
 from dumo.config.load import load
+from dumo.config.spec import Run
 from dumo.config.teacher import Teacher
 from dumo.io.weights import load as load_weights
 from dumo.progress import no_bar
@@ -195,6 +200,93 @@ def test_pairs_are_joined_by_the_teachers_flow(tmp_path: Path) -> None:
     teacher.couple(run, run.teacher.pairs, line(run, CPU), tmp_path, CPU, no_bar)
     assert files[1].read_bytes() == second
     assert files[0].stat().st_mtime_ns == first
+
+
+class Ranks(threading.local):
+    """Two ranks in threads, that meet where they gather."""
+
+    rank = 0
+    meeting = threading.Barrier(2, timeout=30)
+    told: ClassVar[list[Tensor]] = [torch.empty(0)] * 2
+
+    def gathered(self, x: Tensor) -> list[Tensor]:
+        """As `dist.gathered`."""
+        self.told[self.rank] = x
+        self.meeting.wait()
+        return list(self.told)
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    """What the package takes for its ranks."""
+    ranks = Ranks()
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    monkeypatch.setattr(dist, "rank", lambda: ranks.rank)
+    monkeypatch.setattr(dist, "gathered", ranks.gathered)
+    return ranks
+
+
+def shared(ranks: Ranks, run: Run, reads: Reads, folder: Path) -> list[tuple[teacher.Coupled | str, list[int]]]:
+    """What each of two ranks gets, or is told, and the first numbers of the files that it made."""
+    assert run.teacher
+    assert run.teacher.pairs
+    pairs = run.teacher.pairs
+
+    def work(rank: int) -> tuple[teacher.Coupled | str, list[int]]:
+        ranks.rank, made = rank, list[int]()
+
+        def noted(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+            made.append(len(x))
+            assert reads.velocity
+            return reads.velocity(x, t, c)
+
+        try:
+            return teacher.couple(run, pairs, Reads(velocity=noted), folder, CPU, no_bar), made
+        except UserError as error:
+            return str(error), made
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(work, range(2)))
+
+
+COUPLED = [*USER, "teacher.pairs.count=2100", "teacher.pairs.nfe=1", "teacher.pairs.solver.kind=euler"]
+
+
+def test_ranks_share_the_making_of_pairs(ranks: Ranks, tmp_path: Path) -> None:
+    """Each makes every other file, once, and has all of them: the same as one process makes."""
+    run = tiny("moons", *COUPLED)
+    (one, first), (other, second) = shared(ranks, run, line(run, CPU), tmp_path / "two")
+    assert (first, second) == ([1024, 52], [1024])
+    assert isinstance(one, teacher.Coupled)
+    assert isinstance(other, teacher.Coupled)
+    assert torch.equal(one.z, noise(0, range(2100), 0, (2,)))
+    for a, b in zip(one.batch(3, 8, 0), other.batch(3, 8, 0), strict=True):
+        assert torch.equal(a, b)
+    (tmp_path / "two" / "00001024.safetensors").unlink()
+    assert [made for _, made in shared(ranks, run, line(run, CPU), tmp_path / "two")] == [[], [1024]]
+
+
+def test_every_rank_hears_of_pairs_that_are_no_numbers(ranks: Ranks, tmp_path: Path) -> None:
+    """Who made none of them would wait for the files; what is whole is kept."""
+    run = tiny("moons", *COUPLED)
+
+    def velocity(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return x if ranks.rank == 0 else x.index_fill(0, torch.tensor([7, 9]), torch.nan)
+
+    (one, _), (other, _) = shared(ranks, run, Reads(velocity=velocity), tmp_path)
+    assert one == other
+    assert "makes 2 pairs, the first number 1031, of what is no finite number" in str(one)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["00000000.safetensors", "00002048.safetensors"]
+
+
+def test_the_main_process_notes_who_teaches(ranks: Ranks, tmp_path: Path) -> None:
+    known = teacher.Known(Teacher(source="a"), Reads(), None, {"source": "a"})
+    ranks.rank = 1
+    known.note(tmp_path)
+    assert not list(tmp_path.iterdir())
+    ranks.rank = 0
+    known.note(tmp_path)
+    assert (tmp_path / "teacher.json").exists()
 
 
 def test_pairs_are_trained_on_as_they_are(tmp_path: Path) -> None:

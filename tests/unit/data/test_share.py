@@ -1,0 +1,171 @@
+"""Parts of a batch are the batch, to the bit, and who asks for a part reads and draws for its rows alone."""
+
+from collections.abc import Callable
+from concurrent.futures import wait
+from itertools import pairwise
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from drawn import counting
+from dumo.data import Digits, Images, Moons
+from dumo.data.album import AHEAD, Album
+from dumo.data.augment import Edm
+from dumo.data.cache import Cache, open_cache
+from dumo.data.encode import encode
+from dumo.data.epoch import rows_of
+from dumo.data.latents import Encoded
+from dumo.data.store import Labels
+from dumo.random import stream
+from dumo.run.teacher import Coupled
+from unit.codecs.toy import OPENED, PLAN, Pictures
+
+BATCH, COUNT, SIDE = 64, 50, 9  # more rows than images: a batch crosses epochs. An odd side, no whole vectors of floats
+WORLDS = [1, 2, 8, 64]
+
+
+class Batches(Protocol):
+    """A source of two tensors, or three."""
+
+    def batch(self, step: int, batch: int, seed: int, rows: slice = ...) -> tuple[Tensor, ...]: ...
+
+
+def album(root: Path, **fields: object) -> Album:
+    """Random grey images in two classes, opened."""
+    for i in range(COUNT):
+        (root / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (SIDE, SIDE), generator=stream("share", i), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(root / f"{i % 2}" / f"{i:02}.png")
+    return Images.model_validate({"root": str(root), "side": SIDE, "channels": 1, "crop": "none", **fields}).open()
+
+
+def augmented(root: Path) -> Album:
+    """Every image changed in every way, more or less."""
+    return album(root, labelled=False, augment=Edm(p=0.8))
+
+
+def latents(root: Path) -> Encoded:
+    """A cache of moments, with both flips."""
+    encode(Pictures(COUNT), OPENED, PLAN, root)
+    return Encoded(open_cache(root), flip=True)
+
+
+def coupled(root: Path) -> Coupled:
+    """Pairs of one number each."""
+    x = torch.arange(COUNT)[:, None].float()
+    return Coupled(x, -x, torch.arange(COUNT))
+
+
+SOURCES: dict[str, Callable[[Path], Batches]] = {
+    "table": lambda root: Digits().open(),
+    "moons": lambda root: Moons(labelled=True).open(),
+    "kept": lambda root: album(root, flip=True),
+    "read": lambda root: album(root, flip=True, memory=0.0),
+    "augmented": augmented,
+    "latents": latents,
+    "coupled": coupled,
+}
+
+
+@pytest.mark.parametrize("make", SOURCES.values(), ids=SOURCES)
+def test_parts_of_a_batch_are_the_batch(make: Callable[[Path], Batches], tmp_path: Path) -> None:
+    """Of as many ranks as there are, and cut unevenly: the same bits, whatever else is asked for."""
+    source = make(tmp_path / "data")
+    for step in (0, 3):
+        whole = source.batch(step, BATCH, 1)
+        assert {len(part) for part in whole} == {BATCH}
+        for sizes in (*([BATCH // world] * world for world in WORLDS), [1, 7, 13, 43]):
+            ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
+            cuts = [slice(start, end) for start, end in pairwise(ends)]
+            parts = zip(*(source.batch(step, BATCH, 1, rows) for rows in cuts), strict=True)
+            for part, one in zip(parts, whole, strict=True):
+                assert torch.equal(torch.cat(part), one)
+
+
+def test_parts_of_many_points_are_the_whole() -> None:
+    """Their law has no rounding that depends on the place of a row in what is computed at one time."""
+    whole, _ = Moons().open().reference(2**17, 0)
+    law = Moons().open()
+    for n in (1, 3, 17, 1001):
+        assert torch.equal(law.reference(n, 0)[0], whole[:n])
+
+
+class Counted:
+    """A store that notes which images are read."""
+
+    def __init__(self, album: Album) -> None:
+        self.store, self.read_ = album.store, list[int]()
+
+    @property
+    def labels(self) -> Labels | None:
+        return self.store.labels
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def path(self, i: int) -> str:
+        return self.store.path(i)
+
+    def read(self, i: int) -> bytes:
+        self.read_.append(i)
+        return self.store.read(i)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_rank_decodes_its_own_images_only(tmp_path: Path, world: int) -> None:
+    """Now and ahead, each step's once; another rank's rows are no longer read ahead for this one."""
+    source, share = album(tmp_path, memory=0.0), BATCH // world
+    source.store = store = Counted(source)
+    last = slice(BATCH - share, BATCH)
+    for step in range(3):
+        source.batch(step, BATCH, 1, last)
+    wait(source.ahead.values())
+    asked = [rows_of(step, BATCH, size=COUNT, seed=1, rows=last) for step in range(3 + AHEAD)]
+    assert len(store.read_) == (3 + AHEAD) * share
+    assert sorted(store.read_) == torch.cat(asked).sort().values.tolist()
+    assert len(source.ahead) == AHEAD
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_rank_reads_and_draws_its_own_latents_only(
+    tmp_path: Path, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which are mirrored is drawn for the whole batch."""
+    source, share = latents(tmp_path), BATCH // world
+    rows_of_cache, read = Cache.rows, list[Tensor]()
+
+    def noted(cache: Cache, rows: Tensor, flipped: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        read.append(rows)
+        return rows_of_cache(cache, rows, flipped)
+
+    monkeypatch.setattr(Cache, "rows", noted)
+    for first in range(0, BATCH, share):
+        mine = slice(first, first + share)
+        wanted = rows_of(2, BATCH, size=COUNT, seed=1, rows=mine)
+        with counting() as drawn:
+            x, _ = source.batch(2, BATCH, 1, mine)
+        assert torch.equal(read.pop(), wanted)
+        assert not read
+        assert (drawn.rows, drawn.shaped, drawn.scalars) == (list(range(BATCH)[mine]), x.numel(), BATCH)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_rank_draws_its_own_points_only(world: int) -> None:
+    share = BATCH // world
+    for first in range(0, BATCH, share):
+        with counting() as drawn:
+            Moons().open().batch(2, BATCH, 1, slice(first, first + share))
+        assert (drawn.rows, drawn.shaped, drawn.scalars) == (list(range(first, first + share)), 4 * share, 0)
+
+
+def test_what_is_done_to_images_is_drawn_for_the_whole_batch() -> None:
+    """A few numbers each, so that neither their law nor their rounding knows of ranks."""
+    with counting() as drawn:
+        change = Edm().drawn(BATCH, stream("share"))
+    assert drawn.scalars == 13 * BATCH
+    assert not drawn.rows
+    assert torch.equal(change[5:9].told, change.told[5:9])
