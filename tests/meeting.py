@@ -1,23 +1,36 @@
-"""Two processes of a test meet, work, and part."""
+"""Processes of a test meet, work, and part."""
 
 import os
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch.distributed
 
 
 @contextmanager
-def meeting(file: str, rank: int) -> Generator[None, None, None]:
-    """Work as rank `rank` of two that meet in `file`; who comes through leaves at once, with exit code 0.
+def met(file: str, rank: int, ranks: int) -> Generator[None, None, None]:
+    """Work as rank `rank` of so many that meet in `file`, which is not there yet; others may meet afterwards."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def meeting(file: str, rank: int, ranks: int = 2) -> Generator[None, None, None]:
+    """Work as rank `rank` of so many that meet in `file`; who comes through leaves at once, with exit code 0.
 
     torch keeps a sharded net's process group in caches of its own after it is destroyed (2.13), and the threads of
     such a group may abort the interpreter while it shuts down. An error inside leaves by the usual way.
     """
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    yield
-    torch.distributed.destroy_process_group()
+    with met(file, rank, ranks):
+        yield
+    leave()
+
+
+def leave() -> NoReturn:
+    """End this process, well."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -11,6 +11,7 @@ from typing import Any
 from dumo import dist
 from dumo.config.spec import Run
 from dumo.io import digest
+from dumo.io.weights import title
 from dumo.protocols.evaluator import Evaluator
 from dumo.run import deviation
 from dumo.run.folder import RunFolder
@@ -35,7 +36,7 @@ MEASURED = (
 def card(opened: RunFolder, evaluator: Evaluator, samples: int) -> Card:
     """The card of a run that is judged as its spec says, by this evaluator."""
     run, file = opened.run, opened.file
-    _, mark, decay = file.stem.partition("ema-")
+    _, mark, decay = title(file).partition("ema-")
     return {
         "protocol": run.evaluate.protocol.name,
         "samples": samples,

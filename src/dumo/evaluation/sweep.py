@@ -16,8 +16,9 @@ from dumo.evaluation.evaluate import Row, evaluator_of, name_of, row
 from dumo.io.json import write_json
 from dumo.progress import Bar, no_bar
 from dumo.protocols.evaluator import Evaluator
-from dumo.run.folder import RunFolder, open_run, shown
+from dumo.run.folder import RunFolder, open_run
 from dumo.sampling.solver import check
+from dumo.training.checkpoint import part
 from dumo.types import UserError
 
 EMA = "ema"
@@ -107,9 +108,8 @@ def _settings(opened: RunFolder, text: str) -> Iterator[tuple[str, RunFolder]]:
 
 def _averages(opened: RunFolder) -> Iterator[tuple[str, RunFolder]]:
     """The run with every average of its last checkpoint, and with the weights in training."""
-    last = shown(opened.folder, opened.run).parent
     for name in [*(f"ema-{ema.decay}" for ema in opened.run.train.ema), "net"]:
-        file = last / f"{name}.safetensors"
+        file = part(opened.checkpoint, name)
         point = open_run(str(opened.folder), weights=str(file), device=str(opened.device))
         yield name, replace(point, run=opened.run, weights=str(file.relative_to(opened.folder)))
 

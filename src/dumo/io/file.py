@@ -31,15 +31,22 @@ def whole(path: Path, *, writer: int | str | None = None, durable: bool = False)
     half = hidden(path, os.getpid() if writer is None else writer)
     try:
         yield half
-        if durable:
-            for part in (*half.iterdir(), half) if half.is_dir() else (half,):
-                flush(part)
-        half.replace(path)
-        if durable:
-            flush(path.parent)
+        settle(half, path, durable=durable)
     except BaseException:
         remove(half)
         raise
+
+
+def settle(half: Path, path: Path, *, durable: bool = False) -> None:
+    """Give what was written at `half` its name; a folder that stands there goes. `durable`: once it is on the disk."""
+    if durable:
+        for part in (*half.rglob("*"), half):
+            flush(part)
+    if path.is_dir():
+        shutil.rmtree(path.rename(hidden(path, "old")))  # a folder takes the place of an empty one only
+    half.replace(path)
+    if durable:
+        flush(path.parent)
 
 
 def write(path: Path, data: bytes, *, writer: int | str | None = None, durable: bool = False) -> None:
@@ -75,6 +82,12 @@ def hidden(path: Path, writer: int | str = "") -> Path:
 def remove(path: Path) -> None:
     """Remove a folder with all that is in it, or a file, as far as it is there."""
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def free(path: Path) -> int:
+    """Bytes that may still be written where a file or folder lies, or will."""
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(there).free
 
 
 def flush(path: Path) -> None:

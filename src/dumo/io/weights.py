@@ -1,15 +1,17 @@
-"""Files of weights: safetensors only, whole, and the ones that were meant.
+"""Files of weights: safetensors only, whole, and the ones that were meant; or folders of shards (`dumo.io.shards`).
 
 No pickle is read, for one can run whatever code it likes when it is opened.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from dumo import dist
 from dumo.io import digest
 from dumo.types import UserError
 
@@ -44,14 +46,64 @@ def read(file: Path, hint: str = "", *, convert: bool = True) -> tuple[dict[str,
         return {name: found.get_tensor(name) for name in found.keys()}, found.metadata() or {}  # noqa: SIM118, no dict
 
 
-def load(file: Path) -> dict[str, Tensor]:
-    """The tensors alone. Raises as `opened`."""
-    return read(file)[0]
+def load(place: Path) -> dict[str, Tensor]:
+    """The tensors alone, of a file or of a folder of shards. Raises as `opened` and `dumo.io.shards.outline`."""
+    if place.is_dir():
+        from dumo.io import shards  # slow to import
+
+        return shards.load(place)
+    return read(place)[0]
 
 
-def notes(file: Path) -> dict[str, str]:
-    """What a safetensors file says of itself, its tensors left unread. Raises as `opened`."""
-    with opened(file) as found:
+def outline(place: Path) -> dict[str, Tensor]:
+    """Tensors of the names, shapes and dtypes that a file or a folder of shards holds; unread. Raises as `load`."""
+    if place.is_dir():
+        from dumo.io import shards  # slow to import
+
+        return shards.outline(place)
+    return load(place)  # mapped
+
+
+@torch.no_grad()
+def fill(place: Path, into: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of these names and shapes (`compare`) into `into`, whole or a rank's part. Raises as `load`."""
+    if not place.is_dir() and dist.world() == 1:
+        for name, whole in load(place).items():
+            into[name].copy_(whole)
+        return
+    from dumo.io import shards  # slow to import
+
+    if place.is_dir():
+        shards.fill(place, into)
+    else:
+        shards.share(load(place), into)
+
+
+def apart(tensors: Mapping[str, Tensor], local: Callable[[Tensor], Tensor] = torch.detach) -> dict[str, Tensor]:
+    """The same values as safetensors wants them: contiguous, and no two in one memory (tied weights are cloned).
+
+    `local` gives what of a tensor lies in this process.
+    """
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().contiguous()
+        place = local(whole).untyped_storage().data_ptr()
+        out[name] = whole.clone() if place in seen else whole
+        seen.add(place)
+    return out
+
+
+def title(place: Path) -> str:
+    """The name of a file, without its ending, or of a folder of shards: ema-0.999."""
+    return place.name.removesuffix(".safetensors")
+
+
+def notes(place: Path) -> dict[str, str]:
+    """What a safetensors file says of itself, its tensors left unread; shards say nothing. Raises as `opened`."""
+    if place.is_dir():
+        return {}
+    with opened(place) as found:
         return found.metadata() or {}
 
 

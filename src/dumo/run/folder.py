@@ -21,7 +21,7 @@ from dumo.data import Latents
 from dumo.io import file as files
 from dumo.io.weights import compare
 from dumo.io.weights import load as load_weights
-from dumo.training import checkpoint
+from dumo.training import checkpoint, manifest
 from dumo.training.state import State
 from dumo.training.state import begin as begin_training
 from dumo.types import Sample, UserError
@@ -41,8 +41,9 @@ class RunFolder:
     folder: Path
     net: nn.Module
     step: int
-    weights: str  # the file they came from, relative to the folder where it lies inside
-    file: Path = Path()  # that file
+    weights: str  # the file or folder of shards they came from, relative to the run's folder where it lies inside
+    file: Path = Path()  # that file or folder
+    checkpoint: Path = Path()  # the last one that is whole
 
     @property
     def device(self) -> torch.device:
@@ -65,34 +66,35 @@ class RunFolder:
 def open_run(
     source: str, overrides: Sequence[str] = (), *, weights: str | None = None, device: str = "auto"
 ) -> RunFolder:
-    """Open a run's folder to sample or judge it. Raises UserError where it is none, or has no checkpoint yet."""
+    """Open a run's folder to sample or judge it; `weights` are a file, or a folder of shards, other than it shows.
+
+    Raises UserError where it is none, or has no checkpoint yet, or none that is whole.
+    """
     folder = Path(source)
     if not (folder / FILE).is_file():
         raise UserError(f"{source} is no run's folder (it has no {FILE}): train one first, e.g. dumo train digits")
     run = load(source, overrides)
     if differs := list(difference(load(source), run)):
         raise UserError(f"these fields of {source} are as they were trained:\n  " + "\n  ".join(differs))
-    own = shown(folder, run)
-    file = own if weights is None else Path(weights)
-    net = load_net(run, file, dist.device(device))
-    step, _ = checkpoint.counts(own.parent / "state.json")
-    name = str(file.relative_to(folder)) if weights is None else weights
-    return RunFolder(run, folder, net, checkpoint.step_of(file, step), name, file)
-
-
-def shown(folder: Path, run: Run) -> Path:
-    """The weights of a run that are sampled and judged: the first average of the last checkpoint, the net's of none.
-
-    Raises UserError where there is no checkpoint yet.
-    """
-    last = checkpoint.latest(folder / "checkpoints")
+    last = checkpoint.latest(folder / "checkpoints", {shown(run)} if weights is None else ())
     if last is None:
         raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {folder}")
-    return last / (f"ema-{run.train.ema[0].decay}.safetensors" if run.train.ema else "net.safetensors")
+    file = checkpoint.part(last, shown(run)) if weights is None else Path(weights)
+    if weights is not None and (wrong := checkpoint.fault_of(file)):
+        raise UserError(f"{wrong}: take other weights")
+    net = load_net(run, file, dist.device(device))
+    name = str(file.relative_to(folder)) if weights is None else weights
+    step = checkpoint.step_of(file, manifest.read(last).step)
+    return RunFolder(run, folder, net, step, name, file, last)
+
+
+def shown(run: Run) -> str:
+    """The part of a checkpoint that is sampled and judged: the first average, or the net without any."""
+    return f"ema-{run.train.ema[0].decay}" if run.train.ema else "net"
 
 
 def load_net(run: Run, file: Path, device: torch.device) -> nn.Module:
-    """A run's net with the weights of a file. Raises UserError where they do not fit."""
+    """A run's net with the weights of a file or a folder of shards. Raises UserError where they do not fit."""
     net, found = run.build(device), load_weights(file)
     compare(file, found, net.state_dict(), "the run", checkpoint.FIT)
     net.load_state_dict(found)
@@ -146,7 +148,7 @@ def note(run: Run, folder: Path) -> None:
 
 def begin(run: Run, folder: Path, device: torch.device) -> State:
     """The state that a run goes on from: of its last checkpoint, of another run, or as drawn. Raises UserError."""
-    last = checkpoint.latest(folder / "checkpoints")
+    last = checkpoint.latest(folder / "checkpoints", together=True)
     net = begin_from(run, run.start, device) if run.start and not last else run.build(device)
     state = begin_training(net, run.train)
     if last:

@@ -9,7 +9,9 @@ from typing import Any
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.io import digest
+from dumo.io.weights import title
 from dumo.run.folder import RunFolder, shown
+from dumo.training.checkpoint import part
 
 LONG = 40  # characters of a value in a name
 Fields = dict[str, Any]  # of a spec, one level deep: sample.seed, solver.m
@@ -30,8 +32,8 @@ def flat(tree: dict[str, Fields]) -> Fields:
 def changes(opened: RunFolder, before: Fields, after: Fields) -> list[str]:
     """The fields that differ, and weights other than those the run shows, as parts of a name."""
     parts = [word(field, value) for field, value in after.items() if before.get(field) != value]
-    if opened.file.resolve() != shown(opened.folder, own(opened)).resolve():
-        parts.append(f"{opened.file.stem}-{digest.of_file(opened.file)[:6]}")
+    if opened.file.resolve() != part(opened.checkpoint, shown(own(opened))).resolve():
+        parts.append(f"{title(opened.file)}-{digest.of_file(opened.file)[:6]}")
     return parts
 
 

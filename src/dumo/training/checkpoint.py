@@ -1,57 +1,65 @@
-"""Checkpoints: what a run needs to go on, bit for bit, in safetensors and JSON only.
+"""Checkpoints: what a run needs to go on, bit for bit, in safetensors and JSON only, on any number of ranks.
 
     checkpoints/step-00001000/   net.safetensors  ema-<decay>.safetensors ...  optimizer.safetensors  state.json
     milestones/step-00000200.safetensors
 
-The optimizer's tensors are named `<state name>.<parameter name>`. A milestone is the weights alone that are shown after
-a step, and stays. Each is written in a hidden place, flushed to the disk, then renamed: so what is named `step-...` is
-always whole, whenever the process or the machine stops.
+That is what one process writes. Ranks write folders of shards in the place of the files: net/, ema-<decay>/ ...,
+optimizer/ (`dumo.io.shards`). A milestone is the weights alone that are shown after a step, in one file, and stays.
+Each is written in a hidden place, flushed to the disk, then renamed: so what is named `step-...` was whole once,
+whenever the process or the machine stops, and its list tells whether it still is (`dumo.training.manifest`).
 """
 
-import json
 import re
 import shutil
-from collections.abc import Generator, Mapping
+import warnings
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from dumo import dist
 from dumo.io import file as files
-from dumo.io.weights import compare, load, notes
+from dumo.io import weights
+from dumo.training import agreement, manifest
+from dumo.training.memory import blank, by_place, flatten
 from dumo.training.state import State
 from dumo.types import UserError
 
 FIT = "resume with the spec that wrote it"  # the way out for weights of another net
+ONE_FILE = {"format": "pt"}  # and nothing else: two entries come in either order, so not the same bytes
 
 
 def save(folder: Path, state: State, keep: int) -> Path:
-    """Write the checkpoint of this step into `folder`, then drop all but the last `keep`; return its path.
+    """Write the checkpoint of this step into `folder`, then drop all before the last `keep`; return its path.
 
-    A step that already stands is left alone. Raises UserError if the disk is full; the older checkpoints then stand.
+    A step that already stands is left alone, and replaced where it is damaged; damaged ones do not count as kept. Every
+    rank must call it. Raises UserError on all ranks if the disk is full; the older checkpoints then stand.
     """
     target = folder / f"step-{state.step:08d}"
-    if not target.exists():
-        with made(target, "checkpoint", state.step) as temp:
-            write(temp, state)
-    older = [path for step, path in standing(folder).items() if step <= state.step]
-    for old in older[:-keep]:
-        shutil.rmtree(old.rename(files.hidden(old)))  # hidden first: half a checkpoint must not look like one
+    if not agreement.main(target.exists) or manifest.fault(target, together=True):
+        tensors = parts(state)
+        size = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+        with made(target, "checkpoint", state.step, size) as temp:
+            write(temp, state, tensors)
+        manifest.remember(target)
+    agreement.main(lambda: drop(folder, state.step, keep))
     return target
 
 
 def mark(folder: Path, state: State) -> Path:
     """Write the weights that are shown, the first average or the net's own, as this step's milestone; return its path.
 
-    One that stands is replaced. Raises UserError if the disk is full; what stood before then still stands.
+    One that stands is replaced. Every rank must call it. Raises UserError on all ranks if the disk is full; what stood
+    before then still stands.
     """
     target = folder / f"step-{state.step:08d}.safetensors"
-    with made(target, "milestone", state.step) as temp:
-        about = {"step": str(state.step)}  # and nothing else: two entries come in either order, so not the same bytes
-        safetensors.torch.save_file(apart(state.shown.state_dict()), temp, metadata=about)
+    named = state.shown.state_dict()
+    with made(target, "milestone", state.step, sum(tensor.nbytes for tensor in named.values())) as temp:
+        whole = weights.apart(gathered(named))
+        about = {"step": str(state.step)}
+        agreement.main(lambda: safetensors.torch.save_file(whole, temp, metadata=about))
     return target
 
 
@@ -60,118 +68,180 @@ def milestones(folder: Path) -> dict[int, Path]:
     return standing(folder, ".safetensors")
 
 
-def latest(folder: Path) -> Path | None:
-    """The checkpoint of the most steps in `folder`, or None."""
-    return next(reversed(standing(folder).values()), None)
+def latest(folder: Path, read: Collection[str] | None = None, *, together: bool = False) -> Path | None:
+    """The last checkpoint in `folder` that is whole, or None where there is none at all; warns of damaged ones.
+
+    `read` and `together` are as the parts of `manifest.fault`. Raises UserError where all are damaged.
+    """
+    damaged: list[str] = []
+    for path in reversed(standing(folder).values()):
+        if (wrong := manifest.fault(path, read, together=together)) is None:
+            if damaged and dist.is_main():
+                warnings.warn(f"{'; '.join(damaged)}: {path.name}, before it, is taken", stacklevel=2)
+            return path
+        damaged.append(wrong)
+    if damaged:
+        raise UserError(
+            f"{'; '.join(damaged)}: {folder} has no checkpoint that is whole. Put back the files as they were, or "
+            "remove that folder to train from the start"
+        )
+    return None
+
+
+def part(checkpoint: Path, name: str) -> Path:
+    """Where a part of a checkpoint lies (net, ema-0.999, optimizer): a folder of shards, or a file."""
+    folder = checkpoint / name
+    return folder if folder.is_dir() else checkpoint / f"{name}.safetensors"
+
+
+def fault_of(place: Path) -> str | None:
+    """What is wrong with weights that lie in a checkpoint, or with it; None if nothing, or if they lie elsewhere."""
+    there = (place.parent / manifest.NAME).is_file()
+    return manifest.fault(place.parent, {weights.title(place)}) if there else None
 
 
 def restore(checkpoint: Path, state: State) -> None:
-    """Load a checkpoint into a state built from the same spec; nothing is changed unless all of it fits.
+    """Load a checkpoint, one that `latest` gave, into a state built from the same spec, on as many ranks as there are.
 
-    Raises UserError naming the file and the first tensor that is missing, unknown, or of another shape or dtype.
+    Nothing is changed unless all of it fits. Every rank must call it. Raises UserError naming the file and the first
+    tensor that is missing, unknown, or of another shape or dtype.
     """
     modules = {"net": state.net} | {f"ema-{decay}": average.module for decay, average in state.averages.items()}
-    weights = {name: load(checkpoint / f"{name}.safetensors") for name in modules}
-    for name, module in modules.items():
-        compare(checkpoint / f"{name}.safetensors", weights[name], module.state_dict(), "the run", FIT)
-    memory = unflatten(checkpoint / "optimizer.safetensors", state)
-    step, images = counts(checkpoint / "state.json")
+    wanted = {name: module.state_dict() for name, module in modules.items()}
+    memory: dict[str, Tensor] = {}
 
-    for name, module in modules.items():
-        module.load_state_dict(weights[name])
-    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": memory})
-    state.step, state.images = step, images
+    def fits() -> manifest.Manifest:
+        for name, named in wanted.items():
+            place = part(checkpoint, name)
+            weights.compare(place, weights.outline(place), named, "the run", FIT)
+        memory.update(blank(part(checkpoint, "optimizer"), state, FIT))
+        return manifest.read(checkpoint)
+
+    def fill() -> None:
+        for name, named in {**wanted, "optimizer": memory}.items():
+            weights.fill(part(checkpoint, name), named)
+
+    about, *_ = agreement.agreed(fits)
+    agreement.agreed(fill)
+    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": by_place(memory, state)})
+    state.step, state.images = about.step, about.images
 
 
-def write(folder: Path, state: State) -> None:
-    """Write all files of a checkpoint."""
-    folder.mkdir()
-    tensors = {"net": state.net.state_dict(), "optimizer": flatten(state)}
-    tensors |= {f"ema-{decay}": average.module.state_dict() for decay, average in state.averages.items()}
+def parts(state: State) -> dict[str, dict[str, Tensor]]:
+    """All tensors of a checkpoint, by part and name: those of a rank are what it holds."""
+    tensors = {"net": state.net.state_dict(), "optimizer": flatten(state)}  # in this order: the first shards the net
+    return tensors | {f"ema-{decay}": average.module.state_dict() for decay, average in state.averages.items()}
+
+
+def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write all files of a checkpoint; their list at last. Every rank must call it."""
+    agreement.main(folder.mkdir)
+    mine = (in_files if dist.world() == 1 else in_shards)(folder, tensors)
+    lists = agreement.agreed(lambda: manifest.listed(folder, mine))
+    listed = {name: file for list_of_rank in lists for name, file in list_of_rank.items()}
+    about = manifest.Manifest(
+        step=state.step, images=state.images, ranks=dist.world(), versions=dist.versions(), files=listed
+    )
+    agreement.main(lambda: manifest.write(folder, about))
+
+
+def in_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
+    """Write each part as one file; return these."""
     for name, named in tensors.items():
-        safetensors.torch.save_file(apart(named), folder / f"{name}.safetensors", metadata={"format": "pt"})
-    about = {"step": state.step, "images": state.images, "versions": dist.versions()}
-    (folder / "state.json").write_text(json.dumps(about, indent=2) + "\n")
+        safetensors.torch.save_file(weights.apart(named), folder / f"{name}.safetensors", metadata=ONE_FILE)
+    return sorted(folder.iterdir())
 
 
-@contextmanager
-def made(target: Path, kind: str, step: int) -> Generator[Path, None, None]:
-    """Yield a hidden place to write to, which becomes `target` once all of it is on the disk (`dumo.io.file.whole`).
+def in_shards(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
+    """Write each part as a folder of shards; return the files of this rank."""
+    from dumo.io import shards  # slow to import
 
-    Raises UserError if the disk is full, saying of which kind and step nothing was written.
-    """
-    folder = target.parent
-    for left in folder.glob(".step-*.tmp"):
-        files.remove(left)
-    try:
-        with files.whole(target, writer="", durable=True) as temp:
-            yield temp
-    except Exception as error:
-        if files.full(error):
-            last = next(reversed(standing(folder, target.suffix).values()), None)
-            raise UserError(
-                f"{folder}: the disk is full, so the {kind} of step {step} was not written; "
-                f"{last.name if last else f'no {kind}'} still stands. Free some space and start again."
-            ) from error
-        raise
+    for name, named in tensors.items():
+        shards.write(folder / name, weights.apart(named, shards.part))
+    return sorted(folder.glob(f"*/{shards.names(dist.rank())}"))
 
 
-def step_of(file: Path, default: int) -> int:
-    """The step that weights are of: as the file says, else as the checkpoint it lies in does, else the default."""
-    step = notes(file).get("step", "")
-    if step.isdecimal():
-        return int(step)
-    beside = file.with_name("state.json")
-    return counts(beside)[0] if beside.is_file() else default
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole of each tensor, on the first rank; elsewhere nothing is kept. Every rank must call it."""
+    if dist.world() == 1:
+        return dict(tensors)
+    from dumo.io import shards  # slow to import
 
-
-def flatten(state: State) -> dict[str, Tensor]:
-    """The optimizer's memory as `<state name>.<parameter name>`."""
-    names: dict[Tensor, str] = {parameter: name for name, parameter in state.net.named_parameters()}
-    memory = state.optimizer.state
-    return {f"{key}.{names[p]}": value for p, values in memory.items() for key, value in values.items()}
-
-
-def unflatten(file: Path, state: State) -> dict[int, dict[str, Tensor]]:
-    """The optimizer's memory as torch numbers it: by the place of each parameter in its groups.
-
-    A parameter that never had a gradient has no memory. Raises UserError as `restore` does.
-    """
-    found, parameters = load(file), dict(state.net.named_parameters())
-    keys = sorted({name.partition(".")[0] for name in found})
-    named = sorted({name.partition(".")[2] for name in found} & parameters.keys())
-    scalar = torch.zeros(())
-    like = {f"{key}.{name}": scalar if key == "step" else parameters[name] for key in keys for name in named}
-    compare(file, found, like, "the run", FIT)
-
-    names = {parameter: name for name, parameter in parameters.items()}
-    order = [names[p] for group in state.optimizer.param_groups for p in group["params"]]
-    return {i: {key: found[f"{key}.{name}"] for key in keys} for i, name in enumerate(order) if name in named}
-
-
-def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values as safetensors wants them: contiguous, and no two in one memory (tied weights are cloned)."""
     out: dict[str, Tensor] = {}
-    seen: set[int] = set()
     for name, tensor in tensors.items():
-        whole = tensor.detach().contiguous()
-        place = whole.untyped_storage().data_ptr()
-        out[name] = whole.clone() if place in seen else whole
-        seen.add(place)
+        whole = shards.gathered(tensor)
+        if dist.is_main():
+            out[name] = whole.cpu()
     return out
 
 
-def counts(file: Path) -> tuple[int, int]:
-    """Steps and images from a checkpoint's `state.json`. Raises UserError if it is damaged."""
+@contextmanager
+def made(target: Path, kind: str, step: int, size: int) -> Generator[Path, None, None]:
+    """Yield a hidden place to write `size` bytes to, which becomes `target` once all of it is on the disk.
+
+    Every rank must enter it. Raises UserError if the disk is full, or has less to give than that, saying of which kind
+    and step nothing was written.
+    """
+    half = files.hidden(target)
     try:
-        about = json.loads(file.read_text())
-        return int(about["step"]), int(about["images"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is missing or damaged ({error}): remove that checkpoint to resume earlier") from error
+        agreement.main(lambda: prepare(target, kind, step, size))
+        with removed(half):
+            yield half
+            agreement.main(lambda: files.settle(half, target, durable=True))
+    except Exception as error:
+        if files.full(error):
+            raise UserError(f"{target.parent}: the disk is full, {so(target, kind, step)}") from error
+        raise
+
+
+@contextmanager
+def removed(half: Path) -> Generator[None, None, None]:
+    """Leave nothing half-written where something goes wrong, or somebody stops it."""
+    try:
+        yield
+    except BaseException:
+        if dist.is_main():
+            files.remove(half)
+        raise
+
+
+def prepare(target: Path, kind: str, step: int, size: int) -> None:
+    """Make the folder, and remove what others left half-written. Raises UserError where there is no room."""
+    folder = target.parent
+    for left in folder.glob(".step-*.tmp"):
+        files.remove(left)
+    if (free := files.free(folder)) < size:
+        what = f"takes {size / 1e9:,.3g} GB and the disk has {free / 1e9:,.3g} GB free"
+        raise UserError(f"{folder}: the {kind} {what}, {so(target, kind, step)}")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def so(target: Path, kind: str, step: int) -> str:
+    """What comes of a disk that is full, and the way out."""
+    last = next(reversed(standing(target.parent, target.suffix).values()), None)
+    stands = f"{last.name if last else f'no {kind}'} still stands"
+    return f"so the {kind} of step {step} was not written; {stands}. Free some space and start again."
+
+
+def drop(folder: Path, step: int, keep: int) -> None:
+    """Remove the checkpoints up to a step that come before the last `keep` whole ones."""
+    for n, path in reversed(standing(folder).items()):
+        if keep == 0:
+            shutil.rmtree(path.rename(files.hidden(path)))  # hidden first: half of one must not look like one
+        elif n <= step and manifest.sound(path):
+            keep -= 1
+
+
+def step_of(place: Path, default: int) -> int:
+    """The step that weights are of: as their file says, else as the checkpoint it lies in does, else the default."""
+    step = weights.notes(place).get("step", "")
+    if step.isdecimal():
+        return int(step)
+    return manifest.read(place.parent).step if (place.parent / manifest.NAME).is_file() else default
 
 
 def standing(folder: Path, suffix: str = "") -> dict[int, Path]:
-    """The whole checkpoints in `folder`, or its files of this suffix, by step, the first one first."""
+    """The checkpoints in `folder`, damaged ones included, or its files of this suffix, by step, the first one first."""
     name = re.compile(rf"step-(\d+){re.escape(suffix)}")
     found = {int(match[1]): path for path in folder.glob("step-*") if (match := name.fullmatch(path.name))}
     return dict(sorted(found.items()))

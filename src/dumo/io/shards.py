@@ -1,0 +1,124 @@
+"""Folders of shards: tensors that ranks write together, each its part; any number of ranks reads them.
+
+    net/shard-00001-model-00001-of-00001.safetensors  net/shard-00002-model-00001-of-00001.safetensors ...
+
+`torch.distributed.checkpoint` writes and reads them. Its planning sends pickles between the ranks, and none to a file.
+A shard knows which part of a tensor it holds, not how many others there are: whoever reads a folder that is of a
+checkpoint looks first whether all its files are there.
+"""
+
+import math
+import warnings
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.torch_version import TorchVersion
+
+from dumo.types import UserError
+
+NEEDED = "2.13"  # what all of this was tried on; before 2.10 the files differ
+
+
+def require() -> None:
+    """Raise UserError for a torch that is too old to write or read shards."""
+    if TorchVersion(torch.__version__) < NEEDED:
+        raise UserError(
+            f"torch is {torch.__version__}; to train on several ranks, and to read what they wrote, takes torch "
+            f"{NEEDED} or newer: pip install 'torch>={NEEDED}'"
+        )
+
+
+def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write these tensors, each rank what it holds, one file a rank, flushed to the disk. Every rank must call it.
+
+    What all ranks hold is written by one. An error of one rank is raised on all; UserError for an old torch.
+    """
+    require()
+    # never consolidated: torch 2.13 then writes 0 for every tensor of no dimensions
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with plainly():
+        state_dict_saver.save(dict(tensors), storage_writer=writer)
+
+
+def names(rank: int) -> str:
+    """The pattern of the files that a rank writes."""
+    return f"shard-{rank + 1:05d}-*.safetensors"
+
+
+def outline(folder: Path) -> dict[str, Tensor]:
+    """The whole tensors that a folder holds, by name, on the device 'meta'.
+
+    Raises UserError for a folder without shards, a damaged shard, one that lacks, and an old torch.
+    """
+    require()
+    try:
+        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"{folder} has a damaged shard ({error}): take another copy of it") from error
+    if not found:
+        raise UserError(f"{folder} holds no shards: give a safetensors file, or a folder of them that ranks wrote")
+    return {name: _outlined(folder, name, about) for name, about in found.items()}
+
+
+def _outlined(folder: Path, name: str, about: object) -> Tensor:
+    """A tensor of the shape that its parts fill. Raises UserError where they do not."""
+    if not isinstance(about, TensorStorageMetadata):
+        raise TypeError(f"{name} is no tensor")  # not in safetensors
+    if sum(math.prod(part.sizes) for part in about.chunks) != math.prod(about.size):
+        raise UserError(f"{folder} lacks a part of {name}, or has it twice: take another copy, with all its shards")
+    return torch.empty(about.size, dtype=about.properties.dtype, device="meta")
+
+
+def fill(folder: Path, into: Mapping[str, Tensor]) -> None:
+    """Copy the tensors of these names into `into`, of a whole tensor all and of a rank's part that part.
+
+    Each rank reads for itself: no other must call it. Names and shapes are as `outline` has them.
+    """
+    require()
+    with plainly(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant
+        state_dict_loader.load(dict(into), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+def load(folder: Path) -> dict[str, Tensor]:
+    """The whole tensors of a folder, in this process. Raises as `outline`."""
+    into = {name: torch.empty(x.shape, dtype=x.dtype) for name, x in outline(folder).items()}
+    fill(folder, into)
+    return into
+
+
+def share(whole: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    """Copy whole tensors into those of these names: of one that ranks share, each takes its part, for itself."""
+    for name, x in into.items():
+        mine = whole[name]
+        if isinstance(x, DTensor):
+            mine = distribute_tensor(mine, x.device_mesh, x.placements, src_data_rank=None)
+        x.copy_(mine)
+
+
+def part(x: Tensor) -> Tensor:
+    """What of a tensor this rank holds."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
+def gathered(x: Tensor) -> Tensor:
+    """All of a tensor, on every rank. Every rank must call it."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+@contextmanager
+def plainly() -> Generator[None, None, None]:
+    """What went wrong on a rank, as that rank raised it: torch wraps it in what is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None

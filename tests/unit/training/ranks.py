@@ -1,0 +1,200 @@
+"""Ranks that save and load a state, in groups of two, three and four. See test_ranks.py.
+
+Four processes start; of each group the first ranks take part, and meet the others at the next. Each checks what it
+finds itself, and ends with an error where that is wrong.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest.mock import patch
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from dumo import dist
+from dumo.io import shards
+from dumo.training import agreement, manifest
+from dumo.training.checkpoint import latest, mark, restore, save
+from dumo.training.ema import MovingAverage
+from dumo.training.optim import AdamW
+from dumo.training.state import State
+from dumo.types import UserError
+from meeting import leave, met
+from unit.training.toy import AVERAGES, Small
+
+SHARES = {2: (1, 2), 3: (1, 3), 4: (1, 2, 4)}  # ranks that hold one copy of the weights, by world
+
+
+def built(seed: int, share: int = 0, width: int = 8) -> State:
+    """A state of a net on this rank; 0: whole, as one process has it."""
+    net = Small(seed, width)
+    averages = {ema.decay: MovingAverage(ema, net) for ema in AVERAGES}
+    for module in (net, *(average.module for average in averages.values())):
+        if share:
+            shard(module, share)
+    return State(net, AdamW(lr=1e-2)(net.parameters()), averages)
+
+
+def shard(net: nn.Module, share: int) -> None:
+    """In place: copies of the net, each held by `share` ranks."""
+    mesh = init_device_mesh("cpu", (dist.world() // share, share), mesh_dim_names=("replicate", "shard"))
+    for module in (net.get_submodule("first"), net):
+        fully_shard(module, mesh=mesh)
+
+
+def moved(state: State) -> State:
+    """The state after two steps along made-up gradients; `label` gets none at all, and so has no memory."""
+    for n in (1, 2):
+        for name, p in state.net.named_parameters():
+            p.grad = None if name.startswith("label") else (p * n).detach() + 0.1
+        state.optimizer.step()
+        state.net.get_buffer("passes").fill_(n)
+        state.step, state.images = n, 12 * n
+        for average in state.averages.values():
+            average.update(state.net, n)
+    return state
+
+
+def everything(state: State) -> dict[str, Tensor]:
+    """Every tensor of a state, whole, by name."""
+    found = {f"net.{name}": value for name, value in state.net.state_dict().items()}
+    for decay, average in state.averages.items():
+        found |= {f"{decay}.{name}": value for name, value in average.module.state_dict().items()}
+    for i, memory in state.optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{i}.{name}": value for name, value in memory.items()}
+    return {name: shards.gathered(value.detach()).clone() for name, value in found.items()}
+
+
+def same(state: State, file: Path) -> None:
+    """Assert that a state is, bit for bit, the one of a file."""
+    there, here = safetensors.torch.load_file(file), everything(state)
+    assert there.keys() == here.keys()
+    wrong = [name for name, value in there.items() if not torch.equal(value, here[name])]
+    assert not wrong, wrong
+    assert (state.step, state.images) == (2, 24)
+
+
+def refusal(work: Callable[[], object]) -> str:
+    """What a UserError says, the same on all ranks."""
+    try:
+        work()
+    except UserError as error:
+        said = agreement.agreed(lambda text=str(error): text)
+        assert len(set(said)) == 1, said
+        return said[0]
+    raise AssertionError("nothing was refused")
+
+
+def two(folder: Path) -> None:
+    """Save by each share, and what a rank meets on the way."""
+    for share in SHARES[2]:
+        state, there = moved(built(0, share)), folder / f"share-{share}"
+        (there / ".step-00000009.tmp").mkdir(parents=True, exist_ok=True)
+        dist.barrier()
+        assert save(there, state, 1) == there / "step-00000002"
+        whole = everything(state)
+        mark(folder / f"milestones-{share}", state)
+        if dist.is_main():
+            safetensors.torch.save_file(whole, folder / f"share-{share}.safetensors")
+    full(folder, state)
+    fails(folder)
+    damaged(folder, state)
+
+
+def full(folder: Path, state: State) -> None:
+    """A disk that is full for one rank only stops both, and so does one that will be; nothing is left."""
+    there = folder / "share-2"
+    state.step = 3
+    no_space = OSError(28, "No space left on device")
+    with patch("os.fsync", side_effect=no_space if dist.rank() == 1 else None):
+        said = refusal(lambda: save(there, state, 1))
+    assert "the disk is full, so the checkpoint of step 3 was not written; step-00000002 still stands" in said, said
+    with patch("shutil.disk_usage", return_value=shutil_usage(free=1000 if dist.is_main() else 10**12)):
+        said = refusal(lambda: save(there, state, 1))
+    assert "and the disk has 1e-06 GB free, so the checkpoint of step 3 was not written" in said, said
+    with patch("os.fsync", side_effect=no_space if dist.rank() == 0 else None):
+        said = refusal(lambda: mark(there, state))
+    assert "milestone of step 3" in said, said
+    assert [path.name for path in there.iterdir()] == ["step-00000002"]
+    state.step = 2
+
+
+def shutil_usage(free: int) -> object:
+    """What a disk says."""
+    return type("usage", (), {"free": free})()
+
+
+def fails(folder: Path) -> None:
+    """What goes wrong on one rank goes wrong on all."""
+
+    def work() -> int:
+        if dist.rank() == 1:
+            raise FileNotFoundError(2, "gone") if kind == "system" else ValueError("odd")
+        return 1
+
+    for kind, error in (("system", FileNotFoundError), ("other", RuntimeError)):
+        try:
+            agreement.agreed(work)
+        except error as caught:
+            assert ("gone" if kind == "system" else "rank 1: ValueError: odd") in str(caught)
+        else:
+            raise AssertionError(kind)
+    assert agreement.agreed(dist.rank) == [0, 1]
+    assert agreement.main(lambda: 5 + dist.rank()) == 5
+
+    other = built(1, 2, width=9)
+    before = everything(other)
+    said = refusal(lambda: restore(folder / "share-2/step-00000002", other))
+    assert "share-2/step-00000002/net: first.bias is (8,) float64 in the file, (9,) float64 in the run" in said, said
+    assert all(torch.equal(value, before[name]) for name, value in everything(other).items())
+
+
+def damaged(folder: Path, state: State) -> None:
+    """What one rank finds, all know; a damaged step is replaced."""
+    there = folder / "damaged"
+    target = save(there, state, 1)
+    broken = sorted(target.glob("net/*"))[1]
+    whole = broken.read_bytes()
+    dist.barrier()
+    if dist.is_main():
+        broken.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    dist.barrier()
+    assert str(manifest.fault(target, together=True)).startswith(f"{broken} is damaged")
+    assert str(broken) in refusal(lambda: latest(there, together=True))
+    assert save(there, state, 1) == latest(there, together=True) == target
+    same(state, folder / "share-2.safetensors")
+
+
+def load(folder: Path, world: int) -> None:
+    """What two ranks saved, and one, by each share."""
+    for share in SHARES[world]:
+        for kind in ("share-1", "share-2", "one"):
+            state = built(1, share)
+            found = latest(folder / kind, together=True)
+            assert found == folder / kind / "step-00000002"
+            restore(found, state)
+            same(state, folder / f"{kind}.safetensors")
+            for p, memory in state.optimizer.state.items():
+                assert memory["exp_avg"].placements == p.placements
+    assert agreement.agreed(lambda: (folder / "share-1").is_dir()) == [True] * world
+
+
+def main(folder: str, rank: int) -> None:
+    """Meet in twos, threes and fours."""
+    torch.set_num_threads(1)
+    for world in SHARES:
+        if rank < world:
+            with met(f"{folder}/meeting-{world}", rank, world):
+                if world == 2:
+                    two(Path(folder))
+                load(Path(folder), world)
+                print(f"{world} agree", flush=True)
+    leave()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
