@@ -18,7 +18,7 @@ from dumo.training.loop import train
 from dumo.training.optim import Adam, AdamW, RAdam
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import Task
+from dumo.training.step import Task, pieces
 from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, TimeLaw, mean_square
 
 CLASSES = 3
@@ -90,9 +90,10 @@ def batches(batch: int = 12, dtype: torch.dtype = torch.float64) -> Callable[[in
 
 
 def run(state: State, spec: Train, **more: object) -> State:
-    """Train the toy and return the state."""
-    dtype = next(state.net.parameters()).dtype
-    train(state, TASK, batches(spec.batch, dtype), spec, **more)  # pyright: ignore
+    """Train the toy on this rank's rows and return the state."""
+    make, mine = batches(spec.batch, next(state.net.parameters()).dtype), pieces(spec, TASK.objective)
+    rows = slice(mine[0].start, mine[-1].stop)
+    train(state, TASK, lambda step: [part[rows] for part in make(step)], spec, **more)  # pyright: ignore
     return state
 
 
