@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch.distributed
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from dumo import __version__
 from dumo.types import UserError
@@ -84,7 +85,7 @@ def alone(work: str) -> None:
 
 def require_ranks(what: str) -> None:
     """Refuse what sharded weights are needed for on a torch that was not tried with them. Raises UserError."""
-    if torch.torch_version.TorchVersion(torch.__version__) < FIRST:
+    if TorchVersion(torch.__version__) < FIRST:
         needed = ".".join(map(str, FIRST))
         raise UserError(f"{what} needs torch {needed} or newer, here is {torch.__version__}: pip install -U torch")
 

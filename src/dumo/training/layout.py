@@ -4,36 +4,42 @@
     share of all ranks     each holds a part, weights are gathered for a pass          (sharded, as FSDP)
     between                parts within a copy, copies averaged with one another       (hybrid, as HSDP)
 
-One process has no mesh, and its net is left as it is. Little else in dumo knows which of these it meets: parameters
-are then `DTensor`s, which optimizers, averages and clipping take as they take tensors.
+One process has no mesh, and its net is left as it is; torch's sharding, slow to import, is then not even imported.
+Little else in dumo knows which of these it meets: parameters are `DTensor`s, which optimizers, averages and clipping
+take as they take tensors.
 """
 
 import warnings
 from collections.abc import Callable
 from copy import deepcopy
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from dumo import dist
 from dumo.training.cut import share_of
 from dumo.types import unwrap
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
-def mesh_of(share: int, device: torch.device) -> DeviceMesh | None:
+
+def mesh_of(share: int, device: torch.device) -> "DeviceMesh | None":
     """All ranks as copies by shares; None for one process. Every rank must call it."""
     if dist.world() == 1:
         return None
+    from torch.distributed.device_mesh import init_device_mesh
+
     copies = dist.world() // (share := share_of(share, dist.world()))
     if copies == 1:
         return init_device_mesh(device.type, (share,), mesh_dim_names=("shard",))
     return init_device_mesh(device.type, (copies, share), mesh_dim_names=("replicate", "shard"))
 
 
-def lay(net: nn.Module, mesh: DeviceMesh | None, *, reshard: bool) -> None:
+def lay(net: nn.Module, mesh: "DeviceMesh | None", *, reshard: bool) -> None:
     """Spread a net over a mesh in place, its blocks (`net.blocks`, where it has them) one by one, onto its device.
 
     Every rank must hold the same numbers. `reshard`: gathered weights are given back after each pass, else after the
@@ -41,6 +47,8 @@ def lay(net: nn.Module, mesh: DeviceMesh | None, *, reshard: bool) -> None:
     """
     if mesh is None:
         return
+    from torch.distributed.fsdp import fully_shard
+
     # The net's outputs may be views: no objective changes one in place, of which torch would warn at every pass.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
     for part in (*getattr(net, "blocks", ()), net):
@@ -52,21 +60,29 @@ def finish(net: nn.Module, step: bool, *, reshard: bool) -> None:
 
     Weights that are gathered anyway stay so from pass to pass, unless `reshard`.
     """
-    if isinstance(net, FSDPModule):
-        net.set_requires_gradient_sync(step)
-        net.set_reshard_after_backward(step or reshard)
+    for root in parts(net)[:1]:
+        root.set_requires_gradient_sync(step)
+        root.set_reshard_after_backward(step or reshard)
 
 
 def release(net: nn.Module) -> None:
     """Give back what a pass without a backward one has gathered: weights that a later step would not move."""
-    for part in net.modules():
-        if isinstance(part, FSDPModule):
-            part.reshard()
+    for part in parts(net):
+        part.reshard()
+
+
+def parts(net: nn.Module) -> "list[FSDPModule]":
+    """What of a net is gathered together, the root first; none where it is in one piece."""
+    if dist.world() == 1:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [part for part in net.modules() if isinstance(part, FSDPModule)]
 
 
 def whole(x: Tensor) -> Tensor:
     """A tensor in one piece, on every rank; itself where it is. Every rank must call it."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return cast("DTensor", x).full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def copy(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.Module:
@@ -74,7 +90,7 @@ def copy(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.Modul
 
     Every rank must call it.
     """
-    if not isinstance(net, FSDPModule):
+    if not parts(net):
         return deepcopy(unwrap(net))
     twin = build(next(net.parameters()).device)
     twin.load_state_dict({name: whole(x) for name, x in net.state_dict().items()})

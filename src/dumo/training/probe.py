@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo import dist
+from dumo.training.layout import whole
 from dumo.types import Noised, Reads, Terms, mean_square
 
 Gradient = list[Tensor | None]  # by parameter
@@ -78,7 +79,7 @@ def gradient(net: nn.Module, part: str, loss: Callable[[], Terms]) -> Gradient:
 
 def number(x: Tensor) -> float:
     """A tensor of one number as that number; of a sharded tensor, as the sum of its shards."""
-    return getattr(x, "full_tensor", lambda: x)().item()
+    return whole(x).item()
 
 
 @torch.no_grad()
