@@ -44,6 +44,7 @@ THEORY, OBJECTIVES, SOLVERS = "tests/theory", "tests/objectives", "tests/unit/sa
 FIXED, LAW, READ, SLOPE, EXACT, UNBIASED = (
     f"{THEORY}/test_{name}.py" for name in ("fixed_point", "law", "read", "slope", "exact", "unbiased")
 )
+CONTRACT, SHARE, RANDOM = "tests/contract/test_draw.py", "tests/unit/data/test_share.py", "tests/unit/test_random.py"
 DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
 PROBE = "tests/unit/training/test_probe.py"
 TWO_SAMPLE, PROTOCOL = "tests/unit/metrics/test_two_sample.py", "tests/unit/protocols/test_protocol.py"
@@ -148,6 +149,19 @@ MUTANTS = [
     Mutant("sampling/guidance.py", "interval.holds(t)", "interval.low <= t", "the interval has no end", GUIDANCE),
     Mutant("objectives/meanflow.py", "if self.power:", "if not self.power:", "a bias is let in", UNBIASED),
     Mutant("flow/draw.py", 'step, "coin"', 'step, "kept"', "the coin knows of the label", DRAW),
+    Mutant(
+        "flow/draw.py", '"z", rows=rows', '"z", rows=range(len(x))', "all ranks have the first one's noise", CONTRACT
+    ),
+    Mutant("flow/law.py", "keyed(*key, rows=rows", "keyed(*key, rows=range(batch)", "a rank draws for all", CONTRACT),
+    Mutant(
+        "flow/law.py", "stream(*key))[rows.start : rows.stop]", "stream(*key))[: len(rows)]", "first rows", CONTRACT
+    ),
+    Mutant("random.py", '["counter"][3] = number', '["counter"][3] = 0', "all rows have the same noise", RANDOM),
+    Mutant("random.py", '["counter"][3] = number', '["counter"][0] = number', "rows overlap", RANDOM),
+    Mutant("data/epoch.py", "< 0.5)[rows]", "< 0.5)[: len(range(batch)[rows])]", "others are mirrored", SHARE),
+    Mutant("data/album.py", '"augment"))[rows]', '"augment"))[: len(mine)]', "others are augmented", SHARE),
+    Mutant("data/augment.py", "arange(b).split(1)", "arange(b).split(4)", "images are rounded with others", SHARE),
+    Mutant("data/latents.py", "rows=range(batch)[rows]), c", "rows=range(len(c))), c", "posteriors are shared", SHARE),
     Mutant("flow/draw.py", "moving[mine]", "moving[: len(x)]", "all ranks spare the first one's rows", DRAW),
     Mutant("types.py", "v_t=v_s, moving=None)", "v_t=v_s)", "rows at another time are taken to rest", DRAW),
     Mutant(

@@ -30,6 +30,7 @@ from dumo.autodiff.dual import carry, primal
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
+from dumo.random import stream
 from dumo.types import Frozen, Heads, Needs, Noised, Objective
 
 D = torch.float64
@@ -390,7 +391,10 @@ def record(objective: Objective, flow: Flow, rows: int = 256) -> Noised:
     trig = "trig" in objective.needs.paths[:1]
     path, on = (Trig(), OnTrig(flow)) if trig else (Linear(), flow)
     key: dict[str, Any] = {"seed": 0, "step": 0, "progress": 1.0}
-    b = draw(objective, path, flow.data(c, g), c, null, **key, teacher=lambda x, t, c, v: on.velocity(x, c, t))
+    x = flow.data(c, g)
+    # Noise of its own: numbers that were made elsewhere for these very rows outlive a change of how training draws.
+    z = torch.randn(x.shape, generator=stream(0, 0, "z")).to(x)
+    b = draw(objective, path, x, c, null, z=z, **key, teacher=lambda x, t, c, v: on.velocity(x, c, t))
     if objective.times.group > 1:  # rows belong together, or a step has to fit its time
         return b
     t, r = torch.cat([CORNERS[0], b.t[5:]]), torch.cat([CORNERS[1], b.r[5:]])

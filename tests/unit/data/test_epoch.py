@@ -71,9 +71,9 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     sizes: list[int] = []
     permuted = torch.randperm
 
-    def noted(n: int, **more: torch.Generator) -> Tensor:
+    def noted(n: int, *, generator: torch.Generator) -> Tensor:
         sizes.append(n)
-        return permuted(n, **more)
+        return permuted(n, generator=generator)
 
     epoch._permuted.cache_clear()
     monkeypatch.setattr(torch, "randperm", noted)
