@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -80,13 +81,11 @@ def same(state: State, file: Path) -> None:
 
 def refusal(work: Callable[[], object]) -> str:
     """What a UserError says, the same on all ranks."""
-    try:
+    with pytest.raises(UserError) as refused:
         work()
-    except UserError as error:
-        said = agreement.agreed(lambda text=str(error): text)
-        assert len(set(said)) == 1, said
-        return said[0]
-    raise AssertionError("nothing was refused")
+    said = agreement.agreed(lambda: str(refused.value))
+    assert len(set(said)) == 1, said
+    return said[0]
 
 
 def two(folder: Path) -> None:
@@ -136,13 +135,12 @@ def fails(folder: Path) -> None:
             raise FileNotFoundError(2, "gone") if kind == "system" else ValueError("odd")
         return 1
 
-    for kind, error in (("system", FileNotFoundError), ("other", RuntimeError)):
-        try:
+    for kind, error, said in (
+        ("system", FileNotFoundError, "gone"),
+        ("other", RuntimeError, "rank 1: ValueError: odd"),
+    ):
+        with pytest.raises(error, match=said):
             agreement.agreed(work)
-        except error as caught:
-            assert ("gone" if kind == "system" else "rank 1: ValueError: odd") in str(caught)
-        else:
-            raise AssertionError(kind)
     assert agreement.agreed(dist.rank) == [0, 1]
     assert agreement.main(lambda: 5 + dist.rank()) == 5
 

@@ -16,8 +16,7 @@ from unit.training.toy import python
 
 pytestmark = pytest.mark.slow
 
-RANK = "import sys; from meeting import outputs
-from unit.training.ranks import main; main(sys.argv[1], int(sys.argv[2]))"
+RANK = "import sys; from unit.training.ranks import main; main(sys.argv[1], int(sys.argv[2]))"
 PATIENCE = 240  # seconds, on a busy machine; alone they take 15
 
 
