@@ -6,6 +6,7 @@ finds itself, and ends with an error where that is wrong.
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -130,17 +131,14 @@ def shutil_usage(free: int) -> object:
 def fails(folder: Path) -> None:
     """What goes wrong on one rank goes wrong on all."""
 
-    def work() -> int:
+    def work(error: Exception) -> None:
         if dist.rank() == 1:
-            raise FileNotFoundError(2, "gone") if kind == "system" else ValueError("odd")
-        return 1
+            raise error
 
-    for kind, error, said in (
-        ("system", FileNotFoundError, "gone"),
-        ("other", RuntimeError, "rank 1: ValueError: odd"),
-    ):
-        with pytest.raises(error, match=said):
-            agreement.agreed(work)
+    odd = "rank 1: ValueError: odd"
+    for error, kind, said in ((FileNotFoundError(2, "gone"), OSError, "gone"), (ValueError("odd"), RuntimeError, odd)):
+        with pytest.raises(kind, match=said):
+            agreement.agreed(partial(work, error))
     assert agreement.agreed(dist.rank) == [0, 1]
     assert agreement.main(lambda: 5 + dist.rank()) == 5
 
