@@ -96,12 +96,6 @@ def part(checkpoint: Path, name: str) -> Path:
     return folder if folder.is_dir() else checkpoint / f"{name}.safetensors"
 
 
-def fault_of(place: Path) -> str | None:
-    """What is wrong with weights that lie in a checkpoint, or with it; None if nothing, or if they lie elsewhere."""
-    there = (place.parent / manifest.NAME).is_file()
-    return manifest.fault(place.parent, {weights.title(place)}) if there else None
-
-
 def restore(checkpoint: Path, state: State) -> None:
     """Load a checkpoint, one that `latest` gave, into a state built from the same spec, on as many ranks as there are.
 
