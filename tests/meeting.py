@@ -1,8 +1,10 @@
 """Processes of a test meet, work, and part."""
 
 import os
+import subprocess
 import sys
-from collections.abc import Generator
+import time
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -34,3 +36,18 @@ def leave() -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def outputs(processes: Sequence[subprocess.Popen[str]], patience: float) -> list[str]:
+    """What each of these said, once all have ended well; the first that has not ends the others, which wait for it."""
+    late = time.monotonic() + patience
+    while any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes) or time.monotonic() > late:
+            break
+        time.sleep(0.05)
+    codes = [process.poll() for process in processes]
+    for process in processes:
+        process.kill()
+    said = [process.communicate()[0] for process in processes]
+    assert codes == [0] * len(codes), (codes, *(text[-3000:] for text in said))
+    return said

@@ -62,6 +62,7 @@ DISCRETIZATION, EDM, HEADS = (
 )
 
 
+WHOLE, CHECKPOINT = "tests/unit/training/test_manifest.py", "tests/unit/training/test_checkpoint.py"
 RULE, DUAL = "tests/unit/autodiff/test_rule.py", "tests/unit/autodiff/test_dual.py"
 
 
@@ -801,6 +802,25 @@ MUTANTS = [
     Mutant(
         "objectives/sct.py", "clamp(EDGE, pi / 2 - EDGE)", "clamp(0, pi / 2)", "the weight at t = 0 is infinite", SCT
     ),
+    Mutant("training/manifest.py", "if digest.of_file(", "if False and digest.of_file(", "no file is hashed", WHOLE),
+    Mutant("training/manifest.py", "sorted(wanted.keys() | sizes.keys())", "sorted(wanted)", "strays stay", WHOLE),
+    Mutant("training/manifest.py", "sizes[name] != wanted[name].bytes", "False", "what is cut is only hashed", WHOLE),
+    Mutant(
+        "training/checkpoint.py",
+        "(wrong := manifest.fault(path, read, together=together)) is None",
+        "(wrong := None) is None",
+        "the list is not asked",
+        WHOLE,
+    ),
+    Mutant("training/checkpoint.py", "and manifest.sound(path)", "", "what is damaged counts as kept", WHOLE),
+    Mutant(
+        "training/memory.py",
+        "in values.items()}",
+        'in values.items() if key != "step"}',
+        "its step is lost",
+        CHECKPOINT,
+    ),
+    Mutant("io/shards.py", "!= math.prod(about.size)", "< 0", "a shard may lack", WHOLE),
     Mutant("metrics/two_sample.py", "half[1 - learnt]", "half[learnt]", "it is asked what it learned", TWO_SAMPLE),
     Mutant("metrics/two_sample.py", "[len(real), len(fake)]", "[len(fake), len(real)]", "sides change", TWO_SAMPLE),
     Mutant(

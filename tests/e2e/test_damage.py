@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from e2e.shell import TINY, refused
+from e2e.shell import TINY, Done, call, refused, tree
 
 
 def net_of(run: Path) -> Path:
@@ -92,12 +92,57 @@ DAMAGED: list[tuple[str, Callable[[Path], object]]] = [
 
 
 @pytest.mark.parametrize(("name", "harm"), DAMAGED)
+@pytest.mark.filterwarnings("default")  # as a user's Python has it
 def test_damaged_checkpoint(name: str, harm: Callable[[Path], object], here: Path, trained: dict[str, Path]) -> None:
+    """The one before it is taken, and that is said; where there is none, nothing is done."""
     run = shutil.copytree(trained["digits"], here / "run")
     harm(run / name)
-    refused("train", "run", "--set", "train.steps=25", named=(f"run/{name}",))
-    if "ema" in name or "state" in name:  # all that samples need
-        refused("sample", "run", named=(f"run/{name}",))
+    before = tree(run)
+    sampled = call("sample", run, "--count", "2", "--nfe", "1", "--out", here / "samples")
+    assert sampled.code == 0, sampled
+    warned(sampled, f"run/{name}")
+    assert tree(run) == before
+    shutil.rmtree(run / "checkpoints/step-00000010")
+    refused("sample", "run", named=(f"run/{name}", "no checkpoint that is whole"), run=run)
+    refused("train", "run", "--set", "train.steps=25", named=(f"run/{name}", "no checkpoint that is whole"))
+
+
+@pytest.mark.filterwarnings("default")
+def test_damaged_checkpoint_is_made_again(here: Path, trained: dict[str, Path]) -> None:
+    """Bit for bit, from the one before it."""
+    run = shutil.copytree(trained["digits"], here / "run")
+    wanted = tree(run / LAST)
+    file = run / LAST / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    done = call("train", "run")
+    assert done.code == 0, done
+    warned(done, "run/checkpoints/step-00000020/optimizer.safetensors")
+    assert tree(run / LAST) == wanted
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000010", "step-00000020"}
+    assert "warning" not in call("sample", "run", "--count", "2", "--nfe", "1").err
+
+
+def warned(done: Done, name: str) -> None:
+    """One line names the file, and the checkpoint that is taken for it."""
+    (line,) = [line for line in done.err.splitlines() if line.startswith("warning: ")]
+    assert name in line
+    assert "step-00000010, before it, is taken" in line
+
+
+@pytest.mark.parametrize("name", ["net", "ema-0.999"])
+@pytest.mark.filterwarnings("default")
+def test_weights_that_are_damaged_in_their_checkpoint(name: str, here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["digits"], here / "run")
+    file = run / LAST / f"{name}.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    refused("sample", run, "--weights", file, named=(str(file), "SHA-256", "take other weights"), run=run)
+    other = file.with_name({"net": "ema-0.999", "ema-0.999": "net"}[name] + file.suffix)
+    cut(file)
+    assert call("sample", run, "--weights", other, "--count", "2", "--nfe", "1", "--out", here / "x").code == 0
 
 
 def test_run_without_a_checkpoint(here: Path, trained: dict[str, Path]) -> None:

@@ -80,7 +80,7 @@ def open_run(
     if last is None:
         raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {folder}")
     file = checkpoint.part(last, shown(run)) if weights is None else Path(weights)
-    if weights is not None and (wrong := checkpoint.fault_of(file)):
+    if weights is not None and (wrong := manifest.fault_of(file)):
         raise UserError(f"{wrong}: take other weights")
     net = load_net(run, file, dist.device(device))
     name = str(file.relative_to(folder)) if weights is None else weights

@@ -43,7 +43,7 @@ def save(folder: Path, state: State, keep: int) -> Path:
         size = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
         with made(target, "checkpoint", state.step, size) as temp:
             write(temp, state, tensors)
-        manifest.remember(target)
+        agreement.main(lambda: manifest.remember(target))
     agreement.main(lambda: drop(folder, state.step, keep))
     return target
 
@@ -76,6 +76,8 @@ def latest(folder: Path, read: Collection[str] | None = None, *, together: bool 
     damaged: list[str] = []
     for path in reversed(standing(folder).values()):
         if (wrong := manifest.fault(path, read, together=together)) is None:
+            if read is None:
+                manifest.remember(path)
             if damaged and dist.is_main():
                 warnings.warn(f"{'; '.join(damaged)}: {path.name}, before it, is taken", stacklevel=2)
             return path
@@ -92,12 +94,6 @@ def part(checkpoint: Path, name: str) -> Path:
     """Where a part of a checkpoint lies (net, ema-0.999, optimizer): a folder of shards, or a file."""
     folder = checkpoint / name
     return folder if folder.is_dir() else checkpoint / f"{name}.safetensors"
-
-
-def fault_of(place: Path) -> str | None:
-    """What is wrong with weights that lie in a checkpoint, or with it; None if nothing, or if they lie elsewhere."""
-    there = (place.parent / manifest.NAME).is_file()
-    return manifest.fault(place.parent, {weights.title(place)}) if there else None
 
 
 def restore(checkpoint: Path, state: State) -> None:

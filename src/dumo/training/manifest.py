@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from dumo import dist
 from dumo.io import digest
+from dumo.io.weights import title
 from dumo.training.agreement import agreed
 from dumo.types import UserError
 
@@ -70,9 +71,15 @@ def fault(checkpoint: Path, parts: Collection[str] | None = None, *, together: b
     all ranks `together`, which all must then ask, and get one answer; else each rank hashes them for itself.
     """
     if not together:
-        return _fault(checkpoint, parts, 0, 1)
-    answers = agreed(lambda: _fault(checkpoint, parts, dist.rank(), dist.world()))
+        return _fault(checkpoint, parts)
+    answers = agreed(lambda: _fault(checkpoint, parts, slice(dist.rank(), None, dist.world())))
     return next((answer for answer in answers if answer), None)
+
+
+def fault_of(place: Path) -> str | None:
+    """What is wrong with one part of a checkpoint, a file or a folder; None if nothing, or where no list tells."""
+    listed = (place.parent / NAME).is_file()
+    return _fault(place.parent, {title(place)}, only=True) if listed else None
 
 
 def remember(checkpoint: Path) -> None:
@@ -82,7 +89,7 @@ def remember(checkpoint: Path) -> None:
 
 def sound(checkpoint: Path) -> bool:
     """Whether a checkpoint is whole; each is read to the end once, after that its sizes must do."""
-    if _fault(checkpoint, (), 0, 1):
+    if _fault(checkpoint, ()):
         return False
     if _key(checkpoint) not in _whole and not fault(checkpoint):
         remember(checkpoint)
@@ -93,8 +100,10 @@ def _key(checkpoint: Path) -> tuple[Path, str]:
     return checkpoint.absolute(), (checkpoint / NAME).read_text(encoding="utf-8")
 
 
-def _fault(checkpoint: Path, parts: Collection[str] | None, first: int, step: int) -> str | None:
-    """As `fault`, with every `step`-th file hashed from the first on."""
+def _fault(
+    checkpoint: Path, parts: Collection[str] | None, hashed: slice = slice(None), *, only: bool = False
+) -> str | None:
+    """As `fault`, where of the files to be read these are `hashed`; `only`: as if the checkpoint had no others."""
     try:
         wanted = read(checkpoint).files
     except UserError as error:
@@ -104,15 +113,17 @@ def _fault(checkpoint: Path, parts: Collection[str] | None, first: int, step: in
     there = [path for path in checkpoint.rglob("*") if path.is_file() and not path.name.startswith(".")]
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in there}
     sizes.pop(NAME)
+    full = [name for name in sorted(wanted) if parts is None or _part(name) in parts]
     for name in sorted(wanted.keys() | sizes.keys()):
+        if only and parts is not None and _part(name) not in parts:
+            continue
         if name not in wanted:
             return f"{checkpoint / name} is none of the files that {NAME} lists"
         if name not in sizes:
             return f"{checkpoint / name} is missing"
         if sizes[name] != wanted[name].bytes:
             return f"{checkpoint / name} has {sizes[name]:,} bytes, not {wanted[name].bytes:,}"
-    read_in_full = [name for name in sorted(wanted) if parts is None or _part(name) in parts]
-    for name in read_in_full[first::step]:
+    for name in full[hashed]:
         try:
             if digest.of_file(checkpoint / name) != wanted[name].sha256:
                 return f"{checkpoint / name} is damaged: its SHA-256 is not the one in {NAME}"
@@ -123,4 +134,4 @@ def _fault(checkpoint: Path, parts: Collection[str] | None, first: int, step: in
 
 def _part(name: str) -> str:
     """The part of a checkpoint that a file belongs to."""
-    return name.split("/")[0].removesuffix(".safetensors")
+    return title(Path(Path(name).parts[0]))

@@ -6,9 +6,11 @@ finds itself, and ends with an error where that is wrong.
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
+import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -80,13 +82,11 @@ def same(state: State, file: Path) -> None:
 
 def refusal(work: Callable[[], object]) -> str:
     """What a UserError says, the same on all ranks."""
-    try:
+    with pytest.raises(UserError) as refused:
         work()
-    except UserError as error:
-        said = agreement.agreed(lambda text=str(error): text)
-        assert len(set(said)) == 1, said
-        return said[0]
-    raise AssertionError("nothing was refused")
+    said = agreement.agreed(lambda: str(refused.value))
+    assert len(set(said)) == 1, said
+    return said[0]
 
 
 def two(folder: Path) -> None:
@@ -131,18 +131,14 @@ def shutil_usage(free: int) -> object:
 def fails(folder: Path) -> None:
     """What goes wrong on one rank goes wrong on all."""
 
-    def work() -> int:
+    def work(error: Exception) -> None:
         if dist.rank() == 1:
-            raise FileNotFoundError(2, "gone") if kind == "system" else ValueError("odd")
-        return 1
+            raise error
 
-    for kind, error in (("system", FileNotFoundError), ("other", RuntimeError)):
-        try:
-            agreement.agreed(work)
-        except error as caught:
-            assert ("gone" if kind == "system" else "rank 1: ValueError: odd") in str(caught)
-        else:
-            raise AssertionError(kind)
+    odd = "rank 1: ValueError: odd"
+    for error, kind, said in ((FileNotFoundError(2, "gone"), OSError, "gone"), (ValueError("odd"), RuntimeError, odd)):
+        with pytest.raises(kind, match=said):
+            agreement.agreed(partial(work, error))
     assert agreement.agreed(dist.rank) == [0, 1]
     assert agreement.main(lambda: 5 + dist.rank()) == 5
 

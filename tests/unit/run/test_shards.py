@@ -1,0 +1,115 @@
+"""A run whose checkpoints ranks wrote is as one process has it: opened, judged, gone on with, begun from, asked."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dumo.evaluation.evaluate import evaluate
+from dumo.evaluation.sweep import sweep
+from dumo.run.folder import RunFolder, open_run
+from dumo.run.train import train
+from dumo.training import checkpoint
+from dumo.types import UserError
+from unit.run.known import tiny
+from unit.training.sharded import split
+
+RANKS = 3
+MORE = ["train.ema=[{decay: 0.999}, {decay: 0.5}]"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One run twice: as one process left it, and its last checkpoint in shards. Not to be written to."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(tiny("moons-flow-matching", *MORE), folder / "files")
+    shutil.copytree(folder / "files", folder / "shards")
+    split(folder / "shards/checkpoints/step-00000004", RANKS)
+    return {"files": folder / "files", "shards": folder / "shards"}
+
+
+def opened(folder: Path, weights: str | None = None) -> RunFolder:
+    return open_run(str(folder), weights=weights and str(folder / "checkpoints" / weights), device="cpu")
+
+
+def same(one: torch.nn.Module, two: torch.nn.Module) -> bool:
+    """Whether all numbers are."""
+    a, b = one.state_dict(), two.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_what_is_shown_is_the_same(runs: dict[str, Path]) -> None:
+    files, shards = (opened(folder) for folder in runs.values())
+    assert (files.weights, shards.weights) == tuple(
+        f"checkpoints/step-00000004/ema-0.999{ending}" for ending in (".safetensors", "")
+    )
+    assert same(files.net, shards.net)
+    assert files.step == shards.step == 4
+
+
+def test_other_weights_may_be_a_folder(runs: dict[str, Path]) -> None:
+    files = opened(runs["files"], "step-00000004/net.safetensors")
+    shards = opened(runs["shards"], "step-00000004/net")
+    assert same(files.net, shards.net)
+    assert not same(shards.net, opened(runs["shards"]).net)
+    assert opened(runs["shards"], "step-00000002/net.safetensors").step == 2
+    with pytest.raises(UserError, match="there is no such file"):
+        opened(runs["shards"], "step-00000004/none")
+
+
+def test_what_is_shown_is_read_in_full_and_the_rest_by_size(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = shutil.copytree(runs["shards"], tmp_path / "run")
+    last = run / "checkpoints/step-00000004"
+    for name, said in (("ema-0.5", False), ("ema-0.999", True)):
+        file = sorted((last / name).iterdir())[1]
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        if said:
+            with pytest.warns(UserWarning, match=rf"{file} is damaged.*: step-00000002, before it, is taken"):
+                assert opened(run).step == 2
+            with pytest.raises(UserError, match=rf"{file} is damaged.*take other weights"):
+                opened(run, "step-00000004/ema-0.999")
+        else:
+            assert opened(run).step == 4
+
+
+def test_a_card_and_its_file_are_the_same_but_for_the_place(runs: dict[str, Path], tmp_path: Path) -> None:
+    found = {}
+    for kind, folder in runs.items():
+        run = shutil.copytree(folder, tmp_path / kind)
+        net = checkpoint.part(run / "checkpoints/step-00000004", "net")
+        reports = [evaluate(opened(run)), evaluate(open_run(str(run), weights=str(net), device="cpu"))]
+        sweep(opened(run), "ema")
+        found[kind] = (
+            sorted(path.name for path in run.glob("*.json")),
+            [report["results"] for report in reports],
+            [{**report["card"], "weights": None} for report in reports],
+            {row["value"]: row["card"]["ema"] for row in json.loads((run / "sweep-ema.json").read_text())["rows"]},
+        )
+    assert found["files"] == found["shards"]
+    assert found["shards"][3] == {"ema-0.999": 0.999, "ema-0.5": 0.5, "net": None}
+
+
+def test_it_goes_on_bit_for_bit(runs: dict[str, Path], tmp_path: Path) -> None:
+    states = [
+        train(tiny("moons-flow-matching", *MORE, "train.steps=6"), shutil.copytree(folder, tmp_path / kind))
+        for kind, folder in runs.items()
+    ]
+    assert same(states[0].net, states[1].net)
+    last = [tmp_path / kind / "checkpoints/step-00000006" for kind in runs]
+    names = {path.name for path in last[0].iterdir()}
+    assert names == {path.name for path in last[1].iterdir()}
+    assert all((last[0] / name).read_bytes() == (last[1] / name).read_bytes() for name in names)
+
+
+def test_it_may_be_begun_from_and_taught_by(runs: dict[str, Path], tmp_path: Path) -> None:
+    nets, known = [], []
+    for kind, folder in runs.items():
+        asked = ["train.steps=1", f"start.source={folder}", "start.heads.u=v", f"teacher.source={folder}"]
+        nets.append(train(tiny("moons", *asked), tmp_path / kind).net)
+        known.append(json.loads((tmp_path / kind / "teacher.json").read_text())["sha256"])
+    assert same(*nets)
+    assert known[0] == known[1]

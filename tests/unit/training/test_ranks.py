@@ -1,0 +1,90 @@
+"""What ranks save, any number of ranks loads, one included, bit for bit; what fails on one rank fails on all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from dumo.io import digest, weights
+from dumo.training import manifest
+from dumo.training.checkpoint import latest, restore, save
+from meeting import outputs
+from unit.training.ranks import SHARES, built, everything, moved, same
+from unit.training.toy import python
+
+pytestmark = pytest.mark.slow
+
+RANK = "import sys; from unit.training.ranks import main; main(sys.argv[1], int(sys.argv[2]))"
+PATIENCE = 240  # seconds, on a busy machine; alone they take 15
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks saved by each share, and one process; all have loaded it, on two, three and four ranks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    one = moved(built(0))
+    save(folder / "one", one, 1)
+    safetensors.torch.save_file(everything(one), folder / "one.safetensors")
+    processes = [python(RANK, str(folder), str(rank)) for rank in range(max(SHARES))]
+    for rank, said in enumerate(outputs(processes, PATIENCE)):
+        assert said.splitlines() == [f"{world} agree" for world in SHARES if rank < world]
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["share-1", "share-2", "one"])
+def test_one_process_loads_what_ranks_saved(saved: Path, kind: str) -> None:
+    state = built(1)
+    found = latest(saved / kind)
+    assert found is not None
+    restore(found, state)
+    same(state, saved / f"{kind}.safetensors")
+    assert {memory["step"].item() for memory in state.optimizer.state.values()} == {2}
+
+
+@pytest.mark.parametrize("share", SHARES[2])
+def test_layout(saved: Path, share: int) -> None:
+    last = saved / f"share-{share}/step-00000002"
+    assert {path.name for path in last.iterdir()} == {"net", "ema-0.99", "ema-0.9", "optimizer", "state.json"}
+    about = json.loads((last / "state.json").read_text())
+    assert (about["step"], about["images"], about["ranks"]) == (2, 24, 2)
+    files = {path.relative_to(last).as_posix() for path in last.rglob("*.safetensors")}
+    assert about["files"].keys() == files
+    assert files == {
+        f"{name}/shard-0000{rank}-model-00001-of-00001.safetensors"
+        for name in ("net", "ema-0.99", "ema-0.9", "optimizer")
+        for rank in (1, 2)
+    }
+    assert manifest.fault(last) is None
+
+
+def test_a_milestone_is_one_file(saved: Path) -> None:
+    for share in SHARES[2]:
+        found = weights.load(saved / f"milestones-{share}/step-00000002.safetensors")
+        whole = safetensors.torch.load_file(saved / f"share-{share}.safetensors")
+        first = {name.removeprefix("0.99."): x for name, x in whole.items() if name.startswith("0.99.")}
+        assert found.keys() == first.keys()
+        assert all(torch.equal(found[name], x) for name, x in first.items())
+
+
+def test_the_digest_is_that_of_one_file(saved: Path, tmp_path: Path) -> None:
+    """Of any number of ranks and any share, however the parts of a shard's header came to lie."""
+    state = built(1)
+    restore(saved / "share-1/step-00000002", state)
+    one = save(tmp_path, state, 1)
+    for share in SHARES[2]:
+        shards = saved / f"share-{share}/step-00000002/ema-0.99"
+        assert digest.of_file(shards) == digest.of_file(one / "ema-0.99.safetensors")
+
+
+def test_no_file_is_a_pickle(saved: Path) -> None:
+    """Each is JSON, or begins with it."""
+    files = [path for path in saved.glob("*/step-*/**/*") if path.is_file()]
+    assert len(files) > 20
+    for file in files:
+        data = file.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        json.loads(data if file.name == "state.json" else data[8 : 8 + size])
+        if file.suffix == ".safetensors":
+            safetensors.torch.load(data)
