@@ -93,7 +93,9 @@ def test_by_hand(made_of: str, guide: Guide) -> None:
     assert torch.allclose(found.loss, loss, rtol=1e-12, atol=0)
     assert found.parts.keys() == parts.keys()
     assert all(torch.allclose(found.parts[key], value, rtol=1e-12, atol=0) for key, value in parts.items())
-    assert list(found.notes) == [f"beyond_{p.name}" for p in objective.parts if p.kind in ("endpoint", "average")]
+    assert list(found.notes) == [
+        f"clipped_share_{p.name}" for p in objective.parts if p.kind in ("endpoint", "average")
+    ]
     for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
         assert torch.allclose(mine, hand, rtol=1e-11, atol=1e-13)
 
@@ -133,7 +135,7 @@ def test_the_adaptive_metric_is_of_the_average_alone(power: float) -> None:
     loss = 0.6 * parts["v"] + 0.2 * total / (total + 0.1).detach() ** power
     m = net(b.x_t, b.c, t=b.t, r=b.r)[1]
     error = m - (b.v_t - column(b.t - b.r) * net.slope(1, b.x_t, b.t, b.r, b.v_t))
-    agree(objective, net, b, loss, parts, beyond_m=half(error))
+    agree(objective, net, b, loss, parts, clipped_share_m=half(error))
 
 
 @pytest.mark.parametrize("slope", [CentralSlope(), DualSlope(), JvpSlope()], ids=lambda s: s.kind)

@@ -9,14 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dumo import recipes
+from dumo import dist, recipes
 from dumo.codecs import Identity
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Images, Latents
 from dumo.preflight import cost, machine, rehearsal, table
 from dumo.preflight.doctor import Examination
-from dumo.preflight.plan import cache, memory, missing_data, plan
+from dumo.preflight.plan import cache, memory, missing_data, most_rows, plan
 from dumo.run import encode
 from dumo.types import UserError
 from e2e.shell import call, refused, sets
@@ -181,6 +181,14 @@ def test_what_is_lacking_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert lacks(f"data.root={tmp_path}") is None
     monkeypatch.setenv("MY_IMAGES", str(tmp_path))
     assert lacks() is None
+
+
+@pytest.mark.parametrize(("ranks", "words", "rows"), [(1, [], 32), (3, [], 11), (8, [], 4), (2, ["micro_batch=5"], 4)])
+def test_memory_is_of_the_largest_pass(
+    ranks: int, words: list[str], rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "world", lambda: ranks)
+    assert most_rows(load("digits", [f"train.{word}" for word in words])) == rows
 
 
 def small(*fields: str) -> Run:

@@ -326,7 +326,7 @@ def test_charts_are_drawn_for_light_and_dark(digits: Path) -> None:
     assert all(title in page.words for title in ("Training loss", "Learning rate", "Loss of v by time", "Loss of u by"))
 
 
-WATCHED = ("Heads apart", "Residuals beyond ±1", "Cosine of v and u", "Drift of the endpoint")
+WATCHED = ("Gap between the heads", "Residuals beyond ±1", "Cosine of v and u", "Drift of the endpoint")
 
 
 def test_what_is_watched_is_drawn_and_explained(digits: Path, average: Path, velocity: Path) -> None:
