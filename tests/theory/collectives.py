@@ -1,4 +1,4 @@
-"""What a step sends, counted on a fake group of processes: `python tests/theory/collectives.py`. See test_collective.py.
+"""What a step sends, counted on a fake group: `python tests/theory/collectives.py`. See test_collective.py.
 
 Prints a JSON object per case. A process of its own, for torch has one group of all processes at a time.
 """
@@ -32,7 +32,7 @@ class Sent(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
 
-    def __torch_dispatch__(self, op: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, op: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         space, name, *_ = str(op).split(".")
         if space == "c10d":
             self.calls[NAMES[name]] += 1

@@ -1,0 +1,98 @@
+"""Recipes trained on ranks, held against one process that takes as many pieces. See test_layout.py.
+
+`python tests/theory/layouts.py RANK RANKS FILE CASE...` is one of the processes, which meet in FILE. CASE is a recipe's
+name, with `+field=value` for each field that is set. Rank 0 prints a JSON object per case and layout.
+"""
+
+import functools
+import json
+import sys
+import warnings
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from dumo import dist
+from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.data import Data
+from dumo.data.source import Source
+from dumo.random import keyed
+from dumo.training.layout import whole
+from dumo.training.state import State, begin
+from dumo.training.step import Task, pieces, train_step
+from dumo.types import Cond, Sample, Time
+from meeting import meeting
+
+STEPS = {2: 3, 3: 30, 4: 30}  # by number of ranks: to the bit, and to rounding
+
+
+def taught(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
+    """What a teacher might say."""
+    return 0.5 * v + 0.5 * x.tanh()
+
+
+def spec(case: str, *more: str) -> Run:
+    """The run of a case; +teacher and +pairs are no fields."""
+    name, *fields = [word for word in case.split("+") if word not in ("teacher", "pairs")]
+    return load(name, [*fields, *more])
+
+
+@functools.cache
+def opened(data: Data) -> Source:
+    """The data of several cases, read once."""
+    return data.open()
+
+
+def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[float]]:
+    """All numbers of a run after so many steps, each in one piece, and the losses."""
+    state = begin(run.build(), run.train)
+    mine = pieces(run.train, run.objective)
+    rows = slice(mine[0].start, mine[-1].stop)
+    task = Task(run.objective, run.path, run.data.classes, taught if "+teacher" in case else None)
+    losses: list[float] = []
+    for step in range(steps):
+        batch = [*opened(run.data).batch(step, run.train.batch, run.train.seed, rows)]
+        batch += [keyed("pairs", step, rows=range(rows.start, rows.stop), shape=run.data.shape)] * ("+pairs" in case)
+        losses.append(train_step(state, task, batch, run.train).loss)
+    return numbers(state), losses
+
+
+def numbers(state: State) -> dict[str, Tensor]:
+    """Weights, averages and moments by name."""
+    modules = {"net": state.net, **{f"ema-{decay}": average.module for decay, average in state.averages.items()}}
+    found = {f"{name}.{key}": x for name, module in modules.items() for key, x in module.state_dict().items()}
+    for name, p in state.net.named_parameters():
+        found |= {f"optimizer.{key}.{name}": x for key, x in state.optimizer.state[p].items()}
+    return {name: whole(x.detach()) for name, x in found.items()}
+
+
+def main(rank: str, ranks: str, file: str, *cases: str) -> None:
+    """Train each case alone, and in every layout."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # 'dual' says that it makes a pass of its own where weights are given back
+    world = int(ranks)
+    alone, steps = dict[str, tuple[dict[str, Tensor], list[float]]](), STEPS[world]
+    for case in cases:
+        piece = spec(case).train.batch // world if world == 2 else None
+        alone[case] = train(spec(case, f"train.micro_batch={piece or 'null'}"), case, steps)
+    with meeting(file, int(rank), world):
+        shares = {2: (1, 2), 3: (3,), 4: (2,)}[world]
+        for case, share, reshard in product(cases, shares, (False, True) if world == 2 else (False,)):
+            found, losses = train(spec(case, f"train.share={share}", f"train.reshard={reshard}"), case, steps)
+            one, wanted = alone[case]
+            row = {
+                "case": case,
+                "share": share,
+                "reshard": reshard,
+                "numbers": len(one),
+                "differ": [name for name in one if not torch.equal(one[name], found[name])],
+                "loss": max(abs(a - b) / max(abs(b), 0.01) for a, b in zip(losses, wanted, strict=True)),
+            }
+            if dist.is_main():
+                print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
