@@ -149,8 +149,9 @@ def note(run: Run, folder: Path) -> None:
 def begin(run: Run, folder: Path, device: torch.device) -> State:
     """The state that a run goes on from: of its last checkpoint, of another run, or as drawn. Raises UserError."""
     last = checkpoint.latest(folder / "checkpoints", together=True)
-    net = begin_from(run, run.start, device) if run.start and not last else run.build(device)
-    state = begin_training(net, run.train)
+    first = device if dist.world() == 1 else torch.device("cpu")  # from where each rank takes its part
+    net = begin_from(run, run.start, first) if run.start and not last else run.build(first)
+    state = begin_training(net, run.train, device)
     if last:
         checkpoint.restore(last, state)
     return state

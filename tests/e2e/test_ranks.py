@@ -1,0 +1,174 @@
+"""A run on two ranks as a user starts it, by torchrun: the same run as on one, killed, resumed, sampled and judged."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+from dumo.io.weights import load
+from e2e.shell import ENVIRONMENT, TINY, Done, call, sets, tree
+
+OFTEN = sets("train.save_every=10", "train.keep=9", "train.log_every=10", "train.probe_every=0")
+SPLIT = sets("train.micro_batch=8")  # of 16 rows: as two ranks take them
+LAST = "checkpoints/step-00000020"
+
+
+def torchrun(ranks: int, *words: object, cwd: Path, before: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+    """`torchrun --nproc-per-node RANKS -m dumo WORDS`."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), *before, "-m", "dumo"]
+    command[3:3] = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # a free port
+    return subprocess.Popen(
+        [*command, *map(str, words)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def ended(process: "subprocess.Popen[str]") -> Done:
+    """What it said."""
+    out, err = process.communicate(timeout=300)
+    return Done(process.returncode, out, err)
+
+
+def worker(launcher: int, rank: int) -> int | None:
+    """The process of a rank, as long as it is there."""
+    for place in Path("/proc").iterdir():
+        try:
+            if place.name.isdecimal() and (place / "stat").read_text().rsplit(")", 1)[1].split()[1] == str(launcher):
+                if f"\0RANK={rank}\0" in (place / "environ").read_text():
+                    return int(place.name)
+        except OSError:  # it is gone
+            continue
+    return None
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, files or shards."""
+    parts = {path.name.removesuffix(".safetensors"): path for path in checkpoint.iterdir() if path.name != "state.json"}
+    return {f"{part}.{name}": x for part, path in parts.items() for name, x in load(path).items()}
+
+
+def same(one: Path, two: Path) -> None:
+    """The same numbers, to the last bit."""
+    a, b = weights(one), weights(two)
+    assert a.keys() == b.keys()
+    assert len(a) > 50
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run trained on two ranks: to be read, not written to."""
+    here = tmp_path_factory.mktemp("ranks")
+    done = ended(torchrun(2, "train", "digits", "--out", "two", *TINY, *OFTEN, cwd=here))
+    assert done.code == 0, done
+    assert done.err.count("training two on 2 ranks of cpu, each with all weights") == 1
+    assert done.err.count("next:  dumo sample two") == 1
+    return here / "two"
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_run_that_one_process_makes_in_two_pieces(run: Path, here: Path) -> None:
+    assert call("train", "digits", "--out", "one", *TINY, *OFTEN, *SPLIT).code == 0
+    same(here / "one" / LAST, run / LAST)
+    one, two = (
+        [json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in (Path("one"), run)
+    )
+    assert [row["step"] for row in one] == [row["step"] for row in two] == [10, 20]
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+        assert a["counts"] == b["counts"]
+    assert not any((run / name).exists() for name in (".training.lock", "samples"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_and_a_restart_are_the_same_run(rank: int, run: Path, here: Path) -> None:
+    slow = "import time; from dumo.training import step; own = step.advance\n"
+    (here / "sitecustomize.py").write_text(  # each step takes long enough to be met
+        f"{slow}def late(*a): time.sleep(0.1); own(*a)\nstep.advance = late\n" if False else ""
+    )
+    words = ("train", "digits", "--out", "killed", *TINY, *OFTEN)
+    process = torchrun(2, *words, cwd=here, before=("--max-restarts", "1"))
+    late = time.monotonic() + 240
+    while not (here / "killed/checkpoints/step-00000010").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < late
+        time.sleep(0.002)
+    pid = worker(process.pid, rank)
+    assert pid, "it was too quick"
+    os.kill(pid, signal.SIGKILL)
+    done = ended(process)
+    assert done.code == 0, done
+    assert done.err.count("training killed on 2 ranks") == 2
+    same(here / "killed" / LAST, run / LAST)
+    assert (here / "killed/metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_more_steps_on_any_number_of_ranks(run: Path, here: Path) -> None:
+    done = ended(torchrun(2, "train", "digits", "--out", "parts", *TINY, *OFTEN, *sets("train.steps=10"), cwd=here))
+    assert done.code == 0, done
+    assert ended(torchrun(2, "train", "parts", *sets("train.steps=20"), cwd=here)).code == 0
+    same(here / "parts" / LAST, run / LAST)
+    done = ended(torchrun(3, "train", "parts", *sets("train.steps=24", "train.share=3"), cwd=here))
+    assert done.code == 0, done
+    assert "the weights in parts over all" in done.err
+    done = call("train", "parts", *sets("train.steps=26"))
+    assert done.code == 0, done
+    assert [json.loads(line)["step"] for line in (here / "parts/metrics.jsonl").read_text().splitlines()][:2] == [
+        10,
+        20,
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_samples_and_scores_are_those_of_one(ranks: int, run: Path, here: Path) -> None:
+    words = ("sample", run, "--nfe", "1", "--count", "17")
+    assert call(*words, "--out", "one").code == 0
+    done = ended(torchrun(ranks, *words, "--out", "many", cwd=here))
+    assert done.code == 0, done
+    (one,), (many,) = (list((here / name).iterdir()) for name in ("one", "many"))
+    assert one.name == many.name
+    assert done.out.split() == [f"many/{many.name}"]
+    apart = ImageChops.difference(Image.open(one).convert("RGB"), Image.open(many).convert("RGB"))
+    assert max(high for _, high in apart.getextrema()) <= 1  # of 255: 1e-5 may round to another level
+
+    judge = ("evaluate", run, "--nfe", "1", "--json")
+    alone = call(*judge).json["results"][0]
+    done = ended(torchrun(ranks, *judge, cwd=here))
+    assert done.code == 0, done
+    assert done.json["results"][0] == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("nosuch",), "there is no recipe, file or run's folder 'nosuch'"),
+        (("digits", *sets("train.lr=1")), "train.lr: unknown key"),
+        (("digits", *sets("train.batch=1")), "too few for 1 passes on each of 2 ranks"),
+        (("digits-meanflow", *sets("train.batch=4")), "has a pass of 2 rows (2 ranks) without one with r < t"),
+        (("digits", *sets("train.compile=loss")), "train.compile = loss is for one rank"),
+    ],
+)
+def test_what_does_not_fit_is_said_once(words: tuple[str, ...], said: str, here: Path) -> None:
+    before = tree(here)
+    done = ended(torchrun(2, "train", *words, "--out", "run", cwd=here))
+    mine = [line for line in done.err.splitlines() if line.startswith(("error", "rank", "training"))]
+    assert len(mine) == 1, done.err
+    assert said in done.err
+    assert "exitcode: 2" in done.err.replace("exitcode  :", "exitcode:")
+    assert done.code == 1  # torchrun's own, whatever its workers' is
+    assert tree(here) == before
