@@ -111,9 +111,9 @@ def claim(run: Run, folder: Path) -> None:
     if (folder / FILE).exists():
         if done and (then := format_of(folder)) < FORMAT:
             raise UserError(
-                f"{folder} is a run of format {then}, whose batches were drawn otherwise than now, in format {FORMAT}: "
-                "it samples and evaluates as before, but training cannot go on. Train in another folder with --out, "
-                f"and with --set start.source={folder} from the weights of this one"
+                f"{folder} is a run of format {then}, and training in format {FORMAT} draws other numbers: it samples "
+                "and evaluates as before, but its training cannot go on. Train in another folder with --out, and with "
+                f"--set start.source={folder} from the weights of this one"
             )
         if differs := list(difference(load(str(folder)), run)):
             lines = "\n  ".join([f"{folder} holds another run:", *differs])

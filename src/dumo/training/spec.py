@@ -22,9 +22,8 @@ class Train(Spec):
     # Ranks that hold one copy of weights, averages and optimizer between them, to save memory: 1: each its own copy
     # (replicated); all ranks: each a part (sharded); between: copies by groups (hybrid). Of fewer ranks, all.
     share: int = Field(default=1, ge=1, json_schema_extra=FREE)
-    reshard: bool = Field(
-        default=False, json_schema_extra=FREE
-    )  # give gathered weights back after each pass: less memory
+    # Give the weights gathered from other ranks back after each pass and gather them anew: less memory, more talk.
+    reshard: bool = Field(default=False, json_schema_extra=FREE)
     optimizer: Optimizer = AdamW()
     schedule: Schedule = Constant()
     ema: tuple[Ema, ...] = (Ema(decay=0.9999),)  # App. C.1; the first is sampled and evaluated, the weights if none
