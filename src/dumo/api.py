@@ -147,7 +147,8 @@ def load(
     """Open a trained run's folder. Raises UserError where it is none, or has no checkpoint yet.
 
     `changes` may set what sampling and evaluation read, e.g. {"sample.guide.scale": 2}. `weights` is a safetensors
-    file in the place of the run's first average. `device`: auto takes the GPU where there is one.
+    file, or a folder of shards, in the place of the run's first average. `device`: auto takes the GPU where there is
+    one.
     """
     file = None if weights is None else str(weights)
     return TrainedRun(open_run(str(folder), _told(changes), weights=file, device=str(device)))

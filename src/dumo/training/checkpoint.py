@@ -214,7 +214,8 @@ def prepare(target: Path, kind: str, step: int, size: int) -> None:
 
 def so(target: Path, kind: str, step: int) -> str:
     """What comes of a disk that is full, and the way out."""
-    last = next(reversed(standing(target.parent, target.suffix).values()), None)
+    others = [path for path in standing(target.parent, target.suffix).values() if path != target]  # it may be damaged
+    last = others[-1] if others else None
     stands = f"{last.name if last else f'no {kind}'} still stands"
     return f"so the {kind} of step {step} was not written; {stands}. Free some space and start again."
 

@@ -96,10 +96,6 @@ def sound(checkpoint: Path) -> bool:
     return _key(checkpoint) in _whole
 
 
-def _key(checkpoint: Path) -> tuple[Path, str]:
-    return checkpoint.absolute(), (checkpoint / NAME).read_text(encoding="utf-8")
-
-
 def _fault(
     checkpoint: Path, parts: Collection[str] | None, hashed: slice = slice(None), *, only: bool = False
 ) -> str | None:
@@ -110,9 +106,7 @@ def _fault(
         return str(error)
     if wanted is None:
         return None
-    there = [path for path in checkpoint.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in there}
-    sizes.pop(NAME)
+    sizes = _sizes(checkpoint)
     full = [name for name in sorted(wanted) if parts is None or _part(name) in parts]
     for name in sorted(wanted.keys() | sizes.keys()):
         if only and parts is not None and _part(name) not in parts:
@@ -130,6 +124,19 @@ def _fault(
         except OSError as error:  # the disk itself gives up
             return f"{checkpoint / name} cannot be read ({error})"
     return None
+
+
+def _sizes(checkpoint: Path) -> dict[str, int]:
+    """Bytes of each file that a list should name, by path inside the checkpoint; not what a file system hides there."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    seen = [path for path in files if path.suffix == ".safetensors" or not path.name.startswith(".")]
+    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in seen}
+    return {name: size for name, size in sizes.items() if name != NAME}
+
+
+def _key(checkpoint: Path) -> tuple[Path, str]:
+    """A checkpoint and its list."""
+    return checkpoint.absolute(), (checkpoint / NAME).read_text(encoding="utf-8")
 
 
 def _part(name: str) -> str:

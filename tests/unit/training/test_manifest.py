@@ -96,13 +96,17 @@ def test_damage_is_named_and_the_one_before_is_taken(
     assert str(before / "net") in str(refused.value)
 
 
-def test_a_stray_shard_of_another_save_is_named(folder: Path) -> None:
+@pytest.mark.parametrize("name", ["shard-00004-model-00001-of-00001.safetensors", "._net.safetensors", "notes.txt"])
+def test_a_stray_file_is_named(folder: Path, name: str) -> None:
+    """As a shard of another save, which would be read along, hidden or not."""
     last = folder / "step-00000003"
     some = members(last, "net")[0]
-    stray = shutil.copy(some, some.with_name("shard-00004-model-00001-of-00001.safetensors"))
+    stray = shutil.copy(some, some.with_name(name))
     assert manifest.fault(last) == f"{stray} is none of the files that state.json lists"
     with pytest.warns(UserWarning, match="step-00000002, before it"):
         assert latest(folder) == folder / "step-00000002"
+    stray.rename(stray.with_name(".nfs0001"))  # what a file system leaves of a file that is open elsewhere
+    assert latest(folder) == last
 
 
 def test_what_will_not_be_read_need_only_have_its_size(folder: Path) -> None:
@@ -256,6 +260,10 @@ def test_a_disk_with_too_little_room_is_refused_before_anything_is_written(
             f"{folder}: the checkpoint takes {needed / 1e9:.3g} GB and the disk has {free[0] / 1e9:.3g} GB free, "
             f"so the checkpoint of step 4 was not written; {stands} still stands. Free some space and start again."
         )
+    (tmp_path / "a/step-00000004").mkdir()  # damaged, and to be replaced
+    with pytest.raises(UserError, match="step-00000003 still stands"):
+        save(tmp_path / "a", state, 1)
+    (tmp_path / "a/step-00000004").rmdir()
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["step-00000003"]
     free[0] = needed
