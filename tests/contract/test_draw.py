@@ -1,4 +1,4 @@
-"""What every objective's record keeps: drawn for the whole batch, so that any share of it has the same rows."""
+"""What every objective's record keeps: keyed by row, so that any share of it has the same rows."""
 
 from dataclasses import fields
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from contract.case import name, objectives
-from drawn import counting
+from contract.drawn import counting
 from dumo.flow.draw import draw
 from dumo.flow.law import Noise
 from dumo.flow.path import Linear

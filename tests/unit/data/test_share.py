@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from drawn import counting
+from contract.drawn import counting
 from dumo.data import Digits, Images, Moons
 from dumo.data.album import AHEAD, Album
 from dumo.data.augment import Edm
