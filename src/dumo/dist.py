@@ -5,17 +5,21 @@ Without torch.distributed there is one rank, number 0, and a mean over ranks is 
 
 import os
 import platform
+import time
 from collections.abc import Generator
 from contextlib import contextmanager
+from secrets import token_hex
 
 import torch.distributed
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.torch_version import TorchVersion
 
 from dumo import __version__
 from dumo.types import UserError
 
-FIRST = (2, 13)  # the torch whose sharded weights and checkpoints were tried
+FIRST = "2.13"  # the torch whose sharded weights and checkpoints were tried
 
 joined = False  # whether this process ever met others
 
@@ -86,8 +90,9 @@ def alone(work: str) -> None:
 def require_ranks(what: str) -> None:
     """Refuse what sharded weights are needed for on a torch that was not tried with them. Raises UserError."""
     if TorchVersion(torch.__version__) < FIRST:
-        needed = ".".join(map(str, FIRST))
-        raise UserError(f"{what} needs torch {needed} or newer, here is {torch.__version__}: pip install -U torch")
+        raise UserError(
+            f"{what} needs torch {FIRST} or newer, here is {torch.__version__}: pip install 'torch>={FIRST}'"
+        )
 
 
 @contextmanager
@@ -107,12 +112,38 @@ def join() -> Generator[None, None, None]:
     own = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     global joined
     joined = True
-    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus and own else "gloo")
+    store, rank, _ = next(rendezvous("env://"))
+    torch.distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if gpus and own else "gloo",
+        store=PrefixStore(named_start(store, rank, world), store),
+        rank=rank,
+        world_size=world,
+    )
     try:
         yield
         torch.distributed.barrier()  # nobody leaves while another may still ask
     finally:
         torch.distributed.destroy_process_group()
+
+
+def named_start(store: Store, rank: int, world: int) -> str:
+    """A name for this start of all ranks, under which no earlier one left anything in their store. All must call it.
+
+    torchrun keeps one store over its restarts, in which a rank may find the address of one that is dead (pytorch
+    #135712, in 2.13 still). So rank 0 makes up a name, and answers with it whoever asks under a token of his own, until
+    all have said that they heard.
+    """
+    name = token_hex(8)
+    if rank:
+        store.set(f"asks/{rank}", name)
+        name = store.get(f"answer/{name}").decode()
+        store.set(f"heard/{name}/{rank}", "")
+        return name
+    for other in range(1, world):
+        while not store.check([f"heard/{name}/{other}"]):
+            store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)  # may be a dead one's: ask again
+            time.sleep(0.01)
+    return name
 
 
 def device(name: str) -> torch.device:

@@ -21,20 +21,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.torch_version import TorchVersion
 
+from dumo.dist import require_ranks
 from dumo.types import UserError
 
-NEEDED = "2.13"  # what all of this was tried on; before 2.10 the files differ
-
-
-def require() -> None:
-    """Raise UserError for a torch that is too old to write or read shards."""
-    if TorchVersion(torch.__version__) < NEEDED:
-        raise UserError(
-            f"torch is {torch.__version__}; to train on several ranks, and to read what they wrote, takes torch "
-            f"{NEEDED} or newer: pip install 'torch>={NEEDED}'"
-        )
+SHARDS = "what ranks write in shards"  # the files of torch before 2.10 differ
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -42,7 +33,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
     What all ranks hold is written by one. An error of one rank is raised on all; UserError for an old torch.
     """
-    require()
+    require_ranks(SHARDS)
     # never consolidated: torch 2.13 then writes 0 for every tensor of no dimensions
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with plainly():
@@ -59,7 +50,7 @@ def outline(folder: Path) -> dict[str, Tensor]:
 
     Raises UserError for a folder without shards, a damaged shard, one that lacks, and an old torch.
     """
-    require()
+    require_ranks(SHARDS)
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -83,7 +74,7 @@ def fill(folder: Path, into: Mapping[str, Tensor]) -> None:
 
     Each rank reads for itself: no other must call it. Names and shapes are as `outline` has them.
     """
-    require()
+    require_ranks(SHARDS)
     with plainly(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is meant
         state_dict_loader.load(dict(into), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
