@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from dumo.dist import require_ranks
 from dumo.types import UserError
 
-SHARDS = "what ranks write in shards"  # the files of torch before 2.10 differ
+SHARDS = "weights in shards, as ranks write them"  # the files of torch before 2.10 differ
 
 
 def write(folder: Path, tensors: Mapping[str, Tensor]) -> None:
