@@ -15,15 +15,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec, SourceFileLoader
-from importlib.util import spec_from_file_location
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
-from types import CodeType
 
 import pytest
 import torch
+
+from planted import Plant
 
 ROOT = Path(__file__).parent.parent
 AT_ONCE = 2
@@ -62,6 +60,8 @@ DISCRETIZATION, EDM, HEADS = (
 )
 
 
+LAYOUT = f"{THEORY}/test_layout.py::test_two_ranks_are_two_pieces_to_the_bit"
+COLLECTIVE, STEP = f"{THEORY}/test_collective.py", "tests/unit/training/test_step.py"
 WHOLE, CHECKPOINT = "tests/unit/training/test_manifest.py", "tests/unit/training/test_checkpoint.py"
 RULE, DUAL = "tests/unit/autodiff/test_rule.py", "tests/unit/autodiff/test_dual.py"
 
@@ -802,6 +802,12 @@ MUTANTS = [
     Mutant(
         "objectives/sct.py", "clamp(EDGE, pi / 2 - EDGE)", "clamp(0, pi / 2)", "the weight at t = 0 is infinite", SCT
     ),
+    Mutant("training/step.py", " / (spec.batch / dist.world())", " / spec.batch", "ranks are averaged twice", LAYOUT),
+    Mutant("training/step.py", "first=rows.start", "first=0", "all pieces draw for the first rows", STEP),
+    Mutant("training/step.py", "        layout.release(self.net)\n", "", "what a probe gathers stays", LAYOUT),
+    Mutant("training/state.py", "reshard=True", "reshard=False", "an average's weights stay gathered", LAYOUT),
+    Mutant("training/layout.py", "sync(step)", "sync(True)", "every piece is sent", COLLECTIVE),
+    Mutant("training/layout.py", "backward(step or reshard)", "backward(True)", "weights come twice", COLLECTIVE),
     Mutant("training/manifest.py", "if digest.of_file(", "if False and digest.of_file(", "no file is hashed", WHOLE),
     Mutant("training/manifest.py", "sorted(wanted.keys() | sizes.keys())", "sorted(wanted)", "strays stay", WHOLE),
     Mutant("training/manifest.py", "sizes[name] != wanted[name].bytes", "False", "what is cut is only hashed", WHOLE),
@@ -846,25 +852,14 @@ def warm(compiled: str) -> None:
     gc.freeze()
 
 
-class Plant(MetaPathFinder, SourceFileLoader):
-    """Imports one module of dumo with the error in it, whatever its file and what was compiled of it say."""
-
-    def __init__(self, mutant: Mutant) -> None:
-        """Raises ValueError unless there is exactly one place for the error."""
-        file = ROOT / "src/dumo" / mutant.file
-        super().__init__("dumo." + mutant.file.removesuffix(".py").replace("/", "."), str(file))
-        text = file.read_text()
-        if text.count(mutant.old) != 1:
-            raise ValueError(f"{mutant.file} has {mutant.old!r} {text.count(mutant.old)} times: mend tests/mutants.py")
-        self.text = text.replace(mutant.old, mutant.new)
-
-    def find_spec(self, fullname: str, path: object, target: object = None) -> ModuleSpec | None:
-        """Of this module alone."""
-        return spec_from_file_location(fullname, self.path, loader=self) if fullname == self.name else None
-
-    def get_code(self, fullname: str) -> CodeType:
-        """Of the text with the error."""
-        return compile(self.text, self.path, "exec", dont_inherit=True)
+def planted(mutant: Mutant) -> Plant:
+    """The module with the error. Raises ValueError unless there is exactly one place for it."""
+    file = ROOT / "src/dumo" / mutant.file
+    text = file.read_text()
+    if text.count(mutant.old) != 1:
+        raise ValueError(f"{mutant.file} has {mutant.old!r} {text.count(mutant.old)} times: mend tests/mutants.py")
+    name = "dumo." + mutant.file.removesuffix(".py").replace("/", ".")
+    return Plant(name, str(file), text.replace(mutant.old, mutant.new))
 
 
 def run(tests: list[str], plant: Plant | None = None) -> tuple[int, str]:
@@ -891,7 +886,7 @@ def test(tests: list[str], plant: Plant | None, output: str) -> None:
         os.dup2(out.fileno(), 2)
     sys.path.insert(0, str(ROOT / "src"))
     if plant:
-        sys.meta_path.insert(0, plant)
+        plant.plant()
     options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", f"addopts={ADDED}"]
     os._exit(pytest.main([*options, *tests]))
 
@@ -901,7 +896,7 @@ def trial(mutant: Mutant) -> tuple[str | None, str]:
     stem = Path(mutant.file).stem
     mine = ["-k", stem] if mutant.file.startswith("objectives/") and mutant.tests == FIXED else []
     try:
-        code, output = run([mutant.tests, *mine], Plant(mutant))
+        code, output = run([mutant.tests, *mine], planted(mutant))
     except (ValueError, TimeoutError) as error:
         return None, str(error)
     failed = re.search(r"^FAILED (.*?)( - .*)?$", output, re.MULTILINE)

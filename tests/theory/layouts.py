@@ -4,6 +4,9 @@
 name, with `+field=value` for each field that is set. Rank 0 prints a JSON object per case and layout.
 """
 
+import planted  # noqa: F401, before what may have an error in it
+
+# isort: split
 import functools
 import json
 import sys
@@ -56,6 +59,7 @@ def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[floa
         batch = [*opened(run.data).batch(step, run.train.batch, run.train.seed, rows)]
         batch += [keyed("pairs", step, rows=range(rows.start, rows.stop), shape=run.data.shape)] * ("+pairs" in case)
         losses.append(train_step(state, task, batch, run.train).loss)
+    assert all(hasattr(p, "full_tensor") for p in state.net.parameters()) == (dist.world() > 1)  # none is left gathered
     return numbers(state), losses
 
 

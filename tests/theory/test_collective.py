@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 
+import dumo
+
 PASSES = {"dual": 3, "jvp": 3, "central": 4}  # forward passes of guided DuMo: the heads, V(null), du/dt
 
 
 @pytest.fixture(scope="module")
 def sent() -> list[dict[str, Any]]:
     """A row per case of `collectives.py`."""
+    roots = Path(dumo.__file__).parents[1], Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("collectives.py"))],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots)), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -41,7 +41,7 @@ def run(ranks: int, cases: list[str], folder: Path) -> list[dict[str, Any]]:
 
 
 def test_two_ranks_are_two_pieces_to_the_bit(tmp_path: Path) -> None:
-    check_bits(run(2, ["digits-cm"], tmp_path), 1)
+    check_bits(run(2, ["digits-cm", "digits+train.probe_every=1"], tmp_path), 2)
 
 
 @pytest.mark.slow
