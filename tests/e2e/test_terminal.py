@@ -39,12 +39,12 @@ def test_one_process_trains_in_a_folder(here: Path) -> None:
     assert there == ["checkpoints", "data.json", "metrics.jsonl", "run.yaml"]
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "grid", "report", "reproduce"])
+@pytest.mark.parametrize("command", ["grid", "report", "reproduce"])
 def test_work_that_ranks_do_not_share_is_refused(
     command: str, here: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    source = {"train": "moons", "reproduce": "fig3"}.get(command, str(trained["moons"]))
+    source = "fig3" if command == "reproduce" else str(trained["moons"])
     refused(command, source, named=("2 were started", "without torchrun"), run=trained["moons"])
 
 
