@@ -154,11 +154,8 @@ def test_samples_and_scores_are_those_of_one(ranks: int, run: Path, here: Path) 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("nosuch",), "there is no recipe, file or run's folder 'nosuch'"),
         (("digits", *sets("train.lr=1")), "train.lr: unknown key"),
-        (("digits", *sets("train.batch=1")), "too few for 1 passes on each of 2 ranks"),
         (("digits-meanflow", *sets("train.batch=4")), "has a pass of 2 rows (2 ranks) without one with r < t"),
-        (("digits", *sets("train.compile=loss")), "train.compile = loss is for one rank"),
     ],
 )
 def test_what_does_not_fit_is_said_once(words: tuple[str, ...], said: str, here: Path) -> None:
