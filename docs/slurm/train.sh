@@ -34,8 +34,8 @@ head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 
 again() {                            # the time is nearly up: queue the same job again, which ends it here
-    echo "requeued, to go on from the last checkpoint"
-    scontrol requeue "$SLURM_JOB_ID"
+    echo "the time is up: the job goes on from the last checkpoint when it runs again"
+    scontrol requeue "$SLURM_JOB_ID" || echo "this cluster does not requeue: submit the job again"
     wait
 }
 trap again USR1

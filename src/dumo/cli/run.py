@@ -1,5 +1,6 @@
 """From images to samples: encode, train, sample, draw."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from shlex import join, quote
 from typing import Annotated, Any
@@ -35,23 +36,27 @@ def encode(
 ) -> None:
     """Encode images into the cache of latents that a recipe trains on; started again, it goes on where it stopped.
 
-    Both flips are kept where the data are flipped. A shard that is damaged is named and made again.
+    Both flips are kept where the data are flipped. A shard that is damaged is named and made again. Under torchrun the
+    ranks share the work.
     """
+    from dumo import dist
     from dumo.run import encode
 
     data = encode.asked(source, set_ or [], out=folder, codec=codec, side=side)
     options = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
-    made = encode.encode(
-        data,
-        batch=batch,
-        part=encode.part_of(part),
-        device=device,
-        bar=bar,
-        **{name: value for name, value in options.items() if value is not None},
-    )
-    for line in encode.told(made):
+    with dist.join() if part is None else nullcontext():
+        made = encode.encode(
+            data,
+            batch=batch,
+            part=encode.part_of(part),
+            device=device,
+            bar=bar,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+        dist.barrier()
+    for line in encode.told(made.now()):
         out.print(line, soft_wrap=True)
-    if made.contents and not Path(source).exists():
+    if made.now().contents and not Path(source).exists():
         fields = [*encode.settings(folder, codec, side), *(set_ or [])]
         words = ["dumo", "train", source, *(word for field in fields for word in ("--set", field))]
         err.print(f"next:  {join(words)}", soft_wrap=True)

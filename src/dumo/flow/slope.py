@@ -173,7 +173,7 @@ def _tape(
         if not (torch.compiler.is_compiling() or dual.holds(ends)):
             warnings.warn(
                 "slope 'dual' makes a pass of its own, 6 F instead of 5 F: the weights are given back after the pass. "
-                "Shard with reshard_after_forward=False to ride on the tape",
+                "Shard with reshard_after_forward=False (train.reshard=false) to ride on the tape",
                 stacklevel=3,
             )
             return f(x, c, w, t=t, **rest)

@@ -5,7 +5,7 @@ bit. What is damaged is found, named and made anew (see `dumo.data.encode`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,16 @@ class Asked(Spec):
 
 @dataclass(frozen=True)
 class Encoded:
-    """What this rank did, and what is in the folder."""
+    """What this rank did, and what was in the folder when it was done."""
 
     folder: Path
     done: codecs.Done
     contents: Contents | None  # of a cache that is whole; None: other ranks have shards to make
+
+    def now(self) -> "Encoded":
+        """The same, where other ranks may have finished since."""
+        there = self.contents or read_contents(self.folder)
+        return replace(self, contents=there if there and there.shards else None)
 
 
 def asked(

@@ -24,7 +24,7 @@ class Every:
 def train(state: State, task: Task, batches: Callable[[int], Batch], spec: Train, hooks: Sequence[Every] = ()) -> None:
     """Train `state` in place until `spec.steps` steps are done, from wherever it stands.
 
-    `batches(step)` is the global batch of a step, on the device of the net. Raises as `train_step` does.
+    `batches(step)` is this rank's rows of a step's batch, on the device of the net. Raises as `train_step` does.
     """
     loss = compiled(state.net, task.objective, spec.compile)
     while state.step < spec.steps:
