@@ -54,9 +54,10 @@ def encode(
             **{name: value for name, value in options.items() if value is not None},
         )
         dist.barrier()
-    for line in encode.told(made.now()):
+    made = made.now()
+    for line in encode.told(made):
         out.print(line, soft_wrap=True)
-    if made.now().contents and not Path(source).exists():
+    if made.contents and not Path(source).exists():
         fields = [*encode.settings(folder, codec, side), *(set_ or [])]
         words = ["dumo", "train", source, *(word for field in fields for word in ("--set", field))]
         err.print(f"next:  {join(words)}", soft_wrap=True)
