@@ -64,7 +64,7 @@ def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
             print(*(f"rank {rank}: {line}" for line in kept.getvalue().splitlines()[-LAST:]), sep="\n", file=own[1])
         for stream in own:
             stream.flush()
-        if ranks > 1 and sys.modules["dumo.dist"].joined:
+        if getattr(sys.modules.get("dumo.dist"), "joined", False):  # not there where nothing but help was asked for
             os._exit(code)
         sys.exit(code)
 

@@ -37,6 +37,13 @@ def agreed(work: Callable[[], T]) -> list[T]:
     return [answer for answer, _ in answers]
 
 
+def own(work: Callable[[], T]) -> T:
+    """What `work` gives on this rank, which need not be small, once it is done on all. Raises as `agreed`."""
+    found: list[T] = []
+    agreed(lambda: found.append(work()))
+    return found[0]
+
+
 def main(work: Callable[[], T]) -> T:
     """Let the first rank do this while the others wait; what it gave, on all. Raises as `agreed`."""
     first, *_ = agreed(lambda: work() if dist.is_main() else None)
