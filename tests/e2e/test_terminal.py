@@ -64,6 +64,18 @@ def test_ranks_may_ask_for_help(words: list[str], here: Path) -> None:
     assert "Traceback" not in done.err
 
 
+def test_ranks_that_are_interrupted_say_so_once(here: Path) -> None:
+    """Ctrl-C reaches all of them; the others are silent, as where all is well."""
+    stop = "from dumo import recipes\ndef stop(name): raise KeyboardInterrupt\nrecipes.about = stop"
+    done = [
+        finish(start("recipes", cwd=here, first=f"import os; os.environ |= dict(WORLD_SIZE='2', RANK='{k}')\n{stop}"))
+        for k in range(2)
+    ]
+    assert [one.code for one in done] == [130, 130]
+    assert done[0].err.startswith("stopped; the same command goes on")
+    assert done[1].err == ""
+
+
 def test_ranks_that_nobody_started_are_refused(here: Path) -> None:
     done = finish(
         start("train", "moons", "--out", "run", *TINY, cwd=here, first="import os; os.environ['WORLD_SIZE'] = '2'")
