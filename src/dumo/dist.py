@@ -100,7 +100,7 @@ def join() -> Generator[None, None, None]:
     """Meet the processes that torchrun started, each on a GPU of its own where there is one; alone without torchrun.
 
     What is on a GPU goes by nccl, all else by gloo; where ranks must share a GPU, which nccl would refuse, all by gloo.
-    Raises UserError below torch 2.13.
+    Raises UserError below torch 2.13, and where what torchrun sets is there in part.
     """
     if (world := launched()[1]) == 1 or started():
         yield
@@ -110,9 +110,12 @@ def join() -> Generator[None, None, None]:
     if gpus:
         torch.cuda.set_device(here % gpus)
     own = gpus >= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    try:
+        store, rank, _ = next(rendezvous("env://"))
+    except ValueError as error:
+        raise UserError(f"WORLD_SIZE={world} says {world} ranks: {error}. Start by torchrun, or unset it") from error
     global joined
     joined = True
-    store, rank, _ = next(rendezvous("env://"))
     torch.distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if gpus and own else "gloo",
         store=PrefixStore(named_start(store, rank, world), store),

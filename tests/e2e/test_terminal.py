@@ -48,6 +48,43 @@ def test_work_that_ranks_do_not_share_is_refused(
     refused(command, source, named=("2 were started", "without torchrun"), run=trained["moons"])
 
 
+@pytest.mark.parametrize("bench", ["step", "sample"])
+def test_ranks_that_would_disturb_each_other_are_not_timed(
+    bench: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused("bench", bench, named=("2 were started", "without torchrun"))
+
+
+@pytest.mark.parametrize("words", [["--version"], ["train", "--help"], ["train", "--no-such-option"]])
+def test_ranks_may_ask_for_help(words: list[str], here: Path) -> None:
+    """dumo.dist, which knows whether ranks have met, is then not even imported."""
+    done = finish(start(*words, cwd=here, first="import os; os.environ |= dict(WORLD_SIZE='2', RANK='0')"))
+    assert done.code == (2 if "--no-such-option" in words else 0)
+    assert "Traceback" not in done.err
+
+
+def test_ranks_that_are_interrupted_say_so_once(here: Path) -> None:
+    """Ctrl-C reaches all of them; the others are silent, as where all is well."""
+    stop = "from dumo import recipes\ndef stop(name): raise KeyboardInterrupt\nrecipes.about = stop"
+    done = [
+        finish(start("recipes", cwd=here, first=f"import os; os.environ |= dict(WORLD_SIZE='2', RANK='{k}')\n{stop}"))
+        for k in range(2)
+    ]
+    assert [one.code for one in done] == [130, 130]
+    assert done[0].err.startswith("stopped; the same command goes on")
+    assert done[1].err == ""
+
+
+def test_ranks_that_nobody_started_are_refused(here: Path) -> None:
+    done = finish(
+        start("train", "moons", "--out", "run", *TINY, cwd=here, first="import os; os.environ['WORLD_SIZE'] = '2'")
+    )
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith("error: WORLD_SIZE=2 says 2 ranks")
+    assert not (here / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "slow"),
     [

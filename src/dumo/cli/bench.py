@@ -39,9 +39,11 @@ def step(
 
     F is a forward pass; by time it is a third of the plain flow-matching step in the same precision.
     """
+    from dumo import dist
     from dumo.bench import table, training
     from dumo.config.load import load
 
+    dist.alone("dumo bench")
     spec = load(source, [*(set_ or []), *([f"train.batch={batch}"] if batch else [])])
     use(threads)
     report = training.measure(
@@ -76,9 +78,11 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Measure images per second by number of passes, with random weights."""
+    from dumo import dist
     from dumo.bench import sampling, table
     from dumo.config.load import load
 
+    dist.alone("dumo bench")
     spec = load(source, set_ or [])
     use(threads)
     report = sampling.measure(

@@ -22,6 +22,7 @@ from dumo.progress import say
 out = Console(markup=False, emoji=False)  # what users typed is shown as they typed it
 err = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
+INTERRUPTED = 130  # the exit code of what Ctrl-C ends
 PATIENCE = 5.0  # seconds that a failed rank gives rank 0 to say the same: ours
 LAST = 30  # lines that it says after that: a traceback's end
 
@@ -35,7 +36,7 @@ def stoppable(command: Callable[..., None]) -> Callable[..., None]:
             command(*words, **options)
         except KeyboardInterrupt:
             say(f"stopped; the same command goes on from what is kept:  {shlex.join([*started(), *sys.argv[1:]])}")
-            raise typer.Exit(130) from None
+            raise typer.Exit(INTERRUPTED) from None
 
     return run
 
@@ -59,12 +60,12 @@ def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
     own, kept = (sys.stdout, sys.stderr), StringIO()
 
     def leave(code: int) -> NoReturn:
-        if rank and code:
+        if rank and code not in (0, INTERRUPTED):  # Ctrl-C reaches all
             time.sleep(PATIENCE)
             print(*(f"rank {rank}: {line}" for line in kept.getvalue().splitlines()[-LAST:]), sep="\n", file=own[1])
         for stream in own:
             stream.flush()
-        if ranks > 1 and sys.modules["dumo.dist"].joined:
+        if getattr(sys.modules.get("dumo.dist"), "joined", False):  # not there where nothing but help was asked for
             os._exit(code)
         sys.exit(code)
 

@@ -29,6 +29,7 @@ from dumo.random import noise
 from dumo.run.folder import open_run
 from dumo.sampling import generate
 from dumo.sampling.solver import check
+from dumo.training import agreement
 from dumo.types import Cond, Reads, Sample, Taught, Time, UserError, lift
 
 FILE = "teacher.json"
@@ -227,27 +228,33 @@ class Coupled:
 def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.device, bar: Bar) -> Coupled:
     """Pairs that the teacher's flow joins: those that stand in `folder`, and the others, made now, file by file.
 
-    Rank k of n makes the files k, k + n, k + 2 n ...; every rank must call it, and has all pairs. Raises UserError, on
-    every rank, where a file is damaged, or the teacher answers with what is no number: that is not written.
+    Rank k of n makes k, k + n, k + 2 n ... of the files that lack; every rank must call it, and has all pairs. Raises,
+    on every rank, UserError where a file is damaged, or the teacher answers with what is no number, which is not
+    written; OSError where the disk is full.
     """
     c = generate.labels(pairs.count, run.data.classes)
     files = {folder / f"{first:08d}.safetensors": first for first in range(0, pairs.count, SHARD)}
-    bad: list[int] = []
-    with bar("the teacher's pairs", pairs.count) as tick:
-        for file in list(files)[dist.rank() :: dist.world()]:
+    lacking = agreement.main(lambda: [file for file in files if not file.is_file()])
+
+    def make() -> list[int]:
+        for file in lacking[dist.rank() :: dist.world()]:
             some = range(files[file], min(files[file] + SHARD, pairs.count))
-            if not file.is_file():
-                made = joined(run, pairs, reads, c[list(some)], some, device)
-                if bad := [k for k, x in zip(some, made["x"], strict=True) if not x.isfinite().all()]:
-                    break  # told to the others below: they would wait for this rank's files
-                write(file, safetensors.torch.save(made))
+            made = joined(run, pairs, reads, c[list(some)], some, device)
+            if bad := [k for k, x in zip(some, made["x"], strict=True) if not x.isfinite().all()]:
+                return bad
+            write(file, safetensors.torch.save(made))
             tick(some.stop, "")
-    if bad := torch.cat(dist.gathered(torch.tensor(bad, dtype=torch.long))).tolist():
+        return []
+
+    with bar("the teacher's pairs", pairs.count) as tick:
+        bad = [k for found in agreement.agreed(make) for k in found]  # who failed would be waited for
+        tick(pairs.count, "")
+    if bad:
         raise UserError(
             f"the teacher makes {len(bad)} pairs, the first number {min(bad)}, of what is no finite number: mend it, "
             "or take another solver or more passes (teacher.pairs)"
         )
-    parts = [load_pairs(file) for file in files]
+    parts = agreement.own(lambda: [load_pairs(file) for file in files])
     return Coupled(*(torch.cat([part[name] for part in parts]) for name in ("x", "z", "c")))
 
 

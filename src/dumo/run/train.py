@@ -15,15 +15,17 @@ from dumo import dist
 from dumo.config.advice import advice
 from dumo.config.check import check_pieces
 from dumo.config.spec import Run
+from dumo.data.source import Source
 from dumo.data.store import some
 from dumo.preflight import cost, doctor
 from dumo.progress import Bar, no_bar
 from dumo.run import deviation, teacher
 from dumo.run.folder import begin, held, note
-from dumo.training import checkpoint, layout, log, loop
+from dumo.training import agreement, checkpoint, layout, log, loop
 from dumo.training.cut import share_of
 from dumo.training.state import State
 from dumo.training.step import Batch, Record, Task, pieces
+from dumo.types import UserError
 
 
 def train(
@@ -52,9 +54,9 @@ def train(
 
 def go_on(run: Run, folder: Path, here: torch.device, bar: Bar, tell: Callable[[str], None] | None) -> State:
     """Train in a folder that is held. Returns and raises as `train`."""
-    source = run.data.open()
+    source = opened(run)
     doctor.examine(run, here).require()
-    known = teacher.opened(run.teacher, run, here) if run.teacher else None
+    known = agreement.own(lambda: run.teacher and teacher.opened(run.teacher, run, here))
     state = begin(run, folder, here)
     if tell:
         tell(outlook(run, folder, source.size, state.step, here))
@@ -84,6 +86,15 @@ def go_on(run: Run, folder: Path, here: torch.device, bar: Bar, tell: Callable[[
         show = loop.Every(1, lambda state, record: tick(state.step, f"loss {record.loss:.4f}"))
         loop.train(state, task, batches, run.train, (show, *journal.hooks))
     return state
+
+
+def opened(run: Run) -> Source:
+    """The data, as all ranks see them. Raises UserError on all of them where one cannot open them, or sees fewer."""
+    source = agreement.own(run.data.open)
+    if len(set(sizes := agreement.agreed(lambda: source.size))) > 1:
+        there = ", ".join(f"{size:,}" for size in sizes if size is not None)
+        raise UserError(f"the ranks see different data, by rank {there} rows: give all of them the same files")
+    return source
 
 
 def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.device) -> str:

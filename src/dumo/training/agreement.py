@@ -11,7 +11,7 @@ from dumo.io import file as files
 from dumo.types import UserError
 
 T = TypeVar("T")
-Failure = tuple[str, int, str]  # its kind, the system's number of it, what it says
+Failure = tuple[str, int, str, str | None]  # its kind, the system's number of it, what it says, of which file
 
 
 def agreed(work: Callable[[], T]) -> list[T]:
@@ -37,6 +37,13 @@ def agreed(work: Callable[[], T]) -> list[T]:
     return [answer for answer, _ in answers]
 
 
+def own(work: Callable[[], T]) -> T:
+    """What `work` gives on this rank, which need not be small, once it is done on all. Raises as `agreed`."""
+    found: list[T] = []
+    agreed(lambda: found.append(work()))
+    return found[0]
+
+
 def main(work: Callable[[], T]) -> T:
     """Let the first rank do this while the others wait; what it gave, on all. Raises as `agreed`."""
     first, *_ = agreed(lambda: work() if dist.is_main() else None)
@@ -46,16 +53,17 @@ def main(work: Callable[[], T]) -> T:
 def told(error: Exception) -> Failure:
     """An error in words and numbers, for other ranks."""
     if isinstance(error, UserError):
-        return "user", 0, str(error)
-    if files.full(error):
-        return "system", errno.ENOSPC, str(error)
+        return "user", 0, str(error), None
     if isinstance(error, OSError) and error.errno is not None:
-        return "system", error.errno, str(error)
-    return "other", 0, f"{type(error).__name__}: {error}"
+        file = None if error.filename is None else str(error.filename)
+        return "system", error.errno, error.strerror or str(error), file
+    if files.full(error):
+        return "system", errno.ENOSPC, str(error), None
+    return "other", 0, f"{type(error).__name__}: {error}", None
 
 
-def raised(rank: int, kind: str, number: int, text: str) -> Exception:
+def raised(rank: int, kind: str, number: int, text: str, file: str | None) -> Exception:
     """The error that a rank told."""
     if kind == "user":
         return UserError(text)
-    return OSError(number, text) if kind == "system" else RuntimeError(f"rank {rank}: {text}")
+    return OSError(number, text, file) if kind == "system" else RuntimeError(f"rank {rank}: {text}")

@@ -1,5 +1,6 @@
 """A teacher's velocity takes the place of the data's, its pairs the place of data and noise; another's is refused."""
 
+import errno
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -203,17 +204,18 @@ def test_pairs_are_joined_by_the_teachers_flow(tmp_path: Path) -> None:
 
 
 class Ranks(threading.local):
-    """Two ranks in threads, that meet where they gather."""
+    """Two ranks in threads, that meet where they agree."""
 
     rank = 0
     meeting = threading.Barrier(2, timeout=30)
-    told: ClassVar[list[Tensor]] = [torch.empty(0)] * 2
+    told: ClassVar[list[object]] = [None, None]
 
-    def gathered(self, x: Tensor) -> list[Tensor]:
-        """As `dist.gathered`."""
-        self.told[self.rank] = x
+    def gather(self, answers: list[object], answer: object) -> None:
+        """As `torch.distributed.all_gather_object`."""
+        self.told[self.rank] = answer
         self.meeting.wait()
-        return list(self.told)
+        answers[:] = self.told
+        self.meeting.wait()  # nobody answers again before all have heard
 
 
 @pytest.fixture
@@ -222,7 +224,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
     ranks = Ranks()
     monkeypatch.setattr(dist, "world", lambda: 2)
     monkeypatch.setattr(dist, "rank", lambda: ranks.rank)
-    monkeypatch.setattr(dist, "gathered", ranks.gathered)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", ranks.gather)
     return ranks
 
 
@@ -242,7 +244,7 @@ def shared(ranks: Ranks, run: Run, reads: Reads, folder: Path) -> list[tuple[tea
 
         try:
             return teacher.couple(run, pairs, Reads(velocity=noted), folder, CPU, no_bar), made
-        except UserError as error:
+        except (UserError, OSError) as error:
             return str(error), made
 
     with ThreadPoolExecutor(2) as pool:
@@ -262,8 +264,26 @@ def test_ranks_share_the_making_of_pairs(ranks: Ranks, tmp_path: Path) -> None:
     assert torch.equal(one.z, noise(0, range(2100), 0, (2,)))
     for a, b in zip(one.batch(3, 8, 0), other.batch(3, 8, 0), strict=True):
         assert torch.equal(a, b)
-    (tmp_path / "two" / "00001024.safetensors").unlink()
-    assert [made for _, made in shared(ranks, run, line(run, CPU), tmp_path / "two")] == [[], [1024]]
+    (tmp_path / "two" / "00000000.safetensors").unlink()  # those that are left are shared anew: nobody waits for one
+    (tmp_path / "two" / "00002048.safetensors").unlink()
+    assert [made for _, made in shared(ranks, run, line(run, CPU), tmp_path / "two")] == [[1024], [52]]
+
+
+def test_every_rank_hears_that_a_disk_is_full(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the others made stands."""
+    written = teacher.write
+
+    def write(file: Path, data: bytes) -> None:
+        if ranks.rank == 1:
+            raise OSError(errno.ENOSPC, "No space left on device", str(file))
+        written(file, data)
+
+    monkeypatch.setattr(teacher, "write", write)
+    run = tiny("moons", *COUPLED)
+    (one, _), (other, _) = shared(ranks, run, line(run, CPU), tmp_path)
+    assert one == other
+    assert "No space left on device" in str(one)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["00000000.safetensors", "00002048.safetensors"]
 
 
 def test_every_rank_hears_of_pairs_that_are_no_numbers(ranks: Ranks, tmp_path: Path) -> None:

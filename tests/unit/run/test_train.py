@@ -1,7 +1,7 @@
 """A run trained, opened and sampled is the run that its folder says it is."""
 
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,10 +16,10 @@ from dumo.progress import Bar, Tick, no_bar
 from dumo.random import noise
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.sample import FORMS, export, sample, solver_named
-from dumo.run.train import train
+from dumo.run.train import opened, train
 from dumo.sampling.generate import labels
 from dumo.sampling.solver import Euler, Heun, Restart
-from dumo.training import checkpoint, log
+from dumo.training import agreement, checkpoint, log
 from dumo.types import UserError
 
 TINY = ["net.width=16", "net.depth=1", "train.batch=8", "train.steps=6", "train.save_every=2", "train.log_every=3"]
@@ -108,6 +108,17 @@ def test_a_probe_is_logged_whenever_it_is_made(tmp_path: Path) -> None:
     train(tiny("moons", "train.probe_every=4", "train.schedule.kind=constant"), tmp_path / "run")
     train(tiny("moons", "train.probe_every=4", "train.schedule.kind=constant"), tmp_path / "again")
     assert log.read_log(tmp_path / "run/metrics.jsonl") == log.read_log(tmp_path / "again/metrics.jsonl")
+
+
+def test_ranks_that_see_different_data_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would have an order of its own: no error, and another batch than the one that is meant."""
+
+    def agreed(work: Callable[[], object]) -> list[object]:
+        return [work(), 1700]
+
+    monkeypatch.setattr(agreement, "agreed", agreed)
+    with pytest.raises(UserError, match=r"by rank 1,797, 1,700 rows"):
+        opened(load("digits"))
 
 
 @pytest.mark.parametrize("device", ["", "gpu", "cuda:99", "meta"])
