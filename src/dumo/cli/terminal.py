@@ -1,5 +1,6 @@
 """What the terminal shows: answers on stdout; errors, warnings and how to go on on stderr."""
 
+import faulthandler
 import os
 import shlex
 import sys
@@ -69,6 +70,8 @@ def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
             os._exit(code)
         sys.exit(code)
 
+    if ranks > 1:
+        faulthandler.enable(sys.__stderr__ or own[1])  # a crash in torch's own code says where
     if rank:
         sys.stdout, sys.stderr = kept, kept
     try:
