@@ -173,4 +173,4 @@ class Journal:
 
     def examine(self, state: State) -> None:
         """Refuse a slope that is not the derivative at the weights in training."""
-        doctor.examine_weights(self.run, layout.copy(state.net, self.run.build), self.device).require()
+        doctor.examine_weights(self.run, layout.gathered(state.net, self.run.build), self.device).require()

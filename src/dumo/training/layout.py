@@ -11,7 +11,6 @@ take as they take tensors.
 
 import warnings
 from collections.abc import Callable
-from copy import deepcopy
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -85,13 +84,13 @@ def whole(x: Tensor) -> Tensor:
     return cast("DTensor", x).full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def copy(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.Module:
-    """A net of the same numbers, in one piece on every rank, to do with as one likes; `build` makes one of its kind.
+def gathered(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.Module:
+    """The net in one piece on every rank: itself where it is, else one that `build` makes, with its numbers.
 
     Every rank must call it.
     """
     if not parts(net):
-        return deepcopy(unwrap(net))
+        return unwrap(net)
     twin = build(next(net.parameters()).device)
     twin.load_state_dict({name: whole(x) for name, x in net.state_dict().items()})
     return twin
