@@ -167,3 +167,14 @@ def test_what_does_not_fit_is_said_once(words: tuple[str, ...], said: str, here:
     assert "exitcode: 2" in done.err.replace("exitcode  :", "exitcode:")
     assert done.code == 1  # torchrun's own, whatever its workers' is
     assert tree(here) == before
+
+
+@pytest.mark.slow
+def test_the_first_rank_waits_for_the_whole_cache(here: Path) -> None:
+    (here / "images").mkdir()
+    for i in range(9):
+        Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(here / f"images/{i}.png")
+    words = ("encode", "images", "cache", "--codec", "identity", "--side", "16", "--shard-rows", "2")
+    done = ended(torchrun(2, *words, cwd=here))
+    assert done.code == 0, done
+    assert done.out.splitlines()[0] == "cache: 9 images as (3, 16, 16) in float16, 3 shards made now"
