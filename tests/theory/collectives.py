@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dumo.config.load import load
+from dumo.training.cut import span
 from dumo.training.state import begin
 from dumo.training.step import Task, pieces, train_step
 
@@ -55,7 +56,7 @@ def count(slope: str, share: int, reshard: bool, micro_batch: int | None) -> dic
     state = begin(spec.build(), spec.train)
     size = sum(p.numel() for p in spec.build().parameters()) * 4
     mine = pieces(spec.train, spec.objective)
-    batch = spec.data.open().batch(0, spec.train.batch, 0, slice(mine[0].start, mine[-1].stop))
+    batch = spec.data.open().batch(0, spec.train.batch, 0, span(mine))
     with Sent() as sent:
         train_step(state, Task(spec.objective, spec.path, spec.data.classes), batch, spec.train)
     return {

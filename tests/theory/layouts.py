@@ -22,6 +22,7 @@ from dumo.config.spec import Run
 from dumo.data import Data
 from dumo.data.source import Source
 from dumo.random import keyed
+from dumo.training.cut import span
 from dumo.training.layout import whole
 from dumo.training.state import State, begin
 from dumo.training.step import Task, pieces, train_step
@@ -51,8 +52,7 @@ def opened(data: Data) -> Source:
 def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[float]]:
     """All numbers of a run after so many steps, each in one piece, and the losses."""
     state = begin(run.build(), run.train)
-    mine = pieces(run.train, run.objective)
-    rows = slice(mine[0].start, mine[-1].stop)
+    rows = span(pieces(run.train, run.objective))
     task = Task(run.objective, run.path, run.data.classes, taught if "+teacher" in case else None)
     losses: list[float] = []
     for step in range(steps):

@@ -44,7 +44,7 @@ def encode(
 
     data = encode.asked(source, set_ or [], out=folder, codec=codec, side=side)
     options = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
-    with dist.join() if part is None else nullcontext():
+    with dist.join() if part is None else nullcontext():  # it ends when all ranks are done
         made = encode.encode(
             data,
             batch=batch,
@@ -53,7 +53,6 @@ def encode(
             bar=bar,
             **{name: value for name, value in options.items() if value is not None},
         )
-        dist.barrier()
     made = made.now()
     for line in encode.told(made):
         out.print(line, soft_wrap=True)

@@ -13,7 +13,7 @@ from dumo.flow.times import Pair
 from dumo.nets.precondition import VELOCITIES
 from dumo.sampling import solver
 from dumo.sampling.guidance import CFG, GuidanceScale
-from dumo.training.cut import cuts, share_of, together
+from dumo.training.cut import passes, share_of, together
 from dumo.types import UserError
 
 
@@ -96,7 +96,7 @@ def check_pieces(run: Tree, ranks: int = 1) -> None:
     """
     train, times, group = run.train, run.objective.times, together(run.objective)
     try:
-        pieces = cuts(train.batch, ranks=ranks, micro_batch=train.micro_batch, group=group)
+        pieces = passes(train, run.objective, ranks)
     except UserError as error:
         raise UserError(f"{error}{_grouped(run) if group > 1 else ''}") from error
     moving = times.moving(train.batch)

@@ -101,11 +101,6 @@ def part(x: Tensor) -> Tensor:
     return x.to_local() if isinstance(x, DTensor) else x
 
 
-def gathered(x: Tensor) -> Tensor:
-    """All of a tensor, on every rank. Every rank must call it."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 @contextmanager
 def plainly() -> Generator[None, None, None]:
     """What went wrong on a rank, as that rank raised it: torch wraps it in what is no Exception."""

@@ -19,7 +19,7 @@ from dumo.io.path import user_path
 from dumo.preflight import cost
 from dumo.preflight.show import show
 from dumo.protocols.standard import TRAIN, Standard
-from dumo.training.cut import cuts, together
+from dumo.training.cut import passes
 from dumo.training.state import begin
 from dumo.types import UserError
 
@@ -51,9 +51,7 @@ def plan(spec: Run) -> dict[str, Any]:
 
 def most_rows(spec: Run) -> int:
     """The rows of the largest pass on any rank. Raises UserError where the batch does not fit so many ranks."""
-    train, group = spec.train, together(spec.objective)
-    passes = cuts(train.batch, ranks=dist.world(), micro_batch=train.micro_batch, group=group)
-    return max(rows.stop - rows.start for rank in passes for rows in rank)
+    return max(rows.stop - rows.start for rank in passes(spec.train, spec.objective, dist.world()) for rows in rank)
 
 
 def memory(spec: Run, rows: int) -> dict[str, int]:

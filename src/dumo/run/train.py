@@ -22,7 +22,7 @@ from dumo.progress import Bar, no_bar
 from dumo.run import deviation, teacher
 from dumo.run.folder import begin, held, note
 from dumo.training import agreement, checkpoint, layout, log, loop
-from dumo.training.cut import share_of
+from dumo.training.cut import share_of, span
 from dumo.training.state import State
 from dumo.training.step import Batch, Record, Task, pieces
 from dumo.types import UserError
@@ -72,8 +72,7 @@ def go_on(run: Run, folder: Path, here: torch.device, bar: Bar, tell: Callable[[
     if known:
         source = known.begin(source, run, folder, here, bar)
 
-    mine = pieces(run.train, run.objective)
-    rows = slice(mine[0].start, mine[-1].stop)
+    rows = span(pieces(run.train, run.objective))
 
     def batches(step: int) -> Batch:
         return [part.to(here) for part in source.batch(step, run.train.batch, run.train.seed, rows)]

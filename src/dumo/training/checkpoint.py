@@ -22,7 +22,7 @@ from torch import Tensor
 from dumo import dist
 from dumo.io import file as files
 from dumo.io import weights
-from dumo.training import agreement, manifest
+from dumo.training import agreement, layout, manifest
 from dumo.training.memory import blank, by_place, flatten
 from dumo.training.state import State
 from dumo.types import UserError
@@ -161,11 +161,9 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The whole of each tensor, on the first rank; elsewhere nothing is kept. Every rank must call it."""
     if dist.world() == 1:
         return dict(tensors)
-    from dumo.io import shards  # slow to import
-
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        whole = shards.gathered(tensor)
+        whole = layout.whole(tensor)
         if dist.is_main():
             out[name] = whole.cpu()
     return out

@@ -7,6 +7,7 @@ passes and two ranks that make one each cut a batch at the same places.
 from itertools import pairwise
 from math import ceil, lcm
 
+from dumo.training.spec import Train
 from dumo.types import Objective, UserError
 
 
@@ -39,6 +40,16 @@ def cuts(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: i
     ends = [groups * i // pieces * group for i in range(pieces + 1)]
     rows = [slice(start, end) for start, end in pairwise(ends)]
     return [rows[rank * passes : (rank + 1) * passes] for rank in range(ranks)]
+
+
+def passes(spec: Train, objective: Objective, ranks: int) -> list[list[slice]]:
+    """The rows of every pass of a step, by rank. Raises UserError as `cuts`."""
+    return cuts(spec.batch, ranks=ranks, micro_batch=spec.micro_batch, group=together(objective))
+
+
+def span(rows: list[slice]) -> slice:
+    """All rows of a rank, whose passes take these."""
+    return slice(rows[0].start, rows[-1].stop)
 
 
 def share_of(asked: int, ranks: int) -> int:

@@ -20,7 +20,7 @@ from dumo.flow import dropout
 from dumo.flow.draw import draw
 from dumo.flow.reading import reading
 from dumo.training import layout
-from dumo.training.cut import cuts, together
+from dumo.training.cut import passes, span
 from dumo.training.probe import Probe, ask
 from dumo.training.spec import Train
 from dumo.training.state import State
@@ -100,10 +100,11 @@ class Pieces:
     def __init__(self, state: State, task: Task, batch: Batch, spec: Train, loss: Loss) -> None:
         """Draw nothing yet. Raises ValueError where the rows are not those of this rank."""
         self.cuts = pieces(spec, task.objective)
-        self.first = self.cuts[0].start
+        all_rows = span(self.cuts)
+        self.first = all_rows.start
         self.x, c, *paired = batch
         self.c, self.z = c, paired[0] if paired else None
-        if len(self.x) != (mine := self.cuts[-1].stop - self.first):
+        if len(self.x) != (mine := all_rows.stop - self.first):
             raise ValueError(f"here are {len(self.x)} rows, and {mine} of a batch of {spec.batch} are this rank's")
         self.net, self.loss, self.task = state.net, loss, task
         keyed = {"seed": spec.seed, "step": state.step, "batch": spec.batch}
@@ -143,8 +144,7 @@ def reference(state: State, choice: Literal["self"] | float) -> Frozen:
 
 def pieces(spec: Train, objective: Objective) -> list[slice]:
     """The rows of the global batch that this rank takes, pass by pass. Raises UserError as `cuts`."""
-    group = together(objective)
-    return cuts(spec.batch, ranks=dist.world(), micro_batch=spec.micro_batch, group=group)[dist.rank()]
+    return passes(spec, objective, dist.world())[dist.rank()]
 
 
 def detached(terms: Terms) -> Terms:

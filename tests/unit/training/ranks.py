@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from dumo import dist
-from dumo.io import shards
 from dumo.training import agreement, manifest
 from dumo.training.checkpoint import latest, mark, restore, save
 from dumo.training.ema import MovingAverage
+from dumo.training.layout import whole
 from dumo.training.optim import AdamW
 from dumo.training.state import State
 from dumo.types import UserError
@@ -75,7 +75,7 @@ def everything(state: State) -> dict[str, Tensor]:
         found |= {f"{decay}.{name}": value for name, value in average.module.state_dict().items()}
     for i, memory in state.optimizer.state_dict()["state"].items():
         found |= {f"optimizer.{i}.{name}": value for name, value in memory.items()}
-    return {name: shards.gathered(value.detach()).clone() for name, value in found.items()}
+    return {name: whole(value.detach()).clone() for name, value in found.items()}
 
 
 def same(state: State, file: Path) -> None:

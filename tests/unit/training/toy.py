@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 import dumo
 from dumo.flow.path import Linear
 from dumo.random import stream
+from dumo.training.cut import span
 from dumo.training.ema import Ema
 from dumo.training.loop import train
 from dumo.training.optim import Adam, AdamW, RAdam
@@ -91,8 +92,7 @@ def batches(batch: int = 12, dtype: torch.dtype = torch.float64) -> Callable[[in
 
 def run(state: State, spec: Train, **more: object) -> State:
     """Train the toy on this rank's rows and return the state."""
-    make, mine = batches(spec.batch, next(state.net.parameters()).dtype), pieces(spec, TASK.objective)
-    rows = slice(mine[0].start, mine[-1].stop)
+    make, rows = batches(spec.batch, next(state.net.parameters()).dtype), span(pieces(spec, TASK.objective))
     train(state, TASK, lambda step: [part[rows] for part in make(step)], spec, **more)  # pyright: ignore
     return state
 
