@@ -5,7 +5,7 @@ The rooms, from the ground up; each imports only what stands above it in this li
 types                   the nouns that all share
 
 random, dist            random numbers by key; ranks
-progress, recipes       how far a work is; the packaged runs
+progress, stop, recipes how far a work is; stopping when asked; the packaged runs
 
 io                      files, whole or not at all; pictures
 
