@@ -26,6 +26,7 @@ Cond = Shaped[Tensor, "b *c"]  # class indices (b,), or a text embedding
 Heads = tuple[Array, ...]  # one Sample per head, then one PerSample per gauge, in the order of `Needs`
 Taught = Callable[[Sample, Time, Cond, Sample], Sample]  # (x_t, t, c, v_t) -> the velocity to learn
 FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
+CHANGES: JsonDict = {"changes": True}  # it may, too, and run.yaml notes from which step on
 
 
 class UserError(ValueError):

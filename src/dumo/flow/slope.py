@@ -29,7 +29,7 @@ from dumo.autodiff import dual
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
 from dumo.autodiff.dual import Later, pair, primal
 from dumo.flow import dropout
-from dumo.types import Array, Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError, split_by_step, unwrap
+from dumo.types import CHANGES, Array, Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError, split_by_step, unwrap
 
 Along = Callable[[Sample], Heads]
 Begin = Callable[..., tuple[Heads, Along]]  # of (x, c, t=t, **rest)
@@ -155,7 +155,7 @@ class DualSlope(Linearization):
         return tuple(rate_of(h) for h in _moved(ref, x, c, w, t=t, **rest))
 
 
-Slope = Annotated[CentralSlope | DualSlope | JvpSlope, Field(discriminator="kind")]
+Slope = Annotated[CentralSlope | DualSlope | JvpSlope, Field(discriminator="kind", json_schema_extra=CHANGES)]
 
 
 def _tape(

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from dumo.types import Spec
+from dumo.types import CHANGES, Spec
 
 Kind = TypeVar("Kind", bound=str)
 LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -25,7 +25,7 @@ class Adaptive(Spec, Generic[Kind]):
 
     of: ClassVar[type[torch.optim.Adam | torch.optim.RAdam]]
     kind: Kind
-    lr: LearningRate = 1e-4
+    lr: LearningRate = Field(default=1e-4, json_schema_extra=CHANGES)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: Decay = 0.0
     eps: LearningRate = 1e-8

@@ -6,14 +6,14 @@ from pydantic import Field, NonNegativeInt, model_validator
 
 from dumo.training.ema import Ema
 from dumo.training.optim import AdamW, Constant, Optimizer, Schedule
-from dumo.types import FREE, Spec
+from dumo.types import CHANGES, FREE, Spec
 
 Precision = Literal["fp32", "bf16"]
 Compile = Literal["none", "blocks", "loss"]
 
 
 class Train(Spec):
-    """How to train. Fields marked free may change when a run is resumed."""
+    """How to train. Fields marked free may change when a run is resumed; what is marked `changes` is noted then."""
 
     steps: int = Field(ge=1, json_schema_extra=FREE)  # in all, resumed ones included; schedules stretch with it
     batch: int = Field(ge=1)  # rows per step, over all ranks
@@ -25,17 +25,22 @@ class Train(Spec):
     # Give the weights gathered from other ranks back after each pass and gather them anew: less memory, more talk.
     reshard: bool = Field(default=False, json_schema_extra=FREE)
     optimizer: Optimizer = AdamW()
-    schedule: Schedule = Constant()
+    schedule: Schedule = Field(default=Constant(), json_schema_extra=CHANGES)
     ema: tuple[Ema, ...] = (Ema(decay=0.9999),)  # App. C.1; the first is sampled and evaluated, the weights if none
     ref: Literal["self"] | float = "self"  # theta^- (Alg. 1): the weights in training, or the average of this decay
-    clip: float | None = Field(default=None, gt=0)  # largest norm of the gradient; None: no clipping, as the paper
+    # Largest norm of the gradient; None: no clipping, as the paper.
+    clip: float | None = Field(default=None, gt=0, json_schema_extra=CHANGES)
     compile: Compile = Field(default="none", json_schema_extra=FREE)  # changes rounding
-    precision: Precision = "fp32"  # bf16: autocast of the loss; weights, optimizer and averages stay as they are
+    # bf16: autocast of the loss; weights, optimizer and averages stay as they are
+    precision: Precision = Field(default="fp32", json_schema_extra=CHANGES)
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=50, ge=1, json_schema_extra=FREE)  # steps
     probe_every: int = Field(default=250, ge=0, json_schema_extra=FREE)  # steps; 0: never
     save_every: int = Field(default=500, ge=1, json_schema_extra=FREE)  # steps
-    keep: int = Field(default=2, ge=1, json_schema_extra=FREE)  # checkpoints
+    # Minutes after which a checkpoint is saved between those: what a stop without warning costs. None: by steps alone.
+    save_minutes: float | None = Field(default=10.0, gt=0, json_schema_extra=FREE)
+    keep: int = Field(default=2, ge=1, json_schema_extra=FREE)  # checkpoints; and the last good one, if none of them is
+    max_skips: int = Field(default=3, ge=1, json_schema_extra=FREE)  # steps in a row that are not finite: then it stops
     milestones: tuple[NonNegativeInt, ...] = Field(default=(), json_schema_extra=FREE)  # steps whose weights stay
 
     @model_validator(mode="after")
