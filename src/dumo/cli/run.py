@@ -65,6 +65,11 @@ def encode(
 def train(
     source: Source,
     folder: Annotated[Path | None, typer.Option("--out", help="The run's folder. Default: runs/NAME.")] = None,
+    step: Annotated[
+        int | None,
+        typer.Option("--from", metavar="STEP", min=0, help="Go on from the checkpoint of this step; later ones go."),
+    ] = None,
+    new_data: Annotated[bool, typer.Option("--new-data", help="Go on though the data have changed since.")] = False,
     set_: Set = None,
     device: Device = "auto",
 ) -> None:
@@ -76,7 +81,7 @@ def train(
     from dumo.run import train
 
     spec, folder = load(source, set_ or []), folder or default_folder(source)
-    state = train.train(spec, folder, device=device, bar=bar, tell=say)
+    state = train.train(spec, folder, device=device, bar=bar, tell=say, step=step, new_data=new_data)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
         highlight=False,

@@ -8,7 +8,7 @@ import yaml
 from dumo import recipes
 from dumo.config.change import merge, shown
 from dumo.config.error import nearest_few
-from dumo.config.format import take, upgrade
+from dumo.config.format import Noted, take, take_changed, upgrade
 from dumo.io.path import user_path
 from dumo.types import UserError
 
@@ -41,6 +41,12 @@ def format_of(folder: Path) -> int:
     return take(_plain(file), str(file), recorded=True)
 
 
+def noted(folder: Path) -> list[Noted]:
+    """What was changed in a folder's run while it trained, the first first. Raises UserError as `read`."""
+    file = folder / FILE
+    return take_changed(_plain(file), str(file))
+
+
 def _base(base: object, name: str, file: Path | None) -> dict[str, Any]:
     """The tree of a base: of a recipe; or of what lies at a path beside `file`, if a file is what names it."""
     if not isinstance(base, str):
@@ -70,6 +76,7 @@ def _file(path: Path) -> Path | None:
 def _tree(file: Path) -> dict[str, Any]:
     """What a file holds, in this format, without saying so."""
     tree = _plain(file)
+    take_changed(tree, str(file))
     if take(tree, str(file), recorded=file.name == FILE) == 1:
         upgrade(tree)
     return tree

@@ -111,6 +111,14 @@ class Encoded:
         x, c = self.cache.rows(places, mirrored(step, batch, seed, rows) if self.flip else None)
         return self.cache.codec.sample(x, seed, step, "posterior", rows=range(batch)[rows]), c
 
+    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Tensor:
+        """Their numbers in the cache."""
+        return rows_of(step, batch, size=self.size, seed=seed, rows=rows)
+
+    def fingerprint(self) -> str | None:
+        """None: it is not known."""
+        return None
+
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """n of the rows, or all where there are fewer, the i-th choice; not mirrored."""
         x, c = self.cache.rows(torch.randperm(self.size, generator=stream(seed, "reference", i))[:n])

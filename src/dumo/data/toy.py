@@ -31,7 +31,7 @@ class Moons(Spec):
 
     def open(self) -> Source:
         """An endless source of points, centred, with standard deviation 1 along each axis before the noise."""
-        return Endless(self._law, numbers=4)
+        return Endless(self._law, width=4)
 
     def _law(self, numbers: Float[Tensor, "b 4"]) -> tuple[Float[Tensor, "b 2"], Int64[Tensor, " b"]]:
         """Of two normal numbers the direction is uniform: folded up it is a point of the upper moon; the fold is fair.

@@ -99,15 +99,26 @@ def part(checkpoint: Path, name: str) -> Path:
     return folder if folder.is_dir() else checkpoint / f"{name}.safetensors"
 
 
-def go_on(checkpoint: Path, state: State) -> Path:
+def of_step(folder: Path, step: int) -> Path:
+    """The checkpoint of a step, which stands. Every rank must call it. Raises UserError where it is damaged."""
+    found = standing(folder)[step]
+    if wrong := manifest.fault(found, together=True):
+        raise UserError(f"{wrong}: go on from another step")
+    return found
+
+
+def go_on(checkpoint: Path, state: State, *, or_before: bool = True) -> Path:
     """Restore a checkpoint, or, where a number of it is not finite, the last whole one that has none; return it.
 
-    Every rank must call it. Raises UserError as `restore`, and as `latest` where none is left.
+    Every rank must call it. Raises UserError as `restore`, and as `latest` where none is left, or none is taken in its
+    place (`or_before`).
     """
     while True:
         restore(checkpoint, state)
         if (wrong := not_finite(parts(state))) is None:
             return checkpoint
+        if not or_before:
+            raise UserError(f"{checkpoint}: {wrong} is not finite: go on from another step")
         manifest.condemn(checkpoint, f"{checkpoint}: {wrong} is not finite")
         checkpoint = latest(checkpoint.parent, together=True) or checkpoint  # or: it raises where there is none
 

@@ -53,6 +53,6 @@ def told(step: int, skipped: Skipped, count: int) -> str:
     """What happened, and what to try."""
     row = "" if count == 1 else f", as in the {count - 1} before it" if count > 2 else ", as in the one before it"
     return (
-        f"step {step} diverged: {skipped}{row}. None of them was applied. Try a lower learning rate, gradient clipping, "
-        "another slope, or precision fp32."
+        f"step {step} diverged: {skipped}{row}. {'It was not' if count == 1 else 'None of them was'} applied. "
+        "Try a lower learning rate, gradient clipping, another slope, or precision fp32."
     )

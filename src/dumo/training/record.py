@@ -6,7 +6,7 @@ a loss that is not finite on one of them is not finite in the sum.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +20,11 @@ from dumo.types import Cond, PerSample, Terms, Time
 
 BINS = 10  # of t, equally wide: ours
 LISTED = 16  # rows of a skipped step that are named: ours
-OWN = ("asked", "due", "skipped")  # fields of a record that are no measurement: in the log only where they say something
+OWN = (
+    "asked",
+    "due",
+    "skipped",
+)  # fields of a record that are no measurement: in the log only where they say something
 
 Row = dict[str, float | int | None]  # of a batch: t, its class, its place in the batch and its rank
 
@@ -66,13 +70,11 @@ class Record:
     def row(self) -> dict[str, Any]:
         """The record as a row of the log: what it measured, and why it was skipped, if it was."""
         row = asdict(self)
-        skipped = row["skipped"]
-        return {name: value for name, value in row.items() if name not in OWN} | ({"skipped": skipped} if skipped else {})
+        why = {"skipped": row["skipped"]} if self.skipped else {}
+        return {name: value for name, value in row.items() if name not in OWN} | why
 
 
-def measure(
-    state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, lr: float, due: bool = False
-) -> Record:
+def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, lr: float, due: bool = False) -> Record:
     """The record of the step about to be made on a batch of `images` rows. Every rank must call it.
 
     `norm` is the gradient's, a number on the device; `due` what rank 0's clock says, of others it is ignored.

@@ -31,7 +31,7 @@ def drop(folder: Path, step: int, keep: int) -> None:
         elif not good and manifest.sound(path) and manifest.read(path).trend.good:
             good = True
             warnings.warn(
-                f"{folder}: the loss has risen to more than {FAR:g} times its lowest, so {path.name}, from before that, "
+                f"{folder}: the loss has risen to more than {FAR:g} times its lowest, so {path.name}, from before, "
                 f"is kept, too. To go on from it:  dumo train {quote(str(folder.parent))} --from {n}",
                 stacklevel=2,
             )

@@ -25,7 +25,7 @@ class State:
     step: int = 0  # steps done, skipped ones included
     images: int = 0  # images seen, repeats counted
     skips: int = 0  # the last steps in a row that were skipped
-    trend: Trend = Trend()  # of the error, over the steps that were not
+    trend: Trend = field(default_factory=Trend)  # of the error, over the steps that were not
 
     @property
     def shown(self) -> nn.Module:

@@ -5,8 +5,8 @@ Their sum over a batch is the error e of a step, and the level a running geometr
 
     log level_n = d log level_{n-1} + (1 - d) log e_n,        d = 0.95, ours: some twenty steps,
 
-which one batch that is a thousand times worse multiplies by 1.4 only. A training that learns something ends below where it
-began, so a level far above the lowest says that it was lost on the way, though every number of it is finite.
+which one batch that is a thousand times worse multiplies by 1.4 only. A training that learns something ends below
+where it began, so a level far above the lowest says that it was lost on the way, though every number of it is finite.
 """
 
 from math import exp, isfinite, log
