@@ -87,7 +87,7 @@ def examine(run: Run, device: torch.device) -> Examination:
 
 def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:
     """The run's slope on a net in training, in one piece, left as it is. Raises UserError as the slope does."""
-    return _compare(run, copy.deepcopy(net), device, rows=2, weights="the weights in training, which are saved")
+    return _compare(run, copy.deepcopy(net), device, rows=2, weights="the weights in training")
 
 
 def _compare(run: Run, net: nn.Module, device: torch.device, *, rows: int, weights: str) -> Examination:

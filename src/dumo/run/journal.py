@@ -6,27 +6,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import join
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from dumo import dist, stop
 from dumo.config.spec import Run
+from dumo.data.source import Source
 from dumo.preflight import doctor
+from dumo.run.teacher import Coupled
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.state import State
 from dumo.training.step import Record
 
 MINUTE = 60.0
-
-
-class Numbered(Protocol):
-    """A source whose rows have numbers."""
-
-    def numbers(self, step: int, batch: int, seed: int, rows: slice = ..., /) -> Tensor | None:
-        """Which of the data set the rows of a step are; None where it never ends."""
-        ...
 
 
 @dataclass
@@ -36,7 +29,7 @@ class Journal:
     run: Run
     folder: Path
     device: torch.device
-    source: Numbered
+    source: Source | Coupled
     tell: Callable[[str], None]
     saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was
 
