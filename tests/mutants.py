@@ -63,6 +63,10 @@ DISCRETIZATION, EDM, HEADS = (
 LAYOUT = f"{THEORY}/test_layout.py::test_two_ranks_are_two_pieces_to_the_bit"
 COLLECTIVE, STEP = f"{THEORY}/test_collective.py", "tests/unit/training/test_step.py"
 WHOLE, CHECKPOINT = "tests/unit/training/test_manifest.py", "tests/unit/training/test_checkpoint.py"
+SKIPPED = f"{STEP}::test_what_is_not_finite_is_counted_and_not_applied"
+OTHER = f"{STEP}::test_a_number_of_another_rank_skips_the_step_here"
+UNSAVED = f"{CHECKPOINT}::test_what_is_not_finite_is_not_saved"
+LAST_GOOD = f"{CHECKPOINT}::test_the_last_good_one_stays_besides_those_that_are_kept"
 RULE, DUAL = "tests/unit/autodiff/test_rule.py", "tests/unit/autodiff/test_dual.py"
 
 
@@ -818,7 +822,30 @@ MUTANTS = [
         "the list is not asked",
         WHOLE,
     ),
-    Mutant("training/checkpoint.py", "and manifest.sound(path)", "", "what is damaged counts as kept", WHOLE),
+    Mutant(
+        "training/retention.py", "            if manifest.sound(path):", "            if True:", "damage is kept", WHOLE
+    ),
+    Mutant("training/retention.py", "elif not good and", "elif False and", "the last good one goes", LAST_GOOD),
+    Mutant("training/step.py", "if not record.finite:", "if False:", "a NaN is applied", SKIPPED),
+    Mutant(
+        "training/step.py",
+        "        state.skips += 1\n        return\n",
+        "        state.skips += 1\n        for average in state.averages.values():\n"
+        "            average.update(state.net, state.step)\n        return\n",
+        "averages move in a skipped step",
+        SKIPPED,
+    ),
+    Mutant(
+        "training/step.py",
+        "= record.step, record",
+        "= state.step + (record.skipped is None), record",
+        "a skipped step has no number",
+        SKIPPED,
+    ),
+    Mutant("training/record.py", "dist.mean(table_of(", "torch.clone(table_of(", "each rank sees its own NaN", OTHER),
+    Mutant(
+        "training/checkpoint.py", "if wrong := not_finite(tensors):", "if wrong := None:", "a NaN is saved", UNSAVED
+    ),
     Mutant(
         "training/memory.py",
         "in values.items()}",

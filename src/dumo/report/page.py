@@ -48,7 +48,8 @@ def write(opened: RunFolder, bar: Bar = no_bar) -> list[Path]:
     Raises UserError, before anything is written, where metrics.jsonl or evaluation.json is damaged.
     """
     run, folder, source = opened.run, opened.folder, opened.run.data.open()
-    rows, judged = log.read_log(folder / "metrics.jsonl"), judgement(opened)
+    rows = [row for row in log.read_log(folder / "metrics.jsonl") if "skipped" not in row]  # they have no numbers
+    judged = judgement(opened)
     real, c = source.reference(min(POINTS, NEAR // prod(run.pixels[1:])), run.sample.seed)
     real = opened.decode(real)
 

@@ -46,7 +46,8 @@ def remove(checkpoint: Path) -> None:
 
 def rewind(folder: Path, step: int) -> list[int]:
     """Remove the checkpoints, or milestones, after a step; return their steps."""
-    later = {n: path for suffix in ("", ".safetensors") for n, path in standing(folder, suffix).items() if n > step}
-    for path in later.values():
+    found = [one for suffix in ("", ".safetensors") for one in standing(folder, suffix).items()]
+    later = {path: n for n, path in found if n > step}
+    for path in later:
         remove(path) if path.is_dir() else path.unlink()
-    return [*later]
+    return [*later.values()]

@@ -144,9 +144,7 @@ def test_asked_to_stop_in_its_last_step_it_is_done(fate: Fate, tmp_path: Path) -
     assert steps(tmp_path / "run") == [2]
 
 
-def test_the_command_of_a_run_that_diverged_goes_on(
-    fate: Fate, run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_of_a_run_that_diverged_goes_on(fate: Fate, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fate.comes(spoilt=range(9, 13))
     monkeypatch.chdir(run.parent)
     done = call("train", "run", "--set", "train.steps=12")
@@ -175,7 +173,9 @@ def test_without_a_checkpoint_it_begins_again(fate: Fate, tmp_path: Path) -> Non
 def test_from_an_earlier_step(run: Path) -> None:
     told = list[str]()
     train(tiny("train.clip=1"), run, step=4, tell=told.append)
-    assert "what came after it is removed, the checkpoints and milestones of steps 6, 8 and 2 rows of the log" in told[1]
+    assert (
+        "what came after it is removed, the checkpoints and milestones of steps 6, 8 and 2 rows of the log" in told[1]
+    )
     assert steps(run) == [2, 4, 6, 8]
     assert noted(run) == [Noted(step=4, field="train.clip", was=None, now=1.0)]
     assert open_run(str(run)).run.train.clip == 1.0
@@ -287,7 +287,7 @@ def test_a_checkpoint_that_goes_while_it_is_read(run: Path, monkeypatch: pytest.
     (places / "step-00000008/state.json").write_text("{")
     for other in (2, 4):
         shutil.rmtree(places / f"step-0000000{other}")
-    with pytest.raises(UserError, match="state.json"):
+    with pytest.raises(UserError, match=r"state\.json"):
         open_run(str(run))  # what is damaged stays damaged
 
 
