@@ -10,7 +10,6 @@ from typing import Any
 
 from dumo import dist
 from dumo.config.spec import Run
-from dumo.io import digest
 from dumo.io.weights import title
 from dumo.protocols.evaluator import Evaluator
 from dumo.run import deviation
@@ -47,7 +46,7 @@ def card(opened: RunFolder, evaluator: Evaluator, samples: int) -> Card:
         "path": run.path.model_dump(mode="json"),
         "codec": _codec(opened),
         "weights": opened.weights,
-        "weights_sha256": digest.of_file(file),
+        "weights_sha256": opened.sha256,
         "step": opened.step,
         "ema": float(decay) if mark and _is_number(decay) else None,  # None: no average, or not known
         **settings(run),

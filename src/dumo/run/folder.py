@@ -18,6 +18,7 @@ from dumo.config.source import format_of
 from dumo.config.spec import Run
 from dumo.config.teacher import Start
 from dumo.data import Latents
+from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.weights import compare
 from dumo.io.weights import load as load_weights
@@ -45,6 +46,12 @@ class RunFolder:
     weights: str  # the file or folder of shards they came from, relative to the run's folder where it lies inside
     file: Path = Path()  # that file or folder
     checkpoint: Path = Path()  # the last one that is whole
+    listed: str | None = None  # the SHA-256 that the checkpoint lists for the file; None: it lists none
+
+    @cached_property
+    def sha256(self) -> str:
+        """The weights' SHA-256; where it is listed, known even after a training beside has removed the checkpoint."""
+        return self.listed or digest.of_file(self.file)
 
     @property
     def device(self) -> torch.device:
@@ -96,9 +103,11 @@ def opened(run: Run, folder: Path, weights: str | None, device: torch.device) ->
     if weights is not None and (wrong := manifest.fault_of(file)):
         raise UserError(f"{wrong}: take other weights")
     net = load_net(run, file, device)
-    name = str(file.relative_to(folder)) if weights is None else weights
-    step = checkpoint.step_of(file, manifest.read(last).step)
-    return RunFolder(run, folder, net, step, name, file, last)
+    name, about = str(file.relative_to(folder)) if weights is None else weights, manifest.read(last)
+    listed = (about.files or {}).get(file.name) if weights is None else None
+    return RunFolder(
+        *(run, folder, net, checkpoint.step_of(file, about.step), name, file, last), listed and listed.sha256
+    )
 
 
 def shown(run: Run) -> str:

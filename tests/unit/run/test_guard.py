@@ -17,6 +17,7 @@ from dumo.config.format import Noted
 from dumo.config.load import FILE, load
 from dumo.config.source import noted
 from dumo.config.spec import Run
+from dumo.io import digest
 from dumo.run import deviation
 from dumo.run.folder import open_run
 from dumo.run.journal import Journal
@@ -282,8 +283,11 @@ def test_a_checkpoint_that_goes_while_it_is_read(run: Path, monkeypatch: pytest.
         return own(last, name)
 
     monkeypatch.setattr(checkpoint, "part", part)
-    assert open_run(str(run)).step == 8
-    assert len(calls) == 2
+    opened = open_run(str(run))
+    assert (opened.step, len(calls)) == (8, 2)
+    whole = digest.of_file(opened.file)
+    opened.file.unlink()  # later still
+    assert opened.sha256 == whole
     (places / "step-00000008/state.json").write_text("{")
     for other in (2, 4):
         shutil.rmtree(places / f"step-0000000{other}")
