@@ -155,16 +155,17 @@ def join() -> Generator[None, None, None]:
     if gpus:
         torch.cuda.set_device(here % gpus)
     own = gpus >= number("LOCAL_WORLD_SIZE", 1, 1)
-    store, rank = met()
     global joined, peers
-    joined, peers = True, Peers(store, rank, world, limit)
-    torch.distributed.init_process_group(
-        "cpu:gloo,cuda:nccl" if gpus and own else "gloo",
-        store=PrefixStore("group", store),
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=max(START, limit)),
-    )
+    with stop.deaf():  # there is nothing to save yet
+        store, rank = met()
+        joined, peers = True, Peers(store, rank, world, limit)
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpus and own else "gloo",
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=max(START, limit)),
+        )
     try:
         with peers.watched(), named(peers):
             yield
@@ -208,7 +209,8 @@ TALK = re.compile(r"^Dist\w*Error|gloo/|NCCL")  # in what torch raises where it 
 
 def settled() -> None:
     """Say that the first step is done, which may have compiled: from now on ranks wait no longer than DUMO_TIMEOUT."""
-    if peers:
+    if peers and not peers.settled:
+        peers.settled = True
         for group in c10d._world.pg_map:
             c10d._set_pg_timeout(timedelta(seconds=1.5 * peers.limit), group)  # who hangs is found first
 
@@ -229,7 +231,6 @@ def named_start(store: Store, rank: int, world: int) -> str:
     for other in range(1, world):
         while not store.check([f"heard/{name}/{other}"]):
             store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)  # may be a dead one's: ask again
-            stop.check()
             if time.monotonic() > late:
                 raise torch.distributed.DistStoreError(f"rank {other} does not answer")
             time.sleep(0.01)

@@ -8,6 +8,7 @@ they live.
 """
 
 import os
+import re
 import sys
 import threading
 import time
@@ -40,6 +41,7 @@ class Peers:
         self.others = [other for other in range(world) if other != rank] if rank == 0 else [0]
         self.silent = dict.fromkeys(self.others, 0)  # looks since the last sign
         self.asks = self.meetings = 0
+        self.settled = False  # whether a first step is done
         self.speaking = threading.Lock()  # held by whoever says what ends this process
         self._last = dict[int, bytes]()
 
@@ -59,36 +61,42 @@ class Peers:
         return next((other for other, n in self.silent.items() if n >= looks), None)
 
     def meet(self) -> None:
-        """Wait for all, however long they work. Every process must call it. Raises Stopped where that is asked."""
+        """Wait for all, however long they work. Every process must call it.
+
+        Raises Stopped where that is asked, `Lost` where one has failed.
+        """
         self.meetings += 1
         key = f"met/{self.meetings}"
         self.store.add(key, 1)
         while self.store.add(key, 0) < self.world:
             stop.check()
+            if self.store.check(["failed"]):
+                raise self.lost()
             time.sleep(POLL)
 
     def tell(self, error: BaseException) -> None:
         """Leave word of what this process fails of."""
         try:
             self.store.set(f"failed/{self.rank}", f"{error}" or type(error).__name__)
+            self.store.set("failed", "")
         except RuntimeError:  # the store is gone, too
             return
 
-    def lost(self, error: BaseException) -> Lost:
-        """What is known of the others where a collective fails. Takes some seconds: who is gone gives no sign."""
+    def lost(self, error: BaseException | None = None) -> Lost:
+        """What is known of the others where talking to them fails. Takes some seconds: who is gone gives no sign."""
         self.speaking.acquire()  # for good: one line is enough
-        said = " ".join(str(error).split())
+        said = f" ({brief(error)})" if error else ""
         try:
             for _ in range(6):
                 for other in self.others:
                     if self.store.check([f"failed/{other}"]):
                         return Lost(f"rank {other}: {self.store.get(f'failed/{other}').decode()}")
                 if (gone := self.missing(3)) is not None:
-                    return Lost(f"rank {gone} is gone: {AGAIN}. ({said})")
+                    return Lost(f"rank {gone} is gone: {AGAIN}{said}")
                 time.sleep(self.every)
         except RuntimeError:  # the store is gone: with the first rank, or with torchrun
             pass
-        return Lost(f"another rank is gone, or has not answered in time: {AGAIN}. ({said})")
+        return Lost(f"another rank is gone, or has not answered in time: {AGAIN}{said}")
 
     @contextmanager
     def watched(self) -> Generator[None, None, None]:
@@ -128,3 +136,8 @@ class Peers:
         else:
             time.sleep(5 * self.every)  # who is gone first ends the others
         os._exit(1)
+
+
+def brief(error: BaseException) -> str:
+    """What torch says, without the place in its code, and without its advice."""
+    return re.sub(r"\[/\S+\] ?", "", " ".join(str(error).split())).split(". ")[0][:200]

@@ -82,3 +82,18 @@ def listening(
         for number, old in before.items():
             signal.signal(number, old)
         heard, listens, parent = None, False, None
+
+
+@contextmanager
+def deaf() -> Generator[None, None, None]:
+    """Meanwhile a signal that is listened to ends the process at once: for a wait in C, where nothing else is heard."""
+    check()
+    before = {number: signal.getsignal(number) for number in SIGNALS if listens}
+    before = {number: old for number, old in before.items() if callable(old)}
+    for number in before:
+        signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -211,7 +211,7 @@ def write(file: Path, data: bytes, rank: int) -> None:
     except OSError as error:
         if files.full(error):
             raise UserError(
-                f"{file}: {error.strerror}; free some space and start again, what stands is kept"
+                f"{file}: the disk is full ({error.strerror}); free some space and start again, what stands is kept"
             ) from error
         raise
 

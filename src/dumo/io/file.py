@@ -50,9 +50,8 @@ def whole(path: Path, *, writer: int | str | None = None, durable: bool = False)
 def of_path(error: BaseException, half: Path, path: Path) -> OSError | None:
     """What kept `half` from being written, said of `path`; None where the error says it already, or is another."""
     if full(error):
-        number = error.errno if isinstance(error, OSError) else None
-        with suppress(OSError):
-            return OSError(number or errno.ENOSPC, f"the disk is full ({size(free(path))} free)", str(path))
+        number = (error.errno if isinstance(error, OSError) else None) or errno.ENOSPC
+        return OSError(number, f"{os.strerror(number)} ({size(free(path))} free)", str(path))
     if isinstance(error, OSError) and str(error.filename or "").startswith(str(half)):
         return OSError(error.errno, error.strerror, str(path))
     return None

@@ -46,7 +46,7 @@ class Worker:
             error, trace = self.pipe.recv()
         except (EOFError, ConnectionResetError):
             self.process.join()
-            return Lost(f"its process ended {how(self.process.exitcode or 0)}")
+            return Lost(f"its process {how(self.process.exitcode or 0)}")
         if error is not None:
             error.__cause__ = RuntimeError(trace)  # where it arose
         return error
@@ -55,9 +55,9 @@ class Worker:
 def how(code: int) -> str:
     """An exit code in words."""
     if code >= 0:
-        return f"with exit code {code}"
+        return f"ended with exit code {code}"
     why = ", as where memory is used up" if code == -signal.SIGKILL else ""
-    return f"by {signal.Signals(-code).name}{why}"
+    return f"was ended by {signal.Signals(-code).name}{why}"
 
 
 def serve(work: Callable[[T], object], pipe: Connection, threads: int) -> None:

@@ -7,6 +7,7 @@ as N + M steps. What else a run does (log, save, sample, draw a bar) hangs on th
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dumo import dist
 from dumo.training.compile import compiled
 from dumo.training.spec import Train
 from dumo.training.state import State
@@ -29,6 +30,7 @@ def train(state: State, task: Task, batches: Callable[[int], Batch], spec: Train
     loss = compiled(state.net, task.objective, spec.compile)
     while state.step < spec.steps:
         record = train_step(state, task, batches(state.step), spec, loss)
+        dist.settled()
         for hook in hooks:
             if state.step % hook.n == 0:
                 hook.f(state, record)
