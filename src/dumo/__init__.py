@@ -4,8 +4,12 @@ The rooms, from the ground up; each imports only what stands above it in this li
 
 types                   the nouns that all share
 
+stop                    stopping when asked
+
+peer                    the other processes of a run
+
 random, dist            random numbers by key; ranks
-progress, stop, recipes how far a work is; stopping when asked; the packaged runs
+progress, recipes       how far a work is; the packaged runs
 
 io                      files, whole or not at all; pictures
 

@@ -1,6 +1,7 @@
 """Showing how far a piece of work is: whoever works says so to a `Bar`, and knows no terminal."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Generator
@@ -8,6 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, runtime_checkable
 
 Tick = Callable[[int, str], None]  # (units done so far, a note)
+# what moves, colours, breaks or turns round a line, and halves of characters, which cannot be printed
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @runtime_checkable
@@ -53,8 +56,8 @@ def live_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=Console(markup=False, emoji=False, stderr=True)) as progress:
-        task = progress.add_task(title, total=total, note="")
-        yield lambda done, note: progress.update(task, completed=done, note=note)
+        task = progress.add_task(inline(title), total=total, note="")
+        yield lambda done, note: progress.update(task, completed=done, note=inline(note))
 
 
 @contextmanager
@@ -69,7 +72,7 @@ def lines(
     def show(done: int, end: str) -> None:
         rate = speed(*ticks)
         told = (f"{title}: {done:,} of {total:,}", said, f"{number(rate)}/s" if rate else "", end)
-        say(", ".join(part for part in told if part))
+        say(inline(", ".join(part for part in told if part)))
 
     def tick(done: int, note: str) -> None:
         nonlocal last, said
@@ -97,7 +100,17 @@ def number(value: float) -> str:
 
 def say(line: str) -> None:
     """Print a line on stderr at once, above a live bar."""
-    print(line, file=sys.stderr, flush=True)
+    print(plain(line), file=sys.stderr, flush=True)
+
+
+def plain(text: str) -> str:
+    """The text with control characters spelt out: a file's name must not steer the terminal. Line breaks stay."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def inline(text: str) -> str:
+    """The same in one line."""
+    return plain(text).replace("\n", r"\n")
 
 
 def span(seconds: float) -> str:

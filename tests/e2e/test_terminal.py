@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from e2e.shell import ENVIRONMENT, TINY, call, finish, refused, sets, start, wait
+from dumo.run import folder
+from e2e.shell import ENVIRONMENT, TINY, call, finish, refused, sets, start, tree, wait
 
 LONG = [*TINY, *sets("train.steps=1000000", "train.save_every=5", "train.log_every=1")]
 
@@ -106,6 +107,58 @@ def test_interrupts(
     done = call(*words)
     assert (done.code, done.out) == (130, "")
     assert done.err == f"stopped; the same command goes on from what is kept:  dumo {shlex.join(words)}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        (["sample", "run", "--out", "new"], signal.SIGUSR1),
+        (["evaluate", "run", "--nfe", "1"], signal.SIGTERM),
+        (["report", "run"], signal.SIGHUP),
+        (["grid", "run", "--out", "new"], signal.SIGINT),
+    ],
+)
+def test_a_signal_ends_work_between_its_pieces(
+    words: list[str], number: int, here: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heard while the run is opened, which has no pieces; nothing is half-written."""
+    shutil.copytree(trained["moons"], "run")
+    load_net, before = folder.load_net, tree(here)
+
+    def load(*told: object) -> object:
+        os.kill(os.getpid(), number)
+        return load_net(*told)
+
+    monkeypatch.setattr(folder, "load_net", load)
+    done = call(*words)
+    assert (done.code, done.out) == (128 + number, "")
+    by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    assert done.err == f"stopped{by}; the same command goes on from what is kept:  dumo {shlex.join(words)}\n"
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (["sample", "run", "--out", "shut/new"], "shut/new"),
+        (["evaluate", "run", "--nfe", "1"], "run"),
+        (["report", "run"], "run"),
+        (["grid", "run", "--out", "shut/new"], "shut/new"),
+    ],
+)
+def test_a_folder_that_is_shut_is_found_before_the_work(
+    words: list[str], place: str, here: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained["moons"], "run")
+    Path("shut").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name not in ("shut", "run"))
+    monkeypatch.setattr("dumo.sampling.generate.solve", None)
+    assert refused(*words, named=("Permission denied",)).err == f"error: {place}: Permission denied\n"
+
+
+def test_a_name_does_not_steer_the_terminal(here: Path) -> None:
+    done = call("sample", "a\x1b[2Jb")
+    assert done.err.startswith("error: a\\x1b[2Jb is no run's folder")
 
 
 def test_the_start_line(here: Path) -> None:

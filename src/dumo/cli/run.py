@@ -3,14 +3,18 @@
 from contextlib import nullcontext
 from pathlib import Path
 from shlex import join, quote
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dumo.cli.failure import sparing
 from dumo.cli.option import Device, Nfe, RunFolder, Seed, Set, SolverName, Source, Weights, numbers
 from dumo.cli.option import classes as class_numbers
 from dumo.cli.terminal import err, out
 from dumo.progress import bar, no_bar, say
+
+if TYPE_CHECKING:
+    from dumo.config.spec import Run
 
 
 def encode(
@@ -44,7 +48,8 @@ def encode(
 
     data = encode.asked(source, set_ or [], out=folder, codec=codec, side=side)
     options = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
-    with dist.join() if part is None else nullcontext():  # it ends when all ranks are done
+    ranks = dist.join() if part is None else nullcontext()  # it ends when all are done
+    with sparing(f"set --batch lower (now {batch})"), ranks:
         made = encode.encode(
             data,
             batch=batch,
@@ -81,7 +86,8 @@ def train(
     from dumo.run import train
 
     spec, folder = load(source, set_ or []), folder or default_folder(source)
-    state = train.train(spec, folder, device=device, bar=bar, tell=say, step=step, new_data=new_data)
+    with sparing(lean(spec)):
+        state = train.train(spec, folder, device=device, bar=bar, tell=say, step=step, new_data=new_data)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
         highlight=False,
@@ -92,6 +98,14 @@ def train(
     err.print("next:  " + "    ".join(f"dumo {verb} {quote(str(folder))}" for verb in does), soft_wrap=True)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
+
+
+def lean(run: "Run") -> str:
+    """How a run would train in less memory."""
+    rows = f"train.micro_batch={run.train.micro_batch}" if run.train.micro_batch else "all"
+    now = f"now {rows} of a rank's of train.batch={run.train.batch}"
+    other = ", or net.checkpoint=true in a new run" if getattr(run.net, "checkpoint", None) is False else ""
+    return f"set train.micro_batch lower, the rows of a pass ({now}){other}"
 
 
 def sample(
@@ -168,6 +182,7 @@ def grid(
 ) -> None:
     """Draw samples by number of passes, after each milestone, from the same noise (Figs. 5 and 6), or by class."""
     from dumo import dist
+    from dumo.io import file
     from dumo.report import gallery
     from dumo.run.folder import open_run
 
@@ -180,14 +195,15 @@ def grid(
     asked |= {"steps": None if steps == "all" else numbers("--steps", steps)} if steps else {}
     asked |= {"count": count} if count else {}
     folder = folder or opened.folder / "grids"
+    file.check_writable(folder)
     if classes:
         only = None if classes == "all" else class_numbers(classes, opened.run)
         files = gallery.write_class_grids(folder, gallery.class_grids(opened, only, **asked))
     else:
         panels = gallery.trajectories(opened, only=class_numbers(labels, opened.run), **asked)
         files = gallery.write_trajectories(folder, panels)
-    for file in files:
-        out.print(str(file), soft_wrap=True)
+    for path in files:
+        out.print(str(path), soft_wrap=True)
 
 
 def report(run_folder: RunFolder, device: Device = "auto") -> None:

@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dumo import dist
+from dumo import dist, stop
 from dumo.config.spec import Run
 from dumo.evaluation.card import card, settings
 from dumo.io import digest
-from dumo.io.file import locked
+from dumo.io.file import check_writable, locked, sweep
 from dumo.io.json import finite, read_json, write_json
 from dumo.progress import Bar, Tick, no_bar
 from dumo.protocols.evaluator import Evaluator
@@ -48,8 +48,11 @@ def evaluate(
     The file keeps rows of other passes that were measured in the same way; what is returned has none of them.
     `results` has one row per number of passes. `contrast` has Euler steps of the velocity, at as many passes and at
     those that the run wants beside them, where its own solver is another: what the other head, or the higher order, is
-    for. Several ranks share the work, and the first writes. Raises UserError as the solvers and the protocol do.
+    for. Several ranks share the work, and the first writes. Raises UserError as the solvers and the protocol do,
+    OSError where the report could not be written, before any work, and Stopped where that is asked.
     """
+    check_writable(opened.folder)
+    sweep(opened.folder)
     opened = asked(opened, nfe=nfe, seed=seed, solver=solver)
     run, passes = opened.run, settings(opened.run)
     evaluator = evaluator_of(opened, bar)
@@ -94,6 +97,7 @@ def evaluator_of(opened: RunFolder, bar: Bar) -> Evaluator:
     with ExitStack() as stack:
 
         def tick(done: int, total: int) -> None:
+            stop.check()
             if not ticks:
                 ticks.append(stack.enter_context(bar("looking at the data", total)))
             ticks[0](done, "")

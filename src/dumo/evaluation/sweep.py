@@ -13,6 +13,7 @@ from dumo.config.spec import Run
 from dumo.config.tree import Sampling
 from dumo.evaluation.card import card
 from dumo.evaluation.evaluate import Row, evaluator_of, name_of, row
+from dumo.io.file import check_writable
 from dumo.io.json import write_json
 from dumo.progress import Bar, no_bar
 from dumo.protocols.evaluator import Evaluator
@@ -32,8 +33,9 @@ def sweep(opened: RunFolder, text: str, *, bar: Bar = no_bar) -> dict[str, Any]:
 
     `text` is FIELD=FROM:TO:STEP, both ends included, FIELD=VALUE,VALUE ... or ema. `rows` has one per value and number
     of passes, each with its card; `best` is where the first score is lowest for that number of passes. Raises
-    UserError, before any work, for what cannot be read or a value out of range.
+    UserError, before any work, for what cannot be read or a value out of range, OSError where nothing can be written.
     """
+    check_writable(opened.folder)
     points = dict(_averages(opened) if text == EMA else _settings(opened, text))
     evaluators: dict[tuple[object, int], Evaluator] = {}
     rows: list[Row] = []

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dumo import dist
+from dumo import dist, stop
 from dumo.config.check import check_guided
 from dumo.config.spec import Run
 from dumo.config.teacher import Pairs, Teacher
@@ -234,7 +234,7 @@ def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.dev
 
     Rank k of n makes k, k + n, k + 2 n ... of the files that lack; every rank must call it, and has all pairs. Raises,
     on every rank, UserError where a file is damaged, or the teacher answers with what is no number, which is not
-    written; OSError where the disk is full.
+    written; OSError where the disk is full; Stopped where that is asked, between two passes.
     """
     c = generate.labels(pairs.count, run.data.classes)
     files = {folder / f"{first:08d}.safetensors": first for first in range(0, pairs.count, SHARD)}
@@ -242,6 +242,7 @@ def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.dev
 
     def make() -> list[int]:
         for file in lacking[dist.rank() :: dist.world()]:
+            stop.check()
             some = range(files[file], min(files[file] + SHARD, pairs.count))
             made = joined(run, pairs, reads, c[list(some)], some, device)
             if bad := [k for k, x in zip(some, made["x"], strict=True) if not x.isfinite().all()]:

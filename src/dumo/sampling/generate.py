@@ -69,7 +69,8 @@ def batches(
     """Make one image of `shape` per row of c: those numbered `indices` (None: from 0), `batch` at a time on `device`.
 
     `reads` is a reading of `net`, which stays where it is and is in evaluation mode meanwhile. Raises UserError if the
-    solver cannot serve the reading or nfe, ValueError if there are more or fewer indices than rows of c.
+    solver cannot serve the reading or nfe, ValueError if there are more or fewer indices than rows of c, Stopped where
+    that is asked, between two passes.
     """
     indices = range(len(c)) if indices is None else indices
     if len(indices) != len(c):

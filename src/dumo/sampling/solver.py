@@ -19,6 +19,7 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from dumo import stop
 from dumo.types import Cond, Path, Reads, Sample, Spec, Time, UserError, lift
 
 Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from
@@ -128,7 +129,10 @@ Solver = Annotated[Euler | Heun | Restart | Hop, Field(discriminator="kind")]
 
 
 def taught(solver: Solver, reads: Reads) -> Callable[..., Sample]:
-    """The reading that the solver uses. Raises UserError, with the solvers that would do, if it was never taught."""
+    """The reading that the solver uses, which raises Stopped where that is asked.
+
+    Raises UserError, with the solvers that would do, if it was never taught.
+    """
     read: Callable[..., Sample] | None = getattr(reads, solver.uses)
     if read is None:
         given = [name for name in get_args(Reading) if getattr(reads, name) is not None]
@@ -136,7 +140,12 @@ def taught(solver: Solver, reads: Reads) -> Callable[..., Sample]:
         raise UserError(
             f"solver '{solver.kind}' needs {solver.uses}; this objective gives {', '.join(given)}: use {_either(able)}"
         )
-    return read
+
+    def asked(*values: object) -> Sample:
+        stop.check()
+        return read(*values)
+
+    return asked
 
 
 def steps(solver: Solver, nfe: int) -> int:

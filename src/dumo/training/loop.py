@@ -7,6 +7,7 @@ as N + M steps, skipped ones included. What else a run does (log, save, sample, 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dumo import dist
 from dumo.stop import Stopped
 from dumo.training.compile import compiled
 from dumo.training.record import Record, Skipped
@@ -40,6 +41,7 @@ def train(
     loss = compiled(state.net, task.objective, spec.compile)
     while state.step < spec.steps:
         record = train_step(state, task, batches(state.step), spec, loss, due=due())
+        dist.settled()
         for hook in hooks:
             if state.step % hook.n == 0:
                 hook.f(state, record)
