@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor
 
 from dumo.data.epoch import rows_of
+from dumo.io import digest
 from dumo.random import keyed
 from dumo.types import Cond, Sample
 
@@ -30,7 +31,17 @@ class Source(Data, Protocol):
     """Data to train on."""
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The rows `rows` of a step's global batch of `batch` rows; no others are read, decoded or drawn."""
+        """The rows `rows` of a step's global batch of `batch` rows; no others are read, decoded or drawn.
+
+        A function of its arguments alone, that several threads may call at once.
+        """
+        ...
+
+    def fingerprint(self) -> str | None:
+        """A short text, another one where samples were added, removed, renamed or replaced; decodes nothing.
+
+        None where samples never end.
+        """
         ...
 
 
@@ -66,6 +77,10 @@ class Table:
         """Every row; n, seed and i do not matter."""
         return self.x, self.c
 
+    def fingerprint(self) -> str:
+        """Of all numbers and classes."""
+        return digest.short(digest.of_tensor(self.x), digest.of_tensor(self.c))
+
 
 @dataclass(frozen=True)
 class Endless:
@@ -86,3 +101,6 @@ class Endless:
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """n fresh i.i.d. draws that no batch has seen."""
         return self.law(keyed(seed, "reference", i, rows=range(n), shape=[self.numbers]))
+
+    def fingerprint(self) -> None:
+        """There is nothing that could be replaced."""

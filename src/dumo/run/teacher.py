@@ -224,6 +224,10 @@ class Coupled:
         places = rows_of(step, batch, size=len(self.z), seed=seed, rows=rows)
         return self.table.x[places], self.table.c[places], self.z[places]
 
+    def fingerprint(self) -> str:
+        """Of all pairs."""
+        return digest.short(self.table.fingerprint(), digest.of_tensor(self.z))
+
 
 def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.device, bar: Bar) -> Coupled:
     """Pairs that the teacher's flow joins: those that stand in `folder`, and the others, made now, file by file.
