@@ -1,8 +1,8 @@
 """Batches made ahead of the steps that take them, so that a device need not wait for its data.
 
 A batch is a function of its step alone, so who makes it, and when, changes nothing in it. Some threads make the next
-ones whole: read, decoded, mirrored, drawn, and, where the device is a GPU, moved to it from pinned memory on a stream of
-their own. As many are kept as threads make, so memory is bounded.
+ones whole: read, decoded, mirrored, drawn, and, where the device is a GPU, moved to it from pinned memory on a stream
+of their own. As many are kept as threads make, so memory is bounded.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,4 +70,5 @@ class Ahead:
             return Made([part.to(self.device) for part in batch], None)
         with torch.cuda.stream(self.stream):
             parts = [part.pin_memory().to(self.device, non_blocking=True) for part in batch]
-            return Made(parts, self.stream.record_event())
+            (event := torch.cuda.Event()).record(self.stream)
+            return Made(parts, event)

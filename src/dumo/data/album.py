@@ -89,7 +89,11 @@ class Album:
 
     def path(self, row: int) -> str:
         """What to call the image in a row: its file, or its place in one."""
-        return self.store.path(row if self.places is None else int(self.places[row]))
+        return self.store.path(int(self.numbered(torch.tensor([row]))))
+
+    def numbered(self, rows: Order) -> Order:
+        """Their numbers in the store: others than the rows' own where images were left out."""
+        return rows if self.places is None else self.places[rows]
 
     def fingerprint(self) -> str:
         """Of the store."""
@@ -97,7 +101,7 @@ class Album:
 
     def _whole(self, rows: Order) -> tuple[Tensor, Tensor]:
         """The samples and classes of these rows, without those that cannot be read."""
-        places = rows if self.places is None else self.places[rows]
+        places = self.numbered(rows)
         if self.kept is not None:
             return from_uint8(self.kept[rows]), self._classes(places)
         pixels, bad = self._decode(places)
@@ -107,7 +111,7 @@ class Album:
 
     def _full(self, rows: Order) -> tuple[Pixels, Order]:
         """The pixels and classes of as many rows, of the next ones where these cannot be read."""
-        places = rows if self.places is None else self.places[rows]
+        places = self.numbered(rows)
         if self.kept is not None:
             return self.kept[rows], self._classes(places)
         pixels, bad = self._decode(places)

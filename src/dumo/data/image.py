@@ -148,7 +148,8 @@ def find(root: Path, *, format: Format | None = None, split: str | None = None, 
     files = walk(root)
     found: dict[Format, dict[str, int]] = {"folder": {}, "parquet": {}, "tar": {}}
     for file, size in files.items():
-        if form := FORMS.get(ending := os.path.splitext(file)[1], "folder" if ending.lower() in SUFFIXES else None):
+        ending = os.path.splitext(file)[1]
+        if form := "folder" if ending.lower() in SUFFIXES else FORMS.get(ending):
             found[form][file] = size
     there: list[Format] = [name for name, listed in found.items() if listed]
     if format is None and len(there) > 1:

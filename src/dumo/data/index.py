@@ -1,7 +1,7 @@
 """Where images lie in tar archives: found once, written beside the archives, and mapped into memory from then on.
 
     .dumo-index/index.json    of each archive name, size, time of its last change, number of images; SHA-256 of the rest
-    .dumo-index/members.npy   int64 (4, n), a column per image: where it begins, its size, its class, where its name ends
+    .dumo-index/members.npy   int64 (4, n), a column per image: its beginning, its size, its class, its name's end
     .dumo-index/names.npy     uint8, the images' names, one after the other
 
 Finding them takes a read per member of each archive, hours for a hundred million; opening an index takes three files,
@@ -116,7 +116,7 @@ def read(place: Path) -> Index | None:
         # mapped, and copied where it is written to: torch takes no array that may not be
         members, names = (np.load(place / f"{name}.npy", mmap_mode="c", allow_pickle=False) for name in FILES)
         whole = (told["format"], told["sha256"]) == (FORMAT, _digest(parts, members, names))
-    except (OSError, ValueError, TypeError, KeyError):
+    except Exception:  # a damaged file may raise anything in its readers
         return None
     return _index(parts, Scan(members, names)) if whole else None
 

@@ -1,8 +1,8 @@
 """Tables of images in the layout of the Hugging Face hub (`dumo.io.parquet`), as a store.
 
 A row group is the least that can be read at once, so rows are quick in their order and slow at random: a set too large
-for the memory is better encoded once (or `data.memory` raised) than trained on from here. Groups that were read are kept
-up to so many bytes; of one that is larger, the rows up to the one asked for are gone through, and none are kept.
+for the memory is better encoded once (or `data.memory` raised) than trained on from here. Groups that were read are
+kept up to so many bytes; of one that is larger, the rows up to the one asked for are gone through, and none are kept.
 """
 
 import os

@@ -126,8 +126,8 @@ def counted(c: Tensor, root: str, names: Sequence[str] = ()) -> Labels:
         raise UserError(f"{root} has the label {wrong}, which is no class: set data.labelled=false, or choose a split")
     if high >= CLASSES:
         raise UserError(
-            f"{root} has the label {high}, so at least {high + 1:,} classes, and dumo takes {CLASSES:,}: name the column "
-            "of classes with data.label, number them from 0, or set data.labelled=false"
+            f"{root} has the label {high}, so {high + 1:,} classes, and {CLASSES:,} are the most: name the column of "
+            "classes with data.label, number them from 0, or set data.labelled=false"
         )
     return Labels(c, len(names) or high + 1, tuple(names))
 

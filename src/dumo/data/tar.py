@@ -112,7 +112,7 @@ def _members(file: str) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
     try:
         with tarfile.open(file, "r:") as archive:
             while info := archive.next():
-                archive.members.clear()  # all of them, else: a kilobyte each
+                setattr(archive, "members", [])  # noqa: B010, it is not typed. They would be kept, a kilobyte each
                 if info.size < 0 or info.issparse():
                     raise UserError(f"{file} is damaged, or sparse, at byte {info.offset}: {AGAIN}")
                 stem, _, suffix = PurePosixPath(info.name).name.partition(".")

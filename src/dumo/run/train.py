@@ -15,6 +15,7 @@ from dumo import dist
 from dumo.config.advice import advice
 from dumo.config.check import check_pieces
 from dumo.config.spec import Run
+from dumo.data.ahead import Ahead
 from dumo.data.source import Source
 from dumo.data.store import some
 from dumo.preflight import cost, doctor
@@ -74,13 +75,13 @@ def go_on(run: Run, folder: Path, here: torch.device, bar: Bar, tell: Callable[[
 
     rows = span(pieces(run.train, run.objective))
 
-    def batches(step: int) -> Batch:
-        return [part.to(here) for part in source.batch(step, run.train.batch, run.train.seed, rows)]
+    def batch(step: int) -> Batch:
+        return source.batch(step, run.train.batch, run.train.seed, rows)
 
     journal = Journal(run, folder, here)
     journal.open(state)
     task = Task(run.objective, run.path, run.data.classes, known and known.velocity)
-    with bar(f"training {folder.name}", run.train.steps) as tick:
+    with Ahead(batch, here, last=run.train.steps) as batches, bar(f"training {folder.name}", run.train.steps) as tick:
         tick(state.step, "")
         show = loop.Every(1, lambda state, record: tick(state.step, f"loss {record.loss:.4f}"))
         loop.train(state, task, batches, run.train, (show, *journal.hooks))
