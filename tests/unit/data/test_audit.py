@@ -113,7 +113,8 @@ def test_a_dropped_cache_is_not_read_on(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(audit, "_sha256", slow)
     monkeypatch.setattr(audit, "SOON", 0)
     found = Audit(folder, open_cache(folder).contents.shards)
-    assert (thread := found.thread) is not None
+    thread = found.thread
+    assert thread is not None
     begun.wait(60)
     del found
     gc.collect()
@@ -123,9 +124,7 @@ def test_a_dropped_cache_is_not_read_on(folder: Path, monkeypatch: pytest.Monkey
     assert not thread.is_alive()
 
 
-def test_ranks_of_a_machine_share_the_reading(
-    folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_ranks_of_a_machine_share_the_reading(folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Each reads its own, and all know what was found."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for rank in (1, 0):

@@ -176,7 +176,7 @@ def test_zeros_of_a_large_archive_s_half_are_named(tmp_path: Path) -> None:
     half = 200 * 2 * BLOCK
     data = file.read_bytes()
     file.write_bytes(data[:half] + bytes(len(data) - half))
-    with pytest.raises(UserError, match="zeros from byte .*a part of it is missing"):
+    with pytest.raises(UserError, match=r"zeros from byte .*a part of it is missing"):
         Tar([str(file)], labelled=True)
 
 
