@@ -3,7 +3,7 @@
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from threading import Lock
+from threading import Lock, Semaphore
 
 import torch
 from jaxtyping import Bool, Int64, UInt8
@@ -39,13 +39,17 @@ class Album:
     ) -> None:
         """Decode all, if it takes at most `memory` bytes."""
         self.store, self.frame, self.flip, self.augment, self.skip = store, frame, flip, augment, skip
-        self.threads = THREADS
+        self.use(THREADS)
         self.bad: dict[int, str] = {}  # which, and why, by number in the store
         self.told, self.telling = 0, Lock()  # how many of them have been warned of
         self.places: Order | None = None  # numbers in the store, by row; None: they are the same
         self.kept: Pixels | None = None
         if len(store) * frame.channels * frame.side**2 <= memory:
             self._keep()
+
+    def use(self, threads: int) -> None:
+        """Decode so many images at a time, of however many batches."""
+        self.threads, self.turn = threads, Semaphore(threads)
 
     @property
     def size(self) -> int:
@@ -161,7 +165,8 @@ class Album:
         for i, place in enumerate(places):
             try:
                 if place not in self.bad:
-                    into[i] = self.frame(self.store.read(place))
+                    with self.turn:
+                        into[i] = self.frame(self.store.read(place))
                     continue
             except (OSError, ValueError) as error:
                 what = f"{self.store.path(place)} {_said(error)}"

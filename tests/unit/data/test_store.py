@@ -126,7 +126,8 @@ def test_all_threads_work_on_a_small_batch(
     """It is cut into enough pieces, none empty."""
     as_folder(tmp_path)
     source = spec(tmp_path, memory=0.0).open()
-    source.threads, pieces, piece = threads, list[int](), source._piece
+    source.use(threads)
+    pieces, piece = list[int](), source._piece
     monkeypatch.setattr(source, "_piece", lambda places, into: (pieces.append(len(places)), piece(places, into))[1])
     source.batch(0, count, 0)
     assert sum(pieces) == count
