@@ -18,7 +18,7 @@ import torch
 from dumo.data import index
 from dumo.data.index import UNLABELLED, Scan
 from dumo.data.pixel import SUFFIXES, Unreadable
-from dumo.data.store import Labels, counted
+from dumo.data.store import LARGEST, Labels, counted
 from dumo.io import digest
 from dumo.types import UserError
 
@@ -57,6 +57,8 @@ class Tar:
         """The member's bytes. Raises OSError, and Unreadable where the archive has become shorter."""
         k, column = self._place(i)
         start, size = self.index.scan.members[:2, column].tolist()
+        if size > LARGEST:
+            raise Unreadable(f"has {size} bytes, more than an image has")
         with open(self.files[k], "rb") as archive:
             archive.seek(start)
             data = archive.read(size)
