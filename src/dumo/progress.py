@@ -5,7 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol, runtime_checkable
 
 Tick = Callable[[int, str], None]  # (units done so far, a note)
@@ -83,6 +83,24 @@ def lines(
 
     yield tick
     show(ticks[-1][1] if ticks else 0, f"took {span(clock() - began)}")
+
+
+@contextmanager
+def late(
+    title: str, total: int, /, *, after: float = 3.0, clock: Callable[[], float] = time.monotonic, shown: Bar = bar
+) -> Generator[Tick, None, None]:
+    """A bar for work that is mostly short: it begins to show after so many seconds (ours), and not before."""
+    began, show = clock(), None
+    with ExitStack() as later:
+
+        def tick(done: int, note: str) -> None:
+            nonlocal show
+            if show is None and clock() - began >= after:
+                show = later.enter_context(shown(title, total))
+            if show:
+                show(done, note)
+
+        yield tick
 
 
 def speed(*ticks: tuple[float, int]) -> float:

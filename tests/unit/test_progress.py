@@ -1,10 +1,11 @@
 """How far a work is, where nobody watches: few lines, each of use."""
 
 import sys
+from functools import partial
 
 import pytest
 
-from dumo.progress import Bar, bar, lines, no_bar, span
+from dumo.progress import Bar, bar, late, lines, no_bar, span
 
 
 class Clock:
@@ -49,6 +50,19 @@ def test_what_is_not_known_is_not_said(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(KeyboardInterrupt), lines("sampling", 100, clock=clock):
         raise KeyboardInterrupt
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(2, ""), (4, "decoding: 9 of 9, 4/s, took 0:01\n")])
+def test_short_work_shows_nothing(seconds: float, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Longer work is shown from the first tick after some seconds on."""
+    clock = Clock()
+    with late("decoding", 9, clock=clock, shown=partial(lines, clock=clock)) as tick:
+        tick(1, "")
+        clock.now = seconds
+        tick(5, "")
+        clock.now += seconds / 4
+        tick(9, "")
+    assert capsys.readouterr().err == said
 
 
 def test_a_terminal_gets_a_bar_that_moves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

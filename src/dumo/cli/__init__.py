@@ -48,8 +48,8 @@ COMMANDS = (
 for command in COMMANDS:
     app.command()(stoppable(command))
 
-benches = typer.Typer(no_args_is_help=True, help="Measure training steps and sampling on this machine.")
-for command in (bench.step, bench.sample):
+benches = typer.Typer(no_args_is_help=True, help="Measure training steps, sampling and reading data on this machine.")
+for command in (bench.step, bench.sample, bench.data):
     benches.command()(stoppable(command))
 app.add_typer(benches, name="bench")
 

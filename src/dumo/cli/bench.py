@@ -1,4 +1,4 @@
-"""How fast it is: training steps and sampling, measured on this machine."""
+"""How fast it is: training steps, sampling and reading data, measured on this machine."""
 
 import json
 from typing import Annotated
@@ -101,6 +101,43 @@ def sample(
     show_table(table.title(report), report["rows"])
     if report["decoder"]:
         out.print(report["decoder"], soft_wrap=True)
+
+
+def data(
+    source: Annotated[str, typer.Argument(help="A recipe, a run's folder, or a folder or file of images.")],
+    set_: Set = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images at a time. Default: the recipe's, or 256.")] = None,
+    side: Annotated[int | None, typer.Option(min=1, help="Pixels of a folder's images. Default: 256.")] = None,
+    threads: Annotated[
+        str | None, typer.Option("--threads", help="Threads that decode, e.g. 1,4. Default: 1, 2, 4 ... all cores.")
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Batches for each number of threads.")] = 20,
+    step_seconds: Annotated[
+        float | None,
+        typer.Option(min=1e-6, help="What a training step takes. Default: counted, on a GPU that is known."),
+    ] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure images per second that data give, by threads, beside those that a training step takes."""
+    from dumo import dist
+    from dumo.bench import data
+
+    dist.alone("dumo bench")
+    counts = numbers("--threads", threads)
+    if counts and min(counts) < 1:
+        raise typer.BadParameter("is at least 1", param_hint="--threads")
+    reading = data.asked(source, set_ or [], batch=batch, side=side)
+    report = data.measure(reading, threads=counts, batches=batches, step_seconds=step_seconds, device=device, bar=bar)
+    if as_json:
+        print(json.dumps(report))
+        return
+    title = f"{report['kind']}, {report['batch']} at a time, on {report['machine']}, {report['cores']} cores"
+    words = {None: "", True: "waits", False: "is fed"}
+    rows = [{"threads": row["threads"] or "", "images/s": row["images_per_second"], "device": words[row["waits"]]}
+            for row in report["rows"]]  # fmt: skip
+    show_table(title, rows)
+    out.print(data.verdict(report), soft_wrap=True)
 
 
 def use(threads: int | None) -> None:

@@ -19,12 +19,13 @@ from dumo.data.augment import Edm
 from dumo.data.folder import Folder
 from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import SUFFIXES, Crop, Frame
-from dumo.data.store import Store, choose, some, walk
+from dumo.data.store import Store, choose, require_regular, some, walk
 from dumo.data.tar import Tar
 from dumo.io.path import user_path
 from dumo.types import FREE, Spec, UserError
 
 Format = Literal["folder", "parquet", "tar"]
+FORMS: dict[str, Format] = {".parquet": "parquet", ".tar": "tar"}
 GIGABYTE = 1e9
 
 
@@ -145,11 +146,11 @@ def find(root: Path, *, format: Format | None = None, split: str | None = None, 
     Raises UserError where there are no images, or several ways to take what is there.
     """
     files = walk(root)
-    found: dict[Format, list[str]] = {
-        "folder": [file for file in files if os.path.splitext(file)[1].lower() in SUFFIXES],
-        "parquet": [file for file in files if file.endswith(".parquet")],
-        "tar": [file for file in files if file.endswith(".tar")],
-    }
+    found: dict[Format, dict[str, int]] = {"folder": {}, "parquet": {}, "tar": {}}
+    for file, size in files.items():
+        ending = os.path.splitext(file)[1]
+        if form := "folder" if ending.lower() in SUFFIXES else FORMS.get(ending):
+            found[form][file] = size
     there: list[Format] = [name for name, listed in found.items() if listed]
     if format is None and len(there) > 1:
         raise UserError(f"{root} holds {' and '.join(there)} side by side: say which with data.format")
@@ -168,14 +169,12 @@ def find(root: Path, *, format: Format | None = None, split: str | None = None, 
     return store
 
 
-def _opened(root: Path, format: Format, files: list[str], split: str | None, label: str | None) -> Store:
-    match format:
-        case "folder":
-            return Folder(root, files, split=split, labelled=label is not None)
-        case "parquet":
-            return Parquet(choose(root, files, split), label=label)
-        case "tar":
-            return Tar(choose(root, files, split), labelled=label is not None)
+def _opened(root: Path, format: Format, files: dict[str, int], split: str | None, label: str | None) -> Store:
+    if format == "folder":
+        return Folder(root, files, split=split, labelled=label is not None)
+    chosen = choose(root, list(files), split)
+    require_regular(chosen)
+    return Parquet(chosen, label=label) if format == "parquet" else Tar(chosen, labelled=label is not None)
 
 
 FIELDS = re.compile(rf"\bdata\.(?={'|'.join(Images.model_fields)})\b")

@@ -32,15 +32,21 @@ class Source(Data, Protocol):
     """Data to train on."""
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The rows `rows` of a step's global batch of `batch` rows; no others are read, decoded or drawn."""
+        """The rows `rows` of a step's global batch of `batch` rows; no others are read, decoded or drawn.
+
+        A function of its arguments alone, that several threads may call at once.
+        """
+        ...
+
+    def fingerprint(self) -> str | None:
+        """A short text, another one where samples were added, removed, renamed or replaced; decodes nothing.
+
+        None where samples never end.
+        """
         ...
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
         """Which of the data set these rows are, by number; None where it never ends."""
-        ...
-
-    def fingerprint(self) -> str | None:
-        """A short text that is another one where the data are others; None where there is nothing that can change."""
         ...
 
 
@@ -76,13 +82,13 @@ class Table:
         """Their places in the table."""
         return rows_of(step, batch, size=self.size, seed=seed, rows=rows)
 
-    def fingerprint(self) -> str:
-        """Of all numbers."""
-        return digest.of_bytes(digest.of_tensor(self.x).encode(), digest.of_tensor(self.c).encode())[:16]
-
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """Every row; n, seed and i do not matter."""
         return self.x, self.c
+
+    def fingerprint(self) -> str:
+        """Of all numbers and classes."""
+        return digest.short(digest.of_tensor(self.x), digest.of_tensor(self.c))
 
 
 @dataclass(frozen=True)

@@ -228,6 +228,10 @@ class Coupled:
         """The numbers of the pairs."""
         return self.table.numbers(step, batch, seed, rows)
 
+    def fingerprint(self) -> str:
+        """Of all pairs."""
+        return digest.short(self.table.fingerprint(), digest.of_tensor(self.z))
+
 
 def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.device, bar: Bar) -> Coupled:
     """Pairs that the teacher's flow joins: those that stand in `folder`, and the others, made now, file by file.

@@ -14,6 +14,7 @@ from dumo import dist
 from dumo.config.advice import advice
 from dumo.config.check import check_pieces
 from dumo.config.spec import Run
+from dumo.data.ahead import Ahead
 from dumo.data.source import Source
 from dumo.data.store import some
 from dumo.preflight import cost, doctor
@@ -88,14 +89,14 @@ def go_on(
 
     rows = span(pieces(run.train, run.objective))
 
-    def batches(step: int) -> Batch:
-        return [part.to(here) for part in source.batch(step, run.train.batch, run.train.seed, rows)]
+    def batch(step: int) -> Batch:
+        return source.batch(step, run.train.batch, run.train.seed, rows)
 
     journal = Journal(run, folder, here, source, tell)
     journal.open(state)
     task = Task(run.objective, run.path, run.data.classes, known and known.velocity)
     try:
-        with bar(f"training {folder.name}", run.train.steps) as tick:
+        with Ahead(batch, here, last=run.train.steps) as batches, bar(f"training {folder.name}", run.train.steps) as tick:
             tick(state.step, "")
             show = loop.Every(1, lambda state, record: tick(state.step, f"loss {record.loss:.4f}"))
             loop.train(state, task, batches, run.train, (show, *journal.hooks), journal.due)

@@ -1,6 +1,7 @@
 """A run trained, opened and sampled is the run that its folder says it is."""
 
 import json
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from dumo.config.load import FILE, load
 from dumo.config.spec import Run
+from dumo.data.source import Table
 from dumo.io.weights import load as load_weights
 from dumo.progress import Bar, Tick, no_bar
 from dumo.random import noise
@@ -207,3 +209,19 @@ def test_export_holds_the_samples(moons: RunFolder, tmp_path: Path) -> None:
         made = torch.from_numpy(archive["arr_0"])
     assert torch.equal(made, sample(moons, nfe=2, c=labels(5, 0), seed=3).x)
     assert set(FORMS) == {"grid", "images", "npz"}
+
+
+def test_a_batch_is_made_once_for_all_its_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead of its step, by a thread that is gone when training ends."""
+    calls: list[tuple[int, int]] = []
+    batch = Table.batch
+
+    def noted(table: Table, step: int, size: int, seed: int, *rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append((step, size))
+        return batch(table, step, size, seed, *rows)
+
+    monkeypatch.setattr(Table, "batch", noted)
+    run = tiny("digits", "train.steps=5", "train.micro_batch=2")
+    train(run, tmp_path / "run", device="cpu")
+    assert sorted(step for step, size in calls if size == 8) == list(range(5))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("ahead", "decode", "audit"))]
