@@ -2,6 +2,8 @@
 
 The rooms, from the ground up; each imports only what stands above it in this list, and none of its own paragraph:
 
+place                   rows by place, and their way to a device
+
 types                   the nouns that all share
 
 random, dist            random numbers by key; ranks

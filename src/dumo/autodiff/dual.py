@@ -31,7 +31,16 @@ Name = Callable[..., Any] | str  # a function of torch; as a string where a comp
 RULES: dict[Name, Rule] = {}  # by what a net calls; filled by `dumo.autodiff.rule`
 ALONE: set[Name] = set()  # those of them whose first operand alone may move
 
-_state = threading.local()
+
+
+class _State(threading.local):
+    """What holds in a thread, from its start."""
+
+    def __init__(self) -> None:
+        self.primal_only = self.recorded = False
+
+
+_state = _State()
 
 
 class NoRule(UserError, NotImplementedError):  # noqa: N818, a lack in the rules
@@ -169,7 +178,7 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
     An operand that does not move has tangent None; where none moves, `p` is returned alone. The tangent may have any
     shape that expands to p's. `push` is a function of a module: it must not close over anything.
     """
-    if not any(isinstance(x, Dual) for x in operands) or getattr(_state, "primal_only", False):
+    if not any(isinstance(x, Dual) for x in operands) or _state.primal_only:
         return p
     if not torch.is_grad_enabled() and any(isinstance(x, Dual) and x.p.requires_grad for x in operands):
         raise NoRule("a custom autograd.Function, reentrant checkpoint or no_grad block, where a Dual loses gradients")
@@ -236,7 +245,7 @@ def recorded() -> AbstractContextManager[None]:
 
 def recording() -> bool:
     """Whether tangents are recorded; then a rule must save what autograd can follow, and no kernel's own numbers."""
-    return getattr(_state, "recorded", None) is True
+    return _state.recorded
 
 
 def _tangent(x: object) -> Moved:

@@ -7,6 +7,8 @@ as N + M steps. What else a run does (log, save, sample, draw a bar) hangs on th
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from dumo.flow.draw import Draws
+from dumo.flow.precision import products
 from dumo.training.compile import compiled
 from dumo.training.spec import Train
 from dumo.training.state import State
@@ -21,14 +23,23 @@ class Every:
     f: Callable[[State, Record], None]
 
 
-def train(state: State, task: Task, batches: Callable[[int], Batch], spec: Train, hooks: Sequence[Every] = ()) -> None:
+def train(
+    state: State,
+    task: Task,
+    batches: Callable[[int], Batch],
+    spec: Train,
+    hooks: Sequence[Every] = (),
+    draws: Callable[[int], Draws] | None = None,
+) -> None:
     """Train `state` in place until `spec.steps` steps are done, from wherever it stands.
 
-    `batches(step)` is this rank's rows of a step's batch, on the device of the net. Raises as `train_step` does.
+    `batches(step)` is this rank's rows of a step's batch, on the device of the net; `draws(step)` the numbers that it
+    draws for them, as `draws_of` gives them; None: each step draws its own. Raises as `train_step` does.
     """
     loss = compiled(state.net, task.objective, spec.compile)
-    while state.step < spec.steps:
-        record = train_step(state, task, batches(state.step), spec, loss)
-        for hook in hooks:
-            if state.step % hook.n == 0:
-                hook.f(state, record)
+    with products(spec.precision, next(state.net.parameters()).device.type):
+        while state.step < spec.steps:
+            record = train_step(state, task, batches(state.step), spec, loss, draws and draws(state.step))
+            for hook in hooks:
+                if state.step % hook.n == 0:
+                    hook.f(state, record)

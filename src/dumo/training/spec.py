@@ -4,11 +4,11 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
+from dumo.flow.precision import Precision
 from dumo.training.ema import Ema
 from dumo.training.optim import AdamW, Constant, Optimizer, Schedule
 from dumo.types import FREE, Spec
 
-Precision = Literal["fp32", "bf16"]
 Compile = Literal["none", "blocks", "loss"]
 
 
@@ -30,7 +30,9 @@ class Train(Spec):
     ref: Literal["self"] | float = "self"  # theta^- (Alg. 1): the weights in training, or the average of this decay
     clip: float | None = Field(default=None, gt=0)  # largest norm of the gradient; None: no clipping, as the paper
     compile: Compile = Field(default="none", json_schema_extra=FREE)  # changes rounding
-    precision: Precision = "fp32"  # bf16: autocast of the loss; weights, optimizer and averages stay as they are
+    # tf32: on a GPU the factors of products are rounded; bf16: autocast of the loss. Weights, optimizer and averages
+    # stay fp32.
+    precision: Precision = "fp32"
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=50, ge=1, json_schema_extra=FREE)  # steps
     probe_every: int = Field(default=250, ge=0, json_schema_extra=FREE)  # steps; 0: never
