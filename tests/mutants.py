@@ -163,7 +163,13 @@ MUTANTS = [
     Mutant("data/album.py", '"augment"))[rows]', '"augment"))[: len(mine)]', "others are augmented", SHARE),
     Mutant("data/augment.py", "arange(b).split(1)", "arange(b).split(4)", "images are rounded with others", SHARE),
     Mutant("data/latents.py", "rows=range(batch)[rows]), c", "rows=range(len(c))), c", "posteriors are shared", SHARE),
-    Mutant("flow/draw.py", "=moving and moving[rows]", "=moving and moving[: len(mine)]", "all ranks spare the first one's rows", DRAW),
+    Mutant(
+        "flow/draw.py",
+        "=moving and moving[rows]",
+        "=moving and moving[: len(mine)]",
+        "all ranks spare the first one's rows",
+        DRAW,
+    ),
     Mutant("types.py", "v_t=v_s, moving=None,", "v_t=v_s,", "rows at another time are taken to rest", DRAW),
     Mutant(
         "autodiff/rule/algebra.py",
@@ -803,7 +809,13 @@ MUTANTS = [
         "objectives/sct.py", "clamp(EDGE, pi / 2 - EDGE)", "clamp(0, pi / 2)", "the weight at t = 0 is infinite", SCT
     ),
     Mutant("training/step.py", " / (spec.batch / dist.world())", " / spec.batch", "ranks are averaged twice", LAYOUT),
-    Mutant("training/step.py", "self.draws[here]", "self.draws[: len(self.x[here])]", "all pieces draw for the first rows", STEP),
+    Mutant(
+        "training/step.py",
+        "self.draws[here]",
+        "self.draws[: len(self.x[here])]",
+        "all pieces draw for the first rows",
+        STEP,
+    ),
     Mutant("training/step.py", "        layout.release(self.net)\n", "", "what a probe gathers stays", LAYOUT),
     Mutant("training/state.py", "reshard=True", "reshard=False", "an average's weights stay gathered", LAYOUT),
     Mutant("training/layout.py", "sync(step)", "sync(True)", "every piece is sent", COLLECTIVE),

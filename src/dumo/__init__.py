@@ -8,6 +8,7 @@ types                   the nouns that all share
 
 random, dist            random numbers by key; ranks
 progress, stop, recipes how far a work is; stopping when asked; the packaged runs
+ahead                   what a step needs, made before it
 
 io                      files, whole or not at all; pictures
 

@@ -4,7 +4,7 @@ Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
@@ -218,8 +218,9 @@ class Noised:
 
     def at(self, s: Time | float, x: Sample | None = None, z: Sample | None = None) -> "Noised":
         """The same rows at another time, where any may move; with other data, or other noise, if given."""
-        host = self.host and (torch.full_like(self.host[0], s), self.host[1]) if isinstance(s, float) else None
-        s = torch.full_like(self.t, s) if isinstance(s, float) else s
+        host = None
+        if not isinstance(s, Tensor):
+            host, s = self.host and (torch.full_like(self.host[0], s), self.host[1]), torch.full_like(self.t, s)
         x, z = self.x if x is None else x, self.z if z is None else z
         x_s, v_s = self.path.at(x, z, s)
         if self.teacher:

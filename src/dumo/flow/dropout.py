@@ -31,7 +31,6 @@ LEVELS = 1 << 16  # a probability is rounded to a multiple of 1 / LEVELS
 GOLDEN = -1640531527  # 2^32 / golden ratio as a signed number: layers are told apart by its multiples
 
 
-
 class _State(threading.local):
     """What holds in a thread, from its start."""
 

@@ -240,9 +240,7 @@ def _cut(net: nn.Module, n: int) -> nn.Module:
     return cut
 
 
-def _peak(
-    net: nn.Module, objective: Objective, b: Noised, ref: Theta, precision: Precision, *, graded: bool
-) -> Bytes:
+def _peak(net: nn.Module, objective: Objective, b: Noised, ref: Theta, precision: Precision, *, graded: bool) -> Bytes:
     """Bytes before a step and in it, on fake tensors; `graded`: the gradients are there before."""
     net, frozen = _outlines(net, ref)
     with FakeTensorMode(allow_non_fake_inputs=True):

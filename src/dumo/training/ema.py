@@ -63,7 +63,7 @@ class MovingAverage:
 
 
 def places(net: nn.Module, kind: Literal["_parameters", "_buffers"]) -> list[Place]:
-    """Where a net keeps its parameters or its buffers, in their order; one that is shared at the first of its places."""
+    """Where a net keeps its parameters or its buffers, in their order; one that is shared, once."""
     found: dict[int, Place] = {}
     for module in net.modules():
         table: dict[str, Any] = getattr(module, kind)
