@@ -21,7 +21,9 @@ def index(rows: Sequence[int], device: torch.device) -> Int[Tensor, " k"]:
 
     A list as an index would be sent anew, and waited for, by every operation.
     """
-    return _index(tuple(rows), device) if device.type == "cuda" else torch.tensor(rows, device=device, dtype=torch.long)
+    if device.type == "cuda" and not torch.compiler.is_compiling():
+        return _index(tuple(rows), device)
+    return torch.tensor(rows, device=device, dtype=torch.long)
 
 
 @lru_cache(maxsize=64)
