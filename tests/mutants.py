@@ -155,7 +155,7 @@ MUTANTS = [
     Mutant("objectives/meanflow.py", "if self.power:", "if not self.power:", "a bias is let in", UNBIASED),
     Mutant("flow/draw.py", 'step, "coin"', 'step, "kept"', "the coin knows of the label", DRAW),
     Mutant(
-        "flow/draw.py", '"z", rows=rows', '"z", rows=range(len(x))', "all ranks have the first one's noise", CONTRACT
+        "flow/draw.py", '"z", rows=mine', '"z", rows=range(len(mine))', "all ranks have the first one's noise", CONTRACT
     ),
     Mutant("flow/law.py", "keyed(*key, rows=rows", "keyed(*key, rows=range(batch)", "a rank draws for all", CONTRACT),
     Mutant(
@@ -167,8 +167,14 @@ MUTANTS = [
     Mutant("data/album.py", '"augment"))[rows]', '"augment"))[: len(mine)]', "others are augmented", SHARE),
     Mutant("data/augment.py", "arange(b).split(1)", "arange(b).split(4)", "images are rounded with others", SHARE),
     Mutant("data/latents.py", "rows=range(batch)[rows]), c", "rows=range(len(c))), c", "posteriors are shared", SHARE),
-    Mutant("flow/draw.py", "moving[mine]", "moving[: len(x)]", "all ranks spare the first one's rows", DRAW),
-    Mutant("types.py", "v_t=v_s, moving=None)", "v_t=v_s)", "rows at another time are taken to rest", DRAW),
+    Mutant(
+        "flow/draw.py",
+        "=moving and moving[rows]",
+        "=moving and moving[: len(mine)]",
+        "all ranks spare the first one's rows",
+        DRAW,
+    ),
+    Mutant("types.py", "v_t=v_s, moving=None,", "v_t=v_s,", "rows at another time are taken to rest", DRAW),
     Mutant(
         "autodiff/rule/algebra.py",
         "product(da, b) + product(a, db)",
@@ -646,7 +652,7 @@ MUTANTS = [
     ),
     Mutant(
         "objectives/part.py",
-        ".where(lift(some.r < some.t, one), m_star[place])",
+        ".where(lift(some.r < some.t, one), m_star[i])",
         "",
         "rows without a step teach themselves",
         SEVERAL,
@@ -807,7 +813,13 @@ MUTANTS = [
         "objectives/sct.py", "clamp(EDGE, pi / 2 - EDGE)", "clamp(0, pi / 2)", "the weight at t = 0 is infinite", SCT
     ),
     Mutant("training/step.py", " / (spec.batch / dist.world())", " / spec.batch", "ranks are averaged twice", LAYOUT),
-    Mutant("training/step.py", "first=rows.start", "first=0", "all pieces draw for the first rows", STEP),
+    Mutant(
+        "training/step.py",
+        "self.draws[here]",
+        "self.draws[: len(self.x[here])]",
+        "all pieces draw for the first rows",
+        STEP,
+    ),
     Mutant("training/step.py", "        layout.release(self.net)\n", "", "what a probe gathers stays", LAYOUT),
     Mutant("training/state.py", "reshard=True", "reshard=False", "an average's weights stay gathered", LAYOUT),
     Mutant("training/layout.py", "sync(step)", "sync(True)", "every piece is sent", COLLECTIVE),

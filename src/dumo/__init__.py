@@ -2,6 +2,8 @@
 
 The rooms, from the ground up; each imports only what stands above it in this list, and none of its own paragraph:
 
+place                   rows by place, and their way to a device
+
 types                   the nouns that all share
 
 stop                    stopping when asked
@@ -10,6 +12,7 @@ peer                    the other processes of a run
 
 random, dist            random numbers by key; ranks
 progress, recipes       how far a work is; the packaged runs
+ahead                   what a step needs, made before it
 
 io                      files, whole or not at all; pictures
 

@@ -32,6 +32,7 @@ FIELDS = [
     ("train.precision=fp16", ("train.precision", "'bf16'")),
     ("train.compile=all", ("train.compile", "'all'", "'blocks'")),
     ("objective.slope.kind=central; train.precision=bf16", ("central", "fp32", "dual")),
+    ("objective.slope.kind=central; train.precision=tf32", ("central", "fp32", "not tf32", "dual")),
     ("objective.slope.kind=central; net.time_scale=20", ("central", "h * time_scale", "0.0025", "dual")),
     ("net.patch=3", ("net.patch 3", "8")),
     ("net.width=98", ("net.width", "multiple of 4")),

@@ -13,20 +13,21 @@ from typing import Any
 import torch
 
 from dumo import dist, stop
+from dumo.ahead import BATCHES, Ahead
 from dumo.bench.training import PEAKS
 from dumo.config.change import override
 from dumo.config.load import FILE, load, parse
 from dumo.config.spec import Run
 from dumo.data import Data, Latents
-from dumo.data.ahead import DEPTH, Ahead
 from dumo.data.album import Album
 from dumo.data.source import Source
 from dumo.io.path import user_path
+from dumo.place import sent
 from dumo.preflight import cost, machine
 from dumo.progress import Bar, Tick, no_bar
 from dumo.types import Spec, UserError
 
-WARM = DEPTH + 1  # batches before the first that counts
+WARM = BATCHES + 1  # batches before the first that counts
 SHARE_OF_PEAK = 0.4  # that a step is expected to reach: ours. Larger nets reach more, so it errs to the safe side
 
 
@@ -110,10 +111,11 @@ def measure(
 def speed(source: Source, batch: int, steps: range, device: torch.device, tick: Tick) -> float:
     """Images per second over these steps, the first `WARM` of them not counted."""
     began = 0.0
-    with Ahead(lambda step: source.batch(step, batch, 0), device, last=steps.stop + DEPTH) as take:
+    with Ahead(lambda step: source.batch(step, batch, 0), last=steps.stop + BATCHES, depth=BATCHES) as take:
         for step in steps:
             stop.check()
-            take(step)
+            for part in take(step):
+                sent(part, device)
             if step == steps[WARM - 1]:
                 began = machine.now(device)
             tick(step + 1, "")

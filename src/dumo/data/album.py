@@ -83,11 +83,7 @@ class Album:
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Order:
         """Their numbers in the store; of an image that cannot be read, its own."""
-        return self.places[rows_of(step, batch, size=self.size, seed=seed, rows=rows)]
-
-    def fingerprint(self) -> str | None:
-        """None: it is not known."""
-        return None
+        return self.numbered(rows_of(step, batch, size=self.size, seed=seed, rows=rows))
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """Every row, where all are in memory; else n of them, the i-th choice. Not mirrored."""

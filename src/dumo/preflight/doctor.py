@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dumo import dist
 from dumo.config.spec import Run
+from dumo.flow.precision import using
 from dumo.io.json import finite
 from dumo.preflight.machine import Finding, look
 from dumo.random import stream
@@ -102,7 +103,7 @@ def _compare(run: Run, net: nn.Module, device: torch.device, *, rows: int, weigh
     exact = _exact(net, x, w, c, **inputs)
     errors: list[Tensor] = []
     for toward in (w, None):
-        with torch.autocast(device.type, torch.bfloat16, enabled=run.train.precision == "bf16"):
+        with using(run.train.precision, device.type):
             _, along = slope(net, ref, x, c, toward=toward, **inputs)
             with torch.no_grad():
                 found = along(w)

@@ -11,12 +11,16 @@ from pathlib import Path
 import torch
 
 from dumo import dist
+from dumo.ahead import BATCHES, Ahead
 from dumo.config.advice import advice
 from dumo.config.check import check_pieces
 from dumo.config.spec import Run
-from dumo.data.ahead import Ahead
 from dumo.data.source import Source
 from dumo.data.store import some
+from dumo.flow.draw import Draws
+from dumo.flow.overhear import exchanged
+from dumo.flow.slope import CentralSlope, DualSlope
+from dumo.place import pinned, sent
 from dumo.preflight import cost, doctor
 from dumo.progress import Bar, no_bar
 from dumo.run import deviation, teacher
@@ -26,7 +30,7 @@ from dumo.run.journal import Journal, way_back
 from dumo.training import agreement, loop
 from dumo.training.cut import share_of, span
 from dumo.training.state import Diverged, State
-from dumo.training.step import Batch, Task, pieces
+from dumo.training.step import Batch, Task, draws_of, pieces
 from dumo.types import UserError
 
 
@@ -89,20 +93,41 @@ def go_on(
 
     rows = span(pieces(run.train, run.objective))
 
-    def batch(step: int) -> Batch:
-        return source.batch(step, run.train.batch, run.train.seed, rows)
+    def made(step: int) -> Batch:
+        parts = source.batch(step, run.train.batch, run.train.seed, rows)
+        return [pinned(part) for part in parts] if here.type == "cuda" else parts
 
     journal = Journal(run, folder, here, source, tell)
     journal.open(state)
     task = Task(run.objective, run.path, run.data.classes, known and known.velocity)
     try:
-        with Ahead(batch, here, last=run.train.steps) as batches, bar(f"training {folder.name}", run.train.steps) as tick:
+        with (
+            Ahead(made, last=run.train.steps, depth=BATCHES) as batches,
+            Ahead(drawing(run, task, here), last=run.train.steps) as draws,
+            bar(f"training {folder.name}", run.train.steps) as tick,
+        ):
             tick(state.step, "")
             show = loop.Every(1, lambda state, record: tick(state.step, f"loss {record.loss:.4f}"))
-            loop.train(state, task, batches, run.train, (show, *journal.hooks), journal.due)
+            hooks = (show, *journal.hooks)
+
+            def there(step: int) -> Batch:
+                return [sent(part, here) for part in batches(step)]
+
+            loop.train(state, task, there, run.train, hooks, journal.due, draws)
     except Diverged as error:
         raise Diverged(f"{error} {agreement.main(lambda: way_back(run, folder, state.step - state.skips))}") from error
     return state
+
+
+def drawing(run: Run, task: Task, here: torch.device) -> Callable[[int], Draws]:
+    """What a step draws, by its number; on its way to a GPU in pinned memory. A teacher's pairs bring their noise."""
+    own = run.teacher is None or task.teacher is not None
+
+    def draws(step: int) -> Draws:
+        made = draws_of(task, run.train, step, run.data.shape, z=own)
+        return made.pinned() if here.type == "cuda" else made
+
+    return draws
 
 
 def opened(run: Run) -> Source:
@@ -121,13 +146,27 @@ def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.dev
     names = f": {some(run.class_names)}" if run.class_names else ""
     classes = f" in {run.data.classes} classes{names}" if run.data.classes else ""
     units = cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
+    less = by_dual(run)
+    hint = f"; objective.slope.kind=dual takes {less:.2f} F, is exact and may run in bf16" if less else ""
     return (
         f"training {folder} on {where(run, here)}: "
         f"data {run.data.kind} ({many}{classes}), "
         f"net {run.net.kind} ({sum(p.numel() for p in net.parameters()):,} parameters), "
-        f"{units:.2f} F a step (1 F: one forward pass), "
+        f"{units:.2f} F a step (1 F: one forward pass{hint}), "
         f"steps {step:,} to {run.train.steps:,} of {run.train.batch:,} {what}"
     )
+
+
+def by_dual(run: Run) -> float | None:
+    """What a step would cost with the slope that rides, in F; None where it is no difference that is taken."""
+    slope = run.objective.needs.slope
+    if not (isinstance(slope, CentralSlope) and run.objective.needs.derives):
+        return None
+    other = exchanged(run.objective, slope, DualSlope())
+    try:
+        return cost.forward_units(run.outline(), other, run.path, run.data.shape, ref=run.train.ref)
+    except UserError:  # a net of which an operation has no rule
+        return None
 
 
 def where(run: Run, here: torch.device) -> str:

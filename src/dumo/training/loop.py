@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from dumo import dist
+from dumo.flow.draw import Draws
+from dumo.flow.precision import products
 from dumo.stop import Stopped
 from dumo.training.compile import compiled
 from dumo.training.record import Record, Skipped
@@ -31,24 +33,28 @@ def train(
     spec: Train,
     hooks: Sequence[Every] = (),
     due: Callable[[], bool] = lambda: False,
+    draws: Callable[[int], Draws] | None = None,
 ) -> None:
     """Train `state` in place until `spec.steps` steps are done, from wherever it stands.
 
-    `batches(step)` is this rank's rows of a step's batch, on the device of the net; `due` what `train_step` is told.
-    Raises Diverged after the hooks of the last of `spec.max_skips` steps in a row that were skipped, Stopped after
-    those of a step by which a rank was asked to stop, if there are more to do, and else as `train_step` does.
+    `batches(step)` is this rank's rows of a step's batch, on the device of the net; `draws(step)` the numbers that it
+    draws for them, as `draws_of` gives them (None: each step draws its own); `due` what `train_step` is told. Raises
+    Diverged after the hooks of the last of `spec.max_skips` steps in a row that were skipped, Stopped after those of a
+    step by which a rank was asked to stop, if there are more to do, and else as `train_step` does.
     """
     loss = compiled(state.net, task.objective, spec.compile)
-    while state.step < spec.steps:
-        record = train_step(state, task, batches(state.step), spec, loss, due=due())
-        dist.settled()
-        for hook in hooks:
-            if state.step % hook.n == 0:
-                hook.f(state, record)
-        if record.skipped and state.skips >= spec.max_skips:
-            raise Diverged(told(record.step, record.skipped, state.skips))
-        if record.asked is not None and state.step < spec.steps:
-            raise Stopped(record.asked)
+    with products(spec.precision, next(state.net.parameters()).device.type):
+        while state.step < spec.steps:
+            now = state.step
+            record = train_step(state, task, batches(now), spec, loss, draws and draws(now), due=due())
+            dist.settled()
+            for hook in hooks:
+                if state.step % hook.n == 0:
+                    hook.f(state, record)
+            if record.skipped and state.skips >= spec.max_skips:
+                raise Diverged(told(record.step, record.skipped, state.skips))
+            if record.asked is not None and state.step < spec.steps:
+                raise Stopped(record.asked)
 
 
 def told(step: int, skipped: Skipped, count: int) -> str:

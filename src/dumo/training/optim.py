@@ -24,6 +24,7 @@ class Adaptive(Spec, Generic[Kind]):
     """A step per parameter, of two moments of its gradient. The defaults are the paper's (Sec. 4.1); eps is torch's."""
 
     of: ClassVar[type[torch.optim.Adam | torch.optim.RAdam]]
+    fuses: ClassVar[bool] = True  # whether torch has it in one kernel
     kind: Kind
     lr: LearningRate = Field(default=1e-4, json_schema_extra=CHANGES)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
@@ -31,8 +32,10 @@ class Adaptive(Spec, Generic[Kind]):
     eps: LearningRate = 1e-8
 
     def __call__(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer of these parameters."""
-        return self.of(params, self.lr, self.betas, self.eps, self.weight_decay)
+        """The optimizer of these parameters: on a GPU in one kernel, which rounds in another order than a CPU's."""
+        params = list(params)
+        fused = {"fused": True} if self.fuses and all(p.is_cuda for p in params) else {}
+        return self.of(params, self.lr, self.betas, self.eps, self.weight_decay, **fused)
 
 
 class AdamW(Adaptive[Literal["adamw"]]):
@@ -53,6 +56,7 @@ class RAdam(Adaptive[Literal["radam"]]):
     """Adam with a rectified first phase (arXiv 1908.03265); weight decay as in `Adam`."""
 
     of = torch.optim.RAdam
+    fuses = False
     kind: Literal["radam"] = "radam"
 
 

@@ -4,11 +4,11 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, model_validator
 
+from dumo.flow.precision import Precision
 from dumo.training.ema import Ema
 from dumo.training.optim import AdamW, Constant, Optimizer, Schedule
 from dumo.types import CHANGES, FREE, Spec
 
-Precision = Literal["fp32", "bf16"]
 Compile = Literal["none", "blocks", "loss"]
 
 
@@ -31,7 +31,8 @@ class Train(Spec):
     # Largest norm of the gradient; None: no clipping, as the paper.
     clip: float | None = Field(default=None, gt=0, json_schema_extra=CHANGES)
     compile: Compile = Field(default="none", json_schema_extra=FREE)  # changes rounding
-    # bf16: autocast of the loss; weights, optimizer and averages stay as they are
+    # tf32: on a GPU the factors of products are rounded; bf16: autocast of the loss. Weights, optimizer and averages
+    # stay fp32.
     precision: Precision = Field(default="fp32", json_schema_extra=CHANGES)
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=50, ge=1, json_schema_extra=FREE)  # steps

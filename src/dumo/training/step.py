@@ -18,8 +18,10 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dumo import dist
 from dumo.flow import dropout
-from dumo.flow.draw import draw
+from dumo.flow.draw import Draws, drawn, noised
+from dumo.flow.precision import autocast
 from dumo.flow.reading import reading
+from dumo.place import sent
 from dumo.training import layout
 from dumo.training.cut import passes, span
 from dumo.training.probe import Probe, ask
@@ -44,16 +46,23 @@ class Task:
 
 
 def train_step(
-    state: State, task: Task, batch: Batch, spec: Train, loss: Loss | None = None, *, due: bool = False
+    state: State,
+    task: Task,
+    batch: Batch,
+    spec: Train,
+    loss: Loss | None = None,
+    draws: Draws | None = None,
+    *,
+    due: bool = False,
 ) -> Record:
     """Make one step: update net, optimizer, averages and counters of `state`, and say what was measured.
 
-    `batch` is this rank's rows of the global one; `loss` the objective's, compiled, or None for as it is. Where the
-    spec says so, the last piece is probed after the update. Every rank must call it; on rank 0 `due` says that it is
-    time for a checkpoint, of which the record tells all. Where the loss or the norm of its gradient is not finite, the
+    `batch` is this rank's rows of the global one; `loss` the objective's, compiled, or None for as it is; `draws` what
+    `draws_of` gives for this step, or None to draw it here. Where the spec says so, the last piece is probed after the
+    update. Every rank must call it; on rank 0 `due` says that it is time for a checkpoint, of which the record tells all. Where the loss or the norm of its gradient is not finite, the
     step is counted and not applied, and the record says why. Raises UserError if `spec.ref` is no average of the state.
     """
-    mine = Pieces(state, task, batch, spec, loss or task.objective.loss)
+    mine = Pieces(state, task, batch, spec, loss or task.objective.loss, draws)
     times: list[Time] = []
     seen: list[Terms] = []
     state.net.train()
@@ -81,8 +90,12 @@ def train_step(
 class Pieces:
     """A rank's part of a step's batch, in the pieces that it is taken in; keyed by the step at which it was made."""
 
-    def __init__(self, state: State, task: Task, batch: Batch, spec: Train, loss: Loss) -> None:
-        """Draw nothing yet. Raises ValueError where the rows are not those of this rank."""
+    def __init__(
+        self, state: State, task: Task, batch: Batch, spec: Train, loss: Loss, draws: Draws | None = None
+    ) -> None:
+        """Take the numbers that were drawn for the step, or draw them. Raises ValueError where rows are not those of
+        this rank.
+        """
         self.cuts = pieces(spec, task.objective)
         all_rows = span(self.cuts)
         self.first = all_rows.start
@@ -91,21 +104,25 @@ class Pieces:
         if len(self.x) != (mine := all_rows.stop - self.first):
             raise ValueError(f"here are {len(self.x)} rows, and {mine} of a batch of {spec.batch} are this rank's")
         self.net, self.loss, self.task = state.net, loss, task
-        keyed = {"seed": spec.seed, "step": state.step, "batch": spec.batch}
-        self.noised = partial(draw, task.objective, task.path, **keyed, progress=state.step / spec.steps)
-        self.autocast = partial(torch.autocast, self.x.device.type, torch.bfloat16, enabled=spec.precision == "bf16")
-        self.keys = dropout.keys(spec.seed, state.step, spec.batch)
+        self.draws = draws or draws_of(task, spec, state.step, self.x.shape[1:], z=self.z is None)
+        self.keys = sent(self.draws.keys, self.x.device)
+        self.noised = partial(noised, path=task.path, progress=state.step / spec.steps, teacher=task.teacher)
+        self.autocast = partial(autocast, spec.precision, self.x.device.type)
         self.ref = reference(state, spec.ref)
+
+    def here(self, rows: slice) -> slice:
+        """Rows of the global batch, counted from this rank's first."""
+        return slice(rows.start - self.first, rows.stop - self.first)
 
     def draw(self, rows: slice) -> Noised:
         """The record of these rows of the global batch."""
-        here, task = slice(rows.start - self.first, rows.stop - self.first), self.task
+        here = self.here(rows)
         z = None if self.z is None else self.z[here]
-        return self.noised(self.x[here], self.c[here], task.classes, first=rows.start, z=z, teacher=task.teacher)
+        return self.noised(self.draws[here], x=self.x[here], c=self.c[here], null=self.task.classes, z=z)
 
     def loss_of(self, b: Noised, rows: slice) -> Terms:
         """The loss of these rows, in the run's precision and under their dropout masks."""
-        with self.autocast(), dropout.using(self.keys[rows].to(self.x.device)):
+        with self.autocast(), dropout.using(self.keys[self.here(rows)]):
             return self.loss(self.net, self.ref, b)
 
     def probe(self, parts: Iterable[str]) -> Probe | None:
@@ -115,6 +132,12 @@ class Pieces:
         found = ask(self.net, reads, parts, b, lambda: self.loss_of(b, rows))
         layout.release(self.net)
         return found
+
+
+def draws_of(task: Task, spec: Train, step: int, shape: Sequence[int], *, z: bool = True) -> Draws:
+    """What this rank draws for the step that follows `step` done ones, for samples of this shape: nothing but that."""
+    rows = span(pieces(spec, task.objective))
+    return drawn(task.objective, shape, seed=spec.seed, step=step, batch=spec.batch, rows=rows, z=z)
 
 
 def reference(state: State, choice: Literal["self"] | float) -> Frozen:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dumo.ahead import BATCHES
 from dumo.bench import data
-from dumo.data.ahead import DEPTH
 from dumo.progress import no_bar
 from dumo.types import UserError
 from e2e.shell import call, refused, sets
@@ -45,8 +45,8 @@ def test_few_batches_live_at_a_time() -> None:
     source = Huge()
     steps = range(100, 100 + data.WARM + 50)
     assert data.speed(source, 4, steps, CPU, lambda done, note: None) > 0
-    assert source.most <= DEPTH + 2  # ahead, and in the hand of who takes them
-    assert set(steps) <= set(source.made) <= set(range(100, steps.stop + DEPTH))
+    assert source.most <= BATCHES + 2  # ahead, and in the hand of who takes them
+    assert set(steps) <= set(source.made) <= set(range(100, steps.stop + BATCHES))
     assert len(source.made) == len(set(source.made))
 
 

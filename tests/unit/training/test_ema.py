@@ -57,3 +57,21 @@ def test_a_copy_without_gradients() -> None:
     assert all(p.requires_grad for p in net.parameters())
     assert not average.module.training
     assert net.training
+
+
+def test_a_parameter_that_is_put_in_the_place_of_another_is_averaged() -> None:
+    """As sharding does it, and loading; a parameter in two places is averaged once."""
+    net = Small()
+    net.register_module("same", net.last)
+    average = MovingAverage(Ema(decay=0.5, ramp=False), net)
+    average.update(net, 1)
+    before = average.module.get_parameter("last.weight").detach().clone()
+    net.last.weight = nn.Parameter(before + 1)
+    average.module.get_submodule("last").register_parameter("weight", nn.Parameter(before + 3, requires_grad=False))
+    average.update(net, 2)
+    assert torch.equal(average.module.get_parameter("last.weight"), before + 2)
+    other = Small(seed=1)
+    average = MovingAverage(Ema(decay=0.5, ramp=False), net := Small())
+    average.update(net, 1)
+    average.update(other, 2)
+    assert torch.equal(average.module.get_parameter("first.bias"), net.first.bias.lerp(other.first.bias, 0.5))

@@ -1,23 +1,28 @@
 """A run is a function of its spec: stopped and resumed from disk, it is the same run."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
+from contract.drawn import counting
 from dumo import stop
 from dumo.flow.path import Linear
+from dumo.training import loop
 from dumo.training.checkpoint import latest, restore, save
+from dumo.training.compile import compiled
 from dumo.training.ema import Ema
 from dumo.training.loop import Every, train
 from dumo.training.optim import Adam, AdamW, Cosine
 from dumo.training.record import Record
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State, begin
-from dumo.training.step import Task, reference
+from dumo.training.step import Task, draws_of, reference
 from dumo.types import Cond, Frozen, Net, Noised, Sample, Terms, UserError
 from unit.training.toy import AVERAGES, CLASSES, OPTIMIZERS, TASK, Small, Toy, batches, run, same, tensors, trained
 
@@ -163,6 +168,44 @@ def test_every_step_has_its_batch() -> None:
 
     train(trained(Train(steps=2, batch=12, ema=AVERAGES)), TASK, of, spec)
     assert asked == [2, 3, 4]
+
+
+def test_what_is_drawn_ahead_is_what_a_step_draws_and_nothing_is_drawn_twice() -> None:
+    """Of a batch in pieces, with a probe: the noise of each row once a step, whoever draws it."""
+    spec = Train(steps=3, batch=12, micro_batch=4, ema=(), probe_every=1)
+    own, given = (begin(Small(), spec) for _ in range(2))
+    with counting() as drawn:
+        run(own, spec)
+    assert drawn.rows == 3 * list(range(12))
+    made, data = ([f(step) for step in range(3)] for f in (lambda k: draws_of(TASK, spec, k, (2,)), batches(12)))
+    with counting() as drawn:
+        train(given, TASK, data.__getitem__, spec, draws=made.__getitem__)
+    assert (drawn.rows, drawn.scalars) == ([], 0)
+    assert same(tensors(own), tensors(given))
+
+
+def test_a_run_is_in_its_precision_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[tuple[str, str]] = []
+
+    @contextmanager
+    def noted(*given: str) -> Generator[None]:
+        inside.append(given)
+        yield
+        inside.clear()
+
+    monkeypatch.setattr(loop, "products", noted)
+    spec, seen = Train(steps=2, batch=4, precision="tf32"), list[int]()
+    run(begin(Small(), spec), spec, hooks=[Every(1, lambda *_: seen.append(len(inside)))])
+    assert seen == [1, 1]  # the backward pass and the hooks, too
+    assert inside == []
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    for choice in ("blocks", "loss"):
+        with pytest.raises(UserError, match=f"{choice} needs a C\\+\\+ compiler.*train.compile=none"):
+            compiled(nn.Linear(1, 1), Toy(), choice)
+    assert compiled(nn.Linear(1, 1), (toy := Toy()), "none") == toy.loss
 
 
 def test_the_first_average_is_shown() -> None:
