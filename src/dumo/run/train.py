@@ -1,7 +1,7 @@
 """Train a run: where data, net, objective and folder meet.
 
-A run is a folder: run.yaml (complete), data.json, metrics.jsonl, checkpoints/, milestones/, grids/, samples/,
-evaluation.json, report.html with its pictures in report/.
+A run is a folder: run.yaml (complete), data.json, metrics.jsonl, speed.jsonl, checkpoints/, milestones/, sheets/,
+grids/, samples/, evaluation.json, report.html with its pictures in report/.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,11 @@ from dumo.config.spec import Run
 from dumo.data.source import Source
 from dumo.data.store import some
 from dumo.preflight import cost, doctor
-from dumo.progress import Bar, no_bar
+from dumo.progress import Bar, no_bar, say
 from dumo.run import deviation, teacher
 from dumo.run.folder import begin, held, note
+from dumo.run.sheet import Sheets
+from dumo.run.speed import Meter
 from dumo.training import agreement, checkpoint, layout, log, loop
 from dumo.training.cut import share_of, span
 from dumo.training.state import State
@@ -57,6 +59,7 @@ def go_on(run: Run, folder: Path, here: torch.device, bar: Bar, tell: Callable[[
     source = opened(run)
     doctor.examine(run, here).require()
     known = agreement.own(lambda: run.teacher and teacher.opened(run.teacher, run, here))
+    meter, sheets = Meter(run, folder, here), Sheets(run, folder, tell or say)
     state = begin(run, folder, here)
     if tell:
         tell(outlook(run, folder, source.size, state.step, here))
@@ -82,8 +85,9 @@ def go_on(run: Run, folder: Path, here: torch.device, bar: Bar, tell: Callable[[
     task = Task(run.objective, run.path, run.data.classes, known and known.velocity)
     with bar(f"training {folder.name}", run.train.steps) as tick:
         tick(state.step, "")
-        show = loop.Every(1, lambda state, record: tick(state.step, f"loss {record.loss:.4f}"))
-        loop.train(state, task, batches, run.train, (show, *journal.hooks))
+        meter.begin(state.step)
+        show = loop.Every(1, lambda state, record: tick(state.step, meter.note(state, record)))
+        loop.train(state, task, batches, run.train, (show, *journal.hooks, loop.Every(1, sheets.draw)))
     return state
 
 
