@@ -14,11 +14,11 @@ from dumo.config.load import parse
 from dumo.config.spec import Run
 from dumo.preflight import cluster, plan
 from dumo.preflight.plan import most_rows
+from dumo.progress import sized
 from dumo.training.cut import share_of
 from dumo.types import UserError
 
 FEWEST = 8  # rows at a time: fewer leave a GPU idle. Ours
-GIB = 2**30
 Fields = dict[str, Any]  # dotted fields and their values
 
 
@@ -35,7 +35,7 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
             tried[name], more = at_least(run, ranks, held), "more than "
             if tried[name] <= limit:
                 tried[name], more = sum(cluster.counted(run, ranks).memory.values()), ""
-            tell(f"{name}: {more}{tried[name] / GIB:.1f} GiB")
+            tell(f"{name}: {more}{sized(tried[name], 1024)}")
         return tried[name] <= limit
 
     for layout in layouts(spec, ranks):
@@ -46,8 +46,8 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
             return next(fields for fields in others if fits(fields))
     name = min(tried, key=lambda name: tried[name])
     raise UserError(
-        f"no layout keeps within {limit / GIB:.1f} GiB on each of {ranks} rank{'s' if ranks > 1 else ''}: the least is "
-        f"{tried[name] / GIB:.1f} GiB, {name}. Take more ranks, larger GPUs, or a smaller net"
+        f"no layout keeps within {sized(limit, 1024)} on each of {ranks} rank{'s' if ranks > 1 else ''}: the least is "
+        f"{sized(tried[name], 1024)} or more, {name}. Take more ranks, larger GPUs, or a smaller net"
     )
 
 

@@ -3,8 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from dumo.progress import number, sized
+
 GB = 1e9
-GIB = 2**30
 Line = tuple[str, str]  # what, and how much
 
 
@@ -38,19 +39,17 @@ def ranked(plan: Mapping[str, Any], keep: int) -> Iterator[Line]:
     passes = "" if plan["passes"] == 1 else f", in {plan['passes']} passes a step"
     yield "ranks", "1" if ranks == 1 else f"{ranks}, {lie}{back}"
     memory = plan["memory"]
-    parts = ", ".join(f"{name} {size / GIB:.2f}" for name, size in memory.items() if size and name != "peak")
-    yield "each holds", f"{memory['peak'] / GIB:.2f} GiB at most, {rows}{passes}: {parts}"
-    sent = (f"{name} {one['bytes'] / GB:.2f} GB in {one['calls']} calls" for name, one in plan["sent"].items())
+    parts = ", ".join(f"{name} {sized(size, 1024)}" for name, size in memory.items() if size and name != "peak")
+    yield "each holds", f"{sized(memory['peak'], 1024)} at most, {rows}{passes}: {parts}"
+    sent = (f"{name} {sized(one['bytes'])} in {one['calls']} calls" for name, one in plan["sent"].items())
     yield "each step sends", ", ".join(sent) or "nothing"
     size = plan["checkpoint"]
-    yield "checkpoints", f"{size['bytes'] / GB:.2f} GB each; {size['most'] / GB:.2f} GB of {keep} and one being written"
+    yield "checkpoints", f"{sized(size['bytes'])} each; {sized(size['most'])} for {keep} and one being written"
     each = f"{number(plan['flops'] / 1e15)} PFLOP, two to a multiply-add, at {plan['units']:.2f} F a step"
     yield "work", each + ("" if plan["hours"] else "; hours need --tflops, what a GPU makes of its peak")
     if plan["hours"]:
-        yield (
-            "hours",
-            f"{number(plan['hours'])} on {ranks} GPU{'s' * (ranks > 1)} of {number(plan['tflops'])} TFLOP/s each",
-        )
+        gpus = "1 GPU" if ranks == 1 else f"{ranks} GPUs, each"
+        yield "hours", f"{number(plan['hours'])} on {gpus} of {number(plan['tflops'])} TFLOP/s"
 
 
 def rehearsed(step: Mapping[str, Any], batch: int) -> Iterator[Line]:
@@ -65,11 +64,6 @@ def rehearsed(step: Mapping[str, Any], batch: int) -> Iterator[Line]:
     yield "a batch", f"{number(step['step_seconds'])} s for {batch:,}: {number(step['images_per_second'])} images/s"
     off = f"; for a better guess take a multiple of {step['whole']} rows" if step["rows"] % step["whole"] else ""
     yield "the run", f"{number(step['hours'])} hours on this device alone{off}"
-
-
-def number(value: float) -> str:
-    """Three digits, or all before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def shapes(named: Mapping[str, list[int]]) -> str:

@@ -20,8 +20,9 @@ from dumo.progress import number, sized
 from dumo.training import log
 from dumo.training.state import State
 from dumo.training.step import Record
+from dumo.types import UserError
 
-FILE = "speed.jsonl"
+FILE, LOG = "speed.jsonl", "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,13 @@ def flops(run: Run) -> float:
     return units * cost.forward_flops(net, run.objective, shape)
 
 
-def read(folder: Path) -> dict[int, log.Row]:
-    """The last row of each step; none where there is no file. Raises UserError as `log.read_log`."""
-    return {row["step"]: row for row in log.read_log(folder / FILE)}
+def logged(folder: Path) -> list[log.Row]:
+    """The rows of a run's log, each with its `speed` where that was measured: the last row of its step in speed.jsonl.
+
+    Raises UserError where there is no log, and as `log.read_log`.
+    """
+    file = folder / LOG
+    if not file.is_file():
+        raise UserError(f"{folder} has no {LOG}: give a run's folder, such as runs/digits, once it has trained a while")
+    speeds = {row.pop("step"): row for row in log.read_log(folder / FILE)}
+    return [row | ({"speed": speeds[row["step"]]} if row["step"] in speeds else {}) for row in log.read_log(file)]
