@@ -133,9 +133,10 @@ def dry(
     """
     from dumo.preflight import plan, rehearsal, table
 
+    limit = size(fit) if fit else None
     spec = advised(source, [*(set_ or []), *([f"train.share={share}"] if share else [])])
     facts = plan.plan(spec)
-    many = plan_ranks(spec, ranks or 1, fit, tflops, device) if any((ranks, share, fit, tflops)) else None
+    many = plan_ranks(spec, ranks or 1, limit, tflops, device) if any((ranks, share, fit, tflops)) else None
     if not as_json:
         told = [*table.ranked(many, spec.train.keep), *set_lines(many["fields"])] if many else []
         show_lines([*table.lines(facts, alone=not many), *unknown_classes(spec), *told])
@@ -146,18 +147,17 @@ def dry(
         show_lines(table.rehearsed(step, spec.train.batch))
 
 
-def plan_ranks(spec: "Run", ranks: int, fit: str | None, tflops: float | None, device: str) -> dict[str, Any]:
+def plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None, device: str) -> dict[str, Any]:
     """The plan for so many ranks, in a layout that fits where that is asked; `fields` are what to set for it."""
     from dumo import dist
-    from dumo.preflight import cluster, machine
-    from dumo.preflight import fit as fitting
+    from dumo.preflight import cluster, fit, machine
 
     peak = None if tflops else machine.peak_tflops(dist.device(device))
     if peak:
         tflops = cluster.USUAL * peak
         say(f"hours: at {cluster.USUAL:.0%} of this GPU's peak, {peak:g} TFLOP/s; give --tflops if you know better")
-    fields = fitting.fit(spec, ranks, size(fit), say) if fit else {}
-    return {**cluster.cluster(fitting.changed(spec, fields), ranks, tflops), "fields": fields}
+    fields = fit.fit(spec, ranks, limit, say) if limit else {}
+    return {**cluster.cluster(fit.changed(spec, fields), ranks, tflops), "fields": fields}
 
 
 def set_lines(fields: dict[str, Any]) -> list[tuple[str, str]]:

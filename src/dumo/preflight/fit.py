@@ -27,15 +27,16 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
 
     `tell` hears of each layout that is tried. Raises UserError where none fits, or the run does not fit so many ranks.
     """
-    held, tried = plan.held(spec), dict[str, int]()
+    held, tried, counted = plan.held(spec), dict[str, int](), set[str]()
 
     def fits(fields: Fields) -> bool:
         name, run = " ".join(words(fields)) or "as it is", changed(spec, fields)
         if name not in tried:
-            tried[name], more = at_least(run, ranks, held), "more than "
+            tried[name] = at_least(run, ranks, held)
             if tried[name] <= limit:
-                tried[name], more = sum(cluster.counted(run, ranks).memory.values()), ""
-            tell(f"{name}: {more}{sized(tried[name], 1024)}")
+                counted.add(name)
+                tried[name] = sum(cluster.counted(run, ranks).memory.values())
+            tell(f"{name}: {'' if name in counted else 'more than '}{sized(tried[name], 1024)}")
         return tried[name] <= limit
 
     for layout in layouts(spec, ranks):
@@ -44,10 +45,11 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
             return first
         if others and fits(others[-1]):  # else none does
             return next(fields for fields in others if fits(fields))
-    name = min(tried, key=lambda name: tried[name])
+    name = min(counted or tried, key=lambda name: tried[name])
+    least = f"{'' if counted else 'more than '}{sized(tried[name], 1024)}, {name}"
     raise UserError(
         f"no layout keeps within {sized(limit, 1024)} on each of {ranks} rank{'s' if ranks > 1 else ''}: the least is "
-        f"{sized(tried[name], 1024)} or more, {name}. Take more ranks, larger GPUs, or a smaller net"
+        f"{least}. Take more ranks, larger GPUs, or a smaller net"
     )
 
 

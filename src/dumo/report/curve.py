@@ -6,9 +6,12 @@ Curves are pale as logged, and smoothed before it; steps that were skipped are m
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from math import isfinite
+from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -25,7 +28,12 @@ def curves(runs: Mapping[str, Sequence[Row]]) -> Figure:
     found = {name: measured(rows) for name, rows in runs.items()}
     panels = list(dict.fromkeys(panel for one in found.values() for panel in one))
     down = -(-len(panels) // ACROSS)
-    style = {"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6}
+    style: dict[Any, Any] = {
+        "font.size": 8,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.6,
+    }
     with rc_context(style):
         across = min(ACROSS, len(panels))
         figure = Figure((across * SIZE[0], down * SIZE[1]), dpi=DPI, layout="constrained")
@@ -37,7 +45,7 @@ def curves(runs: Mapping[str, Sequence[Row]]) -> Figure:
             finish(axes, panel)
         for axes in grid[len(panels) :]:
             axes.set_axis_off()
-        for (name, rows), colour in zip(runs.items(), cycle(COLOURS), strict=False):
+        for rows, colour in zip(runs.values(), cycle(COLOURS), strict=False):
             mark(grid[0], [row["step"] for row in rows if row.get("skipped")], colour)
         if len(runs) > 1:
             figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", frameon=False, ncols=ACROSS)
@@ -81,15 +89,13 @@ def mark(axes: Axes, steps: Sequence[int], colour: str) -> None:
 def finish(axes: Axes, panel: str) -> None:
     """Title and scale: by powers of ten where all is positive and some of it far from the rest."""
     axes.set(title=panel, xlabel="step")
-    shown = [value for line in axes.get_lines() for value in line.get_ydata()]
-    if panel != "learning rate" and min(shown) > 0 and max(shown) > 10 * min(shown):
+    low, high = axes.dataLim.intervaly
+    if panel != "learning rate" and 0 < 10 * low < high:
         axes.set_yscale("log")
 
 
 def picture(figure: Figure) -> Image.Image:
     """The figure as a picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    return Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

@@ -87,7 +87,8 @@ class Trackio:
 
     def __init__(self, run: Run, folder: Path, key: str) -> None:
         """Goes on with the run of this key."""
-        self.run = package("trackio").init(
+        trackio = package("trackio")
+        self.run = trackio.init(
             project=PROJECT,
             name=f"{folder.resolve().name}-{key}",
             resume="allow",
@@ -96,6 +97,7 @@ class Trackio:
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
+        trackio.context_vars.current_run.set(None)  # it would be closed where another one is opened
 
     def send(self, step: int, at: float | None, values: dict[str, float]) -> None:
         """One row."""

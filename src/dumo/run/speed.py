@@ -18,7 +18,6 @@ from dumo.preflight import cost, machine
 from dumo.preflight.rehearsal import peak
 from dumo.progress import number, sized
 from dumo.training import log
-from dumo.training.state import State
 from dumo.training.step import Record
 from dumo.types import UserError
 
@@ -58,10 +57,10 @@ class Meter:
         """The training goes on from here."""
         self.began = step, self.clock()
 
-    def note(self, state: State, record: Record) -> str:
+    def note(self, record: Record) -> str:
         """What the bar says after a step; on rank 0 a row is added where one is due."""
-        if dist.is_main() and state.step % self.train.log_every == 0:
-            self.last = self.measured(state.step)
+        if dist.is_main() and record.step % self.train.log_every == 0:
+            self.last = self.measured(record.step)
             log.append(self.path, asdict(self.last))
         loss = f"loss {record.loss:.4f}" if math.isfinite(record.loss) else "step skipped"
         return f"{loss}, {self.last}" if self.last else loss

@@ -86,7 +86,7 @@ def go_on(run: Run, folder: Path, here: torch.device, bar: Bar, tell: Callable[[
     with bar(f"training {folder.name}", run.train.steps) as tick:
         tick(state.step, "")
         meter.begin(state.step)
-        show = loop.Every(1, lambda state, record: tick(state.step, meter.note(state, record)))
+        show = loop.Every(1, lambda state, record: tick(state.step, meter.note(record)))
         loop.train(state, task, batches, run.train, (show, *journal.hooks, loop.Every(1, sheets.draw)))
     return state
 
