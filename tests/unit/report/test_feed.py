@@ -147,13 +147,13 @@ def test_tensorboard_reads_what_it_was_sent(run: Path) -> None:
 def test_the_others_keep_two_runs_on_this_machine(run: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(run, tmp_path / "other"))
     program = (
-        "import sys; from pathlib import Path; from dumo import cli\n"
+        "import sys; from pathlib import Path; from types import SimpleNamespace; from dumo import cli\n"
         "from dumo.report import feed; from dumo.training import log\n"
         "def sleep(seconds):\n"
         "    for run in sys.argv[2:4]: log.append(Path(run) / 'metrics.jsonl', {'step': 30, 'loss': 0.1})\n"
-        "    feed.time.sleep = stop\n"
+        "    feed.time = SimpleNamespace(sleep=stop)\n"
         "def stop(seconds): raise KeyboardInterrupt\n"
-        "feed.time.sleep = sleep\n"
+        "feed.time = SimpleNamespace(sleep=sleep)\n"  # trackers sleep by themselves
         "cli.main()"
     )
     env = {**os.environ, "WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONWARNINGS": "ignore"}
