@@ -51,28 +51,34 @@ def live_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=Console(markup=False, emoji=False, stderr=True)) as progress:
-        task = progress.add_task(inline(title), total=total, note="")
-        yield lambda done, note: progress.update(task, completed=done, note=inline(note))
+        task = progress.add_task(inline(title), total=total, note="", rate="")
+
+        def tick(done: int, note: str) -> None:
+            rate = progress.tasks[0].speed
+            progress.update(task, completed=done, note=inline(note), rate=f"{number(rate)}/s" if rate else "")
+
+        yield tick
 
 
 @contextmanager
 def lines(
     title: str, total: int, /, *, every: float = 60.0, clock: Callable[[], float] = time.monotonic
 ) -> Generator[Tick, None, None]:
-    """A plain line at most every so many seconds, and one at the end: units done, the note, their rate, time left."""
+    """A plain line at most every so many seconds, and one at the end: units done, their rate, the note, time left."""
     began = last = clock()
     ticks: list[tuple[float, int]] = []  # the first and the latest one: when, units done
     said = ""
 
     def show(done: int, end: str) -> None:
         rate = speed(*ticks)
-        told = (f"{title}: {done:,} of {total:,}", said, f"{number(rate)}/s" if rate else "", end)
-        say(inline(", ".join(part for part in told if part)))
+        pace = f" at {number(rate)}/s" if rate else ""
+        say(inline(", ".join(part for part in (f"{title}: {done:,} of {total:,}{pace}", said, end) if part)))
 
     def tick(done: int, note: str) -> None:
         nonlocal last, said
@@ -114,6 +120,13 @@ def speed(*ticks: tuple[float, int]) -> float:
 def number(value: float) -> str:
     """Three significant digits, or all before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def sized(size: float, base: int = 1000) -> str:
+    """Bytes with three significant digits or all before the point: 1.23 GB; of base 1024: 1.23 GiB."""
+    units = [f"{letter}{'i' if base == 1024 else ''}B" for letter in ("k" if base == 1000 else "K", *"MGTP")]
+    power = next((i for i in range(len(units)) if size < 999.5 * base ** (i + 1)), len(units) - 1)
+    return f"{number(size / base ** (power + 1))} {units[power]}"
 
 
 def say(line: str) -> None:

@@ -113,13 +113,21 @@ def test_a_killed_rank_and_a_restart_are_the_same_run(rank: int, run: Path, here
 
 @pytest.mark.slow
 def test_more_steps_on_any_number_of_ranks(run: Path, here: Path) -> None:
-    done = ended(torchrun(2, "train", "digits", "--out", "parts", *TINY, *OFTEN, *sets("train.steps=10"), cwd=here))
+    words = [*TINY, *OFTEN, *sets("train.steps=10", "train.sheets=10")]
+    done = ended(torchrun(2, "train", "digits", "--out", "parts", *words, cwd=here))
     assert done.code == 0, done
     assert ended(torchrun(2, "train", "parts", *sets("train.steps=20"), cwd=here)).code == 0
     same(here / "parts" / LAST, run / LAST)
-    done = ended(torchrun(3, "train", "parts", *sets("train.steps=24", "train.share=3"), cwd=here))
+    done = ended(torchrun(3, "train", "parts", *sets("train.steps=24", "train.share=3", "train.sheets=[24]"), cwd=here))
     assert done.code == 0, done
     assert "the weights in parts over all" in done.err
+    assert call("sample", "parts", "--nfe", "1", "--count", "64", "--out", "one").code == 0
+    assert sorted(path.name[:13] for path in (here / "parts/sheets").glob("*-nfe1.png")) == [
+        "step-00000010",
+        "step-00000024",
+    ]
+    sheet, samples = Image.open("parts/sheets/step-00000024-nfe1.png"), Image.open("one/restart-nfe1-count64.png")
+    assert max(high for _, high in ImageChops.difference(sheet, samples).getextrema()) <= 1
     done = call("train", "parts", *sets("train.steps=26"))
     assert done.code == 0, done
     assert [json.loads(line)["step"] for line in (here / "parts/metrics.jsonl").read_text().splitlines()][:2] == [

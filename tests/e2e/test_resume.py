@@ -62,7 +62,9 @@ def test_killed_run_goes_on_bit_for_bit(here: Path) -> None:
     for name in ("data.json", "metrics.jsonl", "run.yaml"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
     assert steps_saved(killed) == steps_saved(whole) == [130, 140, 150]
-    assert sorted(path.name for path in killed.iterdir()) == ["checkpoints", "data.json", "metrics.jsonl", "run.yaml"]
+    assert sorted(path.name for path in killed.iterdir()) == [
+        *("checkpoints", "data.json", "metrics.jsonl", "run.yaml", "speed.jsonl")
+    ]
 
 
 def test_more_steps_are_the_same_as_many_at_once(here: Path) -> None:
@@ -101,7 +103,7 @@ def test_a_run_without_its_checkpoints_starts_over(here: Path, trained: dict[str
     shutil.rmtree(run / "checkpoints")
     assert call("train", "run").code == 0
     for name, bits in tree(trained["digits"]).items():
-        if isinstance(bits, bytes):
+        if isinstance(bits, bytes) and name != "speed.jsonl":  # of the machine
             assert (run / name).read_bytes() == bits, name
 
 

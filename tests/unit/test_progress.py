@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from dumo.progress import Bar, bar, late, lines, no_bar, span
+from dumo.progress import Bar, bar, late, lines, no_bar, sized, span
 
 
 class Clock:
@@ -30,11 +30,11 @@ def test_a_line_a_minute_and_one_at_the_end(capsys: pytest.CaptureFixture[str]) 
             clock.now += 0.25
             tick(done, f"loss {1 / done:.4f}")
     assert capsys.readouterr().err.splitlines() == [
-        "training run: 740 of 1,500, loss 0.0014, 4/s, 3:10 left",
-        "training run: 980 of 1,500, loss 0.0010, 4/s, 2:10 left",
-        "training run: 1,220 of 1,500, loss 0.0008, 4/s, 1:10 left",
-        "training run: 1,460 of 1,500, loss 0.0007, 4/s, 0:10 left",
-        "training run: 1,500 of 1,500, loss 0.0007, 4/s, took 4:10",
+        "training run: 740 of 1,500 at 4/s, loss 0.0014, 3:10 left",
+        "training run: 980 of 1,500 at 4/s, loss 0.0010, 2:10 left",
+        "training run: 1,220 of 1,500 at 4/s, loss 0.0008, 1:10 left",
+        "training run: 1,460 of 1,500 at 4/s, loss 0.0007, 0:10 left",
+        "training run: 1,500 of 1,500 at 4/s, loss 0.0007, took 4:10",
     ]
 
 
@@ -92,3 +92,9 @@ def test_spans() -> None:
         "1:00:00",
         "25:01:01",
     ]
+
+
+def test_sizes() -> None:
+    sizes = (0, 999, 1500, 562e6, 999.6e6, 1.234e9, 5e15, 7e19)
+    assert [sized(n) for n in sizes] == ["0 kB", "0.999 kB", "1.5 kB", "562 MB", "1 GB", "1.23 GB", "5 PB", "70,000 PB"]
+    assert [sized(n, 1024) for n in (1024, 24 * 2**30)] == ["1 KiB", "24 GiB"]

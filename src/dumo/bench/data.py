@@ -14,7 +14,6 @@ import torch
 
 from dumo import dist, stop
 from dumo.ahead import BATCHES, Ahead
-from dumo.bench.training import PEAKS
 from dumo.config.change import override
 from dumo.config.load import FILE, load, parse
 from dumo.config.spec import Run
@@ -124,7 +123,7 @@ def speed(source: Source, batch: int, steps: range, device: torch.device, tick: 
 
 def counted(reading: Reading, device: torch.device) -> tuple[float | None, str | None]:
     """Seconds of the run's step at a usual share of the GPU's peak, and how they are known; None where they are not."""
-    peak = next((peak for name, peak in PEAKS.items() if name in machine.hardware(device).text), None)
+    peak = machine.peak_tflops(device)
     if (run := reading.run) is None or peak is None:
         return None, None
     net, shape = run.outline(), run.data.shape

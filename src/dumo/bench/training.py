@@ -38,7 +38,6 @@ PLAIN = "none"  # the yardstick, in the column of slopes
 SLOPES: dict[str, Any] = {slope.model_fields["kind"].default: slope for slope in get_args(get_args(Slope)[0])} | (
     {"dual-chunks": Chunked} if attention.TRITON else {}
 )
-PEAKS = {"H100": 989.0, "H200": 989.0}  # dense bf16 TFLOP/s by the GPU's name (NVIDIA's data sheets, SXM)
 COMPARED = 8  # rows, at least, on which du/dt is judged
 
 
@@ -161,7 +160,7 @@ def measure(
 
     flops = cost.forward_flops(setting.outline, run.objective, shape)
     hardware = machine.hardware(here).text
-    peak = peak_tflops or next((peak for name, peak in PEAKS.items() if name in hardware), None)
+    peak = peak_tflops or machine.peak_tflops(here)
     rows = compared(tried, seconds, run.train.batch, run.train.batch * flops / (1e12 * peak) if peak else None)
     return {
         "net": run.net.model_dump(),

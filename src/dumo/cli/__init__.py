@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dumo import __version__
-from dumo.cli import bench, data, evaluate, failure, preflight, run
+from dumo.cli import bench, data, evaluate, failure, log, preflight, run
 from dumo.cli.terminal import err, plain_warnings, rank_0_speaks, stoppable
 
 app = typer.Typer(
@@ -42,7 +42,7 @@ def options(
 COMMANDS = (
     *(preflight.recipes, preflight.show, preflight.dry, preflight.doctor),
     data.data,
-    *(run.encode, run.train, run.sample, run.grid),
+    *(run.encode, run.train, log.log, run.sample, run.grid),
     *(evaluate.evaluate, evaluate.compare, run.report, evaluate.reproduce),
 )
 for command in COMMANDS:

@@ -1,5 +1,6 @@
 """Arguments and options that several commands take."""
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,3 +50,12 @@ def numbers(option: str, text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"'{text}' is no list of whole numbers such as 1,2,4", param_hint=option) from None
+
+
+def size(text: str) -> int:
+    """'24GiB' as bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise typer.BadParameter(f"'{text}' is no size such as 24GiB or 80GB", param_hint="--fit")
+    number, letter, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(letter.upper()) + 1))

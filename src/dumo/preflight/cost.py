@@ -253,6 +253,11 @@ def _peak(net: nn.Module, objective: Objective, b: Noised, ref: Theta, precision
             return live_bytes(work)
 
 
+def blank(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> Noised:
+    """A record of so many rows with memory of its own on the CPU, and no numbers but what is fixed by place."""
+    return _empty(_draw(objective, path, rows, shape))
+
+
 def _step(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:
     """Forward, targets and backward, as in training."""
     return lambda: objective.loss(net, ref, b).loss.sum().backward()

@@ -24,6 +24,7 @@ KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 DTYPES = {"fp16": torch.float16, "fp64": torch.float64}
+PEAKS = {"H100": 989.0, "H200": 989.0}  # dense bf16 TFLOP/s by the GPU's name (NVIDIA's data sheets, SXM)
 LITTLE = 1.0  # ours: GiB of free disk that are worth a warning
 GIB = 2**30
 
@@ -72,6 +73,12 @@ def hardware(here: torch.device) -> Finding:
     blind = torch.version.cuda is not None and not torch.cuda.is_available()
     way = "torch is built for CUDA but sees no GPU: see nvidia-smi" if blind else ""
     return judged("device", f"{here}: {name}, {size / GIB:.1f} GiB", way)
+
+
+def peak_tflops(here: torch.device) -> float | None:
+    """The dense bf16 peak of a GPU that is known, in 10^12 operations a second; None of any other device."""
+    name = torch.cuda.get_device_name(here) if here.type == "cuda" else ""
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def now(here: torch.device) -> float:

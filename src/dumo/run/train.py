@@ -1,11 +1,11 @@
 """Train a run: where data, net, objective and folder meet.
 
-A run is a folder: run.yaml (complete), data.json, metrics.jsonl, checkpoints/, milestones/, grids/, samples/,
-evaluation.json, report.html with its pictures in report/.
+A run is a folder: run.yaml (complete), data.json, metrics.jsonl, speed.jsonl, checkpoints/, milestones/, sheets/,
+grids/, samples/, evaluation.json, report.html with its pictures in report/.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -27,6 +27,8 @@ from dumo.run import deviation, teacher
 from dumo.run.folder import begin, held
 from dumo.run.history import History
 from dumo.run.journal import Journal, way_back
+from dumo.run.sheet import Sheets
+from dumo.run.speed import Meter
 from dumo.training import agreement, loop
 from dumo.training.cut import share_of, span
 from dumo.training.state import Diverged, State
@@ -78,6 +80,7 @@ def go_on(
     data = opened(run)
     doctor.examine(run, here).require()
     known = agreement.own(lambda: run.teacher and teacher.opened(run.teacher, run, here))
+    meter, sheets = Meter(run, folder, here), Sheets(run, folder, tell)
     state, last = begin(run, folder, here, step)
     history = agreement.own(
         lambda: History.of(run, folder, data, state.step, last, new_data=new_data) if dist.is_main() else None
@@ -91,43 +94,40 @@ def go_on(
         tell(line)
     source = known.begin(data, run, folder, here, bar) if known else data
 
-    rows = span(pieces(run.train, run.objective))
-
-    def made(step: int) -> Batch:
-        parts = source.batch(step, run.train.batch, run.train.seed, rows)
-        return [pinned(part) for part in parts] if here.type == "cuda" else parts
-
     journal = Journal(run, folder, here, source, tell)
     journal.open(state)
     task = Task(run.objective, run.path, run.data.classes, known and known.velocity)
     try:
-        with (
-            Ahead(made, last=run.train.steps, depth=BATCHES) as batches,
-            Ahead(drawing(run, task, here), last=run.train.steps) as draws,
-            bar(f"training {folder.name}", run.train.steps) as tick,
-        ):
+        with fed(run, source, task, here) as (batches, draws), bar(f"training {folder.name}", run.train.steps) as tick:
             tick(state.step, "")
-            show = loop.Every(1, lambda state, record: tick(state.step, f"loss {record.loss:.4f}"))
-            hooks = (show, *journal.hooks)
-
-            def there(step: int) -> Batch:
-                return [sent(part, here) for part in batches(step)]
-
-            loop.train(state, task, there, run.train, hooks, journal.due, draws)
+            meter.begin(state.step)
+            show = loop.Every(1, lambda state, record: tick(state.step, meter.note(record)))
+            hooks = (show, *journal.hooks, loop.Every(1, sheets.draw))
+            loop.train(state, task, batches, run.train, hooks, journal.due, draws)
     except Diverged as error:
         raise Diverged(f"{error} {agreement.main(lambda: way_back(run, folder, state.step - state.skips))}") from error
     return state
 
 
-def drawing(run: Run, task: Task, here: torch.device) -> Callable[[int], Draws]:
-    """What a step draws, by its number; on its way to a GPU in pinned memory. A teacher's pairs bring their noise."""
-    own = run.teacher is None or task.teacher is not None
+@contextmanager
+def fed(
+    run: Run, source: Source | teacher.Coupled, task: Task, here: torch.device
+) -> Generator[tuple[Callable[[int], Batch], Callable[[int], Draws]], None, None]:
+    """A step's batch on the device, and what it draws, by its number; both made ahead, for a GPU in pinned memory."""
+    rows, gpu = span(pieces(run.train, run.objective)), here.type == "cuda"
+    own = run.teacher is None or task.teacher is not None  # a teacher's pairs bring their noise
 
-    def draws(step: int) -> Draws:
-        made = draws_of(task, run.train, step, run.data.shape, z=own)
-        return made.pinned() if here.type == "cuda" else made
+    def read(step: int) -> Batch:
+        parts = source.batch(step, run.train.batch, run.train.seed, rows)
+        return [pinned(part) for part in parts] if gpu else parts
 
-    return draws
+    def draw(step: int) -> Draws:
+        draws = draws_of(task, run.train, step, run.data.shape, z=own)
+        return draws.pinned() if gpu else draws
+
+    last = run.train.steps
+    with Ahead(read, last=last, depth=BATCHES) as batches, Ahead(draw, last=last) as draws:
+        yield lambda step: [sent(part, here) for part in batches(step)], draws
 
 
 def opened(run: Run) -> Source:

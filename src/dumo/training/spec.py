@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from dumo.flow.precision import Precision
 from dumo.training.ema import Ema
@@ -37,6 +37,8 @@ class Train(Spec):
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=50, ge=1, json_schema_extra=FREE)  # steps
     probe_every: int = Field(default=250, ge=0, json_schema_extra=FREE)  # steps; 0: never
+    # Steps after which samples are drawn into sheets/, or a number: after every so many.
+    sheets: PositiveInt | tuple[PositiveInt, ...] = Field(default=(), json_schema_extra=FREE)
     save_every: int = Field(default=500, ge=1, json_schema_extra=FREE)  # steps
     # Minutes after which a checkpoint is saved between those: what a stop without warning costs. None: by steps alone.
     save_minutes: float | None = Field(default=10.0, gt=0, json_schema_extra=FREE)
@@ -60,3 +62,7 @@ class Train(Spec):
     def probes(self, step: int) -> bool:
         """Whether the update that follows `step` done ones is probed."""
         return self.probe_every > 0 and (step + 1) % self.probe_every == 0
+
+    def draws(self, step: int) -> bool:
+        """Whether samples are drawn after this step."""
+        return step % self.sheets == 0 if isinstance(self.sheets, int) else step in self.sheets

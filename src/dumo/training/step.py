@@ -59,8 +59,9 @@ def train_step(
 
     `batch` is this rank's rows of the global one; `loss` the objective's, compiled, or None for as it is; `draws` what
     `draws_of` gives for this step, or None to draw it here. Where the spec says so, the last piece is probed after the
-    update. Every rank must call it; on rank 0 `due` says that it is time for a checkpoint, of which the record tells all. Where the loss or the norm of its gradient is not finite, the
-    step is counted and not applied, and the record says why. Raises UserError if `spec.ref` is no average of the state.
+    update. Every rank must call it; on rank 0 `due` says that it is time for a checkpoint, of which the record tells
+    all. Where the loss or the norm of its gradient is not finite, the step is counted and not applied, and the record
+    says why. Raises UserError if `spec.ref` is no average of the state.
     """
     mine = Pieces(state, task, batch, spec, loss or task.objective.loss, draws)
     times: list[Time] = []

@@ -84,7 +84,7 @@ def test_a_defect_shows_where_it_arose() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on(number: int, tmp_path: Path) -> None:
-    """To those who had it, too, from the terminal or the scheduler: a second one of the kind would not let them save."""
+    """To those who had it, too, from terminal or scheduler: a second one of the kind would not let them save."""
 
     def told(name: str) -> None:
         if name == "all":
