@@ -1,7 +1,7 @@
 """The precision of a net's passes: what its products of matrices and its convolutions are made in.
 
 `fp32` is IEEE's 24 bits throughout. `tf32` rounds the factors of products to 11 bits, on GPUs that can; elsewhere it is
-fp32. `bf16` is autocast: products take 8 bits, norms and sums of many numbers stay in float32. Weights are float32 in all.
+fp32. `bf16` is autocast: products take 8 bits, norms and long sums stay in float32. Weights are always float32.
 """
 
 from collections.abc import Generator
