@@ -45,7 +45,8 @@ FIXED, LAW, READ, SLOPE, EXACT, UNBIASED = (
 CONTRACT, SHARE, RANDOM = "tests/contract/test_draw.py", "tests/unit/data/test_share.py", "tests/unit/test_random.py"
 DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
 PROBE = "tests/unit/training/test_probe.py"
-TWO_SAMPLE, PROTOCOL = "tests/unit/metrics/test_two_sample.py", "tests/unit/protocols/test_protocol.py"
+NEIGHBOURS, TWO_SAMPLE = (f"tests/unit/metrics/test_{name}.py" for name in ("neighbours", "two_sample"))
+PROTOCOL = "tests/unit/protocols/test_protocol.py"
 THEOREM, RATE, DEVIATION = (f"{THEORY}/test_{name}.py" for name in ("theorem", "rate", "deviation"))
 SHORTCUT, SPLIT, TWIN, SOFLOW, RCGM, ALPHA, UCGM = (
     f"{OBJECTIVES}/test_{name}.py"
@@ -866,6 +867,9 @@ MUTANTS = [
         CHECKPOINT,
     ),
     Mutant("io/shards.py", "!= math.prod(about.size)", "< 0", "a shard may lack", WHOLE),
+    Mutant("metrics/neighbours.py", "inside[i[near]] = True", "pass", "what is open is not measured", NEIGHBOURS),
+    Mutant("metrics/neighbours.py", "- off > (radii", "+ 9 > (radii", "equals are not told apart", NEIGHBOURS),
+    Mutant("metrics/neighbours.py", "return n * u / (1 - n * u)", "return 0.0", "rounding is no error", NEIGHBOURS),
     Mutant("metrics/two_sample.py", "half[1 - learnt]", "half[learnt]", "it is asked what it learned", TWO_SAMPLE),
     Mutant("metrics/two_sample.py", "[len(real), len(fake)]", "[len(fake), len(real)]", "sides change", TWO_SAMPLE),
     Mutant(

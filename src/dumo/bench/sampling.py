@@ -12,7 +12,7 @@ from dumo import dist
 from dumo.bench import clock, net
 from dumo.config.spec import Run
 from dumo.data import Latents
-from dumo.flow.precision import Precision, using
+from dumo.flow.precision import Precision
 from dumo.flow.reading import reading
 from dumo.preflight import machine
 from dumo.progress import Bar, no_bar
@@ -45,10 +45,15 @@ def measure(
 
     def work(precision: Precision, nfe: int, solver: Solver) -> Callable[[], object]:
         def make() -> None:
-            with using(precision, here.type):
-                generate.generate(
-                    module, reads, run.path, solver, c, nfe=nfe, seed=0, shape=shape, batch=batch, device=here
-                )
+            generate.generate(
+                *(module, reads, run.path, solver, c),
+                nfe=nfe,
+                seed=0,
+                shape=shape,
+                batch=batch,
+                device=here,
+                precision=precision,
+            )
 
         return make
 

@@ -8,6 +8,7 @@ from dumo.config.error import nearest
 from dumo.config.teacher import Start, Teacher
 from dumo.data import Data, Digits, Images, Latents, Moons
 from dumo.flow.path import Linear, Path
+from dumo.flow.precision import Precision
 from dumo.nets import Net
 from dumo.objectives import Objective
 from dumo.protocols import MetricProtocol
@@ -26,6 +27,7 @@ class Sampling(Spec):
     knobs: dict[str, float] = Field(default_factory=dict[str, float])  # inputs that an objective lets be set
     nfe: tuple[int, ...] = Field(default=(1, 2, 4), min_length=1)  # readings of the net; a sheet of samples for each
     seed: int = Field(default=0, ge=0)
+    precision: Precision | None = None  # of the net's passes; None: as in training. Decoders stay in float32
 
 
 class Evaluation(Spec):
@@ -109,6 +111,11 @@ class Tree(Spec):
     def knobs(self) -> dict[str, float]:
         """The knobs of the net as samples are made: the objective's, but where `sample.knobs` sets them."""
         return {**self.objective.needs.knobs, **self.sample.knobs}
+
+    @property
+    def precision(self) -> Precision:
+        """The precision of the net's passes where samples are made."""
+        return self.sample.precision or self.train.precision
 
     @property
     def guided(self) -> GuidanceScale:

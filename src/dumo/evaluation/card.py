@@ -61,6 +61,7 @@ def settings(run: Run) -> Card:
         "solver": run.sample.solver.model_dump(mode="json"),
         "guide": run.sample.guide.model_dump(mode="json"),
         "knobs": run.knobs,
+        "precision": run.precision,
         "nfe": sorted(set(run.evaluate.nfe)),
         "contrast": contrast(run),
         "seed": run.evaluate.seed,

@@ -137,6 +137,7 @@ def read_report(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not there: {again}") from error
     if not isinstance(found, dict) or "card" not in found:
         raise UserError(f"{path} has no report card: {again}")
+    found["card"].setdefault("precision", "fp32")  # of a report from before it could be another
     return found
 
 
@@ -217,4 +218,5 @@ def _told(run: Run, but: Collection[str]) -> Fields:
     spec = run.model_dump(mode="json")
     parts = {"protocol": spec["evaluate"].pop("protocol"), "solver": spec["sample"]["solver"]}
     parts |= {name: spec["sample"][name] for name in ("guide", "knobs")} | {"evaluate": spec["evaluate"]}
+    parts |= {"sample": {"precision": spec["sample"]["precision"]}}
     return {field: value for field, value in flat(parts).items() if field not in (*PLACES, *but)}

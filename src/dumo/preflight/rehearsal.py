@@ -115,6 +115,7 @@ def make_sample(spec: Run, state: State, here: torch.device) -> tuple[int, float
         seed=spec.sample.seed,
         shape=spec.data.shape,
         device=here,
+        precision=spec.precision,
     )
     return made.nfe, machine.now(here) - began
 

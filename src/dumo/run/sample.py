@@ -63,6 +63,7 @@ def sample_batches(
         shape=run.data.shape,
         indices=some,
         device=opened.device,
+        precision=run.precision,
     )
     return (replace(part, x=opened.decode(part.x)) for part in parts)
 
