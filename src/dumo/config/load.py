@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json
 
 from dumo.config.change import override, shown
 from dumo.config.error import explain
@@ -13,6 +13,7 @@ from dumo.config.format import FORMAT, KEY
 from dumo.config.source import FILE as FILE
 from dumo.config.source import read
 from dumo.config.spec import Run
+from dumo.io import yaml
 from dumo.types import Spec, UserError
 
 S = TypeVar("S", bound=Spec)
@@ -29,9 +30,12 @@ def load(source: str, overrides: Sequence[str] = ()) -> Run:
 
 
 def parse(spec: type[S], tree: object, name: str = "") -> S:
-    """A tree of plain values as a spec. Raises UserError, one line per mistake, each after the name of a file."""
+    """A tree of plain values as a spec. Raises UserError, one line per mistake, each after the name of a file.
+
+    As JSON has them: nothing but a number is a number, neither true nor a text, and 2.0 is no integer.
+    """
     try:
-        return spec.model_validate(tree)
+        return spec.model_validate_json(to_json(tree, inf_nan_mode="constants"), strict=True)
     except ValidationError as error:
         where = f"{name}: " if Path(name).suffix else ""
         raise UserError("\n".join(where + line for line in explain(error, spec).splitlines())) from error
@@ -47,7 +51,7 @@ def default_folder(source: str) -> Path:
 
 def dump(run: Run) -> str:
     """The complete run as YAML, its format first, which `load` reads back."""
-    return yaml.safe_dump({KEY: FORMAT, **run.model_dump(mode="json")}, sort_keys=False, width=120, allow_unicode=True)
+    return yaml.dump({KEY: FORMAT, **run.model_dump(mode="json")})
 
 
 def difference(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str]:

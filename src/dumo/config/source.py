@@ -10,9 +10,11 @@ from dumo.config.change import merge, shown
 from dumo.config.error import nearest_few
 from dumo.config.format import take, upgrade
 from dumo.io.path import user_path
+from dumo.io.yaml import parse
 from dumo.types import UserError
 
 FILE = "run.yaml"  # the run, in its folder
+MOST = 2**24  # bytes of a file: ours; the names of 20,000 classes are half a million
 
 
 def read(source: str) -> tuple[dict[str, Any], str]:
@@ -79,6 +81,8 @@ def _plain(file: Path) -> dict[str, Any]:
     """What a file holds, as it stands there."""
     if file.suffix not in (".yaml", ".yml"):
         raise UserError(f"{file} is no YAML file: give a run's folder, a recipe or a YAML file")
+    if (size := file.stat().st_size) > MOST:
+        raise UserError(f"{file} has {size:,} bytes, too many for a run: give a run's folder, a recipe or a YAML file")
     try:
         return _mapping(file.read_text(encoding="utf-8"), str(file))
     except UnicodeDecodeError as error:
@@ -91,7 +95,7 @@ def _packaged(name: str) -> dict[str, Any]:
 
 def _mapping(text: str, name: str) -> dict[str, Any]:
     try:
-        tree = recipes.parse_yaml(text)
+        tree = parse(text)
     except yaml.YAMLError as error:
         raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):

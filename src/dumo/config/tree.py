@@ -1,9 +1,12 @@
 """The parts of a run, as one tree of specs; whether they fit one another is not looked at here."""
 
+from typing import Annotated
+
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import nn
 
+from dumo.bound import PASSES
 from dumo.config.error import nearest
 from dumo.config.teacher import Start, Teacher
 from dumo.data import Data, Digits, Images, Latents, Moons
@@ -17,6 +20,8 @@ from dumo.sampling.solver import Solver
 from dumo.training.spec import Train
 from dumo.types import FREE, Reads, Spec, UserError
 
+Passes = Annotated[int, Field(le=PASSES)]  # through the net; from which on, a solver says
+
 
 class Sampling(Spec):
     """How samples are made when nothing else is asked."""
@@ -24,7 +29,7 @@ class Sampling(Spec):
     solver: Solver
     guide: CFG = CFG()  # none; a guided reading is two passes through the net
     knobs: dict[str, float] = Field(default_factory=dict[str, float])  # inputs that an objective lets be set
-    nfe: tuple[int, ...] = Field(default=(1, 2, 4), min_length=1)  # readings of the net; a sheet of samples for each
+    nfe: tuple[Passes, ...] = Field(default=(1, 2, 4), min_length=1)  # readings of the net; a sheet of samples for each
     seed: int = Field(default=0, ge=0)
 
 
@@ -32,8 +37,9 @@ class Evaluation(Spec):
     """How a run is judged."""
 
     protocol: MetricProtocol
-    nfe: tuple[int, ...] = Field(default=(1, 2), min_length=1)
-    contrast: tuple[PositiveInt, ...] = (1,)  # passes of Euler steps that stand beside, with those of nfe; (): none
+    nfe: tuple[Passes, ...] = Field(default=(1, 2), min_length=1)
+    # Passes of Euler steps that stand beside, with those of nfe; (): none.
+    contrast: tuple[Annotated[Passes, Field(ge=1)], ...] = (1,)
     seed: int = Field(default=0, ge=0)
 
 
