@@ -10,6 +10,7 @@ from dumo.config.change import merge, shown
 from dumo.config.error import nearest_few
 from dumo.config.format import take, upgrade
 from dumo.io.path import user_path
+from dumo.io.text import read_text
 from dumo.io.yaml import parse
 from dumo.types import UserError
 
@@ -81,12 +82,7 @@ def _plain(file: Path) -> dict[str, Any]:
     """What a file holds, as it stands there."""
     if file.suffix not in (".yaml", ".yml"):
         raise UserError(f"{file} is no YAML file: give a run's folder, a recipe or a YAML file")
-    if (size := file.stat().st_size) > MOST:
-        raise UserError(f"{file} has {size:,} bytes, too many for a run: give a run's folder, a recipe or a YAML file")
-    try:
-        return _mapping(file.read_text(encoding="utf-8"), str(file))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is no text ({error}): give a run's folder, a recipe or a YAML file") from error
+    return _mapping(read_text(file, "give a run's folder, a recipe or a YAML file", MOST), str(file))
 
 
 def _packaged(name: str) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """The parts of a run, as one tree of specs; whether they fit one another is not looked at here."""
 
+from math import prod
 from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import nn
 
+from dumo import room
 from dumo.bound import PASSES
 from dumo.config.error import nearest
 from dumo.config.teacher import Start, Teacher
@@ -101,7 +103,11 @@ class Tree(Spec):
         raise UserError(f"there is no class '{word}'; {nearest(word, [*names])}; by number, {way}")
 
     def build(self, device: torch.device | str = "cpu") -> nn.Module:
-        """The net at step 0, its weights keyed by the run's seed: the same on every device."""
+        """The net at step 0, its weights keyed by the run's seed: the same on every device.
+
+        Raises UserError, before it is made, where the device has less memory than that.
+        """
+        self.require_room(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(self.train.seed, "weights").initial_seed())
             return self.net.build(self.objective.needs, self.data.shape, self.data.classes).to(device)
@@ -110,6 +116,21 @@ class Tree(Spec):
         """The net's sizes without its numbers, on the meta device. Raises UserError where they do not fit the data."""
         with torch.device("meta"):
             return self.net.build(self.objective.needs, self.data.shape, self.data.classes)
+
+    @property
+    def bytes(self) -> int:
+        """Of the net's weights and fixed tables."""
+        return sum(value.nbytes for value in self.outline().state_dict().values())
+
+    def require_room(self, device: torch.device | str, copies: float = 1, rows: int = 0) -> None:
+        """Raise UserError where a device has less memory than so many copies of the net and rows with their noise take.
+
+        That is the least: what passes make on their way comes on top (`dumo.preflight.plan`).
+        """
+        size = int(copies * self.bytes) + 2 * rows * prod(self.data.shape) * torch.float32.itemsize
+        what = "weights, gradients, optimizer, averages and a batch take" if rows else "the net takes"
+        way = "take a smaller net (net.width, net.depth)" + " or batch (train.batch)" * bool(rows)
+        room.require(size, what, way, device)
 
     @property
     def knobs(self) -> dict[str, float]:

@@ -8,19 +8,21 @@ refused, for one of the two would be lost without a word.
 
 import re
 from collections.abc import Hashable
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import yaml
+from yaml.constructor import ConstructorError, SafeConstructor
 
-try:
-    from yaml import CSafeLoader as Loader
-except ImportError:  # PyYAML was built without it
-    from yaml import SafeLoader as Loader  # pyright: ignore[reportAssignmentType]
+if TYPE_CHECKING:
+    Loader = yaml.SafeLoader
+else:
+    Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may be built without it
 
 DEPTH = 64  # lists and mappings inside one another; a run has 8
 DIGITS = 400  # characters of a number; a double needs 24, and 308 digits before the point at most
 ROOM = 100_000  # characters that a text may come to by its aliases, and four times its own
 SHORT = 100_000  # characters that the Python reader, which is slow, is asked to look at
+TAG = "tag:yaml.org,2002:"
 EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")  # without a point or a sign it is text in 1.1
 
 
@@ -72,7 +74,7 @@ def _bounded(text: str, reader: "type[_Quick | _Exact]") -> None:
             raise yaml.YAMLError("its aliases would make far more of it than stands there: write the values out")
 
 
-class _Plain(yaml.constructor.SafeConstructor):
+class _Plain(SafeConstructor):
     """What both readers make of a node."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
@@ -105,6 +107,17 @@ class _Plain(yaml.constructor.SafeConstructor):
             raise _wrong(f"'{node.value}' is neither true nor false", node)
         return self.construct_yaml_bool(node)
 
+    yaml_constructors: ClassVar[dict[str, Any]] = {  # pyright: ignore[reportIncompatibleVariableOverride], PyYAML's
+        **SafeConstructor.yaml_constructors,
+        **dict.fromkeys((f"{TAG}int", f"{TAG}float"), number),
+        f"{TAG}bool": truth,
+        f"{TAG}timestamp": SafeConstructor.construct_yaml_str,
+        **dict.fromkeys(  # what is no plain value
+            (f"{TAG}binary", f"{TAG}omap", f"{TAG}pairs", f"{TAG}set"),
+            SafeConstructor.construct_undefined,
+        ),
+    }
+
 
 class _Quick(_Plain, Loader):
     """By the C library, ten times as quick, where there is one."""
@@ -120,16 +133,8 @@ class _Writer(yaml.SafeDumper):
 
 def _wrong(what: str, node: yaml.Node) -> yaml.YAMLError:
     """An error with the place where it is."""
-    return yaml.constructor.ConstructorError(None, None, what, node.start_mark)
+    return ConstructorError(None, None, what, node.start_mark)
 
 
-TAG = "tag:yaml.org,2002:"
-for _reader in (_Quick, _Exact):
-    _reader.add_constructor(f"{TAG}int", _reader.number)
-    _reader.add_constructor(f"{TAG}float", _reader.number)
-    _reader.add_constructor(f"{TAG}bool", _reader.truth)
-    _reader.add_constructor(f"{TAG}timestamp", _reader.construct_yaml_str)
-    for _kind in ("binary", "omap", "pairs", "set"):  # no plain values
-        _reader.add_constructor(f"{TAG}{_kind}", _reader.construct_undefined)
 for _class in (_Quick, _Exact, _Writer):
     _class.add_implicit_resolver(f"{TAG}float", EXPONENT, list("-+0123456789"))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from dumo.data.source import Source
 from dumo.io.json import read_json, write_json
+from dumo.types import UserError
 
 FILE = "data.json"
 ROWS = 256  # of the first epoch in the order of seed 0; ours
@@ -25,7 +26,13 @@ def note(folder: Path, source: Source) -> float:
 
 def noted(folder: Path) -> float | None:
     """The deviation that stands in the folder; None where none does. Raises UserError for a damaged file."""
+    file, way_out = folder / FILE, "delete it, and it is measured again"
     try:
-        return float(read_json(folder / FILE, "delete it, and it is measured again")["sd"])
+        sd = read_json(file, way_out)["sd"]
+        if sd is not None and (type(sd) not in (int, float) or not sd >= 0):
+            raise TypeError("sd is no number from 0 on")
     except FileNotFoundError:
         return None
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}): {way_out}") from error
+    return sd

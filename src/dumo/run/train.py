@@ -54,6 +54,8 @@ def train(
 
 def go_on(run: Run, folder: Path, here: torch.device, bar: Bar, tell: Callable[[str], None] | None) -> State:
     """Train in a folder that is held. Returns and raises as `train`."""
+    copies = (4 + len(run.train.ema)) / share_of(run.train.share, dist.world())  # weights, gradients, two moments
+    run.require_room(here, copies, -(-run.train.batch // dist.world()))
     source = opened(run)
     doctor.examine(run, here).require()
     known = agreement.own(lambda: run.teacher and teacher.opened(run.teacher, run, here))
