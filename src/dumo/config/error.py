@@ -12,6 +12,7 @@ from dumo.config.format import hint
 
 Location = tuple[int | str, ...]
 MOST = 20  # lines: ours
+JSON = {"a valid array": "a list", "an object": "a mapping of names to values"}  # what pydantic says, and YAML's words
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
@@ -59,6 +60,8 @@ def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
             return f"{path}: {ctx['error']}" if path else str(ctx["error"])
         case _:
             message, given = found["msg"][0].lower() + found["msg"][1:], found["input"]
+            for json, plain in JSON.items():
+                message = message.replace(json, plain)
             whole = isinstance(given, float) and found["type"] == "int_type" and given.is_integer()
             way = f"; write {given:.0f}" if whole else ""
             return f"{path}: {message}; got {brief(repr(given))}{way}"

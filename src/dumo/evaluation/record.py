@@ -54,21 +54,21 @@ class Report(Part):
     """An evaluation."""
 
     step: int
-    weights: str
-    protocol: str
+    weights: str = ""
+    protocol: str = ""
     results: list[Scores] = Field(min_length=1)
     contrast: list[Scores]
-    baselines: dict[str, Baseline]
+    baselines: dict[str, Baseline] = {}
     state: str | None = None
     card: Card | None = None
 
 
 def checked(found: Mapping[str, Any], path: Path, way_out: str) -> dict[str, Any]:
-    """The same, whole numbers among the scores as floats. Raises UserError where it is no report."""
+    """The same, with all parts of a report, whole numbers among the scores as floats. Raises UserError for another."""
     try:
         report = Report.model_validate(found)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where, what = ".".join(map(str, first["loc"])), first["msg"][0].lower() + first["msg"][1:]
         raise UserError(f"{path} is damaged, {brief(where)}: {what}: {way_out}") from error
-    return {**found, **report.model_dump(include={"results", "contrast", "baselines"})}
+    return {**found, **report.model_dump(include=Report.model_fields.keys() - {"card", "state"})}

@@ -87,7 +87,8 @@ def _numbers(path: Path, key: str, *shape: int) -> Tensor:
         except BROKEN as error:
             raise UserError(f"{path}: {key} cannot be read ({error}): fetch the file again") from error
     if rest or not np.isfinite(array).all():
-        raise UserError(f"{path}: {key} has more than finite floats of shape {shape}: fetch the file again")
+        more = " and more" if rest else ""
+        raise UserError(f"{path}: {key} is {kind} of shape {found}{more}, not finite floats of shape {shape}")
     if len(shape) == 2 and not np.allclose(array, array.T, rtol=1e-4, atol=1e-6):
         raise UserError(f"{path}: {key} is no covariance, it is not symmetric: fetch the file again")
     return torch.from_numpy(array.astype(np.float64))
@@ -95,7 +96,7 @@ def _numbers(path: Path, key: str, *shape: int) -> Tensor:
 
 def _member(path: Path, key: str) -> zipfile.ZipExtFile:
     """One array of the file, open for reading."""
-    if not path.is_file():
+    if path.exists() and not path.is_file():  # a pipe would be waited for
         raise UserError(f"{path} is no file: it is no reference of ADM's evaluation, an .npz")
     try:
         with zipfile.ZipFile(path) as file:
@@ -112,4 +113,6 @@ def _header(path: Path, file: zipfile.ZipExtFile) -> Header:
     try:
         return HEADERS[np.lib.format.read_magic(file)](file)
     except BROKEN as error:
-        raise UserError(f"{path}: {file.name} cannot be read ({error}): fetch the file again") from error
+        raise UserError(
+            f"{path}: {file.name.removesuffix('.npy')} cannot be read ({error}): fetch the file again"
+        ) from error

@@ -47,7 +47,7 @@ def test_ranges_have_both_ends_and_round_numbers() -> None:
         ("sample.q=1", r"sample\.solver\.q: unknown key"),
         ("train.steps=1,2", "no evaluation depends on it"),
         ("sample.nfe=1,2", "no evaluation depends on it"),
-        ("evaluate.nfe=1,2", r"evaluate\.nfe: .*tuple"),
+        ("evaluate.nfe=1,2", r"evaluate\.nfe: .*a list"),
         ("evaluate.sede=1,2", r"evaluate\.sede: unknown key; did you mean 'seed'"),
         ("sample.solver.kind=restart,hop", "needs flow_map"),
     ],
