@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from pydantic_core import to_jsonable_python
 
-from dumo.config.error import brief
+from dumo.io.text import brief
 from dumo.io.yaml import dump, parse
 from dumo.types import UserError
 
@@ -27,7 +27,9 @@ def merge(base: dict[str, Any], change: dict[str, Any], where: str = "") -> dict
     for key, new in change.items():
         old = base.get(key)
         if isinstance(new, dict) and old is not None and not isinstance(old, dict):
-            raise UserError(f"{where}{key} is {shown(old)} in the base, a value without fields: write them out there")
+            raise UserError(
+                f"{where}{key} is {brief(shown(old))} in the base, a value without fields: write them out there"
+            )
         if isinstance(new, dict) and new and isinstance(old, dict) and not _another(old, new.get("kind")):
             merged[key] = merge(old, new, f"{where}{key}.")
         else:
@@ -90,7 +92,7 @@ def _step(node: dict[str, Any] | list[Any], key: str, path: str) -> Any:  # noqa
         node[key] = {}
     child = node[_place(node, key, path)] if isinstance(node, list) else node[key]
     if not isinstance(child, dict | list):
-        raise UserError(f"{path} is {shown(child)}, a value without fields of its own")
+        raise UserError(f"{path} is {brief(shown(child))}, a value without fields of its own")
     return child
 
 
@@ -98,5 +100,5 @@ def _place(node: list[Any], key: str, path: str) -> int:
     """The place in a list that the last part of a path says."""
     if key not in (places := [str(place) for place in range(len(node))]):
         way = f"give a place from 0 to {len(node) - 1}" if places else "set it whole, as [...]"
-        raise UserError(f"{path}: this is a list of {len(node)}; {way}")
+        raise UserError(f"{brief(path)}: this is a list of {len(node)}; {way}")
     return int(key)

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dumo.config.format import hint
+from dumo.io.text import brief
 
 Location = tuple[int | str, ...]
 MOST = 20  # lines: ours
@@ -20,11 +21,6 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     found = [_line(one, root) for one in error.errors(include_url=False)]
     more = [f"and {len(found) - MOST:,} more mistakes"] if len(found) > MOST else []
     return "\n".join([*found[:MOST], *more])
-
-
-def brief(text: str, most: int = 200) -> str:
-    """A text that a line has room for: the end of a long one left out."""
-    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -10,7 +10,7 @@ from dumo.config.change import merge, shown
 from dumo.config.error import nearest_few
 from dumo.config.format import take, upgrade
 from dumo.io.path import user_path
-from dumo.io.text import read_text
+from dumo.io.text import brief, read_text
 from dumo.io.yaml import parse
 from dumo.types import UserError
 
@@ -47,7 +47,7 @@ def format_of(folder: Path) -> int:
 def _base(base: object, name: str, file: Path | None) -> dict[str, Any]:
     """The tree of a base: of a recipe; or of what lies at a path beside `file`, if a file is what names it."""
     if not isinstance(base, str):
-        raise UserError(f"{name}: base is {shown(base)}: name a recipe, a YAML file or a run's folder")
+        raise UserError(f"{name}: base is {brief(shown(base))}: name a recipe, a YAML file or a run's folder")
     if base in recipes.names():
         tree = _packaged(base)
         if file and "base" in tree:  # to a user's file a packaged recipe is whole
@@ -55,10 +55,12 @@ def _base(base: object, name: str, file: Path | None) -> dict[str, Any]:
     elif file and (found := _file(file.parent / user_path(base, "base"))):
         tree = _tree(found)
     else:
-        raise UserError(f"{name}: base: there is no recipe '{base}', nor a file or run's folder there; {_hint(base)}")
+        raise UserError(
+            f"{name}: base: there is no recipe '{brief(base)}', nor a file or run's folder there; {_hint(base)}"
+        )
     if "base" in tree:
         raise UserError(
-            f"{name}: base '{base}' has a base itself, '{tree['base']}', and a base must be whole: run "
+            f"{name}: base '{base}' has a base itself, '{brief(tree['base'])}', and a base must be whole: run "
             f"dumo show {base} --yaml > base.yaml, then set base: base.yaml"
         )
     return tree
@@ -93,7 +95,7 @@ def _mapping(text: str, name: str) -> dict[str, Any]:
     try:
         tree = parse(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{name} is not YAML: {brief(' '.join(str(error).split()), 1000)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{name} holds no run: it must map names to values, as `dumo show digits` prints it")
     return tree

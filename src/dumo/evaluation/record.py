@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from dumo.config.error import brief
+from dumo.io.text import brief
 from dumo.types import UserError
 
 Number = float | None  # null: it was no finite number

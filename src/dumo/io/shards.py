@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dumo.dist import require_ranks
+from dumo.io.text import brief
 from dumo.types import UserError
 
 DAMAGED = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)  # in its notes
@@ -56,7 +57,7 @@ def outline(folder: Path) -> dict[str, Tensor]:
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except DAMAGED as error:
-        raise UserError(f"{folder} has a damaged shard ({error!r}): take another copy of it") from error
+        raise UserError(f"{folder} has a damaged shard ({brief(repr(error))}): take another copy of it") from error
     if not found:
         raise UserError(f"{folder} holds no shards: give a safetensors file, or a folder of them that ranks wrote")
     return {name: _outlined(folder, name, about) for name, about in found.items()}

@@ -7,6 +7,12 @@ from dumo.types import UserError
 MOST = 2**26  # bytes, ours: a long evaluation has thousands, the names of 20,000 classes are half a million
 
 
+def brief(text: object, most: int = 200) -> str:
+    """A text that a line has room for: the end of a long one left out."""
+    text = str(text)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
 def read_text(path: Path, way_out: str, most: int = MOST) -> str:
     """What a file holds. Raises FileNotFoundError for none; UserError, with the way out, for what is no such file.
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import yaml
 from yaml.constructor import ConstructorError, SafeConstructor
 
+from dumo.io.text import brief
+
 if TYPE_CHECKING:
     Loader = yaml.SafeLoader
 else:
@@ -83,7 +85,7 @@ class _Plain(SafeConstructor):
         for key, _ in node.value:
             name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
             if name in seen:
-                raise _wrong(f"the key {key.value} stands there twice", key)
+                raise _wrong(f"the key {brief(key.value)} stands there twice", key)
             seen |= {name} if name else set()
         return super().construct_mapping(node, deep=deep)
 
@@ -104,7 +106,7 @@ class _Plain(SafeConstructor):
     def truth(self, node: yaml.ScalarNode) -> bool:
         """True or false."""
         if str(node.value).lower() not in self.bool_values:
-            raise _wrong(f"'{node.value}' is neither true nor false", node)
+            raise _wrong(f"'{brief(node.value)}' is neither true nor false", node)
         return self.construct_yaml_bool(node)
 
     yaml_constructors: ClassVar[dict[str, Any]] = {  # pyright: ignore[reportIncompatibleVariableOverride], PyYAML's

@@ -230,7 +230,7 @@ def drop(folder: Path, step: int, keep: int) -> None:
 def step_of(place: Path, default: int) -> int:
     """The step that weights are of: as their file says, else as the checkpoint it lies in does, else the default."""
     step = weights.notes(place).get("step", "")
-    if step.isdecimal():
+    if step.isdecimal() and len(step) < 20:  # else it is no step, and may be too long for a number
         return int(step)
     return manifest.read(place.parent).step if (place.parent / manifest.NAME).is_file() else default
 
