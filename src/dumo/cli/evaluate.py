@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dumo.cli.option import AsJson, Device, Nfe, RunFolder, Seed, Set, SolverName, Weights, numbers
+from dumo.cli.option import AsJson, Device, Nfe, RunFolder, Seed, Set, SolverName, Weights, numbers, place
 from dumo.cli.terminal import out, show_table
 from dumo.progress import bar
 
@@ -99,7 +99,9 @@ def reproduce(
     scale: Annotated[
         str, typer.Option(help="smoke (a minute or two), laptop (up to an hour) or paper (its own size, on GPUs).")
     ] = "laptop",
-    folder: Annotated[Path | None, typer.Option("--out", help="Default: runs/reproduce/NAME-SCALE.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", parser=place, metavar="FOLDER", help="Default: runs/reproduce/NAME-SCALE.")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, each with its share of the cores.")] = 1,
     device: Device = "auto",
     as_json: AsJson = False,

@@ -1,5 +1,6 @@
 """Arguments and options that several commands take."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -34,6 +35,13 @@ Weights = Annotated[
     str | None, typer.Option("--weights", help="Other weights than the run's first average: a safetensors file.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+
+
+def place(text: str) -> Path:
+    """A folder, which need not be there. An empty name would be the one we are in."""
+    if not text:
+        raise typer.BadParameter("it is empty: give a folder, or leave it out")
+    return Path(text)
 
 
 def classes(text: str | None, run: "Run") -> list[int] | None:

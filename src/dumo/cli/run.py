@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from dumo.cli.option import Device, Nfe, RunFolder, Seed, Set, SolverName, Source, Weights, numbers
+from dumo.bound import ROWS
+from dumo.cli.option import Device, Nfe, RunFolder, Seed, Set, SolverName, Source, Weights, numbers, place
 from dumo.cli.option import classes as class_numbers
 from dumo.cli.terminal import err, out
 from dumo.progress import bar, no_bar, say
@@ -27,7 +28,7 @@ def encode(
     shard_rows: Annotated[
         int | None, typer.Option(min=1, help="Images to a shard: what a stop may lose. Default: 1024.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images that the codec takes at a time.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, max=ROWS, help="Images that the codec takes at a time.")] = 32,
     part: Annotated[
         str | None, typer.Option(metavar="K/N", help="Make part K of N, from 0. Default: as torchrun says.")
     ] = None,
@@ -64,7 +65,9 @@ def encode(
 
 def train(
     source: Source,
-    folder: Annotated[Path | None, typer.Option("--out", help="The run's folder. Default: runs/NAME.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", parser=place, metavar="FOLDER", help="The run's folder. Default: runs/NAME.")
+    ] = None,
     set_: Set = None,
     device: Device = "auto",
 ) -> None:
@@ -101,7 +104,10 @@ def sample(
     form: Annotated[
         str, typer.Option("--format", help="grid (one PNG), images (a PNG each) or npz (ADM's layout).")
     ] = "grid",
-    folder: Annotated[Path | None, typer.Option("--out", help="Default: samples/ in the run's folder.")] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", parser=place, metavar="FOLDER", help="Default: samples/ in the run's folder."),
+    ] = None,
     set_: Set = None,
     weights: Weights = None,
     device: Device = "auto",
@@ -157,7 +163,9 @@ def grid(
         str | None, typer.Option(help="u (jumps) and v (Heun). Default: both, if taught; of --classes, the first.")
     ] = None,
     seed: Seed = None,
-    folder: Annotated[Path | None, typer.Option("--out", help="Default: grids/ in the run's folder.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", parser=place, metavar="FOLDER", help="Default: grids/ in the run's folder.")
+    ] = None,
     set_: Set = None,
     device: Device = "auto",
 ) -> None:

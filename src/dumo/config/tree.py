@@ -13,6 +13,7 @@ from dumo.config.error import nearest
 from dumo.config.teacher import Start, Teacher
 from dumo.data import Data, Digits, Images, Latents, Moons
 from dumo.flow.path import Linear, Path
+from dumo.io.text import brief
 from dumo.nets import Net
 from dumo.objectives import Objective
 from dumo.protocols import MetricProtocol
@@ -90,7 +91,7 @@ class Tree(Spec):
 
     def class_index(self, text: str) -> int:
         """The number of the class that is meant by a name or a number. Raises UserError where there is none."""
-        names, word = self.class_names, text.strip()
+        names, word = self.class_names, brief(text.strip())
         if word in names:
             return names.index(word)
         if word.isdecimal() and int(word) < self.data.classes:

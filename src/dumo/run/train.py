@@ -45,6 +45,7 @@ def train(
     checkpoint; Diverged if the loss is no longer a number.
     """
     rank, ranks = dist.launched()
+    require_room(run, dist.device(device), ranks)
     check_pieces(run, ranks)
     with held(run, folder) if rank == 0 else nullcontext(), dist.join():
         if rank:
@@ -54,8 +55,6 @@ def train(
 
 def go_on(run: Run, folder: Path, here: torch.device, bar: Bar, tell: Callable[[str], None] | None) -> State:
     """Train in a folder that is held. Returns and raises as `train`."""
-    copies = (4 + len(run.train.ema)) / share_of(run.train.share, dist.world())  # weights, gradients, two moments
-    run.require_room(here, copies, -(-run.train.batch // dist.world()))
     source = opened(run)
     doctor.examine(run, here).require()
     known = agreement.own(lambda: run.teacher and teacher.opened(run.teacher, run, here))
@@ -87,6 +86,11 @@ def go_on(run: Run, folder: Path, here: torch.device, bar: Bar, tell: Callable[[
         show = loop.Every(1, lambda state, record: tick(state.step, f"loss {record.loss:.4f}"))
         loop.train(state, task, batches, run.train, (show, *journal.hooks))
     return state
+
+
+def require_room(run: Run, here: torch.device, ranks: int) -> None:
+    """Raise UserError where a rank's weights, gradients, two moments, averages and batch are more than its memory."""
+    run.require_room(here, (4 + len(run.train.ema)) / share_of(run.train.share, ranks), -(-run.train.batch // ranks))
 
 
 def opened(run: Run) -> Source:
