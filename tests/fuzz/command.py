@@ -160,6 +160,7 @@ def main() -> int:
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--count", type=int, default=600)
     asked.add_argument("--seed", type=int, default=0)
+    asked.add_argument("--tell", action="store_true", help="how each ended")
     asked.add_argument("--skip", action="store_true", help="the options")
     options = asked.parse_args()
     started, ends, found = time.perf_counter(), {"options": Counter[str](), "files": Counter[str]()}, 0
@@ -173,6 +174,8 @@ def main() -> int:
             words = fixed or changed_file(int(number), options.seed)
             end, said = wrong(words, Path("run"))
             ends[kind][end] += 1
+            if options.tell:
+                print(f"{kind} {number}: {' '.join(map(str, words))[:100]!r}: {end}: {said[-200:]!r}")
             if end not in ("done", "refused", "failed in a line"):
                 found += 1
                 print(f"{kind} {number}: {' '.join(map(str, words))[:200]!r}: {end}: {said[:300]}", flush=True)

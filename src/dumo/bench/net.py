@@ -19,7 +19,7 @@ def outline(run: Run, shape: tuple[int, ...]) -> nn.Module:
         return run.net.build(run.objective.needs, shape, run.data.classes)
 
 
-def build(run: Run, shape: tuple[int, ...], device: torch.device, rows: int) -> nn.Module:
+def build(run: Run, shape: tuple[int, ...], device: torch.device, rows: int = 1) -> nn.Module:
     """The net as it starts, then filled; always the same.
 
     Raises UserError where it does not fit the shape, or the device has not the memory for it and so many rows.

@@ -39,13 +39,13 @@ def evaluate(
         main, shown = dist.is_main(), bar if dist.is_main() else no_bar
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
         asked = evaluate.asked(opened, nfe=numbers("--nfe", nfe), seed=seed, solver=solver)
-        report = sweeps.sweep(asked, sweep, bar=shown) if sweep else evaluate.evaluate(asked, bar=shown)
+        report = evaluate.evaluate(asked, bar=shown) if sweep is None else sweeps.sweep(asked, sweep, bar=shown)
     if not main:
         return
     if as_json:
         print(json.dumps(report))
         return
-    if sweep:
+    if sweep is not None:
         rows = [{**row, "best": "*" if row["best"] else ""} for row in report["rows"]]
         rows = [{key: row[key] for key in row if key != "card"} for row in rows]
         show_table(f"{report['run']}, {sweep}; * is the best of its number of passes", rows)

@@ -39,8 +39,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 def place(text: str) -> Path:
     """A folder, which need not be there. An empty name would be the one we are in."""
-    if not text:
-        raise typer.BadParameter("it is empty: give a folder, or leave it out")
+    if not text or "\0" in text:
+        raise typer.BadParameter("it is no name: give a folder, or leave it out")
     return Path(text)
 
 

@@ -178,12 +178,12 @@ def grid(
     if labels and classes:
         raise typer.BadParameter("--labels is of trajectories, --classes asks for class grids: give one of them")
     opened = open_run(run_folder, set_ or [], device=device)
-    asked: dict[str, Any] = {"seed": seed, "bar": bar, "letters": reading.split(",") if reading else None}
-    asked |= {"nfe": numbers("--nfe", nfe)} if nfe else {}
-    asked |= {"steps": None if steps == "all" else numbers("--steps", steps)} if steps else {}
+    asked: dict[str, Any] = {"seed": seed, "bar": bar, "letters": None if reading is None else reading.split(",")}
+    asked |= {} if nfe is None else {"nfe": numbers("--nfe", nfe)}
+    asked |= {} if steps is None else {"steps": None if steps == "all" else numbers("--steps", steps)}
     asked |= {"count": count} if count else {}
     folder = folder or opened.folder / "grids"
-    if classes:
+    if classes is not None:
         only = None if classes == "all" else class_numbers(classes, opened.run)
         files = gallery.write_class_grids(folder, gallery.class_grids(opened, only, **asked))
     else:
