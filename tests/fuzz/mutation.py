@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 EXTREMES: tuple[Any, ...] = (
@@ -108,17 +109,22 @@ def paths(value: object) -> Iterator[tuple[Any, Any]]:
             yield from paths(inner)
 
 
+def extreme(g: random.Random) -> Any:  # noqa: ANN401
+    """One of them, for itself."""
+    return deepcopy(g.choice(EXTREMES))
+
+
 def replaced(value: object, g: random.Random) -> object:
     """The value with one place or two lost, or holding what nobody expects there."""
     value = json.loads(json.dumps(value))
     for _ in range(g.choice((1, 1, 2))):
         if not (places := list(paths(value))) or g.random() < 0.02:
-            return g.choice(EXTREMES)
+            return extreme(g)
         holder, key = g.choice(places)
         if g.random() < 0.2:
             del holder[key]
         elif g.random() < 0.1 and isinstance(holder, dict):
-            holder[g.choice(("", "x", "\0", "kind", "x" * 1000))] = g.choice(EXTREMES)
+            holder[g.choice(("", "x", "\0", "kind", "x" * 1000))] = extreme(g)
         else:
-            holder[key] = g.choice(EXTREMES)
+            holder[key] = extreme(g)
     return value
