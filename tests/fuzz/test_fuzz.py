@@ -2,12 +2,14 @@
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from dumo.types import UserError
+from fuzz import command
+from fuzz.command import OPTIONS
 from fuzz.judge import limited, wrong
 from fuzz.mutation import KINDS, mutated, replaced
 from fuzz.run import GOOD, tried
@@ -30,6 +32,16 @@ def test_whole_files_are_taken(target: Target, tmp_path: Path) -> None:
     target.read(file)
     if target.written:
         assert target.values(target.written(target.values(target.whole))) == target.values(target.whole)
+
+
+QUICK = [words for words in OPTIONS if words[0] in ("show", "data", "compare", "reproduce")]
+
+
+@pytest.mark.parametrize("words", QUICK, ids=lambda words: " ".join(map(str, words))[:40])
+def test_options(words: Sequence[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    end, said = command.wrong(words, tmp_path)
+    assert end == "refused", said
 
 
 def fails(error: BaseException) -> Callable[[], None]:
