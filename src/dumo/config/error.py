@@ -18,7 +18,9 @@ JSON = {"a valid array": "a list", "an object": "a mapping of names to values"} 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """One line per mistake; of very many the first ones."""
-    found = [_line(one, root) for one in error.errors(include_url=False)]
+    errors = error.errors(include_url=False)
+    parts = {one["loc"][:-1] for one in errors}  # of a list whose parts are wrong pydantic says that it has too few
+    found = [_line(one, root) for one in errors if one["type"] != "too_short" or one["loc"] not in parts]
     more = [f"and {len(found) - MOST:,} more mistakes"] if len(found) > MOST else []
     return "\n".join([*found[:MOST], *more])
 

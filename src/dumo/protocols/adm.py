@@ -23,6 +23,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from dumo.features.inception import SPATIAL_WIDTH, WIDTH
+from dumo.io.text import brief
 from dumo.metrics.moments import Moments
 from dumo.types import UserError
 
@@ -55,7 +56,9 @@ class AdmReference:
                     data = bytearray(file.read(rows * prod(rest)))
                     pixels = torch.frombuffer(data, dtype=torch.uint8).view(rows, *rest).permute(0, 3, 1, 2)
                 except BROKEN as error:
-                    raise UserError(f"{self.path} is damaged at image {first} ({error}): fetch it again") from error
+                    raise UserError(
+                        f"{self.path} is damaged at image {first} ({brief(error)}): fetch it again"
+                    ) from error
                 yield pixels
 
 
@@ -85,7 +88,7 @@ def _numbers(path: Path, key: str, *shape: int) -> Tensor:
             data, rest = file.read(prod(shape) * kind.itemsize), file.read(1)
             array = np.frombuffer(data, kind).reshape(shape, order="F" if columns else "C")
         except BROKEN as error:
-            raise UserError(f"{path}: {key} cannot be read ({error}): fetch the file again") from error
+            raise UserError(f"{path}: {key} cannot be read ({brief(error)}): fetch the file again") from error
     if rest or not np.isfinite(array).all():
         more = " and more" if rest else ""
         raise UserError(f"{path}: {key} is {kind} of shape {found}{more}, not finite floats of shape {shape}")
@@ -104,7 +107,7 @@ def _member(path: Path, key: str) -> zipfile.ZipExtFile:
             if key in keys:
                 return cast(zipfile.ZipExtFile, file.open(f"{key}.npy"))
     except BROKEN as error:
-        raise UserError(f"{path} is no reference of ADM's evaluation, an .npz ({error})") from error
+        raise UserError(f"{path} is no reference of ADM's evaluation, an .npz ({brief(error)})") from error
     raise UserError(f"{path} has no {key}, only {', '.join(keys) or 'nothing'}: it is no reference of ADM's evaluation")
 
 
@@ -114,5 +117,5 @@ def _header(path: Path, file: zipfile.ZipExtFile) -> Header:
         return HEADERS[np.lib.format.read_magic(file)](file)
     except BROKEN as error:
         raise UserError(
-            f"{path}: {file.name.removesuffix('.npy')} cannot be read ({error}): fetch the file again"
+            f"{path}: {file.name.removesuffix('.npy')} cannot be read ({brief(error)}): fetch the file again"
         ) from error
