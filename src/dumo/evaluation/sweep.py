@@ -71,7 +71,7 @@ def values(text: str) -> tuple[str, list[str]]:
         return field, [value.strip() for value in right.split(",")]
     try:
         first, last, step = (Decimal(part) for part in right.split(":"))
-        count = (last - first) / step + 1
+        count = (last - first) / step + 1 if step else 0
     except (ArithmeticError, ValueError) as error:
         raise UserError(f"--sweep {brief(text)}: '{brief(right)}' is no range; {HOW}") from error
     if not (first.is_finite() and last.is_finite() and step.is_finite()) or step <= 0 or last < first:

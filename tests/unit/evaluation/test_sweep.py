@@ -42,7 +42,7 @@ def test_ranges_have_both_ends_and_round_numbers() -> None:
         ("sample.m=0.8:0.2:0.1", "nothing in it"),
         ("sample.m=0.2:0.8:0", "nothing in it"),
         ("sample.m=0.2:0.8:-0.1", "nothing in it"),
-        ("sample.m=0:1:0.0001", "10001 values"),
+        ("sample.m=0:1:0.0001", "more than 1,000 values"),
         ("sample.m=0.2:1.2:0.5", r"sample\.solver\.m: .*less than 1"),
         ("sample.q=1", r"sample\.solver\.q: unknown key"),
         ("train.steps=1,2", "no evaluation depends on it"),
