@@ -4,7 +4,7 @@ The rooms, from the ground up; each imports only what stands above it in this li
 
 place                   rows by place, and their way to a device
 
-types                   the nouns that all share
+types, bound            the nouns that all share; how large numbers may be
 
 stop                    stopping when asked
 
@@ -12,7 +12,7 @@ peer                    the other processes of a run
 
 random, dist            random numbers by key; ranks
 progress, recipes       how far a work is; the packaged runs
-ahead                   what a step needs, made before it
+ahead, room             what a step needs, made before it; what a machine has room for
 
 io                      files, whole or not at all; pictures
 

@@ -40,7 +40,7 @@ def measure(
     todo: list[tuple[Precision, int, Solver]] = [
         (precision, nfe, solver(run, nfe)) for precision in clock.known(precisions, here) for nfe in nfes
     ]
-    module, c = net.build(run, shape, here), generate.labels(batch, run.data.classes)
+    module, c = net.build(run, shape, here, batch), generate.labels(batch, run.data.classes)
     reads = reading(run.objective, module, run.sample.knobs)
 
     def work(precision: Precision, nfe: int, solver: Solver) -> Callable[[], object]:

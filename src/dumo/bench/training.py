@@ -181,7 +181,7 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
     """Build the net, and compile its blocks if that is asked. Raises UserError where it has none."""
     if compile not in COMPILE:
         raise UserError(f"there is no way to compile '{compile}'; {nearest(compile, list(COMPILE))}")
-    ours = net.build(run, shape, device)
+    ours = net.build(run, shape, device, run.train.batch)
     ref = frozen(ours) if run.train.ref == "self" else Frozen(copy.deepcopy(ours))
     if compile == "blocks":
         torch._dynamo.config.recompile_limit = 64  # one block serves every precision, way and number of rows

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from dumo.bound import ROWS
 from dumo.cli.option import AsJson, Device, Set, Source, numbers
 from dumo.cli.terminal import out, show_table
 from dumo.progress import bar
@@ -14,7 +15,7 @@ Shape = Annotated[
 ]
 Precisions = Annotated[str, typer.Option("--precision", help="Of fp32, tf32 (GPU) and bf16, e.g. fp32,bf16.")]
 Rounds = Annotated[int, typer.Option(min=1, help="Times that each variant is run, in turn with the others.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. Default: torch's own choice.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=4096, help="Threads on a CPU. Default: torch's own choice.")]
 
 
 def step(
@@ -25,7 +26,7 @@ def step(
     ] = None,
     precision: Precisions = "fp32",
     shape: Shape = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Rows of a step. Default: the run's own.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, max=ROWS, help="Rows of a step. Default: the run's own.")] = None,
     compile_: Annotated[str, typer.Option("--compile", help="none, blocks (each, whole) or loss.")] = "none",
     peak: Annotated[
         float | None, typer.Option("--peak-tflops", min=0, help="The GPU's bf16 peak. Default: known of H100 and H200.")
@@ -71,7 +72,7 @@ def sample(
     nfe: Annotated[str, typer.Option("--nfe", help="Passes through the net.")] = "1,2,50",
     precision: Precisions = "fp32",
     shape: Shape = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images made at a time.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, max=ROWS, help="Images made at a time.")] = 256,
     rounds: Rounds = 9,
     threads: Threads = None,
     device: Device = "auto",

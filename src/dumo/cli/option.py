@@ -1,6 +1,7 @@
 """Arguments and options that several commands take."""
 
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -35,6 +36,13 @@ Weights = Annotated[
     str | None, typer.Option("--weights", help="Other weights than the run's first average: a safetensors file.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+
+
+def place(text: str) -> Path:
+    """A folder, which need not be there. An empty name would be the one we are in."""
+    if not text or "\0" in text:
+        raise typer.BadParameter("it is no name: give a folder, or leave it out")
+    return Path(text)
 
 
 def classes(text: str | None, run: "Run") -> list[int] | None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dumo import recipes as packaged
+from dumo.bound import ROWS
 from dumo.cli.option import AsJson, Device, Set, Source, size
 from dumo.cli.terminal import out, show_lines
 from dumo.progress import say
@@ -108,7 +109,8 @@ def dry(
     source: Source,
     set_: Set = None,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="Make one real step of so many rows of random numbers, and time it.")
+        int | None,
+        typer.Option(min=1, max=ROWS, help="Make one real step of so many rows of random numbers, and time it."),
     ] = None,
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Plan for so many ranks, GPUs; neither they nor torchrun are needed.")

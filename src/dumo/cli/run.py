@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dumo.bound import ROWS
 from dumo.cli.failure import sparing
-from dumo.cli.option import Device, Nfe, RunFolder, Seed, Set, SolverName, Source, Weights, numbers
+from dumo.cli.option import Device, Nfe, RunFolder, Seed, Set, SolverName, Source, Weights, numbers, place
 from dumo.cli.option import classes as class_numbers
 from dumo.cli.terminal import err, out
 from dumo.progress import bar, no_bar, say
@@ -31,7 +32,7 @@ def encode(
     shard_rows: Annotated[
         int | None, typer.Option(min=1, help="Images to a shard: what a stop may lose. Default: 1024.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images that the codec takes at a time.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, max=ROWS, help="Images that the codec takes at a time.")] = 32,
     part: Annotated[
         str | None, typer.Option(metavar="K/N", help="Make part K of N, from 0. Default: as torchrun says.")
     ] = None,
@@ -69,7 +70,9 @@ def encode(
 
 def train(
     source: Source,
-    folder: Annotated[Path | None, typer.Option("--out", help="The run's folder. Default: runs/NAME.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", parser=place, metavar="FOLDER", help="The run's folder. Default: runs/NAME.")
+    ] = None,
     step: Annotated[
         int | None,
         typer.Option("--from", metavar="STEP", min=0, help="Go on from the checkpoint of this step; later ones go."),
@@ -120,7 +123,10 @@ def sample(
     form: Annotated[
         str, typer.Option("--format", help="grid (one PNG), images (a PNG each) or npz (ADM's layout).")
     ] = "grid",
-    folder: Annotated[Path | None, typer.Option("--out", help="Default: samples/ in the run's folder.")] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", parser=place, metavar="FOLDER", help="Default: samples/ in the run's folder."),
+    ] = None,
     set_: Set = None,
     weights: Weights = None,
     device: Device = "auto",
@@ -176,7 +182,9 @@ def grid(
         str | None, typer.Option(help="u (jumps) and v (Heun). Default: both, if taught; of --classes, the first.")
     ] = None,
     seed: Seed = None,
-    folder: Annotated[Path | None, typer.Option("--out", help="Default: grids/ in the run's folder.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", parser=place, metavar="FOLDER", help="Default: grids/ in the run's folder.")
+    ] = None,
     set_: Set = None,
     device: Device = "auto",
 ) -> None:
@@ -190,13 +198,13 @@ def grid(
     if labels and classes:
         raise typer.BadParameter("--labels is of trajectories, --classes asks for class grids: give one of them")
     opened = open_run(run_folder, set_ or [], device=device)
-    asked: dict[str, Any] = {"seed": seed, "bar": bar, "letters": reading.split(",") if reading else None}
-    asked |= {"nfe": numbers("--nfe", nfe)} if nfe else {}
-    asked |= {"steps": None if steps == "all" else numbers("--steps", steps)} if steps else {}
+    asked: dict[str, Any] = {"seed": seed, "bar": bar, "letters": None if reading is None else reading.split(",")}
+    asked |= {} if nfe is None else {"nfe": numbers("--nfe", nfe)}
+    asked |= {} if steps is None else {"steps": None if steps == "all" else numbers("--steps", steps)}
     asked |= {"count": count} if count else {}
     folder = folder or opened.folder / "grids"
     file.check_writable(folder)
-    if classes:
+    if classes is not None:
         only = None if classes == "all" else class_numbers(classes, opened.run)
         files = gallery.write_class_grids(folder, gallery.class_grids(opened, only, **asked))
     else:

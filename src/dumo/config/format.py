@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from dumo.io.text import brief
 from dumo.types import UserError
 
 KEY = "format"  # of a run.yaml, its first
@@ -37,7 +38,9 @@ def take(tree: dict[str, Any], name: str, *, recorded: bool) -> int:
     """
     said = tree.pop(KEY, 1 if recorded and "base" not in tree else FORMAT)
     if not isinstance(said, int) or isinstance(said, bool) or said < 1:
-        raise UserError(f"{name}: format is {said!r}: it is a number from 1 to {FORMAT}; leave it out in your own file")
+        raise UserError(
+            f"{name}: format is {brief(repr(said))}: it is a number from 1 to {FORMAT}; leave it out in your own file"
+        )
     if said > FORMAT:
         raise UserError(f"{name}: format is {said}, and this dumo reads up to {FORMAT}: take a newer dumo")
     return said

@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import to_jsonable_python
+from pydantic_core import to_json, to_jsonable_python
 
 from dumo.config.change import override, shown
 from dumo.config.error import explain
@@ -15,6 +14,7 @@ from dumo.config.format import CHANGED, FORMAT, KEY, Noted
 from dumo.config.source import FILE as FILE
 from dumo.config.source import noted, read
 from dumo.config.spec import Run
+from dumo.io import yaml
 from dumo.types import Spec, UserError
 
 S = TypeVar("S", bound=Spec)
@@ -44,9 +44,12 @@ def load(source: str, overrides: Sequence[str] = ()) -> Run:
 
 
 def parse(spec: type[S], tree: object, name: str = "") -> S:
-    """A tree of plain values as a spec. Raises UserError, one line per mistake, each after the name of a file."""
+    """A tree of plain values as a spec. Raises UserError, one line per mistake, each after the name of a file.
+
+    As JSON has them: nothing but a number is a number, neither true nor a text, and 2.0 is no integer.
+    """
     try:
-        return spec.model_validate(tree)
+        return spec.model_validate_json(to_json(tree, inf_nan_mode="constants"), strict=True)
     except ValidationError as error:
         where = f"{name}: " if Path(name).suffix else ""
         raise UserError("\n".join(where + line for line in explain(error, spec).splitlines())) from error
@@ -63,7 +66,7 @@ def default_folder(source: str) -> Path:
 def dump(run: Run, changed: Sequence[Noted] = ()) -> str:
     """The complete run as YAML, its format first, then what was changed in it, which `load` reads back."""
     head = {KEY: FORMAT} | ({CHANGED: [one.model_dump(mode="json") for one in changed]} if changed else {})
-    return yaml.safe_dump({**head, **run.model_dump(mode="json")}, sort_keys=False, width=120, allow_unicode=True)
+    return yaml.dump({**head, **run.model_dump(mode="json")})
 
 
 def difference(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str]:

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from torch import Tensor
 
+from dumo.bound import CLASSES, PIXELS, ROWS
 from dumo.codecs import Codec
 from dumo.codecs.scaled import Moments
 from dumo.io import digest
@@ -43,14 +44,14 @@ class Plan(Spec):
     """How a data set is to be encoded, beside the codec."""
 
     source: str = ""  # what it is, in words
-    resolution: int = Field(gt=0)  # pixels along a side
+    resolution: int = Field(gt=0, le=PIXELS)  # pixels along a side
     crop: str = ""  # how the images came to be square, in words
-    classes: int = Field(default=0, ge=0)  # labels are in [0, classes); 0: there are none, and all are 0
+    classes: int = Field(default=0, ge=0, le=CLASSES)  # labels are in [0, classes); 0: there are none, and all are 0
     names: tuple[str, ...] = ()  # of the classes
     flips: bool = True  # mirrored images, too
     store: Literal["moments", "samples"] = "moments"  # of a codec with Gaussians; others have one latent per image
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    shard_rows: int = Field(default=1024, gt=0)  # images to a shard
+    shard_rows: int = Field(default=1024, gt=0, le=ROWS)  # images to a shard
     seed: int = 0  # of the samples
 
 

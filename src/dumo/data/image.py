@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
+from dumo.bound import CLASSES, GIGABYTES, PIXELS
 from dumo.data.album import Album
 from dumo.data.augment import Edm
 from dumo.data.folder import Folder
@@ -38,7 +39,7 @@ class Images(Spec):
 
     kind: Literal["images"] = "images"
     root: str  # a folder or a file; may begin with ~ and hold $NAMES of environment variables
-    side: int = Field(ge=1)  # pixels
+    side: int = Field(ge=1, le=PIXELS)  # pixels
     channels: Literal[1, 3] = 3  # grey or RGB
     crop: Crop = "adm"  # adm: as the ImageNet references were made; smaller images are enlarged, bicubically
     flip: bool = False  # mirror half of the images of a batch
@@ -48,8 +49,9 @@ class Images(Spec):
     labelled: Literal["auto", False] = "auto"  # false: the labels there are, are not read
     label: str = "label"  # the column of classes in parquet
     on_bad: Literal["raise", "skip"] = Field(default="raise", json_schema_extra=FREE)  # an image that cannot be read
-    memory: float = Field(default=2.0, ge=0, json_schema_extra=FREE)  # GB of pixels kept decoded; ours
-    classes: int = Field(default=None, ge=0, validate_default=True)  # 0: none; not given: those that are there
+    memory: float = Field(default=2.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)  # GB of pixels kept decoded; ours
+    # 0: none; not given: those that are there.
+    classes: int = Field(default=None, ge=0, le=CLASSES, validate_default=True)
     names: tuple[str, ...] | None = None  # of the classes; (): they have none; None: the data are not there yet
 
     @property

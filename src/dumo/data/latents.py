@@ -11,6 +11,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dumo.bound import GIGABYTES
 from dumo.codecs import Codec
 from dumo.data.album import Album
 from dumo.data.audit import Audit
@@ -30,7 +31,8 @@ class Latents(Spec):
     images: Images  # what is encoded; `flip` mirrors them before the codec
     codec: Codec
     per_channel: bool = False  # take shift and scale from the cache: mean 0 and deviation 1 in each channel
-    memory: float = Field(default=1.0, ge=0, json_schema_extra=FREE)  # GB of cache read at once, not mapped; ours
+    # GB of cache read at once, not mapped; ours.
+    memory: float = Field(default=1.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -111,7 +111,7 @@ def _measured(one: Card) -> Card:
     told = {field: one[field] for field in MEASURED if field in one}
     if codec := told["codec"]:
         told["codec"] = f"{codec['kind']} {codec['sha256']}"
-    return told if "reference_sha256" in told else told | {"data": one["data"]}
+    return told if "reference_sha256" in told else told | {"data": one.get("data")}
 
 
 def _codec(opened: RunFolder) -> dict[str, Any] | None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from dumo import dist, stop
 from dumo.config.spec import Run
 from dumo.evaluation.card import card, settings
+from dumo.evaluation.record import checked
 from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
 from dumo.io.json import finite, read_json, write_json
@@ -129,7 +130,7 @@ def row(opened: RunFolder, evaluator: Evaluator, solver: Solver, nfe: int, c: Te
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """A report with its card. Raises UserError where there is none."""
+    """A report with its card. Raises UserError where there is none, or it is damaged."""
     again = f"run dumo evaluate {path.parent} first"
     try:
         found = read_json(path, again)
@@ -138,7 +139,7 @@ def read_report(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or "card" not in found:
         raise UserError(f"{path} has no report card: {again}")
     found["card"].setdefault("precision", "fp32")  # of a report from before it could be another
-    return found
+    return checked(found, path, again)
 
 
 def standing(opened: RunFolder) -> dict[str, Any] | None:
@@ -176,15 +177,14 @@ def write(path: Path, report: dict[str, Any]) -> None:
     with locked(path.with_name(f".{path.name}.lock")):  # others may judge the same run at other passes
         try:
             before = read_report(path)
-            step = int(before["step"])
-        except (UserError, KeyError, TypeError, ValueError):  # there is nothing to keep
+        except UserError:  # there is nothing to keep
             write_json(path, report)
             return
         if _measure(before) == _measure(report):
             write_json(path, merged(before, report))
             return
-        mark = "" if step != report["step"] else f"-{digest.of_bytes(_measure(before).encode())[:6]}"
-        path.replace(path.with_name(f"{path.stem}-step{step}{mark}.json"))
+        mark = "" if before["step"] != report["step"] else f"-{digest.of_bytes(_measure(before).encode())[:6]}"
+        path.replace(path.with_name(f"{path.stem}-step{before['step']}{mark}.json"))
         write_json(path, report)
 
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from dumo import dist
@@ -15,6 +15,7 @@ from dumo.evaluation.card import card
 from dumo.evaluation.evaluate import Row, evaluator_of, name_of, row
 from dumo.io.file import check_writable
 from dumo.io.json import write_json
+from dumo.io.text import brief
 from dumo.progress import Bar, no_bar
 from dumo.protocols.evaluator import Evaluator
 from dumo.run.folder import RunFolder, open_run
@@ -72,14 +73,14 @@ def values(text: str) -> tuple[str, list[str]]:
         return field, [value.strip() for value in right.split(",")]
     try:
         first, last, step = (Decimal(part) for part in right.split(":"))
-    except (InvalidOperation, ValueError) as error:
-        raise UserError(f"--sweep {text}: '{right}' is no range; {HOW}") from error
+        count = (last - first) / step + 1 if step else 0
+    except (ArithmeticError, ValueError) as error:
+        raise UserError(f"--sweep {brief(text)}: '{brief(right)}' is no range; {HOW}") from error
     if not (first.is_finite() and last.is_finite() and step.is_finite()) or step <= 0 or last < first:
         raise UserError(f"--sweep {text}: '{right}' has nothing in it: go up, from FROM to TO, by a STEP above 0")
-    count = int((last - first) / step) + 1
-    if count > MOST:
-        raise UserError(f"--sweep {text}: these are {count} values: take a larger step")
-    return field, [f"{(first + i * step).normalize():f}" for i in range(count)]
+    if count >= MOST + 1:
+        raise UserError(f"--sweep {brief(text)}: these are more than {MOST:,} values: take a larger step")
+    return field, [f"{(first + i * step).normalize():f}" for i in range(int(count))]
 
 
 def full(field: str) -> str:

@@ -15,6 +15,8 @@ def user_path(text: str, field: str) -> Path:
         raise UserError(f"{field} is {text}, but {name} is not set: export {name}=..., or set {field}")
     if not text:
         raise UserError(f"{field} is empty: set it to a path")
+    if "\0" in expanded:
+        raise UserError(f"{field} has a character that no path has, NUL: set it to a path")
     try:
         return Path(expanded).expanduser()
     except RuntimeError as error:  # HOME is not set, and the user has no entry, or is not known

@@ -5,6 +5,7 @@ from typing import Any
 
 from dumo.data.source import Source
 from dumo.io.json import read_json, write_json
+from dumo.types import UserError
 
 FILE = "data.json"
 ROWS = 256  # of the first epoch in the order of seed 0; ours
@@ -31,8 +32,7 @@ def note(folder: Path, source: Source, fingerprint: str | None = None) -> float:
 
 def noted(folder: Path) -> float | None:
     """The deviation that stands in the folder; None where none does. Raises UserError for a damaged file."""
-    there = _read(folder)
-    return None if there is None else float(there["sd"])
+    return None if (there := _read(folder)) is None else there["sd"]
 
 
 def fingerprint(folder: Path) -> str | None:
@@ -41,7 +41,13 @@ def fingerprint(folder: Path) -> str | None:
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
+    file, way_out = folder / FILE, "delete it, and it is measured again"
     try:
-        return read_json(folder / FILE, "delete it, and it is measured again")
+        there = read_json(file, way_out)
+        if there["sd"] is not None and (type(there["sd"]) not in (int, float) or not there["sd"] >= 0):
+            raise TypeError("sd is no number from 0 on")
     except FileNotFoundError:
         return None
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}): {way_out}") from error
+    return there

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dumo import dist
+from dumo import dist, room
 from dumo.config.load import parse
 from dumo.config.spec import Run
 from dumo.config.tree import Sampling
@@ -146,6 +147,8 @@ def export(
     forms = FORMS if len(shape) == 3 else ("grid", "npz")
     if form not in forms:
         raise UserError(f"format '{form}' is none for samples of shape {shape}: use {', '.join(forms)}")
+    way = "ask for fewer, and for others with another --seed"
+    room.require(count * prod(shape) * torch.float32.itemsize, f"{count:,} samples take", way)
     c, nfe = generate.labels(count, run.data.classes, only), tuple(nfe or run.sample.nfe)
     chosen = solver_named(run, solver)
     check(chosen, run.reads, *nfe)

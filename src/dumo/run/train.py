@@ -56,6 +56,7 @@ def train(
     first; Diverged if the loss is no longer a number; Stopped, once a checkpoint is saved, if a signal asked for it.
     """
     rank, ranks = dist.launched()
+    require_room(run, dist.device(device), ranks)
     check_pieces(run, ranks)
     with held(run, folder, step) if rank == 0 else nullcontext(), dist.join():
         tell = tell if rank == 0 and tell else quiet
@@ -128,6 +129,11 @@ def fed(
     last = run.train.steps
     with Ahead(read, last=last, depth=BATCHES) as batches, Ahead(draw, last=last) as draws:
         yield lambda step: [sent(part, here) for part in batches(step)], draws
+
+
+def require_room(run: Run, here: torch.device, ranks: int) -> None:
+    """Raise UserError where a rank's weights, gradients, two moments, averages and batch are more than its memory."""
+    run.require_room(here, (4 + len(run.train.ema)) / share_of(run.train.share, ranks), -(-run.train.batch // ranks))
 
 
 def opened(run: Run) -> Source:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int, Int64
 from torch import Tensor, nn
 
+from dumo.bound import SAMPLES
 from dumo.flow.precision import Precision, using
 from dumo.random import noise
 from dumo.sampling.draws import Draws
@@ -146,6 +147,8 @@ def labels(n: int, classes: int, only: Sequence[int] | None = None) -> Int[Tenso
     """
     if n < 1:
         raise UserError(f"{n} images were asked for: ask for at least 1")
+    if n > SAMPLES:
+        raise UserError(f"{n:,} images were asked for: ask for at most {SAMPLES:,}, and for more with another --seed")
     wrong = [label for label in only or () if not 0 <= label < classes]
     if wrong:
         there = f"labels run from 0 to {classes - 1}" if classes else "this model has no classes, so give no labels"

@@ -20,10 +20,12 @@ from typing import Annotated, ClassVar, Literal, get_args
 from pydantic import Field, model_validator
 
 from dumo import stop
+from dumo.bound import PASSES
 from dumo.types import Cond, Path, Reads, Sample, Spec, Time, UserError, lift
 
 Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from
 Reading = Literal["velocity", "endpoint", "flow_map"]  # the fields of Reads
+FAR = 1000  # passes up to which others are looked for: ours
 Start = Annotated[float, Field(gt=0, le=1)]  # the first time; UCGM starts at 0.999 with SD-VAE
 
 
@@ -152,6 +154,8 @@ def steps(solver: Solver, nfe: int) -> int:
     """The number of steps that make nfe passes. Raises UserError if no number does."""
     if nfe < 1:
         raise UserError(f"nfe = {nfe} makes no sample: ask for at least {solver.passes}")
+    if nfe > PASSES:
+        raise UserError(f"nfe = {nfe:,} is more passes than any sample takes: ask for at most {PASSES:,}")
     if nfe % solver.passes:
         above = nfe + solver.passes - nfe % solver.passes
         raise UserError(
@@ -181,7 +185,7 @@ def able(solver: Solver, reads: Reads, nfe: int) -> bool:
 def _reach(solver: Hop, reads: Reads, nfe: int) -> None:
     """Refuse jumps that were never taught, with a UserError."""
     if not able(solver, reads, nfe):
-        others = [str(n) for n in range(1, 2 * nfe + 1) if able(solver, reads, n)]
+        others = [str(n) for n in range(1, min(2 * nfe, FAR) + 1) if able(solver, reads, n)]
         way_out = f"nfe = {_either(others[-2:])}" if others else "start = 1"
         raise UserError(
             f"solver 'hop' of nfe = {nfe} from t = {solver.start:g} makes jumps that this objective never teaches: ask "

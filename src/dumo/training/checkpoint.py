@@ -275,6 +275,6 @@ def so(target: Path, kind: str, step: int) -> str:
 def step_of(place: Path, default: int) -> int:
     """The step that weights are of: as their file says, else as the checkpoint it lies in does, else the default."""
     step = weights.notes(place).get("step", "")
-    if step.isdecimal():
+    if step.isdecimal() and len(step) < 20:  # else it is no step, and may be too long for a number
         return int(step)
     return manifest.read(place.parent).step if (place.parent / manifest.NAME).is_file() else default

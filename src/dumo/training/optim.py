@@ -12,11 +12,12 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from dumo.bound import FACTOR, STEPS
 from dumo.types import CHANGES, Spec
 
 Kind = TypeVar("Kind", bound=str)
-LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LearningRate = Annotated[float, Field(gt=0, le=FACTOR, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, le=FACTOR, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -67,7 +68,7 @@ class Constant(Spec):
     """Full rate after the warm-up. Without one it is the paper's schedule (App. C.1)."""
 
     kind: Literal["constant"] = "constant"
-    warmup: int = Field(default=0, ge=0)  # steps
+    warmup: int = Field(default=0, ge=0, le=STEPS)  # steps
 
     def __call__(self, step: int, steps: int) -> float:
         """The factor of the update that follows `step` done ones; `steps` does not matter."""
@@ -78,7 +79,7 @@ class Cosine(Spec):
     """Half a cosine from full rate at the end of the warm-up down to `floor` (arXiv 1608.03983, without restarts)."""
 
     kind: Literal["cosine"] = "cosine"
-    warmup: int = Field(default=0, ge=0)  # steps
+    warmup: int = Field(default=0, ge=0, le=STEPS)  # steps
     floor: float = Field(default=0.0, ge=0, le=1)  # the factor at the end
 
     def __call__(self, step: int, steps: int) -> float:

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from dumo.bound import ROWS, STEPS
 from dumo.flow.precision import Precision
 from dumo.training.ema import Ema
 from dumo.training.optim import AdamW, Constant, Optimizer, Schedule
@@ -15,8 +16,9 @@ Compile = Literal["none", "blocks", "loss"]
 class Train(Spec):
     """How to train. Fields marked free may change when a run is resumed; what is marked `changes` is noted then."""
 
-    steps: int = Field(ge=1, json_schema_extra=FREE)  # in all, resumed ones included; schedules stretch with it
-    batch: int = Field(ge=1)  # rows per step, over all ranks
+    # In all, resumed ones included; schedules stretch with it.
+    steps: int = Field(ge=1, le=STEPS, json_schema_extra=FREE)
+    batch: int = Field(ge=1, le=ROWS)  # rows per step, over all ranks
     # Rows of a pass on a rank, to save memory; None: all of a rank's. Changes rounding only.
     micro_batch: int | None = Field(default=None, ge=1, json_schema_extra=FREE)
     # Ranks that hold one copy of weights, averages and optimizer between them, to save memory: 1: each its own copy
