@@ -116,11 +116,9 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         same = "yes" if not row.differs else f"no: {len(row.differs)} differ, {row.differs[0]}"
         stays = [*row.left_at_end, *([f"{row.orphans} processes"] if row.orphans else [])]
-        counts = [row.hits, row.missed, row.starts]
-        lines.append(
-            [row.place, str(row.ranks), *map(str, counts), f"{same} ({row.works} works)", str(row.left_by_kills)]
-            + [", ".join(sorted(set(stays))) or "nothing", f"{row.seconds:.0f}"]
-        )
+        counts = [row.place, row.ranks, row.hits, row.missed, row.starts, f"{same} ({row.works} works)"]
+        counts += [row.left_by_kills, ", ".join(sorted(set(stays))) or "nothing", f"{row.seconds:.0f}"]
+        lines.append([str(count) for count in counts])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

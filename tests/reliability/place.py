@@ -1,4 +1,4 @@
-"""The places where work is killed: what is started, how its folder shows how far it is, and what must come out the same.
+"""The places where work is killed: what is started, how its folder shows how far it is, and what must come out.
 
 Every command works in a folder of its own, in which `given` holds what stands before: a trained run and images.
 """

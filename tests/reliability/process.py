@@ -16,16 +16,24 @@ TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-end
 
 
 def start(
-    words: Sequence[str], cwd: Path, ranks: int = 1, *, before: str = "", environment: Mapping[str, str] = ENVIRONMENT
+    words: Sequence[str],
+    cwd: Path,
+    ranks: int = 1,
+    *,
+    before: str = "",
+    through: Sequence[str] = (),
+    environment: Mapping[str, str] = ENVIRONMENT,
 ) -> "subprocess.Popen[bytes]":
     """`dumo WORDS` in this folder, by torchrun where there are several ranks; both streams go to its `LOG`.
 
-    `before` is shell to run first, such as `ulimit -n 32`; the process is the same.
+    `before` is shell to run first, such as `ulimit -n 32`, `through` a command that takes another; the process is the
+    same.
     """
     launcher = (*TORCHRUN, "--nproc-per-node", str(ranks)) if ranks > 1 else ()
     command = [sys.executable, *launcher, "-m", "dumo", *words]
     if before:
         command = ["sh", "-c", f'{before}; exec "$@"', "sh", *command]
+    command = [*through, *command]
     with (cwd / LOG).open("wb") as log:
         return subprocess.Popen(
             command, cwd=cwd, env=dict(environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log
