@@ -36,7 +36,8 @@ class Found:
 
     def tried(self, process_: "subprocess.Popen[bytes]", cwd: Path, *codes: int, names: str = "") -> None:
         """Wait for what was started under the trouble: it must end with one of these codes, in plain words."""
-        what = " ".join(map(str, process_.args[3:5] if isinstance(process_.args, list) else ()))
+        words = [str(word) for word in process_.args] if isinstance(process_.args, list) else []
+        what = " ".join(words[words.index("dumo") + 1 :][:2])
         try:
             code = process.ended(process_, 200)
         except subprocess.TimeoutExpired:
@@ -66,10 +67,12 @@ class Found:
             last = (process.said(cwd).strip().splitlines() or [""])[-1]
             self.wrong.append(f"afterwards {' '.join(words[:2])} ends with {code}: {last[:200]}")
             self.afterwards = f"exit code {code}"
+        elif not self.afterwards:
+            self.afterwards = "works"
 
     def same(self, cwd: Path, words: Sequence[str], ranks: int = 1) -> None:
         """The training in cwd/run must have come to the end of an undisturbed one."""
-        if self.afterwards:
+        if self.afterwards not in ("", "works"):
             return
         whole = cwd / "whole"
         whole.mkdir()

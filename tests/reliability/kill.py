@@ -103,6 +103,7 @@ def killed(place: Place, ranks: int, chance: Random, here: Path, row: Row) -> bo
     process.kill(victims)
     process.ended(started)
     row.orphans += len(process.orphans(them))
+    (here / process.LOG).unlink()
     inside = place.inside(here)
     row.hits, row.missed = row.hits + inside, row.missed + (not inside)
     row.left_by_kills += bool(left(here))

@@ -37,6 +37,8 @@ def examined(name: str, folder: Path) -> Found:
         CASES[name](here, found)
     except Left as why:
         found.left_out = str(why)
+    except Exception as error:  # the next case may go well
+        found.wrong.append(f"{type(error).__name__}: {error}")
     found.seconds = round(time.monotonic() - begun, 1)
     return found
 
@@ -50,7 +52,9 @@ def table(rows: Sequence[Found]) -> str:
         codes = ", ".join(map(str, dict.fromkeys(row.codes))) or "-"
         changed = f"{row.changed} of {row.watched}" if row.watched else "-"
         said = (row.said[0] if row.said else "-").replace("|", "\\|")
-        lines.append([row.name, codes, said, changed, row.afterwards or "-", good, f"{row.seconds:.0f}"])
+        lines.append(
+            [row.name, codes, said, changed, row.afterwards or "-", " ".join(good.split()), f"{row.seconds:.0f}"]
+        )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -18,8 +18,9 @@ from dumo.io import digest, weights
 from e2e.shell import TINY, sets
 from reliability.process import said
 
-SIDE, IMAGES = 32, 96
-OFTEN = sets("train.log_every=1", "train.keep=3", "train.ema=[{decay: 0.99}, {decay: 0.9, ramp: false}]")
+SIDE, SHARD, SHARDS = 32, 8, 12  # pixels, images to a shard, shards
+RICH = sets("train.log_every=1", "train.keep=3", "train.ema=[{decay: 0.99}, {decay: 0.9, ramp: false}]", "train.clip=1")
+RICH += sets("train.ref=0.9", "train.schedule.kind=cosine", "train.schedule.warmup=20", "objective.guide.zeta=0.5")
 TIMES = ("seconds", "date", "when", "machine", "rate")  # what tells of the machine and the hour, and not of the run
 End = dict[str, str]
 
@@ -40,7 +41,7 @@ class Place:
 def given(folder: Path, run: Path) -> None:
     """What the places start from: images, and a trained run, which is copied."""
     (folder / "images").mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (IMAGES, SIDE, SIDE, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 256, (SHARD * SHARDS, SIDE, SIDE, 3), dtype=np.uint8)
     for i, one in enumerate(pixels):
         Image.fromarray(one).save(folder / f"images/{i:03}.png")
     shutil.copytree(run, folder / "digits")
@@ -56,34 +57,30 @@ def fresh(folder: Path, start: Path) -> Path:
 
 def places(codec: str = "identity") -> dict[str, Place]:
     """All, by name; what is encoded is by this codec."""
-    train = ("train", "digits", "--out", "run", *TINY, *OFTEN)
+    train = ("train", "digits", "--out", "run", *TINY, *RICH)
+    often = sets("train.steps=60", "train.save_every=10")
     wide = sets("net.width=256", "net.depth=2", "train.batch=4", "train.steps=40", "train.save_every=4")
     pairs = sets("train.steps=10", "teacher.source=given/digits", "teacher.pairs.count=6144", "teacher.pairs.nfe=4")
-    encode = ("encode", "given/images", "cache", "--codec", codec, "--side", str(SIDE), "--shard-rows", "8")
+    encode = ("encode", "given/images", "cache", "--codec", codec, "--side", str(SIDE), "--shard-rows", str(SHARD))
     all_ = (
-        Place(
-            "training", (*train, *sets("train.steps=60", "train.save_every=10")), 60, 0.02, steps, untrained, trained
-        ),
+        Place("training", (*train, *often), 60, 0.02, steps, lambda here: last(here).name != "step-00000060", trained),
         Place("saving", (*train, *wide), 10, 0.15, lambda folder: saves(folder) // 4, half_saved, trained),
-        Place("encoding", encode, IMAGES // 8, 0.05, shards, lambda folder: shards(folder) < IMAGES // 8, encoded),
+        Place("encoding", encode, SHARDS, 0.05, shards, lambda folder: shards(folder) < SHARDS, encoded),
         Place("pairs", (*train, *pairs), 6, 0.3, teachings, lambda folder: teachings(folder) < 6, taught),
-        Place(
-            *("evaluating", ("evaluate", "judged", "--nfe", "1,2,4"), 4, 0.6),
-            *(rows, lambda folder: not (folder / "judged/evaluation.json").exists(), judged),
-        ),
+        Place("evaluating", ("evaluate", "judged", "--nfe", "1,2,4"), 4, 0.6, rows, unjudged, judged),
     )
     return {place.name: place for place in all_}
 
 
 def steps(folder: Path) -> int:
-    """The last step in the log, or of the last checkpoint."""
+    """The rows of a training's log, one for each step."""
     file = folder / "run/metrics.jsonl"
     return file.read_text().count("\n") if file.exists() else 0
 
 
-def untrained(folder: Path) -> bool:
-    """Whether a training has not come to its end."""
-    return not (folder / "run/checkpoints/step-00000060").exists()
+def last(folder: Path) -> Path:
+    """The last checkpoint of a training."""
+    return max((folder / "run/checkpoints").glob("step-*"), key=lambda path: path.name, default=folder)
 
 
 def saves(folder: Path) -> int:
@@ -93,15 +90,15 @@ def saves(folder: Path) -> int:
 
 
 def half_saved(folder: Path) -> bool:
-    """Whether a part of a checkpoint lies about: one that was being written, or removed."""
+    """Whether a part of a checkpoint lies about: of one that was being written, or removed."""
     return bool(left(folder / "run/checkpoints"))
 
 
 def shards(folder: Path) -> int:
-    """The shards that stand, with their notes or in the list of a whole cache."""
+    """The shards that stand: those with notes, or all once the cache is whole."""
     cache = folder / "cache"
     whole = (cache / "cache.yaml").exists() and "shard-00000" in (cache / "cache.yaml").read_text()
-    return IMAGES // 8 if whole else min(len(list(cache.glob("shard-*.json"))), IMAGES // 8 - 1)
+    return SHARDS if whole else min(len(list(cache.glob("shard-*.json"))), SHARDS - 1)
 
 
 def teachings(folder: Path) -> int:
@@ -110,29 +107,32 @@ def teachings(folder: Path) -> int:
 
 
 def rows(folder: Path) -> int:
-    """The rows that this start has sampled."""
-    return said(folder).count("\nsampling, ") + said(folder).startswith("sampling, ")
+    """The rows of a report that this start has sampled."""
+    return sum(line.startswith("sampling, ") for line in said(folder).splitlines())
+
+
+def unjudged(folder: Path) -> bool:
+    """Whether there is no report."""
+    return not (folder / "judged/evaluation.json").exists()
 
 
 def trained(folder: Path) -> End:
-    """Every tensor of the last checkpoint, its counters, and every row of the log."""
-    run = folder / "run"
-    last = max((run / "checkpoints").glob("step-*"), key=lambda path: path.name)
-    about = json.loads((last / "state.json").read_text())
-    parts = {path.name.removesuffix(".safetensors"): path for path in last.iterdir() if path.name != "state.json"}
-    tensors = {
-        f"{last.name} {part} {name}": digest.of_tensor(x)
-        for part, path in parts.items()
-        for name, x in weights.load(path).items()
-    }
+    """Every tensor of the last checkpoint, its counters, the names of those kept, every row of the log, the spec."""
+    run, checkpoint = folder / "run", last(folder)
+    about = json.loads((checkpoint / "state.json").read_text())
+    parts = {path.name.removesuffix(".safetensors"): path for path in checkpoint.iterdir() if path.suffix != ".json"}
+    tensors = {f"{part} {name}": digest.of_tensor(x) for part in parts for name, x in weights.load(parts[part]).items()}
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     counters = {f"state.json {key}": str(about[key]) for key in ("step", "images")}
-    return tensors | counters | {f"metrics.jsonl {row['step']}": timeless(row) for row in logged}
+    counters["checkpoints"] = str(sorted(path.name for path in (run / "checkpoints").glob("step-*")))
+    counters["metrics.jsonl"] = str([row["step"] for row in logged])
+    told = {f"metrics.jsonl {row['step']}": timeless(row) for row in logged}
+    return tensors | counters | told | hashes(run, "run.yaml") | hashes(run, "data.json")
 
 
 def taught(folder: Path) -> End:
-    """As `trained`, and every file of pairs."""
-    return trained(folder) | hashes(folder / "run/pairs") | hashes(folder / "run", "*.json")
+    """As `trained`, every file of pairs, and who taught."""
+    return trained(folder) | hashes(folder / "run/pairs") | hashes(folder / "run", "teacher.json")
 
 
 def encoded(folder: Path) -> End:
