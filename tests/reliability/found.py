@@ -46,7 +46,7 @@ class Found:
         text = process.said(cwd)
         self.codes.append(code)
         plain = [line for line in text.splitlines() if line.startswith(("error", "rank", "stopped", "warning"))]
-        self.said += plain[-1:]
+        self.said += [line.replace(f"{cwd}/", "") for line in plain[-1:]]
         if code not in codes:
             self.wrong.append(f"{what}: exit code {code}")
         if f'File "{SOURCE}' in text:
