@@ -146,7 +146,9 @@ def main(
                 print(table(rows).splitlines()[-1], flush=True)
     print(f"\n{table(rows)}\n\n{sum(row.hits for row in rows)} kills, {sum(row.works for row in rows)} works compared")
     if to:
-        to.write_text(json.dumps({"seed": seed, "codec": codec, "rows": [asdict(row) for row in rows]}, indent=2))
+        to.write_text(
+            json.dumps({"seed": seed, "codec": codec, "rows": [asdict(row) for row in rows]}, indent=2) + "\n"
+        )
     raise typer.Exit(not all(row.good for row in rows))
 
 

@@ -77,7 +77,7 @@ def main(
     out = [row for row in rows if row.left_out]
     print(f"\n{table(rows)}\n\n{len(rows) - len(out)} cases, {len(out)} left out")
     if to:
-        to.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        to.write_text(json.dumps({"rows": [asdict(row) for row in rows]}, indent=2) + "\n")
     raise typer.Exit(any(row.wrong for row in rows))
 
 
