@@ -159,9 +159,9 @@ def preempted(here: Path, found: Found) -> None:
 @case("worker killed")
 def worker_killed(here: Path, found: Found) -> None:
     """One of the processes that `--jobs` started is gone: a line, and none of the others stays."""
-    words = ("reproduce", "fig4c", "--scale", "smoke", "--jobs", "2", "--out", "plan")
+    words = ("reproduce", "sec43", "--scale", "smoke", "--jobs", "2", "--out", "plan")
     started, late = process.start(words, here), time.monotonic() + 300
-    while not list(here.glob("plan/**/metrics.jsonl")):
+    while not list(here.glob("plan/**/run.yaml")):
         if started.poll() is not None or time.monotonic() > late:
             raise RuntimeError(f"it did not begin: {process.said(here)}")
         time.sleep(0.01)
@@ -171,6 +171,7 @@ def worker_killed(here: Path, found: Found) -> None:
     found.tried(started, here, 1, 2)
     if stayed := process.orphans(them):
         found.wrong.append(f"{len(stayed)} processes stayed")
+    found.recovers(words, here)
 
 
 @case("hanging rank")
