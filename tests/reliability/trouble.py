@@ -177,14 +177,15 @@ def worker_killed(here: Path, found: Found) -> None:
 @case("hanging rank")
 def hanging_rank(here: Path, found: Found) -> None:
     """A rank is stopped, and does not answer: said within the time that is set."""
-    started = begun(LONG, here, 2, DUMO_TIMEOUT="5")
+    words = (*TRAIN, *sets("train.steps=100"))
+    started = begun(words, here, 2, DUMO_TIMEOUT="5")
     them = process.workers(started, 2)
     os.kill(them[1], signal.SIGSTOP)
     found.tried(started, here, 1, names="rank 1")
     if stayed := process.orphans(them):
         found.wrong.append(f"{len(stayed)} processes stayed")
-    found.recovers(LONG, here, 2)
-    found.same(here, LONG, 2)
+    found.recovers(words, here, 2)
+    found.same(here, words, 2)
 
 
 @case("checkpoint gone")
