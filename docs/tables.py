@@ -15,6 +15,7 @@ from dumo.reproduce.arm import respread
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "src/dumo/recipes/results"
+RELIABILITY = DOCS.parent / "tests/reliability"
 PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n\n).*?(?P<end>\n\n<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
 
@@ -113,6 +114,28 @@ def fair(results: Row) -> Iterator[str]:
         yield line([*arm, *(cells.get(n, ["", ""])[k] for k in (0, 1) for n in ("two", "one"))])
 
 
+def kills(results: Row) -> Iterator[str]:
+    """Kills by place and ranks, and what came of them."""
+    yield line(["killed", "ranks", "kills", "starts", "the end", "left by kills", "left at the end", "seconds"])
+    yield "|" + "---|" * 8
+    for row in results["rows"]:
+        end = f"{len(row['differs'])} numbers differ" if row["differs"] else f"bit-equal, {row['works']} times"
+        left = ", ".join(sorted(set(row["left_at_end"]))) or "nothing"
+        counts = [row["ranks"], row["hits"], row["starts"], end, row["left_by_kills"], left, round(row["seconds"])]
+        yield line([row["place"], *map(str, counts)])
+
+
+def machines(results: Row) -> Iterator[str]:
+    """Bad machines: what is said of each, and what came of it."""
+    yield line(["trouble", "exit codes", "what it says", "good files changed", "afterwards"])
+    yield "|" + "---|" * 5
+    for row in results["rows"]:
+        codes = ", ".join(map(str, dict.fromkeys(row["codes"]))) or "none"
+        changed = f"{row['changed']} of {row['watched']}" if row["watched"] else ""
+        said = f"`{row['said'][0]}`" if row["said"] else ""
+        yield line([row["name"], codes, said.replace("|", "\\|"), changed, row["left_out"] or row["afterwards"]])
+
+
 # of the paper, Sec. 4.3 and Tab. 1: FID of XL/2, of 432 and 424 epochs
 PAPER = {"DuMo": "2.60", "DuMo + MeanFlow": "2.84", "DuMo + Shortcut": "4.73"}
 # of the README: the kind, and what a step costs by docs/objectives/index.md, to which a test holds it
@@ -131,6 +154,8 @@ TABLES = {
     "ideas": ("ours", ideas),
     "ideas-latents": ("ours-latents", ideas),
     "fair": ("fair", fair),
+    "kills": ("kill", kills),
+    "machines": ("machine", machines),
 }  # by name: the file, and what is made of it
 
 
@@ -139,7 +164,8 @@ def written(page: str) -> str:
 
     def write(place: re.Match[str]) -> str:
         file, table = TABLES[place["name"]]
-        results = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))
+        folder = RELIABILITY if table in (kills, machines) else RESULTS
+        results = json.loads((folder / f"{file}.json").read_text(encoding="utf-8"))
         return place["begin"] + "\n".join(table(results)) + place["end"]
 
     return PLACE.sub(write, page)

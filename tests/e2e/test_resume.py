@@ -14,9 +14,6 @@ import pytest
 from e2e.shell import TINY, call, finish, sets, start, tree, wait
 
 OFTEN = sets("train.log_every=1", "train.save_every=10", "train.keep=3", "train.schedule.kind=constant")
-RICH = sets("train.ema=[{decay: 0.99}, {decay: 0.9, ramp: false}]", "train.ref=0.9", "train.clip=1", "train.steps=150")
-RICH += sets("train.schedule.kind=cosine", "train.schedule.warmup=20", "objective.guide.zeta=0.5")
-LAST = "checkpoints/step-00000150"
 
 
 def steps_logged(run: Path) -> list[int]:
@@ -29,42 +26,6 @@ def steps_logged(run: Path) -> list[int]:
 def steps_saved(run: Path) -> list[int]:
     """The steps of its checkpoints."""
     return sorted(int(path.name.removeprefix("step-")) for path in (run / "checkpoints").glob("step-*"))
-
-
-@pytest.mark.slow
-def test_killed_run_goes_on_bit_for_bit(here: Path) -> None:
-    words = [*TINY, *OFTEN, *RICH]
-    assert call("train", "digits", "--out", "whole", *words).code == 0
-
-    killed = here / "killed"
-    process = start("train", "digits", "--out", "killed", *words, cwd=here)
-    wait(process, lambda: bool(steps := steps_saved(killed)) and steps[-1] >= 20 and steps_logged(killed)[-1] % 10 == 5)
-    process.kill()
-    assert finish(process).code == -signal.SIGKILL
-    assert steps_saved(killed)[-1] < 150
-    assert not (killed / LAST).exists()
-    with (killed / "metrics.jsonl").open("a") as log:
-        log.write('{"step": 149, "ima')  # a line torn by the kill
-
-    done = call("train", "killed")
-    assert done.code == 0, done
-    assert tree(killed / LAST).keys() == {
-        "net.safetensors",
-        "ema-0.99.safetensors",
-        "ema-0.9.safetensors",
-        "optimizer.safetensors",
-        "state.json",
-    }
-    whole = here / "whole"
-    for name, bits in tree(whole / LAST).items():
-        assert (killed / LAST / name).read_bytes() == bits, name
-    assert steps_logged(killed) == list(range(1, 151))
-    for name in ("data.json", "metrics.jsonl", "run.yaml"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
-    assert steps_saved(killed) == steps_saved(whole) == [130, 140, 150]
-    assert sorted(path.name for path in killed.iterdir()) == [
-        *("checkpoints", "data.json", "metrics.jsonl", "run.yaml", "speed.jsonl")
-    ]
 
 
 def test_more_steps_are_the_same_as_many_at_once(here: Path) -> None:

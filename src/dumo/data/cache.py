@@ -32,6 +32,8 @@ from dumo.codecs import Codec
 from dumo.codecs.scaled import Moments
 from dumo.io import digest
 from dumo.io.weights import load
+from dumo.io.yaml import dump as dump_yaml
+from dumo.io.yaml import parse
 from dumo.types import Spec, UserError
 
 FILE = "cache.yaml"
@@ -222,7 +224,7 @@ def read_contents(folder: Path) -> Contents | None:
     if not file.is_file():
         return None
     try:
-        return Contents.model_validate(yaml.safe_load(file.read_text()))
+        return Contents.model_validate(parse(file.read_text()))
     except (ValidationError, ValueError, yaml.YAMLError) as error:
         why = " ".join(str(error).split())
         raise UserError(
@@ -232,7 +234,7 @@ def read_contents(folder: Path) -> Contents | None:
 
 def dump(contents: Contents) -> str:
     """As `read_contents` reads it."""
-    return yaml.safe_dump(contents.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+    return dump_yaml(contents.model_dump(mode="json"))
 
 
 def sums(x: Moments, channels: int) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
