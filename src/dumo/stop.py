@@ -3,18 +3,21 @@
 A scheduler that takes a machine back says so some seconds before (SIGTERM; SIGUSR1 where it was told to), a terminal
 that is closed by SIGHUP, a person by Ctrl-C. Whoever works then saves what there is and raises `Stopped`. A second
 signal of the same kind does what it did before: it ends the process at once. A process that works for another one, as a
-rank does for torchrun, is asked to stop, too, where that one is gone.
+rank does for torchrun, is asked to stop, too, where that one is gone; and as it hears a scheduler that speaks to all
+twice, by itself and from the other one, what comes soon again is not a second signal for it.
 """
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+TWICE = 2.0  # seconds within which one word may come twice: ours
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun sets it for those it starts
 
 heard: int | None = None  # the signal that asked, once one has
@@ -63,12 +66,18 @@ def listening(
         yield
         return
     before: dict[int, Any] = {}
+    came: dict[int, float] = {}
 
     def hear(number: int, frame: FrameType | None) -> None:
         global heard
-        heard = number
-        signal.signal(number, before[number])
-        tell(number)
+        if number not in came:
+            heard, came[number] = number, time.monotonic()
+            if parent is None:
+                signal.signal(number, before[number])
+            tell(number)
+        elif time.monotonic() - came[number] > TWICE:
+            signal.signal(number, before[number])
+            signal.raise_signal(number)
 
     heard, listens = None, True
     parent = os.getppid() if (LAUNCHED in os.environ if child is None else child) else None

@@ -73,6 +73,22 @@ def test_a_wait_in_c_is_ended_by_the_signal_itself() -> None:
             pass
 
 
+def test_a_child_may_hear_one_word_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the scheduler, and from torchrun, which had it from there; what comes later is meant."""
+    ended: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda n, frame: ended.append(n))
+    try:
+        with stop.listening(child=True):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert (stop.asked(), ended) == (signal.SIGTERM, [])
+            monkeypatch.setattr(stop, "TWICE", 0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert ended == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.parametrize(
     ("environment", "child", "stops"),
     [({}, None, False), ({stop.LAUNCHED: "1"}, None, True), ({}, True, True), ({stop.LAUNCHED: "1"}, False, False)],

@@ -4,7 +4,6 @@ The executors of the standard library learn that a worker was killed, but not wh
 rest; and they pass on no signal.
 """
 
-import os
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -107,11 +106,9 @@ def side_by_side(
 
 def end(workers: Sequence[Worker]) -> None:
     """Ask these to stop, and wait for them; who does not want to wait, and presses Ctrl-C again, ends them."""
-    number = signal.SIGHUP if stop.asked() == signal.SIGTERM else signal.SIGTERM  # all may have heard that: not twice
     try:
         for one in workers:
-            if one.process.is_alive() and one.process.pid:
-                os.kill(one.process.pid, number)
+            one.process.terminate()
         for one in workers:
             one.process.join()
     finally:

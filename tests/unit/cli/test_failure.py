@@ -12,9 +12,7 @@ from dumo.peer import Lost
 from dumo.training.step import Diverged
 from dumo.types import UserError
 
-CUDA = (
-    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB of which 1.00 GiB is free."
-)
+CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB, 1.00 GiB of it free."
 
 
 @pytest.mark.parametrize(

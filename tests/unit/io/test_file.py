@@ -121,9 +121,8 @@ def test_a_full_disk_names_the_file_and_what_it_needs(tmp_path: Path, monkeypatc
 
 
 def test_what_is_refused_is_the_file_and_not_its_hidden_place(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError) as raised, file.whole(tmp_path / "a") as half:
-        half.mkdir()
-        half.write_bytes(b"")
+    with pytest.raises(FileNotFoundError) as raised, file.whole(tmp_path / "a") as half:
+        (half / "b").write_bytes(b"")
     assert raised.value.filename == str(tmp_path / "a")
 
 

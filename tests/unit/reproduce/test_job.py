@@ -19,8 +19,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Processes that need not import torch."""
+    """Processes that need not import torch, and forget who forked them."""
+    serve = job.serve
+
+    def fresh(*told: object) -> None:
+        stop.listens = False
+        for number in stop.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        serve(*told)
+
     monkeypatch.setattr(job, "processes", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(job, "serve", fresh)
 
 
 def nobody_is_left() -> bool:
@@ -84,7 +93,7 @@ def test_a_defect_shows_where_it_arose() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_is_passed_on(number: int, tmp_path: Path) -> None:
-    """To those who had it, too, from terminal or scheduler: a second one of the kind would not let them save."""
+    """To those who had it, too, from the terminal or the scheduler, and nevertheless save."""
 
     def told(name: str) -> None:
         if name == "all":
@@ -92,12 +101,14 @@ def test_a_signal_is_passed_on(number: int, tmp_path: Path) -> None:
                 time.sleep(0.01)
             os.kill(os.getppid(), number)
             os.kill(os.getpid(), number)
+            time.sleep(2 * job.POLL)
+            (tmp_path / "all.saved").touch()
             stop.check()
         noted(tmp_path)(name)
 
     with stop.listening(), pytest.raises(stop.Stopped):
         list(job.side_by_side(told, ["long", "all", "never"], jobs=2, threads=1))
-    assert (tmp_path / "long.saved").exists()
+    assert sorted(path.name for path in tmp_path.glob("*.saved")) == ["all.saved", "long.saved"]
     assert nobody_is_left()
 
 
