@@ -53,10 +53,10 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def add(folder: Path, step: int, loss: float = 1.0) -> None:
+def add(folder: Path, step: int, loss: float = 1.0, size: int = 7) -> None:
     """A row of the log, and its speed."""
     log.append(folder / "metrics.jsonl", {"step": step, "loss": loss / step, "bins": {"loss": [0.5, math.nan]}})
-    log.append(folder / "speed.jsonl", {"step": step, "at": 1e9, "bytes": 7})
+    log.append(folder / "speed.jsonl", {"step": step, "at": 1e9, "bytes": size})
 
 
 def test_each_row_once(run: Path, sent: Sent, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,7 +76,7 @@ def test_a_rewound_log_is_waited_for_and_a_changed_one_sent_anew(run: Path, sent
     assert one.send() == 2
     log.rewind(run / "metrics.jsonl", 10)
     assert one.send() == 0
-    add(run, 20)  # the same step again, at another speed
+    add(run, 20, size=8)  # the same step again, at another speed
     add(run, 30)
     assert one.send() == 1
     log.rewind(run / "metrics.jsonl", 10)
