@@ -44,6 +44,11 @@ FIXED, LAW, READ, SLOPE, EXACT, UNBIASED = (
 )
 CONTRACT, SHARE, RANDOM = "tests/contract/test_draw.py", "tests/unit/data/test_share.py", "tests/unit/test_random.py"
 DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
+GUIDE, PRECISION, WAIT = (
+    "tests/unit/flow/test_guide.py",
+    "tests/unit/flow/test_precision.py",
+    "tests/contract/test_wait.py",
+)
 PROBE = "tests/unit/training/test_probe.py"
 NEIGHBOURS, TWO_SAMPLE = (f"tests/unit/metrics/test_{name}.py" for name in ("neighbours", "two_sample"))
 PROTOCOL = "tests/unit/protocols/test_protocol.py"
@@ -62,6 +67,7 @@ DISCRETIZATION, EDM, HEADS = (
 
 
 LAYOUT = f"{THEORY}/test_layout.py::test_two_ranks_are_two_pieces_to_the_bit"
+DROPPED, EMA = (f"tests/unit/training/test_{name}.py" for name in ("dropout", "ema"))
 COLLECTIVE, STEP = f"{THEORY}/test_collective.py", "tests/unit/training/test_step.py"
 WHOLE, CHECKPOINT = "tests/unit/training/test_manifest.py", "tests/unit/training/test_checkpoint.py"
 SKIPPED = f"{STEP}::test_what_is_not_finite_is_counted_and_not_applied"
@@ -175,6 +181,10 @@ MUTANTS = [
         "all ranks spare the first one's rows",
         DRAW,
     ),
+    Mutant("flow/draw.py", "step, n)[rows]", "step, n)[: len(mine)]", "ranks share masks of dropout", DRAW),
+    Mutant("types.py", "host = host[0][rows], host[1][rows]", "pass", "guidance counts on other rows", WAIT),
+    Mutant("flow/guide.py", "(kept & self.inside(t))", "kept", "passes are made outside the interval", GUIDE),
+    Mutant("flow/precision.py", "cudnn.allow_tf32 = conv", "cudnn.foo = conv", "convolutions are rounded", PRECISION),
     Mutant("types.py", "v_t=v_s, moving=None,", "v_t=v_s,", "rows at another time are taken to rest", DRAW),
     Mutant(
         "autodiff/rule/algebra.py",
@@ -201,7 +211,7 @@ MUTANTS = [
         "if len(place) == len(b.t):",
         "if True:",
         "guidance is made on all rows",
-        "tests/unit/flow/test_guide.py",
+        GUIDE,
     ),
     Mutant("flow/path.py", ", z - x", ", x - z", "the path runs backwards", EXACT),
     Mutant("flow/path.py", "return 1 - t", "return 1 - t * t", "the path is bent", EXACT),
@@ -821,6 +831,8 @@ MUTANTS = [
         "all pieces draw for the first rows",
         STEP,
     ),
+    Mutant("training/step.py", "self.keys[self.here(rows)]", "self.keys[: len(b.t)]", "pieces share masks", DROPPED),
+    Mutant("training/ema.py", "id(tensor),", "id(tensor) + len(found),", "a shared weight is averaged twice", EMA),
     Mutant("training/step.py", "        layout.release(self.net)\n", "", "what a probe gathers stays", LAYOUT),
     Mutant("training/state.py", "reshard=True", "reshard=False", "an average's weights stay gathered", LAYOUT),
     Mutant("training/layout.py", "sync(step)", "sync(True)", "every piece is sent", COLLECTIVE),

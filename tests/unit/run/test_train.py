@@ -1,6 +1,7 @@
 """A run trained, opened and sampled is the run that its folder says it is."""
 
 import json
+import re
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from dumo.progress import Bar, Tick, no_bar
 from dumo.random import noise
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.sample import FORMS, export, sample, solver_named
-from dumo.run.train import opened, train
+from dumo.run.train import opened, outlook, train
 from dumo.sampling.generate import labels
 from dumo.sampling.solver import Euler, Heun, Restart
 from dumo.training import agreement, checkpoint, log
@@ -225,3 +226,16 @@ def test_a_batch_is_made_once_for_all_its_pieces(tmp_path: Path, monkeypatch: py
     train(run, tmp_path / "run", device="cpu")
     assert sorted(step for step, size in calls if size == 8) == list(range(5))
     assert not [thread for thread in threading.enumerate() if thread.name.startswith(("ahead", "decode", "audit"))]
+
+
+def test_a_difference_is_told_what_the_slope_that_rides_would_take(tmp_path: Path) -> None:
+    said = {
+        kind: outlook(tiny("digits-guided", f"objective.slope.kind={kind}"), tmp_path, 1, 0, torch.device("cpu"))
+        for kind in ("central", "dual")
+    }
+    (dual,) = re.findall(r"([\d.]+) F a step \(1 F: one forward pass\)", said["dual"])
+    assert (
+        f"(1 F: one forward pass; objective.slope.kind=dual takes {dual} F, is exact and may run in bf16)"
+        in (said["central"])
+    )
+    assert "dual takes" not in outlook(tiny("moons-flow-matching"), tmp_path, 1, 0, torch.device("cpu"))
