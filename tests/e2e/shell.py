@@ -2,23 +2,23 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import dumo
+from torch.distributed import TCPStore
+
 from dumo import cli
 from dumo.config.load import FILE
+from forked import ENVIRONMENT, Program, python
 
-SOURCE = Path(dumo.__file__).parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCE), "COLUMNS": "80"}
+Running = Program | subprocess.Popen[str]
 
 
 def refuse(name: str) -> None:
@@ -59,21 +59,37 @@ def call(*words: object) -> Done:
     return Done(code if isinstance(code, int) else 1, out.getvalue(), err.getvalue())
 
 
-def start(*words: object, cwd: Path, first: str = "") -> "subprocess.Popen[str]":
+def start(*words: object, cwd: Path, first: str = "", env: Mapping[str, str] = ENVIRONMENT) -> Program:
     """`dumo WORDS` in a process of its own, after the statement `first`."""
     listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background shell ignores it
-    program = f"{listen}\n{first}\nfrom dumo.cli import main\nmain()"
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, words)],
-        cwd=cwd,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return python(f"{listen}\n{first}\nfrom dumo.cli import main\nmain()", *words, cwd=cwd, env=env)
 
 
-def finish(process: "subprocess.Popen[str]") -> Done:
+@contextmanager
+def ranks(n: int, *words: object, cwd: Path) -> Generator[list[Program], None, None]:
+    """`dumo WORDS` on n ranks, told what torchrun tells them, without a torchrun that waits for them.
+
+    They meet in a store of this process, as in torchrun's. Those that still run at the end are ended.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    told |= {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+    all_told = ({**told, "RANK": rank, "LOCAL_RANK": rank} for rank in range(n))
+    started = [start(*words, cwd=cwd, env=ENVIRONMENT | {k: str(v) for k, v in one.items()}) for one in all_told]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+
+
+def together(n: int, *words: object, cwd: Path) -> list[Done]:
+    """What each of n ranks said."""
+    with ranks(n, *words, cwd=cwd) as started:
+        return [finish(process) for process in started]
+
+
+def finish(process: Running) -> Done:
     """Wait for its end."""
     try:
         out, err = process.communicate(timeout=240)
@@ -82,7 +98,7 @@ def finish(process: "subprocess.Popen[str]") -> Done:
     return Done(process.returncode, out, err)
 
 
-def wait(process: "subprocess.Popen[str]", event: Callable[[], bool]) -> None:
+def wait(process: Running, event: Callable[[], bool]) -> None:
     """Until the event has come; fails if the process ends before it."""
     late = time.monotonic() + 240
     while not event():

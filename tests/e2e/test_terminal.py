@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from e2e.shell import ENVIRONMENT, TINY, call, finish, refused, sets, start, wait
+from e2e.shell import TINY, call, finish, refused, sets, start, wait
+from forked import ENVIRONMENT
 
 LONG = [*TINY, *sets("train.steps=1000000", "train.save_every=5", "train.log_every=1")]
 

@@ -4,7 +4,6 @@ Four processes start; of each group the first ranks take part, and meet the othe
 finds itself, and ends with an error where that is wrong.
 """
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -187,8 +186,9 @@ def load(folder: Path, world: int) -> None:
     assert agreement.agreed(lambda: (folder / "share-1").is_dir()) == [True] * world
 
 
-def main(folder: str, rank: int) -> None:
+def main(folder: str, number: str) -> None:
     """Meet in twos, threes and fours."""
+    rank = int(number)
     torch.set_num_threads(1)
     for world in SHARES:
         if rank < world:
@@ -198,7 +198,3 @@ def main(folder: str, rank: int) -> None:
                 load(Path(folder), world)
                 print(f"{world} agree", flush=True)
     leave()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
