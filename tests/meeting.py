@@ -39,8 +39,11 @@ def leave() -> NoReturn:
     os._exit(0)
 
 
-def outputs(processes: Sequence[Program], patience: float) -> list[str]:
-    """What each of these said, once all have ended well; the first that has not ends the others, which wait for it."""
+def outputs(processes: Sequence[Program], patience: float) -> list[tuple[str, str]]:
+    """What each of these said, on stdout and stderr, once all have ended well.
+
+    The first that has not ends the others, which wait for it.
+    """
     late = time.monotonic() + patience
     while any(process.poll() is None for process in processes):
         if any(process.poll() for process in processes) or time.monotonic() > late:
@@ -51,4 +54,4 @@ def outputs(processes: Sequence[Program], patience: float) -> list[str]:
         process.kill()
     said = [process.communicate() for process in processes]
     assert codes == [0] * len(codes), (codes, *(text[-3000:] for texts in said for text in texts))
-    return [out for out, _ in said]
+    return said

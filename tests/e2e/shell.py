@@ -5,8 +5,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from torch.distributed import TCPStore
 from dumo import cli
 from dumo.config.load import FILE
 from forked import ENVIRONMENT, Program, python
+from meeting import outputs
 
+PATIENCE = 240  # seconds, on a busy machine
 Running = Program | subprocess.Popen[str]
 
 
@@ -65,34 +67,22 @@ def start(*words: object, cwd: Path, first: str = "", env: Mapping[str, str] = E
     return python(f"{listen}\n{first}\nfrom dumo.cli import main\nmain()", *words, cwd=cwd, env=env)
 
 
-@contextmanager
-def ranks(n: int, *words: object, cwd: Path) -> Generator[list[Program], None, None]:
-    """`dumo WORDS` on n ranks, told what torchrun tells them, without a torchrun that waits for them.
+def together(n: int, *words: object, cwd: Path) -> list[Done]:
+    """What each of n ranks said of `dumo WORDS`; all must end well.
 
-    They meet in a store of this process, as in torchrun's. Those that still run at the end are ended.
+    They are told what torchrun tells its ranks, and meet in a store of this process, as in torchrun's.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True}
-    told |= {"WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
-    all_told = ({**told, "RANK": rank, "LOCAL_RANK": rank} for rank in range(n))
-    started = [start(*words, cwd=cwd, env=ENVIRONMENT | {k: str(v) for k, v in one.items()}) for one in all_told]
-    try:
-        yield started
-    finally:
-        for process in started:
-            process.kill()
-
-
-def together(n: int, *words: object, cwd: Path) -> list[Done]:
-    """What each of n ranks said."""
-    with ranks(n, *words, cwd=cwd) as started:
-        return [finish(process) for process in started]
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{store.port}", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    told |= {"WORLD_SIZE": f"{n}", "LOCAL_WORLD_SIZE": f"{n}", **ENVIRONMENT}
+    started = [start(*words, cwd=cwd, env=told | {"RANK": f"{k}", "LOCAL_RANK": f"{k}"}) for k in range(n)]
+    return [Done(0, *texts) for texts in outputs(started, PATIENCE)]
 
 
 def finish(process: Running) -> Done:
     """Wait for its end."""
     try:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     return Done(process.returncode, out, err)
@@ -100,7 +90,7 @@ def finish(process: Running) -> Done:
 
 def wait(process: Running, event: Callable[[], bool]) -> None:
     """Until the event has come; fails if the process ends before it."""
-    late = time.monotonic() + 240
+    late = time.monotonic() + PATIENCE
     while not event():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < late, "waited too long"

@@ -15,8 +15,8 @@ PASSES = {"dual": 3, "jvp": 3, "central": 4}  # forward passes of guided DuMo: t
 @pytest.fixture(scope="module")
 def sent(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """A row per case of `collectives.py`."""
-    (said,) = outputs([main_of("theory.collectives", cwd=tmp_path_factory.mktemp("collectives"))], PATIENCE)
-    return [json.loads(line) for line in said.splitlines()]
+    ((out, _),) = outputs([main_of("theory.collectives", cwd=tmp_path_factory.mktemp("collectives"))], PATIENCE)
+    return [json.loads(line) for line in out.splitlines()]
 
 
 def test_calls_and_bytes_of_a_step(sent: list[dict[str, Any]]) -> None:

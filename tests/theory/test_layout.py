@@ -27,8 +27,8 @@ FEW = {3: "digits-imm", 4: "digits-three-heads-shortcut+objective.guide.fraction
 def run(ranks: int, cases: list[str], folder: Path) -> list[dict[str, Any]]:
     """A row per case and layout, by so many processes."""
     words = (ranks, folder / f"meet-{ranks}", *cases)
-    first, *_ = outputs([main_of("theory.layouts", rank, *words, cwd=folder) for rank in range(ranks)], PATIENCE)
-    return [json.loads(line) for line in first.splitlines()]
+    (out, _), *_ = outputs([main_of("theory.layouts", rank, *words, cwd=folder) for rank in range(ranks)], PATIENCE)
+    return [json.loads(line) for line in out.splitlines()]
 
 
 def test_two_ranks_are_two_pieces_to_the_bit(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ Rows = list[dict[str, Any]]
 
 def rows_of(*commands: tuple[str, ...]) -> Rows:
     """What the first of these processes, run together, printed."""
-    first, *_ = outputs([main_of("theory.ranks", *words, cwd=Path.cwd()) for words in commands], PATIENCE)
-    return [json.loads(line) for line in first.splitlines()]
+    (out, _), *_ = outputs([main_of("theory.ranks", *words, cwd=Path.cwd()) for words in commands], PATIENCE)
+    return [json.loads(line) for line in out.splitlines()]
 
 
 @pytest.fixture(scope="module")

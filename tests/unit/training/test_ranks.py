@@ -27,8 +27,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save(folder / "one", one, 1)
     safetensors.torch.save_file(everything(one), folder / "one.safetensors")
     processes = [main_of("unit.training.ranks", folder, rank, cwd=folder) for rank in range(max(SHARES))]
-    for rank, said in enumerate(outputs(processes, PATIENCE)):
-        assert said.splitlines() == [f"{world} agree" for world in SHARES if rank < world]
+    for rank, (out, _) in enumerate(outputs(processes, PATIENCE)):
+        assert out.splitlines() == [f"{world} agree" for world in SHARES if rank < world]
     return folder
 
 
