@@ -21,7 +21,7 @@ from tempfile import NamedTemporaryFile, TemporaryDirectory
 import pytest
 import torch
 
-from planted import Plant
+from planted import METHOD, Plant
 
 ROOT = Path(__file__).parent.parent
 AT_ONCE = 2
@@ -899,7 +899,7 @@ MUTANTS = [
 
 def warm(compiled: str) -> None:
     """Do here once what each child would do again: import what is not ours, and keep what Python compiles."""
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", METHOD: "fork"}
     sys.dont_write_bytecode, sys.pycache_prefix = False, compiled
     torch.set_num_threads(1)
     for name in OTHERS:

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from dumo.run import folder
-from e2e.shell import ENVIRONMENT, TINY, call, finish, refused, sets, start, tree, wait
+from e2e.shell import TINY, call, finish, refused, sets, start, tree, wait
+from forked import ENVIRONMENT
 
 LONG = [*TINY, *sets("train.steps=1000000", "train.save_every=5", "train.log_every=1")]
 

@@ -1,4 +1,4 @@
-"""What a step sends, counted on a fake group: `python tests/theory/collectives.py`. See test_collective.py.
+"""What a step sends, counted on a fake group: `main()`. See test_collective.py.
 
 Prints a JSON object per case. A process of its own, for torch has one group of all processes at a time.
 """
@@ -50,6 +50,7 @@ def count(slope: str, share: int, reshard: bool, micro_batch: int | None) -> dic
         "digits",
         [
             *(f"objective.slope.kind={slope}", "objective.guide.zeta=0.5", "train.probe_every=0", "train.batch=128"),
+            "net.depth=2",
             *(f"train.share={share}", f"train.reshard={reshard}", f"train.micro_batch={micro_batch or 'null'}"),
         ],
     )
@@ -86,7 +87,3 @@ def main() -> None:
             print(json.dumps({"world": world, **count("dual", world, False, 4)}))
         if world > 1:
             torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

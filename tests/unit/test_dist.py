@@ -7,7 +7,8 @@ import torch
 
 from dumo import dist
 from dumo.types import UserError
-from unit.training.toy import python
+from forked import python
+from meeting import outputs
 
 RANK = """
 import sys, torch
@@ -52,11 +53,8 @@ def test_one_rank() -> None:
 
 
 def test_two_ranks_train_as_one(tmp_path: Path) -> None:
-    processes = [python(RANK, str(tmp_path / "store"), str(rank)) for rank in range(2)]
-    for process in processes:
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == 0, out
-        assert out.splitlines()[-1] == "agrees"
+    processes = [python(RANK, tmp_path / "store", rank, cwd=tmp_path) for rank in range(2)]
+    assert [out for out, _ in outputs(processes, patience=120)] == ["agrees\n"] * 2
 
 
 @pytest.mark.parametrize(

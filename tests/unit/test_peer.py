@@ -3,9 +3,9 @@
 import os
 import signal
 import socket
-import subprocess
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch.distributed
@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 from dumo import dist, stop
 from dumo.peer import Lost, Peers, brief
 from dumo.types import UserError
-from unit.training.toy import python
+from forked import ENVIRONMENT, Program, python
 
 
 @pytest.fixture
@@ -131,18 +131,16 @@ with dist.join():
 
 
 @pytest.mark.slow
-def test_a_rank_that_hangs_ends_the_others_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_hangs_ends_the_others_with_a_line(tmp_path: Path) -> None:
     """Though these are held in a collective, where they hear no signal."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     told = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DUMO_TIMEOUT": 1}
-    for name, value in told.items():
-        monkeypatch.setenv(name, str(value))
-    both: list[subprocess.Popen[str]] = []
-    for rank in "01":
-        monkeypatch.setenv("RANK", rank)
-        both.append(python(HANGS))
+    both: list[Program] = []
+    for rank in range(2):
+        env = {name: str(value) for name, value in (told | {"RANK": rank}).items()}
+        both.append(python(HANGS, cwd=tmp_path, env=ENVIRONMENT | env, merged=True))
     try:
         said, _ = both[0].communicate(timeout=60)
         assert both[1].poll() is None

@@ -6,7 +6,6 @@ finds itself, and ends with an error where that is wrong.
 
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -259,8 +258,9 @@ def load(folder: Path, world: int) -> None:
     assert agreement.agreed(lambda: (folder / "share-1").is_dir()) == [True] * world
 
 
-def main(folder: str, rank: int) -> None:
+def main(folder: str, number: str) -> None:
     """Meet in twos, threes and fours."""
+    rank = int(number)
     torch.set_num_threads(1)
     for world in SHARES:
         if rank < world:
@@ -270,7 +270,3 @@ def main(folder: str, rank: int) -> None:
                 load(Path(folder), world)
                 print(f"{world} agree", flush=True)
     leave()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

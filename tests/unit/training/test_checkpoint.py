@@ -17,8 +17,9 @@ from dumo.training.spec import Train
 from dumo.training.state import Diverged, State, begin
 from dumo.training.trend import Trend
 from dumo.types import UserError
+from forked import python
 from unit.training.sharded import sign
-from unit.training.toy import AVERAGES, OPTIMIZERS, Small, python, same, tensors, trained
+from unit.training.toy import AVERAGES, OPTIMIZERS, Small, same, tensors, trained
 
 SPEC = Train(steps=3, batch=12, ema=AVERAGES)
 
@@ -181,7 +182,7 @@ print("then", save(folder, state, 1).name, *(path.name for path in folder.iterdi
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    process = python(FILL, str(folder))
+    process = python(FILL, folder, cwd=tmp_path, merged=True)
     out, _ = process.communicate(timeout=60)
     *errors, last = out.splitlines()
     assert process.returncode == 0, out

@@ -1,16 +1,17 @@
 """What our recipes for a GPU compile is compiled whole, once for all steps, and gives what it gives uncompiled."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from unit.training.toy import python
+from forked import python
 
 
 @pytest.mark.slow
-def test_our_recipes_for_a_gpu_compile_whole_and_once() -> None:
+def test_our_recipes_for_a_gpu_compile_whole_and_once(tmp_path: Path) -> None:
     """Guided ones too, whatever the number of the rows that guidance needs; of each kind one."""
-    out, _ = python("from unit.training.whole import main; main()").communicate()
+    out, _ = python("from unit.training.whole import main; main()", cwd=tmp_path).communicate()
     found = json.loads(out.splitlines()[-1])
     names = {case.split()[0] for case in found}
     assert {"imagenet256-xl2-dual", "my-images", "inductor"} <= names
