@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import yaml
 from jaxtyping import Bool, Float, Int64
 from pydantic import Field, ValidationError
 from torch import Tensor
+from yaml import YAMLError
 
 from dumo.bound import CLASSES, PIXELS, ROWS
 from dumo.codecs import Codec
 from dumo.codecs.scaled import Moments
-from dumo.io import digest
+from dumo.io import digest, yaml
+from dumo.io.text import read_text
 from dumo.io.weights import load
 from dumo.types import Spec, UserError
 
@@ -201,8 +202,8 @@ def read_contents(folder: Path) -> Contents | None:
     if not file.is_file():
         return None
     try:
-        return Contents.model_validate(yaml.safe_load(file.read_text()))
-    except (ValidationError, ValueError, yaml.YAMLError) as error:
+        return Contents.model_validate(yaml.parse(read_text(file, "take another copy of it")))
+    except (ValidationError, ValueError, YAMLError) as error:
         why = " ".join(str(error).split())
         raise UserError(
             f"{file} is damaged, or another version wrote it ({why}): encode into another folder"
@@ -211,7 +212,7 @@ def read_contents(folder: Path) -> Contents | None:
 
 def dump(contents: Contents) -> str:
     """As `read_contents` reads it."""
-    return yaml.safe_dump(contents.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+    return yaml.dump(contents.model_dump(mode="json"))
 
 
 def sums(x: Moments, channels: int) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
