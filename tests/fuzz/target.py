@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from dumo.config.load import dump, load
+from dumo.data.cache import read_contents
 from dumo.evaluation.compare import compare
 from dumo.io import weights, yaml
 from dumo.protocols import adm
@@ -61,6 +62,7 @@ def targets() -> list[Target]:
         Target(
             "base.yaml", b"base: digits\nabout: x\ntrain:\n  steps: 7\nnet: {depth: 2}\n", lambda file: load(str(file))
         ),
+        Target("cache.yaml", in_yaml(CACHE), lambda file: read_contents(file.parent), in_yaml, of_yaml),
         Target("evaluation.json", json.dumps(EVALUATION).encode(), judge, in_json),
         Target("data.json", b'{"sd": 0.5, "rows": 256}', lambda file: deviation.noted(file.parent), in_json),
         Target("metrics.jsonl", b"".join(map(json_line, range(5))), log.read_log, in_lines, of_lines),
@@ -73,6 +75,12 @@ def targets() -> list[Target]:
     ]
 
 
+CACHE = {
+    **{"codec": {"kind": "identity"}, "weights": None, "resolution": 8, "crop": "center", "source": "x", "classes": 2},
+    **{"names": ["a", "b"], "store": "samples", "dtype": "float16", "flips": False, "shard_rows": 4, "images": 4},
+    **{"shape": [3, 8, 8], "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]},
+    "shards": [{"file": "shard-00000.safetensors", "rows": 4, "size": 9, "sha256": "0" * 64}],
+}
 EVALUATION = {
     **{
         "run": "runs/a",

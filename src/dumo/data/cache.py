@@ -21,19 +21,18 @@ from typing import Literal
 
 import numpy as np
 import torch
-import yaml
 from jaxtyping import Bool, Float, Int64
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from torch import Tensor
+from yaml import YAMLError
 
 from dumo.bound import CLASSES, PIXELS, ROWS
 from dumo.codecs import Codec
 from dumo.codecs.scaled import Moments
-from dumo.io import digest
+from dumo.io import digest, yaml
+from dumo.io.text import read_text
 from dumo.io.weights import load
-from dumo.io.yaml import dump as dump_yaml
-from dumo.io.yaml import parse
 from dumo.types import Spec, UserError
 
 FILE = "cache.yaml"
@@ -224,8 +223,8 @@ def read_contents(folder: Path) -> Contents | None:
     if not file.is_file():
         return None
     try:
-        return Contents.model_validate(parse(file.read_text()))
-    except (ValidationError, ValueError, yaml.YAMLError) as error:
+        return Contents.model_validate(yaml.parse(read_text(file, "take another copy of it")))
+    except (ValidationError, ValueError, YAMLError) as error:
         why = " ".join(str(error).split())
         raise UserError(
             f"{file} is damaged, or another version wrote it ({why}): encode into another folder"
@@ -234,7 +233,7 @@ def read_contents(folder: Path) -> Contents | None:
 
 def dump(contents: Contents) -> str:
     """As `read_contents` reads it."""
-    return dump_yaml(contents.model_dump(mode="json"))
+    return yaml.dump(contents.model_dump(mode="json"))
 
 
 def sums(x: Moments, channels: int) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:

@@ -10,6 +10,7 @@ from dumo.io.json import read_json
 from dumo.io.path import user_path
 from dumo.io.text import MOST, brief, read_text
 from dumo.types import UserError
+from fuzz.judge import limited
 
 
 def test_text_is_read(tmp_path: Path) -> None:
@@ -26,7 +27,7 @@ def test_what_is_no_text_is_refused_with_the_way_out(tmp_path: Path) -> None:
         file.truncate(MOST + 1)
     other.write_bytes(b"a\xffb")
     for path, said in ((pipe, "no file"), (tmp_path, "no file"), (Path("/dev/zero"), "no file"), (other, "no text")):
-        with pytest.raises(UserError, match=f"^{path} is {said}.*: way out$"):
+        with limited(5), pytest.raises(UserError, match=f"^{path} is {said}.*: way out$"):
             read_text(path, "way out")
     with pytest.raises(UserError, match=r"67,108,865 bytes.* at most 67,108,864: way out$"):
         read_text(huge, "way out")
