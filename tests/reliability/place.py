@@ -59,15 +59,15 @@ def places(codec: str = "identity") -> dict[str, Place]:
     """All, by name; what is encoded is by this codec."""
     train = ("train", "digits", "--out", "run", *TINY, *RICH)
     often = sets("train.steps=60", "train.save_every=10")
-    wide = sets("net.width=256", "net.depth=2", "train.batch=4", "train.steps=40", "train.save_every=4")
+    wide = sets("net.width=256", "net.depth=2", "train.batch=4", "train.steps=12", "train.save_every=2")
     pairs = sets("train.steps=10", "teacher.source=given/digits", "teacher.pairs.count=6144", "teacher.pairs.nfe=4")
     encode = ("encode", "given/images", "cache", "--codec", codec, "--side", str(SIDE), "--shard-rows", str(SHARD))
     all_ = (
         Place("training", (*train, *often), 60, 0.02, steps, lambda here: last(here).name != "step-00000060", trained),
-        Place("saving", (*train, *wide), 10, 0.15, lambda folder: saves(folder) // 4, half_saved, trained),
+        Place("saving", (*train, *wide), 6, 0.15, lambda folder: saves(folder) // 2, half_saved, trained),
         Place("encoding", encode, SHARDS, 0.05, shards, lambda folder: shards(folder) < SHARDS, encoded),
         Place("pairs", (*train, *pairs), 6, 0.3, teachings, lambda folder: teachings(folder) < 6, taught),
-        Place("evaluating", ("evaluate", "judged", "--nfe", "1,2,4"), 4, 0.6, rows, unjudged, judged),
+        Place("evaluating", ("evaluate", "judged", "--nfe", "1,2"), 3, 0.6, rows, unjudged, judged),
     )
     return {place.name: place for place in all_}
 
