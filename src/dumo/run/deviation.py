@@ -23,7 +23,11 @@ def note(folder: Path, source: Source, fingerprint: str | None = None) -> float:
     `fingerprint` is the source's; None: it has none. One process alone may do it.
     """
     there = _read(folder)
-    if there is None or (fingerprint is not None and there.get("fingerprint", fingerprint) != fingerprint):
+    if (
+        there is None
+        or there["sd"] is None
+        or (fingerprint is not None and there.get("fingerprint", fingerprint) != fingerprint)
+    ):
         there = {"sd": measure(source), "rows": ROWS}
     if (new := there | ({"fingerprint": fingerprint} if fingerprint else {})) != _read(folder):
         write_json(folder / FILE, new)

@@ -35,6 +35,8 @@ def read_log(path: Path) -> list[Row]:
 
     Raises UserError where any other line is no row with its step.
     """
+    if path.exists() and not path.is_file():  # a pipe, which nobody may ever write to
+        raise UserError(f"{path} is no file: remove it")
     lines = path.read_bytes().splitlines() if path.exists() else []
     rows: list[Row] = []
     for i, text in enumerate(lines, 1):
@@ -43,7 +45,7 @@ def read_log(path: Path) -> list[Row]:
             if not isinstance(row["step"], int):
                 raise TypeError("its step is no number")
             rows.append(renamed(row))
-        except (ValueError, KeyError, TypeError) as error:  # a byte that is no text, what is no JSON, or no row
+        except (ValueError, KeyError, TypeError, RecursionError) as error:  # no text, no JSON, or no row
             if i < len(lines):
                 raise UserError(f"{path}, line {i} is no row of a log ({error}): mend or remove that line") from error
     return rows
