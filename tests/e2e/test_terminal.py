@@ -172,7 +172,8 @@ def test_the_start_line(here: Path) -> None:
         f"net dit ({facts['parameters']:,} parameters), {facts['forward_units_per_step']:.2f} F a step "
         "(1 F: one forward pass), steps 0 to 20 of 16 images"
     )
-    assert ended.startswith("training run: 20 of 20, loss ")
+    assert ended.startswith("training run: 20 of 20 at ")
+    assert "/s, loss " in ended
     done = call("train", "moons", *TINY, *sets("train.steps=1"))
     assert "data moons (points drawn anew), net mlp" in done.err.splitlines()[0]
 

@@ -125,7 +125,7 @@ def tracked(spec: Run, state: State) -> Step:
     from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
     train, cuts = spec.train, pieces(spec.train, spec.objective)
-    rows, passes = plan.most_rows(spec, dist.world()), min(len(cuts), 2)
+    rows, passes = plan.most_rows(spec), min(len(cuts), 2)
     for p in state.net.parameters():
         p.grad = torch.empty_like(p)
     update(state)  # torch works out once how to move sharded weights, on whole ones: not to be counted

@@ -40,7 +40,7 @@ def plan(spec: Run) -> dict[str, Any]:
         "inputs": {"x": list(shape), **{name: [] for name in ("c", *needs.names)}},
         "heads": {name: list(head.shape[1:]) for name, head in zip((*needs.heads, *needs.gauges), heads, strict=True)},
         "tokens": getattr(net, "grid", 0) ** 2 or None,
-        "memory": memory(spec, most_rows(spec, dist.world())),
+        "memory": memory(spec, most_rows(spec)),
         "images": images,
         "epochs": epoch and images / epoch,
         "flops": shown["forward_units_per_step"] * shown["forward_flops_per_image"] * images,
@@ -49,9 +49,11 @@ def plan(spec: Run) -> dict[str, Any]:
     }
 
 
-def most_rows(spec: Run, ranks: int) -> int:
-    """The rows of the largest pass on any rank. Raises UserError where the batch does not fit so many ranks."""
-    return max(rows.stop - rows.start for rank in passes(spec.train, spec.objective, ranks) for rows in rank)
+def most_rows(spec: Run, ranks: int | None = None) -> int:
+    """The rows of the largest pass on any rank, of those here or of so many. Raises UserError as `passes`."""
+    return max(
+        rows.stop - rows.start for rank in passes(spec.train, spec.objective, ranks or dist.world()) for rows in rank
+    )
 
 
 def memory(spec: Run, rows: int) -> dict[str, int]:
