@@ -50,7 +50,6 @@ def count(slope: str, share: int, reshard: bool, micro_batch: int | None) -> dic
         "digits",
         [
             *(f"objective.slope.kind={slope}", "objective.guide.zeta=0.5", "train.probe_every=0", "train.batch=128"),
-            "net.depth=2",
             *(f"train.share={share}", f"train.reshard={reshard}", f"train.micro_batch={micro_batch or 'null'}"),
         ],
     )
