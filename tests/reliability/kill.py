@@ -65,6 +65,8 @@ def trial(place: Place, ranks: int, times: int, seed: int, folder: Path, *, fini
     end = finish or (lambda words, cwd: process.finish(words, cwd, ranks))
     chance, row, begun = Random(f"{seed} {place.name} {ranks}"), Row(place.name, ranks), time.monotonic()
     wanted = finished(place, row, fresh(folder / f"{place.name}-{ranks}/whole", folder / "given"), end)
+    if row.differs:
+        raise SystemExit(f"{place.name} on {ranks} ranks, undisturbed, {row.differs[0]}")
     while row.hits < times and row.missed < 5 * times:
         here = fresh(folder / f"{place.name}-{ranks}/{row.works}", folder / "given")
         most = min(row.hits + AT_ONCE, times)
@@ -79,9 +81,10 @@ def trial(place: Place, ranks: int, times: int, seed: int, folder: Path, *, fini
 
 
 def finished(place: Place, row: Row, here: Path, finish: Finish) -> End:
-    """Let the work come to its end, and say what came out."""
+    """Let the work come to its end, and say what came out; nothing where it fails."""
     if code := finish(place.words, here):
-        raise SystemExit(f"{place.name} on {row.ranks} ranks ended with {code} in {here}:\n{process.said(here)}")
+        row.differs.append(f"ended with {code}: {process.said(here)[-300:]}")
+        return {}
     row.left_at_end += [str(path.relative_to(here)) for path in left(here)]
     return place.end(here)
 
@@ -115,7 +118,7 @@ def table(rows: Sequence[Row]) -> str:
     head = ["place", "ranks", "kills", "missed", "starts", "the same", "left by kills", "left at the end", "seconds"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
-        same = "yes" if not row.differs else f"no: {len(row.differs)} differ, {row.differs[0]}"
+        same = "yes" if not row.differs else f"no: {len(row.differs)} differ, {' '.join(row.differs[0].split())}"
         stays = [*row.left_at_end, *([f"{row.orphans} processes"] if row.orphans else [])]
         counts = [row.place, row.ranks, row.hits, row.missed, row.starts, f"{same} ({row.works} works)"]
         counts += [row.left_by_kills, ", ".join(sorted(set(stays))) or "nothing", f"{row.seconds:.0f}"]
