@@ -45,7 +45,7 @@ def measure(
 
     def work(precision: Precision, nfe: int, solver: Solver) -> Callable[[], object]:
         def make() -> None:
-            with using(precision, here.type):
+            with using(precision, here):
                 generate.generate(
                     module, reads, run.path, solver, c, nfe=nfe, seed=0, shape=shape, batch=batch, device=here
                 )

@@ -37,7 +37,7 @@ def train(
     draws for them, as `draws_of` gives them; None: each step draws its own. Raises as `train_step` does.
     """
     loss = compiled(state.net, task.objective, spec.compile)
-    with products(spec.precision, next(state.net.parameters()).device.type):
+    with products(spec.precision, next(state.net.parameters()).device):
         while state.step < spec.steps:
             record = train_step(state, task, batches(state.step), spec, loss, draws and draws(state.step))
             for hook in hooks:
