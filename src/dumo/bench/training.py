@@ -98,8 +98,8 @@ class Setting:
 
         def step() -> None:
             self.net.zero_grad()
-            with products(row.precision, self.device.type), self.eager(row):
-                with autocast(row.precision, self.device.type):
+            with products(row.precision, self.device), self.eager(row):
+                with autocast(row.precision, self.device):
                     mean = loss(self.net, self.ref, b).loss.mean()
                 mean.backward()
 
@@ -115,7 +115,7 @@ class Setting:
             return row
         least = cost.exact_rows(objective)
         b = self.record(objective, least * max(COMPARED // least, 1))
-        with using(row.precision, self.device.type), self.eager(row):
+        with using(row.precision, self.device), self.eager(row):
             return replace(row, error=slope_error(self.net, self.ref, objective, b))
 
     def counted(self, row: Row, objective: Objective, step: Work) -> Row:

@@ -18,21 +18,21 @@ Precision = Literal["fp32", "tf32", "bf16"]
 
 
 @contextmanager
-def using(precision: Precision, device_type: str) -> Generator[None, None, None]:
-    """Inside, passes forward on this type of device compute so."""
-    with products(precision, device_type), autocast(precision, device_type):
+def using(precision: Precision, device: torch.device | str) -> Generator[None, None, None]:
+    """Inside, passes forward on this device compute so."""
+    with products(precision, device), autocast(precision, device):
         yield
 
 
-def autocast(precision: Precision, device_type: str) -> torch.autocast:
+def autocast(precision: Precision, device: torch.device | str) -> torch.autocast:
     """Inside, layers compute in bf16 where that is the precision, else as their inputs have it."""
-    return torch.autocast(device_type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
 @contextmanager
-def products(precision: Precision, device_type: str) -> Generator[None, None, None]:
+def products(precision: Precision, device: torch.device | str) -> Generator[None, None, None]:
     """Inside, what a GPU multiplies and convolves in fp32 is rounded to TF32, or not. A CPU has no such setting."""
-    if device_type != "cuda":
+    if torch.device(device).type != "cuda":
         yield
         return
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

@@ -110,7 +110,7 @@ def _estimates(x: Tensor, centres: Tensor, radii: Tensor) -> Iterator[tuple[Tens
     c = torch.cat([_small(part, middle, unit) for part in centres.split(BLOCK)])
     added = (away**2 - balls).float()
     for part, squares in zip(x.split(BLOCK), (lengths**2).float().split(BLOCK), strict=True):
-        with using("fp32", x.device.type):
+        with using("fp32", x.device):
             products = torch.addmm(added, _small(part, middle, unit), c.mT, alpha=-2)
         yield part, products.add_(squares[:, None]), off, unit
 

@@ -103,7 +103,7 @@ def _compare(run: Run, net: nn.Module, device: torch.device, *, rows: int, weigh
     exact = _exact(net, x, w, c, **inputs)
     errors: list[Tensor] = []
     for toward in (w, None):
-        with using(run.train.precision, device.type):
+        with using(run.train.precision, device):
             _, along = slope(net, ref, x, c, toward=toward, **inputs)
             with torch.no_grad():
                 found = along(w)

@@ -181,7 +181,7 @@ def passing(net: nn.Module, precision: Precision, device: torch.device | str) ->
 
     hook = net.register_forward_hook(widen)
     try:
-        with using(precision, torch.device(device).type):
+        with using(precision, device):
             yield
     finally:
         hook.remove()

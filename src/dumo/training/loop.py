@@ -43,7 +43,7 @@ def train(
     step by which a rank was asked to stop, if there are more to do, and else as `train_step` does.
     """
     loss = compiled(state.net, task.objective, spec.compile)
-    with products(spec.precision, next(state.net.parameters()).device.type):
+    with products(spec.precision, next(state.net.parameters()).device):
         while state.step < spec.steps:
             now = state.step
             record = train_step(state, task, batches(now), spec, loss, draws and draws(now), due=due())

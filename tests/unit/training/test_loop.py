@@ -185,10 +185,10 @@ def test_what_is_drawn_ahead_is_what_a_step_draws_and_nothing_is_drawn_twice() -
 
 
 def test_a_run_is_in_its_precision_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    inside: list[tuple[str, str]] = []
+    inside: list[object] = []
 
     @contextmanager
-    def noted(*given: str) -> Generator[None]:
+    def noted(*given: object) -> Generator[None]:
         inside.append(given)
         yield
         inside.clear()
