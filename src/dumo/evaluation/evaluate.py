@@ -136,10 +136,11 @@ def read_report(path: Path) -> dict[str, Any]:
         found = read_json(path, again)
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there: {again}") from error
-    if not isinstance(found, dict) or "card" not in found:
+    if not isinstance(found, dict) or found.get("card") is None:
         raise UserError(f"{path} has no report card: {again}")
-    found["card"].setdefault("precision", "fp32")  # of a report from before it could be another
-    return checked(found, path, again)
+    report = checked(found, path, again)
+    report["card"].setdefault("precision", "fp32")  # of a report from before it could be another
+    return report
 
 
 def standing(opened: RunFolder) -> dict[str, Any] | None:
