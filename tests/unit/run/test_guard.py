@@ -300,7 +300,8 @@ def test_what_a_kill_left_of_the_first_write_is_no_run(left: str, tmp_path: Path
     (folder := tmp_path / "run").mkdir()
     (folder / left).touch()
     train(tiny("train.steps=2"), folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "data.json", "metrics.jsonl", FILE]
+    made = ["checkpoints", "data.json", "metrics.jsonl", FILE, "speed.jsonl"]
+    assert sorted(path.name for path in folder.iterdir()) == made
     (folder / "checkpoints/.step-00000009.tmp").mkdir()
     (folder / ".evaluation.json.1.tmp").touch()  # another command may be writing it
     train(tiny("train.steps=2"), folder)
