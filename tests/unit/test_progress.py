@@ -52,7 +52,7 @@ def test_what_is_not_known_is_not_said(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(2, ""), (4, "decoding: 9 of 9, 4/s, took 0:01\n")])
+@pytest.mark.parametrize(("seconds", "said"), [(2, ""), (4, "decoding: 9 of 9 at 4/s, took 0:01\n")])
 def test_short_work_shows_nothing(seconds: float, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Longer work is shown from the first tick after some seconds on."""
     clock = Clock()

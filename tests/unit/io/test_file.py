@@ -132,7 +132,7 @@ def test_where_nothing_can_be_written_is_known_before(tmp_path: Path, monkeypatc
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(NotADirectoryError) as raised:
         file.check_writable(tmp_path / "file/b")
-    assert raised.value.filename == str(tmp_path / "file")
+    assert raised.value.filename == str(tmp_path / "file/b")
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(PermissionError) as refused:
         file.check_writable(tmp_path / "a/b")

@@ -51,7 +51,7 @@ def test_a_long_text_is_cut() -> None:
     assert brief([1, 2], 3) == "[1,…"
 
 
-@pytest.mark.parametrize(("text", "said"), [("", "empty"), ("a\0b", "NUL"), ("~nobody-here/x", "no such user")])
+@pytest.mark.parametrize(("text", "said"), [("", "empty"), ("a\0b", "NUL"), ("~nobody-here/x", "no such home")])
 def test_what_is_no_path(text: str, said: str) -> None:
-    with pytest.raises(UserError, match=rf"^data\.root .*{said}.*: set "):
+    with pytest.raises(UserError, match=rf"^data\.root .*{said}.*: .*set "):
         user_path(text, "data.root")
