@@ -109,10 +109,12 @@ def test_table_3(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in TABLE_3 if f"{name}-dual" in MILLIONS])
-def test_a_twin_differs_in_its_slope_alone(name: str) -> None:
+def test_a_twin_differs_in_its_slope_and_what_that_allows_alone(name: str) -> None:
     one, two = (load(each).model_dump(exclude={"about"}) for each in (name, f"{name}-dual"))
     assert two["objective"].pop("slope") == {"kind": "dual"}
     assert one["objective"].pop("slope")["kind"] == "central"
+    for how, faster, published in (("precision", "bf16", "fp32"), ("compile", "blocks", "none")):
+        assert (two["train"].pop(how), one["train"].pop(how)) == (faster, published)
     assert one == two
 
 
