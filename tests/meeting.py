@@ -1,7 +1,6 @@
 """Processes of a test meet, work, and part."""
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Generator, Sequence
@@ -9,6 +8,8 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 import torch.distributed
+
+from forked import Program
 
 
 @contextmanager
@@ -38,8 +39,11 @@ def leave() -> NoReturn:
     os._exit(0)
 
 
-def outputs(processes: Sequence[subprocess.Popen[str]], patience: float) -> list[str]:
-    """What each of these said, once all have ended well; the first that has not ends the others, which wait for it."""
+def outputs(processes: Sequence[Program], patience: float) -> list[tuple[str, str]]:
+    """What each of these said, on stdout and stderr, once all have ended well.
+
+    The first that has not ends the others, which wait for it.
+    """
     late = time.monotonic() + patience
     while any(process.poll() is None for process in processes):
         if any(process.poll() for process in processes) or time.monotonic() > late:
@@ -48,6 +52,6 @@ def outputs(processes: Sequence[subprocess.Popen[str]], patience: float) -> list
     codes = [process.poll() for process in processes]
     for process in processes:
         process.kill()
-    said = [process.communicate()[0] for process in processes]
-    assert codes == [0] * len(codes), (codes, *(text[-3000:] for text in said))
+    said = [process.communicate() for process in processes]
+    assert codes == [0] * len(codes), (codes, *(text[-3000:] for texts in said for text in texts))
     return said

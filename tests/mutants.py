@@ -21,7 +21,7 @@ from tempfile import NamedTemporaryFile, TemporaryDirectory
 import pytest
 import torch
 
-from planted import Plant
+from planted import METHOD, Plant
 
 ROOT = Path(__file__).parent.parent
 AT_ONCE = 2
@@ -44,8 +44,14 @@ FIXED, LAW, READ, SLOPE, EXACT, UNBIASED = (
 )
 CONTRACT, SHARE, RANDOM = "tests/contract/test_draw.py", "tests/unit/data/test_share.py", "tests/unit/test_random.py"
 DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
+GUIDE, PRECISION, WAIT = (
+    "tests/unit/flow/test_guide.py",
+    "tests/unit/flow/test_precision.py",
+    "tests/contract/test_wait.py",
+)
 PROBE = "tests/unit/training/test_probe.py"
-TWO_SAMPLE, PROTOCOL = "tests/unit/metrics/test_two_sample.py", "tests/unit/protocols/test_protocol.py"
+NEIGHBOURS, TWO_SAMPLE = (f"tests/unit/metrics/test_{name}.py" for name in ("neighbours", "two_sample"))
+PROTOCOL = "tests/unit/protocols/test_protocol.py"
 THEOREM, RATE, DEVIATION = (f"{THEORY}/test_{name}.py" for name in ("theorem", "rate", "deviation"))
 SHORTCUT, SPLIT, TWIN, SOFLOW, RCGM, ALPHA, UCGM = (
     f"{OBJECTIVES}/test_{name}.py"
@@ -61,8 +67,13 @@ DISCRETIZATION, EDM, HEADS = (
 
 
 LAYOUT = f"{THEORY}/test_layout.py::test_two_ranks_are_two_pieces_to_the_bit"
+DROPPED, EMA = (f"tests/unit/training/test_{name}.py" for name in ("dropout", "ema"))
 COLLECTIVE, STEP = f"{THEORY}/test_collective.py", "tests/unit/training/test_step.py"
 WHOLE, CHECKPOINT = "tests/unit/training/test_manifest.py", "tests/unit/training/test_checkpoint.py"
+SKIPPED = f"{STEP}::test_what_is_not_finite_is_counted_and_not_applied"
+OTHER = f"{STEP}::test_a_number_of_another_rank_skips_the_step_here"
+UNSAVED = f"{CHECKPOINT}::test_what_is_not_finite_is_not_saved"
+LAST_GOOD = f"{CHECKPOINT}::test_the_last_good_one_stays_besides_those_that_are_kept"
 RULE, DUAL = "tests/unit/autodiff/test_rule.py", "tests/unit/autodiff/test_dual.py"
 
 
@@ -151,7 +162,7 @@ MUTANTS = [
     Mutant("objectives/meanflow.py", "if self.power:", "if not self.power:", "a bias is let in", UNBIASED),
     Mutant("flow/draw.py", 'step, "coin"', 'step, "kept"', "the coin knows of the label", DRAW),
     Mutant(
-        "flow/draw.py", '"z", rows=rows', '"z", rows=range(len(x))', "all ranks have the first one's noise", CONTRACT
+        "flow/draw.py", '"z", rows=mine', '"z", rows=range(len(mine))', "all ranks have the first one's noise", CONTRACT
     ),
     Mutant("flow/law.py", "keyed(*key, rows=rows", "keyed(*key, rows=range(batch)", "a rank draws for all", CONTRACT),
     Mutant(
@@ -163,8 +174,18 @@ MUTANTS = [
     Mutant("data/album.py", '"augment"))[rows]', '"augment"))[: len(mine)]', "others are augmented", SHARE),
     Mutant("data/augment.py", "arange(b).split(1)", "arange(b).split(4)", "images are rounded with others", SHARE),
     Mutant("data/latents.py", "rows=range(batch)[rows]), c", "rows=range(len(c))), c", "posteriors are shared", SHARE),
-    Mutant("flow/draw.py", "moving[mine]", "moving[: len(x)]", "all ranks spare the first one's rows", DRAW),
-    Mutant("types.py", "v_t=v_s, moving=None)", "v_t=v_s)", "rows at another time are taken to rest", DRAW),
+    Mutant(
+        "flow/draw.py",
+        "=moving and moving[rows]",
+        "=moving and moving[: len(mine)]",
+        "all ranks spare the first one's rows",
+        DRAW,
+    ),
+    Mutant("flow/draw.py", "step, n)[rows]", "step, n)[: len(mine)]", "ranks share masks of dropout", DRAW),
+    Mutant("types.py", "host = host[0][rows], host[1][rows]", "pass", "guidance counts on other rows", WAIT),
+    Mutant("flow/guide.py", "(kept & self.inside(t))", "kept", "passes are made outside the interval", GUIDE),
+    Mutant("flow/precision.py", "cudnn.allow_tf32 = conv", "cudnn.foo = conv", "convolutions are rounded", PRECISION),
+    Mutant("types.py", "v_t=v_s, moving=None,", "v_t=v_s,", "rows at another time are taken to rest", DRAW),
     Mutant(
         "autodiff/rule/algebra.py",
         "product(da, b) + product(a, db)",
@@ -190,7 +211,7 @@ MUTANTS = [
         "if len(place) == len(b.t):",
         "if True:",
         "guidance is made on all rows",
-        "tests/unit/flow/test_guide.py",
+        GUIDE,
     ),
     Mutant("flow/path.py", ", z - x", ", x - z", "the path runs backwards", EXACT),
     Mutant("flow/path.py", "return 1 - t", "return 1 - t * t", "the path is bent", EXACT),
@@ -642,7 +663,7 @@ MUTANTS = [
     ),
     Mutant(
         "objectives/part.py",
-        ".where(lift(some.r < some.t, one), m_star[place])",
+        ".where(lift(some.r < some.t, one), m_star[i])",
         "",
         "rows without a step teach themselves",
         SEVERAL,
@@ -803,7 +824,15 @@ MUTANTS = [
         "objectives/sct.py", "clamp(EDGE, pi / 2 - EDGE)", "clamp(0, pi / 2)", "the weight at t = 0 is infinite", SCT
     ),
     Mutant("training/step.py", " / (spec.batch / dist.world())", " / spec.batch", "ranks are averaged twice", LAYOUT),
-    Mutant("training/step.py", "first=rows.start", "first=0", "all pieces draw for the first rows", STEP),
+    Mutant(
+        "training/step.py",
+        "self.draws[here]",
+        "self.draws[: len(self.x[here])]",
+        "all pieces draw for the first rows",
+        STEP,
+    ),
+    Mutant("training/step.py", "self.keys[self.here(rows)]", "self.keys[: len(b.t)]", "pieces share masks", DROPPED),
+    Mutant("training/ema.py", "id(tensor),", "id(tensor) + len(found),", "a shared weight is averaged twice", EMA),
     Mutant("training/step.py", "        layout.release(self.net)\n", "", "what a probe gathers stays", LAYOUT),
     Mutant("training/state.py", "reshard=True", "reshard=False", "an average's weights stay gathered", LAYOUT),
     Mutant("training/layout.py", "sync(step)", "sync(True)", "every piece is sent", COLLECTIVE),
@@ -818,7 +847,30 @@ MUTANTS = [
         "the list is not asked",
         WHOLE,
     ),
-    Mutant("training/checkpoint.py", "and manifest.sound(path)", "", "what is damaged counts as kept", WHOLE),
+    Mutant(
+        "training/retention.py", "            if manifest.sound(path):", "            if True:", "damage is kept", WHOLE
+    ),
+    Mutant("training/retention.py", "elif not good and", "elif False and", "the last good one goes", LAST_GOOD),
+    Mutant("training/step.py", "if not record.finite:", "if False:", "a NaN is applied", SKIPPED),
+    Mutant(
+        "training/step.py",
+        "        state.skips += 1\n        return\n",
+        "        state.skips += 1\n        for average in state.averages.values():\n"
+        "            average.update(state.net, state.step)\n        return\n",
+        "averages move in a skipped step",
+        SKIPPED,
+    ),
+    Mutant(
+        "training/step.py",
+        "= record.step, record",
+        "= state.step + (record.skipped is None), record",
+        "a skipped step has no number",
+        SKIPPED,
+    ),
+    Mutant("training/record.py", "dist.mean(table_of(", "torch.clone(table_of(", "each rank sees its own NaN", OTHER),
+    Mutant(
+        "training/checkpoint.py", "if wrong := not_finite(tensors):", "if wrong := None:", "a NaN is saved", UNSAVED
+    ),
     Mutant(
         "training/memory.py",
         "in values.items()}",
@@ -827,6 +879,9 @@ MUTANTS = [
         CHECKPOINT,
     ),
     Mutant("io/shards.py", "!= math.prod(about.size)", "< 0", "a shard may lack", WHOLE),
+    Mutant("metrics/neighbours.py", "inside[i[near]] = True", "pass", "what is open is not measured", NEIGHBOURS),
+    Mutant("metrics/neighbours.py", "- off > (radii", "+ 9 > (radii", "equals are not told apart", NEIGHBOURS),
+    Mutant("metrics/neighbours.py", "return n * u / (1 - n * u)", "return 0.0", "rounding is no error", NEIGHBOURS),
     Mutant("metrics/two_sample.py", "half[1 - learnt]", "half[learnt]", "it is asked what it learned", TWO_SAMPLE),
     Mutant("metrics/two_sample.py", "[len(real), len(fake)]", "[len(fake), len(real)]", "sides change", TWO_SAMPLE),
     Mutant(
@@ -844,7 +899,7 @@ MUTANTS = [
 
 def warm(compiled: str) -> None:
     """Do here once what each child would do again: import what is not ours, and keep what Python compiles."""
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
+    os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", METHOD: "fork"}
     sys.dont_write_bytecode, sys.pycache_prefix = False, compiled
     torch.set_num_threads(1)
     for name in OTHERS:

@@ -9,6 +9,7 @@ from importlib.util import spec_from_file_location
 from types import CodeType
 
 TOLD = "DUMO_PLANTED"  # the environment variable by which processes pass it on
+METHOD = "DUMO_FORK"  # that by which a test's process says that its programs are forked from itself, error and all
 
 
 class Plant(MetaPathFinder, SourceFileLoader):

@@ -33,10 +33,12 @@ export OMP_NUM_THREADS=4
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((20000 + SLURM_JOB_ID % 10000))
 
-again() {                            # the time is nearly up: queue the same job again, which ends it here
-    echo "the time is up: the job goes on from the last checkpoint when it runs again"
+again() {                            # the time is nearly up: the ranks save, then the same job waits again
+    kill -USR1 "$step"               # srun passes it on to each torchrun, and torchrun to its ranks
+    wait "$step" || true
+    echo "the time is up: the job goes on from here when it runs again"
     scontrol requeue "$SLURM_JOB_ID" || echo "this cluster does not requeue: submit the job again"
-    wait
+    exit 0
 }
 trap again USR1
 
@@ -46,6 +48,8 @@ trap again USR1
 #   --rdzv-backend    c10d: they meet by a store that torchrun itself opens, on the node that the endpoint names
 #   --rdzv-id         the same for all that belong together
 #   --max-restarts    so often, where a process dies, all are started again and go on from the last checkpoint
+#   --signals-to-handle  these reach the ranks, which save and leave; USR1 would kill torchrun otherwise
+#   --shutdown-timeout   seconds that they have for it; less than the 120 above
 # In the background, and then waited for: a shell hears a signal only between its commands, or while it waits.
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" \
@@ -54,5 +58,8 @@ srun --kill-on-bad-exit=1 torchrun \
     --rdzv-endpoint "$head:$port" \
     --rdzv-id "$SLURM_JOB_ID" \
     --max-restarts 3 \
+    --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+    --shutdown-timeout 100 \
     -m dumo train "$@" &
-wait $!
+step=$!
+wait "$step"

@@ -2,10 +2,17 @@
 
 The rooms, from the ground up; each imports only what stands above it in this list, and none of its own paragraph:
 
-types                   the nouns that all share
+place                   rows by place, and their way to a device
+
+types, bound            the nouns that all share; how large numbers may be
+
+stop                    stopping when asked
+
+peer                    the other processes of a run
 
 random, dist            random numbers by key; ranks
-progress, stop, recipes how far a work is; stopping when asked; the packaged runs
+progress, recipes       how far a work is; the packaged runs
+ahead, room             what a step needs, made before it; what a machine has room for
 
 io                      files, whole or not at all; pictures
 

@@ -1,13 +1,16 @@
 """Showing how far a piece of work is: whoever works says so to a `Bar`, and knows no terminal."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Protocol, runtime_checkable
 
 Tick = Callable[[int, str], None]  # (units done so far, a note)
+# what moves, colours, breaks or turns round a line, and halves of characters, which cannot be printed
+CONTROL = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 @runtime_checkable
@@ -48,28 +51,34 @@ def live_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )
     with Progress(*columns, console=Console(markup=False, emoji=False, stderr=True)) as progress:
-        task = progress.add_task(title, total=total, note="")
-        yield lambda done, note: progress.update(task, completed=done, note=note)
+        task = progress.add_task(inline(title), total=total, note="", rate="")
+
+        def tick(done: int, note: str) -> None:
+            rate = progress.tasks[0].speed
+            progress.update(task, completed=done, note=inline(note), rate=f"{number(rate)}/s" if rate else "")
+
+        yield tick
 
 
 @contextmanager
 def lines(
     title: str, total: int, /, *, every: float = 60.0, clock: Callable[[], float] = time.monotonic
 ) -> Generator[Tick, None, None]:
-    """A plain line at most every so many seconds, and one at the end: units done, the note, their rate, time left."""
+    """A plain line at most every so many seconds, and one at the end: units done, their rate, the note, time left."""
     began = last = clock()
     ticks: list[tuple[float, int]] = []  # the first and the latest one: when, units done
     said = ""
 
     def show(done: int, end: str) -> None:
         rate = speed(*ticks)
-        told = (f"{title}: {done:,} of {total:,}", said, f"{number(rate)}/s" if rate else "", end)
-        say(", ".join(part for part in told if part))
+        pace = f" at {number(rate)}/s" if rate else ""
+        say(inline(", ".join(part for part in (f"{title}: {done:,} of {total:,}{pace}", said, end) if part)))
 
     def tick(done: int, note: str) -> None:
         nonlocal last, said
@@ -80,6 +89,24 @@ def lines(
 
     yield tick
     show(ticks[-1][1] if ticks else 0, f"took {span(clock() - began)}")
+
+
+@contextmanager
+def late(
+    title: str, total: int, /, *, after: float = 3.0, clock: Callable[[], float] = time.monotonic, shown: Bar = bar
+) -> Generator[Tick, None, None]:
+    """A bar for work that is mostly short: it begins to show after so many seconds (ours), and not before."""
+    began, show = clock(), None
+    with ExitStack() as later:
+
+        def tick(done: int, note: str) -> None:
+            nonlocal show
+            if show is None and clock() - began >= after:
+                show = later.enter_context(shown(title, total))
+            if show:
+                show(done, note)
+
+        yield tick
 
 
 def speed(*ticks: tuple[float, int]) -> float:
@@ -95,9 +122,26 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def sized(size: float, base: int = 1000) -> str:
+    """Bytes with three significant digits or all before the point: 1.23 GB; of base 1024: 1.23 GiB."""
+    units = [f"{letter}{'i' if base == 1024 else ''}B" for letter in ("k" if base == 1000 else "K", *"MGTP")]
+    power = next((i for i in range(len(units)) if size < 999.5 * base ** (i + 1)), len(units) - 1)
+    return f"{number(size / base ** (power + 1))} {units[power]}"
+
+
 def say(line: str) -> None:
     """Print a line on stderr at once, above a live bar."""
-    print(line, file=sys.stderr, flush=True)
+    print(plain(line), file=sys.stderr, flush=True)
+
+
+def plain(text: str) -> str:
+    """The text with control characters spelt out: a file's name must not steer the terminal. Line breaks stay."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def inline(text: str) -> str:
+    """The same in one line."""
+    return plain(text).replace("\n", r"\n")
 
 
 def span(seconds: float) -> str:

@@ -1,10 +1,10 @@
-"""The nouns of dumo: every shape and every contract that two packages share. Imports no other dumo module.
+"""The nouns of dumo: every shape and every contract that two packages share. Imports no other dumo module but `place`.
 
 Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless, in [0, 1], one per row.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import BaseModel, ConfigDict
 from pydantic.config import JsonDict
 from torch import Generator, Tensor, nn
+
+from dumo.place import index, split_by_step
 
 if TYPE_CHECKING:
     Array = Tensor
@@ -26,6 +28,7 @@ Cond = Shaped[Tensor, "b *c"]  # class indices (b,), or a text embedding
 Heads = tuple[Array, ...]  # one Sample per head, then one PerSample per gauge, in the order of `Needs`
 Taught = Callable[[Sample, Time, Cond, Sample], Sample]  # (x_t, t, c, v_t) -> the velocity to learn
 FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
+CHANGES: JsonDict = {"changes": True}  # it may, too, and run.yaml notes from which step on
 
 
 class UserError(ValueError):
@@ -207,14 +210,23 @@ class Noised:
     drawn: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # the objective's further laws, by name
     progress: float = 0.0  # share of the training done, in [0, 1]
     teacher: Taught | None = None  # what puts another velocity in the place of v_t
+    host: tuple[Time, Rows] | None = None  # t and kept on the CPU, where they were drawn and the record is elsewhere
 
-    def at(self, s: Time, x: Sample | None = None, z: Sample | None = None) -> "Noised":
+    @property
+    def known(self) -> tuple[Time, Rows] | None:
+        """t and kept where they may be asked without waiting for a device: on the CPU. None: they are not there."""
+        return (self.t, self.kept) if type(self.t) is Tensor and self.t.device.type == "cpu" else self.host
+
+    def at(self, s: Time | float, x: Sample | None = None, z: Sample | None = None) -> "Noised":
         """The same rows at another time, where any may move; with other data, or other noise, if given."""
+        host = None
+        if not isinstance(s, Tensor):
+            host, s = self.host and (torch.full_like(self.host[0], s), self.host[1]), torch.full_like(self.t, s)
         x, z = self.x if x is None else x, self.z if z is None else z
         x_s, v_s = self.path.at(x, z, s)
         if self.teacher:
             v_s = self.teacher(x_s, s, self.c, v_s)
-        return replace(self, x=x, z=z, t=s, x_t=x_s, v_t=v_s, moving=None)
+        return replace(self, x=x, z=z, t=s, x_t=x_s, v_t=v_s, moving=None, host=host)
 
     @property
     def rows_by_step(self) -> tuple[list[int], list[int]]:
@@ -228,11 +240,14 @@ class Noised:
 
         Which rows a tensor names is not known without waiting for its device, so any of them may move.
         """
-        cut = {f.name: v[rows] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        moving = None if isinstance(rows, Tensor) else self.moving
+        moving, host = (None, None) if isinstance(rows, Tensor) else (self.moving, self.host)
         if moving is not None and not isinstance(rows, Tensor):
             moving = moving[rows] if isinstance(rows, slice) else tuple(moving[i] for i in rows)
-        return replace(self, **cut, moving=moving, drawn={k: v[rows] for k, v in self.drawn.items()})
+        if host is not None:
+            host = host[0][rows], host[1][rows]
+        some = rows if isinstance(rows, slice) else rows if isinstance(rows, Tensor) else index(rows, self.t.device)
+        cut = {f.name: v[some] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **cut, moving=moving, drawn={k: v[some] for k, v in self.drawn.items()}, host=host)
 
 
 @dataclass(frozen=True)
@@ -288,11 +303,6 @@ class Objective(Protocol):
     def read(self, net: Net) -> Reads:
         """How to sample a net trained so. Does not call it."""
         ...
-
-
-def split_by_step(moving: Sequence[bool]) -> tuple[list[int], list[int]]:
-    """The places of the rows that move, and of those that do not."""
-    return [i for i, m in enumerate(moving) if m], [i for i, m in enumerate(moving) if not m]
 
 
 def lift(t: Time | Rows, like: Sample) -> Array:

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from dumo.reproduce.paper import zoo
-from e2e.shell import ENVIRONMENT, TINY, call, sets
+from e2e.shell import TINY, call, sets
+from forked import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = ROOT / "docs/tutorials"

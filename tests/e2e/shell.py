@@ -2,23 +2,25 @@
 
 import io
 import json
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import dumo
+from torch.distributed import TCPStore
+
 from dumo import cli
 from dumo.config.load import FILE
+from forked import ENVIRONMENT, Program, python
+from meeting import outputs
 
-SOURCE = Path(dumo.__file__).parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SOURCE), "COLUMNS": "80"}
+PATIENCE = 240  # seconds, on a busy machine
+Running = Program | subprocess.Popen[str]
 
 
 def refuse(name: str) -> None:
@@ -59,32 +61,36 @@ def call(*words: object) -> Done:
     return Done(code if isinstance(code, int) else 1, out.getvalue(), err.getvalue())
 
 
-def start(*words: object, cwd: Path, first: str = "") -> "subprocess.Popen[str]":
+def start(*words: object, cwd: Path, first: str = "", env: Mapping[str, str] = ENVIRONMENT) -> Program:
     """`dumo WORDS` in a process of its own, after the statement `first`."""
     listen = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # a background shell ignores it
-    program = f"{listen}\n{first}\nfrom dumo.cli import main\nmain()"
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *map(str, words)],
-        cwd=cwd,
-        env=ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return python(f"{listen}\n{first}\nfrom dumo.cli import main\nmain()", *words, cwd=cwd, env=env)
 
 
-def finish(process: "subprocess.Popen[str]") -> Done:
+def together(n: int, *words: object, cwd: Path) -> list[Done]:
+    """What each of n ranks said of `dumo WORDS`; all must end well.
+
+    They are told what torchrun tells its ranks, and meet in a store of this process, as in torchrun's.
+    """
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    told = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{store.port}", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    told |= {"WORLD_SIZE": f"{n}", "LOCAL_WORLD_SIZE": f"{n}", **ENVIRONMENT}
+    started = [start(*words, cwd=cwd, env=told | {"RANK": f"{k}", "LOCAL_RANK": f"{k}"}) for k in range(n)]
+    return [Done(0, *texts) for texts in outputs(started, PATIENCE)]
+
+
+def finish(process: Running) -> Done:
     """Wait for its end."""
     try:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
     return Done(process.returncode, out, err)
 
 
-def wait(process: "subprocess.Popen[str]", event: Callable[[], bool]) -> None:
+def wait(process: Running, event: Callable[[], bool]) -> None:
     """Until the event has come; fails if the process ends before it."""
-    late = time.monotonic() + 240
+    late = time.monotonic() + PATIENCE
     while not event():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < late, "waited too long"

@@ -16,7 +16,11 @@ from dumo.config.load import load
 from e2e.shell import Done, call, refused, sets
 
 CLASSES = ("cats", "dogs", "fish", "zoo birds")
-SMALL = sets("net.width=32", "net.depth=1", "train.steps=3", "train.batch=64", "evaluate.nfe=[1]", "sample.nfe=[1]")
+FOR_CPU = sets("train.compile=none", "train.precision=fp32")
+SMALL = [
+    *FOR_CPU,
+    *sets("net.width=32", "net.depth=1", "train.steps=3", "train.batch=64", "evaluate.nfe=[1]", "sample.nfe=[1]"),
+]
 PIXELS = [*SMALL, *sets("net.attention=2", "data.side=16", "evaluate.protocol.samples=40", "evaluate.contrast=[]")]
 
 

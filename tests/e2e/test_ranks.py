@@ -1,4 +1,8 @@
-"""A run on two ranks as a user starts it, by torchrun: the same run as on one, killed, resumed, sampled and judged."""
+"""A run on two ranks: the same run as on one, killed, resumed, sampled and judged.
+
+What torchrun is for, to start, to start again and to report, is tried with torchrun; the rest with ranks that are told
+what torchrun would tell them (`together`).
+"""
 
 import json
 import os
@@ -13,7 +17,8 @@ import torch
 from PIL import Image, ImageChops
 
 from dumo.io.weights import load
-from e2e.shell import ENVIRONMENT, TINY, Done, call, sets, tree
+from e2e.shell import TINY, Done, call, sets, together, tree
+from forked import ENVIRONMENT
 
 OFTEN = sets("train.save_every=10", "train.keep=9", "train.log_every=10", "train.probe_every=0")
 SPLIT = sets("train.micro_batch=8")  # of 16 rows: as two ranks take them
@@ -113,13 +118,17 @@ def test_a_killed_rank_and_a_restart_are_the_same_run(rank: int, run: Path, here
 
 @pytest.mark.slow
 def test_more_steps_on_any_number_of_ranks(run: Path, here: Path) -> None:
-    done = ended(torchrun(2, "train", "digits", "--out", "parts", *TINY, *OFTEN, *sets("train.steps=10"), cwd=here))
-    assert done.code == 0, done
-    assert ended(torchrun(2, "train", "parts", *sets("train.steps=20"), cwd=here)).code == 0
+    words = [*TINY, *OFTEN, *sets("train.steps=10", "train.sheets=10")]
+    together(2, "train", "digits", "--out", "parts", *words, cwd=here)
+    together(2, "train", "parts", *sets("train.steps=20"), cwd=here)
     same(here / "parts" / LAST, run / LAST)
-    done = ended(torchrun(3, "train", "parts", *sets("train.steps=24", "train.share=3"), cwd=here))
-    assert done.code == 0, done
-    assert "the weights in parts over all" in done.err
+    all_done = together(3, "train", "parts", *sets("train.steps=24", "train.share=3", "train.sheets=[24]"), cwd=here)
+    assert ["the weights in parts over all" in done.err for done in all_done] == [True, False, False]
+    assert call("sample", "parts", "--nfe", "1", "--count", "64", "--out", "one").code == 0
+    sheets = sorted(path.name for path in (here / "parts/sheets").glob("*-nfe1.png"))
+    assert sheets == [f"step-{n:08d}-nfe1.png" for n in (10, 20, 24)]
+    sheet, samples = Image.open("parts/sheets/step-00000024-nfe1.png"), Image.open("one/restart-nfe1-count64.png")
+    assert max(high for _, high in ImageChops.difference(sheet, samples).getextrema()) <= 1
     done = call("train", "parts", *sets("train.steps=26"))
     assert done.code == 0, done
     assert [json.loads(line)["step"] for line in (here / "parts/metrics.jsonl").read_text().splitlines()][:2] == [
@@ -133,18 +142,16 @@ def test_more_steps_on_any_number_of_ranks(run: Path, here: Path) -> None:
 def test_samples_and_scores_are_those_of_one(ranks: int, run: Path, here: Path) -> None:
     words = ("sample", run, "--nfe", "1", "--count", "17")
     assert call(*words, "--out", "one").code == 0
-    done = ended(torchrun(ranks, *words, "--out", "many", cwd=here))
-    assert done.code == 0, done
+    done, *others = together(ranks, *words, "--out", "many", cwd=here)
     (one,), (many,) = (list((here / name).iterdir()) for name in ("one", "many"))
     assert one.name == many.name
-    assert done.out.split() == [f"many/{many.name}"]
+    assert [done.out.split(), *(other.out for other in others)] == [[f"many/{many.name}"], *[""] * (ranks - 1)]
     apart = ImageChops.difference(Image.open(one).convert("RGB"), Image.open(many).convert("RGB"))
     assert max(high for _, high in apart.getextrema()) <= 1  # of 255: 1e-5 may round to another level
 
     judge = ("evaluate", run, "--nfe", "1", "--json")
     alone = call(*judge).json["results"][0]
-    done = ended(torchrun(ranks, *judge, cwd=here))
-    assert done.code == 0, done
+    done, *_ = together(ranks, *judge, cwd=here)
     found = done.json["results"][0]
     assert found.pop("solver") == alone.pop("solver")
     assert found == pytest.approx(alone, rel=1e-6)
@@ -175,6 +182,5 @@ def test_the_first_rank_waits_for_the_whole_cache(here: Path) -> None:
     for i in range(9):
         Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(here / f"images/{i}.png")
     words = ("encode", "images", "cache", "--codec", "identity", "--side", "16", "--shard-rows", "2")
-    done = ended(torchrun(2, *words, cwd=here))
-    assert done.code == 0, done
+    done, _ = together(2, *words, cwd=here)
     assert done.out.splitlines()[0] == "cache: 9 images as (3, 16, 16) in float16, 3 shards made now"

@@ -32,6 +32,7 @@ FIELDS = [
     ("train.precision=fp16", ("train.precision", "'bf16'")),
     ("train.compile=all", ("train.compile", "'all'", "'blocks'")),
     ("objective.slope.kind=central; train.precision=bf16", ("central", "fp32", "dual")),
+    ("objective.slope.kind=central; train.precision=tf32", ("central", "fp32", "not tf32", "dual")),
     ("objective.slope.kind=central; net.time_scale=20", ("central", "h * time_scale", "0.0025", "dual")),
     ("net.patch=3", ("net.patch 3", "8")),
     ("net.width=98", ("net.width", "multiple of 4")),
@@ -59,6 +60,13 @@ FIELDS = [
     ("train.steps", ("train.steps", "a.b=c")),
     ("=3", ("=3", "a.b=c")),
     ("train.steps={", ("train.steps", "YAML")),
+    ("train.batch=true", ("train.batch", "integer", "True")),
+    ("train.steps=1e3", ("train.steps", "integer", "write 1000")),
+    ("train.optimizer.lr=1e38", ("train.optimizer.lr", "less than or equal to 1000000")),
+    ("net.depth=9223372036854775808", ("net.depth", "less than or equal to 1000")),
+    ("net={depth: 1, depth: 2}", ("net", "YAML")),
+    ("sample.nfe.0.x=1", ("sample.nfe.0 is 1", "without fields")),
+    ("sample.nfe=[1000000]", ("sample.nfe.0", "less than or equal to 100000")),
 ]
 
 
@@ -235,7 +243,7 @@ def test_command_and_flag_that_are_none(here: Path) -> None:
 
 
 def test_divergence_is_a_failure_not_a_mistake(here: Path) -> None:
-    words = sets("train.optimizer.lr=1.0e+30", "train.schedule.kind=constant", "train.log_every=1")
+    words = sets("train.optimizer.lr=1.0e+06", "train.schedule.kind=constant", "train.log_every=1")
     done = call("train", "digits", *TINY, *words)
     assert done.code == 1
     assert "error: step " in done.err

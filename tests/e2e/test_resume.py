@@ -64,7 +64,7 @@ def test_a_run_without_its_checkpoints_starts_over(here: Path, trained: dict[str
     shutil.rmtree(run / "checkpoints")
     assert call("train", "run").code == 0
     for name, bits in tree(trained["digits"]).items():
-        if isinstance(bits, bytes):
+        if isinstance(bits, bytes) and name != "speed.jsonl":  # of the machine
             assert (run / name).read_bytes() == bits, name
 
 

@@ -13,7 +13,8 @@ from dumo import recipes
 from dumo.config.format import FORMAT, KEY
 from dumo.config.load import load
 from dumo.config.source import read
-from e2e.shell import ENVIRONMENT, TINY, call, refused, sets
+from e2e.shell import TINY, call, refused, sets
+from forked import ENVIRONMENT
 
 QUICK = """
 import contextlib, io, json, sys

@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from e2e.shell import ENVIRONMENT, TINY, call, finish, refused, sets, start, wait
+from dumo.run import folder
+from e2e.shell import TINY, call, finish, refused, sets, start, tree, wait
+from forked import ENVIRONMENT
 
 LONG = [*TINY, *sets("train.steps=1000000", "train.save_every=5", "train.log_every=1")]
 
@@ -36,7 +38,7 @@ def test_one_process_trains_in_a_folder(here: Path) -> None:
     done = call("train", "run", *sets(f"train.steps={step + 1}"))
     assert done.code == 0, done
     there = sorted(path.name for path in (here / "run").iterdir())
-    assert there == ["checkpoints", "data.json", "metrics.jsonl", "run.yaml"]
+    assert there == ["checkpoints", "data.json", "metrics.jsonl", "run.yaml", "speed.jsonl"]
 
 
 @pytest.mark.parametrize("command", ["grid", "report", "reproduce"])
@@ -108,6 +110,60 @@ def test_interrupts(
     assert done.err == f"stopped; the same command goes on from what is kept:  dumo {shlex.join(words)}\n"
 
 
+@pytest.mark.parametrize(
+    ("words", "number"),
+    [
+        (["sample", "run", "--out", "new"], signal.SIGUSR1),
+        (["evaluate", "run", "--nfe", "1"], signal.SIGTERM),
+        (["report", "run"], signal.SIGHUP),
+        (["grid", "run", "--out", "new"], signal.SIGINT),
+    ],
+)
+def test_a_signal_ends_work_between_its_pieces(
+    words: list[str], number: int, here: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Heard while the run is opened, which has no pieces; nothing is half-written."""
+    shutil.copytree(trained["moons"], "run")
+    load_net, before = folder.load_net, tree(here)
+    was = signal.signal(number, signal.default_int_handler)  # the tests themselves may run where it is ignored
+
+    def load(*told: object) -> object:
+        os.kill(os.getpid(), number)
+        return load_net(*told)
+
+    monkeypatch.setattr(folder, "load_net", load)
+    done = call(*words)
+    signal.signal(number, was)
+    assert (done.code, done.out) == (128 + number, "")
+    by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
+    assert done.err == f"stopped{by}; the same command goes on from what is kept:  dumo {shlex.join(words)}\n"
+    assert tree(here) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        (["sample", "run", "--out", "shut/new"], "shut/new"),
+        (["evaluate", "run", "--nfe", "1"], "run"),
+        (["report", "run"], "run"),
+        (["grid", "run", "--out", "shut/new"], "shut/new"),
+    ],
+)
+def test_a_folder_that_is_shut_is_found_before_the_work(
+    words: list[str], place: str, here: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained["moons"], "run")
+    Path("shut").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name not in ("shut", "run"))
+    monkeypatch.setattr("dumo.sampling.generate.solve", None)
+    assert refused(*words, named=("Permission denied",)).err == f"error: {place}: Permission denied\n"
+
+
+def test_a_name_does_not_steer_the_terminal(here: Path) -> None:
+    done = call("sample", "a\x1b[2Jb")
+    assert done.err.startswith("error: a\\x1b[2Jb is no run's folder")
+
+
 def test_the_start_line(here: Path) -> None:
     """Printed without a terminal, too, with the last line of the work; on a terminal a bar is below it."""
     done = call("train", "digits", "--out", "run", *TINY, "--device", "cpu")
@@ -118,7 +174,8 @@ def test_the_start_line(here: Path) -> None:
         f"net dit ({facts['parameters']:,} parameters), {facts['forward_units_per_step']:.2f} F a step "
         "(1 F: one forward pass), steps 0 to 20 of 16 images"
     )
-    assert ended.startswith("training run: 20 of 20, loss ")
+    assert ended.startswith("training run: 20 of 20 at ")
+    assert "/s, loss " in ended
     done = call("train", "moons", *TINY, *sets("train.steps=1"))
     assert "data moons (points drawn anew), net mlp" in done.err.splitlines()[0]
 

@@ -1,4 +1,4 @@
-"""What a step sends, counted on a fake group: `python tests/theory/collectives.py`. See test_collective.py.
+"""What a step sends, counted on a fake group: `main()`. See test_collective.py.
 
 Prints a JSON object per case. A process of its own, for torch has one group of all processes at a time.
 """
@@ -86,7 +86,3 @@ def main() -> None:
             print(json.dumps({"world": world, **count("dual", world, False, 4)}))
         if world > 1:
             torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

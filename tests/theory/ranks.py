@@ -1,16 +1,14 @@
 """Gradients of a net that is compiled, replicated or sharded, against those of the same net as it is. See test_rank.py.
 
-`python tests/theory/ranks.py RANK FILE` is one of two processes that train together, and meet in FILE; with `alone` for
+`main(RANK, FILE)` is one of two processes that train together, and meet in FILE; with `alone` for
 RANK it is alone. Prints one JSON object per case. A process of its own: shapes are checked in the tests', and
 a compiler cannot see through the checks.
 """
 
 import copy
 import json
-import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch._dynamo
@@ -19,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from contract.case import name as named
 from contract.case import objectives, randomise
 from dumo.flow.draw import draw
@@ -143,7 +140,3 @@ def main(rank: str, file: str = "") -> None:
             row = compare(ddp, name, int(rank), 2)
             if rank == "0":
                 print(json.dumps({**row, "net": "every"}))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

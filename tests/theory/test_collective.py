@@ -1,31 +1,22 @@
 """What a step sends is what sharding must send: all weights once, not once per pass; however many ranks there are."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import dumo
+from forked import main_of
+from meeting import outputs
 
+PATIENCE = 300  # seconds, on a busy machine
 PASSES = {"dual": 3, "jvp": 3, "central": 4}  # forward passes of guided DuMo: the heads, V(null), du/dt
 
 
 @pytest.fixture(scope="module")
-def sent() -> list[dict[str, Any]]:
+def sent(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """A row per case of `collectives.py`."""
-    roots = Path(dumo.__file__).parents[1], Path(__file__).parents[1]
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("collectives.py"))],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots)), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    )
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    ((out, _),) = outputs([main_of("theory.collectives", cwd=tmp_path_factory.mktemp("collectives"))], PATIENCE)
+    return [json.loads(line) for line in out.splitlines()]
 
 
 def test_calls_and_bytes_of_a_step(sent: list[dict[str, Any]]) -> None:

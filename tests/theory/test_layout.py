@@ -1,16 +1,14 @@
 """Two ranks are one process that makes two passes, to the bit; more of them are, to rounding; in every layout."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import dumo
 from dumo import recipes
+from forked import main_of
+from meeting import outputs
 
 DIGITS = [name for name in recipes.names() if name.partition("-")[0] == "digits"]
 VARIANTS = [
@@ -22,22 +20,15 @@ VARIANTS = [
     "digits-three-heads+train.clip=100",
     "moons",
 ]
+PATIENCE = 900  # seconds, on a busy machine
 FEW = {3: "digits-imm", 4: "digits-three-heads-shortcut+objective.guide.fraction=0.25"}  # all were tried: docs/log.md
 
 
 def run(ranks: int, cases: list[str], folder: Path) -> list[dict[str, Any]]:
     """A row per case and layout, by so many processes."""
-    roots = Path(dumo.__file__).parents[1], Path(__file__).parents[1]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, roots)), "OMP_NUM_THREADS": "1"}
-    script = str(Path(__file__).with_name("layouts.py"))
-    words = [str(ranks), str(folder / f"meet-{ranks}"), *cases]
-    processes = [
-        subprocess.Popen([sys.executable, script, str(rank), *words], env=env, stdout=subprocess.PIPE, text=True)
-        for rank in range(ranks)
-    ]
-    outs = [process.communicate(timeout=900)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks
-    return [json.loads(line) for line in outs[0].splitlines()]
+    words = (ranks, folder / f"meet-{ranks}", *cases)
+    (out, _), *_ = outputs([main_of("theory.layouts", rank, *words, cwd=folder) for rank in range(ranks)], PATIENCE)
+    return [json.loads(line) for line in out.splitlines()]
 
 
 def test_two_ranks_are_two_pieces_to_the_bit(tmp_path: Path) -> None:

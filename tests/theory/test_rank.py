@@ -1,40 +1,29 @@
 """A tangent that rides on a compiled, replicated or sharded net is that of one eager process: gradients to 1e-6."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import dumo
 from contract.case import members
 from dumo.objectives import Objective
+from forked import main_of
+from meeting import outputs
 from theory.ranks import EVERY, OBJECTIVES
 
 pytestmark = pytest.mark.slow
 
 LIMIT = 1e-6
 ROUGH = 1e-5  # of objectives that subtract what is nearly equal, and so multiply rounding: secants, IMM's kernels
-SCRIPT = Path(__file__).parent / "ranks.py"
 PATIENCE = 400  # seconds, on a busy machine; alone they take 60
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(dumo.__file__).parents[1])}
 Rows = list[dict[str, Any]]
 
 
 def rows_of(*commands: tuple[str, ...]) -> Rows:
     """What the first of these processes, run together, printed."""
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    together = [subprocess.Popen([sys.executable, str(SCRIPT), *words], env=ENVIRONMENT, **pipes) for words in commands]
-    try:
-        answers = [process.communicate(timeout=PATIENCE) for process in together]
-    finally:
-        for process in together:
-            process.kill()
-    assert not any(process.returncode for process in together), "".join(err[-3000:] for _, err in answers)
-    return [json.loads(line) for line in answers[0][0].splitlines()]
+    (out, _), *_ = outputs([main_of("theory.ranks", *words, cwd=Path.cwd()) for words in commands], PATIENCE)
+    return [json.loads(line) for line in out.splitlines()]
 
 
 @pytest.fixture(scope="module")

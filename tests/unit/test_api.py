@@ -17,8 +17,9 @@ from dumo.api import TrainedRun
 from dumo.config.load import load
 from dumo.run.sample import COUNT, sample
 from dumo.types import Reads
-from e2e.shell import ENVIRONMENT, call
+from e2e.shell import call
 from e2e.test_start import HEAVY
+from forked import ENVIRONMENT
 
 CHANGES = {
     "net": {"kind": "dit", "width": 32, "depth": 1, "patch": 2, "attention": 4, "time_scale": 10},

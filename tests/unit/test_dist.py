@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from dumo import dist
-from unit.training.toy import python
+from dumo.types import UserError
+from forked import python
+from meeting import outputs
 
 RANK = """
 import sys, torch
@@ -50,8 +53,33 @@ def test_one_rank() -> None:
 
 
 def test_two_ranks_train_as_one(tmp_path: Path) -> None:
-    processes = [python(RANK, str(tmp_path / "store"), str(rank)) for rank in range(2)]
-    for process in processes:
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == 0, out
-        assert out.splitlines()[-1] == "agrees"
+    processes = [python(RANK, tmp_path / "store", rank, cwd=tmp_path) for rank in range(2)]
+    assert [out for out, _ in outputs(processes, patience=120)] == ["agrees\n"] * 2
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x is no whole number from 1 to 1,000,000"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 is no"),
+        ({"WORLD_SIZE": "1000000000"}, "WORLD_SIZE=1000000000 is no"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 is no whole number from 0"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is no rank of WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "2", "LOCAL_RANK": "1.5"}, "LOCAL_RANK=1.5 is no"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "٢"}, "LOCAL_WORLD_SIZE=٢ is no"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "99999"}, "MASTER_PORT=99999 is no whole number from 1 to 65,535"),
+        ({"WORLD_SIZE": "2", "DUMO_TIMEOUT": "soon"}, "DUMO_TIMEOUT=soon is no number of seconds"),
+        ({"WORLD_SIZE": "2", "DUMO_TIMEOUT": "nan"}, "DUMO_TIMEOUT=nan is no number of seconds"),
+    ],
+)
+def test_odd_numbers_of_ranks_are_refused(told: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said), dist.join():
+        pass
+
+
+@pytest.mark.parametrize("name", ["hpu", "xla", "privateuseone", "cpu:x", ""])
+def test_devices_that_are_not_here_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match="is not available: use auto or cpu"):
+        dist.device(name)

@@ -1,10 +1,11 @@
 """How far a work is, where nobody watches: few lines, each of use."""
 
 import sys
+from functools import partial
 
 import pytest
 
-from dumo.progress import Bar, bar, lines, no_bar, span
+from dumo.progress import Bar, bar, late, lines, no_bar, sized, span
 
 
 class Clock:
@@ -29,11 +30,11 @@ def test_a_line_a_minute_and_one_at_the_end(capsys: pytest.CaptureFixture[str]) 
             clock.now += 0.25
             tick(done, f"loss {1 / done:.4f}")
     assert capsys.readouterr().err.splitlines() == [
-        "training run: 740 of 1,500, loss 0.0014, 4/s, 3:10 left",
-        "training run: 980 of 1,500, loss 0.0010, 4/s, 2:10 left",
-        "training run: 1,220 of 1,500, loss 0.0008, 4/s, 1:10 left",
-        "training run: 1,460 of 1,500, loss 0.0007, 4/s, 0:10 left",
-        "training run: 1,500 of 1,500, loss 0.0007, 4/s, took 4:10",
+        "training run: 740 of 1,500 at 4/s, loss 0.0014, 3:10 left",
+        "training run: 980 of 1,500 at 4/s, loss 0.0010, 2:10 left",
+        "training run: 1,220 of 1,500 at 4/s, loss 0.0008, 1:10 left",
+        "training run: 1,460 of 1,500 at 4/s, loss 0.0007, 0:10 left",
+        "training run: 1,500 of 1,500 at 4/s, loss 0.0007, took 4:10",
     ]
 
 
@@ -49,6 +50,19 @@ def test_what_is_not_known_is_not_said(capsys: pytest.CaptureFixture[str]) -> No
     with pytest.raises(KeyboardInterrupt), lines("sampling", 100, clock=clock):
         raise KeyboardInterrupt
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(2, ""), (4, "decoding: 9 of 9, 4/s, took 0:01\n")])
+def test_short_work_shows_nothing(seconds: float, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Longer work is shown from the first tick after some seconds on."""
+    clock = Clock()
+    with late("decoding", 9, clock=clock, shown=partial(lines, clock=clock)) as tick:
+        tick(1, "")
+        clock.now = seconds
+        tick(5, "")
+        clock.now += seconds / 4
+        tick(9, "")
+    assert capsys.readouterr().err == said
 
 
 def test_a_terminal_gets_a_bar_that_moves(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,3 +92,9 @@ def test_spans() -> None:
         "1:00:00",
         "25:01:01",
     ]
+
+
+def test_sizes() -> None:
+    sizes = (0, 999, 1500, 562e6, 999.6e6, 1.234e9, 5e15, 7e19)
+    assert [sized(n) for n in sizes] == ["0 kB", "0.999 kB", "1.5 kB", "562 MB", "1 GB", "1.23 GB", "5 PB", "70,000 PB"]
+    assert [sized(n, 1024) for n in (1024, 24 * 2**30)] == ["1 KiB", "24 GiB"]

@@ -14,7 +14,7 @@ and returns Duals, needs to know no more than that.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -31,7 +31,15 @@ Name = Callable[..., Any] | str  # a function of torch; as a string where a comp
 RULES: dict[Name, Rule] = {}  # by what a net calls; filled by `dumo.autodiff.rule`
 ALONE: set[Name] = set()  # those of them whose first operand alone may move
 
-_state = threading.local()
+
+class _State(threading.local):
+    """What holds in a thread, from its start."""
+
+    def __init__(self) -> None:
+        self.primal_only = self.recorded = False
+
+
+_state = _State()
 
 
 class NoRule(UserError, NotImplementedError):  # noqa: N818, a lack in the rules
@@ -120,14 +128,14 @@ class Dual:
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         """Hand the call to the function's rule. Raises NoRule where there is none."""
-        kwargs = dict(kwargs or {})
+        kwargs = dict(kwargs) if kwargs else {}
         if "input" in kwargs:
             args = (kwargs.pop("input"), *args)
         name = getattr(function, "__name__", str(function))
         key = name if name in RULES else function
-        if key not in RULES or kwargs.pop("out", None) is not None:
+        if key not in RULES or (kwargs and kwargs.pop("out", None) is not None):
             raise NoRule(f"{name} with out" if key in RULES else name)
-        if key in ALONE and any(isinstance(x, Dual) for x in (*args[1:], *kwargs.values())):
+        if key in ALONE and (_moves(args[1:]) or _moves(kwargs.values())):
             raise NoRule(f"{name} with a moving parameter")
         return RULES[key](*args, **kwargs)
 
@@ -169,15 +177,24 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
     An operand that does not move has tangent None; where none moves, `p` is returned alone. The tangent may have any
     shape that expands to p's. `push` is a function of a module: it must not close over anything.
     """
-    if not any(isinstance(x, Dual) for x in operands) or getattr(_state, "primal_only", False):
+    if not _moves(operands) or _state.primal_only:  # every operation of every net comes by: no generators here
         return p
-    if not torch.is_grad_enabled() and any(isinstance(x, Dual) and x.p.requires_grad for x in operands):
-        raise NoRule("a custom autograd.Function, reentrant checkpoint or no_grad block, where a Dual loses gradients")
-    moved = tuple(_tangent(x) for x in operands)
-    if any(isinstance(t, Later) for t in moved):
-        kept = tuple(x.detach() if isinstance(x, Tensor) else x for x in saved)
-        return pair(p, Later(p.shape, p.dtype, push, moved, kept))
-    if recording():
+    recorded = torch.is_grad_enabled()
+    moved, later = [], False
+    for x in operands:
+        if not isinstance(x, Dual):
+            moved.append(None)
+            continue
+        if not recorded and x.p.requires_grad:
+            raise NoRule(
+                "a custom autograd.Function, reentrant checkpoint or no_grad block, where a Dual loses gradients"
+            )
+        moved.append(_tangent(x))
+        later = later or isinstance(x.t, Later)
+    if later:
+        kept = tuple([x.detach() if isinstance(x, Tensor) else x for x in saved])
+        return pair(p, Later(p.shape, p.dtype, push, tuple(moved), kept))
+    if not recorded or _state.recorded:
         return pair(p, _fit(push(*moved, *saved), p.shape, p.dtype))
     with torch.no_grad():
         return pair(p, _fit(push(*moved, *saved), p.shape, p.dtype))
@@ -236,13 +253,18 @@ def recorded() -> AbstractContextManager[None]:
 
 def recording() -> bool:
     """Whether tangents are recorded; then a rule must save what autograd can follow, and no kernel's own numbers."""
-    return getattr(_state, "recorded", None) is True
+    return _state.recorded
 
 
-def _tangent(x: object) -> Moved:
+def _moves(operands: Iterable[object]) -> bool:
+    for x in operands:  # noqa: SIM110, a generator takes three times as long
+        if isinstance(x, Dual):
+            return True
+    return False
+
+
+def _tangent(x: Dual) -> Tensor | Later:
     """The tangent of an operand, in its dtype: a sharded module may have cast the primal on its way in."""
-    if not isinstance(x, Dual):
-        return None
     if x.t.dtype == x.p.dtype:
         return x.t
     return Later(x.p.shape, x.p.dtype, _cast, (x.t,), (x.p.dtype,)) if isinstance(x.t, Later) else x.t.to(x.p.dtype)
@@ -259,7 +281,7 @@ def _now(moved: Moved) -> Tensor | None:
     return _fit(moved.value, moved.shape, moved.dtype)
 
 
-def _fit(t: Tensor, shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+def _fit(t: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tangent in the shape and dtype of its primal."""
-    shape = tuple(shape)
-    return (t if tuple(t.shape) == shape else t.expand(shape)).to(dtype)
+    t = t if t.shape == shape else t.expand(shape)
+    return t if t.dtype == dtype else t.to(dtype)

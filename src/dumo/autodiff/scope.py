@@ -7,8 +7,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def held(state: threading.local, name: str, value: object) -> Generator[None, None, None]:
-    """Inside, `state.name` is the value; after it, what it was before, None if nothing."""
-    before = getattr(state, name, None)
+    """Inside, `state.name` is the value; after it, what it was before.
+
+    It must be there from the start of the thread: a name that comes later would have a compiler begin again.
+    """
+    before = getattr(state, name)
     setattr(state, name, value)
     try:
         yield

@@ -6,21 +6,20 @@ programs take is not counted.
 """
 
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from dumo.config.error import nearest
+from dumo.flow.precision import Precision
 from dumo.preflight import machine
 from dumo.progress import Bar
 from dumo.types import UserError
 
-Precision = Literal["fp32", "tf32", "bf16"]
 Times = Float[Tensor, "works rounds"]  # seconds
 
 WARM = 2  # rounds before the first that counts: ours; they compile, choose kernels and fill caches
@@ -50,22 +49,6 @@ def spread(ratios: Float[Tensor, " rounds"]) -> tuple[float, float, float]:
     """Lower quartile, median, upper quartile."""
     low, mid, high = ratios.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=ratios.dtype)).tolist()
     return low, mid, high
-
-
-@contextmanager
-def products(precision: Precision) -> Generator[None, None, None]:
-    """Inside, products of fp32 matrices are rounded to TF32, or not."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    """As training does it: autocast of the loss."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def known(precisions: Sequence[str], device: torch.device) -> tuple[Precision, ...]:

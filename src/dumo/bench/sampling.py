@@ -10,9 +10,9 @@ import torch
 
 from dumo import dist
 from dumo.bench import clock, net
-from dumo.bench.clock import Precision, autocast, products
 from dumo.config.spec import Run
 from dumo.data import Latents
+from dumo.flow.precision import Precision
 from dumo.flow.reading import reading
 from dumo.preflight import machine
 from dumo.progress import Bar, no_bar
@@ -40,15 +40,20 @@ def measure(
     todo: list[tuple[Precision, int, Solver]] = [
         (precision, nfe, solver(run, nfe)) for precision in clock.known(precisions, here) for nfe in nfes
     ]
-    module, c = net.build(run, shape, here), generate.labels(batch, run.data.classes)
+    module, c = net.build(run, shape, here, batch), generate.labels(batch, run.data.classes)
     reads = reading(run.objective, module, run.sample.knobs)
 
     def work(precision: Precision, nfe: int, solver: Solver) -> Callable[[], object]:
         def make() -> None:
-            with products(precision), autocast(here, precision):
-                generate.generate(
-                    module, reads, run.path, solver, c, nfe=nfe, seed=0, shape=shape, batch=batch, device=here
-                )
+            generate.generate(
+                *(module, reads, run.path, solver, c),
+                nfe=nfe,
+                seed=0,
+                shape=shape,
+                batch=batch,
+                device=here,
+                precision=precision,
+            )
 
         return make
 

@@ -17,12 +17,13 @@ from torch import nn
 from dumo import dist
 from dumo.autodiff import attention
 from dumo.bench import clock, net
-from dumo.bench.clock import Precision, Times, autocast, products
+from dumo.bench.clock import Times
 from dumo.bench.variant import Chunked, Plain, Unchecked, slope_error
 from dumo.config.error import nearest
 from dumo.config.spec import Run
 from dumo.flow.draw import draw
 from dumo.flow.overhear import exchanged
+from dumo.flow.precision import Precision, autocast, products, using
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.io.json import finite
 from dumo.preflight import cost, machine
@@ -37,7 +38,6 @@ PLAIN = "none"  # the yardstick, in the column of slopes
 SLOPES: dict[str, Any] = {slope.model_fields["kind"].default: slope for slope in get_args(get_args(Slope)[0])} | (
     {"dual-chunks": Chunked} if attention.TRITON else {}
 )
-PEAKS = {"H100": 989.0, "H200": 989.0}  # dense bf16 TFLOP/s by the GPU's name (NVIDIA's data sheets, SXM)
 COMPARED = 8  # rows, at least, on which du/dt is judged
 
 
@@ -94,12 +94,12 @@ class Setting:
     def step(self, row: Row, objective: Objective) -> Work:
         """One training step, ready to be made."""
         b = self.record(objective, self.run.train.batch)
-        loss = torch.compile(objective.loss, dynamic=False) if row.compile == "loss" else objective.loss
+        loss = torch.compile(objective.loss, fullgraph=True, dynamic=False) if row.compile == "loss" else objective.loss
 
         def step() -> None:
             self.net.zero_grad()
-            with products(row.precision), self.eager(row):
-                with autocast(self.device, row.precision):
+            with products(row.precision, self.device), self.eager(row):
+                with autocast(row.precision, self.device):
                     mean = loss(self.net, self.ref, b).loss.mean()
                 mean.backward()
 
@@ -115,7 +115,7 @@ class Setting:
             return row
         least = cost.exact_rows(objective)
         b = self.record(objective, least * max(COMPARED // least, 1))
-        with products(row.precision), self.eager(row), autocast(self.device, row.precision):
+        with using(row.precision, self.device), self.eager(row):
             return replace(row, error=slope_error(self.net, self.ref, objective, b))
 
     def counted(self, row: Row, objective: Objective, step: Work) -> Row:
@@ -131,8 +131,7 @@ class Setting:
             step()
             size = cost.Bytes(before, torch.cuda.max_memory_allocated(self.device) - before)
         else:
-            low = "bf16" if row.precision == "bf16" else "fp32"
-            size = cost.peak_bytes(*given, rows=rows, ref=ref, precision=low)
+            size = cost.peak_bytes(*given, rows=rows, ref=ref, precision=row.precision)
         return replace(row, way=way and way.name, units_counted=units, bytes_before=size.before, bytes=size.peak)
 
 
@@ -161,7 +160,7 @@ def measure(
 
     flops = cost.forward_flops(setting.outline, run.objective, shape)
     hardware = machine.hardware(here).text
-    peak = peak_tflops or next((peak for name, peak in PEAKS.items() if name in hardware), None)
+    peak = peak_tflops or machine.peak_tflops(here)
     rows = compared(tried, seconds, run.train.batch, run.train.batch * flops / (1e12 * peak) if peak else None)
     return {
         "net": run.net.model_dump(),
@@ -182,7 +181,7 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
     """Build the net, and compile its blocks if that is asked. Raises UserError where it has none."""
     if compile not in COMPILE:
         raise UserError(f"there is no way to compile '{compile}'; {nearest(compile, list(COMPILE))}")
-    ours = net.build(run, shape, device)
+    ours = net.build(run, shape, device, run.train.batch)
     ref = frozen(ours) if run.train.ref == "self" else Frozen(copy.deepcopy(ours))
     if compile == "blocks":
         torch._dynamo.config.recompile_limit = 64  # one block serves every precision, way and number of rows
@@ -215,9 +214,9 @@ def variants(
 
 
 def refusal(slope: Any, precision: Precision, time_scale: float) -> str | None:  # noqa: ANN401, any slope
-    """Why training would not take this slope; TF32 is fp32 to it."""
+    """Why training would not take this slope."""
     try:
-        slope.check("bf16" if precision == "bf16" else "fp32", time_scale)
+        slope.check(precision, time_scale)
     except UserError as error:
         return str(error)
     return None

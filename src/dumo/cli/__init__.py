@@ -1,7 +1,7 @@
 """The command line. torch is imported inside the commands, so that help answers at once.
 
-Exit codes: 0 done, 1 failed, 2 what the user gave was wrong, 130 stopped by Ctrl-C. Progress goes to stderr, answers to
-stdout.
+Exit codes: 0 done, 1 failed, 2 what the user gave was wrong, 128 + n stopped by signal n (130: Ctrl-C). Progress goes
+to stderr, answers to stdout.
 """
 
 from typing import Annotated, NoReturn
@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dumo import __version__
-from dumo.cli import bench, data, evaluate, preflight, run
+from dumo.cli import bench, data, evaluate, failure, log, preflight, run
 from dumo.cli.terminal import err, plain_warnings, rank_0_speaks, stoppable
 
 app = typer.Typer(
@@ -42,14 +42,14 @@ def options(
 COMMANDS = (
     *(preflight.recipes, preflight.show, preflight.dry, preflight.doctor),
     data.data,
-    *(run.encode, run.train, run.sample, run.grid),
+    *(run.encode, run.train, log.log, run.sample, run.grid),
     *(evaluate.evaluate, evaluate.compare, run.report, evaluate.reproduce),
 )
 for command in COMMANDS:
     app.command()(stoppable(command))
 
-benches = typer.Typer(no_args_is_help=True, help="Measure training steps and sampling on this machine.")
-for command in (bench.step, bench.sample):
+benches = typer.Typer(no_args_is_help=True, help="Measure training steps, sampling and reading data on this machine.")
+for command in (bench.step, bench.sample, bench.data):
     benches.command()(stoppable(command))
 app.add_typer(benches, name="bench")
 
@@ -67,15 +67,10 @@ def answered() -> int:
             app()
     except SystemExit as end:  # typer's, always
         return end.code if isinstance(end.code, int) else 1
-    except (ValueError, RuntimeError) as error:  # the two that dumo's own errors derive from
-        from dumo.training.step import Diverged
-        from dumo.types import UserError
-
-        if not isinstance(error, UserError | Diverged):
+    except Exception as error:
+        if (found := failure.told(error)) is None:
             raise
-        err.print(f"error: {error}", soft_wrap=True)
-        return 2 if isinstance(error, UserError) else 1
-    except OSError as error:  # a full disk, a folder that may not be written to
-        err.print(f"error: {error.filename or 'writing'}: {error.strerror}", soft_wrap=True)
-        return 2
+        line, code = found
+        err.print(f"error: {line}", soft_wrap=True)
+        return code
     return 0

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dumo.cli.option import AsJson, Device, Nfe, RunFolder, Seed, Set, SolverName, Weights, numbers
+from dumo.cli.option import AsJson, Device, Nfe, RunFolder, Seed, Set, SolverName, Weights, numbers, place
 from dumo.cli.terminal import out, show_table
 from dumo.progress import bar
 
@@ -39,13 +39,13 @@ def evaluate(
         main, shown = dist.is_main(), bar if dist.is_main() else no_bar
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
         asked = evaluate.asked(opened, nfe=numbers("--nfe", nfe), seed=seed, solver=solver)
-        report = sweeps.sweep(asked, sweep, bar=shown) if sweep else evaluate.evaluate(asked, bar=shown)
+        report = evaluate.evaluate(asked, bar=shown) if sweep is None else sweeps.sweep(asked, sweep, bar=shown)
     if not main:
         return
     if as_json:
         print(json.dumps(report))
         return
-    if sweep:
+    if sweep is not None:
         rows = [{**row, "best": "*" if row["best"] else ""} for row in report["rows"]]
         rows = [{key: row[key] for key in row if key != "card"} for row in rows]
         show_table(f"{report['run']}, {sweep}; * is the best of its number of passes", rows)
@@ -99,7 +99,9 @@ def reproduce(
     scale: Annotated[
         str, typer.Option(help="smoke (a minute or two), laptop (up to an hour) or paper (its own size, on GPUs).")
     ] = "laptop",
-    folder: Annotated[Path | None, typer.Option("--out", help="Default: runs/reproduce/NAME-SCALE.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", parser=place, metavar="FOLDER", help="Default: runs/reproduce/NAME-SCALE.")
+    ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, each with its share of the cores.")] = 1,
     device: Device = "auto",
     as_json: AsJson = False,

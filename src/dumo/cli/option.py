@@ -1,5 +1,7 @@
 """Arguments and options that several commands take."""
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -36,6 +38,13 @@ Weights = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
 
+def place(text: str) -> Path:
+    """A folder, which need not be there. An empty name would be the one we are in."""
+    if not text or "\0" in text:
+        raise typer.BadParameter("it is no name: give a folder, or leave it out")
+    return Path(text)
+
+
 def classes(text: str | None, run: "Run") -> list[int] | None:
     """'cats,2' as the numbers of these classes. Raises UserError for one that is none."""
     return None if text is None else [run.class_index(part) for part in text.split(",")]
@@ -49,3 +58,12 @@ def numbers(option: str, text: str | None) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"'{text}' is no list of whole numbers such as 1,2,4", param_hint=option) from None
+
+
+def size(text: str) -> int:
+    """'24GiB' as bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
+    if not found:
+        raise typer.BadParameter(f"'{text}' is no size such as 24GiB or 80GB", param_hint="--fit")
+    number, letter, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(letter.upper()) + 1))

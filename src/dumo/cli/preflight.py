@@ -3,14 +3,15 @@
 import json
 import shlex
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from dumo import recipes as packaged
-from dumo.cli.option import AsJson, Device, Set, Source
+from dumo.bound import ROWS
+from dumo.cli.option import AsJson, Device, Set, Source, size
 from dumo.cli.terminal import out, show_lines
 from dumo.progress import say
 
@@ -108,23 +109,64 @@ def dry(
     source: Source,
     set_: Set = None,
     rows: Annotated[
-        int | None, typer.Option(min=1, help="Make one real step of so many rows of random numbers, and time it.")
+        int | None,
+        typer.Option(min=1, max=ROWS, help="Make one real step of so many rows of random numbers, and time it."),
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Plan for so many ranks, GPUs; neither they nor torchrun are needed.")
+    ] = None,
+    share: Annotated[
+        int | None, typer.Option(min=1, help="Ranks that hold a copy of the weights between them: train.share.")
+    ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Look for a layout that keeps within it on each rank, e.g. 24GiB."),
+    ] = None,
+    tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="What a GPU makes, 10^12 operations a second: tells hours.")
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Try a run before hours are spent on it: what it takes, counted; with --rows one step, timed. Needs no data."""
+    """Try a run before hours are spent on it: what it takes, counted; with --rows one step, timed. Needs no data.
+
+    With --ranks: the memory of each of so many GPUs, what they send one another, hours. With --fit: what to set so
+    that they do.
+    """
     from dumo.preflight import plan, rehearsal, table
 
-    spec = advised(source, set_)
+    limit = size(fit) if fit else None
+    spec = advised(source, [*(set_ or []), *([f"train.share={share}"] if share else [])])
     facts = plan.plan(spec)
+    many = plan_ranks(spec, ranks or 1, limit, tflops, device) if any((ranks, share, fit, tflops)) else None
     if not as_json:
-        show_lines([*table.lines(facts), *unknown_classes(spec)])
+        told = [*table.ranked(many, spec.train.keep), *set_lines(many["fields"])] if many else []
+        show_lines([*table.lines(facts, alone=not many), *unknown_classes(spec), *told])
     step = asdict(rehearsal.rehearse(spec, rows, device)) if rows else None
     if as_json:
-        print(json.dumps({**facts, "step": step}))
+        print(json.dumps({**facts, "cluster": many, "step": step}))
     elif step:
         show_lines(table.rehearsed(step, spec.train.batch))
+
+
+def plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None, device: str) -> dict[str, Any]:
+    """The plan for so many ranks, in a layout that fits where that is asked; `fields` are what to set for it."""
+    from dumo import dist
+    from dumo.preflight import cluster, fit, machine
+
+    peak = None if tflops else machine.peak_tflops(dist.device(device))
+    if peak:
+        tflops = cluster.USUAL * peak
+        say(f"hours: at {cluster.USUAL:.0%} of this GPU's peak, {peak:g} TFLOP/s; give --tflops if you know better")
+    fields = fit.fit(spec, ranks, limit, say) if limit else {}
+    return {**cluster.cluster(fit.changed(spec, fields), ranks, tflops), "fields": fields}
+
+
+def set_lines(fields: dict[str, Any]) -> list[tuple[str, str]]:
+    """What to type for a layout that was found."""
+    from dumo.preflight.fit import words
+
+    return [("so set", " ".join(f"--set {word}" for word in words(fields)))] if fields else []
 
 
 def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto", as_json: AsJson = False) -> None:

@@ -3,14 +3,19 @@
 from contextlib import nullcontext
 from pathlib import Path
 from shlex import join, quote
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dumo.cli.option import Device, Nfe, RunFolder, Seed, Set, SolverName, Source, Weights, numbers
+from dumo.bound import ROWS
+from dumo.cli.failure import sparing
+from dumo.cli.option import Device, Nfe, RunFolder, Seed, Set, SolverName, Source, Weights, numbers, place
 from dumo.cli.option import classes as class_numbers
 from dumo.cli.terminal import err, out
 from dumo.progress import bar, no_bar, say
+
+if TYPE_CHECKING:
+    from dumo.config.spec import Run
 
 
 def encode(
@@ -27,7 +32,7 @@ def encode(
     shard_rows: Annotated[
         int | None, typer.Option(min=1, help="Images to a shard: what a stop may lose. Default: 1024.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images that the codec takes at a time.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, max=ROWS, help="Images that the codec takes at a time.")] = 32,
     part: Annotated[
         str | None, typer.Option(metavar="K/N", help="Make part K of N, from 0. Default: as torchrun says.")
     ] = None,
@@ -44,7 +49,8 @@ def encode(
 
     data = encode.asked(source, set_ or [], out=folder, codec=codec, side=side)
     options = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
-    with dist.join() if part is None else nullcontext():  # it ends when all ranks are done
+    ranks = dist.join() if part is None else nullcontext()  # it ends when all are done
+    with sparing(f"set --batch lower (now {batch})"), ranks:
         made = encode.encode(
             data,
             batch=batch,
@@ -64,7 +70,14 @@ def encode(
 
 def train(
     source: Source,
-    folder: Annotated[Path | None, typer.Option("--out", help="The run's folder. Default: runs/NAME.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", parser=place, metavar="FOLDER", help="The run's folder. Default: runs/NAME.")
+    ] = None,
+    step: Annotated[
+        int | None,
+        typer.Option("--from", metavar="STEP", min=0, help="Go on from the checkpoint of this step; later ones go."),
+    ] = None,
+    new_data: Annotated[bool, typer.Option("--new-data", help="Go on though the data have changed since.")] = False,
     set_: Set = None,
     device: Device = "auto",
 ) -> None:
@@ -76,7 +89,8 @@ def train(
     from dumo.run import train
 
     spec, folder = load(source, set_ or []), folder or default_folder(source)
-    state = train.train(spec, folder, device=device, bar=bar, tell=say)
+    with sparing(lean(spec)):
+        state = train.train(spec, folder, device=device, bar=bar, tell=say, step=step, new_data=new_data)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
         highlight=False,
@@ -87,6 +101,14 @@ def train(
     err.print("next:  " + "    ".join(f"dumo {verb} {quote(str(folder))}" for verb in does), soft_wrap=True)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
+
+
+def lean(run: "Run") -> str:
+    """How a run would train in less memory."""
+    rows = f"train.micro_batch={run.train.micro_batch}" if run.train.micro_batch else "all"
+    now = f"now {rows} of a rank's of train.batch={run.train.batch}"
+    other = ", or net.checkpoint=true in a new run" if getattr(run.net, "checkpoint", None) is False else ""
+    return f"set train.micro_batch lower, the rows of a pass ({now}){other}"
 
 
 def sample(
@@ -101,7 +123,10 @@ def sample(
     form: Annotated[
         str, typer.Option("--format", help="grid (one PNG), images (a PNG each) or npz (ADM's layout).")
     ] = "grid",
-    folder: Annotated[Path | None, typer.Option("--out", help="Default: samples/ in the run's folder.")] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", parser=place, metavar="FOLDER", help="Default: samples/ in the run's folder."),
+    ] = None,
     set_: Set = None,
     weights: Weights = None,
     device: Device = "auto",
@@ -157,12 +182,15 @@ def grid(
         str | None, typer.Option(help="u (jumps) and v (Heun). Default: both, if taught; of --classes, the first.")
     ] = None,
     seed: Seed = None,
-    folder: Annotated[Path | None, typer.Option("--out", help="Default: grids/ in the run's folder.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option("--out", parser=place, metavar="FOLDER", help="Default: grids/ in the run's folder.")
+    ] = None,
     set_: Set = None,
     device: Device = "auto",
 ) -> None:
     """Draw samples by number of passes, after each milestone, from the same noise (Figs. 5 and 6), or by class."""
     from dumo import dist
+    from dumo.io import file
     from dumo.report import gallery
     from dumo.run.folder import open_run
 
@@ -170,19 +198,20 @@ def grid(
     if labels and classes:
         raise typer.BadParameter("--labels is of trajectories, --classes asks for class grids: give one of them")
     opened = open_run(run_folder, set_ or [], device=device)
-    asked: dict[str, Any] = {"seed": seed, "bar": bar, "letters": reading.split(",") if reading else None}
-    asked |= {"nfe": numbers("--nfe", nfe)} if nfe else {}
-    asked |= {"steps": None if steps == "all" else numbers("--steps", steps)} if steps else {}
+    asked: dict[str, Any] = {"seed": seed, "bar": bar, "letters": None if reading is None else reading.split(",")}
+    asked |= {} if nfe is None else {"nfe": numbers("--nfe", nfe)}
+    asked |= {} if steps is None else {"steps": None if steps == "all" else numbers("--steps", steps)}
     asked |= {"count": count} if count else {}
     folder = folder or opened.folder / "grids"
-    if classes:
+    file.check_writable(folder)
+    if classes is not None:
         only = None if classes == "all" else class_numbers(classes, opened.run)
         files = gallery.write_class_grids(folder, gallery.class_grids(opened, only, **asked))
     else:
         panels = gallery.trajectories(opened, only=class_numbers(labels, opened.run), **asked)
         files = gallery.write_trajectories(folder, panels)
-    for file in files:
-        out.print(str(file), soft_wrap=True)
+    for path in files:
+        out.print(str(path), soft_wrap=True)
 
 
 def report(run_folder: RunFolder, device: Device = "auto") -> None:

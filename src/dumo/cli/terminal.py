@@ -3,6 +3,7 @@
 import faulthandler
 import os
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -17,29 +18,60 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from dumo.progress import say
+from dumo import stop
+from dumo.progress import inline, plain, say
 
-out = Console(markup=False, emoji=False)  # what users typed is shown as they typed it
-err = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
-INTERRUPTED = 130  # the exit code of what Ctrl-C ends
+class Plain(Console):
+    """A console that shows the control characters of what it is given, and obeys none."""
+
+    def render_str(self, text: str, **options: Any) -> Text:  # noqa: ANN401, as rich has them
+        """Every string on its way to the terminal."""
+        return super().render_str(plain(text), **options)
+
+
+out = Plain(markup=False, emoji=False)  # what users typed is shown as they typed it
+err = Plain(markup=False, emoji=False, highlight=False, stderr=True)
+
+STOPPED = 128  # the exit code of what a signal ends, and the signal's number
 PATIENCE = 5.0  # seconds that a failed rank gives rank 0 to say the same: ours
 LAST = 30  # lines that it says after that: a traceback's end
 
 
 def stoppable(command: Callable[..., None]) -> Callable[..., None]:
-    """The command; Ctrl-C ends it with a line that says how to go on, and exit code 130."""
+    """The command; a signal ends it with a line that says how to go on, and exit code 128 + the signal (130: Ctrl-C).
+
+    Work that looks for it stops between its pieces, and keeps them; a second signal ends the command where it is.
+    """
 
     @wraps(command)
     def run(*words: object, **options: object) -> None:
         try:
-            command(*words, **options)
+            with stop.listening(acknowledge):
+                command(*words, **options)
+        except stop.Stopped as stopped:
+            say(f"{stopped}; {onward()}")
+            raise typer.Exit(STOPPED + stopped.number) from None
         except KeyboardInterrupt:
-            say(f"stopped; the same command goes on from what is kept:  {shlex.join([*started(), *sys.argv[1:]])}")
-            raise typer.Exit(INTERRUPTED) from None
+            say(f"stopped; {onward()}")
+            raise typer.Exit(STOPPED + signal.SIGINT) from None
 
     return run
+
+
+def acknowledge(number: int) -> None:
+    """Tell the person who pressed Ctrl-C that it was heard; print cannot, it may be in the middle of another line."""
+    if number == signal.SIGINT and sys.stderr.isatty():
+        os.write(2, b"\nstopping when this piece is done; Ctrl-C again: at once\n")
+
+
+def onward() -> str:
+    """How to go on, in words."""
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # torchrun on several nodes, whose words are not known here
+        return "the same torchrun on every node goes on from what is kept"
+    return f"the same command goes on from what is kept:  {shlex.join([*started(), *sys.argv[1:]])}"
 
 
 def started() -> list[str]:
@@ -57,11 +89,12 @@ def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
     Yields how to leave: with an exit code. torch may abort while it takes down what a sharded net leaves behind, after
     all work is done, so ranks leave at once.
     """
-    rank, ranks = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    told = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, ranks = (int(text) if text.isdecimal() else 0 for text in told)  # odd ones are refused where they matter
     own, kept = (sys.stdout, sys.stderr), StringIO()
 
     def leave(code: int) -> NoReturn:
-        if rank and code not in (0, INTERRUPTED):  # Ctrl-C reaches all
+        if rank and 0 < code < STOPPED:  # a signal reaches all
             time.sleep(PATIENCE)
             print(*(f"rank {rank}: {line}" for line in kept.getvalue().splitlines()[-LAST:]), sep="\n", file=own[1])
         for stream in own:
@@ -99,7 +132,7 @@ def show_lines(lines: Iterable[tuple[str, str]]) -> None:
     """Print a name and what is to be said of it, line by line."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(inline, line))
     if table.row_count:
         out.print(table)
 
@@ -108,8 +141,8 @@ def show_table(title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows of equal keys, never narrower than its numbers: a narrow terminal wraps, but nothing is lost."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for key in rows[0]:
-        table.add_column(key, justify="right", no_wrap=True)
+        table.add_column(inline(key), justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row.values()))
-    needed = Console(width=10_000).measure(table).maximum
-    Console(width=max(out.width, needed)).print(table)
+        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else inline(str(value)) for value in row.values()))
+    needed = Plain(width=10_000).measure(table).maximum
+    Plain(width=max(out.width, needed)).print(table)

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
+from dumo.bound import CHANNELS, PIXELS
 from dumo.codecs.scaled import Images, Latent, Moments, Opened, Scale, Scaled
 from dumo.io.path import user_path
 from dumo.io.weights import checked
@@ -34,8 +35,8 @@ class SdVae(Scaled):
 
     kind: Literal["sd-vae"] = "sd-vae"
     gaussian: ClassVar[bool] = True
-    channels: int = 4
-    factor: int = 8
+    channels: int = Field(default=4, ge=1, le=CHANNELS)
+    factor: int = Field(default=8, ge=1, le=PIXELS)
     scale: Scale = 0.18215
     weights: str = "stabilityai/sd-vae-ft-ema"
 
@@ -53,8 +54,8 @@ class DcAe(Scaled):
 
     kind: Literal["dc-ae"] = "dc-ae"
     variant: Literal["in", "mix", "sana"] = "in"
-    channels: int = 32
-    factor: int = 32
+    channels: int = Field(default=32, ge=1, le=CHANNELS)
+    factor: int = Field(default=32, ge=1, le=PIXELS)
 
     @model_validator(mode="before")
     @classmethod

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dumo.bound import CHANNELS, PIXELS
 from dumo.random import keyed
 from dumo.types import Spec, UserError
 
@@ -33,8 +34,8 @@ class Scaled(Spec):
     """What is known of a codec before its weights are read."""
 
     gaussian: ClassVar[bool] = False  # whether the encoder gives a Gaussian per pixel, else a point
-    channels: int = Field(ge=1)  # of the latent
-    factor: int = Field(ge=1)  # pixels along an axis for each of the latent's
+    channels: int = Field(ge=1, le=CHANNELS)  # of the latent
+    factor: int = Field(ge=1, le=PIXELS)  # pixels along an axis for each of the latent's
     shift: float | tuple[float, ...] = 0.0  # taken from the encoder's output; one per channel, or one for all
     scale: Scale = 1.0  # then multiplies it
     weights: str = ""  # where they are; environment variables and ~ are expanded

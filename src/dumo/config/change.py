@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 from pydantic_core import to_jsonable_python
 
+from dumo.io.text import brief
+from dumo.io.yaml import dump, parse
 from dumo.types import UserError
 
 Parts = tuple[str, ...]  # of a dotted path
@@ -25,7 +27,9 @@ def merge(base: dict[str, Any], change: dict[str, Any], where: str = "") -> dict
     for key, new in change.items():
         old = base.get(key)
         if isinstance(new, dict) and old is not None and not isinstance(old, dict):
-            raise UserError(f"{where}{key} is {shown(old)} in the base, a value without fields: write them out there")
+            raise UserError(
+                f"{where}{key} is {brief(shown(old))} in the base, a value without fields: write them out there"
+            )
         if isinstance(new, dict) and new and isinstance(old, dict) and not _another(old, new.get("kind")):
             merged[key] = merge(old, new, f"{where}{key}.")
         else:
@@ -49,8 +53,7 @@ def override(tree: dict[str, Any], texts: Sequence[str]) -> None:
 
 def shown(value: object) -> str:
     """A value as YAML, on one line."""
-    text = yaml.safe_dump(to_jsonable_python(value), default_flow_style=True, width=10_000)
-    return text.removesuffix("...\n").strip()
+    return dump(to_jsonable_python(value), flow=True, width=10_000).removesuffix("...\n").strip()
 
 
 def _another(part: dict[str, Any], kind: object) -> bool:
@@ -62,11 +65,11 @@ def _split(text: str) -> tuple[Parts, object]:
     """'a.b=c' as the parts of the path, and the value."""
     dotted, sign, right = text.partition("=")
     if not sign or not dotted:
-        raise UserError(f"--set {text}: write it as a.b=c, for example --set train.steps=2000")
+        raise UserError(f"--set {brief(text)}: write it as a.b=c, for example --set train.steps=2000")
     try:
-        return tuple(dotted.split(".")), yaml.safe_load(right)
+        return tuple(dotted.split(".")), parse(right)
     except yaml.YAMLError as error:
-        raise UserError(f"--set {text}: '{right}' is not a YAML value") from error
+        raise UserError(f"--set {brief(text)}: '{brief(right)}' is not a YAML value") from error
 
 
 def _put(tree: dict[str, Any], path: Parts, value: object) -> None:
@@ -76,8 +79,7 @@ def _put(tree: dict[str, Any], path: Parts, value: object) -> None:
         node = _step(node, parent, ".".join(path[: i + 1]))
     last = path[-1]
     if isinstance(node, list):
-        _step(node, last, ".".join(path))
-        node[int(last)] = value
+        node[_place(node, last, ".".join(path))] = value
         return
     if last == "kind" and _another(node, value):
         node.clear()
@@ -86,14 +88,17 @@ def _put(tree: dict[str, Any], path: Parts, value: object) -> None:
 
 def _step(node: dict[str, Any] | list[Any], key: str, path: str) -> Any:  # noqa: ANN401, a YAML tree
     """One level down; a missing level is made, for the validation to judge."""
-    if isinstance(node, list):
-        if not key.isdecimal() or int(key) >= len(node):
-            places = f"give a place from 0 to {len(node) - 1}" if node else "set it whole, as [...]"
-            raise UserError(f"{path}: this is a list of {len(node)}; {places}")
-        return node[int(key)]
-    if node.get(key) is None:  # not there, or a part that may be none
+    if isinstance(node, dict) and node.get(key) is None:  # not there, or a part that may be none
         node[key] = {}
-    child = node[key]
+    child = node[_place(node, key, path)] if isinstance(node, list) else node[key]
     if not isinstance(child, dict | list):
-        raise UserError(f"{path} is {shown(child)}, a value without fields of its own")
+        raise UserError(f"{path} is {brief(shown(child))}, a value without fields of its own")
     return child
+
+
+def _place(node: list[Any], key: str, path: str) -> int:
+    """The place in a list that the last part of a path says."""
+    if key not in (places := [str(place) for place in range(len(node))]):
+        way = f"give a place from 0 to {len(node) - 1}" if places else "set it whole, as [...]"
+        raise UserError(f"{brief(path)}: this is a list of {len(node)}; {way}")
+    return int(key)

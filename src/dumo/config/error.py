@@ -9,24 +9,31 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dumo.config.format import hint
+from dumo.io.text import brief
 
 Location = tuple[int | str, ...]
+MOST = 20  # lines: ours
+JSON = {"a valid array": "a list", "an object": "a mapping of names to values"}  # what pydantic says, and YAML's words
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """One line per mistake."""
-    return "\n".join(_line(found, root) for found in error.errors())
+    """One line per mistake; of very many the first ones."""
+    errors = error.errors(include_url=False)
+    parts = {one["loc"][:-1] for one in errors}  # of a list whose parts are wrong pydantic says that it has too few
+    found = [_line(one, root) for one in errors if one["type"] != "too_short" or one["loc"] not in parts]
+    more = [f"and {len(found) - MOST:,} more mistakes"] if len(found) > MOST else []
+    return "\n".join([*found[:MOST], *more])
 
 
 def nearest(name: str, names: list[str]) -> str:
     """A hint: the nearest of the valid names, or all of them."""
-    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    close = get_close_matches(brief(name), names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(names)}"
 
 
 def nearest_few(name: str, names: list[str]) -> str:
     """A hint before others: up to three of the valid names, where all are too many; nothing where none is near."""
-    close = [f"'{near}'" for near in get_close_matches(name, names, n=3, cutoff=0.5)]
+    close = [f"'{near}'" for near in get_close_matches(brief(name), names, n=3, cutoff=0.5)]
     if not close:
         return ""
     *others, last = close
@@ -42,7 +49,7 @@ def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
             return f"{path}: unknown key; {hint(path, known) or nearest(str(loc[-1]), known)}"
         case "union_tag_invalid":
             tags = ctx["expected_tags"].replace("'", "").split(", ")
-            return f"{path}.kind: there is no '{ctx['tag']}'; {nearest(ctx['tag'], tags)}"
+            return f"{path}.kind: there is no '{brief(ctx['tag'])}'; {nearest(ctx['tag'], tags)}"
         case "union_tag_not_found":
             return f"{path}.kind: missing; say which kind this is"
         case "missing":
@@ -50,8 +57,12 @@ def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
         case "value_error":
             return f"{path}: {ctx['error']}" if path else str(ctx["error"])
         case _:
-            message = found["msg"][0].lower() + found["msg"][1:]
-            return f"{path}: {message}; got {found['input']!r}"
+            message, given = found["msg"][0].lower() + found["msg"][1:], found["input"]
+            for json, plain in JSON.items():
+                message = message.replace(json, plain)
+            whole = isinstance(given, float) and found["type"] == "int_type" and given.is_integer()
+            way = f"; write {given:.0f}" if whole else ""
+            return f"{path}: {message}; got {brief(repr(given))}{way}"
 
 
 def _walk(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
@@ -71,7 +82,7 @@ def _walk(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | 
         model = models[0] if models else None
         field = model.model_fields.get(str(part)) if model and isinstance(part, str) else None
         annotation = field.annotation if field else annotation if isinstance(part, int) else None
-    return ".".join(names), model
+    return ".".join(map(brief, names)), model
 
 
 def _models(annotation: object) -> Iterator[type[BaseModel]]:

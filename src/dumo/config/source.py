@@ -8,11 +8,14 @@ import yaml
 from dumo import recipes
 from dumo.config.change import merge, shown
 from dumo.config.error import nearest_few
-from dumo.config.format import take, upgrade
+from dumo.config.format import Noted, take, take_changed, upgrade
 from dumo.io.path import user_path
+from dumo.io.text import brief, read_text
+from dumo.io.yaml import parse
 from dumo.types import UserError
 
 FILE = "run.yaml"  # the run, in its folder
+MOST = 2**24  # bytes of a file: ours; the names of 20,000 classes are half a million
 
 
 def read(source: str) -> tuple[dict[str, Any], str]:
@@ -41,10 +44,16 @@ def format_of(folder: Path) -> int:
     return take(_plain(file), str(file), recorded=True)
 
 
+def noted(folder: Path) -> list[Noted]:
+    """What was changed in a folder's run while it trained, the first first. Raises UserError as `read`."""
+    file = folder / FILE
+    return take_changed(_plain(file), str(file))
+
+
 def _base(base: object, name: str, file: Path | None) -> dict[str, Any]:
     """The tree of a base: of a recipe; or of what lies at a path beside `file`, if a file is what names it."""
     if not isinstance(base, str):
-        raise UserError(f"{name}: base is {shown(base)}: name a recipe, a YAML file or a run's folder")
+        raise UserError(f"{name}: base is {brief(shown(base))}: name a recipe, a YAML file or a run's folder")
     if base in recipes.names():
         tree = _packaged(base)
         if file and "base" in tree:  # to a user's file a packaged recipe is whole
@@ -52,10 +61,12 @@ def _base(base: object, name: str, file: Path | None) -> dict[str, Any]:
     elif file and (found := _file(file.parent / user_path(base, "base"))):
         tree = _tree(found)
     else:
-        raise UserError(f"{name}: base: there is no recipe '{base}', nor a file or run's folder there; {_hint(base)}")
+        raise UserError(
+            f"{name}: base: there is no recipe '{brief(base)}', nor a file or run's folder there; {_hint(base)}"
+        )
     if "base" in tree:
         raise UserError(
-            f"{name}: base '{base}' has a base itself, '{tree['base']}', and a base must be whole: run "
+            f"{name}: base '{base}' has a base itself, '{brief(tree['base'])}', and a base must be whole: run "
             f"dumo show {base} --yaml > base.yaml, then set base: base.yaml"
         )
     return tree
@@ -70,6 +81,7 @@ def _file(path: Path) -> Path | None:
 def _tree(file: Path) -> dict[str, Any]:
     """What a file holds, in this format, without saying so."""
     tree = _plain(file)
+    take_changed(tree, str(file))
     if take(tree, str(file), recorded=file.name == FILE) == 1:
         upgrade(tree)
     return tree
@@ -79,10 +91,7 @@ def _plain(file: Path) -> dict[str, Any]:
     """What a file holds, as it stands there."""
     if file.suffix not in (".yaml", ".yml"):
         raise UserError(f"{file} is no YAML file: give a run's folder, a recipe or a YAML file")
-    try:
-        return _mapping(file.read_text(encoding="utf-8"), str(file))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is no text ({error}): give a run's folder, a recipe or a YAML file") from error
+    return _mapping(read_text(file, "give a run's folder, a recipe or a YAML file", MOST), str(file))
 
 
 def _packaged(name: str) -> dict[str, Any]:
@@ -91,9 +100,9 @@ def _packaged(name: str) -> dict[str, Any]:
 
 def _mapping(text: str, name: str) -> dict[str, Any]:
     try:
-        tree = recipes.parse_yaml(text)
+        tree = parse(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{name} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{name} is not YAML: {brief(' '.join(str(error).split()), 1000)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{name} holds no run: it must map names to values, as `dumo show digits` prints it")
     return tree

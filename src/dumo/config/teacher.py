@@ -17,6 +17,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from dumo.bound import FACTOR, PASSES, SAMPLES
 from dumo.flow.guide import Interval
 from dumo.sampling.guidance import CFG
 from dumo.sampling.solver import Heun, Solver
@@ -26,9 +27,9 @@ from dumo.types import Spec
 class Pairs(Spec):
     """Samples of the teacher with their noise, made before the first step and kept in the run's folder."""
 
-    count: int = Field(default=50_000, ge=1)  # ours; Reflow's on CIFAR-10 is a million
+    count: int = Field(default=50_000, ge=1, le=SAMPLES)  # ours; Reflow's on CIFAR-10 is a million
     solver: Solver = Heun()  # ours
-    nfe: int = Field(default=32, ge=1)  # passes of the teacher for each
+    nfe: int = Field(default=32, ge=1, le=PASSES)  # passes of the teacher for each
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
@@ -48,9 +49,9 @@ class Teacher(Spec):
     source: str  # a run's folder; or module:function, which takes the run and the device and returns `dumo.types.Reads`
     weights: str | None = None  # a file of the run's weights; None: those that it shows
     guide: CFG = CFG()  # of the teacher, as in sampling
-    mix: float = Field(default=1.0, gt=0)  # weight of the teacher's velocity, where the data's has the rest
+    mix: float = Field(default=1.0, gt=0, le=FACTOR)  # weight of the teacher's velocity, where the data's has the rest
     interval: Interval = Interval()  # the times where that holds
-    elsewhere: float = Field(default=1.0, ge=0)  # the weight at other times
+    elsewhere: float = Field(default=1.0, ge=0, le=FACTOR)  # the weight at other times
     pairs: Pairs | None = None  # learn from whole trajectories instead
 
     @model_validator(mode="after")

@@ -1,13 +1,20 @@
 """The parts of a run, as one tree of specs; whether they fit one another is not looked at here."""
 
+from math import prod
+from typing import Annotated
+
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field
 from torch import nn
 
+from dumo import room
+from dumo.bound import PASSES
 from dumo.config.error import nearest
 from dumo.config.teacher import Start, Teacher
 from dumo.data import Data, Digits, Images, Latents, Moons
 from dumo.flow.path import Linear, Path
+from dumo.flow.precision import Precision
+from dumo.io.text import brief
 from dumo.nets import Net
 from dumo.objectives import Objective
 from dumo.protocols import MetricProtocol
@@ -17,6 +24,8 @@ from dumo.sampling.solver import Solver
 from dumo.training.spec import Train
 from dumo.types import FREE, Reads, Spec, UserError
 
+Passes = Annotated[int, Field(le=PASSES)]  # through the net; from which on, a solver says
+
 
 class Sampling(Spec):
     """How samples are made when nothing else is asked."""
@@ -24,16 +33,18 @@ class Sampling(Spec):
     solver: Solver
     guide: CFG = CFG()  # none; a guided reading is two passes through the net
     knobs: dict[str, float] = Field(default_factory=dict[str, float])  # inputs that an objective lets be set
-    nfe: tuple[int, ...] = Field(default=(1, 2, 4), min_length=1)  # readings of the net; a sheet of samples for each
+    nfe: tuple[Passes, ...] = Field(default=(1, 2, 4), min_length=1)  # readings of the net; a sheet of samples for each
     seed: int = Field(default=0, ge=0)
+    precision: Precision | None = None  # of the net's passes; None: as in training. Decoders stay in float32
 
 
 class Evaluation(Spec):
     """How a run is judged."""
 
     protocol: MetricProtocol
-    nfe: tuple[int, ...] = Field(default=(1, 2), min_length=1)
-    contrast: tuple[PositiveInt, ...] = (1,)  # passes of Euler steps that stand beside, with those of nfe; (): none
+    nfe: tuple[Passes, ...] = Field(default=(1, 2), min_length=1)
+    # Passes of Euler steps that stand beside, with those of nfe; (): none.
+    contrast: tuple[Annotated[Passes, Field(ge=1)], ...] = (1,)
     seed: int = Field(default=0, ge=0)
 
 
@@ -82,7 +93,7 @@ class Tree(Spec):
 
     def class_index(self, text: str) -> int:
         """The number of the class that is meant by a name or a number. Raises UserError where there is none."""
-        names, word = self.class_names, text.strip()
+        names, word = self.class_names, brief(text.strip())
         if word in names:
             return names.index(word)
         if word.isdecimal() and int(word) < self.data.classes:
@@ -95,7 +106,11 @@ class Tree(Spec):
         raise UserError(f"there is no class '{word}'; {nearest(word, [*names])}; by number, {way}")
 
     def build(self, device: torch.device | str = "cpu") -> nn.Module:
-        """The net at step 0, its weights keyed by the run's seed: the same on every device."""
+        """The net at step 0, its weights keyed by the run's seed: the same on every device.
+
+        Raises UserError, before it is made, where the device has less memory than that.
+        """
+        self.require_room(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream(self.train.seed, "weights").initial_seed())
             return self.net.build(self.objective.needs, self.data.shape, self.data.classes).to(device)
@@ -106,9 +121,29 @@ class Tree(Spec):
             return self.net.build(self.objective.needs, self.data.shape, self.data.classes)
 
     @property
+    def bytes(self) -> int:
+        """Of the net's weights and fixed tables."""
+        return sum(value.nbytes for value in self.outline().state_dict().values())
+
+    def require_room(self, device: torch.device | str, copies: float = 1, rows: int = 0) -> None:
+        """Raise UserError where a device has less memory than so many copies of the net and rows with their noise take.
+
+        That is the least: what passes make on their way comes on top (`dumo.preflight.plan`).
+        """
+        size = int(copies * self.bytes) + 2 * rows * prod(self.data.shape) * torch.float32.itemsize
+        what = "weights, gradients, optimizer, averages and a batch take" if rows else "the net takes"
+        way = "take a smaller net (net.width, net.depth)" + " or batch (train.batch)" * bool(rows)
+        room.require(size, what, way, device)
+
+    @property
     def knobs(self) -> dict[str, float]:
         """The knobs of the net as samples are made: the objective's, but where `sample.knobs` sets them."""
         return {**self.objective.needs.knobs, **self.sample.knobs}
+
+    @property
+    def precision(self) -> Precision:
+        """The precision of the net's passes where samples are made."""
+        return self.sample.precision or self.train.precision
 
     @property
     def guided(self) -> GuidanceScale:

@@ -1,24 +1,26 @@
-"""A finite set of images as a source: kept decoded where it is small, else decoded when asked for, a little ahead."""
+"""A finite set of images as a source: kept decoded where it is small, else decoded when asked for."""
 
 import os
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock, Semaphore
 
 import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
+from dumo import stop
 from dumo.data.augment import Edm
 from dumo.data.epoch import mirrored, rows_of
 from dumo.data.pixel import Frame, Unreadable
 from dumo.data.store import Store
 from dumo.io.picture import from_uint8
+from dumo.progress import Tick, late
 from dumo.random import stream
 from dumo.types import UserError
 
-PIECE = 32  # images that a thread decodes in one go
-AHEAD = 2  # batches decoded ahead of the step
+PIECE = 32  # images, at most, that a thread decodes in one go: ours
+TURNS = 4  # pieces of a batch for each thread, at least, so that none waits long for another: ours
 THREADS = min(16, os.cpu_count() or 1)
 
 Pixels = UInt8[Tensor, "n c h w"]
@@ -37,18 +39,22 @@ class Album:
     ) -> None:
         """Decode all, if it takes at most `memory` bytes."""
         self.store, self.frame, self.flip, self.augment, self.skip = store, frame, flip, augment, skip
+        self.use(THREADS)
         self.bad: dict[int, str] = {}  # which, and why, by number in the store
-        self.told = 0  # how many of them have been warned of
-        self.places = torch.arange(len(store))  # numbers in the store, by row
+        self.told, self.telling = 0, Lock()  # how many of them have been warned of
+        self.places: Order | None = None  # numbers in the store, by row; None: they are the same
         self.kept: Pixels | None = None
-        self.ahead: dict[tuple[int, int, int, range], Future[tuple[Tensor, Tensor]]] = {}
         if len(store) * frame.channels * frame.side**2 <= memory:
             self._keep()
+
+    def use(self, threads: int) -> None:
+        """Decode so many images at a time, of however many batches."""
+        self.threads, self.turn = threads, Semaphore(threads)
 
     @property
     def size(self) -> int:
         """The number of rows."""
-        return len(self.places)
+        return len(self.store) if self.places is None else len(self.places)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -59,23 +65,25 @@ class Album:
         return self.size
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Epoch after epoch, each in its own order, half of the images mirrored if `flip`; the next ones are begun.
+        """Epoch after epoch, each in its own order, half of the images mirrored if `flip`.
 
         The second is the classes (rows,), or what was done to augmented images (rows, numbers). A function of its
         arguments alone.
         """
-        mine = range(batch)[rows]
-        if self.kept is not None and self.augment is None:
-            return self._batch(step, batch, seed, mine)
-        wanted = [(s, batch, seed, mine) for s in range(step, step + AHEAD + 1)]
-        for key in set(self.ahead) - set(wanted):
-            self.ahead.pop(key).cancel()
-        for key in wanted:
-            if key not in self.ahead:
-                self.ahead[key] = self._conductor.submit(self._batch, *key)
-        made = self.ahead.pop(wanted[0]).result()
+        pixels, c = self._full(rows_of(step, batch, size=self.size, seed=seed, rows=rows))
         self._tell()
-        return made
+        if self.flip:
+            turned = mirrored(step, batch, seed, rows)[:, None, None, None]
+            pixels = torch.where(turned, pixels.flip(-1), pixels)
+        x = from_uint8(pixels)
+        if not self.augment:
+            return x, c
+        change = self.augment.drawn(batch, stream(seed, step, "augment"))[rows]
+        return self.augment(x, change), change.told
+
+    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Order:
+        """Their numbers in the store; of an image that cannot be read, its own."""
+        return self.numbered(rows_of(step, batch, size=self.size, seed=seed, rows=rows))
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """Every row, where all are in memory; else n of them, the i-th choice. Not mirrored."""
@@ -89,23 +97,19 @@ class Album:
 
     def path(self, row: int) -> str:
         """What to call the image in a row: its file, or its place in one."""
-        return self.store.path(int(self.places[row]))
+        return self.store.path(int(self.numbered(torch.tensor([row]))))
 
-    def _batch(self, step: int, batch: int, seed: int, mine: range) -> tuple[Tensor, Tensor]:
-        rows = slice(mine.start, mine.stop)
-        pixels, c = self._full(rows_of(step, batch, size=self.size, seed=seed, rows=rows))
-        if self.flip:
-            turned = mirrored(step, batch, seed, rows)[:, None, None, None]
-            pixels = torch.where(turned, pixels.flip(-1), pixels)
-        x = from_uint8(pixels)
-        if not self.augment:
-            return x, c
-        change = self.augment.drawn(batch, stream(seed, step, "augment"))[rows]
-        return self.augment(x, change), change.told
+    def numbered(self, rows: Order) -> Order:
+        """Their numbers in the store: others than the rows' own where images were left out."""
+        return rows if self.places is None else self.places[rows]
+
+    def fingerprint(self) -> str:
+        """Of the store."""
+        return self.store.fingerprint()
 
     def _whole(self, rows: Order) -> tuple[Tensor, Tensor]:
         """The samples and classes of these rows, without those that cannot be read."""
-        places = self.places[rows]
+        places = self.numbered(rows)
         if self.kept is not None:
             return from_uint8(self.kept[rows]), self._classes(places)
         pixels, bad = self._decode(places)
@@ -115,7 +119,7 @@ class Album:
 
     def _full(self, rows: Order) -> tuple[Pixels, Order]:
         """The pixels and classes of as many rows, of the next ones where these cannot be read."""
-        places = self.places[rows]
+        places = self.numbered(rows)
         if self.kept is not None:
             return self.kept[rows], self._classes(places)
         pixels, bad = self._decode(places)
@@ -131,32 +135,42 @@ class Album:
 
     def _keep(self) -> None:
         """Decode everything, once; what cannot be read is out."""
-        pixels, bad = self._decode(self.places)
-        self._pool.shutdown()
+        with late("decoding images", len(self.store)) as shown:
+
+            def tick(done: int, note: str) -> None:
+                stop.check()
+                shown(done, note)
+
+            pixels, bad = self._decode(torch.arange(len(self.store)), tick)
         self._check_any()
         if bad:
             good = _others(len(pixels), bad)
-            pixels, self.places = pixels[good], self.places[good]
+            pixels, self.places = pixels[good], good.nonzero().flatten()
         self.kept = pixels
         self._tell()
 
-    def _decode(self, places: Order) -> tuple[Pixels, list[int]]:
+    def _decode(self, places: Order, tick: Tick = lambda done, note: None) -> tuple[Pixels, list[int]]:
         """The images at some places of the store, and which of these, counted from 0, cannot be read."""
-        pixels = torch.zeros(len(places), *self.frame.shape, dtype=torch.uint8)
-        pieces = zip(places.split(PIECE), pixels.split(PIECE), strict=True)
-        jobs = [self._pool.submit(self._piece, where.tolist(), into) for where, into in pieces]
+        pixels, bad = torch.zeros(len(places), *self.frame.shape, dtype=torch.uint8), list[int]()
+        size = max(1, min(PIECE, len(places) // (TURNS * self.threads)))
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")  # a ms for each batch, and none is left
+        pieces = zip(places.split(size), pixels.split(size), strict=True)
         try:
-            return pixels, [k * PIECE + i for k, job in enumerate(jobs) for i in job.result()]
+            jobs = [pool.submit(self._piece, where.tolist(), into) for where, into in pieces]
+            for first, job in zip(range(0, len(places), size), jobs, strict=True):
+                bad += [first + i for i in job.result()]
+                tick(min(first + size, len(places)), "")
         finally:
-            for job in jobs:
-                job.cancel()
+            pool.shutdown(cancel_futures=True)
+        return pixels, bad
 
     def _piece(self, places: list[int], into: Pixels) -> list[int]:
         bad: list[int] = []
         for i, place in enumerate(places):
             try:
                 if place not in self.bad:
-                    into[i] = self.frame(self.store.read(place))
+                    with self.turn:
+                        into[i] = self.frame(self.store.read(place))
                     continue
             except (OSError, ValueError) as error:
                 what = f"{self.store.path(place)} {_said(error)}"
@@ -168,8 +182,10 @@ class Album:
 
     def _tell(self) -> None:
         """Warn of what could not be read since the last time, in one line."""
-        if (count := len(self.bad)) > self.told:
-            new, self.told = sorted(list(self.bad)[self.told :]), count
+        with self.telling:
+            count, told = len(self.bad), self.told
+            new, self.told = sorted(list(self.bad)[told:count]), count
+        if new:
             names = "; ".join(self.bad[place] for place in new[:3])
             instead = "left out" if self.kept is not None else "left out, in a batch replaced by the next"
             warnings.warn(
@@ -181,15 +197,6 @@ class Album:
     def _check_any(self) -> None:
         if len(self.bad) == len(self.store):
             raise UserError(f"none of the {len(self.store)} images can be read; the first: {self.bad[0]}")
-
-    @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(THREADS, thread_name_prefix="decode")
-
-    @cached_property
-    def _conductor(self) -> ThreadPoolExecutor:
-        """Makes whole batches, one after the other, with the help of the pool."""
-        return ThreadPoolExecutor(1, thread_name_prefix="ahead")
 
 
 WAY_OUT = "mend or remove it, or leave such images out with data.on_bad=skip"

@@ -11,39 +11,48 @@ Shards are mapped into memory, so a cache may be larger than it. All of them but
 less those that the source left out.
 """
 
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
-import yaml
 from jaxtyping import Bool, Float, Int64
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 from torch import Tensor
+from yaml import YAMLError
 
+from dumo.bound import CLASSES, PIXELS, ROWS
 from dumo.codecs import Codec
 from dumo.codecs.scaled import Moments
-from dumo.io import digest
+from dumo.io import digest, yaml
+from dumo.io.text import read_text
 from dumo.io.weights import load
 from dumo.types import Spec, UserError
 
 FILE = "cache.yaml"
+REMAKE = "start the same dumo encode again, which re-makes what is damaged"
+MAPPED = 2**14  # shards mapped at a time; Linux allows 65,530 maps. Ours
+Rows = NDArray[np.generic]  # bytes of rows, or labels
 
 
 class Plan(Spec):
     """How a data set is to be encoded, beside the codec."""
 
     source: str = ""  # what it is, in words
-    resolution: int = Field(gt=0)  # pixels along a side
+    resolution: int = Field(gt=0, le=PIXELS)  # pixels along a side
     crop: str = ""  # how the images came to be square, in words
-    classes: int = Field(default=0, ge=0)  # labels are in [0, classes); 0: there are none, and all are 0
+    classes: int = Field(default=0, ge=0, le=CLASSES)  # labels are in [0, classes); 0: there are none, and all are 0
     names: tuple[str, ...] = ()  # of the classes
     flips: bool = True  # mirrored images, too
     store: Literal["moments", "samples"] = "moments"  # of a codec with Gaussians; others have one latent per image
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
-    shard_rows: int = Field(default=1024, gt=0)  # images to a shard
+    shard_rows: int = Field(default=1024, gt=0, le=ROWS)  # images to a shard
     seed: int = 0  # of the samples
 
 
@@ -93,7 +102,7 @@ class Cache:
     memory: float = 0.0  # bytes of shards that are read rather than mapped
 
     def __len__(self) -> int:
-        return sum(shard.rows for shard in self.contents.shards)
+        return self._ends[-1]
 
     def rows(
         self, rows: Int64[Tensor, " b"], flipped: Bool[Tensor, " b"] | None = None
@@ -106,35 +115,51 @@ class Cache:
             raise IndexError(f"rows are numbered from 0 to {len(self) - 1}")
         if flipped is not None and flipped.any() and not self.contents.flips:
             raise UserError(f"{self.folder} holds no mirrored images: encode it with flips, or train without")
-        places = torch.searchsorted(self._ends, rows, right=True)
-        x, labels = torch.empty(len(rows), *self.contents.shape), torch.empty(len(rows), dtype=torch.long)
-        for number in places.unique().tolist():
-            shard, here = self._tensors[number], places == number
-            inside = rows[here] - (int(self._ends[number]) - len(shard["labels"]))
-            x[here], labels[here] = shard["x"][inside].float(), shard["labels"][inside]
-            if flipped is not None and bool((mirrored := here & flipped).any()):
-                x[mirrored] = shard["flipped"][inside[flipped[here]]].float()
-        own = self.contents.codec
+        dtype: torch.dtype = getattr(torch, self.contents.dtype)
+        *outer, last = self.contents.shape
+        raw, labels = np.empty((len(rows), *outer, last * dtype.itemsize), np.uint8), np.empty(len(rows), np.int64)
+        turned = [False] * len(rows) if flipped is None else flipped.tolist()
+        for i, (row, mirror) in enumerate(zip(rows.tolist(), turned, strict=True)):
+            number = bisect_right(self._ends, row)
+            shard, inside = self._opened(number), row - self._ends[number]  # counted from the end
+            raw[i], labels[i] = shard["flipped" if mirror else "x"][inside], shard["labels"][inside]
+        x, own = torch.from_numpy(raw).view(dtype).float(), self.contents.codec
         same = (own.shift, own.scale) == (self.codec.shift, self.codec.scale)
-        return (x if same else self.codec.normalise(own.restore(x))), labels
+        return (x if same else self.codec.normalise(own.restore(x))), torch.from_numpy(labels)
+
+    def fingerprint(self) -> str:
+        """Of all shards' checksums."""
+        return digest.short(*(f"{shard.rows} {shard.sha256}" for shard in self.contents.shards))
 
     @cached_property
     def labels(self) -> Int64[Tensor, " n"]:
         """Every row's label."""
-        return torch.cat([shard["labels"] for shard in self._tensors])
+        return torch.from_numpy(np.concatenate([self._opened(k)["labels"] for k in range(len(self._ends))]))
 
     @cached_property
-    def _ends(self) -> Int64[Tensor, " k"]:
-        return torch.tensor([len(shard["labels"]) for shard in self._tensors]).cumsum(0)
+    def _ends(self) -> list[int]:
+        """Behind the last row of each shard."""
+        return list(accumulate(shard.rows for shard in self.contents.shards))
 
     @cached_property
-    def _tensors(self) -> list[dict[str, Tensor]]:
-        """A dictionary per shard, mapped into memory; of a small cache one for all, read."""
-        shards = [load(self.folder / shard.file) for shard in self.contents.shards]
-        if sum(shard.size for shard in self.contents.shards) > self.memory:
-            return shards
-        keys = ["x", "labels", *(["flipped"] if self.contents.flips else [])]
-        return [{key: torch.cat([shard[key] for shard in shards]) for key in keys}]
+    def _opened(self) -> Callable[[int], dict[str, Rows]]:
+        """The numbers of a shard: mapped into memory, where more than `memory` bytes are in all, else read."""
+        mapped = sum(shard.size for shard in self.contents.shards) > self.memory
+
+        @lru_cache(MAPPED if mapped else None)
+        def opened(number: int) -> dict[str, Rows]:
+            shard = self.contents.shards[number]
+            tensors = load(self.folder / shard.file)
+            keys, shape = ["x", *(["flipped"] if self.contents.flips else [])], (shard.rows, *self.contents.shape)
+            dtype = getattr(torch, self.contents.dtype)
+            right = all(key in tensors and (tensors[key].shape, tensors[key].dtype) == (shape, dtype) for key in keys)
+            if not right or "labels" not in tensors or tensors["labels"].shape != shape[:1]:
+                raise UserError(f"{self.folder}: {shard.file} holds other tensors than {FILE} says: {REMAKE}")
+            found = {"labels": tensors["labels"].long().numpy()}
+            found |= {key: tensors[key].view(torch.uint8).numpy() for key in keys}  # numpy knows no bfloat16
+            return found if mapped else {key: rows.copy() for key, rows in found.items()}
+
+        return opened
 
 
 def open_cache(
@@ -167,9 +192,7 @@ def open_cache(
         listed = "\n  ".join(lines)
         raise UserError(f"{folder} does not fit:\n  {listed}\nEncode the data for this, or ask for what is there")
     if faults := [f"{shard.file} {fault}" for shard in contents.shards if (fault := shard.fault(folder, deep=False))]:
-        raise UserError(
-            f"{folder}: {'; '.join(faults)}: start the same dumo encode again, which re-makes what is damaged"
-        )
+        raise UserError(f"{folder}: {'; '.join(faults)}: {REMAKE}")
     return Cache(folder, contents, codec or contents.codec, memory)
 
 
@@ -200,8 +223,8 @@ def read_contents(folder: Path) -> Contents | None:
     if not file.is_file():
         return None
     try:
-        return Contents.model_validate(yaml.safe_load(file.read_text()))
-    except (ValidationError, ValueError, yaml.YAMLError) as error:
+        return Contents.model_validate(yaml.parse(read_text(file, "take another copy of it")))
+    except (ValidationError, ValueError, YAMLError) as error:
         why = " ".join(str(error).split())
         raise UserError(
             f"{file} is damaged, or another version wrote it ({why}): encode into another folder"
@@ -210,7 +233,7 @@ def read_contents(folder: Path) -> Contents | None:
 
 def dump(contents: Contents) -> str:
     """As `read_contents` reads it."""
-    return yaml.safe_dump(contents.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True)
+    return yaml.dump(contents.model_dump(mode="json"))
 
 
 def sums(x: Moments, channels: int) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:

@@ -16,6 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from dumo import stop
 from dumo.codecs.scaled import Opened
 from dumo.data.cache import FILE, Contents, Plan, Shard, dump, read_contents, sums
 from dumo.data.source import Finite
@@ -51,8 +52,10 @@ def encode(
     """Make those of this rank's shards that are not there, or damaged. Another batch may move the last bits.
 
     Raises UserError where `out` holds another cache or something else, an image or a label is not as planned, a latent
-    is too large for the dtype, or the disk is full; the shards that stand are kept.
+    is too large for the dtype, or the disk is full, OSError where nothing can be written, Stopped where that is asked;
+    the shards that stand are kept.
     """
+    files.check_writable(out)
     contents = claim(out, described(source, codec, plan), rank)
     sweep(out, rank, world)
     notes = noted(out, contents)
@@ -117,6 +120,7 @@ def batches(
     """A shard's images encoded, batch by batch, each with how many images are behind it. Raises as `encode` does."""
     places = span(contents, number)
     for i in places[::batch]:
+        stop.check()
         images, labels = source.rows(slice(i, min(i + batch, places.stop)))
         if len(images):
             images = checked(images, labels, contents, i)
@@ -207,7 +211,7 @@ def write(file: Path, data: bytes, rank: int) -> None:
     except OSError as error:
         if files.full(error):
             raise UserError(
-                f"{file}: the disk is full; free some space and start again, what stands is kept"
+                f"{file}: the disk is full ({error.strerror}); free some space and start again, what stands is kept"
             ) from error
         raise
 
@@ -215,8 +219,9 @@ def write(file: Path, data: bytes, rank: int) -> None:
 def sweep(out: Path, rank: int, world: int) -> None:
     """Remove what a killed rank left half-written: one of this number, or of one that no rank has now."""
     for half in out.glob(".*.tmp"):
-        if int(half.suffixes[-2][1:]) % world == rank:
-            half.unlink(missing_ok=True)
+        writer = half.suffixes[-2][1:] if len(half.suffixes) > 1 else ""
+        if writer.isdecimal() and int(writer) % world == rank:
+            files.remove(half)
 
 
 def name(number: int) -> str:

@@ -14,17 +14,19 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
+from dumo.bound import CLASSES, GIGABYTES, PIXELS
 from dumo.data.album import Album
 from dumo.data.augment import Edm
 from dumo.data.folder import Folder
 from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import SUFFIXES, Crop, Frame
-from dumo.data.store import Store, choose, some, walk
+from dumo.data.store import Store, choose, require_regular, some, walk
 from dumo.data.tar import Tar
 from dumo.io.path import user_path
 from dumo.types import FREE, Spec, UserError
 
 Format = Literal["folder", "parquet", "tar"]
+FORMS: dict[str, Format] = {".parquet": "parquet", ".tar": "tar"}
 GIGABYTE = 1e9
 
 
@@ -37,7 +39,7 @@ class Images(Spec):
 
     kind: Literal["images"] = "images"
     root: str  # a folder or a file; may begin with ~ and hold $NAMES of environment variables
-    side: int = Field(ge=1)  # pixels
+    side: int = Field(ge=1, le=PIXELS)  # pixels
     channels: Literal[1, 3] = 3  # grey or RGB
     crop: Crop = "adm"  # adm: as the ImageNet references were made; smaller images are enlarged, bicubically
     flip: bool = False  # mirror half of the images of a batch
@@ -47,8 +49,9 @@ class Images(Spec):
     labelled: Literal["auto", False] = "auto"  # false: the labels there are, are not read
     label: str = "label"  # the column of classes in parquet
     on_bad: Literal["raise", "skip"] = Field(default="raise", json_schema_extra=FREE)  # an image that cannot be read
-    memory: float = Field(default=2.0, ge=0, json_schema_extra=FREE)  # GB of pixels kept decoded; ours
-    classes: int = Field(default=None, ge=0, validate_default=True)  # 0: none; not given: those that are there
+    memory: float = Field(default=2.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)  # GB of pixels kept decoded; ours
+    # 0: none; not given: those that are there.
+    classes: int = Field(default=None, ge=0, le=CLASSES, validate_default=True)
     names: tuple[str, ...] | None = None  # of the classes; (): they have none; None: the data are not there yet
 
     @property
@@ -145,11 +148,11 @@ def find(root: Path, *, format: Format | None = None, split: str | None = None, 
     Raises UserError where there are no images, or several ways to take what is there.
     """
     files = walk(root)
-    found: dict[Format, list[str]] = {
-        "folder": [file for file in files if os.path.splitext(file)[1].lower() in SUFFIXES],
-        "parquet": [file for file in files if file.endswith(".parquet")],
-        "tar": [file for file in files if file.endswith(".tar")],
-    }
+    found: dict[Format, dict[str, int]] = {"folder": {}, "parquet": {}, "tar": {}}
+    for file, size in files.items():
+        ending = os.path.splitext(file)[1]
+        if form := "folder" if ending.lower() in SUFFIXES else FORMS.get(ending):
+            found[form][file] = size
     there: list[Format] = [name for name, listed in found.items() if listed]
     if format is None and len(there) > 1:
         raise UserError(f"{root} holds {' and '.join(there)} side by side: say which with data.format")
@@ -168,14 +171,12 @@ def find(root: Path, *, format: Format | None = None, split: str | None = None, 
     return store
 
 
-def _opened(root: Path, format: Format, files: list[str], split: str | None, label: str | None) -> Store:
-    match format:
-        case "folder":
-            return Folder(root, files, split=split, labelled=label is not None)
-        case "parquet":
-            return Parquet(choose(root, files, split), label=label)
-        case "tar":
-            return Tar(choose(root, files, split), labelled=label is not None)
+def _opened(root: Path, format: Format, files: dict[str, int], split: str | None, label: str | None) -> Store:
+    if format == "folder":
+        return Folder(root, files, split=split, labelled=label is not None)
+    chosen = choose(root, list(files), split)
+    require_regular(chosen)
+    return Parquet(chosen, label=label) if format == "parquet" else Tar(chosen, labelled=label is not None)
 
 
 FIELDS = re.compile(rf"\bdata\.(?={'|'.join(Images.model_fields)})\b")

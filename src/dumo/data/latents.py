@@ -11,8 +11,10 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dumo.bound import GIGABYTES
 from dumo.codecs import Codec
 from dumo.data.album import Album
+from dumo.data.audit import Audit
 from dumo.data.cache import Cache, Contents, open_cache, read_contents
 from dumo.data.epoch import mirrored, rows_of
 from dumo.data.image import GIGABYTE, Images, below
@@ -29,7 +31,8 @@ class Latents(Spec):
     images: Images  # what is encoded; `flip` mirrors them before the codec
     codec: Codec
     per_channel: bool = False  # take shift and scale from the cache: mean 0 and deviation 1 in each channel
-    memory: float = Field(default=1.0, ge=0, json_schema_extra=FREE)  # GB of cache read at once, not mapped; ours
+    # GB of cache read at once, not mapped; ours.
+    memory: float = Field(default=1.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,10 +98,14 @@ class Latents(Spec):
 
 
 class Encoded:
-    """Latents as a source. Of a codec with Gaussians every visit draws anew, keyed by the step."""
+    """Latents as a source. Of a codec with Gaussians every visit draws anew, keyed by the step.
+
+    Raises UserError for a shard that has changed, from the beginning or from `batch` (`dumo.data.audit`).
+    """
 
     def __init__(self, cache: Cache, *, flip: bool) -> None:
         self.cache, self.flip = cache, flip
+        self.audit = Audit(cache.folder, cache.contents.shards)
 
     @property
     def size(self) -> int:
@@ -107,9 +114,18 @@ class Encoded:
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Epoch after epoch, each in its own order, half of the images mirrored if `flip`."""
+        self.audit.require()
         places = rows_of(step, batch, size=self.size, seed=seed, rows=rows)
         x, c = self.cache.rows(places, mirrored(step, batch, seed, rows) if self.flip else None)
         return self.cache.codec.sample(x, seed, step, "posterior", rows=range(batch)[rows]), c
+
+    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Tensor:
+        """Their numbers in the cache."""
+        return rows_of(step, batch, size=self.size, seed=seed, rows=rows)
+
+    def fingerprint(self) -> str:
+        """Of the cache."""
+        return self.cache.fingerprint()
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """n of the rows, or all where there are fewer, the i-th choice; not mirrored."""

@@ -5,8 +5,10 @@ Every file becomes 8-bit grey or RGB, upright, as one looks at it: transparency 
 read, as in ADM and the references that were computed with it.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from io import BytesIO
+from threading import Lock
 from typing import Literal
 
 import numpy as np
@@ -24,6 +26,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 # What is taken for an image by its name. Photographs of telephones are named too, where they cannot be read.
 KNOWN = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 SUFFIXES = KNOWN | {".avif", ".heic", ".heif"}
+
+
+LONG = 100  # times as long as wide, at most: ours
+LARGE = 2**26  # pixels; of larger images one is loaded at a time, and of 1.8e8 pixels pillow loads none: ours
+ONE_AT_A_TIME = Lock()
 
 
 class Unreadable(UserError):  # noqa: N818, it says what the image is
@@ -51,10 +58,18 @@ class Frame:
 
 def upright(data: bytes) -> Image.Image:
     """The first frame, loaded and turned as its EXIF tag says. Raises Unreadable."""
+    if not data:
+        raise Unreadable("is empty: it has 0 bytes")
     try:
         with Image.open(BytesIO(data), formats=FORMATS) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
+            narrow, wide = sorted(image.size)
+            if wide > LONG * narrow:  # brought to a size by its short side, it would have gigabytes
+                raise Unreadable(f"is {image.width} x {image.height} pixels, too long for its width: cut it first")
+            with ONE_AT_A_TIME if narrow * wide > LARGE else nullcontext():
+                image.load()
+                return ImageOps.exif_transpose(image)
+    except Unreadable:
+        raise
     except UnidentifiedImageError as error:
         raise Unreadable(f"is no image of a known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # a broken file may raise anything in pillow's readers

@@ -4,9 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from jaxtyping import Int64
 from torch import Tensor
 
 from dumo.data.epoch import rows_of
+from dumo.io import digest
 from dumo.random import keyed
 from dumo.types import Cond, Sample
 
@@ -30,7 +32,21 @@ class Source(Data, Protocol):
     """Data to train on."""
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """The rows `rows` of a step's global batch of `batch` rows; no others are read, decoded or drawn."""
+        """The rows `rows` of a step's global batch of `batch` rows; no others are read, decoded or drawn.
+
+        A function of its arguments alone, that several threads may call at once.
+        """
+        ...
+
+    def fingerprint(self) -> str | None:
+        """A short text, another one where samples were added, removed, renamed or replaced; decodes nothing.
+
+        None where samples never end.
+        """
+        ...
+
+    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
+        """Which of the data set these rows are, by number; None where it never ends."""
         ...
 
 
@@ -62,27 +78,41 @@ class Table:
         places = rows_of(step, batch, size=self.size, seed=seed, rows=rows)
         return self.x[places], self.c[places]
 
+    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
+        """Their places in the table."""
+        return rows_of(step, batch, size=self.size, seed=seed, rows=rows)
+
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """Every row; n, seed and i do not matter."""
         return self.x, self.c
 
+    def fingerprint(self) -> str:
+        """Of all numbers and classes."""
+        return digest.short(digest.of_tensor(self.x), digest.of_tensor(self.c))
+
 
 @dataclass(frozen=True)
 class Endless:
-    """A data set that is drawn: a map of `numbers` normal numbers a row to samples with their class indices.
+    """A data set that is drawn: a map of `width` normal numbers a row to samples with their class indices.
 
     To be the same in any batch, a row must be made of its own numbers alone, by operations that are rounded once, as
     sums, products, quotients and roots are: what torch rounds otherwise may depend on the place in the batch.
     """
 
     law: Callable[[Sample], tuple[Sample, Cond]]
-    numbers: int
+    width: int
     size: None = None
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Fresh i.i.d. draws, keyed by (seed, step, row)."""
-        return self.law(keyed(seed, step, "data", rows=range(batch)[rows], shape=[self.numbers]))
+        return self.law(keyed(seed, step, "data", rows=range(batch)[rows], shape=[self.width]))
+
+    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> None:
+        """None: no row comes twice."""
+
+    def fingerprint(self) -> None:
+        """None: the run says what they are."""
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """n fresh i.i.d. draws that no batch has seen."""
-        return self.law(keyed(seed, "reference", i, rows=range(n), shape=[self.numbers]))
+        return self.law(keyed(seed, "reference", i, rows=range(n), shape=[self.width]))

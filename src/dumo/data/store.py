@@ -2,17 +2,22 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+import stat
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from dumo.data.pixel import Unreadable
+from dumo.io import digest
 from dumo.types import UserError
 
 # Names of the parts of a data set, as they stand in names of folders and files.
 SPLITS = frozenset(("train", "training", "val", "valid", "validation", "dev", "test"))
+LARGEST = 2**30  # bytes of an image: ours. A sparse file, or one that never ends, would fill the memory
+CLASSES = 10**6  # where they are counted by the largest number: ours. Nets, tables and counts have a row for each
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,10 @@ class Labels:
 class Store(Protocol):
     """Encoded images in a fixed order, to be read from many threads at once."""
 
+    def fingerprint(self) -> str:
+        """A short text, another one where images were added, removed, renamed or replaced by some of another size."""
+        ...
+
     @property
     def labels(self) -> Labels | None:
         """None where there are none, or none were asked for."""
@@ -47,18 +56,45 @@ class Store(Protocol):
         ...
 
 
-def walk(root: Path) -> list[str]:
-    """All files under `root`, or itself; in the order of their names, hidden ones left out, links followed.
+def walk(root: Path) -> dict[str, int]:
+    """All files under `root`, or itself, with their sizes; by name, hidden ones left out, links followed.
 
-    Raises UserError where there is nothing, or a link leads to a folder above it.
+    A link to nowhere has size -1. Raises UserError where there is nothing, or a link leads to a folder above it.
     """
-    if root.is_file():
-        return [str(root)]
-    if not root.is_dir():
+    if root.is_dir():
+        found: dict[str, int] = {}
+        _enter(str(root), frozenset(), found)
+        return found
+    if not root.exists():
         raise UserError(f"there is no folder or file {root}: set data.root to where the images are")
-    found: list[str] = []
-    _enter(str(root), frozenset(), found)
-    return found
+    return {str(root): root.stat().st_size}
+
+
+def read_regular(file: str) -> bytes:
+    """The bytes of a file. Raises OSError, and Unreadable for a pipe or a device, and for what no image is as large as.
+
+    What a pipe holds never comes, or never ends.
+    """
+    with open(os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as opened:
+        about = os.fstat(opened.fileno())
+        if not stat.S_ISREG(about.st_mode):
+            raise Unreadable("is no regular file")
+        if about.st_size > LARGEST:
+            raise Unreadable(f"has {about.st_size} bytes, more than an image has")
+        return opened.read(about.st_size)
+
+
+def require_regular(files: Iterable[str]) -> None:
+    """Raise UserError for what is no regular file: opening a pipe would wait for ever."""
+    for file in files:
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise UserError(f"{file} is no regular file, but a pipe, a device or a folder: remove it")
+
+
+def named(files: Mapping[str, int]) -> str:
+    """The fingerprint of files: their names below the folder that holds them all, and their sizes."""
+    above = os.path.commonpath([os.path.dirname(file) for file in files])
+    return digest.short(*(f"{file[len(above) :]} {size}" for file, size in files.items()))
 
 
 def choose(root: Path, files: Sequence[str], split: str | None) -> list[str]:
@@ -88,6 +124,11 @@ def counted(c: Tensor, root: str, names: Sequence[str] = ()) -> Labels:
     if low < 0 or (names and high >= len(names)):
         wrong = low if low < 0 else high
         raise UserError(f"{root} has the label {wrong}, which is no class: set data.labelled=false, or choose a split")
+    if high >= CLASSES:
+        raise UserError(
+            f"{root} has the label {high}, so {high + 1:,} classes, and {CLASSES:,} are the most: name the column of "
+            "classes with data.label, number them from 0, or set data.labelled=false"
+        )
     return Labels(c, len(names) or high + 1, tuple(names))
 
 
@@ -97,17 +138,22 @@ def some(items: Iterable[str]) -> str:
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
 
 
-def _enter(folder: str, above: frozenset[tuple[int, int]], found: list[str]) -> None:
-    stat = os.stat(folder)
-    if (here := (stat.st_dev, stat.st_ino)) in above:
+def _enter(folder: str, above: frozenset[tuple[int, int]], found: dict[str, int]) -> None:
+    own = os.stat(folder)
+    if (here := (own.st_dev, own.st_ino)) in above:
         raise UserError(f"{folder} is a link to a folder that holds it, so it never ends: remove the link")
     with os.scandir(folder) as entries:
         listed = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name)
     for entry in listed:
-        if os.path.isdir(entry.path):  # not entry.is_dir(): it raises for a link to itself
+        try:
+            about = os.stat(entry.path)
+        except OSError:  # a link to nowhere, or to itself: whoever reads it is told
+            found[entry.path] = -1
+            continue
+        if stat.S_ISDIR(about.st_mode):
             _enter(entry.path, above | {here}, found)
         else:
-            found.append(entry.path)
+            found[entry.path] = about.st_size
 
 
 def _tokens(root: Path, file: str) -> list[str]:

@@ -1,90 +1,163 @@
-"""Webdataset shards: tar archives in which `0001.jpg` and `0001.cls` are one sample, an image and its class number."""
+"""Webdataset shards: tar archives in which `0001.jpg` and `0001.cls` are one sample, an image and its class number.
 
+An archive that was cut short, or has a hole of zeros, looks whole to whoever reads up to the first thing that is no
+header. So it must end as tar ends it: with a block of zeros where the members end, and nothing but zeros after it, no
+more than fill its last record. Where the members lie is found once (`dumo.data.index`).
+"""
+
+import os
 import tarfile
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from dumo.data.pixel import SUFFIXES
-from dumo.data.store import Labels, counted
+from dumo.data import index
+from dumo.data.index import UNLABELLED, Scan
+from dumo.data.pixel import SUFFIXES, Unreadable
+from dumo.data.store import LARGEST, Labels, counted
+from dumo.io import digest
 from dumo.types import UserError
 
-
-class Member(NamedTuple):
-    """Where an image lies."""
-
-    file: str
-    name: str
-    key: str  # its name without the suffix, which it shares with its label
-    start: int
-    size: int
+# Of tar's records: 20 blocks by default, else, on request, a power of two of them, up to a MiB.
+RECORDS = (tarfile.RECORDSIZE, *(tarfile.BLOCKSIZE << k for k in range(12)))
+CLASS = 100  # bytes, at most, of what says a class
+AGAIN = "fetch it again, or remove it"
 
 
 class Tar:
-    """The images of some archives, in their order there. Members are found once, and then read at random.
+    """The images of some archives, in their order there, to be read at random.
 
     Raises UserError for a file that is no whole archive, and where only some images have a label.
     """
 
     def __init__(self, files: Sequence[str], *, labelled: bool) -> None:
-        self.members: list[Member] = []
-        classes: dict[tuple[str, str], int] = {}
-        for file in files:
-            for member, content in _entries(file):
-                if content is None:
-                    self.members.append(member)
-                elif labelled:
-                    classes[file, member.key] = _number(member, content)
-        self.labels = self._labels(classes) if classes else None
+        self.files, self.index = files, index.opened(files, looked)
+        self.ends = list(accumulate(part.images for part in self.index.parts))
+        self.labels = self._labels() if labelled else None
 
     def __len__(self) -> int:
-        return len(self.members)
+        return self.ends[-1]
+
+    def fingerprint(self) -> str:
+        """Of the archives' names and sizes, and of the names, places and classes in them."""
+        told = (f"{part.file} {part.size}" for part in self.index.parts)
+        scans = (self.index.of(k) for k in range(len(self.files)))
+        return digest.short(*told, *(digest.of_bytes(scan.members.tobytes(), scan.names.tobytes()) for scan in scans))
 
     def path(self, i: int) -> str:
         """The archive and the member."""
-        return f"{self.members[i].file} member {self.members[i].name}"
+        k, column = self._place(i)
+        return f"{self.files[k]} member {self.index.name(column)}"
 
     def read(self, i: int) -> bytes:
-        """The member's bytes. Raises OSError."""
-        member = self.members[i]
-        with open(member.file, "rb") as archive:
-            archive.seek(member.start)
-            return archive.read(member.size)
+        """The member's bytes. Raises OSError, and Unreadable where the archive has become shorter."""
+        k, column = self._place(i)
+        start, size = self.index.scan.members[:2, column].tolist()
+        if size > LARGEST:
+            raise Unreadable(f"has {size} bytes, more than an image has")
+        with open(self.files[k], "rb") as archive:
+            archive.seek(start)
+            data = archive.read(size)
+        if len(data) < size:
+            raise Unreadable("is cut off: its archive has become shorter")
+        return data
 
-    def _labels(self, classes: dict[tuple[str, str], int]) -> Labels:
-        for i, member in enumerate(self.members):
-            if (member.file, member.key) not in classes:
-                raise UserError(f"{self.path(i)} has no label '{member.key}.cls', others have: set data.labelled=false")
-        return counted(torch.tensor([classes[m.file, m.key] for m in self.members]), self.members[0].file)
+    def _place(self, i: int) -> tuple[int, int]:
+        """The archive of image i, and its column in the index."""
+        k = bisect_right(self.ends, i)
+        return k, self.index.firsts[k] + i - (self.ends[k] - self.index.parts[k].images)
+
+    def _labels(self) -> Labels | None:
+        """The classes; None where no image has one."""
+        c = torch.from_numpy(self.index.classes)
+        lacking = c == UNLABELLED
+        if wrong := next((part.wrong for part in self.index.parts if part.wrong), None):
+            raise UserError(wrong)
+        if bool(lacking.all()):
+            return None
+        if bool(lacking.any()):
+            first = int(lacking.nonzero()[0])
+            key = _key(self.index.name(self._place(first)[1]))
+            raise UserError(f"{self.path(first)} has no label '{key}.cls', others have: set data.labelled=false")
+        return counted(c, self.files[0])
 
 
-def _entries(file: str) -> Iterator[tuple[Member, bytes | None]]:
-    """Images with None, labels with what they say."""
+def looked(file: str) -> Scan:
+    """Where the images of an archive lie. Raises UserError where it is damaged, OSError where it cannot be read."""
+    found: list[tuple[int, int, int]] = []
+    names: list[bytes] = []
+    keys: list[str] = []
+    classes: dict[str, int] = {}
+    wrong = ""
+    for info, content in _members(file):
+        if content is None:
+            found.append((info.offset_data, info.size, len(info.name.encode(errors="replace"))))
+            names.append(info.name.encode(errors="replace"))
+            keys.append(_key(info.name))
+        else:
+            try:
+                classes[_key(info.name)] = _number(content)
+            except ValueError:
+                wrong = wrong or f"{file} member {info.name} holds no class number: {content[:20]!r}"
+    start, size, length = np.array(found, np.int64).reshape(-1, 3).T
+    label = np.array([classes.get(key, UNLABELLED) for key in keys], np.int64)
+    members = np.stack([start, size, label, length.cumsum()])
+    return Scan(members, np.frombuffer(b"".join(names), np.uint8), wrong)
+
+
+def _members(file: str) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+    """Images with None, labels with what they say; then whether the archive ends as one does. Raises UserError."""
     try:
         with tarfile.open(file, "r:") as archive:
-            for info in archive:
-                path = PurePosixPath(info.name)
-                stem, _, suffix = path.name.partition(".")
+            while info := archive.next():
+                setattr(archive, "members", [])  # noqa: B010, it is not typed. They would be kept, a kilobyte each
+                if info.size < 0 or info.issparse():
+                    raise UserError(f"{file} is damaged, or sparse, at byte {info.offset}: {AGAIN}")
+                stem, _, suffix = PurePosixPath(info.name).name.partition(".")
                 if not info.isfile() or not stem:
                     continue
-                member = Member(file, info.name, str(path.with_name(stem)), info.offset_data, info.size)
                 if f".{suffix.lower()}" in SUFFIXES:
-                    yield member, None
+                    yield info, None
                 elif suffix == "cls" and (content := archive.extractfile(info)):
-                    yield member, content.read()
+                    yield info, content.read(CLASS)
             end = archive.offset
     except tarfile.TarError as error:
-        raise UserError(f"{file} is no whole tar archive: {error}; fetch it again, or remove it") from error
+        raise UserError(f"{file} is no whole tar archive: {error}; {AGAIN}") from error
+    _check_end(file, end)
+
+
+def _check_end(file: str, end: int) -> None:
+    """Raise UserError unless zeros stand after the members, one block at least and no more than a record takes."""
+    size = os.stat(file).st_size
     with Path(file).open("rb") as archive:
         archive.seek(end)
-        if archive.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:  # where tarfile stops without a word
-            raise UserError(f"{file} is broken off or damaged at byte {end}: fetch it again, or remove it")
+        first = archive.read(tarfile.BLOCKSIZE)
+        if len(first) < tarfile.BLOCKSIZE or any(first):  # where tarfile stops without a word
+            raise UserError(f"{file} is broken off or damaged at byte {end}: {AGAIN}")
+        while piece := archive.read(2**20):
+            if any(piece):
+                where = "or is several that were laid end to end: write those as one"
+                raise UserError(f"{file} goes on after its end at byte {end}: it is damaged ({AGAIN}), {where}")
+    zeros = size - end
+    if not any(size % record == 0 and zeros <= record + 2 * tarfile.BLOCKSIZE for record in RECORDS):
+        raise UserError(
+            f"{file} holds {zeros} zeros from byte {end} on, more than tar writes at its end: a part of it is missing; "
+            f"{AGAIN}"
+        )
 
 
-def _number(member: Member, content: bytes) -> int:
-    try:
-        return int(content)
-    except ValueError as error:
-        raise UserError(f"{member.file} member {member.name} holds no class number: {content[:20]!r}") from error
+def _key(name: str) -> str:
+    """What an image and its label have in common: the name without its endings."""
+    path = PurePosixPath(name)
+    return str(path.with_name(path.name.partition(".")[0]))
+
+
+def _number(content: bytes) -> int:
+    """A class number. Raises ValueError for what is none that 63 bits hold."""
+    if not -(2**63) < (number := int(content)) < 2**63:
+        raise ValueError
+    return number

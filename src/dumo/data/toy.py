@@ -8,6 +8,7 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
+from dumo.bound import FACTOR
 from dumo.data.source import Endless, Source
 from dumo.types import Spec
 
@@ -20,7 +21,7 @@ class Moons(Spec):
     """Two interleaved half circles with Gaussian noise, i.i.d. (ours: scikit-learn's `make_moons` lays a grid)."""
 
     kind: Literal["moons"] = "moons"
-    noise: float = Field(default=0.05, ge=0)  # scikit-learn's examples
+    noise: float = Field(default=0.05, ge=0, le=FACTOR)  # scikit-learn's examples
     labelled: bool = False  # by the moon: 0 the upper, 1 the lower
     shape: ClassVar[tuple[int, ...]] = (2,)
 
@@ -31,7 +32,7 @@ class Moons(Spec):
 
     def open(self) -> Source:
         """An endless source of points, centred, with standard deviation 1 along each axis before the noise."""
-        return Endless(self._law, numbers=4)
+        return Endless(self._law, width=4)
 
     def _law(self, numbers: Float[Tensor, "b 4"]) -> tuple[Float[Tensor, "b 2"], Int64[Tensor, " b"]]:
         """Of two normal numbers the direction is uniform: folded up it is a point of the upper moon; the fold is fair.

@@ -10,7 +10,6 @@ from typing import Any
 
 from dumo import dist
 from dumo.config.spec import Run
-from dumo.io import digest
 from dumo.io.weights import title
 from dumo.protocols.evaluator import Evaluator
 from dumo.run import deviation
@@ -47,7 +46,7 @@ def card(opened: RunFolder, evaluator: Evaluator, samples: int) -> Card:
         "path": run.path.model_dump(mode="json"),
         "codec": _codec(opened),
         "weights": opened.weights,
-        "weights_sha256": digest.of_file(file),
+        "weights_sha256": opened.sha256,
         "step": opened.step,
         "ema": float(decay) if mark and _is_number(decay) else None,  # None: no average, or not known
         **settings(run),
@@ -62,6 +61,7 @@ def settings(run: Run) -> Card:
         "solver": run.sample.solver.model_dump(mode="json"),
         "guide": run.sample.guide.model_dump(mode="json"),
         "knobs": run.knobs,
+        "precision": run.precision,
         "nfe": sorted(set(run.evaluate.nfe)),
         "contrast": contrast(run),
         "seed": run.evaluate.seed,
@@ -111,7 +111,7 @@ def _measured(one: Card) -> Card:
     told = {field: one[field] for field in MEASURED if field in one}
     if codec := told["codec"]:
         told["codec"] = f"{codec['kind']} {codec['sha256']}"
-    return told if "reference_sha256" in told else told | {"data": one["data"]}
+    return told if "reference_sha256" in told else told | {"data": one.get("data")}
 
 
 def _codec(opened: RunFolder) -> dict[str, Any] | None:

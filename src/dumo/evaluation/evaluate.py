@@ -14,11 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from dumo import dist
+from dumo import dist, stop
 from dumo.config.spec import Run
 from dumo.evaluation.card import card, settings
+from dumo.evaluation.record import checked
 from dumo.io import digest
-from dumo.io.file import locked
+from dumo.io.file import check_writable, locked, sweep
 from dumo.io.json import finite, read_json, write_json
 from dumo.progress import Bar, Tick, no_bar
 from dumo.protocols.evaluator import Evaluator
@@ -48,8 +49,11 @@ def evaluate(
     The file keeps rows of other passes that were measured in the same way; what is returned has none of them.
     `results` has one row per number of passes. `contrast` has Euler steps of the velocity, at as many passes and at
     those that the run wants beside them, where its own solver is another: what the other head, or the higher order, is
-    for. Several ranks share the work, and the first writes. Raises UserError as the solvers and the protocol do.
+    for. Several ranks share the work, and the first writes. Raises UserError as the solvers and the protocol do,
+    OSError where the report could not be written, before any work, and Stopped where that is asked.
     """
+    check_writable(opened.folder)
+    sweep(opened.folder)
     opened = asked(opened, nfe=nfe, seed=seed, solver=solver)
     run, passes = opened.run, settings(opened.run)
     evaluator = evaluator_of(opened, bar)
@@ -94,6 +98,7 @@ def evaluator_of(opened: RunFolder, bar: Bar) -> Evaluator:
     with ExitStack() as stack:
 
         def tick(done: int, total: int) -> None:
+            stop.check()
             if not ticks:
                 ticks.append(stack.enter_context(bar("looking at the data", total)))
             ticks[0](done, "")
@@ -125,7 +130,7 @@ def row(opened: RunFolder, evaluator: Evaluator, solver: Solver, nfe: int, c: Te
 
 
 def read_report(path: Path) -> dict[str, Any]:
-    """A report with its card. Raises UserError where there is none."""
+    """A report with its card. Raises UserError where there is none, or it is damaged."""
     again = f"run dumo evaluate {path.parent} first"
     try:
         found = read_json(path, again)
@@ -133,7 +138,8 @@ def read_report(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is not there: {again}") from error
     if not isinstance(found, dict) or "card" not in found:
         raise UserError(f"{path} has no report card: {again}")
-    return found
+    found["card"].setdefault("precision", "fp32")  # of a report from before it could be another
+    return checked(found, path, again)
 
 
 def standing(opened: RunFolder) -> dict[str, Any] | None:
@@ -171,15 +177,14 @@ def write(path: Path, report: dict[str, Any]) -> None:
     with locked(path.with_name(f".{path.name}.lock")):  # others may judge the same run at other passes
         try:
             before = read_report(path)
-            step = int(before["step"])
-        except (UserError, KeyError, TypeError, ValueError):  # there is nothing to keep
+        except UserError:  # there is nothing to keep
             write_json(path, report)
             return
         if _measure(before) == _measure(report):
             write_json(path, merged(before, report))
             return
-        mark = "" if step != report["step"] else f"-{digest.of_bytes(_measure(before).encode())[:6]}"
-        path.replace(path.with_name(f"{path.stem}-step{step}{mark}.json"))
+        mark = "" if before["step"] != report["step"] else f"-{digest.of_bytes(_measure(before).encode())[:6]}"
+        path.replace(path.with_name(f"{path.stem}-step{before['step']}{mark}.json"))
         write_json(path, report)
 
 
@@ -213,4 +218,5 @@ def _told(run: Run, but: Collection[str]) -> Fields:
     spec = run.model_dump(mode="json")
     parts = {"protocol": spec["evaluate"].pop("protocol"), "solver": spec["sample"]["solver"]}
     parts |= {name: spec["sample"][name] for name in ("guide", "knobs")} | {"evaluate": spec["evaluate"]}
+    parts |= {"sample": {"precision": spec["sample"]["precision"]}}
     return {field: value for field, value in flat(parts).items() if field not in (*PLACES, *but)}

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from dumo import dist
@@ -13,7 +13,9 @@ from dumo.config.spec import Run
 from dumo.config.tree import Sampling
 from dumo.evaluation.card import card
 from dumo.evaluation.evaluate import Row, evaluator_of, name_of, row
+from dumo.io.file import check_writable
 from dumo.io.json import write_json
+from dumo.io.text import brief
 from dumo.progress import Bar, no_bar
 from dumo.protocols.evaluator import Evaluator
 from dumo.run.folder import RunFolder, open_run
@@ -32,8 +34,9 @@ def sweep(opened: RunFolder, text: str, *, bar: Bar = no_bar) -> dict[str, Any]:
 
     `text` is FIELD=FROM:TO:STEP, both ends included, FIELD=VALUE,VALUE ... or ema. `rows` has one per value and number
     of passes, each with its card; `best` is where the first score is lowest for that number of passes. Raises
-    UserError, before any work, for what cannot be read or a value out of range.
+    UserError, before any work, for what cannot be read or a value out of range, OSError where nothing can be written.
     """
+    check_writable(opened.folder)
     points = dict(_averages(opened) if text == EMA else _settings(opened, text))
     evaluators: dict[tuple[object, int], Evaluator] = {}
     rows: list[Row] = []
@@ -70,14 +73,14 @@ def values(text: str) -> tuple[str, list[str]]:
         return field, [value.strip() for value in right.split(",")]
     try:
         first, last, step = (Decimal(part) for part in right.split(":"))
-    except (InvalidOperation, ValueError) as error:
-        raise UserError(f"--sweep {text}: '{right}' is no range; {HOW}") from error
+        count = (last - first) / step + 1 if step else 0
+    except (ArithmeticError, ValueError) as error:
+        raise UserError(f"--sweep {brief(text)}: '{brief(right)}' is no range; {HOW}") from error
     if not (first.is_finite() and last.is_finite() and step.is_finite()) or step <= 0 or last < first:
         raise UserError(f"--sweep {text}: '{right}' has nothing in it: go up, from FROM to TO, by a STEP above 0")
-    count = int((last - first) / step) + 1
-    if count > MOST:
-        raise UserError(f"--sweep {text}: these are {count} values: take a larger step")
-    return field, [f"{(first + i * step).normalize():f}" for i in range(count)]
+    if count >= MOST + 1:
+        raise UserError(f"--sweep {brief(text)}: these are more than {MOST:,} values: take a larger step")
+    return field, [f"{(first + i * step).normalize():f}" for i in range(int(count))]
 
 
 def full(field: str) -> str:

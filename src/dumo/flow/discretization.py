@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 
+from dumo.bound import FACTOR, STEPS
 from dumo.types import Spec, Time
 
 
@@ -21,9 +22,10 @@ class Ratio(Spec):
     """
 
     kind: Literal["ratio"] = "ratio"
-    q: float = Field(default=2.0, gt=1)  # the authors' `training/loss.py`; with stages = 1, 256: their quick run
-    stages: int = Field(default=8, ge=1)  # 200,000 steps, the next stage after 25,000 (`run_ecm.sh`)
-    k: float = Field(default=8.0, ge=0)  # how much longer a step is near the data
+    # The authors' `training/loss.py`; with stages = 1, 256: their quick run.
+    q: float = Field(default=2.0, gt=1, le=FACTOR)
+    stages: int = Field(default=8, ge=1, le=STEPS)  # 200,000 steps, the next stage after 25,000 (`run_ecm.sh`)
+    k: float = Field(default=8.0, ge=0, le=FACTOR)  # how much longer a step is near the data
     sd: float = Field(default=0.5, gt=0)  # of the data that k is meant for
 
     def __call__(self, t: Time, progress: float) -> tuple[Time, Time]:
@@ -43,8 +45,8 @@ class KarrasGrid(Spec):
 
     kind: Literal["grid"] = "grid"
     growth: Literal["double", "root"] = "double"  # of the number of steps: iCT's (its Sec. 3.4), CM's (its App. C)
-    first: int = Field(default=10, ge=1)  # s_0 and s_1 of these; of iCT
-    last: int = Field(default=1280, ge=1)
+    first: int = Field(default=10, ge=1, le=STEPS)  # s_0 and s_1 of these; of iCT
+    last: int = Field(default=1280, ge=1, le=STEPS)
     low: float = Field(default=0.002, gt=0)  # EDM
     high: float = Field(default=80.0, gt=0)
     rho: float = Field(default=7.0, ge=1)

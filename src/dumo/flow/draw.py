@@ -8,13 +8,106 @@ caller takes its rows. What is shaped like the data is drawn for the caller's ro
 batch: else every rank would draw the noise of all, which takes longer than a step where ranks are many. Either way a
 row is the same whoever draws it. So two ranks equal one, a resumed run needs no generator state, and an objective that
 draws one thing more sees the same t, z and dropped labels as its sibling.
+
+So the numbers of a step are known before it, all of them on the CPU: `drawn` makes them, at any time, in any thread,
+and `noised` puts them to the data, on the data's device, which it does not wait for.
 """
 
-import torch
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import torch
+from torch import Tensor
+
+from dumo.flow import dropout
 from dumo.flow.law import Law
+from dumo.place import pinned, sent
 from dumo.random import keyed, stream
-from dumo.types import Cond, Noised, Objective, Path, Sample, Taught
+from dumo.types import Cond, Noised, Objective, Path, PerSample, Rows, Sample, Taught, Time
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of some rows of a step's batch, on the CPU."""
+
+    t: Time
+    r: Time
+    z: Sample | None  # float32; None: the data bring their noise with them
+    kept: Rows
+    coin: PerSample
+    keys: dropout.Keys  # of the masks of dropout
+    laws: Mapping[str, Tensor]  # the objective's further laws, by name
+    moving: tuple[bool, ...] | None  # the rows that may have r < t, fixed by place; None: all
+
+    def __getitem__(self, rows: slice) -> "Draws":
+        """Some of the rows."""
+        return replace(self._each(lambda v: v[rows]), moving=self.moving and self.moving[rows])
+
+    def pinned(self) -> "Draws":
+        """The same in pinned memory, from which a GPU reads while the CPU goes on."""
+        return self._each(pinned)
+
+    def _each(self, f: Callable[[Tensor], Tensor]) -> "Draws":
+        own = {name: f(getattr(self, name)) for name in ("t", "r", "kept", "coin", "keys")}
+        z, laws = None if self.z is None else f(self.z), {name: f(v) for name, v in self.laws.items()}
+        return replace(self, **own, z=z, laws=laws)
+
+
+def drawn(
+    objective: Objective,
+    shape: Sequence[int],
+    *,
+    seed: int,
+    step: int,
+    batch: int,
+    rows: slice = slice(None),
+    z: bool = True,
+) -> Draws:
+    """Draw for rows `rows` of the batch of `batch` samples of this shape at this step; `z`: their noise, too."""
+    n, mine = batch, range(batch)[rows]
+    t, r = objective.times(n, stream(seed, step, "times"))
+    moving = objective.times.moving(n)
+    laws = {name: law for name, law in objective if isinstance(law, Law)}
+    return Draws(
+        t=t[rows],
+        r=r[rows],
+        z=keyed(seed, step, "z", rows=mine, shape=shape) if z else None,
+        kept=(torch.rand(n, generator=stream(seed, step, "kept")) >= objective.drop)[rows],
+        coin=torch.rand(n, generator=stream(seed, step, "coin"))[rows],
+        keys=dropout.keys(seed, step, n)[rows],
+        laws={name: law.rows((seed, step, "law", name), mine, n, shape) for name, law in laws.items()},
+        moving=moving and moving[rows],
+    )
+
+
+def noised(
+    draws: Draws,
+    path: Path,
+    x: Sample,
+    c: Cond,
+    null: Cond | int,
+    *,
+    progress: float = 0.0,
+    z: Sample | None = None,
+    teacher: Taught | None = None,
+) -> Noised:
+    """The record of rows whose numbers are drawn; all else as `draw` has it."""
+    here, exact = x.device, torch.promote_types(x.dtype, torch.float32)  # times stay exact where the data is bf16
+    t, r, coin, kept = (sent(v, here) for v in (draws.t, draws.r, draws.coin, draws.kept))
+    t, r, coin = t.to(exact), r.to(exact), coin.to(exact)
+    if z is None:
+        assert draws.z is not None, "noise was neither drawn nor given"
+        z = sent(draws.z, here).to(x)
+    laws = {name: sent(v, here).to(exact) for name, v in draws.laws.items()}
+
+    x = x / path.sd
+    x_t, v_t = path.at(x, z, t)
+    null = torch.full_like(c, null) if isinstance(null, int) else null
+    c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)
+    if teacher:
+        v_t = teacher(x_t, t, c, v_t)
+    host = (draws.t.to(exact), draws.kept) if here.type == "cuda" else None
+    return Noised(path, x, z, t, r, x_t, v_t, c, null, kept, coin, draws.moving, laws, progress, teacher, host)
 
 
 def draw(
@@ -38,25 +131,8 @@ def draw(
     `z` is noise that belongs to x, as a teacher paired them; None: drawn. What a `teacher` makes of
     (x_t, t, c, v_t) takes the place of v_t. Raises ValueError where the batch ends before these rows do.
     """
-    n, rows, mine = batch or len(x), range(first, first + len(x)), slice(first, first + len(x))
-    if mine.stop > n:
-        raise ValueError(f"rows {first} to {mine.stop} are not of a batch of {n}")
-    exact = torch.promote_types(x.dtype, torch.float32)  # times stay exact where the data is bf16
-
-    t, r = (s[mine].to(x.device, exact) for s in objective.times(n, stream(seed, step, "times")))
-    if z is None:
-        z = keyed(seed, step, "z", rows=rows, shape=x.shape[1:]).to(x)
-    kept = (torch.rand(n, generator=stream(seed, step, "kept")) >= objective.drop)[mine].to(x.device)
-    coin = torch.rand(n, generator=stream(seed, step, "coin"))[mine].to(x.device, exact)
-    moving = objective.times.moving(n)
-    laws = {name: law for name, law in objective if isinstance(law, Law)}
-    drawn = {k: law.rows((seed, step, "law", k), rows, n, x.shape[1:]) for k, law in laws.items()}
-    drawn = {k: v.to(x.device, exact) for k, v in drawn.items()}
-
-    x = x / path.sd
-    x_t, v_t = path.at(x, z, t)
-    null = torch.full_like(c, null) if isinstance(null, int) else null
-    c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)
-    if teacher:
-        v_t = teacher(x_t, t, c, v_t)
-    return Noised(path, x, z, t, r, x_t, v_t, c, null, kept, coin, moving and moving[mine], drawn, progress, teacher)
+    n, rows = batch or len(x), slice(first, first + len(x))
+    if rows.stop > n:
+        raise ValueError(f"rows {first} to {rows.stop} are not of a batch of {n}")
+    draws = drawn(objective, x.shape[1:], seed=seed, step=step, batch=n, rows=rows, z=z is None)
+    return noised(draws, path, x, c, null, progress=progress, z=z, teacher=teacher)

@@ -30,7 +30,15 @@ Keys = Int[Tensor, "b 2"]  # two numbers of 32 bits per row
 LEVELS = 1 << 16  # a probability is rounded to a multiple of 1 / LEVELS
 GOLDEN = -1640531527  # 2^32 / golden ratio as a signed number: layers are told apart by its multiples
 
-_state = threading.local()
+
+class _State(threading.local):
+    """What holds in a thread, from its start."""
+
+    def __init__(self) -> None:
+        self.keys: Keys | None = None
+
+
+_state = _State()
 
 
 def keys(seed: int, step: int, batch: int) -> Keys:
@@ -45,8 +53,7 @@ def using(rows: Keys | None) -> AbstractContextManager[None]:
 
 def rows(rows: Sequence[int] | Int[Tensor, " k"]) -> AbstractContextManager[None]:
     """Inside, passes are of these rows alone."""
-    now: Tensor | None = getattr(_state, "keys", None)
-    return using(None if now is None else now[rows])
+    return using(None if (now := _state.keys) is None else now[rows])
 
 
 def off() -> AbstractContextManager[None]:
@@ -56,7 +63,7 @@ def off() -> AbstractContextManager[None]:
 
 def current(n: int) -> Keys | None:
     """The keys for a pass of n rows; None outside of `using`. Raises RuntimeError where they are for other rows."""
-    now: Tensor | None = getattr(_state, "keys", None)
+    now = _state.keys
     if now is not None and len(now) != n:
         raise RuntimeError(f"a pass of {n} rows has dropout keys for {len(now)}: make it inside `dropout.rows(...)`")
     return now

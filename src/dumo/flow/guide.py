@@ -35,6 +35,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.flow import dropout
+from dumo.place import sent
 from dumo.types import Cond, Noised, PerSample, Rows, Sample, Spec, Time, UserError, lift
 
 AskVelocity = Callable[[Noised, Cond], Sample]  # (record, condition) -> V at its x_t and t
@@ -166,14 +167,15 @@ class Guide(Spec):
     def needing(self, b: Noised) -> Int[Tensor, " k"] | None:
         """The places where guidance acts, at least one, so that every rank makes the pass; None: make it for all.
 
-        That is also the answer where shapes must not depend on numbers, to a compiler, or where there are no numbers.
+        That is also the answer where shapes must not depend on numbers, to a compiler, or where no number is known.
         """
-        if torch.compiler.is_compiling() or type(b.t) is not Tensor or b.t.is_meta:
+        if torch.compiler.is_compiling() or (known := b.known) is None:
             return None
-        place = self.rows(b).nonzero().flatten()
+        t, kept = known  # on the CPU, so that no pass waits for a device to say how many rows it has
+        place = (kept & self.inside(t)).nonzero().flatten()
         if len(place) == len(b.t):
             return None
-        return place if len(place) else torch.zeros(1, dtype=torch.long, device=b.t.device)
+        return sent(place if len(place) else place.new_zeros(1), b.t.device)
 
     def pick(self, b: Noised) -> tuple[Int[Tensor, " k"], PerSample]:
         """The place of one row per group, the guided one of the largest coin, and how many guided rows it stands for.

@@ -15,6 +15,7 @@ import torch
 
 from dumo.flow import dropout
 from dumo.flow.slope import precision_of
+from dumo.place import index
 from dumo.types import Frozen, Noised, Sample, Time, UserError, lift
 
 MAX_GAIN = 20  # ours: rounding to bf16, 2^-8 of u, is then 8 % of the residual
@@ -45,8 +46,9 @@ def back(ref: Frozen, b: Noised, w: Sample, d: Time) -> Sample:
     u_l = torch.zeros_like(b.x_t)
     if not place:
         return u_l
-    some, d = b[place], d[place]
+    i = index(place, d.device)
+    some, d = b[place], d[i]
     l = (some.t - d).clamp(min=0)  # noqa: E741, SoFlow's letter
-    with dropout.rows(place):
-        (head,) = ref(some.x_t - lift(d, some.x_t) * w[place], some.c, t=l, r=torch.minimum(some.r, l))
-    return u_l.to(head).index_copy(0, torch.tensor(place, device=head.device), head)
+    with dropout.rows(i):
+        (head,) = ref(some.x_t - lift(d, some.x_t) * w[i], some.c, t=l, r=torch.minimum(some.r, l))
+    return u_l.to(head).index_copy(0, i, head)

@@ -29,7 +29,9 @@ from dumo.autodiff import dual
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
 from dumo.autodiff.dual import Later, pair, primal
 from dumo.flow import dropout
-from dumo.types import Array, Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError, split_by_step, unwrap
+from dumo.flow.precision import rounded
+from dumo.place import index, split_by_step
+from dumo.types import CHANGES, Array, Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError, unwrap
 
 Along = Callable[[Sample], Heads]
 Begin = Callable[..., tuple[Heads, Along]]  # of (x, c, t=t, **rest)
@@ -73,7 +75,8 @@ class CentralSlope(Linearization):
     """Central difference, two passes of ref at t - h and t + h: no JVP (paper, Sec. 3.3; h as UCGM).
 
     Both ends stay as they fall, so t may leave [0, 1] by h: clamping would make the difference one-sided at t = 1,
-    where one-step sampling runs. Needs fp32: under bf16 rounding outweighs the difference (measured: 42 to 83 % wrong).
+    where one-step sampling runs. Needs fp32: under bf16 rounding outweighs the difference (measured: 42 to 83 % wrong,
+    and 7 % with the factors of products rounded to TF32).
     """
 
     kind: Literal["central"] = "central"
@@ -155,7 +158,7 @@ class DualSlope(Linearization):
         return tuple(rate_of(h) for h in _moved(ref, x, c, w, t=t, **rest))
 
 
-Slope = Annotated[CentralSlope | DualSlope | JvpSlope, Field(discriminator="kind")]
+Slope = Annotated[CentralSlope | DualSlope | JvpSlope, Field(discriminator="kind", json_schema_extra=CHANGES)]
 
 
 def _tape(
@@ -164,7 +167,7 @@ def _tape(
     """One pass that notes what its tangent needs; played once. Falls back to f if the weights are gone by then."""
     dx, dt = Later(x.shape, x.dtype), Later(t.shape, t.dtype)
     heads = net(pair(x, dx), c, t=pair(t, dt), **rest)
-    ends = [end for head in heads if isinstance(end := dual.tangent(head), Later)]
+    ends = [end for end in map(dual.tangent, heads) if isinstance(end, Later)]
 
     def along(w: Sample) -> Heads:
         if dx.value is not None:
@@ -196,10 +199,11 @@ def _ride(
         values = net(x, c, t=t, **rest)
         slopes = tuple(torch.zeros_like(h) for h in values)
     else:
-        with dropout.rows(rows):
-            heads = _moved(net, *(a[rows] for a in (x, c, toward)), t=t[rows], **{k: s[rows] for k, s in rest.items()})
-        with dropout.rows(others):
-            plain = net(*(a[others] for a in (x, c)), t=t[others], **{k: s[others] for k, s in rest.items()})
+        i, j = index(rows, x.device), index(others, x.device)
+        with dropout.rows(i):
+            heads = _moved(net, *(a[i] for a in (x, c, toward)), t=t[i], **{k: s[i] for k, s in rest.items()})
+        with dropout.rows(j):
+            plain = net(*(a[j] for a in (x, c)), t=t[j], **{k: s[j] for k, s in rest.items()})
         values = tuple(_merge(primal(a), b, rows, others) for a, b in zip(heads, plain, strict=True))
         slopes = tuple(_merge(rate_of(a), torch.zeros_like(b), rows, others) for a, b in zip(heads, plain, strict=True))
 
@@ -235,9 +239,10 @@ def _then(
             return f(x, c, w, t=t, **rest)
         if not rows:
             return tuple(torch.zeros_like(h) for h in heads)
-        with dropout.rows(rows):
-            slopes = f(x[rows], c[rows], w[rows], t=t[rows], **{k: s[rows] for k, s in rest.items()})
-        zeros = (torch.zeros_like(h[others]) for h in heads)
+        i, j = index(rows, x.device), index(others, x.device)
+        with dropout.rows(i):
+            slopes = f(x[i], c[i], w[i], t=t[i], **{k: s[i] for k, s in rest.items()})
+        zeros = (torch.zeros_like(h[j]) for h in heads)
         return tuple(_merge(some, zero, rows, others) for some, zero in zip(slopes, zeros, strict=True))
 
     return heads, along
@@ -246,7 +251,7 @@ def _then(
 def _merge(some: Tensor, other: Tensor, rows: list[int], others: list[int]) -> Tensor:
     """Put rows back to their places."""
     order = sorted(range(len(rows) + len(others)), key=[*rows, *others].__getitem__)
-    return torch.cat([some, other.to(some.dtype)])[order]
+    return torch.cat([some, other.to(some.dtype)])[index(order, some.device)]
 
 
 def check_difference(what: str, h: float, precision: str, time_scale: float) -> None:
@@ -254,7 +259,7 @@ def check_difference(what: str, h: float, precision: str, time_scale: float) -> 
     if precision != "fp32":
         raise UserError(
             f"{what} 'central' needs precision fp32, not {precision}: at h = {h} rounding outweighs the difference "
-            f"(42 to 83 % wrong under bf16). Use precision fp32, or {what} 'dual'"
+            f"(42 to 83 % wrong under bf16, 7 % under tf32). Use precision fp32, or {what} 'dual'"
         )
     if h * time_scale > MAX_STEP:
         most = floor(1e6 * MAX_STEP / time_scale) / 1e6
@@ -270,6 +275,8 @@ def precision_of(x: Sample) -> str:
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return f"{torch.get_autocast_dtype(kind)} autocast"
+    if x.dtype == torch.float32 and rounded(kind):
+        return "tf32"
     return "fp32" if x.dtype in (torch.float32, torch.float64) else str(x.dtype)
 
 

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Generator
 
+from dumo.bound import ROWS
 from dumo.types import Time, TimeLaw
 
 
@@ -195,7 +196,7 @@ class Dyadic(TimeLaw):
 
     kind: Literal["dyadic"] = "dyadic"
     levels: int = Field(default=7, ge=1, le=20)
-    every: int = Field(default=8, ge=1)
+    every: int = Field(default=8, ge=1, le=ROWS)
     flow: One | None = None  # of t where r = t; None: on the finest grid
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
@@ -228,7 +229,7 @@ class Groups(TimeLaw):
 
     kind: Literal["groups"] = "groups"
     of: "Below | Pair" = Field(default=Below(), discriminator="kind")
-    size: int = Field(default=4, ge=2)
+    size: int = Field(default=4, ge=2, le=ROWS)
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """Draw n rows; those of a last group that is not whole share theirs, too."""

@@ -22,6 +22,11 @@ def of_tensor(x: Tensor) -> str:
     return of_bytes(f"{tuple(x.shape)} {x.dtype}".encode(), x.detach().cpu().contiguous().numpy().data)
 
 
+def short(*parts: str) -> str:
+    """Of some texts, in their order: 64 bits, to be shown and written down."""
+    return of_bytes(*(f"{part}\n".encode() for part in parts))[:16]
+
+
 def of_bytes(*parts: bytes | memoryview) -> str:
     """Of all parts, one after the other."""
     found = hashlib.sha256()

@@ -6,10 +6,13 @@ So what stands under a name is whole, whenever the process stops. What is `durab
 
 import errno
 import os
+import platform
 import re
 import shutil
+import time
+import zlib
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -18,41 +21,114 @@ from safetensors import SafetensorError
 from dumo.types import UserError
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+PRIVATE = 0o600  # as safetensors makes its files
+DAY = 86_400.0  # seconds
+GOING = "old"  # in place of a writer: of what is being removed
+WRITER = re.compile(rf"\..+\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<going>{GOING}))\.tmp")
 
 
 @contextmanager
 def whole(path: Path, *, writer: int | str | None = None, durable: bool = False) -> Generator[Path, None, None]:
     """Yield a hidden place for a file or a folder, which becomes `path` when all went well, and is removed when not.
 
-    `writer` tells apart those who may write this path at once; None: this process. `durable`: wait for the disk. An
-    OSError (a full disk, a forbidden folder) passes through; what stood at `path` before then still stands.
+    `writer` tells apart those who may write this path at once; None: this process. `durable`: wait for the disk.
+    Raises OSError, which names `path`, for a full disk or a forbidden folder; what stood there before then still
+    stands.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = hidden(path, os.getpid() if writer is None else writer)
+    half = hidden(path, own() if writer is None else writer)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield half
         settle(half, path, durable=durable)
-    except BaseException:
+    except BaseException as error:
         remove(half)
+        if named := of_path(error, half, path):
+            raise named from error
         raise
 
 
+def of_path(error: BaseException, half: Path, path: Path) -> OSError | None:
+    """What kept `half` from being written, said of `path`; None where the error says it already, or is another."""
+    if full(error):
+        number = (error.errno if isinstance(error, OSError) else None) or errno.ENOSPC
+        return OSError(number, f"{os.strerror(number)} ({size(free(path))} free)", str(path))
+    if isinstance(error, OSError) and str(error.filename or "").startswith(str(half)):
+        return OSError(error.errno, error.strerror, str(path))
+    return None
+
+
 def settle(half: Path, path: Path, *, durable: bool = False) -> None:
-    """Give what was written at `half` its name; a folder that stands there goes. `durable`: once it is on the disk."""
-    if durable:
-        for part in (*half.rglob("*"), half):
+    """Give what was written at `half` its name; a folder that stands there goes. `durable`: once it is on the disk.
+
+    Files may then be read by whom the umask lets: what safetensors writes none but its owner may.
+    """
+    for part in (*half.rglob("*"), half):
+        if part.stat().st_mode & 0o777 == PRIVATE:
+            part.chmod(0o666 & ~umask())
+        if durable:
             flush(part)
     if path.is_dir():
-        shutil.rmtree(path.rename(hidden(path, "old")))  # a folder takes the place of an empty one only
+        shutil.rmtree(path.rename(hidden(path, GOING)))  # a folder takes the place of an empty one only
     half.replace(path)
     if durable:
         flush(path.parent)
 
 
 def write(path: Path, data: bytes, *, writer: int | str | None = None, durable: bool = False) -> None:
-    """Write a file as `whole` does."""
-    with whole(path, writer=writer, durable=durable) as half:
-        half.write_bytes(data)
+    """Write a file as `whole` does; a full disk is told with what the file needs."""
+    try:
+        with whole(path, writer=writer, durable=durable) as half:
+            half.write_bytes(data)
+    except OSError as error:
+        if full(error):
+            error.strerror = f"{error.strerror}, {size(len(data))} needed"
+        raise
+
+
+def check_writable(folder: Path) -> None:
+    """Raise OSError where nothing can be written in a folder that is there, or to be made; nothing is written."""
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(there, os.W_OK | os.X_OK):
+        number = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(number, os.strerror(number), str(folder))
+
+
+def sweep(folder: Path, *, alone: bool = False) -> None:
+    """Remove what writers that are gone left half-written in a folder; for whoever begins to write there.
+
+    Of another machine's writers only what is a day old, for they cannot be asked. `alone`: nobody else writes there
+    now, so all goes.
+    """
+    for half in folder.glob(".*.tmp"):
+        with suppress(OSError):  # another one sweeps, too
+            if alone or gone(half):
+                remove(half)
+
+
+def gone(half: Path) -> bool:
+    """Whether the writer of a hidden file or folder is."""
+    found = WRITER.fullmatch(half.name)
+    if found is None:
+        return False
+    if found["going"]:
+        return True
+    if found["machine"] != machine():
+        return time.time() - half.stat().st_mtime > DAY
+    pid = int(found["process"])
+    return pid == os.getpid() or not alive(pid)
+
+
+def alive(pid: int) -> bool:
+    """Whether there is a process of this number on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # there is, another user's
+        return True
+    return True
 
 
 @contextmanager
@@ -72,6 +148,27 @@ def locked(path: Path, busy: str | None = None) -> Generator[None, None, None]:
     finally:
         path.unlink(missing_ok=True)  # while it is held: who waits for it sees that it is gone, and makes it again
         lock.release()
+
+
+def own() -> str:
+    """This process, among those that may write here from any machine."""
+    return f"{machine()}-{os.getpid()}"
+
+
+def machine() -> str:
+    """This machine's name, in short."""
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def umask() -> int:
+    """What new files do not allow."""
+    os.umask(mask := os.umask(0o077))  # it can be read by setting it only
+    return mask
+
+
+def size(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:,.3g} GB" if count >= 1e8 else f"{count / 1e6:,.3g} MB"
 
 
 def hidden(path: Path, writer: int | str = "") -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dumo.io import file
+from dumo.io.text import read_text
 from dumo.types import UserError
 
 
@@ -16,11 +17,17 @@ def write_json(path: Path, tree: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path, way_out: str) -> Any:  # noqa: ANN401, whatever stands there
-    """What a file holds. Raises UserError, with the way out, for what is not JSON; FileNotFoundError for no file."""
+    """What a file holds. Raises as `read_text`, and UserError for what is not JSON, or lists lists too deep to read."""
+    text = read_text(path, way_out)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): {way_out}") from error
+
+
+def _refuse(name: str) -> None:
+    """Python's reader takes them, JSON has none."""
+    raise ValueError(f"{name} is no number")
 
 
 def finite(value: object) -> object:

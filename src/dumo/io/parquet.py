@@ -1,6 +1,7 @@
 """Tables in the layout of the Hugging Face hub: a column of images, `{bytes, path}`, and one of class numbers."""
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from dumo.types import UserError
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
+STREAMED = 64  # rows held at a time of a group that is too large: ours
+
 
 def open_table(file: str | Path) -> "ParquetFile":
     """A table, its rows unread. Raises UserError where it is not whole."""
@@ -19,7 +22,7 @@ def open_table(file: str | Path) -> "ParquetFile":
     from pyarrow.parquet import ParquetFile
 
     try:
-        return ParquetFile(file, memory_map=True)
+        return ParquetFile(file, memory_map=True, page_checksum_verification=True)
     except (ArrowException, OSError) as error:
         raise UserError(f"{file} is no whole parquet file: {error}; fetch it again, or remove it") from error
 
@@ -43,8 +46,43 @@ def image_column(file: str | Path, table: "ParquetFile") -> str:
 
 
 def read_group(table: "ParquetFile", group: int, column: str) -> Any:  # noqa: ANN401, an untyped array
-    """The bytes in the rows of a group, with what `image_column` names."""
-    found = table.read_row_group(group, columns=[column], use_threads=False).column(0).combine_chunks()
+    """The bytes in the rows of a group, with what `image_column` names. Raises OSError where it is damaged."""
+    from pyarrow import ArrowException
+
+    try:
+        found = table.read_row_group(group, columns=[column], use_threads=False).column(0)
+        return _bytes(found.combine_chunks(), column)
+    except ArrowException as error:  # not all of them are OSError or ValueError
+        raise OSError(f"row group {group} is damaged: {error}") from error
+
+
+def read_row(table: "ParquetFile", group: int, column: str, row: int) -> Any:  # noqa: ANN401, an untyped scalar
+    """The bytes in one row of a group too large to be held: the rows before it are read, a few at a time.
+
+    Raises OSError where the group is damaged, or shorter.
+    """
+    from pyarrow import ArrowException
+
+    try:
+        for part in table.iter_batches(STREAMED, row_groups=[group], columns=[column], use_threads=False):
+            if row < len(part):
+                return _bytes(part.column(0), column)[row]
+            row -= len(part)
+    except ArrowException as error:
+        raise OSError(f"row group {group} is damaged: {error}") from error
+    raise OSError(f"row group {group} has fewer rows than the file says")
+
+
+def footer(file: str | Path) -> bytes:
+    """The end of a file, that says where its columns lie, how many values they have and how large they are."""
+    with Path(file).open("rb") as opened:
+        size = opened.seek(-8, os.SEEK_END) + 8
+        length = int.from_bytes(opened.read(4), "little")
+        opened.seek(max(0, size - 8 - length))
+        return opened.read()
+
+
+def _bytes(found: Any, column: str) -> Any:  # noqa: ANN401, untyped arrays
     return found.field("bytes") if column.endswith(".bytes") else found
 
 

@@ -15,4 +15,9 @@ def user_path(text: str, field: str) -> Path:
         raise UserError(f"{field} is {text}, but {name} is not set: export {name}=..., or set {field}")
     if not text:
         raise UserError(f"{field} is empty: set it to a path")
-    return Path(expanded).expanduser()
+    if "\0" in expanded:
+        raise UserError(f"{field} has a character that no path has, NUL: set it to a path")
+    try:
+        return Path(expanded).expanduser()
+    except RuntimeError as error:  # HOME is not set, and the user has no entry, or is not known
+        raise UserError(f"{field} is {text}, and no such home is known: write the whole path, or set HOME") from error

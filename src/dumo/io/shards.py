@@ -7,6 +7,7 @@ A shard knows which part of a tensor it holds, not how many others there are: wh
 checkpoint looks first whether all its files are there.
 """
 
+import itertools
 import math
 import warnings
 from collections.abc import Generator, Mapping
@@ -19,12 +20,14 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dumo.dist import require_ranks
+from dumo.io.text import brief
 from dumo.types import UserError
 
+DAMAGED = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)  # in its notes
 SHARDS = "weights in shards, as ranks write them"  # the files of torch before 2.10 differ
 
 
@@ -53,8 +56,8 @@ def outline(folder: Path) -> dict[str, Tensor]:
     require_ranks(SHARDS)
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"{folder} has a damaged shard ({error}): take another copy of it") from error
+    except DAMAGED as error:
+        raise UserError(f"{folder} has a damaged shard ({brief(repr(error))}): take another copy of it") from error
     if not found:
         raise UserError(f"{folder} holds no shards: give a safetensors file, or a folder of them that ranks wrote")
     return {name: _outlined(folder, name, about) for name, about in found.items()}
@@ -64,9 +67,18 @@ def _outlined(folder: Path, name: str, about: object) -> Tensor:
     """A tensor of the shape that its parts fill. Raises UserError where they do not."""
     if not isinstance(about, TensorStorageMetadata):
         raise TypeError(f"{name} is no tensor")  # not in safetensors
-    if sum(math.prod(part.sizes) for part in about.chunks) != math.prod(about.size):
+    parts = sorted(about.chunks, key=lambda part: part.offsets)
+    outside = any(offset < 0 for part in parts for offset in part.offsets)
+    whole = sum(math.prod(part.sizes) for part in parts) == math.prod(about.size)
+    if outside or not whole or any(itertools.starmap(_overlap, itertools.pairwise(parts))):
         raise UserError(f"{folder} lacks a part of {name}, or has it twice: take another copy, with all its shards")
     return torch.empty(about.size, dtype=about.properties.dtype, device="meta")
+
+
+def _overlap(one: ChunkStorageMetadata, other: ChunkStorageMetadata) -> bool:
+    """Whether two parts of a tensor have numbers in common."""
+    spans = zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+    return all(max(a, b) < min(a + n, b + m) for a, n, b, m in spans)
 
 
 def fill(folder: Path, into: Mapping[str, Tensor]) -> None:

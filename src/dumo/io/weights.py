@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dumo import dist
 from dumo.io import digest
+from dumo.io.text import brief
 from dumo.types import UserError
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
@@ -37,7 +38,7 @@ def opened(file: Path, hint: str = "", *, convert: bool = True) -> Generator[saf
         if _is_pickle(file):
             raise UserError(_refusal(file, hint, convert)) from error
         way = f"{ANOTHER}. {hint}" if hint else ANOTHER
-        raise UserError(f"{file} is damaged or is not safetensors ({error}): {way}") from error
+        raise UserError(f"{file} is damaged or is not safetensors ({brief(error)}): {way}") from error
 
 
 def read(file: Path, hint: str = "", *, convert: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dumo.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.nets.checkpointing import run
 from dumo.nets.embed import Own, Scalars, grid_waves, label_table
 from dumo.nets.head import Gauges
@@ -26,11 +27,11 @@ class DiT(Spec):
     """A DiT by its sizes. XL/2 is patch 2, width 1152, depth 28, attention 16, as it is; `size` names the others."""
 
     kind: Literal["dit"] = "dit"
-    patch: int = Field(default=2, ge=1)
-    width: int = Field(default=1152, ge=4, multiple_of=4)
-    depth: int = Field(default=28, ge=1)
-    attention: int = Field(default=16, ge=1)  # attention heads
-    time_scale: float = Field(default=1.0, gt=0)  # times enter raw (UCGM)
+    patch: int = Field(default=2, ge=1, le=PIXELS)
+    width: int = Field(default=1152, ge=4, le=CHANNELS, multiple_of=4)
+    depth: int = Field(default=28, ge=1, le=BLOCKS)
+    attention: int = Field(default=16, ge=1, le=CHANNELS)  # attention heads
+    time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)
     precondition: Precondition = "none"  # of what goes into the layers and comes out of them; edm: linear path only
     norm: Norm = "layer"  # before attention, perceptron and heads
     qk_norm: bool = False  # queries and keys to mean square 1, by weights of their own (Dehghani et al. 2023)

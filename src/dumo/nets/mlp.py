@@ -7,6 +7,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
+from dumo.bound import BLOCKS, CHANNELS, FACTOR
 from dumo.nets.embed import Own, Scalars, label_table
 from dumo.nets.head import Gauges
 from dumo.nets.precondition import Precondition, framed
@@ -17,9 +18,9 @@ class MLP(Spec):
     """`depth` residual layers of `width`; times and label are added to the input's embedding."""
 
     kind: Literal["mlp"] = "mlp"
-    width: int = Field(default=256, ge=1)
-    depth: int = Field(default=4, ge=1)
-    time_scale: float = Field(default=1.0, gt=0)  # times enter raw (UCGM)
+    width: int = Field(default=256, ge=1, le=CHANNELS)
+    depth: int = Field(default=4, ge=1, le=BLOCKS)
+    time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)
     precondition: Precondition = "none"  # of what goes into the layers and comes out of them; edm: linear path only
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "Perceptron":

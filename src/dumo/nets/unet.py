@@ -10,13 +10,14 @@ A head is one output layer: norm, SiLU, convolution; of 55.73 M a further one is
 
 from collections.abc import Iterator
 from math import gcd, sqrt
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
+from dumo.bound import BLOCKS, CHANNELS, FACTOR
 from dumo.flow import dropout
 from dumo.flow.dropout import Keys, drop
 from dumo.nets.checkpointing import run
@@ -33,14 +34,15 @@ class UNet(Spec):
     """A U-Net by its sizes; as it is, EDM's for CIFAR-10."""
 
     kind: Literal["unet"] = "unet"
-    width: int = Field(default=128, ge=4, multiple_of=4)  # channels at multiplier 1
-    multipliers: tuple[int, ...] = Field(default=(2, 2, 2), min_length=1)  # of the channels, per resolution
-    depth: int = Field(default=4, ge=1)  # blocks per resolution on the way down; one more on the way up
-    attention: int = Field(default=1, ge=1)  # attention heads
+    width: int = Field(default=128, ge=4, le=CHANNELS, multiple_of=4)  # channels at multiplier 1
+    # of the channels, per resolution
+    multipliers: tuple[Annotated[int, Field(le=CHANNELS)], ...] = Field(default=(2, 2, 2), min_length=1, max_length=14)
+    depth: int = Field(default=4, ge=1, le=BLOCKS)  # blocks per resolution on the way down; one more on the way up
+    attention: int = Field(default=1, ge=1, le=CHANNELS)  # attention heads
     attend: tuple[int, ...] = (16,)  # image sides with attention; the middle always has it
     dropout: float = Field(default=0.0, ge=0, lt=1)  # EDM: 0.13 for CIFAR-10
-    augment: int = Field(default=0, ge=0)  # numbers that say how an image was augmented; EDM has 9
-    time_scale: float = Field(default=1.0, gt=0)  # times enter raw (UCGM)
+    augment: int = Field(default=0, ge=0, le=CHANNELS)  # numbers that say how an image was augmented; EDM has 9
+    time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)
     precondition: Precondition = "none"  # of what goes into the layers and comes out of them; edm: linear path only
     checkpoint: bool = False  # keep each block's input alone, and compute the rest again in the backward pass
 

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from dumo.flow import dropout
 from dumo.flow.residual import adaptive
+from dumo.place import index
 from dumo.types import Cond, Noised, PerSample, Reads, Sample, Spec, Time, lift, mean_square
 
 Aimed = Callable[[Sample, Time, Time, Cond], Sample]  # (x_t, t, r, c) -> what one head says there
@@ -112,12 +113,12 @@ class ShortcutPart(WeightedHead):
         place, _ = b.rows_by_step
         if not place:
             return v_star
-        m_star, some = v_star.clone(), b[place]
+        m_star, some, i = v_star.clone(), b[place], index(place, v_star.device)
         middle = (some.t + some.r) / 2
-        with dropout.rows(place):
+        with dropout.rows(i):
             one = ref(some.x_t, some.t, middle, some.c)
             other = ref(some.x_t - lift(some.t - middle, one) * one, middle, some.r, some.c)
-        m_star[place] = ((one + other) / 2).to(m_star).where(lift(some.r < some.t, one), m_star[place])
+        m_star[i] = ((one + other) / 2).to(m_star).where(lift(some.r < some.t, one), m_star[i])
         return m_star
 
     def read(self, head: Aimed) -> Reads:

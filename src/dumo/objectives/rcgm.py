@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
+from dumo.bound import BLOCKS
 from dumo.flow.guide import Guide
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import barron, clipped_share
@@ -29,7 +30,8 @@ class RCGM(Spec):
     times: Times = Below(of=Uniform())  # prepare_inputs
     drop: float = Field(default=0.1, ge=0, le=1)  # ours: the tutorial has shuffled labels for none
     guide: Guide = Guide(zeta=0.5)  # enhanced_ratio; 0.8 in its text-to-image configurations
-    order: int = Field(default=2, ge=1)  # N: estimate_order; with 1 theta^- is the net itself, above an average of 0.99
+    # N: estimate_order; with 1 theta^- is the net itself, above an average of 0.99.
+    order: int = Field(default=2, ge=1, le=BLOCKS)
     step: float = Field(default=0.01, gt=0, lt=1)  # h
     clip: float | None = Field(default=1.0, gt=0)  # bound of u - u*
     metric: Literal["l2", "barron"] = "l2"  # barron: its text-to-image configurations

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from dumo.flow import dropout
 from dumo.flow.times import Dyadic
+from dumo.place import index
 from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
 
 
@@ -44,9 +45,10 @@ class Shortcut(Spec):
         (u_hat,) = net(b.x_t, b.c, t=b.t, k=k)
         u_star, (place, _) = b.v_t.clone(), b.rows_by_step
         if place:
-            with dropout.rows(place):
-                some = self._halves(ref, b[place], k[place]).to(u_star)
-            u_star[place] = torch.where(lift(b.r < b.t, b.x_t)[place], some, u_star[place])
+            i = index(place, k.device)
+            with dropout.rows(i):
+                some = self._halves(ref, b[place], k[i]).to(u_star)
+            u_star[i] = torch.where(lift(b.r < b.t, b.x_t)[i], some, u_star[i])
         e = mean_square(u_hat - u_star)
         return Terms(e, {"u": e})
 

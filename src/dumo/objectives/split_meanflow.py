@@ -20,6 +20,7 @@ from dumo.flow.law import Level
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share
 from dumo.flow.times import Pair, Uniform
+from dumo.place import index
 from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Sample, Spec, Terms, lift, mean_square
 
 
@@ -56,13 +57,15 @@ class SplitMeanFlow(Spec):
         u_star = b.v_t.clone()
         with torch.no_grad():
             if flow:
-                with dropout.rows(flow):
-                    v_star = self.guide(b[flow], u_hat[flow], lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
-                u_star[flow] = v_star.to(u_star)
+                i = index(flow, b.t.device)
+                with dropout.rows(i):
+                    v_star = self.guide(b[flow], u_hat[i], lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
+                u_star[i] = v_star.to(u_star)
             if jump:
-                with dropout.rows(jump):
+                i = index(jump, b.t.device)
+                with dropout.rows(i):
                     some = self._parts(ref, b[jump]).to(u_star)
-                u_star[jump] = torch.where(lift(b.r < b.t, b.x_t)[jump], some, u_star[jump])
+                u_star[i] = torch.where(lift(b.r < b.t, b.x_t)[i], some, u_star[i])
         e = u_hat - u_star
         return Terms(mean_square(e), {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
 

@@ -54,7 +54,7 @@ class TwinFlow(RCGM):
         """`training_step`. Raises UserError where a short step meets bf16."""
         demand(b, self.needs.amplifies, self.kind)
         (u_hat,), (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.r), net(b.x_t, b.c, t=b.t, r=b.t)
-        one = replace(b.at(torch.ones_like(b.t)), r=torch.zeros_like(b.r))
+        one = replace(b.at(1.0), r=torch.zeros_like(b.r))
         (u_one,) = net(one.x_t, b.c, t=one.t, r=one.r)
         made = replace(b, x=(one.x_t - u_one).detach(), z=b.drawn["z_twin"].to(b.z), teacher=None)  # not the teacher's
         fake = made.at(b.t)

@@ -26,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dumo.flow.draw import draw
 from dumo.flow.overhear import Overheard, exchanged
+from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
 from dumo.random import stream
 from dumo.types import Cond, Frozen, Guide, Heads, Noised, Objective, Path, Sample, frozen
@@ -104,7 +105,7 @@ def peak_bytes(
     *,
     rows: int,
     ref: Theta = "self",
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
 ) -> Bytes:
     """Bytes of a training step of `rows` rows on a CPU: net and batch before it; activations, gradients, targets in it.
 
@@ -121,7 +122,7 @@ def activation_bytes(
     *,
     rows: int,
     ref: Theta = "self",
-    precision: Literal["fp32", "bf16"] = "fp32",
+    precision: Precision = "fp32",
 ) -> int:
     """Bytes that a step of `rows` rows takes beside weights, gradients and batch, seen as `peak_bytes` sees them.
 
@@ -239,9 +240,7 @@ def _cut(net: nn.Module, n: int) -> nn.Module:
     return cut
 
 
-def _peak(
-    net: nn.Module, objective: Objective, b: Noised, ref: Theta, precision: Literal["fp32", "bf16"], *, graded: bool
-) -> Bytes:
+def _peak(net: nn.Module, objective: Objective, b: Noised, ref: Theta, precision: Precision, *, graded: bool) -> Bytes:
     """Bytes before a step and in it, on fake tensors; `graded`: the gradients are there before."""
     net, frozen = _outlines(net, ref)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -250,8 +249,13 @@ def _peak(
         for p in net.parameters() if graded else ():
             p.grad = torch.empty_like(p)
         work = _step(net, frozen, objective, _empty(b))
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(precision, "cpu"):
             return live_bytes(work)
+
+
+def blank(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> Noised:
+    """A record of so many rows with memory of its own on the CPU, and no numbers but what is fixed by place."""
+    return _empty(_draw(objective, path, rows, shape))
 
 
 def _step(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:

@@ -23,6 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dumo import dist
 from dumo.config.spec import Run
+from dumo.flow.precision import using
 from dumo.io.json import finite
 from dumo.preflight.machine import Finding, look
 from dumo.random import stream
@@ -87,7 +88,7 @@ def examine(run: Run, device: torch.device) -> Examination:
 
 def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:
     """The run's slope on a net in training, in one piece, left as it is. Raises UserError as the slope does."""
-    return _compare(run, copy.deepcopy(net), device, rows=2, weights="the weights in training, which are saved")
+    return _compare(run, copy.deepcopy(net), device, rows=2, weights="the weights in training")
 
 
 def _compare(run: Run, net: nn.Module, device: torch.device, *, rows: int, weights: str) -> Examination:
@@ -102,7 +103,7 @@ def _compare(run: Run, net: nn.Module, device: torch.device, *, rows: int, weigh
     exact = _exact(net, x, w, c, **inputs)
     errors: list[Tensor] = []
     for toward in (w, None):
-        with torch.autocast(device.type, torch.bfloat16, enabled=run.train.precision == "bf16"):
+        with using(run.train.precision, device):
             _, along = slope(net, ref, x, c, toward=toward, **inputs)
             with torch.no_grad():
                 found = along(w)

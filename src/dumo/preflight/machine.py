@@ -15,7 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from dumo import dist
+from dumo import dist, room
 
 KERNELS = {
     "math": SDPBackend.MATH,
@@ -24,6 +24,7 @@ KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 DTYPES = {"fp16": torch.float16, "fp64": torch.float64}
+PEAKS = {"H100": 989.0, "H200": 989.0}  # dense bf16 TFLOP/s by the GPU's name (NVIDIA's data sheets, SXM)
 LITTLE = 1.0  # ours: GiB of free disk that are worth a warning
 GIB = 2**30
 
@@ -64,14 +65,16 @@ def judged(name: str, text: str, way: str) -> Finding:
 
 def hardware(here: torch.device) -> Finding:
     """The device's name and memory."""
-    if here.type == "cuda":
-        name, size = torch.cuda.get_device_name(here), torch.cuda.mem_get_info(here)[1]
-    else:
-        name = platform.processor() or platform.machine()
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    name = torch.cuda.get_device_name(here) if here.type == "cuda" else platform.processor() or platform.machine()
     blind = torch.version.cuda is not None and not torch.cuda.is_available()
     way = "torch is built for CUDA but sees no GPU: see nvidia-smi" if blind else ""
-    return judged("device", f"{here}: {name}, {size / GIB:.1f} GiB", way)
+    return judged("device", f"{here}: {name}, {room.memory(here) / GIB:.1f} GiB", way)
+
+
+def peak_tflops(here: torch.device) -> float | None:
+    """The dense bf16 peak of a GPU that is known, in 10^12 operations a second; None of any other device."""
+    name = torch.cuda.get_device_name(here) if here.type == "cuda" else ""
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 def now(here: torch.device) -> float:

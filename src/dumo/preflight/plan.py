@@ -49,30 +49,37 @@ def plan(spec: Run) -> dict[str, Any]:
     }
 
 
-def most_rows(spec: Run) -> int:
-    """The rows of the largest pass on any rank. Raises UserError where the batch does not fit so many ranks."""
-    return max(rows.stop - rows.start for rank in passes(spec.train, spec.objective, dist.world()) for rows in rank)
+def most_rows(spec: Run, ranks: int | None = None) -> int:
+    """The rows of the largest pass on any rank, of those here or of so many. Raises UserError as `passes`."""
+    return max(
+        rows.stop - rows.start for rank in passes(spec.train, spec.objective, ranks or dist.world()) for rows in rank
+    )
 
 
 def memory(spec: Run, rows: int) -> dict[str, int]:
     """Bytes that training holds on each rank, by what they are, `rows` rows at a time; `total`: the most at once."""
-    net, train = spec.outline(), spec.train
+    train, data = spec.train, spec.data
     activations = cost.activation_bytes(
-        net, spec.objective, spec.path, spec.data.shape, rows=rows, ref=train.ref, precision=train.precision
+        spec.outline(), spec.objective, spec.path, data.shape, rows=rows, ref=train.ref, precision=train.precision
     )
+    parts = {**held(spec), "activations": activations}
+    return {"rows": rows, **parts, "total": sum(parts.values())}
+
+
+def held(spec: Run) -> dict[str, int]:
+    """Bytes that training holds between passes, by what they are, where each rank holds all."""
+    net, train = spec.outline(), spec.train
     state = begin(net, train)
     for p in net.parameters():
         p.grad = torch.empty_like(p)
     state.optimizer.step()  # its own tensors come with its first step
     own = (value for entry in state.optimizer.state.values() for value in entry.values())
-    parts = {
+    return {
         "weights": size(tensors(net)),
         "gradients": size(net.parameters()),
         "optimizer": size(value for value in own if isinstance(value, Tensor)),
         "averages": sum(size(tensors(average.module)) for average in state.averages.values()),
-        "activations": activations,
     }
-    return {"rows": rows, **parts, "total": sum(parts.values())}
 
 
 def cache(data: Latents, images: int | None) -> dict[str, int | None]:

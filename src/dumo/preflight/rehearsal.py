@@ -87,7 +87,8 @@ def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
 
 def make_step(spec: Run, rows: int, here: torch.device, *, warm: int = 0) -> tuple[State, Record, float, float]:
     """One step by the training loop, after some to warm up: the state, its record, seconds of its passes and update."""
-    train = spec.train.model_copy(update={"batch": rows, "micro_batch": None, "steps": warm + 1})
+    spec.require_room(here, 4 + len(spec.train.ema), rows)
+    train = spec.train.model_copy(update={"batch": rows, "micro_batch": None, "steps": warm + 1, "max_skips": 1})
     x, c = (part.to(here) for part in random_batch("dry", rows, spec.data.shape, spec.data.classes))
     state, records, times = begin(spec.build(here), train), list[Record](), [0.0]
     task = Task(spec.objective, spec.path, spec.data.classes)
@@ -115,6 +116,7 @@ def make_sample(spec: Run, state: State, here: torch.device) -> tuple[int, float
         seed=spec.sample.seed,
         shape=spec.data.shape,
         device=here,
+        precision=spec.precision,
     )
     return made.nfe, machine.now(here) - began
 

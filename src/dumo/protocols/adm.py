@@ -6,6 +6,9 @@ does not say; the protocol does. Arrays of Python objects would be pickles and a
 read in batches.
 """
 
+import lzma
+import struct
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -20,13 +23,17 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from dumo.features.inception import SPATIAL_WIDTH, WIDTH
+from dumo.io.text import brief
 from dumo.metrics.moments import Moments
 from dumo.types import UserError
 
 Header = tuple[tuple[int, ...], bool, np.dtype]  # shape, whether columns come first, type
 
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-BROKEN = (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error)  # what a bad file raises
+BROKEN = (  # what a bad file raises
+    *(OSError, ValueError, EOFError, LookupError, RuntimeError, MemoryError, SyntaxError, TypeError, struct.error),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError),  # RuntimeError: it has a password
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,10 @@ class AdmReference:
                 try:
                     data = bytearray(file.read(rows * prod(rest)))
                     pixels = torch.frombuffer(data, dtype=torch.uint8).view(rows, *rest).permute(0, 3, 1, 2)
-                except (*BROKEN, RuntimeError) as error:
-                    raise UserError(f"{self.path} is damaged at image {first} ({error}): fetch it again") from error
+                except BROKEN as error:
+                    raise UserError(
+                        f"{self.path} is damaged at image {first} ({brief(error)}): fetch it again"
+                    ) from error
                 yield pixels
 
 
@@ -72,12 +81,17 @@ def read_adm(path: Path | str, *, count: int) -> AdmReference:
 def _numbers(path: Path, key: str, *shape: int) -> Tensor:
     """An array of finite floats of this shape, symmetric if it is a matrix, in float64."""
     with _member(path, key) as file:
+        found, columns, kind = _header(path, file)
+        if found != shape or kind.kind != "f":  # before it is read, for a header can claim any size
+            raise UserError(f"{path}: {key} is {kind} of shape {found}, not finite floats of shape {shape}")
         try:
-            array = np.lib.format.read_array(file, allow_pickle=False)
+            data, rest = file.read(prod(shape) * kind.itemsize), file.read(1)
+            array = np.frombuffer(data, kind).reshape(shape, order="F" if columns else "C")
         except BROKEN as error:
-            raise UserError(f"{path}: {key} cannot be read ({error}): fetch the file again") from error
-    if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
-        raise UserError(f"{path}: {key} is {array.dtype} of shape {array.shape}, not finite floats of shape {shape}")
+            raise UserError(f"{path}: {key} cannot be read ({brief(error)}): fetch the file again") from error
+    if rest or not np.isfinite(array).all():
+        more = " and more" if rest else ""
+        raise UserError(f"{path}: {key} is {kind} of shape {found}{more}, not finite floats of shape {shape}")
     if len(shape) == 2 and not np.allclose(array, array.T, rtol=1e-4, atol=1e-6):
         raise UserError(f"{path}: {key} is no covariance, it is not symmetric: fetch the file again")
     return torch.from_numpy(array.astype(np.float64))
@@ -85,13 +99,15 @@ def _numbers(path: Path, key: str, *shape: int) -> Tensor:
 
 def _member(path: Path, key: str) -> zipfile.ZipExtFile:
     """One array of the file, open for reading."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no file: it is no reference of ADM's evaluation, an .npz")
     try:
         with zipfile.ZipFile(path) as file:
             keys = [name.removesuffix(".npy") for name in file.namelist()]
             if key in keys:
                 return cast(zipfile.ZipExtFile, file.open(f"{key}.npy"))
     except BROKEN as error:
-        raise UserError(f"{path} is no reference of ADM's evaluation, an .npz ({error})") from error
+        raise UserError(f"{path} is no reference of ADM's evaluation, an .npz ({brief(error)})") from error
     raise UserError(f"{path} has no {key}, only {', '.join(keys) or 'nothing'}: it is no reference of ADM's evaluation")
 
 
@@ -99,5 +115,7 @@ def _header(path: Path, file: zipfile.ZipExtFile) -> Header:
     """What array comes next."""
     try:
         return HEADERS[np.lib.format.read_magic(file)](file)
-    except (*BROKEN, KeyError) as error:
-        raise UserError(f"{path}: {file.name} cannot be read ({error}): fetch the file again") from error
+    except BROKEN as error:
+        raise UserError(
+            f"{path}: {file.name.removesuffix('.npy')} cannot be read ({brief(error)}): fetch the file again"
+        ) from error

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
+from dumo import bound
 from dumo.data.source import Data
 from dumo.features import cifar10
 from dumo.io.picture import from_uint8, to_uint8
@@ -53,7 +54,8 @@ class CifarProtocol(Spec):
     """Images of 32x32 in colour, decoded, in [-1, 1], by the features of the shipped classifier of CIFAR-10."""
 
     kind: Literal["cifar10-features"] = KIND
-    samples: int = Field(default=SAMPLES, ge=SUBSET)  # a covariance of 128 features needs 129 rows, the kernel a subset
+    # A covariance of 128 features needs 129 rows, the kernel a subset.
+    samples: int = Field(default=SAMPLES, ge=SUBSET, le=bound.SAMPLES)
 
     @property
     def name(self) -> str:

@@ -12,6 +12,7 @@ from jaxtyping import Int64
 from pydantic import Field
 from torch import Tensor
 
+from dumo import bound
 from dumo.data.source import Data
 from dumo.features import digits
 from dumo.io import digest
@@ -46,7 +47,7 @@ class DigitsProtocol(Spec):
     """Samples of the 8x8 digits in [-1, 1], by the features of the shipped classifier."""
 
     kind: Literal["digits"] = "digits"
-    samples: int = Field(default=SAMPLES, ge=SUBSET)
+    samples: int = Field(default=SAMPLES, ge=SUBSET, le=bound.SAMPLES)
 
     @property
     def name(self) -> str:

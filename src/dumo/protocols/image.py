@@ -16,7 +16,7 @@ from jaxtyping import Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dumo import __version__
+from dumo import __version__, bound
 from dumo.data.source import Data, Finite
 from dumo.features import inception_weights
 from dumo.features.inception import SIZE, WIDTH
@@ -33,7 +33,7 @@ class ImageProtocol(Spec):
     """Images in colour, decoded, by the features of Inception."""
 
     kind: Name
-    samples: int | None = Field(default=None, ge=1)  # None: as many as the name says
+    samples: int | None = Field(default=None, ge=1, le=bound.SAMPLES)  # None: as many as the name says
     frechet: bool = True  # without it, FID and sFID are left out: for sets of 2048 images or fewer
     reference: str | None = Field(default=None)  # ADM's file; None: the run's own data
     weights: str | None = Field(default=None)  # of Inception; None: where $DUMO_INCEPTION says

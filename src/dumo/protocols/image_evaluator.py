@@ -47,7 +47,7 @@ class ImageEvaluator:
         return gather(statistics_of(self.extractor, _pixels(made), self.total), self.total)
 
     def compare(self, fake: Statistics) -> Scores:
-        """The scores of samples, by their statistics. On a GPU 50,000 against 50,000 take minutes, on a CPU hours."""
+        """The scores of samples, by their statistics. On a CPU core 50,000 against 50,000 take some ten minutes."""
         distances = self._distances(fake)  # the first to refuse
         rows, data = fake.rows.to(self.device), self.real.rows.to(self.device)
         draws = stream(self.name, "kid")

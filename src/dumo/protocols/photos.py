@@ -24,6 +24,7 @@ from pydantic import Field
 from torch import Generator, Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from dumo import bound
 from dumo.data.source import Data, Finite
 from dumo.features import cifar10
 from dumo.io import digest
@@ -55,7 +56,7 @@ class PhotosProtocol(Spec):
     """Images of any size, grey or in colour, decoded, in [-1, 1], by what ships with the package."""
 
     kind: Literal["photos"] = KIND
-    samples: int = Field(default=SAMPLES, ge=FEWEST)
+    samples: int = Field(default=SAMPLES, ge=FEWEST, le=bound.SAMPLES)
 
     @property
     def name(self) -> str:

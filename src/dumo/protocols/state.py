@@ -21,7 +21,10 @@ def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) ->
     if not baselines:
         return None
     real, noise = next(iter(baselines.values())), baselines.get("noise")
-    scores = min(({key: x for key, x in row.items() if isinstance(x, float)} for row in rows), key=_first)
+    told = [{key: x for key, x in row.items() if isinstance(x, float)} for row in rows]
+    if not any(told):
+        return None
+    scores = min(filter(None, told), key=_first)
     score = _first(scores)
     usual = abs(real["mean"]) + 2 * real["sd"]
     if score <= usual:

@@ -8,6 +8,7 @@ from jaxtyping import Int64
 from pydantic import Field
 from torch import Tensor
 
+from dumo import bound
 from dumo.data.source import Data
 from dumo.metrics.mmd import mmd2, null_spread
 from dumo.protocols.evaluator import Evaluator, Reference, Scores, Tick, WholeSetEvaluator, fit, in_turn, named
@@ -21,7 +22,7 @@ class ToyProtocol(Spec):
     """Points, by MMD^2 to as many fresh ones."""
 
     kind: Literal["toy"] = "toy"
-    samples: int = Field(default=SAMPLES, ge=2)
+    samples: int = Field(default=SAMPLES, ge=2, le=bound.SAMPLES)
 
     @property
     def name(self) -> str:

@@ -69,11 +69,8 @@ def _line(name: str, key: str) -> str | None:
 
 
 def parse_yaml(text: str) -> Any:  # noqa: ANN401, whatever stands there
-    """YAML as plain values. Raises yaml.YAMLError, in the words of the Python reader, which knows more escapes."""
-    try:
-        return yaml.load(text, LOADER)
-    except yaml.YAMLError:
-        return yaml.safe_load(text)
+    """YAML of this package as plain values; what others write, `dumo.io.yaml` reads."""
+    return yaml.load(text, LOADER)
 
 
 def results(name: str) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ def large(value: float | int) -> str:
 
 def spread(value: float | None, sd: float | None) -> str:
     """A number with its spread, to two digits of the spread."""
-    if value is None or not sd:
+    if value is None or not sd or sd < 0:
         return number(value)
     digits = max(0, 1 - floor(log10(sd)))
     return f"{value:.{digits}f} ± {sd:.{digits}f}".replace("-", "−")

@@ -45,10 +45,15 @@ Pictures = Mapping[int, Image.Image]  # by number of passes
 def write(opened: RunFolder, bar: Bar = no_bar) -> list[Path]:
     """Write pictures into report/ and report.html into the run's folder; return all paths, the page last.
 
-    Raises UserError, before anything is written, where metrics.jsonl or evaluation.json is damaged.
+    Raises UserError, before anything is written, where metrics.jsonl or evaluation.json is damaged, and OSError where
+    nothing can be.
     """
+    for place in (opened.folder, opened.folder / "report"):
+        file.check_writable(place)
+        file.sweep(place)
     run, folder, source = opened.run, opened.folder, opened.run.data.open()
-    rows, judged = log.read_log(folder / "metrics.jsonl"), judgement(opened)
+    rows = [row for row in log.read_log(folder / "metrics.jsonl") if "skipped" not in row]  # they have no numbers
+    judged = judgement(opened)
     real, c = source.reference(min(POINTS, NEAR // prod(run.pixels[1:])), run.sample.seed)
     real = opened.decode(real)
 

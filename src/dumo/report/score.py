@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dumo.config.spec import Run
+from dumo.evaluation.record import checked
 from dumo.io.json import read_json
 from dumo.protocols.evaluator import headline
 from dumo.report.number import number, spread
@@ -23,12 +24,13 @@ Table = dict[str, Any]
 def judgement(opened: RunFolder) -> Table | None:
     """What `dumo evaluate` wrote, or None. `fresh`: of these weights; `columns`: its figures, the one that leads first.
 
-    Raises UserError where the file is not JSON.
+    Raises UserError where the file is damaged.
     """
     path = opened.folder / "evaluation.json"
     if not path.is_file():
         return None
-    found = read_json(path, f"run dumo evaluate {opened.folder} again")
+    way_out = f"run dumo evaluate {opened.folder} again"
+    found = checked(read_json(path, way_out), path, way_out)
     columns = figures(found["results"][0])
     fresh = (found["step"], found["weights"]) == (opened.step, opened.weights)
     return {**found, "columns": columns, "fresh": fresh, "words": merits(columns), "baseline": first(found)}

@@ -50,6 +50,7 @@ def reproduce(
         raise UserError(f"there is no scale '{scale}'; {nearest(scale, list(SCALES))}")
     plan, folder = PLANS[name], folder or Path("runs/reproduce") / f"{name}-{scale}"
     plan.check(name, scale)
+    file.check_writable(folder)
     done = plan.finish(list(plan.cells(scale)), folder / "cells", jobs=jobs, device=device, bar=bar)
 
     table = plan.table(done)

@@ -7,11 +7,10 @@ stopped goes on, one whose recipe has changed starts anew.
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from hashlib import blake2b
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import stdev
 from typing import Any
@@ -24,8 +23,10 @@ from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.evaluation import card
 from dumo.evaluation.evaluate import evaluate, standing
+from dumo.peer import Lost
 from dumo.preflight import cost
 from dumo.progress import Bar, no_bar
+from dumo.reproduce import job
 from dumo.run import encode
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.train import train
@@ -62,14 +63,7 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
         if isinstance(data, Latents):
             encode.ensure(data, device=device, bar=bar)
     if jobs > 1:
-        threads = max(1, (os.cpu_count() or 1) // jobs)
-        with (
-            ProcessPoolExecutor(jobs, get_context("spawn"), torch_threads, (threads,)) as pool,
-            bar(f"{len(cells)} cells, {jobs} at a time", len(cells)) as tick,
-        ):
-            working = [pool.submit(work, cell, folder, device) for cell in cells]
-            for done, one in enumerate(as_completed(working), 1):
-                tick(done, one.result())
+        made_apart(cells, folder, jobs=jobs, device=device, bar=bar)
     finished = [finish(cell, folder, device=device, bar=bar) for cell in cells]
     alike(finished)
     return finished
@@ -93,15 +87,25 @@ class Plan:
             raise UserError(f"{name} has no scale 'paper': {self.unpublished}; it has smoke and laptop")
 
 
-def work(cell: Cell, folder: Path, device: str) -> str:
-    """Finish a cell, and say its name."""
+def made_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> None:
+    """Finish cells in processes of their own. One that is killed does not keep the others from being finished.
+
+    Raises `Lost` then, which names it.
+    """
+    threads, lost = max(1, (os.cpu_count() or 1) // jobs), list[str]()
+    with bar(f"{len(cells)} cells, {jobs} at a time", len(cells)) as tick:
+        made = job.side_by_side(partial(work, folder=folder, device=device), cells, jobs=jobs, threads=threads)
+        for done, (cell, error) in enumerate(made, 1):
+            lost += [f"{cell.name}: {error}"] if error else []
+            tick(done, cell.name)
+    if lost:
+        ways = "; the others are finished. Start the same command again, with fewer --jobs where memory is short"
+        raise Lost("; ".join(lost) + ways)
+
+
+def work(cell: Cell, folder: Path, device: str) -> None:
+    """Finish a cell."""
     finish(cell, folder, device=device, bar=no_bar)
-    return cell.name
-
-
-def torch_threads(count: int) -> None:
-    """Let this process take so many cores."""
-    torch.set_num_threads(count)
 
 
 def finish(cell: Cell, cells: Path, *, device: str, bar: Bar) -> Finished:

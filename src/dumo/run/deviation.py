@@ -1,9 +1,11 @@
-"""The standard deviation of a run's data: measured once, when it begins to train, and noted in its folder."""
+"""What a run's folder knows of its data, measured when it begins to train: their deviation and their fingerprint."""
 
 from pathlib import Path
+from typing import Any
 
 from dumo.data.source import Source
 from dumo.io.json import read_json, write_json
+from dumo.types import UserError
 
 FILE = "data.json"
 ROWS = 256  # of the first epoch in the order of seed 0; ours
@@ -15,17 +17,41 @@ def measure(source: Source) -> float:
     return x.double().std().item()
 
 
-def note(folder: Path, source: Source) -> float:
-    """The deviation that stands in the folder; measured and written where none does. One process alone may do it."""
-    if (known := noted(folder)) is None:
-        known = measure(source)
-        write_json(folder / FILE, {"sd": known, "rows": ROWS})
-    return known
+def note(folder: Path, source: Source, fingerprint: str | None = None) -> float:
+    """The deviation that stands in the folder; measured and written where none does, or for data of another print.
+
+    `fingerprint` is the source's; None: it has none. One process alone may do it.
+    """
+    there = _read(folder)
+    if (
+        there is None
+        or there["sd"] is None
+        or (fingerprint is not None and there.get("fingerprint", fingerprint) != fingerprint)
+    ):
+        there = {"sd": measure(source), "rows": ROWS}
+    if (new := there | ({"fingerprint": fingerprint} if fingerprint else {})) != _read(folder):
+        write_json(folder / FILE, new)
+    return float(new["sd"])
 
 
 def noted(folder: Path) -> float | None:
     """The deviation that stands in the folder; None where none does. Raises UserError for a damaged file."""
+    return None if (there := _read(folder)) is None else there["sd"]
+
+
+def fingerprint(folder: Path) -> str | None:
+    """That of the data that the folder's run was trained on; None where it is not known. Raises as `noted`."""
+    return (_read(folder) or {}).get("fingerprint")
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    file, way_out = folder / FILE, "delete it, and it is measured again"
     try:
-        return float(read_json(folder / FILE, "delete it, and it is measured again")["sd"])
+        there = read_json(file, way_out)
+        if there["sd"] is not None and (type(there["sd"]) not in (int, float) or not there["sd"] >= 0):
+            raise TypeError("sd is no number from 0 on")
     except FileNotFoundError:
         return None
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}): {way_out}") from error
+    return there

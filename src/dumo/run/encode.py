@@ -18,8 +18,11 @@ from dumo.data import encode as codecs
 from dumo.data.cache import Contents, Plan, read_contents
 from dumo.data.image import below
 from dumo.io.path import user_path
+from dumo.io.text import brief
 from dumo.progress import Bar, no_bar
 from dumo.types import Spec, UserError
+
+LONG = 40  # characters of a part: ours
 
 
 class Asked(Spec):
@@ -113,8 +116,8 @@ def part_of(text: str | None) -> tuple[int, int]:
     if text is None:
         return dist.launched()
     k, _, n = text.partition("/")
-    if not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
-        raise UserError(f"--part {text}: write K/N with K from 0 to N - 1, such as 0/8")
+    if len(text) > LONG or not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
+        raise UserError(f"--part {brief(text)}: write K/N with K from 0 to N - 1, such as 0/8")
     return int(k), int(n)
 
 

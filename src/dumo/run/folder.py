@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from dumo import dist
 from dumo.codecs.scaled import Opened
-from dumo.config.format import FORMAT
-from dumo.config.load import FILE, difference, dump, load
+from dumo.config.format import FORMAT, Noted
+from dumo.config.load import FILE, difference, differences, dump, load
 from dumo.config.source import format_of
 from dumo.config.spec import Run
 from dumo.config.teacher import Start
 from dumo.data import Latents
+from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.weights import compare
 from dumo.io.weights import load as load_weights
@@ -30,6 +31,7 @@ Shown = Float[Tensor, "b *pixels"]  # images, or samples as the net makes them
 
 LOCK = ".training.lock"  # a file that is held, and there, while the run is trained
 PRIVATE = ("heads.", "gauges.", "scalars.", "own.")  # parts of a net that an objective asks for: another may lack them
+WRITTEN = (FILE, "data.json", "metrics.jsonl")  # by training, at the top of the folder
 SAME = ("net.checkpoint:", "net.dropout:")  # fields of a net that leave it the same function
 
 
@@ -44,6 +46,12 @@ class RunFolder:
     weights: str  # the file or folder of shards they came from, relative to the run's folder where it lies inside
     file: Path = Path()  # that file or folder
     checkpoint: Path = Path()  # the last one that is whole
+    listed: str | None = None  # the SHA-256 that the checkpoint lists for the file; None: it lists none
+
+    @cached_property
+    def sha256(self) -> str:
+        """The weights' SHA-256; where it is listed, known even after a training beside has removed the checkpoint."""
+        return self.listed or digest.of_file(self.file)
 
     @property
     def device(self) -> torch.device:
@@ -68,7 +76,8 @@ def open_run(
 ) -> RunFolder:
     """Open a run's folder to sample or judge it; `weights` are a file, or a folder of shards, other than it shows.
 
-    Raises UserError where it is none, or has no checkpoint yet, or none that is whole.
+    Where it is trained meanwhile, a checkpoint may go while it is read: then a newer one is taken. Raises UserError
+    where it is none, or has no checkpoint yet, or none that is whole.
     """
     folder = Path(source)
     if not (folder / FILE).is_file():
@@ -76,16 +85,29 @@ def open_run(
     run = load(source, overrides)
     if differs := list(difference(load(source), run)):
         raise UserError(f"these fields of {source} are as they were trained:\n  " + "\n  ".join(differs))
+    while True:
+        there = [*checkpoint.standing(folder / "checkpoints")]
+        try:
+            return opened(run, folder, weights, dist.device(device))
+        except (UserError, OSError):
+            if there == [*checkpoint.standing(folder / "checkpoints")]:
+                raise
+
+
+def opened(run: Run, folder: Path, weights: str | None, device: torch.device) -> RunFolder:
+    """The run with the weights that it shows now, or with others. Raises as `open_run`."""
     last = checkpoint.latest(folder / "checkpoints", {shown(run)} if weights is None else ())
     if last is None:
         raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {folder}")
     file = checkpoint.part(last, shown(run)) if weights is None else Path(weights)
     if weights is not None and (wrong := manifest.fault_of(file)):
         raise UserError(f"{wrong}: take other weights")
-    net = load_net(run, file, dist.device(device))
-    name = str(file.relative_to(folder)) if weights is None else weights
-    step = checkpoint.step_of(file, manifest.read(last).step)
-    return RunFolder(run, folder, net, step, name, file, last)
+    net = load_net(run, file, device)
+    name, about = str(file.relative_to(folder)) if weights is None else weights, manifest.read(last)
+    listed = (about.files or {}).get(file.name) if weights is None else None
+    return RunFolder(
+        *(run, folder, net, checkpoint.step_of(file, about.step), name, file, last), listed and listed.sha256
+    )
 
 
 def shown(run: Run) -> str:
@@ -101,12 +123,17 @@ def load_net(run: Run, file: Path, device: torch.device) -> nn.Module:
     return net.eval()
 
 
-def claim(run: Run, folder: Path) -> None:
+def claim(run: Run, folder: Path, step: int | None = None) -> None:
     """See that the folder is free, or holds this run with no more steps behind it than it is to make. Writes nothing.
 
-    Raises UserError, with the difference if not, and where it is of an older format.
+    `step` is that of the checkpoint to go on from; None: of the last one. Raises UserError, with the difference if not,
+    and where it is of an older format, or has no checkpoint of that step.
     """
-    if (done := max(checkpoint.standing(folder / "checkpoints"), default=0)) > run.train.steps:
+    steps = [*checkpoint.standing(folder / "checkpoints")]
+    if step is not None and step not in steps:
+        there = f"it has those of step {', '.join(f'{n}' for n in steps)}" if steps else "it has none"
+        raise UserError(f"--from {step}: {folder} has no checkpoint of that step: {there}")
+    if (done := max(steps, default=0) if step is None else step) > run.train.steps:
         raise UserError(f"{folder} has {done} steps behind it, so train.steps={run.train.steps} is no more to do")
     if (folder / FILE).exists():
         if done and (then := format_of(folder)) < FORMAT:
@@ -115,25 +142,39 @@ def claim(run: Run, folder: Path) -> None:
                 "and evaluates as before, but its training cannot go on. Train in another folder with --out, and with "
                 f"--set start.source={folder} from the weights of this one"
             )
-        if differs := list(difference(load(str(folder)), run)):
-            lines = "\n  ".join([f"{folder} holds another run:", *differs])
+        if differs := [one for one in differences(load(str(folder)), run) if not one.may]:
+            lines = "\n  ".join([f"{folder} holds another run:", *map(str, differs)])
             raise UserError(f"{lines}\nGive another folder with --out, or remove this one")
-    elif folder.is_dir() and any(path.name != LOCK for path in folder.iterdir()):
+    elif folder.is_dir() and any(path.name != LOCK and not ours(path) for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with --out")
 
 
+def ours(path: Path) -> bool:
+    """Whether a file of a run's folder is what a training that was killed left half-written."""
+    return path.name.startswith(tuple(f".{name}." for name in WRITTEN)) and not path.is_dir()
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a training that was killed left half-written. The folder must be held."""
+    left = [path for path in folder.iterdir() if ours(path)]
+    left += [path for name in ("checkpoints", "milestones") for path in (folder / name).glob(".step-*.tmp")]
+    for path in left:
+        files.remove(path)
+
+
 @contextmanager
-def held(run: Run, folder: Path) -> Generator[None, None, None]:
+def held(run: Run, folder: Path, step: int | None = None) -> Generator[None, None, None]:
     """Claim the folder and keep every other training out of it; folders made for nothing are removed.
 
     Raises UserError as `claim`, and where another process is training there.
     """
-    claim(run, folder)
+    claim(run, folder, step)
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with files.locked(folder / LOCK, f"{folder} is being trained by another process: wait for it, or give --out"):
-            claim(run, folder)  # who held it before may have left another run
+            claim(run, folder, step)  # who held it before may have left another run
+            sweep(folder)
             yield
     finally:
         with suppress(OSError):  # it is not empty: something was written
@@ -141,20 +182,24 @@ def held(run: Run, folder: Path) -> Generator[None, None, None]:
                 path.rmdir()
 
 
-def note(run: Run, folder: Path) -> None:
-    """Write run.yaml, complete."""
-    files.write(folder / FILE, dump(run).encode())
+def note(run: Run, folder: Path, changed: Sequence[Noted] = ()) -> None:
+    """Write run.yaml, complete, and what was changed in it; it is on the disk then."""
+    files.write(folder / FILE, dump(run, changed).encode(), durable=True)
 
 
-def begin(run: Run, folder: Path, device: torch.device) -> State:
-    """The state that a run goes on from: of its last checkpoint, of another run, or as drawn. Raises UserError."""
-    last = checkpoint.latest(folder / "checkpoints", together=True)
+def begin(run: Run, folder: Path, device: torch.device, step: int | None = None) -> tuple[State, Path | None]:
+    """The state that a run goes on from, and its checkpoint: that of `step`, or the last one that is whole and finite.
+
+    Where there is none, the state is of another run (`start`), or as drawn. Raises UserError.
+    """
+    places = folder / "checkpoints"
+    last = checkpoint.latest(places, together=True) if step is None else checkpoint.of_step(places, step)
     first = device if dist.world() == 1 else torch.device("cpu")  # from where each rank takes its part
     net = begin_from(run, run.start, first) if run.start and not last else run.build(first)
     state = begin_training(net, run.train, device)
     if last:
-        checkpoint.restore(last, state)
-    return state
+        last = checkpoint.go_on(last, state, or_before=step is None)
+    return state, last
 
 
 def begin_from(run: Run, start: Start, device: torch.device) -> nn.Module:

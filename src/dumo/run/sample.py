@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dumo import dist
+from dumo import dist, room
 from dumo.config.load import parse
 from dumo.config.spec import Run
 from dumo.config.tree import Sampling
@@ -16,6 +17,7 @@ from dumo.data import Latents
 from dumo.data.source import Source
 from dumo.flow.reading import reading
 from dumo.io import archive, picture
+from dumo.io import file as files
 from dumo.progress import Bar, no_bar
 from dumo.run.folder import RunFolder
 from dumo.run.name import changes, own, sampling, word
@@ -62,6 +64,7 @@ def sample_batches(
         shape=run.data.shape,
         indices=some,
         device=opened.device,
+        precision=run.precision,
     )
     return (replace(part, x=opened.decode(part.x)) for part in parts)
 
@@ -136,12 +139,16 @@ def export(
     """Make samples and write them: a sheet, an image each, or an .npz in ADM's layout, per number of passes.
 
     Names say the solver, the passes, and whatever is not as the run has it. Returns what was written. Raises UserError,
-    before anything is, for a form, label, solver or nfe out of reach.
+    before anything is, for a form, label, solver or nfe out of reach, and OSError where nothing can be.
     """
+    files.check_writable(folder)
+    files.sweep(folder)
     run, shape = opened.run, opened.run.pixels
     forms = FORMS if len(shape) == 3 else ("grid", "npz")
     if form not in forms:
         raise UserError(f"format '{form}' is none for samples of shape {shape}: use {', '.join(forms)}")
+    way = "ask for fewer, and for others with another --seed"
+    room.require(count * prod(shape) * torch.float32.itemsize, f"{count:,} samples take", way)
     c, nfe = generate.labels(count, run.data.classes, only), tuple(nfe or run.sample.nfe)
     chosen = solver_named(run, solver)
     check(chosen, run.reads, *nfe)
@@ -151,13 +158,13 @@ def export(
     said = changes(opened, before, sampling(opened.run))
     said += [word("labels", only)] if only else []
     said += [word("count", count)] if count != COUNT else []
-    files: list[Path] = []
+    written: list[Path] = []
     for n in nfe:
         made = sample(opened, nfe=n, c=c, bar=bar)
         if not dist.is_main():
             continue
-        files.append(write(made.x, c, folder / "-".join([chosen.kind, f"nfe{n}", *said]), form, run))
-    return files
+        written.append(write(made.x, c, folder / "-".join([chosen.kind, f"nfe{n}", *said]), form, run))
+    return written
 
 
 def titles(c: Tensor, run: Run) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dumo import dist
+from dumo import dist, stop
 from dumo.config.check import check_guided
 from dumo.config.spec import Run
 from dumo.config.teacher import Pairs, Teacher
@@ -224,13 +224,21 @@ class Coupled:
         places = rows_of(step, batch, size=len(self.z), seed=seed, rows=rows)
         return self.table.x[places], self.table.c[places], self.z[places]
 
+    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Tensor:
+        """The numbers of the pairs."""
+        return self.table.numbers(step, batch, seed, rows)
+
+    def fingerprint(self) -> str:
+        """Of all pairs."""
+        return digest.short(self.table.fingerprint(), digest.of_tensor(self.z))
+
 
 def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.device, bar: Bar) -> Coupled:
     """Pairs that the teacher's flow joins: those that stand in `folder`, and the others, made now, file by file.
 
     Rank k of n makes k, k + n, k + 2 n ... of the files that lack; every rank must call it, and has all pairs. Raises,
     on every rank, UserError where a file is damaged, or the teacher answers with what is no number, which is not
-    written; OSError where the disk is full.
+    written; OSError where the disk is full; Stopped where that is asked, between two passes.
     """
     c = generate.labels(pairs.count, run.data.classes)
     files = {folder / f"{first:08d}.safetensors": first for first in range(0, pairs.count, SHARD)}
@@ -238,6 +246,7 @@ def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.dev
 
     def make() -> list[int]:
         for file in lacking[dist.rank() :: dist.world()]:
+            stop.check()
             some = range(files[file], min(files[file] + SHARD, pairs.count))
             made = joined(run, pairs, reads, c[list(some)], some, device)
             if bad := [k for k, x in zip(some, made["x"], strict=True) if not x.isfinite().all()]:

@@ -1,30 +1,38 @@
 """Train a run: where data, net, objective and folder meet.
 
-A run is a folder: run.yaml (complete), data.json, metrics.jsonl, checkpoints/, milestones/, grids/, samples/,
-evaluation.json, report.html with its pictures in report/.
+A run is a folder: run.yaml (complete), data.json, metrics.jsonl, speed.jsonl, checkpoints/, milestones/, sheets/,
+grids/, samples/, evaluation.json, report.html with its pictures in report/.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 
 from dumo import dist
+from dumo.ahead import BATCHES, Ahead
 from dumo.config.advice import advice
 from dumo.config.check import check_pieces
 from dumo.config.spec import Run
 from dumo.data.source import Source
 from dumo.data.store import some
+from dumo.flow.draw import Draws
+from dumo.flow.overhear import exchanged
+from dumo.flow.slope import CentralSlope, DualSlope
+from dumo.place import pinned, sent
 from dumo.preflight import cost, doctor
 from dumo.progress import Bar, no_bar
 from dumo.run import deviation, teacher
-from dumo.run.folder import begin, held, note
-from dumo.training import agreement, checkpoint, layout, log, loop
+from dumo.run.folder import begin, held
+from dumo.run.history import History
+from dumo.run.journal import Journal, way_back
+from dumo.run.sheet import Sheets
+from dumo.run.speed import Meter
+from dumo.training import agreement, loop
 from dumo.training.cut import share_of, span
-from dumo.training.state import State
-from dumo.training.step import Batch, Record, Task, pieces
+from dumo.training.state import Diverged, State
+from dumo.training.step import Batch, Task, draws_of, pieces
 from dumo.types import UserError
 
 
@@ -35,56 +43,97 @@ def train(
     device: str = "auto",
     bar: Bar = no_bar,
     tell: Callable[[str], None] | None = None,
+    step: int | None = None,
+    new_data: bool = False,
 ) -> State:
-    """Train, or go on where the folder's last checkpoint stands. Returns the state at the end.
+    """Train, or go on where the folder's last checkpoint stands, or that of `step`. Returns the state at the end.
 
     Under torchrun the ranks share the work, each with a part of every batch; every rank must call it, and rank 0 alone
     writes and tells. `tell` hears, before the first step, what is trained on what (`outlook`), and what is not as its
-    sources have it. Raises UserError if the run does not fit so many ranks, the folder holds another run or another
-    process trains there, or if the slope fails its examination, before the first step or on the weights of the first
-    checkpoint; Diverged if the loss is no longer a number.
+    sources have it, or not as it was; then of steps that are skipped. Raises UserError if the run does not fit so many
+    ranks, the folder holds another run or another process trains there, the data have changed (and no `new_data` says
+    that they may), or if the slope fails its examination, before the first step or on the weights that would be saved
+    first; Diverged if the loss is no longer a number; Stopped, once a checkpoint is saved, if a signal asked for it.
     """
     rank, ranks = dist.launched()
+    require_room(run, dist.device(device), ranks)
     check_pieces(run, ranks)
-    with held(run, folder) if rank == 0 else nullcontext(), dist.join():
-        if rank:
-            bar, tell = no_bar, None
-        return go_on(run, folder, dist.device(device), bar, tell)
+    with held(run, folder, step) if rank == 0 else nullcontext(), dist.join():
+        tell = tell if rank == 0 and tell else quiet
+        return go_on(run, folder, dist.device(device), no_bar if rank else bar, tell, step, new_data=new_data)
 
 
-def go_on(run: Run, folder: Path, here: torch.device, bar: Bar, tell: Callable[[str], None] | None) -> State:
+def quiet(line: str) -> None:
+    """Say nothing."""
+
+
+def go_on(
+    run: Run,
+    folder: Path,
+    here: torch.device,
+    bar: Bar,
+    tell: Callable[[str], None],
+    step: int | None = None,
+    *,
+    new_data: bool = False,
+) -> State:
     """Train in a folder that is held. Returns and raises as `train`."""
-    source = opened(run)
+    data = opened(run)
     doctor.examine(run, here).require()
     known = agreement.own(lambda: run.teacher and teacher.opened(run.teacher, run, here))
-    state = begin(run, folder, here)
-    if tell:
-        tell(outlook(run, folder, source.size, state.step, here))
+    meter, sheets = Meter(run, folder, here), Sheets(run, folder, tell)
+    state, last = begin(run, folder, here, step)
+    history = agreement.own(
+        lambda: History.of(run, folder, data, state.step, last, new_data=new_data) if dist.is_main() else None
+    )
+    tell(outlook(run, folder, data.size, state.step, here))
     if known:
         known.check(folder)
     dist.barrier()  # the folder is read by all before it is written
-    if dist.is_main():
-        log.rewind(folder / "metrics.jsonl", state.step)
-        note(run, folder)
-        for line in advice(run, deviation.note(folder, source)):
-            if tell:
-                tell(line)
-    if known:
-        source = known.begin(source, run, folder, here, bar)
+    lines = agreement.own(lambda: [*history.write(anew=step is not None)] if history else [])
+    for line in (*lines, *(advice(run, deviation.noted(folder)) if history else ())):
+        tell(line)
+    source = known.begin(data, run, folder, here, bar) if known else data
 
-    rows = span(pieces(run.train, run.objective))
-
-    def batches(step: int) -> Batch:
-        return [part.to(here) for part in source.batch(step, run.train.batch, run.train.seed, rows)]
-
-    journal = Journal(run, folder, here)
+    journal = Journal(run, folder, here, source, tell)
     journal.open(state)
     task = Task(run.objective, run.path, run.data.classes, known and known.velocity)
-    with bar(f"training {folder.name}", run.train.steps) as tick:
-        tick(state.step, "")
-        show = loop.Every(1, lambda state, record: tick(state.step, f"loss {record.loss:.4f}"))
-        loop.train(state, task, batches, run.train, (show, *journal.hooks))
+    try:
+        with fed(run, source, task, here) as (batches, draws), bar(f"training {folder.name}", run.train.steps) as tick:
+            tick(state.step, "")
+            meter.begin(state.step)
+            show = loop.Every(1, lambda state, record: tick(state.step, meter.note(record)))
+            hooks = (show, *journal.hooks, loop.Every(1, sheets.draw))
+            loop.train(state, task, batches, run.train, hooks, journal.due, draws)
+    except Diverged as error:
+        raise Diverged(f"{error} {agreement.main(lambda: way_back(run, folder, state.step - state.skips))}") from error
     return state
+
+
+@contextmanager
+def fed(
+    run: Run, source: Source | teacher.Coupled, task: Task, here: torch.device
+) -> Generator[tuple[Callable[[int], Batch], Callable[[int], Draws]], None, None]:
+    """A step's batch on the device, and what it draws, by its number; both made ahead, for a GPU in pinned memory."""
+    rows, gpu = span(pieces(run.train, run.objective)), here.type == "cuda"
+    own = run.teacher is None or task.teacher is not None  # a teacher's pairs bring their noise
+
+    def read(step: int) -> Batch:
+        parts = source.batch(step, run.train.batch, run.train.seed, rows)
+        return [pinned(part) for part in parts] if gpu else parts
+
+    def draw(step: int) -> Draws:
+        draws = draws_of(task, run.train, step, run.data.shape, z=own)
+        return draws.pinned() if gpu else draws
+
+    last = run.train.steps
+    with Ahead(read, last=last, depth=BATCHES) as batches, Ahead(draw, last=last) as draws:
+        yield lambda step: [sent(part, here) for part in batches(step)], draws
+
+
+def require_room(run: Run, here: torch.device, ranks: int) -> None:
+    """Raise UserError where a rank's weights, gradients, two moments, averages and batch are more than its memory."""
+    run.require_room(here, (4 + len(run.train.ema)) / share_of(run.train.share, ranks), -(-run.train.batch // ranks))
 
 
 def opened(run: Run) -> Source:
@@ -103,13 +152,27 @@ def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.dev
     names = f": {some(run.class_names)}" if run.class_names else ""
     classes = f" in {run.data.classes} classes{names}" if run.data.classes else ""
     units = cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
+    less = by_dual(run)
+    hint = f"; objective.slope.kind=dual takes {less:.2f} F, is exact and may run in bf16" if less else ""
     return (
         f"training {folder} on {where(run, here)}: "
         f"data {run.data.kind} ({many}{classes}), "
         f"net {run.net.kind} ({sum(p.numel() for p in net.parameters()):,} parameters), "
-        f"{units:.2f} F a step (1 F: one forward pass), "
+        f"{units:.2f} F a step (1 F: one forward pass{hint}), "
         f"steps {step:,} to {run.train.steps:,} of {run.train.batch:,} {what}"
     )
+
+
+def by_dual(run: Run) -> float | None:
+    """What a step would cost with the slope that rides, in F; None where it is no difference that is taken."""
+    slope = run.objective.needs.slope
+    if not (isinstance(slope, CentralSlope) and run.objective.needs.derives):
+        return None
+    other = exchanged(run.objective, slope, DualSlope())
+    try:
+        return cost.forward_units(run.outline(), other, run.path, run.data.shape, ref=run.train.ref)
+    except UserError:  # a net of which an operation has no rule
+        return None
 
 
 def where(run: Run, here: torch.device) -> str:
@@ -120,56 +183,3 @@ def where(run: Run, here: torch.device) -> str:
     share = share_of(run.train.share, ranks)
     lie = "each with all weights" if share == 1 else f"the weights in parts over {'all' if share == ranks else share}"
     return f"{ranks} ranks of {name}, {lie}"
-
-
-@dataclass(frozen=True)
-class Journal:
-    """What a run writes down as it trains: its log, its milestones, its checkpoints."""
-
-    run: Run
-    folder: Path
-    device: torch.device
-
-    @property
-    def first(self) -> int:
-        """The step of the first checkpoint, whose weights are examined."""
-        return min(self.run.train.save_every, self.run.train.steps)
-
-    @property
-    def hooks(self) -> tuple[loop.Every, ...]:
-        """What the loop calls after its steps, in this order."""
-        return loop.Every(1, self.log), loop.Every(1, self.mark), loop.Every(1, self.keep)
-
-    def open(self, state: State) -> None:
-        """Before the next step: refuse again what was refused at the first checkpoint; the milestone of this step."""
-        if 0 < state.step <= self.first:
-            self.examine(state)
-        if state.step not in checkpoint.milestones(self.folder / "milestones"):
-            self.mark(state)
-        if state.step == self.run.train.steps:  # there is nothing to do but to keep no more than is asked
-            self.save(state)
-
-    def log(self, state: State, record: Record) -> None:
-        """A line of the log, where one is due."""
-        if dist.is_main() and (record.probe or state.step % self.run.train.log_every == 0):
-            log.append(self.folder / "metrics.jsonl", asdict(record))
-
-    def mark(self, state: State, record: Record | None = None) -> None:
-        """The weights that are shown, at a milestone."""
-        if state.step in self.run.train.milestones:
-            checkpoint.mark(self.folder / "milestones", state)
-
-    def keep(self, state: State, record: Record) -> None:
-        """A checkpoint, where one is due and at the end; the first one's weights are examined."""
-        if state.step % self.first == 0 or state.step == self.run.train.steps:
-            self.save(state)
-        if state.step == self.first:
-            self.examine(state)
-
-    def save(self, state: State) -> None:
-        """A checkpoint of this step."""
-        checkpoint.save(self.folder / "checkpoints", state, self.run.train.keep)
-
-    def examine(self, state: State) -> None:
-        """Refuse a slope that is not the derivative at the weights in training."""
-        doctor.examine_weights(self.run, layout.gathered(state.net, self.run.build), self.device).require()

@@ -1,15 +1,20 @@
 """Images by number: image i of a seed is one thing, whatever batch it is made in, and the net counts its own passes."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Int, Int64
 from torch import Tensor, nn
 
+from dumo.bound import SAMPLES
+from dumo.flow.precision import Precision, using
 from dumo.random import noise
-from dumo.sampling.solver import Solver
+from dumo.sampling.draws import Draws
+from dumo.sampling.solver import Fresh, Solver
 from dumo.types import Cond, Path, Reads, Sample, UserError
 
 
@@ -43,11 +48,19 @@ def generate(
     indices: Sequence[int] | None = None,
     batch: int = 256,
     device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
     on_batch: Callable[[int], object] | None = None,
 ) -> Samples:
     """All of `batches` in one. `on_batch` is told the number of images made so far. Raises as that does."""
     parts = batches(
-        net, reads, path, solver, c, nfe=nfe, seed=seed, shape=shape, indices=indices, batch=batch, device=device
+        *(net, reads, path, solver, c),
+        nfe=nfe,
+        seed=seed,
+        shape=shape,
+        indices=indices,
+        batch=batch,
+        device=device,
+        precision=precision,
     )
     return joined(parts, on_batch)
 
@@ -65,24 +78,28 @@ def batches(
     indices: Sequence[int] | None = None,
     batch: int = 256,
     device: torch.device | str = "cpu",
+    precision: Precision = "fp32",
 ) -> Iterator[Batch]:
     """Make one image of `shape` per row of c: those numbered `indices` (None: from 0), `batch` at a time on `device`.
 
-    `reads` is a reading of `net`, which stays where it is and is in evaluation mode meanwhile. Raises UserError if the
-    solver cannot serve the reading or nfe, ValueError if there are more or fewer indices than rows of c.
+    `reads` is a reading of `net`, which stays where it is and is in evaluation mode meanwhile; `precision` is that of
+    its passes, and what a solver makes of them is in float32. Raises UserError if the solver cannot serve the reading
+    or nfe, ValueError if there are more or fewer indices than rows of c, Stopped where that is asked, between two
+    passes.
     """
     indices = range(len(c)) if indices is None else indices
     if len(indices) != len(c):
         raise ValueError(f"{len(indices)} images for {len(c)} rows of c: give one index a row")
 
-    for first in range(0, len(c), batch):
-        some, c_some = indices[first : first + batch], c[first : first + batch].to(device)
-        with evaluating(net), counting(net) as passed:
-            _, x = solve(reads, path, solver, c_some, nfe=nfe, seed=seed, shape=shape, indices=some)
-        yield Batch(torch.tensor(some), x.cpu(), _agreed({sum(passed) / len(some)}))
+    parts = [indices[first : first + batch] for first in range(0, len(c), batch)]
+    with ThreadPoolExecutor(1, thread_name_prefix="noise") as thread:
+        draws = Draws(thread, parts, seed=seed, shape=shape, device=device)
+        for i, (some, c_some) in enumerate(zip(parts, c.split(batch), strict=True)):
+            with evaluating(net), counting(net) as passed, passing(net, precision, device):
+                _, x = carried(reads, path, solver, c_some.to(device), nfe, partial(draws, i))
+            yield Batch(torch.tensor(some), x.cpu(), _agreed({sum(passed) / len(some)}))
 
 
-@torch.no_grad()
 def solve(
     reads: Reads,
     path: Path,
@@ -102,6 +119,12 @@ def solve(
     def fresh(k: int) -> Sample:
         return noise(seed, indices, k, shape).to(c.device)
 
+    return carried(reads, path, solver, c, nfe, fresh)
+
+
+@torch.no_grad()
+def carried(reads: Reads, path: Path, solver: Solver, c: Cond, nfe: int, fresh: Fresh) -> tuple[Sample, Sample]:
+    """Draw 0, and what the solver makes of it, in float32. Raises UserError as the solver does."""
     z = fresh(0)
     return z, path.sd * solver(reads, path, z, c, nfe, fresh).float()
 
@@ -124,6 +147,8 @@ def labels(n: int, classes: int, only: Sequence[int] | None = None) -> Int[Tenso
     """
     if n < 1:
         raise UserError(f"{n} images were asked for: ask for at least 1")
+    if n > SAMPLES:
+        raise UserError(f"{n:,} images were asked for: ask for at most {SAMPLES:,}, and for more with another --seed")
     wrong = [label for label in only or () if not 0 <= label < classes]
     if wrong:
         there = f"labels run from 0 to {classes - 1}" if classes else "this model has no classes, so give no labels"
@@ -143,6 +168,21 @@ def counting(net: nn.Module) -> Generator[list[int], None, None]:
     hook = net.register_forward_hook(note)
     try:
         yield passed
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def passing(net: nn.Module, precision: Precision, device: torch.device | str) -> Generator[None, None, None]:
+    """Make the net's passes in a precision; what it answers is float32, in which solvers and guidance add up."""
+
+    def widen(_: nn.Module, __: object, heads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(head.float() if head.dtype == torch.bfloat16 else head for head in heads)
+
+    hook = net.register_forward_hook(widen)
+    try:
+        with using(precision, device):
+            yield
     finally:
         hook.remove()
 

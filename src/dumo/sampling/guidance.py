@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from pydantic import Field
 
+from dumo.bound import FACTOR
 from dumo.flow.guide import Interval
 from dumo.types import Needs, Reads, Rows, Sample, Spec, Time, UserError
 
@@ -45,7 +46,7 @@ class GuidanceScale(NamedTuple):
 class CFG(Spec):
     """What a net is asked for, guided by `scale` where it is read at a time inside the interval."""
 
-    scale: float = Field(default=1.0, gt=0)  # w; 1 is none
+    scale: float = Field(default=1.0, gt=0, le=FACTOR)  # w; 1 is none
     interval: Interval = Interval()
 
     @property

@@ -19,10 +19,13 @@ from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from dumo import stop
+from dumo.bound import PASSES
 from dumo.types import Cond, Path, Reads, Sample, Spec, Time, UserError, lift
 
 Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from
 Reading = Literal["velocity", "endpoint", "flow_map"]  # the fields of Reads
+FAR = 1000  # passes up to which others are looked for: ours
 Start = Annotated[float, Field(gt=0, le=1)]  # the first time; UCGM starts at 0.999 with SD-VAE
 
 
@@ -128,7 +131,10 @@ Solver = Annotated[Euler | Heun | Restart | Hop, Field(discriminator="kind")]
 
 
 def taught(solver: Solver, reads: Reads) -> Callable[..., Sample]:
-    """The reading that the solver uses. Raises UserError, with the solvers that would do, if it was never taught."""
+    """The reading that the solver uses, which raises Stopped where that is asked.
+
+    Raises UserError, with the solvers that would do, if it was never taught.
+    """
     read: Callable[..., Sample] | None = getattr(reads, solver.uses)
     if read is None:
         given = [name for name in get_args(Reading) if getattr(reads, name) is not None]
@@ -136,13 +142,20 @@ def taught(solver: Solver, reads: Reads) -> Callable[..., Sample]:
         raise UserError(
             f"solver '{solver.kind}' needs {solver.uses}; this objective gives {', '.join(given)}: use {_either(able)}"
         )
-    return read
+
+    def asked(*values: object) -> Sample:
+        stop.check()
+        return read(*values)
+
+    return asked
 
 
 def steps(solver: Solver, nfe: int) -> int:
     """The number of steps that make nfe passes. Raises UserError if no number does."""
     if nfe < 1:
         raise UserError(f"nfe = {nfe} makes no sample: ask for at least {solver.passes}")
+    if nfe > PASSES:
+        raise UserError(f"nfe = {nfe:,} is more passes than any sample takes: ask for at most {PASSES:,}")
     if nfe % solver.passes:
         above = nfe + solver.passes - nfe % solver.passes
         raise UserError(
@@ -172,7 +185,7 @@ def able(solver: Solver, reads: Reads, nfe: int) -> bool:
 def _reach(solver: Hop, reads: Reads, nfe: int) -> None:
     """Refuse jumps that were never taught, with a UserError."""
     if not able(solver, reads, nfe):
-        others = [str(n) for n in range(1, 2 * nfe + 1) if able(solver, reads, n)]
+        others = [str(n) for n in range(1, min(2 * nfe, FAR) + 1) if able(solver, reads, n)]
         way_out = f"nfe = {_either(others[-2:])}" if others else "start = 1"
         raise UserError(
             f"solver 'hop' of nfe = {nfe} from t = {solver.start:g} makes jumps that this objective never teaches: ask "

@@ -6,7 +6,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed
 
-from dumo import dist
+from dumo import dist, stop
 from dumo.io import file as files
 from dumo.types import UserError
 
@@ -54,6 +54,8 @@ def told(error: Exception) -> Failure:
     """An error in words and numbers, for other ranks."""
     if isinstance(error, UserError):
         return "user", 0, str(error), None
+    if isinstance(error, stop.Stopped):
+        return "stopped", error.number, str(error), None
     if isinstance(error, OSError) and error.errno is not None:
         file = None if error.filename is None else str(error.filename)
         return "system", error.errno, error.strerror or str(error), file
@@ -66,4 +68,6 @@ def raised(rank: int, kind: str, number: int, text: str, file: str | None) -> Ex
     """The error that a rank told."""
     if kind == "user":
         return UserError(text)
+    if kind == "stopped":
+        return stop.Stopped(number, text)
     return OSError(number, text, file) if kind == "system" else RuntimeError(f"rank {rank}: {text}")

@@ -9,14 +9,13 @@ Each is written in a hidden place, flushed to the disk, then renamed: so what is
 whenever the process or the machine stops, and its list tells whether it still is (`dumo.training.manifest`).
 """
 
-import re
-import shutil
 import warnings
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from dumo import dist
@@ -24,7 +23,8 @@ from dumo.io import file as files
 from dumo.io import weights
 from dumo.training import agreement, layout, manifest
 from dumo.training.memory import blank, by_place, flatten
-from dumo.training.state import State
+from dumo.training.retention import drop, standing
+from dumo.training.state import Diverged, State
 from dumo.types import UserError
 
 FIT = "resume with the spec that wrote it"  # the way out for weights of another net
@@ -32,14 +32,17 @@ ONE_FILE = {"format": "pt"}  # and nothing else: two entries come in either orde
 
 
 def save(folder: Path, state: State, keep: int) -> Path:
-    """Write the checkpoint of this step into `folder`, then drop all before the last `keep`; return its path.
+    """Write the checkpoint of this step into `folder`, then drop those that `drop` drops; return its path.
 
     A step that already stands is left alone, and replaced where it is damaged; damaged ones do not count as kept. Every
-    rank must call it. Raises UserError on all ranks if the disk is full; the older checkpoints then stand.
+    rank must call it. Raises on all ranks Diverged if a number is not finite, UserError if the disk is full; the older
+    checkpoints then stand.
     """
     target = folder / f"step-{state.step:08d}"
     if not agreement.main(target.exists) or manifest.fault(target, together=True):
         tensors = parts(state)
+        if wrong := not_finite(tensors):
+            raise Diverged(f"step {state.step}: {wrong} is not finite, so no checkpoint is written of it.")
         size = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
         with made(target, "checkpoint", state.step, size) as temp:
             write(temp, state, tensors)
@@ -96,6 +99,30 @@ def part(checkpoint: Path, name: str) -> Path:
     return folder if folder.is_dir() else checkpoint / f"{name}.safetensors"
 
 
+def of_step(folder: Path, step: int) -> Path:
+    """The checkpoint of a step, which stands. Every rank must call it. Raises UserError where it is damaged."""
+    found = standing(folder)[step]
+    if wrong := manifest.fault(found, together=True):
+        raise UserError(f"{wrong}: go on from another step")
+    return found
+
+
+def go_on(checkpoint: Path, state: State, *, or_before: bool = True) -> Path:
+    """Restore a checkpoint, or, where a number of it is not finite, the last whole one that has none; return it.
+
+    Every rank must call it. Raises UserError as `restore`, and as `latest` where none is left, or none is taken in its
+    place (`or_before`).
+    """
+    while True:
+        restore(checkpoint, state)
+        if (wrong := not_finite(parts(state))) is None:
+            return checkpoint
+        if not or_before:
+            raise UserError(f"{checkpoint}: {wrong} is not finite: go on from another step")
+        manifest.condemn(checkpoint, f"{checkpoint}: {wrong} is not finite")
+        checkpoint = latest(checkpoint.parent, together=True) or checkpoint  # or: it raises where there is none
+
+
 def restore(checkpoint: Path, state: State) -> None:
     """Load a checkpoint, one that `latest` gave, into a state built from the same spec, on as many ranks as there are.
 
@@ -121,12 +148,34 @@ def restore(checkpoint: Path, state: State) -> None:
     agreement.agreed(fill)
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": by_place(memory, state)})
     state.step, state.images = about.step, about.images
+    state.skips, state.trend = about.skips, about.trend
 
 
 def parts(state: State) -> dict[str, dict[str, Tensor]]:
     """All tensors of a checkpoint, by part and name: those of a rank are what it holds."""
     tensors = {"net": state.net.state_dict(), "optimizer": flatten(state)}  # in this order: the first shards the net
     return tensors | {f"ema-{decay}": average.module.state_dict() for decay, average in state.averages.items()}
+
+
+def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+    """The first tensor of a checkpoint with a number that is not finite; None where there is none.
+
+    A device is waited for once. Every rank must call it, and gets the same answer.
+    """
+    here: dict[torch.device, dict[str, Tensor]] = {}
+    for part, named in tensors.items():
+        for name, tensor in named.items():
+            if (x := layout.local(tensor.detach())).is_floating_point() and x.numel():
+                ends = torch.stack(torch.aminmax(x))  # NaN is both; nine times as fast as a look at each number
+                here.setdefault(x.device, {})[f"{part}: {name}"] = ends.isfinite().all()
+    found = [name for flags in here.values() for name, good in told(flags) if not good]
+    answers = agreement.agreed(lambda: next(iter(found), None))
+    return next((answer for answer in answers if answer), None)
+
+
+def told(flags: Mapping[str, Tensor]) -> Iterator[tuple[str, bool]]:
+    """Flags of one device by name, in one copy."""
+    return zip(flags, torch.stack([*flags.values()]).tolist(), strict=True)
 
 
 def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -136,7 +185,13 @@ def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]
     lists = agreement.agreed(lambda: manifest.listed(folder, mine))
     listed = {name: file for list_of_rank in lists for name, file in list_of_rank.items()}
     about = manifest.Manifest(
-        step=state.step, images=state.images, ranks=dist.world(), versions=dist.versions(), files=listed
+        step=state.step,
+        images=state.images,
+        skips=state.skips,
+        trend=state.trend,
+        ranks=dist.world(),
+        versions=dist.versions(),
+        files=listed,
     )
     agreement.main(lambda: manifest.write(folder, about))
 
@@ -218,25 +273,9 @@ def so(target: Path, kind: str, step: int) -> str:
     return f"so the {kind} of step {step} was not written; {stands}. Free some space and start again."
 
 
-def drop(folder: Path, step: int, keep: int) -> None:
-    """Remove the checkpoints up to a step that come before the last `keep` whole ones."""
-    for n, path in reversed(standing(folder).items()):
-        if keep == 0:
-            shutil.rmtree(path.rename(files.hidden(path)))  # hidden first: half of one must not look like one
-        elif n <= step and manifest.sound(path):
-            keep -= 1
-
-
 def step_of(place: Path, default: int) -> int:
     """The step that weights are of: as their file says, else as the checkpoint it lies in does, else the default."""
     step = weights.notes(place).get("step", "")
-    if step.isdecimal():
+    if step.isdecimal() and len(step) < 20:  # else it is no step, and may be too long for a number
         return int(step)
     return manifest.read(place.parent).step if (place.parent / manifest.NAME).is_file() else default
-
-
-def standing(folder: Path, suffix: str = "") -> dict[int, Path]:
-    """The checkpoints in `folder`, damaged ones included, or its files of this suffix, by step, the first one first."""
-    name = re.compile(rf"step-(\d+){re.escape(suffix)}")
-    found = {int(match[1]): path for path in folder.glob("step-*") if (match := name.fullmatch(path.name))}
-    return dict(sorted(found.items()))

@@ -1,4 +1,11 @@
-"""torch.compile where training can use it: on a net's blocks, or on the whole loss."""
+"""torch.compile where training can use it: on a net's blocks, or on the whole loss.
+
+Of a guided batch the rows that need V(null) differ in number from step to step. Blocks are compiled for the batch and,
+at the second number of rows that they meet, once for all numbers. A whole loss makes the pass of all rows.
+"""
+
+import os
+import shutil
 
 import torch
 from torch import nn
@@ -7,12 +14,19 @@ from dumo.training.spec import Compile
 from dumo.training.step import Loss
 from dumo.types import Objective, UserError
 
+COMPILERS = ("g++", "clang++")
+
 
 def compiled(net: nn.Module, objective: Objective, choice: Compile) -> Loss:
     """The loss as it is to be run, by torch.compile: its net's blocks (in place), all of it, or none.
 
-    Raises UserError if blocks are to be compiled and there are none.
+    Raises UserError if blocks are to be compiled and there are none, or if there is no compiler.
     """
+    if choice != "none" and not any(map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))):
+        raise UserError(
+            f"train.compile = {choice} needs a C++ compiler, and there is none: install {' or '.join(COMPILERS)}, or "
+            "set train.compile=none"
+        )
     if choice == "blocks":
         compile_blocks(net)
     return torch.compile(objective.loss, fullgraph=True) if choice == "loss" else objective.loss

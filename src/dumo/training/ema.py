@@ -10,6 +10,7 @@ reaches (10 d - 1) / (1 - d). The ramp is TensorFlow's (`tf.train.ExponentialMov
 """
 
 from copy import deepcopy
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -30,6 +31,9 @@ class Ema(Spec):
         return min(self.decay, (1 + n) / (10 + n)) if self.ramp else self.decay
 
 
+Place = tuple[dict[str, Any], str]  # where a module keeps a tensor: its table, and the name there
+
+
 class MovingAverage:
     """A running copy of a net: same class, same buffers, averaged parameters, no gradients, in evaluation mode."""
 
@@ -37,11 +41,33 @@ class MovingAverage:
         """Start from the net as it is."""
         self.spec = spec
         self.module = deepcopy(net).requires_grad_(False).eval()
+        self._known: tuple[nn.Module, list[list[Place]]] | None = None
 
     @torch.no_grad()
     def update(self, net: nn.Module, n: int) -> None:
         """Move towards the net, in place; n counts updates from 1. Buffers are copied, not averaged."""
+        own, given, own_buffers, given_buffers = ([table[name] for table, name in p] for p in self._places(net))
         move = get_ema_multi_avg_fn(self.spec(n))  # all parameters at once
-        move([*self.module.parameters()], [*net.parameters()], n)
-        for mine, new in zip(self.module.buffers(), net.buffers(), strict=True):
+        move(own, given, n)
+        for mine, new in zip(own_buffers, given_buffers, strict=True):
             mine.copy_(new)
+
+    def _places(self, net: nn.Module) -> list[list[Place]]:
+        """Where parameters and buffers lie, in this net and that: looked up once, for it takes longer than a small
+        net's update. Not the tensors, in whose places sharding puts others.
+        """
+        if self._known is None or self._known[0] is not net:
+            pair = self.module, net
+            self._known = net, [*(places(m, "_parameters") for m in pair), *(places(m, "_buffers") for m in pair)]
+        return self._known[1]
+
+
+def places(net: nn.Module, kind: Literal["_parameters", "_buffers"]) -> list[Place]:
+    """Where a net keeps its parameters or its buffers, in their order; one that is shared, once."""
+    found: dict[int, Place] = {}
+    for module in net.modules():
+        table: dict[str, Any] = getattr(module, kind)
+        for name, tensor in table.items():
+            if tensor is not None:
+                found.setdefault(id(tensor), (table, name))
+    return list(found.values())

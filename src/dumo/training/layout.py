@@ -84,6 +84,11 @@ def whole(x: Tensor) -> Tensor:
     return cast("DTensor", x).full_tensor() if hasattr(x, "full_tensor") else x
 
 
+def local(x: Tensor) -> Tensor:
+    """The part of a tensor that is on this rank; itself where it is in one piece."""
+    return cast("DTensor", x).to_local() if hasattr(x, "to_local") else x
+
+
 def gathered(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.Module:
     """The net in one piece on every rank: itself where it is, else one that `build` makes, with its numbers.
 

@@ -13,10 +13,12 @@ from dumo import dist
 from dumo.io import digest
 from dumo.io.weights import title
 from dumo.training.agreement import agreed
+from dumo.training.trend import Trend
 from dumo.types import UserError
 
 NAME = "state.json"
 _whole: set[tuple[Path, str]] = set()  # checkpoints that this process has written, or read to the end, by their lists
+_broken: dict[tuple[Path, str], str] = {}  # those whose numbers it has found to be none, and what it found
 
 
 class Listed(BaseModel):
@@ -31,6 +33,8 @@ class Manifest(BaseModel):
 
     step: int
     images: int
+    skips: int = 0  # the last steps in a row that were not applied
+    trend: Trend = Trend()  # of the error up to this step
     ranks: int = 1  # that wrote it
     versions: dict[str, str] = {}
     files: dict[str, Listed] | None = None  # by path inside the checkpoint, all but this one; None: none were listed
@@ -87,6 +91,11 @@ def remember(checkpoint: Path) -> None:
     _whole.add(_key(checkpoint))
 
 
+def condemn(checkpoint: Path, why: str) -> None:
+    """Take it from now on that something is wrong with this checkpoint, though its files are as listed."""
+    _broken[_key(checkpoint)] = why
+
+
 def sound(checkpoint: Path) -> bool:
     """Whether a checkpoint is whole; each is read to the end once, after that its sizes must do."""
     if _fault(checkpoint, ()):
@@ -104,6 +113,8 @@ def _fault(
         wanted = read(checkpoint).files
     except UserError as error:
         return str(error)
+    if found := _broken.get(_key(checkpoint)):
+        return found
     if wanted is None:
         return None
     sizes = _sizes(checkpoint)

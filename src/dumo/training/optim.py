@@ -12,11 +12,12 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from dumo.types import Spec
+from dumo.bound import FACTOR, STEPS
+from dumo.types import CHANGES, Spec
 
 Kind = TypeVar("Kind", bound=str)
-LearningRate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Decay = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LearningRate = Annotated[float, Field(gt=0, le=FACTOR, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, le=FACTOR, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -24,15 +25,18 @@ class Adaptive(Spec, Generic[Kind]):
     """A step per parameter, of two moments of its gradient. The defaults are the paper's (Sec. 4.1); eps is torch's."""
 
     of: ClassVar[type[torch.optim.Adam | torch.optim.RAdam]]
+    fuses: ClassVar[bool] = True  # whether torch has it in one kernel
     kind: Kind
-    lr: LearningRate = 1e-4
+    lr: LearningRate = Field(default=1e-4, json_schema_extra=CHANGES)
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: Decay = 0.0
     eps: LearningRate = 1e-8
 
     def __call__(self, params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer of these parameters."""
-        return self.of(params, self.lr, self.betas, self.eps, self.weight_decay)
+        """The optimizer of these parameters: on a GPU in one kernel, which rounds in another order than a CPU's."""
+        params = list(params)
+        fused = {"fused": True} if self.fuses and all(p.is_cuda for p in params) else {}
+        return self.of(params, self.lr, self.betas, self.eps, self.weight_decay, **fused)
 
 
 class AdamW(Adaptive[Literal["adamw"]]):
@@ -53,6 +57,7 @@ class RAdam(Adaptive[Literal["radam"]]):
     """Adam with a rectified first phase (arXiv 1908.03265); weight decay as in `Adam`."""
 
     of = torch.optim.RAdam
+    fuses = False
     kind: Literal["radam"] = "radam"
 
 
@@ -63,7 +68,7 @@ class Constant(Spec):
     """Full rate after the warm-up. Without one it is the paper's schedule (App. C.1)."""
 
     kind: Literal["constant"] = "constant"
-    warmup: int = Field(default=0, ge=0)  # steps
+    warmup: int = Field(default=0, ge=0, le=STEPS)  # steps
 
     def __call__(self, step: int, steps: int) -> float:
         """The factor of the update that follows `step` done ones; `steps` does not matter."""
@@ -74,7 +79,7 @@ class Cosine(Spec):
     """Half a cosine from full rate at the end of the warm-up down to `floor` (arXiv 1608.03983, without restarts)."""
 
     kind: Literal["cosine"] = "cosine"
-    warmup: int = Field(default=0, ge=0)  # steps
+    warmup: int = Field(default=0, ge=0, le=STEPS)  # steps
     floor: float = Field(default=0.0, ge=0, le=1)  # the factor at the end
 
     def __call__(self, step: int, steps: int) -> float:

@@ -2,21 +2,23 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from dumo.bound import ROWS, STEPS
+from dumo.flow.precision import Precision
 from dumo.training.ema import Ema
 from dumo.training.optim import AdamW, Constant, Optimizer, Schedule
-from dumo.types import FREE, Spec
+from dumo.types import CHANGES, FREE, Spec
 
-Precision = Literal["fp32", "bf16"]
 Compile = Literal["none", "blocks", "loss"]
 
 
 class Train(Spec):
-    """How to train. Fields marked free may change when a run is resumed."""
+    """How to train. Fields marked free may change when a run is resumed; what is marked `changes` is noted then."""
 
-    steps: int = Field(ge=1, json_schema_extra=FREE)  # in all, resumed ones included; schedules stretch with it
-    batch: int = Field(ge=1)  # rows per step, over all ranks
+    # In all, resumed ones included; schedules stretch with it.
+    steps: int = Field(ge=1, le=STEPS, json_schema_extra=FREE)
+    batch: int = Field(ge=1, le=ROWS)  # rows per step, over all ranks
     # Rows of a pass on a rank, to save memory; None: all of a rank's. Changes rounding only.
     micro_batch: int | None = Field(default=None, ge=1, json_schema_extra=FREE)
     # Ranks that hold one copy of weights, averages and optimizer between them, to save memory: 1: each its own copy
@@ -25,17 +27,25 @@ class Train(Spec):
     # Give the weights gathered from other ranks back after each pass and gather them anew: less memory, more talk.
     reshard: bool = Field(default=False, json_schema_extra=FREE)
     optimizer: Optimizer = AdamW()
-    schedule: Schedule = Constant()
+    schedule: Schedule = Field(default=Constant(), json_schema_extra=CHANGES)
     ema: tuple[Ema, ...] = (Ema(decay=0.9999),)  # App. C.1; the first is sampled and evaluated, the weights if none
     ref: Literal["self"] | float = "self"  # theta^- (Alg. 1): the weights in training, or the average of this decay
-    clip: float | None = Field(default=None, gt=0)  # largest norm of the gradient; None: no clipping, as the paper
+    # Largest norm of the gradient; None: no clipping, as the paper.
+    clip: float | None = Field(default=None, gt=0, json_schema_extra=CHANGES)
     compile: Compile = Field(default="none", json_schema_extra=FREE)  # changes rounding
-    precision: Precision = "fp32"  # bf16: autocast of the loss; weights, optimizer and averages stay as they are
+    # tf32: on a GPU the factors of products are rounded; bf16: autocast of the loss. Weights, optimizer and averages
+    # stay fp32.
+    precision: Precision = Field(default="fp32", json_schema_extra=CHANGES)
     seed: int = Field(default=0, ge=0)
     log_every: int = Field(default=50, ge=1, json_schema_extra=FREE)  # steps
     probe_every: int = Field(default=250, ge=0, json_schema_extra=FREE)  # steps; 0: never
+    # Steps after which samples are drawn into sheets/, or a number: after every so many.
+    sheets: PositiveInt | tuple[PositiveInt, ...] = Field(default=(), json_schema_extra=FREE)
     save_every: int = Field(default=500, ge=1, json_schema_extra=FREE)  # steps
-    keep: int = Field(default=2, ge=1, json_schema_extra=FREE)  # checkpoints
+    # Minutes after which a checkpoint is saved between those: what a stop without warning costs. None: by steps alone.
+    save_minutes: float | None = Field(default=10.0, gt=0, json_schema_extra=FREE)
+    keep: int = Field(default=2, ge=1, json_schema_extra=FREE)  # checkpoints; and the last good one, if none of them is
+    max_skips: int = Field(default=3, ge=1, json_schema_extra=FREE)  # steps in a row that are not finite: then it stops
     milestones: tuple[NonNegativeInt, ...] = Field(default=(), json_schema_extra=FREE)  # steps whose weights stay
 
     @model_validator(mode="after")
@@ -54,3 +64,7 @@ class Train(Spec):
     def probes(self, step: int) -> bool:
         """Whether the update that follows `step` done ones is probed."""
         return self.probe_every > 0 and (step + 1) % self.probe_every == 0
+
+    def draws(self, step: int) -> bool:
+        """Whether samples are drawn after this step."""
+        return step % self.sheets == 0 if isinstance(self.sheets, int) else step in self.sheets

@@ -8,6 +8,11 @@ from torch import nn
 from dumo.training import layout
 from dumo.training.ema import MovingAverage
 from dumo.training.spec import Train
+from dumo.training.trend import Trend
+
+
+class Diverged(RuntimeError):  # noqa: N818, a state of the run
+    """What is trained is no longer a number: too many steps in a row, or what was to be saved."""
 
 
 @dataclass
@@ -17,8 +22,10 @@ class State:
     net: nn.Module
     optimizer: torch.optim.Optimizer
     averages: dict[float, MovingAverage] = field(default_factory=dict[float, MovingAverage])  # by decay
-    step: int = 0  # updates done
+    step: int = 0  # steps done, skipped ones included
     images: int = 0  # images seen, repeats counted
+    skips: int = 0  # the last steps in a row that were skipped
+    trend: Trend = field(default_factory=Trend)  # of the error, over the steps that were not
 
     @property
     def shown(self) -> nn.Module:

@@ -3,10 +3,11 @@
 The gradient is that of the mean loss over the global batch, of which each rank has its rows and takes them in pieces
 (`dumo.training.cut`). A piece adds the gradient of its sum over the batch size, and ranks are added up after the last:
 so the split changes nothing but rounding, and two ranks are one that makes two passes, to the bit.
+
+What is not finite is never applied, and never made finite: the step is skipped on all ranks (`dumo.training.record`).
 """
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -17,18 +18,21 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from dumo import dist
 from dumo.flow import dropout
-from dumo.flow.draw import draw
+from dumo.flow.draw import Draws, drawn, noised
+from dumo.flow.precision import autocast
 from dumo.flow.reading import reading
+from dumo.place import sent
 from dumo.training import layout
 from dumo.training.cut import passes, span
 from dumo.training.probe import Probe, ask
+from dumo.training.record import Record, blame, measure
 from dumo.training.spec import Train
+from dumo.training.state import Diverged as Diverged
 from dumo.training.state import State
-from dumo.types import Frozen, Net, Noised, Objective, Path, PerSample, Taught, Terms, Time, UserError, frozen
+from dumo.types import Frozen, Net, Noised, Objective, Path, Taught, Terms, Time, UserError, frozen
 
 Batch = Sequence[Tensor]  # (x, c), or with the noise that belongs to x: (x, c, z)
 Loss = Callable[[Net, Frozen, Noised], Terms]
-BINS = 10  # of t, equally wide: ours
 
 
 @dataclass(frozen=True)
@@ -41,35 +45,25 @@ class Task:
     teacher: Taught | None = None  # what puts another velocity in the place of the data's, as `draw` has it
 
 
-class Diverged(RuntimeError):  # noqa: N818, a state of the run
-    """The loss or its gradient is no longer a number. The weights are those before the step."""
+def train_step(
+    state: State,
+    task: Task,
+    batch: Batch,
+    spec: Train,
+    loss: Loss | None = None,
+    draws: Draws | None = None,
+    *,
+    due: bool = False,
+) -> Record:
+    """Make one step: update net, optimizer, averages and counters of `state`, and say what was measured.
 
-
-@dataclass(frozen=True)
-class Record:
-    """What one step measured: means over the global batch."""
-
-    step: int  # updates done, this one included
-    images: int  # images seen, this batch included
-    loss: float
-    parts: dict[str, float]  # the loss's named parts
-    notes: dict[str, float]  # what else the objective watches
-    bins: dict[str, list[float]]  # loss, parts and notes in ten bins of t, data to noise; nan where no row fell
-    counts: list[int]  # rows per bin
-    grad_norm: float  # before clipping
-    lr: float
-    probe: Probe | None = None  # whether parts and heads agree, after the step; None where that was not asked
-
-
-def train_step(state: State, task: Task, batch: Batch, spec: Train, loss: Loss | None = None) -> Record:
-    """Update net, optimizer, averages and counters of `state` once, and say what was measured.
-
-    `batch` is this rank's rows of the global one; `loss` the objective's, compiled, or None for as it is. Where the
-    spec says so, the last piece is probed after the update. Every rank must call it. Raises Diverged, and updates
-    nothing, if the loss or the norm of its gradient is not finite, and UserError if `spec.ref` is no average of the
-    state.
+    `batch` is this rank's rows of the global one; `loss` the objective's, compiled, or None for as it is; `draws` what
+    `draws_of` gives for this step, or None to draw it here. Where the spec says so, the last piece is probed after the
+    update. Every rank must call it; on rank 0 `due` says that it is time for a checkpoint, of which the record tells
+    all. Where the loss or the norm of its gradient is not finite, the step is counted and not applied, and the record
+    says why. Raises UserError if `spec.ref` is no average of the state.
     """
-    mine = Pieces(state, task, batch, spec, loss or task.objective.loss)
+    mine = Pieces(state, task, batch, spec, loss or task.objective.loss, draws)
     times: list[Time] = []
     seen: list[Terms] = []
     state.net.train()
@@ -85,20 +79,24 @@ def train_step(state: State, task: Task, batch: Batch, spec: Train, loss: Loss |
     parameters = list(state.net.parameters())
     norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
     t, terms, rate, probed = torch.cat(times), joined(seen), spec.rate(state.step), spec.probes(state.step)
-    record = measure(state, t, terms, images=spec.batch, grad_norm=layout.whole(norm).item(), lr=rate)
-    if not math.isfinite(record.loss + record.grad_norm):
-        raise Diverged(diagnose(record, t, values(terms)))
-    if spec.clip is not None:
+    record = measure(state, t, terms, layout.whole(norm), images=spec.batch, lr=rate, due=due)
+    if not record.finite:
+        record = replace(record, skipped=blame(record, t, mine.c, terms))
+    elif spec.clip is not None:
         clip_grads_with_norm_(parameters, spec.clip, norm)
     advance(state, record)
-    return replace(record, probe=mine.probe(terms.parts)) if probed else record
+    return replace(record, probe=mine.probe(terms.parts)) if probed and not record.skipped else record
 
 
 class Pieces:
     """A rank's part of a step's batch, in the pieces that it is taken in; keyed by the step at which it was made."""
 
-    def __init__(self, state: State, task: Task, batch: Batch, spec: Train, loss: Loss) -> None:
-        """Draw nothing yet. Raises ValueError where the rows are not those of this rank."""
+    def __init__(
+        self, state: State, task: Task, batch: Batch, spec: Train, loss: Loss, draws: Draws | None = None
+    ) -> None:
+        """Take the numbers that were drawn for the step, or draw them. Raises ValueError where rows are not those of
+        this rank.
+        """
         self.cuts = pieces(spec, task.objective)
         all_rows = span(self.cuts)
         self.first = all_rows.start
@@ -107,21 +105,25 @@ class Pieces:
         if len(self.x) != (mine := all_rows.stop - self.first):
             raise ValueError(f"here are {len(self.x)} rows, and {mine} of a batch of {spec.batch} are this rank's")
         self.net, self.loss, self.task = state.net, loss, task
-        keyed = {"seed": spec.seed, "step": state.step, "batch": spec.batch}
-        self.noised = partial(draw, task.objective, task.path, **keyed, progress=state.step / spec.steps)
-        self.autocast = partial(torch.autocast, self.x.device.type, torch.bfloat16, enabled=spec.precision == "bf16")
-        self.keys = dropout.keys(spec.seed, state.step, spec.batch)
+        self.draws = draws or draws_of(task, spec, state.step, self.x.shape[1:], z=self.z is None)
+        self.keys = sent(self.draws.keys, self.x.device)
+        self.noised = partial(noised, path=task.path, progress=state.step / spec.steps, teacher=task.teacher)
+        self.autocast = partial(autocast, spec.precision, self.x.device)
         self.ref = reference(state, spec.ref)
+
+    def here(self, rows: slice) -> slice:
+        """Rows of the global batch, counted from this rank's first."""
+        return slice(rows.start - self.first, rows.stop - self.first)
 
     def draw(self, rows: slice) -> Noised:
         """The record of these rows of the global batch."""
-        here, task = slice(rows.start - self.first, rows.stop - self.first), self.task
+        here = self.here(rows)
         z = None if self.z is None else self.z[here]
-        return self.noised(self.x[here], self.c[here], task.classes, first=rows.start, z=z, teacher=task.teacher)
+        return self.noised(self.draws[here], x=self.x[here], c=self.c[here], null=self.task.classes, z=z)
 
     def loss_of(self, b: Noised, rows: slice) -> Terms:
         """The loss of these rows, in the run's precision and under their dropout masks."""
-        with self.autocast(), dropout.using(self.keys[rows].to(self.x.device)):
+        with self.autocast(), dropout.using(self.keys[self.here(rows)]):
             return self.loss(self.net, self.ref, b)
 
     def probe(self, parts: Iterable[str]) -> Probe | None:
@@ -131,6 +133,12 @@ class Pieces:
         found = ask(self.net, reads, parts, b, lambda: self.loss_of(b, rows))
         layout.release(self.net)
         return found
+
+
+def draws_of(task: Task, spec: Train, step: int, shape: Sequence[int], *, z: bool = True) -> Draws:
+    """What this rank draws for the step that follows `step` done ones, for samples of this shape: nothing but that."""
+    rows = span(pieces(spec, task.objective))
+    return drawn(task.objective, shape, seed=spec.seed, step=step, batch=spec.batch, rows=rows, z=z)
 
 
 def reference(state: State, choice: Literal["self"] | float) -> Frozen:
@@ -163,57 +171,18 @@ def joined(terms: Sequence[Terms]) -> Terms:
     )
 
 
-def values(terms: Terms) -> dict[str, PerSample]:
-    """The loss, its parts and notes, by name."""
-    return {"loss": terms.loss, **terms.parts, **terms.notes}
-
-
-def measure(state: State, t: Time, terms: Terms, *, images: int, grad_norm: float, lr: float) -> Record:
-    """The record of the step about to be made on a batch of `images` rows."""
-    sums, counts = by_time(t, values(terms))
-    means = {name: sum(row) / sum(counts) for name, row in sums.items()}
-    return Record(
-        step=state.step + 1,
-        images=state.images + images,
-        loss=means["loss"],
-        parts={name: means[name] for name in terms.parts},
-        notes={name: means[name] for name in terms.notes},
-        bins={name: [s / n if n else math.nan for s, n in zip(row, counts, strict=True)] for name, row in sums.items()},
-        counts=[round(n * dist.world()) for n in counts],
-        grad_norm=grad_norm,
-        lr=lr,
-    )
-
-
-def by_time(t: Time, values: Mapping[str, PerSample]) -> tuple[dict[str, list[float]], list[float]]:
-    """Sums of each value and the number of rows, by bin of t; both are means over ranks."""
-    bins = (t * BINS).long().clamp(0, BINS - 1)
-    table = t.new_zeros(len(values) + 1, BINS)
-    for row, value in zip(table, [*values.values(), torch.ones_like(t)], strict=True):
-        row.index_add_(0, bins, value.to(t))
-    *sums, counts = dist.mean(table).tolist()
-    return dict(zip(values, sums, strict=True)), counts
-
-
 def advance(state: State, record: Record) -> None:
-    """Apply the gradients that the parameters hold, and count the step."""
+    """Count the step, and apply the gradients that the parameters hold, unless it is skipped.
+
+    A skipped step has its number, too: the batch and the draws of those after it do not depend on what became of it.
+    """
+    state.step, state.images = record.step, record.images
+    if record.skipped:
+        state.skips += 1
+        return
     for group in state.optimizer.param_groups:
         group["lr"] = record.lr
     state.optimizer.step()
-    state.step, state.images = record.step, record.images
     for average in state.averages.values():
         average.update(state.net, state.step)
-
-
-def diagnose(record: Record, t: Time, values: Mapping[str, PerSample]) -> str:
-    """What is not finite, where, and what to try; of all ranks' rows. Every rank must call it."""
-    t, *columns = (torch.cat(dist.gathered(row)) for row in (t, *values.values()))
-    broken = {name: ~row.isfinite() for name, row in zip(values, columns, strict=True) if not row.isfinite().all()}
-    what = ", ".join(broken) or ("the mean loss" if math.isfinite(record.grad_norm) else "the gradient norm")
-    rows = torch.stack(list(broken.values())).any(0) if broken else torch.ones_like(t, dtype=torch.bool)
-    low, high = t[rows].min().item(), t[rows].max().item()
-    return (
-        f"step {record.step} diverged: {what} is not finite, in {int(rows.sum())} of {len(t)} rows, t in "
-        f"[{low:.3f}, {high:.3f}] (loss {record.loss:g}, gradient norm {record.grad_norm:g}). The weights are "
-        "those before this step. Try a lower learning rate, gradient clipping, another slope, or precision fp32."
-    )
+    state.skips, state.trend = 0, state.trend.after(sum(map(abs, record.parts.values())) or abs(record.loss))

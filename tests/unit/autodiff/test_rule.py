@@ -4,9 +4,6 @@ A case is a call as it stands in a net. x, y, z and a (positive) may move, one, 
 are parameters, which rest.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from math import prod, sqrt
@@ -19,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import dumo
 from dumo.autodiff import dual
 from dumo.autodiff.dual import ALONE, RULES, Dual, Later, NoRule
 from dumo.autodiff.rule.register import METHODS
 from dumo.types import Array
+from forked import python
+from meeting import outputs
 
 D = torch.float64
 Shapes = dict[str, tuple[int, ...]]
@@ -801,7 +799,6 @@ def test_attention_scales_as_torch_does(n: int) -> None:
 
 # Under a compiler, which hands operators over in other forms, and operands the other way round.
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(dumo.__file__).parents[1])}
 COMPILED = """
     w - x
     x - w
@@ -841,13 +838,12 @@ for call in sys.argv[1:]:
 """
 
 
-def test_a_compiler_sees_the_same_operation() -> None:
+def test_a_compiler_sees_the_same_operation(tmp_path: Path) -> None:
     """It gives `moving @ tensor` as `tensor.matmul(moving)`: a square product would be another, and is refused.
 
     In a process of its own, for shapes are not checked where a compiler looks.
     """
     calls = lines(COMPILED)
-    command = [sys.executable, "-W", "ignore", "-c", SCRIPT, *calls, SWAPPED]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True, timeout=300)
-    said = dict(zip([*calls, SWAPPED], done.stdout.splitlines(), strict=True))
+    ((out, _),) = outputs([python(SCRIPT, *calls, SWAPPED, cwd=tmp_path)], patience=300)
+    said = dict(zip([*calls, SWAPPED], out.splitlines(), strict=True))
     assert said == dict.fromkeys(calls, "same") | {SWAPPED: "refused, else same"}

@@ -253,11 +253,11 @@ def test_works_take_turns_and_the_first_rounds_do_not_count(monkeypatch: pytest.
     assert clock.spread(seconds[0]) == (2.5, 3, 3.5)
 
 
-def test_matrix_products_are_as_before_when_all_is_done() -> None:
-    before = torch.get_float32_matmul_precision()
-    with clock.products("tf32"):
-        assert torch.get_float32_matmul_precision() == "high"
-    assert torch.get_float32_matmul_precision() == before
+def test_a_loss_is_compiled_whole_as_training_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, object]] = []
+    monkeypatch.setattr(torch, "compile", lambda f, **how: asked.append(how) or f)
+    assert measured(tiny("digits", GUIDED), slopes=("dual",), compile="loss")["dual", "fp32"]["units_timed"] > 0
+    assert asked == [{"fullgraph": True, "dynamic": False}] * 2
 
 
 def test_zeros_are_filled_and_nothing_else() -> None:

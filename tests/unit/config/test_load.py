@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from dumo import recipes
-from dumo.config.format import FORMAT, KEY
-from dumo.config.load import default_folder, difference, dump, load, parse
+from dumo.config.format import FORMAT, KEY, Noted
+from dumo.config.load import FILE, default_folder, difference, differences, dump, load, parse
+from dumo.config.source import noted
 from dumo.config.tree import Sampling
 from dumo.sampling.solver import Heun, Hop
 from dumo.training.ema import Ema
@@ -253,3 +254,49 @@ def test_another_family_member_is_told_whole() -> None:
     assert "kind: beta" in line
     assert "kind: uniform" in line
     assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("override", "may"),
+    [
+        ("train.optimizer.lr=0.5", True),
+        ("train.optimizer.kind=radam", False),
+        ("train.optimizer.betas=[0.5, 0.6]", False),
+        ("train.schedule.warmup=1", True),
+        ("train.schedule.kind=constant", True),
+        ("train.clip=0.5", True),
+        ("objective.slope.h=0.01", True),
+        ("objective.slope.kind=jvp", True),
+        ("objective.drop=0.2", False),
+        ("train.ema=[]", False),
+        ("net.depth=2", False),
+    ],
+)
+def test_what_may_change_on_resume(override: str, may: bool) -> None:
+    found = [*differences(load("digits", PINNED), load("digits", [*PINNED, override]))]
+    assert [one.may for one in found] == [may]
+
+
+def test_every_slope_and_precision_may_change() -> None:
+    for name in recipes.names():
+        objective = type(load(name).objective).model_fields
+        extra = objective["slope"].json_schema_extra if "slope" in objective else {"changes": True}
+        assert isinstance(extra, dict)
+        assert extra["changes"]
+
+
+def test_what_was_changed_stands_in_run_yaml_and_is_no_field(tmp_path: Path) -> None:
+    run = load("digits")
+    past = [Noted(step=5, field="train.clip", was=None, now=1.0), Noted(step=9, field="data", was="a", now="b")]
+    (file := tmp_path / FILE).write_text(text := dump(run, past))
+    assert load(str(tmp_path)) == run
+    assert noted(tmp_path) == past
+    (other := tmp_path / "other.yaml").write_text(text)
+    assert load(str(other)) == run
+    file.write_text(dump(run))
+    assert "changed" not in file.read_text()
+    assert noted(tmp_path) == []
+    for wrong in ("3", "[{step: 1}]", "[{step: a, field: b, was: 1, now: 2}]"):
+        file.write_text(f"changed: {wrong}\n" + dump(run))
+        with pytest.raises(UserError, match=r"run\.yaml: changed.*mend or remove it"):
+            load(str(tmp_path))

@@ -62,6 +62,8 @@ def test_slopes_that_are_no_derivative() -> None:
     for word in ("train.precision=bf16", "net.time_scale=11", "objective.slope.h=0.06"):
         with pytest.raises(UserError, match="central"):
             changed("objective.slope.kind=central", word)
+    with pytest.raises(UserError, match="not tf32"):
+        changed("objective.slope.kind=central", "train.precision=tf32")
     for kind in ("dual", "jvp"):
         assert changed("train.precision=bf16", "net.time_scale=11", f"objective.slope.kind={kind}").net.time_scale == 11
     assert changed("objective.slope.kind=central", "net.time_scale=10").net.time_scale == 10

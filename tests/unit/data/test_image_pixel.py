@@ -188,12 +188,14 @@ def test_of_an_animation_the_first_frame() -> None:
 @pytest.mark.parametrize(
     ("data", "why"),
     [
-        (b"", "no image of a known format"),
+        (b"", "is empty"),
         (b"<html>404 not found</html>", "no image of a known format"),
         (encoded(noise(64, 64), "JPEG")[:700], "truncated"),
         (encoded(noise(64, 64))[:5000], "cannot be read as an image"),
         (encoded(noise(64, 64))[:9], "no image of a known format"),
         (encoded(noise(8, 8), "EPS"), "no image of a known format"),  # a program, not pixels
+        (encoded(Image.new("1", (1, 5_000_000))), "1 x 5000000 pixels, too long for its width"),
+        (encoded(Image.new("1", (15_000, 15_000))), "exceeds limit"),
     ],
 )
 def test_what_is_no_whole_image_is_refused(data: bytes, why: str) -> None:

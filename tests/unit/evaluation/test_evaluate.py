@@ -69,6 +69,21 @@ def test_a_report_is_of_this_run_and_repeats(folder: Path) -> None:
     assert files(folder) == {"evaluation.json"}
 
 
+def test_precision_is_that_of_training_unless_another_is_asked_for(folder: Path) -> None:
+    """It is on the card, and in the name where it is not the run's own; an older card means fp32."""
+    plain = evaluate(open_folder(folder))
+    low = evaluate(opened := open_folder(folder, "sample.precision=bf16"))
+    assert (plain["card"]["precision"], low["card"]["precision"]) == ("fp32", "bf16")
+    assert files(folder) == {"evaluation.json", "evaluation-precisionbf16.json"}
+    assert plain["results"] != low["results"]
+    train_low = opened.run.train.model_copy(update={"precision": "bf16"})
+    asked = opened.run.model_copy(update={"train": train_low, "sample": open_folder(folder).run.sample})
+    assert asked.precision == "bf16"
+    (file := folder / "evaluation.json").write_text(file.read_text().replace('"precision": "fp32",', ""))
+    assert read_report(file)["card"]["precision"] == "fp32"
+    assert standing(open_folder(folder)) is not None
+
+
 def test_the_card_says_by_what_it_was_measured(folder: Path) -> None:
     opened = open_folder(folder, "sample.solver.m=0.25")
     card = evaluate(opened, seed=3)["card"]

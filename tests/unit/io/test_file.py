@@ -5,7 +5,9 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from dumo.io import file
 
@@ -71,3 +73,67 @@ def test_a_full_disk_is_known_by_its_number_also_where_it_is_text(number: int) -
         assert file.full(error) == (number != errno.EACCES)
     assert not file.full(SafetensorError("InvalidHeader"))
     assert not file.full(ValueError(number))
+
+
+def test_all_files_are_as_the_umask_wants(tmp_path: Path) -> None:
+    """Also those that a library makes for its own eyes."""
+    before = os.umask(0o027)
+    try:
+        file.write(tmp_path / "bytes", b"a")
+        with file.whole(tmp_path / "tensors") as half:
+            save_file({"x": torch.zeros(1)}, half)
+        with file.whole(tmp_path / "folder") as half:
+            half.mkdir()
+            save_file({"x": torch.zeros(1)}, half / "part")
+    finally:
+        assert os.umask(before) == 0o027
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    assert modes == {"bytes": 0o640, "tensors": 0o640, "folder": 0o750, "part": 0o640}
+
+
+def test_what_is_left_of_the_dead_is_swept(tmp_path: Path) -> None:
+    here, dead, other = file.machine(), 2**22 + 1, "0" * 8  # more than a process may be
+    gone = [f".a.b.{here}-{dead}.tmp", f".a.{here}-{os.getpid()}.tmp", f".c.{other}-1.tmp", ".a.old.tmp"]
+    kept = [f".a.{here}-{os.getppid()}.tmp", f".b.{other}-1.tmp", ".a.3.tmp", ".a.tmp", "a.tmp", ".hidden"]
+    for name in (*gone, *kept):
+        (tmp_path / name).mkdir() if name == gone[0] else (tmp_path / name).write_bytes(b"half")
+    os.utime(tmp_path / gone[2], (0, 0))
+    file.sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == set(kept)
+    file.sweep(tmp_path, alone=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tmp", ".hidden"}
+    file.sweep(tmp_path / "not there")
+
+
+def test_a_full_disk_names_the_file_and_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(file, "free", lambda path: 300_000)
+    with pytest.raises(OSError, match="No space") as raised, file.whole(tmp_path / "a"):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "a"))
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space") as raised:
+        file.write(tmp_path / "b", bytes(2_000_000))
+    assert raised.value.strerror == "No space left on device (0.3 MB free), 2 MB needed"
+    assert raised.value.filename == str(tmp_path / "b")
+
+
+def test_what_is_refused_is_the_file_and_not_its_hidden_place(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as raised, file.whole(tmp_path / "a") as half:
+        (half / "b").write_bytes(b"")
+    assert raised.value.filename == str(tmp_path / "a")
+
+
+def test_where_nothing_can_be_written_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.check_writable(tmp_path / "a/b")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(NotADirectoryError) as raised:
+        file.check_writable(tmp_path / "file/b")
+    assert raised.value.filename == str(tmp_path / "file")
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(PermissionError) as refused:
+        file.check_writable(tmp_path / "a/b")
+    assert refused.value.filename == str(tmp_path / "a/b")

@@ -1,14 +1,12 @@
-"""`python tests/unit/metrics/meet.py RANK FILE WHOLE` is one of two processes that count images together.
+"""`main(RANK, FILE, WHOLE)` is one of two processes that count images together.
 
 They meet in FILE; the first writes what came out to WHOLE. See test_statistics.py.
 """
 
-import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from dumo.metrics.statistics import gather, save_statistics, statistics_of
 from dumo.protocols import reference
 from dumo.protocols.evaluator import collect
@@ -19,8 +17,9 @@ from unit.metrics.extractor import Album, extractor, images
 TOTAL, BATCH = 61, 7  # pieces of the data are as large as the batches
 
 
-def main(rank: int, file: str, whole: Path) -> None:
+def main(number: str, file: str, to: str) -> None:
     """This rank's batches, and all together; then the same of data whose number is not known before."""
+    rank, whole = int(number), Path(to)
     torch.set_num_threads(1)
     with meeting(file, rank):
         x, numbers = images(TOTAL), torch.arange(TOTAL)
@@ -37,7 +36,3 @@ def main(rank: int, file: str, whole: Path) -> None:
         if rank == 0:
             save_statistics(whole, found, {"of": "samples"})
             save_statistics(whole.with_suffix(".data"), data, facts)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))

@@ -104,3 +104,77 @@ def test_two_nearest_mirrored_or_not() -> None:
     many = torch.rand(neighbours.BLOCK + 3, 1, 2, 2, generator=stream("many"))
     assert nearest_two(many, many, same=True).min() > 0
     assert nearest_two(many, many)[:, 0].max() == 0
+
+
+def measured(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
+    """Precision and recall by the distances of all pairs, by differences in float64."""
+    real, fake = real.double(), fake.double()
+
+    def among(x: Tensor, centres: Tensor) -> float:
+        radii = neighbours._distances(centres, centres).kthvalue(k + 1, dim=1).values
+        return (neighbours._distances(x, centres) <= radii).any(1).double().mean().item()
+
+    return among(fake, real), among(real, fake)
+
+
+def on_the_edge(groups: int, d: int, by: float) -> tuple[Tensor, Tensor]:
+    """Groups of points far apart, and a fake to each, by turns inside and outside its one ball by a part of the radius.
+
+    A group is a point and four about it, at right angles; the fake is on the side where none is.
+    """
+    legs = torch.linalg.qr(randn(groups * d, "legs", d=4).view(groups, d, 4).double()).Q.mT
+    middle = 50.0 * randn(groups, "middle", d=d).double()
+    sign = 1 - 2 * (torch.arange(groups) % 2)[:, None].double()
+    fake = middle - (1 - by * sign) * legs.sum(1) / 2
+    return torch.cat([middle[:, None], middle[:, None] + legs], 1).flatten(0, 1), fake
+
+
+def test_what_rounding_leaves_open_is_measured() -> None:
+    """By 1e-9 of a radius inside or outside: float32 cannot say, and the answer is right."""
+    real, fake = on_the_edge(40, 64, by=1e-9)
+    assert precision_recall(real, fake) == measured(real, fake)
+    assert precision_recall(real, fake)[0] == 0.5
+
+
+def test_a_radius_among_equals_is_the_right_one() -> None:
+    """More points at nearly the same distance than are looked at first, the nearest anywhere among them."""
+    n = 3 * neighbours.SPARE
+    for i in range(4):
+        around = torch.nn.functional.normalize(randn(n, "around", i, d=64).double(), dim=1)
+        length = 1 + 1e-9 * torch.randperm(n, generator=stream("length", i))[:, None].double()
+        x = torch.cat([torch.zeros(1, 64), length * around])
+        radii = neighbours._radii(x, 3)
+        assert radii[0] == pytest.approx(1 + 2e-9, abs=1e-10)
+        assert torch.equal(radii, neighbours._distances(x, x).kthvalue(4, dim=1).values)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("kind", ["normal", "features", "lattice", "copies"])
+def test_answers_are_those_of_measuring_all(kind: str, scale: float) -> None:
+    """To the last one, at any scale, far from the origin, and where most distances are equal."""
+    real, fake = randn(150, kind, "real", d=32), randn(130, kind, "fake", d=32) + 0.1
+    match kind:
+        case "features":
+            real, fake = (real + 30).relu(), (fake + 30).relu()
+        case "lattice":
+            real, fake = real[:, :4].round(), fake[:, :4].round()
+        case "copies":
+            real, fake = real[torch.arange(150) % 7], real[torch.arange(130) % 11]
+    assert precision_recall(scale * real, scale * fake) == measured(scale * real, scale * fake)
+
+
+def test_what_is_no_number_is_in_no_ball() -> None:
+    real, fake = randn(60, "a"), randn(60, "b")
+    fake[7, 3] = torch.nan
+    assert precision_recall(real, fake) == measured(real, fake)
+    fake[7, 3] = torch.inf
+    assert precision_recall(real, fake) == measured(real, fake)
+
+
+@pytest.mark.parametrize("scale", [1, 1e25])
+def test_few_pairs_are_measured(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 2 x 600 x 600 for the radii and as many for the shares, the rows that might be nearest, and hardly more."""
+    seen, distances = list[int](), neighbours._distances
+    monkeypatch.setattr(neighbours, "_distances", lambda a, b: (seen.append((d := distances(a, b)).numel()), d)[1])
+    precision_recall(scale * randn(600, "a", d=64), scale * randn(600, "b", d=64))
+    assert 2 * 600 * 16 <= sum(seen) < 2 * 600 * 16 * 1.02

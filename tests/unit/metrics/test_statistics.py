@@ -1,23 +1,22 @@
 """Statistics do not depend on batches, order or ranks, and are kept."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import dumo
 from dumo.metrics.statistics import Statistics, gather, load_statistics, save_statistics, statistics_of
 from dumo.protocols.reference import album_facts
 from dumo.protocols.standard import STANDARDS
 from dumo.types import UserError
+from forked import main_of
+from meeting import outputs
 from unit.metrics import meet
 from unit.metrics.extractor import Album, extractor, images
 
 TOTAL = meet.TOTAL
+PATIENCE = 300  # seconds, on a busy machine
 
 
 def counted(batch: int = TOTAL, order: torch.Tensor | None = None) -> Statistics:
@@ -52,16 +51,8 @@ def test_any_batches_in_any_order_are_the_same(batch: int) -> None:
 def test_two_ranks_are_one(tmp_path: Path) -> None:
     """Ranks of unequal shares, in orders of their own; the data's batches go to them in turn."""
     whole = tmp_path / "whole"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(dumo.__file__).parents[1])}
-    words = [sys.executable, meet.__file__]
-    ranks = [
-        subprocess.Popen([*words, str(rank), str(tmp_path / "meeting"), str(whole)], env=environment) for rank in (0, 1)
-    ]
-    try:
-        assert [rank.wait(300) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    words = (tmp_path / "meeting", whole)
+    outputs([main_of("unit.metrics.meet", rank, *words, cwd=tmp_path) for rank in (0, 1)], PATIENCE)
     same(load_statistics(whole, {"of": "samples"}), counted())
     same(
         load_statistics(whole.with_suffix(".data"), album_facts(Album(images(TOTAL)), "folder", STANDARDS["folder"])),

@@ -81,7 +81,7 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
         (
             "mu",
             np.array([object()] * WIDE),
-            "mu cannot be read (Object arrays cannot be loaded when allow_pickle=False",
+            "mu is object of shape (6,), not finite",
         ),
         ("arr_0", np.array([[object()]]), "arr_0 is object of shape (1, 1), not images"),
         ("arr_0", IMAGES.astype(float), "arr_0 is float64"),
@@ -93,6 +93,28 @@ def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
 def test_other_arrays_are_refused(tmp_path: Path, key: str, wrong: np.ndarray, said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         read_adm(written(tmp_path / "a.npz", **{key: wrong}), count=COUNT)
+
+
+@pytest.mark.parametrize("key", ["mu", "sigma_s", "arr_0"])
+@pytest.mark.parametrize("shape", [(2**42,), (2**21, 2**21), (-1,)])
+def test_a_header_that_claims_terabytes_is_believed_in_nothing(
+    tmp_path: Path, key: str, shape: tuple[int, ...]
+) -> None:
+    path = written(tmp_path / "a.npz", **{key: None})
+    with zipfile.ZipFile(path, "a") as file, file.open(f"{key}.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "<f8", "fortran_order": False, "shape": shape})
+        member.write(bytes(64))
+    with pytest.raises(UserError, match=rf"{key} is float64 of shape"):
+        read_adm(path, count=COUNT)
+
+
+def test_numbers_beyond_the_shape_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.npz", mu=None)
+    with zipfile.ZipFile(path, "a") as file, file.open("mu.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "<f8", "fortran_order": False, "shape": (WIDE,)})
+        member.write(bytes(8 * WIDE + 1))
+    with pytest.raises(UserError, match=r"mu is float64 of shape .* and more"):
+        read_adm(path, count=COUNT)
 
 
 def test_no_npz_is_refused(tmp_path: Path) -> None:

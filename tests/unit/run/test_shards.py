@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dumo.evaluation.evaluate import evaluate
 from dumo.evaluation.sweep import sweep
+from dumo.io import weights
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.train import train
 from dumo.training import checkpoint
@@ -113,3 +115,17 @@ def test_it_may_be_begun_from_and_taught_by(runs: dict[str, Path], tmp_path: Pat
         known.append(json.loads((tmp_path / kind / "teacher.json").read_text())["sha256"])
     assert same(*nets)
     assert known[0] == known[1]
+
+
+@pytest.mark.parametrize("offset", [0, -1, 2, "2", None])
+def test_parts_that_overlap_leave_a_gap_or_lie_outside(offset: object, tmp_path: Path) -> None:
+    """Their sizes sum up to the whole, and torch would read what was in memory before."""
+    for rank, start in enumerate((0, offset, 4)):
+        notes = json.dumps({"a": {"saved_offsets": [start]}})
+        file = tmp_path / f"shard-{rank + 1:05d}-model-00001-of-00001.safetensors"
+        save_file({"a": torch.ones(2)}, file, {"DCP_SHARDING_INFO": notes})
+    if offset == 2:
+        assert torch.equal(weights.load(tmp_path)["a"], torch.ones(6))
+        return
+    with pytest.raises(UserError, match=f"^{tmp_path} (lacks a part of a|has a damaged shard)"):
+        weights.load(tmp_path)

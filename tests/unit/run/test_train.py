@@ -1,6 +1,8 @@
 """A run trained, opened and sampled is the run that its folder says it is."""
 
 import json
+import re
+import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +13,13 @@ import torch
 
 from dumo.config.load import FILE, load
 from dumo.config.spec import Run
+from dumo.data.source import Table
 from dumo.io.weights import load as load_weights
 from dumo.progress import Bar, Tick, no_bar
 from dumo.random import noise
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.sample import FORMS, export, sample, solver_named
-from dumo.run.train import opened, train
+from dumo.run.train import opened, outlook, train
 from dumo.sampling.generate import labels
 from dumo.sampling.solver import Euler, Heun, Restart
 from dumo.training import agreement, checkpoint, log
@@ -207,3 +210,32 @@ def test_export_holds_the_samples(moons: RunFolder, tmp_path: Path) -> None:
         made = torch.from_numpy(archive["arr_0"])
     assert torch.equal(made, sample(moons, nfe=2, c=labels(5, 0), seed=3).x)
     assert set(FORMS) == {"grid", "images", "npz"}
+
+
+def test_a_batch_is_made_once_for_all_its_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ahead of its step, by a thread that is gone when training ends."""
+    calls: list[tuple[int, int]] = []
+    batch = Table.batch
+
+    def noted(table: Table, step: int, size: int, seed: int, *rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append((step, size))
+        return batch(table, step, size, seed, *rows)
+
+    monkeypatch.setattr(Table, "batch", noted)
+    run = tiny("digits", "train.steps=5", "train.micro_batch=2")
+    train(run, tmp_path / "run", device="cpu")
+    assert sorted(step for step, size in calls if size == 8) == list(range(5))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith(("ahead", "decode", "audit"))]
+
+
+def test_a_difference_is_told_what_the_slope_that_rides_would_take(tmp_path: Path) -> None:
+    said = {
+        kind: outlook(tiny("digits-guided", f"objective.slope.kind={kind}"), tmp_path, 1, 0, torch.device("cpu"))
+        for kind in ("central", "dual")
+    }
+    (dual,) = re.findall(r"([\d.]+) F a step \(1 F: one forward pass\)", said["dual"])
+    assert (
+        f"(1 F: one forward pass; objective.slope.kind=dual takes {dual} F, is exact and may run in bf16)"
+        in (said["central"])
+    )
+    assert "dual takes" not in outlook(tiny("moons-flow-matching"), tmp_path, 1, 0, torch.device("cpu"))

@@ -1,11 +1,16 @@
 """Laws of generation: what an image depends on, and who counts."""
 
+from collections.abc import Sequence
+from threading import current_thread, main_thread
+from threading import enumerate as enumerate_threads
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dumo.flow.path import Linear
 from dumo.random import noise, stream
+from dumo.sampling import draws
 from dumo.sampling.generate import Samples, generate, labels
 from dumo.sampling.solver import Euler, Heun, Hop, Restart, Solver
 from dumo.types import Reads, UserError, lift
@@ -176,6 +181,39 @@ def test_refuses_before_the_first_pass() -> None:
 def test_samples_are_single_precision_on_the_cpu() -> None:
     made = make(Hop(), 1, 8, n=8).x
     assert (made.dtype, made.device.type, made.shape) == (torch.float32, "cpu", (8, *SHAPE))
+
+
+def test_passes_are_in_the_precision_that_is_asked_for() -> None:
+    """bf16 is the net under autocast, what it answers widened before anything is added up; else autocast is off."""
+    net, c, z = Small().eval(), labels(8, 10), noise(0, range(8), 0, SHAPE)
+    asked = {"nfe": 1, "seed": 0, "shape": SHAPE}
+    plain = generate(net, read(net), Linear(), Hop(), c, **asked).x
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (u,) = net(z, c, t=torch.ones(8), r=torch.zeros(8))
+        assert torch.equal(generate(net, read(net), Linear(), Hop(), c, **asked).x, plain)
+    assert u.dtype == torch.bfloat16
+    low = generate(net, read(net), Linear(), Hop(), c, **asked, precision="bf16").x
+    assert torch.equal(low, z - u.float())
+    assert 1e-4 < (low - plain).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("solver", [Hop(), Restart(m=0.3)])
+def test_noise_is_drawn_ahead_and_once(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a batch asks for is drawn for the next one by another thread; nothing after the last."""
+    drawn, threads = list[tuple[int, int]](), list[bool]()
+
+    def watched(seed: int, indices: Sequence[int], k: int, shape: Sequence[int]) -> Tensor:
+        drawn.append((indices[0], k))
+        threads.append(current_thread() is main_thread())
+        return noise(seed, indices, k, shape)
+
+    monkeypatch.setattr(draws, "noise", watched)
+    whole = make(solver, 2, 4, n=12).x
+    draw = range(2 if isinstance(solver, Restart) else 1)
+    assert sorted(drawn) == [(first, k) for first in (0, 4, 8) for k in draw]
+    assert sum(threads) == len(draw)  # the first batch's, which nothing came before
+    assert (make(solver, 2, 12, n=12).x - whole).abs().max() <= 1e-5
+    assert not [thread for thread in enumerate_threads() if thread.name.startswith("noise")]
 
 
 def test_labels_go_round() -> None:

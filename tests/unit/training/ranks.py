@@ -4,8 +4,10 @@ Four processes start; of each group the first ranks take part, and meet the othe
 finds itself, and ends with an error where that is wrong.
 """
 
-import sys
+import shutil
+import signal
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from unittest.mock import patch
@@ -17,16 +19,21 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dumo import dist
+from dumo import dist, stop
+from dumo.flow.path import Linear
 from dumo.training import agreement, manifest
-from dumo.training.checkpoint import latest, mark, restore, save
+from dumo.training.checkpoint import go_on, latest, mark, restore, save
+from dumo.training.cut import span
 from dumo.training.ema import MovingAverage
-from dumo.training.layout import whole
+from dumo.training.layout import local, whole
 from dumo.training.optim import AdamW
-from dumo.training.state import State
-from dumo.types import UserError
+from dumo.training.record import Record
+from dumo.training.spec import Train
+from dumo.training.state import Diverged, State
+from dumo.training.step import Task, pieces, train_step
+from dumo.types import Frozen, Net, Noised, Terms, UserError
 from meeting import leave, met
-from unit.training.toy import AVERAGES, Small
+from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches
 
 SHARES = {2: (1, 2), 3: (1, 3), 4: (1, 2, 4)}  # ranks that hold one copy of the weights, by world
 
@@ -108,9 +115,52 @@ def two(folder: Path) -> None:
         mark(folder / f"milestones-{share}", state)
         if dist.is_main():
             safetensors.torch.save_file(whole, folder / f"share-{share}.safetensors")
+        guarded(share)
     full(folder, state)
     fails(folder)
+    unsaved(folder, state)
     damaged(folder, state)
+
+
+class Spoilt(Toy):
+    """Not finite in the rows of one rank, from t = 0.3 on."""
+
+    rank: int
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        terms, late = super().loss(net, ref, b), (b.t > 0.3) & torch.tensor(self.rank == dist.rank())
+        return Terms(terms.loss.where(~late, torch.nan), terms.parts)
+
+
+def guarded(share: int) -> None:
+    """What is not finite on one rank is skipped on both, and known to both; so is what one was asked."""
+    spec, state = Train(steps=20, batch=12, ema=AVERAGES, optimizer=AdamW(lr=1e-2)), built(0, share)
+    rows = span(pieces(spec, Toy()))
+
+    def step(objective: Toy, **more: bool) -> Record:
+        batch = [part[rows] for part in batches()(state.step)]
+        return train_step(state, Task(objective, Linear(), CLASSES), batch, spec, **more)
+
+    assert step(Toy()).skipped is None
+    before = everything(state)
+    for rank in (0, 1):
+        skipped, (_, labels) = step(Spoilt(rank=rank)).skipped, batches()(state.step - 1)
+        assert skipped
+        assert len(set(agreement.agreed(partial(repr, skipped)))) == 1
+        assert {row["rank"] for row in skipped.rows} == {rank}
+        for row in skipped.rows:
+            place = int(row["place"] or 0)
+            assert 6 * rank <= place < 6 * rank + 6
+            assert row["class"] == labels[place]
+    assert (state.step, state.skips) == (3, 2)
+    after = everything(state)
+    assert [name for name in before if not name.endswith("passes") and not torch.equal(before[name], after[name])] == []
+
+    with patch.object(stop, "heard", signal.SIGUSR1 if dist.rank() else None):
+        record = step(Toy(), due=not dist.is_main())
+    assert (record.asked, record.due, record.skipped) == (signal.SIGUSR1, False, None)
+    assert step(Toy(), due=dist.is_main()).due
+    assert state.skips == 0
 
 
 def full(folder: Path, state: State) -> None:
@@ -157,6 +207,27 @@ def fails(folder: Path) -> None:
     assert all(torch.equal(value, before[name]) for name, value in everything(other).items())
 
 
+def unsaved(folder: Path, state: State) -> None:
+    """A number that is none, in the part that one rank holds, is not saved by either; and where it is, not loaded."""
+    there, part = folder / "share-2", local(state.net.get_parameter("last.bias").detach())
+    was, state.step = part.clone(), 9
+    if dist.rank():
+        part.view(-1)[-1:] = torch.nan
+    with pytest.raises(Diverged, match=r"step 9: net: last.bias is not finite"):
+        save(there, state, 1)
+    assert [path.name for path in there.iterdir()] == ["step-00000002"]
+    with patch("dumo.training.checkpoint.not_finite", return_value=None):
+        save(there, state, 2)
+    part.copy_(was)
+    with pytest.warns(UserWarning, match="step-00000002, before it") if dist.is_main() else nullcontext():
+        assert go_on(there / "step-00000009", state) == there / "step-00000002"
+    same(state, folder / "share-2.safetensors")
+    dist.barrier()
+    if dist.is_main():
+        shutil.rmtree(there / "step-00000009")
+    dist.barrier()
+
+
 def damaged(folder: Path, state: State) -> None:
     """What one rank finds, all know; a damaged step is replaced."""
     there = folder / "damaged"
@@ -187,8 +258,9 @@ def load(folder: Path, world: int) -> None:
     assert agreement.agreed(lambda: (folder / "share-1").is_dir()) == [True] * world
 
 
-def main(folder: str, rank: int) -> None:
+def main(folder: str, number: str) -> None:
     """Meet in twos, threes and fours."""
+    rank = int(number)
     torch.set_num_threads(1)
     for world in SHARES:
         if rank < world:
@@ -198,7 +270,3 @@ def main(folder: str, rank: int) -> None:
                 load(Path(folder), world)
                 print(f"{world} agree", flush=True)
     leave()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))

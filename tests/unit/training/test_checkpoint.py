@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dumo.training.checkpoint import latest, restore, save
+from dumo.training import manifest
+from dumo.training.checkpoint import go_on, latest, mark, restore, save
+from dumo.training.retention import rewind, standing
 from dumo.training.spec import Train
-from dumo.training.state import State, begin
+from dumo.training.state import Diverged, State, begin
+from dumo.training.trend import Trend
 from dumo.types import UserError
-from unit.training.toy import AVERAGES, OPTIMIZERS, Small, python, same, tensors, trained
+from forked import python
+from unit.training.sharded import sign
+from unit.training.toy import AVERAGES, OPTIMIZERS, Small, same, tensors, trained
 
 SPEC = Train(steps=3, batch=12, ema=AVERAGES)
 
@@ -176,7 +182,7 @@ print("then", save(folder, state, 1).name, *(path.name for path in folder.iterdi
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
-    process = python(FILL, str(folder))
+    process = python(FILL, folder, cwd=tmp_path, merged=True)
     out, _ = process.communicate(timeout=60)
     *errors, last = out.splitlines()
     assert process.returncode == 0, out
@@ -195,6 +201,76 @@ def test_a_full_disk_before_any_checkpoint(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Path, "mkdir", fail)
     with pytest.raises(UserError, match="no checkpoint still stands"):
         save(tmp_path, trained(), 1)
+
+
+@pytest.mark.parametrize("part", ["net", "ema-0.99", "optimizer"])
+def test_what_is_not_finite_is_not_saved(tmp_path: Path, part: str) -> None:
+    whole, state = save(tmp_path, trained(), 1), trained()
+    state.step = 4
+    with torch.no_grad():
+        match part:
+            case "net":
+                state.net.get_parameter("last.bias")[1] = torch.inf
+            case "optimizer":
+                state.optimizer.state[state.net.get_parameter("last.bias")]["exp_avg_sq"][0] = torch.nan
+            case _:
+                state.averages[0.99].module.get_parameter("last.bias")[0] = torch.nan
+    name = "exp_avg_sq.last.bias" if part == "optimizer" else "last.bias"
+    with pytest.raises(Diverged, match=rf"step 4: {part}: {name} is not finite, so no checkpoint is written of it"):
+        save(tmp_path, state, 1)
+    assert [*tmp_path.iterdir()] == [whole]
+
+
+def test_what_is_loaded_is_finite(tmp_path: Path) -> None:
+    """Else the checkpoint before it is taken, and it is replaced when its step comes again."""
+    state = trained()
+    first = save(tmp_path, state, 3)
+    wanted, state.step = tensors(state), 4
+    last = save(tmp_path, state, 3)
+    weights = load_file(last / "optimizer.safetensors")
+    weights["exp_avg.last.bias"][0] = torch.inf
+    save_file(weights, last / "optimizer.safetensors")
+    sign(last)
+    assert manifest.fault(last) is None
+    with pytest.raises(UserError, match=r"step-00000004: optimizer: exp_avg.last.bias is not finite: go on from"):
+        go_on(last, begin(Small(1), SPEC), or_before=False)
+    new = begin(Small(1), SPEC)
+    with pytest.warns(UserWarning, match=r"exp_avg.last.bias is not finite: step-00000003, before it, is taken"):
+        assert go_on(last, new) == first
+    assert same(tensors(new), wanted)
+    assert new.step == 3
+    state.step = 4
+    assert manifest.fault(save(tmp_path, state, 3)) is None
+
+
+def test_the_last_good_one_stays_besides_those_that_are_kept(tmp_path: Path) -> None:
+    state, kept = trained(), list[list[int]]()
+    for step, level in enumerate([1.0, 2.0, 30.0, 40.0, 50.0, 5.0, 60.0], 4):
+        state.step, state.trend = step, Trend(level=level, lowest=1.0)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            save(tmp_path, state, 2)
+        kept.append([*standing(tmp_path)])
+        assert len(told) == (5 in kept[-1] and step > 6)
+    assert kept == [[4], [4, 5], [5, 6], [5, 6, 7], [5, 7, 8], [8, 9], [9, 10]]
+
+
+def test_counts_and_the_trend_come_back(tmp_path: Path) -> None:
+    state = trained()
+    state.skips, new = 2, begin(Small(1), SPEC)
+    restore(save(tmp_path, state, 1), new)
+    assert (new.skips, new.trend) == (2, state.trend)
+    assert state.trend.level is not None
+
+
+def test_after_a_step_all_goes(tmp_path: Path) -> None:
+    state = trained()
+    for step in (1, 2, 3):
+        state.step = step
+        save(tmp_path, state, 3)
+        mark(tmp_path, state)
+    assert rewind(tmp_path, 1) == [2, 3, 2, 3]
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-00000001.safetensors"}
 
 
 def test_other_errors_pass(tmp_path: Path) -> None:

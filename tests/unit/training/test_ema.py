@@ -57,3 +57,28 @@ def test_a_copy_without_gradients() -> None:
     assert all(p.requires_grad for p in net.parameters())
     assert not average.module.training
     assert net.training
+
+
+def test_a_parameter_that_is_put_in_the_place_of_another_is_averaged() -> None:
+    """As sharding does it, and loading."""
+    net = Small()
+    average = MovingAverage(Ema(decay=0.5, ramp=False), net)
+    average.update(net, 1)
+    before = average.module.get_parameter("last.weight").detach().clone()
+    net.last.weight = nn.Parameter(before + 1)
+    average.module.get_submodule("last").register_parameter("weight", nn.Parameter(before + 3, requires_grad=False))
+    average.update(net, 2)
+    assert torch.equal(average.module.get_parameter("last.weight"), before + 2)
+
+
+def test_a_parameter_in_two_places_is_averaged_once_and_any_net_may_be_followed() -> None:
+    net, other = Small(), Small(seed=1)
+    for one in (net, other):
+        one.register_module("twin", twin := nn.Linear(8, 2))
+        twin.weight = one.last.weight
+    average = MovingAverage(Ema(decay=0.5, ramp=False), net)
+    average.update(net, 1)
+    average.update(other, 2)
+    for name in ("first.bias", "last.weight"):
+        start, end = net.get_parameter(name), other.get_parameter(name)
+        assert torch.equal(average.module.get_parameter(name), start.lerp(end, 0.5))

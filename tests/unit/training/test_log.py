@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.training.log import append, read_log, rewind
+from dumo.training.log import append, gaps, read_log, rewind
 from dumo.types import UserError
 
 
@@ -81,3 +81,27 @@ def test_notes_of_older_runs_have_the_names_of_today(tmp_path: Path) -> None:
             "bins": {"loss": [1.0], "head_gap": [None], "beyonder": [2.0]},
         }
     ]
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "lost"),
+    [
+        ([10, 20, 30, 40], 10, []),
+        ([10, 20, 50, 60], 10, [(20, 50)]),
+        ([10, 20, 25, 50, 60, 90], 10, [(20, 50), (60, 90)]),  # with a row of a probe
+        ([50, 100, 150, 160, 170], 10, []),  # logged more often since
+        ([10, 20, 30, 80, 130], 50, []),  # and less often
+        ([10, 20, 100], 10, [(20, 100)]),
+        ([40], 10, []),
+        ([], 10, []),
+    ],
+)
+def test_rows_that_are_lost(steps: list[int], every: int, lost: list[tuple[int, int]]) -> None:
+    assert gaps([{"step": step} for step in steps], every) == lost
+
+
+def test_a_byte_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "a": "\xff"}\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"line 2 is no row of a log \('utf-8'"):
+        read_log(path)

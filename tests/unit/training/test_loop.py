@@ -1,19 +1,28 @@
 """A run is a function of its spec: stopped and resumed from disk, it is the same run."""
 
+import signal
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import nn
 
+from contract.drawn import counting
+from dumo import stop
 from dumo.flow.path import Linear
+from dumo.training import loop
 from dumo.training.checkpoint import latest, restore, save
+from dumo.training.compile import compiled
 from dumo.training.ema import Ema
 from dumo.training.loop import Every, train
 from dumo.training.optim import Adam, AdamW, Cosine
+from dumo.training.record import Record
 from dumo.training.spec import Train
-from dumo.training.state import State, begin
-from dumo.training.step import Record, Task, reference
+from dumo.training.state import Diverged, State, begin
+from dumo.training.step import Task, draws_of, reference
 from dumo.types import Cond, Frozen, Net, Noised, Sample, Terms, UserError
 from unit.training.toy import AVERAGES, CLASSES, OPTIMIZERS, TASK, Small, Toy, batches, run, same, tensors, trained
 
@@ -108,6 +117,47 @@ def test_a_run_depends_on(other: dict[str, object]) -> None:
     assert not same(one, changed)
 
 
+def spoilt(*steps: int) -> Callable[[int], tuple[Sample, Cond]]:
+    """The batches, those of some steps, counted from 0, with a number that is none."""
+
+    def of(step: int) -> tuple[Sample, Cond]:
+        x, c = batches(12)(step)
+        return x * torch.nan if step in steps else x, c
+
+    return of
+
+
+@pytest.mark.parametrize(("skips", "last"), [(1, 2), (2, 5), (3, 9)])
+def test_so_many_skipped_in_a_row_stop_it_after_the_hooks(skips: int, last: int) -> None:
+    spec, seen = Train(steps=20, batch=12, ema=AVERAGES, max_skips=skips), list[bool]()
+    state = begin(Small(), spec)
+    count = Every(1, lambda _, record: seen.append(record.skipped is not None))
+    with pytest.raises(Diverged, match=f"step {last} diverged: loss, v, pull is not finite, in 12 of 12 rows"):
+        train(state, TASK, spoilt(1, 3, 4, 6, 7, 8), spec, [count])
+    assert (state.step, state.skips) == (last, skips)
+    assert [i for i, skipped in enumerate(seen) if skipped] == [i for i in (1, 3, 4, 6, 7, 8) if i < last]
+
+
+def test_asked_to_stop_it_ends_after_that_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, state, seen = Train(steps=9, batch=12, ema=AVERAGES), begin(Small(), Train(steps=9, batch=12)), list[int]()
+
+    def hear(state: State, record: Record) -> None:
+        seen.append(record.asked or 0)
+        monkeypatch.setattr(stop, "heard", signal.SIGUSR1 if state.step == 2 else None)
+
+    with pytest.raises(stop.Stopped) as stopped:
+        train(state, TASK, batches(12), spec, [Every(1, hear)])
+    assert (state.step, seen, stopped.value.number) == (3, [0, 0, signal.SIGUSR1], signal.SIGUSR1)
+
+
+def test_what_is_due_reaches_the_record() -> None:
+    due, seen = iter([False, True, False]), list[bool]()
+    spec = Train(steps=3, batch=12, ema=AVERAGES)
+    watch = Every(1, lambda _, record: seen.append(record.due))
+    train(begin(Small(), spec), TASK, batches(12), spec, [watch], lambda: next(due))
+    assert seen == [False, True, False]
+
+
 def test_every_step_has_its_batch() -> None:
     asked: list[int] = []
     spec = Train(steps=5, batch=12, ema=AVERAGES)
@@ -120,6 +170,44 @@ def test_every_step_has_its_batch() -> None:
     assert asked == [2, 3, 4]
 
 
+def test_what_is_drawn_ahead_is_what_a_step_draws_and_nothing_is_drawn_twice() -> None:
+    """Of a batch in pieces, with a probe: the noise of each row once a step, whoever draws it."""
+    spec = Train(steps=3, batch=12, micro_batch=4, ema=(), probe_every=1)
+    own, given = (begin(Small(), spec) for _ in range(2))
+    with counting() as drawn:
+        run(own, spec)
+    assert drawn.rows == 3 * list(range(12))
+    made, data = ([f(step) for step in range(3)] for f in (lambda k: draws_of(TASK, spec, k, (2,)), batches(12)))
+    with counting() as drawn:
+        train(given, TASK, data.__getitem__, spec, draws=made.__getitem__)
+    assert (drawn.rows, drawn.scalars) == ([], 0)
+    assert same(tensors(own), tensors(given))
+
+
+def test_a_run_is_in_its_precision_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside: list[object] = []
+
+    @contextmanager
+    def noted(*given: object) -> Generator[None]:
+        inside.append(given)
+        yield
+        inside.clear()
+
+    monkeypatch.setattr(loop, "products", noted)
+    spec, seen = Train(steps=2, batch=4, precision="tf32"), list[int]()
+    run(begin(Small(), spec), spec, hooks=[Every(1, lambda *_: seen.append(len(inside)))])
+    assert seen == [1, 1]  # the backward pass and the hooks, too
+    assert inside == []
+
+
+def test_compiling_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    for choice in ("blocks", "loss"):
+        with pytest.raises(UserError, match=f"{choice} needs a C\\+\\+ compiler.*train.compile=none"):
+            compiled(nn.Linear(1, 1), Toy(), choice)
+    assert compiled(nn.Linear(1, 1), (toy := Toy()), "none") == toy.loss
+
+
 def test_the_first_average_is_shown() -> None:
     state = trained()
     assert state.shown is state.averages[0.99].module
@@ -129,8 +217,10 @@ def test_the_first_average_is_shown() -> None:
 def test_fields_free_on_resume() -> None:
     properties = Train.model_json_schema()["properties"]
     free = {name for name, field in properties.items() if field.get("free")}
-    often = {"log_every", "probe_every", "save_every", "keep", "milestones"}
-    assert free == {"steps", "micro_batch", "share", "reshard", "compile"} | often
+    often = {"log_every", "probe_every", "save_every", "save_minutes", "keep", "milestones"}
+    assert free == {"steps", "micro_batch", "share", "reshard", "compile", "max_skips"} | often
+    assert {name for name, field in properties.items() if field.get("changes")} == {"schedule", "clip", "precision"}
+    assert AdamW.model_json_schema()["properties"]["lr"]["changes"]
 
 
 def test_survives_json() -> None:
@@ -152,6 +242,8 @@ def test_survives_json() -> None:
         ({"ref": "ema"}, "ref"),
         ({"ema": [{"decay": 0.9}, {"decay": 0.9, "ramp": False}]}, "twice"),
         ({"clip": 0}, "clip"),
+        ({"max_skips": 0}, "max_skips"),
+        ({"save_minutes": 0}, "save_minutes"),
         ({"precision": "fp16"}, "precision"),
         ({"optimizer": {"kind": "sgd"}}, "adamw"),
         ({"schedule": {"kind": "linear"}}, "cosine"),

@@ -19,6 +19,19 @@ def test_numbers_reach_torch(spec: type[AdamW | Adam | RAdam], kind: str) -> Non
     assert (group["lr"], tuple(group["betas"]), group["weight_decay"], group["eps"]) == (0.1, (0.2, 0.3), 0.4, 0.5)
 
 
+class OnGpu(nn.Parameter):
+    """A parameter that says it is on a GPU."""
+
+    is_cuda = True  # pyright: ignore[reportAssignmentType, reportIncompatibleMethodOverride]
+
+
+def test_a_gpu_steps_in_one_kernel_and_a_cpu_as_ever() -> None:
+    """In one kernel the rounding is another: runs on a CPU keep their bits."""
+    for spec, fuses in ((AdamW(), True), (Adam(), True), (RAdam(), False)):
+        kinds = [spec([kind(torch.ones(3))]).param_groups[0].get("fused") for kind in (OnGpu, nn.Parameter)]
+        assert kinds == [fuses or None, None]
+
+
 def test_defaults_are_the_papers() -> None:
     assert (AdamW().lr, AdamW().betas, AdamW().weight_decay) == (1e-4, (0.9, 0.95), 0)
 

@@ -20,8 +20,10 @@ from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import Record, Task
 from dumo.types import Frozen, Net, Noised, Objective, Reads, Terms, frozen
+from forked import python
+from meeting import outputs
 from theory.exact import APART, Exact, record
-from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, python, run, same, tensors
+from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, run, same, tensors
 
 
 def noised(n: int = 12) -> Noised:
@@ -213,8 +215,5 @@ with meeting(store, rank):
 
 
 def test_two_ranks_find_what_one_finds(tmp_path: Path) -> None:
-    processes = [python(RANK, str(tmp_path / "store"), str(rank)) for rank in range(2)]
-    for process in processes:
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, out
-        assert out.splitlines()[-1] == "agrees"
+    processes = [python(RANK, tmp_path / "store", rank, cwd=tmp_path) for rank in range(2)]
+    assert [out for out, _ in outputs(processes, patience=120)] == ["agrees\n"] * 2

@@ -10,13 +10,12 @@ import torch
 from dumo.io import digest, weights
 from dumo.training import manifest
 from dumo.training.checkpoint import latest, restore, save
+from forked import main_of
 from meeting import outputs
 from unit.training.ranks import SHARES, built, everything, moved, same
-from unit.training.toy import python
 
 pytestmark = pytest.mark.slow
 
-RANK = "import sys; from unit.training.ranks import main; main(sys.argv[1], int(sys.argv[2]))"
 PATIENCE = 240  # seconds, on a busy machine; alone they take 15
 
 
@@ -27,9 +26,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     one = moved(built(0))
     save(folder / "one", one, 1)
     safetensors.torch.save_file(everything(one), folder / "one.safetensors")
-    processes = [python(RANK, str(folder), str(rank)) for rank in range(max(SHARES))]
-    for rank, said in enumerate(outputs(processes, PATIENCE)):
-        assert said.splitlines() == [f"{world} agree" for world in SHARES if rank < world]
+    processes = [main_of("unit.training.ranks", folder, rank, cwd=folder) for rank in range(max(SHARES))]
+    for rank, (out, _) in enumerate(outputs(processes, PATIENCE)):
+        assert out.splitlines() == [f"{world} agree" for world in SHARES if rank < world]
     return folder
 
 

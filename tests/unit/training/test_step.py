@@ -1,17 +1,20 @@
-"""A step is the gradient of the mean loss, however the batch is cut; and it stops before it does harm."""
+"""A step is the gradient of the mean loss, however the batch is cut; and one that would do harm is skipped."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.training.optim import AdamW
+from dumo.training.record import LISTED, Record, Skipped
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import Diverged, Record, Task, reference, train_step
+from dumo.training.step import Pieces, Task, pieces, reference, train_step
 from dumo.types import Frozen, Net, Noised, Terms, Time, TimeLaw, frozen
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, same, tensors, trained
 
@@ -114,39 +117,108 @@ def test_bins_hold_both_ends() -> None:
     assert [math.isnan(mean) for mean in record.bins["v"]] == [False, *[True] * 8, False]
 
 
-@pytest.mark.parametrize("kind", ["loss", "part", "gradient"])
-def test_diverged_leaves_everything_untouched(kind: str) -> None:
-    class Broken(Toy):
-        """Not finite at late times."""
+class Broken(Toy):
+    """Not finite at late times: the loss, a part of it at early ones as well, or the gradient, at any."""
 
-        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-            terms, late, early = super().loss(net, ref, b), b.t > 0.6, b.t < 0.2
-            if kind == "gradient":  # sqrt(0) is 0, with an infinite slope
-                (v_hat,) = net(b.x_t, b.c, t=b.t)
-                return Terms(terms.loss + (v_hat - v_hat).abs().sum(1).sqrt(), terms.parts)
-            loss = terms.loss.where(~late, math.inf)
-            return Terms(loss, terms.parts | ({"pull": b.t.where(~early, math.nan)} if kind == "part" else {}))
+    how: str
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        terms, late, early = super().loss(net, ref, b), b.t > 0.6, b.t < 0.2
+        if self.how == "gradient":  # sqrt(0) is 0, with an infinite slope
+            (v_hat,) = net(b.x_t, b.c, t=b.t)
+            return Terms(terms.loss + (v_hat - v_hat).abs().sum(1).sqrt(), terms.parts)
+        loss = terms.loss.where(~late, math.inf)
+        return Terms(loss, terms.parts | ({"pull": b.t.where(~early, math.nan)} if self.how == "part" else {}))
+
+
+def untouched(before: dict[str, Tensor], state: State) -> bool:
+    """Whether weights, moments and averages are, bit for bit, what they were; the net counts its passes."""
+    return same(*({k: v for k, v in of.items() if not k.endswith("passes")} for of in (before, tensors(state))))
+
+
+@pytest.mark.parametrize("how", ["loss", "part", "gradient"])
+def test_what_is_not_finite_is_counted_and_not_applied(how: str) -> None:
+    state = trained()
+    before, lr, trend = tensors(state), state.optimizer.param_groups[0]["lr"], state.trend
+    record = step(state, Broken(how=how), lr=0.5, clip=1.0, probe_every=4)
+    assert untouched(before, state)
+    assert (state.step, state.images, state.optimizer.param_groups[0]["lr"]) == (4, 48, lr)
+    assert (state.skips, state.trend, record.probe) == (1, trend, None)
+
+    t, (_, c) = noised(at=3).t, batches()(3)
+    places = {"loss": t > 0.6, "part": (t > 0.6) | (t < 0.2), "gradient": t >= 0}[how].nonzero().flatten().tolist()
+    what = {"loss": "loss", "part": "loss, pull", "gradient": "the gradient norm"}[how]
+    named = [{"t": t[i].item(), "class": int(c[i]), "place": i, "rank": 0} for i in places]
+    extent = (t[places].min().item(), t[places].max().item())
+    assert record.skipped == Skipped(what, len(places), 12, extent, [] if how == "gradient" else named)
+    assert record.row()["skipped"]["count"] == len(places)
+
+    assert math.isfinite(step(state).loss)  # and the run goes on, with the batch of the step after
+    assert (state.step, state.skips) == (5, 0)
+
+
+def test_steps_after_a_skipped_one_do_not_depend_on_it() -> None:
+    """They have their own numbers: a run that was put there without that step makes the same."""
+    skipped, put = trained(), trained()
+    step(skipped, Broken(how="loss"))
+    put.step, put.images = 4, 48
+    assert step(skipped).loss == step(put).loss
+    assert untouched(tensors(skipped), put)
+
+
+def test_a_skipped_step_names_so_many_rows() -> None:
+    record = step(fresh(), Broken(how="loss"), batch=96)
+    assert record.skipped
+    assert record.skipped.count > LISTED == len(record.skipped.rows)
+
+
+@pytest.mark.parametrize("place", [(0, 3), (-1, 0)])
+def test_a_number_of_another_rank_skips_the_step_here(place: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its loss, or the norm that it has: what is agreed is a mean over ranks."""
+
+    def mean(table: Tensor) -> Tensor:
+        other = table.clone()
+        other[place] = math.nan
+        return (table + other) / 2
 
     state = trained()
-    before, lr = tensors(state), state.optimizer.param_groups[0]["lr"]
-    with pytest.raises(Diverged) as caught:
-        step(state, Broken(), lr=0.5, clip=1.0)
-    after = tensors(state)
-    counters = {name for name in before if name.startswith("net.passes")}
-    assert same(
-        {k: v for k, v in before.items() if k not in counters}, {k: v for k, v in after.items() if k not in counters}
-    )
-    assert (state.step, state.images, state.optimizer.param_groups[0]["lr"]) == (3, 36, lr)
+    before = tensors(state)
+    monkeypatch.setattr("dumo.training.record.dist.mean", mean)
+    assert step(state).skipped
+    assert untouched(before, state)
 
-    message, t = str(caught.value), noised(at=3).t
-    bad = t[{"loss": t > 0.6, "part": (t > 0.6) | (t < 0.2), "gradient": t >= 0}[kind]]
-    assert message.startswith("step 4 diverged")
-    assert f"[{bad.min():.3f}, {bad.max():.3f}]" in message
-    assert f"{len(bad)} of 12 rows" in message
-    assert {"loss": "loss is not", "part": "loss, pull is not", "gradient": "the gradient norm is not"}[kind] in message
-    for out in ("learning rate", "clip", "slope", "fp32"):
-        assert out in message
-    assert math.isfinite(step(state).loss)  # and the run can go on
+
+def test_a_record_is_logged_without_what_was_agreed() -> None:
+    row = step(fresh()).row()
+    assert row.keys().isdisjoint({"asked", "due", "skipped"})
+    assert row["probe"] is None
+
+
+class Waits(TorchFunctionMode):
+    """Counts what would wait for a device: a number or a tensor that goes to the host, and shapes that hang on one."""
+
+    NAMES = ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "cpu", "numpy", "nonzero", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, f: Any, types: object, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+        if (name := getattr(f, "__name__", "")) in self.NAMES:
+            self.seen.append(name)
+        return f(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("more", [{}, {"clip": 1.0, "micro_batch": 3}])
+def test_a_step_waits_for_its_device_once(more: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For one table; what is drawn on the host is no matter of it."""
+    state, spec = fresh(), Train.model_validate({"steps": STEPS, "batch": 12} | more)
+    state.optimizer = torch.optim.SGD(state.net.parameters(), lr=1.0)  # others keep their step on the host
+    drawn = {rows.start: noised()[rows] for rows in pieces(spec, Toy())}
+    monkeypatch.setattr(Pieces, "draw", lambda _, rows: drawn[rows.start])
+    with Waits() as waits:
+        assert step(state, **more).step == 1
+    assert waits.seen == ["tolist"]
 
 
 def test_a_part_outside_the_loss_may_be_broken() -> None:

@@ -1,16 +1,11 @@
-"""A small net, objective and data for the tests of training; and how to run Python in a process of its own."""
+"""A small net, objective and data for the tests of training."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
 
-import dumo
 from dumo.flow.path import Linear
 from dumo.random import stream
 from dumo.training.cut import span
@@ -118,11 +113,3 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
     return one.keys() == two.keys() and all(
         value.dtype == two[name].dtype and torch.equal(value, two[name]) for name, value in one.items()
     )
-
-
-def python(script: str, *arguments: str) -> subprocess.Popen[str]:
-    """Start a process that sees dumo and the tests."""
-    roots = Path(dumo.__file__).parents[1], Path(__file__).parents[2]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, roots)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, *arguments]
-    return subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

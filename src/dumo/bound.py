@@ -1,0 +1,16 @@
+"""How large the numbers of a run may be: beyond all that is trained, so that a slip of the pen is told from a wish.
+
+A number past its bound is refused when it is read. Without them it would be an endless loop, or more memory than there
+is, long after. All are ours.
+"""
+
+BLOCKS = 1000  # of a net, one behind the other: the deepest ResNets
+CHANNELS = 2**16  # a net's width, heads of attention: 4 times the widest of language models
+CLASSES = 2**24  # 700 times ImageNet-21k's
+FACTOR = 1e6  # of anything that is multiplied: a rate, a weight, a scale
+GIGABYTES = 1e6
+PASSES = 100_000  # through a net for one sample: a hundred times the 1000 steps of the first diffusion models
+PIXELS = 2**14  # along a side: 268 megapixels
+ROWS = 2**20  # of a batch: 16 times the largest that images were trained with
+SAMPLES = 10**8  # made at once, or by a teacher: its labels alone take 0.8 GB
+STEPS = 10**9

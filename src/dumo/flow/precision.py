@@ -1,0 +1,53 @@
+"""What passes compute in, by name.
+
+    fp32   products of matrices and convolutions as they are: cuDNN's, which take TF32 unless they are told, too
+    tf32   of a GPU's products and convolutions the factors are rounded to TF32, 10 bits of 23; elsewhere as fp32
+    bf16   autocast: layers compute in bf16, 7 bits, what is sensitive in fp32; weights and their gradients stay fp32
+
+A rounding is a setting of the process, which holds for backward passes, too; autocast is of a piece of code, around
+passes forward alone: it keeps weights that it has cast, so no optimizer may step inside.
+"""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+
+Precision = Literal["fp32", "tf32", "bf16"]
+
+
+@contextmanager
+def using(precision: Precision, device: torch.device | str) -> Generator[None, None, None]:
+    """Inside, passes forward on this device compute so."""
+    with products(precision, device), autocast(precision, device):
+        yield
+
+
+def autocast(precision: Precision, device: torch.device | str) -> torch.autocast:
+    """Inside, layers compute in bf16 where that is the precision, else as their inputs have it."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+
+@contextmanager
+def products(precision: Precision, device: torch.device | str) -> Generator[None, None, None]:
+    """Inside, what a GPU multiplies and convolves in fp32 is rounded to TF32, or not. A CPU has no such setting."""
+    if torch.device(device).type != "cuda":
+        yield
+        return
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    _round(*(("high", True) if precision == "tf32" else ("highest", False)))
+    try:
+        yield
+    finally:
+        _round(*before)
+
+
+def _round(matmul: str, convolutions: bool) -> None:
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = convolutions
+
+
+def rounded(device_type: str) -> bool:
+    """Whether products on this type of device are rounded to TF32 now."""
+    return device_type == "cuda" and torch.get_float32_matmul_precision() != "highest"

@@ -1,0 +1,142 @@
+"""YAML as plain values: null, true and false, numbers, texts, lists and mappings; of files and overrides by anybody.
+
+A short text can ask for much: aliases of aliases (a billion laughs), brackets in brackets, numbers of a million digits.
+So the events of a text are counted before any value is made of it. It is YAML 1.1, which PyYAML reads, but for three
+things: 1e-4 is a number, as in YAML 1.2 and JSON; a date is a text; and a name that stands twice in one mapping is
+refused, for one of the two would be lost without a word.
+"""
+
+import re
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import yaml
+from yaml.constructor import ConstructorError, SafeConstructor
+
+from dumo.io.text import brief
+
+if TYPE_CHECKING:
+    Loader = yaml.SafeLoader
+else:
+    Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML may be built without it
+
+DEPTH = 64  # lists and mappings inside one another; a run has 8
+DIGITS = 400  # characters of a number; a double needs 24, and 308 digits before the point at most
+ROOM = 100_000  # characters that a text may come to by its aliases, and four times its own
+SHORT = 100_000  # characters that the Python reader, which is slow, is asked to look at
+TAG = "tag:yaml.org,2002:"
+EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")  # without a point or a sign it is text in 1.1
+
+
+def parse(text: str) -> Any:  # noqa: ANN401, whatever stands there
+    """The values in a text. Raises yaml.YAMLError, in the words of the Python reader, which knows more escapes."""
+    try:
+        return _built(text, _Quick)
+    except yaml.YAMLError:
+        if len(text) > SHORT:
+            raise
+        return _built(text, _Exact)
+
+
+def dump(value: object, *, flow: bool = False, width: int = 120) -> str:
+    """Plain values as a text that `parse` reads back; `flow`: in brackets and braces, and keys sorted."""
+    return yaml.dump(value, Dumper=_Writer, default_flow_style=flow, width=width, sort_keys=flow, allow_unicode=True)
+
+
+def _built(text: str, reader: "type[_Quick | _Exact]") -> Any:  # noqa: ANN401
+    """The values, made by one of the two readers."""
+    try:
+        _bounded(text, reader)
+        return yaml.load(text, reader)
+    except ValueError as error:  # no number, or no text that has an encoding
+        raise yaml.YAMLError(str(error)) from error
+
+
+def _bounded(text: str, reader: "type[_Quick | _Exact]") -> None:
+    """Raise yaml.YAMLError where the values would be deeper or larger than anyone means."""
+    sizes: dict[str | None, float] = {}  # characters below an anchor; of one that is still open, endless
+    anchors: list[str | None] = []
+    counts, most = [0.0], 4 * len(text) + ROOM
+    for event in yaml.parse(text, reader):
+        if isinstance(event, yaml.AliasEvent):
+            counts[-1] += sizes.get(event.anchor, 1)
+        elif isinstance(event, yaml.ScalarEvent):
+            sizes[event.anchor] = 1 + len(event.value)
+            counts[-1] += sizes[event.anchor]
+        elif isinstance(event, yaml.CollectionStartEvent):
+            anchors.append(event.anchor)
+            sizes[event.anchor] = float("inf")
+            counts.append(1)
+        elif isinstance(event, yaml.CollectionEndEvent):
+            sizes[anchors.pop()] = size = counts.pop()
+            counts[-1] += size
+        if len(anchors) > DEPTH:
+            raise yaml.YAMLError(f"lists and mappings lie more than {DEPTH} deep")
+        if counts[-1] > most:
+            raise yaml.YAMLError("its aliases would make far more of it than stands there: write the values out")
+
+
+class _Plain(SafeConstructor):
+    """What both readers make of a node."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """A mapping, no name of which stands there twice; what `<<` merges into it may."""
+        seen = set[tuple[str, str]]()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if name in seen:
+                raise _wrong(f"the key {brief(key.value)} stands there twice", key)
+            seen |= {name} if name else set()
+        return super().construct_mapping(node, deep=deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> str:
+        """A text; what JSON writes as two halves of a character is put together, and half a one is refused."""
+        text = str(super().construct_scalar(node))
+        return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16")
+
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        """An integer or a float, of no more digits than a number needs."""
+        if len(node.value) > DIGITS:
+            raise _wrong(f"a number of {len(node.value)} characters", node)
+        try:
+            return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
+        except (ValueError, IndexError) as error:
+            raise _wrong(f"'{node.value}' is no number", node) from error
+
+    def truth(self, node: yaml.ScalarNode) -> bool:
+        """True or false."""
+        if str(node.value).lower() not in self.bool_values:
+            raise _wrong(f"'{brief(node.value)}' is neither true nor false", node)
+        return self.construct_yaml_bool(node)
+
+    yaml_constructors: ClassVar[dict[str, Any]] = {  # pyright: ignore[reportIncompatibleVariableOverride], PyYAML's
+        **SafeConstructor.yaml_constructors,
+        **dict.fromkeys((f"{TAG}int", f"{TAG}float"), number),
+        f"{TAG}bool": truth,
+        f"{TAG}timestamp": SafeConstructor.construct_yaml_str,
+        **dict.fromkeys(  # what is no plain value
+            (f"{TAG}binary", f"{TAG}omap", f"{TAG}pairs", f"{TAG}set"),
+            SafeConstructor.construct_undefined,
+        ),
+    }
+
+
+class _Quick(_Plain, Loader):
+    """By the C library, ten times as quick, where there is one."""
+
+
+class _Exact(_Plain, yaml.SafeLoader):
+    """By Python."""
+
+
+class _Writer(yaml.SafeDumper):
+    """Puts a text that would be read as a number in quotes."""
+
+
+def _wrong(what: str, node: yaml.Node) -> yaml.YAMLError:
+    """An error with the place where it is."""
+    return ConstructorError(None, None, what, node.start_mark)
+
+
+for _class in (_Quick, _Exact, _Writer):
+    _class.add_implicit_resolver(f"{TAG}float", EXPONENT, list("-+0123456789"))

@@ -1,0 +1,142 @@
+"""Experiment trackers: each takes the rows of a log as numbers by name.
+
+Nothing is sent anywhere but where the tool itself is set to. TensorBoard writes files. Weights & Biases asks for an
+account unless WANDB_MODE=offline, Trackio keeps a database on this machine unless TRACKIO_SPACE_ID names another place.
+None of them is imported before it is asked for.
+"""
+
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from dumo.config.spec import Run
+from dumo.training.log import Row
+from dumo.types import UserError
+
+PROJECT = "dumo"
+
+
+class Tracker(Protocol):
+    """Where rows go."""
+
+    def send(self, step: int, at: float | None, values: dict[str, float]) -> object:
+        """One row's numbers; `at`: when it was logged, seconds since 1970."""
+        ...
+
+    def close(self) -> object:
+        """No more rows come: wait until all that were sent are kept."""
+        ...
+
+
+class TensorBoard:
+    """Event files, in a folder of their own in the run's: tensorboard --logdir RUN/tensorboard."""
+
+    def __init__(self, run: Run, folder: Path, key: str) -> None:
+        """Goes on in the folder of this key."""
+        package("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard" / key))
+
+    def send(self, step: int, at: float | None, values: dict[str, float]) -> None:
+        """One row."""
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step, at)
+
+    def close(self) -> None:
+        """Flush."""
+        self.writer.close()
+
+
+class Wandb:
+    """Weights & Biases: a run of project dumo (WANDB_PROJECT: another), its files in the run's folder."""
+
+    def __init__(self, run: Run, folder: Path, key: str) -> None:
+        """Goes on with the run of this key. Raises UserError where wandb asks for an account and there is none."""
+        wandb = package("wandb")
+        try:
+            self.run = wandb.init(
+                project=None if "WANDB_PROJECT" in os.environ else PROJECT,
+                name=folder.resolve().name,
+                id=key,
+                dir=str(folder),
+                resume="allow",
+                reinit="create_new",
+                config=run.model_dump(mode="json"),
+            )
+        except wandb.errors.Error as error:
+            text = str(error).partition("\n")[0].rstrip(".")
+            raise UserError(f"wandb: {text}. With WANDB_MODE=offline it needs no account") from error
+
+    def send(self, step: int, at: float | None, values: dict[str, float]) -> None:
+        """One row."""
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        """Wait until what was logged is written, or sent."""
+        self.run.finish()
+
+
+class Trackio:
+    """Trackio: a run of project dumo, in its own database (TRACKIO_DIR): trackio show."""
+
+    def __init__(self, run: Run, folder: Path, key: str) -> None:
+        """Goes on with the run of this key."""
+        trackio = package("trackio")
+        self.run = trackio.init(
+            project=PROJECT,
+            name=f"{folder.resolve().name}-{key}",
+            resume="allow",
+            config=run.model_dump(mode="json"),
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+        trackio.context_vars.current_run.set(None)  # it would be closed where another one is opened
+
+    def send(self, step: int, at: float | None, values: dict[str, float]) -> None:
+        """One row."""
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        """Wait until what was logged is written."""
+        self.run.finish()
+
+
+TRACKERS: dict[str, Callable[[Run, Path, str], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "trackio": Trackio,
+}
+
+
+def package(name: str) -> ModuleType:
+    """The package of this name. Raises UserError, with the command that installs it, where it is not there."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return import_module(name)
+    except ImportError as error:
+        raise UserError(f"--to {name} needs the package {name} ({error}): pip install 'dumo[{name}]'") from error
+
+
+def values(row: Row) -> dict[str, float]:
+    """All finite numbers of a row by name, those of tables and lists as a/b/0; not its step, nor the time of day."""
+
+    def found(name: str, value: Any) -> Iterator[tuple[str, float]]:  # noqa: ANN401, what JSON holds
+        if isinstance(value, dict):
+            for key, part in value.items():
+                yield from found(f"{name}/{key}", part)
+        elif isinstance(value, list):
+            for i, part in enumerate(value):
+                yield from found(f"{name}/{i}", part)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            yield name, float(value)
+
+    left_out = ("step", "speed/at")
+    return {name: number for key, part in row.items() for name, number in found(key, part) if name not in left_out}

@@ -1,0 +1,134 @@
+"""What a run writes down as it trains: its log, its milestones, its checkpoints."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from shlex import join
+from typing import Any
+
+import torch
+
+from dumo import dist, stop
+from dumo.config.spec import Run
+from dumo.data.source import Source
+from dumo.preflight import doctor
+from dumo.run.teacher import Coupled
+from dumo.training import agreement, checkpoint, layout, log, loop, manifest
+from dumo.training.state import State
+from dumo.training.step import Record
+
+MINUTE = 60.0
+
+
+@dataclass
+class Journal:
+    """What a run writes down. Every rank has one, and must call it alike."""
+
+    run: Run
+    folder: Path
+    device: torch.device
+    source: Source | Coupled
+    tell: Callable[[str], None]
+    saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was
+
+    @property
+    def first(self) -> int:
+        """The first step that is saved by its number: up to it weights are examined before they are saved."""
+        return min(self.run.train.save_every, self.run.train.steps)
+
+    @property
+    def hooks(self) -> tuple[loop.Every, ...]:
+        """What the loop calls after its steps, in this order."""
+        return loop.Every(1, self.log), loop.Every(1, self.mark), loop.Every(1, self.keep)
+
+    def due(self) -> bool:
+        """Whether so many minutes have passed since the last checkpoint that another is due, by this rank's clock."""
+        minutes = self.run.train.save_minutes
+        return minutes is not None and time.monotonic() - self.saved >= MINUTE * minutes
+
+    def open(self, state: State) -> None:
+        """Before the next step: refuse a slope that fails on what was saved unexamined; the milestone of this step.
+
+        Raises Stopped if a rank was asked to stop meanwhile: there is nothing to save.
+        """
+        if number := next(filter(None, agreement.agreed(stop.asked)), None):
+            raise stop.Stopped(number)
+        if 0 < state.step <= self.first:
+            self.examine(state)
+        if state.step not in checkpoint.milestones(self.folder / "milestones"):
+            self.mark(state)
+        if state.step == self.run.train.steps:  # there is nothing to do but to keep no more than is asked
+            self.save(state)
+
+    def log(self, state: State, record: Record) -> None:
+        """A line of the log, where one is due or the step was skipped, of which a line is told as well."""
+        if not dist.is_main():
+            return
+        if record.skipped or record.probe or state.step % self.run.train.log_every == 0:
+            row = record.row()
+            if record.skipped:
+                row["skipped"]["rows"] = self.numbered(record)
+                rows = "; ".join(said(row) for row in row["skipped"]["rows"][:3])
+                self.tell(f"step {record.step:,} is skipped: {record.skipped}{rows and f': {rows}'}")
+            log.append(self.folder / "metrics.jsonl", row)
+
+    def numbered(self, record: Record) -> list[dict[str, Any]]:
+        """The rows to blame for a skipped step, each with its number in the data set in place of that in the batch."""
+        train, rows = self.run.train, record.skipped.rows if record.skipped else []
+        numbers = self.source.numbers(record.step - 1, train.batch, train.seed) if rows else None
+        return [
+            {key: value for key, value in row.items() if key != "place"}
+            | {"image": None if numbers is None else int(numbers[int(row["place"] or 0)])}
+            for row in rows
+        ]
+
+    def mark(self, state: State, record: Record | None = None) -> None:
+        """The weights that are shown, at a milestone."""
+        if state.step in self.run.train.milestones:
+            checkpoint.mark(self.folder / "milestones", state)
+
+    def keep(self, state: State, record: Record) -> None:
+        """A checkpoint, where one is due by step or clock, where the run is asked to stop, and at the end.
+
+        Up to the first one its weights are examined before; not where somebody waits for it to stop.
+        """
+        asked = record.asked is not None
+        if asked or record.due or state.step % self.first == 0 or state.step == self.run.train.steps:
+            if state.step <= self.first and not asked:
+                self.examine(state)
+            self.save(state)
+
+    def save(self, state: State) -> None:
+        """A checkpoint of this step; the log up to it is on the disk before."""
+        agreement.main(lambda: log.flush(self.folder / "metrics.jsonl"))
+        checkpoint.save(self.folder / "checkpoints", state, self.run.train.keep)
+        self.saved = time.monotonic()
+
+    def examine(self, state: State) -> None:
+        """Refuse a slope that is not the derivative at the weights in training."""
+        doctor.examine_weights(self.run, layout.gathered(state.net, self.run.build), self.device).require()
+
+
+def said(row: dict[str, Any]) -> str:
+    """A row of a batch in words."""
+    image = [] if row["image"] is None else [f"image {row['image']}"]
+    rank = [f"rank {row['rank']}"] if dist.world() > 1 else []
+    return ", ".join([*image, *rank, f"t {row['t']:.3f}"])
+
+
+def way_back(run: Run, folder: Path, step: int) -> str:
+    """How to go on from the last good checkpoint up to a step, at half the rate; from the start where there is none."""
+    standing = [(n, path) for n, path in checkpoint.standing(folder / "checkpoints").items() if n <= step]
+    good = [n for n, path in standing if manifest.sound(path) and manifest.read(path).trend.good]
+    start, words = (["--from", str(good[-1])], "from its last good checkpoint") if good else ([], "from the start")
+    rate = f"train.optimizer.lr={run.train.optimizer.lr / 2:g}"
+    command = join([*started(), "train", str(folder), *start, "--set", rate])
+    return f"To go on {words} at half the rate:  {command}"
+
+
+def started() -> list[str]:
+    """How this program was started, in words for a shell."""
+    each = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return ["dumo"] if dist.world() == 1 else ["torchrun", "--nproc-per-node", each, "-m", "dumo"]

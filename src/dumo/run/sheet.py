@@ -1,0 +1,89 @@
+"""Sheets of samples as a run trains: what its shown weights make of the same noise, by the run's own sampler.
+
+    sheets/step-00001000-nfe1.png
+
+They change nothing of the training: samples have streams of their own (`dumo.random`), and the net its mode again.
+Ranks make them together, each some of the images, so that no rank needs all weights.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dumo import dist
+from dumo.config.spec import Run
+from dumo.data import Latents
+from dumo.run.folder import RunFolder
+from dumo.run.sample import guided_reading, shared, write
+from dumo.sampling import generate
+from dumo.training import agreement, layout
+from dumo.training.state import State
+from dumo.training.step import Record
+from dumo.types import Sample
+
+COUNT = 64  # images
+POINTS = 2000  # of a scatter
+
+
+class Sheets:
+    """Draws where `train.sheets` says so. Raises UserError on all ranks where the codec cannot be opened."""
+
+    def __init__(self, run: Run, folder: Path, tell: Callable[[str], object]) -> None:
+        """`tell` hears why a sheet is missing."""
+        self.run, self.folder, self.tell = run, folder / "sheets", tell
+        self.c, data = classes(run), run.data
+        if run.train.sheets and isinstance(data, Latents):
+            agreement.main(lambda: data.codec.open(torch.device("cpu")) and None)  # seen now, not after weeks
+
+    def draw(self, state: State, record: Record) -> None:
+        """A sheet for each of the run's numbers of passes, if one is due. Every rank must call it."""
+        if not self.run.train.draws(state.step):
+            return
+        for nfe in self.run.sample.nfe:
+            made = partial(self.made, state, nfe)
+            if dist.world() > 1:  # what fails on one rank fails all: the others wait for it
+                made = partial(torch.as_tensor, made())
+            if dist.is_main():
+                self.attempt(made, state, nfe)
+
+    def made(self, state: State, nfe: int) -> Sample:
+        """The samples, not decoded, on the CPU of every rank. All ranks make equally many passes."""
+        run, net, ranks = self.run, state.shown, dist.world()
+        turn = range(dist.rank(), -(-len(self.c) // ranks) * ranks, ranks)
+        with torch.compiler.set_stance("force_eager"):
+            parts = generate.batches(
+                net,
+                guided_reading(self.opened(state)),
+                run.path,
+                run.sample.solver,
+                self.c[torch.tensor(turn) % len(self.c)],
+                nfe=nfe,
+                seed=run.sample.seed,
+                shape=run.data.shape,
+                indices=turn,
+                device=next(net.parameters()).device,
+            )
+            mine = list(parts)
+        layout.release(net)
+        return shared(mine, run.data.shape).x[: len(self.c)]
+
+    def attempt(self, made: Callable[[], Sample], state: State, nfe: int) -> None:
+        """Write a sheet, or say why there is none: that is no reason to end a run."""
+        path = self.folder / f"step-{state.step:08d}-nfe{nfe}"
+        try:
+            write(self.opened(state).decode(made()), self.c, path, "grid", self.run)
+        except Exception as error:  # memory, disk, weights that have diverged
+            self.tell(f"warning: no sheet {path.name}: {error}")
+
+    def opened(self, state: State) -> RunFolder:
+        """The run as it stands."""
+        return RunFolder(self.run, self.folder.parent, state.shown, state.step, "")
+
+
+def classes(run: Run) -> Tensor:
+    """The class of each sample: all in turn, or, where there are more of them than images, some from end to end."""
+    n, k = COUNT if len(run.pixels) == 3 else POINTS, run.data.classes
+    return generate.labels(n, k, [i * k // n for i in range(n)] if k > n else None)

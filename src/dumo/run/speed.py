@@ -1,0 +1,94 @@
+"""How fast a run trains: said by its bar, and kept in speed.jsonl beside its log.
+
+Times are the machine's, not the run's: they have a file of their own, so that a log is the same to the bit wherever and
+however often the run was stopped. It is only ever added to; of a step that was made twice the last row holds.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from dumo import dist
+from dumo.config.spec import Run
+from dumo.preflight import cost, machine
+from dumo.preflight.rehearsal import peak
+from dumo.progress import number, sized
+from dumo.training import log
+from dumo.training.step import Record
+from dumo.types import UserError
+
+FILE, LOG = "speed.jsonl", "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """The speed since the row before: wall time, with checkpoints and whatever else the run did meanwhile."""
+
+    step: int
+    at: float  # when: seconds since 1970
+    seconds: float  # since the row before, or since the training began
+    steps_per_second: float
+    images_per_second: float
+    bytes: int  # the most so far on rank 0: of a GPU's allocator, else resident
+    share_of_peak: float | None  # counted operations over the dense bf16 peak of all GPUs; None where it is not known
+
+    def __str__(self) -> str:
+        """As the bar says it."""
+        share = f", {self.share_of_peak:.0%} of peak" if self.share_of_peak is not None else ""
+        return f"{number(self.images_per_second)} images/s, {sized(self.bytes)}{share}"
+
+
+class Meter:
+    """Measures a training from here on, on rank 0: a row for each step that is logged."""
+
+    def __init__(self, run: Run, folder: Path, here: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
+        """Nothing is measured before `begin`."""
+        self.train, self.path, self.here, self.clock = run.train, folder / FILE, here, clock
+        self.peak = machine.peak_tflops(here) if dist.is_main() else None
+        self.flops = flops(run) if self.peak else 0.0
+        self.last: Speed | None = None
+        self.began = 0, 0.0  # at which step, and when
+
+    def begin(self, step: int) -> None:
+        """The training goes on from here."""
+        self.began = step, self.clock()
+
+    def note(self, record: Record) -> str:
+        """What the bar says after a step; on rank 0 a row is added where one is due."""
+        if dist.is_main() and record.step % self.train.log_every == 0:
+            self.last = self.measured(record.step)
+            log.append(self.path, asdict(self.last))
+        loss = f"loss {record.loss:.4f}" if math.isfinite(record.loss) else "step skipped"
+        return f"{loss}, {self.last}" if self.last else loss
+
+    def measured(self, step: int) -> Speed:
+        """The speed since the last call."""
+        (first, then), now = self.began, self.clock()
+        self.began = step, now
+        rate = (step - first) / max(now - then, 1e-9)
+        images = rate * self.train.batch
+        share = images * self.flops / (1e12 * self.peak * dist.world()) if self.peak else None
+        return Speed(step, time.time(), now - then, rate, images, peak(self.here), share)
+
+
+def flops(run: Run) -> float:
+    """Counted operations of a step, for an image."""
+    net, shape = run.outline(), run.data.shape
+    units = cost.forward_units(net, run.objective, run.path, shape, ref=run.train.ref)
+    return units * cost.forward_flops(net, run.objective, shape)
+
+
+def logged(folder: Path) -> list[log.Row]:
+    """The rows of a run's log, each with its `speed` where that was measured: the last row of its step in speed.jsonl.
+
+    Raises UserError where there is no log, and as `log.read_log`.
+    """
+    file = folder / LOG
+    if not file.is_file():
+        raise UserError(f"{folder} has no {LOG}: give a run's folder, such as runs/digits, once it has trained a while")
+    speeds = {row.pop("step"): row for row in log.read_log(folder / FILE)}
+    return [row | ({"speed": speeds[row["step"]]} if row["step"] in speeds else {}) for row in log.read_log(file)]

@@ -1,0 +1,121 @@
+"""Row groups are kept up to so many bytes; of a larger one a row is read with little memory; damage is named."""
+
+from collections.abc import Callable
+from pathlib import Path
+from threading import Barrier, Thread
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dumo.data import parquet
+from dumo.data.parquet import Parquet
+from dumo.io.parquet import STREAMED
+from dumo.types import UserError
+from unit.data.animals import refused, spec
+
+ROWS, GROUP = 300, 150  # more rows to a group than are streamed at a time
+assert GROUP > 2 * STREAMED
+
+
+def image(i: int) -> bytes:
+    """A thousand bytes."""
+    return b"%04d" % i * 250
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """Two tables of two groups each."""
+    for k in range(2):
+        rows = [{"bytes": image(i), "path": ""} for i in range(k * ROWS, (k + 1) * ROWS)]
+        made = pa.table({"image": rows})
+        settings = {"row_group_size": GROUP, "write_page_checksum": True, "data_page_size": 4096}
+        pq.write_table(made, tmp_path / f"{k}.parquet", compression="none", use_dictionary=False, **settings)
+    return sorted(map(str, tmp_path.iterdir()))
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """How, and which groups are read from here on."""
+    calls: list[tuple[str, int]] = []
+
+    def noting(name: str) -> Callable[..., object]:
+        of = getattr(parquet, name)
+
+        def noted(table: pq.ParquetFile, group: int, *rest: object) -> object:
+            calls.append((name, group))
+            return of(table, group, *rest)
+
+        return noted
+
+    for name in ("read_group", "read_row"):
+        monkeypatch.setattr(parquet, name, noting(name))
+    return calls
+
+
+@pytest.mark.parametrize(("kept", "kinds"), [(2**30, {"read_group"}), (1000, {"read_row"})])
+def test_rows_are_the_same_however_they_are_read(
+    files: list[str], read: list[tuple[str, int]], kept: int, kinds: set[str]
+) -> None:
+    source = Parquet(files, label=None, kept=kept)
+    for i in (0, 599, 149, 150, 64, 63, 299, 300):
+        assert source.read(i) == image(i)
+    assert {kind for kind, _ in read} == kinds
+
+
+def test_groups_are_kept_up_to_so_many_bytes(files: list[str], read: list[tuple[str, int]]) -> None:
+    """The one not used for longest goes; going through the rows in order reads each group once."""
+    one = GROUP * 1010
+    source = Parquet(files, label=None, kept=one * 5 // 2)  # two and a half groups
+    for i in range(2 * ROWS):
+        source.read(i)
+    assert [group for _, group in read] == [0, 1, 0, 1]
+    assert len(source.kept) == 2
+    read.clear()
+    for i in (300, 450, 300, 0, 300, 450):  # the last but one stays
+        source.read(i)
+    assert [group for _, group in read] == [0, 1]
+
+
+def test_threads_do_not_read_a_group_twice(files: list[str], read: list[tuple[str, int]]) -> None:
+    source, meet = Parquet(files, label=None), Barrier(4)
+    wrong: list[int] = []
+
+    def work(first: int) -> None:
+        meet.wait(60)
+        wrong.extend(i for i in range(first, 2 * ROWS, 4) if source.read(i) != image(i))
+
+    threads = [Thread(target=work, args=(k,)) for k in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(read) == 4
+
+
+@pytest.mark.parametrize("kept", [2**30, 1000])
+def test_a_damaged_page_is_found_by_its_sum(files: list[str], kept: int) -> None:
+    """A bit among the bytes of an image, which the image itself might not show."""
+    data = bytearray(Path(files[0]).read_bytes())
+    data[data.index(image(120)) + 500] ^= 1
+    Path(files[0]).write_bytes(data)
+    source = Parquet(files, label=None, kept=kept)
+    with pytest.raises(OSError, match="CRC"):
+        source.read(140)
+    assert source.read(300) == image(300)
+
+
+@pytest.mark.parametrize("at", range(4, 3000, 250))
+def test_damage_anywhere_is_an_error_or_other_bytes(tmp_path: Path, at: int) -> None:
+    """Pages without a sum: what pyarrow raises, of whatever kind, is said of the row; nothing else comes through."""
+    pq.write_table(pa.table({"image": [image(i) for i in range(3)]}), tmp_path / "a.parquet", compression="none")
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[at : at + 8] = b"\xff" * 8
+    (tmp_path / "a.parquet").write_bytes(data)
+    try:
+        text = refused(tmp_path)  # they are no images in any case
+    except UserError as error:
+        text = str(error)
+    assert str(tmp_path / "a.parquet") in text
+    assert spec(tmp_path, memory=0.0, on_bad="skip").classes == 0

@@ -1,0 +1,57 @@
+"""A file of text is read if it is one: no pipe that would be waited for, no device without an end, nothing huge."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from dumo.io.json import read_json
+from dumo.io.path import user_path
+from dumo.io.text import MOST, brief, read_text
+from dumo.types import UserError
+from fuzz.judge import limited
+
+
+def test_text_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("é\n", encoding="utf-8")
+    assert read_text(tmp_path / "a", "way out") == "é\n"
+    with pytest.raises(FileNotFoundError):
+        read_text(tmp_path / "b", "way out")
+
+
+def test_what_is_no_text_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    pipe, huge, other = tmp_path / "pipe", tmp_path / "huge", tmp_path / "other"
+    os.mkfifo(pipe)
+    with huge.open("wb") as file:
+        file.truncate(MOST + 1)
+    other.write_bytes(b"a\xffb")
+    for path, said in ((pipe, "no file"), (tmp_path, "no file"), (Path("/dev/zero"), "no file"), (other, "no text")):
+        with limited(5), pytest.raises(UserError, match=f"^{path} is {said}.*: way out$"):
+            read_text(path, "way out")
+    with pytest.raises(UserError, match=r"67,108,865 bytes.* at most 67,108,864: way out$"):
+        read_text(huge, "way out")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "NaN", '{"a": -Infinity}', "9" * 5000, "\0"])
+def test_what_is_no_json(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=r"a.json is not JSON \(.*\): way out$"):
+        read_json(tmp_path / "a.json", "way out")
+
+
+def test_json_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"a": [1, None, "NaN"]}))
+    assert read_json(tmp_path / "a.json", "way out") == {"a": [1, None, "NaN"]}
+
+
+def test_a_long_text_is_cut() -> None:
+    assert brief("x" * 200) == "x" * 200
+    assert brief("x" * 201) == "x" * 200 + "…"
+    assert brief([1, 2], 3) == "[1,…"
+
+
+@pytest.mark.parametrize(("text", "said"), [("", "empty"), ("a\0b", "NUL"), ("~nobody-here/x", "no such user")])
+def test_what_is_no_path(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=rf"^data\.root .*{said}.*: set "):
+        user_path(text, "data.root")

@@ -1,0 +1,97 @@
+"""What is written is read back, whatever it is; what asks for too much, or is no plain value, is refused soon."""
+
+from contextlib import suppress
+from itertools import pairwise
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dumo.io.yaml import DEPTH, DIGITS, SHORT, dump, parse
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85\ufeff"))
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS
+VALUES = st.recursive(PLAIN, lambda inner: st.lists(inner) | st.dictionaries(TEXTS, inner), max_leaves=8)
+FEW = settings(max_examples=60, derandomize=True, deadline=None, database=None)
+
+
+@FEW
+@given(VALUES, st.booleans())
+def test_what_is_dumped_is_parsed(value: object, flow: bool) -> None:
+    assert parse(dump(value, flow=flow)) == value
+
+
+@FEW
+@given(st.text(st.sampled_from("{}[]&*!|>%@`\"'#:,-?<= \t\n\0\\xea0129.~\ud800\u00e9"), max_size=40))
+def test_any_text_is_parsed_or_refused(text: str) -> None:
+    with suppress(yaml.YAMLError):
+        parse(text)
+
+
+@pytest.mark.parametrize("text", ["1e5", "1E-4", "-3e+2", "2024-01-01", "yes", "null", "012", "1_0", "~", "=", "<<"])
+def test_a_text_that_looks_like_another_value(text: str) -> None:
+    assert parse(dump({text: [text]})) == {text: [text]}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("-1.5E+3", -1500.0),
+        ("1e", "1e"),
+        ("0x10", 16),
+        ("2024-99-99", "2024-99-99"),
+        ('"\\ud83d\\ude42"', "🙂"),
+        ("\ufeffa: 1", {"a": 1}),
+        ("{<<: {a: 1, b: 2}, a: 3}", {"a": 3, "b": 2}),
+        ("[&a {x: 1}, *a]", [{"x": 1}, {"x": 1}]),
+    ],
+)
+def test_values(text: str, value: object) -> None:
+    assert parse(text) == value
+
+
+def laughs(line: str) -> str:
+    """Nine lines, each ten times the one before."""
+    return "\n".join(["a: &a {x: 1}", *(line.format(n, ",".join([f"*{o}"] * 10)) for o, n in pairwise("abcdefghi"))])
+
+
+REFUSED = [
+    ("{a: 1, b: 2, a: 3}", "key a stands there twice"),
+    ("!!bool x", "neither true nor false"),
+    ("!!int x", "no number"),
+    ("!!int ''", "no number"),
+    ("!!float x", "no number"),
+    ("!!binary eA==", "binary"),
+    ("!!set {a}", "set"),
+    ("!!python/object/apply:os.system [exit]", "python"),
+    ("9" * (DIGITS + 1), "a number of"),
+    ("0x" + "f" * 5000, "a number of"),
+    ("1" + ":01" * 100_000, "a number of"),
+    ("[" * (DEPTH + 1) + "]" * (DEPTH + 1), "deep"),
+    ("[" * 2000, "deep"),
+    ("{a: " * 100_000, "deep"),
+    ("- " * 100_000, "deep"),
+    (laughs("{0}: &{0} [{1}]"), "aliases"),
+    (laughs("{0}: &{0} {{<<: [{1}]}}"), "aliases"),
+    ("&a [*a]", "aliases"),
+    (f"a: &a {'x' * 10_000}\nb: [{'*a,' * 1000}]", "aliases"),
+    ("'" * (SHORT + 1), "quoted"),
+    ("a\0b", "special characters"),
+    ("\udcff", "special characters"),
+    ('"\\ud800"', "utf-16"),
+    ("\ta: b", "cannot start"),
+    ("? [a]\n: b", "unhashable"),
+    ("a\n---\nb", "single document"),
+]
+
+
+@pytest.mark.parametrize(("text", "said"), REFUSED, ids=[text[:20] for text, _ in REFUSED])
+def test_refused(text: str, said: str) -> None:
+    with pytest.raises(yaml.YAMLError, match=said):
+        parse(text)
+
+
+def test_depth_that_is_read() -> None:
+    assert dump(parse("[" * DEPTH + "]" * DEPTH), flow=True).strip() == "[" * DEPTH + "]" * DEPTH

@@ -1,0 +1,32 @@
+"""Curves of logs show what was measured, run by run."""
+
+from dumo.report.curve import curves, measured, picture
+
+ROWS = [
+    {"step": 10, "loss": 2.0, "parts": {"v": 1.0, "u": 3.0}, "notes": {"gap": 0.5}, "grad_norm": 9.0, "lr": 0.1},
+    {"step": 15, "loss": None, "parts": {"v": None, "u": None}, "grad_norm": None, "skipped": {"count": 1}},
+    {"step": 20, "loss": 1.0, "parts": {"v": 0.5, "u": 1.5}, "notes": {"gap": 0.25}, "grad_norm": 1.0, "lr": 0.0},
+]
+
+
+def test_what_was_measured() -> None:
+    found = measured(ROWS)
+    assert list(found) == ["loss", "v", "u", "gradient norm", "learning rate", "gap"]
+    assert found["u"] == ([10, 20], [3.0, 1.5])
+    assert found["learning rate"] == ([10, 20], [0.1, 0.0])
+    assert list(measured([{"step": 1, "loss": 1.0, "parts": {"v": 1.0}}])) == ["loss"]  # the same once
+
+
+def test_a_panel_for_each_thing_and_a_curve_for_each_run() -> None:
+    alone = [{"step": 5, "loss": 3.0, "speed": {"images_per_second": 7.0}}]
+    figure = curves({"one": ROWS, "two": alone})
+    titles = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
+    assert list(titles) == ["loss", "v", "u", "gradient norm", "learning rate", "gap", "images a second"]
+    labels = [line.get_label() for line in titles["loss"].get_lines() if not str(line.get_label()).startswith("_")]
+    assert labels == ["one", "two"]
+    skipped = [line for line in titles["loss"].get_lines() if line.get_marker() == "|"]
+    assert [list(line.get_xdata()) for line in skipped] == [[15], []]
+    assert titles["loss"].get_yscale() == "linear"
+    shown = picture(figure)
+    assert shown.size[0] > 1000
+    assert len(shown.getcolors(10**6)) > 10

@@ -1,0 +1,173 @@
+"""Every row of a log reaches a tracker once: as the log grows, is rewound, and is sent from again."""
+
+import json
+import math
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dumo import stop
+from dumo.config.load import dump, load
+from dumo.config.spec import Run
+from dumo.report import feed as feeding
+from dumo.report import tracker
+from dumo.report.feed import Feed, feed
+from dumo.training import log
+from dumo.types import UserError
+
+Sent = dict[str, list[tuple[int, dict[str, float]]]]
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
+    """What a tracker that is called 'kept' was sent, by its key."""
+    kept: Sent = {}
+
+    class Kept:
+        def __init__(self, run: Run, folder: Path, key: str) -> None:
+            self.rows = kept.setdefault(key, [])
+
+        def send(self, step: int, at: float | None, values: dict[str, float]) -> None:
+            print("a tracker talks")
+            self.rows.append((step, values))
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setitem(tracker.TRACKERS, "kept", Kept)
+    return kept
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run's folder with two rows."""
+    (tmp_path / "run.yaml").write_text(dump(load("moons")))
+    for step in (10, 20):
+        add(tmp_path, step)
+    return tmp_path
+
+
+def add(folder: Path, step: int, loss: float = 1.0, size: int = 7) -> None:
+    """A row of the log, and its speed."""
+    log.append(folder / "metrics.jsonl", {"step": step, "loss": loss / step, "bins": {"loss": [0.5, math.nan]}})
+    log.append(folder / "speed.jsonl", {"step": step, "at": 1e9, "bytes": size})
+
+
+def test_each_row_once(run: Path, sent: Sent, capsys: pytest.CaptureFixture[str]) -> None:
+    assert feed([run], "kept") == {run: 2}
+    assert feed([run], "kept") == {run: 0}
+    add(run, 30)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 40, "lo')  # a row half-written
+    assert feed([run], "kept") == {run: 1}
+    (rows,) = sent.values()
+    assert rows == [(n, {"loss": 1 / n, "bins/loss/0": 0.5, "speed/bytes": 7.0}) for n in (10, 20, 30)]
+    assert capsys.readouterr().out == ""  # answers alone are on stdout
+
+
+def test_a_rewound_log_is_waited_for_and_a_changed_one_sent_anew(run: Path, sent: Sent) -> None:
+    one = Feed(run, "kept")
+    assert one.send() == 2
+    log.rewind(run / "metrics.jsonl", 10)
+    assert one.send() == 0
+    add(run, 20, size=8)  # the same step again, at another speed
+    add(run, 30)
+    assert one.send() == 1
+    log.rewind(run / "metrics.jsonl", 10)
+    assert one.send() == 0
+    add(run, 20, loss=3.0)  # another rate
+    assert one.send() == 2
+    first, second = sent.values()
+    assert [step for step, _ in first] == [10, 20, 30]
+    assert [(step, values["loss"]) for step, values in second] == [(10, 0.1), (20, 0.15)]
+    assert feed([run], "kept") == {run: 0}
+    (run / "metrics.jsonl").unlink()
+    add(run, 10)
+    assert feed([run], "kept") == {run: 1}
+    assert len(sent) == 3
+
+
+def test_following_ends_when_asked(run: Path, sent: Sent, monkeypatch: pytest.MonkeyPatch) -> None:
+    naps: list[float] = []
+
+    def sleep(seconds: float) -> None:
+        naps.append(seconds)
+        add(run, 20 + 10 * len(naps))
+        if len(naps) == 3:
+            monkeypatch.setattr(stop, "heard", 2)
+
+    monkeypatch.setattr(feeding.time, "sleep", sleep)
+    with pytest.raises(stop.Stopped):
+        feed([run], "kept", follow=True)
+    (rows,) = sent.values()
+    assert [step for step, _ in rows] == [10, 20, 30, 40, 50]
+
+
+def test_what_is_wrong_is_named(run: Path, sent: Sent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"is no run's folder"):
+        feed([tmp_path / "none"], "kept")
+    (run / "tracked.json").write_text("{")
+    with pytest.raises(UserError, match=r"tracked.json is damaged .*remove it"):
+        feed([run], "kept")
+    with pytest.raises(UserError, match=r"--to not_there needs the package .*pip install 'dumo\[not_there\]'"):
+        tracker.package("not_there")
+
+
+def test_values_are_numbers_by_name() -> None:
+    row: dict[str, Any] = {"step": 3, "loss": None, "skipped": {"what": "loss", "count": 2, "rows": [{"t": 0.5}]}}
+    assert tracker.values(row) == {"skipped/count": 2.0, "skipped/rows/0/t": 0.5}
+    assert tracker.values({"lr": 1, "probe": {"drift": 0.5, "ok": True}, "speed": {"at": 9.0}}) == {
+        "lr": 1.0,
+        "probe/drift": 0.5,
+    }
+
+
+def test_tensorboard_reads_what_it_was_sent(run: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert feed([run], "tensorboard") == {run: 2}
+    add(run, 30)
+    assert feed([run], "tensorboard") == {run: 1}
+    (folder,) = (run / "tensorboard").iterdir()
+    assert folder.name == json.loads((run / "tracked.json").read_text())["tensorboard"]["key"]
+    read = EventAccumulator(str(folder)).Reload()
+    assert {"loss", "bins/loss/0", "speed/bytes"} == set(read.Tags()["scalars"])
+    assert [(e.step, e.wall_time, round(e.value, 6)) for e in read.Scalars("loss")] == [
+        (n, 1e9, round(1 / n, 6)) for n in (10, 20, 30)
+    ]
+
+
+@pytest.mark.slow
+def test_the_others_keep_two_runs_on_this_machine(run: Path, tmp_path: Path) -> None:
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    program = (
+        "import sys; from pathlib import Path; from types import SimpleNamespace; from dumo import cli\n"
+        "from dumo.report import feed; from dumo.training import log\n"
+        "def sleep(seconds):\n"
+        "    for run in sys.argv[2:4]: log.append(Path(run) / 'metrics.jsonl', {'step': 30, 'loss': 0.1})\n"
+        "    feed.time = SimpleNamespace(sleep=stop)\n"
+        "def stop(seconds): raise KeyboardInterrupt\n"
+        "feed.time = SimpleNamespace(sleep=sleep)\n"  # trackers sleep by themselves
+        "cli.main()"
+    )
+    env = {**os.environ, "WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONWARNINGS": "ignore"}
+    for name in ("wandb", "trackio"):
+        for folder in (run, other):
+            log.rewind(folder / "metrics.jsonl", 20)
+        words = [sys.executable, "-c", program, "log", str(run), str(other), "--to", name, "--follow"]
+        done = subprocess.run(words, env=env, capture_output=True, text=True, timeout=240)
+        assert (done.returncode, done.stdout) == (130, ""), done
+    for folder in (run, other):
+        assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
+        told = json.loads((folder / "tracked.json").read_text())
+        assert {name: row["rows"] for name, row in told.items()} == {"wandb": 3, "trackio": 3}
+    with sqlite3.connect(tmp_path / "trackio/dumo.db") as base:
+        rows = base.execute("select run_name, step from metrics order by run_name, step").fetchall()
+    assert [step for _, step in rows] == [10, 20, 30] * 2
+    assert len({name for name, _ in rows}) == 2

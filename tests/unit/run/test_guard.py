@@ -1,0 +1,319 @@
+"""A training that is left alone: what it skips, when it stops, what it keeps, and how it goes on."""
+
+import json
+import shlex
+import shutil
+import signal
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from dumo import stop
+from dumo.config.format import Noted
+from dumo.config.load import FILE, load
+from dumo.config.source import noted
+from dumo.config.spec import Run
+from dumo.io import digest
+from dumo.run import deviation
+from dumo.run.folder import open_run
+from dumo.run.journal import Journal
+from dumo.run.train import train
+from dumo.training import checkpoint, log, loop, manifest
+from dumo.training.state import Diverged, State
+from dumo.training.step import Batch, Record, Task, train_step
+from dumo.types import UserError
+from e2e.shell import call
+from unit.training.sharded import sign
+
+TINY = ["net.width=8", "net.depth=1", "train.batch=8", "train.steps=8", "train.save_every=2", "train.log_every=2"]
+TINY += ["train.keep=9", "train.schedule.kind=constant", "train.schedule.warmup=0", "train.optimizer.lr=0.001"]
+BAD = 5  # the row of a batch that is spoilt
+
+
+def tiny(*more: str, name: str = "moons") -> Run:
+    """A recipe made small."""
+    return load(name, [*TINY, "evaluate.protocol.samples=40", *more] if name == "moons" else [*TINY, *more])
+
+
+class Fate:
+    """What befalls a training: steps whose batch has a number that is none, and a step during which it is to stop."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch, self.spoilt, self.last = patch, set[int](), 0
+        patch.setattr(loop, "train_step", self.step)
+        patch.setattr(stop, "heard", None)
+
+    def comes(self, spoilt: Iterable[int] = (), last: int = 0) -> None:
+        """From now on, steps counted from 1."""
+        self.spoilt, self.last = set(spoilt), last
+        self.patch.setattr(stop, "heard", None)
+
+    def step(self, state: State, task: Task, batch: Batch, *rest: object, **more: object) -> Record:
+        """As `train_step`."""
+        if state.step + 1 in self.spoilt:
+            batch = [batch[0].clone(), *batch[1:]]
+            batch[0][BAD] = torch.nan
+        if state.step + 1 == self.last:
+            self.patch.setattr(stop, "heard", signal.SIGTERM)
+        return train_step(state, task, batch, *rest, **more)  # pyright: ignore
+
+
+@pytest.fixture
+def fate(monkeypatch: pytest.MonkeyPatch) -> Fate:
+    return Fate(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def moons(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight steps, with checkpoints of 2, 4, 6 and 8. Not to be written to."""
+    folder = tmp_path_factory.mktemp("run") / "moons"
+    train(tiny(), folder)
+    return folder
+
+
+@pytest.fixture
+def run(moons: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(moons, tmp_path / "run")
+
+
+def steps(folder: Path) -> list[int]:
+    return [*checkpoint.standing(folder / "checkpoints")]
+
+
+def bits(folder: Path) -> dict[str, bytes]:
+    """The files of the last checkpoint, the log and run.yaml."""
+    last = folder / f"checkpoints/step-{steps(folder)[-1]:08d}"
+    return {file.name: file.read_bytes() for file in (*last.iterdir(), folder / "metrics.jsonl", folder / FILE)}
+
+
+def test_a_skipped_step_is_logged_with_its_rows(fate: Fate, tmp_path: Path) -> None:
+    run, told = tiny("train.steps=4", "train.log_every=4", name="digits"), list[str]()
+    fate.comes(spoilt=[3])
+    train(run, tmp_path / "run", tell=told.append)
+    skipped, last = log.read_log(tmp_path / "run/metrics.jsonl")
+    assert (skipped["step"], skipped["loss"], last["step"]) == (3, None, 4)
+    assert "skipped" not in last
+    image = int(run.data.open().numbers(2, 8, run.train.seed)[BAD])  # pyright: ignore
+    label = int(run.data.open().batch(2, 8, run.train.seed)[1][BAD])
+    (row,) = skipped["skipped"]["rows"]
+    assert row == {"t": row["t"], "class": label, "rank": 0, "image": image}
+    assert skipped["skipped"]["count"] == 1
+    (line,) = [line for line in told if line.startswith("step")]
+    assert line.startswith("step 3 is skipped: loss, v, u")
+    assert line.endswith(f"image {image}, t {row['t']:.3f}")
+
+
+def test_stopped_between_skipped_steps_it_is_the_same_run(fate: Fate, tmp_path: Path) -> None:
+    """The steps that were skipped in a row are counted on."""
+    run = tiny("train.save_every=8")
+    fate.comes(spoilt=[3, 4])
+    train(run, tmp_path / "whole")
+    fate.comes(spoilt=[3, 4], last=3)
+    with pytest.raises(stop.Stopped) as stopped:
+        train(run, tmp_path / "run")
+    assert stopped.value.number == signal.SIGTERM
+    assert steps(tmp_path / "run") == [3]  # saved within the step
+    fate.comes(spoilt=[4])
+    train(run, tmp_path / "run")
+    assert bits(tmp_path / "run") == bits(tmp_path / "whole")
+
+    shutil.rmtree(tmp_path / "run")
+    fate.comes(spoilt=[3, 4, 5], last=4)
+    with pytest.raises(stop.Stopped):
+        train(run, tmp_path / "run")
+    fate.comes(spoilt=[5])
+    with pytest.raises(Diverged, match=r"step 5 diverged: loss.* in 1 of 8 rows.*as in the 2 before it"):
+        train(run, tmp_path / "run")
+    assert [row["step"] for row in log.read_log(tmp_path / "run/metrics.jsonl")] == [2, 3, 4, 5]
+
+
+def test_asked_to_stop_before_the_first_step_it_makes_none(fate: Fate, run: Path) -> None:
+    fate.patch.setattr(stop, "heard", signal.SIGINT)
+    with pytest.raises(stop.Stopped):
+        train(tiny("train.steps=10"), run)
+    assert steps(run) == [2, 4, 6, 8]
+
+
+def test_asked_to_stop_in_its_last_step_it_is_done(fate: Fate, tmp_path: Path) -> None:
+    fate.comes(last=2)
+    train(tiny("train.steps=2"), tmp_path / "run")
+    assert steps(tmp_path / "run") == [2]
+
+
+def test_the_command_of_a_run_that_diverged_goes_on(fate: Fate, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fate.comes(spoilt=range(9, 13))
+    monkeypatch.chdir(run.parent)
+    done = call("train", "run", "--set", "train.steps=12")
+    assert done.code == 1
+    assert "Traceback" not in done.err
+    command = done.err.splitlines()[-1].partition("at half the rate:  ")[2]
+    assert command == "dumo train run --from 8 --set train.optimizer.lr=0.0005"
+    fate.comes()
+    done = call(*shlex.split(command)[1:])
+    assert done.code == 0
+    assert "removed, the checkpoints and milestones of steps 10 and 3 rows of the log" in done.err
+    assert "from step 8 on train.optimizer.lr is 0.0005, and was 0.001" in done.err
+    assert [row["step"] for row in log.read_log(run / "metrics.jsonl")] == [2, 4, 6, 8, 10, 12]
+    assert call("train", "run").code == 0  # as it is now
+
+
+def test_without_a_checkpoint_it_begins_again(fate: Fate, tmp_path: Path) -> None:
+    fate.comes(spoilt=[1])
+    with pytest.raises(Diverged, match=r"It was not applied.*from the start at half the rate:  dumo train \S+ --set"):
+        train(tiny("train.max_skips=1"), tmp_path / "run")
+    fate.comes()
+    train(tiny("train.optimizer.lr=0.0005"), tmp_path / "run")
+    assert noted(tmp_path / "run") == []  # nothing was made at the other rate
+
+
+def test_from_an_earlier_step(run: Path) -> None:
+    told = list[str]()
+    train(tiny("train.clip=1"), run, step=4, tell=told.append)
+    assert (
+        "what came after it is removed, the checkpoints and milestones of steps 6, 8 and 2 rows of the log" in told[1]
+    )
+    assert steps(run) == [2, 4, 6, 8]
+    assert noted(run) == [Noted(step=4, field="train.clip", was=None, now=1.0)]
+    assert open_run(str(run)).run.train.clip == 1.0
+
+    train(tiny("train.clip=2"), run, step=6)  # noted again, after it
+    train(tiny("train.steps=10", "train.clip=2"), run)
+    clips = [(one.step, one.was, one.now) for one in noted(run)]
+    assert clips == [(4, None, 1.0), (6, 1.0, 2.0)]
+    train(tiny("train.clip=3"), run, step=4)  # in the place of both
+    assert [(one.step, one.was, one.now) for one in noted(run)] == [(4, None, 3.0)]
+    train(tiny(), run, step=2)  # as it always was
+    assert noted(run) == []
+
+
+@pytest.mark.parametrize("step", [0, 3, 10])
+def test_from_a_step_that_is_not_there(step: int, run: Path) -> None:
+    with pytest.raises(UserError, match=rf"--from {step}: .*it has those of step 2, 4, 6, 8"):
+        train(tiny(), run, step=step)
+    with pytest.raises(UserError, match="it has none"):
+        train(tiny(), run.parent / "none", step=step)
+    assert not (run.parent / "none").exists()
+
+
+def test_what_may_not_change_is_refused_still(run: Path) -> None:
+    with pytest.raises(UserError, match=r"another run:\n  net.width: 8 there, 9 asked\nGive"):
+        train(tiny("net.width=9", "train.clip=1"), run)
+
+
+def test_other_data_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
+    run, folder, told = tiny("train.steps=2", name="digits"), tmp_path / "run", list[str]()
+    train(run, folder)
+    file = folder / deviation.FILE
+    now = json.loads(file.read_text())["fingerprint"]
+    file.write_text(json.dumps({"sd": 9.0, "rows": 256, "fingerprint": "0123"}))
+    with pytest.raises(UserError, match=f"0123 in data.json, {now} now.*--new-data"):
+        train(run, folder)
+    train(run, folder, new_data=True, tell=told.append)
+    assert f"from step 2 on data is {now}, and was '0123'" in told
+    assert noted(folder) == [Noted(step=2, field="data", was="0123", now=now)]
+    assert deviation.noted(folder) == pytest.approx(0.752, abs=0.01)
+    train(run, folder, tell=told.append)
+    file.write_text(json.dumps({"sd": 0.75, "rows": 256}))  # of a run from before there were any
+    train(run, folder)
+    assert deviation.fingerprint(folder) == now
+
+
+def test_other_versions_are_told(run: Path) -> None:
+    told, file = list[str](), run / "checkpoints/step-00000008/state.json"
+    about = json.loads(file.read_text())
+    file.write_text(json.dumps(about | {"versions": about["versions"] | {"torch": "2.12", "dumo": "0.0.1"}}))
+    train(tiny(), run, tell=told.append)
+    assert [line.split(":")[0] for line in told[1:]] == [
+        "dumo is 0.1.0, and was 0.0.1 up to step 8",
+        f"torch is {torch.__version__}, and was 2.12 up to step 8",
+    ]
+
+
+def test_rows_that_are_lost_are_told(run: Path) -> None:
+    told, file = list[str](), run / "metrics.jsonl"
+    file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if '"step": 4' not in line))
+    train(tiny("train.steps=10"), run, tell=told.append)
+    assert told[1:] == [f"{file}: rows between steps 2 and 6 are lost; the run goes on without them"]
+
+
+def test_a_checkpoint_with_a_number_that_is_none_is_not_gone_on_from(moons: Path, run: Path) -> None:
+    last = run / "checkpoints/step-00000008"
+    found = safetensors.torch.load_file(last / "optimizer.safetensors")
+    found[name := sorted(found)[0]].view(-1)[0] = torch.nan
+    safetensors.torch.save_file(found, last / "optimizer.safetensors", metadata={"format": "pt"})
+    sign(last)
+    with pytest.raises(UserError, match="is not finite: go on from another step"):
+        train(tiny(), run, step=8)
+    wrong = rf"step-00000008: optimizer: {name} is not finite: step-00000006, before it, is taken"
+    with pytest.warns(UserWarning, match=wrong):
+        train(tiny(), run)
+    assert bits(run) == bits(moons)  # it was replaced
+
+
+def test_by_the_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = tiny("train.steps=5", "train.save_every=5")
+    calls = iter([False, True, False, False, False])
+    monkeypatch.setattr(Journal, "due", lambda _: next(calls))
+    train(run, tmp_path / "run")
+    assert steps(tmp_path / "run") == [2, 5]  # in the step that it falls into
+
+
+@pytest.mark.parametrize(("minutes", "passed", "due"), [("1", 61, True), ("1", 50, False), ("null", 10**9, False)])
+def test_what_is_due(minutes: str, passed: int, due: bool, tmp_path: Path) -> None:
+    run = tiny(f"train.save_minutes={minutes}")
+    journal = Journal(run, tmp_path, torch.device("cpu"), run.data.open(), print, saved=time.monotonic() - passed)
+    assert journal.due() == due
+
+
+def test_a_checkpoint_that_goes_while_it_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As beside a training that keeps one."""
+    places, own, calls = run / "checkpoints", checkpoint.part, list[Path]()
+    (places / "step-00000008").rename(run / "newer")
+
+    def part(last: Path, name: str) -> Path:
+        if not calls:
+            (run / "newer").rename(places / "step-00000008")
+            shutil.rmtree(last)
+        calls.append(last)
+        return own(last, name)
+
+    monkeypatch.setattr(checkpoint, "part", part)
+    opened = open_run(str(run))
+    assert (opened.step, len(calls)) == (8, 2)
+    whole = digest.of_file(opened.file)
+    opened.file.unlink()  # later still
+    assert opened.sha256 == whole
+    (places / "step-00000008/state.json").write_text("{")
+    for other in (2, 4):
+        shutil.rmtree(places / f"step-0000000{other}")
+    with pytest.raises(UserError, match=r"state\.json"):
+        open_run(str(run))  # what is damaged stays damaged
+
+
+@pytest.mark.parametrize("left", [".run.yaml.1", ".run.yaml.123.tmp", ".data.json.7.tmp"])
+def test_what_a_kill_left_of_the_first_write_is_no_run(left: str, tmp_path: Path) -> None:
+    (folder := tmp_path / "run").mkdir()
+    (folder / left).touch()
+    train(tiny("train.steps=2"), folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "data.json", "metrics.jsonl", FILE]
+    (folder / "checkpoints/.step-00000009.tmp").mkdir()
+    (folder / ".evaluation.json.1.tmp").touch()  # another command may be writing it
+    train(tiny("train.steps=2"), folder)
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-00000002"]
+    assert (folder / ".evaluation.json.1.tmp").exists()
+
+
+def test_the_last_good_checkpoint_stays(run: Path) -> None:
+    for n in (6, 8):
+        place = run / f"checkpoints/step-0000000{n}"
+        astray = manifest.read(place).model_copy(update={"trend": manifest.Trend(level=30.0, lowest=1.0)})
+        manifest.write(place, astray)
+    words = r"more than 10 times its lowest, so step-00000004.*dumo train \S+run --from 4"
+    with pytest.warns(UserWarning, match=words):
+        train(tiny("train.keep=1", "train.optimizer.lr=1e-9", "train.steps=9"), run)
+    assert steps(run) == [4, 9]

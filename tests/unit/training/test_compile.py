@@ -1,0 +1,26 @@
+"""What our recipes for a GPU compile is compiled whole, once for all steps, and gives what it gives uncompiled."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from forked import python
+
+
+@pytest.mark.slow
+def test_our_recipes_for_a_gpu_compile_whole_and_once(tmp_path: Path) -> None:
+    """Guided ones too, whatever the number of the rows that guidance needs; of each kind one."""
+    out, _ = python("from unit.training.whole import main; main()", cwd=tmp_path).communicate()
+    found = json.loads(out.splitlines()[-1])
+    names = {case.split()[0] for case in found}
+    assert {"imagenet256-xl2-dual", "my-images", "inductor"} <= names
+    for name in names:
+        plain, none = found[f"{name} none"]
+        assert none == [0] * len(plain)
+        for choice, most in (("blocks", 5), ("loss", 1)):
+            if (case := f"{name} {choice}") in found:
+                losses, graphs = found[case]
+                assert losses == pytest.approx(plain, rel=1e-4 if name == "inductor" else 1e-3), case
+                assert graphs == [graphs[0], *[graphs[1]] * (len(plain) - 1)], case  # two numbers of rows, then any
+                assert graphs[-1] <= most, case

@@ -1,0 +1,72 @@
+"""Trains our recipes for a GPU, made small, compiled and not; prints losses and numbers of graphs, by case.
+
+In a process of its own, for what checks shapes in tests cannot be compiled.
+"""
+
+import json
+from functools import partial
+
+import torch
+from torch._dynamo.utils import counters
+
+from dumo import recipes
+from dumo.autodiff import dual
+from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.random import random_batch
+from dumo.training.loop import Every, train
+from dumo.training.spec import Compile
+from dumo.training.state import begin
+from dumo.training.step import Task
+
+SMALL = ["net.width=8", "net.depth=2", "net.attention=2", "train.ema=[]", "data.root=x"]
+STEPS = 6  # whose numbers of guided rows differ
+FEW = ["net.depth=1", "net.patch=8", "train.batch=4", "train.micro_batch=4", "train.precision=fp32", "train.steps=2"]
+COMPILE = torch.compile
+
+
+def kinds() -> dict[str, Run]:
+    """Our compiled recipes made small, one of each kind: of a net, an objective, a slope, and guided or not."""
+    found: dict[tuple[object, ...], tuple[str, Run]] = {}
+    for name in recipes.names():
+        if "\n  compile: " not in (text := recipes.text(name)) or "\n  compile: none" in text:
+            continue
+        classes = {"my-images": ["data.classes=3"], "my-images-256": ["data.images.classes=3"]}.get(name, [])
+        run = load(name, [*SMALL, *classes, "train.batch=16", "train.micro_batch=8", f"train.steps={STEPS}"])
+        needs = run.objective.needs
+        assert needs.slope
+        assert needs.guide
+        kind = (run.net.kind, run.objective.kind, needs.slope.kind, needs.guide.active)
+        found.setdefault(kind, (name, run))
+    return dict(found.values())
+
+
+def trained(run: Run, choice: Compile, backend: str = "eager") -> tuple[list[float], list[int]]:
+    """The loss of each step, and how many graphs there were after it."""
+    torch.compiler.reset()
+    counters.clear()
+    dual.compiled_play.cache_clear()
+    torch.compile = partial(COMPILE, backend=backend)
+    spec = run.train.model_copy(update={"compile": choice})
+    torch.manual_seed(0)
+    state = begin(run.build(torch.device("cpu")), spec)
+    x, c = random_batch("compile", spec.batch, run.data.shape, run.data.classes)
+    seen = list[tuple[float, int]]()
+    note = Every(1, lambda _, record: seen.append((record.loss, counters["stats"]["unique_graphs"])))
+    train(state, Task(run.objective, run.path, run.data.classes), lambda step: (x, c), spec, [note])
+    losses, graphs = zip(*seen, strict=True)
+    return list(losses), list(graphs)
+
+
+def main() -> None:
+    """Print all cases."""
+    found: dict[str, object] = {}
+    for name, run in kinds().items():
+        found |= {f"{name} {choice}": trained(run, choice) for choice in ("none", "blocks", "loss")}
+    few = load("imagenet256-xl2-dual", [*SMALL, *FEW])
+    found |= {"inductor none": trained(few, "none"), "inductor loss": trained(few, "loss", "inductor")}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
