@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from dumo.reproduce.arm import respread
@@ -132,7 +133,7 @@ def machines(results: Row) -> Iterator[str]:
     for row in results["rows"]:
         codes = ", ".join(map(str, dict.fromkeys(row["codes"]))) or "none"
         changed = f"{row['changed']} of {row['watched']}" if row["watched"] else ""
-        said = f"`{row['said'][0]}`" if row["said"] else ""
+        said = f"`{shorten(row['said'][0], 200, placeholder=' ...')}`" if row["said"] else ""
         yield line([row["name"], codes, said.replace("|", "\\|"), changed, row["left_out"] or row["afterwards"]])
 
 

@@ -87,7 +87,7 @@ def full_elsewhere(here: Path, found: Found) -> None:
         subprocess.run(["dd", "if=/dev/zero", f"of={here}/disk/filler", "bs=4096"], capture_output=True, check=False)
         with found.unharmed(here / "disk"):
             for words in OTHERS:
-                found.refused(words, here, names="disk")
+                found.refused(words, here, names="space")
         remount("size=100m")
         for words in OTHERS:
             found.recovers(words, here)
@@ -133,7 +133,7 @@ def few_descriptors(here: Path, found: Found) -> None:
     found.recovers(LATENTS, here)
     found.tried(process.start(("report", "run"), here, before="ulimit -n 9"), here, 0, 1, 2)
     two = ("train", "digits", "--out", "two", *TINY)
-    found.tried(process.start(two, here, 2, before="ulimit -n 24"), here, 0, 1, 2)
+    found.tried(process.start(two, here, 2, before="ulimit -n 28"), here, 0, 1, 2)
     found.same(here, LATENTS)
 
 
@@ -220,11 +220,14 @@ def shard_gone(here: Path, found: Found) -> None:
 
 @case("shard cut short")
 def shard_cut(here: Path, found: Found) -> None:
-    """A mapped shard of latents is cut short under a training."""
+    """A mapped shard is cut short under a training: the system ends who reads on, and the next start names it."""
     found.recovers(ENCODE, here)
     started = begun(LATENTS, here)
     os.truncate(here / "cache/shard-00003.safetensors", 100)
-    found.tried(started, here, 0, 1, 2, names="shard-00003")
+    found.codes.append(code := process.ended(started))
+    if code not in (1, 2, -signal.SIGBUS):
+        found.wrong.append(f"train: exit code {code}")
+    found.refused(("train", "run", *sets("train.steps=420")), here, names="shard-00003")
     found.recovers(ENCODE, here)
     found.recovers(LATENTS, here)
     found.same(here, LATENTS)
