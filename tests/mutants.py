@@ -205,7 +205,7 @@ MUTANTS = [
     Mutant("autodiff/rule/layer.py", "torch.mul, None, mask", "torch.mul, None, 1 / (1 - p)", "the dropped move", RULE),
     Mutant("autodiff/rule/shape.py", "Tensor.view: Tensor.reshape,", "", "tangents must lie as their primals", RULE),
     Mutant("autodiff/dual.py", "now.moved = now.saved = ()", "pass", "a tape keeps what it has played", DUAL),
-    Mutant("autodiff/dual.py", "if not torch.is_grad_enabled() and", "if False and", "gradients are lost unsaid", RULE),
+    Mutant("autodiff/dual.py", "if not graded and", "if False and", "gradients are lost unsaid", RULE),
     Mutant(
         "flow/guide.py",
         "if len(place) == len(b.t):",
@@ -741,8 +741,8 @@ MUTANTS = [
     Mutant("flow/rate.py", "/ (2 * self.h)", "/ self.h", "the difference is twice the derivative", RATE),
     Mutant(
         "autodiff/dual.py",
-        "    if recording():\n        return pair",
-        "    if recording() and False:\n        return pair",
+        "if not graded or _state.recorded:",
+        "if not graded:",
         "rates lose their gradient",
         RATE,
     ),

@@ -146,9 +146,9 @@ class Needs:
     inputs: tuple[str, ...] = ("t",)  # what `read` supplies: t, r
     heads: tuple[str, ...] = ("v",)  # outputs shaped like the data, all of them used by the loss
     gauges: tuple[str, ...] = ()  # outputs of one number per row, learned with the net
-    knobs: Mapping[str, float] = field(default_factory=dict[str, float])  # inputs a sampler may set, with defaults
+    knobs: Mapping[str, float] = field(default_factory=dict)  # inputs a sampler may set, with defaults
     paths: tuple[str, ...] = ("linear",)  # the paths whose formulas these are
-    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])  # inputs of some heads alone
+    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # inputs of some heads alone
     signed: bool = False  # the net is told negative times, too
     slope: Derivative | None = None  # along the flow: what a field holds
     derives: bool = True  # whether the loss takes its slope
@@ -207,7 +207,7 @@ class Noised:
     kept: Rows  # the rows whose condition was not dropped
     coin: PerSample  # uniform in [0, 1), for a choice among neighbours
     moving: tuple[bool, ...] | None = None  # the rows that may have r < t, fixed by place; None: all
-    drawn: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # the objective's further laws, by name
+    drawn: Mapping[str, Tensor] = field(default_factory=dict)  # the objective's further laws, by name
     progress: float = 0.0  # share of the training done, in [0, 1]
     teacher: Taught | None = None  # what puts another velocity in the place of v_t
     host: tuple[Time, Rows] | None = None  # t and kept on the CPU, where they were drawn and the record is elsewhere

@@ -179,13 +179,13 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
     """
     if not _moves(operands) or _state.primal_only:  # every operation of every net comes by: no generators here
         return p
-    recorded = torch.is_grad_enabled()
+    graded = torch.is_grad_enabled()
     moved, later = [], False
     for x in operands:
         if not isinstance(x, Dual):
             moved.append(None)
             continue
-        if not recorded and x.p.requires_grad:
+        if not graded and x.p.requires_grad:
             raise NoRule(
                 "a custom autograd.Function, reentrant checkpoint or no_grad block, where a Dual loses gradients"
             )
@@ -194,7 +194,7 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
     if later:
         kept = tuple([x.detach() if isinstance(x, Tensor) else x for x in saved])
         return pair(p, Later(p.shape, p.dtype, push, tuple(moved), kept))
-    if not recorded or _state.recorded:
+    if not graded or _state.recorded:
         return pair(p, _fit(push(*moved, *saved), p.shape, p.dtype))
     with torch.no_grad():
         return pair(p, _fit(push(*moved, *saved), p.shape, p.dtype))

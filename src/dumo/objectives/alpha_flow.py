@@ -66,7 +66,7 @@ class AlphaFlow(Spec):
     def alpha(self, progress: float) -> float:
         """1 - sigmoid from `begin` to `end`, 1 before and 0 after, snapped at both ends (`get_ratio`)."""
         if not self.begin <= progress <= self.end:
-            return float(progress < self.begin)
+            return 1.0 if progress < self.begin else 0.0
         middle, width = (self.begin + self.end) / 2, max(self.end - self.begin, 1e-9)
         alpha = 0.5 - 0.5 * tanh(self.steep * (progress - middle) / width / 2)  # 1 - sigmoid, without overflow
         return 0.0 if alpha < self.snap else 1.0 if alpha > 1 - self.snap else alpha

@@ -9,7 +9,7 @@ in units of a velocity: as h vanishes the bracket becomes MeanFlow's u + (t - r)
 SoFlow with a step of fixed length; with more the far jump is asked of shorter ones. Within h of t, r included, u* = v*.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -26,6 +26,7 @@ from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Sample, Spe
 class RCGM(Spec):
     """Mean velocity from t to r, by N jumps of theta^-. Defaults: the tutorial of TwinFlow, `tutorials/mnist`."""
 
+    signed: ClassVar[bool] = False  # whether the net is told negative times, too
     kind: Literal["rcgm"] = "rcgm"
     times: Times = Below(of=Uniform())  # prepare_inputs
     drop: float = Field(default=0.1, ge=0, le=1)  # ours: the tutorial has shuffled labels for none
@@ -40,7 +41,7 @@ class RCGM(Spec):
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
         ref = 0.99 if self.order > 1 else None
-        return Needs(inputs=("t", "r"), heads=("u",), guide=self.guide, amplifies=1 / self.step, ref=ref)
+        return Needs(("t", "r"), ("u",), signed=self.signed, guide=self.guide, amplifies=1 / self.step, ref=ref)
 
     @model_validator(mode="after")
     def _unbiased(self) -> "RCGM":

@@ -12,7 +12,7 @@ is at rest. Guided it is not: v(x_t, t) is then v*, which is not the velocity of
 """
 
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -21,7 +21,7 @@ from dumo.flow.law import Level, Noise
 from dumo.flow.residual import clipped_share
 from dumo.flow.secant import demand
 from dumo.objectives.rcgm import RCGM
-from dumo.types import Frozen, Needs, Net, Noised, Sample, Terms, frozen, mean_square
+from dumo.types import Frozen, Net, Noised, Sample, Terms, frozen, mean_square
 
 
 class TwinFlow(RCGM):
@@ -32,6 +32,7 @@ class TwinFlow(RCGM):
     straight lines from their own noise, which is another law's, and not even the unguided flow would be at rest.
     """
 
+    signed: ClassVar[bool] = True
     kind: Literal["twinflow"] = "twinflow"  # pyright: ignore[reportIncompatibleVariableOverride], told apart by it
     z_twin: Noise = Noise()  # that samples are diffused with, for the twin and for G
     t_twin: Level = Level()  # the time of G, dist_match
@@ -39,11 +40,6 @@ class TwinFlow(RCGM):
     one: float = Field(default=1.0, ge=0)  # of RCGM at (1, 0)
     twin: float = Field(default=1.0, ge=0)  # of the velocity of the samples, L_adv
     rectify: float = Field(default=1.0, ge=0)  # of G, L_rectify
-
-    @property
-    def needs(self) -> Needs:
-        """As RCGM, and negative times."""
-        return replace(super().needs, signed=True)
 
     @model_validator(mode="after")
     def _in_time(self) -> "TwinFlow":

@@ -1,4 +1,4 @@
-"""What our recipes for a GPU compile is compiled whole, once for all steps, and gives what it gives uncompiled."""
+"""Every loss is compiled whole, what our recipes for a GPU compile once for all steps; and gives what it gives else."""
 
 import json
 from pathlib import Path
@@ -9,10 +9,12 @@ from forked import python
 
 
 @pytest.mark.slow
-def test_our_recipes_for_a_gpu_compile_whole_and_once(tmp_path: Path) -> None:
-    """Guided ones too, whatever the number of the rows that guidance needs; of each kind one."""
+def test_losses_compile_whole_and_our_recipes_for_a_gpu_once(tmp_path: Path) -> None:
+    """Guided ones too, whatever the number of the rows that guidance needs; of each kind of recipe one."""
     out, _ = python("from unit.training.whole import main; main()", cwd=tmp_path).communicate()
-    found = json.loads(out.splitlines()[-1])
+    found, wholes = json.loads(out.splitlines()[-1])
+    assert all(wholes.values()), wholes
+    assert {"Plain", "DuMo", "TwinFlow", "Outside"} <= wholes.keys()
     names = {case.split()[0] for case in found}
     assert {"imagenet256-xl2-dual", "my-images", "inductor"} <= names
     for name in names:

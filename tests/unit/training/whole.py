@@ -9,15 +9,21 @@ from functools import partial
 import torch
 from torch._dynamo.utils import counters
 
+from contract.case import nets, one_each, randomise
 from dumo import recipes
 from dumo.autodiff import dual
+from dumo.bench.variant import Plain
 from dumo.config.load import load
 from dumo.config.spec import Run
+from dumo.flow.draw import draw
+from dumo.flow.guide import Guide
+from dumo.flow.path import Linear, Trig
 from dumo.random import random_batch
 from dumo.training.loop import Every, train
 from dumo.training.spec import Compile
 from dumo.training.state import begin
 from dumo.training.step import Task
+from dumo.types import Frozen
 
 SMALL = ["net.width=8", "net.depth=2", "net.attention=2", "train.ema=[]", "data.root=x"]
 STEPS = 6  # whose numbers of guided rows differ
@@ -58,6 +64,22 @@ def trained(run: Run, choice: Compile, backend: str = "eager") -> tuple[list[flo
     return list(losses), list(graphs)
 
 
+def wholes() -> dict[str, bool]:
+    """Whether the loss of each objective, and the yardstick of the benches, is the same compiled whole."""
+    found: dict[str, bool] = {}
+    x, c = torch.ones(16, 2, 4, 4), torch.arange(16) % 3
+    objectives = one_each(guide=Guide(zeta=0.4), drop=0.3)
+    for objective in (*objectives, Plain(of=objectives[0])):
+        torch.compiler.reset()
+        net = randomise(nets()[0].build(objective.needs, (2, 4, 4), 3))
+        path = Trig() if objective.needs.paths == ("trig",) else Linear()
+        b = draw(objective, path, x, c, 3, seed=0, step=0, progress=0.7)
+        whole = COMPILE(objective.loss, fullgraph=True, backend="eager")
+        one, other = (loss(net, Frozen(net), b).loss for loss in (whole, objective.loss))
+        found[type(objective).__name__] = torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+    return found
+
+
 def main() -> None:
     """Print all cases."""
     found: dict[str, object] = {}
@@ -65,7 +87,7 @@ def main() -> None:
         found |= {f"{name} {choice}": trained(run, choice) for choice in ("none", "blocks", "loss")}
     few = load("imagenet256-xl2-dual", [*SMALL, *FEW])
     found |= {"inductor none": trained(few, "none"), "inductor loss": trained(few, "loss", "inductor")}
-    print(json.dumps(found))
+    print(json.dumps([found, wholes()]))
 
 
 if __name__ == "__main__":
