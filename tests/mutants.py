@@ -878,7 +878,7 @@ MUTANTS = [
         "its step is lost",
         CHECKPOINT,
     ),
-    Mutant("io/shards.py", "!= math.prod(about.size)", "< 0", "a shard may lack", WHOLE),
+    Mutant("io/shards.py", "== math.prod(about.size)", ">= 0", "a shard may lack", WHOLE),
     Mutant("metrics/neighbours.py", "inside[i[near]] = True", "pass", "what is open is not measured", NEIGHBOURS),
     Mutant("metrics/neighbours.py", "- off > (radii", "+ 9 > (radii", "equals are not told apart", NEIGHBOURS),
     Mutant("metrics/neighbours.py", "return n * u / (1 - n * u)", "return 0.0", "rounding is no error", NEIGHBOURS),
