@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from multiprocessing import get_context, set_forkserver_preload
+from multiprocessing import current_process, get_context, set_forkserver_preload
 from multiprocessing.connection import Connection, wait
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -106,3 +106,7 @@ def _run(text: str, words: tuple[str, ...], cwd: str, env: dict[str, str], out: 
     os.chdir(cwd)
     sys.argv = ["-c", *words]
     exec(compile(text, "<string>", "exec"), {"__name__": "__main__"})
+    if type(current_process()).__name__ == "ForkProcess":  # begun by a thread that is not there to be waited for
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
