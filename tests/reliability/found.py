@@ -8,8 +8,9 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import dumo
 from dumo.io import digest
-from e2e.shell import ENVIRONMENT, SOURCE
+from e2e.shell import ENVIRONMENT
 from reliability import process
 from reliability.place import trained
 
@@ -49,7 +50,7 @@ class Found:
         self.said += [line.replace(f"{cwd}/", "") for line in plain[-1:]]
         if code not in codes:
             self.wrong.append(f"{what}: exit code {code}")
-        if f'File "{SOURCE}' in text:
+        if f'File "{Path(dumo.__file__).parent}' in text:
             self.wrong.append(f"{what}: a traceback ({text.strip().splitlines()[-1][:200]})")
         elif code and not plain:
             self.wrong.append(f"{what}: says nothing of its own")
