@@ -19,6 +19,7 @@ from PIL import Image, ImageChops
 from dumo.io.weights import load
 from e2e.shell import TINY, Done, call, sets, together, tree
 from forked import ENVIRONMENT
+from reliability.process import alive, workers
 
 OFTEN = sets("train.save_every=10", "train.keep=9", "train.log_every=10", "train.probe_every=0")
 SPLIT = sets("train.micro_batch=8")  # of 16 rows: as two ranks take them
@@ -45,16 +46,16 @@ def ended(process: "subprocess.Popen[str]") -> Done:
     return Done(process.returncode, out, err)
 
 
-def worker(launcher: int, rank: int) -> int | None:
-    """The process of a rank, as long as it is there."""
-    for place in Path("/proc").iterdir():
-        try:
-            parent = (place / "stat").read_text().rsplit(")", 1)[1].split()[1] if place.name.isdecimal() else ""
-            if parent == str(launcher) and f"\0RANK={rank}\0" in (place / "environ").read_text():
-                return int(place.name)
-        except OSError:  # it is gone
-            continue
-    return None
+def begun(words: tuple[str, ...], out: Path, *before: str) -> tuple["subprocess.Popen[str]", list[int]]:
+    """A training on two ranks that has put its first checkpoint, and the processes of its ranks."""
+    process, late = torchrun(2, *words, cwd=out.parent, before=before), time.monotonic() + 240
+    while not (out / "checkpoints/step-00000010").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < late
+        time.sleep(0.002)
+    ranks = workers(process.pid, 2)
+    assert len(ranks) == 2, "it was too quick"
+    return process, ranks
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -100,20 +101,30 @@ def test_two_ranks_make_the_run_that_one_process_makes_in_two_pieces(run: Path, 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_and_a_restart_are_the_same_run(rank: int, run: Path, here: Path) -> None:
     words = ("train", "digits", "--out", "killed", *TINY, *OFTEN)
-    process = torchrun(2, *words, cwd=here, before=("--max-restarts", "1"))
-    late = time.monotonic() + 240
-    while not (here / "killed/checkpoints/step-00000010").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < late
-        time.sleep(0.002)
-    pid = worker(process.pid, rank)
-    assert pid, "it was too quick"
-    os.kill(pid, signal.SIGKILL)
+    process, ranks = begun(words, here / "killed", "--max-restarts", "1")
+    os.kill(ranks[rank], signal.SIGKILL)
     done = ended(process)
     assert done.code == 0, done
     assert done.err.count("training killed on 2 ranks") == 2
     same(here / "killed" / LAST, run / LAST)
     assert (here / "killed/metrics.jsonl").read_bytes() == (run / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_ranks_that_are_asked_to_stop_save_their_step_and_go_on_from_it(run: Path, here: Path) -> None:
+    words = ("train", "digits", "--out", "asked", *TINY, *OFTEN, *sets("train.log_every=1"))
+    process, ranks = begun(words, here / "asked")
+    process.send_signal(signal.SIGTERM)  # torchrun hands it on
+    done = ended(process)
+    assert done.code, done
+    assert done.err.count("stopped by SIGTERM; the same command goes on from what is kept:  torchrun") == 1
+    assert not [rank for rank in ranks if alive(rank)]
+    logged = (here / "asked/metrics.jsonl").read_text().splitlines()
+    kept = max(path.name for path in (here / "asked/checkpoints").iterdir())
+    assert 10 < len(logged) < 20, "it was too quick"
+    assert kept == f"step-{len(logged):08d}"
+    assert ended(torchrun(2, *words, cwd=here)).code == 0
+    same(here / "asked" / LAST, run / LAST)
 
 
 @pytest.mark.slow

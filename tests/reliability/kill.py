@@ -97,7 +97,7 @@ def killed(place: Place, ranks: int, chance: Random, here: Path, row: Row) -> bo
     while place.done(here) < at and started.poll() is None:
         time.sleep(0.001)
     time.sleep(wait)
-    agent, them = started.pid, process.workers(started, ranks)
+    agent, them = started.pid, process.workers(started.pid, ranks)
     victims = [agent, *them] if victim == "all" or ranks == 1 else them[victim : victim + 1]
     if started.poll() is not None or not victims:
         process.ended(started)

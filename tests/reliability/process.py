@@ -60,11 +60,11 @@ def finish(words: Sequence[str], cwd: Path, ranks: int = 1) -> int:
     return ended(start(words, cwd, ranks))
 
 
-def workers(process: "subprocess.Popen[bytes]", ranks: int) -> list[int]:
-    """The processes that work, by rank, as far as they are there."""
+def workers(launcher: int, ranks: int) -> list[int]:
+    """The processes that work, by rank, as far as they are there; the launcher itself where it is one."""
     if ranks == 1:
-        return [process.pid]
-    found = {rank: pid for pid in descendants(process.pid) if (rank := rank_of(pid)) is not None}
+        return [launcher]
+    found = {rank: pid for pid in descendants(launcher) if (rank := rank_of(pid)) is not None}
     return [found[rank] for rank in sorted(found)]
 
 

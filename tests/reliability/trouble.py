@@ -179,7 +179,7 @@ def hanging_rank(here: Path, found: Found) -> None:
     """A rank is stopped, and does not answer: said within the time that is set."""
     words = (*TRAIN, *sets("train.steps=100"))
     started = begun(words, here, 2, DUMO_TIMEOUT="5")
-    them = process.workers(started, 2)
+    them = process.workers(started.pid, 2)
     os.kill(them[1], signal.SIGSTOP)
     found.tried(started, here, 1, names="rank 1")
     if stayed := process.orphans(them):
