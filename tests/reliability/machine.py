@@ -68,6 +68,7 @@ def main(
     with TemporaryDirectory() as scratch:
         folder = keep or Path(scratch)
         folder.mkdir(exist_ok=True, parents=True)
+        folder.chmod(0o755)  # another user will work below
         if process.finish(("train", "digits", "--out", "digits", *TINY), folder):
             raise SystemExit(process.said(folder))
         given(folder / "given", folder / "digits")

@@ -1,0 +1,85 @@
+"""What the same work costs in two trees, by turns: one process for each, asked for the same work one after the other.
+
+    python tests/duel/run.py OLD/src NEW/src [NAME ...] --rounds 15 --json tests/duel/duel.json
+
+Ratios are within a round, old over new, so that what else the machine does disturbs both alike; shown are median and
+quartiles. With one thread for arithmetic; threads that decode, draw or copy are as many as each tree takes.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import typer
+
+HERE = Path(__file__).parent
+Seconds = tuple[float, float]  # of the clock, of the CPU
+
+
+def child(tree: Path, name: str, folder: Path) -> "subprocess.Popen[str]":
+    """A process that waits to be asked."""
+    folder.mkdir(parents=True)
+    environment = {**os.environ, "PYTHONPATH": str(tree.resolve()), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "work.py"), name, str(folder)]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def asked(process: "subprocess.Popen[str]") -> Seconds:
+    """What the work took this time."""
+    assert process.stdin and process.stdout
+    process.stdin.write("\n")
+    process.stdin.flush()
+    wall, cpu = map(float, process.stdout.readline().split())
+    return wall, cpu
+
+
+def quartiles(ratios: Sequence[float]) -> list[float]:
+    """Lower quartile, median, upper quartile."""
+    return [round(x, 3) for x in statistics.quantiles(ratios, n=4, method="inclusive")]
+
+
+def duel(name: str, old: Path, new: Path, rounds: int, folder: Path) -> dict[str, object]:
+    """One work: its ratios, and milliseconds of either."""
+    them = [child(tree, name, folder / side) for side, tree in (("old", old), ("new", new))]
+    both: list[tuple[Seconds, Seconds]] = []
+    for i in range(rounds + 1):  # the first round warms up
+        took = {k: asked(them[k]) for k in ((0, 1) if i % 2 else (1, 0))}
+        both.append((took[0], took[1]))
+    for process in them:
+        process.kill()
+        process.wait()
+    row: dict[str, object] = {"work": name, "rounds": rounds}
+    for k, what in enumerate(("wall", "cpu")):
+        row[f"{what}_ratio"] = quartiles([a[k] / b[k] for a, b in both[1:]])
+        row[f"{what}_ms"] = [round(1e3 * statistics.median(pair[side][k] for pair in both[1:]), 4) for side in (0, 1)]
+    return row
+
+
+def main(
+    old: Annotated[Path, typer.Argument(help="The package's folder of one tree, such as ../before/src.")],
+    new: Annotated[Path, typer.Argument(help="That of the other.")],
+    names: Annotated[list[str] | None, typer.Argument(help="Works. Default: all.")] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds that count.")] = 15,
+    to: Annotated[Path | None, typer.Option("--json", help="Write the rows here, too.")] = None,
+) -> None:
+    """Compare; print a line for each work."""
+    sys.path.insert(0, str(HERE))
+    from work import WORKS
+
+    rows: list[dict[str, object]] = []
+    with TemporaryDirectory() as folder:
+        for name in names or WORKS:
+            rows.append(duel(name, old, new, rounds, Path(folder) / name))
+            print(json.dumps(rows[-1]), flush=True)
+            if to:
+                to.write_text(json.dumps({"rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
