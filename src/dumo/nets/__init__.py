@@ -6,6 +6,7 @@ from pydantic import Field
 
 from dumo.nets.dit import DiT as DiT
 from dumo.nets.mlp import MLP as MLP
+from dumo.nets.pretrained import Pretrained as Pretrained
 from dumo.nets.unet import UNet as UNet
 
-Net = Annotated[DiT | MLP | UNet, Field(discriminator="kind")]
+Net = Annotated[DiT | MLP | Pretrained | UNet, Field(discriminator="kind")]

@@ -17,6 +17,11 @@ def run(block: nn.Module, *inputs: Array | None, lean: bool) -> Array:
     return block(*inputs)
 
 
+def leanly(block: nn.Module, *inputs: Array | None) -> Array:
+    """`run`, lean: as diffusers wants it to be told how."""
+    return run(block, *inputs, lean=True)
+
+
 def _again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The tangents that ride on a block are known by the time it is computed again, unless they were recorded."""
     return nullcontext(), recorded() if recording() else primal_only()

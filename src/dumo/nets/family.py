@@ -1,0 +1,234 @@
+"""The flow transformers of diffusers that can be tuned, a row each: where their parts lie, and how they are called.
+
+A row says what no config does. Every model here learned the velocity noise - data on the linear path, at t = 0 data and
+t = 1 noise, but Z-Image and Lumina 2, which count time from the noise and give data - noise (`backward`).
+
+That a row is right shows when the stock pipeline makes the same image as dumo does, to the bit.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dumo.types import Array, UserError
+
+Config = Mapping[str, Any]  # of a model, as its config.json has it
+Given = dict[str, Any]  # arguments of its forward, by name
+
+TURN = 1000.0  # radians per unit of t, of the quickest wave of nearly every time embedding: it reads 1000 t
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a pass is told: x as the model takes it, its own count of time (b,), and the condition of every row."""
+
+    x: Array  # (b, c, h, w), or packed into tokens (b, n, c p p)
+    time: Array
+    tokens: Tensor  # (b, l, d), of text
+    mask: Tensor | None  # (b, l), bool: which of them there are; None: all
+    pooled: Tensor | None  # (b, p)
+    guidance: Array | None  # (b,), the embedded number of a distilled model
+    grid: tuple[int, int]  # rows and columns of patches
+    lengths: tuple[int, ...] | None  # tokens by row, where the model wants them apart
+
+    @property
+    def there(self) -> Tensor:
+        """The mask, where it may not be left out."""
+        return self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
+
+
+def plain(a: Told) -> Given:
+    """As most are called."""
+    return {"hidden_states": a.x, "timestep": a.time, "encoder_hidden_states": a.tokens}
+
+
+def pooled(a: Told) -> Given:
+    return {**plain(a), "pooled_projections": a.pooled}
+
+
+def flux(a: Told) -> Given:
+    ids = {"img_ids": positions(a.grid, 3, a.x), "txt_ids": a.tokens.new_zeros(a.tokens.shape[1], 3)}
+    return {**pooled(a), **ids, "guidance": a.guidance}
+
+
+def flux2(a: Told) -> Given:
+    text = a.tokens.new_zeros(a.tokens.shape[1], 4)
+    text[:, 3] = torch.arange(len(text), device=text.device)
+    return {**plain(a), "img_ids": positions(a.grid, 4, a.x), "txt_ids": text, "guidance": a.guidance}
+
+
+def chroma(a: Told) -> Given:
+    """The mask goes over text and image."""
+    mask = None
+    if a.mask is not None:
+        mask = torch.cat([a.mask, a.mask.new_ones(len(a.mask), a.grid[0] * a.grid[1])], 1)
+    ids = {"img_ids": positions(a.grid, 3, a.x), "txt_ids": a.tokens.new_zeros(a.tokens.shape[1], 3)}
+    return {**plain(a), **ids, "attention_mask": mask}
+
+
+def sana(a: Told) -> Given:
+    return {**plain(a), "encoder_attention_mask": a.mask, "guidance": a.guidance}
+
+
+def qwen(a: Told) -> Given:
+    shapes = [[(1, *a.grid)]] * len(a.tokens)
+    return {**plain(a), "encoder_hidden_states_mask": a.mask, "img_shapes": shapes}
+
+
+def z_image(a: Told) -> Given:
+    """Lists of rows: an image is a video of one frame, a caption has no padding."""
+    lengths = a.lengths or (a.tokens.shape[1],) * len(a.tokens)
+    captions = [row[:n] for row, n in zip(a.tokens.unbind(), lengths, strict=True)]
+    return {"x": list(a.x.unsqueeze(2).unbind(0)), "t": a.time, "cap_feats": captions}
+
+
+def lumina2(a: Told) -> Given:
+    return {**plain(a), "encoder_attention_mask": a.there}
+
+
+def cogview4(a: Told) -> Given:
+    """Sizes are pixels: eight to a latent's side, which is two to a patch's (its pipeline's)."""
+    b, size = len(a.tokens), [16.0 * n for n in a.grid]
+    sizes = a.tokens.new_tensor([size]).expand(b, 2)
+    return {**plain(a), "original_size": sizes, "target_size": sizes, "crop_coords": sizes.new_zeros(b, 2)}
+
+
+def prx(a: Told) -> Given:
+    return {**plain(a), "attention_mask": a.mask}
+
+
+def video(a: Told) -> Given:
+    """An image is a video of one frame."""
+    return {**plain(a), "hidden_states": a.x.unsqueeze(2)}
+
+
+def hunyuan_video(a: Told) -> Given:
+    more = {"encoder_attention_mask": a.there.long(), "pooled_projections": a.pooled, "guidance": a.guidance}
+    return {**video(a), **more}
+
+
+def ltx(a: Told) -> Given:
+    sizes = {"num_frames": 1, "height": a.grid[0], "width": a.grid[1]}
+    return {**plain(a), "encoder_attention_mask": a.there, **sizes}
+
+
+def positions(grid: tuple[int, int], axes: int, like: Array) -> Tensor:
+    """Where patches lie, (n, axes): the row and the column are in places 1 and 2."""
+    rows, columns = (torch.arange(n, device=like.device, dtype=torch.float32) for n in grid)
+    zero = rows.new_zeros(grid)
+    places = [zero, rows[:, None].expand(grid), columns.expand(grid), *[zero] * (axes - 3)]
+    return torch.stack(places, -1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A class of diffusers. Keys are of its config, paths of its modules."""
+
+    call: Callable[[Told], Given]
+    text: str  # key: numbers of a token of text
+    pooled: str = ""  # key: numbers of pooled text, where it takes such
+    masked: bool = False  # whether it can be told which tokens there are
+    clock: Callable[[Config], float] = lambda config: 1.0  # what it counts for t = 1
+    backward: bool = False  # it counts 1 - t, and gives data - noise
+    turn: Callable[[Config], float] = lambda config: TURN  # radians per unit of t of its quickest wave
+    embedder: str = "timestep_embedder"  # the end of the path of every two-layer perceptron over waves of t; "": none
+    last: str = "proj_out"  # path: the last linear layer
+    norm: str = ""  # path: what feeds it, told of the time and nothing else, where it does
+    channels_last: bool = False  # of its outputs, within a patch
+    told: str = ""  # where it reads the number of its channels: "attribute" or "config"; "": nowhere
+    packed: bool = False  # it takes and gives tokens, (b, n, c p p)
+    exact: str = ""  # path: what takes time and guidance first, rounded to the precision of the layers before
+    exact_scale: float = 1.0  # of them there
+    guidance_scale: Callable[[Config], float] = lambda config: 1.0
+    idle: str = ""  # pattern of paths, LAST for the last block: layers that move nothing
+    apart: bool = False  # it takes captions of different lengths apart
+
+    def patch(self, config: Config, channels: int) -> int:
+        """The side of a patch. Raises UserError where a sample of so many channels is not what the model takes."""
+        takes = config["in_channels"]
+        if not self.packed:
+            p = config.get("patch_size") or config.get("all_patch_size")
+            p, fits = (p[-1] if isinstance(p, list | tuple) else p), takes == channels
+        else:
+            p = isqrt(takes // channels)
+            fits = p > 0 and p * p * channels == takes
+        if not fits:
+            many = f"tokens of {takes} numbers, channels x patch x patch" if self.packed else f"{takes} channels"
+            raise UserError(f"net.source takes {many}, and the data have {channels} channels: take data that fit it")
+        return p
+
+
+def thousand(config: Config) -> float:
+    return TURN
+
+
+FAMILIES: dict[str, Family] = {
+    "SD3Transformer2DModel": Family(
+        *(pooled, "joint_attention_dim", "pooled_projection_dim"),
+        clock=thousand, norm="norm_out", channels_last=True, told="attribute",
+    ),
+    "FluxTransformer2DModel": Family(
+        *(flux, "joint_attention_dim", "pooled_projection_dim"),
+        norm="norm_out", packed=True, exact="time_text_embed", exact_scale=TURN,
+    ),
+    "Flux2Transformer2DModel": Family(
+        flux2, "joint_attention_dim", norm="norm_out", packed=True, exact="time_guidance_embed", exact_scale=TURN,
+    ),
+    "ChromaTransformer2DModel": Family(
+        *(chroma, "joint_attention_dim"), masked=True,
+        norm="norm_out", packed=True, exact="time_text_embed", exact_scale=TURN, embedder="",
+    ),
+    "SanaTransformer2DModel": Family(
+        *(sana, "caption_channels"), masked=True,
+        clock=lambda config: TURN * config.get("timestep_scale", 1.0),
+        turn=lambda config: TURN * config.get("timestep_scale", 1.0),
+        guidance_scale=lambda config: config["guidance_embeds_scale"],
+    ),
+    "QwenImageTransformer2DModel": Family(
+        *(qwen, "joint_attention_dim"), masked=True, norm="norm_out", packed=True, exact="time_text_embed",
+        idle=r"transformer_blocks\.LAST\.(attn\.to_add_out|txt_mlp)",
+    ),
+    "ZImageTransformer2DModel": Family(
+        *(z_image, "cap_feat_dim"), masked=True, apart=True, backward=True, turn=lambda config: config["t_scale"],
+        embedder="t_embedder.mlp", last="all_final_layer.2-1.linear", channels_last=True, told="attribute",
+    ),
+    "Lumina2Transformer2DModel": Family(
+        lumina2, "cap_feat_dim", masked=True, backward=True, last="norm_out.linear_2", channels_last=True,
+        told="attribute",
+    ),
+    "AuraFlowTransformer2DModel": Family(
+        plain, "joint_attention_dim", norm="norm_out", embedder="time_step_proj", channels_last=True, told="config",
+    ),
+    "CogView4Transformer2DModel": Family(cogview4, "text_embed_dim", clock=thousand, norm="norm_out"),
+    "PRXTransformer2DModel": Family(
+        prx, "context_in_dim", masked=True, embedder="time_in", last="final_layer.linear",
+        turn=lambda config: config["time_factor"],
+    ),
+    "WanTransformer3DModel": Family(
+        video, "text_dim", clock=thousand, embedder="condition_embedder.time_embedder", channels_last=True,
+    ),
+    "LTXVideoTransformer3DModel": Family(ltx, "caption_channels", masked=True, clock=thousand, packed=True),
+    "HunyuanVideoTransformer3DModel": Family(
+        hunyuan_video, "text_embed_dim", "pooled_projection_dim", masked=True, clock=thousand,
+        guidance_scale=thousand,
+    ),
+}  # fmt: skip
+NOISE = ("UNet", "PixArt", "DiTTransformer", "HunyuanDiT", "Transformer2DModel", "CogVideoX", "Kandinsky3")
+
+
+def family(config: Config) -> Family:
+    """The row of a config.json. Raises UserError, with the way out, for a model that is none of them."""
+    kind = str(config.get("_class_name"))
+    if row := FAMILIES.get(kind):
+        return row
+    known = ", ".join(name.removesuffix("Transformer2DModel").removesuffix("Transformer3DModel") for name in FAMILIES)
+    if kind.startswith(NOISE):
+        raise UserError(
+            f"net.source holds a {kind}, which learned the noise of a diffusion, not the velocity of a flow: take a "
+            f"flow transformer ({known})"
+        )
+    raise UserError(f"net.source holds a {kind}, which dumo has not been tried on: take one of {known}")

@@ -1,0 +1,86 @@
+"""Tiny transformers as their users have them: a folder that diffusers saved, and a file of what encoders made."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import transformers_tiny as tiny
+from dumo.nets import Pretrained
+from dumo.nets.family import FAMILIES
+
+SHAPE, CLASSES = (4, 8, 8), 2  # of a sample; two captions, and that of none
+IMAGES = [name for name, row in tiny.TINY.items() if len(row.shape) == 4 or name.startswith(("flux", "chroma", "qwen"))]
+MASKED = ("chroma-masked", "sana-masked", "sana-sprint", "qwen", "z-image-lengths", "lumina2", "prx-masked", "ltx",
+          "hunyuan-video")  # fmt: skip
+GUIDANCE = {"flux-guided": 3.5, "flux2": 3.5, "sana-sprint": 4.5, "hunyuan-video": 6.0}
+NO_LOWPASS = ("chroma", "chroma-masked")
+
+
+def saved(place: Path, name: str) -> Pretrained:
+    """A spec of a tiny model in a folder, with texts, but for a low-pass."""
+    model: Any = tiny.TINY[name].model()
+    model.save_pretrained(place / name)
+    save_file(texts(name), place / f"{name}.safetensors")
+    return Pretrained(
+        source=str(place / name),
+        texts=str(place / f"{name}.safetensors"),
+        guidance=GUIDANCE.get(name),
+        lowpass=None,
+    )
+
+
+def texts(name: str) -> dict[str, Tensor]:
+    """Three rows, the last for none, of which the first has fewer tokens where they are masked."""
+    g = torch.Generator().manual_seed(3)
+    rows = {"tokens": torch.randn(CLASSES + 1, tiny.L, 16, generator=g)}
+    if name in MASKED:
+        rows["mask"] = torch.cat([tiny.mask(), tiny.mask()[1:]])
+    if FAMILIES[tiny.TINY[name].kind].pooled:
+        rows["pooled"] = torch.randn(CLASSES + 1, 12, generator=g)
+    return rows
+
+
+def batch(rows: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    """x_t, c, t."""
+    g = torch.Generator().manual_seed(4)
+    return torch.randn(rows, *SHAPE, generator=g), torch.arange(rows) % CLASSES, torch.linspace(0.3, 0.9, rows)
+
+
+def asked(name: str, model: Any, x: Tensor, c: Tensor, t: Tensor) -> Tensor:  # noqa: ANN401, a model of diffusers
+    """The velocity noise - data, as the model's pipeline would ask for it."""
+    row, rows = tiny.TINY[name], texts(name)
+    packed = len(row.shape) == 3
+    drawn = {3: rows["tokens"][c], 2: rows.get("pooled", rows["tokens"][:, 0])[c]}
+    given = row.given(pack(x) if packed else x, t, lambda *shape: drawn[len(shape)])
+    match name:  # what a pipeline says otherwise than `tiny` does
+        case "flux2":
+            given["txt_ids"][..., 3] = torch.arange(tiny.L)
+        case "sana-sprint":
+            given["timestep"] = 1000 * model.config["timestep_scale"] * t
+        case "cogview4":  # pixels
+            given["original_size"] = given["target_size"] = torch.full((len(c), 2), 8.0 * x.shape[-1])
+        case "z-image" | "z-image-lengths":
+            given["cap_feats"] = [rows["tokens"][i][rows["mask"][i] if "mask" in rows else slice(None)] for i in c]
+        case _:
+            pass
+    out = model(**given, return_dict=False)[0]
+    if isinstance(out, list):
+        out = torch.stack(out).squeeze(2)
+    out = unpack(out) if packed else out
+    return -out if name.startswith(("z-image", "lumina2")) else out
+
+
+def pack(x: Tensor) -> Tensor:
+    """As Flux's pipeline: (b, c, h, w) -> (b, h w / 4, 4 c)."""
+    b, c, h, w = x.shape
+    return x.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def unpack(y: Tensor) -> Tensor:
+    """As Flux's pipeline: the inverse, of a square."""
+    b, n, c = y.shape
+    side = int(n**0.5)
+    return y.view(b, side, side, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c // 4, 2 * side, 2 * side)

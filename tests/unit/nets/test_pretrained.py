@@ -1,0 +1,339 @@
+"""Transformers of diffusers as nets: the old numbers at the start, an exact step, what is trained, what is refused."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import transformers_tiny as tiny
+from dumo.flow.draw import draw
+from dumo.flow.guide import Guide
+from dumo.flow.path import Linear
+from dumo.flow.slope import DualSlope, JvpSlope, Slope
+from dumo.nets import Pretrained
+from dumo.nets.adapter import Lora
+from dumo.nets.dualized import Dualized
+from dumo.objectives import DuMo, FlowMatching, MeanFlow
+from dumo.types import Frozen, Needs, Noised, UserError
+from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, SHAPE, asked, batch, saved
+
+V, VU = Needs(heads=("v",)), Needs(heads=("v", "u"))
+Saved = Callable[[str], Pretrained]
+LORA = Lora(rank=4)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Specs of tiny models, each saved once."""
+    place, known = tmp_path_factory.mktemp("models"), dict[str, Pretrained]()
+
+    def spec(name: str) -> Pretrained:
+        if name not in known:
+            known[name] = saved(place, name)
+        return known[name]
+
+    return spec
+
+
+def built(spec: Pretrained, needs: Needs = VU) -> Dualized:
+    """Its weights and adapters are functions of the seed alone."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return spec.build(needs, SHAPE, CLASSES)
+
+
+def with_limit(spec: Pretrained, name: str) -> Pretrained:
+    """With a low-pass, where there is one."""
+    return spec if name in NO_LOWPASS else spec.model_copy(update={"lowpass": 10.0})
+
+
+def record(objective: DuMo | FlowMatching) -> Noised:
+    x, c, _ = batch(4)
+    return draw(objective, Linear(), x, c, torch.full_like(c, CLASSES), seed=0, step=0)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_every_head_begins_as_the_model(folder: Saved, name: str) -> None:
+    """To the bit, whatever the model is told and however it counts time."""
+    x, c, t = batch()
+    old = asked(name, tiny.TINY[name].model(), x, c, t)
+    net = built(folder(name))
+    v, u = net(x, c, t=t)
+    (alone,) = built(folder(name), V)(x, c, t=t)
+    assert torch.equal(v, old)
+    assert torch.equal(u, old)
+    assert torch.equal(alone, old)
+    assert v.std() > 0.01
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx", "hunyuan-video"])
+def test_an_image_is_a_video_of_one_frame(folder: Saved, name: str) -> None:
+    x, c, t = batch()
+    v, u = built(folder(name))(x, c, t=t)
+    assert v.shape == x.shape
+    assert torch.equal(v, u)
+    assert v.std() > 0.01
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "z-image", "prx"])
+def test_heads_go_their_own_ways(folder: Saved, name: str) -> None:
+    """A head's layer moves this head and no other, channel by channel."""
+    x, c, t = batch()
+    net = built(folder(name))
+    before = net(x, c, t=t)
+    with torch.no_grad():
+        net.heads["u"].out.bias.add_(1.0)
+    v, u = net(x, c, t=t)
+    assert torch.equal(v, before[0])
+    assert torch.allclose(u - before[1], torch.full_like(u, -1.0 if name == "z-image" else 1.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_one_guided_step_is_exact(folder: Saved, name: str) -> None:
+    """DuMo's gradient by the slope that rides is that by forward-mode differentiation, and every parameter has one."""
+    spec = with_limit(folder(name), name)
+    dual, jvp = (gradient(built(spec), slope) for slope in (DualSlope(), JvpSlope()))
+    assert dual.keys() == jvp.keys() == {n for n, p in built(spec).named_parameters() if p.requires_grad}
+    size = torch.stack([g.norm() for g in jvp.values()]).norm()
+    assert torch.stack([(dual[n] - g).norm() for n, g in jvp.items()]).norm() / size < 1e-5
+
+
+def gradient(net: Dualized, slope: Slope) -> dict[str, Tensor]:
+    """Of every parameter that has one."""
+    objective = DuMo(slope=slope, drop=0.1, guide=Guide(zeta=0.55))
+    objective.loss(net.train(), Frozen(net), record(objective)).loss.mean().backward()
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_adapters_leave_the_model_as_it_is(folder: Saved, name: str) -> None:
+    """A step moves adapters, heads and embedder alone, and in `base` all is as it was, to the bit."""
+    x, c, t = batch()
+    old = asked(name, tiny.TINY[name].model(), x, c, t)
+    net = built(with_limit(folder(name), name).model_copy(update={"lora": LORA}))
+    before = copy.deepcopy(net.state_dict())
+    step(net)
+    moved = {name for name, w in net.state_dict().items() if not torch.equal(w, before[name])}
+    ours = ("heads.", *(f"model.{path}." for path in net._embedders()))
+    assert moved
+    assert all("lora_" in name or name.startswith(ours) for name in moved)
+    assert not torch.allclose(net(x, c, t=t)[1], old, atol=1e-4)
+    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    with net.base():
+        assert all(torch.equal(head, old) for head in net(x, c, t=t))
+        assert trained == {name for name, p in net.named_parameters() if p.requires_grad}
+    assert not torch.allclose(net(x, c, t=t)[1], old, atol=1e-4)
+
+
+def step(net: Dualized) -> None:
+    """Two of AdamW: after the first, adapters that began at zero move all of themselves."""
+    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 0.01, weight_decay=0.1)
+    objective = DuMo(drop=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        objective.loss(net.train(), Frozen(net), record(objective)).loss.mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "qwen", "z-image", "auraflow", "prx"])
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_stock_is_the_model_with_one_head(folder: Saved, name: str, lora: Lora | None, tmp_path: Path) -> None:
+    """Of the old class, names and shapes; saved and loaded by diffusers it gives what the head gives."""
+    x, c, t = batch()
+    net = built(with_limit(folder(name), name).model_copy(update={"lora": lora}))
+    step(net)
+    u = net(x, c, t=t)[1]
+    stock = net.stock("u", merged=True)
+    stock.save_pretrained(tmp_path)
+    loaded = type(stock).from_pretrained(tmp_path, use_safetensors=True)
+    with safe_open(tmp_path / "diffusion_pytorch_model.safetensors", "pt") as new:
+        assert set(new.keys()) == set(tiny.TINY[name].model().state_dict())
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
+        (Path(folder(name).source) / "config.json").read_text()
+    ) | {"_name_or_path": str(folder(name).source)}
+    assert torch.allclose(asked(name, loaded, x, c, t), u, rtol=1e-5, atol=1e-5 if lora else 0)
+    assert torch.equal(net(x, c, t=t)[1], u)
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2", "qwen", "auraflow", "cogview4", "chroma"])
+def test_a_norm_of_its_own_changes_nothing_at_the_start(folder: Saved, name: str) -> None:
+    x, c, t = batch()
+    spec = folder(name)
+    net = built(spec.model_copy(update={"own_norm": True}))
+    v, u = net(x, c, t=t)
+    assert torch.equal(v, built(spec)(x, c, t=t)[0])
+    assert torch.equal(u, v)
+    with torch.no_grad():
+        for p in net.heads["u"].norm.parameters():
+            p.mul_(1.1)
+    assert torch.equal(net(x, c, t=t)[0], v)
+    if name != "chroma":  # whose norm has no parameters
+        assert not torch.allclose(net(x, c, t=t)[1], v)
+
+
+@pytest.mark.parametrize("lora", [None, LORA])
+def test_checkpointing_changes_no_gradient(folder: Saved, lora: Lora | None) -> None:
+    spec = folder("sd3").model_copy(update={"lora": lora, "lowpass": 10.0})
+    plain, lean = (gradient(built(spec.model_copy(update={"checkpoint": c})), DualSlope()) for c in (False, True))
+    assert plain.keys() == lean.keys()
+    assert all(torch.allclose(plain[n], lean[n], rtol=1e-4, atol=1e-6) for n in plain)
+
+
+@pytest.mark.parametrize("name", ["qwen", "flux-guided", "flux2"])
+def test_times_are_not_rounded_in_bf16(folder: Saved, name: str) -> None:
+    """Two times that bf16 cannot tell apart make two velocities."""
+    x, c, _ = batch()
+    net = built(with_limit(folder(name), name))
+    t = torch.tensor([0.7, 0.7])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        seen: list[Tensor] = []
+        part = net.model.get_submodule(net._embedders()[0])
+        handle = part.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        for shift in (0.0, 1e-4):
+            net(x, c, t=t + shift)
+        handle.remove()
+    assert not torch.equal(*seen)
+
+
+def test_without_texts_classes_are_codes(folder: Saved) -> None:
+    """Rows that differ, the same in every net; no checkpoint holds them."""
+    spec = folder("sd3").model_copy(update={"texts": None})
+    x, c, t = batch()
+    net = built(spec)
+    assert net.texts.tokens.shape == (CLASSES + 1, 1, 16)
+    assert torch.equal(net.texts.tokens, built(spec, V).texts.tokens)
+    assert not torch.allclose(net(x, c, t=t)[0], net(x, c.flip(0), t=t)[0])
+    assert not any(name.startswith("texts") for name in net.state_dict())
+
+
+def test_dropout_of_adapters_is_keyed(folder: Saved) -> None:
+    """The same masks for the same keys, others for others, none outside of training."""
+    from dumo.flow import dropout
+
+    x, c, t = batch()
+    net = built(folder("sd3").model_copy(update={"lora": Lora(rank=4, dropout=0.5)}))
+    step(net)
+    v = net.eval()(x, c, t=t)[0]
+    net.train()
+    one, again, other = (under(net, dropout.keys(0, n, 2)) for n in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.allclose(one, other)
+    assert torch.equal(net(x, c, t=t)[0], v)
+
+
+def under(net: nn.Module, keys: Tensor) -> Tensor:
+    from dumo.flow import dropout
+
+    x, c, t = batch()
+    with dropout.using(keys):
+        return net(x, c, t=t)[0]
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_config_alone_is_an_outline(folder: Saved, name: str, tmp_path: Path) -> None:
+    """The names and shapes of the net with weights, and which of them are trained."""
+    spec = with_limit(folder(name), name).model_copy(update={"lora": LORA})
+    (tmp_path / "config.json").write_text((Path(spec.source) / "config.json").read_text())
+    with torch.device("meta"):
+        outline = spec.model_copy(update={"source": str(tmp_path)}).build(VU, SHAPE, CLASSES)
+    assert all(p.is_meta for p in outline.parameters())
+    assert sizes(outline) == sizes(built(spec))
+
+
+def sizes(net: nn.Module) -> dict[str, tuple[torch.Size, bool]]:
+    return {name: (p.shape, p.requires_grad) for name, p in net.named_parameters()}
+
+
+def test_weights_may_be_in_several_files(folder: Saved, tmp_path: Path) -> None:
+    x, c, t = batch()
+    net = built(folder("sd3"))
+    tiny.TINY["sd3"].model().save_pretrained(tmp_path / "transformer", max_shard_size="20KB")
+    assert len([*(tmp_path / "transformer").glob("*.safetensors")]) > 1
+    of_a_pipeline = built(folder("sd3").model_copy(update={"source": str(tmp_path)}))
+    assert torch.equal(of_a_pipeline(x, c, t=t)[0], net(x, c, t=t)[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "learned the noise"),
+        ({"_class_name": "PixArtTransformer2DModel"}, "learned the noise"),
+        ({"_class_name": "FooTransformer2DModel"}, "take one of SD3"),
+        ({"_class_name": None}, "take one of SD3"),
+        ({"in_channels": 3}, "takes 3 channels, and the data have 4"),
+        ({"patch_size": 3}, "patches of 3 x 3"),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(folder: Saved, tmp_path: Path, change: dict[str, object], why: str) -> None:
+    config = json.loads((Path(folder("sd3").source) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=why):
+        built(Pretrained(source=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "why"),
+    [
+        ("sd3", {"source": "nowhere"}, "is no folder"),
+        ("sd3", {"guidance": 3.5}, "embeds no guidance"),
+        ("flux-guided", {"guidance": None}, "set net.guidance"),
+        ("chroma", {"lowpass": 10.0}, "set net.lowpass=null"),
+        ("sana", {"own_norm": True}, "set net.own_norm=false"),
+        ("sd3", {"depth": 1}, "set net.weights=drawn"),
+        ("sd3", {"lora": Lora(targets=("nothing",))}, "no linear layers"),
+        ("sd3", {"lora": Lora(dropout=0.1), "checkpoint": True}, "do not go together"),
+    ],
+)
+def test_fields_that_do_not_fit_are_refused(folder: Saved, name: str, change: dict[str, object], why: str) -> None:
+    with pytest.raises(UserError, match=why):
+        built(folder(name).model_copy(update=change))
+
+
+def test_what_the_objective_asks_beyond_is_refused(folder: Saved) -> None:
+    for needs in (MeanFlow().needs, Needs(heads=("v", "m")), Needs(gauges=("g",)), Needs(knobs={"w": 1.0})):
+        with pytest.raises(UserError, match=r"objective\.kind dumo"):
+            built(folder("sd3"), needs)
+    with pytest.raises(UserError, match=r"net\.lora is null"), built(folder("sd3")).base():
+        pass
+
+
+def test_only_safetensors_are_read(folder: Saved, tmp_path: Path) -> None:
+    """A folder with config.json alone, or a pickle beside it."""
+    (tmp_path / "config.json").write_text((Path(folder("sd3").source) / "config.json").read_text())
+    spec = Pretrained(source=str(tmp_path))
+    with pytest.raises(UserError, match="no weights"):
+        built(spec)
+    torch.save({}, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="reads no pickle"):
+        built(spec)
+    built(spec.model_copy(update={"weights": "drawn", "depth": 1}))
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "why"),
+    [
+        ("sd3", {"tokens": None}, "has no tokens"),
+        ("sd3", {"tokens": torch.zeros(3, 7, 15)}, r"\(3, 7, 16\)"),
+        ("sd3", {"tokens": torch.zeros(4, 7, 16), "pooled": torch.zeros(4, 12)}, "3 and that of no condition"),
+        ("sd3", {"pooled": None}, "pooled none"),
+        ("sd3", {"mask": torch.ones(3, 7)}, "leave it out"),
+        ("chroma", {"pooled": torch.ones(3, 7)}, "leave it out"),
+        ("chroma", {"mask": torch.ones(3, 6)}, "has mask"),
+    ],
+)
+def test_texts_that_do_not_fit_are_refused(
+    folder: Saved, tmp_path: Path, name: str, change: dict[str, Tensor | None], why: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    spec = folder(name)
+    assert spec.texts
+    rows = load_file(spec.texts) | change
+    save_file({name: row for name, row in rows.items() if row is not None}, tmp_path / "texts.safetensors")
+    with pytest.raises(UserError, match=why):
+        built(spec.model_copy(update={"texts": str(tmp_path / "texts.safetensors")}))
