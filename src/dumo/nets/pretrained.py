@@ -1,6 +1,7 @@
 """A flow transformer that others trained, from a folder as diffusers saves it, to be tuned (docs/pretrained.md)."""
 
 import json
+import warnings
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -100,7 +101,12 @@ class Pretrained(Spec):
             import diffusers  # slow to import, and an extra
         except ImportError as error:
             raise UserError("net 'diffusers' needs diffusers: pip install 'dumo[pretrained]'") from error
-        kind = getattr(diffusers, config["_class_name"])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its own, of its own code
+            return self.loaded(getattr(diffusers, config["_class_name"]), folder, config)
+
+    def loaded(self, kind: Any, folder: Path | None, config: dict[str, Any]) -> Any:  # noqa: ANN401, as `model`
+        """The model of a class of diffusers. Raises as `model`."""
         if self.depth:
             if self.weights == "source":
                 raise UserError(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dumo.types import Array
 
@@ -93,7 +93,7 @@ def tell(model: Any, told: str, channels: int) -> None:  # noqa: ANN401, a model
         model.register_to_config(out_channels=channels)
 
 
-def heads_of(out: Tensor | list[Tensor], heads: int) -> tuple[Array, ...]:
+def heads_of(out: Array | list[Array], heads: int) -> tuple[Array, ...]:
     """A model's output, of one frame where it is a video, cut into its heads."""
     image = torch.stack(out) if isinstance(out, list) else out
     return (image.squeeze(2) if image.ndim == 5 else image).chunk(heads, 1)

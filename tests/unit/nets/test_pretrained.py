@@ -22,6 +22,10 @@ from dumo.objectives import DuMo, FlowMatching, MeanFlow
 from dumo.types import Frozen, Needs, Noised, UserError
 from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, SHAPE, asked, batch, saved
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning"),  # diffusers', of its Chroma
+    pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight"),  # torch's, of autocast on a CPU
+]
 V, VU = Needs(heads=("v",)), Needs(heads=("v", "u"))
 Saved = Callable[[str], Pretrained]
 LORA = Lora(rank=4)
@@ -123,10 +127,11 @@ def test_adapters_leave_the_model_as_it_is(folder: Saved, name: str) -> None:
     assert moved
     assert all("lora_" in name or name.startswith(ours) for name in moved)
     assert not torch.allclose(net(x, c, t=t)[1], old, atol=1e-4)
-    trained = {name for name, p in net.named_parameters() if p.requires_grad}
+    trained = {id(p) for p in net.parameters() if p.requires_grad}
     with net.base():
         assert all(torch.equal(head, old) for head in net(x, c, t=t))
-        assert trained == {name for name, p in net.named_parameters() if p.requires_grad}
+        assert {id(p) for p in net.parameters() if p.requires_grad} <= trained
+    assert {id(p) for p in net.parameters() if p.requires_grad} == trained
     assert not torch.allclose(net(x, c, t=t)[1], old, atol=1e-4)
 
 
@@ -156,7 +161,7 @@ def test_stock_is_the_model_with_one_head(folder: Saved, name: str, lora: Lora |
     assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
         (Path(folder(name).source) / "config.json").read_text()
     ) | {"_name_or_path": str(folder(name).source)}
-    assert torch.allclose(asked(name, loaded, x, c, t), u, rtol=1e-5, atol=1e-5 if lora else 0)
+    assert (asked(name, loaded, x, c, t) - u).norm() / u.norm() < (1e-5 if lora else 1e-7)
     assert torch.equal(net(x, c, t=t)[1], u)
 
 
@@ -273,7 +278,7 @@ def test_models_that_do_not_fit_are_refused(folder: Saved, tmp_path: Path, chang
     config = json.loads((Path(folder("sd3").source) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(UserError, match=why):
-        built(Pretrained(source=str(tmp_path)))
+        built(Pretrained(source=str(tmp_path), weights="drawn"))
 
 
 @pytest.mark.parametrize(
