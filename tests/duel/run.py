@@ -18,7 +18,10 @@ from typing import Annotated
 
 import typer
 
-HERE = Path(__file__).parent
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the tests, where this is started as a script
+
+from duel.work import WORKS
+
 Seconds = tuple[float, float]  # of the clock, of the CPU
 
 
@@ -26,13 +29,14 @@ def child(tree: Path, name: str, folder: Path) -> "subprocess.Popen[str]":
     """A process that waits to be asked."""
     folder.mkdir(parents=True)
     environment = {**os.environ, "PYTHONPATH": str(tree.resolve()), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(HERE / "work.py"), name, str(folder)]
+    command = [sys.executable, str(Path(__file__).with_name("work.py")), name, str(folder)]
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def asked(process: "subprocess.Popen[str]") -> Seconds:
     """What the work took this time."""
-    assert process.stdin and process.stdout
+    assert process.stdin
+    assert process.stdout
     process.stdin.write("\n")
     process.stdin.flush()
     wall, cpu = map(float, process.stdout.readline().split())
@@ -54,7 +58,7 @@ def duel(name: str, old: Path, new: Path, rounds: int, folder: Path) -> dict[str
     for process in them:
         process.kill()
         process.wait()
-    row: dict[str, object] = {"work": name, "rounds": rounds}
+    row: dict[str, object] = {"work": name, "about": WORKS[name].__doc__, "rounds": rounds}
     for k, what in enumerate(("wall", "cpu")):
         row[f"{what}_ratio"] = quartiles([a[k] / b[k] for a, b in both[1:]])
         row[f"{what}_ms"] = [round(1e3 * statistics.median(pair[side][k] for pair in both[1:]), 4) for side in (0, 1)]
@@ -69,9 +73,6 @@ def main(
     to: Annotated[Path | None, typer.Option("--json", help="Write the rows here, too.")] = None,
 ) -> None:
     """Compare; print a line for each work."""
-    sys.path.insert(0, str(HERE))
-    from work import WORKS
-
     rows: list[dict[str, object]] = []
     with TemporaryDirectory() as folder:
         for name in names or WORKS:
