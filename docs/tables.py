@@ -142,7 +142,9 @@ def duel(results: Row) -> Iterator[str]:
     yield line(["", "before, ms", "now, ms", "before / now (quartiles)", "of CPU time"])
     yield "|" + "---|" * 5
     for row in results["rows"]:
-        ratios = ["{1:.3g} ({0:.3g}–{2:.3g})".format(*row[f"{what}_ratio"]) for what in ("wall", "cpu")]
+        digits = 0 if row["wall_ratio"][1] > 100 else 2
+        low, middle, high = ([f"{row[f'{what}_ratio'][k]:.{digits}f}" for what in ("wall", "cpu")] for k in range(3))
+        ratios = [f"{m} ({a}–{b})" for a, m, b in zip(low, middle, high, strict=True)]
         yield line(
             [row["about"].rstrip("."), *(f"{ms:.3g}" if ms < 1000 else f"{ms:,.0f}" for ms in row["wall_ms"]), *ratios]
         )
