@@ -141,6 +141,8 @@ def check_teacher(run: Tree) -> None:
     if not run.teacher:
         return
     needs, guide = run.objective.needs, run.teacher.guide
+    if run.teacher.kind == "base":
+        check_base(run)
     if not run.teacher.pairs and not needs.teachable:
         raise UserError(
             f"objective '{run.objective.kind}' learns from no velocity, so a teacher's says nothing to it: set "
@@ -153,6 +155,18 @@ def check_teacher(run: Tree) -> None:
         raise UserError(
             f"{field} would guide what teacher.guide has guided: set teacher.guide.scale=1, or train with {off}"
         )
+
+
+def check_base(run: Tree) -> None:
+    """Refuse the base of a net that has none, or on a path of which that model's velocity is not."""
+    net, way = run.outline(), "set teacher.kind=run and teacher.source to the folder of a run that can teach"
+    if not hasattr(net, "base") or all(p.requires_grad for p in net.parameters()):
+        raise UserError(
+            f"teacher.kind = base asks for the net with its adapters off, and net '{run.net.kind}' as it is here has "
+            f"none, so its first weights are gone once it trains: {way}"
+        )
+    if (run.path.kind, run.path.sd) != ("linear", 1):
+        raise UserError(f"teacher.kind = base knows the velocity on path 'linear' of sd 1, not on this one: {way}")
 
 
 def check_start(run: Tree) -> None:
