@@ -24,8 +24,8 @@ from dumo.types import Needs, Spec, UserError
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
 PICKLE = "diffusion_pytorch_model.bin"
-HERE = files("dumo.nets") / "published"  # configs of models on the Hugging Face hub
-PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image")
+HERE = files("dumo.nets") / "published"  # configs of models on the Hugging Face hub, and of small ones
+PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image", "sd3-small")  # the last one is ours
 HINT = f"net.source names a folder with {CONFIG} and {WEIGHTS}, as diffusers saves a transformer or a pipeline."
 HEADS = ("v", "u")
 LISTS = (  # keys of how many blocks a model has of a kind

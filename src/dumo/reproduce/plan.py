@@ -145,8 +145,9 @@ def markdown(title: str, table: Sequence[dict[str, Any]]) -> str:
 
 
 def units(spec: Run) -> float:
-    """Counted forward units of a step."""
-    return cost.forward_units(spec.outline(), spec.objective, spec.path, spec.data.shape, ref=spec.train.ref)
+    """Counted forward units of a step. A teacher's pass counts as one of the net, guided as two."""
+    taught = 0 if spec.teacher is None or spec.teacher.pairs else 1 if spec.teacher.guide.scale == 1 else 2
+    return taught + cost.forward_units(spec.outline(), spec.objective, spec.path, spec.data.shape, ref=spec.train.ref)
 
 
 def deviation(values: Sequence[float]) -> float | None:
