@@ -76,7 +76,8 @@ def test_asking_the_base_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatc
         heads, along = DualSlope()(net, Frozen(net), x, c, t=t)
         taught = velocity(x, t, c) if ask else torch.zeros(())
         assert not taught.requires_grad
-        out = [*along(w), *torch.autograd.grad(sum(h.sum() for h in heads), net.get_submodule("adapter").parameters())]
+        adapter = [*net.get_submodule("adapter").parameters()]
+        out = [*along(w), *torch.autograd.grad(torch.stack(heads).sum(), adapter)]
         if ask:
             assert torch.equal(taught, apart(run, CPU).velocity(x, t, c))  # pyright: ignore[reportOptionalCall]
         return out
