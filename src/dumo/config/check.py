@@ -3,6 +3,8 @@
 They are made when a run is read, before any work; each raises UserError, which says what is wrong, and the way out.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import chain
 
 from dumo.config.tree import Tree
@@ -158,13 +160,16 @@ def check_teacher(run: Tree) -> None:
 
 
 def check_base(run: Tree) -> None:
-    """Refuse the base of a net that has none, or on a path of which that model's velocity is not."""
-    net, way = run.outline(), "set teacher.kind=run and teacher.source to the folder of a run that can teach"
-    if not hasattr(net, "base") or all(p.requires_grad for p in net.parameters()):
+    """Refuse the base of a net that has no adapters, or on a path of which that model's velocity is not."""
+    way = "set teacher.kind=run and teacher.source to the folder of a run that can teach"
+    base: Callable[[], AbstractContextManager[None]] | None = getattr(run.outline(), "base", None)
+    if base is None:
         raise UserError(
-            f"teacher.kind = base asks for the net with its adapters off, and net '{run.net.kind}' as it is here has "
-            f"none, so its first weights are gone once it trains: {way}"
+            f"teacher.kind = base asks for the net with its adapters off, and net '{run.net.kind}' has none, so its "
+            f"first weights are gone once it trains: {way}"
         )
+    with base():  # a net that may have adapters refuses it itself where it has none
+        pass
     if (run.path.kind, run.path.sd) != ("linear", 1):
         raise UserError(f"teacher.kind = base knows the velocity on path 'linear' of sd 1, not on this one: {way}")
 

@@ -35,6 +35,15 @@ def copied(net: nn.Module) -> nn.Module:
     return deepcopy(net, {id(x): x for x in shared})
 
 
+def share(copy: nn.Module, net: nn.Module) -> None:
+    """Put a net's own frozen parameters and fixed tables into a copy, in the place of what it has there."""
+    for mine, its in zip(copy.modules(), net.modules(), strict=True):
+        mine._parameters.update(
+            {name: p for name, p in its._parameters.items() if p is not None and not p.requires_grad}
+        )
+        mine._buffers.update({name: its._buffers[name] for name in its._non_persistent_buffers_set})
+
+
 def digest(net: nn.Module) -> str | None:
     """A SHA-256 of the frozen parameters: names, shapes, types, and some numbers of each, spread evenly.
 

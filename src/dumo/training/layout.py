@@ -11,6 +11,7 @@ take as they take tensors.
 
 import warnings
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,15 +19,13 @@ from torch import Tensor, nn
 
 from dumo import dist
 from dumo.training.cut import share_of
-from dumo.training.frozen import trained
+from dumo.training.frozen import share, trained
 from dumo.types import unwrap
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
-
-Table = dict[str, nn.Parameter | None]  # a module's parameters by name
 
 
 def mesh_of(share: int, device: torch.device) -> "DeviceMesh | None":
@@ -54,29 +53,19 @@ def lay(net: nn.Module, mesh: "DeviceMesh | None", copies: Sequence[nn.Module] =
 
     # The net's outputs may be views: no objective changes one in place, of which torch would warn at every pass.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    shared = [place for copy in copies for place in emptied(copy, net)]
+    for copy in copies:  # so that the whole of what is frozen is let go as the net is spread
+        share(copy, outline(net))
     for module, back in ((net, reshard), *((copy, True) for copy in copies)):
         for part in (*getattr(module, "blocks", ()), module):
             fully_shard(part, mesh=mesh, reshard_after_forward=back)
-    for mine, its, name in shared:  # fully_shard takes what it finds there at the first pass
-        mine[name] = its[name]
+    for copy in copies:  # fully_shard takes what it finds there at the first pass
+        share(copy, net)
 
 
-def emptied(copy: nn.Module, net: nn.Module) -> list[tuple[Table, Table, str]]:
-    """Where a copy shares parameters with its net: the tables of both, and the name. In the copy's are empty ones now.
-
-    So that the whole of each is let go as soon as the net's is spread.
-    """
-    shared = [
-        (mine._parameters, its._parameters, name)
-        for mine, its in zip(copy.modules(), net.modules(), strict=True)
-        for name, p in its._parameters.items()
-        if p is not None and mine._parameters[name] is p
-    ]
-    empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in net.parameters()}
-    for mine, its, name in shared:
-        mine[name] = empty[id(its[name])]
-    return shared
+def outline(net: nn.Module) -> nn.Module:
+    """A copy without numbers, on the meta device."""
+    weights = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in net.parameters()}
+    return deepcopy(net, weights | {id(x): x.to("meta") for x in net.buffers()})
 
 
 def finish(net: nn.Module, step: bool, *, reshard: bool) -> None:

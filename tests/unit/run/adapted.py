@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dumo.config.spec import Run
-from dumo.nets import MLP
+from dumo.nets import MLP, DiT
 from dumo.random import stream
 from dumo.types import Cond, Heads, Needs, Reads, Sample, Time
 
@@ -47,6 +47,18 @@ def adapt(monkeypatch: pytest.MonkeyPatch, source: int = 0) -> None:
         return Adapted(BUILD(self, needs, shape, classes), source)
 
     monkeypatch.setattr(MLP, "build", build)
+
+
+def freeze(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the blocks of every DiT be frozen from here on."""
+    build_all = DiT.build
+
+    def build(self: DiT, needs: Needs, shape: tuple[int, ...], classes: int) -> nn.Module:
+        net = build_all(self, needs, shape, classes)
+        net.get_submodule("blocks").requires_grad_(False)
+        return net
+
+    monkeypatch.setattr(DiT, "build", build)
 
 
 def apart(run: Run, device: torch.device) -> Reads:

@@ -76,7 +76,8 @@ def test_asking_the_base_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatc
         heads, along = DualSlope()(net, Frozen(net), x, c, t=t)
         taught = velocity(x, t, c) if ask else torch.zeros(())
         assert not taught.requires_grad
-        out = [*along(w), *torch.autograd.grad(sum(h.sum() for h in heads), net.get_submodule("adapter").parameters())]
+        adapter = [*net.get_submodule("adapter").parameters()]
+        out = [*along(w), *torch.autograd.grad(torch.stack(heads).sum(), adapter)]
         if ask:
             assert torch.equal(taught, apart(run, CPU).velocity(x, t, c))  # pyright: ignore[reportOptionalCall]
         return out
@@ -89,7 +90,7 @@ def test_asking_the_base_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ([], r"net 'mlp' as it is here has none, .* set teacher\.kind=run and teacher\.source to the folder"),
+        ([], r"net 'mlp' has none, so its first weights are gone .* set teacher\.kind=run and teacher\.source to the folder"),
         (["teacher.source=here"], r"base is the net itself: leave teacher\.source and teacher\.weights out"),
         (["teacher.pairs.count=4"], r"pairs are made by a net that is not in training: set teacher\.kind=run"),
         (["teacher.kind=run"], r"source is missing: name a run's folder, or set teacher\.kind=base"),

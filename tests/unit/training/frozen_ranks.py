@@ -1,5 +1,6 @@
-"""Two ranks that train a net of frozen weights with adapters. See test_frozen_ranks.py."""
+"""Two ranks that train a net of frozen weights with adapters, taught by its base. See test_frozen_ranks.py."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import safetensors.torch
@@ -7,14 +8,19 @@ import torch
 from torch import Tensor
 
 from dumo import dist
+from dumo.run.base import Base
 from dumo.training import layout
 from dumo.training.checkpoint import save
+from dumo.training.cut import span
+from dumo.training.loop import train
 from dumo.training.optim import AdamW
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
+from dumo.training.step import pieces
+from dumo.types import Cond, Sample, Time
 from meeting import meeting
 from unit.training.adapted import Adapted
-from unit.training.toy import AVERAGES, run
+from unit.training.toy import AVERAGES, TASK, batches
 
 LAYOUTS = [(1, False), (2, False), (2, True)]  # ranks to a copy, and whether weights are given back
 SPEC = Train(steps=4, batch=12, ema=AVERAGES, ref=0.99, clip=0.5, optimizer=AdamW(lr=1e-2))
@@ -23,7 +29,14 @@ SPEC = Train(steps=4, batch=12, ema=AVERAGES, ref=0.99, clip=0.5, optimizer=Adam
 def trained(share: int, reshard: bool) -> State:
     """A state after all steps."""
     spec = SPEC.model_copy(update={"share": share, "reshard": reshard})
-    return run(begin(Adapted(), spec), spec)
+    state, make, rows = begin(Adapted(), spec), batches(spec.batch), span(pieces(spec, TASK.objective))
+    base = Base(state.net, spec.precision)
+
+    def taught(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
+        return v + 0.5 * (base(x, c, t=t)[0] - v)
+
+    train(state, replace(TASK, teacher=taught), lambda step: [part[rows] for part in make(step)], spec)
+    return state
 
 
 def everything(state: State) -> dict[str, Tensor]:
