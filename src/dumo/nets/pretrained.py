@@ -25,7 +25,8 @@ CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
 PICKLE = "diffusion_pytorch_model.bin"
 HERE = files("dumo.nets") / "published"  # configs of models on the Hugging Face hub, and of small ones
-PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image", "sd3-small")  # the last one is ours
+PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image")
+SMALL = ("sd3-small", "sd3-digits")  # ours: for latents of CIFAR-10, and for digits
 HINT = f"net.source names a folder with {CONFIG} and {WEIGHTS}, as diffusers saves a transformer or a pipeline."
 HEADS = ("v", "u")
 LISTS = (  # keys of how many blocks a model has of a kind
@@ -39,7 +40,7 @@ class Pretrained(Spec):
 
     kind: Literal["diffusers"] = "diffusers"
     precondition: ClassVar[Precondition] = "none"
-    source: str  # the folder of a transformer, or of a pipeline; or a name in PUBLISHED, which has no weights
+    source: str  # the folder of a transformer, or of a pipeline; or a name in PUBLISHED or SMALL, which has no weights
     weights: Literal["source", "drawn"] = "source"  # drawn: from config.json alone, anew
     depth: int | None = Field(default=None, ge=1, le=BLOCKS)  # so many blocks of each kind, drawn; None: all
     lora: Lora | None = None  # None: all weights are tuned
@@ -147,7 +148,7 @@ def read_config(source: str) -> tuple[Path | None, dict[str, Any]]:
 
     Raises UserError where there is none.
     """
-    if source in PUBLISHED:
+    if source in (*PUBLISHED, *SMALL):
         return None, json.loads((HERE / f"{source}.json").read_text(encoding="utf-8"))
     path = user_path(source, "net.source")
     folder = next((f for f in (path, path / "transformer") if (f / CONFIG).is_file()), None)

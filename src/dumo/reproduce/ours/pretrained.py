@@ -11,9 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.io import archive
+from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
 from dumo.progress import Bar
 from dumo.report import gallery
@@ -64,11 +67,17 @@ def labels(begins: str, spec: Run) -> dict[str, object]:
 def finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> list[Finished]:
     """The base first, which diffusers saves; then what begins from it. Raises UserError as `finish_all`."""
     first, *rest = cells
-    begun, saved = finish_all([first], folder, jobs=1, device=device, bar=bar), folder.parent / BASE
-    if not (saved / "config.json").exists():
-        begun[0].opened.net.stock("v").save_pretrained(saved)  # pyright: ignore[reportCallIssue], diffusers'
-    moved = [replace(cell, spec=begun_at(cell.spec, saved)) for cell in rest]
+    begun, base = finish_all([first], folder, jobs=1, device=device, bar=bar), folder.parent / BASE
+    save(begun[0].opened.net, base)
+    moved = [replace(cell, spec=begun_at(cell.spec, base)) for cell in rest]
     return [*begun, *finish_all(moved, folder, jobs=jobs, device=device, bar=bar)]
+
+
+def save(net: nn.Module, folder: Path) -> None:
+    """The model of a net, as diffusers saves it, with v's head; not again where it is."""
+    assert isinstance(net, Dualized)
+    if not (folder / "config.json").exists():
+        net.stock("v").save_pretrained(folder)
 
 
 def begun_at(spec: Run, folder: Path) -> Run:
