@@ -69,6 +69,8 @@ DISCRETIZATION, EDM, HEADS = (
 LAYOUT = f"{THEORY}/test_layout.py::test_two_ranks_are_two_pieces_to_the_bit"
 DROPPED, EMA = (f"tests/unit/training/test_{name}.py" for name in ("dropout", "ema"))
 COLLECTIVE, STEP = f"{THEORY}/test_collective.py", "tests/unit/training/test_step.py"
+FROZEN, FROZEN_RANKS = (f"tests/unit/training/test_{name}.py" for name in ("frozen", "frozen_ranks"))
+BASE = "tests/unit/run/test_base.py"
 WHOLE, CHECKPOINT = "tests/unit/training/test_manifest.py", "tests/unit/training/test_checkpoint.py"
 SKIPPED = f"{STEP}::test_what_is_not_finite_is_counted_and_not_applied"
 OTHER = f"{STEP}::test_a_number_of_another_rank_skips_the_step_here"
@@ -852,7 +854,21 @@ MUTANTS = [
     Mutant("training/step.py", "self.keys[self.here(rows)]", "self.keys[: len(b.t)]", "pieces share masks", DROPPED),
     Mutant("training/ema.py", "id(tensor),", "id(tensor) + len(found),", "a shared weight is averaged twice", EMA),
     Mutant("training/step.py", "        layout.release(self.net)\n", "", "what a probe gathers stays", LAYOUT),
-    Mutant("training/state.py", "reshard=True", "reshard=False", "an average's weights stay gathered", LAYOUT),
+    Mutant("training/layout.py", "(copy, True)", "(copy, reshard)", "an average's weights stay gathered", LAYOUT),
+    Mutant("training/layout.py", "        share(copy, net)\n", "        pass\n", "averages stay empty", FROZEN_RANKS),
+    Mutant("training/frozen.py", " if name not in fixed", "", "what is frozen is saved", FROZEN),
+    Mutant("training/frozen.py", "deepcopy(net, {id(x): x for x in shared})", "deepcopy(net)", "it lies twice", FROZEN),
+    Mutant("training/frozen.py", "if now != then", "if False", "a run goes on from another model", FROZEN),
+    Mutant("training/memory.py", " if p.requires_grad", "", "moments of what is frozen are taken", FROZEN),
+    Mutant(
+        "training/state.py",
+        "p for p in net.parameters() if p.requires_grad), averages",
+        "net.parameters()), averages",
+        "the optimizer holds what is frozen",
+        FROZEN,
+    ),
+    Mutant("run/base.py", "evaluating(self.net), ", "", "a teacher drops", BASE),
+    Mutant("run/base.py", "off(), ", "", "the net teaches itself", BASE),
     Mutant("training/layout.py", "sync(step)", "sync(True)", "every piece is sent", COLLECTIVE),
     Mutant("training/layout.py", "backward(step or reshard)", "backward(True)", "weights come twice", COLLECTIVE),
     Mutant("training/manifest.py", "if digest.of_file(", "if False and digest.of_file(", "no file is hashed", WHOLE),
