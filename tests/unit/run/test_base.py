@@ -31,8 +31,9 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 def test_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its files hold the adapter, it goes on bit for bit, and is opened, but not on other frozen weights."""
     adapt(monkeypatch)
-    more = [BASE, "train.milestones=[2]", "train.ema=[{decay: 0.5}]"]
-    whole = train(tiny("moons", *more), tmp_path / "whole")
+    more, lines = [BASE, "train.milestones=[2]", "train.ema=[{decay: 0.5}]"], list[str]()
+    whole = train(tiny("moons", *more), tmp_path / "whole", tell=lines.append)
+    assert " parameters, 6 of them trained), " in lines[0]
     train(tiny("moons", *more, "train.steps=2"), tmp_path / "run")
     again = train(tiny("moons", *more), tmp_path / "run")
     assert same(weights(whole.net), weights(again.net))
@@ -90,7 +91,10 @@ def test_asking_the_base_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ([], r"net 'mlp' has none, so its first weights are gone .* set teacher\.kind=run and teacher\.source to the folder"),
+        (
+            [],
+            r"net 'mlp' has none, so its first weights are gone .* set teacher\.kind=run and teacher\.source to the folder",
+        ),
         (["teacher.source=here"], r"base is the net itself: leave teacher\.source and teacher\.weights out"),
         (["teacher.pairs.count=4"], r"pairs are made by a net that is not in training: set teacher\.kind=run"),
         (["teacher.kind=run"], r"source is missing: name a run's folder, or set teacher\.kind=base"),
