@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dumo import room
 from dumo.config.load import load
 from dumo.flow.slope import DualSlope
 from dumo.run.base import reads_of
@@ -50,6 +51,19 @@ def test_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         train(tiny("moons", *more, "train.steps=6"), tmp_path / "run")
 
 
+def test_weights_of_which_no_copies_fit_are_not_examined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where there is room to train an adapter of them; and that is said."""
+    adapt(monkeypatch)
+    run, lines = tiny("moons"), list[str]()
+    whole = sum(p.nbytes for p in run.outline().parameters())
+    monkeypatch.setattr(room, "memory", lambda device: 4 * whole)
+    train(run, tmp_path / "all", tell=lines.append)
+    assert not any("is not examined" in line for line in lines)
+    monkeypatch.setattr(room, "memory", lambda device: 4 * whole - 1)
+    train(run, tmp_path / "run", tell=lines.append)
+    assert [line for line in lines if "the slope is not examined on the weights in training: copies of them" in line]
+
+
 @pytest.mark.parametrize("guide", [1.0, 2.0])
 def test_the_base_teaches_as_a_net_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, guide: float) -> None:
     adapt(monkeypatch)
@@ -91,10 +105,7 @@ def test_asking_the_base_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        (
-            [],
-            r"net 'mlp' has none, so its first weights are gone .* set teacher\.kind=run and teacher\.source to the folder",
-        ),
+        ([], r"net 'mlp' has none, so its first weights are gone .* set teacher\.kind=run and teacher\.source"),
         (["teacher.source=here"], r"base is the net itself: leave teacher\.source and teacher\.weights out"),
         (["teacher.pairs.count=4"], r"pairs are made by a net that is not in training: set teacher\.kind=run"),
         (["teacher.kind=run"], r"source is missing: name a run's folder, or set teacher\.kind=base"),
