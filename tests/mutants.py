@@ -76,7 +76,7 @@ SKIPPED = f"{STEP}::test_what_is_not_finite_is_counted_and_not_applied"
 OTHER = f"{STEP}::test_a_number_of_another_rank_skips_the_step_here"
 UNSAVED = f"{CHECKPOINT}::test_what_is_not_finite_is_not_saved"
 LAST_GOOD = f"{CHECKPOINT}::test_the_last_good_one_stays_besides_those_that_are_kept"
-RULE, DUAL = "tests/unit/autodiff/test_rule.py", "tests/unit/autodiff/test_dual.py"
+RULE, DUAL, ATTEND = (f"tests/unit/autodiff/test_{name}.py" for name in ("rule", "dual", "attention"))
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ MUTANTS = [
     ),
     Mutant("flow/slope.py", "key=[*rows, *others].__getitem__)", "key=None)", "rows are put back elsewhere", SLOPE),
     Mutant(
-        "autodiff/dual.py",
+        "autodiff/tape.py",
         "now.push(*tangents, *now.saved)",
         "now.push(*tangents[::-1], *now.saved)",
         "operands change places",
@@ -206,7 +206,25 @@ MUTANTS = [
     Mutant("autodiff/rule/layer.py", "out if plain else x.p", "out", "a norm with weights moves by what it gave", RULE),
     Mutant("autodiff/rule/layer.py", "torch.mul, None, mask", "torch.mul, None, 1 / (1 - p)", "the dropped move", RULE),
     Mutant("autodiff/rule/shape.py", "Tensor.view: Tensor.reshape,", "", "tangents must lie as their primals", RULE),
-    Mutant("autodiff/dual.py", "now.moved = now.saved = ()", "pass", "a tape keeps what it has played", DUAL),
+    Mutant("autodiff/tape.py", "writes != now.writes", "False", "the tape plays what was written over", DUAL),
+    Mutant("autodiff/rule/shape.py", "p = x.p.clone()", "p = x.p", "assignment is in place", RULE),
+    Mutant("autodiff/rule/shape.py", "x.part = True", "pass", "a base does not see what its view is assigned", RULE),
+    Mutant("autodiff/rule/shape.py", "Dual) and out is x.p", "Dual) and False", "two names have two values", DUAL),
+    Mutant("autodiff/rule/shape.py", "0.0 if dy is None else dy", "0.0", "what is assigned does not move", RULE),
+    Mutant("autodiff/rule/shape.py", "rows, batch_first, 0.0, side", "rows, batch_first", "padded on one side", RULE),
+    Mutant(
+        "autodiff/attention.py", "seen = _seen(mask, causal, rows, o, k)", "seen = None", "the mask is lost", ATTEND
+    ),
+    Mutant("autodiff/attention.py", ".tril(first)", ".tril()", "each chunk begins at the first key", ATTEND),
+    Mutant("autodiff/attention.py", "aten._safe_softmax(masked, -1)", "masked.softmax(-1)", "0 / 0", ATTEND),
+    Mutant(
+        "autodiff/attention.py",
+        "x.repeat_interleave(q.shape[-3] // x.shape[-3], -3)",
+        "x.repeat(1, q.shape[-3] // x.shape[-3], 1, 1)",
+        "queries take the keys of others",
+        ATTEND,
+    ),
+    Mutant("autodiff/tape.py", "now.moved = now.saved = ()", "pass", "a tape keeps what it has played", DUAL),
     Mutant("autodiff/dual.py", "if not graded and", "if False and", "gradients are lost unsaid", RULE),
     Mutant(
         "flow/guide.py",
@@ -757,8 +775,8 @@ MUTANTS = [
     ),
     Mutant(
         "autodiff/attention.py",
-        "p = (s * q @ k.mT).softmax(-1)\n        out",
-        "p = (s * q @ k.mT).softmax(-1).detach()\n        out",
+        "slice(None), o, k))",
+        "slice(None), o, k)).detach()",
         "attention's weights are held still",
         RATE,
     ),
