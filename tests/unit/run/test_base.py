@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from dumo import room
 from dumo.config.load import load
+from dumo.config.teacher import Start
 from dumo.flow.slope import DualSlope
 from dumo.run.base import reads_of
-from dumo.run.folder import open_run
+from dumo.run.folder import begin_from, open_run
 from dumo.run.train import train
 from dumo.types import Frozen, UserError
 from unit.run.adapted import adapt, apart
@@ -49,6 +50,13 @@ def test_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         open_run(str(tmp_path / "run"), device="cpu")
     with pytest.raises(UserError, match="step-00000004 was trained on other frozen weights"):
         train(tiny("moons", *more, "train.steps=6"), tmp_path / "run")
+
+
+def test_a_start_from_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    adapt(monkeypatch)
+    known = train(tiny("moons"), tmp_path / "known")
+    begun = begin_from(tiny("moons"), Start(source=str(tmp_path / "known")), CPU)
+    assert same(weights(begun), weights(known.shown))
 
 
 def test_weights_of_which_no_copies_fit_are_not_examined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
