@@ -16,7 +16,7 @@ IMAGES = [name for name, row in tiny.TINY.items() if len(row.shape) == 4 or name
 MASKED = ("chroma-masked", "sana-masked", "sana-sprint", "qwen", "z-image-lengths", "lumina2", "prx-masked", "ltx",
           "hunyuan-video")  # fmt: skip
 GUIDANCE = {"flux-guided": 3.5, "flux2": 3.5, "sana-sprint": 4.5, "hunyuan-video": 6.0}
-NO_LOWPASS = ("chroma", "chroma-masked")
+NO_LOWPASS = ("chroma", "chroma-masked", "z-image", "z-image-lengths")  # the latter for its time alone
 
 
 def saved(place: Path, name: str) -> Pretrained:

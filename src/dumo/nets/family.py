@@ -197,8 +197,8 @@ FAMILIES: dict[str, Family] = {
         embedder="t_embedder.mlp", last="all_final_layer.2-1.linear", channels_last=True, told="attribute",
     ),
     "Lumina2Transformer2DModel": Family(
-        lumina2, "cap_feat_dim", masked=True, backward=True, last="norm_out.linear_2", channels_last=True,
-        told="attribute",
+        lumina2, "cap_feat_dim", masked=True, backward=True, turn=lambda config: 1.0, last="norm_out.linear_2",
+        channels_last=True, told="attribute",
     ),
     "AuraFlowTransformer2DModel": Family(
         plain, "joint_attention_dim", norm="norm_out", embedder="time_step_proj", channels_last=True, told="config",

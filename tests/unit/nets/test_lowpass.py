@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 
 import transformers_tiny as tiny
+from dumo.flow.slope import CentralSlope, DualSlope
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES
-from dumo.nets.lowpass import frequencies, layers, lowpass, waves
+from dumo.nets.lowpass import Slow, frequencies, layers, lowpass, waves
 from dumo.nets.text import table
+from dumo.types import Frozen
 from transformers_saved import CLASSES, GUIDANCE, SHAPE, batch
 
 NAMES = [name for name in tiny.TINY if not name.startswith("chroma")]
@@ -35,9 +37,9 @@ def dualized(name: str, limit: float | None = None, *, smooth: bool = False) -> 
 
 
 def slow(first: nn.Linear, turn: float) -> None:
-    """Quick waves weigh little, as in a net that was trained: by the square of their frequency."""
+    """Quick waves weigh little, as in a net that was trained: by the fourth power of their frequency."""
     with torch.no_grad():
-        first.weight.mul_((10 / frequencies(first.in_features, turn)).clamp(max=1).square())
+        first.weight.mul_((10 / frequencies(first.in_features, turn)).clamp(max=1).pow(4))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,12 +56,83 @@ def test_waves_are_those_that_the_model_makes(name: str) -> None:
         assert torch.allclose(seen[0].double(), waves(count.double(), w), atol=2e-4)
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n != "sana-sprint"])
+SLOW_ALREADY = ("sana-sprint", "lumina2")  # they read t, not 1000 t
+WIDE = ("z-image", "z-image-lengths")  # a thousand numbers in the embedder of the smallest
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in WIDE else []) for n in NAMES if n not in SLOW_ALREADY],
+)
 def test_a_smooth_net_stays_what_it_is(name: str) -> None:
-    """|dv| / |v| <= 1 % at all times, and its rate of change by a central difference is within as much."""
+    """|dv| / |v| <= 1 % over all times."""
     old, new = (dualized(name, limit, smooth=True) for limit in (None, 10.0))
-    x, c, _ = batch(6)
-    t = torch.linspace(0.05, 1, 6)
+    x, c, _ = batch(8)
+    t = torch.linspace(0, 1, 8)
     with torch.no_grad():
         v, w = old(x, c, t=t)[0], new(x, c, t=t)[0]
     assert (w - v).norm() / v.norm() < 0.01
+    assert not torch.equal(w, v)
+
+
+@pytest.mark.parametrize("name", SLOW_ALREADY)
+def test_a_net_of_slow_waves_is_left_alone(name: str) -> None:
+    """To the bit."""
+    old, new = (dualized(name, limit) for limit in (None, 10.0))
+    x, c, t = batch()
+    assert torch.equal(old(x, c, t=t)[0], new(x, c, t=t)[0])
+
+
+def test_what_is_cut_stays_cut() -> None:
+    """Whatever moves the columns, the net does not see it; and no step of AdamW, decay included, moves them."""
+    net = dualized("sd3", 10.0)
+    path = net._embedders()[0]
+    first = layers(net.model.get_submodule(path))[1]
+    assert isinstance(first, Slow)
+    quick = frequencies(first.in_features, 1000.0) > 10
+    assert quick.sum() == len(quick) // 2
+    assert not first.weight[:, quick].any()
+    optimizer = torch.optim.AdamW(net.parameters(), 0.1, weight_decay=0.1)
+    x, c, t = batch()
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(x, c, t=t)[0].square().mean().backward()
+        optimizer.step()
+    assert not first.weight[:, quick].any()
+    before = net(x, c, t=t)[0]
+    with torch.no_grad():
+        first.weight[:, quick] = 1.0
+    assert torch.equal(net(x, c, t=t)[0], before)
+    assert not first.plain().weight[:, quick].any()
+
+
+def test_the_paper_s_difference_is_a_derivative_below_10_rad() -> None:
+    """h = 0.005 is off by 90 % and more where a net reads 1000 t, and by less than 1 % behind a low-pass."""
+    x, c, t = batch()
+    for limit, least, most in ((None, 0.5, 2.0), (10.0, 0.0, 0.01)):
+        net = dualized("sd3", limit).double()
+        x, t, w = x.double(), t.double(), torch.randn(x.shape, generator=torch.Generator().manual_seed(5)).double()
+        exact = DualSlope().slopes(Frozen(net), x, c, w, t=t)[0]
+        off = (CentralSlope().slopes(Frozen(net), x, c, w, t=t)[0] - exact).norm() / exact.norm()
+        assert least <= off <= most
+
+
+def test_a_fit_says_how_it_went() -> None:
+    (fit,) = (lowpass(dualized("sd3").model.get_submodule("time_text_embed.timestep_embedder"), 1000.0, 10.0),)
+    assert (fit.kept, fit.waves, fit.limit) == (128, 256, 10.0)
+    assert fit.error is not None
+    assert f"{100 * fit.error:.2g} %" in str(fit)
+
+
+def test_a_refit_is_a_function() -> None:
+    """The same on every call, whatever torch's generator and mode, and it leaves both as they were."""
+    one, two = (nn.Sequential(nn.Linear(16, 8), nn.SiLU(), nn.Linear(8, 8)) for _ in range(2))
+    two.load_state_dict(one.state_dict())
+    state = torch.get_rng_state()
+    lowpass(one.requires_grad_(False), 1000.0, 10.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    lowpass(two, 1000.0, 10.0)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not any(p.requires_grad for p in one.parameters())
+    assert all(p.requires_grad and p.grad is None for p in two.parameters())
