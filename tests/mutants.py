@@ -133,7 +133,7 @@ MUTANTS = [
     ),
     Mutant("flow/slope.py", "key=[*rows, *others].__getitem__)", "key=None)", "rows are put back elsewhere", SLOPE),
     Mutant(
-        "autodiff/dual.py",
+        "autodiff/tape.py",
         "now.push(*tangents, *now.saved)",
         "now.push(*tangents[::-1], *now.saved)",
         "operands change places",
@@ -204,7 +204,7 @@ MUTANTS = [
     Mutant("autodiff/rule/layer.py", "out if plain else x.p", "out", "a norm with weights moves by what it gave", RULE),
     Mutant("autodiff/rule/layer.py", "torch.mul, None, mask", "torch.mul, None, 1 / (1 - p)", "the dropped move", RULE),
     Mutant("autodiff/rule/shape.py", "Tensor.view: Tensor.reshape,", "", "tangents must lie as their primals", RULE),
-    Mutant("autodiff/dual.py", "now.moved = now.saved = ()", "pass", "a tape keeps what it has played", DUAL),
+    Mutant("autodiff/tape.py", "now.moved = now.saved = ()", "pass", "a tape keeps what it has played", DUAL),
     Mutant("autodiff/dual.py", "if not graded and", "if False and", "gradients are lost unsaid", RULE),
     Mutant(
         "flow/guide.py",

@@ -5,6 +5,7 @@ it) at times t (2,), t = 1 noise, with conditions from a seed. To import diffuse
 `model`.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,9 @@ class Tiny:
         """The module in training mode. Weights are N(0, 1 / fan_in), those of norms 1 + N(0, .01), biases N(0, .01)."""
         import diffusers
 
-        model = getattr(diffusers, self.kind).from_config(self.config)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*FluxPosEmbed")  # Chroma's own
+            model = getattr(diffusers, self.kind).from_config(self.config)
         g = torch.Generator().manual_seed(seed)
         for p in model.parameters():
             drawn = torch.randn(p.shape, generator=g)

@@ -9,18 +9,19 @@ With the scores S = s q k^T, the weights P = softmax S over the keys, and O = P 
 for rowsum(P * dS) is one number per query, and P v is O, which the primal has computed: by any fused kernel.
 
 Queries that see all keys need a plain softmax, so the tangent goes by chunks of them: memory grows linearly with the
-tokens. On a GPU one kernel (`dumo.autodiff.kernel`) does it without scores in memory. Scores are fp32 even for halves,
-for their error grows with the logits (in bf16 2.9 % of dO at a standard deviation of 10, measured). All of this is
-ours.
+tokens. A mask is a part of S that rests; a query that sees no key has P = 0, as torch has it. On a GPU one kernel
+(`dumo.autodiff.kernel`) does it without scores in memory where nothing is masked. Scores are fp32 even for halves, for
+their error grows with the logits (in bf16 2.9 % of dO at a standard deviation of 10, measured). All of this is ours.
 """
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
+from math import inf
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -30,24 +31,34 @@ CHUNK = 256  # queries at a time (ours; 64 to 512 take the same time within a fi
 TRITON = find_spec("triton") is not None and torch.version.cuda is not None
 
 Queries = Float[Tensor, "*b n d"]
-Keys = Float[Tensor, "*b m d"]
-Values = Float[Tensor, "*b m e"]
+Keys = Float[Tensor, "*g m d"]  # of the queries' heads, or of fewer: one for several queries
+Values = Float[Tensor, "*g m e"]
 Mixed = Float[Tensor, "*b n e"]
 LogSum = Float[Tensor, "*b n"]
+Mask = Bool[Tensor, "..."] | Float[Tensor, "..."]  # expands to (*b, n, m): what is seen, or what is added to the scores
 
 
-def attend(q: Queries, k: Keys, v: Values, scale: float | None = None) -> tuple[Mixed, LogSum | None]:
+def attend(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    scale: float | None = None,
+    mask: Mask | None = None,
+    causal: bool = False,
+    grouped: bool = False,
+) -> tuple[Mixed, LogSum | None]:
     """`F.scaled_dot_product_attention` to the bit, and the log-sum-exp of the scores where its kernel gives that.
 
-    That is flash attention on CUDA. A compiler chooses the kernel later, and cuDNN's keeps it to itself: then None.
+    That is flash attention on CUDA, where all queries see all keys. A compiler chooses the kernel later, and cuDNN's
+    keeps it to itself: then None.
     """
-    if q.is_cuda and not torch.compiler.is_compiling():
+    if q.is_cuda and not (mask is not None or causal or grouped or torch.compiler.is_compiling()):
         if torch.is_autocast_enabled("cuda") and q.dtype != torch.float64:
             q, k, v = (x.to(torch.get_autocast_dtype("cuda")) for x in (q, k, v))
         if q.shape[-1] % 8 == 0 and aten._fused_sdp_choice(q, k, v, scale=scale) == FLASH:  # other sizes are padded
             o, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
             return o, lse
-    return F.scaled_dot_product_attention(q, k, v, scale=scale), None
+    return F.scaled_dot_product_attention(q, k, v, mask, 0.0, causal, scale=scale, enable_gqa=grouped), None
 
 
 @torch.no_grad()
@@ -61,19 +72,25 @@ def tangent(
     o: Mixed,
     lse: LogSum | None,
     scale: float | None = None,
+    mask: Mask | None = None,
+    causal: bool = False,
 ) -> Mixed:
-    """dO for o, lse = attend(q, k, v, scale), in o's type and layout, without gradients. None is a zero tangent."""
+    """dO for o, lse = attend(q, k, v, scale, mask, causal), in o's type and layout, without gradients. None is zero.
+
+    The kernel of a GPU is for queries that see all keys; with a mask it goes by chunks there, too.
+    """
     if dq is None and dk is None and dv is None:
         return torch.zeros_like(o)
     s = q.shape[-1] ** -0.5 if scale is None else scale
     with _as_typed(o.device.type):
-        q, k, v = (x.to(o.dtype) for x in (q, k, v))
-        dq, dk, dv = (x if x is None else x.to(o.dtype) for x in (dq, dk, dv))
-        if _has_kernel(q, v):
+        q, k, v = q.to(o.dtype), _each(k, q, o.dtype), _each(v, q, o.dtype)
+        dq = dq if dq is None else dq.to(o.dtype)
+        dk, dv = (x if x is None else _each(x, q, o.dtype) for x in (dk, dv))
+        if mask is None and not causal and _has_kernel(q, v):
             from dumo.autodiff.kernel import attention_tangent
 
             return attention_tangent(q, k, v, dq, dk, dv, o, lse, s)
-        return _by_chunks(q, k, v, dq, dk, dv, o, s)
+        return _by_chunks(q, k, v, dq, dk, dv, o, s, mask, causal)
 
 
 def recorded_tangent(
@@ -85,14 +102,17 @@ def recorded_tangent(
     dv: Values | None,
     o: Mixed,
     scale: float | None = None,
+    mask: Mask | None = None,
+    causal: bool = False,
 ) -> Mixed:
     """As `tangent`, with gradients: of the formula as it stands, all scores in memory, for no kernel has them."""
     s = q.shape[-1] ** -0.5 if scale is None else scale
     exact = torch.promote_types(o.dtype, torch.float32)
     with _as_typed(o.device.type):
-        q, k, v, o_ = (x.to(exact) for x in (q, k, v, o))
-        dq, dk, dv = (x if x is None else x.to(exact) for x in (dq, dk, dv))
-        p = (s * q @ k.mT).softmax(-1)
+        q, k, v, o_ = q.to(exact), _each(k, q, exact), _each(v, q, exact), o.to(exact)
+        dq = dq if dq is None else dq.to(exact)
+        dk, dv = (x if x is None else _each(x, q, exact) for x in (dk, dv))
+        p = _weights(s * q @ k.mT, _seen(mask, causal, slice(None), o, k))
         out = torch.zeros_like(o_) if dv is None else p @ dv
         moved = ([] if dq is None else [dq @ k.mT]) + ([] if dk is None else [q @ dk.mT])
         for ds in moved:
@@ -102,8 +122,9 @@ def recorded_tangent(
 
 
 def _by_chunks(
-    q: Queries, k: Keys, v: Values, dq: Queries | None, dk: Keys | None, dv: Values | None, o: Mixed, scale: float
-) -> Mixed:
+    q: Queries, k: Keys, v: Values, dq: Queries | None, dk: Keys | None, dv: Values | None, o: Mixed, scale: float,
+    mask: Mask | None, causal: bool,
+) -> Mixed:  # fmt: skip
     stored = o.dtype if o.is_cuda else torch.promote_types(o.dtype, torch.float32)  # only CUDA sums halves in fp32
 
     def flat(x: Tensor) -> Tensor:
@@ -114,14 +135,16 @@ def _by_chunks(
     for first in range(0, o.shape[-2], CHUNK):
         rows = slice(first, first + CHUNK)
         old, moved = o[..., rows, :], None if dq is None else dq[:, rows]
-        out[..., rows, :] = _chunk(q[:, rows], k, v, moved, dk, dv, flat(old), scale).view(old.shape)
+        seen = _seen(mask, causal, rows, o, k)
+        out[..., rows, :] = _chunk(q[:, rows], k, v, moved, dk, dv, flat(old), scale, seen).view(old.shape)
     return out
 
 
 def _chunk(
-    q: Queries, k: Keys, v: Values, dq: Queries | None, dk: Keys | None, dv: Values | None, o: Mixed, scale: float
-) -> Mixed:
-    p = _sum([(q, k.mT)], scale).softmax(-1)
+    q: Queries, k: Keys, v: Values, dq: Queries | None, dk: Keys | None, dv: Values | None, o: Mixed, scale: float,
+    seen: Mask | None,
+) -> Mixed:  # fmt: skip
+    p = _weights(_sum([(q, k.mT)], scale), seen)
     mixed = [] if dv is None else [(p.to(v.dtype), dv)]
     moved = [] if dq is None else [(dq, k.mT)]
     moved += [] if dk is None else [(q, dk.mT)]
@@ -129,6 +152,34 @@ def _chunk(
         return _sum(mixed)
     h = _sum(moved, scale).mul_(p)
     return _sum([*mixed, (h.to(v.dtype), v)]) - h.sum(-1, keepdim=True) * o
+
+
+def _each(x: Tensor, q: Tensor, dtype: torch.dtype) -> Tensor:
+    """Keys or values in this type, for each head of the queries."""
+    x = x.to(dtype)
+    return x if x.shape[:-2] == q.shape[:-2] else x.repeat_interleave(q.shape[-3] // x.shape[-3], -3)
+
+
+def _seen(mask: Mask | None, causal: bool, rows: slice, o: Tensor, k: Tensor) -> Mask | None:
+    """The mask of some queries, (*b, rows, m). A causal one lets the i-th query see keys up to the i-th."""
+    n, m = o.shape[-2], k.shape[-2]
+    if causal:
+        first, last, _ = rows.indices(n)
+        mask = torch.ones(last - first, m, dtype=torch.bool, device=o.device).tril(first)
+        return mask.expand(*o.shape[:-2], -1, -1)
+    if mask is None:
+        return None
+    mask = mask if mask.dtype == torch.bool else mask.to(o.dtype)  # as autocast does
+    return mask.expand(*o.shape[:-1], m)[..., rows, :]
+
+
+def _weights(s: Tensor, seen: Mask | None) -> Tensor:
+    """The softmax of the scores; zero for a query that sees no key."""
+    if seen is None:
+        return s.softmax(-1)
+    masked = s.view(seen.shape)
+    masked = torch.where(seen, masked, -inf) if seen.dtype == torch.bool else masked + seen
+    return aten._safe_softmax(masked, -1).view(s.shape)
 
 
 def _sum(pairs: Sequence[tuple[Tensor, Tensor]], scale: float = 1.0) -> Tensor:

@@ -7,23 +7,28 @@ records. It is no subclass of Tensor but answers to `__torch_function__`, so a n
 more, and the primal and its gradients keep their bits. An operation without a rule raises: never a silent zero. Where a
 loss holds the derivative itself, tangents are `recorded`, too.
 
-A tangent may also come `Later`, where the direction is known only after the pass. What will compute it is kept as
-data, a function of the module and the tensors it needs, most of which autograd keeps anyway. There is no list that
-everybody writes to: every Dual knows what it came from, so a compiled region or a sharded module, which takes Duals
-and returns Duals, needs to know no more than that.
+A Dual whose tangent is None rests. `zeros_like` and its kin give one, for a net may assign to it what moves. Until then
+every operation takes its primal alone, so nothing downstream pays for a tangent of zeros.
+
+A tangent may also come `Later`, where the direction is known only after the pass (`dumo.autodiff.tape`). What will
+compute it is kept as data, a function of the module and the tensors it needs, most of which autograd keeps anyway.
+There is no list that everybody writes to: every Dual knows what it came from, so a compiled region or a sharded module,
+which takes Duals and returns Duals, needs to know no more than that.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, Union, cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_any, tree_map
 
 from dumo.autodiff.scope import held
+from dumo.autodiff.tape import Later, fit
 from dumo.types import Array, UserError
 
 Rule = Callable[..., Any]
@@ -53,31 +58,13 @@ class NoRule(UserError, NotImplementedError):  # noqa: N818, a lack in the rules
         )
 
 
-class Later:
-    """A tangent still to come: `push(*tangents of moved, *saved)`, of this shape and dtype. Data, never a closure."""
-
-    def __init__(
-        self,
-        shape: Iterable[int],
-        dtype: torch.dtype,
-        push: Callable[..., Tensor] | None = None,
-        moved: tuple["Moved", ...] = (),
-        saved: tuple[object, ...] = (),
-    ) -> None:
-        """Without `push` it is an input, whose value is set by hand."""
-        self.shape, self.dtype, self.push, self.moved, self.saved = tuple(shape), dtype, push, moved, saved
-        self.value: Tensor | None = None
-
-
-Moved = Union[Tensor, Later, None]  # noqa: UP007, what an operand's tangent is; None: it does not move
-
-
 @dataclass(eq=False, repr=False)  # a dataclass, because sharded modules look for tensors inside those
 class Dual:
     """A primal and its tangent, of the same shape and dtype. Typed as the Tensor it stands in for, see `pair`."""
 
     p: Tensor
-    t: Tensor | Later
+    t: Tensor | Later | None  # None: it rests
+    part: bool = False  # a view of another Dual, which would have to see what is assigned to this one
 
     shape = property(lambda self: self.p.shape)
     dtype = property(lambda self: self.p.dtype)
@@ -114,10 +101,13 @@ class Dual:
         return iter(RULES[Tensor.unbind](self, 0))
 
     def __getattr__(self, name: str) -> object:
-        """Raise NoRule for a method of Tensor that `dumo.autodiff.rule` does not know."""
+        """At rest what the primal has. Raises NoRule for a method of Tensor that `dumo.autodiff.rule` lacks."""
         if name.startswith("__") or not hasattr(Tensor, name):
             raise AttributeError(name)
-        raise NoRule(f"Tensor.{name}")
+        if self.t is not None:
+            raise NoRule(f"Tensor.{name}")
+        method = getattr(Tensor, name)
+        return partial(_still, method, self) if callable(method) else getattr(self.p, name)
 
     @classmethod
     def __torch_function__(
@@ -127,36 +117,54 @@ class Dual:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
-        """Hand the call to the function's rule. Raises NoRule where there is none."""
+        """Hand the call to the function's rule. Raises NoRule where there is none, and an operand moves."""
         kwargs = dict(kwargs) if kwargs else {}
         if "input" in kwargs:
             args = (kwargs.pop("input"), *args)
         name = getattr(function, "__name__", str(function))
         key = name if name in RULES else function
-        if key not in RULES or (kwargs and kwargs.pop("out", None) is not None):
-            raise NoRule(f"{name} with out" if key in RULES else name)
-        if key in ALONE and (_moves(args[1:]) or _moves(kwargs.values())):
-            raise NoRule(f"{name} with a moving parameter")
+        out = kwargs.pop("out", None) if kwargs else None
+        if key not in RULES or out is not None:
+            if _move_somewhere((args, kwargs, out)):
+                raise NoRule(f"{name} with out" if key in RULES else name)
+            return _still(function, *args, **kwargs, **({} if out is None else {"out": out}))
+        if key in ALONE and not (_no_dual(args[1:]) and _no_dual(kwargs.values())):
+            if _move_somewhere((args[1:], kwargs)):
+                raise NoRule(f"{name} with a moving parameter")
+            if not _move_somewhere(args[:1]):
+                return _still(function, *args, **kwargs)
+            args = (args[0], *map(primal, args[1:]))
+            kwargs = {name: primal(x) for name, x in kwargs.items()}
         return RULES[key](*args, **kwargs)
 
 
+def _still(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401, whatever torch gives
+    """The function where nothing moves. What it does in place to a Dual it gives back as that."""
+    args_, kwargs = tree_map(primal, args), tree_map(primal, kwargs)
+    out = function(*args_, **kwargs)
+    return args[0] if args and out is args_[0] else out
+
+
 def _refuse(name: str) -> Callable[..., Any]:
-    def refuse(self: Dual, *others: object) -> Any:  # noqa: ANN401, it never returns
-        raise NoRule(f"Tensor.{name}")
+    def refuse(self: Dual, *others: object) -> Any:  # noqa: ANN401, as Tensor's
+        if _move_somewhere((self, others)) or not hasattr(Tensor, name):
+            raise NoRule(f"Tensor.{name}")
+        return _still(getattr(Tensor, name), self, *others)
 
     return refuse
 
 
 # What Python would else do by itself: `x += y` as `x = x + y`, though x may be known by other names; `if x` by its len.
+# Of what moves it is refused.
 REFUSED = (
-    "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor setitem delitem bool int float array "
+    "iadd isub imul imatmul itruediv ifloordiv imod ipow iand ior ixor delitem bool int float array "
     "abs pos invert floordiv rfloordiv mod rmod rpow rmatmul and rand or ror xor rxor"
 )
 for _name in REFUSED.split():
     setattr(Dual, f"__{_name}__", _refuse(f"__{_name}__"))
 
 
-def pair(p: Tensor, t: Tensor | Later) -> Array:
+def pair(p: Tensor, t: Tensor | Later | None) -> Array:
     """A Dual, typed as what it stands in for: a tensor on its way through a net."""
     return cast(Array, Dual(p, t))
 
@@ -182,63 +190,22 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
     graded = torch.is_grad_enabled()
     moved, later = [], False
     for x in operands:
-        if not isinstance(x, Dual):
+        if not isinstance(x, Dual) or x.t is None:
             moved.append(None)
             continue
         if not graded and x.p.requires_grad:
             raise NoRule(
                 "a custom autograd.Function, reentrant checkpoint or no_grad block, where a Dual loses gradients"
             )
-        moved.append(_tangent(x))
+        moved.append(_tangent(x.p, x.t))
         later = later or isinstance(x.t, Later)
     if later:
         kept = tuple([x.detach() if isinstance(x, Tensor) else x for x in saved])
         return pair(p, Later(p.shape, p.dtype, push, tuple(moved), kept))
     if not graded or _state.recorded:
-        return pair(p, _fit(push(*moved, *saved), p.shape, p.dtype))
+        return pair(p, fit(push(*moved, *saved), p.shape, p.dtype))
     with torch.no_grad():
-        return pair(p, _fit(push(*moved, *saved), p.shape, p.dtype))
-
-
-def play(ends: Iterable[Later]) -> None:
-    """Compute these tangents, and before them all that they need, each once; what is no longer needed is let go.
-
-    Inputs must have their value. Depth first, by hand: a net is deeper than Python's stack.
-    """
-    stack = list(ends)
-    with torch.no_grad():
-        while stack:
-            now = stack[-1]
-            before = [m for m in now.moved if isinstance(m, Later) and m.value is None]
-            if before:
-                stack.extend(before)
-                continue
-            stack.pop()
-            if now.value is None:
-                assert now.push is not None, "an input of the pass was given no tangent"
-                tangents = [_now(m) for m in now.moved]
-                now.value = _fit(now.push(*tangents, *now.saved), now.shape, now.dtype)
-                now.moved = now.saved = ()
-
-
-@cache
-def compiled_play() -> Callable[[Iterable[Later]], None]:
-    """`play` as one graph, for nets whose blocks are compiled: where they return Duals, only data is left to play."""
-    return torch.compile(play, fullgraph=True)
-
-
-def holds(ends: Iterable[Later]) -> bool:
-    """Whether all that these tangents need is still there: sharded weights may have been given back meanwhile."""
-    stack, seen = list(ends), set[int]()
-    while stack:
-        now = stack.pop()
-        if id(now) in seen:
-            continue
-        seen.add(id(now))
-        if any(isinstance(x, Tensor) and x.numel() and not x.untyped_storage().size() for x in now.saved):
-            return False
-        stack.extend(m for m in now.moved if isinstance(m, Later))
-    return True
+        return pair(p, fit(push(*moved, *saved), p.shape, p.dtype))
 
 
 def primal_only() -> AbstractContextManager[None]:
@@ -258,30 +225,33 @@ def recording() -> bool:
 
 def _moves(operands: Iterable[object]) -> bool:
     for x in operands:  # noqa: SIM110, a generator takes three times as long
-        if isinstance(x, Dual):
+        if isinstance(x, Dual) and x.t is not None:
             return True
     return False
 
 
-def _tangent(x: Dual) -> Tensor | Later:
+def _no_dual(operands: Iterable[object]) -> bool:
+    for x in operands:  # noqa: SIM110, as above
+        if isinstance(x, Dual):
+            return False
+    return True
+
+
+def _move_somewhere(operands: object) -> bool:
+    """Whether one of them moves, or of what they hold."""
+    return tree_any(_is_moving, operands)
+
+
+def _is_moving(x: object) -> bool:
+    return isinstance(x, Dual) and x.t is not None
+
+
+def _tangent(p: Tensor, t: Tensor | Later) -> Tensor | Later:
     """The tangent of an operand, in its dtype: a sharded module may have cast the primal on its way in."""
-    if x.t.dtype == x.p.dtype:
-        return x.t
-    return Later(x.p.shape, x.p.dtype, _cast, (x.t,), (x.p.dtype,)) if isinstance(x.t, Later) else x.t.to(x.p.dtype)
+    if t.dtype == p.dtype:
+        return t
+    return Later(p.shape, p.dtype, _cast, (t,), (p.dtype,)) if isinstance(t, Later) else t.to(p.dtype)
 
 
 def _cast(dx: Tensor, dtype: torch.dtype) -> Tensor:
     return dx.to(dtype)
-
-
-def _now(moved: Moved) -> Tensor | None:
-    """A tangent that is known by now; an input's may have been set in another dtype."""
-    if not isinstance(moved, Later) or moved.value is None:
-        return cast(Tensor | None, moved)
-    return _fit(moved.value, moved.shape, moved.dtype)
-
-
-def _fit(t: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A tangent in the shape and dtype of its primal."""
-    t = t if t.shape == shape else t.expand(shape)
-    return t if t.dtype == dtype else t.to(dtype)

@@ -25,9 +25,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dumo.autodiff import dual
+from dumo.autodiff import dual, tape
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
-from dumo.autodiff.dual import Later, pair, primal
+from dumo.autodiff.dual import pair, primal
+from dumo.autodiff.tape import Later
 from dumo.flow import dropout
 from dumo.flow.precision import rounded
 from dumo.place import index, split_by_step
@@ -173,14 +174,14 @@ def _tape(
         if dx.value is not None:
             raise RuntimeError("along was called twice: a tape plays once, for all heads")
         dx.value, dt.value = w.detach(), torch.ones_like(t)
-        if not (torch.compiler.is_compiling() or dual.holds(ends)):
+        if not (torch.compiler.is_compiling() or tape.holds(ends)):
             warnings.warn(
                 "slope 'dual' makes a pass of its own, 6 F instead of 5 F: the weights are given back after the pass. "
                 "Shard with reshard_after_forward=False (train.reshard=false) to ride on the tape",
                 stacklevel=3,
             )
             return f(x, c, w, t=t, **rest)
-        play = dual.compiled_play() if getattr(ref.module, "compile_tangents", False) else dual.play
+        play = tape.compiled_play() if getattr(ref.module, "compile_tangents", False) else tape.play
         play(ends)
         return tuple(rate_of(head) for head in heads)
 

@@ -18,8 +18,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from dumo.autodiff import attention
-from dumo.autodiff.attention import attend, tangent
+from dumo.autodiff.attention import attend, recorded_tangent, tangent
 
+MASKS = ["bool", "keys", "added", "added to keys", "causal"]
 GIVEN = [(a, b, c) for a in (True, False) for b in (True, False) for c in (True, False)]
 
 
@@ -67,6 +68,57 @@ def test_what_is_none_does_not_move(given: tuple[bool, ...]) -> None:
     assert torch.allclose(out, exact, rtol=0, atol=1e-13)
     keys, values = any(given) + given[0] + given[1], given[2] + (given[0] or given[1])
     assert counter.get_total_flops() == 2 * 2 * 300 * 40 * (keys * 16 + values * 24)
+
+
+def masks(n: int, m: int) -> dict[str, tuple[Tensor | None, bool]]:
+    """Masks and whether it is causal; some queries see no key."""
+    g = torch.Generator().manual_seed(1)
+    seen = torch.rand(2, n, m, generator=g) < 0.3
+    seen[:, ::5] = False
+    added = torch.randn(n, m, generator=g, dtype=torch.float64).masked_fill(~seen[0], -torch.inf)
+    return {
+        "bool": (seen, False),
+        "keys": (seen[0, 1:2], False),
+        "added": (added, False),
+        "added to keys": (added[1:2], False),
+        "causal": (None, True),
+    }
+
+
+def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+    """The plain formula, in which a softmax over nothing is zero."""
+    s = q.shape[-1] ** -0.5 * q @ k.mT
+    mask = torch.ones(s.shape[-2:], dtype=torch.bool).tril() if mask is None else mask
+    s = s.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else s + mask
+    p = (s - s.amax(-1, keepdim=True).clamp_min(-1e300)).exp()
+    return p / p.sum(-1, keepdim=True).clamp_min(1e-300) @ v
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_a_mask_is_part_of_the_scores(kind: str) -> None:
+    x, (mask, causal) = draw(300, 40, 16, 24, heads=2), masks(300, 40)[kind]
+    o, lse = attend(*x[:3], mask=mask, causal=causal)
+    assert torch.equal(o, F.scaled_dot_product_attention(*x[:3], mask, is_causal=causal))
+    out = tangent(*x, o, lse, mask=mask, causal=causal)
+    value, exact = torch.func.jvp(lambda *x: masked(*x, mask, causal), tuple(x[:3]), tuple(x[3:]))
+    assert torch.allclose(o, value, rtol=0, atol=1e-13)
+    assert torch.allclose(out, exact, rtol=0, atol=1e-12)
+    assert torch.allclose(recorded_tangent(*x, o, mask=mask, causal=causal), exact, rtol=0, atol=1e-12)
+    if kind in ("bool", "added"):
+        assert not o[..., ::5, :].any()
+        assert not out[..., ::5, :].any()
+
+
+@pytest.mark.parametrize("kind", MASKS)
+def test_several_queries_share_a_key(kind: str) -> None:
+    """As if each had a copy of it."""
+    (mask, causal), all_heads, few = masks(20, 12)[kind], draw(20, 12, 8, 8, heads=4), draw(20, 12, 8, 8, heads=2)
+    mask = mask.repeat_interleave(2, 0) if mask is not None and mask.ndim == 3 else mask
+    q, dq, k, v, dk, dv = *all_heads[::3], *few[1:3], *few[4:]
+    o, lse = attend(q, k, v, mask=mask, causal=causal, grouped=True)
+    out = tangent(q, k, v, dq, dk, dv, o, lse, mask=mask, causal=causal)
+    k, v, dk, dv = (y.repeat_interleave(2, 1) for y in (k, v, dk, dv))
+    assert torch.allclose(out, tangent(q, k, v, dq, dk, dv, o, lse, mask=mask, causal=causal), rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize("std", [1, 3, 6])
@@ -124,13 +176,16 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_compiler_takes_it_whole(unchecked: ModuleType, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(torch.float32, ""), (torch.bfloat16, ""), (torch.float32, "bool"), (torch.bfloat16, "causal")]
+)
+def test_a_compiler_takes_it_whole(unchecked: ModuleType, dtype: torch.dtype, kind: str) -> None:
     x = draw(300, 40, 16, 16, heads=2, dtype=dtype)
+    mask, causal = masks(300, 40).get(kind, (None, False))
 
     def both(*x: Tensor) -> tuple[Tensor, Tensor]:
-        o, lse = unchecked.attend(*x[:3])
-        return o, unchecked.tangent(*x, o, lse)
+        o, lse = unchecked.attend(*x[:3], mask=mask, causal=causal)
+        return o, unchecked.tangent(*x, o, lse, mask=mask, causal=causal)
 
     for a, b in zip(torch.compile(both, fullgraph=True, backend="aot_eager")(*x), both(*x), strict=True):
         assert torch.equal(a, b)
@@ -161,21 +216,23 @@ class High(TorchDispatchMode):
         self.live -= size
 
 
-def high(tokens: int, dtype: torch.dtype) -> int:
+def high(tokens: int, dtype: torch.dtype, kind: str) -> int:
     """Bytes that a tangent needs besides its inputs."""
     with FakeTensorMode():
         x = [torch.empty(1, 2, tokens, 72, dtype=dtype) for _ in range(7)]
+        given = {"bool": torch.ones(tokens, dtype=torch.bool), "added": torch.zeros(1, 1, tokens, dtype=dtype)}
         with High() as mode:
-            tangent(*x, None)
+            tangent(*x, None, mask=given.get(kind), causal=kind == "causal")
     return mode.most
 
 
+@pytest.mark.parametrize("kind", ["", "bool", "added", "causal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_grow_with_the_tokens_not_their_square(dtype: torch.dtype) -> None:
-    few = high(256, dtype)
+def test_bytes_grow_with_the_tokens_not_their_square(dtype: torch.dtype, kind: str) -> None:
+    few = high(256, dtype, kind)
     assert few > 2 * 2 * 256 * 256 * 4  # two blocks of scores, which a tangent cannot do without
     for times in (4, 16):
-        assert high(256 * times, dtype) <= 1.01 * times * few
+        assert high(256 * times, dtype, kind) <= 1.01 * times * few
 
 
 def test_flash_attention_gives_its_log_sum_exp(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,12 +244,13 @@ def test_flash_attention_gives_its_log_sum_exp(monkeypatch: pytest.MonkeyPatch) 
         _fused_sdp_choice=lambda q, k, v, scale: choice["it"], _scaled_dot_product_flash_attention=flash
     )
     monkeypatch.setattr(attention, "aten", chooser)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, scale: v)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, *how, **named: v)
     with FakeTensorMode():
         q, odd = (torch.empty(2, 3, 50, d, dtype=torch.bfloat16, device="cuda") for d in (24, 20))
         o, lse = attend(q, q, q)
         assert lse is not None
         assert (o.shape, lse.shape, lse.dtype) == (q.shape, (2, 3, 50), torch.float32)
         assert attend(odd, odd, odd)[1] is None
+        assert attend(q, q, q, causal=True)[1] is None
         choice["it"] = SDPBackend.CUDNN_ATTENTION.value
         assert attend(q, q, q)[1] is None

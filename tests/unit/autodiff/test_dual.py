@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dumo.autodiff.rule  # noqa: F401, the operations of a Dual
-from dumo.autodiff.dual import Dual, Later, NoRule, carry, holds, pair, play, primal, primal_only, tangent
+from dumo.autodiff.dual import Dual, NoRule, carry, pair, primal, primal_only, tangent
+from dumo.autodiff.tape import Later, WrittenTo, holds, play
 from dumo.types import Array, UserError
 
 calls: list[str] = []
@@ -225,6 +226,43 @@ def test_holds_asks_nothing_of_what_has_been_played() -> None:
     play([y.t])
     w.untyped_storage().resize_(0)
     assert holds([y.t])
+
+
+@pytest.mark.parametrize("f", [lambda x, w: x * w, lambda x, w: F.linear(x, w), lambda x, w: (x * w).sin()])
+def test_what_was_written_to_is_not_played(f: Callable[[Array, Tensor], Array]) -> None:
+    """The tape would take the new numbers for the old: silently wrong."""
+    w, x = torch.randn(4, 4), later(torch.randn(4, 4))
+    y = f(x, w)
+    assert holds([y.t])
+    w[0] = 0
+    with pytest.raises(WrittenTo, match=r"\(4, 4\).*in place|in place.*\(4, 4\)"):
+        holds([y.t])
+
+
+# Assignment.
+
+
+def test_what_was_computed_before_an_assignment_stays() -> None:
+    """On the tape, too, which needs the old numbers; and under every name the Dual has the new ones."""
+    p, d = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+
+    def f(x: Array) -> tuple[Array, Array]:
+        q = 2 * x
+        before, other = q.sin(), q.to(q.dtype).contiguous()
+        q[1:] = q[:2] * q[0]
+        return before, other
+
+    _, slopes = torch.func.jvp(f, (p,), (d,))
+    x = later(p)
+    rode, taped = f(pair(p, d)), f(x)
+    x.t.value = d
+    assert holds(ends(*taped))
+    play(ends(*taped))
+    for a, b, plain, slope in zip(rode, taped, f(p), slopes, strict=True):
+        assert torch.equal(a.p, plain)
+        assert torch.equal(b.p, plain)
+        assert torch.allclose(a.t, slope, rtol=1e-14)
+        assert torch.allclose(b.t.value, slope, rtol=1e-14)
 
 
 # Primal only.

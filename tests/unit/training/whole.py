@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from contract.case import nets, one_each, randomise
 from dumo import recipes
-from dumo.autodiff import dual
+from dumo.autodiff import tape
 from dumo.bench.variant import Plain
 from dumo.config.load import load
 from dumo.config.spec import Run
@@ -51,7 +51,7 @@ def trained(run: Run, choice: Compile, backend: str = "eager") -> tuple[list[flo
     """The loss of each step, and how many graphs there were after it."""
     torch.compiler.reset()
     counters.clear()
-    dual.compiled_play.cache_clear()
+    tape.compiled_play.cache_clear()
     torch.compile = partial(COMPILE, backend=backend)
     spec = run.train.model_copy(update={"compile": choice})
     torch.manual_seed(0)

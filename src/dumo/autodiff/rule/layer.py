@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dumo.autodiff import attention
-from dumo.autodiff.dual import Dual, NoRule, carry, primal, recording
+from dumo.autodiff.dual import Dual, NoRule, Rule, carry, primal, recording, tangent
 from dumo.autodiff.rule.algebra import leibniz
 from dumo.autodiff.rule.register import elsewhere, rule
 from dumo.types import Array
@@ -23,24 +23,19 @@ def linear(x: Dual, weight: Tensor, bias: Tensor | None = None) -> Array:
     return carry(F.linear(x.p, weight, bias), F.linear, (x,), weight)
 
 
-@rule(F.conv1d)
-def conv1d(x: Dual, weight: Tensor, bias: Tensor | None = None, *how: Any, **named: Any) -> Array:
+def _convolution(function: Callable[..., Tensor]) -> Rule:
     """Linear, but for the bias."""
-    return carry(F.conv1d(x.p, weight, bias, *how, **named), _convolve, (x,), F.conv1d, weight, how, named)
+
+    def apply(x: Dual, weight: Tensor, bias: Tensor | None = None, *how: Any, **named: Any) -> Array:
+        return carry(function(x.p, weight, bias, *how, **named), _convolve, (x,), function, weight, how, named)
+
+    return apply
 
 
-@rule(F.conv2d)
-def conv2d(x: Dual, weight: Tensor, bias: Tensor | None = None, *how: Any, **named: Any) -> Array:
-    """Linear, but for the bias."""
-    return carry(F.conv2d(x.p, weight, bias, *how, **named), _convolve, (x,), F.conv2d, weight, how, named)
-
-
-@rule(F.conv_transpose2d)
-def conv_transpose2d(x: Dual, weight: Tensor, bias: Tensor | None = None, *how: Any, **named: Any) -> Array:
-    """Linear, but for the bias."""
-    return carry(
-        F.conv_transpose2d(x.p, weight, bias, *how, **named), _convolve, (x,), F.conv_transpose2d, weight, how, named
-    )
+for _axes in "123":
+    for _name in ("conv", "conv_transpose"):
+        _function = getattr(F, f"{_name}{_axes}d")
+        rule(_function)(_convolution(_function))
 
 
 def _convolve(
@@ -165,19 +160,20 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Array:
-    """See `dumo.autodiff.attention`. Raises NoRule for masks, dropout and grouped queries."""
-    if attn_mask is not None or dropout_p or is_causal or enable_gqa:
-        raise NoRule("scaled_dot_product_attention with a mask, dropout or grouped queries")
-    q, k, v = (primal(x) for x in (query, key, value))
+    """See `dumo.autodiff.attention`. Raises NoRule for dropout, a mask that moves, and a mask where it is causal."""
+    if dropout_p or tangent(attn_mask) is not None or (is_causal and attn_mask is not None):
+        how = "dropout" if dropout_p else "a mask and is_causal" if is_causal else "a moving mask"
+        raise NoRule(f"scaled_dot_product_attention with {how}")
+    q, k, v, mask = (primal(x) for x in (query, key, value, attn_mask))
     scale = 1 / sqrt(q.shape[-1]) if scale is None else scale  # to the bit as torch does
-    o, lse = attention.attend(q, k, v, scale)
-    return carry(o, _attend, (query, key, value), q, k, v, o, lse, scale)
+    o, lse = attention.attend(q, k, v, scale, mask, is_causal, enable_gqa)
+    return carry(o, _attend, (query, key, value), q, k, v, o, lse, scale, mask, is_causal)
 
 
 def _attend(
-    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None,
-    q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor | None, scale: float,
+    dq: Tensor | None, dk: Tensor | None, dv: Tensor | None, q: Tensor, k: Tensor, v: Tensor,
+    o: Tensor, lse: Tensor | None, scale: float, mask: Tensor | None, causal: bool,
 ) -> Tensor:  # fmt: skip
     if torch.is_grad_enabled():
-        return attention.recorded_tangent(q, k, v, dq, dk, dv, o, scale)
-    return attention.tangent(q, k, v, dq, dk, dv, o, lse, scale)
+        return attention.recorded_tangent(q, k, v, dq, dk, dv, o, scale, mask, causal)
+    return attention.tangent(q, k, v, dq, dk, dv, o, lse, scale, mask, causal)

@@ -6,7 +6,9 @@ from torch import Tensor
 
 from dumo.autodiff.dual import ALONE, RULES, Dual, Name, NoRule, Rule
 
-OPERATORS = "abs add radd sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg getitem eq ne lt le gt ge"
+OPERATORS = (
+    "abs add radd sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg getitem setitem eq ne lt le gt ge"
+)
 
 
 METHODS: dict[Name, list[str]] = {}  # the names that Tensor knows a function by

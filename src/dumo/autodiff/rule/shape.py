@@ -1,13 +1,13 @@
 """Linear maps of one argument, whose own map moves the tangent; joins, choices and comparisons."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dumo.autodiff.dual import Dual, NoRule, Rule, carry, primal
+from dumo.autodiff.dual import Dual, NoRule, Rule, carry, pair, primal, tangent
 from dumo.autodiff.rule.register import rule
 from dumo.types import Array
 
@@ -15,6 +15,10 @@ LINEAR = (
     "view reshape view_as reshape_as expand expand_as flatten unflatten squeeze unsqueeze permute transpose movedim "
     "swapaxes contiguous clone __getitem__ narrow select index_select chunk split split_with_sizes unbind repeat "
     "repeat_interleave tile roll flip to float double half bfloat16 type_as sum mean cumsum neg __neg__"
+)
+VIEWS = (  # what may show the numbers of another
+    "view reshape view_as reshape_as expand expand_as flatten unflatten squeeze unsqueeze permute transpose movedim "
+    "swapaxes __getitem__ narrow select chunk split split_with_sizes unbind view_as_complex view_as_real"
 )
 RESAMPLE = (F.interpolate, F.avg_pool2d, F.adaptive_avg_pool2d, F.pixel_shuffle, F.pixel_unshuffle, F.unfold, F.fold)
 COMPLEX = (torch.view_as_complex, torch.view_as_real)  # rotary embeddings, in some nets
@@ -40,18 +44,26 @@ def _again(
 
 
 def _linear_map(function: Callable[..., Any]) -> Rule:
-    again = COPY.get(function, function)
+    again, view = COPY.get(function, function), function.__name__ in VIEWS.split()
 
     def apply(x: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tuple(primal(a) for a in args), {name: primal(a) for name, a in kwargs.items()}
         out = function(primal(x), *args, **kwargs)
+        if isinstance(x, Dual) and out is x.p:
+            return x  # not another: what is assigned to the one must be seen in the other
         if isinstance(out, Tensor):
             if isinstance(x, Dual) and not (out.is_floating_point() or out.is_complex()):
                 raise NoRule(f"{function.__name__} to {out.dtype}")
-            return carry(out, _again, (x,), again, args, kwargs, None)
-        return tuple(carry(p, _again, (x,), again, args, kwargs, i) for i, p in enumerate(out))
+            return _noted(carry(out, _again, (x,), again, args, kwargs, None), view)
+        return tuple(_noted(carry(p, _again, (x,), again, args, kwargs, i), view) for i, p in enumerate(out))
 
     return apply
+
+
+def _noted(x: Array, view: bool) -> Array:
+    if view and isinstance(x, Dual):
+        x.part = True
+    return x
 
 
 for _name in LINEAR.split():
@@ -97,6 +109,50 @@ def _stack(*rest: Any) -> Tensor:
     return torch.stack([torch.zeros_like(like) if d is None else d for d in moved], dim)
 
 
+@rule("pad_sequence")
+def pad_sequence(
+    sequences: Iterable[Array], batch_first: bool = False, padding_value: float = 0.0, padding_side: str = "right"
+) -> Array:
+    """As stack; whatever the rest is filled with, it does not move."""
+    rows = tuple(sequences)
+    ps = [primal(x) for x in rows]
+    out = torch.nn.utils.rnn.pad_sequence(ps, batch_first, padding_value, padding_side)
+    return carry(out, _pad_sequence, rows, [p.shape for p in ps], batch_first, padding_side)
+
+
+def _pad_sequence(*rest: Any) -> Tensor:
+    *moved, shapes, batch_first, side = rest
+    like = next(d for d in moved if d is not None)
+    rows = [like.new_zeros(s) if d is None else d for d, s in zip(moved, shapes, strict=True)]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first, 0.0, side)
+
+
+@rule(Tensor.__setitem__)
+def assign(x: Any, place: Any, value: Any) -> None:
+    """`x[place] = value`, by a copy that takes the place of x's primal: rules may have kept the old one for later.
+
+    So each assignment costs a copy of x, and a view taken of x before does not see it. Raises NoRule where x is a view,
+    whose base would not see it, or a tensor that cannot move.
+    """
+    if not isinstance(x, Dual):
+        if tangent(value) is not None:
+            raise NoRule("Tensor.__setitem__ of what moves to what does not")
+        x[place] = primal(value)
+        return
+    if x.part:
+        raise NoRule("Tensor.__setitem__ of a view")
+    p = x.p.clone()
+    p[place] = primal(value)
+    moved = carry(p, _assign, (x, value), place, p.shape)
+    x.p, x.t = p, tangent(moved)
+
+
+def _assign(dx: Tensor | None, dy: Tensor | None, place: Any, shape: Sequence[int]) -> Tensor:
+    out = cast(Tensor, dy).new_zeros(shape) if dx is None else dx.clone()
+    out[place] = 0.0 if dy is None else dy
+    return out
+
+
 @rule(torch.where)
 def where(condition: Tensor, a: Any, other: Any) -> Array:
     """Choose among tangents as among values."""
@@ -138,9 +194,19 @@ for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
     rule(*_functions)(_compare(getattr(torch, _name)))
 
 
-def _constant(function: Callable[..., Any]) -> Rule:
+def _of_primal(function: Callable[..., Any]) -> Rule:
     def apply(x: Dual, *args: Any, **kwargs: Any) -> Any:
         return function(x.p, *args, **kwargs)
+
+    return apply
+
+
+def _constant(function: Callable[..., Tensor]) -> Rule:
+    """A Dual at rest: what moves may be assigned to it."""
+
+    def apply(x: Dual, *args: Any, **kwargs: Any) -> Any:
+        out = function(x.p, *args, **kwargs)
+        return pair(out, None) if out.is_floating_point() or out.is_complex() else out
 
     return apply
 
@@ -148,5 +214,5 @@ def _constant(function: Callable[..., Any]) -> Rule:
 for _name in ("zeros", "ones", "full", "empty"):
     for _function in (getattr(torch, f"{_name}_like"), getattr(Tensor, f"new_{_name}")):
         rule(_function)(_constant(_function))
-rule(Tensor.new_tensor)(_constant(Tensor.new_tensor))
-rule(Tensor.is_contiguous)(_constant(Tensor.is_contiguous))
+rule(Tensor.new_tensor)(_of_primal(Tensor.new_tensor))
+rule(Tensor.is_contiguous)(_of_primal(Tensor.is_contiguous))
