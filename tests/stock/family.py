@@ -1,4 +1,4 @@
-"""Every family's stock pipeline, made of a tiny model's folder, and told what dumo's net is told: row c of a table of texts.
+"""Every family's stock pipeline, made of a tiny model's folder, and told what dumo's net is told: a row of texts.
 
 Samples are images of digits, (1, 8, 8), in the place of latents, so a packed model's tokens have 4 numbers.
 """
@@ -34,7 +34,6 @@ class Row:
     tiny: str
     into: Way = SAME
     back: Way = SAME
-    noised: Way | None = None  # how its noise between passes becomes a sample's; None: as what it gives
     names: tuple[tuple[str, str], ...] = ()  # those that are not in NAMES
     lists: bool = False  # it takes captions as lists, without padding
     more: tuple[tuple[str, Any], ...] = ()  # arguments that it cannot do without
@@ -64,8 +63,7 @@ ROWS: dict[str, Row] = {
     "SD3": Row("sd3"),
     "Flux": Row("flux-guided", **FLUX_LIKE, negative=False),
     "Flux2": Row(
-        "flux2", into=lambda x: TOKENS(x).transpose(1, 2).reshape(1, 4, *GRID),
-        back=lambda x: IMAGE(x.flatten(2).transpose(1, 2)), noised=IMAGE, negative=False,
+        "flux2", into=lambda x: TOKENS(x).transpose(1, 2).reshape(1, 4, *GRID), back=IMAGE, negative=False,
     ),
     "Chroma": Row("chroma", **FLUX_LIKE),
     "SANA": Row("sana", more=(("use_resolution_binning", False),)),

@@ -36,7 +36,7 @@ def write(exported: Exported, out: Path, out_name: str, *, parts: Parts = "copy"
             f"no stock pipeline runs a {exported.kind} as this run's net is called: take --to safetensors, and call "
             "the model yourself"
         )
-    index = read_json(source / INDEX, ANOTHER) if source else {"_class_name": stock.pipeline}
+    index: dict[str, Any] = read_json(source / INDEX, ANOTHER) if source else {"_class_name": stock.pipeline}
     if source and parts != "none":
         fits(exported, source)
     exported.model(dtype).save_pretrained(out / TRANSFORMER)

@@ -22,7 +22,7 @@ from dumo.nets.adapter import adapters
 from dumo.nets.dualized import Dualized
 from dumo.types import UserError
 
-FILE = "pytorch_lora_weights.safetensors"  # as diffusers looks for it, with names that begin with the model's in a pipeline
+FILE, PREFIX = "pytorch_lora_weights.safetensors", "transformer."  # as diffusers looks for it, and for its tensors
 NOTES = {"format": "pt"}
 
 
@@ -37,7 +37,7 @@ def write(exported: Exported, out: Path, name: str, *, dtype: str = "float32") -
     if stock is None or not stock.lora:
         raise UserError(f"no pipeline of diffusers loads a LoRA for {exported.kind}: take --to diffusers")
     layers = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors(exported).items()}
-    safetensors.torch.save_file({f"transformer.{name}": x for name, x in layers.items()}, out / FILE, NOTES)
+    safetensors.torch.save_file({PREFIX + name: x for name, x in layers.items()}, out / FILE, NOTES)
     if exported.head == "u":
         scheduler.write(out / scheduler.FOLDER, stock, exported.solver)
     (out / "README.md").write_text(card.of_lora(exported, stock, name), encoding="utf-8")
@@ -72,7 +72,10 @@ def full(net: Dualized, head: str) -> Iterator[Product]:
         for name, old in part.named_modules():
             if isinstance(old, nn.Linear):
                 linear |= {f"{name}.weight".lstrip("."), f"{name}.bias".lstrip(".")}
-                yield product(f"{path}.{name}".rstrip("."), old, new[name])
+                if any(
+                    not torch.equal(p, dict(new[name].named_parameters())[one]) for one, p in old.named_parameters()
+                ):
+                    yield product(f"{path}.{name}".rstrip("."), old, new[name])
         changed = dict(now.get_submodule(path).named_parameters())
         for name, p in part.named_parameters():
             if name not in linear and not torch.equal(p, changed[name]):
@@ -85,4 +88,4 @@ def product(path: str, old: nn.Linear, new: nn.Module) -> Product:
     change = new.weight.detach() - old.weight
     high, wide = change.shape
     a, b = (change, torch.eye(high)) if high <= wide else (torch.eye(wide), change)
-    return path, a, b, change.new_zeros(high) if old.bias is None else new.bias.detach() - old.bias
+    return path, a, b, change.new_zeros(high) if getattr(old, "bias", None) is None else new.bias.detach() - old.bias

@@ -33,7 +33,7 @@ def write(folder: Path, stock: Stock | None, solver: Restart) -> Entry:
 
     A class of its own where the pipeline takes no times.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True).save_pretrained(folder)
     check(folder)
@@ -59,7 +59,7 @@ def check(folder: Path) -> None:
 
 def plain(folder: Path) -> Entry:
     """Write the scheduler of a velocity, with Euler steps; return its entry."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder)
     return ["diffusers", "FlowMatchEulerDiscreteScheduler"]
