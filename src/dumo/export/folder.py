@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+
 from dumo.data import Latents
 from dumo.export import card, scheduler
 from dumo.export.model import INDEX, Exported
@@ -77,11 +79,19 @@ def fits(exported: Exported, source: Path) -> None:
     data, file = exported.opened.run.data, source / VAE / "config.json"
     if not isinstance(data, Latents) or not file.is_file():
         return
-    config = read_json(file, ANOTHER)
-    for field, name, default in (("scale", "scaling_factor", 1.0), ("shift", "shift_factor", 0.0)):
-        ours, theirs = getattr(data.codec, field), config.get(name, default)
-        if "latents_mean" not in config and ours != (default if theirs is None else theirs):
+    for field, theirs in taken(read_json(file, ANOTHER)).items():
+        ours = getattr(data.codec, field)
+        if not torch.allclose(*torch.broadcast_tensors(torch.tensor(ours), torch.tensor(theirs)), rtol=1e-3):
             raise UserError(
-                f"data.codec.{field} is {ours}, and the decoder in {source} has {name} {theirs}: it would show other "
-                f"images. Train with data.codec.{field}={theirs}, or export with --parts none"
+                f"data.codec.{field} is {ours}, and the decoder in {source} takes {theirs}: its images would differ. "
+                f"Train with data.codec.{field}={theirs}, or export with --parts none"
             )
+
+
+def taken(config: Mapping[str, Any]) -> dict[str, float | list[float]]:
+    """The shift and scale of latents that a decoder says it takes: one, or one per channel; {} where it says none."""
+    if "latents_mean" in config and "latents_std" in config:
+        return {"shift": config["latents_mean"], "scale": [1 / sd for sd in config["latents_std"]]}
+    if "scaling_factor" in config:
+        return {"shift": config.get("shift_factor") or 0.0, "scale": config["scaling_factor"]}
+    return {}

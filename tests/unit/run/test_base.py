@@ -90,7 +90,10 @@ def test_asking_the_base_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ([], r"net 'mlp' has none, so its first weights are gone .* set teacher\.kind=run and teacher\.source to the folder"),
+        (
+            [],
+            r"net 'mlp' has none, so its first weights are gone .* set teacher\.kind=run and teacher\.source to the folder",
+        ),
         (["teacher.source=here"], r"base is the net itself: leave teacher\.source and teacher\.weights out"),
         (["teacher.pairs.count=4"], r"pairs are made by a net that is not in training: set teacher\.kind=run"),
         (["teacher.kind=run"], r"source is missing: name a run's folder, or set teacher\.kind=base"),
