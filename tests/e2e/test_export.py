@@ -51,6 +51,7 @@ def test_a_stock_pipeline_makes_dumos_images_to_the_bit(name: str, sd3: Case, tm
     case = case_of(name, sd3, tmp_path)
     pipe = case.pipeline()
     assert [case.off(pipe, n) for n in (1, 2)] == [0, 0]
+    assert case.seeded(pipe) == case.stock.seeded
 
 
 @pytest.mark.parametrize("name", TUNABLE)

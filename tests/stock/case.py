@@ -98,11 +98,18 @@ class Case:
         pipe.load_lora_weights(str(self.folder / "out"))
         return pipe
 
-    def made(self, pipe: Any, told: Given, *, negative: bool = False) -> tuple[Tensor, list[Tensor]]:  # noqa: ANN401
+    def made(
+        self,
+        pipe: Any,  # noqa: ANN401, a pipeline of diffusers
+        told: Given,
+        *,
+        negative: bool = False,
+        seed: int = 7,
+    ) -> tuple[Tensor, list[Tensor]]:
         """What a pipeline makes of z, told this beside its text, and the noises that it drew."""
         told = {**self.row.told(self.texts, C), **dict(self.row.more), **told}
         told |= self.row.against(self.texts) if negative else {}
-        torch.manual_seed(7)
+        torch.manual_seed(seed)
         with recorded(self.row.back) as drawn:
             out = pipe(
                 **told,
@@ -113,6 +120,14 @@ class Case:
     def arguments(self, passes: int) -> Given:
         """How a pipeline is told so many passes."""
         return self.stock.arguments(at(RESTART, passes), embedded=getattr(self.opened.run.net, "guidance", None))
+
+    def seeded(self, pipe: Any) -> bool:  # noqa: ANN401
+        """Whether the pipeline's generator draws the noise between passes, whatever torch's own would."""
+
+        def told() -> Given:
+            return {**self.arguments(2), "generator": torch.Generator().manual_seed(0)}
+
+        return torch.equal(self.made(pipe, told(), seed=1)[0], self.made(pipe, told(), seed=2)[0])
 
     def off(self, pipe: Any, passes: int) -> float:  # noqa: ANN401
         """The largest difference between the pipeline's image and dumo's."""
