@@ -150,6 +150,37 @@ def duel(results: Row) -> Iterator[str]:
         )
 
 
+def tiny(number: float | None) -> str:
+    """A difference, by its power of ten."""
+    if not number:
+        return "" if number is None else "0"
+    digits, power = f"{number:.0e}".split("e")
+    return f"{digits} · 10{str(int(power)).translate(RAISED)}"
+
+
+def stock(results: Row) -> Iterator[str]:
+    """Every family's stock pipeline beside dumo."""
+    head = ["", "two passes", "off, 1 pass", "2", "LoRA, off, 1 pass", "2", "by its generator"]
+    yield line([*head, "plain Euler, 2"])
+    yield "|" + "---|" * 8
+    for row in results["rows"]:
+        call = ", ".join(f"{name}={value}" for name, value in row["call"].items())
+        off, lora = (list(map(tiny, found or (None, None))) for found in (row["off"], row["lora"]))
+        euler = "" if row["euler"] is None else f"{100 * row['euler']:.0f} %"
+        yield line([row["family"], f"`{call}`", *off, *lora, "yes" if row["seeded"] else "no", euler])
+
+
+def bare(results: Row) -> Iterator[str]:
+    """What stock pipelines make when they are told nothing."""
+    yield line(["", "steps", "passes of a row", "last time", "from one pass", "the same, guidance off"])
+    yield "|" + "---|" * 6
+    for row in results["rows"]:
+        found = row["bare"]
+        far = (f"{100 * found[key]:.0f} %" for key in ("off", "off_unguided"))
+        yield line([row["family"], f"{found['steps']}", f"{found['passes']}", f"{found['last']:.3g}", *far])
+
+
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # of the paper, Sec. 4.3 and Tab. 1: FID of XL/2, of 432 and 424 epochs
 PAPER = {"DuMo": "2.60", "DuMo + MeanFlow": "2.84", "DuMo + Shortcut": "4.73"}
 # of the README: the kind, and what a step costs by docs/objectives/index.md, to which a test holds it
@@ -171,6 +202,8 @@ TABLES = {
     "kills": ("kill", kills),
     "machines": ("machine", machines),
     "duel": ("duel", duel),
+    "stock": ("stock", stock),
+    "bare": ("stock", bare),
 }  # by name: the file, and what is made of it
 
 

@@ -49,6 +49,7 @@ GUIDE, PRECISION, WAIT = (
     "tests/unit/flow/test_precision.py",
     "tests/contract/test_wait.py",
 )
+LORA, STOCK = (f"tests/unit/export/test_{name}.py" for name in ("lora", "stock"))
 PROBE = "tests/unit/training/test_probe.py"
 NEIGHBOURS, TWO_SAMPLE = (f"tests/unit/metrics/test_{name}.py" for name in ("neighbours", "two_sample"))
 PROTOCOL = "tests/unit/protocols/test_protocol.py"
@@ -928,6 +929,10 @@ MUTANTS = [
         "what no file holds leads",
         "tests/unit/report/test_score.py",
     ),
+    Mutant("export/lora.py", "new.bias.detach() - old.bias", "new.bias.detach()", "a LoRA adds a bias twice", LORA),
+    Mutant("export/stock.py", "self.none + scale - 1", "scale", "Z-Image is guided once too often", STOCK),
+    Mutant("export/scheduler.py", "(M / START)", "M", "the times of jumps forget where they start", STOCK),
+    Mutant("export/scheduler.py", '"shift": 1.0, ', "", "a scheduler may bend the times", STOCK),
 ]
 
 

@@ -36,7 +36,7 @@ run                     train, open, sample, encode, ask a teacher
 
 evaluation              a run measured, its card; runs compared
 
-report                  one page with all of it
+report, export          one page with all of it; a net as stock programs take it
 
 bench, reproduce        what a step costs by every slope; the paper's figures and ours
 

@@ -109,7 +109,9 @@ def teachings(folder: Path) -> int:
 
 def rows(folder: Path) -> int:
     """The rows of a report that this start has sampled; all where there is one, as after a kill that came too late."""
-    return REPORTED if not unjudged(folder) else sum(line.startswith("sampling, ") for line in said(folder).splitlines())
+    return (
+        REPORTED if not unjudged(folder) else sum(line.startswith("sampling, ") for line in said(folder).splitlines())
+    )
 
 
 def unjudged(folder: Path) -> bool:

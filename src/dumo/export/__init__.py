@@ -1,0 +1,1 @@
+"""A trained run as files that other programs read: a pipeline of diffusers, a LoRA, or one file of weights."""

@@ -1,0 +1,150 @@
+"""The model card beside an export, README.md: how to call it, what made it, and what it measured."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dumo import __version__
+from dumo.evaluation.evaluate import FILE, read_report
+from dumo.export import scheduler
+from dumo.export.model import Exported
+from dumo.export.stock import Stock, at
+from dumo.sampling.guidance import GuidanceScale
+from dumo.types import UserError
+
+HEAD = """---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [dumo, few-step]
+---
+"""
+PROMPT = '"a red fox in the snow"'
+SEED = "torch.manual_seed(0)  # the noise between two passes is torch's own: generator= does not reach it"
+RENOISES = (
+    "The scheduler adds fresh noise between two passes. With plain Euler steps two passes are wrong, without an error."
+)
+PASSES = (1, 2)
+
+
+def of_pipeline(exported: Exported, stock: Stock, index: Mapping[str, Any], name: str) -> str:
+    """Of a folder called `name` that `from_pretrained` opens, or of its two parts that replace another pipeline's."""
+    own, there = index["scheduler"] == scheduler.OWN, [key for key, entry in index.items() if isinstance(entry, list)]
+    lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
+    if len(there) > 2:
+        lines.append(f'pipe = DiffusionPipeline.from_pretrained("{name}"{", trust_remote_code=True" if own else ""})')
+    else:
+        lines[1] += f", {exported.kind}" + ("" if own else ", FlowMatchEulerDiscreteScheduler")
+        lines[1:1] = (
+            ["import sys", f'sys.path.append("{name}/scheduler")', "from jumps import JumpScheduler"] if own else []
+        )
+        lines += [
+            f'model = {exported.kind}.from_pretrained("{name}", subfolder="transformer")',
+            f'scheduler = {index["scheduler"][1]}.from_pretrained("{name}", subfolder="scheduler")',
+            f'pipe = DiffusionPipeline.from_pretrained("{origin(exported)}", transformer=model, scheduler=scheduler)',
+        ]
+    notes = ["`scheduler/jumps.py` has the times, for this pipeline is told none."] if own else []
+    return page(exported, name, [*lines, *calls(exported, stock)], notes)
+
+
+def of_lora(exported: Exported, stock: Stock, name: str) -> str:
+    """Of a folder called `name` with a LoRA."""
+    lines = ["import torch", "from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler", ""]
+    lines += [f'pipe = DiffusionPipeline.from_pretrained("{origin(exported)}")', f'pipe.load_lora_weights("{name}")']
+    if exported.head == "u":
+        lines.append(
+            f'pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained("{name}", subfolder="scheduler")'
+        )
+    notes = [
+        "The LoRA holds the last layer and the embedding of time, too, and makes another function of the model: it "
+        " counts whole or not at all: no `cross_attention_kwargs` scale between 0 and 1, and no second LoRA of "
+        "this kind beside it."
+    ]
+    return page(exported, name, [*lines, *calls(exported, stock)], notes)
+
+
+def calls(exported: Exported, stock: Stock) -> list[str]:
+    """How the pipeline is called for an image."""
+    if exported.head == "v":
+        return [f"image = pipe({PROMPT}).images[0]"]
+    scale, embedded = exported.opened.run.sample.guide.scale, exported.spec.guidance
+    seed = [] if stock.seeded else [SEED]
+    said = ["generator=torch.Generator().manual_seed(0)"] if stock.seeded else []
+    lines = list[str]()
+    for n, word in zip(PASSES, ("one pass", "two"), strict=True):
+        told = stock.arguments(at(exported.solver, n), embedded=embedded, scale=scale)
+        words = [f"{name}={value}" for name, value in told.items()] + said
+        lines.append(f"image = pipe({PROMPT}, {', '.join(words)}).images[0]  # {word}")
+    return [*seed, *lines]
+
+
+def page(exported: Exported, name: str, lines: list[str], notes: list[str]) -> str:
+    """A card."""
+    if exported.head == "u":
+        notes = [RENOISES, *notes]
+    parts = [f"{HEAD}\n# {name}", "```py\n" + "\n".join(lines) + "\n```", *notes, "## How it was made", made(exported)]
+    found = measured(exported)
+    return "\n\n".join([*parts, *(["## What it measured", found] if found else [])]) + "\n"
+
+
+def made(exported: Exported) -> str:
+    """The recipe, in lines."""
+    run, opened, spec = exported.opened.run, exported.opened, exported.spec
+    tuned = "all weights" if spec.lora is None else f"LoRA of rank {spec.lora.rank}"
+    gives = "u, the flow map: a pass jumps to the data" if exported.head == "u" else "v, the velocity of the flow"
+    baked = GuidanceScale.of(run.objective.needs).scale
+    taught = run.teacher.guide.scale if run.teacher else 1.0
+    guided = [
+        f"{scale:.3g} by {whose}" for scale, whose in ((baked, "its target"), (taught, "its teacher")) if scale != 1
+    ]
+    rows = {
+        "recipe": run.about,
+        "tuned from": f"{origin(exported)}, {exported.kind}, {tuned}",
+        "head": gives,
+        "objective": f"{run.objective.kind}, {opened.step:,} steps of {run.train.batch} images",
+        "guidance baked in": ", ".join(guided) or "none",
+        "guidance when called": f"{run.sample.guide.scale:g}" if run.sample.guide.active else "none",
+        "embedding of time": "as it was" if spec.lowpass is None else f"waves of up to {spec.lowpass:g} rad",
+        "weights": f"{opened.weights}, SHA-256 {opened.sha256}",
+        "made by": f"dumo {__version__}",
+    }
+    return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
+
+
+def measured(exported: Exported) -> str:
+    """The run's evaluation, if it is of these weights; '' otherwise."""
+    opened = exported.opened
+    try:
+        report = read_report(opened.folder / FILE)
+    except UserError:
+        return ""
+    if report["card"].get("weights_sha256") != opened.sha256:
+        return ""
+    keys = [key for key in report["results"][0] if key not in ("nfe", "solver")]
+    rows = [["passes", "solver", *keys]]
+    rows += [[str(row["nfe"]), row["solver"], *(number(row.get(key)) for key in keys)] for row in report["results"]]
+    table = [f"| {' | '.join(row)} |" for row in rows]
+    table.insert(1, "|" + "---|" * len(rows[0]))
+    about = f"Protocol `{report['protocol']}`, {report['card'].get('samples')} samples, by dumo."
+    return "\n".join([about, "", *table])
+
+
+def notes(exported: Exported) -> dict[str, str]:
+    """What the header of a file of weights says of them."""
+    return {
+        "format": "pt",
+        "class": exported.kind,
+        "head": exported.head,
+        "step": str(exported.opened.step),
+        "weights_sha256": exported.opened.sha256,
+        "dumo": __version__,
+    }
+
+
+def origin(exported: Exported) -> str:
+    """The name of what was tuned, without the folders above it."""
+    return (exported.source or Path(exported.spec.source)).name
+
+
+def number(value: float | None) -> str:
+    """A score in a table."""
+    return "" if value is None else f"{value:.3g}"

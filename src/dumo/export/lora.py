@@ -1,0 +1,91 @@
+"""A LoRA that `pipe.load_lora_weights(OUT)` puts on the untouched model, with all that was trained beside it.
+
+Adapters go as they are, their factor alpha / rank multiplied into B. The layers that were trained in full, the last
+one and the time embedder, go as products of full rank, which are exact:
+
+    W' x + b' = W x + b + B (A x) + c      with  (B, A) = (1, W' - W) or (W' - W, 1), whichever is smaller,  c = b' - b.
+
+The bias c is peft's `lora_bias`, which is for all layers of a LoRA or for none, so the others have zeros. It loads and
+switches as any LoRA does; where a layer of the model has no bias, `fuse_lora` refuses it.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dumo.export import card, scheduler
+from dumo.export.model import Exported
+from dumo.nets.adapter import adapters
+from dumo.nets.dualized import Dualized
+from dumo.types import UserError
+
+FILE, PREFIX = "pytorch_lora_weights.safetensors", "transformer."  # as diffusers looks for it, and for its tensors
+NOTES = {"format": "pt"}
+
+
+def write(exported: Exported, out: Path, name: str, *, dtype: str = "float32") -> None:
+    """Write the LoRA, its scheduler and its card into the folder `out`, which is there and empty, to be called `name`.
+
+    Raises UserError where the run tuned all weights, the class takes no LoRA, or a part of another kind was trained.
+    """
+    stock = exported.stock
+    if exported.spec.lora is None:
+        raise UserError("net.lora is null: all weights were tuned, which no LoRA can say: take --to diffusers")
+    if stock is None or not stock.lora:
+        raise UserError(f"no pipeline of diffusers loads a LoRA for {exported.kind}: take --to diffusers")
+    layers = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors(exported).items()}
+    safetensors.torch.save_file({PREFIX + name: x for name, x in layers.items()}, out / FILE, NOTES)
+    if exported.head == "u":
+        scheduler.write(out / scheduler.FOLDER, stock, exported.solver)
+    (out / "README.md").write_text(card.of_lora(exported, stock, name), encoding="utf-8")
+
+
+def tensors(exported: Exported) -> dict[str, Tensor]:
+    """The LoRA by peft's names."""
+    found: dict[str, Tensor] = {}
+    for path, a, b, bias in [*adapted(exported.net), *full(exported.net, exported.head)]:
+        named = {"lora_A.weight": a, "lora_B.weight": b, "lora_B.bias": bias}
+        found |= {f"{path}.{name}": tensor.detach().contiguous() for name, tensor in named.items()}
+    return found
+
+
+Product = tuple[str, Tensor, Tensor, Tensor]  # path, A, B and c
+
+
+def adapted(net: Dualized) -> Iterator[Product]:
+    """The adapters."""
+    mine = {id(layer) for layer in adapters(net.model)}
+    for path, layer in net.model.named_modules():
+        if id(layer) in mine:
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            yield path, a, b * layer.scaling["default"], b.new_zeros(len(b))
+
+
+def full(net: Dualized, head: str) -> Iterator[Product]:
+    """The layers that were trained in full. Raises UserError for a change that is in no linear layer."""
+    now: nn.Module = net.stock(head)
+    for path, part in zip(net.paths, net.old, strict=True):
+        new, linear = dict(now.get_submodule(path).named_modules()), set[str]()
+        for name, old in part.named_modules():
+            if isinstance(old, nn.Linear):
+                linear |= {f"{name}.weight".lstrip("."), f"{name}.bias".lstrip(".")}
+                if any(
+                    not torch.equal(p, dict(new[name].named_parameters())[one]) for one, p in old.named_parameters()
+                ):
+                    yield product(f"{path}.{name}".rstrip("."), old, new[name])
+        changed = dict(now.get_submodule(path).named_parameters())
+        for name, p in part.named_parameters():
+            if name not in linear and not torch.equal(p, changed[name]):
+                raise UserError(f"{path}.{name} was trained, and no LoRA can say it: take --to diffusers")
+
+
+def product(path: str, old: nn.Linear, new: nn.Module) -> Product:
+    """The change of a layer, exactly."""
+    assert isinstance(new, nn.Linear)
+    change = new.weight.detach() - old.weight
+    high, wide = change.shape
+    a, b = (change, torch.eye(high).to(change)) if high <= wide else (torch.eye(wide).to(change), change)
+    return path, a, b, change.new_zeros(high) if getattr(old, "bias", None) is None else new.bias.detach() - old.bias

@@ -1,0 +1,82 @@
+"""What of a run is exported: one head's model, of the class that its source had."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from dumo.export.stock import STOCKS, Stock
+from dumo.flow.path import Linear
+from dumo.nets import Pretrained
+from dumo.nets.dualized import Dualized
+from dumo.nets.pretrained import read_config
+from dumo.run.folder import RunFolder
+from dumo.sampling.solver import Restart
+from dumo.types import UserError
+
+INDEX = "model_index.json"  # of a pipeline
+Head = Literal["u", "v"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A run, and which head of it: u jumps to the data, v is the velocity of a flow."""
+
+    opened: RunFolder
+    spec: Pretrained
+    net: Dualized
+    head: Head
+
+    @property
+    def kind(self) -> str:
+        """The model's class."""
+        return self.net.config["_class_name"]
+
+    @property
+    def stock(self) -> Stock | None:
+        """The pipeline that runs it; None where no stock pipeline does."""
+        row = STOCKS.get(self.kind)
+        # of SANA the distilled ones alone are told a guidance number, and their pipeline has another path
+        return None if self.kind == "SanaTransformer2DModel" and self.spec.guidance is not None else row
+
+    @property
+    def solver(self) -> Restart:
+        """The run's own jumps; those of the default where it samples by v."""
+        solver = self.opened.run.sample.solver
+        return solver if isinstance(solver, Restart) else Restart()
+
+    @property
+    def source(self) -> Path | None:
+        """The folder of the whole pipeline that the model came from; None where it came alone."""
+        folder = read_config(self.spec.source)[0]
+        return folder.parent if folder and (folder.parent / INDEX).is_file() else None
+
+    def model(self, dtype: str = "float32") -> Any:  # noqa: ANN401, a model of diffusers
+        """The model, its adapters added to the layers beside them, without the name of a folder of this machine."""
+        import torch
+
+        model = self.net.stock(self.head, merged=self.spec.lora is not None)
+        model.register_to_config(_name_or_path="")
+        return model if dtype == "float32" else model.to(getattr(torch, dtype))
+
+
+def chosen(opened: RunFolder, head: str | None = None) -> Exported:
+    """A run's head; None: u where it was taught.
+
+    Raises UserError where there is none such, or the run's net or path is one that no stock program knows.
+    """
+    run, net = opened.run, opened.net
+    if not isinstance(run.net, Pretrained) or not isinstance(net, Dualized):
+        raise UserError(
+            f"{opened.folder} trains net '{run.net.kind}', for which others have no class: dumo exports nets of kind "
+            "diffusers. Its weights are the safetensors file " + opened.weights
+        )
+    has = run.objective.needs.heads
+    found = head or ("u" if "u" in has else "v")
+    if found not in has:
+        raise UserError(f"--head {found}: objective '{run.objective.kind}' has {', '.join(has)}: take one of them")
+    if not isinstance(run.path, Linear) or run.path.sd != 1:
+        raise UserError(
+            f"{opened.folder}: stock schedulers know the path x_t = (1 - t) x + t z alone, and this run's is "
+            f"{run.path.kind} with sd {run.path.sd:g}: train with path.kind=linear and path.sd=1"
+        )
+    return Exported(opened, run.net, net, "u" if found == "u" else "v")

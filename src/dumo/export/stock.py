@@ -1,0 +1,62 @@
+"""The stock pipelines of diffusers, a row for each class of model: how one is called so that it jumps as dumo does.
+
+A flow map u says where the data lie, x_0 = x_t - t u, so between two passes a pipeline must add fresh noise. Stock
+`FlowMatchEulerDiscreteScheduler` does with `stochastic_sampling`:
+
+    x_s = (1 - s) (x_t - t u) + s z,
+
+which is Restart (`dumo.sampling.solver`) at the times that the pipeline is told as sigmas. Without it the scheduler
+makes an Euler step along u, which keeps the old noise and is wrong from the second pass on.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from dumo.sampling.solver import Restart, jumps
+
+THOUSAND = 1000  # by which schedulers and pipelines count times (num_train_timesteps)
+Arguments = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A pipeline of diffusers that calls a class of model."""
+
+    pipeline: str  # its class
+    off: str | None = "guidance_scale"  # the argument that guides beyond what is in the weights; None: there is none
+    none: float = 1.0  # its value for no guidance
+    told: tuple[str, ...] = ("sigmas",)  # the arguments that say the times; (): no argument does
+    seeded: bool = False  # its generator draws the noise between two passes, too
+    lora: bool = True  # it has load_lora_weights
+
+    def arguments(self, times: list[float], *, embedded: float | None = None, scale: float = 1.0) -> Arguments:
+        """Those of passes at these times, guided by `scale`, 1 for none; `embedded` is a number that the net is told.
+
+        Where no argument says the times, their number is said, and the scheduler has them (`scheduler.JUMPS`).
+        """
+        said: Arguments = {"sigmas": times, "timesteps": [round(THOUSAND * t, 6) for t in times]}
+        found = {name: said[name] for name in self.told} or {"num_inference_steps": len(times)}
+        found |= {self.off: self.none + scale - 1} if self.off else {}
+        return found if embedded is None else found | {"guidance_scale": embedded}
+
+
+def at(solver: Restart, passes: int) -> list[float]:
+    """The times of so many passes, the first at noise."""
+    return jumps(passes, solver.m, solver.start)
+
+
+STOCKS: dict[str, Stock] = {
+    "SD3Transformer2DModel": Stock("StableDiffusion3Pipeline"),
+    "FluxTransformer2DModel": Stock("FluxPipeline", "true_cfg_scale"),
+    "Flux2Transformer2DModel": Stock("Flux2Pipeline", None),
+    "ChromaTransformer2DModel": Stock("ChromaPipeline"),
+    "SanaTransformer2DModel": Stock("SanaPipeline", seeded=True),
+    "QwenImageTransformer2DModel": Stock("QwenImagePipeline", "true_cfg_scale"),
+    "ZImageTransformer2DModel": Stock("ZImagePipeline", none=0.0),
+    "Lumina2Transformer2DModel": Stock("Lumina2Pipeline"),
+    "AuraFlowTransformer2DModel": Stock("AuraFlowPipeline"),
+    # told sigmas alone, it tells the net other times
+    "CogView4Transformer2DModel": Stock("CogView4Pipeline", told=("sigmas", "timesteps")),
+    "PRXTransformer2DModel": Stock("PRXPipeline", told=("timesteps",), lora=False),
+    "WanTransformer3DModel": Stock("WanPipeline", told=(), lora=False),
+}

@@ -1,0 +1,241 @@
+"""What is exported, stock programs run: the images are dumo's own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from dumo.evaluation.evaluate import FILE
+from dumo.export import lora
+from dumo.run.sample import guided_reading
+from dumo.sampling.generate import carried
+from dumo.sampling.solver import Euler
+from e2e.shell import call, sets
+from stock.case import LORA, C, Case
+from stock.family import PIXELS, ROWS
+
+pytestmark = [  # of diffusers about its own parts, and of peft, which cannot merge what some LoRAs here say
+    pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`lora_bias=True`"),
+]
+FAMILIES = [name if name == "SD3" else pytest.param(name, marks=pytest.mark.slow) for name in ROWS]
+TUNABLE = FAMILIES[:-2]  # but for PRX and Wan
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A run of SD3, exported: to be read."""
+    return Case.of("SD3", tmp_path_factory.mktemp("sd3"))
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A run of SD3's adapters, exported as a LoRA: to be read."""
+    return Case.of("SD3", tmp_path_factory.mktemp("tuned"), LORA, to="lora")
+
+
+def case_of(name: str, ready: Case, folder: Path, *fields: str, to: str = "diffusers") -> Case:
+    return ready if name == "SD3" else Case.of(name, folder, *fields, to=to)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_stock_pipeline_makes_dumos_images_to_the_bit(name: str, sd3: Case, tmp_path: Path) -> None:
+    case = case_of(name, sd3, tmp_path)
+    pipe = case.pipeline()
+    assert [case.off(pipe, n) for n in (1, 2)] == [0, 0]
+    assert case.seeded(pipe) == case.stock.seeded
+
+
+@pytest.mark.parametrize("name", TUNABLE)
+def test_a_lora_on_the_untouched_model_makes_dumos_images(name: str, tuned: Case, tmp_path: Path) -> None:
+    case = case_of(name, tuned, tmp_path, LORA, to="lora")
+    pipe = case.tuned()
+    assert max(case.off(pipe, n) for n in (1, 2)) < 1e-5
+    pipe.unload_lora_weights()
+    assert case.off(pipe, 1) > 1e-2
+
+
+def test_a_loras_parts_all_count(tuned: Case) -> None:
+    """Adapters, last layer and embedder: an image without one of them is another."""
+    whole = load_file(tuned.folder / "out" / lora.FILE)
+    for part in ("transformer_blocks", "proj_out", "timestep_embedder"):
+        left = {name: 0 * x if part in name else x for name, x in whole.items()}
+        assert left.keys() == whole.keys()
+        pipe = tuned.tuned()
+        pipe.unload_lora_weights()
+        pipe.load_lora_weights(left)
+        assert tuned.off(pipe, 1) > 1e-4, part
+
+
+def test_adapters_are_added_to_the_layers_of_a_pipelines_folder(tuned: Case, tmp_path: Path) -> None:
+    done = call("export", tuned.folder / "run", tuned.folder / "merged")
+    assert done.code == 0, done
+    source, merged = tuned.folder / "source", tuned.folder / "merged" / "transformer"
+    assert load_file(merged / WEIGHTS).keys() == load_file(source / WEIGHTS).keys()
+    from diffusers import SD3Transformer2DModel
+
+    pipe = tuned.pipeline(transformer=SD3Transformer2DModel.from_pretrained(merged), scheduler=tuned.tuned().scheduler)
+    assert tuned.off(pipe, 2) < 1e-5
+
+
+def test_one_file_holds_what_the_folder_holds(sd3: Case) -> None:
+    file = sd3.folder / "model.safetensors"
+    done = call("export", sd3.folder / "run", file, "--to", "safetensors")
+    assert (done.code, done.out.strip()) == (0, str(file))
+    one, other = load_file(file), load_file(sd3.folder / "out" / "transformer" / WEIGHTS)
+    assert one.keys() == other.keys() == load_file(sd3.folder / "source" / WEIGHTS).keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_half_precision_is_rounded_once(sd3: Case) -> None:
+    out = sd3.folder / "half"
+    assert call("export", sd3.folder / "run", out, "--dtype", "bfloat16").code == 0
+    one, other = (load_file(folder / "transformer" / WEIGHTS) for folder in (out, sd3.folder / "out"))
+    assert all(torch.equal(one[name], other[name].bfloat16()) for name in one)
+
+
+def test_the_velocity_is_an_ordinary_flow_model(sd3: Case) -> None:
+    out = sd3.folder / "velocity"
+    assert call("export", sd3.folder / "run", out, "--head", "v").code == 0
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
+
+    parts = {
+        "transformer": SD3Transformer2DModel.from_pretrained(out / "transformer"),
+        "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(out / "scheduler"),
+    }
+    image, _ = sd3.made(sd3.pipeline(**parts), {"sigmas": [1, 0.75, 0.5, 0.25], "guidance_scale": 1.0})
+    reads, path = guided_reading(sd3.opened), sd3.opened.run.path
+    ours = carried(reads, path, Euler(), torch.tensor([C]), 4, lambda _: sd3.z)[1]
+    torch.testing.assert_close(image, ours, rtol=0, atol=1e-5)
+
+
+FRESH = """
+import sys
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+folder, given = sys.argv[1], load_file(sys.argv[2])
+names = ("vae", *(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")))
+pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **dict.fromkeys(names))
+out = {}
+for n, sigmas in enumerate(([1.0], [1.0, 0.5])):
+    torch.manual_seed(7)
+    image = pipe(**given, sigmas=sigmas, guidance_scale=1.0, height=64, width=64, output_type="latent").images
+    out[str(n + 1)] = image
+save_file(out, sys.argv[2])
+"""
+
+
+def fresh(program: str, *words: object, folder: Path) -> str:
+    """What a new Python process without a network says; stderr, where it fails."""
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program, *map(str, words)]
+    done = subprocess.run(command, env=offline, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_fresh_process_makes_the_same_images(sd3: Case, tmp_path: Path) -> None:
+    file = tmp_path / "given.safetensors"
+    save_file({**sd3.row.told(sd3.texts, C), "latents": sd3.z}, file)
+    fresh(FRESH, sd3.folder / "out", file, folder=tmp_path)
+    torch.manual_seed(7)
+    noise, found = torch.randn(1, 1, 8, 8), load_file(file)
+    for n in (1, 2):
+        assert torch.equal(found[str(n)], sd3.dumo([noise], n))
+
+
+def whole(folder: Path) -> None:
+    """A whole pipeline of AuraFlow as diffusers saves it, tiny and random, that reads any text."""
+    import diffusers
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=384, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    diffusers.AuraFlowPipeline(
+        tokenizer=transformers.ByT5Tokenizer(),
+        text_encoder=transformers.T5EncoderModel(config),
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(8,) * 4, latent_channels=1, norm_num_groups=4, layers_per_block=1,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        ),
+        transformer=ROWS["AuraFlow"].model.model(),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_whole_pipeline_comes_along_and_its_card_runs(tmp_path: Path) -> None:
+    source, run = tmp_path / "source", tmp_path / "run"
+    whole(source)
+    fields = sets("net.kind=diffusers", f"net.source={source}", "train.steps=2", "train.batch=4")
+    assert call("train", "digits", "--out", run, *fields).code == 0
+    for parts in ("copy", "link", "none"):
+        assert call("export", run, tmp_path / parts, "--parts", parts).code == 0
+    assert {path.name for path in (tmp_path / "none").iterdir()} == {
+        *("README.md", "model_index.json", "scheduler", "transformer")
+    }
+    assert (tmp_path / "link" / "vae").is_symlink()
+    assert not (tmp_path / "copy" / "vae").is_symlink()
+    kept = (tmp_path / "copy" / "vae" / WEIGHTS).read_bytes()
+    assert kept == (source / "vae" / WEIGHTS).read_bytes()
+    for name in ("copy", "link"):
+        code = re.search(r"```py\n(.*?)```", (tmp_path / name / "README.md").read_text("utf-8"), re.DOTALL)
+        assert code
+        small = code[1].replace(").images", f", height={PIXELS}, width={PIXELS}).images")
+        said = fresh(small + "\nprint(image.size, pipe.scheduler.config.shift)", folder=tmp_path)
+        assert said.split() == ["(64,", "64)", "1.0"]
+
+
+def refused(*words: object) -> str:
+    """The line that a command is refused with."""
+    done = call("export", *words)
+    assert (done.code, done.out) == (2, "")
+    return done.err
+
+
+def test_refusals_are_lines_and_leave_nothing(sd3: Case, tuned: Case, trained: dict[str, Path], tmp_path: Path) -> None:
+    run, out = sd3.folder / "run", tmp_path / "out"
+    assert "is there already" in refused(run, sd3.folder / "out")
+    assert "--to onnx: it is one of diffusers" in refused(run, out, "--to", "onnx")
+    assert "all weights were tuned" in refused(run, out, "--to", "lora")
+    assert "has v, u" in refused(run, out, "--head", "w")
+    assert "--parts move" in refused(run, out, "--parts", "move")
+    assert "--dtype int4" in refused(run, out, "--dtype", "int4")
+    assert "net 'dit'" in refused(trained["digits"], out)
+    assert "no run's folder" in refused(tmp_path, out)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_failure_leaves_nothing(sd3: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dumo.export.card.of_pipeline", fails)
+    assert call("export", sd3.folder / "run", tmp_path / "out").code != 0
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_the_card_says_what_was_measured_of_these_weights_alone(sd3: Case, tmp_path: Path) -> None:
+    run, file = sd3.folder / "run", sd3.folder / "run" / FILE
+    scores: dict[str, Any] = {"nfe": 1, "solver": "restart", "fd_grey": 12.345}
+    card = {"solver": {"kind": "restart"}, "codec": None, "samples": 500}
+    for sha256, there in ((sd3.opened.sha256, True), ("0" * 64, False)):
+        report = {"step": 2, "protocol": "digits", "results": [scores], "contrast": []}
+        file.write_text(json.dumps({**report, "card": {**card, "weights_sha256": sha256}}), encoding="utf-8")
+        assert call("export", run, tmp_path / sha256).code == 0
+        text = (tmp_path / sha256 / "README.md").read_text("utf-8")
+        assert ("| 1 | restart | 12.3 |" in text) == there
+        assert "sigmas=[1.0, 0.5], guidance_scale=1.0" in text
+    file.unlink()
