@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from dumo.evaluation.evaluate import FILE
 from dumo.export import lora
-from dumo.run.sample import guided_reading
+from dumo.random import noise
+from dumo.run.folder import open_run
+from dumo.run.sample import guided_reading, sample
 from dumo.sampling.generate import carried
 from dumo.sampling.solver import Euler
 from e2e.shell import call, sets
@@ -155,6 +157,40 @@ def test_a_fresh_process_makes_the_same_images(sd3: Case, tmp_path: Path) -> Non
         assert torch.equal(found[str(n)], sd3.dumo([noise], n))
 
 
+ALONE = """
+import sys
+
+class NoDumo:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "dumo":
+            raise ImportError("dumo is not to be found")
+
+sys.meta_path.insert(0, NoDumo())
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
+
+given = load_file(sys.argv[2])
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
+told = {"class_labels": [3, 7], "latents": given["z"], "noises": [given["fresh"]], "output_type": "latent"}
+save_file({str(n): pipe(num_inference_steps=n, **told).images for n in (1, 2)}, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_dumos_own_net_runs_where_dumo_is_not(
+    trained: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, file, run = tmp_path / "out", tmp_path / "given.safetensors", open_run(str(trained["digits"]), device="cpu")
+    assert call("export", trained["digits"], out).code == 0
+    z, other = (noise(run.run.sample.seed, [0, 1], k, run.run.data.shape) for k in (0, 1))
+    save_file({"z": z, "fresh": other}, file)
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    fresh(ALONE, out, file, folder=tmp_path)
+    found = load_file(file)
+    for n in (1, 2):
+        assert torch.equal(found[str(n)], sample(run, nfe=n, c=torch.tensor([3, 7])).x)
+
+
 def whole(folder: Path) -> None:
     """A whole pipeline of AuraFlow as diffusers saves it, tiny and random, that reads any text."""
     import diffusers
@@ -213,7 +249,8 @@ def test_refusals_are_lines_and_leave_nothing(sd3: Case, tuned: Case, trained: d
     assert "has v, u" in refused(run, out, "--head", "w")
     assert "--parts move" in refused(run, out, "--parts", "move")
     assert "--dtype int4" in refused(run, out, "--dtype", "int4")
-    assert "net 'dit'" in refused(trained["digits"], out)
+    assert "net 'mlp'" in refused(trained["moons"], out)
+    assert "of kind dit --to diffusers" in refused(trained["digits"], out, "--to", "lora")
     assert "no run's folder" in refused(tmp_path, out)
     assert [*tmp_path.iterdir()] == []
 

@@ -9,12 +9,13 @@ from dumo.evaluation.evaluate import FILE, read_report
 from dumo.export import scheduler
 from dumo.export.model import Exported
 from dumo.export.stock import Stock, at
+from dumo.run.folder import RunFolder
 from dumo.sampling.guidance import GuidanceScale
 from dumo.types import UserError
 
 HEAD = """---
 library_name: diffusers
-pipeline_tag: text-to-image
+pipeline_tag: {tag}
 tags: [dumo, few-step]
 ---
 """
@@ -22,6 +23,9 @@ PROMPT = '"a red fox in the snow"'
 SEED = "torch.manual_seed(0)  # the noise between two passes is torch's own: generator= does not reach it"
 RENOISES = (
     "The scheduler adds fresh noise between two passes. With plain Euler steps two passes are wrong, without an error."
+)
+SHORT = (
+    "The .py files in the folder are all the code that it brings. They are short, and need torch and diffusers alone."
 )
 PASSES = (1, 2)
 
@@ -43,7 +47,8 @@ def of_pipeline(exported: Exported, stock: Stock, index: Mapping[str, Any], name
             f'pipe = DiffusionPipeline.from_pretrained("{origin(exported)}", transformer=model, scheduler=scheduler)',
         ]
     notes = ["`scheduler/jumps.py` has the times, for this pipeline is told none."] if own else []
-    return page(exported, name, [*lines, *calls(exported, stock)], notes)
+    notes = [RENOISES, *notes] if exported.head == "u" else notes
+    return page(exported.opened, name, [*lines, *calls(exported, stock)], notes, made(exported))
 
 
 def of_lora(exported: Exported, stock: Stock, name: str) -> str:
@@ -59,7 +64,8 @@ def of_lora(exported: Exported, stock: Stock, name: str) -> str:
         " counts whole or not at all: no `cross_attention_kwargs` scale between 0 and 1, and no second LoRA of "
         "this kind beside it."
     ]
-    return page(exported, name, [*lines, *calls(exported, stock)], notes)
+    notes = [RENOISES, *notes] if exported.head == "u" else notes
+    return page(exported.opened, name, [*lines, *calls(exported, stock)], notes, made(exported))
 
 
 def calls(exported: Exported, stock: Stock) -> list[str]:
@@ -77,20 +83,42 @@ def calls(exported: Exported, stock: Stock) -> list[str]:
     return [*seed, *lines]
 
 
-def page(exported: Exported, name: str, lines: list[str], notes: list[str]) -> str:
-    """A card."""
-    if exported.head == "u":
-        notes = [RENOISES, *notes]
-    parts = [f"{HEAD}\n# {name}", "```py\n" + "\n".join(lines) + "\n```", *notes, "## How it was made", made(exported)]
-    found = measured(exported)
+def of_own(opened: RunFolder, name: str, head: str) -> str:
+    """Of a folder called `name` with a net of dumo's own, and the code that runs it."""
+    classes, net, drop = opened.run.data.classes, opened.run.net.kind, opened.run.objective.drop
+    lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
+    lines += [f'pipe = DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True)']
+    for n, word in zip(PASSES, ("one pass", "two"), strict=True) if head == "u" else [(50, "Euler steps")]:
+        told = f"class_labels={[0, classes // 2]}, num_inference_steps={n}, generator=torch.Generator().manual_seed(0)"
+        lines.append(f"images = pipe({told}).images  # {word}")
+    labels = f"0 to {classes - 1}" + f", and {classes} for none" * (drop > 0) if classes else "0: there are no classes"
+    rows = {"net": f"{net}, {sum(p.numel() for p in opened.net.parameters()):,} parameters", "labels": labels}
+    return page(opened, name, lines, [SHORT], recipe(opened, head, rows), "unconditional-image-generation")
+
+
+def page(
+    opened: RunFolder, name: str, lines: list[str], notes: list[str], made: str, tag: str = "text-to-image"
+) -> str:
+    """A card, for what the hub calls `tag`."""
+    parts = [f"{HEAD.format(tag=tag)}\n# {name}", "```py\n" + "\n".join(lines) + "\n```", *notes]
+    parts += ["## How it was made", made]
+    found = measured(opened)
     return "\n\n".join([*parts, *(["## What it measured", found] if found else [])]) + "\n"
 
 
 def made(exported: Exported) -> str:
-    """The recipe, in lines."""
-    run, opened, spec = exported.opened.run, exported.opened, exported.spec
+    """The recipe of a tuned model, in lines."""
+    spec = exported.spec
     tuned = "all weights" if spec.lora is None else f"LoRA of rank {spec.lora.rank}"
-    gives = "u, the flow map: a pass jumps to the data" if exported.head == "u" else "v, the velocity of the flow"
+    lowpass = "as it was" if spec.lowpass is None else f"waves of up to {spec.lowpass:g} rad"
+    rows = {"tuned from": f"{origin(exported)}, {exported.kind}, {tuned}", "embedding of time": lowpass}
+    return recipe(exported.opened, exported.head, rows)
+
+
+def recipe(opened: RunFolder, head: str, rows: Mapping[str, str]) -> str:
+    """The recipe, in lines: `rows` of the net among them."""
+    run = opened.run
+    gives = "u, the flow map: a pass jumps to the data" if head == "u" else "v, the velocity of the flow"
     baked = GuidanceScale.of(run.objective.needs).scale
     taught = run.teacher.guide.scale if run.teacher else 1.0
     guided = [
@@ -98,21 +126,19 @@ def made(exported: Exported) -> str:
     ]
     rows = {
         "recipe": run.about,
-        "tuned from": f"{origin(exported)}, {exported.kind}, {tuned}",
+        **rows,
         "head": gives,
         "objective": f"{run.objective.kind}, {opened.step:,} steps of {run.train.batch} images",
         "guidance baked in": ", ".join(guided) or "none",
         "guidance when called": f"{run.sample.guide.scale:g}" if run.sample.guide.active else "none",
-        "embedding of time": "as it was" if spec.lowpass is None else f"waves of up to {spec.lowpass:g} rad",
         "weights": f"{opened.weights}, SHA-256 {opened.sha256}",
         "made by": f"dumo {__version__}",
     }
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
 
 
-def measured(exported: Exported) -> str:
+def measured(opened: RunFolder) -> str:
     """The run's evaluation, if it is of these weights; '' otherwise."""
-    opened = exported.opened
     try:
         report = read_report(opened.folder / FILE)
     except UserError:

@@ -68,7 +68,7 @@ def chosen(opened: RunFolder, head: str | None = None) -> Exported:
     if not isinstance(run.net, Pretrained) or not isinstance(net, Dualized):
         raise UserError(
             f"{opened.folder} trains net '{run.net.kind}', for which others have no class: dumo exports nets of kind "
-            "diffusers. Its weights are the safetensors file " + opened.weights
+            f"diffusers, and of kind dit --to diffusers. Its weights are the safetensors file {opened.weights}"
         )
     has = run.objective.needs.heads
     found = head or ("u" if "u" in has else "v")

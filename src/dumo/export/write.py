@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from dumo.export import folder, lora, single
+from dumo.export import folder, lora, single, standalone
 from dumo.export.model import chosen
 from dumo.io import file as files
+from dumo.nets import DiT
 from dumo.run.folder import RunFolder
 from dumo.types import UserError
 
@@ -33,6 +34,11 @@ def export(
         if value not in known:
             raise UserError(f"{name} {value}: it is one of {', '.join(known)}")
     vacant(out)
+    if isinstance(opened.run.net, DiT) and to == "diffusers":
+        with files.whole(out) as half:
+            half.mkdir()
+            standalone.write(opened, half, out.name, head=head, dtype=dtype)
+        return out
     exported = chosen(opened, head)
     with files.whole(out) as half:
         if to == "safetensors":

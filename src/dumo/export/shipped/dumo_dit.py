@@ -1,0 +1,102 @@
+"""A Diffusion Transformer with several heads. It needs torch and diffusers alone.
+
+Time runs from t = 0, an image, to t = 1, noise: x_t = (1 - t) x + t z. Head u jumps to the image, x = x_t - t u; head v
+is the velocity dx_t/dt of the flow.
+"""
+
+from collections.abc import Sequence
+from math import log
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+WAVES = 128  # frequencies of the embedding of time
+
+
+def norm(h: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over the last axis."""
+    return F.layer_norm(h, h.shape[-1:], eps=1e-6)
+
+
+class Block(nn.Module):
+    """Attention and perceptron, each modulated and gated by the condition."""
+
+    def __init__(self, width: int, attention: int) -> None:
+        """`attention` heads."""
+        super().__init__()
+        self.attention = attention
+        self.modulation = nn.Linear(width, 6 * width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, h: Tensor, e: Tensor) -> Tensor:
+        """h (b, tokens, width), e (b, width)."""
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(e).unsqueeze(1).chunk(6, -1)
+        a = norm(h) * (1 + scale_1) + shift_1
+        q, k, v = self.qkv(a).view(*a.shape[:2], 3, self.attention, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        h = h + gate_1 * self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        a = norm(h) * (1 + scale_2) + shift_2
+        return h + gate_2 * self.down(F.gelu(self.up(a), approximate="tanh"))
+
+
+class Head(nn.Module):
+    """An output layer: modulated norm, then linear."""
+
+    def __init__(self, width: int, out: int) -> None:
+        """From `width` to `out` numbers per token."""
+        super().__init__()
+        self.modulation, self.out = nn.Linear(width, 2 * width), nn.Linear(width, out)
+
+    def forward(self, h: Tensor, e: Tensor) -> Tensor:
+        """h (b, tokens, width), e (b, width); returns (b, tokens, out)."""
+        shift, scale = self.modulation(e).unsqueeze(1).chunk(2, -1)
+        return self.out(norm(h) * (1 + scale) + shift)
+
+
+class DumoDiT(ModelMixin, ConfigMixin):
+    """The net. Its embeddings of time are all told t: where it learned of a second time r, r is 0."""
+
+    @register_to_config
+    def __init__(
+        self,
+        channels: int,
+        side: int,
+        classes: int,
+        patch: int,
+        width: int,
+        depth: int,
+        attention: int,
+        time_scale: float = 1.0,
+        time_names: Sequence[str] = ("t",),
+        head_names: Sequence[str] = ("v", "u"),
+    ) -> None:
+        """For square images of `side` pixels; 0 classes: no label."""
+        super().__init__()
+        self.patch, self.grid, self.time_scale = patch, side // patch, time_scale
+        self.embed = nn.Linear(channels * patch**2, width)
+        self.register_buffer("positions", torch.zeros(self.grid**2, width))
+        layers = ((nn.Linear(2 * WAVES, width), nn.SiLU(), nn.Linear(width, width)) for _ in time_names)
+        self.times = nn.ModuleDict({name: nn.Sequential(*some) for name, some in zip(time_names, layers, strict=True)})
+        self.label = nn.Embedding(classes + 1, width) if classes else None
+        self.blocks = nn.ModuleList(Block(width, attention) for _ in range(depth))
+        self.heads = nn.ModuleDict({name: Head(width, channels * patch**2) for name in head_names})
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor, head: str = "u") -> Tensor:
+        """x (b, channels, side, side), t (b,), c (b,) class indices, `classes` being none; returns one head, as x."""
+        b, g, p = len(x), self.grid, self.patch
+        tokens = x.reshape(b, -1, g, p, g, p).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        h = self.embed(tokens.to(self.dtype)) + self.positions
+        falling = torch.exp(-log(10_000.0) * torch.arange(WAVES, device=t.device) / WAVES)
+        angles = t[:, None] * (self.time_scale * falling)
+        waves = torch.cat([angles.cos(), angles.sin()], -1).to(self.dtype)
+        e, *more = (embed(waves) for embed in self.times.values())
+        for other in more:
+            e = e + other
+        e = F.silu(e if self.label is None else e + self.label(c))
+        for block in self.blocks:
+            h = block(h, e)
+        y = self.heads[head](h, e).view(b, g, g, -1, p, p)
+        return y.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3).to(x.dtype)

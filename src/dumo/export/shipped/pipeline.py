@@ -1,0 +1,80 @@
+"""Images of classes in one or two passes of a DumoDiT. It needs torch and diffusers alone."""
+
+from collections.abc import Sequence
+from math import log2
+from typing import Any
+
+import torch
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+
+class DumoPipeline(DiffusionPipeline):
+    """By head u: each pass jumps to the image, and before the next one fresh noise is added. By v: Euler steps."""
+
+    _optional_components = ["vae"]  # noqa: RUF012, as diffusers has it
+
+    def __init__(
+        self,
+        transformer: Any,  # noqa: ANN401
+        vae: Any = None,  # noqa: ANN401
+        head: str = "u",
+        m: float = 0.5,
+        start: float = 1.0,
+        shift: float | list[float] = 0.0,
+        scale: float | list[float] = 1.0,
+    ) -> None:
+        """The first time is `start`, that of the second of two jumps `m`. The net learned (latent - shift) scale."""
+        super().__init__()
+        self.register_modules(transformer=transformer, vae=vae)
+        self.register_to_config(head=head, m=m, start=start, shift=shift, scale=scale)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | list[int],
+        num_inference_steps: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        noises: Sequence[Tensor] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """One image per label; the number of classes is the label of none.
+
+        The generator draws all noise but what is given: `latents` to start from, `noises` between two passes.
+        `output_type` is pil, np or pt, or latent: what the net makes, in float32.
+        """
+        net, n, device = self.transformer, num_inference_steps, self._execution_device
+        c = torch.as_tensor(class_labels, device=device).reshape(-1)
+        shape = (len(c), net.config.channels, net.config.side, net.config.side)
+        x = randn_tensor(shape, generator=generator, device=device) if latents is None else latents.to(device)
+        times = [x.new_full((len(c), 1, 1, 1), t) for t in self.times(n)]
+        for k in self.progress_bar(range(n)):
+            t = times[k]
+            if self.config.head == "v":
+                x = x - (t - times[k + 1]) * net(x, t.flatten(), c, "v")
+                continue
+            if k:
+                z = noises[k - 1].to(x) if noises else randn_tensor(shape, generator=generator, device=device)
+                x = t * z + (1 - t) * x
+            x = x - t * net(x, t.flatten(), c, self.config.head)
+        images = x if output_type == "latent" else self.images(x, output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def times(self, n: int) -> list[float]:
+        """Those of n passes; of Euler steps also the last one's end."""
+        start, m = self.config.start, self.config.m
+        if self.config.head == "v":
+            return [start * ((n - k) / n) for k in range(n + 1)]
+        return [start * (m / start) ** log2(n / (n - k)) for k in range(n)]
+
+    def images(self, x: Tensor, output_type: str) -> Any:  # noqa: ANN401, as diffusers gives them
+        """What the net made, decoded."""
+        shift, scale = (torch.tensor(value, device=x.device) for value in (self.config.shift, self.config.scale))
+        x = x / scale.reshape(-1, 1, 1) + shift.reshape(-1, 1, 1)
+        if self.vae is not None:
+            x = self.vae.decode(x.to(self.vae.dtype)).sample.float()
+        return VaeImageProcessor().postprocess(x, output_type=output_type)

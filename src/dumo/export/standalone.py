@@ -1,0 +1,147 @@
+"""A run of dumo's own DiT as a folder that stock diffusers runs, with the code that it takes beside the weights.
+
+pipeline.py        the jumps, or Euler steps
+transformer/       dumo_dit.py, its config and weights: every head, of the weights that are shown
+vae/               the decoder, if the net makes latents: a class of diffusers, or dumo_taef2.py
+model_index.json   which parts there are, and how the run samples
+README.md          the model card
+
+The code lies in `shipped`, which is no package of dumo: it is copied as it is, and read by whoever trusts it. diffusers
+copies such files into one flat folder, and of what they import from each other the first level alone, so each stands
+by itself. That it computes what dumo does is not taken on trust: before anything is written both nets are asked.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dumo import __version__
+from dumo.codecs import Identity, Taef2
+from dumo.data import Latents
+from dumo.export import card
+from dumo.flow.path import Linear
+from dumo.io.json import write_json
+from dumo.nets import DiT
+from dumo.random import random_batch
+from dumo.run.folder import RunFolder
+from dumo.run.sample import guided_reading
+from dumo.sampling.solver import Euler, Restart
+from dumo.types import Sample, UserError
+
+SHIPPED = Path(__file__).parent / "shipped"
+TRANSFORMER, VAE = "dumo_dit", "dumo_taef2"  # files, and not `dit`: diffusers has a pipeline of this name
+TIMES = ("t", "r")  # embeddings that it has
+KNOWN = {"precondition": "none", "norm": "layer", "qk_norm": False, "mlp": "gelu", "position": "waves"}
+PROBED = (0.3, 0.9)  # times at which both nets are asked. Ours
+Json = dict[str, Any]
+
+
+def write(opened: RunFolder, out: Path, name: str, *, head: str | None = None, dtype: str = "float32") -> None:
+    """Write the folder `out`, which is there and empty, and will be called `name`; `head` is u or v, None: u if taught.
+
+    Raises UserError for a head, an option of the net, a path or a guidance that the shipped code does not know, and
+    where it computes anything else than dumo.
+    """
+    head = checked(opened, head)
+    net = transformer(opened)
+    agree(opened, net, head)
+    nn.Module.to(net, getattr(torch, dtype)).save_pretrained(out / "transformer")  # without diffusers' warning
+    shutil.copy(SHIPPED / f"{TRANSFORMER}.py", out / "transformer")
+    shutil.copy(SHIPPED / "pipeline.py", out)
+    index: Json = {"_class_name": ["pipeline", "DumoPipeline"], "_dumo_version": __version__}
+    index |= {"transformer": [TRANSFORMER, "DumoDiT"], "vae": decoder(opened, out / "vae")}
+    write_json(out / "model_index.json", index | sampling(opened, head))
+    (out / "README.md").write_text(card.of_own(opened, name, head), encoding="utf-8")
+
+
+def checked(opened: RunFolder, head: str | None) -> str:
+    """The head. Raises UserError for a run that the shipped code does not know."""
+    run = opened.run
+    needs, has = run.objective.needs, [head for head in run.objective.needs.heads if head in ("u", "v")]
+    if not has or (head or has[0]) not in has:
+        raise UserError(
+            f"objective '{run.objective.kind}' has {' and '.join(has) or 'no'} head{'s' * (len(has) > 1)} that can be "
+            "exported, which are u and v: give another --head, or sample it by dumo sample"
+        )
+    head = head or ("u" if "u" in has else "v")
+    wrong = [f"net.{field} is {value}" for field in KNOWN if (value := getattr(run.net, field)) != KNOWN[field]]
+    wrong += [f"its net is told {name}" for name in needs.names if name not in TIMES]
+    wrong += [f"its head {name} is told more than the others" for name in needs.own]
+    wrong += [f"sample.guide.scale is {run.sample.guide.scale:g}"] if run.sample.guide.active else []
+    if run.path != Linear():
+        wrong.append(f"its path is {run.path.kind} with sd {run.path.sd:g}")
+    if wrong:
+        raise UserError(f"{opened.folder}: {wrong[0]}, which the exported code does not know: sample it by dumo sample")
+    return head
+
+
+def transformer(opened: RunFolder) -> Any:  # noqa: ANN401, a model of diffusers
+    """The shipped net with the run's weights."""
+    from dumo.export.shipped.dumo_dit import DumoDiT
+
+    run, net = opened.run, opened.run.net
+    assert isinstance(net, DiT)
+    channels, side, _ = run.data.shape
+    state = {
+        name.replace("scalars.embedders.", "times."): tensor
+        for name, tensor in opened.net.state_dict().items()
+        if not name.startswith("gauges.")
+    }
+    fields = net.model_dump(include={"patch", "width", "depth", "attention", "time_scale"})
+    times = [time for time in TIMES if f"times.{time}.0.weight" in state]
+    heads = [*run.objective.needs.heads]
+    shipped = DumoDiT(channels, side, run.data.classes, **fields, time_names=times, head_names=heads)
+    shipped.load_state_dict(state)
+    return shipped.eval()
+
+
+@torch.no_grad()
+def agree(opened: RunFolder, net: Any, head: str) -> None:  # noqa: ANN401
+    """Raise UserError where the shipped net and dumo's reading of its own are not the same to the bit."""
+    data, reads = opened.run.data, guided_reading(opened)
+    x, c = random_batch("export", 2, data.shape, data.classes)
+    for t in (x.new_full((2,), t) for t in PROBED):
+        theirs: Sample = net(x, t, c, head)
+        if head == "u":
+            ours, theirs = reads.endpoint and reads.endpoint(x, t, c), x - t[:, None, None, None] * theirs
+        else:
+            ours = reads.velocity and reads.velocity(x, t, c)
+        if ours is None or not torch.equal(ours, theirs):
+            raise UserError(
+                f"{opened.folder}: objective '{opened.run.objective.kind}' reads its head {head} in another way than "
+                "the exported code, x_t - t u or the velocity v: sample it by dumo sample"
+            )
+
+
+def decoder(opened: RunFolder, folder: Path) -> list[str | None]:
+    """Write the decoder, if there is one; return its entry in model_index.json. Raises as `RunFolder.codec`."""
+    data = opened.run.data
+    if not isinstance(data, Latents) or isinstance(data.codec, Identity):
+        return [None, None]
+    codec = opened.codec
+    assert codec is not None
+    net: Any = codec.net
+    if not isinstance(data.codec, Taef2):
+        net.net.save_pretrained(folder)
+        return ["diffusers", type(net.net).__name__]
+    from dumo.export.shipped.dumo_taef2 import DumoTaef2
+
+    tiny = DumoTaef2(data.codec.channels)
+    tiny.load_state_dict({name: w for name, w in net.state_dict().items() if name.startswith("decoder.")})
+    tiny.save_pretrained(folder)
+    shutil.copy(SHIPPED / f"{VAE}.py", folder)
+    return [VAE, "DumoTaef2"]
+
+
+def sampling(opened: RunFolder, head: str) -> Json:
+    """How the pipeline samples, and what becomes of it: the fields of its `__init__`."""
+    data, solver = opened.run.data, opened.run.sample.solver
+    kinds = Restart if head == "u" else Euler
+    solver = solver if isinstance(solver, kinds) else kinds()
+    said: Json = {"head": head, **solver.model_dump(exclude={"kind"})}
+    if isinstance(data, Latents):
+        said |= {"shift": data.codec.shift, "scale": data.codec.scale}
+    return said

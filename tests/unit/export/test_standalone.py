@@ -1,0 +1,164 @@
+"""The exported folder of dumo's own DiT makes dumo's images, by code that is not dumo's."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dumo.codecs import Identity, SdVae, Taef2
+from dumo.codecs.taesd import Tiny
+from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.data import Latents
+from dumo.data.image import Images
+from dumo.export.write import export
+from dumo.random import noise, stream
+from dumo.run.folder import RunFolder
+from dumo.run.sample import sample
+from dumo.sampling.solver import Euler, Restart
+from dumo.types import UserError
+
+SMALL = ("net.width=16", "net.depth=2", "net.attention=2")
+C = torch.tensor([3, 7, 1])
+Opener = Callable[[Path], Any]
+
+
+@pytest.fixture
+def pipeline(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Opener:
+    """Opens a folder as stock diffusers does; the code that comes along is kept in a folder of the test."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import dynamic_modules_utils
+
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+
+    def opened(folder: Path) -> Any:  # noqa: ANN401
+        return DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+
+    return opened
+
+
+def drawn(run: Run, folder: Path) -> RunFolder:
+    """The run with random weights, as if it had been trained."""
+    net, g = run.build("cpu"), stream("standalone")
+    for p in net.parameters():
+        p.data = torch.randn(p.shape, generator=g) * 0.1
+    return RunFolder(run, folder, net.eval(), step=1, weights="net.safetensors", listed="0" * 64)
+
+
+def off(run: RunFolder, pipe: Any, n: int, **told: Any) -> float:  # noqa: ANN401
+    """How far the pipeline's images in n passes are from dumo's."""
+    z, *noises = (noise(0, range(len(C)), k, run.run.data.shape) for k in range(n))
+    solver = Restart(m=0.3, start=0.9) if pipe.config.head == "u" else Euler()
+    ours = sample(run, nfe=n, c=C, seed=0, solver=solver).x
+    out = pipe(C.tolist(), n, latents=z, noises=noises, **({"output_type": "latent"} | told)).images
+    return float((out - (ours / 2 + 0.5 if told else ours)).abs().max())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields"),
+    [
+        ("digits", ("net.time_scale=10", "sample.solver={kind: restart, m: 0.3, start: 0.9}")),
+        ("digits", ("net.aux_time=true", "sample.solver={kind: restart, m: 0.3, start: 0.9}")),
+        ("digits-meanflow", ("sample.solver={kind: restart, m: 0.3, start: 0.9}",)),
+        ("digits-flow-matching", ("sample.solver.kind=euler",)),
+    ],
+)
+def test_dumos_images_to_the_bit(recipe: str, fields: tuple[str, ...], pipeline: Opener, tmp_path: Path) -> None:
+    run = drawn(load(recipe, [*SMALL, *fields]), tmp_path)
+    pipe = pipeline(export(run, tmp_path / "out"))
+    assert [off(run, pipe, n) for n in (1, 2, 3)] == [0, 0, 0]
+
+
+def test_the_velocity_beside_the_flow_map(pipeline: Opener, tmp_path: Path) -> None:
+    run = drawn(load("digits", SMALL), tmp_path)
+    assert off(run, pipeline(export(run, tmp_path / "out", head="v")), 4) == 0
+
+
+def codec(kind: str, folder: Path) -> Identity | SdVae | Taef2:
+    """A codec with random weights in `folder`."""
+    if kind == "identity":
+        return Identity(shift=(0.25, 0.0, -0.5), scale=(2.0, 1.0, 0.5))
+    g = stream("codec")
+    if kind == "taef2":
+        state = {name: torch.randn(w.shape, generator=g) * 0.1 for name, w in Tiny(32).state_dict().items()}
+        save_file(state, folder / "taef2.safetensors")
+        return Taef2(weights=str(folder / "taef2.safetensors"), sha256=None)
+    from diffusers import AutoencoderKL
+
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    net = AutoencoderKL(**blocks, block_out_channels=(8, 16), latent_channels=4, norm_num_groups=4)
+    for p in net.parameters():
+        p.data = torch.randn(p.shape, generator=g) * 0.1
+    net.save_pretrained(folder / "vae")
+    return SdVae(weights=str(folder / "vae"), channels=4, factor=2, shift=0.1, scale=1.5)
+
+
+@pytest.mark.parametrize("kind", ["identity", "taef2", "sd-vae"])
+def test_the_decoder_is_inside(kind: str, pipeline: Opener, tmp_path: Path) -> None:
+    run = load("digits", [*SMALL, "sample.solver={kind: restart, m: 0.3, start: 0.9}"])
+    images = Images(root="", side=32, classes=10, names=tuple("abcdefghij"))
+    data = Latents(root=str(tmp_path), images=images, codec=codec(kind, tmp_path))
+    opened = drawn(run.model_copy(update={"data": data}), tmp_path)
+    pipe = pipeline(export(opened, tmp_path / "out"))
+    assert [off(opened, pipe, n, output_type="pt") for n in (1, 2)] == pytest.approx([0, 0], abs=1e-6)
+
+
+def test_a_generator_draws_all_noise(pipeline: Opener, tmp_path: Path) -> None:
+    pipe = pipeline(export(drawn(load("digits", SMALL), tmp_path), tmp_path / "out"))
+    g = torch.Generator().manual_seed(3)
+    z, fresh = (torch.randn(2, 1, 8, 8, generator=g) for _ in range(2))
+    given = pipe([3, 7], 2, latents=z, noises=[fresh], output_type="np").images
+    assert (pipe([3, 7], 2, generator=torch.Generator().manual_seed(3), output_type="np").images == given).all()
+    assert pipe(3).images[0].size == (8, 8)
+
+
+def test_half_precision_is_rounded_once(pipeline: Opener, tmp_path: Path) -> None:
+    run = drawn(load("digits", SMALL), tmp_path)
+    full, half = (pipeline(export(run, tmp_path / dtype, dtype=dtype)) for dtype in ("float32", "bfloat16"))
+    for name, w in half.transformer.state_dict().items():
+        assert torch.equal(w, full.transformer.state_dict()[name].bfloat16().float()), name
+    assert 0 < off(run, half, 1) < 0.1
+
+
+@pytest.mark.parametrize(
+    ("recipe", "field", "named"),
+    [
+        ("digits", "net.norm=rms", "net.norm is rms"),
+        ("digits", "net.position=rope", "net.position is rope"),
+        ("digits-ect", "net.depth=1", "net.precondition is edm"),
+        ("digits-shortcut", "net.depth=1", "its net is told k"),
+        ("digits-flow-matching", "sample.guide.scale=2", "sample.guide.scale is 2"),
+        ("digits-sct", "net.depth=1", "has no head that can be exported"),
+    ],
+)
+def test_what_the_code_does_not_know_is_refused(recipe: str, field: str, named: str, tmp_path: Path) -> None:
+    fields = ["net.width=16", "net.attention=2", field]
+    run = load(recipe, [*fields, *["objective.drop=0.1"] * ("guide" in field)])
+    with pytest.raises(UserError, match=named):
+        export(drawn(run, tmp_path), tmp_path / "out")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_other_code_than_dumos_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dumo.export.shipped import dumo_dit
+
+    monkeypatch.setattr(dumo_dit, "norm", lambda h: torch.nn.functional.layer_norm(h, h.shape[-1:], eps=1e-5))  # pyright: ignore
+    with pytest.raises(UserError, match="in another way"):
+        export(drawn(load("digits", SMALL), tmp_path), tmp_path / "out")
+
+
+def test_the_card_says_how_it_is_called(tmp_path: Path) -> None:
+    out = export(drawn(load("digits", SMALL), tmp_path), tmp_path / "out")
+    text, index = (out / "README.md").read_text("utf-8"), json.loads((out / "model_index.json").read_text("utf-8"))
+    assert 'from_pretrained("out", trust_remote_code=True)' in text
+    assert "class_labels=[0, 5], num_inference_steps=2" in text
+    assert index["_class_name"] == ["pipeline", "DumoPipeline"]
+    code = {path.name for path in out.rglob("*.py")}
+    assert code == {"pipeline.py", "dumo_dit.py"}
+    assert all(
+        "import dumo" not in path.read_text() and "from dumo" not in path.read_text() for path in out.rglob("*.py")
+    )
