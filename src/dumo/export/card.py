@@ -23,6 +23,11 @@ SEED = "torch.manual_seed(0)  # the noise between two passes is torch's own: gen
 RENOISES = (
     "The scheduler adds fresh noise between two passes. With plain Euler steps two passes are wrong, without an error."
 )
+CODED = "codes.safetensors"
+CODES = (
+    f"It was tuned on classes that have codes, not on texts. In the place of a prompt give a row of `{CODED}`, one for "
+    "each class and the last for none: `tokens` as prompt_embeds, and `pooled` as pooled_prompt_embeds, if there are any."
+)
 PASSES = (1, 2)
 
 
@@ -56,7 +61,7 @@ def of_lora(exported: Exported, stock: Stock, name: str) -> str:
         )
     notes = [
         "The LoRA holds the last layer and the embedding of time, too, and makes another function of the model: it "
-        " counts whole or not at all: no `cross_attention_kwargs` scale between 0 and 1, and no second LoRA of "
+        "counts whole or not at all: no `cross_attention_kwargs` scale between 0 and 1, and no second LoRA of "
         "this kind beside it."
     ]
     return page(exported, name, [*lines, *calls(exported, stock)], notes)
@@ -81,6 +86,7 @@ def page(exported: Exported, name: str, lines: list[str], notes: list[str]) -> s
     """A card."""
     if exported.head == "u":
         notes = [RENOISES, *notes]
+    notes = [*notes, CODES] if exported.codes else notes
     parts = [f"{HEAD}\n# {name}", "```py\n" + "\n".join(lines) + "\n```", *notes, "## How it was made", made(exported)]
     found = measured(exported)
     return "\n\n".join([*parts, *(["## What it measured", found] if found else [])]) + "\n"

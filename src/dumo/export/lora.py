@@ -40,6 +40,8 @@ def write(exported: Exported, out: Path, name: str, *, dtype: str = "float32") -
     safetensors.torch.save_file({PREFIX + name: x for name, x in layers.items()}, out / FILE, NOTES)
     if exported.head == "u":
         scheduler.write(out / scheduler.FOLDER, stock, exported.solver)
+    if codes := exported.codes:
+        safetensors.torch.save_file(codes, out / card.CODED, NOTES)
     (out / "README.md").write_text(card.of_lora(exported, stock, name), encoding="utf-8")
 
 
