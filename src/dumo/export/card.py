@@ -26,7 +26,7 @@ RENOISES = (
 CODED = "codes.safetensors"
 CODES = (
     f"It was tuned on classes that have codes, not on texts. In the place of a prompt give a row of `{CODED}`, one for "
-    "each class and the last for none: `tokens` as prompt_embeds, and `pooled` as pooled_prompt_embeds, if there are any."
+    "each class and the last for none: `tokens` as prompt_embeds, and `pooled`, if any, as pooled_prompt_embeds."
 )
 PASSES = (1, 2)
 
