@@ -9,7 +9,7 @@ from dumo.evaluation.evaluate import FILE, read_report
 from dumo.export import scheduler
 from dumo.export.model import Exported
 from dumo.export.stock import Stock, at
-from dumo.sampling.guidance import GuidanceScale
+from dumo.sampling.guidance import CFG, GuidanceScale
 from dumo.types import UserError
 
 HEAD = """---
@@ -108,12 +108,22 @@ def made(exported: Exported) -> str:
         "head": gives,
         "objective": f"{run.objective.kind}, {opened.step:,} steps of {run.train.batch} images",
         "guidance baked in": ", ".join(guided) or "none",
-        "guidance when called": f"{run.sample.guide.scale:g}" if run.sample.guide.active else "none",
+        "guidance when called": asked(run.sample.guide),
         "embedding of time": "as it was" if spec.lowpass is None else f"waves of up to {spec.lowpass:g} rad",
         "weights": f"{opened.weights}, SHA-256 {opened.sha256}",
         "made by": f"dumo {__version__}",
     }
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
+
+
+def asked(guide: CFG) -> str:
+    """What the run is sampled with; pipelines know no interval of times."""
+    if not guide.active:
+        return "none"
+    low, high = guide.interval.low, guide.interval.high
+    return f"{guide.scale:g}" + (
+        "" if (low, high) == (0, 1) else f" in dumo at t from {low:g} to {high:g}, here at all"
+    )
 
 
 def measured(exported: Exported) -> str:
