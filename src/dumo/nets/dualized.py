@@ -52,7 +52,9 @@ class Dualized(nn.Module):
         for layer in model.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0  # it would draw from torch's global generator
-        self.tables = {name: tables for name, layer in model.named_modules() if (tables := twin.unsaved(layer))}
+        self.tables = {
+            name: tables for name, layer in model.named_modules() if name and (tables := twin.unsaved(layer))
+        }
         idle, embedders = self._idle(), self._embedders()
         parts = [row.last, *embedders, *([row.norm] if own_norm else [])]  # trained in full, also beside adapters
         self.paths = tuple(parts) if lora else ()
