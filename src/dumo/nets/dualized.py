@@ -10,7 +10,8 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dumo.nets import adapter, twin
 from dumo.nets.adapter import Lora
@@ -71,6 +72,8 @@ class Dualized(nn.Module):
             self.fits = tuple(lowpass(model.get_submodule(path), row.turn(self.config), limit) for path in embedders)
         for path in embedders if limit is not None else ():
             model.get_submodule(path).requires_grad_(True)
+        if row.reads:
+            model.get_submodule(row.reads).register_forward_pre_hook(readable)
         norms = [head.norm for head in self._heads if head.norm is not None]
         put(model, row.last, self._outs([head.out for head in self._heads], own=own_norm))
         if norms:
@@ -196,6 +199,12 @@ class Dualized(nn.Module):
         """The paths of the perceptrons that embed time."""
         end = self.row.embedder
         return [name for name, _ in self.model.named_modules() if end and f".{name}".endswith(f".{end}")]
+
+
+def readable(_: nn.Module, args: tuple[Array, Tensor]) -> tuple[Array, Tensor]:
+    """On the meta device, where a mask has no numbers, one of which all tokens are there."""
+    x, mask = args
+    return x, torch.ones(mask.shape, dtype=torch.long, device="cpu") if mask.is_meta else mask
 
 
 def packed(x: Sample, grid: tuple[int, int], p: int) -> Array:
