@@ -48,7 +48,8 @@ def write(opened: RunFolder, out: Path, name: str, *, head: str | None = None, d
     head = checked(opened, head)
     net = transformer(opened)
     agree(opened, net, head)
-    nn.Module.to(net, getattr(torch, dtype)).save_pretrained(out / "transformer")  # without diffusers' warning
+    nn.Module.to(net, getattr(torch, dtype))  # diffusers' own would warn that no layer stays in float32
+    net.save_pretrained(out / "transformer")
     shutil.copy(SHIPPED / f"{TRANSFORMER}.py", out / "transformer")
     shutil.copy(SHIPPED / "pipeline.py", out)
     index: Json = {"_class_name": ["pipeline", "DumoPipeline"], "_dumo_version": __version__}
