@@ -16,7 +16,7 @@ from dumo.reproduce.arm import respread
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "src/dumo/recipes/results"
-RELIABILITY = DOCS.parent / "tests/reliability"
+TESTS = DOCS.parent / "tests"
 PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n\n).*?(?P<end>\n\n<!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
 
@@ -137,6 +137,50 @@ def machines(results: Row) -> Iterator[str]:
         yield line([row["name"], codes, said.replace("|", "\\|"), changed, row["left_out"] or row["afterwards"]])
 
 
+def duel(results: Row) -> Iterator[str]:
+    """What work cost before and costs now, by the clock and in CPU time."""
+    yield line(["", "before, ms", "now, ms", "before / now (quartiles)", "of CPU time"])
+    yield "|" + "---|" * 5
+    for row in results["rows"]:
+        digits = 0 if row["wall_ratio"][1] > 100 else 2
+        low, middle, high = ([f"{row[f'{what}_ratio'][k]:.{digits}f}" for what in ("wall", "cpu")] for k in range(3))
+        ratios = [f"{m} ({a}–{b})" for a, m, b in zip(low, middle, high, strict=True)]
+        yield line(
+            [row["about"].rstrip("."), *(f"{ms:.3g}" if ms < 1000 else f"{ms:,.0f}" for ms in row["wall_ms"]), *ratios]
+        )
+
+
+def tiny(number: float | None) -> str:
+    """A difference, by its power of ten."""
+    if not number:
+        return "" if number is None else "0"
+    digits, power = f"{number:.0e}".split("e")
+    return f"{digits} · 10{str(int(power)).translate(RAISED)}"
+
+
+def stock(results: Row) -> Iterator[str]:
+    """Every family's stock pipeline beside dumo."""
+    head = ["", "two passes", "off, 1 pass", "2", "LoRA, off, 1 pass", "2", "by its generator"]
+    yield line([*head, "plain Euler, 2"])
+    yield "|" + "---|" * 8
+    for row in results["rows"]:
+        call = ", ".join(f"{name}={value}" for name, value in row["call"].items())
+        off, lora = (list(map(tiny, found or (None, None))) for found in (row["off"], row["lora"]))
+        euler = "" if row["euler"] is None else f"{100 * row['euler']:.0f} %"
+        yield line([row["family"], f"`{call}`", *off, *lora, "yes" if row["seeded"] else "no", euler])
+
+
+def bare(results: Row) -> Iterator[str]:
+    """What stock pipelines make when they are told nothing."""
+    yield line(["", "steps", "passes of a row", "last time", "from one pass", "the same, guidance off"])
+    yield "|" + "---|" * 6
+    for row in results["rows"]:
+        found = row["bare"]
+        far = (f"{100 * found[key]:.0f} %" for key in ("off", "off_unguided"))
+        yield line([row["family"], f"{found['steps']}", f"{found['passes']}", f"{found['last']:.3g}", *far])
+
+
+RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # of the paper, Sec. 4.3 and Tab. 1: FID of XL/2, of 432 and 424 epochs
 PAPER = {"DuMo": "2.60", "DuMo + MeanFlow": "2.84", "DuMo + Shortcut": "4.73"}
 # of the README: the kind, and what a step costs by docs/objectives/index.md, to which a test holds it
@@ -157,6 +201,9 @@ TABLES = {
     "fair": ("fair", fair),
     "kills": ("kill", kills),
     "machines": ("machine", machines),
+    "duel": ("duel", duel),
+    "stock": ("stock", stock),
+    "bare": ("stock", bare),
 }  # by name: the file, and what is made of it
 
 
@@ -165,8 +212,8 @@ def written(page: str) -> str:
 
     def write(place: re.Match[str]) -> str:
         file, table = TABLES[place["name"]]
-        folder = RELIABILITY if table in (kills, machines) else RESULTS
-        results = json.loads((folder / f"{file}.json").read_text(encoding="utf-8"))
+        found = sorted(place for folder in (RESULTS, TESTS) for place in folder.glob(f"**/{file}.json"))
+        results = json.loads(found[0].read_text(encoding="utf-8"))
         return place["begin"] + "\n".join(table(results)) + place["end"]
 
     return PLACE.sub(write, page)

@@ -49,6 +49,7 @@ GUIDE, PRECISION, WAIT = (
     "tests/unit/flow/test_precision.py",
     "tests/contract/test_wait.py",
 )
+LORA, STOCK = (f"tests/unit/export/test_{name}.py" for name in ("lora", "stock"))
 PROBE = "tests/unit/training/test_probe.py"
 NEIGHBOURS, TWO_SAMPLE = (f"tests/unit/metrics/test_{name}.py" for name in ("neighbours", "two_sample"))
 PROTOCOL = "tests/unit/protocols/test_protocol.py"
@@ -69,12 +70,14 @@ DISCRETIZATION, EDM, HEADS = (
 LAYOUT = f"{THEORY}/test_layout.py::test_two_ranks_are_two_pieces_to_the_bit"
 DROPPED, EMA = (f"tests/unit/training/test_{name}.py" for name in ("dropout", "ema"))
 COLLECTIVE, STEP = f"{THEORY}/test_collective.py", "tests/unit/training/test_step.py"
+FROZEN, FROZEN_RANKS = (f"tests/unit/training/test_{name}.py" for name in ("frozen", "frozen_ranks"))
+BASE = "tests/unit/run/test_base.py"
 WHOLE, CHECKPOINT = "tests/unit/training/test_manifest.py", "tests/unit/training/test_checkpoint.py"
 SKIPPED = f"{STEP}::test_what_is_not_finite_is_counted_and_not_applied"
 OTHER = f"{STEP}::test_a_number_of_another_rank_skips_the_step_here"
 UNSAVED = f"{CHECKPOINT}::test_what_is_not_finite_is_not_saved"
 LAST_GOOD = f"{CHECKPOINT}::test_the_last_good_one_stays_besides_those_that_are_kept"
-RULE, DUAL = "tests/unit/autodiff/test_rule.py", "tests/unit/autodiff/test_dual.py"
+RULE, DUAL, ATTEND = (f"tests/unit/autodiff/test_{name}.py" for name in ("rule", "dual", "attention"))
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,24 @@ MUTANTS = [
     Mutant("autodiff/rule/layer.py", "out if plain else x.p", "out", "a norm with weights moves by what it gave", RULE),
     Mutant("autodiff/rule/layer.py", "torch.mul, None, mask", "torch.mul, None, 1 / (1 - p)", "the dropped move", RULE),
     Mutant("autodiff/rule/shape.py", "Tensor.view: Tensor.reshape,", "", "tangents must lie as their primals", RULE),
+    Mutant("autodiff/tape.py", "writes != now.writes", "False", "the tape plays what was written over", DUAL),
+    Mutant("autodiff/rule/shape.py", "p = x.p.clone()", "p = x.p", "assignment is in place", RULE),
+    Mutant("autodiff/rule/shape.py", "x.part = True", "pass", "a base does not see what its view is assigned", RULE),
+    Mutant("autodiff/rule/shape.py", "Dual) and out is x.p", "Dual) and False", "two names have two values", DUAL),
+    Mutant("autodiff/rule/shape.py", "0.0 if dy is None else dy", "0.0", "what is assigned does not move", RULE),
+    Mutant("autodiff/rule/shape.py", "rows, batch_first, 0.0, side", "rows, batch_first", "padded on one side", RULE),
+    Mutant(
+        "autodiff/attention.py", "seen = _seen(mask, causal, rows, o, k)", "seen = None", "the mask is lost", ATTEND
+    ),
+    Mutant("autodiff/attention.py", ".tril(first)", ".tril()", "each chunk begins at the first key", ATTEND),
+    Mutant("autodiff/attention.py", "aten._safe_softmax(masked, -1)", "masked.softmax(-1)", "0 / 0", ATTEND),
+    Mutant(
+        "autodiff/attention.py",
+        "x.repeat_interleave(q.shape[-3] // x.shape[-3], -3)",
+        "x.repeat(1, q.shape[-3] // x.shape[-3], 1, 1)",
+        "queries take the keys of others",
+        ATTEND,
+    ),
     Mutant("autodiff/tape.py", "now.moved = now.saved = ()", "pass", "a tape keeps what it has played", DUAL),
     Mutant("autodiff/dual.py", "if not graded and", "if False and", "gradients are lost unsaid", RULE),
     Mutant(
@@ -755,8 +776,8 @@ MUTANTS = [
     ),
     Mutant(
         "autodiff/attention.py",
-        "p = (s * q @ k.mT).softmax(-1)\n        out",
-        "p = (s * q @ k.mT).softmax(-1).detach()\n        out",
+        "slice(None), o, k))",
+        "slice(None), o, k)).detach()",
         "attention's weights are held still",
         RATE,
     ),
@@ -834,7 +855,21 @@ MUTANTS = [
     Mutant("training/step.py", "self.keys[self.here(rows)]", "self.keys[: len(b.t)]", "pieces share masks", DROPPED),
     Mutant("training/ema.py", "id(tensor),", "id(tensor) + len(found),", "a shared weight is averaged twice", EMA),
     Mutant("training/step.py", "        layout.release(self.net)\n", "", "what a probe gathers stays", LAYOUT),
-    Mutant("training/state.py", "reshard=True", "reshard=False", "an average's weights stay gathered", LAYOUT),
+    Mutant("training/layout.py", "(copy, True)", "(copy, reshard)", "an average's weights stay gathered", LAYOUT),
+    Mutant("training/layout.py", "        share(copy, net)\n", "        pass\n", "averages stay empty", FROZEN_RANKS),
+    Mutant("training/frozen.py", " if name not in fixed", "", "what is frozen is saved", FROZEN),
+    Mutant("training/frozen.py", "deepcopy(net, {id(x): x for x in shared})", "deepcopy(net)", "it lies twice", FROZEN),
+    Mutant("training/frozen.py", "if now != then", "if False", "a run goes on from another model", FROZEN),
+    Mutant("training/memory.py", " if p.requires_grad", "", "moments of what is frozen are taken", FROZEN),
+    Mutant(
+        "training/state.py",
+        "p for p in net.parameters() if p.requires_grad), averages",
+        "net.parameters()), averages",
+        "the optimizer holds what is frozen",
+        FROZEN,
+    ),
+    Mutant("run/base.py", "evaluating(self.net), ", "", "a teacher drops", BASE),
+    Mutant("run/base.py", "off(), ", "", "the net teaches itself", BASE),
     Mutant("training/layout.py", "sync(step)", "sync(True)", "every piece is sent", COLLECTIVE),
     Mutant("training/layout.py", "backward(step or reshard)", "backward(True)", "weights come twice", COLLECTIVE),
     Mutant("training/manifest.py", "if digest.of_file(", "if False and digest.of_file(", "no file is hashed", WHOLE),
@@ -894,6 +929,10 @@ MUTANTS = [
         "what no file holds leads",
         "tests/unit/report/test_score.py",
     ),
+    Mutant("export/lora.py", "new.bias.detach() - old.bias", "new.bias.detach()", "a LoRA adds a bias twice", LORA),
+    Mutant("export/stock.py", "self.none + scale - 1", "scale", "Z-Image is guided once too often", STOCK),
+    Mutant("export/scheduler.py", "(M / START)", "M", "the times of jumps forget where they start", STOCK),
+    Mutant("export/scheduler.py", '"shift": 1.0, ', "", "a scheduler may bend the times", STOCK),
 ]
 
 

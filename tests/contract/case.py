@@ -25,6 +25,7 @@ OWN: dict[str, dict[str, object]] = {"unet": {"depth": 1}}  # ten blocks as it i
 SOME = {"root": "somewhere", "side": 8, "classes": 2}
 GIVEN = {  # what a spec cannot do without
     "images": SOME,
+    "diffusers": {"source": "somewhere"},
     "latents": {"root": "elsewhere", "images": {"kind": "images", **SOME}, "codec": {"kind": "identity"}},
 }
 
@@ -83,8 +84,8 @@ def name(spec: Spec) -> str:
 
 
 def nets() -> list[Net]:
-    """Every net, small; the first is the quickest."""
-    small = {cls: SMALL | OWN.get(kind(cls), {}) for cls in members(Net)}
+    """Every net that needs no files, small; the first is the quickest."""
+    small = {cls: SMALL | OWN.get(kind(cls), {}) for cls in members(Net) if kind(cls) not in GIVEN}
     found = [cls(**{k: v for k, v in small[cls].items() if k in cls.model_fields}) for cls in small]
     return sorted(found, key=lambda net: kind(net) != "mlp")
 

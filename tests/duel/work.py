@@ -9,9 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from tarfile import TarFile, TarInfo
-from io import BytesIO
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ from dumo.run.encode import asked, encode
 from dumo.run.train import train
 from dumo.training import checkpoint
 from dumo.training.ema import Ema, MovingAverage
-from dumo.training.spec import Train
 from dumo.training.state import begin
 from dumo.types import frozen
 
@@ -111,17 +110,16 @@ def images(folder: Path) -> Work:
     return training(folder, 13, "my-images", *root, *SMALL, "train.batch=64")
 
 
-def decoding(folder: Path) -> Work:
-    """A batch of 64 such images alone."""
-    root = [f"data.root={photos(folder / 'images', 512, 256, 'jpg')}", "data.memory=0"]
-    source, step = load("my-images", root).data.open(), 0
+def table(folder: Path) -> Work:
+    """The same out of a parquet file of one row group."""
+    from pyarrow import Table, parquet
 
-    def one() -> None:
-        nonlocal step
-        source.batch(step, 64, 0)
-        step += 1
-
-    return timed(4, one)
+    rows = [path.read_bytes() for path in sorted(photos(folder / "images", 512, 256, "jpg").iterdir())]
+    parquet.write_table(
+        Table.from_pydict({"image": [{"bytes": row, "path": None} for row in rows]}), folder / "all.parquet"
+    )
+    root = [f"data.root={folder / 'all.parquet'}", "data.memory=0"]
+    return training(folder, 13, "my-images", *root, *SMALL, "train.batch=64")
 
 
 def members(folder: Path) -> Work:
@@ -141,11 +139,11 @@ def members(folder: Path) -> Work:
 
 
 def sampling(folder: Path) -> Work:
-    """256 samples of 3 x 32 x 32 numbers in one pass of a small net."""
+    """1,024 samples of 3 x 32 x 32 numbers in one pass of a small net, in four batches."""
     root = f"data.root={photos(folder / 'images', 64, 32, 'png')}"
     train(load("my-images", [root, "data.side=32", *SMALL, *QUIET, "train.steps=1"]), folder / "run")
     run = api.load(folder / "run")
-    return timed(4, lambda: run.sample(count=256, nfe=1))
+    return timed(1, lambda: run.sample(count=1024, nfe=1))
 
 
 def saving(folder: Path) -> Work:
@@ -164,15 +162,15 @@ def saving(folder: Path) -> Work:
     return timed(1, one)
 
 
-def averages(folder: Path) -> Work:
+def averages(_: Path) -> Work:
     """An update of one average of the net of digits."""
     net = load("digits", []).build(CPU)
     average = MovingAverage(Ema(decay=0.999), net)
     return timed(50, lambda: average.update(net, 100))
 
 
-def dual(*, rides: bool) -> Work:
-    """The exact slope of a small net of six blocks: what dual numbers cost beside the arithmetic."""
+def slope(*, rides: bool) -> Work:
+    """The exact slope of a small net of six blocks."""
     run = load("digits", ["net.width=8", "net.attention=2", "net.depth=6"])
     net = run.build(CPU)
     (x, c), t = random_batch("duel", 2, run.data.shape, 10), torch.rand(2)
@@ -185,7 +183,17 @@ def dual(*, rides: bool) -> Work:
     return timed(10, one)
 
 
-def guided(folder: Path) -> Work:
+def ride(_: Path) -> Work:
+    """Dual numbers beside the arithmetic: six tiny blocks, the direction known."""
+    return slope(rides=True)
+
+
+def tape(_: Path) -> Work:
+    """The same, the direction known after the pass."""
+    return slope(rides=False)
+
+
+def guided(_: Path) -> Work:
     """A compiled loss of DuMo with guidance, and its gradient."""
     small = ["net.depth=2", "net.width=64"]
     run = load("digits", ["objective.guide.zeta=0.5", "objective.drop=0.1", "train.batch=64", *small])
@@ -199,9 +207,9 @@ def guided(folder: Path) -> Work:
     return timed(5, one)
 
 
-def neighbours(folder: Path) -> Work:
-    """Precision and recall of 2,000 rows of 2,048 features."""
-    real, fake = torch.randn(2, 2000, 2048, generator=torch.Generator().manual_seed(0)).double()
+def neighbours(_: Path) -> Work:
+    """Precision and recall of 1,000 rows of 2,048 features."""
+    real, fake = torch.randn(2, 1000, 2048, generator=torch.Generator().manual_seed(0)).double()
     return timed(1, lambda: precision_recall(real, fake))
 
 
@@ -211,13 +219,13 @@ WORKS: dict[str, Callable[[Path], Work]] = {
     "pieces": pieces,
     "latents": latents,
     "images": images,
-    "decoding": decoding,
+    "table": table,
     "members": members,
     "sampling": sampling,
     "saving": saving,
     "averages": averages,
-    "ride": lambda _: dual(rides=True),
-    "tape": lambda _: dual(rides=False),
+    "ride": ride,
+    "tape": tape,
     "guided": guided,
     "neighbours": neighbours,
 }

@@ -19,6 +19,7 @@ from e2e.shell import TINY, sets
 from reliability.process import said
 
 SIDE, SHARD, SHARDS = 32, 8, 12  # pixels, images to a shard, shards
+REPORTED = 3  # rows of a report
 RICH = sets("train.log_every=1", "train.keep=3", "train.ema=[{decay: 0.99}, {decay: 0.9, ramp: false}]", "train.clip=1")
 RICH += sets("train.ref=0.9", "train.schedule.kind=cosine", "train.schedule.warmup=20", "objective.guide.zeta=0.5")
 TIMES = ("seconds", "date", "when", "machine", "rate")  # what tells of the machine and the hour, and not of the run
@@ -67,7 +68,7 @@ def places(codec: str = "identity") -> dict[str, Place]:
         Place("saving", (*train, *wide), 6, 0.15, lambda folder: saves(folder) // 2, half_saved, trained),
         Place("encoding", encode, SHARDS, 0.05, shards, lambda folder: shards(folder) < SHARDS, encoded),
         Place("pairs", (*train, *pairs), 6, 0.3, teachings, lambda folder: teachings(folder) < 6, taught),
-        Place("evaluating", ("evaluate", "judged", "--nfe", "1,2"), 3, 0.6, rows, unjudged, judged),
+        Place("evaluating", ("evaluate", "judged", "--nfe", "1,2"), REPORTED, 0.6, rows, unjudged, judged),
     )
     return {place.name: place for place in all_}
 
@@ -107,8 +108,10 @@ def teachings(folder: Path) -> int:
 
 
 def rows(folder: Path) -> int:
-    """The rows of a report that this start has sampled."""
-    return sum(line.startswith("sampling, ") for line in said(folder).splitlines())
+    """The rows of a report that this start has sampled; all where there is one, as after a kill that came too late."""
+    return (
+        REPORTED if not unjudged(folder) else sum(line.startswith("sampling, ") for line in said(folder).splitlines())
+    )
 
 
 def unjudged(folder: Path) -> bool:

@@ -47,15 +47,21 @@ class Row:
         channels |= {"out_channels": 1} if "out_channels" in tiny.config else {}
         return replace(tiny, config={**tiny.config, **channels})
 
-    def told(self, texts: dict[str, Tensor], c: int, prefix: str = "") -> Given:
-        """The arguments for row c of a table of texts; `prefix` is negative_ for what is guided away from."""
+    def told(self, texts: dict[str, Tensor], c: int) -> Given:
+        """The arguments for row c of a table of texts."""
+        if self.lists:
+            return {"prompt_embeds": [texts["tokens"][c][texts["mask"][c]]]}
         found: Given = {"prompt_embeds": texts["tokens"][c : c + 1]}
         for name in ("mask", "pooled"):
             if name in texts:
                 found[dict(self.names).get(name, NAMES[name])] = texts[name][c : c + 1]
-        if self.lists:
-            found = {"prompt_embeds": [texts["tokens"][c][texts["mask"][c]]]}
-        return {f"{prefix}{name}": value for name, value in found.items()}
+        return found
+
+    def against(self, texts: dict[str, Tensor]) -> Given:
+        """The arguments for what is guided away from: no text."""
+        masks = {name: value for name, value in self.more if "mask" in name}
+        found = {f"negative_{name}": value for name, value in (self.told(texts, CLASSES) | masks).items()}
+        return {"negative_prompt": None, **found}
 
 
 FLUX_LIKE: Given = {"into": TOKENS, "back": IMAGE}

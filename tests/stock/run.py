@@ -67,7 +67,7 @@ def measured(name: str, folder: Path) -> dict[str, Any]:
     pipe = case.pipeline()
     row = {"family": name, "pipeline": case.stock.pipeline, "call": case.arguments(2)}
     row["off"] = [case.off(pipe, n) for n in PASSES]
-    row |= {"euler": plain(case, pipe), "bare": bare(case, pipe), "seeded": case.stock.seeded, "lora": None}
+    row |= {"euler": plain(case, pipe), "bare": bare(case, pipe), "seeded": case.seeded(pipe), "lora": None}
     if case.stock.lora:
         tuned = Case.of(name, folder / "lora", LORA, to="lora")
         row["lora"] = [tuned.off(tuned.tuned(), n) for n in PASSES]

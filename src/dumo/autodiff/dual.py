@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_any, tree_map
 
 from dumo.autodiff.scope import held
-from dumo.autodiff.tape import Later, fit
+from dumo.autodiff.tape import Later, fit, keep
 from dumo.types import Array, UserError
 
 Rule = Callable[..., Any]
@@ -200,8 +200,7 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
         moved.append(_tangent(x.p, x.t))
         later = later or isinstance(x.t, Later)
     if later:
-        kept = tuple([x.detach() if isinstance(x, Tensor) else x for x in saved])
-        return pair(p, Later(p.shape, p.dtype, push, tuple(moved), kept))
+        return pair(p, Later(p.shape, p.dtype, push, tuple(moved), *keep(saved)))
     if not graded or _state.recorded:
         return pair(p, fit(push(*moved, *saved), p.shape, p.dtype))
     with torch.no_grad():

@@ -15,13 +15,13 @@ from dumo.types import UserError
 
 
 class WrittenTo(UserError, RuntimeError):  # noqa: N818, as NoRule
-    """A tensor that a tape needs, of the shape named by the argument, has been written to before the tape played."""
+    """A tensor that a tape needs has been written to before the tape played; the argument names the rule."""
 
     def __str__(self) -> str:
         """What happened and the way out."""
         return (
-            f"slope 'dual' cannot play its tape: this net has written in place to a tensor of shape {self.args[0]} "
-            "after using it. Use slope 'jvp', or write to a clone"
+            f"slope 'dual' cannot play its tape: this net has written in place to a tensor that '{self.args[0]}' "
+            "needs as it was. Write to a clone of it, or use slope 'jvp'"
         )
 
 
@@ -34,15 +34,29 @@ class Later:
         dtype: torch.dtype,
         push: Callable[..., Tensor] | None = None,
         moved: tuple["Moved", ...] = (),
-        saved: tuple[object, ...] = (),
+        saved: Sequence[object] = (),
+        writes: int | None = None,
     ) -> None:
-        """Without `push` it is an input, whose value is set by hand."""
+        """Without `push` it is an input, whose value is set by hand. `saved` and `writes` are as `keep` gives them."""
         self.shape, self.dtype, self.push, self.moved, self.saved = tuple(shape), dtype, push, moved, saved
         self.value: Tensor | None = None
-        self.versions = _versions(saved)
+        self.writes = writes
 
 
 Moved = Union[Tensor, Later, None]  # noqa: UP007, what an operand's tangent is; None: it does not move
+
+
+def keep(saved: Iterable[object]) -> tuple[Sequence[object], int | None]:
+    """These without their graph, and how often their tensors have been written to; None: a compiler does not know."""
+    kept: list[object] = []  # every operation of a tape comes by: one loop, and nothing that is dear to make
+    writes = None if torch.compiler.is_dynamo_compiling() else 0
+    for x in saved:
+        if isinstance(x, Tensor):
+            x = x.detach()  # noqa: PLW2901, it shares the count
+            if writes is not None:
+                writes += x._version
+        kept.append(x)
+    return kept, writes
 
 
 def play(ends: Iterable[Later]) -> None:
@@ -64,6 +78,7 @@ def play(ends: Iterable[Later]) -> None:
                 tangents = [_now(m) for m in now.moved]
                 now.value = fit(now.push(*tangents, *now.saved), now.shape, now.dtype)
                 now.moved = now.saved = ()
+                now.writes = None
 
 
 @cache
@@ -83,12 +98,14 @@ def holds(ends: Iterable[Later]) -> bool:
         if id(now) in seen:
             continue
         seen.add(id(now))
-        for x, version in zip(now.saved, now.versions, strict=False):  # what was played has let go of these
+        writes = 0
+        for x in now.saved:
             if isinstance(x, Tensor):
                 if x.numel() and not x.untyped_storage().size():
                     return False
-                if version is not None and x._version != version:
-                    raise WrittenTo(tuple(x.shape))
+                writes += x._version
+        if now.writes is not None and writes != now.writes:
+            raise WrittenTo(getattr(now.push, "__name__", ""))
         stack.extend(m for m in now.moved if isinstance(m, Later))
     return True
 
@@ -104,10 +121,3 @@ def _now(moved: Moved) -> Tensor | None:
     if not isinstance(moved, Later) or moved.value is None:
         return cast(Tensor | None, moved)
     return fit(moved.value, moved.shape, moved.dtype)
-
-
-def _versions(saved: Sequence[object]) -> list[int | None]:
-    """How often each tensor has been written to; a compiler does not know."""
-    if torch.compiler.is_compiling():
-        return [None] * len(saved)
-    return [x._version if isinstance(x, Tensor) else None for x in saved]

@@ -3,6 +3,8 @@
 They are made when a run is read, before any work; each raises UserError, which says what is wrong, and the way out.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from itertools import chain
 
 from dumo.config.tree import Tree
@@ -141,6 +143,8 @@ def check_teacher(run: Tree) -> None:
     if not run.teacher:
         return
     needs, guide = run.objective.needs, run.teacher.guide
+    if run.teacher.kind == "base":
+        check_base(run)
     if not run.teacher.pairs and not needs.teachable:
         raise UserError(
             f"objective '{run.objective.kind}' learns from no velocity, so a teacher's says nothing to it: set "
@@ -153,6 +157,21 @@ def check_teacher(run: Tree) -> None:
         raise UserError(
             f"{field} would guide what teacher.guide has guided: set teacher.guide.scale=1, or train with {off}"
         )
+
+
+def check_base(run: Tree) -> None:
+    """Refuse the base of a net that has no adapters, or on a path of which that model's velocity is not."""
+    way = "set teacher.kind=run and teacher.source to the folder of a run that can teach"
+    base: Callable[[], AbstractContextManager[None]] | None = getattr(run.outline(), "base", None)
+    if base is None:
+        raise UserError(
+            f"teacher.kind = base asks for the net with its adapters off, and net '{run.net.kind}' has none, so its "
+            f"first weights are gone once it trains: {way}"
+        )
+    with base():  # a net that may have adapters refuses it itself where it has none
+        pass
+    if (run.path.kind, run.path.sd) != ("linear", 1):
+        raise UserError(f"teacher.kind = base knows the velocity on path 'linear' of sd 1, not on this one: {way}")
 
 
 def check_start(run: Tree) -> None:

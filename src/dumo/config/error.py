@@ -55,7 +55,8 @@ def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
         case "missing":
             return f"{path}: missing"
         case "value_error":
-            return f"{path}: {ctx['error']}" if path else str(ctx["error"])
+            text = str(ctx["error"])
+            return text if text.startswith(path) else f"{path}: {text}"
         case _:
             message, given = found["msg"][0].lower() + found["msg"][1:], found["input"]
             for json, plain in JSON.items():

@@ -9,6 +9,9 @@ V guided as `guide` says. So sCT becomes sCD, and MeanFlow and FACM their distil
 past its teacher, mix = 2 up to t = 0.75, and takes the mean of both, 0.5, above. Rows that lost their label have the
 teacher's velocity without one.
 
+The teacher of kind `base` is the net in training itself with its adapters off, the model that it began as: no second
+net is held.
+
 With `pairs` the teacher is asked once, for whole trajectories: its samples x are paired with the noise z that they come
 from, and these are what is trained on (Reflow, Liu et al. 2023; Re-MeanFlow).
 """
@@ -43,16 +46,29 @@ class Pairs(Spec):
 
 
 class Teacher(Spec):
-    """A trained net: that of a run's folder, or what a function of the user's returns."""
+    """A trained net: that of a run's folder, what a function of the user's returns, or the one that adapters tune."""
 
-    kind: Literal["run", "python"] = "run"
-    source: str  # a run's folder; or module:function, which takes the run and the device and returns `dumo.types.Reads`
+    kind: Literal["run", "python", "base"] = "run"
+    # A run's folder; module:function, which takes the run and the device and returns `dumo.types.Reads`; of base, none.
+    source: str = ""
     weights: str | None = None  # a file of the run's weights; None: those that it shows
     guide: CFG = CFG()  # of the teacher, as in sampling
     mix: float = Field(default=1.0, gt=0, le=FACTOR)  # weight of the teacher's velocity, where the data's has the rest
     interval: Interval = Interval()  # the times where that holds
     elsewhere: float = Field(default=1.0, ge=0, le=FACTOR)  # the weight at other times
     pairs: Pairs | None = None  # learn from whole trajectories instead
+
+    @model_validator(mode="after")
+    def _named(self) -> "Teacher":
+        if self.kind != "base" and not self.source:
+            raise ValueError(
+                "source is missing: name a run's folder, or set teacher.kind=base for the net's adapters off"
+            )
+        if self.kind == "base" and (self.source or self.weights):
+            raise ValueError("base is the net itself: leave teacher.source and teacher.weights out")
+        if self.kind == "base" and self.pairs:
+            raise ValueError("pairs are made by a net that is not in training: set teacher.kind=run and teacher.source")
+        return self
 
     @model_validator(mode="after")
     def _one_way(self) -> "Teacher":

@@ -120,17 +120,16 @@ class Tree(Spec):
         with torch.device("meta"):
             return self.net.build(self.objective.needs, self.data.shape, self.data.classes)
 
-    @property
-    def bytes(self) -> int:
-        """Of the net's weights and fixed tables."""
-        return sum(value.nbytes for value in self.outline().state_dict().values())
-
-    def require_room(self, device: torch.device | str, copies: float = 1, rows: int = 0) -> None:
-        """Raise UserError where a device has less memory than so many copies of the net and rows with their noise take.
+    def require_room(self, device: torch.device | str, copies: int = 0, rows: int = 0, share: int = 1) -> None:
+        """Raise UserError where a device has less memory than the net, so many copies of what is trained of it, both
+        in so many shares, and rows with their noise take.
 
         That is the least: what passes make on their way comes on top (`dumo.preflight.plan`).
         """
-        size = int(copies * self.bytes) + 2 * rows * prod(self.data.shape) * torch.float32.itemsize
+        net, numbers = self.outline(), 2 * rows * prod(self.data.shape)
+        whole = sum(value.nbytes for value in net.state_dict().values())
+        frozen = sum(p.nbytes for p in net.parameters() if not p.requires_grad)
+        size = (whole + copies * (whole - frozen)) // share + numbers * torch.float32.itemsize
         what = "weights, gradients, optimizer, averages and a batch take" if rows else "the net takes"
         way = "take a smaller net (net.width, net.depth)" + " or batch (train.batch)" * bool(rows)
         room.require(size, what, way, device)

@@ -12,13 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+
 from dumo.data import Latents
 from dumo.export import card, scheduler
 from dumo.export.model import INDEX, Exported
 from dumo.io.json import read_json, write_json
 from dumo.types import UserError
 
-TRANSFORMER, VAE = "transformer", "vae"
+TRANSFORMER, SECOND, VAE = "transformer", "transformer_2", "vae"
 Parts = Literal["copy", "link", "none"]
 PARTS: tuple[Parts, ...] = get_args(Parts)
 ANOTHER = "take another copy of the pipeline"
@@ -36,7 +38,7 @@ def write(exported: Exported, out: Path, out_name: str, *, parts: Parts = "copy"
             f"no stock pipeline runs a {exported.kind} as this run's net is called: take --to safetensors, and call "
             "the model yourself"
         )
-    index: dict[str, Any] = read_json(source / INDEX, ANOTHER) if source else {"_class_name": stock.pipeline}
+    index: dict[str, Any] = indexed(source) if source else {"_class_name": stock.pipeline}
     if source and parts != "none":
         fits(exported, source)
     exported.model(dtype).save_pretrained(out / TRANSFORMER)
@@ -44,7 +46,7 @@ def write(exported: Exported, out: Path, out_name: str, *, parts: Parts = "copy"
     if exported.head == "u":
         index["scheduler"] = scheduler.write(out / scheduler.FOLDER, stock, exported.solver)
     elif source:
-        shutil.copytree(source / scheduler.FOLDER, out / scheduler.FOLDER)
+        bring(source / scheduler.FOLDER, out / scheduler.FOLDER, "copy")
     else:
         index["scheduler"] = scheduler.plain(out / scheduler.FOLDER)
     for name in others(index):
@@ -56,6 +58,18 @@ def write(exported: Exported, out: Path, out_name: str, *, parts: Parts = "copy"
     (out / "README.md").write_text(card.of_pipeline(exported, stock, index, out_name), encoding="utf-8")
 
 
+def indexed(source: Path) -> dict[str, Any]:
+    """The model_index.json of a pipeline. Raises UserError for one that is none, or has two transformers."""
+    index = read_json(source / INDEX, ANOTHER)
+    if not isinstance(index, dict):
+        raise UserError(f"{source / INDEX} is no pipeline: {ANOTHER}")
+    if (index.get(SECOND) or [None])[0] is not None:
+        raise UserError(
+            f"{source} has a {SECOND}, which was not tuned, and would make some of the passes: take --to safetensors"
+        )
+    return index
+
+
 def others(index: Mapping[str, Any]) -> list[str]:
     """The parts of a pipeline beside model and scheduler."""
     there = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
@@ -65,7 +79,7 @@ def others(index: Mapping[str, Any]) -> list[str]:
 def bring(part: Path, to: Path, how: Parts) -> None:
     """Copy a part, or link to it where it lies now. Raises UserError where it is missing."""
     if not part.is_dir():
-        raise UserError(f"net.source: {part} is missing, and {INDEX} has it: {ANOTHER}, or export with --parts none")
+        raise UserError(f"net.source: {part} is missing, and {INDEX} has it: {ANOTHER}")
     if how == "link":
         to.symlink_to(part.resolve(), target_is_directory=True)
     else:
@@ -77,11 +91,19 @@ def fits(exported: Exported, source: Path) -> None:
     data, file = exported.opened.run.data, source / VAE / "config.json"
     if not isinstance(data, Latents) or not file.is_file():
         return
-    config = read_json(file, ANOTHER)
-    for field, name, default in (("scale", "scaling_factor", 1.0), ("shift", "shift_factor", 0.0)):
-        ours, theirs = getattr(data.codec, field), config.get(name, default)
-        if "latents_mean" not in config and ours != (default if theirs is None else theirs):
+    for field, theirs in taken(read_json(file, ANOTHER)).items():
+        ours = getattr(data.codec, field)
+        if not torch.allclose(*torch.broadcast_tensors(torch.tensor(ours), torch.tensor(theirs)), rtol=1e-3):
             raise UserError(
-                f"data.codec.{field} is {ours}, and the decoder in {source} has {name} {theirs}: it would show other "
-                f"images. Train with data.codec.{field}={theirs}, or export with --parts none"
+                f"data.codec.{field} is {ours}, and the decoder in {source} takes {theirs}: its images would differ. "
+                f"Train with data.codec.{field}={theirs}, or export with --parts none"
             )
+
+
+def taken(config: Mapping[str, Any]) -> dict[str, float | list[float]]:
+    """The shift and scale of latents that a decoder says it takes: one, or one per channel; {} where it says none."""
+    if "latents_mean" in config and "latents_std" in config:
+        return {"shift": config["latents_mean"], "scale": [1 / sd for sd in config["latents_std"]]}
+    if "scaling_factor" in config:
+        return {"shift": config.get("shift_factor") or 0.0, "scale": config["scaling_factor"]}
+    return {}

@@ -87,5 +87,5 @@ def product(path: str, old: nn.Linear, new: nn.Module) -> Product:
     assert isinstance(new, nn.Linear)
     change = new.weight.detach() - old.weight
     high, wide = change.shape
-    a, b = (change, torch.eye(high)) if high <= wide else (torch.eye(wide), change)
+    a, b = (change, torch.eye(high).to(change)) if high <= wide else (torch.eye(wide).to(change), change)
     return path, a, b, change.new_zeros(high) if getattr(old, "bias", None) is None else new.bias.detach() - old.bias

@@ -13,6 +13,7 @@ from torch import nn
 
 from dumo.bound import CHANNELS, FACTOR
 from dumo.flow import dropout
+from dumo.nets.twin import put
 from dumo.types import Array, Spec, UserError
 
 MODULATION = re.compile(r"norm|mod|ada", re.IGNORECASE)  # in the path of a layer that is told of the time alone
@@ -106,8 +107,8 @@ def off(model: nn.Module) -> Generator[None, None, None]:
 
 def merge(model: nn.Module) -> None:
     """Add the adapters to the layers beside them, in place, and leave them out."""
-    for name, layer in [*model.named_modules()]:
-        if hasattr(layer, "lora_A"):
+    there = {id(layer): layer for layer in adapters(model)}
+    for name, place in [*model.named_modules()]:
+        if layer := there.get(id(place)):
             layer.merge()
-            parent, _, last = name.rpartition(".")
-            model.get_submodule(parent)._modules[last] = layer.get_base_layer()
+            put(model, name, layer.get_base_layer())

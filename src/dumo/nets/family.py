@@ -149,10 +149,11 @@ class Family:
 
     def patch(self, config: Config, channels: int) -> int:
         """The side of a patch. Raises UserError where a sample of so many channels is not what the model takes."""
-        takes = config["in_channels"]
+        takes: int = config["in_channels"]
         if not self.packed:
-            p = config.get("patch_size") or config.get("all_patch_size")
-            p, fits = (p[-1] if isinstance(p, list | tuple) else p), takes == channels
+            sides = config.get("patch_size", config.get("all_patch_size"))
+            p: int = sides[-1] if isinstance(sides, list | tuple) else sides
+            fits = takes == channels
         else:
             p = isqrt(takes // channels)
             fits = p > 0 and p * p * channels == takes

@@ -47,7 +47,7 @@ class Slow(nn.Linear):
 
     def __init__(self, layer: nn.Linear, keep: Tensor) -> None:
         """Takes over the layer's parameters, the columns of quick waves set to zero."""
-        super().__init__(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        super().__init__(layer.in_features, layer.out_features, _biased(layer), device="meta")
         self.weight, self.bias = layer.weight, layer.bias
         self.register_buffer("keep", keep, persistent=False)
         with torch.no_grad():
@@ -59,7 +59,7 @@ class Slow(nn.Linear):
 
     def plain(self) -> nn.Linear:
         """A layer as the model had it, with zeros for the columns."""
-        layer = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        layer = nn.Linear(self.in_features, self.out_features, _biased(self), device="meta")
         layer.weight, layer.bias = nn.Parameter(self.weight.detach() * self.keep), self.bias
         return layer
 
@@ -122,3 +122,7 @@ def refit(new: nn.Module, old: nn.Module, w: Tensor) -> float:
     for p, graded in zip(new.to(there).parameters(), before, strict=True):
         p.requires_grad_(graded)
     return float(off)
+
+
+def _biased(layer: nn.Linear) -> bool:
+    return layer._parameters["bias"] is not None

@@ -59,7 +59,7 @@ def read(file: Path, row: Family, widths: tuple[int, int], classes: int) -> Text
     found = weights.read(file, HINT, convert=False)[0]
     if "tokens" not in found:
         raise UserError(f"net.texts: {file} has no tokens. {HINT}")
-    tokens, mask, pooled = (found.get(name) for name in ("tokens", "mask", "pooled"))
+    tokens, mask, pooled = found["tokens"], found.get("mask"), found.get("pooled")
     n, length = tokens.shape[:2]
     wanted: dict[str, tuple[Tensor | None, tuple[int, ...] | None]] = {
         "tokens": (tokens, (n, length, widths[0])),

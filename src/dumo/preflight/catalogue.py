@@ -50,6 +50,19 @@ CATALOGUE = (
         "$MY_IMAGES",
     ),
     Item(
+        "sd3",
+        "Stable Diffusion 3 medium: a flow transformer of 2 B parameters, and its autoencoder",
+        "https://huggingface.co/stabilityai/stable-diffusion-3-medium-diffusers, with an account",
+        (
+            "pip install 'dumo[pretrained]'",
+            "hf download stabilityai/stable-diffusion-3-medium-diffusers --include 'transformer/*' 'vae/*' "
+            "--local-dir $PRETRAINED   # then --set net.source=$PRETRAINED",
+        ),
+        ("$PRETRAINED/transformer/config.json", "$PRETRAINED/vae/config.json"),
+        f"folders transformer and vae, each with config.json and {WEIGHTS}, or other models of diffusers",
+        "$PRETRAINED",
+    ),
+    Item(
         "cifar10",
         "50,000 and 10,000 images of 32x32 in 10 classes (Krizhevsky 2009)",
         "https://www.cs.toronto.edu/~kriz/cifar.html, on the hub as uoft-cs/cifar10",

@@ -29,6 +29,7 @@ from dumo.flow.slope import DualSlope, Way
 from dumo.preflight import cost, plan
 from dumo.training import layout
 from dumo.training.cut import share_of
+from dumo.training.frozen import frozen
 from dumo.training.state import State, begin
 from dumo.training.step import pieces, reference
 from dumo.types import Frozen, Net, Noised, Terms
@@ -65,7 +66,8 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     """
     check_pieces(spec, ranks)
     step, held, train = counted(spec, ranks), plan.held(spec), spec.train
-    whole = held["weights"] + held["optimizer"] + held["averages"]
+    fixed = plan.size(frozen(spec.outline()).values())  # which no checkpoint holds
+    whole = held["weights"] - fixed + held["optimizer"] + held["averages"]
     share = share_of(train.share, ranks)
     units = units_of(spec, given_back=train.reshard and share > 1)
     flops = units * cost.forward_flops(spec.outline(), spec.objective, spec.data.shape) * train.steps * train.batch
@@ -127,12 +129,12 @@ def tracked(spec: Run, state: State) -> Step:
     train, cuts = spec.train, pieces(spec.train, spec.objective)
     rows, passes = plan.most_rows(spec), min(len(cuts), 2)
     for p in state.net.parameters():
-        p.grad = torch.empty_like(p)
+        p.grad = torch.empty_like(p) if p.requires_grad else None
     update(state)  # torch works out once how to move sharded weights, on whole ones: not to be counted
     state.optimizer.zero_grad()
     loss = Loss(spec, state.net, reference(state, train.ref), rows)
     tracker, sent = FSDPMemTracker(state.net, state.optimizer), [Sent() for _ in range(passes)]
-    tracker.track_inputs(tuple(p for average in state.averages.values() for p in plan.tensors(average.module)))
+    tracker.track_inputs(tuple(plan.averaged(state)))
     with tracker:
         for one in sent:
             layout.finish(state.net, one is sent[-1], reshard=train.reshard)

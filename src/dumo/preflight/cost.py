@@ -29,6 +29,7 @@ from dumo.flow.overhear import Overheard, exchanged
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
 from dumo.random import stream
+from dumo.training.frozen import copied, share
 from dumo.types import Cond, Frozen, Guide, Heads, Noised, Objective, Path, Sample, frozen
 
 LAW = 1_000_000  # rows that a law is judged by
@@ -242,15 +243,15 @@ def _cut(net: nn.Module, n: int) -> nn.Module:
 
 def _peak(net: nn.Module, objective: Objective, b: Noised, ref: Theta, precision: Precision, *, graded: bool) -> Bytes:
     """Bytes before a step and in it, on fake tensors; `graded`: the gradients are there before."""
-    net, frozen = _outlines(net, ref)
+    net, theta = _outlines(net, ref)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in {net, frozen.module}:
+        for module in {net, theta.module}:
             module.to_empty(device="cpu")
-        for p in net.parameters() if graded else ():
-            p.grad = torch.empty_like(p)
-        work = _step(net, frozen, objective, _empty(b))
+        share(theta.module, net)
+        for p in net.parameters():
+            p.grad = torch.empty_like(p) if graded and p.requires_grad else None
         with autocast(precision, "cpu"):
-            return live_bytes(work)
+            return live_bytes(_step(net, theta, objective, _empty(b)))
 
 
 def blank(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> Noised:
@@ -266,7 +267,7 @@ def _step(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Calla
 def _outlines(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
     """The net and theta^- without numbers."""
     net = copy.deepcopy(net).to("meta")
-    return net, frozen(net) if ref == "self" else Frozen(copy.deepcopy(net))
+    return net, frozen(net) if ref == "self" else Frozen(copied(net))
 
 
 def _guided(objective: Objective, guide: Guide) -> float:

@@ -25,6 +25,7 @@ from dumo import dist
 from dumo.config.spec import Run
 from dumo.flow.precision import using
 from dumo.io.json import finite
+from dumo.nets import Net, Pretrained
 from dumo.preflight.machine import Finding, look
 from dumo.random import stream
 from dumo.types import Cond, Frozen, Heads, Sample, Time, UserError
@@ -76,14 +77,20 @@ class Examination:
 
 def examine(run: Run, device: torch.device) -> Examination:
     """The run's slope on its net, cut to two blocks, every parameter drawn. Raises UserError as the slope does."""
-    depth: int | None = getattr(run.net, "depth", None)
-    spec = run.net if depth is None else run.net.model_copy(update={"depth": min(2, depth)})
-    net = run.model_copy(update={"net": spec}).build(device)
+    net = run.model_copy(update={"net": short(run.net)}).build(device)
     with torch.no_grad():
         for name, p in net.named_parameters():
             noise = torch.randn(p.shape, generator=stream(run.train.seed, "doctor", name)).to(p)
             p.copy_(noise / p[0].numel() ** 0.5 if p.ndim > 1 else p + 0.1 * noise)  # gains stay near 1
     return _compare(run, net, device, rows=4, weights="drawn weights")
+
+
+def short(net: Net) -> Net:
+    """The spec cut to two blocks of each kind; of a pretrained net none of the weights are read."""
+    if isinstance(net, Pretrained):
+        return net.model_copy(update={"depth": min(2, net.depth or 2), "weights": "drawn"})
+    depth: int | None = getattr(net, "depth", None)
+    return net if depth is None else net.model_copy(update={"depth": min(2, depth)})
 
 
 def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:

@@ -20,7 +20,7 @@ from dumo.preflight import cost
 from dumo.preflight.show import show
 from dumo.protocols.standard import TRAIN, Standard
 from dumo.training.cut import passes
-from dumo.training.state import begin
+from dumo.training.state import State, begin
 from dumo.types import UserError
 
 
@@ -70,15 +70,16 @@ def held(spec: Run) -> dict[str, int]:
     """Bytes that training holds between passes, by what they are, where each rank holds all."""
     net, train = spec.outline(), spec.train
     state = begin(net, train)
-    for p in net.parameters():
+    learns = [p for p in net.parameters() if p.requires_grad]
+    for p in learns:
         p.grad = torch.empty_like(p)
     state.optimizer.step()  # its own tensors come with its first step
     own = (value for entry in state.optimizer.state.values() for value in entry.values())
     return {
         "weights": size(tensors(net)),
-        "gradients": size(net.parameters()),
+        "gradients": size(learns),
         "optimizer": size(value for value in own if isinstance(value, Tensor)),
-        "averages": sum(size(tensors(average.module)) for average in state.averages.values()),
+        "averages": size(averaged(state)),
     }
 
 
@@ -115,6 +116,12 @@ def missing_data(spec: Run) -> str | None:
     if isinstance(spec.data, Latents) and not (path / FILE).is_file():
         return f"there is no cache in {path}: make it with dumo encode"
     return None if path.exists() else f"there is no {path}: set data.root"
+
+
+def averaged(state: State) -> list[Tensor]:
+    """The averages' tensors, but for those that they share with the net."""
+    shared = {id(x) for x in tensors(state.net)}
+    return [x for average in state.averages.values() for x in tensors(average.module) if id(x) not in shared]
 
 
 def tensors(net: nn.Module) -> Iterable[Tensor]:

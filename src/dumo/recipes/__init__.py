@@ -15,6 +15,7 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C library's, ten t
 GROUPS = {  # by purpose, each in the order in which it is listed
     "Start here": ("digits", "moons"),
     "Your own images": ("my-images", "my-images-256"),
+    "A pretrained transformer": ("pretrained",),
     "Compare objectives on digits, at equal cost": (
         *("digits-flow-matching", "digits-meanflow", "digits-imf", "digits-split-meanflow", "digits-alpha-flow"),
         *("digits-soflow", "digits-shortcut", "digits-imm", "digits-tvm", "digits-facm", "digits-rcgm"),

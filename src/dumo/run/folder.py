@@ -22,7 +22,7 @@ from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.weights import compare
 from dumo.io.weights import load as load_weights
-from dumo.training import checkpoint, manifest
+from dumo.training import checkpoint, frozen, manifest
 from dumo.training.state import State
 from dumo.training.state import begin as begin_training
 from dumo.types import Sample, UserError
@@ -104,6 +104,7 @@ def opened(run: Run, folder: Path, weights: str | None, device: torch.device) ->
         raise UserError(f"{wrong}: take other weights")
     net = load_net(run, file, device)
     name, about = str(file.relative_to(folder)) if weights is None else weights, manifest.read(last)
+    frozen.require(frozen.digest(net), about.frozen, folder)
     listed = (about.files or {}).get(file.name) if weights is None else None
     return RunFolder(
         *(run, folder, net, checkpoint.step_of(file, about.step), name, file, last), listed and listed.sha256
@@ -116,10 +117,10 @@ def shown(run: Run) -> str:
 
 
 def load_net(run: Run, file: Path, device: torch.device) -> nn.Module:
-    """A run's net with the weights of a file or a folder of shards. Raises UserError where they do not fit."""
+    """A run's net with what was trained, from a file or a folder of shards. Raises UserError where it does not fit."""
     net, found = run.build(device), load_weights(file)
-    compare(file, found, net.state_dict(), "the run", checkpoint.FIT)
-    net.load_state_dict(found)
+    compare(file, found, frozen.trained(net), "the run", checkpoint.FIT)
+    net.load_state_dict(found, strict=False)  # what is frozen is as it was built
     return net.eval()
 
 

@@ -26,10 +26,12 @@ from dumo.io.json import read_json, write_json
 from dumo.io.weights import load
 from dumo.progress import Bar, say
 from dumo.random import noise
+from dumo.run import base
 from dumo.run.folder import open_run
 from dumo.sampling import generate
 from dumo.sampling.solver import check
 from dumo.training import agreement
+from dumo.training.state import State
 from dumo.types import Cond, Reads, Sample, Taught, Time, UserError, lift
 
 FILE = "teacher.json"
@@ -73,16 +75,23 @@ class Known:
         return couple(run, pairs, self.reads, folder / "pairs", device, bar) if pairs else source
 
 
-def opened(teacher: Teacher, run: Run, device: torch.device) -> Known:
+def opened(teacher: Teacher, run: Run, state: State, device: torch.device) -> Known:
     """A run's teacher. Raises UserError where it cannot be had, knows other data, or cannot tell enough."""
-    raw, about = (of_user if teacher.kind == "python" else of_run)(teacher, run, device)
+    raw, about = found(teacher, run, state, device)
     reads = teacher.guide(raw, run.data.classes)
     if teacher.pairs:
         reach(teacher, teacher.pairs, raw)
     learned = None if teacher.pairs else velocity(teacher, reads)
     if teacher.kind == "python":
         try_out(teacher, run, reads, device)
-    return Known(teacher, reads, learned, {"source": teacher.source, **about})
+    return Known(teacher, reads, learned, {"source": teacher.source or teacher.kind, **about})
+
+
+def found(teacher: Teacher, run: Run, state: State, device: torch.device) -> tuple[Reads, dict[str, str]]:
+    """What a teacher can tell, and its digest. Raises UserError where it cannot be had, or knows other data."""
+    if teacher.kind == "base":
+        return base.reads_of(run, state.net), {"sha256": str(state.frozen)}
+    return (of_user if teacher.kind == "python" else of_run)(teacher, run, device)
 
 
 def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dict[str, str]]:

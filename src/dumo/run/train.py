@@ -80,9 +80,9 @@ def go_on(
     """Train in a folder that is held. Returns and raises as `train`."""
     data = opened(run)
     doctor.examine(run, here).require()
-    known = agreement.own(lambda: run.teacher and teacher.opened(run.teacher, run, here))
     meter, sheets = Meter(run, folder, here), Sheets(run, folder, tell)
     state, last = begin(run, folder, here, step)
+    known = agreement.own(lambda: run.teacher and teacher.opened(run.teacher, run, state, here))
     history = agreement.own(
         lambda: History.of(run, folder, data, state.step, last, new_data=new_data) if dist.is_main() else None
     )
@@ -133,7 +133,7 @@ def fed(
 
 def require_room(run: Run, here: torch.device, ranks: int) -> None:
     """Raise UserError where a rank's weights, gradients, two moments, averages and batch are more than its memory."""
-    run.require_room(here, (4 + len(run.train.ema)) / share_of(run.train.share, ranks), -(-run.train.batch // ranks))
+    run.require_room(here, 3 + len(run.train.ema), -(-run.train.batch // ranks), share_of(run.train.share, ranks))
 
 
 def opened(run: Run) -> Source:

@@ -5,6 +5,7 @@
 
 That is what one process writes. Ranks write folders of shards in the place of the files: net/, ema-<decay>/ ...,
 optimizer/ (`dumo.io.shards`). A milestone is the weights alone that are shown after a step, in one file, and stays.
+What is frozen is in none of them: `state.json` has its digest (`dumo.training.frozen`).
 Each is written in a hidden place, flushed to the disk, then renamed: so what is named `step-...` was whole once,
 whenever the process or the machine stops, and its list tells whether it still is (`dumo.training.manifest`).
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 from dumo import dist
 from dumo.io import file as files
 from dumo.io import weights
-from dumo.training import agreement, layout, manifest
+from dumo.training import agreement, frozen, layout, manifest
 from dumo.training.memory import blank, by_place, flatten
 from dumo.training.retention import drop, standing
 from dumo.training.state import Diverged, State
@@ -58,7 +59,7 @@ def mark(folder: Path, state: State) -> Path:
     before then still stands.
     """
     target = folder / f"step-{state.step:08d}.safetensors"
-    named = state.shown.state_dict()
+    named = frozen.trained(state.net, state.shown)
     with made(target, "milestone", state.step, sum(tensor.nbytes for tensor in named.values())) as temp:
         whole = weights.apart(gathered(named))
         about = {"step": str(state.step)}
@@ -127,10 +128,9 @@ def restore(checkpoint: Path, state: State) -> None:
     """Load a checkpoint, one that `latest` gave, into a state built from the same spec, on as many ranks as there are.
 
     Nothing is changed unless all of it fits. Every rank must call it. Raises UserError naming the file and the first
-    tensor that is missing, unknown, or of another shape or dtype.
+    tensor that is missing, unknown, or of another shape or dtype; or where what is frozen is not what it was.
     """
-    modules = {"net": state.net} | {f"ema-{decay}": average.module for decay, average in state.averages.items()}
-    wanted = {name: module.state_dict() for name, module in modules.items()}
+    wanted = weights_of(state)
     memory: dict[str, Tensor] = {}
 
     def fits() -> manifest.Manifest:
@@ -138,7 +138,8 @@ def restore(checkpoint: Path, state: State) -> None:
             place = part(checkpoint, name)
             weights.compare(place, weights.outline(place), named, "the run", FIT)
         memory.update(blank(part(checkpoint, "optimizer"), state, FIT))
-        return manifest.read(checkpoint)
+        frozen.require(state.frozen, (about := manifest.read(checkpoint)).frozen, checkpoint)
+        return about
 
     def fill() -> None:
         for name, named in {**wanted, "optimizer": memory}.items():
@@ -153,8 +154,14 @@ def restore(checkpoint: Path, state: State) -> None:
 
 def parts(state: State) -> dict[str, dict[str, Tensor]]:
     """All tensors of a checkpoint, by part and name: those of a rank are what it holds."""
-    tensors = {"net": state.net.state_dict(), "optimizer": flatten(state)}  # in this order: the first shards the net
-    return tensors | {f"ema-{decay}": average.module.state_dict() for decay, average in state.averages.items()}
+    net, *averages = weights_of(state).items()
+    return dict([net, ("optimizer", flatten(state)), *averages])  # in this order: the first shards the net
+
+
+def weights_of(state: State) -> dict[str, dict[str, Tensor]]:
+    """What is trained of the net and of its averages, by part and name."""
+    averages = {f"ema-{decay}": average.module for decay, average in state.averages.items()}
+    return {name: frozen.trained(state.net, module) for name, module in {"net": state.net, **averages}.items()}
 
 
 def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
@@ -191,6 +198,7 @@ def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]
         trend=state.trend,
         ranks=dist.world(),
         versions=dist.versions(),
+        frozen=state.frozen,
         files=listed,
     )
     agreement.main(lambda: manifest.write(folder, about))

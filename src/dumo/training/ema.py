@@ -9,7 +9,6 @@ which is below 1e-6 after 19 updates, and the weights that are averaged are n / 
 reaches (10 d - 1) / (1 - d). The ramp is TensorFlow's (`tf.train.ExponentialMovingAverage`).
 """
 
-from copy import deepcopy
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,7 @@ from pydantic import Field
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from dumo.training.frozen import copied
 from dumo.types import Spec
 
 
@@ -31,16 +31,20 @@ class Ema(Spec):
         return min(self.decay, (1 + n) / (10 + n)) if self.ramp else self.decay
 
 
+Kind = Literal["_parameters", "_buffers"]
 Place = tuple[dict[str, Any], str]  # where a module keeps a tensor: its table, and the name there
 
 
 class MovingAverage:
-    """A running copy of a net: same class, same buffers, averaged parameters, no gradients, in evaluation mode."""
+    """A running copy of a net: same class, same buffers, averaged parameters, no gradients, in evaluation mode.
+
+    What is not trained is the net's own (`dumo.training.frozen`), so of a net of which 1 % is trained it takes 1 %.
+    """
 
     def __init__(self, spec: Ema, net: nn.Module) -> None:
         """Start from the net as it is."""
         self.spec = spec
-        self.module = deepcopy(net).requires_grad_(False).eval()
+        self.module = copied(net).requires_grad_(False).eval()
         self._known: tuple[nn.Module, list[list[Place]]] | None = None
 
     @torch.no_grad()
@@ -57,12 +61,18 @@ class MovingAverage:
         net's update. Not the tensors, in whose places sharding puts others.
         """
         if self._known is None or self._known[0] is not net:
-            pair = self.module, net
-            self._known = net, [*(places(m, "_parameters") for m in pair), *(places(m, "_buffers") for m in pair)]
+            self._known = net, [*apart(self.module, net, "_parameters"), *apart(self.module, net, "_buffers")]
         return self._known[1]
 
 
-def places(net: nn.Module, kind: Literal["_parameters", "_buffers"]) -> list[Place]:
+def apart(copy: nn.Module, net: nn.Module, kind: Kind) -> list[list[Place]]:
+    """Where a copy keeps what it does not share with the net, and where the net does."""
+    pairs = zip(places(copy, kind), places(net, kind), strict=True)
+    own = [pair for pair in pairs if len({id(table[name]) for table, name in pair}) == 2]
+    return [[mine for mine, _ in own], [its for _, its in own]]
+
+
+def places(net: nn.Module, kind: Kind) -> list[Place]:
     """Where a net keeps its parameters or its buffers, in their order; one that is shared, once."""
     found: dict[int, Place] = {}
     for module in net.modules():

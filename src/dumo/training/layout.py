@@ -10,7 +10,8 @@ take as they take tensors.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from dumo import dist
 from dumo.training.cut import share_of
+from dumo.training.frozen import share, trained
 from dumo.types import unwrap
 
 if TYPE_CHECKING:
@@ -38,11 +40,12 @@ def mesh_of(share: int, device: torch.device) -> "DeviceMesh | None":
     return init_device_mesh(device.type, (copies, share), mesh_dim_names=("replicate", "shard"))
 
 
-def lay(net: nn.Module, mesh: "DeviceMesh | None", *, reshard: bool) -> None:
-    """Spread a net over a mesh in place, its blocks (`net.blocks`, where it has them) one by one, onto its device.
+def lay(net: nn.Module, mesh: "DeviceMesh | None", copies: Sequence[nn.Module] = (), *, reshard: bool) -> None:
+    """Spread a net over a mesh in place, its blocks (`net.blocks`, where it has them) one by one, onto its device; and
+    its `copies`, averages, which go on sharing with it the parameters that they share.
 
     Every rank must hold the same numbers. `reshard`: gathered weights are given back after each pass, else after the
-    backward one; of an average, which has none, they always must be, for it is moved as a sharded one.
+    backward one; of an average, which has none, they always are, for it is moved as a sharded one.
     """
     if mesh is None:
         return
@@ -50,8 +53,19 @@ def lay(net: nn.Module, mesh: "DeviceMesh | None", *, reshard: bool) -> None:
 
     # The net's outputs may be views: no objective changes one in place, of which torch would warn at every pass.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    for part in (*getattr(net, "blocks", ()), net):
-        fully_shard(part, mesh=mesh, reshard_after_forward=reshard)
+    for copy in copies:  # so that the whole of what is frozen is let go as the net is spread
+        share(copy, outline(net))
+    for module, back in ((net, reshard), *((copy, True) for copy in copies)):
+        for part in (*getattr(module, "blocks", ()), module):
+            fully_shard(part, mesh=mesh, reshard_after_forward=back)
+    for copy in copies:  # fully_shard takes what it finds there at the first pass
+        share(copy, net)
+
+
+def outline(net: nn.Module) -> nn.Module:
+    """A copy without numbers, on the meta device."""
+    weights = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in net.parameters()}
+    return deepcopy(net, weights | {id(x): x.to("meta") for x in net.buffers()})
 
 
 def finish(net: nn.Module, step: bool, *, reshard: bool) -> None:
@@ -90,12 +104,12 @@ def local(x: Tensor) -> Tensor:
 
 
 def gathered(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.Module:
-    """The net in one piece on every rank: itself where it is, else one that `build` makes, with its numbers.
+    """The net in one piece on every rank: itself where it is, else one that `build` makes, with what was trained.
 
     Every rank must call it.
     """
     if not parts(net):
         return unwrap(net)
     twin = build(next(net.parameters()).device)
-    twin.load_state_dict({name: whole(x) for name, x in net.state_dict().items()})
+    twin.load_state_dict({name: whole(x) for name, x in trained(net).items()}, strict=False)
     return twin

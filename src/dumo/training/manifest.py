@@ -37,6 +37,7 @@ class Manifest(BaseModel):
     trend: Trend = Trend()  # of the error up to this step
     ranks: int = 1  # that wrote it
     versions: dict[str, str] = {}
+    frozen: str | None = None  # the digest of the weights that are not trained, which no file holds; None: all are
     files: dict[str, Listed] | None = None  # by path inside the checkpoint, all but this one; None: none were listed
 
 

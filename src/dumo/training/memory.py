@@ -21,7 +21,8 @@ def blank(place: Path, state: State, way_out: str) -> dict[str, Tensor]:
 
     Raises UserError as `load` and `compare`.
     """
-    found, parameters = outline(place), dict(state.net.named_parameters())
+    found = outline(place)
+    parameters = {name: p for name, p in state.net.named_parameters() if p.requires_grad}
     keys = {name.partition(".")[0] for name in found}
     named = sorted({name.partition(".")[2] for name in found} & parameters.keys())
     like = {f"{key}.{name}": torch.zeros(()) if key == "step" else parameters[name] for key in keys for name in named}

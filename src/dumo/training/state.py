@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from dumo.training import layout
+from dumo.training import frozen, layout
 from dumo.training.ema import MovingAverage
 from dumo.training.spec import Train
 from dumo.training.trend import Trend
+from dumo.types import UserError
 
 
 class Diverged(RuntimeError):  # noqa: N818, a state of the run
@@ -26,6 +27,7 @@ class State:
     images: int = 0  # images seen, repeats counted
     skips: int = 0  # the last steps in a row that were skipped
     trend: Trend = field(default_factory=Trend)  # of the error, over the steps that were not
+    frozen: str | None = None  # the digest of what is not trained (`dumo.training.frozen`); None: all is
 
     @property
     def shown(self) -> nn.Module:
@@ -34,10 +36,14 @@ class State:
 
 
 def begin(net: nn.Module, spec: Train, device: torch.device | None = None) -> State:
-    """The state before the first step; on several ranks spread over them, as the spec says, each on its `device`."""
+    """The state before the first step; on several ranks spread over them, as the spec says, each on its `device`.
+
+    Raises UserError where all weights of the net are frozen.
+    """
+    if not any(p.requires_grad for p in net.parameters()):
+        raise UserError("all weights of this net are frozen, so there is nothing to train: let it train some")
+    fixed = frozen.digest(net)
     averages = {ema.decay: MovingAverage(ema, net) for ema in spec.ema}
     mesh = layout.mesh_of(spec.share, device or next(net.parameters()).device)
-    layout.lay(net, mesh, reshard=spec.reshard)
-    for average in averages.values():
-        layout.lay(average.module, mesh, reshard=True)
-    return State(net, spec.optimizer(net.parameters()), averages)
+    layout.lay(net, mesh, [average.module for average in averages.values()], reshard=spec.reshard)
+    return State(net, spec.optimizer(p for p in net.parameters() if p.requires_grad), averages, frozen=fixed)

@@ -235,7 +235,7 @@ def test_what_was_written_to_is_not_played(f: Callable[[Array, Tensor], Array]) 
     y = f(x, w)
     assert holds([y.t])
     w[0] = 0
-    with pytest.raises(WrittenTo, match=r"\(4, 4\).*in place|in place.*\(4, 4\)"):
+    with pytest.raises(WrittenTo, match="written in place to a tensor"):
         holds([y.t])
 
 

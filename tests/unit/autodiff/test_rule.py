@@ -837,6 +837,8 @@ LOW: list[tuple[Shapes, str]] = [
         {"x": (2, 4, 16, 24), "y": (2, 4, 20, 24), "z": (2, 4, 20, 24)},
         """
         F.scaled_dot_product_attention(x, y, z)
+        F.scaled_dot_product_attention(x, y, z, w[..., :20])
+        F.scaled_dot_product_attention(x, y, z, ~m[..., :20])
         F.scaled_dot_product_attention(x.bfloat16(), y.bfloat16(), z.bfloat16())
         """,
     ),

@@ -12,7 +12,7 @@ from dumo.config.load import load
 from dumo.preflight.catalogue import CATALOGUE, named, needing, told
 from e2e.shell import call, refused
 
-VARIABLES = ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION")
+VARIABLES = ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION", "PRETRAINED")
 
 
 @pytest.fixture(autouse=True)

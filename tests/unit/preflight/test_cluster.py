@@ -7,6 +7,7 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.preflight import cluster, fit, plan
 from dumo.types import UserError
+from unit.run.adapted import freeze
 
 GUIDED = ("net.width=64", "net.depth=1", "net.attention=2", "train.batch=64", "objective.guide.zeta=0.5")
 RANKS = 8
@@ -41,6 +42,18 @@ def test_ranks_hold_their_share(steps: dict[str, cluster.Step]) -> None:
     rows = {name: step.rows for name, step in steps.items()}
     assert rows == {"replicated": 8, "passes": 2, "given back": 8}
     assert steps["passes"].memory["activations"] < 0.5 * whole["activations"]
+
+
+def test_what_is_frozen_has_no_gradients_and_lies_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a rank with all weights as without ranks, in a share of it, and in no checkpoint."""
+    freeze(monkeypatch)
+    spec = small("train.share=8")
+    held, part = plan.held(spec), cluster.counted(spec, RANKS).memory
+    assert held["gradients"] < 0.5 * held["weights"]
+    for name in ("weights", "optimizer", "averages"):
+        assert held[name] / RANKS <= part[name] <= 1.25 * held[name] / RANKS  # the table of positions is whole
+    kept = [p.nbytes for p in spec.outline().parameters() if p.requires_grad]
+    assert 4 * sum(kept) == pytest.approx(cluster.cluster(spec, RANKS)["checkpoint"]["bytes"], rel=0.02)
 
 
 def test_ranks_send_what_their_layout_asks_for(steps: dict[str, cluster.Step]) -> None:

@@ -18,8 +18,10 @@ from dumo.preflight import cost, machine, rehearsal, table
 from dumo.preflight.doctor import Examination
 from dumo.preflight.plan import cache, memory, missing_data, most_rows, plan
 from dumo.run import encode
+from dumo.training.frozen import trained
 from dumo.types import UserError
 from e2e.shell import call, refused, sets
+from unit.run.adapted import freeze
 
 CPU = torch.device("cpu")
 TINY = ("net.width=16", "net.depth=1", "net.attention=2")
@@ -133,13 +135,20 @@ def test_xl_2_with_a_second_time_has_679_million() -> None:
     assert round(sum(value.numel() for value in net.state_dict().values()) / 1e6, 3) == 679.410
 
 
-def test_bytes_are_those_of_real_tensors() -> None:
-    spec = load("digits", [*TINY, "train.ema=[{decay: 0.9}, {decay: 0.99}]"])
+@pytest.mark.parametrize("part", [False, True])
+def test_bytes_are_those_of_real_tensors(monkeypatch: pytest.MonkeyPatch, part: bool) -> None:
+    """Of each memory once: what averages share with the net is the net's."""
+    if part:
+        freeze(monkeypatch)
+    spec = load("digits", [*TINY, "train.ema=[{decay: 0.9}, {decay: 0.99}]", "train.ref=0.9"])
     counted = memory(spec, 2)
     state, *_ = rehearsal.make_step(spec, 2, CPU)
+    modules = [state.net, *(average.module for average in state.averages.values())]
     weights = sum(t.nbytes for t in (*state.net.parameters(), *state.net.buffers()))
     own = (value for entry in state.optimizer.state.values() for value in entry.values())
-    assert (counted["weights"], counted["averages"]) == (weights, 2 * weights)
+    held = {x.data_ptr(): x.nbytes for net in modules for x in (*net.parameters(), *net.buffers())}
+    assert (counted["weights"], counted["averages"]) == (weights, sum(held.values()) - weights)
+    assert counted["averages"] == 2 * sum(x.nbytes for x in trained(state.net).values())
     assert counted["gradients"] == sum(p.grad.nbytes for p in state.net.parameters() if p.grad is not None)
     assert counted["optimizer"] == sum(value.nbytes for value in own)
 

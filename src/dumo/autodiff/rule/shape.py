@@ -54,14 +54,15 @@ def _linear_map(function: Callable[..., Any]) -> Rule:
         if isinstance(out, Tensor):
             if isinstance(x, Dual) and not (out.is_floating_point() or out.is_complex()):
                 raise NoRule(f"{function.__name__} to {out.dtype}")
-            return _noted(carry(out, _again, (x,), again, args, kwargs, None), view)
-        return tuple(_noted(carry(p, _again, (x,), again, args, kwargs, i), view) for i, p in enumerate(out))
+            moved = carry(out, _again, (x,), again, args, kwargs, None)
+            return _part(moved) if view else moved
+        return tuple(_part(carry(p, _again, (x,), again, args, kwargs, i)) for i, p in enumerate(out))
 
     return apply
 
 
-def _noted(x: Array, view: bool) -> Array:
-    if view and isinstance(x, Dual):
+def _part(x: Array) -> Array:
+    if isinstance(x, Dual):
         x.part = True
     return x
 
