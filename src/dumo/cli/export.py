@@ -30,7 +30,7 @@ def export(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     weights: Weights = None,
 ) -> None:
-    """Write a pretrained net that was tuned as stock programs take it."""
+    """Write a trained net as stock programs take it."""
     from dumo import dist
     from dumo.export import write
     from dumo.run.folder import open_run

@@ -90,8 +90,17 @@ class Teacher(Spec):
 
 
 class Start(Spec):
-    """Weights to begin with: those of a run, by name."""
+    """Weights to begin with: those of a run by name, or published ones of a DiT's build (`dumo.nets.sit`)."""
 
-    source: str  # a run's folder
-    weights: str | None = None  # a file of its weights; None: those that it shows
+    # run: all that the nets share; sit: a velocity, all of it; dit: it predicts noise, so its trunk alone
+    kind: Literal["run", "sit", "dit"] = "run"
+    source: str  # a run's folder; of sit and dit a safetensors file, under the names of their authors
+    weights: str | None = None  # a file of the run's weights; None: those that it shows
     heads: dict[str, str] = Field(default_factory=dict[str, str])  # heads that begin as another of the source: {u: v}
+    reverse: bool = True  # a sit counts time from noise to data, as SiT's authors do; REPA's is false
+
+    @model_validator(mode="after")
+    def _of_a_run(self) -> "Start":
+        if self.kind != "run" and self.weights is not None:
+            raise ValueError(f"weights = {self.weights} is a file of a run: name the file in start.source")
+        return self

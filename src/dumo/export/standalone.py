@@ -24,7 +24,7 @@ from dumo.data import Latents
 from dumo.export import card
 from dumo.flow.path import Linear
 from dumo.io.json import write_json
-from dumo.nets import DiT
+from dumo.nets.dit import PUBLISHED, DiT
 from dumo.random import random_batch
 from dumo.run.folder import RunFolder
 from dumo.run.sample import guided_reading
@@ -34,7 +34,6 @@ from dumo.types import Sample, UserError
 SHIPPED = Path(__file__).parent / "shipped"
 TRANSFORMER, VAE = "dumo_dit", "dumo_taef2"  # files, and not `dit`: diffusers has a pipeline of this name
 TIMES = ("t", "r")  # embeddings that it has
-KNOWN = {"precondition": "none", "norm": "layer", "qk_norm": False, "mlp": "gelu", "position": "waves"}
 PROBED = (0.3, 0.9)  # times at which both nets are asked. Ours
 Json = dict[str, Any]
 
@@ -48,7 +47,8 @@ def write(opened: RunFolder, out: Path, name: str, *, head: str | None = None, d
     head = checked(opened, head)
     net = transformer(opened)
     agree(opened, net, head)
-    nn.Module.to(net, getattr(torch, dtype)).save_pretrained(out / "transformer")  # without diffusers' warning
+    nn.Module.to(net, getattr(torch, dtype))  # diffusers' own would warn that no layer stays in float32
+    net.save_pretrained(out / "transformer")
     shutil.copy(SHIPPED / f"{TRANSFORMER}.py", out / "transformer")
     shutil.copy(SHIPPED / "pipeline.py", out)
     index: Json = {"_class_name": ["pipeline", "DumoPipeline"], "_dumo_version": __version__}
@@ -67,7 +67,7 @@ def checked(opened: RunFolder, head: str | None) -> str:
             "exported, which are u and v: give another --head, or sample it by dumo sample"
         )
     head = head or ("u" if "u" in has else "v")
-    wrong = [f"net.{field} is {value}" for field in KNOWN if (value := getattr(run.net, field)) != KNOWN[field]]
+    wrong = [f"net.{field} is {value}" for field in PUBLISHED if (value := getattr(run.net, field)) != PUBLISHED[field]]
     wrong += [f"its net is told {name}" for name in needs.names if name not in TIMES]
     wrong += [f"its head {name} is told more than the others" for name in needs.own]
     wrong += [f"sample.guide.scale is {run.sample.guide.scale:g}"] if run.sample.guide.active else []

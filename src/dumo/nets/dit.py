@@ -20,6 +20,7 @@ from dumo.nets.rotary import turn, turns
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
 Mlp = Literal["gelu", "swiglu"]
+PUBLISHED = {"precondition": "none", "norm": "layer", "qk_norm": False, "mlp": "gelu", "position": "waves"}  # DiT's
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # DiT, Tab. 1
 
 

@@ -22,6 +22,7 @@ from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.weights import compare
 from dumo.io.weights import load as load_weights
+from dumo.run import published
 from dumo.training import checkpoint, frozen, manifest
 from dumo.training.state import State
 from dumo.training.state import begin as begin_training
@@ -204,20 +205,14 @@ def begin(run: Run, folder: Path, device: torch.device, step: int | None = None)
 
 
 def begin_from(run: Run, start: Start, device: torch.device) -> nn.Module:
-    """A run's net with the weights of another, by name; a head, as `start.heads` says, with another head's.
+    """A run's net with other weights, by name; a head, as `start.heads` says, with another head's.
 
     What the source lacks of heads, gauges and embeddings of inputs stays as drawn. Raises UserError where it has not
     the rest, or not in these shapes, and where the same weights make another function there: another net or path.
     """
-    source = open_run(start.source, weights=start.weights, device=str(device))
-    differs = [line for line in difference(source.run, run) if line.startswith(("net", "path"))]
-    if differs := [line for line in differs if not line.startswith(SAME)]:
-        raise UserError(
-            f"start: the nets differ, {start.source} has another {'; '.join(differs)}: set these fields as they are "
-            "there, or start=null"
-        )
     net = run.build(device)
-    found, wanted = source.net.state_dict(), net.state_dict()
+    found = of_run(run, start, device) if start.kind == "run" else published.read(start, run, net)
+    wanted = net.state_dict()
     there = {f"heads.{new}.": f"heads.{old}." for new, old in start.heads.items()}
 
     def named(name: str) -> str:
@@ -225,8 +220,9 @@ def begin_from(run: Run, start: Start, device: torch.device) -> nn.Module:
         return name if new is None else there[new] + name.removeprefix(new)
 
     if lacking := [new for new, old in there.items() if not any(name.startswith(old) for name in found)]:
-        old, have = there[lacking[0]].split(".")[1], ", ".join(source.run.objective.needs.heads)
-        raise UserError(f"start.heads: {start.source} has no head '{old}', its heads are {have}")
+        have = dict.fromkeys(name.split(".")[1] for name in found if name.startswith("heads."))
+        old, said = there[lacking[0]].split(".")[1], f"its heads are {', '.join(have)}" if have else "it has none"
+        raise UserError(f"start.heads: {start.source} has no head '{old}', {said}")
     fits = {name for name, w in wanted.items() if named(name) in found and found[named(name)].shape == w.shape}
     if alien := [name for name in wanted if name not in fits and not name.startswith(PRIVATE)]:
         raise UserError(
@@ -235,3 +231,15 @@ def begin_from(run: Run, start: Start, device: torch.device) -> nn.Module:
         )
     net.load_state_dict(wanted | {name: found[named(name)] for name in fits})
     return net
+
+
+def of_run(run: Run, start: Start, device: torch.device) -> dict[str, Tensor]:
+    """The weights of another run. Raises UserError where they make another function of this one's net."""
+    source = open_run(start.source, weights=start.weights, device=str(device))
+    differs = [line for line in difference(source.run, run) if line.startswith(("net", "path"))]
+    if differs := [line for line in differs if not line.startswith(SAME)]:
+        raise UserError(
+            f"start: the nets differ, {start.source} has another {'; '.join(differs)}: set these fields as they are "
+            "there, or start=null"
+        )
+    return source.net.state_dict()

@@ -50,30 +50,29 @@ class DumoPipeline(DiffusionPipeline):
         net, n, device = self.transformer, num_inference_steps, self._execution_device
         c = torch.as_tensor(class_labels, device=device).reshape(-1)
         shape = (len(c), net.config.channels, net.config.side, net.config.side)
-        x = randn_tensor(shape, generator=generator, device=device) if latents is None else latents.to(device)
+        x = randn_tensor(shape, generator=generator, device=device) if latents is None else latents.to(device).float()
         times = [x.new_full((len(c), 1, 1, 1), t) for t in self.times(n)]
-        for k in self.progress_bar(range(n)):
-            t = times[k]
-            if self.config.head == "v":
+        for k, t in enumerate(times[:n]):
+            if self.config["head"] == "v":
                 x = x - (t - times[k + 1]) * net(x, t.flatten(), c, "v")
                 continue
             if k:
                 z = noises[k - 1].to(x) if noises else randn_tensor(shape, generator=generator, device=device)
                 x = t * z + (1 - t) * x
-            x = x - t * net(x, t.flatten(), c, self.config.head)
-        images = x if output_type == "latent" else self.images(x, output_type)
+            x = x - t * net(x, t.flatten(), c, self.config["head"])
+        images: Any = x if output_type == "latent" else self.images(x, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def times(self, n: int) -> list[float]:
         """Those of n passes; of Euler steps also the last one's end."""
-        start, m = self.config.start, self.config.m
-        if self.config.head == "v":
+        start, m = self.config["start"], self.config["m"]
+        if self.config["head"] == "v":
             return [start * ((n - k) / n) for k in range(n + 1)]
         return [start * (m / start) ** log2(n / (n - k)) for k in range(n)]
 
     def images(self, x: Tensor, output_type: str) -> Any:  # noqa: ANN401, as diffusers gives them
         """What the net made, decoded."""
-        shift, scale = (torch.tensor(value, device=x.device) for value in (self.config.shift, self.config.scale))
+        shift, scale = (torch.tensor(value, device=x.device) for value in (self.config["shift"], self.config["scale"]))
         x = x / scale.reshape(-1, 1, 1) + shift.reshape(-1, 1, 1)
         if self.vae is not None:
             x = self.vae.decode(x.to(self.vae.dtype)).sample.float()

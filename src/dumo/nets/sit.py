@@ -1,0 +1,60 @@
+"""Weights of a published SiT (Ma et al. 2024) or DiT (Peebles & Xie 2023) by the names of our DiT.
+
+The trunks are the same function: patches, sinusoids, order of queries, keys and values, modulations. Three things
+differ, and all of them go into the weights:
+
+- SiT counts time from noise to data, s = 1 - t, and puts out dx/ds, so v(x_t, t) = -F(x_t, 1 - t). The sign goes into
+  the last layer, and the time into the first layer of its embedding, as linear as what it reads:
+  cos w(1 - t) = cos w cos wt + sin w sin wt,  sin w(1 - t) = sin w cos wt - cos w sin wt.
+  REPA (Yu et al. 2025), whose files have the same names, counts as we do.
+- The numbers of a patch are put out in the order row, column, channel; here it is channel, row, column.
+- A learned sigma is the second half of the channels put out; SiT's own forward pass drops it, and so do we.
+"""
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor, cat
+
+from dumo.nets.dit import Transformer
+
+NAMES = {  # of facebookresearch/DiT and willisma/SiT, models.py
+    r"x_embedder\.proj\.": "embed.",
+    r"pos_embed$": "positions",
+    r"t_embedder\.mlp\.": "scalars.embedders.t.",
+    r"y_embedder\.embedding_table\.": "label.",
+    r"blocks\.(\d+)\.adaLN_modulation\.1\.": r"blocks.\1.modulation.",
+    r"blocks\.(\d+)\.attn\.qkv\.": r"blocks.\1.qkv.",
+    r"blocks\.(\d+)\.attn\.proj\.": r"blocks.\1.out.",
+    r"blocks\.(\d+)\.mlp\.fc1\.": r"blocks.\1.up.",
+    r"blocks\.(\d+)\.mlp\.fc2\.": r"blocks.\1.down.",
+    r"final_layer\.adaLN_modulation\.1\.": "heads.v.modulation.",
+    r"final_layer\.linear\.": "heads.v.out.",
+}
+BESIDE = "projectors."  # of REPA: what its training alone asks for
+
+
+def named(name: str) -> str | None:
+    """Our name for a published one; None: there is no such layer here."""
+    found = [re.sub(pattern, ours, name) for pattern, ours in NAMES.items() if re.match(pattern, name)]
+    return found[0] if found else None
+
+
+def converted(found: Mapping[str, Tensor], net: Transformer, *, reverse: bool) -> dict[str, Tensor]:
+    """The weights of a velocity, of names that `named` knows, by our names, for a net of time scale 1.
+
+    `reverse`: the file counts time from noise to data.
+    """
+    state = {ours: tensor for name, tensor in found.items() if (ours := named(name))}
+    state["embed.weight"] = state["embed.weight"].flatten(1)
+    state["positions"] = state["positions"].squeeze(0)
+    channels = net.embed.in_features // net.patch**2
+    for name in ("heads.v.out.weight", "heads.v.out.bias"):
+        rows = state[name].unflatten(0, (net.patch, net.patch, -1))[:, :, :channels].movedim(2, 0).flatten(0, 2)
+        state[name] = -rows if reverse else rows
+    if reverse:
+        first = "scalars.embedders.t.0.weight"
+        of_cos, of_sin = state[first].double().chunk(2, 1)
+        cos, sin = (w := net.scalars.frequencies.double().to(of_cos.device)).cos(), w.sin()
+        state[first] = cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], 1).to(state[first])
+    return state

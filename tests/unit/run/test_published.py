@@ -1,0 +1,166 @@
+"""A run begins with a published SiT's weights, and is the same function then."""
+
+from math import log
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.nets.embed import grid_waves
+from dumo.random import stream
+from dumo.run.folder import begin_from
+from dumo.types import UserError
+
+PATCH, WIDTH, DEPTH, ATTENTION, CLASSES, SIDE, CHANNELS = 2, 16, 2, 4, 10, 8, 1
+CPU = torch.device("cpu")
+Weights = dict[str, Tensor]
+
+
+def published(sigma: bool, channels: int = CHANNELS) -> Weights:
+    """Random weights of a tiny SiT or DiT by their authors' names; `sigma`: with twice the channels put out."""
+    w, out = WIDTH, channels * (1 + sigma)
+    shapes: dict[str, tuple[int, ...]] = {
+        "x_embedder.proj.weight": (w, channels, PATCH, PATCH),
+        "y_embedder.embedding_table.weight": (CLASSES + 1, w),
+    }
+    layers = {"t_embedder.mlp.0": (w, 256), "t_embedder.mlp.2": (w, w), "final_layer.linear": (PATCH**2 * out, w)}
+    layers |= {"final_layer.adaLN_modulation.1": (2 * w, w)}
+    for k in range(DEPTH):
+        parts = {"adaLN_modulation.1": (6 * w, w), "attn.qkv": (3 * w, w), "attn.proj": (w, w)}
+        parts |= {"mlp.fc1": (4 * w, w), "mlp.fc2": (w, 4 * w)}
+        layers |= {f"blocks.{k}.{name}": shape for name, shape in parts.items()}
+    shapes |= {f"{name}.weight": shape for name, shape in layers.items()}
+    shapes |= {f"{name}.bias": shape[:1] for name, shape in layers.items()} | {"x_embedder.proj.bias": (w,)}
+    g = stream("published")
+    found = {name: torch.randn(shape, generator=g) * 0.2 for name, shape in sorted(shapes.items())}
+    return found | {"pos_embed": grid_waves(SIDE // PATCH, w)[None]}
+
+
+def answer(w: Weights, x: Tensor, s: Tensor, c: Tensor) -> Tensor:
+    """What a SiT of these weights puts out at its own time s, in float64: written from the papers."""
+    w = {name: tensor.double() for name, tensor in w.items()}
+
+    def linear(name: str, a: Tensor) -> Tensor:
+        return a @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def shifted(h: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        mean, variance = h.mean(-1, keepdim=True), h.var(-1, unbiased=False, keepdim=True)
+        return (h - mean) / (variance + 1e-6).sqrt() * (1 + scale[:, None]) + shift[:, None]
+
+    b, g = len(x), SIDE // PATCH
+    h = F.conv2d(x.double(), w["x_embedder.proj.weight"], w["x_embedder.proj.bias"], stride=PATCH)
+    h = h.flatten(2).mT + w["pos_embed"]
+    angles = s.double()[:, None] * torch.exp(-log(10_000.0) * torch.arange(128) / 128).double()
+    e = linear("t_embedder.mlp.2", F.silu(linear("t_embedder.mlp.0", torch.cat([angles.cos(), angles.sin()], -1))))
+    e = F.silu(e + w["y_embedder.embedding_table.weight"][c])
+    for k in range(DEPTH):
+        m = linear(f"blocks.{k}.adaLN_modulation.1", e).chunk(6, -1)
+        q, key, v = linear(f"blocks.{k}.attn.qkv", shifted(h, m[0], m[1])).chunk(3, -1)
+        q, key, v = (part.unflatten(-1, (ATTENTION, -1)).transpose(1, 2) for part in (q, key, v))
+        seen = (q @ key.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        h = h + m[2][:, None] * linear(f"blocks.{k}.attn.proj", seen.transpose(1, 2).flatten(2))
+        a = F.gelu(linear(f"blocks.{k}.mlp.fc1", shifted(h, m[3], m[4])), approximate="tanh")
+        h = h + m[5][:, None] * linear(f"blocks.{k}.mlp.fc2", a)
+    y = linear("final_layer.linear", shifted(h, *linear("final_layer.adaLN_modulation.1", e).chunk(2, -1)))
+    image = torch.zeros(b, y.shape[-1] // PATCH**2, SIDE, SIDE, dtype=torch.float64)
+    for i in range(g):
+        for j in range(g):
+            patch = y[:, i * g + j].view(b, PATCH, PATCH, -1)  # row, column, channel
+            image[:, :, i * PATCH : (i + 1) * PATCH, j * PATCH : (j + 1) * PATCH] = patch.permute(0, 3, 1, 2)
+    return image[:, :CHANNELS]
+
+
+def run_from(file: Path, *fields: str, kind: str = "sit") -> Run:
+    """A run on digits that begins with the file."""
+    sizes = (f"net.patch={PATCH}", f"net.width={WIDTH}", f"net.depth={DEPTH}", f"net.attention={ATTENTION}")
+    return load("digits", [*sizes, "net.time_scale=1", f"start={{kind: {kind}, source: {file}}}", *fields])
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A SiT with a learned sigma."""
+    save_file(published(sigma=True), tmp_path / "sit.safetensors")
+    return tmp_path / "sit.safetensors"
+
+
+@pytest.mark.parametrize("sigma", [True, False])
+@pytest.mark.parametrize("reverse", [True, False])
+def test_the_velocity_is_the_published_one(sigma: bool, reverse: bool, tmp_path: Path) -> None:
+    weights, file = published(sigma), tmp_path / "sit.safetensors"
+    save_file(weights | {"projectors.0.0.weight": torch.zeros(3, 3)}, file)
+    run = run_from(file, f"start.reverse={str(reverse).lower()}", "start.heads.u=v")
+    assert run.start is not None
+    net, g = begin_from(run, run.start, CPU).double().eval(), stream("at")
+    x, c = torch.randn(3, CHANNELS, SIDE, SIDE, generator=g).double(), torch.tensor([0, 7, CLASSES])
+    t = torch.tensor([0.05, 0.5, 0.97], dtype=torch.float64)
+    with torch.no_grad():
+        v, u = net(x, c, t=t)
+    published_v = -answer(weights, x, 1 - t, c) if reverse else answer(weights, x, t, c)
+    assert float((v - published_v).abs().max() / published_v.abs().max()) < 1e-6
+    assert torch.equal(u, v)
+
+
+def test_of_a_dit_the_trunk_alone(file: Path) -> None:
+    run = run_from(file, "net.time_scale=10", kind="dit")
+    assert run.start is not None
+    net, weights = begin_from(run, run.start, CPU), published(sigma=True)
+    fresh = run.build(CPU).state_dict()
+    for name, value in net.state_dict().items():
+        if name.startswith(("heads.", "scalars.")):
+            assert torch.equal(value, fresh[name]), name
+    assert torch.equal(net.state_dict()["blocks.1.qkv.weight"], weights["blocks.1.attn.qkv.weight"])
+    with pytest.raises(UserError, match="has no head 'v', it has none"):
+        begin_from(run, run.start.model_copy(update={"heads": {"u": "v"}}), CPU)
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("net.time_scale=10", r"has time_scale 1\.0, and this one 10\.0: set net\.time_scale=1\.0"),
+        ("net.position=rope", "has position waves"),
+        ("net.depth=1", r"blocks\.1\.\S+ is none of its layers here: set net\.depth"),
+        ("net.depth=3", r"it has nothing for blocks\.2"),
+        ("net.patch=4", r"patches of shape \(1, 2, 2\), and this net of \(1, 4, 4\): set net\.patch"),
+        ("net.width=32", r"has no \S+ of shape"),
+        ("net.aux_time=true", "has aux_time False"),
+    ],
+)
+def test_another_net_is_refused(field: str, said: str, file: Path) -> None:
+    run = run_from(file, field)
+    assert run.start is not None
+    with pytest.raises(UserError, match=said):
+        begin_from(run, run.start, CPU)
+
+
+def test_a_net_of_another_kind_is_refused(file: Path) -> None:
+    run = load("digits", ["net={kind: unet, width: 8, multipliers: [1]}", f"start={{kind: sit, source: {file}}}"])
+    assert run.start is not None
+    with pytest.raises(UserError, match=r"is for net\.kind dit, and this run's is unet"):
+        begin_from(run, run.start, CPU)
+
+
+def test_the_published_sizes_have_their_own_number_of_heads(file: Path) -> None:
+    run = run_from(file, "net.width=384", "net.attention=4")
+    assert run.start is not None
+    with pytest.raises(UserError, match=r"has attention 6, and this one 4: set net\.attention=6"):
+        begin_from(run, run.start, CPU)
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "sit.pt").write_bytes(b"PK\3\4")
+    save_file({"ema.x_embedder.proj.weight": torch.zeros(1)}, tmp_path / "whole.safetensors")
+    for name, said in (
+        ("sit.pt", "dumo reads no pickle"),
+        ("whole.safetensors", r"ema\.x_embedder\.proj\.weight is none of its layers here"),
+        ("", "is a folder"),
+        ("none.safetensors", "no such file"),
+    ):
+        run = run_from(tmp_path / name)
+        assert run.start is not None
+        with pytest.raises(UserError, match=said):
+            begin_from(run, run.start, CPU)
