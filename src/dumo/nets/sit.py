@@ -14,9 +14,10 @@ differ, and all of them go into the weights:
 import re
 from collections.abc import Mapping
 
-from torch import Tensor, cat
+from torch import Tensor, cat, equal
 
 from dumo.nets.dit import Transformer
+from dumo.types import UserError
 
 NAMES = {  # of facebookresearch/DiT and willisma/SiT, models.py
     r"x_embedder\.proj\.": "embed.",
@@ -31,13 +32,42 @@ NAMES = {  # of facebookresearch/DiT and willisma/SiT, models.py
     r"final_layer\.adaLN_modulation\.1\.": "heads.v.modulation.",
     r"final_layer\.linear\.": "heads.v.out.",
 }
+DIFFUSERS = {  # of its DiTTransformer2DModel, to the authors'
+    r"pos_embed\.proj\.": "x_embedder.proj.",
+    r"transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_1\.": "t_embedder.mlp.0.",
+    r"transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_2\.": "t_embedder.mlp.2.",
+    r"transformer_blocks\.0\.norm1\.emb\.class_embedder\.": "y_embedder.",
+    r"transformer_blocks\.(\d+)\.norm1\.linear\.": r"blocks.\1.adaLN_modulation.1.",
+    r"transformer_blocks\.(\d+)\.attn1\.qkv\.": r"blocks.\1.attn.qkv.",
+    r"transformer_blocks\.(\d+)\.attn1\.to_out\.0\.": r"blocks.\1.attn.proj.",
+    r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj\.": r"blocks.\1.mlp.fc1.",
+    r"transformer_blocks\.(\d+)\.ff\.net\.2\.": r"blocks.\1.mlp.fc2.",
+    r"proj_out_1\.": "final_layer.adaLN_modulation.1.",
+    r"proj_out_2\.": "final_layer.linear.",
+}
 BESIDE = "projectors."  # of REPA: what its training alone asks for
 
 
-def named(name: str) -> str | None:
+def named(name: str, names: Mapping[str, str] = NAMES) -> str | None:
     """Our name for a published one; None: there is no such layer here."""
-    found = [re.sub(pattern, ours, name) for pattern, ours in NAMES.items() if re.match(pattern, name)]
+    found = [re.sub(pattern, ours, name) for pattern, ours in names.items() if re.match(pattern, name)]
     return found[0] if found else None
+
+
+def of_diffusers(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A DiT as diffusers saves it, by its authors' names. Every block has embeddings there; all are as the first's.
+
+    Raises UserError where they are not.
+    """
+    for name, tensor in found.items():
+        first = re.sub(r"^transformer_blocks\.\d+\.norm1\.emb\.", "transformer_blocks.0.norm1.emb.", name)
+        if not equal(tensor, found[first]):
+            raise UserError(f"start.source: {name} is not {first}, and a DiT embeds once: take another one")
+    joined = dict(found)
+    for name in [name for name in found if ".attn1.to_q." in name]:
+        parts = [joined.pop(name.replace("to_q", part)) for part in ("to_q", "to_k", "to_v")]
+        joined[name.replace("to_q", "qkv")] = cat(parts)
+    return {theirs: tensor for name, tensor in joined.items() if (theirs := named(name, DIFFUSERS))}
 
 
 def converted(found: Mapping[str, Tensor], net: Transformer, *, reverse: bool) -> dict[str, Tensor]:
@@ -47,7 +77,7 @@ def converted(found: Mapping[str, Tensor], net: Transformer, *, reverse: bool) -
     """
     state = {ours: tensor for name, tensor in found.items() if (ours := named(name))}
     state["embed.weight"] = state["embed.weight"].flatten(1)
-    state["positions"] = state["positions"].squeeze(0)
+    state["positions"] = state["positions"].squeeze(0) if "positions" in state else net.positions  # fixed sinusoids
     channels = net.embed.in_features // net.patch**2
     for name in ("heads.v.out.weight", "heads.v.out.bias"):
         rows = state[name].unflatten(0, (net.patch, net.patch, -1))[:, :, :channels].movedim(2, 0).flatten(0, 2)

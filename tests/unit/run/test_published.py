@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.nets.embed import grid_waves
+from dumo.nets.sit import of_diffusers
 from dumo.random import stream
 from dumo.run.folder import begin_from
 from dumo.types import UserError
@@ -105,6 +106,49 @@ def test_the_velocity_is_the_published_one(sigma: bool, reverse: bool, tmp_path:
     assert torch.equal(u, v)
 
 
+@pytest.fixture
+def diffusers_dit(tmp_path: Path) -> Path:
+    """A tiny DiT of diffusers, random but for the embeddings, of which every block has the first one's."""
+    from diffusers import DiTTransformer2DModel
+
+    sizes = {"num_attention_heads": ATTENTION, "attention_head_dim": WIDTH // ATTENTION, "num_layers": DEPTH}
+    sizes |= {"sample_size": SIDE, "patch_size": PATCH, "in_channels": CHANNELS, "out_channels": 2 * CHANNELS}
+    net, g = DiTTransformer2DModel(**sizes, num_embeds_ada_norm=CLASSES, norm_eps=1e-6), stream("diffusers")
+    for p in net.parameters():
+        p.data = torch.randn(p.shape, generator=g) * 0.2
+    net.transformer_blocks[1].norm1.emb.load_state_dict(net.transformer_blocks[0].norm1.emb.state_dict())
+    net.save_pretrained(tmp_path / "dit")
+    return tmp_path / "dit"
+
+
+def test_diffusers_dit_says_the_same(diffusers_dit: Path) -> None:
+    """A second witness, of all but the times: at time 0 all waves are 1 and 0, here and there."""
+    from diffusers import DiTTransformer2DModel
+
+    theirs = DiTTransformer2DModel.from_pretrained(diffusers_dit).double().eval()
+    weights = of_diffusers(load_file(diffusers_dit / "diffusion_pytorch_model.safetensors"))
+    file = diffusers_dit / "authors.safetensors"
+    save_file(weights, file)
+    run = run_from(file, "start.reverse=false")
+    assert run.start is not None
+    net, g = begin_from(run, run.start, CPU).double().eval(), stream("at")
+    x, c = torch.randn(3, CHANNELS, SIDE, SIDE, generator=g).double(), torch.tensor([0, 7, CLASSES])
+    with torch.no_grad():
+        noise = theirs(x, timestep=torch.zeros(3).long(), class_labels=c).sample[:, :CHANNELS]
+        ours, _ = net(x, c, t=torch.zeros(3, dtype=torch.float64))
+    assert float((ours - noise).abs().max() / noise.abs().max()) < 1e-6
+
+
+def test_of_diffusers_folder_the_trunk(diffusers_dit: Path) -> None:
+    run, found = run_from(diffusers_dit, kind="dit"), load_file(diffusers_dit / "diffusion_pytorch_model.safetensors")
+    assert run.start is not None
+    state = begin_from(run, run.start, CPU).state_dict()
+    assert torch.equal(state["blocks.1.qkv.weight"][WIDTH : 2 * WIDTH], found["transformer_blocks.1.attn1.to_k.weight"])
+    assert torch.equal(state["positions"], grid_waves(SIDE // PATCH, WIDTH))
+    with pytest.raises(UserError, match=r"is a folder of DiTTransformer2DModel\. A sit is one safetensors file"):
+        begin_from(run, run.start.model_copy(update={"kind": "sit"}), CPU)
+
+
 def test_of_a_dit_the_trunk_alone(file: Path) -> None:
     run = run_from(file, "net.time_scale=10", kind="dit")
     assert run.start is not None
@@ -125,8 +169,8 @@ def test_of_a_dit_the_trunk_alone(file: Path) -> None:
         ("net.position=rope", "has position waves"),
         ("net.depth=1", r"blocks\.1\.\S+ is none of its layers here: set net\.depth"),
         ("net.depth=3", r"it has nothing for blocks\.2"),
-        ("net.patch=4", r"patches of shape \(1, 2, 2\), and this net of \(1, 4, 4\): set net\.patch"),
-        ("net.width=32", r"has no \S+ of shape"),
+        ("net.patch=4", r"proj\.weight of shape \(16, 1, 2, 2\), and this net takes \(16, 1, 4, 4\): set net\.patch"),
+        ("net.width=32", r"of shape \(16, 1, 2, 2\), and this net takes \(32, 1, 2, 2\)"),
         ("net.aux_time=true", "has aux_time False"),
     ],
 )
