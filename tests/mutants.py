@@ -72,6 +72,14 @@ DROPPED, EMA = (f"tests/unit/training/test_{name}.py" for name in ("dropout", "e
 COLLECTIVE, STEP = f"{THEORY}/test_collective.py", "tests/unit/training/test_step.py"
 FROZEN, FROZEN_RANKS = (f"tests/unit/training/test_{name}.py" for name in ("frozen", "frozen_ranks"))
 BASE = "tests/unit/run/test_base.py"
+LOWPASS, PRETRAINED = (f"tests/unit/nets/test_{name}.py" for name in ("lowpass", "pretrained"))
+OLD, APART = f"{PRETRAINED}::test_every_head_begins_as_the_model", f"{PRETRAINED}::test_heads_go_their_own_ways"
+ADAPTED = f"{PRETRAINED}::test_adapters_leave_the_model_as_it_is[sd3]"
+CUT, WAVES = f"{LOWPASS}::test_what_is_cut_stays_cut", f"{LOWPASS}::test_waves_are_those_that_the_model_makes[sd3]"
+SMOOTH, ROUNDED = (
+    f"{LOWPASS}::test_a_smooth_net_stays_what_it_is[sd3]",
+    f"{PRETRAINED}::test_times_are_not_rounded_in_bf16",
+)
 WHOLE, CHECKPOINT = "tests/unit/training/test_manifest.py", "tests/unit/training/test_checkpoint.py"
 SKIPPED = f"{STEP}::test_what_is_not_finite_is_counted_and_not_applied"
 OTHER = f"{STEP}::test_a_number_of_another_rank_skips_the_step_here"
@@ -870,6 +878,28 @@ MUTANTS = [
     ),
     Mutant("run/base.py", "evaluating(self.net), ", "", "a teacher drops", BASE),
     Mutant("run/base.py", "off(), ", "", "the net teaches itself", BASE),
+    Mutant("nets/dualized.py", "tuple(-head for", "tuple(head for", "data - noise is learned", f"{OLD}[z-image]"),
+    Mutant("nets/dualized.py", "1 - t if row.backward", "t if row.backward", "time runs backward", f"{OLD}[lumina2]"),
+    Mutant("nets/dualized.py", "clock * time", "time", "a model of 1000 t is told t", f"{OLD}[sd3]"),
+    Mutant(
+        "nets/dualized.py",
+        "(*numbers, *args",
+        "(*args[: len(numbers)], *args",
+        "t is rounded",
+        ROUNDED,
+    ),
+    Mutant("nets/dualized.py", "(0, 2, 4, 1, 3, 5)", "(0, 2, 4, 3, 5, 1)", "channels are packed last", f"{OLD}[flux]"),
+    Mutant("nets/twin.py", "out.unflatten(-1, (-1, self.channels))", "out", "heads share channels", f"{APART}[sd3]"),
+    Mutant("nets/adapter.py", "_disable_adapters = True", "_disable_adapters = False", "the base moves", ADAPTED),
+    Mutant("nets/lowpass.py", "input * self.keep", "input", "quick waves come back", CUT),
+    Mutant(
+        "nets/lowpass.py",
+        "for _ in range(STEPS)",
+        "for _ in range(0)",
+        "the curve is left",
+        SMOOTH,
+    ),
+    Mutant("nets/lowpass.py", "angles[:, half:].sin()", "angles[:, half:].cos()", "sines are taken for cosines", WAVES),
     Mutant("training/layout.py", "sync(step)", "sync(True)", "every piece is sent", COLLECTIVE),
     Mutant("training/layout.py", "backward(step or reshard)", "backward(True)", "weights come twice", COLLECTIVE),
     Mutant("training/manifest.py", "if digest.of_file(", "if False and digest.of_file(", "no file is hashed", WHOLE),

@@ -52,7 +52,7 @@ def keep(saved: Iterable[object]) -> tuple[Sequence[object], int | None]:
     writes = None if torch.compiler.is_dynamo_compiling() else 0
     for x in saved:
         if isinstance(x, Tensor):
-            x = x.detach()  # noqa: PLW2901, it shares the count
+            x = x.detach()  # which shares the count
             if writes is not None:
                 writes += x._version
         kept.append(x)

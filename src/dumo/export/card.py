@@ -10,7 +10,7 @@ from dumo.export import scheduler
 from dumo.export.model import Exported
 from dumo.export.stock import Stock, at
 from dumo.run.folder import RunFolder
-from dumo.sampling.guidance import GuidanceScale
+from dumo.sampling.guidance import CFG, GuidanceScale
 from dumo.types import UserError
 
 HEAD = """---
@@ -26,6 +26,11 @@ RENOISES = (
 )
 SHORT = (
     "The .py files in the folder are all the code that it brings. They are short, and need torch and diffusers alone."
+)
+CODED = "codes.safetensors"
+CODES = (
+    f"It was tuned on classes that have codes, not on texts. In the place of a prompt give a row of `{CODED}`, one for "
+    "each class and the last for none: `tokens` as prompt_embeds, and `pooled`, if any, as pooled_prompt_embeds."
 )
 PASSES = (1, 2)
 
@@ -47,8 +52,7 @@ def of_pipeline(exported: Exported, stock: Stock, index: Mapping[str, Any], name
             f'pipe = DiffusionPipeline.from_pretrained("{origin(exported)}", transformer=model, scheduler=scheduler)',
         ]
     notes = ["`scheduler/jumps.py` has the times, for this pipeline is told none."] if own else []
-    notes = [RENOISES, *notes] if exported.head == "u" else notes
-    return page(exported.opened, name, [*lines, *calls(exported, stock)], notes, made(exported))
+    return tuned(exported, name, [*lines, *calls(exported, stock)], notes)
 
 
 def of_lora(exported: Exported, stock: Stock, name: str) -> str:
@@ -61,11 +65,10 @@ def of_lora(exported: Exported, stock: Stock, name: str) -> str:
         )
     notes = [
         "The LoRA holds the last layer and the embedding of time, too, and makes another function of the model: it "
-        " counts whole or not at all: no `cross_attention_kwargs` scale between 0 and 1, and no second LoRA of "
+        "counts whole or not at all: no `cross_attention_kwargs` scale between 0 and 1, and no second LoRA of "
         "this kind beside it."
     ]
-    notes = [RENOISES, *notes] if exported.head == "u" else notes
-    return page(exported.opened, name, [*lines, *calls(exported, stock)], notes, made(exported))
+    return tuned(exported, name, [*lines, *calls(exported, stock)], notes)
 
 
 def calls(exported: Exported, stock: Stock) -> list[str]:
@@ -83,6 +86,12 @@ def calls(exported: Exported, stock: Stock) -> list[str]:
     return [*seed, *lines]
 
 
+def tuned(exported: Exported, name: str, lines: list[str], notes: list[str]) -> str:
+    """A card of a tuned model, with what all of them are told."""
+    notes = [*[RENOISES] * (exported.head == "u"), *notes, *[CODES] * bool(exported.codes)]
+    return page(exported.opened, name, lines, notes, made(exported))
+
+
 def of_own(opened: RunFolder, name: str, head: str) -> str:
     """Of a folder called `name` with a net of dumo's own, and the code that runs it."""
     classes, net, drop = opened.run.data.classes, opened.run.net.kind, opened.run.objective.drop
@@ -97,11 +106,11 @@ def of_own(opened: RunFolder, name: str, head: str) -> str:
 
 
 def page(
-    opened: RunFolder, name: str, lines: list[str], notes: list[str], made: str, tag: str = "text-to-image"
+    opened: RunFolder, name: str, lines: list[str], notes: list[str], table: str, tag: str = "text-to-image"
 ) -> str:
     """A card, for what the hub calls `tag`."""
     parts = [f"{HEAD.format(tag=tag)}\n# {name}", "```py\n" + "\n".join(lines) + "\n```", *notes]
-    parts += ["## How it was made", made]
+    parts += ["## How it was made", table]
     found = measured(opened)
     return "\n\n".join([*parts, *(["## What it measured", found] if found else [])]) + "\n"
 
@@ -109,9 +118,9 @@ def page(
 def made(exported: Exported) -> str:
     """The recipe of a tuned model, in lines."""
     spec = exported.spec
-    tuned = "all weights" if spec.lora is None else f"LoRA of rank {spec.lora.rank}"
+    part = "all weights" if spec.lora is None else f"LoRA of rank {spec.lora.rank}"
     lowpass = "as it was" if spec.lowpass is None else f"waves of up to {spec.lowpass:g} rad"
-    rows = {"tuned from": f"{origin(exported)}, {exported.kind}, {tuned}", "embedding of time": lowpass}
+    rows = {"tuned from": f"{origin(exported)}, {exported.kind}, {part}", "embedding of time": lowpass}
     return recipe(exported.opened, exported.head, rows)
 
 
@@ -130,11 +139,21 @@ def recipe(opened: RunFolder, head: str, rows: Mapping[str, str]) -> str:
         "head": gives,
         "objective": f"{run.objective.kind}, {opened.step:,} steps of {run.train.batch} images",
         "guidance baked in": ", ".join(guided) or "none",
-        "guidance when called": f"{run.sample.guide.scale:g}" if run.sample.guide.active else "none",
+        "guidance when called": asked(run.sample.guide),
         "weights": f"{opened.weights}, SHA-256 {opened.sha256}",
         "made by": f"dumo {__version__}",
     }
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
+
+
+def asked(guide: CFG) -> str:
+    """What the run is sampled with; pipelines know no interval of times."""
+    if not guide.active:
+        return "none"
+    low, high = guide.interval.low, guide.interval.high
+    return f"{guide.scale:g}" + (
+        "" if (low, high) == (0, 1) else f" in dumo at t from {low:g} to {high:g}, here at all"
+    )
 
 
 def measured(opened: RunFolder) -> str:

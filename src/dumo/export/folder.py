@@ -4,6 +4,7 @@ transformer/       the model, with one head in the place of its last layer
 scheduler/         of a flow map, one that adds fresh noise between two passes; of a velocity, the source's own
 vae/ ...           the other parts of the pipeline that the model came from, if it came from one
 model_index.json   which parts there are
+codes.safetensors  what stands for classes, where the model was tuned on none but them
 README.md          the model card
 """
 
@@ -12,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import safetensors.torch
 import torch
 
 from dumo.data import Latents
@@ -55,6 +57,8 @@ def write(exported: Exported, out: Path, out_name: str, *, parts: Parts = "copy"
         else:
             del index[name]
     write_json(out / INDEX, index)
+    if codes := exported.codes:
+        safetensors.torch.save_file(codes, out / card.CODED, {"format": "pt"})
     (out / "README.md").write_text(card.of_pipeline(exported, stock, index, out_name), encoding="utf-8")
 
 

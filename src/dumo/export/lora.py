@@ -40,14 +40,18 @@ def write(exported: Exported, out: Path, name: str, *, dtype: str = "float32") -
     safetensors.torch.save_file({PREFIX + name: x for name, x in layers.items()}, out / FILE, NOTES)
     if exported.head == "u":
         scheduler.write(out / scheduler.FOLDER, stock, exported.solver)
+    if codes := exported.codes:
+        safetensors.torch.save_file(codes, out / card.CODED, NOTES)
     (out / "README.md").write_text(card.of_lora(exported, stock, name), encoding="utf-8")
 
 
 def tensors(exported: Exported) -> dict[str, Tensor]:
-    """The LoRA by peft's names."""
+    """The LoRA by peft's names; biases where any has changed."""
     found: dict[str, Tensor] = {}
-    for path, a, b, bias in [*adapted(exported.net), *full(exported.net, exported.head)]:
-        named = {"lora_A.weight": a, "lora_B.weight": b, "lora_B.bias": bias}
+    products = [*adapted(exported.net), *full(exported.net, exported.head)]
+    biased = any(bool(bias.any()) for *_, bias in products)
+    for path, a, b, bias in products:
+        named = {"lora_A.weight": a, "lora_B.weight": b, **({"lora_B.bias": bias} if biased else {})}
         found |= {f"{path}.{name}": tensor.detach().contiguous() for name, tensor in named.items()}
     return found
 
@@ -66,20 +70,16 @@ def adapted(net: Dualized) -> Iterator[Product]:
 
 def full(net: Dualized, head: str) -> Iterator[Product]:
     """The layers that were trained in full. Raises UserError for a change that is in no linear layer."""
-    now: nn.Module = net.stock(head)
+    model: nn.Module = net.stock(head)
     for path, part in zip(net.paths, net.old, strict=True):
-        new, linear = dict(now.get_submodule(path).named_modules()), set[str]()
         for name, old in part.named_modules():
-            if isinstance(old, nn.Linear):
-                linear |= {f"{name}.weight".lstrip("."), f"{name}.bias".lstrip(".")}
-                if any(
-                    not torch.equal(p, dict(new[name].named_parameters())[one]) for one, p in old.named_parameters()
-                ):
-                    yield product(f"{path}.{name}".rstrip("."), old, new[name])
-        changed = dict(now.get_submodule(path).named_parameters())
-        for name, p in part.named_parameters():
-            if name not in linear and not torch.equal(p, changed[name]):
-                raise UserError(f"{path}.{name} was trained, and no LoRA can say it: take --to diffusers")
+            new = model.get_submodule(where := f"{path}.{name}".rstrip("."))
+            both = zip(old.parameters(recurse=False), new.parameters(recurse=False), strict=True)
+            if all(torch.equal(was, now) for was, now in both):
+                continue
+            if not isinstance(old, nn.Linear):
+                raise UserError(f"{where} was trained, and no LoRA can say it: take --to diffusers")
+            yield product(where, old, new)
 
 
 def product(path: str, old: nn.Linear, new: nn.Module) -> Product:

@@ -1,8 +1,12 @@
 """What of a run is exported: one head's model, of the class that its source had."""
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
 
 from dumo.export.stock import STOCKS, Stock
 from dumo.flow.path import Linear
@@ -50,13 +54,24 @@ class Exported:
         folder = read_config(self.spec.source)[0]
         return folder.parent if folder and (folder.parent / INDEX).is_file() else None
 
+    @property
+    def codes(self) -> dict[str, Tensor]:
+        """What stands for the classes in the place of texts; {} where it was tuned on texts."""
+        texts = self.net.texts
+        return {} if self.spec.texts else {name: rows.contiguous() for name, rows in texts.named_buffers()}
+
     def model(self, dtype: str = "float32") -> Any:  # noqa: ANN401, a model of diffusers
         """The model, its adapters added to the layers beside them, without the name of a folder of this machine."""
-        import torch
-
         model = self.net.stock(self.head, merged=self.spec.lora is not None)
         model.register_to_config(_name_or_path="")
-        return model if dtype == "float32" else model.to(getattr(torch, dtype))
+        return model if dtype == "float32" else cast(model, getattr(torch, dtype))
+
+
+def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in another precision; the model stays as it is."""
+    memo: dict[int, object] = {id(p): nn.Parameter(p.detach().to(dtype), False) for p in model.parameters()}
+    memo |= {id(b): b.to(dtype) if b.is_floating_point() else b for b in model.buffers()}
+    return copy.deepcopy(model, memo)
 
 
 def chosen(opened: RunFolder, head: str | None = None) -> Exported:

@@ -49,12 +49,13 @@ def check(folder: Path) -> None:
     """Raise UserError for a scheduler under which a flow map makes no images: one of plain Euler steps, or shifted."""
     config = read_json(folder / FILE, "export the run anew")
     wanted = {"stochastic_sampling": True, "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
-    if wrong := [f"{name} is {config.get(name)}" for name, value in wanted.items() if config.get(name) != value]:
-        raise UserError(
-            f"{folder / FILE}: {wrong[0]}, and a flow map needs {wanted[wrong[0].split()[0]]}: fresh noise between two "
-            "passes, at the times as they are told. Set FlowMatchEulerDiscreteScheduler(shift=1.0, "
-            "stochastic_sampling=True)"
-        )
+    for name, value in wanted.items():
+        if config.get(name) != value:
+            raise UserError(
+                f"{folder / FILE}: {name} is {config.get(name)}, and a flow map needs {value}: fresh noise between two "
+                "passes, at the times as they are told. Set FlowMatchEulerDiscreteScheduler(shift=1.0, "
+                "stochastic_sampling=True)"
+            )
 
 
 def plain(folder: Path) -> Entry:

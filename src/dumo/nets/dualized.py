@@ -10,9 +10,10 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from dumo.nets import adapter
+from dumo.nets import adapter, twin
 from dumo.nets.adapter import Lora
 from dumo.nets.embed import check
 from dumo.nets.family import Config, Family, Told
@@ -52,6 +53,9 @@ class Dualized(nn.Module):
         for layer in model.modules():
             if isinstance(layer, nn.Dropout):
                 layer.p = 0.0  # it would draw from torch's global generator
+        self.tables = {
+            name: tables for name, layer in model.named_modules() if name and (tables := twin.unsaved(layer))
+        }
         idle, embedders = self._idle(), self._embedders()
         parts = [row.last, *embedders, *([row.norm] if own_norm else [])]  # trained in full, also beside adapters
         self.paths = tuple(parts) if lora else ()
@@ -68,6 +72,8 @@ class Dualized(nn.Module):
             self.fits = tuple(lowpass(model.get_submodule(path), row.turn(self.config), limit) for path in embedders)
         for path in embedders if limit is not None else ():
             model.get_submodule(path).requires_grad_(True)
+        if row.reads:
+            model.get_submodule(row.reads).register_forward_pre_hook(readable)
         norms = [head.norm for head in self._heads if head.norm is not None]
         put(model, row.last, self._outs([head.out for head in self._heads], own=own_norm))
         if norms:
@@ -95,12 +101,12 @@ class Dualized(nn.Module):
         return [block for part in self.model.children() if isinstance(part, nn.ModuleList) for block in part]
 
     @contextmanager
-    def base(self) -> Generator[None, None, None]:
+    def base(self) -> Generator["Dualized", None, None]:
         """Inside, every head gives what the model gave before it was tuned. Raises UserError without adapters."""
         if not self.old:
             raise UserError(
-                "net.lora is null, so the weights in training are the only ones: teach from a run or a folder "
-                "(teacher.source), or set net.lora"
+                "net.lora is null, so the model that it was is gone once it trains: set net.lora.rank=64, or take "
+                "another teacher, teacher.kind=run"
             )
         old = dict(zip(self.paths, self.old, strict=True))
         now = {path: self.model.get_submodule(path) for path in old}
@@ -109,7 +115,7 @@ class Dualized(nn.Module):
             for path, part in old.items():
                 put(self.model, path, part)
             try:
-                yield
+                yield self
             finally:
                 for path, part in now.items():
                     put(self.model, path, part)
@@ -123,6 +129,7 @@ class Dualized(nn.Module):
         assert isinstance(mine, Head)
         parts: dict[str, nn.Module] = {self.row.last: mine.out}
         parts |= {} if mine.norm is None else {self.row.norm: mine.norm}
+        parts |= {path: twin.saved(self.model.get_submodule(path), tables) for path, tables in self.tables.items()}
         slow = ((name, layer) for name, layer in self.model.named_modules() if isinstance(layer, Slow))
         model = exchanged(self.model, parts | {name: layer.plain() for name, layer in slow})
         tell(model, self.row.told, self.channels)
@@ -192,6 +199,12 @@ class Dualized(nn.Module):
         """The paths of the perceptrons that embed time."""
         end = self.row.embedder
         return [name for name, _ in self.model.named_modules() if end and f".{name}".endswith(f".{end}")]
+
+
+def readable(_: nn.Module, args: tuple[Array, Tensor]) -> tuple[Array, Tensor]:
+    """On the meta device, where a mask has no numbers, one of which all tokens are there."""
+    x, mask = args
+    return x, torch.ones(mask.shape, dtype=torch.long, device="cpu") if mask.is_meta else mask
 
 
 def packed(x: Sample, grid: tuple[int, int], p: int) -> Array:

@@ -146,6 +146,7 @@ class Family:
     guidance_scale: Callable[[Config], float] = lambda config: 1.0
     idle: str = ""  # pattern of paths, LAST for the last block: layers that move nothing
     apart: bool = False  # it takes captions of different lengths apart
+    reads: str = ""  # path: a part that reads numbers of the mask, its second argument
 
     def patch(self, config: Config, channels: int) -> int:
         """The side of a patch. Raises UserError where a sample of so many channels is not what the model takes."""
@@ -199,7 +200,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "Lumina2Transformer2DModel": Family(
         lumina2, "cap_feat_dim", masked=True, backward=True, turn=lambda config: 1.0, last="norm_out.linear_2",
-        channels_last=True, told="attribute",
+        channels_last=True, told="attribute", reads="rope_embedder",
     ),
     "AuraFlowTransformer2DModel": Family(
         plain, "joint_attention_dim", norm="norm_out", embedder="time_step_proj", channels_last=True, told="config",

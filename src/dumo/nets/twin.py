@@ -5,7 +5,7 @@ forked. Each head starts as a copy of the old layer: all give what the model gav
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -82,6 +82,20 @@ def exchanged(model: M, parts: Mapping[str, nn.Module]) -> M:
             new._modules[first] = part
     for name, some in below.items():
         new._modules[name] = exchanged(model.get_submodule(name), some)
+    return new
+
+
+def unsaved(layer: nn.Module) -> list[str]:
+    """Leave a layer's own buffers, fixed numbers in these models, out of its state dict; returns which were in it."""
+    names = [name for name in layer._buffers if name not in layer._non_persistent_buffers_set]
+    layer._non_persistent_buffers_set.update(names)
+    return names
+
+
+def saved(layer: M, names: Collection[str]) -> M:
+    """A layer that shares all with this one, and has these buffers in its state dict."""
+    new = copy.copy(layer)
+    new._non_persistent_buffers_set = layer._non_persistent_buffers_set - set(names)
     return new
 
 

@@ -29,7 +29,7 @@ from dumo.flow.slope import DualSlope, Way
 from dumo.preflight import cost, plan
 from dumo.training import layout
 from dumo.training.cut import share_of
-from dumo.training.frozen import frozen
+from dumo.training.frozen import frozen_weights
 from dumo.training.state import State, begin
 from dumo.training.step import pieces, reference
 from dumo.types import Frozen, Net, Noised, Terms
@@ -66,7 +66,7 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
     """
     check_pieces(spec, ranks)
     step, held, train = counted(spec, ranks), plan.held(spec), spec.train
-    fixed = plan.size(frozen(spec.outline()).values())  # which no checkpoint holds
+    fixed = plan.size(frozen_weights(spec.outline()).values())  # which no checkpoint holds
     whole = held["weights"] - fixed + held["optimizer"] + held["averages"]
     share = share_of(train.share, ranks)
     units = units_of(spec, given_back=train.reshard and share > 1)

@@ -161,6 +161,7 @@ def flops(work: Callable[[], object]) -> int:
         aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, v, *__, **___: 2 * _attention(q, v),
         aten.addmm_: lambda _, a, b, *__, **___: 2 * prod(a) * b[-1],
         aten.baddbmm_: lambda _, a, b, *__, **___: 2 * prod(a) * b[-1],
+        aten.convolution_backward: _convolved_back,  # torch's does not know of groups
     }
     with FlopCounterMode(display=False, custom_mapping=missing) as counter:
         work()
@@ -290,6 +291,25 @@ def _empty(b: Noised) -> Noised:
     """The record with memory of its own on the CPU."""
     own = {f.name: torch.empty_like(v, device="cpu") for f in fields(b) if isinstance(v := getattr(b, f.name), Tensor)}
     return replace(b, **own, drawn={name: torch.empty_like(v, device="cpu") for name, v in b.drawn.items()})
+
+
+def _convolved_back(
+    grad: Sequence[int],
+    x: Sequence[int],
+    w: Sequence[int],
+    _bias: object,
+    _stride: object,
+    _padding: object,
+    _dilation: object,
+    transposed: bool,
+    _output_padding: object,
+    _groups: int,
+    mask: Sequence[bool],
+    **_: object,
+) -> int:
+    """Each of the gradients of input and weights takes what the convolution took; w is (out, in / groups, ...)."""
+    places = x if transposed else grad
+    return sum(mask[:2]) * 2 * places[0] * prod(places[2:]) * prod(w)
 
 
 def _attention(q: Sequence[int], v: Sequence[int]) -> int:

@@ -26,6 +26,7 @@ from dumo.config.spec import Run
 from dumo.flow.precision import using
 from dumo.io.json import finite
 from dumo.nets import Net, Pretrained
+from dumo.preflight import pretrained
 from dumo.preflight.machine import Finding, look
 from dumo.random import stream
 from dumo.types import Cond, Frozen, Heads, Sample, Time, UserError
@@ -163,5 +164,16 @@ def diagnose(run: Run, device: str = "auto") -> dict[str, Any]:
     except UserError as error:  # the slope refuses, or an operation has no tangent rule
         text, way = "refused", str(error)
     test = Finding("self-test", "failing" if way else "ok", text, way)
-    findings = [asdict(finding) for finding in (*look(here), test)]
-    return {"ok": not way, "findings": findings, "examination": exam and finite(asdict(exam))}
+    found = [*look(here), *about_weights(run, here), test]
+    ok = all(finding.state != "failing" for finding in found)
+    return {"ok": ok, "findings": [asdict(finding) for finding in found], "examination": exam and finite(asdict(exam))}
+
+
+def about_weights(run: Run, here: torch.device) -> list[Finding]:
+    """What there is to know of weights that are there before any training: of a pretrained net."""
+    if not (isinstance(run.net, Pretrained) and run.net.weights == "source"):
+        return []
+    try:
+        return pretrained.findings(run, here)
+    except UserError as error:
+        return [Finding("weights", "failing", "not there, or not to be differentiated", str(error))]

@@ -20,6 +20,7 @@ def show(run: Run) -> dict[str, Any]:
     return {
         "spec": run.model_dump(mode="json"),
         "parameters": sum(p.numel() for p in net.parameters()),
+        "parameters_trained": sum(p.numel() for p in net.parameters() if p.requires_grad),
         "forward_flops_per_image": cost.forward_flops(net, run.objective, run.data.shape),
         "forward_units_per_step": cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref),
         "slope": way and {**way._asdict(), "text": way.text},

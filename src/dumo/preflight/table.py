@@ -13,7 +13,10 @@ def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
     """What a plan says; of work and memory where one process trains `alone`, else `ranked` does."""
     train, memory = facts["spec"]["train"], facts["memory"]
     fixed = facts["parameters_total"] - facts["parameters"]
-    yield "parameters", f"{facts['parameters'] / 1e6:,.3f} M" + (f", {fixed / 1e6:,.3f} M fixed" if fixed else "")
+    part = facts["parameters_trained"]
+    trained = f", {part / 1e6:,.3f} M trained" if part < facts["parameters"] else ""
+    tables = f", {fixed / 1e6:,.3f} M fixed" if fixed else ""
+    yield "parameters", f"{facts['parameters'] / 1e6:,.3f} M{trained}{tables}"
     yield "inputs", shapes(facts["inputs"])
     yield "outputs", shapes(facts["heads"]) + (f"; {facts['tokens']} tokens" if facts["tokens"] else "")
     yield "one pass", f"{facts['forward_flops_per_image'] / 2e9:,.4g} G multiply-adds per sample"

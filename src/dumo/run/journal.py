@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 
-from dumo import dist, stop
+from dumo import dist, room, stop
 from dumo.config.spec import Run
 from dumo.data.source import Source
 from dumo.preflight import doctor
+from dumo.progress import sized
 from dumo.run.teacher import Coupled
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.state import State
 from dumo.training.step import Record
 
 MINUTE = 60.0
+COPIES = 4  # of the weights in an examination: in one piece, to be asked, and in float64
 
 
 @dataclass
@@ -107,7 +109,16 @@ class Journal:
         self.saved = time.monotonic()
 
     def examine(self, state: State) -> None:
-        """Refuse a slope that is not the derivative at the weights in training."""
+        """Refuse a slope that is not the derivative at the weights in training; say so where they are too many to look.
+
+        A net of which little is trained may leave no room for copies, where the self-test of two blocks has to do.
+        """
+        size = COPIES * sum(p.nbytes for p in self.run.outline().parameters())
+        most = agreement.main(lambda: room.memory(self.device))
+        if self.run.objective.needs.slope and size > most:
+            what = f"copies of them take {sized(size)} of memory, and {self.device} has {sized(most)}"
+            self.tell(f"the slope is not examined on the weights in training: {what}")
+            return
         doctor.examine_weights(self.run, layout.gathered(state.net, self.run.build), self.device).require()
 
 

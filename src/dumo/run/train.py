@@ -151,13 +151,16 @@ def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.dev
     many = f"{size:,} {what}" if size is not None else f"{what} drawn anew"
     names = f": {some(run.class_names)}" if run.class_names else ""
     classes = f" in {run.data.classes} classes{names}" if run.data.classes else ""
+    weights = sum(p.numel() for p in net.parameters())
+    learns = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    part = f", {learns:,} of them trained" if learns < weights else ""
     units = cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     less = by_dual(run)
     hint = f"; objective.slope.kind=dual takes {less:.2f} F, is exact and may run in bf16" if less else ""
     return (
         f"training {folder} on {where(run, here)}: "
         f"data {run.data.kind} ({many}{classes}), "
-        f"net {run.net.kind} ({sum(p.numel() for p in net.parameters()):,} parameters), "
+        f"net {run.net.kind} ({weights:,} parameters{part}), "
         f"{units:.2f} F a step (1 F: one forward pass{hint}), "
         f"steps {step:,} to {run.train.steps:,} of {run.train.batch:,} {what}"
     )

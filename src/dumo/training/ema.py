@@ -61,11 +61,11 @@ class MovingAverage:
         net's update. Not the tensors, in whose places sharding puts others.
         """
         if self._known is None or self._known[0] is not net:
-            self._known = net, [*apart(self.module, net, "_parameters"), *apart(self.module, net, "_buffers")]
+            self._known = net, [*unshared(self.module, net, "_parameters"), *unshared(self.module, net, "_buffers")]
         return self._known[1]
 
 
-def apart(copy: nn.Module, net: nn.Module, kind: Kind) -> list[list[Place]]:
+def unshared(copy: nn.Module, net: nn.Module, kind: Kind) -> list[list[Place]]:
     """Where a copy keeps what it does not share with the net, and where the net does."""
     pairs = zip(places(copy, kind), places(net, kind), strict=True)
     own = [pair for pair in pairs if len({id(table[name]) for table, name in pair}) == 2]

@@ -17,30 +17,29 @@ from dumo.types import UserError
 SAMPLE = 64  # numbers of each tensor in the digest: ours
 
 
-def frozen(net: nn.Module) -> dict[str, nn.Parameter]:
+def frozen_weights(net: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are not trained, by every name they have."""
     return {name: p for name, p in net.named_parameters(remove_duplicate=False) if not p.requires_grad}
 
 
 def trained(net: nn.Module, module: nn.Module | None = None) -> dict[str, Tensor]:
     """The state dict of a net, or of a `module` that is a copy of it, without the net's frozen parameters."""
-    fixed = frozen(net)
+    fixed = frozen_weights(net)
     return {name: x for name, x in (net if module is None else module).state_dict().items() if name not in fixed}
 
 
 def copied(net: nn.Module) -> nn.Module:
     """A copy that shares with the net, as the same tensors, its frozen parameters and its fixed tables."""
     tables = (m._buffers[name] for m in net.modules() for name in m._non_persistent_buffers_set)
-    shared = [x for x in (*frozen(net).values(), *tables) if x is not None]
+    shared = [x for x in (*frozen_weights(net).values(), *tables) if x is not None]
     return deepcopy(net, {id(x): x for x in shared})
 
 
 def share(copy: nn.Module, net: nn.Module) -> None:
     """Put a net's own frozen parameters and fixed tables into a copy, in the place of what it has there."""
     for mine, its in zip(copy.modules(), net.modules(), strict=True):
-        mine._parameters.update(
-            {name: p for name, p in its._parameters.items() if p is not None and not p.requires_grad}
-        )
+        frozen = {name: p for name, p in its._parameters.items() if p is not None and not p.requires_grad}
+        mine._parameters.update(frozen)
         mine._buffers.update({name: its._buffers[name] for name in its._non_persistent_buffers_set})
 
 
@@ -50,7 +49,7 @@ def digest(net: nn.Module) -> str | None:
     So 20 B numbers take a second, and those of another model are told apart; that one number alone was changed may not
     be seen. None where nothing is frozen, or the net holds no numbers.
     """
-    fixed = frozen(net)
+    fixed = frozen_weights(net)
     if not fixed or any(p.is_meta or isinstance(p, FakeTensor) for p in fixed.values()):
         return None
     return digests.of_bytes(*(part for name, p in sorted(fixed.items()) for part in _told(name, p.detach())))

@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 
 from dumo.config.load import load
-from dumo.export.folder import fits
-from dumo.export.model import Exported
+from dumo.export.folder import fits, indexed
+from dumo.export.model import INDEX, Exported
 from dumo.export.write import vacant
 from dumo.types import UserError
 
@@ -47,6 +47,15 @@ def test_a_decoder_that_says_none_fits(tmp_path: Path) -> None:
 def test_a_decoder_of_others_is_refused(vae: dict[str, object], field: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"data.codec.{field} is"):
         of(**vae)(tmp_path)
+
+
+def test_a_pipeline_of_two_transformers_is_refused(tmp_path: Path) -> None:
+    index: dict[str, Any] = {"transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None]}
+    (tmp_path / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    assert indexed(tmp_path) == index
+    (tmp_path / INDEX).write_text(json.dumps(index | {"transformer_2": index["transformer"]}), encoding="utf-8")
+    with pytest.raises(UserError, match="was not tuned"):
+        indexed(tmp_path)
 
 
 def test_only_an_empty_place_is_vacant(tmp_path: Path) -> None:

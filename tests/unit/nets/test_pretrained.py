@@ -29,6 +29,8 @@ pytestmark = [
 V, VU = Needs(heads=("v",)), Needs(heads=("v", "u"))
 Saved = Callable[[str], Pretrained]
 LORA = Lora(rank=4)
+QUICK = ("sd3", "flux", "sana-masked", "qwen", "z-image")
+SOME = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in IMAGES]
 
 
 @pytest.fixture(scope="session")
@@ -97,7 +99,7 @@ def test_heads_go_their_own_ways(folder: Saved, name: str) -> None:
     assert torch.allclose(u - before[1], torch.full_like(u, -1.0 if name == "z-image" else 1.0), atol=1e-5)
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", SOME)
 def test_one_guided_step_is_exact(folder: Saved, name: str) -> None:
     """DuMo's gradient by the slope that rides is that by forward-mode differentiation, and every parameter has one."""
     spec = with_limit(folder(name), name)
@@ -114,7 +116,7 @@ def gradient(net: Dualized, slope: Slope) -> dict[str, Tensor]:
     return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", SOME)
 def test_adapters_leave_the_model_as_it_is(folder: Saved, name: str) -> None:
     """A step moves adapters, heads and embedder alone, and in `base` all is as it was, to the bit."""
     x, c, t = batch()
@@ -239,7 +241,7 @@ def under(net: nn.Module, keys: Tensor) -> Tensor:
         return net(x, c, t=t)[0]
 
 
-@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("name", SOME)
 def test_config_alone_is_an_outline(folder: Saved, name: str, tmp_path: Path) -> None:
     """The names and shapes of the net with weights, and which of them are trained."""
     spec = with_limit(folder(name), name).model_copy(update={"lora": LORA})

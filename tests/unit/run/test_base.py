@@ -7,10 +7,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dumo import room
 from dumo.config.load import load
+from dumo.config.teacher import Start
 from dumo.flow.slope import DualSlope
 from dumo.run.base import reads_of
-from dumo.run.folder import open_run
+from dumo.run.folder import begin_from, open_run
 from dumo.run.train import train
 from dumo.types import Frozen, UserError
 from unit.run.adapted import adapt, apart
@@ -31,8 +33,9 @@ def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 def test_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its files hold the adapter, it goes on bit for bit, and is opened, but not on other frozen weights."""
     adapt(monkeypatch)
-    more = [BASE, "train.milestones=[2]", "train.ema=[{decay: 0.5}]"]
-    whole = train(tiny("moons", *more), tmp_path / "whole")
+    more, lines = [BASE, "train.milestones=[2]", "train.ema=[{decay: 0.5}]"], list[str]()
+    whole = train(tiny("moons", *more), tmp_path / "whole", tell=lines.append)
+    assert " parameters, 6 of them trained), " in lines[0]
     train(tiny("moons", *more, "train.steps=2"), tmp_path / "run")
     again = train(tiny("moons", *more), tmp_path / "run")
     assert same(weights(whole.net), weights(again.net))
@@ -47,6 +50,26 @@ def test_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
         open_run(str(tmp_path / "run"), device="cpu")
     with pytest.raises(UserError, match="step-00000004 was trained on other frozen weights"):
         train(tiny("moons", *more, "train.steps=6"), tmp_path / "run")
+
+
+def test_a_start_from_a_run_of_an_adapter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    adapt(monkeypatch)
+    known = train(tiny("moons"), tmp_path / "known")
+    begun = begin_from(tiny("moons"), Start(source=str(tmp_path / "known")), CPU)
+    assert same(weights(begun), weights(known.shown))
+
+
+def test_weights_of_which_no_copies_fit_are_not_examined(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where there is room to train an adapter of them; and that is said."""
+    adapt(monkeypatch)
+    run, lines = tiny("moons"), list[str]()
+    whole = sum(p.nbytes for p in run.outline().parameters())
+    monkeypatch.setattr(room, "memory", lambda device: 4 * whole)
+    train(run, tmp_path / "all", tell=lines.append)
+    assert not any("is not examined" in line for line in lines)
+    monkeypatch.setattr(room, "memory", lambda device: 4 * whole - 1)
+    train(run, tmp_path / "run", tell=lines.append)
+    assert [line for line in lines if "the slope is not examined on the weights in training: copies of them" in line]
 
 
 @pytest.mark.parametrize("guide", [1.0, 2.0])
@@ -90,10 +113,7 @@ def test_asking_the_base_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        (
-            [],
-            r"net 'mlp' has none, so its first weights are gone .* set teacher\.kind=run and teacher\.source to the folder",
-        ),
+        ([], r"net 'mlp' has none, so its first weights are gone .* set teacher\.kind=run and teacher\.source"),
         (["teacher.source=here"], r"base is the net itself: leave teacher\.source and teacher\.weights out"),
         (["teacher.pairs.count=4"], r"pairs are made by a net that is not in training: set teacher\.kind=run"),
         (["teacher.kind=run"], r"source is missing: name a run's folder, or set teacher\.kind=base"),

@@ -64,6 +64,8 @@ def main(rank: str, folder: str) -> None:
             once(state)
             save(there, state, 1)
             found = everything(state)
+            piece = layout.gathered(state.net, lambda _: Adapted(seed=1)).state_dict()
+            assert all(torch.equal(x, found[f"net.{name}"]) for name, x in piece.items())
             if dist.is_main():
                 safetensors.torch.save_file(found, there.with_suffix(".safetensors"))
         dist.barrier()

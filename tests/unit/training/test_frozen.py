@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.training.checkpoint import go_on, mark, restore, save
 from dumo.training.ema import MovingAverage
-from dumo.training.frozen import digest, frozen, trained
+from dumo.training.frozen import digest, frozen_weights, trained
 from dumo.training.memory import flatten
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
@@ -133,8 +133,8 @@ def test_any_tensor_has_a_digest(x: Tensor) -> None:
 def test_names_are_those_of_the_state_dict() -> None:
     """A weight in two places is frozen in both."""
     net = Adapted()
-    assert {"first.weight", "again.weight"} < frozen(net).keys()
-    assert trained(net).keys() | frozen(net).keys() == net.state_dict().keys()
+    assert {"first.weight", "again.weight"} < frozen_weights(net).keys()
+    assert trained(net).keys() | frozen_weights(net).keys() == net.state_dict().keys()
 
 
 def test_the_slope_of_an_average_is_exact() -> None:

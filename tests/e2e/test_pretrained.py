@@ -1,0 +1,79 @@
+"""A transformer of diffusers, from the folder that it was saved to: what a user types, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dumo.io.weights import read
+from e2e.shell import call, refused, sets
+
+DIGITS: dict[str, Any] = {
+    "sample_size": 8, "patch_size": 2, "in_channels": 1, "out_channels": 1, "num_layers": 2, "attention_head_dim": 8,
+    "num_attention_heads": 4, "joint_attention_dim": 16, "caption_projection_dim": 32, "pooled_projection_dim": 16,
+    "pos_embed_max_size": 8,
+}  # fmt: skip
+SHORT = sets("train.steps=4", "train.save_every=2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline's folder, of a transformer for digits."""
+    import diffusers
+
+    place = tmp_path_factory.mktemp("model")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        diffusers.SD3Transformer2DModel(**DIGITS).save_pretrained(place / "transformer")
+    return place
+
+
+def net(folder: Path, *fields: str) -> list[str]:
+    """As it is typed."""
+    return sets("net.kind=diffusers", f"net.source={folder}", *fields)
+
+
+def test_from_a_folder_to_samples(here: Path, folder: Path) -> None:
+    assert call("train", "digits", *net(folder), *SHORT, "--out", "tuned").code == 0
+    assert call("sample", "tuned", "--nfe", "1").code == 0
+    done = call("dry", "digits", *net(folder), "--json")
+    assert (done.code, done.json["parameters"]) == (0, 75_976)
+
+
+@pytest.mark.slow
+def test_adapters_alone_are_saved_and_taught_by_their_base(here: Path, folder: Path) -> None:
+    """Stopped and gone on with, the same weights to the bit as in one go."""
+    words = ["train", "digits", *net(folder, "net.lora.rank=4"), *SHORT, *sets("teacher.kind=base")]
+    words += sets("teacher.guide.scale=2")
+    words += sets("train.schedule.kind=constant")
+    assert call(*words, "--out", "whole").code == 0
+    assert call(*words, *sets("train.steps=2"), "--out", "parts").code == 0
+    assert call(*words, "--out", "parts").code == 0
+    whole, parts = (read(here / name / "checkpoints/step-00000004/net.safetensors")[0] for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert all(name.startswith("heads.") or "lora_" in name or "timestep_embedder" in name for name in whole)
+
+
+def test_doctor_looks_at_the_weights(here: Path, folder: Path) -> None:
+    done = call("doctor", "digits", *net(folder), "--json")
+    found = {line["name"]: line for line in done.json["findings"]}
+    assert found["dual pass"]["state"] == "ok"
+    assert "128 of 256 waves" in found["low-pass"]["text"]
+    assert "at 0.98" in found["|t dv/dt| / |v|"]["text"]
+    assert found["self-test"]["state"] == "ok"
+
+
+def test_what_does_not_fit_is_refused(here: Path, folder: Path) -> None:
+    refused("train", "digits", *net(here), named=("net.source", "config.json"))
+    refused("train", "digits-meanflow", *net(folder), named=("input 'r'", "objective.kind dumo"))
+    refused("train", "moons", *net(folder), named=("takes images",))
+    refused("train", "digits", *net(folder), *sets("teacher.kind=base"), named=("net.lora.rank=64",))
+    central = sets("net.lowpass=null", "objective.slope.kind=central")
+    refused("train", "digits", *net(folder), *central, named=("time_scale = 1000",))
+    (here / "only").mkdir()
+    (here / "only" / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel", **DIGITS}))
+    refused("train", "digits", *net(here / "only"), named=("no weights", "net.weights=drawn"))
+    refused("train", "digits", *net(Path("sd3-medium")), named=("16 channels",))
