@@ -55,12 +55,6 @@ def of_pipeline(exported: Exported, stock: Stock, index: Mapping[str, Any], name
     return tuned(exported, name, [*lines, *calls(exported, stock)], notes)
 
 
-def tuned(exported: Exported, name: str, lines: list[str], notes: list[str]) -> str:
-    """Of a pretrained model, with what there is to know of its passes and its conditions."""
-    notes = [*([RENOISES] if exported.head == "u" else []), *notes, *([CODES] if exported.codes else [])]
-    return page(exported.opened, name, lines, notes, made(exported))
-
-
 def of_lora(exported: Exported, stock: Stock, name: str) -> str:
     """Of a folder called `name` with a LoRA."""
     lines = ["import torch", "from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler", ""]
@@ -92,6 +86,12 @@ def calls(exported: Exported, stock: Stock) -> list[str]:
     return [*seed, *lines]
 
 
+def tuned(exported: Exported, name: str, lines: list[str], notes: list[str]) -> str:
+    """A card of a tuned model, with what all of them are told."""
+    notes = [*[RENOISES] * (exported.head == "u"), *notes, *[CODES] * bool(exported.codes)]
+    return page(exported.opened, name, lines, notes, made(exported))
+
+
 def of_own(opened: RunFolder, name: str, head: str) -> str:
     """Of a folder called `name` with a net of dumo's own, and the code that runs it."""
     classes, net, drop = opened.run.data.classes, opened.run.net.kind, opened.run.objective.drop
@@ -106,11 +106,11 @@ def of_own(opened: RunFolder, name: str, head: str) -> str:
 
 
 def page(
-    opened: RunFolder, name: str, lines: list[str], notes: list[str], made: str, tag: str = "text-to-image"
+    opened: RunFolder, name: str, lines: list[str], notes: list[str], table: str, tag: str = "text-to-image"
 ) -> str:
     """A card, for what the hub calls `tag`."""
     parts = [f"{HEAD.format(tag=tag)}\n# {name}", "```py\n" + "\n".join(lines) + "\n```", *notes]
-    parts += ["## How it was made", made]
+    parts += ["## How it was made", table]
     found = measured(opened)
     return "\n\n".join([*parts, *(["## What it measured", found] if found else [])]) + "\n"
 
@@ -118,9 +118,9 @@ def page(
 def made(exported: Exported) -> str:
     """The recipe of a tuned model, in lines."""
     spec = exported.spec
-    tuned = "all weights" if spec.lora is None else f"LoRA of rank {spec.lora.rank}"
+    part = "all weights" if spec.lora is None else f"LoRA of rank {spec.lora.rank}"
     lowpass = "as it was" if spec.lowpass is None else f"waves of up to {spec.lowpass:g} rad"
-    rows = {"tuned from": f"{origin(exported)}, {exported.kind}, {tuned}", "embedding of time": lowpass}
+    rows = {"tuned from": f"{origin(exported)}, {exported.kind}, {part}", "embedding of time": lowpass}
     return recipe(exported.opened, exported.head, rows)
 
 
