@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from dumo.io.weights import read
+from dumo.nets import lowpass
 from e2e.shell import call, refused, sets
 
 DIGITS: dict[str, Any] = {
@@ -36,8 +38,13 @@ def net(folder: Path, *fields: str) -> list[str]:
 
 
 def test_from_a_folder_to_samples(here: Path, folder: Path) -> None:
-    assert call("train", "digits", *net(folder), *SHORT, "--out", "tuned").code == 0
-    assert call("sample", "tuned", "--nfe", "1").code == 0
+    with patch.object(lowpass, "refit", wraps=lowpass.refit) as fitted:
+        first = call("train", "digits", *net(folder), *SHORT, "--out", "tuned")
+        assert (first.code, fitted.call_count) == (0, 1), "the time embedder is refitted before the first step"
+        assert "low-pass at 10 rad: 128 of 256 waves of time stay; the curve of time is off by" in first.err
+        assert call("train", "tuned", *sets("train.steps=6")).code == 0
+        assert call("sample", "tuned", "--nfe", "1").code == 0
+        assert fitted.call_count == 1, "trained weights take its place"
     done = call("dry", "digits", *net(folder), "--json")
     assert (done.code, done.json["parameters"]) == (0, 75_976)
 

@@ -8,16 +8,17 @@ import copy
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dumo.nets import adapter, twin
+from dumo.nets import adapter, lowpass, twin
 from dumo.nets.adapter import Lora
 from dumo.nets.embed import check
 from dumo.nets.family import Config, Family, Told
-from dumo.nets.lowpass import Fit, Slow, lowpass
+from dumo.nets.lowpass import Fit, Slow
 from dumo.nets.text import Texts
 from dumo.nets.twin import Head, Norms, Outs, exchanged, heads_of, put, tell
 from dumo.types import Array, Cond, Heads, Sample, Time, UserError
@@ -26,7 +27,8 @@ from dumo.types import Array, Cond, Heads, Sample, Time, UserError
 class Dualized(nn.Module):
     """The net of a `Pretrained` spec: `heads` by name, and `model`, which holds all else.
 
-    Parameters that are not trained require no gradients. `fits` says how the low-pass of each time embedder went.
+    Parameters that are not trained require no gradients. `fits` says how the low-pass of each time embedder went: it is
+    cut when the net is made, and `refit` before its first step, for weights that are loaded replace it.
     """
 
     model: Any  # of diffusers
@@ -69,7 +71,9 @@ class Dualized(nn.Module):
         tell(model, row.told, len(heads) * self.channels)
         self.fits: tuple[Fit, ...] = ()
         if limit is not None:
-            self.fits = tuple(lowpass(model.get_submodule(path), row.turn(self.config), limit) for path in embedders)
+            self.fits = tuple(
+                lowpass.cut(model.get_submodule(path), row.turn(self.config), limit) for path in embedders
+            )
         for path in embedders if limit is not None else ():
             model.get_submodule(path).requires_grad_(True)
         if row.reads:
@@ -89,6 +93,15 @@ class Dualized(nn.Module):
             out = unpacked(out, told.grid, self.patch)
         heads = heads_of(out, len(self.heads))
         return tuple(-head for head in heads) if self.row.backward else heads
+
+    def refit(self) -> None:
+        """Move the embedders of time, whose quick waves are cut, to the curves that they had. Takes seconds."""
+        turn = self.row.turn(self.config)
+        paths = self._embedders() if self.fits else []
+        self.fits = tuple(
+            replace(fit, error=lowpass.refit(self.model.get_submodule(path), turn)) if fit.kept < fit.waves else fit
+            for fit, path in zip(self.fits, paths, strict=True)
+        )
 
     @property
     def config(self) -> Config:

@@ -12,7 +12,7 @@ shapes; what is saved has zeros where the columns were.
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 
 import torch
@@ -46,12 +46,10 @@ class Slow(nn.Linear):
     keep: Tensor  # (waves,), bool
 
     def __init__(self, layer: nn.Linear, keep: Tensor) -> None:
-        """Takes over the layer's parameters, the columns of quick waves set to zero."""
+        """Takes over the layer's parameters as they are."""
         super().__init__(layer.in_features, layer.out_features, _biased(layer), device="meta")
         self.weight, self.bias = layer.weight, layer.bias
         self.register_buffer("keep", keep, persistent=False)
-        with torch.no_grad():
-            self.weight.mul_(keep)
 
     def forward(self, input: Array) -> Array:
         """input (..., waves)."""
@@ -83,19 +81,40 @@ def layers(embedder: nn.Module) -> tuple[str, nn.Linear, nn.Linear]:
     return name, one, two
 
 
-def lowpass(embedder: nn.Module, turn: float, limit: float) -> Fit:
-    """Cut and refit an embedder over waves of up to `turn` rad, in place; on the meta device it is cut alone."""
+def cut(embedder: nn.Module, turn: float, limit: float) -> Fit:
+    """Let waves of up to `limit` rad alone into an embedder whose quickest are of `turn`, in place."""
     name, one, _ = layers(embedder)
     w = frequencies(one.in_features, turn)
-    keep = w <= limit
-    old = None if one.weight.is_meta or bool(keep.all()) else copy.deepcopy(embedder)
+    put(embedder, name, Slow(one, (keep := w <= limit).to(one.weight.device)))
+    return Fit(limit, int(keep.sum()), len(w), None)
+
+
+def lowpass(embedder: nn.Module, turn: float, limit: float) -> Fit:
+    """Cut an embedder, and refit it."""
+    fit = cut(embedder, turn, limit)
+    return replace(fit, error=refit(embedder, turn)) if fit.kept < fit.waves else fit
+
+
+def refit(embedder: nn.Module, turn: float) -> float:
+    """Move an embedder that was cut to the curve that it had; returns how far it is off, as `Fit`."""
+    old = copy.deepcopy(embedder)
+    name, slow, _ = layers(embedder)
+    assert isinstance(slow, Slow)
+    whole = nn.Linear(slow.in_features, slow.out_features, _biased(slow), device="meta")
+    whole.weight, whole.bias = layers(old)[1].weight, layers(old)[1].bias
+    put(old, name, whole)
+    with torch.no_grad():
+        slow.weight.mul_(slow.keep)
+    return regress(embedder, old, frequencies(slow.in_features, turn))
+
+
+def put(embedder: nn.Module, name: str, layer: nn.Module) -> None:
+    """Set a layer, in place."""
     parent, _, last = name.rpartition(".")
-    embedder.get_submodule(parent)._modules[last] = Slow(one, keep.to(one.weight.device))
-    error = None if old is None else refit(embedder, old, w)
-    return Fit(limit, int(keep.sum()), len(w), error)
+    embedder.get_submodule(parent)._modules[last] = layer
 
 
-def refit(new: nn.Module, old: nn.Module, w: Tensor) -> float:
+def regress(new: nn.Module, old: nn.Module, w: Tensor) -> float:
     """Move an embedder until its curve is the old one's; returns how far it is off between the points, as `Fit`.
 
     On a GPU where there is one; weights end up where and as they were, in float32.

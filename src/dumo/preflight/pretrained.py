@@ -25,6 +25,7 @@ def findings(run: Run, here: torch.device) -> list[Finding]:
     """The low-pass, the dual pass, and how quickly v changes. Raises UserError as the net's `build`."""
     net = run.build(here).eval()
     assert isinstance(net, Dualized)
+    net.refit()
     x, c = (part.to(here) for part in random_batch("pretrained", len(TIMES), run.data.shape, run.data.classes))
     t = torch.tensor(TIMES, device=here)
     with torch.no_grad():

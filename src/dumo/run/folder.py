@@ -22,6 +22,7 @@ from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.weights import compare
 from dumo.io.weights import load as load_weights
+from dumo.nets.dualized import Dualized
 from dumo.run import published
 from dumo.training import checkpoint, frozen, manifest
 from dumo.training.state import State
@@ -198,6 +199,8 @@ def begin(run: Run, folder: Path, device: torch.device, step: int | None = None)
     last = checkpoint.latest(places, together=True) if step is None else checkpoint.of_step(places, step)
     first = device if dist.world() == 1 else torch.device("cpu")  # from where each rank takes its part
     net = begin_from(run, run.start, first) if run.start and not last else run.build(first)
+    if isinstance(net, Dualized) and not (run.start or last):
+        net.refit()
     state = begin_training(net, run.train, device)
     if last:
         last = checkpoint.go_on(last, state, or_before=step is None)

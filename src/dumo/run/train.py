@@ -20,6 +20,7 @@ from dumo.data.store import some
 from dumo.flow.draw import Draws
 from dumo.flow.overhear import exchanged
 from dumo.flow.slope import CentralSlope, DualSlope
+from dumo.nets.dualized import Dualized
 from dumo.place import pinned, sent
 from dumo.preflight import cost, doctor
 from dumo.progress import Bar, no_bar
@@ -87,6 +88,8 @@ def go_on(
         lambda: History.of(run, folder, data, state.step, last, new_data=new_data) if dist.is_main() else None
     )
     tell(outlook(run, folder, data.size, state.step, here))
+    for fit in state.net.fits if isinstance(state.net, Dualized) and not last else ():
+        tell(str(fit))
     if known:
         known.check(folder)
     dist.barrier()  # the folder is read by all before it is written

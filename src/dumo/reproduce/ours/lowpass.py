@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.nets.pretrained import Pretrained
@@ -59,8 +57,9 @@ def finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: 
     for limit in LIMITS:  # cut and refitted once, then as any other model
         free = Pretrained(source=str(beside / "given"), lowpass=limit)
         spec = begun[0].opened.run
-        with torch.random.fork_rng(devices=()):
-            save(free.build(spec.objective.needs, spec.data.shape, spec.data.classes), beside / f"free-{limit:g}")
+        cut = free.build(spec.objective.needs, spec.data.shape, spec.data.classes)
+        cut.refit()
+        save(cut, beside / f"free-{limit:g}")
     moved = [replace(cell, spec=beside_of(cell, beside)) for cell in rest]
     return [*begun, *finish_all(moved, folder, jobs=jobs, device=device, bar=bar)]
 
