@@ -47,15 +47,18 @@ def plain(a: Told) -> Given:
 
 
 def pooled(a: Told) -> Given:
+    """With pooled text."""
     return {**plain(a), "pooled_projections": a.pooled}
 
 
 def flux(a: Told) -> Given:
+    """With positions, and the number of guidance."""
     ids = {"img_ids": positions(a.grid, 3, a.x), "txt_ids": a.tokens.new_zeros(a.tokens.shape[1], 3)}
     return {**pooled(a), **ids, "guidance": a.guidance}
 
 
 def flux2(a: Told) -> Given:
+    """The same in four axes; a token of text has its place in the last."""
     text = a.tokens.new_zeros(a.tokens.shape[1], 4)
     text[:, 3] = torch.arange(len(text), device=text.device)
     return {**plain(a), "img_ids": positions(a.grid, 4, a.x), "txt_ids": text, "guidance": a.guidance}
@@ -71,10 +74,12 @@ def chroma(a: Told) -> Given:
 
 
 def sana(a: Told) -> Given:
+    """With a mask of text, and the number of guidance."""
     return {**plain(a), "encoder_attention_mask": a.mask, "guidance": a.guidance}
 
 
 def qwen(a: Told) -> Given:
+    """With a mask of text, and the grid for positions."""
     shapes = [[(1, *a.grid)]] * len(a.tokens)
     return {**plain(a), "encoder_hidden_states_mask": a.mask, "img_shapes": shapes}
 
@@ -87,6 +92,7 @@ def z_image(a: Told) -> Given:
 
 
 def lumina2(a: Told) -> Given:
+    """The mask says how long a caption is: it may not be left out."""
     return {**plain(a), "encoder_attention_mask": a.there}
 
 
@@ -98,6 +104,7 @@ def cogview4(a: Told) -> Given:
 
 
 def prx(a: Told) -> Given:
+    """With a mask of text."""
     return {**plain(a), "attention_mask": a.mask}
 
 
@@ -107,11 +114,13 @@ def video(a: Told) -> Given:
 
 
 def hunyuan_video(a: Told) -> Given:
+    """As `video`, with pooled text, and a mask that may not be left out."""
     more = {"encoder_attention_mask": a.there.long(), "pooled_projections": a.pooled, "guidance": a.guidance}
     return {**video(a), **more}
 
 
 def ltx(a: Told) -> Given:
+    """Tokens of a video of one frame."""
     sizes = {"num_frames": 1, "height": a.grid[0], "width": a.grid[1]}
     return {**plain(a), "encoder_attention_mask": a.there, **sizes}
 
@@ -165,6 +174,7 @@ class Family:
 
 
 def thousand(config: Config) -> float:
+    """A clock from 0 to 1000."""
     return TURN
 
 

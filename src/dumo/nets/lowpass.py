@@ -31,11 +31,11 @@ class Fit:
     limit: float  # rad per unit of t
     kept: int  # waves
     waves: int
-    error: (
-        float | None
-    )  # root mean square of the new curve minus the old, over the old one's about its mean; None: not measured
+    # Root mean square of the new curve minus the old, over that of the old about its mean; None: not measured.
+    error: float | None
 
     def __str__(self) -> str:
+        """In a line."""
         off = "" if self.error is None else f"; the curve of time is off by {100 * self.error:.2g} % of its spread"
         return f"low-pass at {self.limit:g} rad: {self.kept} of {self.waves} waves of time stay{off}"
 

@@ -59,7 +59,9 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "pretrained" else []) for name in recipes.names()]
+)
 def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On nets without numbers, on a machine without any data: what is told is all there, and agrees."""
     if name not in WEIGHED:  # seconds each
@@ -77,7 +79,7 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     parts = {key: size for key, size in facts["memory"].items() if key not in ("rows", "total")}
     assert facts["memory"]["total"] == sum(parts.values())
     assert parts["optimizer"] == pytest.approx(2 * parts["gradients"], rel=1e-3)  # two moments
-    assert parts["gradients"] == 4 * facts["parameters"]
+    assert parts["gradients"] == 4 * facts["parameters_trained"]
     assert facts["memory"]["rows"] == (spec.train.micro_batch or spec.train.batch)
     assert (facts["cache"] is None) == (spec.data.kind != "latents")
     assert (facts["missing_data"] is None) == (spec.data.kind in ("digits", "moons"))
