@@ -23,5 +23,6 @@ def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
         for share, reshard in LAYOUTS:
             two = safetensors.torch.load_file(tmp_path / f"{way}-{share}-{reshard}.safetensors")
             assert one.keys() == two.keys()
-            apart = {name: ((two[name] - x).norm() / x.norm().clamp_min(1e-9)).item() for name, x in one.items()}
-            assert max(apart.values()) < 1e-6, (way, share, reshard, max(apart, key=apart.__getitem__))
+            for name, x in one.items():
+                limit = 1e-5 if name.startswith("optimizer") else 1e-6  # moments are of gradients, that cancel
+                assert (two[name] - x).norm() < limit * x.norm() + 1e-9, (way, share, reshard, name)

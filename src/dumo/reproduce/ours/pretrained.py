@@ -41,7 +41,8 @@ def cells(scale: str) -> Iterator[Cell]:
     drawn = net(source=MODEL, weights="drawn", lowpass=None)
     sets = [drawn, f"train.steps={long}", f"train.milestones=[0,{long // 3}]", "evaluate.nfe=[1,2,4,50]"]
     base = load("cifar10-latents-flow-matching", [*small, *sets])
-    yield Cell(BASE, base, labels("nothing, by flow matching", base))
+    labels = {"begins as": "nothing, by flow matching", "steps": long, "F_per_step": round(units(base), 2)}
+    yield Cell(BASE, base, labels)
     ways: dict[str, tuple[str, ...]] = {
         "the base, in full": (net(),),
         "the base, taught by it, adapters": (net(lora=LORA), "teacher={kind: base}"),
@@ -50,18 +51,12 @@ def cells(scale: str) -> Iterator[Cell]:
     budget = 0.0
     for begins, way in ways.items():
         spec = load("cifar10-latents", [*small, *way, NFE])
-        budget = budget or steps * units(spec)
-        count = round(budget / units(spec))
-        name = begins.split(", ")[-1].split()[-1]
+        each = units(spec)
+        budget = budget or steps * each
+        labels = {"begins as": begins, "steps": (count := round(budget / each)), "F_per_step": round(each, 2)}
         for seed in range(1 if scale == "smoke" else 3):
             train = spec.train.model_copy(update={"steps": count, "seed": seed, "milestones": (0, count // 5)})
-            cell = spec.model_copy(update={"train": train})
-            yield Cell(f"{name}-{seed}", cell, labels(begins, cell))
-
-
-def labels(begins: str, spec: Run) -> dict[str, object]:
-    """Columns of the table."""
-    return {"begins as": begins, "steps": spec.train.steps, "F_per_step": round(units(spec), 2)}
+            yield Cell(f"{begins.split()[-1]}-{seed}", spec.model_copy(update={"train": train}), labels)
 
 
 def finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> list[Finished]:
