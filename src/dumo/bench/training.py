@@ -27,6 +27,7 @@ from dumo.flow.precision import Precision, autocast, products, using
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.io.json import finite
 from dumo.preflight import cost, machine
+from dumo.preflight.count import Bytes
 from dumo.progress import Bar, no_bar
 from dumo.random import random_batch
 from dumo.training.compile import compile_blocks
@@ -129,7 +130,7 @@ class Setting:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
             step()
-            size = cost.Bytes(before, torch.cuda.max_memory_allocated(self.device) - before)
+            size = Bytes(before, torch.cuda.max_memory_allocated(self.device) - before)
         else:
             size = cost.peak_bytes(*given, rows=rows, ref=ref, precision=row.precision)
         return replace(row, way=way and way.name, units_counted=units, bytes_before=size.before, bytes=size.peak)

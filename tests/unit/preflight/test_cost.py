@@ -19,17 +19,15 @@ from dumo.nets import MLP, DiT, UNet
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
 from dumo.preflight import cost
 from dumo.preflight.cost import (
-    Bytes,
     activation_bytes,
     by_depth,
     exact_rows,
-    flops,
     forward_flops,
     forward_units,
-    live_bytes,
     peak_bytes,
     way,
 )
+from dumo.preflight.count import Bytes, flops, live_bytes
 from dumo.types import Needs, Objective, frozen
 
 PLAIN, GUIDED = Guide(), Guide(zeta=0.5)

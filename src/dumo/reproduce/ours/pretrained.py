@@ -8,20 +8,26 @@ shipped classifier, so none of these numbers is an FID.
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
 from torch import nn
 
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.io import archive
+from dumo.export.write import export
+from dumo.io import archive, picture, weights
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
 from dumo.progress import Bar
+from dumo.random import noise
 from dumo.report import gallery
 from dumo.reproduce import arm
 from dumo.reproduce.plan import Cell, Finished, Plan, finish_all, units
+from dumo.run.folder import RunFolder
 
 MODEL, BASE = "sd3-small", "base"  # its sizes, which come with dumo; where it is saved, beside the cells
 STEPS = {"smoke": (20, 10), "laptop": (3000, 1000)}  # of the base; of the cell whose cost all others have
@@ -84,13 +90,41 @@ def begun_at(spec: Run, folder: Path) -> Run:
 
 
 def draw(done: list[Finished], folder: Path) -> list[Path]:
-    """Trajectories of the base and of the first seed of each way: before, during and after (as Figs. 5 and 6)."""
+    """Trajectories of the base and of the first seed of each way: before, during and after (as Figs. 5 and 6).
+
+    And what the stock pipeline makes of the first one that was tuned, once exported.
+    """
     rows: dict[str, Any] = {}
     for one, *_ in arm.seeds_of(done):
         for reading, row in gallery.trajectories(one.opened).items():
             rows[f"{one.cell.labels['begins as']},\n{reading.name}"] = row
     archive.write_picture(folder / "pretrained.png", gallery.side_by_side(rows))
-    return [folder / "pretrained.png"]
+    archive.write_picture(folder / "pretrained-stock.png", by_stock(done[1].opened, folder / "exported"))
+    return [folder / name for name in ("pretrained.png", "pretrained-stock.png")]
+
+
+def by_stock(opened: RunFolder, folder: Path) -> Image.Image:
+    """An image of each class by diffusers' own pipeline of an export, in one pass and in two; rows are passes."""
+    diffusers: Any = import_module("diffusers")  # typed as if a pipeline could not do without text encoders
+    if not folder.exists():
+        export(opened, folder)
+    model = diffusers.SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    none = dict.fromkeys(("vae", *(f"{part}{i}" for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3"))))
+    pipe = diffusers.StableDiffusion3Pipeline(transformer=model, scheduler=scheduler, **none)
+    pipe.set_progress_bar_config(disable=True)
+    codes, n = weights.load(folder / "codes.safetensors"), opened.run.data.classes
+    told = {"prompt_embeds": codes["tokens"][:n], "pooled_prompt_embeds": codes["pooled"][:n]}
+    m, side = opened.run.sample.solver.m, 8 * opened.run.data.shape[-1]  # pyright: ignore[reportAttributeAccessIssue]
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)  # of the noise between two passes
+        z = noise(0, range(n), 0, opened.run.data.shape)
+        made = [
+            pipe(**told, latents=z, sigmas=sigmas, guidance_scale=1.0, height=side, width=side, output_type="latent")
+            for sigmas in ([1.0], [1.0, m])
+        ]
+    names = [opened.run.class_name(c) for c in range(n)]
+    return picture.sheet(picture.to_rows(opened.decode(torch.cat([one.images for one in made]))), n, titles=names)
 
 
 PLAN = Plan(
