@@ -205,6 +205,14 @@ def checkpoint_gone(here: Path, found: Found) -> None:
     found.same(here, LONG)
 
 
+def made_again(here: Path, found: Found) -> None:
+    """The next start names the shard that broke; encoded again, the training comes to its end."""
+    found.refused(("train", "run", *sets("train.steps=420")), here, names="shard-00003")
+    found.recovers(ENCODE, here)
+    found.recovers(LATENTS, here)
+    found.same(here, LATENTS)
+
+
 @case("shard gone")
 def shard_gone(here: Path, found: Found) -> None:
     """A shard of latents vanishes under a training; then it is started again without it."""
@@ -212,10 +220,7 @@ def shard_gone(here: Path, found: Found) -> None:
     started = begun(LATENTS, here)
     (here / "cache/shard-00003.safetensors").unlink()
     found.tried(started, here, 0, 1, 2)
-    found.refused(("train", "run", *sets("train.steps=420")), here, names="shard-00003")
-    found.recovers(ENCODE, here)
-    found.recovers(LATENTS, here)
-    found.same(here, LATENTS)
+    made_again(here, found)
 
 
 @case("shard cut short")
@@ -227,10 +232,7 @@ def shard_cut(here: Path, found: Found) -> None:
     found.codes.append(code := process.ended(started))
     if code not in (1, 2, -signal.SIGBUS):
         found.wrong.append(f"train: exit code {code}")
-    found.refused(("train", "run", *sets("train.steps=420")), here, names="shard-00003")
-    found.recovers(ENCODE, here)
-    found.recovers(LATENTS, here)
-    found.same(here, LATENTS)
+    made_again(here, found)
 
 
 @case("images gone")

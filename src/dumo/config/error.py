@@ -56,7 +56,7 @@ def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
             return f"{path}: missing"
         case "value_error":
             text = str(ctx["error"])
-            return text if text.startswith(path) else f"{path}: {text}"
+            return text if not path or text.startswith(f"{path} ") else f"{path}: {text}"
         case _:
             message, given = found["msg"][0].lower() + found["msg"][1:], found["input"]
             for json, plain in JSON.items():

@@ -16,7 +16,7 @@ from dumo.flow import dropout
 from dumo.nets.twin import put
 from dumo.types import Array, Spec, UserError
 
-MODULATION = re.compile(r"norm|mod|ada", re.IGNORECASE)  # in the path of a layer that is told of the time alone
+MODULATION = re.compile(r"norm|mod|ada", re.IGNORECASE)  # in the path of a layer that sees the time alone
 
 
 class Lora(Spec):

@@ -8,7 +8,6 @@ import copy
 import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,11 +70,8 @@ class Dualized(nn.Module):
         tell(model, row.told, len(heads) * self.channels)
         self.fits: tuple[Fit, ...] = ()
         if limit is not None:
-            self.fits = tuple(
-                lowpass.cut(model.get_submodule(path), row.turn(self.config), limit) for path in embedders
-            )
-        for path in embedders if limit is not None else ():
-            model.get_submodule(path).requires_grad_(True)
+            cut = (model.get_submodule(path).requires_grad_(True) for path in embedders)
+            self.fits = tuple(lowpass.cut(embedder, row.turn(self.config), limit) for embedder in cut)
         if row.reads:
             model.get_submodule(row.reads).register_forward_pre_hook(readable)
         norms = [head.norm for head in self._heads if head.norm is not None]
@@ -96,12 +92,9 @@ class Dualized(nn.Module):
 
     def refit(self) -> None:
         """Move the embedders of time, whose quick waves are cut, to the curves that they had. Takes seconds."""
-        turn = self.row.turn(self.config)
+        turn, get = self.row.turn(self.config), self.model.get_submodule
         paths = self._embedders() if self.fits else []
-        self.fits = tuple(
-            replace(fit, error=lowpass.refit(self.model.get_submodule(path), turn)) if fit.kept < fit.waves else fit
-            for fit, path in zip(self.fits, paths, strict=True)
-        )
+        self.fits = tuple(lowpass.refit(get(path), turn, fit) for path, fit in zip(paths, self.fits, strict=True))
 
     @property
     def config(self) -> Config:

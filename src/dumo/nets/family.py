@@ -146,7 +146,7 @@ class Family:
     turn: Callable[[Config], float] = lambda config: TURN  # radians per unit of t of its quickest wave
     embedder: str = "timestep_embedder"  # the end of the path of every two-layer perceptron over waves of t; "": none
     last: str = "proj_out"  # path: the last linear layer
-    norm: str = ""  # path: what feeds it, told of the time and nothing else, where it does
+    norm: str = ""  # path: what feeds it, by the time and nothing else, where it does
     channels_last: bool = False  # of its outputs, within a patch
     told: str = ""  # where it reads the number of its channels: "attribute" or "config"; "": nowhere
     packed: bool = False  # it takes and gives tokens, (b, n, c p p)

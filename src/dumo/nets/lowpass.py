@@ -18,6 +18,7 @@ from math import log
 import torch
 from torch import Tensor, nn
 
+from dumo.nets.twin import put
 from dumo.types import Array
 
 PERIOD = 10_000.0  # the quickest wave over the slowest, of every one of these models
@@ -89,29 +90,19 @@ def cut(embedder: nn.Module, turn: float, limit: float) -> Fit:
     return Fit(limit, int(keep.sum()), len(w), None)
 
 
-def lowpass(embedder: nn.Module, turn: float, limit: float) -> Fit:
-    """Cut an embedder, and refit it."""
-    fit = cut(embedder, turn, limit)
-    return replace(fit, error=refit(embedder, turn)) if fit.kept < fit.waves else fit
-
-
-def refit(embedder: nn.Module, turn: float) -> float:
-    """Move an embedder that was cut to the curve that it had; returns how far it is off, as `Fit`."""
+def refit(embedder: nn.Module, turn: float, fit: Fit) -> Fit:
+    """Move an embedder that was cut, as `fit` says, to the curve that it had; says how far off it still is."""
+    if fit.kept == fit.waves:
+        return fit
     old = copy.deepcopy(embedder)
-    name, slow, _ = layers(embedder)
+    (name, slow, _), (_, as_it_was, _) = layers(embedder), layers(old)
     assert isinstance(slow, Slow)
     whole = nn.Linear(slow.in_features, slow.out_features, _biased(slow), device="meta")
-    whole.weight, whole.bias = layers(old)[1].weight, layers(old)[1].bias
+    whole.weight, whole.bias = as_it_was.weight, as_it_was.bias
     put(old, name, whole)
     with torch.no_grad():
         slow.weight.mul_(slow.keep)
-    return regress(embedder, old, frequencies(slow.in_features, turn))
-
-
-def put(embedder: nn.Module, name: str, layer: nn.Module) -> None:
-    """Set a layer, in place."""
-    parent, _, last = name.rpartition(".")
-    embedder.get_submodule(parent)._modules[last] = layer
+    return replace(fit, error=regress(embedder, old, frequencies(slow.in_features, turn)))
 
 
 def regress(new: nn.Module, old: nn.Module, w: Tensor) -> float:

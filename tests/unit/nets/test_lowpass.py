@@ -10,7 +10,7 @@ import transformers_tiny as tiny
 from dumo.flow.slope import CentralSlope, DualSlope
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES
-from dumo.nets.lowpass import Slow, frequencies, layers, lowpass, waves
+from dumo.nets.lowpass import Fit, Slow, cut, frequencies, layers, refit, waves
 from dumo.nets.text import table
 from dumo.types import Frozen
 from transformers_saved import CLASSES, GUIDANCE, SHAPE, batch
@@ -34,6 +34,11 @@ def dualized(name: str, limit: float | None = None, *, smooth: bool = False) -> 
         if limit is not None:
             lowpass(embedder, turn, limit)
     return net
+
+
+def lowpass(embedder: nn.Module, turn: float, limit: float) -> Fit:
+    """Cut and refitted."""
+    return refit(embedder, turn, cut(embedder, turn, limit))
 
 
 def slow(first: nn.Linear, turn: float) -> None:
