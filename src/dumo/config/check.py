@@ -83,8 +83,13 @@ def check_precondition(run: Tree) -> None:
 
 
 def check_precision(run: Tree) -> None:
-    """Refuse differences whose rounding, or whose step, is too large."""
-    needs = run.objective.needs
+    """Refuse differences whose rounding, or whose step, is too large; and weights that every pass would cast up."""
+    needs, lora = run.objective.needs, getattr(run.net, "lora", None)
+    if lora and lora.frozen == "bfloat16" and run.train.precision != "bf16":
+        raise UserError(
+            f"net.lora.frozen = bfloat16 saves memory where passes compute in bf16, and train.precision is "
+            f"{run.train.precision}: set train.precision=bf16, or net.lora.frozen=float32"
+        )
     for derivative in (needs.slope if needs.derives else None, needs.rate):
         if derivative:
             derivative.check(run.train.precision, run.net.time_scale)

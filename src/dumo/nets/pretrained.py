@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 
 from dumo.bound import BLOCKS, FACTOR
+from dumo.io import weights
 from dumo.io.json import read_json
 from dumo.io.path import user_path
-from dumo.io.weights import opened
 from dumo.nets import checkpointing
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
@@ -97,7 +97,10 @@ class Pretrained(Spec):
             raise UserError("net.lora.dropout and net.checkpoint do not go together: set one of them to 0 or false")
 
     def model(self, folder: Path | None, config: dict[str, Any]) -> Any:  # noqa: ANN401, a model of diffusers
-        """The model as the source has it, in float32. Raises UserError where weights are missing or do not fit."""
+        """The model as the source has it, in float32, or in bf16 where that is how it is stored and will be kept.
+
+        Raises UserError where weights are missing or do not fit.
+        """
         try:
             import diffusers  # slow to import, and an extra
         except ImportError as error:
@@ -117,10 +120,12 @@ class Pretrained(Spec):
         if torch.get_default_device().type == "meta" or self.weights == "drawn":
             return kind.from_config(config)
         folder = with_weights(folder, self.source, config)
+        halves = self.lora is not None and self.lora.frozen == "bfloat16" and stored(folder) == {torch.bfloat16}
         try:
             model, told = kind.from_pretrained(
                 *(folder,),
-                output_loading_info=True, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32,
+                output_loading_info=True, use_safetensors=True, local_files_only=True,
+                torch_dtype=torch.bfloat16 if halves else torch.float32,
             )  # fmt: skip
         except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
             raise UserError(
@@ -161,6 +166,12 @@ def read_config(source: str) -> tuple[Path | None, dict[str, Any]]:
     return folder, config
 
 
+def stored(folder: Path) -> set[torch.dtype]:
+    """The dtypes of a folder's weights. Raises UserError where a file is damaged."""
+    files = folder.glob(f"{Path(WEIGHTS).stem}*.safetensors")
+    return {x.dtype for file in files for x in weights.load(file).values()}  # mapped, not read
+
+
 def with_weights(folder: Path | None, source: str, config: Config) -> Path:
     """The folder, if it has weights. Raises UserError where there are none, or they are a pickle."""
     if folder is None:
@@ -172,7 +183,7 @@ def with_weights(folder: Path | None, source: str, config: Config) -> Path:
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
         return folder
     if (folder / PICKLE).is_file():
-        with opened(folder / PICKLE):
+        with weights.opened(folder / PICKLE):
             pass
     raise UserError(
         f"net.source: {folder} has {CONFIG} and no weights: put {WEIGHTS} beside it, or set net.weights=drawn to begin "
