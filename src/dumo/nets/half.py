@@ -29,7 +29,7 @@ class Half(nn.Linear):
 
     def forward(self, input: Array) -> Array:
         """input (..., in_features)."""
-        if torch.is_autocast_enabled(input.device.type):
+        if torch.amp.is_autocast_available(kind := input.device.type) and torch.is_autocast_enabled(kind):
             return super().forward(input)
         bias = self._parameters["bias"]
         return F.linear(input, self.weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
