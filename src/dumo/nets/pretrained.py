@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from dumo.bound import BLOCKS, FACTOR
 from dumo.io import weights
@@ -97,7 +98,7 @@ class Pretrained(Spec):
             raise UserError("net.lora.dropout and net.checkpoint do not go together: set one of them to 0 or false")
 
     def model(self, folder: Path | None, config: dict[str, Any]) -> Any:  # noqa: ANN401, a model of diffusers
-        """The model as the source has it, in float32, or in bf16 where that is how it is stored and will be kept.
+        """The model as the source has it: in float32, or as it is stored, where what rests of it is kept in bf16.
 
         Raises UserError where weights are missing or do not fit.
         """
@@ -120,7 +121,7 @@ class Pretrained(Spec):
         if torch.get_default_device().type == "meta" or self.weights == "drawn":
             return kind.from_config(config)
         folder = with_weights(folder, self.source, config)
-        halves = self.lora is not None and self.lora.frozen == "bfloat16" and stored(folder) == {torch.bfloat16}
+        halves = self.lora is not None and self.lora.frozen == "bfloat16"
         try:
             model, told = kind.from_pretrained(
                 *(folder,),
@@ -134,6 +135,8 @@ class Pretrained(Spec):
         names = ("missing_keys", "unexpected_keys", "mismatched_keys")
         if wrong := [key for name in names for key in told.get(name, ())]:
             raise UserError(f"{folder}: the weights do not fit {CONFIG}: {wrong[0]} is missing, unknown or misshapen")
+        if halves:
+            as_stored(model, folder)
         return model
 
 
@@ -166,10 +169,13 @@ def read_config(source: str) -> tuple[Path | None, dict[str, Any]]:
     return folder, config
 
 
-def stored(folder: Path) -> set[torch.dtype]:
-    """The dtypes of a folder's weights. Raises UserError where a file is damaged."""
-    files = folder.glob(f"{Path(WEIGHTS).stem}*.safetensors")
-    return {x.dtype for file in files for x in weights.load(file).values()}  # mapped, not read
+def as_stored(model: nn.Module, folder: Path) -> None:
+    """Set what a folder holds in another dtype than the model to what is there: mapped, not read."""
+    mine = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for file in folder.glob(f"{Path(WEIGHTS).stem}*.safetensors"):
+        for name, x in weights.load(file).items():
+            if name in mine and mine[name].dtype != x.dtype:
+                mine[name].data = x
 
 
 def with_weights(folder: Path | None, source: str, config: Config) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import transformers_tiny as tiny
 from dumo.config.load import load
@@ -35,11 +35,14 @@ Made = Callable[[str, torch.dtype], Pretrained]
 
 @pytest.fixture
 def made(tmp_path: Path) -> Made:
-    """Specs of tiny models with adapters, whose files hold weights of a dtype."""
+    """Specs of tiny models with adapters, whose files hold linear layers in a dtype, and all else in float32."""
 
     def spec(name: str, dtype: torch.dtype) -> Pretrained:
         found = saved(tmp_path, name)
-        model: Any = tiny.TINY[name].model(dtype)
+        model: Any = tiny.TINY[name].model()
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear):
+                layer.to(dtype)
         model.save_pretrained(found.source)
         return found.model_copy(update={"lora": Lora(rank=4)})
 
