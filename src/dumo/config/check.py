@@ -11,7 +11,9 @@ from dumo.config.tree import Tree
 from dumo.data import Latents
 from dumo.data.augment import Edm
 from dumo.flow.secant import demand_precision
+from dumo.flow.slope import DualSlope
 from dumo.flow.times import Pair
+from dumo.nets.family import Family
 from dumo.nets.precondition import VELOCITIES
 from dumo.sampling import solver
 from dumo.sampling.guidance import CFG, GuidanceScale
@@ -27,6 +29,7 @@ def check(run: Tree) -> None:
     check_precondition(run)
     check_precision(run)
     check_pieces(run)
+    check_compile(run)
     check_guide(run)
     check_guided(run, run.sample.guide)
     check_teacher(run)
@@ -114,6 +117,19 @@ def check_pieces(run: Tree, ranks: int = 1) -> None:
     share_of(train.share, ranks)
     if ranks > 1 and train.compile == "loss":
         raise UserError(f"train.compile = loss is for one rank, not for {ranks}: set train.compile=blocks")
+
+
+def check_compile(run: Tree) -> None:
+    """Refuse to compile a net of whose blocks torch makes no one graph with the derivative that rides along."""
+    needs = run.objective.needs
+    if run.train.compile == "none" or not (needs.derives and isinstance(needs.slope, DualSlope)):
+        return
+    row: Family | None = getattr(run.outline(), "row", None)
+    if row and not row.compiles:
+        raise UserError(
+            f"train.compile = {run.train.compile}: torch cannot compile the blocks of this net.source where slope "
+            "'dual' rides along: set train.compile=none"
+        )
 
 
 def check_guide(run: Tree) -> None:

@@ -71,10 +71,16 @@ class Pretrained(Spec):
         p = row.patch(config, shape[0])
         if shape[1] % p or shape[2] % p:
             raise UserError(f"net.source cuts patches of {p} x {p}, which do not divide the data's sides {shape[1:]}")
+        told = table(self.texts, row, config, classes)
+        if self.checkpoint and told.mask is not None and not row.lean_masks:
+            raise UserError(
+                f"net.source is a {config['_class_name']}, which forgets the mask of its texts in blocks that are "
+                "computed again: set net.checkpoint=false, or leave mask out of the file of net.texts"
+            )
         if self.checkpoint:
             model.enable_gradient_checkpointing(checkpointing.leanly)
         return Dualized(
-            *(model, row, table(self.texts, row, config, classes), needs.heads, p),
+            *(model, row, told, needs.heads, p),
             guidance=self.guidance,
             lora=self.lora,
             limit=self.lowpass,
