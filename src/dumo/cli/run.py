@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from shlex import join, quote
+from shlex import join
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -86,6 +86,8 @@ def train(
     Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     """
     from dumo.config.load import default_folder, load
+    from dumo.export.model import forms
+    from dumo.nets import Pretrained
     from dumo.run import train
 
     spec, folder = load(source, set_ or []), folder or default_folder(source)
@@ -98,7 +100,10 @@ def train(
     )
     missing: str | None = getattr(spec.evaluate.protocol, "missing", None)
     does = ("sample", "report") if missing else ("sample", "evaluate", "report")
-    err.print("next:  " + "    ".join(f"dumo {verb} {quote(str(folder))}" for verb in does), soft_wrap=True)
+    words = [["dumo", verb, str(folder)] for verb in does]
+    if isinstance(spec.net, Pretrained):
+        words += (["dumo", "export", str(folder), f"{folder}-{form}", "--to", form] for form in forms(spec.net))
+    err.print("next:  " + "    ".join(map(join, words)), soft_wrap=True)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
 
