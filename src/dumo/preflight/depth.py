@@ -27,9 +27,9 @@ class Stretch(NamedTuple):
 def by_depth(net: M, count: Callable[[M], int], *, check: bool = False) -> int:
     """A count of a net: of all of it, or, where it is deep, of its first few blocks of each stretch, and so of all.
 
-    `check`: where the ends of a net may outweigh a few blocks, as of bytes. Then the first count has two blocks, and two
-    more must add twice what one more adds, or all are counted; so they are where two stretches are deep, either of which
-    may be where the most is alive.
+    `check`: where the ends of a net may outweigh a few blocks, as of bytes. Then the first count has two blocks, and
+    two more must add twice what one more adds, or all are counted; and so they are where two stretches are deep, of
+    which now this, now that may outweigh the other.
     """
     lengths, few = [len(stretch.blocks) for stretch in stretches(net)], 2 if check else 1
     deep = [i for i, n in enumerate(lengths) if n > few]
