@@ -112,10 +112,10 @@ def check_pieces(run: Tree, ranks: int = 1) -> None:
 
 
 def check_guide(run: Tree) -> None:
-    """Refuse guidance in training without classes."""
+    """Refuse guidance in training without classes, once it is known that there are none."""
     guide, opened = run.objective.needs.guide, GuidanceScale.of(run.objective.needs)
     guided = guide.active if guide else opened.scale != 1
-    if guided and not run.data.classes:
+    if guided and run.classes_known and not run.data.classes:
         raise UserError(
             f"{opened.field} asks for guidance, but data '{run.data.kind}' has no classes to guide by: set {opened.off}"
         )

@@ -4,8 +4,8 @@ Of memory the sum is an upper bound: weights, gradients, optimizer and averages 
 piece of a batch needs at one time.
 """
 
-from collections.abc import Iterable
-from math import prod
+from collections.abc import Iterable, Mapping
+from math import ceil, log2, prod
 from typing import Any
 
 import torch
@@ -23,12 +23,14 @@ from dumo.training.cut import passes
 from dumo.training.state import State, begin
 from dumo.types import UserError
 
+GPU = 80 * 2**30  # bytes of an A100 or H100
+
 
 def plan(spec: Run) -> dict[str, Any]:
     """What `show` says, and shapes, bytes, work, images, and whether the data are there.
 
     `parameters_total` counts fixed tables, too; `inputs` and `heads` are shapes of a row; `flops` and `images` are the
-    whole run's.
+    whole run's; `gpus` is as the function of that name says.
     """
     net, shape, needs, train = spec.outline(), spec.data.shape, spec.objective.needs, spec.train
     shown, images, missing = show(spec), train.steps * train.batch, missing_data(spec)
@@ -40,7 +42,8 @@ def plan(spec: Run) -> dict[str, Any]:
         "inputs": {"x": list(shape), **{name: [] for name in ("c", *needs.names)}},
         "heads": {name: list(head.shape[1:]) for name, head in zip((*needs.heads, *needs.gauges), heads, strict=True)},
         "tokens": getattr(net, "grid", 0) ** 2 or None,
-        "memory": memory(spec, most_rows(spec)),
+        "memory": (holds := memory(spec, most_rows(spec))),
+        "gpus": gpus(holds),
         "images": images,
         "epochs": epoch and images / epoch,
         "flops": shown["forward_units_per_step"] * shown["forward_flops_per_image"] * images,
@@ -64,6 +67,16 @@ def memory(spec: Run, rows: int) -> dict[str, int]:
     )
     parts = {**held(spec), "activations": activations}
     return {"rows": rows, **parts, "total": sum(parts.values())}
+
+
+def gpus(memory: Mapping[str, int]) -> int | None:
+    """On how many GPUs of 80 GiB to look for a layout (`dumo.preflight.fit`), a power of two; None where one holds all.
+
+    What stays between passes then fills at most half of each, and the rest is for the passes: ours.
+    """
+    if memory["total"] <= GPU:
+        return None
+    return 2 ** max(0, ceil(log2((memory["total"] - memory["activations"]) / (GPU / 2))))
 
 
 def held(spec: Run) -> dict[str, int]:
