@@ -21,7 +21,7 @@ from dumo.types import UserError
 
 def check(run: Tree) -> None:
     """Refuse parts that do not fit one another, the first found."""
-    run.outline()
+    run.outline(short=True)
     check_augment(run)
     check_path(run)
     check_precondition(run)
@@ -162,7 +162,7 @@ def check_teacher(run: Tree) -> None:
 def check_base(run: Tree) -> None:
     """Refuse the base of a net that has no adapters, or on a path of which that model's velocity is not."""
     way = "set teacher.kind=run and teacher.source to the folder of a run that can teach"
-    base: Callable[[], AbstractContextManager[None]] | None = getattr(run.outline(), "base", None)
+    base: Callable[[], AbstractContextManager[None]] | None = getattr(run.outline(short=True), "base", None)
     if base is None:
         raise UserError(
             f"teacher.kind = base asks for the net with its adapters off, and net '{run.net.kind}' has none, so its "

@@ -55,13 +55,11 @@ TABLE_3 = {
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No folder is named, and none is here: recipes must do without."""
     monkeypatch.chdir(tmp_path)
-    for name in ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION"):
+    for name in ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION", "PRETRAINED"):
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "pretrained" else []) for name in recipes.names()]
-)
+@pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On nets without numbers, on a machine without any data: what is told is all there, and agrees."""
     if name not in WEIGHED:  # seconds each
