@@ -173,6 +173,7 @@ def test_sd_vae_gives_diffusers_moments(vae: Path) -> None:
     codec = spec.open()
     moments = codec.encode(images(16))
     assert moments.shape == (2, 8, 8, 8)
+    assert moments.is_contiguous()  # as files of tensors want it, whatever layout convolutions take
     with torch.no_grad():
         law = net.encode(images(16)).latent_dist
         torch.testing.assert_close(moments[:, :4], (law.mean - 0.1) * 0.18215)
@@ -208,6 +209,7 @@ def test_qwen_vae_gives_the_latent_of_the_stock_pipeline(frame: Path) -> None:
     mean, std = (torch.tensor(net.config[f"latents_{name}"]).view(1, 16, 1, 1, 1) for name in ("mean", "std"))
     moments = codec.encode(images(16))
     assert moments.shape == (2, 32, 2, 2)
+    assert moments.is_contiguous()
     with torch.no_grad():
         law = net.encode(images(16).unsqueeze(2)).latent_dist
         torch.testing.assert_close(moments[:, :16], ((law.mean - mean) * (1.0 / std))[:, :, 0])
