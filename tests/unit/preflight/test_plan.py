@@ -25,6 +25,7 @@ from unit.run.adapted import freeze
 
 CPU = torch.device("cpu")
 TINY = ("net.width=16", "net.depth=1", "net.attention=2")
+HEAVY = ("flux-lora", "qwen-image-lora")  # hundreds of adapters
 WEIGHED = ("digits-guided",)  # whose steps are counted here; `dumo show` is, of every objective and net
 
 # Parameters in millions: trained, and with DiT's fixed table of positions; the paper says 675, 676 and 679
@@ -59,7 +60,9 @@ def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in HEAVY else []) for name in recipes.names()]
+)
 def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On nets without numbers, on a machine without any data: what is told is all there, and agrees."""
     if name not in WEIGHED:  # seconds each
