@@ -23,7 +23,7 @@ from dumo.types import UserError
 
 def check(run: Tree) -> None:
     """Refuse parts that do not fit one another, the first found."""
-    run.outline()
+    run.outline(short=True)
     check_augment(run)
     check_path(run)
     check_precondition(run)
@@ -133,10 +133,10 @@ def check_compile(run: Tree) -> None:
 
 
 def check_guide(run: Tree) -> None:
-    """Refuse guidance in training without classes."""
+    """Refuse guidance in training without classes, once it is known that there are none."""
     guide, opened = run.objective.needs.guide, GuidanceScale.of(run.objective.needs)
     guided = guide.active if guide else opened.scale != 1
-    if guided and not run.data.classes:
+    if guided and run.classes_known and not run.data.classes:
         raise UserError(
             f"{opened.field} asks for guidance, but data '{run.data.kind}' has no classes to guide by: set {opened.off}"
         )
@@ -183,7 +183,7 @@ def check_teacher(run: Tree) -> None:
 def check_base(run: Tree) -> None:
     """Refuse the base of a net that has no adapters, or on a path of which that model's velocity is not."""
     way = "set teacher.kind=run and teacher.source to the folder of a run that can teach"
-    base: Callable[[], AbstractContextManager[None]] | None = getattr(run.outline(), "base", None)
+    base: Callable[[], AbstractContextManager[None]] | None = getattr(run.outline(short=True), "base", None)
     if base is None:
         raise UserError(
             f"teacher.kind = base asks for the net with its adapters off, and net '{run.net.kind}' has none, so its "

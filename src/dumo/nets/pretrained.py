@@ -56,6 +56,13 @@ class Pretrained(Spec):
         """The quickest wave of time that the net may read, in radians per unit of t."""
         return self.lowpass or TURN
 
+    @property
+    def short(self) -> "Pretrained":
+        """With one block of each kind, drawn, where all fits a model or none does; else as it is."""
+        if self.depth or (self.lora and self.lora.targets):
+            return self
+        return self.model_copy(update={"depth": 1, "weights": "drawn"})
+
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> Dualized:
         """A net with the heads of `needs`, for images or latents of `shape`; on the meta device from config.json alone.
 
