@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -57,6 +57,7 @@ class Plan(Spec):
 class Contents(Plan):
     """What cache.yaml says."""
 
+    word: ClassVar[str] = "cache"
     format: Literal[1] = 1
     codec: Codec
     weights: str | None  # SHA-256 of the codec's
