@@ -110,14 +110,14 @@ class Images(Spec):
     def _looked_up(self) -> dict[str, Any]:
         """The classes and their names, or the captions, as far as they are not given."""
         given = self.classes is not None  # pyright: ignore[reportUnnecessaryComparison], it is not given
-        written = isinstance(self.captions, Files)
-        if given and not (written and self.captions.digest is None):
+        files = self.captions if isinstance(self.captions, Files) else None
+        if given and not (files and files.digest is None):
             return {} if self.names is not None else {"names": ()}
         if self.labelled is False and not self.captions:
             return {"classes": 0, "names": ()}
         if (root := self._root()) is None:
             return {"names": ()} if given else {"classes": 0, "names": None}
-        return self._written(root) if written else self._labelled(root)
+        return self._written(root, files) if files else self._labelled(root)
 
     def _root(self) -> Path | None:
         """Where the images are; None where they are not there yet."""
@@ -135,12 +135,12 @@ class Images(Spec):
         each = self.captions.count(1) if isinstance(self.captions, Templates) else 1
         return {"classes": each * labels.count if labels else 0, "names": labels.names if labels else ()}
 
-    def _written(self, root: Path) -> dict[str, Any]:
+    def _written(self, root: Path, files: Files) -> dict[str, Any]:
         """The captions there are, and their digest."""
-        found = self._read(root, self._store(root, None))
+        found = Captions.of(written(root, self._store(root, None), files.name))
         if self.classes not in (None, len(found)):  # pyright: ignore[reportUnnecessaryContains], as above
             raise UserError(f"{root} has {len(found)} captions, data.classes says {self.classes}: leave it out")
-        told = Files(name=self.captions.name, digest=found.digest()) if isinstance(self.captions, Files) else None
+        told = files.model_copy(update={"digest": found.digest()})
         return {"classes": len(found), "names": (), "captions": told}
 
     @model_serializer(mode="wrap")
@@ -171,12 +171,16 @@ class Images(Spec):
         """The captions, by class, or by image where they were written of each. Raises UserError as `open`."""
         if isinstance(self.captions, Templates):
             return self.captions.of(self.names or ())
+        if not isinstance(self.captions, Files):
+            return Captions.of([])
         root = user_path(self.root, "data.root")
-        return self._read(root, self._store(root, None))
+        found = Captions.of(written(root, self._store(root, None), self.captions.name))
+        self.captions.require(found, str(root))
+        return found
 
     def caption_texts(self) -> tuple[str, ...]:
         """All captions by number; () where there are none. Raises UserError as `open`."""
-        return kept(self).texts if self.captions else ()
+        return kept(self).texts if self.captions else ()  # pyright: ignore[reportArgumentType], specs are frozen
 
     def _album(self, *, numbered: bool) -> Album:
         root = user_path(self.root, "data.root")
@@ -195,14 +199,6 @@ class Images(Spec):
     def _store(self, root: Path, label: str | None) -> Store:
         """The images, their labels by the column `label`, undecoded."""
         return find(root, format=None if self.format == "auto" else self.format, split=self.split, label=label)
-
-    def _read(self, root: Path, store: Store) -> Captions:
-        """What is written of the images. Raises UserError where it is not what the run was made with."""
-        if not isinstance(self.captions, Files):
-            return Captions.of([])
-        found = Captions.of(written(root, store, self.captions.name))
-        self.captions.require(found, str(root))
-        return found
 
     def _check(self, root: Path, store: Store) -> None:
         """Refuse other classes than expected. Where they have no names, the last ones may lack images."""
