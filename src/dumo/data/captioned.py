@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Int64
 from torch import Tensor
@@ -14,6 +14,7 @@ from dumo.texts.caption import Captions
 KEPT = 8  # data sets whose captions are kept: ours
 
 
+@runtime_checkable
 class Tells(Protocol):
     """The spec of data that have captions: frozen, so that what it says can be kept."""
 
