@@ -83,8 +83,8 @@ class Images(Spec):
             object.__setattr__(self, name, value)  # no copy: it would be lost where `Images(...)` is called
         if self.names and len(self.names) != self.labels:
             raise UserError(f"names has {len(self.names)} names for classes={self.labels}: remove names")
-        if isinstance(self.captions, Templates) and self.names is not None:
-            self._check_templates(self.captions, self.names)
+        if isinstance(self.captions, Templates) and (self.names or self.captions.names) and self.classes:
+            self._check_templates(self.captions, self.names or ())
         if self.labelled is False and self.labels:
             raise UserError(f"classes={self.classes} needs labels: remove labelled=false, or set classes=0")
         if self.augment and self.classes:
@@ -111,7 +111,8 @@ class Images(Spec):
         """The classes and their names, or the captions, as far as they are not given."""
         given = self.classes is not None  # pyright: ignore[reportUnnecessaryComparison], it is not given
         files = self.captions if isinstance(self.captions, Files) else None
-        if given and not (files and files.digest is None):
+        nameless = isinstance(self.captions, Templates) and not self.captions.names and self.names is None
+        if given and not nameless and not (files and files.digest is None):
             return {} if self.names is not None else {"names": ()}
         if self.labelled is False and not self.captions:
             return {"classes": 0, "names": ()}
@@ -132,8 +133,11 @@ class Images(Spec):
         labels = self._store(root, self.label).labels
         if isinstance(self.captions, Templates) and labels is None:
             raise UserError(f"captions.templates name classes, and {root} has none: set captions.kind=files")
+        names = {"names": labels.names if labels else ()}
+        if self.classes is not None:  # pyright: ignore[reportUnnecessaryComparison], it is not given
+            return names
         each = self.captions.count(1) if isinstance(self.captions, Templates) else 1
-        return {"classes": each * labels.count if labels else 0, "names": labels.names if labels else ()}
+        return {"classes": each * labels.count if labels else 0, **names}
 
     def _written(self, root: Path, files: Files) -> dict[str, Any]:
         """The captions there are, and their digest."""
