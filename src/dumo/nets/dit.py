@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dumo.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
+from dumo.nets.block import Block, Mlp
 from dumo.nets.checkpointing import run
 from dumo.nets.embed import Own, Scalars, grid_waves, label_table
 from dumo.nets.head import Gauges
-from dumo.nets.norm import EPS, Norm, normalize
+from dumo.nets.norm import Norm, normalize
 from dumo.nets.precondition import Precondition, framed
-from dumo.nets.rotary import turn, turns
+from dumo.nets.rotary import turns
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
-Mlp = Literal["gelu", "swiglu"]
 PUBLISHED = {"precondition": "none", "norm": "layer", "qk_norm": False, "mlp": "gelu", "position": "waves"}  # DiT's
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # DiT, Tab. 1
 
@@ -65,53 +65,6 @@ class DiT(Spec):
                 f"{size}: change one of them, or use net.position=waves"
             )
         return Transformer(self, needs, shape, classes)
-
-
-class Block(nn.Module):
-    """Attention and perceptron, each modulated and gated by the condition; the gates start at zero (adaLN-zero)."""
-
-    def __init__(
-        self, width: int, attention: int, norm: Norm = "layer", qk_norm: bool = False, mlp: Mlp = "gelu"
-    ) -> None:
-        """`attention` heads; the perceptron is four times as wide."""
-        super().__init__()
-        self.attention, self.mlp = attention, mlp
-        self.norm: Norm = norm
-        self.modulation = nn.Linear(width, 6 * width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        hidden = 4 * width if mlp == "gelu" else gated(width)
-        self.up, self.down = nn.Linear(width, hidden if mlp == "gelu" else 2 * hidden), nn.Linear(hidden, width)
-        self.q_norm, self.k_norm = (nn.RMSNorm(width // attention, eps=EPS) if qk_norm else None for _ in range(2))
-
-    def forward(self, h: Array, e: Array, *places: Array) -> Array:
-        """h (b, tokens, width), e (b, width), already through its SiLU; places: what `turns` gives, or nothing."""
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(e).unsqueeze(1).chunk(6, -1)
-        h = h + gate_1 * self.attend(normalize(h, self.norm) * (1 + scale_1) + shift_1, *places)
-        return h + gate_2 * self.perceive(normalize(h, self.norm) * (1 + scale_2) + shift_2)
-
-    def attend(self, a: Array, *places: Array) -> Array:
-        """Self-attention over the tokens."""
-        q, k, v = self.qkv(a).view(*a.shape[:2], 3, self.attention, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        if self.q_norm and self.k_norm:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if places:
-            q, k = turn(q, *places), turn(k, *places)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-    def perceive(self, a: Array) -> Array:
-        """The perceptron, token by token."""
-        if self.mlp == "gelu":
-            return self.down(F.gelu(self.up(a), approximate="tanh"))
-        gate, up = self.up(a).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
-
-
-def gated(width: int) -> int:
-    """Hidden numbers of a gated perceptron, whose three matrices have the size of the plain one's two: 8/3 width.
-
-    Rounded to a multiple of 8, which matrix units like.
-    """
-    return 8 * round(width / 3)
 
 
 class Head(nn.Module):

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from contract.case import randomise
 from dumo.flow.slope import DualSlope, JvpSlope
-from dumo.nets.dit import Block, DiT, Transformer, gated
+from dumo.nets.block import Block, gated
+from dumo.nets.dit import DiT, Transformer
 from dumo.nets.mlp import MLP
 from dumo.nets.rotary import turn, turns
 from dumo.objectives import DuMo, FlowMatching, Objective
