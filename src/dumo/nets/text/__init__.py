@@ -1,0 +1,1 @@
+"""What stands for the condition c in a net that reads text: rows of a table, and the last but none for no caption."""
