@@ -18,6 +18,7 @@ from dumo.data import encode as codecs
 from dumo.data.cache import Contents, Plan, read_contents
 from dumo.data.image import below
 from dumo.io.path import user_path
+from dumo.io.series import Done
 from dumo.io.text import brief
 from dumo.progress import Bar, no_bar
 from dumo.types import Spec, UserError
@@ -36,7 +37,7 @@ class Encoded:
     """What this rank did, and what was in the folder when it was done."""
 
     folder: Path
-    done: codecs.Done
+    done: Done
     contents: Contents | None  # of a cache that is whole; None: other ranks have shards to make
 
     def now(self) -> "Encoded":

@@ -50,9 +50,7 @@ class Opened:
         """Tokens are numbered below this."""
         return len(self.model)
 
-    def __call__(
-        self, texts: Sequence[str], *, whole: bool = True
-    ) -> tuple[Int64[Tensor, "b l"], Bool[Tensor, "b l"]]:
+    def __call__(self, texts: Sequence[str], *, whole: bool = True) -> tuple[Int64[Tensor, "b l"], Bool[Tensor, "b l"]]:
         """Tokens, and which are there. `whole`: l is the spec's length; else that of the longest text here.
 
         Warns where texts are cut.
