@@ -1,6 +1,6 @@
 """A DiT's block: attention among tokens and a perceptron for each, modulated by the condition (Peebles & Xie 2023).
 
-The parts are functions of their own, so that blocks that read a text (`dumo.nets.reading`) put others between them.
+The parts are functions of their own: blocks that read a text (`dumo.nets.reading`) put others between them.
 """
 
 from typing import Literal, NamedTuple
@@ -8,11 +8,25 @@ from typing import Literal, NamedTuple
 from torch import nn
 from torch.nn import functional as F
 
-from dumo.nets.norm import EPS, Norm, normalize
+from dumo.nets.norm import EPS, Norm, modulated
 from dumo.nets.rotary import turn
 from dumo.types import Array
 
 Mlp = Literal["gelu", "swiglu"]
+
+
+class Sizes(NamedTuple):
+    """What a block is made of."""
+
+    width: int
+    attention: int  # heads
+    norm: Norm = "layer"
+    qk_norm: bool = False
+    mlp: Mlp = "gelu"
+
+    def gains(self) -> nn.RMSNorm | None:
+        """A norm of queries or keys, with a weight for each number of a head; None without `qk_norm`."""
+        return nn.RMSNorm(self.width // self.attention, eps=EPS) if self.qk_norm else None
 
 
 class Modulation(NamedTuple):
@@ -23,26 +37,29 @@ class Modulation(NamedTuple):
     gate: Array
 
 
-class Block(nn.Module):
-    """Attention and perceptron, each modulated and gated by the condition; the gates start at zero (adaLN-zero)."""
+class Stream(nn.Module):
+    """What becomes of one stream of tokens: attention and a perceptron, each modulated and gated by the condition.
 
-    def __init__(
-        self, width: int, attention: int, norm: Norm = "layer", qk_norm: bool = False, mlp: Mlp = "gelu"
-    ) -> None:
-        """`attention` heads; the perceptron is four times as wide."""
+    The gates start at zero (adaLN-zero).
+    """
+
+    def __init__(self, sizes: Sizes) -> None:
+        """The perceptron is four times as wide as the block."""
         super().__init__()
-        self.attention, self.mlp = attention, mlp
-        self.norm: Norm = norm
+        width = sizes.width
+        self.mlp: Mlp = sizes.mlp
+        self.attention = sizes.attention
+        self.norm: Norm = sizes.norm
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        hidden = 4 * width if mlp == "gelu" else gated(width)
-        self.up, self.down = nn.Linear(width, hidden if mlp == "gelu" else 2 * hidden), nn.Linear(hidden, width)
-        self.q_norm, self.k_norm = (gains(width // attention) if qk_norm else None for _ in range(2))
+        hidden = 4 * width if self.mlp == "gelu" else gated(width)
+        self.up, self.down = nn.Linear(width, hidden if self.mlp == "gelu" else 2 * hidden), nn.Linear(hidden, width)
+        self.q_norm, self.k_norm = sizes.gains(), sizes.gains()
 
-    def forward(self, h: Array, e: Array, *places: Array) -> Array:
-        """h (b, tokens, width), e (b, width), already through its SiLU; places: what `turns` gives, or nothing."""
-        first, second = self.modulations(e)
-        return self.think(self.look(h, first, *places), second)
+    @property
+    def silent(self) -> tuple[nn.Linear, ...]:
+        """Layers that start at zero."""
+        return (self.modulation,)
 
     def modulations(self, e: Array) -> tuple[Modulation, Modulation]:
         """What the condition e (b, width) does to attention, and to the perceptron."""
@@ -59,7 +76,7 @@ class Block(nn.Module):
 
     def shown(self, h: Array, m: Modulation) -> Array:
         """h as a layer gets it: normalized and modulated."""
-        return normalize(h, self.norm) * (1 + m.scale) + m.shift
+        return modulated(h, self.norm, m.shift, m.scale)
 
     def attend(self, a: Array, *places: Array) -> Array:
         """Self-attention over the tokens."""
@@ -79,14 +96,19 @@ class Block(nn.Module):
         return self.down(F.silu(gate) * up)
 
 
+class Block(Stream):
+    """A stream whose tokens look at each other alone."""
+
+    def forward(self, h: Array, e: Array, *places: Array) -> Array:
+        """h (b, tokens, width), e (b, width), already through its SiLU; places: what `turns` gives, or nothing."""
+        first, second = self.modulations(e)
+        return self.think(self.look(h, first, *places), second)
+
+
 def parted(a: Array, parts: int, attention: int) -> tuple[Array, ...]:
     """(b, tokens, parts * width) -> so many parts by heads, each (b, attention, tokens, size)."""
-    return a.view(*a.shape[:2], parts, attention, -1).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def gains(size: int) -> nn.RMSNorm:
-    """A norm of queries or keys, with a weight for each of their numbers."""
-    return nn.RMSNorm(size, eps=EPS)
+    size = a.shape[-1] // (parts * attention)
+    return a.view(*a.shape[:2], parts, attention, size).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def unit(a: Array, norm: nn.Module | None, like: Array) -> Array:

@@ -4,20 +4,23 @@ The trunk is DiT's; each further head costs one more output layer with its own m
 The options, all off, are those of later transformers, as LightningDiT (Yao et al. 2025) joins them.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_serializer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dumo.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
-from dumo.nets.block import Block, Mlp
+from dumo.nets.block import Block, Mlp, Sizes, Stream
 from dumo.nets.checkpointing import run
 from dumo.nets.embed import Own, Scalars, grid_waves, label_table
 from dumo.nets.head import Gauges
-from dumo.nets.norm import Norm, normalize
+from dumo.nets.norm import Norm, modulated
 from dumo.nets.precondition import Precondition, framed
+from dumo.nets.reading import Reader, Way, blocks
 from dumo.nets.rotary import turns
+from dumo.nets.text import Text
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
 PUBLISHED = {"precondition": "none", "norm": "layer", "qk_norm": False, "mlp": "gelu", "position": "waves"}  # DiT's
@@ -39,6 +42,8 @@ class DiT(Spec):
     mlp: Mlp = "gelu"  # swiglu: gated (Shazeer 2020), of as many parameters
     position: Literal["waves", "rope"] = "waves"  # added to the tokens, or turning queries and keys
     aux_time: bool = False  # a second embedding of time, where the objective has but one: of the gap to r = 0
+    texts: Text | None = None  # what the captions of the data are to the net; None: a class has a learned label
+    text: Way = "cross"  # how blocks read texts: by attention of its own, or joint with the image's
     checkpoint: bool = False  # keep each block's input alone, and compute the rest again in the backward pass
 
     @classmethod
@@ -64,7 +69,15 @@ class DiT(Spec):
                 f"net.position rope needs attention heads of a multiple of 4 numbers, not net.width / net.attention = "
                 f"{size}: change one of them, or use net.position=waves"
             )
+        if self.texts and not classes:
+            raise UserError("net.texts is of captions, and the data have none: set data.captions, or net.texts=null")
         return Transformer(self, needs, shape, classes)
+
+    @model_serializer(mode="wrap")
+    def _told(self, tell: Callable[["DiT"], dict[str, Any]]) -> dict[str, Any]:
+        """How texts are read where there are some."""
+        tree = tell(self)
+        return tree if self.texts else {name: value for name, value in tree.items() if name not in ("texts", "text")}
 
 
 class Head(nn.Module):
@@ -76,10 +89,15 @@ class Head(nn.Module):
         self.norm: Norm = norm
         self.modulation, self.out = nn.Linear(width, 2 * width), nn.Linear(width, out)
 
+    @property
+    def silent(self) -> tuple[nn.Linear, ...]:
+        """Layers that start at zero."""
+        return self.modulation, self.out
+
     def forward(self, h: Array, e: Array) -> Array:
         """h (b, tokens, width), e (b, width), already through its SiLU; returns (b, tokens, out)."""
         shift, scale = self.modulation(e).unsqueeze(1).chunk(2, -1)
-        return self.out(normalize(h, self.norm) * (1 + scale) + shift)
+        return self.out(modulated(h, self.norm, shift, scale))
 
 
 class Transformer(nn.Module):
@@ -104,9 +122,9 @@ class Transformer(nn.Module):
             self.register_buffer("positions", grid_waves(self.grid, width))
         self.scalars = Scalars(needs.shared, width, spec.time_scale, aux=spec.aux_time)
         self.own = Own(needs, width, spec.time_scale)
-        self.label = label_table(classes, width) if classes else None
-        style = (spec.norm, spec.qk_norm, spec.mlp)
-        self.blocks = nn.ModuleList(Block(width, spec.attention, *style) for _ in range(spec.depth))
+        self.text = Reader(spec.texts.build(classes), width, spec.text) if spec.texts else None
+        self.label = label_table(classes, width) if classes and not self.text else None
+        self.blocks = nn.ModuleList(self._blocks(spec))
         self.heads = nn.ModuleDict({name: Head(width, channels * spec.patch**2, spec.norm) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
         self.gradient_checkpointing = spec.checkpoint
@@ -120,12 +138,25 @@ class Transformer(nn.Module):
         places = (self.cos, self.sin) if self.rope else ()
         h = h if self.rope else h + self.positions
         told: Array = self.scalars(**shared)
-        told = told if self.label is None else told + self.label(c)
+        more: tuple[Array | None, ...] = ()
+        if self.text is not None:
+            h, vector, more = self.text(h, c)
+            told = told + vector
+        elif self.label is not None:
+            told = told + self.label(c)
         e = F.silu(told)
         for block in self.blocks:
-            h = run(block, h, e, *places, lean=self.gradient_checkpointing)
+            h = run(block, h, e, *more, *places, lean=self.gradient_checkpointing)
         heads = (out(self._image(head(h, F.silu(told + own[k]) if k in own else e))) for k, head in self.heads.items())
         return *heads, *(self.gauges(**shared) if self.gauges else ())
+
+    def _blocks(self, spec: DiT) -> Sequence[Stream]:
+        sizes = Sizes(spec.width, spec.attention, spec.norm, spec.qk_norm, spec.mlp)
+        return (
+            blocks(spec.text, spec.depth, sizes, self.grid**2)
+            if self.text
+            else [Block(sizes) for _ in range(spec.depth)]
+        )
 
     def _patches(self, x: Array) -> Array:
         """(b, ch, side, side) -> (b, tokens, ch p p)."""
@@ -143,8 +174,6 @@ class Transformer(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         modules = (*self.blocks.modules(), *self.heads.modules())
-        zero = [m.modulation for m in modules if isinstance(m, Block | Head)]
-        zero += [m.out for m in self.heads.modules() if isinstance(m, Head)]
-        for layer in zero:
+        for layer in (layer for m in modules if isinstance(m, Stream | Head) for layer in m.silent):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
