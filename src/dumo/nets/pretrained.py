@@ -18,7 +18,7 @@ from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import TURN, Config, Family, family
 from dumo.nets.precondition import Precondition
-from dumo.nets.text import table
+from dumo.nets.text.file import table
 from dumo.types import Needs, Spec, UserError
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
