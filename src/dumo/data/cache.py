@@ -19,7 +19,7 @@ from functools import cached_property, lru_cache
 from itertools import accumulate
 from operator import not_
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -60,6 +60,7 @@ class Plan(Spec):
 class Contents(Plan):
     """What cache.yaml says."""
 
+    word: ClassVar[str] = "cache"
     format: Literal[1] = 1
     codec: Codec
     weights: str | None  # SHA-256 of the codec's
