@@ -5,7 +5,8 @@ from typing import Annotated
 from pydantic import Field
 
 from dumo.nets.text.file import TextFile as TextFile
+from dumo.nets.text.learned import Learned as Learned
 from dumo.nets.text.rows import Texts as Texts
 from dumo.nets.text.table import TextTable as TextTable
 
-Text = Annotated[TextFile | TextTable, Field(discriminator="kind")]
+Text = Annotated[TextFile | TextTable | Learned, Field(discriminator="kind")]
