@@ -20,7 +20,7 @@ from dumo.io.json import read_json
 from dumo.io.path import user_path
 from dumo.io.text import brief
 from dumo.io.weights import opened as opened_weights
-from dumo.texts.tokens import Cut, Tokenizer, holding
+from dumo.texts.tokens import EXTRA, Cut, Tokenizer, holding
 from dumo.types import FREE, Spec, UserError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -175,7 +175,7 @@ def model(folder: Path, pooled: bool) -> Any:  # noqa: ANN401, a model of transf
     try:
         import transformers  # slow to import, and an extra
     except ImportError as error:
-        raise UserError("net.texts needs transformers: pip install 'dumo[text]'") from error
+        raise UserError(f"net.texts {EXTRA}") from error
     config: Mapping[str, Any] = read_json(folder / CONFIG, HINT)
     name = CLASSES.get(str(config.get("model_type")), "AutoModel")
     if PROJECTED in (config.get("architectures") or ()) and pooled:

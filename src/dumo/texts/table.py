@@ -157,15 +157,36 @@ class Table:
         return opened
 
 
-def open_table(folder: Path, way: str = "make it with dumo encode") -> Table:
+def open_table(folder: Path) -> Table:
     """Open a table to read it. Raises UserError where there is none, it is unfinished, or a shard is not as it was."""
     contents = read_contents(folder)
     if contents is None:
-        raise UserError(f"{folder} holds no texts (it has no {FILE}): {way}")
+        raise UserError(f"{folder} holds no texts (it has no {FILE}): make it, dumo encode RECIPE")
     if not contents.shards:
         raise UserError(f"{folder} is unfinished: start the same dumo encode again, and it goes on where it stopped")
     series.require(folder, contents.shards)
     return Table(folder, contents)
+
+
+def require(table: Table, encoder: Reader, captions: int, identity: str | None = None) -> None:
+    """Raise UserError where a table is not of so many captions, read so, or of this identity (None: any)."""
+    has, where = table.contents, f"net.texts.root: {table.folder}"
+    if has.captions != captions:
+        raise UserError(
+            f"{where} holds {has.captions:,} captions, and the data have {captions:,}: make one of these data in "
+            "another folder, dumo encode RECIPE --set net.texts.root=DIR"
+        )
+    there, asked = (one.binding() for one in (has, has.model_copy(update={"encoder": encoder})))
+    if lines := [f"{key}: {there.get(key)} there, {asked[key]} asked" for key in asked if asked[key] != there.get(key)]:
+        listed = "\n  ".join(lines)
+        raise UserError(
+            f"{where} was encoded otherwise:\n  {listed}\nEncode into another folder, or ask for what is there"
+        )
+    if identity not in (None, has.identity):
+        raise UserError(
+            f"{where} is another table than that of this run (identity {has.identity}, and {identity} in net.texts): "
+            "put it back, or encode the same captions by the same encoder"
+        )
 
 
 def read_contents(folder: Path) -> Contents | None:

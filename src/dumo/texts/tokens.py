@@ -17,6 +17,7 @@ from dumo.io.text import brief
 from dumo.types import FREE, Spec, UserError
 
 BYTES = "bytes"
+EXTRA = "needs transformers: pip install 'dumo[text]'"
 HINT = "name a folder with tokenizer_config.json and its files, as transformers saves a tokenizer, or bytes"
 
 
@@ -91,7 +92,7 @@ def loaded(source: str) -> Any:  # noqa: ANN401, a tokenizer of transformers
     try:
         import transformers  # slow to import, and an extra
     except ImportError as error:
-        raise UserError("net.texts needs transformers: pip install 'dumo[text]'") from error
+        raise UserError(f"net.texts {EXTRA}") from error
     if source == BYTES:
         return transformers.ByT5Tokenizer(extra_ids=0)
     folder = user_path(source, "net.texts: the tokenizer's folder")
