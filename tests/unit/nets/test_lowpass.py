@@ -11,6 +11,7 @@ from dumo.flow.slope import CentralSlope, DualSlope
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES
 from dumo.nets.lowpass import Fit, Slow, cut, frequencies, layers, refit, waves
+from dumo.nets.pretrained import Pretrained
 from dumo.types import Frozen
 from transformers_saved import CLASSES, GUIDANCE, SHAPE, batch
 
@@ -25,7 +26,7 @@ def dualized(name: str, limit: float | None = None, *, smooth: bool = False) -> 
         *(
             model,
             row,
-            codes(CLASSES, model.config[row.text], model.config[row.pooled] if row.pooled else 0),
+            Pretrained(source="").told(row, model.config, CLASSES),
             ("v",),
             row.patch(model.config, SHAPE[0]),
         ),

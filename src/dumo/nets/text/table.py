@@ -1,7 +1,6 @@
 """Rows of text from a table that `dumo encode` made: in memory where there is room, else looked up pass by pass."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -10,47 +9,35 @@ from torch import Tensor
 
 from dumo import dist
 from dumo.bound import CHANNELS, GIGABYTES
-from dumo.io.path import user_path
 from dumo.nets.text.rows import Reader, Rows, Texts, Told
-from dumo.texts import table
+from dumo.nets.text.tabled import Tabled
 from dumo.texts.encoder import Encoder
-from dumo.types import FREE, Cond, Spec, UserError
+from dumo.texts.table import Table
+from dumo.types import FREE, Cond, UserError
 
 GIGABYTE = 1e9
 
 
-class TextTable(Spec):
+class TextTable(Tabled):
     """Texts through an encoder, from a table of them; sizes are said, so that a net is outlined without any file."""
 
     kind: Literal["table"] = "table"
-    root: str = Field(json_schema_extra=FREE)  # the table's folder; may begin with ~ and hold $NAMES
     encoder: Encoder
     width: int = Field(ge=1, le=CHANNELS)  # numbers of a token's embedding
     pooled: int = Field(default=0, ge=0, le=CHANNELS)  # of a text's; 0: there is none
     # GB that the rows may take on the device; above, they are mapped, and looked up on the host. Ours.
     memory: float = Field(default=4.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)
-    identity: str | None = None  # of the table (texts.yaml): looked up once, so that a run keeps to its rows
 
     @model_validator(mode="after")
-    def _fits(self) -> "TextTable":
+    def _pooled(self) -> "TextTable":
         if bool(self.pooled) != self.encoder.pooled:
             raise ValueError("pooled says how wide what encoder.pooled keeps is: set both, or neither")
-        if self.identity is None and (there := self._there()):
-            object.__setattr__(self, "identity", there.identity)
         return self
 
-    def _there(self) -> table.Contents | None:
-        """What the table holds, if there is a whole one."""
-        try:
-            there = table.read_contents(self.folder)
-        except UserError:
-            return None
-        return there if there and there.shards else None
-
     @property
-    def folder(self) -> Path:
-        """Where the table is. Raises UserError for a variable that is not set."""
-        return user_path(self.root, "net.texts.root")
+    def by(self) -> Encoder:
+        """The encoder."""
+        return self.encoder
 
     def mapped(self, classes: int) -> bool:
         """Whether the rows of so many captions are looked up on the host, pass by pass."""
@@ -81,10 +68,9 @@ class TextTable(Spec):
         pooled = torch.empty(n, self.pooled, dtype=dtype) if self.pooled else None
         return Rows(torch.empty(n, self.encoder.length, self.width, dtype=dtype), mask, pooled)
 
-    def open(self, classes: int) -> table.Table:
+    def open(self, classes: int) -> Table:
         """The table. Raises UserError as `build`."""
-        found = table.open_table(self.folder)
-        table.require(found, self.encoder, classes, self.identity)
+        found = self.table(classes)
         has = found.contents
         if (has.width, has.pooled) != (self.width, self.pooled):
             raise UserError(
@@ -93,7 +79,7 @@ class TextTable(Spec):
             )
         return found
 
-    def reader(self, found: table.Table) -> Reader:
+    def reader(self, found: Table) -> Reader:
         """What makes rows of prompts, on this machine's device. Raises UserError for an encoder of other weights."""
         if (now := self.encoder.sha256()) != found.contents.sha256:
             raise UserError(
@@ -113,7 +99,7 @@ class TextTable(Spec):
 class Mapped(Texts):
     """Rows of a table that lies on disk, mapped: read, padded and sent to the device of c at every pass."""
 
-    def __init__(self, found: table.Table, spec: TextTable) -> None:
+    def __init__(self, found: Table, spec: TextTable) -> None:
         """Holds no numbers."""
         super().__init__()
         self.width, self.length, self.pooled_width = spec.width, spec.encoder.length, spec.pooled
