@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from contract.case import randomise
 from dumo.flow.draw import draw
@@ -14,12 +14,10 @@ from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.nets.dit import DiT, Transformer
 from dumo.nets.text.rows import Texts, Told
 from dumo.objectives import DuMo
-from dumo.preflight.cost import by_depth, forward_flops
-from dumo.preflight.count import flops
 from dumo.sampling.generate import solve
 from dumo.sampling.guidance import CFG
 from dumo.sampling.solver import Euler, Restart, Solver
-from dumo.types import Cond, Frozen, Needs, Spec, UserError
+from dumo.types import Cond, Frozen, Needs, Spec
 
 CLASSES, SHAPE = 5, (3, 4, 4)
 VU = Needs(heads=("v", "u"))
