@@ -24,9 +24,8 @@ from dumo.io import picture
 from dumo.progress import Bar, bar, no_bar, say
 from dumo.report import page
 from dumo.run.folder import RunFolder, open_run
-from dumo.run.sample import COUNT, guided_reading, sample, solver_named
+from dumo.run.sample import COUNT, conditions, guided_reading, sample, solver_named
 from dumo.run.train import train as train_run
-from dumo.sampling.generate import labels
 from dumo.types import Reads, Sample
 from dumo.types import UserError as UserError
 
@@ -100,7 +99,7 @@ class TrainedRun:
         )
         if only == []:
             raise UserError("classes is empty: name at least one, or leave it out for all of them")
-        c = labels(count if count is not None else len(only or range(COUNT)), self.spec.data.classes, only)
+        c = conditions(self.spec, count if count is not None else len(only or range(COUNT)), only)
         chosen, nfe = solver_named(self.spec, solver), self.spec.sample.nfe[0] if nfe is None else nfe
         x = sample(self.opened, nfe=nfe, c=c, seed=seed, solver=chosen, bar=bar).x
         return x.clamp(-1, 1) if self.makes_images else x

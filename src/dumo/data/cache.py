@@ -1,6 +1,7 @@
 """The cache of a data set that a codec has encoded: its format, and how it is read.
 
     cache.yaml                     codec, hash of its weights, resolution, crop, classes, mean, deviation, shards
+    captions.jsonl                 if labels are numbers of images: what is written of each, a list of texts to a line
     shard-00000.safetensors        x, labels, and flipped where both flips are kept; total and squares per channel
 
 `x` is what `Opened.encode` gives, so its moments where the codec has Gaussians, or one draw of them: (rows, m, y, x) in
@@ -16,8 +17,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from operator import not_
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -47,6 +49,7 @@ class Plan(Spec):
     crop: str = ""  # how the images came to be square, in words
     classes: int = Field(default=0, ge=0, le=CLASSES)  # labels are in [0, classes); 0: there are none, and all are 0
     names: tuple[str, ...] = ()  # of the classes
+    captioned: bool = Field(default=False, exclude_if=not_)  # labels are the images' numbers in captions.jsonl
     flips: bool = True  # mirrored images, too
     store: Literal["moments", "samples"] = "moments"  # of a codec with Gaussians; others have one latent per image
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
@@ -57,6 +60,7 @@ class Plan(Spec):
 class Contents(Plan):
     """What cache.yaml says."""
 
+    word: ClassVar[str] = "cache"
     format: Literal[1] = 1
     codec: Codec
     weights: str | None  # SHA-256 of the codec's
@@ -160,6 +164,7 @@ def open_cache(
     crop: str | None = None,
     classes: int | None = None,
     names: tuple[str, ...] | None = None,
+    captioned: bool | None = None,
     flips: bool | None = None,
     memory: float = 0.0,
 ) -> Cache:
@@ -174,7 +179,14 @@ def open_cache(
         raise UserError(f"{folder} is no cache (it has no {FILE}): make it with dumo encode")
     if not contents.shards:
         raise UserError(f"{folder} is unfinished: start the same dumo encode again, and it goes on where it stopped")
-    asked = {"resolution": resolution, "crop": crop, "classes": classes, "names": names, "flips": flips or None}
+    asked = {
+        "resolution": resolution,
+        "crop": crop,
+        "classes": classes,
+        "names": names,
+        "captioned": captioned,
+        "flips": flips or None,
+    }
     lines = [f"{name}: {getattr(contents, name)} in the cache, {value} asked"
              for name, value in asked.items() if value not in (None, getattr(contents, name))]  # fmt: skip
     lines += [] if codec is None else differences(contents, codec)

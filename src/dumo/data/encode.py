@@ -12,12 +12,14 @@ from torch import Tensor
 
 from dumo import stop
 from dumo.codecs.scaled import Opened
+from dumo.data import line
 from dumo.data.cache import FILE, Contents, Plan, read_contents, sums
 from dumo.data.source import Finite
 from dumo.io import series
 from dumo.io.picture import from_uint8
 from dumo.io.series import Done, Tick
 from dumo.io.weights import load
+from dumo.texts.caption import Captions
 from dumo.types import UserError
 
 
@@ -27,6 +29,7 @@ def encode(
     plan: Plan,
     out: Path,
     *,
+    captions: Captions | None = None,
     batch: int = 32,
     rank: int = 0,
     world: int = 1,
@@ -34,11 +37,14 @@ def encode(
 ) -> Done:
     """Make those of this rank's shards that are not there, or damaged. Another batch may move the last bits.
 
-    Raises UserError where `out` holds another cache or something else, an image or a label is not as planned, a latent
+    `captions` of images that are labelled by their numbers are kept beside them. Raises UserError where `out` holds
+    another cache, other captions or something else, an image or a label is not as planned, a latent
     is too large for the dtype, or the disk is full, OSError where nothing can be written, Stopped where that is asked;
     the shards that stand are kept.
     """
     contents = described(source, codec, plan)
+    if captions:
+        line.require(out / line.FILE, captions)
 
     def shard(number: int, behind: Callable[[int], None]) -> tuple[int, dict[str, Tensor]]:
         parts: list[dict[str, Tensor]] = []
@@ -51,6 +57,8 @@ def encode(
     made, damaged = series.make(
         out / FILE, contents, lambda: read_contents(out), shard, rank=rank, world=world, tick=tick
     )
+    if captions:
+        series.write(out / line.FILE, line.dump(captions), rank)
     return Done(made, damaged, gather(out, contents, rank))
 
 
@@ -104,7 +112,8 @@ def checked(images: Tensor, labels: Tensor, contents: Contents, first: int) -> T
     side, where = contents.resolution, f"images {first} to {first + len(images) - 1}"
     if images.shape[1:] != (3, side, side):
         raise UserError(f"{where} are {tuple(images.shape[1:])}, planned is (3, {side}, {side})")
-    if len(wrong := labels[(labels < 0) | (labels >= max(contents.classes, 1))]):
+    most = contents.images if contents.captioned else max(contents.classes, 1)
+    if len(wrong := labels[(labels < 0) | (labels >= most)]):
         raise UserError(f"{where}: there is a label {int(wrong[0])}, and {contents.classes} classes are planned")
     if images.dtype == torch.uint8:
         return from_uint8(images)

@@ -12,7 +12,7 @@ ranks need not run at once, nor know of each other. Whoever finds the last note 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
 import safetensors.torch
 from pydantic import ValidationError
@@ -49,6 +49,8 @@ class Shard(Spec):
 @runtime_checkable
 class Contents(Protocol):
     """What NAME.yaml says: a spec."""
+
+    word: ClassVar[str]  # what the folder is called
 
     @property
     def shards(self) -> tuple[Shard, ...]:
@@ -151,7 +153,7 @@ def claim(file: Path, contents: Contents, there: Contents | None, rank: int) -> 
     old = there.binding()
     if lines := [f"{key}: {old[key]} there, {new[key]} now" for key in new if old.get(key) != new[key]]:
         listed = "\n  ".join(lines)
-        raise UserError(f"{out} holds another {file.stem}:\n  {listed}\nGive another folder, or remove this one")
+        raise UserError(f"{out} holds another {contents.word}:\n  {listed}\nGive another folder, or remove this one")
 
 
 def noted(out: Path, count: int, there: Callable[[], Contents | None]) -> dict[int, Shard]:

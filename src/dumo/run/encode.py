@@ -16,6 +16,7 @@ from dumo.config.load import FILE, load, parse
 from dumo.data import Latents
 from dumo.data import encode as codecs
 from dumo.data.cache import Contents, Plan, read_contents
+from dumo.data.caption import Files
 from dumo.data.image import below
 from dumo.io.path import user_path
 from dumo.io.series import Done
@@ -88,20 +89,25 @@ def encode(
     codec does, for an option that is none, and where the folder holds something else.
     """
     (rank, world), images = part, data.images
-    opened, album = data.codec.open(dist.device(device)), data.originals(memory=0.0)
+    opened, album = data.codec.open(dist.device(device)), data.rows()
+    numbered = isinstance(data.captions, Files)
     tree = {
         "source": " ".join(word for word in (images.root, images.split) if word),
         "resolution": images.side,
         "crop": images.crop,
-        "classes": images.classes,
-        "names": album.names,
+        "classes": images.labels,
+        "names": () if numbered else album.names,
+        "captioned": numbered,
         "flips": images.flip,
     }
     plan = parse(Plan, tree | options)
     mine = range(rank, ceil(len(album) / plan.shard_rows), world)
     total = sum(min(plan.shard_rows, len(album) - k * plan.shard_rows) for k in mine)
     with bar(f"encoding {images.root}", total) as tick, below("data.images"):
-        done = codecs.encode(album, opened, plan, data.folder, batch=batch, rank=rank, world=world, tick=tick)
+        captions = images.told() if numbered else None
+        done = codecs.encode(
+            album, opened, plan, data.folder, captions=captions, batch=batch, rank=rank, world=world, tick=tick
+        )
     return Encoded(data.folder, done, None if done.missing else read_contents(data.folder))
 
 

@@ -13,7 +13,7 @@ from dumo import dist, room
 from dumo.config.load import parse
 from dumo.config.spec import Run
 from dumo.config.tree import Sampling
-from dumo.data import Latents
+from dumo.data import Moons
 from dumo.data.source import Source
 from dumo.flow.reading import reading
 from dumo.io import archive, picture
@@ -27,8 +27,18 @@ from dumo.types import Reads, Sample, UserError
 
 
 def real_data(run: Run) -> Source:
-    """The data as images or points: of latents, the images that were encoded. Raises UserError as opening them does."""
-    return run.data.originals() if isinstance(run.data, Latents) else run.data.open()
+    """The data as images or points with their classes: of latents, the images that were encoded. Raises as opening."""
+    return run.data.open() if isinstance(run.data, Moons) else run.data.originals()
+
+
+def conditions(run: Run, count: int, only: Sequence[int] | None = None) -> Tensor:
+    """The conditions of so many samples: `only` these in turn; None: all classes in turn, or captions of them.
+
+    Raises UserError for one out of range, or no samples.
+    """
+    if only:
+        return generate.labels(count, run.data.classes, only)
+    return run.conditions(generate.labels(count, run.data.labels))
 
 
 def guided_reading(opened: RunFolder) -> Reads:
@@ -149,7 +159,7 @@ def export(
         raise UserError(f"format '{form}' is none for samples of shape {shape}: use {', '.join(forms)}")
     way = "ask for fewer, and for others with another --seed"
     room.require(count * prod(shape) * torch.float32.itemsize, f"{count:,} samples take", way)
-    c, nfe = generate.labels(count, run.data.classes, only), tuple(nfe or run.sample.nfe)
+    c, nfe = conditions(run, count, only), tuple(nfe or run.sample.nfe)
     chosen = solver_named(run, solver)
     check(chosen, run.reads, *nfe)
     asked = run.sample.model_copy(update={"solver": chosen, "seed": run.sample.seed if seed is None else seed})

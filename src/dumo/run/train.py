@@ -153,7 +153,8 @@ def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.dev
     net, what = run.outline(), "images" if len(run.pixels) == 3 else "points"
     many = f"{size:,} {what}" if size is not None else f"{what} drawn anew"
     names = f": {some(run.class_names)}" if run.class_names else ""
-    classes = f" in {run.data.classes} classes{names}" if run.data.classes else ""
+    kind = "with {:,} captions" if run.captions else "in {} classes"
+    classes = f" {kind.format(run.data.classes)}{names}" if run.data.classes else ""
     weights = sum(p.numel() for p in net.parameters())
     learns = sum(p.numel() for p in net.parameters() if p.requires_grad)
     part = f", {learns:,} of them trained" if learns < weights else ""

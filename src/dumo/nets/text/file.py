@@ -1,82 +1,63 @@
-"""What stands for the condition c in a model that reads text: a row of a table, and the last row for none.
-
-The rows are embeddings that a text encoder made once (`net.texts`), or codes, one token per class drawn from N(0, 1),
-which no encoder made: a model can learn classes by them.
-"""
+"""Rows of text from one file that somebody wrote, or codes in their place, which no encoder made."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dumo.io import weights
 from dumo.io.path import user_path
-from dumo.nets.family import Config, Family
+from dumo.nets.text.rows import Rows
 from dumo.random import keyed
-from dumo.types import Cond, UserError
+from dumo.types import Spec, UserError
 
 HINT = "It has tokens (n, l, d), and may have mask (n, l) and pooled (n, p); its last row is for no condition."
 
 
-class Texts(nn.Module):
-    """A table of conditions. No checkpoint holds it."""
+class TextFile(Spec):
+    """A safetensors file: tokens (n, l, d), mask (n, l), pooled (n, p); a row for each class, the last for none."""
 
-    tokens: Tensor  # (n, l, d)
-    mask: Tensor | None  # (n, l), bool; None: every token is there
-    pooled: Tensor | None  # (n, p)
+    kind: Literal["file"] = "file"
+    source: str
 
-    def __init__(self, tokens: Tensor, mask: Tensor | None, pooled: Tensor | None) -> None:
-        """One row per class, and the last for none."""
-        super().__init__()
-        for name, rows in (("tokens", tokens), ("mask", mask), ("pooled", pooled)):
-            self.register_buffer(name, rows, persistent=False)
-        self.lengths = tuple(mask.sum(1).tolist()) if mask is not None and not mask.is_meta else None
-
-    def forward(self, c: Cond) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The rows of c (b,): tokens, mask, pooled."""
-        mask, pooled = self.mask, self.pooled
-        return self.tokens[c], None if mask is None else mask[c], None if pooled is None else pooled[c]
-
-
-def table(name: str | None, row: Family, config: Config, classes: int) -> Texts:
-    """The rows of a file, or codes. Raises UserError where they are not what the model and the data take."""
-    widths = config[row.text], config[row.pooled] if row.pooled else 0
-    if name is not None:
-        return read(user_path(name, "net.texts"), row, widths, classes)
-    tokens, pooled = (codes(part, classes + 1, width) for part, width in zip(("tokens", "pooled"), widths, strict=True))
-    return Texts(tokens[:, None], None, pooled if row.pooled else None)
+    def build(self, classes: int) -> Rows:
+        """The rows, on the default device. Raises UserError where the file does not have them, one to a class."""
+        file = user_path(self.source, "net.texts.source")
+        found = weights.read(file, HINT, convert=False)[0]
+        if "tokens" not in found:
+            raise UserError(f"net.texts: {file} has no tokens. {HINT}")
+        check(file, found)
+        if (n := len(found["tokens"])) - 1 != classes:
+            raise UserError(
+                f"net.texts: {file} has {n} rows, {n - 1} and that of no condition, and the data have {classes} "
+                "classes: give a row to each class"
+            )
+        where = torch.get_default_device()
+        mask, pooled = found.get("mask"), found.get("pooled")
+        told = None if mask is None else mask.bool().to(where)
+        return Rows(found["tokens"].float().to(where), told, None if pooled is None else pooled.float().to(where))
 
 
-def codes(name: str, rows: int, width: int) -> Tensor:
-    """N(0, 1), (rows, width): the same in every run; on the meta device without numbers."""
+def check(file: Path, found: dict[str, Tensor]) -> None:
+    """Raise UserError where the parts of a file are not of as many rows and tokens."""
+    tokens, shapes = found["tokens"], {name: tuple(found[name].shape) for name in ("mask", "pooled") if name in found}
+    n, most = tokens.shape[:2] if tokens.ndim == 3 else (0, 0)
+    wrong = [name for name, has in shapes.items() if has != ((n, most) if name == "mask" else (n, has[-1]))]
+    if tokens.ndim != 3 or wrong:
+        shapes["tokens"] = tuple(tokens.shape)
+        name = wrong[0] if wrong else "tokens"
+        raise UserError(f"net.texts: {file} has {name} {shapes[name]} beside tokens {shapes['tokens']}. {HINT}")
+
+
+def codes(classes: int, width: int, pooled: int) -> Rows:
+    """A token for each class, and one for none, of N(0, 1): the same in every run."""
+    tokens = drawn("tokens", classes + 1, width)[:, None]
+    return Rows(tokens, None, drawn("pooled", classes + 1, pooled) if pooled else None)
+
+
+def drawn(name: str, rows: int, width: int) -> Tensor:
+    """N(0, 1), (rows, width); on the meta device without numbers."""
     if torch.get_default_device().type == "meta":
         return torch.empty(rows, width)
     return keyed("codes", name, rows=range(rows), shape=(width,))
-
-
-def read(file: Path, row: Family, widths: tuple[int, int], classes: int) -> Texts:
-    """The rows of a file. Raises as `table`."""
-    found = weights.read(file, HINT, convert=False)[0]
-    if "tokens" not in found:
-        raise UserError(f"net.texts: {file} has no tokens. {HINT}")
-    tokens, mask, pooled = found["tokens"], found.get("mask"), found.get("pooled")
-    n, length = tokens.shape[:2]
-    wanted: dict[str, tuple[Tensor | None, tuple[int, ...] | None]] = {
-        "tokens": (tokens, (n, length, widths[0])),
-        "mask": (mask, (n, length) if row.masked else None),
-        "pooled": (pooled, (n, widths[1]) if row.pooled else None),
-    }
-    for name, (rows, shape) in wanted.items():
-        if rows is not None and shape is None:
-            raise UserError(f"net.texts: {file} has {name}, of which this model can be told nothing: leave it out")
-        if (rows is None and name == "pooled" and shape) or (rows is not None and tuple(rows.shape) != shape):
-            has = "none" if rows is None else f"{tuple(rows.shape)}"
-            raise UserError(f"net.texts: {file} has {name} {has}, this model takes {shape}. {HINT}")
-    if n - 1 != classes:
-        raise UserError(
-            f"net.texts: {file} has {n} rows, {n - 1} and that of no condition, and the data have {classes} classes: "
-            "give a row to each class"
-        )
-    where = torch.get_default_device()
-    told = None if mask is None else mask.bool().to(where)
-    return Texts(tokens.float().to(where), told, None if pooled is None else pooled.float().to(where))

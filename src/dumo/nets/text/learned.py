@@ -12,21 +12,19 @@ from pydantic import Field
 from torch import Tensor
 
 from dumo.bound import BLOCKS, CHANNELS
-from dumo.io.path import user_path
 from dumo.nets.text.rows import Texts, Told
-from dumo.texts.table import open_table
+from dumo.nets.text.tabled import Tabled
 from dumo.texts.tokens import EXTRA, Tokenizer
-from dumo.types import Cond, Spec, UserError
+from dumo.types import Cond, UserError
 
 WORDS = 2**20  # of a tokenizer: four times the largest there are. Ours
 WIDER = 4  # the perceptron's width over the net's (Raffel et al. 2020)
 
 
-class Learned(Spec):
+class Learned(Tabled):
     """A T5 encoder by its sizes."""
 
     kind: Literal["learned"] = "learned"
-    root: str  # the folder of the captions' token ids, which training makes (`dumo encode`)
     tokenizer: Tokenizer = Tokenizer()
     vocabulary: int = Field(
         default=259, ge=1, le=WORDS
@@ -34,6 +32,11 @@ class Learned(Spec):
     width: int = Field(default=128, ge=1, le=CHANNELS)
     depth: int = Field(default=2, ge=1, le=BLOCKS)
     attention: int = Field(default=4, ge=1, le=CHANNELS)  # attention heads
+
+    @property
+    def by(self) -> Tokenizer:
+        """The tokenizer: token ids are what lies in the folder, and training makes them."""
+        return self.tokenizer
 
     def build(self, classes: int) -> "Encoded":
         """The encoder over the ids of `classes` captions and of none; on the meta device without reading them.
@@ -46,7 +49,7 @@ class Learned(Spec):
         shape = (classes + 1, self.tokenizer.length)
         if torch.get_default_device().type == "meta":
             return Encoded(self, torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.bool))
-        ids, mask, _ = open_table(user_path(self.root, "net.texts.root")).padded(None)
+        ids, mask, _ = self.table(classes).padded()
         if ids.max() >= self.vocabulary:
             raise UserError(f"net.texts: {self.root} has tokens up to {ids.max()}: set net.texts.vocabulary above that")
         return Encoded(self, ids.int(), mask)

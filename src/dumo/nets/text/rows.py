@@ -1,15 +1,18 @@
 """What a net is told in the place of c: the row of a table of texts, by its number."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dumo.types import Cond
+from dumo.types import Cond, UserError
 
 Tokens = Float[Tensor, "b l d"]
 Told = tuple[Tokens, Bool[Tensor, "b l"] | None, Float[Tensor, "b p"] | None]  # tokens; which there are; pooled
+Reader = Callable[[Sequence[str]], Told]  # what makes rows of texts
 
 
 class Texts(nn.Module, ABC):
@@ -18,15 +21,63 @@ class Texts(nn.Module, ABC):
     width: int  # numbers of a token
     pooled_width: int  # numbers of the pooled embedding; 0: there is none
     length: int  # tokens of a row, padding among them
-    lengths: tuple[int, ...] | None = None  # tokens of each row without padding; None: all are there, or unknown
+    masked: bool = True  # whether rows may be padded; False: every token is there
+    lengths: tuple[int, ...] | None = None  # tokens of each row without padding; None: not masked, or on no device
 
     @abstractmethod
     def forward(self, c: Cond) -> Told:
         """The rows of c (b,): tokens, mask (None: every token is there), pooled."""
 
-    @abstractmethod
     def append(self, texts: Sequence[str]) -> int:
         """Add a row per text behind all others; return the number of the first. Numbers so far stay.
 
         Raises UserError where no encoder is known, or it is another than that of the rows.
         """
+        raise UserError("this net was trained on rows that no encoder is known of, so it reads no prompts: give labels")
+
+
+class Rows(Texts):
+    """Rows in memory, as buffers: no checkpoint holds them. They may be stored in half precision."""
+
+    tokens: Tensor  # (n, l, d)
+    mask: Tensor | None  # (n, l), bool; None: every token is there
+    pooled: Tensor | None  # (n, p)
+
+    def __init__(
+        self, tokens: Tensor, mask: Tensor | None, pooled: Tensor | None, reader: Callable[[], Reader] | None = None
+    ) -> None:
+        """One row per class, and the last for none. `reader` opens what makes rows of prompts."""
+        super().__init__()
+        for name, rows in (("tokens", tokens), ("mask", mask), ("pooled", pooled)):
+            self.register_buffer(name, rows, persistent=False)
+        self.width, self.length, self.masked = tokens.shape[2], tokens.shape[1], mask is not None
+        self.pooled_width = 0 if pooled is None else pooled.shape[1]
+        self.reader = reader
+        self._count()
+
+    def forward(self, c: Cond) -> Told:
+        """The rows of c (b,) in float32."""
+        mask, pooled = self.mask, self.pooled
+        return (
+            self.tokens[c].float(),
+            None if mask is None else mask[c],
+            None if pooled is None else pooled[c].float(),
+        )
+
+    def append(self, texts: Sequence[str]) -> int:
+        """Raises as `Texts.append`, and as the encoder does when it is opened."""
+        if self.reader is None:
+            return super().append(texts)
+        first, new = len(self.tokens), self.reader()(texts)
+        for name, rows in zip(("tokens", "mask", "pooled"), new, strict=True):
+            old: Tensor | None = getattr(self, name)
+            if old is not None and rows is not None:
+                rows = F.pad(rows, (0, 0, 0, self.length - rows.shape[1])) if name == "tokens" else rows
+                rows = F.pad(rows, (0, self.length - rows.shape[1])) if name == "mask" else rows
+                setattr(self, name, torch.cat([old, rows.to(old)]))
+        self._count()
+        return first
+
+    def _count(self) -> None:
+        mask = self.mask
+        self.lengths = None if mask is None or mask.is_meta else tuple(mask.sum(1).tolist())
