@@ -18,7 +18,7 @@ from dumo.nets.adapter import Lora
 from dumo.nets.embed import check
 from dumo.nets.family import Config, Family, Told
 from dumo.nets.lowpass import Fit, Slow
-from dumo.nets.text.file import Texts
+from dumo.nets.text import Texts
 from dumo.nets.twin import Head, Norms, Outs, exchanged, heads_of, put, tell
 from dumo.types import Array, Cond, Heads, Sample, Time, UserError
 

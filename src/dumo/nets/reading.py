@@ -24,7 +24,7 @@ from dumo.types import Array, Cond
 Way = Literal["cross", "joint"]
 
 
-class Reader(nn.Module):
+class TextEmbedder(nn.Module):
     """What texts tell a net of its width. Tokens have mean square 1, for encoders differ a hundredfold in scale."""
 
     def __init__(self, texts: Texts, width: int, way: Way) -> None:
