@@ -1,7 +1,7 @@
 """A transformer that reads texts: what it is told of them, and how its blocks look at them."""
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -24,31 +24,12 @@ from dumo.sampling.generate import solve
 from dumo.sampling.guidance import CFG
 from dumo.sampling.solver import Euler, Restart, Solver
 from dumo.types import Frozen, Needs, Spec, UserError
+from unit.nets.given import Given, Labels
 
 CLASSES, SHAPE = 5, (3, 4, 4)
 VU = Needs(heads=("v", "u"))
 MODERN: dict[str, Any] = {"norm": "rms", "qk_norm": True, "mlp": "swiglu", "position": "rope"}
 ways = pytest.mark.parametrize("way", ["cross", "joint"])
-
-
-class Given(Spec):
-    """Drawn texts of one to `length` tokens, padded to `room`; the last is of no caption."""
-
-    kind: Literal["given"] = "given"
-    length: int = 4
-    room: int = 4
-    width: int = 6
-    pooled: int = 0
-    masked: bool = True
-
-    def build(self, classes: int) -> Rows:
-        """Numbers are the same whatever the room; the padding is not zero."""
-        g, n = torch.Generator().manual_seed(3), classes + 1
-        tokens, pooled = torch.randn(n, self.length, self.width, generator=g), torch.randn(n, self.pooled, generator=g)
-        rest = torch.full((n, self.room - self.length, self.width), 7.0)
-        lengths = torch.arange(n) % self.length + 1
-        mask = torch.arange(self.room) < lengths[:, None]
-        return Rows(torch.cat([tokens, rest], 1), mask if self.masked else None, pooled if self.pooled else None)
 
 
 def spec(way: str, texts: Spec | None = None, **options: object) -> DiT:
@@ -72,19 +53,6 @@ def points(n: int = 6) -> tuple[Tensor, Tensor, Tensor]:
         torch.arange(n) % (CLASSES + 1),
         torch.rand(n, generator=g).double(),
     )
-
-
-class Labels(Spec):
-    """A table whose pooled rows are these numbers."""
-
-    rows: tuple[tuple[float, ...], ...]
-    room: int
-
-    def build(self, classes: int) -> Rows:
-        """Zeros are its tokens."""
-        pooled = torch.tensor(self.rows)
-        assert len(pooled) == classes + 1
-        return Rows(torch.zeros(classes + 1, self.room, 1), None, pooled)
 
 
 def twins(way: str) -> tuple[Transformer, Transformer]:
