@@ -126,15 +126,15 @@ class Tree(Spec):
         """The condition of samples of these classes: the class, or a caption of it, its templates in turn.
 
         `held`: of the templates that are held out. Where captions were written of each image there are no classes: then
-        a caption of every k-th image. Raises UserError where nothing is held out, and as the data tell their captions.
+        one of every k-th image, or of all in turn. Raises UserError where nothing is held out, or captions are missing.
         """
         match self.captions:
             case Templates() as captions:
                 return captions.numbers(labels, self.data.labels, held=held)
             case Files() if isinstance(self.data, Images | Latents):
                 told, n = self.data.told(), len(labels)
-                images = torch.arange(n) * max(len(told.ends) / n, 1) % len(told.ends)
-                return told.drawn(images.long(), "conditions", batch=n)
+                images = torch.arange(n) * max(len(told.ends), n) // n % len(told.ends)
+                return told.drawn(images, "conditions", batch=n)
             case _:
                 return labels
 

@@ -58,7 +58,7 @@ def card(opened: RunFolder, evaluator: Evaluator, samples: int) -> Card:
 def labels(run: Run) -> str:
     """Of which class, or caption, sample i is."""
     if isinstance(run.captions, Files):
-        return "a caption of every k-th image"
+        return "captions of images, from end to end"
     told = f"i mod {run.data.labels}" if run.data.labels else "none"
     return f"{told}, by {run.evaluate.captions} templates in turn" if run.captions else told
 

@@ -9,4 +9,4 @@ from dumo.nets.text.learned import Learned as Learned
 from dumo.nets.text.rows import Texts as Texts
 from dumo.nets.text.table import TextTable as TextTable
 
-Text = Annotated[TextFile | TextTable | Learned, Field(discriminator="kind")]
+Text = Annotated[Learned | TextFile | TextTable, Field(discriminator="kind")]

@@ -56,13 +56,10 @@ class Rows(Texts):
         self._count()
 
     def forward(self, c: Cond) -> Told:
-        """The rows of c (b,) in float32."""
+        """The rows of c (b,), in float32 where they are stored in half precision."""
         mask, pooled = self.mask, self.pooled
-        return (
-            self.tokens[c].float(),
-            None if mask is None else mask[c],
-            None if pooled is None else pooled[c].float(),
-        )
+        told = None if mask is None else mask[c]
+        return full(self.tokens[c]), told, None if pooled is None else full(pooled[c])
 
     def append(self, texts: Sequence[str]) -> int:
         """Raises as `Texts.append`, and as the encoder does when it is opened."""
@@ -81,3 +78,8 @@ class Rows(Texts):
     def _count(self) -> None:
         mask = self.mask
         self.lengths = None if mask is None or mask.is_meta else tuple(mask.sum(1).tolist())
+
+
+def full(x: Tensor) -> Tensor:
+    """x in float32, where it is in half precision."""
+    return x.float() if x.element_size() == 2 else x

@@ -97,29 +97,35 @@ class TextTable(Tabled):
 
 
 class Mapped(Texts):
-    """Rows of a table that lies on disk, mapped: read, padded and sent to the device of c at every pass."""
+    """Rows of a table that lies on disk, mapped: read, padded and sent to the net's device at every pass."""
+
+    like: Tensor  # of the device and the type that rows are given in
 
     def __init__(self, found: Table, spec: TextTable) -> None:
-        """Holds no numbers."""
+        """Holds no rows."""
         super().__init__()
+        self.register_buffer("like", torch.empty(0), persistent=False)
         self.width, self.length, self.pooled_width = spec.width, spec.encoder.length, spec.pooled
         self.table, self.masked = found, not spec.encoder.pad
         self.reader: Callable[[], Reader] = lambda: spec.reader(found)
         self.prompts: Rows | None = None
 
     def forward(self, c: Cond) -> Told:
-        """The rows of c (b,) in float32. Waits for the device of c."""
+        """The rows of c (b,). Waits for the device of c."""
         rows: list[int] = c.tolist()
         tokens, mask, pooled = self.table.padded([min(row, len(self.table) - 1) for row in rows])
-        parts: list[Tensor | None] = [tokens.float(), mask if self.masked else None, pooled]
+        parts: list[Tensor | None] = [tokens, mask if self.masked else None, pooled]
         if self.prompts is not None and (new := [i for i, row in enumerate(rows) if row >= len(self.table)]):
             told = self.prompts(torch.tensor([rows[i] - len(self.table) for i in new]))
             for part, rows_of in zip(parts, told, strict=True):
                 if part is not None and rows_of is not None:
                     part[new] = rows_of.to(part)
-        tokens, mask, pooled = (None if part is None else part.to(c.device) for part in parts)
+        tokens, mask, pooled = (
+            part if part is None else part.to(self.like if part.is_floating_point() else self.like.device)
+            for part in parts
+        )
         assert tokens is not None
-        return tokens, mask, None if pooled is None else pooled.float()
+        return tokens, mask, pooled
 
     def append(self, texts: Sequence[str]) -> int:
         """Prompts alone are held in memory. Raises as `Texts.append`."""
