@@ -117,8 +117,9 @@ def unit(a: Array, norm: nn.Module | None, like: Array) -> Array:
 
 
 def mix(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
-    """Attention, its heads side by side: (b, tokens, width). `mask` says which keys are there (b, 1, 1, keys)."""
-    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+    """Attention, its heads side by side: (b, tokens, width). `mask` (b, keys) says which keys are there."""
+    seen = None if mask is None else mask[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2)
 
 
 def gated(width: int) -> int:

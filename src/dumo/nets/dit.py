@@ -18,7 +18,7 @@ from dumo.nets.embed import Own, Scalars, grid_waves, label_table
 from dumo.nets.head import Gauges
 from dumo.nets.norm import Norm, modulated
 from dumo.nets.precondition import Precondition, framed
-from dumo.nets.reading import Reader, Way, blocks
+from dumo.nets.reading import TextEmbedder, Way, blocks
 from dumo.nets.rotary import turns
 from dumo.nets.text import Text
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
@@ -69,8 +69,6 @@ class DiT(Spec):
                 f"net.position rope needs attention heads of a multiple of 4 numbers, not net.width / net.attention = "
                 f"{size}: change one of them, or use net.position=waves"
             )
-        if self.texts and not classes:
-            raise UserError("net.texts is of captions, and the data have none: set data.captions, or net.texts=null")
         return Transformer(self, needs, shape, classes)
 
     @model_serializer(mode="wrap")
@@ -122,7 +120,7 @@ class Transformer(nn.Module):
             self.register_buffer("positions", grid_waves(self.grid, width))
         self.scalars = Scalars(needs.shared, width, spec.time_scale, aux=spec.aux_time)
         self.own = Own(needs, width, spec.time_scale)
-        self.text = Reader(spec.texts.build(classes), width, spec.text) if spec.texts else None
+        self.text = TextEmbedder(spec.texts.build(classes), width, spec.text) if spec.texts else None
         self.label = label_table(classes, width) if classes and not self.text else None
         self.blocks = nn.ModuleList(self._blocks(spec))
         self.heads = nn.ModuleDict({name: Head(width, channels * spec.patch**2, spec.norm) for name in needs.heads})

@@ -24,15 +24,15 @@ from dumo.types import Array, Cond
 Way = Literal["cross", "joint"]
 
 
-class Reader(nn.Module):
-    """What texts tell a net of its width. Encoders differ a hundredfold in scale: tokens go to mean square 1 first."""
+class TextEmbedder(nn.Module):
+    """What texts tell a net of its width. Tokens have mean square 1, for encoders differ a hundredfold in scale."""
 
     def __init__(self, texts: Texts, width: int, way: Way) -> None:
         """One linear layer for the tokens, and one for the vector, which starts as small as a label (N(0, 0.02^2))."""
         super().__init__()
         self.texts = texts
         self.way: Way = way
-        self.token, self.pool = nn.Linear(texts.width, width), nn.Linear(texts.pooled_width or texts.width, width)
+        self.token, self.pool = nn.Linear(texts.width, width), nn.Linear(texts.pooled_width or width, width)
         nn.init.xavier_uniform_(self.token.weight)
         nn.init.normal_(self.pool.weight, std=0.02)
         for layer in (self.token, self.pool):
@@ -45,12 +45,12 @@ class Reader(nn.Module):
         The vector is of the pooled embedding; where there is none, of the mean of the tokens that are there.
         """
         tokens, mask, pooled = self.texts(c)
-        tokens = F.rms_norm(tokens.to(self.token.weight.dtype), tokens.shape[-1:], eps=EPS)
-        vector = self.pool(mean(tokens, mask) if pooled is None else pooled.to(tokens.dtype))
-        y = self.token(tokens)
+        y: Array = self.token(tokens.to(self.token.weight.dtype))
+        y = F.rms_norm(y, y.shape[-1:], eps=EPS)
+        vector = self.pool(mean(y, mask) if pooled is None else pooled.to(y.dtype))
         if self.way == "cross":
-            return h, vector, (y, None if mask is None else mask[:, None, None])
-        there = None if mask is None else torch.cat([mask.new_ones(h.shape[:2]), mask], 1)[:, None, None]
+            return h, vector, (y, mask)
+        there = None if mask is None else torch.cat([mask.new_ones(h.shape[:2]), mask], 1)
         return torch.cat([h, y], 1), vector, (there,)
 
 
@@ -91,7 +91,7 @@ class Cross(Stream):
         return (*super().silent, self.read)
 
     def forward(self, h: Array, e: Array, y: Array, mask: Array | None, *places: Array) -> Array:
-        """As `Block`; y (b, l, width) is the text, of which `mask` (b, 1, 1, l) says which tokens are there."""
+        """As `Block`; y (b, l, width) is the text, of which `mask` (b, l) says which tokens are there."""
         first, second = self.modulations(e)
         h = self.look(h, first, *places)
         (q,), (k, v) = parted(self.query(h), 1, self.attention), self.keys(y)
@@ -108,12 +108,12 @@ class Joint(Stream):
         self.tokens, self.text = tokens, Stream(sizes)
 
     def forward(self, h: Array, e: Array, mask: Array | None, *places: Array) -> Array:
-        """As `Block`; h is the image and the text behind it, and `mask` (b, 1, 1, all) says which tokens are there."""
+        """As `Block`; h is the image and the text behind it, and `mask` (b, all) says which tokens are there."""
         n, text = self.tokens, self.text
         x, y = h[:, :n], h[:, n:]
         (first, second), (third, fourth) = self.modulations(e), text.modulations(e)
         both = zip(self.project(self.shown(x, first), *places), text.project(text.shown(y, third)), strict=True)
-        q, k, v = (torch.cat(pair, 2) for pair in both)
+        q, k, v = (torch.cat([*pair], 2) for pair in both)
         a = mix(q, k, v, mask)
         x = self.think(x + first.gate * self.out(a[:, :n]), second)
         y = text.think(y + third.gate * text.out(a[:, n:]), fourth)
@@ -140,7 +140,7 @@ class Last(Stream):
         shift, scale = self.text_modulation(e).unsqueeze(1).chunk(2, -1)
         q, *own = self.project(self.shown(x, first), *places)
         told = self.keys(modulated(y, self.norm, shift, scale))
-        k, v = (torch.cat(pair, 2) for pair in zip(own, told, strict=True))
+        k, v = (torch.cat([*pair], 2) for pair in zip(own, told, strict=True))
         return self.think(x + first.gate * self.out(mix(q, k, v, mask)), second)
 
 
