@@ -69,8 +69,6 @@ class DiT(Spec):
                 f"net.position rope needs attention heads of a multiple of 4 numbers, not net.width / net.attention = "
                 f"{size}: change one of them, or use net.position=waves"
             )
-        if self.texts and not classes:
-            raise UserError("net.texts is of captions, and the data have none: set data.captions, or net.texts=null")
         return Transformer(self, needs, shape, classes)
 
     @model_serializer(mode="wrap")
