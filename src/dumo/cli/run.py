@@ -114,9 +114,15 @@ def lean(run: "Run") -> str:
 def sample(
     run_folder: RunFolder,
     nfe: Nfe = None,
-    count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 100,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="How many samples. Default: 100, or one of each prompt.")
+    ] = None,
     labels: Annotated[
         str | None, typer.Option(help="Classes by name or number, e.g. cats,dogs or 3,5. Default: all in turn.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="What an image shows, in words. May be given many times."),
     ] = None,
     seed: Seed = None,
     solver: SolverName = None,
@@ -137,16 +143,19 @@ def sample(
     """
     from dumo import dist
     from dumo.run.folder import open_run
-    from dumo.run.sample import export
+    from dumo.run.sample import COUNT, export
 
+    if labels and prompt:
+        raise typer.BadParameter("--labels and --prompt are two ways to say what to make: give one of them")
     with dist.join():
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
         files = export(
             opened,
             folder or opened.folder / "samples",
             form=form,
-            count=count,
+            count=count or len(prompt or range(COUNT)),
             only=class_numbers(labels, opened.run),
+            prompts=prompt or (),
             nfe=numbers("--nfe", nfe),
             seed=seed,
             solver=solver,

@@ -45,9 +45,9 @@ def check_captions(run: Tree) -> None:
     if captions and texts is None:
         can = "set net.texts" if hasattr(run.net, "texts") else f"net '{run.net.kind}' can read none: set net.kind=dit"
         raise UserError(f"{where} gives captions, and the net reads no texts: {can}, or {where}=null")
-    if not captions and getattr(texts, "kind", None) in ("table", "learned"):
-        way = f"set {where}" if run.data.kind != "moons" else "these data have none"
-        raise UserError(f"net.texts reads captions, and data '{run.data.kind}' give none: {way}, or net.texts=null")
+    if texts and not captions and (texts.kind != "file" or not run.data.classes):  # a file may have a row per class
+        way = "net.texts=null" if run.data.kind == "moons" else f"set {where}, or net.texts=null"
+        raise UserError(f"net.texts reads captions, and data '{run.data.kind}' give none: {way}")
     if run.evaluate.captions == "held" and not (isinstance(captions, Templates) and captions.held):
         raise UserError(
             f"evaluate.captions=held asks for templates that are held out, and {where}.held names none: name some, or "

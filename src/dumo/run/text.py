@@ -10,6 +10,7 @@ from math import ceil
 
 from dumo import dist
 from dumo.config.spec import Run
+from dumo.data import Moons
 from dumo.io.series import Done
 from dumo.nets.text import Learned
 from dumo.nets.text.tabled import Tabled
@@ -36,11 +37,10 @@ def asked(run: Run) -> Tabled | None:
 
 
 def captions(run: Run) -> Sequence[str]:
-    """The captions of the data, by number. Raises UserError where there are none."""
-    texts = () if run.captions is None else run.class_names
-    if not texts:
+    """The captions of the data, by number. Raises UserError where there are none, and as the data tell them."""
+    if run.captions is None or isinstance(run.data, Moons):
         raise UserError(f"data '{run.data.kind}' give no captions to encode: set data.captions, or net.texts=null")
-    return texts
+    return run.data.caption_texts()
 
 
 def encode(

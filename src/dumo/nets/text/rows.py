@@ -13,6 +13,7 @@ from dumo.types import Cond, UserError
 Tokens = Float[Tensor, "b l d"]
 Told = tuple[Tokens, Bool[Tensor, "b l"] | None, Float[Tensor, "b p"] | None]  # tokens; which there are; pooled
 Reader = Callable[[Sequence[str]], Told]  # what makes rows of texts
+Opener = Callable[[torch.device], Reader]
 
 
 class Texts(nn.Module, ABC):
@@ -23,6 +24,11 @@ class Texts(nn.Module, ABC):
     length: int  # tokens of a row, padding among them
     masked: bool = True  # whether rows may be padded; False: every token is there
     lengths: tuple[int, ...] | None = None  # tokens of each row without padding; None: not masked, or on no device
+
+    def __init__(self) -> None:
+        """Without prompts."""
+        super().__init__()
+        self.prompts: dict[str, int] = {}  # that were added, and their numbers: of whoever adds them
 
     @abstractmethod
     def forward(self, c: Cond) -> Told:
@@ -44,9 +50,13 @@ class Rows(Texts):
     pooled: Tensor | None  # (n, p)
 
     def __init__(
-        self, tokens: Tensor, mask: Tensor | None, pooled: Tensor | None, reader: Callable[[], Reader] | None = None
+        self,
+        tokens: Tensor,
+        mask: Tensor | None,
+        pooled: Tensor | None,
+        reader: Opener | None = None,
     ) -> None:
-        """One row per class, and the last for none. `reader` opens what makes rows of prompts."""
+        """One row per class, and the last for none. `reader` opens, on a device, what makes rows of prompts."""
         super().__init__()
         for name, rows in (("tokens", tokens), ("mask", mask), ("pooled", pooled)):
             self.register_buffer(name, rows, persistent=False)
@@ -65,7 +75,7 @@ class Rows(Texts):
         """Raises as `Texts.append`, and as the encoder does when it is opened."""
         if self.reader is None:
             return super().append(texts)
-        first, new = len(self.tokens), self.reader()(texts)
+        first, new = len(self.tokens), self.reader(self.tokens.device)(texts)
         for name, rows in zip(("tokens", "mask", "pooled"), new, strict=True):
             old: Tensor | None = getattr(self, name)
             if old is not None and rows is not None:

@@ -1,13 +1,12 @@
 """Rows of text from a table that `dumo encode` made: in memory where there is room, else looked up pass by pass."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dumo import dist
 from dumo.bound import CHANNELS, GIGABYTES
 from dumo.nets.text.rows import Reader, Rows, Texts, Told
 from dumo.nets.text.tabled import Tabled
@@ -59,7 +58,9 @@ class TextTable(Tabled):
         where, masked = torch.get_default_device(), not self.encoder.pad
         tokens, mask, pooled = found.padded()
         kept = None if pooled is None else pooled.to(where)
-        return Rows(tokens.to(where), mask.to(where) if masked else None, kept, lambda: self.reader(found))
+        return Rows(
+            tokens.to(where), mask.to(where) if masked else None, kept, lambda device: self.reader(found, device)
+        )
 
     def outline(self, classes: int) -> Rows:
         """Rows without numbers; one alone where they are mapped."""
@@ -79,14 +80,14 @@ class TextTable(Tabled):
             )
         return found
 
-    def reader(self, found: Table) -> Reader:
-        """What makes rows of prompts, on this machine's device. Raises UserError for an encoder of other weights."""
+    def reader(self, found: Table, device: torch.device) -> Reader:
+        """What makes rows of prompts, on a device. Raises UserError for an encoder of other weights."""
         if (now := self.encoder.sha256()) != found.contents.sha256:
             raise UserError(
                 f"net.texts.encoder.source: the weights in {self.encoder.source} have SHA-256 {now}, and the captions "
                 f"were encoded by {found.contents.sha256}: name the folder of that encoder"
             )
-        read, dtype = self.encoder.open(dist.device("auto")), found.contents.dtype
+        read, dtype = self.encoder.open(device), found.contents.dtype
 
         def rows(texts: Sequence[str]) -> Told:
             made = read(texts)
@@ -107,16 +108,16 @@ class Mapped(Texts):
         self.register_buffer("like", torch.empty(0), persistent=False)
         self.width, self.length, self.pooled_width = spec.width, spec.encoder.length, spec.pooled
         self.table, self.masked = found, not spec.encoder.pad
-        self.reader: Callable[[], Reader] = lambda: spec.reader(found)
-        self.prompts: Rows | None = None
+        self.spec = spec
+        self.added: Rows | None = None
 
     def forward(self, c: Cond) -> Told:
         """The rows of c (b,). Waits for the device of c."""
         rows: list[int] = c.tolist()
         tokens, mask, pooled = self.table.padded([min(row, len(self.table) - 1) for row in rows])
         parts: list[Tensor | None] = [tokens, mask if self.masked else None, pooled]
-        if self.prompts is not None and (new := [i for i, row in enumerate(rows) if row >= len(self.table)]):
-            told = self.prompts(torch.tensor([rows[i] - len(self.table) for i in new]))
+        if self.added is not None and (new := [i for i, row in enumerate(rows) if row >= len(self.table)]):
+            told = self.added(torch.tensor([rows[i] - len(self.table) for i in new]))
             for part, rows_of in zip(parts, told, strict=True):
                 if part is not None and rows_of is not None:
                     part[new] = rows_of.to(part)
@@ -129,7 +130,8 @@ class Mapped(Texts):
 
     def append(self, texts: Sequence[str]) -> int:
         """Prompts alone are held in memory. Raises as `Texts.append`."""
-        if self.prompts is None:
+        if self.added is None:
             tokens, mask, pooled = self.table.padded([])
-            self.prompts = Rows(tokens, mask if self.masked else None, pooled, self.reader)
-        return len(self.table) + self.prompts.append(texts)
+            read = self.spec.reader(self.table, self.like.device)
+            self.added = Rows(tokens, mask if self.masked else None, pooled, lambda _: read)
+        return len(self.table) + self.added.append(texts)

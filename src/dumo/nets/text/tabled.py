@@ -18,7 +18,8 @@ class Tabled(Spec):
 
     kind: Any  # a literal; here for its place, the first
     root: str = Field(json_schema_extra=FREE)  # may begin with ~ and hold $NAMES
-    identity: str | None = None  # of captions and encoder: looked up once, so that a run keeps to its rows
+    # Of captions and encoder: looked up once, so that a run keeps to its rows.
+    identity: str | None = Field(default=None, exclude_if=lambda identity: identity is None)
 
     @property
     @abstractmethod
