@@ -23,7 +23,7 @@ from dumo.preflight.count import flops
 from dumo.sampling.generate import solve
 from dumo.sampling.guidance import CFG
 from dumo.sampling.solver import Euler, Restart, Solver
-from dumo.types import Frozen, Needs, Spec, UserError
+from dumo.types import Frozen, Needs, Spec
 from unit.nets.given import Given, Labels
 
 CLASSES, SHAPE = 5, (3, 4, 4)
