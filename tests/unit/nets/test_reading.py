@@ -23,7 +23,7 @@ from dumo.preflight.count import flops
 from dumo.sampling.generate import solve
 from dumo.sampling.guidance import CFG
 from dumo.sampling.solver import Euler, Restart, Solver
-from dumo.types import Frozen, Needs, Spec, UserError
+from dumo.types import Frozen, Needs, Spec
 from unit.nets.given import Given, Labels
 
 CLASSES, SHAPE = 5, (3, 4, 4)
@@ -176,6 +176,16 @@ def test_every_token_that_is_there_matters_and_no_other(way: str, pooled: int) -
 
 
 @ways
+def test_the_image_sees_itself(way: str) -> None:
+    """What changes in one corner is seen in the other."""
+    net, (x, c, t) = built(way), points()
+    other = x.clone()
+    other[..., :2, :2] += 1
+    for a, b in zip(net(x, c, t=t), net(other, c, t=t), strict=True):
+        assert (a - b)[..., 2:, 2:].abs().max() > 1e-4
+
+
+@ways
 def test_the_vector_alone_tells_captions_apart(way: str) -> None:
     """As at the start, where the blocks' tokens are silent: of one pass it is the straightest way to the heads."""
     net, (x, c, t) = built(way, Given(pooled=7)), points()
@@ -205,11 +215,6 @@ def test_blocks_are_counted_by_few_of_them(way: str, depth: int) -> None:
         net = spec(way, depth=depth).build(VU, SHAPE, CLASSES)
     x, c, t = (torch.empty(2, *shape, device="meta") for shape in (SHAPE, (), ()))
     assert forward_flops(net, DuMo(), SHAPE) == flops(lambda: net(x, c.long(), t=t)) / 2
-
-
-def test_captions_are_asked_for() -> None:
-    with pytest.raises(UserError, match=r"net.texts is of captions.*data.captions"):
-        spec("cross").build(VU, SHAPE, 0)
 
 
 def test_texts_are_left_out_of_what_is_written_where_there_are_none() -> None:
