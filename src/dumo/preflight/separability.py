@@ -20,6 +20,7 @@ from dumo.config.spec import Run
 from dumo.data import Images, Latents
 from dumo.data.caption import Templates
 from dumo.nets.text import TextTable
+from dumo.nets.text.drawn import Drawn, at_hand
 from dumo.preflight.machine import Finding
 from dumo.random import stream
 from dumo.texts.table import Table
@@ -75,6 +76,8 @@ def findings(run: Run) -> list[Finding]:
     texts: object = getattr(run.net, "texts", None)
     if not isinstance(texts, TextTable):
         return []
+    if isinstance(at_hand(texts), Drawn):
+        return [Finding("texts", "warning", "not encoded yet", "dumo encode RECIPE makes the table that the net reads")]
     try:
         found = measured(texts.table(run.data.classes), run)
     except UserError as error:
