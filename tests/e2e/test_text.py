@@ -13,6 +13,7 @@ import yaml
 import dumo
 import encoders
 from dumo import recipes
+from dumo.io.weights import load
 from dumo.run.prompt import names, prompted
 from e2e.shell import call
 
@@ -133,3 +134,15 @@ def test_doctor_compares_the_captions_or_says_that_they_are_not_there(home: Path
     done = call("doctor", home / "words.yaml", "--set", f"net.texts.root={tmp_path / 'nowhere'}")
     assert done.code == 0, done.out
     assert "texts: not encoded yet" in done.out
+
+
+def test_rows_on_disk_train_the_same_net_and_no_compiler_follows_them(home: Path, tmp_path: Path) -> None:
+    recipe, disk = home / "words.yaml", ("--set", "net.texts.memory=0")
+    assert call("train", recipe, "--out", tmp_path / "run", *disk).code == 0
+    held, looked_up = (
+        load(next((run / "checkpoints").glob("*/net.safetensors"))) for run in (home / "run", tmp_path / "run")
+    )
+    assert held.keys() == looked_up.keys()
+    assert all(torch.equal(held[name], looked_up[name]) for name in held)
+    said = refused("train", recipe, "--out", tmp_path / "other", *disk, "--set", "train.compile=loss")
+    assert "set train.compile=blocks, or raise net.texts.memory" in said

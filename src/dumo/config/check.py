@@ -14,6 +14,7 @@ from dumo.data.caption import Templates
 from dumo.flow.secant import demand_precision
 from dumo.flow.times import Pair
 from dumo.nets.precondition import VELOCITIES
+from dumo.nets.text import TextTable
 from dumo.sampling import solver
 from dumo.sampling.guidance import CFG, GuidanceScale
 from dumo.training.cut import passes, share_of, together
@@ -126,8 +127,19 @@ def check_pieces(run: Tree, ranks: int = 1) -> None:
             if len(set(moving[rows])) == 1:
                 raise UserError(_lacking(run, ranks, rows, "r = t" if moving[rows.start] else "r < t"))
     share_of(train.share, ranks)
+    check_compile(run)
     if ranks > 1 and train.compile == "loss":
         raise UserError(f"train.compile = loss is for one rank, not for {ranks}: set train.compile=blocks")
+
+
+def check_compile(run: Tree) -> None:
+    """Refuse to compile a loss whose net looks texts up on the host."""
+    texts: object = getattr(run.net, "texts", None)
+    if run.train.compile == "loss" and isinstance(texts, TextTable) and texts.mapped(run.data.classes):
+        raise UserError(
+            f"train.compile = loss: texts take more than net.texts.memory = {texts.memory:g} GB, so they are looked up "
+            "on the host, where no compiler follows: set train.compile=blocks, or raise net.texts.memory"
+        )
 
 
 def check_guide(run: Tree) -> None:
