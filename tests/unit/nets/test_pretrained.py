@@ -299,6 +299,7 @@ def test_models_that_do_not_fit_are_refused(folder: Saved, tmp_path: Path, chang
         ("sd3", {"depth": 1}, "set net.weights=drawn"),
         ("sd3", {"lora": Lora(targets=("nothing",))}, "no linear layers"),
         ("sd3", {"lora": Lora(dropout=0.1), "checkpoint": True}, "do not go together"),
+        ("chroma-masked", {"checkpoint": True}, r"set net\.checkpoint=false"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(folder: Saved, name: str, change: dict[str, object], why: str) -> None:

@@ -1,10 +1,12 @@
 """A transformer that reads texts: what it is told of them, and how its blocks look at them."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from contract.case import randomise
@@ -16,6 +18,7 @@ from dumo.nets.block import Sizes
 from dumo.nets.dit import DiT, Transformer
 from dumo.nets.norm import normalize
 from dumo.nets.reading import Cross, Joint, Last
+from dumo.nets.text import TextFile
 from dumo.nets.text.rows import Rows
 from dumo.objectives import DuMo
 from dumo.preflight.cost import forward_flops
@@ -23,7 +26,7 @@ from dumo.preflight.count import flops
 from dumo.sampling.generate import solve
 from dumo.sampling.guidance import CFG
 from dumo.sampling.solver import Euler, Restart, Solver
-from dumo.types import Frozen, Needs, Spec
+from dumo.types import Frozen, Needs, Spec, UserError
 from unit.nets.given import Given, Labels
 
 CLASSES, SHAPE = 5, (3, 4, 4)
@@ -215,6 +218,14 @@ def test_blocks_are_counted_by_few_of_them(way: str, depth: int) -> None:
         net = spec(way, depth=depth).build(VU, SHAPE, CLASSES)
     x, c, t = (torch.empty(2, *shape, device="meta") for shape in (SHAPE, (), ()))
     assert forward_flops(net, DuMo(), SHAPE) == flops(lambda: net(x, c.long(), t=t)) / 2
+
+
+def test_a_text_of_no_token_is_refused(tmp_path: Path) -> None:
+    """The mean of no tokens is no number."""
+    mask = torch.tensor([[True, False], [False, False], [True, True]])
+    save_file({"tokens": torch.zeros(3, 2, 4), "mask": mask}, file := tmp_path / "texts.safetensors")
+    with pytest.raises(UserError, match=r"no token in row 1: an empty text has one"):
+        TextFile(source=str(file)).build(2)
 
 
 def test_texts_are_left_out_of_what_is_written_where_there_are_none() -> None:
