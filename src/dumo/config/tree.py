@@ -103,6 +103,8 @@ class Tree(Spec):
 
     def class_name(self, c: int) -> str:
         """What a class is called: its folder's name, or the caption, else its number."""
+        if self.captions and c == self.data.classes:
+            return "no caption"
         names = self.class_names
         return names[c] if c < len(names) else str(c)
 
