@@ -10,11 +10,13 @@ from itertools import chain
 from dumo.config.tree import Tree
 from dumo.data import Latents
 from dumo.data.augment import Edm
+from dumo.data.caption import Templates
 from dumo.flow.secant import demand_precision
 from dumo.flow.slope import DualSlope
 from dumo.flow.times import Pair
 from dumo.nets.family import Family
 from dumo.nets.precondition import VELOCITIES
+from dumo.nets.text import TextTable
 from dumo.sampling import solver
 from dumo.sampling.guidance import CFG, GuidanceScale
 from dumo.training.cut import passes, share_of, together
@@ -23,6 +25,7 @@ from dumo.types import UserError
 
 def check(run: Tree) -> None:
     """Refuse parts that do not fit one another, the first found."""
+    check_captions(run)
     run.outline(short=True)
     check_augment(run)
     check_path(run)
@@ -30,13 +33,31 @@ def check(run: Tree) -> None:
     check_precision(run)
     check_pieces(run)
     check_compile(run)
+    check_lookup(run)
     check_guide(run)
     check_guided(run, run.sample.guide)
     check_teacher(run)
     check_start(run)
     check_knobs(run)
     solver.check(run.sample.solver, run.reads, *run.sample.nfe, *run.evaluate.nfe)
-    run.evaluate.protocol.check(run.pixels, run.data.classes)
+    run.evaluate.protocol.check(run.pixels, run.data.labels)
+
+
+def check_captions(run: Tree) -> None:
+    """Refuse captions that the net does not read, texts that there are no captions for, and none that are held out."""
+    texts, captions = getattr(run.net, "texts", None), run.captions
+    where = "data.images.captions" if isinstance(run.data, Latents) else "data.captions"
+    if captions and texts is None:
+        can = "set net.texts" if hasattr(run.net, "texts") else f"net '{run.net.kind}' can read none: set net.kind=dit"
+        raise UserError(f"{where} gives captions, and the net reads no texts: {can}, or {where}=null")
+    if texts and not captions and (texts.kind != "file" or not run.data.classes):  # a file may have a row per class
+        way = "net.texts=null" if run.data.kind == "moons" else f"set {where}, or net.texts=null"
+        raise UserError(f"net.texts reads captions, and data '{run.data.kind}' give none: {way}")
+    if run.evaluate.captions == "held" and not (isinstance(captions, Templates) and captions.held):
+        raise UserError(
+            f"evaluate.captions=held asks for templates that are held out, and {where}.held names none: name some, or "
+            "set evaluate.captions=seen"
+        )
 
 
 def check_augment(run: Tree) -> None:
@@ -129,6 +150,16 @@ def check_compile(run: Tree) -> None:
         raise UserError(
             f"train.compile = {run.train.compile}: torch cannot compile the blocks of this net.source where slope "
             "'dual' rides along: set train.compile=none"
+        )
+
+
+def check_lookup(run: Tree) -> None:
+    """Refuse to compile a loss whose net looks texts up on the host."""
+    texts: object = getattr(run.net, "texts", None)
+    if run.train.compile == "loss" and isinstance(texts, TextTable) and texts.mapped(run.data.classes):
+        raise UserError(
+            f"train.compile = loss: texts take more than net.texts.memory = {texts.memory:g} GB, so they are looked up "
+            "on the host, where no compiler follows: set train.compile=blocks, or raise net.texts.memory"
         )
 
 

@@ -68,6 +68,7 @@ def checked(opened: RunFolder, head: str | None) -> str:
         )
     head = head or ("u" if "u" in has else "v")
     wrong = [f"net.{field} is {value}" for field in PUBLISHED if (value := getattr(run.net, field)) != PUBLISHED[field]]
+    wrong += ["net.texts is set"] if getattr(run.net, "texts", None) else []
     wrong += [f"its net is told {name}" for name in needs.names if name not in TIMES]
     wrong += [f"its head {name} is told more than the others" for name in needs.own]
     wrong += [f"sample.guide.scale is {run.sample.guide.scale:g}"] if run.sample.guide.active else []

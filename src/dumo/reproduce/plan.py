@@ -7,7 +7,7 @@ stopped goes on, one whose recipe has changed starts anew.
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from hashlib import blake2b
@@ -27,7 +27,7 @@ from dumo.peer import Lost
 from dumo.preflight import cost
 from dumo.progress import Bar, no_bar
 from dumo.reproduce import job
-from dumo.run import encode
+from dumo.run import encode, text
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.train import train
 from dumo.types import UserError
@@ -62,6 +62,7 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
     for data in dict.fromkeys(cell.spec.data for cell in cells):
         if isinstance(data, Latents):
             encode.ensure(data, device=device, bar=bar)
+    cells = [replace(cell, spec=text.ready(cell.spec)) for cell in cells]  # known by its texts, made or found
     if jobs > 1:
         made_apart(cells, folder, jobs=jobs, device=device, bar=bar)
     finished = [finish(cell, folder, device=device, bar=bar) for cell in cells]

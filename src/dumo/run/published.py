@@ -30,6 +30,8 @@ def read(start: Start, run: Run, net: nn.Module) -> dict[str, Tensor]:
     spec, file = run.net, user_path(start.source, "start.source")
     if not isinstance(spec, DiT) or not isinstance(net, Transformer):
         raise UserError(f"start.kind {start.kind} is for net.kind dit, and this run's is {spec.kind}")
+    if spec.texts:
+        raise UserError(f"start.kind {start.kind} is a net of classes, and this one reads texts: set net.texts=null")
     wanted = {**PUBLISHED, "attention": ATTENTION.get(spec.width, spec.attention)}
     wanted |= {"time_scale": 1.0, "aux_time": False} if start.kind == "sit" else {}
     if wrong := [field for field, value in wanted.items() if getattr(spec, field) != value]:

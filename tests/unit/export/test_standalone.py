@@ -21,6 +21,7 @@ from dumo.run.folder import RunFolder
 from dumo.run.sample import sample
 from dumo.sampling.solver import Euler, Restart
 from dumo.types import UserError
+from unit.nets.given import Given
 
 SMALL = ("net.width=16", "net.depth=2", "net.attention=2")
 C = torch.tensor([3, 7, 1])
@@ -140,6 +141,14 @@ def test_what_the_code_does_not_know_is_refused(recipe: str, field: str, named: 
     run = load(recipe, [*fields, *["objective.drop=0.1"] * ("guide" in field)])
     with pytest.raises(UserError, match=named):
         export(drawn(run, tmp_path), tmp_path / "out")
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_texts_are_refused(tmp_path: Path) -> None:
+    run = load("digits", ["net.width=16", "net.depth=1", "net.attention=2"])
+    texts = {"net": run.net.model_copy(update={"texts": Given()})}
+    with pytest.raises(UserError, match=r"net\.texts is set, which the exported code does not know.*dumo sample"):
+        export(drawn(run.model_copy(update=texts), tmp_path), tmp_path / "out")
     assert [*tmp_path.iterdir()] == []
 
 

@@ -84,7 +84,8 @@ def test_a_recipe_holds_values_of_their_own_types(name: str) -> None:
     assert load(name) == type(load(name)).model_validate(resolved)
     for key in found:  # 1e-3 is text to YAML 1.1; the value that it resolves to is a number
         assert found[key] == {**resolved, key: found[key]}[key]
-        assert "'" not in yaml.safe_dump(found[key]).replace("''", ""), key  # the empty text aside
+        plain = re.sub(r"'[^'\n]*\{n?\}[^'\n]*'", "", yaml.safe_dump(found[key]))  # but for templates
+        assert "'" not in plain.replace("''", ""), key  # the empty text aside
 
 
 @pytest.mark.parametrize("name", NAMES)

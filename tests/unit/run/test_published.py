@@ -16,6 +16,7 @@ from dumo.nets.sit import of_diffusers
 from dumo.random import stream
 from dumo.run.folder import begin_from
 from dumo.types import UserError
+from unit.nets.given import Given
 
 PATCH, WIDTH, DEPTH, ATTENTION, CLASSES, SIDE, CHANNELS = 2, 16, 2, 4, 10, 8, 1
 CPU = torch.device("cpu")
@@ -178,6 +179,14 @@ def test_another_net_is_refused(field: str, said: str, file: Path) -> None:
     run = run_from(file, field)
     assert run.start is not None
     with pytest.raises(UserError, match=said):
+        begin_from(run, run.start, CPU)
+
+
+def test_a_net_that_reads_texts_is_refused(file: Path) -> None:
+    run = run_from(file)
+    run = run.model_copy(update={"net": run.net.model_copy(update={"texts": Given()})})
+    assert run.start is not None
+    with pytest.raises(UserError, match=r"a net of classes.*set net\.texts=null"):
         begin_from(run, run.start, CPU)
 
 

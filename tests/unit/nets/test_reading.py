@@ -1,0 +1,258 @@
+"""A transformer that reads texts: what it is told of them, and how its blocks look at them."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from contract.case import randomise
+from dumo.flow.draw import draw
+from dumo.flow.guide import Guide
+from dumo.flow.path import Linear
+from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
+from dumo.nets.block import Sizes
+from dumo.nets.dit import DiT, Transformer
+from dumo.nets.norm import normalize
+from dumo.nets.reading import Cross, Joint, Last
+from dumo.nets.text import TextFile
+from dumo.nets.text.rows import Rows
+from dumo.objectives import DuMo
+from dumo.preflight.cost import forward_flops
+from dumo.preflight.count import flops
+from dumo.sampling.generate import solve
+from dumo.sampling.guidance import CFG
+from dumo.sampling.solver import Euler, Restart, Solver
+from dumo.types import Frozen, Needs, Spec, UserError
+from unit.nets.given import Given, Labels
+
+CLASSES, SHAPE = 5, (3, 4, 4)
+VU = Needs(heads=("v", "u"))
+MODERN: dict[str, Any] = {"norm": "rms", "qk_norm": True, "mlp": "swiglu", "position": "rope"}
+ways = pytest.mark.parametrize("way", ["cross", "joint"])
+
+
+def spec(way: str, texts: Spec | None = None, **options: object) -> DiT:
+    """A tiny net that reads drawn texts."""
+    tiny = DiT(patch=2, width=8, depth=2, attention=2)
+    return tiny.model_copy(update={"text": way, "texts": texts or Given(), **options})
+
+
+def built(way: str, texts: Spec | None = None, **options: object) -> Transformer:
+    """Its net in float64, every parameter drawn."""
+    net = spec(way, texts, **options).build(VU, SHAPE, CLASSES)
+    randomise(net)
+    return net.double()
+
+
+def points(n: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """x, c and t in float64; all captions and none."""
+    g = torch.Generator().manual_seed(0)
+    return (
+        torch.randn(n, *SHAPE, generator=g).double(),
+        torch.arange(n) % (CLASSES + 1),
+        torch.rand(n, generator=g).double(),
+    )
+
+
+def twins(way: str) -> tuple[Transformer, Transformer]:
+    """A net of classes, and one that reads their labels for texts: of no tokens, or silent as at first."""
+    of_classes = DiT(patch=2, width=8, depth=2, attention=2).build(VU, SHAPE, CLASSES)
+    randomise(of_classes)
+    assert of_classes.label is not None
+    rows = tuple(map(tuple, of_classes.label.weight.tolist()))
+    of_texts = spec(way, Labels(rows=rows, room=0 if way == "joint" else 1)).build(VU, SHAPE, CLASSES)
+    state = of_classes.state_dict()
+    state["text.pool.weight"] = torch.eye(8)
+    lacking, strange = of_texts.load_state_dict(state, strict=False)
+    assert strange == ["label.weight"]
+    assert not [name for name in lacking if not ("text" in name or "keys" in name or "query" in name or "read" in name)]
+    return of_classes, of_texts
+
+
+@ways
+@pytest.mark.parametrize("slope", [CentralSlope(), DualSlope(), JvpSlope()], ids=lambda slope: slope.kind)
+def test_where_texts_are_labels_a_loss_is_that_of_classes(way: str, slope: Slope) -> None:
+    """Guided, captions dropped: the same numbers and gradients to the bit."""
+    objective = DuMo(guide=Guide(zeta=0.8), drop=0.4, slope=slope)
+    x, c = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.arange(16) % CLASSES
+    b = draw(objective, Linear(), x, c, torch.full_like(c, CLASSES), seed=0, step=0)
+    assert 0 < b.kept.sum() < 16
+    nets = twins(way)
+    terms = [objective.loss(net, Frozen(net), b) for net in nets]
+    for one in terms:
+        one.loss.sum().backward()
+    assert torch.equal(terms[0].loss, terms[1].loss)
+    others = dict(nets[1].named_parameters())
+    for name, p in nets[0].named_parameters():
+        if name != "label.weight":
+            assert p.grad is not None
+            other = others[name].grad
+            assert other is not None
+            assert torch.equal(p.grad, other), name
+
+
+@ways
+@pytest.mark.parametrize("solver", [Restart(), Euler()], ids=lambda solver: solver.kind)
+def test_where_texts_are_labels_samples_are_those_of_classes(way: str, solver: Solver) -> None:
+    """Guided by 4, in two steps."""
+    how = partial(solve, path=Linear(), solver=solver, c=torch.arange(6), nfe=2, seed=0, shape=SHAPE, indices=range(6))
+    one, other = (how(CFG(scale=4)(DuMo().read(net), CLASSES))[1] for net in twins(way))
+    assert one.std() > 0.1
+    assert torch.equal(one, other)
+
+
+@ways
+@pytest.mark.parametrize("options", [{}, MODERN], ids=["plain", "modern"])
+def test_padding_is_nothing(way: str, options: dict[str, Any]) -> None:
+    x, c, t = points()
+    short, long = (built(way, Given(room=room), **options) for room in (4, 16))
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(short(x, c, t=t), long(x, c, t=t), strict=True))
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """By hand: two heads of tokens (b, n, 8)."""
+    mixed = torch.empty_like(q)
+    for head in (slice(0, 4), slice(4, 8)):
+        scores = (q[..., head] @ k[..., head].mT / 2).masked_fill(~mask[:, None], -torch.inf)
+        mixed[..., head] = scores.softmax(-1) @ v[..., head]
+    return mixed
+
+
+def test_a_block_that_looks_across_by_hand() -> None:
+    """Between attention to itself and the perceptron it adds what it finds among the tokens that are there."""
+    block = Cross(Sizes(8, 2))
+    randomise(block)
+    g = torch.Generator().manual_seed(1)
+    h, e, y = torch.randn(3, 5, 8, generator=g), torch.randn(3, 8, generator=g), torch.randn(3, 4, 8, generator=g)
+    mask = torch.arange(4) < torch.tensor([[1], [3], [4]])
+    first, second = block.modulations(e)
+    h_1 = block.look(h, first)
+    k, v = block.keys.kv(y).chunk(2, -1)
+    h_2 = h_1 + block.read(attended(block.query(h_1), k, v, mask))
+    assert torch.allclose(block(h, e, y, mask), block.think(h_2, second), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Joint, Last])
+def test_joint_attention_by_hand(kind: type[Joint] | type[Last]) -> None:
+    """All tokens are one stream to the attention, and two to everything else; the last block gives the image alone."""
+    block = kind(Sizes(8, 2), 5)
+    randomise(block)
+    g = torch.Generator().manual_seed(1)
+    x, e, y = torch.randn(3, 5, 8, generator=g), torch.randn(3, 8, generator=g), torch.randn(3, 4, 8, generator=g)
+    mask = torch.arange(9) < torch.tensor([[6], [8], [9]])
+    first, second = block.modulations(e)
+    q, k, v = block.qkv(block.shown(x, first)).chunk(3, -1)
+    if isinstance(block, Last):
+        third = fourth = None
+        shift, scale = block.text_modulation(e)[:, None].chunk(2, -1)
+        more = block.keys.kv(normalize(y, "layer") * (1 + scale) + shift).chunk(2, -1)
+    else:
+        third, fourth = block.text.modulations(e)
+        asked, *more = block.text.qkv(block.text.shown(y, third)).chunk(3, -1)
+        q = torch.cat([q, asked], 1)
+    a = attended(q, torch.cat([k, more[0]], 1), torch.cat([v, more[1]], 1), mask)
+    out = block.think(x + first.gate * block.out(a[:, :5]), second)
+    if isinstance(block, Joint) and third and fourth:
+        text = block.text.think(y + third.gate * block.text.out(a[:, 5:]), fourth)
+        out = torch.cat([out, text], 1)
+    assert torch.allclose(block(torch.cat([x, y], 1), e, mask), out, rtol=1e-4, atol=1e-5)
+
+
+@ways
+@pytest.mark.parametrize("pooled", [0, 7])
+def test_every_token_that_is_there_matters_and_no_other(way: str, pooled: int) -> None:
+    """Tokens by the blocks alone, where the vector is of an embedding of its own; or by their mean, too."""
+    net, (x, _, t) = built(way, Given(pooled=pooled)), points()
+    assert net.text is not None
+    texts, c = net.text.texts, torch.full((6,), 2)  # of three tokens
+    assert isinstance(texts, Rows)
+    before = net(x, c, t=t)
+    for token, matters in enumerate((True, True, True, False)):
+        old = texts.tokens[2, token].clone()
+        texts.tokens[2, token] += 1
+        assert all(torch.equal(a, b) != matters for a, b in zip(net(x, c, t=t), before, strict=True))
+        texts.tokens[2, token] = old
+
+
+@ways
+def test_the_image_sees_itself(way: str) -> None:
+    """What changes in one corner is seen in the other."""
+    net, (x, c, t) = built(way), points()
+    other = x.clone()
+    other[..., :2, :2] += 1
+    for a, b in zip(net(x, c, t=t), net(other, c, t=t), strict=True):
+        assert (a - b)[..., 2:, 2:].abs().max() > 1e-4
+
+
+@ways
+def test_the_vector_alone_tells_captions_apart(way: str) -> None:
+    """As at the start, where the blocks' tokens are silent: of one pass it is the straightest way to the heads."""
+    net, (x, c, t) = built(way, Given(pooled=7)), points()
+    assert net.text is not None
+    net.text.token.weight.data.zero_()
+    outs = net(x[:1].expand_as(x), c, t=t[:1].expand_as(t))
+    assert all(len(out.flatten(1).unique(dim=0)) == CLASSES + 1 for out in outs)
+
+
+@ways
+def test_texts_start_as_nothing(way: str) -> None:
+    """adaLN-zero: blocks let the image through as it is, whatever the text."""
+    net = spec(way).build(VU, SHAPE, CLASSES)
+    g = torch.Generator().manual_seed(0)
+    h, e, y = torch.randn(2, 4, 8, generator=g), torch.randn(2, 8, generator=g), torch.randn(2, 4, 8, generator=g)
+    mask = torch.ones(2, 4 if way == "cross" else 8, dtype=torch.bool)
+    for block in net.blocks:
+        out = block(h, e, y, mask) if way == "cross" else block(torch.cat([h, y], 1), e, mask)
+        assert torch.equal(out[:, :4], h)
+
+
+@ways
+@pytest.mark.parametrize("depth", [7, 9])
+def test_blocks_are_counted_by_few_of_them(way: str, depth: int) -> None:
+    """Though the last of joint ones is another than the rest."""
+    with torch.device("meta"):
+        net = spec(way, depth=depth).build(VU, SHAPE, CLASSES)
+    x, c, t = (torch.empty(2, *shape, device="meta") for shape in (SHAPE, (), ()))
+    assert forward_flops(net, DuMo(), SHAPE) == flops(lambda: net(x, c.long(), t=t)) / 2
+
+
+def test_a_text_of_no_token_is_refused(tmp_path: Path) -> None:
+    """The mean of no tokens is no number."""
+    mask = torch.tensor([[True, False], [False, False], [True, True]])
+    save_file({"tokens": torch.zeros(3, 2, 4), "mask": mask}, file := tmp_path / "texts.safetensors")
+    with pytest.raises(UserError, match=r"no token in row 1: an empty text has one"):
+        TextFile(source=str(file)).build(2)
+
+
+def test_texts_are_left_out_of_what_is_written_where_there_are_none() -> None:
+    """So runs of older days stay what they are."""
+    assert not {"text", "texts"} & DiT().model_dump().keys()
+
+
+@ways
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("options", [{}, MODERN], ids=["plain", "modern"])
+def test_slopes_are_exact(way: str, options: dict[str, Any], checkpoint: bool) -> None:
+    """Of what rides, what plays a tape, and where blocks are computed again."""
+    net = built(way, checkpoint=checkpoint, **options)
+    x, c, t = points()
+    w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
+
+    def off(slope: Slope, toward: Tensor | None) -> float:
+        exact, found = (s(net, Frozen(net), x, c, toward=toward, t=t)[1](w) for s in (JvpSlope(), slope))
+        return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
+
+    assert max(off(DualSlope(), toward) for toward in (None, w)) < 1e-12
+    assert off(CentralSlope(), None) < 1e-3
+
+
+@ways
+@pytest.mark.parametrize("options", [{}, {"depth": 1}, MODERN, {"checkpoint": True}], ids=str)
+def test_every_parameter_learns(way: str, options: dict[str, Any]) -> None:
+    net, (x, c, t) = built(way, **options), points()
+    torch.stack([head.square().sum() for head in net(x, c, t=t)]).sum().backward()
+    assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
