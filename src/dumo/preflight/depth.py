@@ -60,7 +60,7 @@ def cut(net: M, lengths: Sequence[int]) -> M:
 
 
 def stretches(net: nn.Module) -> list[Stretch]:
-    """All of a net whose blocks may be left out: a pretrained one, or one of `blocks` that are alike but for the last."""
+    """All of a net whose blocks may be left out: a pretrained one, or one of `blocks` alike but for the last."""
     if isinstance(net, Dualized):
         lists = {f"model.{name}": part for name, part in net.model.named_children() if isinstance(part, nn.ModuleList)}
     else:
