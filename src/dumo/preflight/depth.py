@@ -60,12 +60,14 @@ def cut(net: M, lengths: Sequence[int]) -> M:
 
 
 def stretches(net: nn.Module) -> list[Stretch]:
-    """All of a net whose blocks may be left out: a pretrained one, or one with a list `blocks` that are all alike."""
+    """All of a net whose blocks may be left out: a pretrained one, or one of `blocks` alike but for the last."""
     if isinstance(net, Dualized):
         lists = {f"model.{name}": part for name, part in net.model.named_children() if isinstance(part, nn.ModuleList)}
     else:
         blocks = getattr(net, "blocks", None)
-        lists = {"blocks": blocks} if isinstance(blocks, nn.ModuleList) and len({*map(kind, blocks)}) == 1 else {}
+        lists = (
+            {"blocks": blocks} if isinstance(blocks, nn.ModuleList) and len({*map(kind, [*blocks][:-1])}) <= 1 else {}
+        )
     return [Stretch(path, [*alike]) for path, blocks in lists.items() for _, alike in groupby(blocks, kind)]
 
 

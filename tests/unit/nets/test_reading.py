@@ -23,6 +23,7 @@ from dumo.nets.text.rows import Rows
 from dumo.objectives import DuMo
 from dumo.preflight.cost import forward_flops
 from dumo.preflight.count import flops
+from dumo.preflight.depth import short
 from dumo.sampling.generate import solve
 from dumo.sampling.guidance import CFG
 from dumo.sampling.solver import Euler, Restart, Solver
@@ -216,6 +217,7 @@ def test_blocks_are_counted_by_few_of_them(way: str, depth: int) -> None:
     """Though the last of joint ones is another than the rest."""
     with torch.device("meta"):
         net = spec(way, depth=depth).build(VU, SHAPE, CLASSES)
+    assert 0 < len(short(net).blocks) <= 2
     x, c, t = (torch.empty(2, *shape, device="meta") for shape in (SHAPE, (), ()))
     assert forward_flops(net, DuMo(), SHAPE) == flops(lambda: net(x, c.long(), t=t)) / 2
 
