@@ -27,7 +27,7 @@ def demo(
     from dumo.run.folder import open_run
 
     dist.alone("dumo demo")
-    with gradio_alone(), listening(host, port) as opened:
+    with listening(host, port) as opened, gradio_alone():
         from dumo.demo.page import page
 
         sampler = Sampler(open_run(run_folder, set_ or [], weights=weights, device=device), limit)

@@ -7,49 +7,29 @@ import html
 import logging
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any, cast
 
 import gradio as gr
-import jinja2
 import torch
 from gradio.components import Component
 from gradio.themes import Base, Default
 
 from dumo.demo import answer
 from dumo.demo.answer import PASSES, Answer
+from dumo.demo.markup import rendered
 from dumo.demo.sampler import Sampler
-from dumo.io.picture import READABLE
-from dumo.report.figure import embed
 from dumo.report.gallery import is_image
 from dumo.stop import Stopped
 
 MENU = 1000  # classes that are listed; of more, one is typed: ours
 WAITING = 64  # questions in the queue; more are refused: ours
-HERE = Path(__file__).parent
-FONT = ["system-ui", "sans-serif"]  # the machine's own: a theme's would be sent along
-PLAIN = ["ui-monospace", "monospace"]
+FONT, MONO = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # the machine's own: no theme's is fetched
 
 Told = Callable[[BaseException], tuple[str, int] | None]  # what to say of an error; None: it is a defect
 
 
 def theme() -> Base:
     """Plain, in the letters of whoever looks."""
-    return Default(font=FONT, font_mono=PLAIN)
-
-
-def style() -> str:
-    """The looks of answers."""
-    return (HERE / "answer.css").read_text(encoding="utf-8")
-
-
-def rendered(found: Answer) -> str:
-    """An answer as HTML, its pictures in it."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    cast(dict[str, Any], environment.filters)["embed"] = embed
-    return environment.get_template("answer.html.j2").render(answer=found, small=READABLE + 1)
+    return Default(font=FONT, font_mono=MONO)
 
 
 def page(sampler: Sampler, told: Told) -> gr.Blocks:

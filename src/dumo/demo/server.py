@@ -68,7 +68,8 @@ def serve(blocks: "gr.Blocks", opened: socket.socket, tell: Callable[[str], None
     import uvicorn
     from fastapi import FastAPI
 
-    from dumo.demo.page import style, theme
+    from dumo.demo.markup import style
+    from dumo.demo.page import theme
 
     app = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
