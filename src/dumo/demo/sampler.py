@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.io.text import brief
-from dumo.metrics.neighbours import nearest
+from dumo.metrics.neighbours import nearest_other
 from dumo.random import noise, stream
 from dumo.report.gallery import Reading, is_image, readings
 from dumo.report.page import NEAR, POINTS
@@ -22,7 +22,7 @@ from dumo.sampling.solver import Euler, Fresh, Heun, check
 from dumo.types import Sample, UserError
 
 LIMIT = 60.0  # seconds of an answer: ours
-HELD = 256  # images of the data whose nearest others are looked for: ours
+SOME = 256  # images of the data whose nearest others are looked for: ours
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,15 @@ class Sampler:
 
     @cached_property
     def spacing(self) -> float:
-        """How far an image of the data lies from the nearest other, in the mean of some; nan where there is one alone.
+        """How far an image of the data lies from the nearest other one, in the mean of some.
 
-        Raises as `data`.
+        Raises as `data`, and UserError where there is one alone.
         """
         real, _ = self.data
-        order = torch.randperm(len(real), generator=stream(self.opened.run.sample.seed, "held out"))
-        few = min(HELD, len(real) // 2)
-        return nearest(real[order[few:]], real[order[:few]])[0].mean().item()
+        if len(real) < 2:
+            raise UserError("there is one image alone")
+        some = torch.randperm(len(real), generator=stream(self.opened.run.sample.seed, "spacing"))[:SOME]
+        return nearest_other(real, some).mean().item()
 
     def reading(self, letter: str) -> Reading:
         """The way to sample of this letter. Raises UserError where it was not taught."""
