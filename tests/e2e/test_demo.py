@@ -1,5 +1,6 @@
 """`dumo demo` as a person meets it: a port, a browser, nonsense, many questions, Ctrl-C."""
 
+import json
 import re
 import signal
 import socket
@@ -125,3 +126,10 @@ def test_a_person_plays_with_a_run(trained: dict[str, Path]) -> None:
         process.send_signal(signal.SIGINT)
         done = finish(process)
     assert done == Done(0, f"{url}\n", "")
+
+
+@pytest.mark.slow
+def test_of_points_there_is_a_scatter_alone(trained: dict[str, Path]) -> None:
+    with served(trained["moons"]) as (url, _):
+        parts = json.loads(urllib.request.urlopen(f"{url}/config").read())["components"]
+    assert [part["props"]["label"] for part in parts if part["type"] == "tabitem"] == ["Passes"]

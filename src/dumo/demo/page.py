@@ -4,7 +4,6 @@ An answer is HTML that holds its pictures. Whatever a person typed is escaped in
 """
 
 import html
-import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -15,16 +14,13 @@ from gradio.themes import Base, Default
 
 from dumo.demo import answer
 from dumo.demo.answer import PASSES, Answer
-from dumo.demo.markup import rendered
+from dumo.demo.markup import Told, rendered, said
 from dumo.demo.sampler import Sampler
 from dumo.report.gallery import is_image
-from dumo.stop import Stopped
 
 MENU = 1000  # classes that are listed; of more, one is typed: ours
 WAITING = 64  # questions in the queue; more are refused: ours
 FONT, MONO = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # the machine's own: no theme's is fetched
-
-Told = Callable[[BaseException], tuple[str, int] | None]  # what to say of an error; None: it is a defect
 
 
 def theme() -> Base:
@@ -103,16 +99,6 @@ def button(answers: Callable[..., Iterator[Answer]], told: Told, *inputs: Compon
         try:
             yield from map(rendered, answers(*given))
         except Exception as error:
-            raise gr.Error(html.escape(said(error, told)), print_exception=False) from None
+            raise gr.Error(said(error, told), print_exception=False) from None
 
     pressed.click(work, [*inputs], place, concurrency_id="device", concurrency_limit=1)
-
-
-def said(error: Exception, told: Told) -> str:
-    """What a person reads of an error; of a defect, that the terminal says more, which it does."""
-    if isinstance(error, Stopped):
-        return "this demo is being closed"
-    if (found := told(error)) is None:
-        logging.getLogger(__name__).exception("a defect")
-        return "this failed by a defect of dumo: the terminal says where"
-    return found[0]

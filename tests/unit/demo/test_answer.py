@@ -7,11 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
+from dumo.cli.failure import told
 from dumo.demo import answer
 from dumo.demo.answer import PASSES, Answer, Cell, Row
-from dumo.demo.markup import rendered
+from dumo.demo.markup import rendered, said
 from dumo.demo.sampler import Sampler
 from dumo.io import picture
+from dumo.stop import Stopped
 from dumo.types import UserError
 
 NONSENSE = ["", " ", "abc", "-1", "1.5", "1e9", "٣", "nan", "9" * 19, "9" * 10_000, "<script>alert(1)</script>", "0\0"]
@@ -128,6 +130,16 @@ def test_seeds_are_read_as_they_are_typed() -> None:
 def test_a_class_that_is_none_is_refused(what: str, digits: Sampler) -> None:
     with pytest.raises(UserError, match="labels run from 0 to 9"):
         next(answer.passes(digits, what, "0"))
+
+
+def test_what_is_said_of_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    """What a person can mend, escaped; of a defect nothing, which the terminal has with its trace."""
+    assert said(UserError("seed '<b>' is none"), told) == "seed &#x27;&lt;b&gt;&#x27; is none"
+    assert said(RuntimeError("CUDA out of memory"), told).startswith("out of memory: use a device with more memory")
+    assert said(Stopped(2), told) == "this page is being closed"
+    assert caplog.records == []
+    assert "secret" not in said(KeyError("secret"), told)
+    assert "KeyError: 'secret'" in caplog.text
 
 
 def test_words_are_escaped_and_pictures_are_inside() -> None:
