@@ -1,4 +1,4 @@
-"""Answers and errors as HTML: an answer holds its pictures, what stands in either is escaped, and nothing is fetched."""
+"""Answers and errors as HTML: an answer holds its pictures, and what stands in either is escaped."""
 
 import html
 import logging
