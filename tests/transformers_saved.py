@@ -10,6 +10,7 @@ from torch import Tensor
 import transformers_tiny as tiny
 from dumo.nets import Pretrained
 from dumo.nets.family import FAMILIES
+from dumo.nets.text import TextFile
 
 SHAPE, CLASSES = (4, 8, 8), 2  # of a sample; two captions, and that of none
 IMAGES = [name for name, row in tiny.TINY.items() if len(row.shape) == 4 or name.startswith(("flux", "chroma", "qwen"))]
@@ -26,7 +27,7 @@ def saved(place: Path, name: str) -> Pretrained:
     save_file(texts(name), place / f"{name}.safetensors")
     return Pretrained(
         source=str(place / name),
-        texts=str(place / f"{name}.safetensors"),
+        texts=TextFile(source=str(place / f"{name}.safetensors")),
         guidance=GUIDANCE.get(name),
         lowpass=None,
     )

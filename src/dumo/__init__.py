@@ -20,7 +20,7 @@ autodiff                dual numbers: exact derivatives that ride on a pass
 
 flow                    paths, laws of time, slopes, guidance, the draw of a step, readings
 
-codecs                  autoencoders
+codecs, texts           autoencoders; captions, and what text encoders make of them
 
 data, nets, objectives  images, points, latents; networks; how to train one and read it afterwards
 sampling, training      solvers; a step, the loop around it, what is kept

@@ -24,9 +24,9 @@ from dumo.io import picture
 from dumo.progress import Bar, bar, no_bar, say
 from dumo.report import page
 from dumo.run.folder import RunFolder, open_run
-from dumo.run.sample import COUNT, guided_reading, sample, solver_named
+from dumo.run.prompt import prompted
+from dumo.run.sample import COUNT, conditions, guided_reading, sample, solver_named, turned
 from dumo.run.train import train as train_run
-from dumo.sampling.generate import labels
 from dumo.types import Reads, Sample
 from dumo.types import UserError as UserError
 
@@ -83,6 +83,7 @@ class TrainedRun:
         classes: int | str | Sequence[int | str] | None = None,
         count: int | None = None,
         *,
+        prompts: str | Sequence[str] | None = None,
         nfe: int | None = None,
         seed: int | None = None,
         solver: str | None = None,
@@ -90,17 +91,24 @@ class TrainedRun:
     ) -> Sample:
         """Make samples, float32 on the CPU: images (n, channels, height, width) in [-1, 1], or points (n, 2).
 
-        `classes`, numbers or names, are taken in turn (None: all of them). `count` is n: as many as classes are given,
-        else 100. `nfe` is the number of network passes; it, seed and solver are the run's own unless given. Sample i
-        depends on seed, class and i alone. Raises UserError for a class, solver or nfe out of range.
+        `classes`, numbers or names, are taken in turn (None: all of them); or `prompts`, texts, of a run that was
+        trained on captions. `count` is n: as many as are given, else 100. `nfe` is the number of network passes; it,
+        seed and solver are the run's own unless given. Sample i depends on seed, class and i alone. Raises UserError
+        for a class, solver or nfe out of range, and for prompts as `dumo.run.prompt.prompted`.
         """
+        if prompts is not None and classes is not None:
+            raise UserError("prompts and classes are two ways to say what to make: give one of them")
         named = [classes] if isinstance(classes, int | str) else classes
         only = (
             None if named is None else [self.spec.class_index(c if isinstance(c, str) else str(int(c))) for c in named]
         )
         if only == []:
             raise UserError("classes is empty: name at least one, or leave it out for all of them")
-        c = labels(count if count is not None else len(only or range(COUNT)), self.spec.data.classes, only)
+        if prompts is not None:
+            c = prompted(self.opened, [prompts] if isinstance(prompts, str) else prompts)
+            c = turned(c, len(c) if count is None else count)
+        else:
+            c = conditions(self.spec, count if count is not None else len(only or range(COUNT)), only)
         chosen, nfe = solver_named(self.spec, solver), self.spec.sample.nfe[0] if nfe is None else nfe
         x = sample(self.opened, nfe=nfe, c=c, seed=seed, solver=chosen, bar=bar).x
         return x.clamp(-1, 1) if self.makes_images else x

@@ -14,3 +14,4 @@ PIXELS = 2**14  # along a side: 268 megapixels
 ROWS = 2**20  # of a batch: 16 times the largest that images were trained with
 SAMPLES = 10**8  # made at once, or by a teacher: its labels alone take 0.8 GB
 STEPS = 10**9
+TOKENS = 2**15  # of a text: the longest that text encoders read

@@ -100,7 +100,8 @@ def latents(folder: Path) -> Work:
     """A step of a small net on latents, 256 rows a step out of 64 shards."""
     cache = ["data.codec={kind: identity}", f"data.root={folder / 'cache'}", "data.memory=0", "data.images.classes=0"]
     cache += [f"data.images.root={photos(folder / 'images', 2048, 32, 'png')}", "data.images.split=null"]
-    encode(asked("cifar10-latents", cache, out=None, codec=None, side=None), device="cpu", shard_rows=32)
+    found = asked("cifar10-latents", cache, out=None, codec=None, side=None)
+    encode(getattr(found, "data", found), device="cpu", shard_rows=32)  # trees before captions gave the data alone
     return training(folder, 23, "cifar10-latents", *cache, *SMALL, "train.batch=256")
 
 

@@ -83,6 +83,7 @@ def show(
         ("one step", f"{facts['forward_units_per_step']:.2f} F (forward units, counted; a backward pass is 2 F)"),
         *([("slope", f"dual, {way['text']}: {way['why']}")] if way else []),
         *unknown_classes(spec),
+        *captions(spec),
         ("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows"),
         ("guidance scale", f"{scale:.3g} in training (1 is none)"),
     ]
@@ -98,11 +99,15 @@ def comment(text: str) -> str:
 
 def unknown_classes(spec: "Run") -> list[tuple[str, str]]:
     """A line that says so, where classes are not known before the data are there."""
-    return (
-        []
-        if spec.classes_known
-        else [("classes", "not known yet: a class per folder, counted when the data are there")]
-    )
+    many = "captions" if spec.captions else "a class per folder"
+    return [] if spec.classes_known else [("classes", f"not known yet: {many}, counted when the data are there")]
+
+
+def captions(spec: "Run") -> list[tuple[str, str]]:
+    """A line of the captions, where there are some."""
+    from dumo.preflight.caption import line
+
+    return [("captions", told)] if (told := line(spec)) else []
 
 
 def dry(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def encode(
-    source: Annotated[str, typer.Argument(help="A recipe that trains on latents, or a folder or file of images.")],
+    source: Annotated[str, typer.Argument(help="A recipe of latents or captions, or a folder or file of images.")],
     folder: Annotated[
         str | None, typer.Argument(metavar="[OUT]", help="The cache's folder. Default: the recipe's data.root.")
     ] = None,
@@ -32,37 +32,37 @@ def encode(
     shard_rows: Annotated[
         int | None, typer.Option(min=1, help="Images to a shard: what a stop may lose. Default: 1024.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, max=ROWS, help="Images that the codec takes at a time.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, max=ROWS, help="Images, or captions, that are encoded at a time.")] = 32,
     part: Annotated[
         str | None, typer.Option(metavar="K/N", help="Make part K of N, from 0. Default: as torchrun says.")
     ] = None,
     set_: Set = None,
     device: Device = "auto",
 ) -> None:
-    """Encode images into the cache of latents that a recipe trains on; started again, it goes on where it stopped.
+    """Encode images into the cache of latents that a recipe trains on, and captions into the table that its net reads.
 
-    Both flips are kept where the data are flipped. A shard that is damaged is named and made again. Under torchrun the
-    ranks share the work.
+    Started again, it goes on where it stopped. Both flips are kept where the data are flipped. A shard that is damaged
+    is named and made again. Under torchrun the ranks share the work.
     """
     from dumo import dist
-    from dumo.run import encode
+    from dumo.run import encode, text
 
-    data = encode.asked(source, set_ or [], out=folder, codec=codec, side=side)
-    options = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
+    asked, lines = encode.asked(source, set_ or [], out=folder, codec=codec, side=side), list[str]()
+    options: dict[str, Any] = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
+    made = texts = None
     ranks = dist.join() if part is None else nullcontext()  # it ends when all are done
     with sparing(f"set --batch lower (now {batch})"), ranks:
-        made = encode.encode(
-            data,
-            batch=batch,
-            part=encode.part_of(part),
-            device=device,
-            bar=bar,
-            **{name: value for name, value in options.items() if value is not None},
-        )
-    made = made.now()
-    for line in encode.told(made):
+        of: dict[str, Any] = {"batch": batch, "part": encode.part_of(part), "device": device, "bar": bar}
+        if asked.data:
+            given = {name: value for name, value in options.items() if value is not None}
+            made = encode.encode(asked.data, **of, **given)
+        if asked.run and (spec := text.asked(asked.run)):
+            texts = text.encode(asked.run, spec, **of, shard_rows=shard_rows or text.SHARD_ROWS)
+    lines += encode.told(made := made.now()) if made else []
+    lines += text.told(texts) if texts else []
+    for line in lines:
         out.print(line, soft_wrap=True)
-    if made.contents and not Path(source).exists():
+    if (made is None or made.contents) and not Path(source).exists():
         fields = [*encode.settings(folder, codec, side), *(set_ or [])]
         words = ["dumo", "train", source, *(word for field in fields for word in ("--set", field))]
         err.print(f"next:  {join(words)}", soft_wrap=True)
@@ -114,9 +114,15 @@ def lean(run: "Run") -> str:
 def sample(
     run_folder: RunFolder,
     nfe: Nfe = None,
-    count: Annotated[int, typer.Option(min=1, help="How many samples.")] = 100,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="How many samples. Default: 100, or one of each prompt.")
+    ] = None,
     labels: Annotated[
         str | None, typer.Option(help="Classes by name or number, e.g. cats,dogs or 3,5. Default: all in turn.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", metavar="TEXT", help="What an image shows, in words. May be given many times."),
     ] = None,
     seed: Seed = None,
     solver: SolverName = None,
@@ -137,16 +143,19 @@ def sample(
     """
     from dumo import dist
     from dumo.run.folder import open_run
-    from dumo.run.sample import export
+    from dumo.run.sample import COUNT, export
 
+    if labels and prompt:
+        raise typer.BadParameter("--labels and --prompt are two ways to say what to make: give one of them")
     with dist.join():
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
         files = export(
             opened,
             folder or opened.folder / "samples",
             form=form,
-            count=count,
+            count=count or len(prompt or range(COUNT)),
             only=class_numbers(labels, opened.run),
+            prompts=prompt or (),
             nfe=numbers("--nfe", nfe),
             seed=seed,
             solver=solver,

@@ -10,6 +10,7 @@ from itertools import chain
 from dumo.config.tree import Tree
 from dumo.data import Latents
 from dumo.data.augment import Edm
+from dumo.data.caption import Templates
 from dumo.flow.secant import demand_precision
 from dumo.flow.times import Pair
 from dumo.nets.precondition import VELOCITIES
@@ -21,6 +22,7 @@ from dumo.types import UserError
 
 def check(run: Tree) -> None:
     """Refuse parts that do not fit one another, the first found."""
+    check_captions(run)
     run.outline()
     check_augment(run)
     check_path(run)
@@ -33,7 +35,24 @@ def check(run: Tree) -> None:
     check_start(run)
     check_knobs(run)
     solver.check(run.sample.solver, run.reads, *run.sample.nfe, *run.evaluate.nfe)
-    run.evaluate.protocol.check(run.pixels, run.data.classes)
+    run.evaluate.protocol.check(run.pixels, run.data.labels)
+
+
+def check_captions(run: Tree) -> None:
+    """Refuse captions that the net does not read, texts that there are no captions for, and none that are held out."""
+    texts, captions = getattr(run.net, "texts", None), run.captions
+    where = "data.images.captions" if isinstance(run.data, Latents) else "data.captions"
+    if captions and texts is None:
+        can = "set net.texts" if hasattr(run.net, "texts") else f"net '{run.net.kind}' can read none: set net.kind=dit"
+        raise UserError(f"{where} gives captions, and the net reads no texts: {can}, or {where}=null")
+    if not captions and getattr(texts, "kind", None) in ("table", "learned"):
+        way = f"set {where}" if run.data.kind != "moons" else "these data have none"
+        raise UserError(f"net.texts reads captions, and data '{run.data.kind}' give none: {way}, or net.texts=null")
+    if run.evaluate.captions == "held" and not (isinstance(captions, Templates) and captions.held):
+        raise UserError(
+            f"evaluate.captions=held asks for templates that are held out, and {where}.held names none: name some, or "
+            "set evaluate.captions=seen"
+        )
 
 
 def check_augment(run: Tree) -> None:

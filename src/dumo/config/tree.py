@@ -1,17 +1,19 @@
 """The parts of a run, as one tree of specs; whether they fit one another is not looked at here."""
 
 from math import prod
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
+from jaxtyping import Int64
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from dumo import room
 from dumo.bound import PASSES
 from dumo.config.error import nearest
 from dumo.config.teacher import Start, Teacher
 from dumo.data import Data, Digits, Images, Latents, Moons
+from dumo.data.caption import Captioning, Files, Templates
 from dumo.flow.path import Linear, Path
 from dumo.flow.precision import Precision
 from dumo.io.text import brief
@@ -42,6 +44,8 @@ class Evaluation(Spec):
     """How a run is judged."""
 
     protocol: MetricProtocol
+    # Of captions that are templates: those trained on, or those held out. Else there are none held out.
+    captions: Literal["seen", "held"] = Field(default="seen", exclude_if=lambda asked: asked == "seen")
     nfe: tuple[Passes, ...] = Field(default=(1, 2), min_length=1)
     # Passes of Euler steps that stand beside, with those of nfe; (): none.
     contrast: tuple[Annotated[Passes, Field(ge=1)], ...] = (1,)
@@ -83,19 +87,30 @@ class Tree(Spec):
         return getattr(self.images, "names", ()) is not None
 
     @property
+    def captions(self) -> Captioning | None:
+        """What stands in the place of classes; None: nothing does."""
+        return getattr(self.data, "captions", None)
+
+    @property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the classes; () where there are none, or they have numbers only."""
-        return getattr(self.images, "names", None) or ()
+        """The names of the classes, or the captions; () where there are none, or they have numbers only."""
+        if self.captions is None or isinstance(self.data, Moons):
+            return getattr(self.images, "names", None) or ()
+        try:
+            return self.data.caption_texts()
+        except UserError:  # images, and what is written of them, may lie elsewhere
+            return ()
 
     def class_name(self, c: int) -> str:
-        """What a class is called: its folder's name, else its number."""
-        return self.class_names[c] if self.class_names else str(c)
+        """What a class is called: its folder's name, or the caption, else its number."""
+        names = self.class_names
+        return names[c] if c < len(names) else str(c)
 
     def class_index(self, text: str) -> int:
         """The number of the class that is meant by a name or a number. Raises UserError where there is none."""
         names, word = self.class_names, brief(text.strip())
-        if word in names:
-            return names.index(word)
+        if text.strip() in names:
+            return names.index(text.strip())
         if word.isdecimal() and int(word) < self.data.classes:
             return int(word)
         if not self.data.classes:
@@ -103,7 +118,25 @@ class Tree(Spec):
         way = f"labels run from 0 to {self.data.classes - 1}"
         if word.isdecimal() or not names:
             raise UserError(f"label '{word}' is out of range: {way}")
+        if self.captions:
+            raise UserError(f"there is no caption '{word}' in the data: give it as a prompt; by number, {way}")
         raise UserError(f"there is no class '{word}'; {nearest(word, [*names])}; by number, {way}")
+
+    def conditions(self, labels: Int64[Tensor, " n"], *, held: bool = False) -> Int64[Tensor, " n"]:
+        """The condition of samples of these classes: the class, or a caption of it, its templates in turn.
+
+        `held`: of the templates that are held out. Where captions were written of each image there are no classes: then
+        one of every k-th image, or of all in turn. Raises UserError where nothing is held out, or captions are missing.
+        """
+        match self.captions:
+            case Templates() as captions:
+                return captions.numbers(labels, self.data.labels, held=held)
+            case Files() if isinstance(self.data, Images | Latents):
+                told, n = self.data.told(), len(labels)
+                images = torch.arange(n) * max(len(told.ends), n) // n % len(told.ends)
+                return told.drawn(images, "conditions", batch=n)
+            case _:
+                return labels
 
     def build(self, device: torch.device | str = "cpu") -> nn.Module:
         """The net at step 0, its weights keyed by the run's seed: the same on every device.

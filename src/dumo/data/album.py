@@ -35,10 +35,19 @@ class Album:
     """
 
     def __init__(
-        self, store: Store, frame: Frame, *, flip: bool, skip: bool, memory: float, augment: Edm | None = None
+        self,
+        store: Store,
+        frame: Frame,
+        *,
+        flip: bool,
+        skip: bool,
+        memory: float,
+        augment: Edm | None = None,
+        numbered: bool = False,
     ) -> None:
-        """Decode all, if it takes at most `memory` bytes."""
+        """Decode all, if it takes at most `memory` bytes. `numbered`: each image is a class of its own."""
         self.store, self.frame, self.flip, self.augment, self.skip = store, frame, flip, augment, skip
+        self.classed = not numbered
         self.use(THREADS)
         self.bad: dict[int, str] = {}  # which, and why, by number in the store
         self.told, self.telling = 0, Lock()  # how many of them have been warned of
@@ -131,6 +140,8 @@ class Album:
         return pixels, self._classes(places)
 
     def _classes(self, places: Order) -> Order:
+        if not self.classed:
+            return places
         return self.store.labels.c[places] if self.store.labels else torch.zeros(len(places), dtype=torch.long)
 
     def _keep(self) -> None:

@@ -19,9 +19,9 @@ from pathlib import Path
 from threading import Event, Thread
 
 from dumo import stop
-from dumo.data.cache import REMAKE, Shard
 from dumo.io import file as files
 from dumo.io import sidecar
+from dumo.io.series import REMAKE, Shard
 from dumo.progress import late
 from dumo.types import UserError
 

@@ -1,6 +1,7 @@
 """The cache of a data set that a codec has encoded: its format, and how it is read.
 
     cache.yaml                     codec, hash of its weights, resolution, crop, classes, mean, deviation, shards
+    captions.jsonl                 if labels are numbers of images: what is written of each, a list of texts to a line
     shard-00000.safetensors        x, labels, and flipped where both flips are kept; total and squares per channel
 
 `x` is what `Opened.encode` gives, so its moments where the codec has Gaussians, or one draw of them: (rows, m, y, x) in
@@ -16,27 +17,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
+from operator import not_
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int64
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field
 from torch import Tensor
-from yaml import YAMLError
 
 from dumo.bound import CLASSES, PIXELS, ROWS
 from dumo.codecs import Codec
 from dumo.codecs.scaled import Moments
-from dumo.io import digest, yaml
-from dumo.io.text import read_text
+from dumo.io import digest, series
+from dumo.io.series import REMAKE, Shard
 from dumo.io.weights import load
 from dumo.types import Spec, UserError
 
 FILE = "cache.yaml"
-REMAKE = "start the same dumo encode again, which re-makes what is damaged"
 MAPPED = 2**14  # shards mapped at a time; Linux allows 65,530 maps. Ours
 Rows = NDArray[np.generic]  # bytes of rows, or labels
 
@@ -49,6 +49,7 @@ class Plan(Spec):
     crop: str = ""  # how the images came to be square, in words
     classes: int = Field(default=0, ge=0, le=CLASSES)  # labels are in [0, classes); 0: there are none, and all are 0
     names: tuple[str, ...] = ()  # of the classes
+    captioned: bool = Field(default=False, exclude_if=not_)  # labels are the images' numbers in captions.jsonl
     flips: bool = True  # mirrored images, too
     store: Literal["moments", "samples"] = "moments"  # of a codec with Gaussians; others have one latent per image
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"
@@ -56,27 +57,10 @@ class Plan(Spec):
     seed: int = 0  # of the samples
 
 
-class Shard(Spec):
-    """A file of the cache, as it was written."""
-
-    file: str
-    rows: int
-    size: int  # bytes
-    sha256: str
-
-    def fault(self, folder: Path, *, deep: bool) -> str | None:
-        """What is wrong with the file, if anything is; its checksum is compared only if `deep`."""
-        file = folder / self.file
-        if not file.is_file():
-            return "is not there"
-        if (size := file.stat().st_size) != self.size:
-            return f"has {size} of {self.size} bytes"
-        return "has changed: its SHA-256 is another" if deep and digest.of_file(file) != self.sha256 else None
-
-
 class Contents(Plan):
     """What cache.yaml says."""
 
+    word: ClassVar[str] = "cache"
     format: Literal[1] = 1
     codec: Codec
     weights: str | None  # SHA-256 of the codec's
@@ -90,6 +74,16 @@ class Contents(Plan):
     def count(self) -> int:
         """How many shards there are, or will be."""
         return -(-self.images // self.shard_rows)
+
+    def span(self, number: int) -> range:
+        """The source's rows in a shard."""
+        return series.span(number, self.shard_rows, self.images)
+
+    def binding(self) -> dict[str, object]:
+        """What must be the same to go on; not where the weights lie, for their hash is there."""
+        tree = self.model_dump(exclude={"shards": True, "mean": True, "std": True, "codec": {"weights", "sha256"}})
+        codec: dict[str, object] = tree.pop("codec")
+        return tree | {f"codec.{key}": value for key, value in codec.items()}
 
 
 @dataclass(frozen=True)
@@ -170,6 +164,7 @@ def open_cache(
     crop: str | None = None,
     classes: int | None = None,
     names: tuple[str, ...] | None = None,
+    captioned: bool | None = None,
     flips: bool | None = None,
     memory: float = 0.0,
 ) -> Cache:
@@ -184,15 +179,21 @@ def open_cache(
         raise UserError(f"{folder} is no cache (it has no {FILE}): make it with dumo encode")
     if not contents.shards:
         raise UserError(f"{folder} is unfinished: start the same dumo encode again, and it goes on where it stopped")
-    asked = {"resolution": resolution, "crop": crop, "classes": classes, "names": names, "flips": flips or None}
+    asked = {
+        "resolution": resolution,
+        "crop": crop,
+        "classes": classes,
+        "names": names,
+        "captioned": captioned,
+        "flips": flips or None,
+    }
     lines = [f"{name}: {getattr(contents, name)} in the cache, {value} asked"
              for name, value in asked.items() if value not in (None, getattr(contents, name))]  # fmt: skip
     lines += [] if codec is None else differences(contents, codec)
     if lines:
         listed = "\n  ".join(lines)
         raise UserError(f"{folder} does not fit:\n  {listed}\nEncode the data for this, or ask for what is there")
-    if faults := [f"{shard.file} {fault}" for shard in contents.shards if (fault := shard.fault(folder, deep=False))]:
-        raise UserError(f"{folder}: {'; '.join(faults)}: {REMAKE}")
+    series.require(folder, contents.shards)
     return Cache(folder, contents, codec or contents.codec, memory)
 
 
@@ -219,21 +220,7 @@ def differences(contents: Contents, codec: Codec) -> Iterator[str]:
 
 def read_contents(folder: Path) -> Contents | None:
     """What cache.yaml says, or None where there is none. Raises UserError if it is damaged."""
-    file = folder / FILE
-    if not file.is_file():
-        return None
-    try:
-        return Contents.model_validate(yaml.parse(read_text(file, "take another copy of it")))
-    except (ValidationError, ValueError, YAMLError) as error:
-        why = " ".join(str(error).split())
-        raise UserError(
-            f"{file} is damaged, or another version wrote it ({why}): encode into another folder"
-        ) from error
-
-
-def dump(contents: Contents) -> str:
-    """As `read_contents` reads it."""
-    return yaml.dump(contents.model_dump(mode="json"))
+    return series.read(folder / FILE, Contents)
 
 
 def sums(x: Moments, channels: int) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:

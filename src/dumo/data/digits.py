@@ -4,21 +4,47 @@ from functools import cache
 from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
+from dumo.data.caption import Templates
+from dumo.data.captioned import Captioned
 from dumo.data.source import Source, Table
 from dumo.types import Spec
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 class Digits(Spec):
     """1,797 grey images of ten classes. Never flipped: a mirrored 2 is not a 2."""
 
     kind: Literal["digits"] = "digits"
+    captions: Templates | None = Field(
+        default=None, exclude_if=lambda captions: captions is None
+    )  # in place of classes
     shape: ClassVar[tuple[int, ...]] = (1, 8, 8)
-    classes: ClassVar[int] = 10
+    labels: ClassVar[int] = len(NAMES)
+
+    @property
+    def classes(self) -> int:
+        """Ten, or how many captions there are."""
+        return self.captions.count(self.labels) if self.captions else self.labels
+
+    @model_validator(mode="after")
+    def _has_captions(self) -> "Digits":
+        self.caption_texts()  # raises
+        return self
+
+    def caption_texts(self) -> tuple[str, ...]:
+        """All captions by number; () where there are none."""
+        return self.captions.of(NAMES).texts if self.captions else ()
 
     def open(self) -> Source:
         """All rows in memory, in [-1, 1], of 17 grey levels."""
+        return Captioned(self.originals(), self.captions.of(NAMES)) if self.captions else self.originals()
+
+    def originals(self) -> Source:
+        """The same with the digits as classes."""
         return Table(*_load())
 
 

@@ -2,7 +2,8 @@
 
 A run must know how many classes there are before any data is opened: it says so, or the data are looked at once, when
 the run is made, and the number stands in its run.yaml, with the names. Where the data are not there yet, as for `dumo
-show`, there are no classes, `names` is None, and what is written down asks to look again.
+show`, there are no classes, `names` is None, and what is written down asks to look again. Captions, which may stand in
+the place of classes (`dumo.data.caption`), are counted so, too.
 """
 
 import os
@@ -17,12 +18,16 @@ from pydantic import Field, field_validator, model_serializer, model_validator
 from dumo.bound import CLASSES, GIGABYTES, PIXELS
 from dumo.data.album import Album
 from dumo.data.augment import Edm
+from dumo.data.caption import Captioning, Files, Templates
+from dumo.data.captioned import Captioned, kept
 from dumo.data.folder import Folder
 from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import SUFFIXES, Crop, Frame
 from dumo.data.store import Store, choose, require_regular, some, walk
 from dumo.data.tar import Tar
+from dumo.data.written import written
 from dumo.io.path import user_path
+from dumo.texts.caption import Captions
 from dumo.types import FREE, Spec, UserError
 
 Format = Literal["folder", "parquet", "tar"]
@@ -50,7 +55,8 @@ class Images(Spec):
     label: str = "label"  # the column of classes in parquet
     on_bad: Literal["raise", "skip"] = Field(default="raise", json_schema_extra=FREE)  # an image that cannot be read
     memory: float = Field(default=2.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)  # GB of pixels kept decoded; ours
-    # 0: none; not given: those that are there.
+    captions: Captioning | None = Field(default=None, exclude_if=lambda captions: captions is None)  # for classes
+    # 0: none; not given: those that are there. With captions: how many there are of them.
     classes: int = Field(default=None, ge=0, le=CLASSES, validate_default=True)
     names: tuple[str, ...] | None = None  # of the classes; (): they have none; None: the data are not there yet
 
@@ -58,6 +64,13 @@ class Images(Spec):
     def shape(self) -> tuple[int, ...]:
         """Channels, height, width."""
         return (self.channels, self.side, self.side)
+
+    @property
+    def labels(self) -> int:
+        """How many classes images have, captions or not; with captions that were written of each, none are asked."""
+        if self.captions is None:
+            return self.classes
+        return self.classes // self.captions.count(1) if isinstance(self.captions, Templates) else 0
 
     @field_validator("classes", mode="wrap")
     @classmethod
@@ -68,32 +81,71 @@ class Images(Spec):
     def _agrees(self) -> "Images":
         for name, value in self._looked_up().items():
             object.__setattr__(self, name, value)  # no copy: it would be lost where `Images(...)` is called
-        if self.names and len(self.names) != self.classes:
-            raise UserError(f"names has {len(self.names)} names for classes={self.classes}: remove names")
-        if self.labelled is False and self.classes:
+        if self.names and len(self.names) != self.labels:
+            raise UserError(f"names has {len(self.names)} names for classes={self.labels}: remove names")
+        if isinstance(self.captions, Templates) and (self.names or self.captions.names) and self.classes:
+            self._check_templates(self.captions, self.names or ())
+        if self.labelled is False and self.labels:
             raise UserError(f"classes={self.classes} needs labels: remove labelled=false, or set classes=0")
         if self.augment and self.classes:
             raise UserError(
-                f"augment gives the net numbers as its condition c, but so do the {self.classes} classes: set "
-                "labelled=false and classes=0, or augment=null"
+                f"augment gives the net numbers as its condition c, but so do the {self.classes} "
+                + (
+                    "captions: set captions=null, or augment=null"
+                    if self.captions
+                    else "classes: set labelled=false and classes=0, or augment=null"
+                )
             )
         return self
 
+    def _check_templates(self, captions: Templates, names: tuple[str, ...]) -> None:
+        """Refuse templates that do not make as many captions as there are to be."""
+        each, found = captions.count(1), captions.of(names)
+        if len(found) != self.classes:
+            raise UserError(
+                f"captions.templates make {each} captions of each of {len(found) // each} classes, data.classes says "
+                f"{self.classes}: set data.classes={len(found)}, or leave it out"
+            )
+
     def _looked_up(self) -> dict[str, Any]:
-        """The classes and their names, as far as they are not given."""
-        if self.classes is not None:  # pyright: ignore[reportUnnecessaryComparison], it is not given
+        """The classes and their names, or the captions, as far as they are not given."""
+        given = self.classes is not None  # pyright: ignore[reportUnnecessaryComparison], it is not given
+        files = self.captions if isinstance(self.captions, Files) else None
+        nameless = isinstance(self.captions, Templates) and not self.captions.names and self.names is None
+        if given and not nameless and not (files and files.digest is None):
             return {} if self.names is not None else {"names": ()}
-        if self.labelled is False:
+        if self.labelled is False and not self.captions:
             return {"classes": 0, "names": ()}
+        if (root := self._root()) is None:
+            return {"names": ()} if given else {"classes": 0, "names": None}
+        return self._written(root, files) if files else self._labelled(root)
+
+    def _root(self) -> Path | None:
+        """Where the images are; None where they are not there yet."""
         try:
             root = user_path(self.root, "data.root")
         except UserError:
-            return {"classes": 0, "names": None}
-        if not root.exists():
-            return {"classes": 0, "names": None}
-        format = None if self.format == "auto" else self.format
-        labels = find(root, format=format, split=self.split, label=self.label).labels
-        return {"classes": labels.count if labels else 0, "names": labels.names if labels else ()}
+            return None
+        return root if root.exists() else None
+
+    def _labelled(self, root: Path) -> dict[str, Any]:
+        """The classes there are, each as often as it has captions."""
+        labels = self._store(root, self.label).labels
+        if isinstance(self.captions, Templates) and labels is None:
+            raise UserError(f"captions.templates name classes, and {root} has none: set captions.kind=files")
+        names = {"names": labels.names if labels else ()}
+        if self.classes is not None:  # pyright: ignore[reportUnnecessaryComparison], it is not given
+            return names
+        each = self.captions.count(1) if isinstance(self.captions, Templates) else 1
+        return {"classes": each * labels.count if labels else 0, **names}
+
+    def _written(self, root: Path, files: Files) -> dict[str, Any]:
+        """The captions there are, and their digest."""
+        found = Captions.of(written(root, self._store(root, None), files.name))
+        if self.classes not in (None, len(found)):  # pyright: ignore[reportUnnecessaryContains], as above
+            raise UserError(f"{root} has {len(found)} captions, data.classes says {self.classes}: leave it out")
+        told = files.model_copy(update={"digest": found.digest()})
+        return {"classes": len(found), "names": (), "captions": told}
 
     @model_serializer(mode="wrap")
     def _told(self, tell: Callable[["Images"], dict[str, Any]]) -> dict[str, Any]:
@@ -103,29 +155,60 @@ class Images(Spec):
             tree.pop("names", None)
         return tree if self.names is not None else tree | {"classes": None}
 
-    def open(self) -> Album:
-        """The images as a source, all decoded if they fit in `memory`.
+    def open(self) -> Album | Captioned:
+        """The images as a source, all decoded if they fit in `memory`, each with its class, or a caption of it.
 
-        Raises UserError where there are none, the files are damaged, the classes are not those expected, or an image
-        cannot be read.
+        Raises UserError where there are none, the files are damaged, the classes or captions are not those expected, or
+        an image cannot be read.
         """
+        return Captioned(self.rows(), self.told()) if self.captions else self.originals()
+
+    def originals(self) -> Album:
+        """The images with their classes, captions or not. Raises as `open`."""
+        return self._album(numbered=False)
+
+    def rows(self) -> Album:
+        """The images, each with its row of captions (`told`) in place of its class. Raises as `open`."""
+        return self._album(numbered=isinstance(self.captions, Files))
+
+    def told(self) -> Captions:
+        """The captions, by class, or by image where they were written of each. Raises UserError as `open`."""
+        if isinstance(self.captions, Templates):
+            return self.captions.of(self.names or ())
+        if not isinstance(self.captions, Files):
+            return Captions.of([])
         root = user_path(self.root, "data.root")
-        store = find(
-            root,
-            format=None if self.format == "auto" else self.format,
-            split=self.split,
-            label=self.label if self.labelled and self.classes else None,
-        )
+        found = Captions.of(written(root, self._store(root, None), self.captions.name))
+        self.captions.require(found, str(root))
+        return found
+
+    def caption_texts(self) -> tuple[str, ...]:
+        """All captions by number; () where there are none. Raises UserError as `open`."""
+        return kept(self).texts if self.captions else ()  # pyright: ignore[reportArgumentType], specs are frozen
+
+    def _album(self, *, numbered: bool) -> Album:
+        root = user_path(self.root, "data.root")
+        store = self._store(root, self.label if self.labelled and self.labels else None)
         self._check(root, store)
-        frame = Frame(self.side, self.channels, self.crop)
-        skip, memory = self.on_bad == "skip", self.memory * GIGABYTE
-        return Album(store, frame, flip=self.flip, augment=self.augment, skip=skip, memory=memory)
+        return Album(
+            store,
+            Frame(self.side, self.channels, self.crop),
+            flip=self.flip,
+            augment=self.augment,
+            skip=self.on_bad == "skip",
+            memory=self.memory * GIGABYTE,
+            numbered=numbered,
+        )
+
+    def _store(self, root: Path, label: str | None) -> Store:
+        """The images, their labels by the column `label`, undecoded."""
+        return find(root, format=None if self.format == "auto" else self.format, split=self.split, label=label)
 
     def _check(self, root: Path, store: Store) -> None:
         """Refuse other classes than expected. Where they have no names, the last ones may lack images."""
         if self.names is None:
             raise UserError(f"{root} was not there when the run was made, so nobody counted its classes: load it again")
-        if not self.classes:
+        if not self.labels:
             return
         if store.labels is None:
             why = f" (no column '{self.label}' among {', '.join(columns(store))})" if isinstance(store, Parquet) else ""
@@ -137,9 +220,12 @@ class Images(Spec):
                 f"{root} has other classes than the run was made with, {what or 'in another order'}: name the folders "
                 "as they were, or begin a new run"
             )
-        found = store.labels.count
-        if found > self.classes or (store.labels.names and found < self.classes):
-            raise UserError(f"{root} has {found} classes, data.classes says {self.classes}: set data.classes={found}")
+        found, each = store.labels.count, self.classes // self.labels
+        if found > self.labels or (store.labels.names and found < self.labels):
+            of = f" with {each} captions each" if self.captions else ""
+            raise UserError(
+                f"{root} has {found} classes{of}, data.classes says {self.classes}: set data.classes={found * each}"
+            )
 
 
 def find(root: Path, *, format: Format | None = None, split: str | None = None, label: str | None = "label") -> Store:

@@ -13,13 +13,17 @@ from torch import Tensor
 
 from dumo.bound import GIGABYTES
 from dumo.codecs import Codec
+from dumo.data import line
 from dumo.data.album import Album
 from dumo.data.audit import Audit
 from dumo.data.cache import Cache, Contents, open_cache, read_contents
+from dumo.data.caption import Captioning, Files, Templates
+from dumo.data.captioned import Captioned, kept
 from dumo.data.epoch import mirrored, rows_of
 from dumo.data.image import GIGABYTE, Images, below
 from dumo.io.path import user_path
 from dumo.random import stream
+from dumo.texts.caption import Captions
 from dumo.types import FREE, Spec, UserError
 
 
@@ -41,8 +45,18 @@ class Latents(Spec):
 
     @property
     def classes(self) -> int:
-        """Those of the images."""
+        """Those of the images, or their captions."""
         return self.images.classes
+
+    @property
+    def labels(self) -> int:
+        """How many classes the images have, captions or not."""
+        return self.images.labels
+
+    @property
+    def captions(self) -> Captioning | None:
+        """Those of the images."""
+        return self.images.captions
 
     @property
     def folder(self) -> Path:
@@ -57,13 +71,25 @@ class Latents(Spec):
             raise ValueError("latents are of images as they are: set data.images.augment=null")
         _ = self.shape  # refuses a side that the codec does not divide
         if self.images.names is None and (there := self._there()):  # the cache knows, where the images are not here
-            images = self.images.model_copy(update={"classes": there.classes, "names": there.names})
-            object.__setattr__(self, "images", images)
+            object.__setattr__(self, "images", self._counted(there))
         if not self.per_channel or isinstance(self.codec.scale, tuple):
             return self
         contents = open_cache(self.folder, codec=self.codec).contents  # looked up once: the run holds the numbers
         raw = contents.codec.normalised(contents.mean, contents.std)
         return self.model_copy(update={"codec": self.codec.model_copy(update={"shift": raw.shift, "scale": raw.scale})})
+
+    def _counted(self, there: Contents) -> Images:
+        """The images with the classes of the cache, or with its captions, counted."""
+        match captions := self.images.captions:
+            case None:
+                told = {"classes": there.classes, "names": there.names}
+            case Templates():
+                told = {"classes": captions.count(there.classes), "names": there.names}
+            case Files():
+                found = line.read(self.folder / line.FILE)
+                digest = {"digest": found.digest()}
+                told = {"classes": len(found), "names": (), "captions": captions.model_copy(update=digest)}
+        return self.images.model_copy(update=told)
 
     def _there(self) -> Contents | None:
         """What the cache holds, if there is one."""
@@ -72,29 +98,50 @@ class Latents(Spec):
         except UserError:
             return None
 
-    def originals(self, memory: float | None = None) -> Album:
-        """The images that are encoded, with `memory` GB of them decoded. Raises UserError as opening them does."""
-        images = self.images if memory is None else self.images.model_copy(update={"memory": memory})
+    def originals(self) -> Album:
+        """The images that are encoded, with their classes. Raises UserError as opening them does."""
         with below("data.images"):
-            return images.open()
+            return self.images.originals()
 
-    def open(self) -> "Encoded":
+    def rows(self) -> Album:
+        """The images to encode, none kept decoded, each with its row of captions. Raises UserError as `originals`."""
+        with below("data.images"):
+            return self.images.model_copy(update={"memory": 0.0}).rows()
+
+    def told(self) -> Captions:
+        """The captions, by class, or by image as the cache has them. Raises UserError where they are others."""
+        if not isinstance(self.captions, Files):
+            return self.images.told()
+        file = self.folder / line.FILE
+        if not file.is_file():
+            return self.images.told()
+        found = line.read(file)
+        self.captions.require(found, str(file))
+        return found
+
+    def caption_texts(self) -> tuple[str, ...]:
+        """All captions by number; () where there are none. Raises UserError as `told`."""
+        return kept(self).texts if self.captions else ()  # pyright: ignore[reportArgumentType], specs are frozen
+
+    def open(self) -> "Encoded | Captioned":
         """The cache. Raises UserError where there is none, or one of other images or of another codec."""
-        images = self.images
+        images, numbered = self.images, isinstance(self.captions, Files)
         try:
             cache = open_cache(
                 self.folder,
                 codec=self.codec,
                 resolution=images.side,
                 crop=images.crop,
-                classes=images.classes,
+                classes=0 if numbered else images.labels,
                 names=images.names or None,
+                captioned=numbered,
                 flips=images.flip,
                 memory=self.memory * GIGABYTE,
             )
         except UserError as error:
             raise UserError(f"data.root: {error}") from error
-        return Encoded(cache, flip=images.flip)
+        encoded = Encoded(cache, flip=images.flip)
+        return Captioned(encoded, self.told()) if self.captions else encoded
 
 
 class Encoded:

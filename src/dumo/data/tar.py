@@ -15,16 +15,19 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
+from dumo import stop
 from dumo.data import index
 from dumo.data.index import UNLABELLED, Scan
 from dumo.data.pixel import SUFFIXES, Unreadable
 from dumo.data.store import LARGEST, Labels, counted
 from dumo.io import digest
+from dumo.progress import late
 from dumo.types import UserError
 
 # Of tar's records: 20 blocks by default, else, on request, a power of two of them, up to a MiB.
 RECORDS = (tarfile.RECORDSIZE, *(tarfile.BLOCKSIZE << k for k in range(12)))
 CLASS = 100  # bytes, at most, of what says a class
+TEXT = 2**20  # bytes, at most, of what stands beside an image: ours
 AGAIN = "fetch it again, or remove it"
 
 
@@ -66,6 +69,22 @@ class Tar:
             raise Unreadable("is cut off: its archive has become shorter")
         return data
 
+    def beside(self, suffixes: Sequence[str]) -> list[dict[str, bytes]]:
+        """What the members of these endings say of each image, by ending. All archives are gone through anew."""
+        found: list[dict[str, bytes]] = []
+        with late("looking for captions in tar archives", len(self.files)) as tick:
+            for k, file in enumerate(self.files):
+                stop.check()
+                told: dict[str, dict[str, bytes]] = {}
+                for info, content in _members(file, suffixes, TEXT):
+                    if content is not None:
+                        told.setdefault(_key(info.name), {})[info.name.rpartition(".")[2]] = content
+                first = self.index.firsts[k]
+                names = (self.index.name(first + i) for i in range(self.index.parts[k].images))
+                found += [told.get(_key(name), {}) for name in names]
+                tick(k + 1, "")
+        return found
+
     def _place(self, i: int) -> tuple[int, int]:
         """The archive of image i, and its column in the index."""
         k = bisect_right(self.ends, i)
@@ -93,7 +112,7 @@ def looked(file: str) -> Scan:
     keys: list[str] = []
     classes: dict[str, int] = {}
     wrong = ""
-    for info, content in _members(file):
+    for info, content in _members(file, ("cls",), CLASS):
         if content is None:
             found.append((info.offset_data, info.size, len(info.name.encode(errors="replace"))))
             names.append(info.name.encode(errors="replace"))
@@ -109,8 +128,11 @@ def looked(file: str) -> Scan:
     return Scan(members, np.frombuffer(b"".join(names), np.uint8), wrong)
 
 
-def _members(file: str) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
-    """Images with None, labels with what they say; then whether the archive ends as one does. Raises UserError."""
+def _members(file: str, read: Sequence[str], most: int) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
+    """Images with None, those that end in `read` with what they say, `most` bytes of it.
+
+    Raises UserError where the archive does not end as one does.
+    """
     try:
         with tarfile.open(file, "r:") as archive:
             while info := archive.next():
@@ -122,8 +144,8 @@ def _members(file: str) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
                     continue
                 if f".{suffix.lower()}" in SUFFIXES:
                     yield info, None
-                elif suffix == "cls" and (content := archive.extractfile(info)):
-                    yield info, content.read(CLASS)
+                elif suffix in read and (content := archive.extractfile(info)):
+                    yield info, content.read(most)
             end = archive.offset
     except tarfile.TarError as error:
         raise UserError(f"{file} is no whole tar archive: {error}; {AGAIN}") from error

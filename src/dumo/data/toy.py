@@ -30,6 +30,11 @@ class Moons(Spec):
         """A class per moon, or none."""
         return 2 if self.labelled else 0
 
+    @property
+    def labels(self) -> int:
+        """The same: points have no captions."""
+        return self.classes
+
     def open(self) -> Source:
         """An endless source of points, centred, with standard deviation 1 along each axis before the noise."""
         return Endless(self._law, width=4)

@@ -10,6 +10,7 @@ from typing import Any
 
 from dumo import dist
 from dumo.config.spec import Run
+from dumo.data.caption import Files
 from dumo.io.weights import title
 from dumo.protocols.evaluator import Evaluator
 from dumo.run import deviation
@@ -39,7 +40,6 @@ def card(opened: RunFolder, evaluator: Evaluator, samples: int) -> Card:
     return {
         "protocol": run.evaluate.protocol.name,
         "samples": samples,
-        "labels": f"i mod {run.data.classes}" if run.data.classes else "none",  # of sample i; others draw at random
         **evaluator.facts,
         "data": run.images.model_dump(mode="json"),
         "data_sd": deviation.noted(opened.folder),  # None: of a run from before it was measured
@@ -55,9 +55,18 @@ def card(opened: RunFolder, evaluator: Evaluator, samples: int) -> Card:
     }
 
 
+def labels(run: Run) -> str:
+    """Of which class, or caption, sample i is."""
+    if isinstance(run.captions, Files):
+        return "captions of images, from end to end"
+    told = f"i mod {run.data.labels}" if run.data.labels else "none"
+    return f"{told}, by {run.evaluate.captions} templates in turn" if run.captions else told
+
+
 def settings(run: Run) -> Card:
     """What a run's spec says of how samples are made and judged."""
     return {
+        "labels": labels(run),  # of sample i; others draw at random
         "solver": run.sample.solver.model_dump(mode="json"),
         "guide": run.sample.guide.model_dump(mode="json"),
         "knobs": run.knobs,

@@ -57,7 +57,7 @@ def evaluate(
     opened = asked(opened, nfe=nfe, seed=seed, solver=solver)
     run, passes = opened.run, settings(opened.run)
     evaluator = evaluator_of(opened, bar)
-    c = run.evaluate.protocol.labels(run.data.classes)
+    c = conditions(run)
     path = opened.folder / name_of(opened, but=[f"evaluate.{field}" for field in ROWS.values()])
     report: dict[str, Any] = {
         "run": str(opened.folder),
@@ -105,11 +105,16 @@ def evaluator_of(opened: RunFolder, bar: Bar) -> Evaluator:
 
         return run.evaluate.protocol.evaluator(
             lambda: real_data(run),
-            classes=run.data.classes,
+            classes=run.data.labels,
             seed=run.evaluate.seed,
             device=opened.device,
             tick=tick,
         )
+
+
+def conditions(run: Run) -> Tensor:
+    """What samples are made of: the protocol's classes, or the captions of them that `evaluate.captions` asks for."""
+    return run.conditions(run.evaluate.protocol.labels(run.data.labels), held=run.evaluate.captions == "held")
 
 
 def row(opened: RunFolder, evaluator: Evaluator, solver: Solver, nfe: int, c: Tensor, bar: Bar) -> Row:

@@ -12,7 +12,7 @@ from dumo.config.load import parse
 from dumo.config.spec import Run
 from dumo.config.tree import Sampling
 from dumo.evaluation.card import card
-from dumo.evaluation.evaluate import Row, evaluator_of, name_of, row
+from dumo.evaluation.evaluate import Row, conditions, evaluator_of, name_of, row
 from dumo.io.file import check_writable
 from dumo.io.json import write_json
 from dumo.io.text import brief
@@ -44,7 +44,7 @@ def sweep(opened: RunFolder, text: str, *, bar: Bar = no_bar) -> dict[str, Any]:
         run = point.run
         key = (run.evaluate.protocol, run.evaluate.seed)
         evaluator = evaluators[key] = evaluators.get(key) or evaluator_of(point, bar)
-        c = run.evaluate.protocol.labels(run.data.classes)
+        c = conditions(run)
         told = card(point, evaluator, len(c))
         for n in run.evaluate.nfe:
             rows.append({"value": value, **row(point, evaluator, run.sample.solver, n, c, bar), "card": told})

@@ -100,6 +100,18 @@ def read_labels(file: str | Path, table: "ParquetFile", label: str) -> Tensor:
     return torch.tensor(column.to_numpy(), dtype=torch.long)
 
 
+def read_texts(file: str | Path, table: "ParquetFile", name: str) -> list[Any]:
+    """What a column holds, as Python has it. Raises UserError where the file lacks it, or is damaged."""
+    from pyarrow import ArrowException
+
+    if name not in table.schema_arrow.names:
+        raise UserError(f"{file} has no column '{name}', other files have")
+    try:
+        return table.read(columns=[name], use_threads=False).column(0).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{file} is damaged: {error}; fetch it again, or remove it") from error
+
+
 def class_names(table: "ParquetFile", label: str) -> list[str]:
     """The classes' names, where the hub's metadata tell them."""
     try:

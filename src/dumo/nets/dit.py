@@ -4,22 +4,25 @@ The trunk is DiT's; each further head costs one more output layer with its own m
 The options, all off, are those of later transformers, as LightningDiT (Yao et al. 2025) joins them.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_serializer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dumo.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
+from dumo.nets.block import Block, Mlp, Sizes, Stream
 from dumo.nets.checkpointing import run
 from dumo.nets.embed import Own, Scalars, grid_waves, label_table
 from dumo.nets.head import Gauges
-from dumo.nets.norm import EPS, Norm, normalize
+from dumo.nets.norm import Norm, modulated
 from dumo.nets.precondition import Precondition, framed
-from dumo.nets.rotary import turn, turns
+from dumo.nets.reading import Reader, Way, blocks
+from dumo.nets.rotary import turns
+from dumo.nets.text import Text
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
-Mlp = Literal["gelu", "swiglu"]
 PUBLISHED = {"precondition": "none", "norm": "layer", "qk_norm": False, "mlp": "gelu", "position": "waves"}  # DiT's
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # DiT, Tab. 1
 
@@ -39,6 +42,8 @@ class DiT(Spec):
     mlp: Mlp = "gelu"  # swiglu: gated (Shazeer 2020), of as many parameters
     position: Literal["waves", "rope"] = "waves"  # added to the tokens, or turning queries and keys
     aux_time: bool = False  # a second embedding of time, where the objective has but one: of the gap to r = 0
+    texts: Text | None = None  # what the captions of the data are to the net; None: a class has a learned label
+    text: Way = "cross"  # how blocks read texts: by attention of its own, or joint with the image's
     checkpoint: bool = False  # keep each block's input alone, and compute the rest again in the backward pass
 
     @classmethod
@@ -64,54 +69,15 @@ class DiT(Spec):
                 f"net.position rope needs attention heads of a multiple of 4 numbers, not net.width / net.attention = "
                 f"{size}: change one of them, or use net.position=waves"
             )
+        if self.texts and not classes:
+            raise UserError("net.texts is of captions, and the data have none: set data.captions, or net.texts=null")
         return Transformer(self, needs, shape, classes)
 
-
-class Block(nn.Module):
-    """Attention and perceptron, each modulated and gated by the condition; the gates start at zero (adaLN-zero)."""
-
-    def __init__(
-        self, width: int, attention: int, norm: Norm = "layer", qk_norm: bool = False, mlp: Mlp = "gelu"
-    ) -> None:
-        """`attention` heads; the perceptron is four times as wide."""
-        super().__init__()
-        self.attention, self.mlp = attention, mlp
-        self.norm: Norm = norm
-        self.modulation = nn.Linear(width, 6 * width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        hidden = 4 * width if mlp == "gelu" else gated(width)
-        self.up, self.down = nn.Linear(width, hidden if mlp == "gelu" else 2 * hidden), nn.Linear(hidden, width)
-        self.q_norm, self.k_norm = (nn.RMSNorm(width // attention, eps=EPS) if qk_norm else None for _ in range(2))
-
-    def forward(self, h: Array, e: Array, *places: Array) -> Array:
-        """h (b, tokens, width), e (b, width), already through its SiLU; places: what `turns` gives, or nothing."""
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(e).unsqueeze(1).chunk(6, -1)
-        h = h + gate_1 * self.attend(normalize(h, self.norm) * (1 + scale_1) + shift_1, *places)
-        return h + gate_2 * self.perceive(normalize(h, self.norm) * (1 + scale_2) + shift_2)
-
-    def attend(self, a: Array, *places: Array) -> Array:
-        """Self-attention over the tokens."""
-        q, k, v = self.qkv(a).view(*a.shape[:2], 3, self.attention, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        if self.q_norm and self.k_norm:
-            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        if places:
-            q, k = turn(q, *places), turn(k, *places)
-        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-    def perceive(self, a: Array) -> Array:
-        """The perceptron, token by token."""
-        if self.mlp == "gelu":
-            return self.down(F.gelu(self.up(a), approximate="tanh"))
-        gate, up = self.up(a).chunk(2, -1)
-        return self.down(F.silu(gate) * up)
-
-
-def gated(width: int) -> int:
-    """Hidden numbers of a gated perceptron, whose three matrices have the size of the plain one's two: 8/3 width.
-
-    Rounded to a multiple of 8, which matrix units like.
-    """
-    return 8 * round(width / 3)
+    @model_serializer(mode="wrap")
+    def _told(self, tell: Callable[["DiT"], dict[str, Any]]) -> dict[str, Any]:
+        """How texts are read where there are some."""
+        tree = tell(self)
+        return tree if self.texts else {name: value for name, value in tree.items() if name not in ("texts", "text")}
 
 
 class Head(nn.Module):
@@ -123,10 +89,15 @@ class Head(nn.Module):
         self.norm: Norm = norm
         self.modulation, self.out = nn.Linear(width, 2 * width), nn.Linear(width, out)
 
+    @property
+    def silent(self) -> tuple[nn.Linear, ...]:
+        """Layers that start at zero."""
+        return self.modulation, self.out
+
     def forward(self, h: Array, e: Array) -> Array:
         """h (b, tokens, width), e (b, width), already through its SiLU; returns (b, tokens, out)."""
         shift, scale = self.modulation(e).unsqueeze(1).chunk(2, -1)
-        return self.out(normalize(h, self.norm) * (1 + scale) + shift)
+        return self.out(modulated(h, self.norm, shift, scale))
 
 
 class Transformer(nn.Module):
@@ -151,9 +122,9 @@ class Transformer(nn.Module):
             self.register_buffer("positions", grid_waves(self.grid, width))
         self.scalars = Scalars(needs.shared, width, spec.time_scale, aux=spec.aux_time)
         self.own = Own(needs, width, spec.time_scale)
-        self.label = label_table(classes, width) if classes else None
-        style = (spec.norm, spec.qk_norm, spec.mlp)
-        self.blocks = nn.ModuleList(Block(width, spec.attention, *style) for _ in range(spec.depth))
+        self.text = Reader(spec.texts.build(classes), width, spec.text) if spec.texts else None
+        self.label = label_table(classes, width) if classes and not self.text else None
+        self.blocks = nn.ModuleList(self._blocks(spec))
         self.heads = nn.ModuleDict({name: Head(width, channels * spec.patch**2, spec.norm) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
         self.gradient_checkpointing = spec.checkpoint
@@ -167,12 +138,25 @@ class Transformer(nn.Module):
         places = (self.cos, self.sin) if self.rope else ()
         h = h if self.rope else h + self.positions
         told: Array = self.scalars(**shared)
-        told = told if self.label is None else told + self.label(c)
+        more: tuple[Array | None, ...] = ()
+        if self.text is not None:
+            h, vector, more = self.text(h, c)
+            told = told + vector
+        elif self.label is not None:
+            told = told + self.label(c)
         e = F.silu(told)
         for block in self.blocks:
-            h = run(block, h, e, *places, lean=self.gradient_checkpointing)
+            h = run(block, h, e, *more, *places, lean=self.gradient_checkpointing)
         heads = (out(self._image(head(h, F.silu(told + own[k]) if k in own else e))) for k, head in self.heads.items())
         return *heads, *(self.gauges(**shared) if self.gauges else ())
+
+    def _blocks(self, spec: DiT) -> Sequence[Stream]:
+        sizes = Sizes(spec.width, spec.attention, spec.norm, spec.qk_norm, spec.mlp)
+        return (
+            blocks(spec.text, spec.depth, sizes, self.grid**2)
+            if self.text
+            else [Block(sizes) for _ in range(spec.depth)]
+        )
 
     def _patches(self, x: Array) -> Array:
         """(b, ch, side, side) -> (b, tokens, ch p p)."""
@@ -190,8 +174,6 @@ class Transformer(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
         modules = (*self.blocks.modules(), *self.heads.modules())
-        zero = [m.modulation for m in modules if isinstance(m, Block | Head)]
-        zero += [m.out for m in self.heads.modules() if isinstance(m, Head)]
-        for layer in zero:
+        for layer in (layer for m in modules if isinstance(m, Stream | Head) for layer in m.silent):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)

@@ -18,7 +18,8 @@ from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import TURN, Config, Family, family
 from dumo.nets.precondition import Precondition
-from dumo.nets.text import table
+from dumo.nets.text import Text, Texts
+from dumo.nets.text.file import codes
 from dumo.types import Needs, Spec, UserError
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -46,7 +47,7 @@ class Pretrained(Spec):
     lora: Lora | None = None  # None: all weights are tuned
     lowpass: float | None = Field(default=10.0, gt=0, le=FACTOR)  # rad: quicker waves of time are cut; None: as it is
     guidance: float | None = Field(default=None, ge=0, le=FACTOR)  # the embedded number of a distilled model
-    texts: str | None = None  # a safetensors file: tokens (n, l, d), mask, pooled; None: codes for the classes
+    texts: Text | None = None  # what a text encoder made; None: codes for the classes
     own_norm: bool = False  # a norm of its own for every head, where a model has one that can be copied
     checkpoint: bool = False  # keep each block's input alone, and compute the rest again in the backward pass
 
@@ -73,12 +74,29 @@ class Pretrained(Spec):
         if self.checkpoint:
             model.enable_gradient_checkpointing(checkpointing.leanly)
         return Dualized(
-            *(model, row, table(self.texts, row, config, classes), needs.heads, p),
+            *(model, row, self.told(row, config, classes), needs.heads, p),
             guidance=self.guidance,
             lora=self.lora,
             limit=self.lowpass,
             own_norm=self.own_norm,
         )
+
+    def told(self, row: Family, config: Config, classes: int) -> Texts:
+        """The rows of text, or codes. Raises UserError where the rows are not what the model takes."""
+        width, pooled = config[row.text], config[row.pooled] if row.pooled else 0
+        if self.texts is None:
+            return codes(classes, width, pooled)
+        found = self.texts.build(classes)
+        for what, has, takes in (("tokens", found.width, width), ("pooled", found.pooled_width, pooled)):
+            if has != takes:
+                said, wants = (f"{n} numbers" if n else "none" for n in (has, takes))
+                raise UserError(f"net.texts has {what} of {said}, this model takes {wants}: take another text encoder")
+        if found.masked and not row.masked:
+            raise UserError(
+                "net.texts has a mask, of which this model can be told nothing: leave it out, or set "
+                "net.texts.encoder.pad=true"
+            )
+        return found
 
     def fit(self, row: Family, config: Config) -> None:
         """Raise UserError where the fields do not fit the model."""

@@ -2,7 +2,7 @@
 
 The unit of work is F, one pass of the net forward; a backward pass is 2 F. Counts depend on shapes alone, so operations
 are counted on the meta device, whatever the net's size: no memory, no arithmetic. Blocks that are alike cost alike, so
-of a deep net of such blocks only the first few are run (`by_depth`).
+of a deep net of such blocks only a few are run (`by_depth`).
 
 Memory is counted by following every tensor's storage from the operation that made it until it is let go. That needs
 the operations a device would run: on meta, attention keeps all its scores, which no fused kernel does. So bytes are
@@ -124,7 +124,9 @@ def activation_bytes(
 
 
 def by_depth(net: nn.Module, count: Callable[[nn.Module], int], *, check: bool = False) -> int:
-    """A count of a net: of all of it, or, where its blocks are alike, of its first one and two, and so of all.
+    """A count of a net: of all of it, or, where its blocks are alike, of one and two of them, and so of all.
+
+    The last block may be another than the rest.
 
     `check`: where something may outweigh a few blocks, a third must add what the second did, or all are counted.
     """
@@ -152,23 +154,23 @@ def _pass(net: nn.Module, objective: Objective, shape: Sequence[int], rows: int)
 
 
 def _alike(net: nn.Module) -> int:
-    """How many blocks a net has, if all have parameters of the same shapes, else 0."""
+    """How many blocks a net has, if all but the last have parameters of the same shapes, else 0."""
     blocks = getattr(net, "blocks", None)
     if not isinstance(blocks, nn.ModuleList):
         return 0
-    kinds = {tuple((name, p.shape) for name, p in block.named_parameters()) for block in blocks}
-    return len(blocks) if len(kinds) == 1 else 0
+    kinds = {tuple((name, p.shape) for name, p in block.named_parameters()) for block in [*blocks][:-1]}
+    return len(blocks) if len(kinds) <= 1 else 0
 
 
 def _short(net: nn.Module) -> nn.Module:
-    """The net with its first block alone, where all are alike."""
+    """The net with its last block alone, where the others are alike."""
     return _cut(net, 1) if _alike(net) else net
 
 
 def _cut(net: nn.Module, n: int) -> nn.Module:
-    """The net with its first n blocks; all parts are shared."""
-    cut = copy.copy(net)
-    cut._modules = {**net._modules, "blocks": cast(nn.ModuleList, net.blocks)[:n]}
+    """The net with n of its blocks, the last among them; all parts are shared."""
+    cut, blocks = copy.copy(net), [*cast(nn.ModuleList, net.blocks)]
+    cut._modules = {**net._modules, "blocks": nn.ModuleList([*blocks[: n - 1], blocks[-1]])}
     return cut
 
 

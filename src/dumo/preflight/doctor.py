@@ -26,7 +26,7 @@ from dumo.config.spec import Run
 from dumo.flow.precision import using
 from dumo.io.json import finite
 from dumo.nets import Net, Pretrained
-from dumo.preflight import pretrained
+from dumo.preflight import caption, pretrained
 from dumo.preflight.machine import Finding, look
 from dumo.random import stream
 from dumo.types import Cond, Frozen, Heads, Sample, Time, UserError
@@ -164,7 +164,7 @@ def diagnose(run: Run, device: str = "auto") -> dict[str, Any]:
     except UserError as error:  # the slope refuses, or an operation has no tangent rule
         text, way = "refused", str(error)
     test = Finding("self-test", "failing" if way else "ok", text, way)
-    found = [*look(here), *about_weights(run, here), test]
+    found = [*look(here), *about_weights(run, here), *caption.findings(run), test]
     ok = all(finding.state != "failing" for finding in found)
     return {"ok": ok, "findings": [asdict(finding) for finding in found], "examination": exam and finite(asdict(exam))}
 

@@ -16,6 +16,7 @@ GROUPS = {  # by purpose, each in the order in which it is listed
     "Start here": ("digits", "moons"),
     "Your own images": ("my-images", "my-images-256"),
     "A pretrained transformer": ("pretrained",),
+    "By words": ("digits-words", "cifar10-latents-words"),
     "Compare objectives on digits, at equal cost": (
         *("digits-flow-matching", "digits-meanflow", "digits-imf", "digits-split-meanflow", "digits-alpha-flow"),
         *("digits-soflow", "digits-shortcut", "digits-imm", "digits-tvm", "digits-facm", "digits-rcgm"),

@@ -21,7 +21,7 @@ from dumo.io import archive, picture
 from dumo.progress import Bar, Tick, no_bar
 from dumo.report.figure import labelled
 from dumo.run.folder import RunFolder, load_net
-from dumo.run.sample import real_data, sample, sample_batches
+from dumo.run.sample import conditions, real_data, sample, sample_batches
 from dumo.sampling.generate import joined, labels
 from dumo.sampling.solver import Euler, Heun, Hop, Restart, Solver, able, check
 from dumo.training import checkpoint
@@ -100,7 +100,7 @@ def trajectories(
     """
     run, found, asked = opened.run, stages(opened, steps), chosen(opened.run, letters, nfe)
     nfe = nfe or within(PASSES, run, asked)
-    c = labels(count or (COUNT if is_image(run) else POINTS), run.data.classes, only)
+    c = conditions(run, count or (COUNT if is_image(run) else POINTS), only)
     behind = None if is_image(run) else real_data(run).reference(2 * POINTS, run.sample.seed)[0]
     panels: dict[Reading, dict[int, Image.Image]] = {reading: {} for reading in asked}
     with bar("sampling trajectories", len(found) * len(asked) * sum(nfe)) as tick:

@@ -28,7 +28,7 @@ from dumo.report.gallery import PASSES, is_image, readings, within
 from dumo.report.number import large, number
 from dumo.report.score import judgement
 from dumo.run.folder import RunFolder
-from dumo.run.sample import sample
+from dumo.run.sample import conditions, sample
 from dumo.sampling.generate import labels
 from dumo.training import log
 from dumo.types import Sample
@@ -143,9 +143,10 @@ def sentence(title: str) -> str:
 
 
 def columns(run: Run) -> list[int]:
-    """The class of each column of a sheet: the first ten, or fewer side by side until there are about ten; or none."""
-    shown = min(run.data.classes, COLUMNS)
-    return [c for c in range(shown) for _ in range(COLUMNS // shown)]
+    """The condition of each column of a sheet: the first ten classes, or captions of them, or fewer, each repeated."""
+    shown = min(run.data.labels or run.data.classes, COLUMNS)
+    turn = conditions(run, shown).tolist() if run.data.labels else range(shown)
+    return [c for c in turn for _ in range(COLUMNS // shown)]
 
 
 def across(run: Run) -> int:

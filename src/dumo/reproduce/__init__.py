@@ -9,7 +9,7 @@ from dumo.io import archive, file
 from dumo.io.json import write_json
 from dumo.progress import Bar, no_bar
 from dumo.reproduce.arm import respread
-from dumo.reproduce.ours import fair, guidance, ideas, latents, lowpass, pretrained
+from dumo.reproduce.ours import fair, guidance, ideas, latents, lowpass, pretrained, words
 from dumo.reproduce.paper import fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo
 from dumo.reproduce.plan import SCALES, Plan, markdown, origin
 from dumo.types import UserError
@@ -29,6 +29,7 @@ PLANS = {
     "pretrained": pretrained.PLAN,
     "sec43": sec43.PLAN,
     "tab2": tab2.PLAN,
+    "words": words.PLAN,
     "zoo": zoo.PLAN,
 }
 

@@ -23,8 +23,7 @@ from dumo.report.score import figures
 from dumo.report.word import MERITS, word
 from dumo.reproduce import chart
 from dumo.reproduce.plan import Cell, Finished, Plan, deviation, units
-from dumo.run.sample import sample
-from dumo.sampling import generate
+from dumo.run.sample import conditions, sample
 
 SMALL = ("train.batch=32", "net.width=32", "net.depth=1", "evaluate.protocol.samples=500")  # for smoke, on digits
 SMOKE = 20  # steps
@@ -208,10 +207,10 @@ def side_by_side(done: Sequence[Finished]) -> Image.Image:
     blocks: dict[str, tuple[float, Image.Image]] = {}
     for one, *_ in seeds_of(done):
         run, told = one.opened.run, one.report["results"][0]
-        each, score = max(run.data.classes, 10), figures(told)[0]
-        made = sample(one.opened, nfe=1, c=generate.labels(2 * each, run.data.classes))
+        each, score = max(run.data.labels, 10), figures(told)[0]
+        made = sample(one.opened, nfe=1, c=(c := conditions(run, 2 * each)))
         sheet = picture.sheet(picture.to_rows(made.x), each)
-        names = [run.class_name(c) for c in range(run.data.classes)]
+        names = [run.class_name(k) for k in c.tolist()[: run.data.labels]]
         blocks[f"{next(iter(one.cell.labels.values()))}, {told[score]:.3g}"] = told[score], figure.headed(sheet, names)
     best = {name: sheet for name, (_, sheet) in sorted(blocks.items(), key=lambda of: of[1][0])}
     return figure.gathered(best, note=samples_note(figures(done[0].report["results"][0])[0]))

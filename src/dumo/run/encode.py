@@ -13,20 +13,24 @@ from typing import Any
 from dumo import dist
 from dumo.config.change import override
 from dumo.config.load import FILE, load, parse
+from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.data import encode as codecs
 from dumo.data.cache import Contents, Plan, read_contents
+from dumo.data.caption import Files
 from dumo.data.image import below
 from dumo.io.path import user_path
+from dumo.io.series import Done
 from dumo.io.text import brief
 from dumo.progress import Bar, no_bar
+from dumo.run import text
 from dumo.types import Spec, UserError
 
 LONG = 40  # characters of a part: ours
 
 
-class Asked(Spec):
-    """The part of a run that says what to encode."""
+class Place(Spec):
+    """The part of a run that says what images to encode."""
 
     data: Latents
 
@@ -36,7 +40,7 @@ class Encoded:
     """What this rank did, and what was in the folder when it was done."""
 
     folder: Path
-    done: codecs.Done
+    done: Done
     contents: Contents | None  # of a cache that is whole; None: other ranks have shards to make
 
     def now(self) -> "Encoded":
@@ -45,25 +49,35 @@ class Encoded:
         return replace(self, contents=there if there and there.shards else None)
 
 
-def asked(
-    source: str, overrides: Sequence[str] = (), *, out: str | None, codec: str | None, side: int | None
-) -> Latents:
-    """What to encode, by which codec, into which folder: as a recipe's data say, or a place of images and options.
+@dataclass(frozen=True)
+class Asked:
+    """What there is to encode: images, the captions of a run that reads a table of them, or both."""
 
-    Raises UserError where the recipe trains on no latents, or an option is missing.
+    data: Latents | None
+    run: Run | None = None
+
+
+def asked(source: str, overrides: Sequence[str] = (), *, out: str | None, codec: str | None, side: int | None) -> Asked:
+    """What to encode, and into which folders: as a recipe says, or a place of images and options.
+
+    Raises UserError where the recipe trains on neither latents nor a table of texts, or an option is missing.
     """
     sets = [*settings(out, codec, side), *overrides]
     path = user_path(source, "the source")
     if not path.exists() or (path / FILE).exists() or path.suffix in (".yaml", ".yml"):
-        data = load(source, sets).data
-        if not isinstance(data, Latents):
-            raise UserError(f"{source} trains on data '{data.kind}', not on latents: there is nothing to encode")
-        return data
+        run = load(source, sets)
+        data, reads = run.data if isinstance(run.data, Latents) else None, text.asked(run) is not None
+        if data is None and not reads:
+            raise UserError(
+                f"{source} trains on data '{run.data.kind}', not on latents, and its net reads no captions: there is "
+                "nothing to encode"
+            )
+        return Asked(data, run if reads else None)
     if None in (out, codec, side):
         raise UserError(f"{source} holds images: say by which --codec, of how many pixels --side, and where to, OUT")
     tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": source, "flip": True}}}
     override(tree, sets)
-    return parse(Asked, tree).data
+    return Asked(parse(Place, tree).data)
 
 
 def settings(out: str | None, codec: str | None, side: int | None) -> list[str]:
@@ -87,20 +101,25 @@ def encode(
     codec does, for an option that is none, and where the folder holds something else.
     """
     (rank, world), images = part, data.images
-    opened, album = data.codec.open(dist.device(device)), data.originals(memory=0.0)
+    opened, album = data.codec.open(dist.device(device)), data.rows()
+    numbered = isinstance(data.captions, Files)
     tree = {
         "source": " ".join(word for word in (images.root, images.split) if word),
         "resolution": images.side,
         "crop": images.crop,
-        "classes": images.classes,
-        "names": album.names,
+        "classes": images.labels,
+        "names": () if numbered else album.names,
+        "captioned": numbered,
         "flips": images.flip,
     }
     plan = parse(Plan, tree | options)
     mine = range(rank, ceil(len(album) / plan.shard_rows), world)
     total = sum(min(plan.shard_rows, len(album) - k * plan.shard_rows) for k in mine)
     with bar(f"encoding {images.root}", total) as tick, below("data.images"):
-        done = codecs.encode(album, opened, plan, data.folder, batch=batch, rank=rank, world=world, tick=tick)
+        captions = images.told() if numbered else None
+        done = codecs.encode(
+            album, opened, plan, data.folder, captions=captions, batch=batch, rank=rank, world=world, tick=tick
+        )
     return Encoded(data.folder, done, None if done.missing else read_contents(data.folder))
 
 

@@ -13,7 +13,7 @@ from dumo import dist, room
 from dumo.config.load import parse
 from dumo.config.spec import Run
 from dumo.config.tree import Sampling
-from dumo.data import Latents
+from dumo.data import Moons
 from dumo.data.source import Source
 from dumo.flow.reading import reading
 from dumo.io import archive, picture
@@ -21,14 +21,30 @@ from dumo.io import file as files
 from dumo.progress import Bar, no_bar
 from dumo.run.folder import RunFolder
 from dumo.run.name import changes, own, sampling, word
+from dumo.run.prompt import highest, names, prompted
 from dumo.sampling import generate
 from dumo.sampling.solver import Solver, check
 from dumo.types import Reads, Sample, UserError
 
 
 def real_data(run: Run) -> Source:
-    """The data as images or points: of latents, the images that were encoded. Raises UserError as opening them does."""
-    return run.data.originals() if isinstance(run.data, Latents) else run.data.open()
+    """The data as images or points with their classes: of latents, the images that were encoded. Raises as opening."""
+    return run.data.open() if isinstance(run.data, Moons) else run.data.originals()
+
+
+def conditions(run: Run, count: int, only: Sequence[int] | None = None) -> Tensor:
+    """The conditions of so many samples: `only` these in turn; None: all classes in turn, or captions of them.
+
+    Raises UserError for one out of range, or no samples.
+    """
+    if only:
+        return generate.labels(count, run.data.classes, only)
+    return run.conditions(generate.labels(count, run.data.labels))
+
+
+def turned(c: Tensor, count: int) -> Tensor:
+    """These conditions in turn, so many in all."""
+    return c[torch.arange(count) % len(c)]
 
 
 def guided_reading(opened: RunFolder) -> Reads:
@@ -51,7 +67,7 @@ def sample_batches(
     Image i always comes from stream (seed, i). Raises UserError for a class out of range, and as the solver does.
     """
     run = opened.run
-    check_classes(c, run.data.classes)
+    check_classes(c, run.data.classes, highest(opened))
     some = range(dist.rank(), len(c), dist.world()) if indices is None else indices
     parts = generate.batches(
         opened.net,
@@ -100,9 +116,9 @@ def shared(mine: Sequence[generate.Batch], pixels: Sequence[int]) -> generate.Sa
     return generate.Samples(x[index.argsort()], int(passes.unique().item()))
 
 
-def check_classes(c: Tensor, classes: int) -> None:
-    """Raise UserError for a class outside [0, classes]; that of this number means no class."""
-    wrong = c[(c < 0) | (c > classes)]
+def check_classes(c: Tensor, classes: int, highest: int) -> None:
+    """Raise UserError for a class outside [0, classes], of which the last means no class, and behind all prompts."""
+    wrong = c[(c < 0) | (c > highest)]
     if len(wrong):
         there = (
             f"classes run from 0 to {classes - 1}, {classes} is no class"
@@ -131,6 +147,7 @@ def export(
     form: str = "grid",
     count: int = COUNT,
     only: Sequence[int] | None = None,
+    prompts: Sequence[str] = (),
     nfe: Sequence[int] | None = None,
     seed: int | None = None,
     solver: str | None = None,
@@ -149,40 +166,43 @@ def export(
         raise UserError(f"format '{form}' is none for samples of shape {shape}: use {', '.join(forms)}")
     way = "ask for fewer, and for others with another --seed"
     room.require(count * prod(shape) * torch.float32.itemsize, f"{count:,} samples take", way)
-    c, nfe = generate.labels(count, run.data.classes, only), tuple(nfe or run.sample.nfe)
-    chosen = solver_named(run, solver)
+    chosen, nfe = solver_named(run, solver), tuple(nfe or run.sample.nfe)
     check(chosen, run.reads, *nfe)
+    c = turned(prompted(opened, prompts), count) if prompts else conditions(run, count, only)
     asked = run.sample.model_copy(update={"solver": chosen, "seed": run.sample.seed if seed is None else seed})
     opened = replace(opened, run=run.model_copy(update={"sample": asked}))
     before = {**sampling(own(opened)), "solver.kind": chosen.kind}  # every name begins with it
     said = changes(opened, before, sampling(opened.run))
     said += [word("labels", only)] if only else []
-    said += [word("count", count)] if count != COUNT else []
+    said += [word("prompts", list(prompts))] if prompts else []
+    said += [word("count", count)] if count != (len(prompts) or COUNT) else []
     written: list[Path] = []
     for n in nfe:
         made = sample(opened, nfe=n, c=c, bar=bar)
         if not dist.is_main():
             continue
-        written.append(write(made.x, c, folder / "-".join([chosen.kind, f"nfe{n}", *said]), form, run))
+        written.append(
+            write(made.x, c, folder / "-".join([chosen.kind, f"nfe{n}", *said]), form, run, names(opened, c))
+        )
     return written
 
 
-def titles(c: Tensor, run: Run) -> dict[str, Any]:
+def titles(c: Tensor, run: Run, names: Sequence[str] | None = None) -> dict[str, Any]:
     """How many columns a sheet of these classes has, and what is written above them, or above each image.
 
     A column holds one class where classes come in turn and are few, and every image says its own elsewhere.
     """
     if not run.data.classes:
         return {"columns": 8}
-    names = [run.class_name(k) for k in c.tolist()]
+    names = names or [run.class_name(k) for k in c.tolist()]
     turn, most = len(set(names)), 20 if run.pixels[-1] <= picture.READABLE else 10
     columns = min(turn * max(1, 8 // turn) if turn <= most else 10, len(names))
     in_turn = all(name == names[i % columns] for i, name in enumerate(names))
     return {"columns": columns, "titles": names[:columns] if in_turn else names}
 
 
-def write(x: Sample, c: Tensor, stem: Path, form: str, run: Run) -> Path:
-    """One set of samples as one file, or one folder of files."""
+def write(x: Sample, c: Tensor, stem: Path, form: str, run: Run, names: Sequence[str] | None = None) -> Path:
+    """One set of samples as one file, or one folder of files; `names` of the conditions, where the run has others."""
     points = len(run.pixels) == 1
     match form:
         case "images":
@@ -197,7 +217,7 @@ def write(x: Sample, c: Tensor, stem: Path, form: str, run: Run) -> Path:
             sheet = (
                 picture.scatter(run.data.open().reference(SCATTERED, run.sample.seed)[0], {stem.name: x})
                 if points
-                else picture.sheet(picture.to_rows(x), **titles(c, run))
+                else picture.sheet(picture.to_rows(x), **titles(c, run, names))
             )
             archive.write_picture(path, sheet)
             return path

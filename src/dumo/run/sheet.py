@@ -84,6 +84,6 @@ class Sheets:
 
 
 def classes(run: Run) -> Tensor:
-    """The class of each sample: all in turn, or, where there are more of them than images, some from end to end."""
-    n, k = COUNT if len(run.pixels) == 3 else POINTS, run.data.classes
-    return generate.labels(n, k, [i * k // n for i in range(n)] if k > n else None)
+    """The condition of each sample: all classes in turn, or, where there are more than images, some from end to end."""
+    n, k = COUNT if len(run.pixels) == 3 else POINTS, run.data.labels
+    return run.conditions(generate.labels(n, k, [i * k // n for i in range(n)] if k > n else None))

@@ -24,7 +24,7 @@ from dumo.nets.dualized import Dualized
 from dumo.place import pinned, sent
 from dumo.preflight import cost, doctor
 from dumo.progress import Bar, no_bar
-from dumo.run import deviation, teacher
+from dumo.run import deviation, teacher, text
 from dumo.run.folder import begin, held
 from dumo.run.history import History
 from dumo.run.journal import Journal, way_back
@@ -59,8 +59,10 @@ def train(
     rank, ranks = dist.launched()
     require_room(run, dist.device(device), ranks)
     check_pieces(run, ranks)
+    run = text.ready(run, make=rank == 0)
     with held(run, folder, step) if rank == 0 else nullcontext(), dist.join():
         tell = tell if rank == 0 and tell else quiet
+        run = text.ready(run, make=False)  # what the first rank has made
         return go_on(run, folder, dist.device(device), no_bar if rank else bar, tell, step, new_data=new_data)
 
 
@@ -153,7 +155,8 @@ def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.dev
     net, what = run.outline(), "images" if len(run.pixels) == 3 else "points"
     many = f"{size:,} {what}" if size is not None else f"{what} drawn anew"
     names = f": {some(run.class_names)}" if run.class_names else ""
-    classes = f" in {run.data.classes} classes{names}" if run.data.classes else ""
+    kind = "with {:,} captions" if run.captions else "in {} classes"
+    classes = f" {kind.format(run.data.classes)}{names}" if run.data.classes else ""
     weights = sum(p.numel() for p in net.parameters())
     learns = sum(p.numel() for p in net.parameters() if p.requires_grad)
     part = f", {learns:,} of them trained" if learns < weights else ""

@@ -11,7 +11,7 @@ def test_shape_range_and_levels() -> None:
     assert x.shape == (1797, *Digits.shape)
     assert (x.dtype, c.dtype) == (torch.float32, torch.int64)
     assert torch.equal(x.unique(), torch.arange(17) / 8 - 1)
-    assert c.unique().tolist() == list(range(Digits.classes))
+    assert c.unique().tolist() == list(range(Digits().classes))
     assert c.bincount().min() > 170
 
 

@@ -153,5 +153,5 @@ def test_images_without_options_are_refused(images: Path) -> None:
 def test_a_folder_of_images_with_options_is_enough(images: Path, tmp_path: Path) -> None:
     """The classes are looked up, and flips are kept."""
     sets = ["data.images.on_bad=skip"]
-    data = encode.asked(str(images), sets, out=str(tmp_path / "out"), codec="identity", side=SIDE)
+    data = encode.asked(str(images), sets, out=str(tmp_path / "out"), codec="identity", side=SIDE).data
     assert (data.classes, data.shape, data.images.flip, data.images.on_bad) == (2, (3, SIDE, SIDE), True, "skip")

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from contract.case import randomise
 from dumo.flow.slope import DualSlope, JvpSlope
-from dumo.nets.dit import Block, DiT, Transformer, gated
+from dumo.nets.block import Block, Sizes, gated
+from dumo.nets.dit import DiT, Transformer
 from dumo.nets.mlp import MLP
 from dumo.nets.rotary import turn, turns
 from dumo.objectives import DuMo, FlowMatching, Objective
@@ -106,7 +107,7 @@ def test_tokens_are_squares_row_by_row() -> None:
 
 
 def test_attention_by_hand() -> None:
-    block = Block(8, 2)
+    block = Block(Sizes(8, 2))
     randomise(block)
     a = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
     q, k, v = block.qkv(a).chunk(3, -1)
@@ -118,7 +119,7 @@ def test_attention_by_hand() -> None:
 
 
 def test_block_by_hand() -> None:
-    block = Block(8, 2)
+    block = Block(Sizes(8, 2))
     randomise(block)
     g = torch.Generator().manual_seed(1)
     h, e = torch.randn(3, 5, 8, generator=g), torch.randn(3, 8, generator=g)
@@ -148,7 +149,7 @@ def test_rms_norm_by_hand() -> None:
 
 def test_qk_norm_by_hand() -> None:
     """Scores are of queries and keys of mean square 1, so their size in the stream does not count."""
-    block = Block(8, 2, qk_norm=True)
+    block = Block(Sizes(8, 2, qk_norm=True))
     randomise(block)
     assert block.q_norm
     assert block.k_norm
@@ -164,7 +165,7 @@ def test_qk_norm_by_hand() -> None:
 
 
 def test_swiglu_by_hand() -> None:
-    block = Block(8, 2, mlp="swiglu")
+    block = Block(Sizes(8, 2, mlp="swiglu"))
     randomise(block)
     a, hidden = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)), gated(8)
     gate, up = block.up(a)[..., :hidden], block.up(a)[..., hidden:]
@@ -174,7 +175,7 @@ def test_swiglu_by_hand() -> None:
 @pytest.mark.parametrize("width", [384, 768, 1024, 1152])
 def test_swiglu_has_as_many_parameters(width: int) -> None:
     with torch.device("meta"):
-        plain, other = (trained(Block(width, 1, mlp=mlp)) for mlp in ("gelu", "swiglu"))
+        plain, other = (trained(Block(Sizes(width, 1, mlp=mlp))) for mlp in ("gelu", "swiglu"))
     assert gated(width) % 8 == 0
     assert other == pytest.approx(plain, rel=2e-3)
 

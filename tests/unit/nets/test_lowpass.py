@@ -11,7 +11,7 @@ from dumo.flow.slope import CentralSlope, DualSlope
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import FAMILIES
 from dumo.nets.lowpass import Fit, Slow, cut, frequencies, layers, refit, waves
-from dumo.nets.text import table
+from dumo.nets.pretrained import Pretrained
 from dumo.types import Frozen
 from transformers_saved import CLASSES, GUIDANCE, SHAPE, batch
 
@@ -23,7 +23,13 @@ def dualized(name: str, limit: float | None = None, *, smooth: bool = False) -> 
     model: Any = tiny.TINY[name].model()
     row = FAMILIES[tiny.TINY[name].kind]
     net = Dualized(
-        *(model, row, table(None, row, model.config, CLASSES), ("v",), row.patch(model.config, SHAPE[0])),
+        *(
+            model,
+            row,
+            Pretrained(source="").told(row, model.config, CLASSES),
+            ("v",),
+            row.patch(model.config, SHAPE[0]),
+        ),
         guidance=GUIDANCE.get(name),
     )
     turn = row.turn(model.config)

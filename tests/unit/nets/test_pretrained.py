@@ -18,6 +18,7 @@ from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
+from dumo.nets.text import TextFile
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
 from dumo.types import Frozen, Needs, Noised, UserError
 from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, SHAPE, asked, batch, saved
@@ -325,11 +326,11 @@ def test_only_safetensors_are_read(folder: Saved, tmp_path: Path) -> None:
     ("name", "change", "why"),
     [
         ("sd3", {"tokens": None}, "has no tokens"),
-        ("sd3", {"tokens": torch.zeros(3, 7, 15)}, r"\(3, 7, 16\)"),
+        ("sd3", {"tokens": torch.zeros(3, 7, 15)}, "tokens of 15 numbers, this model takes 16"),
         ("sd3", {"tokens": torch.zeros(4, 7, 16), "pooled": torch.zeros(4, 12)}, "3 and that of no condition"),
-        ("sd3", {"pooled": None}, "pooled none"),
+        ("sd3", {"pooled": None}, "pooled of none, this model takes 12 numbers"),
         ("sd3", {"mask": torch.ones(3, 7)}, "leave it out"),
-        ("chroma", {"pooled": torch.ones(3, 7)}, "leave it out"),
+        ("chroma", {"pooled": torch.ones(3, 7)}, "pooled of 7 numbers, this model takes none"),
         ("chroma", {"mask": torch.ones(3, 6)}, "has mask"),
     ],
 )
@@ -339,8 +340,8 @@ def test_texts_that_do_not_fit_are_refused(
     from safetensors.torch import load_file, save_file
 
     spec = folder(name)
-    assert spec.texts
-    rows = load_file(spec.texts) | change
+    assert isinstance(spec.texts, TextFile)
+    rows = load_file(spec.texts.source) | change
     save_file({name: row for name, row in rows.items() if row is not None}, tmp_path / "texts.safetensors")
     with pytest.raises(UserError, match=why):
-        built(spec.model_copy(update={"texts": str(tmp_path / "texts.safetensors")}))
+        built(spec.model_copy(update={"texts": TextFile(source=str(tmp_path / "texts.safetensors"))}))

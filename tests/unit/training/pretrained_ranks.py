@@ -11,6 +11,7 @@ from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora
+from dumo.nets.text import TextFile
 from dumo.objectives import DuMo
 from dumo.run.base import Base
 from dumo.training.cut import span
@@ -37,7 +38,7 @@ LAYOUTS = [(1, False), (2, True)]  # ranks to a copy, and whether weights are gi
 def tuned(source: str, way: str, share: int, *, reshard: bool, rows: int | None = None) -> State:
     """A state after all steps, by passes of so many rows; None: of all that a rank has."""
     torch.manual_seed(0)  # as `Run.build` does, for adapters
-    net = Pretrained(source=source, lora=WAYS[way], texts=f"{source}.safetensors").build(
+    net = Pretrained(source=source, lora=WAYS[way], texts=TextFile(source=f"{source}.safetensors")).build(
         OBJECTIVE.needs, SHAPE, CLASSES
     )
     spec = SPEC.model_copy(update={"share": share, "reshard": reshard, "micro_batch": rows})

@@ -1,0 +1,112 @@
+"""Captions in the place of classes: words around the name of an image's class, or what was written of each image.
+
+A condition is then the number of a caption (`dumo.texts.caption`), and `classes` is how many captions there are. Where
+they are made of L classes by S templates, and H more that are held out of training,
+
+    caption s of class l has number l S + s,    held caption h of class l has number L S + l H + h.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import torch
+from jaxtyping import Int64
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dumo.texts.caption import Captions
+from dumo.types import Spec, UserError
+
+BRACED = re.compile(r"\{[^{}]*\}")
+PLACES = ("{}", "{n}")  # for the class's name, for its number
+
+
+class Templates(Spec):
+    """Sentences around the name of an image's class, `a photo of a {}`, or around its number, `the digit {n}`.
+
+    In training an image has each of those of its class with equal probability, and none that is held out.
+    """
+
+    kind: Literal["templates"] = "templates"
+    templates: tuple[str, ...] = Field(min_length=1)
+    held: tuple[str, ...] = ()  # never trained on, to see what the words of others are worth
+    names: tuple[str, ...] = ()  # of the classes; (): as the data call them
+
+    @model_validator(mode="after")
+    def _name_a_class(self) -> "Templates":
+        for template in (*self.templates, *self.held):
+            found = BRACED.findall(template)
+            if not found or not set(found) <= set(PLACES):
+                raise UserError(
+                    f"template '{template}' must hold {{}} where the class's name goes, or {{n}} for its number, and "
+                    "no other braces"
+                )
+        return self
+
+    def named(self, names: Sequence[str]) -> Sequence[str]:
+        """What classes are called that the data call so. Raises UserError where there are others, or none."""
+        if self.names and names and len(self.names) != len(names):
+            raise UserError(f"captions.names has {len(self.names)} names for {len(names)} classes: give one to each")
+        if not self.names and not names:
+            raise UserError("the classes of these data have numbers only: give captions.names, one to each")
+        return self.names or names
+
+    def of(self, names: Sequence[str]) -> Captions:
+        """All captions, held ones last; row l is of class l.
+
+        `names` are the data's own. Raises UserError as `named`, and where two captions are alike, or one is blank.
+        """
+        names = self.named(names)
+        seen = [_filled(template, name, k) for k, name in enumerate(names) for template in self.templates]
+        held = [_filled(template, name, k) for k, name in enumerate(names) for template in self.held]
+        texts = tuple(text.strip() for text in (*seen, *held))
+        for text, count in Counter(texts).items():
+            if not text or count > 1:
+                what = f"the caption '{text}' twice" if text else "a caption of nothing but blanks"
+                raise UserError(f"captions.templates and the names of the classes make {what}: change one of them")
+        ends = len(self.templates) * torch.arange(1, len(names) + 1)
+        return Captions(texts, torch.arange(len(seen)), ends)
+
+    def count(self, labels: int) -> int:
+        """How many captions so many classes have."""
+        return labels * (len(self.templates) + len(self.held))
+
+    def numbers(self, labels: Int64[Tensor, " n"], classes: int, *, held: bool = False) -> Int64[Tensor, " n"]:
+        """A caption for each label: those of its class in turn, of the trained ones, or of those that are held out.
+
+        Raises UserError where none are.
+        """
+        many = len(self.held if held else self.templates)
+        if not many:
+            raise UserError("captions.held names no template that is held out: name some, or ask for the seen ones")
+        order = labels.argsort(stable=True)  # the samples of a class side by side
+        first = labels.bincount(minlength=classes).cumsum(0) - labels.bincount(minlength=classes)
+        turn = torch.empty_like(labels)
+        turn[order] = torch.arange(len(labels)) - first[labels[order]]
+        return classes * len(self.templates) * held + labels * many + turn % many
+
+
+class Files(Spec):
+    """What was written of each image, beside it or in its table; several captions of an image are drawn from evenly."""
+
+    kind: Literal["files"] = "files"
+    name: str = "auto"  # the column or key that captions stand under, or txt: files; auto: the first of NAMES there is
+    digest: str | None = None  # of the texts in order, found when the run is made
+
+    def require(self, found: Captions, where: str) -> None:
+        """Raise UserError for other texts than those of the digest."""
+        if self.digest not in (None, found.digest()):
+            raise UserError(
+                f"{where} has other captions than the run was made with (digest {found.digest()}, captions.digest says "
+                f"{self.digest}): put them back as they were, or begin a new run"
+            )
+
+
+Captioning = Annotated[Templates | Files, Field(discriminator="kind")]
+
+
+def _filled(template: str, name: str, number: int) -> str:
+    """The caption of a class."""
+    return BRACED.sub(lambda place: name if place[0] == "{}" else str(number), template)

@@ -1,0 +1,51 @@
+"""Tiny text encoders with random weights, in folders as transformers saves them."""
+
+from pathlib import Path
+
+import torch
+
+from dumo.random import stream
+
+WIDTH = 16
+
+
+def t5(folder: Path, seed: int = 0) -> Path:
+    """A T5 of bytes, with its tokenizer."""
+    from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=259, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    return saved(T5EncoderModel, config, ByT5Tokenizer(extra_ids=0), folder, seed)
+
+
+def clip(folder: Path, seed: int = 0) -> Path:
+    """A CLIP whose whole text is projected to 8 numbers, with a tokenizer of words, as pipelines lay them out."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+
+    words = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "red", "blue", "car", "photo", "of", "cat"]
+    whole = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    whole.pre_tokenizer = pre_tokenizers.Whitespace()
+    whole.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=whole, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=WIDTH, intermediate_size=32, projection_dim=8, num_hidden_layers=3,
+        num_attention_heads=2, max_position_embeddings=16, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder / "tokenizer")
+    return saved(CLIPTextModelWithProjection, config, None, folder / "text_encoder", seed)
+
+
+def saved(kind: type, config: object, tokenizer: object, folder: Path, seed: int) -> Path:
+    """A model of these sizes, drawn by its seed, in a folder."""
+    with torch.random.fork_rng():
+        torch.manual_seed(stream(seed, "encoder").initial_seed())
+        kind(config).save_pretrained(folder)  # type: ignore[attr-defined]
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+    return folder

@@ -1,0 +1,92 @@
+"""Captions in the place of classes: numbered as they say, drawn evenly, and never one that is held out."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from dumo.config.load import load
+from dumo.data import Digits
+from dumo.data.caption import Templates
+from dumo.data.digits import NAMES
+from dumo.types import UserError
+
+WORDS = Templates(templates=("a handwritten {}", "{n}", "the digit {n}, {}"), held=("{}!", "no. {n}"))
+
+
+def refused(**fields: object) -> str:
+    with pytest.raises((UserError, ValidationError)) as caught:
+        Digits.model_validate({"captions": {"kind": "templates", **fields}}).open()
+    return str(caught.value)
+
+
+def test_numbers_are_those_that_the_module_says() -> None:
+    told = WORDS.of(NAMES)
+    assert len(told) == WORDS.count(10) == 50
+    for k, name in enumerate(NAMES):
+        assert told.texts[3 * k : 3 * k + 3] == (f"a handwritten {name}", str(k), f"the digit {k}, {name}")
+        assert told.texts[30 + 2 * k : 32 + 2 * k] == (f"{name}!", f"no. {k}")
+
+
+def test_a_class_has_its_captions_in_turn() -> None:
+    labels = torch.tensor([7, 7, 2, 7, 7, 2])
+    texts = WORDS.of(NAMES).texts
+    seen = [texts[c] for c in WORDS.numbers(labels, 10)]
+    assert seen == ["a handwritten seven", "7", "a handwritten two", "the digit 7, seven", "a handwritten seven", "2"]
+    assert [texts[c] for c in WORDS.numbers(labels, 10, held=True)][:3] == ["seven!", "no. 7", "two!"]
+
+
+def test_none_held_out_is_a_line() -> None:
+    with pytest.raises(UserError, match="held"):
+        Templates(templates=("{}",)).numbers(torch.arange(3), 10, held=True)
+
+
+def test_training_draws_all_that_are_seen_evenly_and_no_other() -> None:
+    spec = Digits(captions=WORDS)
+    source, plain = spec.open(), Digits().open()
+    assert (spec.classes, spec.labels, Digits().classes) == (50, 10, 10)
+    counts = torch.zeros(50)
+    for step in range(60):
+        (x, c), (same, label) = source.batch(step, 500, 3), plain.batch(step, 500, 3)
+        assert torch.equal(x, same)
+        assert torch.equal(c // 3, label)  # an image's captions are of its own class
+        counts += c.bincount(minlength=50)
+    assert not counts[30:].any()
+    # 30,000 draws, 1,000 a caption: six standard deviations of a multinomial's count
+    assert (counts[:30] - 1000).abs().max() < 6 * 1000**0.5
+
+
+def test_a_batch_is_its_parts_whoever_makes_them() -> None:
+    source = Digits(captions=WORDS).open()
+    whole = source.batch(5, 12, 1)[1]
+    parts = [source.batch(5, 12, 1, slice(k, None, 3))[1] for k in range(3)]
+    assert torch.equal(torch.stack(parts, 1).flatten(), whole)
+    assert not torch.equal(whole, source.batch(5, 12, 2)[1])
+
+
+def test_other_words_are_other_data() -> None:
+    prints = {
+        Digits(captions=captions).open().fingerprint() for captions in (None, WORDS, Templates(templates=("{}",)))
+    }
+    assert len(prints) == 3
+
+
+def test_data_without_captions_say_nothing_of_them() -> None:
+    assert Digits().model_dump() == {"kind": "digits"}
+    assert "captions" not in load("cifar10-latents").data.images.model_dump()  # pyright: ignore
+    assert Digits.model_validate(Digits(captions=WORDS).model_dump(mode="json")) == Digits(captions=WORDS)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"templates": []}, "at least 1"),
+        ({"templates": ["a digit"]}, "'a digit' must hold {}"),
+        ({"templates": ["{name}"]}, "no other braces"),
+        ({"templates": ["{}"], "held": ["{} "]}, "'zero' twice"),
+        ({"templates": ["{}"], "names": ["one"] * 10}, "'one' twice"),
+        ({"templates": ["{}"], "names": ["", *"abcdefghi"]}, "blanks"),
+        ({"templates": ["{}"], "names": ["one", "two"]}, "2 names for 10 classes"),
+    ],
+)
+def test_what_makes_no_captions_is_refused(fields: dict[str, object], told: str) -> None:
+    assert told in refused(**fields)
