@@ -64,8 +64,13 @@ def where(device: torch.device) -> str:
 
 
 def asked(sampler: Sampler) -> gr.Dropdown | gr.Textbox:
-    """What is to be made: a class from a list; where they are too many, or none, by its name or number."""
+    """What is to be made: a prompt where the run reads captions, else a class from a list.
+
+    Where classes are too many for a list it is typed, by name or number; where there are none nothing is asked.
+    """
     run = sampler.opened.run
+    if run.captions:
+        return gr.Textbox(run.class_name(0), label="prompt", lines=1, scale=3)
     if 0 < run.data.classes <= MENU:
         names = [run.class_name(c) for c in range(run.data.classes)]
         return gr.Dropdown(names, value=names[0], label="class")

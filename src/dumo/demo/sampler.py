@@ -16,12 +16,14 @@ from dumo.random import noise, stream
 from dumo.report.gallery import Reading, is_image, readings
 from dumo.report.page import NEAR, POINTS
 from dumo.run.folder import RunFolder
+from dumo.run.prompt import prompted
 from dumo.run.sample import guided_reading, real_data
 from dumo.sampling.generate import carried, counting, evaluating, passing
 from dumo.sampling.solver import Euler, Fresh, Heun, check
 from dumo.types import Sample, UserError
 
 LIMIT = 60.0  # seconds of an answer: ours
+LONGEST = 10_000  # letters of a prompt: ours; encoders read far fewer
 SOME = 256  # images of the data whose nearest others are looked for: ours
 
 
@@ -77,9 +79,16 @@ class Sampler:
         return self.readings[letter]
 
     def condition(self, text: str) -> int:
-        """The number of a class, by its name or number; 0 of data without classes. Raises UserError for no class."""
+        """The number of what is asked for: a prompt where the run reads captions, else a class's name or number.
+
+        0 of data without classes. Raises UserError for no such class, and for a prompt as `prompted`.
+        """
         run = self.opened.run
-        return run.class_index(text) if run.data.classes else 0
+        if run.captions is None:
+            return run.class_index(text) if run.data.classes else 0
+        if len(text) > LONGEST:
+            raise UserError(f"a prompt of {len(text):,} letters is too long: say it in {LONGEST:,} at most")
+        return int(prompted(self.opened, [text]))
 
     def fresh(self, seeds: Sequence[int], images: int = 1) -> Fresh:
         """The draws of the first images of each seed, as `dumo sample --seed` makes them."""

@@ -35,3 +35,10 @@ def flow(tmp_path_factory: pytest.TempPathFactory) -> Sampler:
 def moons(tmp_path_factory: pytest.TempPathFactory) -> Sampler:
     """Points."""
     return trained(tmp_path_factory.mktemp("demo") / "moons", "moons")
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Sampler:
+    """Digits by captions, with a small encoder."""
+    folder = tmp_path_factory.mktemp("demo")
+    return trained(folder / "words", "digits-words", f"net.texts.root={folder}/ids")

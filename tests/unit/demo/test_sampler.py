@@ -53,3 +53,17 @@ def test_images_that_are_all_equally_far_apart_lie_so_far_from_the_nearest(
     other = Sampler(digits.opened)
     monkeypatch.setitem(other.__dict__, "data", (torch.eye(12).view(12, 1, 3, 4), 12))
     assert other.spacing == pytest.approx(2**0.5)
+
+
+def test_a_prompt_is_what_a_run_of_captions_is_asked(words: Sampler) -> None:
+    """A caption of the data is its own number; another text has one behind all, the same whenever it is asked."""
+    run = words.opened.run
+    assert words.condition(run.class_name(3)) == 3
+    new = words.condition("a red bicycle")
+    assert new > run.data.classes
+    assert words.condition(" a red bicycle ") == new
+    made = [words.make(words.reading("u"), 1, c, words.fresh([1])).x for c in (new, 3)]
+    assert not torch.equal(*made)
+    for wrong in ("", "  ", "7" * 10_001):
+        with pytest.raises(UserError, match="a prompt"):
+            words.condition(wrong)
