@@ -134,6 +134,4 @@ class Mapped(Texts):
             tokens, mask, pooled = self.table.padded([])
             read = self.spec.reader(self.table, self.like.device)
             self.added = Rows(tokens, mask if self.masked else None, pooled, lambda _: read)
-                tokens, mask if self.masked else None, pooled, lambda _: self.spec.reader(self.table, self.like.device)
-            )
         return len(self.table) + self.added.append(texts)
