@@ -63,7 +63,8 @@ def served(run: Path, *words: object) -> Generator[tuple[str, Program], None, No
         wait(process, answers)
         yield url, process
     finally:
-        process.kill()
+        process.send_signal(signal.SIGINT)
+        finish(process)
 
 
 def test_a_port_that_is_taken_is_refused(trained: dict[str, Path], here: Path) -> None:

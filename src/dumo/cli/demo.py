@@ -20,7 +20,7 @@ def demo(
     weights: Weights = None,
     device: Device = "auto",
 ) -> None:
-    """Serve a page to play with a run: 1, 2, 4, 50 passes side by side, and more. It needs Gradio: dumo[demo]."""
+    """Serve a page to play with a run: 1, 2, 4, 50 passes side by side, and more. It needs Gradio, the extra demo."""
     from dumo import dist
     from dumo.demo.sampler import Sampler
     from dumo.demo.server import gradio_alone, listening, private, serve

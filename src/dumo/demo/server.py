@@ -63,7 +63,10 @@ def gradio_alone() -> Generator[None, None, None]:
 
 
 def serve(blocks: "gr.Blocks", opened: socket.socket, tell: Callable[[str], None]) -> None:
-    """Serve a page until a signal asks for its end (`dumo.stop`); `tell` hears its address as soon as it answers."""
+    """Serve a page until a signal asks for its end (`dumo.stop`); `tell` hears its address as soon as it answers.
+
+    Raises RuntimeError where the server does not start.
+    """
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
@@ -91,6 +94,8 @@ def serve(blocks: "gr.Blocks", opened: socket.socket, tell: Callable[[str], None
     thread.start()
     while not server.started and thread.is_alive():
         time.sleep(WAIT)
+    if not server.started:
+        raise RuntimeError("the server of the page did not start")
     tell(address(opened))
     while stop.asked() is None and thread.is_alive():
         time.sleep(WAIT)
