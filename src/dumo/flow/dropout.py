@@ -76,14 +76,13 @@ def layer_keys(rows: Keys, layer: int) -> Keys:
 
 def drop(h: Array, rows: Keys, p: float) -> Array:
     """h (b, ...), each number zero with probability p, else divided by 1 - p, so as before in the mean."""
-    dropped = round(p * LEVELS)
-    return h * _kept(rows, h.shape[1:], dropped) * (LEVELS / (LEVELS - dropped))
+    return h * kept(rows, h.shape[1:], p) * (LEVELS / (LEVELS - round(p * LEVELS)))
 
 
 @torch.no_grad()
-def _kept(rows: Keys, shape: Sequence[int], dropped: int) -> Bool[Tensor, "b ..."]:
-    """Which numbers stay: those whose 16 bits, hashed from key and place, are not among the first `dropped`."""
-    n = prod(shape)
+def kept(rows: Keys, shape: Sequence[int], p: float) -> Bool[Tensor, "b ..."]:
+    """Which numbers of shape (b, *shape) stay: those whose 16 bits, hashed from key and place, are not the lowest."""
+    n, dropped = prod(shape), round(p * LEVELS)
     step, start = _mix(rows).unsqueeze(-1).unbind(1)
     places = torch.arange((n + 1) // 2, dtype=torch.int32, device=rows.device)
     bits = _mix(places * (step | 1) + start).view(torch.int16)  # two numbers of 16 bits from one of 32

@@ -34,7 +34,7 @@ Shown = Float[Tensor, "b *pixels"]  # images, or samples as the net makes them
 LOCK = ".training.lock"  # a file that is held, and there, while the run is trained
 PRIVATE = ("heads.", "gauges.", "scalars.", "own.")  # parts of a net that an objective asks for: another may lack them
 WRITTEN = (FILE, "data.json", "metrics.jsonl")  # by training, at the top of the folder
-SAME = ("net.checkpoint:", "net.dropout:")  # fields of a net that leave it the same function
+SAME = ("net.checkpoint:", "net.dropout:", "net.texts.drop:")  # fields of a net that leave it the same function
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from contract.case import randomise
+from dumo.flow import dropout
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.dit import DiT, Transformer
 from dumo.nets.text.learned import Encoded, Learned
@@ -77,6 +78,31 @@ def test_prompts_stand_behind_all_captions(tmp_path: Path) -> None:
     for one, other in ((5, 2), (6, 3)):
         (a, b), _ = net(x, torch.tensor([one, other]), t=t)
         assert torch.equal(a, b)
+
+
+def test_a_hidden_token_tells_nothing_and_the_end_stays(tmp_path: Path) -> None:
+    """Whatever stands there; a share `drop` is hidden, each row's by its key, and none without keys or in sampling."""
+    net, (x, c, t) = built(spec(tmp_path).model_copy(update={"drop": 0.4})), points()
+    texts, keys = encoder_of(net), dropout.keys(0, 0, 4)
+    whole = texts.mask
+    with dropout.using(keys):
+        _, mask, _ = texts(c)
+        one = net(x, c, t=t)
+        with dropout.rows([2, 0]):
+            assert torch.equal(texts(c[[2, 0]])[1], mask[[2, 0]])
+        texts.ids = torch.where(mask, texts.ids, texts.ids.flip(1))
+        assert all(torch.equal(a, b) for a, b in zip(net(x, c, t=t), one, strict=True))
+    many = c.repeat(500)
+    with dropout.using(dropout.keys(0, 1, len(many))):
+        _, mask, _ = texts(many)
+        last = whole.sum(1)[many, None] - 1
+        assert mask.gather(1, last).all()
+        assert not (mask & ~whole[many]).any()
+        assert mask.sum().item() == pytest.approx((0.6 * last + 1).sum().item(), rel=0.02)
+        net.eval()
+        assert torch.equal(texts(many)[1], whole[many])
+    net.train()
+    assert torch.equal(texts(many)[1], whole[many])
 
 
 def test_a_checkpoint_has_the_encoder_and_not_the_captions(tmp_path: Path) -> None:

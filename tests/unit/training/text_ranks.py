@@ -36,7 +36,7 @@ LAYOUTS = [(1, False), (2, True)]  # ranks to a copy, and whether weights are gi
 def written(folder: Path) -> Learned:
     """An encoder to be trained, over the bytes of CAPTIONS."""
     encode(CAPTIONS, Tokenizer(length=8), folder)
-    return Learned(root=str(folder), tokenizer=Tokenizer(length=8), width=8, depth=1, attention=2)
+    return Learned(root=str(folder), tokenizer=Tokenizer(length=8), width=8, depth=1, attention=2, drop=0.2)
 
 
 def trained(way: str, learned: Learned, share: int, *, reshard: bool, rows: int | None = None) -> State:

@@ -75,7 +75,7 @@ def texts() -> dict[str, DiT]:
     """Nets that read texts, given ones and by an encoder that learns too, for the classes of digits."""
     folder, tokenizer = Path("texts"), Tokenizer(length=8)
     encode([str(k) for k in range(10)], tokenizer, folder)
-    learned = Learned(root=str(folder), tokenizer=tokenizer, width=8, depth=1, attention=2)
+    learned = Learned(root=str(folder), tokenizer=tokenizer, width=8, depth=1, attention=2, drop=0.2)
     tiny = DiT(patch=2, width=8, depth=2, attention=2)
     ways = {"cross": ("cross", learned), "joint": ("joint", Given())}
     return {name: tiny.model_copy(update={"text": way, "texts": texts}) for name, (way, texts) in ways.items()}

@@ -10,8 +10,10 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from dumo.bound import BLOCKS, CHANNELS
+from dumo.flow import dropout
 from dumo.nets.text.rows import Texts, Told
 from dumo.nets.text.tabled import Tabled
 from dumo.texts.tokens import EXTRA, Tokenizer
@@ -30,6 +32,9 @@ class Learned(Tabled):
     width: int = Field(default=128, ge=1, le=CHANNELS)
     depth: int = Field(default=2, ge=1, le=BLOCKS)
     attention: int = Field(default=4, ge=1, le=CHANNELS)  # attention heads
+    # Of the tokens of a caption, hidden in training: of few captions it else learns by heart which is which (word
+    # dropout, Iyyer et al. 2015).
+    drop: float = Field(default=0.0, ge=0, lt=1)
 
     @property
     def by(self) -> Tokenizer:
@@ -65,11 +70,14 @@ class Encoded(Texts):
         self.tokenizer, self.width, self.pooled_width, self.length = spec.tokenizer, spec.width, 0, ids.shape[1]
         self.register_buffer("ids", ids, persistent=False)
         self.register_buffer("mask", mask, persistent=False)
-        self.encoder = drawn(spec)
+        self.encoder, self.drop = drawn(spec), spec.drop
 
     def forward(self, c: Cond) -> Told:
         """The rows of c (b,): tokens, and which of them are there."""
         mask = self.mask[c]
+        if self.training and self.drop and (rows := dropout.current(len(c))) is not None:
+            last = mask & ~F.pad(mask[:, 1:], (0, 1))  # it ends the text, and stays: something always does
+            mask = mask & dropout.kept(rows, mask.shape[1:], self.drop) | last
         seen = mask[:, None, None]  # as it is: transformers would look at its numbers, and wait for the device
         return self.encoder(self.ids[c], attention_mask=seen).last_hidden_state, mask, None
 
