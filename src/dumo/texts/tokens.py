@@ -17,6 +17,7 @@ from dumo.io.text import brief
 from dumo.types import FREE, Spec, UserError
 
 BYTES = "bytes"
+SPACE = 35  # ByT5's token of a space: its bytes stand behind three tokens of its own
 EXTRA = "needs transformers: pip install 'dumo[text]'"
 HINT = "name a folder with tokenizer_config.json and its files, as transformers saves a tokenizer, or bytes"
 
@@ -34,6 +35,11 @@ class Tokenizer(Spec):
     @classmethod
     def _holds_the_text(cls, template: str) -> str:
         return holding(template)
+
+    @property
+    def space(self) -> int | None:
+        """The token that begins a word; None: every token is taken for a word, which larger ones nearly are."""
+        return SPACE if self.source == BYTES else None
 
     def open(self) -> "Cut":
         """Its files read. Raises UserError where there are none, or transformers is missing."""

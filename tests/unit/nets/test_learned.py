@@ -10,7 +10,7 @@ from contract.case import randomise
 from dumo.flow import dropout
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.dit import DiT, Transformer
-from dumo.nets.text.learned import Encoded, Learned
+from dumo.nets.text.learned import Encoded, Learned, words
 from dumo.texts.encode import encode
 from dumo.texts.tokens import Tokenizer
 from dumo.types import Frozen, Needs, UserError
@@ -80,29 +80,36 @@ def test_prompts_stand_behind_all_captions(tmp_path: Path) -> None:
         assert torch.equal(a, b)
 
 
-def test_a_hidden_token_tells_nothing_and_the_end_stays(tmp_path: Path) -> None:
+def test_a_hidden_word_tells_nothing_and_the_end_stays(tmp_path: Path) -> None:
     """Whatever stands there; a share `drop` is hidden, each row's by its key, and none without keys or in sampling."""
     net, (x, c, t) = built(spec(tmp_path).model_copy(update={"drop": 0.4})), points()
     texts, keys = encoder_of(net), dropout.keys(0, 0, 4)
-    whole = texts.mask
     with dropout.using(keys):
-        _, mask, _ = texts(c)
-        one = net(x, c, t=t)
+        mask, one = texts(c)[1], net(x, c, t=t)
+        assert not torch.equal(mask, texts.mask)
         with dropout.rows([2, 0]):
             assert torch.equal(texts(c[[2, 0]])[1], mask[[2, 0]])
-        texts.ids = torch.where(mask, texts.ids, texts.ids.flip(1))
+        ids, other = texts.ids, texts.ids.where((texts.ids == 35) | mask, 200)
+        texts.ids = other
         assert all(torch.equal(a, b) for a, b in zip(net(x, c, t=t), one, strict=True))
-    many = c.repeat(500)
+        texts.ids = ids
+    many = torch.zeros(2000, dtype=torch.long)  # "a seven", and its end
     with dropout.using(dropout.keys(0, 1, len(many))):
-        _, mask, _ = texts(many)
-        last = whole.sum(1)[many, None] - 1
-        assert mask.gather(1, last).all()
-        assert not (mask & ~whole[many]).any()
-        assert mask.sum().item() == pytest.approx((0.6 * last + 1).sum().item(), rel=0.02)
+        there = texts(many)[1]
+        assert there.mean(0, dtype=torch.float) == pytest.approx([0.6] * 7 + [1, 0], abs=0.05)
+        first, second = there[:, :1], there[:, 1:7]
+        assert torch.equal(second, second[:, :1].expand_as(second))  # a space goes with the word behind it
+        assert not torch.equal(first.expand_as(second), second)
         net.eval()
-        assert torch.equal(texts(many)[1], whole[many])
+        assert torch.equal(texts(many)[1], texts.mask[many])
     net.train()
-    assert torch.equal(texts(many)[1], whole[many])
+    assert torch.equal(texts(many)[1], texts.mask[many])
+
+
+def test_without_spaces_each_token_is_a_word() -> None:
+    ids = torch.tensor([[5, 35, 6]])
+    assert words(ids, None).tolist() == [[0, 1, 2]]
+    assert words(ids, 35).tolist() == [[0, 1, 1]]
 
 
 def test_a_checkpoint_has_the_encoder_and_not_the_captions(tmp_path: Path) -> None:

@@ -26,10 +26,10 @@ SHAPE, CAPTIONS = (3, 8, 8), ("one", "two", "a three")
 def net(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[float], Net]:
     """Nets that drop so much: numbers of a layer, or tokens of captions."""
     if request.param == "unet":
-        return lambda dropout: UNet(**SMALL, dropout=dropout)
+        return lambda p: UNet(**SMALL, dropout=p)
     encode(CAPTIONS, tokenizer := Tokenizer(length=8), tmp_path)
     texts = Learned(root=str(tmp_path), tokenizer=tokenizer, width=8, depth=1, attention=2)
-    return lambda drop: DiT(width=8, depth=2, attention=2, texts=texts.model_copy(update={"drop": drop}))
+    return lambda p: DiT(width=8, depth=2, attention=2, texts=texts.model_copy(update={"drop": p}))
 
 
 def step(spec: Net, rows: int | None = None, exact: bool = False) -> tuple[Record, torch.Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Int, Int64
 from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
@@ -32,8 +33,7 @@ class Learned(Tabled):
     width: int = Field(default=128, ge=1, le=CHANNELS)
     depth: int = Field(default=2, ge=1, le=BLOCKS)
     attention: int = Field(default=4, ge=1, le=CHANNELS)  # attention heads
-    # Of the tokens of a caption, hidden in training: of few captions it else learns by heart which is which (word
-    # dropout, Iyyer et al. 2015).
+    # Of the words of a caption, hidden in training (Iyyer et al. 2015): a few captions are else learned by heart.
     drop: float = Field(default=0.0, ge=0, lt=1)
 
     @property
@@ -70,14 +70,14 @@ class Encoded(Texts):
         self.tokenizer, self.width, self.pooled_width, self.length = spec.tokenizer, spec.width, 0, ids.shape[1]
         self.register_buffer("ids", ids, persistent=False)
         self.register_buffer("mask", mask, persistent=False)
-        self.encoder, self.drop = drawn(spec), spec.drop
+        self.encoder, self.drop, self.space = drawn(spec), spec.drop, spec.tokenizer.space
 
     def forward(self, c: Cond) -> Told:
         """The rows of c (b,): tokens, and which of them are there."""
         mask = self.mask[c]
         if self.training and self.drop and (rows := dropout.current(len(c))) is not None:
             last = mask & ~F.pad(mask[:, 1:], (0, 1))  # it ends the text, and stays: something always does
-            mask = mask & dropout.kept(rows, mask.shape[1:], self.drop) | last
+            mask = mask & dropout.kept(rows, mask.shape[1:], self.drop).gather(1, words(self.ids[c], self.space)) | last
         seen = mask[:, None, None]  # as it is: transformers would look at its numbers, and wait for the device
         return self.encoder(self.ids[c], attention_mask=seen).last_hidden_state, mask, None
 
@@ -87,6 +87,11 @@ class Encoded(Texts):
         self.ids = torch.cat([self.ids, ids.to(self.ids)])
         self.mask = torch.cat([self.mask, mask.to(self.mask)])
         return first
+
+
+def words(ids: Int[Tensor, "b l"], space: int | None) -> Int64[Tensor, "b l"]:
+    """Which word of its text each token is of: a space begins the next; None: each is one of its own."""
+    return (torch.ones_like(ids).cumsum(1) - 1) if space is None else (ids == space).cumsum(1)
 
 
 def drawn(spec: Learned) -> Any:  # noqa: ANN401, a model of transformers
