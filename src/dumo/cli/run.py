@@ -124,10 +124,21 @@ def sample(
         list[str] | None,
         typer.Option("--prompt", metavar="TEXT", help="What an image shows, in words. May be given many times."),
     ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Prompts: a .txt, one a line; a .jsonl with a prompt a line; a folder of .txt."
+        ),
+    ] = None,
     seed: Seed = None,
     solver: SolverName = None,
     form: Annotated[
-        str, typer.Option("--format", help="grid (one PNG), images (a PNG each) or npz (ADM's layout).")
+        str,
+        typer.Option(
+            "--format",
+            help="grid (one PNG), images (a PNG each), npz (ADM's layout); geneval or dpg: as these benchmarks read "
+            "images of their --prompts, four of each.",
+        ),
     ] = "grid",
     folder: Annotated[
         Path | None,
@@ -142,25 +153,27 @@ def sample(
     Under torchrun the ranks share the work.
     """
     from dumo import dist
+    from dumo.evaluation.benchmark import make
+    from dumo.evaluation.layout import LAYOUTS
     from dumo.run.folder import open_run
     from dumo.run.sample import COUNT, export
+    from dumo.texts.prompt import read_prompts
 
-    if labels and prompt:
-        raise typer.BadParameter("--labels and --prompt are two ways to say what to make: give one of them")
+    if sum(map(bool, (labels, prompt, prompts))) > 1:
+        raise typer.BadParameter("--labels, --prompt and --prompts are ways to say what to make: give one of them")
+    if form in LAYOUTS and (count or not prompts):
+        raise typer.BadParameter(f"--format {form} makes 4 images of each of --prompts: give these, and no --count")
     with dist.join():
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
-        files = export(
-            opened,
-            folder or opened.folder / "samples",
-            form=form,
-            count=count or len(prompt or range(COUNT)),
-            only=class_numbers(labels, opened.run),
-            prompts=prompt or (),
-            nfe=numbers("--nfe", nfe),
-            seed=seed,
-            solver=solver,
-            bar=bar if dist.is_main() else no_bar,
-        )
+        of: dict[str, Any] = {"nfe": numbers("--nfe", nfe), "seed": seed, "solver": solver}
+        of["bar"] = bar if dist.is_main() else no_bar
+        folder = folder or opened.folder / "samples"
+        if prompts and form in LAYOUTS:
+            files = make(opened, LAYOUTS[form], prompts, folder, **of)
+        else:
+            texts = [one.text for one in read_prompts(prompts)] if prompts else prompt or []
+            only, count = class_numbers(labels, opened.run), count or len(texts or range(COUNT))
+            files = export(opened, folder, form=form, count=count, only=only, prompts=texts, **of)
     for file in files:
         out.print(str(file), soft_wrap=True)
 

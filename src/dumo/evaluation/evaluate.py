@@ -71,7 +71,7 @@ def evaluate(
         "results": [row(opened, evaluator, run.sample.solver, n, c, bar) for n in passes["nfe"]],
         "contrast": [row(opened, evaluator, Euler(), n, c, bar) for n in passes["contrast"]],
         "baselines": evaluator.baselines(),
-        "card": card(opened, evaluator, len(c)),
+        "card": card(opened, evaluator.facts, len(c)),
         "versions": dist.versions(),
     }
     report["state"] = state(report["results"], report["baselines"])

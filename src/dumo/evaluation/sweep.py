@@ -45,7 +45,7 @@ def sweep(opened: RunFolder, text: str, *, bar: Bar = no_bar) -> dict[str, Any]:
         key = (run.evaluate.protocol, run.evaluate.seed)
         evaluator = evaluators[key] = evaluators.get(key) or evaluator_of(point, bar)
         c = conditions(run)
-        told = card(point, evaluator, len(c))
+        told = card(point, evaluator.facts, len(c))
         for n in run.evaluate.nfe:
             rows.append({"value": value, **row(point, evaluator, run.sample.solver, n, c, bar), "card": told})
     mark(rows)
