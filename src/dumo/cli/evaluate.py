@@ -10,7 +10,11 @@ from dumo.cli.option import AsJson, Device, Nfe, RunFolder, Seed, Set, SolverNam
 from dumo.cli.terminal import out, show_table
 from dumo.progress import bar
 
-WHAT = {"noise": "noise vs real"}  # baselines that are not between real and real
+WHAT = {  # baselines that are not between real and real
+    "noise": "noise vs real",
+    "captions": "real images with their captions",
+    "others": "real images with other captions",
+}
 
 
 def evaluate(

@@ -117,7 +117,7 @@ def card_of(opened: RunFolder, layout: Layout, source: Path, prompts: Sequence[P
 
 def note(place: Path) -> Path:
     """Where the card of a folder of images lies."""
-    return place.with_name(f"{place.name}.json")
+    return place.parent / f"{place.name}.json"
 
 
 def require(place: Path, told: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
 from dumo.io.json import finite, read_json, write_json
 from dumo.progress import Bar, Tick, no_bar
+from dumo.protocols import ClipProtocol
 from dumo.protocols.evaluator import Evaluator
 from dumo.protocols.state import state
 from dumo.run.folder import RunFolder
@@ -103,13 +104,12 @@ def evaluator_of(opened: RunFolder, bar: Bar) -> Evaluator:
                 ticks.append(stack.enter_context(bar("looking at the data", total)))
             ticks[0](done, "")
 
-        return run.evaluate.protocol.evaluator(
-            lambda: real_data(run),
-            classes=run.data.labels,
-            seed=run.evaluate.seed,
-            device=opened.device,
-            tick=tick,
-        )
+        protocol, seed, device = run.evaluate.protocol, run.evaluate.seed, opened.device
+        if isinstance(protocol, ClipProtocol):
+            return protocol.evaluator(
+                run.images.open, c=conditions(run), texts=run.class_names, seed=seed, device=device
+            )
+        return protocol.evaluator(lambda: real_data(run), classes=run.data.labels, seed=seed, device=device, tick=tick)
 
 
 def conditions(run: Run) -> Tensor:

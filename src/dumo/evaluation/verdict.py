@@ -55,7 +55,7 @@ def read_geneval(path: Path) -> Verdict:
         try:
             found += [Judged.model_validate(json.loads(line))] if line.strip() else []
         except (ValueError, RecursionError) as error:
-            what = error.errors()[0]["loc"] if isinstance(error, ValidationError) else error
+            what = told(error) if isinstance(error, ValidationError) else error
             raise UserError(f"{path} line {number} is no result of GenEval ({brief(what)}): {way}") from error
     if not found:
         raise UserError(f"{path} has no results: {way}")
@@ -84,6 +84,12 @@ def read_dpg(path: Path) -> Verdict:
     if not rows:
         raise UserError(f"{path} has no results: {way}")
     return Verdict([row["image"] for row in rows], {"dpg": 100 * sum(means) / len(means), **broad})
+
+
+def told(error: ValidationError) -> str:
+    """The first fault in words."""
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}" if first["loc"] else first["msg"].lower()
 
 
 def categories(lines: Sequence[str]) -> Scores:
@@ -148,7 +154,7 @@ def place_of(verdict: Verdict, name: str, run_folder: Path, results: Path) -> Pa
     """The folder of the images that were judged."""
     parts = PurePosixPath(verdict.files[0]).parts[: -DEPTH[name]]
     named = Path(*parts) if parts else results.parent
-    for place in (results.parent, named, run_folder / "samples" / named.name):
+    for place in (results.absolute().parent, named, run_folder / "samples" / named.name):
         if note(place).is_file():
             return place
     raise UserError(
