@@ -79,7 +79,8 @@ def written(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
 
 
 def pixels(path: Path) -> np.ndarray:
-    return np.asarray(Image.open(path))
+    with Image.open(path) as image:
+        return np.asarray(image)
 
 
 def test_genevals_evaluator_finds_four_images_of_each_prompt(run: Path, images: Path) -> None:
@@ -152,6 +153,21 @@ def test_results_that_do_not_fit_are_refused(
     done = call("evaluate", run, "--geneval", results)
     assert done.code == 2
     assert line in done.err.replace("\n", " ")
+
+
+def test_the_report_shows_prompts_under_their_pictures_and_what_evaluators_found(
+    run: Path, images: Path, tmp_path: Path
+) -> None:
+    assert call("evaluate", run, "--geneval", written(images / "results.jsonl", as_geneval_reads(images))).code == 0
+    (tmp_path / "asked.txt").write_text('a "seven" <b>\n\nthe digit four\n')
+    done = call("report", run, "--prompts", tmp_path / "asked.txt")
+    assert done.code == 0, done
+    page = (run / "report.html").read_text()
+    asked = page[page.index('<section id="prompts">') : page.index('<section id="trajectories">')]
+    assert re.findall("<figcaption>(.*)</figcaption>", asked) == ["a &#34;seven&#34; &lt;b&gt;", "the digit four"]
+    assert "of 1, 2, 4 passes" in asked
+    assert "<h3>geneval (12 samples)</h3>" in page
+    assert pixels(run / "report" / "prompts.png").shape[1] > 2 * 3 * 64
 
 
 def test_dpgs_evaluator_cuts_the_images_out_of_one_picture(run: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import typer
 
 from dumo.bound import ROWS
 from dumo.cli.failure import sparing
-from dumo.cli.option import Device, Nfe, RunFolder, Seed, Set, SolverName, Source, Weights, numbers, place
+from dumo.cli.option import Device, Nfe, Prompts, RunFolder, Seed, Set, SolverName, Source, Weights, numbers, place
 from dumo.cli.option import classes as class_numbers
 from dumo.cli.terminal import err, out
 from dumo.progress import bar, no_bar, say
@@ -124,12 +124,7 @@ def sample(
         list[str] | None,
         typer.Option("--prompt", metavar="TEXT", help="What an image shows, in words. May be given many times."),
     ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Prompts: a .txt, one a line; a .jsonl with a prompt a line; a folder of .txt."
-        ),
-    ] = None,
+    prompts: Prompts = None,
     seed: Seed = None,
     solver: SolverName = None,
     form: Annotated[
@@ -236,12 +231,17 @@ def grid(
         out.print(str(path), soft_wrap=True)
 
 
-def report(run_folder: RunFolder, device: Device = "auto") -> None:
-    """Write a run's report.html: one page with its samples, trajectories, neighbours, losses and figures."""
+def report(run_folder: RunFolder, prompts: Prompts = None, device: Device = "auto") -> None:
+    """Write a run's report.html: one page with its samples, trajectories, neighbours, losses and figures.
+
+    Of a run of captions also what it makes of --prompts, or of captions of its data, in 1, 2 and 4 passes.
+    """
     from dumo import dist
     from dumo.report import page
     from dumo.run.folder import open_run
+    from dumo.texts.prompt import read_prompts
 
     dist.alone("dumo report")
-    for file in page.write(open_run(run_folder, device=device), bar=bar):
+    texts = [one.text for one in read_prompts(prompts)] if prompts else []
+    for file in page.write(open_run(run_folder, device=device), bar, texts):
         out.print(str(file), soft_wrap=True)

@@ -32,7 +32,7 @@ from dumo.sampling.solver import Euler, Solver, check
 from dumo.types import UserError
 
 FILE = "evaluation.json"
-PLACES = ("protocol.reference", "protocol.weights", "protocol.model")  # where files lie; which ones they are the card says
+PLACES = ("protocol.reference", "protocol.weights", "protocol.model")  # of files; which ones, the card says
 ROWS = {"results": "nfe", "contrast": "contrast"}  # parts of a report, and where its card has their passes
 Row = dict[str, Any]
 
