@@ -16,10 +16,10 @@ demo: $(BIN)/.installed ## train DuMo on handwritten digits and write runs/digit
 	$(BIN)/dumo report runs/digits
 
 test: $(BIN)/.developed ## run the tests, but for the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --durations 10 --durations-min 5
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations 10 --durations-min 5
 
 slow: $(BIN)/.developed ## run the slow tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m slow $$(grep -rl mark.slow --include='test_*.py' tests)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $$(grep -rl mark.slow --include='test_*.py' tests)
 
 check: $(BIN)/.developed ## lint, formatting, types, layers
 	$(BIN)/ruff check

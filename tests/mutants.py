@@ -75,6 +75,17 @@ BASE = "tests/unit/run/test_base.py"
 LOWPASS, PRETRAINED = (f"tests/unit/nets/test_{name}.py" for name in ("lowpass", "pretrained"))
 OLD, APART = f"{PRETRAINED}::test_every_head_begins_as_the_model", f"{PRETRAINED}::test_heads_go_their_own_ways"
 ADAPTED = f"{PRETRAINED}::test_adapters_leave_the_model_as_it_is[sd3]"
+READING = "tests/unit/nets/test_reading.py"
+LOOKS, PADDED, EACH, SEES, LABELS = (
+    f"{READING}::test_{name}"
+    for name in (
+        "joint_attention_by_hand",
+        "padding_is_nothing",
+        "every_token_that_is_there_matters_and_no_other",
+        "the_image_sees_itself",
+        "where_texts_are_labels_samples_are_those_of_classes",
+    )
+)
 CUT, WAVES = f"{LOWPASS}::test_what_is_cut_stays_cut", f"{LOWPASS}::test_waves_are_those_that_the_model_makes[sd3]"
 SMOOTH, ROUNDED = (
     f"{LOWPASS}::test_a_smooth_net_stays_what_it_is[sd3]",
@@ -746,6 +757,23 @@ MUTANTS = [
         "F.silu(h + sum(own.values(), 0 * h))",
         "r reaches every head",
         HEADS,
+    ),
+    Mutant("nets/block.py", "None if mask is None else mask[:, None, None]", "None", "padding is read", PADDED),
+    Mutant(
+        "nets/reading.py", "(tokens * there).sum(1) / there.sum(1)", "tokens.mean(1)", "the mean is of padding", PADDED
+    ),
+    Mutant("nets/reading.py", "mask.new_ones(h.shape[:2])", "mask.new_zeros(h.shape[:2])", "the image is hidden", SEES),
+    Mutant(
+        "nets/reading.py", "mean(y, mask) if pooled is None", "mean(y, mask) if True", "no pooled embedding", LABELS
+    ),
+    Mutant("nets/reading.py", "text.project(text.shown(y, third))", "text.project(y)", "text is not modulated", LOOKS),
+    Mutant("nets/reading.py", "h + self.read(", "h + 0 * self.read(", "no block looks at the text", f"{EACH}[7-cross]"),
+    Mutant(
+        "nets/text/rows.py",
+        "full(pooled[c])",
+        "full(pooled[c.clamp(max=len(pooled) - 2)])",
+        "none is a caption",
+        LABELS,
     ),
     Mutant("nets/unet.py", "a = a * (1 + scale) + shift", "a = a * scale + shift", "a head without its norm", HEADS),
     Mutant("objectives/tvm.py", "b.x_t - gap * u_hat", "b.x_t + gap * u_hat", "the jump goes the wrong way", TVM),

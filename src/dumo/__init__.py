@@ -38,6 +38,8 @@ evaluation              a run measured, its card; runs compared
 
 report, export          one page with all of it; a net as stock programs take it
 
+demo                    a page to play with a run
+
 bench, reproduce        what a step costs by every slope; the paper's figures and ours
 
 api                     what `import dumo` offers: load, train, recipe

@@ -236,9 +236,25 @@ def test_a_whole_pipeline_comes_along_and_its_card_runs(tmp_path: Path) -> None:
     for name in ("copy", "link"):
         code = re.search(r"```py\n(.*?)```", (tmp_path / name / "README.md").read_text("utf-8"), re.DOTALL)
         assert code
-        small = code[1].replace(").images", f", height={PIXELS}, width={PIXELS}).images")
-        said = fresh(small + "\nprint(image.size, pipe.scheduler.config.shift)", folder=tmp_path)
+        said = fresh(code[1] + "\nprint(image.size, pipe.scheduler.config.shift)", folder=tmp_path)
         assert said.split() == ["(64,", "64)", "1.0"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.filterwarnings("ignore")
+def test_the_card_of_a_run_with_codes_makes_dumos_images(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As typed, with no other part of a pipeline; and told dumo's noise, what dumo makes of that class."""
+    case, said = Case.of(name, tmp_path, "net.texts=null"), dict[str, Any]()
+    code = re.search(r"```py\n(.*?)```", (tmp_path / "out" / "README.md").read_text("utf-8"), re.DOTALL)
+    assert code
+    monkeypatch.chdir(tmp_path)
+    exec(code[1].replace(", 0  #", f", {C}  #"), said)
+    assert case.row.back(said["image"][None]).numel() == case.z.numel()
+    told = {**said["told"], **dict(case.row.more), **case.arguments(1), "latents": case.row.into(case.z)}
+    image = said["pipe"](**told, height=PIXELS, width=PIXELS, output_type="latent", return_dict=False)[0]
+    torch.testing.assert_close(case.row.back(image), case.dumo([], 1), rtol=0, atol=1e-5)
 
 
 def refused(*words: object) -> str:

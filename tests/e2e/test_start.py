@@ -133,7 +133,7 @@ def test_what_show_prints_is_a_file_that_trains(alone: list[str], here: Path) ->
 
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_shown_as_yaml_reads_back(name: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("DUMO_DATA", "DUMO_LATENTS", "DUMO_INCEPTION", "IMAGENET", "MY_IMAGES"):
+    for variable in ("DUMO_DATA", "DUMO_LATENTS", "DUMO_INCEPTION", "IMAGENET", "MY_IMAGES", "PRETRAINED"):
         monkeypatch.delenv(variable, raising=False)
     done = call("show", name, "--yaml")
     assert (done.code, done.err) == (0, "")

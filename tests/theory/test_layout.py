@@ -10,7 +10,7 @@ from dumo import recipes
 from forked import main_of
 from meeting import outputs
 
-DIGITS = [name for name in recipes.names() if name.partition("-")[0] == "digits"]
+DIGITS = [name for name in recipes.names() if name.partition("-")[0] == "digits" and name != "digits-words"]
 VARIANTS = [
     "digits+objective.guide.fraction=0.5",
     "digits+objective.slope.kind=dual",

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dumo import __version__
-from dumo.cli import bench, data, evaluate, export, failure, log, preflight, run
+from dumo.cli import bench, data, demo, evaluate, export, failure, log, preflight, run
 from dumo.cli.terminal import err, plain_warnings, rank_0_speaks, stoppable
 
 app = typer.Typer(
@@ -44,7 +44,7 @@ COMMANDS = (
     data.data,
     *(run.encode, run.train, log.log, run.sample, run.grid),
     *(evaluate.evaluate, evaluate.compare, run.report, evaluate.reproduce),
-    export.export,
+    *(export.export, demo.demo),
 )
 for command in COMMANDS:
     app.command()(stoppable(command))

@@ -145,7 +145,11 @@ def dry(
     facts = plan.plan(spec)
     many = plan_ranks(spec, ranks or 1, limit, tflops, device) if any((ranks, share, fit, tflops)) else None
     if not as_json:
-        told = [*table.ranked(many, spec.train.keep), *set_lines(many["fields"])] if many else []
+        told = (
+            [*table.ranked(many, spec.train.keep), *set_lines(many["fields"])]
+            if many
+            else gpu_lines(facts["gpus"], source, set_ or [])
+        )
         show_lines([*table.lines(facts, alone=not many), *unknown_classes(spec), *told])
     step = asdict(rehearsal.rehearse(spec, rows, device)) if rows else None
     if as_json:
@@ -172,6 +176,15 @@ def set_lines(fields: dict[str, Any]) -> list[tuple[str, str]]:
     from dumo.preflight.fit import words
 
     return [("so set", " ".join(f"--set {word}" for word in words(fields)))] if fields else []
+
+
+def gpu_lines(gpus: int | None, source: str, given: list[str]) -> list[tuple[str, str]]:
+    """What to type where a GPU of 80 GiB does not hold the run."""
+    if not gpus:
+        return []
+    ranks = ["--ranks", str(gpus)] if gpus > 1 else []
+    command = shlex.join(["dumo", "dry", source, *ranks, "--fit", "80GiB", *(f"--set={text}" for text in given)])
+    return [("GPUs", f"one of 80 GiB is too small; to look for a layout on {gpus}:  {command}")]
 
 
 def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto", as_json: AsJson = False) -> None:

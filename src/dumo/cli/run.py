@@ -2,7 +2,7 @@
 
 from contextlib import nullcontext
 from pathlib import Path
-from shlex import join, quote
+from shlex import join
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -23,7 +23,9 @@ def encode(
     folder: Annotated[
         str | None, typer.Argument(metavar="[OUT]", help="The cache's folder. Default: the recipe's data.root.")
     ] = None,
-    codec: Annotated[str | None, typer.Option(help="taef2, sd-vae, dc-ae or identity. Default: the recipe's.")] = None,
+    codec: Annotated[
+        str | None, typer.Option(help="taef2, sd-vae, dc-ae, qwen-vae or identity. Default: the recipe's.")
+    ] = None,
     side: Annotated[int | None, typer.Option(min=1, help="Pixels along a side. Default: the recipe's.")] = None,
     store: Annotated[
         str | None, typer.Option(help="moments (default), drawn from anew at every visit, or samples, half the size.")
@@ -86,6 +88,8 @@ def train(
     Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     """
     from dumo.config.load import default_folder, load
+    from dumo.export.model import forms
+    from dumo.nets import Pretrained
     from dumo.run import train
 
     spec, folder = load(source, set_ or []), folder or default_folder(source)
@@ -98,7 +102,10 @@ def train(
     )
     missing: str | None = getattr(spec.evaluate.protocol, "missing", None)
     does = ("sample", "report") if missing else ("sample", "evaluate", "report")
-    err.print("next:  " + "    ".join(f"dumo {verb} {quote(str(folder))}" for verb in does), soft_wrap=True)
+    words = [["dumo", verb, str(folder)] for verb in does]
+    if isinstance(spec.net, Pretrained):
+        words += (["dumo", "export", str(folder), f"{folder}-{form}", "--to", form] for form in forms(spec.net))
+    err.print("next:  " + "    ".join(map(join, words)), soft_wrap=True)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
 

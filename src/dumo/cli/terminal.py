@@ -125,6 +125,8 @@ def plain_warnings() -> Generator[None, None, None]:
 
     with warnings.catch_warnings():
         warnings.showwarning = show
+        # torch's, of RMS norms in bf16: it says that they take the slower of two ways.
+        warnings.filterwarnings("ignore", "Mismatch dtype between input and weight", UserWarning)
         yield
 
 

@@ -5,8 +5,9 @@ from typing import Annotated
 from pydantic import Field
 
 from dumo.codecs.autoencoder import DcAe as DcAe
+from dumo.codecs.autoencoder import QwenVae as QwenVae
 from dumo.codecs.autoencoder import SdVae as SdVae
 from dumo.codecs.identity import Identity as Identity
 from dumo.codecs.taesd import Taef2 as Taef2
 
-Codec = Annotated[Identity | Taef2 | SdVae | DcAe, Field(discriminator="kind")]
+Codec = Annotated[Identity | Taef2 | SdVae | DcAe | QwenVae, Field(discriminator="kind")]

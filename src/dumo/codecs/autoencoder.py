@@ -1,10 +1,11 @@
-"""Published autoencoders, through diffusers: Stable Diffusion's VAE and the deep-compression one, DC-AE.
+"""Published autoencoders, through diffusers: Stable Diffusion's VAE, the deep-compression one, DC-AE, and Qwen-Image's.
 
-Both take images in [-1, 1]. `weights` is a folder with config.json and diffusion_pytorch_model.safetensors, or the name
-of such a model on the Hugging Face hub, from where diffusers' client brings it once.
+All take images in [-1, 1]. `weights` is a folder with config.json and diffusion_pytorch_model.safetensors, or the name
+of such a model on the Hugging Face hub, owner/model or owner/model/folder, from where its client brings it once.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,6 +26,15 @@ DEEP = {  # the scaling_factor in each published model's config
     "mix": ("mit-han-lab/dc-ae-f32c32-mix-1.0-diffusers", 0.4552),
     "sana": ("mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", 0.41407),
 }
+# latents_mean and latents_std, per channel, in Qwen-Image's vae/config.json and as defaults in diffusers
+QWEN_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+QWEN_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
 
 
 class SdVae(Scaled):
@@ -71,6 +81,26 @@ class DcAe(Scaled):
         return Opened(self, Deep(net.to(device)), found, torch.device(device))
 
 
+class QwenVae(Scaled):
+    """The VAE of Qwen-Image (Wu et al. 2025), one of videos: an image is a video of one frame.
+
+    A net learns (raw - latents_mean) / latents_std, as Qwen-Image does; both are per channel.
+    """
+
+    kind: Literal["qwen-vae"] = "qwen-vae"
+    gaussian: ClassVar[bool] = True
+    channels: int = Field(default=16, ge=1, le=CHANNELS)
+    factor: int = Field(default=8, ge=1, le=PIXELS)
+    shift: float | tuple[float, ...] = QWEN_MEAN
+    scale: Scale = tuple(1 / std for std in QWEN_STD)
+    weights: str = "Qwen/Qwen-Image/vae"
+
+    def open(self, device: str | torch.device = "cpu") -> Opened:
+        """Read the weights. Raises UserError where diffusers or they are missing, damaged or not the ones meant."""
+        net, found = _opened("AutoencoderKLQwenImage", self)
+        return Opened(self, Frame(net.to(device)), found, torch.device(device))
+
+
 class Variational:
     """diffusers' AutoencoderKL."""
 
@@ -85,6 +115,22 @@ class Variational:
     def decode(self, raw: Latent) -> Images:
         """Images, about in [-1, 1]."""
         return self.net.decode(raw).sample
+
+
+class Frame:
+    """diffusers' AutoencoderKLQwenImage, on videos (b, c, 1, h, w) of one frame."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net: Any = net
+
+    def encode(self, images: Images) -> Moments:
+        """Means, then standard deviations."""
+        law = self.net.encode(images.unsqueeze(2)).latent_dist
+        return torch.cat([law.mean, law.std], 1).squeeze(2)
+
+    def decode(self, raw: Latent) -> Images:
+        """Images, in [-1, 1]."""
+        return self.net.decode(raw.unsqueeze(2)).sample.squeeze(2)
 
 
 class Deep:
@@ -117,25 +163,35 @@ def _opened(name: str, codec: Scaled) -> tuple[nn.Module, str]:
         raise UserError(f"{folder} holds no {name} that diffusers can load ({error}). {HINT}") from error
     if wrong := [key for keys in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in told.get(keys, ())]:
         raise UserError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {wrong[0]} is missing, unknown or misshapen")
-    blocks = net.config.get("block_out_channels") or net.config["encoder_block_out_channels"]
-    has = (net.config["latent_channels"], 2 ** (len(blocks) - 1))
+    has = _latent(net.config)
     if has != (codec.channels, codec.factor):
         raise UserError(f"{folder} has {has[0]} channels and factor {has[1]}, {codec.about} says {codec.channels}, "
                         f"{codec.factor}: set codec.channels and codec.factor, or take other weights")  # fmt: skip
     return net.float().eval().requires_grad_(False), found
 
 
+def _latent(config: Mapping[str, Any]) -> tuple[int, int]:
+    """The channels of a latent, and pixels along an axis for each of its own; the side is halved so many times."""
+    if "z_dim" in config:
+        return config["z_dim"], 2 ** len(config["temperal_downsample"])  # one step of the sides for each
+    blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
+    return config["latent_channels"], 2 ** (len(blocks) - 1)
+
+
 def _folder(name: str) -> Path:
-    """The folder of a model: a path, or what the hub's client keeps of a model named `owner/model`."""
+    """The folder of a model: a path, or what the hub's client keeps of `owner/model` or `owner/model/folder`."""
     path = user_path(name, "codec.weights")
     if path.is_dir():
         return path
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    named = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-]+))?", name)
+    if path.exists() or not named:
         raise UserError(f"{name} is no folder. {HINT}")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
+        model, inside = named[1], named[2] or ""
+        files = [f"{inside}/{file}" if inside else file for file in (CONFIG, WEIGHTS)]
+        return Path(snapshot_download(model, allow_patterns=files)) / inside
     except (OSError, ValueError) as error:
         raise UserError(f"{name} is no folder, and not available from the hub ({error}). {HINT}") from error
 

@@ -123,10 +123,13 @@ class Opened:
 
     @torch.no_grad()
     def encode(self, images: Images) -> Moments:
-        """Images in [-1, 1] as x, or as the moments of x, of mean 0 and deviation 1 or near. Raises as `shape` does."""
+        """Images in [-1, 1] as x, or as the moments of x, of mean 0 and deviation 1 or near; contiguous.
+
+        Raises as `shape` does.
+        """
         for side in images.shape[2:]:
             self.codec.shape(side)
-        return self.codec.normalise(self.net.encode(images.to(self.device, torch.float32)))
+        return self.codec.normalise(self.net.encode(images.to(self.device, torch.float32))).contiguous()
 
     def sample(self, moments: Moments, *key: int | str, rows: Sequence[int]) -> Latent:
         """As the codec's `sample`."""

@@ -12,8 +12,11 @@ from dumo.data import Latents
 from dumo.data.augment import Edm
 from dumo.data.caption import Templates
 from dumo.flow.secant import demand_precision
+from dumo.flow.slope import DualSlope
 from dumo.flow.times import Pair
+from dumo.nets.family import Family
 from dumo.nets.precondition import VELOCITIES
+from dumo.nets.text import TextTable
 from dumo.sampling import solver
 from dumo.sampling.guidance import CFG, GuidanceScale
 from dumo.training.cut import passes, share_of, together
@@ -23,12 +26,14 @@ from dumo.types import UserError
 def check(run: Tree) -> None:
     """Refuse parts that do not fit one another, the first found."""
     check_captions(run)
-    run.outline()
+    run.outline(short=True)
     check_augment(run)
     check_path(run)
     check_precondition(run)
     check_precision(run)
     check_pieces(run)
+    check_compile(run)
+    check_lookup(run)
     check_guide(run)
     check_guided(run, run.sample.guide)
     check_teacher(run)
@@ -107,8 +112,13 @@ def check_precondition(run: Tree) -> None:
 
 
 def check_precision(run: Tree) -> None:
-    """Refuse differences whose rounding, or whose step, is too large."""
-    needs = run.objective.needs
+    """Refuse differences whose rounding, or whose step, is too large; and weights that every pass would cast up."""
+    needs, lora = run.objective.needs, getattr(run.net, "lora", None)
+    if lora and lora.frozen == "bfloat16" and run.train.precision != "bf16":
+        raise UserError(
+            f"net.lora.frozen = bfloat16 saves memory where passes compute in bf16, and train.precision is "
+            f"{run.train.precision}: set train.precision=bf16, or net.lora.frozen=float32"
+        )
     for derivative in (needs.slope if needs.derives else None, needs.rate):
         if derivative:
             derivative.check(run.train.precision, run.net.time_scale)
@@ -135,11 +145,34 @@ def check_pieces(run: Tree, ranks: int = 1) -> None:
         raise UserError(f"train.compile = loss is for one rank, not for {ranks}: set train.compile=blocks")
 
 
+def check_compile(run: Tree) -> None:
+    """Refuse to compile a net of whose blocks torch makes no one graph with the derivative that rides along."""
+    needs = run.objective.needs
+    if run.train.compile == "none" or not (needs.derives and isinstance(needs.slope, DualSlope)):
+        return
+    row: Family | None = getattr(run.outline(), "row", None)
+    if row and not row.compiles:
+        raise UserError(
+            f"train.compile = {run.train.compile}: torch cannot compile the blocks of this net.source where slope "
+            "'dual' rides along: set train.compile=none"
+        )
+
+
+def check_lookup(run: Tree) -> None:
+    """Refuse to compile a loss whose net looks texts up on the host."""
+    texts: object = getattr(run.net, "texts", None)
+    if run.train.compile == "loss" and isinstance(texts, TextTable) and texts.mapped(run.data.classes):
+        raise UserError(
+            f"train.compile = loss: texts take more than net.texts.memory = {texts.memory:g} GB, so they are looked up "
+            "on the host, where no compiler follows: set train.compile=blocks, or raise net.texts.memory"
+        )
+
+
 def check_guide(run: Tree) -> None:
-    """Refuse guidance in training without classes."""
+    """Refuse guidance in training without classes, once it is known that there are none."""
     guide, opened = run.objective.needs.guide, GuidanceScale.of(run.objective.needs)
     guided = guide.active if guide else opened.scale != 1
-    if guided and not run.data.classes:
+    if guided and run.classes_known and not run.data.classes:
         raise UserError(
             f"{opened.field} asks for guidance, but data '{run.data.kind}' has no classes to guide by: set {opened.off}"
         )
@@ -186,7 +219,7 @@ def check_teacher(run: Tree) -> None:
 def check_base(run: Tree) -> None:
     """Refuse the base of a net that has no adapters, or on a path of which that model's velocity is not."""
     way = "set teacher.kind=run and teacher.source to the folder of a run that can teach"
-    base: Callable[[], AbstractContextManager[None]] | None = getattr(run.outline(), "base", None)
+    base: Callable[[], AbstractContextManager[None]] | None = getattr(run.outline(short=True), "base", None)
     if base is None:
         raise UserError(
             f"teacher.kind = base asks for the net with its adapters off, and net '{run.net.kind}' has none, so its "

@@ -17,7 +17,7 @@ from dumo.data.caption import Captioning, Files, Templates
 from dumo.flow.path import Linear, Path
 from dumo.flow.precision import Precision
 from dumo.io.text import brief
-from dumo.nets import Net
+from dumo.nets import Net, Pretrained
 from dumo.objectives import Objective
 from dumo.protocols import MetricProtocol
 from dumo.random import stream
@@ -103,6 +103,8 @@ class Tree(Spec):
 
     def class_name(self, c: int) -> str:
         """What a class is called: its folder's name, or the caption, else its number."""
+        if self.captions and c == self.data.classes:
+            return "no caption"
         names = self.class_names
         return names[c] if c < len(names) else str(c)
 
@@ -148,10 +150,14 @@ class Tree(Spec):
             torch.manual_seed(stream(self.train.seed, "weights").initial_seed())
             return self.net.build(self.objective.needs, self.data.shape, self.data.classes).to(device)
 
-    def outline(self) -> nn.Module:
-        """The net's sizes without its numbers, on the meta device. Raises UserError where they do not fit the data."""
+    def outline(self, *, short: bool = False) -> nn.Module:
+        """The net's sizes without its numbers, on the meta device. Raises UserError where they do not fit the data.
+
+        `short`: of a net that takes long, of its first blocks alone.
+        """
+        net = self.net.short if short and isinstance(self.net, Pretrained) else self.net
         with torch.device("meta"):
-            return self.net.build(self.objective.needs, self.data.shape, self.data.classes)
+            return net.build(self.objective.needs, self.data.shape, self.data.classes)
 
     def require_room(self, device: torch.device | str, copies: int = 0, rows: int = 0, share: int = 1) -> None:
         """Raise UserError where a device has less memory than the net, so many copies of what is trained of it, both

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dumo import __version__
+from dumo.data import Latents
 from dumo.evaluation.evaluate import FILE, read_report
 from dumo.export import scheduler
 from dumo.export.model import Exported
@@ -29,8 +30,12 @@ SHORT = (
 )
 CODED = "codes.safetensors"
 CODES = (
-    f"It was tuned on classes that have codes, not on texts. In the place of a prompt give a row of `{CODED}`, one for "
-    "each class and the last for none: `tokens` as prompt_embeds, and `pooled`, if any, as pooled_prompt_embeds."
+    f"It was tuned on classes that have codes, not on texts. In the place of a prompt it takes a row of `{CODED}`, one "
+    "for each class and the last for none."
+)
+LATENT = (
+    "The model came without the other parts of a pipeline, so `image` is what it makes, a tensor, packed where the "
+    "pipeline packs: decode it where the run's data are latents."
 )
 PASSES = (1, 2)
 
@@ -39,7 +44,13 @@ def of_pipeline(exported: Exported, stock: Stock, index: Mapping[str, Any], name
     """Of a folder called `name` that `from_pretrained` opens, or of its two parts that replace another pipeline's."""
     own, there = index["scheduler"] == scheduler.OWN, [key for key, entry in index.items() if isinstance(entry, list)]
     lines = ["import torch", "from diffusers import DiffusionPipeline", ""]
-    if len(there) > 2:
+    if exported.codes and exported.source is None:
+        lines[1] = f"from diffusers import {stock.pipeline}"
+        parts = ", ".join(f"{part}=None" for part in stock.parts)
+        lines += [
+            f'pipe = {stock.pipeline}.from_pretrained("{name}", {parts}{", trust_remote_code=True" if own else ""})'
+        ]
+    elif len(there) > 2:
         lines.append(f'pipe = DiffusionPipeline.from_pretrained("{name}"{", trust_remote_code=True" if own else ""})')
     else:
         lines[1] += f", {exported.kind}" + ("" if own else ", FlowMatchEulerDiscreteScheduler")
@@ -52,7 +63,7 @@ def of_pipeline(exported: Exported, stock: Stock, index: Mapping[str, Any], name
             f'pipe = DiffusionPipeline.from_pretrained("{origin(exported)}", transformer=model, scheduler=scheduler)',
         ]
     notes = ["`scheduler/jumps.py` has the times, for this pipeline is told none."] if own else []
-    return tuned(exported, name, [*lines, *calls(exported, stock)], notes)
+    return tuned(exported, name, [*lines, *calls(exported, stock, name)], notes)
 
 
 def of_lora(exported: Exported, stock: Stock, name: str) -> str:
@@ -68,27 +79,59 @@ def of_lora(exported: Exported, stock: Stock, name: str) -> str:
         "counts whole or not at all: no `cross_attention_kwargs` scale between 0 and 1, and no second LoRA of "
         "this kind beside it."
     ]
-    return tuned(exported, name, [*lines, *calls(exported, stock)], notes)
+    return tuned(exported, name, [*lines, *calls(exported, stock, name)], notes)
 
 
-def calls(exported: Exported, stock: Stock) -> list[str]:
+def calls(exported: Exported, stock: Stock, name: str) -> list[str]:
     """How the pipeline is called for an image."""
-    if exported.head == "v":
-        return [f"image = pipe({PROMPT}).images[0]"]
     scale, embedded = exported.opened.run.sample.guide.scale, exported.spec.guidance
+    asked, first = (coded if exported.codes else prompted)(
+        exported, stock, name, guided=scale != 1 and stock.off is not None
+    )
+    image = f"image = pipe({{}}).{stock.gives}[0]"
+    if exported.head == "v":
+        return [*first, image.format(", ".join(asked))]
     seed = [] if stock.seeded else [SEED]
     said = ["generator=torch.Generator().manual_seed(0)"] if stock.seeded else []
     lines = list[str]()
     for n, word in zip(PASSES, ("one pass", "two"), strict=True):
         told = stock.arguments(at(exported.solver, n), embedded=embedded, scale=scale)
-        words = [f"{name}={value}" for name, value in told.items()] + said
-        lines.append(f"image = pipe({PROMPT}, {', '.join(words)}).images[0]  # {word}")
-    return [*seed, *lines]
+        words = [*asked, *(f"{name}={value}" for name, value in told.items()), *said]
+        lines.append(f"{image.format(', '.join(words))}  # {word}")
+    return [*first, *seed, *lines]
+
+
+def prompted(exported: Exported, stock: Stock, name: str, *, guided: bool) -> tuple[list[str], list[str]]:
+    """What a pipeline is asked for an image of a prompt, and the lines before."""
+    return [PROMPT], []
+
+
+def coded(exported: Exported, stock: Stock, name: str, *, guided: bool) -> tuple[list[str], list[str]]:
+    """The same for an image of a class that has a code; `guided`: away from the last row, that of none."""
+    data, classes = exported.opened.run.data, exported.opened.run.data.classes
+    rows = {"": "c", **({"negative_": "-1"} if guided else {})}
+    told = ['"negative_prompt": None'] if guided else []
+    for side, row in rows.items():
+        tokens = f'[codes["tokens"][{row}]]' if stock.lists else f'codes["tokens"][[{row}]]'
+        told.append(f'"{side}prompt_embeds": {tokens}')
+        told += [f'"{side}pooled_prompt_embeds": codes["pooled"][[{row}]]'] if "pooled" in exported.codes else []
+        told += [f'"{side}{stock.mask}": torch.ones(1, 1, dtype=torch.bool)'] if stock.mask else []
+    pixels = data.codec.factor if isinstance(data, Latents) else stock.side
+    height, width = (pixels * n for n in data.shape[1:])
+    lines = [
+        f'codes, c = load_file("{name}/{CODED}"), 0  # a class; there are {classes}',
+        f"told = {{{', '.join(told)}}}",
+    ]
+    alone = [] if exported.source else ['output_type="latent"']
+    return ["**told", f"height={height}", f"width={width}", *stock.more, *alone], lines
 
 
 def tuned(exported: Exported, name: str, lines: list[str], notes: list[str]) -> str:
     """A card of a tuned model, with what all of them are told."""
     notes = [*[RENOISES] * (exported.head == "u"), *notes, *[CODES] * bool(exported.codes)]
+    notes += [LATENT] * bool(exported.codes and exported.source is None)
+    if exported.codes:
+        lines.insert(lines.index(""), "from safetensors.torch import load_file")
     return page(exported.opened, name, lines, notes, made(exported))
 
 

@@ -21,6 +21,20 @@ INDEX = "model_index.json"  # of a pipeline
 Head = Literal["u", "v"]
 
 
+def forms(spec: Pretrained) -> list[str]:
+    """What a run of this net can be exported to, so that stock pipelines take it; else a file of its weights."""
+    stock = stock_of(read_config(spec.source)[1]["_class_name"], spec)
+    if stock is None:
+        return ["safetensors"]
+    return ["diffusers", *["lora"] * (spec.lora is not None and stock.lora)]
+
+
+def stock_of(kind: str, spec: Pretrained) -> Stock | None:
+    """The pipeline that runs a class of model, as its net is called; None where no stock pipeline does."""
+    # of SANA the distilled ones alone are told a guidance number, and their pipeline has another path
+    return None if kind == "SanaTransformer2DModel" and spec.guidance is not None else STOCKS.get(kind)
+
+
 @dataclass(frozen=True)
 class Exported:
     """A run, and which head of it: u jumps to the data, v is the velocity of a flow."""
@@ -38,9 +52,7 @@ class Exported:
     @property
     def stock(self) -> Stock | None:
         """The pipeline that runs it; None where no stock pipeline does."""
-        row = STOCKS.get(self.kind)
-        # of SANA the distilled ones alone are told a guidance number, and their pipeline has another path
-        return None if self.kind == "SanaTransformer2DModel" and self.spec.guidance is not None else row
+        return stock_of(self.kind, self.spec)
 
     @property
     def solver(self) -> Restart:

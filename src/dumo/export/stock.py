@@ -28,6 +28,11 @@ class Stock:
     told: tuple[str, ...] = ("sigmas",)  # the arguments that say the times; (): no argument does
     seeded: bool = False  # its generator draws the noise between two passes, too
     lora: bool = True  # it has load_lora_weights
+    mask: str = ""  # the argument that says which tokens there are, where embeddings are not taken without it
+    lists: bool = False  # it takes embeddings as a list, a caption each
+    side: int = 8  # pixels to a latent's side, where it has no decoder to ask
+    more: tuple[str, ...] = ()  # words without which it makes an image of another size
+    gives: str = "images"  # where its images are
 
     def arguments(self, times: list[float], *, embedded: float | None = None, scale: float = 1.0) -> Arguments:
         """Those of passes at these times, guided by `scale`, 1 for none; `embedded` is a number that the net is told.
@@ -39,24 +44,35 @@ class Stock:
         found |= {self.off: self.none + scale - 1} if self.off else {}
         return found if embedded is None else found | {"guidance_scale": embedded}
 
+    @property
+    def parts(self) -> list[str]:
+        """The names of its other parts, beside model and scheduler."""
+        import diffusers  # slow to import, and an extra
+
+        kind = getattr(diffusers, self.pipeline)
+        return sorted(set(kind._get_signature_keys(kind)[0]) - {"transformer", "scheduler"})
+
 
 def at(solver: Restart, passes: int) -> list[float]:
     """The times of so many passes, the first at noise."""
     return jumps(passes, solver.m, solver.start)
 
 
+BINS = ("use_resolution_binning=False",)
 STOCKS: dict[str, Stock] = {
     "SD3Transformer2DModel": Stock("StableDiffusion3Pipeline"),
     "FluxTransformer2DModel": Stock("FluxPipeline", "true_cfg_scale"),
     "Flux2Transformer2DModel": Stock("Flux2Pipeline", None),
-    "ChromaTransformer2DModel": Stock("ChromaPipeline"),
-    "SanaTransformer2DModel": Stock("SanaPipeline", seeded=True),
-    "QwenImageTransformer2DModel": Stock("QwenImagePipeline", "true_cfg_scale"),
-    "ZImageTransformer2DModel": Stock("ZImagePipeline", none=0.0),
-    "Lumina2Transformer2DModel": Stock("Lumina2Pipeline"),
-    "AuraFlowTransformer2DModel": Stock("AuraFlowPipeline"),
+    "ChromaTransformer2DModel": Stock("ChromaPipeline", mask="prompt_attention_mask"),
+    "SanaTransformer2DModel": Stock("SanaPipeline", seeded=True, mask="prompt_attention_mask", side=32, more=BINS),
+    "QwenImageTransformer2DModel": Stock("QwenImagePipeline", "true_cfg_scale", mask="prompt_embeds_mask"),
+    "ZImageTransformer2DModel": Stock("ZImagePipeline", none=0.0, lists=True),
+    "Lumina2Transformer2DModel": Stock("Lumina2Pipeline", mask="prompt_attention_mask"),
+    "AuraFlowTransformer2DModel": Stock("AuraFlowPipeline", mask="prompt_attention_mask"),
     # told sigmas alone, it tells the net other times
     "CogView4Transformer2DModel": Stock("CogView4Pipeline", told=("sigmas", "timesteps")),
-    "PRXTransformer2DModel": Stock("PRXPipeline", told=("timesteps",), lora=False),
-    "WanTransformer3DModel": Stock("WanPipeline", told=(), lora=False),
+    "PRXTransformer2DModel": Stock(
+        "PRXPipeline", told=("timesteps",), lora=False, mask="prompt_attention_mask", more=BINS
+    ),
+    "WanTransformer3DModel": Stock("WanPipeline", told=(), lora=False, more=("num_frames=1",), gives="frames"),
 }

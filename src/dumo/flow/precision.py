@@ -5,7 +5,7 @@
     bf16   autocast: layers compute in bf16, 7 bits, what is sensitive in fp32; weights and their gradients stay fp32
 
 A rounding is a setting of the process, which holds for backward passes, too; autocast is of a piece of code, around
-passes forward alone: it keeps weights that it has cast, so no optimizer may step inside.
+passes forward alone: it keeps weights that it has cast, unless told not to, so no optimizer may step inside.
 """
 
 from collections.abc import Generator
@@ -24,9 +24,12 @@ def using(precision: Precision, device: torch.device | str) -> Generator[None, N
         yield
 
 
-def autocast(precision: Precision, device: torch.device | str) -> torch.autocast:
-    """Inside, layers compute in bf16 where that is the precision, else as their inputs have it."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+def autocast(precision: Precision, device: torch.device | str, *, keep: bool = True) -> torch.autocast:
+    """Inside, layers compute in bf16 where that is the precision, else as their inputs have it.
+
+    `keep`: a weight is cast once for all passes, and held in bf16 to the end; else for each use of it.
+    """
+    return torch.autocast(torch.device(device).type, torch.bfloat16, precision == "bf16", cache_enabled=keep)
 
 
 @contextmanager

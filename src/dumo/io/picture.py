@@ -16,6 +16,7 @@ PixelRows = UInt8[Tensor, "n h w 3"]  # as files hold them
 Points = Float[Tensor, "_ 2"]
 READABLE = 64  # pixels; a smaller image is enlarged to at least this height. Ours
 TITLE = 12  # pixels of its letters
+LINES = 3  # of a title: ours
 
 
 def to_uint8(x: Sample) -> Pixels:
@@ -53,7 +54,7 @@ def sheet(
     """
     scale = scale or -(-READABLE // pixels.shape[1])
     cells = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    heads = torch.stack([_title(text, cells.shape[2]) for text in titles]) if titles else None
+    heads = _titles(titles, cells.shape[2]) if titles else None
     if heads is not None and len(heads) == len(cells):
         cells, heads = torch.cat([heads, cells], 1), None
     whole = _tiled(cells, columns, gap)
@@ -71,17 +72,37 @@ def _tiled(cells: PixelRows, columns: int, gap: int) -> UInt8[Tensor, "height wi
     return cells.view(n // columns, columns, h, w, 3).transpose(1, 2).reshape(n // columns * h, columns * w, 3)
 
 
-def _title(text: str, width: int) -> UInt8[Tensor, "height width 3"]:
-    """A line of text in black on white, cut to fit."""
+def _titles(texts: Sequence[str], width: int) -> UInt8[Tensor, "n height width 3"]:
+    """Texts in black on white, each on as many lines as the longest needs, `LINES` at most, and cut to fit."""
     from matplotlib.font_manager import findfont  # its font has the letters of many scripts
 
     font = ImageFont.truetype(findfont("DejaVu Sans"), TITLE)
-    cut = text
-    while len(cut) > 1 and font.getlength(cut) > width:
-        cut = cut.rstrip("…")[:-1] + "…"
-    strip = Image.new("RGB", (width, TITLE + 6), "white")
-    ImageDraw.Draw(strip).text((width / 2, TITLE / 2 + 3), cut, "black", font, anchor="mm")
-    return torch.from_numpy(np.array(strip))
+    wrapped = [_lines(text, width, font) for text in texts]
+    many, strips = max(map(len, wrapped)), list[Tensor]()
+    for lines in wrapped:
+        strip = Image.new("RGB", (width, TITLE * many + 6), "white")
+        for i, line in enumerate(lines, many - len(lines)):
+            ImageDraw.Draw(strip).text((width / 2, TITLE * i + TITLE / 2 + 3), line, "black", font, anchor="mm")
+        strips.append(torch.from_numpy(np.array(strip)))
+    return torch.stack(strips)
+
+
+def _lines(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
+    """A text word by word on lines of so many pixels, the last of them cut where there are too many."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and len(lines) < LINES and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return [_cut(line, width, font) for line in lines]
+
+
+def _cut(line: str, width: int, font: ImageFont.FreeTypeFont) -> str:
+    while len(line) > 1 and font.getlength(line) > width:
+        line = line.rstrip("…")[:-1] + "…"
+    return line
 
 
 def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> Image.Image:

@@ -47,9 +47,14 @@ def precision_recall(real: Real, fake: Fake, k: int = 3) -> tuple[float, float]:
 
 def nearest(real: Real, fake: Fake) -> tuple[Float64[Tensor, " m"], Int64[Tensor, " m"]]:
     """For each fake its nearest real row: the Euclidean distance over all axes but the first, and the row's index."""
-    real, fake = real.double().flatten(1), fake.double().flatten(1)
-    blocks = [_distances(part, real).min(1) for part in fake.split(BLOCK)]
-    return torch.cat([b.values for b in blocks]), torch.cat([b.indices for b in blocks])
+    distances, indices = _nearest(fake.flatten(1), real.flatten(1), 1)
+    return distances[:, 0], indices[:, 0]
+
+
+def nearest_other(x: Real, rows: Int64[Tensor, " m"]) -> Float64[Tensor, " m"]:
+    """How far these rows of x are from the nearest other row. Needs 2 rows at least."""
+    x = x.flatten(1)
+    return _nearest(x[rows], x, 2)[0][:, 1]  # the row itself, at 0, comes first
 
 
 def nearest_two(real: Images, fake: Float[Tensor, "m c h w"], *, same: bool = False) -> Float64[Tensor, "m 2"]:
@@ -69,16 +74,23 @@ def nearest_two(real: Images, fake: Float[Tensor, "m c h w"], *, same: bool = Fa
 
 def _radii(x: Tensor, k: int) -> Tensor:
     """Distance of every row to its k-th nearest other row; the row itself, at 0, comes first."""
-    few = min(k + 1 + SPARE, len(x))
-    found: list[Tensor] = []
-    for part, squares, off, unit in _estimates(x, x, x.new_zeros(len(x))):
+    return _nearest(x, x, k + 1)[0][:, k]
+
+
+def _nearest(x: Tensor, centres: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """For every row of x its k nearest centres in their order: distances (n, k) and indices (n, k)."""
+    few = min(k + SPARE, len(centres))
+    found: list[tuple[Tensor, Tensor]] = []
+    for part, squares, off, unit in _estimates(x, centres, centres.new_zeros(len(centres))):
         near = squares.topk(few, largest=False)
-        radii = _distances(part[:, None], x[near.indices])[:, 0].kthvalue(k + 1, dim=1).values
-        sure = near.values[:, -1] - off > (radii * unit) ** 2  # whoever is not among the few is farther
-        if few < len(x) and not sure.all():
-            radii[~sure] = _distances(part[~sure], x).kthvalue(k + 1, dim=1).values
-        found.append(radii)
-    return torch.cat(found)
+        distances, order = _distances(part[:, None], centres[near.indices])[:, 0].topk(k, largest=False)
+        indices = near.indices.gather(1, order)
+        sure = near.values[:, -1] - off > (distances[:, -1] * unit) ** 2  # whoever is not among the few is farther
+        if few < len(centres) and not sure.all():
+            distances[~sure], indices[~sure] = _distances(part[~sure], centres).topk(k, largest=False)
+        found.append((distances, indices))
+    distances, indices = zip(*found, strict=True)
+    return torch.cat(distances), torch.cat(indices)
 
 
 def _share(x: Tensor, centres: Tensor, radii: Tensor) -> float:

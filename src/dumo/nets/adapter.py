@@ -6,13 +6,14 @@ peft names the parameters `lora_A.default.weight` and `lora_B.default.weight`, a
 import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import nn
 
 from dumo.bound import CHANNELS, FACTOR
 from dumo.flow import dropout
+from dumo.nets.half import halve
 from dumo.nets.twin import put
 from dumo.types import Array, Spec, UserError
 
@@ -28,6 +29,7 @@ class Lora(Spec):
     dropout: float = Field(default=0.0, ge=0, lt=1)  # of what goes into A
     # Ends of the names of layers, as peft's target_modules; None: attention and perceptrons of every block.
     targets: tuple[str, ...] | None = Field(default=None, min_length=1)
+    frozen: Literal["float32", "bfloat16"] = "float32"  # what linear layers that rest are kept in (`dumo.nets.half`)
 
 
 class Dropout(nn.Module):
@@ -44,17 +46,19 @@ class Dropout(nn.Module):
         return x if rows is None else dropout.drop(x, dropout.layer_keys(rows, self.layer), self.p)
 
 
-def adapt(model: nn.Module, lora: Lora, blocks: Sequence[nn.Module], without: Sequence[str]) -> None:
-    """Add adapters to a model, in place; all else in it rests.
+def adapt(
+    model: nn.Module, lora: Lora, blocks: Sequence[nn.Module], idle: Sequence[str], trained: Sequence[str]
+) -> None:
+    """Add adapters to a model, in place; all else in it rests, and is kept as `lora.frozen` says.
 
-    What lies at or below the paths `without` is left alone. Raises UserError where peft is not there, or no layer is
-    meant.
+    What lies at or below the paths `idle` gets none, nor at or below `trained`, which stays in float32. Raises
+    UserError where peft is not there, or no layer is meant.
     """
     try:
         import peft
     except ImportError as error:
         raise UserError("net.lora needs peft: pip install 'dumo[pretrained]'") from error
-    left = tuple(f"{path}." for path in without)
+    left = tuple(f"{path}." for path in (*idle, *trained))
     if not (names := [name for name in targets(model, lora, blocks) if not f"{name}.".startswith(left)]):
         raise UserError(
             f"net.lora.targets {', '.join(lora.targets or ())} are no linear layers of this model: give ends of names "
@@ -66,6 +70,8 @@ def adapt(model: nn.Module, lora: Lora, blocks: Sequence[nn.Module], without: Se
         use_rslora=lora.rslora,
         target_modules=names,
     )
+    if lora.frozen == "bfloat16":
+        halve(model, trained)
     model.requires_grad_(False)
     peft.inject_adapter_in_model(config, model)
     if lora.dropout:
@@ -106,7 +112,8 @@ def off(model: nn.Module) -> Generator[None, None, None]:
 
 
 def merge(model: nn.Module) -> None:
-    """Add the adapters to the layers beside them, in place, and leave them out."""
+    """Add the adapters to the layers beside them, in place and in float32, and leave them out."""
+    nn.Module.float(model)  # diffusers' own warns that no layer may stay in half precision
     there = {id(layer): layer for layer in adapters(model)}
     for name, place in [*model.named_modules()]:
         if layer := there.get(id(place)):

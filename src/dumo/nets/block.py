@@ -118,7 +118,7 @@ def unit(a: Array, norm: nn.Module | None, like: Array) -> Array:
 
 def mix(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
     """Attention, its heads side by side: (b, tokens, width). `mask` (b, keys) says which keys are there."""
-    seen = None if mask is None else mask[:, None, None]
+    seen = None if mask is None else mask[:, None, None]  # here: torch.func.jvp carries no view into a compiled block
     return F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2)
 
 

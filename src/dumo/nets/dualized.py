@@ -60,9 +60,9 @@ class Dualized(nn.Module):
         idle, embedders = self._idle(), self._embedders()
         parts = [row.last, *embedders, *([row.norm] if own_norm else [])]  # trained in full, also beside adapters
         self.paths = tuple(parts) if lora else ()
-        self.old = nn.ModuleList(copy.deepcopy(model.get_submodule(path)) for path in self.paths).requires_grad_(False)
         if lora:
-            adapter.adapt(model, lora, self.blocks, (*idle, *parts))
+            adapter.adapt(model, lora, self.blocks, idle, parts)
+        self.old = nn.ModuleList(copy.deepcopy(model.get_submodule(path)) for path in self.paths).requires_grad_(False)
         for name, p in model.named_parameters():
             if name.startswith(tuple(idle)):
                 p.requires_grad_(False)

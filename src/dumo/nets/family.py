@@ -155,6 +155,8 @@ class Family:
     guidance_scale: Callable[[Config], float] = lambda config: 1.0
     idle: str = ""  # pattern of paths, LAST for the last block: layers that move nothing
     apart: bool = False  # it takes captions of different lengths apart
+    compiles: bool = True  # torch.compile takes its blocks where a derivative rides along
+    lean_masks: bool = True  # it tells all blocks the mask where they are computed again, too
     reads: str = ""  # path: a part that reads numbers of the mask, its second argument
 
     def patch(self, config: Config, channels: int) -> int:
@@ -192,7 +194,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "ChromaTransformer2DModel": Family(
         *(chroma, "joint_attention_dim"), masked=True,
-        norm="norm_out", packed=True, exact="time_text_embed", exact_scale=TURN, embedder="",
+        norm="norm_out", packed=True, exact="time_text_embed", exact_scale=TURN, embedder="", lean_masks=False,
     ),
     "SanaTransformer2DModel": Family(
         *(sana, "caption_channels"), masked=True,
@@ -218,7 +220,7 @@ FAMILIES: dict[str, Family] = {
     "CogView4Transformer2DModel": Family(cogview4, "text_embed_dim", clock=thousand, norm="norm_out"),
     "PRXTransformer2DModel": Family(
         prx, "context_in_dim", masked=True, embedder="time_in", last="final_layer.linear",
-        turn=lambda config: config["time_factor"],
+        turn=lambda config: config["time_factor"], compiles=False,
     ),
     "WanTransformer3DModel": Family(
         video, "text_dim", clock=thousand, embedder="condition_embedder.time_embedder", channels_last=True,

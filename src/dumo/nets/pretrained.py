@@ -8,11 +8,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from dumo.bound import BLOCKS, FACTOR
+from dumo.io import weights
 from dumo.io.json import read_json
 from dumo.io.path import user_path
-from dumo.io.weights import opened
 from dumo.nets import checkpointing
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
@@ -56,6 +57,13 @@ class Pretrained(Spec):
         """The quickest wave of time that the net may read, in radians per unit of t."""
         return self.lowpass or TURN
 
+    @property
+    def short(self) -> "Pretrained":
+        """With one block of each kind, drawn, where all fits a model or none does; else as it is."""
+        if self.depth or (self.lora and self.lora.targets):
+            return self
+        return self.model_copy(update={"depth": 1, "weights": "drawn"})
+
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> Dualized:
         """A net with the heads of `needs`, for images or latents of `shape`; on the meta device from config.json alone.
 
@@ -71,10 +79,16 @@ class Pretrained(Spec):
         p = row.patch(config, shape[0])
         if shape[1] % p or shape[2] % p:
             raise UserError(f"net.source cuts patches of {p} x {p}, which do not divide the data's sides {shape[1:]}")
+        told = self.told(row, config, classes)
+        if self.checkpoint and told.masked and not row.lean_masks:
+            raise UserError(
+                f"net.source is a {config['_class_name']}, which forgets the mask of its texts in blocks that are "
+                "computed again: set net.checkpoint=false, or leave the mask out of net.texts"
+            )
         if self.checkpoint:
             model.enable_gradient_checkpointing(checkpointing.leanly)
         return Dualized(
-            *(model, row, self.told(row, config, classes), needs.heads, p),
+            *(model, row, told, needs.heads, p),
             guidance=self.guidance,
             lora=self.lora,
             limit=self.lowpass,
@@ -115,7 +129,10 @@ class Pretrained(Spec):
             raise UserError("net.lora.dropout and net.checkpoint do not go together: set one of them to 0 or false")
 
     def model(self, folder: Path | None, config: dict[str, Any]) -> Any:  # noqa: ANN401, a model of diffusers
-        """The model as the source has it, in float32. Raises UserError where weights are missing or do not fit."""
+        """The model as the source has it: in float32, or as it is stored, where what rests of it is kept in bf16.
+
+        Raises UserError where weights are missing or do not fit.
+        """
         try:
             import diffusers  # slow to import, and an extra
         except ImportError as error:
@@ -135,10 +152,12 @@ class Pretrained(Spec):
         if torch.get_default_device().type == "meta" or self.weights == "drawn":
             return kind.from_config(config)
         folder = with_weights(folder, self.source, config)
+        halves = self.lora is not None and self.lora.frozen == "bfloat16"
         try:
             model, told = kind.from_pretrained(
                 *(folder,),
-                output_loading_info=True, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32,
+                output_loading_info=True, use_safetensors=True, local_files_only=True,
+                torch_dtype=torch.bfloat16 if halves else torch.float32,
             )  # fmt: skip
         except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
             raise UserError(
@@ -147,6 +166,8 @@ class Pretrained(Spec):
         names = ("missing_keys", "unexpected_keys", "mismatched_keys")
         if wrong := [key for name in names for key in told.get(name, ())]:
             raise UserError(f"{folder}: the weights do not fit {CONFIG}: {wrong[0]} is missing, unknown or misshapen")
+        if halves:
+            as_stored(model, folder)
         return model
 
 
@@ -179,6 +200,15 @@ def read_config(source: str) -> tuple[Path | None, dict[str, Any]]:
     return folder, config
 
 
+def as_stored(model: nn.Module, folder: Path) -> None:
+    """Set what a folder holds in another dtype than the model to what is there: mapped, not read."""
+    mine = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for file in folder.glob(f"{Path(WEIGHTS).stem}*.safetensors"):
+        for name, x in weights.load(file).items():
+            if name in mine and mine[name].dtype != x.dtype:
+                mine[name].data = x
+
+
 def with_weights(folder: Path | None, source: str, config: Config) -> Path:
     """The folder, if it has weights. Raises UserError where there are none, or they are a pickle."""
     if folder is None:
@@ -190,7 +220,7 @@ def with_weights(folder: Path | None, source: str, config: Config) -> Path:
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
         return folder
     if (folder / PICKLE).is_file():
-        with opened(folder / PICKLE):
+        with weights.opened(folder / PICKLE):
             pass
     raise UserError(
         f"net.source: {folder} has {CONFIG} and no weights: put {WEIGHTS} beside it, or set net.weights=drawn to begin "

@@ -36,7 +36,7 @@ def findings(run: Tree) -> list[Finding]:
     images, most = len(told.ends), int(told.counts.max())
     lacking = int((told.first(torch.arange(images)) == len(told)).sum())
     text = f"{len(told):,} of {images:,} images, {f'up to {most}' if most > 1 else 'one'} each"
-    text += f"; {lacking:,} images have none" if lacking else ""
+    text += f"; {lacking:,} {'image has' if lacking == 1 else 'images have'} none" if lacking else ""
     if lacking > LACK * images:
         return [Finding("captions", "warning", text, "write captions of more images, or leave out those without")]
     return [Finding("captions", "ok", text)]

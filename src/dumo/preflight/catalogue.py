@@ -15,6 +15,7 @@ from dumo.config.error import nearest
 from dumo.features import inception_weights as inception
 from dumo.io import digest
 from dumo.io.path import user_path
+from dumo.nets.pretrained import PUBLISHED, read_config
 from dumo.protocols.standard import STANDARDS, TRAIN
 from dumo.types import UserError
 
@@ -23,6 +24,7 @@ TAESD = "https://github.com/madebyollin/taesd/raw/main/"
 CIFAR = "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/plain_text/"
 PARQUET = "{}-00000-of-00001.parquet"
 SD_VAE = SdVae().weights
+MODELS = [config["_name_or_path"] for _, config in map(read_config, PUBLISHED)]  # names on the hub
 
 
 @dataclass(frozen=True)
@@ -50,16 +52,15 @@ CATALOGUE = (
         "$MY_IMAGES",
     ),
     Item(
-        "sd3",
-        "Stable Diffusion 3 medium: a flow transformer of 2 B parameters, and its autoencoder",
-        "https://huggingface.co/stabilityai/stable-diffusion-3-medium-diffusers, with an account",
+        "pretrained",
+        "a published flow transformer of 2 to 20 B parameters, and its autoencoder",
+        "https://huggingface.co, for SD3 and FLUX.1 with an account",
         (
-            "pip install 'dumo[pretrained]'",
-            "hf download stabilityai/stable-diffusion-3-medium-diffusers --include 'transformer/*' 'vae/*' "
-            "--local-dir $PRETRAINED   # then --set net.source=$PRETRAINED",
+            "pip install 'dumo[pretrained]' && export PRETRAINED=DIR   # and one of",
+            *(f"hf download {model} --include 'transformer/*' 'vae/*' --local-dir $PRETRAINED" for model in MODELS),
         ),
         ("$PRETRAINED/transformer/config.json", "$PRETRAINED/vae/config.json"),
-        f"folders transformer and vae, each with config.json and {WEIGHTS}, or other models of diffusers",
+        f"folders transformer and vae, each with config.json and {WEIGHTS}; to train: --set net.source=$PRETRAINED",
         "$PRETRAINED",
     ),
     Item(
@@ -121,7 +122,7 @@ CATALOGUE = (
         ),
         (f"{HUB}{SD_VAE}/{WEIGHTS}",),
         f"a folder with config.json and {WEIGHTS}, or the hub's own cache; set data.codec.weights to the folder",
-        "sd-vae",
+        SD_VAE,
     ),
     Item(
         "dc-ae",
@@ -133,7 +134,7 @@ CATALOGUE = (
         ),
         (f"{HUB}{DEEP['in'][0]}/{WEIGHTS}",),
         f"as sd-vae; the variants mix and sana are {DEEP['mix'][0]} and {DEEP['sana'][0]}",
-        "dc-ae",
+        DEEP["in"][0],
     ),
     Item(
         "inception",

@@ -25,6 +25,7 @@ from dumo import dist
 from dumo.config.check import check_pieces
 from dumo.config.spec import Run
 from dumo.flow.overhear import exchanged
+from dumo.flow.precision import autocast
 from dumo.flow.slope import DualSlope, Way
 from dumo.preflight import cost, plan
 from dumo.training import layout
@@ -164,12 +165,12 @@ class Loss(nn.Module):
         """Of so many rows."""
         super().__init__()
         self.batch = cost.blank(spec.objective, spec.path, rows, spec.data.shape)
-        self.low = spec.train.precision == "bf16"
+        self.autocast = partial(autocast, spec.train.precision, "cpu", keep=not layout.gives_back(spec.train.reshard))
         self.work: Callable[[Noised], Terms] = partial(spec.objective.loss, net, ref)  # no part of this one's
 
     def forward(self) -> Tensor:
         """The loss, whose gradient is that of all passes."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.low):
+        with self.autocast():
             return self.work(self.batch).loss.sum()
 
 

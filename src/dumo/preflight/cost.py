@@ -2,7 +2,7 @@
 
 The unit of work is F, one pass of the net forward; a backward pass is 2 F. Counts depend on shapes alone, so operations
 are counted on the meta device, whatever the net's size: no memory, no arithmetic. Blocks that are alike cost alike, so
-of a deep net of such blocks only a few are run (`by_depth`).
+of a deep net only the first few are run (`dumo.preflight.depth`).
 
 Memory is counted by following every tensor's storage from the operation that made it until it is let go. That needs
 the operations a device would run: on meta, attention keeps all its scores, which no fused kernel does. So bytes are
@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from fractions import Fraction
 from math import lcm
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +25,12 @@ from dumo.flow.overhear import Overheard, exchanged
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
 from dumo.preflight.count import Bytes, flops, live_bytes
+from dumo.preflight.depth import by_depth, short
 from dumo.random import stream
 from dumo.training.frozen import copied, share
 from dumo.types import Cond, Frozen, Guide, Heads, Noised, Objective, Path, Sample, frozen
 
 LAW = 1_000_000  # rows that a law is judged by
-FEW = 6  # blocks up to which all are run: ours
 Theta = Literal["self"] | float  # theta^-: the net itself, or an average of it, as `Train.ref`
 
 
@@ -42,7 +42,7 @@ def forward_flops(net: nn.Module, objective: Objective, shape: Sequence[int]) ->
 
 def heads(net: nn.Module, objective: Objective, shape: Sequence[int], *, rows: int) -> Heads:
     """What a pass gives, without numbers."""
-    return _pass(_short(net), objective, shape, rows)
+    return _pass(short(net), objective, shape, rows)
 
 
 def forward_units(
@@ -82,7 +82,7 @@ def way(net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], 
     if not isinstance(slope, DualSlope):
         return None
     heard, b = Overheard(slope), _draw(objective, path, exact_rows(objective), shape)
-    _step(*_outlines(_short(net), ref), exchanged(objective, slope, heard), b)()
+    _step(*_outlines(short(net), ref), exchanged(objective, slope, heard), b)()
     if heard.nets is None:
         return None  # an objective may have a slope that it does not take
     return slope.way(*heard.nets, known=heard.inputs.get("toward") is not None)
@@ -123,21 +123,6 @@ def activation_bytes(
     return by_depth(net, lambda net: _peak(net, objective, b, ref, precision, graded=True).peak, check=True)
 
 
-def by_depth(net: nn.Module, count: Callable[[nn.Module], int], *, check: bool = False) -> int:
-    """A count of a net: of all of it, or, where its blocks are alike, of one and two of them, and so of all.
-
-    The last block may be another than the rest.
-
-    `check`: where something may outweigh a few blocks, a third must add what the second did, or all are counted.
-    """
-    if (depth := _alike(net)) <= FEW:
-        return count(net)
-    one, two = (count(_cut(net, n)) for n in (1, 2))
-    if check and (one == two or count(_cut(net, 3)) - two != two - one):
-        return count(net)
-    return one + (depth - 1) * (two - one)
-
-
 def exact_rows(objective: Objective) -> int:
     """The fewest rows, at least 2, of which every share that an objective treats apart is a whole number."""
     guide, times = objective.needs.guide, objective.times
@@ -151,27 +136,6 @@ def _pass(net: nn.Module, objective: Objective, shape: Sequence[int], rows: int)
     x, c = _nothing(rows, shape)
     inputs = {name: x.new_empty(rows) for name in objective.needs.names}
     return copy.deepcopy(net).to("meta")(x, c, **inputs)
-
-
-def _alike(net: nn.Module) -> int:
-    """How many blocks a net has, if all but the last have parameters of the same shapes, else 0."""
-    blocks = getattr(net, "blocks", None)
-    if not isinstance(blocks, nn.ModuleList):
-        return 0
-    kinds = {tuple((name, p.shape) for name, p in block.named_parameters()) for block in [*blocks][:-1]}
-    return len(blocks) if len(kinds) <= 1 else 0
-
-
-def _short(net: nn.Module) -> nn.Module:
-    """The net with its last block alone, where the others are alike."""
-    return _cut(net, 1) if _alike(net) else net
-
-
-def _cut(net: nn.Module, n: int) -> nn.Module:
-    """The net with n of its blocks, the last among them; all parts are shared."""
-    cut, blocks = copy.copy(net), [*cast(nn.ModuleList, net.blocks)]
-    cut._modules = {**net._modules, "blocks": nn.ModuleList([*blocks[: n - 1], blocks[-1]])}
-    return cut
 
 
 def _peak(net: nn.Module, objective: Objective, b: Noised, ref: Theta, precision: Precision, *, graded: bool) -> Bytes:

@@ -26,7 +26,8 @@ from dumo.config.spec import Run
 from dumo.flow.precision import using
 from dumo.io.json import finite
 from dumo.nets import Net, Pretrained
-from dumo.preflight import caption, pretrained
+from dumo.nets.text.drawn import at_hand
+from dumo.preflight import caption, pretrained, separability
 from dumo.preflight.machine import Finding, look
 from dumo.random import stream
 from dumo.types import Cond, Frozen, Heads, Sample, Time, UserError
@@ -78,12 +79,21 @@ class Examination:
 
 def examine(run: Run, device: torch.device) -> Examination:
     """The run's slope on its net, cut to two blocks, every parameter drawn. Raises UserError as the slope does."""
+    run = readable(run)
     net = run.model_copy(update={"net": short(run.net)}).build(device)
     with torch.no_grad():
         for name, p in net.named_parameters():
             noise = torch.randn(p.shape, generator=stream(run.train.seed, "doctor", name)).to(p)
             p.copy_(noise / p[0].numel() ** 0.5 if p.ndim > 1 else p + 0.1 * noise)  # gains stay near 1
     return _compare(run, net, device, rows=4, weights="drawn weights")
+
+
+def readable(run: Run) -> Run:
+    """The run, with texts drawn where its net reads a table that is not there yet."""
+    texts: object = getattr(run.net, "texts", None)
+    if texts is at_hand(texts):
+        return run
+    return run.model_copy(update={"net": run.net.model_copy(update={"texts": at_hand(texts)})})
 
 
 def short(net: Net) -> Net:
@@ -164,7 +174,7 @@ def diagnose(run: Run, device: str = "auto") -> dict[str, Any]:
     except UserError as error:  # the slope refuses, or an operation has no tangent rule
         text, way = "refused", str(error)
     test = Finding("self-test", "failing" if way else "ok", text, way)
-    found = [*look(here), *about_weights(run, here), *caption.findings(run), test]
+    found = [*look(here), *about_weights(run, here), *caption.findings(run), *separability.findings(run), test]
     ok = all(finding.state != "failing" for finding in found)
     return {"ok": ok, "findings": [asdict(finding) for finding in found], "examination": exam and finite(asdict(exam))}
 

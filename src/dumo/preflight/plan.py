@@ -4,8 +4,8 @@ Of memory the sum is an upper bound: weights, gradients, optimizer and averages 
 piece of a batch needs at one time.
 """
 
-from collections.abc import Iterable
-from math import prod
+from collections.abc import Iterable, Mapping
+from math import ceil, log2, prod
 from typing import Any
 
 import torch
@@ -23,15 +23,17 @@ from dumo.training.cut import passes
 from dumo.training.state import State, begin
 from dumo.types import UserError
 
+GPU = 80 * 2**30  # bytes of an A100 or H100
+
 
 def plan(spec: Run) -> dict[str, Any]:
     """What `show` says, and shapes, bytes, work, images, and whether the data are there.
 
     `parameters_total` counts fixed tables, too; `inputs` and `heads` are shapes of a row; `flops` and `images` are the
-    whole run's.
+    whole run's; `gpus` is as the function of that name says.
     """
     net, shape, needs, train = spec.outline(), spec.data.shape, spec.objective.needs, spec.train
-    shown, images, missing = show(spec), train.steps * train.batch, missing_data(spec)
+    shown, images, missing = show(spec, net), train.steps * train.batch, missing_data(spec)
     heads = cost.heads(net, spec.objective, shape, rows=1)
     epoch = (not missing and cached_images(spec)) or protocol_images(spec)
     return {
@@ -40,7 +42,8 @@ def plan(spec: Run) -> dict[str, Any]:
         "inputs": {"x": list(shape), **{name: [] for name in ("c", *needs.names)}},
         "heads": {name: list(head.shape[1:]) for name, head in zip((*needs.heads, *needs.gauges), heads, strict=True)},
         "tokens": getattr(net, "grid", 0) ** 2 or None,
-        "memory": memory(spec, most_rows(spec)),
+        "memory": (holds := memory(spec, most_rows(spec), net)),
+        "gpus": gpus(holds),
         "images": images,
         "epochs": epoch and images / epoch,
         "flops": shown["forward_units_per_step"] * shown["forward_flops_per_image"] * images,
@@ -56,20 +59,33 @@ def most_rows(spec: Run, ranks: int | None = None) -> int:
     )
 
 
-def memory(spec: Run, rows: int) -> dict[str, int]:
-    """Bytes that training holds on each rank, by what they are, `rows` rows at a time; `total`: the most at once."""
-    train, data = spec.train, spec.data
+def memory(spec: Run, rows: int, net: nn.Module | None = None) -> dict[str, int]:
+    """Bytes that training holds on each rank, by what they are, `rows` rows at a time; `total`: the most at once.
+
+    `net`: its outline, if there is one already, which is left with gradients.
+    """
+    train, data, net = spec.train, spec.data, spec.outline() if net is None else net
     activations = cost.activation_bytes(
-        spec.outline(), spec.objective, spec.path, data.shape, rows=rows, ref=train.ref, precision=train.precision
+        net, spec.objective, spec.path, data.shape, rows=rows, ref=train.ref, precision=train.precision
     )
-    parts = {**held(spec), "activations": activations}
+    parts = {**held(spec, net), "activations": activations}
     return {"rows": rows, **parts, "total": sum(parts.values())}
 
 
-def held(spec: Run) -> dict[str, int]:
-    """Bytes that training holds between passes, by what they are, where each rank holds all."""
-    net, train = spec.outline(), spec.train
-    state = begin(net, train)
+def gpus(memory: Mapping[str, int]) -> int | None:
+    """On how many GPUs of 80 GiB to look for a layout (`dumo.preflight.fit`), a power of two; None where one holds all.
+
+    What stays between passes then fills at most half of each, and the rest is for the passes: ours.
+    """
+    if memory["total"] <= GPU:
+        return None
+    return 2 ** max(0, ceil(log2((memory["total"] - memory["activations"]) / (GPU / 2))))
+
+
+def held(spec: Run, net: nn.Module | None = None) -> dict[str, int]:
+    """Bytes that training holds between passes, by what they are, where each rank holds all; `net` as of `memory`."""
+    net = spec.outline() if net is None else net
+    state = begin(net, spec.train)
     learns = [p for p in net.parameters() if p.requires_grad]
     for p in learns:
         p.grad = torch.empty_like(p)

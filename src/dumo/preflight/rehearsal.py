@@ -53,7 +53,7 @@ def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
 
     Raises UserError where training would refuse to begin or memory is too small, Diverged where the step is not finite.
     """
-    here = dist.device(device)
+    here, spec = dist.device(device), doctor.readable(spec)
     if here.type == "cuda":
         torch.cuda.reset_peak_memory_stats(here)
     exam = doctor.examine(spec, here)

@@ -2,19 +2,21 @@
 
 from typing import Any
 
+from torch import nn
+
 from dumo.config.spec import Run
 from dumo.preflight import cost
 from dumo.random import stream
 
 
-def show(run: Run) -> dict[str, Any]:
+def show(run: Run, net: nn.Module | None = None) -> dict[str, Any]:
     """What a run is before it is run: its spec, its size, and what a step costs and teaches.
 
     `forward_units_per_step` counts floating-point operations; `slope` is the way of a slope that rides; `far` is
     P(t - r > 0.9), the share of rows where one-step sampling is taught, None where no jump is; `guidance_scale` is the
-    effective one, 1 for none.
+    effective one, 1 for none. `net`: its outline, if there is one already.
     """
-    net = run.outline()
+    net = run.outline() if net is None else net
     jumps = run.reads.endpoint or run.reads.flow_map
     way = cost.way(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     return {

@@ -15,7 +15,7 @@ LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C library's, ten t
 GROUPS = {  # by purpose, each in the order in which it is listed
     "Start here": ("digits", "moons"),
     "Your own images": ("my-images", "my-images-256"),
-    "A pretrained transformer": ("pretrained",),
+    "A pretrained transformer": ("sd3-lora", "sana", "flux-lora", "z-image", "qwen-image-lora", "qwen-image"),
     "By words": ("digits-words", "cifar10-latents-words"),
     "Compare objectives on digits, at equal cost": (
         *("digits-flow-matching", "digits-meanflow", "digits-imf", "digits-split-meanflow", "digits-alpha-flow"),

@@ -208,7 +208,8 @@ def side_by_side(done: Sequence[Finished]) -> Image.Image:
     for one, *_ in seeds_of(done):
         run, told = one.opened.run, one.report["results"][0]
         each, score = max(run.data.labels, 10), figures(told)[0]
-        made = sample(one.opened, nfe=1, c=(c := conditions(run, 2 * each)))
+        c = conditions(run, each)
+        made = sample(one.opened, nfe=1, c=c.repeat(2))
         sheet = picture.sheet(picture.to_rows(made.x), each)
         names = [run.class_name(k) for k in c.tolist()[: run.data.labels]]
         blocks[f"{next(iter(one.cell.labels.values()))}, {told[score]:.3g}"] = told[score], figure.headed(sheet, names)

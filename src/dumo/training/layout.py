@@ -78,6 +78,11 @@ def finish(net: nn.Module, step: bool, *, reshard: bool) -> None:
         root.set_reshard_after_backward(step or reshard)
 
 
+def gives_back(reshard: bool) -> bool:
+    """Whether gathered weights are given back after each pass, so that no cast of them may stay either."""
+    return reshard and dist.world() > 1
+
+
 def release(net: nn.Module) -> None:
     """Give back what a pass without a backward one has gathered: weights that a later step would not move."""
     for part in parts(net):

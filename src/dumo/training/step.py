@@ -108,7 +108,7 @@ class Pieces:
         self.draws = draws or draws_of(task, spec, state.step, self.x.shape[1:], z=self.z is None)
         self.keys = sent(self.draws.keys, self.x.device)
         self.noised = partial(noised, path=task.path, progress=state.step / spec.steps, teacher=task.teacher)
-        self.autocast = partial(autocast, spec.precision, self.x.device)
+        self.autocast = partial(autocast, spec.precision, self.x.device, keep=not layout.gives_back(spec.reshard))
         self.ref = reference(state, spec.ref)
 
     def here(self, rows: slice) -> slice:

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dumo.codecs import Codec, DcAe, Identity, SdVae, Taef2
+from dumo.codecs import Codec, DcAe, Identity, QwenVae, SdVae, Taef2
 from dumo.codecs.autoencoder import CONFIG, WEIGHTS
 from dumo.codecs.taesd import Tiny
 from dumo.random import keyed, stream
@@ -77,6 +77,15 @@ def deep(tmp_path: Path) -> Path:
     return tmp_path / "deep"
 
 
+@pytest.fixture
+def frame(tmp_path: Path) -> Path:
+    """A small AutoencoderKLQwenImage of the published 16 channels and factor 8, as diffusers saves it."""
+    from diffusers import AutoencoderKLQwenImage
+
+    filled(AutoencoderKLQwenImage(base_dim=4, num_res_blocks=1)).save_pretrained(tmp_path / "frame")
+    return tmp_path / "frame"
+
+
 def test_identity_gives_what_it_gets() -> None:
     codec = Identity().open()
     assert codec.sha256 is None
@@ -87,7 +96,7 @@ def test_identity_gives_what_it_gets() -> None:
 
 
 def test_every_kind_comes_back_from_its_own_words() -> None:
-    for codec in (Identity(), Taef2(), SdVae(), DcAe(), DcAe(variant="sana", scale=tuple(range(1, 33)))):
+    for codec in (Identity(), Taef2(), SdVae(), DcAe(), QwenVae(), DcAe(variant="sana", scale=tuple(range(1, 33)))):
         assert SPEC.validate_json(SPEC.dump_json(codec)) == codec
         assert SPEC.validate_python(codec.model_dump()) == codec
 
@@ -100,6 +109,7 @@ def test_published_shapes_and_scales() -> None:
     assert DcAe(variant="sana").weights == "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
     assert DcAe(variant="sana", weights="here", scale=2.0).model_dump()["weights"] == "here"
     assert Taef2().shape(64) == (32, 8, 8)
+    assert QwenVae().shape(512) == (16, 64, 64)
 
 
 def test_sides_that_do_not_divide_are_refused(tiny: Path) -> None:
@@ -112,7 +122,7 @@ def test_sides_that_do_not_divide_are_refused(tiny: Path) -> None:
 @pytest.mark.parametrize(
     "wrong", [{"scale": 0.0}, {"scale": -1.0}, {"scale": (1.0, 2.0)}, {"shift": (0.0,)}, {"sha256": "abc"}, {"size": 3}]
 )
-@pytest.mark.parametrize("kind", ["identity", "taef2", "sd-vae", "dc-ae"])
+@pytest.mark.parametrize("kind", ["identity", "taef2", "sd-vae", "dc-ae", "qwen-vae"])
 def test_impossible_numbers_are_refused(kind: str, wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         SPEC.validate_python({"kind": kind} | wrong)
@@ -163,6 +173,7 @@ def test_sd_vae_gives_diffusers_moments(vae: Path) -> None:
     codec = spec.open()
     moments = codec.encode(images(16))
     assert moments.shape == (2, 8, 8, 8)
+    assert moments.is_contiguous()  # as files of tensors want it, whatever layout convolutions take
     with torch.no_grad():
         law = net.encode(images(16)).latent_dist
         torch.testing.assert_close(moments[:, :4], (law.mean - 0.1) * 0.18215)
@@ -187,6 +198,26 @@ def test_dc_ae_gives_diffusers_latent(deep: Path) -> None:
         torch.testing.assert_close(x, raw * torch.tensor(scale)[:, None, None])
         assert torch.equal(codec.sample(x, "draw", rows=range(2)), x)
         torch.testing.assert_close(codec.decode(x), net.decode(raw).sample.clamp(-1, 1))
+
+
+def test_qwen_vae_gives_the_latent_of_the_stock_pipeline(frame: Path) -> None:
+    """As `QwenImagePipeline` decodes and its twin for images encodes, with the mean and deviation of the config."""
+    from diffusers import AutoencoderKLQwenImage
+
+    net = AutoencoderKLQwenImage.from_pretrained(frame).eval()
+    codec = QwenVae(weights=str(frame)).open()
+    mean, std = (torch.tensor(net.config[f"latents_{name}"]).view(1, 16, 1, 1, 1) for name in ("mean", "std"))
+    moments = codec.encode(images(16))
+    assert moments.shape == (2, 32, 2, 2)
+    assert moments.is_contiguous()
+    with torch.no_grad():
+        law = net.encode(images(16).unsqueeze(2)).latent_dist
+        torch.testing.assert_close(moments[:, :16], ((law.mean - mean) * (1.0 / std))[:, :, 0])
+        torch.testing.assert_close(moments[:, 16:], (law.std / std)[:, :, 0])
+        x = codec.sample(moments, "draw", rows=range(2))
+        theirs = net.decode(x.unsqueeze(2) / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
+        torch.testing.assert_close(codec.decode(x), theirs)
+    torch.testing.assert_close(codec.decode(x)[:1], codec.decode(x[:1]))  # a row is a video, and no frame of one
 
 
 def truncated(file: Path) -> None:
@@ -288,6 +319,15 @@ def test_hub_is_asked_for_what_is_no_folder(vae: Path, monkeypatch: pytest.Monke
         SdVae().open()
     with pytest.raises(UserError, match="is no folder"):
         SdVae(weights="/no/such/folder").open()
+
+
+def test_hub_is_asked_for_a_folder_of_a_pipeline(frame: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def brings(name: str, *, allow_patterns: list[str]) -> str:
+        assert (name, allow_patterns) == ("Qwen/Qwen-Image", [f"vae/{CONFIG}", f"vae/{WEIGHTS}"])
+        return str(frame.rename(frame.with_name("vae")).parent)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", brings)
+    assert QwenVae().open().sha256
 
 
 def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from dumo.io.picture import scatter, sheet, to_rows
+from dumo.io.picture import TITLE, scatter, sheet, to_rows
 from dumo.random import stream
 from dumo.types import UserError
 
@@ -78,14 +78,17 @@ def test_scatter_has_grey_truth_below_red_samples_in_panels() -> None:
 
 
 def test_titles_stand_above_columns_or_images() -> None:
-    """Black letters on white, cut to the cell; below them the sheet is what it is without."""
+    """Black letters on white, on up to three lines, cut to the cell; below them the sheet is what it is without."""
     pixels = to_rows(2 * torch.rand(5, 3, 4, 6, generator=stream("titles")) - 1)
     plain = np.asarray(sheet(pixels, columns=3, scale=16))
-    heads = np.asarray(sheet(pixels, columns=3, scale=16, titles=["cats", "", "a name too long for its column"]))
+    heads = np.asarray(sheet(pixels, columns=3, scale=16, titles=["cats", "", "a name too long for one line " * 3]))
     extra = len(heads) - len(plain)
     assert (heads[extra:] == plain).all()
     dark = [(heads[:extra, 98 * k : 98 * k + 96] < 100).any() for k in range(3)]
     assert dark == [True, False, True]
     assert (heads[:extra, 96:98] == 255).all()  # the gaps stay free
-    each = np.asarray(sheet(pixels, columns=3, scale=16, titles=list("abcde")))
-    assert len(each) == len(plain) + 2 * (extra - 2)
+    for many, text in enumerate(
+        ("a", "several words here", "several words here, and several there", 9 * "several words "), 1
+    ):
+        each = np.asarray(sheet(pixels, columns=3, scale=16, titles=["a", "b", "c", "d", text]))
+        assert len(each) == len(plain) + 2 * (extra - 2 - TITLE * (3 - min(many, 3)))

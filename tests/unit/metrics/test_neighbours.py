@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dumo.metrics import neighbours
-from dumo.metrics.neighbours import nearest, nearest_two, precision_recall
+from dumo.metrics.neighbours import nearest, nearest_other, nearest_two, precision_recall
 from dumo.random import stream
 from dumo.types import UserError
 
@@ -160,7 +160,13 @@ def test_answers_are_those_of_measuring_all(kind: str, scale: float) -> None:
             real, fake = real[:, :4].round(), fake[:, :4].round()
         case "copies":
             real, fake = real[torch.arange(150) % 7], real[torch.arange(130) % 11]
-    assert precision_recall(scale * real, scale * fake) == measured(scale * real, scale * fake)
+    real, fake = scale * real, scale * fake
+    assert precision_recall(real, fake) == measured(real, fake)
+    every, (far, at) = neighbours._distances(fake, real), nearest(real, fake)
+    assert torch.equal(far, every.amin(1))
+    assert torch.equal(far, every.gather(1, at[:, None])[:, 0])
+    rows = torch.tensor([7, 149, 0])
+    assert torch.equal(nearest_other(real, rows), neighbours._radii(real, 1)[rows])
 
 
 def test_what_is_no_number_is_in_no_ball() -> None:

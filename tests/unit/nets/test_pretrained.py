@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+import encoders
 import transformers_tiny as tiny
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
@@ -18,8 +19,11 @@ from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
-from dumo.nets.text import TextFile
+from dumo.nets.text import TextFile, TextTable
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
+from dumo.texts.encode import encode
+from dumo.texts.encoder import Encoder
+from dumo.texts.table import open_table
 from dumo.types import Frozen, Needs, Noised, UserError
 from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, SHAPE, asked, batch, saved
 
@@ -295,6 +299,7 @@ def test_models_that_do_not_fit_are_refused(folder: Saved, tmp_path: Path, chang
         ("sd3", {"depth": 1}, "set net.weights=drawn"),
         ("sd3", {"lora": Lora(targets=("nothing",))}, "no linear layers"),
         ("sd3", {"lora": Lora(dropout=0.1), "checkpoint": True}, "do not go together"),
+        ("chroma-masked", {"checkpoint": True}, r"set net\.checkpoint=false"),
     ],
 )
 def test_fields_that_do_not_fit_are_refused(folder: Saved, name: str, change: dict[str, object], why: str) -> None:
@@ -345,3 +350,22 @@ def test_texts_that_do_not_fit_are_refused(
     save_file({name: row for name, row in rows.items() if row is not None}, tmp_path / "texts.safetensors")
     with pytest.raises(UserError, match=why):
         built(spec.model_copy(update={"texts": TextFile(source=str(tmp_path / "texts.safetensors"))}))
+
+
+def test_a_table_of_texts_is_a_file_of_the_same_rows(folder: Saved, tmp_path: Path) -> None:
+    """Rows that an encoder made, by either kind; a model without a mask is told how to do without."""
+    from safetensors.torch import save_file
+
+    captions, (x, c, t) = ("a red car", "cat"), batch()
+    encoder = Encoder(source=str(encoders.t5(tmp_path / "t5")), length=12, dtype="float32")
+    encode(captions, encoder, tmp_path / "table")
+    tokens, mask, _ = open_table(tmp_path / "table").padded()
+    save_file({"tokens": tokens, "mask": mask}, tmp_path / "rows.safetensors")
+    table = TextTable(root=str(tmp_path / "table"), encoder=encoder, width=encoders.WIDTH)
+    found = []
+    for texts in (table, TextFile(source=str(tmp_path / "rows.safetensors"))):
+        torch.manual_seed(0)
+        found.append(built(folder("sana-masked").model_copy(update={"texts": texts}))(x, c, t=t)[0])
+    assert torch.equal(*found)
+    with pytest.raises(UserError, match=r"net\.texts\.encoder\.pad=true"):
+        built(folder("auraflow").model_copy(update={"texts": table}))

@@ -1,10 +1,12 @@
 """A transformer that reads texts: what it is told of them, and how its blocks look at them."""
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from contract.case import randomise
@@ -16,10 +18,12 @@ from dumo.nets.block import Sizes
 from dumo.nets.dit import DiT, Transformer
 from dumo.nets.norm import normalize
 from dumo.nets.reading import Cross, Joint, Last
+from dumo.nets.text import TextFile
 from dumo.nets.text.rows import Rows
 from dumo.objectives import DuMo
 from dumo.preflight.cost import forward_flops
 from dumo.preflight.count import flops
+from dumo.preflight.depth import short
 from dumo.sampling.generate import solve
 from dumo.sampling.guidance import CFG
 from dumo.sampling.solver import Euler, Restart, Solver
@@ -176,6 +180,16 @@ def test_every_token_that_is_there_matters_and_no_other(way: str, pooled: int) -
 
 
 @ways
+def test_the_image_sees_itself(way: str) -> None:
+    """What changes in one corner is seen in the other."""
+    net, (x, c, t) = built(way), points()
+    other = x.clone()
+    other[..., :2, :2] += 1
+    for a, b in zip(net(x, c, t=t), net(other, c, t=t), strict=True):
+        assert (a - b)[..., 2:, 2:].abs().max() > 1e-4
+
+
+@ways
 def test_the_vector_alone_tells_captions_apart(way: str) -> None:
     """As at the start, where the blocks' tokens are silent: of one pass it is the straightest way to the heads."""
     net, (x, c, t) = built(way, Given(pooled=7)), points()
@@ -203,13 +217,17 @@ def test_blocks_are_counted_by_few_of_them(way: str, depth: int) -> None:
     """Though the last of joint ones is another than the rest."""
     with torch.device("meta"):
         net = spec(way, depth=depth).build(VU, SHAPE, CLASSES)
+    assert 0 < len(short(net).blocks) <= 2
     x, c, t = (torch.empty(2, *shape, device="meta") for shape in (SHAPE, (), ()))
     assert forward_flops(net, DuMo(), SHAPE) == flops(lambda: net(x, c.long(), t=t)) / 2
 
 
-def test_captions_are_asked_for() -> None:
-    with pytest.raises(UserError, match=r"net.texts is of captions.*data.captions"):
-        spec("cross").build(VU, SHAPE, 0)
+def test_a_text_of_no_token_is_refused(tmp_path: Path) -> None:
+    """The mean of no tokens is no number."""
+    mask = torch.tensor([[True, False], [False, False], [True, True]])
+    save_file({"tokens": torch.zeros(3, 2, 4), "mask": mask}, file := tmp_path / "texts.safetensors")
+    with pytest.raises(UserError, match=r"no token in row 1: an empty text has one"):
+        TextFile(source=str(file)).build(2)
 
 
 def test_texts_are_left_out_of_what_is_written_where_there_are_none() -> None:

@@ -19,7 +19,7 @@ def test_captions_are_counted(tmp_path: Path) -> None:
     assert findings(load("digits")) == []
     assert line(load("digits-words")) == "200, of 10 classes by 15 templates, and 5 that are held out of training"
     as_lines(tmp_path / "a", TOLD)
-    assert line(run(tmp_path / "a")) == "9 of 12 images, up to 2 each; 1 images have none"
+    assert line(run(tmp_path / "a")) == "9 of 12 images, up to 2 each; 1 image has none"
     assert line(run(tmp_path / "later")) is None
 
 

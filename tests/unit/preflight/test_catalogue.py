@@ -29,12 +29,18 @@ def test_every_variable_that_a_recipe_reads_is_told() -> None:
     assert not [name for name in VARIABLES if f"${name}" not in said]
 
 
-@pytest.mark.parametrize("name", ["imagenet256-xl2", "cifar10-latents", "my-images-256", "imagenet512-xl1-dcae"])
+@pytest.mark.parametrize(
+    "name", ["imagenet256-xl2", "cifar10-latents", "my-images-256", "imagenet512-xl1-dcae", "sana"]
+)
 def test_a_recipe_is_named_by_what_it_needs(name: str) -> None:
     spec = load(name)
-    wanted = {spec.data.codec.kind, "inception" if hasattr(spec.evaluate.protocol, "frechet") else None}  # type: ignore[union-attr]
+    wanted = (
+        {"pretrained"}
+        if name == "sana"
+        else {spec.data.codec.kind, "inception" if hasattr(spec.evaluate.protocol, "frechet") else None}
+    )  # type: ignore[union-attr]
     for item in CATALOGUE:
-        if item.name in ("taef2", "sd-vae", "dc-ae", "inception"):
+        if item.name in ("taef2", "sd-vae", "dc-ae", "inception", "pretrained"):
             assert (name in needing(item)) == (item.name in wanted), item.name
 
 

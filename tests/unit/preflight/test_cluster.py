@@ -78,6 +78,14 @@ def test_every_pass_gathers_what_was_given_back() -> None:
     assert (step.passes, step.calls) == (4, {"all-gather": 4 * 4 * 2, "reduce-scatter": 2})
 
 
+def test_what_is_given_back_leaves_no_cast_behind() -> None:
+    """Autocast would keep all weights in bf16, half of them as bytes count, where one block is there at a time."""
+    words = ("train.precision=bf16", "train.share=8", "train.reshard=true", "net.checkpoint=true", "train.batch=8")
+    two, six = (cluster.counted(small(*words, f"net.depth={depth}"), RANKS).memory for depth in (2, 6))
+    four_blocks = RANKS * (six["weights"] - two["weights"])
+    assert six["activations"] - two["activations"] < 0.1 * four_blocks
+
+
 def test_hours_and_disk() -> None:
     spec = small("train.keep=3")
     facts = cluster.cluster(spec, 1, tflops=2.0)

@@ -17,7 +17,7 @@ from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Pair, Uniform
 from dumo.nets import MLP, DiT, UNet
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
-from dumo.preflight import cost
+from dumo.preflight import depth as few
 from dumo.preflight.cost import (
     activation_bytes,
     by_depth,
@@ -272,7 +272,7 @@ def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Ob
     assert units == pytest.approx(forward_units(net, objective, Linear(), shape, rows=rows), rel=1e-12)
 
 
-def deep(needs: Needs, checkpoint: bool = False, depth: int = cost.FEW + 1) -> nn.Module:
+def deep(needs: Needs, checkpoint: bool = False, depth: int = few.FEW + 1) -> nn.Module:
     """One block more than are all run."""
     with torch.device("meta"):
         return DiT(width=32, depth=depth, attention=2, checkpoint=checkpoint).build(needs, (1, 8, 8), 10)
@@ -294,7 +294,7 @@ def test_the_first_blocks_tell_of_all(objective: Objective, checkpoint: bool, mo
         return forward_flops(net, objective, shape), forward_units(*given), activation_bytes(*given, rows=4)
 
     whole = counts()
-    monkeypatch.setattr(cost, "FEW", 3)
+    monkeypatch.setattr(few, "FEW", 3)
     assert counts() == whole
 
 
@@ -305,8 +305,8 @@ def test_blocks_that_differ_are_all_run_and_so_are_those_that_something_outweigh
     net = deep(DuMo().needs)
     net.blocks.extend([net.blocks[0]] * 20)  # pyright: ignore
     assert by_depth(net, size) == 100
-    assert by_depth(net, size, check=True) == 7 * (cost.FEW + 21)
-    assert by_depth(net, lambda net: 7 * len(net.blocks), check=True) == 7 * (cost.FEW + 21)  # pyright: ignore
+    assert by_depth(net, size, check=True) == 7 * (few.FEW + 21)
+    assert by_depth(net, lambda net: 7 * len(net.blocks), check=True) == 7 * (few.FEW + 21)  # pyright: ignore
     with torch.device("meta"):
         other = UNet(width=8, multipliers=(1, 2), depth=2).build(DuMo().needs, (1, 8, 8), 0)
     seen: list[nn.Module] = []

@@ -25,6 +25,7 @@ from unit.run.adapted import freeze
 
 CPU = torch.device("cpu")
 TINY = ("net.width=16", "net.depth=1", "net.attention=2")
+HEAVY = ("flux-lora", "qwen-image-lora")  # hundreds of adapters
 WEIGHED = ("digits-guided",)  # whose steps are counted here; `dumo show` is, of every objective and net
 
 # Parameters in millions: trained, and with DiT's fixed table of positions; the paper says 675, 676 and 679
@@ -55,12 +56,12 @@ TABLE_3 = {
 def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No folder is named, and none is here: recipes must do without."""
     monkeypatch.chdir(tmp_path)
-    for name in ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION"):
+    for name in ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION", "PRETRAINED"):
         monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "pretrained" else []) for name in recipes.names()]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in HEAVY else []) for name in recipes.names()]
 )
 def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On nets without numbers, on a machine without any data: what is told is all there, and agrees."""

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from dumo import recipes
+from dumo.codecs import DcAe, QwenVae
 from dumo.config.format import FORMAT, KEY
 from dumo.config.load import dump, load
 from dumo.config.source import read
@@ -17,7 +18,17 @@ from dumo.reproduce import PLANS
 from dumo.reproduce.plan import SCALES
 
 NAMES = recipes.names()
+SCALED = {"kind", "channels", "factor", "shift", "scale"}
 SHIPPED = sorted(path.stem for path in Path(recipes.__file__).parent.glob("results/*.json"))
+
+
+LATENTS = {  # of the vae/config.json of each model
+    "sd3-medium": {"kind": "sd-vae", "channels": 16, "factor": 8, "shift": 0.0609, "scale": 1.5305},
+    "flux-dev": {"kind": "sd-vae", "channels": 16, "factor": 8, "shift": 0.1159, "scale": 0.3611},
+    "z-image": {"kind": "sd-vae", "channels": 16, "factor": 8, "shift": 0.1159, "scale": 0.3611},
+    "sana-1600m": DcAe(variant="sana").model_dump(include=SCALED),
+    "qwen-image": QwenVae().model_dump(include=SCALED),
+}
 
 
 def keys(tree: object) -> object:
@@ -73,7 +84,8 @@ def test_a_recipe_holds_values_of_their_own_types(name: str) -> None:
     assert load(name) == type(load(name)).model_validate(resolved)
     for key in found:  # 1e-3 is text to YAML 1.1; the value that it resolves to is a number
         assert found[key] == {**resolved, key: found[key]}[key]
-        assert "'" not in re.sub(r"'[^'\n]*\{n?\}[^'\n]*'", "", yaml.safe_dump(found[key])), key  # but for templates
+        plain = re.sub(r"'[^'\n]*\{n?\}[^'\n]*'", "", yaml.safe_dump(found[key]))  # but for templates
+        assert "'" not in plain.replace("''", ""), key  # the empty text aside
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,6 +133,25 @@ def test_a_full_size_recipe_says_what_the_paper_has_and_where_its_numbers_come_f
         assert fid in head
     for key in ("lr", "betas", "decay", "batch", "steps", "micro_batch", "drop", "zeta", "scale", "ramp"):
         assert any(re.match(rf"(- )?{key}: .+ # .+", line) for line in lines), key
+
+
+@pytest.mark.parametrize("name", recipes.GROUPS["A pretrained transformer"])
+def test_a_pretrained_transformer_is_tuned_as_published(name: str) -> None:
+    """Settings of TwinFlow's released code; and latents are what each model's own pipeline decodes."""
+    run, full = load(name).model_dump(), "lora" not in name
+    train, net, codec = run["train"], run["net"], run["data"]["codec"]
+    assert (train["optimizer"]["lr"], train["optimizer"]["betas"], train["clip"]) == (
+        1e-5 if full else 1e-4,
+        (0.9, 0.99),
+        1,
+    )
+    assert net["lora"] is None if full else (net["lora"]["rank"], net["lora"]["alpha"]) == (64, 64)
+    assert (run["sample"]["solver"]["m"], run["objective"]["times"]["kind"]) == (0.7, "uniform")
+    assert (run["objective"]["guide"]["zeta"], run["teacher"] is None) == (
+        (0, False) if net["guidance"] else (0.8, True)
+    )
+    assert train["batch"] >= 4 * 8  # four to a GPU, of eight
+    assert {key: codec[key] for key in SCALED} == LATENTS[net["source"]]
 
 
 @pytest.mark.parametrize("name", NAMES)

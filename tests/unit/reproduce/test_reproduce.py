@@ -192,7 +192,7 @@ def test_markdown() -> None:
 
 
 SMALL_SCALES = ("smoke", "laptop")
-UNPUBLISHED = ("fig3", "fig5", "guidance", "latents", "lowpass", "ours", "ours-latents", "pretrained")
+UNPUBLISHED = ("fig3", "fig5", "guidance", "latents", "lowpass", "ours", "ours-latents", "pretrained", "words")
 
 
 @pytest.mark.usefixtures("free")

@@ -31,7 +31,7 @@ OBJECTIVE = DuMo(slope=DualSlope(), drop=0.2).model_copy(
 )
 # Of tiny gradients Adam with a tiny eps takes the sign, and rounding decides it.
 SPEC = Train(steps=3, batch=8, ema=(Ema(decay=0.9),), clip=1.0, optimizer=AdamW(lr=1e-2, eps=1e-3))
-WAYS = {"full": None, "lora": Lora(rank=4)}
+WAYS = {"full": None, "lora": Lora(rank=4), "half": Lora(rank=4, frozen="bfloat16")}
 LAYOUTS = [(1, False), (2, True)]  # ranks to a copy, and whether weights are given back
 
 
@@ -43,7 +43,7 @@ def tuned(source: str, way: str, share: int, *, reshard: bool, rows: int | None 
     )
     spec = SPEC.model_copy(update={"share": share, "reshard": reshard, "micro_batch": rows})
     state, task = begin(net, spec), Task(OBJECTIVE, Linear(), CLASSES)
-    if way == "lora":
+    if WAYS[way]:
         base = Base(state.net, spec.precision)
 
         def taught(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:

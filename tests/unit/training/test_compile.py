@@ -16,7 +16,7 @@ def test_losses_compile_whole_and_our_recipes_for_a_gpu_once(tmp_path: Path) -> 
     assert all(wholes.values()), wholes
     assert {"Plain", "DuMo", "TwinFlow", "Outside"} <= wholes.keys()
     names = {case.split()[0] for case in found}
-    assert {"imagenet256-xl2-dual", "my-images", "inductor"} <= names
+    assert {"imagenet256-xl2-dual", "my-images", "inductor", "cross", "joint"} <= names
     for name in names:
         plain, none = found[f"{name} none"]
         assert none == [0] * len(plain)

@@ -14,8 +14,10 @@ PATIENCE = 300  # seconds, on a busy machine
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
-    source = saved(tmp_path, "sd3").source
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_two_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
+    """Of blocks of one kind, and of two."""
+    source = saved(tmp_path, name).source
     programs = [main_of("unit.training.pretrained_ranks", rank, tmp_path, source, cwd=tmp_path) for rank in (0, 1)]
     outputs(programs, PATIENCE)
     for way in WAYS:

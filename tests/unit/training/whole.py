@@ -5,6 +5,7 @@ In a process of its own, for what checks shapes in tests cannot be compiled.
 
 import json
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch._dynamo.utils import counters
@@ -18,16 +19,22 @@ from dumo.config.spec import Run
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
+from dumo.nets.dit import DiT
+from dumo.nets.text import Learned
 from dumo.random import random_batch
+from dumo.texts.encode import encode
+from dumo.texts.tokens import Tokenizer
 from dumo.training.loop import Every, train
 from dumo.training.spec import Compile
 from dumo.training.state import begin
 from dumo.training.step import Task
 from dumo.types import Frozen
+from unit.nets.given import Given
 
 SMALL = ["net.width=8", "net.depth=2", "net.attention=2", "train.ema=[]", "data.root=x"]
 STEPS = 6  # whose numbers of guided rows differ
 FEW = ["net.depth=1", "net.patch=8", "train.batch=4", "train.micro_batch=4", "train.precision=fp32", "train.steps=2"]
+TEXTS: dict[str, tuple[Compile, ...]] = {"cross": ("none", "loss"), "joint": ("none", "blocks")}
 COMPILE = torch.compile
 
 
@@ -47,21 +54,31 @@ def kinds() -> dict[str, Run]:
     return dict(found.values())
 
 
-def trained(run: Run, choice: Compile, backend: str = "eager") -> tuple[list[float], list[int]]:
-    """The loss of each step, and how many graphs there were after it."""
+def trained(run: Run, choice: Compile, backend: str = "eager", net: DiT | None = None) -> tuple[list[float], list[int]]:
+    """The loss of each step, and how many graphs there were after it; of a net in the place of the run's, if given."""
     torch.compiler.reset()
     counters.clear()
     tape.compiled_play.cache_clear()
     torch.compile = partial(COMPILE, backend=backend)
     spec = run.train.model_copy(update={"compile": choice})
     torch.manual_seed(0)
-    state = begin(run.build(torch.device("cpu")), spec)
+    state = begin(run.model_copy(update={"net": net or run.net}).build(torch.device("cpu")), spec)
     x, c = random_batch("compile", spec.batch, run.data.shape, run.data.classes)
     seen = list[tuple[float, int]]()
     note = Every(1, lambda _, record: seen.append((record.loss, counters["stats"]["unique_graphs"])))
     train(state, Task(run.objective, run.path, run.data.classes), lambda step: (x, c), spec, [note])
     losses, graphs = zip(*seen, strict=True)
     return list(losses), list(graphs)
+
+
+def texts() -> dict[str, DiT]:
+    """Nets that read texts, given ones and by an encoder that learns too, for the classes of digits."""
+    folder, tokenizer = Path("texts"), Tokenizer(length=8)
+    encode([str(k) for k in range(10)], tokenizer, folder)
+    learned = Learned(root=str(folder), tokenizer=tokenizer, width=8, depth=1, attention=2)
+    tiny = DiT(patch=2, width=8, depth=2, attention=2)
+    ways = {"cross": ("cross", learned), "joint": ("joint", Given())}
+    return {name: tiny.model_copy(update={"text": way, "texts": texts}) for name, (way, texts) in ways.items()}
 
 
 def wholes() -> dict[str, bool]:
@@ -87,6 +104,10 @@ def main() -> None:
         found |= {f"{name} {choice}": trained(run, choice) for choice in ("none", "blocks", "loss")}
     few = load("imagenet256-xl2-dual", [*SMALL, *FEW])
     found |= {"inductor none": trained(few, "none"), "inductor loss": trained(few, "loss", "inductor")}
+    guided = ["objective.guide.zeta=0.4", "train.batch=16", "train.micro_batch=8", "train.ema=[]"]
+    digits = load("digits", [*guided, f"train.steps={STEPS}"])
+    for name, net in texts().items():
+        found |= {f"{name} {choice}": trained(digits, choice, net=net) for choice in TEXTS[name]}
     print(json.dumps([found, wholes()]))
 
 

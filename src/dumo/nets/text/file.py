@@ -40,7 +40,7 @@ class TextFile(Spec):
 
 
 def check(file: Path, found: dict[str, Tensor]) -> None:
-    """Raise UserError where the parts of a file are not of as many rows and tokens."""
+    """Raise UserError where the parts of a file are not of as many rows and tokens, or a row has none."""
     tokens, shapes = found["tokens"], {name: tuple(found[name].shape) for name in ("mask", "pooled") if name in found}
     n, most = tokens.shape[:2] if tokens.ndim == 3 else (0, 0)
     wrong = [name for name, has in shapes.items() if has != ((n, most) if name == "mask" else (n, has[-1]))]
@@ -48,6 +48,9 @@ def check(file: Path, found: dict[str, Tensor]) -> None:
         shapes["tokens"] = tuple(tokens.shape)
         name = wrong[0] if wrong else "tokens"
         raise UserError(f"net.texts: {file} has {name} {shapes[name]} beside tokens {shapes['tokens']}. {HINT}")
+    if "mask" in found and not bool((there := found["mask"].bool().any(1)).all()):
+        row = int(there.logical_not().nonzero()[0])
+        raise UserError(f"net.texts: {file} has no token in row {row}: an empty text has one, that of its end. {HINT}")
 
 
 def codes(classes: int, width: int, pooled: int) -> Rows:

@@ -22,27 +22,25 @@ WIDER = 4  # the perceptron's width over the net's (Raffel et al. 2020)
 
 
 class Learned(Tabled):
-    """A T5 encoder by its sizes."""
+    """A T5 encoder by its sizes, over the token ids in a table."""
 
     kind: Literal["learned"] = "learned"
     tokenizer: Tokenizer = Tokenizer()
-    vocabulary: int = Field(
-        default=259, ge=1, le=WORDS
-    )  # tokens there are: bytes, and three that mark ends and padding
+    vocabulary: int = Field(default=259, ge=1, le=WORDS)  # tokens there are: bytes, and three for ends and padding
     width: int = Field(default=128, ge=1, le=CHANNELS)
     depth: int = Field(default=2, ge=1, le=BLOCKS)
     attention: int = Field(default=4, ge=1, le=CHANNELS)  # attention heads
 
     @property
     def by(self) -> Tokenizer:
-        """The tokenizer: token ids are what lies in the folder, and training makes them."""
+        """The tokenizer."""
         return self.tokenizer
 
     def build(self, classes: int) -> "Encoded":
-        """The encoder over the ids of `classes` captions and of none; on the meta device without reading them.
+        """The encoder, and the ids of `classes` captions and of none; on the meta device no file is read.
 
-        Raises UserError where sizes do not fit, the folder is of other captions or another tokenizer, or transformers
-        is missing.
+        Raises UserError where sizes do not fit, there is no table, it is of other captions or another tokenizer, or
+        transformers is missing.
         """
         if self.width % self.attention:
             raise UserError(f"net.texts.attention {self.attention} does not divide net.texts.width {self.width}")
@@ -50,8 +48,8 @@ class Learned(Tabled):
         if torch.get_default_device().type == "meta":
             return Encoded(self, torch.empty(shape, dtype=torch.int32), torch.empty(shape, dtype=torch.bool))
         ids, mask, _ = self.table(classes).padded()
-        if ids.max() >= self.vocabulary:
-            raise UserError(f"net.texts: {self.root} has tokens up to {ids.max()}: set net.texts.vocabulary above that")
+        if (most := int(ids.max())) >= self.vocabulary:
+            raise UserError(f"net.texts.root: {self.root} has tokens up to {most}: set net.texts.vocabulary={most + 1}")
         return Encoded(self, ids.int(), mask)
 
 

@@ -1,0 +1,148 @@
+"""From captions to prompts: encode, train, sample by words."""
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import dumo
+import encoders
+from dumo import recipes
+from dumo.io.weights import load
+from dumo.run.prompt import names, prompted
+from e2e.shell import call
+
+TEMPLATES = ["{}", "the digit {n}", "a handwritten {}"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny encoder, a recipe of digits by words, its table, and a run."""
+    home = tmp_path_factory.mktemp("home")
+    tree: dict[str, Any] = yaml.safe_load(recipes.text("digits"))
+    tree["data"] = {"kind": "digits", "captions": {"kind": "templates", "templates": TEMPLATES}}
+    encoder = {"kind": "transformers", "source": str(encoders.t5(home / "t5")), "length": 40}
+    texts = {"kind": "table", "root": str(home / "texts"), "encoder": encoder, "width": encoders.WIDTH}
+    tree["net"] = {"kind": "dit", "patch": 4, "width": 16, "depth": 1, "attention": 2, "texts": texts}
+    tree["train"] |= {"steps": 2, "batch": 8}
+    (home / "words.yaml").write_text(yaml.safe_dump(tree))
+    assert refused("train", home / "words.yaml", "--out", home / "run") == (
+        f"error: {home / 'texts'} holds no texts (it has no texts.yaml): make it, dumo encode RECIPE\n"
+    )
+    assert not (home / "run").exists()
+    done = call("encode", home / "words.yaml")
+    assert (done.code, done.out) == (
+        0,
+        f"{home / 'texts'}: 30 captions and the empty one by t5, up to 40 tokens of 16 numbers, 1 shards made now\n",
+    )
+    assert call("encode", home / "words.yaml").out.endswith("0 shards made now\n")
+    done = call("train", home / "words.yaml", "--out", home / "run")
+    assert done.code == 0, done.err
+    return home
+
+
+def refused(*words: object) -> str:
+    """What a command says that ends with code 2."""
+    done = call(*words)
+    assert (done.code, done.out) == (2, ""), done
+    return done.err
+
+
+def test_a_prompt_that_is_a_caption_is_that_caption_and_another_one_is_told_apart(home: Path) -> None:
+    run = dumo.load(home / "run")
+    with torch.no_grad():  # a net that has learned little reads little of texts
+        for name, p in run.net.named_parameters():
+            if "read" in name or "pool" in name or "heads" in name:
+                p.copy_(torch.linspace(-0.3, 0.3, p.numel()).view(p.shape))
+    asked = ["seven", "the digit 7", "a red seven", "seven", "a red seven"]
+    c = prompted(run.opened, asked)
+    assert c.tolist() == [21, 22, 31, 21, 31]  # 3 captions of a class; 30 is no caption
+    assert prompted(run.opened, ["two", "a red seven", "a blue seven"]).tolist() == [6, 31, 32]
+    assert names(run.opened, c) == asked
+    images = run.sample(prompts=["seven", "a red seven"], nfe=1)
+    assert torch.equal(images[0], run.sample([21, 3], nfe=1)[0])
+    noises = run.sample(prompts=["seven", "seven"], nfe=1)
+    assert not torch.allclose(images[1], noises[1])
+    assert run.sample(prompts="a red seven", count=3, nfe=1).shape == (3, 1, 8, 8)
+
+
+def test_wrong_prompts_are_refused_in_a_line(home: Path) -> None:
+    run, sample = dumo.load(home / "run"), ("sample", home / "run", "--nfe", 1)
+    for prompts, says in (([], "there are no prompts"), (["a", " "], "a prompt is empty")):
+        with pytest.raises(dumo.UserError, match=says):
+            run.sample(prompts=prompts)
+    with pytest.raises(dumo.UserError, match="give one of them"):
+        run.sample(3, prompts=["a"])
+    assert refused(*sample, "--prompt", "").startswith("error: a prompt is empty")
+    assert "--labels and --prompt" in refused(*sample, "--prompt", "a", "--labels", "3")
+    assert not (home / "run" / "samples").exists()
+    moved = shutil.copytree(home / "run", home / "elsewhere")
+    lost = ("--set", f"net.texts.encoder.source={home / 'nowhere'}")
+    assert "is no folder" in refused("sample", moved, "--nfe", 1, "--prompt", "a red seven", *lost)
+
+
+def test_a_long_prompt_is_cut_with_a_warning(home: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # tests take warnings for errors
+        done = call("sample", home / "run", "--nfe", 1, "--out", tmp_path, "--prompt", 50 * "seven ", "--prompt", "two")
+    assert done.code == 0
+    assert "more than 40 tokens, and cut there" in done.err
+    assert len(os.listdir(tmp_path)) == 1
+
+
+def test_a_run_of_classes_reads_no_prompts(tmp_path: Path) -> None:
+    run = dumo.train(
+        "digits", {"net.width": 16, "net.depth": 1, "train.steps": 1, "train.batch": 8}, out=tmp_path / "r"
+    )
+    with pytest.raises(dumo.UserError, match="trained without captions"):
+        run.sample(prompts=["seven"])
+
+
+def test_a_table_of_other_captions_or_otherwise_encoded_is_refused(home: Path, tmp_path: Path) -> None:
+    recipe, out = home / "words.yaml", ("--out", tmp_path / "out")
+    other = ("--set", "data.captions.templates=['{}', '{n}', 'a {}']")
+    assert "holds another table:\n  digest: " in refused("encode", recipe, *other)
+    assert "was encoded otherwise" in refused("train", recipe, *out, "--set", "net.texts.encoder.skip=1")
+    assert "holds 30 captions, and the data have 20" in refused(
+        *("train", recipe, *out, "--set", "data.captions.templates=['{}', '{n}']")
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("texts", ["table", "learned"])
+def test_a_step_is_tried_before_any_caption_is_encoded(home: Path, tmp_path: Path, texts: str) -> None:
+    """On texts that are drawn; nothing is written."""
+    tree: dict[str, Any] = yaml.safe_load((home / "words.yaml").read_text())
+    tree["net"]["texts"] |= {"root": str(tmp_path / "nowhere")}
+    if texts == "learned":
+        tree["net"]["texts"] = {"kind": "learned", "root": str(tmp_path / "nowhere"), "width": 8, "depth": 1}
+    (tmp_path / "words.yaml").write_text(yaml.safe_dump(tree))
+    done = call("dry", tmp_path / "words.yaml", "--rows", 4)
+    assert done.code == 0, done.err
+    assert os.listdir(tmp_path) == ["words.yaml"]
+
+
+def test_doctor_compares_the_captions_or_says_that_they_are_not_there(home: Path, tmp_path: Path) -> None:
+    done = call("doctor", home / "words.yaml")
+    assert done.code == 0, done.out
+    assert "texts: 30 captions, the nearest other at" in done.out
+    done = call("doctor", home / "words.yaml", "--set", f"net.texts.root={tmp_path / 'nowhere'}")
+    assert done.code == 0, done.out
+    assert "texts: not encoded yet" in done.out
+
+
+def test_rows_on_disk_train_the_same_net_and_no_compiler_follows_them(home: Path, tmp_path: Path) -> None:
+    recipe, disk = home / "words.yaml", ("--set", "net.texts.memory=0")
+    assert call("train", recipe, "--out", tmp_path / "run", *disk).code == 0
+    held, looked_up = (
+        load(next((run / "checkpoints").glob("*/net.safetensors"))) for run in (home / "run", tmp_path / "run")
+    )
+    assert held.keys() == looked_up.keys()
+    assert all(torch.equal(held[name], looked_up[name]) for name in held)
+    said = refused("train", recipe, "--out", tmp_path / "other", *disk, "--set", "train.compile=loss")
+    assert "set train.compile=blocks, or raise net.texts.memory" in said
