@@ -28,6 +28,7 @@ from dumo.protocols.state import state
 from dumo.run.folder import RunFolder
 from dumo.run.name import Fields, changes, flat, own
 from dumo.run.sample import real_data, sample_batches, solver_named
+from dumo.run.text import captions
 from dumo.sampling.solver import Euler, Solver, check
 from dumo.types import UserError
 
@@ -106,9 +107,7 @@ def evaluator_of(opened: RunFolder, bar: Bar) -> Evaluator:
 
         protocol, seed, device = run.evaluate.protocol, run.evaluate.seed, opened.device
         if isinstance(protocol, ClipProtocol):
-            return protocol.evaluator(
-                run.images.open, c=conditions(run), texts=run.class_names, seed=seed, device=device
-            )
+            return protocol.evaluator(run.images.open, c=conditions(run), texts=captions(run), seed=seed, device=device)
         return protocol.evaluator(lambda: real_data(run), classes=run.data.labels, seed=seed, device=device, tick=tick)
 
 

@@ -83,7 +83,7 @@ class ClipProtocol(Spec):
             "features": f"CLIP {model.model.config.vision_config.hidden_size} wide, patches of "
             f"{model.model.config.vision_config.patch_size}, {model.side} pixels",
             "features_sha256": model.sha256,
-            "reference": f"the captions of the samples, in '{template}'",
+            "reference": f"captions, as '{template}'",
             "resize": f"Pillow, bicubic, to {model.side}, the middle",
             "rounding": "0 to 255",
         }

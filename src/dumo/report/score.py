@@ -38,7 +38,7 @@ def judgement(opened: RunFolder) -> Table | None:
 
 
 def benchmarks(opened: RunFolder) -> list[Table]:
-    """What the evaluators of benchmarks, and CLIP, said of these weights, each with `words` for its columns.
+    """What the evaluators of benchmarks, and CLIP, said of these weights, each with its `words` and `rows`.
 
     Raises UserError where a file is damaged.
     """
@@ -48,7 +48,8 @@ def benchmarks(opened: RunFolder) -> list[Table]:
             way_out = f"remove it, or run dumo evaluate {opened.folder} again"
             one = checked(read_json(path, way_out), path, way_out)
             if (one["step"], one["weights"]) == (opened.step, opened.weights):
-                found.append({**one, "words": merits(figures(one["results"][0]))})
+                one["columns"] = figures(one["results"][0])
+                found.append({**one, "words": merits(one["columns"]), "rows": rows(one)})
     return found
 
 
