@@ -51,22 +51,20 @@ def make(
     if len(shape) != 3:
         raise UserError(f"{opened.folder} makes points of shape {shape}, not images: there is nothing to show")
     opened, said = asked(opened, nfe=nfe, seed=seed, solver=solver)
-    run = opened.run
     c = prompted(opened, [prompt.text for prompt in prompts]).repeat_interleave(EACH)
-    stem = [source.stem, *said]
-    notes: dict[Path, dict[str, Any]] = {}
-    for n in run.sample.nfe:
-        told = {"report": "-".join(["evaluation", layout.name, run.sample.solver.kind, *stem]) + ".json"}
-        told |= {"step": opened.step, "card": card_of(opened, layout, source, prompts, n)}
-        told |= {"prompts": {prompt.name: prompt.text for prompt in prompts}}
-        place = folder / "-".join([layout.name, run.sample.solver.kind, f"nfe{n}", *stem])
-        notes[place] = told
+    kind, stem = opened.run.sample.solver.kind, [source.stem, *said]
+    notes: dict[Path, tuple[int, dict[str, Any]]] = {}
+    for n in opened.run.sample.nfe:
+        place = folder / "-".join([layout.name, kind, f"nfe{n}", *stem])
+        told = {"report": "-".join(["evaluation", layout.name, kind, *stem]) + ".json", "step": opened.step}
+        told |= {"card": card_of(opened, layout, source, prompts, n)}
+        notes[place] = n, told | {"prompts": {prompt.name: prompt.text for prompt in prompts}}
         require(place, told)
-    for place, n in zip(notes, run.sample.nfe, strict=True):
+    for place, (n, told) in notes.items():
         missing = absent(layout, place, prompts)
         if dist.is_main():
-            write_json(note(place), notes[place])
-        with bar(f"sampling, {run.sample.solver.kind} at {n}", EACH * len(missing)) as tick:
+            write_json(note(place), told)
+        with bar(f"sampling, {kind} at {n}", EACH * len(missing)) as tick:
             for done, (i, pixels) in enumerate(made(opened, c, n, missing[dist.rank() :: dist.world()]), 1):
                 stop.check()
                 layout.write(place, prompts[i], pixels)
