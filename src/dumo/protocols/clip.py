@@ -20,7 +20,7 @@ from dumo.features import clip
 from dumo.features.clip import Clip
 from dumo.io.path import user_path
 from dumo.io.picture import to_uint8
-from dumo.protocols.evaluator import Made, Scores, collect, in_turn, named
+from dumo.protocols.evaluator import Made, Scores, Tick, collect, in_turn, named
 from dumo.types import Cond, Spec, UserError
 
 SAMPLES = 5000  # ours
@@ -65,15 +65,22 @@ class ClipProtocol(Spec):
         self,
         open_data: Callable[[], Data],
         *,
-        c: Cond,
-        texts: Sequence[str],
+        classes: int = 0,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        tick: Tick | None = None,
+        c: Cond | None = None,
+        texts: Sequence[str] = (),
     ) -> "ClipEvaluator":
         """Who compares sample i with caption c[i] of `texts`; the data's conditions are numbers of these, too.
 
-        Raises `UserError` where no model is named, or it cannot be read.
+        Classes and tick are not used. Raises `UserError` without captions, where no model is named, or it cannot be
+        read.
         """
+        if c is None:
+            raise UserError(
+                f"protocol {self.kind} compares images with captions, and there are none: see data.captions"
+            )
         if self.model is None:
             raise UserError(f"protocol {self.kind} needs {self.missing}")
         score, weight, template = VARIANTS[self.variant]
