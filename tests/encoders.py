@@ -1,12 +1,22 @@
 """Tiny text encoders with random weights, in folders as transformers saves them."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dumo.random import stream
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
 WIDTH = 16
+WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "red", "blue", "car", "photo", "of", "cat"]
+TEXT: dict[str, Any] = {
+    "vocab_size": len(WORDS), "hidden_size": WIDTH, "intermediate_size": 32, "projection_dim": 8,
+    "num_hidden_layers": 3, "num_attention_heads": 2, "max_position_embeddings": 16, "bos_token_id": 1,
+    "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 
 
 def t5(folder: Path, seed: int = 0) -> Path:
@@ -21,24 +31,37 @@ def t5(folder: Path, seed: int = 0) -> Path:
 
 def clip(folder: Path, seed: int = 0) -> Path:
     """A CLIP whose whole text is projected to 8 numbers, with a tokenizer of words, as pipelines lay them out."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection, PreTrainedTokenizerFast
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-    words = ["<pad>", "<bos>", "<eos>", "<unk>", "a", "red", "blue", "car", "photo", "of", "cat"]
-    whole = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    words().save_pretrained(folder / "tokenizer")
+    return saved(CLIPTextModelWithProjection, CLIPTextConfig(**TEXT), None, folder / "text_encoder", seed)
+
+
+def clip_of_both(folder: Path, seed: int = 0) -> Path:
+    """A CLIP of texts and of images of 8 pixels a side, with a tokenizer of words."""
+    from transformers import CLIPConfig, CLIPModel
+
+    vision = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=TEXT, vision_config={**vision, "image_size": 8, "patch_size": 4, "projection_dim": 8},
+        projection_dim=8,
+    )  # fmt: skip
+    return saved(CLIPModel, config, words(), folder, seed)
+
+
+def words() -> "PreTrainedTokenizerFast":
+    """A tokenizer of some words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    whole = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     whole.pre_tokenizer = pre_tokenizers.Whitespace()
     whole.post_processor = processors.TemplateProcessing(
         single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
     )
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=whole, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
-    config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=WIDTH, intermediate_size=32, projection_dim=8, num_hidden_layers=3,
-        num_attention_heads=2, max_position_embeddings=16, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    tokenizer.save_pretrained(folder / "tokenizer")
-    return saved(CLIPTextModelWithProjection, config, None, folder / "text_encoder", seed)
 
 
 def saved(kind: type, config: object, tokenizer: object, folder: Path, seed: int) -> Path:

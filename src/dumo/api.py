@@ -140,9 +140,9 @@ class TrainedRun:
         passes = [nfe] if isinstance(nfe, int) else nfe
         return evaluation.evaluate(self.opened, nfe=passes, seed=seed, solver=solver, bar=bar)
 
-    def report(self, *, bar: Bar = no_bar) -> Path:
-        """Write report.html into the run's folder; return its path."""
-        return page.write(self.opened, bar)[-1]
+    def report(self, *, prompts: Sequence[str] = (), bar: Bar = no_bar) -> Path:
+        """Write report.html into the run's folder; return its path. `prompts`: texts to show, in place of captions."""
+        return page.write(self.opened, bar, prompts)[-1]
 
 
 def load(

@@ -36,7 +36,8 @@ class Case:
         row.model.model().save_pretrained(source)
         case = cls(row, folder, save_texts(row, folder / "texts.safetensors"))
         told = [f"net.source={source}", "net.kind=diffusers"]
-        told += ["net.texts.kind=file", f"net.texts.source={folder / 'texts.safetensors'}"]
+        if "net.texts=null" not in fields:
+            told += ["net.texts.kind=file", f"net.texts.source={folder / 'texts.safetensors'}"]
         told += ["net.guidance=3.5"] * bool(row.model.config.get("guidance_embeds", row.tiny == "flux2"))
         told += ["net.lowpass=null"] * (name in QUICK)
         steps = ["train.steps=2", "train.batch=4", "train.schedule.warmup=0"]

@@ -2,13 +2,19 @@
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from dumo.cli.option import AsJson, Device, Nfe, RunFolder, Seed, Set, SolverName, Weights, numbers, place
 from dumo.cli.terminal import out, show_table
 from dumo.progress import bar
+
+WHAT = {  # baselines that are not between real and real
+    "noise": "noise vs real",
+    "captions": "real images with their captions",
+    "others": "real images with other captions",
+}
 
 
 def evaluate(
@@ -22,19 +28,32 @@ def evaluate(
         str | None,
         typer.Option(help="Judge at several values: sample.m=0.2:0.8:0.1, sample.m=0.3,0.5, or ema, every average."),
     ] = None,
+    geneval: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read back results.jsonl, GenEval's word on the run's images.")
+    ] = None,
+    dpg: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Read back the results that DPG-Bench wrote of them.")
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Judge a trained run by its protocol, with baselines: the same distances between real and real.
 
+    With --geneval or --dpg: report what that benchmark's own evaluator found, of images that dumo sample --format made.
     Under torchrun (torchrun --nproc-per-node 2 -m dumo evaluate RUN) the ranks share the work.
     """
     from dumo import dist
-    from dumo.evaluation import evaluate
+    from dumo.evaluation import evaluate, verdict
     from dumo.evaluation import sweep as sweeps
     from dumo.progress import no_bar
     from dumo.run.folder import open_run
 
+    if found := {name: path for name, path in (("geneval", geneval), ("dpg", dpg)) if path}:
+        if len(found) > 1 or any((nfe, seed, solver, set_, weights, sweep)):
+            raise typer.BadParameter("results are of images that are made already: give --geneval or --dpg alone")
+        [(name, path)] = found.items()
+        show(verdict.report(verdict.folder(run_folder), name, path), as_json)
+        return
     with dist.join():
         main, shown = dist.is_main(), bar if dist.is_main() else no_bar
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
@@ -42,19 +61,24 @@ def evaluate(
         report = evaluate.evaluate(asked, bar=shown) if sweep is None else sweeps.sweep(asked, sweep, bar=shown)
     if not main:
         return
+    show(report, as_json)
+
+
+def show(report: dict[str, Any], as_json: bool) -> None:
+    """Print an evaluation or a sweep: a table, the baselines, and the file."""
     if as_json:
         print(json.dumps(report))
         return
-    if sweep is not None:
+    if "sweep" in report:
         rows = [{**row, "best": "*" if row["best"] else ""} for row in report["rows"]]
         rows = [{key: row[key] for key in row if key != "card"} for row in rows]
-        show_table(f"{report['run']}, {sweep}; * is the best of its number of passes", rows)
+        show_table(f"{report['run']}, {report['sweep']}; * is the best of its number of passes", rows)
     else:
         rows = [*report["results"], *report["contrast"]]
         show_table(f"{report['run']} at step {report['step']:,}, protocol {report['protocol']}", rows)
         first = next(key for key in rows[0] if key not in ("nfe", "solver"))
         for name, value in report["baselines"].items():
-            what = "noise vs real" if name == "noise" else f"real vs real ({name})"
+            what = WHAT.get(name, f"real vs real ({name})")
             out.print(f"baseline, {what}: {spelt(value, first)}", soft_wrap=True)
     out.print(report["file"], soft_wrap=True)
 

@@ -31,6 +31,10 @@ Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling nois
 SolverName = Annotated[
     str | None, typer.Option("--solver", help="euler, heun (velocity), restart (endpoint) or hop (flow map).")
 ]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Prompts: a .txt, one a line; a .jsonl with a prompt a line; a folder of .txt."),
+]
 Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cpu, cuda, cuda:1 ...")]
 Weights = Annotated[
     str | None, typer.Option("--weights", help="Other weights than the run's first average: a safetensors file.")

@@ -9,7 +9,7 @@ import typer
 
 from dumo.bound import ROWS
 from dumo.cli.failure import sparing
-from dumo.cli.option import Device, Nfe, RunFolder, Seed, Set, SolverName, Source, Weights, numbers, place
+from dumo.cli.option import Device, Nfe, Prompts, RunFolder, Seed, Set, SolverName, Source, Weights, numbers, place
 from dumo.cli.option import classes as class_numbers
 from dumo.cli.terminal import err, out
 from dumo.progress import bar, no_bar, say
@@ -131,10 +131,16 @@ def sample(
         list[str] | None,
         typer.Option("--prompt", metavar="TEXT", help="What an image shows, in words. May be given many times."),
     ] = None,
+    prompts: Prompts = None,
     seed: Seed = None,
     solver: SolverName = None,
     form: Annotated[
-        str, typer.Option("--format", help="grid (one PNG), images (a PNG each) or npz (ADM's layout).")
+        str,
+        typer.Option(
+            "--format",
+            help="grid (one PNG), images (a PNG each), npz (ADM's layout); geneval or dpg: as these benchmarks read "
+            "images of their --prompts, four of each.",
+        ),
     ] = "grid",
     folder: Annotated[
         Path | None,
@@ -149,25 +155,27 @@ def sample(
     Under torchrun the ranks share the work.
     """
     from dumo import dist
+    from dumo.evaluation.benchmark import make
+    from dumo.evaluation.layout import LAYOUTS
     from dumo.run.folder import open_run
     from dumo.run.sample import COUNT, export
+    from dumo.texts.prompt import read_prompts
 
-    if labels and prompt:
-        raise typer.BadParameter("--labels and --prompt are two ways to say what to make: give one of them")
+    if sum(map(bool, (labels, prompt, prompts))) > 1:
+        raise typer.BadParameter("--labels, --prompt and --prompts are ways to say what to make: give one of them")
+    if form in LAYOUTS and (count or not prompts):
+        raise typer.BadParameter(f"--format {form} makes 4 images of each of --prompts: give these, and no --count")
     with dist.join():
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
-        files = export(
-            opened,
-            folder or opened.folder / "samples",
-            form=form,
-            count=count or len(prompt or range(COUNT)),
-            only=class_numbers(labels, opened.run),
-            prompts=prompt or (),
-            nfe=numbers("--nfe", nfe),
-            seed=seed,
-            solver=solver,
-            bar=bar if dist.is_main() else no_bar,
-        )
+        of: dict[str, Any] = {"nfe": numbers("--nfe", nfe), "seed": seed, "solver": solver}
+        of["bar"] = bar if dist.is_main() else no_bar
+        folder = folder or opened.folder / "samples"
+        if prompts and form in LAYOUTS:
+            files = make(opened, LAYOUTS[form], prompts, folder, **of)
+        else:
+            texts = [one.text for one in read_prompts(prompts)] if prompts else prompt or []
+            only, count = class_numbers(labels, opened.run), count or len(texts or range(COUNT))
+            files = export(opened, folder, form=form, count=count, only=only, prompts=texts, **of)
     for file in files:
         out.print(str(file), soft_wrap=True)
 
@@ -230,12 +238,17 @@ def grid(
         out.print(str(path), soft_wrap=True)
 
 
-def report(run_folder: RunFolder, device: Device = "auto") -> None:
-    """Write a run's report.html: one page with its samples, trajectories, neighbours, losses and figures."""
+def report(run_folder: RunFolder, prompts: Prompts = None, device: Device = "auto") -> None:
+    """Write a run's report.html: one page with its samples, trajectories, neighbours, losses and figures.
+
+    Of a run of captions also what it makes of --prompts, or of captions of its data, in 1, 2 and 4 passes.
+    """
     from dumo import dist
     from dumo.report import page
     from dumo.run.folder import open_run
+    from dumo.texts.prompt import read_prompts
 
     dist.alone("dumo report")
-    for file in page.write(open_run(run_folder, device=device), bar=bar):
+    texts = [one.text for one in read_prompts(prompts)] if prompts else []
+    for file in page.write(open_run(run_folder, device=device), bar, texts):
         out.print(str(file), soft_wrap=True)

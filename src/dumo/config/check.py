@@ -53,6 +53,11 @@ def check_captions(run: Tree) -> None:
     if texts and not captions and (texts.kind != "file" or not run.data.classes):  # a file may have a row per class
         way = "net.texts=null" if run.data.kind == "moons" else f"set {where}, or net.texts=null"
         raise UserError(f"net.texts reads captions, and data '{run.data.kind}' give none: {way}")
+    if run.evaluate.protocol.kind == "clip-score" and not captions:
+        raise UserError(
+            f"protocol clip-score compares images with captions, and data '{run.data.kind}' give none: set {where}, or "
+            "choose another protocol"
+        )
     if run.evaluate.captions == "held" and not (isinstance(captions, Templates) and captions.held):
         raise UserError(
             f"evaluate.captions=held asks for templates that are held out, and {where}.held names none: name some, or "

@@ -12,7 +12,6 @@ from dumo import dist
 from dumo.config.spec import Run
 from dumo.data.caption import Files
 from dumo.io.weights import title
-from dumo.protocols.evaluator import Evaluator
 from dumo.run import deviation
 from dumo.run.folder import RunFolder
 from dumo.types import UserError
@@ -33,14 +32,14 @@ MEASURED = (
 )
 
 
-def card(opened: RunFolder, evaluator: Evaluator, samples: int) -> Card:
-    """The card of a run that is judged as its spec says, by this evaluator."""
+def card(opened: RunFolder, facts: Mapping[str, str], samples: int) -> Card:
+    """The card of a run that is judged as its spec says, by an evaluator of these facts."""
     run, file = opened.run, opened.file
     _, mark, decay = title(file).partition("ema-")
     return {
         "protocol": run.evaluate.protocol.name,
         "samples": samples,
-        **evaluator.facts,
+        **facts,
         "data": run.images.model_dump(mode="json"),
         "data_sd": deviation.noted(opened.folder),  # None: of a run from before it was measured
         "path": run.path.model_dump(mode="json"),

@@ -22,16 +22,18 @@ from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
 from dumo.io.json import finite, read_json, write_json
 from dumo.progress import Bar, Tick, no_bar
+from dumo.protocols import ClipProtocol
 from dumo.protocols.evaluator import Evaluator
 from dumo.protocols.state import state
 from dumo.run.folder import RunFolder
 from dumo.run.name import Fields, changes, flat, own
 from dumo.run.sample import real_data, sample_batches, solver_named
+from dumo.run.text import captions
 from dumo.sampling.solver import Euler, Solver, check
 from dumo.types import UserError
 
 FILE = "evaluation.json"
-PLACES = ("protocol.reference", "protocol.weights")  # where files lie; which ones they are the card says
+PLACES = ("protocol.reference", "protocol.weights", "protocol.model")  # of files; which ones, the card says
 ROWS = {"results": "nfe", "contrast": "contrast"}  # parts of a report, and where its card has their passes
 Row = dict[str, Any]
 
@@ -71,7 +73,7 @@ def evaluate(
         "results": [row(opened, evaluator, run.sample.solver, n, c, bar) for n in passes["nfe"]],
         "contrast": [row(opened, evaluator, Euler(), n, c, bar) for n in passes["contrast"]],
         "baselines": evaluator.baselines(),
-        "card": card(opened, evaluator, len(c)),
+        "card": card(opened, evaluator.facts, len(c)),
         "versions": dist.versions(),
     }
     report["state"] = state(report["results"], report["baselines"])
@@ -103,13 +105,10 @@ def evaluator_of(opened: RunFolder, bar: Bar) -> Evaluator:
                 ticks.append(stack.enter_context(bar("looking at the data", total)))
             ticks[0](done, "")
 
-        return run.evaluate.protocol.evaluator(
-            lambda: real_data(run),
-            classes=run.data.labels,
-            seed=run.evaluate.seed,
-            device=opened.device,
-            tick=tick,
-        )
+        protocol, seed, device = run.evaluate.protocol, run.evaluate.seed, opened.device
+        if isinstance(protocol, ClipProtocol):
+            return protocol.evaluator(run.images.open, c=conditions(run), texts=captions(run), seed=seed, device=device)
+        return protocol.evaluator(lambda: real_data(run), classes=run.data.labels, seed=seed, device=device, tick=tick)
 
 
 def conditions(run: Run) -> Tensor:

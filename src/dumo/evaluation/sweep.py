@@ -17,7 +17,7 @@ from dumo.io.file import check_writable
 from dumo.io.json import write_json
 from dumo.io.text import brief
 from dumo.progress import Bar, no_bar
-from dumo.protocols.evaluator import Evaluator
+from dumo.protocols.evaluator import Evaluator, rising
 from dumo.run.folder import RunFolder, open_run
 from dumo.sampling.solver import check
 from dumo.training.checkpoint import part
@@ -33,7 +33,7 @@ def sweep(opened: RunFolder, text: str, *, bar: Bar = no_bar) -> dict[str, Any]:
     """Judge a run at every value of a field, or with every average of its weights, and write a report beside others.
 
     `text` is FIELD=FROM:TO:STEP, both ends included, FIELD=VALUE,VALUE ... or ema. `rows` has one per value and number
-    of passes, each with its card; `best` is where the first score is lowest for that number of passes. Raises
+    of passes, each with its card; `best` is where the first score is best for that number of passes. Raises
     UserError, before any work, for what cannot be read or a value out of range, OSError where nothing can be written.
     """
     check_writable(opened.folder)
@@ -45,7 +45,7 @@ def sweep(opened: RunFolder, text: str, *, bar: Bar = no_bar) -> dict[str, Any]:
         key = (run.evaluate.protocol, run.evaluate.seed)
         evaluator = evaluators[key] = evaluators.get(key) or evaluator_of(point, bar)
         c = conditions(run)
-        told = card(point, evaluator, len(c))
+        told = card(point, evaluator.facts, len(c))
         for n in run.evaluate.nfe:
             rows.append({"value": value, **row(point, evaluator, run.sample.solver, n, c, bar), "card": told})
     mark(rows)
@@ -58,10 +58,11 @@ def sweep(opened: RunFolder, text: str, *, bar: Bar = no_bar) -> dict[str, Any]:
 
 
 def mark(rows: list[Row]) -> None:
-    """Set `best` on the rows whose first score is the lowest of their number of passes; on none where all are equal."""
+    """Set `best` on the rows whose first score is the best of their number of passes; on none where all are equal."""
     for one in rows:
-        scores = [_first(other) for other in rows if other["nfe"] == one["nfe"]]
-        one["best"] = _first(one) == min(scores) < max(scores)
+        scores = [_first(other)[1] for other in rows if other["nfe"] == one["nfe"]]
+        name, score = _first(one)
+        one["best"] = score == (max if rising(name) else min)(scores) and min(scores) < max(scores)
 
 
 def values(text: str) -> tuple[str, list[str]]:
@@ -117,6 +118,6 @@ def _averages(opened: RunFolder) -> Iterator[tuple[str, RunFolder]]:
         yield name, replace(point, run=opened.run, weights=str(file.relative_to(opened.folder)))
 
 
-def _first(row: Row) -> float:
-    """The score that counts."""
-    return next(value for key, value in row.items() if key not in ("value", "nfe", "solver"))
+def _first(row: Row) -> tuple[str, float]:
+    """The score that counts, by name."""
+    return next((key, value) for key, value in row.items() if key not in ("value", "nfe", "solver"))

@@ -8,6 +8,8 @@ number of samples first, shows in its name. It is asked in this order:
     evaluator = protocol.evaluator(open_data, classes=..., seed=..., device=...)
     evaluator.score(batches), evaluator.baselines(), evaluator.facts          see `dumo.protocols.evaluator`
 
+One that compares images with their captions is told these, too: `evaluator(open_data, c=..., texts=...)`.
+
 `baselines` tells how large a distance is where there is no difference: between two halves of a finite data set, a
 bootstrap of it, or two independent draws.
 """
@@ -17,6 +19,7 @@ from typing import Annotated
 from pydantic import Field
 
 from dumo.protocols.cifar10 import CifarProtocol as CifarProtocol
+from dumo.protocols.clip import ClipProtocol as ClipProtocol
 from dumo.protocols.digits import DigitsProtocol as DigitsProtocol
 from dumo.protocols.evaluator import Reference as Reference
 from dumo.protocols.image import ImageProtocol as ImageProtocol
@@ -24,6 +27,6 @@ from dumo.protocols.photos import PhotosProtocol as PhotosProtocol
 from dumo.protocols.toy import ToyProtocol as ToyProtocol
 
 MetricProtocol = Annotated[
-    CifarProtocol | DigitsProtocol | ImageProtocol | PhotosProtocol | ToyProtocol,
+    CifarProtocol | ClipProtocol | DigitsProtocol | ImageProtocol | PhotosProtocol | ToyProtocol,
     Field(discriminator="kind"),
 ]

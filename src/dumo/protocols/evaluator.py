@@ -24,8 +24,9 @@ from dumo.types import Cond, Sample, UserError
 
 Made = Iterable[tuple[Tensor, Tensor]]  # numbers (n,) and samples (n, *d), in batches of any sizes
 Tick = Callable[[int, int], object]  # told how many images of the data have been seen, of how many
-Scores = dict[str, float]  # the first is the one that counts, lower being better
+Scores = dict[str, float]  # the first is the one that counts, lower being better, but for those of RISING
 
+RISING = ("clip_score", "clip_s", "geneval", "dpg")
 SPLITS = 20  # random halves, and bootstrap resamples
 
 
@@ -112,6 +113,11 @@ def collect(made: Made, total: int) -> Tensor:
 def headline(scores: Collection[str]) -> str:
     """The score that counts: that of what a file holds (`fd_grey`), where it was taken, else the first."""
     return "fd_grey" if "fd_grey" in scores else next(iter(scores))
+
+
+def rising(score: str) -> bool:
+    """Whether more is better."""
+    return score in RISING
 
 
 def named(kind: str, samples: int, standard: int) -> str:

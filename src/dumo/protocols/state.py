@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from dumo.protocols.evaluator import Scores
+from dumo.protocols.evaluator import Scores, rising
 
 State = Literal["untrained", "far", "near", "like the data"]
 
@@ -16,13 +16,15 @@ def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Scores]) ->
 
     `like the data`: within two deviations of the first baseline. `untrained`: at least half as far off as noise; where
     `noise` is not among the baselines, `TIMES` as far as data, and with a precision of at most `SHARE`. `far`: over a
-    twentieth of noise, or `TIMES` as far as data. None: no baseline tells.
+    twentieth of noise, or `TIMES` as far as data. None: no baseline tells, or more is better.
     """
     if not baselines:
         return None
     real, noise = next(iter(baselines.values())), baselines.get("noise")
     told = [{key: x for key, x in row.items() if isinstance(x, float)} for row in rows]
     if not any(told):
+        return None
+    if rising(next(iter(told[0]), "")):
         return None
     scores = min(filter(None, told), key=_first)
     score = _first(scores)

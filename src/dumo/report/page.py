@@ -26,6 +26,7 @@ from dumo.report import score, word
 from dumo.report.figure import charts, embed, headed, labelled
 from dumo.report.gallery import PASSES, is_image, readings, within
 from dumo.report.number import large, number
+from dumo.report.prompt import prompt_sheet
 from dumo.report.score import judgement
 from dumo.run.folder import RunFolder
 from dumo.run.sample import conditions, sample
@@ -42,11 +43,12 @@ SHEET = "sheet"  # the samples by the run's own solver
 Pictures = Mapping[int, Image.Image]  # by number of passes
 
 
-def write(opened: RunFolder, bar: Bar = no_bar) -> list[Path]:
+def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> list[Path]:
     """Write pictures into report/ and report.html into the run's folder; return all paths, the page last.
 
-    Raises UserError, before anything is written, where metrics.jsonl or evaluation.json is damaged, and OSError where
-    nothing can be.
+    A net that reads texts is shown with these prompts, or with captions of its data. Raises UserError, before anything
+    is written, where metrics.jsonl or an evaluation is damaged, or prompts cannot be read, and OSError where nothing
+    can be written.
     """
     for place in (opened.folder, opened.folder / "report"):
         file.check_writable(place)
@@ -57,6 +59,7 @@ def write(opened: RunFolder, bar: Bar = no_bar) -> list[Path]:
     real, c = source.reference(min(POINTS, NEAR // prod(run.pixels[1:])), run.sample.seed)
     real = opened.decode(real)
 
+    told = prompt_sheet(opened, prompts, bar)
     made = make(opened, bar)
     drawn = {name: {n: look(run, x, real) for n, x in row.items()} for name, row in made.items()}
     sheets, names, data, near = drawn.pop(SHEET), class_names(run), None, None
@@ -68,9 +71,11 @@ def write(opened: RunFolder, bar: Bar = no_bar) -> list[Path]:
         pictures["data"] = headed(data, names)
         pictures["nearest"] = labelled({"sample": [near["samples"]], "nearest": [near["found"]]})
 
+    pictures |= {"prompts": told.picture()} if told else {}
     page = render(
         opened,
         size=source.size,
+        told=told,
         sheets=sheets,
         data=data,
         trajectories=drawn,
@@ -78,6 +83,7 @@ def write(opened: RunFolder, bar: Bar = no_bar) -> list[Path]:
         charts=charts(rows) if len(rows) > 1 else [],
         times=late(rows),
         judged=judged,
+        benchmarks=score.benchmarks(opened),
     )
     paths = [folder / "report" / f"{name}.png" for name in pictures]
     for path, image in zip(paths, pictures.values(), strict=True):

@@ -17,6 +17,7 @@ from dumo.run.folder import RunFolder
 FAR_OFF = 1.5  # times the distance of real images to their nearest, beyond which samples are not like them; ours:
 # on digits 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000
 SHIPPED = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # protocol: packaged results that are of it
+BENCHMARKS = ("geneval", "dpg", "clip")  # evaluations beside the run's own that a page shows
 
 Table = dict[str, Any]
 
@@ -34,6 +35,22 @@ def judgement(opened: RunFolder) -> Table | None:
     columns = figures(found["results"][0])
     fresh = (found["step"], found["weights"]) == (opened.step, opened.weights)
     return {**found, "columns": columns, "fresh": fresh, "words": merits(columns), "baseline": first(found)}
+
+
+def benchmarks(opened: RunFolder) -> list[Table]:
+    """What the evaluators of benchmarks, and CLIP, said of these weights, each with its `words` and `rows`.
+
+    Raises UserError where a file is damaged.
+    """
+    found: list[Table] = []
+    for path in sorted(opened.folder.glob("evaluation-*.json")):
+        if path.name.split("-")[1] in BENCHMARKS:
+            way_out = f"remove it, or run dumo evaluate {opened.folder} again"
+            one = checked(read_json(path, way_out), path, way_out)
+            if (one["step"], one["weights"]) == (opened.step, opened.weights):
+                one["columns"] = figures(one["results"][0])
+                found.append({**one, "words": merits(one["columns"]), "rows": rows(one)})
+    return found
 
 
 def figures(row: Mapping[str, Any]) -> list[str]:

@@ -63,6 +63,16 @@ MERITS = {
     ),
     "fid": Word("FID", LOWER, "Fréchet distance on the features of Inception, as the protocol fixes them."),
     "sfid": Word("sFID", LOWER, "the same on features that keep the place in the image."),
+    "clip_score": Word(
+        "CLIP score",
+        f"{HIGHER}; not FID",
+        "100 times the cosine of image and caption by the CLIP that was named; ± is the standard error.",
+    ),
+    "clip_s": Word(
+        "CLIP-S", f"{HIGHER}; not FID", "2.5 times that cosine, as Hessel et al. have it; ± is the standard error."
+    ),
+    "geneval": Word("GenEval", HIGHER, "mean of its tasks’ shares of correct images, by its own evaluator."),
+    "dpg": Word("DPG-Bench", HIGHER, "out of 100, by its own evaluator."),
     "is": Word("Inception Score", HIGHER, "from Inception’s answers alone, whatever the data are."),
 }
 BEFORE = Word(
@@ -77,6 +87,8 @@ BASELINES = {
         "lowest that so few samples can reach.",
     ),
     "noise": Word("noise", meaning="what plain noise would have in place of samples."),
+    "captions": Word("real images", meaning="some of the data with captions of theirs; mean ± standard error."),
+    "others": Word("real images, other captions", meaning="the same with captions of other images: the floor."),
     "null": Word(REAL, meaning="two independent draws of the data, compared with each other; mean ± spread."),
 }
 WATCHED = {

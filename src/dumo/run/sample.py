@@ -166,18 +166,14 @@ def export(
         raise UserError(f"format '{form}' is none for samples of shape {shape}: use {', '.join(forms)}")
     way = "ask for fewer, and for others with another --seed"
     room.require(count * prod(shape) * torch.float32.itemsize, f"{count:,} samples take", way)
-    chosen, nfe = solver_named(run, solver), tuple(nfe or run.sample.nfe)
-    check(chosen, run.reads, *nfe)
+    opened, said = asked(opened, nfe=nfe, seed=seed, solver=solver)
     c = turned(prompted(opened, prompts), count) if prompts else conditions(run, count, only)
-    asked = run.sample.model_copy(update={"solver": chosen, "seed": run.sample.seed if seed is None else seed})
-    opened = replace(opened, run=run.model_copy(update={"sample": asked}))
-    before = {**sampling(own(opened)), "solver.kind": chosen.kind}  # every name begins with it
-    said = changes(opened, before, sampling(opened.run))
+    chosen, passes = opened.run.sample.solver, opened.run.sample.nfe
     said += [word("labels", only)] if only else []
     said += [word("prompts", list(prompts))] if prompts else []
     said += [word("count", count)] if count != (len(prompts) or COUNT) else []
     written: list[Path] = []
-    for n in nfe:
+    for n in passes:
         made = sample(opened, nfe=n, c=c, bar=bar)
         if not dist.is_main():
             continue
@@ -185,6 +181,22 @@ def export(
             write(made.x, c, folder / "-".join([chosen.kind, f"nfe{n}", *said]), form, run, names(opened, c))
         )
     return written
+
+
+def asked(
+    opened: RunFolder, *, nfe: Sequence[int] | None = None, seed: int | None = None, solver: str | None = None
+) -> tuple[RunFolder, list[str]]:
+    """The run as it is to be sampled, and what of that is not its own, but for the solver's kind, as parts of a name.
+
+    Raises UserError for passes or a solver out of reach.
+    """
+    run, chosen = opened.run, solver_named(opened.run, solver)
+    passes, seed = tuple(nfe or run.sample.nfe), run.sample.seed if seed is None else seed
+    check(chosen, run.reads, *passes)
+    told = run.sample.model_copy(update={"solver": chosen, "nfe": passes, "seed": seed})
+    opened = replace(opened, run=run.model_copy(update={"sample": told}))
+    before = {**sampling(own(opened)), "solver.kind": chosen.kind}  # every name begins with it
+    return opened, changes(opened, before, sampling(opened.run))
 
 
 def titles(c: Tensor, run: Run, names: Sequence[str] | None = None) -> dict[str, Any]:

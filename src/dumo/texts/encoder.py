@@ -172,14 +172,22 @@ class Opened:
 
 def model(folder: Path, pooled: bool) -> Any:  # noqa: ANN401, a model of transformers
     """The encoder of a folder, in evaluation mode. Raises UserError where it cannot be loaded whole."""
-    try:
-        import transformers  # slow to import, and an extra
-    except ImportError as error:
-        raise UserError(f"net.texts {EXTRA}") from error
     config: Mapping[str, Any] = read_json(folder / CONFIG, HINT)
     name = CLASSES.get(str(config.get("model_type")), "AutoModel")
     if PROJECTED in (config.get("architectures") or ()) and pooled:
         name = PROJECTED
+    return loaded(folder, name, "net.texts", HINT)
+
+
+def loaded(folder: Path, name: str, field: str, hint: str) -> Any:  # noqa: ANN401, as `model`
+    """A model of transformers, of the class of this name, in evaluation mode, in float32.
+
+    Raises UserError, which names the field and ends in the hint, where it cannot be loaded whole.
+    """
+    try:
+        import transformers  # slow to import, and an extra
+    except ImportError as error:
+        raise UserError(f"{field} {EXTRA}") from error
     try:
         with quietly():
             found, told = getattr(transformers, name).from_pretrained(
@@ -189,7 +197,7 @@ def model(folder: Path, pooled: bool) -> Any:  # noqa: ANN401, a model of transf
             )  # fmt: skip
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(
-            f"{folder} holds no text encoder that transformers can load ({brief(error)}): {HINT}"
+            f"{field}: {folder} holds no model that transformers can load ({brief(error)}): {hint}"
         ) from error
     if missing := sorted(told["missing_keys"]):
         raise UserError(f"{folder}: the weights do not fit {CONFIG}: {missing[0]} is missing")

@@ -82,6 +82,10 @@ def test_captions_of_files_are_judged_by_those_of_images(tmp_path: Path) -> None
         ([WORDS], "the net reads no texts: set net.texts"),
         ([READ], "data 'digits' give none: set data.captions, or net.texts=null"),
         ([WORDS, "net={kind: unet, width: 32}"], "net 'unet' can read none: set net.kind=dit"),
+        (
+            ["evaluate.protocol={kind: clip-score}"],
+            "data 'digits' give none: set data.captions, or choose another protocol",
+        ),
         (["evaluate.captions=held"], "data.captions.held names none"),
         (
             ['data.captions={"kind": "templates", "templates": ["{}"]}', READ, "evaluate.captions=held"],

@@ -117,3 +117,9 @@ def test_a_report_of_a_sweep_is_no_evaluation(folder: Path) -> None:
     sweep(open_run(str(folder)), "sample.m=0.4,0.6")
     with pytest.raises(UserError, match="no report card"):
         read_report(folder / "sweep-sample.m-0.4-0.6.json")
+
+
+def test_the_best_of_a_score_that_rises_is_the_highest() -> None:
+    rows = [{"value": value, "nfe": 1, "solver": "restart", "clip_score": value} for value in (20.0, 31.5, 24.0)]
+    mark(rows)
+    assert [row["best"] for row in rows] == [False, True, False]

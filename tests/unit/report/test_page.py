@@ -38,6 +38,10 @@ MOONS = [*SMALL, "data.kind=moons", "net.kind=mlp", "net.width=16", "evaluate.pr
 VOID = ("meta", "link", "img", "source", "br", "col")
 
 SECTIONS = ["samples", "trajectories", "neighbours", "loss", "evaluation", "others", "run"]
+NONE: dict[str, Any] = {  # parts of a page that show nothing
+    **{"sheets": {}, "data": None, "told": None, "trajectories": {}, "near": None, "charts": [], "times": None},
+    "benchmarks": [],
+}
 EVALUATION: dict[str, Any] = {
     "step": 20,
     "weights": "checkpoints/step-00000020/ema-0.999.safetensors",
@@ -162,8 +166,7 @@ def rendered(folder: Path, *overrides: str) -> Page:
     """The words of a page, without its pictures."""
     opened = open_run(str(folder), overrides)
     judged = report.judgement(opened)
-    none = {"sheets": {}, "data": None, "trajectories": {}, "near": None, "charts": [], "times": None}
-    return Page(report.render(opened, size=1797, judged=judged, **none))
+    return Page(report.render(opened, size=1797, judged=judged, **NONE))
 
 
 def test_the_page_needs_nothing_else(folder: Path) -> None:
@@ -372,8 +375,7 @@ def test_figures_of_other_weights_are_not_shown(tmp_path: Path, digits: Path, ch
     moved = RunFolder(opened.run, tmp_path, opened.net, opened.step, opened.weights)
     (tmp_path / "evaluation.json").write_text(json.dumps({**EVALUATION, **change}))
     judged = report.judgement(moved)
-    none = {"sheets": {}, "data": None, "trajectories": {}, "near": None, "charts": [], "times": None}
-    words = Page(report.render(moved, size=1797, judged=judged, **none)).words
+    words = Page(report.render(moved, size=1797, judged=judged, **NONE)).words
     assert "2.35" not in words
     assert f"The last evaluation is of step {(EVALUATION | change)['step']}" in words
     assert f"dumo evaluate {tmp_path}" in words

@@ -94,13 +94,14 @@ def draw(done: list[Finished], folder: Path) -> list[Path]:
 
     And what the stock pipeline makes of the first one that was tuned, once exported.
     """
-    rows: dict[str, Any] = {}
-    for one, *_ in arm.seeds_of(done):
-        for reading, row in gallery.trajectories(one.opened).items():
-            rows[f"{one.cell.labels['begins as']},\n{reading.name}"] = row
-    archive.write_picture(folder / "pretrained.png", gallery.side_by_side(rows))
-    archive.write_picture(folder / "pretrained-stock.png", by_stock(done[1].opened, folder / "exported"))
-    return [folder / name for name in ("pretrained.png", "pretrained-stock.png")]
+    made: list[Path] = []
+    for one, *_ in arm.seeds_of(done):  # a picture each, for each has steps of its own
+        made.append(folder / f"pretrained-{one.cell.name.removesuffix('-0')}.png")
+        rows = {reading.name: row for reading, row in gallery.trajectories(one.opened).items()}
+        archive.write_picture(made[-1], gallery.side_by_side(rows))
+    made.append(folder / "pretrained-stock.png")
+    archive.write_picture(made[-1], by_stock(done[1].opened, folder / "exported"))
+    return made
 
 
 def by_stock(opened: RunFolder, folder: Path) -> Image.Image:
