@@ -79,7 +79,7 @@ def test_wrong_prompts_are_refused_in_a_line(home: Path) -> None:
     with pytest.raises(dumo.UserError, match="give one of them"):
         run.sample(3, prompts=["a"])
     assert refused(*sample, "--prompt", "").startswith("error: a prompt is empty")
-    assert "--labels and --prompt" in refused(*sample, "--prompt", "a", "--labels", "3")
+    assert "--labels, --prompt and" in refused(*sample, "--prompt", "a", "--labels", "3")
     assert not (home / "run" / "samples").exists()
     moved = shutil.copytree(home / "run", home / "elsewhere")
     lost = ("--set", f"net.texts.encoder.source={home / 'nowhere'}")
