@@ -973,7 +973,7 @@ MUTANTS = [
     ),
     Mutant("io/shards.py", "== math.prod(about.size)", ">= 0", "a shard may lack", WHOLE),
     Mutant("metrics/neighbours.py", "inside[i[near]] = True", "pass", "what is open is not measured", NEIGHBOURS),
-    Mutant("metrics/neighbours.py", "- off > (radii", "+ 9 > (radii", "equals are not told apart", NEIGHBOURS),
+    Mutant("metrics/neighbours.py", "- off > (distances", "+ 9 > (distances", "equals are not told apart", NEIGHBOURS),
     Mutant("metrics/neighbours.py", "return n * u / (1 - n * u)", "return 0.0", "rounding is no error", NEIGHBOURS),
     Mutant("metrics/two_sample.py", "half[1 - learnt]", "half[learnt]", "it is asked what it learned", TWO_SAMPLE),
     Mutant("metrics/two_sample.py", "[len(real), len(fake)]", "[len(fake), len(real)]", "sides change", TWO_SAMPLE),
