@@ -262,6 +262,9 @@ MUTANTS = [
     Mutant("flow/times.py", "gamma[:, 0] / ", "gamma[:, 1] / ", "a and b change places", LAW),
     Mutant("flow/times.py", "torch.maximum(a, b), torch.minimum(a, b)", "a, b", "r may be after t", LAW),
     Mutant("flow/times.py", "torch.where(moving, r, t)", "r", "r = t is lost", LAW),
+    Mutant("flow/times.py", "t[rest] = r[rest] =", "t[rest] =", "rows at rest jump to the data", LAW),
+    Mutant("flow/times.py", "[jumps[i] for i in far], [jumps", "far, [jumps", "rows at rest are overwritten", LAW),
+    Mutant("flow/times.py", "t[between] * torch.rand(k", "torch.rand(k", "jumps end where t does not matter", LAW),
     Mutant("flow/times.py", "so_far.diff() > 0", "so_far.diff() < 0", "rows at rest are said to move", LAW),
     Mutant(
         "flow/times.py",

@@ -16,6 +16,7 @@ from dumo.flow.times import (
     Dyadic,
     Gap,
     Groups,
+    Jumps,
     Karras,
     LogitNormal,
     One,
@@ -200,6 +201,43 @@ def test_pairs_with_laws_of_their_own() -> None:
     assert abs((t == r)[moving].double().mean() - above) < 2 * NOISE
     low = r[moving][t[moving] > 0.9].logit()  # hardly ever cut off
     assert abs(low.mean() + 1) < 5 * 0.8 / sqrt(len(low))
+
+
+@pytest.mark.parametrize(("rest", "data"), [(0.5, 0.5), (0.75, 0.8), (0.0, 0.25), (0.5, 1.0), (0.6, 0.0)])
+def test_jumps_are_of_three_kinds(rest: float, data: float) -> None:
+    """Their shares are exact, each keeps its law, and what `of` does by place it does in each of them."""
+    law = Jumps(of=Atom(of=Uniform(high=0.9), share=0.25), velocity_ratio=rest, data_ratio=data)
+    (t, r), moving = draws(law), torch.tensor(law.moving(N))
+    assert torch.equal(t[~moving], r[~moving])
+    assert (r < t)[moving].all()
+    assert abs(moving.double().mean() - (1 - rest)) < 1e-5
+    far = moving & (r == 0)
+    assert abs(far.double().mean() - (1 - rest) * data) < 1e-5
+    between = moving & ~far
+    for kind in (~moving, far, between):
+        if kind.any():
+            there = t[kind] == 1
+            assert abs(there.double().mean() - 0.25) < 1e-4
+            assert uniform(t[kind][~there] / 0.9)
+    if between.any():
+        assert uniform((r / t)[between])
+        assert abs(torch.corrcoef(torch.stack([t, r / t])[:, between])[0, 1]) < 2 * NOISE
+
+
+def test_jumps_are_evenly_spread() -> None:
+    """Any eight neighbours have four rows at rest, two jumps to the data and two others."""
+    t, r = Jumps()(64, stream(7))
+    kinds = [(r == t).int(), ((r == 0) & (t > 0)).int(), ((r > 0) & (r < t)).int()]
+    for kind, share in zip(kinds, (4, 2, 2), strict=True):
+        assert (kind.unfold(0, 8, 1).sum(1) == share).all()
+
+
+def test_jumps_with_laws_of_their_own() -> None:
+    law = Jumps(of=Uniform(low=0.5), to=LogitNormal(mean=-3.0), flow=LogitNormal(mean=-0.2))
+    (t, r), moving = draws(law), torch.tensor(law.moving(N))
+    assert uniform(normal(t[~moving].logit() + 0.2))
+    assert uniform(2 * t[moving] - 1)
+    assert uniform(normal(r[moving & (r > 0)].logit() + 3))
 
 
 def test_below_is_uniform_below_t() -> None:

@@ -13,7 +13,7 @@ from dumo.data.augment import Edm
 from dumo.data.caption import Templates
 from dumo.flow.secant import demand_precision
 from dumo.flow.slope import DualSlope
-from dumo.flow.times import Pair
+from dumo.flow.times import Jumps, Pair
 from dumo.nets.family import Family
 from dumo.nets.precondition import VELOCITIES
 from dumo.nets.text import TextTable
@@ -271,7 +271,7 @@ def _lacking(run: Tree, ranks: int, rows: slice, kind: str) -> str:
     """Which piece lacks rows of this kind, and the way out."""
     train, times, n = run.train, run.objective.times, rows.stop - rows.start
     where = f"objective.times of kind '{times.kind}'"
-    if isinstance(times, Pair):
+    if isinstance(times, Jumps | Pair):
         where = f"objective.times.velocity_ratio = {times.velocity_ratio:g}"
     cut = f", train.micro_batch = {train.micro_batch}" if train.micro_batch else ""
     cut += f", {ranks} ranks" if ranks > 1 else ""

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from torch import Generator
 
 from dumo.bound import ROWS
+from dumo.place import split_by_step
 from dumo.types import Time, TimeLaw
 
 
@@ -121,7 +122,10 @@ class Atom(TimeLaw):
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """Draw n rows."""
         t, r = self.of(n, g)
-        return t.masked_fill(torch.tensor(spread(n, self.share)), self.at), r
+        return t.masked_fill(torch.tensor(spread(n, self.share), dtype=torch.bool), self.at), r
+
+
+Single = Annotated[Arctan | Atom | Beta | Karras | LogitNormal | Uniform, Field(discriminator="kind")]  # and of it
 
 
 class Pair(TimeLaw):
@@ -155,6 +159,48 @@ class Pair(TimeLaw):
     def moving_share(self) -> float:
         """All but `velocity_ratio`."""
         return 1 - self.velocity_ratio
+
+
+class Jumps(TimeLaw):
+    """Jumps, r < t, on all rows but a share `velocity_ratio`; of these a share `data_ratio` goes to the data, r = 0.
+
+    So one mean velocity learns what a single pass asks of it, and the jumps between (ours). r of the other jumps is
+    uniform in [0, t], or by a law of its own (`to`), and t where that is above t. The three kinds of rows are chosen by
+    place, evenly spread, and every kind draws its t by itself.
+    """
+
+    kind: Literal["jumps"] = "jumps"
+    of: Single = LogitNormal()  # of t
+    velocity_ratio: float = Field(default=0.5, ge=0, le=1)  # ours, as all shares here
+    data_ratio: float = Field(default=0.5, ge=0, le=1)
+    to: One | None = None  # of r of jumps that end before the data; None: uniform in [0, t]
+    flow: Single | None = None  # of t where r = t; None: as elsewhere
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows."""
+        rest, data, between = self._places(n)
+        t, r = torch.zeros(n), torch.zeros(n)
+        t[rest] = r[rest] = (self.flow or self.of)(len(rest), g)[0]
+        t[data] = self.of(len(data), g)[0]
+        t[between] = self.of(len(between), g)[0]
+        k = len(between)
+        r[between] = torch.minimum(self.to(k, g)[0], t[between]) if self.to else t[between] * torch.rand(k, generator=g)
+        return t, r
+
+    def moving(self, n: int) -> tuple[bool, ...]:
+        """Which of the first n rows jump, by their place alone; all others have r = t."""
+        return tuple(not still for still in spread(n, self.velocity_ratio))
+
+    @property
+    def moving_share(self) -> float:
+        """All but `velocity_ratio`."""
+        return 1 - self.velocity_ratio
+
+    def _places(self, n: int) -> tuple[list[int], list[int], list[int]]:
+        """The rows at rest, those that jump to the data, and the other jumps."""
+        jumps, rest = split_by_step(self.moving(n))
+        far, near = split_by_step(spread(len(jumps), self.data_ratio))
+        return rest, [jumps[i] for i in far], [jumps[i] for i in near]
 
 
 class Below(TimeLaw):
@@ -249,6 +295,6 @@ def spread(n: int, share: float) -> tuple[bool, ...]:
 
 
 Times = Annotated[
-    Arctan | Atom | Below | Beta | Dyadic | Gap | Groups | Karras | LogitNormal | Pair | Uniform,
+    Arctan | Atom | Below | Beta | Dyadic | Gap | Groups | Jumps | Karras | LogitNormal | Pair | Uniform,
     Field(discriminator="kind"),
 ]
