@@ -49,6 +49,9 @@ GUIDE, PRECISION, WAIT = (
     "tests/unit/flow/test_precision.py",
     "tests/contract/test_wait.py",
 )
+CAPTION, LEARNED, HALF = (
+    f"tests/unit/{name}.py" for name in ("data/test_caption", "nets/test_learned", "nets/test_half")
+)
 LORA, STOCK = (f"tests/unit/export/test_{name}.py" for name in ("lora", "stock"))
 PROBE = "tests/unit/training/test_probe.py"
 NEIGHBOURS, TWO_SAMPLE = (f"tests/unit/metrics/test_{name}.py" for name in ("neighbours", "two_sample"))
@@ -86,6 +89,8 @@ LOOKS, PADDED, EACH, SEES, LABELS = (
         "where_texts_are_labels_samples_are_those_of_classes",
     )
 )
+CAPTIONED = "tests/unit/data/test_captioned.py::test_other_captions_are_refused"
+DEPTH = "tests/unit/preflight/test_depth.py::test_a_few_blocks_of_each_kind_tell_of_all[flux-dev-lora0]"
 CUT, WAVES = f"{LOWPASS}::test_what_is_cut_stays_cut", f"{LOWPASS}::test_waves_are_those_that_the_model_makes[sd3]"
 SMOOTH, ROUNDED = (
     f"{LOWPASS}::test_a_smooth_net_stays_what_it_is[sd3]",
@@ -766,13 +771,9 @@ MUTANTS = [
         HEADS,
     ),
     Mutant("nets/block.py", "None if mask is None else mask[:, None, None]", "None", "padding is read", PADDED),
-    Mutant(
-        "nets/reading.py", "(tokens * there).sum(1) / there.sum(1)", "tokens.mean(1)", "the mean is of padding", PADDED
-    ),
+    Mutant("nets/reading.py", "return h, vector, (y, mask)", "return h, vector, (y, None)", "room is read", PADDED),
     Mutant("nets/reading.py", "mask.new_ones(h.shape[:2])", "mask.new_zeros(h.shape[:2])", "the image is hidden", SEES),
-    Mutant(
-        "nets/reading.py", "mean(y, mask) if pooled is None", "mean(y, mask) if True", "no pooled embedding", LABELS
-    ),
+    Mutant("nets/reading.py", "self.pool is None or pooled", "True or pooled", "no pooled embedding", LABELS),
     Mutant("nets/reading.py", "text.project(text.shown(y, third))", "text.project(y)", "text is not modulated", LOOKS),
     Mutant("nets/reading.py", "h + self.read(", "h + 0 * self.read(", "no block looks at the text", f"{EACH}[7-cross]"),
     Mutant(
@@ -994,6 +995,15 @@ MUTANTS = [
         "what no file holds leads",
         "tests/unit/report/test_score.py",
     ),
+    Mutant("data/caption.py", "labels * many + turn", "labels * many + 0 * turn", "a class has one caption", CAPTION),
+    Mutant("data/caption.py", "* len(self.templates) * held", "* held", "held captions are seen ones", CAPTION),
+    Mutant("data/caption.py", "if self.digest not in (None, found.digest())", "if False", "others will do", CAPTIONED),
+    Mutant("data/captioned.py", "batch=batch, rows=rows)", "batch=batch)[: len(row)]", "ranks draw alike", CAPTION),
+    Mutant("texts/caption.py", "(u * counts)", "(u * (counts - 1))", "the last is never drawn", CAPTION),
+    Mutant("nets/text/learned.py", ") | last", ")", "a text may lose its end", LEARNED),
+    Mutant("nets/text/learned.py", "if self.training and", "if", "words are hidden in sampling, too", LEARNED),
+    Mutant("nets/half.py", "self.weight.to(input.dtype)", "self.weight.to(input.dtype) * 0.5", "halved twice", HALF),
+    Mutant("preflight/depth.py", "(lengths[i] - few) * step", "lengths[i] * step", "a block too many", DEPTH),
     Mutant("export/lora.py", "new.bias.detach() - old.bias", "new.bias.detach()", "a LoRA adds a bias twice", LORA),
     Mutant("export/stock.py", "self.none + scale - 1", "scale", "Z-Image is guided once too often", STOCK),
     Mutant("export/scheduler.py", "(M / START)", "M", "the times of jumps forget where they start", STOCK),

@@ -139,7 +139,7 @@ class Transformer(nn.Module):
         more: tuple[Array | None, ...] = ()
         if self.text is not None:
             h, vector, more = self.text(h, c)
-            told = told + vector
+            told = told if vector is None else told + vector
         elif self.label is not None:
             told = told + self.label(c)
         e = F.silu(told)
