@@ -53,6 +53,7 @@ CAPTION, LEARNED, HALF = (
     f"tests/unit/{name}.py" for name in ("data/test_caption", "nets/test_learned", "nets/test_half")
 )
 LORA, STOCK = (f"tests/unit/export/test_{name}.py" for name in ("lora", "stock"))
+HELD = "tests/unit/data/test_digits.py"
 PROBE = "tests/unit/training/test_probe.py"
 NEIGHBOURS, TWO_SAMPLE = (f"tests/unit/metrics/test_{name}.py" for name in ("neighbours", "two_sample"))
 PROTOCOL = "tests/unit/protocols/test_protocol.py"
@@ -197,6 +198,11 @@ MUTANTS = [
     ),
     Mutant("random.py", '["counter"][3] = number', '["counter"][3] = 0', "all rows have the same noise", RANDOM),
     Mutant("random.py", '["counter"][3] = number', '["counter"][0] = number', "rows overlap", RANDOM),
+    Mutant("data/source.py", "rest[held] = False", "pass", "what is held out is trained on", HELD),
+    Mutant("data/digits.py", "c[order].argsort(stable=True)", "order.argsort()", "classes lose unequal shares", HELD),
+    Mutant(
+        "protocols/digits.py", "nearest(split.x, of)", "nearest(split.whole.x, of)", "held images are near", PROTOCOL
+    ),
     Mutant("data/epoch.py", "< 0.5)[rows]", "< 0.5)[: len(range(batch)[rows])]", "others are mirrored", SHARE),
     Mutant("data/album.py", '"augment"))[rows]', '"augment"))[: len(mine)]', "others are augmented", SHARE),
     Mutant("data/augment.py", "arange(b).split(1)", "arange(b).split(4)", "images are rounded with others", SHARE),
