@@ -53,7 +53,7 @@ class Digits(Spec):
         """All rows in memory, in [-1, 1], of 17 grey levels."""
         return Captioned(self.originals(), self.captions.of(NAMES)) if self.captions else self.originals()
 
-    def originals(self) -> Source:
+    def originals(self) -> Table:
         """The same with the digits as classes; without those held out, which it keeps beside (`Split`)."""
         whole = Table(*_load())
         return Split.of(whole, _held(self.held, whole.c)) if self.held else whole

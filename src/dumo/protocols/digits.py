@@ -1,8 +1,8 @@
 """Handwritten digits, by the features of the shipped classifier, and by two measures that no classifier of digits sees.
 
 The first score, which counts, is of the samples as a file holds them. Where images were held out of training, samples
-are judged against these alone as well. A distance to few images is larger, and noisier, than to many: so its floor is
-measured on the same images, by as many images of the training set in place of samples.
+are judged against these alone as well. A Fréchet distance to few images is larger than to many: so it has a baseline
+of its own, from as many images of the training set as there are samples to the same few.
 
 The protocol's own draws are keyed by its name: the same samples and data have the same score.
 """
@@ -26,6 +26,7 @@ from dumo.metrics.neighbours import nearest, precision_recall
 from dumo.metrics.pixel import pixel_frechet
 from dumo.metrics.two_sample import two_sample_auc
 from dumo.protocols.evaluator import (
+    SPLITS,
     Evaluator,
     Reference,
     Scores,
@@ -119,8 +120,8 @@ class DigitsProtocol(Spec):
         """The Fréchet distance of features between real digits, in halves and resamples of the data (`distances`).
 
         Digits are grey already, so it is that of `fd` and of `fd_grey`. `halves` has `auc` and `pixel_fd` too, of the
-        first `FEW` of them, each with its sd. Where images were held out, `bootstrap` has what `_held` says of as many
-        rows of the training set, `FEW` times.
+        first `FEW` of them, each with its sd. Where images were held out, `held` is the floor of `fd_grey_held`, and
+        has `pixel_fd_held`: from `samples` rows of the training set, drawn with replacement, `SPLITS` times.
         """
         found, apart = distances(digits.features(reference.x), self.samples, "digits"), dict[str, list[float]]()
         for i in range(FEW):
@@ -132,12 +133,12 @@ class DigitsProtocol(Spec):
             of = summary(values)
             found["halves"] |= {name: of["mean"], f"{name}_sd": of["sd"]}
         if split := reference.split:
-            draws = [stream("digits", "held", i) for i in range(FEW)]
-            again = [torch.randint(len(split.x), (self.samples,), generator=g) for g in draws]
-            floors = [_held(split.x[rows], split) for rows in again]
-            for name in (name for name in floors[0] if name != "nearest"):
-                of = summary([floor[name] for floor in floors])
-                found["bootstrap"] |= {name: of["mean"], f"{name}_sd": of["sd"]}
+            known, real = digits.features(split.x), Moments.of(digits.features(split.held.x))
+            draws = [stream("digits", "held", i) for i in range(SPLITS)]
+            again = [torch.randint(split.size, (self.samples,), generator=g) for g in draws]
+            of = summary([pixel_frechet(split.x[rows], split.held.x) for rows in again])
+            found["held"] = summary([frechet_distance(Moments.of(known[rows]), real) for rows in again])
+            found["held"] |= {"pixel_fd_held": of["mean"], "pixel_fd_held_sd": of["sd"]}
         return found
 
 

@@ -122,6 +122,11 @@ def headline(scores: Collection[str]) -> str:
     return "fd_grey" if "fd_grey" in scores else next(iter(scores))
 
 
+def of_baseline(name: str, score: str) -> str:
+    """The score that the mean and sd of a baseline are of: the one that counts, against images held out or all."""
+    return f"{score}_held" if name == "held" else score
+
+
 def rising(score: str) -> bool:
     """Whether more is better."""
     return score in RISING

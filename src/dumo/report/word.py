@@ -92,6 +92,11 @@ BASELINES = {
         meaning="as many rows as there are samples, drawn from the data with replacement, compared with the data: the "
         "lowest that so few samples can reach.",
     ),
+    "held": Word(
+        f"{REAL}, held out",
+        meaning="as many training images as there are samples, drawn with replacement, compared with the images held "
+        "out: the lowest that can be reached against so few.",
+    ),
     "noise": Word("noise", meaning="what plain noise would have in place of samples."),
     "captions": Word("real images", meaning="some of the data with captions of theirs; mean ± standard error."),
     "others": Word("real images, other captions", meaning="the same with captions of other images: the floor."),
