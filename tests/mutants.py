@@ -53,6 +53,8 @@ CAPTION, LEARNED, HALF = (
     f"tests/unit/{name}.py" for name in ("data/test_caption", "nets/test_learned", "nets/test_half")
 )
 LORA, STOCK = (f"tests/unit/export/test_{name}.py" for name in ("lora", "stock"))
+HELD = "tests/unit/data/test_digits.py"
+COUPLING = "tests/unit/flow/test_coupling.py"
 PROBE = "tests/unit/training/test_probe.py"
 NEIGHBOURS, TWO_SAMPLE = (f"tests/unit/metrics/test_{name}.py" for name in ("neighbours", "two_sample"))
 PROTOCOL = "tests/unit/protocols/test_protocol.py"
@@ -197,6 +199,11 @@ MUTANTS = [
     ),
     Mutant("random.py", '["counter"][3] = number', '["counter"][3] = 0', "all rows have the same noise", RANDOM),
     Mutant("random.py", '["counter"][3] = number', '["counter"][0] = number', "rows overlap", RANDOM),
+    Mutant("data/source.py", "rest[held] = False", "pass", "what is held out is trained on", HELD),
+    Mutant("data/digits.py", "c[order].argsort(stable=True)", "order.argsort()", "classes lose unequal shares", HELD),
+    Mutant(
+        "protocols/digits.py", "nearest(split.x, of)", "nearest(split.whole.x, of)", "held images are near", PROTOCOL
+    ),
     Mutant("data/epoch.py", "< 0.5)[rows]", "< 0.5)[: len(range(batch)[rows])]", "others are mirrored", SHARE),
     Mutant("data/album.py", '"augment"))[rows]', '"augment"))[: len(mine)]', "others are augmented", SHARE),
     Mutant("data/augment.py", "arange(b).split(1)", "arange(b).split(4)", "images are rounded with others", SHARE),
@@ -264,17 +271,28 @@ MUTANTS = [
     Mutant("flow/reading.py", "t=t, r=t)", "t=t, r=0 * t)", "the velocity is read off r = 0", READ),
     Mutant("flow/residual.py", "(s.detach() + c) ** p", "(s + c) ** p", "the weight is pulled too", MEANFLOW),
     Mutant("flow/residual.py", "+ c) ** p", "+ c)", "the power is lost", MEANFLOW),
-    Mutant("flow/times.py", "gamma[:, 0] / ", "gamma[:, 1] / ", "a and b change places", LAW),
+    Mutant("flow/density.py", "gamma[:, 0] / ", "gamma[:, 1] / ", "a and b change places", LAW),
     Mutant("flow/times.py", "torch.maximum(a, b), torch.minimum(a, b)", "a, b", "r may be after t", LAW),
     Mutant("flow/times.py", "torch.where(moving, r, t)", "r", "r = t is lost", LAW),
+    Mutant("flow/coupling.py", "there[group] == k", "there[group] >= 0", "classes exchange noise", COUPLING),
+    Mutant("flow/coupling.py", ".square()", ".neg()", "the farthest go together", COUPLING),
+    Mutant("flow/coupling.py", "rows[assigned", "group[assigned", "rows take the noise of others", COUPLING),
+    Mutant("flow/draw.py", "coupling(x, z, c)", "coupling(x * path.sd, z, c)", "data are as they come", COUPLING),
+    Mutant("flow/times.py", "t[rest] = r[rest] =", "t[rest] =", "rows at rest jump to the data", LAW),
+    Mutant("flow/times.py", "[jumps[i] for i in far], [jumps", "far, [jumps", "rows at rest are overwritten", LAW),
+    Mutant("flow/times.py", "t[between] * torch.rand(k", "torch.rand(k", "jumps end where t does not matter", LAW),
     Mutant("flow/times.py", "so_far.diff() > 0", "so_far.diff() < 0", "rows at rest are said to move", LAW),
     Mutant(
-        "flow/times.py",
-        "t = (self.mean + self.std * torch.randn",
-        "t = (self.mean + torch.randn",
+        "flow/density.py",
+        "self.std * normal).sigmoid()",
+        "normal).sigmoid()",
         "the width of the law is lost",
         LAW,
     ),
+    Mutant("flow/density.py", "torch.randperm(n, generator=g)", "torch.arange(n)", "row k has the k-th part", LAW),
+    Mutant("flow/density.py", "+ torch.rand(n, generator=g, dtype=torch.float64)", "+ 0.5", "times on a grid", LAW),
+    Mutant("flow/density.py", "betaincinv(self.a, self.b,", "betaincinv(self.b, self.a,", "a and b change places", LAW),
+    Mutant("flow/times.py", "(self.other, self.of), split", "(self.of, self.other), split", "the laws change", LAW),
     Mutant(
         "sampling/solver.py",
         "lift(t - s, x) * velocity(x, t, c)",

@@ -107,7 +107,13 @@ class Pieces:
         self.net, self.loss, self.task = state.net, loss, task
         self.draws = draws or draws_of(task, spec, state.step, self.x.shape[1:], z=self.z is None)
         self.keys = sent(self.draws.keys, self.x.device)
-        self.noised = partial(noised, path=task.path, progress=state.step / spec.steps, teacher=task.teacher)
+        self.noised = partial(
+            noised,
+            path=task.path,
+            progress=state.step / spec.steps,
+            teacher=task.teacher,
+            coupling=spec.coupling,
+        )
         self.autocast = partial(autocast, spec.precision, self.x.device, keep=not layout.gives_back(spec.reshard))
         self.ref = reference(state, spec.ref)
 
