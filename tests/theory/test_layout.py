@@ -15,6 +15,7 @@ VARIANTS = [
     "digits+objective.guide.fraction=0.5",
     "digits+objective.slope.kind=dual",
     "digits+objective.slope.kind=dual+train.precision=bf16",
+    "digits+train.optimizer.kind=muon+train.schedule.kind=wsd",
     "digits+teacher",
     "digits-meanflow+pairs",
     "digits-three-heads+train.clip=100",

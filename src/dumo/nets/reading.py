@@ -10,7 +10,7 @@ text's encoder knows the order of the words.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -64,6 +64,8 @@ def mean(tokens: Array, mask: Array | None) -> Array:
 
 class Keys(nn.Module):
     """Keys and values of a text that asks nothing itself."""
+
+    fused: ClassVar[dict[str, int]] = {"kv": 2}  # as of `Stream`
 
     def __init__(self, sizes: Sizes) -> None:
         """Of the block that asks."""
@@ -132,6 +134,11 @@ class Last(Stream):
     def silent(self) -> tuple[nn.Linear, ...]:
         """Layers that start at zero."""
         return (*super().silent, self.text_modulation)
+
+    @property
+    def fused(self) -> dict[str, int]:
+        """As of `Stream`."""
+        return {**super().fused, "text_modulation": 2}
 
     def forward(self, h: Array, e: Array, mask: Array | None, *places: Array) -> Array:
         """As `Joint`; returns the image alone."""

@@ -61,6 +61,11 @@ class Train(Spec):
         """The learning rate of the update that follows `step` done ones."""
         return self.optimizer.lr * self.schedule(step, self.steps)
 
+    @property
+    def copies(self) -> int:
+        """How many numbers are kept for each weight that is trained, at least: gradient, moments, averages."""
+        return 1 + self.optimizer.moments + len(self.ema)
+
     def probes(self, step: int) -> bool:
         """Whether the update that follows `step` done ones is probed."""
         return self.probe_every > 0 and (step + 1) % self.probe_every == 0

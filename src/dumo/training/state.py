@@ -46,4 +46,4 @@ def begin(net: nn.Module, spec: Train, device: torch.device | None = None) -> St
     averages = {ema.decay: MovingAverage(ema, net) for ema in spec.ema}
     mesh = layout.mesh_of(spec.share, device or next(net.parameters()).device)
     layout.lay(net, mesh, [average.module for average in averages.values()], reshard=spec.reshard)
-    return State(net, spec.optimizer(p for p in net.parameters() if p.requires_grad), averages, frozen=fixed)
+    return State(net, spec.optimizer(net), averages, frozen=fixed)
