@@ -917,9 +917,9 @@ MUTANTS = [
     Mutant("training/frozen.py", "if now != then", "if False", "a run goes on from another model", FROZEN),
     Mutant("training/memory.py", " if p.requires_grad", "", "moments of what is frozen are taken", FROZEN),
     Mutant(
-        "training/state.py",
-        "p for p in net.parameters() if p.requires_grad), averages",
-        "net.parameters()), averages",
+        "training/optim.py",
+        "[p for p in net.parameters() if p.requires_grad]",
+        "[*net.parameters()]",
         "the optimizer holds what is frozen",
         FROZEN,
     ),

@@ -187,7 +187,7 @@ def advance(state: State, record: Record) -> None:
         state.skips += 1
         return
     for group in state.optimizer.param_groups:
-        group["lr"] = record.lr
+        group["lr"] = record.lr * group.get("ratio", 1.0)
     state.optimizer.step()
     for average in state.averages.values():
         average.update(state.net, state.step)
