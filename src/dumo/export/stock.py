@@ -12,7 +12,7 @@ makes an Euler step along u, which keeps the old noise and is wrong from the sec
 from dataclasses import dataclass
 from typing import Any
 
-from dumo.sampling.solver import Restart, jumps
+from dumo.sampling.solver import Restart
 
 THOUSAND = 1000  # by which schedulers and pipelines count times (num_train_timesteps)
 Arguments = dict[str, Any]
@@ -55,7 +55,7 @@ class Stock:
 
 def at(solver: Restart, passes: int) -> list[float]:
     """The times of so many passes, the first at noise."""
-    return jumps(passes, solver.m, solver.start)
+    return solver.times(passes)
 
 
 BINS = ("use_resolution_binning=False",)

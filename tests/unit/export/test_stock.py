@@ -11,7 +11,8 @@ import torch
 from dumo.export import scheduler
 from dumo.export.stock import STOCKS, Stock, at
 from dumo.nets.family import FAMILIES
-from dumo.sampling.solver import Restart, jumps
+from dumo.sampling.grid import jumps
+from dumo.sampling.solver import Restart
 from dumo.types import UserError
 
 SOLVER = Restart(m=0.7, start=0.99)
