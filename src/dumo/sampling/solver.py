@@ -205,10 +205,10 @@ def taught(solver: Solver, reads: Reads) -> Callable[..., Any]:
     read: Callable[..., Any] | None = getattr(reads, solver.uses)
     if read is None:
         given = [name for name in get_args(Reading) if getattr(reads, name) is not None]
+        needs = "velocity and endpoint of one pass" if solver.uses == "both" else solver.uses
+        told = ", ".join(name for name in given if name != "both")
         able = [s.model_fields["kind"].default for s in get_args(get_args(Solver)[0]) if s.uses in given]
-        raise UserError(
-            f"solver '{solver.kind}' needs {solver.uses}; this objective gives {', '.join(given)}: use {_either(able)}"
-        )
+        raise UserError(f"solver '{solver.kind}' needs {needs}; this objective gives {told}: use {_either(able)}")
 
     def asked(*values: object) -> Any:  # noqa: ANN401, as the reading
         stop.check()
