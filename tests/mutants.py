@@ -307,11 +307,11 @@ MUTANTS = [
     Mutant("sampling/solver.py", "fresh(k)", "fresh(0)", "Restart noises with the noise it started from", SOLVERS),
     Mutant("sampling/solver.py", "flow_map(x, t, s, c)", "flow_map(x, t, 0 * s, c)", "Hop goes all the way", SOLVERS),
     Mutant(
-        "sampling/solver.py",
+        "sampling/grid.py",
         "log2(n / (n - k))",
         "log2((n - k) / n)",
         "the jumps rise",
-        "tests/unit/sampling/test_solver_times.py",
+        "tests/unit/sampling/test_grid.py",
     ),
     Mutant("objectives/shortcut.py", "torch.exp2(-k - 1)", "torch.exp2(-k)", "a half step is a whole one", SHORTCUT),
     Mutant(
