@@ -52,6 +52,7 @@ def through(blocks: Sequence[nn.Module], h: Array, *told: Array | None, lean: bo
         h = run(block, h, *skip, *told, lean=lean)
         if i < joins:
             kept.append(h)
+            h = h.view_as(h)  # so that ranks, which have such a node before every block, add gradients in this order
     return h
 
 
