@@ -46,7 +46,8 @@ def through(blocks: Sequence[nn.Module], h: Array, *told: Array | None, lean: bo
 
     The pairs are found by counting, so that they are right of a net with fewer blocks, by which a deep one is counted.
     """
-    joins, kept = sum(isinstance(block, Joined) for block in blocks), list[Array]()
+    joins = sum(isinstance(block, Joined) for block in blocks)
+    kept: list[Array] = []
     for i, block in enumerate(blocks):
         skip = [kept.pop()] if isinstance(block, Joined) else []
         h = run(block, h, *skip, *told, lean=lean)
