@@ -81,6 +81,7 @@ LOWPASS, PRETRAINED = (f"tests/unit/nets/test_{name}.py" for name in ("lowpass",
 OLD, APART = f"{PRETRAINED}::test_every_head_begins_as_the_model", f"{PRETRAINED}::test_heads_go_their_own_ways"
 ADAPTED = f"{PRETRAINED}::test_adapters_leave_the_model_as_it_is[sd3]"
 READING = "tests/unit/nets/test_reading.py"
+SKIP, MAGNITUDE = (f"tests/unit/nets/test_{name}.py" for name in ("skip", "magnitude"))
 LOOKS, PADDED, EACH, SEES, LABELS = (
     f"{READING}::test_{name}"
     for name in (
@@ -781,6 +782,20 @@ MUTANTS = [
         "r reaches every head",
         HEADS,
     ),
+    Mutant("nets/skip.py", "kept.pop()", "kept.pop(0)", "skips reach the block as far on", SKIP),
+    Mutant("nets/skip.py", "nn.init.eye_(self.join.weight)", "pass", "a net with skips starts as another", SKIP),
+    Mutant("nets/magnitude.py", "1 + gate * gate", "1 + gate", "a sum changes the magnitude", MAGNITUDE),
+    Mutant(
+        "nets/magnitude.py",
+        "F.linear(input, F.normalize(self.weight, dim=1))",
+        "F.linear(input, F.normalize(self.weight, dim=0))",
+        "columns have length 1",
+        MAGNITUDE,
+    ),
+    Mutant(
+        "nets/magnitude.py", "/ ROOT[self.mlp]", "* ROOT[self.mlp]", "the perceptron changes the magnitude", MAGNITUDE
+    ),
+    Mutant("training/step.py", "        after_step()", "        pass", "rows grow with the steps", MAGNITUDE),
     Mutant("nets/block.py", "None if mask is None else mask[:, None, None]", "None", "padding is read", PADDED),
     Mutant("nets/reading.py", "return h, vector, (y, mask)", "return h, vector, (y, None)", "room is read", PADDED),
     Mutant("nets/reading.py", "mask.new_ones(h.shape[:2])", "mask.new_zeros(h.shape[:2])", "the image is hidden", SEES),

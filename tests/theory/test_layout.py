@@ -20,6 +20,7 @@ VARIANTS = [
     "digits+teacher",
     "digits-meanflow+pairs",
     "digits-three-heads+train.clip=100",
+    "digits+net.depth=3+net.skips=true+net.magnitude=preserved",
     "moons",
 ]
 PATIENCE = 900  # seconds, on a busy machine
