@@ -29,7 +29,7 @@ class TextEmbedder(nn.Module):
     """What texts tell a net of its width. Tokens have mean square 1, for encoders differ a hundredfold in scale."""
 
     def __init__(self, texts: Texts, width: int, way: Way) -> None:
-        """A linear layer for the tokens, and one for a pooled embedding, which starts as small as a label, N(0, 0.02^2)."""
+        """A linear layer for the tokens, and one for a pooled embedding, which starts as a label does: N(0, 0.02^2)."""
         super().__init__()
         self.texts = texts
         self.way: Way = way

@@ -97,7 +97,7 @@ def readable(run: Run) -> Run:
 
 
 def short(net: Net) -> Net:
-    """The spec cut to two blocks of each kind, to three with skips; of a pretrained net none of the weights are read."""
+    """The spec cut to two blocks of each kind, three with skips; of a pretrained net none of the weights are read."""
     if isinstance(net, Pretrained):
         return net.model_copy(update={"depth": min(2, net.depth or 2), "weights": "drawn"})
     depth: int | None = getattr(net, "depth", None)
