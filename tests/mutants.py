@@ -82,6 +82,7 @@ LOWPASS, PRETRAINED = (f"tests/unit/nets/test_{name}.py" for name in ("lowpass",
 OLD, APART = f"{PRETRAINED}::test_every_head_begins_as_the_model", f"{PRETRAINED}::test_heads_go_their_own_ways"
 ADAPTED = f"{PRETRAINED}::test_adapters_leave_the_model_as_it_is[sd3]"
 READING = "tests/unit/nets/test_reading.py"
+SKIP, MAGNITUDE = (f"tests/unit/nets/test_{name}.py" for name in ("skip", "magnitude"))
 LOOKS, PADDED, EACH, SEES, LABELS = (
     f"{READING}::test_{name}"
     for name in (
@@ -310,11 +311,11 @@ MUTANTS = [
     Mutant("sampling/solver.py", "fresh(k)", "fresh(0)", "Restart noises with the noise it started from", SOLVERS),
     Mutant("sampling/solver.py", "flow_map(x, t, s, c)", "flow_map(x, t, 0 * s, c)", "Hop goes all the way", SOLVERS),
     Mutant(
-        "sampling/solver.py",
+        "sampling/grid.py",
         "log2(n / (n - k))",
         "log2((n - k) / n)",
         "the jumps rise",
-        "tests/unit/sampling/test_solver_times.py",
+        "tests/unit/sampling/test_grid.py",
     ),
     Mutant("objectives/shortcut.py", "torch.exp2(-k - 1)", "torch.exp2(-k)", "a half step is a whole one", SHORTCUT),
     Mutant(
@@ -784,6 +785,20 @@ MUTANTS = [
         "r reaches every head",
         HEADS,
     ),
+    Mutant("nets/skip.py", "kept.pop()", "kept.pop(0)", "skips reach the block as far on", SKIP),
+    Mutant("nets/skip.py", "nn.init.eye_(self.join.weight)", "pass", "a net with skips starts as another", SKIP),
+    Mutant("nets/magnitude.py", "1 + gate * gate", "1 + gate", "a sum changes the magnitude", MAGNITUDE),
+    Mutant(
+        "nets/magnitude.py",
+        "F.linear(input, F.normalize(self.weight, dim=1))",
+        "F.linear(input, F.normalize(self.weight, dim=0))",
+        "columns have length 1",
+        MAGNITUDE,
+    ),
+    Mutant(
+        "nets/magnitude.py", "/ ROOT[self.mlp]", "* ROOT[self.mlp]", "the perceptron changes the magnitude", MAGNITUDE
+    ),
+    Mutant("training/step.py", "        after_step()", "        pass", "rows grow with the steps", MAGNITUDE),
     Mutant("nets/block.py", "None if mask is None else mask[:, None, None]", "None", "padding is read", PADDED),
     Mutant("nets/reading.py", "return h, vector, (y, mask)", "return h, vector, (y, None)", "room is read", PADDED),
     Mutant("nets/reading.py", "mask.new_ones(h.shape[:2])", "mask.new_zeros(h.shape[:2])", "the image is hidden", SEES),
@@ -920,9 +935,9 @@ MUTANTS = [
     Mutant("training/frozen.py", "if now != then", "if False", "a run goes on from another model", FROZEN),
     Mutant("training/memory.py", " if p.requires_grad", "", "moments of what is frozen are taken", FROZEN),
     Mutant(
-        "training/state.py",
-        "p for p in net.parameters() if p.requires_grad), averages",
-        "net.parameters()), averages",
+        "training/optim.py",
+        "[p for p in net.parameters() if p.requires_grad]",
+        "[*net.parameters()]",
         "the optimizer holds what is frozen",
         FROZEN,
     ),

@@ -11,7 +11,7 @@ the tokens in its place made texts that were never seen harder to read (docs/log
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -29,7 +29,7 @@ class TextEmbedder(nn.Module):
     """What texts tell a net of its width. Tokens have mean square 1, for encoders differ a hundredfold in scale."""
 
     def __init__(self, texts: Texts, width: int, way: Way) -> None:
-        """A linear layer for the tokens, and one for a pooled embedding, which starts as small as a label, N(0, 0.02^2)."""
+        """A linear layer for the tokens, and one for a pooled embedding, which starts as a label does: N(0, 0.02^2)."""
         super().__init__()
         self.texts = texts
         self.way: Way = way
@@ -57,6 +57,8 @@ class TextEmbedder(nn.Module):
 
 class Keys(nn.Module):
     """Keys and values of a text that asks nothing itself."""
+
+    fused: ClassVar[dict[str, int]] = {"kv": 2}  # as of `Stream`
 
     def __init__(self, sizes: Sizes) -> None:
         """Of the block that asks."""
@@ -125,6 +127,11 @@ class Last(Stream):
     def silent(self) -> tuple[nn.Linear, ...]:
         """Layers that start at zero."""
         return (*super().silent, self.text_modulation)
+
+    @property
+    def fused(self) -> dict[str, int]:
+        """As of `Stream`."""
+        return {**super().fused, "text_modulation": 2}
 
     def forward(self, h: Array, e: Array, mask: Array | None, *places: Array) -> Array:
         """As `Joint`; returns the image alone."""

@@ -187,8 +187,10 @@ def advance(state: State, record: Record) -> None:
         state.skips += 1
         return
     for group in state.optimizer.param_groups:
-        group["lr"] = record.lr
+        group["lr"] = record.lr * group.get("ratio", 1.0)
     state.optimizer.step()
+    if after_step := getattr(state.net, "after_step", None):  # of a net that holds its weights to something
+        after_step()
     for average in state.averages.values():
         average.update(state.net, state.step)
     state.skips, state.trend = 0, state.trend.after(sum(map(abs, record.parts.values())) or abs(record.loss))
