@@ -18,15 +18,16 @@ def test_readings(objective: Objective, net: Net) -> None:
 
     g = torch.Generator().manual_seed(0)
     x, t, c = torch.randn(5, 2, 4, 4, generator=g), torch.rand(5, generator=g), torch.arange(5) % 4
-    arguments = {"velocity": (x, t, c), "endpoint": (x, t, c), "flow_map": (x, t, t / 2, c)}
+    arguments = {"velocity": (x, t, c), "endpoint": (x, t, c), "flow_map": (x, t, t / 2, c), "both": (x, t, c)}
     taught = [reading for reading in arguments if getattr(reads, reading) is not None]
     assert taught
     for i, reading in enumerate(taught, start=1):
-        out = getattr(reads, reading)(*arguments[reading])
-        assert out.shape == x.shape
-        assert out.isfinite().all()
+        found = getattr(reads, reading)(*arguments[reading])
         assert model.graded + model.still == i
-        assert out.requires_grad
+        for out in found if reading == "both" else (found,):
+            assert out.shape == x.shape
+            assert out.isfinite().all()
+            assert out.requires_grad
 
 
 @pytest.mark.parametrize("objective", list(objectives()), ids=name)
@@ -41,3 +42,6 @@ def test_a_jump_of_no_time_stays(objective: Objective) -> None:
         assert torch.equal(reads.flow_map(x, half, half, c), x)
     if reads.flow_map is not None and reads.endpoint is not None and objective.kind != "several":  # heads of their own
         assert torch.equal(reads.flow_map(x, half, zero, c), reads.endpoint(x, half, c))
+    if reads.both is not None and reads.velocity is not None and reads.endpoint is not None:
+        assert torch.equal(reads.both(x, half, c)[0], reads.velocity(x, half, c))
+        assert torch.equal(reads.both(x, half, c)[1], reads.endpoint(x, half, c))

@@ -45,7 +45,7 @@ FIELDS = [
     ("objective.guide.zeta=1", ("objective.guide.zeta", "less than 1")),
     ("objective.guide.omega=.inf", ("objective.guide.omega", "finite")),
     ("objective.slope.kind=jpv", ("objective.slope.kind", "'jvp'")),
-    ("sample.solver.kind=hop", ("'hop'", "flow_map", "euler, heun or restart")),
+    ("sample.solver.kind=hop", ("'hop'", "flow_map", "euler, heun, restart, hermite or euler_jump")),
     ("sample.solver.kind=heun", ("'heun'", "nfe = 1", "2")),
     ("sample.nfe=[0]", ("nfe = 0", "at least 1")),
     ("sample.nfe=[]", ("sample.nfe",)),

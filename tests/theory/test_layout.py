@@ -15,9 +15,11 @@ VARIANTS = [
     "digits+objective.guide.fraction=0.5",
     "digits+objective.slope.kind=dual",
     "digits+objective.slope.kind=dual+train.precision=bf16",
+    "digits+train.coupling={group: 16}+objective.times={kind: stratified}+data.held=360",
     "digits+teacher",
     "digits-meanflow+pairs",
     "digits-three-heads+train.clip=100",
+    "digits+net.depth=3+net.skips=true+net.magnitude=preserved",
     "moons",
 ]
 PATIENCE = 900  # seconds, on a busy machine

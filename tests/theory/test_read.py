@@ -66,5 +66,5 @@ class TestReads:
 def test_every_reading_is_tried() -> None:
     """Some objectives have no velocity, some no endpoint, and most flow maps go anywhere."""
     all_reads = [readings(o, APART)[0] for o in objectives(exact=True)]
-    for reading in ("velocity", "endpoint", "flow_map", "hops"):
+    for reading in ("velocity", "endpoint", "flow_map", "both", "hops"):
         assert any(getattr(reads, reading) is not None for reads in all_reads), reading

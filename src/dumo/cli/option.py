@@ -29,7 +29,11 @@ Set = Annotated[
 Nfe = Annotated[str | None, typer.Option("--nfe", help="Passes through the net, e.g. 1,2,4. Default: the run's own.")]
 Seed = Annotated[int | None, typer.Option(min=0, help="Seed of the sampling noise. Default: the run's own.")]
 SolverName = Annotated[
-    str | None, typer.Option("--solver", help="euler, heun (velocity), restart (endpoint) or hop (flow map).")
+    str | None,
+    typer.Option(
+        "--solver",
+        help="euler, heun (velocity), restart (endpoint), hop (flow map), hermite or euler_jump (both heads).",
+    ),
 ]
 Prompts = Annotated[
     Path | None,

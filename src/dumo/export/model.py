@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dumo.export.stock import STOCKS, Stock
+from dumo.export.stock import STOCKS, Stock, restart
 from dumo.flow.path import Linear
 from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
@@ -56,9 +56,8 @@ class Exported:
 
     @property
     def solver(self) -> Restart:
-        """The run's own jumps; those of the default where it samples by v."""
-        solver = self.opened.run.sample.solver
-        return solver if isinstance(solver, Restart) else Restart()
+        """The run's own jumps; those of the default where it samples by v. Raises UserError as `restart`."""
+        return restart(self.opened.run.sample.solver)
 
     @property
     def source(self) -> Path | None:

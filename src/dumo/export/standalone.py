@@ -22,13 +22,14 @@ from dumo import __version__
 from dumo.codecs import Identity, Taef2
 from dumo.data import Latents
 from dumo.export import card
+from dumo.export.stock import restart
 from dumo.flow.path import Linear
 from dumo.io.json import write_json
 from dumo.nets.dit import PUBLISHED, DiT
 from dumo.random import random_batch
 from dumo.run.folder import RunFolder
 from dumo.run.sample import guided_reading
-from dumo.sampling.solver import Euler, Restart
+from dumo.sampling.solver import Euler
 from dumo.types import Sample, UserError
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -138,11 +139,10 @@ def decoder(opened: RunFolder, folder: Path) -> list[str | None]:
 
 
 def sampling(opened: RunFolder, head: str) -> Json:
-    """How the pipeline samples, and what becomes of it: the fields of its `__init__`."""
+    """How the pipeline samples, and what becomes of it: the fields of its `__init__`. Raises as `restart`."""
     data, solver = opened.run.data, opened.run.sample.solver
-    kinds = Restart if head == "u" else Euler
-    solver = solver if isinstance(solver, kinds) else kinds()
-    said: Json = {"head": head, **solver.model_dump(exclude={"kind"})}
+    chosen = restart(solver) if head == "u" else solver if isinstance(solver, Euler) else Euler()
+    said: Json = {"head": head, **chosen.model_dump(mode="json", exclude={"kind"})}
     if isinstance(data, Latents):
         said |= {"shift": data.codec.shift, "scale": data.codec.scale}
     return said

@@ -12,7 +12,8 @@ makes an Euler step along u, which keeps the old noise and is wrong from the sec
 from dataclasses import dataclass
 from typing import Any
 
-from dumo.sampling.solver import Restart, jumps
+from dumo.sampling.solver import Jumps, Restart, Solver
+from dumo.types import UserError
 
 THOUSAND = 1000  # by which schedulers and pipelines count times (num_train_timesteps)
 Arguments = dict[str, Any]
@@ -53,9 +54,24 @@ class Stock:
         return sorted(set(kind._get_signature_keys(kind)[0]) - {"transformer", "scheduler"})
 
 
+def restart(solver: Solver) -> Restart:
+    """The solver as schedulers have it: those of other jumps, or of none, are the default.
+
+    Raises UserError for jumps to the data between which no scheduler goes as the solver does.
+    """
+    if isinstance(solver, Restart) and solver.rho == 1:
+        return solver
+    if isinstance(solver, Jumps):
+        raise UserError(
+            f"sample.solver = {solver.model_dump(mode='json')}: schedulers add fresh noise alone between two "
+            "passes. Set kind: restart there, without rho, in the run's run.yaml"
+        )
+    return Restart()
+
+
 def at(solver: Restart, passes: int) -> list[float]:
     """The times of so many passes, the first at noise."""
-    return jumps(passes, solver.m, solver.start)
+    return solver.times(passes)
 
 
 BINS = ("use_resolution_binning=False",)

@@ -24,8 +24,8 @@ def reading(objective: Objective, net: Net, knobs: Mapping[str, float] | None = 
     return objective.read(bind(net, **knobs) if knobs else net)
 
 
-def head_of(objective: Objective, name: Literal["velocity", "endpoint", "flow_map"]) -> str:
-    """The head that a reading reads; the reading must be taught.
+def head_of(objective: Objective, name: Literal["velocity", "endpoint", "flow_map", "both"]) -> str:
+    """The head, or heads, that a reading reads; the reading must be taught.
 
     An objective does not say which, so nets are read of which one head alone says NaN: it comes through from that head.
     """
@@ -36,7 +36,8 @@ def head_of(objective: Objective, name: Literal["velocity", "endpoint", "flow_ma
 
     times = (one, 0 * one) if name == "flow_map" else (one,)
     answers = [getattr(reading(objective, says_nan(k)), name)(torch.zeros(1, 1), *times, c) for k in range(len(heads))]
-    return " and ".join(head for head, x in zip(heads, answers, strict=True) if x.isnan().any())
+    said = [answer if isinstance(answer, tuple) else (answer,) for answer in answers]
+    return " and ".join(head for head, xs in zip(heads, said, strict=True) if any(x.isnan().any() for x in xs))
 
 
 def jump_to_data(net: Net, head: int = 0) -> Callable[[Sample, Time, Cond], Sample]:

@@ -14,7 +14,8 @@ One pass has one time a row. Where a law sets rows with r = t apart, the heads w
 """
 
 from collections import Counter
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import reduce
 from operator import add
 from typing import Literal
@@ -27,7 +28,7 @@ from dumo.flow.residual import clipped_share
 from dumo.flow.slope import Along, CentralSlope, Slope
 from dumo.flow.times import Below, Beta, Times
 from dumo.objectives.part import Aimed, AveragePart, EndpointPart, Part, VelocityPart
-from dumo.types import Frozen, Heads, Needs, Net, Noised, Reads, Spec, Terms, Time, mean_square
+from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
 
 
 class Several(Spec):
@@ -76,7 +77,7 @@ class Several(Spec):
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """The weighted sum over the parts; notes: what a clamp of a target with a derivative would cut."""
         heads, along = self._heads(net, ref, b)
-        first = next(i for i, part in enumerate(self.parts) if part.kind == "velocity")
+        first = self._first
         with torch.no_grad():
             v_star = self.guide(b, heads[first], lambda b, c: self._aimed(ref, first)(b.x_t, b.t, b.r, c))
             grown = min(1.0, b.progress / self.ramp) if self.ramp else 1.0
@@ -90,11 +91,27 @@ class Several(Spec):
         return Terms(loss, {part.name: mean_square(e) for part, e in known}, notes)
 
     def read(self, net: Net) -> Reads:
-        """Of each reading the first head that has it, those before that are not told r."""
+        """Of each reading the first head that has it, those before that are not told r; both: told r = 0."""
         order = sorted(range(len(self.parts)), key=lambda i: self.parts[i].aims)
         found = [self.parts[i].read(self._aimed(net, i)) for i in order]
         first = {f.name: [one for reads in found if (one := getattr(reads, f.name)) is not None] for f in fields(Reads)}
-        return Reads(**{name: have[0] for name, have in first.items() if have})
+        reads = Reads(**{name: have[0] for name, have in first.items() if have})
+        ends = [i for i, part in zip(order, found, strict=True) if part.endpoint]
+        return replace(reads, both=self._both(net, ends[0])) if ends else reads
+
+    def _both(self, net: Net, end: int) -> Callable[[Sample, Time, Cond], tuple[Sample, Sample]]:
+        """The velocity, and the end of the jump that part `end` makes, of one pass."""
+
+        def both(x: Sample, t: Time, c: Cond) -> tuple[Sample, Sample]:
+            heads = net(x, c, t=t, **self._own(0 * t))
+            return heads[self._first], x - lift(t, x) * heads[end]
+
+        return both
+
+    @property
+    def _first(self) -> int:
+        """The place of the velocity that guides."""
+        return next(i for i, part in enumerate(self.parts) if part.kind == "velocity")
 
     def _heads(self, net: Net, ref: Frozen, b: Noised) -> tuple[Heads, Along]:
         """The pass, and the derivatives: none where no target has one, of rows with r < t where no other needs it."""

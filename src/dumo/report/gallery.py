@@ -6,7 +6,7 @@ a block of images per class, which is the same whatever other classes are beside
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,12 +40,12 @@ class Reading:
     letter: str
     head: str  # the one that it reads: v may be read off a head of another name
     title: str
-    solver: Solver
+    solver: Solver = field(hash=False)
 
     @property
     def name(self) -> str:
         """The letter and the solver, on two lines."""
-        return f"{self.letter} by\n{self.solver.kind.title()}"
+        return f"{self.letter} by\n{titled(self.solver)}"
 
     def at(self, nfe: int) -> Solver:
         """The solver that makes so many passes: Euler where this one's steps take more than one and do not divide."""
@@ -61,7 +61,8 @@ def readings(run: Run, along: Euler | Heun | None = None) -> dict[str, Reading]:
     jumps = [s for s in (run.sample.solver, Restart(), Hop()) if s.uses != "velocity" and getattr(reads, s.uses)]
     if jumps:
         head = head_of(objective, jumps[0].uses)
-        found["u"] = Reading("u", head, f"{head} head, jumps ({jumps[0].kind})", jumps[0])
+        heads = f"{head} heads" if " and " in head else f"{head} head"
+        found["u"] = Reading("u", head, f"{heads}, jumps ({jumps[0].kind})", jumps[0])
     if reads.velocity:
         head = head_of(objective, "velocity")
         other = f"v = {head} at r = t" if "r" in objective.needs.inputs else f"v by the {head} head"
@@ -126,7 +127,7 @@ def panel(
     for n in nfe:
         solver = reading.at(n)
         found = sample(opened, nfe=n, c=c, seed=seed, solver=solver)
-        title = f"NFE {found.nfe}" + ("" if solver is reading.solver else f"\n{solver.kind.title()}")
+        title = f"NFE {found.nfe}" + ("" if solver is reading.solver else f"\n{titled(solver)}")
         columns[title] = singles(found.x) if behind is None else [picture.scatter(behind, {"": found.x})]
         tick(n, f"step {opened.step:,}, {reading.title}, {n}")
     run = opened.run
@@ -232,6 +233,11 @@ def stages(opened: RunFolder, steps: Sequence[int] | None = None) -> dict[int, P
                 f"To keep it, train with --set train.milestones=[{step}]"
             )
     return {step: there[step] for step in (there if steps is None else steps)}
+
+
+def titled(solver: Solver) -> str:
+    """Its name as a title."""
+    return solver.kind.replace("_", " ").title()
 
 
 def open_at(opened: RunFolder, step: int, file: Path | None) -> RunFolder:

@@ -166,12 +166,15 @@ def try_out(teacher: Teacher, run: Run, reads: Reads, device: torch.device) -> N
     takes = "(x, t, s, c)" if uses == "flow_map" else "(x, t, c)"
     x, c = noise(0, range(2), 0, run.data.shape).to(device), torch.tensor([0, run.data.classes], device=device)
     t = torch.full((2,), 0.5, device=device)
-    with explained(teacher, f"Its {uses} must take {takes} and return the shape of x"), torch.no_grad():
-        y: Tensor = getattr(reads, uses)(x, t, *([0 * t] if uses == "flow_map" else []), c)
-        if y.shape != x.shape:
-            raise TypeError(f"{uses} of x of shape {tuple(x.shape)} has shape {tuple(y.shape)}")
-        if not y.isfinite().all():
-            raise ValueError(f"{uses} at t = 0.5 is no finite number")
+    gives = "two of the shape of x" if uses == "both" else "the shape of x"
+    with explained(teacher, f"Its {uses} must take {takes} and return {gives}"), torch.no_grad():
+        found = getattr(reads, uses)(x, t, *([0 * t] if uses == "flow_map" else []), c)
+        answers: tuple[Tensor, ...] = found if uses == "both" else (found,)
+        for y in answers:
+            if y.shape != x.shape:
+                raise TypeError(f"{uses} of x of shape {tuple(x.shape)} has shape {tuple(y.shape)}")
+            if not y.isfinite().all():
+                raise ValueError(f"{uses} at t = 0.5 is no finite number")
 
 
 def reach(teacher: Teacher, pairs: Pairs, reads: Reads) -> None:

@@ -15,7 +15,7 @@ many where all the times are in the interval.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
@@ -62,6 +62,7 @@ class CFG(Spec):
             velocity=reads.velocity and self._of(reads.velocity, null),
             endpoint=reads.endpoint and self._of(reads.endpoint, null),
             flow_map=reads.flow_map and self._of(reads.flow_map, null),
+            both=reads.both and self._of(reads.both, null),
             hops=reads.hops,
         )
 
@@ -101,16 +102,20 @@ class CFG(Spec):
                 f"{none}, or {train} with objective.drop=0.1"
             )
 
-    def _of(self, read: Callable[..., Sample], null: int) -> Callable[..., Sample]:
-        """Guide one reading, of (x, t, c) or (x, t, s, c)."""
+    def _of(self, read: Callable[..., Any], null: int) -> Callable[..., Any]:
+        """Guide one reading, of (x, t, c) or (x, t, s, c), that answers with a sample or a pair of them."""
 
-        def guided(x: Sample, t: Time, *rest: torch.Tensor) -> Sample:
+        def guided(x: Sample, t: Time, *rest: torch.Tensor) -> Any:  # noqa: ANN401, as the reading
             place, c = self.rows(t).nonzero().flatten(), rest[-1]
             if not len(place):
                 return read(x, t, *rest)
             without = (x, t, *rest[:-1], torch.full_like(c, null))
-            both = read(*(torch.cat([a, b[place]]) for a, b in zip((x, t, *rest), without, strict=True)))
-            y, y_null = both[: len(x)], both[len(x) :]
-            return y.index_copy(0, place, y_null + self.scale * (y[place] - y_null))
+            found = read(*(torch.cat([a, b[place]]) for a, b in zip((x, t, *rest), without, strict=True)))
+
+            def mixed(both: torch.Tensor) -> torch.Tensor:  # the rows, and those without a label
+                y, y_null = both[: len(x)], both[len(x) :]
+                return y.index_copy(0, place, y_null + self.scale * (y[place] - y_null))
+
+            return tuple(map(mixed, found)) if isinstance(found, tuple) else mixed(found)
 
         return guided

@@ -1,47 +1,30 @@
-"""Solvers: how noise becomes data with a trained net, each from one of the three readings a net may give.
+"""Solvers: how noise becomes data with a trained net, each from one of the readings a net may give.
 
 Euler and Heun follow the velocity, dx_t/dt = v(x_t, t), down a uniform grid. Hop follows the flow map,
 x_s = f(x_t, t, s), down the same grid, with no error of its own. Restart asks for the endpoint x_0 and, if passes are
-left, noises it again to a lower time with fresh noise: what the net got wrong at high noise is drawn anew.
+left, noises it again to a lower time with fresh noise: what the net got wrong at high noise is drawn anew. Hermite and
+EulerJump ask for velocity and endpoint, of one pass: they follow the flow down to the last time, and jump from there.
 
 A solver is asked for a number of passes through the net (nfe), not of steps. What it cannot make it refuses.
-
-It looks at the net at times from noise, t = `start` at or just below 1, down to data, t = 0: with n steps at the n + 1
-times start, ..., start / n, 0. Restart visits n times, the last of them above 0. Its uniform grid s = 1, (n - 1) / n,
-..., 1 / n is bent by a power, t = start s^p, and the one number that says how much is m, the time at s = 1/2:
-start (1/2)^p = m. Solved for p, this reads t = start (m / start)^log2(1 / s), which at s = 1 and s = 1/2 is exact.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
-from math import log2
-from typing import Annotated, ClassVar, Literal, get_args
+from math import sqrt
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
+import torch
 from pydantic import Field, model_validator
 
 from dumo import stop
 from dumo.bound import PASSES
+from dumo.sampling.grid import Middle, Middles, Start, jumps, rows, uniform
 from dumo.types import Cond, Path, Reads, Sample, Spec, Time, UserError, lift
 
 Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from
-Reading = Literal["velocity", "endpoint", "flow_map"]  # the fields of Reads
+Reading = Literal["velocity", "endpoint", "flow_map", "both"]  # the fields of Reads
 FAR = 1000  # passes up to which others are looked for: ours
-Start = Annotated[float, Field(gt=0, le=1)]  # the first time; UCGM starts at 0.999 with SD-VAE
-
-
-def uniform(n: int, start: float = 1.0) -> list[float]:
-    """The n + 1 times from `start` to 0 that cut [0, start] into n equal steps."""
-    return [start * ((n - k) / n) for k in range(n + 1)]
-
-
-def jumps(n: int, m: float = 0.5, start: float = 1.0) -> list[float]:
-    """The n times of the jumps to the data, for 0 < m < start: two of them are (start, m). Ours."""
-    return [start * (m / start) ** log2(n / (n - k)) for k in range(n)]
-
-
-def rows(times: Sequence[float], like: Sample) -> list[Time]:
-    """Each time, once per row of `like`, on its device and in its precision."""
-    return [like.new_full((len(like),), t) for t in times]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Euler(Spec):
@@ -80,35 +63,6 @@ class Heun(Spec):
         return x
 
 
-class Restart(Spec):
-    """Jump to the data; noise it again to a lower time; jump again (multistep consistency sampling)."""
-
-    uses: ClassVar[Reading] = "endpoint"
-    passes: ClassVar[int] = 1
-
-    kind: Literal["restart"] = "restart"
-    m: float = Field(
-        default=0.5, gt=0, lt=1
-    )  # time of the second of two jumps; ours; UCGM: 0.3 for SD-VAE at 256, 0.5 at 512, 0.6 for DC-AE
-    start: Start = 1.0
-
-    @model_validator(mode="after")
-    def _descends(self) -> "Restart":
-        if self.m >= self.start:
-            raise ValueError(f"m = {self.m} is not below start = {self.start}: lower m")
-        return self
-
-    def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
-        """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
-        endpoint = taught(self, reads)
-        first, *later = rows(jumps(steps(self, nfe), self.m, self.start), x)
-        x = endpoint(x, first, c)
-        for k, t in enumerate(later, start=1):
-            x_t, _ = path.at(x, fresh(k), t)
-            x = endpoint(x_t, t, c)
-        return x
-
-
 class Hop(Spec):
     """x_s = f(x_t, t, s): exact for an exact flow map, one pass a step."""
 
@@ -127,23 +81,136 @@ class Hop(Spec):
         return x
 
 
-Solver = Annotated[Euler | Heun | Restart | Hop, Field(discriminator="kind")]
+class Jumps(Spec):
+    """What solvers share that end with a jump to the data: the times of their passes (`dumo.sampling.grid`)."""
+
+    kind: Literal["restart", "hermite", "euler_jump"]
+    m: Middle = 0.5  # time of the second of two passes; ours; UCGM: 0.3 for SD-VAE at 256, 0.5 at 512, 0.6 for DC-AE
+    m_at: Middles = Field(default_factory=dict[int, float])  # another m at these numbers of passes; ours
+    start: Start = 1.0
+
+    @model_validator(mode="after")
+    def _descends(self) -> "Jumps":
+        if (m := max(self.m, *self.m_at.values(), 0)) >= self.start:
+            raise ValueError(f"m = {m} is not below start = {self.start}: lower m")
+        return self
+
+    def times(self, n: int) -> list[float]:
+        """Those of n passes."""
+        return jumps(n, self.m_at.get(n, self.m), self.start)
 
 
-def taught(solver: Solver, reads: Reads) -> Callable[..., Sample]:
+class Restart(Jumps):
+    """Jump to the data; noise it again to a lower time; jump again (multistep consistency sampling).
+
+    Of the noise a share `rho`, by variance, is fresh; the rest is what the pass found in x_t:
+
+        x_s = alpha(s) (sqrt(rho) z + sqrt(1 - rho) z_t) + gamma(s) x_0,   z_t = (x_t - gamma(t) x_0) / alpha(t).
+
+    Fresh noise is independent of x_0, so x_s has the law of its time. z_t is not, so for rho < 1 it has not, however
+    good the net is: at rho = 0 this is, on the linear path, an Euler step along u.
+    """
+
+    uses: ClassVar[Reading] = "endpoint"
+    passes: ClassVar[int] = 1
+
+    kind: Literal["restart"] = "restart"  # pyright: ignore[reportIncompatibleVariableOverride], told apart by it
+    rho: Share = Field(default=1.0, exclude_if=lambda rho: rho == 1)  # UCGM's stochastic ratio, its code
+
+    def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
+        """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
+        endpoint = taught(self, reads)
+        times = rows(self.times(steps(self, nfe)), x)
+        x_0 = endpoint(x, times[0], c)
+        for k, (t, s) in enumerate(pairwise(times), start=1):
+            z = fresh(k)
+            if self.rho < 1:
+                z = sqrt(self.rho) * z + sqrt(1 - self.rho) * noise_in(x, x_0, path, t)
+            x, _ = path.at(x_0, z, s)
+            x_0 = endpoint(x, s, c)
+        return x_0
+
+
+class Hermite(Jumps):
+    """Go along the parabola that leaves x_t with slope v and ends in x_0; from the last time, jump (ours).
+
+    At s the flow is at x_s = x_0 + s u_s, where u = (x_t - x_0) / t and t du/dt = v - u. To first order in t - s
+
+        u_s = u - (t - s) (v - u) / t        so        x_s = x_t - (t - s) v + (t - s)^2 (v - u) / t,
+
+    the Hermite interpolant of x_t, v and x_0. Its error is s (t - s)^2 / 6 times a third derivative of the flow, where
+    Euler's is (t - s)^2 / 2 times a second one: of order 1, too, but none at the data.
+
+    With `rho` > 0 the step goes on to the lower noise level sqrt(1 - rho) s / (1 - s), and fresh noise leads back to s
+    (gamma-sampling of CTM, Kim et al. 2024, with gamma^2 = rho): x_s keeps the law of its time, but for the error of
+    the step. On the linear path; rho = 1 is Restart.
+    """
+
+    uses: ClassVar[Reading] = "both"
+    passes: ClassVar[int] = 1
+
+    kind: Literal["hermite"] = "hermite"  # pyright: ignore[reportIncompatibleVariableOverride], told apart by it
+    rho: Share = 0.0
+
+    def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
+        """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
+        both = taught(self, reads)
+        times = rows(self.times(steps(self, nfe)), x)
+        for k, (t, s) in enumerate(pairwise(times), start=1):
+            level = sqrt(1 - self.rho) * s / (1 - s)
+            v, x_0 = both(x, t, c)
+            x = parabola(x, v, x_0, t, level / (1 + level) if self.rho else s)
+            if self.rho:
+                x = lift((1 - s) * (1 + level), x) * x + sqrt(self.rho) * lift(s, x) * fresh(k)
+        return both(x, times[-1], c)[1]
+
+
+class EulerJump(Jumps):
+    """Euler's steps along v, and from the last time the jump by u (ours)."""
+
+    uses: ClassVar[Reading] = "both"
+    passes: ClassVar[int] = 1
+
+    kind: Literal["euler_jump"] = "euler_jump"  # pyright: ignore[reportIncompatibleVariableOverride], told apart by it
+
+    def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
+        """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
+        both = taught(self, reads)
+        times = rows(self.times(steps(self, nfe)), x)
+        for t, s in pairwise(times):
+            x = x - lift(t - s, x) * both(x, t, c)[0]
+        return both(x, times[-1], c)[1]
+
+
+Solver = Annotated[Euler | Heun | Restart | Hop | Hermite | EulerJump, Field(discriminator="kind")]
+
+
+def noise_in(x_t: Sample, x_0: Sample, path: Path, t: Time) -> Sample:
+    """The z of x_t = alpha(t) z + gamma(t) x_0, at t > 0."""
+    none, one = torch.zeros_like(x_t), torch.ones_like(x_t)
+    return (x_t - path.at(x_0, none, t)[0]) / path.at(none, one, t)[0]
+
+
+def parabola(x_t: Sample, v: Sample, x_0: Sample, t: Time, s: Time) -> Sample:
+    """Where the parabola from x_t, with slope v, to x_0 at time 0 is at time s."""
+    u = (x_t - x_0) / lift(t, x_t)
+    return x_t - lift(t - s, x_t) * v + lift((t - s) ** 2 / t, x_t) * (v - u)
+
+
+def taught(solver: Solver, reads: Reads) -> Callable[..., Any]:
     """The reading that the solver uses, which raises Stopped where that is asked.
 
     Raises UserError, with the solvers that would do, if it was never taught.
     """
-    read: Callable[..., Sample] | None = getattr(reads, solver.uses)
+    read: Callable[..., Any] | None = getattr(reads, solver.uses)
     if read is None:
         given = [name for name in get_args(Reading) if getattr(reads, name) is not None]
+        needs = "velocity and endpoint of one pass" if solver.uses == "both" else solver.uses
+        told = ", ".join(name for name in given if name != "both")
         able = [s.model_fields["kind"].default for s in get_args(get_args(Solver)[0]) if s.uses in given]
-        raise UserError(
-            f"solver '{solver.kind}' needs {solver.uses}; this objective gives {', '.join(given)}: use {_either(able)}"
-        )
+        raise UserError(f"solver '{solver.kind}' needs {needs}; this objective gives {told}: use {_either(able)}")
 
-    def asked(*values: object) -> Sample:
+    def asked(*values: object) -> Any:  # noqa: ANN401, as the reading
         stop.check()
         return read(*values)
 

@@ -11,10 +11,10 @@ from dumo.training.spec import Train
 from dumo.types import Objective, UserError
 
 
-def together(objective: Objective) -> int:
-    """How many neighbouring rows no pass may part: those that share times, or of which one is guided for all."""
+def together(spec: Train, objective: Objective) -> int:
+    """How many neighbouring rows no pass may part: that share times or noise, or of which one is guided for all."""
     guide = objective.needs.guide
-    return lcm(objective.times.group, guide.group if guide else 1)
+    return lcm(objective.times.group, guide.group if guide else 1, spec.coupling.group if spec.coupling else 1)
 
 
 def cuts(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: int = 1) -> list[list[slice]]:
@@ -44,7 +44,7 @@ def cuts(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: i
 
 def passes(spec: Train, objective: Objective, ranks: int) -> list[list[slice]]:
     """The rows of every pass of a step, by rank. Raises UserError as `cuts`."""
-    return cuts(spec.batch, ranks=ranks, micro_batch=spec.micro_batch, group=together(objective))
+    return cuts(spec.batch, ranks=ranks, micro_batch=spec.micro_batch, group=together(spec, objective))
 
 
 def span(rows: list[slice]) -> slice:

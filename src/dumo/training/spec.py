@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from dumo.bound import ROWS, STEPS
+from dumo.flow.coupling import Coupling
 from dumo.flow.precision import Precision
 from dumo.training.ema import Average, Ema, PowerEma
 from dumo.training.optim import AdamW, Constant, Optimizer, Schedule
@@ -19,6 +20,8 @@ class Train(Spec):
     # In all, resumed ones included; schedules stretch with it.
     steps: int = Field(ge=1, le=STEPS, json_schema_extra=FREE)
     batch: int = Field(ge=1, le=ROWS)  # rows per step, over all ranks
+    # Which noise goes with which data (Pooladian et al. 2023); None: any, as the paper.
+    coupling: Coupling | None = Field(default=None, exclude_if=lambda coupling: coupling is None)
     # Rows of a pass on a rank, to save memory; None: all of a rank's. Changes rounding only.
     micro_batch: int | None = Field(default=None, ge=1, json_schema_extra=FREE)
     # Ranks that hold one copy of weights, averages and optimizer between them, to save memory: 1: each its own copy

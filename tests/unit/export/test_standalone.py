@@ -19,7 +19,7 @@ from dumo.export.write import export
 from dumo.random import noise, stream
 from dumo.run.folder import RunFolder
 from dumo.run.sample import sample
-from dumo.sampling.solver import Euler, Restart
+from dumo.sampling.solver import Euler
 from dumo.types import UserError
 from unit.nets.given import Given
 
@@ -53,7 +53,7 @@ def drawn(run: Run, folder: Path) -> RunFolder:
 def off(run: RunFolder, pipe: Any, n: int, **told: Any) -> float:  # noqa: ANN401
     """How far the pipeline's images in n passes are from dumo's."""
     z, *noises = (noise(0, range(len(C)), k, run.run.data.shape) for k in range(n))
-    solver = Restart(m=0.3, start=0.9) if pipe.config.head == "u" else Euler()
+    solver = Euler() if pipe.config.head == "v" else run.run.sample.solver
     ours = sample(run, nfe=n, c=C, seed=0, solver=solver).x
     out = pipe(C.tolist(), n, latents=z, noises=noises, **({"output_type": "latent"} | told)).images
     return float((out - (ours / 2 + 0.5 if told else ours)).abs().max())
@@ -63,7 +63,7 @@ def off(run: RunFolder, pipe: Any, n: int, **told: Any) -> float:  # noqa: ANN40
     ("recipe", "fields"),
     [
         ("digits", ("net.time_scale=10", "sample.solver={kind: restart, m: 0.3, start: 0.9}")),
-        ("digits", ("net.aux_time=true", "sample.solver={kind: restart, m: 0.3, start: 0.9}")),
+        ("digits", ("net.aux_time=true", "sample.solver={kind: restart, m: 0.5, m_at: {2: 0.3}, start: 0.9}")),
         ("digits-meanflow", ("sample.solver={kind: restart, m: 0.3, start: 0.9}",)),
         ("digits-flow-matching", ("sample.solver.kind=euler",)),
     ],

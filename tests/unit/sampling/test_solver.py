@@ -7,6 +7,7 @@ x_s = x_t S(s) / S(t), of velocity x_t S'(t) / S(t).
 from collections.abc import Callable
 from itertools import pairwise
 from math import log
+from typing import Any
 
 import pytest
 import torch
@@ -15,13 +16,15 @@ from torch import Tensor
 
 from dumo.flow.path import Linear
 from dumo.random import stream
-from dumo.sampling.solver import Euler, Heun, Hop, Restart, Solver, able, check, jumps, steps, uniform
+from dumo.sampling.grid import jumps, uniform
+from dumo.sampling.solver import Euler, EulerJump, Hermite, Heun, Hop, Jumps, Restart, Solver, able, check, steps
 from dumo.types import Reads, UserError, lift
 
 S0 = 0.4  # standard deviation of the data
 N = 20_000
 C = torch.zeros(N, dtype=torch.long)
-ALL = [Euler(), Heun(), Restart(), Hop()]
+ALL = [Euler(), Heun(), Restart(), Hop(), Hermite(), EulerJump()]
+JUMPING = [Restart(), Hermite(), EulerJump()]
 
 
 def spread(t: Tensor) -> Tensor:
@@ -40,7 +43,11 @@ def endpoint(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
     return flow_map(x, t, 0 * t, c)
 
 
-EXACT = Reads(velocity, endpoint, flow_map)
+def both(x: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    return velocity(x, t, c), endpoint(x, t, c)
+
+
+EXACT = Reads(velocity, endpoint, flow_map, both)
 
 
 def fresh(k: int) -> Tensor:
@@ -51,8 +58,8 @@ def solve(solver: Solver, nfe: int, reads: Reads = EXACT, draw: Callable[[int], 
     return solver(reads, Linear(), draw(0), C, nfe, draw)
 
 
-@pytest.mark.parametrize(("solver", "order"), [(Euler(), 1), (Heun(), 2)])
-def test_order_of_convergence(solver: Euler | Heun, order: int) -> None:
+@pytest.mark.parametrize(("solver", "order"), [(Euler(), 1), (Heun(), 2), (Hermite(), 1), (EulerJump(), 1)])
+def test_order_of_convergence(solver: Solver, order: int) -> None:
     counts = torch.tensor([32, 64, 128, 256, 512])
     errors = [(solve(solver, n * solver.passes) - S0 * fresh(0)).square().mean().sqrt() for n in counts.tolist()]
     x, y = counts.double().log(), torch.stack(errors).log()
@@ -67,7 +74,7 @@ def test_hop_lands_exactly(nfe: int) -> None:
 
 @pytest.mark.parametrize("solver", ALL, ids=lambda solver: solver.kind)
 def test_able_is_what_check_lets_through(solver: Solver) -> None:
-    halves = Reads(velocity, endpoint, flow_map, hops=lambda t, s: t - s in (1, 0.5, 0.25))
+    halves = Reads(velocity, endpoint, flow_map, both, hops=lambda t, s: t - s in (1, 0.5, 0.25))
     made: list[int] = []
     for nfe in range(-1, 6):
         try:
@@ -104,23 +111,86 @@ def test_restart_asks_for_each_draw_once() -> None:
         asked.append(k)
         return fresh(k)
 
-    Restart()(EXACT, Linear(), fresh(0), C, 4, noted)
-    assert asked == [1, 2, 3]
+    for solver in (Restart(), Hermite(rho=0.5), Hermite()):
+        solver(EXACT, Linear(), fresh(0), C, 4, noted)
+    assert asked == [1, 2, 3, 1, 2, 3]
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 5])
+def test_hermite_is_exact_where_the_flow_is_a_parabola(nfe: int) -> None:
+    """x_t = a (1 + t - 3 t^2), where x_t tells a."""
+
+    def along(x: Tensor, t: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        t = lift(t, x)
+        a = x / (1 + t - 3 * t**2)
+        return a * (1 - 6 * t), a
+
+    for m in (0.3, 0.9):
+        assert (solve(Hermite(m=m), nfe, Reads(both=along)) + fresh(0)).abs().max() <= 1e-9
+
+
+def test_hermite_with_fresh_noise_alone_is_restart() -> None:
+    for nfe in (2, 4):
+        assert (solve(Hermite(rho=1.0, m=0.3), nfe) - solve(Restart(m=0.3), nfe)).abs().max() <= 1e-12
+
+
+def test_hermite_that_noises_keeps_the_law() -> None:
+    """Between close times its step is right, and what is noised has the spread of its time."""
+    seen: list[tuple[float, float]] = []
+
+    def noted(x: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append((x.std().item(), spread(t[:1]).item()))
+        return both(x, t, c)
+
+    solve(Hermite(rho=0.2), 64, Reads(both=noted))
+    assert len(seen) == 64
+    assert all(std == pytest.approx(want, rel=0.02) for std, want in seen)  # four standard errors
+
+
+def test_restart_without_fresh_noise_goes_along_u() -> None:
+    """x_s = x_t - (t - s) u: an Euler step along u."""
+    x, one, m = fresh(0), torch.ones(N, dtype=torch.float64), torch.full((N,), 0.3, dtype=torch.float64)
+    x_s = x - lift(one - m, x) * (x - endpoint(x, one, C))
+    assert (solve(Restart(m=0.3, rho=0.0), 2) - endpoint(x_s, m, C)).abs().max() <= 1e-12
+
+
+def test_restart_mixes_noise_by_variance() -> None:
+    """Of a net whose x_0 is 0, x_t is noise alone."""
+    seen: list[Tensor] = []
+
+    def noted(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        seen.append(x / lift(t, x))
+        return 0 * x
+
+    solve(Restart(rho=0.3), 3, Reads(endpoint=noted))
+    want = fresh(0)
+    for k, z in enumerate(seen):
+        want = 0.7**0.5 * want + 0.3**0.5 * fresh(k) if k else want
+        assert (z - want).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("solver", JUMPING, ids=lambda solver: solver.kind)
+def test_m_by_number_of_passes(solver: Jumps) -> None:
+    told = solver.model_copy(update={"m_at": {2: 0.7}})
+    assert told.times(2) == [1.0, 0.7]
+    assert told.times(4) == solver.times(4)
+    assert "m_at" not in solver.model_dump()
+    assert type(told).model_validate(told.model_dump(mode="json")) == told
 
 
 def visited(solver: Solver, nfe: int) -> list[tuple[float, ...]]:
     """The times at which the solver calls its reading, all rows alike."""
     seen: list[tuple[float, ...]] = []
 
-    def note(read: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def noted(x: Tensor, *args: Tensor) -> Tensor:
+    def note(read: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(x: Tensor, *args: Tensor) -> Any:  # noqa: ANN401, as the reading
             assert all((t == t[0]).all() for t in args)
             seen.append(tuple(t[0].item() for t in args[:-1]))
             return read(x, *args)
 
         return noted
 
-    solve(solver, nfe, Reads(note(velocity), note(endpoint), note(flow_map)))
+    solve(solver, nfe, Reads(note(velocity), note(endpoint), note(flow_map), note(both)))
     return seen
 
 
@@ -130,7 +200,8 @@ def test_times_of_the_passes(start: float) -> None:
     assert visited(Euler(start=start), 4) == [(t,) for t in grid[:-1]]
     assert visited(Heun(start=start), 8) == [(t,) for pair in pairwise(grid) for t in pair]
     assert visited(Hop(start=start), 4) == list(pairwise(grid))
-    assert visited(Restart(start=start, m=0.3), 4) == [(t,) for t in jumps(4, 0.3, start)]
+    for kind in (Restart, Hermite, EulerJump):
+        assert visited(kind(start=start, m=0.3), 4) == [(t,) for t in jumps(4, 0.3, start)]
 
 
 def test_two_restarts_are_at_one_and_m() -> None:
@@ -144,8 +215,11 @@ def test_condition_reaches_the_net() -> None:
         assert rest[-1] is c
         return x
 
+    def pair(x: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        return read(x, t, c), read(x, t, c)
+
     for solver in ALL:
-        solver(Reads(read, read, read), Linear(), fresh(0), c, 4, fresh)
+        solver(Reads(read, read, read, pair), Linear(), fresh(0), c, 4, fresh)
 
 
 @pytest.mark.parametrize("solver", ALL)
@@ -209,6 +283,9 @@ def test_specs_are_told_apart_by_kind() -> None:
         ({"kind": "restart", "m": 1.0}, ("restart", "m")),
         ({"kind": "restart", "m": 0.0}, ("restart", "m")),
         ({"kind": "restart", "m": 0.6, "start": 0.5}, ("restart",)),
+        ({"kind": "restart", "m_at": {2: 0.6}, "start": 0.5}, ("restart",)),
+        ({"kind": "restart", "m_at": {1: 0.6}}, ("restart", "m_at", 1, "[key]")),
+        ({"kind": "hermite", "rho": 1.1}, ("hermite", "rho")),
         ({"kind": "hop", "start": 1.01}, ("hop", "start")),
         ({"kind": "heun", "start": 0.0}, ("heun", "start")),
     ],

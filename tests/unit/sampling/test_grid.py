@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dumo.sampling.solver import jumps, rows, uniform
+from dumo.sampling.grid import jumps, rows, uniform
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 50])
