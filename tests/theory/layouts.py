@@ -31,6 +31,14 @@ from meeting import meeting
 STEPS = {2: 3, 3: 30, 4: 30}  # by number of ranks: to the bit, and to rounding
 
 
+def layouts(case: str, place: int, world: int) -> list[tuple[int, bool]]:
+    """Ranks to a copy, and whether weights are given back. Two ranks have four; of a recipe as it is two of them, that
+    differ in both, by turns: half of the recipes meet each.
+    """
+    every = [*product({2: (1, 2), 3: (3,), 4: (2,)}[world], (False, True) if world == 2 else (False,))]
+    return every if "+" in case or world != 2 else [every[place % 2], every[3 - place % 2]]
+
+
 def taught(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
     """What a teacher might say."""
     return 0.5 * v + 0.5 * x.tanh()
@@ -73,7 +81,7 @@ def numbers(state: State) -> dict[str, Tensor]:
 
 
 def main(rank: str, ranks: str, file: str, *cases: str) -> None:
-    """Train each case alone, and in every layout."""
+    """Train each case alone, and in its layouts."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # 'dual' says that it makes a pass of its own where weights are given back
     world = int(ranks)
@@ -83,8 +91,8 @@ def main(rank: str, ranks: str, file: str, *cases: str) -> None:
         if rank == "0":
             alone[case] = train(spec(case, f"train.micro_batch={piece or 'null'}"), case, steps)
     with meeting(file, int(rank), world):
-        shares = {2: (1, 2), 3: (3,), 4: (2,)}[world]
-        for case, share, reshard in product(cases, shares, (False, True) if world == 2 else (False,)):
+        every = ((case, *layout) for i, case in enumerate(cases) for layout in layouts(case, i, world))
+        for case, share, reshard in every:
             found, losses = train(spec(case, f"train.share={share}", f"train.reshard={reshard}"), case, steps)
             if dist.is_main():
                 one, wanted = alone[case]
