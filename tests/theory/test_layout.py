@@ -19,7 +19,7 @@ VARIANTS = [
     "digits+train.optimizer.kind=muon+train.schedule.kind=wsd",
     "digits+teacher",
     "digits-meanflow+pairs",
-    "digits-three-heads+train.clip=100",
+    "digits-three-heads+train.clip=100+objective.times={kind: jumps}+objective.parts.0.contrast=0.05",
     "digits+net.depth=3+net.skips=true+net.magnitude=preserved",
     "moons",
 ]
