@@ -54,6 +54,7 @@ CAPTION, LEARNED, HALF = (
 )
 LORA, STOCK = (f"tests/unit/export/test_{name}.py" for name in ("lora", "stock"))
 HELD = "tests/unit/data/test_digits.py"
+CONTRAST = f"{THEORY}/test_contrast.py"
 COUPLING = "tests/unit/flow/test_coupling.py"
 PROBE = "tests/unit/training/test_probe.py"
 NEIGHBOURS, TWO_SAMPLE = (f"tests/unit/metrics/test_{name}.py" for name in ("neighbours", "two_sample"))
@@ -277,10 +278,12 @@ MUTANTS = [
     Mutant("flow/density.py", "gamma[:, 0] / ", "gamma[:, 1] / ", "a and b change places", LAW),
     Mutant("flow/times.py", "torch.maximum(a, b), torch.minimum(a, b)", "a, b", "r may be after t", LAW),
     Mutant("flow/times.py", "torch.where(moving, r, t)", "r", "r = t is lost", LAW),
+    Mutant("flow/residual.py", "min(i ^ 1, last)", "i", "rows are pushed from their own targets", CONTRAST),
+    Mutant("flow/residual.py", "loss - strength *", "loss + strength *", "v is pulled to others' targets", CONTRAST),
+    Mutant("training/cut.py", "objective.needs.group,", "", "neighbours are parted", CONTRAST),
     Mutant("flow/coupling.py", "there[group] == k", "there[group] >= 0", "classes exchange noise", COUPLING),
     Mutant("flow/coupling.py", ".square()", ".neg()", "the farthest go together", COUPLING),
     Mutant("flow/coupling.py", "rows[assigned", "group[assigned", "rows take the noise of others", COUPLING),
-    Mutant("flow/draw.py", "coupling(x, z, c)", "coupling(x * path.sd, z, c)", "data are as they come", COUPLING),
     Mutant("flow/times.py", "t[rest] = r[rest] =", "t[rest] =", "rows at rest jump to the data", LAW),
     Mutant("flow/times.py", "[jumps[i] for i in far], [jumps", "far, [jumps", "rows at rest are overwritten", LAW),
     Mutant("flow/times.py", "t[between] * torch.rand(k", "torch.rand(k", "jumps end where t does not matter", LAW),

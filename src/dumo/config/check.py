@@ -269,6 +269,8 @@ def _grouped(run: Tree) -> str:
     said = [f"objective.times of kind '{times.kind}' keeps {times.group} rows together"] if times.group > 1 else []
     if guide and guide.group > 1:
         said.append(f"objective.guide.fraction = {1 / guide.group:g} picks one of every {guide.group}")
+    if run.objective.needs.group > 1:
+        said.append(f"contrast sets {run.objective.needs.group} rows against each other")
     if run.train.coupling:
         said.append(f"train.coupling lets {run.train.coupling.group} rows exchange noise")
     return f" ({' and '.join(said)})"

@@ -9,11 +9,11 @@ Differentiating t u = x_t - x_0 along the flow gives the identity that trains u 
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dumo.flow.guide import Guide
 from dumo.flow.reading import jump_to_data
-from dumo.flow.residual import clipped_share, head_gap
+from dumo.flow.residual import Contrast, clipped_share, contrasted, demand_unbent, head_gap
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Beta, Times
 from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
@@ -28,11 +28,18 @@ class DuMo(Spec):
     beta: float = Field(default=0.7, ge=0, le=1)  # weight of the velocity, Eq. 9 and Tab. 3
     guide: Guide = Guide(zeta=0.55)  # line 9 and Tab. 3
     slope: Slope = CentralSlope(h=0.005)  # Sec. 3.3; h as UCGM
+    contrast: Contrast = 0.0  # of v's targets (Stoica et al. 2025, who take 0.05)
 
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        return Needs(inputs=("t",), heads=("v", "u"), slope=self.slope, guide=self.guide)
+        group = 2 if self.contrast else 1
+        return Needs(inputs=("t",), heads=("v", "u"), slope=self.slope, guide=self.guide, group=group)
+
+    @model_validator(mode="after")
+    def _unbent(self) -> "DuMo":
+        demand_unbent(self.contrast, self.guide)
+        return self
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Lines 7 to 12 of Alg. 1."""
@@ -43,7 +50,7 @@ class DuMo(Spec):
             u_star = v_star - lift(b.t, b.x_t) * du_dt  # line 10
         v_error, u_error = v_hat - v_star, u_hat - u_star
         v_loss, u_loss = mean_square(v_error), mean_square(u_error)
-        loss = self.beta * v_loss + (1 - self.beta) * u_loss  # line 12
+        loss = self.beta * contrasted(v_loss, v_hat, v_star, self.contrast) + (1 - self.beta) * u_loss  # line 12
         notes = {"clipped_share": clipped_share(u_error), "head_gap": head_gap(v_error, u_error)}
         return Terms(loss, {"v": v_loss, "u": u_loss}, notes)
 

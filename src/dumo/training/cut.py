@@ -12,9 +12,12 @@ from dumo.types import Objective, UserError
 
 
 def together(spec: Train, objective: Objective) -> int:
-    """How many neighbouring rows no pass may part: that share times or noise, or of which one is guided for all."""
-    guide = objective.needs.guide
-    return lcm(objective.times.group, guide.group if guide else 1, spec.coupling.group if spec.coupling else 1)
+    """How many neighbouring rows no pass may part: that share times, noise or targets, or of which one is guided for
+    all.
+    """
+    guide, coupling = objective.needs.guide, spec.coupling
+    groups = (guide.group if guide else 1, coupling.group if coupling else 1)
+    return lcm(objective.times.group, objective.needs.group, *groups)
 
 
 def cuts(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: int = 1) -> list[list[slice]]:
