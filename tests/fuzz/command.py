@@ -51,6 +51,7 @@ OPTIONS: tuple[Sequence[object], ...] = (
     *(["sample", "run", "--format", text] for text in ("", "x", LONG)),
     *(["sample", text] for text in ("", ".", LONG, "a\0b", "/dev/zero", "/dev/null", "~nobody/x")),
     *(["sample", "run", "--solver", text] for text in ("", "x", LONG, "\0")),
+    *(["average", "run", "--std", text] for text in ("", "x", "nan", "0.1", HUGE)),
     *(["grid", "run", "--steps", text] for text in ("", "x", "-1", HUGE, "9" * 5000)),
     *(["grid", "run", "--nfe", text] for text in ("", "0", "1000001", "9" * 5000)),
     *(["grid", "run", "--count", text] for text in (0, HUGE)),

@@ -18,7 +18,7 @@ VARIANTS = [
     "digits+train.coupling={group: 16}+objective.times={kind: stratified}+data.held=360",
     "digits+teacher",
     "digits-meanflow+pairs",
-    "digits-three-heads+train.clip=100",
+    "digits-three-heads+train.clip=100+objective.times={kind: jumps}+objective.parts.0.contrast=0.05",
     "digits+net.depth=3+net.skips=true+net.magnitude=preserved",
     "moons",
 ]

@@ -6,6 +6,7 @@ import torch.distributed
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.preflight import cluster, fit, plan
+from dumo.training.optim import matrices
 from dumo.types import UserError
 from unit.run.adapted import freeze
 
@@ -71,6 +72,15 @@ def test_ranks_send_what_their_layout_asks_for(steps: dict[str, cluster.Step]) -
             assert step.calls[kind] == 2 * copies, (name, kind)  # the block, and the rest of the net
             assert copies <= step.sent[kind] / whole <= 1.05 * copies, (name, kind)
     assert not torch.distributed.is_initialized()
+
+
+def test_muon_gathers_each_matrix_once_more(steps: dict[str, cluster.Step]) -> None:
+    spec = small("train.share=8", "train.optimizer.kind=muon")
+    step, found = cluster.counted(spec, RANKS), matrices(spec.outline())
+    assert step.calls["all-gather"] == steps["passes"].calls["all-gather"] + len(found)
+    more = step.sent["all-gather"] - steps["passes"].sent["all-gather"]
+    assert more == sum(p.nbytes for p in found)
+    assert step.memory["optimizer"] < 0.75 * steps["passes"].memory["optimizer"]
 
 
 def test_every_pass_gathers_what_was_given_back() -> None:

@@ -60,6 +60,9 @@ def test_every_figure_of_ours_has_words() -> None:
 def test_a_baseline_stands_under_what_it_is_of() -> None:
     """Real digits are grey already, so both distances have it; the kernel distance has none."""
     assert score.cells(judged(), "halves") == ["0.20 ± 0.10", "0.20 ± 0.10", "", "0.500 ± 0.020"]
+    split = judged(fd_grey_held=0.6) | {"baselines": {"held": {"mean": 0.3, "sd": 0.1}}}
+    assert score.cells(split, "held") == ["", "", "", "", "0.30 ± 0.10"]  # against images held out alone
+    assert split["words"]["fd_grey_held"].title.endswith("images held out")
     assert score.shipped(load("moons")) == "fig3"
     assert score.shipped(load("moons", ["data.kind=digits", "evaluate.protocol.kind=digits"])) == "zoo"
 

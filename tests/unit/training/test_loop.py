@@ -217,7 +217,7 @@ def test_the_first_average_is_shown() -> None:
 def test_fields_free_on_resume() -> None:
     properties = Train.model_json_schema()["properties"]
     free = {name for name, field in properties.items() if field.get("free")}
-    often = {"log_every", "probe_every", "save_every", "save_minutes", "keep", "milestones", "sheets"}
+    often = {"log_every", "probe_every", "save_every", "save_minutes", "keep", "milestones", "sheets", "snapshots"}
     assert free == {"steps", "micro_batch", "share", "reshard", "compile", "max_skips"} | often
     assert {name for name, field in properties.items() if field.get("changes")} == {"schedule", "clip", "precision"}
     assert AdamW.model_json_schema()["properties"]["lr"]["changes"]
