@@ -17,12 +17,12 @@ from pydantic import Field
 
 from dumo.flow import dropout
 from dumo.flow.residual import adaptive
+from dumo.flow.weight import Weight
 from dumo.place import index
 from dumo.types import Cond, Noised, PerSample, Reads, Sample, Spec, Time, lift, mean_square
 
 Aimed = Callable[[Sample, Time, Time, Cond], Sample]  # (x_t, t, r, c) -> what one head says there
 Name = Annotated[str, Field(pattern=r"^[a-z]\d*$")]  # of a head: a letter, and perhaps a number
-Weight = Annotated[float, Field(gt=0)]
 
 
 class WeightedHead(Spec):
@@ -32,6 +32,7 @@ class WeightedHead(Spec):
     derived: ClassVar[bool] = False  # its target holds its head's derivative
     name: Name
     weight: Weight
+    variance: bool = Field(default=False, exclude_if=lambda on: not on)  # divided by it at t, learned (EDM2, Eq. 21)
 
     def measure(self, e: Sample) -> PerSample:
         """The loss of a residual, before its weight."""

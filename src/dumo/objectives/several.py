@@ -27,6 +27,7 @@ from dumo.flow.guide import Guide
 from dumo.flow.residual import clipped_share
 from dumo.flow.slope import Along, CentralSlope, Slope
 from dumo.flow.times import Below, Beta, Times
+from dumo.flow.weight import by_variance, weight_at
 from dumo.objectives.part import Aimed, AveragePart, EndpointPart, Part, VelocityPart
 from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
 
@@ -53,7 +54,8 @@ class Several(Spec):
         """What the net takes and gives, and the loss takes."""
         own = {p.name: ("r",) for p in self.parts if p.aims}
         heads, derives = tuple(p.name for p in self.parts), any(p.derived for p in self.parts)
-        return Needs(heads=heads, own=own, slope=self.slope, derives=derives, guide=self.guide)
+        gauges = tuple(f"log_variance_{p.name}" for p in self.parts if p.variance)
+        return Needs(heads=heads, gauges=gauges, own=own, slope=self.slope, derives=derives, guide=self.guide)
 
     @model_validator(mode="after")
     def _whole(self) -> "Several":
@@ -76,18 +78,23 @@ class Several(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """The weighted sum over the parts; notes: what a clamp of a target with a derivative would cut."""
-        heads, along = self._heads(net, ref, b)
+        answers, along = self._heads(net, ref, b)
+        heads, gauges = answers[: len(self.parts)], answers[len(self.parts) :]
         first = self._first
         with torch.no_grad():
             v_star = self.guide(b, heads[first], lambda b, c: self._aimed(ref, first)(b.x_t, b.t, b.r, c))
             grown = min(1.0, b.progress / self.ramp) if self.ramp else 1.0
             rates = tuple(grown * rate for rate in along(v_star if self.along == "target" else heads[first].detach()))
-            at = enumerate(zip(self.parts, rates, strict=True))
+            at = enumerate(zip(self.parts, rates, strict=False))  # gauges have rates, too
             targets = [part.target(b, v_star, rate, self._aimed(ref, i)) for i, (part, rate) in at]
         known = [(part, head - target) for part, head, target in zip(self.parts, heads, targets, strict=True)]
         alone = (b.r == b.t).to(b.t) / (1 - self.times.moving_share) if self.apart else 1
-        loss = reduce(add, (part.weight * (1 if part.aims else alone) * part.measure(e) for part, e in known))
+        learned = dict(zip((part.name for part in self.parts if part.variance), gauges, strict=True))
+        losses = {part.name: by_variance(part.measure(e), learned.get(part.name)) for part, e in known}
+        weights = {part.name: weight_at(part.weight, b.progress) * (1 if part.aims else alone) for part in self.parts}
+        loss = reduce(add, (weights[name] * losses[name] for name in losses))
         notes = {f"clipped_share_{part.name}": clipped_share(e) for part, e in known if part.derived}
+        notes |= {f"log_variance_{name}": w.detach() for name, w in learned.items()}
         return Terms(loss, {part.name: mean_square(e) for part, e in known}, notes)
 
     def read(self, net: Net) -> Reads:
