@@ -264,6 +264,8 @@ def _grouped(run: Tree) -> str:
     said = [f"objective.times of kind '{times.kind}' keeps {times.group} rows together"] if times.group > 1 else []
     if guide and guide.group > 1:
         said.append(f"objective.guide.fraction = {1 / guide.group:g} picks one of every {guide.group}")
+    if (group := run.objective.needs.group) > 1:
+        said.append(f"objective.disperse.group compares {group}")
     return f" ({' and '.join(said)})"
 
 

@@ -15,7 +15,7 @@ from dumo.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.nets.block import Block, Mlp, Sizes, Stream
 from dumo.nets.checkpointing import run
 from dumo.nets.embed import Own, Scalars, grid_waves, label_table
-from dumo.nets.head import Gauges
+from dumo.nets.head import Gauges, block_of
 from dumo.nets.norm import Norm, modulated
 from dumo.nets.precondition import Precondition, framed
 from dumo.nets.reading import TextEmbedder, Way, blocks
@@ -125,11 +125,12 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(self._blocks(spec))
         self.heads = nn.ModuleDict({name: Head(width, channels * spec.patch**2, spec.norm) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
+        self.inside = block_of(needs, spec.depth)
         self.gradient_checkpointing = spec.checkpoint
         self._initialize()
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        """Return the heads, shaped like x, then the gauges, in the order of the needs."""
+        """Return the heads, shaped like x, then the gauges, in the order of the needs, and what is inside."""
         shared, own = self.own(**inputs)
         x, out = framed(self.precondition, x, shared["t"])
         h: Array = self.embed(self._patches(x))
@@ -143,10 +144,12 @@ class Transformer(nn.Module):
         elif self.label is not None:
             told = told + self.label(c)
         e = F.silu(told)
-        for block in self.blocks:
+        inside = list[Array]()
+        for k, block in enumerate(self.blocks, start=1):
             h = run(block, h, e, *more, *places, lean=self.gradient_checkpointing)
+            inside += [h] if k == self.inside else []
         heads = (out(self._image(head(h, F.silu(told + own[k]) if k in own else e))) for k, head in self.heads.items())
-        return *heads, *(self.gauges(**shared) if self.gauges else ())
+        return *heads, *(self.gauges(**shared) if self.gauges else ()), *inside
 
     def _blocks(self, spec: DiT) -> Sequence[Stream]:
         sizes = Sizes(spec.width, spec.attention, spec.norm, spec.qk_norm, spec.mlp)

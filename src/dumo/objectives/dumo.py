@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 
+from dumo.flow.disperse import Dispersed, dispersed, looking
 from dumo.flow.guide import Guide
 from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, head_gap
@@ -30,6 +31,7 @@ class DuMo(Spec):
     drop: float = Field(default=0.1, ge=0, le=1)  # UCGM; the paper is silent
     beta: Share = 0.7  # weight of the velocity, Eq. 9 and Tab. 3; a line over the training is ours
     variance: Weighed = ()  # heads whose error is divided by its variance at t, which is learned (EDM2, Eq. 21)
+    disperse: Dispersed = None  # what a block makes of its rows lies apart
     guide: Guide = Guide(zeta=0.55)  # line 9 and Tab. 3
     slope: Slope = CentralSlope(h=0.005)  # Sec. 3.3; h as UCGM
 
@@ -37,7 +39,8 @@ class DuMo(Spec):
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
         gauges = tuple(f"log_variance_{name}" for name in self.variance)
-        return Needs(inputs=("t",), heads=("v", "u"), gauges=gauges, slope=self.slope, guide=self.guide)
+        needs = Needs(inputs=("t",), heads=("v", "u"), gauges=gauges, slope=self.slope, guide=self.guide)
+        return looking(needs, self.disperse)
 
     @model_validator(mode="after")
     def _possible(self) -> "DuMo":
@@ -50,19 +53,19 @@ class DuMo(Spec):
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Lines 7 to 12 of Alg. 1."""
         toward = self.guide.known_target(b)
-        (v_hat, u_hat, *gauges), along = self.slope(net, ref, b.x_t, b.c, t=b.t, toward=toward)  # line 7
+        (v_hat, u_hat, *more), along = self.slope(net, ref, b.x_t, b.c, t=b.t, toward=toward)  # line 7
         with torch.no_grad():
             v_star = self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t)[0])  # lines 8 and 9
             _, du_dt, *_ = along(v_star)
             u_star = v_star - lift(b.t, b.x_t) * du_dt  # line 10
         v_error, u_error = v_hat - v_star, u_hat - u_star
         v_loss, u_loss = mean_square(v_error), mean_square(u_error)
-        learned, beta = dict(zip(self.variance, gauges, strict=True)), weight_at(self.beta, b.progress)
+        learned, beta = dict(zip(self.variance, more, strict=False)), weight_at(self.beta, b.progress)
         v_part, u_part = by_variance(v_loss, learned.get("v")), by_variance(u_loss, learned.get("u"))
         loss = beta * v_part + (1 - beta) * u_part  # line 12
         notes = {"clipped_share": clipped_share(u_error), "head_gap": head_gap(v_error, u_error)}
         notes |= {f"log_variance_{name}": w.detach() for name, w in learned.items()}
-        return Terms(loss, {"v": v_loss, "u": u_loss}, notes)
+        return dispersed(Terms(loss, {"v": v_loss, "u": u_loss}, notes), self.disperse, more)
 
     def read(self, net: Net) -> Reads:
         """The v head is the slope of the path; the u head jumps to the data, x_0 = x_t - t u (Eq. 6)."""

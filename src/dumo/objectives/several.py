@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
+from dumo.flow.disperse import Dispersed, dispersed, looking
 from dumo.flow.guide import Guide
 from dumo.flow.residual import clipped_share
 from dumo.flow.slope import Along, CentralSlope, Slope
@@ -47,6 +48,7 @@ class Several(Spec):
     slope: Slope = CentralSlope(h=0.005)  # as DuMo
     along: Literal["target", "velocity"] = "target"  # derivatives run along v*, as DuMo's, or the velocity head (ours)
     ramp: float = Field(default=0.0, ge=0, le=1)  # share of training in which they grow, from heads that are v (ours)
+    disperse: Dispersed = None  # what a block makes of its rows lies apart
     apart: bool = False  # heads that are not told r learn on rows with r = t alone (ours)
 
     @property
@@ -55,7 +57,8 @@ class Several(Spec):
         own = {p.name: ("r",) for p in self.parts if p.aims}
         heads, derives = tuple(p.name for p in self.parts), any(p.derived for p in self.parts)
         gauges = tuple(f"log_variance_{p.name}" for p in self.parts if p.variance)
-        return Needs(heads=heads, gauges=gauges, own=own, slope=self.slope, derives=derives, guide=self.guide)
+        needs = Needs(heads=heads, gauges=gauges, own=own, slope=self.slope, derives=derives, guide=self.guide)
+        return looking(needs, self.disperse)
 
     @model_validator(mode="after")
     def _whole(self) -> "Several":
@@ -79,7 +82,7 @@ class Several(Spec):
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """The weighted sum over the parts; notes: what a clamp of a target with a derivative would cut."""
         answers, along = self._heads(net, ref, b)
-        heads, gauges = answers[: len(self.parts)], answers[len(self.parts) :]
+        heads, more = answers[: len(self.parts)], answers[len(self.parts) :]
         first = self._first
         with torch.no_grad():
             v_star = self.guide(b, heads[first], lambda b, c: self._aimed(ref, first)(b.x_t, b.t, b.r, c))
@@ -89,13 +92,14 @@ class Several(Spec):
             targets = [part.target(b, v_star, rate, self._aimed(ref, i)) for i, (part, rate) in at]
         known = [(part, head - target) for part, head, target in zip(self.parts, heads, targets, strict=True)]
         alone = (b.r == b.t).to(b.t) / (1 - self.times.moving_share) if self.apart else 1
-        learned = dict(zip((part.name for part in self.parts if part.variance), gauges, strict=True))
+        learned = dict(zip((part.name for part in self.parts if part.variance), more, strict=False))
         losses = {part.name: by_variance(part.measure(e), learned.get(part.name)) for part, e in known}
         weights = {part.name: weight_at(part.weight, b.progress) * (1 if part.aims else alone) for part in self.parts}
         loss = reduce(add, (weights[name] * losses[name] for name in losses))
         notes = {f"clipped_share_{part.name}": clipped_share(e) for part, e in known if part.derived}
         notes |= {f"log_variance_{name}": w.detach() for name, w in learned.items()}
-        return Terms(loss, {part.name: mean_square(e) for part, e in known}, notes)
+        terms = Terms(loss, {part.name: mean_square(e) for part, e in known}, notes)
+        return dispersed(terms, self.disperse, more)
 
     def read(self, net: Net) -> Reads:
         """Of each reading the first head that has it, those before that are not told r; both: told r = 0."""

@@ -12,9 +12,9 @@ from dumo.types import Objective, UserError
 
 
 def together(objective: Objective) -> int:
-    """How many neighbouring rows no pass may part: those that share times, or of which one is guided for all."""
-    guide = objective.needs.guide
-    return lcm(objective.times.group, guide.group if guide else 1)
+    """How many neighbouring rows no pass may part: they share times, one is guided for all, or the loss compares."""
+    needs = objective.needs
+    return lcm(objective.times.group, needs.guide.group if needs.guide else 1, needs.group)
 
 
 def cuts(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: int = 1) -> list[list[slice]]:
