@@ -43,6 +43,8 @@ FIXED, LAW, READ, SLOPE, EXACT, UNBIASED = (
     f"{THEORY}/test_{name}.py" for name in ("fixed_point", "law", "read", "slope", "exact", "unbiased")
 )
 CONTRACT, SHARE, RANDOM = "tests/contract/test_draw.py", "tests/unit/data/test_share.py", "tests/unit/test_random.py"
+WEIGHT, DISPERSE = f"{THEORY}/test_weight.py", "tests/unit/flow/test_disperse.py"
+READS = "tests/contract/test_read.py"
 DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
 GUIDE, PRECISION, WAIT = (
     "tests/unit/flow/test_guide.py",
@@ -290,6 +292,20 @@ MUTANTS = [
         "the jumps rise",
         "tests/unit/sampling/test_grid.py",
     ),
+    Mutant("sampling/solver.py", "self.m_at.get(n, self.m)", "self.m", "m_at has no effect", SOLVERS),
+    Mutant("sampling/solver.py", "sqrt(self.rho) * z + sqrt", "self.rho * z + sqrt", "noise is lost", SOLVERS),
+    Mutant("sampling/solver.py", "lift((t - s) ** 2 / t, x_t)", "lift((t - s) ** 2, x_t)", "x_0 is missed", SOLVERS),
+    Mutant(
+        "sampling/solver.py", "level = sqrt(1 - self.rho)", "level = (1 - self.rho)", "too much noise is taken", SOLVERS
+    ),
+    Mutant("sampling/solver.py", "both(x, t, c)[0]", "both(x, s, c)[0]", "EulerJump looks ahead", SOLVERS),
+    Mutant("objectives/dumo.py", "v, u, *_ = net", "u, v, *_ = net", "both heads change places", READS),
+    Mutant("flow/weight.py", "progress / self.over", "progress", "a line lasts all the training", WEIGHT),
+    Mutant("flow/weight.py", "(-log_variance).exp()", "log_variance.exp()", "the variance multiplies", WEIGHT),
+    Mutant("flow/weight.py", "* loss + log_variance", "* loss", "the variance grows for ever", WEIGHT),
+    Mutant("flow/disperse.py", "-d / self.tau", "d / self.tau", "rows are pulled together", DISPERSE),
+    Mutant("flow/disperse.py", "- 2 * log(", "- log(", "the mean is over rows", DISPERSE),
+    Mutant("nets/head.py", "round(needs.inside * depth)", "depth", "the last block is shown", DISPERSE),
     Mutant("objectives/shortcut.py", "torch.exp2(-k - 1)", "torch.exp2(-k)", "a half step is a whole one", SHORTCUT),
     Mutant(
         "objectives/shortcut.py", "b.x_t - lift(half", "b.x_t + lift(half", "the half step goes back to noise", SHORTCUT
