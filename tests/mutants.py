@@ -283,7 +283,7 @@ MUTANTS = [
         "sampling/solver.py", "velocity(x - dt * v, s, c)", "velocity(x - dt * v, t, c)", "Heun stays in time", SOLVERS
     ),
     Mutant("sampling/solver.py", "velocity(x - dt * v, s, c)", "velocity(x, s, c)", "Heun stays in place", SOLVERS),
-    Mutant("sampling/solver.py", "fresh(k)", "fresh(0)", "Restart noises with the noise it started from", SOLVERS),
+    Mutant("sampling/solver.py", "z = fresh(k)", "z = fresh(0)", "Restart noises with the noise it started from", SOLVERS),
     Mutant("sampling/solver.py", "flow_map(x, t, s, c)", "flow_map(x, t, 0 * s, c)", "Hop goes all the way", SOLVERS),
     Mutant(
         "sampling/grid.py",
