@@ -51,7 +51,12 @@ GUIDE, PRECISION, WAIT = (
     "tests/unit/flow/test_precision.py",
     "tests/contract/test_wait.py",
 )
+CAPTION, LEARNED, HALF = (
+    f"tests/unit/{name}.py" for name in ("data/test_caption", "nets/test_learned", "nets/test_half")
+)
 LORA, STOCK = (f"tests/unit/export/test_{name}.py" for name in ("lora", "stock"))
+HELD = "tests/unit/data/test_digits.py"
+COUPLING = "tests/unit/flow/test_coupling.py"
 PROBE = "tests/unit/training/test_probe.py"
 NEIGHBOURS, TWO_SAMPLE = (f"tests/unit/metrics/test_{name}.py" for name in ("neighbours", "two_sample"))
 PROTOCOL = "tests/unit/protocols/test_protocol.py"
@@ -78,6 +83,7 @@ LOWPASS, PRETRAINED = (f"tests/unit/nets/test_{name}.py" for name in ("lowpass",
 OLD, APART = f"{PRETRAINED}::test_every_head_begins_as_the_model", f"{PRETRAINED}::test_heads_go_their_own_ways"
 ADAPTED = f"{PRETRAINED}::test_adapters_leave_the_model_as_it_is[sd3]"
 READING = "tests/unit/nets/test_reading.py"
+SKIP, MAGNITUDE = (f"tests/unit/nets/test_{name}.py" for name in ("skip", "magnitude"))
 LOOKS, PADDED, EACH, SEES, LABELS = (
     f"{READING}::test_{name}"
     for name in (
@@ -88,6 +94,8 @@ LOOKS, PADDED, EACH, SEES, LABELS = (
         "where_texts_are_labels_samples_are_those_of_classes",
     )
 )
+CAPTIONED = "tests/unit/data/test_captioned.py::test_other_captions_are_refused"
+DEPTH = "tests/unit/preflight/test_depth.py::test_a_few_blocks_of_each_kind_tell_of_all[flux-dev-lora0]"
 CUT, WAVES = f"{LOWPASS}::test_what_is_cut_stays_cut", f"{LOWPASS}::test_waves_are_those_that_the_model_makes[sd3]"
 SMOOTH, ROUNDED = (
     f"{LOWPASS}::test_a_smooth_net_stays_what_it_is[sd3]",
@@ -194,6 +202,11 @@ MUTANTS = [
     ),
     Mutant("random.py", '["counter"][3] = number', '["counter"][3] = 0', "all rows have the same noise", RANDOM),
     Mutant("random.py", '["counter"][3] = number', '["counter"][0] = number', "rows overlap", RANDOM),
+    Mutant("data/source.py", "rest[held] = False", "pass", "what is held out is trained on", HELD),
+    Mutant("data/digits.py", "c[order].argsort(stable=True)", "order.argsort()", "classes lose unequal shares", HELD),
+    Mutant(
+        "protocols/digits.py", "nearest(split.x, of)", "nearest(split.whole.x, of)", "held images are near", PROTOCOL
+    ),
     Mutant("data/epoch.py", "< 0.5)[rows]", "< 0.5)[: len(range(batch)[rows])]", "others are mirrored", SHARE),
     Mutant("data/album.py", '"augment"))[rows]', '"augment"))[: len(mine)]', "others are augmented", SHARE),
     Mutant("data/augment.py", "arange(b).split(1)", "arange(b).split(4)", "images are rounded with others", SHARE),
@@ -261,17 +274,28 @@ MUTANTS = [
     Mutant("flow/reading.py", "t=t, r=t)", "t=t, r=0 * t)", "the velocity is read off r = 0", READ),
     Mutant("flow/residual.py", "(s.detach() + c) ** p", "(s + c) ** p", "the weight is pulled too", MEANFLOW),
     Mutant("flow/residual.py", "+ c) ** p", "+ c)", "the power is lost", MEANFLOW),
-    Mutant("flow/times.py", "gamma[:, 0] / ", "gamma[:, 1] / ", "a and b change places", LAW),
+    Mutant("flow/density.py", "gamma[:, 0] / ", "gamma[:, 1] / ", "a and b change places", LAW),
     Mutant("flow/times.py", "torch.maximum(a, b), torch.minimum(a, b)", "a, b", "r may be after t", LAW),
     Mutant("flow/times.py", "torch.where(moving, r, t)", "r", "r = t is lost", LAW),
+    Mutant("flow/coupling.py", "there[group] == k", "there[group] >= 0", "classes exchange noise", COUPLING),
+    Mutant("flow/coupling.py", ".square()", ".neg()", "the farthest go together", COUPLING),
+    Mutant("flow/coupling.py", "rows[assigned", "group[assigned", "rows take the noise of others", COUPLING),
+    Mutant("flow/draw.py", "coupling(x, z, c)", "coupling(x * path.sd, z, c)", "data are as they come", COUPLING),
+    Mutant("flow/times.py", "t[rest] = r[rest] =", "t[rest] =", "rows at rest jump to the data", LAW),
+    Mutant("flow/times.py", "[jumps[i] for i in far], [jumps", "far, [jumps", "rows at rest are overwritten", LAW),
+    Mutant("flow/times.py", "t[between] * torch.rand(k", "torch.rand(k", "jumps end where t does not matter", LAW),
     Mutant("flow/times.py", "so_far.diff() > 0", "so_far.diff() < 0", "rows at rest are said to move", LAW),
     Mutant(
-        "flow/times.py",
-        "t = (self.mean + self.std * torch.randn",
-        "t = (self.mean + torch.randn",
+        "flow/density.py",
+        "self.std * normal).sigmoid()",
+        "normal).sigmoid()",
         "the width of the law is lost",
         LAW,
     ),
+    Mutant("flow/density.py", "torch.randperm(n, generator=g)", "torch.arange(n)", "row k has the k-th part", LAW),
+    Mutant("flow/density.py", "+ torch.rand(n, generator=g, dtype=torch.float64)", "+ 0.5", "times on a grid", LAW),
+    Mutant("flow/density.py", "betaincinv(self.a, self.b,", "betaincinv(self.b, self.a,", "a and b change places", LAW),
+    Mutant("flow/times.py", "(self.other, self.of), split", "(self.of, self.other), split", "the laws change", LAW),
     Mutant(
         "sampling/solver.py",
         "lift(t - s, x) * velocity(x, t, c)",
@@ -283,7 +307,9 @@ MUTANTS = [
         "sampling/solver.py", "velocity(x - dt * v, s, c)", "velocity(x - dt * v, t, c)", "Heun stays in time", SOLVERS
     ),
     Mutant("sampling/solver.py", "velocity(x - dt * v, s, c)", "velocity(x, s, c)", "Heun stays in place", SOLVERS),
-    Mutant("sampling/solver.py", "z = fresh(k)", "z = fresh(0)", "Restart noises with the noise it started from", SOLVERS),
+    Mutant(
+        "sampling/solver.py", "z = fresh(k)", "z = fresh(0)", "Restart noises with the noise it started from", SOLVERS
+    ),
     Mutant("sampling/solver.py", "flow_map(x, t, s, c)", "flow_map(x, t, 0 * s, c)", "Hop goes all the way", SOLVERS),
     Mutant(
         "sampling/grid.py",
@@ -774,14 +800,24 @@ MUTANTS = [
         "r reaches every head",
         HEADS,
     ),
+    Mutant("nets/skip.py", "kept.pop()", "kept.pop(0)", "skips reach the block as far on", SKIP),
+    Mutant("nets/skip.py", "nn.init.eye_(self.join.weight)", "pass", "a net with skips starts as another", SKIP),
+    Mutant("nets/magnitude.py", "1 + gate * gate", "1 + gate", "a sum changes the magnitude", MAGNITUDE),
+    Mutant(
+        "nets/magnitude.py",
+        "F.linear(input, F.normalize(self.weight, dim=1))",
+        "F.linear(input, F.normalize(self.weight, dim=0))",
+        "columns have length 1",
+        MAGNITUDE,
+    ),
+    Mutant(
+        "nets/magnitude.py", "/ ROOT[self.mlp]", "* ROOT[self.mlp]", "the perceptron changes the magnitude", MAGNITUDE
+    ),
+    Mutant("training/step.py", "        after_step()", "        pass", "rows grow with the steps", MAGNITUDE),
     Mutant("nets/block.py", "None if mask is None else mask[:, None, None]", "None", "padding is read", PADDED),
-    Mutant(
-        "nets/reading.py", "(tokens * there).sum(1) / there.sum(1)", "tokens.mean(1)", "the mean is of padding", PADDED
-    ),
+    Mutant("nets/reading.py", "return h, vector, (y, mask)", "return h, vector, (y, None)", "room is read", PADDED),
     Mutant("nets/reading.py", "mask.new_ones(h.shape[:2])", "mask.new_zeros(h.shape[:2])", "the image is hidden", SEES),
-    Mutant(
-        "nets/reading.py", "mean(y, mask) if pooled is None", "mean(y, mask) if True", "no pooled embedding", LABELS
-    ),
+    Mutant("nets/reading.py", "self.pool is None or pooled", "True or pooled", "no pooled embedding", LABELS),
     Mutant("nets/reading.py", "text.project(text.shown(y, third))", "text.project(y)", "text is not modulated", LOOKS),
     Mutant("nets/reading.py", "h + self.read(", "h + 0 * self.read(", "no block looks at the text", f"{EACH}[7-cross]"),
     Mutant(
@@ -914,9 +950,9 @@ MUTANTS = [
     Mutant("training/frozen.py", "if now != then", "if False", "a run goes on from another model", FROZEN),
     Mutant("training/memory.py", " if p.requires_grad", "", "moments of what is frozen are taken", FROZEN),
     Mutant(
-        "training/state.py",
-        "p for p in net.parameters() if p.requires_grad), averages",
-        "net.parameters()), averages",
+        "training/optim.py",
+        "[p for p in net.parameters() if p.requires_grad]",
+        "[*net.parameters()]",
         "the optimizer holds what is frozen",
         FROZEN,
     ),
@@ -1003,6 +1039,15 @@ MUTANTS = [
         "what no file holds leads",
         "tests/unit/report/test_score.py",
     ),
+    Mutant("data/caption.py", "labels * many + turn", "labels * many + 0 * turn", "a class has one caption", CAPTION),
+    Mutant("data/caption.py", "* len(self.templates) * held", "* held", "held captions are seen ones", CAPTION),
+    Mutant("data/caption.py", "if self.digest not in (None, found.digest())", "if False", "others will do", CAPTIONED),
+    Mutant("data/captioned.py", "batch=batch, rows=rows)", "batch=batch)[: len(row)]", "ranks draw alike", CAPTION),
+    Mutant("texts/caption.py", "(u * counts)", "(u * (counts - 1))", "the last is never drawn", CAPTION),
+    Mutant("nets/text/learned.py", ") | last", ")", "a text may lose its end", LEARNED),
+    Mutant("nets/text/learned.py", "if self.training and", "if", "words are hidden in sampling, too", LEARNED),
+    Mutant("nets/half.py", "self.weight.to(input.dtype)", "self.weight.to(input.dtype) * 0.5", "halved twice", HALF),
+    Mutant("preflight/depth.py", "(lengths[i] - few) * step", "lengths[i] * step", "a block too many", DEPTH),
     Mutant("export/lora.py", "new.bias.detach() - old.bias", "new.bias.detach()", "a LoRA adds a bias twice", LORA),
     Mutant("export/stock.py", "self.none + scale - 1", "scale", "Z-Image is guided once too often", STOCK),
     Mutant("export/scheduler.py", "(M / START)", "M", "the times of jumps forget where they start", STOCK),

@@ -85,6 +85,8 @@ RANGES = [
     (Times, "uniform", "high", (-0.1, 1.1)),
     (Times, "logit_normal", "std", (0, -1)),
     (Times, "pair", "velocity_ratio", (-0.1, 1.1)),
+    (Times, "jumps", "velocity_ratio", (-0.1, 1.1)),
+    (Times, "jumps", "data_ratio", (-0.1, 1.1)),
     (Net, "mlp", "width", (0, 1.5)),
     (Net, "mlp", "depth", (0,)),
     (Net, "mlp", "time_scale", (0, -1)),

@@ -12,7 +12,7 @@ from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
-from dumo.flow.times import Below, Beta, Dyadic, Pair, Uniform
+from dumo.flow.times import Below, Beta, Dyadic, Jumps, Pair, Uniform
 from dumo.objectives import DuMo, Several
 from dumo.objectives.part import AveragePart, EndpointPart, ShortcutPart, VelocityPart
 from dumo.types import Frozen, Heads, Noised
@@ -28,6 +28,7 @@ SETS = {  # every way to have heads, with a law that teaches them
     "dumo and average": ((V, U, M), Below(of=Beta())),
     "dumo and shortcut": ((V, U, S), STEPS),
     "average": ((V, M), HALF),
+    "jumps": ((V, M), Jumps(of=Uniform())),
     "shortcut": ((V, S), HALF),
     "all": ((U, M, V, ShortcutPart(name="s", weight=0.4)), HALF),
     "twice": ((V, U, VelocityPart(name="v2", weight=0.1), EndpointPart(name="u2", weight=0.1)), HALF),

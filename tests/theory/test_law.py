@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from contract.case import members
+from dumo.flow.density import One
 from dumo.flow.law import Level, Logistic, Noise
 from dumo.flow.times import (
     Arctan,
@@ -16,12 +17,16 @@ from dumo.flow.times import (
     Dyadic,
     Gap,
     Groups,
+    Jumps,
     Karras,
     LogitNormal,
-    One,
+    Mixture,
     Pair,
+    Single,
+    Stratified,
     Times,
     Uniform,
+    spread,
 )
 from dumo.random import stream
 
@@ -112,7 +117,7 @@ def test_times_are_in_order_and_in_the_unit_interval(law: Times) -> None:
     assert (r <= t).all()
     assert (t <= 1).all()
     assert t.std() > 0.05
-    if isinstance(law, (*members(One), Atom)):
+    if isinstance(law, members(Single)):
         assert not r.any()
 
 
@@ -202,6 +207,43 @@ def test_pairs_with_laws_of_their_own() -> None:
     assert abs(low.mean() + 1) < 5 * 0.8 / sqrt(len(low))
 
 
+@pytest.mark.parametrize(("rest", "data"), [(0.5, 0.5), (0.75, 0.8), (0.0, 0.25), (0.5, 1.0), (0.6, 0.0)])
+def test_jumps_are_of_three_kinds(rest: float, data: float) -> None:
+    """Their shares are exact, each keeps its law, and what `of` does by place it does in each of them."""
+    law = Jumps(of=Atom(of=Uniform(high=0.9), share=0.25), velocity_ratio=rest, data_ratio=data)
+    (t, r), moving = draws(law), torch.tensor(law.moving(N))
+    assert torch.equal(t[~moving], r[~moving])
+    assert (r < t)[moving].all()
+    assert abs(moving.double().mean() - (1 - rest)) < 1e-5
+    far = moving & (r == 0)
+    assert abs(far.double().mean() - (1 - rest) * data) < 1e-5
+    between = moving & ~far
+    for kind in (~moving, far, between):
+        if kind.any():
+            there = t[kind] == 1
+            assert abs(there.double().mean() - 0.25) < 1e-4
+            assert uniform(t[kind][~there] / 0.9)
+    if between.any():
+        assert uniform((r / t)[between])
+        assert abs(torch.corrcoef(torch.stack([t, r / t])[:, between])[0, 1]) < 2 * NOISE
+
+
+def test_jumps_are_evenly_spread() -> None:
+    """Any eight neighbours have four rows at rest, two jumps to the data and two others."""
+    t, r = Jumps()(64, stream(7))
+    kinds = [(r == t).int(), ((r == 0) & (t > 0)).int(), ((r > 0) & (r < t)).int()]
+    for kind, share in zip(kinds, (4, 2, 2), strict=True):
+        assert (kind.unfold(0, 8, 1).sum(1) == share).all()
+
+
+def test_jumps_with_laws_of_their_own() -> None:
+    law = Jumps(of=Uniform(low=0.5), to=LogitNormal(mean=-3.0), flow=LogitNormal(mean=-0.2))
+    (t, r), moving = draws(law), torch.tensor(law.moving(N))
+    assert uniform(normal(t[~moving].logit() + 0.2))
+    assert uniform(2 * t[moving] - 1)
+    assert uniform(normal(r[moving & (r > 0)].logit() + 3))
+
+
 def test_below_is_uniform_below_t() -> None:
     t, r = draws(Below(of=Beta()))
     assert uniform(r / t)
@@ -285,6 +327,39 @@ def test_an_atom_is_a_share_of_the_rows(share: float) -> None:
     there = t == 1
     assert abs(there.double().mean() - share) < 1e-5
     assert uniform(t[~there])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_mixture_is_of_two_laws(share: float) -> None:
+    law = Mixture(of=LogitNormal(mean=-0.4), other=Uniform(low=0.9), share=share)
+    (t, _), late = draws(law), torch.tensor(spread(N, share))
+    assert abs(late.double().mean() - share) < 1e-5
+    assert uniform(normal(t[~late].logit() + 0.4))
+    assert uniform((t[late] - 0.9) / 0.1)
+
+
+@pytest.mark.parametrize("law", [*(cls() for cls in members(One)), Beta(a=5, b=2)], ids=repr)
+def test_a_share_p_of_the_draws_lies_below_the_quantile_of_p(law: One) -> None:
+    t, _ = draws(law)
+    for p in (0.02, 0.3, 0.5, 0.9):
+        assert abs((t <= law.quantile(torch.tensor([p], dtype=torch.float64))).double().mean() - p) < NOISE
+
+
+def test_strata_have_a_row_each() -> None:
+    """Of 64 draws one lies in each of 64 parts of equal probability, wherever its row is."""
+    law = Stratified(of=LogitNormal(mean=-0.4, std=1.2))
+    t, _ = law(64, stream(8))
+    p = normal((t.double().logit() + 0.4) / 1.2)
+    assert not torch.equal(p, p.sort().values)
+    assert torch.equal((64 * p).floor().sort().values, torch.arange(64, dtype=torch.float64))
+
+
+def test_a_stratified_row_keeps_its_law() -> None:
+    """So what is averaged over rows keeps its mean; and the first row says nothing of its part."""
+    t = torch.stack([Stratified(of=Uniform())(4, stream(9, k))[0] for k in range(3000)])
+    assert uniform(t[:, 0])
+    assert uniform(t[:, 3])
+    assert t.mean(1).std() < 0.3 * (1 / 12 / 4) ** 0.5  # of four parts: a quarter
 
 
 def test_logistic_numbers() -> None:

@@ -15,9 +15,12 @@ VARIANTS = [
     "digits+objective.guide.fraction=0.5+objective.disperse.group=8+objective.variance=[u]",
     "digits+objective.slope.kind=dual",
     "digits+objective.slope.kind=dual+train.precision=bf16",
+    "digits+train.coupling={group: 16}+objective.times={kind: stratified}+data.held=360",
+    "digits+train.optimizer.kind=muon+train.schedule.kind=wsd",
     "digits+teacher",
     "digits-meanflow+pairs",
     "digits-three-heads+train.clip=100",
+    "digits+net.depth=3+net.skips=true+net.magnitude=preserved",
     "moons",
 ]
 PATIENCE = 900  # seconds, on a busy machine

@@ -42,7 +42,7 @@ def options(
 COMMANDS = (
     *(preflight.recipes, preflight.show, preflight.dry, preflight.doctor),
     data.data,
-    *(run.encode, run.train, log.log, run.sample, run.grid),
+    *(run.encode, run.train, log.log, run.sample, run.grid, run.average),
     *(evaluate.evaluate, evaluate.compare, run.report, evaluate.reproduce),
     *(export.export, demo.demo),
 )

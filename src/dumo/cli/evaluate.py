@@ -66,6 +66,8 @@ def evaluate(
 
 def show(report: dict[str, Any], as_json: bool) -> None:
     """Print an evaluation or a sweep: a table, the baselines, and the file."""
+    from dumo.protocols.evaluator import of_baseline
+
     if as_json:
         print(json.dumps(report))
         return
@@ -79,7 +81,7 @@ def show(report: dict[str, Any], as_json: bool) -> None:
         first = next(key for key in rows[0] if key not in ("nfe", "solver"))
         for name, value in report["baselines"].items():
             what = WHAT.get(name, f"real vs real ({name})")
-            out.print(f"baseline, {what}: {spelt(value, first)}", soft_wrap=True)
+            out.print(f"baseline, {what}: {spelt(value, of_baseline(name, first))}", soft_wrap=True)
     out.print(report["file"], soft_wrap=True)
 
 

@@ -180,6 +180,35 @@ def sample(
         out.print(str(file), soft_wrap=True)
 
 
+def average(
+    run_folder: RunFolder,
+    std: Annotated[
+        float, typer.Option(help="Its width, the standard deviation of its profile as a share of the run, e.g. 0.12.")
+    ],
+    file: Annotated[
+        Path | None,
+        typer.Option("--out", parser=place, metavar="FILE", help="Default: averages/ in the run's folder."),
+    ] = None,
+) -> None:
+    """Make another average of a run's weights, of those that it kept (train.snapshots), for --weights of a command.
+
+    They are averages by a power (EDM2), of train.ema; which one is best is known after training alone.
+    """
+    from dumo import dist
+    from dumo.run.average import average
+
+    dist.alone("dumo average")
+    made = average(run_folder, std, file)
+    err.print(
+        f"the average of width {std:g} after step {made.step:,}, from {made.count} snapshots, {made.error:.1%} off",
+        highlight=False,
+        soft_wrap=True,
+    )
+    out.print(str(made.file), soft_wrap=True)
+    words = [["dumo", verb, run_folder, "--weights", str(made.file)] for verb in ("sample", "evaluate")]
+    err.print("next:  " + "    ".join(map(join, words)), soft_wrap=True)
+
+
 def grid(
     run_folder: RunFolder,
     nfe: Annotated[

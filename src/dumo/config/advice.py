@@ -20,7 +20,7 @@ def of_reference(run: Tree) -> list[str]:
     if decay is None or run.train.ref != "self":
         return []
     way = f"--set train.ref={decay:g}"
-    if decay not in [ema.decay for ema in averages]:
+    if decay not in [ema.key for ema in averages]:
         whole = [ema.model_dump(mode="json") for ema in (*averages, Ema(decay=decay))]
         way = f"--set 'train.ema={shown(whole)}' {way}"
     return [

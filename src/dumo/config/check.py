@@ -13,7 +13,7 @@ from dumo.data.augment import Edm
 from dumo.data.caption import Templates
 from dumo.flow.secant import demand_precision
 from dumo.flow.slope import DualSlope
-from dumo.flow.times import Pair
+from dumo.flow.times import Jumps, Pair
 from dumo.nets.family import Family
 from dumo.nets.precondition import VELOCITIES
 from dumo.nets.text import TextTable
@@ -130,7 +130,7 @@ def check_pieces(run: Tree, ranks: int = 1) -> None:
 
     Passes are cut as `dumo.training.cut` does.
     """
-    train, times, group = run.train, run.objective.times, together(run.objective)
+    train, times, group = run.train, run.objective.times, together(run.train, run.objective)
     try:
         pieces = passes(train, run.objective, ranks)
     except UserError as error:
@@ -199,6 +199,11 @@ def check_teacher(run: Tree) -> None:
     """
     if not run.teacher:
         return
+    if run.teacher.pairs and run.train.coupling:
+        raise UserError(
+            "train.coupling would part the data of teacher.pairs from the noise that they come from: set "
+            "train.coupling=null, or teacher.pairs=null"
+        )
     needs, guide = run.objective.needs, run.teacher.guide
     if run.teacher.kind == "base":
         check_base(run)
@@ -266,6 +271,8 @@ def _grouped(run: Tree) -> str:
         said.append(f"objective.guide.fraction = {1 / guide.group:g} picks one of every {guide.group}")
     if (group := run.objective.needs.group) > 1:
         said.append(f"objective.disperse.group compares {group}")
+    if run.train.coupling:
+        said.append(f"train.coupling lets {run.train.coupling.group} rows exchange noise")
     return f" ({' and '.join(said)})"
 
 
@@ -273,7 +280,7 @@ def _lacking(run: Tree, ranks: int, rows: slice, kind: str) -> str:
     """Which piece lacks rows of this kind, and the way out."""
     train, times, n = run.train, run.objective.times, rows.stop - rows.start
     where = f"objective.times of kind '{times.kind}'"
-    if isinstance(times, Pair):
+    if isinstance(times, Jumps | Pair):
         where = f"objective.times.velocity_ratio = {times.velocity_ratio:g}"
     cut = f", train.micro_batch = {train.micro_batch}" if train.micro_batch else ""
     cut += f", {ranks} ranks" if ranks > 1 else ""

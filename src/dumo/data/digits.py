@@ -4,14 +4,17 @@ from functools import cache
 from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.data.caption import Templates
 from dumo.data.captioned import Captioned
-from dumo.data.source import Source, Table
+from dumo.data.source import Source, Split, Table
+from dumo.random import stream
 from dumo.types import Spec
 
+FEWEST = 100  # images held out: a distance of their 64 pixels takes more than 64. Ours
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
@@ -22,6 +25,7 @@ class Digits(Spec):
     captions: Templates | None = Field(
         default=None, exclude_if=lambda captions: captions is None
     )  # in place of classes
+    held: int = Field(default=0, ge=0, le=898, exclude_if=lambda held: held == 0)  # images that are never trained on
     shape: ClassVar[tuple[int, ...]] = (1, 8, 8)
     labels: ClassVar[int] = len(NAMES)
 
@@ -35,6 +39,12 @@ class Digits(Spec):
         self.caption_texts()  # raises
         return self
 
+    @model_validator(mode="after")
+    def _holds_enough(self) -> "Digits":
+        if 0 < self.held < FEWEST:
+            raise ValueError(f"held = {self.held} images are too few to be judged against: hold {FEWEST} or more, or 0")
+        return self
+
     def caption_texts(self) -> tuple[str, ...]:
         """All captions by number; () where there are none."""
         return self.captions.of(NAMES).texts if self.captions else ()
@@ -43,9 +53,10 @@ class Digits(Spec):
         """All rows in memory, in [-1, 1], of 17 grey levels."""
         return Captioned(self.originals(), self.captions.of(NAMES)) if self.captions else self.originals()
 
-    def originals(self) -> Source:
-        """The same with the digits as classes."""
-        return Table(*_load())
+    def originals(self) -> Table:
+        """The same with the digits as classes; without those held out, which it keeps beside (`Split`)."""
+        whole = Table(*_load())
+        return Split.of(whole, _held(self.held, whole.c)) if self.held else whole
 
 
 @cache
@@ -55,3 +66,10 @@ def _load() -> tuple[Tensor, Tensor]:
     levels, target = load_digits(return_X_y=True)  # (1797, 64) in 0 ... 16
     x = torch.tensor(levels, dtype=torch.float32).view(-1, *Digits.shape) / 8 - 1
     return x, torch.tensor(target, dtype=torch.long)
+
+
+def _held(n: int, c: Tensor) -> Int64[Tensor, " n"]:
+    """n rows, the same in every run: of each class its share, to a row, and of these any."""
+    order = torch.randperm(len(c), generator=stream("digits", "held"))
+    by_class = order[c[order].argsort(stable=True)]
+    return by_class[torch.arange(n) * len(c) // n].sort().values

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor
 
@@ -89,6 +90,21 @@ class Table:
     def fingerprint(self) -> str:
         """Of all numbers and classes."""
         return digest.short(digest.of_tensor(self.x), digest.of_tensor(self.c))
+
+
+@dataclass(frozen=True)
+class Split(Table):
+    """A table of the rows that are trained on, beside all of them and those held out, which no batch has."""
+
+    whole: Table
+    held: Table
+
+    @classmethod
+    def of(cls, whole: Table, held: Int64[Tensor, " k"]) -> "Split":
+        """All rows but those of these numbers."""
+        rest = torch.ones(whole.size, dtype=torch.bool)
+        rest[held] = False
+        return cls(whole.x[rest], whole.c[rest], whole, Table(whole.x[held], whole.c[held]))
 
 
 @dataclass(frozen=True)

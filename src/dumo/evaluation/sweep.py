@@ -112,7 +112,7 @@ def _settings(opened: RunFolder, text: str) -> Iterator[tuple[str, RunFolder]]:
 
 def _averages(opened: RunFolder) -> Iterator[tuple[str, RunFolder]]:
     """The run with every average of its last checkpoint, and with the weights in training."""
-    for name in [*(f"ema-{ema.decay}" for ema in opened.run.train.ema), "net"]:
+    for name in [*(f"ema-{ema.key}" for ema in opened.run.train.ema), "net"]:
         file = part(opened.checkpoint, name)
         point = open_run(str(opened.folder), weights=str(file), device=str(opened.device))
         yield name, replace(point, run=opened.run, weights=str(file.relative_to(opened.folder)))

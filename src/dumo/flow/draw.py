@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from dumo.flow import dropout
+from dumo.flow.coupling import Coupling
 from dumo.flow.law import Law
 from dumo.place import pinned, sent
 from dumo.random import keyed, stream
@@ -90,8 +91,9 @@ def noised(
     progress: float = 0.0,
     z: Sample | None = None,
     teacher: Taught | None = None,
+    coupling: Coupling | None = None,
 ) -> Noised:
-    """The record of rows whose numbers are drawn; all else as `draw` has it."""
+    """The record of rows whose numbers are drawn, the noise coupled to x if asked; all else as `draw` has it."""
     here, exact = x.device, torch.promote_types(x.dtype, torch.float32)  # times stay exact where the data is bf16
     t, r, coin, kept = (sent(v, here) for v in (draws.t, draws.r, draws.coin, draws.kept))
     t, r, coin = t.to(exact), r.to(exact), coin.to(exact)
@@ -101,6 +103,8 @@ def noised(
     laws = {name: sent(v, here).to(exact) for name, v in draws.laws.items()}
 
     x = x / path.sd
+    if coupling:
+        z = coupling(x, z, c)
     x_t, v_t = path.at(x, z, t)
     null = torch.full_like(c, null) if isinstance(null, int) else null
     c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)

@@ -1,109 +1,21 @@
-"""Laws of (t, r), r <= t. Those of one time aim at the data: r = 0."""
+"""Laws of (t, r), r <= t, whose rows may differ by place. Those of one time aim at the data: r = 0."""
 
-from math import pi
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Generator
 
 from dumo.bound import ROWS
+from dumo.flow.density import Alike
+from dumo.flow.density import Arctan as Arctan
+from dumo.flow.density import Beta as Beta
+from dumo.flow.density import Karras as Karras
+from dumo.flow.density import LogitNormal as LogitNormal
+from dumo.flow.density import Stratified as Stratified
+from dumo.flow.density import Uniform as Uniform
+from dumo.place import split_by_step
 from dumo.types import Time, TimeLaw
-
-
-class Beta(TimeLaw):
-    """t ~ Beta(a, b), r = 0: (theta_1, theta_2) of the paper (Sec. 3.3 and Tab. 3)."""
-
-    kind: Literal["beta"] = "beta"
-    a: float = Field(default=2.4, gt=0)
-    b: float = Field(default=2.4, gt=0)
-
-    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows, as a ratio of two gamma variables."""
-        shape = torch.tensor([self.a, self.b]).expand(n, 2)
-        gamma = torch._standard_gamma(shape, generator=g)  # pyright: ignore[reportPrivateImportUsage]
-        t = gamma[:, 0] / gamma.sum(1)
-        return t, torch.zeros_like(t)
-
-
-class Uniform(TimeLaw):
-    """t ~ U(low, high), r = 0; where both are equal, that one time."""
-
-    kind: Literal["uniform"] = "uniform"
-    low: float = Field(default=0.0, ge=0, le=1)
-    high: float = Field(default=1.0, ge=0, le=1)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Uniform":
-        if self.low > self.high:
-            raise ValueError(f"low ({self.low}) must not be above high ({self.high})")
-        return self
-
-    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
-        t = self.low + (self.high - self.low) * torch.rand(n, generator=g)
-        return t, torch.zeros_like(t)
-
-
-class LogitNormal(TimeLaw):
-    """t = sigmoid(N(mean, std^2)), r = 0 (Esser et al. 2024, Sec. 3.1; mean and std of MeanFlow, Tab. 4)."""
-
-    kind: Literal["logit_normal"] = "logit_normal"
-    mean: float = -0.4
-    std: float = Field(default=1.0, gt=0)
-
-    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
-        t = (self.mean + self.std * torch.randn(n, generator=g)).sigmoid()
-        return t, torch.zeros_like(t)
-
-
-class Arctan(TimeLaw):
-    """tan(pi t / 2) = exp(N(mean, std^2)) / sd, r = 0: a log-normal noise level as an angle, in units of a right angle.
-
-    sCM on the trigonometric path (Lu and Song 2025, its Sec. 4), whose data have the standard deviation `sd`; with
-    sd = 1, FACM's times of its FM and CM losses (its code, `losses.py`: mean -0.8, std 1.6).
-    """
-
-    kind: Literal["arctan"] = "arctan"
-    mean: float = -1.0
-    std: float = Field(default=1.4, gt=0)
-    sd: float = Field(default=0.5, gt=0)
-
-    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
-        level = (self.mean + self.std * torch.randn(n, generator=g)).exp() / self.sd
-        t = level.atan() * 2 / pi
-        return t, torch.zeros_like(t)
-
-
-class Karras(TimeLaw):
-    """t = s / (1 + s), with s = sigma / sd and sigma^(1 / rho) uniform from `low` to `high`; r = 0.
-
-    The noise levels of Karras et al. (2022), Eq. 5, in the limit of many: so are those of CM (Song et al. 2023) spread.
-    """
-
-    kind: Literal["karras"] = "karras"
-    low: float = Field(default=0.002, gt=0)
-    high: float = Field(default=80.0, gt=0)
-    rho: float = Field(default=7.0, ge=1)
-    sd: float = Field(default=0.5, gt=0)  # of the data that `low` and `high` are meant for
-
-    @model_validator(mode="after")
-    def _ordered(self) -> "Karras":
-        if self.low >= self.high:
-            raise ValueError(f"low ({self.low}) must be below high ({self.high})")
-        return self
-
-    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
-        low, high = self.low ** (1 / self.rho), self.high ** (1 / self.rho)
-        s = (low + (high - low) * torch.rand(n, generator=g)) ** self.rho / self.sd
-        t = s / (1 + s)
-        return t, torch.zeros_like(t)
-
-
-One = Annotated[Arctan | Beta | Karras | LogitNormal | Uniform, Field(discriminator="kind")]  # laws of one time
 
 
 class Atom(TimeLaw):
@@ -114,14 +26,39 @@ class Atom(TimeLaw):
     """
 
     kind: Literal["atom"] = "atom"
-    of: One = Beta()
+    of: Alike = Beta()
     share: float = Field(default=0.15, ge=0, le=1)
     at: float = Field(default=1.0, ge=0, le=1)
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """Draw n rows."""
         t, r = self.of(n, g)
-        return t.masked_fill(torch.tensor(spread(n, self.share)), self.at), r
+        return t.masked_fill(torch.tensor(spread(n, self.share), dtype=torch.bool), self.at), r
+
+
+class Mixture(TimeLaw):
+    """Two laws of one time: `other` on a share of the rows, `of` on the rest; r = 0 (ours).
+
+    So a law that hardly ever reaches the noise, as the logit-normal, has a tail there. The rows are chosen by their
+    place, evenly spread.
+    """
+
+    kind: Literal["mixture"] = "mixture"
+    of: Alike = LogitNormal()
+    other: Alike = Uniform()
+    share: float = Field(default=0.1, ge=0, le=1)
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows."""
+        t = torch.zeros(n)
+        for law, place in zip((self.other, self.of), split_by_step(spread(n, self.share)), strict=True):
+            t[place] = law(len(place), g)[0]
+        return t, torch.zeros_like(t)
+
+
+Single = Annotated[
+    Arctan | Atom | Beta | Karras | LogitNormal | Mixture | Stratified | Uniform, Field(discriminator="kind")
+]
 
 
 class Pair(TimeLaw):
@@ -133,10 +70,10 @@ class Pair(TimeLaw):
     """
 
     kind: Literal["pair"] = "pair"
-    of: One = LogitNormal()
+    of: Alike = LogitNormal()
     velocity_ratio: float = Field(default=0.75, ge=0, le=1)
-    to: One | None = None  # of r; None: the lower of two draws
-    flow: One | None = None  # of t where r = t; None: as elsewhere
+    to: Alike | None = None  # of r; None: the lower of two draws
+    flow: Alike | None = None  # of t where r = t; None: as elsewhere
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """Draw n rows."""
@@ -157,11 +94,53 @@ class Pair(TimeLaw):
         return 1 - self.velocity_ratio
 
 
+class Jumps(TimeLaw):
+    """Jumps, r < t, on all rows but a share `velocity_ratio`; of these a share `data_ratio` goes to the data, r = 0.
+
+    So one mean velocity learns what a single pass asks of it, and the jumps between (ours). r of the other jumps is
+    uniform in [0, t], or by a law of its own (`to`), and t where that is above t. The three kinds of rows are chosen by
+    place, evenly spread, and every kind draws its t by itself.
+    """
+
+    kind: Literal["jumps"] = "jumps"
+    of: Single = LogitNormal()  # of t
+    velocity_ratio: float = Field(default=0.5, ge=0, le=1)  # ours, as all shares here
+    data_ratio: float = Field(default=0.5, ge=0, le=1)
+    to: Alike | None = None  # of r of jumps that end before the data; None: uniform in [0, t]
+    flow: Single | None = None  # of t where r = t; None: as elsewhere
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows."""
+        rest, data, between = self._places(n)
+        t, r = torch.zeros(n), torch.zeros(n)
+        t[rest] = r[rest] = (self.flow or self.of)(len(rest), g)[0]
+        t[data] = self.of(len(data), g)[0]
+        t[between] = self.of(len(between), g)[0]
+        k = len(between)
+        r[between] = torch.minimum(self.to(k, g)[0], t[between]) if self.to else t[between] * torch.rand(k, generator=g)
+        return t, r
+
+    def moving(self, n: int) -> tuple[bool, ...]:
+        """Which of the first n rows jump, by their place alone; all others have r = t."""
+        return tuple(not still for still in spread(n, self.velocity_ratio))
+
+    @property
+    def moving_share(self) -> float:
+        """All but `velocity_ratio`."""
+        return 1 - self.velocity_ratio
+
+    def _places(self, n: int) -> tuple[list[int], list[int], list[int]]:
+        """The rows at rest, those that jump to the data, and the other jumps."""
+        jumps, rest = split_by_step(self.moving(n))
+        far, near = split_by_step(spread(len(jumps), self.data_ratio))
+        return rest, [jumps[i] for i in far], [jumps[i] for i in near]
+
+
 class Below(TimeLaw):
     """t by a law, and r uniform from `low` to t: RCGM, whose r = t - U t (TwinFlow's code), and IMM."""
 
     kind: Literal["below"] = "below"
-    of: One = Uniform()
+    of: Single = Uniform()
     low: float = Field(default=0.0, ge=0, lt=1)
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
@@ -197,7 +176,7 @@ class Dyadic(TimeLaw):
     kind: Literal["dyadic"] = "dyadic"
     levels: int = Field(default=7, ge=1, le=20)
     every: int = Field(default=8, ge=1, le=ROWS)
-    flow: One | None = None  # of t where r = t; None: on the finest grid
+    flow: Alike | None = None  # of t where r = t; None: on the finest grid
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """Draw n rows."""
@@ -249,6 +228,19 @@ def spread(n: int, share: float) -> tuple[bool, ...]:
 
 
 Times = Annotated[
-    Arctan | Atom | Below | Beta | Dyadic | Gap | Groups | Karras | LogitNormal | Pair | Uniform,
+    Arctan
+    | Atom
+    | Below
+    | Beta
+    | Dyadic
+    | Gap
+    | Groups
+    | Jumps
+    | Karras
+    | LogitNormal
+    | Mixture
+    | Pair
+    | Stratified
+    | Uniform,
     Field(discriminator="kind"),
 ]

@@ -61,6 +61,11 @@ class Stream(nn.Module):
         """Layers that start at zero."""
         return (self.modulation,)
 
+    @property
+    def fused(self) -> dict[str, int]:
+        """Layers that are several in one, rows below rows, and how many: an optimizer of matrices takes them apart."""
+        return {"modulation": 6, "qkv": 3, "up": 1 if self.mlp == "gelu" else 2}
+
     def modulations(self, e: Array) -> tuple[Modulation, Modulation]:
         """What the condition e (b, width) does to attention, and to the perceptron."""
         parts = self.modulation(e).unsqueeze(1).chunk(6, -1)

@@ -5,6 +5,7 @@ The options, all off, are those of later transformers, as LightningDiT (Yao et a
 """
 
 from collections.abc import Callable, Sequence
+from operator import not_
 from typing import Any, Literal
 
 from pydantic import Field, model_serializer
@@ -13,17 +14,26 @@ from torch.nn import functional as F
 
 from dumo.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.nets.block import Block, Mlp, Sizes, Stream
-from dumo.nets.checkpointing import run
 from dumo.nets.embed import Own, Scalars, grid_waves, label_table
 from dumo.nets.head import Gauges, block_of
-from dumo.nets.norm import Norm, modulated
+from dumo.nets.magnitude import Magnitude, Preserving, Unit, shorten
+from dumo.nets.norm import Norm, modulated, normalize
 from dumo.nets.precondition import Precondition, framed
 from dumo.nets.reading import TextEmbedder, Way, blocks
 from dumo.nets.rotary import turns
+from dumo.nets.skip import Joined, joined, skips, through
 from dumo.nets.text import Text
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
-PUBLISHED = {"precondition": "none", "norm": "layer", "qk_norm": False, "mlp": "gelu", "position": "waves"}  # DiT's
+PUBLISHED = {  # DiT's
+    "precondition": "none",
+    "norm": "layer",
+    "qk_norm": False,
+    "mlp": "gelu",
+    "position": "waves",
+    "skips": False,
+    "magnitude": "free",
+}
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # DiT, Tab. 1
 
 
@@ -41,6 +51,9 @@ class DiT(Spec):
     qk_norm: bool = False  # queries and keys to mean square 1, by weights of their own (Dehghani et al. 2023)
     mlp: Mlp = "gelu"  # swiglu: gated (Shazeer 2020), of as many parameters
     position: Literal["waves", "rope"] = "waves"  # added to the tokens, or turning queries and keys
+    skips: bool = Field(default=False, exclude_if=not_)  # from a block to the one opposite it (`dumo.nets.skip`)
+    # preserved: what enters and leaves a layer of the blocks has mean square 1 (`dumo.nets.magnitude`)
+    magnitude: Magnitude = Field(default="free", exclude_if=lambda magnitude: magnitude == "free")
     aux_time: bool = False  # a second embedding of time, where the objective has but one: of the gap to r = 0
     texts: Text | None = None  # what the captions of the data are to the net; None: a class has a learned label
     text: Way = "cross"  # how blocks read texts: by attention of its own, or joint with the image's
@@ -68,6 +81,14 @@ class DiT(Spec):
             raise UserError(
                 f"net.position rope needs attention heads of a multiple of 4 numbers, not net.width / net.attention = "
                 f"{size}: change one of them, or use net.position=waves"
+            )
+        if self.skips and not skips(self.depth):
+            raise UserError(
+                f"net.skips needs net.depth of at least 3, not {self.depth}: make it deeper, or use net.skips=false"
+            )
+        if self.magnitude == "preserved" and self.texts:
+            raise UserError(
+                "net.magnitude preserved has no blocks that read texts: use net.magnitude=free, or net.texts=null"
             )
         return Transformer(self, needs, shape, classes)
 
@@ -112,6 +133,7 @@ class Transformer(nn.Module):
         self.patch, self.grid = spec.patch, side // spec.patch
         self.embed = nn.Linear(channels * spec.patch**2, width)
         self.precondition: Precondition = spec.precondition
+        self.preserved = spec.magnitude == "preserved"
         self.rope = spec.position == "rope"
         if self.rope:
             for name, table in zip(("cos", "sin"), turns(self.grid, width // spec.attention), strict=True):
@@ -136,28 +158,33 @@ class Transformer(nn.Module):
         h: Array = self.embed(self._patches(x))
         places = (self.cos, self.sin) if self.rope else ()
         h = h if self.rope else h + self.positions
+        h = normalize(h, "rms") if self.preserved else h
         told: Array = self.scalars(**shared)
         more: tuple[Array | None, ...] = ()
         if self.text is not None:
             h, vector, more = self.text(h, c)
-            told = told + vector
+            told = told if vector is None else told + vector
         elif self.label is not None:
             told = told + self.label(c)
         e = F.silu(told)
-        inside = list[Array]()
-        for k, block in enumerate(self.blocks, start=1):
-            h = run(block, h, e, *more, *places, lean=self.gradient_checkpointing)
-            inside += [h] if k == self.inside else []
+        h, inside = through([*self.blocks], h, e, *more, *places, lean=self.gradient_checkpointing, shown=self.inside)
         heads = (out(self._image(head(h, F.silu(told + own[k]) if k in own else e))) for k, head in self.heads.items())
         return *heads, *(self.gauges(**shared) if self.gauges else ()), *inside
 
-    def _blocks(self, spec: DiT) -> Sequence[Stream]:
+    def after_step(self) -> None:
+        """Where magnitudes are preserved, make rows as long as they are used. Training calls it after each update."""
+        if self.preserved:
+            shorten(self)
+
+    def _blocks(self, spec: DiT) -> Sequence[nn.Module]:
         sizes = Sizes(spec.width, spec.attention, spec.norm, spec.qk_norm, spec.mlp)
-        return (
+        plain, linear = (Preserving, Unit) if self.preserved else (Block, nn.Linear)
+        made = (
             blocks(spec.text, spec.depth, sizes, self.grid**2)
             if self.text
-            else [Block(sizes) for _ in range(spec.depth)]
+            else [plain(sizes) for _ in range(spec.depth)]
         )
+        return joined(made, linear, spec.width) if spec.skips else made
 
     def _patches(self, x: Array) -> Array:
         """(b, ch, side, side) -> (b, tokens, ch p p)."""
@@ -170,11 +197,15 @@ class Transformer(nn.Module):
         return y.view(b, g, g, -1, p, p).permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
     def _initialize(self) -> None:
-        """DiT's: Xavier for every linear layer of the trunk; modulations and heads zero."""
+        """DiT's: Xavier for every linear layer of the trunk; modulations and heads zero, and skips not there."""
         for layer in (self.embed, *(m for m in self.blocks.modules() if isinstance(m, nn.Linear))):
             nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if not isinstance(layer, Unit):
+                nn.init.zeros_(layer.bias)
         modules = (*self.blocks.modules(), *self.heads.modules())
         for layer in (layer for m in modules if isinstance(m, Stream | Head) for layer in m.silent):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
+        for block in (block for block in self.blocks if isinstance(block, Joined)):
+            block.start()
+        self.after_step()

@@ -1,4 +1,4 @@
-"""How a DiT reads a text: as a vector in the place of a class's label, and token by token in every block.
+"""How a DiT reads a text: token by token in every block, and its pooled embedding in the place of a class's label.
 
 cross   After self-attention the image's tokens attend to the text's, which are the same for every block (PixArt-alpha,
         Chen et al. 2023). What they find is added, by a layer that is zero at the start.
@@ -6,11 +6,12 @@ joint   The text's tokens stand behind the image's, with a modulation, projectio
         both attend to both (MMDiT, Esser et al. 2024). Of the last block's text only keys and values are of use.
 
 A mask says which tokens are there, so how far texts are padded changes nothing. Only the image has rotary positions: a
-text's encoder knows the order of the words.
+text's encoder knows the order of the words. Where the encoder has no pooled embedding there is no vector: the mean of
+the tokens in its place made texts that were never seen harder to read (docs/log.md).
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -28,42 +29,36 @@ class TextEmbedder(nn.Module):
     """What texts tell a net of its width. Tokens have mean square 1, for encoders differ a hundredfold in scale."""
 
     def __init__(self, texts: Texts, width: int, way: Way) -> None:
-        """One linear layer for the tokens, and one for the vector, which starts as small as a label (N(0, 0.02^2))."""
+        """A linear layer for the tokens, and one for a pooled embedding, which starts as a label does: N(0, 0.02^2)."""
         super().__init__()
         self.texts = texts
         self.way: Way = way
-        self.token, self.pool = nn.Linear(texts.width, width), nn.Linear(texts.pooled_width or width, width)
+        self.token = nn.Linear(texts.width, width)
         nn.init.xavier_uniform_(self.token.weight)
-        nn.init.normal_(self.pool.weight, std=0.02)
-        for layer in (self.token, self.pool):
-            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.token.bias)
+        self.pool = nn.Linear(texts.pooled_width, width) if texts.pooled_width else None
+        if self.pool is not None:
+            nn.init.normal_(self.pool.weight, std=0.02)
+            nn.init.zeros_(self.pool.bias)
 
-    def forward(self, h: Array, c: Cond) -> tuple[Array, Array, tuple[Array | None, ...]]:
+    def forward(self, h: Array, c: Cond) -> tuple[Array, Array | None, tuple[Array | None, ...]]:
         """Of an image h (b, tokens, width) and the texts c (b,): what goes into the first block, the vector (b, width)
-        in the place of a label, and what all blocks are told beside the condition.
-
-        The vector is of the pooled embedding; where there is none, of the mean of the tokens that are there.
+        in the place of a label, of the pooled embedding if there is one, and what all blocks are told beside them.
         """
         tokens, mask, pooled = self.texts(c)
         y: Array = self.token(tokens.to(self.token.weight.dtype))
         y = F.rms_norm(y, y.shape[-1:], eps=EPS)
-        vector = self.pool(mean(y, mask) if pooled is None else pooled.to(y.dtype))
+        vector = None if self.pool is None or pooled is None else self.pool(pooled.to(y.dtype))
         if self.way == "cross":
             return h, vector, (y, mask)
         there = None if mask is None else torch.cat([mask.new_ones(h.shape[:2]), mask], 1)
         return torch.cat([h, y], 1), vector, (there,)
 
 
-def mean(tokens: Array, mask: Array | None) -> Array:
-    """Of the tokens (b, l, d) that are there: (b, d)."""
-    if mask is None:
-        return tokens.mean(1)
-    there = mask.to(tokens.dtype).unsqueeze(-1)
-    return (tokens * there).sum(1) / there.sum(1)
-
-
 class Keys(nn.Module):
     """Keys and values of a text that asks nothing itself."""
+
+    fused: ClassVar[dict[str, int]] = {"kv": 2}  # as of `Stream`
 
     def __init__(self, sizes: Sizes) -> None:
         """Of the block that asks."""
@@ -132,6 +127,11 @@ class Last(Stream):
     def silent(self) -> tuple[nn.Linear, ...]:
         """Layers that start at zero."""
         return (*super().silent, self.text_modulation)
+
+    @property
+    def fused(self) -> dict[str, int]:
+        """As of `Stream`."""
+        return {**super().fused, "text_modulation": 2}
 
     def forward(self, h: Array, e: Array, mask: Array | None, *places: Array) -> Array:
         """As `Joint`; returns the image alone."""

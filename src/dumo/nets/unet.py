@@ -10,7 +10,7 @@ A head is one output layer: norm, SiLU, convolution; of 55.73 M a further one is
 
 from collections.abc import Iterator
 from math import gcd, sqrt
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -125,6 +125,8 @@ class Norm(nn.GroupNorm):
 
 class Residual(nn.Module):
     """Two convolutions beside a skip, then perhaps attention; sums are scaled by sqrt(1/2), to keep the variance."""
+
+    fused: ClassVar[dict[str, int]] = {"qkv": 3}  # layers that are several in one (`dumo.nets.block.Stream`)
 
     def __init__(self, place: Place, embed: int, attention: int, dropout: float = 0.0) -> None:
         """`embed` numbers of condition; `attention` heads, where the place has any; `dropout` before the last layer."""

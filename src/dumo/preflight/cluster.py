@@ -37,7 +37,12 @@ from dumo.types import Frozen, Net, Noised, Terms
 
 HOUR = 3600.0
 USUAL = 0.4  # of a GPU's peak, where nobody says what it makes: ours
-KINDS = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}
+KINDS = {
+    "_allgather_base_": "all-gather",
+    "all_gather_into_tensor": "all-gather",  # of a tensor that lies in parts, by an optimizer
+    "_reduce_scatter_base_": "reduce-scatter",
+    "allreduce_": "all-reduce",
+}
 PARTS = {  # ours, by what the tracker calls them
     "weights": ("Sharded Param", "Buffer"),
     "gathered": ("Unsharded Param", "All Gather"),
@@ -134,18 +139,20 @@ def tracked(spec: Run, state: State) -> Step:
     update(state)  # torch works out once how to move sharded weights, on whole ones: not to be counted
     state.optimizer.zero_grad()
     loss = Loss(spec, state.net, reference(state, train.ref), rows)
-    tracker, sent = FSDPMemTracker(state.net, state.optimizer), [Sent() for _ in range(passes)]
+    tracker, sent, moved = FSDPMemTracker(state.net, state.optimizer), [Sent() for _ in range(passes)], Sent()
     tracker.track_inputs(tuple(plan.averaged(state)))
     with tracker:
         for one in sent:
             layout.finish(state.net, one is sent[-1], reshard=train.reshard)
             with one:
                 loss().backward()
-        update(state)
+        with moved:
+            update(state)
     snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     found = {getattr(kind, "value", ""): size for kind, size in snapshot.items()}
     memory = {part: sum(found[kind] for kind in kinds) for part, kinds in PARTS.items()}
-    calls, size = (sum(counts, Counter[str]()) for counts in ([one.calls for one in sent], [one.bytes for one in sent]))
+    every = [*sent, moved]
+    calls, size = (sum(counts, Counter[str]()) for counts in ([x.calls for x in every], [x.bytes for x in every]))
     calls["all-gather"] += (len(cuts) - passes) * sent[-1].calls["all-gather"]
     size["all-gather"] += (len(cuts) - passes) * sent[-1].bytes["all-gather"]
     return Step(rows, len(cuts), memory, +calls, +size)
@@ -186,10 +193,11 @@ class Sent(TorchDispatchMode):
     ) -> object:
         """Run one operation."""
         space, name, *_ = str(func).split(".")
-        if space == "c10d":
+        found = func(*args, **kwargs or {})
+        if space == "c10d" or name in KINDS:
             self.calls[KINDS[name]] += 1
-            self.bytes[KINDS[name]] += max(x.nbytes for x in tree_leaves(args) if isinstance(x, Tensor))
-        return func(*args, **kwargs or {})
+            self.bytes[KINDS[name]] += max(x.nbytes for x in tree_leaves((args, found)) if isinstance(x, Tensor))
+        return found
 
 
 class Untaped(DualSlope):

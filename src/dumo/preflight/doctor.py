@@ -97,11 +97,12 @@ def readable(run: Run) -> Run:
 
 
 def short(net: Net) -> Net:
-    """The spec cut to two blocks of each kind; of a pretrained net none of the weights are read."""
+    """The spec cut to two blocks of each kind, three with skips; of a pretrained net none of the weights are read."""
     if isinstance(net, Pretrained):
         return net.model_copy(update={"depth": min(2, net.depth or 2), "weights": "drawn"})
     depth: int | None = getattr(net, "depth", None)
-    return net if depth is None else net.model_copy(update={"depth": min(2, depth)})
+    few = 3 if getattr(net, "skips", False) else 2
+    return net if depth is None else net.model_copy(update={"depth": min(few, depth)})
 
 
 def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:

@@ -87,7 +87,7 @@ def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
 
 def make_step(spec: Run, rows: int, here: torch.device, *, warm: int = 0) -> tuple[State, Record, float, float]:
     """One step by the training loop, after some to warm up: the state, its record, seconds of its passes and update."""
-    spec.require_room(here, 3 + len(spec.train.ema), rows)
+    spec.require_room(here, spec.train.copies, rows)
     train = spec.train.model_copy(update={"batch": rows, "micro_batch": None, "steps": warm + 1, "max_skips": 1})
     x, c = (part.to(here) for part in random_batch("dry", rows, spec.data.shape, spec.data.classes))
     state, records, times = begin(spec.build(here), train), list[Record](), [0.0]

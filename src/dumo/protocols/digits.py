@@ -1,7 +1,10 @@
 """Handwritten digits, by the features of the shipped classifier, and by two measures that no classifier of digits sees.
 
-The first score, which counts, is of the samples as a file holds them. The protocol's own draws are keyed by its name:
-the same samples and data have the same score.
+The first score, which counts, is of the samples as a file holds them. Where images were held out of training, samples
+are judged against these alone as well. A Fréchet distance to few images is larger than to many: so it has a baseline
+of its own, from as many images of the training set as there are samples to the same few.
+
+The protocol's own draws are keyed by its name: the same samples and data have the same score.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,16 +16,17 @@ from pydantic import Field
 from torch import Tensor
 
 from dumo import bound
-from dumo.data.source import Data
+from dumo.data.source import Data, Split
 from dumo.features import digits
 from dumo.io import digest
 from dumo.metrics.frechet import frechet_distance
-from dumo.metrics.mmd import kid
+from dumo.metrics.mmd import kernel_distance, kid
 from dumo.metrics.moments import Moments
-from dumo.metrics.neighbours import precision_recall
+from dumo.metrics.neighbours import nearest, precision_recall
 from dumo.metrics.pixel import pixel_frechet
 from dumo.metrics.two_sample import two_sample_auc
 from dumo.protocols.evaluator import (
+    SPLITS,
     Evaluator,
     Reference,
     Scores,
@@ -90,7 +94,8 @@ class DigitsProtocol(Spec):
         levels of the data. The others judge them as the net makes them. `fd_grey` is the stricter of the two Fréchet
         distances: half of the pixels of a digit are at the end of the range, where clamped noise is no longer noise
         but a shift. `accuracy` is the share read as c; `auc` that of `two_sample_auc`, 0.5 where samples cannot be
-        told from digits. Raises `UserError` if x is not `samples` finite images of 8x8.
+        told from digits. Where images were held out, also what `_held` says. Raises `UserError` if x is not `samples`
+        finite images of 8x8.
         """
         self.check(reference.x.shape[1:])
         fit(self.name, self.samples, x, reference)
@@ -98,7 +103,7 @@ class DigitsProtocol(Spec):
         fake, grey, real = (digits.features(of) for of in (x, filed, reference.x))
         mean, sd = kid(fake, real, subsets=SUBSETS, subset_size=SUBSET, generator=stream("digits", "kid"))
         precision, recall = precision_recall(real, fake, NEIGHBOURS)
-        return {
+        scores = {
             "fd_grey": frechet_distance(Moments.of(grey), Moments.of(real)),
             "fd": frechet_distance(Moments.of(fake), Moments.of(real)),
             "kid": mean,
@@ -109,12 +114,14 @@ class DigitsProtocol(Spec):
             "auc": two_sample_auc(reference.x, filed, stream("digits", "auc")),
             "pixel_fd": pixel_frechet(filed, reference.x),
         }
+        return scores | (_held(x, reference.split) if reference.split else {})
 
     def baselines(self, reference: Reference) -> dict[str, Scores]:
         """The Fréchet distance of features between real digits, in halves and resamples of the data (`distances`).
 
         Digits are grey already, so it is that of `fd` and of `fd_grey`. `halves` has `auc` and `pixel_fd` too, of the
-        first `FEW` of them, each with its sd.
+        first `FEW` of them, each with its sd. Where images were held out, `held` is the floor of `fd_grey_held`, and
+        has `pixel_fd_held`: from `samples` rows of the training set, drawn with replacement, `SPLITS` times.
         """
         found, apart = distances(digits.features(reference.x), self.samples, "digits"), dict[str, list[float]]()
         for i in range(FEW):
@@ -125,9 +132,35 @@ class DigitsProtocol(Spec):
         for name, values in apart.items():
             of = summary(values)
             found["halves"] |= {name: of["mean"], f"{name}_sd": of["sd"]}
+        if split := reference.split:
+            known, real = digits.features(split.x), Moments.of(digits.features(split.held.x))
+            draws = [stream("digits", "held", i) for i in range(SPLITS)]
+            again = [torch.randint(split.size, (self.samples,), generator=g) for g in draws]
+            of = summary([pixel_frechet(split.x[rows], split.held.x) for rows in again])
+            found["held"] = summary([frechet_distance(Moments.of(known[rows]), real) for rows in again])
+            found["held"] |= {"pixel_fd_held": of["mean"], "pixel_fd_held_sd": of["sd"]}
         return found
 
 
 def _grey(x: Sample) -> Sample:
     """The nearest of the 17 grey levels 0..16 that the data has, as -1..1."""
     return ((x.clamp(-1, 1) + 1) * 8).round() / 8 - 1
+
+
+def _held(x: Sample, split: Split) -> Scores:
+    """`fd_grey`, `kid`, `recall`, `auc` and `pixel_fd` of the images held out alone, as `NAME_held`; and `nearest`.
+
+    `kid_held` is of all rows at once. `nearest` is the mean distance of samples, as a file holds them, from the nearest
+    image that was trained on, over that of the images held out: about 1 of new digits, 0 of copies.
+    """
+    filed, real = _grey(x), split.held.x
+    fake, grey, true = (digits.features(of) for of in (x, filed, real))
+    away, usual = (nearest(split.x, of)[0].mean() for of in (filed, real))
+    return {
+        "fd_grey_held": frechet_distance(Moments.of(grey), Moments.of(true)),
+        "kid_held": kernel_distance(fake, true),
+        "recall_held": precision_recall(true, fake, NEIGHBOURS)[1],
+        "auc_held": two_sample_auc(real, filed, stream("digits", "auc")),
+        "pixel_fd_held": pixel_frechet(filed, real),
+        "nearest": (away / usual).item(),
+    }

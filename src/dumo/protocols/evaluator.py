@@ -14,7 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from dumo import dist
-from dumo.data.source import Data
+from dumo.data.source import Data, Split
 from dumo.io import digest
 from dumo.metrics.frechet import frechet_distance
 from dumo.metrics.moments import Moments
@@ -55,10 +55,13 @@ class Reference:
     x: Sample
     c: Cond
     redraw: Callable[[int], Sample] | None = None  # the i-th fresh draw of as many rows; None: `x` is all there is
+    split: Split | None = None  # where some rows of `x` were held out of training
 
     @classmethod
     def of(cls, data: Data, n: int, seed: int) -> "Reference":
         """All of a finite data set, or n draws of one without end."""
+        if isinstance(data, Split):
+            return cls(data.whole.x, data.whole.c, split=data)
         redraw = None if data.size else lambda i: data.reference(n, seed, 1 + i)[0]
         return cls(*data.reference(n, seed), redraw=redraw)
 
@@ -66,7 +69,11 @@ class Reference:
         """What a report says of it. Draws differ in their last bits between machines, so they have no hash."""
         if self.redraw:
             return {"reference": f"{len(self.x):,} draws of seed {seed}"}
-        return {"reference": f"{len(self.x):,} samples of the data", "reference_sha256": digest.of_tensor(self.x)}
+        told = {"reference": f"{len(self.x):,} samples of the data", "reference_sha256": digest.of_tensor(self.x)}
+        if self.split:
+            held = self.split.held.x
+            told |= {"held": f"{len(held):,} of them, never trained on", "held_sha256": digest.of_tensor(held)}
+        return told
 
 
 @runtime_checkable
@@ -113,6 +120,11 @@ def collect(made: Made, total: int) -> Tensor:
 def headline(scores: Collection[str]) -> str:
     """The score that counts: that of what a file holds (`fd_grey`), where it was taken, else the first."""
     return "fd_grey" if "fd_grey" in scores else next(iter(scores))
+
+
+def of_baseline(name: str, score: str) -> str:
+    """The score that the mean and sd of a baseline are of: the one that counts, against images held out or all."""
+    return f"{score}_held" if name == "held" else score
 
 
 def rising(score: str) -> bool:

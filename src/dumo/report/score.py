@@ -9,7 +9,7 @@ from typing import Any
 from dumo.config.spec import Run
 from dumo.evaluation.record import checked
 from dumo.io.json import read_json
-from dumo.protocols.evaluator import headline
+from dumo.protocols.evaluator import headline, of_baseline
 from dumo.report.number import number, spread
 from dumo.report.word import BASELINES, MERITS, STATES, merits, word
 from dumo.run.folder import RunFolder
@@ -73,7 +73,7 @@ def cells(judged: Table, name: str) -> list[str]:
     """A baseline as a row of the table of scores, blank where it does not say."""
     found = judged["baselines"][name]
     known = {key: (found[key], found.get(f"{key}_sd")) for key in found if key in judged["columns"]}
-    lead = judged["columns"][0]
+    lead = of_baseline(name, judged["columns"][0])
     known |= dict.fromkeys([lead] + ["fd"] * (lead == "fd_grey"), (found["mean"], found["sd"]))  # data are grey already
     return [spread(*known[key]) if key in known else "" for key in judged["columns"]]
 

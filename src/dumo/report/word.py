@@ -53,6 +53,12 @@ MERITS = {
         f"{LOWER}; not FID",
         "of the pixels themselves, as a PNG holds them, with no network in between.",
     ),
+    "nearest": Word(
+        "distance from the training images",
+        "1 is that of images held out",
+        "mean distance of samples from the nearest image that was trained on, over that of images held out; of copies "
+        "it is 0.",
+    ),
     "copies": Word(
         "copies", LOWER, "share of the samples that are a training image again: far nearer to it than to the next."
     ),
@@ -85,6 +91,11 @@ BASELINES = {
         f"{REAL}, redrawn",
         meaning="as many rows as there are samples, drawn from the data with replacement, compared with the data: the "
         "lowest that so few samples can reach.",
+    ),
+    "held": Word(
+        f"{REAL}, held out",
+        meaning="as many training images as there are samples, drawn with replacement, compared with the images held "
+        "out: the lowest that can be reached against so few.",
     ),
     "noise": Word("noise", meaning="what plain noise would have in place of samples."),
     "captions": Word("real images", meaning="some of the data with captions of theirs; mean ± standard error."),
@@ -146,5 +157,13 @@ def word(words: Mapping[str, Word], key: str) -> Word:
 
 def merits(columns: list[str]) -> dict[str, Word]:
     """The words for the columns of a table; `fd` beside `fd_grey` is the same before rounding."""
-    found = {key: word(MERITS, key) for key in columns}
+    found = {key: word(MERITS, key) if key in MERITS else _against_held(key) for key in columns}
     return found | ({"fd": BEFORE} if {"fd", "fd_grey"} <= found.keys() else {})
+
+
+def _against_held(key: str) -> Word:
+    """The words for a score whose data are the images held out; of another unknown key itself, spaced."""
+    of = MERITS.get(key.removesuffix("_held"))
+    if of is None or not key.endswith("_held"):
+        return word(MERITS, key)
+    return Word(f"{of.title}, images held out", of.better, "the same against images that were never trained on, alone.")

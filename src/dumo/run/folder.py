@@ -24,7 +24,7 @@ from dumo.io.weights import compare
 from dumo.io.weights import load as load_weights
 from dumo.nets.dualized import Dualized
 from dumo.run import published
-from dumo.training import checkpoint, frozen, manifest
+from dumo.training import checkpoint, frozen, manifest, retention
 from dumo.training.state import State
 from dumo.training.state import begin as begin_training
 from dumo.types import Sample, UserError
@@ -115,7 +115,7 @@ def opened(run: Run, folder: Path, weights: str | None, device: torch.device) ->
 
 def shown(run: Run) -> str:
     """The part of a checkpoint that is sampled and judged: the first average, or the net without any."""
-    return f"ema-{run.train.ema[0].decay}" if run.train.ema else "net"
+    return f"ema-{run.train.ema[0].key}" if run.train.ema else "net"
 
 
 def load_net(run: Run, file: Path, device: torch.device) -> nn.Module:
@@ -160,7 +160,7 @@ def ours(path: Path) -> bool:
 def sweep(folder: Path) -> None:
     """Remove what a training that was killed left half-written. The folder must be held."""
     left = [path for path in folder.iterdir() if ours(path)]
-    left += [path for name in ("checkpoints", "milestones") for path in (folder / name).glob(".step-*.tmp")]
+    left += [path for place in retention.places(folder) for path in place.glob(".step-*.tmp")]
     for path in left:
         files.remove(path)
 

@@ -53,7 +53,7 @@ class History:
         """
         file = self.folder / "metrics.jsonl"
         if anew:
-            gone = [retention.rewind(self.folder / name, self.step) for name in ("checkpoints", "milestones")]
+            gone = [retention.rewind(place, self.step) for place in retention.places(self.folder)]
             rows = sum(row["step"] > self.step for row in log.read_log(file))
             steps = sorted({step for steps in gone for step in steps})
             what = [f"the checkpoints and milestones of steps {', '.join(f'{n:,}' for n in steps)}"] if steps else []

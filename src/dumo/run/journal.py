@@ -16,7 +16,7 @@ from dumo.data.source import Source
 from dumo.preflight import doctor
 from dumo.progress import sized
 from dumo.run.teacher import Coupled
-from dumo.training import agreement, checkpoint, layout, log, loop, manifest
+from dumo.training import agreement, checkpoint, layout, log, loop, manifest, snapshot
 from dumo.training.state import State
 from dumo.training.step import Record
 
@@ -87,9 +87,11 @@ class Journal:
         ]
 
     def mark(self, state: State, record: Record | None = None) -> None:
-        """The weights that are shown, at a milestone."""
+        """The weights that are shown, at a milestone; averages by a power, where a snapshot is due."""
         if state.step in self.run.train.milestones:
             checkpoint.mark(self.folder / "milestones", state)
+        if self.run.train.snaps(state.step):
+            snapshot.keep(self.folder / snapshot.FOLDER, state)
 
     def keep(self, state: State, record: Record) -> None:
         """A checkpoint, where one is due by step or clock, where the run is asked to stop, and at the end.

@@ -11,6 +11,7 @@ from math import ceil
 from dumo import dist
 from dumo.config.spec import Run
 from dumo.data import Moons
+from dumo.io.file import locked
 from dumo.io.series import Done
 from dumo.nets.text import Learned
 from dumo.nets.text.tabled import Tabled
@@ -90,6 +91,9 @@ def ready(run: Run, *, make: bool = True) -> Run:
     if spec is None:
         return run
     if make and isinstance(spec, Learned):
-        encode(run, spec)
+        lock = spec.folder.with_name(f".{spec.folder.name}.lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with locked(lock):  # runs that start together make it once
+            encode(run, spec)
     texts = type(spec).model_validate(spec.model_dump())  # which looks again
     return run.model_copy(update={"net": run.net.model_copy(update={"texts": texts})})

@@ -137,8 +137,8 @@ def fed(
 
 
 def require_room(run: Run, here: torch.device, ranks: int) -> None:
-    """Raise UserError where a rank's weights, gradients, two moments, averages and batch are more than its memory."""
-    run.require_room(here, 3 + len(run.train.ema), -(-run.train.batch // ranks), share_of(run.train.share, ranks))
+    """Raise UserError where a rank's weights, gradients, moments, averages and batch are more than its memory."""
+    run.require_room(here, run.train.copies, -(-run.train.batch // ranks), share_of(run.train.share, ranks))
 
 
 def opened(run: Run) -> Source:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dumo import dist
 from dumo.io import file as files
@@ -55,12 +55,20 @@ def save(folder: Path, state: State, keep: int) -> Path:
 def mark(folder: Path, state: State) -> Path:
     """Write the weights that are shown, the first average or the net's own, as this step's milestone; return its path.
 
+    As `lone` otherwise.
+    """
+    return lone(folder, state, state.shown, "milestone")
+
+
+def lone(folder: Path, state: State, module: nn.Module, kind: str) -> Path:
+    """Write what is trained of the net, or of an average of it, after this step as one file; return its path.
+
     One that stands is replaced. Every rank must call it. Raises UserError on all ranks if the disk is full; what stood
     before then still stands.
     """
     target = folder / f"step-{state.step:08d}.safetensors"
-    named = frozen.trained(state.net, state.shown)
-    with made(target, "milestone", state.step, sum(tensor.nbytes for tensor in named.values())) as temp:
+    named = frozen.trained(state.net, module)
+    with made(target, kind, state.step, sum(tensor.nbytes for tensor in named.values())) as temp:
         whole = weights.apart(gathered(named))
         about = {"step": str(state.step)}
         agreement.main(lambda: safetensors.torch.save_file(whole, temp, metadata=about))
@@ -160,7 +168,7 @@ def parts(state: State) -> dict[str, dict[str, Tensor]]:
 
 def weights_of(state: State) -> dict[str, dict[str, Tensor]]:
     """What is trained of the net and of its averages, by part and name."""
-    averages = {f"ema-{decay}": average.module for decay, average in state.averages.items()}
+    averages = {f"ema-{key}": average.module for key, average in state.averages.items()}
     return {name: frozen.trained(state.net, module) for name, module in {"net": state.net, **averages}.items()}
 
 

@@ -11,10 +11,12 @@ from dumo.training.spec import Train
 from dumo.types import Objective, UserError
 
 
-def together(objective: Objective) -> int:
-    """How many neighbouring rows no pass may part: they share times, one is guided for all, or the loss compares."""
-    needs = objective.needs
-    return lcm(objective.times.group, needs.guide.group if needs.guide else 1, needs.group)
+def together(spec: Train, objective: Objective) -> int:
+    """How many neighbouring rows no pass may part: they share times or noise, one is guided for all, or they meet in
+    the loss.
+    """
+    needs, coupled = objective.needs, spec.coupling.group if spec.coupling else 1
+    return lcm(objective.times.group, needs.guide.group if needs.guide else 1, needs.group, coupled)
 
 
 def cuts(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: int = 1) -> list[list[slice]]:
@@ -44,7 +46,7 @@ def cuts(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: i
 
 def passes(spec: Train, objective: Objective, ranks: int) -> list[list[slice]]:
     """The rows of every pass of a step, by rank. Raises UserError as `cuts`."""
-    return cuts(spec.batch, ranks=ranks, micro_batch=spec.micro_batch, group=together(objective))
+    return cuts(spec.batch, ranks=ranks, micro_batch=spec.micro_batch, group=together(spec, objective))
 
 
 def span(rows: list[slice]) -> slice:

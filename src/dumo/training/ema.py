@@ -7,28 +7,83 @@ for d = 0.9999 that is 37 % after 10,000 updates. With the ramp d_n = min(d, (1 
 
 which is below 1e-6 after 19 updates, and the weights that are averaged are n / 10 updates old in the mean, until n
 reaches (10 d - 1) / (1 - d). The ramp is TensorFlow's (`tf.train.ExponentialMovingAverage`).
+
+An average by a power (EDM2: Karras et al. 2024, Sec. 3.1) looks back over a fixed share of the run, however long it is.
+After update n the weights w_k, k <= n, count as the integral from k - 1 to k of its profile
+
+    p(tau) = (gamma + 1) tau^gamma / n^(gamma + 1),   0 <= tau <= n,
+
+and the start not at all: that is the recursion with d_n = (1 - 1/n)^(gamma + 1). Of such averages, kept now and then,
+others are made after training (`dumo.training.snapshot`).
 """
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dumo.training.frozen import copied
 from dumo.types import Spec
 
+Key = float | str  # which of a run's averages: by its decay, or by the name of its width
+WIDEST = 12**-0.5  # the width of the plain mean, gamma = 0
+
 
 class Ema(Spec):
     """How fast the average forgets. The paper takes 0.9999 (App. C.1) and names no ramp; the ramp is ours."""
 
+    kind: Literal["exponential"] = Field(default="exponential", exclude_if=lambda kind: kind == "exponential")
     decay: float = Field(gt=0, lt=1)
     ramp: bool = True
 
     def __call__(self, n: int) -> float:
         """The decay of update n, the first of which is n = 1."""
         return min(self.decay, (1 + n) / (10 + n)) if self.ramp else self.decay
+
+    @property
+    def key(self) -> Key:
+        """Its decay."""
+        return self.decay
+
+
+class PowerEma(Spec):
+    """An average by a power: `std` is the standard deviation of p in units of n. EDM2 keeps 0.05 and 0.1 (Sec. 3.2)."""
+
+    kind: Literal["power"] = "power"
+    std: float = Field(gt=0, lt=WIDEST)
+
+    def __call__(self, n: int) -> float:
+        """The decay of update n, the first of which is n = 1."""
+        return (1 - 1 / n) ** (exponent(self.std) + 1)
+
+    @property
+    def key(self) -> Key:
+        """The name of its width."""
+        return f"std-{self.std}"
+
+
+def kind_of(average: object) -> str:
+    """The kind of an average: exponential where none is named."""
+    named: object = average.get("kind") if isinstance(average, Mapping) else getattr(average, "kind", None)
+    return str(named or "exponential")
+
+
+Average = Annotated[Annotated[Ema, Tag("exponential")] | Annotated[PowerEma, Tag("power")], Discriminator(kind_of)]
+
+
+@cache
+def exponent(std: float) -> float:
+    """The gamma of a width: std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)) (EDM2, Alg. 2), in (0, inf).
+
+    `std` lies in (0, WIDEST).
+    """
+    roots = np.roots([1, 7, 16 - std**-2, 12 - std**-2])
+    return float(max(root.real for root in roots))
 
 
 Kind = Literal["_parameters", "_buffers"]
@@ -41,7 +96,7 @@ class MovingAverage:
     What is not trained is the net's own (`dumo.training.frozen`), so of a net of which 1 % is trained it takes 1 %.
     """
 
-    def __init__(self, spec: Ema, net: nn.Module) -> None:
+    def __init__(self, spec: Average, net: nn.Module) -> None:
         """Start from the net as it is."""
         self.spec = spec
         self.module = copied(net).requires_grad_(False).eval()

@@ -12,20 +12,21 @@ take as they take tensors.
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dumo import dist
 from dumo.training.cut import share_of
 from dumo.training.frozen import share, trained
+from dumo.training.shard import local as local
+from dumo.training.shard import whole as whole
 from dumo.types import unwrap
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
-    from torch.distributed.tensor import DTensor
 
 
 def mesh_of(share: int, device: torch.device) -> "DeviceMesh | None":
@@ -96,16 +97,6 @@ def parts(net: nn.Module) -> "list[FSDPModule]":
     from torch.distributed.fsdp import FSDPModule
 
     return [part for part in net.modules() if isinstance(part, FSDPModule)]
-
-
-def whole(x: Tensor) -> Tensor:
-    """A tensor in one piece, on every rank; itself where it is. Every rank must call it."""
-    return cast("DTensor", x).full_tensor() if hasattr(x, "full_tensor") else x
-
-
-def local(x: Tensor) -> Tensor:
-    """The part of a tensor that is on this rank; itself where it is in one piece."""
-    return cast("DTensor", x).to_local() if hasattr(x, "to_local") else x
 
 
 def gathered(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.Module:

@@ -1,5 +1,6 @@
 """An optimizer's memory as named tensors: `<state name>.<parameter name>`, such as exp_avg.blocks.0.bias."""
 
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -23,9 +24,13 @@ def blank(place: Path, state: State, way_out: str) -> dict[str, Tensor]:
     """
     found = outline(place)
     parameters = {name: p for name, p in state.net.named_parameters() if p.requires_grad}
-    keys = {name.partition(".")[0] for name in found}
-    named = sorted({name.partition(".")[2] for name in found} & parameters.keys())
-    like = {f"{key}.{name}": torch.zeros(()) if key == "step" else parameters[name] for key in keys for name in named}
+    names = {p: name for name, p in parameters.items()}
+    like: dict[str, torch.Tensor] = {}
+    for group in state.optimizer.param_groups:  # in which all have the same
+        here = {names[p] for p in group["params"]}
+        held = [(key, name) for key, _, name in (full.partition(".") for full in found) if name in here]
+        pairs = product({key for key, _ in held}, {name for _, name in held})
+        like |= {f"{key}.{name}": torch.zeros(()) if key == "step" else parameters[name] for key, name in pairs}
     compare(place, found, like, "the run", way_out)
     return {name: torch.empty_like(x, requires_grad=False) for name, x in like.items()}
 

@@ -18,6 +18,11 @@ def standing(folder: Path, suffix: str = "") -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def places(run: Path) -> list[Path]:
+    """Where a run keeps weights by step: its checkpoints, its milestones, and the snapshots of each average."""
+    return [run / "checkpoints", run / "milestones", *sorted((run / "snapshots").glob("*"))]
+
+
 def drop(folder: Path, step: int, keep: int) -> None:
     """Remove the checkpoints up to a step that come before the last `keep` whole ones.
 

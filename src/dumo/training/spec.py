@@ -5,8 +5,9 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from dumo.bound import ROWS, STEPS
+from dumo.flow.coupling import Coupling
 from dumo.flow.precision import Precision
-from dumo.training.ema import Ema
+from dumo.training.ema import Average, Ema, PowerEma
 from dumo.training.optim import AdamW, Constant, Optimizer, Schedule
 from dumo.types import CHANGES, FREE, Spec
 
@@ -19,6 +20,8 @@ class Train(Spec):
     # In all, resumed ones included; schedules stretch with it.
     steps: int = Field(ge=1, le=STEPS, json_schema_extra=FREE)
     batch: int = Field(ge=1, le=ROWS)  # rows per step, over all ranks
+    # Which noise goes with which data (Pooladian et al. 2023); None: any, as the paper.
+    coupling: Coupling | None = Field(default=None, exclude_if=lambda coupling: coupling is None)
     # Rows of a pass on a rank, to save memory; None: all of a rank's. Changes rounding only.
     micro_batch: int | None = Field(default=None, ge=1, json_schema_extra=FREE)
     # Ranks that hold one copy of weights, averages and optimizer between them, to save memory: 1: each its own copy
@@ -28,7 +31,7 @@ class Train(Spec):
     reshard: bool = Field(default=False, json_schema_extra=FREE)
     optimizer: Optimizer = AdamW()
     schedule: Schedule = Field(default=Constant(), json_schema_extra=CHANGES)
-    ema: tuple[Ema, ...] = (Ema(decay=0.9999),)  # App. C.1; the first is sampled and evaluated, the weights if none
+    ema: tuple[Average, ...] = (Ema(decay=0.9999),)  # App. C.1; the first is sampled and evaluated, the weights if none
     ref: Literal["self"] | float = "self"  # theta^- (Alg. 1): the weights in training, or the average of this decay
     # Largest norm of the gradient; None: no clipping, as the paper.
     clip: float | None = Field(default=None, gt=0, json_schema_extra=CHANGES)
@@ -47,23 +50,36 @@ class Train(Spec):
     keep: int = Field(default=2, ge=1, json_schema_extra=FREE)  # checkpoints; and the last good one, if none of them is
     max_skips: int = Field(default=3, ge=1, json_schema_extra=FREE)  # steps in a row that are not finite: then it stops
     milestones: tuple[NonNegativeInt, ...] = Field(default=(), json_schema_extra=FREE)  # steps whose weights stay
+    # Averages by a power are kept after every so many steps, and the last: `dumo average` makes others of them.
+    snapshots: int | None = Field(default=None, ge=1, json_schema_extra=FREE, exclude_if=lambda every: every is None)
 
     @model_validator(mode="after")
     def _possible(self) -> "Train":
-        decays = [ema.decay for ema in self.ema]
-        if len(set(decays)) < len(decays):
-            raise ValueError(f"ema has a decay twice: {decays}")
-        if self.ref != "self" and self.ref not in decays:
-            raise ValueError(f"ref is the average of decay {self.ref}, but ema has {decays or 'none'}")
+        keys = [ema.key for ema in self.ema]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"ema has an average twice: {keys}")
+        if self.ref != "self" and self.ref not in keys:
+            raise ValueError(f"ref is the average of decay {self.ref}, but ema has {keys or 'none'}")
+        if self.snapshots and not any(isinstance(ema, PowerEma) for ema in self.ema):
+            raise ValueError("snapshots are of averages by a power, and ema has none: add {kind: power, std: 0.05}")
         return self
 
     def rate(self, step: int) -> float:
         """The learning rate of the update that follows `step` done ones."""
         return self.optimizer.lr * self.schedule(step, self.steps)
 
+    @property
+    def copies(self) -> int:
+        """How many numbers are kept for each weight that is trained, at least: gradient, moments, averages."""
+        return 1 + self.optimizer.moments + len(self.ema)
+
     def probes(self, step: int) -> bool:
         """Whether the update that follows `step` done ones is probed."""
         return self.probe_every > 0 and (step + 1) % self.probe_every == 0
+
+    def snaps(self, step: int) -> bool:
+        """Whether averages by a power are kept after this step."""
+        return bool(self.snapshots and step) and (step % (self.snapshots or 1) == 0 or step == self.steps)
 
     def draws(self, step: int) -> bool:
         """Whether samples are drawn after this step."""

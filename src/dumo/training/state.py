@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dumo.training import frozen, layout
-from dumo.training.ema import MovingAverage
+from dumo.training.ema import Key, MovingAverage
 from dumo.training.spec import Train
 from dumo.training.trend import Trend
 from dumo.types import UserError
@@ -22,7 +22,7 @@ class State:
 
     net: nn.Module
     optimizer: torch.optim.Optimizer
-    averages: dict[float, MovingAverage] = field(default_factory=dict[float, MovingAverage])  # by decay
+    averages: dict[Key, MovingAverage] = field(default_factory=dict[Key, MovingAverage])
     step: int = 0  # steps done, skipped ones included
     images: int = 0  # images seen, repeats counted
     skips: int = 0  # the last steps in a row that were skipped
@@ -43,7 +43,7 @@ def begin(net: nn.Module, spec: Train, device: torch.device | None = None) -> St
     if not any(p.requires_grad for p in net.parameters()):
         raise UserError("all weights of this net are frozen, so there is nothing to train: let it train some")
     fixed = frozen.digest(net)
-    averages = {ema.decay: MovingAverage(ema, net) for ema in spec.ema}
+    averages = {ema.key: MovingAverage(ema, net) for ema in spec.ema}
     mesh = layout.mesh_of(spec.share, device or next(net.parameters()).device)
     layout.lay(net, mesh, [average.module for average in averages.values()], reshard=spec.reshard)
-    return State(net, spec.optimizer(p for p in net.parameters() if p.requires_grad), averages, frozen=fixed)
+    return State(net, spec.optimizer(net), averages, frozen=fixed)

@@ -107,7 +107,13 @@ class Pieces:
         self.net, self.loss, self.task = state.net, loss, task
         self.draws = draws or draws_of(task, spec, state.step, self.x.shape[1:], z=self.z is None)
         self.keys = sent(self.draws.keys, self.x.device)
-        self.noised = partial(noised, path=task.path, progress=state.step / spec.steps, teacher=task.teacher)
+        self.noised = partial(
+            noised,
+            path=task.path,
+            progress=state.step / spec.steps,
+            teacher=task.teacher,
+            coupling=spec.coupling,
+        )
         self.autocast = partial(autocast, spec.precision, self.x.device, keep=not layout.gives_back(spec.reshard))
         self.ref = reference(state, spec.ref)
 
@@ -181,8 +187,10 @@ def advance(state: State, record: Record) -> None:
         state.skips += 1
         return
     for group in state.optimizer.param_groups:
-        group["lr"] = record.lr
+        group["lr"] = record.lr * group.get("ratio", 1.0)
     state.optimizer.step()
+    if after_step := getattr(state.net, "after_step", None):  # of a net that holds its weights to something
+        after_step()
     for average in state.averages.values():
         average.update(state.net, state.step)
     state.skips, state.trend = 0, state.trend.after(sum(map(abs, record.parts.values())) or abs(record.loss))

@@ -264,3 +264,11 @@ def test_a_velocity_says_nothing_to_moments() -> None:
     with pytest.raises(UserError, match="learns from no velocity"):
         load("digits-imm", ["teacher.source=somewhere"])
     load("digits-imm", ["teacher.source=somewhere", "teacher.pairs.count=100"])
+
+
+def test_noise_is_coupled_in_whole_groups_and_never_to_pairs() -> None:
+    with pytest.raises(UserError, match=r"32 is no multiple of 12, .*train\.coupling lets 12 rows exchange noise"):
+        load("digits", ["train.coupling.group=12"])
+    with pytest.raises(UserError, match=r"train\.coupling would part .* train\.coupling=null"):
+        load("digits-imm", ["teacher.source=somewhere", "teacher.pairs.count=100", "train.coupling.group=4"])
+    assert "coupling" not in load("digits").train.model_dump()

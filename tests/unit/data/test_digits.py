@@ -1,9 +1,10 @@
 """The digits are what they say, and their batches are made of them."""
 
+import pytest
 import torch
 
 from dumo.data import Digits
-from dumo.data.source import Source, Table
+from dumo.data.source import Source, Split, Table
 
 
 def test_shape_range_and_levels() -> None:
@@ -46,3 +47,26 @@ def test_reference_is_everything_whatever_is_asked() -> None:
     source: Source = Digits().open()
     for n, seed in ((10, 0), (5000, 3)):
         assert torch.equal(source.reference(n, seed)[0], source.reference(0, 0)[0])
+
+
+def test_images_held_out_are_in_no_batch() -> None:
+    """They are 360 of all, of each class a fifth to a row, the same in every run; no others are missing."""
+    whole, split = Digits().open(), Digits(held=360).originals()
+    assert isinstance(split, Split)
+    assert (split.size, len(split.held.x), len(split.whole.x)) == (1437, 360, 1797)
+    x, _ = whole.reference(0, 0)
+    assert torch.equal(split.whole.x, x)
+    both = torch.cat([split.x, split.held.x]).flatten(1)
+    order = [rows.flatten(1).double() @ torch.logspace(0, 3, 64, dtype=torch.float64) for rows in (both, x)]
+    assert torch.equal(order[0].sort().values, order[1].sort().values)
+    share = split.held.c.bincount() - split.whole.c.bincount() * 360 / 1797
+    assert share.abs().max() < 1
+    seen = torch.cat([split.batch(step, 479, 0)[0] for step in range(3)])
+    assert torch.equal(seen.sum(0), split.x.sum(0))
+    assert torch.equal(split.held.x, Digits(held=360).originals().held.x)
+
+
+def test_too_few_held_out_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"held = 64 images .* 100"):
+        Digits(held=64)
+    assert Digits(held=0).model_dump() == {"kind": "digits"}

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from contract.case import kind, nets, randomise
+from dumo.config.load import load
 from dumo.flow.disperse import Disperse
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
@@ -18,6 +19,7 @@ from dumo.types import Frozen, UserError
 
 FOUR = Disperse(group=4, tau=0.3, weight=0.2, after=0.5)
 H = torch.randn(8, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TRAIN = load("digits").train
 DUMO = DuMo(disperse=FOUR, slope=DualSlope(), drop=0.2)
 SHAPE = (2, 4, 4)
 
@@ -44,7 +46,7 @@ def test_rows_that_lie_on_one_another_have_a_gradient() -> None:
 
 def test_groups_are_those_of_the_global_batch() -> None:
     assert torch.equal(FOUR(H), torch.cat([FOUR(H[:4]), FOUR(H[4:])]))
-    assert together(DUMO) == 4
+    assert together(TRAIN, DUMO) == 4
     with pytest.raises(ValueError, match="6 rows are no whole groups of 4"):
         FOUR(H[:6])
 

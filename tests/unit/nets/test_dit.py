@@ -19,6 +19,8 @@ from dumo.types import Frozen, Needs, UserError
 TINY = DiT(patch=2, width=8, depth=2, attention=2)
 V, VU = Needs(heads=("v",)), Needs(heads=("v", "u"))
 MODERN: dict[str, Any] = {"norm": "rms", "qk_norm": True, "mlp": "swiglu", "position": "rope", "aux_time": True}
+KEPT: dict[str, Any] = {"magnitude": "preserved"}
+NEWER: dict[str, Any] = {**KEPT, "skips": True, "depth": 3}
 NORMS = ("layer", "rms")
 LATENT, LARGE, DEEP = (4, 32, 32), (4, 64, 64), (32, 16, 16)  # SD-VAE at 256 and 512, DC-AE at 512
 
@@ -224,7 +226,9 @@ def test_a_second_time_is_no_third() -> None:
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("options", [{}, MODERN, *({k: v} for k, v in MODERN.items())], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, MODERN, *({k: v} for k, v in MODERN.items()), NEWER, {**MODERN, **NEWER}], ids=str
+)
 def test_options_have_exact_slopes(options: dict[str, Any], checkpoint: bool) -> None:
     spec = TINY.model_copy(update={**options, "checkpoint": checkpoint})
     net = randomise(spec.build(VU, (3, 4, 4), 5)).double()
@@ -236,7 +240,7 @@ def test_options_have_exact_slopes(options: dict[str, Any], checkpoint: bool) ->
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("options", [{}, MODERN], ids=["plain", "modern"])
+@pytest.mark.parametrize("options", [{}, MODERN, {**MODERN, **NEWER}], ids=["plain", "modern", "newer"])
 def test_every_parameter_learns(options: dict[str, Any], checkpoint: bool) -> None:
     net = randomise(TINY.model_copy(update={**options, "checkpoint": checkpoint}).build(VU, (3, 4, 4), 5)).double()
     x, c, times = inputs(6)
@@ -244,7 +248,7 @@ def test_every_parameter_learns(options: dict[str, Any], checkpoint: bool) -> No
     assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
 
 
-@pytest.mark.parametrize("options", [{}, MODERN], ids=["plain", "modern"])
+@pytest.mark.parametrize("options", [{}, MODERN, KEPT], ids=["plain", "modern", "preserved"])
 def test_blocks_start_as_nothing(options: dict[str, Any]) -> None:
     """adaLN-zero: a block is the identity, though its own layers are not zero."""
     net = TINY.model_copy(update=options).build(V, (3, 4, 4), 0)

@@ -14,9 +14,10 @@ from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
-from dumo.flow.times import Pair, Uniform
+from dumo.flow.times import Jumps, Pair, Uniform
 from dumo.nets import MLP, DiT, UNet
-from dumo.objectives import DuMo, FlowMatching, MeanFlow
+from dumo.objectives import DuMo, FlowMatching, MeanFlow, Several
+from dumo.objectives.part import AveragePart, VelocityPart
 from dumo.preflight import depth as few
 from dumo.preflight.cost import (
     activation_bytes,
@@ -33,6 +34,7 @@ from dumo.types import Needs, Objective, frozen
 PLAIN, GUIDED = Guide(), Guide(zeta=0.5)
 SHAPE = (4, 32, 32)
 WIDTH, DEPTH = 8, 3
+ALL_JUMPS = (VelocityPart(), AveragePart())
 SCALAR = 256  # features of a time
 
 
@@ -99,6 +101,7 @@ def test_a_pass_of_a_transformer_is_counted_as_by_hand() -> None:
         (MeanFlow(drop=0, guide=PLAIN, slope=CentralSlope()), 0.5),  # a quarter of the rows moves
         (MeanFlow(drop=0, guide=PLAIN, slope=DualSlope()), 0.25),
         (MeanFlow(drop=0, guide=PLAIN, slope=DualSlope(), times=Pair(velocity_ratio=0.6)), 0.4),
+        (Several(drop=0, guide=PLAIN, slope=DualSlope(), parts=ALL_JUMPS, times=Jumps()), 0.5),  # half of the rows jump
         (MeanFlow(drop=0, guide=GUIDED, slope=CentralSlope()), 2.5),  # V(c) is at r = t, so it is a pass of its own
         (MeanFlow(drop=0, guide=GUIDED, slope=DualSlope()), 2.25),
     ],

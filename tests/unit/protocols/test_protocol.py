@@ -9,6 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
+from dumo.data import Digits
 from dumo.features import digits
 from dumo.protocols import DigitsProtocol, MetricProtocol, ToyProtocol
 from dumo.protocols.evaluator import Reference
@@ -24,8 +25,26 @@ def data() -> Reference:
 
 
 @pytest.fixture(scope="module")
-def halves(data: Reference) -> dict[str, float]:
-    return DIGITS.baselines(data)["halves"]
+def split() -> Reference:
+    return Reference.of(Digits(held=360).originals(), DIGITS.samples, 0)
+
+
+@pytest.fixture(scope="module")
+def baselines(split: Reference) -> dict[str, dict[str, float]]:
+    """Between all of the data they are the same, whether or not some are held out."""
+    return DIGITS.baselines(split)
+
+
+@pytest.fixture(scope="module")
+def halves(baselines: dict[str, dict[str, float]]) -> dict[str, float]:
+    return baselines["halves"]
+
+
+@pytest.fixture(scope="module")
+def floor(baselines: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Its mean is of fd_grey_held."""
+    told = baselines["held"]
+    return told | {"fd_grey_held": told["mean"], "fd_grey_held_sd": told["sd"]}
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +141,37 @@ def test_digits_baselines(data: Reference, good: dict[str, float], halves: dict[
     assert 0 < floor["mean"] + 2 * floor["sd"] < halves["mean"] < 1
     assert 0 < halves["sd"] < halves["mean"]
     assert floor["mean"] - 4 * floor["sd"] < good["fd"] < floor["mean"] + 4 * floor["sd"]
+
+
+def test_images_held_out_are_judged_against_by_themselves(
+    data: Reference, split: Reference, floor: dict[str, float], good: dict[str, float]
+) -> None:
+    """Training images are at the floor, and copies; all else is as it was."""
+    assert split.split
+    assert torch.equal(split.x, data.x)
+    score = DIGITS.score(*some(Reference(split.split.x, split.split.c)), split)
+    own = ["fd_grey_held", "kid_held", "recall_held", "auc_held", "pixel_fd_held"]
+    assert list(score) == [*good, *own, "nearest"]
+    assert score["nearest"] == 0
+    for name in ("fd_grey_held", "pixel_fd_held"):
+        assert abs(score[name] - floor[name]) < 5 * floor[f"{name}_sd"]
+    assert "held" in split.facts(0)
+
+
+def test_a_distance_to_few_images_has_a_floor_of_its_own(
+    floor: dict[str, float], baselines: dict[str, dict[str, float]]
+) -> None:
+    """Larger than to all, whatever is judged."""
+    assert floor["fd_grey_held"] > baselines["bootstrap"]["mean"] + 4 * baselines["bootstrap"]["sd"]
+    assert floor["splits"] == 20
+    assert 0 < floor["pixel_fd_held_sd"] < floor["pixel_fd_held"] < 1
+
+
+def test_images_held_out_are_as_far_as_they_are(split: Reference, floor: dict[str, float]) -> None:
+    assert split.split
+    score = DIGITS.score(*some(Reference(split.split.held.x, split.split.held.c)), split)
+    assert score["nearest"] == pytest.approx(1, abs=0.03)
+    assert score["fd_grey_held"] < floor["fd_grey_held"]
 
 
 def test_scores_repeat(data: Reference, good: dict[str, float]) -> None:

@@ -1,10 +1,16 @@
 """A run by captions, whose encoder learns along."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 
 from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.nets.text.tabled import Tabled
+from dumo.run import text
 from dumo.run.train import train
 
 
@@ -15,3 +21,24 @@ def test_stopped_and_resumed_it_hides_the_same_tokens(tmp_path: Path) -> None:
     whole = train(runs[4], tmp_path / "whole").net.state_dict()
     train(runs[2], tmp_path / "run")
     assert all(torch.equal(x, whole[name]) for name, x in train(runs[4], tmp_path / "run").net.state_dict().items())
+
+
+def test_runs_that_start_together_make_their_table_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, most, make = 0, list[int](), text.encode
+
+    def slowly(run: Run, spec: Tabled) -> text.Made:
+        nonlocal inside
+        inside += 1
+        most.append(inside)
+        time.sleep(0.1)
+        made = make(run, spec)
+        inside -= 1
+        return made
+
+    monkeypatch.setattr(text, "encode", slowly)
+    run = load("digits-words", [f"net.texts.root={tmp_path}/ids"])
+    with ThreadPoolExecutor(3) as pool:
+        assert [*pool.map(text.ready, [run] * 3)]
+    assert most == [1, 1, 1]

@@ -1,13 +1,15 @@
-"""The average is the recursion of its definition, ramp included."""
+"""The average is the recursion of its definition, ramp included; one by a power has the width that it says."""
 
 from math import prod
 
+import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from dumo.training.ema import Ema, MovingAverage
+from dumo.training.ema import WIDEST, Average, Ema, MovingAverage, PowerEma, exponent
+from dumo.training.spec import Train
 from unit.training.toy import Small
 
 
@@ -23,6 +25,53 @@ def test_decay_by_hand() -> None:
 def test_decay_in_range(bad: float) -> None:
     with pytest.raises(ValidationError, match="decay"):
         Ema(decay=bad)
+
+
+def shares(spec: PowerEma, updates: int) -> list[float]:
+    """How much the start, then the weights of each update, count."""
+    out = np.ones(1)
+    for n in range(1, updates + 1):
+        out = np.append(spec(n) * out, 1 - spec(n))
+    return out.tolist()
+
+
+@pytest.mark.parametrize("std", [0.05, 0.1, 0.28])
+def test_a_power_has_its_width_however_long_it_runs(std: float) -> None:
+    for n in (100, 200):
+        start, *found = shares(PowerEma(std=std), n)
+        tau = np.arange(n + 1) / n
+        assert found == pytest.approx(np.diff(tau ** (exponent(std) + 1)), abs=1e-12)  # the integrals of its profile
+        assert start == 0
+        share, at = np.array(found), tau[1:]
+        assert np.sqrt(share @ at**2 - (share @ at) ** 2) == pytest.approx(std, rel=0.01)
+
+
+def test_exponents_are_those_of_the_paper() -> None:
+    """EDM2, Sec. 3.1."""
+    assert (exponent(0.05), exponent(0.1)) == pytest.approx((16.97, 6.94), abs=0.005)
+
+
+def test_kinds_of_averages_are_told_apart() -> None:
+    read = TypeAdapter(tuple[Average, ...]).validate_python
+    found = read([{"decay": 0.9}, {"decay": 0.99, "ramp": False}, {"kind": "power", "std": 0.1}])
+    assert found == (Ema(decay=0.9), Ema(decay=0.99, ramp=False), PowerEma(std=0.1))
+    assert [ema.key for ema in found] == [0.9, 0.99, "std-0.1"]
+    assert found[0].model_dump() == {"decay": 0.9, "ramp": True}  # as files have it that know of no other kind
+    for bad in ({"kind": "power", "std": 0}, {"kind": "power", "std": WIDEST}, {"kind": "power"}, {"std": 0.1}):
+        with pytest.raises(ValidationError):
+            read([bad])
+
+
+def test_snapshots_are_of_averages_by_a_power() -> None:
+    power = PowerEma(std=0.1)
+    spec = Train(steps=10, batch=1, ema=(power,), snapshots=4)
+    assert [step for step in range(11) if spec.snaps(step)] == [4, 8, 10]
+    assert not any(Train(steps=10, batch=1, ema=(power,)).snaps(step) for step in range(11))
+    assert "snapshots" not in Train(steps=10, batch=1).model_dump()
+    with pytest.raises(ValidationError, match="kind: power"):
+        Train(steps=10, batch=1, snapshots=4)
+    with pytest.raises(ValidationError, match="twice"):
+        Train(steps=10, batch=1, ema=(power, power))
 
 
 def start_left(spec: Ema, updates: int) -> float:

@@ -13,6 +13,7 @@ from dumo.training.checkpoint import go_on, mark, restore, save
 from dumo.training.ema import MovingAverage
 from dumo.training.frozen import digest, frozen_weights, trained
 from dumo.training.memory import flatten
+from dumo.training.optim import AdamW
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.types import Frozen, UserError
@@ -30,7 +31,7 @@ def whole(spec: Train) -> State:
     averages = {ema.decay: MovingAverage(ema, net) for ema in spec.ema}
     for average in averages.values():
         average.module = deepcopy(net).requires_grad_(False).eval()
-    return State(net, spec.optimizer([p for p in net.parameters() if p.requires_grad]), averages)
+    return State(net, AdamW().of_these([p for p in net.parameters() if p.requires_grad]), averages)
 
 
 def shared(state: State, average: MovingAverage) -> dict[str, bool]:

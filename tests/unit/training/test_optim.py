@@ -8,12 +8,19 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from dumo.training.optim import Adam, AdamW, Constant, Cosine, Optimizer, RAdam, Schedule
+from dumo.training.optim import WSD, Adam, AdamW, Constant, Cosine, Optimizer, RAdam, Schedule
+
+
+def net_of(*params: nn.Parameter) -> nn.Module:
+    """A net of these parameters."""
+    return nn.ParameterList(params)
 
 
 @pytest.mark.parametrize(("spec", "kind"), [(AdamW, "AdamW"), (Adam, "Adam"), (RAdam, "RAdam")])
 def test_numbers_reach_torch(spec: type[AdamW | Adam | RAdam], kind: str) -> None:
-    optimizer = spec(lr=0.1, betas=(0.2, 0.3), weight_decay=0.4, eps=0.5)([nn.Parameter(torch.ones(1))])
+    optimizer = spec(lr=0.1, betas=(0.2, 0.3), weight_decay=0.4, eps=0.5)(
+        nn.ParameterList([nn.Parameter(torch.ones(1))])
+    )
     (group,) = optimizer.param_groups
     assert type(optimizer) is getattr(torch.optim, kind)
     assert (group["lr"], tuple(group["betas"]), group["weight_decay"], group["eps"]) == (0.1, (0.2, 0.3), 0.4, 0.5)
@@ -28,7 +35,7 @@ class OnGpu(nn.Parameter):
 def test_a_gpu_steps_in_one_kernel_and_a_cpu_as_ever() -> None:
     """In one kernel the rounding is another: runs on a CPU keep their bits."""
     for spec, fuses in ((AdamW(), True), (Adam(), True), (RAdam(), False)):
-        kinds = [spec([kind(torch.ones(3))]).param_groups[0].get("fused") for kind in (OnGpu, nn.Parameter)]
+        kinds = [spec(net_of(kind(torch.ones(3)))).param_groups[0].get("fused") for kind in (OnGpu, nn.Parameter)]
         assert kinds == [fuses or None, None]
 
 
@@ -67,12 +74,34 @@ def test_cosine_stays_at_its_floor() -> None:
 @pytest.mark.parametrize("steps", [1, 2, 6, 30])
 @pytest.mark.parametrize("floor", [0.0, 0.3, 1.0])
 def test_schedules_climb_then_fall_within_bounds(warmup: int, steps: int, floor: float) -> None:
-    for schedule in (Constant(warmup=warmup), Cosine(warmup=warmup, floor=floor)):
+    shapes = [WSD(warmup=warmup, floor=floor, shape=shape) for shape in ("linear", "1-sqrt")]
+    for schedule in (Constant(warmup=warmup), Cosine(warmup=warmup, floor=floor), *shapes):
         factors = [schedule(step, steps) for step in range(steps)]
         top = min(warmup, steps)
         assert all(0 < factor <= 1 for factor in factors)
         assert all(a <= b for a, b in pairwise(factors[:top]))
         assert all(a >= b for a, b in pairwise(factors[max(0, top - 1) :]))
+
+
+def test_wsd() -> None:
+    half = WSD(warmup=2, decay=0.5, shape="linear")
+    assert [half(step, 8) for step in range(10)] == pytest.approx([0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0])
+    root = WSD(decay=0.5, floor=0.2)
+    assert [root(step, 8) for step in (0, 4, 5, 8)] == pytest.approx([1, 1, 0.6, 0.2])
+    assert WSD(warmup=6, decay=0.5)(5, 8) == 1  # the warm-up is waited for
+
+
+def test_wsd_of_more_steps_is_the_same_until_it_falls() -> None:
+    """So a run goes on from a checkpoint before its decay as if it had been longer from the start."""
+    short, steps = WSD(warmup=3, decay=0.25), 16
+    assert [short(step, steps) for step in range(13)] == [short(step, 4 * steps) for step in range(13)]
+    assert short(13, steps) < 1 == short(13, 4 * steps)
+
+
+def test_wsd_refuses() -> None:
+    for bad in ({"decay": 0}, {"decay": 1.1}, {"floor": -0.1}, {"shape": "cosine"}):
+        with pytest.raises(ValidationError, match=next(iter(bad))):
+            WSD.model_validate(bad)
 
 
 def test_cosine_refuses() -> None:

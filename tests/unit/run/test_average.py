@@ -1,0 +1,89 @@
+"""A run keeps averages, the same ones however often it is stopped, and others are made of them afterwards."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.io.weights import load as load_weights
+from dumo.run.average import average
+from dumo.run.folder import open_run
+from dumo.run.train import train
+from dumo.types import UserError
+
+TINY = ["net.width=8", "net.depth=1", "train.batch=4", "train.schedule.kind=constant"]
+POWERS = "train.ema=[{kind: power, std: 0.05}, {kind: power, std: 0.1}]"
+
+
+def tiny(steps: int = 24, *more: str) -> Run:
+    """DuMo on moons, in no time, with snapshots."""
+    return load("moons", [*TINY, f"train.steps={steps}", POWERS, "train.snapshots=4", *more])
+
+
+def kept(folder: Path) -> dict[str, bytes]:
+    """The bytes of the snapshots, by their names."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("snapshots/*/*"))}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that kept twelve."""
+    folder = tmp_path_factory.mktemp("average") / "run"
+    train(tiny(), folder)
+    assert len(kept(folder)) == 12
+    return folder
+
+
+def test_stopped_and_resumed_keeps_the_same(run: Path, tmp_path: Path) -> None:
+    train(tiny(10), tmp_path / "run")
+    train(tiny(), tmp_path / "run")
+    found = kept(tmp_path / "run")
+    assert {name: found.pop(name) for name in [*found] if name.endswith("00000010.safetensors")}  # the last one's then
+    assert found == kept(run)
+    train(tiny(12), tmp_path / "run", step=10)
+    assert max(int(name[-20:-12]) for name in kept(tmp_path / "run")) == 12
+
+
+def test_it_is_the_average_that_would_have_been_kept(run: Path, tmp_path: Path) -> None:
+    """To the error that is said, of how far the weights went."""
+    made = average(str(run), 0.12, tmp_path / "new.safetensors")
+    train(tiny(24, "train.ema=[{kind: power, std: 0.12}, {kind: power, std: 0.1}]"), tmp_path / "run")
+    wanted, other = (
+        load_weights(tmp_path / f"run/checkpoints/step-00000024/ema-std-{std}.safetensors") for std in (0.12, 0.1)
+    )
+    found = load_weights(made.file)
+    assert found.keys() == wanted.keys()
+    assert (made.step, made.count) == (24, 12)
+    assert 0.01 < made.error < 0.03
+    for name in wanted:
+        assert (found[name] - wanted[name]).norm() <= 0.1 * (other[name] - wanted[name]).norm() + 1e-6
+    opened = open_run(str(run), weights=str(made.file))
+    assert opened.step == 24
+    assert all(torch.equal(x, found[name]) for name, x in opened.net.state_dict().items())
+
+
+def test_one_that_was_kept_comes_back(run: Path) -> None:
+    made = average(str(run), 0.05)
+    assert made.file == run / "averages/std-0.05.safetensors"
+    there = load_weights(run / "snapshots/ema-std-0.05/step-00000024.safetensors")
+    assert all(torch.allclose(x, there[name], rtol=1e-6, atol=1e-7) for name, x in load_weights(made.file).items())
+
+
+@pytest.mark.parametrize(
+    ("std", "says"), [(0.0, "between 0 and"), (0.3, "between 0 and"), (float("nan"), "between"), (0.02, "misses")]
+)
+def test_widths_that_are_none_are_refused(run: Path, std: float, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        average(str(run), std)
+
+
+def test_a_run_without_snapshots_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no run's folder"):
+        average(str(tmp_path), 0.1)
+    train(load("moons", [*TINY, "train.steps=1"]), tmp_path / "run")
+    with pytest.raises(UserError, match=r"kind: power.*train\.snapshots"):
+        average(str(tmp_path / "run"), 0.1)
+    with pytest.raises(UserError, match=r"ends in \.safetensors"):
+        average(str(tmp_path / "run"), 0.1, tmp_path / "new.pt")
