@@ -124,8 +124,8 @@ MUTANTS = [
     Mutant("objectives/dumo.py", "v_star - lift", "v_star + lift", "u* has the sign of du/dt wrong", FIXED),
     Mutant("objectives/dumo.py", "lift(b.t, b.x_t) * du_dt", "du_dt", "u* forgets the factor t", FIXED),
     Mutant("objectives/dumo.py", "along(v_star)", "along(b.v_t)", "du/dt runs along the unguided velocity", FIXED),
-    Mutant("objectives/dumo.py", "_, du_dt =", "du_dt, _ =", "u* takes the slope of v", FIXED),
-    Mutant("objectives/dumo.py", "(1 - self.beta) * u_loss", "self.beta * u_loss", "beta weighs both", DUMO),
+    Mutant("objectives/dumo.py", "_, du_dt, *_ =", "du_dt, *_ =", "u* takes the slope of v", FIXED),
+    Mutant("objectives/dumo.py", "(1 - beta) * u_part", "beta * u_part", "beta weighs both", DUMO),
     Mutant("objectives/dumo.py", "torch.no_grad()", "torch.enable_grad()", "the target is pulled too", DUMO),
     Mutant("objectives/dumo.py", "head=1", "head=0", "the endpoint is read off v", READ),
     Mutant("objectives/flow_matching.py", "(v_hat - v_star)", "(v_hat - b.v_t)", "guidance has no effect", FIXED),
@@ -764,7 +764,9 @@ MUTANTS = [
         "V(null) is another head's",
         SEVERAL,
     ),
-    Mutant("objectives/several.py", "part.weight * (1 if", "(1 if", "parts have no weights", SEVERAL),
+    Mutant(
+        "objectives/several.py", "weight_at(part.weight, b.progress) * (1 if", "(1 if", "parts have no weights", SEVERAL
+    ),
     Mutant(
         "objectives/several.py",
         "self._aimed(ref, i)) for i, (part, rate) in at]",
@@ -1050,7 +1052,7 @@ MUTANTS = [
     Mutant("preflight/depth.py", "(lengths[i] - few) * step", "lengths[i] * step", "a block too many", DEPTH),
     Mutant("export/lora.py", "new.bias.detach() - old.bias", "new.bias.detach()", "a LoRA adds a bias twice", LORA),
     Mutant("export/stock.py", "self.none + scale - 1", "scale", "Z-Image is guided once too often", STOCK),
-    Mutant("export/scheduler.py", "(M / START)", "M", "the times of jumps forget where they start", STOCK),
+    Mutant("export/scheduler.py", "(m / START)", "m", "the times of jumps forget where they start", STOCK),
     Mutant("export/scheduler.py", '"shift": 1.0, ', "", "a scheduler may bend the times", STOCK),
 ]
 
