@@ -55,10 +55,10 @@ def through(
     for i, block in enumerate(blocks):
         skip = [kept.pop()] if isinstance(block, Joined) else []
         h = run(block, h, *skip, *told, lean=lean)
-        if i < joins:
-            kept.append(h)
-            h = h.view_as(h)  # so that ranks, which have such a node before every block, add gradients in this order
+        kept += [h] if i < joins else []
         inside += [h] if i + 1 == shown else []
+        if i < joins or i + 1 == shown:
+            h = h.view_as(h)  # so that ranks, which have such a node before every block, add gradients in this order
     return h, inside
 
 
