@@ -56,6 +56,7 @@ CAPTION, LEARNED, HALF = (
 )
 LORA, STOCK = (f"tests/unit/export/test_{name}.py" for name in ("lora", "stock"))
 HELD = "tests/unit/data/test_digits.py"
+CONTRAST = f"{THEORY}/test_contrast.py"
 COUPLING = "tests/unit/flow/test_coupling.py"
 PROBE = "tests/unit/training/test_probe.py"
 NEIGHBOURS, TWO_SAMPLE = (f"tests/unit/metrics/test_{name}.py" for name in ("neighbours", "two_sample"))
@@ -75,7 +76,9 @@ DISCRETIZATION, EDM, HEADS = (
 
 
 LAYOUT = f"{THEORY}/test_layout.py::test_two_ranks_are_two_pieces_to_the_bit"
-DROPPED, EMA = (f"tests/unit/training/test_{name}.py" for name in ("dropout", "ema"))
+DROPPED, EMA, MUON, OPTIM, SNAPSHOT = (
+    f"tests/unit/training/test_{name}.py" for name in ("dropout", "ema", "muon", "optim", "snapshot")
+)
 COLLECTIVE, STEP = f"{THEORY}/test_collective.py", "tests/unit/training/test_step.py"
 FROZEN, FROZEN_RANKS = (f"tests/unit/training/test_{name}.py" for name in ("frozen", "frozen_ranks"))
 BASE = "tests/unit/run/test_base.py"
@@ -277,10 +280,12 @@ MUTANTS = [
     Mutant("flow/density.py", "gamma[:, 0] / ", "gamma[:, 1] / ", "a and b change places", LAW),
     Mutant("flow/times.py", "torch.maximum(a, b), torch.minimum(a, b)", "a, b", "r may be after t", LAW),
     Mutant("flow/times.py", "torch.where(moving, r, t)", "r", "r = t is lost", LAW),
+    Mutant("flow/residual.py", "min(i ^ 1, last)", "i", "rows are pushed from their own targets", CONTRAST),
+    Mutant("flow/residual.py", "loss - strength *", "loss + strength *", "v is pulled to others' targets", CONTRAST),
+    Mutant("training/cut.py", "objective.needs.group,", "", "neighbours are parted", CONTRAST),
     Mutant("flow/coupling.py", "there[group] == k", "there[group] >= 0", "classes exchange noise", COUPLING),
     Mutant("flow/coupling.py", ".square()", ".neg()", "the farthest go together", COUPLING),
     Mutant("flow/coupling.py", "rows[assigned", "group[assigned", "rows take the noise of others", COUPLING),
-    Mutant("flow/draw.py", "coupling(x, z, c)", "coupling(x * path.sd, z, c)", "data are as they come", COUPLING),
     Mutant("flow/times.py", "t[rest] = r[rest] =", "t[rest] =", "rows at rest jump to the data", LAW),
     Mutant("flow/times.py", "[jumps[i] for i in far], [jumps", "far, [jumps", "rows at rest are overwritten", LAW),
     Mutant("flow/times.py", "t[between] * torch.rand(k", "torch.rand(k", "jumps end where t does not matter", LAW),
@@ -944,6 +949,16 @@ MUTANTS = [
     ),
     Mutant("training/step.py", "self.keys[self.here(rows)]", "self.keys[: len(b.t)]", "pieces share masks", DROPPED),
     Mutant("training/ema.py", "id(tensor),", "id(tensor) + len(found),", "a shared weight is averaged twice", EMA),
+    Mutant("training/ema.py", "** (exponent(self.std) + 1)", "** exponent(self.std)", "an average is too wide", EMA),
+    Mutant("training/snapshot.py", "late.step) ** b", "late.step) ** a", "profiles overlap otherwise", SNAPSHOT),
+    Mutant("training/snapshot.py", "append(with_wanted, unit)", "append(with_wanted, 0)", "weights vanish", SNAPSHOT),
+    Mutant("training/spec.py", " or step == self.steps)", ")", "the last average is not kept", EMA),
+    Mutant("training/optim.py", "fused.get(name, 1)", "1", "fused matrices are taken for one", MUON),
+    Mutant("training/optim.py", "max(self.warmup, (1", "max(0, (1", "the rate falls as it warms up", OPTIM),
+    Mutant("training/step.py", ' * group.get("ratio", 1.0)', "", "AdamW takes Muon's rate", MUON),
+    Mutant("training/muon.py", "grad.lerp(mean, momentum)", "grad", "there is no momentum", MUON),
+    Mutant("training/muon.py", "sqrt(max(rows, columns))", "sqrt(min(rows, columns))", "steps are too short", MUON),
+    Mutant("training/muon.py", "mean = whole(", "mean = (", "parts are orthogonalized", LAYOUT),
     Mutant("training/step.py", "        layout.release(self.net)\n", "", "what a probe gathers stays", LAYOUT),
     Mutant("training/layout.py", "(copy, True)", "(copy, reshard)", "an average's weights stay gathered", LAYOUT),
     Mutant("training/layout.py", "        share(copy, net)\n", "        pass\n", "averages stay empty", FROZEN_RANKS),

@@ -157,10 +157,10 @@ class Needs:
     scale: float = 1.0  # of guidance by a field of this name, where there is no guide; 1 is none
     teachable: bool = True  # whether the loss learns from v_t, in whose place a teacher's velocity may be
     unit: bool = False  # whether constants of it are for data of standard deviation 1
+    group: int = 1  # so many neighbouring rows meet in the loss
     ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
     amplifies: float = 0.0  # how often the rounding of the net is multiplied (`dumo.flow.secant`)
     inside: float | None = None  # the share of its blocks after which the net gives what they made, behind the gauges
-    group: int = 1  # so many neighbouring rows meet in the loss
     phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)  # where steps cost alike: a progress, its share of training
 
     @property

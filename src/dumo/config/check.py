@@ -269,8 +269,8 @@ def _grouped(run: Tree) -> str:
     said = [f"objective.times of kind '{times.kind}' keeps {times.group} rows together"] if times.group > 1 else []
     if guide and guide.group > 1:
         said.append(f"objective.guide.fraction = {1 / guide.group:g} picks one of every {guide.group}")
-    if (group := run.objective.needs.group) > 1:
-        said.append(f"objective.disperse.group compares {group}")
+    if run.objective.needs.group > 1:
+        said.append(f"the objective compares {run.objective.needs.group} rows")
     if run.train.coupling:
         said.append(f"train.coupling lets {run.train.coupling.group} rows exchange noise")
     return f" ({' and '.join(said)})"

@@ -10,7 +10,7 @@ which is 0 where all h are one and, the further they are apart, the lower, down 
 
 from collections.abc import Sequence
 from dataclasses import replace
-from math import log
+from math import lcm, log
 from typing import Annotated
 
 import torch
@@ -43,7 +43,7 @@ Dispersed = Annotated[Disperse | None, Field(exclude_if=lambda disperse: dispers
 
 def looking(needs: Needs, disperse: Disperse | None) -> Needs:
     """Needs, and that the net shows what is inside, where this is to be dispersed."""
-    return needs if disperse is None else replace(needs, inside=disperse.after, group=disperse.group)
+    return needs if disperse is None else replace(needs, inside=disperse.after, group=lcm(needs.group, disperse.group))
 
 
 def dispersed(terms: Terms, disperse: Disperse | None, answers: Sequence[Array]) -> Terms:

@@ -1,10 +1,15 @@
 """Residual in, one number per row out. Plain l2 is `dumo.types.mean_square`."""
 
+from typing import Annotated
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from dumo.types import PerSample, Sample, mean_square
+from dumo.place import index
+from dumo.types import Guide, PerSample, Sample, mean_square
 
+Contrast = Annotated[float, Field(ge=0, lt=1, exclude_if=lambda contrast: contrast == 0)]  # 0: none, and not written
 SMALL = 1e-3  # ours: the length that a direction needs to count in full
 
 
@@ -20,6 +25,28 @@ def adaptive(e: Sample, p: float, c: float | Tensor, mean: bool = False) -> PerS
 def rmse(e: Sample) -> PerSample:
     """Root of the mean of squares, of gradient 0 where it is 0: the Huber loss at c = 0."""
     return torch.linalg.vector_norm(e.flatten(1), dim=1) / e[0].numel() ** 0.5
+
+
+def contrasted(loss: PerSample, v: Sample, v_star: Sample, strength: float) -> PerSample:
+    """The loss |v - v*|^2 less `strength` times |v - v~*|^2, of the target v~* of the row's neighbour, in mean squares.
+
+    Contrastive flow matching (Stoica et al. 2025), whose other row is any of the batch; here rows go by twos (ours).
+    The least is at (v* - strength v~*) / (1 - strength): no velocity, but beyond it, away from the mean of all rows.
+    """
+    if not strength:
+        return loss
+    last = len(v) - 1
+    neighbour = index([min(i ^ 1, last) for i in range(len(v))], v.device)
+    return loss - strength * mean_square(v - v_star[neighbour])
+
+
+def demand_unbent(strength: float, guide: Guide) -> None:
+    """Refuse contrast with a ValueError where guidance asks the head that it moves away from the velocity."""
+    if strength and guide.active:
+        raise ValueError(
+            "contrast moves the velocity head away from the velocity, and guide would ask it for that: use contrast=0, "
+            "or no guidance in training (guide.omega=1, guide.zeta=0)"
+        )
 
 
 def huber(e: Sample, c: float) -> PerSample:

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from dumo.flow.disperse import Dispersed, dispersed, looking
 from dumo.flow.guide import Guide
 from dumo.flow.reading import jump_to_data
-from dumo.flow.residual import clipped_share, head_gap
+from dumo.flow.residual import Contrast, clipped_share, contrasted, demand_unbent, head_gap
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Beta, Times
 from dumo.flow.weight import Line, Share, by_variance, weight_at
@@ -34,20 +34,24 @@ class DuMo(Spec):
     disperse: Dispersed = None  # what a block makes of its rows lies apart
     guide: Guide = Guide(zeta=0.55)  # line 9 and Tab. 3
     slope: Slope = CentralSlope(h=0.005)  # Sec. 3.3; h as UCGM
+    contrast: Contrast = 0.0  # of v's targets (Stoica et al. 2025, who take 0.05)
 
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        gauges = tuple(f"log_variance_{name}" for name in self.variance)
-        needs = Needs(inputs=("t",), heads=("v", "u"), gauges=gauges, slope=self.slope, guide=self.guide)
+        gauges, group = tuple(f"log_variance_{name}" for name in self.variance), 2 if self.contrast else 1
+        needs = Needs(("t",), ("v", "u"), gauges, slope=self.slope, guide=self.guide, group=group)
         return looking(needs, self.disperse)
 
     @model_validator(mode="after")
     def _possible(self) -> "DuMo":
+        demand_unbent(self.contrast, self.guide)
         if isinstance(self.beta, Line) and (most := max(self.beta.first, self.beta.last)) > 1:
             raise ValueError(f"beta is a share, and its line goes to {most:g}: let it end at 1 or below")
         if len(set(self.variance)) < len(self.variance):
             raise ValueError(f"variance names a head twice: {', '.join(self.variance)}")
+        if self.contrast and "v" in self.variance:
+            raise ValueError("contrast is no square, so it has no variance: leave v out of variance, or set contrast=0")
         return self
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
@@ -61,7 +65,8 @@ class DuMo(Spec):
         v_error, u_error = v_hat - v_star, u_hat - u_star
         v_loss, u_loss = mean_square(v_error), mean_square(u_error)
         learned, beta = dict(zip(self.variance, more, strict=False)), weight_at(self.beta, b.progress)
-        v_part, u_part = by_variance(v_loss, learned.get("v")), by_variance(u_loss, learned.get("u"))
+        v_all = contrasted(v_loss, v_hat, v_star, self.contrast)
+        v_part, u_part = by_variance(v_all, learned.get("v")), by_variance(u_loss, learned.get("u"))
         loss = beta * v_part + (1 - beta) * u_part  # line 12
         notes = {"clipped_share": clipped_share(u_error), "head_gap": head_gap(v_error, u_error)}
         notes |= {f"log_variance_{name}": w.detach() for name, w in learned.items()}

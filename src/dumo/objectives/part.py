@@ -13,10 +13,10 @@ To add a part: write its class here, and name it in the union.
 from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dumo.flow import dropout
-from dumo.flow.residual import adaptive
+from dumo.flow.residual import Contrast, adaptive, contrasted
 from dumo.flow.weight import Weight
 from dumo.place import index
 from dumo.types import Cond, Noised, PerSample, Reads, Sample, Spec, Time, lift, mean_square
@@ -34,9 +34,9 @@ class WeightedHead(Spec):
     weight: Weight
     variance: bool = Field(default=False, exclude_if=lambda on: not on)  # divided by it at t, learned (EDM2, Eq. 21)
 
-    def measure(self, e: Sample) -> PerSample:
-        """The loss of a residual, before its weight."""
-        return mean_square(e)
+    def measure(self, head: Sample, target: Sample) -> PerSample:
+        """The loss of a head, before its weight."""
+        return mean_square(head - target)
 
 
 class VelocityPart(WeightedHead):
@@ -45,10 +45,21 @@ class VelocityPart(WeightedHead):
     kind: Literal["velocity"] = "velocity"
     name: Name = "v"
     weight: Weight = 0.7  # DuMo's beta, Tab. 3
+    contrast: Contrast = 0.0  # of v's targets (Stoica et al. 2025, who take 0.05)
+
+    @model_validator(mode="after")
+    def _square(self) -> "VelocityPart":
+        if self.contrast and self.variance:
+            raise ValueError("contrast is no square, so it has no variance: set variance=false, or contrast=0")
+        return self
 
     def target(self, b: Noised, v_star: Sample, rate: Sample, ref: Aimed) -> Sample:
         """v*."""
         return v_star
+
+    def measure(self, head: Sample, target: Sample) -> PerSample:
+        """Mean square, and contrast."""
+        return contrasted(super().measure(head, target), head, target, self.contrast)
 
     def read(self, head: Aimed) -> Reads:
         """The slope of the path."""
@@ -87,9 +98,9 @@ class AveragePart(WeightedHead):
         """MeanFlow, Eq. 11."""
         return v_star - lift(b.t - b.r, b.x_t) * rate
 
-    def measure(self, e: Sample) -> PerSample:
+    def measure(self, head: Sample, target: Sample) -> PerSample:
         """Mean square, or MeanFlow's adaptive sum of squares."""
-        return adaptive(e, self.power, self.floor) if self.power else mean_square(e)
+        return adaptive(head - target, self.power, self.floor) if self.power else super().measure(head, target)
 
     def read(self, head: Aimed) -> Reads:
         """Jumps, that to the data among them (MeanFlow, Eq. 12)."""

@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 
 from dumo.flow.disperse import Dispersed, dispersed, looking
 from dumo.flow.guide import Guide
-from dumo.flow.residual import clipped_share
+from dumo.flow.residual import clipped_share, demand_unbent
 from dumo.flow.slope import Along, CentralSlope, Slope
 from dumo.flow.times import Below, Beta, Times
 from dumo.flow.weight import by_variance, weight_at
@@ -57,8 +57,21 @@ class Several(Spec):
         own = {p.name: ("r",) for p in self.parts if p.aims}
         heads, derives = tuple(p.name for p in self.parts), any(p.derived for p in self.parts)
         gauges = tuple(f"log_variance_{p.name}" for p in self.parts if p.variance)
-        needs = Needs(heads=heads, gauges=gauges, own=own, slope=self.slope, derives=derives, guide=self.guide)
+        needs = Needs(
+            heads=heads,
+            gauges=gauges,
+            own=own,
+            slope=self.slope,
+            derives=derives,
+            guide=self.guide,
+            group=2 if self._contrast else 1,
+        )
         return looking(needs, self.disperse)
+
+    @property
+    def _contrast(self) -> float:
+        """The most of its parts."""
+        return max((part.contrast for part in self.parts if isinstance(part, VelocityPart)), default=0.0)
 
     @model_validator(mode="after")
     def _whole(self) -> "Several":
@@ -77,6 +90,9 @@ class Several(Spec):
                 )
         if any(isinstance(p, AveragePart) and p.power for p in self.parts):
             self.guide.demand_l2("power > 0 weighs a row by its own residual", "power=0")
+        demand_unbent(self._contrast, self.guide)
+        if self._contrast and self.along == "velocity":
+            raise ValueError("contrast moves the velocity head away from the velocity: use along=target, or contrast=0")
         return self
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
@@ -90,12 +106,14 @@ class Several(Spec):
             rates = tuple(grown * rate for rate in along(v_star if self.along == "target" else heads[first].detach()))
             at = enumerate(zip(self.parts, rates, strict=False))  # gauges have rates, too
             targets = [part.target(b, v_star, rate, self._aimed(ref, i)) for i, (part, rate) in at]
-        known = [(part, head - target) for part, head, target in zip(self.parts, heads, targets, strict=True)]
+        errors = [head - target for head, target in zip(heads, targets, strict=True)]
+        losses = [part.measure(head, target) for part, head, target in zip(self.parts, heads, targets, strict=True)]
         alone = (b.r == b.t).to(b.t) / (1 - self.times.moving_share) if self.apart else 1
         learned = dict(zip((part.name for part in self.parts if part.variance), more, strict=False))
-        losses = {part.name: by_variance(part.measure(e), learned.get(part.name)) for part, e in known}
-        weights = {part.name: weight_at(part.weight, b.progress) * (1 if part.aims else alone) for part in self.parts}
-        loss = reduce(add, (weights[name] * losses[name] for name in losses))
+        known = [*zip(self.parts, errors, strict=True)]
+        losses = [by_variance(loss, learned.get(p.name)) for p, loss in zip(self.parts, losses, strict=True)]
+        weights = [weight_at(part.weight, b.progress) * (1 if part.aims else alone) for part in self.parts]
+        loss = reduce(add, (weight * loss for weight, loss in zip(weights, losses, strict=True)))
         notes = {f"clipped_share_{part.name}": clipped_share(e) for part, e in known if part.derived}
         notes |= {f"log_variance_{name}": w.detach() for name, w in learned.items()}
         terms = Terms(loss, {part.name: mean_square(e) for part, e in known}, notes)

@@ -17,6 +17,7 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.io import archive, picture
 from dumo.preflight import show
+from dumo.preflight.cost import forward_flops
 from dumo.protocols.evaluator import headline
 from dumo.report import figure
 from dumo.report.score import figures
@@ -64,19 +65,21 @@ def comparison(
     seeds: int,
     small: Sequence[str] = SMALL,
     steps: int | None = None,
+    cost: Callable[[Run], float] = units,
     table: Callable[[list[Finished]], list[dict[str, Any]]] | None = None,
     samples: bool = False,
     unpublished: str = "",
 ) -> Plan:
     """A plan of arms by scale: a row per arm and number of passes, and a picture of them, STEM.png.
 
-    With `samples` there is also a picture of what every arm makes in one pass, STEM-samples.png.
+    `cost` is what a step costs, of which all arms have as much. With `samples` there is also a picture of what every
+    arm makes in one pass, STEM-samples.png.
     """
 
     def cells(scale: str) -> Iterator[Cell]:
         if scale == "paper":
             return equal_steps(arms(scale), scale)
-        return equal_cost(arms(scale), scale, seeds, small=small, steps=steps)
+        return equal_cost(arms(scale), scale, seeds, small=small, steps=steps, cost=cost)
 
     def draw(done: list[Finished], folder: Path) -> list[Path]:
         path = folder / f"{stem}-samples.png"
@@ -95,22 +98,34 @@ def comparison(
 
 
 def equal_cost(
-    arms: Sequence[Arm], scale: str, seeds: int, *, small: Sequence[str] = SMALL, steps: int | None = None
+    arms: Sequence[Arm],
+    scale: str,
+    seeds: int,
+    *,
+    small: Sequence[str] = SMALL,
+    steps: int | None = None,
+    cost: Callable[[Run], float] = units,
 ) -> Iterator[Cell]:
     """Every arm with every seed, each with as many steps as cost what those of the first arm do.
 
-    These are `steps`, or its recipe's; for smoke a few, of a net made small, with one seed.
+    These are `steps`, or its recipe's; for smoke a few, of a net made small, with one seed. What a step costs is
+    counted in passes of its own net, or, where nets differ, in their operations (`work`).
     """
     sets, budget = small if scale == "smoke" else (), 0.0
     for arm in arms:
         spec = arm.load(sets)
-        each = units(spec)
+        each = cost(spec)
         budget = budget or each * (SMOKE if scale == "smoke" else steps or spec.train.steps)
         count = round(budget / each)
-        labels = {**arm.labels, "steps": count, "F_per_step": round(each, 2)}
+        labels = {**arm.labels, "steps": count, "F_per_step": round(units(spec), 2)}
         for seed in range(1 if scale == "smoke" else seeds):
             train = spec.train.model_copy(update={"steps": count, "seed": seed})
             yield Cell(f"{arm.name}-{seed}", spec.model_copy(update={"train": train}), labels)
+
+
+def work(spec: Run) -> float:
+    """Counted operations of a step."""
+    return units(spec) * forward_flops(spec.outline(), spec.objective, spec.data.shape)
 
 
 def equal_steps(

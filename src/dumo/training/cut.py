@@ -12,11 +12,12 @@ from dumo.types import Objective, UserError
 
 
 def together(spec: Train, objective: Objective) -> int:
-    """How many neighbouring rows no pass may part: they share times or noise, one is guided for all, or they meet in
-    the loss.
+    """How many neighbouring rows no pass may part: that share times, noise or targets, or of which one is guided for
+    all.
     """
-    needs, coupled = objective.needs, spec.coupling.group if spec.coupling else 1
-    return lcm(objective.times.group, needs.guide.group if needs.guide else 1, needs.group, coupled)
+    guide, coupling = objective.needs.guide, spec.coupling
+    groups = (guide.group if guide else 1, coupling.group if coupling else 1)
+    return lcm(objective.times.group, objective.needs.group, *groups)
 
 
 def cuts(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: int = 1) -> list[list[slice]]:

@@ -10,8 +10,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
-
 from dumo.config.load import load
 from dumo.features import digits
 from dumo.io import archive
@@ -56,10 +54,10 @@ def table(done: list[Finished]) -> list[dict[str, Any]]:
     """A row per data, condition and number of passes: means over seeds, and the class FD of one pass."""
     rows: list[dict[str, Any]] = []
     for same in arm.seeds_of(done):
-        words = same[0].opened.run.captions is not None
+        words, real = same[0].opened.run.captions is not None, images(same[0].opened)
         apart = {
-            "class_fd": fmean(class_fd(one.opened) for one in same),
-            "class_fd_held": fmean(class_fd(one.opened, held=True) for one in same) if words else None,
+            "class_fd": fmean(class_fd(one.opened, real) for one in same),
+            "class_fd_held": fmean(class_fd(one.opened, real, held=True) for one in same) if words else None,
         }
         for row in arm.averaged(same):
             told = {name: row.get(name) for name in (*same[0].cell.labels, *SCORES)}
@@ -67,18 +65,22 @@ def table(done: list[Finished]) -> list[dict[str, Any]]:
     return rows
 
 
-def class_fd(opened: RunFolder, *, held: bool = False) -> float:
-    """The mean over classes of the Fréchet distance of their samples, of one pass, to their images."""
+def class_fd(opened: RunFolder, real: Sequence[Moments], *, held: bool = False) -> float:
+    """The mean over classes of the Fréchet distance of their samples, of one pass, to their images, `real`."""
     run = opened.run
     protocol, many = run.evaluate.protocol, run.data.labels
     c = labels(min(MOST, 2 * len(protocol.labels(many))), many)
     made = sample(opened, nfe=1, c=run.conditions(c, held=held), seed=run.evaluate.seed).x
-    features = FEATURES[protocol.kind]
-    x, real = real_data(run).reference(run.train.batch, 0)
-    fake, true = features(made), features(x)
-    return fmean(
-        frechet_distance(Moments.of(fake[c == k]), Moments.of(true[real == k])) for k in torch.arange(many).tolist()
-    )
+    fake = FEATURES[protocol.kind](made)
+    return fmean(frechet_distance(Moments.of(fake[c == k]), of) for k, of in enumerate(real))
+
+
+def images(opened: RunFolder) -> list[Moments]:
+    """Those of the features of the data's images, by class."""
+    run = opened.run
+    x, c = real_data(run).reference(run.train.batch, 0)
+    features = FEATURES[run.evaluate.protocol.kind](x)
+    return [Moments.of(features[c == k]) for k in range(run.data.labels)]
 
 
 def apart(done: Sequence[Finished]) -> dict[str, list[Finished]]:
