@@ -43,6 +43,8 @@ FIXED, LAW, READ, SLOPE, EXACT, UNBIASED = (
     f"{THEORY}/test_{name}.py" for name in ("fixed_point", "law", "read", "slope", "exact", "unbiased")
 )
 CONTRACT, SHARE, RANDOM = "tests/contract/test_draw.py", "tests/unit/data/test_share.py", "tests/unit/test_random.py"
+WEIGHT, DISPERSE = f"{THEORY}/test_weight.py", "tests/unit/flow/test_disperse.py"
+READS = "tests/contract/test_read.py"
 DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
 GUIDE, PRECISION, WAIT = (
     "tests/unit/flow/test_guide.py",
@@ -125,8 +127,8 @@ MUTANTS = [
     Mutant("objectives/dumo.py", "v_star - lift", "v_star + lift", "u* has the sign of du/dt wrong", FIXED),
     Mutant("objectives/dumo.py", "lift(b.t, b.x_t) * du_dt", "du_dt", "u* forgets the factor t", FIXED),
     Mutant("objectives/dumo.py", "along(v_star)", "along(b.v_t)", "du/dt runs along the unguided velocity", FIXED),
-    Mutant("objectives/dumo.py", "_, du_dt =", "du_dt, _ =", "u* takes the slope of v", FIXED),
-    Mutant("objectives/dumo.py", "(1 - self.beta) * u_loss", "self.beta * u_loss", "beta weighs both", DUMO),
+    Mutant("objectives/dumo.py", "_, du_dt, *_ =", "du_dt, *_ =", "u* takes the slope of v", FIXED),
+    Mutant("objectives/dumo.py", "(1 - beta) * u_part", "beta * u_part", "beta weighs both", DUMO),
     Mutant("objectives/dumo.py", "torch.no_grad()", "torch.enable_grad()", "the target is pulled too", DUMO),
     Mutant("objectives/dumo.py", "head=1", "head=0", "the endpoint is read off v", READ),
     Mutant("objectives/flow_matching.py", "(v_hat - v_star)", "(v_hat - b.v_t)", "guidance has no effect", FIXED),
@@ -310,7 +312,9 @@ MUTANTS = [
         "sampling/solver.py", "velocity(x - dt * v, s, c)", "velocity(x - dt * v, t, c)", "Heun stays in time", SOLVERS
     ),
     Mutant("sampling/solver.py", "velocity(x - dt * v, s, c)", "velocity(x, s, c)", "Heun stays in place", SOLVERS),
-    Mutant("sampling/solver.py", "fresh(k)", "fresh(0)", "Restart noises with the noise it started from", SOLVERS),
+    Mutant(
+        "sampling/solver.py", "z = fresh(k)", "z = fresh(0)", "Restart noises with the noise it started from", SOLVERS
+    ),
     Mutant("sampling/solver.py", "flow_map(x, t, s, c)", "flow_map(x, t, 0 * s, c)", "Hop goes all the way", SOLVERS),
     Mutant(
         "sampling/grid.py",
@@ -319,6 +323,20 @@ MUTANTS = [
         "the jumps rise",
         "tests/unit/sampling/test_grid.py",
     ),
+    Mutant("sampling/solver.py", "self.m_at.get(n, self.m)", "self.m", "m_at has no effect", SOLVERS),
+    Mutant("sampling/solver.py", "sqrt(self.rho) * z + sqrt", "self.rho * z + sqrt", "noise is lost", SOLVERS),
+    Mutant("sampling/solver.py", "lift((t - s) ** 2 / t, x_t)", "lift((t - s) ** 2, x_t)", "x_0 is missed", SOLVERS),
+    Mutant(
+        "sampling/solver.py", "level = sqrt(1 - self.rho)", "level = (1 - self.rho)", "too much noise is taken", SOLVERS
+    ),
+    Mutant("sampling/solver.py", "both(x, t, c)[0]", "both(x, s, c)[0]", "EulerJump looks ahead", SOLVERS),
+    Mutant("objectives/dumo.py", "v, u, *_ = net", "u, v, *_ = net", "both heads change places", READS),
+    Mutant("flow/weight.py", "progress / self.over", "progress", "a line lasts all the training", WEIGHT),
+    Mutant("flow/weight.py", "(-log_variance).exp()", "log_variance.exp()", "the variance multiplies", WEIGHT),
+    Mutant("flow/weight.py", "* loss + log_variance", "* loss", "the variance grows for ever", WEIGHT),
+    Mutant("flow/disperse.py", "-d / self.tau", "d / self.tau", "rows are pulled together", DISPERSE),
+    Mutant("flow/disperse.py", "- 2 * log(", "- log(", "the mean is over rows", DISPERSE),
+    Mutant("nets/head.py", "round(needs.inside * depth)", "depth", "the last block is shown", DISPERSE),
     Mutant("objectives/shortcut.py", "torch.exp2(-k - 1)", "torch.exp2(-k)", "a half step is a whole one", SHORTCUT),
     Mutant(
         "objectives/shortcut.py", "b.x_t - lift(half", "b.x_t + lift(half", "the half step goes back to noise", SHORTCUT
@@ -751,7 +769,9 @@ MUTANTS = [
         "V(null) is another head's",
         SEVERAL,
     ),
-    Mutant("objectives/several.py", "part.weight * (1 if", "(1 if", "parts have no weights", SEVERAL),
+    Mutant(
+        "objectives/several.py", "weight_at(part.weight, b.progress) * (1 if", "(1 if", "parts have no weights", SEVERAL
+    ),
     Mutant(
         "objectives/several.py",
         "self._aimed(ref, i)) for i, (part, rate) in at]",
@@ -1047,7 +1067,7 @@ MUTANTS = [
     Mutant("preflight/depth.py", "(lengths[i] - few) * step", "lengths[i] * step", "a block too many", DEPTH),
     Mutant("export/lora.py", "new.bias.detach() - old.bias", "new.bias.detach()", "a LoRA adds a bias twice", LORA),
     Mutant("export/stock.py", "self.none + scale - 1", "scale", "Z-Image is guided once too often", STOCK),
-    Mutant("export/scheduler.py", "(M / START)", "M", "the times of jumps forget where they start", STOCK),
+    Mutant("export/scheduler.py", "(m / START)", "m", "the times of jumps forget where they start", STOCK),
     Mutant("export/scheduler.py", '"shift": 1.0, ', "", "a scheduler may bend the times", STOCK),
 ]
 

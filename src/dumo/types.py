@@ -25,7 +25,7 @@ Time = Float[Array, " b"]  # t, r, s; 0 is data, 1 is noise
 PerSample = Float[Tensor, " b"]  # one number per row
 Rows = Bool[Tensor, " b"]  # which rows
 Cond = Shaped[Tensor, "b *c"]  # class indices (b,), or a text embedding
-Heads = tuple[Array, ...]  # one Sample per head, then one PerSample per gauge, in the order of `Needs`
+Heads = tuple[Array, ...]  # Samples of heads and PerSamples of gauges, in the order of `Needs`; then what is `inside`
 Taught = Callable[[Sample, Time, Cond, Sample], Sample]  # (x_t, t, c, v_t) -> the velocity to learn
 FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
 CHANGES: JsonDict = {"changes": True}  # it may, too, and run.yaml notes from which step on
@@ -157,9 +157,10 @@ class Needs:
     scale: float = 1.0  # of guidance by a field of this name, where there is no guide; 1 is none
     teachable: bool = True  # whether the loss learns from v_t, in whose place a teacher's velocity may be
     unit: bool = False  # whether constants of it are for data of standard deviation 1
-    group: int = 1  # so many neighbouring rows learn from one another's targets
+    group: int = 1  # so many neighbouring rows meet in the loss
     ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
     amplifies: float = 0.0  # how often the rounding of the net is multiplied (`dumo.flow.secant`)
+    inside: float | None = None  # the share of its blocks after which the net gives what they made, behind the gauges
     phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)  # where steps cost alike: a progress, its share of training
 
     @property

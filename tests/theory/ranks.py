@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from contract.case import name as named
 from contract.case import objectives, randomise
+from dumo.flow.disperse import Disperse
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
@@ -69,7 +70,9 @@ def both(net: nn.Module) -> nn.Module:
 
 OBJECTIVES = {
     "tape": DuMo(slope=DualSlope(), guide=Guide(zeta=0.5)),
-    "tape, random guidance": DuMo(slope=DualSlope(), guide=GUIDED),
+    "tape, random guidance": DuMo(
+        slope=DualSlope(), guide=GUIDED, variance=("u",), disperse=Disperse(group=8, tau=4.0)
+    ),
     "ride": DuMo(slope=DualSlope(), guide=Guide()),
     "ride, some rows": MeanFlow(slope=DualSlope()),
 }

@@ -12,7 +12,7 @@ from meeting import outputs
 
 DIGITS = [name for name in recipes.names() if name.partition("-")[0] == "digits" and name != "digits-words"]
 VARIANTS = [
-    "digits+objective.guide.fraction=0.5",
+    "digits+objective.guide.fraction=0.5+objective.disperse.group=8+objective.variance=[u]",
     "digits+objective.slope.kind=dual",
     "digits+objective.slope.kind=dual+train.precision=bf16",
     "digits+train.coupling={group: 16}+objective.times={kind: stratified}+data.held=360",

@@ -270,7 +270,7 @@ def _grouped(run: Tree) -> str:
     if guide and guide.group > 1:
         said.append(f"objective.guide.fraction = {1 / guide.group:g} picks one of every {guide.group}")
     if run.objective.needs.group > 1:
-        said.append(f"contrast sets {run.objective.needs.group} rows against each other")
+        said.append(f"the objective compares {run.objective.needs.group} rows")
     if run.train.coupling:
         said.append(f"train.coupling lets {run.train.coupling.group} rows exchange noise")
     return f" ({' and '.join(said)})"

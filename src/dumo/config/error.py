@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dumo.config.format import hint
+from dumo.flow.weight import LINE, NUMBER
 from dumo.io.text import brief
 
 Location = tuple[int | str, ...]
@@ -77,7 +78,7 @@ def _walk(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | 
         if tagged:
             annotation = tagged[0]
             continue
-        if isinstance(part, str) and not models:
+        if isinstance(part, str) and (not models or part in (NUMBER, LINE)):
             continue  # which choice of a union of plain types was tried
         names.append(str(part))
         model = models[0] if models else None

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from dumo.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.nets.block import Block, Mlp, Sizes, Stream
 from dumo.nets.embed import Own, Scalars, grid_waves, label_table
-from dumo.nets.head import Gauges
+from dumo.nets.head import Gauges, block_of
 from dumo.nets.magnitude import Magnitude, Preserving, Unit, shorten
 from dumo.nets.norm import Norm, modulated, normalize
 from dumo.nets.precondition import Precondition, framed
@@ -147,11 +147,12 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(self._blocks(spec))
         self.heads = nn.ModuleDict({name: Head(width, channels * spec.patch**2, spec.norm) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
+        self.inside = block_of(needs, spec.depth)
         self.gradient_checkpointing = spec.checkpoint
         self._initialize()
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        """Return the heads, shaped like x, then the gauges, in the order of the needs."""
+        """Return the heads, shaped like x, then the gauges, in the order of the needs, and what is inside."""
         shared, own = self.own(**inputs)
         x, out = framed(self.precondition, x, shared["t"])
         h: Array = self.embed(self._patches(x))
@@ -166,9 +167,9 @@ class Transformer(nn.Module):
         elif self.label is not None:
             told = told + self.label(c)
         e = F.silu(told)
-        h = through([*self.blocks], h, e, *more, *places, lean=self.gradient_checkpointing)
+        h, inside = through([*self.blocks], h, e, *more, *places, lean=self.gradient_checkpointing, shown=self.inside)
         heads = (out(self._image(head(h, F.silu(told + own[k]) if k in own else e))) for k, head in self.heads.items())
-        return *heads, *(self.gauges(**shared) if self.gauges else ())
+        return *heads, *(self.gauges(**shared) if self.gauges else ()), *inside
 
     def after_step(self) -> None:
         """Where magnitudes are preserved, make rows as long as they are used. Training calls it after each update."""

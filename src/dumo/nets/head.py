@@ -1,9 +1,14 @@
-"""Numbers out, beside the samples: one number per row and gauge."""
+"""What a net gives beside the samples: one number per row and gauge, and what a block made."""
 
 from torch import nn
 
 from dumo.nets.embed import Scalars
 from dumo.types import Array, Needs, Time
+
+
+def block_of(needs: Needs, depth: int) -> int | None:
+    """The block, counted from 1, after which to look inside; None: nobody asks."""
+    return None if needs.inside is None else max(1, round(needs.inside * depth))
 
 
 class Gauges(nn.Module):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from dumo.bound import BLOCKS, CHANNELS, FACTOR
 from dumo.nets.embed import Own, Scalars, label_table
-from dumo.nets.head import Gauges
+from dumo.nets.head import Gauges, block_of
 from dumo.nets.precondition import Precondition, framed
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time
 
@@ -43,19 +43,22 @@ class Perceptron(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(spec.depth))
         self.heads = nn.ModuleDict({name: nn.Linear(width, dim) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
+        self.inside = block_of(needs, spec.depth)
         for head in self.heads.values():
             nn.init.zeros_(head.weight)  # pyright: ignore[reportArgumentType]
             nn.init.zeros_(head.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        """Return the heads, shaped like x, then the gauges, in the order of the needs."""
+        """Return the heads, shaped like x, then the gauges, in the order of the needs, and what is inside."""
         shared, own = self.own(**inputs)
         x, out = framed(self.precondition, x, shared["t"])
         h: Array = self.embed(x.flatten(1)) + self.scalars(**shared)
         if self.label is not None:
             h = h + self.label(c)
-        for layer in self.layers:
+        inside = list[Array]()
+        for k, layer in enumerate(self.layers, start=1):
             h = h + layer(F.silu(h))
+            inside += [h] if k == self.inside else []
         told = F.silu(h)
         heads = (out(head(F.silu(h + own[k]) if k in own else told).view(x.shape)) for k, head in self.heads.items())
-        return *heads, *(self.gauges(**shared) if self.gauges else ())
+        return *heads, *(self.gauges(**shared) if self.gauges else ()), *inside

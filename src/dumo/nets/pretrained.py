@@ -175,6 +175,7 @@ def demand(needs: Needs) -> None:
     """Raise UserError where an objective asks for more than velocities and flow maps at a time."""
     strange = [f"head '{name}'" for name in needs.heads if name not in HEADS]
     strange += [f"input '{name}'" for name in needs.names if name != "t"] + [f"gauge '{name}'" for name in needs.gauges]
+    strange += ["what its blocks make (objective.disperse)"] * (needs.inside is not None)
     if strange:
         raise UserError(
             f"net 'diffusers' has heads v and u, and is told t alone; this objective asks for {strange[0]}: take "

@@ -41,20 +41,25 @@ def joined(blocks: Sequence[Stream], linear: type[nn.Linear], width: int) -> lis
     return [*blocks[:plain], *(Joined(block, linear(2 * width, width)) for block in blocks[plain:])]
 
 
-def through(blocks: Sequence[nn.Module], h: Array, *told: Array | None, lean: bool) -> Array:
-    """h after all blocks, which are told the same; `lean` as `run` has it.
+def through(
+    blocks: Sequence[nn.Module], h: Array, *told: Array | None, lean: bool, shown: int | None = None
+) -> tuple[Array, list[Array]]:
+    """h after all blocks, which are told the same, and h after the block `shown`, if any; `lean` as `run` has it.
 
-    The pairs are found by counting, so that they are right of a net with fewer blocks, by which a deep one is counted.
+    Blocks are counted from 1. The last is shown of a net with fewer, by which a deep one is counted; and pairs are
+    found by counting, so that they are right of it.
     """
     joins = sum(isinstance(block, Joined) for block in blocks)
-    kept: list[Array] = []
+    kept, inside = list[Array](), list[Array]()
+    shown = shown and min(shown, len(blocks))
     for i, block in enumerate(blocks):
         skip = [kept.pop()] if isinstance(block, Joined) else []
         h = run(block, h, *skip, *told, lean=lean)
-        if i < joins:
-            kept.append(h)
+        kept += [h] if i < joins else []
+        inside += [h] if i + 1 == shown else []
+        if i < joins or i + 1 == shown:
             h = h.view_as(h)  # so that ranks, which have such a node before every block, add gradients in this order
-    return h
+    return h, inside
 
 
 def skips(depth: int) -> int:

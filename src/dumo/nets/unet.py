@@ -63,6 +63,10 @@ class UNet(Spec):
                 f"net.attention {self.attention} does not divide net.width {self.width} times each of net.multipliers "
                 f"{self.multipliers}, which must be at least 1"
             )
+        if needs.inside is not None:
+            raise UserError(
+                "net 'unet' does not show what its blocks make: use net.kind=dit, or objective.disperse=null"
+            )
         if self.augment and classes:
             raise UserError(
                 f"net.augment takes {self.augment} numbers as the condition c, but the data has {classes} classes: "

@@ -13,16 +13,16 @@ To add a part: write its class here, and name it in the union.
 from collections.abc import Callable
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dumo.flow import dropout
 from dumo.flow.residual import Contrast, adaptive, contrasted
+from dumo.flow.weight import Weight
 from dumo.place import index
 from dumo.types import Cond, Noised, PerSample, Reads, Sample, Spec, Time, lift, mean_square
 
 Aimed = Callable[[Sample, Time, Time, Cond], Sample]  # (x_t, t, r, c) -> what one head says there
 Name = Annotated[str, Field(pattern=r"^[a-z]\d*$")]  # of a head: a letter, and perhaps a number
-Weight = Annotated[float, Field(gt=0)]
 
 
 class WeightedHead(Spec):
@@ -32,6 +32,7 @@ class WeightedHead(Spec):
     derived: ClassVar[bool] = False  # its target holds its head's derivative
     name: Name
     weight: Weight
+    variance: bool = Field(default=False, exclude_if=lambda on: not on)  # divided by it at t, learned (EDM2, Eq. 21)
 
     def measure(self, head: Sample, target: Sample) -> PerSample:
         """The loss of a head, before its weight."""
@@ -45,6 +46,12 @@ class VelocityPart(WeightedHead):
     name: Name = "v"
     weight: Weight = 0.7  # DuMo's beta, Tab. 3
     contrast: Contrast = 0.0  # of v's targets (Stoica et al. 2025, who take 0.05)
+
+    @model_validator(mode="after")
+    def _square(self) -> "VelocityPart":
+        if self.contrast and self.variance:
+            raise ValueError("contrast is no square, so it has no variance: set variance=false, or contrast=0")
+        return self
 
     def target(self, b: Noised, v_star: Sample, rate: Sample, ref: Aimed) -> Sample:
         """v*."""

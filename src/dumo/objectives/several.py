@@ -23,10 +23,12 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
+from dumo.flow.disperse import Dispersed, dispersed, looking
 from dumo.flow.guide import Guide
 from dumo.flow.residual import clipped_share, demand_unbent
 from dumo.flow.slope import Along, CentralSlope, Slope
 from dumo.flow.times import Below, Beta, Times
+from dumo.flow.weight import by_variance, weight_at
 from dumo.objectives.part import Aimed, AveragePart, EndpointPart, Part, VelocityPart
 from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
 
@@ -46,6 +48,7 @@ class Several(Spec):
     slope: Slope = CentralSlope(h=0.005)  # as DuMo
     along: Literal["target", "velocity"] = "target"  # derivatives run along v*, as DuMo's, or the velocity head (ours)
     ramp: float = Field(default=0.0, ge=0, le=1)  # share of training in which they grow, from heads that are v (ours)
+    disperse: Dispersed = None  # what a block makes of its rows lies apart
     apart: bool = False  # heads that are not told r learn on rows with r = t alone (ours)
 
     @property
@@ -53,8 +56,17 @@ class Several(Spec):
         """What the net takes and gives, and the loss takes."""
         own = {p.name: ("r",) for p in self.parts if p.aims}
         heads, derives = tuple(p.name for p in self.parts), any(p.derived for p in self.parts)
-        group = 2 if self._contrast else 1
-        return Needs(heads=heads, own=own, slope=self.slope, derives=derives, guide=self.guide, group=group)
+        gauges = tuple(f"log_variance_{p.name}" for p in self.parts if p.variance)
+        needs = Needs(
+            heads=heads,
+            gauges=gauges,
+            own=own,
+            slope=self.slope,
+            derives=derives,
+            guide=self.guide,
+            group=2 if self._contrast else 1,
+        )
+        return looking(needs, self.disperse)
 
     @property
     def _contrast(self) -> float:
@@ -85,22 +97,27 @@ class Several(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """The weighted sum over the parts; notes: what a clamp of a target with a derivative would cut."""
-        heads, along = self._heads(net, ref, b)
+        answers, along = self._heads(net, ref, b)
+        heads, more = answers[: len(self.parts)], answers[len(self.parts) :]
         first = self._first
         with torch.no_grad():
             v_star = self.guide(b, heads[first], lambda b, c: self._aimed(ref, first)(b.x_t, b.t, b.r, c))
             grown = min(1.0, b.progress / self.ramp) if self.ramp else 1.0
             rates = tuple(grown * rate for rate in along(v_star if self.along == "target" else heads[first].detach()))
-            at = enumerate(zip(self.parts, rates, strict=True))
+            at = enumerate(zip(self.parts, rates, strict=False))  # gauges have rates, too
             targets = [part.target(b, v_star, rate, self._aimed(ref, i)) for i, (part, rate) in at]
         errors = [head - target for head, target in zip(heads, targets, strict=True)]
         losses = [part.measure(head, target) for part, head, target in zip(self.parts, heads, targets, strict=True)]
         alone = (b.r == b.t).to(b.t) / (1 - self.times.moving_share) if self.apart else 1
-        weights = [part.weight * (1 if part.aims else alone) for part in self.parts]
-        loss = reduce(add, (weight * loss for weight, loss in zip(weights, losses, strict=True)))
+        learned = dict(zip((part.name for part in self.parts if part.variance), more, strict=False))
         known = [*zip(self.parts, errors, strict=True)]
+        losses = [by_variance(loss, learned.get(p.name)) for p, loss in zip(self.parts, losses, strict=True)]
+        weights = [weight_at(part.weight, b.progress) * (1 if part.aims else alone) for part in self.parts]
+        loss = reduce(add, (weight * loss for weight, loss in zip(weights, losses, strict=True)))
         notes = {f"clipped_share_{part.name}": clipped_share(e) for part, e in known if part.derived}
-        return Terms(loss, {part.name: mean_square(e) for part, e in known}, notes)
+        notes |= {f"log_variance_{name}": w.detach() for name, w in learned.items()}
+        terms = Terms(loss, {part.name: mean_square(e) for part, e in known}, notes)
+        return dispersed(terms, self.disperse, more)
 
     def read(self, net: Net) -> Reads:
         """Of each reading the first head that has it, those before that are not told r; both: told r = 0."""

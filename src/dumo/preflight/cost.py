@@ -127,7 +127,7 @@ def exact_rows(objective: Objective) -> int:
     """The fewest rows, at least 2, of which every share that an objective treats apart is a whole number."""
     guide, times = objective.needs.guide, objective.times
     moving = Fraction(times.moving_share).limit_denominator(1000)
-    return lcm(2, times.group, moving.denominator, guide.group if guide else 1)
+    return lcm(2, times.group, moving.denominator, guide.group if guide else 1, objective.needs.group)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def plan(spec: Run) -> dict[str, Any]:
         **shown,
         "parameters_total": sum(value.numel() for value in net.state_dict().values()),
         "inputs": {"x": list(shape), **{name: [] for name in ("c", *needs.names)}},
-        "heads": {name: list(head.shape[1:]) for name, head in zip((*needs.heads, *needs.gauges), heads, strict=True)},
+        "heads": {name: list(head.shape[1:]) for name, head in zip((*needs.heads, *needs.gauges), heads, strict=False)},
         "tokens": getattr(net, "grid", 0) ** 2 or None,
         "memory": (holds := memory(spec, most_rows(spec), net)),
         "gpus": gpus(holds),
