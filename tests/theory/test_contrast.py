@@ -8,7 +8,7 @@ from dumo.config.load import load
 from dumo.flow.guide import Guide
 from dumo.flow.slope import DualSlope
 from dumo.flow.times import Jumps
-from dumo.objectives import DuMo, FlowMatching, Several
+from dumo.objectives import FlowMatching, Several
 from dumo.objectives.part import AveragePart, VelocityPart
 from dumo.training.cut import together
 from dumo.types import Frozen, Heads, Noised, UserError
@@ -19,7 +19,6 @@ PLAIN = {"guide": Guide(), "drop": 0.3}
 PARTS = (VelocityPart(weight=0.6, contrast=PUSH), AveragePart(weight=0.4))
 OBJECTIVES = [
     FlowMatching(contrast=PUSH, **PLAIN),
-    DuMo(beta=0.6, contrast=PUSH, slope=DualSlope(), **PLAIN),
     Several(parts=PARTS, times=Jumps(), slope=DualSlope(), **PLAIN),
 ]
 each = pytest.mark.parametrize("objective", OBJECTIVES, ids=lambda o: o.kind)
@@ -36,7 +35,7 @@ class Free(nn.Module):
         return tuple(self.said)
 
 
-def pulls(objective: FlowMatching | DuMo | Several, v: Tensor, b: Noised) -> list[Tensor]:
+def pulls(objective: FlowMatching | Several, v: Tensor, b: Noised) -> list[Tensor]:
     """Minus the gradients of all heads, row by row."""
     net = Free(v, len(objective.needs.heads))
     objective.loss(net, Frozen(net), b).loss.sum().backward()
@@ -49,7 +48,7 @@ def swapped(x: Tensor) -> Tensor:
 
 
 @each
-def test_the_velocity_rests_beyond_its_target(objective: FlowMatching | DuMo | Several) -> None:
+def test_the_velocity_rests_beyond_its_target(objective: FlowMatching | Several) -> None:
     """At (v* - p v~*) / (1 - p), to which it is pulled in proportion; the other heads learn what they did."""
     b = record(objective, gaussian(), 16)
     rest = (b.v_t - PUSH * swapped(b.v_t)) / (1 - PUSH)
@@ -65,7 +64,7 @@ def test_the_velocity_rests_beyond_its_target(objective: FlowMatching | DuMo | S
 
 
 @each
-def test_rows_by_twos_are_cut_by_twos(objective: FlowMatching | DuMo | Several) -> None:
+def test_rows_by_twos_are_cut_by_twos(objective: FlowMatching | Several) -> None:
     b = record(objective, gaussian(), 16)
     v = torch.zeros_like(b.v_t)
     halves = torch.cat([pulls(objective, v[rows], b[rows])[0] for rows in (slice(0, 6), slice(6, 16))])
@@ -85,10 +84,14 @@ def test_a_last_row_without_a_neighbour_is_pushed_from_its_own() -> None:
 @pytest.mark.parametrize(
     ("recipe", "words", "said"),
     [
-        ("digits-guided", ["objective.contrast=0.05"], "contrast moves the velocity head .* guide"),
+        (
+            "digits-three-heads",
+            ["objective.parts.0.contrast=0.05", "objective.guide.zeta=0.5"],
+            "contrast moves .* guide",
+        ),
         ("digits-flow-matching", ["objective.contrast=0.05", "objective.guide.zeta=0.5"], "guide.zeta=0"),
         ("digits-flow-matching", ["objective.contrast=1"], "objective.contrast"),
-        ("digits-flow-matching", ["objective.contrast=0.05", "train.batch=33"], "contrast sets 2 rows"),
+        ("digits-flow-matching", ["objective.contrast=0.05", "train.batch=33"], "compares 2 rows"),
         ("digits-three-heads", ["objective.parts.0.contrast=0.05", "objective.along=velocity"], "along=target"),
     ],
 )

@@ -12,13 +12,14 @@ from meeting import outputs
 
 DIGITS = [name for name in recipes.names() if name.partition("-")[0] == "digits" and name != "digits-words"]
 VARIANTS = [
-    "digits+objective.guide.fraction=0.5+objective.disperse.group=8+objective.variance=[u]",
+    "digits+objective.guide.fraction=0.5",
     "digits+objective.slope.kind=dual",
     "digits+objective.slope.kind=dual+train.precision=bf16",
     "digits+train.coupling={group: 16}+objective.times={kind: stratified}+data.held=360",
     "digits+teacher",
     "digits-meanflow+pairs",
-    "digits-three-heads+train.clip=100+objective.times={kind: jumps}+objective.parts.0.contrast=0.05",
+    "digits-three-heads+train.clip=100+objective.times={kind: jumps}+objective.parts.0.contrast=0.05"
+    "+objective.disperse.group=8+objective.parts.1.variance=true",
     "digits+net.depth=3+net.skips=true+net.magnitude=preserved",
     "moons",
 ]

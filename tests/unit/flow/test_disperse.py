@@ -13,14 +13,16 @@ from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope
 from dumo.nets import DiT, Net
-from dumo.objectives import DuMo
+from dumo.objectives import Several
+from dumo.objectives.part import EndpointPart, VelocityPart
 from dumo.training.cut import together
 from dumo.types import Frozen, UserError
 
 FOUR = Disperse(group=4, tau=0.3, weight=0.2, after=0.5)
 H = torch.randn(8, 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 TRAIN = load("digits").train
-DUMO = DuMo(disperse=FOUR, slope=DualSlope(), drop=0.2)
+PARTS = (VelocityPart(), EndpointPart())
+TWO = Several(parts=PARTS, disperse=FOUR, slope=DualSlope(), drop=0.2)
 SHAPE = (2, 4, 4)
 
 
@@ -46,14 +48,14 @@ def test_rows_that_lie_on_one_another_have_a_gradient() -> None:
 
 def test_groups_are_those_of_the_global_batch() -> None:
     assert torch.equal(FOUR(H), torch.cat([FOUR(H[:4]), FOUR(H[4:])]))
-    assert together(TRAIN, DUMO) == 4
+    assert together(TRAIN, TWO) == 4
     with pytest.raises(ValueError, match="6 rows are no whole groups of 4"):
         FOUR(H[:6])
 
 
 @pytest.mark.parametrize("slope", [DualSlope(), CentralSlope()], ids=kind)
 def test_it_is_added_to_the_loss_without_a_pass(slope: DualSlope | CentralSlope) -> None:
-    plain, spread = (DuMo(disperse=some, slope=slope, drop=0.2) for some in (None, FOUR))
+    plain, spread = (Several(parts=PARTS, disperse=some, slope=slope, drop=0.2) for some in (None, FOUR))
     net = randomise(DiT(width=16, depth=2, attention=2, patch=2).build(spread.needs, SHAPE, 3)).eval()
     seen: list[int] = []
     net.register_forward_hook(lambda *_: seen.append(1))
@@ -72,9 +74,9 @@ def test_a_net_shows_its_inside_or_says_that_it_cannot(net: Net) -> None:
     """What is behind the asked block moves the heads and not what is shown."""
     if net.kind == "unet":
         with pytest.raises(UserError, match=r"objective\.disperse=null"):
-            net.build(DUMO.needs, SHAPE, 3)
+            net.build(TWO.needs, SHAPE, 3)
         return
-    built = randomise(net.build(DUMO.needs, SHAPE, 3)).eval()
+    built = randomise(net.build(TWO.needs, SHAPE, 3)).eval()
     x, c, t = torch.ones(2, *SHAPE), torch.zeros(2, dtype=torch.long), torch.full((2,), 0.3)
     before = built(x, c, t=t)
     assert len(before) == 3
