@@ -19,7 +19,7 @@ RATIOS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 def cells(scale: str) -> Iterator[Cell]:
     """MeanFlow at six velocity ratios, and DuMo, which needs none; equal data, net and steps."""
     sets = {
-        "smoke": ["train.steps=40", "train.batch=128", "net.width=64", "evaluate.protocol.samples=500"],
+        "smoke": ["train.steps=40", "train.batch=128", "net.width=64", "evaluate.protocol.samples=200"],
         "laptop": ["train.steps=2000", "train.batch=512"],
     }[scale]
     for ratio in RATIOS:
