@@ -25,7 +25,7 @@ def grouped(results: Row, *keys: str) -> list[list[Row]]:
     """The rows that agree in these keys, one for each number of passes, in their order, with all spreads."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for stored, row in zip(results["table"], respread(results), strict=True):
-        assert abs(stored["fd"] - row["fd"]) + abs(stored.get("fd_grey", 0) - row.get("fd_grey", 0)) < 1e-9, stored
+        assert abs(stored["fd"] - row["fd"]) + abs((stored.get("fd_grey") or 0) - (row.get("fd_grey") or 0)) < 1e-9, stored
         found.setdefault(tuple(row[key] for key in keys), []).append(row)
     return [*found.values()]
 
@@ -95,6 +95,17 @@ def ideas(results: Row) -> Iterator[str]:
         cells = [own[0]["idea"], f"{own[0]['steps']:,}", f"{own[0]['F_per_step']:.2f}"]
         digits = 2 if len(keys) == 2 else 1
         yield line([*cells, *spread(own, *keys, digits=digits), *(f"{row['recall']:.2f}" for row in own)])
+
+
+def words(results: Row) -> Iterator[str]:
+    """By words and by classes: distances, and those within a class by captions that were trained on and held out."""
+    yield line(["", "by", "steps", "MFLOP a pass", "FD, 1 pass", "2", "recall, 1 pass", "class FD, 1 pass", "held out"])
+    yield "|" + "---|" * 9
+    for own in grouped(results, "data", "condition"):
+        row, key = own[0], "fd" if own[0].get("fd_grey") is None else "fd_grey"
+        cells = [row["data"], row["condition"], f"{row['steps']:,}", f"{row['MFLOP_per_pass']:.1f}"]
+        apart = [f"{row[k]:.2f}" if row[k] else "" for k in ("recall", "class_fd", "class_fd_held")]
+        yield line([*cells, *spread(own, key), *apart])
 
 
 def fair(results: Row) -> Iterator[str]:
@@ -198,6 +209,7 @@ TABLES = {
     "heads": ("zoo", heads),
     "ideas": ("ours", ideas),
     "ideas-latents": ("ours-latents", ideas),
+    "words": ("words", words),
     "fair": ("fair", fair),
     "kills": ("kill", kills),
     "machines": ("machine", machines),
