@@ -45,7 +45,7 @@ def built(seed: int, share: int = 0, width: int = 8) -> State:
     for module in (net, *(average.module for average in averages.values())):
         if share:
             shard(module, share)
-    return State(net, AdamW(lr=1e-2)(net.parameters()), averages)
+    return State(net, AdamW(lr=1e-2)(net), averages)
 
 
 def shard(net: nn.Module, share: int) -> None:
