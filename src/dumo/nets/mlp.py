@@ -55,7 +55,7 @@ class Perceptron(nn.Module):
         h: Array = self.embed(x.flatten(1)) + self.scalars(**shared)
         if self.label is not None:
             h = h + self.label(c)
-        inside = list[Array]()
+        inside: list[Array] = []
         for k, layer in enumerate(self.layers, start=1):
             h = h + layer(F.silu(h))
             inside += [h] if k == self.inside else []

@@ -50,7 +50,8 @@ def through(
     found by counting, so that they are right of it.
     """
     joins = sum(isinstance(block, Joined) for block in blocks)
-    kept, inside = list[Array](), list[Array]()
+    kept: list[Array] = []  # a compiler cannot make list[Array]()
+    inside: list[Array] = []
     shown = shown and min(shown, len(blocks))
     for i, block in enumerate(blocks):
         skip = [kept.pop()] if isinstance(block, Joined) else []

@@ -71,7 +71,7 @@ class Several(Spec):
     @property
     def _contrast(self) -> float:
         """The most of its parts."""
-        return max((part.contrast for part in self.parts if isinstance(part, VelocityPart)), default=0.0)
+        return max([0.0, *[part.contrast for part in self.parts if isinstance(part, VelocityPart)]])
 
     @model_validator(mode="after")
     def _whole(self) -> "Several":
