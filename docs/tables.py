@@ -25,7 +25,8 @@ def grouped(results: Row, *keys: str) -> list[list[Row]]:
     """The rows that agree in these keys, one for each number of passes, in their order, with all spreads."""
     found: dict[tuple[Any, ...], list[Row]] = {}
     for stored, row in zip(results["table"], respread(results), strict=True):
-        assert abs(stored["fd"] - row["fd"]) + abs((stored.get("fd_grey") or 0) - (row.get("fd_grey") or 0)) < 1e-9, stored
+        for score in ("fd", "fd_grey"):
+            assert abs((stored.get(score) or 0) - (row.get(score) or 0)) < 1e-9, stored
         found.setdefault(tuple(row[key] for key in keys), []).append(row)
     return [*found.values()]
 
