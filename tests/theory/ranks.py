@@ -25,7 +25,8 @@ from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
 from dumo.flow.slope import DualSlope
 from dumo.nets import DiT
-from dumo.objectives import DuMo, MeanFlow, Objective
+from dumo.objectives import DuMo, MeanFlow, Objective, Several
+from dumo.objectives.part import EndpointPart, VelocityPart
 from dumo.types import Frozen, Net, Noised, frozen
 from meeting import meeting
 
@@ -70,8 +71,11 @@ def both(net: nn.Module) -> nn.Module:
 
 OBJECTIVES = {
     "tape": DuMo(slope=DualSlope(), guide=Guide(zeta=0.5)),
-    "tape, random guidance": DuMo(
-        slope=DualSlope(), guide=GUIDED, variance=("u",), disperse=Disperse(group=8, tau=4.0)
+    "tape, random guidance": Several(
+        parts=(VelocityPart(), EndpointPart(variance=True)),
+        slope=DualSlope(),
+        guide=GUIDED,
+        disperse=Disperse(group=8, tau=4.0),
     ),
     "ride": DuMo(slope=DualSlope(), guide=Guide()),
     "ride, some rows": MeanFlow(slope=DualSlope()),
