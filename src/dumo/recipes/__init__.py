@@ -16,7 +16,7 @@ GROUPS = {  # by purpose, each in the order in which it is listed
     "Start here": ("digits", "moons"),
     "Your own images": ("my-images", "my-images-256"),
     "A pretrained transformer": ("sd3-lora", "sana", "flux-lora", "z-image", "qwen-image-lora", "qwen-image"),
-    "By words": ("digits-words", "cifar10-latents-words"),
+    "By words": ("digits-words", "cifar10-latents-words", "text-256", "text-512", "text-1024"),
     "Compare objectives on digits, at equal cost": (
         *("digits-flow-matching", "digits-meanflow", "digits-imf", "digits-split-meanflow", "digits-alpha-flow"),
         *("digits-soflow", "digits-shortcut", "digits-imm", "digits-tvm", "digits-facm", "digits-rcgm"),

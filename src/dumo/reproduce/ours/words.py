@@ -37,7 +37,7 @@ def cells(scale: str) -> Iterator[Cell]:
         if smoke and data != "digits":
             continue
         sets = [*(arm.SMALL if smoke else ()), "evaluate.nfe=[1,2]"]
-        steps, cost = arm.SMOKE if smoke else STEPS[data], arm.work(load(words, sets))
+        steps, cost = arm.SMOKE // 2 if smoke else STEPS[data], arm.work(load(words, sets))
         for by, recipe in (("class", data), ("words", words)):
             spec = load(recipe, [*sets, f"train.steps={round(steps * cost / arm.work(load(recipe, sets)))}"])
             flops = forward_flops(spec.outline(), spec.objective, spec.data.shape)
