@@ -127,8 +127,8 @@ MUTANTS = [
     Mutant("objectives/dumo.py", "v_star - lift", "v_star + lift", "u* has the sign of du/dt wrong", FIXED),
     Mutant("objectives/dumo.py", "lift(b.t, b.x_t) * du_dt", "du_dt", "u* forgets the factor t", FIXED),
     Mutant("objectives/dumo.py", "along(v_star)", "along(b.v_t)", "du/dt runs along the unguided velocity", FIXED),
-    Mutant("objectives/dumo.py", "_, du_dt, *_ =", "du_dt, *_ =", "u* takes the slope of v", FIXED),
-    Mutant("objectives/dumo.py", "(1 - beta) * u_part", "beta * u_part", "beta weighs both", DUMO),
+    Mutant("objectives/dumo.py", "_, du_dt =", "du_dt, _ =", "u* takes the slope of v", FIXED),
+    Mutant("objectives/dumo.py", "(1 - self.beta) * u_loss", "self.beta * u_loss", "beta weighs both", DUMO),
     Mutant("objectives/dumo.py", "torch.no_grad()", "torch.enable_grad()", "the target is pulled too", DUMO),
     Mutant("objectives/dumo.py", "head=1", "head=0", "the endpoint is read off v", READ),
     Mutant("objectives/flow_matching.py", "(v_hat - v_star)", "(v_hat - b.v_t)", "guidance has no effect", FIXED),
@@ -330,7 +330,7 @@ MUTANTS = [
         "sampling/solver.py", "level = sqrt(1 - self.rho)", "level = (1 - self.rho)", "too much noise is taken", SOLVERS
     ),
     Mutant("sampling/solver.py", "both(x, t, c)[0]", "both(x, s, c)[0]", "EulerJump looks ahead", SOLVERS),
-    Mutant("objectives/dumo.py", "v, u, *_ = net", "u, v, *_ = net", "both heads change places", READS),
+    Mutant("objectives/dumo.py", "v, u = net", "u, v = net", "both heads change places", READS),
     Mutant("flow/weight.py", "progress / self.over", "progress", "a line lasts all the training", WEIGHT),
     Mutant("flow/weight.py", "(-log_variance).exp()", "log_variance.exp()", "the variance multiplies", WEIGHT),
     Mutant("flow/weight.py", "* loss + log_variance", "* loss", "the variance grows for ever", WEIGHT),
@@ -965,7 +965,6 @@ MUTANTS = [
     Mutant("training/frozen.py", " if name not in fixed", "", "what is frozen is saved", FROZEN),
     Mutant("training/frozen.py", "deepcopy(net, {id(x): x for x in shared})", "deepcopy(net)", "it lies twice", FROZEN),
     Mutant("training/frozen.py", "if now != then", "if False", "a run goes on from another model", FROZEN),
-    Mutant("training/memory.py", " if p.requires_grad", "", "moments of what is frozen are taken", FROZEN),
     Mutant(
         "training/optim.py",
         "[p for p in net.parameters() if p.requires_grad]",

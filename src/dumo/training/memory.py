@@ -23,7 +23,7 @@ def blank(place: Path, state: State, way_out: str) -> dict[str, Tensor]:
     Raises UserError as `load` and `compare`.
     """
     found = outline(place)
-    parameters = {name: p for name, p in state.net.named_parameters() if p.requires_grad}
+    parameters = dict(state.net.named_parameters())
     names = {p: name for name, p in parameters.items()}
     like: dict[str, torch.Tensor] = {}
     for group in state.optimizer.param_groups:  # in which all have the same
