@@ -12,11 +12,33 @@ from dumo.types import PerSample, Time, TimeLaw
 
 
 class Density(TimeLaw):
-    """What each of these laws can tell."""
+    """What each of these laws can tell. It is drawn by that, unless it says otherwise."""
 
     @abstractmethod
     def quantile(self, p: PerSample) -> Time:
         """The time below which a share p in [0, 1] of the draws lies."""
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows."""
+        t = self.quantile(torch.rand(n, generator=g))
+        return t, torch.zeros_like(t)
+
+
+class Normal(Density):
+    """A rising function of a normal variable."""
+
+    @abstractmethod
+    def at(self, normal: PerSample) -> Time:
+        """The time of a draw of N(0, 1)."""
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows."""
+        t = self.at(torch.randn(n, generator=g))
+        return t, torch.zeros_like(t)
+
+    def quantile(self, p: PerSample) -> Time:
+        """Of a normal quantile."""
+        return self.at(torch.special.ndtri(p))
 
 
 class Beta(Density):
@@ -53,37 +75,24 @@ class Uniform(Density):
             raise ValueError(f"low ({self.low}) must not be above high ({self.high})")
         return self
 
-    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
-        t = self.quantile(torch.rand(n, generator=g))
-        return t, torch.zeros_like(t)
-
     def quantile(self, p: PerSample) -> Time:
         """Linear."""
         return self.low + (self.high - self.low) * p
 
 
-class LogitNormal(Density):
+class LogitNormal(Normal):
     """t = sigmoid(N(mean, std^2)), r = 0 (Esser et al. 2024, Sec. 3.1; mean and std of MeanFlow, Tab. 4)."""
 
     kind: Literal["logit_normal"] = "logit_normal"
     mean: float = -0.4
     std: float = Field(default=1.0, gt=0)
 
-    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
-        t = self._at(torch.randn(n, generator=g))
-        return t, torch.zeros_like(t)
-
-    def quantile(self, p: PerSample) -> Time:
-        """Of a normal quantile."""
-        return self._at(torch.special.ndtri(p))
-
-    def _at(self, normal: PerSample) -> Time:
+    def at(self, normal: PerSample) -> Time:
+        """As the class says."""
         return (self.mean + self.std * normal).sigmoid()
 
 
-class Arctan(Density):
+class Arctan(Normal):
     """tan(pi t / 2) = exp(N(mean, std^2)) / sd, r = 0: a log-normal noise level as an angle, in units of a right angle.
 
     sCM on the trigonometric path (Lu and Song 2025, its Sec. 4), whose data have the standard deviation `sd`; with
@@ -95,16 +104,8 @@ class Arctan(Density):
     std: float = Field(default=1.4, gt=0)
     sd: float = Field(default=0.5, gt=0)
 
-    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
-        t = self._at(torch.randn(n, generator=g))
-        return t, torch.zeros_like(t)
-
-    def quantile(self, p: PerSample) -> Time:
-        """Of a normal quantile."""
-        return self._at(torch.special.ndtri(p))
-
-    def _at(self, normal: PerSample) -> Time:
+    def at(self, normal: PerSample) -> Time:
+        """As the class says."""
         return ((self.mean + self.std * normal).exp() / self.sd).atan() * 2 / pi
 
 
@@ -125,11 +126,6 @@ class Karras(Density):
         if self.low >= self.high:
             raise ValueError(f"low ({self.low}) must be below high ({self.high})")
         return self
-
-    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
-        t = self.quantile(torch.rand(n, generator=g))
-        return t, torch.zeros_like(t)
 
     def quantile(self, p: PerSample) -> Time:
         """As `low` and `high` are p apart."""

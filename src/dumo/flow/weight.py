@@ -36,7 +36,6 @@ def _choice(given: object) -> str:
     return LINE if isinstance(given, dict | Line) else NUMBER
 
 
-Share = Annotated[Annotated[float, Field(ge=0, le=1), Tag(NUMBER)] | Annotated[Line, Tag(LINE)], Discriminator(_choice)]
 Weight = Annotated[Annotated[float, Field(gt=0), Tag(NUMBER)] | Annotated[Line, Tag(LINE)], Discriminator(_choice)]
 
 

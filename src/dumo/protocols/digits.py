@@ -114,7 +114,7 @@ class DigitsProtocol(Spec):
             "auc": two_sample_auc(reference.x, filed, stream("digits", "auc")),
             "pixel_fd": pixel_frechet(filed, reference.x),
         }
-        return scores | (_held(x, reference.split) if reference.split else {})
+        return scores | (_held(filed, fake, grey, reference.split) if reference.split else {})
 
     def baselines(self, reference: Reference) -> dict[str, Scores]:
         """The Fréchet distance of features between real digits, in halves and resamples of the data (`distances`).
@@ -147,14 +147,15 @@ def _grey(x: Sample) -> Sample:
     return ((x.clamp(-1, 1) + 1) * 8).round() / 8 - 1
 
 
-def _held(x: Sample, split: Split) -> Scores:
+def _held(filed: Sample, fake: Tensor, grey: Tensor, split: Split) -> Scores:
     """`fd_grey`, `kid`, `recall`, `auc` and `pixel_fd` of the images held out alone, as `NAME_held`; and `nearest`.
 
     `kid_held` is of all rows at once. `nearest` is the mean distance of samples, as a file holds them, from the nearest
-    image that was trained on, over that of the images held out: about 1 of new digits, 0 of copies.
+    image that was trained on, over that of the images held out: about 1 of new digits, 0 of copies. `fake` and `grey`
+    are the features of samples as the net makes them, and as a file holds them.
     """
-    filed, real = _grey(x), split.held.x
-    fake, grey, true = (digits.features(of) for of in (x, filed, real))
+    real = split.held.x
+    true = digits.features(real)
     away, usual = (nearest(split.x, of)[0].mean() for of in (filed, real))
     return {
         "fd_grey_held": frechet_distance(Moments.of(grey), Moments.of(true)),
