@@ -17,7 +17,7 @@ from dumo.objectives import DuMo, Several
 from dumo.objectives.part import AveragePart, EndpointPart, ShortcutPart, VelocityPart
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Gaussian, Product, column, gaussian, gradient, record
-from theory.formula import GUIDES, Polynomial, agree, gradients, guided, half, rows
+from theory.formula import GUIDES, Polynomial, gradients, guided, rows
 
 NONE, GUIDED = Guide(), Guide(zeta=0.55)
 V, U, M, S = VelocityPart(weight=0.6), EndpointPart(weight=0.3), AveragePart(weight=0.2), ShortcutPart(weight=0.4)
@@ -76,7 +76,8 @@ def by_hand(objective: Several, net: Aimed, b: Noised, v_star: Tensor) -> tuple[
                 target[k] = (first + second).detach()[0] / 2
         square = ((head - target) ** 2).sum(1)
         parts[part.name] = square / 2
-        loss = loss + part.weight * square / 2
+        measured = square / (square + part.floor).detach() ** part.power if part.power else square / 2
+        loss = loss + part.weight * measured
     return loss, parts
 
 
@@ -127,16 +128,18 @@ def test_derivatives_may_run_along_the_velocity_and_grow(
 
 
 @pytest.mark.parametrize("power", [0.75, 1.0])
-def test_the_adaptive_metric_is_of_the_average_alone(power: float) -> None:
-    objective = several("average", parts=(V, AveragePart(weight=0.2, power=power, floor=0.1)))
-    net = Aimed(objective)
-    b = rows(objective)
-    _, parts = by_hand(objective, net, b, b.v_t)
-    total = 2 * parts["m"]
-    loss = 0.6 * parts["v"] + 0.2 * total / (total + 0.1).detach() ** power
-    m = net(b.x_t, b.c, t=b.t, r=b.r)[1]
-    error = m - (b.v_t - column(b.t - b.r) * net.slope(1, b.x_t, b.t, b.r, b.v_t))
-    agree(objective, net, b, loss, parts, clipped_share_m=half(error))
+@pytest.mark.parametrize("adaptive", [(0,), (1,), (2,), (0, 1, 2)])
+def test_the_adaptive_metric_is_of_the_parts_that_have_it(power: float, adaptive: tuple[int, ...]) -> None:
+    own = {"power": power, "floor": 0.1}
+    parts = tuple(part.model_copy(update=own if i in adaptive else {}) for i, part in enumerate((V, U, M)))
+    objective = several("dumo and average", parts=parts)
+    net, b = Aimed(objective), rows(objective)
+    loss, squares = by_hand(objective, net, b, b.v_t)
+    found = objective.loss(net, Frozen(net), b)
+    assert torch.allclose(found.loss, loss, rtol=1e-12, atol=0)
+    assert all(torch.allclose(found.parts[key], value, rtol=1e-12, atol=0) for key, value in squares.items())
+    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
+        assert torch.allclose(mine, hand, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("slope", [CentralSlope(), DualSlope(), JvpSlope()], ids=lambda s: s.kind)
@@ -303,6 +306,8 @@ def test_needs() -> None:
         ({"parts": (V, S), "times": Pair(velocity_ratio=0)}, "times 'pair'"),
         ({"parts": (V, M), "times": Below(), "apart": True}, "apart: .*times 'below'.*apart=false"),
         ({"parts": (V, AveragePart(power=1)), "guide": Guide(zeta=0.5, fraction=0.5)}, "power=0"),
+        ({"parts": (VelocityPart(power=1), U), "guide": Guide(zeta=0.5, fraction=0.5)}, "power=0"),
+        ({"parts": ({"kind": "velocity", "contrast": 0.05, "power": 1}, U)}, "power=0, or contrast=0"),
         ({"parts": ({"kind": "velocity", "weight": 0},)}, "weight"),
         ({"parts": ({"kind": "velocity", "name": "loss"},)}, "name"),
         ({"parts": ({"kind": "nonsense"},)}, "average.*endpoint.*shortcut.*velocity"),

@@ -11,6 +11,7 @@ To add a part: write its class here, and name it in the union.
 """
 
 from collections.abc import Callable
+from operator import not_
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -23,6 +24,7 @@ from dumo.types import Cond, Noised, PerSample, Reads, Sample, Spec, Time, lift,
 
 Aimed = Callable[[Sample, Time, Time, Cond], Sample]  # (x_t, t, r, c) -> what one head says there
 Name = Annotated[str, Field(pattern=r"^[a-z]\d*$")]  # of a head: a letter, and perhaps a number
+FLOOR = 0.01  # MeanFlow's code
 
 
 class WeightedHead(Spec):
@@ -32,11 +34,13 @@ class WeightedHead(Spec):
     derived: ClassVar[bool] = False  # its target holds its head's derivative
     name: Name
     weight: Weight
-    variance: bool = Field(default=False, exclude_if=lambda on: not on)  # divided by it at t, learned (EDM2, Eq. 21)
+    variance: bool = Field(default=False, exclude_if=not_)  # divided by it at t, learned (EDM2, Eq. 21)
+    power: float = Field(default=0.0, ge=0, exclude_if=not_)  # p of MeanFlow's Eq. 22; ours: 0, the mean square
+    floor: float = Field(default=FLOOR, gt=0, exclude_if=lambda floor: floor == FLOOR)  # c of it
 
     def measure(self, head: Sample, target: Sample) -> PerSample:
-        """The loss of a head, before its weight."""
-        return mean_square(head - target)
+        """The loss of a head, before its weight: the mean square, or MeanFlow's adaptive sum of squares."""
+        return adaptive(head - target, self.power, self.floor) if self.power else mean_square(head - target)
 
 
 class VelocityPart(WeightedHead):
@@ -49,8 +53,8 @@ class VelocityPart(WeightedHead):
 
     @model_validator(mode="after")
     def _square(self) -> "VelocityPart":
-        if self.contrast and self.variance:
-            raise ValueError("contrast is no square, so it has no variance: set variance=false, or contrast=0")
+        if self.contrast and (self.variance or self.power):
+            raise ValueError("contrast is no square: set variance=false and power=0, or contrast=0")
         return self
 
     def target(self, b: Noised, v_star: Sample, rate: Sample, ref: Aimed) -> Sample:
@@ -91,16 +95,10 @@ class AveragePart(WeightedHead):
     derived: ClassVar[bool] = True
     name: Name = "m"
     weight: Weight = 0.15  # ours
-    power: float = Field(default=0.0, ge=0)  # ours: 0 is the mean square, as of the others; above, MeanFlow's Eq. 22
-    floor: float = Field(default=0.01, gt=0)  # MeanFlow's code; of a power above 0
 
     def target(self, b: Noised, v_star: Sample, rate: Sample, ref: Aimed) -> Sample:
         """MeanFlow, Eq. 11."""
         return v_star - lift(b.t - b.r, b.x_t) * rate
-
-    def measure(self, head: Sample, target: Sample) -> PerSample:
-        """Mean square, or MeanFlow's adaptive sum of squares."""
-        return adaptive(head - target, self.power, self.floor) if self.power else super().measure(head, target)
 
     def read(self, head: Aimed) -> Reads:
         """Jumps, that to the data among them (MeanFlow, Eq. 12)."""

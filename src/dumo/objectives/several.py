@@ -88,7 +88,7 @@ class Several(Spec):
                     f"which times '{self.times.kind}' set none apart: use times.kind=dyadic, or pair with a "
                     "velocity_ratio" + ("" if shortcut else ", or apart=false")
                 )
-        if any(isinstance(p, AveragePart) and p.power for p in self.parts):
+        if any(part.power for part in self.parts):
             self.guide.demand_l2("power > 0 weighs a row by its own residual", "power=0")
         demand_unbent(self._contrast, self.guide)
         if self._contrast and self.along == "velocity":
