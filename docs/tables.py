@@ -12,7 +12,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from dumo.reproduce.arm import respread
+from dumo.reproduce.arm import measure, respread
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "src/dumo/recipes/results"
@@ -96,6 +96,34 @@ def ideas(results: Row) -> Iterator[str]:
         cells = [own[0]["idea"], f"{own[0]['steps']:,}", f"{own[0]['F_per_step']:.2f}"]
         digits = 2 if len(keys) == 2 else 1
         yield line([*cells, *spread(own, *keys, digits=digits), *(f"{row['recall']:.2f}" for row in own)])
+
+
+def settings(results: Row) -> Iterator[str]:
+    """Settings by what they give in one pass, two, four and fifty, the nearest in one pass first."""
+    name = next(iter(results["table"][0]))
+    yield line([name, "steps", "FD, 1 pass", "2", "4", "50", "KID · 10³, 1 pass", "recall", "AUC"])
+    yield "|" + "---|" * 9
+    for own in sorted(grouped(results, name), key=lambda own: own[0][measure(own[0])]):
+        one, score = own[0], measure(own[0])
+        far = [f"{row[score]:.2f}" for row in own]
+        yield line([one[name], f"{one['steps']:,}", *far, *beside(one)])
+
+
+def best(results: Row) -> Iterator[str]:
+    """The steps to the best, and its rivals, by budget."""
+    yield line(["", "budget", "steps", "FD, 1 pass", "2", "4", "50", "KID · 10³, 1 pass", "recall", "AUC", "even at"])
+    yield "|" + "---|" * 11
+    for own in grouped(results, "arm", "budget"):
+        one = own[0]
+        even = "" if one["even_at"] is None else f"{one['even_at']:.2f}"
+        cells = [one["arm"], f"{one['budget']:.2g}", f"{one['steps']:,}", *spread(own, measure(one))]
+        yield line([*cells, *beside(one), even])
+
+
+def beside(row: Row) -> list[str]:
+    """What stands beside a distance."""
+    auc = "" if row.get("auc") is None else f"{row['auc']:.2f}"
+    return [f"{1000 * row['kid']:.0f}".replace("-", "−"), f"{row['recall']:.2f}", auc]
 
 
 def words(results: Row) -> Iterator[str]:
@@ -210,6 +238,9 @@ TABLES = {
     "heads": ("zoo", heads),
     "ideas": ("ours", ideas),
     "ideas-latents": ("ours-latents", ideas),
+    "options": ("best-options", settings),
+    "tuning": ("best-tuning", settings),
+    "best": ("best", best),
     "words": ("words", words),
     "fair": ("fair", fair),
     "kills": ("kill", kills),

@@ -736,6 +736,14 @@ MUTANTS = [
     ),
     Mutant(
         "objectives/part.py",
+        "adaptive(head - target, self.power, self.floor) if self.power else",
+        "",
+        "all parts have the mean square",
+        SEVERAL,
+    ),
+    Mutant("objectives/several.py", "any(part.power for part", "any(False for part", "guidance meets power", SEVERAL),
+    Mutant(
+        "objectives/part.py",
         "middle = (some.t + some.r) / 2",
         "middle = (some.t + some.r) / 3",
         "the halves are none",

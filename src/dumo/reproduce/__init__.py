@@ -9,12 +9,15 @@ from dumo.io import archive, file
 from dumo.io.json import write_json
 from dumo.progress import Bar, no_bar
 from dumo.reproduce.arm import respread
-from dumo.reproduce.ours import fair, guidance, ideas, latents, lowpass, pretrained, words
+from dumo.reproduce.ours import best, fair, guidance, ideas, latents, lowpass, pretrained, words
 from dumo.reproduce.paper import fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo
 from dumo.reproduce.plan import SCALES, Plan, markdown, origin
 from dumo.types import UserError
 
 PLANS = {
+    "best": best.PLAN,
+    "best-options": best.ALONE,
+    "best-tuning": best.TUNED,
     "fair": fair.PLAN,
     "fig3": fig3.PLAN,
     "fig4a": fig4a.PLAN,

@@ -102,11 +102,12 @@ def equal_cost(
     scale: str,
     seeds: int,
     *,
+    first: int = 0,
     small: Sequence[str] = SMALL,
     steps: int | None = None,
     cost: Callable[[Run], float] = units,
 ) -> Iterator[Cell]:
-    """Every arm with every seed, each with as many steps as cost what those of the first arm do.
+    """Every arm with every seed from `first` on, each with as many steps as cost what those of the first arm do.
 
     These are `steps`, or its recipe's; for smoke a few, of a net made small, with one seed. What a step costs is
     counted in passes of its own net, or, where nets differ, in their operations (`work`).
@@ -118,14 +119,14 @@ def equal_cost(
         budget = budget or each * (SMOKE if scale == "smoke" else steps or spec.train.steps)
         count = round(budget / each)
         labels = {**arm.labels, "steps": count, "F_per_step": round(units(spec), 2)}
-        for seed in range(1 if scale == "smoke" else seeds):
+        for seed in range(first, first + (1 if scale == "smoke" else seeds)):
             train = spec.train.model_copy(update={"steps": count, "seed": seed})
             yield Cell(f"{arm.name}-{seed}", spec.model_copy(update={"train": train}), labels)
 
 
 def work(spec: Run) -> float:
     """Counted operations of a step."""
-    return units(spec) * forward_flops(spec.outline(), spec.objective, spec.data.shape)
+    return spec.train.batch * units(spec) * forward_flops(spec.outline(), spec.objective, spec.data.shape)
 
 
 def equal_steps(
@@ -171,8 +172,14 @@ def averaged(
     """A row per arm and number of passes: its columns, `more` of its spec, means over seeds, the sd of what leads."""
     for same in seeds_of(done):
         columns = same[0].cell.labels | more(same[0].cell.spec)
-        for rows in zip(*(one.report["results"] for one in same), strict=True):
+        for rows in zip(*(judged(one.report) for one in same), strict=True):
             yield columns | over_seeds(rows)
+
+
+def judged(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a report by number of passes; Euler's where there is no other."""
+    known = {row["nfe"] for row in report["results"]}
+    return [*report["results"], *(row for row in report["contrast"] if row["nfe"] not in known)]
 
 
 def over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -192,7 +199,7 @@ def respread(results: dict[str, Any]) -> list[dict[str, Any]]:
     arms: dict[str, list[dict[str, Any]]] = {}
     for cell in results["cells"]:
         arms.setdefault(cell["cell"].rpartition("-")[0], []).append(cell)
-    rows = [over_seeds(same) for of in arms.values() for same in zip(*(cell["results"] for cell in of), strict=True)]
+    rows = [over_seeds(same) for of in arms.values() for same in zip(*map(judged, of), strict=True)]
     return [row | again for row, again in zip(results["table"], rows, strict=True)]
 
 

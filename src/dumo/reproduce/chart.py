@@ -21,8 +21,13 @@ def curves(
     x: str,
     y: str,
     rows: Mapping[str, Curve],
+    *,
+    level: tuple[float, str] | None = None,
 ) -> Image.Image:
-    """A curve per name, with error bars where a deviation is known; y on a log scale."""
+    """A curve per name, with error bars where a deviation is known; y on a log scale.
+
+    With `level` both axes are logarithms, and a line of that name crosses the curves at this y.
+    """
     figure = Figure((6.4, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     for (name, points), colour, mark in zip(rows.items(), cycle(COLOURS), cycle(MARKS), strict=False):
@@ -30,6 +35,9 @@ def curves(
         bars = _bars(ys, sds)
         size = 9 if mark == "*" else 5
         axes.errorbar(xs, ys, bars, color=colour, marker=mark, ms=size, lw=1.4, capsize=3, label=name)
+    if level:
+        axes.axhline(level[0], color="0.4", lw=1, ls="--", label=level[1])
+        _spread(axes.xaxis, axes.set_xscale)
     axes.set(title=title, xlabel=x, ylabel=y)
     _spread(axes.yaxis, axes.set_yscale)
     axes.grid(alpha=0.25, which="both")
