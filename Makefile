@@ -9,11 +9,11 @@ BIN := $(VENV)/bin
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(BIN)/.installed ## train DuMo on handwritten digits and write runs/digits/report.html (about four minutes)
-	$(BIN)/dumo train digits
-	$(BIN)/dumo sample runs/digits
-	$(BIN)/dumo evaluate runs/digits --nfe 1,2
-	$(BIN)/dumo report runs/digits
+demo: $(BIN)/.installed ## train DuMo on handwritten digits and write runs/dumo-best/report.html (about four minutes)
+	$(BIN)/dumo train dumo-best
+	$(BIN)/dumo sample runs/dumo-best
+	$(BIN)/dumo evaluate runs/dumo-best --nfe 1,2
+	$(BIN)/dumo report runs/dumo-best
 
 test: $(BIN)/.developed ## run the tests, but for the slow ones
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations 10 --durations-min 5

@@ -1,4 +1,4 @@
-"""The steps to the best end at its recipe, rivals have its net and as many settings, and curves are read off rightly."""
+"""The steps to the best end at its recipe, rivals have its net and as many settings, curves are read off rightly."""
 
 from dataclasses import replace
 from math import exp, log
