@@ -66,6 +66,13 @@ class Program:
         """End it at once."""
         self._process.kill()
 
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, when it has ended, as `subprocess.Popen.wait` does."""
+        self._process.join(timeout)
+        if (code := self.poll()) is None:
+            raise subprocess.TimeoutExpired("program", timeout or 0)
+        return code
+
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """What it said, when it has ended, as `subprocess.Popen.communicate` does."""
         late = None if timeout is None else time.monotonic() + timeout

@@ -108,9 +108,9 @@ def altered(b: Noised) -> dict[str, Noised]:
 @each
 def test_passes_never_depend_on_the_record(objective: Objective, net: Net) -> None:
     """Under sharding, a rank that skips a pass stops all others."""
-    counts = set()
+    counts, module = set(), built(objective, net)
     for b in altered(record(objective)).values():
-        model = Counted(built(objective, net))
+        model = Counted(module)
         terms = step(objective, model, b)
         assert terms.loss.isfinite().all()
         counts.add((model.graded, model.still))
