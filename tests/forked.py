@@ -18,8 +18,12 @@ from unittest.mock import patch
 import dumo
 from planted import METHOD
 
-# What programs import, and torch leaves for later; not dumo.cli, which looks at the terminal when it is imported.
-IMPORTED = ["dumo.api", "typer", "rich.console", "torch._dynamo", "torch._refs", "torch.distributed.fsdp"]
+# What programs import, and torch leaves for later; not dumo.cli, which looks at the terminal when it is imported, nor
+# all of scikit-learn, whose pyarrow starts a thread.
+IMPORTED = [
+    *("dumo.api", "typer", "rich.console", "torch._dynamo", "torch._refs", "torch.distributed.fsdp"),
+    *("scipy.stats", "PIL.Image", "peft", "diffusers.models.transformers.transformer_flux"),
+]
 ROOTS = os.pathsep.join(map(str, (Path(dumo.__file__).parents[1], Path(__file__).parent)))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOTS, "COLUMNS": "80"}
 

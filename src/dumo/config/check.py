@@ -14,6 +14,7 @@ from dumo.data.caption import Templates
 from dumo.flow.secant import demand_precision
 from dumo.flow.slope import DualSlope
 from dumo.flow.times import Jumps, Pair
+from dumo.nets import Pretrained
 from dumo.nets.family import Family
 from dumo.nets.precondition import VELOCITIES
 from dumo.nets.text import TextTable
