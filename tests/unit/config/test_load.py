@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from dumo import recipes
 from dumo.config.format import FORMAT, KEY, Noted
