@@ -18,8 +18,12 @@ from unittest.mock import patch
 import dumo
 from planted import METHOD
 
-# What programs import, and torch leaves for later; not dumo.cli, which looks at the terminal when it is imported.
-IMPORTED = ["dumo.api", "typer", "rich.console", "torch._dynamo", "torch._refs", "torch.distributed.fsdp"]
+# What programs import, and torch leaves for later; not dumo.cli, which looks at the terminal when it is imported, nor
+# all of scikit-learn, whose pyarrow starts a thread.
+IMPORTED = [
+    *("dumo.api", "typer", "rich.console", "torch._dynamo", "torch._refs", "torch.distributed.fsdp"),
+    *("scipy.stats", "PIL.Image", "peft", "diffusers.models.transformers.transformer_flux"),
+]
 ROOTS = os.pathsep.join(map(str, (Path(dumo.__file__).parents[1], Path(__file__).parent)))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOTS, "COLUMNS": "80"}
 
@@ -65,6 +69,13 @@ class Program:
     def kill(self) -> None:
         """End it at once."""
         self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Its exit code, when it has ended, as `subprocess.Popen.wait` does."""
+        self._process.join(timeout)
+        if (code := self.poll()) is None:
+            raise subprocess.TimeoutExpired("program", timeout or 0)
+        return code
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """What it said, when it has ended, as `subprocess.Popen.communicate` does."""

@@ -90,7 +90,7 @@ def test_a_rank_draws_samples_for_its_own_rows_only(objective: Objective, world:
     with counting() as whole:
         draw(objective, Linear(), x, c, c, seed=0, step=3)
     assert 2 * batch < whole.scalars < 12 * batch
-    for first in range(0, batch, share):
+    for first in sorted({0, share % batch, batch - share}):  # two neighbours and the last tell of all
         mine = slice(first, first + share)
         with counting() as drawn:
             draw(objective, Linear(), x[mine], c[mine], c[mine], seed=0, step=3, batch=batch, first=first)

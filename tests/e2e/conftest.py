@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from dumo.preflight import machine
 from e2e.shell import TINY, call, sets
 
 RECIPES = ("digits", "digits-flow-matching", "digits-meanflow", "moons")
@@ -19,6 +20,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         assert done.code == 0, done
         assert done.out == ""
     return runs
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`dumo doctor` does not try torch.compile, which takes half a minute: one test of it does."""
+    monkeypatch.setattr(machine, "compiler", lambda here: machine.Finding("torch.compile", "ok", "works"))
 
 
 @pytest.fixture

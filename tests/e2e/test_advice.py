@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from e2e.shell import TINY, call, sets
 
 SHORTCUT = sets("objective.kind=shortcut", "sample.solver.kind=hop")
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_it_is_said_by_what_looks_at_a_run(tmp_path: Path) -> None:
     for words in (("show",), ("dry", "--json"), ("doctor", "--json")):
         done = call(words[0], "digits", *words[1:], *TINY, *SHORTCUT)

@@ -7,6 +7,7 @@ import socket
 import urllib.request
 from collections.abc import Generator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ import browser
 from e2e.shell import PATIENCE, Done, finish, refused, start, wait
 from forked import Program
 
-pytest.importorskip("gradio")
+if find_spec("gradio") is None:  # to import it takes seconds, of every process that collects tests
+    pytest.skip("gradio is not there", allow_module_level=True)
 
 NONSENSE = [
     "abc",

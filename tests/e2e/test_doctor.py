@@ -23,6 +23,7 @@ def test_a_sound_machine(here: Path) -> None:
     assert list(here.iterdir()) == []
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_a_broken_slope_fails(here: Path) -> None:
     done = call("doctor", "digits", *TINY, *BROKEN)
     assert done.code == 1, done
@@ -30,6 +31,7 @@ def test_a_broken_slope_fails(here: Path) -> None:
     assert "way out: train with objective.slope.kind=dual" in done.out
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(("name", "words", "ok"), [("moons", BROKEN, False), ("moons-flow-matching", [], True)])
 def test_one_object(name: str, words: list[str], ok: bool, here: Path) -> None:
     done = call("doctor", name, *words, "--json")

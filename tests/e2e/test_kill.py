@@ -9,9 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from e2e.shell import call
+from e2e.shell import call, start
+from forked import Program
 from reliability.kill import trial
 from reliability.place import given, places
+from reliability.process import LOG
+
+FLAGS = "os.O_WRONLY | os.O_CREAT | os.O_TRUNC"
+TO_LOG = f"import os; log = os.open({LOG!r}, {FLAGS}); os.dup2(log, 1); os.dup2(log, 2)"
+
+
+def logged(words: Sequence[str], cwd: Path, ranks: int) -> Program:
+    """A process whose two streams go to its `LOG`."""
+    assert ranks == 1
+    return start(*words, cwd=cwd, first=TO_LOG)
 
 
 @pytest.mark.slow
@@ -24,6 +35,6 @@ def test_a_kill_leaves_the_same_end(
         return call(*words).code
 
     given(tmp_path / "given", trained["digits"])
-    row = trial(places()[name], 1, 1, 0, tmp_path, finish=finish)
+    row = trial(places()[name], 1, 1, 0, tmp_path, finish=finish, start=logged)
     assert row.good, row
     assert row.hits == 1

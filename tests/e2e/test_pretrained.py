@@ -64,6 +64,7 @@ def test_adapters_alone_are_saved_and_taught_by_their_base(here: Path, folder: P
     assert all(name.startswith("heads.") or "lora_" in name or "timestep_embedder" in name for name in whole)
 
 
+@pytest.mark.usefixtures("uncompiled")
 def test_doctor_looks_at_the_weights(here: Path, folder: Path) -> None:
     done = call("doctor", "digits", *net(folder), "--json")
     found = {line["name"]: line for line in done.json["findings"]}

@@ -76,10 +76,9 @@ def same(one: Path, two: Path) -> None:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run trained on two ranks: to be read, not written to."""
     here = tmp_path_factory.mktemp("ranks")
-    done = ended(torchrun(2, "train", "digits", "--out", "two", *TINY, *OFTEN, cwd=here))
-    assert done.code == 0, done
-    assert done.err.count("training two on 2 ranks of cpu, each with all weights") == 1
-    assert done.err.count("next:  dumo sample two") == 1
+    err = "".join(done.err for done in together(2, "train", "digits", "--out", "two", *TINY, *OFTEN, cwd=here))
+    assert err.count("training two on 2 ranks of cpu, each with all weights") == 1
+    assert err.count("next:  dumo sample two") == 1
     return here / "two"
 
 
@@ -123,7 +122,7 @@ def test_ranks_that_are_asked_to_stop_save_their_step_and_go_on_from_it(run: Pat
     kept = max(path.name for path in (here / "asked/checkpoints").iterdir())
     assert 10 < len(logged) < 20, "it was too quick"
     assert kept == f"step-{len(logged):08d}"
-    assert ended(torchrun(2, *words, cwd=here)).code == 0
+    together(2, *words, cwd=here)
     same(here / "asked" / LAST, run / LAST)
 
 

@@ -13,6 +13,7 @@ import dumo
 
 pytestmark = pytest.mark.slow
 
+BARE, ALONE = ("-o", "addopts=--import-mode=importlib"), {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # shapes unchecked
 SRC, TESTS = Path(dumo.__file__).parents[1], Path(__file__).parents[1]
 TOY = '''
 """Half of flow matching."""
@@ -37,10 +38,12 @@ class Toy(FlowMatching):
 
 def test_the_contract_tests_find_a_new_objective(tmp_path: Path) -> None:
     src, tests = tmp_path / "src", tmp_path / "tests"
-    shutil.copytree(SRC / "dumo", src / "dumo")
-    for part in ("contract", "theory", "objectives", "browser.py", "conftest.py"):
-        copy = shutil.copytree if (TESTS / part).is_dir() else shutil.copy
-        copy(TESTS / part, tests / part)
+    ours = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(SRC / "dumo", src / "dumo", ignore=ours)
+    for part in ("contract", "theory", "objectives"):
+        shutil.copytree(TESTS / part, tests / part, ignore=ours)
+    for part in ("browser.py", "conftest.py"):
+        shutil.copy(TESTS / part, tests / part)
     shutil.copy(TESTS.parent / "pyproject.toml", tmp_path)
     (src / "dumo/objectives/toy.py").write_text(TOY)
     init = src / "dumo/objectives/__init__.py"
@@ -51,8 +54,8 @@ def test_the_contract_tests_find_a_new_objective(tmp_path: Path) -> None:
     # Its tests, and those of flow matching but for what is said of that by name; of nets that ask the same, the first
     kinds = "(toy or flow_matching) and not out_of_range and not dit and not unet and not plain"
     where = [str(tests / "contract"), str(tests / "theory/test_fixed_point.py")]
-    command = [sys.executable, "-m", "pytest", "-v", "-n", "0", "-p", "no:cacheprovider", *where, "-k", kinds]
-    env = {**os.environ, "PYTHONPATH": f"{src}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *BARE, *where, "-k", kinds]
+    env = {**os.environ, **ALONE, "PYTHONPATH": f"{src}{os.pathsep}{tests}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     passed = re.findall(r"::(.+) PASSED", done.stdout)

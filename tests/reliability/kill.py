@@ -28,6 +28,7 @@ from reliability.place import End, Place, fresh, given, left, places
 
 AT_ONCE = 5  # kills of one work, at most: then it may end
 Finish = Callable[[Sequence[str], Path], int]
+Start = Callable[[Sequence[str], Path, int], process.Running]
 
 
 @dataclass
@@ -57,10 +58,20 @@ class Row:
         self.differs += [name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name)]
 
 
-def trial(place: Place, ranks: int, times: int, seed: int, folder: Path, *, finish: Finish | None = None) -> Row:
+def trial(
+    place: Place,
+    ranks: int,
+    times: int,
+    seed: int,
+    folder: Path,
+    *,
+    finish: Finish | None = None,
+    start: Start = process.start,
+) -> Row:
     """Kill work in a place so many times; `folder` has what is `given`.
 
     `finish` does what is not killed: the undisturbed work, and the start that comes to the end. None: a process.
+    `start` begins what is killed.
     """
     end = finish or (lambda words, cwd: process.finish(words, cwd, ranks))
     chance, row, begun = Random(f"{seed} {place.name} {ranks}"), Row(place.name, ranks), time.monotonic()
@@ -72,7 +83,7 @@ def trial(place: Place, ranks: int, times: int, seed: int, folder: Path, *, fini
         most = min(row.hits + AT_ONCE, times)
         while row.hits < most and place.done(here) < place.units and row.missed < 5 * times:
             row.starts += 1
-            if not killed(place, ranks, chance, here, row):
+            if not killed(place, ranks, chance, here, row, start):
                 break
         row.starts += 1
         row.compare(wanted, finished(place, row, here, end))
@@ -89,11 +100,11 @@ def finished(place: Place, row: Row, here: Path, finish: Finish) -> End:
     return place.end(here)
 
 
-def killed(place: Place, ranks: int, chance: Random, here: Path, row: Row) -> bool:
+def killed(place: Place, ranks: int, chance: Random, here: Path, row: Row, start: Start) -> bool:
     """Start the work and kill it at a random moment; False if it came to its end before that."""
     at = chance.randint(place.done(here) + 1, place.units)
     wait, victim = chance.uniform(0, place.pause), chance.choice([*range(ranks), "all"])
-    started = process.start(place.words, here, ranks)
+    started = start(place.words, here, ranks)
     while place.done(here) < at and started.poll() is None:
         time.sleep(0.001)
     time.sleep(wait)

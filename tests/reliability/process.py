@@ -9,8 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from e2e.shell import ENVIRONMENT
+from forked import Program
 
 LOG = "log.txt"  # what the last start said, in the folder where it was started
+Running = Program | subprocess.Popen[bytes]
 PATIENCE = 300.0  # seconds: nothing here takes as long
 TORCHRUN = ("-m", "torch.distributed.run", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0")  # a free port
 
@@ -45,7 +47,7 @@ def said(cwd: Path) -> str:
     return (cwd / LOG).read_text(errors="replace") if (cwd / LOG).exists() else ""
 
 
-def ended(process: "subprocess.Popen[bytes]", patience: float = PATIENCE) -> int:
+def ended(process: Running, patience: float = PATIENCE) -> int:
     """Wait for its end; its exit code. Raises TimeoutExpired where it hangs, and ends it with all that it started."""
     try:
         return process.wait(patience)

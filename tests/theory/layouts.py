@@ -28,7 +28,7 @@ from dumo.training.step import Task, pieces, train_step
 from dumo.types import Cond, Sample, Time
 from meeting import meeting
 
-STEPS = {2: 3, 3: 30, 4: 30}  # by number of ranks: to the bit, and to rounding
+STEPS = {2: 2, 3: 30, 4: 30}  # by number of ranks: to the bit, and to rounding
 
 
 def layouts(case: str, place: int, world: int) -> list[tuple[int, bool]]:

@@ -10,7 +10,7 @@ from contract.case import members
 from dumo.objectives import Objective
 from forked import main_of
 from meeting import outputs
-from theory.ranks import EVERY, OBJECTIVES
+from theory.ranks import EVERY, OBJECTIVES, WRAPPERS
 
 pytestmark = pytest.mark.slow
 
@@ -34,10 +34,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Rows:
 
 
 def test_every_objective_met_every_wrapper(pair: Rows) -> None:
-    wrappers = {"ddp", "fsdp", "resharded", "both"}
-    met = {(case, net) for case in OBJECTIVES for net in wrappers} | {(case, "every") for case in EVERY}
-    assert {(row["case"], row["net"]) for row in pair} == met
-    assert {row["way"] for row in pair if row["net"] in wrappers} == {"tape", "ride"}
+    met = {(case, wrap.__name__) for wrap, cases in WRAPPERS.items() for case in cases}
+    assert {(row["case"], row["net"]) for row in pair} == met | {(case, "every") for case in EVERY}
+    for wrap in WRAPPERS:
+        assert {row["way"] for row in pair if row["net"] == wrap.__name__} == {"tape", "ride"}
     assert len(EVERY) >= len(members(Objective))
 
 

@@ -14,6 +14,7 @@ from dumo.data.caption import Templates
 from dumo.flow.secant import demand_precision
 from dumo.flow.slope import DualSlope
 from dumo.flow.times import Jumps, Pair
+from dumo.nets import Pretrained
 from dumo.nets.family import Family
 from dumo.nets.precondition import VELOCITIES
 from dumo.nets.text import TextTable
@@ -150,7 +151,7 @@ def check_compile(run: Tree) -> None:
     needs = run.objective.needs
     if run.train.compile == "none" or not (needs.derives and isinstance(needs.slope, DualSlope)):
         return
-    row: Family | None = getattr(run.outline(), "row", None)
+    row: Family | None = getattr(run.outline(short=True), "row", None) if isinstance(run.net, Pretrained) else None
     if row and not row.compiles:
         raise UserError(
             f"train.compile = {run.train.compile}: torch cannot compile the blocks of this net.source where slope "

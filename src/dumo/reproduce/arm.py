@@ -65,15 +65,15 @@ def comparison(
     seeds: int,
     small: Sequence[str] = SMALL,
     steps: int | None = None,
-    cost: Callable[[Run], float] = units,
+    cost: Callable[[Run], float] | None = None,
     table: Callable[[list[Finished]], list[dict[str, Any]]] | None = None,
     samples: bool = False,
     unpublished: str = "",
 ) -> Plan:
     """A plan of arms by scale: a row per arm and number of passes, and a picture of them, STEM.png.
 
-    `cost` is what a step costs, of which all arms have as much. With `samples` there is also a picture of what every
-    arm makes in one pass, STEM-samples.png.
+    `cost` is what a step costs, of which all arms have as much; None: its forward units. With `samples` there is also
+    a picture of what every arm makes in one pass, STEM-samples.png.
     """
 
     def cells(scale: str) -> Iterator[Cell]:
@@ -105,7 +105,7 @@ def equal_cost(
     first: int = 0,
     small: Sequence[str] = SMALL,
     steps: int | None = None,
-    cost: Callable[[Run], float] = units,
+    cost: Callable[[Run], float] | None = None,
 ) -> Iterator[Cell]:
     """Every arm with every seed from `first` on, each with as many steps as cost what those of the first arm do.
 
@@ -115,10 +115,11 @@ def equal_cost(
     sets, budget = small if scale == "smoke" else (), 0.0
     for arm in arms:
         spec = arm.load(sets)
-        each = cost(spec)
+        passes = units(spec)
+        each = passes if cost is None else cost(spec)
         budget = budget or each * (SMOKE if scale == "smoke" else steps or spec.train.steps)
         count = round(budget / each)
-        labels = {**arm.labels, "steps": count, "F_per_step": round(units(spec), 2)}
+        labels = {**arm.labels, "steps": count, "F_per_step": round(passes, 2)}
         for seed in range(first, first + (1 if scale == "smoke" else seeds)):
             train = spec.train.model_copy(update={"steps": count, "seed": seed})
             yield Cell(f"{arm.name}-{seed}", spec.model_copy(update={"train": train}), labels)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from dumo import recipes
 from dumo.config.format import FORMAT, KEY, Noted
@@ -62,7 +61,7 @@ def leaves(tree: object, path: str = "") -> dict[str, Any]:
 def test_a_dump_is_complete(name: str, tmp_path: Path) -> None:
     run, file = load(name), tmp_path / "run.yaml"
     file.write_text(dump(run), encoding="utf-8")
-    tree = yaml.safe_load(dump(run))
+    tree = recipes.parse_yaml(dump(run))
     assert next(iter(tree.items())) == (KEY, FORMAT)
     del tree[KEY]
     found = leaves(tree)

@@ -29,7 +29,7 @@ from dumo.preflight.cost import (
     way,
 )
 from dumo.preflight.count import Bytes, flops, live_bytes
-from dumo.types import Needs, Objective, frozen
+from dumo.types import Needs, Noised, Objective, frozen
 
 PLAIN, GUIDED = Guide(), Guide(zeta=0.5)
 SHAPE = (4, 32, 32)
@@ -257,24 +257,24 @@ def test_rows_make_every_share_whole() -> None:
 @pytest.mark.parametrize("objective", one_each(guide=GUIDED, drop=0.0), ids=name_of)
 def test_what_is_counted_on_nothing_is_what_a_step_on_numbers_does(objective: Objective) -> None:
     shape, rows = (1, 16, 16), 4
-    net = DiT(width=32, depth=2, patch=2, attention=2).build(objective.needs, shape, 10)
+    one, net = (DiT(width=32, depth=n, patch=2, attention=2).build(objective.needs, shape, 10) for n in (1, 2))
     x, c = torch.zeros(rows, *shape), torch.zeros(rows, dtype=torch.long)
     b = draw(objective, Linear(), x, c, c, seed=0, step=0)
 
-    def step() -> None:
+    def step(net: nn.Module, b: Noised) -> None:
         net.zero_grad()
         objective.loss(net, frozen(net), b).loss.sum().backward()
 
-    step()  # tables that torch fills once
+    step(net, b)  # tables that torch fills once
     net.zero_grad()
-    real, counted = live_bytes(step), peak_bytes(net, objective, Linear(), shape, rows=rows)
+    real, counted = live_bytes(lambda: step(net, b)), peak_bytes(net, objective, Linear(), shape, rows=rows)
     assert real.before == counted.before
     assert real.peak == pytest.approx(counted.peak, rel=1e-4)  # a mask lives a little longer on one of them
-    units = 0.0
+    once, units = rows * forward_flops(one, objective, shape), 0.0  # of bytes a single block would be too small a part
     for progress, share in objective.needs.phases:
-        b = replace(b, progress=progress)
-        units += share * flops(step) / rows / forward_flops(net, objective, shape)
-    assert units == pytest.approx(forward_units(net, objective, Linear(), shape, rows=rows), rel=1e-12)
+        at = replace(b, progress=progress)
+        units += share * flops(lambda at=at: step(one, at)) / once
+    assert units == pytest.approx(forward_units(one, objective, Linear(), shape, rows=rows), rel=1e-12)
 
 
 def deep(needs: Needs, checkpoint: bool = False, depth: int = few.FEW + 1) -> nn.Module:

@@ -55,12 +55,12 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_is_complete(name: str) -> None:
-    assert keys(read(name)[0] | {KEY: FORMAT}) == keys(yaml.safe_load(dump(load(name))))
+    assert keys(read(name)[0] | {KEY: FORMAT}) == keys(recipes.parse_yaml(dump(load(name))))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if recipes.base(name)])
 def test_a_recipe_with_a_base_says_less(name: str) -> None:
-    tree = yaml.safe_load(recipes.text(name))
+    tree = recipes.parse_yaml(recipes.text(name))
     assert recipes.base(name) == tree["base"] != name
     assert recipes.base(tree["base"]) is None  # one level
     assert len(recipes.text(name).splitlines()) <= 0.6 * len(recipes.text(tree["base"]).splitlines())
@@ -68,7 +68,7 @@ def test_a_recipe_with_a_base_says_less(name: str) -> None:
 
 def test_a_recipe_without_a_base_names_none() -> None:
     for name in NAMES:
-        assert ("base" in yaml.safe_load(recipes.text(name))) == (recipes.base(name) is not None)
+        assert ("base" in recipes.parse_yaml(recipes.text(name))) == (recipes.base(name) is not None)
 
 
 def test_every_recipe_is_in_one_group() -> None:
@@ -79,9 +79,10 @@ def test_every_recipe_is_in_one_group() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_holds_values_of_their_own_types(name: str) -> None:
-    (found, _), resolved = read(name), yaml.safe_load(dump(load(name)))
+    (found, _), run = read(name), load(name)
+    resolved = recipes.parse_yaml(dump(run))
     del resolved[KEY]
-    assert load(name) == type(load(name)).model_validate(resolved)
+    assert run == type(run).model_validate(resolved)
     for key in found:  # 1e-3 is text to YAML 1.1; the value that it resolves to is a number
         assert found[key] == {**resolved, key: found[key]}[key]
         plain = re.sub(r"'[^'\n]*\{n?\}[^'\n]*'", "", yaml.safe_dump(found[key]))  # but for templates

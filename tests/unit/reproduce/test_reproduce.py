@@ -22,7 +22,7 @@ from dumo.progress import no_bar
 from dumo.random import stream
 from dumo.reproduce import PLANS, arm, redraw, reproduce
 from dumo.reproduce.arm import Arm
-from dumo.reproduce.ours import fair, ideas
+from dumo.reproduce.ours import fair, ideas, pretrained
 from dumo.reproduce.paper import fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo
 from dumo.reproduce.plan import SCALES, Cell, Finished, Plan, finish, markdown, units
 from dumo.run.folder import RunFolder
@@ -60,7 +60,8 @@ def plan(*cells: Cell) -> Plan:
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counting what steps cost takes long, and is tested by itself: here all cost 3 F."""
-    monkeypatch.setattr(arm, "units", lambda spec: 3.0)
+    for module in (arm, pretrained):
+        monkeypatch.setattr(module, "units", lambda spec: 3.0)
 
 
 @pytest.fixture
@@ -117,6 +118,14 @@ def finished(tmp_path: Path, *more: str) -> Finished:
     return finish(cell("a", *more), tmp_path, device="cpu", bar=no_bar)
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with that cell: to be read."""
+    folder = tmp_path_factory.mktemp("once")
+    finished(folder)
+    return folder
+
+
 def test_finished_cells_are_kept(tmp_path: Path, steps: list[int]) -> None:
     first = finished(tmp_path)
     kept = [first.opened.folder / "evaluation.json", *(first.opened.folder / "checkpoints").rglob("*")]
@@ -150,8 +159,8 @@ def test_what_trains_otherwise_is_another_cell(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "more", ["evaluate.protocol.samples=21", "evaluate.seed=1", "evaluate.nfe=[2]", "sample.solver.m=0.4"]
 )
-def test_what_is_judged_otherwise_is_judged_again(tmp_path: Path, more: str) -> None:
-    finished(tmp_path)
+def test_what_is_judged_otherwise_is_judged_again(once: Path, tmp_path: Path, more: str) -> None:
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
     spec = cell("a", more).spec
     second = finished(tmp_path, more)
     assert second.report["samples"] == spec.evaluate.protocol.samples
@@ -161,7 +170,8 @@ def test_what_is_judged_otherwise_is_judged_again(tmp_path: Path, more: str) -> 
 
 
 @pytest.mark.parametrize("otherwise", [{"nfe": [3, 4]}, {"seed": 5}, {"solver": "euler"}])
-def test_a_judgement_by_other_means_is_not_taken(tmp_path: Path, otherwise: dict[str, Any]) -> None:
+def test_a_judgement_by_other_means_is_not_taken(once: Path, tmp_path: Path, otherwise: dict[str, Any]) -> None:
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
     first = finished(tmp_path)
     evaluate(first.opened, **otherwise)  # someone looks at a cell with dumo evaluate
     assert finished(tmp_path).report == first.report
@@ -257,10 +267,11 @@ def test_arms_are_at_equal_cost(scale: str) -> None:
     assert [(one.labels["objective"], one.spec.train.seed) for one in cells] == [
         (one.name, seed) for one in arms for seed in range(1 if scale == "smoke" else 2)
     ]
-    budget = cells[0].spec.train.steps * (first := units(cells[0].spec))
+    counted = {one.labels["objective"]: units(one.spec) for one in cells if one.spec.train.seed == 0}
+    budget = cells[0].spec.train.steps * (first := counted["digits"])
     assert cells[0].spec.train.steps == (arm.SMOKE if scale == "smoke" else load("digits").train.steps)
     for one in cells:
-        each = units(one.spec)
+        each = counted[one.labels["objective"]]
         assert abs(each * one.spec.train.steps - budget) <= each / 2 + 1e-9  # to half a step
         assert (one.labels["steps"], one.labels["F_per_step"]) == (one.spec.train.steps, round(each, 2))
     assert first > 4

@@ -101,7 +101,10 @@ def main() -> None:
     """Print all cases."""
     found: dict[str, object] = {}
     for name, run in kinds().items():
-        found |= {f"{name} {choice}": trained(run, choice) for choice in ("none", "blocks", "loss")}
+        found |= {f"{name} {choice}": trained(run, choice) for choice in ("none", "blocks")}
+        small = run.net.model_copy(update={"depth": 1})  # a second block shows nothing new
+        one = run.model_copy(update={"net": small})
+        found |= {f"{name} none for loss": trained(one, "none"), f"{name} loss": trained(one, "loss")}
     few = load("imagenet256-xl2-dual", [*SMALL, *FEW])
     found |= {"inductor none": trained(few, "none"), "inductor loss": trained(few, "loss", "inductor")}
     guided = ["objective.guide.zeta=0.4", "train.batch=16", "train.micro_batch=8", "train.ema=[]"]
