@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test slow tests check docs mutants clean
+.PHONY: help demo test slow check docs mutants clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -15,14 +15,11 @@ demo: $(BIN)/.installed ## train DuMo on handwritten digits and write runs/dumo-
 	$(BIN)/dumo evaluate runs/dumo-best --nfe 1,2
 	$(BIN)/dumo report runs/dumo-best
 
-test: $(BIN)/.developed ## run the tests, but for the slow ones
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not slow" --durations 10 --durations-min 5
+test: $(BIN)/.developed ## run the tests, but for the slow ones; with SLOW=1 these, too
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(SLOW),,-m "not slow") --durations 10 --durations-min 5
 
 slow: $(BIN)/.developed ## run the slow tests
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $$(grep -rl mark.slow --include='test_*.py' tests)
-
-tests: $(BIN)/.developed ## run all of them, which imports and prepares once
-	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 10 --durations-min 5
 
 check: $(BIN)/.developed ## lint, formatting, types, layers
 	$(BIN)/ruff check
