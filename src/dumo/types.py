@@ -27,6 +27,7 @@ Rows = Bool[Tensor, " b"]  # which rows
 Cond = Shaped[Tensor, "b *c"]  # class indices (b,), or a text embedding
 Heads = tuple[Array, ...]  # Samples of heads and PerSamples of gauges, in the order of `Needs`; then what is `inside`
 Taught = Callable[[Sample, Time, Cond, Sample], Sample]  # (x_t, t, c, v_t) -> the velocity to learn
+Climb = Callable[[Sample, Time, Time, Cond], tuple[Sample, PerSample]]  # (x_t, t, s, c) -> x_s, growth of log volume
 FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
 CHANGES: JsonDict = {"changes": True}  # it may, too, and run.yaml notes from which step on
 
@@ -269,6 +270,7 @@ class Reads:
     endpoint: Callable[[Sample, Time, Cond], Sample] | None = None  # (x_t, t, c) -> x_0
     flow_map: Callable[[Sample, Time, Time, Cond], Sample] | None = None  # (x_t, t, s, c) -> x_s
     both: Callable[[Sample, Time, Cond], tuple[Sample, Sample]] | None = None  # (x_t, t, c) -> dx_t/dt, x_0: one pass
+    climb: Climb | None = None  # a jump from t up to s, and what it does to volume, of one pass
     hops: Callable[[float, float], bool] | None = None  # (t, s) -> was this jump of the flow map taught; None: all were
 
 
