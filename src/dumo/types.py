@@ -74,7 +74,7 @@ def frozen(net: Net) -> Frozen:
 
 
 class TimeLaw(Spec, ABC):
-    """The law of (t, r), with r <= t."""
+    """The law of (t, r), with r <= t unless it climbs."""
 
     @abstractmethod
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
@@ -93,6 +93,11 @@ class TimeLaw(Spec, ABC):
     def moving_share(self) -> float:
         """The share of the rows that `moving` names, in [0, 1]."""
         return 1.0
+
+    @property
+    def climbs(self) -> bool:
+        """Whether r > t on some of the rows: jumps up to the noise, too."""
+        return False
 
 
 @runtime_checkable
@@ -162,6 +167,7 @@ class Needs:
     ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
     amplifies: float = 0.0  # how often the rounding of the net is multiplied (`dumo.flow.secant`)
     inside: float | None = None  # the share of its blocks after which the net gives what they made, behind the gauges
+    climbs: bool = False  # whether its formulas hold for r > t, too
     phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)  # where steps cost alike: a progress, its share of training
 
     @property

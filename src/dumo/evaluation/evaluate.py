@@ -53,8 +53,9 @@ def evaluate(
     The file keeps rows of other passes that were measured in the same way; what is returned has none of them.
     `results` has one row per number of passes. `contrast` has Euler steps of the velocity, at as many passes and at
     those that the run wants beside them, where its own solver is another: what the other head, or the higher order, is
-    for; of likelihoods, Heun's steps at the passes of the protocol. Several ranks share the work, and the first writes. Raises UserError as the solvers and the protocol do,
-    OSError where the report could not be written, before any work, and Stopped where that is asked.
+    for; of likelihoods, Heun's steps at the passes of the protocol. Several ranks share the work, and the first writes.
+    Raises UserError as the solvers and the protocol do, OSError where the report could not be written, before any work,
+    and Stopped where that is asked.
     """
     check_writable(opened.folder)
     sweep(opened.folder)

@@ -28,12 +28,6 @@ from dumo.protocols.photos import PhotosProtocol as PhotosProtocol
 from dumo.protocols.toy import ToyProtocol as ToyProtocol
 
 MetricProtocol = Annotated[
-    CifarProtocol
-    | ClipProtocol
-    | DigitsProtocol
-    | ImageProtocol
-    | LikelihoodProtocol
-    | PhotosProtocol
-    | ToyProtocol,
+    CifarProtocol | ClipProtocol | DigitsProtocol | ImageProtocol | LikelihoodProtocol | PhotosProtocol | ToyProtocol,
     Field(discriminator="kind"),
 ]

@@ -89,7 +89,7 @@ class LikelihoodEvaluator:
     seed: int
     facts: dict[str, str]
 
-    def directions(self, numbers: Sequence[int]) -> Sequence[Tensor]:
+    def directions(self, numbers: Sequence[int]) -> list[Sample]:
         """Those in which div v is taken for the rows of these numbers, the same at every time; (): all axes."""
         key, shape = (self.seed, "likelihood", "probe"), self.x.shape[1:]
         return signs(*key, numbers=numbers, shape=shape, probes=self.protocol.probes)

@@ -14,11 +14,9 @@ from itertools import pairwise
 from math import log, pi
 
 import torch
-from torch import Tensor
 
-from dumo import stop
+from dumo import random, stop
 from dumo.flow.divergence import divergence
-from dumo.random import keyed
 from dumo.sampling.grid import rows, uniform
 from dumo.sampling.solver import Euler, Heun, Hop, Solver, steps, taught
 from dumo.types import Climb, Cond, Path, PerSample, Reads, Sample, Time, UserError, lift
@@ -58,10 +56,9 @@ def climbing(solver: Solver, reads: Reads, along: Sequence[Sample] = ()) -> Clim
     return partial(_euler if isinstance(solver, Euler) else _heun, lambda *at: divergence(velocity, *at, along))
 
 
-def signs(*key: int | str, numbers: Sequence[int], shape: Sequence[int], probes: int) -> Sequence[Tensor]:
+def signs(*key: int | str, numbers: Sequence[int], shape: Sequence[int], probes: int) -> list[Sample]:
     """Directions for the samples of these numbers, each of its own number alone: `probes` draws of random signs."""
-    draws = (keyed(*key, probe, rows=numbers, shape=shape) for probe in range(probes))
-    return [torch.where(z < 0, -1.0, 1.0) / probes**0.5 for z in draws]
+    return [random.signs(*key, probe, rows=numbers, shape=shape) / probes**0.5 for probe in range(probes)]
 
 
 def _euler(rate: Rate, x: Sample, t: Time, s: Time, c: Cond) -> tuple[Sample, PerSample]:
