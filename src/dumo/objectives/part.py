@@ -136,7 +136,7 @@ class ShortcutPart(WeightedHead):
         with dropout.rows(i):
             one = ref(some.x_t, some.t, middle, some.c)
             other = ref(some.x_t - lift(some.t - middle, one) * one, middle, some.r, some.c)
-        m_star[i] = ((one + other) / 2).to(m_star).where(lift(some.r != some.t, one), m_star[i])
+        m_star[i] = ((one + other) / 2).to(m_star).where(lift(some.r < some.t, one), m_star[i])
         return m_star
 
     def read(self, head: Aimed) -> Reads:

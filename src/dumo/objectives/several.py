@@ -83,7 +83,7 @@ class Several(Spec):
             derives=derives,
             guide=self.guide,
             group=2 if self._contrast else 1,
-            climbs=True,
+            climbs=self._place("shortcut") is None,
         )
         return looking(needs, self.disperse)
 
@@ -124,9 +124,9 @@ class Several(Spec):
             v_star = self.guide(b, heads[first], lambda b, c: self._aimed(ref, first)(b.x_t, b.t, b.r, c))
             grown = min(1.0, b.progress / self.ramp) if self.ramp else 1.0
             rates = tuple(grown * rate for rate in along(v_star if self.along == "target" else heads[first].detach()))
-            at = enumerate(zip(self.parts, rates, strict=False))  # gauges have rates, too
-            asked = {self._place("divergence"): first}  # whose target is the velocity's
-            targets = [part.target(b, v_star, rate, self._aimed(ref, asked.get(i, i))) for i, (part, rate) in at]
+            told = (first if part.kind == "divergence" else i for i, part in enumerate(self.parts))  # whose head
+            asked = zip(self.parts, rates, told, strict=False)  # gauges have rates, too
+            targets = [part.target(b, v_star, rate, self._aimed(ref, i)) for part, rate, i in asked]
         errors = [head - target for head, target in zip(heads, targets, strict=True)]
         losses = [part.measure(head, target) for part, head, target in zip(self.parts, heads, targets, strict=True)]
         alone = (b.r == b.t).to(b.t) / (1 - self.times.moving_share) if self.apart else 1
@@ -148,7 +148,7 @@ class Several(Spec):
         reads = Reads(**{name: have[0] for name, have in first.items() if have})
         ends = [i for i, part in zip(order, found, strict=True) if part.endpoint]
         reads = replace(reads, both=self._both(net, ends[0])) if ends else reads
-        jump, growth = self._place("average", "shortcut"), self._place("divergence")
+        jump, growth = self._place("average"), self._place("divergence")
         return reads if jump is None or growth is None else replace(reads, climb=self._climb(net, jump, growth))
 
     def _climb(self, net: Net, jump: int, growth: int) -> Climb:
@@ -174,9 +174,9 @@ class Several(Spec):
         """The place of the velocity that guides."""
         return next(i for i, part in enumerate(self.parts) if part.kind == "velocity")
 
-    def _place(self, *kinds: str) -> int | None:
-        """That of the first part of these kinds."""
-        return next((i for i, part in enumerate(self.parts) if part.kind in kinds), None)
+    def _place(self, kind: str) -> int | None:
+        """That of the first part of this kind."""
+        return next((i for i, part in enumerate(self.parts) if part.kind == kind), None)
 
     def _demand_divergence(self) -> None:
         """Raise ValueError for what a divergence is not learned, or not read, without."""
@@ -184,7 +184,7 @@ class Several(Spec):
             raise ValueError(
                 "a part of kind divergence, and it alone, is found by signs: add probe.kind=signs, or drop both"
             )
-        if self.probe and not (self.times.climbs and self._place("average", "shortcut") is not None):
+        if self.probe and not (self.times.climbs and self._place("average") is not None):
             raise ValueError(
                 "a divergence is read along jumps from data to noise: add a part of kind average, and times of kind "
                 "pair or jumps with both_ways=true"

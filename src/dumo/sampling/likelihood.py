@@ -53,7 +53,7 @@ def climbing(solver: Solver, reads: Reads, along: Sequence[Sample] = ()) -> Clim
     if not isinstance(solver, Euler | Heun):
         raise UserError(f"solver '{solver.kind}' has no way from data to noise: use heun, euler or hop")
     velocity = taught(solver, reads)
-    return partial(_euler if isinstance(solver, Euler) else _heun, lambda *at: divergence(velocity, *at, along))
+    return partial(_euler if isinstance(solver, Euler) else _heun, lambda x, t, c: divergence(velocity, x, t, c, along))
 
 
 def signs(*key: int | str, numbers: Sequence[int], shape: Sequence[int], probes: int) -> list[Sample]:
