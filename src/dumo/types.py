@@ -86,7 +86,7 @@ class TimeLaw(Spec, ABC):
         return 1
 
     def moving(self, n: int) -> tuple[bool, ...] | None:
-        """Which of the first n rows may have r < t, by place alone, while the others have r = t; None: all may."""
+        """Which of the first n rows may have a step, by place alone, while the others have r = t; None: all may."""
         return None
 
     @property

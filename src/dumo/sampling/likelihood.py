@@ -1,6 +1,6 @@
 """How likely samples are to a net: the density that its flow carries up to noise, where it is known.
 
-Along dx_t/dt = v the log of volume grows by div v (Chen et al. 2018, Theorem 1), so
+Along dx_t/dt = v the log of volume grows by div v (Chen et al. 2018), so
 
     log p(x_0) = log N(x_1; 0, I) + integral of div v(x_t, t) from 0 to 1.
 
