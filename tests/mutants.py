@@ -43,6 +43,8 @@ FIXED, LAW, READ, SLOPE, EXACT, UNBIASED = (
     f"{THEORY}/test_{name}.py" for name in ("fixed_point", "law", "read", "slope", "exact", "unbiased")
 )
 CONTRACT, SHARE, RANDOM = "tests/contract/test_draw.py", "tests/unit/data/test_share.py", "tests/unit/test_random.py"
+LIKELIHOOD = f"{THEORY}/test_likelihood.py"
+JUDGED, EVALUATED = (f"tests/unit/{room}/test_likelihood.py" for room in ("protocols", "evaluation"))
 WEIGHT, DISPERSE = f"{THEORY}/test_weight.py", "tests/unit/flow/test_disperse.py"
 READS = "tests/contract/test_read.py"
 DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
@@ -1076,6 +1078,33 @@ MUTANTS = [
     Mutant("export/stock.py", "self.none + scale - 1", "scale", "Z-Image is guided once too often", STOCK),
     Mutant("export/scheduler.py", "(m / START)", "m", "the times of jumps forget where they start", STOCK),
     Mutant("export/scheduler.py", '"shift": 1.0, ', "", "a scheduler may bend the times", STOCK),
+    Mutant("flow/divergence.py", "e * rate_of(v)", "rate_of(v)", "J e is taken for its diagonal", LIKELIHOOD),
+    Mutant("sampling/likelihood.py", "grown = grown + more", "grown = grown - more", "volume shrinks", LIKELIHOOD),
+    Mutant("sampling/likelihood.py", "(div + div_s) / 2", "div", "volume grows as by Euler", LIKELIHOOD),
+    Mutant("sampling/likelihood.py", "x + lift(s - t, x) * v, s, c)", "x, s, c)", "Heun stays put", LIKELIHOOD),
+    Mutant("sampling/likelihood.py", " - d * log(path.sd)", "", "the density is of units of sd", LIKELIHOOD),
+    Mutant("sampling/likelihood.py", "/ probes**0.5", "", "a trace is as many times itself", JUDGED),
+    Mutant("objectives/several.py", "(s - t) * heads[growth]", "(t - s) * heads[growth]", "jumps shrink", LIKELIHOOD),
+    Mutant("objectives/several.py", "lift(s - t, x) * heads[jump]", "lift(t - s, x) * heads[jump]", "down", LIKELIHOOD),
+    Mutant("objectives/several.py", 'first if part.kind == "divergence" else i', "i", "div g in place of v", SEVERAL),
+    Mutant(
+        "objectives/part.py",
+        "square - lift(b.t - b.r, b.x_t) * rate",
+        "square + lift(b.t - b.r, b.x_t) * rate",
+        "g* has the sign of dg/dt wrong",
+        SEVERAL,
+    ),
+    Mutant("flow/law.py", "return signs(*key", "return keyed(*key", "squares of directions are not 1", SEVERAL),
+    Mutant(
+        "flow/times.py",
+        "for rows in (data, between) if",
+        "for rows in (sorted(data + between),) if",
+        "all jumps to the data are turned",
+        "tests/unit/flow/test_times.py",
+    ),
+    Mutant("protocols/likelihood.py", "log2(self.levels / 2)", "log2(self.levels)", "the range is 1 wide", JUDGED),
+    Mutant("protocols/likelihood.py", "+ u) / levels", "+ u) / (levels - 1)", "cells are too wide", JUDGED),
+    Mutant("evaluation/likelihood.py", "dist.rank(), len(", "0, len(", "every rank has the first rows", EVALUATED),
 ]
 
 

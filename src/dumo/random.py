@@ -55,6 +55,11 @@ def keyed(*key: int | str, rows: Sequence[int], shape: Sequence[int]) -> Sample:
     return torch.from_numpy(made).view(len(rows), *shape)
 
 
+def signs(*key: int | str, rows: Sequence[int], shape: Sequence[int]) -> Sample:
+    """1 or -1, as likely, of shape (len(rows), *shape): as `keyed`."""
+    return torch.where(keyed(*key, rows=rows, shape=shape) < 0, -1.0, 1.0)
+
+
 def noise(seed: int, indices: Sequence[int], draw: int, shape: Sequence[int]) -> Sample:
     """N(0, I) of shape (len(indices), *shape), a row per image index, in float32 on the CPU."""
     rows = [_stream(f"{seed}/{i}/{draw}").standard_normal(tuple(shape), dtype=np.float32) for i in indices]

@@ -27,6 +27,7 @@ Rows = Bool[Tensor, " b"]  # which rows
 Cond = Shaped[Tensor, "b *c"]  # class indices (b,), or a text embedding
 Heads = tuple[Array, ...]  # Samples of heads and PerSamples of gauges, in the order of `Needs`; then what is `inside`
 Taught = Callable[[Sample, Time, Cond, Sample], Sample]  # (x_t, t, c, v_t) -> the velocity to learn
+Climb = Callable[[Sample, Time, Time, Cond], tuple[Sample, PerSample]]  # (x_t, t, s, c) -> x_s, growth of log volume
 FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
 CHANGES: JsonDict = {"changes": True}  # it may, too, and run.yaml notes from which step on
 
@@ -73,7 +74,7 @@ def frozen(net: Net) -> Frozen:
 
 
 class TimeLaw(Spec, ABC):
-    """The law of (t, r), with r <= t."""
+    """The law of (t, r), with r <= t unless it climbs."""
 
     @abstractmethod
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
@@ -85,13 +86,18 @@ class TimeLaw(Spec, ABC):
         return 1
 
     def moving(self, n: int) -> tuple[bool, ...] | None:
-        """Which of the first n rows may have r < t, by place alone, while the others have r = t; None: all may."""
+        """Which of the first n rows may have a step, by place alone, while the others have r = t; None: all may."""
         return None
 
     @property
     def moving_share(self) -> float:
         """The share of the rows that `moving` names, in [0, 1]."""
         return 1.0
+
+    @property
+    def climbs(self) -> bool:
+        """Whether r > t on some of the rows: jumps up to the noise, too."""
+        return False
 
 
 @runtime_checkable
@@ -161,6 +167,7 @@ class Needs:
     ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
     amplifies: float = 0.0  # how often the rounding of the net is multiplied (`dumo.flow.secant`)
     inside: float | None = None  # the share of its blocks after which the net gives what they made, behind the gauges
+    climbs: bool = False  # whether its formulas hold for r > t, too
     phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)  # where steps cost alike: a progress, its share of training
 
     @property
@@ -269,6 +276,7 @@ class Reads:
     endpoint: Callable[[Sample, Time, Cond], Sample] | None = None  # (x_t, t, c) -> x_0
     flow_map: Callable[[Sample, Time, Time, Cond], Sample] | None = None  # (x_t, t, s, c) -> x_s
     both: Callable[[Sample, Time, Cond], tuple[Sample, Sample]] | None = None  # (x_t, t, c) -> dx_t/dt, x_0: one pass
+    climb: Climb | None = None  # a jump from t up to s, and what it does to volume, of one pass
     hops: Callable[[float, float], bool] | None = None  # (t, s) -> was this jump of the flow map taught; None: all were
 
 

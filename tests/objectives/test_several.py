@@ -10,17 +10,19 @@ from contract.case import Counted, nets, randomise, step
 from dumo.config.load import load
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
+from dumo.flow.law import Signs
 from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Below, Beta, Dyadic, Jumps, Pair, Uniform
 from dumo.objectives import DuMo, Several
-from dumo.objectives.part import AveragePart, EndpointPart, ShortcutPart, VelocityPart
+from dumo.objectives.part import AveragePart, DivergencePart, EndpointPart, ShortcutPart, VelocityPart
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Gaussian, Product, column, gaussian, gradient, record
 from theory.formula import GUIDES, Polynomial, gradients, guided, rows
 
 NONE, GUIDED = Guide(), Guide(zeta=0.55)
 V, U, M, S = VelocityPart(weight=0.6), EndpointPart(weight=0.3), AveragePart(weight=0.2), ShortcutPart(weight=0.4)
+G = DivergencePart(weight=0.1)
 STEPS = Dyadic(levels=4, every=2)
 HALF = Pair(of=Uniform(), velocity_ratio=0.5)
 DUMO = (VelocityPart(weight=0.7), EndpointPart(weight=1 - 0.7))
@@ -31,6 +33,7 @@ SETS = {  # every way to have heads, with a law that teaches them
     "jumps": ((V, M), Jumps(of=Uniform())),
     "shortcut": ((V, S), HALF),
     "all": ((U, M, V, ShortcutPart(name="s", weight=0.4)), HALF),
+    "divergence": ((V, M, G), Pair(of=Uniform(), velocity_ratio=0.25, both_ways=True)),
     "twice": ((V, U, VelocityPart(name="v2", weight=0.1), EndpointPart(name="u2", weight=0.1)), HALF),
 }
 each_set = pytest.mark.parametrize("made_of", SETS)
@@ -39,7 +42,8 @@ each_set = pytest.mark.parametrize("made_of", SETS)
 def several(made_of: str, **fields: object) -> Several:
     """An objective of one of the sets."""
     parts, times = SETS[made_of]
-    return Several(**{"parts": parts, "times": times, "drop": 0.3, "slope": JvpSlope(), "guide": NONE, **fields})
+    own = {"parts": parts, "times": times, "probe": Signs() if G in parts else None}
+    return Several(**{**own, "drop": 0.3, "slope": JvpSlope(), "guide": NONE, **fields})
 
 
 class Aimed(Polynomial):
@@ -66,6 +70,10 @@ def by_hand(objective: Several, net: Aimed, b: Noised, v_star: Tensor) -> tuple[
         if part.kind == "endpoint":
             target -= grown * column(b.t) * net.slope(i, b.x_t, b.t, 0 * b.t, w)
         if part.kind == "average":
+            target -= grown * column(b.t - b.r) * net.slope(i, b.x_t, b.t, b.r, w)
+        if part.kind == "divergence":
+            _, one, by_t, by_x, *_ = net.a[first].detach()
+            target = one + by_t * column(b.t) + 2 * by_x * b.x_t
             target -= grown * column(b.t - b.r) * net.slope(i, b.x_t, b.t, b.r, w)
         for k in range(len(b.t)) if part.kind == "shortcut" else ():
             t, r, x, c = b.t[k : k + 1], b.r[k : k + 1], b.x_t[k : k + 1], b.c[k : k + 1]
@@ -96,7 +104,7 @@ def test_by_hand(made_of: str, guide: Guide) -> None:
     assert found.parts.keys() == parts.keys()
     assert all(torch.allclose(found.parts[key], value, rtol=1e-12, atol=0) for key, value in parts.items())
     assert list(found.notes) == [
-        f"clipped_share_{p.name}" for p in objective.parts if p.kind in ("endpoint", "average")
+        f"clipped_share_{p.name}" for p in objective.parts if p.kind in ("endpoint", "average", "divergence")
     ]
     for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
         assert torch.allclose(mine, hand, rtol=1e-11, atol=1e-13)
@@ -232,6 +240,7 @@ COUNTS = [  # passes with gradients, and without
     (several("dumo and shortcut", slope=DualSlope()), 1, 2),  # halves
     (several("average", slope=DualSlope()), 2, 0),  # a ride of the rows with r < t, and the others
     (several("average", slope=JvpSlope()), 1, 1),
+    (several("divergence", slope=JvpSlope()), 1, 2),  # and J e
     (several("shortcut", slope=CentralSlope()), 1, 2),  # no derivative, so no slope
 ]
 
@@ -308,6 +317,10 @@ def test_needs() -> None:
         ({"parts": (V, AveragePart(power=1)), "guide": Guide(zeta=0.5, fraction=0.5)}, "power=0"),
         ({"parts": (VelocityPart(power=1), U), "guide": Guide(zeta=0.5, fraction=0.5)}, "power=0"),
         ({"parts": ({"kind": "velocity", "contrast": 0.05, "power": 1}, U)}, "power=0, or contrast=0"),
+        ({"parts": (V, M, G), "times": HALF}, "divergence.*probe.kind=signs"),
+        ({"parts": (V, M), "probe": Signs()}, "divergence.*probe.kind=signs"),
+        ({"parts": (V, M, G), "probe": Signs(), "times": HALF}, "both_ways=true"),
+        ({"parts": (V, G), "probe": Signs(), "times": SETS["divergence"][1]}, "add a part of kind average"),
         ({"parts": ({"kind": "velocity", "weight": 0},)}, "weight"),
         ({"parts": ({"kind": "velocity", "name": "loss"},)}, "name"),
         ({"parts": ({"kind": "nonsense"},)}, "average.*endpoint.*shortcut.*velocity"),

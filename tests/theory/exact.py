@@ -291,10 +291,11 @@ LEVELS = 7  # of steps 2^-k: the finest stands for none (Shortcut models)
 class Exact(nn.Module):
     """A net that knows its flow. Each head is off by probe[head] of 1 and of x_t, at first by nothing.
 
-    Heads: v, the velocity; u and m, the mean velocity down to r, 0 where no r reaches them; f, the mean direction on
-    the trigonometric path. A step may be told as k, of size 2^-k. At negative times all of them are the velocity at -t.
-    The knobs w, or beta = 1 / w, low and high are those of a guided flow. Gauges are zero. An objective with others is
-    refused until they are taught here.
+    Heads: v, the velocity; u and m, the mean velocity down to r, 0 where no r reaches them; g, the mean of dv_i/dx_i
+    on the way from r, of a flow that acts on each coordinate alone; f, the mean direction on the trigonometric path. A
+    step may be told as k, of size 2^-k. At negative times all of them are the velocity at -t. The knobs w, or
+    beta = 1 / w, low and high are those of a guided flow. Gauges are zero. An objective with others is refused until
+    they are taught here.
     """
 
     def __init__(self, flow: Flow, needs: Needs) -> None:
@@ -333,6 +334,8 @@ class Exact(nn.Module):
             r = inputs["r"]
         r = torch.where(t < 0, t, r)
         t, r = t.abs(), torch.where(t < 0, -r, r)
+        if head == "g":
+            return self.growth(x, c, t, r, flow)
         return self.direction(flow, x, c, t) if head == "f" else self.average(x, c, t, r, flow)
 
     def average(self, x: Tensor, c: Tensor, t: Tensor, r: Tensor, flow: Flow | None = None) -> Tensor:
@@ -340,6 +343,20 @@ class Exact(nn.Module):
         same, flow = column(t == r), flow or self.flow
         u = (x - flow.carry(x, c, t, r)) / torch.where(same, 1, column(t - r))
         return torch.where(same, flow.guided(x, c, t), u)
+
+    def growth(self, x: Tensor, c: Tensor, t: Tensor, r: Tensor, flow: Flow) -> Tensor:
+        """The logarithm of dx_t/dx_r over t - r, and where r = t its limit."""
+
+        def moved(f: Callable[[Tensor], Tensor]) -> Tensor:
+            return torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
+
+        if isinstance(flow, Product):  # carry has no second derivatives
+            way = (flow.density(flow.carry(x, c, t, r), c, r) / flow.density(x, c, t)).log()
+        else:
+            way = -moved(lambda x: flow.carry(x, c, t, r)).log()
+        same = column(t == r)
+        limit = moved(lambda x: flow.guided(x, c, t))
+        return torch.where(same, limit, way / torch.where(same, 1, column(t - r)))
 
     def direction(self, flow: Flow, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
         """(cos(theta) x_t - x_0) / sin(theta), and at t = 0 its limit."""

@@ -30,6 +30,7 @@ def check(run: Tree) -> None:
     run.outline(short=True)
     check_augment(run)
     check_path(run)
+    check_times(run)
     check_precondition(run)
     check_precision(run)
     check_pieces(run)
@@ -91,6 +92,15 @@ def check_path(run: Tree) -> None:
     if run.path.kind not in paths:
         raise UserError(
             f"objective '{run.objective.kind}' has its formulas for path {_or(paths)}, not '{run.path.kind}'"
+        )
+
+
+def check_times(run: Tree) -> None:
+    """Refuse times with r > t where the objective has no formulas for them."""
+    if run.objective.times.climbs and not run.objective.needs.climbs:
+        raise UserError(
+            f"objective.times.both_ways makes jumps up to the noise, for which objective '{run.objective.kind}' has no "
+            "formulas: set objective.times.both_ways=false, or take objective.kind=several or meanflow"
         )
 
 

@@ -12,8 +12,10 @@ from dumo import dist
 from dumo.config.spec import Run
 from dumo.data.caption import Files
 from dumo.io.weights import title
+from dumo.protocols import LikelihoodProtocol
 from dumo.run import deviation
 from dumo.run.folder import RunFolder
+from dumo.sampling.solver import Euler, Heun, Solver
 from dumo.types import UserError
 
 Card = dict[str, Any]
@@ -56,6 +58,8 @@ def card(opened: RunFolder, facts: Mapping[str, str], samples: int) -> Card:
 
 def labels(run: Run) -> str:
     """Of which class, or caption, sample i is."""
+    if isinstance(run.evaluate.protocol, LikelihoodProtocol):
+        return "those of the data"
     if isinstance(run.captions, Files):
         return "captions of images, from end to end"
     told = f"i mod {run.data.labels}" if run.data.labels else "none"
@@ -77,10 +81,17 @@ def settings(run: Run) -> Card:
 
 
 def contrast(run: Run) -> list[int]:
-    """Passes of Euler's that stand beside the results."""
+    """Passes of the solver that stands beside the results."""
+    if isinstance(run.evaluate.protocol, LikelihoodProtocol):
+        return [run.evaluate.protocol.passes]
     if not run.evaluate.contrast or not run.reads.velocity or run.sample.solver.kind == "euler":
         return []
     return sorted({*run.evaluate.contrast, *run.evaluate.nfe})
+
+
+def beside(run: Run) -> Solver:
+    """The solver of the contrast: Euler; of likelihoods Heun, at passes that leave no error to speak of."""
+    return Heun() if isinstance(run.evaluate.protocol, LikelihoodProtocol) else Euler()
 
 
 def differing(cards: Sequence[Card]) -> dict[str, list[Any]]:

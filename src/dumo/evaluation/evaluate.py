@@ -16,20 +16,22 @@ from torch import Tensor
 
 from dumo import dist, stop
 from dumo.config.spec import Run
-from dumo.evaluation.card import card, settings
+from dumo.evaluation.card import beside, card, settings
+from dumo.evaluation.likelihood import demand, likelihoods
 from dumo.evaluation.record import checked
 from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
 from dumo.io.json import finite, read_json, write_json
 from dumo.progress import Bar, Tick, no_bar
-from dumo.protocols import ClipProtocol
+from dumo.protocols import ClipProtocol, LikelihoodProtocol
 from dumo.protocols.evaluator import Evaluator
+from dumo.protocols.likelihood import LikelihoodEvaluator
 from dumo.protocols.state import state
 from dumo.run.folder import RunFolder
 from dumo.run.name import Fields, changes, flat, own
 from dumo.run.sample import real_data, sample_batches, solver_named
 from dumo.run.text import captions
-from dumo.sampling.solver import Euler, Solver, check
+from dumo.sampling.solver import Solver, check
 from dumo.types import UserError
 
 FILE = "evaluation.json"
@@ -51,8 +53,9 @@ def evaluate(
     The file keeps rows of other passes that were measured in the same way; what is returned has none of them.
     `results` has one row per number of passes. `contrast` has Euler steps of the velocity, at as many passes and at
     those that the run wants beside them, where its own solver is another: what the other head, or the higher order, is
-    for. Several ranks share the work, and the first writes. Raises UserError as the solvers and the protocol do,
-    OSError where the report could not be written, before any work, and Stopped where that is asked.
+    for; of likelihoods, Heun's steps at the passes of the protocol. Several ranks share the work, and the first writes.
+    Raises UserError as the solvers and the protocol do, OSError where the report could not be written, before any work,
+    and Stopped where that is asked.
     """
     check_writable(opened.folder)
     sweep(opened.folder)
@@ -71,7 +74,7 @@ def evaluate(
         "seed": run.evaluate.seed,
         "solver": run.sample.solver.model_dump(),
         "results": [row(opened, evaluator, run.sample.solver, n, c, bar) for n in passes["nfe"]],
-        "contrast": [row(opened, evaluator, Euler(), n, c, bar) for n in passes["contrast"]],
+        "contrast": [row(opened, evaluator, beside(run), n, c, bar) for n in passes["contrast"]],
         "baselines": evaluator.baselines(),
         "card": card(opened, evaluator.facts, len(c)),
         "versions": dist.versions(),
@@ -106,6 +109,8 @@ def evaluator_of(opened: RunFolder, bar: Bar) -> Evaluator:
             ticks[0](done, "")
 
         protocol, seed, device = run.evaluate.protocol, run.evaluate.seed, opened.device
+        if isinstance(protocol, LikelihoodProtocol):
+            demand(run)
         if isinstance(protocol, ClipProtocol):
             return protocol.evaluator(run.images.open, c=conditions(run), texts=captions(run), seed=seed, device=device)
         return protocol.evaluator(lambda: real_data(run), classes=run.data.labels, seed=seed, device=device, tick=tick)
@@ -117,18 +122,24 @@ def conditions(run: Run) -> Tensor:
 
 
 def row(opened: RunFolder, evaluator: Evaluator, solver: Solver, nfe: int, c: Tensor, bar: Bar) -> Row:
-    """The scores of samples by a solver at one number of passes, the passes as the net counted them."""
+    """The scores of samples, or likelihoods, by a solver at one number of passes, as the net counted them."""
     passes = set[int]()
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        done = 0
-        for part in sample_batches(opened, nfe=nfe, c=c, seed=opened.run.evaluate.seed, solver=solver):
+        done, seed = 0, opened.run.evaluate.seed
+        parts = (
+            likelihoods(opened, evaluator, solver, nfe)
+            if isinstance(evaluator, LikelihoodEvaluator)
+            else sample_batches(opened, nfe=nfe, c=c, seed=seed, solver=solver)
+        )
+        for part in parts:
             done += len(part.index) * dist.world()
             tick(min(done, len(c)), "")
             passes.add(part.nfe)
             yield part.index, part.x
 
-    with bar(f"sampling, {solver.kind} at {nfe}", len(c)) as tick:
+    doing = "likelihoods" if isinstance(evaluator, LikelihoodEvaluator) else "sampling"
+    with bar(f"{doing}, {solver.kind} at {nfe}", len(c)) as tick:
         scores = evaluator.score(batches())
     return {"nfe": passes.pop(), "solver": solver.kind, **scores}
 

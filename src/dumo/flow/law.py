@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Generator
 
-from dumo.random import keyed, stream
+from dumo.random import keyed, signs, stream
 from dumo.types import PerSample, Sample, Spec
 
 
@@ -44,6 +44,16 @@ class Noise(Law):
     def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> Sample:
         """Draw one sample for each of these rows."""
         return keyed(*key, rows=rows, shape=shape)
+
+
+class Signs(Law):
+    """1 or -1 for every number of a sample, as likely: directions of Hutchinson's estimate (`dumo.flow.divergence`)."""
+
+    kind: Literal["signs"] = "signs"
+
+    def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> Sample:
+        """Draw one sample of signs for each of these rows."""
+        return signs(*key, rows=rows, shape=shape)
 
 
 class Level(Number):

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from dumo.autodiff.dual import primal
 from dumo.types import Cond, Heads, Net, Objective, Reads, Sample, Time, lift
 
 
@@ -13,7 +14,8 @@ def bind(net: Net, **knobs: float) -> Net:
     """Fix the knobs of a net: what a sampler does before it reads."""
 
     def bound(x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        return net(x, c, **inputs, **{name: x.new_full((len(x),), value) for name, value in knobs.items()})
+        like = primal(x)
+        return net(x, c, **inputs, **{name: like.new_full((len(x),), value) for name, value in knobs.items()})
 
     return bound
 

@@ -1,4 +1,8 @@
-"""Laws of (t, r), r <= t, whose rows may differ by place. Those of one time aim at the data: r = 0."""
+"""Laws of (t, r), r <= t, whose rows may differ by place. Those of one time aim at the data: r = 0.
+
+With `both_ways` every second row with a step has its times exchanged, t < r: a jump up to the noise (ours; F2D2's code
+draws t and r alike).
+"""
 
 from typing import Annotated, Literal
 
@@ -56,6 +60,7 @@ class Mixture(TimeLaw):
         return t, torch.zeros_like(t)
 
 
+BothWays = Annotated[bool, Field(exclude_if=lambda both: not both)]
 Single = Annotated[
     Arctan | Atom | Beta | Karras | LogitNormal | Mixture | Stratified | Uniform, Field(discriminator="kind")
 ]
@@ -74,6 +79,7 @@ class Pair(TimeLaw):
     velocity_ratio: float = Field(default=0.75, ge=0, le=1)
     to: Alike | None = None  # of r; None: the lower of two draws
     flow: Alike | None = None  # of t where r = t; None: as elsewhere
+    both_ways: BothWays = False
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """Draw n rows."""
@@ -82,7 +88,8 @@ class Pair(TimeLaw):
         moving = torch.tensor(self.moving(n))
         if self.flow is not None:
             t = torch.where(moving, t, self.flow(n, g)[0])
-        return t, torch.where(moving, r, t)
+        r = torch.where(moving, r, t)
+        return turned(t, r, split_by_step(self.moving(n))[0]) if self.both_ways else (t, r)
 
     def moving(self, n: int) -> tuple[bool, ...]:
         """Which of the first n rows may have r < t, by their place alone; all others have r = t."""
@@ -92,6 +99,11 @@ class Pair(TimeLaw):
     def moving_share(self) -> float:
         """All but `velocity_ratio`."""
         return 1 - self.velocity_ratio
+
+    @property
+    def climbs(self) -> bool:
+        """Where asked."""
+        return self.both_ways
 
 
 class Jumps(TimeLaw):
@@ -108,6 +120,7 @@ class Jumps(TimeLaw):
     data_ratio: float = Field(default=0.5, ge=0, le=1)
     to: Alike | None = None  # of r of jumps that end before the data; None: uniform in [0, t]
     flow: Single | None = None  # of t where r = t; None: as elsewhere
+    both_ways: BothWays = False
 
     def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
         """Draw n rows."""
@@ -118,6 +131,8 @@ class Jumps(TimeLaw):
         t[between] = self.of(len(between), g)[0]
         k = len(between)
         r[between] = torch.minimum(self.to(k, g)[0], t[between]) if self.to else t[between] * torch.rand(k, generator=g)
+        for rows in (data, between) if self.both_ways else ():  # of each kind half
+            t, r = turned(t, r, rows)
         return t, r
 
     def moving(self, n: int) -> tuple[bool, ...]:
@@ -128,6 +143,11 @@ class Jumps(TimeLaw):
     def moving_share(self) -> float:
         """All but `velocity_ratio`."""
         return 1 - self.velocity_ratio
+
+    @property
+    def climbs(self) -> bool:
+        """Where asked."""
+        return self.both_ways
 
     def _places(self, n: int) -> tuple[list[int], list[int], list[int]]:
         """The rows at rest, those that jump to the data, and the other jumps."""
@@ -220,11 +240,23 @@ class Groups(TimeLaw):
         """Those of the same times."""
         return self.size
 
+    @property
+    def climbs(self) -> bool:
+        """As the law that is shared."""
+        return self.of.climbs
+
 
 def spread(n: int, share: float) -> tuple[bool, ...]:
     """Which of the first n rows are picked, by place alone: a share of them, evenly spread, whatever n is."""
     so_far = (torch.arange(n + 1, dtype=torch.float64) * share + 1e-9).floor()
     return tuple((so_far.diff() > 0).tolist())
+
+
+def turned(t: Time, r: Time, rows: list[int]) -> tuple[Time, Time]:
+    """The same times, but exchanged on every second of these rows, the first of them left."""
+    up = torch.zeros(len(t), dtype=torch.bool)
+    up[rows[1::2]] = True
+    return torch.where(up, r, t), torch.where(up, t, r)
 
 
 Times = Annotated[

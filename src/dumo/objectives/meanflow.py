@@ -36,7 +36,7 @@ class MeanFlow(Spec):
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        return Needs(inputs=("t", "r"), heads=("u",), slope=self.slope, guide=self.guide)
+        return Needs(inputs=("t", "r"), heads=("u",), slope=self.slope, guide=self.guide, climbs=True)
 
     @model_validator(mode="after")
     def _unbiased(self) -> "MeanFlow":

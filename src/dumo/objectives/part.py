@@ -6,6 +6,11 @@ With v* the guided velocity, along which the heads are derived, r at rest,
     endpoint   v* - t du/dt               for   u(x_t, t) = (x_t - x_0) / t              (DuMo, Alg. 1)
     average    v* - (t - r) dm/dt         for   m(x_t, t, r) = (x_t - x_r) / (t - r)     (MeanFlow, its Eq. 11)
     shortcut   the mean of m over both halves of [r, t], or v* where r = t; for the same m   (Frans et al. 2025)
+    divergence e (J e) - (t - r) dg/dt    for   g(x_t, t, r) = mean of dv_i/dx_i over [r, t]   (F2D2, Ai et al. 2025)
+
+The last holds as the average's does: (t - r) g is an integral along the flow, whose derivative at t is diag J there, of
+J = dv/dx of theta^-'s own velocity, e random signs with e_i (J e)_i = J_ii in the mean. The sum of g is the mean
+divergence, all that a likelihood asks for; that each number learns its own J_ii is ours, theirs is one number a row.
 
 To add a part: write its class here, and name it in the union.
 """
@@ -17,6 +22,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from dumo.flow import dropout
+from dumo.flow.divergence import diagonal
 from dumo.flow.residual import Contrast, adaptive, contrasted
 from dumo.flow.weight import Weight
 from dumo.place import index
@@ -136,9 +142,28 @@ class ShortcutPart(WeightedHead):
         return Reads(flow_map=leap(head))
 
 
+class DivergencePart(WeightedHead):
+    """How much volume grows in a jump, per unit of time: the sum of g over the numbers of a sample."""
+
+    kind: Literal["divergence"] = "divergence"
+    aims: ClassVar[bool] = True
+    derived: ClassVar[bool] = True
+    name: Name = "g"
+    weight: Weight = 0.05  # ours
+
+    def target(self, b: Noised, v_star: Sample, rate: Sample, ref: Aimed) -> Sample:
+        """Of `ref`, which is the velocity here, the Jacobian's diagonal by the signs in `drawn`."""
+        _, square = diagonal(lambda x, t, c: ref(x, t, b.r, c), b.x_t, b.t, b.c, b.drawn["probe"].to(b.x_t))
+        return square - lift(b.t - b.r, b.x_t) * rate
+
+    def read(self, head: Aimed) -> Reads:
+        """Nothing by itself."""
+        return Reads()
+
+
 def leap(head: Aimed) -> Callable[[Sample, Time, Time, Cond], Sample]:
     """x_r = x_t - (t - r) m."""
     return lambda x, t, r, c: x - lift(t - r, x) * head(x, t, r, c)
 
 
-Part = Annotated[AveragePart | EndpointPart | ShortcutPart | VelocityPart, Field(discriminator="kind")]
+Part = Annotated[AveragePart | DivergencePart | EndpointPart | ShortcutPart | VelocityPart, Field(discriminator="kind")]

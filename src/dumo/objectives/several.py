@@ -25,12 +25,29 @@ from pydantic import Field, model_validator
 
 from dumo.flow.disperse import Dispersed, dispersed, looking
 from dumo.flow.guide import Guide
+from dumo.flow.law import Signs
 from dumo.flow.residual import clipped_share, demand_unbent
 from dumo.flow.slope import Along, CentralSlope, Slope
 from dumo.flow.times import Below, Beta, Times
 from dumo.flow.weight import by_variance, weight_at
 from dumo.objectives.part import Aimed, AveragePart, EndpointPart, Part, VelocityPart
-from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.types import (
+    Climb,
+    Cond,
+    Frozen,
+    Heads,
+    Needs,
+    Net,
+    Noised,
+    PerSample,
+    Reads,
+    Sample,
+    Spec,
+    Terms,
+    Time,
+    lift,
+    mean_square,
+)
 
 
 class Several(Spec):
@@ -49,6 +66,7 @@ class Several(Spec):
     along: Literal["target", "velocity"] = "target"  # derivatives run along v*, as DuMo's, or the velocity head (ours)
     ramp: float = Field(default=0.0, ge=0, le=1)  # share of training in which they grow, from heads that are v (ours)
     disperse: Dispersed = None  # what a block makes of its rows lies apart
+    probe: Signs | None = Field(default=None, exclude_if=lambda probe: probe is None)  # what a divergence is found by
     apart: bool = False  # heads that are not told r learn on rows with r = t alone (ours)
 
     @property
@@ -65,6 +83,7 @@ class Several(Spec):
             derives=derives,
             guide=self.guide,
             group=2 if self._contrast else 1,
+            climbs=self._place("shortcut") is None,
         )
         return looking(needs, self.disperse)
 
@@ -90,6 +109,7 @@ class Several(Spec):
                 )
         if any(part.power for part in self.parts):
             self.guide.demand_l2("power > 0 weighs a row by its own residual", "power=0")
+        self._demand_divergence()
         demand_unbent(self._contrast, self.guide)
         if self._contrast and self.along == "velocity":
             raise ValueError("contrast moves the velocity head away from the velocity: use along=target, or contrast=0")
@@ -104,8 +124,9 @@ class Several(Spec):
             v_star = self.guide(b, heads[first], lambda b, c: self._aimed(ref, first)(b.x_t, b.t, b.r, c))
             grown = min(1.0, b.progress / self.ramp) if self.ramp else 1.0
             rates = tuple(grown * rate for rate in along(v_star if self.along == "target" else heads[first].detach()))
-            at = enumerate(zip(self.parts, rates, strict=False))  # gauges have rates, too
-            targets = [part.target(b, v_star, rate, self._aimed(ref, i)) for i, (part, rate) in at]
+            told = (first if part.kind == "divergence" else i for i, part in enumerate(self.parts))  # whose head
+            asked = zip(self.parts, rates, told, strict=False)  # gauges have rates, too
+            targets = [part.target(b, v_star, rate, self._aimed(ref, i)) for part, rate, i in asked]
         errors = [head - target for head, target in zip(heads, targets, strict=True)]
         losses = [part.measure(head, target) for part, head, target in zip(self.parts, heads, targets, strict=True)]
         alone = (b.r == b.t).to(b.t) / (1 - self.times.moving_share) if self.apart else 1
@@ -126,7 +147,18 @@ class Several(Spec):
         first = {f.name: [one for reads in found if (one := getattr(reads, f.name)) is not None] for f in fields(Reads)}
         reads = Reads(**{name: have[0] for name, have in first.items() if have})
         ends = [i for i, part in zip(order, found, strict=True) if part.endpoint]
-        return replace(reads, both=self._both(net, ends[0])) if ends else reads
+        reads = replace(reads, both=self._both(net, ends[0])) if ends else reads
+        jump, growth = self._place("average"), self._place("divergence")
+        return reads if jump is None or growth is None else replace(reads, climb=self._climb(net, jump, growth))
+
+    def _climb(self, net: Net, jump: int, growth: int) -> Climb:
+        """The end of the jump that part `jump` makes, and what part `growth` says of its volume, of one pass."""
+
+        def climb(x: Sample, t: Time, s: Time, c: Cond) -> tuple[Sample, PerSample]:
+            heads = net(x, c, t=t, **self._own(s))
+            return x + lift(s - t, x) * heads[jump], (s - t) * heads[growth].flatten(1).sum(1)
+
+        return climb
 
     def _both(self, net: Net, end: int) -> Callable[[Sample, Time, Cond], tuple[Sample, Sample]]:
         """The velocity, and the end of the jump that part `end` makes, of one pass."""
@@ -141,6 +173,22 @@ class Several(Spec):
     def _first(self) -> int:
         """The place of the velocity that guides."""
         return next(i for i, part in enumerate(self.parts) if part.kind == "velocity")
+
+    def _place(self, kind: str) -> int | None:
+        """That of the first part of this kind."""
+        return next((i for i, part in enumerate(self.parts) if part.kind == kind), None)
+
+    def _demand_divergence(self) -> None:
+        """Raise ValueError for what a divergence is not learned, or not read, without."""
+        if (self._place("divergence") is None) != (self.probe is None):
+            raise ValueError(
+                "a part of kind divergence, and it alone, is found by signs: add probe.kind=signs, or drop both"
+            )
+        if self.probe and not (self.times.climbs and self._place("average") is not None):
+            raise ValueError(
+                "a divergence is read along jumps from data to noise: add a part of kind average, and times of kind "
+                "pair or jumps with both_ways=true"
+            )
 
     def _heads(self, net: Net, ref: Frozen, b: Noised) -> tuple[Heads, Along]:
         """The pass, and the derivatives: none where no target has one, of rows with r < t where no other needs it."""

@@ -23,10 +23,11 @@ from dumo.protocols.clip import ClipProtocol as ClipProtocol
 from dumo.protocols.digits import DigitsProtocol as DigitsProtocol
 from dumo.protocols.evaluator import Reference as Reference
 from dumo.protocols.image import ImageProtocol as ImageProtocol
+from dumo.protocols.likelihood import LikelihoodProtocol as LikelihoodProtocol
 from dumo.protocols.photos import PhotosProtocol as PhotosProtocol
 from dumo.protocols.toy import ToyProtocol as ToyProtocol
 
 MetricProtocol = Annotated[
-    CifarProtocol | ClipProtocol | DigitsProtocol | ImageProtocol | PhotosProtocol | ToyProtocol,
+    CifarProtocol | ClipProtocol | DigitsProtocol | ImageProtocol | LikelihoodProtocol | PhotosProtocol | ToyProtocol,
     Field(discriminator="kind"),
 ]

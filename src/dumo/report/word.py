@@ -67,6 +67,12 @@ MERITS = {
         LOWER,
         "squared maximum mean discrepancy, unbiased, of Gaussian kernels of five widths. Scatter about 0 is equal.",
     ),
+    "bits": Word(
+        "bits per number",
+        LOWER,
+        "-log2 of the density that the net's flow gives to data, over their numbers, and of images as many bits as a "
+        "grey level's width takes; ± is the standard error.",
+    ),
     "fid": Word("FID", LOWER, "Fréchet distance on the features of Inception, as the protocol fixes them."),
     "sfid": Word("sFID", LOWER, "the same on features that keep the place in the image."),
     "clip_score": Word(

@@ -15,7 +15,7 @@ from dumo.flow.precision import Precision, using
 from dumo.random import noise
 from dumo.sampling.draws import Draws
 from dumo.sampling.solver import Fresh, Solver
-from dumo.types import Cond, Path, Reads, Sample, UserError
+from dumo.types import Array, Cond, Heads, Path, Reads, Sample, UserError
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def counting(net: nn.Module) -> Generator[list[int], None, None]:
     """Yield a list to which every pass through the net adds its number of rows."""
     passed: list[int] = []
 
-    def note(_: nn.Module, inputs: tuple[Tensor, ...], __: object) -> None:
+    def note(_: nn.Module, inputs: tuple[Array, ...], __: object) -> None:
         passed.append(len(inputs[0]))
 
     hook = net.register_forward_hook(note)
@@ -176,7 +176,7 @@ def counting(net: nn.Module) -> Generator[list[int], None, None]:
 def passing(net: nn.Module, precision: Precision, device: torch.device | str) -> Generator[None, None, None]:
     """Make the net's passes in a precision; what it answers is float32, in which solvers and guidance add up."""
 
-    def widen(_: nn.Module, __: object, heads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def widen(_: nn.Module, __: object, heads: Heads) -> Heads:
         return tuple(head.float() if head.dtype == torch.bfloat16 else head for head in heads)
 
     hook = net.register_forward_hook(widen)

@@ -1,0 +1,102 @@
+"""Log-likelihoods of flows whose density is known: by velocity and divergence, and by jumps told of their volume."""
+
+from math import log, log2, pi
+
+import pytest
+import torch
+from torch import Tensor
+
+from dumo.flow.divergence import axes, diagonal, divergence
+from dumo.flow.law import Signs
+from dumo.flow.path import Linear, Path, Trig
+from dumo.flow.times import Pair
+from dumo.objectives import Several
+from dumo.objectives.part import AveragePart, DivergencePart, VelocityPart
+from dumo.random import stream
+from dumo.sampling.likelihood import log_likelihood
+from dumo.sampling.solver import Euler, Heun, Hop, Restart, Solver
+from dumo.types import Reads, UserError
+from theory.exact import APART, PRODUCT, D, Exact, Gaussian, Mixture, OnTrig, Product, opaque, plane
+
+FLOW = plane()
+
+
+def density(flow: Mixture, x: Tensor, c: Tensor) -> Tensor:
+    """log p(x | c) of the mixture itself."""
+    off = (x[:, None] - flow.mean) / flow.std
+    parts = -(off**2 / 2 + flow.std.log() + log(2 * pi) / 2).sum(-1) + flow.weight[c].log()
+    return parts.logsumexp(1)
+
+
+def reads(flow: Mixture | OnTrig) -> Reads:
+    return Reads(velocity=lambda x, t, c: opaque(lambda x, t: flow.velocity(x, c, t), x, t))
+
+
+def data(n: int = 12) -> tuple[Tensor, Tensor]:
+    c = torch.arange(n) % FLOW.classes
+    return FLOW.data(c, stream("data")), c
+
+
+def off(solver: Solver, passes: int, path: Path, sd: float = 1.0) -> float:
+    """The largest error of log p, in nats, of data in units of 1 / sd."""
+    flow = OnTrig(FLOW) if path.kind == "trig" else FLOW
+    x, c = data()
+    found = log_likelihood(reads(flow), path, solver, sd * x, c, passes, axes(x))
+    return (found - density(FLOW, x, c) + 2 * log(sd)).abs().max().item()
+
+
+@pytest.mark.parametrize(("path", "sd"), [(Linear(), 1), (Trig(), 1), (Linear(sd=2.0), 2)])
+def test_the_flow_knows_the_density_of_its_data(path: Path, sd: float) -> None:
+    """In units of the data, whatever the net's are."""
+    assert off(Heun(), 96, path, sd) < 1e-3
+
+
+@pytest.mark.parametrize(("solver", "order"), [(Euler(), 1), (Heun(), 2)])
+def test_the_error_falls_with_the_order_of_the_solver(solver: Solver, order: int) -> None:
+    assert log2(off(solver, 16, Linear()) / off(solver, 32, Linear())) == pytest.approx(order, abs=0.6)
+
+
+def test_axes_are_exact_and_signs_are_in_the_mean() -> None:
+    x, c = data(3)
+    t, velocity = torch.tensor([0.0, 0.4, 1.0], dtype=D), reads(FLOW).velocity
+    assert velocity
+    full = torch.func.jacfwd(lambda x: FLOW.velocity(x, c, t))(x)
+    exact = torch.stack([full[i, :, i].diagonal() for i in range(3)])
+    v, div = divergence(velocity, x, t, c, axes(x))
+    assert torch.allclose(v, FLOW.velocity(x, c, t), rtol=1e-13)
+    assert torch.allclose(div, exact.sum(1), rtol=1e-12)
+    signs = [torch.tensor([[a, b]], dtype=D).expand_as(x) for a in (-1, 1) for b in (-1, 1)]
+    each = torch.stack([diagonal(velocity, x, t, c, e)[1] for e in signs])
+    assert torch.allclose(each.mean(0), exact, rtol=1e-12)
+    assert each.std(0).max() > 0.05  # each alone is not
+
+
+def climber(flow: Gaussian | Product) -> tuple[Several, Reads]:
+    """An objective whose net knows the flow, and how volume grows on it."""
+    parts, times = (VelocityPart(), AveragePart(), DivergencePart()), Pair(both_ways=True)
+    objective = Several(parts=parts, times=times, probe=Signs())
+    return objective, objective.read(Exact(flow, objective.needs))
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+@pytest.mark.parametrize("flow", [APART, PRODUCT], ids=["gaussian", "product"])
+def test_jumps_that_know_their_volume_know_the_density(flow: Gaussian | Product, passes: int) -> None:
+    """In one pass as well as in three."""
+    c = torch.arange(12) % flow.classes
+    x = flow.data(c, stream("data"))
+    if isinstance(flow, Product):
+        true = flow.density(x, c, torch.zeros(12, dtype=D)).log().sum(1)
+    else:
+        m, s = flow.mean[c][:, None], flow.std[c][:, None]
+        true = -(((x - m) / s) ** 2 / 2 + s.log() + log(2 * pi) / 2).sum(1)
+    found = log_likelihood(climber(flow)[1], Linear(), Hop(), x, c, passes, [])
+    assert (found - true).abs().max() < 1e-8
+
+
+def test_a_solver_that_does_not_climb_is_refused() -> None:
+    x, c = data(2)
+    for solver, says in ((Restart(), "'restart' has no way from data to noise: use heun"), (Hop(), "part of kind div")):
+        with pytest.raises(UserError, match=says):
+            log_likelihood(reads(FLOW), Linear(), solver, x, c, 1, axes(x))
+    with pytest.raises(UserError, match="ask for 4"):
+        log_likelihood(reads(FLOW), Linear(), Heun(), x, c, 3, axes(x))
