@@ -23,8 +23,8 @@ from pydantic import Field, model_validator
 from dumo.bound import FACTOR, PASSES, SAMPLES
 from dumo.flow.guide import Interval
 from dumo.sampling.guidance import CFG
-from dumo.sampling.solver import Heun, Solver
-from dumo.types import Spec
+from dumo.sampling.solver import Heun, Solver, Stepper
+from dumo.types import Spec, UserError
 
 
 class Pairs(Spec):
@@ -43,6 +43,20 @@ class Pairs(Spec):
                 f"teacher.pairs.nfe={self.nfe + a_step - less}, or teacher.pairs.solver.kind=euler"
             )
         return self
+
+    def check(self, points: int) -> None:
+        """Raise UserError where the solver does not go so many equal steps, or a multiple."""
+        solver = self.solver
+        if not isinstance(solver, Stepper) or solver.start < 1:
+            raise UserError(
+                f"teacher.pairs.solver '{solver.kind}' from {solver.start:g} goes along no whole trajectory: set "
+                "teacher.pairs.solver={kind: heun}"
+            )
+        if more := -self.nfe % (points * solver.passes):
+            raise UserError(
+                f"objective.times.steps = {points} equal steps are not to be had of "
+                f"{self.nfe // solver.passes} of '{solver.kind}': set teacher.pairs.nfe={self.nfe + more}"
+            )
 
 
 class Teacher(Spec):
