@@ -56,6 +56,7 @@ CAPTION, LEARNED, HALF = (
 )
 LORA, STOCK = (f"tests/unit/export/test_{name}.py" for name in ("lora", "stock"))
 HELD = "tests/unit/data/test_digits.py"
+LED = "tests/unit/run/test_teacher.py::test_a_weak_teacher_leads_the_other_away"
 CONTRAST = f"{THEORY}/test_contrast.py"
 COUPLING = "tests/unit/flow/test_coupling.py"
 PROBE = "tests/unit/training/test_probe.py"
@@ -124,6 +125,14 @@ class Mutant:
 
 
 MUTANTS = [
+    Mutant("objectives/meanflow.py", "v_star - k * lift", "v_star - lift", "the derivative does not grow", MEANFLOW),
+    Mutant("flow/residual.py", "s / (s.detach().sqrt() + c)", "s / (s.detach() + c)", "the pull is by S", MEANFLOW),
+    Mutant(
+        "objectives/meanflow.py", "self.power or self.normalize", "self.power", "normalize lets a bias in", MEANFLOW
+    ),
+    Mutant("config/teacher.py", "(better(x, t, c) - v)", "(v - better(x, t, c))", "the weak leads", LED),
+    Mutant("nets/precondition.py", "(x - y) / least", "(x - y) / past", "small times divide", EDM),
+    Mutant("nets/precondition.py", "(1 - near) * past", "(1 - near) * primal(past)", "the bound does not move", EDM),
     Mutant("objectives/cmt.py", "b.x_t - b.on(r)", "b.x_t - b.x", "every jump ends at the data", CMT),
     Mutant("objectives/cmt.py", "b.t**2 * u_loss", "b.t * u_loss", "the loss is not of D", CMT),
     Mutant("objectives/cmt.py", "v_hat[0] - b.v_t", "v_hat[0] - chord(b, r)", "v learns the jump", CMT),

@@ -46,7 +46,7 @@ class DiT(Spec):
     depth: int = Field(default=28, ge=1, le=BLOCKS)
     attention: int = Field(default=16, ge=1, le=CHANNELS)  # attention heads
     time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)
-    precondition: Precondition = "none"  # of what goes into the layers and comes out of them; edm: linear path only
+    precondition: Precondition = "none"  # of what goes into the layers and comes out of them; linear path only
     norm: Norm = "layer"  # before attention, perceptron and heads
     qk_norm: bool = False  # queries and keys to mean square 1, by weights of their own (Dehghani et al. 2023)
     mlp: Mlp = "gelu"  # swiglu: gated (Shazeer 2020), of as many parameters

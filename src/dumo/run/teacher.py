@@ -73,6 +73,9 @@ class Known:
 def opened(teacher: Teacher, run: Run, state: State, device: torch.device) -> Known:
     """A run's teacher. Raises UserError where it cannot be had, knows other data, or cannot tell enough."""
     raw, about = found(teacher, run, state, device)
+    if teacher.weak:
+        weak, known = of_run(Teacher(source=teacher.weak.source, weights=teacher.weak.weights), run, device)
+        raw, about = teacher.weak.lead(raw, weak), about | {"weak": known["sha256"]}
     reads = teacher.guide(raw, run.data.classes)
     if teacher.pairs:
         reach(teacher, teacher.pairs, raw)
