@@ -56,6 +56,7 @@ CAPTION, LEARNED, HALF = (
 )
 LORA, STOCK = (f"tests/unit/export/test_{name}.py" for name in ("lora", "stock"))
 HELD = "tests/unit/data/test_digits.py"
+LATE = "tests/unit/nets/test_late.py"
 LED = "tests/unit/run/test_teacher.py::test_a_weak_teacher_leads_the_other_away"
 CONTRAST = f"{THEORY}/test_contrast.py"
 COUPLING = "tests/unit/flow/test_coupling.py"
@@ -125,6 +126,15 @@ class Mutant:
 
 
 MUTANTS = [
+    Mutant("nets/skip.py", "i == then[0]", "i == then[0] - 1", "one block more is told r", LATE),
+    Mutant("nets/dit.py", 'first | {"t": shared["r"]}', "first", "all blocks are told t", LATE),
+    Mutant(
+        "nets/dit.py",
+        "silu(s) for s in told], told[-1]",
+        "silu(s) for s in told], told[0]",
+        "a head with an input of its own is told t",
+        LATE,
+    ),
     Mutant("objectives/meanflow.py", "v_star - k * lift", "v_star - lift", "the derivative does not grow", MEANFLOW),
     Mutant("flow/residual.py", "s / (s.detach().sqrt() + c)", "s / (s.detach() + c)", "the pull is by S", MEANFLOW),
     Mutant(

@@ -143,7 +143,10 @@ def test_it_starts_a_dumo(tmp_path: Path) -> None:
     ("fields", "way_out"),
     [
         (["objective.kind=cmt"], r"set teacher\.source to the folder .*teacher\.pairs\.count"),
-        (["teacher.pairs.nfe=10"], r"objective\.times\.steps = 4 .*the 10 of 'euler': set teacher\.pairs\.nfe=12"),
+        (
+            ["teacher.pairs.nfe=10"],
+            r"objective\.times\.steps = 4 .*among the 10 of 'euler': set teacher\.pairs\.nfe=12",
+        ),
         (["teacher.pairs.solver={kind: restart}"], r"solver 'restart' .*kind: heun"),
         (["teacher.pairs.solver={kind: euler, start: 0.9}"], r"from 0\.9 goes along no whole trajectory"),
     ],

@@ -58,7 +58,7 @@ class Pairs(Spec):
             )
         if more := -self.nfe % (points * solver.passes):
             raise UserError(
-                f"objective.times.steps = {points} equal steps are not to be had of "
+                f"objective.times.steps = {points} equal steps are not among the "
                 f"{self.nfe // solver.passes} of '{solver.kind}': set teacher.pairs.nfe={self.nfe + more}"
             )
 
