@@ -128,13 +128,6 @@ class Mutant:
 MUTANTS = [
     Mutant("nets/skip.py", "i == then[0]", "i == then[0] - 1", "one block more is told r", LATE),
     Mutant("nets/dit.py", 'first | {"t": shared["r"]}', "first", "all blocks are told t", LATE),
-    Mutant(
-        "nets/dit.py",
-        "silu(s) for s in told], told[-1]",
-        "silu(s) for s in told], told[0]",
-        "a head with an input of its own is told t",
-        LATE,
-    ),
     Mutant("objectives/meanflow.py", "v_star - k * lift", "v_star - lift", "the derivative does not grow", MEANFLOW),
     Mutant("flow/residual.py", "s / (s.detach().sqrt() + c)", "s / (s.detach() + c)", "the pull is by S", MEANFLOW),
     Mutant(
