@@ -152,6 +152,6 @@ def test_it_starts_a_dumo(tmp_path: Path) -> None:
     ],
 )
 def test_what_it_cannot_learn_from_is_refused(fields: list[str], way_out: str) -> None:
+    mine = [word for word in CMT_ON_MOONS if "pairs" in fields[0] and ("solver" in word) <= ("nfe" in fields[0])]
     with pytest.raises((UserError, ValidationError), match=way_out):
-        mine = [word for word in CMT_ON_MOONS if "pairs" in fields[0] and ("solver" in word) <= ("nfe" in fields[0])]
         load("moons", [*mine, *fields])
