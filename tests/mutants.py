@@ -58,6 +58,8 @@ CAPTION, LEARNED, HALF = (
 )
 LORA, STOCK = (f"tests/unit/export/test_{name}.py" for name in ("lora", "stock"))
 HELD = "tests/unit/data/test_digits.py"
+LATE = "tests/unit/nets/test_late.py"
+LED = "tests/unit/run/test_teacher.py::test_a_weak_teacher_leads_the_other_away"
 CONTRAST = f"{THEORY}/test_contrast.py"
 COUPLING = "tests/unit/flow/test_coupling.py"
 PROBE = "tests/unit/training/test_probe.py"
@@ -69,8 +71,8 @@ SHORTCUT, SPLIT, TWIN, SOFLOW, RCGM, ALPHA, UCGM = (
     for name in ("shortcut", "split_meanflow", "twinflow", "soflow", "rcgm", "alpha_flow", "ucgm")
 )
 DUMO, MEANFLOW, FLOW = (f"{OBJECTIVES}/test_{name}.py" for name in ("dumo", "meanflow", "flow_matching"))
-CONSISTENCY, IMM, SEVERAL, TVM, IMF, FACM, SCT = (
-    f"{OBJECTIVES}/test_{name}.py" for name in ("consistency", "imm", "several", "tvm", "imf", "facm", "sct")
+CONSISTENCY, IMM, SEVERAL, TVM, IMF, FACM, SCT, CMT = (
+    f"{OBJECTIVES}/test_{name}.py" for name in ("consistency", "imm", "several", "tvm", "imf", "facm", "sct", "cmt")
 )
 DISCRETIZATION, EDM, HEADS = (
     f"tests/unit/{name}.py" for name in ("flow/test_discretization", "nets/test_precondition", "nets/test_own")
@@ -126,6 +128,29 @@ class Mutant:
 
 
 MUTANTS = [
+    Mutant("nets/skip.py", "i == then[0]", "i == then[0] - 1", "one block more is told r", LATE),
+    Mutant("nets/dit.py", 'first | {"t": shared["r"]}', "first", "all blocks are told t", LATE),
+    Mutant("objectives/meanflow.py", "v_star - k * lift", "v_star - lift", "the derivative does not grow", MEANFLOW),
+    Mutant("flow/residual.py", "s / (s.detach().sqrt() + c)", "s / (s.detach() + c)", "the pull is by S", MEANFLOW),
+    Mutant(
+        "objectives/meanflow.py", "self.power or self.normalize", "self.power", "normalize lets a bias in", MEANFLOW
+    ),
+    Mutant("config/teacher.py", "(better(x, t, c) - v)", "(v - better(x, t, c))", "the weak leads", LED),
+    Mutant("nets/precondition.py", "(x - y) / least", "(x - y) / past", "small times divide", EDM),
+    Mutant("nets/precondition.py", "(1 - near) * past", "(1 - near) * primal(past)", "the bound does not move", EDM),
+    Mutant("objectives/cmt.py", "b.x_t - b.on(r)", "b.x_t - b.x", "every jump ends at the data", CMT),
+    Mutant("objectives/cmt.py", "b.t**2 * u_loss", "b.t * u_loss", "the loss is not of D", CMT),
+    Mutant("objectives/cmt.py", "v_hat[0] - b.v_t", "v_hat[0] - chord(b, r)", "v learns the jump", CMT),
+    Mutant("objectives/cmt.py", "points=self.times.steps", "points=16", "trajectories are of other steps", CMT),
+    Mutant("types.py", "self.trail.shape[1] - 1)", "self.trail.shape[1])", "a place is the one above", CMT),
+    Mutant(
+        "flow/times.py", "torch.rand(n, generator=g) * k)", "torch.rand(n, generator=g) * (k - 1))", "r stays low", CMT
+    ),
+    Mutant("flow/draw.py", "b = replace(b, x_t=b.on(t))", "pass", "x_t is on the line", CMT),
+    Mutant("flow/draw.py", "teacher(b.x_t, t", "teacher(x_t, t", "the teacher is asked off the trajectory", CMT),
+    Mutant("sampling/generate.py", "xs[-2::-1], 1)", "xs[:-1], 1)", "a trajectory runs from the noise", CMT),
+    Mutant("sampling/generate.py", "if k % every == 0", "if k % every == 1 % every", "places are those before", CMT),
+    Mutant("config/teacher.py", "-self.nfe % (points * solver.passes)", "0", "steps that do not fit are taken", CMT),
     Mutant("objectives/dumo.py", "v_star - lift", "v_star + lift", "u* has the sign of du/dt wrong", FIXED),
     Mutant("objectives/dumo.py", "lift(b.t, b.x_t) * du_dt", "du_dt", "u* forgets the factor t", FIXED),
     Mutant("objectives/dumo.py", "along(v_star)", "along(b.v_t)", "du/dt runs along the unguided velocity", FIXED),

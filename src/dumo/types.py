@@ -23,6 +23,7 @@ else:
 Sample = Float[Array, "b *d"]  # x, z, x_t, v, u
 Time = Float[Array, " b"]  # t, r, s; 0 is data, 1 is noise
 PerSample = Float[Tensor, " b"]  # one number per row
+Trail = Float[Array, "b points *d"]  # places of each row along one trajectory, from the data on
 Rows = Bool[Tensor, " b"]  # which rows
 Cond = Shaped[Tensor, "b *c"]  # class indices (b,), or a text embedding
 Heads = tuple[Array, ...]  # Samples of heads and PerSamples of gauges, in the order of `Needs`; then what is `inside`
@@ -164,6 +165,7 @@ class Needs:
     teachable: bool = True  # whether the loss learns from v_t, in whose place a teacher's velocity may be
     unit: bool = False  # whether constants of it are for data of standard deviation 1
     group: int = 1  # so many neighbouring rows meet in the loss
+    points: int = 0  # steps of a teacher's trajectory, whose ends the loss learns from; 0: it asks for none
     ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
     amplifies: float = 0.0  # how often the rounding of the net is multiplied (`dumo.flow.secant`)
     inside: float | None = None  # the share of its blocks after which the net gives what they made, behind the gauges
@@ -219,6 +221,7 @@ class Noised:
     drawn: Mapping[str, Tensor] = field(default_factory=dict)  # the objective's further laws, by name
     progress: float = 0.0  # share of the training done, in [0, 1]
     teacher: Taught | None = None  # what puts another velocity in the place of v_t
+    trail: Trail | None = None  # of the row, at equal steps from t = 0 to 1; None: none but the path
     host: tuple[Time, Rows] | None = None  # t and kept on the CPU, where they were drawn and the record is elsewhere
 
     @property
@@ -236,6 +239,13 @@ class Noised:
         if self.teacher:
             v_s = self.teacher(x_s, s, self.c, v_s)
         return replace(self, x=x, z=z, t=s, x_t=x_s, v_t=v_s, moving=None, host=host)
+
+    def on(self, s: Time) -> Sample:
+        """x_s of each row's trajectory, of which s is a time; of the path where there is none."""
+        if self.trail is None:
+            return self.path.at(self.x, self.z, s)[0]
+        place = (s * (self.trail.shape[1] - 1)).round().long()
+        return self.trail[torch.arange(len(place), device=place.device), place]
 
     @property
     def rows_by_step(self) -> tuple[list[int], list[int]]:

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from contract.case import kind, nets, step
@@ -12,6 +13,7 @@ from contract.test_loss import record as recorded
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import LogitNormal, Pair
+from dumo.flow.weight import Line
 from dumo.nets import Net
 from dumo.objectives import FlowMatching, MeanFlow
 from theory.exact import APART, Exact, column, gradient, record
@@ -31,6 +33,40 @@ def test_formula(guide: Guide, power: float, floor: float) -> None:
     total = ((u - u_star) ** 2).sum(1)
     loss = total / (total + floor).detach() ** power
     agree(objective, net, b, loss, {"u": total / 2}, clipped_share=half(u - u_star))
+
+
+def test_formula_of_ayf() -> None:
+    """A derivative that has grown to a share, and a pull by e / (rms(e) + c)."""
+    grown = Line(first=0.2, last=0.8, over=0.5)
+    objective = MeanFlow(guide=Guide(), power=0, normalize=0.1, grown=grown, times=Pair(velocity_ratio=0))
+    for progress, k in ((0.0, 0.2), (0.25, 0.5), (1.0, 0.8)):
+        net, b = Polynomial(1), replace(rows(objective), progress=progress)
+        (u,) = net(b.x_t, b.c, t=b.t, r=b.r)
+        e = u - (b.v_t - k * column(b.t - b.r) * net.slope(0, b.x_t, b.t, b.r, b.v_t))
+        s = (e**2).mean(1)
+        agree(objective, net, b, s / (s.sqrt() + 0.1).detach(), {"u": s}, clipped_share=half(e))
+        found = step(objective, net, b).loss.sum()
+        (u,) = net(b.x_t, b.c, t=b.t, r=b.r)
+        pulled = ((u - (u - e / (s.sqrt() + 0.1)[:, None]).detach()) ** 2).mean(1).sum()
+        for mine, theirs in zip(*(torch.autograd.grad(y, net.a) for y in (found, pulled)), strict=True):
+            assert torch.allclose(mine, theirs, rtol=1e-11, atol=0)
+
+
+@pytest.mark.parametrize("k", [1.0, 0.99])
+def test_ayf_rests_at_the_flow_of_its_teacher(k: float) -> None:
+    """Whose velocity the record has; with k below 1 that is only nearly so: it is of the size of 1 - k."""
+    objective = MeanFlow(
+        guide=Guide(), power=0, normalize=0.1, grown=k, slope=DualSlope(), times=Pair(velocity_ratio=0)
+    )
+    left = gradient(objective, Exact(APART, objective.needs), record(objective, APART)).abs().max()
+    assert left < 1e-12 if k == 1 else 1e-4 < left < 0.2
+
+
+def test_ayf_fields_are_not_written_where_they_are_off() -> None:
+    assert not MeanFlow().model_dump().keys() & {"normalize", "grown"}
+    for guide in (Guide(), Guide(zeta=0.5, fraction=0.5)):
+        with pytest.raises(ValidationError, match="power=0"):
+            MeanFlow(normalize=0.1, guide=guide, power=1 if guide == Guide() else 0)
 
 
 @pytest.mark.parametrize(("power", "rests"), [(0.0, True), (1.0, False)])

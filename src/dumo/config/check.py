@@ -208,6 +208,13 @@ def check_teacher(run: Tree) -> None:
 
     What the teacher itself can be asked for is seen when it is opened.
     """
+    if points := run.objective.needs.points:
+        if not (run.teacher and run.teacher.pairs):
+            raise UserError(
+                f"objective '{run.objective.kind}' learns from a teacher's trajectories: set teacher.source to the "
+                "folder of a run that has a velocity, and teacher.pairs.count to how many"
+            )
+        run.teacher.pairs.check(points)
     if not run.teacher:
         return
     if run.teacher.pairs and run.train.coupling:

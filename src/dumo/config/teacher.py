@@ -12,6 +12,10 @@ teacher's velocity without one.
 The teacher of kind `base` is the net in training itself with its adapters off, the model that it began as: no second
 net is held.
 
+With `weak` a worse teacher beside it shows where the mistakes lie (autoguidance, Karras et al. 2024), and
+
+    V = V_weak + scale (V_strong - V_weak).
+
 With `pairs` the teacher is asked once, for whole trajectories: its samples x are paired with the noise z that they come
 from, and these are what is trained on (Reflow, Liu et al. 2023; Re-MeanFlow).
 """
@@ -23,8 +27,8 @@ from pydantic import Field, model_validator
 from dumo.bound import FACTOR, PASSES, SAMPLES
 from dumo.flow.guide import Interval
 from dumo.sampling.guidance import CFG
-from dumo.sampling.solver import Heun, Solver
-from dumo.types import Spec
+from dumo.sampling.solver import Heun, Solver, Stepper
+from dumo.types import Cond, Reads, Sample, Spec, Time, UserError
 
 
 class Pairs(Spec):
@@ -44,6 +48,41 @@ class Pairs(Spec):
             )
         return self
 
+    def check(self, points: int) -> None:
+        """Raise UserError where the solver does not go so many equal steps, or a multiple."""
+        solver = self.solver
+        if not isinstance(solver, Stepper) or solver.start < 1:
+            raise UserError(
+                f"teacher.pairs.solver '{solver.kind}' from {solver.start:g} goes along no whole trajectory: set "
+                "teacher.pairs.solver={kind: heun}"
+            )
+        if more := -self.nfe % (points * solver.passes):
+            raise UserError(
+                f"objective.times.steps = {points} equal steps are not among the "
+                f"{self.nfe // solver.passes} of '{solver.kind}': set teacher.pairs.nfe={self.nfe + more}"
+            )
+
+
+class Weak(Spec):
+    """A worse teacher, away from which the better one is led: another run, or an early file of its weights."""
+
+    source: str  # a run's folder
+    weights: str | None = None  # a file of the run's weights; None: those that it shows
+    scale: float = Field(default=2.0, gt=1, le=FACTOR)  # ours
+
+    def lead(self, strong: Reads, weak: Reads) -> Reads:
+        """The velocity alone, led. Raises UserError where one of the two was never taught."""
+        if (better := strong.velocity) is None or (worse := weak.velocity) is None:
+            raise UserError(
+                "teacher.weak leads a velocity, and one of the two teachers has none: set teacher.weak=null"
+            )
+
+        def led(x: Sample, t: Time, c: Cond) -> Sample:
+            v = worse(x, t, c)
+            return v + self.scale * (better(x, t, c) - v)
+
+        return Reads(velocity=led)
+
 
 class Teacher(Spec):
     """A trained net: that of a run's folder, what a function of the user's returns, or the one that adapters tune."""
@@ -53,6 +92,7 @@ class Teacher(Spec):
     source: str = ""
     weights: str | None = None  # a file of the run's weights; None: those that it shows
     guide: CFG = CFG()  # of the teacher, as in sampling
+    weak: Weak | None = Field(default=None, exclude_if=lambda weak: weak is None)  # in the place of `guide`
     mix: float = Field(default=1.0, gt=0, le=FACTOR)  # weight of the teacher's velocity, where the data's has the rest
     interval: Interval = Interval()  # the times where that holds
     elsewhere: float = Field(default=1.0, ge=0, le=FACTOR)  # the weight at other times
@@ -72,6 +112,8 @@ class Teacher(Spec):
 
     @model_validator(mode="after")
     def _one_way(self) -> "Teacher":
+        if self.weak and self.guide.active:
+            raise ValueError("weak and guide would lead the teacher twice: set guide.scale=1, or weak=null")
         if self.pairs and (self.mix, self.elsewhere, self.interval) != (1, 1, Interval()):
             raise ValueError(
                 "pairs are learned from as they are: leave mix and elsewhere at 1 and interval whole, or set "

@@ -24,7 +24,7 @@ from dumo.flow.coupling import Coupling
 from dumo.flow.law import Law
 from dumo.place import pinned, sent
 from dumo.random import keyed, stream
-from dumo.types import Cond, Noised, Objective, Path, PerSample, Rows, Sample, Taught, Time
+from dumo.types import Cond, Noised, Objective, Path, PerSample, Rows, Sample, Taught, Time, Trail
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,12 @@ def noised(
     z: Sample | None = None,
     teacher: Taught | None = None,
     coupling: Coupling | None = None,
+    between: Trail | None = None,
 ) -> Noised:
-    """The record of rows whose numbers are drawn, the noise coupled to x if asked; all else as `draw` has it."""
+    """The record of rows whose numbers are drawn, the noise coupled to x if asked; all else as `draw` has it.
+
+    `between` are the places from x to z that a trajectory goes through, at equal steps, of which t is to be an end.
+    """
     here, exact = x.device, torch.promote_types(x.dtype, torch.float32)  # times stay exact where the data is bf16
     t, r, coin, kept = (sent(v, here) for v in (draws.t, draws.r, draws.coin, draws.kept))
     t, r, coin = t.to(exact), r.to(exact), coin.to(exact)
@@ -108,10 +112,12 @@ def noised(
     x_t, v_t = path.at(x, z, t)
     null = torch.full_like(c, null) if isinstance(null, int) else null
     c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)
-    if teacher:
-        v_t = teacher(x_t, t, c, v_t)
     host = (draws.t.to(exact), draws.kept) if here.type == "cuda" else None
-    return Noised(path, x, z, t, r, x_t, v_t, c, null, kept, coin, draws.moving, laws, progress, teacher, host)
+    trail = None if between is None else torch.cat([x[:, None], between, z[:, None]], 1)
+    b = Noised(path, x, z, t, r, x_t, v_t, c, null, kept, coin, draws.moving, laws, progress, teacher, trail, host)
+    if trail is not None:
+        b = replace(b, x_t=b.on(t))
+    return replace(b, v_t=teacher(b.x_t, t, c, v_t)) if teacher else b
 
 
 def draw(

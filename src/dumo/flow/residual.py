@@ -22,6 +22,12 @@ def adaptive(e: Sample, p: float, c: float | Tensor, mean: bool = False) -> PerS
     return s / (s.detach() + c) ** p
 
 
+def normalized(e: Sample, c: float) -> PerSample:
+    """S / sg(sqrt(S) + c) with S the mean of squares: the gradient is that of a pull by e / (rms(e) + c) (sCM, AYF)."""
+    s = mean_square(e)
+    return s / (s.detach().sqrt() + c)
+
+
 def rmse(e: Sample) -> PerSample:
     """Root of the mean of squares, of gradient 0 where it is 0: the Huber loss at c = 0."""
     return torch.linalg.vector_norm(e.flatten(1), dim=1) / e[0].numel() ** 0.5

@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Generator
 
-from dumo.bound import ROWS
+from dumo.bound import PASSES, ROWS
 from dumo.flow.density import Alike
 from dumo.flow.density import Arctan as Arctan
 from dumo.flow.density import Beta as Beta
@@ -244,6 +244,18 @@ class Groups(TimeLaw):
     def climbs(self) -> bool:
         """As the law that is shared."""
         return self.of.climbs
+
+
+class Grid(TimeLaw):
+    """t and r on a grid of equal steps, r < t: t uniform on all of it but 0, r on what lies below (CMT; r ours)."""
+
+    kind: Literal["grid"] = "grid"
+    steps: int = Field(default=16, ge=2, le=PASSES)  # CMT's code, of its teacher's solver
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows."""
+        k = torch.randint(1, self.steps + 1, (n,), generator=g)
+        return k / self.steps, (torch.rand(n, generator=g) * k).floor().clamp(max=k - 1) / self.steps
 
 
 def spread(n: int, share: float) -> tuple[bool, ...]:

@@ -2,6 +2,10 @@
 
 The trunk is DiT's; each further head costs one more output layer with its own modulation: 2.7 M of XL/2's 675 M.
 The options, all off, are those of later transformers, as LightningDiT (Yao et al. 2025) joins them.
+
+`late` is Decoupled MeanFlow's (Lee et al. 2025, arXiv 2510.24474): so many blocks read x_t at t, and those after them
+make of that the step to r. One embedding serves both times, so at r = t the net is one of a velocity alone, and may
+begin as a trained one.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,6 +37,7 @@ PUBLISHED = {  # DiT's
     "position": "waves",
     "skips": False,
     "magnitude": "free",
+    "late": None,
 }
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}  # DiT, Tab. 1
 
@@ -46,7 +51,7 @@ class DiT(Spec):
     depth: int = Field(default=28, ge=1, le=BLOCKS)
     attention: int = Field(default=16, ge=1, le=CHANNELS)  # attention heads
     time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)
-    precondition: Precondition = "none"  # of what goes into the layers and comes out of them; edm: linear path only
+    precondition: Precondition = "none"  # of what goes into the layers and comes out of them; linear path only
     norm: Norm = "layer"  # before attention, perceptron and heads
     qk_norm: bool = False  # queries and keys to mean square 1, by weights of their own (Dehghani et al. 2023)
     mlp: Mlp = "gelu"  # swiglu: gated (Shazeer 2020), of as many parameters
@@ -54,6 +59,8 @@ class DiT(Spec):
     skips: bool = Field(default=False, exclude_if=not_)  # from a block to the one opposite it (`dumo.nets.skip`)
     # preserved: what enters and leaves a layer of the blocks has mean square 1 (`dumo.nets.magnitude`)
     magnitude: Magnitude = Field(default="free", exclude_if=lambda magnitude: magnitude == "free")
+    # the blocks after this many, and the heads, are told r in the place of t; None: all of them both, as a sum
+    late: int | None = Field(default=None, ge=1, le=BLOCKS, exclude_if=lambda late: late is None)
     aux_time: bool = False  # a second embedding of time, where the objective has but one: of the gap to r = 0
     texts: Text | None = None  # what the captions of the data are to the net; None: a class has a learned label
     text: Way = "cross"  # how blocks read texts: by attention of its own, or joint with the image's
@@ -85,6 +92,11 @@ class DiT(Spec):
         if self.skips and not skips(self.depth):
             raise UserError(
                 f"net.skips needs net.depth of at least 3, not {self.depth}: make it deeper, or use net.skips=false"
+            )
+        if self.late is not None and ("r" not in needs.inputs or self.late >= self.depth):
+            raise UserError(
+                f"net.late {self.late} is after how many blocks the others are told r: set it below net.depth = "
+                f"{self.depth}, with an objective that tells all heads r, such as meanflow, or set net.late=null"
             )
         if self.magnitude == "preserved" and self.texts:
             raise UserError(
@@ -140,7 +152,9 @@ class Transformer(nn.Module):
                 self.register_buffer(name, table, persistent=False)
         else:
             self.register_buffer("positions", grid_waves(self.grid, width))
-        self.scalars = Scalars(needs.shared, width, spec.time_scale, aux=spec.aux_time)
+        self.late = spec.late
+        one = tuple(name for name in needs.shared if self.late is None or name != "r")
+        self.scalars = Scalars(one, width, spec.time_scale, aux=spec.aux_time and self.late is None)
         self.own = Own(needs, width, spec.time_scale)
         self.text = TextEmbedder(spec.texts.build(classes), width, spec.text) if spec.texts else None
         self.label = label_table(classes, width) if classes and not self.text else None
@@ -159,17 +173,26 @@ class Transformer(nn.Module):
         places = (self.cos, self.sin) if self.rope else ()
         h = h if self.rope else h + self.positions
         h = normalize(h, "rms") if self.preserved else h
-        told: Array = self.scalars(**shared)
         more: tuple[Array | None, ...] = ()
+        vector: Array | None = None
         if self.text is not None:
             h, vector, more = self.text(h, c)
-            told = told if vector is None else told + vector
         elif self.label is not None:
-            told = told + self.label(c)
-        e = F.silu(told)
-        h, inside = through([*self.blocks], h, e, *more, *places, lean=self.gradient_checkpointing, shown=self.inside)
-        heads = (out(self._image(head(h, F.silu(told + own[k]) if k in own else e))) for k, head in self.heads.items())
+            vector = self.label(c)
+        told = [s if vector is None else s + vector for s in self._times(shared)]
+        e, last = [F.silu(s) for s in told], told[-1]
+        blocks, lean, then = [*self.blocks], self.gradient_checkpointing, (self.late, e[-1])
+        h, inside = through(blocks, h, e[0], *more, *places, lean=lean, shown=self.inside, then=then)
+        own = {k: F.silu(last + own[k]) if k in own else e[-1] for k in self.heads}
+        heads = (out(self._image(head(h, own[k]))) for k, head in self.heads.items())
         return *heads, *(self.gauges(**shared) if self.gauges else ()), *inside
+
+    def _times(self, shared: dict[str, Time]) -> tuple[Array, ...]:
+        """What is told of times and knobs; with `late` that of the last blocks, too, in which r stands for t."""
+        if self.late is None:
+            return (self.scalars(**shared),)
+        first = {name: number for name, number in shared.items() if name != "r"}
+        return self.scalars(**first), self.scalars(**first | {"t": shared["r"]})
 
     def after_step(self) -> None:
         """Where magnitudes are preserved, make rows as long as they are used. Training calls it after each update."""

@@ -21,7 +21,7 @@ class MLP(Spec):
     width: int = Field(default=256, ge=1, le=CHANNELS)
     depth: int = Field(default=4, ge=1, le=BLOCKS)
     time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)
-    precondition: Precondition = "none"  # of what goes into the layers and comes out of them; edm: linear path only
+    precondition: Precondition = "none"  # of what goes into the layers and comes out of them; linear path only
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "Perceptron":
         """A net with the inputs, heads and gauges of `needs` for samples of `shape`; 0 classes: no label."""

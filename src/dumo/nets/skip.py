@@ -42,18 +42,25 @@ def joined(blocks: Sequence[Stream], linear: type[nn.Linear], width: int) -> lis
 
 
 def through(
-    blocks: Sequence[nn.Module], h: Array, *told: Array | None, lean: bool, shown: int | None = None
+    blocks: Sequence[nn.Module],
+    h: Array,
+    *told: Array | None,
+    lean: bool,
+    shown: int | None = None,
+    then: tuple[int | None, Array] | None = None,
 ) -> tuple[Array, list[Array]]:
     """h after all blocks, which are told the same, and h after the block `shown`, if any; `lean` as `run` has it.
 
-    Blocks are counted from 1. The last is shown of a net with fewer, by which a deep one is counted; and pairs are
-    found by counting, so that they are right of it.
+    With `then` the blocks after so many are told something else, in the place of the first that is told. Blocks are
+    counted from 1. The last is shown of a net with fewer, by which a deep one is counted; and pairs are found by
+    counting, so that they are right of it.
     """
     joins = sum(isinstance(block, Joined) for block in blocks)
     kept: list[Array] = []  # a compiler cannot make list[Array]()
     inside: list[Array] = []
     shown = shown and min(shown, len(blocks))
     for i, block in enumerate(blocks):
+        told = (then[1], *told[1:]) if then and i == then[0] else told
         skip = [kept.pop()] if isinstance(block, Joined) else []
         h = run(block, h, *skip, *told, lean=lean)
         kept += [h] if i < joins else []

@@ -43,7 +43,7 @@ class UNet(Spec):
     dropout: float = Field(default=0.0, ge=0, lt=1)  # EDM: 0.13 for CIFAR-10
     augment: int = Field(default=0, ge=0, le=CHANNELS)  # numbers that say how an image was augmented; EDM has 9
     time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)
-    precondition: Precondition = "none"  # of what goes into the layers and comes out of them; edm: linear path only
+    precondition: Precondition = "none"  # of what goes into the layers and comes out of them; linear path only
     checkpoint: bool = False  # keep each block's input alone, and compute the rest again in the backward pass
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "Convolutional":

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from dumo.objectives.alpha_flow import AlphaFlow as AlphaFlow
+from dumo.objectives.cmt import CMT as CMT
 from dumo.objectives.consistency import Consistency as Consistency
 from dumo.objectives.dumo import DuMo as DuMo
 from dumo.objectives.facm import FACM as FACM
@@ -24,6 +25,7 @@ from dumo.objectives.ucgm import UCGM as UCGM
 
 Objective = Annotated[
     AlphaFlow
+    | CMT
     | Consistency
     | DuMo
     | FACM

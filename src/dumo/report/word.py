@@ -136,6 +136,7 @@ WATCHED = {
 STATES = {"untrained": "As good as untrained", "far": "Not yet like the data"}  # as an evaluation calls them
 METHODS = {
     "alpha_flow": "α-Flow",
+    "cmt": "CMT",
     "consistency": "consistency training",
     "dumo": "DuMo",
     "facm": "FACM",

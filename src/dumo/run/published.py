@@ -33,6 +33,7 @@ def read(start: Start, run: Run, net: nn.Module) -> dict[str, Tensor]:
     if spec.texts:
         raise UserError(f"start.kind {start.kind} is a net of classes, and this one reads texts: set net.texts=null")
     wanted = {**PUBLISHED, "attention": ATTENTION.get(spec.width, spec.attention)}
+    del wanted["late"]  # where r = t it is the published one
     wanted |= {"time_scale": 1.0, "aux_time": False} if start.kind == "sit" else {}
     if wrong := [field for field, value in wanted.items() if getattr(spec, field) != value]:
         field = wrong[0]

@@ -9,33 +9,28 @@ from dataclasses import dataclass
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from dumo import dist, stop
+from dumo import dist
 from dumo.config.check import check_guided
 from dumo.config.spec import Run
 from dumo.config.teacher import Pairs, Teacher
-from dumo.data.epoch import rows_of
-from dumo.data.source import Source, Table
+from dumo.data.source import Source
 from dumo.flow.reading import reading
 from dumo.io import digest
-from dumo.io.file import write
 from dumo.io.json import read_json, write_json
-from dumo.io.weights import load
 from dumo.progress import Bar, say
 from dumo.random import noise
 from dumo.run import base
 from dumo.run.folder import open_run
-from dumo.sampling import generate
+from dumo.run.pairs import Coupled as Coupled
+from dumo.run.pairs import couple as couple
 from dumo.sampling.solver import check
-from dumo.training import agreement
 from dumo.training.state import State
 from dumo.types import Cond, Reads, Sample, Taught, Time, UserError, lift
 
 FILE = "teacher.json"
-SHARD = 1024  # pairs to a file: what a stop may lose
 
 
 @dataclass(frozen=True)
@@ -44,7 +39,7 @@ class Known:
 
     spec: Teacher
     reads: Reads
-    velocity: Taught | None  # to learn; None where pairs are
+    velocity: Taught | None  # to learn; None where pairs are all that is
     about: dict[str, str]
 
     def check(self, folder: Path) -> None:
@@ -65,7 +60,7 @@ class Known:
         if dist.is_main():
             write_json(folder / FILE, self.about)
 
-    def begin(self, source: Source, run: Run, folder: Path, device: torch.device, bar: Bar) -> "Source | Coupled":
+    def begin(self, source: Source, run: Run, folder: Path, device: torch.device, bar: Bar) -> Source | Coupled:
         """Write down who teaches, and return what to train on: the run's own source, or the teacher's pairs, made now.
 
         Raises UserError as `couple` does.
@@ -78,10 +73,14 @@ class Known:
 def opened(teacher: Teacher, run: Run, state: State, device: torch.device) -> Known:
     """A run's teacher. Raises UserError where it cannot be had, knows other data, or cannot tell enough."""
     raw, about = found(teacher, run, state, device)
+    if teacher.weak:
+        weak, known = of_run(Teacher(source=teacher.weak.source, weights=teacher.weak.weights), run, device)
+        raw, about = teacher.weak.lead(raw, weak), about | {"weak": known["sha256"]}
     reads = teacher.guide(raw, run.data.classes)
     if teacher.pairs:
         reach(teacher, teacher.pairs, raw)
-    learned = None if teacher.pairs else velocity(teacher, reads)
+    needs = run.objective.needs
+    learned = None if teacher.pairs and not (needs.points and needs.teachable) else velocity(teacher, reads)
     if teacher.kind == "python":
         try_out(teacher, run, reads, device)
     return Known(teacher, reads, learned, {"source": teacher.source or teacher.kind, **about})
@@ -222,78 +221,3 @@ def velocity(teacher: Teacher, reads: Reads) -> Taught:
             return v + lift(weight, v).to(v) * (read(x, t, c).to(v) - v)
 
     return mixed
-
-
-class Coupled:
-    """Pairs of data and noise, with their classes, as a source of batches."""
-
-    def __init__(self, x: Tensor, z: Tensor, c: Tensor) -> None:
-        """All in memory."""
-        self.table, self.z = Table(x, c), z
-
-    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
-        """x, c and z of the rows `rows` of a step's batch, in the order that a table of x would have."""
-        places = rows_of(step, batch, size=len(self.z), seed=seed, rows=rows)
-        return self.table.x[places], self.table.c[places], self.z[places]
-
-    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Tensor:
-        """The numbers of the pairs."""
-        return self.table.numbers(step, batch, seed, rows)
-
-    def fingerprint(self) -> str:
-        """Of all pairs."""
-        return digest.short(self.table.fingerprint(), digest.of_tensor(self.z))
-
-
-def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.device, bar: Bar) -> Coupled:
-    """Pairs that the teacher's flow joins: those that stand in `folder`, and the others, made now, file by file.
-
-    Rank k of n makes k, k + n, k + 2 n ... of the files that lack; every rank must call it, and has all pairs. Raises,
-    on every rank, UserError where a file is damaged, or the teacher answers with what is no number, which is not
-    written; OSError where the disk is full; Stopped where that is asked, between two passes.
-    """
-    c = generate.labels(pairs.count, run.data.classes)
-    files = {folder / f"{first:08d}.safetensors": first for first in range(0, pairs.count, SHARD)}
-    lacking = agreement.main(lambda: [file for file in files if not file.is_file()])
-
-    def make() -> list[int]:
-        for file in lacking[dist.rank() :: dist.world()]:
-            stop.check()
-            some = range(files[file], min(files[file] + SHARD, pairs.count))
-            made = joined(run, pairs, reads, c[list(some)], some, device)
-            if bad := [k for k, x in zip(some, made["x"], strict=True) if not x.isfinite().all()]:
-                return bad
-            write(file, safetensors.torch.save(made))
-            tick(some.stop, "")
-        return []
-
-    with bar("the teacher's pairs", pairs.count) as tick:
-        bad = [k for found in agreement.agreed(make) for k in found]  # who failed would be waited for
-        tick(pairs.count, "")
-    if bad:
-        raise UserError(
-            f"the teacher makes {len(bad)} pairs, the first number {min(bad)}, of what is no finite number: mend it, "
-            "or take another solver or more passes (teacher.pairs)"
-        )
-    parts = agreement.own(lambda: [load_pairs(file) for file in files])
-    return Coupled(*(torch.cat([part[name] for part in parts]) for name in ("x", "z", "c")))
-
-
-def load_pairs(file: Path) -> dict[str, Tensor]:
-    """The pairs of a file. Raises UserError where it is damaged."""
-    try:
-        return load(file)
-    except UserError as error:
-        raise UserError(f"{file} is damaged: delete it, and these pairs are made again") from error
-
-
-def joined(run: Run, pairs: Pairs, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
-    """Noise, and the data that the flow carries it to."""
-    z, x = generate.solve(
-        *(reads, run.path, pairs.solver, c.to(device)),
-        nfe=pairs.nfe,
-        seed=pairs.seed,
-        shape=run.data.shape,
-        indices=numbers,
-    )
-    return {"x": x.cpu(), "z": z.cpu(), "c": c}

@@ -121,7 +121,7 @@ def fed(
 ) -> Generator[tuple[Callable[[int], Batch], Callable[[int], Draws]], None, None]:
     """A step's batch on the device, and what it draws, by its number; both made ahead, for a GPU in pinned memory."""
     rows, gpu = span(pieces(run.train, run.objective)), here.type == "cuda"
-    own = run.teacher is None or task.teacher is not None  # a teacher's pairs bring their noise
+    own = run.teacher is None or run.teacher.pairs is None  # a teacher's pairs bring their noise
 
     def read(step: int) -> Batch:
         parts = source.batch(step, run.train.batch, run.train.seed, rows)

@@ -14,8 +14,8 @@ from dumo.bound import SAMPLES
 from dumo.flow.precision import Precision, using
 from dumo.random import noise
 from dumo.sampling.draws import Draws
-from dumo.sampling.solver import Fresh, Solver
-from dumo.types import Array, Cond, Heads, Path, Reads, Sample, UserError
+from dumo.sampling.solver import Fresh, Solver, Stepper
+from dumo.types import Array, Cond, Heads, Path, Reads, Sample, Trail, UserError
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,19 @@ def carried(reads: Reads, path: Path, solver: Solver, c: Cond, nfe: int, fresh: 
     """Draw 0, and what the solver makes of it, in float32. Raises UserError as the solver does."""
     z = fresh(0)
     return z, path.sd * solver(reads, path, z, c, nfe, fresh).float()
+
+
+@torch.no_grad()
+def trailed(
+    reads: Reads, path: Path, solver: Stepper, z: Sample, c: Cond, *, nfe: int, points: int
+) -> tuple[Sample, Trail]:
+    """What the solver makes of noise z, and where it is between at the ends of `points` equal steps, data first.
+
+    In float32; what is between is of the path, and so in units of its sd. Raises UserError as the solver does.
+    """
+    every = nfe // solver.passes // points
+    xs = [x.float() for k, x in enumerate(solver.trail(reads, z, c, nfe), start=1) if k % every == 0]
+    return path.sd * xs[-1], torch.stack(xs[-2::-1], 1)
 
 
 def joined(parts: Iterable[Batch], on_batch: Callable[[int], object] | None = None) -> Samples:

@@ -8,7 +8,8 @@ EulerJump ask for velocity and endpoint, of one pass: they follow the flow down 
 A solver is asked for a number of passes through the net (nfe), not of steps. What it cannot make it refuses.
 """
 
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from math import sqrt
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -38,10 +39,14 @@ class Euler(Spec):
 
     def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
         """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
+        return last(self.trail(reads, x, c, nfe))
+
+    def trail(self, reads: Reads, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
+        """x after every step, the data last. Raises UserError as the whole."""
         velocity = taught(self, reads)
         for t, s in pairwise(rows(uniform(steps(self, nfe), self.start), x)):
             x = x - lift(t - s, x) * velocity(x, t, c)
-        return x
+            yield x
 
 
 class Heun(Spec):
@@ -55,12 +60,16 @@ class Heun(Spec):
 
     def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
         """Carry noise x to data in nfe passes, evenly many. Raises UserError where reading or nfe is out of reach."""
+        return last(self.trail(reads, x, c, nfe))
+
+    def trail(self, reads: Reads, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
+        """x after every step, the data last. Raises UserError as the whole."""
         velocity = taught(self, reads)
         for t, s in pairwise(rows(uniform(steps(self, nfe), self.start), x)):
             dt = lift(t - s, x)
             v = velocity(x, t, c)
             x = x - dt * (v + velocity(x - dt * v, s, c)) / 2
-        return x
+            yield x
 
 
 class Hop(Spec):
@@ -74,11 +83,15 @@ class Hop(Spec):
 
     def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
         """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
+        return last(self.trail(reads, x, c, nfe))
+
+    def trail(self, reads: Reads, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
+        """x after every step, the data last. Raises UserError as the whole."""
         check(self, reads, nfe)
         flow_map = taught(self, reads)
         for t, s in pairwise(rows(uniform(nfe, self.start), x)):
             x = flow_map(x, t, s, c)
-        return x
+            yield x
 
 
 class Jumps(Spec):
@@ -182,6 +195,7 @@ class EulerJump(Jumps):
         return both(x, times[-1], c)[1]
 
 
+Stepper = Euler | Heun | Hop  # they go down a grid of equal steps
 Solver = Annotated[Euler | Heun | Restart | Hop | Hermite | EulerJump, Field(discriminator="kind")]
 
 
@@ -195,6 +209,11 @@ def parabola(x_t: Sample, v: Sample, x_0: Sample, t: Time, s: Time) -> Sample:
     """Where the parabola from x_t, with slope v, to x_0 at time 0 is at time s."""
     u = (x_t - x_0) / lift(t, x_t)
     return x_t - lift(t - s, x_t) * v + lift((t - s) ** 2 / t, x_t) * (v - u)
+
+
+def last(xs: Iterable[Sample]) -> Sample:
+    """The last of them; none before it is kept."""
+    return deque(xs, maxlen=1).pop()
 
 
 def taught(solver: Solver, reads: Reads) -> Callable[..., Any]:

@@ -31,7 +31,7 @@ from dumo.training.state import Diverged as Diverged
 from dumo.training.state import State
 from dumo.types import Frozen, Net, Noised, Objective, Path, Taught, Terms, Time, UserError, frozen
 
-Batch = Sequence[Tensor]  # (x, c), or with the noise that belongs to x: (x, c, z)
+Batch = Sequence[Tensor]  # (x, c), or with the noise that belongs to x, (x, c, z), and with what is between the two
 Loss = Callable[[Net, Frozen, Noised], Terms]
 
 
@@ -100,8 +100,8 @@ class Pieces:
         self.cuts = pieces(spec, task.objective)
         all_rows = span(self.cuts)
         self.first = all_rows.start
-        self.x, c, *paired = batch
-        self.c, self.z = c, paired[0] if paired else None
+        self.x, self.c, *paired = batch
+        self.z, self.between = (*paired, None, None)[:2]
         if len(self.x) != (mine := all_rows.stop - self.first):
             raise ValueError(f"here are {len(self.x)} rows, and {mine} of a batch of {spec.batch} are this rank's")
         self.net, self.loss, self.task = state.net, loss, task
@@ -124,8 +124,10 @@ class Pieces:
     def draw(self, rows: slice) -> Noised:
         """The record of these rows of the global batch."""
         here = self.here(rows)
-        z = None if self.z is None else self.z[here]
-        return self.noised(self.draws[here], x=self.x[here], c=self.c[here], null=self.task.classes, z=z)
+        z, between = (None if paired is None else paired[here] for paired in (self.z, self.between))
+        return self.noised(
+            self.draws[here], x=self.x[here], c=self.c[here], null=self.task.classes, z=z, between=between
+        )
 
     def loss_of(self, b: Noised, rows: slice) -> Terms:
         """The loss of these rows, in the run's precision and under their dropout masks."""

@@ -82,6 +82,29 @@ def test_bf16_autocast_and_data(net: Net) -> None:
         assert all(s.isfinite().all() for s in slopes)
 
 
+DATA = [net.model_copy(update={"precondition": "data"}) for net in nets()]
+
+
+@pytest.mark.parametrize("net", DATA, ids=kind)
+def test_a_net_of_data_is_its_layers_answer(net: Net) -> None:
+    """x_t - t u, at times above the bound; below it nothing is divided by less; and slopes by the chain rule."""
+    x, c, t, r = points()
+    t[0], t[1], t[2] = 0.04, 0.05, 0.0
+    model, plain = built(net), built(net.model_copy(update={"precondition": "none"}))
+    plain.load_state_dict(model.state_dict())
+    w = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=D)
+    known, along = JvpSlope()(plain, Frozen(plain), x, c, t=t, r=r)
+    least, moves = lift(t.clamp(min=0.05), x), lift((t >= 0.05).to(D), x)
+    layers = zip(known[:2], along(w)[:2], strict=True)
+    wanted = [((x - f) / least, (w - df - moves * (x - f) / least) / least) for f, df in layers]
+    for toward in (None, w):
+        heads, along = DualSlope()(model, Frozen(model), x, c, t=t, r=r, toward=toward)
+        for head, slope, (u, du_dt) in zip(heads, along(w), wanted, strict=False):
+            assert torch.allclose(head, u, rtol=1e-13, atol=0)
+            assert torch.allclose(slope, du_dt, rtol=1e-10, atol=1e-10)
+        assert torch.equal(heads[2], known[2])
+
+
 def test_layers_take_in_variance_one() -> None:
     g = torch.Generator().manual_seed(1)
     t = torch.linspace(0, 1, 9, dtype=D)
@@ -100,6 +123,7 @@ def test_none_leaves_all_as_it_is() -> None:
 
 def test_a_run_refuses_it_off_the_linear_path() -> None:
     load("digits", ["net.precondition=edm"])
+    load("digits-imf", ["net.precondition=data"])
     for recipe, word in (("digits-sct", "path 'trig'"),):
         with pytest.raises(UserError, match=rf"net\.precondition.*{word}.*precondition=none"):
             load(recipe, ["net.precondition=edm"])

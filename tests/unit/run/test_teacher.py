@@ -9,13 +9,14 @@ from typing import ClassVar
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from dumo import dist
 from dumo.config.check import check_guided
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.config.teacher import Teacher
+from dumo.config.teacher import Teacher, Weak
 from dumo.io.weights import load as load_weights
 from dumo.progress import no_bar
 from dumo.random import noise
@@ -69,6 +70,28 @@ def test_what_is_learned_is_a_mean_of_both(fields: dict[str, object], weights: l
     found = teacher.velocity(spec, Reads(velocity=constant))(x, t, c, v)
     share = torch.tensor(weights)[:, None]
     assert torch.allclose(found, share * 3 + (1 - share) * v)
+
+
+def test_a_weak_teacher_leads_the_other_away() -> None:
+    """V_weak + w (V - V_weak); refused with guidance, or without two velocities."""
+    weak = Weak(source="somewhere", scale=3)
+    x, t, c, _ = rows()
+    read = weak.lead(Reads(velocity=constant), Reads(velocity=lambda x, t, c: x * t[:, None])).velocity
+    assert read
+    assert torch.allclose(read(x, t, c), 9 - 2 * x * t[:, None])
+    with pytest.raises(UserError, match=r"teacher\.weak=null"):
+        weak.lead(Reads(velocity=constant), Reads())
+    with pytest.raises(ValidationError, match="weak=null"):
+        Teacher(source="somewhere", weak=weak, guide=CFG(scale=2))
+
+
+def test_a_weak_teacher_is_opened_and_remembered(known: Path, tmp_path: Path) -> None:
+    weak = f"{{source: {known}, weights: {min((known / 'checkpoints').iterdir())}/net.safetensors}}"
+    run = tiny("moons-meanflow", f"teacher.source={known}", f"teacher.weak={weak}", "train.steps=1")
+    train(run, tmp_path / "run")
+    noted = json.loads((tmp_path / "run/teacher.json").read_text())
+    assert noted.keys() == {"source", "sha256", "weak"}
+    assert noted["weak"] != noted["sha256"]
 
 
 def test_a_teacher_without_a_velocity_is_refused(tmp_path: Path) -> None:
