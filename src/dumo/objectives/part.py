@@ -30,6 +30,7 @@ class WeightedHead(Spec):
 
     aims: ClassVar[bool] = False  # its head is told r
     derived: ClassVar[bool] = False  # its target holds its head's derivative
+    ends: ClassVar[bool] = False  # its head jumps to the data
     name: Name
     weight: Weight
     variance: bool = Field(default=False, exclude_if=lambda on: not on)  # divided by it at t, learned (EDM2, Eq. 21)
@@ -71,6 +72,7 @@ class EndpointPart(WeightedHead):
 
     kind: Literal["endpoint"] = "endpoint"
     derived: ClassVar[bool] = True
+    ends: ClassVar[bool] = True
     name: Name = "u"
     weight: Weight = 0.15  # ours
 
@@ -89,6 +91,7 @@ class AveragePart(WeightedHead):
     kind: Literal["average"] = "average"
     aims: ClassVar[bool] = True
     derived: ClassVar[bool] = True
+    ends: ClassVar[bool] = True
     name: Name = "m"
     weight: Weight = 0.15  # ours
     power: float = Field(default=0.0, ge=0)  # ours: 0 is the mean square, as of the others; above, MeanFlow's Eq. 22
