@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import reduce
+from math import lcm
 from operator import add
 from typing import Literal
 
@@ -68,7 +69,7 @@ class Several(Spec):
             slope=self.slope,
             derives=derives,
             guide=self.guide,
-            group=2 if self._contrast else 1,
+            group=lcm(2 if self._contrast else 1, *(pull.group for pull in self.pulls)),
             phases=phases(self.pulls),
         )
         return looking(needs, self.disperse)
