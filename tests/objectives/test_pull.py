@@ -2,6 +2,7 @@
 training keeps.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -20,6 +21,7 @@ from dumo.flow.path import Linear
 from dumo.flow.reverse import reversed_at
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Beta
+from dumo.nets import Net
 from dumo.nets.dit import DiT
 from dumo.objectives import Several
 from dumo.objectives.part import AveragePart, EndpointPart, ShortcutPart, VelocityPart
@@ -27,7 +29,7 @@ from dumo.objectives.pull import Critic, Drift, Match, Pull
 from dumo.preflight.cost import forward_units
 from dumo.run.train import train
 from dumo.types import Frozen, Heads, Noised
-from theory.exact import PRODUCT, D, Exact, Flow, Gaussian, column, gaussian, gradient, growth, record
+from theory.exact import PRODUCT, D, Exact, Gaussian, Product, column, gaussian, gradient, growth, record
 from theory.formula import Polynomial, gradients
 
 PARTS = VelocityPart(weight=0.6), EndpointPart(weight=0.4)
@@ -39,9 +41,9 @@ def several(*pulls: Pull, **fields: object) -> Several:
     return Several(**given | {"pulls": pulls} | fields)
 
 
-def drawn(objective: Several, n: int = 16, progress: float = 1.0, flow: Flow | None = None) -> Noised:
+def drawn(objective: Several, n: int = 16, progress: float = 1.0) -> Noised:
     """Rows as training draws them."""
-    flow, g = flow or gaussian(), torch.Generator().manual_seed(1)
+    flow, g = gaussian(), torch.Generator().manual_seed(1)
     c = torch.arange(n) % flow.classes
     null = torch.full_like(c, flow.classes)
     return draw(objective, Linear(), flow.data(c, g), c, null, seed=0, step=0, progress=progress)
@@ -75,7 +77,7 @@ FLOWS = gaussian(), PRODUCT
 
 
 @pytest.mark.parametrize("flow", FLOWS)
-def test_match_rests_at_the_flow(flow: Flow) -> None:
+def test_match_rests_at_the_flow(flow: Gaussian | Product) -> None:
     """Row by row for v and u; for w on average only, which is the next test's."""
     objective = several(Match(after=0))
     b = record(objective, flow, 64)
@@ -94,7 +96,7 @@ def test_the_head_of_samples_rests_at_the_flow() -> None:
         (left,) = torch.autograd.grad(step(objective, net, at).parts["w"].mean(), net.probe)
         assert left.abs().max() < 1e-12
         (left,) = torch.autograd.grad(
-            step(objective, net, replace(at, drawn=at.drawn | {"w.z": z})).parts["w"].mean(), net.probe
+            step(objective, net, replace(at, drawn={**at.drawn, "w.z": z})).parts["w"].mean(), net.probe
         )
         assert left.abs().max() > 1e-3
 
@@ -171,7 +173,7 @@ def test_reversal_is_the_same_whatever_the_loss_is_multiplied_by(scale: float) -
 
 
 @pytest.mark.parametrize("flow", FLOWS)
-def test_a_flat_critic_moves_nothing(flow: Flow) -> None:
+def test_a_flat_critic_moves_nothing(flow: Gaussian | Product) -> None:
     objective = several(Critic(after=0, slopes=0))
     b = record(objective, flow, 64)
     assert not gradient(objective, Exact(flow, objective.needs), b)[:2].abs().max() > 1e-10
@@ -193,7 +195,7 @@ def test_drift_by_hand() -> None:
         own = range(first, first + 6)
         sees = {i: [j for j in own if j != i and c[j] == c[i]] for i in own}
         far = {(i, side, j): (x[i] - (x, y)[side][j]).norm() for i in own for side in (0, 1) for j in sees[i]}
-        unit, total, mean = torch.stack([*far.values()]).mean(), torch.zeros(6, 3, dtype=D), 0.0
+        unit, total, mean = torch.stack([*far.values()]).mean(), torch.zeros(6, 3, dtype=D), torch.zeros((), dtype=D)
         for radius in radii:
             kernel = {key: (-d / unit / radius).exp() for key, d in far.items()}
             a = {
@@ -262,16 +264,16 @@ CONTRACT = [
 
 @pytest.mark.parametrize("law", CONTRACT)
 @pytest.mark.parametrize("objective", CASES)
-def test_the_contract_of_losses(law: object, objective: Several) -> None:
+def test_the_contract_of_losses(law: Callable[[Several, Net], None], objective: Several) -> None:
     """As of every objective; of the smallest net."""
-    law(objective, nets()[0])  # pyright: ignore[reportCallIssue]
+    law(objective, nets()[0])
 
 
 @pytest.mark.parametrize(
     "law", [test_draw.test_shares_of_the_draw_are_the_whole, test_draw.test_draws_are_keyed_by_seed_and_step]
 )
-def test_the_contract_of_draws(law: object) -> None:
-    law(CASES[0])  # pyright: ignore[reportCallIssue]
+def test_the_contract_of_draws(law: Callable[[Several], None]) -> None:
+    law(CASES[0])
 
 
 def test_draws_of_pulls_are_their_own() -> None:
@@ -306,6 +308,17 @@ def test_cost() -> None:
         for o in (objective, plain)
     ]
     assert units[0] - units[1] == pytest.approx(5, rel=0.06)
+
+
+def test_a_pull_leaves_gauges_alone() -> None:
+    """Heads come first, then gauges, in the net's answers."""
+    parts = VelocityPart(variance=True), EndpointPart(variance=True)
+    objective = several(LATE, parts=parts)
+    net, b = Polynomial(3), drawn(objective)
+    gauges = torch.rand(2, len(b.t), generator=torch.Generator().manual_seed(0), dtype=D)
+    terms = objective.loss(lambda x, c, **at: (*net(x, c, **at), *gauges), Frozen(net), b)
+    assert torch.equal(terms.notes["log_variance_v"], gauges[0])
+    assert torch.equal(terms.notes["log_variance_u"], gauges[1])
 
 
 def test_off_is_nothing() -> None:

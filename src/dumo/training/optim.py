@@ -7,7 +7,6 @@ got there, and a resumed run needs no scheduler state.
 
 import math
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
@@ -52,9 +51,7 @@ class Adaptive(Spec, Generic[Kind]):
         """The optimizer of what is trained of a net. Raises UserError as `own_heads`."""
         return self.of_these(learned(net), own_heads(net, self.heads))
 
-    def of_these(
-        self, params: list[nn.Parameter], own: Mapping[nn.Parameter, HeadRate] = MappingProxyType({})
-    ) -> torch.optim.Optimizer:
+    def of_these(self, params: list[nn.Parameter], own: Mapping[nn.Parameter, HeadRate]) -> torch.optim.Optimizer:
         """The optimizer of these parameters: on a GPU in one kernel, which rounds in another order than a CPU's.
 
         Those of heads with rates of their `own` are groups, whose `ratio` is that of their rate to all else's.
@@ -143,7 +140,9 @@ def learned(net: nn.Module) -> list[nn.Parameter]:
 
 
 def own_heads(net: nn.Module, heads: Sequence[HeadRate]) -> dict[nn.Parameter, HeadRate]:
-    """What the layers of heads have of their own. Raises UserError for a head that the net has not."""
+    """What the layers of heads have of their own. Raises UserError for a head that the net has not, or named twice."""
+    if len({head.name for head in heads}) < len(heads):
+        raise UserError("train.optimizer.heads names a head twice: leave one out")
     named = dict(net.named_parameters())
     found = {head: [p for name, p in named.items() if name.startswith(f"heads.{head.name}.")] for head in heads}
     if strange := [head.name for head, params in found.items() if not params]:

@@ -146,4 +146,6 @@ def test_heads_that_are_not_there_are_refused() -> None:
     for net, says in ((Headed(), "'w', its heads are u, d"), (nn.Linear(1, 1), "unnamed")):
         with pytest.raises(UserError, match=says):
             AdamW(heads=(HeadRate(name="w"),))(net)
+    with pytest.raises(UserError, match="twice"):
+        AdamW(heads=(HeadRate(name="u"), HeadRate(name="u", lr=0.1)))(Headed())
     assert "heads" not in AdamW().model_dump()
