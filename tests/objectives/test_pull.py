@@ -38,7 +38,7 @@ PARTS = VelocityPart(weight=0.6), EndpointPart(weight=0.4)
 def several(*pulls: Pull, **fields: object) -> Several:
     """DuMo with pulls."""
     given = {"parts": PARTS, "times": Beta(), "guide": Guide(), "slope": JvpSlope(), "drop": 0.3}
-    return Several(**given | {"pulls": pulls} | fields)
+    return Several.model_validate({**given, "pulls": pulls, **fields})
 
 
 def drawn(objective: Several, n: int = 16, progress: float = 1.0) -> Noised:

@@ -51,11 +51,14 @@ class Adaptive(Spec, Generic[Kind]):
         """The optimizer of what is trained of a net. Raises UserError as `own_heads`."""
         return self.of_these(learned(net), own_heads(net, self.heads))
 
-    def of_these(self, params: list[nn.Parameter], own: Mapping[nn.Parameter, HeadRate]) -> torch.optim.Optimizer:
+    def of_these(
+        self, params: list[nn.Parameter], own: Mapping[nn.Parameter, HeadRate] | None = None
+    ) -> torch.optim.Optimizer:
         """The optimizer of these parameters: on a GPU in one kernel, which rounds in another order than a CPU's.
 
         Those of heads with rates of their `own` are groups, whose `ratio` is that of their rate to all else's.
         """
+        own = own or {}
         fused = {"fused": True} if self.fuses and all(p.is_cuda for p in params) else {}
         groups: list[dict[str, Any]] = [{"params": [p for p in params if p not in own]}]
         for head in self.heads:
