@@ -123,8 +123,9 @@ class Critic(Moving):
         return Terms(self.fit * loss, {self.name: pairs}, notes)
 
     def logit(self, heads: Mapping[str, Sample]) -> PerSample:
-        """The mean of the head."""
-        return heads[self.name].flatten(1).mean(1)
+        """The mean of the head, at least in fp32."""
+        head = heads[self.name].flatten(1)
+        return head.mean(1, dtype=torch.promote_types(head.dtype, torch.float32))
 
     def steepness(self, b: Noised, x: Sample, ask: Ask) -> PerSample:
         """The square of dD/dx along noise, |dD/dx|^2 on average, of one row of four, which stands for all four."""
