@@ -71,6 +71,8 @@ SHORTCUT, SPLIT, TWIN, SOFLOW, RCGM, ALPHA, UCGM = (
     for name in ("shortcut", "split_meanflow", "twinflow", "soflow", "rcgm", "alpha_flow", "ucgm")
 )
 DUMO, MEANFLOW, FLOW = (f"{OBJECTIVES}/test_{name}.py" for name in ("dumo", "meanflow", "flow_matching"))
+PULL = f"{OBJECTIVES}/test_pull.py"
+MATCH, CRITIC, DRIFT = (f"{PULL}::test_{name}_by_hand" for name in ("match", "critic", "drift"))
 CONSISTENCY, IMM, SEVERAL, TVM, IMF, FACM, SCT, CMT = (
     f"{OBJECTIVES}/test_{name}.py" for name in ("consistency", "imm", "several", "tvm", "imf", "facm", "sct", "cmt")
 )
@@ -732,6 +734,91 @@ MUTANTS = [
     Mutant("objectives/consistency.py", "mean=-1.1 + log(2)", "mean=-1.1", "levels are in their units", DEVIATION),
     Mutant(
         "objectives/sct.py", "Field(default=0.2, gt=0)", "Field(default=0.1, gt=0)", "c is in their units", DEVIATION
+    ),
+    Mutant("objectives/pull.py", "progress >= self.after", "progress > self.after", "a pull begins late", MATCH),
+    Mutant("objectives/pull.py", "(w - heads[velocity])", "(heads[velocity] - w)", "match pushes samples off", MATCH),
+    Mutant(
+        "objectives/pull.py", "path.at((b.z - u).detach(), z, t)", "path.at(b.z - u, z, t)", "w moves samples", MATCH
+    ),
+    Mutant("objectives/pull.py", "mean_square(w - v_t)", "mean_square(w - b.v_t)", "w learns the data", MATCH),
+    Mutant("objectives/pull.py", "softplus(fake - real)", "softplus(real - fake)", "the critic is upside down", CRITIC),
+    Mutant("objectives/pull.py", "(real + fake.detach())", "(real + fake)", "the centre moves samples", CRITIC),
+    Mutant(
+        "objectives/pull.py",
+        "self.steepness(b, made.detach(), ask)",
+        "self.steepness(b, made, ask)",
+        "slopes move samples",
+        CRITIC,
+    ),
+    Mutant("objectives/pull.py", "b.progress) / self.fit", "b.progress)", "a pull is weighed by the fit", CRITIC),
+    Mutant(
+        "objectives/pull.py",
+        "descending(u, v)",
+        "descending(u, -v)",
+        "samples drift away",
+        f"{PULL}::test_drift_moves_samples_of_another_width_back",
+    ),
+    Mutant(
+        "objectives/pull.py", "else frozen(net)", "else net", "samples are made at full price", f"{PULL}::test_passes"
+    ),
+    Mutant(
+        "objectives/pull.py",
+        "torch.ones_like(b.t), b.c)[u]",
+        "torch.zeros_like(b.t), b.c)[u]",
+        "samples start at data",
+        MATCH,
+    ),
+    Mutant("objectives/pull.py", ".repeat_interleave(EVERY)", ".repeat(EVERY)", "slopes are other rows'", CRITIC),
+    Mutant(
+        "objectives/pull.py", "{0.0, *(pull", "{*(pull", "the time before a pull costs nothing", f"{PULL}::test_cost"
+    ),
+    Mutant("flow/reverse.py", "-2 * ctx.strength", "2 * ctx.strength", "nothing is reversed", CRITIC),
+    Mutant(
+        "flow/reverse.py",
+        "ctx.floor * scale.abs()",
+        "ctx.floor",
+        "a floor in units of the batch",
+        f"{PULL}::test_reversal_is_the_same_whatever_the_loss_is_multiplied_by",
+    ),
+    Mutant("flow/drift.py", "& ~torch.eye(group", "| torch.eye(group", "samples repel themselves", DRIFT),
+    Mutant(
+        "flow/drift.py",
+        "logs.softmax(2) * logs.softmax(1)",
+        "logs.softmax(2) * logs.softmax(2)",
+        "columns are no softmax",
+        DRIFT,
+    ),
+    Mutant(
+        "flow/drift.py",
+        "repel * attract.sum(2, keepdim=True)",
+        "repel * repel.sum(2, keepdim=True)",
+        "a force that is there at rest",
+        DRIFT,
+    ),
+    Mutant(
+        "flow/drift.py",
+        "(far * seen).sum((1, 2)) / seen.sum((1, 2)).clamp(min=1)",
+        "far.mean((1, 2))",
+        "the unit is of strangers",
+        DRIFT,
+    ),
+    Mutant("flow/draw.py", "(dict(objective) | within)", "dict(objective)", "laws of parts are not drawn", MATCH),
+    Mutant(
+        "objectives/several.py",
+        "answers[len(self._headed) :]",
+        "answers[len(self.parts) :]",
+        "a pull's head is taken for a gauge",
+        f"{PULL}::test_a_pull_leaves_gauges_alone",
+    ),
+    Mutant(
+        "training/optim.py", '"betas": head.betas or self.betas', '"betas": self.betas', "heads have no betas", OPTIM
+    ),
+    Mutant(
+        "training/optim.py",
+        'group["ratio"] = group["lr"] / self.lr',
+        'group["ratio"] = lr / self.lr',
+        "heads have muon's rest's rate",
+        OPTIM,
     ),
     Mutant(
         "objectives/several.py",

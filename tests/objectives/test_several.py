@@ -308,7 +308,7 @@ def test_needs() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"parts": (V, AveragePart(name="v"))}, "'v' is the name of two"),
+        ({"parts": (V, AveragePart(name="v"))}, "'v' is that of two"),
         ({"parts": (U, M)}, "no part is of kind velocity"),
         ({"parts": ()}, "no part is of kind velocity"),
         ({"parts": (V, S), "times": Beta()}, "times 'beta'.*dyadic"),

@@ -291,11 +291,11 @@ LEVELS = 7  # of steps 2^-k: the finest stands for none (Shortcut models)
 class Exact(nn.Module):
     """A net that knows its flow. Each head is off by probe[head] of 1 and of x_t, at first by nothing.
 
-    Heads: v, the velocity; u and m, the mean velocity down to r, 0 where no r reaches them; g, the mean of dv_i/dx_i
-    on the way from r, of a flow that acts on each coordinate alone; f, the mean direction on the trigonometric path. A
-    step may be told as k, of size 2^-k. At negative times all of them are the velocity at -t. The knobs w, or
-    beta = 1 / w, low and high are those of a guided flow. Gauges are zero. An objective with others is refused until
-    they are taught here.
+    Heads: v and w, the velocity; d, a critic, 0; u and m, the mean velocity down to r, 0 where no r reaches them; g,
+    the mean of dv_i/dx_i on the way from r, of a flow that acts on each coordinate alone; f, the mean direction on the
+    trigonometric path. A step may be told as k, of size 2^-k. At negative times all of them are the velocity at -t. The
+    knobs w, or beta = 1 / w, low and high are those of a guided flow. Gauges are zero. An objective with others is
+    refused until they are taught here.
     """
 
     def __init__(self, flow: Flow, needs: Needs) -> None:
@@ -325,7 +325,9 @@ class Exact(nn.Module):
 
     def head(self, flow: Flow, head: str, x: Tensor, c: Tensor, t: Tensor, inputs: dict[str, Tensor]) -> Tensor:
         """What a head of this name is, as a function of x and t."""
-        if head.startswith("v"):  # v2 is another
+        if head == "d":
+            return 0 * x
+        if head[0] in "vw":  # v2 is another; w is that of samples
             return flow.guided(x, c, t)
         r = 0 * t
         if "k" in inputs:

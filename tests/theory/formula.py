@@ -24,7 +24,7 @@ class Polynomial(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None) -> Heads:
         t, r = column(t), column(0 * t if r is None else r)
-        at = (torch.ones_like(x), x, t * x, x**2, t**2, r * x)
+        at = (0 * x + 1, x, t * x, x * x, t**2, r * x)  # x may be a Dual
         return tuple(
             sum((a * y for a, y in zip(row, at, strict=True)), column(label[c]))
             for row, label in zip(self.a, self.label, strict=True)

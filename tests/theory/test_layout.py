@@ -21,6 +21,8 @@ VARIANTS = [
     "digits-three-heads+train.clip=100+objective.times={kind: jumps}+objective.parts.0.contrast=0.05"
     "+objective.disperse.group=8+objective.parts.1.variance=true",
     "digits+net.depth=3+net.skips=true+net.magnitude=preserved",
+    "digits-three-heads+train.clip=100+objective.pulls=[{kind: match, after: 0}, {kind: critic, after: 0}, "
+    "{kind: drift, after: 0, size: 8}]+train.optimizer.heads=[{name: d, betas: [0, .9]}]",
     "moons",
 ]
 PATIENCE = 900  # seconds, on a busy machine

@@ -24,7 +24,7 @@ from dumo.flow.coupling import Coupling
 from dumo.flow.law import Law
 from dumo.place import pinned, sent
 from dumo.random import keyed, stream
-from dumo.types import Cond, Noised, Objective, Path, PerSample, Rows, Sample, Taught, Time, Trail
+from dumo.types import Cond, Noised, Objective, Path, PerSample, Rows, Sample, Spec, Taught, Time, Trail
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def drawn(
     n, mine = batch, range(batch)[rows]
     t, r = objective.times(n, stream(seed, step, "times"))
     moving = objective.times.moving(n)
-    laws = {name: law for name, law in objective if isinstance(law, Law)}
+    laws = laws_of(objective)
     return Draws(
         t=t[rows],
         r=r[rows],
@@ -79,6 +79,13 @@ def drawn(
         laws={name: law.rows((seed, step, "law", name), mine, n, shape) for name, law in laws.items()},
         moving=moving and moving[rows],
     )
+
+
+def laws_of(objective: Objective) -> dict[str, Law]:
+    """The further laws by name: of the objective's fields, and of parts in them, as "w.z" of a part named w."""
+    parts = [part for _, value in objective if isinstance(value, tuple) for part in value if isinstance(part, Spec)]
+    within = {f"{getattr(part, 'name', '')}.{name}": law for part in parts for name, law in part}
+    return {name: law for name, law in (dict(objective) | within).items() if isinstance(law, Law)}
 
 
 def noised(

@@ -87,6 +87,11 @@ def turned(u: Sample, w: Sample) -> PerSample:
     return mean_square(one - other) * u.shape[1] / 2
 
 
+def descending(u: Sample, g: Sample) -> Sample:
+    """An error of value g, by whose mean square u descends g, which is held still."""
+    return u - (u - g).detach()
+
+
 def clipped_share(e: Sample, bound: float = 1.0) -> PerSample:
     """Share of a row's entries with |e| > bound: what a clamp of the residual would cut, at 1 in UCGM and RCGM."""
     return (e.detach().abs() > bound).flatten(1).float().mean(1)

@@ -38,6 +38,7 @@ class WeightedHead(Spec):
 
     aims: ClassVar[bool] = False  # its head is told r
     derived: ClassVar[bool] = False  # its target holds its head's derivative
+    ends: ClassVar[bool] = False  # its head jumps to the data
     name: Name
     weight: Weight
     variance: bool = Field(default=False, exclude_if=not_)  # divided by it at t, learned (EDM2, Eq. 21)
@@ -81,6 +82,7 @@ class EndpointPart(WeightedHead):
 
     kind: Literal["endpoint"] = "endpoint"
     derived: ClassVar[bool] = True
+    ends: ClassVar[bool] = True
     name: Name = "u"
     weight: Weight = 0.15  # ours
 
@@ -99,6 +101,7 @@ class AveragePart(WeightedHead):
     kind: Literal["average"] = "average"
     aims: ClassVar[bool] = True
     derived: ClassVar[bool] = True
+    ends: ClassVar[bool] = True
     name: Name = "m"
     weight: Weight = 0.15  # ours
 

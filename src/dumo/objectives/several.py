@@ -9,6 +9,8 @@ the bit. Guidance asks the velocity, the first where there are more.
 Derivatives may run along that head instead of v*, which is a draw where the head is a mean (as iMF has it), and may
 grow in the first part of the training (as sCT has it): then all heads begin as the velocity.
 
+Pulls move the net's own one-pass samples (`dumo.objectives.pull`), by further heads of the same trunk.
+
 One pass has one time a row. Where a law sets rows with r = t apart, the heads without r may learn on these alone
 (`apart`), each counted 1 / share times: so theirs are the times of these rows, whatever the others' law of steps is.
 """
@@ -17,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import reduce
+from math import lcm
 from operator import add
 from typing import Literal
 
@@ -31,6 +34,7 @@ from dumo.flow.slope import Along, CentralSlope, Slope
 from dumo.flow.times import Below, Beta, Times
 from dumo.flow.weight import by_variance, weight_at
 from dumo.objectives.part import Aimed, AveragePart, EndpointPart, Part, VelocityPart
+from dumo.objectives.pull import Pull, Pulls, phases, pulled
 from dumo.types import (
     Climb,
     Cond,
@@ -68,12 +72,13 @@ class Several(Spec):
     disperse: Dispersed = None  # what a block makes of its rows lies apart
     probe: Signs | None = Field(default=None, exclude_if=lambda probe: probe is None)  # what a divergence is found by
     apart: bool = False  # heads that are not told r learn on rows with r = t alone (ours)
+    pulls: Pulls = ()  # what moves one-pass samples to where the data are
 
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
         own = {p.name: ("r",) for p in self.parts if p.aims}
-        heads, derives = tuple(p.name for p in self.parts), any(p.derived for p in self.parts)
+        heads, derives = tuple(p.name for p in self._headed), any(p.derived for p in self.parts)
         gauges = tuple(f"log_variance_{p.name}" for p in self.parts if p.variance)
         needs = Needs(
             heads=heads,
@@ -82,10 +87,16 @@ class Several(Spec):
             slope=self.slope,
             derives=derives,
             guide=self.guide,
-            group=2 if self._contrast else 1,
+            group=lcm(2 if self._contrast else 1, *(pull.group for pull in self.pulls)),
             climbs=self._place("shortcut") is None,
+            phases=phases(self.pulls),
         )
         return looking(needs, self.disperse)
+
+    @property
+    def _headed(self) -> "tuple[Part | Pull, ...]":
+        """What has a head, in the order of the net's answers: parts, then pulls that learn."""
+        return *self.parts, *(pull for pull in self.pulls if pull.learns)
 
     @property
     def _contrast(self) -> float:
@@ -94,10 +105,12 @@ class Several(Spec):
 
     @model_validator(mode="after")
     def _whole(self) -> "Several":
-        if twice := [name for name, n in Counter(p.name for p in self.parts).items() if n > 1]:
-            raise ValueError(f"parts are named after their heads, but '{twice[0]}' is the name of two: rename one")
+        if twice := [name for name, n in Counter(p.name for p in (*self.parts, *self.pulls)).items() if n > 1]:
+            raise ValueError(f"parts and pulls have names of their own, but '{twice[0]}' is that of two: rename one")
         if not any(p.kind == "velocity" for p in self.parts):
             raise ValueError("no part is of kind velocity, which guides the others: add one")
+        if self.pulls and not self._end:
+            raise ValueError("pulls move one-pass samples, which no part makes: add one of kind endpoint or average")
         shortcut = any(p.kind == "shortcut" for p in self.parts)
         if shortcut or self.apart:
             moving = self.times.moving(1000)
@@ -118,7 +131,7 @@ class Several(Spec):
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """The weighted sum over the parts; notes: what a clamp of a target with a derivative would cut."""
         answers, along = self._heads(net, ref, b)
-        heads, more = answers[: len(self.parts)], answers[len(self.parts) :]
+        heads, more = answers[: len(self.parts)], answers[len(self._headed) :]
         first = self._first
         with torch.no_grad():
             v_star = self.guide(b, heads[first], lambda b, c: self._aimed(ref, first)(b.x_t, b.t, b.r, c))
@@ -138,6 +151,7 @@ class Several(Spec):
         notes = {f"clipped_share_{part.name}": clipped_share(e) for part, e in known if part.derived}
         notes |= {f"log_variance_{name}": w.detach() for name, w in learned.items()}
         terms = Terms(loss, {part.name: mean_square(e) for part, e in known}, notes)
+        terms = pulled(terms, self.pulls, b, net, self._named, u=self._end, v=self.parts[first].name)
         return dispersed(terms, self.disperse, more)
 
     def read(self, net: Net) -> Reads:
@@ -189,6 +203,16 @@ class Several(Spec):
                 "a divergence is read along jumps from data to noise: add a part of kind average, and times of kind "
                 "pair or jumps with both_ways=true"
             )
+
+    @property
+    def _end(self) -> str:
+        """The head that `read` reads the endpoint of, by name; empty: there is none."""
+        return next((part.name for part in sorted(self.parts, key=lambda part: part.aims) if part.ends), "")
+
+    def _named(self, net: Net, x: Sample, t: Time, c: Cond) -> dict[str, Sample]:
+        """The heads by name, told r = 0."""
+        names = (p.name for p in self._headed)
+        return dict(zip(names, net(x, c, t=t, **self._own(0 * t)), strict=False))
 
     def _heads(self, net: Net, ref: Frozen, b: Noised) -> tuple[Heads, Along]:
         """The pass, and the derivatives: none where no target has one, of rows with r < t where no other needs it."""

@@ -18,7 +18,7 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow.law import Level, Noise
-from dumo.flow.residual import clipped_share
+from dumo.flow.residual import clipped_share, descending
 from dumo.flow.secant import demand
 from dumo.objectives.rcgm import RCGM
 from dumo.types import Frozen, Net, Noised, Sample, Terms, frozen, mean_square
@@ -59,7 +59,7 @@ class TwinFlow(RCGM):
         v_star = self.aim(ref, b)
         e, off = self.residual(u_hat, ref, b, v_star)
         e_one, _ = self.residual(u_one, ref, one, self.aim(ref, one))
-        pull = u_one - (u_one - self._apart(frozen(net), made.at(b.drawn["t_twin"].to(b.t)))).detach()
+        pull = descending(u_one, self._apart(frozen(net), made.at(b.drawn["t_twin"].to(b.t))))
         parts = {"u": e, "flow": v_hat - v_star, "one": e_one, "twin": v_fake - fake.v_t, "rectify": pull}
         weights = {"u": 1.0, "flow": self.flow, "one": self.one, "twin": self.twin, "rectify": self.rectify}
         loss = torch.stack([weights[name] * self.measure(e) for name, e in parts.items()]).sum(0)

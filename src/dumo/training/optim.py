@@ -6,8 +6,8 @@ got there, and a resumed run needs no scheduler state.
 """
 
 import math
-from collections.abc import Mapping
-from typing import Annotated, ClassVar, Generic, Literal, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeVar, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -23,6 +23,17 @@ Decay = Annotated[float, Field(ge=0, le=FACTOR, allow_inf_nan=False)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+class HeadRate(Spec):
+    """What is another for a head of the net: a critic wants betas of (0, 0.9), of AFM, where the trunk wants memory."""
+
+    name: str  # of the head
+    lr: LearningRate | None = None  # peak; None: that of all else
+    betas: tuple[Beta, Beta] | None = None  # as lr
+
+
+HeadRates = Annotated[tuple[HeadRate, ...], Field(exclude_if=lambda heads: not heads)]
+
+
 class Adaptive(Spec, Generic[Kind]):
     """A step per parameter, of two moments of its gradient. The defaults are the paper's (Sec. 4.1); eps is torch's."""
 
@@ -34,15 +45,27 @@ class Adaptive(Spec, Generic[Kind]):
     betas: tuple[Beta, Beta] = (0.9, 0.95)
     weight_decay: Decay = 0.0
     eps: LearningRate = 1e-8
+    heads: HeadRates = ()  # what is another for their own layers
 
     def __call__(self, net: nn.Module) -> torch.optim.Optimizer:
-        """The optimizer of what is trained of a net."""
-        return self.of_these(learned(net))
+        """The optimizer of what is trained of a net. Raises UserError as `own_heads`."""
+        return self.of_these(learned(net), own_heads(net, self.heads))
 
-    def of_these(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer of these parameters: on a GPU in one kernel, which rounds in another order than a CPU's."""
+    def of_these(
+        self, params: list[nn.Parameter], own: Mapping[nn.Parameter, HeadRate] | None = None
+    ) -> torch.optim.Optimizer:
+        """The optimizer of these parameters: on a GPU in one kernel, which rounds in another order than a CPU's.
+
+        Those of heads with rates of their `own` are groups, whose `ratio` is that of their rate to all else's.
+        """
+        own = own or {}
         fused = {"fused": True} if self.fuses and all(p.is_cuda for p in params) else {}
-        return self.of(params, self.lr, self.betas, self.eps, self.weight_decay, **fused)
+        groups: list[dict[str, Any]] = [{"params": [p for p in params if p not in own]}]
+        for head in self.heads:
+            lr = head.lr or self.lr
+            mine = [p for p in params if own.get(p) == head]
+            groups += [{"params": mine, "lr": lr, "betas": head.betas or self.betas, "ratio": lr / self.lr}]
+        return self.of(groups, self.lr, self.betas, self.eps, self.weight_decay, **fused)
 
 
 class AdamW(Adaptive[Literal["adamw"]]):
@@ -88,6 +111,7 @@ class Muon(Spec):
     adamw_lr: LearningRate | None = Field(default=None, json_schema_extra=CHANGES)  # AdamW's; None: lr
     betas: tuple[Beta, Beta] = (0.9, 0.95)  # AdamW's, as is eps
     eps: LearningRate = 1e-8
+    heads: HeadRates = ()  # what is another of AdamW's for their own layers
 
     @model_validator(mode="after")
     def _rated(self) -> "Muon":
@@ -102,12 +126,12 @@ class Muon(Spec):
             raise UserError("this net trains no matrix in blocks, so there is nothing for muon: take adamw")
         grouped = {n: [p for p, count in parts.items() if count == n] for n in sorted({*parts.values()})}
         lr = self.adamw_lr or self.lr
-        adamw = AdamW(lr=lr, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps)
+        adamw = AdamW(lr=lr, betas=self.betas, weight_decay=self.weight_decay, eps=self.eps, heads=self.heads)
         others = [p for p in learned(net) if p not in parts]
-        rest = adamw.of_these(others) if others else None
+        rest = adamw.of_these(others, own_heads(net, self.heads)) if others else None
         for group in rest.param_groups if rest else ():
-            group["ratio"] = lr / self.lr
-        return muon.Muon(grouped, rest, **self.model_dump(exclude={"kind", "adamw_lr", "betas", "eps"}))
+            group["ratio"] = group["lr"] / self.lr
+        return muon.Muon(grouped, rest, **self.model_dump(exclude={"kind", "adamw_lr", "betas", "eps", "heads"}))
 
 
 Optimizer = Annotated[AdamW | Adam | RAdam | Muon, Field(discriminator="kind")]
@@ -116,6 +140,20 @@ Optimizer = Annotated[AdamW | Adam | RAdam | Muon, Field(discriminator="kind")]
 def learned(net: nn.Module) -> list[nn.Parameter]:
     """What is trained of a net."""
     return [p for p in net.parameters() if p.requires_grad]
+
+
+def own_heads(net: nn.Module, heads: Sequence[HeadRate]) -> dict[nn.Parameter, HeadRate]:
+    """What the layers of heads have of their own. Raises UserError for a head that the net has not, or named twice."""
+    if len({head.name for head in heads}) < len(heads):
+        raise UserError("train.optimizer.heads names a head twice: leave one out")
+    named = dict(net.named_parameters())
+    found = {head: [p for name, p in named.items() if name.startswith(f"heads.{head.name}.")] for head in heads}
+    if strange := [head.name for head, params in found.items() if not params]:
+        there = ", ".join(dict.fromkeys(name.split(".")[1] for name in named if name.startswith("heads.")))
+        raise UserError(
+            f"train.optimizer.heads: the net has no head '{strange[0]}', its heads are {there or 'unnamed'}"
+        )
+    return {p: head for head, params in found.items() for p in params}
 
 
 def matrices(net: nn.Module) -> dict[nn.Parameter, int]:

@@ -8,7 +8,8 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from dumo.training.optim import WSD, Adam, AdamW, Constant, Cosine, Optimizer, RAdam, Schedule
+from dumo.training.optim import WSD, Adam, AdamW, Constant, Cosine, HeadRate, Muon, Optimizer, RAdam, Schedule
+from dumo.types import UserError
 
 
 def net_of(*params: nn.Parameter) -> nn.Module:
@@ -108,3 +109,43 @@ def test_cosine_refuses() -> None:
     for bad in ({"warmup": -1}, {"floor": 1.1}, {"floor": -0.1}):
         with pytest.raises(ValidationError, match=next(iter(bad))):
             Cosine.model_validate(bad)
+
+
+class Headed(nn.Module):
+    """A trunk and two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(2, 2)])
+        self.heads = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("u", "d")})
+
+
+@pytest.mark.parametrize("spec", [AdamW(lr=0.1), Muon(lr=0.1, adamw_lr=0.05)])
+def test_a_head_has_its_own_rate(spec: AdamW | Muon) -> None:
+    """And its own betas; what it does not name is that of all else, whose steps are what they were."""
+    own = HeadRate(name="d", lr=0.02, betas=(0.0, 0.9))
+    net, other = Headed(), Headed()
+    other.load_state_dict(net.state_dict())
+    one, plain = spec.model_copy(update={"heads": (own, HeadRate(name="u"))})(net), spec(other)
+    groups = {
+        name: g for name, p in net.named_parameters() for g in one.param_groups if any(p is q for q in g["params"])
+    }
+    head, rest = groups["heads.d.weight"], groups["heads.u.weight"]
+    assert sum(len(group["params"]) for group in one.param_groups) == len([*net.parameters()])
+    assert (tuple(head["betas"]), head["lr"], head["ratio"]) == ((0, 0.9), 0.02, pytest.approx(0.2))
+    assert (tuple(rest["betas"]), rest["lr"]) == ((0.9, 0.95), 0.05 if isinstance(spec, Muon) else 0.1)
+    for model, optimizer in ((net, one), (other, plain)):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    same = {name for name, p in net.named_parameters() if torch.equal(p, other.get_parameter(name))}
+    assert {name for name, _ in net.named_parameters()} - same == {"heads.d.weight", "heads.d.bias"}
+
+
+def test_heads_that_are_not_there_are_refused() -> None:
+    for net, says in ((Headed(), "'w', its heads are u, d"), (nn.Linear(1, 1), "unnamed")):
+        with pytest.raises(UserError, match=says):
+            AdamW(heads=(HeadRate(name="w"),))(net)
+    with pytest.raises(UserError, match="twice"):
+        AdamW(heads=(HeadRate(name="u"), HeadRate(name="u", lr=0.1)))(Headed())
+    assert "heads" not in AdamW().model_dump()
