@@ -109,17 +109,6 @@ def settings(results: Row) -> Iterator[str]:
         yield line([one[name], f"{one['steps']:,}", *far, *beside(one)])
 
 
-def best(results: Row) -> Iterator[str]:
-    """The steps to the best, and its rivals, by budget."""
-    yield line(["", "budget", "steps", "FD, 1 pass", "2", "4", "50", "KID · 10³, 1 pass", "recall", "AUC", "even at"])
-    yield "|" + "---|" * 11
-    for own in grouped(results, "arm", "budget"):
-        one = own[0]
-        even = "" if one["even_at"] is None else f"{one['even_at']:.2f}"
-        cells = [one["arm"], f"{one['budget']:.2g}", f"{one['steps']:,}", *spread(own, measure(one))]
-        yield line([*cells, *beside(one), even])
-
-
 def beside(row: Row) -> list[str]:
     """What stands beside a distance."""
     auc = "" if row.get("auc") is None else f"{row['auc']:.2f}"
@@ -238,9 +227,7 @@ TABLES = {
     "heads": ("zoo", heads),
     "ideas": ("ours", ideas),
     "ideas-latents": ("ours-latents", ideas),
-    "options": ("best-options", settings),
     "tuning": ("best-tuning", settings),
-    "best": ("best", best),
     "words": ("words", words),
     "fair": ("fair", fair),
     "kills": ("kill", kills),

@@ -86,16 +86,14 @@ def test_halves_of_the_loss_are_the_whole(objective: Objective, net: Net) -> Non
     assert torch.allclose(torch.cat(cut), whole, rtol=1e-9, atol=0)
 
 
-def altered(b: Noised, net: Net) -> dict[str, Noised]:
-    """The same rows, in every corner of the record, and so with any of them moving; of another net than the first in
-    some: what a corner does to an objective, the first net shows.
-    """
+def altered(b: Noised) -> dict[str, Noised]:
+    """The same rows, in every corner of the record, and so with any of them moving."""
     one, b = torch.ones_like(b.t), replace(b, moving=None)
 
     def at(t: Tensor, r: Tensor) -> Noised:
         return replace(b.at(t), r=r)
 
-    every = {
+    return {
         "drawn": b,
         "all dropped": replace(b, c=b.null, kept=torch.zeros_like(b.kept)),
         "none dropped": replace(b, c=torch.zeros_like(b.c), kept=torch.ones_like(b.kept)),
@@ -106,14 +104,19 @@ def altered(b: Noised, net: Net) -> dict[str, Noised]:
         "half": at(one / 2, one / 4),
         "times as bf16 has them": at(b.t.bfloat16().to(b.t), b.r.bfloat16().to(b.r)),
     }
-    return every if net == FIRST else {name: every[name] for name in ("drawn", "all dropped", "data", "noise")}
+
+
+def corners(b: Noised, net: Net) -> list[Noised]:
+    """All of these for the first net, which shows what a corner does to an objective; some for others."""
+    found = altered(b)
+    return [found[name] for name in (found if net == FIRST else ("drawn", "all dropped", "data", "noise"))]
 
 
 @each
 def test_passes_never_depend_on_the_record(objective: Objective, net: Net) -> None:
     """Under sharding, a rank that skips a pass stops all others."""
     counts, module = set(), built(objective, net)
-    for b in altered(record(objective), net).values():
+    for b in corners(record(objective), net):
         model = Counted(module)
         terms = step(objective, model, b)
         assert terms.loss.isfinite().all()
@@ -211,7 +214,7 @@ EXACT = [
 def test_bf16_is_served_or_refused(objective: Objective, net: Net, bf16_data: bool) -> None:
     """Exact slopes work in the corners of time under autocast; differences are refused, for they would be noise."""
     model = built(objective, net).float()
-    for b in altered(record(objective), net).values():
+    for b in corners(record(objective), net):
         b = low(lambda x: x.to(torch.bfloat16 if bf16_data else torch.float32), b)
         with torch.autocast("cpu", torch.bfloat16):
             if refused(objective):
