@@ -23,6 +23,7 @@ VARIANTS = [
     "digits+net.depth=3+net.skips=true+net.magnitude=preserved",
     "digits-three-heads+train.clip=100+objective.pulls=[{kind: match, after: 0}, {kind: critic, after: 0}, "
     "{kind: drift, after: 0, size: 8}]+train.optimizer.heads=[{name: d, betas: [0, .9]}]",
+    "dumo-best",
     "moons",
 ]
 PATIENCE = 900  # seconds, on a busy machine

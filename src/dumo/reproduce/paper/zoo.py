@@ -42,8 +42,8 @@ PUBLISHED = recipes.published("zoo")
 
 @cache
 def zoo() -> dict[str, str]:
-    """The recipes of objectives on digits, by title, DuMo first: not guided, nor by words, nor those with a teacher."""
-    others = ("digits-guided", "digits-words")
+    """The recipes of objectives on digits, by title, DuMo first: none with guidance, words, likelihood or a teacher."""
+    others = ("digits-guided", "digits-words", "digits-likelihood")
     found = [name for name in recipes.names() if name.partition("-")[0] == "digits" and name not in others]
     alone = [name for name in found if (spec := load(name)).teacher is None and spec.start is None]
     return {TITLES.get(name := recipe[len("digits-") :], name): recipe for recipe in alone}
