@@ -48,6 +48,7 @@ def spec(case: str, *more: str) -> Run:
     """The run of a case; +teacher and +pairs are no fields."""
     name, *fields = [word for word in case.split("+") if word not in ("teacher", "pairs")]
     lean = [] if name == "moons" else ["net.depth=2"]  # two blocks, and what is around them: what is given back in turn
+    lean += ["net.late=1"] if name == "digits-dmf" else []
     return load(name, [*lean, *fields, *more])
 
 
