@@ -112,7 +112,7 @@ def settings(results: Row) -> Iterator[str]:
 def beside(row: Row) -> list[str]:
     """What stands beside a distance."""
     auc = "" if row.get("auc") is None else f"{row['auc']:.2f}"
-    return [f"{1000 * row['kid']:.0f}".replace("-", "−"), f"{row['recall']:.2f}", auc]
+    return [f"{round(1000 * row['kid'])}".replace("-", "−"), f"{row['recall']:.2f}", auc]
 
 
 def words(results: Row) -> Iterator[str]:

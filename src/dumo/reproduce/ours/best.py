@@ -129,7 +129,7 @@ def charts(table: list[dict[str, Any]]) -> dict[str, Image.Image]:
 
 UNPUBLISHED = "these are settings of ours, and the paper's net takes days"
 ALONE = arm.comparison(
-    "Options on digits, each by itself on the paper's recipe, at equal counted cost (ours)",
+    "Options, each by itself on the paper's recipe (ours)",
     "best-options",
     alone,
     seeds=1,
@@ -139,7 +139,7 @@ ALONE = arm.comparison(
     unpublished=UNPUBLISHED,
 )
 TUNED = arm.comparison(
-    "Objectives on digits on one net, each in as many settings, at equal counted cost (ours)",
+    "Objectives on one net, each in as many settings (ours)",
     "best-tuning",
     tuned,
     seeds=1,
