@@ -161,7 +161,7 @@ MUTANTS = [
     Mutant("objectives/dumo.py", "torch.no_grad()", "torch.enable_grad()", "the target is pulled too", DUMO),
     Mutant("objectives/dumo.py", "head=1", "head=0", "the endpoint is read off v", READ),
     Mutant("objectives/flow_matching.py", "(v_hat - v_star)", "(v_hat - b.v_t)", "guidance has no effect", FIXED),
-    Mutant("objectives/meanflow.py", "v_star - lift", "v_star + lift", "u* has the sign of du/dt wrong", FIXED),
+    Mutant("objectives/meanflow.py", "v_star - k", "v_star + k", "u* has the sign of du/dt wrong", FIXED),
     Mutant("objectives/meanflow.py", "lift(b.t - b.r, b.x_t)", "lift(b.t, b.x_t)", "u* forgets r", FIXED),
     Mutant("objectives/meanflow.py", "along(v_star)", "along(b.v_t)", "du/dt runs along the unguided velocity", FIXED),
     Mutant("objectives/meanflow.py", "t=b.t, r=b.t)[0]", "t=b.t, r=b.r)[0]", "guidance takes u for v", FIXED),
@@ -223,7 +223,7 @@ MUTANTS = [
     Mutant("sampling/guidance.py", "y_null + self.scale *", "y[place] + self.scale *", "w is one too much", GUIDANCE),
     Mutant("sampling/guidance.py", "torch.full_like(c, null)", "c", "there is no null reading", GUIDANCE),
     Mutant("sampling/guidance.py", "interval.holds(t)", "interval.low <= t", "the interval has no end", GUIDANCE),
-    Mutant("objectives/meanflow.py", "if self.power:", "if not self.power:", "a bias is let in", UNBIASED),
+    Mutant("objectives/meanflow.py", "if self.power or self", "if self", "a bias is let in", UNBIASED),
     Mutant("flow/draw.py", 'step, "coin"', 'step, "kept"', "the coin knows of the label", DRAW),
     Mutant(
         "flow/draw.py", '"z", rows=mine', '"z", rows=range(len(mine))', "all ranks have the first one's noise", CONTRACT
@@ -896,8 +896,8 @@ MUTANTS = [
     ),
     Mutant(
         "objectives/several.py",
-        "self._aimed(ref, i)) for i, (part, rate) in at]",
-        "self._aimed(net, i)) for i, (part, rate) in at]",
+        "self._aimed(ref, i)) for part, rate, i in asked]",
+        "self._aimed(net, i)) for part, rate, i in asked]",
         "halves are those of the weights in training",
         SEVERAL,
     ),
@@ -917,8 +917,8 @@ MUTANTS = [
     ),
     Mutant(
         "nets/dit.py",
-        "F.silu(told + own[k]) if k in own else e",
-        "F.silu(told + sum(own.values(), 0 * told))",
+        "F.silu(last + own[k]) if k in own else e[-1]",
+        "F.silu(last + sum(own.values(), 0 * last))",
         "r reaches every head",
         HEADS,
     ),

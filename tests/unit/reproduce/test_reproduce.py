@@ -170,8 +170,7 @@ def test_what_is_judged_otherwise_is_judged_again(once: Path, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("otherwise", [{"nfe": [3, 4]}, {"seed": 5}, {"solver": "euler"}])
-def test_a_judgement_by_other_means_is_not_taken(once: Path, tmp_path: Path, otherwise: dict[str, Any]) -> None:
-    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+def test_a_judgement_by_other_means_is_not_taken(tmp_path: Path, otherwise: dict[str, Any]) -> None:
     first = finished(tmp_path)
     evaluate(first.opened, **otherwise)  # someone looks at a cell with dumo evaluate
     assert finished(tmp_path).report == first.report

@@ -20,7 +20,7 @@ from dumo.config.teacher import Teacher, Weak
 from dumo.io.weights import load as load_weights
 from dumo.progress import no_bar
 from dumo.random import noise
-from dumo.run import teacher
+from dumo.run import pairs, teacher
 from dumo.run.folder import open_run
 from dumo.run.train import train
 from dumo.sampling.guidance import CFG
@@ -294,14 +294,14 @@ def test_ranks_share_the_making_of_pairs(ranks: Ranks, tmp_path: Path) -> None:
 
 def test_every_rank_hears_that_a_disk_is_full(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the others made stands."""
-    written = teacher.write
+    written = pairs.write
 
     def write(file: Path, data: bytes) -> None:
         if ranks.rank == 1:
             raise OSError(errno.ENOSPC, "No space left on device", str(file))
         written(file, data)
 
-    monkeypatch.setattr(teacher, "write", write)
+    monkeypatch.setattr(pairs, "write", write)
     run = tiny("moons", *COUPLED)
     (one, _), (other, _) = shared(ranks, run, line(run, CPU), tmp_path)
     assert one == other
