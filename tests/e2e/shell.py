@@ -117,6 +117,7 @@ def refused(*words: object, named: tuple[str, ...], lines: int | None = 1, run: 
 
     It is `lines` long (None: any). What is watched is the folder we are in, and the run's.
     """
+    assert not Path("pyproject.toml").exists(), "others write into the repository meanwhile: be in a folder of your own"
     watched = [Path.cwd(), *([run] if run else [])]
     trains = words[0] == "train"
     before = [tree(folder, trains=trains) for folder in watched]

@@ -109,7 +109,7 @@ class Several(Spec):
             raise ValueError(f"parts and pulls have names of their own, but '{twice[0]}' is that of two: rename one")
         if not any(p.kind == "velocity" for p in self.parts):
             raise ValueError("no part is of kind velocity, which guides the others: add one")
-        if self.pulls and not self._end:
+        if self.pulls and self._end is None:
             raise ValueError("pulls move one-pass samples, which no part makes: add one of kind endpoint or average")
         shortcut = any(p.kind == "shortcut" for p in self.parts)
         if shortcut or self.apart:
@@ -151,7 +151,8 @@ class Several(Spec):
         notes = {f"clipped_share_{part.name}": clipped_share(e) for part, e in known if part.derived}
         notes |= {f"log_variance_{name}": w.detach() for name, w in learned.items()}
         terms = Terms(loss, {part.name: mean_square(e) for part, e in known}, notes)
-        terms = pulled(terms, self.pulls, b, net, self._named, u=self._end, v=self.parts[first].name)
+        u = "" if self._end is None else self.parts[self._end].name  # without pulls alone
+        terms = pulled(terms, self.pulls, b, net, self._named, u=u, v=self.parts[first].name)
         return dispersed(terms, self.disperse, more)
 
     def read(self, net: Net) -> Reads:
@@ -160,8 +161,7 @@ class Several(Spec):
         found = [self.parts[i].read(self._aimed(net, i)) for i in order]
         first = {f.name: [one for reads in found if (one := getattr(reads, f.name)) is not None] for f in fields(Reads)}
         reads = Reads(**{name: have[0] for name, have in first.items() if have})
-        ends = [i for i, part in zip(order, found, strict=True) if part.endpoint]
-        reads = replace(reads, both=self._both(net, ends[0])) if ends else reads
+        reads = reads if self._end is None else replace(reads, both=self._both(net, self._end))
         jump, growth = self._place("average"), self._place("divergence")
         return reads if jump is None or growth is None else replace(reads, climb=self._climb(net, jump, growth))
 
@@ -205,9 +205,10 @@ class Several(Spec):
             )
 
     @property
-    def _end(self) -> str:
-        """The head that `read` reads the endpoint of, by name; empty: there is none."""
-        return next((part.name for part in sorted(self.parts, key=lambda part: part.aims) if part.ends), "")
+    def _end(self) -> int | None:
+        """The place of the head that an endpoint is read of; None: there is none."""
+        ends = (i for i, part in enumerate(self.parts) if part.ends)
+        return min(ends, key=lambda i: self.parts[i].aims, default=None)
 
     def _named(self, net: Net, x: Sample, t: Time, c: Cond) -> dict[str, Sample]:
         """The heads by name, told r = 0."""

@@ -65,7 +65,7 @@ def comparison(
     seeds: int,
     small: Sequence[str] = SMALL,
     steps: int | None = None,
-    cost: Callable[[Run], float] | None = None,
+    cost: Callable[[Run, float], float] | None = None,
     table: Callable[[list[Finished]], list[dict[str, Any]]] | None = None,
     samples: bool = False,
     unpublished: str = "",
@@ -105,7 +105,7 @@ def equal_cost(
     first: int = 0,
     small: Sequence[str] = SMALL,
     steps: int | None = None,
-    cost: Callable[[Run], float] | None = None,
+    cost: Callable[[Run, float], float] | None = None,
 ) -> Iterator[Cell]:
     """Every arm with every seed from `first` on, each with as many steps as cost what those of the first arm do.
 
@@ -116,7 +116,7 @@ def equal_cost(
     for arm in arms:
         spec = arm.load(sets)
         passes = units(spec)
-        each = passes if cost is None else cost(spec)
+        each = passes if cost is None else cost(spec, passes)
         budget = budget or each * (SMOKE if scale == "smoke" else steps or spec.train.steps)
         count = round(budget / each)
         labels = {**arm.labels, "steps": count, "F_per_step": round(passes, 2)}
@@ -125,9 +125,9 @@ def equal_cost(
             yield Cell(f"{arm.name}-{seed}", spec.model_copy(update={"train": train}), labels)
 
 
-def work(spec: Run) -> float:
-    """Counted operations of a step."""
-    return spec.train.batch * units(spec) * forward_flops(spec.outline(), spec.objective, spec.data.shape)
+def work(spec: Run, passes: float) -> float:
+    """Counted operations of a step of so many forward units."""
+    return spec.train.batch * passes * forward_flops(spec.outline(), spec.objective, spec.data.shape)
 
 
 def equal_steps(

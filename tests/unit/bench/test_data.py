@@ -65,7 +65,8 @@ def test_each_number_of_threads_has_a_line_beside_the_need(tmp_path: Path) -> No
     assert kept["rows"][0]["waits"] is None
 
 
-def test_a_recipe_is_read_at_its_own_batch() -> None:
+def test_a_recipe_is_read_at_its_own_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     reading = data.asked("digits", ["train.batch=32"])
     report = data.measure(reading, batches=1, step_seconds=0.1, device="cpu", bar=no_bar)
     assert (report["batch"], report["kind"], report["images_per_second_needed"]) == (32, "numbers in memory", 320)

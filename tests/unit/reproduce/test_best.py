@@ -43,7 +43,7 @@ def test_rivals_have_the_same_net_and_as_many_settings() -> None:
 
 
 def test_seeds_that_choose_do_not_compare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arm, "work", lambda spec: 3.0)
+    monkeypatch.setattr(arm, "work", lambda spec, passes: passes)
     monkeypatch.setattr(arm, "units", lambda spec: 3.0)
     assert {cell.spec.train.seed for cell in best.ALONE.cells("smoke")} == {0}
     cells = list(best.PLAN.cells("laptop"))
@@ -91,7 +91,7 @@ def finished(cells: list[Any], distance: dict[str, float]) -> list[Finished]:
 
 
 def test_the_table_has_every_arm_at_every_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arm, "work", lambda spec: 3.0)
+    monkeypatch.setattr(arm, "work", lambda spec, passes: passes)
     monkeypatch.setattr(arm, "units", lambda spec: 3.0)
     cells = list(best.PLAN.cells("laptop"))
     arms = list(dict.fromkeys(cell.labels["arm"] for cell in cells))

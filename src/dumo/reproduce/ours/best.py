@@ -10,6 +10,7 @@ The first two are of seed 0, by which is chosen; the last is of others. Nets dif
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache, partial
 from itertools import pairwise
 from math import exp, log
 from typing import Any
@@ -44,10 +45,16 @@ def alone(scale: str) -> list[Arm]:
     ]
 
 
+@cache
+def taught_on_ours(recipe: str) -> Sets:
+    """What makes our recipe train as this one does; read once, for all of its settings."""
+    return arm.taught(recipe, OURS)
+
+
 def setting(title: str, name: str, scale: str) -> Arm:
     """An objective as it was set, on our net."""
     recipe, settings = SETTINGS[title]
-    taught = arm.taught(recipe, OURS) if recipe != OURS else ()
+    taught = taught_on_ours(recipe) if recipe != OURS else ()
     judged = FOLLOWED if title == "Flow matching" else JUDGED
     place = list(settings).index(name)
     return Arm(f"{recipe}-{place}", OURS, (*common(scale), *taught, *settings[name], *judged))
@@ -128,26 +135,9 @@ def charts(table: list[dict[str, Any]]) -> dict[str, Image.Image]:
 
 
 UNPUBLISHED = "these are settings of ours, and the paper's net takes days"
-ALONE = arm.comparison(
-    "Options, each by itself on the paper's recipe (ours)",
-    "best-options",
-    alone,
-    seeds=1,
-    small=(),
-    steps=STEPS,
-    cost=arm.work,
-    unpublished=UNPUBLISHED,
-)
-TUNED = arm.comparison(
-    "Objectives on one net, each in as many settings (ours)",
-    "best-tuning",
-    tuned,
-    seeds=1,
-    small=(),
-    steps=STEPS,
-    cost=arm.work,
-    unpublished=UNPUBLISHED,
-)
+chosen_by = partial(arm.comparison, seeds=1, small=(), steps=STEPS, cost=arm.work, unpublished=UNPUBLISHED)
+ALONE = chosen_by("Options, each by itself on the paper's recipe (ours)", "best-options", alone)
+TUNED = chosen_by("Objectives on one net, each in as many settings (ours)", "best-tuning", tuned)
 PLAN = Plan(
     "The best on digits at 1, 2, 4 and 50 passes, at equal counted cost (ours)",
     cells,
