@@ -67,14 +67,25 @@ def far(results: Row) -> Iterator[str]:
 
 
 def front(results: Row) -> Iterator[str]:
-    """Five of them, short."""
-    yield "| objective | a step | 1 pass | 2 | 4 | recall |"
-    yield "|---|---|---|---|---|---|"
-    for own in by_objective(results):
-        if (name := own[0]["objective"]) in FRONT:
-            kind, cost = FRONT[name]
-            cells = [f"{row['fd_grey']:.2f}±{row['fd_grey_sd']:.2f}" for row in own] + [f"{own[0]['recall']:.2f}"]
-            yield line([f"`{kind}`", cost, *cells])
+    """Five of the arms at a budget of 1, the nearest in one pass first."""
+    yield "| | steps | 1 pass | 2 | 4 | 50 | recall |"
+    yield "|---|---|---|---|---|---|---|"
+    for own in sorted(grouped(results, "arm", "budget"), key=lambda own: own[0]["fd_grey"]):
+        if own[0]["budget"] == 1 and not own[0]["arm"].startswith("+"):
+            cells = [f"{row['fd_grey']:.2f}±{row['fd_grey_sd']:.2f}" for row in own]
+            yield line([own[0]["arm"], f"{own[0]['steps']:,}", *cells, f"{own[0]['recall']:.2f}"])
+
+
+def best(results: Row) -> Iterator[str]:
+    """Arms at each budget, by number of passes."""
+    head = ["", "budget", "steps", "FD, 1 pass", "2", "4", "50", "KID · 10³, 1 pass", "recall", "AUC"]
+    yield line([*head, "level with the first at"])
+    yield "|" + "---|" * (len(head) + 1)
+    for own in grouped(results, "arm", "budget"):
+        one, score = own[0], measure(own[0])
+        cells = [one["arm"], f"{one['budget']:.2g}", f"{one['steps']:,}"]
+        even = "" if one["even_at"] is None else f"{100 * one['even_at']:.0f} %"
+        yield line([*cells, *spread(own, score, digits=2 if score == "fd_grey" else 1), *beside(one), even])
 
 
 def heads(results: Row) -> Iterator[str]:
@@ -107,6 +118,16 @@ def settings(results: Row) -> Iterator[str]:
         one, score = own[0], measure(own[0])
         far = [f"{row[score]:.2f}" for row in own]
         yield line([one[name], f"{one['steps']:,}", *far, *beside(one)])
+
+
+def nearest(results: Row) -> Iterator[str]:
+    """The same, of the six nearest of each objective, and of what there is once."""
+    kept: dict[str, int] = {}
+    for row in settings(results):
+        title = row.split(":")[0]
+        kept[title] = kept.get(title, 0) + 1
+        if kept[title] <= 6:
+            yield row
 
 
 def beside(row: Row) -> list[str]:
@@ -212,22 +233,17 @@ def bare(results: Row) -> Iterator[str]:
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # of the paper, Sec. 4.3 and Tab. 1: FID of XL/2, of 432 and 424 epochs
 PAPER = {"DuMo": "2.60", "DuMo + MeanFlow": "2.84", "DuMo + Shortcut": "4.73"}
-# of the README: the kind, and what a step costs by docs/objectives/index.md, to which a test holds it
-FRONT = {
-    "DuMo": ("dumo", "4 F"),
-    "MeanFlow": ("meanflow", "3.25 F"),
-    "α-Flow": ("alpha_flow", "3.2 F"),
-    "RCGM": ("rcgm", "5 F"),
-    "Flow matching": ("flow_matching", "3 F"),
-}
 TABLES = {
     "zoo": ("zoo", zoo),
     "zoo-far": ("zoo", far),
-    "front": ("zoo", front),
+    "front": ("best", front),
+    "best": ("best", best),
+    "best-latents": ("best-latents", best),
+    "options": ("best-options", settings),
     "heads": ("zoo", heads),
     "ideas": ("ours", ideas),
     "ideas-latents": ("ours-latents", ideas),
-    "tuning": ("best-tuning", settings),
+    "tuning": ("best-tuning", nearest),
     "words": ("words", words),
     "fair": ("fair", fair),
     "kills": ("kill", kills),

@@ -27,7 +27,7 @@ GROUPS = {  # by purpose, each in the order in which it is listed
     "More of DuMo on digits": ("digits-guided", "dumo-best"),
     "Two moons, where everything can be seen": ("moons-flow-matching", "moons-meanflow", "moons-guided"),
     "CIFAR-10": (
-        *("cifar10-latents", "cifar10-latents-flow-matching", "cifar10-latents-meanflow"),
+        *("cifar10-latents", "cifar10-latents-flow-matching", "cifar10-latents-meanflow", "dumo-best-latents"),
         *("cifar10-small", "cifar10", "cifar10-meanflow"),
     ),
     "ImageNet, in small": ("imagenet-sample",),

@@ -15,7 +15,8 @@ from dumo.reproduce.plan import SCALES, Plan, markdown, origin
 from dumo.types import UserError
 
 PLANS = {
-    "best": best.PLAN,
+    "best": best.DIGITS,
+    "best-latents": best.LATENTS,
     "best-options": best.ALONE,
     "best-tuning": best.TUNED,
     "fair": fair.PLAN,

@@ -17,28 +17,42 @@ from dumo.run.folder import RunFolder
 SAME = ("data", "net", "path", "train", "sample", "evaluate")
 
 
-def test_the_steps_end_at_the_recipe() -> None:
-    """Setting after setting on the paper's recipe: the same run as `dumo-best`, but for its length and its words."""
-    ours = next(one for one in best.steps("laptop") if one.labels["arm"] == setting.OURS).load()
-    recipe = load(setting.OURS, [*best.HELD, *best.JUDGED])
-    steps = recipe.train.steps
-    assert ours.model_copy(update={"about": recipe.about}).model_dump() == recipe.model_dump()
-    assert steps == load(best.BASE).train.steps  # one budget, too
+COURSES = pytest.mark.parametrize("course", [best.ON_DIGITS, best.ON_LATENTS], ids=["digits", "latents"])
 
 
-def test_rivals_have_the_same_net_and_as_many_settings() -> None:
-    counts = {title: len(settings) for title, (_, settings) in setting.SETTINGS.items()}
-    assert len({*counts.values()}) == 1, counts
-    ours = best.setting(setting.OURS, "as it is", "laptop").load()
-    for title, (recipe, _) in setting.SETTINGS.items():
-        spec = best.setting(title, "as it is", "laptop").load()
-        assert (spec.net, spec.data, spec.train) == (ours.net, ours.data, ours.train)
+@COURSES
+def test_the_steps_end_at_the_recipe(course: best.Course) -> None:
+    """Setting after setting on the paper's recipe: the same run as ours, but for its length and its words."""
+    ours = next(one for one in course.arms() if one.labels["arm"] == course.ours).load()
+    recipe = load(course.ours, [*course.common, *best.JUDGED])
+    train = ours.train.model_copy(update={"steps": recipe.train.steps})
+    assert ours.model_copy(update={"about": recipe.about, "train": train}).model_dump() == recipe.model_dump()
+    spent, given = (arm.work(one, arm.units(one)) * one.train.steps for one in (recipe, load(course.paper)))
+    assert spent == pytest.approx(given, rel=1e-3)
+
+
+@COURSES
+def test_rivals_have_the_same_net_and_training(course: best.Course) -> None:
+    arms = {one.labels["arm"]: one.load() for one in course.arms()}
+    ours = arms[course.ours]
+    same = {"coupling": None, "steps": 1}  # a setting, and what follows of the cost
+    assert {*course.rivals} == {"MeanFlow", "α-Flow", "Flow matching"}
+    for title, (recipe, _) in course.rivals.items():
+        spec = arms[title]
+        assert (spec.net, spec.data) == (ours.net, ours.data)
+        assert spec.train.model_copy(update=same) == ours.train.model_copy(update=same)
         assert spec.objective.kind == load(recipe).objective.kind
         assert spec.sample.solver.kind == load(recipe).sample.solver.kind
+    for spec in arms.values():
         assert 50 in (*spec.evaluate.nfe, *spec.evaluate.contrast)
         assert {1, 2, 4} <= {*spec.evaluate.nfe}
-    own = best.setting("MeanFlow", "its own times", "laptop").load()
-    assert own.objective.times == load("digits-meanflow").objective.times
+
+
+def test_rivals_have_as_many_settings() -> None:
+    counts = {title: len(settings) for title, (_, settings) in setting.SETTINGS.items()}
+    assert len({*counts.values()}) == 1, counts
+    arms = {one.labels["setting"]: one.load() for one in best.tuned("laptop")}
+    assert arms["MeanFlow: its own times"].objective.times == load("digits-meanflow").objective.times
     assert all(name in setting.SETTINGS[title][1] for title, name in best.CHOSEN.items())
 
 
@@ -46,11 +60,12 @@ def test_seeds_that_choose_do_not_compare(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(arm, "work", lambda spec, passes: passes)
     monkeypatch.setattr(arm, "units", lambda spec: 3.0)
     assert {cell.spec.train.seed for cell in best.ALONE.cells("smoke")} == {0}
-    cells = list(best.PLAN.cells("laptop"))
+    assert {cell.spec.train.seed for cell in best.LATENTS.cells("smoke")} == {1}
+    cells = list(best.DIGITS.cells("laptop"))
     assert {cell.spec.train.seed for cell in cells} == {1, 2, 3}
     wide = {cell.labels["arm"] for cell in cells if cell.labels["budget"] == 3}
-    assert wide == {"the paper's recipe", *setting.SETTINGS}
-    assert {cell.spec.train.steps for cell in cells if cell.labels["budget"] == 1} == {best.STEPS}
+    assert wide == {best.PAPER, setting.OURS, *best.ON_DIGITS.rivals}
+    assert {cell.spec.train.steps for cell in cells if cell.labels["budget"] == 1} == {best.ON_DIGITS.steps}
     assert all(cell.spec.data.model_dump()["held"] == 360 for cell in cells)
 
 
@@ -93,20 +108,20 @@ def finished(cells: list[Any], distance: dict[str, float]) -> list[Finished]:
 def test_the_table_has_every_arm_at_every_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arm, "work", lambda spec, passes: passes)
     monkeypatch.setattr(arm, "units", lambda spec: 3.0)
-    cells = list(best.PLAN.cells("laptop"))
+    cells = list(best.DIGITS.cells("laptop"))
     arms = list(dict.fromkeys(cell.labels["arm"] for cell in cells))
-    near = {name: 1.0 if name == "the paper's recipe" else 0.75 if name == setting.OURS else 8.0 for name in arms}
+    near = {name: 1.0 if name == best.PAPER else 0.75 if name == setting.OURS else 8.0 for name in arms}
     table = best.table(finished(cells, near))
     assert len(table) == 4 * (3 * 5 + len(setting.LADDER) - 1)
     rows = {(row["arm"], row["budget"], row["nfe"]): row for row in table}
     mean = (0.5 + 1 + 2) / 3
-    assert rows["the paper's recipe", 1.0, 2]["fd_grey"] == pytest.approx(mean / 2)
-    assert rows["the paper's recipe", 1.0, 50]["fd_grey"] == pytest.approx(mean / 2 / 50)  # Euler's, of the contrast
+    assert rows[best.PAPER, 1.0, 2]["fd_grey"] == pytest.approx(mean / 2)
+    assert rows[best.PAPER, 1.0, 50]["fd_grey"] == pytest.approx(mean / 2 / 50)  # Euler's, of the contrast
     assert rows["Flow matching", 1.0, 50]["fd_grey"] == pytest.approx(8 * mean / 50)  # its own
     assert rows[setting.OURS, 1.0, 1]["even_at"] == pytest.approx(exp(2 * log(0.75)))
     assert rows["MeanFlow", 1.0, 1]["even_at"] is None
     assert {row["seeds"] for row in table} == {3}
-    drawn = best.charts(table)
+    drawn = best.charts(best.ON_DIGITS, "best", table)
     assert [*drawn] == ["best-nfe1", "best-nfe2"]
     assert all(min(picture.size) > 300 for picture in drawn.values())
 

@@ -1,15 +1,17 @@
-"""What is best at 1, 2, 4 and 50 passes, at equal counted cost? From the paper's recipe to `dumo-best`, and its rivals.
+"""What is best at 1, 2, 4 and 50 passes, at equal counted cost? From the paper's recipe to ours, and its rivals.
 
-ALONE  what dumo offers beside the paper, each by itself on the paper's recipe.
-TUNED  on the net and optimizer of `dumo-best`, as many settings of each objective, for else nets would be compared.
-PLAN   the best setting of each, and the steps from the paper's recipe to `dumo-best`, at several budgets.
+ALONE    what dumo offers beside the paper, each by itself on the paper's recipe, on digits.
+TUNED    on the net and optimizer of `dumo-best`, as many settings of each objective, for else nets would be compared.
+DIGITS   the best setting of each, and the steps from the paper's recipe to `dumo-best`, at several budgets.
+LATENTS  the same on CIFAR-10 latents.
 
-The first two are of seed 0, by which is chosen; the last is of others. Nets differ, so cost is counted operations
-(`arm.work`). Of the digits some are held out of training. At 50 passes the velocity is followed, by Euler's steps.
+The first two are of seed 0, by which is chosen; the others are of other seeds. Nets differ, so cost is counted
+operations (`arm.work`). Of the digits some are held out of training. At 50 passes the velocity is followed, by Euler's
+steps.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
 from math import exp, log
@@ -19,74 +21,122 @@ from PIL import Image
 
 from dumo.reproduce import arm, chart
 from dumo.reproduce.arm import Arm
-from dumo.reproduce.ours.setting import LADDER, OPTIONS, OURS, SETTINGS, Sets
+from dumo.reproduce.ours.setting import (
+    CHOSEN,
+    FOR_LATENTS,
+    INDEPENDENT,
+    LADDER,
+    LATENT_LADDER,
+    OPTIONS,
+    OURS,
+    OURS_ON_LATENTS,
+    SETTINGS,
+    Sets,
+)
 from dumo.reproduce.plan import Cell, Finished, Plan
 
-BASE = "digits"
-STEPS = 2000  # of the paper's recipe, at a budget of 1
-BUDGETS, SEEDS = (1 / 3, 1.0, 3.0), 3
+BUDGETS = (1 / 3, 1.0, 3.0)
 HELD = ("data.held=360",)
 SMALL = ("train.batch=32", "net.width=32", "net.depth=3", "evaluate.protocol.samples=500")  # for smoke
 JUDGED = ("evaluate.nfe=[1,2,4]", "evaluate.contrast=[50]")
 FOLLOWED = ("evaluate.nfe=[1,2,4,50]", "evaluate.contrast=[]")  # where Euler's steps are all there is
-CHOSEN = {OURS: "as it is", "MeanFlow": "as it is", "α-Flow": "as it is", "Flow matching": "as it is"}  # on seed 0
+PAPER = "the paper's recipe"
 
 
-def common(scale: str) -> Sets:
-    """What all arms have."""
-    return (*HELD, *(SMALL if scale == "smoke" else ()))
+@dataclass(frozen=True)
+class Course:
+    """On which data, from which recipe to which, beside whom; how many steps of the first a budget of 1 is."""
+
+    paper: str
+    ours: str
+    ladder: Mapping[str, Sets]  # settings by which one becomes the other
+    rivals: Mapping[str, tuple[str, Sets]]  # whose objective, and how it is set
+    common: Sets
+    small: Sets  # for smoke
+    steps: int
+    seeds: int
+
+    def on_ours(self, name: str, recipe: str, sets: Sets) -> Arm:
+        """An objective as it is set, on our net."""
+        objective = taught(recipe, self.ours) if recipe != self.ours else ()
+        judged = FOLLOWED if recipe.endswith("flow-matching") else JUDGED
+        return Arm(name, self.ours, (*self.common, *objective, *sets, *judged))
+
+    def arms(self) -> list[Arm]:
+        """From the paper's recipe to ours, and our rivals."""
+        sets, found = (*self.common, *JUDGED), list[Arm]()
+        for i, (name, more) in enumerate({PAPER: (), **self.ladder}.items()):
+            sets = (*sets, *more)
+            found.append(Arm(f"step-{i}", self.paper, sets, {"arm": f"+ {name}" if i else name}))
+        found[-1] = replace(found[-1], labels={"arm": self.ours})
+        for title, (recipe, more) in self.rivals.items():
+            found.append(replace(self.on_ours(recipe, recipe, more), labels={"arm": title}))
+        return found
+
+    def cells(self, scale: str) -> Iterator[Cell]:
+        """All at a budget of 1; the paper's recipe, ours and our rivals at others, too, but for smoke."""
+        for budget in (1.0,) if scale == "smoke" else BUDGETS:
+            arms = [one for one in self.arms() if budget == 1 or not one.labels["arm"].startswith("+")]
+            sized = [
+                replace(one, name=f"{one.name}-x{budget:.2g}", labels=one.labels | {"budget": budget}) for one in arms
+            ]
+            count = round(budget * self.steps)
+            yield from arm.equal_cost(sized, scale, self.seeds, first=1, small=self.small, steps=count, cost=arm.work)
+
+
+@cache
+def taught(recipe: str, ours: str) -> Sets:
+    """What makes our recipe train as this one does; read once, for all of its settings."""
+    return arm.taught(recipe, ours)
+
+
+ON_DIGITS = Course(
+    paper="digits",
+    ours=OURS,
+    ladder=LADDER,
+    rivals={
+        title: (SETTINGS[title][0], (*INDEPENDENT, *SETTINGS[title][1][name]))
+        for title, name in CHOSEN.items()
+        if title != "DuMo"
+    },
+    common=HELD,
+    small=SMALL,
+    steps=2000,
+    seeds=3,
+)
+ON_LATENTS = Course(
+    paper="cifar10-latents",
+    ours=OURS_ON_LATENTS,
+    ladder=LATENT_LADDER,
+    rivals={title: (SETTINGS[title][0], sets) for title, sets in FOR_LATENTS.items()},
+    common=(),
+    small=(*arm.LATENTS, "objective.drop=0", "objective.guide.zeta=0"),  # images without classes
+    steps=600,
+    seeds=2,
+)
 
 
 def alone(scale: str) -> list[Arm]:
     """The paper's recipe, with each option by itself."""
     return [
-        Arm(f"option-{i}", BASE, (*common(scale), *sets, *JUDGED), {"option": name})
+        Arm(f"option-{i}", ON_DIGITS.paper, (*common(scale), *sets, *JUDGED), {"option": name})
         for i, (name, sets) in enumerate(OPTIONS.items())
     ]
 
 
-@cache
-def taught_on_ours(recipe: str) -> Sets:
-    """What makes our recipe train as this one does; read once, for all of its settings."""
-    return arm.taught(recipe, OURS)
-
-
-def setting(title: str, name: str, scale: str) -> Arm:
-    """An objective as it was set, on our net."""
-    recipe, settings = SETTINGS[title]
-    taught = taught_on_ours(recipe) if recipe != OURS else ()
-    judged = FOLLOWED if title == "Flow matching" else JUDGED
-    place = list(settings).index(name)
-    return Arm(f"{recipe}-{place}", OURS, (*common(scale), *taught, *settings[name], *judged))
-
-
 def tuned(scale: str) -> list[Arm]:
     """The paper's recipe, and every setting of every objective on our net."""
-    base = Arm("paper", BASE, (*common(scale), *JUDGED), {"setting": "the paper's recipe"})
-    found = [(title, name) for title, (_, settings) in SETTINGS.items() for name in settings]
-    return [base, *(replace(setting(*one, scale), labels={"setting": ": ".join(one)}) for one in found)]
+    found = [Arm("paper", ON_DIGITS.paper, (*common(scale), *JUDGED), {"setting": PAPER})]
+    for title, (recipe, settings) in SETTINGS.items():
+        for i, (name, sets) in enumerate(settings.items()):
+            made = ON_DIGITS.on_ours(f"{recipe}-{i}", recipe, (*common(scale), *INDEPENDENT, *sets))
+            found.append(replace(made, labels={"setting": f"{title}: {name}"}))
+    return found
 
 
-def steps(scale: str) -> list[Arm]:
-    """From the paper's recipe to ours, and our rivals."""
-    sets, found = (*common(scale), *JUDGED), list[Arm]()
-    for i, (name, more) in enumerate({"the paper's recipe": (), **LADDER}.items()):
-        sets = (*sets, *more)
-        found.append(Arm(f"step-{i}", BASE, sets, {"arm": f"+ {name}" if i else name}))
-    found[-1] = replace(found[-1], labels={"arm": OURS})
-    return [
-        *found,
-        *(replace(setting(*one, scale), labels={"arm": one[0]}) for one in CHOSEN.items() if one[0] != OURS),
-    ]
-
-
-def cells(scale: str) -> Iterator[Cell]:
-    """All at a budget of 1; the paper's recipe, ours and our rivals at others, too, but for smoke."""
-    for budget in (1.0,) if scale == "smoke" else BUDGETS:
-        arms = [one for one in steps(scale) if budget == 1 or not one.labels["arm"].startswith("+")]
-        sized = [replace(one, name=f"{one.name}-x{budget:.2g}", labels=one.labels | {"budget": budget}) for one in arms]
-        count = round(budget * STEPS)
-        yield from arm.equal_cost(sized, scale, SEEDS, first=1, small=(), steps=count, cost=arm.work)
+def common(scale: str) -> Sets:
+    """What all arms begin with; what a net is made small by must not undo an option."""
+    return (*HELD, *(SMALL if scale == "smoke" else ()))
 
 
 def table(done: list[Finished]) -> list[dict[str, Any]]:
@@ -119,29 +169,33 @@ def even(points: Sequence[tuple[float, float, float | None]], to: float) -> floa
     return None
 
 
-def charts(table: list[dict[str, Any]]) -> dict[str, Image.Image]:
+def charts(course: Course, stem: str, table: list[dict[str, Any]]) -> dict[str, Image.Image]:
     """Distance against budget in one pass and in two, and where the paper's recipe stands at a budget of 1."""
     names = [name for name in dict.fromkeys(row["arm"] for row in table) if not name.startswith("+")]
     return {
-        f"best-nfe{nfe}": chart.curves(
+        f"{stem}-nfe{nfe}": chart.curves(
             f"What a budget buys, {nfe} pass{'es' * (nfe > 1)}",
-            "counted operations, over those of 2,000 steps of the paper's recipe",
+            f"counted operations, over those of {course.steps:,} steps of the paper's recipe",
             arm.axis(arm.measure(table[0])),
             {name: curve(table, name, nfe) for name in names},
-            level=(level(table, nfe), "the paper's recipe at 1"),
+            level=(level(table, nfe), f"{PAPER} at 1"),
         )
         for nfe in (1, 2)
     }
 
 
 UNPUBLISHED = "these are settings of ours, and the paper's net takes days"
-chosen_by = partial(arm.comparison, seeds=1, small=(), steps=STEPS, cost=arm.work, unpublished=UNPUBLISHED)
+chosen_by = partial(arm.comparison, seeds=1, small=(), steps=ON_DIGITS.steps, cost=arm.work, unpublished=UNPUBLISHED)
 ALONE = chosen_by("Options, each by itself on the paper's recipe (ours)", "best-options", alone)
 TUNED = chosen_by("Objectives on one net, each in as many settings (ours)", "best-tuning", tuned)
-PLAN = Plan(
-    "The best on digits at 1, 2, 4 and 50 passes, at equal counted cost (ours)",
-    cells,
-    table,
-    charts=charts,
-    unpublished=UNPUBLISHED,
+
+
+def plan(title: str, stem: str, course: Course) -> Plan:
+    """A course as a plan, with its curves."""
+    return Plan(title, course.cells, table, charts=partial(charts, course, stem), unpublished=UNPUBLISHED)
+
+
+DIGITS = plan("The best on digits at 1, 2, 4 and 50 passes, at equal counted cost (ours)", "best", ON_DIGITS)
+LATENTS = plan(
+    "The best on CIFAR-10 latents at 1, 2, 4 and 50 passes, at equal counted cost (ours)", "best-latents", ON_LATENTS
 )

@@ -7,7 +7,7 @@ from typing import Any
 from dumo.reproduce.ours.fair import LAWS, LOW
 
 Sets = tuple[str, ...]
-OURS = "dumo-best"
+OURS, OURS_ON_LATENTS = "dumo-best", "dumo-best-latents"
 
 
 def times(kind: str, **fields: Any) -> str:  # noqa: ANN401, fields of a law
@@ -58,6 +58,7 @@ def weighed(beta: float, power: float = 1.0, *more: Mapping[str, Any]) -> Sets:
     return parts(V | {"weight": beta} | own, U | {"weight": 1 - beta} | own, *({**head, **own} for head in more))
 
 
+GUIDED = ("objective.drop=0.1", "objective.guide.zeta=0.55")
 OPTIONS: dict[str, Sets] = {
     "as in the paper": (),
     "times logit-normal(-0.4, 1)": (LEANING,),
@@ -93,17 +94,29 @@ OPTIONS: dict[str, Sets] = {
     "dispersive loss": (*TWO, 'objective.disperse={"weight": 0.25, "tau": 4.0}'),
     "one mean velocity for all jumps": (*parts(V, M), jumps(0.25, 0.75)),
     "three heads": (*parts(V, U, M), jumps(0.25, 0.5)),
-    "guided in training, as in the paper": ("objective.drop=0.1", "objective.guide.zeta=0.55"),
+    "guided in training, as in the paper": GUIDED,
 }
 
 
+ONE_MEAN = (  # v as it was, and a mean velocity for all jumps, in MeanFlow's metric
+    *parts(V, M | {"power": 1.0}),
+    jumps(0.25, 0.75),
+    'sample.solver={"kind": "hop"}',
+)
 LADDER: dict[str, Sets] = {  # from the paper's recipe to ours
     "times logit-normal(-0.4, 1)": (LEANING,),
     "Muon": (muon(0.012, 0.006),),
     "magnitude preserved": (MAGNITUDE,),
-    "MeanFlow's metric, beta 0.5": (*weighed(0.5), LEANING),
-    "two passes by both heads": ('sample.solver={"kind": "hermite"}',),
+    "one mean velocity for all jumps": ONE_MEAN,
+    "optimal transport in a batch": TRANSPORT,
 }
+LATENT_LADDER: dict[str, Sets] = {
+    "times logit-normal(-0.4, 1)": (LEANING,),
+    "Muon": (muon(0.012, 0.006),),
+    "magnitude preserved": (MAGNITUDE,),
+    "guided in training, as in the paper": GUIDED,
+}
+INDEPENDENT = ("train.coupling=null",)  # of noise and data: how settings below begin
 EACH: dict[str, Sets] = {  # settings of the net's training, the same for all
     "as it is": (),
     "optimal transport": TRANSPORT,
@@ -116,6 +129,8 @@ JUMPS = (jumps(0.5, 0.5),)  # half of the rows at rest, and of the jumps half to
 LAW: dict[str, Sets] = {
     f"jumps {rest}, {data}": (jumps(rest, data),) for rest, data in ((0.25, 0.75), (0.75, 0.5), (0.5, 0.75))
 }
+HERMITE = ('sample.solver={"kind": "hermite"}',)
+BOTH = (*weighed(0.5), LEANING, *HERMITE)
 
 
 def on(sets: Sets, settings: Mapping[str, Sets]) -> dict[str, Sets]:
@@ -123,18 +138,26 @@ def on(sets: Sets, settings: Mapping[str, Sets]) -> dict[str, Sets]:
     return {name: (*sets, *more) for name, more in settings.items()}
 
 
-SETTINGS: dict[str, tuple[str, dict[str, Sets]]] = {  # by title: the recipe whose objective it is, and settings of it
-    OURS: (
+# by title: the recipe whose objective it is, and settings of it. What was tried later stands last.
+SETTINGS: dict[str, tuple[str, dict[str, Sets]]] = {
+    "DuMo": (
         OURS,
-        EACH
+        on(BOTH, EACH)
         | {
-            "beta 0.7": weighed(0.7),
-            "beta 0.3": weighed(0.3),
-            "power 0.75": weighed(0.5, 0.75),
-            "mean square": parts(V, U),
-            "uniform times": (UNIFORM,),
-            "one mean velocity": (*parts(V, M | {"power": 1.0}), jumps(0.25, 0.75), 'sample.solver={"kind": "hop"}'),
-            "three heads": (*weighed(0.5, 1.0, M), jumps(0.25, 0.5)),
+            "beta 0.7": (*weighed(0.7), LEANING, *HERMITE),
+            "beta 0.3": (*weighed(0.3), LEANING, *HERMITE),
+            "power 0.75": (*weighed(0.5, 0.75), LEANING, *HERMITE),
+            "mean square": (*parts(V, U), LEANING, *HERMITE),
+            "uniform times": (*weighed(0.5), UNIFORM, *HERMITE),
+            "one mean velocity": ONE_MEAN,
+            "three heads": (*weighed(0.5, 1.0, M), jumps(0.25, 0.5), *HERMITE),
+            "one mean velocity, optimal transport": (*ONE_MEAN, *TRANSPORT),
+            "one mean velocity of half the weight": (
+                *parts(V | {"weight": 0.5}, M | {"weight": 0.5, "power": 1.0}),
+                jumps(0.25, 0.75),
+                'sample.solver={"kind": "hop"}',
+            ),
+            "one mean velocity, jumps 0.1, 0.75, optimal transport": (*ONE_MEAN, jumps(0.1, 0.75), *TRANSPORT),
         },
     ),
     "MeanFlow": (
@@ -146,6 +169,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Sets]]] = {  # by title: the recipe who
             "half of the rows at rest": ("objective.times.velocity_ratio=0.5",),
             "power 0.75": (*JUMPS, "objective.power=0.75"),
             "mean square": (*JUMPS, "objective.power=0"),
+            "jumps 0.75, 0.5, optimal transport": (*LAW["jumps 0.75, 0.5"], *TRANSPORT),
+            "jumps 0.5, 0.75, optimal transport": (*LAW["jumps 0.5, 0.75"], *TRANSPORT),
+            "power 0.75, optimal transport": (*JUMPS, "objective.power=0.75", *TRANSPORT),
         },
     ),
     "α-Flow": (
@@ -157,6 +183,9 @@ SETTINGS: dict[str, tuple[str, dict[str, Sets]]] = {  # by title: the recipe who
             "a quarter of the rows at rest": ("objective.times.velocity_ratio=0.25",),
             "three quarters": ("objective.times.velocity_ratio=0.75",),
             "no clip": (*JUMPS, "objective.clip=null"),
+            "jumps 0.5, 0.75, optimal transport": (*LAW["jumps 0.5, 0.75"], *TRANSPORT),
+            "jumps 0.25, 0.75, optimal transport": (*LAW["jumps 0.25, 0.75"], *TRANSPORT),
+            "Muon 0.02, optimal transport": (*JUMPS, muon(0.02, 0.006), *TRANSPORT),
         },
     ),
     "Flow matching": (
@@ -170,6 +199,20 @@ SETTINGS: dict[str, tuple[str, dict[str, Sets]]] = {  # by title: the recipe who
             "an average by a power, 0.05": (LEANING, 'train.ema=[{"kind": "power", "std": 0.05}]'),
             "an average of 0.99": (LEANING, 'train.ema=[{"decay": 0.99, "ramp": true}]'),
             "Muon 0.006": (LEANING, muon(0.006, 0.006)),
+            "contrastive, Muon 0.02": (LEANING, "objective.contrast=0.05", muon(0.02, 0.006)),
+            "contrastive, optimal transport": (LEANING, "objective.contrast=0.05", *TRANSPORT),
+            "contrastive, times logit-normal(0, 1)": (MIDDLE, "objective.contrast=0.05"),
         },
     ),
+}
+CHOSEN = {  # by their distances in one pass and two; flow matching's in fifty
+    "DuMo": "one mean velocity, optimal transport",
+    "MeanFlow": "optimal transport",
+    "α-Flow": "optimal transport",
+    "Flow matching": "contrastive",
+}
+FOR_LATENTS: dict[str, Sets] = {  # settings of rivals on latents
+    "MeanFlow": JUMPS,
+    "α-Flow": JUMPS,
+    "Flow matching": (LEANING,),
 }
