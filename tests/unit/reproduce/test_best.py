@@ -53,7 +53,18 @@ def test_rivals_have_as_many_settings() -> None:
     assert len({*counts.values()}) == 1, counts
     arms = {one.labels["setting"]: one.load() for one in best.tuned("laptop")}
     assert arms["MeanFlow: its own times"].objective.times == load("digits-meanflow").objective.times
-    assert all(name in setting.SETTINGS[title][1] for title, name in best.CHOSEN.items())
+    assert all(name in setting.SETTINGS[title][1] for title, name in setting.CHOSEN.items())
+
+
+def test_the_nearest_are_chosen() -> None:
+    """By the rule that `CHOSEN` states, of what ships."""
+    found: dict[str, dict[int, float]] = {}
+    for row in (recipes.results("best-tuning") or {})["table"]:
+        found.setdefault(row["setting"], {})[row["nfe"]] = row["fd_grey"]
+    for title, (_, settings) in setting.SETTINGS.items():
+        own = {name: found[f"{title}: {name}"] for name in settings}
+        far = {name: d[50] if title == "Flow matching" else d[1] * d[2] for name, d in own.items()}
+        assert setting.CHOSEN[title] == min(far, key=far.__getitem__)
 
 
 def test_seeds_that_choose_do_not_compare(monkeypatch: pytest.MonkeyPatch) -> None:
