@@ -119,8 +119,8 @@ def reproduce(
     name: Annotated[
         str,
         typer.Argument(
-            help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: best, best-options, best-tuning, fair, "
-            "guidance, latents, lowpass, ours, ours-latents, pretrained, words."
+            help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: best, best-latents, best-options, "
+            "best-pixels, best-tuning, fair, guidance, latents, lowpass, ours, ours-latents, pretrained, words."
         ),
     ],
     scale: Annotated[

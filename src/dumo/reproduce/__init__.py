@@ -18,6 +18,7 @@ PLANS = {
     "best": best.DIGITS,
     "best-latents": best.LATENTS,
     "best-options": best.ALONE,
+    "best-pixels": best.PIXELS,
     "best-tuning": best.TUNED,
     "fair": fair.PLAN,
     "fig3": fig3.PLAN,

@@ -4,6 +4,7 @@ ALONE    what dumo offers beside the paper, each by itself on the paper's recipe
 TUNED    on the net and optimizer of `dumo-best`, as many settings of each objective, for else nets would be compared.
 DIGITS   the best setting of each, and the steps from the paper's recipe to `dumo-best`, at several budgets.
 LATENTS  the same on CIFAR-10 latents.
+PIXELS   and with those settings on pixels at 16 x 16, where nothing was chosen.
 
 The first two are of seed 0, by which is chosen; the others are of other seeds. Nets differ, so cost is counted
 operations (`arm.work`). Of the digits some are held out of training. At 50 passes the velocity is followed, by Euler's
@@ -35,7 +36,6 @@ from dumo.reproduce.ours.setting import (
 )
 from dumo.reproduce.plan import Cell, Finished, Plan
 
-BUDGETS = (1 / 3, 1.0, 3.0)
 HELD = ("data.held=360",)
 SMALL = ("train.batch=32", "net.width=32", "net.depth=3", "evaluate.protocol.samples=500")  # for smoke
 JUDGED = ("evaluate.nfe=[1,2,4]", "evaluate.contrast=[50]")
@@ -55,6 +55,7 @@ class Course:
     small: Sets  # for smoke
     steps: int
     seeds: int
+    budgets: tuple[float, ...] = (1 / 3, 1.0, 3.0)
 
     def on_ours(self, name: str, recipe: str, sets: Sets) -> Arm:
         """An objective as it is set, on our net."""
@@ -75,7 +76,7 @@ class Course:
 
     def cells(self, scale: str) -> Iterator[Cell]:
         """All at a budget of 1; the paper's recipe, ours and our rivals at others, too, but for smoke."""
-        for budget in (1.0,) if scale == "smoke" else BUDGETS:
+        for budget in (1.0,) if scale == "smoke" else self.budgets:
             arms = [one for one in self.arms() if budget == 1 or not one.labels["arm"].startswith("+")]
             sized = [
                 replace(one, name=f"{one.name}-x{budget:.2g}", labels=one.labels | {"budget": budget}) for one in arms
@@ -113,6 +114,19 @@ ON_LATENTS = Course(
     small=(*arm.LATENTS, "objective.drop=0", "objective.guide.zeta=0"),  # images without classes
     steps=400,
     seeds=2,
+)
+ON_PIXELS = replace(
+    ON_LATENTS,
+    common=(
+        'data={"kind": "images", "root": "$DUMO_DATA/cifar10", "side": 16, "split": "train"}',
+        "net.patch=2",
+        "train.batch=32",
+        'evaluate.protocol={"kind": "photos", "samples": 1000}',
+    ),
+    small=(*SMALL[1:3], "evaluate.protocol.samples=100"),
+    steps=600,
+    seeds=1,
+    budgets=(1.0,),
 )
 
 
@@ -198,4 +212,7 @@ def plan(title: str, stem: str, course: Course) -> Plan:
 DIGITS = plan("The best on digits at 1, 2, 4 and 50 passes, at equal counted cost (ours)", "best", ON_DIGITS)
 LATENTS = plan(
     "The best on CIFAR-10 latents at 1, 2, 4 and 50 passes, at equal counted cost (ours)", "best-latents", ON_LATENTS
+)
+PIXELS = plan(
+    "The best of latents on CIFAR-10 at 16 x 16 in pixels, at equal counted cost (ours)", "best-pixels", ON_PIXELS
 )
