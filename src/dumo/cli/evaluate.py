@@ -120,7 +120,8 @@ def reproduce(
         str,
         typer.Argument(
             help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: best, best-latents, best-options, "
-            "best-pixels, best-tuning, fair, guidance, latents, lowpass, ours, ours-latents, pretrained, words."
+            "best-pixels, best-tuning, fair, guidance, latents, lowpass, ours, ours-latents, pretrained, pulls, "
+            "pulls-latents, words."
         ),
     ],
     scale: Annotated[

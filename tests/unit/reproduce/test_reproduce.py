@@ -202,7 +202,7 @@ def test_markdown() -> None:
 
 SMALL_SCALES = ("smoke", "laptop")
 UNPUBLISHED = ("fig3", "fig5", "guidance", "latents", "lowpass", "ours", "ours-latents", "pretrained", "words")
-UNPUBLISHED += ("best", "best-latents", "best-options", "best-pixels", "best-tuning")
+UNPUBLISHED += ("pulls", "pulls-latents", "best", "best-latents", "best-options", "best-pixels", "best-tuning")
 
 
 @pytest.mark.usefixtures("free")

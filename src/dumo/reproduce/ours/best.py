@@ -40,6 +40,14 @@ HELD = ("data.held=360",)
 SMALL = ("train.batch=32", "net.width=32", "net.depth=3", "evaluate.protocol.samples=500")  # for smoke
 JUDGED = ("evaluate.nfe=[1,2,4]", "evaluate.contrast=[50]")
 FOLLOWED = ("evaluate.nfe=[1,2,4,50]", "evaluate.contrast=[]")  # where Euler's steps are all there is
+LABELLED = (  # for smoke, where guidance takes classes: the test images, encoded in a minute
+    "data.root=runs/latents/smoke-cifar10-test",
+    "data.images.split=test",
+    "net.width=32",
+    "net.depth=1",
+    "train.batch=32",
+    "evaluate.protocol.samples=1000",
+)
 PAPER = "the paper's recipe"
 
 
@@ -111,7 +119,7 @@ ON_LATENTS = Course(
     ladder=LATENT_LADDER,
     rivals={title: (SETTINGS[title][0], sets) for title, sets in FOR_LATENTS.items()},
     common=("evaluate.protocol.samples=1250",),  # decoding takes longer than training
-    small=(*arm.LATENTS, "objective.drop=0", "objective.guide.zeta=0"),  # images without classes
+    small=LABELLED,
     steps=400,
     seeds=2,
 )
