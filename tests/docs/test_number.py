@@ -99,18 +99,6 @@ def test_a_page_trains_its_objective(name: str) -> None:
     assert {load(recipe).objective.kind for recipe in recipes} == {name}
 
 
-def test_the_readme_says_what_the_table_says() -> None:
-    """Its rows are some of the table's: a kind, and the cost of a step without guidance."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    rows = [line for line in readme.splitlines() if re.match(r"\| \[?`\w+`", line)]
-    assert len(rows) >= 5
-    for row in rows:
-        name = re.search(r"`(\w+)`", row)
-        costs = [float(number) for number in re.findall(r"([\d.]+) F\b", row)]
-        assert name
-        assert costs == [told(name[1])[0]], row
-
-
 def test_tables_are_those_of_the_results() -> None:
     tables = runpy.run_path(str(ROOT / "docs/tables.py"))
     pages = [path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]]
