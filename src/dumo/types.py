@@ -171,6 +171,7 @@ class Needs:
     inside: float | None = None  # the share of its blocks after which the net gives what they made, behind the gauges
     climbs: bool = False  # whether its formulas hold for r > t, too
     phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)  # where steps cost alike: a progress, its share of training
+    trained_on: str = ""  # by what the loss compares samples with data: `numbers`, their own, or features by their name
 
     @property
     def shared(self) -> tuple[str, ...]:

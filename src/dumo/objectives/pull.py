@@ -41,6 +41,7 @@ class Moving(Spec):
     """What every pull has."""
 
     learns: ClassVar[bool] = True  # by a head of its name
+    trained_on: ClassVar[str] = ""  # by what it compares samples with data (`Needs.trained_on`)
     name: Name
     weight: Weight
     after: float = Field(default=0.5, ge=0, le=1)  # share of the training; ours
@@ -143,6 +144,7 @@ class Drift(Moving):
     """
 
     learns: ClassVar[bool] = False
+    trained_on: ClassVar[str] = "numbers"
     kind: Literal["drift"] = "drift"
     name: Name = "g"  # of its notes
     weight: Weight = 0.05  # ours
