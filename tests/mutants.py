@@ -72,6 +72,8 @@ SHORTCUT, SPLIT, TWIN, SOFLOW, RCGM, ALPHA, UCGM = (
 )
 DUMO, MEANFLOW, FLOW = (f"{OBJECTIVES}/test_{name}.py" for name in ("dumo", "meanflow", "flow_matching"))
 PULL = f"{OBJECTIVES}/test_pull.py"
+SID = f"{PULL}::test_match_by_identity_by_hand"
+HALF_OF = f"{PULL}::test_half_of_the_identity_is_the_slope_of_the_divergence"
 MATCH, CRITIC, DRIFT = (f"{PULL}::test_{name}_by_hand" for name in ("match", "critic", "drift"))
 CONSISTENCY, IMM, SEVERAL, TVM, IMF, FACM, SCT, CMT = (
     f"{OBJECTIVES}/test_{name}.py" for name in ("consistency", "imm", "several", "tvm", "imf", "facm", "sct", "cmt")
@@ -740,6 +742,10 @@ MUTANTS = [
     Mutant(
         "objectives/pull.py", "path.at((b.z - u).detach(), z, t)", "path.at(b.z - u, z, t)", "w moves samples", MATCH
     ),
+    Mutant("objectives/pull.py", "aim - v - alpha * gap", "aim - w - alpha * gap", "SiD is of w's error", HALF_OF),
+    Mutant("objectives/pull.py", "path.at(b.z - u, z, t)", "path.at((b.z - u).detach(), z, t)", "SiD is still", SID),
+    Mutant("objectives/pull.py", " - identity(w, v, v_t, self.alpha)", "", "w and v learn SiD's loss", SID),
+    Mutant("objectives/pull.py", "t / off * apart", "apart", "SiD is not weighed", SID),
     Mutant("objectives/pull.py", "mean_square(w - v_t)", "mean_square(w - b.v_t)", "w learns the data", MATCH),
     Mutant("objectives/pull.py", "softplus(fake - real)", "softplus(real - fake)", "the critic is upside down", CRITIC),
     Mutant("objectives/pull.py", "(real + fake.detach())", "(real + fake)", "the centre moves samples", CRITIC),
