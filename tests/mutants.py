@@ -743,10 +743,8 @@ MUTANTS = [
         "objectives/sct.py", "Field(default=0.2, gt=0)", "Field(default=0.1, gt=0)", "c is in their units", DEVIATION
     ),
     Mutant("objectives/consistency.py", "lift(r < self.low", "lift(t < self.low", "no first stage below", SECOND),
-    Mutant(
-        "objectives/consistency.py", "b.t > self.low", "b.t < self.low", "the inside weighs as the boundary", SECOND
-    ),
-    Mutant("objectives/consistency.py", "b.t.clamp(min=self.low)", "b.t", "rows stay below the boundary", SECOND),
+    Mutant("objectives/consistency.py", "t <= self.low", "t >= self.low", "the inside weighs as the boundary", SECOND),
+    Mutant("objectives/consistency.py", "t.clamp(min=self.low)", "t", "rows stay below the boundary", SECOND),
     Mutant("flow/policy.py", "(1 - q, x) * a - lift", "(1 - q, x) * a + lift", "guesses move the other way", POLICY),
     Mutant("flow/policy.py", "reversed(range(pieces))", "range(pieces)", "a policy goes up", POLICY),
     Mutant("flow/policy.py", "slope.detach()", "slope", "states learn", f"{PI_FLOW}::test_formula"),

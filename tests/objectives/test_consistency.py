@@ -79,7 +79,7 @@ def test_a_second_stage_by_hand() -> None:
         return x_t - column(t) * net(x_t, b.c, t=t)[0]
 
     target = torch.where(column(r < 0.6), denoised(first, r), denoised(net, r)).detach()
-    weight = torch.where(on_it, 0.3, 1.0) / (t / (1 - t) - r / (1 - r))
+    weight = torch.ones_like(t).masked_fill(on_it, 0.3) / (t / (1 - t) - r / (1 - r))
     loss = weight * (denoised(net, t) - target).square().mean(1).sqrt()
     assert 0 < on_it.sum() < (r < 0.6).sum() < len(r)
     found = STAGE.loss(net, Frozen(first), b)

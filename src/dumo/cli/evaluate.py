@@ -83,7 +83,7 @@ def show(report: dict[str, Any], as_json: bool) -> None:
         for name, value in report["baselines"].items():
             what = WHAT.get(name, f"real vs real ({name})")
             out.print(f"baseline, {what}: {spelt(value, of_baseline(name, first))}", soft_wrap=True)
-        if biased := seen(rows[0], report["card"]):
+        if biased := seen(rows[0], report.get("card") or {}):
             out.print(f"no judges of this run, which was trained on what they are by: {', '.join(biased)}")
     out.print(report["file"], soft_wrap=True)
 

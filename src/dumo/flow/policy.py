@@ -14,6 +14,8 @@ which at s' = 0 is a. So nothing is stepped: their 128 Euler steps of a whole fl
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 
@@ -40,7 +42,8 @@ class Policy:
         """pi at x and a time of the segment."""
         last = len(self.slopes) - 1
         place = (s - self.end) / (self.t - self.end).clamp(min=LEAST) * last
-        slope = sum(lift((1 - (place - i).abs()).clamp(min=0), x) * h for i, h in enumerate(self.slopes))
+        near = (lift((1 - (place - i).abs()).clamp(min=0), x) * h for i, h in enumerate(self.slopes))
+        slope = reduce(add, near)  # the line between two guesses
         return (x - self.x + lift(self.t, x) * slope) / lift(s.clamp(min=LEAST), x)
 
     def roll(self, x: Sample, s: Time, to: Time) -> Sample:

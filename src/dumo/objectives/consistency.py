@@ -84,8 +84,10 @@ class Consistency(Spec):
         net. Raises UserError where short steps meet bf16.
         """
         demand(b, self.needs.amplifies, self.kind)
-        weight = torch.where(b.t > self.low, 1.0, self.boundary).to(b.t) if self.low else torch.ones_like(b.t)
-        t, r = self.discretization(b.t.clamp(min=self.low) if self.low else b.t, b.progress)
+        weight, t = torch.ones_like(b.t), b.t
+        if self.low:
+            weight, t = weight.masked_fill(t <= self.low, self.boundary), t.clamp(min=self.low)
+        t, r = self.discretization(t, b.progress)
         b = b if t is b.t else b.at(t)
         step, same = t - r, r == t
         (u_hat,) = net(b.x_t, b.c, t=t)

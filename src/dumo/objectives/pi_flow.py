@@ -13,7 +13,7 @@ there is nothing to ask at x_s, which is no point of a path between data and noi
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dumo.flow.law import Level
 from dumo.flow.policy import Policy
@@ -30,6 +30,12 @@ class PiFlow(Spec):
     drop: float = Field(default=0.0, ge=0, le=1)  # ours: the teacher has its own answer without a label
     early: Level = Level()  # shares of the segment; the larger of these two is gone to last
     late: Level = Level()
+
+    @model_validator(mode="after")
+    def _in_segments(self) -> "PiFlow":
+        self.early.demand_share("early")
+        self.late.demand_share("late")
+        return self
 
     @property
     def needs(self) -> Needs:
@@ -63,7 +69,9 @@ class PiFlow(Spec):
 
         whole = self.times.steps == 1
         return Reads(
-            endpoint=(lambda x, t, c: jump(x, t, 0 * t, c)) if whole else None, flow_map=jump, hops=self._taught
+            endpoint=(lambda x, t, c: jump(x, t, 0 * t, c)) if whole else None,  # t = 1 alone is taught
+            flow_map=jump,
+            hops=self._taught,
         )
 
     def _taught(self, t: float, s: float) -> bool:

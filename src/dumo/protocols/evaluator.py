@@ -26,13 +26,7 @@ Made = Iterable[tuple[Tensor, Tensor]]  # numbers (n,) and samples (n, *d), in b
 Tick = Callable[[int, int], object]  # told how many images of the data have been seen, of how many
 Scores = dict[str, float]  # the first is the one that counts, lower being better, but for those of RISING
 
-OWN = (
-    "auc",
-    "copies",
-    "mmd2",
-    "nearest",
-    "pixel_fd",
-)  # scores by the numbers of samples themselves; the others are by features
+OWN = ("auc", "copies", "mmd2", "nearest", "pixel_fd")  # by the numbers of samples themselves, no features
 NUMBERS = "numbers"  # what a loss is trained on that compares by these
 RISING = ("clip_score", "clip_s", "geneval", "dpg")
 SPLITS = 20  # random halves, and bootstrap resamples
