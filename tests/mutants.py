@@ -747,7 +747,6 @@ MUTANTS = [
     Mutant("objectives/consistency.py", "t.clamp(min=self.low)", "t", "rows stay below the boundary", SECOND),
     Mutant("flow/policy.py", "(1 - q, x) * a - lift", "(1 - q, x) * a + lift", "guesses move the other way", POLICY),
     Mutant("flow/policy.py", "reversed(range(pieces))", "range(pieces)", "a policy goes up", POLICY),
-    Mutant("flow/policy.py", "slope.detach()", "slope", "states learn", f"{PI_FLOW}::test_formula"),
     Mutant("objectives/pi_flow.py", "sort(0)", "sort(0, descending=True)", "the late comes first", PI_FLOW),
     Mutant("objectives/pi_flow.py", "v = b.teacher(x, s, b.c, v) if b.teacher else v", "", "imitates data", PI_FLOW),
     Mutant("sampling/solver.py", "min(solver.times(nfe)) >=", "max(solver.times(nfe)) >=", "read too low", GOES_ON),

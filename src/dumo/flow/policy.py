@@ -33,11 +33,6 @@ class Policy:
     t: Time
     end: Time
 
-    @property
-    def still(self) -> "Policy":
-        """The same, held still."""
-        return Policy(self.x, [slope.detach() for slope in self.slopes], self.t, self.end)
-
     def velocity(self, x: Sample, s: Time) -> Sample:
         """pi at x and a time of the segment."""
         last = len(self.slopes) - 1

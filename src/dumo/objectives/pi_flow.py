@@ -46,12 +46,12 @@ class PiFlow(Spec):
         """One pass. Two states as theirs, and the source itself, at which the record has V already (ours)."""
         policy = self.policy(net(b.x_t, b.c, t=b.t), b.x_t, b.t)
         shares = (b.drawn[name].to(b.t) for name in ("early", "late"))
-        away, x, s = policy.still, b.x_t, b.t
+        x, s = b.x_t, b.t
         parts = {"source": mean_square(policy.slopes[-1] - b.v_t)}
         for name, share in zip(("early", "late"), torch.stack([*shares]).sort(0)[0], strict=True):
             to = b.t - share * (b.t - policy.end)
             with torch.no_grad():
-                x, s = away.roll(x, s, to), to
+                x, s = policy.roll(x, s, to), to
                 v = b.path.at(b.x, b.z, s)[1]  # the data's, for a teacher that is mixed with it
                 v = b.teacher(x, s, b.c, v) if b.teacher else v
             parts[name] = mean_square(policy.velocity(x, s) - v)
