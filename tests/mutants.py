@@ -72,7 +72,14 @@ SHORTCUT, SPLIT, TWIN, SOFLOW, RCGM, ALPHA, UCGM = (
 )
 DUMO, MEANFLOW, FLOW = (f"{OBJECTIVES}/test_{name}.py" for name in ("dumo", "meanflow", "flow_matching"))
 PULL = f"{OBJECTIVES}/test_pull.py"
+SID = f"{PULL}::test_match_by_identity_by_hand"
+HALF_OF = f"{PULL}::test_half_of_the_identity_is_the_slope_of_the_divergence"
 MATCH, CRITIC, DRIFT = (f"{PULL}::test_{name}_by_hand" for name in ("match", "critic", "drift"))
+SECOND, GOES_ON = (
+    f"{OBJECTIVES}/test_consistency.py::test_a_second_stage_{name}" for name in ("by_hand", "goes_on_from_the_first")
+)
+PI_FLOW = f"{OBJECTIVES}/test_pi_flow.py"
+POLICY = f"{PI_FLOW}::test_a_policy_is_gone_along_in_closed_form"
 CONSISTENCY, IMM, SEVERAL, TVM, IMF, FACM, SCT, CMT = (
     f"{OBJECTIVES}/test_{name}.py" for name in ("consistency", "imm", "several", "tvm", "imf", "facm", "sct", "cmt")
 )
@@ -735,11 +742,23 @@ MUTANTS = [
     Mutant(
         "objectives/sct.py", "Field(default=0.2, gt=0)", "Field(default=0.1, gt=0)", "c is in their units", DEVIATION
     ),
+    Mutant("objectives/consistency.py", "lift(r < self.low", "lift(t < self.low", "no first stage below", SECOND),
+    Mutant("objectives/consistency.py", "t <= self.low", "t >= self.low", "the inside weighs as the boundary", SECOND),
+    Mutant("objectives/consistency.py", "t.clamp(min=self.low)", "t", "rows stay below the boundary", SECOND),
+    Mutant("flow/policy.py", "(1 - q, x) * a - lift", "(1 - q, x) * a + lift", "guesses move the other way", POLICY),
+    Mutant("flow/policy.py", "reversed(range(pieces))", "range(pieces)", "a policy goes up", POLICY),
+    Mutant("objectives/pi_flow.py", "sort(0)", "sort(0, descending=True)", "the late comes first", PI_FLOW),
+    Mutant("objectives/pi_flow.py", "v = b.teacher(x, s, b.c, v) if b.teacher else v", "", "imitates data", PI_FLOW),
+    Mutant("sampling/solver.py", "min(solver.times(nfe)) >=", "max(solver.times(nfe)) >=", "read too low", GOES_ON),
     Mutant("objectives/pull.py", "progress >= self.after", "progress > self.after", "a pull begins late", MATCH),
     Mutant("objectives/pull.py", "(w - heads[velocity])", "(heads[velocity] - w)", "match pushes samples off", MATCH),
     Mutant(
         "objectives/pull.py", "path.at((b.z - u).detach(), z, t)", "path.at(b.z - u, z, t)", "w moves samples", MATCH
     ),
+    Mutant("objectives/pull.py", "aim - v - alpha * gap", "aim - w - alpha * gap", "SiD is of w's error", HALF_OF),
+    Mutant("objectives/pull.py", "path.at(b.z - u, z, t)", "path.at((b.z - u).detach(), z, t)", "SiD is still", SID),
+    Mutant("objectives/pull.py", " - identity(w, v, v_t, self.alpha)", "", "w and v learn SiD's loss", SID),
+    Mutant("objectives/pull.py", "t / off * apart", "apart", "SiD is not weighed", SID),
     Mutant("objectives/pull.py", "mean_square(w - v_t)", "mean_square(w - b.v_t)", "w learns the data", MATCH),
     Mutant("objectives/pull.py", "softplus(fake - real)", "softplus(real - fake)", "the critic is upside down", CRITIC),
     Mutant("objectives/pull.py", "(real + fake.detach())", "(real + fake)", "the centre moves samples", CRITIC),

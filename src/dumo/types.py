@@ -171,6 +171,8 @@ class Needs:
     inside: float | None = None  # the share of its blocks after which the net gives what they made, behind the gauges
     climbs: bool = False  # whether its formulas hold for r > t, too
     phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)  # where steps cost alike: a progress, its share of training
+    taught: bool = False  # whether the loss asks a teacher for its velocity, and learns nothing without
+    trained_on: str = ""  # by what the loss compares samples with data: `numbers`, their own, or features by their name
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -288,6 +290,7 @@ class Reads:
     both: Callable[[Sample, Time, Cond], tuple[Sample, Sample]] | None = None  # (x_t, t, c) -> dx_t/dt, x_0: one pass
     climb: Climb | None = None  # a jump from t up to s, and what it does to volume, of one pass
     hops: Callable[[float, float], bool] | None = None  # (t, s) -> was this jump of the flow map taught; None: all were
+    lowest: float = 0.0  # the first time from which the endpoint was taught
 
 
 @runtime_checkable

@@ -13,6 +13,7 @@ from dumo.flow.discretization import KarrasGrid, Ratio
 from dumo.flow.secant import MAX_GAIN, demand_precision
 from dumo.objectives import Consistency, FlowMatching
 from dumo.objectives.consistency import PRESETS
+from dumo.training.ema import Ema, MovingAverage
 from dumo.types import Frozen, Noised, UserError
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
 from theory.formula import Polynomial, gradients
@@ -60,6 +61,53 @@ def test_formula(name: str, progress: float) -> None:
     assert torch.allclose(found.parts["u"], (apart / column(t - r)).square().mean(1), rtol=1e-8)
     for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
         assert torch.allclose(mine, hand, rtol=1e-8, atol=1e-10)
+
+
+STAGE = Consistency(low=0.6, discretization=Ratio(stages=1, q=4), boundary=0.3)
+
+
+def test_a_second_stage_by_hand() -> None:
+    """Below `low` speaks theta^-, from there on the net itself; rows drawn below stand on it, and weigh less."""
+    net, first = Polynomial(1), Polynomial(1)
+    first.a.data = first.a.data.flip(1)
+    b = rows(STAGE, 0.5)
+    on_it, t = b.t <= 0.6, b.t.clamp(min=0.6)
+    _, r = STAGE.discretization(t, 0.5)
+
+    def denoised(net: Polynomial, t: Tensor) -> Tensor:
+        x_t = column(t) * b.z + column(1 - t) * b.x
+        return x_t - column(t) * net(x_t, b.c, t=t)[0]
+
+    target = torch.where(column(r < 0.6), denoised(first, r), denoised(net, r)).detach()
+    weight = torch.ones_like(t).masked_fill(on_it, 0.3) / (t / (1 - t) - r / (1 - r))
+    loss = weight * (denoised(net, t) - target).square().mean(1).sqrt()
+    assert 0 < on_it.sum() < (r < 0.6).sum() < len(r)
+    found = STAGE.loss(net, Frozen(first), b)
+    assert torch.allclose(found.loss, loss, rtol=1e-8, atol=1e-12)
+    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
+        assert torch.allclose(mine, hand, rtol=1e-8, atol=1e-10)
+    model = Counted(randomise(nets()[0].build(STAGE.needs, (2,), 3)).double())
+    step(STAGE, model, b)
+    assert (model.graded, model.still) == (1, 2)
+
+
+def test_a_second_stage_goes_on_from_the_first() -> None:
+    """It is refused without, and is not read below its times."""
+    run = load("digits-tcm")
+    assert min(run.objective.times(64, torch.Generator())[0]) >= torch.tensor(run.objective.low)
+    for change in ("start=null", "train.ref=self", "sample.nfe=[3]", "evaluate.nfe=[1,3]", "sample.solver.m=0.6"):
+        with pytest.raises(UserError, match=r"low learns from|goes below t = 0\.6667"):
+            load("digits-tcm", [change])
+
+
+def test_the_first_stage_stays() -> None:
+    net = torch.nn.Linear(2, 2)
+    first, average = net.weight.clone(), MovingAverage(Ema(decay=1, ramp=False), net)
+    net.weight.data += 1e20
+    average.update(net, 1)
+    assert torch.equal(average.module.weight, first)
+    with pytest.raises(ValueError, match="ramp=false"):
+        Ema(decay=1)
 
 
 @each_flow

@@ -3,6 +3,7 @@ training keeps.
 """
 
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -25,7 +26,7 @@ from dumo.nets import Net
 from dumo.nets.dit import DiT
 from dumo.objectives import Several
 from dumo.objectives.part import AveragePart, EndpointPart, ShortcutPart, VelocityPart
-from dumo.objectives.pull import Critic, Drift, Match, Pull
+from dumo.objectives.pull import Critic, Drift, Match, Pull, identity
 from dumo.preflight.cost import forward_units
 from dumo.run.train import train
 from dumo.types import Frozen, Heads, Noised
@@ -73,13 +74,47 @@ def test_match_by_hand(progress: float) -> None:
         assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-13)
 
 
+def test_match_by_identity_by_hand() -> None:
+    """Samples see how w and v change along them, and no weight but that of u learns it."""
+    objective = several(Match(weight=0.7, fit=0.2, after=0, alpha=1.2))
+    net, b = Polynomial(3), drawn(objective)
+    still = deepcopy(net).requires_grad_(False)
+    z, t = b.drawn["w.z"].to(D), b.drawn["w.t"].to(D)
+    made = b.z - net(b.z, b.c, t=0 * b.t + 1)[1]
+    x_t = column(t) * z + column(1 - t) * made
+    v, _, w = still(x_t, b.c, t=t)
+    fit = ((net(x_t.detach(), b.c, t=t)[2] - z + made.detach()) ** 2).sum(1) / 2
+    product = ((w - v) * (z - made - v) - 1.2 * (w - v) ** 2).sum(1) / 2
+    distance = (column(t) * (z - made - v)).abs().sum(1).detach() / 2
+    loss = 0.2 * fit + 0.7 * t**2 * product / distance
+    terms = step(objective, net, b)
+    assert torch.allclose(terms.notes["pull_w"], ((w - v) ** 2).sum(1) / 2, rtol=1e-12, atol=0)
+    assert torch.allclose(added(objective, net, b), 0.2 * fit, rtol=1e-9, atol=0)
+    for mine, hand in zip(gradients(added(objective, net, b), net), gradients(loss, net), strict=True):
+        assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("alpha", "exact"), [(0.5, True), (1.2, False)])
+def test_half_of_the_identity_is_the_slope_of_the_divergence(alpha: float, exact: bool) -> None:
+    """Gaussian samples of any width; means over both noises, of which +-1 have the moments that matter."""
+    s = torch.tensor(1.7, dtype=D, requires_grad=True)
+    x, z = torch.tensor(list(product((1, -1), repeat=2)), dtype=D).T[:, :, None]
+    for t in torch.tensor([0.2, 0.5, 0.9], dtype=D):
+        x_t, v_of, w_of = t * z + (1 - t) * s * x, growth(torch.tensor(0.6, dtype=D), t), growth(s, t)
+        (slope,) = torch.autograd.grad(((w_of - v_of) * x_t).square().mean(), s, retain_graph=True)
+        loss = identity(w_of.detach() * x_t, v_of * x_t, z - s * x, alpha).mean()
+        (found,) = torch.autograd.grad(loss, s)
+        assert torch.isclose(2 * found, slope, rtol=1e-12) == exact
+
+
 FLOWS = gaussian(), PRODUCT
 
 
 @pytest.mark.parametrize("flow", FLOWS)
-def test_match_rests_at_the_flow(flow: Gaussian | Product) -> None:
+@pytest.mark.parametrize("alpha", [None, 1.2])
+def test_match_rests_at_the_flow(flow: Gaussian | Product, alpha: float | None) -> None:
     """Row by row for v and u; for w on average only, which is the next test's."""
-    objective = several(Match(after=0))
+    objective = several(Match(after=0, alpha=alpha))
     b = record(objective, flow, 64)
     assert gradient(objective, Exact(flow, objective.needs), b)[:2].abs().max() < 1e-10
 
@@ -124,8 +159,9 @@ def width_gradient(objective: Several, wide: float, n: int = 256) -> float:
     return grad[1, 1].item()
 
 
-def test_match_moves_samples_of_another_width_back() -> None:
-    objective = several(Match(weight=1.0), drop=0.0)
+@pytest.mark.parametrize("alpha", [None, 1.0])
+def test_match_moves_samples_of_another_width_back(alpha: float | None) -> None:
+    objective = several(Match(weight=1.0, alpha=alpha), drop=0.0)
     assert width_gradient(objective, 1.5) < -1e-2
     assert abs(width_gradient(objective, 1.0)) < 1e-12
     assert width_gradient(objective, 0.6) > 1e-2
@@ -250,7 +286,7 @@ def test_drift_by_itself_makes_no_pass_until_it_acts() -> None:
 
 
 LATE = Match(after=0.5)
-EVERY = (Match(after=0.0), Critic(after=0.0), Drift(after=0.0, size=8))
+EVERY = (Match(after=0.0, alpha=1.2), Critic(after=0.0), Drift(after=0.0, size=8))
 CASES = [several(LATE, Critic(), slope=DualSlope()), several(*EVERY, slope=DualSlope())]
 CONTRACT = [
     test_loss.test_loss_is_pure,
@@ -286,7 +322,8 @@ def test_draws_of_pulls_are_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pulls", "before", "now"), [((LATE,), (2, 1), (3, 0)), ((LATE, Match(name="w2", after=0.2)), (3, 1), (4, 0))]
+    ("pulls", "before", "now"),
+    [((LATE,), (2, 1), (3, 0)), ((LATE, Match(name="w2", after=0.2, alpha=1)), (3, 1), (5, 0))],
 )
 def test_passes(pulls: tuple[Pull, ...], before: tuple[int, int], now: tuple[int, int]) -> None:
     """One for the samples, with gradients only where something moves them, and one for each head."""

@@ -37,6 +37,7 @@ STEPS = {  # of a finite step, and so off the flow by an order of it: by kind, t
     "cmt": "test_the_flow_is_at_rest_on_its_own_trajectories",  # which the record here has none of
     "consistency": "test_gradient_vanishes_with_the_step",
     "imm": "test_it_rests_near_the_flow",
+    "pi_flow": "test_it_rests_at_the_flow_to_the_order_of_its_guesses",
     "rcgm": "test_gradient_vanishes_with_the_step",
     "shortcut": "test_only_the_first_doubling_is_off_and_by_the_order_of_its_step",
     "soflow": "test_gradient_vanishes_with_the_step",

@@ -9,6 +9,7 @@ from dumo.objectives import Objective
 from dumo.types import Noised, Reads
 from theory.exact import APART, PRODUCT, Exact, Flow, gaussian, record
 
+GUESSED = ("pi_flow",)  # no finite number of guesses is a flow: its own test holds it to their order
 FLOWS = [APART, PRODUCT, gaussian(Guide(zeta=0.55))]
 
 
@@ -22,7 +23,7 @@ def readings(objective: Objective, flow: Flow) -> tuple[Reads, Flow, Noised]:
 
 def having(reading: str, *, hops: bool | None = None) -> pytest.MarkDecorator:
     """The objectives that teach a reading; of flow maps those of some jumps alone, or of all."""
-    taught = [(o, o.read(nn.Identity())) for o in objectives(exact=True)]
+    taught = [(o, o.read(nn.Identity())) for o in objectives(exact=True) if o.kind not in GUESSED]
     some = [o for o, reads in taught if getattr(reads, reading) and hops in (None, reads.hops is not None)]
     return pytest.mark.parametrize("objective", some, ids=name)
 

@@ -66,6 +66,7 @@ def evaluate(
 
 def show(report: dict[str, Any], as_json: bool) -> None:
     """Print an evaluation or a sweep: a table, the baselines, and the file."""
+    from dumo.evaluation.card import seen
     from dumo.protocols.evaluator import of_baseline
 
     if as_json:
@@ -82,6 +83,8 @@ def show(report: dict[str, Any], as_json: bool) -> None:
         for name, value in report["baselines"].items():
             what = WHAT.get(name, f"real vs real ({name})")
             out.print(f"baseline, {what}: {spelt(value, of_baseline(name, first))}", soft_wrap=True)
+        if biased := seen(rows[0], report.get("card") or {}):
+            out.print(f"no judges of this run, which was trained on what they are by: {', '.join(biased)}")
     out.print(report["file"], soft_wrap=True)
 
 

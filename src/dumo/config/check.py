@@ -215,6 +215,11 @@ def check_teacher(run: Tree) -> None:
                 "folder of a run that has a velocity, and teacher.pairs.count to how many"
             )
         run.teacher.pairs.check(points)
+    if run.objective.needs.taught and not (run.teacher and not run.teacher.pairs):
+        raise UserError(
+            f"objective '{run.objective.kind}' asks a teacher for its velocity where the net comes to: set "
+            "teacher.source to the folder of a run that has one, and teacher.pairs=null"
+        )
     if not run.teacher:
         return
     if run.teacher.pairs and run.train.coupling:
@@ -255,12 +260,17 @@ def check_base(run: Tree) -> None:
 
 
 def check_start(run: Tree) -> None:
-    """Refuse to begin heads that are not there."""
+    """Refuse to begin heads that are not there, and to begin anew where theta^- is to be a first stage."""
     there = run.objective.needs.heads
     if strange := [name for name in (run.start.heads if run.start else ()) if name not in there]:
         raise UserError(
             f"start.heads.{strange[0]}: objective '{run.objective.kind}' has no such head, its heads are "
             f"{', '.join(there)}"
+        )
+    if run.objective.needs.ref == 1 and not (run.start and run.train.ref == 1):
+        raise UserError(
+            f"objective '{run.objective.kind}' with low learns from the net that training begins with: set "
+            "start.source to a run of all times, train.ref=1, and in train.ema {decay: 1, ramp: false} as the last"
         )
 
 

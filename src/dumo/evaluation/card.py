@@ -13,6 +13,7 @@ from dumo.config.spec import Run
 from dumo.data.caption import Files
 from dumo.io.weights import title
 from dumo.protocols import LikelihoodProtocol
+from dumo.protocols.evaluator import trained_on
 from dumo.run import deviation
 from dumo.run.folder import RunFolder
 from dumo.sampling.solver import Euler, Heun, Solver
@@ -68,7 +69,9 @@ def labels(run: Run) -> str:
 
 def settings(run: Run) -> Card:
     """What a run's spec says of how samples are made and judged."""
+    on = run.objective.needs.trained_on
     return {
+        **({"trained_on": on} if on else {}),
         "labels": labels(run),  # of sample i; others draw at random
         "solver": run.sample.solver.model_dump(mode="json"),
         "guide": run.sample.guide.model_dump(mode="json"),
@@ -92,6 +95,12 @@ def contrast(run: Run) -> list[int]:
 def beside(run: Run) -> Solver:
     """The solver of the contrast: Euler; of likelihoods Heun, at passes that leave no error to speak of."""
     return Heun() if isinstance(run.evaluate.protocol, LikelihoodProtocol) else Euler()
+
+
+def seen(row: Mapping[str, Any], card: Card) -> list[str]:
+    """The scores of a row that are by what the run of this card was trained on, without their spreads."""
+    scores = [key for key, value in row.items() if isinstance(value, float) and not key.endswith("_sd")]
+    return [score for score in scores if trained_on(score, card)]
 
 
 def differing(cards: Sequence[Card]) -> dict[str, list[Any]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dumo.evaluation.card import alike, brief, differing
+from dumo.evaluation.card import alike, brief, differing, seen
 from dumo.evaluation.evaluate import FILE, Row, read_report
 from dumo.types import UserError
 
@@ -12,7 +12,8 @@ from dumo.types import UserError
 def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
     """The evaluations of runs' folders, or files of them, as `rows` of one table.
 
-    A setting of the solver that differs, such as m, has a column. Raises UserError where an evaluation is missing, or
+    A setting of the solver that differs, such as m, has a column, and scores that a run was trained on stand under
+    `trained_on`, where there are any: they are no judges of it. Raises UserError where an evaluation is missing, or
     they were measured otherwise, with what differs; `anyway` has the table all the same, what differs in columns of
     their own, and in `differs` the whole of it.
     """
@@ -23,12 +24,13 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
     differs = differing(list(cards.values()))
     settings = {name for one in cards.values() for name in one["solver"] if name != "kind"}
     varied = [name for name in sorted(settings) if len({str(one["solver"].get(name)) for one in cards.values()}) > 1]
-    rows: list[Row] = []
+    rows, trained = list[Row](), any("trained_on" in one for one in cards.values())
     for i, (source, report) in enumerate(reports.items()):
         head = {"run": source, "step": report["step"], **{field: brief(found[i]) for field, found in differs.items()}}
         own = {name: report["card"]["solver"].get(name) for name in varied}
-        rows += [head | own | scores for scores in report["results"]]
-        rows += [head | dict.fromkeys(varied) | scores for scores in report["contrast"]]
+        told = {"trained_on": ", ".join(seen(report["results"][0], report["card"])) or None} if trained else {}
+        rows += [head | own | scores | told for scores in report["results"]]
+        rows += [head | dict.fromkeys(varied) | scores | told for scores in report["contrast"]]
     columns = dict.fromkeys(key for row in rows for key in row)
     return {
         "rows": [{key: row.get(key) for key in columns} for row in rows],

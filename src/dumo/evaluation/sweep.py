@@ -17,7 +17,7 @@ from dumo.io.file import check_writable
 from dumo.io.json import write_json
 from dumo.io.text import brief
 from dumo.progress import Bar, no_bar
-from dumo.protocols.evaluator import Evaluator, rising
+from dumo.protocols.evaluator import Evaluator, headline, rising, trained_on
 from dumo.run.folder import RunFolder, open_run
 from dumo.sampling.solver import check
 from dumo.training.checkpoint import part
@@ -58,11 +58,15 @@ def sweep(opened: RunFolder, text: str, *, bar: Bar = no_bar) -> dict[str, Any]:
 
 
 def mark(rows: list[Row]) -> None:
-    """Set `best` on the rows whose first score is the best of their number of passes; on none where all are equal."""
+    """Set `best` on the rows whose score that counts is the best of their number of passes.
+
+    On none where all are equal, or where the run was trained on what it is by.
+    """
     for one in rows:
         scores = [_first(other)[1] for other in rows if other["nfe"] == one["nfe"]]
         name, score = _first(one)
-        one["best"] = score == (max if rising(name) else min)(scores) and min(scores) < max(scores)
+        judges = not trained_on(name, one.get("card", {}))
+        one["best"] = judges and score == (max if rising(name) else min)(scores) and min(scores) < max(scores)
 
 
 def values(text: str) -> tuple[str, list[str]]:
@@ -120,4 +124,5 @@ def _averages(opened: RunFolder) -> Iterator[tuple[str, RunFolder]]:
 
 def _first(row: Row) -> tuple[str, float]:
     """The score that counts, by name."""
-    return next((key, value) for key, value in row.items() if key not in ("value", "nfe", "solver"))
+    name = headline([key for key in row if key not in ("value", "nfe", "solver", "card", "best")], row.get("card"))
+    return name, row[name]

@@ -13,6 +13,7 @@ from dumo.objectives.flow_matching import FlowMatching as FlowMatching
 from dumo.objectives.imf import ImprovedMeanFlow as ImprovedMeanFlow
 from dumo.objectives.imm import IMM as IMM
 from dumo.objectives.meanflow import MeanFlow as MeanFlow
+from dumo.objectives.pi_flow import PiFlow as PiFlow
 from dumo.objectives.rcgm import RCGM as RCGM
 from dumo.objectives.sct import SCT as SCT
 from dumo.objectives.several import Several as Several
@@ -33,6 +34,7 @@ Objective = Annotated[
     | IMM
     | ImprovedMeanFlow
     | MeanFlow
+    | PiFlow
     | RCGM
     | SCT
     | Several

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from dumo.flow.reading import jump_to_data, mean_velocity
 from dumo.flow.times import Grid
@@ -29,6 +29,12 @@ class CMT(Spec):
     times: Grid = Grid()  # the steps of the trajectories
     drop: float = Field(default=0.0, ge=0, le=1)  # ours: a trajectory is of its label
     beta: float = Field(default=0.7, ge=0, le=1)  # weight of the velocity where there is one, as DuMo
+
+    @model_validator(mode="after")
+    def _between(self) -> "CMT":
+        if self.times.steps < 2:
+            raise ValueError("a trajectory of one step has no points between its ends: set times.steps=2, or more")
+        return self
 
     @property
     def needs(self) -> Needs:

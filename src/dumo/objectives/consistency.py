@@ -13,11 +13,16 @@ Divided by t - r this is a secant in place of DuMo's derivative, and at r = 0 it
 The authors' weight 1 / (sigma_t - sigma_r), with sigma = t / (1 - t), is (1 - t) (1 - r) / (t - r): with it one
 regresses (1 - t) (1 - r) e, of which the length of the step has dropped out. As the loss lives on D, its gradient with
 respect to u has the factor t / (sigma_t - sigma_r) = (1 - t) (1 - r) t / (t - r), which grows as steps get short.
+
+TCM (Lee et al. 2025, arXiv 2410.14895) is a second stage, on times from `low` up alone: all of the net learns what
+one-step sampling asks. Below, D is that of the first stage, which training begins with and keeps as theta^-: the run's
+`train.ref` of decay 1. On the boundary, t = `low`, r lies below it, and there the second stage learns from the first.
 """
 
 from math import inf, log
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from dumo.flow.discretization import Discretization, KarrasGrid, Ratio
@@ -25,8 +30,9 @@ from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
 from dumo.flow.secant import demand
 from dumo.flow.times import Karras, LogitNormal, Times
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, UserError, lift, mean_square
+from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, UserError, frozen, lift, mean_square
 
+BOUNDARY = 0.3  # TCM
 LOG_NORMAL = LogitNormal(mean=-1.1 + log(2), std=2.0)  # sigma = exp(N(-1.1, 4)) on data of standard deviation 0.5
 PRESETS: dict[str, dict[str, Any]] = {  # each with its authors' constants
     "cm": {
@@ -52,6 +58,10 @@ class Consistency(Spec):
     discretization: Discretization = Ratio()
     weighted: bool = True  # by 1 / (sigma_t - sigma_r)
     soft: float | None = Field(default=0.0, ge=0)  # c of a Huber loss; 0: the length of the difference; None: plain l2
+    # The first time of a second stage, as its authors' sigma = 1 of 0.5 is 2/3; None: all times are trained.
+    low: float | None = Field(default=None, gt=0, lt=1, exclude_if=lambda low: low is None)
+    # Weight of rows at `low`: theirs is 0.1 for the mean of a quarter of the rows, that is 0.3 beside the others.
+    boundary: float = Field(default=BOUNDARY, ge=0, exclude_if=lambda boundary: boundary == BOUNDARY)
 
     @classmethod
     def named(cls, name: str, **others: Any) -> "Consistency":  # noqa: ANN401, any field
@@ -64,26 +74,34 @@ class Consistency(Spec):
     def needs(self) -> Needs:
         """Rounding is multiplied by r / (t - r), 1 / (1 - t) times sigma_r / (sigma_t - sigma_r): without bound."""
         ref = 0.99 if not self.weighted and self.soft is None else None  # CM's goes from 0.9 to 0.9986; ours
+        ref = 1.0 if self.low else ref  # the first stage
         return Needs(inputs=("t",), heads=("u",), amplifies=inf, unit=True, ref=ref)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass with gradients, one without. At t = r, which is at t = 0 and 1 only, a row weighs nothing.
 
-        Raises UserError where short steps meet bf16.
+        With `low` rows drawn below it stand on it, and there are two passes without gradients: of theta^-, and of the
+        net. Raises UserError where short steps meet bf16.
         """
         demand(b, self.needs.amplifies, self.kind)
-        t, r = self.discretization(b.t, b.progress)
+        weight, t = torch.ones_like(b.t), b.t
+        if self.low:
+            weight, t = weight.masked_fill(t <= self.low, self.boundary), t.clamp(min=self.low)
+        t, r = self.discretization(t, b.progress)
         b = b if t is b.t else b.at(t)
         step, same = t - r, r == t
         (u_hat,) = net(b.x_t, b.c, t=t)
-        (u_r,) = ref(b.x_t - lift(step, b.x_t) * b.v_t, b.c, t=r)
+        x_r = b.x_t - lift(step, b.x_t) * b.v_t
+        (u_r,) = ref(x_r, b.c, t=r)
+        if self.low:
+            u_r = torch.where(lift(r < self.low, x_r), u_r, frozen(net)(x_r, b.c, t=r)[0])
         one_over = (1 / step.masked_fill(same, 1)).masked_fill(same, 0)
         e = u_hat - b.v_t + lift(r * one_over, b.x_t) * (u_hat - u_r)
         apart = lift(step, b.x_t) * e  # sg D(x_r, r) - D(x_t, t)
         loss = mean_square(apart) if self.soft is None else huber(apart, self.soft)
-        weight = (1 - t) * (1 - r) * one_over if self.weighted else 1
+        weight = weight * (1 - t) * (1 - r) * one_over if self.weighted else weight
         return Terms(weight * loss, {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
 
     def read(self, net: Net) -> Reads:
-        """The head jumps to the data, x_0 = x_t - t u; a velocity it has at t = 0 only."""
-        return Reads(endpoint=jump_to_data(net))
+        """The head jumps to the data, x_0 = x_t - t u; a velocity it has at t = 0 only. Not from below `low`."""
+        return Reads(endpoint=jump_to_data(net), lowest=self.low or 0.0)

@@ -34,6 +34,7 @@ from dumo.objectives.part import Name
 from dumo.types import Cond, Net, Noised, PerSample, Sample, Spec, Terms, Time, frozen, mean_square
 
 Ask = Callable[[Sample, Time, Cond], Mapping[str, Sample]]  # (x_t, t, c) -> the net's heads by name
+FLOOR = 1e-3  # ours: the least distance that a row is divided by
 EVERY = 4  # one of so many rows has its slopes taken (AFM)
 
 
@@ -41,6 +42,7 @@ class Moving(Spec):
     """What every pull has."""
 
     learns: ClassVar[bool] = True  # by a head of its name
+    trained_on: ClassVar[str] = ""  # by what it compares samples with data (`Needs.trained_on`)
     name: Name
     weight: Weight
     after: float = Field(default=0.5, ge=0, le=1)  # share of the training; ours
@@ -60,6 +62,8 @@ class Match(Moving):
 
     DMD2 has a second net in the head's place (Yin et al. 2024, arXiv 2405.14867), TwinFlow negative times. Noise and
     time are no others' (`dumo.objectives.twinflow` says why the noise is fresh).
+
+    With `alpha` samples descend SiD's loss instead (`identity`), whose slope sees how w and v change with the sample.
     """
 
     kind: Literal["match"] = "match"
@@ -68,6 +72,7 @@ class Match(Moving):
     fit: float = Field(default=0.3, gt=0)  # weight of the head's own loss; ours
     z: Noise = Noise()  # that samples are diffused with
     t: Level = Level()  # to this time
+    alpha: float | None = Field(default=None, ge=0, exclude_if=lambda a: a is None)  # of SiD, who take 1.2; None: DMD2
 
     @model_validator(mode="after")
     def _in_time(self) -> "Match":
@@ -75,15 +80,23 @@ class Match(Moving):
         return self
 
     def __call__(self, b: Noised, u: Sample, ask: Ask, velocity: str) -> Terms:
-        """One pass with gradients. Without guidance, V vanishes where samples have the law of the data."""
+        """One pass with gradients, with `alpha` two. Without guidance, V vanishes where samples have the data's law."""
         t, z = b.drawn[f"{self.name}.t"].to(b.t), b.drawn[f"{self.name}.z"].to(b.z)
         x_t, v_t = b.path.at((b.z - u).detach(), z, t)
         heads = ask(x_t, t, b.c)
-        w = heads[self.name]
-        pull = mean_square(descending(u, (w - heads[velocity]).detach()))
-        fit = mean_square(w - v_t)
-        loss = self.fit * fit + (weight_at(self.weight, b.progress) * pull if self.acts(b.progress) else 0)
-        return Terms(loss, {self.name: fit}, {f"pull_{self.name}": pull.detach()})
+        w, v = heads[self.name], heads[velocity]
+        gap, fit = (w - v).detach(), mean_square(w - v_t)
+        loss = self.fit * fit
+        if self.acts(b.progress):
+            pull = mean_square(descending(u, gap))
+            if self.alpha is not None:  # a pass that moves samples alone: what its weights learn, the other's unlearn
+                x_t, aim = b.path.at(b.z - u, z, t)
+                moved = ask(x_t, t, b.c)
+                off = (v_t - v).detach().abs().flatten(1).mean(1).clamp(min=FLOOR)
+                apart = identity(moved[self.name], moved[velocity], aim, self.alpha) - identity(w, v, v_t, self.alpha)
+                pull = t / off * apart  # t^2 of the guesses x_t - t v at the data, over their mean distance from it
+            loss = loss + weight_at(self.weight, b.progress) * pull
+        return Terms(loss, {self.name: fit}, {f"pull_{self.name}": mean_square(gap)})
 
 
 class Critic(Moving):
@@ -143,6 +156,7 @@ class Drift(Moving):
     """
 
     learns: ClassVar[bool] = False
+    trained_on: ClassVar[str] = "numbers"
     kind: Literal["drift"] = "drift"
     name: Name = "g"  # of its notes
     weight: Weight = 0.05  # ours
@@ -159,6 +173,17 @@ class Drift(Moving):
         v, force = drift((b.z - u).detach(), b.x, b.c, self.radii, self.size)
         pull = mean_square(descending(u, v))
         return Terms(weight_at(self.weight, b.progress) * pull, {}, {f"force_{self.name}": force})
+
+
+def identity(w: Sample, v: Sample, aim: Sample, alpha: float) -> PerSample:
+    """SiD's loss of samples at x'_t: (w - v) (z' - x' - v) - alpha (w - v)^2 in mean, `aim` = z' - x'; w, v held still
+    as functions, not as numbers (Zhou et al. 2024, arXiv 2404.04057, `sid_loss.py`, of the guesses x_t - t v).
+
+    Where w is the velocity of the samples, the mean over noise of the first product is that of (w - v)^2, and twice the
+    slope at alpha = 1/2 is that of its mean over samples, w's own change with them counted (ours).
+    """
+    gap = w - v
+    return (gap * (aim - v - alpha * gap)).flatten(1).mean(1)
 
 
 Pull = Annotated[Critic | Drift | Match, Field(discriminator="kind")]

@@ -90,6 +90,7 @@ class Several(Spec):
             group=lcm(2 if self._contrast else 1, *(pull.group for pull in self.pulls)),
             climbs=self._place("shortcut") is None,
             phases=phases(self.pulls),
+            trained_on=next((pull.trained_on for pull in self.pulls if pull.trained_on), ""),
         )
         return looking(needs, self.disperse)
 

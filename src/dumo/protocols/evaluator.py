@@ -7,7 +7,7 @@ the same score, whatever came in which batch or where. What a score depends on b
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int64
@@ -26,6 +26,8 @@ Made = Iterable[tuple[Tensor, Tensor]]  # numbers (n,) and samples (n, *d), in b
 Tick = Callable[[int, int], object]  # told how many images of the data have been seen, of how many
 Scores = dict[str, float]  # the first is the one that counts, lower being better, but for those of RISING
 
+OWN = ("auc", "copies", "mmd2", "nearest", "pixel_fd")  # by the numbers of samples themselves, no features
+NUMBERS = "numbers"  # what a loss is trained on that compares by these
 RISING = ("clip_score", "clip_s", "geneval", "dpg")
 SPLITS = 20  # random halves, and bootstrap resamples
 
@@ -117,9 +119,22 @@ def collect(made: Made, total: int) -> Tensor:
     return x[ordered(index, total)]
 
 
-def headline(scores: Collection[str]) -> str:
-    """The score that counts: that of what a file holds (`fd_grey`), where it was taken, else the first."""
-    return "fd_grey" if "fd_grey" in scores else next(iter(scores))
+def headline(scores: Collection[str], card: Mapping[str, Any] | None = None) -> str:
+    """The score that counts: that of what a file holds (`fd_grey`), where it was taken, else the first.
+
+    Of a run whose card says what it was trained on, the first of those that are by something else, if there is one.
+    """
+    free = [score for score in scores if not trained_on(score, card or {})] or scores
+    return "fd_grey" if "fd_grey" in free else next(iter(free))
+
+
+def trained_on(score: str, card: Mapping[str, Any]) -> bool:
+    """Whether a score is by what the run of this card was trained on (`Needs.trained_on`): then it is no judge of it.
+
+    Features go by a name that stands in what the card calls those of the protocol.
+    """
+    own, named = score.removesuffix("_held") in OWN, card.get("trained_on", "")
+    return own if named == NUMBERS else bool(named) and not own and named in card.get("features", "")
 
 
 def of_baseline(name: str, score: str) -> str:

@@ -20,8 +20,8 @@ GROUPS = {  # by purpose, each in the order in which it is listed
     "Compare objectives on digits, at equal cost": (
         *("digits-flow-matching", "digits-meanflow", "digits-imf", "digits-split-meanflow", "digits-alpha-flow"),
         *("digits-soflow", "digits-shortcut", "digits-imm", "digits-tvm", "digits-facm", "digits-rcgm"),
-        *("digits-twinflow", "digits-ucgm", "digits-fm-plus", "digits-cm", "digits-ict", "digits-ect", "digits-sct"),
-        *("digits-cmt", "digits-ayf", "digits-dmf"),
+        *("digits-twinflow", "digits-ucgm", "digits-fm-plus", "digits-cm", "digits-ict", "digits-ect", "digits-tcm"),
+        *("digits-sct", "digits-cmt", "digits-ayf", "digits-dmf", "digits-pi-flow"),
         *("digits-three-heads", "digits-three-heads-shortcut", "digits-likelihood"),
     ),
     "More of DuMo on digits": ("digits-guided", "dumo-best"),

@@ -4,9 +4,11 @@ One number leads: of digits the one that a PNG holds (`dumo.protocols.evaluator.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from dumo.config.spec import Run
+from dumo.evaluation.card import seen
 from dumo.evaluation.record import checked
 from dumo.io.json import read_json
 from dumo.protocols.evaluator import headline, of_baseline
@@ -32,9 +34,16 @@ def judgement(opened: RunFolder) -> Table | None:
         return None
     way_out = f"run dumo evaluate {opened.folder} again"
     found = checked(read_json(path, way_out), path, way_out)
-    columns = figures(found["results"][0])
+    told = found.get("card") or {}
+    columns = figures(found["results"][0], told)
     fresh = (found["step"], found["weights"]) == (opened.step, opened.weights)
-    return {**found, "columns": columns, "fresh": fresh, "words": merits(columns), "baseline": first(found)}
+    biased = seen(found["results"][0], told)
+    words = {
+        key: replace(of, better=f"{of.better}; trained on") if key in biased else of
+        for key, of in merits(columns).items()
+    }
+    baseline = first(found, columns[0])
+    return {**found, "columns": columns, "fresh": fresh, "words": words, "biased": biased, "baseline": baseline}
 
 
 def benchmarks(opened: RunFolder) -> list[Table]:
@@ -53,27 +62,30 @@ def benchmarks(opened: RunFolder) -> list[Table]:
     return found
 
 
-def figures(row: Mapping[str, Any]) -> list[str]:
-    """The scores in a row: its numbers, spreads left out; first the one that leads."""
+def figures(row: Mapping[str, Any], card: Mapping[str, Any] | None = None) -> list[str]:
+    """The scores in a row: its numbers, spreads left out; first the one that leads, for a run of this card."""
     found = [
         key
         for key, value in row.items()
         if key != "nfe" and not key.endswith("_sd") and (value is None or isinstance(value, int | float))
     ]
-    lead = headline(found)
+    lead = headline(found, card)
     return [lead, *(key for key in found if key != lead)]
 
 
-def first(judged: Table) -> Table | None:
-    """The first baseline: its name, and its `mean` and `sd`; None where there is none."""
-    return next(({"name": name, **value} for name, value in judged["baselines"].items()), None)
+def first(judged: Table, lead: str) -> Table | None:
+    """The first baseline: its name, and `mean` and `sd` of the score that leads; None where there is none."""
+    for name, value in judged["baselines"].items():
+        of = {"mean": value[lead], "sd": value[f"{lead}_sd"]} if lead in value else {}
+        return {"name": name, **value, **of}
+    return None
 
 
 def cells(judged: Table, name: str) -> list[str]:
     """A baseline as a row of the table of scores, blank where it does not say."""
     found = judged["baselines"][name]
     known = {key: (found[key], found.get(f"{key}_sd")) for key in found if key in judged["columns"]}
-    lead = of_baseline(name, judged["columns"][0])
+    lead = of_baseline(name, headline(judged["columns"]))
     known |= dict.fromkeys([lead] + ["fd"] * (lead == "fd_grey"), (found["mean"], found["sd"]))  # data are grey already
     return [spread(*known[key]) if key in known else "" for key in judged["columns"]]
 
@@ -100,7 +112,7 @@ def others(results: Table, judged: Table | None, step: int, cost: float) -> Tabl
         one = rows.setdefault(name, _row(name, row["steps"], row.get("F_per_step")))
         one["lead"][row.get("nfe", 1)] = row[score]
         one["beside"][row.get("nfe", 1)] = row.get(beside)
-    alike = bool(judged and judged["fresh"] and judged["protocol"] == protocol)
+    alike = bool(judged and judged["fresh"] and judged["protocol"] == protocol and score not in judged["biased"])
     passes = sorted({n for row in rows.values() for n in row["lead"]})
     if judged and alike:
         own = _row("this run", step, cost, own=True)

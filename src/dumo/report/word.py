@@ -144,6 +144,7 @@ METHODS = {
     "imf": "improved MeanFlow",
     "imm": "IMM",
     "meanflow": "MeanFlow",
+    "pi_flow": "π-Flow",
     "rcgm": "RCGM",
     "sct": "sCT",
     "several": "several losses",

@@ -64,6 +64,7 @@ class CFG(Spec):
             flow_map=reads.flow_map and self._of(reads.flow_map, null),
             both=reads.both and self._of(reads.both, null),
             hops=reads.hops,
+            lowest=reads.lowest,
         )
 
     def rows(self, t: Time) -> Rows:

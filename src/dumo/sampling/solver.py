@@ -258,14 +258,24 @@ def check(solver: Solver, reads: Reads, *nfes: int) -> None:
         steps(solver, nfe)
         if isinstance(solver, Hop):
             _reach(solver, reads, nfe)
+        if not high_enough(solver, reads, nfe):
+            raise UserError(
+                f"solver '{solver.kind}' of nfe = {nfe} goes below t = {reads.lowest:g}, where the endpoint was never "
+                f"taught: ask for nfe = 1 or 2, with m = {reads.lowest:g}"
+            )
 
 
 def able(solver: Solver, reads: Reads, nfe: int) -> bool:
     """Whether a solver whose reading was taught can make so many passes: in whole steps, and no jump never taught."""
-    if nfe < 1 or nfe % solver.passes:
+    if nfe < 1 or nfe % solver.passes or not high_enough(solver, reads, nfe):
         return False
     hops = reads.hops if isinstance(solver, Hop) else None
     return hops is None or all(hops(t, s) for t, s in pairwise(uniform(nfe, solver.start)))
+
+
+def high_enough(solver: Solver, reads: Reads, nfe: int) -> bool:
+    """Whether the endpoint was taught at all times at which a solver of so many passes asks for it."""
+    return not (isinstance(solver, Jumps) and reads.lowest) or min(solver.times(nfe)) >= reads.lowest
 
 
 def _reach(solver: Hop, reads: Reads, nfe: int) -> None:

@@ -23,7 +23,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Discriminator, Field, Tag
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
@@ -38,8 +38,16 @@ class Ema(Spec):
     """How fast the average forgets. The paper takes 0.9999 (App. C.1) and names no ramp; the ramp is ours."""
 
     kind: Literal["exponential"] = Field(default="exponential", exclude_if=lambda kind: kind == "exponential")
-    decay: float = Field(gt=0, lt=1)
+    decay: float = Field(gt=0, le=1)  # 1: the weights that training begins with, as theta^- of a second stage
     ramp: bool = True
+
+    @model_validator(mode="after")
+    def _rests(self) -> "Ema":
+        if self.decay == 1 and self.ramp:
+            raise ValueError(
+                "decay = 1 is what training begins with, and a ramp would lead away from it: set ramp=false"
+            )
+        return self
 
     def __call__(self, n: int) -> float:
         """The decay of update n, the first of which is n = 1."""

@@ -80,6 +80,12 @@ def test_a_table_of_runs(tmp_path: Path) -> None:
     ]
 
 
+def test_a_table_says_what_a_run_was_trained_on(tmp_path: Path) -> None:
+    one, two = written(tmp_path / "a"), written(tmp_path / "b", trained_on="Inception")
+    assert "trained_on" not in compare([one])["rows"][0]
+    assert [row["trained_on"] for row in compare([one, two])["rows"]] == [None, None, "fid", "fid"]
+
+
 def test_anyway_shows_what_differs(tmp_path: Path) -> None:
     a, b = written(tmp_path / "a"), written(tmp_path / "b", reference_sha256="e" * 64, seed=1)
     with pytest.raises(UserError, match=r"reference_sha256: b{64} in"):

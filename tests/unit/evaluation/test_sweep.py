@@ -113,6 +113,18 @@ def test_the_best_is_marked_by_number_of_passes() -> None:
     assert [row["best"] for row in rows] == [False, True, False, False]
 
 
+def test_what_a_run_was_trained_on_marks_no_best() -> None:
+    card = {"features": "dumo's classifier of digits", "trained_on": "classifier of digits"}
+    rows = [
+        {"value": v, "nfe": 1, "solver": "s", "fd": f, "auc": 1 - f, "card": card} for v, f in (("a", 0.1), ("b", 0.3))
+    ]
+    mark(rows)
+    assert [row["best"] for row in rows] == [False, True]  # by auc
+    rows = [{"value": v, "nfe": 1, "solver": "s", "fd": f, "card": card} for v, f in (("a", 0.1), ("b", 0.3))]
+    mark(rows)
+    assert not any(row["best"] for row in rows)
+
+
 def test_a_report_of_a_sweep_is_no_evaluation(folder: Path) -> None:
     sweep(open_run(str(folder)), "sample.m=0.4,0.6")
     with pytest.raises(UserError, match="no report card"):

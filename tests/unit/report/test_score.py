@@ -1,18 +1,24 @@
 """What was measured is set out so that the number which counts leads, and doubts are said."""
 
-from typing import Any, get_args
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast, get_args
 
 import pytest
 import torch
 from PIL import Image
 
+from dumo import recipes
 from dumo.config.load import load
+from dumo.evaluation.card import seen, settings
 from dumo.features import digits
 from dumo.objectives import Objective
 from dumo.protocols import DigitsProtocol, ToyProtocol
 from dumo.protocols.evaluator import Reference, headline
 from dumo.report import page, score, word
 from dumo.report.figure import headed, smoothed
+from dumo.run.folder import RunFolder
 from dumo.types import Sample
 
 HALVES = {"halves": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.02}}
@@ -43,6 +49,54 @@ def test_what_a_file_holds_leads_wherever_it_stands() -> None:
     assert headline({"mmd2": 1, "x": 2}) == "mmd2"
     row = {"nfe": 1, "solver": "hop", "fd": 1.0, "fd_grey": 2.0, "kid": None, "kid_sd": 1.0, "state": "untrained"}
     assert score.figures(row) == ["fd_grey", "fd", "kid"]
+
+
+def test_what_a_run_was_trained_on_does_not_lead() -> None:
+    """By pixels a distance of features judges on, by features one of pixels; where nothing else is, it leads marked."""
+    features = {"features": "32 of dumo's classifier of digits"}
+    row = {"nfe": 1, "fd_grey": 1.0, "fd": 1.0, "kid": 1.0, "kid_sd": 1.0, "auc": 0.7, "pixel_fd_held": 2.0}
+    by_numbers, by_features = features | {"trained_on": "numbers"}, features | {"trained_on": "classifier of digits"}
+    assert [score.figures(row, card)[0] for card in (features, by_numbers)] == ["fd_grey", "fd_grey"]
+    assert [seen(row, card) for card in (features, by_numbers)] == [[], ["auc", "pixel_fd_held"]]
+    assert seen(row, by_features) == ["fd_grey", "fd", "kid"]
+    assert score.figures(row, by_features) == ["auc", "fd_grey", "fd", "kid", "pixel_fd_held"]
+    assert seen(row, features | {"trained_on": "Inception"}) == []
+    assert headline({"mmd2": 1.0}, by_numbers) == "mmd2"
+
+
+def test_a_card_says_what_a_run_was_trained_on() -> None:
+    several = ["objective={kind: several, pulls: [{kind: match}, {kind: drift}]}", "train.batch=32"]
+    assert settings(load("digits", several))["trained_on"] == "numbers"
+    assert "trained_on" not in settings(load("digits"))
+
+
+def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
+    """The baseline beside the number that leads is of that number, and the run stands in no table by the others."""
+    row = {"nfe": 1, "solver": "restart", "fd_grey": 0.5, "auc": 0.7}
+    card = {
+        "solver": {},
+        "codec": None,
+        "features": "dumo's classifier of digits",
+        "trained_on": "classifier of digits",
+    }
+    told = {"step": 1, "weights": "w", "protocol": "digits", "results": [row], "contrast": [], "baselines": HALVES}
+    opened = SimpleNamespace(folder=tmp_path, step=1, weights="w")
+    pages: list[score.Table] = []
+    for one in (card, {key: value for key, value in card.items() if key != "trained_on"}):
+        (tmp_path / "evaluation.json").write_text(json.dumps(told | {"card": one}))
+        found = score.judgement(cast(RunFolder, opened))
+        assert found is not None
+        pages.append(found)
+    marked, plain = pages
+    assert (marked["columns"], marked["baseline"]["mean"]) == (["auc", "fd_grey"], 0.5)
+    assert (plain["columns"], plain["baseline"]["mean"]) == (["fd_grey", "auc"], 0.2)
+    assert score.cells(marked, "halves") == ["0.500 ± 0.020", "0.20 ± 0.10"]
+    assert [of.better.endswith("; trained on") for of in marked["words"].values()] == [False, True]
+    results = recipes.results("zoo")
+    assert results is not None
+    protocol = results["cells"][0]["protocol"]
+    assert score.others(results, plain | {"protocol": protocol}, 1, 4.0)["alike"]
+    assert not score.others(results, marked | {"protocol": protocol}, 1, 4.0)["alike"]
 
 
 def test_every_figure_of_ours_has_words() -> None:
