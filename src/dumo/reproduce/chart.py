@@ -3,12 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
 from math import isfinite
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
 COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470")
@@ -26,9 +27,10 @@ def curves(
 ) -> Image.Image:
     """A curve per name, with error bars where a deviation is known; y on a log scale.
 
-    With `level` both axes are logarithms, and a line of that name crosses the curves at this y.
+    With `level` both axes are logarithms, x is marked where there are points, and a line of that name crosses the
+    curves at this y.
     """
-    figure = Figure((6.4, 4.2), dpi=150, layout="constrained")
+    figure = Figure((8.0 if level else 6.4, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     for (name, points), colour, mark in zip(rows.items(), cycle(COLOURS), cycle(MARKS), strict=False):
         xs, ys, sds = zip(*sorted(points), strict=True)
@@ -37,11 +39,17 @@ def curves(
         axes.errorbar(xs, ys, bars, color=colour, marker=mark, ms=size, lw=1.4, capsize=3, label=name)
     if level:
         axes.axhline(level[0], color="0.4", lw=1, ls="--", label=level[1])
-        _spread(axes.xaxis, axes.set_xscale)
-    axes.set(title=title, xlabel=x, ylabel=y)
+        axes.set_xscale("log")
+        places = sorted({place for points in rows.values() for place, _, _ in points})
+        axes.set_xticks(places, [f"{place:.2g}" for place in places])
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.set(title=title, xlabel=x, ylabel=fill(y, 42))
     _spread(axes.yaxis, axes.set_yscale)
     axes.grid(alpha=0.25, which="both")
-    axes.legend(frameon=False)
+    if level:
+        figure.legend(frameon=False, loc="outside right upper")
+    else:
+        axes.legend(frameon=False)
     return _drawn(figure)
 
 
@@ -70,7 +78,8 @@ def dots(title: str, x: str, rows: Mapping[str, Mapping[str, tuple[float, float 
 
     The marks of a line are joined, and the legend stands above, so that a line is read as one thing.
     """
-    figure = Figure((7.6, 1.7 + 0.3 * len(rows)), dpi=150, layout="constrained")
+    wide = max(7.6, 5 + 0.075 * max(map(len, rows)))  # so that the marks have half of it beside long names
+    figure = Figure((wide, 1.7 + 0.3 * len(rows)), dpi=150, layout="constrained")
     axes = figure.subplots()
     for y, row in enumerate(rows.values()):
         xs = [value for value, _ in row.values()]

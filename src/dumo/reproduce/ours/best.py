@@ -193,7 +193,8 @@ def even(points: Sequence[tuple[float, float, float | None]], to: float) -> floa
 
 def charts(course: Course, stem: str, table: list[dict[str, Any]]) -> dict[str, Image.Image]:
     """Distance against budget in one pass and in two, and where the paper's recipe stands at a budget of 1."""
-    names = [name for name in dict.fromkeys(row["arm"] for row in table) if not name.startswith("+")]
+    names = {row["arm"] for row in table if not row["arm"].startswith("+")}
+    names = [course.ours, *sorted(names - {course.ours, PAPER}), PAPER]
     return {
         f"{stem}-nfe{nfe}": chart.curves(
             f"What a budget buys, {nfe} pass{'es' * (nfe > 1)}",
