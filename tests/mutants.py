@@ -496,8 +496,8 @@ MUTANTS = [
     Mutant("sampling/guidance.py", "hops=reads.hops", "hops=None", "guided jumps are of any size", SHORTCUT),
     Mutant(
         "sampling/solver.py",
-        "_reach(solver, reads, nfe)\n\n",
-        "pass\n\n",
+        "_reach(solver, reads, nfe)\n",
+        "pass\n",
         "jumps that nobody taught are made",
         SHORTCUT,
     ),
@@ -663,7 +663,11 @@ MUTANTS = [
         CONSISTENCY,
     ),
     Mutant(
-        "objectives/consistency.py", "b.v_t, b.c, t=r)", "b.v_t, b.c, t=t)", "x_r is asked of at time t", CONSISTENCY
+        "objectives/consistency.py",
+        "ref(x_r, b.c, t=r)",
+        "ref(x_r, b.c, t=t)",
+        "x_r is asked of at time t",
+        CONSISTENCY,
     ),
     Mutant("objectives/consistency.py", "else b.at(t)", "else b", "t moves to the grid, x_t does not", CONSISTENCY),
     Mutant(
@@ -751,7 +755,7 @@ MUTANTS = [
     Mutant("objectives/pi_flow.py", "v = b.teacher(x, s, b.c, v) if b.teacher else v", "", "imitates data", PI_FLOW),
     Mutant("sampling/solver.py", "min(solver.times(nfe)) >=", "max(solver.times(nfe)) >=", "read too low", GOES_ON),
     Mutant("objectives/pull.py", "progress >= self.after", "progress > self.after", "a pull begins late", MATCH),
-    Mutant("objectives/pull.py", "(w - heads[velocity])", "(heads[velocity] - w)", "match pushes samples off", MATCH),
+    Mutant("objectives/pull.py", "(w - v).detach()", "(v - w).detach()", "match pushes samples off", MATCH),
     Mutant(
         "objectives/pull.py", "path.at((b.z - u).detach(), z, t)", "path.at(b.z - u, z, t)", "w moves samples", MATCH
     ),
@@ -1191,7 +1195,7 @@ MUTANTS = [
     ),
     Mutant(
         "protocols/evaluator.py",
-        '"fd_grey" if "fd_grey" in scores else next',
+        '"fd_grey" if "fd_grey" in free else next',
         "next",
         "what no file holds leads",
         "tests/unit/report/test_score.py",

@@ -48,7 +48,7 @@ def spec(case: str, *more: str) -> Run:
     """The run of a case; +teacher and +pairs are no fields."""
     name, *fields = [word for word in case.split("+") if word not in ("teacher", "pairs")]
     lean = [] if name == "moons" else ["net.depth=2"]  # two blocks, and what is around them: what is given back in turn
-    lean += ["net.late=1"] if name == "digits-dmf" else []
+    lean += {"digits-dmf": ["net.late=1"], "dumo-best": ["train.coupling.group=8"]}.get(name, [])  # a rank has half
     return load(name, [*lean, *fields, *more])
 
 

@@ -158,8 +158,7 @@ class Several(Spec):
 
     def read(self, net: Net) -> Reads:
         """Of each reading the first head that has it, those before that are not told r; both: told r = 0."""
-        order = sorted(range(len(self.parts)), key=lambda i: self.parts[i].aims)
-        found = [self.parts[i].read(self._aimed(net, i)) for i in order]
+        found = [self.parts[i].read(self._aimed(net, i)) for i in self._order]
         first = {f.name: [one for reads in found if (one := getattr(reads, f.name)) is not None] for f in fields(Reads)}
         reads = Reads(**{name: have[0] for name, have in first.items() if have})
         reads = reads if self._end is None else replace(reads, both=self._both(net, self._end))
@@ -208,8 +207,12 @@ class Several(Spec):
     @property
     def _end(self) -> int | None:
         """The place of the head that an endpoint is read of; None: there is none."""
-        ends = (i for i, part in enumerate(self.parts) if part.ends)
-        return min(ends, key=lambda i: self.parts[i].aims, default=None)
+        return next((i for i in self._order if self.parts[i].ends), None)
+
+    @property
+    def _order(self) -> list[int]:
+        """The places of the parts in the order in which they are read: first those that are not told r."""
+        return sorted(range(len(self.parts)), key=lambda i: self.parts[i].aims)
 
     def _named(self, net: Net, x: Sample, t: Time, c: Cond) -> dict[str, Sample]:
         """The heads by name, told r = 0."""
