@@ -7,6 +7,7 @@ passes a step gets fewer steps. At the paper's size arms are compared as the pap
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -125,8 +126,9 @@ def equal_cost(
             yield Cell(f"{arm.name}-{seed}", spec.model_copy(update={"train": train}), labels)
 
 
-def work(spec: Run, passes: float) -> float:
-    """Counted operations of a step of so many forward units."""
+def work(spec: Run, passes: float | None = None) -> float:
+    """Counted operations of a step, of so many forward units if these are known already."""
+    passes = units(spec) if passes is None else passes
     return spec.train.batch * passes * forward_flops(spec.outline(), spec.objective, spec.data.shape)
 
 
@@ -141,7 +143,8 @@ def equal_steps(
         yield Cell(f"{arm.name}-{spec.train.seed}", spec, {**arm.labels, "steps": spec.train.steps})
 
 
-def taught(recipe: str, host: str, *, kept: Sequence[str] = ("drop", "guide")) -> tuple[str, ...]:
+@cache
+def taught(recipe: str, host: str, *, kept: tuple[str, ...] = ("drop", "guide")) -> tuple[str, ...]:
     """What makes the recipe `host` train as `recipe` does: its objective, path, preconditioning, theta^- and solver.
 
     The fields `kept` of the objective, if both have them, stay the host's, and so do its data, net and training.

@@ -14,9 +14,6 @@ from dumo.reproduce.ours import best, setting
 from dumo.reproduce.plan import Finished
 from dumo.run.folder import RunFolder
 
-SAME = ("data", "net", "path", "train", "sample", "evaluate")
-
-
 COURSES = pytest.mark.parametrize("course", [best.ON_DIGITS, best.ON_LATENTS], ids=["digits", "latents"])
 
 
@@ -27,7 +24,7 @@ def test_the_steps_end_at_the_recipe(course: best.Course) -> None:
     recipe = load(course.ours, [*course.common, *best.JUDGED])
     train = ours.train.model_copy(update={"steps": recipe.train.steps})
     assert ours.model_copy(update={"about": recipe.about, "train": train}).model_dump() == recipe.model_dump()
-    spent, given = (arm.work(one, arm.units(one)) * one.train.steps for one in (recipe, load(course.paper)))
+    spent, given = (arm.work(one) * one.train.steps for one in (recipe, load(course.paper)))
     assert spent == pytest.approx(given, rel=1e-3)
 
 

@@ -13,7 +13,7 @@ steps.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 from math import exp, log
 from typing import Any
@@ -65,11 +65,11 @@ class Course:
     seeds: int
     budgets: tuple[float, ...] = (1 / 3, 1.0, 3.0)
 
-    def on_ours(self, name: str, recipe: str, sets: Sets) -> Arm:
+    def on_ours(self, name: str, recipe: str, sets: Sets, labels: dict[str, Any]) -> Arm:
         """An objective as it is set, on our net."""
-        objective = taught(recipe, self.ours) if recipe != self.ours else ()
+        objective = arm.taught(recipe, self.ours) if recipe != self.ours else ()
         judged = FOLLOWED if recipe.endswith("flow-matching") else JUDGED
-        return Arm(name, self.ours, (*self.common, *objective, *sets, *judged))
+        return Arm(name, self.ours, (*self.common, *objective, *sets, *judged), labels)
 
     def arms(self) -> list[Arm]:
         """From the paper's recipe to ours, and our rivals."""
@@ -79,7 +79,7 @@ class Course:
             found.append(Arm(f"step-{i}", self.paper, sets, {"arm": f"+ {name}" if i else name}))
         found[-1] = replace(found[-1], labels={"arm": self.ours})
         for title, (recipe, more) in self.rivals.items():
-            found.append(replace(self.on_ours(recipe, recipe, more), labels={"arm": title}))
+            found.append(self.on_ours(recipe, recipe, more, {"arm": title}))
         return found
 
     def cells(self, scale: str) -> Iterator[Cell]:
@@ -91,12 +91,6 @@ class Course:
             ]
             count = round(budget * self.steps)
             yield from arm.equal_cost(sized, scale, self.seeds, first=1, small=self.small, steps=count, cost=arm.work)
-
-
-@cache
-def taught(recipe: str, ours: str) -> Sets:
-    """What makes our recipe train as this one does; read once, for all of its settings."""
-    return arm.taught(recipe, ours)
 
 
 ON_DIGITS = Course(
@@ -151,8 +145,8 @@ def tuned(scale: str) -> list[Arm]:
     found = [Arm("paper", ON_DIGITS.paper, (*common(scale), *JUDGED), {"setting": PAPER})]
     for title, (recipe, settings) in SETTINGS.items():
         for i, (name, sets) in enumerate(settings.items()):
-            made = ON_DIGITS.on_ours(f"{recipe}-{i}", recipe, (*common(scale), *INDEPENDENT, *sets))
-            found.append(replace(made, labels={"setting": f"{title}: {name}"}))
+            sets = (*common(scale), *INDEPENDENT, *sets)
+            found.append(ON_DIGITS.on_ours(f"{recipe}-{i}", recipe, sets, {"setting": f"{title}: {name}"}))
     return found
 
 

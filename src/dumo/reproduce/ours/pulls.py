@@ -10,7 +10,7 @@ from typing import Any
 
 from dumo.reproduce import arm
 from dumo.reproduce.arm import Arm
-from dumo.reproduce.ours.best import HELD, LABELLED
+from dumo.reproduce.ours.best import ON_DIGITS, ON_LATENTS
 from dumo.reproduce.ours.setting import GUIDED, LEANING, OURS, OURS_ON_LATENTS, Sets, U, V, parts
 
 AFTER = (0.25, 0.5, 0.75)  # of the training
@@ -44,11 +44,11 @@ def plan(title: str, stem: str, recipe: str, common: Sets, small: Sets) -> arm.P
     return arm.comparison(title, stem, make, seeds=3, small=small, cost=arm.work, unpublished=why)
 
 
-DIGITS = plan("Pulls on digits, at equal counted cost (ours)", "pulls", OURS, HELD, arm.SMALL)
+DIGITS = plan("Pulls on digits, at equal counted cost (ours)", "pulls", OURS, ON_DIGITS.common, arm.SMALL)
 LATENTS = plan(
     "Pulls on CIFAR-10 latents, at equal counted cost (ours)",
     "pulls-latents",
     OURS_ON_LATENTS,
-    (*parts(V, U), LEANING, *GUIDED, "evaluate.protocol.samples=1250"),  # that recipe by its parts, to the bit
-    LABELLED,
+    (*parts(V, U), LEANING, *GUIDED, *ON_LATENTS.common),  # that recipe by its parts, to the bit
+    ON_LATENTS.small,
 )

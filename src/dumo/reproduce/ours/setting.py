@@ -98,24 +98,23 @@ OPTIONS: dict[str, Sets] = {
 }
 
 
+HERMITE, HOP = ('sample.solver={"kind": "hermite"}',), ('sample.solver={"kind": "hop"}',)
 ONE_MEAN = (  # v as it was, and a mean velocity for all jumps, in MeanFlow's metric
     *parts(V, M | {"power": 1.0}),
     jumps(0.25, 0.75),
-    'sample.solver={"kind": "hop"}',
+    *HOP,
 )
-LADDER: dict[str, Sets] = {  # from the paper's recipe to ours
+NET: dict[str, Sets] = {  # the steps that all data begin with
     "times logit-normal(-0.4, 1)": (LEANING,),
     "Muon": (muon(0.012, 0.006),),
     "magnitude preserved": (MAGNITUDE,),
+}
+LADDER: dict[str, Sets] = {  # from the paper's recipe to ours
+    **NET,
     "one mean velocity for all jumps": ONE_MEAN,
     "optimal transport in a batch": TRANSPORT,
 }
-LATENT_LADDER: dict[str, Sets] = {
-    "times logit-normal(-0.4, 1)": (LEANING,),
-    "Muon": (muon(0.012, 0.006),),
-    "magnitude preserved": (MAGNITUDE,),
-    "guided in training, as in the paper": GUIDED,
-}
+LATENT_LADDER: dict[str, Sets] = {**NET, "guided in training, as in the paper": GUIDED}
 INDEPENDENT = ("train.coupling=null",)  # of noise and data: how settings below begin
 EACH: dict[str, Sets] = {  # settings of the net's training, the same for all
     "as it is": (),
@@ -129,7 +128,6 @@ JUMPS = (jumps(0.5, 0.5),)  # half of the rows at rest, and of the jumps half to
 LAW: dict[str, Sets] = {
     f"jumps {rest}, {data}": (jumps(rest, data),) for rest, data in ((0.25, 0.75), (0.75, 0.5), (0.5, 0.75))
 }
-HERMITE = ('sample.solver={"kind": "hermite"}',)
 BOTH = (*weighed(0.5), LEANING, *HERMITE)
 
 
@@ -155,7 +153,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Sets]]] = {
             "one mean velocity of half the weight": (
                 *parts(V | {"weight": 0.5}, M | {"weight": 0.5, "power": 1.0}),
                 jumps(0.25, 0.75),
-                'sample.solver={"kind": "hop"}',
+                *HOP,
             ),
             "one mean velocity, jumps 0.1, 0.75, optimal transport": (*ONE_MEAN, jumps(0.1, 0.75), *TRANSPORT),
         },

@@ -11,7 +11,6 @@ from statistics import fmean
 from typing import Any
 
 from dumo.config.load import load
-from dumo.config.spec import Run
 from dumo.features import digits
 from dumo.io import archive
 from dumo.metrics.frechet import frechet_distance
@@ -38,19 +37,14 @@ def cells(scale: str) -> Iterator[Cell]:
         if smoke and data != "digits":
             continue
         sets = [*(arm.SMALL if smoke else ()), "evaluate.nfe=[1,2]"]
-        steps, cost = arm.SMOKE // 2 if smoke else STEPS[data], work(load(words, sets))
+        steps, cost = arm.SMOKE // 2 if smoke else STEPS[data], arm.work(load(words, sets))
         for by, recipe in (("class", data), ("words", words)):
-            spec = load(recipe, [*sets, f"train.steps={round(steps * cost / work(load(recipe, sets)))}"])
+            spec = load(recipe, [*sets, f"train.steps={round(steps * cost / arm.work(load(recipe, sets)))}"])
             flops = forward_flops(spec.outline(), spec.objective, spec.data.shape)
             told = {"condition": by, "data": data, "steps": spec.train.steps, "MFLOP_per_pass": round(flops / 1e6, 2)}
             for seed in range(1 if smoke else 3):
                 train = spec.train.model_copy(update={"seed": seed})
                 yield Cell(f"{recipe}-{seed}", spec.model_copy(update={"train": train}), told)
-
-
-def work(spec: Run) -> float:
-    """Counted operations of a step."""
-    return arm.work(spec, arm.units(spec))
 
 
 def table(done: list[Finished]) -> list[dict[str, Any]]:
