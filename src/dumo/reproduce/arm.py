@@ -18,13 +18,12 @@ from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.io import archive, picture
 from dumo.preflight import show
-from dumo.preflight.cost import forward_flops
 from dumo.protocols.evaluator import headline
 from dumo.report import figure
 from dumo.report.score import figures
 from dumo.report.word import MERITS, word
 from dumo.reproduce import chart
-from dumo.reproduce.plan import Cell, Finished, Plan, deviation, units
+from dumo.reproduce.plan import Cell, Finished, Plan, deviation, flops, units
 from dumo.run.sample import conditions, sample
 
 SMALL = ("train.batch=32", "net.width=32", "net.depth=1", "evaluate.protocol.samples=500")  # for smoke, on digits
@@ -66,7 +65,7 @@ def comparison(
     seeds: int,
     small: Sequence[str] = SMALL,
     steps: int | None = None,
-    cost: Callable[[Run, float], float] | None = None,
+    cost: Callable[[Run], float] | None = None,
     table: Callable[[list[Finished]], list[dict[str, Any]]] | None = None,
     samples: bool = False,
     unpublished: str = "",
@@ -106,7 +105,7 @@ def equal_cost(
     first: int = 0,
     small: Sequence[str] = SMALL,
     steps: int | None = None,
-    cost: Callable[[Run, float], float] | None = None,
+    cost: Callable[[Run], float] | None = None,
 ) -> Iterator[Cell]:
     """Every arm with every seed from `first` on, each with as many steps as cost what those of the first arm do.
 
@@ -116,20 +115,18 @@ def equal_cost(
     sets, budget = small if scale == "smoke" else (), 0.0
     for arm in arms:
         spec = arm.load(sets)
-        passes = units(spec)
-        each = passes if cost is None else cost(spec, passes)
+        each = (cost or units)(spec)
         budget = budget or each * (SMOKE if scale == "smoke" else steps or spec.train.steps)
         count = round(budget / each)
-        labels = {**arm.labels, "steps": count, "F_per_step": round(passes, 2)}
+        labels = {**arm.labels, "steps": count, "F_per_step": round(units(spec), 2)}
         for seed in range(first, first + (1 if scale == "smoke" else seeds)):
             train = spec.train.model_copy(update={"steps": count, "seed": seed})
             yield Cell(f"{arm.name}-{seed}", spec.model_copy(update={"train": train}), labels)
 
 
-def work(spec: Run, passes: float | None = None) -> float:
-    """Counted operations of a step, of so many forward units if these are known already."""
-    passes = units(spec) if passes is None else passes
-    return spec.train.batch * passes * forward_flops(spec.outline(), spec.objective, spec.data.shape)
+def work(spec: Run) -> float:
+    """Counted operations of a step."""
+    return spec.train.batch * units(spec) * flops(spec)
 
 
 def equal_steps(

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
+from functools import partial, wraps
 from hashlib import blake2b
 from pathlib import Path
 from statistics import stdev
@@ -145,10 +145,31 @@ def markdown(title: str, table: Sequence[dict[str, Any]]) -> str:
     return f"# {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def once(count: Callable[[Run], float]) -> Callable[[Run], float]:
+    """A count that is remembered by all it depends on: of a plan's runs most differ in their training alone."""
+    known: dict[str, float] = {}
+
+    @wraps(count)
+    def counted(spec: Run) -> float:
+        key = spec.model_dump_json(include={"data", "net", "objective", "path", "teacher"}) + repr(spec.train.ref)
+        if key not in known:
+            known[key] = count(spec)
+        return known[key]
+
+    return counted
+
+
+@once
 def units(spec: Run) -> float:
     """Counted forward units of a step. A teacher's pass counts as one of the net, guided as two."""
     taught = 0 if spec.teacher is None or spec.teacher.pairs else 1 if spec.teacher.guide.scale == 1 else 2
     return taught + cost.forward_units(spec.outline(), spec.objective, spec.path, spec.data.shape, ref=spec.train.ref)
+
+
+@once
+def flops(spec: Run) -> float:
+    """Counted operations of a pass, per row."""
+    return cost.forward_flops(spec.outline(), spec.objective, spec.data.shape)
 
 
 def deviation(values: Sequence[float]) -> float | None:

@@ -65,7 +65,7 @@ def test_the_nearest_are_chosen() -> None:
 
 
 def test_seeds_that_choose_do_not_compare(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arm, "work", lambda spec, passes: passes)
+    monkeypatch.setattr(arm, "work", lambda spec: 3.0)
     monkeypatch.setattr(arm, "units", lambda spec: 3.0)
     assert {cell.spec.train.seed for cell in best.ALONE.cells("smoke")} == {0}
     assert {cell.spec.train.seed for cell in best.LATENTS.cells("smoke")} == {1}
@@ -114,7 +114,7 @@ def finished(cells: list[Any], distance: dict[str, float]) -> list[Finished]:
 
 
 def test_the_table_has_every_arm_at_every_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arm, "work", lambda spec, passes: passes)
+    monkeypatch.setattr(arm, "work", lambda spec: 3.0)
     monkeypatch.setattr(arm, "units", lambda spec: 3.0)
     cells = list(best.DIGITS.cells("laptop"))
     arms = list(dict.fromkeys(cell.labels["arm"] for cell in cells))

@@ -114,7 +114,7 @@ LADDER: dict[str, Sets] = {  # from the paper's recipe to ours
     "one mean velocity for all jumps": ONE_MEAN,
     "optimal transport in a batch": TRANSPORT,
 }
-LATENT_LADDER: dict[str, Sets] = {**NET, "guided in training, as in the paper": GUIDED}
+LATENT_LADDER: dict[str, Sets] = {**NET, "guided in training, as in the paper": (*GUIDED, *HERMITE)}
 INDEPENDENT = ("train.coupling=null",)  # of noise and data: how settings below begin
 EACH: dict[str, Sets] = {  # settings of the net's training, the same for all
     "as it is": (),

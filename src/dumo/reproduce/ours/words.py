@@ -15,10 +15,9 @@ from dumo.features import digits
 from dumo.io import archive
 from dumo.metrics.frechet import frechet_distance
 from dumo.metrics.moments import Moments
-from dumo.preflight.cost import forward_flops
 from dumo.protocols.cifar10 import features_of
 from dumo.reproduce import arm
-from dumo.reproduce.plan import Cell, Finished, Plan
+from dumo.reproduce.plan import Cell, Finished, Plan, flops
 from dumo.run.folder import RunFolder
 from dumo.run.sample import real_data, sample
 from dumo.sampling.generate import labels
@@ -40,8 +39,8 @@ def cells(scale: str) -> Iterator[Cell]:
         steps, cost = arm.SMOKE // 2 if smoke else STEPS[data], arm.work(load(words, sets))
         for by, recipe in (("class", data), ("words", words)):
             spec = load(recipe, [*sets, f"train.steps={round(steps * cost / arm.work(load(recipe, sets)))}"])
-            flops = forward_flops(spec.outline(), spec.objective, spec.data.shape)
-            told = {"condition": by, "data": data, "steps": spec.train.steps, "MFLOP_per_pass": round(flops / 1e6, 2)}
+            each = round(flops(spec) / 1e6, 2)
+            told = {"condition": by, "data": data, "steps": spec.train.steps, "MFLOP_per_pass": each}
             for seed in range(1 if smoke else 3):
                 train = spec.train.model_copy(update={"seed": seed})
                 yield Cell(f"{recipe}-{seed}", spec.model_copy(update={"train": train}), told)
