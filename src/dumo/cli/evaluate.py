@@ -124,7 +124,7 @@ def reproduce(
         typer.Argument(
             help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: best, best-latents, best-options, "
             "best-pixels, best-tuning, fair, guidance, latents, lowpass, ours, ours-latents, pretrained, pulls, "
-            "pulls-latents, words."
+            "pulls-latents, stages, words."
         ),
     ],
     scale: Annotated[

@@ -101,8 +101,11 @@ def short(net: Net) -> Net:
     if isinstance(net, Pretrained):
         return net.model_copy(update={"depth": min(2, net.depth or 2), "weights": "drawn"})
     depth: int | None = getattr(net, "depth", None)
-    few = 3 if getattr(net, "skips", False) else 2
-    return net if depth is None else net.model_copy(update={"depth": min(few, depth)})
+    if depth is None:
+        return net
+    few = min(3 if getattr(net, "skips", False) else 2, depth)
+    late: int | None = getattr(net, "late", None)
+    return net.model_copy(update={"depth": few} | ({} if late is None else {"late": min(late, few - 1)}))
 
 
 def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:

@@ -9,7 +9,7 @@ from dumo.io import archive, file
 from dumo.io.json import write_json
 from dumo.progress import Bar, no_bar
 from dumo.reproduce.arm import respread
-from dumo.reproduce.ours import best, fair, guidance, ideas, latents, lowpass, pretrained, pulls, words
+from dumo.reproduce.ours import best, fair, guidance, ideas, latents, lowpass, pretrained, pulls, stages, words
 from dumo.reproduce.paper import fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo
 from dumo.reproduce.plan import SCALES, Plan, markdown, origin
 from dumo.types import UserError
@@ -35,6 +35,7 @@ PLANS = {
     "pulls": pulls.DIGITS,
     "pulls-latents": pulls.LATENTS,
     "sec43": sec43.PLAN,
+    "stages": stages.PLAN,
     "tab2": tab2.PLAN,
     "words": words.PLAN,
     "zoo": zoo.PLAN,

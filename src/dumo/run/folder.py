@@ -240,7 +240,8 @@ def of_run(run: Run, start: Start, device: torch.device) -> dict[str, Tensor]:
     """The weights of another run. Raises UserError where they make another function of this one's net."""
     source = open_run(start.source, weights=start.weights, device=str(device))
     differs = [line for line in difference(source.run, run) if line.startswith(("net", "path"))]
-    if differs := [line for line in differs if not line.startswith(SAME)]:
+    same = SAME if "r" in source.run.objective.needs.names else (*SAME, "net.late:")  # of r no block knew
+    if differs := [line for line in differs if not line.startswith(same)]:
         raise UserError(
             f"start: the nets differ, {start.source} has another {'; '.join(differs)}: set these fields as they are "
             "there, or start=null"

@@ -14,7 +14,7 @@ from dumo.codecs import Identity
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.data import Images, Latents
-from dumo.preflight import cost, machine, rehearsal, table
+from dumo.preflight import cost, doctor, machine, rehearsal, table
 from dumo.preflight.doctor import Examination
 from dumo.preflight.plan import cache, memory, missing_data, most_rows, plan
 from dumo.run import encode
@@ -67,6 +67,7 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(cost, "activation_bytes", lambda *_, **__: 0)
         monkeypatch.setattr(cost, "forward_units", lambda *_, **__: 5.0)
     spec = load(name, ["net.depth=2", "net.weights=drawn"] if name in HEAVY else [])
+    assert spec.model_copy(update={"net": doctor.short(spec.net)}).outline()  # what is examined before training
     facts = plan(spec)
     json.dumps(facts, allow_nan=False)
     if name in MILLIONS:

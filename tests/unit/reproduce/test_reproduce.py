@@ -22,7 +22,7 @@ from dumo.progress import no_bar
 from dumo.random import stream
 from dumo.reproduce import PLANS, arm, redraw, reproduce
 from dumo.reproduce.arm import Arm
-from dumo.reproduce.ours import fair, ideas, pretrained
+from dumo.reproduce.ours import fair, ideas, pretrained, stages
 from dumo.reproduce.paper import fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo
 from dumo.reproduce.plan import SCALES, Cell, Finished, Plan, finish, markdown, units
 from dumo.run.folder import RunFolder
@@ -60,7 +60,7 @@ def plan(*cells: Cell) -> Plan:
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counting what steps cost takes long, and is tested by itself: here all cost 3 F."""
-    for module in (arm, pretrained):
+    for module in (arm, pretrained, stages):
         monkeypatch.setattr(module, "units", lambda spec: 3.0)
     monkeypatch.setattr(arm, "flops", lambda spec: 1e6)
 
@@ -203,7 +203,16 @@ def test_markdown() -> None:
 
 SMALL_SCALES = ("smoke", "laptop")
 UNPUBLISHED = ("fig3", "fig5", "guidance", "latents", "lowpass", "ours", "ours-latents", "pretrained", "words")
-UNPUBLISHED += ("pulls", "pulls-latents", "best", "best-latents", "best-options", "best-pixels", "best-tuning")
+UNPUBLISHED += (
+    "stages",
+    "pulls",
+    "pulls-latents",
+    "best",
+    "best-latents",
+    "best-options",
+    "best-pixels",
+    "best-tuning",
+)
 
 
 @pytest.mark.usefixtures("free")

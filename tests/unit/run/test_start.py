@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dumo.config.load import load
 from dumo.run.folder import open_run
 from dumo.run.train import train
 from dumo.types import UserError
@@ -44,6 +45,25 @@ def test_a_start_that_does_not_fit_is_refused(known: Path, tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
     with pytest.raises(UserError, match=r"start\.heads\.w: objective 'dumo' has no such head, its heads are v, u"):
         tiny("moons", f"start.source={known}", "start.heads.w=v")
+
+
+def test_blocks_that_are_told_r_late_begin_as_a_velocity_that_knows_none(tmp_path: Path) -> None:
+    small = (
+        "data.held=360",
+        "net.width=16",
+        "net.attention=2",
+        "train.batch=4",
+        "train.steps=1",
+        "train.probe_every=0",
+    )
+    train(load("digits-flow-matching", [*small]), tmp_path / "fm")
+    asked = [*small, "train.optimizer.lr=1e-12", f"start.source={tmp_path / 'fm'}"]
+    train(load("digits-dmf", asked), tmp_path / "late")
+    before, after = (open_run(str(tmp_path / name)) for name in ("fm", "late"))
+    x, t, c = torch.randn(2, *before.run.data.shape), torch.tensor([0.3, 0.9]), torch.tensor([0, 1])
+    assert torch.allclose(after.net(x, c, t=t, r=t)[0], before.net(x, c, t=t)[0], atol=1e-6)
+    with pytest.raises(UserError, match=r"net\.late: 3 there, null asked"):
+        train(load("digits-meanflow", [*small, f"start.source={tmp_path / 'late'}"]), tmp_path / "all")
 
 
 def test_a_start_is_made_once(known: Path, tmp_path: Path) -> None:

@@ -209,8 +209,8 @@ CHOSEN = {  # whose product of distances in one pass and in two is the least; fl
     "α-Flow": "optimal transport",
     "Flow matching": "contrastive, optimal transport",
 }
-FOR_LATENTS: dict[str, Sets] = {  # settings of rivals on latents
-    "MeanFlow": JUMPS,
-    "α-Flow": JUMPS,
-    "Flow matching": (LEANING,),
+FOR_LATENTS: dict[str, Sets] = {  # settings of rivals on latents: of five each, by the same rule (docs/log.md)
+    "MeanFlow": LAW["jumps 0.75, 0.5"],
+    "α-Flow": LAW["jumps 0.5, 0.75"],
+    "Flow matching": (MIDDLE,),
 }
