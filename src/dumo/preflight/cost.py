@@ -100,9 +100,10 @@ def peak_bytes(
 ) -> Bytes:
     """Bytes of a training step of `rows` rows on a CPU: net and batch before it; activations, gradients, targets in it.
 
-    What a kernel takes for itself while it runs is not seen.
+    In the part of the training that takes the most. What a kernel takes for itself while it runs is not seen.
     """
-    return _peak(net, objective, _draw(objective, path, rows, shape), ref, precision, graded=False)
+    steps = _steps(objective, path, rows, shape)
+    return max((_peak(net, objective, b, ref, precision, graded=False) for b in steps), key=lambda found: found.peak)
 
 
 def activation_bytes(
@@ -119,8 +120,11 @@ def activation_bytes(
 
     So what a piece of a batch takes when an earlier one has left its gradients.
     """
-    b = _draw(objective, path, rows, shape)
-    return by_depth(net, lambda net: _peak(net, objective, b, ref, precision, graded=True).peak, check=True)
+
+    def at(b: Noised) -> int:
+        return by_depth(net, lambda net: _peak(net, objective, b, ref, precision, graded=True).peak, check=True)
+
+    return max(map(at, _steps(objective, path, rows, shape)))
 
 
 def exact_rows(objective: Objective) -> int:
@@ -177,6 +181,12 @@ def _draw(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> 
     """A record without numbers, but for what is fixed by place."""
     x, c = _nothing(rows, shape)
     return draw(objective, path, x, c, c, seed=0, step=0)
+
+
+def _steps(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> list[Noised]:
+    """The same, in every part of the training where steps cost alike."""
+    b = _draw(objective, path, rows, shape)
+    return [replace(b, progress=progress) for progress, _ in objective.needs.phases]
 
 
 def _nothing(rows: int, shape: Sequence[int]) -> tuple[Sample, Cond]:

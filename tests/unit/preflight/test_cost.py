@@ -17,7 +17,8 @@ from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Jumps, Pair, Uniform
 from dumo.nets import MLP, DiT, UNet
 from dumo.objectives import DuMo, FlowMatching, MeanFlow, Several
-from dumo.objectives.part import AveragePart, VelocityPart
+from dumo.objectives.part import AveragePart, EndpointPart, VelocityPart
+from dumo.objectives.pull import Match
 from dumo.preflight import depth as few
 from dumo.preflight.cost import (
     activation_bytes,
@@ -34,6 +35,7 @@ from dumo.types import Needs, Noised, Objective, frozen
 PLAIN, GUIDED = Guide(), Guide(zeta=0.5)
 SHAPE = (4, 32, 32)
 WIDTH, DEPTH = 8, 3
+TWO = (VelocityPart(), EndpointPart())
 ALL_JUMPS = (VelocityPart(), AveragePart())
 SCALAR = 256  # features of a time
 
@@ -208,6 +210,22 @@ def test_the_bytes_of_a_dual_step_stay_near_those_of_a_difference() -> None:
 
     assert peak(DualSlope(), GUIDED) < 1.10 * peak(CentralSlope(), GUIDED)  # a tape
     assert peak(DualSlope(), PLAIN) < 1.00 * peak(CentralSlope(), PLAIN)  # a ride
+
+
+def test_bytes_are_those_of_the_part_of_the_training_that_takes_the_most() -> None:
+    """A pull that waits takes no backward pass through its samples, and one that has begun does."""
+
+    def bytes_of(after: float) -> tuple[int, int]:
+        objective = Several(parts=TWO, guide=PLAIN, slope=DualSlope(), pulls=(Match(after=after),))
+        with torch.device("meta"):
+            net = DiT(width=64, depth=1, attention=2).build(objective.needs, (1, 8, 8), 10)
+        given = net, objective, Linear(), (1, 8, 8)
+        return peak_bytes(*given, rows=4).peak, activation_bytes(*given, rows=4)
+
+    begun, later, never = map(bytes_of, (0.0, 0.5, 1.0))
+    assert begun == later
+    assert never[0] < begun[0]
+    assert never[1] < begun[1]
 
 
 def test_the_bytes_of_a_dual_step_grow_as_the_tokens() -> None:
