@@ -4,7 +4,7 @@ Nothing that a file of numbers calls a thing stands on the page by that key: wha
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LOWER, HIGHER = "lower is better", "higher is better"
 
@@ -132,6 +132,25 @@ WATCHED = {
         "dû/dt) without the scatter. 0 if what the net reads is of one flow, and at the start, where all of it is 0. "
         "Healthy if it rises, falls again, and ends far below the mean square of the velocity, about 1.",
     ),
+    "right": Word(
+        "pairs told rightly",
+        meaning="share of the pairs of an image and a sample that the critic tells rightly. Healthy between 0.5 and "
+        "0.9: at 1 it has won, and says little of where to go; at 0.5 it can tell nothing.",
+    ),
+    "margin": Word(
+        "margin of the critic",
+        meaning="its logit of an image less that of a sample. Healthy a little above 0; with pairs told rightly at 0.5 "
+        "and slopes at 0, the critic has collapsed.",
+    ),
+    "slopes": Word(
+        "slopes of the critic",
+        meaning="mean square of its slope at images and at samples, which its loss keeps low (R1 and R2). Where they "
+        "go to 0, samples are moved no more; where they grow, lower its rate.",
+    ),
+    "log_variance": Word(
+        "logarithm of the variance",
+        meaning="that the net itself expects of the residual, by which it is divided. It falls as the loss does.",
+    ),
 }
 STATES = {"untrained": "As good as untrained", "far": "Not yet like the data"}  # as an evaluation calls them
 METHODS = {
@@ -161,6 +180,14 @@ NETS = {"dit": "diffusion transformer", "mlp": "perceptron", "unet": "U-Net"}
 def word(words: Mapping[str, Word], key: str) -> Word:
     """The words for a key; its own, spaced, where there are none."""
     return words.get(key) or Word(key.replace("_", " "))
+
+
+def watched(name: str) -> Word:
+    """The words for a note, or for that of a part: `right_d` is `right`, of d."""
+    of, _, part = name.rpartition("_")
+    if name in WATCHED or of not in WATCHED:
+        return word(WATCHED, name)
+    return replace(WATCHED[of], title=f"{WATCHED[of].title}, {part}")
 
 
 def merits(columns: list[str]) -> dict[str, Word]:

@@ -17,8 +17,13 @@ import torch
 from PIL import Image
 
 from dumo.config.load import load
+from dumo.flow.draw import draw
+from dumo.flow.path import Linear
+from dumo.objectives import Several
+from dumo.objectives.pull import Critic
 from dumo.progress import Tick
 from dumo.report import page as report
+from dumo.report import word
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.train import train
 from dumo.training import log
@@ -340,6 +345,20 @@ def test_what_is_watched_is_drawn_and_explained(digits: Path, average: Path, vel
     assert all(f"{title.lower()}:" in words.lower() for title in WATCHED)
     assert "App. D" not in page_of(average).words
     assert not any(title.lower() in page_of(velocity).words for title in WATCHED)
+
+
+def test_notes_of_pulls_have_words_of_their_own() -> None:
+    """Of one that has another name, too; and no page shows a key."""
+    assert word.watched("right_d").title == "pairs told rightly, d"
+    assert word.watched("margin_other").meaning == word.WATCHED["margin"].meaning
+    assert word.watched("head_gap") == word.WATCHED["head_gap"]
+    assert word.watched("some_note") == word.Word("some note")
+    x = torch.randn(8, 1, 4, 4)
+    pull, c = Critic(after=0.0), torch.arange(8)
+    b = draw(Several(pulls=(pull,)), Linear(), x, c, 8, seed=0, step=0)
+    notes = pull(b, x, lambda x, t, c: {"d": x}, "v").notes
+    assert notes
+    assert all(word.watched(name).meaning for name in notes)
 
 
 def test_a_log_of_an_older_run_is_shown_as_far_as_it_goes(digits: Path) -> None:
