@@ -256,6 +256,7 @@ TABLES = {
     "zoo-far": ("zoo", far),
     "front": ("best", front),
     "best": ("best", best),
+    "best-latents": ("best-latents", best),
     "heads": ("zoo", heads),
     "ideas": ("ours", ideas),
     "ideas-latents": ("ours-latents", ideas),
