@@ -150,8 +150,9 @@ def arms(results: Row) -> Iterator[str]:
 
 def beside(row: Row) -> list[str]:
     """What stands beside a distance."""
-    auc = "" if row.get("auc") is None else f"{row['auc']:.2f}"
-    return [f"{round(1000 * row['kid'])}".replace("-", "−"), f"{row['recall']:.2f}", auc]
+    auc = row.get("auc", row.get("auc_features"))
+    told = "" if auc is None else f"{auc:.2f}"
+    return [f"{round(1000 * row['kid'])}".replace("-", "−"), f"{row['recall']:.2f}", told]
 
 
 def words(results: Row) -> Iterator[str]:

@@ -25,6 +25,7 @@ from dumo.metrics.frechet import frechet_distance
 from dumo.metrics.mmd import kid
 from dumo.metrics.moments import Moments
 from dumo.metrics.neighbours import precision_recall
+from dumo.metrics.two_sample import two_sample_auc
 from dumo.protocols.evaluator import (
     Evaluator,
     Reference,
@@ -92,30 +93,33 @@ class CifarProtocol(Spec):
             "features": f"{cifar10.WIDTH} of dumo's classifier of CIFAR-10",
             "features_sha256": cifar10.sha256(),
             "rounding": "0 to 255",
+            "auc_features": "a support vector machine on the features, against as many images",
         }
         return WholeSetEvaluator(self, self.labels(classes), reference, features | reference.facts(seed))
 
     def score(self, x: Sample, c: Cond, reference: Reference) -> Scores:
-        """`fd`, `kid` with `kid_sd`, `precision`, `recall`, and `accuracy`: the share read as c.
+        """`fd`, `kid` with `kid_sd`, `precision`, `recall`, `auc_features`, and `accuracy`: the share read as c.
 
-        Precision and recall compare with as many images of the reference as there are samples, drawn by the protocol:
-        so both sides cover space alike, and 50,000 of them would take minutes. Where all of c are equal, as without
-        classes, there is no `accuracy`. The kernel's subsets depend on the order of x, nothing else does. The features
-        of a reference are computed once in a process. Raises `UserError` if x is not `samples` finite images of 32x32,
-        or the reference is fewer than `SUBSET`.
+        Precision, recall and the area compare with as many images of the reference as there are samples, drawn by the
+        protocol: so both sides cover space alike, and 50,000 of them would take minutes. The area is `two_sample_auc`
+        of the features. Where all of c are equal, as without classes, there is no `accuracy`. The kernel's subsets and
+        the area's halves depend on the order of x, nothing else does. The features of a reference are computed once in
+        a process. Raises `UserError` if x is not `samples` finite images of 32x32, or the reference is fewer than
+        `SUBSET`.
         """
         self.check(reference.x.shape[1:])
         fit(self.name, self.samples, x, reference)
         fake, real = features_of(x), learned(reference.x)
         mean, sd = kid(fake, real, subsets=SUBSETS, subset_size=SUBSET, generator=stream(KIND, "kid"))
-        some = torch.randperm(len(real), generator=stream(KIND, "neighbours"))[: self.samples]
-        precision, recall = precision_recall(real[some], fake, NEIGHBOURS)
+        some = real[torch.randperm(len(real), generator=stream(KIND, "neighbours"))[: self.samples]]
+        precision, recall = precision_recall(some, fake, NEIGHBOURS)
         score = {
             "fd": frechet_distance(Moments.of(fake), Moments.of(real)),
             "kid": mean,
             "kid_sd": sd,
             "precision": precision,
             "recall": recall,
+            "auc_features": two_sample_auc(some, fake, stream(KIND, "auc")),
         }
         if (c != c[0]).any():
             score["accuracy"] = (cifar10.classify(fake) == c.cpu()).double().mean().item()

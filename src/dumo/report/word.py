@@ -48,6 +48,12 @@ MERITS = {
         "how well a support vector machine tells samples, as a PNG holds them, from real digits that it has not seen: "
         "0.5 is chance, 1 is always. It reads pixels and no features.",
     ),
+    "auc_features": Word(
+        "SVM two-sample AUC of features",
+        f"{LOWER}, down to 0.5",
+        "how well a support vector machine tells samples from as many real images by the same features: 0.5 is chance, "
+        "1 is always.",
+    ),
     "pixel_fd": Word(
         "Fréchet distance of pixels",
         f"{LOWER}; not FID",

@@ -59,7 +59,7 @@ def blobs() -> Reference:
 
 @pytest.mark.data
 def test_unseen_real_images_score_near_the_baseline(data: Reference, good: dict[str, float]) -> None:
-    assert list(good) == ["fd", "kid", "kid_sd", "precision", "recall", "accuracy"]
+    assert list(good) == ["fd", "kid", "kid_sd", "precision", "recall", "auc_features", "accuracy"]
     baselines = QUICK.baselines(data)
     halves, floor = baselines["halves"], baselines["bootstrap"]
     assert halves["splits"] == floor["splits"] == 20
@@ -69,6 +69,7 @@ def test_unseen_real_images_score_near_the_baseline(data: Reference, good: dict[
     assert abs(good["kid"]) < 3 * good["kid_sd"]
     assert min(good["precision"], good["recall"]) > 0.6
     assert good["accuracy"] >= 0.78
+    assert 0.4 < good["auc_features"] < 0.6
 
 
 @pytest.mark.data
@@ -85,6 +86,7 @@ def test_faults_are_seen(fault: str, data: Reference, test: Reference, good: dic
     bad = QUICK.score(x, test.c, data)
     assert bad["fd"] > 3 * good["fd"]
     assert bad["kid"] > 3 * max(good["kid_sd"], abs(good["kid"]))
+    assert bad["auc_features"] > good["auc_features"] + 0.1
     share = "recall" if fault == "one class" else "precision"
     assert bad[share] < good[share] - 0.05
 
@@ -115,6 +117,7 @@ def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) 
     assert score["fd"] > 0.01
     assert evaluator.facts["features_sha256"] == cifar10.sha256()
     again = QUICK.score(upside_down[order], blobs.c[order], blobs)  # the kernel's subsets are all of the rows here
+    assert again.pop("auc_features") == pytest.approx(score.pop("auc_features"), abs=0.05)  # of other halves
     assert again == pytest.approx(score, rel=1e-4, abs=1e-6)
 
 
