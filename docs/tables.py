@@ -17,7 +17,7 @@ from dumo.reproduce.arm import measure, respread
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "src/dumo/recipes/results"
 TESTS = DOCS.parent / "tests"
-PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->\n\n).*?(?P<end>\n\n<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->)(?:(?!<!--).)*(?P<end><!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
 
 
@@ -92,6 +92,18 @@ def best(results: Row) -> Iterator[str]:
         if one["budget"] == least and one[score] < level:
             even = f"below {100 * least:.0f} %"
         yield line([*cells, *spread(own, score, digits=2 if score == "fd_grey" else 1), *beside(one), even])
+
+
+def pixels(results: Row) -> Iterator[str]:
+    """Arms of one seed in pixels, by number of passes."""
+    passes = [row["nfe"] for row in grouped(results, "arm")[0]]
+    columns = {"KID": "kid", "pixel FD": "pixel_fd", "recall": "recall"}
+    head = [f"{title}, {passes[0]} pass" if n == passes[0] else str(n) for title in columns for n in passes]
+    yield line(["", "steps", *head])
+    yield "|" + "---|" * (len(head) + 2)
+    for own in grouped(results, "arm"):
+        told = [f"{row[key]:.2f}" for key in columns.values() for row in own]
+        yield line([own[0]["arm"], f"{own[0]['steps']:,}", *told])
 
 
 def heads(results: Row) -> Iterator[str]:
@@ -258,6 +270,7 @@ TABLES = {
     "front": ("best", front),
     "best": ("best", best),
     "best-latents": ("best-latents", best),
+    "best-pixels": ("best-pixels", pixels),
     "heads": ("zoo", heads),
     "ideas": ("ours", ideas),
     "ideas-latents": ("ours-latents", ideas),
@@ -279,7 +292,7 @@ def written(page: str) -> str:
         file, table = TABLES[place["name"]]
         found = sorted(place for folder in (RESULTS, TESTS) for place in folder.glob(f"**/{file}.json"))
         results = json.loads(found[0].read_text(encoding="utf-8"))
-        return place["begin"] + "\n".join(table(results)) + place["end"]
+        return "\n\n".join([place["begin"], "\n".join(table(results)), place["end"]])
 
     return PLACE.sub(write, page)
 
