@@ -275,6 +275,7 @@ TABLES = {
     "ideas": ("ours", ideas),
     "ideas-latents": ("ours-latents", ideas),
     "tuning": ("best-tuning", nearest),
+    "options": ("best-options", settings),
     "words": ("words", words),
     "fair": ("fair", fair),
     "kills": ("kill", kills),
