@@ -148,18 +148,6 @@ def nearest(results: Row) -> Iterator[str]:
             yield row
 
 
-def arms(results: Row) -> Iterator[str]:
-    """Arms by what they give in one pass, two and four, where they can, the nearest in the fewest first."""
-    name = next(iter(results["table"][0]))
-    yield line([name, "steps", "F per step", "FD, 1 pass", "2", "4", "KID · 10³, fewest passes", "recall", "AUC"])
-    yield "|" + "---|" * 9
-    for own in sorted(grouped(results, name), key=lambda own: (own[0]["nfe"], own[0][measure(own[0])])):
-        one, score = own[0], measure(own[0])
-        known = {row["nfe"]: spread([row], score, digits=2 if score == "fd_grey" else 1)[0] for row in own}
-        cells = [one[name], f"{one['steps']:,}", f"{one['F_per_step']:.2f}", *(known.get(n, "") for n in (1, 2, 4))]
-        yield line([*cells, *beside(one)])
-
-
 def beside(row: Row) -> list[str]:
     """What stands beside a distance."""
     auc = row.get("auc", row.get("auc_features"))

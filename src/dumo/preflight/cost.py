@@ -62,12 +62,11 @@ def forward_units(
     """
     rows, one = rows or exact_rows(objective), forward_flops(net, objective, shape)
 
-    def at(objective: Objective, progress: float) -> float:
-        b = replace(_draw(objective, path, rows, shape), progress=progress)
+    def at(objective: Objective, b: Noised) -> float:
         return by_depth(net, lambda net: flops(_step(*_outlines(net, ref), objective, b))) / (rows * one)
 
     def units(objective: Objective) -> float:
-        return sum(share * at(objective, progress) for progress, share in objective.needs.phases)
+        return sum(share * at(objective, b) for b, share in _phases(objective, path, rows, shape))
 
     guide = objective.needs.guide
     if guide is None or not guide.active or guide.group > 1:
@@ -102,8 +101,9 @@ def peak_bytes(
 
     In the part of the training that takes the most. What a kernel takes for itself while it runs is not seen.
     """
-    steps = _steps(objective, path, rows, shape)
-    return max((_peak(net, objective, b, ref, precision, graded=False) for b in steps), key=lambda found: found.peak)
+    phases = _phases(objective, path, rows, shape)
+    peaks = (_peak(net, objective, b, ref, precision, graded=False) for b, _ in phases)
+    return max(peaks, key=lambda found: found.peak)
 
 
 def activation_bytes(
@@ -124,7 +124,7 @@ def activation_bytes(
     def at(b: Noised) -> int:
         return by_depth(net, lambda net: _peak(net, objective, b, ref, precision, graded=True).peak, check=True)
 
-    return max(map(at, _steps(objective, path, rows, shape)))
+    return max(at(b) for b, _ in _phases(objective, path, rows, shape))
 
 
 def exact_rows(objective: Objective) -> int:
@@ -183,10 +183,10 @@ def _draw(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> 
     return draw(objective, path, x, c, c, seed=0, step=0)
 
 
-def _steps(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> list[Noised]:
-    """The same, in every part of the training where steps cost alike."""
+def _phases(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> list[tuple[Noised, float]]:
+    """The same for every part of the training where steps cost alike, with its share of all steps."""
     b = _draw(objective, path, rows, shape)
-    return [replace(b, progress=progress) for progress, _ in objective.needs.phases]
+    return [(replace(b, progress=progress), share) for progress, share in objective.needs.phases]
 
 
 def _nothing(rows: int, shape: Sequence[int]) -> tuple[Sample, Cond]:

@@ -23,7 +23,7 @@ from dumo.report import figure
 from dumo.report.score import figures
 from dumo.report.word import MERITS, word
 from dumo.reproduce import chart
-from dumo.reproduce.plan import Cell, Finished, Plan, deviation, flops, units
+from dumo.reproduce.plan import Cell, Finished, Plan, deviation, flops, trained_as, units
 from dumo.run.sample import conditions, sample
 
 SMALL = ("train.batch=32", "net.width=32", "net.depth=1", "evaluate.protocol.samples=500")  # for smoke, on digits
@@ -120,8 +120,7 @@ def equal_cost(
         count = round(budget / each)
         labels = {**arm.labels, "steps": count, "F_per_step": round(units(spec), 2)}
         for seed in range(first, first + (1 if scale == "smoke" else seeds)):
-            train = spec.train.model_copy(update={"steps": count, "seed": seed})
-            yield Cell(f"{arm.name}-{seed}", spec.model_copy(update={"train": train}), labels)
+            yield Cell(f"{arm.name}-{seed}", trained_as(spec, steps=count, seed=seed), labels)
 
 
 def work(spec: Run) -> float:

@@ -145,6 +145,11 @@ def markdown(title: str, table: Sequence[dict[str, Any]]) -> str:
     return f"# {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+def trained_as(spec: Run, **fields: Any) -> Run:  # noqa: ANN401, of any type
+    """The run with other fields of its training."""
+    return spec.model_copy(update={"train": spec.train.model_copy(update=fields)})
+
+
 def once(count: Callable[[Run], float]) -> Callable[[Run], float]:
     """A count that is remembered by all it depends on: of a plan's runs most differ in their training alone."""
     known: dict[str, float] = {}

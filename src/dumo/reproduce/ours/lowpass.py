@@ -16,7 +16,7 @@ from dumo.nets.pretrained import Pretrained
 from dumo.progress import Bar
 from dumo.reproduce import arm
 from dumo.reproduce.ours.pretrained import begun_at, net, save
-from dumo.reproduce.plan import Cell, Finished, Plan, finish_all
+from dumo.reproduce.plan import Cell, Finished, Plan, finish_all, trained_as
 
 MODEL, NATIVE = "sd3-digits", 10.0  # rad
 LIMITS = (10.0, 30.0, 100.0)  # rad
@@ -38,8 +38,7 @@ def cells(scale: str) -> Iterator[Cell]:
     for title, fields in arms.items():
         spec = load("digits", [*sets, net(**fields | {"source": MODEL})])
         for seed in range(1 if scale == "smoke" else 3):
-            train = spec.train.model_copy(update={"seed": seed})
-            cell = begun_at(spec.model_copy(update={"train": train}), Path(fields["source"]))
+            cell = begun_at(trained_as(spec, seed=seed), Path(fields["source"]))
             yield Cell(f"{title.replace(' ', '-').replace(':', '').replace(',', '')}-{seed}", cell, {"low-pass": title})
 
 

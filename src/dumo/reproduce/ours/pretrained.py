@@ -26,7 +26,7 @@ from dumo.progress import Bar
 from dumo.random import noise
 from dumo.report import gallery
 from dumo.reproduce import arm
-from dumo.reproduce.plan import Cell, Finished, Plan, finish_all, units
+from dumo.reproduce.plan import Cell, Finished, Plan, finish_all, trained_as, units
 from dumo.run.folder import RunFolder
 
 MODEL, BASE = "sd3-small", "base"  # its sizes, which come with dumo; where it is saved, beside the cells
@@ -61,8 +61,8 @@ def cells(scale: str) -> Iterator[Cell]:
         budget = budget or steps * each
         labels = {"begins as": begins, "steps": (count := round(budget / each)), "F_per_step": round(each, 2)}
         for seed in range(1 if scale == "smoke" else 3):
-            train = spec.train.model_copy(update={"steps": count, "seed": seed, "milestones": (0, count // 5)})
-            yield Cell(f"{begins.split()[-1]}-{seed}", spec.model_copy(update={"train": train}), labels)
+            run = trained_as(spec, steps=count, seed=seed, milestones=(0, count // 5))
+            yield Cell(f"{begins.split()[-1]}-{seed}", run, labels)
 
 
 def finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> list[Finished]:

@@ -16,7 +16,7 @@ from dumo.progress import Bar
 from dumo.reproduce import arm
 from dumo.reproduce.ours.best import FOLLOWED, ON_DIGITS, SMALL
 from dumo.reproduce.ours.setting import Sets
-from dumo.reproduce.plan import Cell, Finished, Plan, alike, finish_all, units
+from dumo.reproduce.plan import Cell, Finished, Plan, alike, finish_all, trained_as, units
 
 STEPS = 2000  # of DuMo, whose cost a stage has
 FLOW, ECT = "flow-0", "ect-0"  # cells from which others begin
@@ -54,9 +54,8 @@ def cells(scale: str) -> Iterator[Cell]:
     def cell(name: str, title: str, recipe: str, sets: Sets, stages: float = 1.0) -> Cell:
         spec = load(recipe, [*ON_DIGITS.common, *small, *sets])
         count = round((stages * stage - teaching(spec)) / units(spec))
-        train = spec.train.model_copy(update={"steps": count, "seed": int(name.rpartition("-")[2])})
         labels = {"stages": title, "steps": count, "F_per_step": round(units(spec), 2)}
-        return Cell(name, spec.model_copy(update={"train": train}), labels)
+        return Cell(name, trained_as(spec, steps=count, seed=int(name.rpartition("-")[2])), labels)
 
     yield cell(FLOW, "flow matching", "digits-flow-matching", FOLLOWED)
     yield cell(ECT, "ECT", "digits-ect", MAPPED)
@@ -79,10 +78,11 @@ def teaching(spec: Run) -> float:
 
 
 def finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> list[Finished]:
-    """Every cell after those that it begins from. Raises UserError as `finish_all`."""
+    """Every cell after those that it begins from, which are among them. Raises UserError as `finish_all`."""
     done: dict[str, Finished] = {}
     while left := [cell for cell in cells if cell.name not in done]:
         ready = [cell for cell in left if sources(cell.spec) <= {*done}]
+        assert ready, [cell.name for cell in left]
         begun = [replace(cell, spec=found(cell.spec, done)) for cell in ready]
         done |= {one.cell.name: one for one in finish_all(begun, folder, jobs=jobs, device=device, bar=bar)}
     alike([*done.values()])

@@ -17,7 +17,7 @@ from dumo.metrics.frechet import frechet_distance
 from dumo.metrics.moments import Moments
 from dumo.protocols.cifar10 import features_of
 from dumo.reproduce import arm
-from dumo.reproduce.plan import Cell, Finished, Plan, flops
+from dumo.reproduce.plan import Cell, Finished, Plan, flops, trained_as
 from dumo.run.folder import RunFolder
 from dumo.run.sample import real_data, sample
 from dumo.sampling.generate import labels
@@ -42,8 +42,7 @@ def cells(scale: str) -> Iterator[Cell]:
             each = round(flops(spec) / 1e6, 2)
             told = {"condition": by, "data": data, "steps": spec.train.steps, "MFLOP_per_pass": each}
             for seed in range(1 if smoke else 3):
-                train = spec.train.model_copy(update={"seed": seed})
-                yield Cell(f"{recipe}-{seed}", spec.model_copy(update={"train": train}), told)
+                yield Cell(f"{recipe}-{seed}", trained_as(spec, seed=seed), told)
 
 
 def table(done: list[Finished]) -> list[dict[str, Any]]:
