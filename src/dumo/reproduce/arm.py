@@ -28,6 +28,7 @@ from dumo.run.sample import conditions, sample
 
 SMALL = ("train.batch=32", "net.width=32", "net.depth=1", "evaluate.protocol.samples=500")  # for smoke, on digits
 SMOKE = 20  # steps
+HELD = ("data.held=360",)  # of the digits, which no training sees; ours
 LATENTS = (  # for smoke: a thousand other images, that are encoded in seconds
     "data.root=runs/latents/smoke-taef2",
     "data.images.root=$DUMO_DATA/imagenet-sample",
@@ -63,6 +64,7 @@ def comparison(
     arms: Callable[[str], Sequence[Arm]],
     *,
     seeds: int,
+    first: int = 0,
     small: Sequence[str] = SMALL,
     steps: int | None = None,
     cost: Callable[[Run], float] | None = None,
@@ -79,7 +81,7 @@ def comparison(
     def cells(scale: str) -> Iterator[Cell]:
         if scale == "paper":
             return equal_steps(arms(scale), scale)
-        return equal_cost(arms(scale), scale, seeds, small=small, steps=steps, cost=cost)
+        return equal_cost(arms(scale), scale, seeds, first=first, small=small, steps=steps, cost=cost)
 
     def draw(done: list[Finished], folder: Path) -> list[Path]:
         path = folder / f"{stem}-samples.png"

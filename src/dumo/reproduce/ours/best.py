@@ -36,7 +36,6 @@ from dumo.reproduce.ours.setting import (
 )
 from dumo.reproduce.plan import Cell, Finished, Plan
 
-HELD = ("data.held=360",)
 SMALL = ("train.batch=32", "net.width=32", "net.depth=3", "evaluate.protocol.samples=500")  # for smoke
 JUDGED = ("evaluate.nfe=[1,2,4]", "evaluate.contrast=[50]")
 FOLLOWED = ("evaluate.nfe=[1,2,4,50]", "evaluate.contrast=[]")  # where Euler's steps are all there is
@@ -102,7 +101,7 @@ ON_DIGITS = Course(
         for title, name in CHOSEN.items()
         if title != "DuMo"
     },
-    common=HELD,
+    common=arm.HELD,
     small=SMALL,
     steps=2000,
     seeds=3,
@@ -152,7 +151,7 @@ def tuned(scale: str) -> list[Arm]:
 
 def common(scale: str) -> Sets:
     """What all arms begin with; what a net is made small by must not undo an option."""
-    return (*HELD, *(SMALL if scale == "smoke" else ()))
+    return (*arm.HELD, *(SMALL if scale == "smoke" else ()))
 
 
 def table(done: list[Finished]) -> list[dict[str, Any]]:
