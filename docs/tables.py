@@ -8,6 +8,7 @@ A table stands between `<!-- table: zoo -->` and `<!-- end -->`. A test holds th
 import json
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -31,14 +32,21 @@ def grouped(results: Row, *keys: str) -> list[list[Row]]:
     return [*found.values()]
 
 
-def by_objective(results: Row) -> list[list[Row]]:
-    """The rows of each objective; the smallest `fd_grey` in one pass first."""
-    return sorted(grouped(results, "objective"), key=lambda own: own[0]["fd_grey"])
+def by_arm(results: Row) -> list[list[Row]]:
+    """The rows of each arm, by its first column; the nearest in its fewest passes first."""
+    score = measure(results["table"][0])
+    found = grouped(results, next(iter(results["table"][0])))
+    return sorted(found, key=lambda own: (own[0]["nfe"], own[0][score]))
 
 
 def spread(rows: list[Row], *keys: str, digits: int = 2) -> list[str]:
-    """Mean and standard deviation over the seeds, of each key in each row, as cells that do not break."""
-    return [f"{row[key]:.{digits}f}&nbsp;±&nbsp;{row[f'{key}_sd']:.{digits}f}" for key in keys for row in rows]
+    """Mean and standard deviation over the seeds, if there are several, of each key in each row: they do not break."""
+    found: list[str] = []
+    for key in keys:
+        for row in rows:
+            sd = row[f"{key}_sd"]
+            found.append(f"{row[key]:.{digits}f}" + ("" if sd is None else f"&nbsp;±&nbsp;{sd:.{digits}f}"))
+    return found
 
 
 def line(cells: list[str]) -> str:
@@ -46,17 +54,27 @@ def line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def zoo(results: Row) -> Iterator[str]:
-    """Every objective: what it cost, and its measures in 1, 2 and 4 passes."""
-    head = ["", "steps", "F per step", "FD, 1 pass", "2", "4", "raw FD, 1 pass", "2", "4"]
-    yield line([*head, "KID · 10³, 1, 2, 4", "recall, 1, 2, 4"])
-    yield "|" + "---|" * (len(head) + 2)
-    for own in by_objective(results):
-        name, steps, cost = (own[0][key] for key in ("objective", "steps", "F_per_step"))
-        kid = ", ".join(f"{round(1000 * row['kid'])}".replace("-", "−") for row in own)
-        recall = ", ".join(f"{row['recall']:.2f}" for row in own)
-        cells = [f"**{name}**" if name == "DuMo" else name, f"{steps:,}", f"{cost:.2f}"]
-        yield line([*cells, *spread(own, "fd_grey", "fd"), kid, recall])
+def arms(results: Row, *, raw: bool = False) -> Iterator[str]:
+    """Every arm: what it cost, and its measures in 1, 2 and 4 passes; `raw`: distances before rounding, too."""
+    every, first = by_arm(results), next(iter(results["table"][0].values()))
+    score = measure(every[0][0])
+    scores = {"FD": score} | ({"raw FD": "fd"} if raw else {})
+    auc = next(name for name in ("auc", "auc_features") if name in every[0][0])
+    others = {"KID · 10³": ("kid", 1000, 0), "recall": ("recall", 1, 2), "AUC": (auc, 1, 2)}
+    head = [one for name in scores for one in (f"{name}, 1 pass", "2", "4")]
+    yield line(["", "steps", "F per step", *head, *(f"{name}, 1, 2, 4" for name in others)])
+    yield "|" + "---|" * (len(head) + len(others) + 3)
+    for own in every:
+        rows = {row["nfe"]: row for row in own}
+        name, steps, cost = next(iter(own[0].values())), own[0]["steps"], own[0]["F_per_step"]
+        cells = [f"**{name}**" if name == first else name, f"{steps:,}", f"{cost:.2f}"]
+        digits = 2 if score == "fd_grey" else 1
+        for key in scores.values():
+            cells += [spread([rows[n]], key, digits=digits)[0] if n in rows else "" for n in (1, 2, 4)]
+        for key, times, digits in others.values():
+            told = {n: f"{round(times * row[key], digits) + 0.0:.{digits}f}" for n, row in rows.items()}
+            cells.append(", ".join(told.get(n, "·") for n in (1, 2, 4)).replace("-", "−"))
+        yield line(cells)
 
 
 def far(results: Row) -> Iterator[str]:
@@ -111,7 +129,7 @@ def heads(results: Row) -> Iterator[str]:
     yield line(["heads", "FD, 1 pass", "2", "4", "raw FD, 1 pass", "2", "4", "the paper's FID in one pass (XL/2)"])
     yield "|" + "---|" * 8
     for name, fid in PAPER.items():
-        (own,) = [rows for rows in by_objective(results) if rows[0]["objective"] == name]
+        (own,) = [rows for rows in by_arm(results) if rows[0]["objective"] == name]
         yield line([name, *spread(own, "fd_grey", "fd"), fid])
 
 
@@ -253,7 +271,7 @@ RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # of the paper, Sec. 4.3 and Tab. 1: FID of XL/2, of 432 and 424 epochs
 PAPER = {"DuMo": "2.60", "DuMo + MeanFlow": "2.84", "DuMo + Shortcut": "4.73"}
 TABLES = {
-    "zoo": ("zoo", zoo),
+    "zoo": ("zoo", partial(arms, raw=True)),
     "zoo-far": ("zoo", far),
     "front": ("best", front),
     "best": ("best", best),
@@ -266,6 +284,9 @@ TABLES = {
     "options": ("best-options", settings),
     "words": ("words", words),
     "fair": ("fair", fair),
+    "stages": ("stages", arms),
+    "pulls": ("pulls", arms),
+    "pulls-latents": ("pulls-latents", arms),
     "kills": ("kill", kills),
     "machines": ("machine", machines),
     "duel": ("duel", duel),

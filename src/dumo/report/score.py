@@ -100,9 +100,10 @@ def others(results: Table, judged: Table | None, step: int, cost: float) -> Tabl
     """Packaged results as a row per objective, and the run's own if judged alike, the best in fewest passes first.
 
     Each row has a `name`, `steps`, `cost` of a step, and `lead` and `beside`, its scores by number of passes. `times`:
-    how often the cost of another's training, all of them equal, went into the run's.
+    how often the cost of another's training, all of them equal, went into the run's. `unseen`: of how many images by
+    which all are judged the others were not trained, if this run was.
     """
-    table, protocol = results["table"], results["cells"][0]["protocol"] if results.get("cells") else None
+    table, cell = results["table"], (results.get("cells") or [{}])[0]
     score = next(key for key in MERITS if key in table[0])
     beside = "fd" if score == "fd_grey" else None
     rows: dict[str, Table] = {}
@@ -112,7 +113,9 @@ def others(results: Table, judged: Table | None, step: int, cost: float) -> Tabl
         one = rows.setdefault(name, _row(name, row["steps"], row.get("F_per_step")))
         one["lead"][row.get("nfe", 1)] = row[score]
         one["beside"][row.get("nfe", 1)] = row.get(beside)
-    alike = bool(judged and judged["fresh"] and judged["protocol"] == protocol and score not in judged["biased"])
+    alike = bool(
+        judged and judged["fresh"] and judged["protocol"] == cell.get("protocol") and score not in judged["biased"]
+    )
     passes = sorted({n for row in rows.values() for n in row["lead"]})
     if judged and alike:
         own = _row("this run", step, cost, own=True)
@@ -130,7 +133,12 @@ def others(results: Table, judged: Table | None, step: int, cost: float) -> Tabl
         "rows": found,
         "alike": alike,
         "times": step * cost / (table[0]["steps"] * each) if (each := table[0].get("F_per_step")) else None,
+        "unseen": held if (held := _held(cell)) != _held(judged or {}) else 0,
     }
+
+
+def _held(judged: Mapping[str, Any]) -> int:
+    return (judged.get("card") or {}).get("data", {}).get("held", 0)
 
 
 def _row(name: str, steps: int, cost: float | None, *, own: bool = False) -> Table:

@@ -428,6 +428,10 @@ def test_shipped_results_stand_with_their_origin(digits: Path, monkeypatch: pyte
     for found in ("8.64 2.35 FM 9 3.00 95.1 94.0", "Machine: two cores.", "Seeds: 0, 1.", "Versions: torch 2.13."):
         assert found in words
     assert re.search(r"This run’s training cost 3\.\d\d times theirs\.", words)  # 20 steps of about 4.1, 9 of 3
+    assert "left out" not in words
+    held = {**ZOO, "cells": [{**ZOO["cells"][0], "card": {"data": {"kind": "digits", "held": 360}}}]}
+    monkeypatch.setattr(report.recipes, "results", {"zoo": held}.get)
+    assert "Theirs left out 360 of the images by which all are judged." in " ".join(rendered(digits).words.split())
     other = {**ZOO, "cells": [{"protocol": "digits (500 samples)", "baselines": {}}]}
     monkeypatch.setattr(report.recipes, "results", {"zoo": other}.get)
     assert "This run was not judged in the same way" in rendered(digits).words
