@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# One process has all tests of a file, which share what they prepare.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help demo test slow check docs mutants clean
 .DEFAULT_GOAL := help
@@ -16,10 +18,10 @@ demo: $(BIN)/.installed ## train DuMo on handwritten digits and write runs/dumo-
 	$(BIN)/dumo report runs/dumo-best
 
 test: $(BIN)/.developed ## run the tests, but for the slow ones; with SLOW=1 these, too
-	$(BIN)/python -m pytest -n 2 --dist worksteal $(if $(SLOW),,-m "not slow") --durations 10 --durations-min 5
+	$(PYTEST) $(if $(SLOW),,-m "not slow") --durations 10 --durations-min 5
 
 slow: $(BIN)/.developed ## run the slow tests
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow $$(grep -rl mark.slow --include='test_*.py' tests)
+	$(PYTEST) -m slow $$(grep -rl mark.slow --include='test_*.py' tests)
 
 check: $(BIN)/.developed ## lint, formatting, types, layers
 	$(BIN)/ruff check
