@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 
 from dumo.progress import no_bar
+from dumo.reproduce import start
 from dumo.reproduce.ours import stages
 from dumo.reproduce.plan import Cell, Finished
 
@@ -30,16 +31,16 @@ def test_a_cell_is_made_after_those_it_begins_from(monkeypatch: pytest.MonkeyPat
 
     def finish_all(cells: list[Cell], folder: Path, **_: object) -> list[Finished]:
         for cell in cells:
-            assert stages.sources(cell.spec) <= {str(folder / name) for name in made}, cell.name
+            assert start.sources(cell.spec) <= {str(folder / name) for name in made}, cell.name
         made.extend(cell.name for cell in cells)
         opened: Any = [SimpleNamespace(folder=folder / cell.name) for cell in cells]
         return [Finished(cell, one, {}) for cell, one in zip(cells, opened, strict=True)]
 
     monkeypatch.setattr(stages, "units", lambda spec: 4.0)
-    monkeypatch.setattr(stages, "finish_all", finish_all)
-    monkeypatch.setattr(stages, "alike", lambda done: None)
+    monkeypatch.setattr(start, "finish_all", finish_all)
+    monkeypatch.setattr(start, "alike", lambda done: None)
     cells = list(stages.cells("smoke"))
-    done = stages.finish(cells[::-1], tmp_path, jobs=1, device="cpu", bar=no_bar)
+    done = start.finish(cells[::-1], tmp_path, jobs=1, device="cpu", bar=no_bar)
     assert [one.cell.name for one in done] == [cell.name for cell in cells[::-1]]
     assert len(made) == len({*made}) == len(cells)
     begun = cast(Any, next(one.cell.spec for one in done if one.cell.name == "digits-after-1")).start

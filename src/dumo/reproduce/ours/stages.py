@@ -5,31 +5,21 @@ the cost of both stages. CMT is a start for others: two fifths of its second sta
 steps, and DuMo has the rest. Digits as in `dumo.reproduce.ours.best`: some are held out, seeds 1 to 3.
 """
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from pathlib import Path
+from collections.abc import Iterator
 
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.progress import Bar
-from dumo.reproduce import arm
+from dumo.reproduce import arm, start
 from dumo.reproduce.ours.best import FOLLOWED, ON_DIGITS, SMALL
 from dumo.reproduce.ours.setting import Sets
-from dumo.reproduce.plan import Cell, Finished, Plan, alike, finish_all, trained_as, units
+from dumo.reproduce.plan import Cell, Plan, trained_as, units
+from dumo.reproduce.start import begins
 
 STEPS = 2000  # of DuMo, whose cost a stage has
 FLOW, ECT = "flow-0", "ect-0"  # cells from which others begin
 MAPPED = ("evaluate.nfe=[1,2,4]", "evaluate.contrast=[]")
 SHARE = 0.4  # of a stage, which a start by CMT has
 PAIRS = {"smoke": 8, "laptop": 1024}  # of noise and data, which CMT's teacher makes
-
-
-def begins(cell: str, heads: Mapping[str, str]) -> str:
-    """A start from the run of a cell, with heads that begin as others of it, as a setting."""
-    return f"start={json.dumps({'kind': 'run', 'source': cell, 'heads': heads})}"
-
-
 FROM_FLOW = begins(FLOW, {"u": "v"})
 NOTHING = {"DuMo, from nothing": "digits", "ECT, from nothing": "digits-ect"}
 SECOND: dict[str, tuple[str, Sets]] = {  # whose objective, and what else
@@ -66,8 +56,8 @@ def cells(scale: str) -> Iterator[Cell]:
             yield cell(f"{recipe}-{seed}", title, recipe, (*MAPPED, *sets))
         title, sets = "flow matching, then CMT", (*MAPPED, FROM_FLOW, f"teacher.source={FLOW}", pairs)
         yield cell(f"digits-cmt-{seed}", title, "digits-cmt", sets)
-        yield cell(start := f"start-{seed}", f"{title} for {SHARE:.0%} of a stage", "digits-cmt", sets, SHARE)
-        sets = (*MAPPED, begins(start, {}))
+        yield cell(by_cmt := f"start-{seed}", f"{title} for {SHARE:.0%} of a stage", "digits-cmt", sets, SHARE)
+        sets = (*MAPPED, begins(by_cmt, {}))
         yield cell(f"digits-after-{seed}", f"{title}, then DuMo", "digits", sets, 1 - SHARE)
 
 
@@ -77,38 +67,11 @@ def teaching(spec: Run) -> float:
     return pairs.count * pairs.nfe / spec.train.batch if pairs else 0.0
 
 
-def finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> list[Finished]:
-    """Every cell after those that it begins from, which are among them. Raises UserError as `finish_all`."""
-    done: dict[str, Finished] = {}
-    while left := [cell for cell in cells if cell.name not in done]:
-        ready = [cell for cell in left if sources(cell.spec) <= {*done}]
-        assert ready, [cell.name for cell in left]
-        begun = [replace(cell, spec=found(cell.spec, done)) for cell in ready]
-        done |= {one.cell.name: one for one in finish_all(begun, folder, jobs=jobs, device=device, bar=bar)}
-    alike([*done.values()])
-    return [done[cell.name] for cell in cells]
-
-
-def sources(spec: Run) -> set[str]:
-    """The cells that a run begins from or is taught by."""
-    return {of.source for of in (spec.start, spec.teacher) if of}
-
-
-def found(spec: Run, done: Mapping[str, Finished]) -> Run:
-    """The run with the folders of these in the place of their names."""
-    update = {
-        name: of.model_copy(update={"source": str(done[of.source].opened.folder)})
-        for name in ("start", "teacher")
-        if (of := getattr(spec, name))
-    }
-    return spec.model_copy(update=update)
-
-
 PLAN = Plan(
     "What begins from a trained net, on digits at equal counted cost (ours)",
     cells,
     lambda done: list(arm.averaged(done)),
-    finish=finish,
+    finish=start.finish,
     charts=lambda table: {"stages": arm.ranking(PLAN.title, table)},
     unpublished="the paper has no second stages",
 )
