@@ -1,17 +1,18 @@
 """What of a run fits together, but is not as its sources have it: lines to read before it trains."""
 
-from math import log
+from math import ceil, log, log2
 
 from dumo.config.change import shown
 from dumo.config.tree import Tree
 from dumo.training.ema import Ema
 
 FAR = 1.2  # a standard deviation off by this factor is said; ours
+FEW, SOME = 16, 25  # rows of a condition in a group of drift, too few and enough; ours (docs/log.md)
 
 
 def advice(run: Tree, sd: float | None = None) -> list[str]:
     """A line per finding, each with the --set that follows the source; `sd` is the data's, where it was measured."""
-    return [*of_reference(run), *(of_deviation(run, sd) if sd else ())]
+    return [*of_reference(run), *of_groups(run), *(of_deviation(run, sd) if sd else ())]
 
 
 def of_reference(run: Tree) -> list[str]:
@@ -26,6 +27,20 @@ def of_reference(run: Tree) -> list[str]:
     return [
         f"objective '{run.objective.kind}' takes theta^- in its source from an average of the weights, of decay "
         f"{decay:g}; this run takes the weights in training (train.ref: self). As the source:  {way}"
+    ]
+
+
+def of_groups(run: Tree) -> list[str]:
+    """Samples drift by the rows of a group that have their condition, of which the authors have 64 (`Drift`)."""
+    pulls, conditions = getattr(run.objective, "pulls", ()), max(1, run.data.labels)
+    if not any(pull.kind == "drift" and pull.size < FEW * conditions for pull in pulls):
+        return []
+    size = 2 ** ceil(log2(SOME * conditions))
+    changed = [pull.model_copy(update={"size": size} if pull.kind == "drift" else {}) for pull in pulls]
+    whole = shown([pull.model_dump(mode="json") for pull in changed])
+    return [
+        f"pull 'drift' wants some {SOME} rows of a condition in a group, and has fewer than {FEW} here, by which one "
+        f"pass gets worse. In larger groups:  --set train.batch={size} --set 'objective.pulls={whole}'"
     ]
 
 

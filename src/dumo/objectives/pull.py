@@ -161,7 +161,7 @@ class Drift(Moving):
     name: Name = "g"  # of its notes
     weight: Weight = 0.05  # ours
     radii: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.02, 0.05, 0.2), min_length=1)  # theirs
-    size: int = Field(default=32, ge=2)  # rows of a group; theirs 64, of each class
+    size: int = Field(default=32, ge=2)  # rows of a group; theirs 64, of each class (`dumo.config.advice` on fewer)
 
     @property
     def group(self) -> int:
