@@ -285,8 +285,6 @@ TABLES = {
     "words": ("words", words),
     "fair": ("fair", fair),
     "stages": ("stages", arms),
-    "pulls": ("pulls", arms),
-    "pulls-latents": ("pulls-latents", arms),
     "kills": ("kill", kills),
     "machines": ("machine", machines),
     "duel": ("duel", duel),
