@@ -59,8 +59,8 @@ def arms(results: Row, *, raw: bool = False) -> Iterator[str]:
     every, first = by_arm(results), next(iter(results["table"][0].values()))
     score = measure(every[0][0])
     scores = {"FD": score} | ({"raw FD": "fd"} if raw else {})
-    others = {"KID · 10³": ("kid", 1000, 0), "recall": ("recall", 1, 2)}
-    others |= {"AUC": (name, 1, 2) for name in ("auc_features", "auc") if name in every[0][0]}
+    auc = "auc" if "auc" in every[0][0] else "auc_features"
+    others = {"KID · 10³": ("kid", 1000, 0), "recall": ("recall", 1, 2), "AUC": (auc, 1, 2)}
     head = [one for name in scores for one in (f"{name}, 1 pass", "2", "4")]
     yield line(["", "steps", "F per step", *head, *(f"{name}, 1, 2, 4" for name in others)])
     yield "|" + "---|" * (len(head) + len(others) + 3)
