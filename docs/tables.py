@@ -285,6 +285,7 @@ TABLES = {
     "words": ("words", words),
     "fair": ("fair", fair),
     "stages": ("stages", arms),
+    "pulls": ("pulls", partial(arms, raw=True)),
     "kills": ("kill", kills),
     "machines": ("machine", machines),
     "duel": ("duel", duel),
