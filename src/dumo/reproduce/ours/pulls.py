@@ -61,11 +61,11 @@ def in_turn(recipe: str, common: Sets, small: Sets, seeds: Sequence[int]) -> Ite
         return Cell(f"{recipe}-{stem}-{seed}", trained_as(spec, steps=count, seed=seed), labels)
 
     for seed in seeds:
-        yield (first := cell("first", seed, f"none, for {FIRST:.0%}", FIRST))
+        yield (first := cell("first", seed, begun := f"none, for {FIRST:.0%}", FIRST))
         last = (*LAST, begins(first.name, {}))
         drift = json.dumps([{"kind": "drift", "after": 0, "size": ROWS}])
-        yield cell("last", seed, f"then none, {ROWS} rows", 1 - FIRST, *last)
-        yield cell("drift", seed, f"then drift, {ROWS} rows", 1 - FIRST, *last, f"objective.pulls={drift}")
+        yield cell("last", seed, f"{begun}, then in {ROWS} rows", 1 - FIRST, *last)
+        yield cell("drift", seed, f"{begun}, then drift in {ROWS} rows", 1 - FIRST, *last, f"objective.pulls={drift}")
 
 
 def plan(title: str, stem: str, recipe: str, common: Sets, small: Sets) -> Plan:
