@@ -71,8 +71,8 @@ def arms(results: Row, *, raw: bool = False) -> Iterator[str]:
         digits = 2 if score == "fd_grey" else 1
         for key in scores.values():
             cells += [spread([rows[n]], key, digits=digits)[0] if n in rows else "" for n in (1, 2, 4)]
-        for key, times, digits in others.values():
-            told = {n: f"{round(times * row[key], digits) + 0.0:.{digits}f}" for n, row in rows.items()}
+        for key, times, places in others.values():
+            told = {n: f"{round(times * row[key], places) + 0.0:.{places}f}" for n, row in rows.items()}
             cells.append(", ".join(told.get(n, "·") for n in (1, 2, 4)).replace("-", "−"))
         yield line(cells)
 

@@ -68,7 +68,7 @@ def check_captions(run: Tree) -> None:
 
 
 def check_augment(run: Tree) -> None:
-    """Refuse augmentation that the net is not told of, or told wrong."""
+    """Refuse augmentation that the net has no input for, or a wrong one."""
     augment: Edm | None = getattr(run.images, "augment", None)
     if augment and isinstance(run.data, Latents):
         raise UserError("data.images.augment: images are encoded as they are: set data.images.augment=null")

@@ -188,7 +188,7 @@ class Transformer(nn.Module):
         return *heads, *(self.gauges(**shared) if self.gauges else ()), *inside
 
     def _times(self, shared: dict[str, Time]) -> tuple[Array, ...]:
-        """What is told of times and knobs; with `late` that of the last blocks, too, in which r stands for t."""
+        """The condition of times and knobs; with `late` that of the last blocks, too, in which r stands for t."""
         if self.late is None:
             return (self.scalars(**shared),)
         first = {name: number for name, number in shared.items() if name != "r"}

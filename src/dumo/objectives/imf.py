@@ -68,7 +68,7 @@ class ImprovedMeanFlow(Spec):
         )
 
     def knobs(self, b: Noised) -> dict[str, Time]:
-        """What the net is told of guidance; where r = t, that it acts at all times."""
+        """The net's inputs for guidance; where r = t, guidance at all times."""
         if self.w is None:
             return {}
         still = b.r == b.t

@@ -29,7 +29,7 @@ class TVM(Spec):
     times: Times = Gap()  # `sample_ts` of the authors' `loss.py`
     s: Logistic = Logistic(mean=-0.4, std=1.0)  # as r before it is cut off
     drop: float = Field(default=0.1, ge=0, le=1)  # their im256_w2.yaml
-    scale: float = Field(default=2.0, ge=1)  # w of v* = w v_t + (1 - w) V(null), and what the net is told of; as above
+    scale: float = Field(default=2.0, ge=1)  # w of v* = w v_t + (1 - w) V(null), and an input of the net; as above
     rate: Rate = DualRate()  # du/dr
 
     @property

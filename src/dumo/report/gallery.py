@@ -277,7 +277,7 @@ def across(n: int) -> int:
 
 
 def counted(tick: Tick) -> Tick:
-    """A tick that is told of each piece of work, for one that wants the sum."""
+    """A tick to be called with each piece of work, for one that wants the sum."""
     done: list[int] = []
 
     def add(n: int, note: str) -> None:
