@@ -1,4 +1,4 @@
-"""Plant an error in the mathematics, see that a test fails; once per error. Run by `make mutants`, about two minutes.
+"""Plant an error in the mathematics, see that a test fails; once per error. Run by `make mutants`, about five minutes.
 
 A mutant is one replacement in one file of src, made as Python imports it; the file stays as it is. A mutant that its
 tests let live is a law that nobody checks, and the exit code is 1. At last the tests that saw one run without any, and

@@ -210,7 +210,7 @@ def _ride(
 
     def along(w: Sample) -> Heads:
         if w is not toward:
-            raise ValueError("along(w) must be given the direction that the pass was told of by `toward`")
+            raise ValueError("along(w): w must be the direction that the pass was given as `toward`")
         return slopes
 
     return values, along

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dumo import dist
-from dumo.config.check import check_pieces
+from dumo.config.pieces import check_pieces
 from dumo.config.spec import Run
 from dumo.flow.overhear import exchanged
 from dumo.flow.precision import autocast

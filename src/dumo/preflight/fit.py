@@ -9,8 +9,8 @@ from itertools import product
 from typing import Any
 
 from dumo.config.change import override, shown
-from dumo.config.check import check_pieces
 from dumo.config.load import parse
+from dumo.config.pieces import check_pieces
 from dumo.config.spec import Run
 from dumo.preflight import cluster, plan
 from dumo.preflight.plan import most_rows

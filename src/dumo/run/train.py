@@ -13,7 +13,7 @@ import torch
 from dumo import dist
 from dumo.ahead import BATCHES, Ahead
 from dumo.config.advice import advice
-from dumo.config.check import check_pieces
+from dumo.config.pieces import check_pieces
 from dumo.config.spec import Run
 from dumo.data.source import Source
 from dumo.data.store import some

@@ -4,8 +4,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from dumo.config.check import check_pieces
 from dumo.config.load import load
+from dumo.config.pieces import check_pieces
 from dumo.config.spec import Run
 from dumo.objectives import AlphaFlow
 from dumo.types import UserError
