@@ -47,6 +47,7 @@ LIKELIHOOD = f"{THEORY}/test_likelihood.py"
 JUDGED, EVALUATED = (f"tests/unit/{room}/test_likelihood.py" for room in ("protocols", "evaluation"))
 WEIGHT, DISPERSE = f"{THEORY}/test_weight.py", "tests/unit/flow/test_disperse.py"
 READS = "tests/contract/test_read.py"
+TIMES = "tests/unit/flow/test_times.py"
 DRAW, GUIDANCE = "tests/unit/flow/test_draw.py", f"{THEORY}/test_guidance.py"
 GUIDE, PRECISION, WAIT = (
     "tests/unit/flow/test_guide.py",
@@ -325,6 +326,7 @@ MUTANTS = [
     Mutant("flow/times.py", "t[rest] = r[rest] =", "t[rest] =", "rows at rest jump to the data", LAW),
     Mutant("flow/times.py", "[jumps[i] for i in far], [jumps", "far, [jumps", "rows at rest are overwritten", LAW),
     Mutant("flow/times.py", "t[between] * torch.rand(k", "torch.rand(k", "jumps end where t does not matter", LAW),
+    Mutant("flow/times.py", "self.data_ratio < 1", "True", "hop makes jumps that nothing taught", TIMES),
     Mutant("flow/times.py", "so_far.diff() > 0", "so_far.diff() < 0", "rows at rest are said to move", LAW),
     Mutant(
         "flow/density.py",
@@ -1235,7 +1237,7 @@ MUTANTS = [
         "for rows in (data, between) if",
         "for rows in (sorted(data + between),) if",
         "all jumps to the data are turned",
-        "tests/unit/flow/test_times.py",
+        TIMES,
     ),
     Mutant("protocols/likelihood.py", "log2(self.levels / 2)", "log2(self.levels)", "the range is 1 wide", JUDGED),
     Mutant("protocols/likelihood.py", "+ u) / levels", "+ u) / (levels - 1)", "cells are too wide", JUDGED),

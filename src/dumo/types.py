@@ -96,6 +96,11 @@ class TimeLaw(Spec, ABC):
         return 1.0
 
     @property
+    def between(self) -> bool:
+        """Whether some jumps end before the data, at r > 0: only then are several jumps in turn what was taught."""
+        return True
+
+    @property
     def climbs(self) -> bool:
         """Whether r > t on some of the rows: jumps up to the noise, too."""
         return False

@@ -1,5 +1,6 @@
 """The parts of a run, as one tree of specs; whether they fit one another is not looked at here."""
 
+from dataclasses import replace
 from math import prod
 from typing import Annotated, Literal
 
@@ -79,7 +80,10 @@ class Tree(Spec):
     @property
     def reads(self) -> Reads:
         """The readings that the objective will teach. They answer nothing yet: there is no net."""
-        return self.objective.read(nn.Identity())
+        found = self.objective.read(nn.Identity())
+        if found.flow_map and found.hops is None and not self.objective.times.between:
+            return replace(found, hops=lambda t, s: s == 0)
+        return found
 
     @property
     def classes_known(self) -> bool:

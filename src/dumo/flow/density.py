@@ -14,6 +14,11 @@ from dumo.types import PerSample, Time, TimeLaw
 class Density(TimeLaw):
     """What each of these laws can tell. It is drawn by that, unless it says otherwise."""
 
+    @property
+    def between(self) -> bool:
+        """None: r = 0."""
+        return False
+
     @abstractmethod
     def quantile(self, p: PerSample) -> Time:
         """The time below which a share p in [0, 1] of the draws lies."""
@@ -153,6 +158,11 @@ class Stratified(TimeLaw):
         p = (torch.randperm(n, generator=g) + torch.rand(n, generator=g, dtype=torch.float64)) / n
         t = self.of.quantile(p).float()
         return t, torch.zeros_like(t)
+
+    @property
+    def between(self) -> bool:
+        """None: r = 0."""
+        return False
 
 
 Alike = Annotated[Arctan | Beta | Karras | LogitNormal | Stratified | Uniform, Field(discriminator="kind")]

@@ -39,6 +39,11 @@ class Atom(TimeLaw):
         t, r = self.of(n, g)
         return t.masked_fill(torch.tensor(spread(n, self.share), dtype=torch.bool), self.at), r
 
+    @property
+    def between(self) -> bool:
+        """None: r = 0."""
+        return False
+
 
 class Mixture(TimeLaw):
     """Two laws of one time: `other` on a share of the rows, `of` on the rest; r = 0 (ours).
@@ -58,6 +63,11 @@ class Mixture(TimeLaw):
         for law, place in zip((self.other, self.of), split_by_step(spread(n, self.share)), strict=True):
             t[place] = law(len(place), g)[0]
         return t, torch.zeros_like(t)
+
+    @property
+    def between(self) -> bool:
+        """None: r = 0."""
+        return False
 
 
 BothWays = Annotated[bool, Field(exclude_if=lambda both: not both)]
@@ -143,6 +153,11 @@ class Jumps(TimeLaw):
     def moving_share(self) -> float:
         """All but `velocity_ratio`."""
         return 1 - self.velocity_ratio
+
+    @property
+    def between(self) -> bool:
+        """All but `data_ratio` of the jumps."""
+        return self.data_ratio < 1
 
     @property
     def climbs(self) -> bool:
@@ -239,6 +254,11 @@ class Groups(TimeLaw):
     def group(self) -> int:
         """Those of the same times."""
         return self.size
+
+    @property
+    def between(self) -> bool:
+        """As the law that is shared."""
+        return self.of.between
 
     @property
     def climbs(self) -> bool:

@@ -43,6 +43,15 @@ def test_a_solver_needs_what_the_objective_teaches(objective: str, reading: str,
                 changed(*words)
 
 
+@pytest.mark.parametrize("times", ["{kind: uniform}", "{kind: jumps, data_ratio: 1}"])
+def test_jumps_in_turn_need_jumps_that_end_before_the_data(times: str) -> None:
+    words = ["objective.kind=meanflow", "sample.solver.kind=hop", f"objective.times={times}", "sample.nfe=[1]"]
+    assert changed(*words, "evaluate.nfe=[1]").sample.nfe == (1,)
+    with pytest.raises(UserError, match=r"nfe = 2 .* never teaches: ask for nfe = 1, or use euler"):
+        changed(*words, "evaluate.nfe=[2]")
+    assert changed(*words, "objective.times={kind: jumps, data_ratio: .5}", "evaluate.nfe=[2]").evaluate.nfe == (2,)
+
+
 @pytest.mark.parametrize("field", ["sample.nfe", "evaluate.nfe"])
 @pytest.mark.parametrize("nfe", ["[0]", "[2, -1]", "[]"])
 def test_numbers_of_passes(field: str, nfe: str) -> None:

@@ -64,6 +64,15 @@ def test_the_generator_decides(law: Times) -> None:
     assert not torch.isclose(one[0], other[0]).all()
 
 
+LAWS = [*(cls() for cls in members(Times)), Jumps(data_ratio=1), Groups(of=Pair()), Pair(both_ways=True)]
+
+
+@pytest.mark.parametrize("law", LAWS, ids=kind)
+def test_a_law_says_whether_jumps_end_before_the_data(law: Times) -> None:
+    t, r = law(960, stream(0))
+    assert bool(((r > 0) & (r != t)).any()) is law.between
+
+
 @pytest.mark.parametrize("a", [0.01, 0.05, 0.5])
 def test_a_sharp_beta_stays_a_number(a: float) -> None:
     """Gamma variables of small shape underflow; their ratio must not be 0 / 0."""
