@@ -286,6 +286,7 @@ TABLES = {
     "fair": ("fair", fair),
     "stages": ("stages", arms),
     "pulls": ("pulls", partial(arms, raw=True)),
+    "pulls-latents": ("pulls-latents", arms),
     "kills": ("kill", kills),
     "machines": ("machine", machines),
     "duel": ("duel", duel),
