@@ -377,7 +377,7 @@ MUTANTS = [
     Mutant("flow/times.py", "[jumps[i] for i in far], [jumps", "far, [jumps", "rows at rest are overwritten", LAW),
     Mutant("flow/times.py", "t[between] * torch.rand(k", "torch.rand(k", "jumps end where t does not matter", LAW),
     Mutant("flow/times.py", "self.data_ratio < 1", "True", "hop makes jumps that nothing taught", TIMES),
-    Mutant("flow/times.py", "so_far.diff() > 0", "so_far.diff() < 0", "rows at rest are said to move", LAW),
+    Mutant("place.py", "so_far.diff() > 0", "so_far.diff() < 0", "rows at rest are said to move", LAW),
     Mutant(
         "flow/density.py",
         "self.std * normal).sigmoid()",
@@ -400,7 +400,7 @@ MUTANTS = [
         f"{LAW}::test_a_stratified_row_keeps_its_law",
     ),
     Mutant("flow/density.py", "betaincinv(self.a, self.b,", "betaincinv(self.b, self.a,", "a and b change places", LAW),
-    Mutant("flow/times.py", "(self.other, self.of), split", "(self.of, self.other), split", "the laws change", LAW),
+    Mutant("flow/mixture.py", "(self.other, self.of), split", "(self.of, self.other), split", "the laws change", LAW),
     Mutant(
         "sampling/solver.py",
         "lift(t - s, x) * velocity(x, t, c)",

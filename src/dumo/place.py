@@ -16,6 +16,12 @@ def split_by_step(moving: Sequence[bool]) -> tuple[list[int], list[int]]:
     return [i for i, m in enumerate(moving) if m], [i for i, m in enumerate(moving) if not m]
 
 
+def spread(n: int, share: float) -> tuple[bool, ...]:
+    """Which of the first n rows are picked, by place alone: a share of them, evenly spread, whatever n is."""
+    so_far = (torch.arange(n + 1, dtype=torch.float64) * share + 1e-9).floor()
+    return tuple((so_far.diff() > 0).tolist())
+
+
 def index(rows: Sequence[int], device: torch.device) -> Int[Tensor, " k"]:
     """Places as an index on a device. To a GPU it is sent once, for most places are the same at every step.
 

@@ -18,57 +18,10 @@ from dumo.flow.density import Karras as Karras
 from dumo.flow.density import LogitNormal as LogitNormal
 from dumo.flow.density import Stratified as Stratified
 from dumo.flow.density import Uniform as Uniform
-from dumo.place import split_by_step
+from dumo.flow.mixture import Atom as Atom
+from dumo.flow.mixture import Mixture as Mixture
+from dumo.place import split_by_step, spread
 from dumo.types import Time, TimeLaw
-
-
-class Atom(TimeLaw):
-    """One law, but t = `at` on a share of the rows; r = 0 (ours).
-
-    Laws with a density teach one-step sampling, which starts at t = 1 exactly, by its neighbours. The rows are chosen
-    by their place, evenly spread.
-    """
-
-    kind: Literal["atom"] = "atom"
-    of: Alike = Beta()
-    share: float = Field(default=0.15, ge=0, le=1)
-    at: float = Field(default=1.0, ge=0, le=1)
-
-    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
-        t, r = self.of(n, g)
-        return t.masked_fill(torch.tensor(spread(n, self.share), dtype=torch.bool), self.at), r
-
-    @property
-    def between(self) -> bool:
-        """None: r = 0."""
-        return False
-
-
-class Mixture(TimeLaw):
-    """Two laws of one time: `other` on a share of the rows, `of` on the rest; r = 0 (ours).
-
-    So a law that hardly ever reaches the noise, as the logit-normal, has a tail there. The rows are chosen by their
-    place, evenly spread.
-    """
-
-    kind: Literal["mixture"] = "mixture"
-    of: Alike = LogitNormal()
-    other: Alike = Uniform()
-    share: float = Field(default=0.1, ge=0, le=1)
-
-    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
-        """Draw n rows."""
-        t = torch.zeros(n)
-        for law, place in zip((self.other, self.of), split_by_step(spread(n, self.share)), strict=True):
-            t[place] = law(len(place), g)[0]
-        return t, torch.zeros_like(t)
-
-    @property
-    def between(self) -> bool:
-        """None: r = 0."""
-        return False
-
 
 BothWays = Annotated[bool, Field(exclude_if=lambda both: not both)]
 Single = Annotated[
@@ -276,12 +229,6 @@ class Grid(TimeLaw):
         """Draw n rows."""
         k = torch.randint(1, self.steps + 1, (n,), generator=g)
         return k / self.steps, (torch.rand(n, generator=g) * k).floor().clamp(max=k - 1) / self.steps
-
-
-def spread(n: int, share: float) -> tuple[bool, ...]:
-    """Which of the first n rows are picked, by place alone: a share of them, evenly spread, whatever n is."""
-    so_far = (torch.arange(n + 1, dtype=torch.float64) * share + 1e-9).floor()
-    return tuple((so_far.diff() > 0).tolist())
 
 
 def turned(t: Time, r: Time, rows: list[int]) -> tuple[Time, Time]:
