@@ -51,22 +51,28 @@ def page(width: int, *, dark: bool = False) -> "Generator[Page, None, None]":
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found(), args=QUIET)
         try:
-            yield browser.new_page(viewport={"width": width, "height": 900}, color_scheme="dark" if dark else "light")
+            scheme = "dark" if dark else "light"
+            yield browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme).new_page()
         finally:
             browser.close()
 
 
 def look(file: Path, width: int, picture: Path | None = None, *, dark: bool = False) -> Seen:
-    """Open a file of HTML, scroll through it, and say what is there; `picture`: the file of a screenshot."""
-    errors: list[str] = []
+    """What a file of HTML shows in a page of its own; `picture`: the file of a screenshot."""
     with page(width, dark=dark) as opened:
-        opened.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
-        opened.on("requestfailed", lambda request: errors.append(request.url))
-        opened.goto(file.resolve().as_uri(), wait_until="load")
-        for image in opened.locator("img[loading=lazy]").all():
-            if image.is_visible():
-                image.scroll_into_view_if_needed()
-        opened.wait_for_load_state("networkidle")
-        if picture:
-            opened.screenshot(path=picture, full_page=True)
-        return Seen(**opened.evaluate(LOOK), errors=tuple(errors))
+        return seen(opened, file, picture)
+
+
+def seen(opened: "Page", file: Path, picture: Path | None = None) -> Seen:
+    """Open a file of HTML in this page, which is empty, scroll through it, and say what is there."""
+    errors: list[str] = []
+    opened.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+    opened.on("requestfailed", lambda request: errors.append(request.url))
+    opened.goto(file.resolve().as_uri(), wait_until="load")
+    for image in opened.locator("img[loading=lazy]").all():
+        if image.is_visible():
+            image.scroll_into_view_if_needed()
+    opened.wait_for_load_state("networkidle")
+    if picture:
+        opened.screenshot(path=picture, full_page=True)
+    return Seen(**opened.evaluate(LOOK), errors=tuple(errors))

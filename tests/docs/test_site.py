@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from browser import DESK, READABLE, TELEPHONE, look
+from browser import DESK, READABLE, TELEPHONE, page, seen
 
 ROOT = Path(__file__).parents[2]
 LOADED = re.compile(r"""<(?:script|img|link|iframe)\b[^>]*?\b(?:src|href)=["']?(https?:[^"' >]+)""")
@@ -48,22 +48,23 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 60
-    for page in pages:
-        text = page.read_text(encoding="utf-8")
-        assert [url for url in LOADED.findall(text) if "://www.w3.org" not in url] == [], page
+    for file in pages:
+        text = file.read_text(encoding="utf-8")
+        assert [url for url in LOADED.findall(text) if "://www.w3.org" not in url] == [], file
 
 
 def test_formulas_are_drawn_by_the_browser(site: Path) -> None:
     text = (site / "objectives/dumo.html").read_text(encoding="utf-8")
     assert text.count("<math ") > 20
-    for page in site.rglob("*.html"):
-        assert 'class="arithmatex"' not in page.read_text(encoding="utf-8"), page
+    for file in site.rglob("*.html"):
+        assert 'class="arithmatex"' not in file.read_text(encoding="utf-8"), file
 
 
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [DESK, TELEPHONE])
 def test_pages_can_be_read(width: int, site: Path) -> None:
-    for name in PAGES:
-        seen = look(site / name, width)
-        assert (seen.broken, seen.beyond, seen.errors) == ([], 0, ()), name
-        assert seen.smallest >= READABLE, name
+    with page(width) as first:
+        for name in PAGES:
+            shown = seen(first.context.new_page(), site / name)
+            assert (shown.broken, shown.beyond, shown.errors) == ([], 0, ()), name
+            assert shown.smallest >= READABLE, name

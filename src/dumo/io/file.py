@@ -24,6 +24,7 @@ FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 PRIVATE = 0o600  # as safetensors makes its files
 DAY = 86_400.0  # seconds
 GOING = "old"  # in place of a writer: of what is being removed
+OPEN: set[Path] = set()  # hidden places that threads of this process are writing now
 WRITER = re.compile(rf"\..+\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<going>{GOING}))\.tmp")
 
 
@@ -36,6 +37,7 @@ def whole(path: Path, *, writer: int | str | None = None, durable: bool = False)
     stands.
     """
     half = hidden(path, own() if writer is None else writer)
+    OPEN.add(half.absolute())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield half
@@ -45,6 +47,8 @@ def whole(path: Path, *, writer: int | str | None = None, durable: bool = False)
         if named := of_path(error, half, path):
             raise named from error
         raise
+    finally:
+        OPEN.discard(half.absolute())
 
 
 def of_path(error: BaseException, half: Path, path: Path) -> OSError | None:
@@ -68,7 +72,7 @@ def settle(half: Path, path: Path, *, durable: bool = False) -> None:
         if durable:
             flush(part)
     if path.is_dir():
-        shutil.rmtree(path.rename(hidden(path, GOING)))  # a folder takes the place of an empty one only
+        remove(path.rename(hidden(path, GOING)))  # a folder takes the place of an empty one only
     half.replace(path)
     if durable:
         flush(path.parent)
@@ -108,7 +112,7 @@ def sweep(folder: Path, *, alone: bool = False) -> None:
 
 
 def gone(half: Path) -> bool:
-    """Whether the writer of a hidden file or folder is."""
+    """Whether the writer of a hidden file or folder is; of this process, whether no thread of it is writing there."""
     found = WRITER.fullmatch(half.name)
     if found is None:
         return False
@@ -117,7 +121,7 @@ def gone(half: Path) -> bool:
     if found["machine"] != machine():
         return time.time() - half.stat().st_mtime > DAY
     pid = int(found["process"])
-    return pid == os.getpid() or not alive(pid)
+    return half.absolute() not in OPEN if pid == os.getpid() else not alive(pid)
 
 
 def alive(pid: int) -> bool:

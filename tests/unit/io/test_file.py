@@ -105,6 +105,17 @@ def test_what_is_left_of_the_dead_is_swept(tmp_path: Path) -> None:
     file.sweep(tmp_path / "not there")
 
 
+def test_what_another_thread_writes_now_is_not_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with file.whole(tmp_path / "a") as half:
+        half.write_text("whole")
+        monkeypatch.chdir(tmp_path)
+        file.sweep(Path())
+    assert (tmp_path / "a").read_text() == "whole"
+    half.write_text("left behind")
+    file.sweep(tmp_path)
+    assert not half.exists()
+
+
 def test_a_full_disk_names_the_file_and_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
