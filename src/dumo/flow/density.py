@@ -11,13 +11,17 @@ from torch import Generator
 from dumo.types import PerSample, Time, TimeLaw
 
 
-class Density(TimeLaw):
-    """What each of these laws can tell. It is drawn by that, unless it says otherwise."""
+class ToData(TimeLaw):
+    """A law of one time: every jump goes to the data, r = 0."""
 
     @property
     def between(self) -> bool:
-        """None: r = 0."""
+        """None."""
         return False
+
+
+class Density(ToData):
+    """What each of these laws can tell. It is drawn by that, unless it says otherwise."""
 
     @abstractmethod
     def quantile(self, p: PerSample) -> Time:
@@ -142,7 +146,7 @@ class Karras(Density):
 One = Annotated[Arctan | Beta | Karras | LogitNormal | Uniform, Field(discriminator="kind")]
 
 
-class Stratified(TimeLaw):
+class Stratified(ToData):
     """One of these laws, whose n draws lie one in each of n parts of equal probability, in random order; r = 0.
 
     Each row keeps the law, so a loss has the same mean, and less noise from times that crowd by chance (stratified
@@ -158,11 +162,6 @@ class Stratified(TimeLaw):
         p = (torch.randperm(n, generator=g) + torch.rand(n, generator=g, dtype=torch.float64)) / n
         t = self.of.quantile(p).float()
         return t, torch.zeros_like(t)
-
-    @property
-    def between(self) -> bool:
-        """None: r = 0."""
-        return False
 
 
 Alike = Annotated[Arctan | Beta | Karras | LogitNormal | Stratified | Uniform, Field(discriminator="kind")]

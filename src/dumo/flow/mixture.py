@@ -6,12 +6,12 @@ import torch
 from pydantic import Field
 from torch import Generator
 
-from dumo.flow.density import Alike, Beta, LogitNormal, Uniform
+from dumo.flow.density import Alike, Beta, LogitNormal, ToData, Uniform
 from dumo.place import split_by_step, spread
-from dumo.types import Time, TimeLaw
+from dumo.types import Time
 
 
-class Atom(TimeLaw):
+class Atom(ToData):
     """One law, but t = `at` on a share of the rows; r = 0 (ours).
 
     Laws with a density teach one-step sampling, which starts at t = 1 exactly, by its neighbours. The rows are chosen
@@ -28,13 +28,8 @@ class Atom(TimeLaw):
         t, r = self.of(n, g)
         return t.masked_fill(torch.tensor(spread(n, self.share), dtype=torch.bool), self.at), r
 
-    @property
-    def between(self) -> bool:
-        """None: r = 0."""
-        return False
 
-
-class Mixture(TimeLaw):
+class Mixture(ToData):
     """Two laws of one time: `other` on a share of the rows, `of` on the rest; r = 0 (ours).
 
     So a law that hardly ever reaches the noise, as the logit-normal, has a tail there. The rows are chosen by their
@@ -52,8 +47,3 @@ class Mixture(TimeLaw):
         for law, place in zip((self.other, self.of), split_by_step(spread(n, self.share)), strict=True):
             t[place] = law(len(place), g)[0]
         return t, torch.zeros_like(t)
-
-    @property
-    def between(self) -> bool:
-        """None: r = 0."""
-        return False
