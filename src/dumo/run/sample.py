@@ -163,7 +163,7 @@ def export(
     run, shape = opened.run, opened.run.pixels
     forms = FORMS if len(shape) == 3 else ("grid", "npz")
     if form not in forms:
-        raise UserError(f"format '{form}' is none for samples of shape {shape}: use {', '.join(forms)}")
+        raise UserError(f"format '{form}' does not hold samples of shape {shape}: use {', '.join(forms)}")
     way = "ask for fewer, and for others with another --seed"
     room.require(count * prod(shape) * torch.float32.itemsize, f"{count:,} samples take", way)
     opened, said = asked(opened, nfe=nfe, seed=seed, solver=solver)

@@ -46,8 +46,8 @@ def climbing(solver: Solver, reads: Reads, along: Sequence[Sample] = ()) -> Clim
     if isinstance(solver, Hop):
         if reads.climb is None:
             raise UserError(
-                "solver 'hop' is told of likelihood by a part of kind divergence, beside an average, and by times that "
-                "go both ways, which this objective has not: use heun or euler"
+                "solver 'hop' takes likelihood from a part of kind divergence, beside an average, and from times that "
+                "go both ways, which this objective lacks: use heun or euler"
             )
         return reads.climb
     if not isinstance(solver, Euler | Heun):

@@ -116,7 +116,7 @@ class Muon(Spec):
     @model_validator(mode="after")
     def _rated(self) -> "Muon":
         if self.adjust_lr_fn == "original" and self.adamw_lr is None:
-            raise ValueError("adjust_lr_fn 'original' takes an lr that is none for AdamW: set adamw_lr, such as 0.001")
+            raise ValueError("adjust_lr_fn 'original' takes an lr too large for AdamW: set adamw_lr, such as 0.001")
         return self
 
     def __call__(self, net: nn.Module) -> torch.optim.Optimizer:
