@@ -1,0 +1,174 @@
+"""Plant errors in the mathematics, one at a time, and see that a test fails for each: `make mutants`, four minutes.
+
+    python tools/mutants.py [WORD ...]    # of the rows of mutants.toml those with a WORD in their file or text
+
+An error is planted as Python imports the file, which stays as it is. One that its tests let live is a law that nobody
+checks, and the exit code is 1. At last the tests that failed run once without any error, and must pass.
+"""
+
+import gc
+import importlib
+import multiprocessing
+import os
+import re
+import resource
+import sys
+import time
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from tempfile import NamedTemporaryFile, TemporaryDirectory
+
+import pytest
+import torch
+
+from planted import METHOD, Plant
+
+ROOT = Path(__file__).parent.parent
+TABLE = Path(__file__).with_suffix(".toml")
+AT_ONCE = 2
+# What dumo and the tests import; a derivative in forward mode asks for the fourth, which takes four seconds.
+OTHERS = [
+    "jaxtyping",
+    "matplotlib.pyplot",
+    "pydantic.main",
+    "torch._dynamo",
+    "safetensors.torch",
+    "scipy.linalg",
+    "yaml",
+]
+FORK = multiprocessing.get_context("fork")
+ADDED = "--import-mode=importlib --strict-markers --strict-config -ra"
+PATIENCE = 600  # seconds, on a busy machine; alone, no run takes 30
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`old`, which stands once in src/dumo/`file`, becomes `new`, which is wrong: one of `tests` must fail."""
+
+    file: str
+    wrong: str
+    old: str
+    new: str
+    tests: str
+
+    def text(self) -> str:
+        """The file with the error. Raises ValueError unless there is exactly one place for it."""
+        text = (ROOT / "src/dumo" / self.file).read_text()
+        if (times := text.count(self.old)) != 1:
+            raise ValueError(f"{self.file} has {self.old!r} {times} times: mend tools/mutants.toml")
+        return text.replace(self.old, self.new)
+
+    def path(self) -> str:
+        """The tests, as pytest takes them. Raises ValueError unless they are in one file."""
+        name, *node = self.tests.split("::")
+        ends = f"{Path('/', name).with_name(f'test_{Path(name).name}')}.py"
+        found = [file for file in test_files() if f"/{file}".endswith(ends)]
+        if len(found) != 1:
+            raise ValueError(f"{self.tests!r} are the tests of {found or 'no file'}: mend tools/mutants.toml")
+        return "::".join([*found, *node])
+
+
+def mutants(*words: str) -> list[Mutant]:
+    """All rows of the table, or those that have one of the words in their file or text."""
+    table = tomllib.loads(TABLE.read_text(encoding="utf-8"))
+    rows = [Mutant(file, wrong, *row) for file, own in table.items() for wrong, row in own.items()]
+    return [row for row in rows if not words or any(word in f"{row.file} {row.wrong}" for word in words)]
+
+
+@cache
+def test_files() -> list[str]:
+    """Every file of tests."""
+    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "tests").rglob("test_*.py"))]
+
+
+def warm(compiled: str) -> None:
+    """Do here once what each child would do again: import what is not ours, and keep what Python compiles."""
+    os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", METHOD: "fork"}
+    sys.dont_write_bytecode, sys.pycache_prefix = False, compiled
+    torch.set_num_threads(1)
+    for name in OTHERS:
+        importlib.import_module(name)
+    gc.freeze()
+
+
+def planted(mutant: Mutant) -> Plant:
+    """The module with the error."""
+    name = "dumo." + mutant.file.removesuffix(".py").replace("/", ".")
+    return Plant(name, str(ROOT / "src/dumo" / mutant.file), mutant.text())
+
+
+def run(tests: list[str], plant: Plant | None = None) -> tuple[int, str]:
+    """Exit code and output of the tests, in a process forked from this one, where what they import of others is.
+
+    Raises TimeoutError where they take too long.
+    """
+    with NamedTemporaryFile() as output:
+        child = FORK.Process(target=test, args=(tests, plant, output.name))
+        child.start()
+        end = time.monotonic() + PATIENCE
+        while child.exitcode is None:  # not join: what it waits for, the other child has inherited
+            if time.monotonic() > end:
+                child.kill()
+                raise TimeoutError(f"no end after {PATIENCE} s")
+            time.sleep(0.05)
+        return child.exitcode, Path(output.name).read_text()
+
+
+def test(tests: list[str], plant: Plant | None, output: str) -> None:
+    """Run the tests in this process, and end it. Shapes are not checked here: that takes longer than the tests."""
+    with open(output, "w") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    sys.path.insert(0, str(ROOT / "src"))
+    if plant:
+        plant.plant()
+    options = ["-x", "-q", "--no-header", "--tb=no", "-p", "no:cacheprovider", "-o", f"addopts={ADDED}"]
+    os._exit(pytest.main([*options, *tests]))
+
+
+def trial(mutant: Mutant) -> tuple[str | None, str]:
+    """The test that fails with a mutant, None if it lives, and what to say of it."""
+    about = mutant.file.startswith("objectives/") and mutant.tests == "fixed_point"
+    mine = ["-k", Path(mutant.file).stem] if about else []  # its cases, of a test of all objectives
+    try:
+        code, output = run([mutant.path(), *mine], planted(mutant))
+    except (ValueError, TimeoutError) as error:
+        return None, str(error)
+    failed = re.search(r"^FAILED (.*?)( - .*)?$", output, re.MULTILINE)
+    if code == 1 and failed:
+        return failed[1], failed[1].partition("::")[2]
+    return None, "SURVIVED" if code == 0 else f"no test failed, yet pytest exits with {code}: {output[-300:]}"
+
+
+def sane(tests: set[str]) -> str:
+    """What the tests that saw an error say without one; empty if they pass."""
+    code, output = run(sorted(tests))
+    return output[-2000:] if code else ""
+
+
+def main(*words: str) -> int:
+    """Print a row per mutant. 0 if every one was killed, by a test that passes without it."""
+    begun, rows = time.monotonic(), mutants(*words)
+    if not rows:
+        print(f"no row of {TABLE.name} has {' or '.join(map(repr, words))} in its file or text")
+        return 2
+    os.chdir(ROOT)
+    seen: list[str] = []
+    with TemporaryDirectory() as compiled, ThreadPoolExecutor(AT_ONCE) as pool:
+        warm(compiled)
+        for mutant, (failed, said) in zip(rows, pool.map(trial, rows), strict=True):
+            seen += [failed] * (failed is not None)
+            print(f"{'killed' if failed else 'ALIVE '}  {mutant.file:28} {mutant.wrong:46} {said}", flush=True)
+        broken = sane(set(seen)) if seen else ""
+    print(f"BROKEN  without a mutant: {broken}" if broken else f"fine    without a mutant: {len(set(seen))} tests pass")
+    took = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = f"{took.ru_utime + took.ru_stime:.0f} s of processors"
+    print(f"{len(seen)} of {len(rows)} mutants killed in {time.monotonic() - begun:.0f} s, {cpu}")
+    return 1 if broken or len(seen) < len(rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
