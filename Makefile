@@ -23,17 +23,18 @@ test: $(BIN)/.developed ## run the tests, but for the slow ones; with SLOW=1 the
 slow: $(BIN)/.developed ## run the slow tests
 	$(PYTEST) -m slow $$(grep -rl mark.slow --include='test_*.py' tests)
 
-check: $(BIN)/.developed ## lint, formatting, types, layers
+check: $(BIN)/.developed ## lint, formatting, types, layers, sizes
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/python tools/budget.py
 
 docs: $(BIN)/.developed ## build the documentation: open site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 mutants: $(BIN)/.developed ## plant errors in the mathematics and show that a test catches each
-	$(BIN)/python tests/mutants.py
+	$(BIN)/python tools/mutants.py
 
 clean: ## remove the environment, the site and the caches, not the runs
 	rm -rf $(VENV) site .pytest_cache .ruff_cache .import_linter_cache

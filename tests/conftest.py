@@ -1,6 +1,9 @@
 """Settings that all tests share."""
 
 import os
+import signal
+import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +12,27 @@ import pytest
 import torch
 
 import browser
+from dumo import stop
 
+if sys.__stdin__ is None:  # closed (`<&-`); pytest and pandas read its encoding
+    sys.__stdin__ = Path(os.devnull).open()  # noqa: SIM115, for as long as the tests run
 matplotlib.use("Agg")
 torch.set_num_threads(1)  # the tests run side by side, and a number of threads is a number of roundings
 
 DATA = "DUMO_DATA"  # a folder of real images and a real autoencoder; tests marked `data` read it
 WITHOUT_SLOW = "not slow"  # the expression of marks by which `make test` leaves out the slow group
 left_out: dict[str, int] = {}  # how many tests, by mark
+
+
+@pytest.fixture
+def default_signals() -> Generator[None, None, None]:
+    """No signal is ignored, as nohup and a shell's background jobs ignore some."""
+    before = {number: signal.getsignal(number) for number in stop.SIGNALS}
+    for number in stop.SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, old in before.items():
+        signal.signal(number, old)
 
 
 def pytest_configure(config: pytest.Config) -> None:

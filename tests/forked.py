@@ -24,7 +24,8 @@ IMPORTED = [
     *("dumo.api", "typer", "rich.console", "torch._dynamo", "torch._refs", "torch.distributed.fsdp"),
     *("scipy.stats", "PIL.Image", "peft", "diffusers.models.transformers.transformer_flux"),
 ]
-ROOTS = os.pathsep.join(map(str, (Path(dumo.__file__).parents[1], Path(__file__).parent)))
+TESTS = Path(__file__).parent
+ROOTS = os.pathsep.join(map(str, (Path(dumo.__file__).parents[1], TESTS, TESTS.with_name("tools"))))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ROOTS, "COLUMNS": "80"}
 
 

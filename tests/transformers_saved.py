@@ -10,7 +10,7 @@ from torch import Tensor
 import transformers_tiny as tiny
 from dumo.nets import Pretrained
 from dumo.nets.family import FAMILIES
-from dumo.nets.text import TextFile
+from dumo.nets.rows import TextFile
 
 SHAPE, CLASSES = (4, 8, 8), 2  # of a sample; two captions, and that of none
 IMAGES = [name for name, row in tiny.TINY.items() if len(row.shape) == 4 or name.startswith(("flux", "chroma", "qwen"))]

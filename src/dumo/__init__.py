@@ -40,7 +40,7 @@ report, export          one page with all of it; a net as stock programs take it
 
 demo                    a page to play with a run
 
-bench, reproduce        what a step costs by every slope; the paper's figures and ours
+lab                     figures, tables and times made again
 
 api                     what `import dumo` offers: load, train, recipe
 

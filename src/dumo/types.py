@@ -4,7 +4,7 @@ Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
@@ -26,11 +26,13 @@ PerSample = Float[Tensor, " b"]  # one number per row
 Trail = Float[Array, "b points *d"]  # places of each row along one trajectory, from the data on
 Rows = Bool[Tensor, " b"]  # which rows
 Cond = Shaped[Tensor, "b *c"]  # class indices (b,), or a text embedding
-Heads = tuple[Array, ...]  # Samples of heads and PerSamples of gauges, in the order of `Needs`; then what is `inside`
+Heads = tuple[Array, ...]  # Samples of heads and PerSamples of gauges, in the order of `Needs`
 Taught = Callable[[Sample, Time, Cond, Sample], Sample]  # (x_t, t, c, v_t) -> the velocity to learn
 Climb = Callable[[Sample, Time, Time, Cond], tuple[Sample, PerSample]]  # (x_t, t, s, c) -> x_s, growth of log volume
 FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
 CHANGES: JsonDict = {"changes": True}  # it may, too, and run.yaml notes from which step on
+QUIET: JsonDict = {"quiet": True}  # it is not shown where it stands at its default
+MACHINE: JsonDict = FREE | QUIET  # of the machine, and of what is kept
 
 
 class UserError(ValueError):
@@ -106,16 +108,27 @@ class TimeLaw(Spec, ABC):
         return False
 
 
+class Law(Spec, ABC):
+    """The law of something more that a loss reads, drawn into `Noised.drawn`."""
+
+    @abstractmethod
+    def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> Sample | PerSample:
+        """Draw for these rows, of samples of this shape, in a batch of `batch`: the same whatever others are drawn.
+
+        The key is that of `dumo.random`.
+        """
+
+
 @runtime_checkable
 class Derivative(Protocol):
-    """How a loss differentiates a net: along the flow (`dumo.flow.slope`), or in one input (`dumo.flow.rate`)."""
+    """How a loss differentiates a net along the flow (`dumo.flow.slope`)."""
 
     @property
     def kind(self) -> str:
         """Its name."""
         ...
 
-    def __call__(self, *at: Any, **inputs: Any) -> tuple[Heads, Any]: ...  # noqa: ANN401, a slope's or a rate's
+    def __call__(self, *at: Any, **inputs: Any) -> tuple[Heads, Any]: ...  # noqa: ANN401, a slope's
 
     def check(self, precision: str, time_scale: float = 1.0) -> None:
         """Raise UserError where it would be none: of passes in this precision, of a net of this time scale."""
@@ -136,16 +149,6 @@ class Guide(Protocol):
         """Whether v* differs from v_t at all."""
         ...
 
-    @property
-    def group(self) -> int:
-        """One of so many neighbouring rows is guided for all of them; 1: every row for itself."""
-        ...
-
-    @property
-    def unguided(self) -> "Guide":
-        """One that makes the passes which this one makes of rows without guidance."""
-        ...
-
     def inside(self, t: Time) -> Rows:
         """Where guidance acts, by the time."""
         ...
@@ -162,9 +165,9 @@ class Needs:
     paths: tuple[str, ...] = ("linear",)  # the paths whose formulas these are
     own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # inputs of some heads alone
     signed: bool = False  # the net is told negative times, too
+    laws: Mapping[str, Law] = field(default_factory=dict)  # of what more is drawn for a row, by its name in `drawn`
     slope: Derivative | None = None  # along the flow: what a field holds
     derives: bool = True  # whether the loss takes its slope
-    rate: Derivative | None = None  # in an input of the net
     guide: Guide | None = None  # what makes v*: what a field holds
     scale: float = 1.0  # of guidance by a field of this name, where there is no guide; 1 is none
     teachable: bool = True  # whether the loss learns from v_t, in whose place a teacher's velocity may be
@@ -173,7 +176,6 @@ class Needs:
     points: int = 0  # steps of a teacher's trajectory, whose ends the loss learns from; 0: it asks for none
     ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
     amplifies: float = 0.0  # how often the rounding of the net is multiplied (`dumo.flow.secant`)
-    inside: float | None = None  # the share of its blocks after which the net gives what they made, behind the gauges
     climbs: bool = False  # whether its formulas hold for r > t, too
     phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)  # where steps cost alike: a progress, its share of training
     taught: bool = False  # whether the loss asks a teacher for its velocity, and learns nothing without
@@ -223,9 +225,8 @@ class Noised:
     c: Cond  # some of it dropped to null
     null: Cond
     kept: Rows  # the rows whose condition was not dropped
-    coin: PerSample  # uniform in [0, 1), for a choice among neighbours
     moving: tuple[bool, ...] | None = None  # the rows that may have r < t, fixed by place; None: all
-    drawn: Mapping[str, Tensor] = field(default_factory=dict)  # the objective's further laws, by name
+    drawn: Mapping[str, Tensor] = field(default_factory=dict)  # by `Needs.laws`
     progress: float = 0.0  # share of the training done, in [0, 1]
     teacher: Taught | None = None  # what puts another velocity in the place of v_t
     trail: Trail | None = None  # of the row, at equal steps from t = 0 to 1; None: none but the path
@@ -318,7 +319,7 @@ class Objective(Protocol):
         ...
 
     def __iter__(self) -> Iterator[tuple[str, object]]:
-        """The fields by name, as pydantic gives them; those that are laws (`dumo.flow.law`) are drawn."""
+        """The fields by name, as pydantic gives them."""
         ...
 
     def model_copy(self, *, update: Mapping[str, Any]) -> "Objective":

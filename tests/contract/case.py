@@ -14,7 +14,7 @@ from dumo.flow.draw import draw
 from dumo.flow.path import Linear, Trig
 from dumo.flow.slope import DualSlope, Slope
 from dumo.nets import Net
-from dumo.objectives import UCGM, DuMo, Objective
+from dumo.objectives import Drift, DuMo, Objective
 from dumo.types import Frozen, Noised, Spec, Terms
 
 # What a net has of these is set so.
@@ -26,7 +26,7 @@ SOME = {"root": "somewhere", "side": 8, "classes": 2}
 GIVEN = {  # what a spec cannot do without
     "images": SOME,
     "diffusers": {"source": "somewhere"},
-    "latents": {"root": "elsewhere", "images": {"kind": "images", **SOME}, "codec": {"kind": "identity"}},
+    "latents": {"root": "elsewhere", "images": {"kind": "images", **SOME}, "codec": {"kind": "taef2"}},
 }
 
 
@@ -41,14 +41,11 @@ def kind(spec: type[Spec] | Spec) -> str:
 
 
 def objectives(*, exact: bool = False, **fields: object) -> Iterator[Objective]:
-    """Every objective with every slope it may have (exact: but differences), and with `fields` where it has them.
-
-    UCGM with its defaults is no velocity, by which to guide: there `guide` stays as it is.
-    """
+    """Every objective with every slope it may have (exact: but differences), and with `fields` where it has them."""
     for cls in (*members(Objective), Outside):
         own = {name: value for name, value in fields.items() if name in cls.model_fields}
-        if cls is UCGM:
-            own.pop("guide", None)
+        if cls is Drift:
+            own["size"] = 4  # of few rows
         if "slope" not in cls.model_fields:
             yield cls(**own)
             continue

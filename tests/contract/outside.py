@@ -46,7 +46,7 @@ class Weight(Number):
 
     kind: Literal["weight"] = "weight"
 
-    def __call__(self, n: int, g: Generator) -> PerSample:
+    def one(self, n: int, g: Generator) -> PerSample:
         """Draw one number per row."""
         return 1 + torch.rand(n, generator=g)
 
@@ -63,7 +63,7 @@ class Outside(Spec):
     @property
     def needs(self) -> Needs:
         """What differs from the defaults."""
-        return Needs(inputs=("t", "r"), heads=("u",), slope=self.slope)
+        return Needs(inputs=("t", "r"), heads=("u",), laws={"counts": self.counts}, slope=self.slope)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Mean squares to u*."""

@@ -3,12 +3,14 @@
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import fields, replace
+from itertools import cycle
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.case import Counted, name, nets, objectives, pairs, randomise, step
+from contract.case import Counted, name, nets, objectives, one_each, pairs, randomise, step
+from contract.outside import PlainNet
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
@@ -26,8 +28,9 @@ FIRST = nets()[0]
 N = 16  # two groups of the rows that any law keeps together
 # By default, and with every pass that guidance has; those without a guide are the same twice.
 ALL = list(dict.fromkeys([*objectives(drop=0.3), *objectives(guide=GUIDE, drop=0.3)]))
-each_objective = pytest.mark.parametrize("objective", ALL, ids=name)
-each = pytest.mark.parametrize(("objective", "net"), pairs(ALL), ids=name)
+ONCE = one_each(guide=GUIDE, drop=0.3)
+PAIRS = [*zip(ONCE, cycle((*nets(), PlainNet())), strict=False)]  # each objective with one net, by turns
+each = pytest.mark.parametrize(("objective", "net"), PAIRS, ids=name)
 
 
 def built(objective: Objective, net: Net, shape: tuple[int, ...] = SHAPE, classes: int = CLASSES) -> nn.Module:
@@ -112,7 +115,7 @@ def corners(b: Noised, net: Net) -> list[Noised]:
     return [found[name] for name in (found if net == FIRST else ("drawn", "all dropped", "data", "noise"))]
 
 
-@each
+@pytest.mark.parametrize(("objective", "net"), pairs(ALL), ids=name)
 def test_passes_never_depend_on_the_record(objective: Objective, net: Net) -> None:
     """Under sharding, a rank that skips a pass stops all others."""
     counts, module = set(), built(objective, net)
@@ -186,7 +189,7 @@ def test_loss_serves_data_without_classes(objective: Objective, net: Net) -> Non
     assert all(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-@each_objective
+@pytest.mark.parametrize("objective", ONCE, ids=name)
 def test_loss_serves_points(objective: Objective) -> None:
     (mlp,) = (net for net in nets() if net.kind == "mlp")
     assert step(objective, built(objective, mlp, (2,)), record(objective, shape=(2,))).loss.isfinite().all()
@@ -204,12 +207,10 @@ def refused(objective: Objective) -> bool:
     return by_slope or objective.needs.amplifies > MAX_GAIN
 
 
-EXACT = [
-    o for o in ALL if refused(o) or not isinstance(o.needs.slope, JvpSlope)
-]  # rounding is the net's, not a slope's
+IN_BF16 = [(o, FIRST) for o in (*ONCE, *filter(refused, ALL)) if not isinstance(o.needs.slope, JvpSlope)]
 
 
-@pytest.mark.parametrize(("objective", "net"), pairs(EXACT), ids=name)
+@pytest.mark.parametrize(("objective", "net"), dict.fromkeys([*IN_BF16, *PAIRS]), ids=name)
 @pytest.mark.parametrize("bf16_data", [False, True], ids=["fp32 data", "bf16 data"])
 def test_bf16_is_served_or_refused(objective: Objective, net: Net, bf16_data: bool) -> None:
     """Exact slopes work in the corners of time under autocast; differences are refused, for they would be noise."""

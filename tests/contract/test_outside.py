@@ -37,6 +37,6 @@ def test_a_piece_of_a_batch_parts_no_rows_that_it_keeps_together() -> None:
     run = load("moons-meanflow", ["train.batch=64"]).model_copy(update={"objective": Outside()})
     check(run)
     odd = run.model_copy(update={"train": run.train.model_copy(update={"batch": 63})})
-    with pytest.raises(UserError, match="'alternate' keeps 2 rows together"):
+    with pytest.raises(UserError, match="batch = 63 is no multiple of 2, the rows that belong together"):
         check(odd)
     assert exact_rows(Outside()) == 2

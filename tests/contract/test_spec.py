@@ -7,7 +7,6 @@ from contract.case import GIVEN, kind, members
 from contract.outside import Alternate, Outside, PlainNet, Weight
 from dumo.data import Data
 from dumo.flow.guide import Guide, Interval
-from dumo.flow.law import Level
 from dumo.flow.slope import Slope
 from dumo.flow.times import Times
 from dumo.nets import Net
@@ -114,9 +113,3 @@ def test_guides_that_have_no_scale_are_refused(wrong: dict[str, float]) -> None:
 def test_intervals_out_of_order_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError):
         Interval.model_validate(wrong)
-
-
-@pytest.mark.parametrize("wrong", [{"low": 1, "high": 0}, {"log": True}, {"log": True, "low": -1}])
-def test_levels_out_of_order_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValidationError):
-        Level.model_validate(wrong)

@@ -47,7 +47,7 @@ def told(name: str) -> tuple[float, float | None]:
 def counted(cls: type[Spec], *, guided: bool) -> float | None:
     """What a step costs with all labels kept and the slope that rides; None where guidance is not the objective's."""
     name, fields = kind(cls), cls.model_fields
-    if name != "ucgm" and "guide" in fields:  # by default UCGM is no velocity, by which to guide
+    if "guide" in fields:
         guidance: dict[str, object] = {"guide": Guide(zeta=0.5 if guided else 0)}
     elif "scale" in fields:
         guidance = {"scale": 1.5 if guided else 1}

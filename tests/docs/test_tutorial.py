@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dumo.reproduce.paper import zoo
+from dumo.lab.plan import read
 from e2e.shell import TINY, call, sets
 from forked import ENVIRONMENT
 
@@ -62,7 +62,9 @@ def test_own_images(here: Path) -> None:
 
 
 def test_a_row(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zoo, "zoo", lambda: {"DuMo": "digits", "MeanFlow": "digits-meanflow"})
+    zoo = read("zoo")
+    two = tuple(arm for arm in zoo.arms if arm.recipe in ("digits", "digits-meanflow"))
+    monkeypatch.setattr("dumo.lab.reproduce.read", lambda name: zoo.model_copy(update={"arms": two}))
     printed = list(typed("reproduce-a-row"))
     assert "fd_grey" in printed[3]
     assert "677.491 M" in printed[-1]

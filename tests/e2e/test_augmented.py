@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.data.augment import Edm
+from dumo.data.augment import Edm, changes
 from dumo.flow.draw import draw
 from dumo.preflight import cost
 from dumo.random import stream
@@ -49,9 +49,9 @@ def batch(run: Run, n: int = 6) -> tuple[Tensor, Tensor]:
     augment: Edm | None = getattr(run.data, "augment", None)
     assert augment is not None
     g = stream("augmented")
-    often, x = augment.model_copy(update={"p": 0.7}), 2 * torch.rand(n, *run.data.shape, generator=g) - 1
-    change = often.drawn(n, g)
-    return often(x, change), change.told
+    x = 2 * torch.rand(n, *run.data.shape, generator=g) - 1
+    change = changes(dict.fromkeys(augment.shares, 0.7), n, g)
+    return augment(x, change), change.numbers
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -124,7 +124,6 @@ def test_costs_are_counted() -> None:
         (["data.augment=null"], r"by 0 numbers, net 'unet' takes 6: set net\.augment=0$"),
         (["objective.drop=0.1"], r"objective\.drop = 0\.1.*objective\.drop=0"),
         (["data.labelled=auto", "data.classes=10"], r"data: augment.*10 classes.*labelled=false"),
-        (["data.augment.p=1.2"], r"data\.augment\.p"),
         (["data.augment.kind=edm2"], r"data\.augment.*edm"),
     ],
 )

@@ -103,8 +103,8 @@ def test_damaged_checkpoint(name: str, harm: Callable[[Path], object], here: Pat
     warned(sampled, f"run/{name}")
     assert tree(run) == before
     shutil.rmtree(run / "checkpoints/step-00000010")
-    refused("sample", "run", named=(f"run/{name}", "no checkpoint that is whole"), run=run)
-    refused("train", "run", "--set", "train.steps=25", named=(f"run/{name}", "no checkpoint that is whole"))
+    refused("sample", "run", named=(f"run/{name}", "no whole checkpoint"), run=run)
+    refused("train", "run", "--set", "train.steps=25", named=(f"run/{name}", "no whole checkpoint"))
 
 
 @pytest.mark.filterwarnings("default")

@@ -116,8 +116,7 @@ def test_inception_itself_from_a_file(here: Path, monkeypatch: pytest.MonkeyPatc
     assert np.isfinite([report["results"][0][key] for key in ("kid", "is", "precision", "recall")]).all()
     (kept,) = (tmp_path / "cache").iterdir()
     before = kept.stat().st_mtime_ns
-    given = sets(f"evaluate.protocol.weights={tmp_path / 'i.safetensors'}")  # the same, said in another way
-    assert call("evaluate", "few", *given, "--json").json == report
+    assert call("evaluate", "few", "--json").json == report
     assert kept.stat().st_mtime_ns == before
 
 
@@ -174,19 +173,17 @@ def test_sweeps_that_are_none(words: list[str], named: tuple[str, ...], here: Pa
     refused("evaluate", "a", *words, named=named)
 
 
-def test_weights_that_are_not_inceptions(here: Path) -> None:
+def test_weights_that_are_not_inceptions(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     way = (inception_weights.URL, "python -c", inception_weights.VARIABLE)
     refused(
         "evaluate", "a", named=("no weights of Inception", f"{inception_weights.VARIABLE} is not set", *way), lines=None
     )
     torch.save({"fc.bias": torch.zeros(1008)}, "i.pth")
-    given = sets("evaluate.protocol.weights=i.pth")
-    refused("evaluate", "a", *given, named=("i.pth", "dumo reads no pickle", *way), lines=None)
+    monkeypatch.setenv(inception_weights.VARIABLE, "i.pth")
+    refused("evaluate", "a", named=("i.pth", "dumo reads no pickle", *way), lines=None)
     save_file(inception.net().state_dict(), "i.safetensors", {"sha256": "0123"})
-    given = sets("evaluate.protocol.weights=i.safetensors")
-    refused("evaluate", "a", *given, named=("sha256 0123", inception_weights.SHA256, *way), lines=None)
-    given = sets("evaluate.protocol.weights=$NOWHERE/i")
-    refused("evaluate", "a", *given, named=("evaluate.protocol.weights", "NOWHERE is not set"))
+    monkeypatch.setenv(inception_weights.VARIABLE, "i.safetensors")
+    refused("evaluate", "a", named=("sha256 0123", inception_weights.SHA256, *way), lines=None)
 
 
 def test_a_reference_without_its_keys(

@@ -65,13 +65,6 @@ def test_a_lora_on_the_untouched_model_makes_dumos_images(name: str, tuned: Case
     assert case.off(pipe, 1) > 1e-2
 
 
-@pytest.mark.slow
-def test_a_norm_of_its_own_goes_along(tmp_path: Path) -> None:
-    case = Case.of("SD3", tmp_path, LORA, "net.own_norm=true", to="lora")
-    assert any("norm_out" in name for name in load_file(tmp_path / "out" / lora.FILE))
-    assert case.off(case.tuned(), 2) < 1e-5
-
-
 def test_a_loras_parts_all_count(tuned: Case) -> None:
     """Adapters, last layer and embedder: an image without one of them is another."""
     whole = load_file(tuned.folder / "out" / lora.FILE)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dumo.reproduce.paper import zoo
+from dumo.lab.plan import read
 from e2e.shell import call, refused, tree
 
 pytestmark = pytest.mark.slow
@@ -52,25 +52,14 @@ def test_figure_3(here: Path) -> None:
     shutil.rmtree(stopped / "checkpoints")
     (stopped / "evaluation.json").unlink()
     assert call("reproduce", "fig3", "--scale", "smoke", "--json").json["table"] == results["table"]
-
-
-def test_section_43(here: Path) -> None:
-    done = call("reproduce", "sec43", "--scale", "smoke", "--json")
-    assert done.code == 0
-    results = done.json
-    assert [(row["heads"], row["nfe"]) for row in results["table"]] == [
-        (title, n) for title in ("DuMo", "+ MeanFlow", "+ Shortcut") for n in (1, 2)
-    ]
-    assert all(cell["card"]["samples"] == 500 for cell in results["cells"])
-    with Image.open(here / "runs/reproduce/sec43-smoke/sec43.png") as picture:
-        assert picture.width > 600
-    refused("reproduce", "guidance", "--scale", "paper", named=("guidance has no scale 'paper'", "smoke and laptop"))
+    refused("reproduce", "fig3", "--scale", "paper", named=("fig3 has no scale 'paper'", "smoke and laptop"))
 
 
 def test_zoo(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three objectives: all of them would take minutes."""
-    three = {"DuMo": "digits", "MeanFlow": "digits-meanflow", "Flow matching": "digits-flow-matching"}
-    monkeypatch.setattr(zoo, "zoo", lambda: three)
+    zoo, three = read("zoo"), ("digits", "digits-meanflow", "digits-flow-matching")
+    arms = tuple(arm for arm in zoo.arms if arm.recipe in three)
+    monkeypatch.setattr("dumo.lab.reproduce.read", lambda name: zoo.model_copy(update={"arms": arms}))
     done = call("reproduce", "zoo", "--scale", "smoke", "--json", "--out", "my zoo")
     assert done.code == 0
     results = done.json

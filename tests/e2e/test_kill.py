@@ -1,6 +1,6 @@
 """Work that is killed without a word and started again comes to the end of work that was left alone.
 
-One kill in each of five places, on one process. tests/reliability/kill.py makes as many as one likes, and on two ranks;
+One kill in each of five places, on one process. tools/reliability/kill.py makes as many as one likes, and on two ranks;
 torchrun's restart after a dead rank is in test_ranks.
 """
 

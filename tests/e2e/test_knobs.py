@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from dumo.bench.variant import slope_error
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.evaluation.sweep import full
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.flow.reading import reading
+from dumo.lab.yardstick import slope_error
 from dumo.objectives import DuMo, ImprovedMeanFlow
 from dumo.preflight.doctor import examine
 from dumo.run.folder import RunFolder
@@ -19,7 +19,7 @@ from dumo.run.sample import sample_batches
 from dumo.types import Cond, Heads, Sample, Time, UserError, frozen
 
 SMALL = ["net.width=16", "net.depth=1", "sample.nfe=[1]"]
-GUIDED = [*SMALL, "objective.drop=0.1", "objective.w={kind: level, low: 1.0, high: 8.0, log: true}"]
+GUIDED = [*SMALL, "objective.drop=0.1", "objective.w=8.0"]
 
 
 def guided(*more: str) -> Run:

@@ -9,16 +9,17 @@ import torch
 import yaml
 from PIL import Image
 
+from autoencoder import taef2
 from dumo import recipes
 from e2e.shell import call, finish, refused, start, wait
 
-CLASSES, EACH, SIDE = 10, 100, 32
-NET = {"kind": "dit", "patch": 8, "width": 16, "depth": 1, "attention": 2, "time_scale": 10.0}
+CLASSES, EACH, SIDE = 10, 6, 32
+NET = {"kind": "dit", "patch": 1, "width": 16, "depth": 1, "attention": 2, "time_scale": 10.0}
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random images in ten classes, and a run that trains on them through a codec that changes nothing."""
+    """Random images in ten classes, and a run that trains on them through a codec of random weights."""
     home = tmp_path_factory.mktemp("home")
     for i in range(CLASSES * EACH):
         folder = home / "images" / f"class{i % CLASSES}"
@@ -28,9 +29,10 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(pixels.numpy()).save(folder / f"{i:03d}.png")
     tree = yaml.safe_load(recipes.text("digits"))
     images = {"root": str(home / "images"), "side": SIDE, "crop": "none", "flip": True}
-    tree["data"] = {"kind": "latents", "root": str(home / "cache"), "images": images, "codec": {"kind": "identity"}}
+    codec = {"kind": "taef2", "weights": str(taef2(home / "taef2.safetensors"))}
+    tree["data"] = {"kind": "latents", "root": str(home / "cache"), "images": images, "codec": codec}
     tree["net"], tree["train"]["steps"], tree["train"]["schedule"] = NET, 4, {"kind": "constant"}
-    tree["evaluate"]["protocol"] = {"kind": "cifar10-features", "samples": 1000}
+    tree["evaluate"]["protocol"] = {"kind": "photos", "samples": 20}
     (home / "run.yml").write_text(yaml.safe_dump(tree))
     return home
 
@@ -53,16 +55,16 @@ def test_the_whole_way(home: Path) -> None:
     run = home / "run"
     refused("train", home / "run.yml", "--out", run, named=("data.root", "dumo encode"))
     assert not run.exists()
-    made = call("encode", home / "run.yml", "--shard-rows", 256)
-    assert (made.code, "1,000 images" in made.out) == (0, True)
+    made = call("encode", home / "run.yml", "--shard-rows", 16)
+    assert (made.code, "60 images" in made.out) == (0, True)
     assert call("train", home / "run.yml", "--out", run).code == 0
     sampled = call("sample", run, "--nfe", 1, "--count", 3, "--format", "images")
     assert sampled.code == 0
     with Image.open(run / "samples" / "restart-nfe1-count3" / "000002.png") as image:
         assert image.size == (SIDE, SIDE)
     judged = call("evaluate", run, "--nfe", 1, "--json")
-    assert judged.json["results"][0]["fd"] > 0
-    assert judged.json["card"]["codec"]["kind"] == "identity"
+    assert judged.json["results"][0]["pixel_fd"] > 0
+    assert judged.json["card"]["codec"]["kind"] == "taef2"
     assert call("report", run).code == 0
     assert "nearest" in (run / "report.html").read_text()
 
@@ -77,13 +79,13 @@ def test_another_cache_is_refused_with_both(home: Path, tmp_path: Path) -> None:
 def test_a_damaged_shard_is_named_and_made_again(home: Path, tmp_path: Path) -> None:
     """Cut short: training refuses, encoding again makes it, and it is as it was."""
     cache = tmp_path / "cache"
-    call("encode", home / "run.yml", cache, "--shard-rows", 256)
+    call("encode", home / "run.yml", cache, "--shard-rows", 16)
     whole = files(cache)
     shard = cache / "shard-00002.safetensors"
     shard.write_bytes(shard.read_bytes()[:-100])
     words = ("train", home / "run.yml", "--out", tmp_path / "run", "--set", f"data.root={cache}")
     refused(*words, named=(shard.name, "bytes"))
-    again = call("encode", home / "run.yml", cache, "--shard-rows", 256)
+    again = call("encode", home / "run.yml", cache, "--shard-rows", 16)
     assert (again.code, shard.name in again.out) == (0, True)
     assert files(cache) == whole
 
@@ -92,8 +94,8 @@ def test_a_damaged_shard_is_named_and_made_again(home: Path, tmp_path: Path) -> 
     ("sets", "said"),
     [
         (("data.images.classes=17",), ("10 classes", "17")),
-        (("data.codec.kind=taef2", "data.codec.weights=w.pth", "net.patch=1"), ("w.pth", "pickle")),
-        (("data.images.side=36", "data.codec.kind=taef2"), ("36 pixels", "8")),
+        (("data.codec.weights=w.pth",), ("w.pth", "pickle")),
+        (("data.images.side=36",), ("36 pixels", "8")),
         (("data.images.root=/nowhere",), ("/nowhere",)),
     ],
 )
@@ -110,7 +112,8 @@ def test_a_file_that_is_no_image_is_named(home: Path, tmp_path: Path) -> None:
     images.mkdir()
     shutil.copy(home / "images" / "class0" / "000.png", images / "good.png")
     (images / "bad.png").write_text("no image")
-    words = ("encode", images, tmp_path / "cache", "--codec", "identity", "--side", SIDE)
+    words = ("encode", images, tmp_path / "cache", "--codec", "taef2", "--side", SIDE)
+    words += ("--set", f"data.codec.weights={home / 'taef2.safetensors'}")
     refused(*words, named=("bad.png", "data.images.on_bad=skip"))
     with warnings.catch_warnings():
         warnings.simplefilter("default")
@@ -122,7 +125,7 @@ def test_a_file_that_is_no_image_is_named(home: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_and_started_again(home: Path, tmp_path: Path) -> None:
     """Killed after a shard or two; the cache is then the same as of one that was never stopped."""
-    words = ("encode", home / "run.yml", "--shard-rows", 50, "--batch", 4)
+    words = ("encode", home / "run.yml", "--shard-rows", 4, "--batch", 1)
     call(*words[:2], tmp_path / "whole", *words[2:])
     running = start(*words[:2], tmp_path / "stopped", *words[2:], cwd=tmp_path)
     wait(running, (tmp_path / "stopped" / "shard-00001.json").exists)

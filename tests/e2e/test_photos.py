@@ -109,7 +109,7 @@ def test_labels_by_name(run: Path) -> None:
     assert one["arr_1"].tolist() == [2, 0] * 4
     assert np.array_equal(one["arr_0"], other["arr_0"])
     assert call("grid", run, "--classes", "zoo birds", "--out", "c", "--count", 4).code == 0
-    refused("sample", run, "--labels", "fsh", named=("no class 'fsh'", "did you mean 'fish'"), run=run)
+    refused("sample", run, "--labels", "fsh", named=("label 'fsh'", "did you mean 'fish'"), run=run)
     refused("sample", run, "--labels", "4", named=("label '4' is out of range", "0 to 3"), run=run)
     refused("grid", run, "--labels", "fsh", named=("did you mean 'fish'",), run=run)
 

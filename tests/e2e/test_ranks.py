@@ -16,6 +16,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
+from autoencoder import taef2
 from dumo.io.weights import load
 from e2e.shell import TINY, Done, call, sets, together, tree
 from forked import ENVIRONMENT
@@ -191,6 +192,8 @@ def test_the_first_rank_waits_for_the_whole_cache(here: Path) -> None:
     (here / "images").mkdir()
     for i in range(9):
         Image.new("RGB", (16, 16), (20 * i, 0, 0)).save(here / f"images/{i}.png")
-    words = ("encode", "images", "cache", "--codec", "identity", "--side", "16", "--shard-rows", "2")
+    taef2(here / "taef2.safetensors")
+    words = ("encode", "images", "cache", "--codec", "taef2", "--side", "16", "--shard-rows", "2")
+    words += tuple(sets("data.codec.weights=taef2.safetensors"))
     done, _ = together(2, *words, cwd=here)
-    assert done.out.splitlines()[0] == "cache: 9 images as (3, 16, 16) in float16, 3 shards made now"
+    assert done.out.splitlines()[0] == "cache: 9 images as (32, 2, 2) in float16, 3 shards made now"

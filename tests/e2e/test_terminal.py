@@ -93,7 +93,7 @@ def test_ranks_that_nobody_started_are_refused(here: Path) -> None:
         (["sample", "run"], "dumo.run.sample.sample"),
         (["evaluate", "run", "--nfe", "1"], "dumo.evaluation.evaluate.row"),
         (["report", "run"], "dumo.report.page.make"),
-        (["reproduce", "fig3", "--out", "a b"], "dumo.reproduce.plan.finish"),
+        (["reproduce", "fig3", "--out", "a b"], "dumo.lab.cell.finish"),
     ],
 )
 def test_interrupts(
@@ -110,6 +110,7 @@ def test_interrupts(
     assert done.err == f"stopped; the same command goes on from what is kept:  dumo {shlex.join(words)}\n"
 
 
+@pytest.mark.usefixtures("default_signals")
 @pytest.mark.parametrize(
     ("words", "number"),
     [
@@ -125,7 +126,6 @@ def test_a_signal_ends_work_between_its_pieces(
     """Heard while the run is opened, which has no pieces; nothing is half-written."""
     shutil.copytree(trained["moons"], "run")
     load_net, before = folder.load_net, tree(here)
-    was = signal.signal(number, signal.default_int_handler)  # the tests themselves may run where it is ignored
 
     def load(*told: object) -> object:
         os.kill(os.getpid(), number)
@@ -133,7 +133,6 @@ def test_a_signal_ends_work_between_its_pieces(
 
     monkeypatch.setattr(folder, "load_net", load)
     done = call(*words)
-    signal.signal(number, was)
     assert (done.code, done.out) == (128 + number, "")
     by = "" if number == signal.SIGINT else f" by {signal.Signals(number).name}"
     assert done.err == f"stopped{by}; the same command goes on from what is kept:  dumo {shlex.join(words)}\n"

@@ -9,6 +9,7 @@ An input that a net is not told of counts as 0. All numbers are those of parity.
 """
 
 import json
+from math import log
 from pathlib import Path as File
 from typing import Any, Literal
 
@@ -59,5 +60,7 @@ def shown(case: dict[str, Any], path: Path) -> Noised:
     t, r, kept, c = given.pop("t"), given.pop("r"), given.pop("kept") > 0, given.pop("c").long()
     (x_t, v_t), null = path.at(x, z, t), torch.full_like(c, NULL)
     drawn = {k: a.reshape(x.shape) if a.ndim > 1 else a for k, a in given.items()}
-    c, coin, progress = c.where(kept, null), torch.zeros_like(t), case.get("progress", 0.0)
-    return Noised(path, x, z, t, r, x_t, v_t, c, null, kept, coin, drawn=drawn, progress=progress)
+    if "w" in drawn:
+        drawn["w"] = drawn["w"].log() / log(8)  # which is uniform
+    c, progress = c.where(kept, null), case.get("progress", 0.0)
+    return Noised(path, x, z, t, r, x_t, v_t, c, null, kept, drawn=drawn, progress=progress)

@@ -7,7 +7,6 @@ from typing import get_args
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from contract.case import step
 from dumo.config.load import load
@@ -24,7 +23,7 @@ from dumo.sampling.solver import Euler, Heun
 from dumo.types import Noised, Reads, UserError
 from theory.exact import APART, PRODUCT, Exact, Flow, column, gradient
 from theory.formula import Polynomial, agree
-from unit.run.known import line, tiny
+from unit.run.known import shift, tiny
 
 FORMS = get_args(CMT.model_fields["of"].annotation)
 each_form = pytest.mark.parametrize("of", FORMS)
@@ -46,7 +45,7 @@ def record(objective: CMT, flow: Flow, n: int = 64) -> Noised:
 
 @each_form
 def test_formula(of: str) -> None:
-    objective = CMT.model_validate({"of": of, "beta": 0.6})
+    objective = CMT.model_validate({"of": of})
     two, b = of == "dumo", record(objective, APART)
     net = Polynomial(1 + two)
     r = b.r if of == "meanflow" else 0 * b.t
@@ -56,7 +55,7 @@ def test_formula(of: str) -> None:
     u_loss = (e**2).sum(1) / 2
     if two:
         v_loss = ((heads[0] - b.v_t) ** 2).sum(1) / 2
-        agree(objective, net, b, 0.6 * v_loss + 0.4 * u_loss, {"v": v_loss, "u": u_loss})
+        agree(objective, net, b, CMT.beta * v_loss + (1 - CMT.beta) * u_loss, {"v": v_loss, "u": u_loss})
     else:
         agree(objective, net, b, u_loss * (b.t**2 if of == "consistency" else 1), {"u": u_loss})
 
@@ -95,8 +94,11 @@ def test_trails_are_the_solvers_own_steps() -> None:
 
 
 CMT_ON_MOONS = (
-    *("objective={kind: cmt, times: {steps: 4}}", "teacher.kind=python", "teacher.source=unit.run.known:line"),
-    *("teacher.pairs.count=12", "teacher.pairs.nfe=4", "teacher.pairs.solver.kind=euler", "path.sd=2"),
+    "objective={kind: cmt, times: {steps: 4}}",
+    "teacher.kind=python",
+    "teacher.source=unit.run.known:shift",
+    "teacher.pairs.count=12",
+    "path.sd=2",
 )
 
 
@@ -105,7 +107,7 @@ def test_a_record_is_on_its_trail(tmp_path: Path) -> None:
     run = tiny("moons", *CMT_ON_MOONS)
     assert run.teacher
     assert run.teacher.pairs
-    reads = line(run, torch.device("cpu"))
+    reads = shift(run, torch.device("cpu"))
     for _ in range(2):  # made, then read
         made = teacher.couple(run, run.teacher.pairs, reads, tmp_path, torch.device("cpu"), no_bar)
         assert made.between is not None
@@ -117,10 +119,10 @@ def test_a_record_is_on_its_trail(tmp_path: Path) -> None:
         v = reads.velocity(trail[:, high], torch.full((12,), high / 4), c)
         assert torch.allclose(trail[:, low], trail[:, high] - v / 4, rtol=0, atol=1e-5)
     draws = drawn(run.objective, (2,), seed=0, step=0, batch=12, z=False)
-    taught = teacher.velocity(run.teacher, reads)
+    taught = teacher.velocity(reads)
     b = noised(draws, run.path, x, c, 2, z=z, between=between, teacher=taught)
     assert torch.equal(b.x_t, torch.stack([trail[i, k] for i, k in enumerate((4 * b.t).int().tolist())]))
-    assert torch.equal(b.v_t, reads.velocity(b.x_t, b.t, c))
+    assert torch.allclose(b.v_t, reads.velocity(b.x_t, b.t, c))
     assert torch.equal(b[3:7].on(b.r[3:7]), b.on(b.r)[3:7])
 
 
@@ -134,24 +136,11 @@ def test_it_starts_a_dumo(tmp_path: Path) -> None:
     z, c = torch.randn(64, 2, generator=torch.Generator().manual_seed(9)), torch.zeros(64, dtype=torch.long)
     with torch.no_grad():
         found = endpoint(z, torch.ones(64), c)  # in units of the path's sd
-    assert (found - torch.tensor([1.0, -2.0])).abs().mean() < 0.3
+    assert (found - (z - torch.tensor([1.0, -2.0]))).abs().mean() < 0.3
     started = tiny("moons", f"start.source={tmp_path / 'cmt'}", "path.sd=2", *few[:2], "train.steps=1")
     train(started, tmp_path / "dumo")
 
 
-@pytest.mark.parametrize(
-    ("fields", "way_out"),
-    [
-        (["objective.kind=cmt"], r"set teacher\.source to the folder .*teacher\.pairs\.count"),
-        (
-            ["teacher.pairs.nfe=10"],
-            r"objective\.times\.steps = 4 .*among the 10 of 'euler': set teacher\.pairs\.nfe=12",
-        ),
-        (["teacher.pairs.solver={kind: restart}"], r"solver 'restart' .*kind: heun"),
-        (["teacher.pairs.solver={kind: euler, start: 0.9}"], r"from 0\.9 goes along no whole trajectory"),
-    ],
-)
-def test_what_it_cannot_learn_from_is_refused(fields: list[str], way_out: str) -> None:
-    mine = [word for word in CMT_ON_MOONS if "pairs" in fields[0] and ("solver" in word) <= ("nfe" in fields[0])]
-    with pytest.raises((UserError, ValidationError), match=way_out):
-        load("moons", [*mine, *fields])
+def test_without_a_teachers_pairs_it_is_refused() -> None:
+    with pytest.raises(UserError, match=r"learns from a teacher's trajectories: set teacher\.source .*count: 8192"):
+        load("moons", ["objective.kind=cmt"])

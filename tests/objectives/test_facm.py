@@ -17,22 +17,23 @@ from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.objectives import FACM
 from dumo.types import Frozen
 from theory.exact import APART, PRODUCT, Exact, Flow, column, gaussian, gradient, plane, record
-from theory.formula import Polynomial, gradients, guided, half, rows
+from theory.formula import Polynomial, changed, gradients, guided, half, rows
 
 NONE, OWN = Guide(), Guide(omega=1.75, interval=Interval(high=0.875))
-SWITCHES = [{}, {"relax": False}, {"clip": None}, {"cosine": False}, {"power": 0.0}, {"clip": 0.2, "floor": 0.1}]
+SWITCHES = [{}, {"clip": None}, {"cosine": False}, {"clip": 0.2}]
 
 
 @pytest.mark.parametrize("guide", [NONE, OWN, Guide(zeta=0.5)], ids=["none", "own", "zeta"])
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
-def test_formula(guide: Guide, switches: dict[str, float | None]) -> None:
-    o = FACM(guide=guide, drop=0.3, slope=JvpSlope(), **switches)
+@pytest.mark.parametrize("cls", [FACM, changed(FACM, power=0.0), changed(FACM, floor=0.1)])
+def test_formula(guide: Guide, switches: dict[str, float | None], cls: type[FACM]) -> None:
+    o = cls(guide=guide, drop=0.3, slope=JvpSlope(), **switches)
     net, b = Polynomial(1), rows(o)
     (v,), (v_null,), (u,) = (net(b.x_t, c, t=s) for c, s in ((b.c, -b.t), (b.null, -b.t), (b.c, b.t)))
     v_star = guided(b, guide, v, v_null)
     error = u - (v_star - column(b.t) * net.slope(0, b.x_t, b.t, 0 * b.t, v_star))
     most = o.clip or 1e9
-    alpha = 1 - (1 - b.t) ** 0.5 if o.relax else torch.ones_like(b.t)
+    alpha = 1 - (1 - b.t) ** 0.5
     u_goal = (u - column(alpha) * error.clamp(-most, most)).detach()
     u_loss = ((u - u_goal) ** 2).mean(1)
     loss = ((v - v_star) ** 2).mean(1) + u_loss / (u_loss + o.floor).detach() ** o.power * (pi * b.t / 2).sin()
@@ -119,16 +120,6 @@ def test_readings_are_told_apart_by_the_sign_of_time() -> None:
     assert reads.endpoint is not None
     assert (reads.velocity(b.x_t, b.t, b.c) - APART.velocity(b.x_t, b.c, b.t)).abs().max() < 1e-12
     assert (reads.endpoint(b.x_t, b.t, b.c) - APART.carry(b.x_t, b.c, b.t, 0 * b.t)).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize(("name", "free"), [("power", 0.0), ("clip", None), ("cosine", False)])
-def test_guidance_on_a_fraction_asks_for_plain_squares(name: str, free: float | None) -> None:
-    plain = {"power": 0.0, "clip": None, "cosine": False}
-    some = Guide(omega=1.75, fraction=0.5)
-    FACM(guide=some, **plain)
-    del plain[name]
-    with pytest.raises(ValueError, match=name):
-        FACM(guide=some, **plain)
 
 
 def test_the_angle() -> None:

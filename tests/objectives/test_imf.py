@@ -2,19 +2,19 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from math import log
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from contract.case import passes
-from dumo.flow.law import Level
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Pair
 from dumo.objectives import ImprovedMeanFlow
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, plane, record
-from theory.formula import Polynomial, gradients, half, rows
+from theory.formula import Polynomial, changed, gradients, half, rows
 
 EVEN = Pair(velocity_ratio=0.5)
 
@@ -45,7 +45,7 @@ def by_hand(o: ImprovedMeanFlow, net: Knobbed, b: Noised) -> tuple[Tensor, Tenso
     for i in range(len(b.t)) if o.w else ():
         resting = bool(b.r[i] == b.t[i])
         low[i], high[i] = (0, 1) if resting else (b.drawn["low"][i], b.drawn["high"][i])
-        w[i] = b.drawn["w"][i]
+        w[i] = o.w ** b.drawn["w"][i]
         scale[i] = w[i] if resting or low[i] <= b.t[i] <= high[i] else 1
     whole = {"low": torch.zeros_like(b.t), "high": torch.ones_like(b.t)}
     told = {"w": w, "low": low, "high": high}, {"w": scale, **whole}, {"w": torch.ones_like(b.t), **whole}
@@ -61,10 +61,10 @@ def by_hand(o: ImprovedMeanFlow, net: Knobbed, b: Noised) -> tuple[Tensor, Tenso
     return u_hat - u_star, v_hat - v_star
 
 
-@pytest.mark.parametrize("w", [Level(low=1.0, high=8.0, log=True), None], ids=["guided", "unguided"])
+@pytest.mark.parametrize("w", [8.0, None], ids=["guided", "unguided"])
 @pytest.mark.parametrize(("power", "floor"), [(1.0, 0.01), (0.0, 0.01), (0.75, 1e-3)])
-def test_formula(w: Level | None, power: float, floor: float) -> None:
-    o = ImprovedMeanFlow(w=w, power=power, floor=floor, drop=0.3, times=EVEN, slope=JvpSlope())
+def test_formula(w: float | None, power: float, floor: float) -> None:
+    o = changed(ImprovedMeanFlow, power=power, floor=floor)(w=w, drop=0.3, times=EVEN, slope=JvpSlope())
     net, b = Knobbed(), rows(o)
     assert (b.r == b.t).any()
     assert (b.r < b.t).any()
@@ -81,8 +81,10 @@ def test_formula(w: Level | None, power: float, floor: float) -> None:
         assert mine is None or torch.allclose(mine, hand, rtol=1e-10, atol=1e-12)
 
 
-def at_rest(o: ImprovedMeanFlow, flow: Flow, n: int = 256) -> float:
-    return gradient(o, Exact(flow, o.needs), record(o, flow, n)).abs().max().item()
+def at_rest(o: ImprovedMeanFlow, flow: Flow, n: int = 256, **drawn: float) -> float:
+    b = record(o, flow, n)
+    b = replace(b, drawn={**b.drawn, **{name: torch.full_like(b.t, value) for name, value in drawn.items()}})
+    return gradient(o, Exact(flow, o.needs), b).abs().max().item()
 
 
 @pytest.mark.parametrize("slope", [JvpSlope(), DualSlope()], ids=lambda s: s.kind)
@@ -91,8 +93,7 @@ def test_it_rests_at_the_flow_that_its_knobs_ask_for(slope: Slope) -> None:
     o = ImprovedMeanFlow(times=EVEN, drop=0.2, slope=slope)
     assert at_rest(o, gaussian()) < 1e-12
     assert at_rest(o.model_copy(update={"drop": 1.0}), gaussian()) < 1e-12  # no label: w moves nothing
-    always = o.model_copy(update={"low": Level(low=-2, high=-1), "high": Level(low=2, high=3)})  # as a mixture has it
-    assert at_rest(always, plane(), 64) < 1e-10
+    assert at_rest(o, plane(), 64, low=-1.0, high=2.0) < 1e-10  # guided at all times, as a mixture has it
     for flow in (APART, PRODUCT):
         assert at_rest(o.model_copy(update={"w": None}), flow) < 1e-12
 
@@ -100,7 +101,7 @@ def test_it_rests_at_the_flow_that_its_knobs_ask_for(slope: Slope) -> None:
 def test_another_scale_is_not_at_rest() -> None:
     o = ImprovedMeanFlow(times=EVEN, drop=0.2)
     b = record(o, gaussian())
-    other = replace(b, drawn={**b.drawn, "w": b.drawn["w"] * 1.2})
+    other = replace(b, drawn={**b.drawn, "w": b.drawn["w"] + log(1.2) / log(8)})  # w is 1.2 times as large
     told = Exact(gaussian(), o.needs)
     assert gradient(o, told, other).abs().max() < 1e-12  # told of it, it is
 
@@ -114,11 +115,12 @@ def test_another_scale_is_not_at_rest() -> None:
 @pytest.mark.parametrize("guided", [True, False])
 def test_differences_are_of_second_order(guided: bool) -> None:
     """Away from the ends of the interval, where the guided velocity jumps, and with it d/dt of u."""
-    o = ImprovedMeanFlow(times=EVEN, drop=0.2, power=0.0)
+    o = changed(ImprovedMeanFlow, power=0.0)(times=EVEN, drop=0.2)
     o, flow = (o, gaussian()) if guided else (o.model_copy(update={"w": None}), PRODUCT)
     b = record(o, flow)
-    clear = (b.t - b.drawn["low"]).abs().minimum((b.t - b.drawn["high"]).abs()) > 0.05
-    b = b[clear.nonzero().flatten()]
+    if guided:
+        clear = (b.t - b.drawn["low"]).abs().minimum((b.t - b.drawn["high"]).abs()) > 0.05
+        b = b[clear.nonzero().flatten()]
     left = [
         gradient(o.model_copy(update={"slope": CentralSlope(h=h)}), Exact(flow, o.needs), b)[0].norm()
         for h in (0.02, 0.01, 0.005, 0.0025)
@@ -130,7 +132,7 @@ def test_differences_are_of_second_order(guided: bool) -> None:
 @pytest.mark.parametrize("power", [0.0, 1.0])
 def test_rows_without_a_step_are_flow_matching_for_both_heads(power: float) -> None:
     """A gradient D / (S + floor)^power times that of the mean square, for D numbers in a row."""
-    o = ImprovedMeanFlow(w=None, power=power, times=Pair(velocity_ratio=1.0), slope=DualSlope())
+    o = changed(ImprovedMeanFlow, power=power)(w=None, times=Pair(velocity_ratio=1.0), slope=DualSlope())
     net, b = Knobbed(), rows(o)
     b = replace(b.at(b.t), r=b.t)[5:]
     v_t = b.v_t
@@ -166,6 +168,6 @@ def test_knobs_are_there_where_guidance_is() -> None:
     assert "w" not in rows(ImprovedMeanFlow(w=None)).drawn
 
 
-def test_a_scale_of_guidance_is_positive() -> None:
-    with pytest.raises(ValueError, match="above 0"):
-        ImprovedMeanFlow(w=Level(low=0.0, high=2.0))
+def test_no_scale_up_to_1_is_guidance() -> None:
+    with pytest.raises(ValueError, match="greater than 1"):
+        ImprovedMeanFlow(w=1.0)

@@ -12,7 +12,7 @@ from dumo.flow.times import Below, Groups, Uniform
 from dumo.objectives import IMM
 from dumo.types import Frozen, Noised, UserError
 from theory.exact import APART, D, Exact, Gaussian, column, record, table
-from theory.formula import Polynomial, gradients
+from theory.formula import Polynomial, changed, gradients
 
 ONE = Gaussian(table([0.5, 0.5])[0], table([0.3, 0.3])[0])  # one class
 
@@ -21,9 +21,9 @@ def rows(objective: IMM, n: int = 24) -> Noised:
     return replace(record(objective, APART, n), teacher=None)
 
 
-@pytest.mark.parametrize(("size", "fields"), [(4, {}), (3, {"gap": 160 / 2**15, "a": 1.0, "b": 5.0})])
-def test_formula(size: int, fields: dict[str, float]) -> None:
-    o = IMM(times=Groups(size=size), **fields)  # pyright: ignore[reportArgumentType]
+@pytest.mark.parametrize(("size", "constants"), [(4, {}), (3, {"gap": 160 / 2**15, "a": 1.0, "b": 5.0})])
+def test_formula(size: int, constants: dict[str, float]) -> None:
+    o = changed(IMM, **constants)(times=changed(Groups, size=size)())
     net, b = Polynomial(1), rows(o)
     q = torch.maximum(b.r, torch.minimum(b.t - 1e-4, (eta := (b.t / (1 - b.t) - o.gap).clamp(min=0)) / (1 + eta)))
     x_q = column(q) * b.z + column(1 - q) * b.x
@@ -61,7 +61,7 @@ def test_weight_is_a_derivative() -> None:
     assert torch.equal(o.weight(torch.tensor([0.0, 1.0])), torch.zeros(2))
 
 
-@pytest.mark.parametrize("o", [IMM(), IMM(gap=160 / 2**15), IMM(gap=2.0)])
+@pytest.mark.parametrize("o", [IMM(), changed(IMM, gap=160 / 2**15)(), changed(IMM, gap=2.0)()])
 def test_q_lies_between(o: IMM) -> None:
     """From r to t, short of t by 1e-4 at least where there is room."""
     t = torch.linspace(0, 1, 101, dtype=D).repeat_interleave(3)
@@ -76,7 +76,7 @@ def test_q_lies_between(o: IMM) -> None:
 
 def pulls(off: Tensor, size: int = 4, gap: float = 0.2) -> tuple[Tensor, Tensor]:
     """The gradient on a probe that is off the flow, and its error: of 16,000 rows in 40 pieces."""
-    o = IMM(times=Groups(of=Below(of=Uniform(low=0.2, high=0.8)), size=size), gap=gap, drop=0.0)
+    o = changed(IMM, gap=gap)(times=changed(Groups, size=size)(of=Below(of=Uniform(low=0.2, high=0.8))), drop=0.0)
     net, b = Exact(ONE, o.needs), record(o, ONE, 16000)
     net.probe.data = off.view(1, 2)
     loss = o.loss(net, Frozen(net), b).loss.view(40, -1).mean(1)

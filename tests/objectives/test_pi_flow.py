@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from dumo.config.load import load
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
-from dumo.flow.policy import Policy
 from dumo.flow.times import Grid
 from dumo.objectives import PiFlow
+from dumo.objectives.pi_flow import Policy
 from dumo.types import Frozen, Heads, Noised, UserError
 from theory.exact import APART, PRODUCT, D, Flow, column
 from theory.formula import Polynomial, gradients
@@ -141,7 +141,7 @@ def test_a_pass_lands_where_the_flow_does_to_the_same_order(flow: Flow) -> None:
         assert reads.endpoint
         assert reads.flow_map
         assert (reads.endpoint(b.z, b.t, b.c) - flow.carry(b.z, b.c, b.t, 0 * b.t)).abs().max() < 1e-10
-        s = 0.1 + 0.6 * b.coin
+        s = 0.1 + 0.6 * b.drawn["early"]
         off.append((reads.flow_map(b.z, b.t, s, b.c) - flow.carry(b.z, b.c, b.t, s)).detach().norm())
     for coarse, fine in pairwise(off):
         assert 2.8 < coarse / fine < 5.5
@@ -163,7 +163,7 @@ def test_a_jump_begins_at_the_top_of_a_segment() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ("teacher=null", "asks a teacher"),
+        ("teacher=null", "learns from a teacher's velocity"),
         ("sample.nfe=[3]", "never teaches"),
         ("objective.guesses=3", "start.heads.d3"),
     ],

@@ -16,7 +16,7 @@ from dumo.objectives import SCT
 from dumo.sampling.solver import Restart
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Flow, OnTrig, column, gaussian, gradient, record
-from theory.formula import Polynomial, gradients
+from theory.formula import Polynomial, changed, gradients
 
 
 class Gauged(nn.Module):
@@ -42,9 +42,9 @@ GROWN = [(0.0, 0.1, 0.0), (0.04, 0.1, 0.4), (0.5, 0.1, 1.0), (0.0, 0.0, 1.0)]
 
 
 @pytest.mark.parametrize(("progress", "warmup", "grown"), GROWN)
-@pytest.mark.parametrize(("floor", "weigh"), [(0.2, True), (None, True), (1.0, False), (None, False)])
-def test_formula(progress: float, warmup: float, grown: float, floor: float | None, weigh: bool) -> None:
-    o = SCT(warmup=warmup, floor=floor, weigh=weigh, slope=JvpSlope())
+@pytest.mark.parametrize(("floor", "weigh"), [(0.2, True), (1.0, False)])
+def test_formula(progress: float, warmup: float, grown: float, floor: float, weigh: bool) -> None:
+    o = changed(SCT, floor=floor)(warmup=warmup, weigh=weigh, slope=JvpSlope())
     net, b = Gauged(), rows(o, gaussian(), progress)
     f, s = net(b.x_t, b.c, t=b.t)
     net.weigh = weigh
@@ -57,7 +57,7 @@ def test_formula(progress: float, warmup: float, grown: float, floor: float | No
         x_t = cos(theta) * x + sin(theta) * z
         g = -(cos(theta) ** 2) * (f[i] - dx) - grown * cos(theta) * sin(theta) * (x_t + f_theta[i])
         g = g.detach()
-        pull = g if floor is None else g / ((g**2).mean().sqrt() + floor)
+        pull = g / ((g**2).mean().sqrt() + floor)
         held = min(max(theta, 1e-4), pi / 2 - 1e-4)
         square = ((f[i] - (f[i].detach() + pull)) ** 2).mean()
         losses.append(square / tan(held) / s[i].exp() + s[i] if weigh else square)
@@ -73,7 +73,7 @@ def test_formula(progress: float, warmup: float, grown: float, floor: float | No
 
 def taught(flow: Flow, slope: Slope, progress: float = 1.0, weigh: bool = True) -> Tensor:
     """The gradient at the exact flow, v_t being its mean."""
-    o = SCT(slope=slope, weigh=weigh, floor=0.2 if weigh else None)
+    o = SCT(slope=slope, weigh=weigh)
     return gradient(o, Exact(flow, o.needs), replace(record(o, flow), progress=progress))
 
 

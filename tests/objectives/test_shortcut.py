@@ -19,7 +19,7 @@ from dumo.sampling.solver import Euler, Hop, check
 from dumo.types import Frozen, Heads, Noised, Reads, UserError
 from theory import exact
 from theory.exact import D, Exact, Gaussian, column, gaussian, table
-from theory.formula import Polynomial, gradients
+from theory.formula import Polynomial, changed, gradients
 
 LEVELS = 7
 
@@ -63,7 +63,7 @@ def by_hand(objective: Shortcut, ref: Stepped, b: Noised) -> Tensor:
 @pytest.mark.parametrize("known", [True, False], ids=["places", "no places"])
 @pytest.mark.parametrize(("scale", "clip"), [(1.0, 4.0), (1.5, 4.0), (1.5, 0.5)])
 def test_loss_and_gradient_are_those_of_the_formula(scale: float, clip: float, known: bool) -> None:
-    objective = Shortcut(times=Dyadic(every=2), scale=scale, clip=clip, drop=0.3)
+    objective = changed(Shortcut, clip=clip)(times=changed(Dyadic, every=2)(), scale=scale, drop=0.3)
     net, ref = Stepped(1), Stepped(1)
     ref.a.data = ref.a.data.roll(1) / 2
     b = drawn(objective)
@@ -140,7 +140,7 @@ def test_only_the_first_doubling_is_off_and_by_the_order_of_its_step(
     off: list[Tensor] = []
     for levels in (5, 6, 7, 8):
         monkeypatch.setattr(exact, "LEVELS", levels)
-        objective = Shortcut(times=Dyadic(levels=levels), scale=scale, clip=100.0, drop=0.2)
+        objective = changed(Shortcut, clip=100.0)(times=changed(Dyadic, levels=levels)(), scale=scale, drop=0.2)
         net, b = Taught(objective, levels), drawn(objective, 512, teacher=True)
         finest = b.t - b.r == 2.0 ** (1 - levels)
         loss = step(objective, net, b).loss

@@ -9,17 +9,12 @@ from torch import Tensor
 
 from contract.case import Counted, step
 from dumo.flow.draw import draw
-from dumo.flow.guide import Guide, Interval
-from dumo.flow.law import Level
 from dumo.flow.path import Linear
 from dumo.flow.times import Pair
 from dumo.objectives import FlowMatching, SplitMeanFlow
 from dumo.types import Frozen, Noised
 from theory.exact import D, Exact, column, gaussian, record
-from theory.formula import Polynomial, gradients, guided, half, rows
-
-GUIDES = [Guide(), Guide(omega=0.8, zeta=0.55, interval=Interval(low=0.2, high=0.8))]
-GUIDES += [g.model_copy(update={"elsewhere": "average"}) for g in GUIDES[1:]]
+from theory.formula import Polynomial, gradients, half, rows
 
 
 def drawn(objective: SplitMeanFlow, n: int = 24) -> Noised:
@@ -29,26 +24,24 @@ def drawn(objective: SplitMeanFlow, n: int = 24) -> Noised:
     return draw(objective, Linear(), gaussian().data(c, g), c, torch.full_like(c, 3), seed=0, step=0)
 
 
-def by_hand(net: Polynomial, ref: Polynomial, guide: Guide, b: Noised) -> Tensor:
-    """u* of every row: of the two parts where r < t, else v*, of which V(c) is the pass in training."""
-    (v_c,), (v_null,) = net(b.x_t, b.c, t=b.t, r=b.t), ref(b.x_t, b.null, t=b.t, r=b.t)
-    u_star, lam = guided(b, guide, v_c, v_null), b.drawn["lam"].to(b.t)
+def by_hand(ref: Polynomial, b: Noised) -> Tensor:
+    """u* of every row: of the two parts where r < t, else v_t."""
+    lam = b.drawn["lam"].to(b.t)
     s = b.t - lam * (b.t - b.r)
     (first,) = ref(b.x_t, b.c, t=b.t, r=s)
     (second,) = ref(b.x_t - column(b.t - s) * first, b.c, t=s, r=b.r)
     parts = (column(b.t - s) * first + column(s - b.r) * second) / column((b.t - b.r).clamp(min=1e-9))
-    return torch.where(column(b.r < b.t), parts, u_star).detach()
+    return torch.where(column(b.r < b.t), parts, b.v_t).detach()
 
 
-@pytest.mark.parametrize("guide", GUIDES)
 @pytest.mark.parametrize("known", [True, False], ids=["places", "no places"])
-def test_loss_and_gradient_are_those_of_the_formula(guide: Guide, known: bool) -> None:
-    objective = SplitMeanFlow(guide=guide, drop=0.3)
+def test_loss_and_gradient_are_those_of_the_formula(known: bool) -> None:
+    objective = SplitMeanFlow(drop=0.3)
     net, ref = Polynomial(1), Polynomial(1)
     ref.a.data = ref.a.data.roll(1) / 2
     b = drawn(objective) if known else rows(objective)
     assert (b.moving is not None) == known
-    (u,), u_star = net(b.x_t, b.c, t=b.t, r=b.r), by_hand(net, ref, guide, b)
+    (u,), u_star = net(b.x_t, b.c, t=b.t, r=b.r), by_hand(ref, b)
     loss = ((u - u_star) ** 2).sum(1) / 2
     found = objective.loss(net, Frozen(ref), b)
     assert torch.allclose(found.loss, loss, rtol=1e-10, atol=0)
@@ -59,7 +52,7 @@ def test_loss_and_gradient_are_those_of_the_formula(guide: Guide, known: bool) -
 
 
 def test_rows_that_move_know_nothing_of_the_data() -> None:
-    objective = SplitMeanFlow(guide=GUIDES[1])
+    objective = SplitMeanFlow()
     b, net = drawn(objective), Polynomial(1)
     before, after = (step(objective, net, a).loss for a in (b, replace(b, v_t=b.v_t + 1)))
     moving = torch.tensor(b.moving)
@@ -67,10 +60,9 @@ def test_rows_that_move_know_nothing_of_the_data() -> None:
     assert (before != after)[~moving].all()
 
 
-@pytest.mark.parametrize("guide", GUIDES)
-def test_without_a_step_it_is_flow_matching(guide: Guide) -> None:
+def test_without_a_step_it_is_flow_matching() -> None:
     """The same gradient, factor 1."""
-    mine, other = SplitMeanFlow(guide=guide), FlowMatching(guide=guide)
+    mine, other = SplitMeanFlow(), FlowMatching()
     b = rows(mine)
     b = replace(b, r=b.t)
 
@@ -87,8 +79,9 @@ def test_without_a_step_it_is_flow_matching(guide: Guide) -> None:
 @pytest.mark.parametrize("low", [0.0, 0.5, 0.999])
 def test_the_flow_is_at_rest_wherever_it_is_split(low: float) -> None:
     """Row by row, not only on average."""
-    objective, flow = SplitMeanFlow(lam=Level(low=low, high=low + 1e-3)), gaussian()
+    objective, flow = SplitMeanFlow(), gaussian()
     b = record(objective, flow, 64)
+    b = replace(b, drawn={"lam": low + 1e-3 * b.drawn["lam"]})
     assert step(objective, Exact(flow, objective.needs), b).loss.max() < 1e-20
 
 
@@ -102,26 +95,21 @@ class Tally(Counted):
         return super().forward(x, c, **inputs)
 
 
-@pytest.mark.parametrize(("guide", "still", "many"), [(Guide(), 2, 48), (Guide(zeta=0.5), 3, 60)])
-def test_passes_are_of_the_rows_that_need_them(guide: Guide, still: int, many: int) -> None:
-    """One of all 24 rows with gradients; without, two of the half that moves, and V(null) of the half that does not."""
-    objective = SplitMeanFlow(guide=guide, drop=0.0)
+def test_passes_are_of_the_rows_that_need_them() -> None:
+    """One of all 24 rows with gradients; without, two of the half that moves."""
+    objective = SplitMeanFlow(drop=0.0)
     step(objective, net := Tally(Polynomial(1)), drawn(objective))
-    assert (net.graded, net.still, net.rows) == (1, still, many)
+    assert (net.graded, net.still, net.rows) == (1, 2, 48)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_small_batches(n: int) -> None:
-    objective = SplitMeanFlow(guide=GUIDES[1])
+    objective = SplitMeanFlow()
     loss = step(objective, Polynomial(1), drawn(objective, n)).loss
     assert loss.shape == (n,)
     assert loss.isfinite().all()
 
 
-@pytest.mark.parametrize(
-    ("fields", "way_out"),
-    [({"times": Pair(velocity_ratio=0)}, "use 0.5"), ({"guide": Guide(zeta=0.5, fraction=0.5)}, "guide.fraction=1")],
-)
-def test_what_it_cannot_do_is_refused(fields: dict[str, object], way_out: str) -> None:
-    with pytest.raises(ValidationError, match=way_out):
-        SplitMeanFlow.model_validate(fields)
+def test_rows_that_match_the_data_are_asked_for() -> None:
+    with pytest.raises(ValidationError, match="leaves no row"):
+        SplitMeanFlow(times=Pair(velocity_ratio=0))

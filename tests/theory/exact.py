@@ -334,8 +334,8 @@ class Exact(nn.Module):
             r = torch.where(inputs["k"] >= LEVELS, t, t - torch.exp2(-inputs["k"]))
         elif "r" in (*self.needs.inputs, *self.needs.own.get(head, ())):
             r = inputs["r"]
-        r = torch.where(t < 0, t, r)
-        t, r = t.abs(), torch.where(t < 0, -r, r)
+        if self.needs.signed:  # elsewhere a difference may go on beyond the data
+            t, r = t.abs(), torch.where(t < 0, -t, r)
         if head == "g":
             return self.growth(x, c, t, r, flow)
         return self.direction(flow, x, c, t) if head == "f" else self.average(x, c, t, r, flow)

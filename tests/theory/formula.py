@@ -4,13 +4,21 @@ Away from the exact flow every weight counts, and the gradient shows whether a t
 """
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dumo.flow.guide import Guide, Interval
-from dumo.types import Frozen, Heads, Noised, Objective, Terms
+from dumo.types import Frozen, Heads, Noised, Objective, Spec, Terms
 from theory.exact import D, column, gaussian, record
+
+T = TypeVar("T", bound=Spec)
+
+
+def changed(cls: type[T], **constants: float) -> type[T]:
+    """The class with other constants than its authors', which no option sets."""
+    return type(cls.__name__, (cls,), {**constants, "__module__": cls.__module__})
 
 
 class Polynomial(nn.Module):
@@ -43,23 +51,10 @@ def rows(objective: Objective) -> Noised:
 
 
 def guided(b: Noised, guide: Guide, v_c: Tensor, v_null: Tensor) -> Tensor:
-    """v_t + M [(omega - 1) v_t + zeta V(c) + (1 - omega - zeta) V(null)], on kept rows inside the interval.
-
-    Of a group of 1 / fraction rows, that of the largest coin stands for all M of them, the others for none. Other rows
-    have v_t, or its mean with V(c).
-    """
-    extra = (guide.omega - 1) * b.v_t + guide.zeta * v_c + (1 - guide.omega - guide.zeta) * v_null
+    """omega v_t + zeta V(c) + (1 - omega - zeta) V(null), on kept rows inside the interval; others have v_t."""
+    full = guide.omega * b.v_t + guide.zeta * v_c + (1 - guide.omega - guide.zeta) * v_null
     inside = [bool(k) and guide.interval.low <= t <= guide.interval.high for k, t in zip(b.kept, b.t, strict=True)]
-    many = torch.zeros(len(b.t), dtype=D)
-    for first in range(0, len(b.t), k := round(1 / guide.fraction)):
-        group = [i for i in range(first, first + k) if inside[i]]
-        if group:
-            many[max(group, key=lambda i: b.coin[i].item())] = len(group)
-    v_star = b.v_t + column(many) * extra.detach()
-    for i in range(len(b.t)):
-        if guide.elsewhere == "average" and not inside[i]:
-            v_star[i] = (b.v_t[i] + v_c[i].detach()) / 2
-    return v_star
+    return torch.where(column(torch.tensor(inside)), full.detach(), b.v_t)
 
 
 def gradients(loss: Tensor, net: nn.Module) -> list[Tensor]:
@@ -86,5 +81,3 @@ def half(e: Tensor) -> Tensor:
 
 
 GUIDES = [Guide(), Guide(zeta=0.55, interval=Interval(low=0.2, high=0.8)), Guide(omega=0.2, zeta=0.9)]
-GUIDES += [Guide(omega=0.8, zeta=0.55, interval=Interval(low=0.2, high=0.8), elsewhere="average")]
-GUIDES += [g.model_copy(update={"fraction": 0.25}) for g in GUIDES[1:]]

@@ -19,19 +19,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 from contract.case import name as named
 from contract.case import objectives, randomise
-from dumo.flow.disperse import Disperse
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
 from dumo.flow.slope import DualSlope
 from dumo.nets import DiT
 from dumo.objectives import DuMo, MeanFlow, Objective, Several
-from dumo.objectives.part import EndpointPart, VelocityPart
 from dumo.types import Frozen, Net, Noised, frozen
 from meeting import meeting
 
 ROWS, CLASSES, SHAPE = 16, 3, (4, 8, 8)
-GUIDED = Guide(zeta=0.5, fraction=0.5)
 
 
 def plain(net: nn.Module) -> nn.Module:
@@ -71,12 +68,7 @@ def both(net: nn.Module) -> nn.Module:
 
 OBJECTIVES = {
     "tape": DuMo(slope=DualSlope(), guide=Guide(zeta=0.5)),
-    "tape, random guidance": Several(
-        parts=(VelocityPart(), EndpointPart(variance=True)),
-        slope=DualSlope(),
-        guide=GUIDED,
-        disperse=Disperse(group=8, tau=4.0),
-    ),
+    "tape, three heads": Several(slope=DualSlope(), guide=Guide(zeta=0.5)),
     "ride": DuMo(slope=DualSlope(), guide=Guide()),
     "ride, some rows": MeanFlow(slope=DualSlope()),
 }
@@ -86,7 +78,7 @@ WRAPPERS = {  # what is compiled, alone too, is sharded with those that cut the 
     ddp: (*OBJECTIVES,),
     fsdp: (*OBJECTIVES,),
     resharded: (*OBJECTIVES,),
-    both: ("tape, random guidance", "ride, some rows"),
+    both: ("tape, three heads", "ride, some rows"),
 }
 EVERY = {named(o): o for o in objectives() if o.needs.slope in (None, DualSlope())}  # each meets one wrapper
 

@@ -10,21 +10,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.case import kind, nets, objectives, randomise
+from contract.case import kind, objectives, randomise
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear, Path, Trig
 from dumo.flow.reading import jump_to_data
+from dumo.nets import DiT
 from dumo.objectives import SCT, Consistency
-from dumo.objectives.consistency import PRESETS
 from dumo.sampling.generate import solve
 from dumo.sampling.solver import Restart
 from dumo.training.spec import Train
 from dumo.training.state import begin
 from dumo.training.step import Task, train_step
-from dumo.types import Frozen, Net, Noised, Objective, Reads
+from dumo.types import Frozen, Net, Noised, Objective, Reads, lift
+from objectives.test_consistency import AUTHORS
 from theory.exact import D, column
 from theory.formula import Polynomial
 
+POINT = (2, 1, 1)  # a point as an image
+TINY = DiT(patch=1, width=16, depth=1, attention=2)
 each_sd = pytest.mark.parametrize("sd", [0.5, 0.75, 3.0])
 C = torch.arange(48) % 3
 UNIT = [(o, Trig if "trig" in o.needs.paths else Linear) for o in objectives(exact=True) if o.needs.unit]
@@ -45,13 +48,14 @@ def test_those_with_such_constants_say_so() -> None:
 @each_sd
 @pytest.mark.parametrize(("objective", "path"), UNIT, ids=kind)
 def test_training_is_that_of_data_of_deviation_1(objective: Objective, path: Callable[..., Path], sd: float) -> None:
-    """Losses and weights, step by step; as EDM frames the net where it can."""
-    net = nets()[0].model_copy(update={"precondition": "edm" if path is Linear else "none"})
+    """Losses and weights, step by step; with EDM's preconditioning on its path."""
+    net = TINY.model_copy(update={"precondition": "edm" if path is Linear else "none"})
     train = Train(steps=3, batch=48, ema=(), precision="fp32")
-    one, other = (begin(randomise(net.build(objective.needs, (2,), 3)).double(), train) for _ in range(2))
+    one, other = (begin(randomise(net.build(objective.needs, POINT, 3)).double(), train) for _ in range(2))
+    x = data().view(-1, *POINT)
     for _ in range(3):
-        first = train_step(one, Task(objective, path(), 3), (data(), C), train)
-        second = train_step(other, Task(objective, path(sd=sd), 3), (sd * data(), C), train)
+        first = train_step(one, Task(objective, path(), 3), (x, C), train)
+        second = train_step(other, Task(objective, path(sd=sd), 3), (sd * x, C), train)
         assert first.loss == pytest.approx(second.loss, rel=1e-9)
     for a, b in zip(one.net.parameters(), other.net.parameters(), strict=True):
         assert torch.allclose(a, b, rtol=0, atol=1e-8)
@@ -72,10 +76,10 @@ def test_samples_leave_in_the_units_of_the_data(path: Callable[..., Path], sd: f
 
 
 @each_sd
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", AUTHORS)
 def test_consistency_is_its_authors(name: str, sd: float) -> None:
     """y = x + sigma n, D(y, sigma), and constants for sigma_d = 0.5 that grow with sigma_d."""
-    o = Consistency.named(name)
+    o = AUTHORS[name]
     net, x = Polynomial(1), sd * data()
     b = noised(o, Linear(sd=sd), x)
     t, r = o.discretization(b.t, b.progress)
@@ -97,7 +101,7 @@ def test_consistency_is_its_authors(name: str, sd: float) -> None:
 
 def test_levels_grow_with_the_deviation() -> None:
     """ECT's sigma = exp(N(-1.1, 4)) for 0.5; 1.5 times as wide data have 1.5 times the levels."""
-    o = Consistency.named("ect")
+    o = Consistency()
     for sd in (0.5, 0.75):
         x = torch.zeros(20_000, 1)
         c = torch.zeros(len(x), dtype=torch.long)
@@ -129,16 +133,16 @@ def test_sct_is_its_authors(sd: float) -> None:
 @each_sd
 def test_edm_is_its_authors(sd: float) -> None:
     """D = c_skip y + c_out F(c_in y) with sigma_data = sd, of a net that is told so by its path."""
-    framed, plain = (nets()[0].model_copy(update={"precondition": p}) for p in ("edm", "none"))
-    needs = Consistency().needs
-    net, layers = (randomise(spec.build(needs, (2,), 3)).double() for spec in (framed, plain))
+    framed, plain = (TINY.model_copy(update={"precondition": p}) for p in ("edm", "none"))
+    needs, x = Consistency().needs, data().view(-1, *POINT)
+    net, layers = (randomise(spec.build(needs, POINT, 3)).double() for spec in (framed, plain))
     layers.load_state_dict(net.state_dict())
-    b = noised(Consistency(), Linear(sd=sd), sd * data())
-    sigma = column(sd * b.t / (1 - b.t))
-    y = sd * data() + sigma * b.z
+    b = noised(Consistency(), Linear(sd=sd), sd * x)
+    sigma = lift(sd * b.t / (1 - b.t), x)
+    y = sd * x + sigma * b.z
     skip, out, into = sd**2 / (sigma**2 + sd**2), sigma * sd / (sigma**2 + sd**2).sqrt(), (sigma**2 + sd**2) ** -0.5
     data_hat = skip * y + out * call(layers, into * y, b)
-    assert torch.allclose(sd * (b.x_t - column(b.t) * call(net, b.x_t, b)), data_hat, rtol=1e-9, atol=1e-10)
+    assert torch.allclose(sd * (b.x_t - lift(b.t, x) * call(net, b.x_t, b)), data_hat, rtol=1e-9, atol=1e-10)
 
 
 def call(net: Net | nn.Module, x: Tensor, b: Noised) -> Tensor:

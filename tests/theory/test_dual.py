@@ -155,9 +155,7 @@ class Ddpm(nn.Module):
 
 
 SIZES = {k: v for k, v in SMALL.items() if k in DiT.model_fields}
-LATER = DiT(
-    **SIZES | {"depth": 3}, norm="rms", qk_norm=True, mlp="swiglu", position="rope", skips=True, magnitude="preserved"
-)
+LATER = DiT(**SIZES, modern=True, magnitude="preserved")
 BUILD: dict[str, Callable[[], nn.Module]] = {
     **{spec.kind: partial(spec.build, NEEDS, SHAPE, CLASSES) for spec in nets()},
     "dit with all options": partial(LATER.build, NEEDS, SHAPE, CLASSES),

@@ -25,7 +25,6 @@ GUIDES = [
     DUMO,
     Guide(omega=0.2, zeta=0.92),  # MeanFlow, XL/2
     Guide(omega=0.2, zeta=0.92, interval=Interval(low=0.1, high=0.75)),
-    Guide(zeta=0.44, interval=Interval(high=0.75), elsewhere="average"),  # UCGM
     Guide(omega=0.5, zeta=0.5),  # no null pass
     Guide(omega=1.5),  # no pass of c
 ]
@@ -36,7 +35,10 @@ Case = tuple[AnyObjective, Flow]
 STEPS = {  # of a finite step, and so off the flow by an order of it: by kind, the test that says so
     "cmt": "test_the_flow_is_at_rest_on_its_own_trajectories",  # which the record here has none of
     "consistency": "test_gradient_vanishes_with_the_step",
+    "critic": "test_a_flat_critic_moves_nothing",  # whose head learns of samples, as those of other pulls
+    "drift": "test_drift_rests_where_samples_are_the_data",
     "imm": "test_it_rests_near_the_flow",
+    "match": "test_it_rests_at_the_flow",
     "pi_flow": "test_it_rests_at_the_flow_to_the_order_of_its_guesses",
     "rcgm": "test_gradient_vanishes_with_the_step",
     "shortcut": "test_only_the_first_doubling_is_off_and_by_the_order_of_its_step",
@@ -51,8 +53,6 @@ def serves(objective: AnyObjective, flow: Flow, guide: Guide) -> bool:
     """Whether the flow is where this objective leads to, by its own guidance."""
     if objective.needs.knobs:  # they guide each row in a way of its own
         return isinstance(flow, Gaussian) and not flow.mean.any()
-    if objective.kind == "ucgm":  # at ratio 1 it asks its flow map for a velocity: guidance is a teacher's there
-        return not guide.active
     return not guide.active or objective.needs.guide is not None
 
 
@@ -107,8 +107,8 @@ def test_descent_leads_back_to_the_flow(objective: AnyObjective, flow: Flow) -> 
         net.probe.data = 1e-4 * torch.eye(net.probe.numel(), dtype=net.probe.dtype)[i].view_as(net.probe)
         columns.append(gradient(objective, net, b).flatten() / 1e-4)
     pull = torch.stack(columns, 1)
-    assert pull.diag().min() > 0.1
-    assert torch.linalg.eigvals(pull).real.min() > 0.1
+    assert pull.diag().min() > 0.05  # F2D2's g has weight 0.1
+    assert torch.linalg.eigvals(pull).real.min() > 0.05
 
 
 @each([(o, flow) for o, flow in ON_MIXTURES if o.kind not in BENT])

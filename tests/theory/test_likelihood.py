@@ -7,11 +7,8 @@ import torch
 from torch import Tensor
 
 from dumo.flow.divergence import axes, diagonal, divergence
-from dumo.flow.law import Signs
 from dumo.flow.path import Linear, Path, Trig
-from dumo.flow.times import Pair
-from dumo.objectives import Several
-from dumo.objectives.part import AveragePart, DivergencePart, VelocityPart
+from dumo.objectives import F2D2
 from dumo.random import stream
 from dumo.sampling.likelihood import log_likelihood
 from dumo.sampling.solver import Euler, Heun, Hop, Restart, Solver
@@ -71,11 +68,10 @@ def test_axes_are_exact_and_signs_are_in_the_mean() -> None:
     assert each.std(0).max() > 0.05  # each alone is not
 
 
-def climber(flow: Gaussian | Product) -> tuple[Several, Reads]:
-    """An objective whose net knows the flow, and how volume grows on it."""
-    parts, times = (VelocityPart(), AveragePart(), DivergencePart()), Pair(both_ways=True)
-    objective = Several(parts=parts, times=times, probe=Signs())
-    return objective, objective.read(Exact(flow, objective.needs))
+def climber(flow: Gaussian | Product) -> Reads:
+    """What a net says that knows the flow, and how volume grows on it."""
+    objective = F2D2()
+    return objective.read(Exact(flow, objective.needs))
 
 
 @pytest.mark.parametrize("passes", [1, 3])
@@ -89,13 +85,16 @@ def test_jumps_that_know_their_volume_know_the_density(flow: Gaussian | Product,
     else:
         m, s = flow.mean[c][:, None], flow.std[c][:, None]
         true = -(((x - m) / s) ** 2 / 2 + s.log() + log(2 * pi) / 2).sum(1)
-    found = log_likelihood(climber(flow)[1], Linear(), Hop(), x, c, passes, [])
+    found = log_likelihood(climber(flow), Linear(), Hop(), x, c, passes, [])
     assert (found - true).abs().max() < 1e-8
 
 
 def test_a_solver_that_does_not_climb_is_refused() -> None:
     x, c = data(2)
-    for solver, says in ((Restart(), "'restart' has no way from data to noise: use heun"), (Hop(), "part of kind div")):
+    for solver, says in (
+        (Restart(), "'restart' has no way from data to noise: use heun"),
+        (Hop(), "objective f2d2"),
+    ):
         with pytest.raises(UserError, match=says):
             log_likelihood(reads(FLOW), Linear(), solver, x, c, 1, axes(x))
     with pytest.raises(UserError, match="ask for 4"):

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from contract.case import Counted, randomise
+from contract.case import randomise
 from dumo.autodiff import dual
 from dumo.autodiff.dual import Dual
 from dumo.flow import slope
-from dumo.flow.rate import CentralRate, Rate
-from dumo.flow.rate import DualRate as Exact
 from dumo.nets import MLP, DiT
-from dumo.types import Array, Frozen, Heads, Needs, UserError
+from dumo.objectives.tvm import rated
+from dumo.types import Array, Frozen, Heads, Needs
 from theory.test_dual import BATCH, CLASSES, NEEDS, SHAPE, SIZES, D, each_net, error, made, quiet, record
 from unit.autodiff.test_rule import FLAT, Shapes, directions, function, moving, operands, ride
 
@@ -96,10 +95,10 @@ def test_a_norm_has_a_gradient_at_zero() -> None:
             assert torch.autograd.grad(y.t.sum(), x)[0].isfinite().all()
 
 
-def rated(net: nn.Module, rate: Rate, dtype: torch.dtype = D) -> tuple[Heads, Heads]:
+def by_corners(net: nn.Module, dtype: torch.dtype = D) -> tuple[Heads, Heads]:
     """Heads and rates in r, in every corner of time."""
     x, c, t, r, _ = record(dtype)
-    return rate(net, x, c, of="r", t=t, r=r)
+    return rated(net, x, c, t=t, r=r)
 
 
 @each_net
@@ -108,7 +107,7 @@ def test_rates_and_their_gradients_are_exact(name: str, honest: Callable[..., He
     x, c, t, r, _ = record()
     r.requires_grad_()
     truth = honest(lambda: net(x, c, t=t, r=r), [r], [torch.ones_like(r)])
-    heads, rates = rated(net, Exact())
+    heads, rates = by_corners(net)
     assert all(torch.equal(a, b) for a, b in zip(heads, net(x, c, t=t, r=r), strict=True))
     assert all(b.norm() > 0.01 for b in truth)
     assert error(rates, truth) < 1e-12
@@ -134,7 +133,7 @@ def test_gradients_are_those_of_differences(name: str) -> None:
         moved = deepcopy(net)
         for p, d in zip(moved.parameters(), along, strict=True):
             p.data.add_(d, alpha=h)
-        return sum(rate.square().sum() for rate in rated(moved if h else net, Exact())[1])
+        return sum(rate.square().sum() for rate in by_corners(moved if h else net)[1])
 
     def quotient(h: float) -> float:
         return ((loss(h) - loss(-h)) / (2 * h)).item()
@@ -149,10 +148,10 @@ def test_gradients_are_those_of_differences(name: str) -> None:
 @pytest.mark.parametrize("name", ["mlp", "dit", "dit with all options", "unet"])
 def test_bf16_is_near(name: str) -> None:
     exact, low = made(name), made(name, torch.float32)
-    _, known = rated(exact, Exact())
+    _, known = by_corners(exact)
     wanted = gradients(sum(h.square().sum() for h in known), list(exact.parameters()))
     with torch.autocast("cpu", torch.bfloat16):
-        _, rates = rated(low, Exact(), torch.float32)
+        _, rates = by_corners(low, torch.float32)
     assert error(rates, known) < 0.05
     found = gradients(sum(h.double().square().sum() for h in rates), list(low.parameters()))
     off, size = (
@@ -165,36 +164,11 @@ def test_bf16_is_near(name: str) -> None:
 def test_checkpointing_changes_nothing() -> None:
     def found(checkpoint: bool) -> list[Tensor]:
         net = randomise(DiT(**SIZES, checkpoint=checkpoint).build(NEEDS, SHAPE, CLASSES)).to(D)
-        heads, rates = rated(net, Exact())
+        heads, rates = by_corners(net)
         return gradients(weighed((*heads, *rates)), list(net.parameters()))
 
     for a, b in zip(found(True), found(False), strict=True):
         assert torch.equal(a, b)
-
-
-def test_a_difference_is_of_second_order_and_three_passes() -> None:
-    net = Counted(made("mlp"))
-    heads, truth = rated(net, Exact())
-    assert (net.graded, net.still) == (1, 0)
-    off = []
-    for h in (0.02, 0.01, 0.005):
-        same, rates = rated(net, CentralRate(h=h))
-        assert all(torch.equal(a, b) for a, b in zip(heads, same, strict=True))
-        assert all(rate.requires_grad for rate in rates)
-        off.append(error(rates, truth))
-    assert net.graded == 10
-    assert 3.9 < off[0] / off[1] < 4.1
-    assert 3.9 < off[1] / off[2] < 4.1
-
-
-def test_differences_are_refused_below_fp32() -> None:
-    net = made("mlp", torch.float32)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match="rate 'central' needs precision fp32"):
-        rated(net, CentralRate(), torch.float32)
-    with pytest.raises(UserError, match="a smaller time_scale or rate 'dual'"):
-        CentralRate(h=0.01).check("fp32", 10.0)
-    CentralRate().check("fp32", 10.0)
-    Exact().check("bf16", 1000.0)
 
 
 def test_a_head_that_the_input_does_not_reach_has_rate_zero() -> None:
@@ -209,7 +183,7 @@ def test_a_head_that_the_input_does_not_reach_has_rate_zero() -> None:
             return self.net(x, c, t=t, r=0 * t)[0], self.net(x, c, t=t, r=r)[1]
 
     net = randomise(Half()).to(D)
-    (v, u), (dv, du) = rated(net, Exact())
+    (v, u), (dv, du) = by_corners(net)
     assert v.shape == u.shape == dv.shape == du.shape == (BATCH, *SHAPE)
     assert not dv.any()
     assert du.any()
@@ -218,7 +192,7 @@ def test_a_head_that_the_input_does_not_reach_has_rate_zero() -> None:
 def test_a_rate_leaves_slopes_as_they_are() -> None:
     """After it, a tangent that rides is held still again."""
     net = made("dit")
-    rated(net, Exact())
+    by_corners(net)
     x, c, t, r, w = record()
     _, along = slope.DualSlope()(net, Frozen(net), x, c, t=t, r=r, toward=w)
     assert not any(d.requires_grad for d in along(w))

@@ -80,6 +80,7 @@ def test_all_meet_or_hear_why_not(peers: list[Peers]) -> None:
         peers[0].meet()
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_who_waits_may_be_stopped(peers: list[Peers]) -> None:
     with stop.listening():
         os.kill(os.getpid(), signal.SIGTERM)
@@ -110,6 +111,7 @@ def test_what_is_no_talk_stays_as_it_is_and_is_told(error: Exception, peers: lis
     assert peers[0].store.get("failed/1").decode() == str(error)
 
 
+@pytest.mark.usefixtures("default_signals")
 def test_a_stop_that_all_heard_is_a_stop(peers: list[Peers]) -> None:
     """The first to leave breaks the others' talk."""
     with stop.listening():

@@ -13,6 +13,8 @@ from dumo.flow.path import Linear
 from dumo.sampling.solver import Euler
 from dumo.types import Cond, Reads, Sample, Time
 
+pytestmark = pytest.mark.usefixtures("default_signals")
+
 
 @pytest.mark.parametrize("number", stop.SIGNALS)
 def test_a_signal_is_heard_once(number: int) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dumo import __version__
-from dumo.cli import bench, data, demo, evaluate, export, failure, log, preflight, run
+from dumo.cli import data, demo, evaluate, export, failure, lab, log, preflight, run
 from dumo.cli.terminal import err, plain_warnings, rank_0_speaks, stoppable
 
 app = typer.Typer(
@@ -43,14 +43,14 @@ COMMANDS = (
     *(preflight.recipes, preflight.show, preflight.dry, preflight.doctor),
     data.data,
     *(run.encode, run.train, log.log, run.sample, run.grid, run.average),
-    *(evaluate.evaluate, evaluate.compare, run.report, evaluate.reproduce),
+    *(evaluate.evaluate, evaluate.compare, run.report, lab.reproduce),
     *(export.export, demo.demo),
 )
 for command in COMMANDS:
     app.command()(stoppable(command))
 
 benches = typer.Typer(no_args_is_help=True, help="Measure training steps, sampling and reading data on this machine.")
-for command in (bench.step, bench.sample, bench.data):
+for command in (lab.step, lab.sample, lab.data):
     benches.command()(stoppable(command))
 app.add_typer(benches, name="bench")
 

@@ -1,4 +1,4 @@
-"""How good it is: evaluate, compare, and the figures and tables made again."""
+"""How good it is: evaluate and compare."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dumo.cli.option import AsJson, Device, Nfe, RunFolder, Seed, Set, SolverName, Weights, numbers, place
+from dumo.cli.option import AsJson, Device, Nfe, RunFolder, Seed, Set, SolverName, Weights, numbers
 from dumo.cli.terminal import out, show_table
 from dumo.progress import bar
 
@@ -57,8 +57,8 @@ def evaluate(
     with dist.join():
         main, shown = dist.is_main(), bar if dist.is_main() else no_bar
         opened = open_run(run_folder, set_ or [], weights=weights, device=device)
-        asked = evaluate.asked(opened, nfe=numbers("--nfe", nfe), seed=seed, solver=solver)
-        report = evaluate.evaluate(asked, bar=shown) if sweep is None else sweeps.sweep(asked, sweep, bar=shown)
+        judged = evaluate.with_options(opened, nfe=numbers("--nfe", nfe), seed=seed, solver=solver)
+        report = evaluate.evaluate(judged, bar=shown) if sweep is None else sweeps.sweep(judged, sweep, bar=shown)
     if not main:
         return
     show(report, as_json)
@@ -67,7 +67,7 @@ def evaluate(
 def show(report: dict[str, Any], as_json: bool) -> None:
     """Print an evaluation or a sweep: a table, the baselines, and the file."""
     from dumo.evaluation.card import seen
-    from dumo.protocols.evaluator import of_baseline
+    from dumo.protocols.protocol import of_baseline
 
     if as_json:
         print(json.dumps(report))
@@ -106,9 +106,9 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Set the evaluations of several runs side by side, if they were measured alike."""
-    from dumo.evaluation import compare
+    from dumo.evaluation import card
 
-    found = compare.compare(run_folders, anyway=anyway)
+    found = card.compare(run_folders, anyway=anyway)
     if as_json:
         print(json.dumps(found))
         return
@@ -116,35 +116,3 @@ def compare(
     for field, values in found["differs"].items():
         told = "; ".join(f"{value} in {name}" for name, value in values.items())
         out.print(f"measured otherwise, {field}: {told}", soft_wrap=True)
-
-
-def reproduce(
-    name: Annotated[
-        str,
-        typer.Argument(
-            help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: best, best-latents, best-options, "
-            "best-pixels, best-tuning, fair, guidance, latents, lowpass, ours, ours-latents, pretrained, pulls, "
-            "pulls-latents, stages, words."
-        ),
-    ],
-    scale: Annotated[
-        str, typer.Option(help="smoke (a minute or two), laptop (up to an hour) or paper (its own size, on GPUs).")
-    ] = "laptop",
-    folder: Annotated[
-        Path | None, typer.Option("--out", parser=place, metavar="FOLDER", help="Default: runs/reproduce/NAME-SCALE.")
-    ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, each with its share of the cores.")] = 1,
-    device: Device = "auto",
-    as_json: AsJson = False,
-) -> None:
-    """Make a figure or table again: picture, table and results.json. Finished cells are kept, a stopped one goes on."""
-    from dumo import dist, reproduce
-
-    dist.alone("dumo reproduce")
-    results = reproduce.reproduce(name, scale, folder, jobs=jobs, device=device, bar=bar)
-    if as_json:
-        print(json.dumps(results))
-        return
-    show_table(results["title"], results["table"])
-    for file in results["files"]:
-        out.print(file, soft_wrap=True)

@@ -92,7 +92,7 @@ def skipped(row: "Row") -> str:
 
 def draw(runs: list[Path], file: Path | None) -> None:
     """The curves of these runs as a PNG, whose path is printed. Raises UserError where nothing is logged yet."""
-    from dumo.io.archive import write_picture
+    from dumo.io.picture import write_picture
     from dumo.report.curve import curves, picture
     from dumo.run.speed import logged
     from dumo.types import UserError

@@ -32,7 +32,7 @@ SolverName = Annotated[
     str | None,
     typer.Option(
         "--solver",
-        help="euler, heun (velocity), restart (endpoint), hop (flow map), hermite or euler_jump (both heads).",
+        help="euler, heun (velocity), restart (endpoint), hop (flow map), hermite (both heads).",
     ),
 ]
 Prompts = Annotated[

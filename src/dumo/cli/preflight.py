@@ -56,13 +56,15 @@ def show(
     source: Source,
     set_: Set = None,
     as_yaml: Annotated[bool, typer.Option("--yaml", help="Print the run alone: a file for dumo train.")] = False,
+    whole: Annotated[bool, typer.Option("--all", help="Every field, as run.yaml has it.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Print a run before it is run: its complete spec, its size, what a step costs and where it teaches jumps.
+    """Print a run before it is run: its spec, its size, what a step costs and where it teaches jumps.
 
-    All but the spec is printed as comments, so that  dumo show digits > my.yaml  makes a file for  dumo train my.yaml.
+    Fields of the machine and parts that are empty are left out where they stand at their defaults. All but the spec is
+    printed as comments, so that  dumo show digits > my.yaml  makes a file for  dumo train my.yaml.
     """
-    from dumo.config.load import dump
+    from dumo.config.load import dump, summary
     from dumo.preflight.show import show
 
     if as_yaml and as_json:
@@ -70,11 +72,11 @@ def show(
     spec = advised(source, set_)
     if as_yaml:
         print(comment(shlex.join(["dumo", "show", source, *(f"--set={text}" for text in set_ or [])])))
-        print(dump(spec), end="")
+        print(dump(spec, short=not whole), end="")
         return
     facts = show(spec)
     if as_json:
-        print(json.dumps(facts))
+        print(json.dumps(facts | ({} if whole else {"spec": summary(spec)})))
         return
     far, scale, way = facts["far"], facts["guidance_scale"], facts["slope"]
     lines = [
@@ -87,7 +89,7 @@ def show(
         ("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows"),
         ("guidance scale", f"{scale:.3g} in training (1 is none)"),
     ]
-    out.print(dump(spec), soft_wrap=True)
+    out.print(dump(spec, short=not whole), soft_wrap=True)
     for name, fact in lines:
         out.print(comment(f"{name:15} {fact}"), soft_wrap=True)
 

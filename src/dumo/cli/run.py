@@ -23,9 +23,7 @@ def encode(
     folder: Annotated[
         str | None, typer.Argument(metavar="[OUT]", help="The cache's folder. Default: the recipe's data.root.")
     ] = None,
-    codec: Annotated[
-        str | None, typer.Option(help="taef2, sd-vae, dc-ae, qwen-vae or identity. Default: the recipe's.")
-    ] = None,
+    codec: Annotated[str | None, typer.Option(help="taef2, sd-vae, dc-ae or qwen-vae. Default: the recipe's.")] = None,
     side: Annotated[int | None, typer.Option(min=1, help="Pixels along a side. Default: the recipe's.")] = None,
     store: Annotated[
         str | None, typer.Option(help="moments (default), drawn from anew at every visit, or samples, half the size.")
@@ -49,18 +47,18 @@ def encode(
     from dumo import dist
     from dumo.run import encode, text
 
-    asked, lines = encode.asked(source, set_ or [], out=folder, codec=codec, side=side), list[str]()
+    work, lines = encode.work_of(source, set_ or [], out=folder, codec=codec, side=side), list[str]()
     options: dict[str, Any] = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
     made = texts = None
     ranks = dist.join() if part is None else nullcontext()  # it ends when all are done
     with sparing(f"set --batch lower (now {batch})"), ranks:
         of: dict[str, Any] = {"batch": batch, "part": encode.part_of(part), "device": device, "bar": bar}
-        if asked.data:
+        if work.data:
             given = {name: value for name, value in options.items() if value is not None}
-            made = encode.encode(asked.data, **of, **given)
-        if asked.run and (spec := text.asked(asked.run)):
-            texts = text.encode(asked.run, spec, **of, shard_rows=shard_rows or text.SHARD_ROWS)
-    lines += encode.told(made := made.now()) if made else []
+            made = encode.encode(work.data, **of, **given)
+        if work.run and (spec := text.asked(work.run)):
+            texts = text.encode(work.run, spec, **of, shard_rows=shard_rows or text.SHARD_ROWS)
+    lines += encode.lines(made := made.now()) if made else []
     lines += text.told(texts) if texts else []
     for line in lines:
         out.print(line, soft_wrap=True)
@@ -155,8 +153,7 @@ def sample(
     Under torchrun the ranks share the work.
     """
     from dumo import dist
-    from dumo.evaluation.benchmark import make
-    from dumo.evaluation.layout import LAYOUTS
+    from dumo.evaluation.benchmark import LAYOUTS, make
     from dumo.run.folder import open_run
     from dumo.run.sample import COUNT, export
     from dumo.texts.prompt import read_prompts

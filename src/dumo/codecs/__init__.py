@@ -1,4 +1,4 @@
-"""All codecs: images in, what a net learns out, and back. A codec's spec holds every number that this takes."""
+"""All codecs: images in, what a net learns out, and back."""
 
 from typing import Annotated
 
@@ -7,7 +7,6 @@ from pydantic import Field
 from dumo.codecs.autoencoder import DcAe as DcAe
 from dumo.codecs.autoencoder import QwenVae as QwenVae
 from dumo.codecs.autoencoder import SdVae as SdVae
-from dumo.codecs.identity import Identity as Identity
 from dumo.codecs.taesd import Taef2 as Taef2
 
-Codec = Annotated[Identity | Taef2 | SdVae | DcAe | QwenVae, Field(discriminator="kind")]
+Codec = Annotated[Taef2 | SdVae | DcAe | QwenVae, Field(discriminator="kind")]

@@ -9,23 +9,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import nn
 
-from dumo.bound import CHANNELS, PIXELS
-from dumo.codecs.scaled import Images, Latent, Moments, Opened, Scale, Scaled
-from dumo.io.path import user_path
+from dumo.codecs.scaled import WEIGHTS, Images, Latent, Moments, Opened, Published, Scaled
+from dumo.io.read import brief, user_path
 from dumo.io.weights import checked
 from dumo.types import UserError
 
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+CONFIG = "config.json"
 HINT = f"codec.weights names a folder with {CONFIG} and {WEIGHTS}, or a model of the Hugging Face hub."
-DEEP = {  # the scaling_factor in each published model's config
-    "in": ("mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", 0.3189),
-    "mix": ("mit-han-lab/dc-ae-f32c32-mix-1.0-diffusers", 0.4552),
-    "sana": ("mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", 0.41407),
-}
 # latents_mean and latents_std, per channel, in Qwen-Image's vae/config.json and as defaults in diffusers
 QWEN_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
@@ -38,46 +32,44 @@ QWEN_STD = (
 
 
 class SdVae(Scaled):
-    """The VAE of Stable Diffusion 1: fine-tuned as ft-ema (the default), or as stabilityai/sd-vae-ft-mse.
+    """The VAE of Stable Diffusion 1 (sd), fine-tuned as ft-ema, and those of its kind of SD 3 (sd3) and FLUX.1 (flux).
 
-    The scale is one over the deviation over the first batch it was trained on (Rombach et al. 2022, App. G).
+    sd's scale is one over the deviation over the first batch it was trained on (Rombach et al. 2022, App. G); the
+    others have shift_factor and scaling_factor of the published vae/config.json. SD 3.5 has SD 3's VAE, Z-Image FLUX's.
     """
 
     kind: Literal["sd-vae"] = "sd-vae"
+    variant: Literal["sd", "sd3", "flux"] = "sd"
     gaussian: ClassVar[bool] = True
-    channels: int = Field(default=4, ge=1, le=CHANNELS)
-    factor: int = Field(default=8, ge=1, le=PIXELS)
-    scale: Scale = 0.18215
-    weights: str = "stabilityai/sd-vae-ft-ema"
+    variants: ClassVar[Mapping[str, Published]] = {
+        "sd": Published("stabilityai/sd-vae-ft-ema", 4, 8, 0.18215),
+        "sd3": Published("stabilityai/stable-diffusion-3-medium-diffusers/vae", 16, 8, 1.5305, 0.0609),
+        "flux": Published("black-forest-labs/FLUX.1-dev/vae", 16, 8, 0.3611, 0.1159),
+    }
 
     def open(self, device: str | torch.device = "cpu") -> Opened:
-        """Read the weights. Raises UserError where diffusers or they are missing, damaged or not the ones meant."""
-        net, found = _opened("AutoencoderKL", self)
+        """Read the weights. Raises UserError where diffusers or they are missing, damaged or of another variant."""
+        net, found = _loaded("AutoencoderKL", self)
         return Opened(self, Variational(net.to(device)), found, torch.device(device))
 
 
 class DcAe(Scaled):
-    """DC-AE f32c32 (Chen et al. 2024), one 32nd of the side: trained on ImageNet (in), a mixture (mix), or for SANA.
+    """DC-AE f32c32 (Chen et al. 2024), a 32nd of the side: trained on ImageNet (in), a mixture (mix), or for SANA.
 
-    Weights and scale follow from the variant, where they are not given. Its channels differ in scale: see `normalised`.
+    The scale is the scaling_factor of the published config.
     """
 
     kind: Literal["dc-ae"] = "dc-ae"
     variant: Literal["in", "mix", "sana"] = "in"
-    channels: int = Field(default=32, ge=1, le=CHANNELS)
-    factor: int = Field(default=32, ge=1, le=PIXELS)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_the_variant(cls, given: Any) -> Any:  # noqa: ANN401, whatever was given is checked after this
-        if not isinstance(given, dict):
-            return given
-        weights, scale = DEEP.get(str(given.get("variant", "in")), ("", 1.0))
-        return {"weights": weights, "scale": scale} | given
+    variants: ClassVar[Mapping[str, Published]] = {
+        "in": Published("mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", 32, 32, 0.3189),
+        "mix": Published("mit-han-lab/dc-ae-f32c32-mix-1.0-diffusers", 32, 32, 0.4552),
+        "sana": Published("mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", 32, 32, 0.41407),
+    }
 
     def open(self, device: str | torch.device = "cpu") -> Opened:
-        """Read the weights. Raises UserError where diffusers or they are missing, damaged or not the ones meant."""
-        net, found = _opened("AutoencoderDC", self)
+        """Read the weights. Raises UserError where diffusers or they are missing, damaged or of another variant."""
+        net, found = _loaded("AutoencoderDC", self)
         return Opened(self, Deep(net.to(device)), found, torch.device(device))
 
 
@@ -89,15 +81,13 @@ class QwenVae(Scaled):
 
     kind: Literal["qwen-vae"] = "qwen-vae"
     gaussian: ClassVar[bool] = True
-    channels: int = Field(default=16, ge=1, le=CHANNELS)
-    factor: int = Field(default=8, ge=1, le=PIXELS)
-    shift: float | tuple[float, ...] = QWEN_MEAN
-    scale: Scale = tuple(1 / std for std in QWEN_STD)
-    weights: str = "Qwen/Qwen-Image/vae"
+    variants: ClassVar[Mapping[str, Published]] = {
+        "": Published("Qwen/Qwen-Image/vae", 16, 8, tuple(1 / std for std in QWEN_STD), QWEN_MEAN)
+    }
 
     def open(self, device: str | torch.device = "cpu") -> Opened:
-        """Read the weights. Raises UserError where diffusers or they are missing, damaged or not the ones meant."""
-        net, found = _opened("AutoencoderKLQwenImage", self)
+        """Read the weights. Raises UserError where diffusers or they are missing, damaged or of another model."""
+        net, found = _loaded("AutoencoderKLQwenImage", self)
         return Opened(self, Frame(net.to(device)), found, torch.device(device))
 
 
@@ -148,30 +138,59 @@ class Deep:
         return self.net.decode(raw).sample
 
 
-def _opened(name: str, codec: Scaled) -> tuple[nn.Module, str]:
+def _loaded(name: str, codec: Scaled) -> tuple[nn.Module, str]:
     """The model of diffusers' class `name`, and the SHA-256 of its weights."""
     try:
         import diffusers  # slow to import, and an extra
     except ImportError as error:
         raise UserError(f"{codec.about} needs diffusers: pip install 'dumo[diffusers]'") from error
     folder = _folder(codec.weights)
-    found = checked(_weights(folder), codec.sha256, HINT)
+    found = checked(_weights(folder), HINT)
     try:
         model = getattr(diffusers, name)
-        net, told = model.from_pretrained(folder, output_loading_info=True, use_safetensors=True, local_files_only=True)
+        net, info = model.from_pretrained(folder, output_loading_info=True, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(f"{folder} holds no {name} that diffusers can load ({error}). {HINT}") from error
-    if wrong := [key for keys in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in told.get(keys, ())]:
+    if wrong := [key for keys in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info.get(keys, ())]:
         raise UserError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {wrong[0]} is missing, unknown or misshapen")
-    has = _latent(net.config)
-    if has != (codec.channels, codec.factor):
-        raise UserError(f"{folder} has {has[0]} channels and factor {has[1]}, {codec.about} says {codec.channels}, "
-                        f"{codec.factor}: set codec.channels and codec.factor, or take other weights")  # fmt: skip
+    require(codec, net.config, folder)
     return net.float().eval().requires_grad_(False), found
 
 
+def require(codec: Scaled, config: Mapping[str, Any], folder: Path) -> None:
+    """Raise UserError where a model's config is not of the codec's variant, naming the one that it is of."""
+    size, theirs = _latent(config), numbers(config)
+    fits = {k: name for name, k in codec.variants.items() if size == (k.channels, k.factor) and same(theirs, k)}
+    if codec.published in fits:
+        return
+    way = f"set codec.variant={name}" if (name := next(iter(fits.values()), None)) else "it is not supported"
+    raise UserError(f"{folder} is not {codec.about}: {size[0]} channels, factor {size[1]}, {words(theirs)}; {way}")
+
+
+def numbers(config: Mapping[str, Any]) -> dict[str, float | list[float]]:
+    """The shift and scale of latents that a decoder's config says: one, or one per channel; {} where it says none."""
+    if config.get("latents_mean") and config.get("latents_std"):
+        return {"shift": config["latents_mean"], "scale": [1 / sd for sd in config["latents_std"]]}
+    if "scaling_factor" in config:
+        return {"shift": config.get("shift_factor") or 0.0, "scale": config["scaling_factor"]}
+    return {}
+
+
+def same(theirs: Mapping[str, float | list[float]], known: Published) -> bool:
+    """Whether these are the published numbers."""
+    ours = {"shift": known.shift, "scale": known.scale}
+    return all(
+        np.size(x) in (1, known.channels) and np.allclose(x, ours[name], rtol=1e-3) for name, x in theirs.items()
+    )
+
+
+def words(theirs: Mapping[str, float | list[float]]) -> str:
+    """The numbers in words."""
+    return ", ".join(f"{name} {brief(x, 40)}" for name, x in theirs.items())
+
+
 def _latent(config: Mapping[str, Any]) -> tuple[int, int]:
-    """The channels of a latent, and pixels along an axis for each of its own; the side is halved so many times."""
+    """The channels of a latent, and pixels along an axis for each of its own: blocks but the last halve the side."""
     if "z_dim" in config:
         return config["z_dim"], 2 ** len(config["temperal_downsample"])  # one step of the sides for each
     blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]

@@ -1,20 +1,21 @@
-"""What all codecs share: an autoencoder, and the affine map after it that gives each channel mean 0 and deviation 1.
+"""What all codecs share: an autoencoder, and the affine map after it that brings a latent near mean 0 and deviation 1.
 
 With shift s and scale a, both numbers or one per channel, a net learns x = (raw - s) a, and raw = x / a + s is decoded.
 Where the encoder gives a Gaussian per pixel, its moments stand one after the other along the channels: the mean, which
 is mapped as x is, then the standard deviation, which is multiplied by a.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Protocol, TypeVar, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 
-from dumo.bound import CHANNELS, PIXELS
+from dumo.io import digest
+from dumo.io.read import user_path
 from dumo.random import keyed
 from dumo.types import Spec, UserError
 
@@ -22,31 +23,58 @@ Images = Float[Tensor, "b 3 h w"]  # in [-1, 1]
 Moments = Float[Tensor, "b m y x"]  # m channels, or 2 m: means and standard deviations
 Latent = Float[Tensor, "b l y x"]
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"  # in a folder of diffusers
 PIECE = 2**20  # pixels decoded at a time: 16 images of 256 x 256. Ours
 
-S = TypeVar("S", bound="Scaled")
-Positive = Annotated[float, Field(gt=0)]
-Scale = Positive | tuple[Positive, ...]
-Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None
+
+class Published(NamedTuple):
+    """What an autoencoder was published with."""
+
+    weights: str  # where they are
+    channels: int  # of the latent
+    factor: int  # pixels along an axis for each of the latent's
+    scale: float | tuple[float, ...]  # multiplies the encoder's output, less the shift
+    shift: float | tuple[float, ...] = 0.0  # both one per channel, or one for all
 
 
 class Scaled(Spec):
-    """What is known of a codec before its weights are read."""
+    """A published autoencoder, before its weights are read."""
 
     gaussian: ClassVar[bool] = False  # whether the encoder gives a Gaussian per pixel, else a point
-    channels: int = Field(ge=1, le=CHANNELS)  # of the latent
-    factor: int = Field(ge=1, le=PIXELS)  # pixels along an axis for each of the latent's
-    shift: float | tuple[float, ...] = 0.0  # taken from the encoder's output; one per channel, or one for all
-    scale: Scale = 1.0  # then multiplies it
-    weights: str = ""  # where they are; environment variables and ~ are expanded
-    sha256: Digest = None  # of the weights' file; None: any
+    variants: ClassVar[Mapping[str, Published]]  # the first by default; of "" where there is one alone
+    weights: str = ""  # where they are: as published, if not given; environment variables and ~ are expanded
 
-    @model_validator(mode="after")
-    def _one_per_channel(self) -> "Scaled":
-        for name, value in (("shift", self.shift), ("scale", self.scale)):
-            if isinstance(value, tuple) and len(value) != self.channels:
-                raise ValueError(f"{name} has {len(value)} numbers for {self.channels} channels: give one each, or one")
-        return self
+    @model_validator(mode="before")
+    @classmethod
+    def _as_published(cls, given: Any) -> Any:  # noqa: ANN401, whatever was given is checked after this
+        if not isinstance(given, dict):
+            return given
+        found = cls.variants.get(str(given.get("variant", next(iter(cls.variants)))))
+        return {"weights": found.weights} | given if found else given
+
+    @property
+    def published(self) -> Published:
+        """The variant."""
+        return self.variants[getattr(self, "variant", "")]
+
+    @property
+    def channels(self) -> int:
+        """Of the latent."""
+        return self.published.channels
+
+    @property
+    def factor(self) -> int:
+        """Pixels along an axis for each of the latent's."""
+        return self.published.factor
+
+    def digest(self) -> str | None:
+        """The SHA-256 of the weights, where they lie on this machine at the path that is set; else None."""
+        try:
+            place = user_path(self.weights, "codec.weights")
+        except UserError:
+            return None
+        file = place / WEIGHTS if place.is_dir() else place
+        return digest.of_file(file) if file.is_file() else None
 
     def shape(self, side: int) -> tuple[int, int, int]:
         """The latent of square images of `side` pixels. Raises UserError where they do not divide evenly."""
@@ -73,28 +101,15 @@ class Scaled(Spec):
         shift, scale = self._columns(x)
         return torch.cat([mean / scale + shift, *(d / scale for d in deviation)], 1)
 
-    def normalised(self: S, mean: tuple[float, ...], std: tuple[float, ...]) -> S:
-        """The codec whose x has mean 0 and deviation 1 in each channel, given those of this one's, per channel.
-
-        Raises UserError for a channel that never changes.
-        """
-        if 0 in std:
-            raise UserError(f"channel {std.index(0)} never changes, so no scale gives it deviation 1: use one for all")
-        shifts, scales = (column.flatten() for column in self._columns(torch.zeros((), dtype=torch.float64)))
-        change = {
-            "shift": shifts + torch.tensor(mean, dtype=torch.float64) / scales,
-            "scale": scales / torch.tensor(std, dtype=torch.float64),
-        }
-        return self.model_validate(self.model_dump() | {name: tuple(v.tolist()) for name, v in change.items()})
-
     @property
     def about(self) -> str:
         """The codec in a few words, for messages."""
-        return f"codec {getattr(self, 'kind', '')}"
+        return " ".join(filter(None, ("codec", getattr(self, "kind", ""), getattr(self, "variant", ""))))
 
     def _columns(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and scale, (channels, 1, 1), of the dtype and on the device of a tensor."""
-        both = (torch.tensor(v, dtype=like.dtype, device=like.device) for v in (self.shift, self.scale))
+        numbers = self.published.shift, self.published.scale
+        both = (torch.tensor(v, dtype=like.dtype, device=like.device) for v in numbers)
         shift, scale = (v.expand(self.channels)[:, None, None] for v in both)
         return shift, scale
 
@@ -118,7 +133,7 @@ class Opened:
 
     codec: Scaled
     net: Autoencoder
-    sha256: str | None  # of the weights' file; None where there is none
+    sha256: str  # of the weights' file
     device: torch.device
 
     @torch.no_grad()

@@ -4,17 +4,18 @@ Madebyollin's TAESD (github.com/madebyollin/taesd, MIT) is distilled from large 
 has 32 channels and 2.68 M parameters, and blocks at the lowest resolution that see a wider view through a pool branch.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from dumo.codecs.scaled import Digest, Images, Latent, Moments, Opened, Scale, Scaled
-from dumo.io.path import user_path
+from dumo.codecs.scaled import Images, Latent, Moments, Opened, Published, Scaled
+from dumo.io.read import user_path
 from dumo.io.weights import checked, compare, load
 
 WIDTH = 64
+SHA256 = "ba389353bb096ea6ca323a1685d45ff8af8e1994f1c0d6fea810f5c1ef2a0db4"  # of taef2.safetensors
 HINT = "It is taef2 of github.com/madebyollin/taesd; set codec.weights to where you keep it."
 
 
@@ -26,16 +27,12 @@ class Taef2(Scaled):
     """
 
     kind: Literal["taef2"] = "taef2"
-    channels: int = Field(default=32, ge=32, le=32)
-    factor: int = Field(default=8, ge=8, le=8)
-    scale: Scale = 1.2
-    weights: str = "$DUMO_DATA/taef2/taef2.safetensors"
-    sha256: Digest = "ba389353bb096ea6ca323a1685d45ff8af8e1994f1c0d6fea810f5c1ef2a0db4"
+    variants: ClassVar[Mapping[str, Published]] = {"": Published("$DUMO_DATA/taef2/taef2.safetensors", 32, 8, 1.2)}
 
     def open(self, device: str | torch.device = "cpu") -> Opened:
-        """Read the weights. Raises UserError where they are missing, damaged or not the ones meant."""
+        """Read the weights. Raises UserError where they are missing, damaged or of another net."""
         file = user_path(self.weights, "codec.weights")
-        found = checked(file, self.sha256, HINT)
+        found = checked(file, HINT)
         with torch.device("meta"):
             net = Tiny(self.channels)
         compare(file, weights := load(file), net.state_dict(), "the codec", "these are other weights", dtypes=False)
@@ -51,17 +48,24 @@ class Tiny(nn.Module):
         self.encoder = nn.Sequential(
             conv(3, WIDTH),
             Block(),
-            *(conv(WIDTH, WIDTH, stride=2), *blocks()),
-            *(conv(WIDTH, WIDTH, stride=2), *blocks()),
-            *(conv(WIDTH, WIDTH, stride=2), *blocks(pool=True)),
+            conv(WIDTH, WIDTH, stride=2),
+            *blocks(),
+            conv(WIDTH, WIDTH, stride=2),
+            *blocks(),
+            conv(WIDTH, WIDTH, stride=2),
+            *blocks(pool=True),
             conv(WIDTH, channels),
         )
         self.decoder = nn.Sequential(
             Clamp(),
-            *(conv(channels, WIDTH), nn.ReLU()),
-            *(*blocks(pool=True), nn.Upsample(scale_factor=2), conv(WIDTH, WIDTH, bias=False)),
-            *(*blocks(), nn.Upsample(scale_factor=2), conv(WIDTH, WIDTH, bias=False)),
-            *(*blocks(), nn.Upsample(scale_factor=2), conv(WIDTH, WIDTH, bias=False)),
+            conv(channels, WIDTH),
+            nn.ReLU(),
+            *blocks(pool=True),
+            *doubled(),
+            *blocks(),
+            *doubled(),
+            *blocks(),
+            *doubled(),
             Block(),
             conv(WIDTH, 3),
         )
@@ -103,6 +107,11 @@ class Clamp(nn.Module):
 def blocks(pool: bool = False) -> list[Block]:
     """Three of a kind."""
     return [Block(pool) for _ in range(3)]
+
+
+def doubled() -> list[nn.Module]:
+    """Twice the side."""
+    return [nn.Upsample(scale_factor=2), conv(WIDTH, WIDTH, bias=False)]
 
 
 def conv(a: int, b: int, *, stride: int = 1, bias: bool | None = None) -> nn.Conv2d:

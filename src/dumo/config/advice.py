@@ -1,22 +1,21 @@
-"""What of a run fits together, but is not as its sources have it: lines to read before it trains."""
+"""Where a run departs from its sources: lines to read before it trains."""
 
-from math import ceil, log, log2
+from math import log
 
 from dumo.config.change import shown
 from dumo.config.tree import Tree
 from dumo.training.ema import Ema
 
-FAR = 1.2  # a standard deviation off by this factor is said; ours
-FEW, SOME = 16, 25  # rows of a condition in a group of drift, too few and enough; ours (docs/log.md)
+FAR = 1.2  # a standard deviation that is off by more than this factor is mentioned: ours
 
 
 def advice(run: Tree, sd: float | None = None) -> list[str]:
-    """A line per finding, each with the --set that follows the source; `sd` is the data's, where it was measured."""
-    return [*of_reference(run), *of_groups(run), *(of_deviation(run, sd) if sd else ())]
+    """A line per finding, each with the --set that follows the source; `sd` is the data's, if it was measured."""
+    return [*of_reference(run), *(of_deviation(run, sd) if sd else ())]
 
 
 def of_reference(run: Tree) -> list[str]:
-    """theta^- is the weights in training, where the objective's source takes an average of them."""
+    """theta^- is the weights in training, while the objective's source takes an average of them."""
     decay, averages = run.objective.needs.ref, run.train.ema
     if decay is None or run.train.ref != "self":
         return []
@@ -30,25 +29,13 @@ def of_reference(run: Tree) -> list[str]:
     ]
 
 
-def of_groups(run: Tree) -> list[str]:
-    """Samples drift by the rows of a group that have their condition, of which the authors have 64 (`Drift`)."""
-    pulls, conditions = getattr(run.objective, "pulls", ()), max(1, run.data.labels)
-    if not any(pull.kind == "drift" and pull.size < FEW * conditions for pull in pulls):
-        return []
-    size = 2 ** ceil(log2(SOME * conditions))
-    changed = [pull.model_copy(update={"size": size} if pull.kind == "drift" else {}) for pull in pulls]
-    whole = shown([pull.model_dump(mode="json") for pull in changed])
-    return [
-        f"pull 'drift' wants some {SOME} rows of a condition in a group, and has fewer than {FEW} here, by which one "
-        f"pass gets worse. In larger groups:  --set train.batch={size} --set 'objective.pulls={whole}'"
-    ]
-
-
 def of_deviation(run: Tree, sd: float) -> list[str]:
-    """Constants are for data of standard deviation 1, and these have another in units of `path.sd`."""
-    told = {f"objective '{run.objective.kind}'": run.objective.needs.unit}
-    told[f"net.precondition '{run.net.precondition}'"] = run.net.precondition != "none"
-    who = " and ".join(name for name, unit in told.items() if unit)
+    """Constants are for data of standard deviation 1, and these data have another in units of `path.sd`."""
+    scaled = {
+        f"objective '{run.objective.kind}'": run.objective.needs.unit,
+        f"net.precondition '{run.net.precondition}'": run.net.precondition != "none",
+    }
+    who = " and ".join(name for name, unit in scaled.items() if unit)
     if not who or abs(log(sd / run.path.sd)) <= log(FAR):
         return []
     units = "" if run.path.sd == 1 else f" in units of path.sd = {run.path.sd:g}"

@@ -1,7 +1,6 @@
 """Changes to a run's tree of plain values: a file's to its base, and those of --set (ADR 0030).
 
-Both keep one rule: a part that is given another `kind` begins with that kind's own defaults; what was said of the old
-one is dropped.
+Both keep one rule: a part with another `kind` begins with that kind's defaults; fields of the old kind are dropped.
 """
 
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic_core import to_jsonable_python
 
-from dumo.io.text import brief
+from dumo.io.read import brief
 from dumo.io.yaml import dump, parse
 from dumo.types import UserError
 
@@ -18,10 +17,10 @@ Parts = tuple[str, ...]  # of a dotted path
 
 
 def merge(base: dict[str, Any], change: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """The base with what a file changes; neither is altered. `where` is the dotted path to them.
+    """The base with the changes of a file, as a new tree. `where` is the dotted path to both.
 
-    Mappings are merged key by key; all else replaces what was there, and so do an empty mapping and another kind.
-    Raises UserError where fields are given to a value of the base that has none.
+    Mappings are merged key by key; anything else, an empty mapping and another kind replace what was there. Raises
+    UserError if fields are given to a value of the base that has none.
     """
     merged = dict(base)
     for key, new in change.items():
@@ -38,17 +37,17 @@ def merge(base: dict[str, Any], change: dict[str, Any], where: str = "") -> dict
 
 
 def override(tree: dict[str, Any], texts: Sequence[str]) -> None:
-    """Set values in place, each from `a.b=c`; their order says only which holds of two for the same field: the last.
+    """Set values in place, each from `a.b=c`; of two for the same field the last one holds.
 
-    What is higher in the tree is set first, and a part's `kind` before its other fields, so none of them is lost to it.
-    Raises UserError where one is none, leads nowhere, or contradicts another.
+    Higher parts of the tree are set first, and a part's `kind` before its other fields, so the order does not matter
+    else. Raises UserError for a text without `=`, a path that leads nowhere, or two that contradict each other.
     """
-    asked = dict(_split(text) for text in texts)
-    for path in sorted(asked, key=lambda path: (len(path), path[-1] != "kind")):
-        if none := [path[:i] for i in range(1, len(path)) if asked.get(path[:i], path) is None]:
+    values = dict(_split(text) for text in texts)
+    for path in sorted(values, key=lambda path: (len(path), path[-1] != "kind")):
+        if none := [path[:i] for i in range(1, len(path)) if values.get(path[:i], path) is None]:
             one, two = ".".join(none[0]), ".".join(path)
             raise UserError(f"--set {one}=null takes away what --set {two} is a part of: leave out one of them")
-        _put(tree, path, asked[path])
+        _put(tree, path, values[path])
 
 
 def shown(value: object) -> str:
@@ -57,12 +56,12 @@ def shown(value: object) -> str:
 
 
 def _another(part: dict[str, Any], kind: object) -> bool:
-    """Whether a part has a kind, and this is another one."""
+    """Whether `kind` is another one than the part's."""
     return kind is not None and part.get("kind", kind) != kind
 
 
 def _split(text: str) -> tuple[Parts, object]:
-    """'a.b=c' as the parts of the path, and the value."""
+    """The parts of the path and the value of 'a.b=c'."""
     dotted, sign, right = text.partition("=")
     if not sign or not dotted:
         raise UserError(f"--set {brief(text)}: write it as a.b=c, for example --set train.steps=2000")
@@ -73,7 +72,7 @@ def _split(text: str) -> tuple[Parts, object]:
 
 
 def _put(tree: dict[str, Any], path: Parts, value: object) -> None:
-    """Set one value in place; another kind drops the fields beside it."""
+    """Set one value in place; another kind drops the other fields of its part."""
     node: Any = tree
     for i, parent in enumerate(path[:-1]):
         node = _step(node, parent, ".".join(path[: i + 1]))
@@ -87,8 +86,8 @@ def _put(tree: dict[str, Any], path: Parts, value: object) -> None:
 
 
 def _step(node: dict[str, Any] | list[Any], key: str, path: str) -> Any:  # noqa: ANN401, a YAML tree
-    """One level down; a missing level is made, for the validation to judge."""
-    if isinstance(node, dict) and node.get(key) is None:  # not there, or a part that may be none
+    """One level down; a missing level is made, and left to validation."""
+    if isinstance(node, dict) and node.get(key) is None:  # missing, or null
         node[key] = {}
     child = node[_place(node, key, path)] if isinstance(node, list) else node[key]
     if not isinstance(child, dict | list):
@@ -97,7 +96,7 @@ def _step(node: dict[str, Any] | list[Any], key: str, path: str) -> Any:  # noqa
 
 
 def _place(node: list[Any], key: str, path: str) -> int:
-    """The place in a list that the last part of a path says."""
+    """The index into a list that the last part of a path says."""
     if key not in (places := [str(place) for place in range(len(node))]):
         way = f"give a place from 0 to {len(node) - 1}" if places else "set it whole, as [...]"
         raise UserError(f"{brief(path)}: this is a list of {len(node)}; {way}")

@@ -1,29 +1,32 @@
-"""What of a run does not fit together: each check looks at a few of its parts, and refuses one mismatch of theirs.
+"""Whether the parts of a run fit together, checked when it is read: each check refuses one kind of mismatch.
 
-They are made when a run is read, before any work; each raises UserError, which says what is wrong, and the way out.
+Each raises UserError, with what is wrong and the way out.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from itertools import chain
 
-from dumo.config.pieces import check_pieces
 from dumo.config.tree import Tree
 from dumo.data import Latents
 from dumo.data.augment import Edm
 from dumo.data.caption import Templates
 from dumo.flow.secant import demand_precision
 from dumo.flow.slope import DualSlope
+from dumo.flow.times import Jumps, Pair
 from dumo.nets import Pretrained
 from dumo.nets.family import Family
 from dumo.nets.precondition import VELOCITIES
-from dumo.nets.text import TextTable
+from dumo.nets.table import TextTable
 from dumo.sampling import solver
 from dumo.sampling.guidance import CFG, GuidanceScale
+from dumo.training.cut import passes
+from dumo.training.layout import share_of
 from dumo.types import UserError
 
 
 def check(run: Tree) -> None:
-    """Refuse parts that do not fit one another, the first found."""
+    """Refuse parts that do not fit together; the first mismatch raises."""
     check_captions(run)
     run.outline(short=True)
     check_augment(run)
@@ -44,15 +47,15 @@ def check(run: Tree) -> None:
 
 
 def check_captions(run: Tree) -> None:
-    """Refuse captions that the net does not read, texts that there are no captions for, and none that are held out."""
+    """Refuse captions without texts, texts without captions, and held out captions that do not exist."""
     texts, captions = getattr(run.net, "texts", None), run.captions
     where = "data.images.captions" if isinstance(run.data, Latents) else "data.captions"
-    if captions and texts is None:
-        can = "set net.texts" if hasattr(run.net, "texts") else f"net '{run.net.kind}' can read none: set net.kind=dit"
-        raise UserError(f"{where} gives captions, and the net reads no texts: {can}, or {where}=null")
-    if texts and not captions and (texts.kind != "file" or not run.data.classes):  # a file may have a row per class
-        way = "net.texts=null" if run.data.kind == "moons" else f"set {where}, or net.texts=null"
-        raise UserError(f"net.texts reads captions, and data '{run.data.kind}' give none: {way}")
+    of_classes = texts and texts.kind == "file" and run.data.classes  # a file may have a row per class
+    if bool(captions) != bool(texts) and not of_classes:
+        raise UserError(
+            f"{where} gives the captions that net.texts reads: set both, or neither. Here data '{run.data.kind}' give "
+            f"{'some' if captions else 'none'}, and net '{run.net.kind}' reads {'some' if texts else 'none'}"
+        )
     if run.evaluate.protocol.kind == "clip-score" and not captions:
         raise UserError(
             f"protocol clip-score compares images with captions, and data '{run.data.kind}' give none: set {where}, or "
@@ -66,21 +69,21 @@ def check_captions(run: Tree) -> None:
 
 
 def check_augment(run: Tree) -> None:
-    """Refuse augmentation that the net has no input for, or a wrong one."""
+    """Refuse augmentation for which the net has no input, or one of another size."""
     augment: Edm | None = getattr(run.images, "augment", None)
     if augment and isinstance(run.data, Latents):
         raise UserError("data.images.augment: images are encoded as they are: set data.images.augment=null")
-    told, takes = augment.numbers if augment else 0, getattr(run.net, "augment", 0)
-    if told != takes:
-        way = f"net.augment={told}" if told == 0 or run.net.kind == "unet" else f"net.kind=unet net.augment={told}"
+    gives, takes = augment.numbers if augment else 0, getattr(run.net, "augment", 0)
+    if gives != takes:
+        way = f"net.augment={gives}" if gives == 0 or run.net.kind == "unet" else f"net.kind=unet net.augment={gives}"
         raise UserError(
-            f"data '{run.data.kind}' describes how an image was augmented by {told} numbers, net "
-            f"'{run.net.kind}' takes {takes}: set {way}" + (", or data.augment=null" if told else "")
+            f"data '{run.data.kind}' describes how an image was augmented by {gives} numbers, net "
+            f"'{run.net.kind}' takes {takes}: set {way}" + (", or data.augment=null" if gives else "")
         )
     if augment and run.objective.drop:
         raise UserError(
-            f"objective.drop = {run.objective.drop:g} would tell the net of so many augmented images that they "
-            "are not, and samples would look augmented: set objective.drop=0, or data.augment=null"
+            f"objective.drop = {run.objective.drop:g} would drop how an image was augmented with its label, and "
+            "samples would look augmented: set objective.drop=0, or data.augment=null"
         )
 
 
@@ -98,44 +101,63 @@ def check_times(run: Tree) -> None:
     if run.objective.times.climbs and not run.objective.needs.climbs:
         raise UserError(
             f"objective.times.both_ways makes jumps up to the noise, for which objective '{run.objective.kind}' has no "
-            "formulas: set objective.times.both_ways=false, or take objective.kind=several or meanflow"
+            "formulas: set objective.times.both_ways=false, or take objective.kind=f2d2 or meanflow"
         )
 
 
 def check_precondition(run: Tree) -> None:
-    """Refuse preconditioning that is made for other heads, or for another path."""
-    if run.net.precondition == "none":
-        return
-    others = set(run.objective.needs.heads) - set(VELOCITIES)
-    if run.objective.needs.signed:
+    """Refuse preconditioning that is made for other heads, another path, or no negative times."""
+    others = tuple(sorted({*run.objective.needs.heads} - {*VELOCITIES}))
+    what = [f"the negative times of objective '{run.objective.kind}'"] if run.objective.needs.signed else []
+    what += [f"path '{run.path.kind}'"] if run.path.kind != "linear" else []
+    what += [f"head {_or(others)}"] if others else []
+    if run.net.precondition != "none" and what:
         raise UserError(
-            f"net.precondition '{run.net.precondition}' is not made for the negative times of objective "
-            f"'{run.objective.kind}': set net.precondition=none"
-        )
-    if others or run.path.kind != "linear":
-        what = f"path '{run.path.kind}'" if run.path.kind != "linear" else f"head {_or(tuple(sorted(others)))}"
-        raise UserError(
-            f"net.precondition '{run.net.precondition}' is made for velocities on path 'linear' (heads "
-            f"{_or(VELOCITIES)}), not for {what}: set net.precondition=none"
+            f"net.precondition '{run.net.precondition}' is made for velocities (heads {_or(VELOCITIES)}) on path "
+            f"'linear', not for {what[0]}: set net.precondition=none"
         )
 
 
 def check_precision(run: Tree) -> None:
-    """Refuse differences whose rounding, or whose step, is too large; and weights that every pass would cast up."""
+    """Refuse differences with too large a rounding error or step, and frozen weights that every pass would cast up."""
     needs, lora = run.objective.needs, getattr(run.net, "lora", None)
     if lora and lora.frozen == "bfloat16" and run.train.precision != "bf16":
         raise UserError(
             f"net.lora.frozen = bfloat16 saves memory where passes compute in bf16, and train.precision is "
             f"{run.train.precision}: set train.precision=bf16, or net.lora.frozen=float32"
         )
-    for derivative in (needs.slope if needs.derives else None, needs.rate):
-        if derivative:
-            derivative.check(run.train.precision, run.net.time_scale)
+    if needs.slope and needs.derives:
+        needs.slope.check(run.train.precision, run.net.time_scale)
     demand_precision(run.train.precision, needs.amplifies, run.objective.kind)
 
 
+def check_pieces(run: Tree, ranks: int = 1) -> None:
+    """Refuse a batch that the ranks cannot cut into passes with all kinds of rows, and what takes one rank."""
+    train, times = run.train, run.objective.times
+    pieces, moving = passes(train, run.objective, ranks), times.moving(train.batch)
+    if moving is not None and 0 < times.moving_share < 1:
+        for rows in chain.from_iterable(pieces):
+            if len(set(moving[rows])) == 1:
+                raise UserError(_lacking(run, ranks, rows, "r = t" if moving[rows.start] else "r < t"))
+    share_of(train.share, ranks)
+    if ranks > 1 and train.compile == "loss":
+        raise UserError(f"train.compile = loss is for one rank, not for {ranks}: set train.compile=blocks")
+
+
+def _lacking(run: Tree, ranks: int, rows: slice, kind: str) -> str:
+    """Which pass lacks rows of this kind, and the way out."""
+    train, times = run.train, run.objective.times
+    ratio = f", velocity_ratio {times.velocity_ratio:g}" if isinstance(times, Jumps | Pair) else ""
+    cut = f", train.micro_batch = {train.micro_batch}" if train.micro_batch else ""
+    return (
+        f"train.batch = {train.batch}{cut} on {ranks} rank{'s' * (ranks > 1)} has a pass of {rows.stop - rows.start} "
+        f"rows without one with {kind} (objective.times '{times.kind}'{ratio}): raise train.batch"
+        f"{' or train.micro_batch' if cut else ''}{', or take fewer ranks' if ranks > 1 else ''}"
+    )
+
+
 def check_compile(run: Tree) -> None:
-    """Refuse to compile a net of whose blocks torch makes no one graph with the derivative that rides along."""
+    """Refuse to compile blocks of which torch makes no single graph with a dual slope."""
     needs = run.objective.needs
     if run.train.compile == "none" or not (needs.derives and isinstance(needs.slope, DualSlope)):
         return
@@ -148,7 +170,7 @@ def check_compile(run: Tree) -> None:
 
 
 def check_lookup(run: Tree) -> None:
-    """Refuse to compile a loss whose net looks texts up on the host."""
+    """Refuse to compile a loss whose net looks up texts on the host."""
     texts: object = getattr(run.net, "texts", None)
     if run.train.compile == "loss" and isinstance(texts, TextTable) and texts.mapped(run.data.classes):
         raise UserError(
@@ -158,21 +180,21 @@ def check_lookup(run: Tree) -> None:
 
 
 def check_guide(run: Tree) -> None:
-    """Refuse guidance in training without classes, once it is known that there are none."""
+    """Refuse guidance in training without classes."""
     guide, opened = run.objective.needs.guide, GuidanceScale.of(run.objective.needs)
-    guided = guide.active if guide else opened.scale != 1
-    if guided and run.classes_known and not run.data.classes:
-        raise UserError(
-            f"{opened.field} asks for guidance, but data '{run.data.kind}' has no classes to guide by: set {opened.off}"
-        )
+    guided, field, off = guide.active if guide else opened.scale != 1, opened.field, opened.off
+    if run.objective.needs.knobs:
+        guided, field, off = True, "objective.w", "objective.w=null"
+    if guided and not _classes(run):
+        raise UserError(f"{field} asks for guidance, but data '{run.data.kind}' has no classes to guide by: set {off}")
 
 
 def check_guided(run: Tree, guide: CFG, name: str = "sample.guide", whose: str = "") -> None:
-    """Refuse to read the run's net guided as `name` asks: untaught without a label, or twice.
+    """Refuse guidance of a net that never saw a missing label, or that is guided already.
 
-    `whose` names the run where it is read for another.
+    `name` is the field that asks; `whose` names the run if it is read for another.
     """
-    guide.check(run.data.kind, run.data.classes, run.objective.drop, run.guided, name=name, whose=whose)
+    guide.check(run.data.kind, _classes(run), run.objective.drop, run.guided, name=name, whose=whose)
     if guide.active and run.objective.needs.knobs:
         of = whose and f" of {whose}"
         raise UserError(
@@ -182,39 +204,33 @@ def check_guided(run: Tree, guide: CFG, name: str = "sample.guide", whose: str =
 
 
 def check_teacher(run: Tree) -> None:
-    """Refuse a teacher who says nothing to the objective, or whose guidance is there twice or without classes.
+    """Refuse a teacher from which the objective does not learn, or whose guidance is double or without classes.
 
-    What the teacher itself can be asked for is seen when it is opened.
+    What the teacher can do is checked when it is opened.
     """
-    if points := run.objective.needs.points:
-        if not (run.teacher and run.teacher.pairs):
-            raise UserError(
-                f"objective '{run.objective.kind}' learns from a teacher's trajectories: set teacher.source to the "
-                "folder of a run that has a velocity, and teacher.pairs.count to how many"
-            )
-        run.teacher.pairs.check(points)
-    if run.objective.needs.taught and not (run.teacher and not run.teacher.pairs):
+    needs, pairs = run.objective.needs, bool(run.teacher and run.teacher.pairs)
+    if (needs.points or needs.taught) and (not run.teacher or pairs != bool(needs.points)):
+        what, way = ("trajectories", "{count: 8192}") if needs.points else ("velocity", "null")
         raise UserError(
-            f"objective '{run.objective.kind}' asks a teacher for its velocity where the net comes to: set "
-            "teacher.source to the folder of a run that has one, and teacher.pairs=null"
+            f"objective '{run.objective.kind}' learns from a teacher's {what}: set teacher.source to the folder of a "
+            f"run that has a velocity, and teacher.pairs={way}"
         )
     if not run.teacher:
         return
-    if run.teacher.pairs and run.train.coupling:
+    if pairs and run.train.coupling:
         raise UserError(
             "train.coupling would part the data of teacher.pairs from the noise that they come from: set "
             "train.coupling=null, or teacher.pairs=null"
         )
-    needs, guide = run.objective.needs, run.teacher.guide
     if run.teacher.kind == "base":
         check_base(run)
-    if not run.teacher.pairs and not needs.teachable:
+    if not pairs and not needs.teachable:
         raise UserError(
             f"objective '{run.objective.kind}' learns from no velocity, so a teacher's says nothing to it: set "
             "teacher.pairs, or teacher=null"
         )
-    opened = GuidanceScale.of(needs)
-    guide.check(run.data.kind, run.data.classes, 1.0, GuidanceScale(), name="teacher.guide")
+    guide, opened = run.teacher.guide, GuidanceScale.of(needs)
+    guide.check(run.data.kind, _classes(run), 1.0, GuidanceScale(), name="teacher.guide")
     if guide.active and (needs.knobs or opened.active):
         field, off = (opened.field, opened.off) if opened.active else ("objective.w", "objective.w=null")
         raise UserError(
@@ -223,22 +239,20 @@ def check_teacher(run: Tree) -> None:
 
 
 def check_base(run: Tree) -> None:
-    """Refuse the base of a net that has no adapters, or on a path of which that model's velocity is not."""
-    way = "set teacher.kind=run and teacher.source to the folder of a run that can teach"
+    """Refuse the base of a net without adapters, or on another path than that of its velocity."""
     base: Callable[[], AbstractContextManager[None]] | None = getattr(run.outline(short=True), "base", None)
-    if base is None:
+    if base is None or (run.path.kind, run.path.sd) != ("linear", 1):
         raise UserError(
-            f"teacher.kind = base asks for the net with its adapters off, and net '{run.net.kind}' has none, so its "
-            f"first weights are gone once it trains: {way}"
+            f"teacher.kind = base asks for the net with its adapters off, on path 'linear' of sd 1; this is net "
+            f"'{run.net.kind}' on path '{run.path.kind}' of sd {run.path.sd:g}: set teacher.kind=run and "
+            "teacher.source to the folder of a run that can teach"
         )
-    with base():  # a net that may have adapters refuses it itself where it has none
+    with base():  # a net that may have adapters refuses it if it has none
         pass
-    if (run.path.kind, run.path.sd) != ("linear", 1):
-        raise UserError(f"teacher.kind = base knows the velocity on path 'linear' of sd 1, not on this one: {way}")
 
 
 def check_start(run: Tree) -> None:
-    """Refuse to begin heads that are not there, and to begin anew where theta^- is to be a first stage."""
+    """Refuse to begin heads that do not exist, and theta^- of a first stage without one."""
     there = run.objective.needs.heads
     if strange := [name for name in (run.start.heads if run.start else ()) if name not in there]:
         raise UserError(
@@ -248,21 +262,21 @@ def check_start(run: Tree) -> None:
     if run.objective.needs.ref == 1 and not (run.start and run.train.ref == 1):
         raise UserError(
             f"objective '{run.objective.kind}' with low learns from the net that training begins with: set "
-            "start.source to a run of all times, train.ref=1, and in train.ema {decay: 1, ramp: false} as the last"
+            "start.source to a run of all times, train.ref=1, and in train.ema {decay: 1} as the last"
         )
 
 
 def check_knobs(run: Tree) -> None:
-    """Refuse knobs that the net does not have, and those of guidance where there is nothing to guide by."""
+    """Refuse knobs that the net does not have."""
     kind, there = run.objective.kind, run.objective.needs.knobs
     if strange := [name for name in run.sample.knobs if name not in there]:
         have = f"its knobs are {', '.join(there)}" if there else "it has none: set sample.knobs={}"
         raise UserError(f"sample.knobs.{strange[0]}: objective '{kind}' has no such knob, {have}")
-    if there and not run.data.classes:
-        raise UserError(
-            f"objective '{kind}' teaches its knobs {', '.join(there)} to guide, but data '{run.data.kind}' has no "
-            "classes to guide by: train without guidance, which of 'imf' is objective.w=null"
-        )
+
+
+def _classes(run: Tree) -> int:
+    """How many there are; some, where they are not counted yet."""
+    return run.data.classes if run.classes_known else 1
 
 
 def _or(names: tuple[str, ...]) -> str:

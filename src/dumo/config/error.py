@@ -1,4 +1,4 @@
-"""Pydantic's findings as lines that a person can act on: the dotted path, what is wrong, the nearest valid name."""
+"""Pydantic's errors as lines to act on: the dotted path, what is wrong, the nearest valid name."""
 
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -8,19 +8,17 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from dumo.config.format import hint
-from dumo.flow.weight import LINE, NUMBER
-from dumo.io.text import brief
+from dumo.io.read import brief
 
 Location = tuple[int | str, ...]
-MOST = 20  # lines: ours
+MOST = 20  # lines that are shown: ours
 JSON = {"a valid array": "a list", "an object": "a mapping of names to values"}  # what pydantic says, and YAML's words
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
-    """One line per mistake; of very many the first ones."""
+    """One line per mistake, up to MOST."""
     errors = error.errors(include_url=False)
-    parts = {one["loc"][:-1] for one in errors}  # of a list whose parts are wrong pydantic says that it has too few
+    parts = {one["loc"][:-1] for one in errors}  # pydantic calls a list too short whose parts are wrong
     found = [_line(one, root) for one in errors if one["type"] != "too_short" or one["loc"] not in parts]
     more = [f"and {len(found) - MOST:,} more mistakes"] if len(found) > MOST else []
     return "\n".join([*found[:MOST], *more])
@@ -33,7 +31,7 @@ def nearest(name: str, names: list[str]) -> str:
 
 
 def nearest_few(name: str, names: list[str]) -> str:
-    """A hint before others: up to three of the valid names, where all are too many; nothing where none is near."""
+    """A hint of up to three near names, where all would be too many; empty if none is near."""
     close = [f"'{near}'" for near in get_close_matches(brief(name), names, n=3, cutoff=0.5)]
     if not close:
         return ""
@@ -47,7 +45,7 @@ def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
     match found["type"]:
         case "extra_forbidden":
             known = sorted(model.model_fields) if model else []
-            return f"{path}: unknown key; {hint(path, known) or nearest(str(loc[-1]), known)}"
+            return f"{path}: unknown key; {nearest(str(loc[-1]), known)}"
         case "union_tag_invalid":
             tags = ctx["expected_tags"].replace("'", "").split(", ")
             return f"{path}.kind: there is no '{brief(ctx['tag'])}'; {nearest(ctx['tag'], tags)}"
@@ -68,18 +66,18 @@ def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
 
 
 def _walk(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
-    """The dotted path without the union tags that pydantic puts in, and the model that the last key was sought in."""
+    """The dotted path without pydantic's union tags, and the model that lacks or rejects the last key."""
     names: list[str] = []
     annotation: Any = root
     model: type[BaseModel] | None = None
     for part in loc:
         models = list(_models(annotation))
-        tagged = [m for m in models if part == m.model_fields["kind"].default] if len(models) > 1 else []
+        tagged = [m for m in models if part in get_args(m.model_fields["kind"].annotation)] if len(models) > 1 else []
         if tagged:
             annotation = tagged[0]
             continue
-        if isinstance(part, str) and (not models or part in (NUMBER, LINE)):
-            continue  # which choice of a union of plain types was tried
+        if isinstance(part, str) and not models:
+            continue  # a choice of a union of plain types
         names.append(str(part))
         model = models[0] if models else None
         field = model.model_fields.get(str(part)) if model and isinstance(part, str) else None

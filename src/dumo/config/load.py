@@ -1,18 +1,17 @@
-"""From a recipe's name, a file or a run's folder, and `a.b=c` overrides, to a run; and back to YAML."""
+"""Load a run from a recipe's name, a file or a folder, with `a.b=c` overrides; and write it as YAML."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json, to_jsonable_python
 
 from dumo.config.change import override, shown
 from dumo.config.error import explain
-from dumo.config.format import CHANGED, FORMAT, KEY, Noted
+from dumo.config.source import CHANGED, FORMAT, KEY, Noted, noted, read
 from dumo.config.source import FILE as FILE
-from dumo.config.source import noted, read
 from dumo.config.spec import Run
 from dumo.io import yaml
 from dumo.types import Spec, UserError
@@ -25,7 +24,7 @@ class Difference:
     """A field in which two runs differ."""
 
     field: str  # its dotted path
-    was: object  # as JSON has it
+    was: object  # a JSON value
     now: object
     may: bool  # whether it may change when a run is resumed
 
@@ -46,7 +45,7 @@ def load(source: str, overrides: Sequence[str] = ()) -> Run:
 def parse(spec: type[S], tree: object, name: str = "") -> S:
     """A tree of plain values as a spec. Raises UserError, one line per mistake, each after the name of a file.
 
-    As JSON has them: nothing but a number is a number, neither true nor a text, and 2.0 is no integer.
+    Values are strict as in JSON: neither true nor a text is a number, and 2.0 is no integer.
     """
     try:
         return spec.model_validate_json(to_json(tree, inf_nan_mode="constants"), strict=True)
@@ -56,26 +55,45 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
 
 
 def default_folder(source: str) -> Path:
-    """The folder of a run where none is named: runs/NAME, or that of the run.yaml that `source` is or holds."""
+    """A run's default folder: runs/NAME, or that of the run.yaml that `source` is or holds."""
     path = Path(source)
     if path.name == FILE:
         return path.parent
     return path if (path / FILE).is_file() else Path("runs") / path.stem
 
 
-def dump(run: Run, changed: Sequence[Noted] = ()) -> str:
-    """The complete run as YAML, its format first, then what was changed in it, which `load` reads back."""
+def dump(run: Run, changed: Sequence[Noted] = (), *, short: bool = False) -> str:
+    """The complete run as YAML, or `short`ly its summary; its format first, then changes. `load` reads it back."""
     head = {KEY: FORMAT} | ({CHANGED: [one.model_dump(mode="json") for one in changed]} if changed else {})
-    return yaml.dump({**head, **run.model_dump(mode="json")})
+    return yaml.dump({**head, **(summary(run) if short else run.model_dump(mode="json"))})
+
+
+def summary(part: BaseModel) -> dict[str, Any]:
+    """A spec as plain values, for people: without defaults that are marked quiet, null or empty.
+
+    `parse` reads it back as the same spec.
+    """
+    tree = part.model_dump(mode="json")
+    for name, field in type(part).model_fields.items():
+        value, default = getattr(part, name), field.get_default(call_default_factory=True)
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        if value == default and (extra.get("quiet") or value in (None, "", (), {})):
+            tree.pop(name, None)
+        elif name in tree and isinstance(value, BaseModel):
+            tree[name] = summary(value)
+        elif name in tree and isinstance(value, tuple):
+            parts = zip(cast(tuple[object, ...], value), tree[name], strict=True)
+            tree[name] = [summary(one) if isinstance(one, BaseModel) else plain for one, plain in parts]
+    return tree
 
 
 def difference(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str]:
-    """A line per field that differs and is not free."""
+    """A line per field that differs and is not free to change."""
     return map(str, differences(old, new, prefix))
 
 
 def differences(old: BaseModel, new: BaseModel, prefix: str = "", *, may: bool = False) -> Iterator[Difference]:
-    """The fields that differ and are not free, those of parts of one kind one by one."""
+    """The fields that differ and are not free, field by field in parts of the same kind."""
     for name, field in type(old).model_fields.items():
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
         if extra.get("free"):
@@ -88,10 +106,10 @@ def differences(old: BaseModel, new: BaseModel, prefix: str = "", *, may: bool =
 
 
 def changes(folder: Path, run: Run, step: int) -> list[Noted]:
-    """What was changed in a folder's run while it trained, if it goes on after `step` as `run`.
+    """The changes to note in a folder's run, if it goes on after `step` as `run`.
 
-    What was noted of later steps is noted of this one: they are made anew. Before the first step nothing is changed.
-    Raises UserError where the folder's run.yaml is damaged.
+    Changes of later steps are noted at this one, since those steps are made anew. Before the first step there are none.
+    Raises UserError if the folder's run.yaml is damaged.
     """
     if not (folder / FILE).is_file() or step == 0:
         return []

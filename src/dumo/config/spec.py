@@ -1,4 +1,4 @@
-"""A run: one tree of specs, complete, that a YAML file holds and that stands in every run's folder."""
+"""A run: one complete tree of specs, as a YAML file in every run's folder has it."""
 
 from pydantic import model_validator
 
@@ -7,7 +7,7 @@ from dumo.config.tree import Tree
 
 
 class Run(Tree):
-    """All there is to know to make a run again, its parts checked against one another."""
+    """All parts of a run, checked against one another."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Run":

@@ -3,6 +3,7 @@
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from threading import Lock, Semaphore
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from dumo import stop
 from dumo.data.augment import Edm
-from dumo.data.epoch import mirrored, rows_of
 from dumo.data.pixel import Frame, Unreadable
+from dumo.data.source import mirrored, rows_of
 from dumo.data.store import Store
 from dumo.io.picture import from_uint8
 from dumo.progress import Tick, late
@@ -50,14 +51,14 @@ class Album:
         self.classed = not numbered
         self.use(THREADS)
         self.bad: dict[int, str] = {}  # which, and why, by number in the store
-        self.told, self.telling = 0, Lock()  # how many of them have been warned of
+        self.warned, self.warning = 0, Lock()  # how many of them have been warned of
         self.places: Order | None = None  # numbers in the store, by row; None: they are the same
         self.kept: Pixels | None = None
-        if len(store) * frame.channels * frame.side**2 <= memory:
+        if len(store) * prod(frame.shape) <= memory:
             self._keep()
 
     def use(self, threads: int) -> None:
-        """Decode so many images at a time, of however many batches."""
+        """Decode `threads` images at a time, of all batches together."""
         self.threads, self.turn = threads, Semaphore(threads)
 
     @property
@@ -88,7 +89,7 @@ class Album:
         if not self.augment:
             return x, c
         change = self.augment.drawn(batch, stream(seed, step, "augment"))[rows]
-        return self.augment(x, change), change.told
+        return self.augment(x, change), change.numbers
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Order:
         """Their numbers in the store; of an image that cannot be read, its own."""
@@ -184,7 +185,7 @@ class Album:
                         into[i] = self.frame(self.store.read(place))
                     continue
             except (OSError, ValueError) as error:
-                what = f"{self.store.path(place)} {_said(error)}"
+                what = f"{self.store.path(place)} {_fault(error)}"
                 if not self.skip:
                     raise UserError(f"{what}: {WAY_OUT}") from error
                 self.bad[place] = what
@@ -193,9 +194,9 @@ class Album:
 
     def _tell(self) -> None:
         """Warn of what could not be read since the last time, in one line."""
-        with self.telling:
-            count, told = len(self.bad), self.told
-            new, self.told = sorted(list(self.bad)[told:count]), count
+        with self.warning:
+            count, before = len(self.bad), self.warned
+            new, self.warned = sorted(list(self.bad)[before:count]), count
         if new:
             names = "; ".join(self.bad[place] for place in new[:3])
             instead = "left out" if self.kept is not None else "left out, in a batch replaced by the next"
@@ -213,7 +214,7 @@ class Album:
 WAY_OUT = "mend or remove it, or leave such images out with data.on_bad=skip"
 
 
-def _said(error: OSError | ValueError) -> str:
+def _fault(error: OSError | ValueError) -> str:
     """What is wrong, as it follows a name."""
     if isinstance(error, Unreadable):
         return str(error)

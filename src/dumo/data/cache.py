@@ -1,50 +1,39 @@
-"""The cache of a data set that a codec has encoded: its format, and how it is read.
+"""A data set that a codec has encoded: a table (`dumo.io.table`), what it is of, and how it is made.
 
-    cache.yaml                     codec, hash of its weights, resolution, crop, classes, mean, deviation, shards
-    captions.jsonl                 if labels are numbers of images: what is written of each, a list of texts to a line
-    shard-00000.safetensors        x, labels, and flipped where both flips are kept; total and squares per channel
+    x          what `Opened.encode` gives: the moments where the codec has Gaussians, or one draw of them
+    flipped    the same of the mirrored images, if the data are flipped: a mirrored latent decodes to no mirrored image
+    labels     classes, or the images' numbers in captions.jsonl, which then says what is written of each
 
-`x` is what `Opened.encode` gives, so its moments where the codec has Gaussians, or one draw of them: (rows, m, y, x) in
-the stored dtype. `flipped` is the same of the mirrored images; a mirrored latent would not decode to a mirrored image.
-`total` and `squares` are sums of x and of E x^2 over rows and places, in float64, from which mean and deviation come.
-
-Shards are mapped into memory, so a cache may be larger than it. All of them but the last hold the same number of rows,
-less those that the source left out.
+A shard is encoded in the same batches from its own first row, and its draws have a stream of their own.
 """
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import accumulate
 from operator import not_
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int64
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from dumo import stop
 from dumo.bound import CLASSES, PIXELS, ROWS
 from dumo.codecs import Codec
-from dumo.codecs.scaled import Moments
-from dumo.io import digest, series
-from dumo.io.series import REMAKE, Shard
-from dumo.io.weights import load
+from dumo.codecs.scaled import Opened
+from dumo.data.source import Finite
+from dumo.data.written import LINES, dump_lines, require_lines
+from dumo.io import table
+from dumo.io.picture import from_uint8
+from dumo.io.table import Done, Index, Table, Tick
+from dumo.texts.caption import Captions
 from dumo.types import Spec, UserError
-
-FILE = "cache.yaml"
-MAPPED = 2**14  # shards mapped at a time; Linux allows 65,530 maps. Ours
-Rows = NDArray[np.generic]  # bytes of rows, or labels
 
 
 class Plan(Spec):
-    """How a data set is to be encoded, beside the codec."""
+    """How a data set is to be encoded, by whatever codec."""
 
     source: str = ""  # what it is, in words
+    fingerprint: str = ""  # of its files
     resolution: int = Field(gt=0, le=PIXELS)  # pixels along a side
     crop: str = ""  # how the images came to be square, in words
     classes: int = Field(default=0, ge=0, le=CLASSES)  # labels are in [0, classes); 0: there are none, and all are 0
@@ -57,174 +46,153 @@ class Plan(Spec):
     seed: int = 0  # of the samples
 
 
-class Contents(Plan):
-    """What cache.yaml says."""
+class Contents(Plan, Index):
+    """What index.json says of a cache."""
 
     word: ClassVar[str] = "cache"
-    format: Literal[1] = 1
     codec: Codec
-    weights: str | None  # SHA-256 of the codec's
-    images: int  # in the source
-    shape: tuple[int, int, int]  # of a row of x
-    mean: tuple[float, ...] = ()  # of x, per channel
-    std: tuple[float, ...] = ()
-    shards: tuple[Shard, ...] = ()  # none until all are written
+    weights: str  # SHA-256 of the codec's
 
     @property
-    def count(self) -> int:
-        """How many shards there are, or will be."""
-        return -(-self.images // self.shard_rows)
+    def shape(self) -> tuple[int, ...]:
+        """Of a row of x."""
+        return self.columns["x"].shape
 
-    def span(self, number: int) -> range:
-        """The source's rows in a shard."""
-        return series.span(number, self.shard_rows, self.images)
-
-    def binding(self) -> dict[str, object]:
-        """What must be the same to go on; not where the weights lie, for their hash is there."""
-        tree = self.model_dump(exclude={"shards": True, "mean": True, "std": True, "codec": {"weights", "sha256"}})
-        codec: dict[str, object] = tree.pop("codec")
-        return tree | {f"codec.{key}": value for key, value in codec.items()}
-
-
-@dataclass(frozen=True)
-class Cache:
-    """An encoded data set, opened to read."""
-
-    folder: Path
-    contents: Contents
-    codec: Codec  # in whose shift and scale rows are given
-    memory: float = 0.0  # bytes of shards that are read rather than mapped
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def rows(
-        self, rows: Int64[Tensor, " b"], flipped: Bool[Tensor, " b"] | None = None
-    ) -> tuple[Moments, Int64[Tensor, " b"]]:
-        """x in float32, or its moments (see the codec's `sample`), and labels; mirrored where `flipped` says so.
-
-        Raises UserError if mirrored images are asked for and there are none, IndexError for a row that is not there.
-        """
-        if len(rows) and (int(rows.min()) < 0 or int(rows.max()) >= len(self)):
-            raise IndexError(f"rows are numbered from 0 to {len(self) - 1}")
-        if flipped is not None and flipped.any() and not self.contents.flips:
-            raise UserError(f"{self.folder} holds no mirrored images: encode it with flips, or train without")
-        dtype: torch.dtype = getattr(torch, self.contents.dtype)
-        *outer, last = self.contents.shape
-        raw, labels = np.empty((len(rows), *outer, last * dtype.itemsize), np.uint8), np.empty(len(rows), np.int64)
-        turned = [False] * len(rows) if flipped is None else flipped.tolist()
-        for i, (row, mirror) in enumerate(zip(rows.tolist(), turned, strict=True)):
-            number = bisect_right(self._ends, row)
-            shard, inside = self._opened(number), row - self._ends[number]  # counted from the end
-            raw[i], labels[i] = shard["flipped" if mirror else "x"][inside], shard["labels"][inside]
-        x, own = torch.from_numpy(raw).view(dtype).float(), self.contents.codec
-        same = (own.shift, own.scale) == (self.codec.shift, self.codec.scale)
-        return (x if same else self.codec.normalise(own.restore(x))), torch.from_numpy(labels)
-
-    def fingerprint(self) -> str:
-        """Of all shards' checksums."""
-        return digest.short(*(f"{shard.rows} {shard.sha256}" for shard in self.contents.shards))
-
-    @cached_property
-    def labels(self) -> Int64[Tensor, " n"]:
-        """Every row's label."""
-        return torch.from_numpy(np.concatenate([self._opened(k)["labels"] for k in range(len(self._ends))]))
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        """Behind the last row of each shard."""
-        return list(accumulate(shard.rows for shard in self.contents.shards))
-
-    @cached_property
-    def _opened(self) -> Callable[[int], dict[str, Rows]]:
-        """The numbers of a shard: mapped into memory, where more than `memory` bytes are in all, else read."""
-        mapped = sum(shard.size for shard in self.contents.shards) > self.memory
-
-        @lru_cache(MAPPED if mapped else None)
-        def opened(number: int) -> dict[str, Rows]:
-            shard = self.contents.shards[number]
-            tensors = load(self.folder / shard.file)
-            keys, shape = ["x", *(["flipped"] if self.contents.flips else [])], (shard.rows, *self.contents.shape)
-            dtype = getattr(torch, self.contents.dtype)
-            right = all(key in tensors and (tensors[key].shape, tensors[key].dtype) == (shape, dtype) for key in keys)
-            if not right or "labels" not in tensors or tensors["labels"].shape != shape[:1]:
-                raise UserError(f"{self.folder}: {shard.file} holds other tensors than {FILE} says: {REMAKE}")
-            found = {"labels": tensors["labels"].long().numpy()}
-            found |= {key: tensors[key].view(torch.uint8).numpy() for key in keys}  # numpy knows no bfloat16
-            return found if mapped else {key: rows.copy() for key, rows in found.items()}
-
-        return opened
-
-
-def open_cache(
-    folder: Path,
-    *,
-    codec: Codec | None = None,
-    resolution: int | None = None,
-    crop: str | None = None,
-    classes: int | None = None,
-    names: tuple[str, ...] | None = None,
-    captioned: bool | None = None,
-    flips: bool | None = None,
-    memory: float = 0.0,
-) -> Cache:
-    """Open a cache to read it as the data of a codec, a resolution, crop and classes; None: its own.
-
-    A cache of both flips serves those who ask for one. One of at most `memory` bytes is read, not mapped. A codec that
-    differs in shift and scale only still fits: rows come in its normalisation. Raises UserError where there is no
-    cache, it is unfinished, a shard is missing or of another size, or what is asked is not what is there.
-    """
-    contents = read_contents(folder)
-    if contents is None:
-        raise UserError(f"{folder} is no cache (it has no {FILE}): make it with dumo encode")
-    if not contents.shards:
-        raise UserError(f"{folder} is unfinished: start the same dumo encode again, and it goes on where it stopped")
-    asked = {
-        "resolution": resolution,
-        "crop": crop,
-        "classes": classes,
-        "names": names,
-        "captioned": captioned,
-        "flips": flips or None,
-    }
-    lines = [f"{name}: {getattr(contents, name)} in the cache, {value} asked"
-             for name, value in asked.items() if value not in (None, getattr(contents, name))]  # fmt: skip
-    lines += [] if codec is None else differences(contents, codec)
-    if lines:
-        listed = "\n  ".join(lines)
-        raise UserError(f"{folder} does not fit:\n  {listed}\nEncode the data for this, or ask for what is there")
-    series.require(folder, contents.shards)
-    return Cache(folder, contents, codec or contents.codec, memory)
-
-
-def differences(contents: Contents, codec: Codec) -> Iterator[str]:
-    """A line per way in which a codec would have given another latent; shift and scale do not matter.
-
-    Weights are the same if their SHA-256 is, or, where the codec does not ask for one, if they have the same name.
-    """
-    free = {"shift", "scale", "weights", "sha256"}
-    here, there = contents.codec.model_dump(exclude=free), codec.model_dump(exclude=free)
-    for name in sorted(here.keys() | there.keys()):
-        if here.get(name) != there.get(name):
-            yield f"codec.{name}: {here.get(name)} in the cache, {there.get(name)} asked"
-    if codec.kind != contents.codec.kind:
-        return
-    if codec.sha256 is not None and codec.sha256 != contents.weights:
-        yield f"codec.sha256: {contents.weights} in the cache, {codec.sha256} asked"
-    elif codec.sha256 is None and codec.weights != contents.codec.weights:
-        yield (
-            f"codec.weights: {contents.codec.weights} in the cache, {codec.weights} asked "
-            f"(if they are the same, set codec.sha256={contents.weights})"
-        )
+    def binding(self) -> dict[str, Any]:
+        """All but where the codec's weights lie, for their hash is there."""
+        tree = super().binding()
+        codec = {f"codec.{key}": value for key, value in tree.pop("codec").items() if key != "weights"}
+        return tree | codec
 
 
 def read_contents(folder: Path) -> Contents | None:
-    """What cache.yaml says, or None where there is none. Raises UserError if it is damaged."""
-    return series.read(folder / FILE, Contents)
+    """What index.json says, or None where there is none. Raises UserError if it is damaged."""
+    return table.read(folder, Contents)
 
 
-def sums(x: Moments, channels: int) -> tuple[Float[Tensor, " c"], Float[Tensor, " c"]]:
-    """Sums over rows and places of x and of E x^2 = mean^2 + deviation^2, per channel, in float64."""
-    mean, *deviation = x.double().split(channels, 1)
-    squares = mean.square() + sum((d.square() for d in deviation), torch.zeros(()))
-    return mean.sum((0, 2, 3)), squares.sum((0, 2, 3))
+def open_cache(folder: Path, codec: Codec, memory: float = 0.0, **wanted: object) -> Table:
+    """Open a cache to read it as the data of a codec and of `wanted` fields of the plan; None: whatever is there.
+
+    A cache of both flips serves those who want one. One of at most `memory` bytes is read, not mapped. Raises UserError
+    where there is no cache, it is unfinished, a shard is missing or of another size, or it is of something else.
+    """
+    contents = read_contents(folder)
+    if contents is None:
+        raise UserError(f"{folder} is no cache (it has no {table.FILE}): make it with dumo encode")
+    if not contents.shards:
+        raise UserError(f"{folder} is unfinished: start the same dumo encode again, and it goes on where it stopped")
+    wanted["flips"] = wanted.get("flips") or None
+    lines = [f"{name}: {getattr(contents, name)} in the cache, {value} asked"
+             for name, value in wanted.items() if value not in (None, getattr(contents, name))]  # fmt: skip
+    if lines := [*lines, *differences(contents, codec)]:
+        listed = "\n  ".join(lines)
+        raise UserError(f"{folder} does not fit:\n  {listed}\nEncode the data for this, or ask for what is there")
+    table.require(folder, contents)
+    return Table(folder, contents, memory)
+
+
+def differences(contents: Contents, codec: Codec) -> Iterator[str]:
+    """A line per way in which a codec would have given another latent.
+
+    Weights are the same if they have the same name or, where the codec's are here, the same SHA-256.
+    """
+    here, there = (one.model_dump(exclude={"weights"}) for one in (contents.codec, codec))
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            yield f"codec.{name}: {here.get(name)} in the cache, {there.get(name)} asked"
+    if here == there and codec.weights != contents.codec.weights and codec.digest() != contents.weights:
+        yield f"codec.weights: {contents.codec.weights} in the cache, {codec.weights} asked, which are not the same"
+
+
+def encode(
+    source: Finite,
+    codec: Opened,
+    plan: Plan,
+    out: Path,
+    *,
+    captions: Captions | None = None,
+    batch: int = 32,
+    rank: int = 0,
+    world: int = 1,
+    tick: Tick = lambda done, note: None,
+) -> Done:
+    """Make those of this rank's shards that are not there, or damaged. Another batch may move the last bits.
+
+    `captions` of images that are labelled by their numbers are kept beside them. Raises UserError where `out` holds
+    another cache, other captions or something else, an image or a label is not as planned, a latent is too large for
+    the dtype, or the disk is full, OSError where nothing can be written, Stopped where that is asked; the shards that
+    stand are kept.
+    """
+    contents = described(source, codec, plan)
+    if captions:
+        require_lines(out / LINES, captions)
+
+    def shard(number: int, behind: Callable[[int], None]) -> dict[str, Tensor]:
+        parts: list[dict[str, Tensor]] = []
+        for done, part in batches(source, codec, contents, number, batch):
+            parts.append(part)
+            behind(done)
+        return packed(parts, codec, contents, number)
+
+    others = {LINES: dump_lines(captions)} if captions else {}
+    return table.make(out, contents, shard, rank=rank, world=world, others=others, tick=tick)
+
+
+def described(source: Finite, codec: Opened, plan: Plan) -> Contents:
+    """What index.json says before any shard is made. Raises UserError if there is nothing to encode."""
+    if not len(source):
+        raise UserError(f"there are no images to encode{f' in {plan.source}' if plan.source else ''}")
+    channels, height, width = codec.shape(plan.resolution)
+    both = codec.codec.gaussian and plan.store == "moments"
+    x = {"dtype": plan.dtype, "shape": (channels * (1 + both), height, width)}
+    columns = {"x": x, **({"flipped": x} if plan.flips else {}), "labels": {"dtype": "int64"}}
+    of = {"codec": codec.codec.model_dump(), "weights": codec.sha256, "rows": len(source), "columns": columns}
+    return Contents.model_validate(plan.model_dump() | of)
+
+
+def batches(
+    source: Finite, codec: Opened, contents: Contents, number: int, batch: int
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """A shard's images encoded, batch by batch, each with how many images are behind it. Raises as `encode` does."""
+    places = contents.span(number)
+    for i in places[::batch]:
+        stop.check()
+        images, labels = source.rows(slice(i, min(i + batch, places.stop)))
+        if len(images):
+            images = checked(images, labels, contents, i)
+            part = {"labels": labels.long(), "x": codec.encode(images).cpu()}
+            if contents.flips:
+                part["flipped"] = codec.encode(images.flip(3)).cpu()
+            yield min(i + batch, places.stop) - places.start, part
+
+
+def packed(parts: list[dict[str, Tensor]], codec: Opened, contents: Contents, number: int) -> dict[str, Tensor]:
+    """A shard's tensors, as they are stored. Raises UserError if there are none, or not in the stored dtype."""
+    places = contents.span(number)
+    where = f"images {places.start} to {places.stop - 1}"
+    if not parts:
+        raise UserError(f"{where}: not one could be read")
+    whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+    labels = whole.pop("labels")
+    if contents.store == "samples":
+        keyed = (contents.seed, "posterior", number)
+        whole = {key: codec.codec.sample(x, *keyed, key, rows=range(len(x))) for key, x in whole.items()}
+    whole = {key: x.to(getattr(torch, contents.dtype)) for key, x in whole.items()}
+    if not all(bool(x.isfinite().all()) for x in whole.values()):
+        raise UserError(f"{where}: the codec gives no numbers, or too large ones for {contents.dtype}: try float32")
+    return whole | {"labels": labels}
+
+
+def checked(images: Tensor, labels: Tensor, contents: Contents, first: int) -> Tensor:
+    """The images as floats in [-1, 1]. Raises UserError if they or their labels are not as planned."""
+    side, where = contents.resolution, f"images {first} to {first + len(images) - 1}"
+    if images.shape[1:] != (3, side, side):
+        raise UserError(f"{where} are {tuple(images.shape[1:])}, planned is (3, {side}, {side})")
+    most = contents.rows if contents.captioned else max(contents.classes, 1)
+    if len(wrong := labels[(labels < 0) | (labels >= most)]):
+        raise UserError(f"{where}: there is a label {int(wrong[0])}, and {contents.classes} classes are planned")
+    if images.dtype == torch.uint8:
+        return from_uint8(images)
+    if float(images.abs().max()) > 1 + 1e-4:
+        raise UserError(f"{where} reach {float(images.abs().max()):.4g}: give uint8, or floats in [-1, 1]")
+    return images.float()

@@ -1,4 +1,4 @@
-"""Captions in the place of classes: words around the name of an image's class, or what was written of each image.
+"""Captions in place of classes: words around the name of an image's class, or what was written of each image.
 
 A condition is then the number of a caption (`dumo.texts.caption`), and `classes` is how many captions there are. Where
 they are made of L classes by S templates, and H more that are held out of training,
@@ -9,18 +9,23 @@ they are made of L classes by S templates, and H more that are held out of train
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Annotated, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from dumo.data.source import Source
+from dumo.io import digest
 from dumo.texts.caption import Captions
 from dumo.types import Spec, UserError
 
 BRACED = re.compile(r"\{[^{}]*\}")
 PLACES = ("{}", "{n}")  # for the class's name, for its number
+KEPT = 8  # data sets whose captions are kept: ours
 
 
 class Templates(Spec):
@@ -45,7 +50,7 @@ class Templates(Spec):
                 )
         return self
 
-    def named(self, names: Sequence[str]) -> Sequence[str]:
+    def class_names(self, names: Sequence[str]) -> Sequence[str]:
         """What classes are called that the data call so. Raises UserError where there are others, or none."""
         if self.names and names and len(self.names) != len(names):
             raise UserError(f"captions.names has {len(self.names)} names for {len(names)} classes: give one to each")
@@ -56,9 +61,9 @@ class Templates(Spec):
     def of(self, names: Sequence[str]) -> Captions:
         """All captions, held ones last; row l is of class l.
 
-        `names` are the data's own. Raises UserError as `named`, and where two captions are alike, or one is blank.
+        `names` are the data's own. Raises UserError as `class_names`, and where two captions are alike or one is blank.
         """
-        names = self.named(names)
+        names = self.class_names(names)
         seen = [_filled(template, name, k) for k, name in enumerate(names) for template in self.templates]
         held = [_filled(template, name, k) for k, name in enumerate(names) for template in self.held]
         texts = tuple(text.strip() for text in (*seen, *held))
@@ -70,7 +75,7 @@ class Templates(Spec):
         return Captions(texts, torch.arange(len(seen)), ends)
 
     def count(self, labels: int) -> int:
-        """How many captions so many classes have."""
+        """How many captions `labels` classes have."""
         return labels * (len(self.templates) + len(self.held))
 
     def numbers(self, labels: Int64[Tensor, " n"], classes: int, *, held: bool = False) -> Int64[Tensor, " n"]:
@@ -89,7 +94,7 @@ class Templates(Spec):
 
 
 class Files(Spec):
-    """What was written of each image, beside it or in its table; several captions of an image are drawn from evenly."""
+    """What was written of each image, next to it or in its table; of several captions one is drawn, evenly."""
 
     kind: Literal["files"] = "files"
     name: str = "auto"  # the column or key that captions stand under, or txt: files; auto: the first of NAMES there is
@@ -110,3 +115,53 @@ Captioning = Annotated[Templates | Files, Field(discriminator="kind")]
 def _filled(template: str, name: str, number: int) -> str:
     """The caption of a class."""
     return BRACED.sub(lambda place: name if place[0] == "{}" else str(number), template)
+
+
+@runtime_checkable
+class HasCaptions(Protocol):
+    """The spec of data that have captions: frozen, so that they can be kept."""
+
+    def all_captions(self) -> Captions:
+        """The captions, by image or by class."""
+        ...
+
+    def __hash__(self) -> int: ...
+
+
+@lru_cache(KEPT)
+def kept(data: HasCaptions) -> Captions:
+    """The captions of some data, found once."""
+    return data.all_captions()
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """A source whose classes are rows of `captions`: numbers of images, or classes that have captions of their own."""
+
+    of: Source
+    captions: Captions
+
+    @property
+    def size(self) -> int | None:
+        """The number of samples."""
+        return self.of.size
+
+    def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+        """Its samples, each with one of its captions, keyed by the step and the place in the batch."""
+        x, row = self.of.batch(step, batch, seed, rows)
+        return x, self.captions.drawn(row, seed, step, batch=batch, rows=rows)
+
+    def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"] | None:
+        """As its own."""
+        return self.of.numbers(step, batch, seed, rows)
+
+    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
+        """Its own, each with its first caption."""
+        x, row = self.of.reference(n, seed, i)
+        return x, self.captions.first(row)
+
+    def fingerprint(self) -> str | None:
+        """Of the samples, the texts, and which are whose."""
+        captions = self.captions
+        parts = (captions.digest(), digest.of_tensor(captions.ids), digest.of_tensor(captions.ends))
+        return (own := self.of.fingerprint()) and digest.short(own, *parts)

@@ -8,8 +8,7 @@ from jaxtyping import Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dumo.data.caption import Templates
-from dumo.data.captioned import Captioned
+from dumo.data.caption import Captioned, Templates
 from dumo.data.source import Source, Split, Table
 from dumo.random import stream
 from dumo.types import Spec
@@ -54,7 +53,7 @@ class Digits(Spec):
         return Captioned(self.originals(), self.captions.of(NAMES)) if self.captions else self.originals()
 
     def originals(self) -> Table:
-        """The same with the digits as classes; without those held out, which it keeps beside (`Split`)."""
+        """The same with the digits as classes; without those held out, which it keeps apart (`Split`)."""
         whole = Table(*_load())
         return Split.of(whole, _held(self.held, whole.c)) if self.held else whole
 

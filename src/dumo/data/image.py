@@ -18,20 +18,17 @@ from pydantic import Field, field_validator, model_serializer, model_validator
 from dumo.bound import CLASSES, GIGABYTES, PIXELS
 from dumo.data.album import Album
 from dumo.data.augment import Edm
-from dumo.data.caption import Captioning, Files, Templates
-from dumo.data.captioned import Captioned, kept
-from dumo.data.folder import Folder
+from dumo.data.caption import Captioned, Captioning, Files, Templates, kept
 from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import SUFFIXES, Crop, Frame
-from dumo.data.store import Store, choose, require_regular, some, walk
+from dumo.data.store import Folder, Store, choose, require_regular, some, walk
 from dumo.data.tar import Tar
 from dumo.data.written import written
-from dumo.io.path import user_path
+from dumo.io.read import user_path
 from dumo.texts.caption import Captions
 from dumo.types import FREE, Spec, UserError
 
-Format = Literal["folder", "parquet", "tar"]
-FORMS: dict[str, Format] = {".parquet": "parquet", ".tar": "tar"}
+FORMS = {".parquet": "parquet", ".tar": "tar"}
 GIGABYTE = 1e9
 
 
@@ -45,11 +42,9 @@ class Images(Spec):
     kind: Literal["images"] = "images"
     root: str  # a folder or a file; may begin with ~ and hold $NAMES of environment variables
     side: int = Field(ge=1, le=PIXELS)  # pixels
-    channels: Literal[1, 3] = 3  # grey or RGB
     crop: Crop = "adm"  # adm: as the ImageNet references were made; smaller images are enlarged, bicubically
     flip: bool = False  # mirror half of the images of a batch
     augment: Edm | None = None  # transform the images of a batch, and tell the net, whose `augment` is how many numbers
-    format: Literal["auto", "folder", "parquet", "tar"] = "auto"
     split: str | None = None  # train, test ...: the part of the data, where names tell several
     labelled: Literal["auto", False] = "auto"  # false: the labels there are, are not read
     label: str = "label"  # the column of classes in parquet
@@ -63,7 +58,7 @@ class Images(Spec):
     @property
     def shape(self) -> tuple[int, ...]:
         """Channels, height, width."""
-        return (self.channels, self.side, self.side)
+        return (3, self.side, self.side)
 
     @property
     def labels(self) -> int:
@@ -144,11 +139,11 @@ class Images(Spec):
         found = Captions.of(written(root, self._store(root, None), files.name))
         if self.classes not in (None, len(found)):  # pyright: ignore[reportUnnecessaryContains], as above
             raise UserError(f"{root} has {len(found)} captions, data.classes says {self.classes}: leave it out")
-        told = files.model_copy(update={"digest": found.digest()})
-        return {"classes": len(found), "names": (), "captions": told}
+        counted = files.model_copy(update={"digest": found.digest()})
+        return {"classes": len(found), "names": (), "captions": counted}
 
     @model_serializer(mode="wrap")
-    def _told(self, tell: Callable[["Images"], dict[str, Any]]) -> dict[str, Any]:
+    def _dump(self, tell: Callable[["Images"], dict[str, Any]]) -> dict[str, Any]:
         """Names where there are some; classes that are not known stay to be counted."""
         tree = tell(self)
         if not self.names:
@@ -161,17 +156,17 @@ class Images(Spec):
         Raises UserError where there are none, the files are damaged, the classes or captions are not those expected, or
         an image cannot be read.
         """
-        return Captioned(self.rows(), self.told()) if self.captions else self.originals()
+        return Captioned(self.rows(), self.all_captions()) if self.captions else self.originals()
 
     def originals(self) -> Album:
         """The images with their classes, captions or not. Raises as `open`."""
         return self._album(numbered=False)
 
     def rows(self) -> Album:
-        """The images, each with its row of captions (`told`) in place of its class. Raises as `open`."""
+        """The images, each with its row of captions (`all_captions`) in place of its class. Raises as `open`."""
         return self._album(numbered=isinstance(self.captions, Files))
 
-    def told(self) -> Captions:
+    def all_captions(self) -> Captions:
         """The captions, by class, or by image where they were written of each. Raises UserError as `open`."""
         if isinstance(self.captions, Templates):
             return self.captions.of(self.names or ())
@@ -192,7 +187,7 @@ class Images(Spec):
         self._check(root, store)
         return Album(
             store,
-            Frame(self.side, self.channels, self.crop),
+            Frame(self.side, self.crop),
             flip=self.flip,
             augment=self.augment,
             skip=self.on_bad == "skip",
@@ -202,7 +197,7 @@ class Images(Spec):
 
     def _store(self, root: Path, label: str | None) -> Store:
         """The images, their labels by the column `label`, undecoded."""
-        return find(root, format=None if self.format == "auto" else self.format, split=self.split, label=label)
+        return find(root, split=self.split, label=label)
 
     def _check(self, root: Path, store: Store) -> None:
         """Refuse other classes than expected. Where they have no names, the last ones may lack images."""
@@ -228,36 +223,30 @@ class Images(Spec):
             )
 
 
-def find(root: Path, *, format: Format | None = None, split: str | None = None, label: str | None = "label") -> Store:
+def find(root: Path, *, split: str | None = None, label: str | None = "label") -> Store:
     """Look what is under `root`, and open it without decoding. `label`: the column of classes; None: no labels.
 
     Raises UserError where there are no images, or several ways to take what is there.
     """
     files = walk(root)
-    found: dict[Format, dict[str, int]] = {"folder": {}, "parquet": {}, "tar": {}}
+    found: dict[str, dict[str, int]] = {"folder": {}, "parquet": {}, "tar": {}}
     for file, size in files.items():
         ending = os.path.splitext(file)[1]
         if form := "folder" if ending.lower() in SUFFIXES else FORMS.get(ending):
             found[form][file] = size
-    there: list[Format] = [name for name, listed in found.items() if listed]
-    if format is None and len(there) > 1:
-        raise UserError(f"{root} holds {' and '.join(there)} side by side: say which with data.format")
-    chosen = format or (there[0] if there else None)
-    if chosen is None or not found[chosen]:
-        sought: dict[Format, str] = {
-            "folder": "image files (.jpg, .png, .webp ...)",
-            "parquet": "*.parquet",
-            "tar": "*.tar",
-        }
-        looked = sought[chosen] if chosen else ", ".join(sought.values())
+    there = [name for name, listed in found.items() if listed]
+    if len(there) > 1:
+        raise UserError(f"{root} holds {' and '.join(there)} side by side: set data.root to a folder of one of them")
+    if not there:
+        looked = "image files (.jpg, .png, .webp ...), *.parquet, *.tar"
         raise UserError(f"no images in {root}, where there are {len(files)} files: looked for {looked}, at any depth")
-    store = _opened(root, chosen, found[chosen], split, label)
+    store = _store_of(root, there[0], found[there[0]], split, label)
     if not len(store):
-        raise UserError(f"no images in the {chosen} files of {root}")
+        raise UserError(f"no images in the {there[0]} files of {root}")
     return store
 
 
-def _opened(root: Path, format: Format, files: dict[str, int], split: str | None, label: str | None) -> Store:
+def _store_of(root: Path, format: str, files: dict[str, int], split: str | None, label: str | None) -> Store:
     if format == "folder":
         return Folder(root, files, split=split, labelled=label is not None)
     chosen = choose(root, list(files), split)

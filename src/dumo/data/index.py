@@ -1,4 +1,4 @@
-"""Where images lie in tar archives: found once, written beside the archives, and mapped into memory from then on.
+"""Where images lie in tar archives: found once, written next to the archives, and mapped into memory from then on.
 
     .dumo-index/index.json    of each archive name, size, time of its last change, number of images; SHA-256 of the rest
     .dumo-index/members.npy   int64 (4, n), a column per image: its beginning, its size, its class, its name's end
@@ -7,7 +7,7 @@
 Finding them takes a read per member of each archive, hours for a hundred million; opening an index takes three files,
 however many images there are. An archive of another size or time than noted is looked through again, and it alone; an
 index whose own numbers are not those that were written is made again. Where the archives' folder may not be written to,
-the index lies in the user's cache folder (`dumo.io.sidecar`); where that may not either, it is kept in memory.
+the index lies in the user's cache folder (`dumo.io.file.places`); where that may not either, it is kept in memory.
 """
 
 import json
@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dumo import stop
-from dumo.io import digest, sidecar
+from dumo.io import digest
 from dumo.io import file as files
 from dumo.progress import late
 from dumo.types import UserError
@@ -91,18 +91,18 @@ class Index:
         return self.scan.names[begin : int(self.scan.members[3, column])].tobytes().decode(errors="replace")
 
 
-def opened(archives: Sequence[str], look: Callable[[str], Scan]) -> Index:
+def open_index(archives: Sequence[str], look: Callable[[str], Scan]) -> Index:
     """The images of these archives: of those that an index knows from there, of the others as `look` finds them.
 
     Archives that were looked through are noted, even where `look` raises on a later one.
     """
     above = Path(os.path.commonpath([os.path.dirname(file) for file in archives]))
     wanted = [_state(file, above) for file in archives]
-    places = sidecar.places(above, NAME)
+    places = files.places(above, NAME)
     for place in places:
         if found := _covering(read(place), wanted):
             return found
-    place = next(filter(sidecar.writable, places), None)
+    place = next(filter(files.writable, places), None)
     with files.locked(place.with_name(f"{place.name}.lock")) if place else nullcontext():
         old = read(place) if place else None
         return _covering(old, wanted) or _made(place, above, old, wanted, look)
@@ -111,11 +111,11 @@ def opened(archives: Sequence[str], look: Callable[[str], Scan]) -> Index:
 def read(place: Path) -> Index | None:
     """The index in a folder; None where there is none, or it is not as it was written."""
     try:
-        told: dict[str, Any] = json.loads((place / "index.json").read_bytes())
-        parts = tuple(Part(**part) for part in told["parts"])
+        found: dict[str, Any] = json.loads((place / "index.json").read_bytes())
+        parts = tuple(Part(**part) for part in found["parts"])
         # mapped, and copied where it is written to: torch takes no array that may not be
         members, names = (np.load(place / f"{name}.npy", mmap_mode="c", allow_pickle=False) for name in FILES)
-        whole = (told["format"], told["sha256"]) == (FORMAT, _digest(parts, members, names))
+        whole = (found["format"], found["sha256"]) == (FORMAT, _digest(parts, members, names))
     except Exception:  # a damaged file may raise anything in its readers
         return None
     return _index(parts, Scan(members, names)) if whole else None
@@ -128,8 +128,8 @@ def write(place: Path, index: Index) -> None:
         half.mkdir()
         np.save(half / "members.npy", members, allow_pickle=False)
         np.save(half / "names.npy", names, allow_pickle=False)
-        told = {"format": FORMAT, "sha256": _digest(index.parts, members, names)}
-        (half / "index.json").write_text(json.dumps({**told, "parts": [asdict(part) for part in index.parts]}))
+        head = {"format": FORMAT, "sha256": _digest(index.parts, members, names)}
+        (half / "index.json").write_text(json.dumps({**head, "parts": [asdict(part) for part in index.parts]}))
 
 
 def _state(file: str, above: Path) -> Part:
@@ -149,7 +149,7 @@ def _covering(found: Index | None, wanted: Sequence[Part]) -> Index | None:
 def _made(
     place: Path | None, above: Path, old: Index | None, wanted: Sequence[Part], look: Callable[[str], Scan]
 ) -> Index:
-    """Look through those that `old` does not know; note them beside what it knows that is still there."""
+    """Look through those that `old` does not know; note them with what it knows that is still there."""
     known = {part.file: (part, old.of(k)) for k, part in enumerate(old.parts)} if old else {}
     known = {file: entry for file, entry in known.items() if (above / file).exists()}
     try:
@@ -187,6 +187,6 @@ def _index(parts: tuple[Part, ...], scan: Scan) -> Index:
 
 
 def _digest(parts: Sequence[Part], *arrays: NDArray[Any]) -> str:
-    told = json.dumps([asdict(part) for part in parts])
+    described = json.dumps([asdict(part) for part in parts])
     whole = (np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in arrays)
-    return digest.of_bytes(told.encode(), *(f"{array.shape} {array.dtype}".encode() for array in arrays), *whole)
+    return digest.of_bytes(described.encode(), *(f"{array.shape} {array.dtype}".encode() for array in arrays), *whole)

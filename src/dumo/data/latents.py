@@ -4,6 +4,7 @@ The images that were encoded, the codec and the cache stand side by side in a ru
 cache, whether a cache at hand is the one meant, how samples are decoded, and what they are compared with.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,15 +14,15 @@ from torch import Tensor
 
 from dumo.bound import GIGABYTES
 from dumo.codecs import Codec
-from dumo.data import line
 from dumo.data.album import Album
-from dumo.data.audit import Audit
-from dumo.data.cache import Cache, Contents, open_cache, read_contents
-from dumo.data.caption import Captioning, Files, Templates
-from dumo.data.captioned import Captioned, kept
-from dumo.data.epoch import mirrored, rows_of
+from dumo.data.cache import Contents, open_cache, read_contents
+from dumo.data.caption import Captioned, Captioning, Files, Templates, kept
 from dumo.data.image import GIGABYTE, Images, below
-from dumo.io.path import user_path
+from dumo.data.source import mirrored, rows_of
+from dumo.data.written import LINES, read_lines
+from dumo.io.audit import Audit
+from dumo.io.read import user_path
+from dumo.io.table import Table
 from dumo.random import stream
 from dumo.texts.caption import Captions
 from dumo.types import FREE, Spec, UserError
@@ -34,7 +35,6 @@ class Latents(Spec):
     root: str = Field(json_schema_extra=FREE)  # the cache's folder; may begin with ~ and hold $NAMES
     images: Images  # what is encoded; `flip` mirrors them before the codec
     codec: Codec
-    per_channel: bool = False  # take shift and scale from the cache: mean 0 and deviation 1 in each channel
     # GB of cache read at once, not mapped; ours.
     memory: float = Field(default=1.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)
 
@@ -65,31 +65,25 @@ class Latents(Spec):
 
     @model_validator(mode="after")
     def _fits(self) -> "Latents":
-        if self.images.channels != 3:
-            raise ValueError("codecs take images of 3 channels: set data.images.channels=3")
         if self.images.augment:
             raise ValueError("latents are of images as they are: set data.images.augment=null")
         _ = self.shape  # refuses a side that the codec does not divide
         if self.images.names is None and (there := self._there()):  # the cache knows, where the images are not here
             object.__setattr__(self, "images", self._counted(there))
-        if not self.per_channel or isinstance(self.codec.scale, tuple):
-            return self
-        contents = open_cache(self.folder, codec=self.codec).contents  # looked up once: the run holds the numbers
-        raw = contents.codec.normalised(contents.mean, contents.std)
-        return self.model_copy(update={"codec": self.codec.model_copy(update={"shift": raw.shift, "scale": raw.scale})})
+        return self
 
     def _counted(self, there: Contents) -> Images:
         """The images with the classes of the cache, or with its captions, counted."""
         match captions := self.images.captions:
             case None:
-                told = {"classes": there.classes, "names": there.names}
+                counted = {"classes": there.classes, "names": there.names}
             case Templates():
-                told = {"classes": captions.count(there.classes), "names": there.names}
+                counted = {"classes": captions.count(there.classes), "names": there.names}
             case Files():
-                found = line.read(self.folder / line.FILE)
+                found = read_lines(self.folder / LINES)
                 digest = {"digest": found.digest()}
-                told = {"classes": len(found), "names": (), "captions": captions.model_copy(update=digest)}
-        return self.images.model_copy(update=told)
+                counted = {"classes": len(found), "names": (), "captions": captions.model_copy(update=digest)}
+        return self.images.model_copy(update=counted)
 
     def _there(self) -> Contents | None:
         """What the cache holds, if there is one."""
@@ -108,19 +102,19 @@ class Latents(Spec):
         with below("data.images"):
             return self.images.model_copy(update={"memory": 0.0}).rows()
 
-    def told(self) -> Captions:
+    def all_captions(self) -> Captions:
         """The captions, by class, or by image as the cache has them. Raises UserError where they are others."""
         if not isinstance(self.captions, Files):
-            return self.images.told()
-        file = self.folder / line.FILE
+            return self.images.all_captions()
+        file = self.folder / LINES
         if not file.is_file():
-            return self.images.told()
-        found = line.read(file)
+            return self.images.all_captions()
+        found = read_lines(file)
         self.captions.require(found, str(file))
         return found
 
     def caption_texts(self) -> tuple[str, ...]:
-        """All captions by number; () where there are none. Raises UserError as `told`."""
+        """All captions by number; () where there are none. Raises UserError as `all_captions`."""
         return kept(self).texts if self.captions else ()  # pyright: ignore[reportArgumentType], specs are frozen
 
     def open(self) -> "Encoded | Captioned":
@@ -129,30 +123,30 @@ class Latents(Spec):
         try:
             cache = open_cache(
                 self.folder,
-                codec=self.codec,
+                self.codec,
+                self.memory * GIGABYTE,
                 resolution=images.side,
                 crop=images.crop,
                 classes=0 if numbered else images.labels,
                 names=images.names or None,
                 captioned=numbered,
                 flips=images.flip,
-                memory=self.memory * GIGABYTE,
             )
         except UserError as error:
             raise UserError(f"data.root: {error}") from error
-        encoded = Encoded(cache, flip=images.flip)
-        return Captioned(encoded, self.told()) if self.captions else encoded
+        encoded = Encoded(cache, self.codec, flip=images.flip)
+        return Captioned(encoded, self.all_captions()) if self.captions else encoded
 
 
 class Encoded:
     """Latents as a source. Of a codec with Gaussians every visit draws anew, keyed by the step.
 
-    Raises UserError for a shard that has changed, from the beginning or from `batch` (`dumo.data.audit`).
+    Raises UserError for a shard that has changed, from the beginning or from `batch` (`dumo.io.audit`).
     """
 
-    def __init__(self, cache: Cache, *, flip: bool) -> None:
-        self.cache, self.flip = cache, flip
-        self.audit = Audit(cache.folder, cache.contents.shards)
+    def __init__(self, cache: Table, codec: Codec, *, flip: bool) -> None:
+        self.cache, self.codec, self.flip = cache, codec, flip
+        self.audit = Audit(cache.folder, cache.index.shards)
 
     @property
     def size(self) -> int:
@@ -163,8 +157,8 @@ class Encoded:
         """Epoch after epoch, each in its own order, half of the images mirrored if `flip`."""
         self.audit.require()
         places = rows_of(step, batch, size=self.size, seed=seed, rows=rows)
-        x, c = self.cache.rows(places, mirrored(step, batch, seed, rows) if self.flip else None)
-        return self.cache.codec.sample(x, seed, step, "posterior", rows=range(batch)[rows]), c
+        x = self.cache.take(places, "x", "flipped", mirrored(step, batch, seed, rows) if self.flip else None)
+        return self._drawn(x, seed, step, "posterior", rows=range(batch)[rows]), self.cache.take(places, "labels")
 
     def numbers(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> Tensor:
         """Their numbers in the cache."""
@@ -176,5 +170,10 @@ class Encoded:
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """n of the rows, or all where there are fewer, the i-th choice; not mirrored."""
-        x, c = self.cache.rows(torch.randperm(self.size, generator=stream(seed, "reference", i))[:n])
-        return self.cache.codec.sample(x, seed, "reference posterior", i, rows=range(len(x))), c
+        places = torch.randperm(self.size, generator=stream(seed, "reference", i))[:n]
+        x, c = (self.cache.take(places, column) for column in ("x", "labels"))
+        return self._drawn(x, seed, "reference posterior", i, rows=range(len(x))), c
+
+    def _drawn(self, x: Tensor, *key: int | str, rows: Sequence[int]) -> Tensor:
+        """One draw per row, in float32."""
+        return self.codec.sample(x.float(), *key, rows=rows)

@@ -1,6 +1,6 @@
 """From the bytes of an image file to a square of pixels.
 
-Every file becomes 8-bit grey or RGB, upright, as one looks at it: transparency lies over white, 16 bits are rounded to
+Every file becomes 8-bit RGB, upright, as one looks at it: transparency lies over white, 16 bits are rounded to
 8, of an animation the first frame is taken, and the camera's rotation (EXIF) is carried out. Colour profiles are not
 read, as in ADM and the references that were computed with it.
 """
@@ -39,21 +39,20 @@ class Unreadable(UserError):  # noqa: N818, it says what the image is
 
 @dataclass(frozen=True)
 class Frame:
-    """What an image is brought to: `channels` (1 grey, 3 RGB) of `side` x `side` pixels."""
+    """What an image is brought to: RGB of `side` x `side` pixels."""
 
     side: int
-    channels: int
     crop: Crop
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Channels, height, width."""
-        return (self.channels, self.side, self.side)
+        return (3, self.side, self.side)
 
-    def __call__(self, data: bytes) -> UInt8[Tensor, "c side side"]:
+    def __call__(self, data: bytes) -> UInt8[Tensor, "3 side side"]:
         """The pixels, 0 ... 255. Raises Unreadable where the bytes are no whole image, or not of a size that fits."""
-        image = square(flat(upright(data), self.channels), self.side, self.crop)
-        return torch.from_numpy(np.array(image).reshape(self.side, self.side, self.channels)).permute(2, 0, 1)
+        image = square(flat(upright(data)), self.side, self.crop)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def upright(data: bytes) -> Image.Image:
@@ -76,8 +75,8 @@ def upright(data: bytes) -> Image.Image:
         raise Unreadable(f"cannot be read as an image: {error}") from error
 
 
-def flat(image: Image.Image, channels: int) -> Image.Image:
-    """The image in 8-bit grey (1 channel) or RGB (3), over white where it is transparent. Raises Unreadable."""
+def flat(image: Image.Image) -> Image.Image:
+    """The image in 8-bit RGB, over white where it is transparent. Raises Unreadable."""
     if image.mode == "F":
         raise Unreadable("has floating-point pixels, whose range is not known: convert it to 8 bits")
     if image.mode.startswith("I"):
@@ -85,8 +84,7 @@ def flat(image: Image.Image, channels: int) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")  # first: CMYK and CIELAB know no way to grey
-    return image if channels == 3 else image.convert("L")
+    return image.convert("RGB")
 
 
 def square(image: Image.Image, side: int, crop: Crop) -> Image.Image:

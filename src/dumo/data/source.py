@@ -1,17 +1,24 @@
-"""What data sets give: batches to train on, a reference to be compared with, rows to be gone through."""
+"""What data sets give: batches to train on, a reference to be compared with, rows to be gone through.
+
+Which rows a step sees is endless and without state, so that a run resumes by its step number alone.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from dumo.data.epoch import rows_of
 from dumo.io import digest
-from dumo.random import keyed
+from dumo.random import keyed, stream
 from dumo.types import Cond, Sample
+
+ORDERS = 2  # kept: batches are made ahead across the end of an epoch. Ours
+_LOCK = Lock()  # a cache alone would let two threads make one order each
 
 
 @runtime_checkable
@@ -94,7 +101,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Split(Table):
-    """A table of the rows that are trained on, beside all of them and those held out, which no batch has."""
+    """A table of the rows that are trained on, with all of them and those held out, which no batch has."""
 
     whole: Table
     held: Table
@@ -132,3 +139,32 @@ class Endless:
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
         """n fresh i.i.d. draws that no batch has seen."""
         return self.law(keyed(seed, "reference", i, rows=range(n), shape=[self.width]))
+
+
+def rows_of(step: int, batch: int, *, size: int, seed: int, rows: slice = slice(None)) -> Int64[Tensor, " b"]:
+    """Row numbers (b,) of a global step, out of `size`: each epoch is one keyed permutation, laid end to end.
+
+    Those of the places `rows` of the global batch.
+    """
+    place = torch.arange(step * batch, (step + 1) * batch)[rows]
+    epoch, found = place // size, torch.empty_like(place)
+    for e in epoch.unique().tolist():
+        here = epoch == e
+        found[here] = _order(size, seed, e)[place[here] % size]
+    return found
+
+
+def mirrored(step: int, batch: int, seed: int, rows: slice = slice(None)) -> Bool[Tensor, " b"]:
+    """Which of the rows `rows` of a global step's batch are mirrored: each with probability 1/2."""
+    return (torch.rand(batch, generator=stream(seed, step, "flip")) < 0.5)[rows]
+
+
+def _order(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
+    """An epoch's order, made once: of millions of rows it takes longer than a step."""
+    with _LOCK:
+        return _permuted(size, seed, epoch)
+
+
+@lru_cache(ORDERS)
+def _permuted(size: int, seed: int, epoch: int) -> Int64[Tensor, " n"]:
+    return torch.randperm(size, generator=stream(seed, "epoch", epoch))

@@ -1,4 +1,7 @@
-"""Where encoded images lie: files, rows of a table, members of an archive. Opened without decoding any."""
+"""Where encoded images lie: files of a folder, rows of a table (`dumo.data.parquet`), members of an archive (`tar`).
+
+A store is opened without decoding any image.
+"""
 
 import os
 import re
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from dumo.data.pixel import Unreadable
@@ -56,6 +60,40 @@ class Store(Protocol):
         ...
 
 
+class Folder:
+    """Files, given with their sizes, in the order of their names.
+
+    The class is the folder below the deepest one that holds them all, numbered in the order of its name, however deep
+    the files lie in it. Raises UserError where a split must be chosen, or some files are in no class.
+    """
+
+    def __init__(self, root: Path, sizes: Mapping[str, int], *, split: str | None, labelled: bool) -> None:
+        files = list(sizes)
+        if split is not None:
+            files = in_split(root, split, [f for f in files if split in Path(f).relative_to(root).parts[:-1]])
+        above = os.path.commonpath([os.path.dirname(file) for file in files])
+        tops = [_top(file, above) for file in files]
+        if split is None and len(found := set(tops)) > 1 and found <= SPLITS:
+            raise UserError(f"{above} holds the splits {some(found)}: choose one with data.split")
+        self.files, self.sizes = files, sizes
+        self.labels = _labels(above, tops) if labelled else None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def fingerprint(self) -> str:
+        """Of names and sizes, as they were when the folder was opened."""
+        return fingerprint_of({file: self.sizes[file] for file in self.files})
+
+    def path(self, i: int) -> str:
+        """The file."""
+        return self.files[i]
+
+    def read(self, i: int) -> bytes:
+        """The file's bytes. Raises as `read_regular`."""
+        return read_regular(self.files[i])
+
+
 def walk(root: Path) -> dict[str, int]:
     """All files under `root`, or itself, with their sizes; by name, hidden ones left out, links followed.
 
@@ -91,7 +129,7 @@ def require_regular(files: Iterable[str]) -> None:
             raise UserError(f"{file} is no regular file, but a pipe, a device or a folder: remove it")
 
 
-def named(files: Mapping[str, int]) -> str:
+def fingerprint_of(files: Mapping[str, int]) -> str:
     """The fingerprint of files: their names below the folder that holds them all, and their sizes."""
     above = os.path.commonpath([os.path.dirname(file) for file in files])
     return digest.short(*(f"{file[len(above) :]} {size}" for file, size in files.items()))
@@ -147,7 +185,7 @@ def _enter(folder: str, above: frozenset[tuple[int, int]], found: dict[str, int]
     for entry in listed:
         try:
             about = os.stat(entry.path)
-        except OSError:  # a link to nowhere, or to itself: whoever reads it is told
+        except OSError:  # a link to nowhere, or to itself: reading it says so
             found[entry.path] = -1
             continue
         if stat.S_ISDIR(about.st_mode):
@@ -160,3 +198,22 @@ def _tokens(root: Path, file: str) -> list[str]:
     """Folders below the root, then the words of the file's name: what a split may be called by."""
     relative = Path(file).relative_to(root) if Path(file) != root else Path(root.name)
     return [*relative.parts[:-1], *re.split(r"[-_.]", relative.stem)]
+
+
+def _top(file: str, above: str) -> str:
+    """The first folder between the two, '' where there is none."""
+    first, sign, _ = file.removeprefix(above).lstrip(os.sep).partition(os.sep)
+    return first if sign else ""
+
+
+def _labels(above: str, tops: Sequence[str]) -> Labels | None:
+    names = sorted(set(tops))
+    if names == [""]:
+        return None
+    if names[0] == "":
+        raise UserError(
+            f"{above} holds images both in folders ({some(names[1:])}) and outside them, which are of no class: "
+            "set data.labelled=false, or move them"
+        )
+    number = {name: i for i, name in enumerate(names)}
+    return Labels(torch.tensor([number[top] for top in tops]), len(names), tuple(names))

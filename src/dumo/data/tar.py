@@ -1,6 +1,6 @@
 """Webdataset shards: tar archives in which `0001.jpg` and `0001.cls` are one sample, an image and its class number.
 
-An archive that was cut short, or has a hole of zeros, looks whole to whoever reads up to the first thing that is no
+An archive that was cut short, or has a hole of zeros, looks whole to a reader that stops at the first thing that is no
 header. So it must end as tar ends it: with a block of zeros where the members end, and nothing but zeros after it, no
 more than fill its last record. Where the members lie is found once (`dumo.data.index`).
 """
@@ -27,7 +27,7 @@ from dumo.types import UserError
 # Of tar's records: 20 blocks by default, else, on request, a power of two of them, up to a MiB.
 RECORDS = (tarfile.RECORDSIZE, *(tarfile.BLOCKSIZE << k for k in range(12)))
 CLASS = 100  # bytes, at most, of what says a class
-TEXT = 2**20  # bytes, at most, of what stands beside an image: ours
+TEXT = 2**20  # bytes, at most, of a text that goes with an image: ours
 AGAIN = "fetch it again, or remove it"
 
 
@@ -38,7 +38,7 @@ class Tar:
     """
 
     def __init__(self, files: Sequence[str], *, labelled: bool) -> None:
-        self.files, self.index = files, index.opened(files, looked)
+        self.files, self.index = files, index.open_index(files, scan)
         self.ends = list(accumulate(part.images for part in self.index.parts))
         self.labels = self._labels() if labelled else None
 
@@ -47,9 +47,9 @@ class Tar:
 
     def fingerprint(self) -> str:
         """Of the archives' names and sizes, and of the names, places and classes in them."""
-        told = (f"{part.file} {part.size}" for part in self.index.parts)
+        sizes = (f"{part.file} {part.size}" for part in self.index.parts)
         scans = (self.index.of(k) for k in range(len(self.files)))
-        return digest.short(*told, *(digest.of_bytes(scan.members.tobytes(), scan.names.tobytes()) for scan in scans))
+        return digest.short(*sizes, *(digest.of_bytes(scan.members.tobytes(), scan.names.tobytes()) for scan in scans))
 
     def path(self, i: int) -> str:
         """The archive and the member."""
@@ -69,19 +69,19 @@ class Tar:
             raise Unreadable("is cut off: its archive has become shorter")
         return data
 
-    def beside(self, suffixes: Sequence[str]) -> list[dict[str, bytes]]:
+    def texts(self, suffixes: Sequence[str]) -> list[dict[str, bytes]]:
         """What the members of these endings say of each image, by ending. All archives are gone through anew."""
         found: list[dict[str, bytes]] = []
         with late("looking for captions in tar archives", len(self.files)) as tick:
             for k, file in enumerate(self.files):
                 stop.check()
-                told: dict[str, dict[str, bytes]] = {}
+                texts: dict[str, dict[str, bytes]] = {}
                 for info, content in _members(file, suffixes, TEXT):
                     if content is not None:
-                        told.setdefault(_key(info.name), {})[info.name.rpartition(".")[2]] = content
+                        texts.setdefault(_key(info.name), {})[info.name.rpartition(".")[2]] = content
                 first = self.index.firsts[k]
                 names = (self.index.name(first + i) for i in range(self.index.parts[k].images))
-                found += [told.get(_key(name), {}) for name in names]
+                found += [texts.get(_key(name), {}) for name in names]
                 tick(k + 1, "")
         return found
 
@@ -105,7 +105,7 @@ class Tar:
         return counted(c, self.files[0])
 
 
-def looked(file: str) -> Scan:
+def scan(file: str) -> Scan:
     """Where the images of an archive lie. Raises UserError where it is damaged, OSError where it cannot be read."""
     found: list[tuple[int, int, int]] = []
     names: list[bytes] = []

@@ -5,23 +5,21 @@ from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int64
-from pydantic import Field
 from torch import Tensor
 
-from dumo.bound import FACTOR
 from dumo.data.source import Endless, Source
 from dumo.types import Spec
 
 # The moons before the noise, exactly: x is cos or 1 - cos, y is sin or 1/2 - sin of a uniform angle in [0, pi].
 CENTRE = torch.tensor([1 / 2, 1 / 4])
 SPREAD = torch.tensor([3 / 4, 9 / 16 - 1 / pi]).sqrt()
+NOISE = 0.05  # its standard deviation, as in scikit-learn's examples
 
 
 class Moons(Spec):
     """Two interleaved half circles with Gaussian noise, i.i.d. (ours: scikit-learn's `make_moons` lays a grid)."""
 
     kind: Literal["moons"] = "moons"
-    noise: float = Field(default=0.05, ge=0, le=FACTOR)  # scikit-learn's examples
     labelled: bool = False  # by the moon: 0 the upper, 1 the lower
     shape: ClassVar[tuple[int, ...]] = (2,)
 
@@ -48,5 +46,5 @@ class Moons(Spec):
         far, lower = (right * right + up * up).sqrt(), up < 0
         upper = torch.stack([right / far, up.abs() / far], 1)
         moons = torch.where(lower[:, None], torch.tensor([1.0, 0.5]) - upper, upper)
-        points = moons + self.noise * torch.stack(noise, 1)
+        points = moons + NOISE * torch.stack(noise, 1)
         return (points - CENTRE) / SPREAD, lower.long() if self.labelled else torch.zeros_like(lower, dtype=torch.long)

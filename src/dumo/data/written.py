@@ -1,38 +1,76 @@
-"""What is written of the images of a store: captions as they stand beside them, in their table or their archive.
+"""What was written of images, next to them, in their table or their archive.
 
     folder   metadata.jsonl or captions.jsonl of {"file_name": "cats/1.jpg", "text": "a cat"}; or cats/1.txt
     parquet  a column of texts, or of lists of them
-    tar      0001.txt or 0001.json beside 0001.jpg
+    tar      0001.txt or 0001.json next to 0001.jpg
 
-In a table the captions stand under the first of NAMES that there is, or under a name that is asked for: one text, or a
-list of several. In a file of text every line is a caption of its own.
+In a table the captions stand under the first of NAMES that there is, or under a name that is set: one text, or a list
+of several. In a file of text every line is a caption of its own. With latents they stand in captions.jsonl, a JSON
+list of texts to a line in the images' order, so that training, and encoding the texts, need no images.
 """
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from dumo.data.folder import Folder
-from dumo.data.parquet import Parquet, columns
-from dumo.data.store import Store, walk
+from dumo.data.parquet import Parquet, columns, read_texts
+from dumo.data.store import Folder, Store, walk
 from dumo.data.tar import Tar
-from dumo.io.parquet import read_texts
-from dumo.io.text import brief, read_text
+from dumo.io.read import brief, read_text
+from dumo.texts.caption import Captions
 from dumo.types import UserError
 
 NAMES = ("text", "caption", "captions", "prompt")  # the hub's, webdataset's and ours
-TABLES = ("metadata.jsonl", "captions.jsonl")
-TEXT = "txt"  # in the place of a name: files of text
+LINES = "captions.jsonl"
+TABLES = ("metadata.jsonl", LINES)
+TEXT = "txt"  # in place of a name: files of text
 AUTO = "auto"
 MEND = "mend it, or set captions.name"
+REWRITE = "remove it, and dumo encode writes it from the images"
 
-Told = tuple[str, ...]  # captions of an image
+Texts = tuple[str, ...]  # captions of an image
 
 
-def written(root: Path, store: Store, name: str) -> list[Told]:
+def dump_lines(captions: Captions) -> bytes:
+    """As `read_lines` reads it."""
+    texts, ids, first, lines = captions.texts, captions.ids.tolist(), 0, list[str]()
+    for end in captions.ends.tolist():
+        lines.append(json.dumps([texts[k] for k in ids[first:end] if k < len(texts)], ensure_ascii=False))
+        first = end
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def read_lines(file: Path) -> Captions:
+    """The captions by image. Raises UserError where there is no such file, or it is damaged."""
+    if not file.is_file():
+        raise UserError(f"{file} is not there, which has the images' captions: start the same dumo encode again")
+    return Captions.of(_each(file))
+
+
+def require_lines(file: Path, captions: Captions) -> None:
+    """Raise UserError where a file is there that holds others."""
+    if file.exists() and file.read_bytes() != dump_lines(captions):
+        raise UserError(
+            f"{file} holds other captions than the images have now: {REWRITE}; runs of the old ones need it"
+        )
+
+
+def _each(file: Path) -> Iterator[list[str]]:
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{file} line {number} is not JSON ({error}): {REWRITE}") from error
+            if not isinstance(row, list) or not all(isinstance(text, str) for text in row):
+                raise UserError(f"{file} line {number} is no list of texts: {REWRITE}")
+            yield row
+
+
+def written(root: Path, store: Store, name: str) -> list[Texts]:
     """The captions of each image of a store, in its order; () of one that has none.
 
     `name`: the column or key that they stand under, `txt` or `auto`. Raises UserError where no image has one, or what
@@ -40,18 +78,18 @@ def written(root: Path, store: Store, name: str) -> list[Told]:
     """
     match store:
         case Folder():
-            found = beside(root, store, name)
+            found = in_files(root, store, name)
         case Parquet():
             found = in_tables(store, name)
         case Tar():
             found = in_archives(store, name)
         case _:
             raise TypeError(f"{type(store).__name__} is no store that captions are known of")
-    if not any(text.strip() for told in found for text in told):
+    if not any(text.strip() for some in found for text in some):
         sought = {
-            Folder: f"{' or '.join(TABLES)} with file_name, or a .txt beside each image",
+            Folder: f"{' or '.join(TABLES)} with file_name, or a .txt next to each image",
             Parquet: f"columns {', '.join(NAMES)}",
-            Tar: ".txt or .json beside each image",
+            Tar: ".txt or .json next to each image",
         }[type(store)]
         raise UserError(
             f"no captions found for the {len(store)} images of {root}: looked for {sought}; or leave out data.captions"
@@ -59,13 +97,13 @@ def written(root: Path, store: Store, name: str) -> list[Told]:
     return found
 
 
-def beside(root: Path, store: Folder, name: str) -> list[Told]:
+def in_files(root: Path, store: Folder, name: str) -> list[Texts]:
     """Of files: by tables in the folder, else by a file of text for each."""
     files = walk(root if root.is_dir() else root.parent)
     tables = [file for file in files if os.path.basename(file) in TABLES and name != TEXT]
     if tables:
-        rows = dict(chain.from_iterable(map(lines, tables)))
-        key = chosen(name, rows.values(), ", ".join(tables)) or ""
+        rows = dict(chain.from_iterable(map(rows_of, tables)))
+        key = key_of(name, rows.values(), ", ".join(tables)) or ""
         return [texts(rows[file].get(key), file) if file in rows else () for file in map(os.path.normpath, store.files)]
     if name not in (AUTO, TEXT):
         raise UserError(
@@ -75,11 +113,11 @@ def beside(root: Path, store: Folder, name: str) -> list[Told]:
     return [split(read_text(Path(file), MEND)) if file in files else () for file in texts_of]
 
 
-def lines(table: str) -> Iterable[tuple[str, dict[str, Any]]]:
+def rows_of(table: str) -> Iterable[tuple[str, dict[str, Any]]]:
     """The lines of a table of JSON, each with the file that it speaks of."""
     folder = os.path.dirname(table)
-    with Path(table).open(encoding="utf-8", errors="replace") as opened:
-        for number, line in enumerate(opened, 1):
+    with Path(table).open(encoding="utf-8", errors="replace") as stream:
+        for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
             row = parsed(line, f"{table} line {number}")
@@ -88,32 +126,32 @@ def lines(table: str) -> Iterable[tuple[str, dict[str, Any]]]:
             yield os.path.normpath(os.path.join(folder, file)), row
 
 
-def in_tables(store: Parquet, name: str) -> list[Told]:
+def in_tables(store: Parquet, name: str) -> list[Texts]:
     """Of rows of tables."""
     there = columns(store)
-    key = chosen(name, [dict.fromkeys(there)], store.files[0])
+    key = key_of(name, [dict.fromkeys(there)], store.files[0])
     if key is None:
         return [()] * len(store)
     found = (read_texts(file, table, key) for file, table in zip(store.files, store.tables, strict=True))
     return [texts(value, f"column '{key}'") for value in chain.from_iterable(found)]
 
 
-def in_archives(store: Tar, name: str) -> list[Told]:
+def in_archives(store: Tar, name: str) -> list[Texts]:
     """Of members of archives: their text, else what their JSON says."""
     suffixes = {AUTO: (TEXT, "json"), TEXT: (TEXT,)}.get(name, ("json",))
-    found = store.beside(suffixes)
+    found = store.texts(suffixes)
     rows = [
-        parsed(told["json"].decode(errors="replace"), store.path(i)) if "json" in told else {}
-        for i, told in enumerate(found)
+        parsed(members["json"].decode(errors="replace"), store.path(i)) if "json" in members else {}
+        for i, members in enumerate(found)
     ]
-    key = chosen(name, rows, store.files[0]) or "" if any(rows) else ""
+    key = key_of(name, rows, store.files[0]) or "" if any(rows) else ""
     return [
-        split(told[TEXT].decode(errors="replace")) if TEXT in told else texts(row.get(key), store.path(i))
-        for i, (told, row) in enumerate(zip(found, rows, strict=True))
+        split(members[TEXT].decode(errors="replace")) if TEXT in members else texts(row.get(key), store.path(i))
+        for i, (members, row) in enumerate(zip(found, rows, strict=True))
     ]
 
 
-def chosen(name: str, rows: Iterable[Mapping[str, Any]], where: str) -> str | None:
+def key_of(name: str, rows: Iterable[Mapping[str, Any]], where: str) -> str | None:
     """The key that captions stand under; None where `auto` finds none. Raises UserError for one that is not there."""
     there = dict.fromkeys(chain.from_iterable(rows))
     if name == AUTO:
@@ -123,7 +161,7 @@ def chosen(name: str, rows: Iterable[Mapping[str, Any]], where: str) -> str | No
     return name
 
 
-def texts(value: object, where: str) -> Told:
+def texts(value: object, where: str) -> Texts:
     """One text, a list of them, or none. Raises UserError for what is no text."""
     listed: Any = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(text, str) for text in listed):
@@ -131,7 +169,7 @@ def texts(value: object, where: str) -> Told:
     return tuple(listed)
 
 
-def split(text: str) -> Told:
+def split(text: str) -> Texts:
     """A caption a line, blank ones left out."""
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 

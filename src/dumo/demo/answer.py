@@ -11,7 +11,7 @@ from PIL import Image
 
 from dumo.demo.sampler import Sampler, between
 from dumo.io import picture
-from dumo.io.text import brief
+from dumo.io.read import brief
 from dumo.metrics.neighbours import nearest
 from dumo.report.gallery import POINTS, Reading, is_image
 from dumo.sampling.solver import Fresh

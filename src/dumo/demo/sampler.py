@@ -10,7 +10,7 @@ from math import cos, pi, prod, sin
 import torch
 from torch import Tensor, nn
 
-from dumo.io.text import brief
+from dumo.io.read import brief
 from dumo.metrics.neighbours import nearest_other
 from dumo.random import noise, stream
 from dumo.report.gallery import Reading, is_image, readings

@@ -12,32 +12,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dumo import dist, stop
 from dumo.config.spec import Run
-from dumo.evaluation.card import beside, card, settings
-from dumo.evaluation.likelihood import demand, likelihoods
-from dumo.evaluation.record import checked
+from dumo.data import Latents
+from dumo.evaluation.card import card, contrast_solver, settings
+from dumo.evaluation.record import FILE, Row, read_report, state
+from dumo.flow.divergence import axes
+from dumo.flow.reading import reading
 from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
-from dumo.io.json import finite, read_json, write_json
+from dumo.io.read import finite, write_json
 from dumo.progress import Bar, Tick, no_bar
-from dumo.protocols import ClipProtocol, LikelihoodProtocol
-from dumo.protocols.evaluator import Evaluator
+from dumo.protocols import Context, LikelihoodProtocol
 from dumo.protocols.likelihood import LikelihoodEvaluator
-from dumo.protocols.state import state
+from dumo.protocols.protocol import Evaluator
 from dumo.run.folder import RunFolder
 from dumo.run.name import Fields, changes, flat, own
 from dumo.run.sample import real_data, sample_batches, solver_named
 from dumo.run.text import captions
+from dumo.sampling.generate import Batch, counting, evaluating, passing
+from dumo.sampling.likelihood import climbing, log_likelihood
 from dumo.sampling.solver import Solver, check
 from dumo.types import UserError
 
-FILE = "evaluation.json"
-PLACES = ("protocol.reference", "protocol.weights", "protocol.model")  # of files; which ones, the card says
+PLACES = ("protocol.reference", "protocol.model")  # of files; which ones, the card says
 ROWS = {"results": "nfe", "contrast": "contrast"}  # parts of a report, and where its card has their passes
-Row = dict[str, Any]
+ROWS_OF_A_PASS = 256  # where likelihoods are found, as where samples are made
 
 
 def evaluate(
@@ -52,14 +55,14 @@ def evaluate(
 
     The file keeps rows of other passes that were measured in the same way; what is returned has none of them.
     `results` has one row per number of passes. `contrast` has Euler steps of the velocity, at as many passes and at
-    those that the run wants beside them, where its own solver is another: what the other head, or the higher order, is
+    those that the run adds to them, where its own solver is another: what the other head, or the higher order, is
     for; of likelihoods, Heun's steps at the passes of the protocol. Several ranks share the work, and the first writes.
     Raises UserError as the solvers and the protocol do, OSError where the report could not be written, before any work,
     and Stopped where that is asked.
     """
     check_writable(opened.folder)
     sweep(opened.folder)
-    opened = asked(opened, nfe=nfe, seed=seed, solver=solver)
+    opened = with_options(opened, nfe=nfe, seed=seed, solver=solver)
     run, passes = opened.run, settings(opened.run)
     evaluator = evaluator_of(opened, bar)
     c = conditions(run)
@@ -74,7 +77,7 @@ def evaluate(
         "seed": run.evaluate.seed,
         "solver": run.sample.solver.model_dump(),
         "results": [row(opened, evaluator, run.sample.solver, n, c, bar) for n in passes["nfe"]],
-        "contrast": [row(opened, evaluator, beside(run), n, c, bar) for n in passes["contrast"]],
+        "contrast": [row(opened, evaluator, contrast_solver(run), n, c, bar) for n in passes["contrast"]],
         "baselines": evaluator.baselines(),
         "card": card(opened, evaluator.facts, len(c)),
         "versions": dist.versions(),
@@ -85,10 +88,10 @@ def evaluate(
     return report
 
 
-def asked(
+def with_options(
     opened: RunFolder, *, nfe: Sequence[int] | None = None, seed: int | None = None, solver: str | None = None
 ) -> RunFolder:
-    """The same, its spec changed to what is asked. Raises UserError for passes or a solver out of reach."""
+    """The run as it is to be judged. Raises UserError for passes or a solver out of reach."""
     run, chosen = opened.run, solver_named(opened.run, solver)
     nfe, seed = tuple(nfe or run.evaluate.nfe), run.evaluate.seed if seed is None else seed
     check(chosen, run.reads, *nfe)
@@ -108,12 +111,18 @@ def evaluator_of(opened: RunFolder, bar: Bar) -> Evaluator:
                 ticks.append(stack.enter_context(bar("looking at the data", total)))
             ticks[0](done, "")
 
-        protocol, seed, device = run.evaluate.protocol, run.evaluate.seed, opened.device
-        if isinstance(protocol, LikelihoodProtocol):
+        if isinstance(run.evaluate.protocol, LikelihoodProtocol):
             demand(run)
-        if isinstance(protocol, ClipProtocol):
-            return protocol.evaluator(run.images.open, c=conditions(run), texts=captions(run), seed=seed, device=device)
-        return protocol.evaluator(lambda: real_data(run), classes=run.data.labels, seed=seed, device=device, tick=tick)
+        return run.evaluate.protocol.evaluator(
+            Context(
+                data=lambda: real_data(run),
+                classes=run.data.labels,
+                seed=run.evaluate.seed,
+                device=opened.device,
+                tick=tick,
+                captions=lambda: (run.images.open(), conditions(run), captions(run)),
+            )
+        )
 
 
 def conditions(run: Run) -> Tensor:
@@ -144,20 +153,6 @@ def row(opened: RunFolder, evaluator: Evaluator, solver: Solver, nfe: int, c: Te
     return {"nfe": passes.pop(), "solver": solver.kind, **scores}
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """A report with its card. Raises UserError where there is none, or it is damaged."""
-    again = f"run dumo evaluate {path.parent} first"
-    try:
-        found = read_json(path, again)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there: {again}") from error
-    if not isinstance(found, dict) or found.get("card") is None:
-        raise UserError(f"{path} has no report card: {again}")
-    report = checked(found, path, again)
-    report["card"].setdefault("precision", "fp32")  # of a report from before it could be another
-    return report
-
-
 def standing(opened: RunFolder) -> dict[str, Any] | None:
     """What evaluating the run again would only repeat; None where it has not been evaluated so."""
     try:
@@ -181,7 +176,7 @@ def standing(opened: RunFolder) -> dict[str, Any] | None:
 
 def name_of(opened: RunFolder, stem: str = "evaluation", *, but: Collection[str] = ()) -> str:
     """The name of a report: what the run's own spec asks has the stem's, other things are said in it, `but` these."""
-    before, after = (_told(run, but) for run in (own(opened), opened.run))
+    before, after = (_fields(run, but) for run in (own(opened), opened.run))
     return "-".join([stem, *changes(opened, before, after)]) + ".json"
 
 
@@ -213,8 +208,8 @@ def merged(before: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
 def with_rows(report: dict[str, Any], rows: dict[str, dict[int, Row]], passes: dict[str, list[int]]) -> dict[str, Any]:
     """The report with the rows of these passes in place of its own."""
     parts = {part: [rows[part][n] for n in passes[field]] for part, field in ROWS.items()}
-    told = {"state": state(parts["results"], report["baselines"]), "card": {**report["card"], **passes}}
-    return {**report, **parts, **told}
+    word = state(parts["results"], report["baselines"])
+    return {**report, **parts, "state": word, "card": {**report["card"], **passes}}
 
 
 def by_passes(report: dict[str, Any], part: str) -> dict[int, Row]:
@@ -224,15 +219,41 @@ def by_passes(report: dict[str, Any], part: str) -> dict[int, Row]:
 
 
 def _measure(report: dict[str, Any]) -> str:
-    """All that is on a card but which rows there are; where the weights lie is nothing beside their hash."""
-    told = {field: value for field, value in report["card"].items() if field not in (*ROWS.values(), "weights")}
-    return json.dumps(finite(told), sort_keys=True)
+    """All that is on a card but which rows there are and where the weights lie: their hash is there."""
+    card = {field: value for field, value in report["card"].items() if field not in (*ROWS.values(), "weights")}
+    return json.dumps(finite(card), sort_keys=True)
 
 
-def _told(run: Run, but: Collection[str]) -> Fields:
+def _fields(run: Run, but: Collection[str]) -> Fields:
     """What of a spec decides an evaluation."""
     spec = run.model_dump(mode="json")
     parts = {"protocol": spec["evaluate"].pop("protocol"), "solver": spec["sample"]["solver"]}
     parts |= {name: spec["sample"][name] for name in ("guide", "knobs")} | {"evaluate": spec["evaluate"]}
     parts |= {"sample": {"precision": spec["sample"]["precision"]}}
     return {field: value for field, value in flat(parts).items() if field not in (*PLACES, *but)}
+
+
+def demand(run: Run) -> None:
+    """Refuse, with a UserError, what has no likelihood of the data that are shown, and a solver that does not climb."""
+    if isinstance(run.data, Latents):
+        raise UserError("protocol likelihood is of the data themselves, not of latents: choose another protocol")
+    if run.captions:
+        raise UserError("protocol likelihood knows classes, not captions: choose another protocol")
+    if run.sample.guide.active:
+        raise UserError("protocol likelihood is of the flow without guidance: set sample.guide.scale=1")
+    climbing(run.sample.solver, run.reads)
+
+
+def likelihoods(opened: RunFolder, evaluator: LikelihoodEvaluator, solver: Solver, nfe: int) -> Iterator[Batch]:
+    """log p(x | c) in nats of this rank's share of the data, in place of samples; passes in fp32.
+
+    Raises UserError as the solver does.
+    """
+    run, net, device = opened.run, opened.net, opened.device
+    reads = reading(run.objective, net, run.sample.knobs)
+    for numbers in torch.arange(dist.rank(), len(evaluator.x), dist.world()).split(ROWS_OF_A_PASS):
+        x, c = (one[numbers].to(device) for one in (evaluator.x, evaluator.c))
+        along = [e.to(x) for e in evaluator.directions(numbers.tolist())] or axes(x)
+        with evaluating(net), counting(net) as passed, passing(net, "fp32", device):
+            found = log_likelihood(reads, run.path, solver, x, c, nfe, along)
+        yield Batch(numbers, found.cpu(), sum(passed) // len(numbers))

@@ -14,10 +14,9 @@ from dumo.config.tree import Sampling
 from dumo.evaluation.card import card
 from dumo.evaluation.evaluate import Row, conditions, evaluator_of, name_of, row
 from dumo.io.file import check_writable
-from dumo.io.json import write_json
-from dumo.io.text import brief
+from dumo.io.read import brief, write_json
 from dumo.progress import Bar, no_bar
-from dumo.protocols.evaluator import Evaluator, headline, rising, trained_on
+from dumo.protocols.protocol import Evaluator, headline, rising, trained_on
 from dumo.run.folder import RunFolder, open_run
 from dumo.sampling.solver import check
 from dumo.training.checkpoint import part
@@ -30,7 +29,7 @@ HOW = "write it as sample.m=0.2:0.8:0.1 (from, to, step), sample.m=0.3,0.5 or em
 
 
 def sweep(opened: RunFolder, text: str, *, bar: Bar = no_bar) -> dict[str, Any]:
-    """Judge a run at every value of a field, or with every average of its weights, and write a report beside others.
+    """Judge a run at every value of a field, or with every average of its weights, and write a report.
 
     `text` is FIELD=FROM:TO:STEP, both ends included, FIELD=VALUE,VALUE ... or ema. `rows` has one per value and number
     of passes, each with its card; `best` is where the first score is best for that number of passes. Raises
@@ -45,9 +44,9 @@ def sweep(opened: RunFolder, text: str, *, bar: Bar = no_bar) -> dict[str, Any]:
         key = (run.evaluate.protocol, run.evaluate.seed)
         evaluator = evaluators[key] = evaluators.get(key) or evaluator_of(point, bar)
         c = conditions(run)
-        told = card(point, evaluator.facts, len(c))
+        about = card(point, evaluator.facts, len(c))
         for n in run.evaluate.nfe:
-            rows.append({"value": value, **row(point, evaluator, run.sample.solver, n, c, bar), "card": told})
+            rows.append({"value": value, **row(point, evaluator, run.sample.solver, n, c, bar), "card": about})
     mark(rows)
     named = re.sub(r"[^\w.]+", "-", text)
     path = opened.folder / name_of(opened, f"sweep-{named}")

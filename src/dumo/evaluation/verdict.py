@@ -18,13 +18,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from dumo.config.load import FILE
-from dumo.evaluation.benchmark import note, read_note
+from dumo.evaluation.benchmark import EACH, LAYOUTS, note, read_note
 from dumo.evaluation.evaluate import write
-from dumo.evaluation.layout import EACH, LAYOUTS
 from dumo.evaluation.record import Part
 from dumo.io.file import check_writable
-from dumo.io.text import brief, read_text
-from dumo.protocols.evaluator import Scores
+from dumo.io.read import brief, read_text
+from dumo.protocols.protocol import Scores
 from dumo.types import UserError
 
 LINE = re.compile(r"(?P<image>.+\.png)(?P<scores>(?:, \d[\d.eE+-]*)+)")  # of DPG-Bench
@@ -55,14 +54,14 @@ def read_geneval(path: Path) -> Verdict:
         try:
             found += [Judged.model_validate(json.loads(line))] if line.strip() else []
         except (ValueError, RecursionError) as error:
-            what = told(error) if isinstance(error, ValidationError) else error
+            what = first_fault(error) if isinstance(error, ValidationError) else error
             raise UserError(f"{path} line {number} is no result of GenEval ({brief(what)}): {way}") from error
     if not found:
         raise UserError(f"{path} has no results: {way}")
     tasks: dict[str, list[bool]] = {}
     for one in found:
         tasks.setdefault(one.tag, []).append(one.correct)
-    shares = {tag: sum(told) / len(told) for tag, told in tasks.items()}
+    shares = {tag: sum(right) / len(right) for tag, right in tasks.items()}
     return Verdict([one.filename for one in found], {"geneval": sum(shares.values()) / len(shares), **shares})
 
 
@@ -86,7 +85,7 @@ def read_dpg(path: Path) -> Verdict:
     return Verdict([row["image"] for row in rows], {"dpg": 100 * sum(means) / len(means), **broad})
 
 
-def told(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
     """The first fault in words."""
     first = error.errors(include_url=False)[0]
     return f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}" if first["loc"] else first["msg"].lower()
@@ -122,7 +121,7 @@ def report(run_folder: Path, name: str, results: Path) -> dict[str, Any]:
     card = made["card"]
     n, solver = card["nfe"][0], card["solver"]
     path = run_folder / made["report"]
-    told = {
+    written = {
         "run": str(run_folder),
         "file": str(path),
         "step": made["step"],
@@ -138,8 +137,8 @@ def report(run_folder: Path, name: str, results: Path) -> dict[str, Any]:
         "versions": card["versions"],
         "state": None,
     }
-    write(path, told)
-    return told
+    write(path, written)
+    return written
 
 
 def folder(source: str) -> Path:

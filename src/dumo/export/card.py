@@ -6,7 +6,7 @@ from typing import Any
 
 from dumo import __version__
 from dumo.data import Latents
-from dumo.evaluation.evaluate import FILE, read_report
+from dumo.evaluation.record import FILE, read_report
 from dumo.export import scheduler
 from dumo.export.model import Exported
 from dumo.export.stock import Stock, at

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import safetensors.torch
-import torch
 
+from dumo.codecs.autoencoder import numbers, same, words
 from dumo.data import Latents
 from dumo.export import card, scheduler
 from dumo.export.model import INDEX, Exported
-from dumo.io.json import read_json, write_json
+from dumo.io.read import read_json, write_json
 from dumo.types import UserError
 
 TRANSFORMER, SECOND, VAE = "transformer", "transformer_2", "vae"
@@ -95,19 +95,9 @@ def fits(exported: Exported, source: Path) -> None:
     data, file = exported.opened.run.data, source / VAE / "config.json"
     if not isinstance(data, Latents) or not file.is_file():
         return
-    for field, theirs in taken(read_json(file, ANOTHER)).items():
-        ours = getattr(data.codec, field)
-        if not torch.allclose(*torch.broadcast_tensors(torch.tensor(ours), torch.tensor(theirs)), rtol=1e-3):
-            raise UserError(
-                f"data.codec.{field} is {ours}, and the decoder in {source} takes {theirs}: its images would differ. "
-                f"Train with data.codec.{field}={theirs}, or export with --parts none"
-            )
-
-
-def taken(config: Mapping[str, Any]) -> dict[str, float | list[float]]:
-    """The shift and scale of latents that a decoder says it takes: one, or one per channel; {} where it says none."""
-    if "latents_mean" in config and "latents_std" in config:
-        return {"shift": config["latents_mean"], "scale": [1 / sd for sd in config["latents_std"]]}
-    if "scaling_factor" in config:
-        return {"shift": config.get("shift_factor") or 0.0, "scale": config["scaling_factor"]}
-    return {}
+    theirs = numbers(read_json(file, ANOTHER))
+    if not same(theirs, data.codec.published):
+        raise UserError(
+            f"data.codec is {data.codec.about}, and the decoder in {source} takes latents of {words(theirs)}: its "
+            "images would differ. Train with its codec, or export with --parts none"
+        )

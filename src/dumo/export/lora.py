@@ -1,7 +1,7 @@
 """A LoRA that `pipe.load_lora_weights(OUT)` puts on the untouched model, with all that was trained beside it.
 
-Adapters go as they are, their factor alpha / rank multiplied into B. The layers that were trained in full, the last
-one and the time embedder, go as products of full rank, which are exact:
+Adapters go as they are. The layers that were trained in full, the last one and the time embedder, go as products of
+full rank, which are exact:
 
     W' x + b' = W x + b + B (A x) + c      with  (B, A) = (1, W' - W) or (W' - W, 1), whichever is smaller,  c = b' - b.
 
@@ -65,7 +65,7 @@ def adapted(net: Dualized) -> Iterator[Product]:
     for path, layer in net.model.named_modules():
         if id(layer) in mine:
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            yield path, a, b * layer.scaling["default"], b.new_zeros(len(b))
+            yield path, a, b, b.new_zeros(len(b))
 
 
 def full(net: Dualized, head: str) -> Iterator[Product]:

@@ -4,28 +4,25 @@ import json
 from pathlib import Path
 
 from dumo.export.stock import Stock
-from dumo.io.json import read_json, write_json
+from dumo.io.read import read_json, write_json
 from dumo.sampling.solver import Restart
 from dumo.types import UserError
 
 FOLDER, FILE = "scheduler", "scheduler_config.json"
 OWN = ["jumps", "JumpScheduler"]  # its file and class
-JUMPS = '''"""Times of jumps to the data, for a pipeline that is told none: the first START, the second of two M.
-
-M_AT has another M for some numbers of passes."""
+JUMPS = '''"""Times of jumps to the data, for a pipeline that is told none: the first START, the second of two M."""
 
 from math import log2
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-START, M, M_AT = {start!r}, {m!r}, {m_at!r}
+START, M = {start!r}, {m!r}
 
 
 class JumpScheduler(FlowMatchEulerDiscreteScheduler):
     def set_timesteps(self, num_inference_steps=None, device=None, **told):
         n = num_inference_steps
-        m = M_AT.get(n, M)
-        times = [START * (m / START) ** log2(n / (n - k)) for k in range(n or 0)]
+        times = [START * (M / START) ** log2(n / (n - k)) for k in range(n or 0)]
         super().set_timesteps(device=device, **told or {{"sigmas": times}})
 '''
 Entry = list[str]  # of model_index.json: library or file, and class
@@ -42,9 +39,7 @@ def write(folder: Path, stock: Stock | None, solver: Restart) -> Entry:
     check(folder)
     if stock is None or stock.told:
         return ["diffusers", "FlowMatchEulerDiscreteScheduler"]
-    (folder / f"{OWN[0]}.py").write_text(
-        JUMPS.format(start=solver.start, m=solver.m, m_at=solver.m_at), encoding="utf-8"
-    )
+    (folder / f"{OWN[0]}.py").write_text(JUMPS.format(start=solver.start, m=solver.m), encoding="utf-8")
     config = json.loads((folder / FILE).read_text(encoding="utf-8"))
     write_json(folder / FILE, config | {"_class_name": OWN[1]})
     return OWN

@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from dumo import __version__
-from dumo.codecs import Identity, Taef2
+from dumo.codecs import Taef2
 from dumo.data import Latents
 from dumo.export import card
 from dumo.export.stock import restart
 from dumo.flow.path import Linear
-from dumo.io.json import write_json
+from dumo.io.read import write_json
 from dumo.nets.dit import PUBLISHED, DiT
 from dumo.random import random_batch
 from dumo.run.folder import RunFolder
@@ -121,7 +121,7 @@ def agree(opened: RunFolder, net: Any, head: str) -> None:  # noqa: ANN401
 def decoder(opened: RunFolder, folder: Path) -> list[str | None]:
     """Write the decoder, if there is one; return its entry in model_index.json. Raises as `RunFolder.codec`."""
     data = opened.run.data
-    if not isinstance(data, Latents) or isinstance(data.codec, Identity):
+    if not isinstance(data, Latents):
         return [None, None]
     codec = opened.codec
     assert codec is not None
@@ -141,8 +141,8 @@ def decoder(opened: RunFolder, folder: Path) -> list[str | None]:
 def sampling(opened: RunFolder, head: str) -> Json:
     """How the pipeline samples, and what becomes of it: the fields of its `__init__`. Raises as `restart`."""
     data, solver = opened.run.data, opened.run.sample.solver
-    chosen = restart(solver) if head == "u" else solver if isinstance(solver, Euler) else Euler()
+    chosen = restart(solver) if head == "u" else Euler()
     said: Json = {"head": head, **chosen.model_dump(mode="json", exclude={"kind"})}
     if isinstance(data, Latents):
-        said |= {"shift": data.codec.shift, "scale": data.codec.scale}
+        said |= {"shift": data.codec.published.shift, "scale": data.codec.published.scale}
     return said

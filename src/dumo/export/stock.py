@@ -12,7 +12,7 @@ makes an Euler step along u, which keeps the old noise and is wrong from the sec
 from dataclasses import dataclass
 from typing import Any
 
-from dumo.sampling.solver import Jumps, Restart, Solver
+from dumo.sampling.solver import Hermite, Restart, Solver
 from dumo.types import UserError
 
 THOUSAND = 1000  # by which schedulers and pipelines count times (num_train_timesteps)
@@ -59,14 +59,12 @@ def restart(solver: Solver) -> Restart:
 
     Raises UserError for jumps to the data between which no scheduler goes as the solver does.
     """
-    if isinstance(solver, Restart) and solver.rho == 1:
-        return solver
-    if isinstance(solver, Jumps):
+    if isinstance(solver, Hermite):
         raise UserError(
             f"sample.solver = {solver.model_dump(mode='json')}: schedulers add fresh noise alone between two "
-            "passes. Set kind: restart there, without rho, in the run's run.yaml"
+            "passes. Set kind: restart there, in the run's run.yaml"
         )
-    return Restart()
+    return solver if isinstance(solver, Restart) else Restart()
 
 
 def at(solver: Restart, passes: int) -> list[float]:

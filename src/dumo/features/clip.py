@@ -18,11 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from dumo.io import digest
-from dumo.io.json import read_json
 from dumo.io.picture import Pixels
-from dumo.io.weights import opened
-from dumo.texts.encoder import CONFIG, PICKLES, WEIGHTS, loaded
-from dumo.texts.tokens import Cut, Tokenizer
+from dumo.io.read import read_json
+from dumo.io.weights import open_safetensors
+from dumo.texts.encoder import CONFIG, PICKLES, WEIGHTS, load_model
+from dumo.texts.tokens import Cutter, cutter
 from dumo.types import UserError
 
 PIECE = 64  # images
@@ -39,7 +39,7 @@ class Clip:
 
     folder: Path
     model: Any  # of transformers
-    cut: Cut
+    cut: Cutter
     side: int
     mean: Float[Tensor, "3 1 1"]
     sd: Float[Tensor, "3 1 1"]
@@ -56,8 +56,8 @@ class Clip:
         for first in range(0, len(texts), PIECE):
             part = slice(first, first + PIECE)
             ids, mask = self.cut(texts[part])
-            told = {"input_ids": ids, "attention_mask": mask.long(), "pixel_values": self.seen(pixels[part])}
-            output = self.model(**{name: x.to(self.model.device) for name, x in told.items()})
+            inputs = {"input_ids": ids, "attention_mask": mask.long(), "pixel_values": self.seen(pixels[part])}
+            output = self.model(**{name: x.to(self.model.device) for name, x in inputs.items()})
             found.append((output.image_embeds * output.text_embeds).sum(1).float().cpu())  # both of length 1
         return torch.cat([torch.zeros(0), *found])
 
@@ -75,27 +75,27 @@ def fitted(image: Image.Image, side: int) -> Image.Image:
     return image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
 
 
-def load(folder: Path, template: str, field: str, device: torch.device | str = "cpu") -> Clip:
-    """The CLIP of a folder; a text stands in the template in the place of {}.
+def load(folder: Path, field: str, device: torch.device | str = "cpu") -> Clip:
+    """The CLIP of a folder.
 
     Raises UserError, which names the field, where there is none, it is damaged, or its weights are a pickle.
     """
     for name in (CONFIG, WEIGHTS, TOKENIZER):
         if not (folder / name).is_file():
             if name == WEIGHTS and (folder / PICKLES[0]).is_file():
-                with opened(folder / PICKLES[0], convert=False):  # refuses, and says the way out
+                with open_safetensors(folder / PICKLES[0], convert=False):  # refuses, and says the way out
                     pass
             raise UserError(f"{field}: {folder} has no {name}: {HINT}")
     config: Mapping[str, Any] = read_json(folder / CONFIG, HINT)
     if config.get("model_type") != "clip" or "vision_config" not in config:
         raise UserError(f"{field}: {folder} holds no CLIPModel, of images and texts: {HINT}")
-    with opened(folder / WEIGHTS):  # damaged weights are refused with a line
+    with open_safetensors(folder / WEIGHTS):  # damaged weights are refused with a line
         pass
-    model = loaded(folder, "CLIPModel", field, HINT).to(device)
+    model = load_model(folder, "CLIPModel", field, HINT).to(device)
     length, side = model.config.text_config.max_position_embeddings, model.config.vision_config.image_size
-    told: Mapping[str, Any] = read_json(folder / CUT, HINT) if (folder / CUT).is_file() else {}
-    mean, sd = (colours(told.get(name, usual), name, folder) for name, usual in zip(NUMBERS, (MEAN, SD), strict=True))
-    cut = Tokenizer(source=str(folder), length=length, template=template).open()
+    known: Mapping[str, Any] = read_json(folder / CUT, HINT) if (folder / CUT).is_file() else {}
+    mean, sd = (colours(known.get(name, usual), name, folder) for name, usual in zip(NUMBERS, (MEAN, SD), strict=True))
+    cut = cutter(folder, length)
     return Clip(folder, model, cut, side, mean, sd)
 
 

@@ -4,6 +4,12 @@ It is not the Inception-v3 of later libraries (Szegedy et al. 2015): there are 1
 in, and the last block takes a maximum where its sibling takes an average. The tables below are the whole network:
 a network is a row of blocks, a block is branches side by side, a branch is a row of steps. Its names and shapes are
 those of the published file, so that loading it (`dumo.features.inception_weights`) checks both.
+
+Its input is resized as the first TensorFlow did it: output pixel i lies at i n / m of the n input pixels, not at
+(i + 1/2) n / m - 1/2 (half a pixel off), and only its two neighbours count even where the image shrinks (no
+antialiasing). Both are defects by now, and part of the measure: with another resize the FID is another number (Parmar
+et al. 2022). Columns are interpolated before rows, as there, and positions are rounded to float32, so the numbers are
+the same to the last bits.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +20,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dumo.features.resize import resize_tf1
 from dumo.io.picture import Pixels
 
 SIZE, CLASSES = 299, 1008
@@ -230,3 +235,18 @@ def _run(module: nn.Module, branch: Branch, x: Tensor) -> Tensor:
         else:
             x = step(x)
     return x
+
+
+def resize_tf1(x: Float[Tensor, "n 3 h w"], size: int) -> Float[Tensor, "n 3 s s"]:
+    """Stretch or shrink to `size` x `size`: tf.image.resize_bilinear of TensorFlow 1 with its defaults."""
+    return _along(_along(x, size, 3), size, 2)
+
+
+def _along(x: Tensor, size: int, dim: int) -> Tensor:
+    """Along one axis: a + (b - a) w, of the neighbours a before and b after, the last of which repeats."""
+    n = x.shape[dim]
+    position = torch.arange(size, dtype=torch.float32) * torch.tensor(n / size, dtype=torch.float32)
+    low = position.long()
+    share = (position - low).to(x).view(-1, *(1,) * (3 - dim))
+    a, b = (x.index_select(dim, i.to(x.device)) for i in (low, (low + 1).clamp(max=n - 1)))
+    return a + (b - a) * share

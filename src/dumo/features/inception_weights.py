@@ -61,7 +61,7 @@ def facts(net: nn.Module) -> dict[str, str]:
 
 
 def _check(net: Inception, origin: dict[str, str], weights: dict[str, Tensor], path: Path) -> None:
-    """Refuse weights that are not those of the published file, as far as it can be told."""
+    """Refuse weights that are not those of the published file, as far as can be seen."""
     for name in [name for name in weights if name.endswith("num_batches_tracked")]:
         del weights[name]
     other = f"these are not Inception's weights.\n{_way()}"
@@ -75,4 +75,4 @@ def _check(net: Inception, origin: dict[str, str], weights: dict[str, Tensor], p
 
 def _way() -> str:
     """How to get the weights."""
-    return f"Fetch {URL}, run beside it\n  {MAKE}\nand give the path of inception.safetensors, or set {VARIABLE} to it."
+    return f"Fetch {URL}, run in its folder\n  {MAKE}\nand set {VARIABLE} to inception.safetensors."

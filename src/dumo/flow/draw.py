@@ -6,7 +6,7 @@ order of the data, augmentation, weights at step 0, and masks of dropout, whose 
 A stream's key is a hash of (seed, step, name). What is a number per row is drawn for the whole batch, of which each
 caller takes its rows. What is shaped like the data is drawn for the caller's rows alone, each by its number in the
 batch: else every rank would draw the noise of all, which takes longer than a step where ranks are many. Either way a
-row is the same whoever draws it. So two ranks equal one, a resumed run needs no generator state, and an objective that
+row is the same on every rank. So two ranks equal one, a resumed run needs no generator state, and an objective that
 draws one thing more sees the same t, z and dropped labels as its sibling.
 
 So the numbers of a step are known before it, all of them on the CPU: `drawn` makes them, at any time, in any thread,
@@ -21,10 +21,9 @@ from torch import Tensor
 
 from dumo.flow import dropout
 from dumo.flow.coupling import Coupling
-from dumo.flow.law import Law
 from dumo.place import pinned, sent
 from dumo.random import keyed, stream
-from dumo.types import Cond, Noised, Objective, Path, PerSample, Rows, Sample, Spec, Taught, Time, Trail
+from dumo.types import Cond, Noised, Objective, Path, Rows, Sample, Taught, Time, Trail
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,6 @@ class Draws:
     r: Time
     z: Sample | None  # float32; None: the data bring their noise with them
     kept: Rows
-    coin: PerSample
     keys: dropout.Keys  # of the masks of dropout
     laws: Mapping[str, Tensor]  # the objective's further laws, by name
     moving: tuple[bool, ...] | None  # the rows that may have r < t, fixed by place; None: all
@@ -49,7 +47,7 @@ class Draws:
         return self._each(pinned)
 
     def _each(self, f: Callable[[Tensor], Tensor]) -> "Draws":
-        own = {name: f(getattr(self, name)) for name in ("t", "r", "kept", "coin", "keys")}
+        own = {name: f(getattr(self, name)) for name in ("t", "r", "kept", "keys")}
         z, laws = None if self.z is None else f(self.z), {name: f(v) for name, v in self.laws.items()}
         return replace(self, **own, z=z, laws=laws)
 
@@ -68,24 +66,15 @@ def drawn(
     n, mine = batch, range(batch)[rows]
     t, r = objective.times(n, stream(seed, step, "times"))
     moving = objective.times.moving(n)
-    laws = laws_of(objective)
     return Draws(
         t=t[rows],
         r=r[rows],
         z=keyed(seed, step, "z", rows=mine, shape=shape) if z else None,
         kept=(torch.rand(n, generator=stream(seed, step, "kept")) >= objective.drop)[rows],
-        coin=torch.rand(n, generator=stream(seed, step, "coin"))[rows],
         keys=dropout.keys(seed, step, n)[rows],
-        laws={name: law.rows((seed, step, "law", name), mine, n, shape) for name, law in laws.items()},
+        laws={name: law.rows((seed, step, "law", name), mine, n, shape) for name, law in objective.needs.laws.items()},
         moving=moving and moving[rows],
     )
-
-
-def laws_of(objective: Objective) -> dict[str, Law]:
-    """The further laws by name: of the objective's fields, and of parts in them, as "w.z" of a part named w."""
-    parts = [part for _, value in objective if isinstance(value, tuple) for part in value if isinstance(part, Spec)]
-    within = {f"{getattr(part, 'name', '')}.{name}": law for part in parts for name, law in part}
-    return {name: law for name, law in (dict(objective) | within).items() if isinstance(law, Law)}
 
 
 def noised(
@@ -101,13 +90,13 @@ def noised(
     coupling: Coupling | None = None,
     between: Trail | None = None,
 ) -> Noised:
-    """The record of rows whose numbers are drawn, the noise coupled to x if asked; all else as `draw` has it.
+    """The record of rows whose numbers are drawn, the noise coupled to x by a `coupling`; all else as `draw` has it.
 
     `between` are the places from x to z that a trajectory goes through, at equal steps, of which t is to be an end.
     """
     here, exact = x.device, torch.promote_types(x.dtype, torch.float32)  # times stay exact where the data is bf16
-    t, r, coin, kept = (sent(v, here) for v in (draws.t, draws.r, draws.coin, draws.kept))
-    t, r, coin = t.to(exact), r.to(exact), coin.to(exact)
+    t, r, kept = (sent(v, here) for v in (draws.t, draws.r, draws.kept))
+    t, r = t.to(exact), r.to(exact)
     if z is None:
         assert draws.z is not None, "noise was neither drawn nor given"
         z = sent(draws.z, here).to(x)
@@ -121,7 +110,7 @@ def noised(
     c = torch.where(kept.view(-1, *(1,) * (c.ndim - 1)), c, null)
     host = (draws.t.to(exact), draws.kept) if here.type == "cuda" else None
     trail = None if between is None else torch.cat([x[:, None], between, z[:, None]], 1)
-    b = Noised(path, x, z, t, r, x_t, v_t, c, null, kept, coin, draws.moving, laws, progress, teacher, trail, host)
+    b = Noised(path, x, z, t, r, x_t, v_t, c, null, kept, draws.moving, laws, progress, teacher, trail, host)
     if trail is not None:
         b = replace(b, x_t=b.on(t))
     return replace(b, v_t=teacher(b.x_t, t, c, v_t)) if teacher else b

@@ -28,7 +28,7 @@ from dumo.types import Array
 Keys = Int[Tensor, "b 2"]  # two numbers of 32 bits per row
 
 LEVELS = 1 << 16  # a probability is rounded to a multiple of 1 / LEVELS
-GOLDEN = -1640531527  # 2^32 / golden ratio as a signed number: layers are told apart by its multiples
+GOLDEN = -1640531527  # 2^32 / golden ratio as a signed number: layers differ by its multiples
 
 
 class _State(threading.local):

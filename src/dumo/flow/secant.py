@@ -38,9 +38,9 @@ def demand_precision(precision: str, gain: float, kind: str) -> None:
 
 @torch.no_grad()
 def back(ref: Frozen, b: Noised, w: Sample, d: Time) -> Sample:
-    """u(x_l, l, r) of the first head at l = t - d, for the rows that may move, told by place; zeros for the others.
+    """u(x_l, l, r) of the first head at l = t - d, for the rows that may move, known by place; zeros for the others.
 
-    Where l is below r the net is asked at r = l: the caller weighs such rows by nothing. One pass, none if none moves.
+    Where l is below r it is u(x_l, l, l): the caller gives such rows no weight. One pass, none if none moves.
     """
     place, _ = b.rows_by_step
     u_l = torch.zeros_like(b.x_t)

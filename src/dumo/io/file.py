@@ -1,7 +1,7 @@
-"""Files and folders written whole or not at all: in a hidden place beside their own, then renamed.
+"""Files and folders written whole or not at all: in a hidden place next to their own, then renamed.
 
 So what stands under a name is whole, whenever the process stops. What is `durable` outlives the machine, too.
-`locked` keeps other processes out.
+`locked` keeps other processes out. What is found out about a user's files, and can be again, is kept at `places`.
 """
 
 import errno
@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from dumo.io import digest
 from dumo.types import UserError
 
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
@@ -79,7 +80,7 @@ def settle(half: Path, path: Path, *, durable: bool = False) -> None:
 
 
 def write(path: Path, data: bytes, *, writer: int | str | None = None, durable: bool = False) -> None:
-    """Write a file as `whole` does; a full disk is told with what the file needs."""
+    """Write a file as `whole` does; the error of a full disk says what the file needs."""
     try:
         with whole(path, writer=writer, durable=durable) as half:
             half.write_bytes(data)
@@ -100,7 +101,7 @@ def check_writable(folder: Path) -> None:
 
 
 def sweep(folder: Path, *, alone: bool = False) -> None:
-    """Remove what writers that are gone left half-written in a folder; for whoever begins to write there.
+    """Remove what writers that are gone left half-written in a folder; before writing there.
 
     Of another machine's writers only what is a day old, for they cannot be asked. `alone`: nobody else writes there
     now, so all goes.
@@ -206,3 +207,21 @@ def full(error: BaseException) -> bool:
         match = re.search(r"os error (\d+)", str(error))
         return match is not None and int(match[1]) in FULL
     return isinstance(error, OSError) and error.errno in FULL
+
+
+def places(folder: Path, name: str) -> list[Path]:
+    """Where to look for a note on what is in a folder, and to write it, the best place first.
+
+    Next to the files, hidden by its name. Else below $XDG_CACHE_HOME, or ~/.cache: in `dumo`, by the folder's path.
+    """
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [folder / name, home / "dumo" / digest.short(str(folder.resolve())) / name.removeprefix(".")]
+
+
+def writable(place: Path) -> bool:
+    """Whether something may be written there; makes the folders above it."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(place.parent, os.W_OK | os.X_OK)

@@ -1,14 +1,16 @@
-"""Samples as something to look at: eight-bit colours, a sheet of images, a scatter of points. Writes no file."""
+"""Samples to look at: eight-bit colours, a sheet of images, a scatter of points, and files of them."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import pad
 
+from dumo.io.file import whole
 from dumo.types import Sample, UserError
 
 Pixels = UInt8[Tensor, "n 3 h w"]
@@ -88,7 +90,7 @@ def _titles(texts: Sequence[str], width: int) -> UInt8[Tensor, "n height width 3
 
 
 def _lines(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
-    """A text word by word on lines of so many pixels, the last of them cut where there are too many."""
+    """A text word by word on lines of `width` pixels, the last of them cut where there are too many."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -124,3 +126,30 @@ def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> I
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def write_picture(path: Path, picture: Image.Image) -> None:
+    """One picture as PNG, whole or not at all; raises as `dumo.io.file.whole`, as the others do."""
+    with whole(path) as half:
+        picture.save(half, format="png")
+
+
+def write_singles(folder: Path, pixels: PixelRows, first: int = 0) -> None:
+    """An image a file: 000000.png and so on, counted from `first`."""
+    for i, image in enumerate(pixels.numpy(), start=first):
+        write_picture(folder / f"{i:06d}.png", Image.fromarray(image))
+
+
+def write_adm(path: Path, pixels: PixelRows, c: Int[Tensor, " n"]) -> None:
+    """ADM's layout, which its evaluation reads: arr_0 uint8 (n, h, w, 3), arr_1 int64 labels (n,)."""
+    _write_arrays(path, pixels.numpy(), c.numpy())
+
+
+def write_points(path: Path, points: Float[Tensor, "n 2"], c: Int[Tensor, " n"]) -> None:
+    """Points in the same layout: arr_0 float (n, 2), arr_1 int64 labels (n,)."""
+    _write_arrays(path, points.numpy(), c.numpy())
+
+
+def _write_arrays(path: Path, x: np.ndarray, c: np.ndarray) -> None:
+    with whole(path) as half, half.open("wb") as file:  # savez would add an ending to a path
+        np.savez(file, x, c.astype(np.int64))

@@ -10,7 +10,6 @@ ranks need not run at once, nor know of each other. Whoever finds the last note 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar, runtime_checkable
 
@@ -21,29 +20,10 @@ from yaml import YAMLError
 
 from dumo.io import digest, yaml
 from dumo.io import file as files
-from dumo.io.text import read_text
+from dumo.io.read import read_text
+from dumo.io.table import REMAKE, Shard, Tick, sweep, write
+from dumo.io.table import stem as name
 from dumo.types import Spec, UserError
-
-REMAKE = "start the same dumo encode again, which re-makes what is damaged"
-Tick = Callable[[int, str], None]  # (this rank's rows behind it, a note)
-
-
-class Shard(Spec):
-    """A file of the folder, as it was written."""
-
-    file: str
-    rows: int
-    size: int  # bytes
-    sha256: str
-
-    def fault(self, folder: Path, *, deep: bool) -> str | None:
-        """What is wrong with the file, if anything is; its checksum is compared only if `deep`."""
-        file = folder / self.file
-        if not file.is_file():
-            return "is not there"
-        if (size := file.stat().st_size) != self.size:
-            return f"has {size} of {self.size} bytes"
-        return "has changed: its SHA-256 is another" if deep and digest.of_file(file) != self.sha256 else None
 
 
 @runtime_checkable
@@ -69,15 +49,6 @@ class Contents(Protocol):
     def binding(self) -> dict[str, object]:
         """What must be the same to go on."""
         ...
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a rank did."""
-
-    made: int  # shards
-    damaged: tuple[str, ...]  # those of them that stood there, and what was wrong with them
-    missing: int  # shards that other ranks have yet to make; 0: the folder is whole
 
 
 C = TypeVar("C", bound=Spec)
@@ -187,31 +158,6 @@ def store(out: Path, number: int, rows: int, tensors: Mapping[str, Tensor], rank
     note = Shard(file=file, rows=rows, size=len(data), sha256=digest.of_bytes(data))
     write(out / file, data, rank)
     write(out / f"{name(number)}.json", note.model_dump_json().encode(), rank)
-
-
-def write(file: Path, data: bytes, rank: int) -> None:
-    """Write a file beside its place, wait until it is on the disk, and move it there whole."""
-    try:
-        files.write(file, data, writer=rank, durable=True)
-    except OSError as error:
-        if files.full(error):
-            raise UserError(
-                f"{file}: the disk is full ({error.strerror}); free some space and start again, what stands is kept"
-            ) from error
-        raise
-
-
-def sweep(out: Path, rank: int, world: int) -> None:
-    """Remove what a killed rank left half-written: one of this number, or of one that no rank has now."""
-    for half in out.glob(".*.tmp"):
-        writer = half.suffixes[-2][1:] if len(half.suffixes) > 1 else ""
-        if writer.isdecimal() and int(writer) % world == rank:
-            files.remove(half)
-
-
-def name(number: int) -> str:
-    """A shard's, without its ending."""
-    return f"shard-{number:05d}"
 
 
 def span(number: int, each: int, total: int) -> range:

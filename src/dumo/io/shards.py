@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorSt
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from dumo.dist import require_ranks
-from dumo.io.text import brief
+from dumo.io.read import brief
 from dumo.types import UserError
 
 DAMAGED = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)  # in its notes

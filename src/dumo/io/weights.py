@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dumo import dist
 from dumo.io import digest
-from dumo.io.text import brief
+from dumo.io.read import brief
 from dumo.types import UserError
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
@@ -21,7 +21,7 @@ ANOTHER = "take another copy of it"
 
 
 @contextmanager
-def opened(file: Path, hint: str = "", *, convert: bool = True) -> Generator[safe_open, None, None]:
+def open_safetensors(file: Path, hint: str = "", *, convert: bool = True) -> Generator[safe_open, None, None]:
     """A safetensors file, whose header is read, and compared with the file's size.
 
     Raises UserError for no file, a pickle, or a damaged file. `hint` says where to get it; `convert`: a pickle may be
@@ -42,13 +42,13 @@ def opened(file: Path, hint: str = "", *, convert: bool = True) -> Generator[saf
 
 
 def read(file: Path, hint: str = "", *, convert: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file by name, mapped into memory, and its notes. Raises as `opened`."""
-    with opened(file, hint, convert=convert) as found:
+    """The tensors of a safetensors file by name, mapped into memory, and its notes. Raises as `open_safetensors`."""
+    with open_safetensors(file, hint, convert=convert) as found:
         return {name: found.get_tensor(name) for name in found.keys()}, found.metadata() or {}  # noqa: SIM118, no dict
 
 
 def load(place: Path) -> dict[str, Tensor]:
-    """The tensors alone, of a file or of a folder of shards. Raises as `opened` and `dumo.io.shards.outline`."""
+    """The tensors alone, of a file or of a folder of shards. Raises as `read` and `dumo.io.shards.outline`."""
     if place.is_dir():
         from dumo.io import shards  # slow to import
 
@@ -101,23 +101,17 @@ def title(place: Path) -> str:
 
 
 def notes(place: Path) -> dict[str, str]:
-    """What a safetensors file says of itself, its tensors left unread; shards say nothing. Raises as `opened`."""
+    """What a safetensors file says of itself, its tensors left unread; shards say nothing. Raises as `read`."""
     if place.is_dir():
         return {}
-    with opened(place) as found:
+    with open_safetensors(place) as found:
         return found.metadata() or {}
 
 
-def checked(file: Path, sha256: str | None, hint: str) -> str:
-    """The SHA-256 of a whole safetensors file, in hexadecimal. Raises as `opened`, and for another hash than asked."""
-    with opened(file, hint):
-        found = digest.of_file(file)
-    if sha256 not in (None, found):
-        raise UserError(
-            f"{file} has SHA-256 {found}, and codec.sha256 asks for {sha256}: "
-            "take the file that was meant, or set codec.sha256 to this one's (null: any)"
-        )
-    return found
+def checked(file: Path, hint: str) -> str:
+    """The SHA-256 of a whole safetensors file, in hexadecimal. Raises as `open_safetensors`."""
+    with open_safetensors(file, hint):
+        return digest.of_file(file)
 
 
 def compare(
@@ -131,7 +125,7 @@ def compare(
 ) -> None:
     """Raise UserError, naming the first that differs, unless both have the same names, shapes and, if asked, dtypes.
 
-    `found` are a file's tensors, `wanted` those of whoever reads it.
+    `found` are a file's tensors, `wanted` those of the net.
     """
     names = sorted(found.keys() | wanted.keys())
     pairs = {name: [_described(tensors.get(name), dtypes) for tensors in (found, wanted)] for name in names}
@@ -159,8 +153,8 @@ def _refusal(file: Path, hint: str, convert: bool) -> str:
 
 def _is_pickle(file: Path) -> bool:
     """Whether a file begins as torch.save or pickle would have it; a whole safetensors file may do so, too."""
-    with file.open("rb") as opened:
-        head = opened.read(4)
+    with file.open("rb") as stream:
+        head = stream.read(4)
     return head == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1:2] in b"\2\3\4\5")
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import yaml
 from yaml.constructor import ConstructorError, SafeConstructor
 
-from dumo.io.text import brief
+from dumo.io.read import brief
 
 if TYPE_CHECKING:
     Loader = yaml.SafeLoader

@@ -30,7 +30,7 @@ Fake = Float[Tensor, "m *d"]
 Images = Float[Tensor, "n c h w"]
 
 BLOCK = 512  # rows per block of distances
-SPARE = 12  # rows measured beside the k nearest, so that rounding seldom leaves one of them open: ours
+SPARE = 12  # rows measured besides the k nearest, so that rounding seldom leaves one of them open: ours
 PAIRS = 4096  # measured at a time
 DIRECT = "donot_use_mm_for_euclid_dist"  # by differences: a copy is at distance 0, not at the root of a rounding error
 
@@ -85,7 +85,7 @@ def _nearest(x: Tensor, centres: Tensor, k: int) -> tuple[Tensor, Tensor]:
         near = squares.topk(few, largest=False)
         distances, order = _distances(part[:, None], centres[near.indices])[:, 0].topk(k, largest=False)
         indices = near.indices.gather(1, order)
-        sure = near.values[:, -1] - off > (distances[:, -1] * unit) ** 2  # whoever is not among the few is farther
+        sure = near.values[:, -1] - off > (distances[:, -1] * unit) ** 2  # what is not among the few is farther
         if few < len(centres) and not sure.all():
             distances[~sure], indices[~sure] = _distances(part[~sure], centres).topk(k, largest=False)
         found.append((distances, indices))

@@ -2,7 +2,7 @@
 batch.
 
 Images are known by number, so it does not matter which batch or which rank an image came in. Moments and sums are in
-float64 and merge (`dumo.metrics.moments`, `dumo.metrics.inception_score`). The features themselves are kept too, in
+float64 and merge (`dumo.metrics.distance`, `dumo.metrics.distance`). The features themselves are kept too, in
 float32, for kernels and neighbours: 50,000 of 2048 take 400 MB.
 """
 
@@ -22,8 +22,7 @@ from torch import Tensor
 from dumo import dist
 from dumo.io import weights
 from dumo.io.picture import Pixels
-from dumo.metrics.inception_score import Score
-from dumo.metrics.moments import Moments
+from dumo.metrics.distance import Moments, Score
 from dumo.types import UserError
 
 Index = Int64[Tensor, " n"]
@@ -113,19 +112,19 @@ def gather(mine: Statistics, total: int | None = None) -> Statistics:
     return replace(whole, rows=whole.rows[order], index=torch.arange(len(order)))
 
 
-def save_statistics(path: Path, statistics: Statistics, told: Mapping[str, str]) -> None:
+def save_statistics(path: Path, statistics: Statistics, of: Mapping[str, str]) -> None:
     """Keep statistics as safetensors, with what it is of, such as the data and the sha256 of the network."""
-    save_file({name: x.contiguous() for name, x in _pack(statistics).items()}, path, dict(told))
+    save_file({name: x.contiguous() for name, x in _pack(statistics).items()}, path, dict(of))
 
 
-def load_statistics(path: Path, told: Mapping[str, str]) -> Statistics:
-    """Statistics that were kept. Raises `UserError` if they are of something else than `told`, showing both."""
+def load_statistics(path: Path, of: Mapping[str, str]) -> Statistics:
+    """Statistics that were kept. Raises `UserError` if they are of something else than `of`, showing both."""
     try:
         parts, found = weights.read(path)
     except (UserError, OSError) as error:
         raise UserError(f"{path} holds no statistics ({error}): remove it, to count them anew") from error
-    if found != dict(told):
-        raise UserError(f"{path} has the statistics of {found}, wanted are those of {dict(told)}: name another file")
+    if found != dict(of):
+        raise UserError(f"{path} has the statistics of {found}, wanted are those of {dict(of)}: name another file")
     try:
         return _unpack(parts)
     except KeyError as error:

@@ -1,6 +1,12 @@
-"""LoRA (Hu et al. 2021) by peft: beside a linear layer W that rests, a product B A of low rank that is trained.
+"""LoRA (Hu et al. 2021) by peft: next to a frozen linear layer W, a product B A of low rank that is trained.
 
-peft names the parameters `lora_A.default.weight` and `lora_B.default.weight`, and B starts at zero.
+peft names the parameters `lora_A.default.weight` and `lora_B.default.weight`, and B starts at zero. B A counts in full:
+alpha is the rank, as in TwinFlow.
+
+Frozen linear layers may be kept in bf16, half the bytes. Under autocast in bf16 a linear layer casts its weights in
+every pass, so to keep them cast changes no bit of its output. Norms, tables and all that is trained stay in float32.
+Published weights are mostly stored in bf16: those are mapped from their file, not copied, so the processes of a machine
+share them until each has taken its part.
 """
 
 import re
@@ -8,87 +14,71 @@ from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
+from torch.nn import functional as F
 
-from dumo.bound import CHANNELS, FACTOR
-from dumo.flow import dropout
-from dumo.nets.half import halve
+from dumo.bound import CHANNELS
 from dumo.nets.twin import put
 from dumo.types import Array, Spec, UserError
 
-MODULATION = re.compile(r"norm|mod|ada", re.IGNORECASE)  # in the path of a layer that sees the time alone
+MODULATION = re.compile(r"norm|mod|ada", re.IGNORECASE)  # in the path of a layer whose input is the time alone
 
 
 class Lora(Spec):
-    """Which layers are adapted, and how. The lab's rank is 64, with as much alpha (TwinFlow)."""
+    """Adapters of the attention and the perceptrons of every block."""
 
-    rank: int = Field(default=64, ge=1, le=CHANNELS)
-    alpha: float | None = Field(default=None, gt=0, le=FACTOR)  # B A counts alpha / rank; None: alpha = rank
-    rslora: bool = False  # alpha / sqrt(rank) (Kalajdzievski 2023)
-    dropout: float = Field(default=0.0, ge=0, lt=1)  # of what goes into A
-    # Ends of the names of layers, as peft's target_modules; None: attention and perceptrons of every block.
-    targets: tuple[str, ...] | None = Field(default=None, min_length=1)
-    frozen: Literal["float32", "bfloat16"] = "float32"  # what linear layers that rest are kept in (`dumo.nets.half`)
+    rank: int = Field(default=64, ge=1, le=CHANNELS)  # TwinFlow
+    frozen: Literal["float32", "bfloat16"] = "float32"  # the type of frozen linear layers
 
 
-class Dropout(nn.Module):
-    """peft's, but with masks that are keyed by row, step and layer."""
+class Half(nn.Linear):
+    """A frozen layer with bf16 weights. Without autocast it computes in the precision of its input."""
 
-    def __init__(self, p: float, layer: int) -> None:
-        """The layer's number tells its masks from others'."""
-        super().__init__()
-        self.p, self.layer = p, layer
+    compute_dtype = torch.float32  # of the adapters that peft makes for it
 
-    def forward(self, x: Array) -> Array:
-        """x (b, ...), a row of the batch each."""
-        rows = dropout.current(x.shape[0]) if self.training else None
-        return x if rows is None else dropout.drop(x, dropout.layer_keys(rows, self.layer), self.p)
+    def __init__(self, layer: nn.Linear) -> None:
+        """Takes over the layer's numbers, rounded where they are not bf16."""
+        biased = layer._parameters["bias"] is not None
+        super().__init__(layer.in_features, layer.out_features, biased, device="meta")
+        for name, p in layer.named_parameters():
+            self._parameters[name] = nn.Parameter(p.detach().bfloat16(), False)
+
+    def forward(self, input: Array) -> Array:
+        """input (..., in_features)."""
+        if torch.amp.is_autocast_available(kind := input.device.type) and torch.is_autocast_enabled(kind):
+            return super().forward(input)
+        bias = self._parameters["bias"]
+        return F.linear(input, self.weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
 
 
 def adapt(
     model: nn.Module, lora: Lora, blocks: Sequence[nn.Module], idle: Sequence[str], trained: Sequence[str]
 ) -> None:
-    """Add adapters to a model, in place; all else in it rests, and is kept as `lora.frozen` says.
+    """Add adapters to a model, in place, and freeze everything else.
 
-    What lies at or below the paths `idle` gets none, nor at or below `trained`, which stays in float32. Raises
-    UserError where peft is not there, or no layer is meant.
+    Layers at or below the paths `idle` get none, nor do those at or below `trained`, which stay in float32. Raises
+    UserError where peft is missing.
     """
     try:
         import peft
     except ImportError as error:
         raise UserError("net.lora needs peft: pip install 'dumo[pretrained]'") from error
     left = tuple(f"{path}." for path in (*idle, *trained))
-    if not (names := [name for name in targets(model, lora, blocks) if not f"{name}.".startswith(left)]):
-        raise UserError(
-            f"net.lora.targets {', '.join(lora.targets or ())} are no linear layers of this model: give ends of names "
-            "as peft does, such as to_q, or null for all attention and perceptrons"
-        )
-    config = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha or lora.rank,  # pyright: ignore[reportArgumentType], a number
-        use_rslora=lora.rslora,
-        target_modules=names,
-    )
+    names = [name for name in targets(model, blocks) if not f"{name}.".startswith(left)]
+    config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=names)
     if lora.frozen == "bfloat16":
         halve(model, trained)
     model.requires_grad_(False)
     peft.inject_adapter_in_model(config, model)
-    if lora.dropout:
-        for i, layer in enumerate(adapters(model)):
-            layer.lora_dropout["default"] = Dropout(lora.dropout, i)
 
 
-def targets(model: nn.Module, lora: Lora, blocks: Sequence[nn.Module]) -> Iterator[str]:
-    """The names of the linear layers that are meant."""
+def targets(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[str]:
+    """The names of the linear layers of the blocks, without their modulations."""
     inside = {id(layer) for block in blocks for layer in block.modules()}
     for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear):
-            continue
-        if lora.targets is None:
-            if id(layer) in inside and not MODULATION.search(name):
-                yield name
-        elif any(name == end or name.endswith(f".{end}") for end in lora.targets):
+        if isinstance(layer, nn.Linear) and id(layer) in inside and not MODULATION.search(name):
             yield name
 
 
@@ -99,7 +89,7 @@ def adapters(model: nn.Module) -> list[Any]:
 
 @contextmanager
 def off(model: nn.Module) -> Generator[None, None, None]:
-    """Inside, the adapters say nothing. peft's own switch would change which parameters are trained, too."""
+    """Inside, adapters add nothing. peft's own switch would also change which parameters are trained."""
     layers = adapters(model)
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
@@ -112,10 +102,28 @@ def off(model: nn.Module) -> Generator[None, None, None]:
 
 
 def merge(model: nn.Module) -> None:
-    """Add the adapters to the layers beside them, in place and in float32, and leave them out."""
+    """Add the adapters to their layers, in place and in float32, and drop them."""
     nn.Module.float(model)  # diffusers' own warns that no layer may stay in half precision
     there = {id(layer): layer for layer in adapters(model)}
     for name, place in [*model.named_modules()]:
         if layer := there.get(id(place)):
             layer.merge()
             put(model, name, layer.get_base_layer())
+
+
+def halve(model: nn.Module, without: Sequence[str]) -> None:
+    """Keep a model's linear layers in bf16, in place; the rest, and all at or below the paths `without`, in float32."""
+    left = tuple(f"{path}." for path in without)
+    for name, layer in [*model.named_modules()]:
+        if isinstance(layer, nn.Linear) and not f"{name}.".startswith(left):
+            put(model, name, Half(layer))
+    for layer in model.modules():
+        if not isinstance(layer, Half):
+            _whole(layer)
+
+
+def _whole(layer: nn.Module) -> None:
+    """Set a layer's own numbers to float32."""
+    for x in (*layer.parameters(recurse=False), *layer.buffers(recurse=False)):
+        if x.dtype in (torch.bfloat16, torch.float16):
+            x.data = x.data.float()

@@ -1,36 +1,41 @@
-"""A DiT's block: attention among tokens and a perceptron for each, modulated by the condition (Peebles & Xie 2023).
+"""A DiT's block: attention over the tokens and a perceptron for each, modulated by a condition (Peebles & Xie 2023).
 
-The parts are functions of their own: blocks that read a text (`dumo.nets.reading`) put others between them.
+Modern blocks are those of LightningDiT (Yao et al. 2025): RMS norms (Zhang & Sennrich 2019), query and key norms
+(Dehghani et al. 2023), SwiGLU with as many parameters (Shazeer 2020), and rotary positions.
 """
 
-from typing import Literal, NamedTuple
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
+import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from dumo.nets.norm import EPS, Norm, modulated
-from dumo.nets.rotary import turn
+from dumo.autodiff.dual import primal_only, recorded, recording
+from dumo.nets.embed import turn
 from dumo.types import Array
 
-Mlp = Literal["gelu", "swiglu"]
+EPS = 1e-6  # DiT's
 
 
 class Sizes(NamedTuple):
-    """What a block is made of."""
+    """The sizes and the kind of a block."""
 
     width: int
     attention: int  # heads
-    norm: Norm = "layer"
-    qk_norm: bool = False
-    mlp: Mlp = "gelu"
+    modern: bool = False
+    qk_norm: bool = False  # modern blocks have it anyway
 
     def gains(self) -> nn.RMSNorm | None:
-        """A norm of queries or keys, with a weight for each number of a head; None without `qk_norm`."""
-        return nn.RMSNorm(self.width // self.attention, eps=EPS) if self.qk_norm else None
+        """A norm of queries or keys, with a weight for each number of an attention head."""
+        if not (self.modern or self.qk_norm):
+            return None
+        return nn.RMSNorm(self.width // self.attention, eps=EPS)
 
 
 class Modulation(NamedTuple):
-    """What a condition does to a layer: each (b, 1, width)."""
+    """The shift, scale and gate that a condition gives a layer, each (b, 1, width)."""
 
     shift: Array
     scale: Array
@@ -38,22 +43,17 @@ class Modulation(NamedTuple):
 
 
 class Stream(nn.Module):
-    """What becomes of one stream of tokens: attention and a perceptron, each modulated and gated by the condition.
-
-    The gates start at zero (adaLN-zero).
-    """
+    """The layers of a block for one stream of tokens. Their gates start at zero (adaLN-zero)."""
 
     def __init__(self, sizes: Sizes) -> None:
         """The perceptron is four times as wide as the block."""
         super().__init__()
         width = sizes.width
-        self.mlp: Mlp = sizes.mlp
-        self.attention = sizes.attention
-        self.norm: Norm = sizes.norm
+        self.modern, self.attention = sizes.modern, sizes.attention
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        hidden = 4 * width if self.mlp == "gelu" else gated(width)
-        self.up, self.down = nn.Linear(width, hidden if self.mlp == "gelu" else 2 * hidden), nn.Linear(hidden, width)
+        hidden = gated(width) if self.modern else 4 * width
+        self.up, self.down = nn.Linear(width, 2 * hidden if self.modern else hidden), nn.Linear(hidden, width)
         self.q_norm, self.k_norm = sizes.gains(), sizes.gains()
 
     @property
@@ -63,11 +63,11 @@ class Stream(nn.Module):
 
     @property
     def fused(self) -> dict[str, int]:
-        """Layers that are several in one, rows below rows, and how many: an optimizer of matrices takes them apart."""
-        return {"modulation": 6, "qkv": 3, "up": 1 if self.mlp == "gelu" else 2}
+        """Layers that hold several matrices, row blocks of one, and how many: Muon orthogonalizes each by itself."""
+        return {"modulation": 6, "qkv": 3, "up": 2 if self.modern else 1}
 
     def modulations(self, e: Array) -> tuple[Modulation, Modulation]:
-        """What the condition e (b, width) does to attention, and to the perceptron."""
+        """The modulation of attention and that of the perceptron, from the condition e (b, width)."""
         parts = self.modulation(e).unsqueeze(1).chunk(6, -1)
         return Modulation(*parts[:3]), Modulation(*parts[3:])
 
@@ -80,8 +80,8 @@ class Stream(nn.Module):
         return h + m.gate * self.perceive(self.shown(h, m))
 
     def shown(self, h: Array, m: Modulation) -> Array:
-        """h as a layer gets it: normalized and modulated."""
-        return modulated(h, self.norm, m.shift, m.scale)
+        """The input of a layer: h normalized and modulated."""
+        return modulated(h, m.shift, m.scale, rms=self.modern)
 
     def attend(self, a: Array, *places: Array) -> Array:
         """Self-attention over the tokens."""
@@ -95,23 +95,33 @@ class Stream(nn.Module):
 
     def perceive(self, a: Array) -> Array:
         """The perceptron, token by token."""
-        if self.mlp == "gelu":
+        if not self.modern:
             return self.down(F.gelu(self.up(a), approximate="tanh"))
         gate, up = self.up(a).chunk(2, -1)
         return self.down(F.silu(gate) * up)
 
 
 class Block(Stream):
-    """A stream whose tokens look at each other alone."""
+    """A block whose tokens attend to each other alone."""
 
     def forward(self, h: Array, e: Array, *places: Array) -> Array:
-        """h (b, tokens, width), e (b, width), already through its SiLU; places: what `turns` gives, or nothing."""
+        """h (b, tokens, width); e (b, width), already through its SiLU; places: the tables of `turns`, or nothing."""
         first, second = self.modulations(e)
         return self.think(self.look(h, first, *places), second)
 
 
+def normalize(h: Array, *, rms: bool = False) -> Array:
+    """Over the last axis, without weights: mean 0 and variance 1, or with `rms` mean square 1."""
+    return F.rms_norm(h, h.shape[-1:], eps=EPS) if rms else F.layer_norm(h, h.shape[-1:], eps=EPS)
+
+
+def modulated(h: Array, shift: Array, scale: Array, *, rms: bool = False) -> Array:
+    """h (b, tokens, width), normalized, then scaled and shifted, each (b, 1, width)."""
+    return normalize(h, rms=rms) * (1 + scale) + shift
+
+
 def parted(a: Array, parts: int, attention: int) -> tuple[Array, ...]:
-    """(b, tokens, parts * width) -> so many parts by heads, each (b, attention, tokens, size)."""
+    """(b, tokens, parts * width) -> `parts` tensors (b, attention, tokens, size)."""
     size = a.shape[-1] // (parts * attention)
     return a.view(*a.shape[:2], parts, attention, size).permute(2, 0, 3, 1, 4).unbind(0)
 
@@ -128,8 +138,28 @@ def mix(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
 
 
 def gated(width: int) -> int:
-    """Hidden numbers of a gated perceptron, whose three matrices have the size of the plain one's two: 8/3 width.
+    """Hidden numbers of a gated perceptron: 8/3 width, so that its three matrices have the size of the plain one's two.
 
-    Rounded to a multiple of 8, which matrix units like.
+    Rounded to a multiple of 8, for the matrix units of a GPU.
     """
     return 8 * round(width / 3)
+
+
+def run(block: nn.Module, *inputs: Array | None, lean: bool) -> Array:
+    """The block's output. `lean`: keep its inputs alone, and compute the rest again in the backward pass.
+
+    That is activation checkpointing (Chen et al. 2016).
+    """
+    if lean and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=_again)
+    return block(*inputs)
+
+
+def run_lean(block: nn.Module, *inputs: Array | None) -> Array:
+    """`run` with `lean`, as a function for diffusers' enable_gradient_checkpointing."""
+    return run(block, *inputs, lean=True)
+
+
+def _again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Tangents on a block are known by the time it is computed again, unless they were recorded."""
+    return nullcontext(), recorded() if recording() else primal_only()

@@ -1,4 +1,4 @@
-"""Numbers in: sinusoidal embeddings of the times and knobs that an objective names, and of places on a grid."""
+"""Embeddings of numbers: of the times and knobs that an objective names, of classes, and of places on a grid."""
 
 from collections.abc import Collection
 from functools import reduce
@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from dumo.types import Array, Needs, Time
 
 FREQUENCIES = 128  # DiT: 256 features, half cosines, half sines
-PERIOD = 10_000.0  # DiT: angles run from 1 down to nearly 1 / PERIOD as fast
+PERIOD = 10_000.0  # DiT: the slowest wave is nearly PERIOD times as slow as the quickest
+ROTARY_PERIOD = 100.0  # Heo et al. 2024: the same of rotary positions
 
 
 class Scalars(nn.Module):
-    """Sum of one embedding per named input; all enter raw, times `time_scale`, and r enters as the gap t - r.
-
-    With `aux`, a net without the input r has an embedding for it still, and always r = 0: the gap is t.
+    """The sum of one embedding per input. Inputs enter raw, times `time_scale`, and r enters as the gap t - r.
 
     The quickest angle is time_scale * t radians. DiT feeds 1000 t, few-step models 1 t to 10 t: d/dt of a net is a
     derivative worth regressing only where its inputs are smooth in t (UCGM and MeanFlow feed raw t).
@@ -25,26 +24,22 @@ class Scalars(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(
-        self, names: tuple[str, ...], width: int, time_scale: float, *, count: int = FREQUENCIES, aux: bool = False
-    ) -> None:
+    def __init__(self, names: tuple[str, ...], width: int, time_scale: float, *, count: int = FREQUENCIES) -> None:
         """One two-layer perceptron of `width` per name (DiT's timestep embedder), over waves of `count` frequencies."""
         super().__init__()
-        self.names, self.aux = names, aux and "r" not in names
+        self.names = names
         falling = torch.exp(-log(PERIOD) * torch.arange(count) / count)
         self.register_buffer("frequencies", time_scale * falling, persistent=False)
-        self.embedders = nn.ModuleDict({name: _embedder(2 * count, width) for name in (*names, *("r",) * self.aux)})
+        self.embedders = nn.ModuleDict({name: _embedder(2 * count, width) for name in names})
 
     def forward(self, shift: Array | None = None, /, **inputs: Time) -> Array:
         """Return (b, width); `shift` (b, 2 count), if given, is added to the waves of every input.
 
-        Raises TypeError where the names are not those the net was built for.
+        Raises TypeError for other inputs than the net was built for.
         """
         check(self.names, inputs)
         if "r" in inputs:
             inputs["r"] = inputs["t"] - inputs["r"]
-        elif self.aux:
-            inputs["r"] = inputs["t"]
         waves = ((name, self._waves(inputs[name])) for name in self.embedders)
         return reduce(add, (self.embedders[name](w if shift is None else w + shift) for name, w in waves))
 
@@ -54,10 +49,10 @@ class Scalars(nn.Module):
 
 
 class Own(nn.Module):
-    """An embedding for every head that is told more than the others, of time and of what it alone is told (ours)."""
+    """An embedding for each head that has inputs of its own: of the time and of those inputs (ours)."""
 
     def __init__(self, needs: Needs, width: int, time_scale: float) -> None:
-        """Embeddings of `width`. A net whose heads are all told the same has no parameter here."""
+        """Embeddings of `width`. There are no parameters where all heads have the same inputs."""
         super().__init__()
         self.shared, self.names = needs.shared, needs.names
         self.heads = nn.ModuleDict(
@@ -65,21 +60,21 @@ class Own(nn.Module):
         )
 
     def forward(self, **inputs: Time) -> tuple[dict[str, Time], dict[str, Array]]:
-        """Return what all heads are told, and (b, width) for each that is told more.
+        """Return the inputs that all heads share, and an embedding (b, width) for each head with its own.
 
-        Raises TypeError where the names are not those the net was built for.
+        Raises TypeError for other inputs than the net was built for.
         """
         check(self.names, inputs)
-        more = {
+        own = {
             head: scalars(**{name: inputs[name] for name in scalars.names})
             for head, scalars in self.heads.items()
             if isinstance(scalars, Scalars)
         }
-        return {name: inputs[name] for name in self.shared}, more
+        return {name: inputs[name] for name in self.shared}, own
 
 
 def check(names: Collection[str], inputs: Collection[str]) -> None:
-    """Raise TypeError where the inputs are not those of these names."""
+    """Raise TypeError where the inputs have other names than these."""
     if set(inputs) != set(names):
         raise TypeError(f"this net takes {', '.join(names)}; it got {', '.join(inputs) or 'nothing'}")
 
@@ -108,3 +103,22 @@ def grid_waves(side: int, width: int) -> Tensor:
     waves = torch.cat([(a := place[:, None] * quarter).sin(), a.cos()], -1)
     column, row = waves.repeat(side, 1), waves.repeat_interleave(side, 0)
     return torch.cat([column, row], -1).float()
+
+
+def turns(side: int, size: int) -> tuple[Tensor, Tensor]:
+    """Rotary positions (Su et al. 2021): cosines and sines of angles on a side x side grid, each (side^2, size / 2).
+
+    Of a head's `size` numbers, a multiple of 4, half turn with the column and half with the row (Heo et al. 2024,
+    "axial"). A pair turned by a p at place p, times one turned by a q at place q, depends on p - q alone: attention
+    sees how far apart two tokens are and in which direction, but not where they are.
+    """
+    falling = torch.exp(-log(ROTARY_PERIOD) * torch.arange(size // 4, dtype=torch.float64) / (size // 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * falling
+    grid = torch.cat([angles.repeat(side, 1), angles.repeat_interleave(side, 0)], -1)  # column, then row
+    return grid.cos().float(), grid.sin().float()
+
+
+def turn(a: Array, cos: Array, sin: Array) -> Array:
+    """Turn a (b, heads, tokens, size) by the tables of `turns`: number i and number i + size / 2 are a pair."""
+    one, other = a.chunk(2, -1)
+    return torch.cat([one * cos - other * sin, other * cos + one * sin], -1).to(a.dtype)

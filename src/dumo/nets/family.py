@@ -1,9 +1,9 @@
-"""The flow transformers of diffusers that can be tuned, a row each: where their parts lie, and how they are called.
+"""The flow transformers of diffusers that can be tuned, a row each: the paths of their parts, and their arguments.
 
-A row says what no config does. Every model here learned the velocity noise - data on the linear path, at t = 0 data and
-t = 1 noise, but Z-Image and Lumina 2, which count time from the noise and give data - noise (`backward`).
+A row holds what no config does. Every model here learned the velocity noise - data on the linear path, with data at
+t = 0 and noise at t = 1; Z-Image and Lumina 2 count time from the noise and give data - noise (`backward`).
 
-That a row is right shows when the stock pipeline makes the same image as dumo does, to the bit.
+A row is right if the stock pipeline makes the same image as dumo, to the bit.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from dumo.types import Array, UserError
 
-Config = Mapping[str, Any]  # of a model, as its config.json has it
-Given = dict[str, Any]  # arguments of its forward, by name
+Config = Mapping[str, Any]  # a model's config.json
+Arguments = dict[str, Any]  # of its forward, by name
 
-TURN = 1000.0  # radians per unit of t, of the quickest wave of nearly every time embedding: it reads 1000 t
+TURN = 1000.0  # radians per unit of t of the quickest wave: nearly every time embedding reads 1000 t
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a pass is told: x as the model takes it, its own count of time (b,), and the condition of every row."""
+class Inputs:
+    """The inputs of a pass: x as the model takes it, the model's own time (b,), and the condition of every row."""
 
     x: Array  # (b, c, h, w), or packed into tokens (b, n, c p p)
     time: Array
@@ -33,39 +33,39 @@ class Told:
     pooled: Tensor | None  # (b, p)
     guidance: Array | None  # (b,), the embedded number of a distilled model
     grid: tuple[int, int]  # rows and columns of patches
-    lengths: tuple[int, ...] | None  # tokens by row, where the model wants them apart
+    lengths: tuple[int, ...] | None  # tokens by row, for a model that takes captions one by one
 
     @property
     def there(self) -> Tensor:
-        """The mask, where it may not be left out."""
+        """The mask, for a model that demands one."""
         return self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.bool) if self.mask is None else self.mask
 
 
-def plain(a: Told) -> Given:
-    """As most are called."""
+def plain(a: Inputs) -> Arguments:
+    """The arguments of most models."""
     return {"hidden_states": a.x, "timestep": a.time, "encoder_hidden_states": a.tokens}
 
 
-def pooled(a: Told) -> Given:
-    """With pooled text."""
+def pooled(a: Inputs) -> Arguments:
+    """`plain`, with pooled text."""
     return {**plain(a), "pooled_projections": a.pooled}
 
 
-def flux(a: Told) -> Given:
-    """With positions, and the number of guidance."""
+def flux(a: Inputs) -> Arguments:
+    """`pooled`, with positions, and the number of guidance."""
     ids = {"img_ids": positions(a.grid, 3, a.x), "txt_ids": a.tokens.new_zeros(a.tokens.shape[1], 3)}
     return {**pooled(a), **ids, "guidance": a.guidance}
 
 
-def flux2(a: Told) -> Given:
-    """The same in four axes; a token of text has its place in the last."""
+def flux2(a: Inputs) -> Arguments:
+    """As `flux`, with four axes: the last is the place of a token in its text; no pooled text."""
     text = a.tokens.new_zeros(a.tokens.shape[1], 4)
     text[:, 3] = torch.arange(len(text), device=text.device)
     return {**plain(a), "img_ids": positions(a.grid, 4, a.x), "txt_ids": text, "guidance": a.guidance}
 
 
-def chroma(a: Told) -> Given:
-    """The mask goes over text and image."""
+def chroma(a: Inputs) -> Arguments:
+    """As `flux`, with a mask over text and image."""
     mask = None
     if a.mask is not None:
         mask = torch.cat([a.mask, a.mask.new_ones(len(a.mask), a.grid[0] * a.grid[1])], 1)
@@ -73,60 +73,60 @@ def chroma(a: Told) -> Given:
     return {**plain(a), **ids, "attention_mask": mask}
 
 
-def sana(a: Told) -> Given:
-    """With a mask of text, and the number of guidance."""
+def sana(a: Inputs) -> Arguments:
+    """`plain`, with a mask of text, and the number of guidance."""
     return {**plain(a), "encoder_attention_mask": a.mask, "guidance": a.guidance}
 
 
-def qwen(a: Told) -> Given:
-    """With a mask of text, and the grid for positions."""
+def qwen(a: Inputs) -> Arguments:
+    """`plain`, with a mask of text, and the grid for positions."""
     shapes = [[(1, *a.grid)]] * len(a.tokens)
     return {**plain(a), "encoder_hidden_states_mask": a.mask, "img_shapes": shapes}
 
 
-def z_image(a: Told) -> Given:
+def z_image(a: Inputs) -> Arguments:
     """Lists of rows: an image is a video of one frame, a caption has no padding."""
     lengths = a.lengths or (a.tokens.shape[1],) * len(a.tokens)
     captions = [row[:n] for row, n in zip(a.tokens.unbind(), lengths, strict=True)]
     return {"x": list(a.x.unsqueeze(2).unbind(0)), "t": a.time, "cap_feats": captions}
 
 
-def lumina2(a: Told) -> Given:
-    """The mask says how long a caption is: it may not be left out."""
+def lumina2(a: Inputs) -> Arguments:
+    """`plain`, with a mask, which says how long a caption is."""
     return {**plain(a), "encoder_attention_mask": a.there}
 
 
-def cogview4(a: Told) -> Given:
-    """Sizes are pixels: eight to a latent's side, which is two to a patch's (its pipeline's)."""
+def cogview4(a: Inputs) -> Arguments:
+    """`plain`, with sizes in pixels: 16 per side of a patch, 8 per latent (its pipeline's)."""
     b, size = len(a.tokens), [16.0 * n for n in a.grid]
     sizes = a.tokens.new_tensor([size]).expand(b, 2)
     return {**plain(a), "original_size": sizes, "target_size": sizes, "crop_coords": sizes.new_zeros(b, 2)}
 
 
-def prx(a: Told) -> Given:
-    """With a mask of text."""
+def prx(a: Inputs) -> Arguments:
+    """`plain`, with a mask of text."""
     return {**plain(a), "attention_mask": a.mask}
 
 
-def video(a: Told) -> Given:
-    """An image is a video of one frame."""
+def video(a: Inputs) -> Arguments:
+    """`plain`, with an image as a video of one frame."""
     return {**plain(a), "hidden_states": a.x.unsqueeze(2)}
 
 
-def hunyuan_video(a: Told) -> Given:
-    """As `video`, with pooled text, and a mask that may not be left out."""
+def hunyuan_video(a: Inputs) -> Arguments:
+    """`video`, with pooled text, a mask, and the number of guidance."""
     more = {"encoder_attention_mask": a.there.long(), "pooled_projections": a.pooled, "guidance": a.guidance}
     return {**video(a), **more}
 
 
-def ltx(a: Told) -> Given:
-    """Tokens of a video of one frame."""
+def ltx(a: Inputs) -> Arguments:
+    """Tokens of a video of one frame, with a mask."""
     sizes = {"num_frames": 1, "height": a.grid[0], "width": a.grid[1]}
     return {**plain(a), "encoder_attention_mask": a.there, **sizes}
 
 
 def positions(grid: tuple[int, int], axes: int, like: Array) -> Tensor:
-    """Where patches lie, (n, axes): the row and the column are in places 1 and 2."""
+    """The positions of patches, (n, axes): row and column are axes 1 and 2."""
     rows, columns = (torch.arange(n, device=like.device, dtype=torch.float32) for n in grid)
     zero = rows.new_zeros(grid)
     places = [zero, rows[:, None].expand(grid), columns.expand(grid), *[zero] * (axes - 3)]
@@ -137,30 +137,29 @@ def positions(grid: tuple[int, int], axes: int, like: Array) -> Tensor:
 class Family:
     """A class of diffusers. Keys are of its config, paths of its modules."""
 
-    call: Callable[[Told], Given]
+    call: Callable[[Inputs], Arguments]
     text: str  # key: numbers of a token of text
-    pooled: str = ""  # key: numbers of pooled text, where it takes such
-    masked: bool = False  # whether it can be told which tokens there are
-    clock: Callable[[Config], float] = lambda config: 1.0  # what it counts for t = 1
-    backward: bool = False  # it counts 1 - t, and gives data - noise
+    pooled: str = ""  # key: numbers of pooled text, if it takes any
+    masked: bool = False  # whether it takes a mask of text
+    clock: Callable[[Config], float] = lambda config: 1.0  # its own time at t = 1
+    backward: bool = False  # its time is 1 - t, and its output data - noise
     turn: Callable[[Config], float] = lambda config: TURN  # radians per unit of t of its quickest wave
     embedder: str = "timestep_embedder"  # the end of the path of every two-layer perceptron over waves of t; "": none
     last: str = "proj_out"  # path: the last linear layer
-    norm: str = ""  # path: what feeds it, by the time and nothing else, where it does
     channels_last: bool = False  # of its outputs, within a patch
-    told: str = ""  # where it reads the number of its channels: "attribute" or "config"; "": nowhere
+    out_channels: str = ""  # where it reads their number: "attribute" or "config"; "": nowhere
     packed: bool = False  # it takes and gives tokens, (b, n, c p p)
-    exact: str = ""  # path: what takes time and guidance first, rounded to the precision of the layers before
-    exact_scale: float = 1.0  # of them there
+    exact: str = ""  # path: the part that takes time and guidance first, rounded to the precision of the layers before
+    exact_scale: float = 1.0  # of their numbers there
     guidance_scale: Callable[[Config], float] = lambda config: 1.0
-    idle: str = ""  # pattern of paths, LAST for the last block: layers that move nothing
-    apart: bool = False  # it takes captions of different lengths apart
-    compiles: bool = True  # torch.compile takes its blocks where a derivative rides along
-    lean_masks: bool = True  # it tells all blocks the mask where they are computed again, too
-    reads: str = ""  # path: a part that reads numbers of the mask, its second argument
+    idle: str = ""  # pattern of paths, LAST for the last block: layers that do not reach the output
+    apart: bool = False  # it takes captions one by one, each with its own length
+    compiles: bool = True  # torch.compile takes its blocks with a derivative that rides on the pass
+    lean_masks: bool = True  # it passes the mask to blocks that are computed again, too
+    reads: str = ""  # path: a part that reads the numbers of the mask, its second argument
 
     def patch(self, config: Config, channels: int) -> int:
-        """The side of a patch. Raises UserError where a sample of so many channels is not what the model takes."""
+        """The side of a patch. Raises UserError where the model takes samples of other channels."""
         takes: int = config["in_channels"]
         if not self.packed:
             sides = config.get("patch_size", config.get("all_patch_size"))
@@ -182,42 +181,42 @@ def thousand(config: Config) -> float:
 
 FAMILIES: dict[str, Family] = {
     "SD3Transformer2DModel": Family(
-        *(pooled, "joint_attention_dim", "pooled_projection_dim"),
-        clock=thousand, norm="norm_out", channels_last=True, told="attribute",
+        pooled, "joint_attention_dim", "pooled_projection_dim",
+        clock=thousand, channels_last=True, out_channels="attribute",
     ),
     "FluxTransformer2DModel": Family(
-        *(flux, "joint_attention_dim", "pooled_projection_dim"),
-        norm="norm_out", packed=True, exact="time_text_embed", exact_scale=TURN,
+        flux, "joint_attention_dim", "pooled_projection_dim",
+        packed=True, exact="time_text_embed", exact_scale=TURN,
     ),
     "Flux2Transformer2DModel": Family(
-        flux2, "joint_attention_dim", norm="norm_out", packed=True, exact="time_guidance_embed", exact_scale=TURN,
+        flux2, "joint_attention_dim", packed=True, exact="time_guidance_embed", exact_scale=TURN,
     ),
     "ChromaTransformer2DModel": Family(
-        *(chroma, "joint_attention_dim"), masked=True,
-        norm="norm_out", packed=True, exact="time_text_embed", exact_scale=TURN, embedder="", lean_masks=False,
+        chroma, "joint_attention_dim", masked=True,
+        packed=True, exact="time_text_embed", exact_scale=TURN, embedder="", lean_masks=False,
     ),
     "SanaTransformer2DModel": Family(
-        *(sana, "caption_channels"), masked=True,
+        sana, "caption_channels", masked=True,
         clock=lambda config: TURN * config.get("timestep_scale", 1.0),
         turn=lambda config: TURN * config.get("timestep_scale", 1.0),
         guidance_scale=lambda config: config["guidance_embeds_scale"],
     ),
     "QwenImageTransformer2DModel": Family(
-        *(qwen, "joint_attention_dim"), masked=True, norm="norm_out", packed=True, exact="time_text_embed",
+        qwen, "joint_attention_dim", masked=True, packed=True, exact="time_text_embed",
         idle=r"transformer_blocks\.LAST\.(attn\.to_add_out|txt_mlp)",
     ),
     "ZImageTransformer2DModel": Family(
-        *(z_image, "cap_feat_dim"), masked=True, apart=True, backward=True, turn=lambda config: config["t_scale"],
-        embedder="t_embedder.mlp", last="all_final_layer.2-1.linear", channels_last=True, told="attribute",
+        z_image, "cap_feat_dim", masked=True, apart=True, backward=True, turn=lambda config: config["t_scale"],
+        embedder="t_embedder.mlp", last="all_final_layer.2-1.linear", channels_last=True, out_channels="attribute",
     ),
     "Lumina2Transformer2DModel": Family(
         lumina2, "cap_feat_dim", masked=True, backward=True, turn=lambda config: 1.0, last="norm_out.linear_2",
-        channels_last=True, told="attribute", reads="rope_embedder",
+        channels_last=True, out_channels="attribute", reads="rope_embedder",
     ),
     "AuraFlowTransformer2DModel": Family(
-        plain, "joint_attention_dim", norm="norm_out", embedder="time_step_proj", channels_last=True, told="config",
+        plain, "joint_attention_dim", embedder="time_step_proj", channels_last=True, out_channels="config",
     ),
-    "CogView4Transformer2DModel": Family(cogview4, "text_embed_dim", clock=thousand, norm="norm_out"),
+    "CogView4Transformer2DModel": Family(cogview4, "text_embed_dim", clock=thousand),
     "PRXTransformer2DModel": Family(
         prx, "context_in_dim", masked=True, embedder="time_in", last="final_layer.linear",
         turn=lambda config: config["time_factor"], compiles=False,
@@ -245,4 +244,4 @@ def family(config: Config) -> Family:
             f"net.source holds a {kind}, which learned the noise of a diffusion, not the velocity of a flow: take a "
             f"flow transformer ({known})"
         )
-    raise UserError(f"net.source holds a {kind}, which dumo has not been tried on: take one of {known}")
+    raise UserError(f"net.source holds a {kind}, which dumo was not tested with: take one of {known}")

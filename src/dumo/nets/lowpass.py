@@ -1,14 +1,14 @@
 """A low-pass of a time embedder, so that a net which reads 1000 t can be tuned on its derivative (ours).
 
 Image models begin with waves cos(w_i t), sin(w_i t) of frequencies w_i from 1000 down to 0.1 rad, and two linear layers
-over them. So du/dt is large and rough: a flow map that is regressed on it diverges (docs/pretrained.md). What the
-embedder has learned, though, is a curve t -> temb that hardly needs its quick waves. So
+over them. So du/dt is large and rough: a flow map that is regressed on it diverges (docs/pretrained.md). But the curve
+t -> temb that the embedder has learned hardly needs its quick waves. So
 
-    cut      quick waves no longer enter: the first layer's columns for them are zero, and stay so;
-    refit    both layers are moved until the curve over [0, 1] is the old one, as nearly as slow waves can say it.
+    cut      quick waves no longer enter: the first layer's columns for them are zero, and stay zero;
+    refit    both layers are trained until their curve over [0, 1] is the old one, as closely as slow waves allow.
 
-The refit regresses the new curve on the old one: no image is needed, and seconds pass. The model keeps its class and
-shapes; what is saved has zeros where the columns were.
+The refit regresses the new curve on the old one: it needs no image, and takes seconds. The model keeps its class and
+shapes; its saved weights have zeros for the cut columns.
 """
 
 import copy
@@ -27,7 +27,7 @@ POINTS, STEPS, RATE = 256, 1000, 2e-3  # ours: times, steps of Adam, its rate at
 
 @dataclass(frozen=True)
 class Fit:
-    """How a low-pass went."""
+    """The outcome of a low-pass."""
 
     limit: float  # rad per unit of t
     kept: int  # waves
@@ -36,18 +36,18 @@ class Fit:
     error: float | None
 
     def __str__(self) -> str:
-        """In a line."""
+        """One line."""
         off = "" if self.error is None else f"; the curve of time is off by {100 * self.error:.2g} % of its spread"
         return f"low-pass at {self.limit:g} rad: {self.kept} of {self.waves} waves of time stay{off}"
 
 
 class Slow(nn.Linear):
-    """A first layer that quick waves do not reach. Whatever moves their columns, they say nothing."""
+    """A first layer that masks its quick waves, so that no update of their columns has an effect."""
 
     keep: Tensor  # (waves,), bool
 
     def __init__(self, layer: nn.Linear, keep: Tensor) -> None:
-        """Takes over the layer's parameters as they are."""
+        """Takes over the layer's parameters."""
         super().__init__(layer.in_features, layer.out_features, _biased(layer), device="meta")
         self.weight, self.bias = layer.weight, layer.bias
         self.register_buffer("keep", keep, persistent=False)
@@ -57,14 +57,14 @@ class Slow(nn.Linear):
         return super().forward(input * self.keep)
 
     def plain(self) -> nn.Linear:
-        """A layer as the model had it, with zeros for the columns."""
+        """A plain linear layer, with zeros for the masked columns."""
         layer = nn.Linear(self.in_features, self.out_features, _biased(self), device="meta")
         layer.weight, layer.bias = nn.Parameter(self.weight.detach() * self.keep), self.bias
         return layer
 
 
 def frequencies(waves: int, turn: float) -> Tensor:
-    """Of cosines, then sines: (waves,), in rad per unit of t, each half falling from `turn`; float64, on the CPU."""
+    """Those of cosines, then of sines: (waves,), in rad per unit of t, each half falling from `turn`; in float64."""
     half = waves // 2
     falling = torch.exp(-log(PERIOD) * torch.arange(half, dtype=torch.float64, device="cpu") / half)
     return (turn * falling).repeat(2)
@@ -83,7 +83,7 @@ def layers(embedder: nn.Module) -> tuple[str, nn.Linear, nn.Linear]:
 
 
 def cut(embedder: nn.Module, turn: float, limit: float) -> Fit:
-    """Let waves of up to `limit` rad alone into an embedder whose quickest are of `turn`, in place."""
+    """Mask the waves above `limit` rad of an embedder, in place. Its quickest wave has `turn` rad."""
     name, one, _ = layers(embedder)
     w = frequencies(one.in_features, turn)
     put(embedder, name, Slow(one, (keep := w <= limit).to(one.weight.device)))
@@ -91,14 +91,14 @@ def cut(embedder: nn.Module, turn: float, limit: float) -> Fit:
 
 
 def refit(embedder: nn.Module, turn: float, fit: Fit) -> Fit:
-    """Move an embedder that was cut, as `fit` says, to the curve that it had; says how far off it still is."""
+    """Train an embedder that was cut towards its old curve; returns `fit` with the remaining error."""
     if fit.kept == fit.waves:
         return fit
     old = copy.deepcopy(embedder)
-    (name, slow, _), (_, as_it_was, _) = layers(embedder), layers(old)
+    (name, slow, _), (_, first, _) = layers(embedder), layers(old)
     assert isinstance(slow, Slow)
     whole = nn.Linear(slow.in_features, slow.out_features, _biased(slow), device="meta")
-    whole.weight, whole.bias = as_it_was.weight, as_it_was.bias
+    whole.weight, whole.bias = first.weight, first.bias
     put(old, name, whole)
     with torch.no_grad():
         slow.weight.mul_(slow.keep)
@@ -106,15 +106,15 @@ def refit(embedder: nn.Module, turn: float, fit: Fit) -> Fit:
 
 
 def regress(new: nn.Module, old: nn.Module, w: Tensor) -> float:
-    """Move an embedder until its curve is the old one's; returns how far it is off between the points, as `Fit`.
+    """Train an embedder towards another one's curve; returns the error between the points, as `Fit` has it.
 
-    On a GPU where there is one; weights end up where and as they were, in float32.
+    On a GPU where there is one; weights return to their device, in float32.
     """
     there = next(new.parameters()).device
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     t = (torch.arange(2 * POINTS, dtype=torch.float64) + 0.5) / (2 * POINTS)
-    seen = waves(t, w).float().to(here)
-    trained, between = seen[::2], seen[1::2]
+    inputs = waves(t, w).float().to(here)
+    trained, between = inputs[::2], inputs[1::2]
     new, old = new.to(here), old.to(here).requires_grad_(False)
     before = [p.requires_grad for p in new.parameters()]
     optimizer = torch.optim.Adam(new.requires_grad_(True).parameters(), RATE)

@@ -1,18 +1,18 @@
-"""Magnitude preservation (EDM2, Karras et al. 2024): what enters and leaves a layer of the trunk has mean square 1.
+"""Magnitude preservation (EDM2, Karras et al. 2024): inputs and outputs of a block's layers have mean square 1.
 
-Weights that only ever grow lower the rate at which a net learns, each layer's at its own pace. EDM2 takes that out:
+Weights that grow during training lower the effective learning rate, of each layer at its own pace. EDM2 removes that:
 
-- A linear layer has no bias, and uses its rows at length 1 (Sec. 2.3): inputs of mean square 1, that are as good as
-  uncorrelated, come out so. The gradient is orthogonal to a row, so a step makes it longer; `shorten` after each step
-  brings it back to 1. EDM2's rows have length sqrt(inputs); with 1 the learning rates of the other nets serve (ours).
-- A bend is divided by the root of its mean square over N(0, 1) (Sec. 2.4, Eq. 81).
-- A sum of h and a branch a is divided by what it adds to the magnitude (Eq. 88): with a gate g in the place of EDM2's
-  fixed weights, (h + g a) / sqrt(1 + g^2). EDM2 has g = 3/7; here the condition sets it, from 0 on, as adaLN-zero does
+- A linear layer has no bias and uses its rows at length 1 (Sec. 2.3): uncorrelated inputs of mean square 1 give outputs
+  of mean square 1. The gradient is orthogonal to a row, so a step makes it longer; `shorten` after each step brings it
+  back to 1. EDM2's rows have length sqrt(inputs); with 1 the learning rates of the other nets fit (ours).
+- An activation is divided by the root of its mean square over N(0, 1) (Sec. 2.4, Eq. 81).
+- A sum of h and a branch a is divided by the growth of its magnitude (Eq. 88): with a gate g for EDM2's fixed weights,
+  (h + g a) / sqrt(1 + g^2). EDM2 has g = 3/7; here the condition sets it, and it starts at 0, as adaLN-zero's does
   (ours). So a block starts as the identity.
-- A norm stands behind the modulation, not before it (ours): what a layer takes in has mean square 1 at any scale and
-  shift. Bill et al. 2025, who train transformers so, leave both norm and shift out.
+- The norm follows the modulation, where adaLN has it before (ours): at any scale and shift a layer's input has mean
+  square 1. Bill et al. 2025, who train transformers so, leave out both norm and shift.
 
-Attention still averages values, as in EDM2. The embeddings, the modulations and the heads are as ever.
+Attention still averages values, as in EDM2. Embeddings, modulations and heads are unchanged.
 """
 
 from typing import Literal
@@ -21,16 +21,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dumo.nets.block import Block, Mlp, Modulation, Sizes
-from dumo.nets.norm import normalize
+from dumo.nets.block import Block, Modulation, Sizes, normalize
 from dumo.types import Array
 
 Magnitude = Literal["free", "preserved"]
-ROOT: dict[Mlp, float] = {"gelu": 0.652, "swiglu": 0.596}  # of E[f(x)^2], x ~ N(0, 1); swiglu: EDM2, Eq. 81
+GELU, SWIGLU = 0.652, 0.596  # roots of E[f(x)^2], x ~ N(0, 1); SwiGLU: EDM2, Eq. 81
 
 
 class Unit(nn.Linear):
-    """A linear layer without bias, whose rows count by their directions alone."""
+    """A linear layer without bias, of whose rows only the directions count."""
 
     def __init__(self, into: int, out: int) -> None:
         """From `into` to `out` numbers."""
@@ -45,7 +44,7 @@ class Preserving(Block):
     """A block that keeps the mean square of its tokens."""
 
     def __init__(self, sizes: Sizes) -> None:
-        """As `Block`."""
+        """`Block` with units for its linear layers, except those that start at zero."""
         super().__init__(sizes)
         for name, layer in [*self.named_children()]:
             if isinstance(layer, nn.Linear) and layer not in self.silent:
@@ -60,21 +59,21 @@ class Preserving(Block):
         return blend(h, self.perceive(self.shown(h, m)), m.gate)
 
     def shown(self, h: Array, m: Modulation) -> Array:
-        """h as a layer gets it: modulated, then normalized."""
-        return normalize(h * (1 + m.scale) + m.shift, self.norm)
+        """The input of a layer: h modulated, then normalized."""
+        return normalize(h * (1 + m.scale) + m.shift, rms=self.modern)
 
     def perceive(self, a: Array) -> Array:
         """The perceptron, token by token."""
-        return super().perceive(a) / ROOT[self.mlp]
+        return super().perceive(a) / (SWIGLU if self.modern else GELU)
 
 
 def blend(h: Array, a: Array, gate: Array) -> Array:
-    """h + gate a, over what that does to the magnitude where h and a are uncorrelated and of the same one."""
+    """h + gate a over sqrt(1 + gate^2), its magnitude where h and a have mean square 1 and are uncorrelated."""
     return (h + gate * a) / (1 + gate * gate) ** 0.5
 
 
 @torch.no_grad()
 def shorten(net: nn.Module) -> None:
-    """Make the rows of all units as long as they are used, in place."""
+    """Scale the rows of all units to length 1, in place."""
     for layer in (layer for layer in net.modules() if isinstance(layer, Unit)):
         layer.weight.copy_(F.normalize(layer.weight, dim=1))

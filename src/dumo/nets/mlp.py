@@ -1,7 +1,7 @@
 """A residual perceptron, for points in the plane."""
 
 from math import prod
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import nn
@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from dumo.bound import BLOCKS, CHANNELS, FACTOR
 from dumo.nets.embed import Own, Scalars, label_table
-from dumo.nets.head import Gauges, block_of
-from dumo.nets.precondition import Precondition, framed
+from dumo.nets.head import Gauges
+from dumo.nets.precondition import Precondition
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time
 
 
@@ -18,10 +18,10 @@ class MLP(Spec):
     """`depth` residual layers of `width`; times and label are added to the input's embedding."""
 
     kind: Literal["mlp"] = "mlp"
+    precondition: ClassVar[Precondition] = "none"
     width: int = Field(default=256, ge=1, le=CHANNELS)
     depth: int = Field(default=4, ge=1, le=BLOCKS)
     time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)
-    precondition: Precondition = "none"  # of what goes into the layers and comes out of them; linear path only
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "Perceptron":
         """A net with the inputs, heads and gauges of `needs` for samples of `shape`; 0 classes: no label."""
@@ -35,7 +35,6 @@ class Perceptron(nn.Module):
         """See `MLP.build`."""
         super().__init__()
         dim, width = prod(shape), spec.width
-        self.precondition: Precondition = spec.precondition
         self.scalars = Scalars(needs.shared, width, spec.time_scale)
         self.own = Own(needs, width, spec.time_scale)
         self.label = label_table(classes, width) if classes else None
@@ -43,22 +42,18 @@ class Perceptron(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(spec.depth))
         self.heads = nn.ModuleDict({name: nn.Linear(width, dim) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
-        self.inside = block_of(needs, spec.depth)
         for head in self.heads.values():
             nn.init.zeros_(head.weight)  # pyright: ignore[reportArgumentType]
             nn.init.zeros_(head.bias)  # pyright: ignore[reportArgumentType]
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        """Return the heads, shaped like x, then the gauges, in the order of the needs, and what is inside."""
+        """Return the heads, shaped like x, then the gauges, in the order of the needs."""
         shared, own = self.own(**inputs)
-        x, out = framed(self.precondition, x, shared["t"])
         h: Array = self.embed(x.flatten(1)) + self.scalars(**shared)
         if self.label is not None:
             h = h + self.label(c)
-        inside: list[Array] = []
-        for k, layer in enumerate(self.layers, start=1):
+        for layer in self.layers:
             h = h + layer(F.silu(h))
-            inside += [h] if k == self.inside else []
-        told = F.silu(h)
-        heads = (out(head(F.silu(h + own[k]) if k in own else told).view(x.shape)) for k, head in self.heads.items())
-        return *heads, *(self.gauges(**shared) if self.gauges else ()), *inside
+        last = F.silu(h)
+        heads = (head(F.silu(h + own[k]) if k in own else last).view(x.shape) for k, head in self.heads.items())
+        return *heads, *(self.gauges(**shared) if self.gauges else ())

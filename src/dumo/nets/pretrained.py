@@ -1,4 +1,4 @@
-"""A flow transformer that others trained, from a folder as diffusers saves it, to be tuned (docs/pretrained.md)."""
+"""A published flow transformer, from a folder as diffusers saves it, to be tuned (docs/pretrained.md)."""
 
 import json
 import warnings
@@ -10,17 +10,16 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from dumo.bound import BLOCKS, FACTOR
+from dumo.bound import FACTOR
 from dumo.io import weights
-from dumo.io.json import read_json
-from dumo.io.path import user_path
-from dumo.nets import checkpointing
+from dumo.io.read import read_json, user_path
 from dumo.nets.adapter import Lora
+from dumo.nets.block import run_lean
 from dumo.nets.dualized import Dualized
 from dumo.nets.family import TURN, Config, Family, family
 from dumo.nets.precondition import Precondition
-from dumo.nets.text import Text, Texts
-from dumo.nets.text.file import codes
+from dumo.nets.rows import Texts, codes
+from dumo.nets.text import Text
 from dumo.types import Needs, Spec, UserError
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -31,9 +30,15 @@ PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image")
 SMALL = ("sd3-small", "sd3-digits")  # ours: for latents of CIFAR-10, and for digits
 HINT = f"net.source names a folder with {CONFIG} and {WEIGHTS}, as diffusers saves a transformer or a pipeline."
 HEADS = ("v", "u")
-LISTS = (  # keys of how many blocks a model has of a kind
-    *("num_layers", "num_single_layers", "num_mmdit_layers", "num_single_dit_layers", "num_refiner_layers"),
-    *("n_layers", "n_refiner_layers", "depth"),
+DEPTHS = (  # keys of a config: numbers of blocks
+    "num_layers",
+    "num_single_layers",
+    "num_mmdit_layers",
+    "num_single_dit_layers",
+    "num_refiner_layers",
+    "n_layers",
+    "n_refiner_layers",
+    "depth",
 )
 
 
@@ -43,13 +48,11 @@ class Pretrained(Spec):
     kind: Literal["diffusers"] = "diffusers"
     precondition: ClassVar[Precondition] = "none"
     source: str  # the folder of a transformer, or of a pipeline; or a name in PUBLISHED or SMALL, which has no weights
-    weights: Literal["source", "drawn"] = "source"  # drawn: from config.json alone, anew
-    depth: int | None = Field(default=None, ge=1, le=BLOCKS)  # so many blocks of each kind, drawn; None: all
+    weights: Literal["source", "drawn"] = "source"  # drawn: random weights for the config.json
     lora: Lora | None = None  # None: all weights are tuned
-    lowpass: float | None = Field(default=10.0, gt=0, le=FACTOR)  # rad: quicker waves of time are cut; None: as it is
+    lowpass: float | None = Field(default=10.0, gt=0, le=FACTOR)  # rad: quicker waves of time are cut; None: none are
     guidance: float | None = Field(default=None, ge=0, le=FACTOR)  # the embedded number of a distilled model
-    texts: Text | None = None  # what a text encoder made; None: codes for the classes
-    own_norm: bool = False  # a norm of its own for every head, where a model has one that can be copied
+    texts: Text | None = None  # embeddings of captions; None: codes for the classes
     checkpoint: bool = False  # keep each block's input alone, and compute the rest again in the backward pass
 
     @property
@@ -57,12 +60,10 @@ class Pretrained(Spec):
         """The quickest wave of time that the net may read, in radians per unit of t."""
         return self.lowpass or TURN
 
-    @property
-    def short(self) -> "Pretrained":
-        """With one block of each kind, drawn, where all fits a model or none does; else as it is."""
-        if self.depth or (self.lora and self.lora.targets):
-            return self
-        return self.model_copy(update={"depth": 1, "weights": "drawn"})
+    def short(self, depth: int) -> "Shortened":
+        """The same model with up to `depth` blocks of each kind and random weights: for checks that read no weights."""
+        fields: dict[str, Any] = {**dict(self), "weights": "drawn", "depth": depth}
+        return Shortened.model_construct(None, **fields)  # unchecked: doctor's texts are in no recipe, either
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> Dualized:
         """A net with the heads of `needs`, for images or latents of `shape`; on the meta device from config.json alone.
@@ -72,30 +73,24 @@ class Pretrained(Spec):
         demand(needs)
         if len(shape) != 3:
             raise UserError(f"net 'diffusers' takes images, not samples of shape {shape}: use net.kind mlp")
-        folder, given = read_config(self.source)
-        row = family(given)
-        model = self.model(folder, given)
+        folder, config = read_config(self.source)
+        row = family(config)
+        model = self.model(folder, self.shaped(config))
         self.fit(row, config := model.config)
         p = row.patch(config, shape[0])
         if shape[1] % p or shape[2] % p:
             raise UserError(f"net.source cuts patches of {p} x {p}, which do not divide the data's sides {shape[1:]}")
-        told = self.told(row, config, classes)
-        if self.checkpoint and told.masked and not row.lean_masks:
+        texts = self.text_rows(row, config, classes)
+        if self.checkpoint and texts.masked and not row.lean_masks:
             raise UserError(
                 f"net.source is a {config['_class_name']}, which forgets the mask of its texts in blocks that are "
                 "computed again: set net.checkpoint=false, or leave the mask out of net.texts"
             )
         if self.checkpoint:
-            model.enable_gradient_checkpointing(checkpointing.leanly)
-        return Dualized(
-            *(model, row, told, needs.heads, p),
-            guidance=self.guidance,
-            lora=self.lora,
-            limit=self.lowpass,
-            own_norm=self.own_norm,
-        )
+            model.enable_gradient_checkpointing(run_lean)
+        return Dualized(model, row, texts, needs.heads, p, guidance=self.guidance, lora=self.lora, limit=self.lowpass)
 
-    def told(self, row: Family, config: Config, classes: int) -> Texts:
+    def text_rows(self, row: Family, config: Config, classes: int) -> Texts:
         """The rows of text, or codes. Raises UserError where the rows are not what the model takes."""
         width, pooled = config[row.text], config[row.pooled] if row.pooled else 0
         if self.texts is None:
@@ -103,12 +98,11 @@ class Pretrained(Spec):
         found = self.texts.build(classes)
         for what, has, takes in (("tokens", found.width, width), ("pooled", found.pooled_width, pooled)):
             if has != takes:
-                said, wants = (f"{n} numbers" if n else "none" for n in (has, takes))
-                raise UserError(f"net.texts has {what} of {said}, this model takes {wants}: take another text encoder")
+                there, wants = (f"{n} numbers" if n else "none" for n in (has, takes))
+                raise UserError(f"net.texts has {what} of {there}, this model takes {wants}: take another text encoder")
         if found.masked and not row.masked:
             raise UserError(
-                "net.texts has a mask, of which this model can be told nothing: leave it out, or set "
-                "net.texts.encoder.pad=true"
+                "net.texts has a mask, and this model takes none: leave it out, or set net.texts.encoder.pad=true"
             )
         return found
 
@@ -123,13 +117,13 @@ class Pretrained(Spec):
             raise UserError(
                 f"{what}, for whose embedding of time there is no low-pass: set net.lowpass=null, and an exact slope"
             )
-        if self.own_norm and not row.norm:
-            raise UserError(f"{what}, whose last norm cannot be copied: set net.own_norm=false")
-        if self.lora and self.lora.dropout and self.checkpoint:
-            raise UserError("net.lora.dropout and net.checkpoint do not go together: set one of them to 0 or false")
+
+    def shaped(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The config of the model that is built: the source's."""
+        return config
 
     def model(self, folder: Path | None, config: dict[str, Any]) -> Any:  # noqa: ANN401, a model of diffusers
-        """The model as the source has it: in float32, or as it is stored, where what rests of it is kept in bf16.
+        """The model in float32, or as it is stored where its frozen weights are kept in bf16.
 
         Raises UserError where weights are missing or do not fit.
         """
@@ -137,54 +131,59 @@ class Pretrained(Spec):
             import diffusers  # slow to import, and an extra
         except ImportError as error:
             raise UserError("net 'diffusers' needs diffusers: pip install 'dumo[pretrained]'") from error
+        kind = getattr(diffusers, config["_class_name"])
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # its own, of its own code
-            return self.loaded(getattr(diffusers, config["_class_name"]), folder, config)
+            warnings.simplefilter("ignore", FutureWarning)  # diffusers', of its own code
+            if torch.get_default_device().type == "meta" or self.weights == "drawn":
+                return kind.from_config(config)
+            return self.load(kind, with_weights(folder, self.source, config), config)
 
-    def loaded(self, kind: Any, folder: Path | None, config: dict[str, Any]) -> Any:  # noqa: ANN401, as `model`
-        """The model of a class of diffusers. Raises as `model`."""
-        if self.depth:
-            if self.weights == "source":
-                raise UserError(
-                    "net.depth leaves blocks out, so a whole model's weights do not fit: set net.weights=drawn"
-                )
-            config = {key: min(value, self.depth) if key in LISTS else value for key, value in config.items()}
-        if torch.get_default_device().type == "meta" or self.weights == "drawn":
-            return kind.from_config(config)
-        folder = with_weights(folder, self.source, config)
+    def load(self, kind: Any, folder: Path, config: dict[str, Any]) -> Any:  # noqa: ANN401, as `model`
+        """The model with the weights of a folder. Raises as `model`."""
         halves = self.lora is not None and self.lora.frozen == "bfloat16"
         try:
-            model, told = kind.from_pretrained(
-                *(folder,),
-                output_loading_info=True, use_safetensors=True, local_files_only=True,
+            model, info = kind.from_pretrained(
+                folder,
+                output_loading_info=True,
+                use_safetensors=True,
+                local_files_only=True,
                 torch_dtype=torch.bfloat16 if halves else torch.float32,
-            )  # fmt: skip
+            )
         except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
             raise UserError(
                 f"{folder} holds no {config['_class_name']} that diffusers can load ({error}). {HINT}"
             ) from error
         names = ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if wrong := [key for name in names for key in told.get(name, ())]:
+        if wrong := [key for name in names for key in info.get(name, ())]:
             raise UserError(f"{folder}: the weights do not fit {CONFIG}: {wrong[0]} is missing, unknown or misshapen")
         if halves:
             as_stored(model, folder)
         return model
 
 
+class Shortened(Pretrained):
+    """`Pretrained.short`: in no recipe."""
+
+    depth: int  # blocks of each kind at most
+
+    def shaped(self, config: dict[str, Any]) -> dict[str, Any]:
+        """The source's config, with fewer blocks."""
+        return {key: min(value, self.depth) if key in DEPTHS else value for key, value in config.items()}
+
+
 def demand(needs: Needs) -> None:
-    """Raise UserError where an objective asks for more than velocities and flow maps at a time."""
+    """Raise UserError where an objective needs more than velocities and flow maps at a time."""
     strange = [f"head '{name}'" for name in needs.heads if name not in HEADS]
     strange += [f"input '{name}'" for name in needs.names if name != "t"] + [f"gauge '{name}'" for name in needs.gauges]
-    strange += ["what its blocks make (objective.disperse)"] * (needs.inside is not None)
     if strange:
         raise UserError(
-            f"net 'diffusers' has heads v and u, and is told t alone; this objective asks for {strange[0]}: take "
+            f"net 'diffusers' has heads v and u, and the input t alone; this objective needs {strange[0]}: take "
             "objective.kind dumo, flow_matching, ucgm or consistency"
         )
 
 
 def read_config(source: str) -> tuple[Path | None, dict[str, Any]]:
-    """The folder of a transformer, and its config.json; no folder for a published one that is known by name.
+    """The folder of a transformer, and its config.json; no folder for a model in PUBLISHED or SMALL.
 
     Raises UserError where there is none.
     """
@@ -202,12 +201,12 @@ def read_config(source: str) -> tuple[Path | None, dict[str, Any]]:
 
 
 def as_stored(model: nn.Module, folder: Path) -> None:
-    """Set what a folder holds in another dtype than the model to what is there: mapped, not read."""
-    mine = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    """Set the tensors whose dtype differs from the folder's to the folder's own: mapped, not read."""
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for file in folder.glob(f"{Path(WEIGHTS).stem}*.safetensors"):
         for name, x in weights.load(file).items():
-            if name in mine and mine[name].dtype != x.dtype:
-                mine[name].data = x
+            if name in own and own[name].dtype != x.dtype:
+                own[name].data = x
 
 
 def with_weights(folder: Path | None, source: str, config: Config) -> Path:
@@ -221,9 +220,9 @@ def with_weights(folder: Path | None, source: str, config: Config) -> Path:
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
         return folder
     if (folder / PICKLE).is_file():
-        with weights.opened(folder / PICKLE):
+        with weights.open_safetensors(folder / PICKLE):
             pass
     raise UserError(
-        f"net.source: {folder} has {CONFIG} and no weights: put {WEIGHTS} beside it, or set net.weights=drawn to begin "
-        "anew"
+        f"net.source: {folder} has {CONFIG} and no weights: put {WEIGHTS} next to it, or set net.weights=drawn to "
+        "start from random ones"
     )

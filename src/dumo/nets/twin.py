@@ -1,7 +1,7 @@
-"""Several heads of a model that has one: its last linear layer, once per head, in the place of the one there was.
+"""Several heads for a model that has one: its last linear layer, once per head, in the old layer's place.
 
 The model's own tail, which makes an image of patches, then makes one with the channels of all heads, so no model is
-forked. Each head starts as a copy of the old layer: all give what the model gave, to the bit.
+forked. Each head starts as a copy of the old layer: all give the model's own output, to the bit.
 """
 
 import copy
@@ -17,50 +17,32 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Head(nn.Module):
-    """What a head has for itself: its last layer, and perhaps the norm that feeds it."""
+    """A head's own last layer."""
 
     out: nn.Linear
-    norm: nn.Module | None
 
-    def __init__(self, out: nn.Linear, norm: nn.Module | None) -> None:
-        """Copies, with gradients."""
+    def __init__(self, out: nn.Linear) -> None:
+        """A copy of the layer, with gradients."""
         super().__init__()
         self.out = copy.deepcopy(out).requires_grad_(True)
-        self.norm = None if norm is None else copy.deepcopy(norm).requires_grad_(True)
 
 
 class Outs(nn.Module):
-    """In the place of the last layer. It holds no parameters of its own: the net holds the heads."""
+    """The last layers of all heads, as one layer. It has no parameters of its own: the net holds the heads."""
 
     layers: tuple[nn.Module, ...]
 
-    def __init__(self, layers: Sequence[nn.Module], channels: int | None, own: bool) -> None:
-        """`channels` of a head, where they are a patch's last axis; `own`: each layer has features of its own."""
+    def __init__(self, layers: Sequence[nn.Module], channels: int | None) -> None:
+        """`channels` of a head, where they are a patch's last axis."""
         super().__init__()
-        self.layers, self.channels, self.own = tuple(layers), channels, own
+        self.layers, self.channels = tuple(layers), channels
 
     def forward(self, h: Array) -> Array:
-        """h (..., width), or of all heads beside one another; returns (..., heads x numbers of a patch)."""
-        parts = h.chunk(len(self.layers), -1) if self.own else [h] * len(self.layers)
-        outs = [layer(part) for layer, part in zip(self.layers, parts, strict=True)]
+        """h (..., width); returns (..., heads x numbers of a patch)."""
+        outs = [layer(h) for layer in self.layers]
         if self.channels is None:
             return torch.cat(outs, -1)
         return torch.cat([out.unflatten(-1, (-1, self.channels)) for out in outs], -1).flatten(-2)
-
-
-class Norms(nn.Module):
-    """In the place of the norm before the last layer: one per head."""
-
-    layers: tuple[nn.Module, ...]
-
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        """As `Outs`, it holds none."""
-        super().__init__()
-        self.layers = tuple(layers)
-
-    def forward(self, *given: Array) -> Array:
-        """Features of all heads, beside one another."""
-        return torch.cat([layer(*given) for layer in self.layers], -1)
 
 
 def put(model: nn.Module, path: str, part: nn.Module) -> None:
@@ -70,7 +52,7 @@ def put(model: nn.Module, path: str, part: nn.Module) -> None:
 
 
 def exchanged(model: M, parts: Mapping[str, nn.Module]) -> M:
-    """The model with other parts, by path. All else is shared, and the model itself left as it is."""
+    """A model with these parts, by path. It shares everything else, and the old model stays as it is."""
     new = copy.copy(model)
     new._modules = dict(model._modules)
     below: dict[str, dict[str, nn.Module]] = {}
@@ -86,28 +68,28 @@ def exchanged(model: M, parts: Mapping[str, nn.Module]) -> M:
 
 
 def unsaved(layer: nn.Module) -> list[str]:
-    """Leave a layer's own buffers, fixed numbers in these models, out of its state dict; returns which were in it."""
+    """Remove a layer's own buffers, fixed numbers in these models, from its state dict; returns their names."""
     names = [name for name in layer._buffers if name not in layer._non_persistent_buffers_set]
     layer._non_persistent_buffers_set.update(names)
     return names
 
 
 def saved(layer: M, names: Collection[str]) -> M:
-    """A layer that shares all with this one, and has these buffers in its state dict."""
+    """A layer that shares everything with this one, and has these buffers in its state dict."""
     new = copy.copy(layer)
     new._non_persistent_buffers_set = layer._non_persistent_buffers_set - set(names)
     return new
 
 
-def tell(model: Any, told: str, channels: int) -> None:  # noqa: ANN401, a model of diffusers
-    """Tell a model how many channels it gives, where it reads their number: in an "attribute", or its "config"."""
-    if told == "attribute":
+def set_channels(model: Any, where: str, channels: int) -> None:  # noqa: ANN401, a model of diffusers
+    """Set the number of output channels where a model reads it: in an "attribute", its "config", or nowhere."""
+    if where == "attribute":
         model.out_channels = channels
-    elif told == "config":
+    elif where == "config":
         model.register_to_config(out_channels=channels)
 
 
 def heads_of(out: Array | list[Array], heads: int) -> tuple[Array, ...]:
-    """A model's output, of one frame where it is a video, cut into its heads."""
+    """A model's output, one frame where it is a video, cut into its heads."""
     image = torch.stack(out) if isinstance(out, list) else out
     return (image.squeeze(2) if image.ndim == 5 else image).chunk(heads, 1)

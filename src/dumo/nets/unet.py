@@ -1,11 +1,12 @@
 """The U-Net that EDM trains on CIFAR-10 (Karras et al. 2022, Tab. 7, "DDPM++"), after Song et al. 2021, DDPM++.
 
-Residual blocks at falling resolution, two in the middle, and as many at rising resolution, each of which takes in one
+Residual blocks at falling resolution, two in the middle, and blocks at rising resolution, each of which takes in one
 output of the way down. Halving is the mean of 2 x 2 places and doubling their repetition: the filter [1, 1].
-With 3 channels in and out and one head it has 55.73 M parameters. That is EDM's net but for the times, which enter as
-dumo's do (`Scalars`), and for the last convolution of each branch, which starts at zero, not at 1e-5 of its size.
+With 3 channels in and out and one head it has 55.73 M parameters. That is EDM's net, except for the times, which enter
+as in all nets of dumo (`Scalars`), and for the last convolution of each branch, which starts at zero, not at 1e-5 of
+its size.
 
-A head is one output layer: norm, SiLU, convolution; of 55.73 M a further one is 7 k.
+A head is one output layer: norm, SiLU, convolution; a further one has 7 k parameters.
 """
 
 from collections.abc import Iterator
@@ -20,31 +21,30 @@ from torch.nn import functional as F
 from dumo.bound import BLOCKS, CHANNELS, FACTOR
 from dumo.flow import dropout
 from dumo.flow.dropout import Keys, drop
-from dumo.nets.checkpointing import run
 from dumo.nets.embed import Own, Scalars, label_table
 from dumo.nets.head import Gauges
-from dumo.nets.precondition import Precondition, framed
+from dumo.nets.precondition import Precondition
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
 EPS = 1e-6  # of group norms: Song et al.
-EMBED = 4  # the embedding is so many times as wide as the net
+EMBED = 4  # width of the embedding over the net's
 
 
 class UNet(Spec):
-    """A U-Net by its sizes; as it is, EDM's for CIFAR-10."""
+    """A U-Net by its sizes; the defaults are EDM's for CIFAR-10. Attention has one head, as there."""
 
     kind: Literal["unet"] = "unet"
+    precondition: ClassVar[Precondition] = "none"
     width: int = Field(default=128, ge=4, le=CHANNELS, multiple_of=4)  # channels at multiplier 1
     # of the channels, per resolution
-    multipliers: tuple[Annotated[int, Field(le=CHANNELS)], ...] = Field(default=(2, 2, 2), min_length=1, max_length=14)
+    multipliers: tuple[Annotated[int, Field(ge=1, le=CHANNELS)], ...] = Field(
+        default=(2, 2, 2), min_length=1, max_length=14
+    )
     depth: int = Field(default=4, ge=1, le=BLOCKS)  # blocks per resolution on the way down; one more on the way up
-    attention: int = Field(default=1, ge=1, le=CHANNELS)  # attention heads
     attend: tuple[int, ...] = (16,)  # image sides with attention; the middle always has it
     dropout: float = Field(default=0.0, ge=0, lt=1)  # EDM: 0.13 for CIFAR-10
-    augment: int = Field(default=0, ge=0, le=CHANNELS)  # numbers that say how an image was augmented; EDM has 9
+    augment: int = Field(default=0, ge=0, le=CHANNELS)  # numbers that describe an augmentation; EDM has 9
     time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)
-    precondition: Precondition = "none"  # of what goes into the layers and comes out of them; linear path only
-    checkpoint: bool = False  # keep each block's input alone, and compute the rest again in the backward pass
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> "Convolutional":
         """A net with the inputs, heads and gauges of `needs` for square images of `shape`; 0 classes: no label.
@@ -58,15 +58,6 @@ class UNet(Spec):
                 f"net.multipliers names {len(self.multipliers)} resolutions, so the image side must be a multiple of "
                 f"{factor}, not {shape[1]}"
             )
-        if any(m < 1 or self.width * m % self.attention for m in self.multipliers):
-            raise UserError(
-                f"net.attention {self.attention} does not divide net.width {self.width} times each of net.multipliers "
-                f"{self.multipliers}, which must be at least 1"
-            )
-        if needs.inside is not None:
-            raise UserError(
-                "net 'unet' does not show what its blocks make: use net.kind=dit, or objective.disperse=null"
-            )
         if self.augment and classes:
             raise UserError(
                 f"net.augment takes {self.augment} numbers as the condition c, but the data has {classes} classes: "
@@ -76,11 +67,11 @@ class UNet(Spec):
 
 
 class Place(NamedTuple):
-    """What a block is asked for by where it stands."""
+    """The channels and the role of a block, by its place in the net."""
 
     into: int  # channels
     out: int
-    way: Literal["down", "through", "up"]  # down: its output is kept; up: it takes in the last one kept, and not used
+    way: Literal["down", "through", "up"]  # down: its output is kept; up: it takes in the last kept output
     attends: bool = False
     resample: Literal["half", "same", "double"] = "same"
 
@@ -110,12 +101,12 @@ def plan(spec: UNet, side: int) -> Iterator[Place]:
 class Norm(nn.GroupNorm):
     """32 groups, fewer where one would have less than 4 channels or another number than the next.
 
-    In the precision of its weights, as autocast has it on a GPU: on a CPU torch would return a tangent of another dtype
+    In the precision of its weights, as under autocast on a GPU: on a CPU torch would return a tangent of another dtype
     than the output's.
     """
 
     def __init__(self, channels: int) -> None:
-        """For so many channels, a multiple of 4."""
+        """`channels` is a multiple of 4."""
         super().__init__(gcd(32, channels // 4), channels, EPS)
 
     def forward(self, input: Array) -> Array:
@@ -124,20 +115,20 @@ class Norm(nn.GroupNorm):
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a skip, then perhaps attention; sums are scaled by sqrt(1/2), to keep the variance."""
+    """Two convolutions and a skip, then perhaps attention; sums are scaled by sqrt(1/2), to keep the variance."""
 
-    fused: ClassVar[dict[str, int]] = {"qkv": 3}  # layers that are several in one (`dumo.nets.block.Stream`)
+    fused: ClassVar[dict[str, int]] = {"qkv": 3}  # as `dumo.nets.block.Stream.fused`
 
-    def __init__(self, place: Place, embed: int, attention: int, dropout: float = 0.0) -> None:
-        """`embed` numbers of condition; `attention` heads, where the place has any; `dropout` before the last layer."""
+    def __init__(self, place: Place, embed: int, dropout: float = 0.0) -> None:
+        """`embed` numbers of condition; `dropout` before the last layer."""
         super().__init__()
         into, out = place.into, place.out
-        self.attention, self.resample = attention if place.attends else 0, place.resample
+        self.attends, self.resample = place.attends, place.resample
         self.norm_1, self.conv_1 = Norm(into), nn.Conv2d(into, out, 3, padding=1)
         self.shift = nn.Linear(embed, out)
         self.norm_2, self.conv_2, self.dropout = Norm(out), nn.Conv2d(out, out, 3, padding=1), dropout
         self.skip = nn.Identity() if into == out and place.resample == "same" else nn.Conv2d(into, out, 1)
-        if self.attention:
+        if self.attends:
             self.norm_3, self.qkv, self.out = Norm(out), nn.Conv2d(out, 3 * out, 1), nn.Conv2d(out, out, 1)
 
     def forward(self, h: Array, e: Array, rows: Keys | None = None) -> Array:
@@ -146,12 +137,12 @@ class Residual(nn.Module):
         a = F.silu(self.norm_2(a))
         a = self.conv_2(a if rows is None else drop(a, rows, self.dropout))
         h = (self.skip(self._resampled(h)) + a) * sqrt(0.5)
-        return (h + self.attend(h)) * sqrt(0.5) if self.attention else h
+        return (h + self.attend(h)) * sqrt(0.5) if self.attends else h
 
     def attend(self, h: Array) -> Array:
         """Self-attention over the places."""
         b, ch, side, _ = h.shape
-        q, k, v = self.qkv(self.norm_3(h)).view(b, 3, self.attention, -1, side**2).transpose(3, 4).unbind(1)
+        q, k, v = self.qkv(self.norm_3(h)).view(b, 3, 1, -1, side**2).transpose(3, 4).unbind(1)
         a = F.scaled_dot_product_attention(q, k, v)
         return self.out(a.transpose(2, 3).reshape(b, ch, side, side))
 
@@ -162,10 +153,10 @@ class Residual(nn.Module):
 
 
 class Head(nn.Sequential):
-    """An output layer: norm, SiLU, convolution; what it alone is told, if anything, shifts and scales its norm."""
+    """An output layer: norm, SiLU, convolution; an embedding of its own, if any, shifts and scales its norm."""
 
     def __init__(self, channels: int, out: int) -> None:
-        """From so many channels to `out`."""
+        """From `channels` to `out`."""
         super().__init__(Norm(channels), nn.SiLU(), nn.Conv2d(channels, out, 3, padding=1))
 
     def forward(self, input: Array, own: Array | None = None) -> Array:
@@ -179,25 +170,22 @@ class Head(nn.Sequential):
 
 
 class Convolutional(nn.Module):
-    """The net of a `UNet` spec. Its blocks, from first to last, are `blocks`; of them some join an earlier output."""
+    """The net of a `UNet` spec. `blocks` has its blocks from first to last, of all three ways."""
 
     def __init__(self, spec: UNet, needs: Needs, shape: tuple[int, ...], classes: int) -> None:
         """See `UNet.build`."""
         super().__init__()
         width, channels = spec.width, shape[0]
-        self.precondition: Precondition = spec.precondition
         self.scalars = Scalars(needs.shared, EMBED * width, spec.time_scale, count=width // 2)
         self.label = label_table(classes, width) if classes else None
         self.augment = nn.Linear(spec.augment, width, bias=False) if spec.augment else None
         self.embed = nn.Conv2d(channels, width, 3, padding=1)
         self.places = tuple(plan(spec, shape[1]))
-        self.blocks = nn.ModuleList(
-            Residual(place, EMBED * width, spec.attention, spec.dropout) for place in self.places
-        )
+        self.blocks = nn.ModuleList(Residual(place, EMBED * width, spec.dropout) for place in self.places)
         self.own = Own(needs, 2 * (last := self.places[-1].out), spec.time_scale)
         self.heads = nn.ModuleDict({name: Head(last, channels) for name in needs.heads})
         self.gauges = Gauges(needs, width, spec.time_scale) if needs.gauges else None
-        self.gradient_checkpointing, self.dropout = spec.checkpoint, spec.dropout
+        self.dropout = spec.dropout
         self._initialize()
 
     def forward(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
@@ -205,20 +193,17 @@ class Convolutional(nn.Module):
         shared, own = self.own(**inputs)
         e = F.silu(self.scalars(self._shift(x, c), **shared))
         rows = dropout.current(x.shape[0]) if self.training and self.dropout else None
-        x, out = framed(self.precondition, x, shared["t"])
         h: Array = self.embed(x)
         kept = [h]
         for i, (block, place) in enumerate(zip(self.blocks, self.places, strict=True)):
             h = torch.cat([h, kept.pop()], 1) if place.way == "up" else h
-            h = run(
-                block, h, e, None if rows is None else dropout.layer_keys(rows, i), lean=self.gradient_checkpointing
-            )
+            h = block(h, e, None if rows is None else dropout.layer_keys(rows, i))
             kept += [h] if place.way == "down" else []
-        heads = (out(head(h, own.get(name))) for name, head in self.heads.items())
+        heads = (head(h, own.get(name)) for name, head in self.heads.items())
         return *heads, *(self.gauges(**shared) if self.gauges else ())
 
     def _shift(self, x: Sample, c: Cond) -> Array | None:
-        """What the condition adds to the waves of time: a class's row, or the numbers of an augmentation, if any."""
+        """The condition's part in the waves of time: a class's row, or the numbers of an augmentation, if any."""
         if self.label is not None:
             return self.label(c)
         return None if self.augment is None or c.ndim < 2 else self.augment(c.to(x.dtype))
@@ -234,7 +219,7 @@ class Convolutional(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Residual)
             ends.append(block.conv_2)
-            if block.attention:
+            if block.attends:
                 nn.init.xavier_uniform_(block.qkv.weight, sqrt(0.2))
                 ends.append(block.out)
         for layer in (*ends, *([self.gauges.out] if self.gauges else [])):

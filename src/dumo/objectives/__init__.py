@@ -7,11 +7,16 @@ from pydantic import Field
 from dumo.objectives.alpha_flow import AlphaFlow as AlphaFlow
 from dumo.objectives.cmt import CMT as CMT
 from dumo.objectives.consistency import Consistency as Consistency
+from dumo.objectives.critic import Critic as Critic
+from dumo.objectives.drift import Drift as Drift
 from dumo.objectives.dumo import DuMo as DuMo
+from dumo.objectives.dumo_any import DuMoAny as DuMoAny
+from dumo.objectives.f2d2 import F2D2 as F2D2
 from dumo.objectives.facm import FACM as FACM
 from dumo.objectives.flow_matching import FlowMatching as FlowMatching
 from dumo.objectives.imf import ImprovedMeanFlow as ImprovedMeanFlow
 from dumo.objectives.imm import IMM as IMM
+from dumo.objectives.match import Match as Match
 from dumo.objectives.meanflow import MeanFlow as MeanFlow
 from dumo.objectives.pi_flow import PiFlow as PiFlow
 from dumo.objectives.rcgm import RCGM as RCGM
@@ -28,11 +33,16 @@ Objective = Annotated[
     AlphaFlow
     | CMT
     | Consistency
+    | Critic
+    | Drift
     | DuMo
+    | DuMoAny
+    | F2D2
     | FACM
     | FlowMatching
     | IMM
     | ImprovedMeanFlow
+    | Match
     | MeanFlow
     | PiFlow
     | RCGM

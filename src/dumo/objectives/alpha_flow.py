@@ -12,8 +12,8 @@ whatever alpha, and is what this loss squares. Its floor is divided by alpha^2, 
 alpha is a number of the training's progress alone, the same for every rank: so it may decide which passes are made.
 """
 
-from math import inf, log, tanh
-from typing import Literal
+from math import log, tanh
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -30,6 +30,10 @@ from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, l
 class AlphaFlow(Spec):
     """Mean velocity from t to r, with a share of rows at r = t. Defaults: XL/2 of its `experiments-alphaflow.yaml`."""
 
+    steep: ClassVar[float] = 25.0  # gamma
+    snap: ClassVar[float] = 0.005  # alpha this near to 0 or 1 is that: clamp_value
+    clip: ClassVar[float] = 4.0  # bound of u* where alpha > 0 and r < t: clamp_utgt
+    floor: ClassVar[float] = 1e-3  # adaptive_loss_weight_eps
     kind: Literal["alpha_flow"] = "alpha_flow"
     times: Times = Pair(of=LogitNormal(mean=-0.4), flow=LogitNormal(mean=-0.4), velocity_ratio=0.5)
     drop: float = Field(default=0.1, ge=0, le=1)  # label_dropout
@@ -37,22 +41,18 @@ class AlphaFlow(Spec):
     slope: Slope = JvpSlope()  # where alpha = 0: `_compute_mean_velocity_c`
     begin: float = Field(default=0.5, ge=0, le=1)  # of the training, when alpha leaves 1: 600k steps of 1.2M
     end: float = Field(default=5 / 6, ge=0, le=1)  # and when it has come to 0: 1M
-    steep: float = Field(default=25.0, gt=0)  # gamma
-    snap: float = Field(default=0.005, ge=0, lt=0.5)  # alpha this near to 0 or 1 is that: clamp_value
-    clip: float | None = Field(default=4.0, gt=0)  # bound of u* where alpha > 0 and r < t: clamp_utgt
-    floor: float = Field(default=1e-3, gt=0)  # adaptive_loss_weight_eps
 
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        amplifies = 1 / self.snap if self.snap else inf
-        return Needs(("t", "r"), ("u",), slope=self.slope, guide=self.guide, amplifies=amplifies, phases=self.phases)
+        by = 1 / self.snap
+        return Needs(("t", "r"), ("u",), slope=self.slope, guide=self.guide, amplifies=by, phases=self.phases)
 
     @property
     def phases(self) -> tuple[tuple[float, float], ...]:
         """Where steps cost alike: a progress with alpha = 1, one between, one with 0, and the share of each."""
         middle, width = (self.begin + self.end) / 2, self.end - self.begin
-        half = min(width / 2, width / self.steep * log(1 / self.snap - 1)) if self.snap else width / 2
+        half = min(width / 2, width / self.steep * log(1 / self.snap - 1))
         found = ((0.0, middle - half), (middle, 2 * half), (1.0, 1 - middle - half))
         return tuple((progress, share) for progress, share in found if share > 0)
 
@@ -60,7 +60,6 @@ class AlphaFlow(Spec):
     def _possible(self) -> "AlphaFlow":
         if self.begin > self.end:
             raise ValueError(f"begin ({self.begin}) must not be above end ({self.end})")
-        self.guide.demand_l2("the net is asked where v* leads", "objective 'meanflow' with power=0")
         return self
 
     def alpha(self, progress: float) -> float:
@@ -93,7 +92,7 @@ class AlphaFlow(Spec):
         u_star = alpha * v_star
         if alpha < 1:
             u_star = u_star + (1 - alpha) * back(ref, b, v_star, alpha * (b.t - b.r))
-        return u_star if self.clip is None else u_star.clamp(-self.clip, self.clip)
+        return u_star.clamp(-self.clip, self.clip)
 
     def read(self, net: Net) -> Reads:
         """One head, read at two times."""

@@ -19,38 +19,86 @@ one-step sampling asks. Below, D is that of the first stage, which training begi
 `train.ref` of decay 1. On the boundary, t = `low`, r lies below it, and there the second stage learns from the first.
 """
 
-from math import inf, log
-from typing import Any, Literal
+from math import ceil, inf, log, log2
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from dumo.flow.discretization import Discretization, KarrasGrid, Ratio
+from dumo.bound import FACTOR, STEPS
+from dumo.flow.law import DEVIATION, ROOTS, karras, root
 from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
 from dumo.flow.secant import demand
-from dumo.flow.times import Karras, LogitNormal, Times
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, UserError, frozen, lift, mean_square
+from dumo.flow.times import LogitNormal, Times
+from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, Time, frozen, lift, mean_square
 
 BOUNDARY = 0.3  # TCM
 LOG_NORMAL = LogitNormal(mean=-1.1 + log(2), std=2.0)  # sigma = exp(N(-1.1, 4)) on data of standard deviation 0.5
-PRESETS: dict[str, dict[str, Any]] = {  # each with its authors' constants
-    "cm": {
-        "times": Karras(),
-        "discretization": KarrasGrid(growth="root", first=2, last=150),  # its App. C, CIFAR-10
-        "weighted": False,
-        "soft": None,  # its distance is LPIPS, a net's word for what an image is; l2, its second choice, needs none
-    },
-    "ict": {
-        "discretization": KarrasGrid(),
-        "soft": 0.00108,  # its c, 0.00054, in units of data of standard deviation 0.5
-    },
-    "ect": {},  # as it is
-}
+NEAR = 8.0  # k of ECT's mapping: how much longer a step is near the data (`training/loss.py`)
+
+
+class Ratio(Spec):
+    """sigma_r = sigma_t max(0, 1 - q^-(stage + 1) (1 + 8 sigmoid(-sigma_t))): the mapping of ECT (`training/loss.py`).
+
+    Times stay as they are drawn. At first, with q = 2, most of them have r = 0, which is flow matching.
+    """
+
+    kind: Literal["ratio"] = "ratio"
+    q: float = Field(default=2.0, gt=1, le=FACTOR)  # with stages = 1, 256: their quick run
+    stages: int = Field(default=8, ge=1, le=STEPS)  # 200,000 steps, the next stage after 25,000 (`run_ecm.sh`)
+
+    def __call__(self, t: Time, progress: float) -> tuple[Time, Time]:
+        """Return t and r; r < t, but r = t at t = 0, and at t = 1 unless r = 0."""
+        stage = min(int(progress * self.stages), self.stages - 1)
+        left = (1 - self.q ** -(stage + 1) * (1 + NEAR * (-DEVIATION * t / (1 - t)).sigmoid())).clamp(min=0)
+        return t, left * t / (1 - t + left * t).clamp(min=1e-12)
+
+
+class KarrasGrid(Spec):
+    """The levels of Karras et al. (2022), Eq. 5: t goes up to the end of its step, and r is where the step begins.
+
+    The lowest level is 0, where a consistency model is the identity; theirs is 0.002, with an identity made for it.
+    Each step gets the share of the rows that t's law has between its ends. So a log-normal is iCT's discretised one
+    (Song and Dhariwal 2024, Sec. 3.5), but for the 0.8 % beyond the grid, which the outermost steps take.
+    """
+
+    kind: Literal["grid"] = "grid"
+    growth: Literal["double", "root"] = "double"  # of the number of steps: iCT's (its Sec. 3.4), CM's (its App. C)
+    first: int = Field(default=10, ge=1, le=STEPS)  # s_0 and s_1 of these; of iCT
+    last: int = Field(default=1280, ge=1, le=STEPS)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "KarrasGrid":
+        if self.first > self.last:
+            raise ValueError(f"first ({self.first}) must not be above last ({self.last})")
+        return self
+
+    def steps(self, progress: float) -> int:
+        """How many steps there are from the highest level to the lowest."""
+        if self.growth == "root":
+            whole = (self.last + 1) ** 2 - self.first**2
+            return max(1, ceil((progress * whole + self.first**2) ** 0.5 - 1))
+        return min(self.first * 2 ** int(progress * (log2(self.last / self.first) + 1)), self.last)
+
+    def __call__(self, t: Time, progress: float) -> tuple[Time, Time]:
+        """Return the ends of the step that t falls into."""
+        (low, high), n = ROOTS, self.steps(progress)
+        i = ((root(t) - low) / (high - low) * n).floor().clamp(0, n - 1)
+        top, bottom = (karras(low + (high - low) * end / n) for end in (i + 1, i))
+        return top, torch.where(i > 0, bottom, 0.0)
+
+
+Discretization = Annotated[KarrasGrid | Ratio, Field(discriminator="kind")]
 
 
 class Consistency(Spec):
-    """The flow map to the data, from pairs of neighbouring times; theta^- is the run's `train.ref`."""
+    """The flow map to the data, from pairs of neighbouring times; theta^- is the run's `train.ref`.
+
+    A discretization takes t and the share of the training that is done; it returns t, which may move, and r < t, ever
+    closer to it. Authors speak of noise levels, y = x + sigma z with data of deviation 0.5: in units of that x_t =
+    (1 - t) y, t / (1 - t) = 2 sigma. Defaults: ECT.
+    """
 
     kind: Literal["consistency"] = "consistency"
     times: Times = LOG_NORMAL
@@ -60,15 +108,8 @@ class Consistency(Spec):
     soft: float | None = Field(default=0.0, ge=0)  # c of a Huber loss; 0: the length of the difference; None: plain l2
     # The first time of a second stage, as its authors' sigma = 1 of 0.5 is 2/3; None: all times are trained.
     low: float | None = Field(default=None, gt=0, lt=1, exclude_if=lambda low: low is None)
-    # Weight of rows at `low`: theirs is 0.1 for the mean of a quarter of the rows, that is 0.3 beside the others.
+    # Weight of rows at `low`: theirs is 0.1 for the mean of a quarter of the rows: 0.3 where other rows weigh 1.
     boundary: float = Field(default=BOUNDARY, ge=0, exclude_if=lambda boundary: boundary == BOUNDARY)
-
-    @classmethod
-    def named(cls, name: str, **others: Any) -> "Consistency":  # noqa: ANN401, any field
-        """cm, ict or ect of PRESETS, with `others` among the fields: `Consistency.named("ict", drop=0.1)`."""
-        if name not in PRESETS:
-            raise UserError(f"there is no consistency model '{name}': it is one of {', '.join(PRESETS)}")
-        return cls(**PRESETS[name] | others)
 
     @property
     def needs(self) -> Needs:

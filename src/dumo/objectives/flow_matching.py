@@ -6,10 +6,9 @@ The mean of v_t given x_t is the velocity of the flow that carries noise to data
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from dumo.flow.guide import Guide
-from dumo.flow.residual import Contrast, contrasted, demand_unbent
 from dumo.flow.times import Times, Uniform
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, mean_square
 
@@ -21,17 +20,11 @@ class FlowMatching(Spec):
     times: Times = Uniform()  # SiT
     drop: float = Field(default=0.1, ge=0, le=1)  # DiT, SiT
     guide: Guide = Guide()  # none; with zeta > 0 it is UCGM's enhanced target
-    contrast: Contrast = 0.0  # of v's targets (Stoica et al. 2025, who take 0.05)
 
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        return Needs(inputs=("t",), heads=("v",), guide=self.guide, group=2 if self.contrast else 1)
-
-    @model_validator(mode="after")
-    def _unbent(self) -> "FlowMatching":
-        demand_unbent(self.contrast, self.guide)
-        return self
+        return Needs(inputs=("t",), heads=("v",), guide=self.guide)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Eq. 3."""
@@ -39,7 +32,7 @@ class FlowMatching(Spec):
         with torch.no_grad():
             v_star = self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t)[0])
         v_loss = mean_square(v_hat - v_star)
-        return Terms(contrasted(v_loss, v_hat, v_star, self.contrast), {"v": v_loss})
+        return Terms(v_loss, {"v": v_loss})
 
     def read(self, net: Net) -> Reads:
         """The one head is the slope of the path."""

@@ -13,44 +13,39 @@ input of the net, with the interval [low, high] in which it acts: a user sets th
 """
 
 from dataclasses import replace
-from typing import Literal
+from math import log
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from dumo.flow import dropout
-from dumo.flow.law import Level
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive, clipped_share
 from dumo.flow.slope import JvpSlope, Slope
-from dumo.flow.times import LogitNormal, Pair, Times
+from dumo.flow.times import LogitNormal, Pair, Times, Uniform
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
 
 
 class ImprovedMeanFlow(Spec):
     """Mean velocity from t to r and, on every row, the velocity, both guided as the knobs say."""
 
+    power: ClassVar[float] = 1.0  # p of MeanFlow's Eq. 22, for both heads
+    floor: ClassVar[float] = 0.01  # c of it, as its code
     kind: Literal["imf"] = "imf"
     times: Times = Pair(of=LogitNormal(mean=-0.4, std=1.0), velocity_ratio=0.5)  # its code, `imf.py`
     drop: float = Field(default=0.1, ge=0, le=1)  # as MeanFlow
-    w: Level | None = Level(low=1.0, high=8.0, log=True)  # its code; None: no guidance, no knobs, and no pass for them
-    low: Level = Level(low=0.0, high=0.5)  # its code; rows with r = t are guided at all times
-    high: Level = Level(low=0.5, high=1.0)
+    w: float | None = Field(default=8.0, gt=1)  # the largest w drawn; its code. None: no guidance, and no knobs
     slope: Slope = JvpSlope()  # its code
-    power: float = Field(default=1.0, ge=0)  # p of MeanFlow's Eq. 22, for both heads
-    floor: float = Field(default=0.01, gt=0)  # c of it, as its code
 
     @property
     def needs(self) -> Needs:
-        """The knobs are those of one pass with XL/2 (its `eval_config.yml`)."""
-        knobs = {"w": 8.0, "low": 0.42, "high": 0.62} if self.w else {}
-        return Needs(inputs=("t", "r"), heads=("u", "v"), knobs=knobs, slope=self.slope)
-
-    @model_validator(mode="after")
-    def _positive(self) -> "ImprovedMeanFlow":
-        if self.w and self.w.low <= 0:
-            raise ValueError(f"w is a scale of guidance, above 0: w.low is {self.w.low}")
-        return self
+        """The knobs are those of one pass with XL/2 (its `eval_config.yml`); they are drawn as in its code."""
+        if self.w is None:
+            return Needs(inputs=("t", "r"), heads=("u", "v"), slope=self.slope)
+        laws = {"w": Uniform(), "low": Uniform(high=0.5), "high": Uniform(low=0.5)}
+        knobs = {"w": self.w, "low": 0.42, "high": 0.62}
+        return Needs(inputs=("t", "r"), heads=("u", "v"), knobs=knobs, laws=laws, slope=self.slope)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """MeanFlow's Eq. 9 and 11, along V; both heads under its Eq. 22."""
@@ -68,12 +63,12 @@ class ImprovedMeanFlow(Spec):
         )
 
     def knobs(self, b: Noised) -> dict[str, Time]:
-        """The net's inputs for guidance; where r = t, guidance at all times."""
+        """The net's inputs for guidance: w log-uniform from 1 on; where r = t, guidance at all times."""
         if self.w is None:
             return {}
         still = b.r == b.t
         low, high = b.drawn["low"].masked_fill(still, 0), b.drawn["high"].masked_fill(still, 1)
-        return {"w": b.drawn["w"], "low": low, "high": high}
+        return {"w": (b.drawn["w"] * log(self.w)).exp(), "low": low, "high": high}
 
     def velocities(self, ref: Frozen, b: Noised, knobs: dict[str, Time]) -> tuple[Sample, Sample]:
         """V, the net's own velocity as guided as the row is at t, and v*: a pass, and one for the null."""

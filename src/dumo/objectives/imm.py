@@ -18,7 +18,7 @@ Rows of a group have labels of their own, the same for y and y'. Then all pairs 
 is made of all labels together; it is the pairs j = k, and those of one label, that match each by itself.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -34,12 +34,12 @@ NEAREST = 1e-4  # q is at least so far below t, if r is
 class IMM(Spec):
     """Jumps from t to r, by samples; constants of the authors' for ImageNet at 256 (as others made them out)."""
 
+    gap: ClassVar[float] = 160 / 2**12  # from t down to q, in t / (1 - t); 160 / 2^15 on CIFAR-10
+    a: ClassVar[float] = 2.0  # of the weight, as `weight` has them; 1 and 5 on CIFAR-10
+    b: ClassVar[float] = 4.0
     kind: Literal["imm"] = "imm"
-    times: Groups = Groups(of=Below(of=Uniform(high=0.994)), size=4)
+    times: Groups = Groups(of=Below(of=Uniform(high=0.994)))
     drop: float = Field(default=0.1, ge=0, le=1)
-    gap: float = Field(default=160 / 2**12, gt=0)  # from t down to q, in t / (1 - t); 160 / 2^15 on CIFAR-10
-    a: float = Field(default=2.0, ge=1)  # of the weight, as `weight` has them; 1 and 5 on CIFAR-10
-    b: float = 4.0
 
     @property
     def needs(self) -> Needs:
@@ -54,7 +54,7 @@ class IMM(Spec):
         if len(b.t) % self.times.size:
             raise UserError(
                 f"objective 'imm' compares {self.times.size} rows with one another, but here are {len(b.t)}: make "
-                "train.batch and train.micro_batch multiples of objective.times.size, or change that"
+                "train.batch and train.micro_batch multiples of that"
             )
         at_q = b.at(self.nearer(b.t, b.r))
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)

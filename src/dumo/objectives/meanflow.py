@@ -20,8 +20,20 @@ from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive, clipped_share, normalized
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import LogitNormal, Pair, Times
-from dumo.flow.weight import Weight, weight_at
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
+
+
+class Line(Spec):
+    """From `first` to `last` in the first share `over` of the training; then at rest."""
+
+    first: float = Field(ge=0)
+    last: float = Field(ge=0)
+    over: float = Field(default=1.0, gt=0, le=1)
+
+    def at(self, progress: float) -> float:
+        """The number when this share of the training is done, in [0, 1]."""
+        done = min(1.0, progress / self.over)
+        return (1 - done) * self.first + done * self.last
 
 
 class MeanFlow(Spec):
@@ -39,7 +51,7 @@ class MeanFlow(Spec):
     normalize: float | None = Field(
         default=None, gt=0, exclude_if=lambda c: c is None
     )  # c of AYF's pull, not of Eq. 22
-    grown: Weight = Field(default=1.0, exclude_if=lambda k: k == 1)  # k of AYF: what counts of the derivative
+    grown: Line | None = Field(default=None, exclude_if=lambda k: k is None)  # k of AYF; None: 1 from the start
 
     @property
     def needs(self) -> Needs:
@@ -47,11 +59,9 @@ class MeanFlow(Spec):
         return Needs(inputs=("t", "r"), heads=("u",), slope=self.slope, guide=self.guide, climbs=True)
 
     @model_validator(mode="after")
-    def _unbiased(self) -> "MeanFlow":
+    def _one_weight(self) -> "MeanFlow":
         if self.power and self.normalize:
             raise ValueError("normalize and power both weigh a row by its own residual: set power=0, or normalize=null")
-        if self.power or self.normalize:
-            self.guide.demand_l2("power > 0, as normalize, weighs a row by its own residual", "power=0")
         return self
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
@@ -61,7 +71,7 @@ class MeanFlow(Spec):
         (u_hat,), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=v_star, moving=b.moving)
         with torch.no_grad():
             (du_dt,) = along(v_star)
-            k = weight_at(self.grown, b.progress)
+            k = self.grown.at(b.progress) if self.grown else 1.0
             u_star = v_star - k * lift(b.t - b.r, b.x_t) * du_dt  # Eq. 11
         e = u_hat - u_star
         loss = normalized(e, self.normalize) if self.normalize else adaptive(e, self.power, self.floor)  # Eq. 22

@@ -1,8 +1,18 @@
-"""pi-Flow (Chen et al. 2025, arXiv 2510.14974): one pass gives a policy that a whole segment of the flow is gone by.
+"""pi-Flow (Chen et al. 2025, arXiv 2510.14974): one pass gives a policy, a velocity on a segment of time.
 
 Time is cut into equal segments. At the top of one, the heads d0, d1, ... say (x_t - x^_i) / t, with x^_i guesses at the
-data at even times of it (`dumo.flow.policy`, their DX policy). The policy, held still, is rolled out to two times of
-the segment, and where it comes to it is to go as the teacher does:
+data at N even times from the segment's end up to t, between which x^(s) is linear. At any place x of the segment the
+policy goes towards the guess of its time (their DX policy),
+
+    pi(x, s) = (x - x^(s)) / s.
+
+Along a piece on which x^(s) = a + b s, dx/ds = pi(x, s) is solved in closed form, for (x / s)' = -(a + b s) / s^2:
+
+    x_s' = q x_s + a (1 - q) - b s' log q,        q = s' / s,
+
+which at s' = 0 is a. So nothing is stepped: their 128 Euler steps of a whole flow tend to this (ours).
+
+The policy, held still, is rolled out to two times of the segment, and where it arrives it is to go as the teacher does:
 
     || pi(x_s, s) - sg V(x_s, s) ||^2        x_s on the policy's own way.
 
@@ -10,15 +20,52 @@ No derivative is taken, and at the exact flow the guesses are the means of the d
 there is nothing to ask at x_s, which is no point of a path between data and noise that are known: it is refused.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from typing import Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from dumo.flow.law import Level
-from dumo.flow.policy import Policy
-from dumo.flow.times import Grid
-from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, mean_square
+from dumo.flow.times import Grid, Uniform
+from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+
+LEAST = 1e-4  # of a time that is divided by (their code)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """From x at time t down to `end`; `slopes` are (x - x^_i) / t, the last of them that of t itself."""
+
+    x: Sample
+    slopes: Sequence[Sample]
+    t: Time
+    end: Time
+
+    def velocity(self, x: Sample, s: Time) -> Sample:
+        """pi at x and a time of the segment."""
+        last = len(self.slopes) - 1
+        place = (s - self.end) / (self.t - self.end).clamp(min=LEAST) * last
+        near = (lift((1 - (place - i).abs()).clamp(min=0), x) * h for i, h in enumerate(self.slopes))
+        slope = reduce(add, near)  # the line between two guesses
+        return (x - self.x + lift(self.t, x) * slope) / lift(s.clamp(min=LEAST), x)
+
+    def roll(self, x: Sample, s: Time, to: Time) -> Sample:
+        """Where the policy carries x from time s down to `to`; not beyond the segment."""
+        guesses = [self.x - lift(self.t, x) * h for h in self.slopes]
+        pieces = max(1, len(guesses) - 1)
+        for i in reversed(range(pieces)):
+            low, high = (self.end + (self.t - self.end) * k / pieces for k in (i, i + 1))
+            one, other = guesses[i], guesses[min(i + 1, len(guesses) - 1)]
+            b = (other - one) / lift((high - low).clamp(min=LEAST / pieces), x)
+            a = one - lift(low, x) * b
+            begins, ends = (torch.minimum(torch.maximum(at, low), high) for at in (s, to))
+            q = ends / torch.where(begins > 0, begins, 1)
+            moved = lift(q, x) * x + lift(1 - q, x) * a - lift(torch.xlogy(ends, q), x) * b
+            x = torch.where(lift(ends < begins, x), moved, x)
+        return x
 
 
 class PiFlow(Spec):
@@ -28,19 +75,14 @@ class PiFlow(Spec):
     times: Grid = Grid(steps=4)  # its ends are those of segments; theirs 1, 2 on ImageNet, 4, 8 of text to image
     guesses: int = Field(default=10, ge=1, le=100)  # N of its DX policies of text to image
     drop: float = Field(default=0.0, ge=0, le=1)  # ours: the teacher has its own answer without a label
-    early: Level = Level()  # shares of the segment; the larger of these two is gone to last
-    late: Level = Level()
-
-    @model_validator(mode="after")
-    def _in_segments(self) -> "PiFlow":
-        self.early.demand_share("early")
-        self.late.demand_share("late")
-        return self
+    early: Uniform = Uniform()  # shares of the segment; the larger of these two is gone to last
+    late: Uniform = Uniform()
 
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        return Needs(heads=tuple(f"d{i}" for i in range(self.guesses)), taught=True)
+        laws = {"early": self.early, "late": self.late}
+        return Needs(heads=tuple(f"d{i}" for i in range(self.guesses)), laws=laws, taught=True)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass. Two states as theirs, and the source itself, at which the record has V already (ours)."""

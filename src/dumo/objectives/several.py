@@ -1,237 +1,102 @@
-"""Several heads of different objectives on one trunk: one pass, and one loss that sums over them (paper, Sec. 4.3).
+"""Three heads on one trunk: DuMo's two and a mean velocity (Duality Models, arXiv 2602.17682, Sec. 4.3).
 
-    loss = sum_i w_i ||head_i - target_i||^2        with the targets of `dumo.objectives.part`
+    v(x_t, t)      dx_t/dt                   v*                       flow matching, Eq. 3
+    u(x_t, t)      (x_t - x_0) / t           v* - t du/dt             DuMo, Alg. 1
+    m(x_t, t, r)   (x_t - x_r) / (t - r)     v* - (t - r) dm/dt       MeanFlow, Eq. 11, for `average`
+                                             the mean of m over both halves of [r, t], for `shortcut`
 
-One slope gives the derivatives of all heads, at the price of one. What tells a head where to aim, r, reaches its own
-output layer alone (`Needs.own`): so v and u mean what they do in DuMo, and velocity and endpoint alone are DuMo, to
-the bit. Guidance asks the velocity, the first where there are more.
-
-Derivatives may run along that head instead of v*, which is a draw where the head is a mean (as iMF has it), and may
-grow in the first part of the training (as sCT has it): then all heads begin as the velocity.
-
-Pulls move the net's own one-pass samples (`dumo.objectives.pull`), by further heads of the same trunk.
-
-One pass has one time a row. Where a law sets rows with r = t apart, the heads without r may learn on these alone
-(`apart`), each counted 1 / share times: so theirs are the times of these rows, whatever the others' law of steps is.
+One slope along v* gives the derivatives of all heads. Only the output layer of m gets r, so v and u mean what they do
+in DuMo: for any r their losses are DuMo's to the bit.
 """
 
-from collections import Counter
-from collections.abc import Callable
-from dataclasses import fields, replace
-from functools import reduce
-from math import lcm
-from operator import add
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
 
-from dumo.flow.disperse import Dispersed, dispersed, looking
+from dumo.flow import dropout
 from dumo.flow.guide import Guide
-from dumo.flow.law import Signs
-from dumo.flow.residual import clipped_share, demand_unbent
-from dumo.flow.slope import Along, CentralSlope, Slope
+from dumo.flow.reading import mean_velocity
+from dumo.flow.residual import clipped_share
+from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Below, Beta, Times
-from dumo.flow.weight import by_variance, weight_at
-from dumo.objectives.part import Aimed, AveragePart, EndpointPart, Part, VelocityPart
-from dumo.objectives.pull import Pull, Pulls, phases, pulled
-from dumo.types import (
-    Climb,
-    Cond,
-    Frozen,
-    Heads,
-    Needs,
-    Net,
-    Noised,
-    PerSample,
-    Reads,
-    Sample,
-    Spec,
-    Terms,
-    Time,
-    lift,
-    mean_square,
-)
+from dumo.place import index
+from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+
+V, U, M = 0.7, 0.15, 0.15  # weights: DuMo's beta, Tab. 3; ours, the paper is silent
 
 
 class Several(Spec):
-    """A head for every part; by default the paper's first three: flow matching, consistency and MeanFlow."""
+    """Velocity, flow map to the data and mean velocity, all regressed on every sample."""
 
     kind: Literal["several"] = "several"
-    parts: tuple[Part, ...] = (
-        VelocityPart(),
-        EndpointPart(),
-        AveragePart(),
-    )  # weights .7, .15, .15: ours, the paper is silent
+    third: Literal["average", "shortcut"] = "average"  # how m learns: as MeanFlow's, or as Shortcut's
     times: Times = Below(of=Beta(a=2.4, b=2.4))  # t of DuMo, Tab. 3; r ours
     drop: float = Field(default=0.1, ge=0, le=1)  # as DuMo
     guide: Guide = Guide(zeta=0.55)  # as DuMo
     slope: Slope = CentralSlope(h=0.005)  # as DuMo
-    along: Literal["target", "velocity"] = "target"  # derivatives run along v*, as DuMo's, or the velocity head (ours)
-    ramp: float = Field(default=0.0, ge=0, le=1)  # share of training in which they grow, from heads that are v (ours)
-    disperse: Dispersed = None  # what a block makes of its rows lies apart
-    probe: Signs | None = Field(default=None, exclude_if=lambda probe: probe is None)  # what a divergence is found by
-    apart: bool = False  # heads that are not told r learn on rows with r = t alone (ours)
-    pulls: Pulls = ()  # what moves one-pass samples to where the data are
+    apart: bool = False  # v and u learn on rows with r = t alone, each counted 1 / their share times (ours)
 
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        own = {p.name: ("r",) for p in self.parts if p.aims}
-        heads, derives = tuple(p.name for p in self._headed), any(p.derived for p in self.parts)
-        gauges = tuple(f"log_variance_{p.name}" for p in self.parts if p.variance)
-        needs = Needs(
-            heads=heads,
-            gauges=gauges,
-            own=own,
-            slope=self.slope,
-            derives=derives,
-            guide=self.guide,
-            group=lcm(2 if self._contrast else 1, *(pull.group for pull in self.pulls)),
-            climbs=self._place("shortcut") is None,
-            phases=phases(self.pulls),
-            trained_on=next((pull.trained_on for pull in self.pulls if pull.trained_on), ""),
-        )
-        return looking(needs, self.disperse)
-
-    @property
-    def _headed(self) -> "tuple[Part | Pull, ...]":
-        """What has a head, in the order of the net's answers: parts, then pulls that learn."""
-        return *self.parts, *(pull for pull in self.pulls if pull.learns)
-
-    @property
-    def _contrast(self) -> float:
-        """The most of its parts."""
-        return max([0.0, *[part.contrast for part in self.parts if isinstance(part, VelocityPart)]])
+        return Needs(heads=("v", "u", "m"), own={"m": ("r",)}, slope=self.slope, guide=self.guide)
 
     @model_validator(mode="after")
-    def _whole(self) -> "Several":
-        if twice := [name for name, n in Counter(p.name for p in (*self.parts, *self.pulls)).items() if n > 1]:
-            raise ValueError(f"parts and pulls have names of their own, but '{twice[0]}' is that of two: rename one")
-        if not any(p.kind == "velocity" for p in self.parts):
-            raise ValueError("no part is of kind velocity, which guides the others: add one")
-        if self.pulls and self._end is None:
-            raise ValueError("pulls move one-pass samples, which no part makes: add one of kind endpoint or average")
-        shortcut = any(p.kind == "shortcut" for p in self.parts)
-        if shortcut or self.apart:
-            moving = self.times.moving(1000)
-            if moving is None or all(moving):
-                raise ValueError(
-                    f"{'a shortcut learns the velocity' if shortcut else 'apart: heads learn'} on rows with r = t, of "
-                    f"which times '{self.times.kind}' set none apart: use times.kind=dyadic, or pair with a "
-                    "velocity_ratio" + ("" if shortcut else ", or apart=false")
-                )
-        if any(part.power for part in self.parts):
-            self.guide.demand_l2("power > 0 weighs a row by its own residual", "power=0")
-        self._demand_divergence()
-        demand_unbent(self._contrast, self.guide)
-        if self._contrast and self.along == "velocity":
-            raise ValueError("contrast moves the velocity head away from the velocity: use along=target, or contrast=0")
+    def _rows_at_rest(self) -> "Several":
+        moving = self.times.moving(1000)
+        if (self.third == "shortcut" or self.apart) and (moving is None or all(moving)):
+            raise ValueError(
+                f"third=shortcut and apart=true need rows with r = t, and times '{self.times.kind}' set none apart: "
+                "use times.kind=dyadic, or pair with a velocity_ratio, or third=average with apart=false"
+            )
         return self
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-        """The weighted sum over the parts; notes: what a clamp of a target with a derivative would cut."""
-        answers, along = self._heads(net, ref, b)
-        heads, more = answers[: len(self.parts)], answers[len(self._headed) :]
-        first = self._first
+        """The weighted sum over the heads; notes: what a clamp of a target with a derivative would cut."""
+        toward = self.guide.known_target(b)
+        (v_hat, u_hat, m_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=toward)
         with torch.no_grad():
-            v_star = self.guide(b, heads[first], lambda b, c: self._aimed(ref, first)(b.x_t, b.t, b.r, c))
-            grown = min(1.0, b.progress / self.ramp) if self.ramp else 1.0
-            rates = tuple(grown * rate for rate in along(v_star if self.along == "target" else heads[first].detach()))
-            told = (first if part.kind == "divergence" else i for i, part in enumerate(self.parts))  # whose head
-            asked = zip(self.parts, rates, told, strict=False)  # gauges have rates, too
-            targets = [part.target(b, v_star, rate, self._aimed(ref, i)) for part, rate, i in asked]
-        errors = [head - target for head, target in zip(heads, targets, strict=True)]
-        losses = [part.measure(head, target) for part, head, target in zip(self.parts, heads, targets, strict=True)]
-        alone = (b.r == b.t).to(b.t) / (1 - self.times.moving_share) if self.apart else 1
-        learned = dict(zip((part.name for part in self.parts if part.variance), more, strict=False))
-        known = [*zip(self.parts, errors, strict=True)]
-        losses = [by_variance(loss, learned.get(p.name)) for p, loss in zip(self.parts, losses, strict=True)]
-        weights = [weight_at(part.weight, b.progress) * (1 if part.aims else alone) for part in self.parts]
-        loss = reduce(add, (weight * loss for weight, loss in zip(weights, losses, strict=True)))
-        notes = {f"clipped_share_{part.name}": clipped_share(e) for part, e in known if part.derived}
-        notes |= {f"log_variance_{name}": w.detach() for name, w in learned.items()}
-        terms = Terms(loss, {part.name: mean_square(e) for part, e in known}, notes)
-        u = "" if self._end is None else self.parts[self._end].name  # without pulls alone
-        terms = pulled(terms, self.pulls, b, net, self._named, u=u, v=self.parts[first].name)
-        return dispersed(terms, self.disperse, more)
+            v_star = self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t, r=b.r)[0])
+            _, du_dt, dm_dt = along(v_star)
+            u_star = v_star - lift(b.t, b.x_t) * du_dt  # DuMo's Alg. 1, line 10
+            average = self.third == "average"
+            m_star = v_star - lift(b.t - b.r, b.x_t) * dm_dt if average else halves(ref, b, v_star)  # MeanFlow, Eq. 11
+        errors = {"v": v_hat - v_star, "u": u_hat - u_star, "m": m_hat - m_star}
+        parts = {name: mean_square(e) for name, e in errors.items()}
+        counts = (b.r == b.t).to(b.t) / (1 - self.times.moving_share) if self.apart else 1
+        loss = V * counts * parts["v"] + U * counts * parts["u"] + M * parts["m"]
+        derived = ("u", "m") if average else ("u",)
+        return Terms(loss, parts, {f"clipped_share_{name}": clipped_share(errors[name]) for name in derived})
 
     def read(self, net: Net) -> Reads:
-        """Of each reading the first head that has it, those before that are not told r; both: told r = 0."""
-        found = [self.parts[i].read(self._aimed(net, i)) for i in self._order]
-        first = {f.name: [one for reads in found if (one := getattr(reads, f.name)) is not None] for f in fields(Reads)}
-        reads = Reads(**{name: have[0] for name, have in first.items() if have})
-        reads = reads if self._end is None else replace(reads, both=self._both(net, self._end))
-        jump, growth = self._place("average"), self._place("divergence")
-        return reads if jump is None or growth is None else replace(reads, climb=self._climb(net, jump, growth))
-
-    def _climb(self, net: Net, jump: int, growth: int) -> Climb:
-        """The end of the jump that part `jump` makes, and what part `growth` says of its volume, of one pass."""
-
-        def climb(x: Sample, t: Time, s: Time, c: Cond) -> tuple[Sample, PerSample]:
-            heads = net(x, c, t=t, **self._own(s))
-            return x + lift(s - t, x) * heads[jump], (s - t) * heads[growth].flatten(1).sum(1)
-
-        return climb
-
-    def _both(self, net: Net, end: int) -> Callable[[Sample, Time, Cond], tuple[Sample, Sample]]:
-        """The velocity, and the end of the jump that part `end` makes, of one pass."""
+        """The v head is the slope of the path, the u head jumps to the data, the m head to any time."""
 
         def both(x: Sample, t: Time, c: Cond) -> tuple[Sample, Sample]:
-            heads = net(x, c, t=t, **self._own(0 * t))
-            return heads[self._first], x - lift(t, x) * heads[end]
+            v, u, _ = net(x, c, t=t, r=0 * t)
+            return v, x - lift(t, x) * u
 
-        return both
+        return Reads(
+            velocity=lambda x, t, c: both(x, t, c)[0],
+            endpoint=lambda x, t, c: both(x, t, c)[1],
+            both=both,
+            flow_map=mean_velocity(net, head=2).flow_map,
+        )
 
-    @property
-    def _first(self) -> int:
-        """The place of the velocity that guides."""
-        return next(i for i, part in enumerate(self.parts) if part.kind == "velocity")
 
-    def _place(self, kind: str) -> int | None:
-        """That of the first part of this kind."""
-        return next((i for i, part in enumerate(self.parts) if part.kind == kind), None)
+def halves(ref: Frozen, b: Noised, v_star: Sample) -> Sample:
+    """m* of Shortcut: the mean of m over both halves of [r, t], which theta^- makes; v* where r = t.
 
-    def _demand_divergence(self) -> None:
-        """Raise ValueError for what a divergence is not learned, or not read, without."""
-        if (self._place("divergence") is None) != (self.probe is None):
-            raise ValueError(
-                "a part of kind divergence, and it alone, is found by signs: add probe.kind=signs, or drop both"
-            )
-        if self.probe and not (self.times.climbs and self._place("average") is not None):
-            raise ValueError(
-                "a divergence is read along jumps from data to noise: add a part of kind average, and times of kind "
-                "pair or jumps with both_ways=true"
-            )
-
-    @property
-    def _end(self) -> int | None:
-        """The place of the head that an endpoint is read of; None: there is none."""
-        return next((i for i in self._order if self.parts[i].ends), None)
-
-    @property
-    def _order(self) -> list[int]:
-        """The places of the parts in the order in which they are read: first those that are not told r."""
-        return sorted(range(len(self.parts)), key=lambda i: self.parts[i].aims)
-
-    def _named(self, net: Net, x: Sample, t: Time, c: Cond) -> dict[str, Sample]:
-        """The heads by name, told r = 0."""
-        names = (p.name for p in self._headed)
-        return dict(zip(names, net(x, c, t=t, **self._own(0 * t)), strict=False))
-
-    def _heads(self, net: Net, ref: Frozen, b: Noised) -> tuple[Heads, Along]:
-        """The pass, and the derivatives: none where no target has one, of rows with r < t where no other needs it."""
-        if not self.needs.derives:
-            heads = net(b.x_t, b.c, t=b.t, **self._own(b.r))
-            return heads, lambda w: tuple(torch.zeros_like(w) for _ in self.parts)
-        moving = None if any(part.derived and not part.aims for part in self.parts) else b.moving
-        toward = self.guide.known_target(b) if self.along == "target" else None
-        return self.slope(net, ref, b.x_t, b.c, t=b.t, toward=toward, moving=moving, **self._own(b.r))
-
-    def _aimed(self, net: Net, i: int) -> Aimed:
-        """Head i as a function of r as well."""
-        return lambda x, t, r, c: net(x, c, t=t, **self._own(r))[i]
-
-    def _own(self, r: Time) -> dict[str, Time]:
-        """What the net is told beside t."""
-        return {"r": r} if any(part.aims for part in self.parts) else {}
+    As Frans et al. 2025 (arXiv 2410.12557, Eq. 4 and 5), but m gets r in place of the level k: the finest half, a size
+    that no row has, is read off between its neighbours, where theirs takes the velocity. Nothing is clipped (ours).
+    """
+    place, _ = b.rows_by_step
+    if not place:
+        return v_star
+    m_star, some, i = v_star.clone(), b[place], index(place, v_star.device)
+    middle = (some.t + some.r) / 2
+    with dropout.rows(i):
+        one = ref(some.x_t, some.c, t=some.t, r=middle)[2]
+        other = ref(some.x_t - lift(some.t - middle, one) * one, some.c, t=middle, r=some.r)[2]
+    m_star[i] = ((one + other) / 2).to(m_star).where(lift(some.r < some.t, one), m_star[i])
+    return m_star

@@ -10,22 +10,25 @@ flow matching. The authors' loss is no square but u times its residual, held sti
 square, is kept on rows with r < t.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from dumo.flow.guide import Guide
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive, clipped_share
 from dumo.flow.secant import back, demand
 from dumo.flow.times import LogitNormal, Pair, Times
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
+from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
 
 
 class SoFlow(Spec):
     """Mean velocity from t to r by a secant, with a share of the rows at r = t. Defaults: its `imagenet.yaml`."""
 
+    gap: ClassVar[float] = 1e-4  # t - l is at least this: `train.py`
+    fade: ClassVar[float] = 0.8  # the time from which V(null) fades into v_t, until t = 1: cfg_decay_time
+    decay: ClassVar[float] = 0.025  # how slowly it does: `models.py`
     kind: Literal["soflow"] = "soflow"
     times: Times = Pair(
         of=LogitNormal(mean=0.2, std=0.8),
@@ -34,10 +37,9 @@ class SoFlow(Spec):
         velocity_ratio=0.75,
     )
     drop: float = Field(default=0.1, ge=0, le=1)  # cfg_drop_rate
-    guide: Guide = Guide(omega=0.75, zeta=0.75, fade=0.8)  # m w and 1 - m of m = 0.25, w = 3; cfg_decay_time
+    guide: Guide = Guide(omega=0.75, zeta=0.75)  # m w and 1 - m of m = 0.25, w = 3
     first: float = Field(default=0.1, gt=0, le=1)  # (t - l) / (t - r) at the start: l_init_ratio
     last: float = Field(default=0.002, gt=0, le=1)  # and at the end: l_end_ratio
-    gap: float = Field(default=1e-4, gt=0, lt=1)  # t - l is at least this: `train.py`
     power: float = Field(default=1.0, ge=0)  # p
     floor: float = Field(default=0.01, gt=0)  # eps
 
@@ -45,11 +47,6 @@ class SoFlow(Spec):
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
         return Needs(inputs=("t", "r"), heads=("u",), guide=self.guide, amplifies=1 / min(self.first, self.last))
-
-    @model_validator(mode="after")
-    def _unbiased(self) -> "SoFlow":
-        self.guide.demand_l2("the net is asked where v* leads", "objective 'meanflow' with power=0")
-        return self
 
     def ratio(self, progress: float) -> float:
         """(t - l) / (t - r) at a share of the training: exponential from `first` to `last` (`get_middle_time`)."""
@@ -60,7 +57,7 @@ class SoFlow(Spec):
         demand(b, self.needs.amplifies, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         with torch.no_grad():
-            v_star = self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
+            v_star = self.guide(b, None, lambda b, c: self._velocity(ref, b, c))
             d = (self.ratio(b.progress) * (b.t - b.r)).clamp(min=self.gap)  # t - l
             du_dt = (u_hat - back(ref, b, v_star, d)) / lift(d, b.x_t)
             u_star = v_star - lift((b.t - d - b.r).clamp(min=0), b.x_t) * du_dt
@@ -68,6 +65,15 @@ class SoFlow(Spec):
         half = torch.where(b.r < b.t, 0.5, 1.0)
         loss = half * adaptive(e, self.power, self.floor, mean=True)
         return Terms(loss, {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
+
+    def _velocity(self, ref: Frozen, b: Noised, c: Cond) -> Sample:
+        """V(c), or V(null) with the share of it that fading leaves, v_t with the rest (`models.py`)."""
+        (v,) = ref(b.x_t, c, t=b.t, r=b.t)
+        if c is not b.null:
+            return v
+        s = ((1 - b.t) / (1 - self.fade)).clamp(0, 1)
+        left = torch.where(s < 1, -torch.expm1(-self.decay * s / (1 - s).clamp(min=1e-12)), 1)
+        return b.v_t + lift(left, b.x_t) * (v - b.v_t)
 
     def read(self, net: Net) -> Reads:
         """One head, read at two times."""

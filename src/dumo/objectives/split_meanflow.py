@@ -15,8 +15,6 @@ import torch
 from pydantic import Field, model_validator
 
 from dumo.flow import dropout
-from dumo.flow.guide import Guide
-from dumo.flow.law import Level
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share
 from dumo.flow.times import Pair, Uniform
@@ -29,49 +27,34 @@ class SplitMeanFlow(Spec):
 
     kind: Literal["split_meanflow"] = "split_meanflow"
     times: Pair = Pair(of=Uniform(), velocity_ratio=0.5)  # two of one law; the share is ours: sources disagree
-    lam: Level = Level()  # where s stands: 0 is t, 1 is r
     drop: float = Field(default=0.1, ge=0, le=1)  # ours
-    guide: Guide = Guide()  # ours: none
 
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        return Needs(inputs=("t", "r"), heads=("u",), guide=self.guide)
+        return Needs(inputs=("t", "r"), heads=("u",), laws={"lam": Uniform()})
 
     @model_validator(mode="after")
     def _grounded(self) -> "SplitMeanFlow":
         if not self.times.velocity_ratio:
             raise ValueError("times.velocity_ratio = 0 leaves no row that matches the data: use 0.5")
-        self.lam.demand_share("lam")
-        if self.guide.random:
-            raise ValueError(
-                "guide.fraction: guidance is of the rows with r = t alone, which are no whole groups of neighbours: "
-                "use guide.fraction=1"
-            )
         return self
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Mean squares on all rows: of the identity where r < t, of flow matching where r = t."""
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
-        jump, flow = b.rows_by_step
-        u_star = b.v_t.clone()
-        with torch.no_grad():
-            if flow:
-                i = index(flow, b.t.device)
-                with dropout.rows(i):
-                    v_star = self.guide(b[flow], u_hat[i], lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])
-                u_star[i] = v_star.to(u_star)
-            if jump:
-                i = index(jump, b.t.device)
-                with dropout.rows(i):
-                    some = self._parts(ref, b[jump]).to(u_star)
-                u_star[i] = torch.where(lift(b.r < b.t, b.x_t)[i], some, u_star[i])
+        u_star, (jump, _) = b.v_t.clone(), b.rows_by_step
+        if jump:
+            i = index(jump, b.t.device)
+            with dropout.rows(i):
+                some = self._parts(ref, b[jump]).to(u_star)
+            u_star[i] = torch.where(lift(b.r < b.t, b.x_t)[i], some, u_star[i])
         e = u_hat - u_star
         return Terms(mean_square(e), {"u": mean_square(e)}, {"clipped_share": clipped_share(e)})
 
     def _parts(self, ref: Frozen, b: Noised) -> Sample:
         """The mean velocity over both parts of the step."""
-        lam: PerSample = b.drawn["lam"].to(b.t)
+        lam: PerSample = b.drawn["lam"].to(b.t)  # where s stands: 0 is t, 1 is r
         s, share = (1 - lam) * b.t + lam * b.r, lift(lam, b.x_t)
         (u_2,) = ref(b.x_t, b.c, t=b.t, r=s)
         (u_1,) = ref(b.x_t - lift(b.t - s, b.x_t) * u_2, b.c, t=s, r=b.r)

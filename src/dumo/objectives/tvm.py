@@ -14,12 +14,14 @@ from typing import Literal
 import torch
 from pydantic import Field
 
+from dumo.autodiff import dual
+from dumo.autodiff import rule as rule  # without which a Dual can do nothing
+from dumo.autodiff.dual import pair, primal
 from dumo.flow import dropout
-from dumo.flow.law import Logistic
-from dumo.flow.rate import DualRate, Rate
 from dumo.flow.reading import mean_velocity
-from dumo.flow.times import Gap, Times
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
+from dumo.flow.slope import rate_of
+from dumo.flow.times import Gap, LogitNormal, Times
+from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
 
 
 class TVM(Spec):
@@ -27,29 +29,28 @@ class TVM(Spec):
 
     kind: Literal["tvm"] = "tvm"
     times: Times = Gap()  # `sample_ts` of the authors' `loss.py`
-    s: Logistic = Logistic(mean=-0.4, std=1.0)  # as r before it is cut off
     drop: float = Field(default=0.1, ge=0, le=1)  # their im256_w2.yaml
     scale: float = Field(default=2.0, ge=1)  # w of v* = w v_t + (1 - w) V(null), and an input of the net; as above
-    rate: Rate = DualRate()  # du/dr
 
     @property
     def needs(self) -> Needs:
-        """With guidance, beta = 1 / w is an input: 1 on rows without a label."""
+        """With guidance, beta = 1 / w is an input: 1 on rows without a label. s is drawn as r before it is cut off."""
         knobs = {"beta": 1 / self.scale} if self.scale != 1 else {}
-        return Needs(inputs=("t", "r"), heads=("u",), knobs=knobs, rate=self.rate, scale=self.scale, ref=0.99)
+        laws = {"s": LogitNormal(mean=-0.4)}
+        return Needs(inputs=("t", "r"), heads=("u",), knobs=knobs, laws=laws, scale=self.scale, ref=0.99)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """The authors' `wrapper.py`; beta^2 keeps the size of a guided row's residual to that of others."""
         beta = torch.ones_like(b.t).masked_fill(b.kept, 1 / self.scale)
-        told = {"beta": beta} if self.scale != 1 else {}
-        (u_hat,), (du_dr,) = self.rate(net, b.x_t, b.c, of="r", t=b.t, r=b.r, **told)
+        knob = {"beta": beta} if self.scale != 1 else {}
+        (u_hat,), (du_dr,) = rated(net, b.x_t, b.c, t=b.t, r=b.r, **knob)
         with torch.no_grad():
             gap = lift(b.t - b.r, b.x_t)
-            (v_r,) = ref(b.x_t - gap * u_hat, b.c, t=b.r, r=b.r, **told)
+            (v_r,) = ref(b.x_t - gap * u_hat, b.c, t=b.r, r=b.r, **knob)
         terminal = beta**2 * (b.r < b.t) * mean_square(u_hat - gap * du_dr - v_r)
 
         b = b.at(b.drawn["s"])
-        (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.t, **told)
+        (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.t, **knob)
         v_star = b.v_t
         if self.scale != 1:
             with dropout.off():
@@ -61,3 +62,14 @@ class TVM(Spec):
     def read(self, net: Net) -> Reads:
         """One head, read at two times; guided as its knob beta says."""
         return mean_velocity(net)
+
+
+def rated(net: Net, x: Sample, c: Cond, *, r: Time, **inputs: Time) -> tuple[Heads, Heads]:
+    """Heads and their derivatives in r, both with gradients: forward-mode, by dual numbers, and reverse-mode around it.
+
+    The pass costs about two, and so does its backward. Not by `torch.func.jvp`: reverse-mode around that is silently
+    wrong through `F.layer_norm` (torch 2.13, pytorch #196700), and kernels of fused attention differentiate once.
+    """
+    with dual.recorded():
+        heads = net(x, c, r=pair(r, torch.ones_like(r)), **inputs)
+    return tuple(primal(head) for head in heads), tuple(rate_of(head) for head in heads)

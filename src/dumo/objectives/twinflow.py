@@ -1,7 +1,7 @@
 """TwinFlow (Cheng et al. 2025, arXiv 2512.05150): RCGM, and a twin at negative times that follows the net's samples.
 
-One jump from noise makes x' = z - u(z, 1, 0). The net told -t learns the velocity of these as it learns that of the
-data told t. Where the two differ, samples and data do: the score is -(x_t + (1 - t) v) / t, so the gradient of the
+One jump from noise makes x' = z - u(z, 1, 0). Given -t the net learns the velocity of these as it learns that of the
+data given t. Where the two differ, samples and data do: the score is -(x_t + (1 - t) v) / t, so the gradient of the
 divergence KL(samples || data), diffused to t, by x' is along v(x_t, t) - v(x_t, -t), and by u, which has x' = z - u,
 
     G = v(x_t, -t) - v(x_t, t),
@@ -15,36 +15,29 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
 
-from dumo.flow.law import Level, Noise
+from dumo.flow.law import Noise, Uniform
 from dumo.flow.residual import clipped_share, descending
 from dumo.flow.secant import demand
 from dumo.objectives.rcgm import RCGM
-from dumo.types import Frozen, Net, Noised, Sample, Terms, frozen, mean_square
+from dumo.types import Frozen, Needs, Net, Noised, Sample, Terms, frozen, mean_square
 
 
 class TwinFlow(RCGM):
     """RCGM on all rows, and at (1, 0), where one jump is made; flow matching; the twin and what it corrects.
 
-    Defaults: all terms on all rows, of weight 1, as in the tutorial (`methodes.py`); but the noise of the twin is not
+    All terms are on all rows, of weight 1, as in the tutorial (`methodes.py`); but the noise of the twin is not
     that which the sample was made of, as in `twinflow.py`: made so, the velocity of the samples would be that of
     straight lines from their own noise, which is another law's, and not even the unguided flow would be at rest.
     """
 
     signed: ClassVar[bool] = True
     kind: Literal["twinflow"] = "twinflow"  # pyright: ignore[reportIncompatibleVariableOverride], told apart by it
-    z_twin: Noise = Noise()  # that samples are diffused with, for the twin and for G
-    t_twin: Level = Level()  # the time of G, dist_match
-    flow: float = Field(default=1.0, ge=0)  # weight of v(x_t, t) - v*
-    one: float = Field(default=1.0, ge=0)  # of RCGM at (1, 0)
-    twin: float = Field(default=1.0, ge=0)  # of the velocity of the samples, L_adv
-    rectify: float = Field(default=1.0, ge=0)  # of G, L_rectify
 
-    @model_validator(mode="after")
-    def _in_time(self) -> "TwinFlow":
-        self.t_twin.demand_share("t_twin")
-        return self
+    @property
+    def needs(self) -> Needs:
+        """As RCGM; the noise that samples are diffused with, for the twin and for G, and the time of G (dist_match)."""
+        return replace(super().needs, laws={"z_twin": Noise(), "t_twin": Uniform()})
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`training_step`. Raises UserError where a short step meets bf16."""
@@ -60,14 +53,9 @@ class TwinFlow(RCGM):
         e, off = self.residual(u_hat, ref, b, v_star)
         e_one, _ = self.residual(u_one, ref, one, self.aim(ref, one))
         pull = descending(u_one, self._apart(frozen(net), made.at(b.drawn["t_twin"].to(b.t))))
-        parts = {"u": e, "flow": v_hat - v_star, "one": e_one, "twin": v_fake - fake.v_t, "rectify": pull}
-        weights = {"u": 1.0, "flow": self.flow, "one": self.one, "twin": self.twin, "rectify": self.rectify}
-        loss = torch.stack([weights[name] * self.measure(e) for name, e in parts.items()]).sum(0)
-        return Terms(
-            loss,
-            {name: mean_square(e) for name, e in parts.items()},
-            {"clipped_share": clipped_share(off, self.clip or 1.0)},
-        )
+        errors = {"u": e, "flow": v_hat - v_star, "one": e_one, "twin": v_fake - fake.v_t, "rectify": pull}
+        parts = {name: mean_square(error) for name, error in errors.items()}
+        return Terms(torch.stack([*parts.values()]).sum(0), parts, {"clipped_share": clipped_share(off, self.clip)})
 
     def _apart(self, net: Frozen, b: Noised) -> Sample:
         """G: the twin's velocity less the net's, of samples diffused to t."""

@@ -30,7 +30,7 @@ def findings(run: Tree) -> list[Finding]:
         ]
     assert isinstance(run.data, Images | Latents)
     try:
-        told = run.data.told()
+        told = run.data.all_captions()
     except UserError as error:
         return [Finding("captions", "failing", "not there, or others than the run was made with", str(error))]
     images, most = len(told.ends), int(told.counts.max())

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from dumo import recipes
-from dumo.codecs.autoencoder import DEEP, WEIGHTS, SdVae
-from dumo.codecs.taesd import Taef2
+from dumo.codecs.autoencoder import WEIGHTS, DcAe, SdVae
+from dumo.codecs.taesd import SHA256, Taef2
 from dumo.config.error import nearest
+from dumo.config.source import read
 from dumo.features import inception_weights as inception
-from dumo.io import digest
-from dumo.io.path import user_path
+from dumo.io import digest, yaml
+from dumo.io.read import user_path
 from dumo.nets.pretrained import PUBLISHED, read_config
 from dumo.protocols.standard import STANDARDS, TRAIN
 from dumo.types import UserError
@@ -23,7 +24,7 @@ HUB = "hub:"  # before a file of a model of the Hugging Face hub: owner/model/fi
 TAESD = "https://github.com/madebyollin/taesd/raw/main/"
 CIFAR = "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/plain_text/"
 PARQUET = "{}-00000-of-00001.parquet"
-SD_VAE = SdVae().weights
+SD_VAE, DC_AE = SdVae().weights, DcAe().weights
 MODELS = [config["_name_or_path"] for _, config in map(read_config, PUBLISHED)]  # names on the hub
 
 
@@ -110,7 +111,7 @@ CATALOGUE = (
         (Taef2().weights,),
         "one file, taef2.safetensors, or any other place: --set data.codec.weights=FILE",
         "taef2",
-        Taef2().sha256,
+        SHA256,
     ),
     Item(
         "sd-vae",
@@ -127,14 +128,14 @@ CATALOGUE = (
     Item(
         "dc-ae",
         "the deep-compression autoencoder f32c32 (Chen et al. 2024), for latents of ImageNet at 512",
-        f"https://huggingface.co/{DEEP['in'][0]}",
+        f"https://huggingface.co/{DC_AE}",
         (
             "pip install 'dumo[diffusers]'",
-            f"hf download {DEEP['in'][0]} config.json {WEIGHTS}   # else dumo encode fetches it",
+            f"hf download {DC_AE} config.json {WEIGHTS}   # else dumo encode fetches it",
         ),
-        (f"{HUB}{DEEP['in'][0]}/{WEIGHTS}",),
-        f"as sd-vae; the variants mix and sana are {DEEP['mix'][0]} and {DEEP['sana'][0]}",
-        DEEP["in"][0],
+        (f"{HUB}{DC_AE}/{WEIGHTS}",),
+        f"as sd-vae; the variants mix and sana are {DcAe(variant='mix').weights} and {DcAe(variant='sana').weights}",
+        DC_AE,
     ),
     Item(
         "inception",
@@ -189,13 +190,8 @@ def standing(place: str, sha256: str | None = None) -> str:
 
 
 def needing(item: Item) -> Iterator[str]:
-    """The names of recipes whose text, or whose base's, has the item's mark."""
-    for name in recipes.names() if item.mark else ():
-        text = recipes.text(name)
-        base = recipes.base(name)
-        whole = text + (recipes.text(base) if base else "")
-        if any(item.mark in line.partition("#")[0] for line in whole.splitlines()):
-            yield name
+    """The names of recipes that have the item's mark, themselves or by their bases."""
+    return (name for name in recipes.names() if item.mark and item.mark in yaml.dump(read(name)[0]))
 
 
 def _on_this_machine(file: str) -> str:

@@ -22,15 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dumo import dist
-from dumo.config.pieces import check_pieces
+from dumo.config.check import check_pieces
 from dumo.config.spec import Run
 from dumo.flow.overhear import exchanged
 from dumo.flow.precision import autocast
 from dumo.flow.slope import DualSlope, Way
 from dumo.preflight import cost, plan
 from dumo.training import layout
-from dumo.training.cut import share_of
 from dumo.training.frozen import frozen_weights
+from dumo.training.layout import share_of
 from dumo.training.state import State, begin
 from dumo.training.step import pieces, reference
 from dumo.types import Frozen, Net, Noised, Terms

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dumo.flow.draw import draw
+from dumo.flow.guide import Guide as Affine
 from dumo.flow.overhear import Overheard, exchanged
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
@@ -30,6 +31,7 @@ from dumo.random import stream
 from dumo.training.frozen import copied, share
 from dumo.types import Cond, Frozen, Guide, Heads, Noised, Objective, Path, Sample, frozen
 
+PLAIN = Affine()  # no guidance
 LAW = 1_000_000  # rows that a law is judged by
 Theta = Literal["self"] | float  # theta^-: the net itself, or an average of it, as `Train.ref`
 
@@ -57,8 +59,8 @@ def forward_units(
     """Floating-point operations of a training step over those of one pass: forward, targets and backward.
 
     Of a batch of `rows` (None: one in which every share of the rows is a whole number of them). The passes of guidance
-    count by the expected share of the rows that need them; V(c) for an average is needed by all. Where steps cost more
-    in one part of the training than in another (`phases` of the objective), their mean.
+    count by the expected share of the rows that need them. Where steps cost more in one part of the training than in
+    another (`phases` of the objective), their mean.
     """
     rows, one = rows or exact_rows(objective), forward_flops(net, objective, shape)
 
@@ -69,9 +71,9 @@ def forward_units(
         return sum(share * at(objective, b) for b, share in _phases(objective, path, rows, shape))
 
     guide = objective.needs.guide
-    if guide is None or not guide.active or guide.group > 1:
+    if guide is None or not guide.active:
         return units(objective)
-    without = units(exchanged(objective, guide, guide.unguided))
+    without = units(exchanged(objective, guide, PLAIN))
     return without + _guided(objective, guide) * (units(objective) - without)
 
 
@@ -129,9 +131,9 @@ def activation_bytes(
 
 def exact_rows(objective: Objective) -> int:
     """The fewest rows, at least 2, of which every share that an objective treats apart is a whole number."""
-    guide, times = objective.needs.guide, objective.times
+    times = objective.times
     moving = Fraction(times.moving_share).limit_denominator(1000)
-    return lcm(2, times.group, moving.denominator, guide.group if guide else 1, objective.needs.group)
+    return lcm(2, times.group, moving.denominator, objective.needs.group)
 
 
 @torch.no_grad()

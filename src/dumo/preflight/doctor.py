@@ -24,9 +24,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from dumo import dist
 from dumo.config.spec import Run
 from dumo.flow.precision import using
-from dumo.io.json import finite
+from dumo.io.read import finite
 from dumo.nets import Net, Pretrained
-from dumo.nets.text.drawn import at_hand
+from dumo.nets.text import or_drawn
 from dumo.preflight import caption, pretrained, separability
 from dumo.preflight.machine import Finding, look
 from dumo.random import stream
@@ -91,19 +91,19 @@ def examine(run: Run, device: torch.device) -> Examination:
 def readable(run: Run) -> Run:
     """The run, with texts drawn where its net reads a table that is not there yet."""
     texts: object = getattr(run.net, "texts", None)
-    if texts is at_hand(texts):
+    if texts is or_drawn(texts):
         return run
-    return run.model_copy(update={"net": run.net.model_copy(update={"texts": at_hand(texts)})})
+    return run.model_copy(update={"net": run.net.model_copy(update={"texts": or_drawn(texts)})})
 
 
 def short(net: Net) -> Net:
-    """The spec cut to two blocks of each kind, three with skips; of a pretrained net none of the weights are read."""
+    """The spec cut to two blocks of each kind; of a pretrained net none of the weights are read."""
     if isinstance(net, Pretrained):
-        return net.model_copy(update={"depth": min(2, net.depth or 2), "weights": "drawn"})
+        return net.short(2)
     depth: int | None = getattr(net, "depth", None)
     if depth is None:
         return net
-    few = min(3 if getattr(net, "skips", False) else 2, depth)
+    few = min(2, depth)
     late: int | None = getattr(net, "late", None)
     return net.model_copy(update={"depth": few} | ({} if late is None else {"late": min(late, few - 1)}))
 

@@ -9,13 +9,13 @@ from itertools import product
 from typing import Any
 
 from dumo.config.change import override, shown
+from dumo.config.check import check_pieces
 from dumo.config.load import parse
-from dumo.config.pieces import check_pieces
 from dumo.config.spec import Run
 from dumo.preflight import cluster, plan
 from dumo.preflight.plan import most_rows
 from dumo.progress import sized
-from dumo.training.cut import share_of
+from dumo.training.layout import share_of
 from dumo.types import UserError
 
 FEWEST = 8  # rows at a time: fewer leave a GPU idle. Ours

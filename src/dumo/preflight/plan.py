@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from dumo import dist
 from dumo.config.spec import Run
 from dumo.data import Latents
-from dumo.data.cache import FILE, Plan, read_contents
-from dumo.io.path import user_path
+from dumo.data.cache import Plan, read_contents
+from dumo.io.read import user_path
+from dumo.io.table import FILE
 from dumo.preflight import cost
 from dumo.preflight.show import show
 from dumo.protocols.standard import TRAIN, Standard
@@ -111,7 +112,7 @@ def cache(data: Latents, images: int | None) -> dict[str, int | None]:
 def cached_images(spec: Run) -> int | None:
     """How many images there are in the run's cache, which is there; None where that is not known, or there is none."""
     contents = read_contents(spec.data.folder) if isinstance(spec.data, Latents) else None
-    return contents.images if contents else None
+    return contents.rows if contents else None
 
 
 def protocol_images(spec: Run) -> int | None:

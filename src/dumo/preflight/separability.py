@@ -19,8 +19,8 @@ from torch import Tensor
 from dumo.config.spec import Run
 from dumo.data import Images, Latents
 from dumo.data.caption import Templates
-from dumo.nets.text import TextTable
-from dumo.nets.text.drawn import Drawn, at_hand
+from dumo.nets.table import TextTable
+from dumo.nets.text import Drawn, or_drawn
 from dumo.preflight.machine import Finding
 from dumo.random import stream
 from dumo.texts.table import Table
@@ -76,7 +76,7 @@ def findings(run: Run) -> list[Finding]:
     texts: object = getattr(run.net, "texts", None)
     if not isinstance(texts, TextTable):
         return []
-    if isinstance(at_hand(texts), Drawn):
+    if isinstance(or_drawn(texts), Drawn):
         return [Finding("texts", "warning", "not encoded yet", "dumo encode RECIPE makes the table that the net reads")]
     try:
         found = measured(texts.table(run.data.classes), run)
@@ -118,7 +118,7 @@ def groups(run: Run) -> Int64[Tensor, " n"]:
         labels = torch.arange(run.data.labels)
         return torch.cat([labels.repeat_interleave(seen), labels.repeat_interleave(held)])
     assert isinstance(run.data, Images | Latents)
-    told = run.data.told()
+    told = run.data.all_captions()
     images = torch.repeat_interleave(torch.arange(len(told.ends)), told.counts)
     first = torch.full((n + 1,), len(told.ends)).scatter_reduce(0, told.ids, images, "amin")
     return first[:n]

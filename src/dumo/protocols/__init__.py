@@ -1,16 +1,14 @@
 """Named ways to judge samples, so that two numbers under one name were measured in one way.
 
 A protocol fixes the features, the number of samples, their labels, rounding, splits and seeds; what may be set, the
-number of samples first, shows in its name. It is asked in this order:
+number of samples first, shows in its name. It is used in this order:
 
-    protocol.check(shape, classes)               before any work: is this what it judges?
-    c = protocol.labels(classes)                 the classes of the samples that it wants, image i of class c[i]
-    evaluator = protocol.evaluator(open_data, classes=..., seed=..., device=...)
-    evaluator.score(batches), evaluator.baselines(), evaluator.facts          see `dumo.protocols.evaluator`
+    protocol.check(shape, classes)                   before any work: is this what it judges?
+    c = protocol.labels(classes)                     the classes of the samples that it wants, image i of class c[i]
+    evaluator = protocol.evaluator(Context(data, classes, seed, device))
+    evaluator.score(batches), evaluator.baselines(), evaluator.facts          see `dumo.protocols.protocol`
 
-One that compares images with their captions is told these, too: `evaluator(open_data, c=..., texts=...)`.
-
-`baselines` tells how large a distance is where there is no difference: between two halves of a finite data set, a
+`baselines` says how large a distance is where there is no difference: between two halves of a finite data set, a
 bootstrap of it, or two independent draws.
 """
 
@@ -18,16 +16,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from dumo.protocols.cifar10 import CifarProtocol as CifarProtocol
 from dumo.protocols.clip import ClipProtocol as ClipProtocol
-from dumo.protocols.digits import DigitsProtocol as DigitsProtocol
-from dumo.protocols.evaluator import Reference as Reference
-from dumo.protocols.image import ImageProtocol as ImageProtocol
+from dumo.protocols.images import ImageProtocol as ImageProtocol
 from dumo.protocols.likelihood import LikelihoodProtocol as LikelihoodProtocol
-from dumo.protocols.photos import PhotosProtocol as PhotosProtocol
-from dumo.protocols.toy import ToyProtocol as ToyProtocol
+from dumo.protocols.protocol import Context as Context
+from dumo.protocols.protocol import Reference as Reference
+from dumo.protocols.standard import ShippedProtocol as ShippedProtocol
 
 MetricProtocol = Annotated[
-    CifarProtocol | ClipProtocol | DigitsProtocol | ImageProtocol | LikelihoodProtocol | PhotosProtocol | ToyProtocol,
-    Field(discriminator="kind"),
+    ClipProtocol | ImageProtocol | LikelihoodProtocol | ShippedProtocol, Field(discriminator="kind")
 ]

@@ -8,41 +8,21 @@ these 5,000 with noise of sd 0.1 are at 7.1, blurred by 3x3 at 52, noise alone a
 a file holds them, clamped to [-1, 1] and rounded to 8 bits.
 """
 
-from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64
-from pydantic import Field
+from jaxtyping import Float
 from torch import Tensor
 
-from dumo import bound
-from dumo.data.source import Data
 from dumo.features import cifar10
 from dumo.io.picture import from_uint8, to_uint8
-from dumo.metrics.frechet import frechet_distance
-from dumo.metrics.mmd import kid
-from dumo.metrics.moments import Moments
+from dumo.metrics.distance import Moments, frechet_distance, kid, two_sample_auc
 from dumo.metrics.neighbours import precision_recall
-from dumo.metrics.two_sample import two_sample_auc
-from dumo.protocols.evaluator import (
-    Evaluator,
-    Reference,
-    Scores,
-    Tick,
-    WholeSetEvaluator,
-    distances,
-    fit,
-    in_turn,
-    named,
-)
+from dumo.protocols.protocol import Measure, Reference, Scores, distances, whole_set
 from dumo.random import stream
-from dumo.types import Cond, Sample, Spec, UserError
+from dumo.types import Cond, Sample
 
 KIND = "cifar10-features"
-SAMPLES = 5000  # samples
-SHAPE, CLASSES = (3, 32, 32), 10
 SUBSETS, SUBSET = 50, 1000  # of the kernel distance
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 KEPT = 2  # references whose features are kept
@@ -51,83 +31,35 @@ Features = Float[Tensor, "n f"]
 known: dict[bytes, Features] = {}  # by the digest of the pixels, for this process; 26 MB for 50,000 images
 
 
-class CifarProtocol(Spec):
-    """Images of 32x32 in colour, decoded, in [-1, 1], by the features of the shipped classifier of CIFAR-10."""
+def score(x: Sample, c: Cond, reference: Reference) -> Scores:
+    """`fd`, `kid` with `kid_sd`, `precision`, `recall`, `auc_features`, and `accuracy`: the share read as c.
 
-    kind: Literal["cifar10-features"] = KIND
-    # A covariance of 128 features needs 129 rows, the kernel a subset.
-    samples: int = Field(default=SAMPLES, ge=SUBSET, le=bound.SAMPLES)
+    Precision, recall and the area compare with as many images of the reference as there are samples, drawn by the
+    protocol: so both sides cover space alike, and 50,000 of them would take minutes. The area is `two_sample_auc`
+    of the features. Where all of c are equal, as without classes, there is no `accuracy`. The kernel's subsets and
+    the area's halves depend on the order of x, nothing else does. The features of a reference are computed once in
+    a process. Raises `UserError` if the reference is fewer than `SUBSET`.
+    """
+    fake, real = features_of(x), learned(reference.x)
+    mean, sd = kid(fake, real, subsets=SUBSETS, subset_size=SUBSET, generator=stream(KIND, "kid"))
+    some = real[torch.randperm(len(real), generator=stream(KIND, "neighbours"))[: len(x)]]
+    precision, recall = precision_recall(some, fake, NEIGHBOURS)
+    score = {
+        "fd": frechet_distance(Moments.of(fake), Moments.of(real)),
+        "kid": mean,
+        "kid_sd": sd,
+        "precision": precision,
+        "recall": recall,
+        "auc_features": two_sample_auc(some, fake, stream(KIND, "auc")),
+    }
+    if (c != c[0]).any():
+        score["accuracy"] = (cifar10.classify(fake) == c.cpu()).double().mean().item()
+    return score
 
-    @property
-    def name(self) -> str:
-        """`kind`, with the number of samples if it is not the standard one."""
-        return named(self.kind, self.samples, SAMPLES)
 
-    def check(self, shape: Sequence[int], classes: int = CLASSES) -> None:
-        """Refuse data that is not 32x32 images in colour, of 10 classes or none, with a `UserError`, before any work.
-
-        The shape is that of a decoded image.
-        """
-        if tuple(shape) != SHAPE or classes not in (0, CLASSES):
-            raise UserError(
-                f"protocol {KIND} judges images of shape {SHAPE} in {CLASSES} classes or none,"
-                f" not of shape {tuple(shape)} in {classes}: choose another protocol"
-            )
-
-    def labels(self, classes: int = CLASSES) -> Int64[Tensor, " n"]:
-        """The class of sample i: i mod `classes`, all 0 where there are none."""
-        return in_turn(self.samples, classes)
-
-    def evaluator(
-        self,
-        open_data: Callable[[], Data],
-        *,
-        classes: int = CLASSES,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        tick: Tick | None = None,
-    ) -> Evaluator:
-        """Who compares samples with all of the data. The features are of the CPU: device and tick are not used."""
-        reference = Reference.of(open_data(), self.samples, seed)
-        features = {
-            "features": f"{cifar10.WIDTH} of dumo's classifier of CIFAR-10",
-            "features_sha256": cifar10.sha256(),
-            "rounding": "0 to 255",
-            "auc_features": "a support vector machine on the features, against as many images",
-        }
-        return WholeSetEvaluator(self, self.labels(classes), reference, features | reference.facts(seed))
-
-    def score(self, x: Sample, c: Cond, reference: Reference) -> Scores:
-        """`fd`, `kid` with `kid_sd`, `precision`, `recall`, `auc_features`, and `accuracy`: the share read as c.
-
-        Precision, recall and the area compare with as many images of the reference as there are samples, drawn by the
-        protocol: so both sides cover space alike, and 50,000 of them would take minutes. The area is `two_sample_auc`
-        of the features. Where all of c are equal, as without classes, there is no `accuracy`. The kernel's subsets and
-        the area's halves depend on the order of x, nothing else does. The features of a reference are computed once in
-        a process. Raises `UserError` if x is not `samples` finite images of 32x32, or the reference is fewer than
-        `SUBSET`.
-        """
-        self.check(reference.x.shape[1:])
-        fit(self.name, self.samples, x, reference)
-        fake, real = features_of(x), learned(reference.x)
-        mean, sd = kid(fake, real, subsets=SUBSETS, subset_size=SUBSET, generator=stream(KIND, "kid"))
-        some = real[torch.randperm(len(real), generator=stream(KIND, "neighbours"))[: self.samples]]
-        precision, recall = precision_recall(some, fake, NEIGHBOURS)
-        score = {
-            "fd": frechet_distance(Moments.of(fake), Moments.of(real)),
-            "kid": mean,
-            "kid_sd": sd,
-            "precision": precision,
-            "recall": recall,
-            "auc_features": two_sample_auc(some, fake, stream(KIND, "auc")),
-        }
-        if (c != c[0]).any():
-            score["accuracy"] = (cifar10.classify(fake) == c.cpu()).double().mean().item()
-        return score
-
-    def baselines(self, reference: Reference) -> dict[str, Scores]:
-        """The Fréchet distance, real vs real, in halves and resamples of the data (`distances`)."""
-        return distances(learned(reference.x), self.samples, KIND)
+def baselines(reference: Reference, samples: int) -> dict[str, Scores]:
+    """The Fréchet distance, real vs real, in halves and resamples of the data (`distances`)."""
+    return distances(learned(reference.x), samples, KIND)
 
 
 def features_of(x: Sample) -> Features:
@@ -146,3 +78,22 @@ def learned(x: Sample) -> Features:
             del known[next(iter(known))]
         known[key] = f
     return known[key]
+
+
+def facts() -> dict[str, str]:
+    """The features, the hash of their weights, and what is done to images before."""
+    return {
+        "features": f"{cifar10.WIDTH} of dumo's classifier of CIFAR-10",
+        "features_sha256": cifar10.sha256(),
+        "rounding": "0 to 255",
+        "auc_features": "a support vector machine on the features, against as many images",
+    }
+
+
+CIFAR10 = Measure(
+    samples=5000,
+    fewest=SUBSET,  # a covariance of 128 features needs 129 rows, the kernel a subset
+    judges="images of shape (3, 32, 32) in 10 classes or none",
+    fits=lambda shape, classes: shape == (3, 32, 32) and classes in (0, 10),
+    open=whole_set(facts, score, baselines),
+)

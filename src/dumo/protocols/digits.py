@@ -7,139 +7,74 @@ of its own, from as many images of the training set as there are samples to the 
 The protocol's own draws are keyed by its name: the same samples and data have the same score.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal
-
 import torch
-from jaxtyping import Int64
-from pydantic import Field
 from torch import Tensor
 
-from dumo import bound
-from dumo.data.source import Data, Split
+from dumo.data.source import Split
 from dumo.features import digits
 from dumo.io import digest
-from dumo.metrics.frechet import frechet_distance
-from dumo.metrics.mmd import kernel_distance, kid
-from dumo.metrics.moments import Moments
+from dumo.metrics.distance import Moments, frechet_distance, kernel_distance, kid, pixel_frechet, two_sample_auc
 from dumo.metrics.neighbours import nearest, precision_recall
-from dumo.metrics.pixel import pixel_frechet
-from dumo.metrics.two_sample import two_sample_auc
-from dumo.protocols.evaluator import (
-    SPLITS,
-    Evaluator,
-    Reference,
-    Scores,
-    Tick,
-    WholeSetEvaluator,
-    distances,
-    fit,
-    in_turn,
-    named,
-    summary,
-)
+from dumo.protocols.protocol import SPLITS, Measure, Reference, Scores, distances, summary, whole_set
 from dumo.random import stream
-from dumo.types import Cond, Sample, Spec, UserError
+from dumo.types import Cond, Sample
 
-SAMPLES = 2000  # samples
 SUBSETS, SUBSET = 50, 500  # of the kernel distance
 FEW = 5  # halves of the data between which the slower measures are taken
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 
 
-class DigitsProtocol(Spec):
-    """Samples of the 8x8 digits in [-1, 1], by the features of the shipped classifier."""
+def score(x: Sample, c: Cond, reference: Reference) -> Scores:
+    """`fd_grey`, `fd`, `kid` with `kid_sd`, `precision`, `recall`, `accuracy`, `auc` and `pixel_fd`.
 
-    kind: Literal["digits"] = "digits"
-    samples: int = Field(default=SAMPLES, ge=SUBSET, le=bound.SAMPLES)
+    `fd_grey`, `auc` and `pixel_fd` judge samples as a file holds them: clamped to [-1, 1] and rounded to the 17
+    levels of the data. The others judge them as the net makes them. `fd_grey` is the stricter of the two Fréchet
+    distances: half of the pixels of a digit are at the end of the range, where clamped noise is no longer noise
+    but a shift. `accuracy` is the share read as c; `auc` that of `two_sample_auc`, 0.5 where samples cannot be
+    told from digits. Where images were held out, also what `_held` says.
+    """
+    filed = _grey(x)
+    fake, grey, real = (digits.features(of) for of in (x, filed, reference.x))
+    mean, sd = kid(fake, real, subsets=SUBSETS, subset_size=SUBSET, generator=stream("digits", "kid"))
+    precision, recall = precision_recall(real, fake, NEIGHBOURS)
+    scores = {
+        "fd_grey": frechet_distance(Moments.of(grey), Moments.of(real)),
+        "fd": frechet_distance(Moments.of(fake), Moments.of(real)),
+        "kid": mean,
+        "kid_sd": sd,
+        "precision": precision,
+        "recall": recall,
+        "accuracy": (digits.predict(x) == c.cpu()).double().mean().item(),
+        "auc": two_sample_auc(reference.x, filed, stream("digits", "auc")),
+        "pixel_fd": pixel_frechet(filed, reference.x),
+    }
+    return scores | (_held(filed, fake, grey, reference.split) if reference.split else {})
 
-    @property
-    def name(self) -> str:
-        """`kind`, with the number of samples if it is not the standard one."""
-        return named(self.kind, self.samples, SAMPLES)
 
-    def check(self, shape: Sequence[int], classes: int = 10) -> None:
-        """Refuse data that is not 8x8 digits of 10 classes with a `UserError`, before any work."""
-        if tuple(shape) != (1, 8, 8) or classes != 10:
-            raise UserError(
-                "protocol digits judges samples of shape (1, 8, 8) in 10 classes,"
-                f" not of shape {tuple(shape)} in {classes}: choose another protocol"
-            )
+def baselines(reference: Reference, samples: int) -> dict[str, Scores]:
+    """The Fréchet distance of features between real digits, in halves and resamples of the data (`distances`).
 
-    def labels(self, classes: int = 10) -> Int64[Tensor, " n"]:
-        """The class of sample i: i mod `classes`."""
-        return in_turn(self.samples, classes)
-
-    def evaluator(
-        self,
-        open_data: Callable[[], Data],
-        *,
-        classes: int = 10,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        tick: Tick | None = None,
-    ) -> Evaluator:
-        """Who compares samples with all of the data. The features are so quick that device and tick are not used."""
-        reference = Reference.of(open_data(), self.samples, seed)
-        features = {
-            "features": f"{digits.WIDTH} of dumo's classifier of digits",
-            "features_sha256": digest.of_file(digits.WEIGHTS),
-        }
-        return WholeSetEvaluator(self, self.labels(classes), reference, features | reference.facts(seed))
-
-    def score(self, x: Sample, c: Cond, reference: Reference) -> Scores:
-        """`fd_grey`, `fd`, `kid` with `kid_sd`, `precision`, `recall`, `accuracy`, `auc` and `pixel_fd`.
-
-        `fd_grey`, `auc` and `pixel_fd` judge samples as a file holds them: clamped to [-1, 1] and rounded to the 17
-        levels of the data. The others judge them as the net makes them. `fd_grey` is the stricter of the two Fréchet
-        distances: half of the pixels of a digit are at the end of the range, where clamped noise is no longer noise
-        but a shift. `accuracy` is the share read as c; `auc` that of `two_sample_auc`, 0.5 where samples cannot be
-        told from digits. Where images were held out, also what `_held` says. Raises `UserError` if x is not `samples`
-        finite images of 8x8.
-        """
-        self.check(reference.x.shape[1:])
-        fit(self.name, self.samples, x, reference)
-        filed = _grey(x)
-        fake, grey, real = (digits.features(of) for of in (x, filed, reference.x))
-        mean, sd = kid(fake, real, subsets=SUBSETS, subset_size=SUBSET, generator=stream("digits", "kid"))
-        precision, recall = precision_recall(real, fake, NEIGHBOURS)
-        scores = {
-            "fd_grey": frechet_distance(Moments.of(grey), Moments.of(real)),
-            "fd": frechet_distance(Moments.of(fake), Moments.of(real)),
-            "kid": mean,
-            "kid_sd": sd,
-            "precision": precision,
-            "recall": recall,
-            "accuracy": (digits.predict(x) == c.cpu()).double().mean().item(),
-            "auc": two_sample_auc(reference.x, filed, stream("digits", "auc")),
-            "pixel_fd": pixel_frechet(filed, reference.x),
-        }
-        return scores | (_held(filed, fake, grey, reference.split) if reference.split else {})
-
-    def baselines(self, reference: Reference) -> dict[str, Scores]:
-        """The Fréchet distance of features between real digits, in halves and resamples of the data (`distances`).
-
-        Digits are grey already, so it is that of `fd` and of `fd_grey`. `halves` has `auc` and `pixel_fd` too, of the
-        first `FEW` of them, each with its sd. Where images were held out, `held` is the floor of `fd_grey_held`, and
-        has `pixel_fd_held`: from `samples` rows of the training set, drawn with replacement, `SPLITS` times.
-        """
-        found, apart = distances(digits.features(reference.x), self.samples, "digits"), dict[str, list[float]]()
-        for i in range(FEW):
-            order = torch.randperm(len(reference.x), generator=stream("digits", "halves", i))
-            a, b = reference.x[order].chunk(2)
-            apart.setdefault("auc", []).append(two_sample_auc(a, b, stream("digits", "auc", i)))
-            apart.setdefault("pixel_fd", []).append(pixel_frechet(a, b))
-        for name, values in apart.items():
-            of = summary(values)
-            found["halves"] |= {name: of["mean"], f"{name}_sd": of["sd"]}
-        if split := reference.split:
-            known, real = digits.features(split.x), Moments.of(digits.features(split.held.x))
-            draws = [stream("digits", "held", i) for i in range(SPLITS)]
-            again = [torch.randint(split.size, (self.samples,), generator=g) for g in draws]
-            of = summary([pixel_frechet(split.x[rows], split.held.x) for rows in again])
-            found["held"] = summary([frechet_distance(Moments.of(known[rows]), real) for rows in again])
-            found["held"] |= {"pixel_fd_held": of["mean"], "pixel_fd_held_sd": of["sd"]}
-        return found
+    Digits are grey already, so it is that of `fd` and of `fd_grey`. `halves` has `auc` and `pixel_fd` too, of the
+    first `FEW` of them, each with its sd. Where images were held out, `held` is the floor of `fd_grey_held`, and
+    has `pixel_fd_held`: from `samples` rows of the training set, drawn with replacement, `SPLITS` times.
+    """
+    found, apart = distances(digits.features(reference.x), samples, "digits"), dict[str, list[float]]()
+    for i in range(FEW):
+        order = torch.randperm(len(reference.x), generator=stream("digits", "halves", i))
+        a, b = reference.x[order].chunk(2)
+        apart.setdefault("auc", []).append(two_sample_auc(a, b, stream("digits", "auc", i)))
+        apart.setdefault("pixel_fd", []).append(pixel_frechet(a, b))
+    for name, values in apart.items():
+        of = summary(values)
+        found["halves"] |= {name: of["mean"], f"{name}_sd": of["sd"]}
+    if split := reference.split:
+        known, real = digits.features(split.x), Moments.of(digits.features(split.held.x))
+        draws = [stream("digits", "held", i) for i in range(SPLITS)]
+        again = [torch.randint(split.size, (samples,), generator=g) for g in draws]
+        of = summary([pixel_frechet(split.x[rows], split.held.x) for rows in again])
+        found["held"] = summary([frechet_distance(Moments.of(known[rows]), real) for rows in again])
+        found["held"] |= {"pixel_fd_held": of["mean"], "pixel_fd_held_sd": of["sd"]}
+    return found
 
 
 def _grey(x: Sample) -> Sample:
@@ -165,3 +100,18 @@ def _held(filed: Sample, fake: Tensor, grey: Tensor, split: Split) -> Scores:
         "pixel_fd_held": pixel_frechet(filed, real),
         "nearest": (away / usual).item(),
     }
+
+
+def facts() -> dict[str, str]:
+    """The features, and the hash of their weights."""
+    features = f"{digits.WIDTH} of dumo's classifier of digits"
+    return {"features": features, "features_sha256": digest.of_file(digits.WEIGHTS)}
+
+
+DIGITS = Measure(
+    samples=2000,
+    fewest=SUBSET,
+    judges="samples of shape (1, 8, 8) in 10 classes",
+    fits=lambda shape, classes: shape == (1, 8, 8) and classes == 10,
+    open=whole_set(facts, score, baselines),
+)

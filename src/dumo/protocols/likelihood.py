@@ -9,73 +9,56 @@ volume (2 / L)^D, so that a sample of D numbers takes at most
 Points have no levels: bits of their density, which may be negative. What is scored are log p(x) in nats.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import log, log2, prod
 from typing import Literal
 
 import torch
-from jaxtyping import Int64
 from pydantic import Field
-from torch import Tensor
 
 from dumo import bound
-from dumo.data.source import Data
-from dumo.protocols.evaluator import Made, Reference, Scores, Tick, collect, in_turn, named
+from dumo.protocols.protocol import Context, Made, Protocol, Reference, Scores, collect
 from dumo.random import keyed
 from dumo.sampling.likelihood import signs
-from dumo.types import Cond, Sample, Spec, UserError
-
-SAMPLES = 1000  # of the data: ours
+from dumo.types import Cond, Sample, UserError
 
 
-class LikelihoodProtocol(Spec):
+class LikelihoodProtocol(Protocol):
     """Data held out of training, where some are, by the density of the net's flow."""
 
     kind: Literal["likelihood"] = "likelihood"
-    samples: int = Field(default=SAMPLES, ge=2, le=bound.SAMPLES)
     levels: int | None = Field(default=None, ge=2, le=2**16)  # of grey in [-1, 1]; None: 256 of images, none of points
     probes: int = Field(default=1, ge=0, le=bound.PASSES)  # random directions of div v (FFJORD: 1); 0: all axes
-    passes: int = Field(default=256, ge=2, multiple_of=2, le=bound.PASSES)  # of Heun, which stands beside: ours
+    passes: int = Field(default=256, ge=2, multiple_of=2, le=bound.PASSES)  # of Heun, for comparison: ours
 
     @property
-    def name(self) -> str:
-        """`kind`, with the number of samples if it is not the standard one."""
-        return named(self.kind, self.samples, SAMPLES)
+    def standard_samples(self) -> int:
+        """Of the data: ours."""
+        return 1000
 
     def check(self, shape: Sequence[int], classes: int = 0) -> None:
         """Refuse levels of points, which have none, with a `UserError`."""
         if len(shape) == 1 and self.levels:
             raise UserError("protocol likelihood knows no levels of points: set evaluate.protocol.levels=null")
 
-    def labels(self, classes: int = 0) -> Int64[Tensor, " n"]:
-        """As many as there are samples; the evaluator has those of the data."""
-        return in_turn(self.samples, classes)
-
-    def evaluator(
-        self,
-        open_data: Callable[[], Data],
-        *,
-        classes: int = 0,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        tick: Tick | None = None,
-    ) -> "LikelihoodEvaluator":
-        """Who has the data. Raises UserError where they are fewer than samples, or have other levels."""
-        told = Reference.of(open_data(), self.samples, seed)
-        x, c = (told.split.held.x, told.split.held.c) if told.split else (told.x, told.c)
-        if len(x) < self.samples:
+    def evaluator(self, context: Context) -> "LikelihoodEvaluator":
+        """Holds the data. Raises UserError where they are fewer than samples, or have other levels."""
+        total, seed = self.total, context.seed
+        data = Reference.of(context.data(), total, seed)
+        x, c = (data.split.held.x, data.split.held.c) if data.split else (data.x, data.c)
+        if len(x) < total:
             raise UserError(
-                f"protocol {self.name} judges by {self.samples} samples, here are {len(x)}: set "
+                f"protocol {self.name} judges by {total} samples, here are {len(x)}: set "
                 f"evaluate.protocol.samples={len(x)} or fewer"
             )
-        x, levels = x[: self.samples], self.levels or (256 if x.ndim > 2 else None)
-        which = f"{self.samples:,} samples of the data" + (", never trained on" if told.split else "")
+        x, levels = x[:total], self.levels or (256 if x.ndim > 2 else None)
+        which = f"{total:,} samples of the data" + (", never trained on" if data.split else "")
         by = f"{self.probes} random signs" if self.probes else "all axes"
         noise = f"uniform noise on {levels} levels" if levels else "as they are"
-        facts = {**told.facts(seed), "reference": which, "features": f"none: log density, div v by {by}; {noise}"}
+        facts = {**data.facts(seed), "reference": which, "features": f"none: log density, div v by {by}; {noise}"}
         x = dequantised(x, levels, seed) if levels else x
-        return LikelihoodEvaluator(self, x, c[: self.samples], levels, seed, facts)
+        return LikelihoodEvaluator(self, x, c[:total], levels, seed, facts)
 
 
 @dataclass(frozen=True)
@@ -108,7 +91,7 @@ class LikelihoodEvaluator:
 
 
 def dequantised(x: Sample, levels: int, seed: int) -> Sample:
-    """Samples of so many levels from -1 to 1, each with the noise of its row. Raises UserError for other levels."""
+    """Samples of `levels` levels from -1 to 1, each with the noise of its row. Raises UserError for other levels."""
     k = (x + 1) / 2 * (levels - 1)
     if (k - k.round()).abs().max() > 1e-2:
         raise UserError(

@@ -1,8 +1,8 @@
 """A named way to judge samples of one's own images, from 20 on, with nothing to be fetched.
 
 The features are those of the shipped classifier of CIFAR-10 on images reduced to 32x32. They are not Inception's, so no
-number is an FID, or to be set beside one. Beside them stand measures that no network sees: pixels as Gaussians
-(`dumo.metrics.pixel`), and whether samples are copies of the images that the net was trained on.
+number is an FID, or to be compared with one. With them come measures that no network sees: pixels as Gaussians
+(`dumo.metrics.distance`), and whether samples are copies of the images that the net was trained on.
 
 With few images every number is rough, and most depend on how many there are. So samples are compared with a random half
 of the images, as many with as many, of the same classes. The baseline is the other half, compared in the same way. Both
@@ -13,31 +13,26 @@ Measured at 64x64 on 63 photographs of four kinds of animals: `kid` is 0.00 +- 0
 of sd 0.5 it is 1.7, blurred by 4x4 pixels 1.1, by 16x16 6.0; their mean has 12, noise 29.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isqrt
-from typing import Literal
 
 import torch
 from jaxtyping import Float, Int64
-from pydantic import Field
 from torch import Generator, Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from dumo import bound
 from dumo.data.source import Data, Finite
 from dumo.features import cifar10
 from dumo.io import digest
 from dumo.io.picture import from_uint8, to_uint8
-from dumo.metrics.mmd import kernel_distance
+from dumo.metrics.distance import SIDE, kernel_distance, pixel_frechet
 from dumo.metrics.neighbours import nearest_two, precision_recall
-from dumo.metrics.pixel import SIDE, pixel_frechet
-from dumo.protocols.evaluator import Evaluator, Made, Scores, Tick, collect, in_turn, named, summary
+from dumo.protocols.protocol import Context, Made, Measure, Protocol, Scores, collect, summary
 from dumo.random import noise, stream
-from dumo.types import Sample, Spec, UserError
+from dumo.types import Sample, UserError
 
 KIND = "photos"
-SAMPLES = 500
 FEWEST = 20  # images
 PIECE = 64  # images at a time
 MOST = 5000  # images that are looked at
@@ -50,64 +45,6 @@ ROUGH = 500  # images: with fewer the spread is said to be large
 
 Rows = Float[Tensor, "_ _"]
 Cond = Int64[Tensor, " _"]
-
-
-class PhotosProtocol(Spec):
-    """Images of any size, grey or in colour, decoded, in [-1, 1], by what ships with the package."""
-
-    kind: Literal["photos"] = KIND
-    samples: int = Field(default=SAMPLES, ge=FEWEST, le=bound.SAMPLES)
-
-    @property
-    def name(self) -> str:
-        """`kind`, with the number of samples if it is not the standard one."""
-        return named(self.kind, self.samples, SAMPLES)
-
-    def check(self, shape: Sequence[int], classes: int = 0) -> None:
-        """Refuse what is no image of 1 or 3 channels with a `UserError`, before any work; any classes serve."""
-        if len(shape) != 3 or shape[0] not in (1, 3):
-            raise UserError(
-                f"protocol {KIND} judges images of 1 or 3 channels, not samples of shape {tuple(shape)}: choose another"
-            )
-
-    def labels(self, classes: int = 0) -> Cond:
-        """The class of sample i: i mod `classes`, all 0 where there are none."""
-        return in_turn(self.samples, classes)
-
-    def evaluator(
-        self,
-        open_data: Callable[[], Data],
-        *,
-        classes: int = 0,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        tick: Tick | None = None,
-    ) -> Evaluator:
-        """Who compares samples with the data, once it has looked at them: on the CPU, whatever the device.
-
-        Raises `UserError` for fewer than `FEWEST` images.
-        """
-        data, rows, labels = open_data(), list[Rows](), list[Tensor]()
-        shape: tuple[int, ...] = ()
-        for x, c, done, total in _pieces(data, seed):
-            shape = tuple(x.shape[1:])
-            rows.append(rows_of(x))
-            labels.append(c)
-            if tick:
-                tick(done, total)
-        real = torch.cat(rows)
-        if len(real) < FEWEST:
-            raise UserError(f"protocol {KIND} needs {FEWEST} images or more, here are {len(real)}: add some")
-        facts = {
-            "features": f"{cifar10.WIDTH} of dumo's classifier of CIFAR-10 at 32x32, not Inception's: no FID",
-            "features_sha256": cifar10.sha256(),
-            "rounding": "0 to 255",
-            "reference": f"{len(real):,} of {data.size or 0:,} images of the data",
-            "reference_sha256": digest.of_tensor(real),
-        }
-        if len(real) < ROUGH:
-            facts["spread"] = f"rough: with {len(real)} images the baseline itself varies, see its sd"
-        return PhotosEvaluator(self.labels(classes), real, torch.cat(labels), shape, facts)
 
 
 @dataclass(frozen=True)
@@ -143,11 +80,11 @@ class PhotosEvaluator:
         """All scores between halves of the images, and of noise: the first of them as `mean` with its `sd`."""
         halves = [self._halves(k) for k in range(SPLITS)]
         z = torch.cat([rows_of(noise(0, [i], 0, self.shape)) for i in range(self.half)])
-        told = {
+        pairs_of = {
             "halves": [(self.real[b], self.real[a]) for a, b in halves],
             "noise": [(z, self.real[a]) for a, _ in halves],
         }
-        found = {name: self._mean(pairs) for name, pairs in told.items()}
+        found = {name: self._mean(pairs) for name, pairs in pairs_of.items()}
         found["halves"]["copies"] = self._copies(self.real, same=True)
         return {
             name: {"mean": scores.pop("kid"), "sd": scores.pop("kid_sd"), "splits": float(SPLITS), **scores}
@@ -179,7 +116,7 @@ class PhotosEvaluator:
                 }
             )
         means = {name: summary([one[name] for one in found]) for name in found[0]}
-        scores = {name: told["mean"] for name, told in means.items()}
+        scores = {name: of["mean"] for name, of in means.items()}
         return {"kid": scores.pop("kid"), "kid_sd": means["kid"]["sd"], **scores}
 
     def _copies(self, fake: Rows, *, same: bool = False) -> float:
@@ -225,3 +162,37 @@ def _pieces(data: Data, seed: int) -> Iterator[tuple[Sample, Cond, int, int]]:
         x, c = data.rows(slice(first, first + PIECE * step, step))
         if len(x):
             yield from_uint8(x) if x.dtype == torch.uint8 else x, c, min(first + PIECE * step, len(data)), len(data)
+
+
+def open(protocol: Protocol, context: Context) -> PhotosEvaluator:
+    """Look at the data, on the CPU, whatever the device. Raises `UserError` for fewer than `FEWEST` images."""
+    data, rows, labels = context.data(), list[Rows](), list[Tensor]()
+    shape: tuple[int, ...] = ()
+    for x, c, done, total in _pieces(data, context.seed):
+        shape = tuple(x.shape[1:])
+        rows.append(rows_of(x))
+        labels.append(c)
+        if context.tick:
+            context.tick(done, total)
+    real = torch.cat(rows)
+    if len(real) < FEWEST:
+        raise UserError(f"protocol {KIND} needs {FEWEST} images or more, here are {len(real)}: add some")
+    facts = {
+        "features": f"{cifar10.WIDTH} of dumo's classifier of CIFAR-10 at 32x32, not Inception's: no FID",
+        "features_sha256": cifar10.sha256(),
+        "rounding": "0 to 255",
+        "reference": f"{len(real):,} of {data.size or 0:,} images of the data",
+        "reference_sha256": digest.of_tensor(real),
+    }
+    if len(real) < ROUGH:
+        facts["spread"] = f"rough: with {len(real)} images the baseline itself varies, see its sd"
+    return PhotosEvaluator(protocol.labels(context.classes), real, torch.cat(labels), shape, facts)
+
+
+PHOTOS = Measure(
+    samples=500,
+    fewest=FEWEST,
+    judges="images of 1 or 3 channels",
+    fits=lambda shape, classes: len(shape) == 3 and shape[0] in (1, 3),
+    open=open,
+)

@@ -17,7 +17,7 @@ from torch import Tensor
 from dumo.config.error import nearest
 from dumo.config.spec import Run
 from dumo.flow.reading import head_of
-from dumo.io import archive, picture
+from dumo.io import picture
 from dumo.progress import Bar, Tick, no_bar
 from dumo.report.figure import labelled
 from dumo.run.folder import RunFolder, load_net
@@ -49,7 +49,7 @@ class Reading:
 
     def at(self, nfe: int) -> Solver:
         """The solver that makes so many passes: Euler where this one's steps take more than one and do not divide."""
-        return self.solver if nfe % self.solver.passes == 0 else Euler(start=self.solver.start)
+        return self.solver if nfe % self.solver.passes == 0 else Euler()
 
 
 Panels = Mapping[Reading, Mapping[int, Image.Image]]  # a picture by reading and step
@@ -204,9 +204,9 @@ def write_trajectories(folder: Path, panels: Panels) -> list[Path]:
     for reading, row in panels.items():
         for step, image in row.items():
             files.append(folder / f"{reading.letter}-step-{step:08d}.png")
-            archive.write_picture(files[-1], side_by_side({reading.name: {step: image}}))
+            picture.write_picture(files[-1], side_by_side({reading.name: {step: image}}))
     files.append(folder / "trajectories.png")
-    archive.write_picture(files[-1], side_by_side({reading.name: row for reading, row in panels.items()}))
+    picture.write_picture(files[-1], side_by_side({reading.name: row for reading, row in panels.items()}))
     return files
 
 
@@ -215,7 +215,7 @@ def write_class_grids(folder: Path, grids: Mapping[tuple[Reading, int, int], Ima
     files: list[Path] = []
     for (reading, step, n), image in grids.items():
         files.append(folder / f"classes-{reading.letter}-nfe{n}-step-{step:08d}.png")
-        archive.write_picture(files[-1], image)
+        picture.write_picture(files[-1], image)
     return files
 
 
@@ -250,7 +250,7 @@ def open_at(opened: RunFolder, step: int, file: Path | None) -> RunFolder:
 
 def chosen(run: Run, letters: Sequence[str] | None, nfe: Sequence[int] | None) -> list[Reading]:
     """The readings of these letters, v by Heun's steps. Raises UserError for one that was not taught, or such nfe."""
-    there = readings(run, Heun(start=run.sample.solver.start))
+    there = readings(run, Heun())
     for letter in letters or ():
         if letter not in ("u", "v"):
             raise UserError(f"there is no reading '{letter}'; {nearest(letter, ['u', 'v'])}")

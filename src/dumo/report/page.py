@@ -17,7 +17,7 @@ from torch import Tensor
 from dumo import dist, recipes
 from dumo.config.load import dump
 from dumo.config.spec import Run
-from dumo.io import archive, file, picture
+from dumo.io import file, picture
 from dumo.metrics.neighbours import Real, nearest
 from dumo.preflight.show import show
 from dumo.progress import Bar, no_bar
@@ -87,7 +87,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     )
     paths = [folder / "report" / f"{name}.png" for name in pictures]
     for path, image in zip(paths, pictures.values(), strict=True):
-        archive.write_picture(path, image)
+        picture.write_picture(path, image)
     file.write(folder / "report.html", page.encode())
     return [*paths, folder / "report.html"]
 

@@ -1,6 +1,6 @@
 """What was measured of a run, set out: its scores, the baselines, other objectives beside it, and what must be said.
 
-One number leads: of digits the one that a PNG holds (`dumo.protocols.evaluator.headline`).
+One number leads: of digits the one that a PNG holds (`dumo.protocols.protocol.headline`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,8 @@ from typing import Any
 from dumo.config.spec import Run
 from dumo.evaluation.card import seen
 from dumo.evaluation.record import checked
-from dumo.io.json import read_json
-from dumo.protocols.evaluator import headline, of_baseline
+from dumo.io.read import read_json
+from dumo.protocols.protocol import headline, of_baseline
 from dumo.report.number import number, spread
 from dumo.report.word import BASELINES, MERITS, STATES, merits, word
 from dumo.run.folder import RunFolder

@@ -86,9 +86,6 @@ MERITS = {
         f"{HIGHER}; not FID",
         "100 times the cosine of image and caption by the CLIP that was named; ± is the standard error.",
     ),
-    "clip_s": Word(
-        "CLIP-S", f"{HIGHER}; not FID", "2.5 times that cosine, as Hessel et al. have it; ± is the standard error."
-    ),
     "geneval": Word("GenEval", HIGHER, "mean of its tasks’ shares of correct images, by its own evaluator."),
     "dpg": Word("DPG-Bench", HIGHER, "out of 100, by its own evaluator."),
     "is": Word("Inception Score", HIGHER, "from Inception’s answers alone, whatever the data are."),
@@ -139,14 +136,14 @@ WATCHED = {
         "Healthy if it rises, falls again, and ends far below the mean square of the velocity, about 1.",
     ),
     "right": Word(
-        "pairs told rightly",
-        meaning="share of the pairs of an image and a sample that the critic tells rightly. Healthy between 0.5 and "
-        "0.9: at 1 it has won, and says little of where to go; at 0.5 it can tell nothing.",
+        "pairs in the right order",
+        meaning="share of the pairs of an image and a sample in which the critic’s logit of the image is higher. "
+        "Healthy between 0.5 and 0.9: at 1 it has won, and says little of where to go; at 0.5 it can tell nothing.",
     ),
     "margin": Word(
         "margin of the critic",
-        meaning="its logit of an image less that of a sample. Healthy a little above 0; with pairs told rightly at 0.5 "
-        "and slopes at 0, the critic has collapsed.",
+        meaning="its logit of an image less that of a sample. Healthy a little above 0. With half of the pairs in the "
+        "right order and slopes at 0, the critic has collapsed.",
     ),
     "slopes": Word(
         "slopes of the critic",
@@ -163,16 +160,21 @@ METHODS = {
     "alpha_flow": "α-Flow",
     "cmt": "CMT",
     "consistency": "consistency training",
+    "critic": "DuMo and adversarial flow",
+    "drift": "DuMo and Drifting",
     "dumo": "DuMo",
+    "dumo_any": "DuMo-Any",
+    "f2d2": "F2D2",
     "facm": "FACM",
     "flow_matching": "flow matching",
     "imf": "improved MeanFlow",
     "imm": "IMM",
+    "match": "DuMo and distribution matching",
     "meanflow": "MeanFlow",
     "pi_flow": "π-Flow",
     "rcgm": "RCGM",
     "sct": "sCT",
-    "several": "several losses",
+    "several": "three heads",
     "shortcut": "Shortcut",
     "soflow": "SoFlow",
     "split_meanflow": "SplitMeanFlow",

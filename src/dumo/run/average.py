@@ -1,21 +1,46 @@
-"""Another average of a run's weights, made after training of the averages that it kept (`dumo.training.snapshot`)."""
+"""Averages of a run's weights that are chosen after training (EDM2: Karras et al. 2024, Sec. 3.2, App. C).
 
+    snapshots/ema-std-0.05/step-00000500.safetensors ...
+
+Each snapshot is an average with a profile p_i (`dumo.training.ema`). Another one, of profile p, is nearly their sum
+with the weights x that make the square of p - sum_i x_i p_i, integrated over the run, least (Alg. 3). Ours: the x_i add
+up to 1, so that weights that rest come out as they are. Where A_ij is the integral of p_i p_j, b_i that of p_i p, and l
+a multiplier,
+
+    A x + l = b,   sum_i x_i = 1.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import safetensors.torch
+import torch
+from torch import Tensor
 
 from dumo.config.load import load
 from dumo.config.source import FILE
 from dumo.io import file as files
 from dumo.io.weights import apart, compare
 from dumo.io.weights import load as load_weights
-from dumo.training import checkpoint, frozen, snapshot
-from dumo.training.ema import WIDEST, PowerEma
-from dumo.training.snapshot import Profile
+from dumo.training import checkpoint, frozen
+from dumo.training.ema import WIDEST, PowerEma, exponent
+from dumo.training.manifest import standing
+from dumo.training.spec import Train
+from dumo.training.state import State
 from dumo.types import UserError
 
-FAR = 0.05  # a profile that is not met to this share of its norm is refused: ours
+FOLDER = "snapshots"
+FAR = 0.05  # a profile that is missed by more than this share of its norm is refused: ours
+
+
+class Profile(NamedTuple):
+    """Which average: after so many updates, by the power of this width."""
+
+    step: int
+    std: float
 
 
 @dataclass(frozen=True)
@@ -28,11 +53,29 @@ class Averaged:
     error: float  # a share of the profile's norm
 
 
+def keep(run: Path, state: State) -> None:
+    """Write each average by a power after this step into the run's snapshots; as `checkpoint.lone`."""
+    for key, average in state.averages.items():
+        if isinstance(average.spec, PowerEma):
+            checkpoint.lone(run / FOLDER / f"ema-{key}", state, average.module, "snapshot")
+
+
+def kept(run: Path, spec: Train) -> dict[Profile, Path]:
+    """The snapshots of a run's averages, the first step first."""
+    powers = [ema for ema in spec.ema if isinstance(ema, PowerEma)]
+    found = {
+        Profile(step, ema.std): path
+        for ema in powers
+        for step, path in standing(run / FOLDER / f"ema-{ema.key}", ".safetensors").items()
+    }
+    return dict(sorted(found.items()))
+
+
 def average(source: str, std: float, out: Path | None = None) -> Averaged:
     """Write the average of a width, as of a run's last snapshot, to `out`, or into averages/ in the run's folder.
 
-    Raises UserError for a width that is none, that the snapshots do not give, or where there are none; OSError where
-    nothing can be written.
+    Raises UserError for a width outside (0, WIDEST), one that the snapshots do not give, or a run without snapshots;
+    OSError where nothing can be written.
     """
     if not 0 < std < WIDEST:
         raise UserError(f"--std {std:g}: a width lies between 0 and {WIDEST:.3f}, the plain mean of a run; try 0.1")
@@ -42,26 +85,59 @@ def average(source: str, std: float, out: Path | None = None) -> Averaged:
     if not (folder / FILE).is_file():
         raise UserError(f"{source} is no run's folder (it has no {FILE}): train one first")
     run = load(source)
-    kept = snapshot.kept(folder / snapshot.FOLDER, run.train)
-    if not kept:
-        ways = [f"--set train.snapshots={max(1, run.train.steps // 10)}"]
-        if not any(isinstance(ema, PowerEma) for ema in run.train.ema):
-            ways.insert(0, "--set 'train.ema=[{kind: power, std: 0.05}, {kind: power, std: 0.1}]'")
-        raise UserError(f"{folder} kept no averages to make others of: train with {' '.join(ways)}")
-    last, net = max(step for step, _ in kept), run.outline()
-    x, error = snapshot.fit([*kept], Profile(last, std))
-    if error > FAR:
-        widths = ", ".join(f"{width:g}" for width in sorted({width for _, width in kept}))
+    snapshots = kept(folder, run.train)
+    if not snapshots:
         raise UserError(
-            f"--std {std:g}: the nearest sum of {len(kept)} snapshots misses that average by {error:.0%}, and "
+            f"{folder} has no snapshots to make averages of: train with --set train.snapshots="
+            f"{max(1, run.train.steps // 10)} --set 'train.ema=[{{kind: power, std: 0.05}}, {{kind: power, std: 0.1}}]'"
+        )
+    last, net = max(step for step, _ in snapshots), run.outline()
+    x, error = fit([*snapshots], Profile(last, std))
+    if error > FAR:
+        widths = ", ".join(f"{width:g}" for width in sorted({width for _, width in snapshots}))
+        raise UserError(
+            f"--std {std:g}: the nearest sum of {len(snapshots)} snapshots misses that average by {error:.0%}, and "
             f"{FAR:.0%} is the most: take a width nearer to theirs ({widths}), or train with more of them "
             "(train.snapshots)"
         )
-    found = [load_weights(path) for path in kept.values()]
-    for path, one in zip(kept.values(), found, strict=True):
+    found = [load_weights(path) for path in snapshots.values()]
+    for path, one in zip(snapshots.values(), found, strict=True):
         compare(path, one, frozen.trained(net), "the run", checkpoint.FIT)
-    weights = snapshot.mixed(found, x, {name for name, _ in net.named_parameters(remove_duplicate=False)})
+    weights = mixed(found, x, {name for name, _ in net.named_parameters(remove_duplicate=False)})
     file = out or folder / "averages" / f"std-{std:g}.safetensors"
     with files.whole(file) as half:
         safetensors.torch.save_file(apart(weights), half, metadata={"step": str(last)})
-    return Averaged(file, last, len(kept), error)
+    return Averaged(file, last, len(snapshots), error)
+
+
+def overlap(one: Profile, other: Profile) -> float:
+    """The integral of the product of two profiles."""
+    early, late = sorted((one, other))
+    a, b = exponent(early.std), exponent(late.std)
+    return (a + 1) * (b + 1) / (a + b + 1) * (early.step / late.step) ** b / late.step
+
+
+def fit(found: Sequence[Profile], wanted: Profile) -> tuple[list[float], float]:
+    """The weights of snapshots whose sum is nearest to a profile, and how far it is, as a share of its norm."""
+    products = np.array([[overlap(one, other) for other in found] for one in found])
+    with_wanted, ones = np.array([overlap(one, wanted) for one in found]), np.ones((len(found), 1))
+    unit = overlap(wanted, wanted)  # which brings the rows of ones to the size of the others
+    system = np.block([[products, unit * ones], [unit * ones.T, np.zeros((1, 1))]])
+    x = np.linalg.solve(system, np.append(with_wanted, unit))[:-1]
+    left = unit - 2 * x @ with_wanted + x @ products @ x
+    return x.tolist(), float(np.sqrt(max(left, 0.0) / unit))
+
+
+def mixed(snapshots: Sequence[Mapping[str, Tensor]], x: Sequence[float], averaged: set[str]) -> dict[str, Tensor]:
+    """The sum of snapshots, the last one last, with weights x, of the tensors named in `averaged`, in their dtype.
+
+    What else there is, buffers, is the last one's.
+    """
+    *_, last = snapshots
+    out = {name: tensor.clone() for name, tensor in last.items()}
+    for name in out.keys() & averaged:
+        total = torch.zeros_like(out[name], dtype=torch.float64)
+        for weight, one in zip(x, snapshots, strict=True):
+            total += weight * one[name].double()
+        out[name] = total.to(out[name].dtype)
+    return out

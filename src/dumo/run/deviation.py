@@ -1,10 +1,10 @@
-"""What a run's folder knows of its data, measured when it begins to train: their deviation and their fingerprint."""
+"""A folder's data.json: the standard deviation and the fingerprint of the data, measured when training begins."""
 
 from pathlib import Path
 from typing import Any
 
 from dumo.data.source import Source
-from dumo.io.json import read_json, write_json
+from dumo.io.read import read_json, write_json
 from dumo.types import UserError
 
 FILE = "data.json"
@@ -12,15 +12,15 @@ ROWS = 256  # of the first epoch in the order of seed 0; ours
 
 
 def measure(source: Source) -> float:
-    """Over all numbers of the first rows together, as EDM's sigma_data: channels and places alike."""
+    """The standard deviation over all numbers of the first rows, as EDM's sigma_data."""
     x, _ = source.batch(0, ROWS, 0)
     return x.double().std().item()
 
 
 def note(folder: Path, source: Source, fingerprint: str | None = None) -> float:
-    """The deviation that stands in the folder; measured and written where none does, or for data of another print.
+    """The deviation in the folder; it is measured and written if there is none, or for data of another fingerprint.
 
-    `fingerprint` is the source's; None: it has none. One process alone may do it.
+    `fingerprint` is the source's, if it has one. Only one process may call it.
     """
     there = _read(folder)
     if (
@@ -35,12 +35,12 @@ def note(folder: Path, source: Source, fingerprint: str | None = None) -> float:
 
 
 def noted(folder: Path) -> float | None:
-    """The deviation that stands in the folder; None where none does. Raises UserError for a damaged file."""
+    """The deviation in the folder, if there is one. Raises UserError for a damaged file."""
     return None if (there := _read(folder)) is None else there["sd"]
 
 
 def fingerprint(folder: Path) -> str | None:
-    """That of the data that the folder's run was trained on; None where it is not known. Raises as `noted`."""
+    """The fingerprint of the data that the folder's run was trained on, if known. Raises as `noted`."""
     return (_read(folder) or {}).get("fingerprint")
 
 

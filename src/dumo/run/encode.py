@@ -1,7 +1,7 @@
 """Make the cache that a recipe trains on: where images, a codec and a folder meet.
 
 By any number of ranks, which need not run at once; a killed one is started again, and the cache is the same to the last
-bit. What is damaged is found, named and made anew (see `dumo.data.encode`).
+bit. What is damaged is found, named and made anew (see `dumo.data.cache`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,14 +14,12 @@ from dumo import dist
 from dumo.config.change import override
 from dumo.config.load import FILE, load, parse
 from dumo.config.spec import Run
-from dumo.data import Latents
-from dumo.data import encode as codecs
+from dumo.data import Latents, cache
 from dumo.data.cache import Contents, Plan, read_contents
 from dumo.data.caption import Files
 from dumo.data.image import below
-from dumo.io.path import user_path
-from dumo.io.series import Done
-from dumo.io.text import brief
+from dumo.io.read import brief, user_path
+from dumo.io.table import Done
 from dumo.progress import Bar, no_bar
 from dumo.run import text
 from dumo.types import Spec, UserError
@@ -50,14 +48,16 @@ class Encoded:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Work:
     """What there is to encode: images, the captions of a run that reads a table of them, or both."""
 
     data: Latents | None
     run: Run | None = None
 
 
-def asked(source: str, overrides: Sequence[str] = (), *, out: str | None, codec: str | None, side: int | None) -> Asked:
+def work_of(
+    source: str, overrides: Sequence[str] = (), *, out: str | None, codec: str | None, side: int | None
+) -> Work:
     """What to encode, and into which folders: as a recipe says, or a place of images and options.
 
     Raises UserError where the recipe trains on neither latents nor a table of texts, or an option is missing.
@@ -72,12 +72,12 @@ def asked(source: str, overrides: Sequence[str] = (), *, out: str | None, codec:
                 f"{source} trains on data '{run.data.kind}', not on latents, and its net reads no captions: there is "
                 "nothing to encode"
             )
-        return Asked(data, run if reads else None)
+        return Work(data, run if reads else None)
     if None in (out, codec, side):
         raise UserError(f"{source} holds images: say by which --codec, of how many pixels --side, and where to, OUT")
     tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": source, "flip": True}}}
     override(tree, sets)
-    return Asked(parse(Place, tree).data)
+    return Work(parse(Place, tree).data)
 
 
 def settings(out: str | None, codec: str | None, side: int | None) -> list[str]:
@@ -105,6 +105,7 @@ def encode(
     numbered = isinstance(data.captions, Files)
     tree = {
         "source": " ".join(word for word in (images.root, images.split) if word),
+        "fingerprint": album.fingerprint(),
         "resolution": images.side,
         "crop": images.crop,
         "classes": images.labels,
@@ -116,8 +117,8 @@ def encode(
     mine = range(rank, ceil(len(album) / plan.shard_rows), world)
     total = sum(min(plan.shard_rows, len(album) - k * plan.shard_rows) for k in mine)
     with bar(f"encoding {images.root}", total) as tick, below("data.images"):
-        captions = images.told() if numbered else None
-        done = codecs.encode(
+        captions = images.all_captions() if numbered else None
+        done = cache.encode(
             album, opened, plan, data.folder, captions=captions, batch=batch, rank=rank, world=world, tick=tick
         )
     return Encoded(data.folder, done, None if done.missing else read_contents(data.folder))
@@ -140,16 +141,13 @@ def part_of(text: str | None) -> tuple[int, int]:
     return int(k), int(n)
 
 
-def told(made: Encoded) -> Iterator[str]:
-    """What was done, in lines: what was damaged, what is there, and how to give each channel deviation 1."""
+def lines(made: Encoded) -> Iterator[str]:
+    """What was done, in lines: what was damaged, and what is there."""
     done, contents = made.done, made.contents
     yield from (f"was damaged and is made again: {what}" for what in done.damaged)
     if contents is None:
         yield f"{made.folder}: {done.made} shards made, {done.missing} are still to be made by others"
         return
     rows = sum(shard.rows for shard in contents.shards)
-    lost = f" ({contents.images - rows} could not be read)" if rows < contents.images else ""
+    lost = f" ({contents.rows - rows} could not be read)" if rows < contents.rows else ""
     yield f"{made.folder}: {rows:,} images{lost} as {contents.shape} in {contents.dtype}, {done.made} shards made now"
-    mean, std = (", ".join(f"{number:.4g}" for number in side) for side in (contents.mean, contents.std))
-    yield f"mean per channel       {mean}"
-    yield f"deviation per channel  {std}"

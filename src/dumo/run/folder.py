@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from dumo import dist
 from dumo.codecs.scaled import Opened
-from dumo.config.format import FORMAT, Noted
 from dumo.config.load import FILE, difference, differences, dump, load
-from dumo.config.source import format_of
+from dumo.config.source import Noted
 from dumo.config.spec import Run
 from dumo.config.teacher import Start
 from dumo.data import Latents
@@ -24,7 +23,7 @@ from dumo.io.weights import compare
 from dumo.io.weights import load as load_weights
 from dumo.nets.dualized import Dualized
 from dumo.run import published
-from dumo.training import checkpoint, frozen, manifest, retention
+from dumo.training import checkpoint, frozen, manifest
 from dumo.training.state import State
 from dumo.training.state import begin as begin_training
 from dumo.types import Sample, UserError
@@ -107,10 +106,9 @@ def opened(run: Run, folder: Path, weights: str | None, device: torch.device) ->
     net = load_net(run, file, device)
     name, about = str(file.relative_to(folder)) if weights is None else weights, manifest.read(last)
     frozen.require(frozen.digest(net), about.frozen, folder)
-    listed = (about.files or {}).get(file.name) if weights is None else None
-    return RunFolder(
-        *(run, folder, net, checkpoint.step_of(file, about.step), name, file, last), listed and listed.sha256
-    )
+    listed = about.files.get(file.name) if weights is None else None
+    step = checkpoint.step_of(file, about.step)
+    return RunFolder(run, folder, net, step, name, file, last, listed and listed.sha256)
 
 
 def shown(run: Run) -> str:
@@ -130,7 +128,7 @@ def claim(run: Run, folder: Path, step: int | None = None) -> None:
     """See that the folder is free, or holds this run with no more steps behind it than it is to make. Writes nothing.
 
     `step` is that of the checkpoint to go on from; None: of the last one. Raises UserError, with the difference if not,
-    and where it is of an older format, or has no checkpoint of that step.
+    and where it has no checkpoint of that step.
     """
     steps = [*checkpoint.standing(folder / "checkpoints")]
     if step is not None and step not in steps:
@@ -139,12 +137,6 @@ def claim(run: Run, folder: Path, step: int | None = None) -> None:
     if (done := max(steps, default=0) if step is None else step) > run.train.steps:
         raise UserError(f"{folder} has {done} steps behind it, so train.steps={run.train.steps} is no more to do")
     if (folder / FILE).exists():
-        if done and (then := format_of(folder)) < FORMAT:
-            raise UserError(
-                f"{folder} is a run of format {then}, and training in format {FORMAT} draws other numbers: it samples "
-                "and evaluates as before, but its training cannot go on. Train in another folder with --out, and with "
-                f"--set start.source={folder} from the weights of this one"
-            )
         if differs := [one for one in differences(load(str(folder)), run) if not one.may]:
             lines = "\n  ".join([f"{folder} holds another run:", *map(str, differs)])
             raise UserError(f"{lines}\nGive another folder with --out, or remove this one")
@@ -160,7 +152,7 @@ def ours(path: Path) -> bool:
 def sweep(folder: Path) -> None:
     """Remove what a training that was killed left half-written. The folder must be held."""
     left = [path for path in folder.iterdir() if ours(path)]
-    left += [path for place in retention.places(folder) for path in place.glob(".step-*.tmp")]
+    left += [path for place in manifest.places(folder) for path in place.glob(".step-*.tmp")]
     for path in left:
         files.remove(path)
 
@@ -238,7 +230,7 @@ def begin_from(run: Run, start: Start, device: torch.device) -> nn.Module:
 
 def of_run(run: Run, start: Start, device: torch.device) -> dict[str, Tensor]:
     """The weights of another run. Raises UserError where they make another function of this one's net."""
-    source = open_run(start.source, weights=start.weights, device=str(device))
+    source = open_run(start.source, device=str(device))
     differs = [line for line in difference(source.run, run) if line.startswith(("net", "path"))]
     same = SAME if "r" in source.run.objective.needs.names else (*SAME, "net.late:")  # of r no block knew
     if differs := [line for line in differs if not line.startswith(same)]:

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from dumo import dist
 from dumo.config.change import shown
-from dumo.config.format import Noted
 from dumo.config.load import changes
+from dumo.config.source import Noted
 from dumo.config.spec import Run
 from dumo.data.source import Source
 from dumo.run import deviation
 from dumo.run.folder import note
-from dumo.training import log, manifest, retention
+from dumo.training import log, manifest
 from dumo.types import UserError
 
 PROGRAMS = ("dumo", "torch")  # whose versions change what a step computes
@@ -53,7 +53,7 @@ class History:
         """
         file = self.folder / "metrics.jsonl"
         if anew:
-            gone = [retention.rewind(place, self.step) for place in retention.places(self.folder)]
+            gone = [manifest.rewind(place, self.step) for place in manifest.places(self.folder)]
             rows = sum(row["step"] > self.step for row in log.read_log(file))
             steps = sorted({step for steps in gone for step in steps})
             what = [f"the checkpoints and milestones of steps {', '.join(f'{n:,}' for n in steps)}"] if steps else []

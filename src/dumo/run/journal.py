@@ -15,8 +15,9 @@ from dumo.config.spec import Run
 from dumo.data.source import Source
 from dumo.preflight import doctor
 from dumo.progress import sized
+from dumo.run import average
 from dumo.run.teacher import Coupled
-from dumo.training import agreement, checkpoint, layout, log, loop, manifest, snapshot
+from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.state import State
 from dumo.training.step import Record
 
@@ -91,7 +92,7 @@ class Journal:
         if state.step in self.run.train.milestones:
             checkpoint.mark(self.folder / "milestones", state)
         if self.run.train.snaps(state.step):
-            snapshot.keep(self.folder / snapshot.FOLDER, state)
+            average.keep(self.folder, state)
 
     def keep(self, state: State, record: Record) -> None:
         """A checkpoint, where one is due by step or clock, where the run is asked to stop, and at the end.
@@ -133,7 +134,7 @@ def said(row: dict[str, Any]) -> str:
 
 def way_back(run: Run, folder: Path, step: int) -> str:
     """How to go on from the last good checkpoint up to a step, at half the rate; from the start where there is none."""
-    standing = [(n, path) for n, path in checkpoint.standing(folder / "checkpoints").items() if n <= step]
+    standing = [(n, path) for n, path in manifest.standing(folder / "checkpoints").items() if n <= step]
     good = [n for n, path in standing if manifest.sound(path) and manifest.read(path).trend.good]
     start, words = (["--from", str(good[-1])], "from its last good checkpoint") if good else ([], "from the start")
     rate = f"train.optimizer.lr={run.train.optimizer.lr / 2:g}"

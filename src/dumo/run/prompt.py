@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from dumo.nets.text import Texts
+from dumo.nets.rows import Texts
 from dumo.run.folder import RunFolder
 from dumo.types import UserError
 

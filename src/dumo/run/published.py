@@ -6,26 +6,25 @@ from torch import Tensor, nn
 
 from dumo.config.spec import Run
 from dumo.config.teacher import Start
-from dumo.io.json import read_json
-from dumo.io.path import user_path
+from dumo.io.read import read_json, user_path
 from dumo.io.weights import load
 from dumo.nets.dit import PUBLISHED, SIZES, DiT, Transformer
 from dumo.nets.embed import FREQUENCIES
-from dumo.nets.sit import BESIDE, converted, named, of_diffusers
+from dumo.nets.sit import UNUSED, converted, of_diffusers, our_name
 from dumo.types import UserError
 
 ATTENTION = {width: attention for width, _, attention in SIZES.values()}
 CONFIG, WEIGHTS, DIFFUSERS = "config.json", "diffusion_pytorch_model.safetensors", "DiTTransformer2DModel"
 ANOTHER = "take another copy of the model"
 TRUNK = ("embed.", "positions", "label.", "blocks.")
-REST = ("heads.v.out.weight", "heads.v.out.bias", "scalars.embedders.t.0.weight")  # beside it, what is converted
+REST = ("heads.v.out.weight", "heads.v.out.bias", "scalars.embedders.t.0.weight")  # also converted
 
 
 def read(start: Start, run: Run, net: nn.Module) -> dict[str, Tensor]:
     """The weights of `start.source` by the names of the run's net; of kind dit those of the trunk alone.
 
-    Raises UserError for a net that is another function than the published one, a file with other layers, another
-    folder than diffusers' of a DiT, a pickle, or a path that is not the linear one.
+    Raises UserError if the net is another function than the published one, the file has other layers or is a pickle,
+    the folder is not diffusers' of a DiT, or the path is not linear.
     """
     spec, file = run.net, user_path(start.source, "start.source")
     if not isinstance(spec, DiT) or not isinstance(net, Transformer):
@@ -34,7 +33,7 @@ def read(start: Start, run: Run, net: nn.Module) -> dict[str, Tensor]:
         raise UserError(f"start.kind {start.kind} is a net of classes, and this one reads texts: set net.texts=null")
     wanted = {**PUBLISHED, "attention": ATTENTION.get(spec.width, spec.attention)}
     del wanted["late"]  # where r = t it is the published one
-    wanted |= {"time_scale": 1.0, "aux_time": False} if start.kind == "sit" else {}
+    wanted |= {"time_scale": 1.0} if start.kind == "sit" else {}
     if wrong := [field for field, value in wanted.items() if getattr(spec, field) != value]:
         field = wrong[0]
         raise UserError(
@@ -43,12 +42,12 @@ def read(start: Start, run: Run, net: nn.Module) -> dict[str, Tensor]:
         )
     if start.kind == "sit" and (run.path.kind, run.path.sd) != ("linear", 1):
         raise UserError(f"start.kind sit is a velocity on path 'linear' of sd 1, not on {run.path.kind}: set path.kind")
-    found = {name: tensor for name, tensor in weights(start, file).items() if not name.startswith(BESIDE)}
+    found = {name: tensor for name, tensor in weights(start, file).items() if not name.startswith(UNUSED)}
     return fitting(start, found, net)
 
 
 def weights(start: Start, place: Path) -> dict[str, Tensor]:
-    """The tensors of a file, or of diffusers' folder of a DiT, by the authors' names. Raises UserError as `read`."""
+    """The tensors of a file, or of a diffusers folder of a DiT, by the authors' names. Raises UserError as `read`."""
     if not place.is_dir():
         return load(place)
     folder = next((one for one in (place, place / "transformer") if (one / CONFIG).is_file()), None)
@@ -62,9 +61,9 @@ def weights(start: Start, place: Path) -> dict[str, Tensor]:
 
 
 def fitting(start: Start, found: dict[str, Tensor], net: Transformer) -> dict[str, Tensor]:
-    """The tensors by our names. Raises UserError where the file has others than a SiT of these sizes."""
+    """The tensors by our names. Raises UserError if the file is not of a SiT of these sizes."""
     own = {name for name in net.state_dict() if name.startswith(TRUNK)}
-    have = {name: named(name) for name in found}
+    have = {name: our_name(name) for name in found}
     strange = [name for name, ours in have.items() if ours is None or (ours.startswith(TRUNK) and ours not in own)]
     lacking = [name for name in (*own, *REST) if name not in have.values() and name != "positions"]
     if strange or lacking:
@@ -85,5 +84,5 @@ def fitting(start: Start, found: dict[str, Tensor], net: Transformer) -> dict[st
                 f"start.source: {start.source} has {name} of shape {shape}, and this net takes {may[0]}: set net.patch "
                 "and net.width, or take other data"
             )
-    state = converted(found, net, reverse=start.reverse)
+    state = converted(found, net)
     return state if start.kind == "sit" else {name: w for name, w in state.items() if name.startswith(TRUNK)}

@@ -16,8 +16,8 @@ from dumo.config.tree import Sampling
 from dumo.data import Moons
 from dumo.data.source import Source
 from dumo.flow.reading import reading
-from dumo.io import archive, picture
 from dumo.io import file as files
+from dumo.io import picture
 from dumo.progress import Bar, no_bar
 from dumo.run.folder import RunFolder
 from dumo.run.name import changes, own, sampling, word
@@ -33,7 +33,7 @@ def real_data(run: Run) -> Source:
 
 
 def conditions(run: Run, count: int, only: Sequence[int] | None = None) -> Tensor:
-    """The conditions of so many samples: `only` these in turn; None: all classes in turn, or captions of them.
+    """The conditions of `count` samples: `only` these in turn; None: all classes in turn, or captions of them.
 
     Raises UserError for one out of range, or no samples.
     """
@@ -43,7 +43,7 @@ def conditions(run: Run, count: int, only: Sequence[int] | None = None) -> Tenso
 
 
 def turned(c: Tensor, count: int) -> Tensor:
-    """These conditions in turn, so many in all."""
+    """These conditions in turn, `count` in all."""
     return c[torch.arange(count) % len(c)]
 
 
@@ -166,7 +166,7 @@ def export(
         raise UserError(f"format '{form}' does not hold samples of shape {shape}: use {', '.join(forms)}")
     way = "ask for fewer, and for others with another --seed"
     room.require(count * prod(shape) * torch.float32.itemsize, f"{count:,} samples take", way)
-    opened, said = asked(opened, nfe=nfe, seed=seed, solver=solver)
+    opened, said = with_options(opened, nfe=nfe, seed=seed, solver=solver)
     c = turned(prompted(opened, prompts), count) if prompts else conditions(run, count, only)
     chosen, passes = opened.run.sample.solver, opened.run.sample.nfe
     said += [word("labels", only)] if only else []
@@ -183,7 +183,7 @@ def export(
     return written
 
 
-def asked(
+def with_options(
     opened: RunFolder, *, nfe: Sequence[int] | None = None, seed: int | None = None, solver: str | None = None
 ) -> tuple[RunFolder, list[str]]:
     """The run as it is to be sampled, and what of that is not its own, but for the solver's kind, as parts of a name.
@@ -193,8 +193,8 @@ def asked(
     run, chosen = opened.run, solver_named(opened.run, solver)
     passes, seed = tuple(nfe or run.sample.nfe), run.sample.seed if seed is None else seed
     check(chosen, run.reads, *passes)
-    told = run.sample.model_copy(update={"solver": chosen, "nfe": passes, "seed": seed})
-    opened = replace(opened, run=run.model_copy(update={"sample": told}))
+    sampling_ = run.sample.model_copy(update={"solver": chosen, "nfe": passes, "seed": seed})
+    opened = replace(opened, run=run.model_copy(update={"sample": sampling_}))
     before = {**sampling(own(opened)), "solver.kind": chosen.kind}  # every name begins with it
     return opened, changes(opened, before, sampling(opened.run))
 
@@ -218,11 +218,11 @@ def write(x: Sample, c: Tensor, stem: Path, form: str, run: Run, names: Sequence
     points = len(run.pixels) == 1
     match form:
         case "images":
-            archive.write_singles(stem, picture.to_rows(x))
+            picture.write_singles(stem, picture.to_rows(x))
             return stem
         case "npz":
             path = stem.with_name(f"{stem.name}.npz")
-            archive.write_points(path, x, c) if points else archive.write_adm(path, picture.to_rows(x), c)
+            picture.write_points(path, x, c) if points else picture.write_adm(path, picture.to_rows(x), c)
             return path
         case _:
             path = stem.with_name(f"{stem.name}.png")
@@ -231,5 +231,5 @@ def write(x: Sample, c: Tensor, stem: Path, form: str, run: Run, names: Sequence
                 if points
                 else picture.sheet(picture.to_rows(x), **titles(c, run, names))
             )
-            archive.write_picture(path, sheet)
+            picture.write_picture(path, sheet)
             return path

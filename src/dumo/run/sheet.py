@@ -56,7 +56,7 @@ class Sheets:
         with torch.compiler.set_stance("force_eager"):
             parts = generate.batches(
                 net,
-                guided_reading(self.opened(state)),
+                guided_reading(self.as_folder(state)),
                 run.path,
                 run.sample.solver,
                 self.c[torch.tensor(turn) % len(self.c)],
@@ -74,11 +74,11 @@ class Sheets:
         """Write a sheet, or say why there is none: that is no reason to end a run."""
         path = self.folder / f"step-{state.step:08d}-nfe{nfe}"
         try:
-            write(self.opened(state).decode(made()), self.c, path, "grid", self.run)
+            write(self.as_folder(state).decode(made()), self.c, path, "grid", self.run)
         except Exception as error:  # memory, disk, weights that have diverged
             self.tell(f"warning: no sheet {path.name}: {error}")
 
-    def opened(self, state: State) -> RunFolder:
+    def as_folder(self, state: State) -> RunFolder:
         """The run as it stands."""
         return RunFolder(self.run, self.folder.parent, state.shown, state.step, "")
 

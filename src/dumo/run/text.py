@@ -12,9 +12,9 @@ from dumo import dist
 from dumo.config.spec import Run
 from dumo.data import Moons
 from dumo.io.file import locked
-from dumo.io.series import Done
+from dumo.io.table import Done
+from dumo.nets.table import Tabled
 from dumo.nets.text import Learned
-from dumo.nets.text.tabled import Tabled
 from dumo.progress import Bar, no_bar
 from dumo.texts.encode import encode as encode_texts
 from dumo.texts.table import read_contents

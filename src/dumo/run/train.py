@@ -13,7 +13,7 @@ import torch
 from dumo import dist
 from dumo.ahead import BATCHES, Ahead
 from dumo.config.advice import advice
-from dumo.config.pieces import check_pieces
+from dumo.config.check import check_pieces
 from dumo.config.spec import Run
 from dumo.data.source import Source
 from dumo.data.store import some
@@ -31,7 +31,8 @@ from dumo.run.journal import Journal, way_back
 from dumo.run.sheet import Sheets
 from dumo.run.speed import Meter
 from dumo.training import agreement, loop
-from dumo.training.cut import share_of, span
+from dumo.training.cut import span
+from dumo.training.layout import share_of
 from dumo.training.state import Diverged, State
 from dumo.training.step import Batch, Task, draws_of, pieces
 from dumo.types import UserError

@@ -1,7 +1,7 @@
 """Images by number: image i of a seed is one thing, whatever batch it is made in, and the net counts its own passes."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from dumo.bound import SAMPLES
 from dumo.flow.precision import Precision, using
 from dumo.random import noise
-from dumo.sampling.draws import Draws
 from dumo.sampling.solver import Fresh, Solver, Stepper
 from dumo.types import Array, Cond, Heads, Path, Reads, Sample, Trail, UserError
 
@@ -35,6 +34,40 @@ class Batch:
     nfe: int
 
 
+class Draws:
+    """The noise of batches that are made in this order, each given by the numbers of its images; drawn ahead.
+
+    While a net works on a batch, a thread draws for the next one what this one has drawn. Noise is a function of (seed,
+    image, draw), so who draws it and when changes nothing in it.
+    """
+
+    def __init__(
+        self,
+        thread: Executor,
+        batches: Sequence[Sequence[int]],
+        *,
+        seed: int,
+        shape: Sequence[int],
+        device: torch.device | str,
+    ) -> None:
+        """Of this seed and shape, for a net on this device."""
+        self.thread, self.batches, self.seed, self.shape = thread, batches, seed, shape
+        self.device = torch.device(device)
+        self.coming: dict[tuple[int, int], Future[Sample]] = {}
+
+    def __call__(self, batch: int, k: int) -> Sample:
+        """Draw k of a batch's images, on the device."""
+        ready = self.coming.pop((batch, k), None)
+        if batch + 1 < len(self.batches):
+            self.coming[batch + 1, k] = self.thread.submit(self._draw, batch + 1, k)
+        z = ready.result() if ready else self._draw(batch, k)
+        return z.to(self.device, non_blocking=True)
+
+    def _draw(self, batch: int, k: int) -> Sample:
+        z = noise(self.seed, self.batches[batch], k, self.shape)
+        return z.pin_memory() if self.device.type == "cuda" else z  # from where a GPU fetches it by itself
+
+
 def generate(
     net: nn.Module,
     reads: Reads,
@@ -51,9 +84,13 @@ def generate(
     precision: Precision = "fp32",
     on_batch: Callable[[int], object] | None = None,
 ) -> Samples:
-    """All of `batches` in one. `on_batch` is told the number of images made so far. Raises as that does."""
+    """All of `batches` in one; `on_batch` is called with the number of images made so far. Raises as that does."""
     parts = batches(
-        *(net, reads, path, solver, c),
+        net,
+        reads,
+        path,
+        solver,
+        c,
         nfe=nfe,
         seed=seed,
         shape=shape,
@@ -84,7 +121,7 @@ def batches(
 
     `reads` is a reading of `net`, which stays where it is and is in evaluation mode meanwhile; `precision` is that of
     its passes, and what a solver makes of them is in float32. Raises UserError if the solver cannot serve the reading
-    or nfe, ValueError if there are more or fewer indices than rows of c, Stopped where that is asked, between two
+    or nfe, ValueError if there are more or fewer indices than rows of c, Stopped once a stop is asked for, between two
     passes.
     """
     indices = range(len(c)) if indices is None else indices
@@ -143,7 +180,7 @@ def trailed(
 
 
 def joined(parts: Iterable[Batch], on_batch: Callable[[int], object] | None = None) -> Samples:
-    """Batches, in their order, as one; `on_batch` is told the number of images so far as each comes."""
+    """Batches, in their order, as one; `on_batch` is called with the number of images so far as each comes."""
     done, count = list[Batch](), 0
     for part in parts:
         done.append(part)

@@ -44,7 +44,7 @@ class GuidanceScale(NamedTuple):
 
 
 class CFG(Spec):
-    """What a net is asked for, guided by `scale` where it is read at a time inside the interval."""
+    """The readings of a net, guided by `scale` at times inside the interval."""
 
     scale: float = Field(default=1.0, gt=0, le=FACTOR)  # w; 1 is none
     interval: Interval = Interval()

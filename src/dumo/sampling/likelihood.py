@@ -17,8 +17,7 @@ import torch
 
 from dumo import random, stop
 from dumo.flow.divergence import divergence
-from dumo.sampling.grid import rows, uniform
-from dumo.sampling.solver import Euler, Heun, Hop, Solver, steps, taught
+from dumo.sampling.solver import Euler, Heun, Hop, Solver, rows, steps, taught, uniform
 from dumo.types import Climb, Cond, Path, PerSample, Reads, Sample, Time, UserError, lift
 
 Rate = Callable[[Sample, Time, Cond], tuple[Sample, PerSample]]  # v and div v
@@ -46,8 +45,8 @@ def climbing(solver: Solver, reads: Reads, along: Sequence[Sample] = ()) -> Clim
     if isinstance(solver, Hop):
         if reads.climb is None:
             raise UserError(
-                "solver 'hop' takes likelihood from a part of kind divergence, beside an average, and from times that "
-                "go both ways, which this objective lacks: use heun or euler"
+                "solver 'hop' takes likelihood from jumps that know how much volume they grow, which this objective "
+                "does not teach: use heun or euler, or train objective f2d2"
             )
         return reads.climb
     if not isinstance(solver, Euler | Heun):

@@ -1,7 +1,7 @@
-"""Encode captions into a table, shard by shard: by any number of ranks, and killed and started again at will.
+"""Encode captions into a table, shard by shard, on any number of ranks; it can be killed and started again.
 
-What is in a shard depends on its number alone (`dumo.io.series`): its texts are encoded in the same batches from its
-own first row.
+The contents of a shard depend on its number alone (`dumo.io.series`): its texts are encoded in the same batches, from
+its own first row.
 """
 
 import json
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dumo import stop
 from dumo.io import digest, series
-from dumo.io.series import Done, Tick
-from dumo.texts.encoder import Encoded, Encoder, Opened
+from dumo.io.table import Done, Tick
+from dumo.texts.encoder import Embeddings, Encoder, EncoderModel
 from dumo.texts.table import CAPTIONS, FILE, Contents, read_captions, read_contents
-from dumo.texts.tokens import Cut, Tokenizer
+from dumo.texts.tokens import Cutter, Tokenizer
 from dumo.types import UserError
 
 
@@ -32,16 +32,16 @@ def encode(
     device: torch.device | str = "cpu",
     tick: Tick = lambda done, note: None,
 ) -> Done:
-    """Make those of this rank's shards that are not there, or damaged. Another batch may move the last bits.
+    """Make this rank's shards that are missing or damaged. Another batch may change the last bits.
 
     Warns where texts are cut. Raises UserError where there are no captions, `out` holds another table or something
-    else, an embedding is too large for the dtype, or the disk is full, and as opening the encoder does, OSError where
-    nothing can be written, Stopped where that is asked; the shards that stand are kept.
+    else, an embedding is too large for the dtype, or the disk is full, and as opening the encoder does; OSError where
+    nothing can be written; Stopped after a signal. Finished shards are kept.
     """
     if not captions:
         raise UserError("there are no captions to encode: give data.captions, and images that have some")
     read = encoder.open() if isinstance(encoder, Tokenizer) else encoder.open(device)
-    contents = described(captions, read, shard_rows)
+    contents = contents_of(captions, encoder, read, shard_rows)
     texts = [*captions, ""]
 
     def shard(number: int, behind: Callable[[int], None]) -> tuple[int, dict[str, Tensor]]:
@@ -49,7 +49,7 @@ def encode(
         for i in rows[::batch]:
             stop.check()
             some = texts[i : min(i + batch, rows.stop)]
-            parts.append(unpadded(encoded(read, some)))
+            parts.append(without_padding(embeddings(read, some)))
             behind(i + len(some) - rows.start)
         return len(rows), stored({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, contents)
 
@@ -62,14 +62,16 @@ def encode(
     return Done(made, damaged, contents.count - len(whole))
 
 
-def described(captions: Sequence[str], read: Opened | Cut, shard_rows: int) -> Contents:
-    """What texts.yaml says before any shard is made."""
-    one, spec = encoded(read, [""]), read.spec
+def contents_of(
+    captions: Sequence[str], encoder: Encoder | Tokenizer, read: EncoderModel | Cutter, shard_rows: int
+) -> Contents:
+    """The contents of texts.yaml before any shard is made."""
+    one = embeddings(read, [""])
     return Contents(
-        encoder=spec,
-        model="tokens" if isinstance(spec, Tokenizer) else spec.model_type(),
+        encoder=encoder,
+        model="tokens" if isinstance(encoder, Tokenizer) else encoder.model_type(),
         sha256=read.sha256,
-        width=0 if isinstance(read, Cut) else one.tokens.shape[2],
+        width=0 if isinstance(read, Cutter) else one.tokens.shape[2],
         pooled=0 if one.pooled is None else one.pooled.shape[1],
         captions=len(captions),
         digest=digest.short(*captions),
@@ -77,22 +79,22 @@ def described(captions: Sequence[str], read: Opened | Cut, shard_rows: int) -> C
     )
 
 
-def encoded(read: Opened | Cut, texts: Sequence[str]) -> Encoded:
-    """Texts as they are kept, padded; numbers of tokens where there is no encoder."""
-    if isinstance(read, Opened):
+def embeddings(read: EncoderModel | Cutter, texts: Sequence[str]) -> Embeddings:
+    """The embeddings of texts, padded; ids where there is no encoder."""
+    if isinstance(read, EncoderModel):
         return read(texts)
     ids, mask = read(texts, whole=False)
-    return Encoded(ids[..., None], mask, None)
+    return Embeddings(ids[..., None], mask, None)
 
 
-def unpadded(found: Encoded) -> dict[str, Tensor]:
-    """Tokens one after the other, and how many each text has."""
+def without_padding(found: Embeddings) -> dict[str, Tensor]:
+    """Tokens one after the other, and their number in each text."""
     parts = {"tokens": found.tokens[found.mask], "lengths": found.mask.sum(1)}
     return parts if found.pooled is None else parts | {"pooled": found.pooled}
 
 
 def stored(tensors: dict[str, Tensor], contents: Contents) -> dict[str, Tensor]:
-    """A shard's tensors in the stored types. Raises UserError where they are no numbers there."""
+    """A shard's tensors in the stored types. Raises UserError where they are not finite there."""
     kept = {name: x if name == "lengths" else x.to(contents.dtype) for name, x in tensors.items()}
     if not contents.width:
         return kept | {"tokens": kept["tokens"][:, 0]}
@@ -103,7 +105,7 @@ def stored(tensors: dict[str, Tensor], contents: Contents) -> dict[str, Tensor]:
 
 
 def keep(out: Path, captions: Sequence[str], contents: Contents, rank: int) -> list[str]:
-    """Write the captions, unless they stand there; what was wrong with them, if they did and something was."""
+    """Write the captions, unless they are there; return the damage that was found and repaired, if any."""
     file, damaged = out / CAPTIONS, list[str]()
     if file.exists():
         try:

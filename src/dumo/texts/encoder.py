@@ -1,4 +1,4 @@
-"""Texts through a text encoder that others trained, from a folder of transformers: an embedding for every token."""
+"""Texts through a pretrained text encoder, from a folder of transformers: an embedding for every token."""
 
 import re
 from collections.abc import Generator, Mapping, Sequence
@@ -16,11 +16,9 @@ from torch import Tensor
 from dumo.bound import TOKENS
 from dumo.flow.precision import Precision, using
 from dumo.io import digest
-from dumo.io.json import read_json
-from dumo.io.path import user_path
-from dumo.io.text import brief
-from dumo.io.weights import opened as opened_weights
-from dumo.texts.tokens import EXTRA, Cut, Tokenizer, holding
+from dumo.io.read import brief, read_json, user_path
+from dumo.io.weights import open_safetensors
+from dumo.texts.tokens import EXTRA, Cutter, cutter
 from dumo.types import FREE, Spec, UserError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -37,8 +35,8 @@ HINT = f"name a folder with {CONFIG} and {WEIGHTS}, as transformers saves a text
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """Texts as a net is told them."""
+class Embeddings:
+    """Texts as a net reads them."""
 
     tokens: Shaped[Tensor, "b l d"]  # embeddings, or one number each
     mask: Bool[Tensor, "b l"]  # which of them are there
@@ -46,38 +44,33 @@ class Encoded:
 
 
 class Encoder(Spec):
-    """A text encoder, and what of its output is taken.
-
-    What published models take: SANA `layer` -1 of Gemma 2; Qwen-Image layer -1 of Qwen2.5-VL, its template, `skip` 34;
-    Z-Image layer -2 of Qwen3; SD3 and FLUX T5 with `pad`, and `pooled` of CLIP.
-    """
+    """A text encoder, and the part of its output that is kept (docs/text.md says what published models take)."""
 
     kind: Literal["transformers"] = "transformers"
-    # A folder of transformers, or of a pipeline's text_encoder.
+    # A folder of transformers, or of a pipeline's text_encoder, whose tokenizer lies next to it.
     source: str = Field(json_schema_extra=FREE)
-    # bytes, or a folder; None: it lies in source, or beside it as in pipelines.
-    tokenizer: str | None = Field(default=None, json_schema_extra=FREE)
-    length: int = Field(default=77, ge=1, le=TOKENS)  # tokens of a text at most, without `skip`; more are cut
+    length: int = Field(default=77, ge=1, le=TOKENS)  # tokens of a text at most, without `skip`; longer texts are cut
     template: str = "{}"  # {} is the text
-    skip: int = Field(default=0, ge=0, le=TOKENS)  # so many first tokens are the template's, and left out
-    layer: int = Field(default=-1, le=-1)  # -1: the output; -2: what goes into the last layer, and so on
-    pooled: bool = False  # keep the embedding of the whole text, too
+    skip: int = Field(default=0, ge=0, le=TOKENS)  # leave out this many first tokens, those of the template
+    layer: int = Field(default=-1, le=-1)  # -1: the output; -2: the input of the last layer, and so on
+    pooled: bool = False  # keep the embedding of the whole text as well
     pad: bool = False  # read and keep the tokens of padding, for a net that takes no mask
     precision: Precision = "fp32"  # of the encoder's passes
     dtype: Literal["float16", "bfloat16", "float32"] = "float16"  # of what is kept
 
     @field_validator("template")
     @classmethod
-    def _holds_the_text(cls, template: str) -> str:
-        return holding(template)
+    def _with_the_text(cls, template: str) -> str:
+        if template.count("{}") != 1:
+            raise ValueError("a template holds {} once, where the text goes")
+        return template
 
-    def tokens(self) -> Tokenizer:
-        """How it cuts texts. Raises UserError as `folder`."""
-        source = self.tokenizer or beside(self.folder())
-        return Tokenizer(source=source, length=self.length + self.skip, template=self.template)
+    def cutter(self) -> Cutter:
+        """The tokenizer. Raises UserError as `folder`, and where there is none."""
+        return cutter(tokenizer_folder(self.folder()), self.length + self.skip, self.template)
 
     def folder(self) -> Path:
-        """Where the encoder lies. Raises UserError where there is none, or its weights are a pickle."""
+        """The encoder's folder. Raises UserError where there is none, or its weights are a pickle."""
         path = user_path(self.source, "net.texts.encoder.source")
         found = next((f for f in (path, path / "text_encoder") if (f / CONFIG).is_file()), None)
         if found is None:
@@ -86,83 +79,83 @@ class Encoder(Spec):
         if not (found / WEIGHTS).is_file() and not (found / INDEX).is_file():
             for pickle in PICKLES:
                 if (found / pickle).is_file():
-                    with opened_weights(found / PICKLES[0], convert=False):
+                    with open_safetensors(found / PICKLES[0], convert=False):
                         pass
             raise UserError(f"net.texts.encoder.source: {found} has no weights: {HINT}")
         return found
 
     def files(self) -> list[Path]:
-        """Those of the weights. Raises UserError as `folder`, and for damaged ones."""
+        """The files of the weights. Raises UserError as `folder`, and for damaged ones."""
         folder = self.folder()
         found = [folder / WEIGHTS]
         if not found[0].is_file():
             index: Mapping[str, Any] = read_json(folder / INDEX, HINT)
             found = [folder / name for name in sorted(set(index["weight_map"].values()))]
         for file in found:
-            with opened_weights(file):
+            with open_safetensors(file):
                 pass
         return found
 
     def sha256(self) -> str:
-        """Of the weights, in hexadecimal; of several files, of all their hashes. Raises as `files`."""
+        """The hash of the weights, in hexadecimal; of several files, of all their hashes. Raises as `files`."""
         found = [digest.of_file(file) for file in self.files()]
         return found[0] if len(found) == 1 else digest.of_bytes(*(sha256.encode() for sha256 in found))
 
     def model_type(self) -> str:
-        """What config.json calls it. Raises as `folder`."""
+        """Its name in config.json. Raises as `folder`."""
         return str(read_json(self.folder() / CONFIG, HINT).get("model_type"))
 
-    def open(self, device: torch.device | str = "cpu") -> "Opened":
+    def open(self, device: torch.device | str = "cpu") -> "EncoderModel":
         """The encoder with its weights. Raises UserError as `files`, and where transformers cannot load it."""
         folder, _ = self.folder(), self.files()
-        cut = self.tokens().open()
-        return Opened(self, cut, model(folder, self.pooled).to(device), torch.device(device))
+        cut = self.cutter()
+        return EncoderModel(self, cut, model(folder, self.pooled).to(device), torch.device(device))
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A text encoder that is read."""
+class EncoderModel:
+    """A text encoder with its weights and its tokenizer."""
 
     spec: Encoder
-    cut: Cut
+    cut: Cutter
     model: Any  # of transformers
     device: torch.device
 
     @cached_property
     def sha256(self) -> str:
-        """Of the weights."""
+        """The hash of the weights."""
         return self.spec.sha256()
 
     @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> Encoded:
+    def __call__(self, texts: Sequence[str]) -> Embeddings:
         """The texts in float32 on the CPU, padded to the longest here, or with `pad` to the spec's length.
 
-        Warns where texts are cut. Raises UserError where a text has no token behind `skip`.
+        Warns where texts are cut. Raises UserError where `skip` leaves no token of a text.
         """
         spec = self.spec
         ids, mask = self.cut(texts, whole=spec.pad)
-        told: dict[str, Tensor] = {"input_ids": ids.to(self.device)}
-        told |= {} if spec.pad else {"attention_mask": mask.long().to(self.device)}
+        inputs: dict[str, Tensor] = {"input_ids": ids.to(self.device)}
+        inputs |= {} if spec.pad else {"attention_mask": mask.long().to(self.device)}
         with using(spec.precision, self.device):
-            found = self.model(**told, output_hidden_states=spec.layer != -1)
-        states = found.last_hidden_state if spec.layer == -1 else self.hidden(found)
+            out = self.model(**inputs, output_hidden_states=spec.layer != -1)
+        states = out.last_hidden_state if spec.layer == -1 else self.hidden(out)
         mask = torch.ones_like(mask) if spec.pad else mask
         tokens, mask = states[:, spec.skip :].float().cpu(), mask[:, spec.skip :]
         if not bool(mask.any(1).all()):
             raise UserError(f"net.texts.encoder.skip={spec.skip} leaves nothing of a short text: set it lower")
-        return Encoded(tokens, mask, self.pooled(found) if spec.pooled else None)
+        return Embeddings(tokens, mask, self.pooled(out) if spec.pooled else None)
 
-    def hidden(self, found: Any) -> Tensor:  # noqa: ANN401, an output of transformers
-        """The states that `layer` names. Raises UserError where there are not so many."""
-        states: tuple[Tensor, ...] = found.hidden_states
+    def hidden(self, out: Any) -> Tensor:  # noqa: ANN401, an output of transformers
+        """The states of the spec's `layer`. Raises UserError where there are fewer layers."""
+        states: tuple[Tensor, ...] = out.hidden_states
         if -self.spec.layer > len(states):
             raise UserError(f"net.texts.encoder.layer={self.spec.layer}: the encoder has {len(states) - 1} layers")
         return states[self.spec.layer]
 
-    def pooled(self, found: Any) -> Tensor:  # noqa: ANN401, as `hidden`
+    def pooled(self, out: Any) -> Tensor:  # noqa: ANN401, as `hidden`
         """The embedding of the whole text. Raises UserError where the encoder makes none."""
         for name in ("text_embeds", "pooler_output"):
-            if isinstance(x := getattr(found, name, None), Tensor):
+            if isinstance(x := getattr(out, name, None), Tensor):
                 return x.float().cpu()
         raise UserError(
             f"net.texts.encoder.pooled: {self.spec.source} makes no embedding of a whole text, as CLIP's does: set it "
@@ -176,10 +169,10 @@ def model(folder: Path, pooled: bool) -> Any:  # noqa: ANN401, a model of transf
     name = CLASSES.get(str(config.get("model_type")), "AutoModel")
     if PROJECTED in (config.get("architectures") or ()) and pooled:
         name = PROJECTED
-    return loaded(folder, name, "net.texts", HINT)
+    return load_model(folder, name, "net.texts", HINT)
 
 
-def loaded(folder: Path, name: str, field: str, hint: str) -> Any:  # noqa: ANN401, as `model`
+def load_model(folder: Path, name: str, field: str, hint: str) -> Any:  # noqa: ANN401, as `model`
     """A model of transformers, of the class of this name, in evaluation mode, in float32.
 
     Raises UserError, which names the field and ends in the hint, where it cannot be loaded whole.
@@ -190,23 +183,26 @@ def loaded(folder: Path, name: str, field: str, hint: str) -> Any:  # noqa: ANN4
         raise UserError(f"{field} {EXTRA}") from error
     try:
         with quietly():
-            found, told = getattr(transformers, name).from_pretrained(
-                *(folder,),
-                output_loading_info=True, use_safetensors=True, local_files_only=True, trust_remote_code=False,
+            found, info = getattr(transformers, name).from_pretrained(
+                folder,
+                output_loading_info=True,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
                 dtype=torch.float32,
-            )  # fmt: skip
+            )
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(
             f"{field}: {folder} holds no model that transformers can load ({brief(error)}): {hint}"
         ) from error
-    if missing := sorted(told["missing_keys"]):
+    if missing := sorted(info["missing_keys"]):
         raise UserError(f"{folder}: the weights do not fit {CONFIG}: {missing[0]} is missing")
     return found.eval()
 
 
 @contextmanager
 def quietly() -> Generator[None, None, None]:
-    """Inside, transformers shows no bars, and tells nothing of what a file has beside the encoder."""
+    """Inside, transformers shows no bars and does not list what a file has besides the encoder."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -220,8 +216,8 @@ def quietly() -> Generator[None, None, None]:
             logging.enable_progress_bar()
 
 
-def beside(folder: Path) -> str:
-    """The tokenizer's folder: the encoder's own, else what pipelines have beside it (text_encoder_2, tokenizer_2)."""
+def tokenizer_folder(folder: Path) -> Path:
+    """The encoder's own folder, or in a pipeline the one next to it (text_encoder_2, tokenizer_2)."""
     if (folder / "tokenizer_config.json").is_file() or not re.fullmatch(r"text_encoder(_\d)?", folder.name):
-        return str(folder)
-    return str(folder.with_name(folder.name.replace("text_encoder", "tokenizer")))
+        return folder
+    return folder.with_name(folder.name.replace("text_encoder", "tokenizer"))

@@ -1,4 +1,4 @@
-"""Files of prompts, as people and benchmarks keep them: a text a line, JSON lines, or a folder of text files."""
+"""Files of prompts, as people and benchmarks keep them: a text per line, JSON lines, or a folder of text files."""
 
 import json
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dumo.io.text import read_text
+from dumo.io.read import read_text
 from dumo.types import UserError
 
 WAY = "give a .txt with a prompt on each line, a .jsonl whose lines have a prompt, or a folder of .txt files"
@@ -14,11 +14,11 @@ WAY = "give a .txt with a prompt on each line, a .jsonl whose lines have a promp
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to make images of, and what its images are called after."""
+    """A text to make images of, and a name for the files of its images."""
 
-    name: str  # of its file; else the number of its line, 00000 on
+    name: str  # that of its file, or the number of its line, from 00000
     text: str
-    line: str  # as it stands in the file
+    line: str  # as in the file
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -45,10 +45,10 @@ def _lines(path: Path) -> Iterator[str]:
 def _json(path: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(_lines(path), 1):
         try:
-            told: Any = json.loads(line)
+            found: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number} is not JSON ({error}): {WAY}") from error
-        text = told.get("prompt") if isinstance(told, dict) else None
+        text = found.get("prompt") if isinstance(found, dict) else None
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{path} line {number} has no prompt, as {{'prompt': 'a photo of a bench'}}: {WAY}")
         yield text.strip(), line

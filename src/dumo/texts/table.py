@@ -1,12 +1,12 @@
 """A table of texts: its format, and how it is read.
 
-    texts.yaml                     the encoder, hash of its weights, how many captions, their digest, widths, shards
-    captions.jsonl                 the captions in their order, each as a string of JSON in a line of its own
+    texts.yaml                     the encoder, hash of its weights, number and digest of the captions, widths, shards
+    captions.jsonl                 the captions in their order, a string of JSON per line
     shard-00000.safetensors        tokens, lengths, and pooled where there is
 
-Row k is of caption k, and the last row of the empty text, which stands for no caption. `tokens` (m, d) has those of a
-shard's rows one after the other, without padding, `lengths` (rows,) how many each has; `pooled` is (rows, p). For an
-encoder that is trained along, tokens are numbers (m,). Shards are mapped into memory, so a table may be larger than it.
+Row k is of caption k, and the last row of the empty text, which stands for no caption. `tokens` (m, d) are those of a
+shard's rows one after the other, without padding; `lengths` (rows,) is their number in each row; `pooled` is (rows, p).
+For an encoder that is trained with the net, tokens are ids (m,). Shards are mapped, so a table may exceed the memory.
 """
 
 import json
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from dumo.bound import CHANNELS, ROWS
 from dumo.io import digest, series
-from dumo.io.series import REMAKE, Shard
-from dumo.io.text import read_text
+from dumo.io.read import read_text
+from dumo.io.table import REMAKE, Shard
 from dumo.io.weights import load
 from dumo.texts.encoder import Encoder
 from dumo.texts.tokens import Tokenizer
@@ -34,21 +34,21 @@ from dumo.types import Spec, UserError
 
 FILE, CAPTIONS = "texts.yaml", "captions.jsonl"
 MAPPED = 2**14  # shards mapped at a time; Linux allows 65,530 maps. Ours
-MOST = 2**34  # bytes of captions that are read
+LARGEST = 2**34  # bytes of captions.jsonl; ours
 Reader = Annotated[Encoder | Tokenizer, Field(discriminator="kind")]
 Rows = tuple[Shaped[Tensor, "b l *d"], Bool[Tensor, "b l"], Float[Tensor, "b p"] | None]
 
 
 class Contents(Spec):
-    """What texts.yaml says."""
+    """The contents of texts.yaml."""
 
     word: ClassVar[str] = "table"
     format: Literal[1] = 1
     encoder: Reader
-    model: str  # what the encoder's config.json calls it; of tokens alone: tokens
-    sha256: str  # of the encoder's weights; of tokens alone, of the vocabulary
-    width: int = Field(ge=0, le=CHANNELS)  # of a token's embedding; 0: tokens are numbers
-    pooled: int = Field(default=0, ge=0, le=CHANNELS)  # of a text's; 0: there is none
+    model: str  # its name in the encoder's config.json; of token ids: tokens
+    sha256: str  # of the encoder's weights; of token ids, of the vocabulary
+    width: int = Field(ge=0, le=CHANNELS)  # of a token's embedding; 0: tokens are ids
+    pooled: int = Field(default=0, ge=0, le=CHANNELS)  # of a text's embedding; 0: there is none
     captions: int = Field(ge=0)
     digest: str  # of the captions in their order
     shard_rows: int = Field(default=1024, gt=0, le=ROWS)
@@ -61,7 +61,7 @@ class Contents(Spec):
 
     @property
     def count(self) -> int:
-        """How many shards there are, or will be."""
+        """The number of shards, once all are written."""
         return -(-self.rows // self.shard_rows)
 
     def span(self, number: int) -> range:
@@ -69,25 +69,25 @@ class Contents(Spec):
         return series.span(number, self.shard_rows, self.rows)
 
     def binding(self) -> dict[str, object]:
-        """What must be the same to go on; not where the encoder lies, for its hash is there."""
-        tree = self.model_dump(exclude={"shards": True, "encoder": {"source", "tokenizer"}})
+        """The entries that must be equal to go on with a table; the encoder by its hash, not by its folder."""
+        tree = self.model_dump(exclude={"shards": True, "encoder": {"source"}})
         encoder: dict[str, object] = tree.pop("encoder")
         return {f"encoder.{key}": value for key, value in encoder.items()} | tree
 
     @property
     def identity(self) -> str:
-        """A short text, another one where an encoder's weights, how it is read, or the captions are others."""
-        told = self.binding()
-        return digest.short(*(f"{key} {told[key]}" for key in sorted(told) if key != "shard_rows"))
+        """A short digest of the encoder's weights, the way it is read, and the captions."""
+        entries = self.binding()
+        return digest.short(*(f"{key} {entries[key]}" for key in sorted(entries) if key != "shard_rows"))
 
     def shapes(self, rows: int, tokens: int) -> dict[str, tuple[int, ...]]:
-        """Of a shard of so many rows, and tokens in all."""
+        """The shapes of a shard's tensors, for its numbers of rows and of tokens."""
         pooled = {"pooled": (rows, self.pooled)} if self.pooled else {}
         return {"tokens": (tokens, self.width) if self.width else (tokens,), "lengths": (rows,), **pooled}
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of tokens as they are stored."""
+        """The type of stored tokens."""
         return getattr(torch, self.encoder.dtype) if isinstance(self.encoder, Encoder) else torch.int32
 
 
@@ -99,7 +99,7 @@ class Table:
     contents: Contents
 
     def __len__(self) -> int:
-        """How many rows there are: the last of them is for no caption."""
+        """The number of rows; the last is for no caption."""
         return self.contents.rows
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Table":
@@ -107,25 +107,25 @@ class Table:
         return self
 
     def padded(self, rows: Sequence[int] | None = None, length: int | None = None) -> Rows:
-        """Tokens (b, l, d), or as numbers (b, l), zero behind the last; mask; pooled or None, as they are stored.
+        """Tokens (b, l, d), or ids (b, l), zero after the last; mask; pooled or None; in their stored types.
 
-        `rows` None: all. `length` is l, by default what a text has at most. Raises UserError for a damaged shard.
+        `rows` None: all. `length` is l, by default that of the encoder. Raises UserError for a damaged shard.
         """
         at = range(len(self)) if rows is None else rows
-        contents, most = self.contents, length or self.contents.encoder.length
-        shape = (len(at), most, *contents.shapes(0, 0)["tokens"][1:])
+        contents, longest = self.contents, length or self.contents.encoder.length
+        shape = (len(at), longest, *contents.shapes(0, 0)["tokens"][1:])
         tokens, lengths = torch.zeros(shape, dtype=contents.dtype), torch.empty(len(at), dtype=torch.long)
         pooled = torch.empty(len(at), contents.pooled, dtype=contents.dtype) if contents.pooled else None
         for i, row in enumerate(at):
             number = bisect_right(self._ends, row)
             inside = row - (self._ends[number - 1] if number else 0)
-            shard, ends = self._opened(number)
+            shard, ends = self._shard(number)
             n = int(shard["lengths"][inside])
             tokens[i, :n], lengths[i] = shard["tokens"][ends[inside] - n : ends[inside]], n
             if pooled is not None:
                 pooled[i] = shard["pooled"][inside]
         tokens = tokens if contents.width else tokens.long()
-        return tokens, torch.arange(most) < lengths[:, None], pooled
+        return tokens, torch.arange(longest) < lengths[:, None], pooled
 
     @cached_property
     def captions(self) -> tuple[str, ...]:
@@ -134,27 +134,24 @@ class Table:
 
     @cached_property
     def _ends(self) -> list[int]:
-        """Behind the last row of each shard."""
+        """The number of the row after each shard."""
         return list(accumulate(shard.rows for shard in self.contents.shards))
 
     @cached_property
-    def _opened(self) -> Callable[[int], tuple[dict[str, Tensor], list[int]]]:
-        """A shard's numbers, mapped into memory, and where in `tokens` each of its rows ends."""
+    def _shard(self) -> Callable[[int], tuple[dict[str, Tensor], list[int]]]:
+        """A function from a shard's number to its tensors, mapped into memory, and the end of each row in `tokens`."""
 
         @lru_cache(MAPPED)
-        def opened(number: int) -> tuple[dict[str, Tensor], list[int]]:
+        def shard_of(number: int) -> tuple[dict[str, Tensor], list[int]]:
             shard, contents = self.contents.shards[number], self.contents
             found = load(self.folder / shard.file)
             ends = found["lengths"].cumsum(0).tolist() if "lengths" in found else []
-            wanted = {"tokens": (ends[-1] if ends else 0, *([contents.width] if contents.width else []))}
-            wanted |= {"lengths": (shard.rows,)} | (
-                {"pooled": (shard.rows, contents.pooled)} if contents.pooled else {}
-            )
+            wanted = contents.shapes(shard.rows, ends[-1] if ends else 0)
             if {name: tuple(x.shape) for name, x in found.items()} != wanted or found["tokens"].dtype != contents.dtype:
                 raise UserError(f"{self.folder}: {shard.file} holds other tensors than {FILE} says: {REMAKE}")
             return found, ends
 
-        return opened
+        return shard_of
 
 
 def open_table(folder: Path) -> Table:
@@ -169,15 +166,15 @@ def open_table(folder: Path) -> Table:
 
 
 def require(table: Table, encoder: Reader, captions: int, identity: str | None = None) -> None:
-    """Raise UserError where a table is not of so many captions, read so, or of this identity (None: any)."""
+    """Raise UserError where a table has another number of captions, encoder, or identity (None: any)."""
     has, where = table.contents, f"net.texts.root: {table.folder}"
     if has.captions != captions:
         raise UserError(
             f"{where} holds {has.captions:,} captions, and the data have {captions:,}: make one of these data in "
             "another folder, dumo encode RECIPE --set net.texts.root=DIR"
         )
-    there, asked = (one.binding() for one in (has, has.model_copy(update={"encoder": encoder})))
-    if lines := [f"{key}: {there.get(key)} there, {asked[key]} asked" for key in asked if asked[key] != there.get(key)]:
+    there, now = (one.binding() for one in (has, has.model_copy(update={"encoder": encoder})))
+    if lines := [f"{key}: {there.get(key)} there, {now[key]} asked" for key in now if now[key] != there.get(key)]:
         listed = "\n  ".join(lines)
         raise UserError(
             f"{where} was encoded otherwise:\n  {listed}\nEncode into another folder, or ask for what is there"
@@ -190,7 +187,7 @@ def require(table: Table, encoder: Reader, captions: int, identity: str | None =
 
 
 def read_contents(folder: Path) -> Contents | None:
-    """What texts.yaml says, or None where there is none. Raises UserError if it is damaged."""
+    """The contents of texts.yaml, or None where there is none. Raises UserError if it is damaged."""
     return series.read(folder / FILE, Contents)
 
 
@@ -200,7 +197,7 @@ def read_captions(folder: Path, wanted: str) -> tuple[str, ...]:
     if not file.is_file():
         raise UserError(f"{file} is not there: {REMAKE}")
     try:
-        found: list[object] = [json.loads(line) for line in read_text(file, REMAKE, MOST).split("\n") if line]
+        found: list[object] = [json.loads(line) for line in read_text(file, REMAKE, LARGEST).split("\n") if line]
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}): {REMAKE}") from error
     texts = tuple(str(text) for text in found)

@@ -1,4 +1,4 @@
-"""Work of which no rank goes on alone: what fails on one fails on all, in the same words."""
+"""Work that all ranks do together: what fails on one rank fails on all, with the same error."""
 
 import errno
 from collections.abc import Callable
@@ -11,14 +11,14 @@ from dumo.io import file as files
 from dumo.types import UserError
 
 T = TypeVar("T")
-Failure = tuple[str, int, str, str | None]  # its kind, the system's number of it, what it says, of which file
+Failure = tuple[str, int, str, str | None]  # kind, errno, message, file
 
 
 def agreed(work: Callable[[], T]) -> list[T]:
-    """What `work` gives on every rank, by rank: small values, for all are sent to all. Every rank must call it.
+    """Call `work` on every rank and return the results of all, by rank. Every rank must call it.
 
-    What it raises on one rank, all raise: UserError as it is, what the system refused as OSError, the rest as
-    RuntimeError that names the rank. On one process: all as it is.
+    Results are sent to all ranks, so they must be small. An error on one rank is raised on all: a UserError, Stopped or
+    OSError as such, any other as a RuntimeError that names the rank. One process raises it unchanged.
     """
     if dist.world() == 1:
         return [work()]
@@ -27,8 +27,8 @@ def agreed(work: Callable[[], T]) -> list[T]:
     cause: Exception | None = None
     try:
         found = work()
-    except Exception as error:  # whatever it is, the others wait for word of it
-        cause, failure = error, told(error)
+    except Exception as error:  # the other ranks wait for this one, whatever the error is
+        cause, failure = error, packed(error)
     answers: list[Any] = [None] * dist.world()
     torch.distributed.all_gather_object(answers, (found, failure))
     for rank, (_, wrong) in enumerate(answers):
@@ -38,20 +38,20 @@ def agreed(work: Callable[[], T]) -> list[T]:
 
 
 def own(work: Callable[[], T]) -> T:
-    """What `work` gives on this rank, which need not be small, once it is done on all. Raises as `agreed`."""
+    """Call `work` on every rank and return the result of this one, which may be large. Raises as `agreed`."""
     found: list[T] = []
     agreed(lambda: found.append(work()))
     return found[0]
 
 
 def main(work: Callable[[], T]) -> T:
-    """Let the first rank do this while the others wait; what it gave, on all. Raises as `agreed`."""
+    """Call `work` on rank 0 alone and return its result on all ranks. Raises as `agreed`."""
     first, *_ = agreed(lambda: work() if dist.is_main() else None)
     return cast(T, first)
 
 
-def told(error: Exception) -> Failure:
-    """An error in words and numbers, for other ranks."""
+def packed(error: Exception) -> Failure:
+    """An error as plain values that can be sent to other ranks."""
     if isinstance(error, UserError):
         return "user", 0, str(error), None
     if isinstance(error, stop.Stopped):
@@ -65,7 +65,7 @@ def told(error: Exception) -> Failure:
 
 
 def raised(rank: int, kind: str, number: int, text: str, file: str | None) -> Exception:
-    """The error that a rank told."""
+    """The error that another rank sent."""
     if kind == "user":
         return UserError(text)
     if kind == "stopped":

@@ -3,11 +3,12 @@
     checkpoints/step-00001000/   net.safetensors  ema-<decay>.safetensors ...  optimizer.safetensors  state.json
     milestones/step-00000200.safetensors
 
-That is what one process writes. Ranks write folders of shards in the place of the files: net/, ema-<decay>/ ...,
-optimizer/ (`dumo.io.shards`). A milestone is the weights alone that are shown after a step, in one file, and stays.
-What is frozen is in none of them: `state.json` has its digest (`dumo.training.frozen`).
-Each is written in a hidden place, flushed to the disk, then renamed: so what is named `step-...` was whole once,
-whenever the process or the machine stops, and its list tells whether it still is (`dumo.training.manifest`).
+So one process writes it. Several ranks write folders of shards instead of files: net/, ema-<decay>/ ..., optimizer/
+(`dumo.io.shards`). A milestone is one file, the weights that are shown after a step, and is never removed. Frozen
+weights are in neither: `state.json` has their digest (`dumo.training.frozen`).
+
+Each is written to a hidden path, flushed to the disk, then renamed: so whatever is named `step-...` was once whole,
+and `state.json` lists its files and their hashes (`dumo.training.manifest`).
 """
 
 import warnings
@@ -23,21 +24,19 @@ from dumo import dist
 from dumo.io import file as files
 from dumo.io import weights
 from dumo.training import agreement, frozen, layout, manifest
-from dumo.training.memory import blank, by_place, flatten
-from dumo.training.retention import drop, standing
-from dumo.training.state import Diverged, State
+from dumo.training.manifest import drop, standing
+from dumo.training.state import Diverged, State, blank, by_place, flatten
 from dumo.types import UserError
 
-FIT = "resume with the spec that wrote it"  # the way out for weights of another net
-ONE_FILE = {"format": "pt"}  # and nothing else: two entries come in either order, so not the same bytes
+FIT = "resume with the spec that wrote it"  # for weights of another net
+ONE_FILE = {"format": "pt"}  # one entry: two are written in any order, so not to the same bytes
 
 
 def save(folder: Path, state: State, keep: int) -> Path:
-    """Write the checkpoint of this step into `folder`, then drop those that `drop` drops; return its path.
+    """Write the checkpoint of this step into `folder`, then drop old ones (`manifest.drop`); return its path.
 
-    A step that already stands is left alone, and replaced where it is damaged; damaged ones do not count as kept. Every
-    rank must call it. Raises on all ranks Diverged if a number is not finite, UserError if the disk is full; the older
-    checkpoints then stand.
+    A checkpoint of the step is left alone, or replaced if it is damaged. Every rank must call it. Raises, on all ranks,
+    Diverged if a number is not finite and UserError if the disk is full; older checkpoints then stay.
     """
     target = folder / f"step-{state.step:08d}"
     if not agreement.main(target.exists) or manifest.fault(target, together=True):
@@ -53,18 +52,15 @@ def save(folder: Path, state: State, keep: int) -> Path:
 
 
 def mark(folder: Path, state: State) -> Path:
-    """Write the weights that are shown, the first average or the net's own, as this step's milestone; return its path.
-
-    As `lone` otherwise.
-    """
+    """Write the weights that are shown, the first average or the net's, as this step's milestone, as `lone`."""
     return lone(folder, state, state.shown, "milestone")
 
 
 def lone(folder: Path, state: State, module: nn.Module, kind: str) -> Path:
-    """Write what is trained of the net, or of an average of it, after this step as one file; return its path.
+    """Write the trained weights of the net, or of its average `module`, as one file of this step; return its path.
 
-    One that stands is replaced. Every rank must call it. Raises UserError on all ranks if the disk is full; what stood
-    before then still stands.
+    Replaces an older one. Every rank must call it. Raises UserError on all ranks if the disk is full; the older file
+    then stays.
     """
     target = folder / f"step-{state.step:08d}.safetensors"
     named = frozen.trained(state.net, module)
@@ -76,14 +72,14 @@ def lone(folder: Path, state: State, module: nn.Module, kind: str) -> Path:
 
 
 def milestones(folder: Path) -> dict[int, Path]:
-    """The milestones in `folder` by step, the first one first."""
+    """The milestones in `folder` by step, in order."""
     return standing(folder, ".safetensors")
 
 
 def latest(folder: Path, read: Collection[str] | None = None, *, together: bool = False) -> Path | None:
-    """The last checkpoint in `folder` that is whole, or None where there is none at all; warns of damaged ones.
+    """The last whole checkpoint in `folder`, or None if there is no checkpoint; warns of damaged ones.
 
-    `read` and `together` are as the parts of `manifest.fault`. Raises UserError where all are damaged.
+    `read` is as `parts` of `manifest.fault`, `together` as there. Raises UserError if all are damaged.
     """
     damaged: list[str] = []
     for path in reversed(standing(folder).values()):
@@ -96,20 +92,20 @@ def latest(folder: Path, read: Collection[str] | None = None, *, together: bool 
         damaged.append(wrong)
     if damaged:
         raise UserError(
-            f"{'; '.join(damaged)}: {folder} has no checkpoint that is whole. Put back the files as they were, or "
+            f"{'; '.join(damaged)}: {folder} has no whole checkpoint. Put back the files as they were, or "
             "remove that folder to train from the start"
         )
     return None
 
 
 def part(checkpoint: Path, name: str) -> Path:
-    """Where a part of a checkpoint lies (net, ema-0.999, optimizer): a folder of shards, or a file."""
+    """The path of a part of a checkpoint (net, ema-0.999, optimizer): a folder of shards, or a file."""
     folder = checkpoint / name
     return folder if folder.is_dir() else checkpoint / f"{name}.safetensors"
 
 
 def of_step(folder: Path, step: int) -> Path:
-    """The checkpoint of a step, which stands. Every rank must call it. Raises UserError where it is damaged."""
+    """The checkpoint of a step that has one. Every rank must call it. Raises UserError if it is damaged."""
     found = standing(folder)[step]
     if wrong := manifest.fault(found, together=True):
         raise UserError(f"{wrong}: go on from another step")
@@ -117,10 +113,10 @@ def of_step(folder: Path, step: int) -> Path:
 
 
 def go_on(checkpoint: Path, state: State, *, or_before: bool = True) -> Path:
-    """Restore a checkpoint, or, where a number of it is not finite, the last whole one that has none; return it.
+    """Restore a checkpoint, or, if a number of it is not finite, the last good one before it; return it.
 
-    Every rank must call it. Raises UserError as `restore`, and as `latest` where none is left, or none is taken in its
-    place (`or_before`).
+    Every rank must call it. Raises UserError as `restore`, as `latest` if none is left, and, without `or_before`, if a
+    number is not finite.
     """
     while True:
         restore(checkpoint, state)
@@ -129,14 +125,14 @@ def go_on(checkpoint: Path, state: State, *, or_before: bool = True) -> Path:
         if not or_before:
             raise UserError(f"{checkpoint}: {wrong} is not finite: go on from another step")
         manifest.condemn(checkpoint, f"{checkpoint}: {wrong} is not finite")
-        checkpoint = latest(checkpoint.parent, together=True) or checkpoint  # or: it raises where there is none
+        checkpoint = latest(checkpoint.parent, together=True) or checkpoint  # it raises if there is none
 
 
 def restore(checkpoint: Path, state: State) -> None:
-    """Load a checkpoint, one that `latest` gave, into a state built from the same spec, on as many ranks as there are.
+    """Load a checkpoint from `latest` into a state built from the same spec, on any number of ranks.
 
-    Nothing is changed unless all of it fits. Every rank must call it. Raises UserError naming the file and the first
-    tensor that is missing, unknown, or of another shape or dtype; or where what is frozen is not what it was.
+    Changes nothing unless all of it fits. Every rank must call it. Raises UserError naming the file and the first
+    tensor that is missing, unknown, or of another shape or dtype; or if the frozen weights differ.
     """
     wanted = weights_of(state)
     memory: dict[str, Tensor] = {}
@@ -161,40 +157,40 @@ def restore(checkpoint: Path, state: State) -> None:
 
 
 def parts(state: State) -> dict[str, dict[str, Tensor]]:
-    """All tensors of a checkpoint, by part and name: those of a rank are what it holds."""
+    """All tensors of a checkpoint that this rank holds, by part and name."""
     net, *averages = weights_of(state).items()
     return dict([net, ("optimizer", flatten(state)), *averages])  # in this order: the first shards the net
 
 
 def weights_of(state: State) -> dict[str, dict[str, Tensor]]:
-    """What is trained of the net and of its averages, by part and name."""
+    """The trained weights of the net and of its averages, by part and name."""
     averages = {f"ema-{key}": average.module for key, average in state.averages.items()}
     return {name: frozen.trained(state.net, module) for name, module in {"net": state.net, **averages}.items()}
 
 
 def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
-    """The first tensor of a checkpoint with a number that is not finite; None where there is none.
+    """The first tensor of a checkpoint with a number that is not finite; None if all are finite.
 
-    A device is waited for once. Every rank must call it, and gets the same answer.
+    Synchronizes each device once. Every rank must call it, and gets the same answer.
     """
     here: dict[torch.device, dict[str, Tensor]] = {}
     for part, named in tensors.items():
         for name, tensor in named.items():
             if (x := layout.local(tensor.detach())).is_floating_point() and x.numel():
-                ends = torch.stack(torch.aminmax(x))  # NaN is both; nine times as fast as a look at each number
+                ends = torch.stack(torch.aminmax(x))  # NaN if one is; nine times as fast as isfinite
                 here.setdefault(x.device, {})[f"{part}: {name}"] = ends.isfinite().all()
-    found = [name for flags in here.values() for name, good in told(flags) if not good]
+    found = [name for flags in here.values() for name, good in fetched(flags) if not good]
     answers = agreement.agreed(lambda: next(iter(found), None))
     return next((answer for answer in answers if answer), None)
 
 
-def told(flags: Mapping[str, Tensor]) -> Iterator[tuple[str, bool]]:
-    """Flags of one device by name, in one copy."""
+def fetched(flags: Mapping[str, Tensor]) -> Iterator[tuple[str, bool]]:
+    """Flags of one device by name, in one copy from the device."""
     return zip(flags, torch.stack([*flags.values()]).tolist(), strict=True)
 
 
 def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write all files of a checkpoint; their list at last. Every rank must call it."""
+    """Write all files of a checkpoint, `state.json` last. Every rank must call it."""
     agreement.main(folder.mkdir)
     mine = (in_files if dist.world() == 1 else in_shards)(folder, tensors)
     lists = agreement.agreed(lambda: manifest.listed(folder, mine))
@@ -213,7 +209,7 @@ def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]
 
 
 def in_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
-    """Write each part as one file; return these."""
+    """Write each part as one file; return the files."""
     for name, named in tensors.items():
         safetensors.torch.save_file(weights.apart(named), folder / f"{name}.safetensors", metadata=ONE_FILE)
     return sorted(folder.iterdir())
@@ -229,7 +225,7 @@ def in_shards(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> list
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The whole of each tensor, on the first rank; elsewhere nothing is kept. Every rank must call it."""
+    """The whole of each tensor on rank 0, nothing on others. Every rank must call it."""
     if dist.world() == 1:
         return dict(tensors)
     out: dict[str, Tensor] = {}
@@ -242,10 +238,9 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @contextmanager
 def made(target: Path, kind: str, step: int, size: int) -> Generator[Path, None, None]:
-    """Yield a hidden place to write `size` bytes to, which becomes `target` once all of it is on the disk.
+    """Yield a hidden path to write `size` bytes to, which is renamed to `target` once all of it is on the disk.
 
-    Every rank must enter it. Raises UserError if the disk is full, or has less to give than that, saying of which kind
-    and step nothing was written.
+    Every rank must enter it. Raises UserError if the disk has less room than that; `kind` and `step` are for its words.
     """
     half = files.hidden(target)
     try:
@@ -261,7 +256,7 @@ def made(target: Path, kind: str, step: int, size: int) -> Generator[Path, None,
 
 @contextmanager
 def removed(half: Path) -> Generator[None, None, None]:
-    """Leave nothing half-written where something goes wrong, or somebody stops it."""
+    """Remove what is half-written if anything goes wrong."""
     try:
         yield
     except BaseException:
@@ -271,7 +266,7 @@ def removed(half: Path) -> Generator[None, None, None]:
 
 
 def prepare(target: Path, kind: str, step: int, size: int) -> None:
-    """Make the folder, and remove what others left half-written. Raises UserError where there is no room."""
+    """Make the folder, and remove half-written files in it. Raises UserError if there is no room."""
     folder = target.parent
     for left in folder.glob(".step-*.tmp"):
         files.remove(left)
@@ -282,16 +277,16 @@ def prepare(target: Path, kind: str, step: int, size: int) -> None:
 
 
 def so(target: Path, kind: str, step: int) -> str:
-    """What comes of a disk that is full, and the way out."""
-    others = [path for path in standing(target.parent, target.suffix).values() if path != target]  # it may be damaged
+    """What a full disk means for the run, and the way out."""
+    others = [path for path in standing(target.parent, target.suffix).values() if path != target]
     last = others[-1] if others else None
     stands = f"{last.name if last else f'no {kind}'} still stands"
     return f"so the {kind} of step {step} was not written; {stands}. Free some space and start again."
 
 
 def step_of(place: Path, default: int) -> int:
-    """The step that weights are of: as their file says, else as the checkpoint it lies in does, else the default."""
+    """The step of weights: as their file says, else as its checkpoint says, else the default."""
     step = weights.notes(place).get("step", "")
-    if step.isdecimal() and len(step) < 20:  # else it is no step, and may be too long for a number
+    if step.isdecimal() and len(step) < 20:  # longer texts are no step
         return int(step)
     return manifest.read(place.parent).step if (place.parent / manifest.NAME).is_file() else default

@@ -1,7 +1,7 @@
-"""Which rows of a batch each pass takes: the batch is shared among ranks, and a rank's share among its passes.
+"""Which rows of a batch each pass takes: a batch is split over ranks, and a rank's rows over its passes.
 
-Pieces are consecutive rows, as even as whole groups allow, and all ranks make equally many: one rank that makes two
-passes and two ranks that make one each cut a batch at the same places.
+Pieces are consecutive rows, of nearly equal size, and every rank has equally many: so one rank with two passes and two
+ranks with one pass cut a batch at the same rows.
 """
 
 from itertools import pairwise
@@ -12,19 +12,15 @@ from dumo.types import Objective, UserError
 
 
 def together(spec: Train, objective: Objective) -> int:
-    """How many neighbouring rows no pass may part: that share times, noise or targets, or of which one is guided for
-    all.
-    """
-    guide, coupling = objective.needs.guide, spec.coupling
-    groups = (guide.group if guide else 1, coupling.group if coupling else 1)
-    return lcm(objective.times.group, objective.needs.group, *groups)
+    """How many neighbouring rows share times, noise or targets: no pass may part them."""
+    return lcm(objective.times.group, objective.needs.group, spec.coupling.group if spec.coupling else 1)
 
 
 def cuts(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: int = 1) -> list[list[slice]]:
-    """The rows of every pass, by rank: at most `micro_batch` of them (None: a rank's all), in whole groups of `group`.
+    """The rows of every pass, by rank: at most `micro_batch` (None: all of a rank's), in whole groups of `group` rows.
 
-    Raises UserError where the batch is no whole number of groups, a group is more than a pass takes, or there are fewer
-    groups than passes.
+    Raises UserError if the batch is not a multiple of `group`, a group exceeds `micro_batch`, or there are fewer groups
+    than passes.
     """
     if batch % group:
         raise UserError(f"train.batch = {batch} is no multiple of {group}, the rows that belong together: change it")
@@ -51,7 +47,7 @@ def passes(spec: Train, objective: Objective, ranks: int) -> list[list[slice]]:
 
 
 def span(rows: list[slice]) -> slice:
-    """All rows of a rank, whose passes take these."""
+    """All rows of a rank, given those of its passes."""
     return slice(rows[0].start, rows[-1].stop)
 
 

@@ -8,13 +8,13 @@ for d = 0.9999 that is 37 % after 10,000 updates. With the ramp d_n = min(d, (1 
 which is below 1e-6 after 19 updates, and the weights that are averaged are n / 10 updates old in the mean, until n
 reaches (10 d - 1) / (1 - d). The ramp is TensorFlow's (`tf.train.ExponentialMovingAverage`).
 
-An average by a power (EDM2: Karras et al. 2024, Sec. 3.1) looks back over a fixed share of the run, however long it is.
+An average by a power (EDM2: Karras et al. 2024, Sec. 3.1) looks back over a fixed share of the run, at any length.
 After update n the weights w_k, k <= n, count as the integral from k - 1 to k of its profile
 
     p(tau) = (gamma + 1) tau^gamma / n^(gamma + 1),   0 <= tau <= n,
 
-and the start not at all: that is the recursion with d_n = (1 - 1/n)^(gamma + 1). Of such averages, kept now and then,
-others are made after training (`dumo.training.snapshot`).
+and the start not at all: that is the recursion with d_n = (1 - 1/n)^(gamma + 1). Snapshots of such averages give
+others after training (`dumo.run.average`).
 """
 
 from collections.abc import Mapping
@@ -23,35 +23,27 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dumo.training.frozen import copied
 from dumo.types import Spec
 
-Key = float | str  # which of a run's averages: by its decay, or by the name of its width
+Key = float | str  # of one of a run's averages: its decay, or the name of its width
 WIDEST = 12**-0.5  # the width of the plain mean, gamma = 0
 
 
 class Ema(Spec):
-    """How fast the average forgets. The paper takes 0.9999 (App. C.1) and names no ramp; the ramp is ours."""
+    """An exponential average. The paper takes a decay of 0.9999 (App. C.1) and has no ramp; the ramp is ours."""
 
     kind: Literal["exponential"] = Field(default="exponential", exclude_if=lambda kind: kind == "exponential")
-    decay: float = Field(gt=0, le=1)  # 1: the weights that training begins with, as theta^- of a second stage
+    decay: float = Field(gt=0, le=1)  # 1: stays at the first weights, theta^- of a second stage
     ramp: bool = True
-
-    @model_validator(mode="after")
-    def _rests(self) -> "Ema":
-        if self.decay == 1 and self.ramp:
-            raise ValueError(
-                "decay = 1 is what training begins with, and a ramp would lead away from it: set ramp=false"
-            )
-        return self
 
     def __call__(self, n: int) -> float:
         """The decay of update n, the first of which is n = 1."""
-        return min(self.decay, (1 + n) / (10 + n)) if self.ramp else self.decay
+        return min(self.decay, (1 + n) / (10 + n)) if self.ramp and self.decay < 1 else self.decay
 
     @property
     def key(self) -> Key:
@@ -60,7 +52,7 @@ class Ema(Spec):
 
 
 class PowerEma(Spec):
-    """An average by a power: `std` is the standard deviation of p in units of n. EDM2 keeps 0.05 and 0.1 (Sec. 3.2)."""
+    """An average by a power: `std` is the standard deviation of p in units of n. EDM2 has 0.05 and 0.1 (Sec. 3.2)."""
 
     kind: Literal["power"] = "power"
     std: float = Field(gt=0, lt=WIDEST)
@@ -76,9 +68,9 @@ class PowerEma(Spec):
 
 
 def kind_of(average: object) -> str:
-    """The kind of an average: exponential where none is named."""
-    named: object = average.get("kind") if isinstance(average, Mapping) else getattr(average, "kind", None)
-    return str(named or "exponential")
+    """The kind of an average: exponential by default."""
+    kind: object = average.get("kind") if isinstance(average, Mapping) else getattr(average, "kind", None)
+    return str(kind or "exponential")
 
 
 Average = Annotated[Annotated[Ema, Tag("exponential")] | Annotated[PowerEma, Tag("power")], Discriminator(kind_of)]
@@ -95,17 +87,17 @@ def exponent(std: float) -> float:
 
 
 Kind = Literal["_parameters", "_buffers"]
-Place = tuple[dict[str, Any], str]  # where a module keeps a tensor: its table, and the name there
+Place = tuple[dict[str, Any], str]  # a module's table of tensors, and a name in it
 
 
 class MovingAverage:
-    """A running copy of a net: same class, same buffers, averaged parameters, no gradients, in evaluation mode.
+    """A copy of a net with averaged parameters and the same buffers, without gradients, in evaluation mode.
 
-    What is not trained is the net's own (`dumo.training.frozen`), so of a net of which 1 % is trained it takes 1 %.
+    It shares frozen weights with the net (`dumo.training.frozen`): where 1 % is trained it takes 1 % of the memory.
     """
 
     def __init__(self, spec: Average, net: nn.Module) -> None:
-        """Start from the net as it is."""
+        """Copy the net."""
         self.spec = spec
         self.module = copied(net).requires_grad_(False).eval()
         self._known: tuple[nn.Module, list[list[Place]]] | None = None
@@ -120,8 +112,9 @@ class MovingAverage:
             mine.copy_(new)
 
     def _places(self, net: nn.Module) -> list[list[Place]]:
-        """Where parameters and buffers lie, in this net and that: looked up once, for it takes longer than a small
-        net's update. Not the tensors, in whose places sharding puts others.
+        """The places of parameters and buffers in both nets, looked up once: that takes longer than a small update.
+
+        Places and not tensors, since sharding replaces those.
         """
         if self._known is None or self._known[0] is not net:
             self._known = net, [*unshared(self.module, net, "_parameters"), *unshared(self.module, net, "_buffers")]
@@ -129,14 +122,14 @@ class MovingAverage:
 
 
 def unshared(copy: nn.Module, net: nn.Module, kind: Kind) -> list[list[Place]]:
-    """Where a copy keeps what it does not share with the net, and where the net does."""
+    """The places, in a copy and in the net, of the tensors that the two do not share."""
     pairs = zip(places(copy, kind), places(net, kind), strict=True)
     own = [pair for pair in pairs if len({id(table[name]) for table, name in pair}) == 2]
     return [[mine for mine, _ in own], [its for _, its in own]]
 
 
 def places(net: nn.Module, kind: Kind) -> list[Place]:
-    """Where a net keeps its parameters or its buffers, in their order; one that is shared, once."""
+    """The places of a net's parameters or buffers, in order; a tensor in two places counts once."""
     found: dict[int, Place] = {}
     for module in net.modules():
         table: dict[str, Any] = getattr(module, kind)

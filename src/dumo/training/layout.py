@@ -1,32 +1,40 @@
-"""How the weights of a run lie on its ranks: by torch's `fully_shard`, in place, on a mesh of copies by shares.
+"""How a run's weights are laid out over ranks: by torch's `fully_shard`, in place, on a mesh of copies by shares.
 
     share 1                every rank holds all weights, gradients are averaged        (replicated, as DDP)
     share of all ranks     each holds a part, weights are gathered for a pass          (sharded, as FSDP)
     between                parts within a copy, copies averaged with one another       (hybrid, as HSDP)
 
-One process has no mesh, and its net is left as it is; torch's sharding, slow to import, is then not even imported.
-Little else in dumo knows which of these it meets: parameters are `DTensor`s, which optimizers, averages and clipping
-take as they take tensors.
+One process has no mesh, leaves its net unchanged, and never imports torch's sharding, which is slow to import. The
+rest of dumo rarely needs to know: parameters are `DTensor`s, which optimizers, averages and clipping take as tensors.
 """
 
 import warnings
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dumo import dist
-from dumo.training.cut import share_of
 from dumo.training.frozen import share, trained
-from dumo.training.shard import local as local
-from dumo.training.shard import whole as whole
-from dumo.types import unwrap
+from dumo.types import UserError, unwrap
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+
+def share_of(asked: int, ranks: int) -> int:
+    """How many ranks share one copy of the weights: `asked`, or all ranks if there are fewer.
+
+    Raises UserError if that does not divide the number of ranks.
+    """
+    if ranks % (share := min(asked, ranks)):
+        divisors = " or ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise UserError(f"train.share = {share} does not divide {ranks} ranks: set train.share={divisors}")
+    return share
 
 
 def mesh_of(share: int, device: torch.device) -> "DeviceMesh | None":
@@ -42,19 +50,18 @@ def mesh_of(share: int, device: torch.device) -> "DeviceMesh | None":
 
 
 def lay(net: nn.Module, mesh: "DeviceMesh | None", copies: Sequence[nn.Module] = (), *, reshard: bool) -> None:
-    """Spread a net over a mesh in place, its blocks (`net.blocks`, where it has them) one by one, onto its device; and
-    its `copies`, averages, which go on sharing with it the parameters that they share.
+    """Shard a net over a mesh in place, block by block (`net.blocks`), onto its device, and its averages `copies`.
 
-    Every rank must hold the same numbers. `reshard`: gathered weights are given back after each pass, else after the
-    backward one; of an average, which has none, they always are, for it is moved as a sharded one.
+    Every rank must hold the same numbers. The averages go on sharing frozen parameters with the net. `reshard`: free
+    gathered weights after each pass, else after the backward pass; an average, which has none, always does.
     """
     if mesh is None:
         return
     from torch.distributed.fsdp import fully_shard
 
-    # The net's outputs may be views: no objective changes one in place, of which torch would warn at every pass.
+    # Outputs may be views, of which torch warns at every pass; no objective changes one in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor", UserWarning)
-    for copy in copies:  # so that the whole of what is frozen is let go as the net is spread
+    for copy in copies:  # else a copy would keep the unsharded frozen weights alive
         share(copy, outline(net))
     for module, back in ((net, reshard), *((copy, True) for copy in copies)):
         for part in (*getattr(module, "blocks", ()), module):
@@ -70,9 +77,9 @@ def outline(net: nn.Module) -> nn.Module:
 
 
 def finish(net: nn.Module, step: bool, *, reshard: bool) -> None:
-    """What the next backward pass ends in: a mean over ranks if it ends the `step`, else own gradients, added up.
+    """Let the next backward pass average gradients over ranks if it ends the `step`, else add them up on each rank.
 
-    Weights that are gathered anyway stay so from pass to pass, unless `reshard`.
+    Gathered weights stay gathered from pass to pass, unless `reshard`.
     """
     for root in parts(net)[:1]:
         root.set_requires_gradient_sync(step)
@@ -80,18 +87,18 @@ def finish(net: nn.Module, step: bool, *, reshard: bool) -> None:
 
 
 def gives_back(reshard: bool) -> bool:
-    """Whether gathered weights are given back after each pass, so that no cast of them may stay either."""
+    """Whether gathered weights are freed after each pass, so that no cast of them may be kept either."""
     return reshard and dist.world() > 1
 
 
 def release(net: nn.Module) -> None:
-    """Give back what a pass without a backward one has gathered: weights that a later step would not move."""
+    """Free the weights that a pass without a backward pass has gathered: later steps would not update them."""
     for part in parts(net):
         part.reshard()
 
 
 def parts(net: nn.Module) -> "list[FSDPModule]":
-    """What of a net is gathered together, the root first; none where it is in one piece."""
+    """The sharded modules of a net, the root first; none if it is in one piece."""
     if dist.world() == 1:
         return []
     from torch.distributed.fsdp import FSDPModule
@@ -100,7 +107,7 @@ def parts(net: nn.Module) -> "list[FSDPModule]":
 
 
 def gathered(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.Module:
-    """The net in one piece on every rank: itself where it is, else one that `build` makes, with what was trained.
+    """The net in one piece on every rank: itself if it is, else one from `build` with the trained weights.
 
     Every rank must call it.
     """
@@ -109,3 +116,23 @@ def gathered(net: nn.Module, build: Callable[[torch.device], nn.Module]) -> nn.M
     twin = build(next(net.parameters()).device)
     twin.load_state_dict({name: whole(x) for name, x in trained(net).items()}, strict=False)
     return twin
+
+
+def whole(x: Tensor) -> Tensor:
+    """The whole of a tensor, on every rank. Every rank must call it."""
+    return cast("DTensor", x).full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def local(x: Tensor) -> Tensor:
+    """The part of a tensor that is on this rank."""
+    return cast("DTensor", x).to_local() if hasattr(x, "to_local") else x
+
+
+def laid(x: Tensor, like: Tensor) -> Tensor:
+    """A tensor that all ranks hold whole, sharded like another one of its shape, without communication."""
+    if not hasattr(like, "to_local"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    there = cast("DTensor", like)
+    return distribute_tensor(x, there.device_mesh, there.placements, src_data_rank=None)

@@ -1,26 +1,37 @@
-"""The training loop: a batch, a step, the hooks; nothing is kept outside `State`.
+"""The training loop: a batch, a step, the hooks. All that changes is in `State`.
 
 A batch is a function of the step number and every draw is keyed by it, so N steps, a stop, and M more are the same run
-as N + M steps, skipped ones included. What else a run does (log, save, sample, draw a bar) hangs on the loop as hooks.
+as N + M steps, skipped ones included. Everything else (log, checkpoints, samples, a progress bar) is a hook.
+
+torch.compile takes a net's blocks, or the whole loss. In a guided batch the number of rows that need V(null) changes
+from step to step: blocks are compiled for the batch and, at the second number of rows, once for all numbers. A whole
+loss passes all rows.
 """
 
+import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import nn
 
 from dumo import dist
 from dumo.flow.draw import Draws
 from dumo.flow.precision import products
 from dumo.stop import Stopped
-from dumo.training.compile import compiled
 from dumo.training.record import Record, Skipped
-from dumo.training.spec import Train
+from dumo.training.spec import Compile, Train
 from dumo.training.state import Diverged, State
-from dumo.training.step import Batch, Task, train_step
+from dumo.training.step import Batch, Loss, Task, train_step
+from dumo.types import Objective, UserError
+
+COMPILERS = ("g++", "clang++")
 
 
 @dataclass(frozen=True)
 class Every:
-    """Call f(state, record) after each n-th step, counted from the start of the run."""
+    """Call f(state, record) after every n-th step, counted from the start of the run."""
 
     n: int
     f: Callable[[State, Record], None]
@@ -35,12 +46,12 @@ def train(
     due: Callable[[], bool] = lambda: False,
     draws: Callable[[int], Draws] | None = None,
 ) -> None:
-    """Train `state` in place until `spec.steps` steps are done, from wherever it stands.
+    """Train `state` in place until `spec.steps` steps are done.
 
-    `batches(step)` is this rank's rows of a step's batch, on the device of the net; `draws(step)` the numbers that it
-    draws for them, as `draws_of` gives them (None: each step draws its own); `due` what `train_step` is told. Raises
-    Diverged after the hooks of the last of `spec.max_skips` steps in a row that were skipped, Stopped after those of a
-    step by which a rank was asked to stop, if there are more to do, and else as `train_step` does.
+    `batches(step)` is this rank's rows of a batch, on the net's device; `draws(step)` its random numbers, as `draws_of`
+    (None: each step draws them); `due()` says whether a checkpoint is due. Raises Diverged after `spec.max_skips`
+    skipped steps in a row, and Stopped if a rank got a signal and steps are left, each after the step's hooks; else as
+    `train_step`.
     """
     loss = compiled(state.net, task.objective, spec.compile)
     with products(spec.precision, next(state.net.parameters()).device):
@@ -52,15 +63,42 @@ def train(
                 if state.step % hook.n == 0:
                     hook.f(state, record)
             if record.skipped and state.skips >= spec.max_skips:
-                raise Diverged(told(record.step, record.skipped, state.skips))
+                raise Diverged(diverged(record.step, record.skipped, state.skips))
             if record.asked is not None and state.step < spec.steps:
                 raise Stopped(record.asked)
 
 
-def told(step: int, skipped: Skipped, count: int) -> str:
+def diverged(step: int, skipped: Skipped, count: int) -> str:
     """What happened, and what to try."""
     row = "" if count == 1 else f", as in the {count - 1} before it" if count > 2 else ", as in the one before it"
     return (
         f"step {step} diverged: {skipped}{row}. {'It was not' if count == 1 else 'None of them was'} applied. "
         "Try a lower learning rate, gradient clipping, another slope, or precision fp32."
     )
+
+
+def compiled(net: nn.Module, objective: Objective, choice: Compile) -> Loss:
+    """The loss, after torch.compile of the net's blocks (in place), of the whole loss, or of nothing.
+
+    Raises UserError if the net has no blocks, or the machine no compiler.
+    """
+    if choice != "none" and not any(map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))):
+        raise UserError(
+            f"train.compile = {choice} needs a C++ compiler, and there is none: install {' or '.join(COMPILERS)}, or "
+            "set train.compile=none"
+        )
+    if choice == "blocks":
+        compile_blocks(net)
+    return torch.compile(objective.loss, fullgraph=True) if choice == "loss" else objective.loss
+
+
+def compile_blocks(net: nn.Module, *, dynamic: bool | None = None) -> None:
+    """Compile each block of a net in place, and the tape of a dual slope. Raises UserError if it has no blocks.
+
+    Blocks are alike and share compiled code; `dynamic` as torch.compile's.
+    """
+    if not (blocks := getattr(net, "blocks", None)):
+        raise UserError("compile 'blocks': this net has none: use loss, or none")
+    for block in blocks:
+        block.compile(fullgraph=True, dynamic=dynamic)
+    net.compile_tangents = True  # pyright: ignore[reportArgumentType], read by `Dual`

@@ -1,24 +1,30 @@
-"""What a checkpoint says of itself in `state.json`, and whether its files are as it says.
+"""A checkpoint's `state.json`, whether its files are as listed there, and which checkpoints of a run are kept.
 
-It is written last, and lists every other file with its size and SHA-256. Nothing else would tell that a shard is gone:
-whoever reads shards takes those that are there. Checkpoints from before there were lists are taken as they are.
+`state.json` is written last and lists every other file with its size and SHA-256. Nothing else would tell that a shard
+is missing: a reader of shards takes those that are there. A run keeps its newest checkpoints, and the last one from
+before the loss diverged.
 """
 
+import re
+import shutil
+import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from shlex import quote
 
 from pydantic import BaseModel, ValidationError
 
 from dumo import dist
 from dumo.io import digest
+from dumo.io.file import hidden
 from dumo.io.weights import title
 from dumo.training.agreement import agreed
-from dumo.training.trend import Trend
+from dumo.training.state import FAR, Trend
 from dumo.types import UserError
 
 NAME = "state.json"
-_whole: set[tuple[Path, str]] = set()  # checkpoints that this process has written, or read to the end, by their lists
-_broken: dict[tuple[Path, str], str] = {}  # those whose numbers it has found to be none, and what it found
+_whole: set[tuple[Path, str]] = set()  # checkpoints that this process wrote, or read to the end, by their lists
+_broken: dict[tuple[Path, str], str] = {}  # those with numbers that are not finite, and which
 
 
 class Listed(BaseModel):
@@ -33,16 +39,16 @@ class Manifest(BaseModel):
 
     step: int
     images: int
-    skips: int = 0  # the last steps in a row that were not applied
+    skips: int = 0  # skipped steps in a row, up to this one
     trend: Trend = Trend()  # of the error up to this step
     ranks: int = 1  # that wrote it
     versions: dict[str, str] = {}
-    frozen: str | None = None  # the digest of the weights that are not trained, which no file holds; None: all are
-    files: dict[str, Listed] | None = None  # by path inside the checkpoint, all but this one; None: none were listed
+    frozen: str | None = None  # the digest of the frozen weights, which no file holds; None: there are none
+    files: dict[str, Listed]  # all but this one, by path inside the checkpoint
 
 
 def listed(folder: Path, files: Iterable[Path]) -> dict[str, Listed]:
-    """These files of a folder as its list has them."""
+    """The entries of these files of a folder."""
     return {
         file.relative_to(folder).as_posix(): Listed(bytes=file.stat().st_size, sha256=digest.of_file(file))
         for file in files
@@ -50,8 +56,8 @@ def listed(folder: Path, files: Iterable[Path]) -> dict[str, Listed]:
 
 
 def write(checkpoint: Path, about: Manifest) -> None:
-    """Write `state.json`. Raises UserError where files that it lists are not to be seen from here."""
-    if lacking := [name for name in about.files or () if not (checkpoint / name).is_file()]:
+    """Write `state.json`. Raises UserError if this rank does not see a file that it lists."""
+    if lacking := [name for name in about.files if not (checkpoint / name).is_file()]:
         raise UserError(
             f"{checkpoint.parent}: the first rank does not see what another wrote ({lacking[0]}): train in a folder on "
             "a file system that all ranks share"
@@ -60,7 +66,7 @@ def write(checkpoint: Path, about: Manifest) -> None:
 
 
 def read(checkpoint: Path) -> Manifest:
-    """What a checkpoint says of itself. Raises UserError where that is missing or damaged."""
+    """Read a checkpoint's `state.json`. Raises UserError if it is missing or damaged."""
     file = checkpoint / NAME
     try:
         return Manifest.model_validate_json(file.read_text(encoding="utf-8"))
@@ -70,10 +76,10 @@ def read(checkpoint: Path) -> Manifest:
 
 
 def fault(checkpoint: Path, parts: Collection[str] | None = None, *, together: bool = False) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if each that it lists is there, as it was, and no other.
+    """What is wrong with a checkpoint, naming the file; None if the listed files are there, unchanged, and no others.
 
-    `parts` are those that will be read (net, ema-0.999): of others, their sizes must do; None: all. Files are hashed by
-    all ranks `together`, which all must then ask, and get one answer; else each rank hashes them for itself.
+    `parts` (net, ema-0.999; None: all) are hashed; of others only sizes are compared. `together`: all ranks call it,
+    share the hashing and get one answer; else each rank hashes for itself.
     """
     if not together:
         return _fault(checkpoint, parts)
@@ -82,23 +88,23 @@ def fault(checkpoint: Path, parts: Collection[str] | None = None, *, together: b
 
 
 def fault_of(place: Path) -> str | None:
-    """What is wrong with one part of a checkpoint, a file or a folder; None if nothing, or where no list tells."""
+    """What is wrong with one part of a checkpoint, a file or a folder; None if nothing, or if there is no list."""
     listed = (place.parent / NAME).is_file()
     return _fault(place.parent, {title(place)}, only=True) if listed else None
 
 
 def remember(checkpoint: Path) -> None:
-    """Take it from now on that this checkpoint is whole, until its list is another."""
+    """Remember that this checkpoint is whole, as long as its list is the same."""
     _whole.add(_key(checkpoint))
 
 
 def condemn(checkpoint: Path, why: str) -> None:
-    """Take it from now on that something is wrong with this checkpoint, though its files are as listed."""
+    """Remember that something is wrong with this checkpoint, though its files are as listed."""
     _broken[_key(checkpoint)] = why
 
 
 def sound(checkpoint: Path) -> bool:
-    """Whether a checkpoint is whole; each is read to the end once, after that its sizes must do."""
+    """Whether a checkpoint is whole; it is hashed once, after that only sizes are compared."""
     if _fault(checkpoint, ()):
         return False
     if _key(checkpoint) not in _whole and not fault(checkpoint):
@@ -109,22 +115,20 @@ def sound(checkpoint: Path) -> bool:
 def _fault(
     checkpoint: Path, parts: Collection[str] | None, hashed: slice = slice(None), *, only: bool = False
 ) -> str | None:
-    """As `fault`, where of the files to be read these are `hashed`; `only`: as if the checkpoint had no others."""
+    """As `fault`, hashing only some of the files of `parts`; `only`: as if the checkpoint had no other parts."""
     try:
         wanted = read(checkpoint).files
     except UserError as error:
         return str(error)
     if found := _broken.get(_key(checkpoint)):
         return found
-    if wanted is None:
-        return None
     sizes = _sizes(checkpoint)
     full = [name for name in sorted(wanted) if parts is None or _part(name) in parts]
     for name in sorted(wanted.keys() | sizes.keys()):
         if only and parts is not None and _part(name) not in parts:
             continue
         if name not in wanted:
-            return f"{checkpoint / name} is none of the files that {NAME} lists"
+            return f"{checkpoint / name} is not listed in {NAME}"
         if name not in sizes:
             return f"{checkpoint / name} is missing"
         if sizes[name] != wanted[name].bytes:
@@ -133,13 +137,13 @@ def _fault(
         try:
             if digest.of_file(checkpoint / name) != wanted[name].sha256:
                 return f"{checkpoint / name} is damaged: its SHA-256 is not the one in {NAME}"
-        except OSError as error:  # the disk itself gives up
+        except OSError as error:
             return f"{checkpoint / name} cannot be read ({error})"
     return None
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
-    """Bytes of each file that a list should name, by path inside the checkpoint; not what a file system hides there."""
+    """Bytes of each file that belongs in a list, by path inside the checkpoint; hidden files do not."""
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     seen = [path for path in files if path.suffix == ".safetensors" or not path.name.startswith(".")]
     sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in seen}
@@ -147,10 +151,57 @@ def _sizes(checkpoint: Path) -> dict[str, int]:
 
 
 def _key(checkpoint: Path) -> tuple[Path, str]:
-    """A checkpoint and its list."""
+    """A checkpoint's path and its list."""
     return checkpoint.absolute(), (checkpoint / NAME).read_text(encoding="utf-8")
 
 
 def _part(name: str) -> str:
-    """The part of a checkpoint that a file belongs to."""
+    """The part of a checkpoint that a file is of."""
     return title(Path(Path(name).parts[0]))
+
+
+def standing(folder: Path, suffix: str = "") -> dict[int, Path]:
+    """The checkpoints in `folder`, damaged ones included, or its files of this suffix, by step, in order."""
+    name = re.compile(rf"step-(\d+){re.escape(suffix)}")
+    found = {int(match[1]): path for path in folder.glob("step-*") if (match := name.fullmatch(path.name))}
+    return dict(sorted(found.items()))
+
+
+def places(run: Path) -> list[Path]:
+    """The folders of a run that hold weights by step: checkpoints, milestones, and snapshots of each average."""
+    return [run / "checkpoints", run / "milestones", *sorted((run / "snapshots").glob("*"))]
+
+
+def drop(folder: Path, step: int, keep: int) -> None:
+    """Remove the checkpoints up to a step that come before the last `keep` whole ones.
+
+    If none of those is good (`Trend.good`), the last good one before them stays, with a warning.
+    """
+    good = False
+    for n, path in [found for found in reversed(standing(folder).items()) if found[0] <= step]:
+        if keep:
+            if sound(path):
+                keep, good = keep - 1, good or read(path).trend.good
+        elif not good and sound(path) and read(path).trend.good:
+            good = True
+            warnings.warn(
+                f"{folder}: the loss has risen to more than {FAR:g} times its lowest, so {path.name}, from before, "
+                f"is kept, too. To go on from it:  dumo train {quote(str(folder.parent))} --from {n}",
+                stacklevel=2,
+            )
+        else:
+            remove(path)
+
+
+def remove(checkpoint: Path) -> None:
+    """Remove a checkpoint; it is hidden first, so that half of one never looks like one."""
+    shutil.rmtree(checkpoint.rename(hidden(checkpoint)))
+
+
+def rewind(folder: Path, step: int) -> list[int]:
+    """Remove the checkpoints, or milestones, after a step; return their steps."""
+    found = [one for suffix in ("", ".safetensors") for one in standing(folder, suffix).items()]
+    later = {path: n for n, path in found if n > step}
+    for path in later:
+        remove(path) if path.is_dir() else path.unlink()
+    return [*later.values()]

@@ -1,43 +1,59 @@
-"""What a step measures, and what it agrees on with other ranks: one table of numbers.
+"""What a step measures and agrees on with other ranks: one table of numbers.
 
-It goes over ranks in one all-reduce and from the device in one copy, the only point at which a step waits for its
-device. Sums and counts by time, the gradient norm and a few words of yes or no stand in it, so all ranks decide alike:
-a loss that is not finite on one of them is not finite in the sum.
+It is reduced over ranks once and copied from the device once, the only point where a step waits for its device. It
+holds sums and counts by time, the gradient norm and a few flags, so all ranks decide alike: a loss that is not finite
+on one rank is not finite in the sum.
+
+Some steps are probed: do the parts of the loss pull the net the same way, and do its heads agree? A step of length h
+down the gradient g_a of part a changes part b by -h |g_b| cos(g_a, g_b) to first order. So a cosine of 1 means that
+what serves one part serves the other, 0 that they are independent, and below 0 that each undoes part of the other's
+work. App. D of the paper claims that velocity and flow map do not conflict: this measures it. Along the exact flow the
+endpoint rests. DuMo's is x_t - t u, and moves by v - (u + t du/dt). So the drift of the endpoint along the net's own
+velocity is how far its two readings are from one flow.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dumo import dist, stop
-from dumo.training.probe import Probe
+from dumo.training.layout import whole
 from dumo.training.state import State
-from dumo.types import Cond, PerSample, Terms, Time
+from dumo.types import Cond, Noised, PerSample, Reads, Terms, Time, mean_square
 
 BINS = 10  # of t, equally wide: ours
 LISTED = 16  # rows of a skipped step that are named: ours
-OWN = (
-    "asked",
-    "due",
-    "skipped",
-)  # fields of a record that are no measurement: in the log only where they say something
+OWN = ("asked", "due", "skipped")  # fields of a record that are no measurement
 
+H = 0.005  # half-step of the probe's difference, as `dumo.flow.slope.CentralSlope`
+
+Gradient = list[Tensor | None]  # by parameter
 Row = dict[str, float | int | None]  # of a batch: t, its class, its place in the batch and its rank
 
 
 @dataclass(frozen=True)
+class Probe:
+    """How the gradients of the parts' means agree on the trunk, the parameters that all reach; and the drift."""
+
+    norms: dict[str, float]  # by part, without its weight in the loss
+    cosines: dict[str, float]  # of two parts, as "v,u", in [-1, 1] to rounding; nan if they share no parameter
+    drift: float | None  # mean square of d/dt of the endpoint along the velocity; None if the net lacks one
+
+
+@dataclass(frozen=True)
 class Skipped:
-    """Why a step was not applied, and which rows of its batch are to blame: all of them where only the gradient is."""
+    """Why a step was not applied, and the rows that are to blame: all of them if only the gradient is not finite."""
 
     what: str  # loss, the names of parts or notes, or the gradient norm
     count: int
     of: int  # rows of the batch
     t: tuple[float, float]  # the earliest and the latest of these rows
-    rows: list[Row]  # the first LISTED of them; none where only the gradient is to blame
+    rows: list[Row]  # the first LISTED of them; none if only the gradient is to blame
 
     def __str__(self) -> str:
         low, high = self.t
@@ -53,13 +69,13 @@ class Record:
     loss: float
     parts: dict[str, float]  # the loss's named parts
     notes: dict[str, float]  # what else the objective watches
-    bins: dict[str, list[float]]  # loss, parts and notes in ten bins of t, data to noise; nan where no row fell
+    bins: dict[str, list[float]]  # loss, parts and notes in ten bins of t, data to noise; nan if empty
     counts: list[int]  # rows per bin
     grad_norm: float  # before clipping
     lr: float
-    probe: Probe | None = None  # whether parts and heads agree, after the step; None where that was not asked
+    probe: Probe | None = None  # whether parts and heads agree, after the step; None if it was not probed
     skipped: Skipped | None = None  # why it was not applied; None: it was
-    asked: int | None = None  # the signal by which a rank was asked to stop, the same on all
+    asked: int | None = None  # the signal that a rank got, the same on all
     due: bool = False  # whether a checkpoint is due by rank 0's clock
 
     @property
@@ -68,7 +84,7 @@ class Record:
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
     def row(self) -> dict[str, Any]:
-        """The record as a row of the log: what it measured, and why it was skipped, if it was."""
+        """The record as a row of the log."""
         row = asdict(self)
         why = {"skipped": row["skipped"]} if self.skipped else {}
         return {name: value for name, value in row.items() if name not in OWN} | why
@@ -77,7 +93,7 @@ class Record:
 def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, lr: float, due: bool = False) -> Record:
     """The record of the step about to be made on a batch of `images` rows. Every rank must call it.
 
-    `norm` is the gradient's, a number on the device; `due` what rank 0's clock says, of others it is ignored.
+    `norm` is the gradient norm, on the device; `due` counts on rank 0 alone, whose clock decides.
     """
     words = [*(stop.asked() == number for number in stop.SIGNALS), due and dist.is_main()]
     named = values(terms)
@@ -101,7 +117,7 @@ def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, l
 
 
 def table_of(t: Time, columns: Sequence[PerSample], norm: Tensor, words: Sequence[bool]) -> Tensor:
-    """Sums of the columns by bin of t, then the number of rows, then the norm and words; where t is."""
+    """Sums of the columns by bin of t, then the number of rows, then the norm and flags; on t's device."""
     bins = (t * BINS).long().clamp(0, BINS - 1)
     table = t.new_zeros(len(columns) + 2, BINS)
     for row, value in zip(table, [*columns, torch.ones_like(t)], strict=False):
@@ -118,7 +134,7 @@ def values(terms: Terms) -> dict[str, PerSample]:
 
 
 def blame(record: Record, t: Time, c: Cond, terms: Terms) -> Skipped:
-    """Which rows, of all ranks', make a record not finite. Every rank must call it."""
+    """The rows, of all ranks, that make a record not finite. Every rank must call it."""
     named = values(terms)
     at = dist.gathered(t)
     columns = {name: torch.cat(dist.gathered(value)) for name, value in named.items()}
@@ -134,3 +150,62 @@ def blame(record: Record, t: Time, c: Cond, terms: Terms) -> Skipped:
     ]
     low, high = times[places].min().item(), times[places].max().item()
     return Skipped(what, len(places), len(times), (low, high), rows)
+
+
+def ask(net: nn.Module, reads: Reads, parts: Iterable[str], b: Noised, loss: Callable[[], Terms]) -> Probe | None:
+    """Probe a net on these rows, whose loss is `loss()`; None if there is nothing to compare.
+
+    Each of two or more parts costs a loss and a backward pass, the drift three passes. Weights and buffers stay,
+    gradients are dropped. Every rank must call it; the result is over all ranks' rows.
+    """
+    kept = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    norms, cosines = compare(net, parts, loss)
+    moved = drift(reads, b)
+    for buffer, old in kept:
+        buffer.copy_(old)
+    return Probe(norms, cosines, moved) if cosines or moved is not None else None
+
+
+def compare(
+    net: nn.Module, parts: Iterable[str], loss: Callable[[], Terms]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Norms and cosines of the gradients, as in `Probe`; none of a single part."""
+    names = list(parts)
+    if len(names) < 2:
+        return {}, {}
+    found = [gradient(net, name, loss) for name in names]
+    net.zero_grad()
+    shared = [row for row in zip(*found, strict=True) if all(g is not None and number(g.abs().sum()) for g in row)]
+
+    def product(i: int, j: int) -> float:
+        return math.fsum(number((row[i] * row[j]).sum()) for row in shared)
+
+    norms = [math.sqrt(product(i, i)) for i in range(len(names))]
+    cosines = {
+        f"{names[i]},{names[j]}": product(i, j) / (norms[i] * norms[j]) if shared else math.nan
+        for i, j in combinations(range(len(names)), 2)
+    }
+    return dict(zip(names, norms, strict=True)), cosines
+
+
+def gradient(net: nn.Module, part: str, loss: Callable[[], Terms]) -> Gradient:
+    """The gradient of the mean of one part of a loss, averaged over ranks by the net's wrapper."""
+    net.zero_grad()
+    terms = loss()
+    (terms.parts[part].mean() + 0 * terms.loss.mean()).backward()  # reaches all: a replicated net waits for each
+    return [p.grad for p in net.parameters()]
+
+
+def number(x: Tensor) -> float:
+    """The number in a tensor; of a sharded tensor, the sum of its shards."""
+    return whole(x).item()
+
+
+@torch.no_grad()
+def drift(reads: Reads, b: Noised) -> float | None:
+    """The drift of `Probe` by a central difference, so for time_scale <= 10, without dropout."""
+    if reads.velocity is None or reads.endpoint is None:
+        return None
+    v = reads.velocity(b.x_t, b.t, b.c)
+    behind, ahead = (reads.endpoint(b.x_t + h * v, b.t + h, b.c) for h in (-H, H))
+    return dist.mean(mean_square((ahead - behind) / (2 * H)).mean()).item()

@@ -9,54 +9,54 @@ from dumo.flow.coupling import Coupling
 from dumo.flow.precision import Precision
 from dumo.training.ema import Average, Ema, PowerEma
 from dumo.training.optim import AdamW, Constant, Optimizer, Schedule
-from dumo.types import CHANGES, FREE, Spec
+from dumo.types import CHANGES, FREE, MACHINE, QUIET, Spec
 
 Compile = Literal["none", "blocks", "loss"]
 
 
 class Train(Spec):
-    """How to train. Fields marked free may change when a run is resumed; what is marked `changes` is noted then."""
+    """How to train. Fields marked free or `changes` may change when a run is resumed; `changes` are noted."""
 
-    # In all, resumed ones included; schedules stretch with it.
+    # In total; schedules stretch with it.
     steps: int = Field(ge=1, le=STEPS, json_schema_extra=FREE)
     batch: int = Field(ge=1, le=ROWS)  # rows per step, over all ranks
     # Which noise goes with which data (Pooladian et al. 2023); None: any, as the paper.
-    coupling: Coupling | None = Field(default=None, exclude_if=lambda coupling: coupling is None)
+    coupling: Coupling | None = None
     # Rows of a pass on a rank, to save memory; None: all of a rank's. Changes rounding only.
-    micro_batch: int | None = Field(default=None, ge=1, json_schema_extra=FREE)
+    micro_batch: int | None = Field(default=None, ge=1, json_schema_extra=MACHINE)
     # Ranks that hold one copy of weights, averages and optimizer between them, to save memory: 1: each its own copy
     # (replicated); all ranks: each a part (sharded); between: copies by groups (hybrid). Of fewer ranks, all.
-    share: int = Field(default=1, ge=1, json_schema_extra=FREE)
-    # Give the weights gathered from other ranks back after each pass and gather them anew: less memory, more talk.
-    reshard: bool = Field(default=False, json_schema_extra=FREE)
+    share: int = Field(default=1, ge=1, json_schema_extra=MACHINE)
+    # Free gathered weights after each pass and gather them again: less memory, more communication.
+    reshard: bool = Field(default=False, json_schema_extra=MACHINE)
     optimizer: Optimizer = AdamW()
     schedule: Schedule = Field(default=Constant(), json_schema_extra=CHANGES)
     ema: tuple[Average, ...] = (Ema(decay=0.9999),)  # App. C.1; the first is sampled and evaluated, the weights if none
     ref: Literal["self"] | float = "self"  # theta^- (Alg. 1): the weights in training, or the average of this decay
     # Largest norm of the gradient; None: no clipping, as the paper.
     clip: float | None = Field(default=None, gt=0, json_schema_extra=CHANGES)
-    compile: Compile = Field(default="none", json_schema_extra=FREE)  # changes rounding
+    compile: Compile = Field(default="none", json_schema_extra=MACHINE)  # blocks or loss, on a GPU; changes rounding
     # tf32: on a GPU the factors of products are rounded; bf16: autocast of the loss. Weights, optimizer and averages
     # stay fp32.
     precision: Precision = Field(default="fp32", json_schema_extra=CHANGES)
-    seed: int = Field(default=0, ge=0)
-    log_every: int = Field(default=50, ge=1, json_schema_extra=FREE)  # steps
-    probe_every: int = Field(default=250, ge=0, json_schema_extra=FREE)  # steps; 0: never
-    # Steps after which samples are drawn into sheets/, or a number: after every so many.
-    sheets: PositiveInt | tuple[PositiveInt, ...] = Field(default=(), json_schema_extra=FREE)
-    save_every: int = Field(default=500, ge=1, json_schema_extra=FREE)  # steps
-    # Minutes after which a checkpoint is saved between those: what a stop without warning costs. None: by steps alone.
-    save_minutes: float | None = Field(default=10.0, gt=0, json_schema_extra=FREE)
-    keep: int = Field(default=2, ge=1, json_schema_extra=FREE)  # checkpoints; and the last good one, if none of them is
-    max_skips: int = Field(default=3, ge=1, json_schema_extra=FREE)  # steps in a row that are not finite: then it stops
-    milestones: tuple[NonNegativeInt, ...] = Field(default=(), json_schema_extra=FREE)  # steps whose weights stay
-    # Averages by a power are kept after every so many steps, and the last: `dumo average` makes others of them.
-    snapshots: int | None = Field(default=None, ge=1, json_schema_extra=FREE, exclude_if=lambda every: every is None)
+    seed: int = Field(default=0, ge=0, json_schema_extra=QUIET)
+    log_every: int = Field(default=50, ge=1, json_schema_extra=MACHINE)  # steps
+    probe_every: int = Field(default=250, ge=0, json_schema_extra=MACHINE)  # steps; 0: never
+    # Steps after which samples are drawn into sheets/; a number n: after every n-th.
+    sheets: PositiveInt | tuple[PositiveInt, ...] = Field(default=(), json_schema_extra=MACHINE)
+    save_every: int = Field(default=1000, ge=1, json_schema_extra=MACHINE)  # steps
+    # Minutes after which a checkpoint is saved, too: what a sudden stop costs at most. None: by steps alone.
+    save_minutes: float | None = Field(default=10.0, gt=0, json_schema_extra=MACHINE)
+    keep: int = Field(default=2, ge=1, json_schema_extra=MACHINE)  # checkpoints; and the last good one, if none is
+    max_skips: int = Field(default=3, ge=1, json_schema_extra=MACHINE)  # steps in a row that are not finite: it stops
+    milestones: tuple[NonNegativeInt, ...] = Field(default=(), json_schema_extra=MACHINE)  # steps whose weights stay
+    # Averages by a power are kept after every n-th step and the last; `dumo average` makes others of them.
+    snapshots: int | None = Field(default=None, ge=1, json_schema_extra=MACHINE)
 
     @model_validator(mode="after")
     def _possible(self) -> "Train":
         keys = [ema.key for ema in self.ema]
-        if len(set(keys)) < len(keys):
+        if len({*keys}) < len(keys):
             raise ValueError(f"ema has an average twice: {keys}")
         if self.ref != "self" and self.ref not in keys:
             raise ValueError(f"ref is the average of decay {self.ref}, but ema has {keys or 'none'}")
@@ -65,16 +65,16 @@ class Train(Spec):
         return self
 
     def rate(self, step: int) -> float:
-        """The learning rate of the update that follows `step` done ones."""
+        """The learning rate of the update after `step` done ones."""
         return self.optimizer.lr * self.schedule(step, self.steps)
 
     @property
     def copies(self) -> int:
-        """How many numbers are kept for each weight that is trained, at least: gradient, moments, averages."""
+        """How many numbers are kept per trained weight, at least: gradient, moments, averages."""
         return 1 + self.optimizer.moments + len(self.ema)
 
     def probes(self, step: int) -> bool:
-        """Whether the update that follows `step` done ones is probed."""
+        """Whether the update after `step` done ones is probed."""
         return self.probe_every > 0 and (step + 1) % self.probe_every == 0
 
     def snaps(self, step: int) -> bool:

@@ -1,10 +1,10 @@
-"""One optimizer step, and what is worth knowing of it.
+"""One optimizer step, and its record.
 
-The gradient is that of the mean loss over the global batch, of which each rank has its rows and takes them in pieces
-(`dumo.training.cut`). A piece adds the gradient of its sum over the batch size, and ranks are added up after the last:
-so the split changes nothing but rounding, and two ranks are one that makes two passes, to the bit.
+The gradient is that of the mean loss over the global batch. Each rank takes its rows in pieces (`dumo.training.cut`); a
+piece adds the gradient of its sum over the batch size, and ranks are added up after the last. So the split changes
+rounding alone, and two ranks equal one rank with two passes, to the bit.
 
-What is not finite is never applied, and never made finite: the step is skipped on all ranks (`dumo.training.record`).
+A step whose loss or gradient is not finite is skipped on all ranks (`dumo.training.record`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,25 +24,24 @@ from dumo.flow.reading import reading
 from dumo.place import sent
 from dumo.training import layout
 from dumo.training.cut import passes, span
-from dumo.training.probe import Probe, ask
-from dumo.training.record import Record, blame, measure
+from dumo.training.record import Probe, Record, ask, blame, measure
 from dumo.training.spec import Train
 from dumo.training.state import Diverged as Diverged
 from dumo.training.state import State
 from dumo.types import Frozen, Net, Noised, Objective, Path, Taught, Terms, Time, UserError, frozen
 
-Batch = Sequence[Tensor]  # (x, c), or with the noise that belongs to x, (x, c, z), and with what is between the two
+Batch = Sequence[Tensor]  # (x, c); with the noise of x, (x, c, z); and with what is between, (x, c, z, between)
 Loss = Callable[[Net, Frozen, Noised], Terms]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned: an objective on a path; `classes` is the label that means none."""
+    """What is learned: an objective on a path; `classes` is the label of no class."""
 
     objective: Objective
     path: Path
     classes: int
-    teacher: Taught | None = None  # what puts another velocity in the place of the data's, as `draw` has it
+    teacher: Taught | None = None  # replaces the data's velocity
 
 
 def train_step(
@@ -55,13 +54,13 @@ def train_step(
     *,
     due: bool = False,
 ) -> Record:
-    """Make one step: update net, optimizer, averages and counters of `state`, and say what was measured.
+    """Make one step: update net, optimizer, averages and counters of `state`, and return what was measured.
 
-    `batch` is this rank's rows of the global one; `loss` the objective's, compiled, or None for as it is; `draws` what
-    `draws_of` gives for this step, or None to draw it here. Where the spec says so, the last piece is probed after the
-    update. Every rank must call it; on rank 0 `due` says that it is time for a checkpoint, of which the record tells
-    all. Where the loss or the norm of its gradient is not finite, the step is counted and not applied, and the record
-    says why. Raises UserError if `spec.ref` is no average of the state.
+    `batch` is this rank's rows of the global one; `loss` the objective's, or a compiled one; `draws` the step's random
+    numbers from `draws_of`, or None to draw them here. If the spec says so, the last piece is probed after the update.
+    Every rank must call it; `due` on rank 0 says that it is time for a checkpoint, which the record passes on to all.
+    A step whose loss or gradient norm is not finite is counted and not applied, and the record says why. Raises
+    UserError if `spec.ref` is no average of the state.
     """
     mine = Pieces(state, task, batch, spec, loss or task.objective.loss, draws)
     times: list[Time] = []
@@ -89,14 +88,12 @@ def train_step(
 
 
 class Pieces:
-    """A rank's part of a step's batch, in the pieces that it is taken in; keyed by the step at which it was made."""
+    """A rank's rows of a batch, in pieces; draws are keyed by the step at which it was made."""
 
     def __init__(
         self, state: State, task: Task, batch: Batch, spec: Train, loss: Loss, draws: Draws | None = None
     ) -> None:
-        """Take the numbers that were drawn for the step, or draw them. Raises ValueError where rows are not those of
-        this rank.
-        """
+        """Take the step's random numbers, or draw them. Raises ValueError for other rows than this rank's."""
         self.cuts = pieces(spec, task.objective)
         all_rows = span(self.cuts)
         self.first = all_rows.start
@@ -122,7 +119,7 @@ class Pieces:
         return slice(rows.start - self.first, rows.stop - self.first)
 
     def draw(self, rows: slice) -> Noised:
-        """The record of these rows of the global batch."""
+        """Draw these rows of the global batch."""
         here = self.here(rows)
         z, between = (None if paired is None else paired[here] for paired in (self.z, self.between))
         return self.noised(
@@ -130,12 +127,12 @@ class Pieces:
         )
 
     def loss_of(self, b: Noised, rows: slice) -> Terms:
-        """The loss of these rows, in the run's precision and under their dropout masks."""
+        """The loss of these rows, in the run's precision, with their dropout masks."""
         with self.autocast(), dropout.using(self.keys[self.here(rows)]):
             return self.loss(self.net, self.ref, b)
 
     def probe(self, parts: Iterable[str]) -> Probe | None:
-        """How the parts and the net's readings agree now, on the last piece."""
+        """Probe the net as it is now on the last piece."""
         b, rows = self.draw(self.cuts[-1]), self.cuts[-1]
         reads = reading(self.task.objective, self.net)
         found = ask(self.net, reads, parts, b, lambda: self.loss_of(b, rows))
@@ -144,13 +141,13 @@ class Pieces:
 
 
 def draws_of(task: Task, spec: Train, step: int, shape: Sequence[int], *, z: bool = True) -> Draws:
-    """What this rank draws for the step that follows `step` done ones, for samples of this shape: nothing but that."""
+    """This rank's random numbers for the step after `step` done ones, for samples of this shape."""
     rows = span(pieces(spec, task.objective))
     return drawn(task.objective, shape, seed=spec.seed, step=step, batch=spec.batch, rows=rows, z=z)
 
 
 def reference(state: State, choice: Literal["self"] | float) -> Frozen:
-    """theta^-: the weights in training, or the average of a decay. Raises UserError if there is none of that decay."""
+    """theta^-: the weights in training, or the average of a decay. Raises UserError if there is no such average."""
     if choice == "self":
         return frozen(state.net)
     if choice not in state.averages:
@@ -164,7 +161,7 @@ def pieces(spec: Train, objective: Objective) -> list[slice]:
 
 
 def detached(terms: Terms) -> Terms:
-    """The same numbers without the graph of the pass."""
+    """The same terms, detached from the graph."""
     parts, notes = ({name: row.detach() for name, row in rows.items()} for rows in (terms.parts, terms.notes))
     return Terms(terms.loss.detach(), parts, notes)
 
@@ -180,9 +177,9 @@ def joined(terms: Sequence[Terms]) -> Terms:
 
 
 def advance(state: State, record: Record) -> None:
-    """Count the step, and apply the gradients that the parameters hold, unless it is skipped.
+    """Count the step, and apply the gradients unless it is skipped.
 
-    A skipped step has its number, too: the batch and the draws of those after it do not depend on what became of it.
+    A skipped step counts, too: so the batch and draws of later steps do not depend on it.
     """
     state.step, state.images = record.step, record.images
     if record.skipped:
@@ -191,7 +188,7 @@ def advance(state: State, record: Record) -> None:
     for group in state.optimizer.param_groups:
         group["lr"] = record.lr * group.get("ratio", 1.0)
     state.optimizer.step()
-    if after_step := getattr(state.net, "after_step", None):  # of a net that holds its weights to something
+    if after_step := getattr(state.net, "after_step", None):  # a net may hold its weights to a norm
         after_step()
     for average in state.averages.values():
         average.update(state.net, state.step)

@@ -6,31 +6,45 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from dumo.codecs import Identity, SdVae
+from dumo.codecs import SdVae, Taef2
 from dumo.codecs.scaled import Images, Latent, Moments, Opened
-from dumo.data.cache import Plan
-from dumo.data.encode import encode
+from dumo.data.cache import Plan, encode
 from dumo.random import stream
 
-SIDE, CLASSES = 4, 7
+SIDE, CLASSES = 8, 7
 PLAN = Plan(resolution=SIDE, classes=CLASSES, shard_rows=16, dtype="float32")
 
 
 class Blurred:
-    """Each pixel's Gaussian: its mean the pixel, its deviation |pixel| / 4 + 1/8."""
+    """The Gaussian of each 8 x 8 pixels and their colours: its mean m theirs, its deviation |m| / 4 + 1/8."""
 
     def encode(self, images: Images) -> Moments:
         """Means and deviations."""
-        return torch.cat([images, images.abs() / 4 + 1 / 8], 1)
+        colours = F.avg_pool2d(images, 8)
+        mean = torch.cat([colours, colours.mean(1, keepdim=True)], 1)
+        return torch.cat([mean, mean.abs() / 4 + 1 / 8], 1)
 
     def decode(self, raw: Latent) -> Images:
-        """As it is."""
-        return raw
+        """The colours."""
+        return F.interpolate(raw[:, :3], scale_factor=8.0)
 
 
-GAUSSIAN = SdVae(channels=3, factor=1, shift=(0.25, 0.0, -0.5), scale=(2.0, 1.0, 0.5), weights="here")
-OPENED = Opened(GAUSSIAN, Blurred(), "0" * 64, torch.device("cpu"))
+class Sampled:
+    """Every sixth of 8 x 8 pixels' numbers."""
+
+    def encode(self, images: Images) -> Moments:
+        """32 numbers."""
+        return F.pixel_unshuffle(images, 8)[:, ::6]
+
+    def decode(self, raw: Latent) -> Images:
+        """Grey."""
+        return F.interpolate(raw.mean(1, keepdim=True), scale_factor=8.0).expand(-1, 3, -1, -1)
+
+
+GAUSSIAN = Opened(SdVae(weights="here"), Blurred(), "0" * 64, torch.device("cpu"))
+POINT = Opened(Taef2(weights="here"), Sampled(), "1" * 64, torch.device("cpu"))
 
 
 @dataclass
@@ -69,4 +83,4 @@ def work(out: Path, count: int, rank: int, world: int, parent: Connection | None
             parent.send(done)
             parent.recv()
 
-    encode(Pictures(count), Identity().open(), PLAN, out, batch=4, rank=rank, world=world, tick=tick)
+    encode(Pictures(count), POINT, PLAN, out, batch=4, rank=rank, world=world, tick=tick)

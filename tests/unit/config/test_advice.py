@@ -1,6 +1,5 @@
 """What is said of a run before it trains: its source takes another theta^-, or its data have another deviation."""
 
-import json
 import shlex
 
 import pytest
@@ -10,14 +9,12 @@ from dumo.config.advice import advice
 from dumo.config.load import load
 
 HOP = "sample.solver.kind=hop"
-FM_PLUS = ["objective.kind=ucgm", "objective.ratio=0", "objective.guide=ucgm", "objective.drop=0.1"]
 CM = ["objective.kind=consistency", "objective.weighted=false", "objective.soft=null"]
 AVERAGED = {
     "shortcut": ["objective.kind=shortcut", HOP],
     "tvm": ["objective.kind=tvm"],
     "rcgm": ["objective.kind=rcgm"],
     "twinflow": ["objective.kind=twinflow"],
-    "ucgm": [*FM_PLUS, "sample.solver.kind=euler"],
     "consistency": CM,
 }
 
@@ -43,22 +40,6 @@ def test_an_average_that_the_source_takes_is_missed_until_it_is_set(kind: str) -
 )
 def test_of_others_nothing_is_said(sets: list[str]) -> None:
     assert not advice(load("digits", sets), sd=0.5)[: 0 if "consistency" in str(sets) else None]
-
-
-def test_a_drift_by_few_rows_of_a_class_is_told_to_take_more() -> None:
-    """Of ten classes; where there is one condition, any group has enough."""
-    drift = 'objective.pulls=[{"kind": "drift", "weight": 0.1}, {"kind": "match"}]'
-    (line,) = advice(run := load("dumo-best", [drift]))
-    more = load("dumo-best", [drift, *ways(line)])
-    assert not advice(more)
-    assert (more.train.batch, more.objective.pulls[0].size) == (256, 256)
-    assert more.objective.pulls[0].model_copy(update={"size": 32}) == run.objective.pulls[0]
-    assert more.objective.pulls[1:] == run.objective.pulls[1:]
-    velocity, endpoint = {"kind": "velocity"}, {"kind": "endpoint"}
-    parts = f"objective.parts={json.dumps([velocity, endpoint])}"
-    assert not advice(
-        load("moons", ["objective.kind=several", parts, "objective.drop=0", "objective.guide.zeta=0", drift])
-    )
 
 
 def test_packaged_recipes_are_as_their_sources_have_them() -> None:

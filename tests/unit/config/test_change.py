@@ -36,7 +36,7 @@ def merged(text: str) -> dict[str, Any]:
         ("train: {clip: null}", "train", {**BASE["train"], "clip": None}),
         ("train: {seed: 1}", "train", {**BASE["train"], "seed": 1}),
         ("objective: {guide: {zeta: 0}}", "objective", {**BASE["objective"], "guide": {"zeta": 0, "omega": 1}}),
-        ("objective: {guide: ucgm}", "objective", {**BASE["objective"], "guide": "ucgm"}),
+        ("objective: {guide: none}", "objective", {**BASE["objective"], "guide": "none"}),
         ("objective: {kind: imm}", "objective", {"kind": "imm"}),  # another kind begins anew
         ("objective: {drop: 0, kind: imm}", "objective", {"kind": "imm", "drop": 0}),
         ("objective: {kind: dumo, drop: 0}", "objective", {**BASE["objective"], "drop": 0}),
@@ -81,7 +81,7 @@ def overridden(*texts: str) -> dict[str, Any] | str:
         ("objective={kind: dumo, beta: 1}", "objective.kind=imm", "objective.drop=0"),
         ("train.ema=[]", "train.ema.0.decay=0.5", "train.steps=1"),  # refused in any order, with the same words
         ("teacher=null", "teacher.source=me", "train.steps=1"),
-        ("objective.guide=ucgm", "objective.guide.zeta=0", "train.steps=1"),
+        ("objective.guide=none", "objective.guide.zeta=0", "train.steps=1"),
     ],
 )
 def test_the_order_of_overrides_says_nothing(texts: tuple[str, ...]) -> None:
@@ -92,8 +92,7 @@ def test_the_order_of_overrides_says_nothing(texts: tuple[str, ...]) -> None:
 
 def test_no_override_is_lost_to_a_kind() -> None:
     given = ["objective.drop=0", "objective.guide.zeta=0", "objective.kind=several"]
-    parts = "objective.parts=[{kind: velocity, name: v}, {kind: endpoint, name: u}]"
-    objective = load("digits-guided", [*given, parts]).objective
+    objective = load("digits-guided", given).objective
     assert (objective.kind, objective.drop) == ("several", 0)
     assert objective.needs.guide is not None
     assert objective.needs.guide.scale == 1

@@ -109,7 +109,7 @@ def test_every_mistake_is_told_in_order() -> None:
         ({"train": {"steps": 1, "batch": 1, "ema": [{"decay": 0.5, "rmap": 1}]}}, "train.ema.0.rmap: unknown key; did"),
         ({"train": {"steps": 1, "batch": 1, "ref": "ema"}}, "train.ref: "),
         ({"evaluate": {"protocol": {"kind": "digits", "samples": 1}}}, "evaluate.protocol.samples: "),
-        ({"data": {"kind": "moons", "noise": "loud"}}, "data.noise: "),
+        ({"data": {"kind": "moons", "labelled": "loud"}}, "data.labelled: "),
     ],
 )
 def test_paths_of_a_run_are_those_of_its_file(change: dict[str, object], line: str) -> None:

@@ -1,10 +1,11 @@
-"""A file may name one base, and then only what it changes: the same run as the file written out."""
+"""A file may name a base, and then only what it changes: the same run as the file written out. And its format."""
 
 from pathlib import Path
 
 import pytest
 
 from dumo.config.load import dump, load
+from dumo.config.source import FORMAT
 from dumo.types import UserError
 
 MINE = "base: {base}\nabout: mine\ntrain:\n  steps: 7\nobjective:\n  kind: flow_matching\n  drop: 0.25\n"
@@ -41,9 +42,38 @@ def test_a_recipe_is_a_recipe_whatever_lies_beside_the_file(tmp_path: Path) -> N
     assert load(written(tmp_path / "mine.yaml", "base: ./digits")) == load("moons")
 
 
-def test_a_packaged_recipe_is_a_whole_base(tmp_path: Path) -> None:
-    mine = written(tmp_path / "mine.yaml", MINE.format(base="digits-meanflow"))
+def test_a_base_may_have_a_base(tmp_path: Path) -> None:
+    mine = written(tmp_path / "a/mine.yaml", MINE.format(base="digits-meanflow"))  # of which digits is the base
     assert load(mine) == load("digits-meanflow", SETS)
+    written(tmp_path / "b/run.yaml", "base: ../a/mine.yaml\ntrain: {steps: 8, batch: 8}")
+    last = written(tmp_path / "c.yaml", "base: b\ntrain: {batch: 4}")
+    assert load(last) == load("digits-meanflow", [*SETS, "train.steps=8", "train.batch=4"])
+
+
+@pytest.mark.parametrize("name", ["run.yaml", "mine.yaml"])
+@pytest.mark.parametrize("line", ["", f"format: {FORMAT}\n"])
+def test_a_file_may_say_its_format(name: str, line: str, tmp_path: Path) -> None:
+    text = f"{line}base: digits\ntrain: {{micro_batch: 8}}"
+    assert load(written(tmp_path / name, text)) == load("digits", ["train.micro_batch=8"])
+    with pytest.raises(UserError, match="format: unknown key"):
+        load("digits", [f"format={FORMAT}"])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", r"run\.yaml is of format 1, and this dumo reads 2: .* \(commit 9ebbef4\)\. A run.yaml of your own begins"),
+        ("format: 1", "is of format 1, "),
+        ("format: 3", r"run\.yaml is of format 3, and this dumo reads 2: take the dumo that wrote it"),
+        ("format: two", "is of format two"),
+        ("format:", "is of format null"),
+    ],
+)
+def test_another_format_is_refused_in_a_line(line: str, said: str, tmp_path: Path) -> None:
+    text = dump(load("digits")).replace(f"format: {FORMAT}", line)
+    with pytest.raises(UserError, match=said) as refused:
+        load(written(tmp_path / "run.yaml", text))
+    assert "\n" not in str(refused.value)
 
 
 def test_a_run_s_own_file_is_whole(tmp_path: Path) -> None:
@@ -55,14 +85,14 @@ def test_a_run_s_own_file_is_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("base: mine.yaml", "base 'mine.yaml' has a base itself, 'mine.yaml'"),
-        ("base: other.yaml", r"base 'other.yaml' has a base itself, 'digits', .*show other.yaml --yaml"),
+        ("base: mine.yaml", r"base goes round in a circle: \S+mine.yaml -> \S+mine.yaml$"),
+        ("base: other.yaml", r"circle: \S+mine.yaml -> \S+other.yaml -> \S+mine.yaml$"),
         ("base: dgits", r"base: there is no recipe 'dgits', .*did you mean 'digits'"),
         ("base: nowhere/run.yaml", "no recipe 'nowhere/run.yaml', nor a file"),
         ("base: $NOWHERE/a.yaml", "NOWHERE is not set"),
-        ("base: 3", "base is 3: name a recipe"),
-        ("base: [digits, moons]", r"base is \[digits, moons\]: name a recipe"),
-        ("base:", "base is null: name a recipe"),
+        ("base: 3", "base: there is no recipe '3'"),
+        ("base: [digits, moons]", r"no recipe '\[digits, moons\]'"),
+        ("base:", "no recipe 'null'"),
         ("base: ''", "base is empty"),
         ("base: list.yaml", r"list\.yaml holds no run"),
         ("base: notes.txt", r"notes\.txt is no YAML file"),
@@ -71,7 +101,7 @@ def test_a_run_s_own_file_is_whole(tmp_path: Path) -> None:
     ],
 )
 def test_a_base_that_is_none_is_refused_in_a_line(text: str, said: str, tmp_path: Path) -> None:
-    written(tmp_path / "other.yaml", "base: digits")
+    written(tmp_path / "other.yaml", "base: mine.yaml")
     written(tmp_path / "list.yaml", "- 1")
     written(tmp_path / "notes.txt", "base: digits")
     mine = written(tmp_path / "mine.yaml", text)

@@ -4,10 +4,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from dumo.config.check import check_pieces
 from dumo.config.load import load
-from dumo.config.pieces import check_pieces
 from dumo.config.spec import Run
-from dumo.objectives import AlphaFlow
 from dumo.types import UserError
 
 READS = {
@@ -80,13 +79,6 @@ def test_slopes_that_are_no_derivative() -> None:
     assert at_bound.objective.kind == "dumo"
 
 
-def test_rates_that_are_no_derivative() -> None:
-    for word in ("train.precision=bf16", "net.time_scale=11"):
-        with pytest.raises(UserError, match="rate 'central'"):
-            changed("objective.rate.kind=central", word, of="digits-tvm")
-        assert changed(word, of="digits-tvm").objective.kind == "tvm"
-
-
 def test_a_scale_of_guidance_needs_classes_and_is_not_guided_again() -> None:
     plain = ["data.kind=moons", "net.kind=mlp", "evaluate.protocol.kind=toy"]
     assert changed(*plain, of="digits-tvm").data.classes == 0
@@ -120,32 +112,6 @@ def test_parts_of_moons() -> None:
     assert changed("objective.drop=0.5", of="moons").objective.drop == 0.5
 
 
-@pytest.mark.parametrize(
-    ("of", "words", "said"),
-    [
-        ("digits-guided", ["train.batch=30"], "train.batch = 30 is no multiple of 4, "),
-        ("digits-guided", ["train.micro_batch=3"], "train.micro_batch = 3 parts 4 rows .* raise it to 4"),
-        ("moons-guided", ["train.batch=1026", "train.micro_batch=513"], "train.batch = 1026 is no multiple of 4, "),
-    ],
-)
-def test_a_batch_is_a_whole_number_of_groups_to_guide(of: str, words: list[str], said: str) -> None:
-    quarter = "objective.guide.fraction=0.25"
-    assert changed(quarter, of=of).objective.guide.every == 4
-    assert changed(*words, of=of).objective.guide.every == 1
-    with pytest.raises(UserError, match=rf"{said}.*objective.guide.fraction = 0.25 picks one of every 4"):
-        changed(quarter, *words, of=of)
-    assert changed(quarter, *words, "objective.guide.zeta=0", of=of).objective.guide.every == 4  # nothing to guide
-
-
-def test_random_guidance_is_refused_where_it_is_biased() -> None:
-    words = ["objective.guide.zeta=0.5", "objective.guide.fraction=0.5"]
-    with pytest.raises(UserError, match=r"guide.fraction = 0.5 .*power > 0.*power=0, or guide.fraction=1"):
-        changed(*words, of="digits-meanflow")
-    assert changed(*words, "objective.power=0", of="digits-meanflow").objective.guide.random
-    with pytest.raises(UserError, match=r"objective.guide: fraction is 0.3"):
-        changed("objective.guide.fraction=0.3")
-
-
 def test_a_run_made_in_python_is_held_to_the_same() -> None:
     good = load("moons")
     tree = good.model_dump()
@@ -167,8 +133,8 @@ def test_checking_costs_no_memory_and_no_randomness() -> None:
     [
         ("digits-meanflow", 1, "without one with r = t"),
         ("digits-split-meanflow", 1, "without one with r = t"),
-        ("digits-shortcut", 4, "no multiple of 8, .*keeps 8 rows together"),
-        ("digits-imm", 6, "no multiple of 4, .*keeps 4 rows together"),
+        ("digits-shortcut", 4, "no multiple of 8, "),
+        ("digits-imm", 6, "no multiple of 4, "),
     ],
 )
 def test_a_batch_that_could_not_teach_is_refused(recipe: str, batch: int, said: str) -> None:
@@ -180,7 +146,8 @@ def test_a_batch_that_could_not_teach_is_refused(recipe: str, batch: int, said: 
 def test_passes_that_could_not_teach_are_refused() -> None:
     load("digits-meanflow", ["train.micro_batch=4"])
     with pytest.raises(
-        UserError, match=r"a pass of 3 rows \(train.micro_batch = 3\) without .* r < t .*raise train.batch"
+        UserError,
+        match=r"train.micro_batch = 3 on 1 rank has a pass of 3 rows without .* r < t .*: raise train.batch or",
     ):
         load("digits-meanflow", ["train.micro_batch=3"])  # of 2 and 3, of which some have none with r < t
     load("digits", ["train.micro_batch=3"])  # whose rows are all alike
@@ -204,14 +171,14 @@ def test_what_so_many_ranks_can_train(recipe: str, words: list[str], ranks: int)
 
 UNFIT = [
     ("digits", ["train.batch=16"], 17, "train.batch = 16 .*17 ranks: raise it, or take fewer ranks"),
-    ("digits-meanflow", ["train.batch=32"], 16, r"a pass of 2 rows \(16 ranks\) .* r < t .*or take fewer ranks"),
+    ("digits-meanflow", ["train.batch=32"], 16, r"on 16 ranks has a pass of 2 rows .* r < t .*or take fewer ranks"),
     (
         "digits-meanflow",
         ["train.batch=20", "train.micro_batch=7"],
         6,
-        r"train.micro_batch = 7, 6 ranks\).* raise train.batch or train.micro_batch, or take fewer ranks",
+        r"train.micro_batch = 7 on 6 ranks .* raise train.batch or train.micro_batch, or take fewer ranks",
     ),
-    ("digits-imm", ["train.batch=32"], 9, "8 groups of 4 rows, too few .*9 ranks.*'groups' keeps 4 rows together"),
+    ("digits-imm", ["train.batch=32"], 9, "8 groups of 4 rows, too few .*9 ranks"),
     ("digits", ["train.share=4"], 6, r"train.share = 4 does not divide 6 ranks: set train.share=1 or 2 or 3 or 6"),
     ("digits", ["train.compile=loss"], 2, "train.compile = loss .* 2: set train.compile=blocks"),
 ]
@@ -228,22 +195,14 @@ def test_what_so_many_ranks_cannot_train(recipe: str, words: list[str], ranks: i
 @pytest.mark.parametrize(
     ("recipe", "word", "said"),
     [
-        ("digits-shortcut", "times.every=1", "times.every = 1 leaves no row with r = t"),
-        ("digits-split-meanflow", "lam.low=-3", r"lam is in \[0, 1\], not in \[-3, 1\]"),
-        ("digits-twinflow", "t_twin.high=5", r"t_twin is in \[0, 1\], not in \[0, 5\]"),
-        ("digits-cm", "times.rho=0.001", "times.rho"),
-        ("digits-ict", "discretization.rho=1e-300", "discretization.rho"),
+        ("digits-split-meanflow", "times.velocity_ratio=0", "leaves no row that matches the data"),
+        ("digits-pi-flow", "early.low=-3", "early.low: .*greater than or equal to 0"),
+        ("digits-ict", "discretization.first=1e9", "discretization"),
     ],
 )
 def test_numbers_that_mean_nothing(recipe: str, word: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         load(recipe, [f"objective.{word}"])
-
-
-def test_a_steep_sigmoid_is_a_step() -> None:
-    objective = load("digits-alpha-flow", ["objective.steep=1e9"]).objective
-    assert isinstance(objective, AlphaFlow)
-    assert [objective.alpha(progress) for progress in (0.0, 0.4, 0.6, 1.0)] == [1, 1, 0, 0]
 
 
 def test_a_slope_that_is_not_taken_is_not_asked() -> None:
@@ -255,7 +214,7 @@ def test_a_slope_that_is_not_taken_is_not_asked() -> None:
 
 @pytest.mark.parametrize("recipe", ["digits-facm", "digits-twinflow"])
 def test_preconditioning_knows_no_negative_times(recipe: str) -> None:
-    with pytest.raises(UserError, match=r"not made for the negative times .* set net.precondition=none"):
+    with pytest.raises(UserError, match=r"not for the negative times .* set net.precondition=none"):
         load(recipe, ["net.precondition=edm"])
 
 
@@ -276,8 +235,7 @@ def test_a_velocity_says_nothing_to_moments() -> None:
 
 
 def test_noise_is_coupled_in_whole_groups_and_never_to_pairs() -> None:
-    with pytest.raises(UserError, match=r"32 is no multiple of 12, .*train\.coupling lets 12 rows exchange noise"):
+    with pytest.raises(UserError, match=r"32 is no multiple of 12, "):
         load("digits", ["train.coupling.group=12"])
     with pytest.raises(UserError, match=r"train\.coupling would part .* train\.coupling=null"):
         load("digits-imm", ["teacher.source=somewhere", "teacher.pairs.count=100", "train.coupling.group=4"])
-    assert "coupling" not in load("digits").train.model_dump()

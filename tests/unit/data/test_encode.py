@@ -4,7 +4,7 @@ import errno
 import os
 import random
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -12,24 +12,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.codecs.identity import Identity
-from dumo.data import encode as encoding
-from dumo.data.cache import open_cache, read_contents
-from dumo.data.encode import encode
+from dumo.codecs.scaled import Images, Moments
+from dumo.data.cache import encode, open_cache, read_contents
+from dumo.io import table
 from dumo.types import UserError
-from unit.codecs.toy import CLASSES, PLAN, SIDE, Pictures, contents, picture, work
+from unit.codecs.toy import CLASSES, PLAN, POINT, SIDE, Pictures, Sampled, contents, picture, work
 
 COUNT, BATCHES = 300, 75
-CODEC = Identity().open()
 processes = get_context("forkserver")  # forks from a clean process, which has imported once
-processes.set_forkserver_preload(["dumo.data.encode"])
+processes.set_forkserver_preload(["dumo.data.cache"])
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cache made in one go."""
     out = tmp_path_factory.mktemp("caches") / "whole"
-    assert encode(Pictures(COUNT), CODEC, PLAN, out, batch=4).missing == 0
+    assert encode(Pictures(COUNT), POINT, PLAN, out, batch=4).missing == 0
     return out
 
 
@@ -53,7 +51,7 @@ def test_killed_five_times_at_random_and_resumed(tmp_path: Path, whole: Path) ->
         standing, before = len(list(out.glob("shard-*.json"))), standing
         assert standing > before
     source = Pictures(COUNT)
-    assert encode(source, CODEC, PLAN, out, batch=4).missing == 0
+    assert encode(source, POINT, PLAN, out, batch=4).missing == 0
     assert source.reads == BATCHES - 4 * standing
     assert contents(out) == contents(whole)
 
@@ -86,13 +84,13 @@ def test_stopped_at_any_step_and_resumed(tmp_path: Path, monkeypatch: pytest.Mon
     """Once before each flush, rename and removal."""
 
     def run(out: Path) -> int:
-        return encode(Pictures(40), CODEC, PLAN, out, batch=8).missing
+        return encode(Pictures(40), POINT, PLAN, out, batch=8).missing
 
     run(tmp_path / "whole")
     with monkeypatch.context() as patch:
         seen = watched(patch)
         run(tmp_path / "counted")
-    assert seen == [*["mkdir", "fsync", "replace", "fsync"] * 8, *["unlink"] * 3]  # cache.yaml, 3 shards and notes, it
+    assert seen == [*["mkdir", "fsync", "replace", "fsync"] * 8, *["unlink"] * 3]  # index.json, 3 shards and notes, it
     for at in range(1, len(seen) + 1):
         out = tmp_path / str(at)
         with monkeypatch.context() as patch:
@@ -113,7 +111,7 @@ def test_two_ranks_equal_one(tmp_path: Path, whole: Path) -> None:
         process.join()
         assert process.exitcode == 0
     assert contents(out) == contents(whole)
-    missing = [encode(Pictures(COUNT), CODEC, PLAN, tmp_path / "turns", batch=4, rank=k, world=3).missing
+    missing = [encode(Pictures(COUNT), POINT, PLAN, tmp_path / "turns", batch=4, rank=k, world=3).missing
                for k in (2, 0, 1)]  # fmt: skip
     assert missing == [13, 6, 0]
     assert contents(tmp_path / "turns") == contents(whole)
@@ -121,26 +119,26 @@ def test_two_ranks_equal_one(tmp_path: Path, whole: Path) -> None:
 
 def test_ranks_may_begin_at_the_same_moment(tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One looks before the other has begun, and goes on after that has written."""
-    encode(Pictures(COUNT), CODEC, PLAN, tmp_path, batch=4, rank=0, world=2)
-    answers = iter([None])
-    monkeypatch.setattr(encoding, "read_contents", lambda out: next(answers, read_contents(out)))
-    assert encode(Pictures(COUNT), CODEC, PLAN, tmp_path, batch=4, rank=1, world=2).missing == 0
+    encode(Pictures(COUNT), POINT, PLAN, tmp_path, batch=4, rank=0, world=2)
+    answers, read = iter([None]), table.read
+    monkeypatch.setattr(table, "read", lambda out, kind: next(answers, read(out, kind)))
+    assert encode(Pictures(COUNT), POINT, PLAN, tmp_path, batch=4, rank=1, world=2).missing == 0
     assert contents(tmp_path) == contents(whole)
 
 
 def test_half_files_of_ranks_that_are_gone_are_swept(tmp_path: Path, whole: Path) -> None:
     out = tmp_path / "out"
-    encode(Pictures(COUNT), CODEC, PLAN, out, batch=4, rank=0, world=4)
-    for left in (".shard-00001.safetensors.1.tmp", ".shard-00002.json.2.tmp", ".cache.yaml.3.tmp"):
+    encode(Pictures(COUNT), POINT, PLAN, out, batch=4, rank=0, world=4)
+    for left in (".shard-00001.safetensors.1.tmp", ".shard-00002.json.2.tmp", ".index.json.3.tmp"):
         (out / left).write_bytes(b"half")
-    encode(Pictures(COUNT), CODEC, PLAN, out, batch=4)
+    encode(Pictures(COUNT), POINT, PLAN, out, batch=4)
     assert contents(out) == contents(whole)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "a bit", "gone"])
 def test_damaged_shard_is_found_and_made_again(tmp_path: Path, whole: Path, damage: str) -> None:
     out, name = tmp_path / "out", "shard-00003.safetensors"
-    encode(Pictures(COUNT), CODEC, PLAN, out, batch=4)
+    encode(Pictures(COUNT), POINT, PLAN, out, batch=4)
     data = bytearray((out / name).read_bytes())
     if damage == "gone":
         (out / name).unlink()
@@ -149,9 +147,9 @@ def test_damaged_shard_is_found_and_made_again(tmp_path: Path, whole: Path, dama
         (out / name).write_bytes(data[:-100] if damage == "truncated" else data)
     if damage != "a bit":  # a reader looks at sizes only
         with pytest.raises(UserError, match=rf"{name} (has \d+ of \d+ bytes|is not there): start the same dumo encode"):
-            open_cache(out)
+            open_cache(out, POINT.codec)
     source = Pictures(COUNT)
-    done = encode(source, CODEC, PLAN, out, batch=4)
+    done = encode(source, POINT, PLAN, out, batch=4)
     assert done.made == 1
     assert source.reads == PLAN.shard_rows / 4
     assert len(done.damaged) == 1
@@ -161,7 +159,7 @@ def test_damaged_shard_is_found_and_made_again(tmp_path: Path, whole: Path, dama
 
 def test_finished_cache_is_left_alone(whole: Path) -> None:
     source, before = Pictures(COUNT), contents(whole)
-    assert encode(source, CODEC, PLAN, whole, batch=4).made == 0
+    assert encode(source, POINT, PLAN, whole, batch=4).made == 0
     assert source.reads == 0
     assert contents(whole) == before
 
@@ -169,14 +167,14 @@ def test_finished_cache_is_left_alone(whole: Path) -> None:
 def test_ticks_rise_to_the_ranks_share(tmp_path: Path) -> None:
     ticks: list[int] = []
     for _ in range(2):  # made, then found there
-        encode(Pictures(40), CODEC, PLAN, tmp_path, batch=8, rank=1, world=2, tick=lambda n, note: ticks.append(n))
+        encode(Pictures(40), POINT, PLAN, tmp_path, batch=8, rank=1, world=2, tick=lambda n, note: ticks.append(n))
     assert ticks == [8, 16, 16, 16]
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"resolution": 8}, "resolution: 4 there, 8 now"),
+        ({"resolution": 16}, "resolution: 8 there, 16 now"),
         ({"classes": 10}, "classes: 7 there, 10 now"),
         ({"dtype": "float16"}, "dtype: float32 there, float16 now"),
         ({"shard_rows": 8}, "shard_rows: 16 there, 8 now"),
@@ -185,18 +183,18 @@ def test_ticks_rise_to_the_ranks_share(tmp_path: Path) -> None:
 def test_folder_of_another_cache_is_refused(whole: Path, change: dict[str, object], said: str) -> None:
     before = contents(whole)
     with pytest.raises(UserError, match=said):
-        encode(Pictures(COUNT), CODEC, PLAN.model_copy(update=change), whole, batch=4)
-    with pytest.raises(UserError, match=r"codec.scale: 1.0 there, 2.0 now"):
-        encode(Pictures(COUNT), Identity(scale=2.0).open(), PLAN, whole, batch=4)
-    with pytest.raises(UserError, match=f"images: {COUNT} there, 17 now"):
-        encode(Pictures(17), CODEC, PLAN, whole, batch=4)
+        encode(Pictures(COUNT), POINT, PLAN.model_copy(update=change), whole, batch=4)
+    with pytest.raises(UserError, match=r"weights: 1{64} there, 2{64} now"):
+        encode(Pictures(COUNT), replace(POINT, sha256="2" * 64), PLAN, whole, batch=4)
+    with pytest.raises(UserError, match=f"rows: {COUNT} there, 17 now"):
+        encode(Pictures(17), POINT, PLAN, whole, batch=4)
     assert contents(whole) == before
 
 
 def test_folder_with_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(UserError, match="not empty"):
-        encode(Pictures(3), CODEC, PLAN, tmp_path)
+        encode(Pictures(3), POINT, PLAN, tmp_path)
     assert contents(tmp_path) == {"thesis.tex": b""}
 
 
@@ -221,7 +219,7 @@ ZEROS, LABELS = torch.zeros(2, 3, SIDE, SIDE), torch.tensor([0, CLASSES - 1])
 @pytest.mark.parametrize(
     ("x", "c", "said"),
     [
-        (ZEROS[:, :, :2], LABELS, r"images 0 to 1 are \(3, 2, 4\), planned is \(3, 4, 4\)"),
+        (ZEROS[:, :, :4], LABELS, r"images 0 to 1 are \(3, 4, 8\), planned is \(3, 8, 8\)"),
         (ZEROS, LABELS + 1, "there is a label 7, and 7 classes are planned"),
         (ZEROS, LABELS - 1, "there is a label -1, and 7 classes are planned"),
         (ZEROS + 255, LABELS, "reach 255: give uint8, or floats"),
@@ -231,13 +229,21 @@ ZEROS, LABELS = torch.zeros(2, 3, SIDE, SIDE), torch.tensor([0, CLASSES - 1])
 )
 def test_wrong_images_are_refused(tmp_path: Path, x: Tensor, c: Tensor, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        encode(Given(x, c), CODEC, PLAN, tmp_path)
+        encode(Given(x, c), POINT, PLAN, tmp_path)
+
+
+class Loud(Sampled):
+    """Numbers that half precision does not hold."""
+
+    def encode(self, images: Images) -> Moments:
+        """A million times as large."""
+        return super().encode(images) * 1e6
 
 
 def test_too_large_for_the_dtype_is_refused(tmp_path: Path) -> None:
     plan = PLAN.model_copy(update={"dtype": "float16"})
     with pytest.raises(UserError, match="too large ones for float16"):
-        encode(Pictures(3), Identity(scale=1e6).open(), plan, tmp_path)
+        encode(Pictures(3), replace(POINT, net=Loud()), plan, tmp_path)
 
 
 @dataclass
@@ -252,12 +258,12 @@ class Holey(Pictures):
 
 
 def test_images_the_source_leaves_out_are_not_there(tmp_path: Path) -> None:
-    encode(Holey(40), CODEC, PLAN, tmp_path, batch=1)  # a batch may be empty
-    cache = open_cache(tmp_path)
+    encode(Holey(40), POINT, PLAN, tmp_path, batch=1)  # a batch may be empty
+    cache = open_cache(tmp_path, POINT.codec)
     kept = [k for k in range(40) if k % 3]
-    x, labels = cache.rows(torch.arange(len(cache)))
-    assert torch.equal(x, torch.stack([picture(k) for k in kept]) / 127.5 - 1)
-    assert labels.tolist() == [k % CLASSES for k in kept]
+    every = torch.arange(len(cache))
+    assert torch.equal(cache.take(every, "x"), POINT.encode(torch.stack([picture(k) for k in kept]) / 127.5 - 1))
+    assert cache.take(every, "labels").tolist() == [k % CLASSES for k in kept]
 
 
 def test_full_disk_keeps_what_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,12 +272,12 @@ def test_full_disk_keeps_what_stands(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def fsync(handle: int) -> None:
         nonlocal flushed
         flushed += 1
-        if flushed == 9:  # cache.yaml, shard, note, shard, each with its name, and the bytes of a note
+        if flushed == 9:  # index.json, shard, note, shard, each with its name, and the bytes of a note
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(UserError, match=r"shard-00001.json: the disk is full"):
-            encode(Pictures(40), CODEC, PLAN, tmp_path)
+            encode(Pictures(40), POINT, PLAN, tmp_path)
     assert not list(tmp_path.glob(".*"))
-    assert encode(Pictures(40), CODEC, PLAN, tmp_path).made == 2
+    assert encode(Pictures(40), POINT, PLAN, tmp_path).made == 2

@@ -9,8 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dumo.data import parquet
-from dumo.data.parquet import Parquet
-from dumo.io.parquet import STREAMED
+from dumo.data.parquet import STREAMED, Parquet
 from dumo.types import UserError
 from unit.data.animals import refused, spec
 

@@ -12,13 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from dumo.data import Digits, Moons
-from dumo.data.cache import open_cache
-from dumo.data.encode import encode
-from dumo.data.folder import Folder
-from dumo.data.latents import Encoded
+from dumo.data.cache import encode, open_cache
 from dumo.data.source import Endless, Table
+from dumo.data.store import Folder
 from dumo.types import UserError
-from unit.codecs.toy import OPENED, PLAN, Pictures
+from unit.codecs.toy import PLAN, POINT, Pictures
 from unit.data.animals import COUNT, STORES, archive, as_folder, picture, refused, spec
 
 
@@ -207,7 +205,7 @@ def test_fingerprints_of_what_is_no_file() -> None:
 def test_a_cache_s_fingerprint_is_of_its_numbers(tmp_path: Path) -> None:
     prints: list[str] = []
     for k, (count, change) in enumerate([(20, {}), (20, {}), (21, {}), (20, {"dtype": "float16"})]):
-        encode(Pictures(count), OPENED, PLAN.model_copy(update=change), tmp_path / str(k))
-        prints.append(Encoded(open_cache(tmp_path / str(k)), flip=True).fingerprint())
+        encode(Pictures(count), POINT, PLAN.model_copy(update=change), tmp_path / str(k))
+        prints.append(open_cache(tmp_path / str(k), POINT.codec).fingerprint())
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3

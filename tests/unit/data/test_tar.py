@@ -12,7 +12,6 @@ import pytest
 
 from dumo.data import index, tar
 from dumo.data.tar import Tar
-from dumo.io import sidecar
 from dumo.types import UserError
 
 BLOCK = tarfile.BLOCKSIZE
@@ -42,13 +41,13 @@ def files(tmp_path: Path) -> list[str]:
 def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The archives that are looked through from here on."""
     names: list[str] = []
-    look = tar.looked
+    look = tar.scan
 
     def noted(file: str) -> index.Scan:
         names.append(Path(file).stem)
         return look(file)
 
-    monkeypatch.setattr(tar, "looked", noted)
+    monkeypatch.setattr(tar, "scan", noted)
     return names
 
 
@@ -125,14 +124,14 @@ def test_where_archives_may_not_be_written_beside_the_index_lies_elsewhere(
     """In the user's cache; where that may not be written either, nowhere."""
     root, home = Path(files[0]).parent, tmp_path / "home"
     monkeypatch.setenv("XDG_CACHE_HOME", str(home))
-    monkeypatch.setattr(sidecar, "writable", lambda place: root not in place.parents)
+    monkeypatch.setattr("dumo.io.file.writable", lambda place: root not in place.parents)
     for _ in range(2):
         assert numbers(Tar(files, labelled=True)) == list(range(30))
     assert looked == NAMES
     assert not (root / index.NAME).exists()
     assert list(home.glob("dumo/*/dumo-index/members.npy"))
     shutil.rmtree(home)
-    monkeypatch.setattr(sidecar, "writable", lambda place: False)
+    monkeypatch.setattr("dumo.io.file.writable", lambda place: False)
     assert numbers(Tar(files, labelled=True)) == list(range(30))
     assert looked == NAMES * 2
 

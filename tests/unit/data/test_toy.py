@@ -6,25 +6,33 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.data import Moons
+from dumo.data import Moons, toy
 from dumo.data.source import Endless
 
 
-def drawn(noise: float, n: int = 200_000) -> Tensor:
-    return Moons(noise=noise).open().reference(n, 0)[0].double()
+@pytest.fixture
+def _sharp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moons without their noise."""
+    monkeypatch.setattr(toy, "NOISE", 0.0)
+
+
+def drawn(n: int = 200_000) -> Tensor:
+    return Moons().open().reference(n, 0)[0].double()
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.05, 0.3])
-def test_centred_with_unit_spread(noise: float) -> None:
+def test_centred_with_unit_spread(noise: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise adds its own variance, in the units of each axis."""
-    x = drawn(noise)
+    monkeypatch.setattr(toy, "NOISE", noise)
+    x = drawn()
     unit = torch.tensor([3 / 4, 9 / 16 - 1 / pi], dtype=torch.float64)
     assert x.mean(0).abs().max() < 5 / sqrt(len(x)) * 1.5
     assert (x.var(0) - 1 - noise**2 / unit).abs().max() < 0.02
 
 
+@pytest.mark.usefixtures("_sharp")
 def test_moons_are_two_half_circles_that_hook_into_each_other() -> None:
-    x = drawn(0.0) * torch.tensor([3 / 4, 9 / 16 - 1 / pi]).double().sqrt() + torch.tensor([0.5, 0.25])
+    x = drawn() * torch.tensor([3 / 4, 9 / 16 - 1 / pi]).double().sqrt() + torch.tensor([0.5, 0.25])
     upper = ((x**2).sum(1) - 1).abs() < 1e-4
     lower = (((x - torch.tensor([1.0, 0.5])) ** 2).sum(1) - 1).abs() < 1e-4
     assert (upper | lower).all()
@@ -33,9 +41,10 @@ def test_moons_are_two_half_circles_that_hook_into_each_other() -> None:
     assert abs(lower.double().mean() - 0.5) < 0.01
 
 
+@pytest.mark.usefixtures("_sharp")
 def test_labels_tell_the_moons_apart() -> None:
     """And move no point: 0 is the upper moon, 1 the lower, as often."""
-    plain, told = Moons(noise=0.0), Moons(noise=0.0, labelled=True)
+    plain, told = Moons(), Moons(labelled=True)
     assert (plain.classes, told.classes) == (0, 2)
     one, two = plain.open(), told.open()
     for (x, none), (same, c) in (
@@ -51,9 +60,10 @@ def test_labels_tell_the_moons_apart() -> None:
         assert abs(c.double().mean() - 0.5) < 0.03
 
 
+@pytest.mark.usefixtures("_sharp")
 def test_angles_are_uniform() -> None:
     """Each eighth of an arc has an eighth of its points."""
-    x = drawn(0.0) * torch.tensor([3 / 4, 9 / 16 - 1 / pi]).double().sqrt() + torch.tensor([0.5, 0.25])
+    x = drawn() * torch.tensor([3 / 4, 9 / 16 - 1 / pi]).double().sqrt() + torch.tensor([0.5, 0.25])
     upper = x[((x**2).sum(1) - 1).abs() < 1e-4]
     share = torch.atan2(upper[:, 1], upper[:, 0]).clamp(0, pi).histc(8, 0, pi) / len(upper)
     assert (share - 1 / 8).abs().max() < 0.01

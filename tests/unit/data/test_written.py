@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dumo.data.captioned import Captioned
+from dumo.data.caption import Captioned
 from dumo.types import UserError
 from unit.data.animals import CLASSES, COUNT, archive, as_folder, as_parquet, label, picture, refused, spec, table
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from dumo.config.load import load
-from dumo.evaluation.card import contrast
-from dumo.evaluation.compare import compare
+from dumo.evaluation.card import compare, contrast
 from dumo.evaluation.evaluate import evaluate, read_report, standing
 from dumo.progress import Tick
 from dumo.run.folder import RunFolder, open_run

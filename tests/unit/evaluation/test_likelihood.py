@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from dumo.config.load import load
-from dumo.evaluation import likelihood
-from dumo.evaluation.evaluate import evaluate, standing
-from dumo.protocols import LikelihoodProtocol
+from dumo.evaluation.evaluate import demand, evaluate, likelihoods, standing
+from dumo.protocols import Context, LikelihoodProtocol
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.train import train
 from dumo.sampling.generate import joined
@@ -17,10 +16,7 @@ from dumo.types import UserError
 
 SMALL = ["net.width=8", "net.depth=1", "train.batch=8", "train.steps=2"]
 ASKED = ["evaluate.protocol={kind: likelihood, samples: 300, passes: 4, probes: 2}"]
-BOTH = [
-    "objective={kind: several, drop: 0, guide: {}, parts: [{kind: velocity}, {kind: average}, {kind: divergence}], "
-    "probe: {kind: signs}, times: {kind: pair, velocity_ratio: 0.5, both_ways: true}, slope: {kind: dual}}"
-]
+BOTH = ["objective={kind: f2d2, drop: 0, times: {kind: jumps, both_ways: true}, slope: {kind: dual}}"]
 
 
 @pytest.fixture(scope="module")
@@ -50,12 +46,12 @@ def test_jumps_stand_beside_the_flow(folder: Path) -> None:
 def test_ranks_share_the_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row's likelihood does not depend on who asks for it, but for rounding."""
     run = opened(folder)
-    judge = LikelihoodProtocol(samples=300).evaluator(run.run.data.open)
-    whole = joined(likelihood.likelihoods(run, judge, Heun(), 4)).x
+    judge = LikelihoodProtocol(samples=300).evaluator(Context(run.run.data.open))
+    whole = joined(likelihoods(run, judge, Heun(), 4)).x
     monkeypatch.setattr("dumo.dist.world", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr("dumo.dist.rank", lambda rank=rank: rank)
-        mine = joined(likelihood.likelihoods(run, judge, Heun(), 4)).x
+        mine = joined(likelihoods(run, judge, Heun(), 4)).x
         assert torch.allclose(mine, whole[rank::2], atol=1e-5)
 
 
@@ -81,10 +77,10 @@ def test_other_data_are_refused(recipe: str, says: str) -> None:
         else load(recipe)
     )
     with pytest.raises(UserError, match=says):
-        likelihood.demand(run)
+        demand(run)
 
 
 def test_times_that_climb_need_formulas_that_do() -> None:
     with pytest.raises(UserError, match=r"both_ways.*'dumo' has no formulas"):
-        load("moons", ["objective.times={kind: pair, both_ways: true}"])
-    assert load("moons-meanflow", ["objective.times.both_ways=true"]).objective.times.climbs
+        load("moons", ["objective.times={kind: jumps, both_ways: true}"])
+    assert load("moons-meanflow", ["objective.times={kind: jumps, both_ways: true}"]).objective.times.climbs

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.features.resize import resize_tf1
+from dumo.features.inception import resize_tf1
 from dumo.random import stream
 
 

@@ -1,16 +1,18 @@
 """Records take their rows from streams by key, whoever draws them; a law more or less shifts nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from dumo.flow.draw import draw, drawn
-from dumo.flow.law import Level, Noise
+from dumo.flow.law import Noise
 from dumo.flow.path import Linear
 from dumo.flow.times import Pair, Uniform
 from dumo.objectives import FlowMatching, ImprovedMeanFlow, MeanFlow
 from dumo.random import stream
-from dumo.types import Noised, Objective
+from dumo.types import Needs, Noised, Objective
 
 
 def record(objective: Objective, x: Tensor, step: int = 0) -> Noised:
@@ -21,11 +23,13 @@ def record(objective: Objective, x: Tensor, step: int = 0) -> Noised:
 class Rich(FlowMatching):
     """An objective with two further laws."""
 
-    extra: Noise = Noise()
-    strength: Level = Level(low=1, high=8, log=True)
+    @property
+    def needs(self) -> Needs:
+        """With them."""
+        return replace(super().needs, laws={"extra": Noise(), "strength": Uniform(high=0.5)})
 
 
-def test_laws_among_the_fields_are_drawn_by_name_and_shift_nothing() -> None:
+def test_further_laws_are_drawn_by_name_and_shift_nothing() -> None:
     x = torch.zeros(50, 2, 3)
     plain, rich = record(FlowMatching(), x), record(Rich(), x)
     assert plain.drawn == {}
@@ -33,7 +37,7 @@ def test_laws_among_the_fields_are_drawn_by_name_and_shift_nothing() -> None:
     assert rich.drawn["extra"].shape == (50, 2, 3)
     assert rich.drawn["strength"].shape == (50,)
     assert not torch.equal(rich.drawn["extra"], rich.z)
-    for key in ("t", "r", "z", "c", "kept", "coin", "x_t"):
+    for key in ("t", "r", "z", "c", "kept", "x_t"):
         assert torch.equal(getattr(plain, key), getattr(rich, key))
 
 
@@ -65,18 +69,6 @@ def test_dropped_rows_are_no_run_of_rows() -> None:
     assert not torch.equal(b.kept, later.kept)
 
 
-def test_coins_are_uniform_and_say_nothing_of_the_row() -> None:
-    """They choose which rows are guided: a coin that knew of the label, the time or the noise would be a bias."""
-    b = record(MeanFlow(drop=0.5), torch.zeros(20_000, 1))
-    assert b.coin.min() >= 0
-    assert b.coin.max() < 1
-    assert (b.coin.histc(10, 0, 1) / 20_000 - 0.1).abs().max() < 0.01
-    assert len(b.coin.unique()) > 19_900  # a tie goes to the first, which is no fair choice
-    others = torch.stack([b.coin, b.coin.roll(1), b.kept.float(), b.t, b.r, b.z[:, 0]])
-    assert others.corrcoef()[0, 1:].abs().max() < 5 / 20_000**0.5
-    assert not torch.isclose(b.coin, record(MeanFlow(drop=0.5), torch.zeros(20_000, 1), 1).coin).all()
-
-
 def test_rows_that_move_are_known_by_place() -> None:
     """The same at every step, and a share's are its part of the batch's: shapes are static, the same on every rank."""
     x, c = torch.zeros(24, 2), torch.arange(24)
@@ -100,11 +92,11 @@ def test_rows_are_cut_by_slice_list_or_tensor() -> None:
     assert b.moving is not None
     for rows in (slice(2, 7), slice(None, None, 3), [7, 0, 7, 3], [-1]):
         cut = b[rows]
-        for key in ("x", "z", "t", "r", "x_t", "v_t", "c", "null", "kept", "coin"):
+        for key in ("x", "z", "t", "r", "x_t", "v_t", "c", "null", "kept"):
             assert torch.equal(getattr(cut, key), getattr(b, key)[rows]), key
         assert cut.moving == tuple(torch.tensor(b.moving)[rows].tolist()) == tuple((cut.r < cut.t).tolist())
     unknown = b[torch.tensor([7, 0, 7, 3])]
-    assert torch.equal(unknown.coin, b[[7, 0, 7, 3]].coin)
+    assert torch.equal(unknown.z, b[[7, 0, 7, 3]].z)
     assert unknown.moving is None  # to know it, one would have to wait for the device
 
 
@@ -119,7 +111,7 @@ def test_at_another_time_any_row_may_move() -> None:
 def test_times_stay_exact_whatever_the_data(dtype: torch.dtype, times: torch.dtype) -> None:
     b = record(MeanFlow(), torch.zeros(8, 3, dtype=dtype))
     assert (b.x_t.dtype, b.v_t.dtype, b.z.dtype) == (dtype,) * 3
-    assert (b.t.dtype, b.r.dtype, b.coin.dtype) == (times,) * 3
+    assert (b.t.dtype, b.r.dtype) == (times,) * 2
 
 
 def test_embedded_conditions_are_dropped_by_row() -> None:
@@ -149,7 +141,7 @@ def test_at_moves_the_rows_in_time() -> None:
 
 def test_shares_of_what_is_drawn_before_a_step_are_the_whole() -> None:
     """Whoever draws them: a rank its rows at once, or all, of which it takes its own."""
-    objective, named = ImprovedMeanFlow(), ("t", "r", "z", "kept", "coin", "keys", "laws", "moving")
+    objective, named = ImprovedMeanFlow(), ("t", "r", "z", "kept", "keys", "laws", "moving")
     whole = drawn(objective, (3, 2), seed=0, step=5, batch=24)
     for rows in (slice(0, 8), slice(8, 24)):
         share = drawn(objective, (3, 2), seed=0, step=5, batch=24, rows=rows)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dumo.io.archive import write_adm, write_picture, write_points, write_singles
-from dumo.io.picture import to_rows
+from dumo.io.picture import to_rows, write_adm, write_picture, write_points, write_singles
 from dumo.random import stream
 
 PIXELS = to_rows(2 * torch.rand(3, 1, 32, 32, generator=stream("archive")) - 1)

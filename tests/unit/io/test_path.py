@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.io.path import user_path
+from dumo.io.read import user_path
 from dumo.types import UserError
 
 

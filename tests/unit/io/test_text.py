@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.io.json import read_json
-from dumo.io.path import user_path
-from dumo.io.text import MOST, brief, read_text
+from dumo.io.read import MOST, brief, read_json, read_text, user_path
 from dumo.types import UserError
 from fuzz.judge import limited
 

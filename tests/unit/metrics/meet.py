@@ -9,7 +9,7 @@ import torch
 
 from dumo.metrics.statistics import gather, save_statistics, statistics_of
 from dumo.protocols import reference
-from dumo.protocols.evaluator import collect
+from dumo.protocols.protocol import collect
 from dumo.protocols.standard import STANDARDS
 from meeting import meeting
 from unit.metrics.extractor import Album, extractor, images

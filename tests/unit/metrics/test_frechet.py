@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.metrics.frechet import frechet_distance
-from dumo.metrics.moments import Moments
+from dumo.metrics.distance import Moments, frechet_distance
 from dumo.random import stream
 from dumo.types import UserError
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.metrics.inception_score import Score
+from dumo.metrics.distance import Score
 from dumo.random import stream
 from dumo.types import UserError
 

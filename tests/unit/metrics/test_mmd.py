@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.metrics import mmd
-from dumo.metrics.mmd import kid, mmd2, null_spread
+from dumo.metrics import distance
+from dumo.metrics.distance import kid, mmd2, null_spread
 from dumo.random import stream
 from dumo.types import UserError
 
@@ -46,7 +46,7 @@ def test_mmd2_is_the_sum_over_pairs() -> None:
 def test_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = randn(37, "x"), randn(23, "y") + 0.3
     whole = mmd2(x, y, WIDTHS)
-    monkeypatch.setattr(mmd, "BLOCK", block)
+    monkeypatch.setattr(distance, "BLOCK", block)
     assert mmd2(x, y, WIDTHS) == pytest.approx(whole, rel=1e-11)
 
 
@@ -57,8 +57,10 @@ def test_blocks_are_small_and_see_each_pair_once(monkeypatch: pytest.MonkeyPatch
         sizes.append(len(a) * len(b))
         return torch.ones(len(a), len(b), dtype=a.dtype)
 
-    monkeypatch.setattr(mmd, "BLOCK", 3000)
-    assert mmd._unbiased(randn(300, "x"), randn(200, "y"), spy) == pytest.approx(0, abs=1e-12)  # k = 1 sees nothing
+    monkeypatch.setattr(distance, "BLOCK", 3000)
+    assert distance._unbiased(randn(300, "x"), randn(200, "y"), spy) == pytest.approx(
+        0, abs=1e-12
+    )  # k = 1 sees nothing
     assert max(sizes) <= 3000
 
 

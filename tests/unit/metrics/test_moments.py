@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dumo.metrics.moments import Moments
+from dumo.metrics.distance import Moments
 from dumo.random import stream
 from dumo.types import UserError
 

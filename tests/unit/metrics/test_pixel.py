@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.metrics.pixel import pixel_frechet, reduced
+from dumo.metrics.distance import pixel_frechet, reduced
 from dumo.random import stream
 from dumo.types import UserError
 

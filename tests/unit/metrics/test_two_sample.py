@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.metrics.two_sample import two_sample_auc
+from dumo.metrics.distance import two_sample_auc
 from dumo.random import stream
 from dumo.types import UserError
 

@@ -15,7 +15,7 @@ from dumo.nets import Pretrained
 from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
 from dumo.objectives import DuMo
-from dumo.training.compile import compile_blocks
+from dumo.training.loop import compile_blocks
 from dumo.types import Frozen, Needs
 from transformers_saved import CLASSES, SHAPE, batch, saved
 

@@ -1,10 +1,10 @@
-"""Texts made on the spot, in the place of a table of embeddings."""
+"""Texts made on the spot, instead of a table of embeddings."""
 
 from typing import Literal
 
 import torch
 
-from dumo.nets.text.rows import Rows
+from dumo.nets.rows import Rows
 from dumo.types import Spec
 
 
@@ -32,10 +32,9 @@ class Labels(Spec):
     """A table whose pooled rows are these numbers."""
 
     rows: tuple[tuple[float, ...], ...]
-    room: int
 
     def build(self, classes: int) -> Rows:
-        """Zeros are its tokens."""
+        """A zero is the token of each."""
         pooled = torch.tensor(self.rows)
         assert len(pooled) == classes + 1
-        return Rows(torch.zeros(classes + 1, self.room, 1), None, pooled)
+        return Rows(torch.zeros(classes + 1, 1, 1), None, pooled)

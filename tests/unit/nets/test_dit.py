@@ -7,21 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import randomise
+from dumo.config.load import load
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.block import Block, Sizes, gated
-from dumo.nets.dit import DiT, Transformer
+from dumo.nets.dit import DiT, Head, Transformer
+from dumo.nets.embed import turn, turns
 from dumo.nets.mlp import MLP
-from dumo.nets.rotary import turn, turns
 from dumo.objectives import DuMo, FlowMatching, Objective
 from dumo.preflight.cost import forward_flops
 from dumo.types import Frozen, Needs, UserError
 
 TINY = DiT(patch=2, width=8, depth=2, attention=2)
 V, VU = Needs(heads=("v",)), Needs(heads=("v", "u"))
-MODERN: dict[str, Any] = {"norm": "rms", "qk_norm": True, "mlp": "swiglu", "position": "rope", "aux_time": True}
+MODERN: dict[str, Any] = {"modern": True}
 KEPT: dict[str, Any] = {"magnitude": "preserved"}
-NEWER: dict[str, Any] = {**KEPT, "skips": True, "depth": 3}
-NORMS = ("layer", "rms")
+OPTIONS: tuple[dict[str, Any], ...] = ({}, MODERN, {"qk_norm": True}, KEPT, {**MODERN, **KEPT})
 LATENT, LARGE, DEEP = (4, 32, 32), (4, 64, 64), (32, 16, 16)  # SD-VAE at 256 and 512, DC-AE at 512
 
 
@@ -32,7 +32,7 @@ def trained(net: nn.Module) -> int:
 
 def count(net: nn.Module) -> int:
     """Parameters and the fixed table of positions, as DiT counts."""
-    return trained(net) + net.get_buffer("positions").numel()
+    return trained(net) + dict(net.named_buffers()).get("positions", torch.empty(0)).numel()
 
 
 def outline(spec: DiT, needs: Needs, shape: tuple[int, ...]) -> Transformer:
@@ -53,17 +53,16 @@ def inputs(n: int = 3, *, r: bool = False) -> tuple[Tensor, Tensor, dict[str, Te
     [
         (DiT(), V, LATENT, 675.111),
         (DiT(), VU, LATENT, 677.786),
-        (DiT(aux_time=True), VU, LATENT, 679.410),
         (DiT.size("XL", patch=4), VU, LARGE, 677.952),
         (DiT.size("XL", patch=1), VU, DEEP, 677.841),
-        (DiT.size("XL", mlp="swiglu"), V, LATENT, 675.154),
+        (DiT.size("XL", modern=True), V, LATENT, 674.863),
         (DiT.size("L"), V, LATENT, 458.086),
         (DiT.size("B"), V, LATENT, 130.500),
         (DiT.size("S"), V, LATENT, 32.957),
     ],
 )
 def test_sizes(spec: DiT, needs: Needs, shape: tuple[int, ...], millions: float) -> None:
-    """The paper's 675 M and 679 M, DiT's 33, 130, 458 and 675 M."""
+    """The paper's 675 M, DiT's 33, 130, 458 and 675 M."""
     assert round(count(outline(spec, needs, shape)) / 1e6, 3) == millions
 
 
@@ -138,7 +137,7 @@ def test_block_by_hand() -> None:
 def test_rms_norm_by_hand() -> None:
     """A stream and the same raised by a number differ, where layer norm sees none; scaled, they are the same."""
     h, e = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 8)
-    layer, rms = (DiT(width=8, depth=1, attention=2, norm=norm).build(V, (3, 4, 4), 0).heads["v"] for norm in NORMS)
+    layer, rms = (Head(8, 12, rms=rms) for rms in (False, True))
     randomise(layer)
     rms.load_state_dict(layer.state_dict())
     shift, scale = layer.modulation.bias.chunk(2)
@@ -167,7 +166,7 @@ def test_qk_norm_by_hand() -> None:
 
 
 def test_swiglu_by_hand() -> None:
-    block = Block(Sizes(8, 2, mlp="swiglu"))
+    block = Block(Sizes(8, 2, modern=True))
     randomise(block)
     a, hidden = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)), gated(8)
     gate, up = block.up(a)[..., :hidden], block.up(a)[..., hidden:]
@@ -177,9 +176,22 @@ def test_swiglu_by_hand() -> None:
 @pytest.mark.parametrize("width", [384, 768, 1024, 1152])
 def test_swiglu_has_as_many_parameters(width: int) -> None:
     with torch.device("meta"):
-        plain, other = (trained(Block(Sizes(width, 1, mlp=mlp))) for mlp in ("gelu", "swiglu"))
+        plain, other = (trained(Block(Sizes(width, 1, modern))) for modern in (False, True))
     assert gated(width) % 8 == 0
-    assert other == pytest.approx(plain, rel=2e-3)
+    assert other == pytest.approx(plain, rel=3e-3)
+
+
+def test_modern_blocks_have_all_four_parts() -> None:
+    """And the recipe's net has them."""
+    net = load("imagenet256-xl2-modern", ["net.depth=2", "net.width=16", "net.attention=2"]).outline()
+    assert isinstance(net, Transformer)
+    block, head = net.blocks[0], net.heads["v"]
+    assert isinstance(block, Block)
+    assert isinstance(head, Head)
+    assert block.q_norm
+    assert block.k_norm
+    assert block.up.out_features == 2 * block.down.in_features
+    assert (block.modern, head.rms, net.rotary) == (True, True, True)
 
 
 def test_turned_scores_depend_on_the_offset_alone() -> None:
@@ -207,28 +219,8 @@ def test_turning_keeps_lengths_and_the_first_place() -> None:
     assert not torch.allclose(turned[:, :, 1:], a[:, :, 1:], atol=0.1)
 
 
-def test_a_second_time_is_that_of_a_net_that_starts_at_the_data() -> None:
-    """With `aux_time` a net of t alone has the weights of a net of t and r, and is that net at r = 0."""
-    one = TINY.model_copy(update={"aux_time": True}).build(VU, (3, 4, 4), 5).double()
-    two = TINY.build(Needs(inputs=("t", "r"), heads=("v", "u")), (3, 4, 4), 5).double()
-    randomise(two)
-    one.load_state_dict(two.state_dict())
-    x, c, times = inputs()
-    zero = torch.zeros_like(times["t"])
-    assert all(torch.equal(a, b) for a, b in zip(one(x, c, **times), two(x, c, **times, r=zero), strict=True))
-    assert not torch.allclose(one(x, c, **times)[0], two(x, c, **times, r=times["t"])[0])
-
-
-def test_a_second_time_is_no_third() -> None:
-    needs = Needs(inputs=("t", "r"), heads=("u",))
-    plain, aux = (TINY.model_copy(update={"aux_time": aux}).build(needs, (3, 4, 4), 5) for aux in (False, True))
-    assert set(plain.state_dict()) == set(aux.state_dict())
-
-
 @pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize(
-    "options", [{}, MODERN, *({k: v} for k, v in MODERN.items()), NEWER, {**MODERN, **NEWER}], ids=str
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options_have_exact_slopes(options: dict[str, Any], checkpoint: bool) -> None:
     spec = TINY.model_copy(update={**options, "checkpoint": checkpoint})
     net = randomise(spec.build(VU, (3, 4, 4), 5)).double()
@@ -240,7 +232,7 @@ def test_options_have_exact_slopes(options: dict[str, Any], checkpoint: bool) ->
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("options", [{}, MODERN, {**MODERN, **NEWER}], ids=["plain", "modern", "newer"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_parameter_learns(options: dict[str, Any], checkpoint: bool) -> None:
     net = randomise(TINY.model_copy(update={**options, "checkpoint": checkpoint}).build(VU, (3, 4, 4), 5)).double()
     x, c, times = inputs(6)
@@ -261,10 +253,10 @@ def test_blocks_start_as_nothing(options: dict[str, Any]) -> None:
         assert block.down.weight.any()
 
 
-@pytest.mark.parametrize("position", ["waves", "rope"])
-def test_places_are_told_apart(position: str) -> None:
-    """Without positions a transformer cannot tell a picture from its patches shuffled."""
-    net = TINY.model_copy(update={"position": position}).build(V, (3, 4, 4), 0)
+@pytest.mark.parametrize("modern", [False, True])
+def test_a_shuffled_picture_is_another(modern: bool) -> None:
+    """By waves, or by rotary positions."""
+    net = TINY.model_copy(update={"modern": modern}).build(V, (3, 4, 4), 0)
     randomise(net)
     x, t = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0.2, 0.7])
     shuffled = net._image(net._patches(x).flip(1))
@@ -285,7 +277,7 @@ def test_positions_are_saved_and_waves_are_not() -> None:
         ({}, (3, 4, 6), "square"),
         ({}, (3, 5, 5), "patch 2 does not divide.*5"),
         ({"attention": 3}, (3, 4, 4), "attention 3 does not divide.*8"),
-        ({"attention": 4, "position": "rope"}, (3, 4, 4), "rope.*multiple of 4.*2.*waves"),
+        ({"attention": 4, "modern": True}, (3, 4, 4), "modern.*multiple of 4.*2.*modern=false"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(update: dict[str, int], shape: tuple[int, ...], says: str) -> None:

@@ -14,9 +14,8 @@ from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope
 from dumo.nets import Pretrained
-from dumo.nets.adapter import Lora
+from dumo.nets.adapter import Half, Lora
 from dumo.nets.dualized import Dualized
-from dumo.nets.half import Half
 from dumo.objectives import DuMo
 from dumo.types import Frozen, Heads, Needs, UserError
 from transformers_saved import CLASSES, IMAGES, SHAPE, batch, saved

@@ -32,7 +32,7 @@ def built(needs: Needs = MF, **options: Any) -> Transformer:  # noqa: ANN401
     return net.double()
 
 
-@pytest.mark.parametrize("options", [{}, {"skips": True}, {"checkpoint": True}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"modern": True}, {"checkpoint": True}], ids=str)
 def test_the_first_blocks_are_told_t_and_the_others_r(options: dict[str, bool]) -> None:
     net, told = built(**options), list[Tensor]()
     for part in (*net.blocks, net.heads["u"]):

@@ -10,7 +10,7 @@ from contract.case import randomise
 from dumo.flow import dropout
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.dit import DiT, Transformer
-from dumo.nets.text.learned import Encoded, Learned, words
+from dumo.nets.text import Encoded, Learned
 from dumo.texts.encode import encode
 from dumo.texts.tokens import Tokenizer
 from dumo.types import Frozen, Needs, UserError
@@ -23,7 +23,7 @@ def spec(folder: Path, length: int = 9) -> Learned:
     """A tiny encoder over the bytes of CAPTIONS."""
     tokenizer = Tokenizer(length=length)
     encode(CAPTIONS, tokenizer, folder)
-    return Learned(root=str(folder), tokenizer=tokenizer, width=8, depth=2, attention=2)
+    return Learned(root=str(folder), tokenizer=tokenizer, width=8, depth=2)
 
 
 def built(texts: Learned, **fields: object) -> Transformer:
@@ -60,10 +60,9 @@ def test_it_learns_with_the_net_and_its_captions_rest(tmp_path: Path) -> None:
         assert all(((a - b).norm() / b.norm()).item() < 1e-6 for a, b in zip(found, exact, strict=True))
 
 
-@pytest.mark.parametrize("text", ["cross", "joint"])
-def test_room_behind_a_caption_is_nothing(tmp_path: Path, text: str) -> None:
+def test_room_behind_a_caption_is_nothing(tmp_path: Path) -> None:
     x, c, t = points()
-    one, other = (built(spec(tmp_path / str(length), length), text=text)(x, c, t=t) for length in (9, 32))
+    one, other = (built(spec(tmp_path / str(length), length))(x, c, t=t) for length in (9, 32))
     assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(one, other, strict=True))
 
 
@@ -106,12 +105,6 @@ def test_a_hidden_word_tells_nothing_and_the_end_stays(tmp_path: Path) -> None:
     assert torch.equal(texts(many)[1], texts.mask[many])
 
 
-def test_without_spaces_each_token_is_a_word() -> None:
-    ids = torch.tensor([[5, 35, 6]])
-    assert words(ids, None).tolist() == [[0, 1, 2]]
-    assert words(ids, 35).tolist() == [[0, 1, 1]]
-
-
 def test_a_checkpoint_has_the_encoder_and_not_the_captions(tmp_path: Path) -> None:
     texts = spec(tmp_path)
     net = built(texts)
@@ -125,8 +118,6 @@ def test_a_checkpoint_has_the_encoder_and_not_the_captions(tmp_path: Path) -> No
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     texts = spec(tmp_path)
     for update, says in (
-        ({"attention": 3}, "attention 3 does not divide.*8"),
-        ({"vocabulary": 100}, r"tokens up to 121: set net\.texts\.vocabulary=122"),
         ({"tokenizer": Tokenizer(length=10)}, "encoded otherwise"),
         ({"root": str(tmp_path / "none")}, "dumo encode"),
     ):

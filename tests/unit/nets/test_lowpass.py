@@ -26,7 +26,7 @@ def dualized(name: str, limit: float | None = None, *, smooth: bool = False) -> 
         *(
             model,
             row,
-            Pretrained(source="").told(row, model.config, CLASSES),
+            Pretrained(source="").text_rows(row, model.config, CLASSES),
             ("v",),
             row.patch(model.config, SHAPE[0]),
         ),

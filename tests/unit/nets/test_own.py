@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from contract.case import kind, nets, randomise
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.nets import DiT, Net
+from dumo.nets.block import normalize
 from dumo.nets.embed import Own
-from dumo.nets.norm import normalize
 from dumo.types import Frozen, Needs
 
 each = pytest.mark.parametrize("net", nets(), ids=kind)
@@ -131,7 +131,7 @@ def test_a_head_of_the_transformer_by_hand() -> None:
     told = model.scalars(t=times["t"]) + model.label(c) + model.own.heads["m"](**times)
     head = model.heads["m"]
     shift, scale = head.modulation(F.silu(told))[:, None].chunk(2, -1)
-    assert torch.allclose(model._image(head.out(normalize(seen[0][0], "layer") * (1 + scale) + shift)), found)
+    assert torch.allclose(model._image(head.out(normalize(seen[0][0]) * (1 + scale) + shift)), found)
 
 
 def test_a_head_of_the_unet_by_hand() -> None:

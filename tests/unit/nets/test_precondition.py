@@ -1,24 +1,24 @@
-"""EDM's preconditioning: its own formulas, in every net, under every slope."""
+"""EDM's preconditioning: its own formulas, under every slope."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.case import kind, nets, randomise
+from contract.case import randomise
 from dumo.config.load import load
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope
-from dumo.nets import Net
+from dumo.nets import DiT
 from dumo.nets.precondition import framed
 from dumo.types import Frozen, Needs, UserError, lift
 
 D = torch.float64
 SHAPE = (2, 4, 4)
 NEEDS = Needs(inputs=("t", "r"), heads=("v", "u"), gauges=("doubt",))
-EDM = [net.model_copy(update={"precondition": "edm"}) for net in nets()]
-each = pytest.mark.parametrize("net", EDM, ids=kind)
+DIT = DiT(patch=2, width=16, depth=2, attention=2)
+EDM = DIT.model_copy(update={"precondition": "edm"})
 
 
-def built(net: Net) -> nn.Module:
+def built(net: DiT) -> nn.Module:
     return randomise(net.build(NEEDS, SHAPE, 3)).double()
 
 
@@ -28,11 +28,10 @@ def points(n: int = 6) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.randn(n, *SHAPE, generator=g, dtype=D), torch.arange(n) % 4, t, t / 2
 
 
-@each
-def test_a_net_is_that_of_edm(net: Net) -> None:
+def test_a_net_is_that_of_edm() -> None:
     """D = c_skip y + c_out F(c_in y) of EDM's Tab. 1, with F the net as it is without, at times that nobody scales."""
     x, c, t, r = points()
-    model, plain = built(net), built(net.model_copy(update={"precondition": "none"}))
+    model, plain = built(EDM), built(DIT)
     plain.load_state_dict(model.state_dict())
     for sd in (1.0, 0.5):  # sigma and y in units of the data's deviation
         sigma = lift(sd * t / (1 - t), x)
@@ -46,20 +45,18 @@ def test_a_net_is_that_of_edm(net: Net) -> None:
         assert torch.equal(doubt, same)
 
 
-@each
-def test_it_starts_at_the_velocity_of_gaussian_data(net: Net) -> None:
+def test_it_starts_at_the_velocity_of_gaussian_data() -> None:
     """Whose x_t has the standard deviation n: d log n / dt = (2t - 1) / n^2. Also at the corners of time and beyond."""
     x, c, _, _ = points()
     t = torch.tensor([0.0, 1.0, 0.5, -0.005, 1.005, -1.0], dtype=D)
     n_squared = lift(t**2 + (1 - t) ** 2, x)
-    for head in net.build(NEEDS, SHAPE, 3).double()(x, c, t=t, r=t)[:2]:
+    for head in EDM.build(NEEDS, SHAPE, 3).double()(x, c, t=t, r=t)[:2]:
         assert torch.allclose(head, (2 * lift(t, x) - 1) / n_squared * x, rtol=1e-14, atol=0)
 
 
-@each
-def test_every_slope_has_the_same_derivative(net: Net) -> None:
+def test_every_slope_has_the_same_derivative() -> None:
     x, c, t, r = points()
-    model, w = built(net), torch.ones_like(x)
+    model, w = built(EDM), torch.ones_like(x)
     found = []
     for slope, toward in ((JvpSlope(), None), (DualSlope(), None), (DualSlope(), w), (CentralSlope(h=1e-4), None)):
         heads, along = slope(model, Frozen(model), x, c, t=t, r=r, toward=toward)
@@ -69,10 +66,9 @@ def test_every_slope_has_the_same_derivative(net: Net) -> None:
         assert all(torch.allclose(a, b, rtol=0, atol=bound) for a, b in zip(found[0], slopes, strict=True))
 
 
-@each
-def test_bf16_autocast_and_data(net: Net) -> None:
+def test_bf16_autocast_and_data() -> None:
     x, c, t, r = points()
-    model = built(net).float()
+    model = built(EDM).float()
     exact = model(x.float(), c, t=t.float(), r=r.float())
     for dtype in (torch.float32, torch.bfloat16):
         with torch.autocast("cpu", torch.bfloat16):
@@ -82,15 +78,11 @@ def test_bf16_autocast_and_data(net: Net) -> None:
         assert all(s.isfinite().all() for s in slopes)
 
 
-DATA = [net.model_copy(update={"precondition": "data"}) for net in nets()]
-
-
-@pytest.mark.parametrize("net", DATA, ids=kind)
-def test_a_net_of_data_is_its_layers_answer(net: Net) -> None:
+def test_a_net_of_data_is_its_layers_answer() -> None:
     """x_t - t u, at times above the bound; below it nothing is divided by less; and slopes by the chain rule."""
     x, c, t, r = points()
     t[0], t[1], t[2] = 0.04, 0.05, 0.0
-    model, plain = built(net), built(net.model_copy(update={"precondition": "none"}))
+    model, plain = built(DIT.model_copy(update={"precondition": "data"})), built(DIT)
     plain.load_state_dict(model.state_dict())
     w = torch.randn(x.shape, generator=torch.Generator().manual_seed(2), dtype=D)
     known, along = JvpSlope()(plain, Frozen(plain), x, c, t=t, r=r)

@@ -16,10 +16,8 @@ from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.nets.block import Sizes
 from dumo.nets.dit import DiT, Transformer
-from dumo.nets.norm import normalize
-from dumo.nets.reading import Cross, Joint, Last
-from dumo.nets.text import TextFile
-from dumo.nets.text.rows import Rows
+from dumo.nets.rows import Rows, TextFile
+from dumo.nets.textblock import Cross
 from dumo.objectives import DuMo
 from dumo.preflight.cost import forward_flops
 from dumo.preflight.count import flops
@@ -32,19 +30,18 @@ from unit.nets.given import Given, Labels
 
 CLASSES, SHAPE = 5, (3, 4, 4)
 VU = Needs(heads=("v", "u"))
-MODERN: dict[str, Any] = {"norm": "rms", "qk_norm": True, "mlp": "swiglu", "position": "rope"}
-ways = pytest.mark.parametrize("way", ["cross", "joint"])
+MODERN: dict[str, Any] = {"modern": True}
 
 
-def spec(way: str, texts: Spec | None = None, **options: object) -> DiT:
+def spec(texts: Spec | None = None, **options: object) -> DiT:
     """A tiny net that reads drawn texts."""
     tiny = DiT(patch=2, width=8, depth=2, attention=2)
-    return tiny.model_copy(update={"text": way, "texts": texts or Given(), **options})
+    return tiny.model_copy(update={"texts": texts or Given(), **options})
 
 
-def built(way: str, texts: Spec | None = None, **options: object) -> Transformer:
+def built(texts: Spec | None = None, **options: object) -> Transformer:
     """Its net in float64, every parameter drawn."""
-    net = spec(way, texts, **options).build(VU, SHAPE, CLASSES)
+    net = spec(texts, **options).build(VU, SHAPE, CLASSES)
     randomise(net)
     return net.double()
 
@@ -59,13 +56,13 @@ def points(n: int = 6) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def twins(way: str) -> tuple[Transformer, Transformer]:
-    """A net of classes, and one that reads their labels for texts: of no tokens, or silent as at first."""
+def twins() -> tuple[Transformer, Transformer]:
+    """A net of classes, and one that reads their labels as texts, whose tokens are silent as at the start."""
     of_classes = DiT(patch=2, width=8, depth=2, attention=2).build(VU, SHAPE, CLASSES)
     randomise(of_classes)
     assert of_classes.label is not None
     rows = tuple(map(tuple, of_classes.label.weight.tolist()))
-    of_texts = spec(way, Labels(rows=rows, room=0 if way == "joint" else 1)).build(VU, SHAPE, CLASSES)
+    of_texts = spec(Labels(rows=rows)).build(VU, SHAPE, CLASSES)
     state = of_classes.state_dict()
     state["text.pool.weight"] = torch.eye(8)
     lacking, strange = of_texts.load_state_dict(state, strict=False)
@@ -74,15 +71,14 @@ def twins(way: str) -> tuple[Transformer, Transformer]:
     return of_classes, of_texts
 
 
-@ways
 @pytest.mark.parametrize("slope", [CentralSlope(), DualSlope(), JvpSlope()], ids=lambda slope: slope.kind)
-def test_where_texts_are_labels_a_loss_is_that_of_classes(way: str, slope: Slope) -> None:
+def test_where_texts_are_labels_a_loss_is_that_of_classes(slope: Slope) -> None:
     """Guided, captions dropped: the same numbers and gradients to the bit."""
     objective = DuMo(guide=Guide(zeta=0.8), drop=0.4, slope=slope)
     x, c = torch.randn(16, *SHAPE, generator=torch.Generator().manual_seed(0)), torch.arange(16) % CLASSES
     b = draw(objective, Linear(), x, c, torch.full_like(c, CLASSES), seed=0, step=0)
     assert 0 < b.kept.sum() < 16
-    nets = twins(way)
+    nets = twins()
     terms = [objective.loss(net, Frozen(net), b) for net in nets]
     for one in terms:
         one.loss.sum().backward()
@@ -96,21 +92,19 @@ def test_where_texts_are_labels_a_loss_is_that_of_classes(way: str, slope: Slope
             assert torch.equal(p.grad, other), name
 
 
-@ways
 @pytest.mark.parametrize("solver", [Restart(), Euler()], ids=lambda solver: solver.kind)
-def test_where_texts_are_labels_samples_are_those_of_classes(way: str, solver: Solver) -> None:
+def test_where_texts_are_labels_samples_are_those_of_classes(solver: Solver) -> None:
     """Guided by 4, in two steps."""
     how = partial(solve, path=Linear(), solver=solver, c=torch.arange(6), nfe=2, seed=0, shape=SHAPE, indices=range(6))
-    one, other = (how(CFG(scale=4)(DuMo().read(net), CLASSES))[1] for net in twins(way))
+    one, other = (how(CFG(scale=4)(DuMo().read(net), CLASSES))[1] for net in twins())
     assert one.std() > 0.1
     assert torch.equal(one, other)
 
 
-@ways
 @pytest.mark.parametrize("options", [{}, MODERN], ids=["plain", "modern"])
-def test_padding_is_nothing(way: str, options: dict[str, Any]) -> None:
+def test_padding_is_nothing(options: dict[str, Any]) -> None:
     x, c, t = points()
-    short, long = (built(way, Given(room=room), **options) for room in (4, 16))
+    short, long = (built(Given(room=room), **options) for room in (4, 16))
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(short(x, c, t=t), long(x, c, t=t), strict=True))
 
 
@@ -137,37 +131,10 @@ def test_a_block_that_looks_across_by_hand() -> None:
     assert torch.allclose(block(h, e, y, mask), block.think(h_2, second), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [Joint, Last])
-def test_joint_attention_by_hand(kind: type[Joint] | type[Last]) -> None:
-    """All tokens are one stream to the attention, and two to everything else; the last block gives the image alone."""
-    block = kind(Sizes(8, 2), 5)
-    randomise(block)
-    g = torch.Generator().manual_seed(1)
-    x, e, y = torch.randn(3, 5, 8, generator=g), torch.randn(3, 8, generator=g), torch.randn(3, 4, 8, generator=g)
-    mask = torch.arange(9) < torch.tensor([[6], [8], [9]])
-    first, second = block.modulations(e)
-    q, k, v = block.qkv(block.shown(x, first)).chunk(3, -1)
-    if isinstance(block, Last):
-        third = fourth = None
-        shift, scale = block.text_modulation(e)[:, None].chunk(2, -1)
-        more = block.keys.kv(normalize(y, "layer") * (1 + scale) + shift).chunk(2, -1)
-    else:
-        third, fourth = block.text.modulations(e)
-        asked, *more = block.text.qkv(block.text.shown(y, third)).chunk(3, -1)
-        q = torch.cat([q, asked], 1)
-    a = attended(q, torch.cat([k, more[0]], 1), torch.cat([v, more[1]], 1), mask)
-    out = block.think(x + first.gate * block.out(a[:, :5]), second)
-    if isinstance(block, Joint) and third and fourth:
-        text = block.text.think(y + third.gate * block.text.out(a[:, 5:]), fourth)
-        out = torch.cat([out, text], 1)
-    assert torch.allclose(block(torch.cat([x, y], 1), e, mask), out, rtol=1e-4, atol=1e-5)
-
-
-@ways
 @pytest.mark.parametrize("pooled", [0, 7])
-def test_every_token_that_is_there_matters_and_no_other(way: str, pooled: int) -> None:
+def test_every_token_that_is_there_matters_and_no_other(pooled: int) -> None:
     """Tokens by the blocks alone, where the vector is of an embedding of its own; or by their mean, too."""
-    net, (x, _, t) = built(way, Given(pooled=pooled)), points()
+    net, (x, _, t) = built(Given(pooled=pooled)), points()
     assert net.text is not None
     texts, c = net.text.texts, torch.full((6,), 2)  # of three tokens
     assert isinstance(texts, Rows)
@@ -179,44 +146,38 @@ def test_every_token_that_is_there_matters_and_no_other(way: str, pooled: int) -
         texts.tokens[2, token] = old
 
 
-@ways
-def test_the_image_sees_itself(way: str) -> None:
+def test_the_image_sees_itself() -> None:
     """What changes in one corner is seen in the other."""
-    net, (x, c, t) = built(way), points()
+    net, (x, c, t) = built(), points()
     other = x.clone()
     other[..., :2, :2] += 1
     for a, b in zip(net(x, c, t=t), net(other, c, t=t), strict=True):
         assert (a - b)[..., 2:, 2:].abs().max() > 1e-4
 
 
-@ways
-def test_the_vector_alone_tells_captions_apart(way: str) -> None:
+def test_the_vector_alone_tells_captions_apart() -> None:
     """As at the start, where the blocks' tokens are silent: of one pass it is the straightest way to the heads."""
-    net, (x, c, t) = built(way, Given(pooled=7)), points()
+    net, (x, c, t) = built(Given(pooled=7)), points()
     assert net.text is not None
     net.text.token.weight.data.zero_()
     outs = net(x[:1].expand_as(x), c, t=t[:1].expand_as(t))
     assert all(len(out.flatten(1).unique(dim=0)) == CLASSES + 1 for out in outs)
 
 
-@ways
-def test_texts_start_as_nothing(way: str) -> None:
+def test_texts_start_as_nothing() -> None:
     """adaLN-zero: blocks let the image through as it is, whatever the text."""
-    net = spec(way).build(VU, SHAPE, CLASSES)
+    net = spec().build(VU, SHAPE, CLASSES)
     g = torch.Generator().manual_seed(0)
     h, e, y = torch.randn(2, 4, 8, generator=g), torch.randn(2, 8, generator=g), torch.randn(2, 4, 8, generator=g)
-    mask = torch.ones(2, 4 if way == "cross" else 8, dtype=torch.bool)
+    mask = torch.ones(2, 4, dtype=torch.bool)
     for block in net.blocks:
-        out = block(h, e, y, mask) if way == "cross" else block(torch.cat([h, y], 1), e, mask)
-        assert torch.equal(out[:, :4], h)
+        assert torch.equal(block(h, e, y, mask), h)
 
 
-@ways
 @pytest.mark.parametrize("depth", [7, 9])
-def test_blocks_are_counted_by_few_of_them(way: str, depth: int) -> None:
-    """Though the last of joint ones is another than the rest."""
+def test_blocks_are_counted_by_few_of_them(depth: int) -> None:
     with torch.device("meta"):
-        net = spec(way, depth=depth).build(VU, SHAPE, CLASSES)
+        net = spec(depth=depth).build(VU, SHAPE, CLASSES)
     assert 0 < len(short(net).blocks) <= 2
     x, c, t = (torch.empty(2, *shape, device="meta") for shape in (SHAPE, (), ()))
     assert forward_flops(net, DuMo(), SHAPE) == flops(lambda: net(x, c.long(), t=t)) / 2
@@ -231,16 +192,14 @@ def test_a_text_of_no_token_is_refused(tmp_path: Path) -> None:
 
 
 def test_texts_are_left_out_of_what_is_written_where_there_are_none() -> None:
-    """So runs of older days stay what they are."""
-    assert not {"text", "texts"} & DiT().model_dump().keys()
+    assert "texts" not in DiT().model_dump()
 
 
-@ways
 @pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("options", [{}, MODERN], ids=["plain", "modern"])
-def test_slopes_are_exact(way: str, options: dict[str, Any], checkpoint: bool) -> None:
+def test_slopes_are_exact(options: dict[str, Any], checkpoint: bool) -> None:
     """Of what rides, what plays a tape, and where blocks are computed again."""
-    net = built(way, checkpoint=checkpoint, **options)
+    net = built(checkpoint=checkpoint, **options)
     x, c, t = points()
     w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
 
@@ -252,9 +211,8 @@ def test_slopes_are_exact(way: str, options: dict[str, Any], checkpoint: bool) -
     assert off(CentralSlope(), None) < 1e-3
 
 
-@ways
 @pytest.mark.parametrize("options", [{}, {"depth": 1}, MODERN, {"checkpoint": True}], ids=str)
-def test_every_parameter_learns(way: str, options: dict[str, Any]) -> None:
-    net, (x, c, t) = built(way, **options), points()
+def test_every_parameter_learns(options: dict[str, Any]) -> None:
+    net, (x, c, t) = built(**options), points()
     torch.stack([head.square().sum() for head in net(x, c, t=t)]).sum().backward()
     assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import encoders
-from dumo.nets.text import Texts, TextTable
+from dumo.nets.rows import Texts
+from dumo.nets.table import TextTable
 from dumo.texts.encode import encode
 from dumo.texts.encoder import Encoder
 from dumo.types import UserError

@@ -111,7 +111,7 @@ def norm(h: Tensor, groups: int) -> Tensor:
 
 @pytest.mark.parametrize("resample", ["half", "same", "double"])
 def test_block_by_hand(resample: Any) -> None:  # noqa: ANN401
-    block = Residual(Place(8, 12, "through", resample=resample), 5, 2, 0.5).double()
+    block = Residual(Place(8, 12, "through", resample=resample), 5, 0.5).double()
     randomise(block)
     g = torch.Generator().manual_seed(0)
     h, e = torch.randn(2, 8, 4, 4, generator=g).double(), torch.randn(2, 5, generator=g).double()
@@ -132,16 +132,15 @@ def test_block_by_hand(resample: Any) -> None:  # noqa: ANN401
 
 def test_attention_by_hand() -> None:
     """Every place sees every place; the sum is scaled once more."""
-    plain, block = (Residual(Place(8, 8, "through", at), 5, 2).double() for at in (False, True))
+    plain, block = (Residual(Place(8, 8, "through", at), 5).double() for at in (False, True))
     randomise(block)
     plain.load_state_dict(block.state_dict(), strict=False)
     g = torch.Generator().manual_seed(0)
     h, e = torch.randn(2, 8, 3, 3, generator=g).double(), torch.randn(2, 5, generator=g).double()
     before = plain(h, e)
-    mixed, (q, k, v) = torch.empty_like(h), block.qkv(block.norm_3(before)).chunk(3, 1)
-    for part in (slice(0, 4), slice(4, 8)):
-        weight = (torch.einsum("bchw,bcij->bhwij", q[:, part], k[:, part]) / 2).flatten(3).softmax(-1)
-        mixed[:, part] = torch.einsum("bhwn,bcn->bchw", weight, v[:, part].flatten(2))
+    q, k, v = block.qkv(block.norm_3(before)).chunk(3, 1)
+    weight = (torch.einsum("bchw,bcij->bhwij", q, k) / sqrt(8)).flatten(3).softmax(-1)
+    mixed = torch.einsum("bhwn,bcn->bchw", weight, v.flatten(2))
     assert torch.allclose(block(h, e), (before + block.out(mixed)) * sqrt(0.5), rtol=1e-12, atol=1e-12)
 
 
@@ -150,15 +149,14 @@ def test_blocks_start_as_their_skips() -> None:
     h, e = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(0)), torch.ones(2, 32)
     first = net.blocks[0]
     assert isinstance(first, Residual)
-    assert first.attention
+    assert first.attends
     assert torch.allclose(first(h, e), h / 2, rtol=1e-6)
     assert first.conv_1.weight.any()
     assert first.qkv.weight.any()
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_every_parameter_learns(checkpoint: bool) -> None:
-    net = tiny(Needs(inputs=("t", "r"), heads=("v", "u"), gauges=("a",)), checkpoint=checkpoint, augment=2)
+def test_every_parameter_learns() -> None:
+    net = tiny(Needs(inputs=("t", "r"), heads=("v", "u"), gauges=("a",)), augment=2)
     x, _, t = inputs()
     sum(out.square().sum() for out in net(x, x[:, :2, 0, 0], t=t, r=t / 3)).backward()
     assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
@@ -183,8 +181,6 @@ def test_augmentation_is_a_condition() -> None:
         ({}, (2,), 0, "square images.*mlp"),
         ({}, (3, 4, 6), 0, "square"),
         ({"multipliers": (1, 1, 1)}, (3, 6, 6), 0, "3 resolutions.*multiple of 4, not 6"),
-        ({"attention": 3}, (3, 4, 4), 0, "attention 3 does not divide"),
-        ({"multipliers": (1, 0)}, (3, 4, 4), 0, "at least 1"),
         ({"augment": 9}, (3, 4, 4), 10, "augment takes 9.*10 classes.*augment=0"),
     ],
 )
@@ -241,11 +237,10 @@ def test_layers_have_masks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None
     assert len({tuple(rows.flatten().tolist()) for rows in seen}) == len(seen) == 14
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_slopes_are_exact(dropout: float, checkpoint: bool) -> None:
+def test_slopes_are_exact(dropout: float) -> None:
     """Riding, from the tape or by a pass of its own; the tangent meets the mask of the primal."""
-    net = tiny(dropout=dropout, checkpoint=checkpoint)
+    net = tiny(dropout=dropout)
     x, c, t = inputs()
     w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
 
@@ -259,20 +254,3 @@ def test_slopes_are_exact(dropout: float, checkpoint: bool) -> None:
         assert apart(slope(CentralSlope(h=1e-3)), exact) < 1e-3
     if dropout:
         assert apart(slope(DualSlope()), exact) > 1e-2
-
-
-@pytest.mark.parametrize("toward", [False, True])
-def test_checkpointing_meets_the_same_masks(toward: bool) -> None:
-    """Also where the backward pass comes after the step has left the masks."""
-    gradients: list[list[Tensor]] = []
-    for checkpoint in (False, True):
-        net = tiny(dropout=0.4, checkpoint=checkpoint)
-        x, c, t = inputs()
-        with using(KEYS):
-            heads, along = DualSlope()(net, Frozen(net), x, c, t=t, toward=x if toward else None)
-            _, du_dt = along(x)
-        (heads[0].square().sum() + (heads[1] - du_dt).square().sum()).backward()
-        gradients.append([p.grad for p in net.parameters() if p.grad is not None])
-    one, other = gradients
-    assert len(one) == len([*net.parameters()])
-    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(one, other, strict=True))

@@ -16,9 +16,7 @@ from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Jumps, Pair, Uniform
 from dumo.nets import MLP, DiT, UNet
-from dumo.objectives import DuMo, FlowMatching, MeanFlow, Several
-from dumo.objectives.part import AveragePart, EndpointPart, VelocityPart
-from dumo.objectives.pull import Match
+from dumo.objectives import DuMo, DuMoAny, FlowMatching, Match, MeanFlow
 from dumo.preflight import depth as few
 from dumo.preflight.cost import (
     activation_bytes,
@@ -35,8 +33,6 @@ from dumo.types import Needs, Noised, Objective, frozen
 PLAIN, GUIDED = Guide(), Guide(zeta=0.5)
 SHAPE = (4, 32, 32)
 WIDTH, DEPTH = 8, 3
-TWO = (VelocityPart(), EndpointPart())
-ALL_JUMPS = (VelocityPart(), AveragePart())
 SCALAR = 256  # features of a time
 
 
@@ -94,16 +90,14 @@ def test_a_pass_of_a_transformer_is_counted_as_by_hand() -> None:
         (FlowMatching(drop=0, guide=GUIDED), 1),  # a pass without condition
         (FlowMatching(drop=0, guide=Guide(omega=2, zeta=0.5)), 1),
         (FlowMatching(drop=0, guide=Guide(omega=0.5, zeta=0.5)), 0),  # the null pass weighs nothing
-        (FlowMatching(drop=0, guide=Guide(zeta=0.5, fraction=0.2)), 0.2),
         (DuMo(drop=0, guide=PLAIN, slope=CentralSlope()), 2),  # the two ends of the difference
         (DuMo(drop=0, guide=GUIDED, slope=CentralSlope()), 3),
         (DuMo(drop=0, guide=PLAIN, slope=DualSlope()), 1),  # the tangent
         (DuMo(drop=0, guide=GUIDED, slope=DualSlope()), 2),
-        (DuMo(drop=0, guide=Guide(zeta=0.5, fraction=0.25), slope=DualSlope()), 1.25),
         (MeanFlow(drop=0, guide=PLAIN, slope=CentralSlope()), 0.5),  # a quarter of the rows moves
         (MeanFlow(drop=0, guide=PLAIN, slope=DualSlope()), 0.25),
         (MeanFlow(drop=0, guide=PLAIN, slope=DualSlope(), times=Pair(velocity_ratio=0.6)), 0.4),
-        (Several(drop=0, guide=PLAIN, slope=DualSlope(), parts=ALL_JUMPS, times=Jumps()), 0.5),  # half of the rows jump
+        (DuMoAny(drop=0, guide=PLAIN, slope=DualSlope(), times=Jumps()), 0.5),  # half of the rows jump
         (MeanFlow(drop=0, guide=GUIDED, slope=CentralSlope()), 2.5),  # V(c) is at r = t, so it is a pass of its own
         (MeanFlow(drop=0, guide=GUIDED, slope=DualSlope()), 2.25),
     ],
@@ -126,24 +120,6 @@ def test_rows_that_are_not_guided_cost_no_pass() -> None:
     inside = Guide(zeta=0.5, interval=Interval(high=0.75))
     assert units(GUIDED, drop=0.1) - units(PLAIN) == pytest.approx(0.9, rel=1e-9)
     assert units(inside, drop=0.1) - units(PLAIN) == pytest.approx(0.9 * 0.75, rel=2e-3)
-    assert units(Guide(zeta=0.5, fraction=0.25), drop=0.1) - units(PLAIN) == pytest.approx(0.25, rel=1e-9)
-
-
-def test_an_average_elsewhere_costs_v_of_all_rows_where_the_step_has_it_not() -> None:
-    """DuMo has it, MeanFlow at r = t has not; the null pass is of guided rows as ever."""
-
-    def units(of: type[DuMo | MeanFlow], guide: Guide, **fields: float) -> float:
-        objective = of(guide=guide, slope=DualSlope(), times=Uniform(), drop=0.1, **fields)
-        return forward_units(perceptron(objective.needs), objective, Linear(), (2,))
-
-    interval = Interval(high=0.75)
-    data, average = (Guide(zeta=0.5, interval=interval, elsewhere=elsewhere) for elsewhere in ("data", "average"))
-    share = 0.9 * 0.75
-    assert units(DuMo, average) == pytest.approx(units(DuMo, data), rel=1e-12)
-    assert units(MeanFlow, data) - units(MeanFlow, PLAIN) == pytest.approx(2 * share, rel=2e-3)
-    assert units(MeanFlow, average) - units(MeanFlow, PLAIN) == pytest.approx(1 + share, rel=2e-3)
-    part = average.model_copy(update={"fraction": 0.25})
-    assert units(MeanFlow, part, power=0.0) - units(MeanFlow, PLAIN) == pytest.approx(1.25, rel=1e-9)
 
 
 def test_the_way_of_a_slope() -> None:
@@ -181,7 +157,6 @@ def test_forward_mode_costs_more_than_a_pass() -> None:
         (CentralSlope(), GUIDED, 3, 0, 6.00),
         (JvpSlope(), GUIDED, 4, 0, 7.00),
         (DualSlope(), GUIDED, 2, 1.5, 5.15),
-        (DualSlope(), Guide(zeta=0.5, fraction=0.25), 1.25, 1.5, 4.40),
         (DualSlope(), PLAIN, 1, 1.5, 4.15),
     ],
 )
@@ -215,15 +190,16 @@ def test_the_bytes_of_a_dual_step_stay_near_those_of_a_difference() -> None:
 def test_bytes_are_those_of_the_part_of_the_training_that_takes_the_most() -> None:
     """A pull that waits takes no backward pass through its samples, and one that has begun does."""
 
-    def bytes_of(after: float) -> tuple[int, int]:
-        objective = Several(parts=TWO, guide=PLAIN, slope=DualSlope(), pulls=(Match(after=after),))
+    class Never(Match):
+        after = 1.0
+
+    def bytes_of(objective: Match) -> tuple[int, int]:
         with torch.device("meta"):
             net = DiT(width=64, depth=1, attention=2).build(objective.needs, (1, 8, 8), 10)
         given = net, objective, Linear(), (1, 8, 8)
         return peak_bytes(*given, rows=4).peak, activation_bytes(*given, rows=4)
 
-    begun, later, never = map(bytes_of, (0.0, 0.5, 1.0))
-    assert begun == later
+    begun, never = map(bytes_of, (Match(slope=DualSlope()), Never(slope=DualSlope())))
     assert never[0] < begun[0]
     assert never[1] < begun[1]
 
@@ -266,7 +242,7 @@ def test_units_hardly_depend_on_size_and_flops_do() -> None:
 
 def test_rows_make_every_share_whole() -> None:
     assert exact_rows(FlowMatching()) == 2
-    assert exact_rows(DuMo(guide=Guide(zeta=0.5, fraction=0.125))) == 8
+    assert exact_rows(DuMo(guide=GUIDED)) == 2
     assert exact_rows(MeanFlow(times=Pair(velocity_ratio=0.6))) == 10
     few, many = (forward_units(perceptron(MeanFlow().needs), MeanFlow(), Linear(), (2,), rows=rows) for rows in (4, 64))
     assert few == many

@@ -28,13 +28,8 @@ def net(
 ) -> Dualized:
     """With at most `depth` blocks of each kind, without numbers."""
     spec = Pretrained(
-        source=source,
-        weights="drawn",
-        depth=depth,
-        lora=lora,
-        checkpoint=checkpoint,
-        guidance=3.5 if source == "flux-dev" else None,
-    )
+        source=source, lora=lora, checkpoint=checkpoint, guidance=3.5 if source == "flux-dev" else None
+    ).short(depth)
     with torch.device("meta"):
         return spec.build(objective.needs, (CHANNELS.get(source, 16), 8, 8), 10)
 

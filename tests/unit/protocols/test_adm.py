@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from dumo.protocols import adm
-from dumo.protocols.adm import read_adm
+from dumo.protocols import reference
+from dumo.protocols.reference import read_adm
 from dumo.types import UserError
 
 WIDE, NARROW, COUNT = 6, 4, 100
@@ -19,8 +19,8 @@ IMAGES = DRAWS.integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adm, "WIDTH", WIDE)
-    monkeypatch.setattr(adm, "SPATIAL_WIDTH", NARROW)
+    monkeypatch.setattr(reference, "WIDTH", WIDE)
+    monkeypatch.setattr(reference, "SPATIAL_WIDTH", NARROW)
 
 
 def arrays() -> dict[str, np.ndarray]:

@@ -11,13 +11,16 @@ from torch.nn import functional as F
 
 from dumo.features import cifar10
 from dumo.io.picture import from_uint8
+from dumo.protocols import Context, ShippedProtocol
 from dumo.protocols import cifar10 as protocol
-from dumo.protocols.cifar10 import CifarProtocol, features_of, known, learned
-from dumo.protocols.evaluator import Reference
+from dumo.protocols.cifar10 import baselines, features_of, known, learned, score
+from dumo.protocols.protocol import Reference
 from dumo.random import stream
 from dumo.types import UserError
+from train_classifier import cifar_images
 
-QUICK = CifarProtocol(samples=1000)
+FULL = ShippedProtocol(kind="cifar10-features")
+QUICK = ShippedProtocol(kind="cifar10-features", samples=1000)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -29,7 +32,7 @@ def quick() -> Iterator[None]:
 
 
 def real(split: str, count: int) -> Reference:
-    x, c = cifar10.images(Path(os.environ["DUMO_DATA"]) / "cifar10", split, count)
+    x, c = cifar_images(Path(os.environ["DUMO_DATA"]) / "cifar10", split, count)
     return Reference(from_uint8(x), c)
 
 
@@ -47,7 +50,7 @@ def test() -> Reference:
 
 @pytest.fixture(scope="module")
 def good(data: Reference, test: Reference) -> dict[str, float]:
-    return QUICK.score(test.x, test.c, data)
+    return score(test.x, test.c, data)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +63,8 @@ def blobs() -> Reference:
 @pytest.mark.data
 def test_unseen_real_images_score_near_the_baseline(data: Reference, good: dict[str, float]) -> None:
     assert list(good) == ["fd", "kid", "kid_sd", "precision", "recall", "auc_features", "accuracy"]
-    baselines = QUICK.baselines(data)
-    halves, floor = baselines["halves"], baselines["bootstrap"]
+    found = baselines(data, 1000)
+    halves, floor = found["halves"], found["bootstrap"]
     assert halves["splits"] == floor["splits"] == 20
     assert 0 < halves["sd"] < halves["mean"]
     assert 0 < floor["sd"] < floor["mean"]
@@ -83,7 +86,7 @@ def test_faults_are_seen(fault: str, data: Reference, test: Reference, good: dic
     else:
         rows = (data.c == 3).nonzero().flatten()
         x = data.x[rows[torch.randint(len(rows), (1000,), generator=stream("rows"))]]
-    bad = QUICK.score(x, test.c, data)
+    bad = score(x, test.c, data)
     assert bad["fd"] > 3 * good["fd"]
     assert bad["kid"] > 3 * max(good["kid_sd"], abs(good["kid"]))
     assert bad["auc_features"] > good["auc_features"] + 0.1
@@ -93,14 +96,14 @@ def test_faults_are_seen(fault: str, data: Reference, test: Reference, good: dic
 
 @pytest.mark.data
 def test_mirrored_images_are_as_good(data: Reference, test: Reference, good: dict[str, float]) -> None:
-    mirrored = QUICK.score(test.x.flip(3), test.c, data)
+    mirrored = score(test.x.flip(3), test.c, data)
     assert mirrored["fd"] == pytest.approx(good["fd"], rel=0.1)
     assert mirrored["accuracy"] == pytest.approx(good["accuracy"], abs=0.03)
 
 
 @pytest.mark.data
 def test_accuracy_is_of_the_classes_asked_for(data: Reference, test: Reference) -> None:
-    assert QUICK.score(test.x, (test.c + 1) % 10, data)["accuracy"] < 0.1
+    assert score(test.x, (test.c + 1) % 10, data)["accuracy"] < 0.1
 
 
 def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) -> None:
@@ -110,20 +113,20 @@ def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) 
         def reference(self, n: int, seed: int, i: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
             return blobs.x, blobs.c
 
-    evaluator, upside_down = QUICK.evaluator(Data, classes=10), blobs.x.flip(2)
+    evaluator, upside_down = QUICK.evaluator(Context(Data, 10)), blobs.x.flip(2)
     order = torch.randperm(1000, generator=stream("order"))
-    score = evaluator.score((part, upside_down[part]) for part in order.split(300))
-    assert score == QUICK.score(upside_down, blobs.c, blobs)
-    assert score["fd"] > 0.01
+    found = evaluator.score((part, upside_down[part]) for part in order.split(300))
+    assert found == score(upside_down, blobs.c, blobs)
+    assert found["fd"] > 0.01
     assert evaluator.facts["features_sha256"] == cifar10.sha256()
-    again = QUICK.score(upside_down[order], blobs.c[order], blobs)  # the kernel's subsets are all of the rows here
-    assert again.pop("auc_features") == pytest.approx(score.pop("auc_features"), abs=0.05)  # of other halves
-    assert again == pytest.approx(score, rel=1e-4, abs=1e-6)
+    again = score(upside_down[order], blobs.c[order], blobs)  # the kernel's subsets are all of the rows here
+    assert again.pop("auc_features") == pytest.approx(found.pop("auc_features"), abs=0.05)  # of other halves
+    assert again == pytest.approx(found, rel=1e-4, abs=1e-6)
 
 
 def test_without_classes_there_is_no_accuracy(blobs: Reference) -> None:
     assert QUICK.labels(0).tolist() == [0] * 1000
-    assert "accuracy" not in QUICK.score(blobs.x, QUICK.labels(0), blobs)
+    assert "accuracy" not in score(blobs.x, QUICK.labels(0), blobs)
 
 
 def test_images_are_judged_as_a_file_holds_them(blobs: Reference) -> None:
@@ -155,31 +158,25 @@ def test_a_reference_is_read_once(blobs: Reference, monkeypatch: pytest.MonkeyPa
 
 
 def test_labels_are_balanced() -> None:
-    assert QUICK.labels()[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    assert CifarProtocol().labels(10).bincount().tolist() == [500] * 10
+    assert QUICK.labels(10)[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert FULL.labels(10).bincount().tolist() == [500] * 10
 
 
 def test_the_name_tells_the_number_of_samples() -> None:
-    assert (CifarProtocol().name, CifarProtocol().samples) == ("cifar10-features", 5000)
+    assert (FULL.name, FULL.total) == ("cifar10-features", 5000)
     assert QUICK.name == "cifar10-features (1000 samples)"
-    with pytest.raises(ValidationError, match="greater than or equal to 1000"):
-        CifarProtocol(samples=999)
+    with pytest.raises(ValidationError, match="judges 1000 samples or more"):
+        ShippedProtocol(kind="cifar10-features", samples=999)
 
 
 def test_other_data_are_refused(blobs: Reference) -> None:
-    CifarProtocol().check((3, 32, 32))
-    CifarProtocol().check((3, 32, 32), 0)
-    with pytest.raises(UserError, match=r"judges images of shape \(3, 32, 32\) .* not of shape \(1, 8, 8\) in 10"):
-        CifarProtocol().check((1, 8, 8), 10)
+    FULL.check((3, 32, 32), 10)
+    FULL.check((3, 32, 32), 0)
+    with pytest.raises(
+        UserError, match=r"judges images of shape \(3, 32, 32\) .* not samples of shape \(1, 8, 8\) in 10"
+    ):
+        FULL.check((1, 8, 8), 10)
     with pytest.raises(UserError, match="in 1000: choose another protocol"):
-        CifarProtocol().check((3, 32, 32), 1000)
-    with pytest.raises(UserError, match=r"samples have shape \(3, 16, 16\), the data \(3, 32, 32\)"):
-        QUICK.score(blobs.x[..., ::2, ::2], blobs.c, blobs)
-    with pytest.raises(UserError, match=r"not of shape \(32, 4, 4\)"):
-        QUICK.score(blobs.x, blobs.c, Reference(torch.zeros(1000, 32, 4, 4), blobs.c))
-    with pytest.raises(UserError, match="judges 1000 samples, here are 999: give as many"):
-        QUICK.score(blobs.x[1:], blobs.c[1:], blobs)
-    with pytest.raises(UserError, match="not finite"):
-        QUICK.score(blobs.x / 0, blobs.c, blobs)
+        FULL.check((3, 32, 32), 1000)
     with pytest.raises(UserError, match="do not fit"):
-        QUICK.score(blobs.x, blobs.c, Reference(blobs.x[:900], blobs.c[:900]))
+        score(blobs.x, blobs.c, Reference(blobs.x[:900], blobs.c[:900]))

@@ -5,10 +5,11 @@ import hashlib
 import pytest
 import torch
 
+from dumo.data import Digits
 from dumo.features import digits
 from dumo.io.digest import of_tensor
-from dumo.protocols import DigitsProtocol, ToyProtocol
-from dumo.protocols.evaluator import Evaluator, Reference, collect, ordered
+from dumo.protocols import Context, ShippedProtocol, toy
+from dumo.protocols.protocol import Evaluator, Reference, collect, ordered
 from dumo.types import UserError
 
 
@@ -53,23 +54,23 @@ class Finite:
     size = 1797
 
     def reference(self, n: int, seed: int, i: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        return digits.digits()
+        return Digits().originals().reference(0, 0)
 
 
 def test_an_evaluator_scores_as_its_protocol_does() -> None:
-    toy = ToyProtocol(samples=60)
-    evaluator = toy.evaluator(Drawn, seed=3)
+    protocol = ShippedProtocol(kind="toy", samples=60)
+    evaluator = protocol.evaluator(Context(Drawn, seed=3))
     assert isinstance(evaluator, Evaluator)
     x, reference = Drawn().reference(60, 9)[0], Reference.of(Drawn(), 60, 3)
     rows = torch.arange(60).flip(0)
-    assert evaluator.score((part, x[part]) for part in rows.split(7)) == toy.score(x, toy.labels(), reference)
-    assert evaluator.baselines() == toy.baselines(reference)
+    assert evaluator.score((part, x[part]) for part in rows.split(7)) == toy.score(x, protocol.labels(), reference)
+    assert evaluator.baselines() == toy.baselines(reference, 60)
     assert evaluator.facts["reference"] == "60 draws of seed 3"
     assert "reference_sha256" not in evaluator.facts
 
 
 def test_a_finite_reference_is_known_by_its_hash_and_features_by_theirs() -> None:
-    facts = DigitsProtocol(samples=500).evaluator(Finite).facts
+    facts = ShippedProtocol(kind="digits", samples=500).evaluator(Context(Finite)).facts
     assert facts["reference"] == "1,797 samples of the data"
-    assert facts["reference_sha256"] == of_tensor(digits.digits()[0])
+    assert facts["reference_sha256"] == of_tensor(Digits().originals().x)
     assert facts["features_sha256"] == hashlib.sha256(digits.WEIGHTS.read_bytes()).hexdigest()

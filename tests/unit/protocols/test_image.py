@@ -11,14 +11,11 @@ from torch import Tensor
 from dumo.data.source import Finite
 from dumo.features import inception_weights
 from dumo.io.picture import to_uint8
-from dumo.metrics.frechet import frechet_distance
-from dumo.metrics.mmd import kid
-from dumo.metrics.moments import Moments
+from dumo.metrics.distance import Moments, frechet_distance, kid
 from dumo.metrics.statistics import Extractor, Statistics
-from dumo.protocols import adm, cache, standard
-from dumo.protocols.evaluator import Evaluator, Made
-from dumo.protocols.image import ImageProtocol
-from dumo.protocols.image_evaluator import HALVES, ImageEvaluator
+from dumo.protocols import Context, reference
+from dumo.protocols.images import HALVES, ImageEvaluator, ImageProtocol
+from dumo.protocols.protocol import Evaluator, Made
 from dumo.protocols.reference import adm_facts, adm_file, adm_statistics, album_facts, album_statistics
 from dumo.protocols.standard import STANDARDS, Standard
 from dumo.types import UserError
@@ -214,8 +211,8 @@ def filed(path: Path, size: int = 4) -> Path:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> ImageProtocol:
     """ADM's protocol for what a small extractor sees of small images."""
-    monkeypatch.setattr(adm, "WIDTH", WIDTH)
-    monkeypatch.setattr(adm, "SPATIAL_WIDTH", NARROW)
+    monkeypatch.setattr(reference, "WIDTH", WIDTH)
+    monkeypatch.setattr(reference, "SPATIAL_WIDTH", NARROW)
     monkeypatch.setitem(STANDARDS, "adm-imagenet256-50k", Standard(N, 4, 1000, 12, 10, "https://there"))
     monkeypatch.setitem(STANDARDS, "cifar10-train50k", Standard(N, 4, 10, 12, 10))
     return ImageProtocol(kind="adm-imagenet256-50k")
@@ -224,7 +221,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> ImageProtocol:
 def test_adms_file_gives_moments_of_all_and_features_of_its_images(tmp_path: Path, tiny: ImageProtocol) -> None:
     file = adm_file(filed(tmp_path / "a.npz"), tiny.kind, tiny.standard)
     real = adm_statistics(extractor, file)
-    assert real.pool.count == real.spatial.count == standard.TRAIN == 1_281_167
+    assert real.pool.count == real.spatial.count == reference.TRAIN == 1_281_167
     torch.testing.assert_close(real.pool.covariance, 3 * torch.eye(WIDTH, dtype=torch.float64), rtol=1e-14, atol=0)
     assert torch.equal(real.rows, extractor(torch.zeros(12, 3, 4, 4, dtype=torch.uint8)).pool)
     of = evaluator(real, tiny)
@@ -238,12 +235,12 @@ def peephole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Peephole:
     """A small network in Inception's place, and an empty cache."""
     net = Peephole()
     monkeypatch.setattr(inception_weights, "load", lambda path, device: net)
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(reference.VARIABLE, str(tmp_path / "cache"))
     return net
 
 
 def opened(protocol: ImageProtocol, pixels: Tensor) -> Evaluator:
-    return protocol.evaluator(lambda: Album(pixels))
+    return protocol.evaluator(Context(lambda: Album(pixels)))
 
 
 def test_another_reference_is_refused(tmp_path: Path, tiny: ImageProtocol, peephole: Peephole) -> None:
@@ -257,7 +254,7 @@ def test_another_reference_is_refused(tmp_path: Path, tiny: ImageProtocol, peeph
     with pytest.raises(UserError, match="compares with 12 images, here are 11: give them all"):
         opened(ImageProtocol(kind="cifar10-train50k"), images(11))
     with pytest.raises(UserError, match="goes through all images of a data set"):
-        FOLDER.evaluator(lambda: NoAlbum())
+        FOLDER.evaluator(Context(lambda: NoAlbum()))
 
 
 class NoAlbum:
@@ -305,10 +302,10 @@ def test_where_nothing_can_be_kept_the_numbers_stand(
     tmp_path: Path, peephole: Peephole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv(cache.VARIABLE, str(tmp_path / "file/folder"))
+    monkeypatch.setenv(reference.VARIABLE, str(tmp_path / "file/folder"))
     with pytest.warns(UserWarning, match="cannot be written .* counted again next time"):
         opened(FOLDER, images(N))
-    monkeypatch.setenv(cache.VARIABLE, "$NOWHERE/cache")
+    monkeypatch.setenv(reference.VARIABLE, "$NOWHERE/cache")
     with pytest.raises(UserError, match="NOWHERE is not set"):
         opened(FOLDER, images(N))
 
@@ -320,9 +317,10 @@ def test_missing_weights_are_refused_before_the_data_is_opened(monkeypatch: pyte
         raise AssertionError
 
     with pytest.raises(UserError, match="no weights of Inception for the FID: no path is given"):
-        FOLDER.evaluator(never)
+        FOLDER.evaluator(Context(never))
+    monkeypatch.setenv(inception_weights.VARIABLE, "/none")
     with pytest.raises(UserError, match=r"/none is no file"):
-        ImageProtocol(kind="folder", weights="/none").evaluator(never)
+        FOLDER.evaluator(Context(never))
 
 
 def test_inception_itself_serves() -> None:

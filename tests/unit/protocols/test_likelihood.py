@@ -7,7 +7,7 @@ import torch
 
 from dumo.data import Digits
 from dumo.data.source import Table
-from dumo.protocols import LikelihoodProtocol
+from dumo.protocols import Context, LikelihoodProtocol
 from dumo.protocols.likelihood import dequantised
 from dumo.types import UserError
 
@@ -26,11 +26,13 @@ def cells(x: torch.Tensor, of: torch.Tensor) -> bool:
 def test_a_density_that_knows_nothing_takes_the_bits_of_a_level() -> None:
     """Uniform in [-1, 1] is 1/2 a number: log2 of 17 levels, and 1 bit of points, for these have none."""
     for x, bits in ((LEVELS, log2(17)), (LEVELS.view(4, 17), 1)):
-        judge = LikelihoodProtocol(samples=4, levels=17 if x.ndim > 2 else None).evaluator(lambda x=x: table(x))
+        judge = LikelihoodProtocol(samples=4, levels=17 if x.ndim > 2 else None).evaluator(
+            Context(lambda x=x: table(x))
+        )
         found = judge.score([(torch.tensor([2, 0, 1, 3]), torch.full((4,), -17 * log(2)))])
         assert found == {"bits": pytest.approx(bits), "bits_sd": pytest.approx(0)}
         assert not judge.baselines()
-    images = LikelihoodProtocol(samples=4).evaluator(lambda: table(torch.ones(4, 1, 2, 2)))
+    images = LikelihoodProtocol(samples=4).evaluator(Context(lambda: table(torch.ones(4, 1, 2, 2))))
     assert images.score([(torch.arange(4), torch.zeros(4))])["bits"] == 7  # 256 levels
 
 
@@ -45,17 +47,20 @@ def test_noise_keeps_levels_and_is_each_row_s_own() -> None:
 
 
 def test_directions_are_signs_of_the_row() -> None:
-    judge = LikelihoodProtocol(samples=4, levels=17, probes=4).evaluator(lambda: table(LEVELS))
+    judge = LikelihoodProtocol(samples=4, levels=17, probes=4).evaluator(Context(lambda: table(LEVELS)))
     e = torch.stack(judge.directions(range(4)))
     assert (e.abs() == 0.5).all()  # their squares add up to 1
     assert len({tuple(row.flatten().tolist()) for row in e.view(16, 17)}) == 16
     assert torch.equal(torch.stack(judge.directions([3, 1])), e[:, [3, 1]])
-    assert LikelihoodProtocol(samples=4, levels=17, probes=0).evaluator(lambda: table(LEVELS)).directions([0]) == []
+    assert (
+        LikelihoodProtocol(samples=4, levels=17, probes=0).evaluator(Context(lambda: table(LEVELS))).directions([0])
+        == []
+    )
 
 
 def test_it_is_of_what_was_held_out() -> None:
     data = Digits(held=360).originals()
-    judge = LikelihoodProtocol(samples=360, levels=17).evaluator(lambda: data)
+    judge = LikelihoodProtocol(samples=360, levels=17).evaluator(Context(lambda: data))
     assert cells(judge.x, data.held.x)
     assert torch.equal(judge.c, data.held.c)
     assert judge.facts["reference"] == "360 samples of the data, never trained on"
@@ -63,11 +68,11 @@ def test_it_is_of_what_was_held_out() -> None:
 
 def test_what_cannot_be_judged_is_refused() -> None:
     with pytest.raises(UserError, match=r"here are 4: set evaluate.protocol.samples=4"):
-        LikelihoodProtocol(samples=5).evaluator(lambda: table(LEVELS))
+        LikelihoodProtocol(samples=5).evaluator(Context(lambda: table(LEVELS)))
     with pytest.raises(UserError, match=r"other levels than 256 .* set evaluate.protocol.levels, for digits 17"):
-        LikelihoodProtocol(samples=4).evaluator(lambda: table(LEVELS))
+        LikelihoodProtocol(samples=4).evaluator(Context(lambda: table(LEVELS)))
     with pytest.raises(UserError, match="levels=null"):
         LikelihoodProtocol(levels=17).check((2,))
-    judge = LikelihoodProtocol(samples=4, levels=17).evaluator(lambda: table(LEVELS))
+    judge = LikelihoodProtocol(samples=4, levels=17).evaluator(Context(lambda: table(LEVELS)))
     with pytest.raises(UserError, match="not finite numbers"):
         judge.score([(torch.arange(4), torch.tensor([0, 0, 0, torch.nan]))])

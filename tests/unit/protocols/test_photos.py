@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 from dumo.data.source import Table
+from dumo.evaluation.record import state
 from dumo.features import cifar10
 from dumo.io.picture import from_uint8
-from dumo.protocols import PhotosProtocol
+from dumo.protocols import Context, ShippedProtocol
 from dumo.protocols.photos import MOST, PhotosEvaluator, alike
-from dumo.protocols.state import state
 from dumo.random import stream
 from dumo.types import UserError
 
-PROTOCOL = PhotosProtocol(samples=60)
+PROTOCOL = ShippedProtocol(kind="photos", samples=60)
 Row = dict[str, float]
 
 
@@ -26,9 +26,9 @@ def drawn(n: int, key: str, side: int = 32) -> Tensor:
     return from_uint8(((smooth + 1) * 127.5).round().to(torch.uint8))
 
 
-def opened(x: Tensor, c: Tensor | None = None, protocol: PhotosProtocol = PROTOCOL) -> PhotosEvaluator:
+def opened(x: Tensor, c: Tensor | None = None, protocol: ShippedProtocol = PROTOCOL) -> PhotosEvaluator:
     c = torch.zeros(len(x), dtype=torch.long) if c is None else c
-    evaluator = protocol.evaluator(lambda: Table(x, c), classes=int(c.max() + 1) if c.any() else 0)
+    evaluator = protocol.evaluator(Context(lambda: Table(x, c), int(c.max() + 1) if c.any() else 0))
     assert isinstance(evaluator, PhotosEvaluator)
     return evaluator
 
@@ -101,13 +101,13 @@ def test_it_says_what_it_is_and_is_not(own: PhotosEvaluator, good: Row) -> None:
     assert "60 images" in own.facts["spread"]
     assert not [name for name in good if "fid" in name]
     assert "spread" not in opened(drawn(500, "real", side=8)).facts
-    assert (PROTOCOL.name, PhotosProtocol().name) == ("photos (60 samples)", "photos")
+    assert (PROTOCOL.name, ShippedProtocol(kind="photos").name) == ("photos (60 samples)", "photos")
 
 
 @pytest.mark.parametrize(("count", "side", "channels"), [(20, 40, 3), (25, 8, 1), (41, 100, 3)])
 def test_few_images_of_any_size(count: int, side: int, channels: int) -> None:
     x = drawn(count, "real", side=side)[:, :channels]
-    evaluator = opened(x, protocol=PhotosProtocol(samples=20))
+    evaluator = opened(x, protocol=ShippedProtocol(kind="photos", samples=20))
     found = evaluator.score([(torch.arange(20), x[:20])])
     assert all(torch.tensor(value).isfinite() for value in found.values())
     assert found["copies"] == 1
@@ -134,7 +134,7 @@ class Large:
 
 def test_large_sets_are_sampled_evenly_and_never_held() -> None:
     data = Large(3 * MOST, [])
-    evaluator = PROTOCOL.evaluator(lambda: data)
+    evaluator = PROTOCOL.evaluator(Context(lambda: data))
     assert isinstance(evaluator, PhotosEvaluator)
     assert sum(data.asked) == len(evaluator.real) == MOST
     assert max(data.asked) <= 64

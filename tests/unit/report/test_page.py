@@ -19,8 +19,7 @@ from PIL import Image
 from dumo.config.load import load
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
-from dumo.objectives import Several
-from dumo.objectives.pull import Critic
+from dumo.objectives import Critic
 from dumo.progress import Tick
 from dumo.report import page as report
 from dumo.report import word
@@ -349,14 +348,14 @@ def test_what_is_watched_is_drawn_and_explained(digits: Path, average: Path, vel
 
 def test_notes_of_pulls_have_words_of_their_own() -> None:
     """Of one that has another name, too; and no page shows a key."""
-    assert word.watched("right_d").title == "pairs told rightly, d"
+    assert word.watched("right_d").title == "pairs in the right order, d"
     assert word.watched("margin_other").meaning == word.WATCHED["margin"].meaning
     assert word.watched("head_gap") == word.WATCHED["head_gap"]
     assert word.watched("some_note") == word.Word("some note")
     x = torch.randn(8, 1, 4, 4)
-    pull, c = Critic(after=0.0), torch.arange(8)
-    b = draw(Several(pulls=(pull,)), Linear(), x, c, 8, seed=0, step=0)
-    notes = pull(b, x, lambda x, t, c: {"d": x}, "v").notes
+    critic, c = Critic(), torch.arange(8)
+    b = draw(critic, Linear(), x, c, 8, seed=0, step=0)
+    notes = critic.pull(lambda x, c, **_: (x, x, x), b, x).notes
     assert notes
     assert all(word.watched(name).meaning for name in notes)
 

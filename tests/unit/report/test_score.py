@@ -11,11 +11,12 @@ from PIL import Image
 
 from dumo import recipes
 from dumo.config.load import load
+from dumo.data import Digits
 from dumo.evaluation.card import seen, settings
-from dumo.features import digits
 from dumo.objectives import Objective
-from dumo.protocols import DigitsProtocol, ToyProtocol
-from dumo.protocols.evaluator import Reference, headline
+from dumo.protocols import digits as protocol
+from dumo.protocols import toy
+from dumo.protocols.protocol import Reference, headline
 from dumo.report import page, score, word
 from dumo.report.figure import headed, smoothed
 from dumo.run.folder import RunFolder
@@ -65,8 +66,7 @@ def test_what_a_run_was_trained_on_does_not_lead() -> None:
 
 
 def test_a_card_says_what_a_run_was_trained_on() -> None:
-    several = ["objective={kind: several, pulls: [{kind: match}, {kind: drift}]}", "train.batch=32"]
-    assert settings(load("digits", several))["trained_on"] == "numbers"
+    assert settings(load("digits-drift"))["trained_on"] == "numbers"
     assert "trained_on" not in settings(load("digits"))
 
 
@@ -100,10 +100,10 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
 
 
 def test_every_figure_of_ours_has_words() -> None:
-    x, c = digits.digits()
-    of_digits = DigitsProtocol().score(x[torch.arange(2000) % len(x)], torch.arange(2000) % 10, Reference(x, c))
+    x, c = Digits().originals().reference(0, 0)
+    of_digits = protocol.score(x[torch.arange(2000) % len(x)], torch.arange(2000) % 10, Reference(x, c))
     points = torch.randn(20, 2)
-    of_points = ToyProtocol(samples=20).score(points, torch.zeros(20), Reference(points, torch.zeros(20)))
+    of_points = toy.score(points, torch.zeros(20), Reference(points, torch.zeros(20)))
     named = {key for key in [*of_digits, *of_points] if not key.endswith("_sd")}
     assert named <= word.MERITS.keys()
     assert all(of.better and of.meaning for of in word.MERITS.values())

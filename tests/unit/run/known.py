@@ -32,6 +32,11 @@ def line(run: Run, device: torch.device) -> Reads:
     return Reads(velocity=velocity)
 
 
+def shift(run: Run, device: torch.device) -> Reads:
+    """A velocity that is (1, -2) everywhere: of data that are noise moved by (-1, 2)."""
+    return Reads(velocity=lambda x, t, c: torch.tensor([1.0, -2.0]).expand_as(x))
+
+
 def mute(run: Run, device: torch.device) -> Reads:
     """It tells nothing."""
     return Reads()

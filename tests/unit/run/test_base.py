@@ -11,8 +11,8 @@ from dumo import room
 from dumo.config.load import load
 from dumo.config.teacher import Start
 from dumo.flow.slope import DualSlope
-from dumo.run.base import reads_of
 from dumo.run.folder import begin_from, open_run
+from dumo.run.teacher import of_base
 from dumo.run.train import train
 from dumo.types import Frozen, UserError
 from unit.run.adapted import adapt, apart
@@ -76,7 +76,7 @@ def test_weights_of_which_no_copies_fit_are_not_examined(monkeypatch: pytest.Mon
 def test_the_base_teaches_as_a_net_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, guide: float) -> None:
     adapt(monkeypatch)
     data = ["data.labelled=true", "objective.drop=0.5"]
-    asked = [*data, f"teacher.guide.scale={guide}", "teacher.mix=0.5"]
+    asked = [*data, f"teacher.guide.scale={guide}"]
     own = train(tiny("moons", BASE, *asked), tmp_path / "own")
     user = ["teacher.kind=python", "teacher.source=unit.run.adapted:apart"]
     other = train(tiny("moons", *user, *asked), tmp_path / "other")
@@ -92,7 +92,7 @@ def test_asking_the_base_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatc
     net.train().get_submodule("net").eval()
     modes = [part.training for part in net.modules()]
     x, w, c, t = *torch.randn(2, 4, 2, generator=g).unbind(), torch.zeros(4).long(), torch.rand(4, generator=g)
-    velocity = reads_of(run, net).velocity
+    velocity = of_base(run, net).velocity
     assert velocity
 
     def slopes(ask: bool) -> list[Tensor]:
@@ -113,9 +113,9 @@ def test_asking_the_base_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ([], r"net 'mlp' has none, so its first weights are gone .* set teacher\.kind=run and teacher\.source"),
-        (["teacher.source=here"], r"base is the net itself: leave teacher\.source and teacher\.weights out"),
-        (["teacher.pairs.count=4"], r"pairs are made by a net that is not in training: set teacher\.kind=run"),
+        ([], r"asks for the net with its adapters off.* net 'mlp' .* set teacher\.kind=run and teacher\.source"),
+        (["teacher.source=here"], r"base is the net in training: leave teacher\.source and teacher\.pairs out"),
+        (["teacher.pairs.count=4"], r"base is the net in training: leave teacher\.source and teacher\.pairs out"),
         (["teacher.kind=run"], r"source is missing: name a run's folder, or set teacher\.kind=base"),
     ],
 )
@@ -126,5 +126,5 @@ def test_what_has_no_base_is_refused(fields: list[str], said: str) -> None:
 
 def test_a_path_of_another_velocity_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     adapt(monkeypatch)
-    with pytest.raises(UserError, match=r"knows the velocity on path 'linear' of sd 1.* set teacher\.kind=run"):
+    with pytest.raises(UserError, match=r"on path 'linear' of sd 1; .* of sd 0.5: set teacher\.kind=run"):
         tiny("moons", BASE, "path.sd=0.5")

@@ -7,7 +7,6 @@ import torch
 
 from dumo.config.load import load
 from dumo.data.source import Table
-from dumo.data.toy import Moons
 from dumo.run.deviation import FILE, measure, note, noted
 from dumo.run.folder import open_run
 from dumo.run.train import train
@@ -32,14 +31,14 @@ def test_it_is_measured_once(tmp_path: Path) -> None:
 
 
 def test_a_run_notes_it_and_tells_what_it_means(tmp_path: Path) -> None:
-    told = list[str]()
-    train(tiny("moons", "net.precondition=edm"), tmp_path / "moons", tell=told.append)
-    assert noted(tmp_path / "moons") == measure(Moons().open())
+    told, edm = list[str](), ("net.precondition=edm", "evaluate.protocol.samples=500")
+    train(tiny("digits", *edm, "path.sd=0.75"), tmp_path / "digits", tell=told.append)
+    assert noted(tmp_path / "digits") == measure(load("digits").data.open())
     assert len(told) == 1  # what is trained
-    train(tiny("moons", "net.precondition=edm", "path.sd=0.5"), tmp_path / "narrow", tell=told.append)
+    train(tiny("digits", *edm, "path.sd=0.3"), tmp_path / "narrow", tell=told.append)
     *_, line = told
     assert f"--set path.sd={noted(tmp_path / 'narrow'):.2g}" in line
-    assert open_run(str(tmp_path / "narrow")).run.path.sd == 0.5
+    assert open_run(str(tmp_path / "narrow")).run.path.sd == 0.3
 
 
 def test_a_run_of_another_deviation_is_another_run(tmp_path: Path) -> None:

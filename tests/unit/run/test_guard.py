@@ -13,9 +13,8 @@ import safetensors.torch
 import torch
 
 from dumo import stop
-from dumo.config.format import Noted
 from dumo.config.load import FILE, load
-from dumo.config.source import noted
+from dumo.config.source import Noted, noted
 from dumo.config.spec import Run
 from dumo.io import digest
 from dumo.run import deviation

@@ -35,7 +35,6 @@ def test_a_start_that_does_not_fit_is_refused(known: Path, tmp_path: Path) -> No
     for more, said in [
         ("net.width=12", r"the nets differ, .* net\.width: 8 there, 12 asked: set these fields as they are"),
         ("net.time_scale=3", r"net\.time_scale: 10\.0 there, 3\.0 asked"),
-        ("net.precondition=edm", r"net\.precondition: none there, edm asked"),
         ("start.heads.u=w", "has no head 'w', its heads are v"),
     ]:
         with pytest.raises(UserError, match=said):

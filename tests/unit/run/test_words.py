@@ -9,7 +9,7 @@ import torch
 
 from dumo.config.load import load
 from dumo.config.spec import Run
-from dumo.nets.text.tabled import Tabled
+from dumo.nets.table import Tabled
 from dumo.run import text
 from dumo.run.train import train
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dumo.flow.path import Linear
 from dumo.random import noise, stream
-from dumo.sampling import draws
+from dumo.sampling import generate as module
 from dumo.sampling.generate import Samples, generate, labels
 from dumo.sampling.solver import Euler, Heun, Hop, Restart, Solver
 from dumo.types import Reads, UserError, lift
@@ -207,7 +207,7 @@ def test_noise_is_drawn_ahead_and_once(solver: Solver, monkeypatch: pytest.Monke
         threads.append(current_thread() is main_thread())
         return noise(seed, indices, k, shape)
 
-    monkeypatch.setattr(draws, "noise", watched)
+    monkeypatch.setattr(module, "noise", watched)
     whole = make(solver, 2, 4, n=12).x
     draw = range(2 if isinstance(solver, Restart) else 1)
     assert sorted(drawn) == [(first, k) for first in (0, 4, 8) for k in draw]

@@ -16,15 +16,26 @@ from torch import Tensor
 
 from dumo.flow.path import Linear
 from dumo.random import stream
-from dumo.sampling.grid import jumps, uniform
-from dumo.sampling.solver import Euler, EulerJump, Hermite, Heun, Hop, Jumps, Restart, Solver, able, check, steps
+from dumo.sampling.solver import (
+    Euler,
+    Hermite,
+    Heun,
+    Hop,
+    Restart,
+    Solver,
+    able,
+    check,
+    jumps,
+    rows,
+    steps,
+    uniform,
+)
 from dumo.types import Reads, UserError, lift
 
 S0 = 0.4  # standard deviation of the data
 N = 20_000
 C = torch.zeros(N, dtype=torch.long)
-ALL = [Euler(), Heun(), Restart(), Hop(), Hermite(), EulerJump()]
-JUMPING = [Restart(), Hermite(), EulerJump()]
+ALL = [Euler(), Heun(), Restart(), Hop(), Hermite()]
 
 
 def spread(t: Tensor) -> Tensor:
@@ -58,7 +69,45 @@ def solve(solver: Solver, nfe: int, reads: Reads = EXACT, draw: Callable[[int], 
     return solver(reads, Linear(), draw(0), C, nfe, draw)
 
 
-@pytest.mark.parametrize(("solver", "order"), [(Euler(), 1), (Heun(), 2), (Hermite(), 1), (EulerJump(), 1)])
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 50])
+@pytest.mark.parametrize("start", [1.0, 0.999])
+def test_uniform_goes_from_start_to_zero_in_equal_steps(n: int, start: float) -> None:
+    times = torch.tensor(uniform(n, start), dtype=torch.float64)
+    assert (times[0], times[-1], len(times)) == (start, 0, n + 1)
+    torch.testing.assert_close(times.diff(), torch.full((n,), -start / n, dtype=torch.float64), atol=1e-15, rtol=0)
+
+
+@pytest.mark.parametrize("m", [0.3, 0.5, 0.6, 0.451])
+def test_two_jumps_are_at_start_and_m(m: float) -> None:
+    assert jumps(1, m) == [1.0]
+    assert jumps(2, m) == [1.0, m]
+    assert jumps(2, m, start=0.999) == [0.999, pytest.approx(m, abs=1e-15)]
+
+
+def test_jumps_at_one_half_are_the_uniform_grid() -> None:
+    for n in range(1, 60):
+        assert jumps(n, 0.5) == pytest.approx(uniform(n)[:-1], abs=1e-15)
+
+
+@pytest.mark.parametrize(("m", "start"), [(0.3, 1.0), (0.6, 0.999), (0.99, 1.0)])
+def test_jumps_are_a_power_of_the_uniform_grid(m: float, start: float) -> None:
+    times = torch.tensor(jumps(12, m, start), dtype=torch.float64)
+    assert times[0] == start
+    assert times[6].item() == pytest.approx(m, abs=1e-15)
+    assert (times.diff() < 0).all()
+    assert times[-1] > 0
+    slopes = (times / start).log()[1:] / torch.tensor(uniform(12)[1:-1], dtype=torch.float64).log()
+    torch.testing.assert_close(slopes, slopes[0].expand(11), atol=1e-12, rtol=0)
+
+
+def test_rows_repeat_each_time_in_the_precision_of_the_sample() -> None:
+    first, second = rows([1.0, 0.3], torch.zeros(3, 2, 4, dtype=torch.float64))
+    assert (first.shape, first.dtype) == ((3,), torch.float64)
+    assert first.tolist() == [1.0] * 3
+    assert second.tolist() == [0.3] * 3
+
+
+@pytest.mark.parametrize(("solver", "order"), [(Euler(), 1), (Heun(), 2), (Hermite(), 1)])
 def test_order_of_convergence(solver: Solver, order: int) -> None:
     counts = torch.tensor([32, 64, 128, 256, 512])
     errors = [(solve(solver, n * solver.passes) - S0 * fresh(0)).square().mean().sqrt() for n in counts.tolist()]
@@ -111,9 +160,9 @@ def test_restart_asks_for_each_draw_once() -> None:
         asked.append(k)
         return fresh(k)
 
-    for solver in (Restart(), Hermite(rho=0.5), Hermite()):
+    for solver in (Restart(), Hermite()):
         solver(EXACT, Linear(), fresh(0), C, 4, noted)
-    assert asked == [1, 2, 3, 1, 2, 3]
+    assert asked == [1, 2, 3]
 
 
 @pytest.mark.parametrize("nfe", [1, 2, 5])
@@ -125,57 +174,7 @@ def test_hermite_is_exact_where_the_flow_is_a_parabola(nfe: int) -> None:
         a = x / (1 + t - 3 * t**2)
         return a * (1 - 6 * t), a
 
-    for m in (0.3, 0.9):
-        assert (solve(Hermite(m=m), nfe, Reads(both=along)) + fresh(0)).abs().max() <= 1e-9
-
-
-def test_hermite_with_fresh_noise_alone_is_restart() -> None:
-    for nfe in (2, 4):
-        assert (solve(Hermite(rho=1.0, m=0.3), nfe) - solve(Restart(m=0.3), nfe)).abs().max() <= 1e-12
-
-
-def test_hermite_that_noises_keeps_the_law() -> None:
-    """Between close times its step is right, and what is noised has the spread of its time."""
-    seen: list[tuple[float, float]] = []
-
-    def noted(x: Tensor, t: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        seen.append((x.std().item(), spread(t[:1]).item()))
-        return both(x, t, c)
-
-    solve(Hermite(rho=0.2), 64, Reads(both=noted))
-    assert len(seen) == 64
-    assert all(std == pytest.approx(want, rel=0.02) for std, want in seen)  # four standard errors
-
-
-def test_restart_without_fresh_noise_goes_along_u() -> None:
-    """x_s = x_t - (t - s) u: an Euler step along u."""
-    x, one, m = fresh(0), torch.ones(N, dtype=torch.float64), torch.full((N,), 0.3, dtype=torch.float64)
-    x_s = x - lift(one - m, x) * (x - endpoint(x, one, C))
-    assert (solve(Restart(m=0.3, rho=0.0), 2) - endpoint(x_s, m, C)).abs().max() <= 1e-12
-
-
-def test_restart_mixes_noise_by_variance() -> None:
-    """Of a net whose x_0 is 0, x_t is noise alone."""
-    seen: list[Tensor] = []
-
-    def noted(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        seen.append(x / lift(t, x))
-        return 0 * x
-
-    solve(Restart(rho=0.3), 3, Reads(endpoint=noted))
-    want = fresh(0)
-    for k, z in enumerate(seen):
-        want = 0.7**0.5 * want + 0.3**0.5 * fresh(k) if k else want
-        assert (z - want).abs().max() <= 1e-12
-
-
-@pytest.mark.parametrize("solver", JUMPING, ids=lambda solver: solver.kind)
-def test_m_by_number_of_passes(solver: Jumps) -> None:
-    told = solver.model_copy(update={"m_at": {2: 0.7}})
-    assert told.times(2) == [1.0, 0.7]
-    assert told.times(4) == solver.times(4)
-    assert "m_at" not in solver.model_dump()
-    assert type(told).model_validate(told.model_dump(mode="json")) == told
+    assert (solve(Hermite(), nfe, Reads(both=along)) + fresh(0)).abs().max() <= 1e-9
 
 
 def visited(solver: Solver, nfe: int) -> list[tuple[float, ...]]:
@@ -197,11 +196,12 @@ def visited(solver: Solver, nfe: int) -> list[tuple[float, ...]]:
 @pytest.mark.parametrize("start", [1.0, 0.999])
 def test_times_of_the_passes(start: float) -> None:
     grid = uniform(4, start)
-    assert visited(Euler(start=start), 4) == [(t,) for t in grid[:-1]]
-    assert visited(Heun(start=start), 8) == [(t,) for pair in pairwise(grid) for t in pair]
     assert visited(Hop(start=start), 4) == list(pairwise(grid))
-    for kind in (Restart, Hermite, EulerJump):
-        assert visited(kind(start=start, m=0.3), 4) == [(t,) for t in jumps(4, 0.3, start)]
+    assert visited(Restart(start=start, m=0.3), 4) == [(t,) for t in jumps(4, 0.3, start)]
+    if start == 1:
+        assert visited(Euler(), 4) == [(t,) for t in grid[:-1]]
+        assert visited(Heun(), 8) == [(t,) for pair in pairwise(grid) for t in pair]
+        assert visited(Hermite(), 4) == [(t,) for t in jumps(4)]
 
 
 def test_two_restarts_are_at_one_and_m() -> None:
@@ -283,11 +283,8 @@ def test_specs_are_told_apart_by_kind() -> None:
         ({"kind": "restart", "m": 1.0}, ("restart", "m")),
         ({"kind": "restart", "m": 0.0}, ("restart", "m")),
         ({"kind": "restart", "m": 0.6, "start": 0.5}, ("restart",)),
-        ({"kind": "restart", "m_at": {2: 0.6}, "start": 0.5}, ("restart",)),
-        ({"kind": "restart", "m_at": {1: 0.6}}, ("restart", "m_at", 1, "[key]")),
-        ({"kind": "hermite", "rho": 1.1}, ("hermite", "rho")),
         ({"kind": "hop", "start": 1.01}, ("hop", "start")),
-        ({"kind": "heun", "start": 0.0}, ("heun", "start")),
+        ({"kind": "hop", "start": 0.0}, ("hop", "start")),
     ],
 )
 def test_wrong_specs_are_refused(given: dict[str, object], at: tuple[str, ...]) -> None:

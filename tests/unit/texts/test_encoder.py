@@ -45,7 +45,7 @@ def test_it_is_what_transformers_gives(t5: Path, clip: Path) -> None:
     assert torch.equal(Encoder(source=str(t5)).open()(TEXTS).tokens, wanted)
 
     spec = Encoder(source=str(clip), pooled=True, layer=-2, pad=True, length=12)
-    ids, _ = spec.tokens().open()(TEXTS)
+    ids, _ = spec.cutter()(TEXTS)
     stock = CLIPTextModelWithProjection.from_pretrained(clip)(ids, output_hidden_states=True)
     found = spec.open()(TEXTS)
     assert torch.equal(found.tokens, stock.hidden_states[-2])

@@ -18,7 +18,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
     errors: list[Exception] = []
 
     def gather(answers: list[object], mine: object) -> None:
-        answers[:] = [mine, (None, agreement.told(errors[-1]))]
+        answers[:] = [mine, (None, agreement.packed(errors[-1]))]
 
     monkeypatch.setattr(dist, "world", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)

@@ -12,10 +12,9 @@ from torch import nn
 
 from dumo.training import manifest
 from dumo.training.checkpoint import go_on, latest, mark, restore, save
-from dumo.training.retention import rewind, standing
+from dumo.training.manifest import rewind, standing
 from dumo.training.spec import Train
-from dumo.training.state import Diverged, State, begin
-from dumo.training.trend import Trend
+from dumo.training.state import Diverged, State, Trend, begin
 from dumo.types import UserError
 from forked import python
 from unit.training.sharded import sign

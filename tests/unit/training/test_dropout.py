@@ -28,7 +28,7 @@ def net(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[float], Net
     if request.param == "unet":
         return lambda p: UNet(**SMALL, dropout=p)
     encode(CAPTIONS, tokenizer := Tokenizer(length=8), tmp_path)
-    texts = Learned(root=str(tmp_path), tokenizer=tokenizer, width=8, depth=1, attention=2)
+    texts = Learned(root=str(tmp_path), tokenizer=tokenizer, width=8, depth=1)
     return lambda p: DiT(width=8, depth=2, attention=2, texts=texts.model_copy(update={"drop": p}))
 
 

@@ -12,10 +12,9 @@ from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.training.checkpoint import go_on, mark, restore, save
 from dumo.training.ema import MovingAverage
 from dumo.training.frozen import digest, frozen_weights, trained
-from dumo.training.memory import flatten
 from dumo.training.optim import AdamW
 from dumo.training.spec import Train
-from dumo.training.state import State, begin
+from dumo.training.state import State, begin, flatten
 from dumo.types import Frozen, UserError
 from unit.training.adapted import Adapted
 from unit.training.sharded import sign

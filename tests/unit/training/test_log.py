@@ -70,19 +70,6 @@ def test_a_broken_line_inside_is_named(tmp_path: Path) -> None:
     assert path.read_text().count("\n") == 3
 
 
-def test_notes_of_older_runs_have_the_names_of_today(tmp_path: Path) -> None:
-    path, notes = tmp_path / "metrics.jsonl", {"beyond": 0.5, "apart": 2.0, "beyond_u": 0.25, "log_variance": 1.0}
-    append(path, {"step": 1, "loss": 3.0, "notes": notes, "bins": {"loss": [1.0], "apart": [None], "beyonder": [2.0]}})
-    assert read_log(path) == [
-        {
-            "step": 1,
-            "loss": 3.0,
-            "notes": {"clipped_share": 0.5, "head_gap": 2.0, "clipped_share_u": 0.25, "log_variance": 1.0},
-            "bins": {"loss": [1.0], "head_gap": [None], "beyonder": [2.0]},
-        }
-    ]
-
-
 @pytest.mark.parametrize(
     ("steps", "every", "lost"),
     [

@@ -11,7 +11,7 @@ from dumo.config.load import load
 from dumo.preflight.plan import held
 from dumo.random import stream
 from dumo.run.train import train
-from dumo.training.muon import Adjust, orthogonal
+from dumo.training.muon import orthogonal
 from dumo.training.optim import AdamW, Muon, matrices
 from dumo.training.record import Record
 from dumo.training.state import begin
@@ -48,7 +48,7 @@ def stepped(optimizer: torch.optim.Optimizer, net: nn.Module, steps: int = 3) ->
 def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int, int]) -> None:
     m = drawn(*shape)
     u, s, vh = torch.linalg.svd(m, full_matrices=False)
-    turned = u.mT @ orthogonal(m, 5) @ vh.mT
+    turned = u.mT @ orthogonal(m) @ vh.mT
     found = turned.diagonal(dim1=1, dim2=2)
     assert torch.allclose(turned, found.diag_embed(), rtol=0, atol=1e-12)
     large = s / s.square().sum(1, keepdim=True).sqrt() > 2e-3
@@ -56,20 +56,18 @@ def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int, i
     assert 0.6 < found[large].min() < found[large].max() < 1.3
 
 
-@pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
-@pytest.mark.parametrize("nesterov", [True, False])
-def test_a_whole_matrix_moves_as_torchs_does(adjust: Adjust, nesterov: bool) -> None:
-    """To the bit in bf16, in which torch iterates; without Nesterov's, torch then writes into its own momentum."""
+def test_a_whole_matrix_moves_as_torchs_does() -> None:
+    """To the bit in bf16, in which torch iterates."""
     ours, theirs = (Blocks(nn.Linear(6, 20, bias=False)).bfloat16() for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    spec = Muon(lr=0.02, momentum=0.9, nesterov=nesterov, weight_decay=0.1, adjust_lr_fn=adjust, adamw_lr=0.1)
-    torchs = torch.optim.Muon(theirs.parameters(), 0.02, 0.1, 0.9, nesterov, adjust_lr_fn=adjust)
+    spec = Muon(lr=0.02, momentum=0.9, weight_decay=0.1, adamw_lr=0.1)
+    torchs = torch.optim.Muon(theirs.parameters(), 0.02, 0.1, 0.9, adjust_lr_fn="match_rms_adamw")
     for optimizer, net in ((spec(ours), ours), (torchs, theirs)):
-        stepped(optimizer, net, 3 if nesterov else 1)
+        stepped(optimizer, net)
     assert torch.equal(next(ours.parameters()), next(theirs.parameters()))
 
 
-def test_with_match_rms_adamw_a_matrix_moves_as_far_as_by_adamw() -> None:
+def test_a_matrix_moves_as_far_as_by_adamw() -> None:
     """In the root mean square .2 lr, about what AdamW's step is in training (Moonlight, Sec. 2.2)."""
     for rows, columns in ((64, 16), (16, 64), (32, 32)):
         net = Blocks(nn.Linear(columns, rows, bias=False))
@@ -118,7 +116,7 @@ def test_filters_are_rows() -> None:
     ("recipe", "more", "taken"),
     [
         ("digits", [], {"modulation": 6, "qkv": 3, "out": 1, "up": 1, "down": 1}),
-        ("digits", ["net.mlp=swiglu"], {"modulation": 6, "qkv": 3, "out": 1, "up": 2, "down": 1}),
+        ("digits", ["net.modern=true"], {"modulation": 6, "qkv": 3, "out": 1, "up": 2, "down": 1}),
         ("moons", [], {"0": 1, "1": 1}),
         ("cifar10-small", [], {"conv_1": 1, "conv_2": 1, "skip": 1, "shift": 1, "qkv": 3, "out": 1}),
     ],
@@ -173,8 +171,5 @@ def test_its_memory_is_counted() -> None:
 def test_refusals() -> None:
     with pytest.raises(UserError, match="no matrix in blocks"):
         Muon()(Small())
-    with pytest.raises(ValidationError, match="set adamw_lr"):
-        Muon(adjust_lr_fn="original")
-    for bad in ({"momentum": 1.0}, {"ns_steps": 0}, {"adjust_lr_fn": "other"}):
-        with pytest.raises(ValidationError, match=next(iter(bad))):
-            Muon.model_validate(bad)
+    with pytest.raises(ValidationError, match="momentum"):
+        Muon(momentum=1)

@@ -15,7 +15,7 @@ from dumo.nets import DiT
 from dumo.objectives import DuMo, MeanFlow
 from dumo.training.checkpoint import latest, restore, save
 from dumo.training.loop import Every, train
-from dumo.training.probe import Probe, ask, compare, drift
+from dumo.training.record import Probe, ask, compare, drift
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import Record, Task

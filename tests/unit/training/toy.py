@@ -11,14 +11,14 @@ from dumo.random import stream
 from dumo.training.cut import span
 from dumo.training.ema import Ema
 from dumo.training.loop import train
-from dumo.training.optim import Adam, AdamW, RAdam
+from dumo.training.optim import Adam, AdamW
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import Task, pieces
 from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, TimeLaw, mean_square
 
 CLASSES = 3
-OPTIMIZERS = (AdamW(lr=1e-2, weight_decay=0.1), Adam(lr=1e-2), RAdam(lr=1e-2))
+OPTIMIZERS = (AdamW(lr=1e-2, weight_decay=0.1), Adam(lr=1e-2))
 AVERAGES = (Ema(decay=0.99), Ema(decay=0.9, ramp=False))
 
 

@@ -13,12 +13,12 @@ from torch._dynamo.utils import counters
 from contract.case import nets, one_each, randomise
 from dumo import recipes
 from dumo.autodiff import tape
-from dumo.bench.variant import Plain
 from dumo.config.load import load
 from dumo.config.spec import Run
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
+from dumo.lab.yardstick import Plain
 from dumo.nets.dit import DiT
 from dumo.nets.text import Learned
 from dumo.random import random_batch
@@ -34,7 +34,7 @@ from unit.nets.given import Given
 SMALL = ["net.width=8", "net.depth=2", "net.attention=2", "train.ema=[]", "data.root=x"]
 STEPS = 6  # whose numbers of guided rows differ
 FEW = ["net.depth=1", "net.patch=8", "train.batch=4", "train.micro_batch=4", "train.precision=fp32", "train.steps=2"]
-TEXTS: dict[str, tuple[Compile, ...]] = {"cross": ("none", "loss"), "joint": ("none", "blocks")}
+TEXTS: dict[str, tuple[Compile, ...]] = {"learned": ("none", "loss"), "given": ("none", "blocks")}
 COMPILE = torch.compile
 
 
@@ -75,10 +75,9 @@ def texts() -> dict[str, DiT]:
     """Nets that read texts, given ones and by an encoder that learns too, for the classes of digits."""
     folder, tokenizer = Path("texts"), Tokenizer(length=8)
     encode([str(k) for k in range(10)], tokenizer, folder)
-    learned = Learned(root=str(folder), tokenizer=tokenizer, width=8, depth=1, attention=2, drop=0.2)
+    learned = Learned(root=str(folder), tokenizer=tokenizer, width=8, depth=1, drop=0.2)
     tiny = DiT(patch=2, width=8, depth=2, attention=2)
-    ways = {"cross": ("cross", learned), "joint": ("joint", Given())}
-    return {name: tiny.model_copy(update={"text": way, "texts": texts}) for name, (way, texts) in ways.items()}
+    return {name: tiny.model_copy(update={"texts": of}) for name, of in (("learned", learned), ("given", Given()))}
 
 
 def wholes() -> dict[str, bool]:

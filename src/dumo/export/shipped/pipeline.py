@@ -25,15 +25,11 @@ class DumoPipeline(DiffusionPipeline):
         start: float = 1.0,
         shift: float | list[float] = 0.0,
         scale: float | list[float] = 1.0,
-        m_at: dict[str, float] | None = None,
     ) -> None:
-        """The first time is `start`, that of the second of two jumps `m`, for which `m_at` may have others by passes.
-
-        The net learned (latent - shift) scale.
-        """
+        """The first time is `start`, that of the second of two jumps `m`. The net learned (latent - shift) scale."""
         super().__init__()
         self.register_modules(transformer=transformer, vae=vae)
-        self.register_to_config(head=head, m=m, start=start, shift=shift, scale=scale, m_at=m_at or {})
+        self.register_to_config(head=head, m=m, start=start, shift=shift, scale=scale)
 
     @torch.no_grad()
     def __call__(
@@ -69,7 +65,7 @@ class DumoPipeline(DiffusionPipeline):
 
     def times(self, n: int) -> list[float]:
         """Those of n passes; of Euler steps also the last one's end."""
-        start, m = self.config["start"], self.config["m_at"].get(str(n), self.config["m"])
+        start, m = self.config["start"], self.config["m"]
         if self.config["head"] == "v":
             return [start * ((n - k) / n) for k in range(n + 1)]
         return [start * (m / start) ** log2(n / (n - k)) for k in range(n)]

@@ -1,0 +1,186 @@
+"""The lab: figures and tables made again; training steps, sampling and reading data measured on this machine."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dumo.bound import ROWS
+from dumo.cli.option import AsJson, Device, Set, Source, numbers, place
+from dumo.cli.terminal import out, show_table
+from dumo.progress import bar
+
+Shape = Annotated[
+    str | None, typer.Option(help="Shape of a sample, e.g. 4,32,32, of random numbers. Default: the data's.")
+]
+Precisions = Annotated[str, typer.Option("--precision", help="Of fp32, tf32 (GPU) and bf16, e.g. fp32,bf16.")]
+Rounds = Annotated[int, typer.Option(min=1, help="Times that each variant is run, in turn with the others.")]
+Threads = Annotated[int | None, typer.Option(min=1, max=4096, help="Threads on a CPU. Default: torch's own choice.")]
+
+
+def reproduce(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="fig3, fig4a, fig4b, fig4c, fig5, sec43, tab2, zoo; ours: best, best-latents, best-options, "
+            "best-pixels, best-tuning, fair, latents, lowpass, pretrained, stages, words."
+        ),
+    ],
+    scale: Annotated[
+        str, typer.Option(help="smoke (a minute or two), laptop (up to an hour) or paper (its own size, on GPUs).")
+    ] = "laptop",
+    folder: Annotated[
+        Path | None, typer.Option("--out", parser=place, metavar="FOLDER", help="Default: runs/reproduce/NAME-SCALE.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time, each with its share of the cores.")] = 1,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Make a figure or table again: picture, table and results.json. Finished cells are kept, a stopped one goes on."""
+    from dumo import dist
+    from dumo.lab.reproduce import reproduce
+
+    dist.alone("dumo reproduce")
+    results = reproduce(name, scale, folder, jobs=jobs, device=device, bar=bar)
+    if as_json:
+        print(json.dumps(results))
+        return
+    show_table(results["title"], results["table"])
+    for file in results["files"]:
+        out.print(file, soft_wrap=True)
+
+
+def step(
+    source: Source = "digits",
+    set_: Set = None,
+    slope: Annotated[
+        str | None, typer.Option(help="Slopes, e.g. central,dual. Default: all. The plain step, none, is always there.")
+    ] = None,
+    precision: Precisions = "fp32",
+    shape: Shape = None,
+    batch: Annotated[int | None, typer.Option(min=1, max=ROWS, help="Rows of a step. Default: the run's own.")] = None,
+    compile_: Annotated[str, typer.Option("--compile", help="none, blocks (each, whole) or loss.")] = "none",
+    peak: Annotated[
+        float | None, typer.Option("--peak-tflops", min=0, help="The GPU's bf16 peak. Default: known of H100 and H200.")
+    ] = None,
+    rounds: Rounds = 9,
+    threads: Threads = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure a training step by every slope: operations, time, bytes, and the error of du/dt.
+
+    F is a forward pass; by time it is a third of the plain flow-matching step in the same precision.
+    """
+    from dumo.config.load import load
+    from dumo.lab import step
+
+    begin(threads)
+    report = step.measure(
+        load(source, [*(set_ or []), *([f"train.batch={batch}"] if batch else [])]),
+        slopes=slope.split(",") if slope else None,
+        precisions=precision.split(","),
+        shape=numbers("--shape", shape),
+        compile=compile_,
+        rounds=rounds,
+        peak_tflops=peak,
+        device=device,
+        bar=bar,
+    )
+    if as_json:
+        print(json.dumps(report))
+        return
+    show_table(title(report), [step.shown(row) for row in report["rows"]])
+    for row in report["rows"]:
+        if row["refused"]:
+            out.print(f"{row['slope']} in {row['precision']}: {row['refused']}", soft_wrap=True)
+
+
+def sample(
+    source: Source = "digits",
+    set_: Set = None,
+    nfe: Annotated[str, typer.Option("--nfe", help="Passes through the net.")] = "1,2,50",
+    precision: Precisions = "fp32",
+    shape: Shape = None,
+    batch: Annotated[int, typer.Option(min=1, max=ROWS, help="Images made at a time.")] = 256,
+    rounds: Rounds = 9,
+    threads: Threads = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure images per second by number of passes, with random weights."""
+    from dumo.config.load import load
+    from dumo.lab import sampling
+
+    begin(threads)
+    report = sampling.measure(
+        load(source, set_ or []),
+        nfes=numbers("--nfe", nfe) or (),
+        precisions=precision.split(","),
+        shape=numbers("--shape", shape),
+        batch=batch,
+        rounds=rounds,
+        device=device,
+        bar=bar,
+    )
+    if as_json:
+        print(json.dumps(report))
+        return
+    show_table(title(report), report["rows"])
+    if report["decoder"]:
+        out.print(report["decoder"], soft_wrap=True)
+
+
+def data(
+    source: Annotated[str, typer.Argument(help="A recipe, a run's folder, or a folder or file of images.")],
+    set_: Set = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images at a time. Default: the recipe's, or 256.")] = None,
+    side: Annotated[int | None, typer.Option(min=1, help="Pixels of a folder's images. Default: 256.")] = None,
+    threads: Annotated[
+        str | None, typer.Option("--threads", help="Threads that decode, e.g. 1,4. Default: 1, 2, 4 ... all cores.")
+    ] = None,
+    batches: Annotated[int, typer.Option(min=1, help="Batches for each number of threads.")] = 20,
+    step_seconds: Annotated[
+        float | None,
+        typer.Option(min=1e-6, help="What a training step takes. Default: counted, on a GPU that is known."),
+    ] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Measure images per second that data give, by threads, and compare with what a training step takes."""
+    from dumo.lab import reading
+
+    begin(None)
+    counts = numbers("--threads", threads)
+    if counts and min(counts) < 1:
+        raise typer.BadParameter("is at least 1", param_hint="--threads")
+    found = reading.reading_of(source, set_ or [], batch=batch, side=side)
+    report = reading.measure(found, threads=counts, batches=batches, step_seconds=step_seconds, device=device, bar=bar)
+    if as_json:
+        print(json.dumps(report))
+        return
+    words = {None: "", True: "waits", False: "is fed"}
+    rows = [{"threads": row["threads"] or "", "images/s": row["images_per_second"], "device": words[row["waits"]]}
+            for row in report["rows"]]  # fmt: skip
+    where = f"on {report['machine']}, {report['cores']} cores"
+    show_table(f"{report['kind']}, {report['batch']} at a time, {where}", rows)
+    out.print(reading.verdict(report), soft_wrap=True)
+
+
+def begin(threads: int | None) -> None:
+    """Refuse several ranks, which would disturb each other; set the number of threads."""
+    from dumo import dist
+
+    dist.alone("dumo bench")
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def title(report: dict[str, Any]) -> str:
+    """What was measured, and on what."""
+    shape, size = " x ".join(map(str, report["shape"])), f"{report['parameters'] / 1e6:.4g} M parameters"
+    where = f"{report['machine']}, {report['threads']} threads, {report['rounds']} rounds"
+    return f"{size}, {report['batch']} samples of {shape} at a time, on {where}"

@@ -1,0 +1,84 @@
+"""What a user names and files hold: paths, texts and JSON, refused with a line where they are not what they should be.
+
+JSON has no NaN and no infinity: they are written as null.
+"""
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dumo.io import file
+from dumo.types import UserError
+
+MOST = 2**26  # bytes, ours: a long evaluation has thousands, the names of 20,000 classes are half a million
+
+
+def user_path(text: str, field: str) -> Path:
+    """The path with its variables' values. Raises UserError, naming the field, for one that is not set, or no path."""
+    expanded = os.path.expandvars(text)
+    if unset := re.search(r"\$\{?(\w+)\}?", expanded):
+        name = unset[1]
+        raise UserError(f"{field} is {text}, but {name} is not set: export {name}=..., or set {field}")
+    if not text:
+        raise UserError(f"{field} is empty: set it to a path")
+    if "\0" in expanded:
+        raise UserError(f"{field} has a character that no path has, NUL: set it to a path")
+    try:
+        return Path(expanded).expanduser()
+    except RuntimeError as error:  # HOME is not set, and the user has no entry, or is not known
+        raise UserError(f"{field} is {text}, and no such home is known: write the whole path, or set HOME") from error
+
+
+def brief(text: object, most: int = 200) -> str:
+    """A text that a line has room for: the end of a long one left out."""
+    text = str(text)
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def read_text(path: Path, way_out: str, most: int = MOST) -> str:
+    """What a file holds. Raises FileNotFoundError for none; UserError, with the way out, for what is no such file.
+
+    That is a pipe or a device, which may have no end; more than `most` bytes; or what is not UTF-8.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path} is no file: {way_out}")
+    if (size := path.stat().st_size) > most:
+        raise UserError(f"{path} has {size:,} bytes, and such a file has at most {most:,}: {way_out}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is no text ({error}): {way_out}") from error
+
+
+def write_json(path: Path, tree: Mapping[str, Any]) -> None:
+    """Write a file whole, or not at all; raises as `file.whole` does."""
+    file.write(path, (json.dumps(finite(tree), indent=2) + "\n").encode())
+
+
+def read_json(path: Path, way_out: str) -> Any:  # noqa: ANN401, whatever stands there
+    """What a file holds. Raises as `read_text`, and UserError for what is not JSON, or lists lists too deep to read."""
+    text = read_text(path, way_out)
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}): {way_out}") from error
+
+
+def _refuse(name: str) -> None:
+    """Python's reader takes them, JSON has none."""
+    raise ValueError(f"{name} is no number")
+
+
+def finite(value: object) -> object:
+    """The value with null for every number that JSON cannot say."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return value

@@ -1,0 +1,130 @@
+"""The cells of a plan trained and measured, each as a run in a folder named after a hash of what trains it.
+
+One that is finished is not run again, one that was stopped goes on, one whose recipe has changed starts anew. Cells
+that begin from others of their plan come after these, whose names stand for their folders.
+"""
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from dumo.config.spec import Run
+from dumo.data import Latents
+from dumo.evaluation import card
+from dumo.evaluation.evaluate import evaluate, standing
+from dumo.lab import job
+from dumo.lab.plan import Cell
+from dumo.nets.dualized import Dualized
+from dumo.nets.pretrained import Pretrained
+from dumo.peer import Lost
+from dumo.progress import Bar, no_bar
+from dumo.run import encode, text
+from dumo.run.folder import RunFolder, open_run
+from dumo.run.train import train
+
+
+@dataclass(frozen=True)
+class Result:
+    """A cell, trained and measured."""
+
+    cell: Cell
+    trained: RunFolder
+    report: dict[str, Any]
+
+
+def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> list[Result]:
+    """Train and measure all cells, `jobs` at a time, each in a process of its own with its share of the cores.
+
+    A small net is quicker on one core, and two of them on two, than one on two. Raises UserError as `finish` does, and
+    for cells of one protocol that were not measured alike.
+    """
+    done: dict[str, Result] = {}
+    names = {cell.name for cell in cells}
+    while left := [cell for cell in cells if cell.name not in done]:
+        ready = [begun(cell, done, folder.parent) for cell in left if sources(cell, names) <= done.keys()]
+        assert ready, [cell.name for cell in left]
+        for data in dict.fromkeys(cell.spec.data for cell in ready):
+            if isinstance(data, Latents):
+                encode.ensure(data, device=device, bar=bar)
+        ready = [replace(cell, spec=text.ready(cell.spec)) for cell in ready]
+        if jobs > 1:
+            finish_apart(ready, folder, jobs=jobs, device=device, bar=bar)
+        done |= {cell.name: finish(cell, folder, device=device, bar=bar) for cell in ready}
+    results = [done[cell.name] for cell in cells]
+    for kind in dict.fromkeys(one.cell.spec.evaluate.protocol.kind for one in results):
+        same = [one for one in results if one.cell.spec.evaluate.protocol.kind == kind]
+        card.alike({one.cell.name: one.report["card"] for one in same})
+    return results
+
+
+def finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: Bar) -> None:
+    """Finish cells in processes of their own. Where one is killed the others are finished all the same.
+
+    Raises `Lost` then, with its name.
+    """
+    threads, lost = max(1, (os.cpu_count() or 1) // jobs), list[str]()
+    with bar(f"{len(cells)} cells, {jobs} at a time", len(cells)) as tick:
+        made = job.side_by_side(partial(work, folder=folder, device=device), cells, jobs=jobs, threads=threads)
+        for done, (cell, error) in enumerate(made, 1):
+            lost += [f"{cell.name}: {error}"] if error else []
+            tick(done, cell.name)
+    if lost:
+        ways = "; the others are finished. Start the same command again, with fewer --jobs where memory is short"
+        raise Lost("; ".join(lost) + ways)
+
+
+def work(cell: Cell, folder: Path, device: str) -> None:
+    """Finish a cell, in a process without a terminal."""
+    finish(cell, folder, device=device, bar=no_bar)
+
+
+def finish(cell: Cell, cells: Path, *, device: str, bar: Bar) -> Result:
+    """Train and measure a cell, or take what there is of it."""
+    trains = cell.spec.model_dump_json(exclude={"about", "sample", "evaluate"})
+    folder = cells / f"{cell.name}-{blake2b(trains.encode(), digest_size=4).hexdigest()}"
+    train(cell.spec, folder, device=device, bar=bar)
+    trained = open_run(str(folder), device=device)
+    return Result(cell, trained, standing(trained) or evaluate(trained, bar=bar))
+
+
+def sources(cell: Cell, names: Collection[str]) -> set[str]:
+    """Which of these cells a cell begins from, or is taught by."""
+    found = (cell.weights, *(getattr(part, "source", None) for part in (cell.spec.start, cell.spec.teacher)))
+    return {*names} & {*found}
+
+
+def begun(cell: Cell, done: Mapping[str, Result], parent: Path) -> Cell:
+    """The cell with folders for the names of cells."""
+    update: dict[str, Any] = {}
+    for name in ("start", "teacher"):
+        part = getattr(cell.spec, name)
+        if (source := done.get(getattr(part, "source", ""))) is not None:
+            update[name] = part.model_copy(update={"source": str(source.trained.folder)})
+    if cell.weights:
+        source = saved(done[cell.weights], parent, cell.cut)
+        update["net"] = cell.spec.net.model_copy(update={"source": str(source)})
+    return replace(cell, spec=cell.spec.model_copy(update=update))
+
+
+def saved(result: Result, parent: Path, cut: float | None) -> Path:
+    """Where diffusers saves the model of a cell, with v's head; with `cut` behind a low-pass, fitted to its outputs."""
+    folder = parent / (result.cell.name if cut is None else f"{result.cell.name}-{cut:g}")
+    if (folder / "config.json").exists():
+        return folder
+    net = result.trained.net
+    if cut is not None:
+        net = low_passed(result.trained.run, saved(result, parent, None), cut)
+    assert isinstance(net, Dualized)
+    net.stock("v").save_pretrained(folder)
+    return folder
+
+
+def low_passed(spec: Run, folder: Path, limit: float) -> Dualized:
+    """The model of a folder, its time embedder cut at `limit` rad and fitted again (`dumo.nets.lowpass`)."""
+    net = Pretrained(source=str(folder), lowpass=limit).build(spec.objective.needs, spec.data.shape, spec.data.classes)
+    net.refit()
+    return net

@@ -1,0 +1,117 @@
+"""Work in processes of its own, several at a time: each reports how it ended, and none is left running.
+
+The executors of the standard library learn that a worker was killed, but not which work it did, and drop all the rest;
+and they pass on no signal.
+"""
+
+import signal
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from multiprocessing import connection, get_context
+from multiprocessing.connection import Connection
+from typing import TypeVar
+
+import torch
+
+from dumo import stop
+from dumo.peer import Lost
+
+T = TypeVar("T")
+POLL = 0.2  # seconds between looks for a signal: ours
+processes = get_context("spawn")  # a fork would copy threads and locks of torch
+
+
+class Worker:
+    """A process that does one piece of work after another."""
+
+    def __init__(self, work: Callable[[T], object], threads: int) -> None:
+        """Start it with this number of cores."""
+        self.pipe, theirs = processes.Pipe()
+        self.process = processes.Process(target=serve, args=(work, theirs, threads))
+        self.process.start()
+        theirs.close()  # so that the pipe ends with the process
+        self.piece: object = None
+
+    def send(self, piece: object) -> None:
+        """Give it a piece of work."""
+        self.piece = piece
+        with suppress(BrokenPipeError):  # it was killed, as `receive` reports
+            self.pipe.send(piece)
+
+    def receive(self) -> Exception | None:
+        """Wait for its work to end: None where it ended well."""
+        try:
+            error, trace = self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            return Lost(f"its process {exit_text(self.process.exitcode or 0)}")
+        if error is not None:
+            error.__cause__ = RuntimeError(trace)  # where it arose
+        return error
+
+
+def exit_text(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"ended with exit code {code}"
+    why = ", as where memory is used up" if code == -signal.SIGKILL else ""
+    return f"was ended by {signal.Signals(-code).name}{why}"
+
+
+def serve(work: Callable[[T], object], pipe: Connection, threads: int) -> None:
+    """Do what comes, and report how it ended, until the pipe ends or a signal comes."""
+    torch.set_num_threads(threads)
+    with suppress(EOFError, OSError, KeyboardInterrupt), stop.listening(child=True):
+        while stop.asked() is None:
+            if not pipe.poll(POLL):
+                continue
+            piece = pipe.recv()
+            try:
+                work(piece)
+                pipe.send((None, ""))
+            except Exception as error:
+                pipe.send((error, traceback.format_exc()))
+
+
+def side_by_side(
+    work: Callable[[T], object], pieces: Sequence[T], *, jobs: int, threads: int
+) -> Iterator[tuple[T, Lost | None]]:
+    """Do `work` of each piece, `jobs` at a time; yield each when it is done, or lost because its process was killed.
+
+    Raises what else a piece raises, and Stopped after a signal; the other processes then stop, too, and are waited for.
+    `work` and the pieces go to other processes, so they must be picklable.
+    """
+    waiting, workers = list(pieces)[::-1], list[Worker]()
+    try:
+        while waiting or workers:
+            while waiting and len(workers) < jobs:
+                workers.append(Worker(work, threads))
+                workers[-1].send(waiting.pop())
+            stop.check()
+            ready = connection.wait([one.pipe for one in workers], POLL)
+            for one in [one for one in workers if one.pipe in ready]:
+                error, piece = one.receive(), one.piece
+                if error is not None and not isinstance(error, Lost):
+                    raise error
+                if error is None and waiting:
+                    one.send(waiting.pop())
+                else:
+                    workers.remove(one)
+                    end([one])
+                yield piece, error  # pyright: ignore[reportReturnType], a T that was sent
+    finally:
+        end(workers)
+
+
+def end(workers: Sequence[Worker]) -> None:
+    """Stop these and wait for them. A second Ctrl-C kills them."""
+    try:
+        for one in workers:
+            one.process.terminate()
+        for one in workers:
+            one.process.join()
+    finally:
+        for one in workers:
+            one.process.kill()
+            one.pipe.close()

@@ -1,0 +1,138 @@
+"""Our own plans: what is special in how each is set out. The plans are YAML."""
+
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dumo.export.write import export
+from dumo.features import digits
+from dumo.io import picture, weights
+from dumo.lab import chart
+from dumo.lab.cell import Result
+from dumo.lab.cost import flops
+from dumo.lab.paper import far
+from dumo.lab.plan import Plan
+from dumo.lab.table import Row, averaged, by_arm, main_score, passes
+from dumo.metrics.distance import Moments, frechet_distance
+from dumo.protocols.cifar10 import features_of
+from dumo.random import noise
+from dumo.report import gallery
+from dumo.run.folder import RunFolder
+from dumo.run.sample import real_data, sample
+from dumo.sampling.generate import labels
+
+FEATURES = {"digits": digits.features, "cifar10-features": features_of}
+MOST = 4000  # samples of a class FD, 400 a class: ours
+SCORES = ("nfe", "fd", "fd_sd", "fd_grey", "fd_grey_sd", "precision", "recall", "accuracy")
+
+
+def fair_table(plan: Plan, results: list[Result]) -> list[Row]:
+    """A row per combination and number of passes."""
+    return averaged(results, far)
+
+
+def fair_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
+    """A line per law, two heads and one on it, the best on top; a picture per number of passes."""
+    drawn: dict[str, Image.Image] = {}
+    score, names = main_score(table[0]), ["two heads", "one head, MeanFlow's metric", "one head"]
+    for nfe in dict.fromkeys(row["nfe"] for row in table):
+        points: dict[str, dict[str, tuple[float, float | None]]] = {}
+        for row in sorted((row for row in table if row["nfe"] == nfe), key=lambda row: row[score]):
+            name = names[0] if row["heads"] == "two" else names[1] if row["metric"] == "adaptive" else names[2]
+            line = f"{row['law']}, {row['jumps']}, on {row['rows']}"
+            points.setdefault(line, {})[name] = row[score], row.get(f"{score}_sd")
+        title = f"Two heads and one at the same times and cost, {passes(nfe)}"
+        drawn[f"fair-nfe{nfe}"] = chart.dots(title, chart.axis(score), points, names)
+    return drawn
+
+
+def words_table(plan: Plan, results: list[Result]) -> list[Row]:
+    """A row per data, condition and number of passes: means over seeds, and the class FD of one pass.
+
+    That is the mean distance of each class's samples to its own images, by captions of the training and, `held`, by
+    templates that it never saw: low where texts are understood.
+    """
+    rows: list[Row] = []
+    for same in by_arm(results):
+        run, real = same[0].trained.run, class_moments(same[0].trained)
+        by_class = {
+            "class_fd": fmean(class_fd(one.trained, real) for one in same),
+            "class_fd_held": fmean(class_fd(one.trained, real, held=True) for one in same) if run.captions else None,
+        }
+        columns = {name: same[0].cell.labels[name] for name in (*plan.columns, "steps")}
+        columns |= {"MFLOP_per_pass": round(flops(same[0].cell.spec) / 1e6, 2)}
+        for row in averaged(same):
+            apart = by_class if row["nfe"] == 1 else dict.fromkeys(by_class)
+            rows.append({**columns, **{name: row.get(name) for name in SCORES}, **apart, "seeds": row["seeds"]})
+    return rows
+
+
+def class_fd(trained: RunFolder, real: Sequence[Moments], *, held: bool = False) -> float:
+    """The mean over classes of the Fréchet distance of their samples, of one pass, to their images, `real`."""
+    run = trained.run
+    protocol, many = run.evaluate.protocol, run.data.labels
+    c = labels(min(MOST, 2 * len(protocol.labels(many))), many)
+    made = sample(trained, nfe=1, c=run.conditions(c, held=held), seed=run.evaluate.seed).x
+    fake = FEATURES[protocol.kind](made)
+    return fmean(frechet_distance(Moments.of(fake[c == k]), of) for k, of in enumerate(real))
+
+
+def class_moments(trained: RunFolder) -> list[Moments]:
+    """Those of the features of the data's images, by class."""
+    run = trained.run
+    x, c = real_data(run).reference(run.train.batch, 0)
+    features = FEATURES[run.evaluate.protocol.kind](x)
+    return [Moments.of(features[c == k]) for k in range(run.data.labels)]
+
+
+def words_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
+    """What the first seeds make in one pass, a picture for each of the data."""
+    files: list[Path] = []
+    for data in dict.fromkeys(one.cell.labels["data"] for one in results):
+        files.append(folder / f"words-{data}-samples.png")
+        picture.write_picture(files[-1], chart.samples([one for one in results if one.cell.labels["data"] == data]))
+    return files
+
+
+def pretrained_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
+    """Trajectories of the base and of the first seed of each way: before, during and after (as Figs. 5 and 6).
+
+    And what the stock pipeline makes of the first one that was tuned, once exported.
+    """
+    files: list[Path] = []
+    for one, *_ in by_arm(results):  # a picture each, for each has steps of its own
+        files.append(folder / f"pretrained-{one.cell.name.rpartition('-')[0]}.png")
+        rows = {reading.name: row for reading, row in gallery.trajectories(one.trained).items()}
+        picture.write_picture(files[-1], gallery.side_by_side(rows))
+    files.append(folder / "pretrained-stock.png")
+    picture.write_picture(files[-1], by_stock(results[1].trained, folder / "exported"))
+    return files
+
+
+def by_stock(trained: RunFolder, folder: Path) -> Image.Image:
+    """An image of each class by diffusers' own pipeline of an export, in one pass and in two; rows are passes."""
+    diffusers: Any = import_module("diffusers")  # typed as if a pipeline needed its text encoders
+    if not folder.exists():
+        export(trained, folder)
+    model = diffusers.SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
+    none = dict.fromkeys(("vae", *(f"{part}{i}" for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3"))))
+    pipe = diffusers.StableDiffusion3Pipeline(transformer=model, scheduler=scheduler, **none)
+    pipe.set_progress_bar_config(disable=True)
+    run, codes = trained.run, weights.load(folder / "codes.safetensors")
+    n, side, m = run.data.classes, 8 * run.data.shape[-1], run.sample.solver.m  # pyright: ignore[reportAttributeAccessIssue]
+    tokens = {"prompt_embeds": codes["tokens"][:n], "pooled_prompt_embeds": codes["pooled"][:n]}
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)  # of the noise between two passes
+        z = noise(0, range(n), 0, run.data.shape)
+        made = [
+            pipe(**tokens, latents=z, sigmas=sigmas, guidance_scale=1.0, height=side, width=side, output_type="latent")
+            for sigmas in ([1.0], [1.0, m])
+        ]
+    names = [run.class_name(c) for c in range(n)]
+    return picture.sheet(picture.to_rows(trained.decode(torch.cat([one.images for one in made]))), n, titles=names)

@@ -1,0 +1,241 @@
+"""A plan: arms and seeds, each trained and measured once, at equal cost. The folder `plans` holds them as YAML.
+
+    title: Share on the velocity (Fig. 4a)
+    columns: [objective, share]               # of the table; every arm gives them, or varies over them
+    set: [one-pass]                           # settings of all arms; a word without `=` is a name in sets.yaml
+    scales:
+      smoke: {steps: 20, seeds: [0], cost: passes, set: [small]}
+      laptop: {steps: 2000, seeds: [0, 1], cost: passes}
+    arms:
+      - {objective: DuMo, recipe: digits, set: [objective.beta=$share], vary: {share: [0.0, 0.1]}}
+
+Equal cost is equal counted passes, in forward units, or operations, where nets differ: steps times what a step costs.
+An objective that needs more passes a step gets fewer steps. At the paper's size arms have equal steps, as there.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from itertools import product
+from string import Template
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from dumo.config.error import nearest
+from dumo.config.load import load
+from dumo.config.spec import Run
+from dumo.io.yaml import parse
+from dumo.lab.cost import operations, pairs, units
+from dumo.types import Spec, UserError
+
+PLANS = files("dumo.lab") / "plans"
+SCALES = ("smoke", "laptop", "paper")  # a minute; this machine's cores within an hour; the paper's size, on GPUs
+COSTS = {"passes": units, "operations": operations}
+
+
+def words(value: Any) -> list[str]:  # noqa: ANN401, as YAML has it
+    """Settings as `--set` takes them, out of lists in lists and names of sets."""
+    if isinstance(value, str):
+        return [value] if "=" in value else words(sets()[value])
+    return [word for part in value for word in words(part)]
+
+
+def axes(value: Any) -> dict[str, dict[Any, list[str]]]:  # noqa: ANN401, as YAML has it
+    """Values of each axis, with the settings of each; of a mere list, none."""
+    return {
+        name: {key: words(of[key]) for key in of} if isinstance(of, dict) else {key: [] for key in of}
+        for name, of in value.items()
+    }
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(words)]
+Axes = Annotated[dict[str, dict[Any, tuple[str, ...]]], BeforeValidator(axes)]
+
+
+class Arm(Spec):
+    """One thing compared with others; with `vary`, one for each combination of values."""
+
+    labels: dict[str, Any]  # its columns in the table
+    recipe: str
+    by: str | None = None  # a recipe whose objective it trains by
+    set: Words = ()
+    vary: Axes = Field({})
+    name: str = ""  # of its cells, if not its labels
+    seeds: tuple[int, ...] | None = None  # if not the scale's
+    steps: int | None = None  # the arms after it cost as much as these steps
+    share: float = 1.0  # of that cost
+    only: dict[str, Any] = Field({})  # the scale, or the value of an outer axis, at which there is this arm
+    weights: str | None = None  # a cell, of whose net it begins, as diffusers saves it
+    cut: float | None = None  # rad: behind a low-pass that is fitted once (`dumo.nets.lowpass`)
+
+
+class Scale(Spec):
+    """How large a plan is made."""
+
+    set: Words = ()
+    vary: Axes = Field({})  # outer axes: all arms for each value; `budget` multiplies the steps
+    values: dict[str, Any] = Field({})  # of $names in settings
+    recipes: dict[str, str] = Field({})  # those that stand for others here
+    arms: tuple[Arm, ...] = ()  # if not the plan's
+    seeds: tuple[int, ...] | None = None  # if not each recipe's own
+    steps: int | None = None  # of the first arm, if not its recipe's
+    cost: Literal["passes", "operations", "steps"] = "steps"
+
+
+class Plan(Spec):
+    """What a figure or table compares."""
+
+    name: str
+    title: str
+    columns: tuple[str, ...]
+    scales: dict[str, Scale]
+    arms: tuple[Arm, ...] = ()
+    arms_of: str | None = None  # another plan, whose arms follow
+    set: Words = ()
+    steps_of: str | None = None  # the recipe whose steps are counted, if not the first arm's
+    samples: bool = False  # whether what arms make in one pass is drawn
+    why: dict[str, str] = Field({})  # by arm: why it is far from the first
+    no_paper: str = ""  # why there is no scale `paper`
+
+    def at(self, scale: str) -> Scale:
+        """The plan's scale. Raises UserError for one that it does not have."""
+        if scale not in self.scales:
+            raise UserError(f"{self.name} has no scale '{scale}': {self.no_paper}; it has {' and '.join(self.scales)}")
+        return self.scales[scale]
+
+    def cells(self, scale: str) -> "Iterator[Cell]":
+        """All runs of the plan, arm by arm, seed by seed."""
+        at = self.at(scale)
+        for outer, sets in combined(at.vary):
+            budget = Budget(self, at, outer.get("budget", 1.0))
+            for arm in at.arms or self.arms:
+                if all({"scale": scale, **outer}[name] == value for name, value in arm.only.items()):
+                    for inner, more in combined(arm.vary):
+                        yield from self._cells(arm, at, budget, outer | inner, (*sets, *arm.set, *more), scale)
+
+    def _cells(
+        self, arm: Arm, at: Scale, budget: "Budget", axes: dict[str, Any], sets: Sequence[str], scale: str
+    ) -> "Iterator[Cell]":
+        """The runs of one arm, at one value of each axis."""
+        recipe = at.recipes.get(arm.recipe, arm.recipe)
+        sets = (*self.set, *at.set, *(trained_by(arm.by, recipe) if arm.by else ()), *sets)
+
+        def spec(seed: int | None) -> Run:
+            values = {**at.values, **axes, "seed": seed}
+            return load(recipe, [Template(text).safe_substitute(values) for text in sets])
+
+        seeds = arm.seeds or at.seeds or (None,)
+        run = spec(seeds[0])
+        steps = budget.steps(run, arm, smoke=scale == "smoke")
+        labels = {name: axes.get(name, arm.labels.get(name)) for name in self.columns} | {"steps": steps}
+        if at.cost != "steps":
+            labels["F_per_step"] = round(units(run), 2)
+        titles = [value for name, value in labels.items() if name in axes or isinstance(value, str)]
+        name = arm.name or slug("-".join(f"{one:g}" if isinstance(one, float) else str(one) for one in titles))
+        for seed in seeds:
+            run = spec(seed) if any("$seed" in text for text in sets) else run
+            seed = run.train.seed if seed is None else seed
+            train = run.train.model_copy(update={"steps": steps, "seed": seed})
+            yield Cell(f"{name}-{seed}", run.model_copy(update={"train": train}), labels, arm.weights, arm.cut)
+
+
+class Budget:
+    """What each arm may cost: the first arm sets it, by its steps."""
+
+    def __init__(self, plan: Plan, at: Scale, times: float) -> None:
+        """`times` the steps of the scale."""
+        self.at, self.times, self.total = at, times, 0.0
+        if plan.steps_of:
+            self.begin(load(plan.steps_of, [*at.set]), None)
+
+    def begin(self, spec: Run, steps: int | None) -> None:
+        """As many steps of this run."""
+        self.total = round(self.times * (steps or self.at.steps or spec.train.steps)) * COSTS[self.at.cost](spec)
+
+    def steps(self, spec: Run, arm: Arm, *, smoke: bool) -> int:
+        """How many steps of a run cost as much."""
+        if self.at.cost == "steps":
+            return self.at.steps or spec.train.steps
+        if arm.steps or not self.total:
+            self.begin(spec, None if smoke else arm.steps)
+        return round((arm.share * self.total - pairs(spec)) / COSTS[self.at.cost](spec))
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a plan: its name, its spec, and its columns in the table."""
+
+    name: str
+    spec: Run
+    labels: dict[str, Any]
+    weights: str | None = None  # as of its arm
+    cut: float | None = None
+
+
+def combined(axes: Mapping[str, Mapping[Any, tuple[str, ...]]]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Every combination of values, with its settings."""
+    for values in product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        yield chosen, [word for name, value in chosen.items() for word in axes[name][value]]
+
+
+def slug(text: str) -> str:
+    """A text as the name of a folder."""
+    return re.sub(r"[^\w.]+", "-", text.lower()).strip("-")
+
+
+@cache
+def trained_by(recipe: str, host: str) -> tuple[str, ...]:
+    """What makes the recipe `host` train as `recipe`: objective, path, preconditioning, theta^- and solver.
+
+    Dropped labels and guidance, if both objectives have them, stay the host's; so do its data, net and training.
+    """
+    here, there = (load(name).model_dump(mode="json") for name in (host, recipe))
+    kept = {name: here["objective"][name] for name in ("drop", "guide") if name in here["objective"]}
+    objective = there["objective"] | {name: value for name, value in kept.items() if name in there["objective"]}
+    parts = {
+        "objective": objective,
+        "path": there["path"],
+        "train.ref": there["train"]["ref"],
+        "sample.solver": there["sample"]["solver"],
+    }
+    if "precondition" in here["net"]:
+        parts["net.precondition"] = there["net"].get("precondition", "none")
+    return tuple(f"{name}={json.dumps(value)}" for name, value in parts.items())
+
+
+@cache
+def sets() -> dict[str, Any]:
+    """Named settings."""
+    return parse((PLANS / "sets.yaml").read_text(encoding="utf-8"))
+
+
+def names() -> list[str]:
+    """Every plan's name."""
+    return sorted(stem for file in PLANS.iterdir() if (stem := file.name.removesuffix(".yaml")) != "sets")
+
+
+def read(name: str) -> Plan:
+    """A plan. Raises UserError where there is none of this name."""
+    if name not in names():
+        raise UserError(f"there is no figure or table '{name}'; {nearest(name, names())}")
+    tree = parse((PLANS / f"{name}.yaml").read_text(encoding="utf-8"))
+    tree.pop("let", None)  # anchors
+    for part in (tree, *tree["scales"].values()):
+        part["arms"] = [labelled(arm, tree["columns"]) for arm in part.get("arms", ())]
+    plan = Plan(name=name, **tree)
+    if plan.arms_of is None:
+        return plan
+    taken = {tuple(arm.labels.values()) for arm in plan.arms}
+    more = (arm for arm in read(plan.arms_of).arms if tuple(arm.labels.values()) not in taken)
+    return plan.model_copy(update={"arms": (*plan.arms, *more)})
+
+
+def labelled(arm: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+    """An arm, its columns in a mapping of their own."""
+    labels = {name: arm[name] for name in columns if name in arm}
+    return {"labels": labels, **{name: value for name, value in arm.items() if name not in columns}}

@@ -1,0 +1,166 @@
+"""`dumo bench data`: images per second that a source gives and a training step takes: whether the device would wait.
+
+Batches are made as training makes them, ahead of a step that takes no time, by several numbers of threads, of rows that
+were not read before. A few are made before the clock starts, and as many are begun when it stops, so that neither
+counts. Only those are held, however large the data set is.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dumo import dist, stop
+from dumo.ahead import BATCHES, Ahead
+from dumo.config.change import override
+from dumo.config.load import FILE, load, parse
+from dumo.config.spec import Run
+from dumo.data import Data, Latents
+from dumo.data.album import Album
+from dumo.data.source import Source
+from dumo.io.read import user_path
+from dumo.lab.cost import flops, units
+from dumo.place import sent
+from dumo.preflight import machine
+from dumo.progress import Bar, Tick, no_bar
+from dumo.types import Spec, UserError
+
+WARM = BATCHES + 1  # batches before the first that counts
+SHARE_OF_PEAK = 0.4  # that a step is expected to reach: ours. Larger nets reach more, so it errs to the safe side
+
+
+class Part(Spec):
+    """The part of a run that says what is read."""
+
+    data: Data
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read, in batches of which size, and for which run, if for one."""
+
+    data: Data
+    batch: int
+    run: Run | None
+
+
+def reading_of(
+    source: str, overrides: Sequence[str] = (), *, batch: int | None = None, side: int | None = None
+) -> Reading:
+    """A recipe's data at its batch; or images of a folder or file, of `side` pixels (256), in batches of 256.
+
+    Raises UserError as loading does, and for a side with a recipe.
+    """
+    path = user_path(source, "the source")
+    if not path.exists() or (path / FILE).exists() or path.suffix in (".yaml", ".yml"):
+        if side is not None:
+            raise UserError("--side is for a folder of images: of a recipe, set data.side")
+        run = load(source, overrides)
+        return Reading(run.data, batch or run.train.batch, run)
+    tree: dict[str, Any] = {"data": {"kind": "images", "root": source, "side": side or 256, "flip": True}}
+    override(tree, overrides)
+    return Reading(parse(Part, tree).data, batch or 256, None)
+
+
+def measure(
+    reading: Reading,
+    *,
+    threads: Sequence[int] | None = None,
+    batches: int = 20,
+    step_seconds: float | None = None,
+    device: str = "auto",
+    bar: Bar = no_bar,
+) -> dict[str, Any]:
+    """Measure each number of threads that decode (None: 1, 2, 4 ... all), `batches` batches each.
+
+    `step_seconds`: what a step takes; None: counted, where the run and the GPU's peak are known. Raises UserError as
+    opening the data does.
+    """
+    here, source = dist.device(device), reading.data.open()
+    decodes = isinstance(source, Album) and source.kept is None
+    counts = (threads or powers(os.cpu_count() or 1)) if decodes else [None]
+    seconds, origin = (step_seconds, "given") if step_seconds else counted(reading, here)
+    needed = reading.batch / seconds if seconds else None
+    rates: list[float] = []
+    with bar("reading", len(counts) * (WARM + batches)) as tick:
+        for count in counts:
+            if isinstance(source, Album) and count:
+                source.use(count)
+            first = len(rates) * (WARM + batches)
+            rates.append(speed(source, reading.batch, range(first, first + WARM + batches), here, tick))
+    return {
+        "data": reading.data.model_dump(mode="json"),
+        "kind": kind(reading.data, source),
+        "images": source.size,
+        "shape": list(reading.data.shape),
+        "batch": reading.batch,
+        "batches": batches,
+        "step_seconds": seconds,
+        "step_seconds_are": origin,
+        "images_per_second_needed": needed,
+        "machine": machine.hardware(here).text,
+        "cores": os.cpu_count(),
+        "versions": dist.versions(),
+        "rows": [
+            {"threads": count, "images_per_second": rate, "waits": None if needed is None else rate < needed}
+            for count, rate in zip(counts, rates, strict=True)
+        ],
+    }
+
+
+def speed(source: Source, batch: int, steps: range, device: torch.device, tick: Tick) -> float:
+    """Images per second over these steps, the first `WARM` of them not counted."""
+    began = 0.0
+    with Ahead(lambda step: source.batch(step, batch, 0), last=steps.stop + BATCHES, depth=BATCHES) as take:
+        for step in steps:
+            stop.check()
+            for part in take(step):
+                sent(part, device)
+            if step == steps[WARM - 1]:
+                began = machine.now(device)
+            tick(step + 1, "")
+        return batch * (len(steps) - WARM) / (machine.now(device) - began)
+
+
+def counted(reading: Reading, device: torch.device) -> tuple[float | None, str | None]:
+    """Seconds of the run's step at a usual share of the GPU's peak, and their origin; None without run or peak."""
+    peak = machine.peak_tflops(device)
+    if (run := reading.run) is None or peak is None:
+        return None, None
+    return reading.batch * units(run) * flops(run) / (
+        SHARE_OF_PEAK * 1e12 * peak
+    ), f"counted, at {SHARE_OF_PEAK:.0%} of the peak"
+
+
+def powers(most: int) -> list[int]:
+    """1, 2, 4 ... and the most."""
+    return [*(2**k for k in range(most.bit_length()) if 2**k < most), most]
+
+
+def kind(data: Data, source: Source) -> str:
+    """What is done for a batch, in words."""
+    if isinstance(source, Album):
+        store = type(source.store).__name__.lower()
+        return f"{store}, {'decoded at every visit' if source.kept is None else 'decoded once, in memory'}"
+    return "latents, drawn from at every visit" if isinstance(data, Latents) else "numbers in memory"
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """Whether the device would wait for its data, and what to do."""
+    best = max(report["rows"], key=lambda row: row["images_per_second"])
+    have, need = best["images_per_second"], report["images_per_second_needed"]
+    if need is None:
+        return (
+            "say what a step takes (--step-seconds; dumo dry --rows measures it), to know whether a device would wait"
+        )
+    words = f"a step takes {need:,.0f} images/s ({report['step_seconds_are']}), and here are {have:,.0f}"
+    if have >= need:
+        return f"the device does not wait: {words}"
+    ways = (
+        "encode them once (dumo encode), or raise data.memory"
+        if "decoded at" in report["kind"]
+        else "put them on a faster disk"
+    )
+    return f"the device waits {1 - have / need:.0%} of the time: {words}: {ways}, or take more cores"

@@ -1,0 +1,127 @@
+"""`dumo reproduce`: a plan made, and its table, pictures and results.json written."""
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dumo import dist, recipes
+from dumo.config.error import nearest
+from dumo.io import file, picture
+from dumo.io.read import write_json
+from dumo.lab import best, cell, chart, fig4b, ours, paper
+from dumo.lab.cell import Result
+from dumo.lab.plan import SCALES, Plan, read
+from dumo.lab.table import Row, averaged, from_cells, markdown
+from dumo.progress import Bar, no_bar
+from dumo.types import UserError
+
+
+def ranking(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
+    """The arms, the best on top."""
+    return {plan.name: chart.ranking(plan.title, table)}
+
+
+def samples(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
+    """What all arms make, for a plan that wants it."""
+    if not plan.samples:
+        return []
+    path = folder / f"{plan.name}-samples.png"
+    picture.write_picture(path, chart.samples(results))
+    return [path]
+
+
+def none(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
+    """No chart."""
+    return {}
+
+
+@dataclass(frozen=True)
+class View:
+    """How the results of a plan are set out."""
+
+    table: Callable[[Plan, list[Result]], list[Row]] = lambda plan, results: averaged(results)
+    charts: Callable[[Plan, list[Row]], dict[str, Image.Image]] = ranking
+    draw: Callable[[Plan, list[Result], Path], list[Path]] = samples  # pictures that take the nets
+    finish: Callable[..., list[Result]] = cell.finish_all
+
+
+VIEWS = {
+    "best": View(best.table, best.charts),
+    "best-latents": View(best.table, best.charts),
+    "best-pixels": View(best.table, none),
+    "fair": View(ours.fair_table, ours.fair_charts),
+    "fig3": View(paper.fig3_table, none, paper.fig3_draw),
+    "fig4a": View(charts=paper.fig4a_charts),
+    "fig4b": View(fig4b.table, fig4b.charts, finish=fig4b.finish),
+    "fig4c": View(paper.fig4c_table, paper.fig4c_charts),
+    "fig5": View(paper.fig5_table, none, paper.fig5_draw),
+    "pretrained": View(charts=none, draw=ours.pretrained_draw),
+    "words": View(ours.words_table, none, ours.words_draw),
+    "zoo": View(paper.zoo_table),
+}
+
+
+def reproduce(
+    name: str, scale: str, folder: Path | None = None, *, jobs: int = 1, device: str = "auto", bar: Bar = no_bar
+) -> dict[str, Any]:
+    """Make a plan, `jobs` cells at a time, and write results.json, table.md and its pictures.
+
+    Raises UserError for an unknown name, or a scale that it does not have.
+    """
+    chosen, view = read(name), VIEWS.get(name, View())
+    if scale not in SCALES:
+        raise UserError(f"there is no scale '{scale}'; {nearest(scale, list(SCALES))}")
+    chosen.at(scale)
+    folder = folder or Path("runs/reproduce") / f"{name}-{scale}"
+    file.check_writable(folder)
+    done = view.finish(list(chosen.cells(scale)), folder / "cells", jobs=jobs, device=device, bar=bar)
+
+    table = view.table(chosen, done)
+    drawn = [*write_charts(chosen, view, table, folder), *view.draw(chosen, done, folder)]
+    results = {
+        "name": name,
+        "scale": scale,
+        "title": chosen.title,
+        "origin": origin(f"dumo reproduce {name} --scale {scale}" + (f" --jobs {jobs}" if jobs > 1 else "")),
+        "table": table,
+        "cells": [{"cell": one.cell.name, **one.report} for one in done],
+        "files": [str(path) for path in (*drawn, folder / "table.md", folder / "results.json")],
+    }
+    file.write(folder / "table.md", markdown(chosen.title, table).encode())
+    write_json(folder / "results.json", results)
+    return results
+
+
+def redraw(name: str, folder: Path) -> list[Path]:
+    """The charts of the results that come with dumo. Raises UserError where none do."""
+    found = recipes.results(name)
+    if not found:
+        raise UserError(f"no results of '{name}' come with dumo: dumo reproduce {name} makes them")
+    return write_charts(read(name), VIEWS.get(name, View()), from_cells(found), folder)
+
+
+def write_charts(plan: Plan, view: View, table: list[Row], folder: Path) -> list[Path]:
+    """Write the charts of a table; return their paths."""
+    drawn = {folder / f"{name}.png": image for name, image in view.charts(plan, table).items()}
+    for path, image in drawn.items():
+        picture.write_picture(path, image)
+    return [*drawn]
+
+
+def origin(command: str) -> dict[str, Any]:
+    """Where and when results were made."""
+    return {
+        "command": command,
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "threads": torch.get_num_threads(),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "versions": dist.versions(),
+    }

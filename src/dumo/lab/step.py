@@ -1,0 +1,268 @@
+"""`dumo bench step`: a training step by every slope: what it computes, how long it takes, its memory and its error.
+
+A step is the forward pass, the targets and the backward pass, without the optimizer, on random numbers. Its yardstick
+is the plain flow-matching step of the same net in the same precision: three forward units (3 F), four where the blocks
+are computed again in the backward pass (checkpointing).
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from dumo import dist
+from dumo.config.error import nearest
+from dumo.config.spec import Run
+from dumo.flow.draw import draw
+from dumo.flow.precision import Precision, autocast, products, using
+from dumo.flow.slope import CentralSlope, Slope
+from dumo.io.read import finite
+from dumo.lab import bench
+from dumo.lab.bench import Times
+from dumo.lab.yardstick import Plain, Unchecked, slope_error
+from dumo.preflight import cost, machine
+from dumo.preflight.count import Bytes
+from dumo.progress import Bar, no_bar
+from dumo.random import random_batch
+from dumo.training.loop import compile_blocks
+from dumo.types import Frozen, Noised, Objective, UserError, frozen
+
+Work = Callable[[], None]
+COMPILE = ("none", "blocks", "loss")
+PLAIN = "none"  # the yardstick, in the column of slopes
+SLOPES: dict[str, Any] = {slope.model_fields["kind"].default: slope for slope in get_args(get_args(Slope)[0])}
+COMPARED = 8  # rows, at least, on which du/dt is judged
+
+
+@dataclass(frozen=True)
+class Row:
+    """One slope in one precision. None: not available, or not measured. `refused`: why training would not do it."""
+
+    slope: str
+    precision: Precision
+    compile: str
+    way: str | None = None  # how dual numbers get the tangent: tape, ride or pass
+    refused: str | None = None
+    units_counted: float | None = None  # F
+    units_timed: float | None = None  # F: median, then the quartiles
+    units_low: float | None = None
+    units_high: float | None = None
+    milliseconds: float | None = None  # median
+    images_per_second: float | None = None
+    bytes_before: int | None = None  # there before the step: weights, batch
+    bytes: int | None = None  # most of the step's own alive at one time
+    bytes_over_central: float | None = None
+    error: float | None = None  # of du/dt, relative
+    share_of_peak: float | None = None  # counted operations per second over the GPU's bf16 peak
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all rows of one table share."""
+
+    run: Run
+    shape: tuple[int, ...]
+    device: torch.device
+    compile: str
+    outline: nn.Module  # the net without numbers
+    net: nn.Module
+    ref: Frozen  # theta^-, as in training
+
+    def attempt(self, row: Row, objective: Objective) -> tuple[Row, Work | None]:
+        """The row with all that needs no clock, and the step to time: None where it cannot be made."""
+        try:
+            step = self.step(row, objective)
+            return self.counted(self.judged(row, objective), objective, step), step
+        except (UserError, torch.OutOfMemoryError) as error:
+            if row.slope == PLAIN:
+                raise
+            return replace(row, refused=str(error).splitlines()[0]), None
+
+    def record(self, objective: Objective, rows: int) -> Noised:
+        """Random numbers and labels, drawn for training."""
+        classes = self.run.data.classes
+        x, c = (part.to(self.device) for part in random_batch("bench", rows, self.shape, classes))
+        return draw(objective, self.run.path, x, c, classes, seed=0, step=0)
+
+    def step(self, row: Row, objective: Objective) -> Work:
+        """One training step, ready to be made."""
+        b = self.record(objective, self.run.train.batch)
+        loss = torch.compile(objective.loss, fullgraph=True, dynamic=False) if row.compile == "loss" else objective.loss
+
+        def step() -> None:
+            self.net.zero_grad()
+            with products(row.precision, self.device), self.eager(row):
+                with autocast(row.precision, self.device):
+                    mean = loss(self.net, self.ref, b).loss.mean()
+                mean.backward()
+
+        return step
+
+    def eager(self, row: Row) -> AbstractContextManager[object]:
+        """Inside, blocks that were compiled for other rows run as they were written."""
+        return nullcontext() if row.compile == self.compile else torch.compiler.set_stance("force_eager")
+
+    def judged(self, row: Row, objective: Objective) -> Row:
+        """The row with the error of its slope. A loss that is compiled whole is judged as it was written."""
+        if row.slope == PLAIN:
+            return row
+        least = cost.exact_rows(objective)
+        b = self.record(objective, least * max(COMPARED // least, 1))
+        with using(row.precision, self.device), self.eager(row):
+            return replace(row, error=slope_error(self.net, self.ref, objective, b))
+
+    def counted(self, row: Row, objective: Objective, step: Work) -> Row:
+        """The row with its way, operations and bytes: counted on a CPU, on a GPU what its allocator handed out."""
+        given = self.outline, objective, self.run.path, self.shape
+        rows, ref = self.run.train.batch, self.run.train.ref
+        units, way = cost.forward_units(*given, rows=rows, ref=ref), cost.way(*given, ref=ref)
+        if self.device.type == "cuda":
+            step()  # once before, for what kernels keep
+            self.net.zero_grad()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
+            step()
+            size = Bytes(before, torch.cuda.max_memory_allocated(self.device) - before)
+        else:
+            size = cost.peak_bytes(*given, rows=rows, ref=ref, precision=row.precision)
+        return replace(row, way=way and way.name, units_counted=units, bytes_before=size.before, bytes=size.peak)
+
+
+def measure(
+    run: Run,
+    *,
+    slopes: Sequence[str] | None = None,
+    precisions: Sequence[str] = ("fp32",),
+    shape: Sequence[int] | None = None,
+    compile: str = "none",
+    rounds: int = 9,
+    peak_tflops: float | None = None,
+    device: str = "auto",
+    bar: Bar = no_bar,
+) -> dict[str, Any]:
+    """Measure each slope (None: all) in each precision at the run's batch, and the yardstick, `none`, in any case.
+
+    A slope that training refuses is measured all the same where it can be, and its row says why. Raises UserError for
+    a slope, precision or way to compile that this run or device does not have.
+    """
+    here, shape = dist.device(device), tuple(shape or run.data.shape)
+    todo = list(variants(run, slopes, bench.precisions_of(precisions, here), compile))
+    setting = prepare(run, shape, here, compile)
+    tried = [setting.attempt(row, objective) for row, objective in todo]
+    seconds = bench.interleave("training steps", [step for _, step in tried if step], rounds, here, bar)
+
+    flops = cost.forward_flops(setting.outline, run.objective, shape)
+    peak = peak_tflops or machine.peak_tflops(here)
+    rows = compared(tried, seconds, run.train.batch, run.train.batch * flops / (1e12 * peak) if peak else None)
+    return {
+        "net": run.net.model_dump(),
+        "objective": run.objective.model_dump(mode="json"),
+        "shape": shape,
+        "batch": run.train.batch,
+        "parameters": sum(p.numel() for p in setting.net.parameters()),
+        "forward_flops_per_image": flops,
+        "rounds": rounds,
+        "machine": machine.hardware(here).text,
+        "threads": torch.get_num_threads(),
+        "versions": dist.versions(),
+        "rows": [finite(asdict(row)) for row in rows],
+    }
+
+
+def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str) -> Setting:
+    """Build the net, and compile its blocks for `compile` blocks. Raises UserError where it has none."""
+    if compile not in COMPILE:
+        raise UserError(f"there is no way to compile '{compile}'; {nearest(compile, list(COMPILE))}")
+    net = bench.build(run, shape, device, run.train.batch)
+    ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
+    if compile == "blocks":
+        torch._dynamo.config.recompile_limit = 64  # one block serves every precision, way and number of rows
+        compile_blocks(net, dynamic=False)  # as training does, tape and all
+    return Setting(run, shape, device, compile, bench.outline(run, shape), net, ref)
+
+
+def variants(
+    run: Run, slopes: Sequence[str] | None, precisions: Sequence[Precision], compile: str
+) -> Iterator[tuple[Row, Objective]]:
+    """The yardstick and every slope, in each precision: how its row begins, and its loss. Raises UserError."""
+    own = run.objective.needs.slope
+    chosen = (SLOPES if own else ()) if slopes is None else [name for name in slopes if name != PLAIN]
+    for name in chosen:
+        if name not in SLOPES:
+            raise UserError(f"there is no slope '{name}'; {nearest(name, [*SLOPES, PLAIN])}")
+        if own is None:
+            raise UserError(
+                f"objective '{run.objective.kind}' has no slope: only '{PLAIN}', its plain step, can be timed"
+            )
+    for precision in precisions:
+        yield Row(PLAIN, precision, compile), Plain(of=run.objective)
+        for name in chosen:
+            slope = own if own and own.kind == name else SLOPES[name]()
+            row = Row(name, precision, "none" if name == "jvp" else compile)  # inductor fails on jvp (torch 2.13)
+            row = replace(row, refused=refusal(slope, precision, run.net.time_scale))
+            if isinstance(slope, CentralSlope):
+                slope = Unchecked(h=slope.h)
+            yield row, run.objective.model_copy(update={"slope": slope})
+
+
+def refusal(slope: Any, precision: Precision, time_scale: float) -> str | None:  # noqa: ANN401, any slope
+    """Why training would not take this slope."""
+    try:
+        slope.check(precision, time_scale)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def compared(tried: Sequence[tuple[Row, Work | None]], seconds: Times, batch: int, rate: float | None) -> Iterator[Row]:
+    """The rows with their times over their yardstick's, and their bytes over central's.
+
+    `rate`: seconds that a forward pass of the batch would take at the GPU's peak.
+    """
+    central = {row.precision: row.bytes for row, _ in tried if row.slope == "central"}
+    unit, each = seconds[0], iter(seconds)
+    for row, step in tried:
+        if row.bytes and (theirs := central.get(row.precision)):
+            row = replace(row, bytes_over_central=row.bytes / theirs)
+        if step:
+            mine = next(each)
+            unit = mine / round(row.units_counted or 3) if row.slope == PLAIN else unit  # 4 with checkpointing
+            low, middle, high = bench.quartiles(mine / unit)
+            once = mine.median().item()
+            row = replace(
+                row,
+                units_timed=middle,
+                units_low=low,
+                units_high=high,
+                milliseconds=1e3 * once,
+                images_per_second=batch / once,
+                share_of_peak=row.units_counted * rate / once if rate and row.units_counted else None,
+            )
+        yield row
+
+
+def shown(row: dict[str, Any]) -> dict[str, str]:
+    """A row as text; what is not known is left empty."""
+
+    def cell(key: str, form: str, scale: float = 1.0) -> str:
+        return "" if row[key] is None else format(scale * row[key], form)
+
+    return {
+        "slope": row["slope"],
+        "precision": row["precision"],
+        "compiled": row["compile"],
+        "way": "refused" if row["refused"] else row["way"] or "",
+        "F counted": cell("units_counted", ".2f"),
+        "F by time": cell("units_timed", ".2f"),
+        "quartiles": f"{cell('units_low', '.2f')}-{cell('units_high', '.2f')}".strip("-"),
+        "ms": cell("milliseconds", ".4g"),
+        "images/s": cell("images_per_second", ".4g"),
+        "MB": cell("bytes", ".1f", 1e-6),
+        "x central": cell("bytes_over_central", ".2f"),
+        "% of peak": cell("share_of_peak", ".1f", 1e2),
+        "du/dt off": cell("error", ".1e"),
+    }

@@ -1,0 +1,176 @@
+"""Rows of text from a table that `dumo encode` made: in memory where there is room, else looked up pass by pass."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from dumo.bound import CHANNELS, GIGABYTES
+from dumo.io.read import user_path
+from dumo.nets.rows import Reader, Rows, TextRows, Texts
+from dumo.texts.encoder import Encoder
+from dumo.texts.table import Table, open_table, read_contents, require
+from dumo.texts.tokens import Tokenizer
+from dumo.types import FREE, Cond, Spec, UserError
+
+GIGABYTE = 1e9
+
+
+class Tabled(Spec):
+    """Texts whose rows lie in a folder that `dumo encode` makes (`dumo.texts.table`)."""
+
+    kind: Any  # a literal of the subclass; declared here to come first
+    root: str = Field(json_schema_extra=FREE)  # may begin with ~ and hold $NAMES
+    # Of captions and encoder: looked up once, so that a run keeps to its rows.
+    identity: str | None = Field(default=None, exclude_if=lambda identity: identity is None)
+
+    @property
+    @abstractmethod
+    def by(self) -> Encoder | Tokenizer:
+        """The encoder or tokenizer of the rows."""
+
+    @property
+    def folder(self) -> Path:
+        """Raises UserError for a variable that is not set."""
+        return user_path(self.root, "net.texts.root")
+
+    @model_validator(mode="after")
+    def _look_up(self) -> "Tabled":
+        if self.identity is None:
+            try:
+                there = read_contents(self.folder)
+            except UserError:  # raised again when the net is built
+                there = None
+            if there and there.shards:
+                object.__setattr__(self, "identity", there.identity)
+        return self
+
+    def table(self, captions: int) -> Table:
+        """The folder, opened. Raises UserError where there is no table, or one of other captions or another encoder."""
+        found = open_table(self.folder)
+        require(found, self.by, captions, self.identity)
+        return found
+
+
+class TextTable(Tabled):
+    """Texts through an encoder, from a table of them. It names its sizes, so a net is outlined without any file."""
+
+    kind: Literal["table"] = "table"
+    encoder: Encoder
+    width: int = Field(ge=1, le=CHANNELS)  # numbers of a token's embedding
+    pooled: int = Field(default=0, ge=0, le=CHANNELS)  # numbers of a text's; 0: there is none
+    # GB that the rows may take on the device; above, they are mapped, and looked up on the host. Ours.
+    memory: float = Field(default=4.0, ge=0, le=GIGABYTES, json_schema_extra=FREE)
+
+    @model_validator(mode="after")
+    def _pooled(self) -> "TextTable":
+        if bool(self.pooled) != self.encoder.pooled:
+            raise ValueError("pooled is the width of the embedding that encoder.pooled keeps: set both, or neither")
+        return self
+
+    @property
+    def by(self) -> Encoder:
+        """The encoder."""
+        return self.encoder
+
+    def mapped(self, classes: int) -> bool:
+        """Whether rows are looked up on the host, pass by pass, for this number of captions."""
+        size = getattr(torch, self.encoder.dtype).itemsize
+        return (classes + 1) * (self.encoder.length * (self.width * size + 1) + self.pooled * size) > (
+            self.memory * GIGABYTE
+        )
+
+    def build(self, classes: int) -> Texts:
+        """The rows, on the default device; on the meta device their sizes alone, and no file is read.
+
+        Raises UserError where there is no table, or it is of other captions or of another encoder.
+        """
+        if torch.get_default_device().type == "meta":
+            return self.outline(classes)
+        found = self.open(classes)
+        if self.mapped(classes):
+            return Mapped(found, self)
+        where, masked = torch.get_default_device(), not self.encoder.pad
+        tokens, mask, pooled = found.padded()
+        kept = None if pooled is None else pooled.to(where)
+        return Rows(
+            tokens.to(where), mask.to(where) if masked else None, kept, lambda device: self.reader(found, device)
+        )
+
+    def outline(self, classes: int) -> Rows:
+        """Rows without numbers; a single one where they are mapped."""
+        n, dtype = 1 if self.mapped(classes) else classes + 1, getattr(torch, self.encoder.dtype)
+        mask = None if self.encoder.pad else torch.empty(n, self.encoder.length, dtype=torch.bool)
+        pooled = torch.empty(n, self.pooled, dtype=dtype) if self.pooled else None
+        return Rows(torch.empty(n, self.encoder.length, self.width, dtype=dtype), mask, pooled)
+
+    def open(self, classes: int) -> Table:
+        """The table. Raises UserError as `build`."""
+        found = self.table(classes)
+        has = found.contents
+        if (has.width, has.pooled) != (self.width, self.pooled):
+            raise UserError(
+                f"net.texts.root: {self.root} has tokens of width {has.width} and pooled {has.pooled}: set "
+                f"net.texts.width={has.width} net.texts.pooled={has.pooled}"
+            )
+        return found
+
+    def reader(self, found: Table, device: torch.device) -> Reader:
+        """The reader of prompts, on a device. Raises UserError for an encoder of other weights."""
+        if (now := self.encoder.sha256()) != found.contents.sha256:
+            raise UserError(
+                f"net.texts.encoder.source: the weights in {self.encoder.source} have SHA-256 {now}, and the captions "
+                f"were encoded by {found.contents.sha256}: name the folder of that encoder"
+            )
+        read, dtype = self.encoder.open(device), found.contents.dtype
+
+        def rows(texts: Sequence[str]) -> TextRows:
+            made = read(texts)
+            pooled = None if made.pooled is None else made.pooled.to(dtype)
+            return made.tokens.to(dtype) * made.mask[..., None], made.mask, pooled
+
+        return rows
+
+
+class Mapped(Texts):
+    """Rows of a table on disk, mapped: read, padded and sent to the net's device at every pass."""
+
+    like: Tensor  # its device and type are those of the rows
+
+    def __init__(self, found: Table, spec: TextTable) -> None:
+        """Holds no rows."""
+        super().__init__()
+        self.register_buffer("like", torch.empty(0), persistent=False)
+        self.width, self.length, self.pooled_width = spec.width, spec.encoder.length, spec.pooled
+        self.table, self.masked = found, not spec.encoder.pad
+        self.spec = spec
+        self.added: Rows | None = None
+
+    def forward(self, c: Cond) -> TextRows:
+        """The rows of c (b,). Waits for the device of c."""
+        numbers: list[int] = c.tolist()
+        tokens, mask, pooled = self.table.padded([min(row, len(self.table) - 1) for row in numbers])
+        parts: list[Tensor | None] = [tokens, mask if self.masked else None, pooled]
+        if self.added is not None and (new := [i for i, row in enumerate(numbers) if row >= len(self.table)]):
+            added = self.added(torch.tensor([numbers[i] - len(self.table) for i in new]))
+            for part, rows in zip(parts, added, strict=True):
+                if part is not None and rows is not None:
+                    part[new] = rows.to(part)
+        tokens, mask, pooled = (
+            part if part is None else part.to(self.like if part.is_floating_point() else self.like.device)
+            for part in parts
+        )
+        assert tokens is not None
+        return tokens, mask, pooled
+
+    def append(self, texts: Sequence[str]) -> int:
+        """Only prompts are held in memory. Raises as `Texts.append`."""
+        if self.added is None:
+            tokens, mask, pooled = self.table.padded([])
+            read = self.spec.reader(self.table, self.like.device)
+            self.added = Rows(tokens, mask if self.masked else None, pooled, lambda _: read)
+        return len(self.table) + self.added.append(texts)

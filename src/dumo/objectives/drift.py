@@ -1,0 +1,96 @@
+"""Drifting (Deng et al. 2026, arXiv 2602.04770): samples drift to data of their condition, and away from one another.
+
+Of the rows of a class in a group, sample i sees data y and other samples x at distances d in units of their mean. With
+the kernel exp(-d / R), made a softmax over what i sees (rows) and over who sees it (columns), A+ to data and A- to
+samples are the geometric mean of both softmaxes, and
+
+    V_i = sum over j, k of   A+_ij A-_ik (y_j - x_k),
+
+which changes its sign when data and samples change places: where both have one law, it is 0 on average. The V of each
+radius R is divided by its root mean square over the rows of the class, and they are added.
+
+As the authors' `drift_loss.py` but for two things. Theirs compares features of a pretrained net; here the numbers that
+the net is trained on, pixels or latents. And a sample of theirs sees the data of its own row, ours does not: so as many
+rows attract as repel, and where the samples are the data themselves V is 0 to rounding, not on average.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from dumo.flow.residual import descending
+from dumo.objectives.pull import Pull
+from dumo.types import Cond, Needs, Net, Noised, PerSample, Sample, Terms, mean_square
+
+WEIGHT = 0.05  # of the pull; ours
+RADII = 0.02, 0.05, 0.2  # theirs
+AFFINITY = 1e-6  # the least product of both softmaxes; theirs
+LEAST = 1e-4  # of a root mean square that is divided by (their code, as its square)
+FAR = -1e4  # the logarithm of a kernel between rows that do not see one another
+
+Pairs = Float[Tensor, "groups m 2*m"]  # of each row with the samples, then with the data
+
+
+class Drift(Pull):
+    """DuMo and the drift of its samples, which learns by no head."""
+
+    after: ClassVar[float] = 0.0  # it does most in a second stage, in large batches (docs/log.md)
+    kind: Literal["drift"] = "drift"
+    size: int = Field(default=64, ge=2)  # rows of a group, which should have some 25 of each class; theirs 64 of one
+
+    @property
+    def needs(self) -> Needs:
+        """As every pull; rows that belong together, and that the loss compares samples with data by their numbers."""
+        return replace(super().needs, group=self.size, trained_on="numbers")
+
+    def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
+        """No pass. Raises ValueError where rows are no whole groups."""
+        v, force = drift((b.z - u).detach(), b.x, b.c, RADII, self.size)
+        return Terms(WEIGHT * mean_square(descending(u, v)), {}, {"force": force})
+
+
+@torch.no_grad()
+def drift(x: Sample, y: Sample, c: Cond, radii: Sequence[float], group: int) -> tuple[Sample, PerSample]:
+    """V of samples x (b, ...) towards data y, in units in which each radius has root mean square 1 in each class; and
+    that of each row's class before it was brought to 1, in mean over radii: 0 where samples and data agree.
+
+    Rows of the same c in groups of so many see one another. Raises ValueError where rows are no whole groups.
+    """
+    if len(x) % group:
+        raise ValueError(f"{len(x)} rows are no whole groups of {group}")
+    exact = torch.promote_types(x.dtype, torch.float32)
+    mine, other = (a.to(exact).flatten(1).unflatten(0, (-1, group)) for a in (x, y))
+    same = _same(c, group).to(exact)
+    seen = (same * (1 - torch.eye(group, dtype=exact, device=x.device))).repeat(1, 1, 2)
+    both = torch.cat([mine, other], 1)
+    far = torch.cdist(mine, both, compute_mode="donot_use_mm_for_euclid_dist")
+    unit = (same @ (far * seen).sum(2, keepdim=True)) / (same @ seen.sum(2, keepdim=True)).clamp(min=1)
+    unit = unit.clamp(min=LEAST)
+    total, sizes = torch.zeros_like(mine), torch.zeros_like(unit)
+    for radius in radii:
+        v = _force(far / unit, seen > 0, both, radius) / unit * mine.shape[2] ** 0.5
+        size = (same @ v.square().mean(2, keepdim=True) / same.sum(2, keepdim=True)).sqrt()
+        total, sizes = total + v / size.clamp(min=LEAST), sizes + size / len(radii)
+    return total.flatten(0, 1).view(x.shape).to(x.dtype), sizes.flatten()
+
+
+def _same(c: Cond, group: int) -> Bool[Tensor, "groups m m"]:
+    """Which rows of a group have one condition."""
+    rows = (c.flatten(1) if c.ndim > 1 else c[:, None]).unflatten(0, (-1, group))
+    return (rows[:, :, None] == rows[:, None]).all(-1)
+
+
+def _force(
+    far: Pairs, seen: Bool[Tensor, "groups m 2*m"], both: Float[Tensor, "groups 2*m d"], radius: float
+) -> Float[Tensor, "groups m d"]:
+    """V by one radius."""
+    logs = (-far / radius).masked_fill(~seen, FAR)
+    a = (logs.softmax(2) * logs.softmax(1)).clamp(min=AFFINITY).sqrt() * seen
+    repel, attract = a.chunk(2, 2)
+    pull, push = attract * repel.sum(2, keepdim=True), repel * attract.sum(2, keepdim=True)
+    return torch.cat([-push, pull], 2) @ both  # coefficients of a row sum to 0

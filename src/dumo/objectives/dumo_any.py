@@ -1,0 +1,58 @@
+"""DuMo-Any: DuMo whose flow map ends at any time r (ours).
+
+DuMo's u jumps from t to the data alone. Here the output layer of u also gets the time r at which the jump ends: u is
+the mean velocity between both times, u(x_t, t, r) = (x_t - x_r) / (t - r). With r at rest, (t - r) u = x_t - x_r, so
+
+    u + (t - r) du/dt = v        so        u* = v* - (t - r) du/dt        (MeanFlow, Eq. 6 and 11)
+
+At r = 0 this is DuMo's u. The trunk and the v head never see r.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from dumo.flow.guide import Guide
+from dumo.flow.reading import mean_velocity
+from dumo.flow.residual import adaptive, clipped_share
+from dumo.flow.slope import CentralSlope, Slope
+from dumo.flow.times import Jumps, Times
+from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, lift, mean_square
+
+FLOOR = 0.01  # c of MeanFlow's Eq. 22, as its code has it on ImageNet
+
+
+class DuMoAny(Spec):
+    """Velocity and mean velocity, both regressed on every sample."""
+
+    kind: Literal["dumo_any"] = "dumo_any"
+    times: Times = Jumps()  # ours
+    drop: float = Field(default=0.1, ge=0, le=1)  # as DuMo
+    beta: float = Field(default=0.7, ge=0, le=1)  # weight of the velocity, as DuMo
+    guide: Guide = Guide(zeta=0.55)  # as DuMo
+    slope: Slope = CentralSlope(h=0.005)  # as DuMo
+    power: float = Field(default=0.0, ge=0)  # p of MeanFlow's Eq. 22, for u; 0: the mean square, as DuMo
+
+    @property
+    def needs(self) -> Needs:
+        """What the net takes and gives, and the loss takes."""
+        return Needs(heads=("v", "u"), own={"u": ("r",)}, slope=self.slope, guide=self.guide)
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """Lines 7 to 12 of DuMo's Alg. 1, with MeanFlow's target and metric for u."""
+        toward = self.guide.known_target(b)
+        (v_hat, u_hat), along = self.slope(net, ref, b.x_t, b.c, t=b.t, r=b.r, toward=toward, moving=b.moving)
+        with torch.no_grad():
+            v_star = self.guide(b, v_hat, lambda b, c: ref(b.x_t, c, t=b.t, r=b.r)[0])  # lines 8 and 9
+            _, du_dt = along(v_star)
+            u_star = v_star - lift(b.t - b.r, b.x_t) * du_dt  # Eq. 11
+        v_loss, u_error = mean_square(v_hat - v_star), u_hat - u_star
+        u_loss = adaptive(u_error, self.power, FLOOR) if self.power else mean_square(u_error)  # Eq. 22
+        loss = self.beta * v_loss + (1 - self.beta) * u_loss  # line 12
+        return Terms(loss, {"v": v_loss, "u": mean_square(u_error)}, {"clipped_share": clipped_share(u_error)})
+
+    def read(self, net: Net) -> Reads:
+        """The v head is the slope of the path; the u head jumps from t to any r (MeanFlow, Eq. 12)."""
+        return replace(mean_velocity(net, head=1), velocity=lambda x, t, c: net(x, c, t=t, r=t)[0])

@@ -1,0 +1,99 @@
+"""Critic: the formula by hand, gradient reversal, which way samples move, and what training keeps."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from contract.case import Counted, nets, randomise, step
+from dumo.config.load import load
+from dumo.flow.slope import DualSlope, JvpSlope
+from dumo.objectives.critic import CENTRE, FIT, FLOOR, SLOPES, WEIGHT, Critic, reversed_at
+from dumo.run.train import train
+from theory.exact import PRODUCT, D, Exact, Gaussian, Product, column, gaussian, gradient, record
+from theory.formula import Polynomial, gradients
+from theory.pulled import added, drawn, width_gradient
+
+CRITIC = Critic(slope=JvpSlope(), drop=0.3)
+
+
+@pytest.mark.parametrize("progress", [0.3, 1.0])
+def test_by_hand(progress: float) -> None:
+    net, b = Polynomial(3), drawn(CRITIC, progress=progress)
+    none = 0 * b.t
+    u = net(b.z, b.c, t=none + 1)[1]
+    made = (b.z - u).detach()
+    real, fake = (net(x, b.c, t=none)[2].mean(1) for x in (b.x, made))
+    pairs = (1 + (fake - real).exp()).log()
+    a, e = net.a[2], b.drawn["d.e"].to(D)
+    slopes = [((a[1] + 2 * a[3] * x) * e).mean(1) ** 2 for x in (b.x, made)]
+    of_some = SLOPES * (slopes[0] + slopes[1]) + CENTRE * (real + fake) ** 2
+    loss = FIT * (pairs + of_some[::4].repeat_interleave(4))
+    g = column((fake - real).sigmoid()) * (a[1] + 2 * a[3] * made)
+    up = (g / (g.square().mean(1, keepdim=True).sqrt() + FLOOR)).detach()
+    pull = WEIGHT * ((u - u.detach() + up) ** 2).sum(1) / 2 if progress >= 0.5 else none
+    terms = step(CRITIC, net, b)
+    assert torch.allclose(terms.parts["d"], pairs, rtol=1e-12, atol=0)
+    told = (slopes[0] + slopes[1])[::4].repeat_interleave(4)
+    assert torch.allclose(terms.notes["slopes_d"], told, rtol=1e-10, atol=0)
+    assert torch.allclose(terms.notes["margin_d"], real - fake, rtol=1e-12, atol=0)
+    assert torch.equal(terms.notes["right_d"], (real > fake).to(D))
+    assert torch.allclose(added(CRITIC, net, b), loss, rtol=1e-9, atol=0)
+    for mine, hand in zip(gradients(added(CRITIC, net, b), net), gradients(loss + pull, net), strict=True):
+        assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_reversal_is_the_same_whatever_the_loss_is_multiplied_by(scale: float) -> None:
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=D, requires_grad=True)
+    out, tap = reversed_at(x, 0.5, 0.01)
+    (grad,) = torch.autograd.grad((scale * (out.exp().sum(1) + tap)).sum(), x)
+    g = 3 * x.detach().exp()
+    rms = g.square().mean(1, keepdim=True).sqrt()
+    assert torch.allclose(grad / scale, -2 * 0.5 / 3 * g / (rms + 0.01), rtol=1e-12)
+    out, tap = reversed_at(x, 0.5, 0.01)
+    (still,) = torch.autograd.grad((out * 0).sum() + tap.sum() + 0 * x.sum(), x)
+    (alone,) = torch.autograd.grad(reversed_at(x, 0.5, 0.01)[0].exp().sum(), x)
+    assert not still.any()
+    assert not alone.any()  # of a part of the loss that is not this row's: a probe asks so
+
+
+@pytest.mark.parametrize("flow", [gaussian(), PRODUCT])
+def test_a_flat_critic_moves_nothing(flow: Gaussian | Product) -> None:
+    b = record(CRITIC, flow, 64)
+    assert not gradient(CRITIC, Exact(flow, CRITIC.needs), b)[:2].abs().max() > 1e-10
+
+
+def test_samples_of_another_width_are_moved_back() -> None:
+    objective = Critic(slope=JvpSlope(), drop=0.0)
+    assert width_gradient(objective, 1.5) < -1e-2 * WEIGHT
+    assert abs(width_gradient(objective, 1.0)) < 1e-12
+    assert width_gradient(objective, 0.6) > 1e-2 * WEIGHT
+
+
+def test_passes() -> None:
+    """One for the samples, two for pairs, two of a quarter of the rows for slopes."""
+    objective = Critic(slope=DualSlope())
+    for progress, count in ((0.0, (5, 1)), (0.7, (6, 0))):
+        model = Counted(randomise(nets()[0].build(objective.needs, (2,), 3)).double())
+        step(objective, model, drawn(objective, progress=progress))
+        assert (model.graded, model.still) == count
+    assert objective.needs.group == 4
+
+
+TINY = ["net.width=16", "net.depth=2", "train.batch=16", "train.steps=4", "train.save_every=2", "train.probe_every=2"]
+OWN = "objective={kind: critic, times: {kind: beta}}"
+
+
+def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
+    """From the step after which samples are moved."""
+    run = load("moons", [*TINY, OWN])
+    last = tmp_path / "checkpoints/step-00000004"
+
+    def end() -> list[bytes]:
+        return [(last / f"{part}.safetensors").read_bytes() for part in ("net", "optimizer")]
+
+    train(run, tmp_path)
+    whole = end()
+    train(run, tmp_path, step=2)
+    assert end() == whole

@@ -1,0 +1,109 @@
+"""DuMo-Any: the formula by hand, DuMo within it, its metric, passes and readings."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from contract.case import Counted, nets, randomise, step
+from dumo.config.load import load
+from dumo.flow.draw import draw
+from dumo.flow.guide import Guide
+from dumo.flow.path import Linear
+from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope
+from dumo.flow.times import Jumps
+from dumo.objectives import DuMo, DuMoAny
+from dumo.types import Frozen, Heads, Noised
+from theory.exact import D, column, gaussian
+from theory.formula import GUIDES, Polynomial, agree, guided, half, rows
+
+
+class Told(Polynomial):
+    """The polynomial, whose u alone is told r."""
+
+    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None) -> Heads:
+        return super().forward(x, c, t=t)[0], super().forward(x, c, t=t, r=r)[1]
+
+
+@pytest.mark.parametrize("guide", GUIDES[:3])
+@pytest.mark.parametrize(("power", "beta"), [(0.0, 0.7), (1.0, 0.7), (0.5, 0.4)])
+def test_by_hand(guide: Guide, power: float, beta: float) -> None:
+    objective = DuMoAny(guide=guide, power=power, beta=beta, drop=0.3, slope=JvpSlope())
+    net, b = Told(2), rows(objective)
+    v, u = net(b.x_t, b.c, t=b.t, r=b.r)
+    v_star = guided(b, guide, v, net(b.x_t, b.null, t=b.t)[0])
+    e = u - v_star + column(b.t - b.r) * net.slope(1, b.x_t, b.t, b.r, v_star)
+    square = (e**2).sum(1)
+    measured = square / (square + 0.01).detach() ** power if power else square / 2
+    v_loss = ((v - v_star) ** 2).sum(1) / 2
+    loss = beta * v_loss + (1 - beta) * measured
+    agree(objective, net, b, loss, {"v": v_loss, "u": square / 2}, clipped_share=half(e))
+
+
+@pytest.mark.parametrize("slope", [JvpSlope(), DualSlope(), CentralSlope()], ids=lambda s: s.kind)
+@pytest.mark.parametrize("guide", [Guide(), Guide(zeta=0.55)])
+def test_jumps_to_the_data_are_dumo_to_the_bit(slope: JvpSlope, guide: Guide) -> None:
+    fields = {"guide": guide, "slope": slope, "drop": 0.3}
+    mine, dumo = DuMoAny(**fields), DuMo(**fields)
+    net, b = Told(2), rows(mine)
+    b = replace(b, r=0 * b.r, moving=None)
+    found, expected = (o.loss(net, Frozen(net), b) for o in (mine, dumo))
+    assert torch.equal(found.loss, expected.loss)
+    assert found.parts.keys() == expected.parts.keys()
+
+
+def drawn(objective: DuMoAny, n: int = 64) -> Noised:
+    """Rows as training draws them."""
+    g, flow = torch.Generator().manual_seed(1), gaussian()
+    c = torch.arange(n) % 3
+    return draw(objective, Linear(), flow.data(c, g), c, torch.full_like(c, 3), seed=0, step=0)
+
+
+@pytest.mark.parametrize(
+    ("slope", "guide", "graded", "still"),
+    [
+        (DualSlope(), Guide(), 2, 0),  # a ride of the rows with r < t, and the others
+        (DualSlope(), Guide(zeta=0.55), 1, 2),  # the null; a pass of the rows with r < t
+        (CentralSlope(), Guide(), 1, 2),
+        (JvpSlope(), Guide(), 1, 1),
+    ],
+)
+def test_passes(slope: DualSlope, guide: Guide, graded: int, still: int) -> None:
+    objective = DuMoAny(slope=slope, guide=guide)
+    model = Counted(randomise(nets()[0].build(objective.needs, (2,), 3)).double())
+    step(objective, model, drawn(objective))
+    assert (model.graded, model.still) == (graded, still)
+
+
+def test_only_the_rows_that_jump_are_derived() -> None:
+    """By their place: where none does there is no further pass."""
+    objective = DuMoAny(slope=JvpSlope(), guide=Guide(), times=Jumps(velocity_ratio=0.75))
+    b, sizes = drawn(objective), list[int]()
+    model = randomise(nets()[0].build(objective.needs, (2,), 3)).double()
+    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    step(objective, model, b)
+    assert sizes == [64, 16]
+
+
+def test_reading() -> None:
+    net = Told(2)
+    x, c = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=D), torch.arange(5) % 4
+    t, s = torch.full((5,), 0.8, dtype=D), torch.full((5,), 0.3, dtype=D)
+    reads = DuMoAny().read(net)
+    assert reads.velocity
+    assert reads.endpoint
+    assert reads.flow_map
+    assert torch.equal(reads.velocity(x, t, c), net(x, c, t=t)[0])
+    assert torch.allclose(reads.endpoint(x, t, c), x - 0.8 * net(x, c, t=t, r=0 * t)[1])
+    assert torch.allclose(reads.flow_map(x, t, s, c), x - 0.5 * net(x, c, t=t, r=s)[1])
+
+
+def test_defaults() -> None:
+    """All but times are DuMo's; the recipe takes MeanFlow's metric."""
+    o, dumo = DuMoAny(), DuMo()
+    assert (o.drop, o.beta, o.guide, o.slope, o.power) == (dumo.drop, dumo.beta, dumo.guide, dumo.slope, 0)
+    assert (o.needs.inputs, o.needs.heads, o.needs.own) == (("t",), ("v", "u"), {"u": ("r",)})
+    best = load("dumo-best").objective
+    assert isinstance(best, DuMoAny)
+    assert (best.beta, best.power) == (0.7, 1.0)

@@ -1,0 +1,164 @@
+"""A cell is trained and measured once: what is finished is kept, what was stopped goes on, what changed begins anew."""
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from PIL import Image
+
+from dumo.config.load import load
+from dumo.evaluation.evaluate import evaluate
+from dumo.lab import cell, fig4b, plan, reproduce
+from dumo.lab.cell import Result, finish, sources
+from dumo.lab.plan import Cell, Plan, read
+from dumo.progress import no_bar
+from dumo.training import loop
+from dumo.training.state import State
+from dumo.training.step import Record
+from dumo.types import UserError
+
+TINY = ["net.width=8", "net.depth=1", "train.batch=4", "train.save_every=2", "evaluate.protocol.samples=20"]
+
+
+def two(*sets: str) -> Plan:
+    """DuMo on moons, in no time, and with these settings."""
+    scale = {"steps": 4, "seeds": [0], "set": [*TINY, "one-pass"]}
+    arms = [
+        {"labels": {"arm": name}, "recipe": "moons", "set": more}
+        for name, more in (("a", []), ("b", ["train.clip=1.0", *sets]))
+    ]
+    return Plan.model_validate(
+        {"name": "two", "title": "A test", "columns": ["arm"], "scales": {"smoke": scale}, "arms": arms}
+    )
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that are trained, as they are."""
+    made: list[int] = []
+    original = loop.train_step
+
+    def train_step(state: State, *values: object, **named: object) -> Record:
+        made.append(state.step)
+        return original(state, *values, **named)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    return made
+
+
+def finished(folder: Path, *more: str) -> Result:
+    """A cell, trained and measured."""
+    one = next(iter(two().cells("smoke")))
+    spec = load("moons", [*TINY, "train.steps=4", "evaluate.nfe=[1]", *more])
+    return finish(replace(one, spec=spec), folder, device="cpu", bar=no_bar)
+
+
+@pytest.mark.slow
+def test_cells_side_by_side_are_those_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: list[int]
+) -> None:
+    """Made in processes of their own: here no step is trained, and the numbers are the same."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)  # a core each, as the tests have
+    monkeypatch.setattr(reproduce, "read", lambda name: two())
+    apart = reproduce.reproduce("two", "smoke", tmp_path / "apart", jobs=2)
+    assert steps == []
+    assert apart["origin"]["command"].endswith("--jobs 2")
+    assert apart["table"] == reproduce.reproduce("two", "smoke", tmp_path / "in turn")["table"]
+    assert steps
+
+
+def test_what_is_finished_is_kept_and_what_was_stopped_goes_on(tmp_path: Path, steps: list[int]) -> None:
+    first = finished(tmp_path)
+    kept = [first.trained.folder / "evaluation.json", *(first.trained.folder / "checkpoints").rglob("*")]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    assert finished(tmp_path).report == first.report
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    (first.trained.folder / "evaluation.json").unlink()  # trained, but not measured
+    assert finished(tmp_path).report == first.report
+    assert steps == [0, 1, 2, 3]
+    (first.trained.folder / "evaluation.json").unlink()
+    shutil.rmtree(first.trained.folder / "checkpoints/step-00000004")
+    assert finished(tmp_path).report == first.report
+    assert steps == [0, 1, 2, 3, 2, 3]
+
+
+def test_what_is_measured_otherwise_is_measured_again(tmp_path: Path, steps: list[int]) -> None:
+    """In the same folder, without training; what trains otherwise has a folder of its own."""
+    first = finished(tmp_path)
+    evaluate(first.trained, nfe=[3, 4], seed=5, solver="euler")  # someone looks at a cell with dumo evaluate
+    assert finished(tmp_path).report == first.report
+    for more in ("evaluate.protocol.samples=21", "evaluate.seed=1", "evaluate.nfe=[2]", "sample.solver.m=0.4"):
+        found = finished(tmp_path, more)
+        spec, report = found.trained.run, found.report
+        assert (report["samples"], report["seed"]) == (spec.evaluate.protocol.samples, spec.evaluate.seed)
+        assert report["solver"] == spec.sample.solver.model_dump()
+        assert [row["nfe"] for row in report["results"]] == list(spec.evaluate.nfe)
+    assert len(steps) == 4
+    assert finished(tmp_path, "net.width=9").trained.folder != first.trained.folder
+    assert len(steps) == 8
+
+
+def test_cells_that_were_measured_otherwise_make_no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "read", lambda name: two("evaluate.seed=1"))
+    with pytest.raises(UserError, match=r"not measured alike(.|\n)*  seed: 0 in a-0; 1 in b-0\n"):
+        reproduce.reproduce("two", "smoke", tmp_path / "out")
+    assert not (tmp_path / "out/table.md").exists()
+
+
+def test_a_cell_is_made_after_those_it_begins_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def finish(one: Cell, folder: Path, **_: object) -> Result:
+        assert not sources(one, names)
+        for part in (one.spec.start, one.spec.teacher):
+            assert part is None or part.source in {str(folder / name) for name in made}
+        made.append(one.name)
+        trained: Any = SimpleNamespace(folder=folder / one.name)
+        return Result(one, trained, {"card": {}})
+
+    monkeypatch.setattr(plan, "units", lambda spec: 4.0)
+    monkeypatch.setattr(plan, "COSTS", {"passes": lambda spec: 4.0})
+    monkeypatch.setattr(cell, "finish", finish)
+    monkeypatch.setattr(cell, "card", SimpleNamespace(alike=lambda cards: None))
+    cells = list(read("stages").cells("smoke"))
+    names = [one.name for one in cells]
+    done = cell.finish_all(cells[::-1], tmp_path, jobs=1, device="cpu", bar=no_bar)
+    assert [one.cell.name for one in done] == names[::-1]
+    assert sorted(made) == sorted(names)
+    last = cast(Any, next(one.cell.spec for one in done if one.cell.labels["stages"].endswith("CMT, then DuMo")))
+    assert last.start.source == str(tmp_path / "start-1")
+
+
+def test_the_papers_size_needs_data_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("DUMO_LATENTS", "IMAGENET", "DUMO_DATA"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(UserError, match=r"data.root is .*, but DUMO_\w+ is not set"):
+        reproduce.reproduce("fig4a", "paper", tmp_path / "out", device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("scale", "jobs", "words"), [("paper", 1, "needs a GPU"), ("smoke", 2, "leave out --jobs")])
+def test_what_cannot_be_timed(scale: str, jobs: int, words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        reproduce.reproduce("fig4b", scale, tmp_path / "out", jobs=jobs, device="cpu")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_steps_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One size, the paper's two in three ways and the plain step, two rounds."""
+    chosen = read("fig4b")
+    monkeypatch.setattr(reproduce, "read", lambda name: chosen.model_copy(update={"arms": chosen.arms[:4]}))
+    results = reproduce.reproduce("fig4b", "smoke", tmp_path, device="cpu")
+    names = [fig4b.PLAIN, fig4b.DUMO, fig4b.MEANFLOW, fig4b.SPARING]
+    assert [row["objective"] for row in results["table"]] == names
+    plain, dumo, meanflow, sparing = (row["F_per_step"] for row in results["table"])
+    assert meanflow > dumo > sparing > plain
+    assert all(row["low"] <= row["time_over_flow_matching"] <= row["high"] for row in results["table"])
+    assert results["cells"][0]["card"]["rounds"] == 2
+    for name in ("fig4b.png", "fig4b-all.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 300

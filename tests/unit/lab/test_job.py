@@ -1,0 +1,131 @@
+"""Every process of a plan reports its end, and none is left."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dumo import stop
+from dumo.lab import job
+from dumo.peer import Lost
+from dumo.types import UserError
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forked processes, which need not import torch; signals as in a fresh one."""
+    serve = job.serve
+
+    def fresh(*given: object) -> None:
+        stop.listens = False
+        for number in stop.SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        serve(*given)
+
+    monkeypatch.setattr(job, "processes", multiprocessing.get_context("fork"))
+    monkeypatch.setattr(job, "serve", fresh)
+
+
+def nobody_is_left() -> bool:
+    """Whether all processes have ended."""
+    return multiprocessing.active_children() == []
+
+
+def work(name: str) -> None:
+    """What the name says: nothing, a signal, or an error."""
+    if name.isupper():
+        os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(60)
+    if name == "wrong":
+        raise UserError("this is wrong")
+    if name == "defect":
+        raise KeyError(name)
+
+
+def test_a_killed_process_is_known_by_its_work_and_the_others_go_on() -> None:
+    pieces = ["a", "SIGKILL", "b", "c", "d"]
+    done = dict(job.side_by_side(work, pieces, jobs=2, threads=1))
+    lost = done.pop("SIGKILL")
+    assert isinstance(lost, Lost)
+    assert str(lost) == "its process was ended by SIGKILL, as where memory is used up"
+    assert done == dict.fromkeys("abcd")
+    assert nobody_is_left()
+
+
+def long_work(folder: Path) -> Callable[[str], None]:
+    """Work that goes on until it is to stop, and then saves what it has."""
+
+    def long(name: str) -> None:
+        (folder / f"{name}.began").touch()
+        while not stop.asked():
+            time.sleep(0.01)
+        (folder / f"{name}.saved").touch()
+        stop.check()
+
+    def first(name: str) -> None:
+        if name == "long":
+            long(name)
+        while not (folder / "long.began").exists():
+            time.sleep(0.01)
+        work(name)
+
+    return first
+
+
+def test_one_that_fails_stops_the_others_which_save(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="this is wrong"):
+        list(job.side_by_side(long_work(tmp_path), ["long", "wrong", "never"], jobs=2, threads=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long.began", "long.saved"]
+    assert nobody_is_left()
+
+
+def test_a_defect_shows_where_it_arose() -> None:
+    with pytest.raises(KeyError) as raised:
+        list(job.side_by_side(work, ["defect"], jobs=2, threads=1))
+    assert "in work" in str(raised.value.__cause__)
+
+
+@pytest.mark.usefixtures("default_signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_passed_on(number: int, tmp_path: Path) -> None:
+    """Also to a process that had it from the terminal or the scheduler; all save."""
+
+    def interrupted(name: str) -> None:
+        if name == "all":
+            while not (tmp_path / "long.began").exists():
+                time.sleep(0.01)
+            os.kill(os.getppid(), number)
+            os.kill(os.getpid(), number)
+            time.sleep(2 * job.POLL)
+            (tmp_path / "all.saved").touch()
+            stop.check()
+        long_work(tmp_path)(name)
+
+    with stop.listening(), pytest.raises(stop.Stopped):
+        list(job.side_by_side(interrupted, ["long", "all", "never"], jobs=2, threads=1))
+    assert sorted(path.name for path in tmp_path.glob("*.saved")) == ["all.saved", "long.saved"]
+    assert nobody_is_left()
+
+
+def test_a_process_without_its_parent_ends(tmp_path: Path) -> None:
+    """Its parent was killed."""
+
+    def alone() -> None:
+        list(job.side_by_side(long_work(tmp_path), ["long"], jobs=2, threads=1))
+
+    process = multiprocessing.get_context("fork").Process(target=alone)
+    process.start()
+    while not (tmp_path / "long.began").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    late = time.monotonic() + 20
+    while not (tmp_path / "long.saved").exists():
+        assert time.monotonic() < late
+        time.sleep(0.01)

@@ -1,0 +1,199 @@
+"""Every arm of every plan loads; arms cost the same; a plan varies what it says and nothing else."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from dumo import recipes
+from dumo.config.load import load
+from dumo.lab import plan
+from dumo.lab.cost import operations, pairs, units
+from dumo.lab.plan import Cell, Plan, names, read, slug, trained_by
+from dumo.random import stream
+from dumo.types import UserError
+
+EVERY = [(name, scale) for name in names() for scale in read(name).scales]
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step costs 3 F: counting takes long, and is a law of its own."""
+    monkeypatch.setattr(plan, "units", lambda spec: 3.0)
+    monkeypatch.setattr(plan, "COSTS", dict.fromkeys(plan.COSTS, lambda spec: 3.0))
+
+
+@cache
+def cells_of(name: str, scale: str) -> list[Cell]:
+    """The cells of a plan: to be asked for where steps are `free`."""
+    return list(read(name).cells(scale))
+
+
+@pytest.mark.usefixtures("free")
+@pytest.mark.parametrize(("name", "scale"), EVERY)
+def test_every_arm_loads(name: str, scale: str) -> None:
+    cells = cells_of(name, scale)
+    assert len({cell.name for cell in cells}) == len(cells) >= 2
+    assert all(slug(cell.name) == cell.name for cell in cells)
+    assert len({tuple(cell.labels) for cell in cells}) == 1  # one table
+    assert len({(cell.spec.model_dump_json(), cell.weights, cell.cut) for cell in cells}) == len(cells)
+    if scale == "smoke" and name != "fig4b":
+        assert all(cell.spec.train.steps <= 40 for cell in cells)
+
+
+@pytest.mark.parametrize(("name", "scale"), [("sec43", "laptop"), ("stages", "laptop"), ("words", "smoke")])
+def test_arms_cost_the_same(name: str, scale: str) -> None:
+    """Or a share of it, to half a step; the pairs that a teacher makes are part of it."""
+    chosen, shares = read(name), {arm.share for arm in read(name).arms}
+    count = operations if chosen.at(scale).cost == "operations" else units
+    cells = list(chosen.cells(scale))
+    first = load(chosen.steps_of or chosen.arms[0].recipe, [*chosen.set, *chosen.at(scale).set])
+    total = count(first) * (chosen.at(scale).steps or first.train.steps)
+    for cell in cells:
+        each = count(cell.spec)
+        spent = each * cell.spec.train.steps + pairs(cell.spec)
+        assert min(abs(spent - share * total) for share in shares) <= each / 2 + 1e-6 * total, cell.name
+        assert cell.labels["steps"] == cell.spec.train.steps
+        assert cell.labels["F_per_step"] == round(units(cell.spec), 2)
+
+
+def small(**fields: object) -> Plan:
+    """A plan of two arms on moons."""
+    tree = {
+        "name": "small",
+        "title": "A test",
+        "columns": ["objective", "ratio"],
+        "set": ["net.width=8"],
+        "scales": {"smoke": {"seeds": [3], "steps": 5, "values": {"batch": 4}}},
+        "arms": [
+            {"labels": {"objective": "DuMo"}, "recipe": "moons", "set": ["one-pass", "train.batch=$batch"]},
+            {
+                "labels": {"objective": "MeanFlow"},
+                "recipe": "moons-meanflow",
+                "set": ["objective.times.velocity_ratio=$ratio"],
+                "vary": {"ratio": {0.2: [], 0.4: ["net.depth=1"]}},
+            },
+        ],
+    }
+    return Plan.model_validate(tree | fields)
+
+
+def test_settings_are_spelled_out() -> None:
+    dumo, first, second = small().cells("smoke")
+    assert [cell.name for cell in (dumo, first, second)] == ["dumo-3", "meanflow-0.2-3", "meanflow-0.4-3"]
+    sets = ["net.width=8", "evaluate.nfe=[1]", "evaluate.contrast=[]", "train.batch=4", "train.seed=3"]
+    assert dumo.spec == load("moons", [*sets, "train.steps=5"])
+    assert [one.labels for one in (dumo, second)] == [
+        {"objective": "DuMo", "ratio": None, "steps": 5},
+        {"objective": "MeanFlow", "ratio": 0.4, "steps": 5},
+    ]
+    ratios = [cell.spec.model_dump()["objective"]["times"]["velocity_ratio"] for cell in (first, second)]
+    assert ratios == [0.2, 0.4]
+    assert second.spec.model_dump()["net"]["depth"] == 1 != first.spec.model_dump()["net"]["depth"]
+
+
+def test_an_outer_axis_is_all_arms_again() -> None:
+    scale = {"seeds": [0, 1], "steps": 6, "vary": {"budget": {0.5: [], 1.0: []}}, "cost": "steps"}
+    arms = [
+        {"labels": {"objective": "a"}, "recipe": "moons"},
+        {"labels": {"objective": "b"}, "recipe": "moons-meanflow", "only": {"budget": 0.5}},
+    ]
+    found = small(columns=["objective", "budget"], scales={"smoke": scale}, arms=arms).cells("smoke")
+    assert [cell.name for cell in found] == ["a-0.5-0", "a-0.5-1", "b-0.5-0", "b-0.5-1", "a-1-0", "a-1-1"]
+
+
+@pytest.mark.usefixtures("free")
+def test_an_arm_with_steps_of_its_own_begins_a_budget() -> None:
+    arms = [
+        {"labels": {"objective": title}, "recipe": "moons", "steps": steps, "share": share}
+        for title, steps, share in (("a", 100, 1.0), ("b", None, 0.5), ("c", 40, 1.0), ("d", None, 1.0))
+    ]
+    scale = {"seeds": [0], "cost": "passes"}
+    found = small(columns=["objective"], scales={"laptop": scale}, arms=arms).cells("laptop")
+    assert [cell.spec.train.steps for cell in found] == [100, 50, 40, 40]
+
+
+def test_a_mistake_in_a_plan_is_found() -> None:
+    with pytest.raises(KeyError, match="musli"):
+        small(set=["musli"])
+    with pytest.raises(ValueError, match="recipy"):
+        small(arms=[{"labels": {}, "recipy": "moons"}])
+    with pytest.raises(
+        UserError, match=r"fig3 has no scale 'paper': the paper gives neither .*; it has smoke and laptop$"
+    ):
+        read("fig3").at("paper")
+
+
+def test_an_objective_is_taken_onto_another_recipe() -> None:
+    sct, host = load("digits-sct"), load("cifar10-latents")
+    spec = load("cifar10-latents", trained_by("digits-sct", "cifar10-latents"))
+    assert spec.objective.model_dump() == sct.objective.model_dump() | {"drop": host.objective.drop}
+    assert (spec.path, spec.sample.solver, spec.net.precondition) == (sct.path, sct.sample.solver, sct.net.precondition)
+    assert (spec.data, spec.train) == (host.data, host.train)
+    assert spec.net.model_copy(update={"precondition": "none"}) == host.net
+
+
+def test_a_teacher_that_is_an_average_counts() -> None:
+    tiny = ["net.width=8", "net.depth=1"]
+    assert units(load("digits", [*tiny, "train.ref=0.999"])) > units(load("digits", tiny))  # a pass of its own
+
+
+def test_the_zoo_has_every_objective_that_begins_from_nothing() -> None:
+    without = {"digits-guided", "digits-words", "digits-likelihood", "digits-match", "digits-critic"}  # no siblings
+    found = {name for name in recipes.names() if name.partition("-")[0] == "digits"} - without
+    alone = {name for name in found if (spec := load(name)).teacher is None and spec.start is None}
+    assert {arm.recipe for arm in read("zoo").arms} == alone
+    assert read("zoo").why.keys() <= {arm.labels["objective"] for arm in read("zoo").arms}
+
+
+@pytest.mark.usefixtures("free")
+def test_the_fair_ablation_varies_one_thing_at_a_time() -> None:
+    """At the same law of (t, r) two heads and one draw the very same times; nothing else differs but the objective."""
+    *cells, meanflow = cells_of("fair", "smoke")
+    for two, one in zip(cells[::2], cells[1::2], strict=True):
+        assert two.labels | {"heads": "one"} == one.labels
+        assert [len(cell.spec.objective.needs.heads) for cell in (two, one)] == [2, 1]
+        for a, b in zip(*(cell.spec.objective.times(64, stream("fair")) for cell in (two, one)), strict=True):
+            assert torch.equal(a, b)
+        for part in ("data", "net", "path", "sample", "evaluate"):
+            assert getattr(two.spec, part) == getattr(one.spec, part)
+    for one in cells:
+        t, r = one.spec.objective.times(4000, stream("fair"))
+        still = (t == r).double().mean().item()
+        assert still == pytest.approx(0.75 if one.labels["rows"] == "a quarter" else 0, abs=1e-3)
+        assert ((r == 0) | (r == t)).all() == (one.labels["jumps"] == "to data")
+        tree = one.spec.objective.model_dump()
+        assert (tree.get("power", 0), tree["drop"], tree["guide"]["zeta"]) == (0, 0, 0)
+    assert meanflow.spec.objective == load("digits-meanflow").objective
+
+
+@pytest.mark.usefixtures("free")
+def test_rivals_have_the_setting_that_was_nearest() -> None:
+    """By the least product of distances in one pass and two; flow matching's in fifty."""
+    found: dict[str, dict[int, float]] = {}
+    for row in (recipes.results("best-tuning") or {})["table"]:
+        found.setdefault(row["setting"], {})[row["nfe"]] = row["fd_grey"]
+    tuned = {cell.labels["setting"]: cell.spec for cell in cells_of("best-tuning", "laptop")}
+    best = {cell.labels["arm"]: cell.spec for cell in cells_of("best", "laptop")}
+    for title, (one, two) in {"MeanFlow": (1, 2), "α-Flow": (1, 2), "Flow matching": (50, 50)}.items():
+        own = {name: found[name][one] * found[name][two] for name in tuned if name.startswith(title)}
+        nearest = tuned[min(own, key=own.__getitem__)]
+        for part in ("net", "objective", "path", "sample"):
+            assert getattr(best[title], part) == getattr(nearest, part), title
+        assert best[title].train.coupling == nearest.train.coupling
+
+
+@pytest.mark.usefixtures("free")
+@pytest.mark.parametrize("name", [name for name in names() if recipes.results(name)])
+def test_results_are_of_the_plan(name: str) -> None:
+    """Every arm on a laptop is in what ships."""
+    column = read(name).columns[0]
+    found = {row[column] for row in (recipes.results(name) or {})["table"]}
+    assert {cell.labels[column] for cell in cells_of(name, "laptop")} <= found
+
+
+@pytest.mark.usefixtures("free")
+def test_seeds_that_choose_do_not_compare() -> None:
+    for name in ("best-options", "best-tuning"):
+        assert {cell.spec.train.seed for cell in cells_of(name, "laptop")} == {0}
+    assert 0 not in {cell.spec.train.seed for cell in cells_of("best", "laptop")}

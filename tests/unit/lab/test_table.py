@@ -1,0 +1,172 @@
+"""Tables are means over seeds; curves are read off rightly; charts have the best on top."""
+
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dumo import recipes
+from dumo.config.load import load
+from dumo.lab import best, chart, fig4b, ours, paper, table
+from dumo.lab.cell import Result
+from dumo.lab.plan import Cell, read
+from dumo.lab.reproduce import redraw
+from dumo.run.folder import RunFolder
+from dumo.sampling.generate import Samples
+from dumo.types import Cond, UserError
+
+NET = torch.nn.Identity()
+
+
+def result(
+    labels: dict[str, Any], seed: int, rows: list[dict[str, Any]], source: str = "digits", **report: object
+) -> Result:
+    """A cell with these rows in its report."""
+    spec = load(source, [f"train.seed={seed}"])
+    name = "-".join(map(str, labels.values()))
+    found = {"step": 1, "results": rows, "contrast": [], **report}
+    return Result(Cell(f"{name}-{seed}", spec, labels), RunFolder(spec, Path("x"), NET, 1, "w"), found)
+
+
+def row(nfe: int, distance: float, **more: float) -> dict[str, Any]:
+    """A row of a report."""
+    return {"nfe": nfe, "solver": "s", "fd_grey": distance, "fd": distance / 2, "kid": 1.0, "kid_sd": 9.0, **more}
+
+
+def test_a_table_is_means_over_seeds() -> None:
+    """The main score first, and `fd`, each with its own deviation."""
+    done = [
+        result({"arm": arm}, seed, [row(1, far + seed), row(2, far)])
+        for arm, far in (("a", 1), ("b", 5))
+        for seed in (0, 2)
+    ]
+    first, second, third, _ = table.averaged(done)
+    keys = ["arm", "nfe", "solver", "fd_grey", "fd_grey_sd", "fd", "fd_sd", "kid", "seeds"]  # kid_sd is of another kind
+    assert list(first) == keys
+    assert (first["fd_grey"], first["fd_grey_sd"], first["fd"], first["seeds"]) == (2, pytest.approx(2**0.5), 1, 2)
+    assert (second["nfe"], second["fd_grey_sd"], third["arm"], third["fd_grey"]) == (2, 0, "b", 6)
+    assert table.averaged(done[:1])[0]["fd_grey_sd"] is None
+    report = {"results": [row(1, 1.0), row(2, 2.0)], "contrast": [row(2, 7.0), row(50, 3.0)]}
+    assert [one["fd_grey"] for one in table.by_passes(report)] == [1.0, 2.0, 3.0]  # Euler's where there is no other
+    assert table.main_score(first) == table.main_score({"fd": 1, "fd_sd": 2, "fd_grey": 3}) == "fd_grey"
+    assert table.main_score({"fd": 1, "fd_sd": 2, "kid": 3}) == "fd"
+
+
+def test_markdown() -> None:
+    rows = [{"a": 1, "b": 0.123456, "c": None}, {"a": 20, "b": 1e-9, "c": "x"}]
+    lines = table.markdown("T", rows).splitlines()
+    assert lines == ["# T", "", "| a | b | c |", "| --- | --- | --- |", "| 1 | 0.1235 | None |", "| 20 | 1e-09 | x |"]
+
+
+def test_the_zoo_says_why_an_arm_is_far() -> None:
+    done = [
+        result({"objective": name}, 1, [row(1, far), row(2, far)]) for name, far in (("DuMo", 2), ("CM", 7), ("x", 6))
+    ]
+    found = paper.zoo_table(read("zoo"), done)
+    assert [one["over_dumo_1_pass"] for one in found] == [1, 1, 3.5, 3.5, 3, 3]
+    assert [bool(one["why"]) for one in found] == [False, False, True, False, False, False]
+    assert found[2]["why"] == read("zoo").why["CM"]
+
+
+def test_steps_are_compared_within_rounds() -> None:
+    """A round that is slow for all changes no ratio."""
+    cost = {fig4b.PLAIN: 1.0, fig4b.DUMO: 2.0, fig4b.MEANFLOW: 4.0}
+    facts = {"parameters": 7, "F_per_step": 3.0}
+    done = [
+        result({"size": "s", "objective": name}, 0, [], seconds=[each * slow for slow in (1, 1, 10)], **facts)
+        for name, each in cost.items()
+    ]
+    found = {one["objective"]: one for one in fig4b.table(read("fig4b"), done)}
+    assert [found[name]["time_over_flow_matching"] for name in cost] == [1, 2, 4]
+    assert [found[name]["speed_over_guided_meanflow"] for name in cost] == [4, 2, 1]
+    assert (found[fig4b.DUMO]["F_by_time"], found[fig4b.DUMO]["steps_per_second"]) == (6, 0.5)
+
+
+@pytest.mark.parametrize("power", [0.5, 2.0])
+@pytest.mark.parametrize("budget", [1 / 3, 0.5, 1.0, 2.7, 3.0])
+def test_a_curve_is_read_off_between_its_points(power: float, budget: float) -> None:
+    points: best.Curve = [(at, at**-power, None) for at in (1 / 3, 1.0, 3.0)]
+    assert best.even(points, budget**-power) == pytest.approx(budget, rel=1e-9)
+    assert best.even(points, 100.0) is best.even(points, 0.001) is best.even(points[:1], points[0][1]) is None
+
+
+def test_budgets_are_compared_with_the_first_arm() -> None:
+    """Distances of the first arm fall by the root of the budget; ours are three quarters of them."""
+    done = [
+        result({"arm": arm, "budget": budget}, 1, [row(1, near / budget**0.5), row(2, near / budget)])
+        for arm, near in (("the paper's recipe", 1.0), ("dumo-best", 0.75), ("α-Flow", 9.0))
+        for budget in (1 / 3, 1.0, 3.0)
+    ]
+    found = best.table(read("best"), done)
+    even = {(one["arm"], one["nfe"]): one["even_at"] for one in found}
+    assert even["the paper's recipe", 1] == pytest.approx(1)
+    assert even["dumo-best", 1] == pytest.approx(exp(2 * log(0.75)))
+    assert even["α-Flow", 1] is even["dumo-best", 2] is None
+
+
+def test_a_ranking_has_the_best_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(chart, "dots", lambda *given: seen.append(given))
+    rows = [("a", 1, 3.0), ("a", 2, 0.1), ("b", 2, 0.05), ("c", 1, 2.0), ("c", 2, 9.0)]  # b has no single pass
+    chart.ranking("T", [{"objective": name, "nfe": n, "fd": value, "fd_sd": None} for name, n, value in rows])
+    ((_, x, points, names),) = seen
+    assert list(points) == ["c", "a", "b"]
+    assert names == ["1 pass", "2 passes"]
+    assert "not FID" in x
+
+
+def test_samples_are_best_first_below_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(chart.figure, "gathered", lambda blocks, note: seen.append((list(blocks), note)))
+    monkeypatch.setattr(chart, "sample", lambda trained, nfe, c: Samples(torch.zeros(len(c), 1, 8, 8), nfe))
+    chart.samples([result({"arm": name}, 0, [row(1, far)]) for name, far in (("x", 3.0), ("y", 2.0))])
+    ((names, note),) = seen
+    assert names == ["y, 2", "x, 3"]
+    assert "lower is better; not FID" in note
+
+
+SHIPPED = ("best", "best-options", "fair", "fig4a", "fig4c", "zoo")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_results_that_ship_are_drawn_again(name: str, tmp_path: Path) -> None:
+    """Of the numbers as they were measured: the deviation of the main score is in the cells."""
+    found = recipes.results(name)
+    assert found is not None
+    for stored, again in zip(found["table"], table.from_cells(found), strict=True):
+        assert again["fd"] == pytest.approx(stored["fd"])
+        assert again["fd_sd"] == pytest.approx(stored["fd_sd"])
+    files = redraw(name, tmp_path)
+    assert {file.stem.partition("-nfe")[0] for file in files} == {name}
+    for file in files:
+        with chart.Image.open(file) as picture:
+            assert min(picture.size) > 300
+            assert len(picture.convert("RGB").getcolors(1 << 24) or ()) > 50  # not blank
+
+
+def test_results_that_do_not_ship_are_not_drawn(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no results of 'sec43' come with dumo"):
+        redraw("sec43", tmp_path)
+
+
+def test_a_class_that_is_confused_is_far() -> None:
+    """The class FD is near for a class's own images, and far where two classes are swapped."""
+    run = load("digits", ["data.held=360"])
+    trained = RunFolder(run, Path("x"), NET, 1, "w")
+    real = ours.class_moments(trained)
+    assert len(real) == 10
+    x, c = run.data.open().reference(1797, 0)
+
+    def as_class(swap: dict[int, int]) -> float:
+        images = {k: x[c == swap.get(k, k)] for k in range(10)}
+
+        def made(trained: RunFolder, nfe: int, c: Cond, seed: int) -> Samples:
+            return Samples(torch.stack([images[k][i % 100] for i, k in enumerate(c.tolist())]), nfe)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ours, "sample", made)
+            return ours.class_fd(trained, real)
+
+    assert as_class({1: 7, 7: 1}) > 3 * as_class({})

@@ -1,0 +1,53 @@
+"""A training that is lost is told from one that is noisy."""
+
+import math
+from itertools import repeat
+
+import pytest
+import torch
+
+from dumo.random import stream
+from dumo.training.state import DECAY, FAR, Trend
+
+
+def after(*errors: float) -> Trend:
+    """The trend of these steps."""
+    trend = Trend()
+    for error in errors:
+        trend = trend.after(error)
+    return trend
+
+
+def test_nothing_yet_is_good() -> None:
+    assert Trend().good
+
+
+def test_it_is_a_geometric_mean_of_the_latest() -> None:
+    level = after(4.0, *repeat(0.5, 20)).level
+    assert level == pytest.approx(0.5 * (4 / 0.5) ** (DECAY**20))
+    assert after(3.0).level == after(3.0).lowest == 3.0
+
+
+def test_a_bad_batch_is_no_change_of_course() -> None:
+    noisy = torch.randn(1000, generator=stream("trend")).mul(0.7).exp().tolist()
+    noisy[500] = 1e6
+    assert all(after(*noisy[:n]).good for n in (10, 501, 502, 1000))
+
+
+@pytest.mark.parametrize("factor", [20.0, 1e5])
+def test_what_is_lost_is_seen_and_what_comes_back(factor: float) -> None:
+    well = [*repeat(0.3, 50)]
+    assert not after(*well, *repeat(0.3 * factor, 60)).good
+    assert after(*well, *repeat(0.3 * factor, 60), *repeat(0.3, 60)).good
+    assert after(*well, *repeat(0.3 * 0.9 * FAR, 500)).good
+
+
+def test_no_number_and_nothing_change_nothing_for_good() -> None:
+    trend = after(1.0, 2.0)
+    assert trend.after(math.nan) == trend.after(math.inf) == trend
+    assert 0 < (trend.after(0.0).level or 0) < math.inf
+
+
+def test_it_survives_json() -> None:
+    trend = after(0.1, 0.7, 1 / 3)
+    assert Trend.model_validate_json(trend.model_dump_json()) == trend

@@ -1,0 +1,49 @@
+"""A net is the same trained on two ranks as on one: with frozen weights, with texts, and models of others."""
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from dumo.io import weights
+from dumo.training.checkpoint import latest, part, restore
+from dumo.training.state import begin
+from forked import main_of
+from meeting import outputs
+from unit.training.adapted import Adapted
+from unit.training.trained_ranks import CASES, everything, trained
+
+PATIENCE = 300  # seconds, on a busy machine
+
+pytestmark = pytest.mark.slow
+
+
+def met(name: str, folder: Path) -> None:
+    """Let two ranks train."""
+    outputs([main_of("unit.training.trained_ranks", rank, name, folder, cwd=folder) for rank in (0, 1)], PATIENCE)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
+    met(name, tmp_path)
+    one = everything(trained(CASES[name], tmp_path / "one", 1, reshard=False, ranks=2))
+    for share, reshard in CASES[name].layouts:
+        two = safetensors.torch.load_file(tmp_path / f"{share}-{reshard}.safetensors")
+        assert one.keys() == two.keys()
+        for key, x in one.items():
+            limit = 1e-12 if x.dtype == torch.float64 else 1e-6
+            limit *= 10 if key.startswith("optimizer") else 1  # moments are of gradients, that cancel
+            assert (two[key] - x).norm() < limit * x.norm() + 1e-9, (share, reshard, key)
+
+
+def test_one_process_goes_on_from_adapters_of_two_ranks(tmp_path: Path) -> None:
+    met("frozen", tmp_path)
+    for share, reshard in CASES["frozen"].layouts:
+        last = latest(tmp_path / f"{share}-{reshard}")
+        assert last is not None
+        assert not any("base" in name for name in weights.outline(part(last, "net")))
+        state = begin(Adapted(seed=1), CASES["frozen"].spec)
+        restore(last, state)
+        again, two = everything(state), safetensors.torch.load_file(tmp_path / f"{share}-{reshard}.safetensors")
+        assert all(torch.equal(again[name], x) for name, x in two.items()), (share, reshard)

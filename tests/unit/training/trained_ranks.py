@@ -1,0 +1,150 @@
+"""Two ranks that train nets of many kinds, in every layout of their weights. See test_trained_ranks.py."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from dumo import dist
+from dumo.flow.guide import Guide
+from dumo.flow.path import Linear
+from dumo.flow.slope import DualSlope
+from dumo.nets.adapter import Lora
+from dumo.nets.dit import DiT
+from dumo.nets.text import Learned
+from dumo.objectives import DuMo
+from dumo.run.teacher import Base
+from dumo.texts.encode import encode
+from dumo.texts.tokens import Tokenizer
+from dumo.training import layout
+from dumo.training.checkpoint import save
+from dumo.training.cut import span
+from dumo.training.ema import Ema
+from dumo.training.loop import train
+from dumo.training.optim import AdamW
+from dumo.training.spec import Train
+from dumo.training.state import State, begin
+from dumo.training.step import Batch, Task, pieces
+from dumo.types import Cond, Sample, Time
+from meeting import meeting
+from transformers_saved import CLASSES, SHAPE, saved
+from unit.nets.given import Given
+from unit.training import toy
+from unit.training.adapted import Adapted
+
+OBJECTIVE = DuMo(slope=DualSlope(), drop=0.2, guide=Guide(zeta=0.5))
+# Of tiny gradients Adam with a tiny eps takes the sign, and rounding decides it.
+SPEC = Train(steps=3, batch=8, ema=(Ema(decay=0.9),), clip=1.0, optimizer=AdamW(lr=1e-2, eps=1e-3))
+CAPTIONS, GREY = ("one", "two", "a three"), (1, 8, 8)
+ADAPTERS = {"full": None, "lora": Lora(rank=4), "half": Lora(rank=4, frozen="bfloat16")}
+
+
+def randoms(shape: tuple[int, ...], classes: int, step: int) -> Batch:
+    """Data of a step."""
+    g = torch.Generator().manual_seed(step)
+    return [torch.randn(SPEC.batch, *shape, generator=g), torch.arange(SPEC.batch) % classes]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A net and its training."""
+
+    build: Callable[[Path], nn.Module]  # it may write files into this folder
+    task: Task
+    batch: Callable[[int], Batch]
+    spec: Train = SPEC
+    based: bool = False  # half of what it is taught is its own base
+    layouts: tuple[tuple[int, bool], ...] = ((1, False), (2, True))  # ranks to a copy; whether weights are given back
+
+
+def reader(way: str, place: Path) -> nn.Module:
+    """A DiT that reads texts: by an encoder that learns too, or given ones."""
+    tokenizer, texts = Tokenizer(length=8), place / "texts"
+    encode(CAPTIONS, tokenizer, texts)
+    learned = Learned(root=str(texts), tokenizer=tokenizer, width=8, depth=1, drop=0.2)
+    net = DiT(patch=2, width=8, depth=3, attention=2, qk_norm=True)
+    net = net.model_copy(update={"texts": learned if way == "learned" else Given()})
+    return net.build(OBJECTIVE.needs, GREY, len(CAPTIONS))
+
+
+def tuned(model: str, way: str, place: Path) -> nn.Module:
+    """A published transformer, in full or by adapters."""
+    spec = saved(place, model).model_copy(update={"lora": ADAPTERS[way], "lowpass": 10.0})
+    return spec.build(OBJECTIVE.needs, SHAPE, CLASSES)
+
+
+CASES = {
+    "frozen": Case(
+        lambda _: Adapted(),
+        toy.TASK,
+        toy.batches(),
+        Train(steps=4, batch=12, ema=toy.AVERAGES, ref=0.99, clip=0.5, optimizer=AdamW(lr=1e-2)),
+        based=True,
+        layouts=((1, False), (2, False), (2, True)),
+    )
+}
+for one in ("learned", "given"):
+    asked = Task(OBJECTIVE, Linear(), len(CAPTIONS))
+    CASES[one] = Case(partial(reader, one), asked, partial(randoms, GREY, len(CAPTIONS)))
+for name, ways in {"sd3": ADAPTERS, "flux": ("full", "lora")}.items():  # blocks of one kind, and of two
+    for one in ways:
+        asked = Task(OBJECTIVE, Linear(), CLASSES)
+        data = partial(randoms, SHAPE, CLASSES)
+        CASES[f"{name}-{one}"] = Case(partial(tuned, name, one), asked, data, based=one != "full")
+
+
+def trained(case: Case, place: Path, share: int, *, reshard: bool, ranks: int = 1) -> State:
+    """A state after all steps, by passes of as many rows as each of so many ranks has."""
+    rows = case.spec.batch // ranks if ranks > 1 else None
+    spec = case.spec.model_copy(update={"share": share, "reshard": reshard, "micro_batch": rows})
+    torch.manual_seed(0)  # as `Run.build` does
+    state, task = begin(case.build(place), spec), case.task
+    if case.based:
+        base = Base(state.net, spec.precision)
+
+        def taught(x: Sample, t: Time, c: Cond, v: Sample) -> Sample:
+            return v + 0.5 * (base(x, c, t=t)[0] - v)
+
+        task = replace(task, teacher=taught)
+    mine = span(pieces(spec, task.objective))
+    train(state, task, lambda step: [part[mine] for part in case.batch(step)], spec)
+    return state
+
+
+def everything(state: State) -> dict[str, Tensor]:
+    """Every tensor of a state, whole, by name; moments by parameter."""
+    modules = {"net": state.net, **{f"{decay}": average.module for decay, average in state.averages.items()}}
+    found = {f"{part}.{name}": x for part, module in modules.items() for name, x in module.state_dict().items()}
+    for name, p in state.net.named_parameters():
+        found |= {f"optimizer.{key}.{name}": x for key, x in state.optimizer.state.get(p, {}).items()}
+    return {name: layout.whole(x.detach()).clone() for name, x in found.items()}
+
+
+def shared(state: State, found: dict[str, Tensor]) -> None:
+    """Of what is frozen, averages still have the net's own parameters, after passes of both; a net is gathered."""
+    for average in state.averages.values():
+        for name, p in state.net.named_parameters():
+            assert (average.module.get_parameter(name) is p) != p.requires_grad, name
+    piece = layout.gathered(state.net, lambda _: Adapted(seed=1)).state_dict()
+    assert all(torch.equal(x, found[f"net.{name}"]) for name, x in piece.items())
+
+
+def main(rank: str, name: str, folder: str) -> None:
+    """Train in each layout, save, and leave all numbers."""
+    torch.set_num_threads(1)
+    case = CASES[name]
+    with meeting(f"{folder}/meet", int(rank)):
+        for share, reshard in case.layouts:
+            there = Path(folder) / f"{share}-{reshard}"
+            state = trained(case, Path(folder) / rank, share, reshard=reshard)
+            found = everything(state)
+            if name == "frozen":
+                shared(state, found)
+                save(there, state, 1)
+            if dist.is_main():
+                safetensors.torch.save_file(found, there.with_suffix(".safetensors"))
+        dist.barrier()
