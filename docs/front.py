@@ -13,7 +13,7 @@ from pathlib import Path
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-from dumo.io import archive, picture
+from dumo.io import picture
 from dumo.run.folder import open_run
 from dumo.run.sample import sample
 from dumo.sampling.generate import labels
@@ -55,7 +55,7 @@ def main(digits: str, cifar: str) -> None:
     page = Image.new("RGB", (left.width + BETWEEN + right.width, max(left.height, right.height)), "white")
     page.paste(left, (0, 0))
     page.paste(right, (left.width + BETWEEN, 0))
-    archive.write_picture(Path(__file__).with_name("front.png"), page)
+    picture.write_picture(Path(__file__).with_name("front.png"), page)
 
 
 if __name__ == "__main__":

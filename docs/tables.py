@@ -13,11 +13,12 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from dumo.reproduce.arm import measure, respread
+from dumo.lab.plan import read
+from dumo.lab.table import from_cells, main_score
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "src/dumo/recipes/results"
-TESTS = DOCS.parent / "tests"
+TOOLS = DOCS.parent / "tools"
 PLACE = re.compile(r"(?P<begin><!-- table: (?P<name>[\w-]+) -->)(?:(?!<!--).)*(?P<end><!-- end -->)", re.DOTALL)
 Row = dict[str, Any]
 
@@ -25,7 +26,7 @@ Row = dict[str, Any]
 def grouped(results: Row, *keys: str) -> list[list[Row]]:
     """The rows that agree in these keys, one for each number of passes, in their order, with all spreads."""
     found: dict[tuple[Any, ...], list[Row]] = {}
-    for stored, row in zip(results["table"], respread(results), strict=True):
+    for stored, row in zip(results["table"], from_cells(results), strict=True):
         for score in ("fd", "fd_grey"):
             assert abs((stored.get(score) or 0) - (row.get(score) or 0)) < 1e-9, stored
         found.setdefault(tuple(row[key] for key in keys), []).append(row)
@@ -34,7 +35,7 @@ def grouped(results: Row, *keys: str) -> list[list[Row]]:
 
 def by_arm(results: Row) -> list[list[Row]]:
     """The rows of each arm, by its first column; the nearest in its fewest passes first."""
-    score = measure(results["table"][0])
+    score = main_score(results["table"][0])
     found = grouped(results, next(iter(results["table"][0])))
     return sorted(found, key=lambda own: (own[0]["nfe"], own[0][score]))
 
@@ -57,7 +58,7 @@ def line(cells: list[str]) -> str:
 def arms(results: Row, *, raw: bool = False) -> Iterator[str]:
     """Every arm: what it cost, and its measures in 1, 2 and 4 passes; `raw`: distances before rounding, too."""
     every, first = by_arm(results), next(iter(results["table"][0].values()))
-    score = measure(every[0][0])
+    score = main_score(every[0][0])
     scores = {"FD": score} | ({"raw FD": "fd"} if raw else {})
     auc = "auc" if "auc" in every[0][0] else "auc_features"
     others = {"KID · 10³": ("kid", 1000, 0), "recall": ("recall", 1, 2), "AUC": (auc, 1, 2)}
@@ -72,8 +73,8 @@ def arms(results: Row, *, raw: bool = False) -> Iterator[str]:
         for key in scores.values():
             cells += [spread([rows[n]], key, digits=digits)[0] if n in rows else "" for n in (1, 2, 4)]
         for key, times, places in others.values():
-            told = {n: f"{round(times * row[key], places) + 0.0:.{places}f}" for n, row in rows.items()}
-            cells.append(", ".join(told.get(n, "·") for n in (1, 2, 4)).replace("-", "−"))
+            texts = {n: f"{round(times * row[key], places) + 0.0:.{places}f}" for n, row in rows.items()}
+            cells.append(", ".join(texts.get(n, "·") for n in (1, 2, 4)).replace("-", "−"))
         yield line(cells)
 
 
@@ -100,7 +101,7 @@ def best(results: Row) -> Iterator[str]:
     yield line([*head, "level with the first at"])
     yield "|" + "---|" * (len(head) + 1)
     all_rows = grouped(results, "arm", "budget")
-    score = measure(all_rows[0][0])
+    score = main_score(all_rows[0][0])
     level = next(own[0][score] for own in all_rows if own[0]["budget"] == 1)
     least = min(own[0]["budget"] for own in all_rows)
     for own in all_rows:
@@ -109,7 +110,7 @@ def best(results: Row) -> Iterator[str]:
         even = "" if one["even_at"] is None else f"{100 * one['even_at']:.0f} %"
         if one["budget"] == least and one[score] < level:
             even = f"below {100 * least:.0f} %"
-        yield line([*cells, *spread(own, score, digits=2 if score == "fd_grey" else 1), *beside(one), even])
+        yield line([*cells, *spread(own, score, digits=2 if score == "fd_grey" else 1), *other_scores(one), even])
 
 
 def pixels(results: Row) -> Iterator[str]:
@@ -120,12 +121,12 @@ def pixels(results: Row) -> Iterator[str]:
     yield line(["", "steps", *head])
     yield "|" + "---|" * (len(head) + 2)
     for own in grouped(results, "arm"):
-        told = [f"{row[key]:.2f}" for key in columns.values() for row in own]
-        yield line([own[0]["arm"], f"{own[0]['steps']:,}", *told])
+        cells = [f"{row[key]:.2f}" for key in columns.values() for row in own]
+        yield line([own[0]["arm"], f"{own[0]['steps']:,}", *cells])
 
 
 def heads(results: Row) -> Iterator[str]:
-    """DuMo with a third head and without, beside what the paper reports."""
+    """DuMo with a third head and without, and what the paper reports."""
     yield line(["heads", "FD, 1 pass", "2", "4", "raw FD, 1 pass", "2", "4", "the paper's FID in one pass (XL/2)"])
     yield "|" + "---|" * 8
     for name, fid in PAPER.items():
@@ -133,27 +134,17 @@ def heads(results: Row) -> Iterator[str]:
         yield line([name, *spread(own, "fd_grey", "fd"), fid])
 
 
-def ideas(results: Row) -> Iterator[str]:
-    """Ideas of ours by number of passes: as a file holds them first, where that was measured."""
-    keys = [key for key in ("fd_grey", "fd") if key in results["table"][0]]
-    head = [name for key in keys for name in (("raw FD" if key != keys[0] else "FD") + ", 1 pass", "2")]
-    yield line(["idea", "steps", "F per step", *head, "recall, 1 pass", "2"])
-    yield "|" + "---|" * (len(head) + 5)
-    for own in grouped(results, "idea"):
-        cells = [own[0]["idea"], f"{own[0]['steps']:,}", f"{own[0]['F_per_step']:.2f}"]
-        digits = 2 if len(keys) == 2 else 1
-        yield line([*cells, *spread(own, *keys, digits=digits), *(f"{row['recall']:.2f}" for row in own)])
-
-
 def settings(results: Row) -> Iterator[str]:
-    """Settings by what they give in one pass, two, four and fifty, the nearest in one pass first."""
+    """The arms that the plan has, by their distance in one pass, two, four and fifty, the nearest in one pass first."""
     name = next(iter(results["table"][0]))
+    titles = {title for arm in read(results["name"]).arms for title in arm.vary.get(name, arm.labels.values())}
     yield line([name, "steps", "FD, 1 pass", "2", "4", "50", "KID · 10³, 1 pass", "recall", "AUC"])
     yield "|" + "---|" * 9
-    for own in sorted(grouped(results, name), key=lambda own: own[0][measure(own[0])]):
-        one, score = own[0], measure(own[0])
+    rows = [own for own in grouped(results, name) if own[0][name] in titles]
+    for own in sorted(rows, key=lambda own: own[0][main_score(own[0])]):
+        one, score = own[0], main_score(own[0])
         far = [f"{row[score]:.2f}" for row in own]
-        yield line([one[name], f"{one['steps']:,}", *far, *beside(one)])
+        yield line([one[name], f"{one['steps']:,}", *far, *other_scores(one)])
 
 
 def nearest(results: Row) -> Iterator[str]:
@@ -166,11 +157,11 @@ def nearest(results: Row) -> Iterator[str]:
             yield row
 
 
-def beside(row: Row) -> list[str]:
-    """What stands beside a distance."""
+def other_scores(row: Row) -> list[str]:
+    """The other scores of a row."""
     auc = row.get("auc", row.get("auc_features"))
-    told = "" if auc is None else f"{auc:.2f}"
-    return [f"{round(1000 * row['kid'])}".replace("-", "−"), f"{row['recall']:.2f}", told]
+    kid = f"{round(1000 * row['kid'])}".replace("-", "−")
+    return [kid, f"{row['recall']:.2f}", "" if auc is None else f"{auc:.2f}"]
 
 
 def words(results: Row) -> Iterator[str]:
@@ -246,7 +237,7 @@ def tiny(number: float | None) -> str:
 
 
 def stock(results: Row) -> Iterator[str]:
-    """Every family's stock pipeline beside dumo."""
+    """Every family's stock pipeline against dumo."""
     head = ["", "two passes", "off, 1 pass", "2", "LoRA, off, 1 pass", "2", "by its generator"]
     yield line([*head, "plain Euler, 2"])
     yield "|" + "---|" * 8
@@ -258,7 +249,7 @@ def stock(results: Row) -> Iterator[str]:
 
 
 def bare(results: Row) -> Iterator[str]:
-    """What stock pipelines make when they are told nothing."""
+    """What stock pipelines make by their own defaults."""
     yield line(["", "steps", "passes of a row", "last time", "from one pass", "the same, guidance off"])
     yield "|" + "---|" * 6
     for row in results["rows"]:
@@ -278,15 +269,11 @@ TABLES = {
     "best-latents": ("best-latents", best),
     "best-pixels": ("best-pixels", pixels),
     "heads": ("zoo", heads),
-    "ideas": ("ours", ideas),
-    "ideas-latents": ("ours-latents", ideas),
     "tuning": ("best-tuning", nearest),
     "options": ("best-options", settings),
     "words": ("words", words),
     "fair": ("fair", fair),
     "stages": ("stages", arms),
-    "pulls": ("pulls", partial(arms, raw=True)),
-    "pulls-latents": ("pulls-latents", arms),
     "kills": ("kill", kills),
     "machines": ("machine", machines),
     "duel": ("duel", duel),
@@ -300,7 +287,7 @@ def written(page: str) -> str:
 
     def write(place: re.Match[str]) -> str:
         file, table = TABLES[place["name"]]
-        found = sorted(place for folder in (RESULTS, TESTS) for place in folder.glob(f"**/{file}.json"))
+        found = sorted(place for folder in (RESULTS, TOOLS) for place in folder.glob(f"**/{file}.json"))
         results = json.loads(found[0].read_text(encoding="utf-8"))
         return "\n\n".join([place["begin"], "\n".join(table(results)), place["end"]])
 
