@@ -29,8 +29,9 @@ def measured(kind: type[Spec]) -> dict[str, list[float]]:
     net = DiT(patch=2, width=16, depth=1, attention=2).build(objective.needs, SHAPE, CLASSES).double()
     for p in net.parameters():
         p.data = 0.3 * torch.randn(p.shape, generator=stream("golden", p.numel()), dtype=p.dtype)  # no zero layers
-    x = torch.randn(ROWS, *SHAPE, generator=stream("golden"), dtype=torch.float64)
-    c = torch.arange(ROWS) % CLASSES
+    rows = max(ROWS, objective.needs.group)  # those that belong together
+    x = torch.randn(rows, *SHAPE, generator=stream("golden"), dtype=torch.float64)
+    c = torch.arange(rows) % CLASSES
     found: dict[str, list[float]] = {"loss": [], "gradient": []}
     for step in range(3):
         b = draw(objective, Linear(), x, c, torch.full_like(c, CLASSES), seed=0, step=step)

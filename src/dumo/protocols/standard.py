@@ -1,9 +1,9 @@
 """The table of protocols: what the name of each fixes."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import ValidationInfo, field_validator
+from pydantic import field_validator
 
 from dumo.protocols.cifar10 import CIFAR10
 from dumo.protocols.digits import DIGITS
@@ -57,7 +57,7 @@ class ShippedProtocol(Protocol):
 
     @field_validator("samples")
     @classmethod
-    def _has_enough(cls, samples: int | None, known: ValidationInfo) -> int | None:
+    def _has_enough(cls, samples: int | None, known: Any) -> int | None:  # noqa: ANN401, pydantic's own, which beartype refuses
         kind: Shipped = known.data["kind"]
         if samples is not None and samples < MEASURES[kind].fewest:
             raise ValueError(f"protocol {kind} judges {MEASURES[kind].fewest} samples or more")
