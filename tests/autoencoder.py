@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from dumo.codecs.taesd import Tiny
-from dumo.random import stream
+from dumo.encoders.taesd import Tiny
+from dumo.runtime.random import stream
 
 
 def filled(net: nn.Module) -> nn.Module:

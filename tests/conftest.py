@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import browser
-from dumo import stop
+from dumo.runtime import signals
 
 if sys.__stdin__ is None:  # closed (`<&-`); pytest and pandas read its encoding
     sys.__stdin__ = Path(os.devnull).open()  # noqa: SIM115, for as long as the tests run
@@ -27,8 +27,8 @@ left_out: dict[str, int] = {}  # how many tests, by mark
 @pytest.fixture
 def default_signals() -> Generator[None, None, None]:
     """No signal is ignored, as nohup and a shell's background jobs ignore some."""
-    before = {number: signal.getsignal(number) for number in stop.SIGNALS}
-    for number in stop.SIGNALS:
+    before = {number: signal.getsignal(number) for number in signals.SIGNALS}
+    for number in signals.SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     yield
     for number, old in before.items():

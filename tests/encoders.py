@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dumo.random import stream
+from dumo.runtime.random import stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -21,7 +21,7 @@ from planted import METHOD
 # What programs import, and torch leaves for later; not dumo.cli, which looks at the terminal when it is imported, nor
 # all of scikit-learn, whose pyarrow starts a thread.
 IMPORTED = [
-    *("dumo.api", "typer", "rich.console", "torch._dynamo", "torch._refs", "torch.distributed.fsdp"),
+    *("dumo.cli.api", "typer", "rich.console", "torch._dynamo", "torch._refs", "torch.distributed.fsdp"),
     *("scipy.stats", "PIL.Image", "peft", "diffusers.models.transformers.transformer_flux"),
 ]
 TESTS = Path(__file__).parent

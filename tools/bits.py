@@ -42,7 +42,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "digits-likelihood": U | {f"{part}.clipped_share_m": f"{part}.clipped_share_u" for part in ("notes", "bins")},
     "dumo-best": U | {f"{part}.clipped_share_m": f"{part}.clipped_share" for part in ("notes", "bins")},
 }
-FIRST = ("dumo.api", "dumo.cli", "torch._dynamo", "scipy.stats")  # imported once, before processes are forked
+FIRST = ("dumo.cli.api", "dumo.cli", "torch._dynamo", "scipy.stats")  # imported once, before processes are forked
 OF_OTHERS = ("peft", "diffusers.models.transformers.transformer_flux", "diffusers.models.autoencoders", "transformers")
 
 Fields = dict[str, Any]  # of a recipe, by dotted names
@@ -188,7 +188,7 @@ def record_all(source: Path, patterns: Sequence[str]) -> Record:
     sys.path.insert(0, str(source.resolve()))
     import torch
 
-    from dumo import recipes
+    from dumo.run.spec import recipes
 
     torch.set_num_threads(1)
     table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text())

@@ -24,7 +24,7 @@ from contextlib import redirect_stderr
 from io import StringIO
 from tempfile import TemporaryDirectory
 from dumo import cli
-from dumo.config.load import load
+from dumo.run.spec.load import load
 
 def leaves(tree):
     inner = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else None
@@ -78,7 +78,7 @@ def figures() -> dict[str, int]:
     raised = [called(node.exc) for node in nodes if isinstance(node, ast.Raise)]
     decorators = [called(one) for function in functions(nodes) for one in function.decorator_list]
     pages = [*texts(ROOT / "docs", "*.md").values(), (ROOT / "README.md").read_text(encoding="utf-8")]
-    rooms = [path for path in SRC.iterdir() if path.name != "__pycache__" and (path.is_dir() or path.suffix == ".py")]
+    rooms = {path.relative_to(SRC).parts[0] for path in src}
     leaves, modules = subprocess.run(
         [sys.executable, "-c", DIGITS], env={**os.environ, "PYTHONPATH": str(SRC.parent), "OMP_NUM_THREADS": "1"},
         check=True, text=True, stdout=subprocess.PIPE,

@@ -3,7 +3,7 @@
     python tools/train_classifier.py digits       # seconds; on one machine byte for byte
     python tools/train_classifier.py cifar10      # from the images in $DUMO_DATA/cifar10, twelve minutes of one core
 
-Each is written into src/dumo/features, and changes every number that is measured with it. Nothing is written that is
+Each is written into src/dumo/encoders, and changes every number that is measured with it. Nothing is written that is
 not good enough on images that training has not seen.
 """
 
@@ -25,10 +25,10 @@ from torch.nn import functional as F
 
 from dumo.data.digits import Digits
 from dumo.data.parquet import image_column, open_table, read_group, read_labels
-from dumo.features import cifar10, digits
+from dumo.encoders import cifar10, digits
 from dumo.io.picture import from_uint8
 from dumo.io.read import user_path
-from dumo.random import stream
+from dumo.runtime.random import stream
 from dumo.types import UserError
 
 Images = Float[Tensor, "n c h w"]

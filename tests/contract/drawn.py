@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dumo import random
+from dumo.runtime import random
 
 
 @dataclass

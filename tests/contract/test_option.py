@@ -15,10 +15,10 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from dumo import recipes
-from dumo.config.load import load
-from dumo.config.spec import Run
 from dumo.objectives import Objective
+from dumo.run.spec import recipes
+from dumo.run.spec.load import load
+from dumo.run.spec.spec import Run
 
 OBJECTIVES = get_args(get_args(Objective)[0])
 ROOT = Path(__file__).parents[2]

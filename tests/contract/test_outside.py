@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from contract.outside import Alternate, Outside
-from dumo.config.check import check
-from dumo.config.load import load
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
-from dumo.preflight.cost import exact_rows
+from dumo.run.plan.cost import exact_rows
+from dumo.run.spec.check import check
+from dumo.run.spec.load import load
 from dumo.types import Noised, UserError
 
 N = 8

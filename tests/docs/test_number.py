@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from contract.case import kind, members
-from dumo.config.load import load
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
 from dumo.flow.slope import DualSlope
 from dumo.nets import DiT
 from dumo.objectives import Objective
-from dumo.preflight.cost import forward_units
+from dumo.run.plan.cost import forward_units
+from dumo.run.spec.load import load
 from dumo.types import Spec
 
 ROOT = Path(__file__).parents[2]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dumo.preflight import machine
+from dumo.run.plan import machine
 from e2e.shell import TINY, call, sets
 
 RECIPES = ("digits", "digits-flow-matching", "digits-meanflow", "moons")

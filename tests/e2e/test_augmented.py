@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.config.load import load
-from dumo.config.spec import Run
 from dumo.data.augment import Edm, changes
 from dumo.flow.draw import draw
-from dumo.preflight import cost
-from dumo.random import stream
+from dumo.flow.generate import labels
 from dumo.run.folder import open_run
+from dumo.run.plan import cost
 from dumo.run.sample import sample_batches
+from dumo.run.spec.load import load
+from dumo.run.spec.spec import Run
 from dumo.run.train import train
-from dumo.sampling.generate import labels
+from dumo.runtime.random import stream
 from dumo.training.optim import AdamW, Constant
 from dumo.training.state import begin
 from dumo.training.step import Task, train_step

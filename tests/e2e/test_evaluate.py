@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dumo.features import inception_weights
-from dumo.protocols.standard import STANDARDS, Standard
-from dumo.random import stream
+from dumo.encoders import inception_weights
+from dumo.evaluation.standard import STANDARDS, Standard
+from dumo.runtime.random import stream
 from e2e.shell import call, finish, refused, sets, start
 from golden import inception
-from unit.metrics.extractor import Peephole
+from unit.evaluation.extractor import Peephole
 
 TESTS = Path(__file__).parents[1]
 COUNT = 120  # images
@@ -132,7 +132,7 @@ def test_two_ranks_evaluate_as_one(here: Path, peephole: Peephole, tmp_path: Pat
     told = {"DUMO_CACHE": str(tmp_path / "cache"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     told |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     first = f"import os, sys; sys.path.insert(0, {str(TESTS)!r}); os.environ.update({told})"
-    first += "; from unit.metrics.extractor import Peephole; from dumo.features import inception_weights"
+    first += "; from unit.evaluation.extractor import Peephole; from dumo.encoders import inception_weights"
     first += (
         "; inception_weights.load = lambda path, device: Peephole(); os.environ['RANK'] = os.environ['LOCAL_RANK'] = "
     )

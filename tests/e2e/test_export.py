@@ -12,13 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from dumo.evaluation.evaluate import FILE
 from dumo.export import lora
-from dumo.random import noise
+from dumo.flow.generate import carried
+from dumo.flow.solver import Euler
+from dumo.run.evaluation.evaluate import FILE
 from dumo.run.folder import open_run
 from dumo.run.sample import guided_reading, sample
-from dumo.sampling.generate import carried
-from dumo.sampling.solver import Euler
+from dumo.runtime.random import noise
 from e2e.shell import call, sets
 from stock.case import LORA, C, Case
 from stock.family import PIXELS, ROWS

@@ -5,16 +5,16 @@ import torch
 from torch import nn
 
 from contract.case import randomise
-from dumo.config.load import load
-from dumo.config.spec import Run
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.slope import DualSlope
 from dumo.lab.yardstick import Plain, slope_error
 from dumo.objectives import Several
-from dumo.preflight import cost, doctor
-from dumo.preflight.plan import plan
-from dumo.report.gallery import readings
+from dumo.run.gallery import readings
+from dumo.run.plan import cost, doctor
+from dumo.run.plan.plan import plan
+from dumo.run.spec.load import load
+from dumo.run.spec.spec import Run
 from dumo.training.record import ask
 from dumo.types import Noised, frozen
 from theory.exact import Exact, gaussian, record

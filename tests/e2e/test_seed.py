@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dumo.flow.generate import generate, labels
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.sample import sample, solver_named
 from dumo.run.train import train
-from dumo.sampling.generate import generate, labels
 from e2e.shell import call, sets
 
 COUNT = 64

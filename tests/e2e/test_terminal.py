@@ -60,7 +60,7 @@ def test_ranks_that_would_disturb_each_other_are_not_timed(
 
 @pytest.mark.parametrize("words", [["--version"], ["train", "--help"], ["train", "--no-such-option"]])
 def test_ranks_may_ask_for_help(words: list[str], here: Path) -> None:
-    """dumo.dist, which knows whether ranks have met, is then not even imported."""
+    """dumo.runtime.dist, which knows whether ranks have met, is then not even imported."""
     done = finish(start(*words, cwd=here, first="import os; os.environ |= dict(WORLD_SIZE='2', RANK='0')"))
     assert done.code == (2 if "--no-such-option" in words else 0)
     assert "Traceback" not in done.err
@@ -91,7 +91,7 @@ def test_ranks_that_nobody_started_are_refused(here: Path) -> None:
     ("words", "slow"),
     [
         (["sample", "run"], "dumo.run.sample.sample"),
-        (["evaluate", "run", "--nfe", "1"], "dumo.evaluation.evaluate.row"),
+        (["evaluate", "run", "--nfe", "1"], "dumo.run.evaluation.evaluate.row"),
         (["report", "run"], "dumo.report.page.make"),
         (["reproduce", "fig3", "--out", "a b"], "dumo.lab.cell.finish"),
     ],
@@ -154,7 +154,7 @@ def test_a_folder_that_is_shut_is_found_before_the_work(
     shutil.copytree(trained["moons"], "run")
     Path("shut").mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name not in ("shut", "run"))
-    monkeypatch.setattr("dumo.sampling.generate.solve", None)
+    monkeypatch.setattr("dumo.flow.generate.solve", None)
     assert refused(*words, named=("Permission denied",)).err == f"error: {place}: Permission denied\n"
 
 

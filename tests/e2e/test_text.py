@@ -12,9 +12,9 @@ import yaml
 
 import dumo
 import encoders
-from dumo import recipes
 from dumo.io.weights import load
 from dumo.run.prompt import names, prompted
+from dumo.run.spec import recipes
 from e2e.shell import call
 
 TEMPLATES = ["{}", "the digit {n}", "a handwritten {}"]

@@ -8,7 +8,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from dumo import recipes
+from dumo.run.spec import recipes
 from e2e.shell import TINY
 
 ROOT = Path(__file__).parents[2]
@@ -54,7 +54,7 @@ def test_a_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     with ZipFile(wheel) as packed:
         found = {name for name in packed.namelist() if ".dist-info/" not in name}
     assert found == {name for name in files if "__pycache__" not in name}
-    assert {"dumo/recipes/digits.yaml", "dumo/report/report.html.j2", "dumo/features/digits.safetensors"} <= found
+    assert {"dumo/recipes/digits.yaml", "dumo/report/report.html.j2", "dumo/encoders/digits.safetensors"} <= found
 
 
 def test_a_wheel_works_outside_the_clone_without_a_network(wheel: Path, tmp_path: Path) -> None:

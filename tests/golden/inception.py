@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dumo.features.inception import Inception
-from dumo.random import stream
+from dumo.encoders.inception import Inception
+from dumo.runtime.random import stream
 
 FILE = Path(__file__).with_name("inception.json")
 

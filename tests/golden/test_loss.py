@@ -14,7 +14,7 @@ from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.nets import DiT
 from dumo.objectives import Objective
-from dumo.random import stream
+from dumo.runtime.random import stream
 from dumo.types import Spec, frozen
 
 OBJECTIVES: tuple[type[Spec], ...] = get_args(get_args(Objective)[0])

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from contract.case import step
-from dumo.config.load import load
 from dumo.flow.draw import draw, drawn, noised
+from dumo.flow.generate import trailed
 from dumo.flow.path import Linear
+from dumo.flow.solver import Euler, Heun
 from dumo.flow.times import Grid
 from dumo.objectives import CMT
-from dumo.progress import no_bar
 from dumo.run import teacher
 from dumo.run.folder import open_run
+from dumo.run.spec.load import load
 from dumo.run.train import train
-from dumo.sampling.generate import trailed
-from dumo.sampling.solver import Euler, Heun
+from dumo.runtime.progress import no_bar
 from dumo.types import Noised, Reads, UserError
 from theory.exact import APART, PRODUCT, Exact, Flow, column, gradient
 from theory.formula import Polynomial, agree

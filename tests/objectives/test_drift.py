@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from contract.case import Counted, nets, randomise, step
-from dumo.config.load import load
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.objectives.drift import RADII, WEIGHT, Drift, drift
+from dumo.run.spec.load import load
 from dumo.training.cut import together
 from dumo.types import UserError
 from theory.exact import D, Exact, gaussian

@@ -12,8 +12,8 @@ from contract.case import nets, passes, randomise
 from dumo.flow.draw import draw
 from dumo.flow.path import Trig
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
+from dumo.flow.solver import Restart
 from dumo.objectives import SCT
-from dumo.sampling.solver import Restart
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Flow, OnTrig, column, gaussian, gradient, record
 from theory.formula import Polynomial, changed, gradients

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import Counted, step
-from dumo.config.load import load
+from dumo.flow.cfg import CFG
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
+from dumo.flow.solver import Euler, Hop, check
 from dumo.flow.times import Dyadic
 from dumo.objectives import FlowMatching, Shortcut
-from dumo.sampling.guidance import CFG
-from dumo.sampling.solver import Euler, Hop, check
+from dumo.run.spec.load import load
 from dumo.types import Frozen, Heads, Noised, Reads, UserError
 from theory import exact
 from theory.exact import D, Exact, Gaussian, column, gaussian, table

@@ -11,8 +11,8 @@ from dumo.flow.slope import CentralSlope
 from dumo.flow.times import Pair
 from dumo.nets import MLP, DiT
 from dumo.objectives import DuMo, MeanFlow
-from dumo.preflight.cost import forward_units
-from dumo.random import stream
+from dumo.run.plan.cost import forward_units
+from dumo.runtime.random import stream
 from dumo.types import Objective, frozen
 
 LATENT = (4, 32, 32)  # SD-VAE at 256 x 256

@@ -30,7 +30,7 @@ from dumo.autodiff.dual import carry, primal
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
-from dumo.random import stream
+from dumo.runtime.random import stream
 from dumo.types import Frozen, Heads, Needs, Noised, Objective
 
 D = torch.float64

@@ -15,12 +15,12 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from dumo import dist
-from dumo.config.load import load
-from dumo.config.spec import Run
 from dumo.data import Data
-from dumo.data.source import Source
-from dumo.random import keyed
+from dumo.io.source import Source
+from dumo.run.spec.load import load
+from dumo.run.spec.spec import Run
+from dumo.runtime import dist
+from dumo.runtime.random import keyed
 from dumo.training.cut import span
 from dumo.training.layout import whole
 from dumo.training.state import State, begin

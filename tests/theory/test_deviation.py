@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from contract.case import kind, objectives, randomise
 from dumo.flow.draw import draw
+from dumo.flow.generate import solve
 from dumo.flow.path import Linear, Path, Trig
 from dumo.flow.reading import jump_to_data
+from dumo.flow.solver import Restart
 from dumo.nets import DiT
 from dumo.objectives import SCT, Consistency
-from dumo.sampling.generate import solve
-from dumo.sampling.solver import Restart
 from dumo.training.spec import Train
 from dumo.training.state import begin
 from dumo.training.step import Task, train_step

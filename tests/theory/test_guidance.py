@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from dumo.flow.cfg import CFG
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
+from dumo.flow.solver import Euler, Heun, Solver
 from dumo.objectives import DuMo, FlowMatching, Objective
-from dumo.sampling.guidance import CFG
-from dumo.sampling.solver import Euler, Heun, Solver
 from dumo.types import Reads
 from theory.exact import APART, D, Exact, column, gaussian, plane, record, table
 

@@ -24,7 +24,7 @@ from dumo.flow.times import (
     Times,
     Uniform,
 )
-from dumo.random import stream
+from dumo.runtime.random import stream
 
 N = 200_000
 NOISE = 5 / sqrt(N)  # five standard errors of a mean of numbers in [0, 1], whose deviation is at most 1/2, doubled

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from dumo.flow.divergence import axes, diagonal, divergence
+from dumo.flow.likelihood import log_likelihood
 from dumo.flow.path import Linear, Path, Trig
+from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver
 from dumo.objectives import F2D2
-from dumo.random import stream
-from dumo.sampling.likelihood import log_likelihood
-from dumo.sampling.solver import Euler, Heun, Hop, Restart, Solver
+from dumo.runtime.random import stream
 from dumo.types import Reads, UserError
 from theory.exact import APART, PRODUCT, D, Exact, Gaussian, Mixture, OnTrig, Product, opaque, plane
 

@@ -18,16 +18,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dumo import api
-from dumo.codecs.taesd import Taef2, Tiny
-from dumo.config.load import load
+from dumo.cli import api
+from dumo.encoders.taesd import Taef2, Tiny
+from dumo.evaluation.neighbours import precision_recall
 from dumo.flow.draw import draw
 from dumo.flow.slope import DualSlope
-from dumo.metrics.neighbours import precision_recall
-from dumo.random import random_batch
 from dumo.run import encode as encoding
 from dumo.run.encode import encode
+from dumo.run.spec.load import load
 from dumo.run.train import train
+from dumo.runtime.random import random_batch
 from dumo.training import checkpoint
 from dumo.training.ema import Ema, MovingAverage
 from dumo.training.state import begin

@@ -14,13 +14,13 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from dumo.config.load import dump, load
 from dumo.data.cache import read_contents
-from dumo.evaluation.card import compare
+from dumo.evaluation import reference as adm
 from dumo.io import weights, yaml
-from dumo.protocols import reference as adm
-from dumo.report import score
 from dumo.run import deviation
+from dumo.run.evaluation import score
+from dumo.run.evaluation.card import compare
+from dumo.run.spec.load import dump, load
 from dumo.training import checkpoint, log, manifest
 from fuzz.mutation import mutated, replaced
 

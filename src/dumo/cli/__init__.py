@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from dumo import __version__
+from dumo import runtime
 from dumo.cli import data, demo, evaluate, export, failure, lab, log, preflight, run
 from dumo.cli.terminal import err, plain_warnings, rank_0_speaks, stoppable
 
@@ -26,7 +26,7 @@ app = typer.Typer(
 def tell(version: bool) -> None:
     """Print the version and leave, if it is asked for."""
     if version:
-        print(f"dumo {__version__}")
+        print(f"dumo {runtime.version()}")
         raise typer.Exit
 
 

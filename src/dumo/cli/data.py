@@ -14,7 +14,7 @@ def data(
     as_json: AsJson = False,
 ) -> None:
     """List data sets and models that recipes need: what they are, how to get them, and whether they are here."""
-    from dumo.preflight import catalogue
+    from dumo.run.plan import catalogue
 
     items = [catalogue.told(item) for item in (catalogue.CATALOGUE if name is None else [catalogue.named(name)])]
     if as_json:

@@ -21,14 +21,14 @@ def demo(
     device: Device = "auto",
 ) -> None:
     """Serve a page to play with a run: 1, 2, 4, 50 passes side by side, and more. It needs Gradio, the extra demo."""
-    from dumo import dist
-    from dumo.demo.sampler import Sampler
-    from dumo.demo.server import gradio_alone, listening, private, serve
+    from dumo.report.sampler import Sampler
+    from dumo.report.server import gradio_alone, listening, private, serve
     from dumo.run.folder import open_run
+    from dumo.runtime import dist
 
     dist.alone("dumo demo")
     with listening(host, port) as opened, gradio_alone():
-        from dumo.demo.page import page
+        from dumo.report.demo import page
 
         sampler = Sampler(open_run(run_folder, set_ or [], weights=weights, device=device), limit)
         sampler.warm()

@@ -8,7 +8,7 @@ import typer
 
 from dumo.cli.option import AsJson, Device, Nfe, RunFolder, Seed, Set, SolverName, Weights, numbers
 from dumo.cli.terminal import out, show_table
-from dumo.progress import bar
+from dumo.runtime.progress import bar
 
 WHAT = {  # baselines that are not between real and real
     "noise": "noise vs real",
@@ -42,11 +42,11 @@ def evaluate(
     With --geneval or --dpg: report what that benchmark's own evaluator found, of images that dumo sample --format made.
     Under torchrun (torchrun --nproc-per-node 2 -m dumo evaluate RUN) the ranks share the work.
     """
-    from dumo import dist
-    from dumo.evaluation import evaluate, verdict
-    from dumo.evaluation import sweep as sweeps
-    from dumo.progress import no_bar
+    from dumo.run.evaluation import evaluate, verdict
+    from dumo.run.evaluation import sweep as sweeps
     from dumo.run.folder import open_run
+    from dumo.runtime import dist
+    from dumo.runtime.progress import no_bar
 
     if found := {name: path for name, path in (("geneval", geneval), ("dpg", dpg)) if path}:
         if len(found) > 1 or any((nfe, seed, solver, set_, weights, sweep)):
@@ -66,8 +66,8 @@ def evaluate(
 
 def show(report: dict[str, Any], as_json: bool) -> None:
     """Print an evaluation or a sweep: a table, the baselines, and the file."""
-    from dumo.evaluation.card import seen
-    from dumo.protocols.protocol import of_baseline
+    from dumo.evaluation.protocol import of_baseline
+    from dumo.run.evaluation.card import seen
 
     if as_json:
         print(json.dumps(report))
@@ -106,7 +106,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Set the evaluations of several runs side by side, if they were measured alike."""
-    from dumo.evaluation import card
+    from dumo.run.evaluation import card
 
     found = card.compare(run_folders, anyway=anyway)
     if as_json:

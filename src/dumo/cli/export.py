@@ -31,9 +31,9 @@ def export(
     weights: Weights = None,
 ) -> None:
     """Write a trained net as stock programs take it."""
-    from dumo import dist
     from dumo.export import write
     from dumo.run.folder import open_run
+    from dumo.runtime import dist
 
     dist.alone("dumo export")
     write.vacant(target)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from dumo.progress import inline
+from dumo.runtime.progress import inline
 
 MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allocate|_STATUS_ALLOC_FAILED")
 AMOUNT = re.compile(r"allocate ([\d.]+ \w+)")
@@ -23,7 +23,7 @@ def told(error: BaseException) -> tuple[str, int] | None:
         return inline(f"{error.filename or 'writing'}: {error.strerror or error}{way_out}"), 2
     if not isinstance(error, ValueError | RuntimeError):  # what dumo's own errors derive from
         return None
-    from dumo.peer import Lost
+    from dumo.runtime.heartbeat import Lost
     from dumo.training.step import Diverged
     from dumo.types import UserError
 

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from dumo.bound import ROWS
 from dumo.cli.option import AsJson, Device, Set, Source, numbers, place
 from dumo.cli.terminal import out, show_table
-from dumo.progress import bar
+from dumo.runtime.progress import bar
+from dumo.types.bound import ROWS
 
 Shape = Annotated[
     str | None, typer.Option(help="Shape of a sample, e.g. 4,32,32, of random numbers. Default: the data's.")
@@ -38,8 +38,8 @@ def reproduce(
     as_json: AsJson = False,
 ) -> None:
     """Make a figure or table again: picture, table and results.json. Finished cells are kept, a stopped one goes on."""
-    from dumo import dist
     from dumo.lab.reproduce import reproduce
+    from dumo.runtime import dist
 
     dist.alone("dumo reproduce")
     results = reproduce(name, scale, folder, jobs=jobs, device=device, bar=bar)
@@ -73,8 +73,8 @@ def step(
 
     F is a forward pass; by time it is a third of the plain flow-matching step in the same precision.
     """
-    from dumo.config.load import load
     from dumo.lab import step
+    from dumo.run.spec.load import load
 
     begin(threads)
     report = step.measure(
@@ -110,8 +110,8 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Measure images per second by number of passes, with random weights."""
-    from dumo.config.load import load
     from dumo.lab import sampling
+    from dumo.run.spec.load import load
 
     begin(threads)
     report = sampling.measure(
@@ -170,7 +170,7 @@ def data(
 
 def begin(threads: int | None) -> None:
     """Refuse several ranks, which would disturb each other; set the number of threads."""
-    from dumo import dist
+    from dumo.runtime import dist
 
     dist.alone("dumo bench")
     if threads:

@@ -107,9 +107,9 @@ def draw(runs: list[Path], file: Path | None) -> None:
 
 def send(runs: list[Path], to: str, *, follow: bool) -> None:
     """All rows that the tracker was not sent yet; what was is said on stderr."""
-    from dumo.config.error import nearest
     from dumo.report.feed import feed
     from dumo.report.tracker import TRACKERS
+    from dumo.run.spec.error import nearest
     from dumo.types import UserError
 
     if to not in TRACKERS:

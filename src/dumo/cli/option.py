@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dumo import recipes
+from dumo.run.spec import recipes
 
 if TYPE_CHECKING:
-    from dumo.config.spec import Run
+    from dumo.run.spec.spec import Run
 
 
 def begun(text: str) -> list[str]:

@@ -9,14 +9,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dumo import recipes as packaged
-from dumo.bound import ROWS
 from dumo.cli.option import AsJson, Device, Set, Source, size
 from dumo.cli.terminal import out, show_lines
-from dumo.progress import say
+from dumo.run.spec import recipes as packaged
+from dumo.runtime.progress import say
+from dumo.types.bound import ROWS
 
 if TYPE_CHECKING:
-    from dumo.config.spec import Run
+    from dumo.run.spec.spec import Run
 
 
 def recipes(as_json: AsJson = False) -> None:
@@ -43,8 +43,8 @@ def recipes(as_json: AsJson = False) -> None:
 
 def advised(source: str, overrides: list[str] | None) -> "Run":
     """The run, and on stderr what of it is not as its sources have it."""
-    from dumo.config.advice import advice
-    from dumo.config.load import load
+    from dumo.run.spec.advice import advice
+    from dumo.run.spec.load import load
 
     run = load(source, overrides or [])
     for line in advice(run):
@@ -64,8 +64,8 @@ def show(
     Fields of the machine and parts that are empty are left out where they stand at their defaults. All but the spec is
     printed as comments, so that  dumo show digits > my.yaml  makes a file for  dumo train my.yaml.
     """
-    from dumo.config.load import dump, summary
-    from dumo.preflight.show import show
+    from dumo.run.plan.show import show
+    from dumo.run.spec.load import dump, summary
 
     if as_yaml and as_json:
         raise typer.BadParameter("--yaml and --json: give one of them")
@@ -107,7 +107,7 @@ def unknown_classes(spec: "Run") -> list[tuple[str, str]]:
 
 def captions(spec: "Run") -> list[tuple[str, str]]:
     """A line of the captions, where there are some."""
-    from dumo.preflight.caption import line
+    from dumo.run.plan.caption import line
 
     return [("captions", told)] if (told := line(spec)) else []
 
@@ -140,7 +140,7 @@ def dry(
     With --ranks: the memory of each of so many GPUs, what they send one another, hours. With --fit: what to set so
     that they do.
     """
-    from dumo.preflight import plan, rehearsal, table
+    from dumo.run.plan import plan, rehearsal, table
 
     limit = size(fit) if fit else None
     spec = advised(source, [*(set_ or []), *([f"train.share={share}"] if share else [])])
@@ -162,8 +162,8 @@ def dry(
 
 def plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None, device: str) -> dict[str, Any]:
     """The plan for so many ranks, in a layout that fits where that is asked; `fields` are what to set for it."""
-    from dumo import dist
-    from dumo.preflight import cluster, fit, machine
+    from dumo.run.plan import cluster, fit, machine
+    from dumo.runtime import dist
 
     peak = None if tflops else machine.peak_tflops(dist.device(device))
     if peak:
@@ -175,7 +175,7 @@ def plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None,
 
 def set_lines(fields: dict[str, Any]) -> list[tuple[str, str]]:
     """What to type for a layout that was found."""
-    from dumo.preflight.fit import words
+    from dumo.run.plan.fit import words
 
     return [("so set", " ".join(f"--set {word}" for word in words(fields)))] if fields else []
 
@@ -191,7 +191,7 @@ def gpu_lines(gpus: int | None, source: str, given: list[str]) -> list[tuple[str
 
 def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto", as_json: AsJson = False) -> None:
     """Say what this machine has, and test a run's slope on it against float64. Exit code 1 where it fails."""
-    from dumo.preflight import doctor
+    from dumo.run.plan import doctor
 
     spec = advised(source, set_)
     found = doctor.diagnose(spec, device)

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dumo.bound import ROWS
 from dumo.cli.failure import sparing
 from dumo.cli.option import Device, Nfe, Prompts, RunFolder, Seed, Set, SolverName, Source, Weights, numbers, place
 from dumo.cli.option import classes as class_numbers
 from dumo.cli.terminal import err, out
-from dumo.progress import bar, no_bar, say
+from dumo.runtime.progress import bar, no_bar, say
+from dumo.types.bound import ROWS
 
 if TYPE_CHECKING:
-    from dumo.config.spec import Run
+    from dumo.run.spec.spec import Run
 
 
 def encode(
@@ -44,8 +44,8 @@ def encode(
     Started again, it goes on where it stopped. Both flips are kept where the data are flipped. A shard that is damaged
     is named and made again. Under torchrun the ranks share the work.
     """
-    from dumo import dist
     from dumo.run import encode, text
+    from dumo.runtime import dist
 
     work, lines = encode.work_of(source, set_ or [], out=folder, codec=codec, side=side), list[str]()
     options: dict[str, Any] = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
@@ -85,10 +85,10 @@ def train(
 
     Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     """
-    from dumo.config.load import default_folder, load
     from dumo.export.model import forms
     from dumo.nets import Pretrained
     from dumo.run import train
+    from dumo.run.spec.load import default_folder, load
 
     spec, folder = load(source, set_ or []), folder or default_folder(source)
     with sparing(lean(spec)):
@@ -152,11 +152,11 @@ def sample(
 
     Under torchrun the ranks share the work.
     """
-    from dumo import dist
-    from dumo.evaluation.benchmark import LAYOUTS, make
+    from dumo.encoders.prompt import read_prompts
+    from dumo.run.evaluation.benchmark import LAYOUTS, make
     from dumo.run.folder import open_run
     from dumo.run.sample import COUNT, export
-    from dumo.texts.prompt import read_prompts
+    from dumo.runtime import dist
 
     if sum(map(bool, (labels, prompt, prompts))) > 1:
         raise typer.BadParameter("--labels, --prompt and --prompts are ways to say what to make: give one of them")
@@ -191,8 +191,8 @@ def average(
 
     They are averages by a power (EDM2), of train.ema; which one is best is known after training alone.
     """
-    from dumo import dist
     from dumo.run.average import average
+    from dumo.runtime import dist
 
     dist.alone("dumo average")
     made = average(run_folder, std, file)
@@ -239,10 +239,10 @@ def grid(
     device: Device = "auto",
 ) -> None:
     """Draw samples by number of passes, after each milestone, from the same noise (Figs. 5 and 6), or by class."""
-    from dumo import dist
     from dumo.io import file
-    from dumo.report import gallery
+    from dumo.run import gallery
     from dumo.run.folder import open_run
+    from dumo.runtime import dist
 
     dist.alone("dumo grid")
     if labels and classes:
@@ -269,10 +269,10 @@ def report(run_folder: RunFolder, prompts: Prompts = None, device: Device = "aut
 
     Of a run of captions also what it makes of --prompts, or of captions of its data, in 1, 2 and 4 passes.
     """
-    from dumo import dist
+    from dumo.encoders.prompt import read_prompts
     from dumo.report import page
     from dumo.run.folder import open_run
-    from dumo.texts.prompt import read_prompts
+    from dumo.runtime import dist
 
     dist.alone("dumo report")
     texts = [one.text for one in read_prompts(prompts)] if prompts else []

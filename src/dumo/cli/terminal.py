@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from dumo import stop
-from dumo.progress import inline, plain, say
+from dumo.runtime import signals
+from dumo.runtime.progress import inline, plain, say
 
 
 class Plain(Console):
@@ -49,9 +49,9 @@ def stoppable(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def run(*words: object, **options: object) -> None:
         try:
-            with stop.listening(acknowledge):
+            with signals.listening(acknowledge):
                 command(*words, **options)
-        except stop.Stopped as stopped:
+        except signals.Stopped as stopped:
             say(f"{stopped}; {onward()}")
             raise typer.Exit(STOPPED + stopped.number) from None
         except KeyboardInterrupt:
@@ -99,7 +99,7 @@ def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
             print(*(f"rank {rank}: {line}" for line in kept.getvalue().splitlines()[-LAST:]), sep="\n", file=own[1])
         for stream in own:
             stream.flush()
-        if getattr(sys.modules.get("dumo.dist"), "joined", False):  # not there where nothing but help was asked for
+        if getattr(sys.modules.get("dumo.runtime.dist"), "joined", False):  # help alone does not import it
             os._exit(code)
         sys.exit(code)
 

@@ -10,14 +10,14 @@ import torch
 from jaxtyping import Bool, Int64, UInt8
 from torch import Tensor
 
-from dumo import stop
 from dumo.data.augment import Edm
 from dumo.data.pixel import Frame, Unreadable
-from dumo.data.source import mirrored, rows_of
 from dumo.data.store import Store
 from dumo.io.picture import from_uint8
-from dumo.progress import Tick, late
-from dumo.random import stream
+from dumo.io.source import mirrored, rows_of
+from dumo.runtime import signals
+from dumo.runtime.progress import Tick, late
+from dumo.runtime.random import stream
 from dumo.types import UserError
 
 PIECE = 32  # images, at most, that a thread decodes in one go: ours
@@ -150,7 +150,7 @@ class Album:
         with late("decoding images", len(self.store)) as shown:
 
             def tick(done: int, note: str) -> None:
-                stop.check()
+                signals.check()
                 shown(done, note)
 
             pixels, bad = self._decode(torch.arange(len(self.store)), tick)

@@ -16,17 +16,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from dumo import stop
-from dumo.bound import CLASSES, PIXELS, ROWS
-from dumo.codecs import Codec
-from dumo.codecs.scaled import Opened
-from dumo.data.source import Finite
 from dumo.data.written import LINES, dump_lines, require_lines
+from dumo.encoders import Codec
+from dumo.encoders.caption import Captions
+from dumo.encoders.scaled import Opened
 from dumo.io import table
 from dumo.io.picture import from_uint8
+from dumo.io.source import Finite
 from dumo.io.table import Done, Index, Table, Tick
-from dumo.texts.caption import Captions
+from dumo.runtime import signals
 from dumo.types import Spec, UserError
+from dumo.types.bound import CLASSES, PIXELS, ROWS
 
 
 class Plan(Spec):
@@ -156,7 +156,7 @@ def batches(
     """A shard's images encoded, batch by batch, each with how many images are behind it. Raises as `encode` does."""
     places = contents.span(number)
     for i in places[::batch]:
-        stop.check()
+        signals.check()
         images, labels = source.rows(slice(i, min(i + batch, places.stop)))
         if len(images):
             images = checked(images, labels, contents, i)

@@ -1,7 +1,7 @@
-"""Captions in place of classes: words around the name of an image's class, or what was written of each image.
+"""Captions instead of classes: words around the name of an image's class, or what was written of each image.
 
-A condition is then the number of a caption (`dumo.texts.caption`), and `classes` is how many captions there are. Where
-they are made of L classes by S templates, and H more that are held out of training,
+A condition is then the number of a caption (`dumo.encoders.caption`), and `classes` counts the captions. Where they
+are made of L classes by S templates, and H more that are held out of training,
 
     caption s of class l has number l S + s,    held caption h of class l has number L S + l H + h.
 """
@@ -18,9 +18,9 @@ from jaxtyping import Int64
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dumo.data.source import Source
+from dumo.encoders.caption import Captions
 from dumo.io import digest
-from dumo.texts.caption import Captions
+from dumo.io.source import Source
 from dumo.types import Spec, UserError
 
 BRACED = re.compile(r"\{[^{}]*\}")

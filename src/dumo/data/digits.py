@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.data.caption import Captioned, Templates
-from dumo.data.source import Source, Split, Table
-from dumo.random import stream
+from dumo.io.source import Source, Split, Table
+from dumo.runtime.random import stream
 from dumo.types import Spec
 
 FEWEST = 100  # images held out: a distance of their 64 pixels takes more than 64. Ours

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
-from dumo.bound import CLASSES, GIGABYTES, PIXELS
 from dumo.data.album import Album
 from dumo.data.augment import Edm
 from dumo.data.caption import Captioned, Captioning, Files, Templates, kept
@@ -24,9 +23,10 @@ from dumo.data.pixel import SUFFIXES, Crop, Frame
 from dumo.data.store import Folder, Store, choose, require_regular, some, walk
 from dumo.data.tar import Tar
 from dumo.data.written import written
+from dumo.encoders.caption import Captions
 from dumo.io.read import user_path
-from dumo.texts.caption import Captions
 from dumo.types import FREE, Spec, UserError
+from dumo.types.bound import CLASSES, GIGABYTES, PIXELS
 
 FORMS = {".parquet": "parquet", ".tar": "tar"}
 GIGABYTE = 1e9

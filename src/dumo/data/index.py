@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dumo import stop
 from dumo.io import digest
 from dumo.io import file as files
-from dumo.progress import late
+from dumo.runtime import signals
+from dumo.runtime.progress import late
 from dumo.types import UserError
 
 NAME, FILES, FORMAT = ".dumo-index", ("members", "names"), 1
@@ -155,7 +155,7 @@ def _made(
     try:
         with late("looking through tar archives", len(wanted)) as tick:
             for k, part in enumerate(wanted):
-                stop.check()
+                signals.check()
                 if part.file not in known or known[part.file][0].key != part.key:
                     scan = look(str(above / part.file))
                     known[part.file] = Part(*part.key, scan.members.shape[1], scan.wrong), scan

@@ -12,20 +12,20 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dumo.bound import GIGABYTES
-from dumo.codecs import Codec
 from dumo.data.album import Album
 from dumo.data.cache import Contents, open_cache, read_contents
 from dumo.data.caption import Captioned, Captioning, Files, Templates, kept
 from dumo.data.image import GIGABYTE, Images, below
-from dumo.data.source import mirrored, rows_of
 from dumo.data.written import LINES, read_lines
+from dumo.encoders import Codec
+from dumo.encoders.caption import Captions
 from dumo.io.audit import Audit
 from dumo.io.read import user_path
+from dumo.io.source import mirrored, rows_of
 from dumo.io.table import Table
-from dumo.random import stream
-from dumo.texts.caption import Captions
+from dumo.runtime.random import stream
 from dumo.types import FREE, Spec, UserError
+from dumo.types.bound import GIGABYTES
 
 
 class Latents(Spec):

@@ -15,13 +15,13 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
 
-from dumo import stop
 from dumo.data import index
 from dumo.data.index import UNLABELLED, Scan
 from dumo.data.pixel import SUFFIXES, Unreadable
 from dumo.data.store import LARGEST, Labels, counted
 from dumo.io import digest
-from dumo.progress import late
+from dumo.runtime import signals
+from dumo.runtime.progress import late
 from dumo.types import UserError
 
 # Of tar's records: 20 blocks by default, else, on request, a power of two of them, up to a MiB.
@@ -74,7 +74,7 @@ class Tar:
         found: list[dict[str, bytes]] = []
         with late("looking for captions in tar archives", len(self.files)) as tick:
             for k, file in enumerate(self.files):
-                stop.check()
+                signals.check()
                 texts: dict[str, dict[str, bytes]] = {}
                 for info, content in _members(file, suffixes, TEXT):
                     if content is not None:

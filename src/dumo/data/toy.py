@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from dumo.data.source import Endless, Source
+from dumo.io.source import Endless, Source
 from dumo.types import Spec
 
 # The moons before the noise, exactly: x is cos or 1 - cos, y is sin or 1/2 - sin of a uniform angle in [0, pi].

@@ -19,8 +19,8 @@ from typing import Any
 from dumo.data.parquet import Parquet, columns, read_texts
 from dumo.data.store import Folder, Store, walk
 from dumo.data.tar import Tar
+from dumo.encoders.caption import Captions
 from dumo.io.read import brief, read_text
-from dumo.texts.caption import Captions
 from dumo.types import UserError
 
 NAMES = ("text", "caption", "captions", "prompt")  # the hub's, webdataset's and ours

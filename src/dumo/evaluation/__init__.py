@@ -1,1 +1,28 @@
-"""How runs are judged: an evaluation with its report card, sweeps of one field, and comparisons of like with like."""
+"""Named ways to judge samples, so that two numbers under one name were measured in one way.
+
+A protocol fixes the features, the number of samples, their labels, rounding, splits and seeds; what may be set, the
+number of samples first, shows in its name. It is used in this order:
+
+    protocol.check(shape, classes)                   before any work: is this what it judges?
+    c = protocol.labels(classes)                     the classes of the samples that it wants, image i of class c[i]
+    evaluator = protocol.evaluator(Context(data, classes, seed, device))
+    evaluator.score(batches), evaluator.baselines(), evaluator.facts          see `dumo.evaluation.protocol`
+
+`baselines` says how large a distance is where there is no difference: between two halves of a finite data set, a
+bootstrap of it, or two independent draws.
+"""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from dumo.evaluation.clip import ClipProtocol as ClipProtocol
+from dumo.evaluation.images import ImageProtocol as ImageProtocol
+from dumo.evaluation.likelihood import LikelihoodProtocol as LikelihoodProtocol
+from dumo.evaluation.protocol import Context as Context
+from dumo.evaluation.protocol import Reference as Reference
+from dumo.evaluation.standard import ShippedProtocol as ShippedProtocol
+
+MetricProtocol = Annotated[
+    ClipProtocol | ImageProtocol | LikelihoodProtocol | ShippedProtocol, Field(discriminator="kind")
+]

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dumo import __version__
 from dumo.data import Latents
-from dumo.evaluation.record import FILE, read_report
 from dumo.export import scheduler
 from dumo.export.model import Exported
 from dumo.export.stock import Stock, at
+from dumo.flow.cfg import CFG, GuidanceScale
+from dumo.run.evaluation.record import FILE, read_report
 from dumo.run.folder import RunFolder
-from dumo.sampling.guidance import CFG, GuidanceScale
+from dumo.runtime import version
 from dumo.types import UserError
 
 HEAD = """---
@@ -184,7 +184,7 @@ def recipe(opened: RunFolder, head: str, rows: Mapping[str, str]) -> str:
         "guidance baked in": ", ".join(guided) or "none",
         "guidance when called": asked(run.sample.guide),
         "weights": f"{opened.weights}, SHA-256 {opened.sha256}",
-        "made by": f"dumo {__version__}",
+        "made by": f"dumo {version()}",
     }
     return "| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value)
 
@@ -224,7 +224,7 @@ def notes(exported: Exported) -> dict[str, str]:
         "head": exported.head,
         "step": str(exported.opened.step),
         "weights_sha256": exported.opened.sha256,
-        "dumo": __version__,
+        "dumo": version(),
     }
 
 

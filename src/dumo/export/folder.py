@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 
 import safetensors.torch
 
-from dumo.codecs.autoencoder import numbers, same, words
 from dumo.data import Latents
+from dumo.encoders.autoencoder import numbers, same, words
 from dumo.export import card, scheduler
 from dumo.export.model import INDEX, Exported
 from dumo.io.read import read_json, write_json

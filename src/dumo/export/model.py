@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from dumo.export.stock import STOCKS, Stock, restart
 from dumo.flow.path import Linear
+from dumo.flow.solver import Restart
 from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import read_config
 from dumo.run.folder import RunFolder
-from dumo.sampling.solver import Restart
 from dumo.types import UserError
 
 INDEX = "model_index.json"  # of a pipeline

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from dumo.export.stock import Stock
+from dumo.flow.solver import Restart
 from dumo.io.read import read_json, write_json
-from dumo.sampling.solver import Restart
 from dumo.types import UserError
 
 FOLDER, FILE = "scheduler", "scheduler_config.json"

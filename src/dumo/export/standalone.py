@@ -18,18 +18,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from dumo import __version__
-from dumo.codecs import Taef2
 from dumo.data import Latents
+from dumo.encoders import Taef2
 from dumo.export import card
 from dumo.export.stock import restart
 from dumo.flow.path import Linear
+from dumo.flow.solver import Euler
 from dumo.io.read import write_json
 from dumo.nets.dit import PUBLISHED, DiT
-from dumo.random import random_batch
 from dumo.run.folder import RunFolder
 from dumo.run.sample import guided_reading
-from dumo.sampling.solver import Euler
+from dumo.runtime import version
+from dumo.runtime.random import random_batch
 from dumo.types import Sample, UserError
 
 SHIPPED = Path(__file__).parent / "shipped"
@@ -52,7 +52,7 @@ def write(opened: RunFolder, out: Path, name: str, *, head: str | None = None, d
     net.save_pretrained(out / "transformer")
     shutil.copy(SHIPPED / f"{TRANSFORMER}.py", out / "transformer")
     shutil.copy(SHIPPED / "pipeline.py", out)
-    index: Json = {"_class_name": ["pipeline", "DumoPipeline"], "_dumo_version": __version__}
+    index: Json = {"_class_name": ["pipeline", "DumoPipeline"], "_dumo_version": version()}
     index |= {"transformer": [TRANSFORMER, "DumoDiT"], "vae": decoder(opened, out / "vae")}
     write_json(out / "model_index.json", index | sampling(opened, head))
     (out / "README.md").write_text(card.of_own(opened, name, head), encoding="utf-8")

@@ -5,14 +5,14 @@ A flow map u says where the data lie, x_0 = x_t - t u, so between two passes a p
 
     x_s = (1 - s) (x_t - t u) + s z,
 
-which is Restart (`dumo.sampling.solver`) at the times that the pipeline is told as sigmas. Without it the scheduler
+which is Restart (`dumo.flow.solver`) at the times that the pipeline is told as sigmas. Without it the scheduler
 makes an Euler step along u, which keeps the old noise and is wrong from the second pass on.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-from dumo.sampling.solver import Hermite, Restart, Solver
+from dumo.flow.solver import Hermite, Restart, Solver
 from dumo.types import UserError
 
 THOUSAND = 1000  # by which schedulers and pipelines count times (num_train_timesteps)

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from dumo.flow import dropout
 from dumo.flow.coupling import Coupling
-from dumo.place import pinned, sent
-from dumo.random import keyed, stream
+from dumo.runtime.random import keyed, stream
 from dumo.types import Cond, Noised, Objective, Path, Rows, Sample, Taught, Time, Trail
+from dumo.types.rows import pinned, sent
 
 
 @dataclass(frozen=True)

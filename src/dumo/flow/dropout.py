@@ -22,7 +22,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dumo.autodiff.scope import held
-from dumo.random import stream
+from dumo.runtime.random import stream
 from dumo.types import Array
 
 Keys = Int[Tensor, "b 2"]  # two numbers of 32 bits per row

@@ -18,8 +18,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.flow import dropout
-from dumo.place import sent
 from dumo.types import Array, Cond, Noised, Rows, Sample, Spec, Time, lift
+from dumo.types.rows import sent
 
 Velocity = Callable[[Noised, Cond], Sample]  # (record, condition) -> V at its x_t and t
 

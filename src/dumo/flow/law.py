@@ -12,9 +12,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Generator
 
-from dumo import random
-from dumo.place import spread
+from dumo.runtime import random
 from dumo.types import Law, PerSample, Sample, Time, TimeLaw
+from dumo.types.rows import spread
 
 DEVIATION, RHO = 0.5, 7.0  # of data, and rho: EDM (Karras et al. 2022)
 ROOTS = 0.002 ** (1 / RHO), 80.0 ** (1 / RHO)  # of its sigma_min and sigma_max

@@ -1,7 +1,7 @@
 """Paths from data (t = 0) to noise (t = 1): x_t = alpha(t) z + gamma(t) x (paper, Eq. 1).
 
 x is the data in units of `sd`: they are divided by it before they meet the noise (`dumo.flow.draw`), and samples are
-multiplied by it (`dumo.sampling.generate`). Constants that are meant for data of standard deviation 1 (noise levels, a
+multiplied by it (`dumo.flow.generate`). Constants that are meant for data of standard deviation 1 (noise levels, a
 Huber loss's c, EDM's preconditioning) are so right for data of any (docs/adr/0031).
 """
 

@@ -15,8 +15,8 @@ import torch
 
 from dumo.flow import dropout
 from dumo.flow.slope import precision_of
-from dumo.place import index
 from dumo.types import Frozen, Noised, Sample, Time, UserError, lift
+from dumo.types.rows import index
 
 MAX_GAIN = 20  # ours: rounding to bf16, 2^-8 of u, is then 8 % of the residual
 

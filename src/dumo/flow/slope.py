@@ -31,8 +31,8 @@ from dumo.autodiff.dual import pair, primal
 from dumo.autodiff.tape import Later
 from dumo.flow import dropout
 from dumo.flow.precision import rounded
-from dumo.place import index, split_by_step
 from dumo.types import CHANGES, Array, Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError, unwrap
+from dumo.types.rows import index, split_by_step
 
 Along = Callable[[Sample], Heads]
 Begin = Callable[..., tuple[Heads, Along]]  # of (x, c, t=t, **rest)

@@ -10,7 +10,6 @@ import torch
 from pydantic import Field
 from torch import Generator
 
-from dumo.bound import PASSES
 from dumo.flow.law import Arctan as Arctan
 from dumo.flow.law import Atom as Atom
 from dumo.flow.law import Beta as Beta
@@ -18,8 +17,9 @@ from dumo.flow.law import Karras as Karras
 from dumo.flow.law import LogitNormal as LogitNormal
 from dumo.flow.law import One
 from dumo.flow.law import Uniform as Uniform
-from dumo.place import split_by_step, spread
 from dumo.types import Time, TimeLaw
+from dumo.types.bound import PASSES
+from dumo.types.rows import split_by_step, spread
 
 
 class Pair(TimeLaw):

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event, Thread
 
-from dumo import stop
 from dumo.io import file as files
 from dumo.io.table import REMAKE, Shard
-from dumo.progress import late
+from dumo.runtime import signals
+from dumo.runtime.progress import late
 from dumo.types import UserError
 
 NAME = ".dumo-checked.json"
@@ -51,7 +51,7 @@ class Audit:
         self.thread: Thread | None = None
         if sum(shard.size for shard in todo) <= SOON:
             with late("comparing the cache with its checksums", len(todo)) as tick:
-                _look(folder, todo, self.found, lambda done: (stop.check(), tick(done, "")))
+                _look(folder, todo, self.found, lambda done: (signals.check(), tick(done, "")))
             self.require()
             return
         self.thread = Thread(target=_look, args=(folder, todo, self.found), name="audit", daemon=True)

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from dumo.dist import require_ranks
 from dumo.io.read import brief
+from dumo.runtime.dist import require_ranks
 from dumo.types import UserError
 
 DAMAGED = (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)  # in its notes

@@ -11,9 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dumo import dist
 from dumo.io import digest
 from dumo.io.read import brief
+from dumo.runtime import dist
 from dumo.types import UserError
 
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")

@@ -14,13 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dumo import room
-from dumo.config.error import nearest
-from dumo.config.spec import Run
 from dumo.flow.precision import Precision
-from dumo.preflight import machine
-from dumo.progress import Bar
-from dumo.random import stream
+from dumo.run.plan import machine
+from dumo.run.spec.error import nearest
+from dumo.run.spec.spec import Run
+from dumo.runtime import memory
+from dumo.runtime.progress import Bar
+from dumo.runtime.random import stream
 from dumo.types import UserError
 
 Times = Float[Tensor, "works rounds"]  # seconds
@@ -79,7 +79,7 @@ def build(run: Run, shape: tuple[int, ...], device: torch.device, rows: int = 1)
     """
     size = sum(value.nbytes for value in outline(run, shape).state_dict().values())
     size += rows * prod(shape) * torch.float32.itemsize
-    room.require(size, "the net and its input take", "take a smaller one, fewer rows or a smaller shape", device)
+    memory.require(size, "the net and its input take", "take a smaller one, fewer rows or a smaller shape", device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream("bench", "weights").initial_seed())
         return fill(run.net.build(run.objective.needs, shape, run.data.classes)).to(device)

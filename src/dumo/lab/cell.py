@@ -12,19 +12,19 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from dumo.config.spec import Run
 from dumo.data import Latents
-from dumo.evaluation import card
-from dumo.evaluation.evaluate import evaluate, standing
 from dumo.lab import job
 from dumo.lab.plan import Cell
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
-from dumo.peer import Lost
-from dumo.progress import Bar, no_bar
 from dumo.run import encode, text
+from dumo.run.evaluation import card
+from dumo.run.evaluation.evaluate import evaluate, standing
 from dumo.run.folder import RunFolder, open_run
+from dumo.run.spec.spec import Run
 from dumo.run.train import train
+from dumo.runtime.heartbeat import Lost
+from dumo.runtime.progress import Bar, no_bar
 
 
 @dataclass(frozen=True)

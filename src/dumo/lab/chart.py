@@ -12,12 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
-from dumo.io import picture
+from dumo.evaluation.word import MERITS, word
+from dumo.io import panel, picture
 from dumo.lab.cell import Result
 from dumo.lab.table import Row, by_arm, main_score, passes
-from dumo.report import figure
-from dumo.report.score import figures
-from dumo.report.word import MERITS, word
+from dumo.run.evaluation.score import figures
 from dumo.run.sample import conditions, sample
 
 COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470")
@@ -51,12 +50,12 @@ def samples(results: Sequence[Result]) -> Image.Image:
         c = conditions(run, across)
         made = sample(one.trained, nfe=one.report["results"][0]["nfe"], c=c.repeat(2))
         names = [run.class_name(k) for k in c.tolist()[: run.data.labels]]
-        sheet = figure.headed(picture.sheet(picture.to_rows(made.x), across), names)
+        sheet = panel.headed(picture.sheet(picture.to_rows(made.x), across), names)
         blocks[f"{next(iter(one.cell.labels.values()))}, {value:.3g}"] = value, sheet
     best = {name: sheet for name, (_, sheet) in sorted(blocks.items(), key=lambda of: of[1][0])}
     of = word(MERITS, score)
     note = f"One pass of each (its fewest), seed 0. The number: {of.title}; {of.better}."
-    return figure.gathered(best, note=note)
+    return panel.gathered(best, note=note)
 
 
 def curves(

@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dumo import dist
-from dumo.config.spec import Run
 from dumo.lab import chart
 from dumo.lab.bench import interleave, quartiles
 from dumo.lab.cell import Result
 from dumo.lab.cost import units
 from dumo.lab.plan import Cell, Plan
 from dumo.lab.table import Row
-from dumo.preflight import machine
-from dumo.progress import Bar
-from dumo.random import stream
 from dumo.run.folder import RunFolder
+from dumo.run.plan import machine
+from dumo.run.spec.spec import Run
+from dumo.runtime import dist
+from dumo.runtime.progress import Bar
+from dumo.runtime.random import stream
 from dumo.training.optim import Constant
 from dumo.training.state import begin
 from dumo.training.step import Task, train_step

@@ -14,8 +14,8 @@ from typing import TypeVar
 
 import torch
 
-from dumo import stop
-from dumo.peer import Lost
+from dumo.runtime import signals
+from dumo.runtime.heartbeat import Lost
 
 T = TypeVar("T")
 POLL = 0.2  # seconds between looks for a signal: ours
@@ -62,8 +62,8 @@ def exit_text(code: int) -> str:
 def serve(work: Callable[[T], object], pipe: Connection, threads: int) -> None:
     """Do what comes, and report how it ended, until the pipe ends or a signal comes."""
     torch.set_num_threads(threads)
-    with suppress(EOFError, OSError, KeyboardInterrupt), stop.listening(child=True):
-        while stop.asked() is None:
+    with suppress(EOFError, OSError, KeyboardInterrupt), signals.listening(child=True):
+        while signals.asked() is None:
             if not pipe.poll(POLL):
                 continue
             piece = pipe.recv()
@@ -88,7 +88,7 @@ def side_by_side(
             while waiting and len(workers) < jobs:
                 workers.append(Worker(work, threads))
                 workers[-1].send(waiting.pop())
-            stop.check()
+            signals.check()
             ready = connection.wait([one.pipe for one in workers], POLL)
             for one in [one for one in workers if one.pipe in ready]:
                 error, piece = one.receive(), one.piece

@@ -1,5 +1,7 @@
 """Our own plans: what is special in how each is set out. The plans are YAML."""
 
+import subprocess
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -9,8 +11,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dumo.export.write import export
-from dumo.features import digits
+from dumo.encoders import digits
+from dumo.evaluation.cifar10 import features_of
+from dumo.evaluation.distance import Moments, frechet_distance
+from dumo.flow.generate import labels
 from dumo.io import picture, weights
 from dumo.lab import chart
 from dumo.lab.cell import Result
@@ -18,13 +22,10 @@ from dumo.lab.cost import flops
 from dumo.lab.paper import far
 from dumo.lab.plan import Plan
 from dumo.lab.table import Row, averaged, by_arm, main_score, passes
-from dumo.metrics.distance import Moments, frechet_distance
-from dumo.protocols.cifar10 import features_of
-from dumo.random import noise
-from dumo.report import gallery
+from dumo.run import gallery
 from dumo.run.folder import RunFolder
 from dumo.run.sample import real_data, sample
-from dumo.sampling.generate import labels
+from dumo.runtime.random import noise
 
 FEATURES = {"digits": digits.features, "cifar10-features": features_of}
 MOST = 4000  # samples of a class FD, 400 a class: ours
@@ -118,7 +119,7 @@ def by_stock(trained: RunFolder, folder: Path) -> Image.Image:
     """An image of each class by diffusers' own pipeline of an export, in one pass and in two; rows are passes."""
     diffusers: Any = import_module("diffusers")  # typed as if a pipeline needed its text encoders
     if not folder.exists():
-        export(trained, folder)
+        subprocess.run([sys.executable, "-m", "dumo", "export", str(trained.folder), str(folder)], check=True)
     model = diffusers.SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
     none = dict.fromkeys(("vae", *(f"{part}{i}" for part in ("text_encoder", "tokenizer") for i in ("", "_2", "_3"))))

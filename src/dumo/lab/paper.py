@@ -8,20 +8,20 @@ from typing import Any
 
 from PIL import Image
 
-from dumo.config.spec import Run
-from dumo.evaluation.evaluate import evaluator_of, row
-from dumo.io import picture
+from dumo.evaluation.word import MERITS, word
+from dumo.flow import generate
+from dumo.io import panel, picture
 from dumo.lab import chart
 from dumo.lab.cell import Result
 from dumo.lab.plan import Plan
 from dumo.lab.table import Row, averaged, main_score
-from dumo.preflight import show
-from dumo.progress import no_bar
-from dumo.report import figure, gallery
-from dumo.report.word import MERITS, word
+from dumo.run import gallery
+from dumo.run.evaluation.evaluate import evaluator_of, row
 from dumo.run.folder import RunFolder
+from dumo.run.plan import show
 from dumo.run.sample import sample
-from dumo.sampling import generate
+from dumo.run.spec.spec import Run
+from dumo.runtime.progress import no_bar
 
 JUDGED = (1, 2, 50)  # passes of Fig. 5: few, and as many as the velocity needs
 LOWEST = {(2.0, 2.0): 4.06}  # of Fig. 4c, Sec. 4.4
@@ -56,7 +56,7 @@ def fig3_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
         panels[f"{title}\nMMD² {mmd2:.2g}"] = picture.scatter(real, {"": made})
     panels["grey: data\nred: samples of one pass"] = picture.scatter(real, {"": real[:0]})
     path = folder / "fig3.png"
-    picture.write_picture(path, figure.gathered(panels, 4))
+    picture.write_picture(path, panel.gathered(panels, 4))
     return [path]
 
 

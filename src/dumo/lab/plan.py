@@ -25,11 +25,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from dumo.config.error import nearest
-from dumo.config.load import load
-from dumo.config.spec import Run
 from dumo.io.yaml import parse
 from dumo.lab.cost import operations, pairs, units
+from dumo.run.spec.error import nearest
+from dumo.run.spec.load import load
+from dumo.run.spec.spec import Run
 from dumo.types import Spec, UserError
 
 PLANS = files("dumo.lab") / "plans"

@@ -12,20 +12,20 @@ from typing import Any
 
 import torch
 
-from dumo import dist, stop
-from dumo.ahead import BATCHES, Ahead
-from dumo.config.change import override
-from dumo.config.load import FILE, load, parse
-from dumo.config.spec import Run
 from dumo.data import Data, Latents
 from dumo.data.album import Album
-from dumo.data.source import Source
 from dumo.io.read import user_path
+from dumo.io.source import Source
 from dumo.lab.cost import flops, units
-from dumo.place import sent
-from dumo.preflight import machine
-from dumo.progress import Bar, Tick, no_bar
+from dumo.run.plan import machine
+from dumo.run.spec.change import override
+from dumo.run.spec.load import FILE, load, parse
+from dumo.run.spec.spec import Run
+from dumo.runtime import dist, signals
+from dumo.runtime.prefetch import BATCHES, Ahead
+from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.types import Spec, UserError
+from dumo.types.rows import sent
 
 WARM = BATCHES + 1  # batches before the first that counts
 SHARE_OF_PEAK = 0.4  # that a step is expected to reach: ours. Larger nets reach more, so it errs to the safe side
@@ -115,7 +115,7 @@ def speed(source: Source, batch: int, steps: range, device: torch.device, tick: 
     began = 0.0
     with Ahead(lambda step: source.batch(step, batch, 0), last=steps.stop + BATCHES, depth=BATCHES) as take:
         for step in steps:
-            stop.check()
+            signals.check()
             for part in take(step):
                 sent(part, device)
             if step == steps[WARM - 1]:

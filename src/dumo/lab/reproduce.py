@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dumo import dist, recipes
-from dumo.config.error import nearest
 from dumo.io import file, picture
 from dumo.io.read import write_json
 from dumo.lab import best, cell, chart, fig4b, ours, paper
 from dumo.lab.cell import Result
 from dumo.lab.plan import SCALES, Plan, read
 from dumo.lab.table import Row, averaged, from_cells, markdown
-from dumo.progress import Bar, no_bar
+from dumo.run.spec import recipes
+from dumo.run.spec.error import nearest
+from dumo.runtime import dist
+from dumo.runtime.progress import Bar, no_bar
 from dumo.types import UserError
 
 

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from dumo import dist
-from dumo.config.spec import Run
 from dumo.data import Latents
+from dumo.flow import generate
 from dumo.flow.precision import Precision
 from dumo.flow.reading import reading
+from dumo.flow.solver import Euler, Solver, check
 from dumo.lab import bench
-from dumo.preflight import machine
-from dumo.progress import Bar, no_bar
-from dumo.random import stream
-from dumo.sampling import generate
-from dumo.sampling.solver import Euler, Solver, check
+from dumo.run.plan import machine
+from dumo.run.spec.spec import Run
+from dumo.runtime import dist
+from dumo.runtime.progress import Bar, no_bar
+from dumo.runtime.random import stream
 from dumo.types import UserError
 
 JUMPS = 4  # passes up to which a restart makes sense: later ones add error (docs/reproduce.md)

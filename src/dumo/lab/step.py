@@ -14,9 +14,6 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from dumo import dist
-from dumo.config.error import nearest
-from dumo.config.spec import Run
 from dumo.flow.draw import draw
 from dumo.flow.precision import Precision, autocast, products, using
 from dumo.flow.slope import CentralSlope, Slope
@@ -24,10 +21,13 @@ from dumo.io.read import finite
 from dumo.lab import bench
 from dumo.lab.bench import Times
 from dumo.lab.yardstick import Plain, Unchecked, slope_error
-from dumo.preflight import cost, machine
-from dumo.preflight.count import Bytes
-from dumo.progress import Bar, no_bar
-from dumo.random import random_batch
+from dumo.run.plan import cost, machine
+from dumo.run.plan.count import Bytes
+from dumo.run.spec.error import nearest
+from dumo.run.spec.spec import Run
+from dumo.runtime import dist
+from dumo.runtime.progress import Bar, no_bar
+from dumo.runtime.random import random_batch
 from dumo.training.loop import compile_blocks
 from dumo.types import Frozen, Noised, Objective, UserError, frozen
 

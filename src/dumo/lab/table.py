@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any
 
-from dumo.config.spec import Run
+from dumo.evaluation.protocol import headline
 from dumo.lab.cell import Result
-from dumo.protocols.protocol import headline
+from dumo.run.spec.spec import Run
 
 Row = dict[str, Any]
 

@@ -19,9 +19,9 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from dumo.bound import CHANNELS
 from dumo.nets.twin import put
 from dumo.types import Array, Spec, UserError
+from dumo.types.bound import CHANNELS
 
 MODULATION = re.compile(r"norm|mod|ada", re.IGNORECASE)  # in the path of a layer whose input is the time alone
 

@@ -14,7 +14,6 @@ from pydantic import Field, model_serializer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dumo.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.nets.block import Block, Sizes, Stream, modulated, normalize, run
 from dumo.nets.embed import Own, Scalars, grid_waves, label_table, turns
 from dumo.nets.head import Gauges
@@ -23,6 +22,7 @@ from dumo.nets.precondition import Precondition, framed
 from dumo.nets.text import Text
 from dumo.nets.textblock import Cross, TextEmbedder
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
+from dumo.types.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
 
 # DiT's own
 PUBLISHED = {"precondition": "none", "modern": False, "qk_norm": False, "magnitude": "free", "late": None}

@@ -10,7 +10,6 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from dumo.bound import FACTOR
 from dumo.io import weights
 from dumo.io.read import read_json, user_path
 from dumo.nets.adapter import Lora
@@ -21,6 +20,7 @@ from dumo.nets.precondition import Precondition
 from dumo.nets.rows import Texts, codes
 from dumo.nets.text import Text
 from dumo.types import Needs, Spec, UserError
+from dumo.types.bound import FACTOR
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from dumo.io import weights
 from dumo.io.read import user_path
-from dumo.random import keyed
+from dumo.runtime.random import keyed
 from dumo.types import Cond, Spec, UserError
 
 Tokens = Float[Tensor, "b l d"]

@@ -9,19 +9,19 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from dumo.bound import CHANNELS, GIGABYTES
+from dumo.encoders.text import Encoder
+from dumo.encoders.texttable import Table, open_table, read_contents, require
+from dumo.encoders.tokens import Tokenizer
 from dumo.io.read import user_path
 from dumo.nets.rows import Reader, Rows, TextRows, Texts
-from dumo.texts.encoder import Encoder
-from dumo.texts.table import Table, open_table, read_contents, require
-from dumo.texts.tokens import Tokenizer
 from dumo.types import FREE, Cond, Spec, UserError
+from dumo.types.bound import CHANNELS, GIGABYTES
 
 GIGABYTE = 1e9
 
 
 class Tabled(Spec):
-    """Texts whose rows lie in a folder that `dumo encode` makes (`dumo.texts.table`)."""
+    """Texts whose rows lie in a folder that `dumo encode` makes (`dumo.encoders.texttable`)."""
 
     kind: Any  # a literal of the subclass; declared here to come first
     root: str = Field(json_schema_extra=FREE)  # may begin with ~ and hold $NAMES

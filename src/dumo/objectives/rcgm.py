@@ -14,13 +14,13 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import Field
 
-from dumo.bound import BLOCKS
 from dumo.flow.guide import Guide
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share
 from dumo.flow.secant import demand
 from dumo.flow.times import Below, Times, Uniform
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
+from dumo.types.bound import BLOCKS
 
 
 class RCGM(Spec):

@@ -20,8 +20,8 @@ from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Below, Beta, Times
-from dumo.place import index
 from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.types.rows import index
 
 V, U, M = 0.7, 0.15, 0.15  # weights: DuMo's beta, Tab. 3; ours, the paper is silent
 

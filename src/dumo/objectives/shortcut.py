@@ -15,8 +15,8 @@ from pydantic import Field
 
 from dumo.flow import dropout
 from dumo.flow.times import Dyadic
-from dumo.place import index
 from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.types.rows import index
 
 
 class Shortcut(Spec):

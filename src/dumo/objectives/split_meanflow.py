@@ -18,8 +18,8 @@ from dumo.flow import dropout
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share
 from dumo.flow.times import Pair, Uniform
-from dumo.place import index
 from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Sample, Spec, Terms, lift, mean_square
+from dumo.types.rows import index
 
 
 class SplitMeanFlow(Spec):

@@ -16,12 +16,12 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from dumo import stop
-from dumo.config.load import FILE as SPEC
-from dumo.config.load import load
 from dumo.io import file
 from dumo.report.tracker import TRACKERS, Tracker, values
+from dumo.run.spec.load import FILE as SPEC
+from dumo.run.spec.load import load
 from dumo.run.speed import LOG, logged
+from dumo.runtime import signals
 from dumo.training.log import Row
 from dumo.types import UserError
 
@@ -102,7 +102,7 @@ def feed(folders: Sequence[Path], kind: str, *, follow: bool = False) -> dict[Pa
                     sent[one.folder] += one.send()
                 if not follow:
                     return sent
-                stop.check()
+                signals.check()
                 time.sleep(POLL)
         finally:
             for one in feeds:

@@ -14,23 +14,26 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from dumo import dist, recipes
-from dumo.config.load import dump
-from dumo.config.spec import Run
+from dumo.evaluation import word
+from dumo.evaluation.neighbours import Real, nearest
+from dumo.flow.generate import labels
 from dumo.io import file, picture
-from dumo.metrics.neighbours import Real, nearest
-from dumo.preflight.show import show
-from dumo.progress import Bar, no_bar
-from dumo.random import stream
-from dumo.report import score, word
-from dumo.report.figure import charts, embed, headed, labelled
-from dumo.report.gallery import PASSES, is_image, readings, within
-from dumo.report.number import large, number
+from dumo.io.panel import headed, labelled
+from dumo.report.figure import charts, embed
 from dumo.report.prompt import prompt_sheet
-from dumo.report.score import judgement
+from dumo.run.evaluation import score
+from dumo.run.evaluation.number import large, number
+from dumo.run.evaluation.score import judgement
 from dumo.run.folder import RunFolder
+from dumo.run.gallery import PASSES, is_image, readings, within
+from dumo.run.plan.show import show
 from dumo.run.sample import conditions, sample
-from dumo.sampling.generate import labels
+from dumo.run.spec import recipes
+from dumo.run.spec.load import dump
+from dumo.run.spec.spec import Run
+from dumo.runtime import dist
+from dumo.runtime.progress import Bar, no_bar
+from dumo.runtime.random import stream
 from dumo.training import log
 from dumo.types import Sample
 

@@ -11,12 +11,12 @@ import torch
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
+from dumo.flow.solver import able
 from dumo.io import picture
-from dumo.progress import Bar, no_bar
 from dumo.run.folder import RunFolder
 from dumo.run.prompt import names, prompted
 from dumo.run.sample import conditions, sample
-from dumo.sampling.solver import able
+from dumo.runtime.progress import Bar, no_bar
 
 PASSES = (1, 2, 4)  # the columns, as far as the solver can make them
 COUNT = 9  # captions that are shown where no prompts are given

@@ -20,11 +20,11 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dumo.config.load import load
-from dumo.config.source import FILE
 from dumo.io import file as files
 from dumo.io.weights import apart, compare
 from dumo.io.weights import load as load_weights
+from dumo.run.spec.load import load
+from dumo.run.spec.source import FILE
 from dumo.training import checkpoint, frozen
 from dumo.training.ema import WIDEST, PowerEma, exponent
 from dumo.training.manifest import standing

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from dumo.data.source import Source
 from dumo.io.read import read_json, write_json
+from dumo.io.source import Source
 from dumo.types import UserError
 
 FILE = "data.json"

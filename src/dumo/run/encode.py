@@ -10,18 +10,18 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from dumo import dist
-from dumo.config.change import override
-from dumo.config.load import FILE, load, parse
-from dumo.config.spec import Run
 from dumo.data import Latents, cache
 from dumo.data.cache import Contents, Plan, read_contents
 from dumo.data.caption import Files
 from dumo.data.image import below
 from dumo.io.read import brief, user_path
 from dumo.io.table import Done
-from dumo.progress import Bar, no_bar
 from dumo.run import text
+from dumo.run.spec.change import override
+from dumo.run.spec.load import FILE, load, parse
+from dumo.run.spec.spec import Run
+from dumo.runtime import dist
+from dumo.runtime.progress import Bar, no_bar
 from dumo.types import Spec, UserError
 
 LONG = 40  # characters of a part: ours

@@ -10,19 +10,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dumo import dist
-from dumo.codecs.scaled import Opened
-from dumo.config.load import FILE, difference, differences, dump, load
-from dumo.config.source import Noted
-from dumo.config.spec import Run
-from dumo.config.teacher import Start
 from dumo.data import Latents
+from dumo.encoders.scaled import Opened
 from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.weights import compare
 from dumo.io.weights import load as load_weights
 from dumo.nets.dualized import Dualized
 from dumo.run import published
+from dumo.run.spec.load import FILE, difference, differences, dump, load
+from dumo.run.spec.source import Noted
+from dumo.run.spec.spec import Run
+from dumo.run.spec.teacher import Start
+from dumo.runtime import dist
 from dumo.training import checkpoint, frozen, manifest
 from dumo.training.state import State
 from dumo.training.state import begin as begin_training

@@ -4,14 +4,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dumo import dist
-from dumo.config.change import shown
-from dumo.config.load import changes
-from dumo.config.source import Noted
-from dumo.config.spec import Run
-from dumo.data.source import Source
+from dumo.io.source import Source
 from dumo.run import deviation
 from dumo.run.folder import note
+from dumo.run.spec.change import shown
+from dumo.run.spec.load import changes
+from dumo.run.spec.source import Noted
+from dumo.run.spec.spec import Run
+from dumo.runtime import dist
 from dumo.training import log, manifest
 from dumo.types import UserError
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from dumo import dist, room, stop
-from dumo.config.spec import Run
-from dumo.data.source import Source
-from dumo.preflight import doctor
-from dumo.progress import sized
+from dumo.io.source import Source
 from dumo.run import average
+from dumo.run.plan import doctor
+from dumo.run.spec.spec import Run
 from dumo.run.teacher import Coupled
+from dumo.runtime import dist, memory, signals
+from dumo.runtime.progress import sized
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.state import State
 from dumo.training.step import Record
@@ -56,8 +56,8 @@ class Journal:
 
         Raises Stopped if a rank was asked to stop meanwhile: there is nothing to save.
         """
-        if number := next(filter(None, agreement.agreed(stop.asked)), None):
-            raise stop.Stopped(number)
+        if number := next(filter(None, agreement.agreed(signals.asked)), None):
+            raise signals.Stopped(number)
         if 0 < state.step <= self.first:
             self.examine(state)
         if state.step not in checkpoint.milestones(self.folder / "milestones"):
@@ -117,7 +117,7 @@ class Journal:
         A net of which little is trained may leave no room for copies, where the self-test of two blocks has to do.
         """
         size = COPIES * sum(p.nbytes for p in self.run.outline().parameters())
-        most = agreement.main(lambda: room.memory(self.device))
+        most = agreement.main(lambda: memory.memory(self.device))
         if self.run.objective.needs.slope and size > most:
             what = f"copies of them take {sized(size)} of memory, and {self.device} has {sized(most)}"
             self.tell(f"the slope is not examined on the weights in training: {what}")

@@ -6,11 +6,11 @@ So what is asked in one way does not write over what was asked in another.
 import re
 from typing import Any
 
-from dumo.config.load import load
-from dumo.config.spec import Run
 from dumo.io import digest
 from dumo.io.weights import title
 from dumo.run.folder import RunFolder, shown
+from dumo.run.spec.load import load
+from dumo.run.spec.spec import Run
 from dumo.training.checkpoint import part
 
 LONG = 40  # characters of a value in a name

@@ -4,13 +4,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from dumo.config.spec import Run
-from dumo.config.teacher import Start
 from dumo.io.read import read_json, user_path
 from dumo.io.weights import load
 from dumo.nets.dit import PUBLISHED, SIZES, DiT, Transformer
 from dumo.nets.embed import FREQUENCIES
 from dumo.nets.sit import UNUSED, converted, of_diffusers, our_name
+from dumo.run.spec.spec import Run
+from dumo.run.spec.teacher import Start
 from dumo.types import UserError
 
 ATTENTION = {width: attention for width, _, attention in SIZES.values()}

@@ -9,21 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dumo import dist, room
-from dumo.config.load import parse
-from dumo.config.spec import Run
-from dumo.config.tree import Sampling
 from dumo.data import Moons
-from dumo.data.source import Source
+from dumo.flow import generate
 from dumo.flow.reading import reading
+from dumo.flow.solver import Solver, check
 from dumo.io import file as files
 from dumo.io import picture
-from dumo.progress import Bar, no_bar
+from dumo.io.source import Source
 from dumo.run.folder import RunFolder
 from dumo.run.name import changes, own, sampling, word
 from dumo.run.prompt import highest, names, prompted
-from dumo.sampling import generate
-from dumo.sampling.solver import Solver, check
+from dumo.run.spec.load import parse
+from dumo.run.spec.spec import Run
+from dumo.run.spec.tree import Sampling
+from dumo.runtime import dist, memory
+from dumo.runtime.progress import Bar, no_bar
 from dumo.types import Reads, Sample, UserError
 
 
@@ -165,7 +165,7 @@ def export(
     if form not in forms:
         raise UserError(f"format '{form}' does not hold samples of shape {shape}: use {', '.join(forms)}")
     way = "ask for fewer, and for others with another --seed"
-    room.require(count * prod(shape) * torch.float32.itemsize, f"{count:,} samples take", way)
+    memory.require(count * prod(shape) * torch.float32.itemsize, f"{count:,} samples take", way)
     opened, said = with_options(opened, nfe=nfe, seed=seed, solver=solver)
     c = turned(prompted(opened, prompts), count) if prompts else conditions(run, count, only)
     chosen, passes = opened.run.sample.solver, opened.run.sample.nfe

@@ -2,7 +2,7 @@
 
     sheets/step-00001000-nfe1.png
 
-They change nothing of the training: samples have streams of their own (`dumo.random`), and the net its mode again.
+They change nothing of the training: samples have streams of their own (`dumo.runtime.random`), and the net its mode.
 Ranks make them together, each some of the images, so that no rank needs all weights.
 """
 
@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dumo import dist
-from dumo.config.spec import Run
 from dumo.data import Latents
+from dumo.flow import generate
 from dumo.run.folder import RunFolder
 from dumo.run.sample import guided_reading, shared, write
-from dumo.sampling import generate
+from dumo.run.spec.spec import Run
+from dumo.runtime import dist
 from dumo.training import agreement, layout
 from dumo.training.state import State
 from dumo.training.step import Record

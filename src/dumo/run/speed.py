@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from dumo import dist
-from dumo.config.spec import Run
-from dumo.preflight import cost, machine
-from dumo.preflight.rehearsal import peak
-from dumo.progress import number, sized
+from dumo.run.plan import cost, machine
+from dumo.run.plan.rehearsal import peak
+from dumo.run.spec.spec import Run
+from dumo.runtime import dist
+from dumo.runtime.progress import number, sized
 from dumo.training import log
 from dumo.training.step import Record
 from dumo.types import UserError

@@ -13,21 +13,21 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dumo import dist, stop
-from dumo.config.check import check_guided
-from dumo.config.spec import Run
-from dumo.config.teacher import Pairs, Teacher
-from dumo.data.source import Source, Table, rows_of
+from dumo.flow import generate
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.reading import bind, reading
 from dumo.io import digest
 from dumo.io.file import write
 from dumo.io.read import read_json, write_json
+from dumo.io.source import Source, Table, rows_of
 from dumo.io.weights import load
-from dumo.progress import Bar, say
-from dumo.random import noise
 from dumo.run.folder import open_run
-from dumo.sampling import generate
+from dumo.run.spec.check import check_guided
+from dumo.run.spec.spec import Run
+from dumo.run.spec.teacher import Pairs, Teacher
+from dumo.runtime import dist, signals
+from dumo.runtime.progress import Bar, say
+from dumo.runtime.random import noise
 from dumo.training import agreement
 from dumo.training.state import State
 from dumo.types import Cond, Heads, Reads, Sample, Taught, Time, Trail, UserError
@@ -224,7 +224,7 @@ def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.dev
 
     def make() -> list[int]:
         for file in lacking[dist.rank() :: dist.world()]:
-            stop.check()
+            signals.check()
             some = range(files[file], min(files[file] + SHARD, pairs.count))
             made = joined(run, pairs, reads, c[list(some)], some, device)
             if bad := [k for k, x in zip(some, made["x"], strict=True) if not x.isfinite().all()]:

@@ -10,32 +10,32 @@ from pathlib import Path
 
 import torch
 
-from dumo import dist
-from dumo.ahead import BATCHES, Ahead
-from dumo.config.advice import advice
-from dumo.config.check import check_pieces
-from dumo.config.spec import Run
-from dumo.data.source import Source
 from dumo.data.store import some
 from dumo.flow.draw import Draws
 from dumo.flow.overhear import exchanged
 from dumo.flow.slope import CentralSlope, DualSlope
+from dumo.io.source import Source
 from dumo.nets.dualized import Dualized
-from dumo.place import pinned, sent
-from dumo.preflight import cost, doctor
-from dumo.progress import Bar, no_bar
 from dumo.run import deviation, teacher, text
 from dumo.run.folder import begin, held
 from dumo.run.history import History
 from dumo.run.journal import Journal, way_back
+from dumo.run.plan import cost, doctor
 from dumo.run.sheet import Sheets
+from dumo.run.spec.advice import advice
+from dumo.run.spec.check import check_pieces
+from dumo.run.spec.spec import Run
 from dumo.run.speed import Meter
+from dumo.runtime import dist
+from dumo.runtime.prefetch import BATCHES, Ahead
+from dumo.runtime.progress import Bar, no_bar
 from dumo.training import agreement, loop
 from dumo.training.cut import span
 from dumo.training.layout import share_of
 from dumo.training.state import Diverged, State
 from dumo.training.step import Batch, Task, draws_of, pieces
 from dumo.types import UserError
+from dumo.types.rows import pinned, sent
 
 
 def train(

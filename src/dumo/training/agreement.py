@@ -6,8 +6,8 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed
 
-from dumo import dist, stop
 from dumo.io import file as files
+from dumo.runtime import dist, signals
 from dumo.types import UserError
 
 T = TypeVar("T")
@@ -54,7 +54,7 @@ def packed(error: Exception) -> Failure:
     """An error as plain values that can be sent to other ranks."""
     if isinstance(error, UserError):
         return "user", 0, str(error), None
-    if isinstance(error, stop.Stopped):
+    if isinstance(error, signals.Stopped):
         return "stopped", error.number, str(error), None
     if isinstance(error, OSError) and error.errno is not None:
         file = None if error.filename is None else str(error.filename)
@@ -69,5 +69,5 @@ def raised(rank: int, kind: str, number: int, text: str, file: str | None) -> Ex
     if kind == "user":
         return UserError(text)
     if kind == "stopped":
-        return stop.Stopped(number, text)
+        return signals.Stopped(number, text)
     return OSError(number, text, file) if kind == "system" else RuntimeError(f"rank {rank}: {text}")

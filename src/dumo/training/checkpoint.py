@@ -20,9 +20,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dumo import dist
 from dumo.io import file as files
 from dumo.io import weights
+from dumo.runtime import dist
 from dumo.training import agreement, frozen, layout, manifest
 from dumo.training.manifest import drop, standing
 from dumo.training.state import Diverged, State, blank, by_place, flatten

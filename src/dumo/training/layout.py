@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from dumo import dist
+from dumo.runtime import dist
 from dumo.training.frozen import share, trained
 from dumo.types import UserError, unwrap
 

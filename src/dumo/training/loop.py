@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from dumo import dist
 from dumo.flow.draw import Draws
 from dumo.flow.precision import products
-from dumo.stop import Stopped
+from dumo.runtime import dist
+from dumo.runtime.signals import Stopped
 from dumo.training.record import Record, Skipped
 from dumo.training.spec import Compile, Train
 from dumo.training.state import Diverged, State

@@ -14,10 +14,10 @@ from shlex import quote
 
 from pydantic import BaseModel, ValidationError
 
-from dumo import dist
 from dumo.io import digest
 from dumo.io.file import hidden
 from dumo.io.weights import title
+from dumo.runtime import dist
 from dumo.training.agreement import agreed
 from dumo.training.state import FAR, Trend
 from dumo.types import UserError

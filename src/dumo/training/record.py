@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dumo import dist, stop
+from dumo.runtime import dist, signals
 from dumo.training.layout import whole
 from dumo.training.state import State
 from dumo.types import Cond, Noised, PerSample, Reads, Terms, Time, mean_square
@@ -95,7 +95,7 @@ def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, l
 
     `norm` is the gradient norm, on the device; `due` counts on rank 0 alone, whose clock decides.
     """
-    words = [*(stop.asked() == number for number in stop.SIGNALS), due and dist.is_main()]
+    words = [*(signals.asked() == number for number in signals.SIGNALS), due and dist.is_main()]
     named = values(terms)
     *table, counts, rest = dist.mean(table_of(t, [*named.values()], norm, words)).tolist()
     sums = dict(zip(named, table, strict=True))
@@ -111,7 +111,7 @@ def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, l
         counts=[round(n * dist.world()) for n in counts],
         grad_norm=grad_norm,
         lr=lr,
-        asked=next((number for number, yes in zip(stop.SIGNALS, said, strict=False) if yes), None),
+        asked=next((number for number, yes in zip(signals.SIGNALS, said, strict=False) if yes), None),
         due=said[-1] > 0,
     )
 

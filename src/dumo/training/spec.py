@@ -4,12 +4,12 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from dumo.bound import ROWS, STEPS
 from dumo.flow.coupling import Coupling
 from dumo.flow.precision import Precision
 from dumo.training.ema import Average, Ema, PowerEma
 from dumo.training.optim import AdamW, Constant, Optimizer, Schedule
 from dumo.types import CHANGES, FREE, MACHINE, QUIET, Spec
+from dumo.types.bound import ROWS, STEPS
 
 Compile = Literal["none", "blocks", "loss"]
 

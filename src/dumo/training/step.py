@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from dumo import dist
 from dumo.flow import dropout
 from dumo.flow.draw import Draws, drawn, noised
 from dumo.flow.precision import autocast
 from dumo.flow.reading import reading
-from dumo.place import sent
+from dumo.runtime import dist
 from dumo.training import layout
 from dumo.training.cut import passes, span
 from dumo.training.record import Probe, Record, ask, blame, measure
@@ -29,6 +28,7 @@ from dumo.training.spec import Train
 from dumo.training.state import Diverged as Diverged
 from dumo.training.state import State
 from dumo.types import Frozen, Net, Noised, Objective, Path, Taught, Terms, Time, UserError, frozen
+from dumo.types.rows import sent
 
 Batch = Sequence[Tensor]  # (x, c); with the noise of x, (x, c, z); and with what is between, (x, c, z, between)
 Loss = Callable[[Net, Frozen, Noised], Terms]

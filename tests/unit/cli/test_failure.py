@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dumo.cli.failure import MORE, sparing, told
-from dumo.peer import Lost
+from dumo.runtime.heartbeat import Lost
 from dumo.training.step import Diverged
 from dumo.types import UserError
 

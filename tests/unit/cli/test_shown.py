@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from dumo.cli.terminal import err, out, show_lines, show_table
-from dumo.progress import bar, inline, plain, say
+from dumo.runtime.progress import bar, inline, plain, say
 
 NAME = "a\x1b[31mb\x07c\x9b2Jd\re\u202ef\udc80"
 SHOWN = r"a\x1b[31mb\x07c\x9b2Jd\re\u202ef\udc80"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dumo.data import Images
 from dumo.data.augment import SHIFT, SIZE, STRETCH, SYM6, Edm, Name, changes, matrix, warp
-from dumo.random import stream
+from dumo.runtime.random import stream
 from dumo.types import Sample
 
 SIDE = 16

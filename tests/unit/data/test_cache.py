@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.codecs import SdVae, Taef2
-from dumo.codecs.scaled import Opened
 from dumo.data.cache import Plan, encode, open_cache
+from dumo.encoders import SdVae, Taef2
+from dumo.encoders.scaled import Opened
 from dumo.io import digest
 from dumo.io.table import FILE, Table
 from dumo.io.weights import load
 from dumo.types import UserError
-from unit.codecs.toy import CLASSES, GAUSSIAN, PLAN, POINT, SIDE, Pictures, contents, picture
+from unit.encoders.toy import CLASSES, GAUSSIAN, PLAN, POINT, SIDE, Pictures, contents, picture
 
 COUNT = 50
 ROWS = torch.tensor([49, 0, 16, 15, 3, 16])  # of three shards, in no order, one twice

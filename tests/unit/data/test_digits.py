@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dumo.data import Digits
-from dumo.data.source import Source, Split, Table
+from dumo.io.source import Source, Split, Table
 
 
 def test_shape_range_and_levels() -> None:

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.codecs.scaled import Images, Moments
 from dumo.data.cache import encode, open_cache, read_contents
+from dumo.encoders.scaled import Images, Moments
 from dumo.io import table
 from dumo.types import UserError
-from unit.codecs.toy import CLASSES, PLAN, POINT, SIDE, Pictures, Sampled, contents, picture, work
+from unit.encoders.toy import CLASSES, PLAN, POINT, SIDE, Pictures, Sampled, contents, picture, work
 
 COUNT, BATCHES = 300, 75
 processes = get_context("forkserver")  # forks from a clean process, which has imported once

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.data import source as epoch
-from dumo.data.source import mirrored, rows_of
+from dumo.io import source as epoch
+from dumo.io.source import mirrored, rows_of
 
 
 def laid_out(steps: int, batch: int, size: int, seed: int = 0) -> Tensor:

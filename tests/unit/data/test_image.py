@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from dumo.data import Images
-from dumo.data.source import Source
+from dumo.io.source import Source
 from dumo.types import UserError
 from unit.data.animals import (
     CLASSES,

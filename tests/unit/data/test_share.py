@@ -16,12 +16,12 @@ from dumo.data.album import Album
 from dumo.data.augment import Edm
 from dumo.data.cache import encode, open_cache
 from dumo.data.latents import Encoded
-from dumo.data.source import rows_of
 from dumo.data.store import Labels
+from dumo.io.source import rows_of
 from dumo.io.table import Table as Rows
-from dumo.random import stream
 from dumo.run.teacher import Coupled
-from unit.codecs.toy import GAUSSIAN, PLAN, Pictures
+from dumo.runtime.random import stream
+from unit.encoders.toy import GAUSSIAN, PLAN, Pictures
 
 BATCH, COUNT, SIDE = 64, 50, 9  # more rows than images: a batch crosses epochs. An odd side, no whole vectors of floats
 WORLDS = [1, 2, 8, 64]

@@ -13,11 +13,11 @@ import pytest
 
 from dumo.data import Digits, Moons
 from dumo.data.cache import encode, open_cache
-from dumo.data.source import Endless, Table
 from dumo.data.store import Folder
+from dumo.io.source import Endless, Table
 from dumo.types import UserError
-from unit.codecs.toy import PLAN, POINT, Pictures
 from unit.data.animals import COUNT, STORES, archive, as_folder, picture, refused, spec
+from unit.encoders.toy import PLAN, POINT, Pictures
 
 
 def pipe(file: Path) -> None:

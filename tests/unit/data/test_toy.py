@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dumo.data import Moons, toy
-from dumo.data.source import Endless
+from dumo.io.source import Endless
 
 
 @pytest.fixture

@@ -1,86 +1,78 @@
-"""A run's likelihoods stand in the place of samples: by its solver, and by Heun's many steps beside."""
+"""Bits are those of grey levels, noise is each row's own, and what has no likelihood is refused."""
 
-from pathlib import Path
+from math import log, log2
 
 import pytest
 import torch
 
-from dumo.config.load import load
-from dumo.evaluation.evaluate import demand, evaluate, likelihoods, standing
-from dumo.protocols import Context, LikelihoodProtocol
-from dumo.run.folder import RunFolder, open_run
-from dumo.run.train import train
-from dumo.sampling.generate import joined
-from dumo.sampling.solver import Heun
+from dumo.data import Digits
+from dumo.evaluation import Context, LikelihoodProtocol
+from dumo.evaluation.likelihood import dequantised
+from dumo.io.source import Table
 from dumo.types import UserError
 
-SMALL = ["net.width=8", "net.depth=1", "train.batch=8", "train.steps=2"]
-ASKED = ["evaluate.protocol={kind: likelihood, samples: 300, passes: 4, probes: 2}"]
-BOTH = ["objective={kind: f2d2, drop: 0, times: {kind: jumps, both_ways: true}, slope: {kind: dual}}"]
+LEVELS = torch.arange(17).repeat(4).view(4, 1, 1, 17) / 8 - 1
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("run") / "moons"
-    train(load("moons", [*SMALL, *BOTH]), path)
-    return path
+def table(x: torch.Tensor) -> Table:
+    return Table(x, torch.arange(len(x)))
 
 
-def opened(folder: Path, *overrides: str) -> RunFolder:
-    return open_run(str(folder), [*ASKED, *overrides], device="cpu")
+def cells(x: torch.Tensor, of: torch.Tensor) -> bool:
+    """Whether x lies in the cells of these levels, but for rounding."""
+    return ((x + 1) / 2 * 17 - (of + 1) * 8 - 0.5).abs().max().item() < 0.5 + 1e-5
 
 
-def test_jumps_stand_beside_the_flow(folder: Path) -> None:
-    """Passes as the net counts them: one a jump, one a direction and reading of the velocity."""
-    report = evaluate(run := opened(folder, "sample.solver.kind=hop"), nfe=[1, 3])
-    assert [(row["solver"], row["nfe"]) for row in report["results"]] == [("hop", 1), ("hop", 3)]
-    assert [(row["solver"], row["nfe"]) for row in report["contrast"]] == [("heun", 8)]
-    assert all(1.5 < row["bits"] < 3 for row in (*report["results"], *report["contrast"]))  # about N(0, I)
-    assert (report["protocol"], report["baselines"], report["state"]) == ("likelihood (300 samples)", {}, None)
-    assert (report["card"]["labels"], report["card"]["contrast"]) == ("those of the data", [4])
-    assert standing(run) is None
-    euler = evaluate(opened(folder, "evaluate.protocol.probes=0"), solver="euler", nfe=[4])
-    assert euler["results"][0]["nfe"] == 8  # two axes
+def test_a_density_that_knows_nothing_takes_the_bits_of_a_level() -> None:
+    """Uniform in [-1, 1] is 1/2 a number: log2 of 17 levels, and 1 bit of points, for these have none."""
+    for x, bits in ((LEVELS, log2(17)), (LEVELS.view(4, 17), 1)):
+        judge = LikelihoodProtocol(samples=4, levels=17 if x.ndim > 2 else None).evaluator(
+            Context(lambda x=x: table(x))
+        )
+        found = judge.score([(torch.tensor([2, 0, 1, 3]), torch.full((4,), -17 * log(2)))])
+        assert found == {"bits": pytest.approx(bits), "bits_sd": pytest.approx(0)}
+        assert not judge.baselines()
+    images = LikelihoodProtocol(samples=4).evaluator(Context(lambda: table(torch.ones(4, 1, 2, 2))))
+    assert images.score([(torch.arange(4), torch.zeros(4))])["bits"] == 7  # 256 levels
 
 
-def test_ranks_share_the_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row's likelihood does not depend on who asks for it, but for rounding."""
-    run = opened(folder)
-    judge = LikelihoodProtocol(samples=300).evaluator(Context(run.run.data.open))
-    whole = joined(likelihoods(run, judge, Heun(), 4)).x
-    monkeypatch.setattr("dumo.dist.world", lambda: 2)
-    for rank in (0, 1):
-        monkeypatch.setattr("dumo.dist.rank", lambda rank=rank: rank)
-        mine = joined(likelihoods(run, judge, Heun(), 4)).x
-        assert torch.allclose(mine, whole[rank::2], atol=1e-5)
+def test_noise_keeps_levels_and_is_each_row_s_own() -> None:
+    x = dequantised(LEVELS, 17, 0)
+    assert cells(x, LEVELS)
+    assert torch.equal(dequantised(LEVELS[:2], 17, 0), x[:2])
+    assert not torch.equal(dequantised(LEVELS, 17, 1), x)
+    within = ((dequantised(LEVELS.repeat(100, 1, 1, 1), 17, 0) + 1) / 2 * 17).frac()
+    assert within.mean() == pytest.approx(0.5, abs=0.01)
+    assert within.var() == pytest.approx(1 / 12, abs=0.003)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "says"),
-    [
-        (["sample.solver.kind=restart"], "'restart' has no way from data to noise"),
-        (["sample.solver.kind=hop", "objective.times.both_ways=false"], "both_ways=true"),
-    ],
-)
-def test_what_has_no_likelihood_is_refused(folder: Path, overrides: list[str], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        evaluate(opened(folder, *overrides))
-
-
-@pytest.mark.parametrize(
-    ("recipe", "says"), [("cifar10-latents", "not of latents"), ("digits-words", "not captions"), ("guided", "scale=1")]
-)
-def test_other_data_are_refused(recipe: str, says: str) -> None:
-    run = (
-        load("digits-flow-matching", ["objective.drop=0.1", "sample.guide.scale=2"])
-        if recipe == "guided"
-        else load(recipe)
+def test_directions_are_signs_of_the_row() -> None:
+    judge = LikelihoodProtocol(samples=4, levels=17, probes=4).evaluator(Context(lambda: table(LEVELS)))
+    e = torch.stack(judge.directions(range(4)))
+    assert (e.abs() == 0.5).all()  # their squares add up to 1
+    assert len({tuple(row.flatten().tolist()) for row in e.view(16, 17)}) == 16
+    assert torch.equal(torch.stack(judge.directions([3, 1])), e[:, [3, 1]])
+    assert (
+        LikelihoodProtocol(samples=4, levels=17, probes=0).evaluator(Context(lambda: table(LEVELS))).directions([0])
+        == []
     )
-    with pytest.raises(UserError, match=says):
-        demand(run)
 
 
-def test_times_that_climb_need_formulas_that_do() -> None:
-    with pytest.raises(UserError, match=r"both_ways.*'dumo' has no formulas"):
-        load("moons", ["objective.times={kind: jumps, both_ways: true}"])
-    assert load("moons-meanflow", ["objective.times={kind: jumps, both_ways: true}"]).objective.times.climbs
+def test_it_is_of_what_was_held_out() -> None:
+    data = Digits(held=360).originals()
+    judge = LikelihoodProtocol(samples=360, levels=17).evaluator(Context(lambda: data))
+    assert cells(judge.x, data.held.x)
+    assert torch.equal(judge.c, data.held.c)
+    assert judge.facts["reference"] == "360 samples of the data, never trained on"
+
+
+def test_what_cannot_be_judged_is_refused() -> None:
+    with pytest.raises(UserError, match=r"here are 4: set evaluate.protocol.samples=4"):
+        LikelihoodProtocol(samples=5).evaluator(Context(lambda: table(LEVELS)))
+    with pytest.raises(UserError, match=r"other levels than 256 .* set evaluate.protocol.levels, for digits 17"):
+        LikelihoodProtocol(samples=4).evaluator(Context(lambda: table(LEVELS)))
+    with pytest.raises(UserError, match="levels=null"):
+        LikelihoodProtocol(levels=17).check((2,))
+    judge = LikelihoodProtocol(samples=4, levels=17).evaluator(Context(lambda: table(LEVELS)))
+    with pytest.raises(UserError, match="not finite numbers"):
+        judge.score([(torch.arange(4), torch.tensor([0, 0, 0, torch.nan]))])

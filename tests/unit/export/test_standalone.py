@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from autoencoder import taef2
-from dumo.codecs import SdVae, Taef2
-from dumo.config.load import load
-from dumo.config.spec import Run
 from dumo.data import Latents
 from dumo.data.image import Images
+from dumo.encoders import SdVae, Taef2
 from dumo.export.write import export
-from dumo.random import noise, stream
+from dumo.flow.solver import Euler
 from dumo.run.folder import RunFolder
 from dumo.run.sample import sample
-from dumo.sampling.solver import Euler
+from dumo.run.spec.load import load
+from dumo.run.spec.spec import Run
+from dumo.runtime.random import noise, stream
 from dumo.types import UserError
 from unit.nets.given import Given
 

@@ -10,8 +10,8 @@ import torch
 
 from dumo.export import scheduler
 from dumo.export.stock import STOCKS, Stock, at, restart
+from dumo.flow.solver import Hermite, Restart, jumps
 from dumo.nets.family import FAMILIES
-from dumo.sampling.solver import Hermite, Restart, jumps
 from dumo.types import UserError
 
 SOLVER = Restart(m=0.7, start=0.99)

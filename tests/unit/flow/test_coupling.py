@@ -10,7 +10,7 @@ from dumo.flow.coupling import Coupling
 from dumo.flow.draw import drawn, noised
 from dumo.flow.path import Linear
 from dumo.objectives import DuMo
-from dumo.random import stream
+from dumo.runtime.random import stream
 
 X = torch.randn(24, 2, 3, generator=stream("x"), dtype=torch.float64)
 Z = torch.randn(24, 2, 3, generator=stream("z"), dtype=torch.float64)

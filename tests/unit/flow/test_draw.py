@@ -11,7 +11,7 @@ from dumo.flow.law import Noise
 from dumo.flow.path import Linear
 from dumo.flow.times import Pair, Uniform
 from dumo.objectives import FlowMatching, ImprovedMeanFlow, MeanFlow
-from dumo.random import stream
+from dumo.runtime.random import stream
 from dumo.types import Needs, Noised, Objective
 
 

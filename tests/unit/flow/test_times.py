@@ -5,7 +5,7 @@ import torch
 
 from contract.case import kind, members
 from dumo.flow.times import Beta, Jumps, LogitNormal, Pair, Times, Uniform
-from dumo.random import stream
+from dumo.runtime.random import stream
 
 RATIOS = [0.0, 0.1, 0.2, 0.25, 0.29, 1 / 3, 0.4, 0.5, 0.6, 0.75, 0.8, 0.9, 1.0]
 

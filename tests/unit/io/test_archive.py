@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dumo.io.picture import to_rows, write_adm, write_picture, write_points, write_singles
-from dumo.random import stream
+from dumo.runtime.random import stream
 
 PIXELS = to_rows(2 * torch.rand(3, 1, 32, 32, generator=stream("archive")) - 1)
 POINTS = torch.randn(2_000, 2, generator=stream("points"))

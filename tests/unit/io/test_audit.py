@@ -12,7 +12,7 @@ from dumo.data.latents import Encoded
 from dumo.io import audit
 from dumo.io.audit import NAME, Audit
 from dumo.types import UserError
-from unit.codecs.toy import PLAN, POINT, Pictures
+from unit.encoders.toy import PLAN, POINT, Pictures
 
 COUNT = 50  # images, in four shards
 SHARDS = [f"shard-{k:05}.safetensors" for k in range(4)]

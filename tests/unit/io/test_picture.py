@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dumo.io.picture import TITLE, scatter, sheet, to_rows
-from dumo.random import stream
+from dumo.runtime.random import stream
 from dumo.types import UserError
 
 

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 from contract.case import members
-from dumo.config.load import load
-from dumo.config.spec import Run
 from dumo.flow.draw import draw
 from dumo.flow.slope import Along, JvpSlope, Slope
+from dumo.flow.solver import Euler, Heun, Hop, Restart
 from dumo.lab import bench, sampling, step
 from dumo.lab.step import Row
 from dumo.lab.yardstick import Plain, slope_error
-from dumo.progress import no_bar
-from dumo.sampling.solver import Euler, Heun, Hop, Restart
+from dumo.run.spec.load import load
+from dumo.run.spec.spec import Run
+from dumo.runtime.progress import no_bar
 from dumo.types import Cond, Frozen, Heads, Net, Sample, Time, UserError, frozen
 from e2e.shell import call, refused, sets
 

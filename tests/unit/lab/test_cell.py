@@ -10,12 +10,12 @@ from typing import Any, cast
 import pytest
 from PIL import Image
 
-from dumo.config.load import load
-from dumo.evaluation.evaluate import evaluate
 from dumo.lab import cell, fig4b, plan, reproduce
 from dumo.lab.cell import Result, finish, sources
 from dumo.lab.plan import Cell, Plan, read
-from dumo.progress import no_bar
+from dumo.run.evaluation.evaluate import evaluate
+from dumo.run.spec.load import load
+from dumo.runtime.progress import no_bar
 from dumo.training import loop
 from dumo.training.state import State
 from dumo.training.step import Record

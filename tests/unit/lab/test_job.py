@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from dumo import stop
 from dumo.lab import job
-from dumo.peer import Lost
+from dumo.runtime import signals
+from dumo.runtime.heartbeat import Lost
 from dumo.types import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
@@ -23,8 +23,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     serve = job.serve
 
     def fresh(*given: object) -> None:
-        stop.listens = False
-        for number in stop.SIGNALS:
+        signals.listens = False
+        for number in signals.SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         serve(*given)
 
@@ -63,10 +63,10 @@ def long_work(folder: Path) -> Callable[[str], None]:
 
     def long(name: str) -> None:
         (folder / f"{name}.began").touch()
-        while not stop.asked():
+        while not signals.asked():
             time.sleep(0.01)
         (folder / f"{name}.saved").touch()
-        stop.check()
+        signals.check()
 
     def first(name: str) -> None:
         if name == "long":
@@ -104,10 +104,10 @@ def test_a_signal_is_passed_on(number: int, tmp_path: Path) -> None:
             os.kill(os.getpid(), number)
             time.sleep(2 * job.POLL)
             (tmp_path / "all.saved").touch()
-            stop.check()
+            signals.check()
         long_work(tmp_path)(name)
 
-    with stop.listening(), pytest.raises(stop.Stopped):
+    with signals.listening(), pytest.raises(signals.Stopped):
         list(job.side_by_side(interrupted, ["long", "all", "never"], jobs=2, threads=1))
     assert sorted(path.name for path in tmp_path.glob("*.saved")) == ["all.saved", "long.saved"]
     assert nobody_is_left()

@@ -5,12 +5,12 @@ from functools import cache
 import pytest
 import torch
 
-from dumo import recipes
-from dumo.config.load import load
 from dumo.lab import plan
 from dumo.lab.cost import operations, pairs, units
 from dumo.lab.plan import Cell, Plan, names, read, slug, trained_by
-from dumo.random import stream
+from dumo.run.spec import recipes
+from dumo.run.spec.load import load
+from dumo.runtime.random import stream
 from dumo.types import UserError
 
 EVERY = [(name, scale) for name in names() for scale in read(name).scales]

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.ahead import BATCHES
 from dumo.lab import reading
-from dumo.progress import no_bar
+from dumo.runtime.prefetch import BATCHES
+from dumo.runtime.progress import no_bar
 from dumo.types import UserError
 from e2e.shell import call, refused, sets
 from unit.data.animals import as_folder

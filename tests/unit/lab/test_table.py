@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 
-from dumo import recipes
-from dumo.config.load import load
+from dumo.flow.generate import Samples
 from dumo.lab import best, chart, fig4b, ours, paper, table
 from dumo.lab.cell import Result
 from dumo.lab.plan import Cell, read
 from dumo.lab.reproduce import redraw
 from dumo.run.folder import RunFolder
-from dumo.sampling.generate import Samples
+from dumo.run.spec import recipes
+from dumo.run.spec.load import load
 from dumo.types import Cond, UserError
 
 NET = torch.nn.Identity()

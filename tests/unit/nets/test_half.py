@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import transformers_tiny as tiny
-from dumo.config.load import load
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope
@@ -17,6 +16,7 @@ from dumo.nets import Pretrained
 from dumo.nets.adapter import Half, Lora
 from dumo.nets.dualized import Dualized
 from dumo.objectives import DuMo
+from dumo.run.spec.load import load
 from dumo.types import Frozen, Heads, Needs, UserError
 from transformers_saved import CLASSES, IMAGES, SHAPE, batch, saved
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from contract.case import randomise
+from dumo.encoders.encode import encode
+from dumo.encoders.tokens import Tokenizer
 from dumo.flow import dropout
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.dit import DiT, Transformer
 from dumo.nets.text import Encoded, Learned
-from dumo.texts.encode import encode
-from dumo.texts.tokens import Tokenizer
 from dumo.types import Frozen, Needs, UserError
 
 CAPTIONS = ("a seven", "a three", "4")

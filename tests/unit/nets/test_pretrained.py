@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 import encoders
 import transformers_tiny as tiny
+from dumo.encoders.encode import encode
+from dumo.encoders.text import Encoder
+from dumo.encoders.texttable import open_table
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
@@ -22,9 +25,6 @@ from dumo.nets.dualized import Dualized
 from dumo.nets.rows import TextFile
 from dumo.nets.table import TextTable
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
-from dumo.texts.encode import encode
-from dumo.texts.encoder import Encoder
-from dumo.texts.table import open_table
 from dumo.types import Frozen, Needs, Noised, UserError
 from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, SHAPE, asked, batch, saved
 

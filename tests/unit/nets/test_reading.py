@@ -10,21 +10,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from contract.case import randomise
+from dumo.flow.cfg import CFG
 from dumo.flow.draw import draw
+from dumo.flow.generate import solve
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
+from dumo.flow.solver import Euler, Restart, Solver
 from dumo.nets.block import Sizes
 from dumo.nets.dit import DiT, Transformer
 from dumo.nets.rows import Rows, TextFile
 from dumo.nets.textblock import Cross
 from dumo.objectives import DuMo
-from dumo.preflight.cost import forward_flops
-from dumo.preflight.count import flops
-from dumo.preflight.depth import short
-from dumo.sampling.generate import solve
-from dumo.sampling.guidance import CFG
-from dumo.sampling.solver import Euler, Restart, Solver
+from dumo.run.plan.cost import forward_flops
+from dumo.run.plan.count import flops
+from dumo.run.plan.depth import short
 from dumo.types import Frozen, Needs, Spec, UserError
 from unit.nets.given import Given, Labels
 

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 import encoders
+from dumo.encoders.encode import encode
+from dumo.encoders.text import Encoder
 from dumo.nets.rows import Texts
 from dumo.nets.table import TextTable
-from dumo.texts.encode import encode
-from dumo.texts.encoder import Encoder
 from dumo.types import UserError
 
 CAPTIONS = ("a red car", "a blue car", "cat")

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from dumo import stop
-from dumo.config.load import dump, load
-from dumo.config.spec import Run
 from dumo.report import feed as feeding
 from dumo.report import tracker
 from dumo.report.feed import Feed, feed
+from dumo.run.spec.load import dump, load
+from dumo.run.spec.spec import Run
+from dumo.runtime import signals
 from dumo.training import log
 from dumo.types import UserError
 
@@ -100,10 +100,10 @@ def test_following_ends_when_asked(run: Path, sent: Sent, monkeypatch: pytest.Mo
         naps.append(seconds)
         add(run, 20 + 10 * len(naps))
         if len(naps) == 3:
-            monkeypatch.setattr(stop, "heard", 2)
+            monkeypatch.setattr(signals, "heard", 2)
 
     monkeypatch.setattr(feeding.time, "sleep", sleep)
-    with pytest.raises(stop.Stopped):
+    with pytest.raises(signals.Stopped):
         feed([run], "kept", follow=True)
     (rows,) = sent.values()
     assert [step for step, _ in rows] == [10, 20, 30, 40, 50]

@@ -16,15 +16,15 @@ import pytest
 import torch
 from PIL import Image
 
-from dumo.config.load import load
+from dumo.evaluation import word
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.objectives import Critic
-from dumo.progress import Tick
 from dumo.report import page as report
-from dumo.report import word
 from dumo.run.folder import RunFolder, open_run
+from dumo.run.spec.load import load
 from dumo.run.train import train
+from dumo.runtime.progress import Tick
 from dumo.training import log
 from dumo.types import UserError
 

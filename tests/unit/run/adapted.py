@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from dumo.config.spec import Run
 from dumo.nets import MLP, DiT
-from dumo.random import stream
+from dumo.run.spec.spec import Run
+from dumo.runtime.random import stream
 from dumo.types import Cond, Heads, Needs, Reads, Sample, Time
 
 BUILD = MLP.build

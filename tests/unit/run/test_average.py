@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dumo.config.load import load
-from dumo.config.spec import Run
 from dumo.io.weights import load as load_weights
 from dumo.run.average import average
 from dumo.run.folder import open_run
+from dumo.run.spec.load import load
+from dumo.run.spec.spec import Run
 from dumo.run.train import train
 from dumo.types import UserError
 

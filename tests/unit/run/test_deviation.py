@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dumo.config.load import load
-from dumo.data.source import Table
+from dumo.io.source import Table
 from dumo.run.deviation import FILE, measure, note, noted
 from dumo.run.folder import open_run
+from dumo.run.spec.load import load
 from dumo.run.train import train
 from dumo.types import UserError
 from unit.run.known import tiny

@@ -12,15 +12,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from dumo import stop
-from dumo.config.load import FILE, load
-from dumo.config.source import Noted, noted
-from dumo.config.spec import Run
 from dumo.io import digest
 from dumo.run import deviation
 from dumo.run.folder import open_run
 from dumo.run.journal import Journal
+from dumo.run.spec.load import FILE, load
+from dumo.run.spec.source import Noted, noted
+from dumo.run.spec.spec import Run
 from dumo.run.train import train
+from dumo.runtime import signals
 from dumo.training import checkpoint, log, loop, manifest
 from dumo.training.state import Diverged, State
 from dumo.training.step import Batch, Record, Task, train_step
@@ -44,12 +44,12 @@ class Fate:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.patch, self.spoilt, self.last = patch, set[int](), 0
         patch.setattr(loop, "train_step", self.step)
-        patch.setattr(stop, "heard", None)
+        patch.setattr(signals, "heard", None)
 
     def comes(self, spoilt: Iterable[int] = (), last: int = 0) -> None:
         """From now on, steps counted from 1."""
         self.spoilt, self.last = set(spoilt), last
-        self.patch.setattr(stop, "heard", None)
+        self.patch.setattr(signals, "heard", None)
 
     def step(self, state: State, task: Task, batch: Batch, *rest: object, **more: object) -> Record:
         """As `train_step`."""
@@ -57,7 +57,7 @@ class Fate:
             batch = [batch[0].clone(), *batch[1:]]
             batch[0][BAD] = torch.nan
         if state.step + 1 == self.last:
-            self.patch.setattr(stop, "heard", signal.SIGTERM)
+            self.patch.setattr(signals, "heard", signal.SIGTERM)
         return train_step(state, task, batch, *rest, **more)  # pyright: ignore
 
 
@@ -113,7 +113,7 @@ def test_stopped_between_skipped_steps_it_is_the_same_run(fate: Fate, tmp_path: 
     fate.comes(spoilt=[3, 4])
     train(run, tmp_path / "whole")
     fate.comes(spoilt=[3, 4], last=3)
-    with pytest.raises(stop.Stopped) as stopped:
+    with pytest.raises(signals.Stopped) as stopped:
         train(run, tmp_path / "run")
     assert stopped.value.number == signal.SIGTERM
     assert steps(tmp_path / "run") == [3]  # saved within the step
@@ -123,7 +123,7 @@ def test_stopped_between_skipped_steps_it_is_the_same_run(fate: Fate, tmp_path: 
 
     shutil.rmtree(tmp_path / "run")
     fate.comes(spoilt=[3, 4, 5], last=4)
-    with pytest.raises(stop.Stopped):
+    with pytest.raises(signals.Stopped):
         train(run, tmp_path / "run")
     fate.comes(spoilt=[5])
     with pytest.raises(Diverged, match=r"step 5 diverged: loss.* in 1 of 8 rows.*as in the 2 before it"):
@@ -132,8 +132,8 @@ def test_stopped_between_skipped_steps_it_is_the_same_run(fate: Fate, tmp_path: 
 
 
 def test_asked_to_stop_before_the_first_step_it_makes_none(fate: Fate, run: Path) -> None:
-    fate.patch.setattr(stop, "heard", signal.SIGINT)
-    with pytest.raises(stop.Stopped):
+    fate.patch.setattr(signals, "heard", signal.SIGINT)
+    with pytest.raises(signals.Stopped):
         train(tiny("train.steps=10"), run)
     assert steps(run) == [2, 4, 6, 8]
 

@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from dumo.config.load import load
-from dumo.config.spec import Run
 from dumo.nets.embed import grid_waves
 from dumo.nets.sit import of_diffusers
-from dumo.random import stream
 from dumo.run.folder import begin_from
+from dumo.run.spec.load import load
+from dumo.run.spec.spec import Run
+from dumo.runtime.random import stream
 from dumo.types import UserError
 from unit.nets.given import Given
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from dumo.evaluation.evaluate import evaluate
-from dumo.evaluation.sweep import sweep
 from dumo.io import weights
+from dumo.run.evaluation.evaluate import evaluate
+from dumo.run.evaluation.sweep import sweep
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.train import train
 from dumo.training import checkpoint

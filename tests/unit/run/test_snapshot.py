@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from dumo.random import stream
 from dumo.run.average import Profile, fit, mixed, overlap
+from dumo.runtime.random import stream
 from dumo.training.ema import PowerEma, exponent
 
 STEPS = 400

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dumo.config.load import load
-from dumo.preflight import machine
 from dumo.run import speed
+from dumo.run.plan import machine
+from dumo.run.spec.load import load
 from dumo.run.speed import Meter, flops, logged
 from dumo.training import log
 from dumo.training.step import Record

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo import dist
-from dumo.config.check import check_guided
-from dumo.config.load import load
-from dumo.config.spec import Run
-from dumo.config.teacher import Teacher
+from dumo.flow.cfg import CFG
 from dumo.io.weights import load as load_weights
-from dumo.progress import no_bar
-from dumo.random import noise
 from dumo.run import teacher
 from dumo.run.folder import open_run
+from dumo.run.spec.check import check_guided
+from dumo.run.spec.load import load
+from dumo.run.spec.spec import Run
+from dumo.run.spec.teacher import Teacher
 from dumo.run.train import train
-from dumo.sampling.guidance import CFG
+from dumo.runtime import dist
+from dumo.runtime.progress import no_bar
+from dumo.runtime.random import noise
 from dumo.types import Cond, Reads, Sample, Time, UserError
 from unit.run.known import line, nan, shift, tiny
 

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from dumo.config.load import FILE, load
-from dumo.config.spec import Run
-from dumo.data.source import Table
+from dumo.flow.generate import labels
+from dumo.flow.solver import Euler, Heun, Restart
+from dumo.io.source import Table
 from dumo.io.weights import load as load_weights
-from dumo.progress import Bar, Tick, no_bar
-from dumo.random import noise
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.sample import FORMS, export, sample, solver_named
+from dumo.run.spec.load import FILE, load
+from dumo.run.spec.spec import Run
 from dumo.run.train import opened, outlook, train
-from dumo.sampling.generate import labels
-from dumo.sampling.solver import Euler, Heun, Restart
+from dumo.runtime.progress import Bar, Tick, no_bar
+from dumo.runtime.random import noise
 from dumo.training import agreement, checkpoint, log
 from dumo.types import UserError
 

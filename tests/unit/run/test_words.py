@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dumo.config.load import load
-from dumo.config.spec import Run
 from dumo.nets.table import Tabled
 from dumo.run import text
+from dumo.run.spec.load import load
+from dumo.run.spec.spec import Run
 from dumo.run.train import train
 
 

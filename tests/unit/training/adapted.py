@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from dumo.random import stream
+from dumo.runtime.random import stream
 from dumo.types import Cond, Heads, Sample, Time
 from unit.training.toy import CLASSES
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from dumo import dist, stop
 from dumo.flow.path import Linear
+from dumo.runtime import dist, signals
 from dumo.training import agreement, manifest
 from dumo.training.checkpoint import go_on, latest, mark, restore, save
 from dumo.training.cut import span
@@ -156,7 +156,7 @@ def guarded(share: int) -> None:
     after = everything(state)
     assert [name for name in before if not name.endswith("passes") and not torch.equal(before[name], after[name])] == []
 
-    with patch.object(stop, "heard", signal.SIGUSR1 if dist.rank() else None):
+    with patch.object(signals, "heard", signal.SIGUSR1 if dist.rank() else None):
         record = step(Toy(), due=not dist.is_main())
     assert (record.asked, record.due, record.skipped) == (signal.SIGUSR1, False, None)
     assert step(Toy(), due=dist.is_main()).due

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch.distributed
 
-from dumo import dist
 from dumo.io import file as files
+from dumo.runtime import dist
 from dumo.training import agreement
 from dumo.types import UserError
 

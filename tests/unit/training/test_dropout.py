@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from dumo.encoders.encode import encode
+from dumo.encoders.tokens import Tokenizer
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets import DiT, Net, UNet
 from dumo.nets.text import Learned
 from dumo.objectives import DuMo
-from dumo.texts.encode import encode
-from dumo.texts.tokens import Tokenizer
 from dumo.training.spec import Train
 from dumo.training.state import begin
 from dumo.training.step import Record, Task, train_step

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from contract.drawn import counting
-from dumo import stop
 from dumo.flow.path import Linear
+from dumo.runtime import signals
 from dumo.training import loop
 from dumo.training.checkpoint import latest, restore, save
 from dumo.training.ema import Ema
@@ -142,9 +142,9 @@ def test_asked_to_stop_it_ends_after_that_step(monkeypatch: pytest.MonkeyPatch) 
 
     def hear(state: State, record: Record) -> None:
         seen.append(record.asked or 0)
-        monkeypatch.setattr(stop, "heard", signal.SIGUSR1 if state.step == 2 else None)
+        monkeypatch.setattr(signals, "heard", signal.SIGUSR1 if state.step == 2 else None)
 
-    with pytest.raises(stop.Stopped) as stopped:
+    with pytest.raises(signals.Stopped) as stopped:
         train(state, TASK, batches(12), spec, [Every(1, hear)])
     assert (state.step, seen, stopped.value.number) == (3, [0, 0, signal.SIGUSR1], signal.SIGUSR1)
 

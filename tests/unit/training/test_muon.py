@@ -7,10 +7,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dumo.config.load import load
-from dumo.preflight.plan import held
-from dumo.random import stream
+from dumo.run.plan.plan import held
+from dumo.run.spec.load import load
 from dumo.run.train import train
+from dumo.runtime.random import stream
 from dumo.training.muon import orthogonal
 from dumo.training.optim import AdamW, Muon, matrices
 from dumo.training.record import Record

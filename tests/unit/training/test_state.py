@@ -6,7 +6,7 @@ from itertools import repeat
 import pytest
 import torch
 
-from dumo.random import stream
+from dumo.runtime.random import stream
 from dumo.training.state import DECAY, FAR, Trend
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from dumo.flow.path import Linear
-from dumo.random import stream
+from dumo.runtime.random import stream
 from dumo.training.cut import span
 from dumo.training.ema import Ema
 from dumo.training.loop import train

@@ -9,7 +9,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dumo import dist
+from dumo.encoders.encode import encode
+from dumo.encoders.tokens import Tokenizer
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope
@@ -18,8 +19,7 @@ from dumo.nets.dit import DiT
 from dumo.nets.text import Learned
 from dumo.objectives import DuMo
 from dumo.run.teacher import Base
-from dumo.texts.encode import encode
-from dumo.texts.tokens import Tokenizer
+from dumo.runtime import dist
 from dumo.training import layout
 from dumo.training.checkpoint import save
 from dumo.training.cut import span

@@ -11,19 +11,19 @@ import torch
 from torch._dynamo.utils import counters
 
 from contract.case import nets, one_each, randomise
-from dumo import recipes
 from dumo.autodiff import tape
-from dumo.config.load import load
-from dumo.config.spec import Run
+from dumo.encoders.encode import encode
+from dumo.encoders.tokens import Tokenizer
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
 from dumo.lab.yardstick import Plain
 from dumo.nets.dit import DiT
 from dumo.nets.text import Learned
-from dumo.random import random_batch
-from dumo.texts.encode import encode
-from dumo.texts.tokens import Tokenizer
+from dumo.run.spec import recipes
+from dumo.run.spec.load import load
+from dumo.run.spec.spec import Run
+from dumo.runtime.random import random_batch
 from dumo.training.loop import Every, train
 from dumo.training.spec import Compile
 from dumo.training.state import begin

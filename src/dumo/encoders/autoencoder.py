@@ -1,0 +1,221 @@
+"""Published autoencoders, through diffusers: Stable Diffusion's VAE, the deep-compression one, DC-AE, and Qwen-Image's.
+
+All take images in [-1, 1]. `weights` is a folder with config.json and diffusion_pytorch_model.safetensors, or the name
+of such a model on the Hugging Face hub, owner/model or owner/model/folder, from where its client brings it once.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from dumo.encoders.scaled import WEIGHTS, Images, Latent, Moments, Opened, Published, Scaled
+from dumo.io.read import brief, user_path
+from dumo.io.weights import checked
+from dumo.types import UserError
+
+CONFIG = "config.json"
+HINT = f"codec.weights names a folder with {CONFIG} and {WEIGHTS}, or a model of the Hugging Face hub."
+# latents_mean and latents_std, per channel, in Qwen-Image's vae/config.json and as defaults in diffusers
+QWEN_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+QWEN_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+
+
+class SdVae(Scaled):
+    """The VAE of Stable Diffusion 1 (sd), fine-tuned as ft-ema, and those of its kind of SD 3 (sd3) and FLUX.1 (flux).
+
+    sd's scale is one over the deviation over the first batch it was trained on (Rombach et al. 2022, App. G); the
+    others have shift_factor and scaling_factor of the published vae/config.json. SD 3.5 has SD 3's VAE, Z-Image FLUX's.
+    """
+
+    kind: Literal["sd-vae"] = "sd-vae"
+    variant: Literal["sd", "sd3", "flux"] = "sd"
+    gaussian: ClassVar[bool] = True
+    variants: ClassVar[Mapping[str, Published]] = {
+        "sd": Published("stabilityai/sd-vae-ft-ema", 4, 8, 0.18215),
+        "sd3": Published("stabilityai/stable-diffusion-3-medium-diffusers/vae", 16, 8, 1.5305, 0.0609),
+        "flux": Published("black-forest-labs/FLUX.1-dev/vae", 16, 8, 0.3611, 0.1159),
+    }
+
+    def open(self, device: str | torch.device = "cpu") -> Opened:
+        """Read the weights. Raises UserError where diffusers or they are missing, damaged or of another variant."""
+        net, found = _loaded("AutoencoderKL", self)
+        return Opened(self, Variational(net.to(device)), found, torch.device(device))
+
+
+class DcAe(Scaled):
+    """DC-AE f32c32 (Chen et al. 2024), a 32nd of the side: trained on ImageNet (in), a mixture (mix), or for SANA.
+
+    The scale is the scaling_factor of the published config.
+    """
+
+    kind: Literal["dc-ae"] = "dc-ae"
+    variant: Literal["in", "mix", "sana"] = "in"
+    variants: ClassVar[Mapping[str, Published]] = {
+        "in": Published("mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", 32, 32, 0.3189),
+        "mix": Published("mit-han-lab/dc-ae-f32c32-mix-1.0-diffusers", 32, 32, 0.4552),
+        "sana": Published("mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", 32, 32, 0.41407),
+    }
+
+    def open(self, device: str | torch.device = "cpu") -> Opened:
+        """Read the weights. Raises UserError where diffusers or they are missing, damaged or of another variant."""
+        net, found = _loaded("AutoencoderDC", self)
+        return Opened(self, Deep(net.to(device)), found, torch.device(device))
+
+
+class QwenVae(Scaled):
+    """The VAE of Qwen-Image (Wu et al. 2025), one of videos: an image is a video of one frame.
+
+    A net learns (raw - latents_mean) / latents_std, as Qwen-Image does; both are per channel.
+    """
+
+    kind: Literal["qwen-vae"] = "qwen-vae"
+    gaussian: ClassVar[bool] = True
+    variants: ClassVar[Mapping[str, Published]] = {
+        "": Published("Qwen/Qwen-Image/vae", 16, 8, tuple(1 / std for std in QWEN_STD), QWEN_MEAN)
+    }
+
+    def open(self, device: str | torch.device = "cpu") -> Opened:
+        """Read the weights. Raises UserError where diffusers or they are missing, damaged or of another model."""
+        net, found = _loaded("AutoencoderKLQwenImage", self)
+        return Opened(self, Frame(net.to(device)), found, torch.device(device))
+
+
+class Variational:
+    """diffusers' AutoencoderKL."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net: Any = net
+
+    def encode(self, images: Images) -> Moments:
+        """Means, then standard deviations."""
+        law = self.net.encode(images).latent_dist
+        return torch.cat([law.mean, law.std], 1)
+
+    def decode(self, raw: Latent) -> Images:
+        """Images, about in [-1, 1]."""
+        return self.net.decode(raw).sample
+
+
+class Frame:
+    """diffusers' AutoencoderKLQwenImage, on videos (b, c, 1, h, w) of one frame."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net: Any = net
+
+    def encode(self, images: Images) -> Moments:
+        """Means, then standard deviations."""
+        law = self.net.encode(images.unsqueeze(2)).latent_dist
+        return torch.cat([law.mean, law.std], 1).squeeze(2)
+
+    def decode(self, raw: Latent) -> Images:
+        """Images, in [-1, 1]."""
+        return self.net.decode(raw.unsqueeze(2)).sample.squeeze(2)
+
+
+class Deep:
+    """diffusers' AutoencoderDC."""
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net: Any = net
+
+    def encode(self, images: Images) -> Moments:
+        """The latent; there are no deviations."""
+        return self.net.encode(images).latent
+
+    def decode(self, raw: Latent) -> Images:
+        """Images, about in [-1, 1]."""
+        return self.net.decode(raw).sample
+
+
+def _loaded(name: str, codec: Scaled) -> tuple[nn.Module, str]:
+    """The model of diffusers' class `name`, and the SHA-256 of its weights."""
+    try:
+        import diffusers  # slow to import, and an extra
+    except ImportError as error:
+        raise UserError(f"{codec.about} needs diffusers: pip install 'dumo[diffusers]'") from error
+    folder = _folder(codec.weights)
+    found = checked(_weights(folder), HINT)
+    try:
+        model = getattr(diffusers, name)
+        net, info = model.from_pretrained(folder, output_loading_info=True, use_safetensors=True, local_files_only=True)
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+        raise UserError(f"{folder} holds no {name} that diffusers can load ({error}). {HINT}") from error
+    if wrong := [key for keys in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info.get(keys, ())]:
+        raise UserError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {wrong[0]} is missing, unknown or misshapen")
+    require(codec, net.config, folder)
+    return net.float().eval().requires_grad_(False), found
+
+
+def require(codec: Scaled, config: Mapping[str, Any], folder: Path) -> None:
+    """Raise UserError where a model's config is not of the codec's variant, naming the one that it is of."""
+    size, theirs = _latent(config), numbers(config)
+    fits = {k: name for name, k in codec.variants.items() if size == (k.channels, k.factor) and same(theirs, k)}
+    if codec.published in fits:
+        return
+    way = f"set codec.variant={name}" if (name := next(iter(fits.values()), None)) else "it is not supported"
+    raise UserError(f"{folder} is not {codec.about}: {size[0]} channels, factor {size[1]}, {words(theirs)}; {way}")
+
+
+def numbers(config: Mapping[str, Any]) -> dict[str, float | list[float]]:
+    """The shift and scale of latents that a decoder's config says: one, or one per channel; {} where it says none."""
+    if config.get("latents_mean") and config.get("latents_std"):
+        return {"shift": config["latents_mean"], "scale": [1 / sd for sd in config["latents_std"]]}
+    if "scaling_factor" in config:
+        return {"shift": config.get("shift_factor") or 0.0, "scale": config["scaling_factor"]}
+    return {}
+
+
+def same(theirs: Mapping[str, float | list[float]], known: Published) -> bool:
+    """Whether these are the published numbers."""
+    ours = {"shift": known.shift, "scale": known.scale}
+    return all(
+        np.size(x) in (1, known.channels) and np.allclose(x, ours[name], rtol=1e-3) for name, x in theirs.items()
+    )
+
+
+def words(theirs: Mapping[str, float | list[float]]) -> str:
+    """The numbers in words."""
+    return ", ".join(f"{name} {brief(x, 40)}" for name, x in theirs.items())
+
+
+def _latent(config: Mapping[str, Any]) -> tuple[int, int]:
+    """The channels of a latent, and pixels along an axis for each of its own: blocks but the last halve the side."""
+    if "z_dim" in config:
+        return config["z_dim"], 2 ** len(config["temperal_downsample"])  # one step of the sides for each
+    blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
+    return config["latent_channels"], 2 ** (len(blocks) - 1)
+
+
+def _folder(name: str) -> Path:
+    """The folder of a model: a path, or what the hub's client keeps of `owner/model` or `owner/model/folder`."""
+    path = user_path(name, "codec.weights")
+    if path.is_dir():
+        return path
+    named = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-]+))?", name)
+    if path.exists() or not named:
+        raise UserError(f"{name} is no folder. {HINT}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        model, inside = named[1], named[2] or ""
+        files = [f"{inside}/{file}" if inside else file for file in (CONFIG, WEIGHTS)]
+        return Path(snapshot_download(model, allow_patterns=files)) / inside
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name} is no folder, and not available from the hub ({error}). {HINT}") from error
+
+
+def _weights(folder: Path) -> Path:
+    """The safetensors file in a folder, or the pickle that stands in its place."""
+    pickled = (folder / WEIGHTS).with_suffix(".bin")
+    return pickled if pickled.is_file() and not (folder / WEIGHTS).is_file() else folder / WEIGHTS

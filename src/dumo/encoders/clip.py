@@ -1,0 +1,107 @@
+"""How well an image fits a text: the cosine of what CLIP (Radford et al. 2021) makes of the two.
+
+The model is a folder of the user's own, as transformers saves a CLIPModel. What is done to an image before is fixed
+here, as in the published code, and does not depend on what else is installed: the shorter side resized to the model's
+by Pillow, bicubic, the middle cut out.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from dumo.encoders.text import CONFIG, PICKLES, WEIGHTS, load_model
+from dumo.encoders.tokens import Cutter, cutter
+from dumo.io import digest
+from dumo.io.picture import Pixels
+from dumo.io.read import read_json
+from dumo.io.weights import open_safetensors
+from dumo.types import UserError
+
+PIECE = 64  # images
+HINT = f"name a folder with {CONFIG}, {WEIGHTS} and the files of a tokenizer, as transformers saves a CLIPModel"
+CUT = "preprocessor_config.json"
+TOKENIZER = "tokenizer_config.json"
+MEAN, SD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of colours: OpenAI's CLIP
+NUMBERS = "image_mean", "image_std"
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP that is read."""
+
+    folder: Path
+    model: Any  # of transformers
+    cut: Cutter
+    side: int
+    mean: Float[Tensor, "3 1 1"]
+    sd: Float[Tensor, "3 1 1"]
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the weights, in hexadecimal."""
+        return digest.of_file(self.folder / WEIGHTS)
+
+    @torch.no_grad()
+    def cosines(self, pixels: Pixels, texts: Sequence[str]) -> Float[Tensor, " n"]:
+        """Of each image with its text, in float32 on the CPU; texts of too many tokens are cut, with a warning."""
+        found = list[Tensor]()
+        for first in range(0, len(texts), PIECE):
+            part = slice(first, first + PIECE)
+            ids, mask = self.cut(texts[part])
+            inputs = {"input_ids": ids, "attention_mask": mask.long(), "pixel_values": self.seen(pixels[part])}
+            output = self.model(**{name: x.to(self.model.device) for name, x in inputs.items()})
+            found.append((output.image_embeds * output.text_embeds).sum(1).float().cpu())  # both of length 1
+        return torch.cat([torch.zeros(0), *found])
+
+    def seen(self, pixels: Pixels) -> Float[Tensor, "n 3 side side"]:
+        """Images as the model sees them."""
+        rows = pixels.permute(0, 2, 3, 1).cpu().contiguous().numpy()
+        whole = np.stack([np.asarray(fitted(Image.fromarray(row), self.side)) for row in rows])
+        return (torch.from_numpy(whole).permute(0, 3, 1, 2).float() / 255 - self.mean) / self.sd
+
+
+def fitted(image: Image.Image, side: int) -> Image.Image:
+    """Its shorter side resized to `side`, then the middle `side` by `side`."""
+    w, h = (side * length // min(image.size) for length in image.size)
+    left, top = (w - side) // 2, (h - side) // 2
+    return image.resize((w, h), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+
+
+def load(folder: Path, field: str, device: torch.device | str = "cpu") -> Clip:
+    """The CLIP of a folder.
+
+    Raises UserError, which names the field, where there is none, it is damaged, or its weights are a pickle.
+    """
+    for name in (CONFIG, WEIGHTS, TOKENIZER):
+        if not (folder / name).is_file():
+            if name == WEIGHTS and (folder / PICKLES[0]).is_file():
+                with open_safetensors(folder / PICKLES[0], convert=False):  # refuses, and says the way out
+                    pass
+            raise UserError(f"{field}: {folder} has no {name}: {HINT}")
+    config: Mapping[str, Any] = read_json(folder / CONFIG, HINT)
+    if config.get("model_type") != "clip" or "vision_config" not in config:
+        raise UserError(f"{field}: {folder} holds no CLIPModel, of images and texts: {HINT}")
+    with open_safetensors(folder / WEIGHTS):  # damaged weights are refused with a line
+        pass
+    model = load_model(folder, "CLIPModel", field, HINT).to(device)
+    length, side = model.config.text_config.max_position_embeddings, model.config.vision_config.image_size
+    known: Mapping[str, Any] = read_json(folder / CUT, HINT) if (folder / CUT).is_file() else {}
+    mean, sd = (colours(known.get(name, usual), name, folder) for name, usual in zip(NUMBERS, (MEAN, SD), strict=True))
+    cut = cutter(folder, length)
+    return Clip(folder, model, cut, side, mean, sd)
+
+
+def colours(numbers: object, name: str, folder: Path) -> Float[Tensor, "3 1 1"]:
+    """A number for each colour. Raises UserError for anything else."""
+    try:
+        return torch.tensor(numbers, dtype=torch.float32).view(3, 1, 1)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder / CUT}: {name} is not three numbers: {HINT}") from error

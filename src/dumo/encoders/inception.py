@@ -1,0 +1,252 @@
+"""The network of the FID: Inception-v3 as TensorFlow published it in December 2015, its weights under their own names.
+
+It is not the Inception-v3 of later libraries (Szegedy et al. 2015): there are 1008 classes, an average takes no padding
+in, and the last block takes a maximum where its sibling takes an average. The tables below are the whole network:
+a network is a row of blocks, a block is branches side by side, a branch is a row of steps. Its names and shapes are
+those of the published file, so that loading it (`dumo.encoders.inception_weights`) checks both.
+
+Its input is resized as the first TensorFlow did it: output pixel i lies at i n / m of the n input pixels, not at
+(i + 1/2) n / m - 1/2 (half a pixel off), and only its two neighbours count even where the image shrinks (no
+antialiasing). Both are defects by now, and part of the measure: with another resize the FID is another number (Parmar
+et al. 2022). Columns are interpolated before rows, as there, and positions are rounded to float32, so the numbers are
+the same to the last bits.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dumo.io.picture import Pixels
+
+SIZE, CLASSES = 299, 1008
+WIDTH = 2048  # features of the FID
+PLANES = 7  # channels of the sFID's map (Nash et al. 2021), so that it has about as many numbers as the FID
+SPATIAL_WIDTH = 17 * 17 * PLANES
+
+
+class InceptionFeatures(NamedTuple):
+    """What one pass reads off. Numbers are means over a map, but for `spatial` and `logits`."""
+
+    f64: Float[Tensor, "n 64"]
+    f192: Float[Tensor, "n 192"]
+    f768: Float[Tensor, "n 768"]
+    pool: Float[Tensor, "n 2048"]  # of the FID, KID, precision and recall
+    spatial: Float[Tensor, "n 2023"]  # of the sFID, row by row, channels last, as ADM's reference files have it
+    logits: Float[Tensor, "n 1008"]  # of the Inception Score, which leaves out the last layer's bias
+
+
+class Conv(NamedTuple):
+    """A step of a branch: convolution without bias, normalisation, ReLU. Size-keeping unless `valid`."""
+
+    name: str
+    out: int
+    kernel: int | tuple[int, int] = 1
+    stride: int = 1
+    valid: bool = False
+
+
+Pool = Callable[[Tensor], Tensor]  # a step without weights
+Step = Conv | Pool | list[Conv]  # a list: several side by side on one input
+Branch = tuple[Step, ...]
+
+
+def _average(x: Tensor) -> Tensor:
+    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+
+
+def _maximum(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, 1, 1)
+
+
+def _halve(x: Tensor) -> Tensor:
+    return F.max_pool2d(x, 3, 2)
+
+
+def _chain(prefix: str, *shapes: tuple[int, int | tuple[int, int]]) -> Branch:
+    """Convolutions in a row, `prefix`_1, _2 ..., each of (outputs, kernel)."""
+    return tuple(Conv(f"{prefix}_{i}", out, kernel) for i, (out, kernel) in enumerate(shapes, 1))
+
+
+def _fine(pooled: int) -> tuple[Branch, ...]:
+    """A block on the 35 x 35 map."""
+    return (
+        (Conv("branch1x1", 64),),
+        _chain("branch5x5", (48, 1), (64, 5)),
+        _chain("branch3x3dbl", (64, 1), (96, 3), (96, 3)),
+        (_average, Conv("branch_pool", pooled)),
+    )
+
+
+def _middle(inner: int) -> tuple[Branch, ...]:
+    """A block on the 17 x 17 map, its 7 x 7 kernels each split into a row and a column."""
+    row, column = (1, 7), (7, 1)
+    return (
+        (Conv("branch1x1", 192),),
+        _chain("branch7x7", (inner, 1), (inner, row), (192, column)),
+        _chain("branch7x7dbl", (inner, 1), (inner, column), (inner, row), (inner, column), (192, row)),
+        (_average, Conv("branch_pool", 192)),
+    )
+
+
+def _coarse(pool: Pool) -> tuple[Branch, ...]:
+    """A block on the 8 x 8 map, whose two 3 x 3 branches end in a row and a column side by side."""
+    three = [Conv("branch3x3_2a", 384, (1, 3)), Conv("branch3x3_2b", 384, (3, 1))]
+    double = [Conv("branch3x3dbl_3a", 384, (1, 3)), Conv("branch3x3dbl_3b", 384, (3, 1))]
+    return (
+        (Conv("branch1x1", 320),),
+        (Conv("branch3x3_1", 384), three),
+        (*_chain("branch3x3dbl", (448, 1), (384, 3)), double),
+        (pool, Conv("branch_pool", 192)),
+    )
+
+
+STEM = (
+    (
+        Conv("Conv2d_1a_3x3", 32, 3, 2, True),
+        Conv("Conv2d_2a_3x3", 32, 3, 1, True),
+        Conv("Conv2d_2b_3x3", 64, 3),
+        _halve,
+    ),
+    (Conv("Conv2d_3b_1x1", 80), Conv("Conv2d_4a_3x3", 192, 3, 1, True), _halve),
+)
+BLOCKS: dict[str, tuple[Branch, ...]] = {
+    "Mixed_5b": _fine(32),
+    "Mixed_5c": _fine(64),
+    "Mixed_5d": _fine(64),
+    "Mixed_6a": (
+        (Conv("branch3x3", 384, 3, 2, True),),
+        (*_chain("branch3x3dbl", (64, 1), (96, 3)), Conv("branch3x3dbl_3", 96, 3, 2, True)),
+        (_halve,),
+    ),
+    "Mixed_6b": _middle(128),
+    "Mixed_6c": _middle(160),
+    "Mixed_6d": _middle(160),
+    "Mixed_6e": _middle(192),
+    "Mixed_7a": (
+        (Conv("branch3x3_1", 192), Conv("branch3x3_2", 320, 3, 2, True)),
+        (*_chain("branch7x7x3", (192, 1), (192, (1, 7)), (192, (7, 1))), Conv("branch7x7x3_4", 192, 3, 2, True)),
+        (_halve,),
+    ),
+    "Mixed_7b": _coarse(_average),
+    "Mixed_7c": _coarse(_maximum),
+}
+SPATIAL = "Mixed_6d"  # its first branch comes first; TensorFlow calls that branch's output mixed_6/conv
+
+
+class Norm(nn.Module):
+    """Batch normalisation by the moments of a training that is over: torch's, without its counter of batches."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+        self.register_buffer("running_mean", torch.zeros(width))
+        self.register_buffer("running_var", torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Per channel (x - mean) / sqrt(var + 0.001) weight + bias."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=1e-3)
+
+
+class Unit(nn.Module):
+    """A `Conv` with its weights."""
+
+    def __init__(self, spec: Conv, width: int) -> None:
+        super().__init__()
+        kernel = (spec.kernel, spec.kernel) if isinstance(spec.kernel, int) else spec.kernel
+        padding = (0, 0) if spec.valid else (kernel[0] // 2, kernel[1] // 2)
+        self.conv = nn.Conv2d(width, spec.out, kernel, spec.stride, padding, bias=False)
+        self.bn = Norm(spec.out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """ReLU of the normalised convolution."""
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Block(nn.Module):
+    """Branches side by side, their outputs one after another along the channels."""
+
+    def __init__(self, branches: Sequence[Branch], width: int) -> None:
+        super().__init__()
+        self.branches, self.width = branches, 0
+        for branch in branches:
+            self.width += _build(self, branch, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Every branch on the same x."""
+        return torch.cat([_run(self, branch, x) for branch in self.branches], 1)
+
+
+class Inception(nn.Module):
+    """The network, untrained until weights are loaded; always in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = 3
+        for branch in STEM:
+            width = _build(self, branch, width)
+        for name, branches in BLOCKS.items():
+            block = Block(branches, width)
+            self.add_module(name, block)
+            width = block.width
+        self.fc = nn.Linear(width, CLASSES)
+        self.origin: dict[str, str] = {}  # what the file of the weights says of itself
+        self.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, images: Pixels) -> InceptionFeatures:
+        """Features of images of any size, colours 0 .. 255: in float32, whatever the precision around the call."""
+        device = self.fc.weight.device
+        with torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            x = (resize_tf1(images.to(device, torch.float32), SIZE) - 128) / 128
+            maps: dict[str, Tensor] = {}
+            for name, branch in zip(("f64", "f192"), STEM, strict=True):
+                x = maps[name] = _run(self, branch, x)
+            for name in BLOCKS:
+                x = maps[name] = self.get_submodule(name)(x)
+            f64, f192, f768, pool = (maps[k].mean((2, 3)) for k in ("f64", "f192", "Mixed_6e", "Mixed_7c"))
+            spatial = maps[SPATIAL][:, :PLANES].permute(0, 2, 3, 1).flatten(1)
+            return InceptionFeatures(f64, f192, f768, pool, spatial, pool @ self.fc.weight.T)
+
+
+def _build(module: nn.Module, branch: Branch, width: int) -> int:
+    """Add the weights of a branch on `width` channels to a module, by their names; the channels that come out."""
+    for step in branch:
+        convs = step if isinstance(step, list) else [step] if isinstance(step, Conv) else []
+        for conv in convs:
+            module.add_module(conv.name, Unit(conv, width))
+        width = sum(conv.out for conv in convs) or width
+    return width
+
+
+def _run(module: nn.Module, branch: Branch, x: Tensor) -> Tensor:
+    """One step after another, with the weights in this module."""
+    for step in branch:
+        if isinstance(step, Conv):
+            x = module.get_submodule(step.name)(x)
+        elif isinstance(step, list):
+            x = torch.cat([module.get_submodule(conv.name)(x) for conv in step], 1)
+        else:
+            x = step(x)
+    return x
+
+
+def resize_tf1(x: Float[Tensor, "n 3 h w"], size: int) -> Float[Tensor, "n 3 s s"]:
+    """Stretch or shrink to `size` x `size`: tf.image.resize_bilinear of TensorFlow 1 with its defaults."""
+    return _along(_along(x, size, 3), size, 2)
+
+
+def _along(x: Tensor, size: int, dim: int) -> Tensor:
+    """Along one axis: a + (b - a) w, of the neighbours a before and b after, the last of which repeats."""
+    n = x.shape[dim]
+    position = torch.arange(size, dtype=torch.float32) * torch.tensor(n / size, dtype=torch.float32)
+    low = position.long()
+    share = (position - low).to(x).view(-1, *(1,) * (3 - dim))
+    a, b = (x.index_select(dim, i.to(x.device)) for i in (low, (low + 1).clamp(max=n - 1)))
+    return a + (b - a) * share

@@ -1,0 +1,100 @@
+"""How likely a net finds data that it may never have seen: bits per number of a sample, lower being better.
+
+Grey levels k of L are made continuous by noise U, uniform in [0, 1): x = 2 (k + U) / L - 1, as is usual (Theis et al.
+2016; F2D2's code). By Jensen's inequality the levels have at least the probability that p says of their cells, of
+volume (2 / L)^D, so that a sample of D numbers takes at most
+
+    -log2 p(x) / D + log2(L / 2)    bits a number:    7 to be added for 256 levels, 3.09 for the 17 of digits.
+
+Points have no levels: bits of their density, which may be negative. What is scored are log p(x) in nats.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import log, log2, prod
+from typing import Literal
+
+import torch
+from pydantic import Field
+
+from dumo.evaluation.protocol import Context, Made, Protocol, Reference, Scores, collect
+from dumo.flow.likelihood import signs
+from dumo.runtime.random import keyed
+from dumo.types import Cond, Sample, UserError, bound
+
+
+class LikelihoodProtocol(Protocol):
+    """Data held out of training, where some are, by the density of the net's flow."""
+
+    kind: Literal["likelihood"] = "likelihood"
+    levels: int | None = Field(default=None, ge=2, le=2**16)  # of grey in [-1, 1]; None: 256 of images, none of points
+    probes: int = Field(default=1, ge=0, le=bound.PASSES)  # random directions of div v (FFJORD: 1); 0: all axes
+    passes: int = Field(default=256, ge=2, multiple_of=2, le=bound.PASSES)  # of Heun, for comparison: ours
+
+    @property
+    def standard_samples(self) -> int:
+        """Of the data: ours."""
+        return 1000
+
+    def check(self, shape: Sequence[int], classes: int = 0) -> None:
+        """Refuse levels of points, which have none, with a `UserError`."""
+        if len(shape) == 1 and self.levels:
+            raise UserError("protocol likelihood knows no levels of points: set evaluate.protocol.levels=null")
+
+    def evaluator(self, context: Context) -> "LikelihoodEvaluator":
+        """Holds the data. Raises UserError where they are fewer than samples, or have other levels."""
+        total, seed = self.total, context.seed
+        data = Reference.of(context.data(), total, seed)
+        x, c = (data.split.held.x, data.split.held.c) if data.split else (data.x, data.c)
+        if len(x) < total:
+            raise UserError(
+                f"protocol {self.name} judges by {total} samples, here are {len(x)}: set "
+                f"evaluate.protocol.samples={len(x)} or fewer"
+            )
+        x, levels = x[:total], self.levels or (256 if x.ndim > 2 else None)
+        which = f"{total:,} samples of the data" + (", never trained on" if data.split else "")
+        by = f"{self.probes} random signs" if self.probes else "all axes"
+        noise = f"uniform noise on {levels} levels" if levels else "as they are"
+        facts = {**data.facts(seed), "reference": which, "features": f"none: log density, div v by {by}; {noise}"}
+        x = dequantised(x, levels, seed) if levels else x
+        return LikelihoodEvaluator(self, x, c[:total], levels, seed, facts)
+
+
+@dataclass(frozen=True)
+class LikelihoodEvaluator:
+    """Scores the log-likelihoods of its own data x, of classes c."""
+
+    protocol: LikelihoodProtocol
+    x: Sample
+    c: Cond
+    levels: int | None
+    seed: int
+    facts: dict[str, str]
+
+    def directions(self, numbers: Sequence[int]) -> list[Sample]:
+        """Those in which div v is taken for the rows of these numbers, the same at every time; (): all axes."""
+        key, shape = (self.seed, "likelihood", "probe"), self.x.shape[1:]
+        return signs(*key, numbers=numbers, shape=shape, probes=self.protocol.probes)
+
+    def score(self, made: Made) -> Scores:
+        """`bits` per number, the mean of all samples, and its standard error. Raises UserError as `collect` does."""
+        nats, d = collect(made, len(self.x)).double(), prod(self.x.shape[1:])
+        if not nats.isfinite().all():
+            raise UserError("some likelihoods are not finite numbers: ask for more passes, or train with a lower rate")
+        bits = -nats / (d * log(2)) + (log2(self.levels / 2) if self.levels else 0)
+        return {"bits": bits.mean().item(), "bits_sd": bits.std().item() / len(bits) ** 0.5}
+
+    def baselines(self) -> dict[str, Scores]:
+        """None: nobody knows how likely real data are."""
+        return {}
+
+
+def dequantised(x: Sample, levels: int, seed: int) -> Sample:
+    """Samples of `levels` levels from -1 to 1, each with the noise of its row. Raises UserError for other levels."""
+    k = (x + 1) / 2 * (levels - 1)
+    if (k - k.round()).abs().max() > 1e-2:
+        raise UserError(
+            f"the data have other levels than {levels} from -1 to 1: set evaluate.protocol.levels, for digits 17"
+        )
+    u = torch.special.ndtr(keyed(seed, "likelihood", "noise", rows=range(len(x)), shape=x.shape[1:]))
+    return 2 * (k.round() + u) / levels - 1

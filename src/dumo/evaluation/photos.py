@@ -1,0 +1,198 @@
+"""A named way to judge samples of one's own images, from 20 on, with nothing to be fetched.
+
+The features are those of the shipped classifier of CIFAR-10 on images reduced to 32x32. They are not Inception's, so no
+number is an FID, or to be compared with one. With them come measures that no network sees: pixels as Gaussians
+(`dumo.evaluation.distance`), and whether samples are copies of the images that the net was trained on.
+
+With few images every number is rough, and most depend on how many there are. So samples are compared with a random half
+of the images, as many with as many, of the same classes. The baseline is the other half, compared in the same way. Both
+are means over `SPLITS` splits. Images are judged as a file holds them, clamped to [-1, 1] and rounded to 8 bits. Of
+large sets every k-th image is taken, so that at most `MOST` are.
+
+Measured at 64x64 on 63 photographs of four kinds of animals: `kid` is 0.00 +- 0.06 between halves of them; with noise
+of sd 0.5 it is 1.7, blurred by 4x4 pixels 1.1, by 16x16 6.0; their mean has 12, noise 29.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import isqrt
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Generator, Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+from dumo.encoders import cifar10
+from dumo.evaluation.distance import SIDE, kernel_distance, pixel_frechet
+from dumo.evaluation.neighbours import nearest_two, precision_recall
+from dumo.evaluation.protocol import Context, Made, Measure, Protocol, Scores, collect, summary
+from dumo.io import digest
+from dumo.io.picture import from_uint8, to_uint8
+from dumo.io.source import Data, Finite
+from dumo.runtime.random import noise, stream
+from dumo.types import Sample, UserError
+
+KIND = "photos"
+FEWEST = 20  # images
+PIECE = 64  # images at a time
+MOST = 5000  # images that are looked at
+HALF = 1000  # images of a comparison at most
+SPLITS = 10
+NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
+THUMB = 16  # pixels a side, where neighbours are sought. Ours
+COPY = 1 / 3  # of the distance to the next image: nearer than this to one is a copy of it. Ours
+ROUGH = 500  # images: with fewer the spread is said to be large
+
+Rows = Float[Tensor, "_ _"]
+Cond = Int64[Tensor, " _"]
+
+
+@dataclass(frozen=True)
+class PhotosEvaluator:
+    """Scores samples against images; of both it keeps `rows_of` them."""
+
+    c: Cond  # of the samples
+    real: Rows
+    real_c: Cond
+    shape: tuple[int, ...]  # of an image
+    facts: dict[str, str]
+
+    @property
+    def half(self) -> int:
+        """How many are compared with as many."""
+        return min(len(self.real) // 2, len(self.c), HALF)
+
+    def score(self, made: Made) -> Scores:
+        """`kid` with its sd over splits, `pixel_fd`, `precision`, `recall`, and `copies`.
+
+        `copies` is the share of samples whose distance to one image, mirrored or not, is less than `COPY` of that to
+        the next. Raises `UserError` where samples are missing, or are no images like the data.
+        """
+        fake = collect(((index, rows_of(self._like(x))) for index, x in made), len(self.c))
+        pairs: list[tuple[Rows, Rows]] = []
+        for k in range(SPLITS):
+            half = self._halves(k)[0]
+            some = alike(self.real_c[half], self.c, stream(KIND, "samples", k))
+            pairs.append((fake[some], self.real[half]))
+        return self._mean(pairs) | {"copies": self._copies(fake)}
+
+    def baselines(self) -> dict[str, Scores]:
+        """All scores between halves of the images, and of noise: the first of them as `mean` with its `sd`."""
+        halves = [self._halves(k) for k in range(SPLITS)]
+        z = torch.cat([rows_of(noise(0, [i], 0, self.shape)) for i in range(self.half)])
+        pairs_of = {
+            "halves": [(self.real[b], self.real[a]) for a, b in halves],
+            "noise": [(z, self.real[a]) for a, _ in halves],
+        }
+        found = {name: self._mean(pairs) for name, pairs in pairs_of.items()}
+        found["halves"]["copies"] = self._copies(self.real, same=True)
+        return {
+            name: {"mean": scores.pop("kid"), "sd": scores.pop("kid_sd"), "splits": float(SPLITS), **scores}
+            for name, scores in found.items()
+        }
+
+    def _like(self, x: Sample) -> Sample:
+        if tuple(x.shape[1:]) != self.shape:
+            raise UserError(f"protocol {KIND}: samples have shape {tuple(x.shape[1:])}, the images {self.shape}")
+        return x
+
+    def _halves(self, k: int) -> tuple[Cond, Cond]:
+        """Rows of the two halves of the k-th split, as many of each as are compared."""
+        order = torch.randperm(len(self.real), generator=stream(KIND, "halves", k))
+        return order[: self.half], order[self.half : 2 * self.half]
+
+    def _mean(self, pairs: Sequence[tuple[Rows, Rows]]) -> Scores:
+        """Means over pairs of samples and images, each as many; of the first score the sd, too."""
+        side = min(SIDE, isqrt((self.half - 1) // self.shape[0]))
+        found: list[Scores] = []
+        for fake, real in pairs:
+            precision, recall = precision_recall(_features(real), _features(fake), NEIGHBOURS)
+            found.append(
+                {
+                    "kid": kernel_distance(_features(fake), _features(real)),
+                    "pixel_fd": pixel_frechet(self._thumbs(fake), self._thumbs(real), side),
+                    "precision": precision,
+                    "recall": recall,
+                }
+            )
+        means = {name: summary([one[name] for one in found]) for name in found[0]}
+        scores = {name: of["mean"] for name, of in means.items()}
+        return {"kid": scores.pop("kid"), "kid_sd": means["kid"]["sd"], **scores}
+
+    def _copies(self, fake: Rows, *, same: bool = False) -> float:
+        """The share of copies; `same`: of images that have a double among the others."""
+        near, then = nearest_two(self._thumbs(self.real), self._thumbs(fake), same=same).unbind(1)
+        return (near < COPY * then).double().mean().item()
+
+    def _thumbs(self, rows: Rows) -> Float[Tensor, "n c h w"]:
+        return rows[:, cifar10.WIDTH :].view(len(rows), self.shape[0], THUMB, THUMB)
+
+
+def rows_of(x: Sample) -> Rows:
+    """What is kept of images: the features, then a thumbnail of `THUMB` a side, after rounding to 8 bits."""
+    seen = from_uint8(to_uint8(x.cpu()))
+    thumbs = adaptive_avg_pool2d(seen[:, : x.shape[1]], (THUMB, THUMB))
+    return torch.cat([cifar10.features(adaptive_avg_pool2d(seen, (32, 32))), thumbs.flatten(1)], 1)
+
+
+def alike(wanted: Cond, c: Cond, generator: Generator) -> Cond:
+    """Random rows of c that have these classes: none twice, but where a class is wanted more often than it is there."""
+    rows = torch.empty_like(wanted)
+    for k in wanted.unique():
+        pool, places = (c == k).nonzero()[:, 0], (wanted == k).nonzero()[:, 0]
+        if not len(pool):
+            raise UserError(f"protocol {KIND}: no sample is of class {int(k)}: judge more samples than classes")
+        order = torch.randperm(len(pool), generator=generator)
+        rows[places] = pool[order[torch.arange(len(places)) % len(pool)]]
+    return rows
+
+
+def _features(rows: Rows) -> Rows:
+    return rows[:, : cifar10.WIDTH]
+
+
+def _pieces(data: Data, seed: int) -> Iterator[tuple[Sample, Cond, int, int]]:
+    """Images with their classes, of a large set every k-th, and how many are behind them, of how many."""
+    if not isinstance(data, Finite):
+        x, c = data.reference(MOST, seed)
+        yield x[:MOST], c[:MOST], len(x), len(x)
+        return
+    step = -(-len(data) // MOST)
+    for first in range(0, len(data), PIECE * step):
+        x, c = data.rows(slice(first, first + PIECE * step, step))
+        if len(x):
+            yield from_uint8(x) if x.dtype == torch.uint8 else x, c, min(first + PIECE * step, len(data)), len(data)
+
+
+def open(protocol: Protocol, context: Context) -> PhotosEvaluator:
+    """Look at the data, on the CPU, whatever the device. Raises `UserError` for fewer than `FEWEST` images."""
+    data, rows, labels = context.data(), list[Rows](), list[Tensor]()
+    shape: tuple[int, ...] = ()
+    for x, c, done, total in _pieces(data, context.seed):
+        shape = tuple(x.shape[1:])
+        rows.append(rows_of(x))
+        labels.append(c)
+        if context.tick:
+            context.tick(done, total)
+    real = torch.cat(rows)
+    if len(real) < FEWEST:
+        raise UserError(f"protocol {KIND} needs {FEWEST} images or more, here are {len(real)}: add some")
+    facts = {
+        "features": f"{cifar10.WIDTH} of dumo's classifier of CIFAR-10 at 32x32, not Inception's: no FID",
+        "features_sha256": cifar10.sha256(),
+        "rounding": "0 to 255",
+        "reference": f"{len(real):,} of {data.size or 0:,} images of the data",
+        "reference_sha256": digest.of_tensor(real),
+    }
+    if len(real) < ROUGH:
+        facts["spread"] = f"rough: with {len(real)} images the baseline itself varies, see its sd"
+    return PhotosEvaluator(protocol.labels(context.classes), real, torch.cat(labels), shape, facts)
+
+
+PHOTOS = Measure(
+    samples=500,
+    fewest=FEWEST,
+    judges="images of 1 or 3 channels",
+    fits=lambda shape, classes: len(shape) == 3 and shape[0] in (1, 3),
+    open=open,
+)

@@ -1,0 +1,246 @@
+"""Statistics of the data that samples are compared with: of ADM's file, or of all images of a run's own data.
+
+Images are read in pieces, every rank its share of them, and none is held. A hash of all their pixels says which data it
+was; it takes a small part of the time that the network takes. What was counted once is kept, in a folder that may be
+emptied at any time: the name of a file is a hash of what it is of, which the file itself repeats (the data's pixels,
+the network's weights, the protocol), so what has changed or is damaged is counted anew.
+
+ADM's file (Dhariwal & Nichol 2021), an .npz, is read as it is published: mean and covariance of the features of a whole
+training set, `mu`, `sigma` for the FID and `mu_s`, `sigma_s` for the sFID, and some of its images, `arr_0`, for
+precision and recall. How many images the moments are of it does not say; the protocol does. Arrays of Python objects
+would be pickles and are refused. The images, up to 8 GB, are read in batches.
+"""
+
+import json
+import lzma
+import os
+import struct
+import tokenize
+import warnings
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from safetensors import SafetensorError
+from torch import Tensor
+
+from dumo.encoders.inception import SPATIAL_WIDTH, WIDTH
+from dumo.evaluation.distance import Moments
+from dumo.evaluation.protocol import Tick
+from dumo.evaluation.standard import TRAIN, Standard
+from dumo.evaluation.statistics import (
+    Batch,
+    Extractor,
+    Statistics,
+    gather,
+    load_statistics,
+    ordered,
+    save_statistics,
+    statistics_of,
+)
+from dumo.io import digest
+from dumo.io import file as files
+from dumo.io.picture import Pixels, to_uint8
+from dumo.io.read import brief, user_path
+from dumo.io.source import Finite
+from dumo.runtime import dist
+from dumo.types import UserError
+
+PIECE = 64  # images
+VARIABLE = "DUMO_CACHE"  # of the environment: the folder where statistics are kept
+Header = tuple[tuple[int, ...], bool, np.dtype]  # shape, whether columns come first, type
+
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+BROKEN = (  # what a bad file raises
+    *(OSError, ValueError, EOFError, LookupError, RuntimeError, MemoryError, SyntaxError, TypeError, struct.error),
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError),  # RuntimeError: it has a password
+)
+
+
+@dataclass(frozen=True)
+class AdmReference:
+    """A reference file: the moments are in memory, the images on disk."""
+
+    path: Path
+    pool: Moments  # of the FID's features
+    spatial: Moments  # of the sFID's
+    shape: tuple[int, int, int, int]  # of the images: count, height, width, 3
+
+    def images(self, batch: int = 64) -> Iterator[UInt8[Tensor, "n 3 h w"]]:
+        """The images in their order, colours 0 .. 255, channels first. Raises `UserError` where the file ends early."""
+        count, *rest = self.shape
+        with _member(self.path, "arr_0") as file:
+            _header(self.path, file)
+            for first in range(0, count, batch):
+                rows = min(batch, count - first)
+                try:
+                    data = bytearray(file.read(rows * prod(rest)))
+                    pixels = torch.frombuffer(data, dtype=torch.uint8).view(rows, *rest).permute(0, 3, 1, 2)
+                except BROKEN as error:
+                    raise UserError(
+                        f"{self.path} is damaged at image {first} ({brief(error)}): fetch it again"
+                    ) from error
+                yield pixels
+
+
+def folder() -> Path:
+    """Where `VARIABLE` says, else ~/.cache/dumo."""
+    return user_path(os.environ.get(VARIABLE) or "~/.cache/dumo", VARIABLE)
+
+
+def cached(of: Mapping[str, str], make: Callable[[], Statistics]) -> Statistics:
+    """The statistics of this: as they were kept if every rank can read them, else made and kept."""
+    key = digest.of_bytes(json.dumps(dict(of), sort_keys=True).encode())[:16]
+    path = folder() / f"statistics-{key}.safetensors"
+    try:
+        found = load_statistics(path, of) if path.is_file() else None
+    except UserError:  # half a file, or another's
+        found = None
+    everywhere = all(bool(rank) for rank in dist.gathered(torch.tensor([found is not None])))
+    if found is not None and everywhere:
+        return found
+    made = make()
+    if dist.is_main():
+        _keep(path, made, of)
+    return made
+
+
+def _keep(path: Path, statistics: Statistics, of: Mapping[str, str]) -> None:
+    """Write it whole or not at all. Where it cannot be written the numbers still stand: only a warning."""
+    try:
+        with files.whole(path) as half:
+            save_statistics(half, statistics, of)
+    except (OSError, SafetensorError) as error:
+        warnings.warn(f"{path} cannot be written ({error}), so the data is counted again next time", stacklevel=2)
+
+
+def adm_file(path: Path, name: str, standard: Standard) -> AdmReference:
+    """ADM's file. Raises `UserError` where it is none, or is of other images than the protocol of this name says."""
+    file = read_adm(path, count=TRAIN)
+    if file.shape[:3] != (standard.real, standard.size, standard.size):
+        raise UserError(
+            f"{path} has images of shape {file.shape}, protocol {name} compares with {standard.real} of"
+            f" {standard.size}x{standard.size}: give the file {standard.url}"
+        )
+    return file
+
+
+def adm_facts(file: AdmReference) -> dict[str, str]:
+    """What a report says of the file."""
+    return {"reference": file.path.name, "reference_sha256": digest.of_file(file.path)}
+
+
+def adm_statistics(extractor: Extractor, file: AdmReference, tick: Tick | None = None) -> Statistics:
+    """Its images as the network sees them, its moments as they are published."""
+    batches = enumerate(file.images(PIECE))
+    mine = ((torch.arange(len(x)) + i * PIECE, x) for i, x in batches if i % dist.world() == dist.rank())
+    return replace(
+        gather(statistics_of(extractor, _counted(mine, file.shape[0], tick))), pool=file.pool, spatial=file.spatial
+    )
+
+
+def album_facts(album: Finite, name: str, standard: Standard) -> dict[str, str]:
+    """How many images there are, and the hash of their pixels in their order.
+
+    Raises `UserError` where the protocol of this name says another number.
+    """
+    hashes, numbers = [torch.empty(0, 32, dtype=torch.uint8)], [torch.empty(0, dtype=torch.long)]
+    for first, x in _pieces(album):
+        hashed = "".join(digest.of_bytes(f"{tuple(one.shape)}".encode(), one.numpy().tobytes()) for one in x)
+        hashes.append(torch.tensor(list(bytes.fromhex(hashed)), dtype=torch.uint8).view(-1, 32))
+        numbers.append(torch.arange(first, first + len(x)))
+    all_hashes, index = (torch.cat(dist.gathered(torch.cat(part))) for part in (hashes, numbers))
+    total = len(index)
+    if standard.real not in (None, total):
+        raise UserError(f"protocol {name} compares with {standard.real} images, here are {total}: give them all, once")
+    whole = digest.of_bytes(all_hashes[ordered(index)].numpy().tobytes())
+    return {"reference": f"{total:,} images of the data", "reference_sha256": whole}
+
+
+def album_statistics(extractor: Extractor, album: Finite, tick: Tick | None = None) -> Statistics:
+    """All images, known by their rows."""
+    mine = ((torch.arange(first, first + len(x)), x) for first, x in _pieces(album) if len(x))
+    return gather(statistics_of(extractor, _counted(mine, len(album), tick)))
+
+
+def _pieces(album: Finite) -> Iterator[tuple[int, Pixels]]:
+    """Of all pieces in turn this rank's: the row it begins with, and its images. Some may have none."""
+    piece = min(PIECE, -(-len(album) // dist.world()))  # a share for each rank
+    for first in range(dist.rank() * piece, len(album), dist.world() * piece):
+        yield first, to_uint8(album.rows(slice(first, first + piece))[0])
+
+
+def _counted(batches: Iterator[Batch], total: int, tick: Tick | None) -> Iterator[Batch]:
+    """The same, and how many images have come; of other ranks as many again."""
+    done = 0
+    for index, x in batches:
+        yield index, x
+        done += len(x) * dist.world()
+        if tick:
+            tick(min(done, total), total)
+
+
+def read_adm(path: Path | str, *, count: int) -> AdmReference:
+    """Read and check a reference whose moments are of `count` images. Raises `UserError` for any other file."""
+    path = Path(path)
+
+    def moments(suffix: str, width: int) -> Moments:
+        mean, covariance = _numbers(path, f"mu{suffix}", width), _numbers(path, f"sigma{suffix}", width, width)
+        return Moments(count, mean, covariance * (count - 1))
+
+    pool, spatial = moments("", WIDTH), moments("_s", SPATIAL_WIDTH)
+    with _member(path, "arr_0") as file:
+        shape, columns, kind = _header(path, file)
+    if kind != np.uint8 or columns or len(shape) != 4 or shape[3] != 3:
+        raise UserError(f"{path}: arr_0 is {kind} of shape {shape}, not images, uint8 (n, height, width, 3)")
+    return AdmReference(path, pool, spatial, (shape[0], shape[1], shape[2], shape[3]))
+
+
+def _numbers(path: Path, key: str, *shape: int) -> Tensor:
+    """An array of finite floats of this shape, symmetric if it is a matrix, in float64."""
+    with _member(path, key) as file:
+        found, columns, kind = _header(path, file)
+        if found != shape or kind.kind != "f":  # before it is read, for a header can claim any size
+            raise UserError(f"{path}: {key} is {kind} of shape {found}, not finite floats of shape {shape}")
+        try:
+            data, rest = file.read(prod(shape) * kind.itemsize), file.read(1)
+            array = np.frombuffer(data, kind).reshape(shape, order="F" if columns else "C")
+        except BROKEN as error:
+            raise UserError(f"{path}: {key} cannot be read ({brief(error)}): fetch the file again") from error
+    if rest or not np.isfinite(array).all():
+        more = " and more" if rest else ""
+        raise UserError(f"{path}: {key} is {kind} of shape {found}{more}, not finite floats of shape {shape}")
+    if len(shape) == 2 and not np.allclose(array, array.T, rtol=1e-4, atol=1e-6):
+        raise UserError(f"{path}: {key} is no covariance, it is not symmetric: fetch the file again")
+    return torch.from_numpy(array.astype(np.float64))
+
+
+def _member(path: Path, key: str) -> zipfile.ZipExtFile:
+    """One array of the file, open for reading."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise UserError(f"{path} is no file: it is no reference of ADM's evaluation, an .npz")
+    try:
+        with zipfile.ZipFile(path) as file:
+            keys = [name.removesuffix(".npy") for name in file.namelist()]
+            if key in keys:
+                return cast(zipfile.ZipExtFile, file.open(f"{key}.npy"))
+    except BROKEN as error:
+        raise UserError(f"{path} is no reference of ADM's evaluation, an .npz ({brief(error)})") from error
+    raise UserError(f"{path} has no {key}, only {', '.join(keys) or 'nothing'}: it is no reference of ADM's evaluation")
+
+
+def _header(path: Path, file: zipfile.ZipExtFile) -> Header:
+    """What array comes next."""
+    try:
+        return HEADERS[np.lib.format.read_magic(file)](file)
+    except BROKEN as error:
+        raise UserError(
+            f"{path}: {file.name.removesuffix('.npy')} cannot be read ({brief(error)}): fetch the file again"
+        ) from error

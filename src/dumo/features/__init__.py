@@ -1,1 +1,0 @@
-"""Networks whose activations are the features of a metric: Inception, and the shipped classifiers."""

@@ -1,0 +1,71 @@
+"""How likely samples are to a net: the density that its flow carries up to noise, where it is known.
+
+Along dx_t/dt = v the log of volume grows by div v (Chen et al. 2018), so
+
+    log p(x_0) = log N(x_1; 0, I) + integral of div v(x_t, t) from 0 to 1.
+
+Euler and Heun follow x_t and the integral together, a divergence a pass. Hop jumps, where the net was taught how much
+volume grows in a jump from t up to s, as well as where it ends: a pass a jump (F2D2, Ai et al. 2025).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from math import log, pi
+
+import torch
+
+from dumo.flow.divergence import divergence
+from dumo.flow.solver import Euler, Heun, Hop, Solver, rows, steps, taught, uniform
+from dumo.runtime import random, signals
+from dumo.types import Climb, Cond, Path, PerSample, Reads, Sample, Time, UserError, lift
+
+Rate = Callable[[Sample, Time, Cond], tuple[Sample, PerSample]]  # v and div v
+
+
+@torch.no_grad()
+def log_likelihood(
+    reads: Reads, path: Path, solver: Solver, x: Sample, c: Cond, nfe: int, along: Sequence[Sample]
+) -> PerSample:
+    """log p(x | c) in nats, by nfe readings of a net from data to noise; div v along these directions.
+
+    They must add up to the identity (`axes` or `signs`). Raises UserError where reading or nfe is out of reach.
+    """
+    climb, d = climbing(solver, reads, along), x[0].numel()
+    y, grown = x / path.sd, x.new_zeros(len(x))
+    for t, s in pairwise(rows(uniform(steps(solver, nfe))[::-1], x)):
+        signals.check()
+        y, more = climb(y, t, s, c)
+        grown = grown + more
+    return grown - (y.square().flatten(1).sum(1) + d * log(2 * pi)) / 2 - d * log(path.sd)
+
+
+def climbing(solver: Solver, reads: Reads, along: Sequence[Sample] = ()) -> Climb:
+    """One step of a solver towards the noise. Raises UserError for one that makes none, or what was never taught."""
+    if isinstance(solver, Hop):
+        if reads.climb is None:
+            raise UserError(
+                "solver 'hop' takes likelihood from jumps that know how much volume they grow, which this objective "
+                "does not teach: use heun or euler, or train objective f2d2"
+            )
+        return reads.climb
+    if not isinstance(solver, Euler | Heun):
+        raise UserError(f"solver '{solver.kind}' has no way from data to noise: use heun, euler or hop")
+    velocity = taught(solver, reads)
+    return partial(_euler if isinstance(solver, Euler) else _heun, lambda x, t, c: divergence(velocity, x, t, c, along))
+
+
+def signs(*key: int | str, numbers: Sequence[int], shape: Sequence[int], probes: int) -> list[Sample]:
+    """Directions for the samples of these numbers, each of its own number alone: `probes` draws of random signs."""
+    return [random.signs(*key, probe, rows=numbers, shape=shape) / probes**0.5 for probe in range(probes)]
+
+
+def _euler(rate: Rate, x: Sample, t: Time, s: Time, c: Cond) -> tuple[Sample, PerSample]:
+    v, div = rate(x, t, c)
+    return x + lift(s - t, x) * v, (s - t) * div
+
+
+def _heun(rate: Rate, x: Sample, t: Time, s: Time, c: Cond) -> tuple[Sample, PerSample]:
+    v, div = rate(x, t, c)
+    v_s, div_s = rate(x + lift(s - t, x) * v, s, c)
+    return x + lift(s - t, x) * (v + v_s) / 2, (s - t) * (div + div_s) / 2

@@ -1,0 +1,260 @@
+"""Solvers: how noise becomes data with a trained net, each from one of the readings a net may give.
+
+Euler and Heun follow the velocity, dx_t/dt = v(x_t, t), down a uniform grid. Hop follows the flow map,
+x_s = f(x_t, t, s), down the same grid, with no error of its own. Restart takes the endpoint x_0 and, if passes are
+left, noises it again to a lower time with fresh noise: what the net got wrong at high noise is drawn anew. Hermite
+reads velocity and endpoint of one pass: it follows the flow down to the last time, and jumps from there.
+
+With n steps the uniform grid has the n + 1 times start, ..., start / n, 0. Solvers that end with a jump to the data
+visit n times, the last of them above 0: the uniform grid s = 1, (n - 1) / n, ..., 1 / n, bent by a power t = start s^p
+so that m is the time at s = 1/2. Solved for p this reads t = start (m / start)^log2(1 / s), exact at s = 1 and s = 1/2.
+
+A solver is asked for a number of passes through the net (nfe), not of steps. What it cannot make it refuses.
+"""
+
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from math import log2
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import Field, model_validator
+
+from dumo.runtime import signals
+from dumo.types import Cond, Path, Reads, Sample, Spec, Time, UserError, lift
+from dumo.types.bound import PASSES
+
+Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from
+Reading = Literal["velocity", "endpoint", "flow_map", "both"]  # the fields of Reads
+FAR = 1000  # passes up to which others are looked for: ours
+Start = Annotated[float, Field(gt=0, le=1)]  # the first time, at or just below 1
+
+
+def uniform(n: int, start: float = 1.0) -> list[float]:
+    """The n + 1 times from `start` to 0 that cut [0, start] into n equal steps."""
+    return [start * ((n - k) / n) for k in range(n + 1)]
+
+
+def jumps(n: int, m: float = 0.5, start: float = 1.0) -> list[float]:
+    """The n times of the jumps to the data, for 0 < m < start: two of them are (start, m). Ours."""
+    return [start * (m / start) ** log2(n / (n - k)) for k in range(n)]
+
+
+def rows(times: Sequence[float], like: Sample) -> list[Time]:
+    """Each time, once per row of `like`, on its device and in its precision."""
+    return [like.new_full((len(like),), t) for t in times]
+
+
+class Stepper(Spec, ABC):
+    """A solver that goes down a grid of equal steps."""
+
+    passes: ClassVar[int]  # a step
+
+    def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
+        """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
+        return last(self.trail(reads, x, c, nfe))
+
+    @abstractmethod
+    def trail(self, reads: Reads, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
+        """x after every step, the data last. Raises UserError as the whole."""
+
+
+class Euler(Stepper):
+    """x_s = x_t - (t - s) v(x_t, t): order 1, one pass a step."""
+
+    uses: ClassVar[Reading] = "velocity"
+    passes: ClassVar[int] = 1
+
+    kind: Literal["euler"] = "euler"
+
+    def trail(self, reads: Reads, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
+        """x after every step."""
+        velocity = taught(self, reads)
+        for t, s in pairwise(rows(uniform(steps(self, nfe)), x)):
+            x = x - lift(t - s, x) * velocity(x, t, c)
+            yield x
+
+
+class Heun(Stepper):
+    """x_s = x_t - (t - s) (v(x_t, t) + v(x_s', s)) / 2, with x_s' by Euler: order 2, two passes a step."""
+
+    uses: ClassVar[Reading] = "velocity"
+    passes: ClassVar[int] = 2
+
+    kind: Literal["heun"] = "heun"
+
+    def trail(self, reads: Reads, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
+        """x after every step."""
+        velocity = taught(self, reads)
+        for t, s in pairwise(rows(uniform(steps(self, nfe)), x)):
+            dt = lift(t - s, x)
+            v = velocity(x, t, c)
+            x = x - dt * (v + velocity(x - dt * v, s, c)) / 2
+            yield x
+
+
+class Hop(Stepper):
+    """x_s = f(x_t, t, s): exact for an exact flow map, one pass a step."""
+
+    uses: ClassVar[Reading] = "flow_map"
+    passes: ClassVar[int] = 1
+
+    kind: Literal["hop"] = "hop"
+    start: Start = 1.0  # IMM on ImageNet: 0.994
+
+    def trail(self, reads: Reads, x: Sample, c: Cond, nfe: int) -> Iterator[Sample]:
+        """x after every step."""
+        check(self, reads, nfe)
+        flow_map = taught(self, reads)
+        for t, s in pairwise(rows(uniform(nfe, self.start), x)):
+            x = flow_map(x, t, s, c)
+            yield x
+
+
+class Restart(Spec):
+    """Jump to the data; noise it again to a lower time, with fresh noise; jump again (multistep consistency sampling).
+
+    Fresh noise is independent of x_0, so x_s has the law of its time.
+    """
+
+    uses: ClassVar[Reading] = "endpoint"
+    passes: ClassVar[int] = 1
+
+    kind: Literal["restart"] = "restart"
+    m: float = Field(default=0.5, gt=0, lt=1)  # the second of two times; UCGM: 0.3, 0.5 (SD-VAE, 256, 512), 0.6 (DC-AE)
+    start: Start = 1.0  # UCGM: 0.999 with SD-VAE; consistency models: sigma = 80
+
+    @model_validator(mode="after")
+    def _descends(self) -> "Restart":
+        if self.m >= self.start:
+            raise ValueError(f"m = {self.m} is not below start = {self.start}: lower m")
+        return self
+
+    def times(self, n: int) -> list[float]:
+        """Those of n passes."""
+        return jumps(n, self.m, self.start)
+
+    def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
+        """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
+        endpoint = taught(self, reads)
+        t, *later = rows(self.times(steps(self, nfe)), x)
+        x_0 = endpoint(x, t, c)
+        for k, s in enumerate(later, start=1):
+            x, _ = path.at(x_0, fresh(k), s)
+            x_0 = endpoint(x, s, c)
+        return x_0
+
+
+class Hermite(Spec):
+    """Go along the parabola that leaves x_t with slope v and ends in x_0; from the last time, jump (ours).
+
+    At s the flow is at x_s = x_0 + s u_s, where u = (x_t - x_0) / t and t du/dt = v - u. To first order in t - s
+
+        u_s = u - (t - s) (v - u) / t        so        x_s = x_t - (t - s) v + (t - s)^2 (v - u) / t,
+
+    the Hermite interpolant of x_t, v and x_0. Its error is s (t - s)^2 / 6 times a third derivative of the flow, where
+    Euler's is (t - s)^2 / 2 times a second one: of order 1, too, but none at the data.
+    """
+
+    uses: ClassVar[Reading] = "both"
+    passes: ClassVar[int] = 1
+
+    kind: Literal["hermite"] = "hermite"
+
+    def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Fresh) -> Sample:
+        """Carry noise x to data in nfe passes. Raises UserError where reading or nfe is out of reach."""
+        both = taught(self, reads)
+        times = rows(jumps(steps(self, nfe)), x)
+        for t, s in pairwise(times):
+            v, x_0 = both(x, t, c)
+            u = (x - x_0) / lift(t, x)
+            x = x - lift(t - s, x) * v + lift((t - s) ** 2 / t, x) * (v - u)
+        return both(x, times[-1], c)[1]
+
+
+Solver = Annotated[Euler | Heun | Restart | Hop | Hermite, Field(discriminator="kind")]
+
+
+def last(xs: Iterable[Sample]) -> Sample:
+    """The last of them; none before it is kept."""
+    return deque(xs, maxlen=1).pop()
+
+
+def taught(solver: Solver, reads: Reads) -> Callable[..., Any]:
+    """The reading that the solver uses; a call of it raises Stopped once a stop is asked for.
+
+    Raises UserError, with the solvers that would do, if it was never taught.
+    """
+    read: Callable[..., Any] | None = getattr(reads, solver.uses)
+    if read is None:
+        given = [name for name in get_args(Reading) if getattr(reads, name) is not None]
+        needs = "velocity and endpoint of one pass" if solver.uses == "both" else solver.uses
+        gives = ", ".join(name for name in given if name != "both")
+        able = [s.model_fields["kind"].default for s in get_args(get_args(Solver)[0]) if s.uses in given]
+        raise UserError(f"solver '{solver.kind}' needs {needs}; this objective gives {gives}: use {_either(able)}")
+
+    def stoppable(*values: object) -> Any:  # noqa: ANN401, as the reading
+        signals.check()
+        return read(*values)
+
+    return stoppable
+
+
+def steps(solver: Solver, nfe: int) -> int:
+    """The number of steps that make nfe passes. Raises UserError if no number does."""
+    if nfe < 1:
+        raise UserError(f"nfe = {nfe} makes no sample: ask for at least {solver.passes}")
+    if nfe > PASSES:
+        raise UserError(f"nfe = {nfe:,} is more passes than any sample takes: ask for at most {PASSES:,}")
+    if nfe % solver.passes:
+        above = nfe + solver.passes - nfe % solver.passes
+        raise UserError(
+            f"solver '{solver.kind}' makes {solver.passes} passes a step, so nfe = {nfe} is out of its reach: "
+            f"ask for {above}, or use a solver of one pass a step"
+        )
+    return nfe // solver.passes
+
+
+def check(solver: Solver, reads: Reads, *nfes: int) -> None:
+    """Refuse, before any work, a reading that was never taught and passes that cannot be made. Raises UserError."""
+    taught(solver, reads)
+    for nfe in nfes:
+        steps(solver, nfe)
+        if isinstance(solver, Hop):
+            _reach(solver, reads, nfe)
+        if not high_enough(solver, reads, nfe):
+            raise UserError(
+                f"solver '{solver.kind}' of nfe = {nfe} goes below t = {reads.lowest:g}, where the endpoint was never "
+                f"taught: ask for nfe = 1 or 2, with m = {reads.lowest:g}"
+            )
+
+
+def able(solver: Solver, reads: Reads, nfe: int) -> bool:
+    """Whether a solver whose reading was taught can make nfe passes: in whole steps, and no jump never taught."""
+    if nfe < 1 or nfe % solver.passes or not high_enough(solver, reads, nfe):
+        return False
+    if not isinstance(solver, Hop) or (hops := reads.hops) is None:
+        return True
+    return all(hops(t, s) for t, s in pairwise(uniform(nfe, solver.start)))
+
+
+def high_enough(solver: Solver, reads: Reads, nfe: int) -> bool:
+    """Whether the endpoint was taught at all times at which a solver reads it in nfe passes."""
+    return not (isinstance(solver, Restart) and reads.lowest) or min(solver.times(nfe)) >= reads.lowest
+
+
+def _reach(solver: Hop, reads: Reads, nfe: int) -> None:
+    """Refuse jumps that were never taught, with a UserError."""
+    if not able(solver, reads, nfe):
+        others = [str(n) for n in range(1, min(2 * nfe, FAR) + 1) if able(solver, reads, n)]
+        way_out = f"nfe = {_either(others[-2:])}" if others else "start = 1"
+        raise UserError(
+            f"solver 'hop' of nfe = {nfe} from t = {solver.start:g} makes jumps that this objective never teaches: ask "
+            f"for {way_out}" + ", or use euler" * (reads.velocity is not None)
+        )
+
+
+def _either(names: list[str]) -> str:
+    """'a', 'a or b', 'a, b or c'."""
+    return " or ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)

@@ -1,0 +1,1 @@
+"""A run measured: scores, cards, sweeps, benchmarks of prompts."""

@@ -1,0 +1,243 @@
+"""Images of a benchmark's prompts, in the files that its evaluator reads, with their card.
+
+Image j of prompt i is sample 4 i + j of the seed, whoever makes it and when. So what is there is kept, and a work that
+was stopped goes on. The card lies next to the folder, FOLDER.json: the evaluator needs images alone, but what
+it finds (`dumo.run.evaluation.verdict`) is worth no more than what is known of them.
+
+GenEval (Ghosh et al. 2023, evaluation/evaluate_images.py) reads every folder whose name is a number:
+
+    00000/metadata.jsonl      line 0 of evaluation_metadata.jsonl
+    00000/samples/0000.png    four images, 0000.png to 0003.png
+    00000/grid.png            to look at; it is not read
+
+DPG-Bench (Hu et al. 2024, dpg_bench/compute_dpg_bench.py) reads a picture for each of its text files, 0.png for 0.txt:
+four images, two to a row, with nothing between them, for it cuts them apart by their side.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+from PIL import Image
+
+from dumo.encoders.prompt import Prompt, read_prompts
+from dumo.evaluation.protocol import name_of
+from dumo.io import digest, file, picture
+from dumo.io.read import brief, finite, read_json, write_json
+from dumo.run.evaluation import evaluate
+from dumo.run.evaluation.card import Card, card
+from dumo.run.folder import RunFolder
+from dumo.run.prompt import prompted
+from dumo.run.sample import sample_batches, with_options
+from dumo.runtime import dist, signals
+from dumo.runtime.progress import Bar, no_bar
+from dumo.types import UserError
+
+EACH = 4  # images of a prompt, in both
+
+
+class Layout(Protocol):
+    """The files of one benchmark."""
+
+    name: ClassVar[str]
+    prompts: ClassVar[int]  # that it has as published
+
+    def check(self, prompts: Sequence[Prompt], source: Path) -> None:
+        """Raise UserError where prompts are none of this benchmark's."""
+        ...
+
+    def judged(self, name: str) -> list[str]:
+        """The pictures of the prompt of this name that the evaluator looks at."""
+        ...
+
+    def files(self, name: str) -> list[str]:
+        """All files of that prompt, those first."""
+        ...
+
+    def write(self, folder: Path, prompt: Prompt, pixels: picture.PixelRows) -> None:
+        """Write the images of a prompt, each file whole or not at all."""
+        ...
+
+
+class GenEval:
+    """A folder for each prompt."""
+
+    name: ClassVar[str] = "geneval"
+    prompts: ClassVar[int] = 553
+
+    def check(self, prompts: Sequence[Prompt], source: Path) -> None:
+        """Raise UserError unless each line is JSON with a tag."""
+        if source.suffix != ".jsonl":
+            raise UserError(f"{source} is no .jsonl: give GenEval's prompts/evaluation_metadata.jsonl")
+        for number, prompt in enumerate(prompts, 1):
+            row: Any = json.loads(prompt.line)
+            if not isinstance(row.get("tag"), str):
+                raise UserError(
+                    f"{source}: prompt {number} has no tag: give GenEval's prompts/evaluation_metadata.jsonl"
+                )
+
+    def judged(self, name: str) -> list[str]:
+        """Four samples."""
+        return [f"{name}/samples/{j:04d}.png" for j in range(EACH)]
+
+    def files(self, name: str) -> list[str]:
+        """The samples, then what else its evaluator reads, and the grid."""
+        return [*self.judged(name), f"{name}/metadata.jsonl", f"{name}/grid.png"]
+
+    def write(self, folder: Path, prompt: Prompt, pixels: picture.PixelRows) -> None:
+        """The metadata come first: its evaluator stops where a folder has none."""
+        *samples, metadata, grid = self.files(prompt.name)
+        file.write(folder / metadata, prompt.line.encode())
+        for name, one in zip(samples, pixels, strict=True):
+            picture.write_picture(folder / name, Image.fromarray(one.numpy()))
+        picture.write_picture(folder / grid, picture.sheet(pixels, 2, scale=1))
+
+
+class DpgBench:
+    """A picture for each prompt."""
+
+    name: ClassVar[str] = "dpg"
+    prompts: ClassVar[int] = 1065
+
+    def check(self, prompts: Sequence[Prompt], source: Path) -> None:
+        """Raise UserError unless they are files in a folder, with no dot in their names, where its evaluator cuts."""
+        if not source.is_dir():
+            raise UserError(f"{source} is no folder: give DPG-Bench's dpg_bench/prompts, a .txt for each prompt")
+        if dotted := next((prompt.name for prompt in prompts if "." in prompt.name), None):
+            raise UserError(f"{source / dotted}.txt: DPG-Bench reads names to their first dot: call it otherwise")
+
+    def judged(self, name: str) -> list[str]:
+        """One."""
+        return [f"{name}.png"]
+
+    def files(self, name: str) -> list[str]:
+        """That."""
+        return self.judged(name)
+
+    def write(self, folder: Path, prompt: Prompt, pixels: picture.PixelRows) -> None:
+        """Two rows of two images."""
+        picture.write_picture(folder / self.judged(prompt.name)[0], picture.sheet(pixels, 2, scale=1, gap=0))
+
+
+LAYOUTS: Mapping[str, Layout] = {one.name: one for one in (GenEval(), DpgBench())}
+
+
+ELSEWHERE = ("device", "versions", "weights")  # of a card: where it was made, and where the weights lie
+
+
+def make(
+    opened: RunFolder,
+    layout: Layout,
+    source: Path,
+    folder: Path,
+    *,
+    nfe: Sequence[int] | None = None,
+    seed: int | None = None,
+    solver: str | None = None,
+    bar: Bar = no_bar,
+) -> list[Path]:
+    """Make four images of each prompt of `source`, in a folder per number of passes; return those.
+
+    Several ranks share the prompts. Raises UserError, before anything is written, for a file of other prompts, a run
+    that makes no images or reads no texts, a solver or nfe out of reach, and a folder whose images were made otherwise.
+    """
+    file.check_writable(folder)
+    prompts, shape = read_prompts(source), opened.run.pixels
+    layout.check(prompts, source)
+    if len(shape) != 3:
+        raise UserError(f"{opened.folder} makes points of shape {shape}, not images: there is nothing to show")
+    opened, said = with_options(opened, nfe=nfe, seed=seed, solver=solver)
+    c = prompted(opened, [prompt.text for prompt in prompts]).repeat_interleave(EACH)
+    kind, stem = opened.run.sample.solver.kind, [source.stem, *said]
+    notes: dict[Path, tuple[int, dict[str, Any]]] = {}
+    for n in opened.run.sample.nfe:
+        place = folder / "-".join([layout.name, kind, f"nfe{n}", *stem])
+        known = {"report": "-".join(["evaluation", layout.name, kind, *stem]) + ".json", "step": opened.step}
+        known |= {"card": card_of(opened, layout, source, prompts, n)}
+        notes[place] = n, known | {"prompts": {prompt.name: prompt.text for prompt in prompts}}
+        require(place, known)
+    for place, (n, known) in notes.items():
+        missing = absent(layout, place, prompts)
+        if dist.is_main():
+            write_json(note(place), known)
+        with bar(f"sampling, {kind} at {n}", EACH * len(missing)) as tick:
+            for done, (i, pixels) in enumerate(made(opened, c, n, missing[dist.rank() :: dist.world()]), 1):
+                signals.check()
+                layout.write(place, prompts[i], pixels)
+                tick(min(done * dist.world(), len(missing)) * EACH, "")
+    dist.barrier()
+    return list(notes)
+
+
+def made(opened: RunFolder, c: torch.Tensor, nfe: int, which: Sequence[int]) -> Iterator[tuple[int, picture.PixelRows]]:
+    """The images of these prompts, prompt by prompt."""
+    indices = [EACH * i + j for i in which for j in range(EACH)]
+    if not indices:
+        return
+    turn, waiting = iter(which), list[torch.Tensor]()
+    for part in sample_batches(opened, nfe=nfe, c=c, seed=opened.run.sample.seed, indices=indices):
+        waiting += picture.to_rows(part.x)
+        while len(waiting) >= EACH:
+            yield next(turn), torch.stack(waiting[:EACH])
+            del waiting[:EACH]
+
+
+def absent(layout: Layout, place: Path, prompts: Sequence[Prompt]) -> list[int]:
+    """The prompts some of whose files are missing, as rank 0 sees it, before any rank goes on."""
+    if dist.is_main():
+        for inside in {(place / name).parent for prompt in prompts for name in layout.files(prompt.name)}:
+            file.sweep(inside)
+    there = [all((place / name).is_file() for name in layout.files(prompt.name)) for prompt in prompts]
+    return (~dist.gathered(torch.tensor(there))[0]).nonzero()[:, 0].tolist()
+
+
+def card_of(opened: RunFolder, layout: Layout, source: Path, prompts: Sequence[Prompt], nfe: int) -> Card:
+    """What images of these prompts depend on."""
+    total = EACH * len(prompts)
+    facts = {
+        "features": f"the evaluator of {layout.name}, as published",
+        "reference": f"{len(prompts):,} prompts of {source.name}",
+        "reference_sha256": digest.of_bytes(*(f"{prompt.name}\n{prompt.line}\n".encode() for prompt in prompts)),
+        "rounding": "0 to 255",
+    }
+    as_sampled = evaluate.with_options(opened, nfe=[nfe], seed=opened.run.sample.seed)
+    changed = {
+        "protocol": name_of(layout.name, *([f"{total} samples"] if total != EACH * layout.prompts else [])),
+        "labels": f"{EACH} samples of each prompt, sample {EACH} i + j of the seed is image j of prompt i",
+        "contrast": [],
+    }
+    return card(as_sampled, facts, total) | changed
+
+
+def note(place: Path) -> Path:
+    """Where the card of a folder of images lies."""
+    return place.parent / f"{place.name}.json"
+
+
+def require(place: Path, known: Mapping[str, Any]) -> None:
+    """Raise UserError where a folder holds images that were made otherwise, or nobody knows how."""
+    if not place.exists():
+        return
+    way = "give another --out, or remove it"
+    before = read_note(place, way)["card"] if note(place).is_file() else None
+    if before is None:
+        raise UserError(f"{place} is there, and no {note(place).name} next to it says what made its images: {way}")
+    now: Any = finite(known["card"])
+    for field in (field for field in now if field not in ELSEWHERE and now[field] != before.get(field)):
+        was, new = brief(before.get(field), 60), brief(now[field], 60)
+        raise UserError(f"{place} holds images that were made otherwise ({field}: {was}, now {new}): {way}")
+
+
+def read_note(place: Path, way_out: str) -> dict[str, Any]:
+    """The card of a folder of images. Raises UserError for no such file, or a damaged one."""
+    path = note(place)
+    try:
+        found = read_json(path, way_out)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there: {way_out}") from error
+    parts = {"report": str, "step": int, "card": dict, "prompts": dict}
+    if not isinstance(found, dict) or not all(isinstance(found.get(part), kind) for part, kind in parts.items()):
+        raise UserError(f"{path} is no card of images: {way_out}")
+    return found

@@ -1,0 +1,180 @@
+"""What was measured of a run, set out: its scores, the baselines, other objectives beside it, and what must be said.
+
+One number leads: of digits the one that a PNG holds (`dumo.evaluation.protocol.headline`).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from dumo.evaluation.protocol import headline, of_baseline
+from dumo.evaluation.word import BASELINES, MERITS, STATES, merits, word
+from dumo.io.read import read_json
+from dumo.run.evaluation.card import seen
+from dumo.run.evaluation.number import number, spread
+from dumo.run.evaluation.record import checked
+from dumo.run.folder import RunFolder
+from dumo.run.spec.spec import Run
+
+FAR_OFF = 1.5  # times the distance of real images to their nearest, beyond which samples are not like them; ours:
+# on digits 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000
+SHIPPED = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # protocol: packaged results that are of it
+BENCHMARKS = ("geneval", "dpg", "clip")  # evaluations beside the run's own that a page shows
+
+Table = dict[str, Any]
+
+
+def judgement(opened: RunFolder) -> Table | None:
+    """What `dumo evaluate` wrote, or None. `fresh`: of these weights; `columns`: its figures, the one that leads first.
+
+    Raises UserError where the file is damaged.
+    """
+    path = opened.folder / "evaluation.json"
+    if not path.is_file():
+        return None
+    way_out = f"run dumo evaluate {opened.folder} again"
+    found = checked(read_json(path, way_out), path, way_out)
+    told = found.get("card") or {}
+    columns = figures(found["results"][0], told)
+    fresh = (found["step"], found["weights"]) == (opened.step, opened.weights)
+    biased = seen(found["results"][0], told)
+    words = {
+        key: replace(of, better=f"{of.better}; trained on") if key in biased else of
+        for key, of in merits(columns).items()
+    }
+    baseline = first(found, columns[0])
+    return {**found, "columns": columns, "fresh": fresh, "words": words, "biased": biased, "baseline": baseline}
+
+
+def benchmarks(opened: RunFolder) -> list[Table]:
+    """What the evaluators of benchmarks, and CLIP, said of these weights, each with its `words` and `rows`.
+
+    Raises UserError where a file is damaged.
+    """
+    found: list[Table] = []
+    for path in sorted(opened.folder.glob("evaluation-*.json")):
+        if path.name.split("-")[1] in BENCHMARKS:
+            way_out = f"remove it, or run dumo evaluate {opened.folder} again"
+            one = checked(read_json(path, way_out), path, way_out)
+            if (one["step"], one["weights"]) == (opened.step, opened.weights):
+                one["columns"] = figures(one["results"][0])
+                found.append({**one, "words": merits(one["columns"]), "rows": rows(one)})
+    return found
+
+
+def figures(row: Mapping[str, Any], card: Mapping[str, Any] | None = None) -> list[str]:
+    """The scores in a row: its numbers, spreads left out; first the one that leads, for a run of this card."""
+    found = [
+        key
+        for key, value in row.items()
+        if key != "nfe" and not key.endswith("_sd") and (value is None or isinstance(value, int | float))
+    ]
+    lead = headline(found, card)
+    return [lead, *(key for key in found if key != lead)]
+
+
+def first(judged: Table, lead: str) -> Table | None:
+    """The first baseline: its name, and `mean` and `sd` of the score that leads; None where there is none."""
+    for name, value in judged["baselines"].items():
+        of = {"mean": value[lead], "sd": value[f"{lead}_sd"]} if lead in value else {}
+        return {"name": name, **value, **of}
+    return None
+
+
+def cells(judged: Table, name: str) -> list[str]:
+    """A baseline as a row of the table of scores, blank where it does not say."""
+    found = judged["baselines"][name]
+    known = {key: (found[key], found.get(f"{key}_sd")) for key in found if key in judged["columns"]}
+    lead = of_baseline(name, headline(judged["columns"]))
+    known |= dict.fromkeys([lead] + ["fd"] * (lead == "fd_grey"), (found["mean"], found["sd"]))  # data are grey already
+    return [spread(*known[key]) if key in known else "" for key in judged["columns"]]
+
+
+def shipped(run: Run) -> str | None:
+    """The name of the packaged results that are of such data, if there are any."""
+    kind = run.evaluate.protocol.kind
+    return SHIPPED.get(kind) if kind != "toy" or run.data.kind == "moons" else None
+
+
+def others(results: Table, judged: Table | None, step: int, cost: float) -> Table:
+    """Packaged results as a row per objective, and the run's own if judged alike, the best in fewest passes first.
+
+    Each row has a `name`, `steps`, `cost` of a step, and `lead` and `beside`, its scores by number of passes. `times`:
+    how often the cost of another's training, all of them equal, went into the run's. `unseen`: of how many images by
+    which all are judged the others were not trained, if this run was.
+    """
+    table, cell = results["table"], (results.get("cells") or [{}])[0]
+    score = next(key for key in MERITS if key in table[0])
+    beside = "fd" if score == "fd_grey" else None
+    rows: dict[str, Table] = {}
+    for row in table:
+        ratio, name = row.get("velocity_ratio"), str(next(iter(row.values())))
+        name += f", velocity ratio {ratio:g}" if ratio is not None else ""
+        one = rows.setdefault(name, _row(name, row["steps"], row.get("F_per_step")))
+        one["lead"][row.get("nfe", 1)] = row[score]
+        one["beside"][row.get("nfe", 1)] = row.get(beside)
+    alike = bool(
+        judged and judged["fresh"] and judged["protocol"] == cell.get("protocol") and score not in judged["biased"]
+    )
+    passes = sorted({n for row in rows.values() for n in row["lead"]})
+    if judged and alike:
+        own = _row("this run", step, cost, own=True)
+        for row in (row for row in judged["results"] if row["nfe"] in passes):
+            own["lead"] |= {row["nfe"]: row[score]} if row.get(score) is not None else {}
+            own["beside"][row["nfe"]] = row.get(beside)
+        rows["this run"] = own
+    found = sorted(rows.values(), key=lambda row: [row["lead"].get(n, float("inf")) for n in passes])
+    return {
+        "title": results["title"],
+        "origin": results.get("origin", {}),
+        "word": word(MERITS, score),
+        "beside": word(merits([score, beside]), beside) if beside else None,
+        "passes": passes,
+        "rows": found,
+        "alike": alike,
+        "times": step * cost / (table[0]["steps"] * each) if (each := table[0].get("F_per_step")) else None,
+        "unseen": held if (held := _held(cell)) != _held(judged or {}) else 0,
+    }
+
+
+def _held(judged: Mapping[str, Any]) -> int:
+    return (judged.get("card") or {}).get("data", {}).get("held", 0)
+
+
+def _row(name: str, steps: int, cost: float | None, *, own: bool = False) -> Table:
+    return {"name": name, "steps": steps, "cost": cost, "own": own, "lead": {}, "beside": {}}
+
+
+def doubts(run: Run, step: int, judged: Table | None, near: Table | None) -> list[tuple[str, str]]:
+    """What a reader must know first: a few words, and why. Nothing of a run that is done and like its data.
+
+    What an evaluation of these weights says of itself (`state`) goes before what the nearest images say.
+    """
+    found: list[tuple[str, str]] = []
+    state = judged.get("state") if judged and judged["fresh"] else None
+    distances = [row["mean"] for row in near["rows"]] if near else []
+    if step == 0:
+        found.append(("Untrained", "these are the weights that training starts from."))
+    elif state in STATES:
+        found.append((STATES[state], "so its evaluation says."))
+    elif len(distances) == 2 and distances[0] > FAR_OFF * distances[1]:
+        said = f"samples are {number(distances[0] / distances[1])} times as far from the nearest training image"
+        found.append((STATES["far"], f"{said} as real images are."))
+    if step < run.train.steps:
+        found.append((f"Stopped at step {step:,} of {run.train.steps:,}", "its training is not done."))
+    return found
+
+
+def baselines(judged: Table) -> list[tuple[str, str, list[str]]]:
+    """A row per baseline: its name, what it is, its cells."""
+    words = {name: word(BASELINES, name) for name in judged["baselines"]}
+    return [(words[name].title, words[name].meaning, cells(judged, name)) for name in words]
+
+
+def rows(judged: Table) -> Sequence[Sequence[tuple[str, int, list[str]]]]:
+    """The results and the contrast, each with its solver, passes and cells."""
+    return [
+        [(row["solver"], row["nfe"], [spread(row.get(k), row.get(f"{k}_sd")) for k in judged["columns"]]) for row in of]
+        for of in (judged["results"], judged["contrast"])
+        if of
+    ]

@@ -1,0 +1,127 @@
+"""One setting after another, judged in the same way: which m, which solver, which average of the weights?"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from decimal import Decimal
+from typing import Any
+
+from dumo.evaluation.protocol import Evaluator, headline, rising, trained_on
+from dumo.flow.solver import check
+from dumo.io.file import check_writable
+from dumo.io.read import brief, write_json
+from dumo.run.evaluation.card import card
+from dumo.run.evaluation.evaluate import Row, conditions, evaluator_of, name_of, row
+from dumo.run.folder import RunFolder, open_run
+from dumo.run.spec.change import override
+from dumo.run.spec.load import parse
+from dumo.run.spec.spec import Run
+from dumo.run.spec.tree import Sampling
+from dumo.runtime import dist
+from dumo.runtime.progress import Bar, no_bar
+from dumo.training.checkpoint import part
+from dumo.types import UserError
+
+EMA = "ema"
+MOST = 1000  # values of a range: more is a slip of the pen
+PARTS = ("sample.solver.", "sample.guide.", "sample.knobs.", "evaluate.")  # on which no training depends
+HOW = "write it as sample.m=0.2:0.8:0.1 (from, to, step), sample.m=0.3,0.5 or ema"
+
+
+def sweep(opened: RunFolder, text: str, *, bar: Bar = no_bar) -> dict[str, Any]:
+    """Judge a run at every value of a field, or with every average of its weights, and write a report.
+
+    `text` is FIELD=FROM:TO:STEP, both ends included, FIELD=VALUE,VALUE ... or ema. `rows` has one per value and number
+    of passes, each with its card; `best` is where the first score is best for that number of passes. Raises
+    UserError, before any work, for what cannot be read or a value out of range, OSError where nothing can be written.
+    """
+    check_writable(opened.folder)
+    points = dict(_averages(opened) if text == EMA else _settings(opened, text))
+    evaluators: dict[tuple[object, int], Evaluator] = {}
+    rows: list[Row] = []
+    for value, point in points.items():
+        run = point.run
+        key = (run.evaluate.protocol, run.evaluate.seed)
+        evaluator = evaluators[key] = evaluators.get(key) or evaluator_of(point, bar)
+        c = conditions(run)
+        about = card(point, evaluator.facts, len(c))
+        for n in run.evaluate.nfe:
+            rows.append({"value": value, **row(point, evaluator, run.sample.solver, n, c, bar), "card": about})
+    mark(rows)
+    named = re.sub(r"[^\w.]+", "-", text)
+    path = opened.folder / name_of(opened, f"sweep-{named}")
+    report = {"run": str(opened.folder), "file": str(path), "sweep": text, "values": list(points), "rows": rows}
+    if dist.is_main():
+        write_json(path, report)
+    return report
+
+
+def mark(rows: list[Row]) -> None:
+    """Set `best` on the rows whose score that counts is the best of their number of passes.
+
+    On none where all are equal, or where the run was trained on what it is by.
+    """
+    for one in rows:
+        scores = [_first(other)[1] for other in rows if other["nfe"] == one["nfe"]]
+        name, score = _first(one)
+        judges = not trained_on(name, one.get("card", {}))
+        one["best"] = judges and score == (max if rising(name) else min)(scores) and min(scores) < max(scores)
+
+
+def values(text: str) -> tuple[str, list[str]]:
+    """The field and its values, as text. Raises UserError."""
+    field, sign, right = (part.strip() for part in text.partition("="))
+    if not (field and sign and right):
+        raise UserError(f"--sweep {text}: {HOW}")
+    if ":" not in right:
+        return field, [value.strip() for value in right.split(",")]
+    try:
+        first, last, step = (Decimal(part) for part in right.split(":"))
+        count = (last - first) / step + 1 if step else 0
+    except (ArithmeticError, ValueError) as error:
+        raise UserError(f"--sweep {brief(text)}: '{brief(right)}' is no range; {HOW}") from error
+    if not (first.is_finite() and last.is_finite() and step.is_finite()) or step <= 0 or last < first:
+        raise UserError(f"--sweep {text}: '{right}' has nothing in it: go up, from FROM to TO, by a STEP above 0")
+    if count >= MOST + 1:
+        raise UserError(f"--sweep {brief(text)}: these are more than {MOST:,} values: take a larger step")
+    return field, [f"{(first + i * step).normalize():f}" for i in range(int(count))]
+
+
+def full(field: str) -> str:
+    """The whole name of a field: `sample.m` is `sample.solver.m`. Raises UserError for one that judges nothing."""
+    top, _, rest = field.partition(".")
+    if top == "sample" and rest.split(".")[0] not in Sampling.model_fields:
+        field = f"sample.solver.{rest}"
+    if not field.startswith(PARTS):
+        raise UserError(
+            f"--sweep {field}: no evaluation depends on it, or only a training; sweep a field of sample.solver,"
+            " sample.guide, sample.knobs or evaluate, or ema"
+        )
+    return field
+
+
+def _settings(opened: RunFolder, text: str) -> Iterator[tuple[str, RunFolder]]:
+    """The run at every value, each checked."""
+    name, listed = values(text)
+    field = full(name)
+    for value in listed:
+        tree = opened.run.model_dump(mode="json")
+        override(tree, [f"{field}={value}"])
+        tree["sample"]["nfe"] = tree["evaluate"]["nfe"]  # samples to look at are not judged
+        run = parse(Run, tree)
+        check(run.sample.solver, run.reads, *run.evaluate.nfe)
+        yield value, replace(opened, run=run)
+
+
+def _averages(opened: RunFolder) -> Iterator[tuple[str, RunFolder]]:
+    """The run with every average of its last checkpoint, and with the weights in training."""
+    for name in [*(f"ema-{ema.key}" for ema in opened.run.train.ema), "net"]:
+        file = part(opened.checkpoint, name)
+        point = open_run(str(opened.folder), weights=str(file), device=str(opened.device))
+        yield name, replace(point, run=opened.run, weights=str(file.relative_to(opened.folder)))
+
+
+def _first(row: Row) -> tuple[str, float]:
+    """The score that counts, by name."""
+    name = headline([key for key in row if key not in ("value", "nfe", "solver", "card", "best")], row.get("card"))
+    return name, row[name]

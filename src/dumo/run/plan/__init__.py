@@ -1,0 +1,1 @@
+"""What one asks before paying for hours: doctor, cost, plan, rehearsal, show."""

@@ -1,0 +1,205 @@
+"""What recipes and protocols need beside the package: what it is, whence it comes, how it is fetched, if it is here.
+
+Nothing is fetched. A hash stands here only where it was counted from the file itself.
+"""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from dumo.encoders import inception_weights as inception
+from dumo.encoders.autoencoder import WEIGHTS, DcAe, SdVae
+from dumo.encoders.taesd import SHA256, Taef2
+from dumo.evaluation.standard import STANDARDS, TRAIN
+from dumo.io import digest, yaml
+from dumo.io.read import user_path
+from dumo.nets.pretrained import PUBLISHED, read_config
+from dumo.run.spec import recipes
+from dumo.run.spec.error import nearest
+from dumo.run.spec.source import read
+from dumo.types import UserError
+
+HUB = "hub:"  # before a file of a model of the Hugging Face hub: owner/model/file, as its client keeps it
+TAESD = "https://github.com/madebyollin/taesd/raw/main/"
+CIFAR = "https://huggingface.co/datasets/uoft-cs/cifar10/resolve/main/plain_text/"
+PARQUET = "{}-00000-of-00001.parquet"
+SD_VAE, DC_AE = SdVae().weights, DcAe().weights
+MODELS = [config["_name_or_path"] for _, config in map(read_config, PUBLISHED)]  # names on the hub
+
+
+@dataclass(frozen=True)
+class Item:
+    """Something to be fetched."""
+
+    name: str
+    what: str
+    source: str  # an official address
+    get: tuple[str, ...]  # commands
+    places: tuple[str, ...]  # files or folders that recipes read; may hold $NAMES of environment variables
+    layout: str
+    mark: str = ""  # what stands in the data or protocol of a recipe that needs it
+    sha256: str | None = None  # of the first of its places
+
+
+CATALOGUE = (
+    Item(
+        "my-images",
+        "your own images: class folders, a flat folder, parquet, or webdataset shards",
+        "your camera",
+        ("export MY_IMAGES=/path/to/photos   # or  --set data.root=DIR,  in latents  --set data.images.root=DIR",),
+        ("$MY_IMAGES",),
+        "photos/cats/*.jpg photos/dogs/*.png: a folder is a class; a flat folder has none",
+        "$MY_IMAGES",
+    ),
+    Item(
+        "pretrained",
+        "a published flow transformer of 2 to 20 B parameters, and its autoencoder",
+        "https://huggingface.co, for SD3 and FLUX.1 with an account",
+        (
+            "pip install 'dumo[pretrained]' && export PRETRAINED=DIR   # and one of",
+            *(f"hf download {model} --include 'transformer/*' 'vae/*' --local-dir $PRETRAINED" for model in MODELS),
+        ),
+        ("$PRETRAINED/transformer/config.json", "$PRETRAINED/vae/config.json"),
+        f"folders transformer and vae, each with config.json and {WEIGHTS}; to train: --set net.source=$PRETRAINED",
+        "$PRETRAINED",
+    ),
+    Item(
+        "cifar10",
+        "50,000 and 10,000 images of 32x32 in 10 classes (Krizhevsky 2009)",
+        "https://www.cs.toronto.edu/~kriz/cifar.html, on the hub as uoft-cs/cifar10",
+        (
+            "mkdir -p $DUMO_DATA/cifar10",
+            *(f"curl -Lo $DUMO_DATA/cifar10/{PARQUET.format(s)} {CIFAR}{PARQUET.format(s)}" for s in ("train", "test")),
+        ),
+        tuple(f"$DUMO_DATA/cifar10/{PARQUET.format(split)}" for split in ("train", "test")),
+        "parquet with a column of images {bytes, path} and a column label, 0 to 9",
+        "$DUMO_DATA/cifar10",
+    ),
+    Item(
+        "imagenet",
+        f"ImageNet-1k's training set, {TRAIN:,} images in 1,000 classes",
+        "https://image-net.org/download.php, with an account: ILSVRC2012_img_train.tar, 138 GB",
+        (
+            "mkdir -p $IMAGENET/train && tar -xf ILSVRC2012_img_train.tar -C $IMAGENET/train && cd $IMAGENET/train",
+            'for f in *.tar; do mkdir "${f%.tar}" && tar -xf "$f" -C "${f%.tar}" && rm "$f"; done',
+        ),
+        ("$IMAGENET/train",),
+        "$IMAGENET/train/n01440764/*.JPEG ...: 1,000 folders; latents are written to $DUMO_LATENTS by dumo encode",
+        "$IMAGENET",
+    ),
+    Item(
+        "imagenet-sample",
+        "1,000 photographs, one of each class of ImageNet, for a small run",
+        "https://github.com/EliSchwartz/imagenet-sample-images",
+        ("git clone https://github.com/EliSchwartz/imagenet-sample-images $DUMO_DATA/imagenet-sample",),
+        ("$DUMO_DATA/imagenet-sample",),
+        "image files in a folder, or parquet",
+        "$DUMO_DATA/imagenet-sample",
+    ),
+    Item(
+        "taef2",
+        "a small autoencoder for latents (TAESD for FLUX.2, 2.7 M parameters, MIT)",
+        "https://github.com/madebyollin/taesd",
+        (
+            "mkdir -p $DUMO_DATA/taef2 && cd $DUMO_DATA/taef2",
+            f"curl -LO {TAESD}taef2_encoder.pth -LO {TAESD}taef2_decoder.pth",
+            'python -c "import torch; from safetensors.torch import save_file;'
+            " save_file({f'{p}.{k}': v.contiguous() for p in ('encoder', 'decoder') for k, v in"
+            " torch.load(f'taef2_{p}.pth', map_location='cpu', weights_only=True).items()}, 'taef2.safetensors')\"",
+        ),
+        (Taef2().weights,),
+        "one file, taef2.safetensors, or any other place: --set data.codec.weights=FILE",
+        "taef2",
+        SHA256,
+    ),
+    Item(
+        "sd-vae",
+        "the autoencoder of Stable Diffusion 1, fine-tuned (ft-ema), for latents of ImageNet",
+        f"https://huggingface.co/{SD_VAE}",
+        (
+            "pip install 'dumo[diffusers]'",
+            f"hf download {SD_VAE} config.json {WEIGHTS}   # else dumo encode fetches it",
+        ),
+        (f"{HUB}{SD_VAE}/{WEIGHTS}",),
+        f"a folder with config.json and {WEIGHTS}, or the hub's own cache; set data.codec.weights to the folder",
+        SD_VAE,
+    ),
+    Item(
+        "dc-ae",
+        "the deep-compression autoencoder f32c32 (Chen et al. 2024), for latents of ImageNet at 512",
+        f"https://huggingface.co/{DC_AE}",
+        (
+            "pip install 'dumo[diffusers]'",
+            f"hf download {DC_AE} config.json {WEIGHTS}   # else dumo encode fetches it",
+        ),
+        (f"{HUB}{DC_AE}/{WEIGHTS}",),
+        f"as sd-vae; the variants mix and sana are {DcAe(variant='mix').weights} and {DcAe(variant='sana').weights}",
+        DC_AE,
+    ),
+    Item(
+        "inception",
+        "the Inception network of 2015 that a FID is measured by",
+        inception.URL,
+        (f"curl -LO {inception.URL}", inception.MAKE, f"export {inception.VARIABLE}=$PWD/inception.safetensors"),
+        (f"${inception.VARIABLE}",),
+        f"one file, made of the published one, whose sha256 is {inception.SHA256}",
+        "frechet:",
+    ),
+    Item(
+        "adm",
+        "ADM's reference statistics of ImageNet, which a FID at 256 or 512 is measured against",
+        "https://github.com/openai/guided-diffusion/tree/main/evaluations",
+        tuple(f"curl -LO {standard.url}" for standard in STANDARDS.values() if standard.url),
+        (),
+        "a file that you name: --set evaluate.protocol.reference=VIRTUAL_imagenet256_labeled.npz",
+        "kind: adm-",
+    ),
+)
+
+
+def named(name: str) -> Item:
+    """The item of this name. Raises UserError where there is none."""
+    for item in CATALOGUE:
+        if item.name == name:
+            return item
+    raise UserError(f"there is no data set or model '{name}'; {nearest(name, [item.name for item in CATALOGUE])}")
+
+
+def told(item: Item) -> dict[str, Any]:
+    """All that is known of an item, the recipes that need it, and for each of its places what stands there."""
+    hashes = (item.sha256, *(None for _ in item.places))
+    looked = [{"place": p, "state": standing(p, sha)} for p, sha in zip(item.places, hashes, strict=False)]
+    there = all(one["state"] == "there" for one in looked) if looked else None
+    return {**asdict(item), "recipes": list(needing(item)), "looked": looked, "there": there}
+
+
+def standing(place: str, sha256: str | None = None) -> str:
+    """`there`, or why not: a variable that is not set, a path that is not there, other contents."""
+    if place.startswith(HUB):
+        return _on_this_machine(place.removeprefix(HUB))
+    try:
+        path = user_path(place, place)
+    except UserError:
+        return "the variable is not set"
+    if not path.exists():
+        return f"not there: {path}"
+    if sha256 and path.is_file() and digest.of_file(path) != sha256:
+        return f"another file: the sha256 of {path} is not {sha256}"
+    return "there"
+
+
+def needing(item: Item) -> Iterator[str]:
+    """The names of recipes that have the item's mark, themselves or by their bases."""
+    return (name for name in recipes.names() if item.mark and item.mark in yaml.dump(read(name)[0]))
+
+
+def _on_this_machine(file: str) -> str:
+    """Whether the hub's client keeps a file of a model, `owner/model/file`."""
+    try:
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return "not there: pip install 'dumo[diffusers]' first"
+    owner, model, name = file.split("/")
+    kept = try_to_load_from_cache(f"{owner}/{model}", name)
+    return "there" if isinstance(kept, str) and Path(kept).is_file() else "not there: not in the hub's cache"

@@ -1,0 +1,193 @@
+"""What this machine has, and whether du/dt is du/dt on it: asked before any training rests on it.
+
+Few-step objectives regress on du/dt. Where that is wrong, training does not crash: the loss falls towards another
+target, and the samples are poor for no reason that a log shows. And it is wrong easily. A difference quotient divides
+the rounding of two passes by 2 h: under bf16 that is as large as the derivative. On a net that reads 1000 t, as image
+models do, h = 0.005 spans more than a turn of the embedding. And a tangent rule or a kernel may be wrong, perhaps on
+one device alone.
+
+So the configured slope, in its precision and on its device, is held against forward-mode differentiation in float64.
+A fresh net will not do: its last layers are zero, u = du/dt = 0, and anything passes. The self-test draws every
+parameter of a copy of two blocks; a second one takes the true weights, at the first checkpoint.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dumo.flow.precision import using
+from dumo.io.read import finite
+from dumo.nets import Net, Pretrained
+from dumo.nets.text import or_drawn
+from dumo.run.plan import caption, pretrained, separability
+from dumo.run.plan.machine import Finding, look
+from dumo.run.spec.spec import Run
+from dumo.runtime import dist
+from dumo.runtime.random import stream
+from dumo.types import Cond, Frozen, Heads, Sample, Time, UserError
+
+LIMIT = 0.05  # ours: an exact slope is 1 to 2 % off under bf16, a broken one 40 % and more (measured)
+SMALL = 1e-6  # ours: the l2 error allowed where du/dt is zero
+
+
+@dataclass(frozen=True)
+class Examination:
+    """How far a slope is from the derivative: the l2 error of d/dt over its l2 norm, by head."""
+
+    slope: str | None  # None: the objective takes no derivative
+    precision: str
+    time_scale: float
+    weights: str  # whose
+    errors: Mapping[str, float]  # of two uses, direction known before the pass or after it, the worse
+    limit: float = LIMIT
+
+    @property
+    def passed(self) -> bool:
+        """Whether every head is within the limit; NaN is not."""
+        return all(error <= self.limit for error in self.errors.values())
+
+    def __str__(self) -> str:
+        """What was measured, in a line."""
+        if self.slope is None:
+            return "nothing to examine: this objective takes no derivative"
+        found = ", ".join(f"{head} {100 * error:.2g} %" for head, error in self.errors.items())
+        return (
+            f"slope '{self.slope}' in precision {self.precision} at time_scale {self.time_scale:g}, with "
+            f"{self.weights}: d/dt is off float64 by {found} (limit {100 * self.limit:g} %)"
+        )
+
+    @property
+    def way(self) -> str:
+        """What to try where it failed."""
+        ways = [f"objective.slope.kind={'jvp' if self.slope == 'dual' else 'dual'}"]
+        ways += ["train.precision=fp32"] if self.precision != "fp32" else []
+        ways += ["another objective.slope.h", "a smaller net.time_scale"] if self.slope == "central" else []
+        ways += [] if all(map(math.isfinite, self.errors.values())) else ["a lower train.optimizer.lr"]
+        return "train with " + ", or ".join(ways)
+
+    def require(self) -> None:
+        """Raise UserError, with the way out, where it failed."""
+        if not self.passed:
+            raise UserError(f"{self}. Training on that is training on noise: {self.way}")
+
+
+def examine(run: Run, device: torch.device) -> Examination:
+    """The run's slope on its net, cut to two blocks, every parameter drawn. Raises UserError as the slope does."""
+    run = readable(run)
+    net = run.model_copy(update={"net": short(run.net)}).build(device)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            noise = torch.randn(p.shape, generator=stream(run.train.seed, "doctor", name)).to(p)
+            p.copy_(noise / p[0].numel() ** 0.5 if p.ndim > 1 else p + 0.1 * noise)  # gains stay near 1
+    return _compare(run, net, device, rows=4, weights="drawn weights")
+
+
+def readable(run: Run) -> Run:
+    """The run, with texts drawn where its net reads a table that is not there yet."""
+    texts: object = getattr(run.net, "texts", None)
+    if texts is or_drawn(texts):
+        return run
+    return run.model_copy(update={"net": run.net.model_copy(update={"texts": or_drawn(texts)})})
+
+
+def short(net: Net) -> Net:
+    """The spec cut to two blocks of each kind; of a pretrained net none of the weights are read."""
+    if isinstance(net, Pretrained):
+        return net.short(2)
+    depth: int | None = getattr(net, "depth", None)
+    if depth is None:
+        return net
+    few = min(2, depth)
+    late: int | None = getattr(net, "late", None)
+    return net.model_copy(update={"depth": few} | ({} if late is None else {"late": min(late, few - 1)}))
+
+
+def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:
+    """The run's slope on a net in training, in one piece, left as it is. Raises UserError as the slope does."""
+    return _compare(run, copy.deepcopy(net), device, rows=2, weights="the weights in training")
+
+
+def _compare(run: Run, net: nn.Module, device: torch.device, *, rows: int, weights: str) -> Examination:
+    """The slope, used as training uses it, against float64. Ranks take the mean, so that all go on or none."""
+    slope, heads = run.objective.needs.slope, run.objective.needs.heads
+    about = (run.train.precision, run.net.time_scale, weights)
+    if slope is None:
+        return Examination(None, *about, {})
+    x, w, c, inputs = _point(run, rows, device)
+    net.eval()  # no dropout
+    ref = Frozen(net if run.train.ref == "self" else copy.deepcopy(net))
+    exact = _exact(net, x, w, c, **inputs)
+    errors: list[Tensor] = []
+    for toward in (w, None):
+        with using(run.train.precision, device):
+            _, along = slope(net, ref, x, c, toward=toward, **inputs)
+            with torch.no_grad():
+                found = along(w)
+        errors.append(torch.stack([_off(a, b) for a, b, _ in zip(found, exact, heads, strict=False)]))  # no gauges
+    worst = dist.mean(torch.stack(errors).amax(0).to(x)).tolist()
+    return Examination(slope.kind, *about, dict(zip(heads, worst, strict=True)))
+
+
+def _point(run: Run, rows: int, device: torch.device) -> tuple[Sample, Sample, Cond, dict[str, Time]]:
+    """Where to look: x_t, a direction, labels, and what else the net takes; t up to 1, r from t down to 0."""
+    needs, g = run.objective.needs, stream(run.train.seed, "doctor")
+    x, z = torch.randn(2, rows, *run.data.shape, generator=g).unbind()
+    c = torch.randint(run.data.classes + 1, (rows,), generator=g)  # the null class, too
+    t = torch.linspace(0, 1, rows + 1)[1:]
+    knobs = {name: torch.full_like(t, value) for name, value in needs.knobs.items()}
+    inputs = {name: t if name == "t" else t * torch.linspace(1, 0, rows) for name in needs.names} | knobs
+    x_t, w = run.path.at(x, z, t)
+    return x_t.to(device), w.to(device), c.to(device), {name: s.to(device) for name, s in inputs.items()}
+
+
+def _exact(net: nn.Module, x: Sample, w: Sample, c: Cond, /, **inputs: Time) -> Heads:
+    """d/dt of every output in float64, on the CPU where the device has none."""
+    where = torch.device("cpu") if x.device.type == "mps" else x.device
+    net, c = copy.deepcopy(net).to(where).double(), c.to(where)
+    rest = {name: s.to(where).double() for name, s in inputs.items()}
+    at = (x.to(where).double(), t := rest.pop("t"))
+
+    def f(x: Sample, t: Time) -> Heads:
+        return net(x, c, t=t, **rest)
+
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
+        return cast(Heads, torch.func.jvp(f, at, (w.to(at[0]), torch.ones_like(t)))[1])
+
+
+def _off(found: Tensor, exact: Tensor) -> Tensor:
+    """The relative l2 error."""
+    size = exact.norm()
+    return (found.to(exact) - exact).norm() / size.where(size > 0, SMALL / LIMIT)
+
+
+def diagnose(run: Run, device: str = "auto") -> dict[str, Any]:
+    """What this machine has, and how the self-test went: `ok` or not. Raises UserError for a device not there.
+
+    `findings` are lines to read; `examination` is None where the slope refused to begin.
+    """
+    here, exam = dist.device(device), None
+    try:
+        exam = examine(run, here)
+        text, way = str(exam), "" if exam.passed else exam.way
+    except UserError as error:  # the slope refuses, or an operation has no tangent rule
+        text, way = "refused", str(error)
+    test = Finding("self-test", "failing" if way else "ok", text, way)
+    found = [*look(here), *about_weights(run, here), *caption.findings(run), *separability.findings(run), test]
+    ok = all(finding.state != "failing" for finding in found)
+    return {"ok": ok, "findings": [asdict(finding) for finding in found], "examination": exam and finite(asdict(exam))}
+
+
+def about_weights(run: Run, here: torch.device) -> list[Finding]:
+    """What there is to know of weights that are there before any training: of a pretrained net."""
+    if not (isinstance(run.net, Pretrained) and run.net.weights == "source"):
+        return []
+    try:
+        return pretrained.findings(run, here)
+    except UserError as error:
+        return [Finding("weights", "failing", "not there, or not to be differentiated", str(error))]

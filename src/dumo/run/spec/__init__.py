@@ -1,0 +1,1 @@
+"""A run as one tree of values, read from YAML and checked."""

@@ -1,0 +1,125 @@
+"""Load a run from a recipe's name, a file or a folder, with `a.b=c` overrides; and write it as YAML."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import to_json, to_jsonable_python
+
+from dumo.io import yaml
+from dumo.run.spec.change import override, shown
+from dumo.run.spec.error import explain
+from dumo.run.spec.source import CHANGED, FORMAT, KEY, Noted, noted, read
+from dumo.run.spec.source import FILE as FILE
+from dumo.run.spec.spec import Run
+from dumo.types import Spec, UserError
+
+S = TypeVar("S", bound=Spec)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A field in which two runs differ."""
+
+    field: str  # its dotted path
+    was: object  # a JSON value
+    now: object
+    may: bool  # whether it may change when a run is resumed
+
+    def __str__(self) -> str:
+        return f"{self.field}: {shown(self.was)} there, {shown(self.now)} asked"
+
+
+def load(source: str, overrides: Sequence[str] = ()) -> Run:
+    """Read a run: a recipe's name, a YAML file, or a folder with a run.yaml.
+
+    Raises UserError, one line per mistake, each with its dotted path and the nearest valid name.
+    """
+    tree, name = read(source)
+    override(tree, overrides)
+    return parse(Run, tree, name)
+
+
+def parse(spec: type[S], tree: object, name: str = "") -> S:
+    """A tree of plain values as a spec. Raises UserError, one line per mistake, each after the name of a file.
+
+    Values are strict as in JSON: neither true nor a text is a number, and 2.0 is no integer.
+    """
+    try:
+        return spec.model_validate_json(to_json(tree, inf_nan_mode="constants"), strict=True)
+    except ValidationError as error:
+        where = f"{name}: " if Path(name).suffix else ""
+        raise UserError("\n".join(where + line for line in explain(error, spec).splitlines())) from error
+
+
+def default_folder(source: str) -> Path:
+    """A run's default folder: runs/NAME, or that of the run.yaml that `source` is or holds."""
+    path = Path(source)
+    if path.name == FILE:
+        return path.parent
+    return path if (path / FILE).is_file() else Path("runs") / path.stem
+
+
+def dump(run: Run, changed: Sequence[Noted] = (), *, short: bool = False) -> str:
+    """The complete run as YAML, or `short`ly its summary; its format first, then changes. `load` reads it back."""
+    head = {KEY: FORMAT} | ({CHANGED: [one.model_dump(mode="json") for one in changed]} if changed else {})
+    return yaml.dump({**head, **(summary(run) if short else run.model_dump(mode="json"))})
+
+
+def summary(part: BaseModel) -> dict[str, Any]:
+    """A spec as plain values, for people: without defaults that are marked quiet, null or empty.
+
+    `parse` reads it back as the same spec.
+    """
+    tree = part.model_dump(mode="json")
+    for name, field in type(part).model_fields.items():
+        value, default = getattr(part, name), field.get_default(call_default_factory=True)
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        if value == default and (extra.get("quiet") or value in (None, "", (), {})):
+            tree.pop(name, None)
+        elif name in tree and isinstance(value, BaseModel):
+            tree[name] = summary(value)
+        elif name in tree and isinstance(value, tuple):
+            parts = zip(cast(tuple[object, ...], value), tree[name], strict=True)
+            tree[name] = [summary(one) if isinstance(one, BaseModel) else plain for one, plain in parts]
+    return tree
+
+
+def difference(old: BaseModel, new: BaseModel, prefix: str = "") -> Iterator[str]:
+    """A line per field that differs and is not free to change."""
+    return map(str, differences(old, new, prefix))
+
+
+def differences(old: BaseModel, new: BaseModel, prefix: str = "", *, may: bool = False) -> Iterator[Difference]:
+    """The fields that differ and are not free, field by field in parts of the same kind."""
+    for name, field in type(old).model_fields.items():
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        if extra.get("free"):
+            continue
+        before, after, here = getattr(old, name), getattr(new, name), may or bool(extra.get("changes"))
+        if isinstance(before, BaseModel) and type(before) is type(after):
+            yield from differences(before, after, f"{prefix}{name}.", may=here)
+        elif before != after:
+            yield Difference(f"{prefix}{name}", to_jsonable_python(before), to_jsonable_python(after), here)
+
+
+def changes(folder: Path, run: Run, step: int) -> list[Noted]:
+    """The changes to note in a folder's run, if it goes on after `step` as `run`.
+
+    Changes of later steps are noted at this one, since those steps are made anew. Before the first step there are none.
+    Raises UserError if the folder's run.yaml is damaged.
+    """
+    if not (folder / FILE).is_file() or step == 0:
+        return []
+    past = noted(folder)
+    undone, last = dict[str, object](), dict[str, object]()
+    for one in [one for one in past if one.step >= step]:
+        undone.setdefault(one.field, one.was)
+        last[one.field] = one.now
+    for one in differences(load(str(folder)), run):
+        undone.setdefault(one.field, one.was)
+        last[one.field] = one.now
+    fresh = [Noted(step=step, field=name, was=was, now=last[name]) for name, was in undone.items() if was != last[name]]
+    return [*(one for one in past if one.step < step), *fresh]

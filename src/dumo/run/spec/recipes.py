@@ -1,0 +1,78 @@
+"""Packaged recipes, a YAML file per run, and the results that came of some of them.
+
+A recipe may name a `base` and what it changes of it (ADR 0030; `dumo.run.spec.source` reads it).
+Imports no torch.
+"""
+
+import json
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+HERE = files("dumo") / "recipes"
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C library's, ten times as quick, where there is one
+LISTED = {  # by purpose, in order
+    "Start here": "digits moons",
+    "Your own images": "my-images my-images-256",
+    "A pretrained transformer": "sd3-lora sana flux-lora z-image qwen-image-lora qwen-image",
+    "By words": "digits-words cifar10-latents-words text-256 text-512 text-1024",
+    "Compare objectives on digits, at equal cost": """
+        digits-flow-matching digits-meanflow digits-imf digits-split-meanflow digits-alpha-flow digits-soflow
+        digits-shortcut digits-imm digits-tvm digits-facm digits-rcgm digits-twinflow digits-ucgm digits-fm-plus
+        digits-cm digits-ict digits-ect digits-tcm digits-sct digits-cmt digits-ayf digits-dmf digits-pi-flow
+        digits-three-heads digits-three-heads-shortcut digits-likelihood digits-match digits-critic digits-drift""",
+    "More of DuMo on digits": "digits-guided dumo-best",
+    "Two moons, where everything can be seen": "moons-flow-matching moons-meanflow moons-guided",
+    "CIFAR-10": """
+        cifar10-latents cifar10-latents-flow-matching cifar10-latents-meanflow dumo-best-latents
+        cifar10-latents-overnight cifar10-small cifar10 cifar10-meanflow""",
+    "ImageNet, in small": "imagenet-sample",
+    "ImageNet, at the paper's size": """
+        imagenet256-xl2 imagenet256-xl2-432 imagenet256-xl2-meanflow imagenet256-xl2-dual imagenet256-xl2-modern
+        imagenet256-xl2-three-heads imagenet256-xl2-three-heads-shortcut imagenet256-b2 imagenet256-b2-meanflow
+        imagenet512-xl4 imagenet512-xl4-meanflow imagenet512-xl4-dual
+        imagenet512-xl1-dcae imagenet512-xl1-dcae-dual""",
+}
+GROUPS = {purpose: tuple(listed.split()) for purpose, listed in LISTED.items()}
+
+
+def names() -> list[str]:
+    """Every recipe's name, in order."""
+    return sorted(file.name.removesuffix(".yaml") for file in HERE.iterdir() if file.name.endswith(".yaml"))
+
+
+def text(name: str) -> str:
+    """The text of a recipe. Raises KeyError where there is none."""
+    if name not in names():
+        raise KeyError(name)
+    return (HERE / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def about(name: str) -> str:
+    """The line in which a recipe says what it is."""
+    return _line(name, "about") or ""
+
+
+def base(name: str) -> str | None:
+    """The recipe that this one changes, if any."""
+    return _line(name, "base")
+
+
+def _line(name: str, key: str) -> str | None:
+    """What one line of a recipe says, without the time that all of it takes to read."""
+    for line in text(name).splitlines():
+        if line.startswith(f"{key}: "):
+            return parse_yaml(line)[key]
+    return None
+
+
+def parse_yaml(text: str) -> Any:  # noqa: ANN401, whatever stands there
+    """YAML of this package as plain values; what others write, `dumo.io.yaml` reads."""
+    return yaml.load(text, LOADER)
+
+
+def results(name: str) -> dict[str, Any] | None:
+    """Results shipped with the package: what `dumo reproduce NAME` wrote, with its origin; None if none were."""
+    file = HERE / "results" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None

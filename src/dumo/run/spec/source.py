@@ -1,0 +1,133 @@
+"""Where a run is read from: a recipe, a YAML file or a run's folder, and the base that a file may name (ADR 0030).
+
+A run.yaml, which training writes complete, says its format (ADR 0032); files that people write need none.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from dumo.io.read import brief, read_text, user_path
+from dumo.io.yaml import parse
+from dumo.run.spec import recipes
+from dumo.run.spec.change import merge, shown
+from dumo.run.spec.error import nearest_few
+from dumo.types import UserError
+
+FILE = "run.yaml"  # the run, in its folder
+KEY, FORMAT = "format", 2  # the first key of a run.yaml, and what `dumo.run.spec.load.dump` writes there
+CHANGED = "changed"  # of a run.yaml: the fields that were changed while it trained (`Noted`)
+MOST = 2**24  # bytes of a file: ours; the names of 20,000 classes are half a million
+
+
+class Noted(BaseModel):
+    """A field of a run that was changed while it trained: the steps after `step` have it as it is now."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int
+    field: str  # its dotted path, or data: their fingerprint
+    was: Any
+    now: Any
+
+
+def read(source: str) -> tuple[dict[str, Any], str]:
+    """The tree of plain values of a source, over its bases, and its name for errors. Raises UserError."""
+    file = _file(Path(source))
+    if file is not None:
+        return _whole(_tree(file), str(file), file), str(file)
+    if source in recipes.names():
+        return _whole(_packaged(source), f"recipe {source}", None), f"recipe {source}"
+    if Path(source).is_dir():
+        raise UserError(f"{source} is a folder without a {FILE}: give a run's folder, a recipe or a YAML file")
+    raise UserError(f"there is no recipe, file or run's folder '{source}'; {_hint(source)}")
+
+
+def noted(folder: Path) -> list[Noted]:
+    """The changes of a folder's run while it trained, in order. Raises UserError as `read`."""
+    file = folder / FILE
+    return _take_changed(_plain(file), str(file))
+
+
+def _whole(tree: dict[str, Any], name: str, file: Path | None, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A tree over its base, which may have a base itself; `above` are the files and recipes that led here."""
+    if "base" not in tree:
+        return tree
+    here = str(file.resolve()) if file else name
+    if here in above:
+        raise UserError(f"{name}: base goes round in a circle: {' -> '.join((*above, here))}")
+    base = _whole(*_base(tree.pop("base"), name, file), (*above, here))
+    try:
+        return merge(base, tree)
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def _base(base: object, name: str, file: Path | None) -> tuple[dict[str, Any], str, Path | None]:
+    """The tree, the name and the file of a base: a recipe, or what lies at a path next to the file that names it."""
+    text = base if isinstance(base, str) else shown(base)
+    if base in recipes.names():
+        return _packaged(text), f"recipe {text}", None
+    if file and isinstance(base, str) and (found := _file(file.parent / user_path(base, "base"))):
+        return _tree(found), str(found), found
+    raise UserError(
+        f"{name}: base: there is no recipe '{brief(text)}', nor a file or run's folder there; {_hint(text)}"
+    )
+
+
+def _file(path: Path) -> Path | None:
+    """The file that a path names, or the run.yaml of a folder; None where there is none."""
+    file = path / FILE if path.is_dir() else path
+    return file if file.is_file() else None
+
+
+def _tree(file: Path) -> dict[str, Any]:
+    """The tree of a file, without its format and its changes."""
+    tree = _plain(file)
+    _take_changed(tree, str(file))
+    said = tree.pop(KEY, 1 if file.name == FILE and "base" not in tree else FORMAT)
+    if said != FORMAT:
+        raise UserError(
+            f"{file} is of format {brief(shown(said))}, and this dumo reads {FORMAT}: take the dumo that wrote it, for "
+            f"format 1 0.1.0 of 2026-11-22 (commit 9ebbef4). A {FILE} of your own begins with {KEY}: {FORMAT}"
+        )
+    return tree
+
+
+def _take_changed(tree: dict[str, Any], name: str) -> list[Noted]:
+    """Remove the changes from a tree, and return them."""
+    try:
+        return TypeAdapter(list[Noted]).validate_python(tree.pop(CHANGED, []))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, (CHANGED, *first["loc"])))
+        raise UserError(
+            f"{name}: {where}: {first['msg']}: it lists step, field, was and now of each change; mend or remove it"
+        ) from error
+
+
+def _plain(file: Path) -> dict[str, Any]:
+    """The tree of a file, unchanged."""
+    if file.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{file} is no YAML file: give a run's folder, a recipe or a YAML file")
+    return _mapping(read_text(file, "give a run's folder, a recipe or a YAML file", MOST), str(file))
+
+
+def _packaged(name: str) -> dict[str, Any]:
+    return _mapping(recipes.text(name), f"recipe {name}")
+
+
+def _mapping(text: str, name: str) -> dict[str, Any]:
+    try:
+        tree = parse(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{name} is not YAML: {brief(' '.join(str(error).split()), 1000)}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{name} holds no run: it must map names to values, as `dumo show digits` prints it")
+    return tree
+
+
+def _hint(name: str) -> str:
+    return f"{nearest_few(name, recipes.names())}`dumo recipes` lists all"

@@ -1,0 +1,63 @@
+"""Where a teacher's velocity comes from, and what is made of it.
+
+A teacher stands in for the data's own velocity: an objective that learns from v_t = dx_t/dt, given data and noise,
+learns with `teacher` from V(x_t, t, c), guided as `guide` says. So sCT becomes sCD, and MeanFlow and FACM their
+distilled selves. Rows that lost their label have the teacher's velocity without one.
+
+The teacher of kind `base` is the net in training itself with its adapters off, the model that it began as: no second
+net is held.
+
+With `pairs` the teacher is asked once, for whole trajectories: its samples x are paired with the noise z that they come
+from, and these are what is trained on (Reflow, Liu et al. 2023; Re-MeanFlow).
+"""
+
+from math import ceil
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from dumo.flow.cfg import CFG
+from dumo.flow.solver import Heun
+from dumo.types import QUIET, Spec
+from dumo.types.bound import SAMPLES
+
+
+class Pairs(Spec):
+    """Samples of the teacher with their noise, made before the first step and kept in the run's folder."""
+
+    solver: ClassVar[Heun] = Heun()  # ours
+    count: int = Field(default=50_000, ge=1, le=SAMPLES)  # ours; Reflow's on CIFAR-10 is a million
+
+    def passes(self, points: int | None) -> int:
+        """Passes of the teacher for each: 16 steps (ours), or more if an objective learns from `points` equal ones."""
+        points = points or 1
+        return self.solver.passes * points * ceil(16 / points)
+
+
+class Teacher(Spec):
+    """A trained net: that of a run's folder, what a function of the user's returns, or the one that adapters tune."""
+
+    kind: Literal["run", "python", "base"] = "run"
+    # A run's folder; module:function, which takes the run and the device and returns `dumo.types.Reads`; of base, none.
+    source: str = ""
+    guide: CFG = Field(default=CFG(), json_schema_extra=QUIET)  # of the teacher, as in sampling
+    pairs: Pairs | None = None  # learn from whole trajectories instead
+
+    @model_validator(mode="after")
+    def _named(self) -> "Teacher":
+        if self.kind != "base" and not self.source:
+            raise ValueError(
+                "source is missing: name a run's folder, or set teacher.kind=base for the net's adapters off"
+            )
+        if self.kind == "base" and (self.source or self.pairs):
+            raise ValueError("base is the net in training: leave teacher.source and teacher.pairs out")
+        return self
+
+
+class Start(Spec):
+    """Weights to begin with: those of a run by name, or published ones of a DiT's build (`dumo.nets.sit`)."""
+
+    # run: all that the nets share; sit: a velocity, all of it; dit: it predicts noise, so its trunk alone
+    kind: Literal["run", "sit", "dit"] = "run"
+    source: str  # a run's folder; of sit and dit a safetensors file, under the names of their authors
+    heads: dict[str, str] = Field(default_factory=dict[str, str])  # heads that begin as another of the source: {u: v}

@@ -1,0 +1,257 @@
+"""Ranks, means over ranks, devices, versions: the one place that knows how many processes train, and where.
+
+Without torch.distributed there is one rank, number 0, and a mean over ranks is the identity.
+"""
+
+import math
+import os
+import platform
+import re
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from datetime import timedelta
+from secrets import token_hex
+
+import torch.distributed
+from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+from torch.torch_version import TorchVersion
+
+from dumo.runtime import signals, version
+from dumo.runtime.heartbeat import Lost, Peers
+from dumo.types import UserError
+
+FIRST = "2.13"  # the torch whose sharded weights and checkpoints were tried
+START = 1800.0  # seconds that ranks wait for each other until a first step is done, which may compile: ours
+PATIENCE = 600.0  # seconds, afterwards: ours
+MOST = 1_000_000  # processes: more is a slip
+
+joined = False  # whether this process ever met others
+peers: Peers | None = None  # those it has met
+
+
+def rank() -> int:
+    """The number of this process, in [0, world)."""
+    return torch.distributed.get_rank() if started() else 0
+
+
+def world() -> int:
+    """How many processes train together; 1 without torch.distributed."""
+    return torch.distributed.get_world_size() if started() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes files and talks."""
+    return rank() == 0
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of x over ranks, on every rank; x itself is left alone. Every rank must call it, with the same shape."""
+    if world() == 1:
+        return x
+    total = x.clone()
+    torch.distributed.all_reduce(total)  # a sum: gloo knows no mean
+    return total / world()
+
+
+def gathered(x: Tensor) -> list[Tensor]:
+    """This tensor of every rank, by rank, on the CPU; first axes may differ in length. Every rank must call it.
+
+    Ranks that come early wait for the others as long as these live.
+    """
+    if world() == 1:
+        return [x.cpu()]
+    if peers:
+        peers.meet()
+    here = x.detach().cpu().contiguous()
+    sizes = [torch.tensor(0) for _ in range(world())]
+    torch.distributed.all_gather(sizes, torch.tensor(len(x)))
+    longest = max(int(n) for n in sizes)
+    padded = torch.cat([here, here.new_zeros(longest - len(x), *x.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in sizes]
+    torch.distributed.all_gather(parts, padded)
+    return [part[: int(n)] for part, n in zip(parts, sizes, strict=True)]
+
+
+def barrier() -> None:
+    """Wait for all ranks. Every rank must call it."""
+    if world() > 1:
+        torch.distributed.barrier()
+
+
+def started() -> bool:
+    """Whether a process group is there to ask."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def launched() -> tuple[int, int]:
+    """(rank, world) as torchrun sets them, for work that needs no process group; (0, 1) without.
+
+    Raises UserError where they are no such numbers.
+    """
+    rank, world = number("RANK", 0), number("WORLD_SIZE", 1, 1, MOST)
+    if rank >= world:
+        raise UserError(f"RANK={rank} is no rank of WORLD_SIZE={world}: ranks count from 0. {UNSET}")
+    return rank, world
+
+
+UNSET = "Start by torchrun, which sets it, or unset it"
+
+
+def number(name: str, default: int, low: int = 0, high: float = math.inf) -> int:
+    """A whole number from the environment. Raises UserError where it is none, or out of [low, high]."""
+    text = os.environ.get(name, str(default))
+    if not re.fullmatch(r"-?[0-9]{1,18}", text) or not low <= int(text) <= high:
+        limits = f"from {low:,}" + (f" to {high:,}" if high < math.inf else "")
+        raise UserError(f"{name}={text} is no whole number {limits}. {UNSET}")
+    return int(text)
+
+
+def patience() -> float:
+    """Seconds without a sign of a rank, after which it is taken to be gone. Raises UserError for no such number."""
+    text = os.environ.get("DUMO_TIMEOUT", str(PATIENCE))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 1 <= seconds <= 1e6:
+        raise UserError(f"DUMO_TIMEOUT={text} is no number of seconds from 1 to 1,000,000: set it so, or unset it")
+    return seconds
+
+
+def alone(work: str) -> None:
+    """Refuse, where torchrun started several processes, work that they do not share. Raises UserError."""
+    if (world := launched()[1]) > 1:
+        raise UserError(
+            f"{work} takes one process, and {world} were started (WORLD_SIZE={world}): start it without torchrun; "
+            "train, sample, evaluate and encode share their work"
+        )
+
+
+def require_ranks(what: str) -> None:
+    """Refuse what sharded weights are needed for on a torch that was not tried with them. Raises UserError."""
+    if TorchVersion(torch.__version__) < FIRST:
+        raise UserError(
+            f"{what} needs torch {FIRST} or newer, here is {torch.__version__}: pip install 'torch>={FIRST}'"
+        )
+
+
+@contextmanager
+def join() -> Generator[None, None, None]:
+    """Meet the processes that torchrun started, each on a GPU of its own where there is one; alone without torchrun.
+
+    What is on a GPU goes by nccl, all else by gloo; where ranks must share a GPU, which nccl would refuse, all by gloo.
+    Raises UserError below torch 2.13, and where what torchrun sets is there in part or odd; `Lost` where another rank
+    is gone. One that gives no sign for DUMO_TIMEOUT seconds ends this process, with a line (`dumo.runtime.heartbeat`).
+    """
+    if (world := launched()[1]) == 1 or started():
+        yield
+        return
+    require_ranks(f"work on {world} ranks")
+    gpus, here, limit = torch.cuda.device_count(), number("LOCAL_RANK", 0), patience()
+    if gpus:
+        torch.cuda.set_device(here % gpus)
+    own = gpus >= number("LOCAL_WORLD_SIZE", 1, 1)
+    global joined, peers
+    with signals.deaf():  # there is nothing to save yet
+        store, rank = met()
+        joined, peers = True, Peers(store, rank, world, limit)
+        torch.distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpus and own else "gloo",
+            store=PrefixStore("group", store),
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=max(START, limit)),
+        )
+    try:
+        with peers.watched(), named(peers):
+            yield
+            peers.meet()
+            torch.distributed.barrier()  # nobody leaves while another may still ask
+    finally:
+        peers = None
+        torch.distributed.destroy_process_group()
+
+
+def met() -> tuple[Store, int]:
+    """A store that all ranks share, in which nothing stands yet, and this one's number. Raises UserError, Lost."""
+    _, world = launched()
+    number("MASTER_PORT", 1, 1, 65535)
+    try:
+        store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=START)))
+        return PrefixStore(named_start(store, rank, world), store), rank
+    except ValueError as error:
+        raise UserError(f"WORLD_SIZE={world} says {world} ranks: {error}. Start by torchrun, or unset it") from error
+    except torch.distributed.DistError as error:
+        place = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        said = " ".join(str(error).split())
+        raise Lost(f"{world} ranks did not meet at {place}: see that all were started. ({said})") from error
+
+
+@contextmanager
+def named(others: Peers) -> Generator[None, None, None]:
+    """Tell the others what this rank fails of; and say whose fault it is where talking to them fails. Raises Lost."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, RuntimeError) and TALK.search(f"{type(error).__name__} {error}"):
+            signals.check()  # they were asked to stop, too, and are gone already
+            raise others.lost(error) from error
+        others.tell(error)
+        raise
+
+
+TALK = re.compile(r"^Dist\w*Error|gloo/|NCCL")  # in what torch raises where it cannot talk to others
+
+
+def settled() -> None:
+    """Say that the first step is done, which may have compiled: from now on ranks wait no longer than DUMO_TIMEOUT."""
+    if peers and not peers.settled:
+        peers.settled = True
+        for group in c10d._world.pg_map:
+            c10d._set_pg_timeout(timedelta(seconds=1.5 * peers.limit), group)  # who hangs is found first
+
+
+def named_start(store: Store, rank: int, world: int) -> str:
+    """A name for this start of all ranks, under which no earlier one left anything in their store. All must call it.
+
+    torchrun keeps one store over its restarts, in which a rank may find the address of one that is dead (pytorch
+    #135712, in 2.13 still). So rank 0 makes up a name, and answers with it whoever asks under a token of his own, until
+    all have said that they heard.
+    """
+    name, late = token_hex(8), time.monotonic() + START
+    if rank:
+        store.set(f"asks/{rank}", name)
+        name = store.get(f"answer/{name}").decode()
+        store.set(f"heard/{name}/{rank}", "")
+        return name
+    for other in range(1, world):
+        while not store.check([f"heard/{name}/{other}"]):
+            store.set(f"answer/{store.get(f'asks/{other}').decode()}", name)  # may be a dead one's: ask again
+            if time.monotonic() > late:
+                raise torch.distributed.DistStoreError(f"rank {other} does not answer")
+            time.sleep(0.01)
+    return name
+
+
+def device(name: str) -> torch.device:
+    """'auto' is the GPU where there is one, a rank's own. Raises UserError for a device that is not there."""
+    if world() > 1 and ":" in name:
+        raise UserError(f"device '{name}' is one for all {world()} ranks: use auto, which gives each its own, or cpu")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"device '{name}' is not available: use auto or cpu") from error
+    if found.type == "meta":
+        raise UserError(f"device '{name}' holds no numbers: use auto or cpu")
+    return found
+
+
+def versions() -> dict[str, str]:
+    """What makes a result: dumo, torch and Python."""
+    return {"dumo": version(), "torch": torch.__version__, "python": platform.python_version()}

@@ -1,0 +1,143 @@
+"""The other processes of a run, known by the store that all share: whether they live, why one failed, who is there.
+
+A collective waits for whoever is late, and cannot tell who is late from who hangs. So every process gives a sign of
+life there each second, from a thread that takes no part in the work, and looks for the others': the first rank for
+all, the others for the first. Whose sign has not come for so long is gone: this process then says who, and ends,
+whatever its main thread waits for. What does not go step by step (samples, shards) may thus wait for others as long as
+they live.
+"""
+
+import os
+import re
+import sys
+import threading
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from torch.distributed.distributed_c10d import Store
+
+from dumo.runtime import signals
+
+EVERY = 1.0  # seconds from sign to sign, at most: ours
+LOOKS = 10  # for a sign, at least, before a process is taken to be gone: ours
+POLL = 0.05  # seconds between looks for who is there: ours
+AGAIN = "start the same command again, it goes on from what is kept"
+
+
+class Lost(RuntimeError):  # noqa: N818, a state of the run
+    """Another process of the run is gone, failed or hangs. The command line exits with 1."""
+
+
+class Peers:
+    """The processes of a run, numbered from 0 to world - 1, as one of them sees the others."""
+
+    def __init__(self, store: Store, rank: int, world: int, limit: float) -> None:
+        """`limit`: so many seconds without a sign are an end."""
+        self.store, self.rank, self.world, self.limit = store, rank, world, limit
+        self.every = min(EVERY, limit / LOOKS)
+        self.looks = round(limit / self.every)  # counted, not timed: who was stopped itself blames nobody
+        self.others = [other for other in range(world) if other != rank] if rank == 0 else [0]
+        self.silent = dict.fromkeys(self.others, 0)  # looks since the last sign
+        self.asks = self.meetings = 0
+        self.settled = False  # whether a first step is done
+        self.speaking = threading.Lock()  # held by whoever says what ends this process
+        self._last = dict[int, bytes]()
+
+    def ask(self) -> None:
+        """Give a sign, and look for the others'. Blocks while the store does not answer."""
+        self.store.set(f"alive/{self.rank}", str(self.asks))
+        there = [other for other in self.others if self.store.check([f"alive/{other}"])]
+        signs = dict(zip(there, self.store.multi_get([f"alive/{other}" for other in there]), strict=True))
+        for other in self.others:
+            new = signs.get(other) != self._last.get(other)
+            self.silent[other] = 0 if new else self.silent[other] + 1
+        self._last = signs
+        self.asks += 1
+
+    def missing(self, looks: int) -> int | None:
+        """Who has given no sign for so many looks; None: all have."""
+        return next((other for other, n in self.silent.items() if n >= looks), None)
+
+    def meet(self) -> None:
+        """Wait for all, however long they work. Every process must call it.
+
+        Raises Stopped where that is asked, `Lost` where one has failed.
+        """
+        self.meetings += 1
+        key = f"met/{self.meetings}"
+        self.store.add(key, 1)
+        while self.store.add(key, 0) < self.world:
+            signals.check()
+            if self.store.check(["failed"]):
+                raise self.lost()
+            time.sleep(POLL)
+
+    def tell(self, error: BaseException) -> None:
+        """Leave word of what this process fails of."""
+        try:
+            self.store.set(f"failed/{self.rank}", f"{error}" or type(error).__name__)
+            self.store.set("failed", "")
+        except RuntimeError:  # the store is gone, too
+            return
+
+    def lost(self, error: BaseException | None = None) -> Lost:
+        """What is known of the others where talking to them fails. Takes some seconds: who is gone gives no sign."""
+        self.speaking.acquire()  # for good: one line is enough
+        said = f" ({brief(error)})" if error else ""
+        try:
+            for _ in range(6):
+                for other in self.others:
+                    if self.store.check([f"failed/{other}"]):
+                        return Lost(f"rank {other}: {self.store.get(f'failed/{other}').decode()}")
+                if (gone := self.missing(3)) is not None:
+                    return Lost(f"rank {gone} is gone: {AGAIN}{said}")
+                time.sleep(self.every)
+        except RuntimeError:  # the store is gone: with the first rank, or with torchrun
+            pass
+        return Lost(f"another rank is gone, or has not answered in time: {AGAIN}{said}")
+
+    @contextmanager
+    def watched(self) -> Generator[None, None, None]:
+        """Meanwhile give signs; where one of the others is gone, end this process with a line and exit code 1."""
+        over = threading.Event()
+
+        def ask() -> None:
+            while not over.wait(self.every):
+                try:
+                    self.ask()
+                except RuntimeError:  # the store is gone; so are those whom the collectives will not find
+                    over.set()
+
+        def look() -> None:
+            asks = stuck = 0
+            while not over.wait(self.every):
+                asks, stuck = self.asks, 0 if asks != self.asks else stuck + 1
+                gone = self.missing(self.looks) if stuck < self.looks else 0  # who has the store is not there to answer
+                if gone is not None and self.speaking.acquire(blocking=False):
+                    self.end(gone)
+
+        threads = [threading.Thread(target=work, daemon=True) for work in (ask, look)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            for thread in threads:
+                thread.join(2 * self.every)
+
+    def end(self, gone: int) -> NoReturn:
+        """Say who is gone, and leave: the first rank says it, or the second of the first."""
+        if self.rank < 2:
+            line = f"error: rank {gone} has not answered for {self.limit:g} seconds (DUMO_TIMEOUT): {AGAIN}"
+            print(line, file=sys.__stderr__, flush=True)
+        else:
+            time.sleep(5 * self.every)  # who is gone first ends the others
+        os._exit(1)
+
+
+def brief(error: BaseException) -> str:
+    """What torch says, without the place in its code, and without its advice."""
+    return re.sub(r"\[/\S+\] ?", "", " ".join(str(error).split())).split(". ")[0][:200]

@@ -1,0 +1,345 @@
+"""The nouns of dumo: every shape and every contract that two packages share. Imports no other dumo module but `place`.
+
+Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless, in [0, 1], one per row.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from pydantic import BaseModel, ConfigDict
+from pydantic.config import JsonDict
+from torch import Generator, Tensor, nn
+
+from dumo.types.rows import index, split_by_step
+
+if TYPE_CHECKING:
+    Array = Tensor
+else:
+    Array = Any  # a Tensor, or what stands in for one on its way through a net: `dumo.autodiff.dual.Dual`
+Sample = Float[Array, "b *d"]  # x, z, x_t, v, u
+Time = Float[Array, " b"]  # t, r, s; 0 is data, 1 is noise
+PerSample = Float[Tensor, " b"]  # one number per row
+Trail = Float[Array, "b points *d"]  # places of each row along one trajectory, from the data on
+Rows = Bool[Tensor, " b"]  # which rows
+Cond = Shaped[Tensor, "b *c"]  # class indices (b,), or a text embedding
+Heads = tuple[Array, ...]  # Samples of heads and PerSamples of gauges, in the order of `Needs`
+Taught = Callable[[Sample, Time, Cond, Sample], Sample]  # (x_t, t, c, v_t) -> the velocity to learn
+Climb = Callable[[Sample, Time, Time, Cond], tuple[Sample, PerSample]]  # (x_t, t, s, c) -> x_s, growth of log volume
+FREE: JsonDict = {"free": True}  # in a field's JSON schema: it may change when a run is resumed
+CHANGES: JsonDict = {"changes": True}  # it may, too, and run.yaml notes from which step on
+QUIET: JsonDict = {"quiet": True}  # it is not shown where it stands at its default
+MACHINE: JsonDict = FREE | QUIET  # of the machine, and of what is kept
+
+
+class UserError(ValueError):
+    """What the user gave is wrong. The message names the thing and the way out; the command line exits with 2."""
+
+
+class Spec(BaseModel):
+    """A value that says what to build or do; every family is a union of specs told apart by `kind`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+@runtime_checkable
+class Net(Protocol):
+    """F(x_t, c; t, r, w ...): times and knobs go in by name, heads and gauges come out in the order of `Needs`."""
+
+    def __call__(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads: ...
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """theta^-: a net that records no gradient, of the weights in training or of their moving average."""
+
+    module: nn.Module
+
+    @torch.no_grad()
+    def __call__(self, x: Sample, c: Cond, /, **inputs: Time) -> Heads:
+        """As `Net`, without gradients."""
+        return self.module(x, c, **inputs)
+
+
+def unwrap(net: Net) -> nn.Module:
+    """The module that holds the weights, from inside any distributed or compiled wrapper."""
+    for wrapper in ("module", "_orig_mod"):
+        net = getattr(net, wrapper, net)
+    return cast(nn.Module, net)
+
+
+def frozen(net: Net) -> Frozen:
+    """The weights in training, without gradients, from inside any distributed wrapper."""
+    return Frozen(unwrap(net))
+
+
+class TimeLaw(Spec, ABC):
+    """The law of (t, r), with r <= t unless it climbs."""
+
+    @abstractmethod
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows."""
+
+    @property
+    def group(self) -> int:
+        """So many neighbouring rows belong together, and no piece of a batch may part them."""
+        return 1
+
+    def moving(self, n: int) -> tuple[bool, ...] | None:
+        """Which of the first n rows may have a step, by place alone, while the others have r = t; None: all may."""
+        return None
+
+    @property
+    def moving_share(self) -> float:
+        """The share of the rows that `moving` names, in [0, 1]."""
+        return 1.0
+
+    @property
+    def between(self) -> bool:
+        """Whether some jumps end before the data, at r > 0: only then are several jumps in turn what was taught."""
+        return True
+
+    @property
+    def climbs(self) -> bool:
+        """Whether r > t on some of the rows: jumps up to the noise, too."""
+        return False
+
+
+class Law(Spec, ABC):
+    """The law of something more that a loss reads, drawn into `Noised.drawn`."""
+
+    @abstractmethod
+    def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> Sample | PerSample:
+        """Draw for these rows, of samples of this shape, in a batch of `batch`: the same whatever others are drawn.
+
+        The key is that of `dumo.runtime.random`.
+        """
+
+
+@runtime_checkable
+class Derivative(Protocol):
+    """How a loss differentiates a net along the flow (`dumo.flow.slope`)."""
+
+    @property
+    def kind(self) -> str:
+        """Its name."""
+        ...
+
+    def __call__(self, *at: Any, **inputs: Any) -> tuple[Heads, Any]: ...  # noqa: ANN401, a slope's
+
+    def check(self, precision: str, time_scale: float = 1.0) -> None:
+        """Raise UserError where it would be none: of passes in this precision, of a net of this time scale."""
+        ...
+
+
+@runtime_checkable
+class Guide(Protocol):
+    """How a loss makes of v_t the velocity v* to learn (`dumo.flow.guide`)."""
+
+    @property
+    def scale(self) -> float:
+        """The effective guidance scale w; 1 means none."""
+        ...
+
+    @property
+    def active(self) -> bool:
+        """Whether v* differs from v_t at all."""
+        ...
+
+    def inside(self, t: Time) -> Rows:
+        """Where guidance acts, by the time."""
+        ...
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective says of itself to whoever builds, checks, counts or samples: its net first, then its loss."""
+
+    inputs: tuple[str, ...] = ("t",)  # what `read` supplies: t, r
+    heads: tuple[str, ...] = ("v",)  # outputs shaped like the data, all of them used by the loss
+    gauges: tuple[str, ...] = ()  # outputs of one number per row, learned with the net
+    knobs: Mapping[str, float] = field(default_factory=dict)  # inputs a sampler may set, with defaults
+    paths: tuple[str, ...] = ("linear",)  # the paths whose formulas these are
+    own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # inputs of some heads alone
+    signed: bool = False  # the net is told negative times, too
+    laws: Mapping[str, Law] = field(default_factory=dict)  # of what more is drawn for a row, by its name in `drawn`
+    slope: Derivative | None = None  # along the flow: what a field holds
+    derives: bool = True  # whether the loss takes its slope
+    guide: Guide | None = None  # what makes v*: what a field holds
+    scale: float = 1.0  # of guidance by a field of this name, where there is no guide; 1 is none
+    teachable: bool = True  # whether the loss learns from v_t, in whose place a teacher's velocity may be
+    unit: bool = False  # whether constants of it are for data of standard deviation 1
+    group: int = 1  # so many neighbouring rows meet in the loss
+    points: int = 0  # steps of a teacher's trajectory, whose ends the loss learns from; 0: it asks for none
+    ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
+    amplifies: float = 0.0  # how often the rounding of the net is multiplied (`dumo.flow.secant`)
+    climbs: bool = False  # whether its formulas hold for r > t, too
+    phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)  # where steps cost alike: a progress, its share of training
+    taught: bool = False  # whether the loss asks a teacher for its velocity, and learns nothing without
+    trained_on: str = ""  # by what the loss compares samples with data: `numbers`, their own, or features by their name
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """The names of what every head is told: inputs, then knobs."""
+        return (*self.inputs, *self.knobs)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all that a pass is given: what is shared, then what some heads alone are told."""
+        return tuple(dict.fromkeys((*self.shared, *(name for own in self.own.values() for name in own))))
+
+
+@runtime_checkable
+class Path(Protocol):
+    """x_t = alpha(t) z + gamma(t) x (paper, Eq. 1)."""
+
+    @property
+    def kind(self) -> str:
+        """The name that `Needs.paths` lists."""
+        ...
+
+    @property
+    def sd(self) -> float:
+        """The standard deviation of the data, in units of which x is."""
+        ...
+
+    def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
+        """Return x_t and its conditional slope v_t = dx_t/dt, given data and noise."""
+        ...
+
+
+@dataclass(frozen=True)
+class Noised:
+    """A minibatch with all its randomness already drawn; a loss reads it and draws nothing."""
+
+    path: Path
+    x: Sample  # the data in units of the path's sd
+    z: Sample
+    t: Time
+    r: Time
+    x_t: Sample
+    v_t: Sample  # dx_t/dt: given (x, z), or the teacher's
+    c: Cond  # some of it dropped to null
+    null: Cond
+    kept: Rows  # the rows whose condition was not dropped
+    moving: tuple[bool, ...] | None = None  # the rows that may have r < t, fixed by place; None: all
+    drawn: Mapping[str, Tensor] = field(default_factory=dict)  # by `Needs.laws`
+    progress: float = 0.0  # share of the training done, in [0, 1]
+    teacher: Taught | None = None  # what puts another velocity in the place of v_t
+    trail: Trail | None = None  # of the row, at equal steps from t = 0 to 1; None: none but the path
+    host: tuple[Time, Rows] | None = None  # t and kept on the CPU, where they were drawn and the record is elsewhere
+
+    @property
+    def known(self) -> tuple[Time, Rows] | None:
+        """t and kept where they may be asked without waiting for a device: on the CPU. None: they are not there."""
+        return (self.t, self.kept) if type(self.t) is Tensor and self.t.device.type == "cpu" else self.host
+
+    def at(self, s: Time | float, x: Sample | None = None, z: Sample | None = None) -> "Noised":
+        """The same rows at another time, where any may move; with other data, or other noise, if given."""
+        host = None
+        if not isinstance(s, Tensor):
+            host, s = self.host and (torch.full_like(self.host[0], s), self.host[1]), torch.full_like(self.t, s)
+        x, z = self.x if x is None else x, self.z if z is None else z
+        x_s, v_s = self.path.at(x, z, s)
+        if self.teacher:
+            v_s = self.teacher(x_s, s, self.c, v_s)
+        return replace(self, x=x, z=z, t=s, x_t=x_s, v_t=v_s, moving=None, host=host)
+
+    def on(self, s: Time) -> Sample:
+        """x_s of each row's trajectory, of which s is a time; of the path where there is none."""
+        if self.trail is None:
+            return self.path.at(self.x, self.z, s)[0]
+        place = (s * (self.trail.shape[1] - 1)).round().long()
+        return self.trail[torch.arange(len(place), device=place.device), place]
+
+    @property
+    def rows_by_step(self) -> tuple[list[int], list[int]]:
+        """The rows that move, and the others, told by place; all and all where it tells none: any may be either."""
+        if self.moving is None:
+            return list(range(len(self.t))), list(range(len(self.t)))
+        return split_by_step(self.moving)
+
+    def __getitem__(self, rows: slice | list[int] | Int[Tensor, " k"]) -> "Noised":
+        """Some of the rows, their number fixed by position: so every rank makes the same passes, in static shapes.
+
+        Which rows a tensor names is not known without waiting for its device, so any of them may move.
+        """
+        moving, host = (None, None) if isinstance(rows, Tensor) else (self.moving, self.host)
+        if moving is not None and not isinstance(rows, Tensor):
+            moving = moving[rows] if isinstance(rows, slice) else tuple(moving[i] for i in rows)
+        if host is not None:
+            host = host[0][rows], host[1][rows]
+        some = rows if isinstance(rows, slice) else rows if isinstance(rows, Tensor) else index(rows, self.t.device)
+        cut = {f.name: v[some] for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        return replace(self, **cut, moving=moving, drawn={k: v[some] for k, v in self.drawn.items()}, host=host)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A loss per row, its named parts, and what else to watch; the trainer takes means and logs them all by time."""
+
+    loss: PerSample
+    parts: Mapping[str, PerSample] = field(default_factory=dict)  # not dict[str, Tensor], which does not compile
+    notes: Mapping[str, PerSample] = field(default_factory=dict)  # no part of the loss, without gradients
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What a trained net can tell a solver; None where the objective never taught it."""
+
+    velocity: Callable[[Sample, Time, Cond], Sample] | None = None  # (x_t, t, c) -> dx_t/dt
+    endpoint: Callable[[Sample, Time, Cond], Sample] | None = None  # (x_t, t, c) -> x_0
+    flow_map: Callable[[Sample, Time, Time, Cond], Sample] | None = None  # (x_t, t, s, c) -> x_s
+    both: Callable[[Sample, Time, Cond], tuple[Sample, Sample]] | None = None  # (x_t, t, c) -> dx_t/dt, x_0: one pass
+    climb: Climb | None = None  # a jump from t up to s, and what it does to volume, of one pass
+    hops: Callable[[float, float], bool] | None = None  # (t, s) -> was this jump of the flow map taught; None: all were
+    lowest: float = 0.0  # the first time from which the endpoint was taught
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A way to train a net, and to read it afterwards: a frozen spec. What follows is all that is read of it."""
+
+    @property
+    def needs(self) -> Needs:
+        """What it says of itself."""
+        ...
+
+    @property
+    def times(self) -> TimeLaw:
+        """The law of (t, r)."""
+        ...
+
+    @property
+    def drop(self) -> float:
+        """The probability that a row's condition is dropped, in [0, 1]."""
+        ...
+
+    def __iter__(self) -> Iterator[tuple[str, object]]:
+        """The fields by name, as pydantic gives them."""
+        ...
+
+    def model_copy(self, *, update: Mapping[str, Any]) -> "Objective":
+        """The same with other fields, unchecked, as pydantic gives it."""
+        ...
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """Pure: the same passes in the same order whatever the record says; draws and changes nothing."""
+        ...
+
+    def read(self, net: Net) -> Reads:
+        """How to sample a net trained so. Does not call it."""
+        ...
+
+
+def lift(t: Time | Rows, like: Sample) -> Array:
+    """Shape a number per row so that it multiplies a sample: the one place where times are broadcast."""
+    return t.view(-1, *(1,) * (like.ndim - 1))
+
+
+def mean_square(e: Sample) -> PerSample:
+    """Mean of squares over all but the batch axis."""
+    return e.square().flatten(1).mean(1)

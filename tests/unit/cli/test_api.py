@@ -1,0 +1,180 @@
+"""The front door gives what the commands give, and says what is wrong as they do."""
+
+import json
+import pkgutil
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dumo
+from dumo.cli.api import TrainedRun
+from dumo.run.sample import COUNT, sample
+from dumo.run.spec.load import load
+from dumo.types import Reads
+from e2e.shell import call
+from e2e.test_start import HEAVY
+from forked import ENVIRONMENT
+
+CHANGES = {
+    "net": {"kind": "dit", "width": 32, "depth": 1, "patch": 2, "attention": 4, "time_scale": 10},
+    "train.batch": 16,
+    "train.steps": 2,
+    "train.ema": [{"decay": 0.5}],
+    "objective.drop": 1e-5,
+    "evaluate.protocol.samples": 500,
+}
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """DuMo on digits, barely trained. Its weights are not to be written to."""
+    return dumo.train("digits", CHANGES, out=tmp_path_factory.mktemp("run") / "digits", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def moons(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """DuMo on moons, barely trained."""
+    changes = {"net.width": 16, "net.depth": 1, "train.batch": 8, "train.steps": 2}
+    return dumo.train(dumo.recipe("moons", changes), out=tmp_path_factory.mktemp("run") / "moons")
+
+
+def test_import_waits_for_torch() -> None:
+    program = f"import sys, dumo; print({{*dumo.__all__}} <= {{*dir(dumo)}}, [m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True []\n"
+
+
+def test_no_room_takes_the_place_of_a_name() -> None:
+    rooms = [module.name for module in pkgutil.walk_packages(dumo.__path__, "dumo.")]
+    assert {"dumo.cli.api", "dumo.cli.run", "dumo.run.train"} <= {*rooms}
+    assert not {f"dumo.{name}" for name in dumo.__all__} & {*rooms}
+    for name in rooms:
+        if not name.endswith("__main__"):  # which is a command
+            import_module(name)
+    assert all(callable(getattr(dumo, name)) for name in dumo.__all__)
+    assert dumo.recipe("digits") == load("digits")
+    with pytest.raises(AttributeError, match="'dumo' has no attribute 'lode'"):
+        _ = dumo.lode
+
+
+def test_python_m_dumo_is_dumo() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "dumo", "--version"], env=ENVIRONMENT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"dumo {dumo.__version__}\n"
+
+
+def test_a_recipe_is_changed_by_values(digits: TrainedRun) -> None:
+    told = ["train.steps=2", "train.batch=16", "train.ema=[{decay: 0.5}]", "evaluate.protocol.samples=500"]
+    net = "net={kind: dit, width: 32, depth: 1, patch: 2, attention: 4, time_scale: 10}"
+    assert digits.spec == dumo.recipe("digits", CHANGES) == load("digits", [net, *told, "objective.drop=0.00001"])
+    odd = {"about": "a: b\n# c = 'd'", "train.clip": None, "train.ema": (), "data.kind": "digits"}
+    assert dumo.recipe("digits", odd).model_dump() == load("digits").model_dump() | {
+        "about": odd["about"],
+        "train": load("digits").train.model_dump() | {"clip": None, "ema": ()},
+    }
+    again = dumo.recipe(digits.spec, {"train.steps": 3, "path": load("digits").path})
+    assert again == digits.spec.model_copy(update={"train": digits.spec.train.model_copy(update={"steps": 3})})
+
+
+def test_samples_are_those_of_the_command(digits: TrainedRun, moons: TrainedRun, tmp_path: Path) -> None:
+    def made(run: TrainedRun, count: int, *words: str) -> np.ndarray:
+        done = call("sample", run.folder, "--format", "npz", "--nfe", "2", "--out", tmp_path, "--count", count, *words)
+        with np.load(done.out.strip()) as archive:
+            return archive["arr_0"]
+
+    x = digits.sample(classes=[3, 5], nfe=2, seed=4)
+    assert (x.shape, x.dtype, x.device.type) == ((2, 1, 8, 8), torch.float32, "cpu")
+    assert (x.min(), x.max()) == (-1, 1)  # of weights like these many pixels lie beyond
+    pictures = digits.pil(x)
+    assert {picture.mode for picture in pictures} == {"RGB"}
+    assert np.array_equal(np.stack(pictures), made(digits, 2, "--labels", "3,5", "--seed", "4"))
+    raw = sample(digits.opened, nfe=2, c=torch.tensor([3, 5]), seed=4).x
+    assert torch.equal(x, raw.clamp(-1, 1))
+    points = moons.sample(count=5, nfe=2)
+    assert torch.equal(points, torch.from_numpy(made(moons, 5)))
+    assert points.abs().max() > 1  # and points are left where they are
+
+
+def test_samples_by_default(digits: TrainedRun) -> None:
+    own = digits.spec.sample
+    assert len(digits.sample()) == COUNT
+    assert len(digits.sample([1, 2, 3])) == 3
+    same = digits.sample(classes=7, count=2)
+    assert torch.equal(same, digits.sample([7, 7], nfe=own.nfe[0], seed=own.seed, solver=own.solver.kind))
+    assert torch.equal(digits.sample(count=3), digits.sample(torch.arange(3)))
+    assert not torch.equal(same, digits.sample(classes=7, count=2, solver="euler"))
+
+
+def test_a_reading_is_the_nets(digits: TrainedRun) -> None:
+    x, c, t = torch.randn(2, 1, 8, 8), torch.tensor([0, 9]), torch.tensor([0.3, 1.0])
+    v, u = digits.net(x, c, t=t)
+    assert isinstance(digits.reading, Reads)
+    assert torch.equal(digits.reading.velocity(x, t, c), v)
+    assert torch.equal(digits.reading.endpoint(x, t, c), x - t.view(2, 1, 1, 1) * u)
+    assert digits.reading.flow_map is None
+    guided = dumo.load(digits.folder, {"sample.guide.scale": 3}, device="cpu").reading
+    null = digits.net(x, torch.full_like(c, 10), t=t)[0]
+    assert torch.allclose(guided.velocity(x, t, c), null + 3 * (v - null), atol=1e-5)
+
+
+def test_a_run_says_what_it_is(digits: TrainedRun) -> None:
+    assert (digits.step, digits.device.type, digits.codec, digits.net.training) == (2, "cpu", None, False)
+    assert digits.spec == load(str(digits.folder))
+    last = digits.folder / "checkpoints/step-00000002/net.safetensors"
+    assert dumo.load(digits.folder, weights=last).opened.weights == str(last)
+
+
+def test_training_again_goes_on(moons: TrainedRun) -> None:
+    again = dumo.train(moons.folder, {"train.steps": 3})
+    assert (again.step, again.folder) == (3, moons.folder)
+
+
+def test_a_run_is_judged_and_reported(digits: TrainedRun) -> None:
+    found = digits.evaluate(nfe=1, seed=3)
+    assert [row["nfe"] for row in found["results"]] == [1]
+    assert json.loads(Path(found["file"]).read_text()) == found
+    page = digits.report()
+    assert page == digits.folder / "report.html"
+    assert page.is_file()
+
+
+Wrong = Callable[[TrainedRun, TrainedRun], object]
+WRONG: dict[str, Wrong] = {
+    r"train\.stps: unknown key; did you mean 'steps'\?": lambda d, m: dumo.recipe("digits", {"train.stps": 3}),
+    "did you mean 'digits'": lambda d, m: dumo.train("digts"),
+    r"train\.steps: <object.* is no number": lambda d, m: dumo.recipe("digits", {"train.steps": object()}),
+    r"train\.steps: input should be a valid integer": lambda d, m: dumo.recipe(d.spec, {"train.steps": "x"}),
+    r'needs a folder: say out="runs/NAME"': lambda d, m: dumo.train(d.spec),
+    r"train\.batch: 16 there, 8 asked": lambda d, m: dumo.train(d.folder, {"train.batch": 8}),
+    "is no run's folder": lambda d, m: dumo.load("nowhere"),
+    "device 'gpu'": lambda d, m: dumo.load(d.folder, device="gpu"),
+    "'12' is out of range: labels run from 0 to 9": lambda d, m: d.sample([3, 12]),
+    "'-1' is out of range": lambda d, m: d.sample(-1),
+    "no classes": lambda d, m: m.sample([0]),
+    "classes is empty": lambda d, m: d.sample([]),
+    "0 images": lambda d, m: d.sample(count=0),
+    "nfe = 0": lambda d, m: d.sample(nfe=0),
+    "there is no 'hoop'; did you mean 'hop'": lambda d, m: d.sample(solver="hoop"),
+    r"data 'moons' has points of shape \(2,\), not images": lambda d, m: m.pil(m.sample(count=2)),
+    "12 is out of range: classes run from 0 to 9, 10 is": lambda d, m: sample(d.opened, nfe=1, c=torch.tensor([0, 12])),
+    "-1 is out of range: classes": lambda d, m: sample(d.opened, nfe=1, c=torch.tensor([-1])),
+    "1 is out of range: these data have none": lambda d, m: sample(m.opened, nfe=1, c=torch.tensor([1])),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_what_is_wrong_is_said(said: str, digits: TrainedRun, moons: TrainedRun) -> None:
+    with pytest.raises(dumo.UserError, match=said):
+        WRONG[said](digits, moons)
+
+
+def test_no_class_may_be_asked_for(digits: TrainedRun) -> None:
+    """By its number, one past the last, as the net has it."""
+    assert len(sample(digits.opened, nfe=1, c=torch.tensor([10])).x) == 1

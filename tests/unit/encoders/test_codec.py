@@ -1,0 +1,354 @@
+"""Codecs: what they promise of scale and shape, and how they refuse weights that are not the ones meant."""
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import pyarrow.parquet as parquet
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+from PIL import Image
+from pydantic import TypeAdapter, ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from autoencoder import filled, taef2
+from dumo.encoders import Codec, DcAe, QwenVae, SdVae, Taef2
+from dumo.encoders.autoencoder import CONFIG, WEIGHTS
+from dumo.encoders.taesd import Tiny
+from dumo.runtime.random import keyed, stream
+from dumo.types import UserError
+
+SPEC = TypeAdapter[Codec](Codec)
+PSNR = {  # dB on rows 0, 125 ... 875 of imagenet-sample
+    256: (32.2, 35.8, 32.7, 25.6, 26.0, 22.6, 20.7, 35.6),
+    64: (28.8, 29.2, 29.0, 21.2, 26.0, 21.5, 25.5, 27.6),
+}
+DEVIATION = {256: 0.83, 64: 0.89}  # of taef2's latent, before the scale
+
+
+def images(side: int, count: int = 2) -> Tensor:
+    """Uniform noise in [-1, 1]."""
+    return torch.rand(count, 3, side, side, generator=stream("images", side)) * 2 - 1
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """Random weights in taef2's layout."""
+    return taef2(tmp_path / "tiny.safetensors")
+
+
+def vae_of(folder: Path, **config: object) -> Path:
+    """A narrow AutoencoderKL of SD's channels and factor, but for `config`, as diffusers saves it."""
+    from diffusers import AutoencoderKL
+
+    of = {"block_out_channels": (4,) * 4, "latent_channels": 4, "norm_num_groups": 2, "sample_size": 16} | config
+    blocks = len(of["block_out_channels"])  # type: ignore[arg-type]
+    types = {"down_block_types": ("DownEncoderBlock2D",) * blocks, "up_block_types": ("UpDecoderBlock2D",) * blocks}
+    filled(AutoencoderKL(**types, **of)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def vae(tmp_path: Path) -> Path:
+    """That of SD."""
+    return vae_of(tmp_path / "vae")
+
+
+@pytest.fixture
+def deep(tmp_path: Path) -> Path:
+    """A narrow AutoencoderDC of the published 32 channels and factor 32, as diffusers saves it."""
+    from diffusers import AutoencoderDC
+
+    blocks = {"block_types": ("ResBlock",) * 6, "block_out_channels": (4, 4, 4, 4, 8, 32), "layers_per_block": (1,) * 6,
+              "qkv_multiscales": ((),) * 6}  # fmt: skip
+    sides = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in blocks.items()}
+    net = AutoencoderDC(latent_channels=32, attention_head_dim=4, scaling_factor=0.3189, **sides)
+    filled(net).save_pretrained(tmp_path / "deep")
+    return tmp_path / "deep"
+
+
+@pytest.fixture
+def frame(tmp_path: Path) -> Path:
+    """A small AutoencoderKLQwenImage of the published 16 channels and factor 8, as diffusers saves it."""
+    from diffusers import AutoencoderKLQwenImage
+
+    filled(AutoencoderKLQwenImage(base_dim=4, num_res_blocks=1)).save_pretrained(tmp_path / "frame")
+    return tmp_path / "frame"
+
+
+def test_every_kind_comes_back_from_its_own_words() -> None:
+    for codec in (Taef2(), SdVae(), SdVae(variant="flux"), DcAe(), DcAe(variant="sana"), QwenVae(weights="here")):
+        assert SPEC.validate_json(SPEC.dump_json(codec)) == codec
+        assert SPEC.validate_python(codec.model_dump()) == codec
+
+
+def test_published_shapes_and_scales() -> None:
+    """SD-VAE: Rombach et al. 2022; the others: scaling_factor and shift_factor of each published config."""
+    assert (SdVae().shape(256), SdVae().published.scale) == ((4, 32, 32), 0.18215)
+    assert SdVae(variant="sd3").published[1:] == (16, 8, 1.5305, 0.0609)
+    assert SdVae(variant="flux").published[1:] == (16, 8, 0.3611, 0.1159)
+    assert (DcAe().shape(512), DcAe().published.scale) == ((32, 16, 16), 0.3189)
+    assert (DcAe(variant="mix").published.scale, DcAe(variant="sana").published.scale) == (0.4552, 0.41407)
+    assert DcAe(variant="sana").weights == "mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers"
+    assert DcAe(variant="sana", weights="here").model_dump()["weights"] == "here"
+    assert Taef2().shape(64) == (32, 8, 8)
+    assert QwenVae().shape(512) == (16, 64, 64)
+
+
+def test_sides_that_do_not_divide_are_refused(tiny: Path) -> None:
+    with pytest.raises(UserError, match="250 pixels do not divide by 8"):
+        SdVae().shape(250)
+    with pytest.raises(UserError, match="12 pixels do not divide by 8"):
+        Taef2(weights=str(tiny)).open().encode(images(12))
+
+
+@pytest.mark.parametrize("wrong", [{"scale": 1.0}, {"variant": "another"}, {"variant": []}, {"weights": None}])
+@pytest.mark.parametrize("kind", ["taef2", "sd-vae", "dc-ae", "qwen-vae"])
+def test_what_is_not_published_is_refused(kind: str, wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        SPEC.validate_python({"kind": kind} | wrong)
+
+
+@pytest.mark.parametrize("codec", [Taef2(), SdVae(variant="sd3"), QwenVae()], ids=lambda codec: codec.kind)
+def test_restore_is_the_inverse_of_normalise(codec: Codec) -> None:
+    raw = torch.randn(2, codec.channels * (1 + codec.gaussian), 4, 4, generator=stream("raw"), dtype=torch.float64)
+    torch.testing.assert_close(codec.restore(codec.normalise(raw)), raw, rtol=0, atol=1e-14)
+
+
+def test_tiny_has_the_published_layout(tiny: Path) -> None:
+    """The count of taef2's parameters, and where a pixel's change reaches: 8 x 8 pixels and their surroundings."""
+    net = Tiny(32)
+    assert sum(p.numel() for p in net.parameters()) == 2_677_027
+    assert {key.split(".")[0] for key in net.state_dict()} == {"encoder", "decoder"}
+    assert [type(layer).__name__ for layer in net.decoder[:4]] == ["Clamp", "Conv2d", "ReLU", "Block"]
+    codec = Taef2(weights=str(tiny)).open()
+    x = codec.encode(images(16))
+    assert x.shape == (2, 32, 2, 2)
+    assert codec.decode(x).shape == (2, 3, 16, 16)
+    with torch.no_grad():
+        raw = Tiny(32).requires_grad_(False)
+        raw.load_state_dict({name: p.float() for name, p in load_file(tiny).items()})
+        torch.testing.assert_close(x, raw.encode(images(16)) * 1.2)
+        torch.testing.assert_close(codec.decode(x), raw.decode(x / 1.2).clamp(-1, 1))
+    assert codec.sha256 == hashlib.sha256(tiny.read_bytes()).hexdigest()
+
+
+def test_encoding_records_no_gradient(tiny: Path) -> None:
+    codec = Taef2(weights=str(tiny)).open()
+    x = codec.encode(images(16).requires_grad_())
+    assert not x.requires_grad
+    (x * torch.ones(1, requires_grad=True)).sum().backward()  # and what comes can be trained on
+
+
+def test_sd_vae_gives_diffusers_moments(vae: Path) -> None:
+    from diffusers import AutoencoderKL
+
+    net = AutoencoderKL.from_pretrained(vae).eval()
+    codec = SdVae(weights=str(vae)).open()
+    moments = codec.encode(images(16))
+    assert moments.shape == (2, 8, 2, 2)
+    assert moments.is_contiguous()  # as files of tensors want it, whatever layout convolutions take
+    with torch.no_grad():
+        law = net.encode(images(16)).latent_dist
+        torch.testing.assert_close(moments[:, :4], law.mean * 0.18215)
+        torch.testing.assert_close(moments[:, 4:], law.std * 0.18215)
+        x = codec.codec.sample(moments, "draw", rows=[7, 3])
+        z = keyed("draw", rows=[7, 3], shape=x.shape[1:])
+        torch.testing.assert_close(x, moments[:, :4] + moments[:, 4:] * z)
+        torch.testing.assert_close(codec.decode(x), net.decode(x / 0.18215).sample.clamp(-1, 1))
+    assert codec.sha256 == hashlib.sha256((vae / WEIGHTS).read_bytes()).hexdigest()
+
+
+def test_sd3_s_latent_is_shifted(tmp_path: Path) -> None:
+    """As SD 3's pipeline encodes."""
+    spec = SdVae(
+        variant="sd3",
+        weights=str(vae_of(tmp_path, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609)),
+    )
+    codec = spec.open()
+    with torch.no_grad():
+        raw = codec.net.encode(images(16))[:, :16]
+    torch.testing.assert_close(codec.encode(images(16))[:, :16], (raw - 0.0609) * 1.5305)
+    assert spec.digest() == codec.sha256
+
+
+def test_dc_ae_gives_diffusers_latent(deep: Path) -> None:
+    from diffusers import AutoencoderDC
+
+    net = AutoencoderDC.from_pretrained(deep).eval()
+    codec = DcAe(weights=str(deep)).open()
+    x = codec.encode(images(64))
+    assert x.shape == (2, *codec.shape(64))
+    with torch.no_grad():
+        raw = net.encode(images(64)).latent
+        torch.testing.assert_close(x, raw * 0.3189)
+        assert torch.equal(codec.codec.sample(x, "draw", rows=range(2)), x)
+        torch.testing.assert_close(codec.decode(x), net.decode(raw).sample.clamp(-1, 1))
+
+
+def test_qwen_vae_gives_the_latent_of_the_stock_pipeline(frame: Path) -> None:
+    """As `QwenImagePipeline` decodes and its twin for images encodes, with the mean and deviation of the config."""
+    from diffusers import AutoencoderKLQwenImage
+
+    net = AutoencoderKLQwenImage.from_pretrained(frame).eval()
+    codec = QwenVae(weights=str(frame)).open()
+    mean, std = (torch.tensor(net.config[f"latents_{name}"]).view(1, 16, 1, 1, 1) for name in ("mean", "std"))
+    moments = codec.encode(images(16))
+    assert moments.shape == (2, 32, 2, 2)
+    assert moments.is_contiguous()
+    with torch.no_grad():
+        law = net.encode(images(16).unsqueeze(2)).latent_dist
+        torch.testing.assert_close(moments[:, :16], ((law.mean - mean) * (1.0 / std))[:, :, 0])
+        torch.testing.assert_close(moments[:, 16:], (law.std / std)[:, :, 0])
+        x = codec.codec.sample(moments, "draw", rows=range(2))
+        theirs = net.decode(x.unsqueeze(2) / (1.0 / std) + mean, return_dict=False)[0][:, :, 0]
+        torch.testing.assert_close(codec.decode(x), theirs)
+    torch.testing.assert_close(codec.decode(x)[:1], codec.decode(x[:1]))  # a row is a video, and no frame of one
+
+
+def truncated(file: Path) -> None:
+    """Cut the last bytes off."""
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def other(file: Path) -> None:
+    """Weights of one more output channel."""
+    save_file(Tiny(33).state_dict(), file)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (Path.unlink, r"there is no such file.*taesd.*set codec.weights"),
+        (truncated, "is damaged or is not safetensors.*take another copy"),
+        (lambda file: file.write_bytes(b"PK\3\4" * 99), "dumo reads no pickle"),
+        (other, r"decoder.1.weight is \(64, 33, 3, 3\) in the file, \(64, 32, 3, 3\) in the codec"),
+    ],
+)
+def test_wrong_weights_are_refused(tiny: Path, spoil: Callable[[Path], object], said: str) -> None:
+    spoil(tiny)
+    with pytest.raises(UserError, match=said):
+        Taef2(weights=str(tiny)).open()
+
+
+@pytest.mark.parametrize("ending", ["bin", "pt", "pth", "ckpt", "PKL"])
+def test_pickles_are_refused(tiny: Path, ending: str) -> None:
+    file = tiny.rename(tiny.with_suffix(f".{ending}"))
+    with pytest.raises(UserError, match="dumo reads no pickle"):
+        Taef2(weights=str(file)).open()
+
+
+def test_line_that_converts_a_pickle_does(tiny: Path) -> None:
+    """As the message gives it, run where the file is."""
+    torch.save(load_file(tiny), tiny.with_suffix(".pth"))
+    tiny.unlink()
+    with pytest.raises(UserError) as refused:
+        Taef2(weights=str(tiny.with_suffix(".pth"))).open()
+    line = str(refused.value).splitlines()[1].strip().removeprefix('python -c "').removesuffix('"')
+    subprocess.run([sys.executable, "-W", "ignore", "-c", line], cwd=tiny.parent, check=True)
+    assert Taef2(weights=str(tiny)).open().sha256
+
+
+def test_variables_in_paths_are_expanded(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HERE", str(tiny.parent))
+    assert Taef2(weights="$HERE/tiny.safetensors").open().sha256
+    monkeypatch.delenv("DUMO_DATA", raising=False)
+    with pytest.raises(UserError, match=r"\$DUMO_DATA/.*not set"):
+        Taef2().open()
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}, "set codec.variant=flux"),
+        ({"scaling_factor": 0.13025}, "4 channels, factor 8, shift 0.0, scale 0.13025; it is not supported"),
+        ({"block_out_channels": (4, 4)}, "4 channels, factor 2, shift 0.0, scale 0.18215; it is not supported"),
+    ],
+)
+def test_another_variant_is_refused_with_the_right_one(tmp_path: Path, config: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=f"is not codec sd-vae sd3: .*{said}"):
+        SdVae(variant="sd3", weights=str(vae_of(tmp_path, **config))).open()
+
+
+def test_wrong_folders_are_refused(vae: Path) -> None:
+    spec = SdVae(weights=str(vae))
+    with pytest.raises(UserError, match=r"does not fit|no AutoencoderDC"):
+        DcAe(weights=str(vae)).open()
+    (vae / CONFIG).unlink()
+    with pytest.raises(UserError, match="no AutoencoderKL that diffusers can load"):
+        spec.open()
+    (vae / WEIGHTS).rename(vae / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="dumo reads no pickle"):
+        spec.open()
+    (vae / "diffusion_pytorch_model.bin").unlink()
+    with pytest.raises(UserError, match="there is no such file"):
+        spec.open()
+
+
+def test_weights_that_lack_a_layer_are_refused(vae: Path) -> None:
+    """diffusers would draw it at random and go on."""
+    tensors = load_file(vae / WEIGHTS)
+    del tensors["decoder.conv_out.weight"]
+    save_file(tensors, vae / WEIGHTS, {"format": "pt"})
+    with pytest.raises(UserError, match=r"decoder.conv_out.weight is missing"):
+        SdVae(weights=str(vae)).open()
+
+
+def test_hub_is_asked_for_what_is_no_folder(vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def brings(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        assert allow_patterns == [CONFIG, WEIGHTS]
+        return str(vae)
+
+    def fails(name: str, **rest: object) -> str:
+        raise LocalEntryNotFoundError("offline")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", brings)
+    assert SdVae().open().sha256
+    assert asked == ["stabilityai/sd-vae-ft-ema"]
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    with pytest.raises(UserError, match=r"sd-vae-ft-ema is no folder, and not available from the hub"):
+        SdVae().open()
+    with pytest.raises(UserError, match="is no folder"):
+        SdVae(weights="/no/such/folder").open()
+
+
+def test_hub_is_asked_for_a_folder_of_a_pipeline(frame: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def brings(name: str, *, allow_patterns: list[str]) -> str:
+        assert (name, allow_patterns) == ("Qwen/Qwen-Image", [f"vae/{CONFIG}", f"vae/{WEIGHTS}"])
+        return str(frame.rename(frame.with_name("vae")).parent)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", brings)
+    assert QwenVae().open().sha256
+
+
+def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    with pytest.raises(UserError, match=r"codec sd-vae sd needs diffusers: pip install 'dumo\[diffusers\]'"):
+        SdVae().open()
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("side", PSNR)
+def test_taef2_reconstructs_as_measured(side: int) -> None:
+    """The real weights on real images: PSNR within 0.3 dB, deviation within 3 % of what was measured."""
+    table = parquet.read_table(Path(os.environ["DUMO_DATA"], "imagenet-sample/train-00000-of-00001.parquet"))
+    codec, found, encoded = Taef2().open(), list[float](), list[Tensor]()
+    for row in range(0, 1000, 125):
+        picture = Image.open(io.BytesIO(table["image"][row]["bytes"].as_py())).convert("RGB")
+        picture = picture if side == 256 else picture.resize((side, side), Image.Resampling.BICUBIC)
+        levels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+        image = levels.view(1, side, side, 3).permute(0, 3, 1, 2) / 127.5 - 1
+        encoded.append(codec.encode(image))
+        found.append(-10 * float(((codec.decode(encoded[-1]) - image) / 2).square().mean().log10()))
+    assert found == pytest.approx(PSNR[side], abs=0.3)
+    assert float(torch.cat(encoded).std()) == pytest.approx(1.2 * DEVIATION[side], rel=0.03)

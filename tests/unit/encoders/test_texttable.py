@@ -1,0 +1,137 @@
+"""A table holds what the encoder makes of each caption, and is the same however often its making was interrupted."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import encoders
+from dumo.encoders.encode import encode
+from dumo.encoders.text import Encoder
+from dumo.encoders.texttable import FILE, open_table
+from dumo.encoders.tokens import Tokenizer
+from dumo.types import UserError
+
+CAPTIONS = ("a red car", "a blue car", "cat", "h\u00e9 \u2028 \x85 x", 'a "quoted" text', "photo of a cat", "seven")
+ROWS, BATCH = 3, 2
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> Encoder:
+    """A tiny T5."""
+    return Encoder(source=str(encoders.t5(tmp_path_factory.mktemp("encoders") / "t5")), length=24, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def whole(spec: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The table made in one go."""
+    out = tmp_path_factory.mktemp("tables") / "whole"
+    assert encode(CAPTIONS, spec, out, shard_rows=ROWS, batch=BATCH).missing == 0
+    return out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_every_row_is_what_the_encoder_makes_of_its_caption_and_the_last_of_nothing(spec: Encoder, whole: Path) -> None:
+    table, read = open_table(whole), spec.open()
+    assert table.captions == CAPTIONS
+    tokens, mask, pooled = table.padded()
+    assert pooled is None
+    for row, text in enumerate((*CAPTIONS, "")):
+        alone = read([text])
+        n = alone.tokens.shape[1]
+        assert mask[row].tolist() == [True] * n + [False] * (24 - n)
+        assert torch.allclose(tokens[row, :n], alone.tokens[0], atol=1e-6)
+        assert not tokens[row, n:].any()
+    some = table.padded([7, 2], length=30)
+    assert torch.equal(some[0][:, :24], tokens[[7, 2]])
+
+
+class Gone(BaseException):
+    """Stands for the end of the process: nothing in the code catches it."""
+
+
+def test_killed_at_any_write_and_resumed(
+    spec: Encoder, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, stops, read = os.fsync, 0, spec.open()
+    monkeypatch.setattr(Encoder, "open", lambda *_: read)  # loaded once
+    while True:
+        seen, stops = [0], stops + 2
+
+        def fsync(handle: int, seen: list[int] = seen, at: int = stops) -> None:
+            seen[0] += 1
+            if seen[0] == at:
+                raise Gone
+            real(handle)
+
+        out = tmp_path / f"{stops}"
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fsync)
+            try:
+                encode(CAPTIONS, spec, out, shard_rows=ROWS, batch=BATCH)
+                break
+            except Gone:
+                pass
+        assert encode(CAPTIONS, spec, out, shard_rows=ROWS, batch=BATCH).missing == 0
+        assert contents(out) == contents(whole)
+    assert stops > 2 * (3 * 2 + 3)  # three shards and their notes, the captions, texts.yaml twice; files and folders
+
+
+def test_ranks_share_the_work(spec: Encoder, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert encode(CAPTIONS, spec, out, shard_rows=ROWS, batch=BATCH, rank=1, world=2).missing == 2
+    with pytest.raises(UserError, match="unfinished"):
+        open_table(out)
+    assert encode(CAPTIONS, spec, out, shard_rows=ROWS, batch=BATCH, rank=0, world=2).missing == 0
+    assert contents(out) == contents(whole)
+
+
+def test_damage_is_found_and_made_anew(spec: Encoder, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    encode(CAPTIONS, spec, out, shard_rows=ROWS, batch=BATCH)
+    shard = out / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\7")
+    (out / "captions.jsonl").write_text('"another"\n')
+    with pytest.raises(UserError, match="holds other captions"):
+        _ = open_table(out).captions
+    done = encode(CAPTIONS, spec, out, shard_rows=ROWS, batch=BATCH)
+    assert done.made == 1
+    assert len(done.damaged) == 2
+    assert contents(out) == contents(whole)
+
+
+def test_another_encoder_or_other_captions_are_refused(spec: Encoder, whole: Path, tmp_path: Path) -> None:
+    other = spec.model_copy(update={"source": str(encoders.t5(tmp_path / "other", seed=1))})
+    with pytest.raises(UserError, match="holds another table:\n  sha256: "):
+        encode(CAPTIONS, other, whole, shard_rows=ROWS)
+    with pytest.raises(UserError, match="captions: 7 there, 2 now"):
+        encode(CAPTIONS[:2], spec, whole, shard_rows=ROWS)
+    with pytest.raises(UserError, match=r"encoder\.template: {} there, so: {} now"):
+        encode(CAPTIONS, spec.model_copy(update={"template": "so: {}"}), whole, shard_rows=ROWS)
+    moved = spec.model_copy(update={"source": str(encoders.t5(tmp_path / "moved"))})
+    assert encode(CAPTIONS, moved, whole, shard_rows=ROWS).made == 0
+    with pytest.raises(UserError, match="there are no captions"):
+        encode((), spec, tmp_path / "none")
+    with pytest.raises(UserError, match="holds no texts"):
+        open_table(tmp_path)
+
+
+def test_tokens_alone_are_numbers(tmp_path: Path) -> None:
+    encode(CAPTIONS, Tokenizer(length=40), tmp_path / "ids", shard_rows=ROWS)
+    ids, mask, _ = open_table(tmp_path / "ids").padded()
+    assert ids[2, :4].tolist() == [ord("c") + 3, ord("a") + 3, ord("t") + 3, 1]  # ByT5: 3 special tokens, then bytes
+    assert mask.sum(1).tolist() == [len(text.encode()) + 1 for text in (*CAPTIONS, "")]
+
+
+def test_the_identity_is_of_what_is_encoded_not_of_where_it_lies(spec: Encoder, whole: Path, tmp_path: Path) -> None:
+    moved = spec.model_copy(update={"source": str(encoders.t5(tmp_path / "moved"))})
+    encode(CAPTIONS, moved, tmp_path / "again", shard_rows=ROWS + 1)
+    encode((*CAPTIONS[::-1],), spec, tmp_path / "turned", shard_rows=ROWS)
+    one, again, turned = (open_table(f).contents.identity for f in (whole, tmp_path / "again", tmp_path / "turned"))
+    assert one == again != turned
+    assert FILE in contents(whole)

@@ -1,0 +1,136 @@
+"""The classifiers of the metrics can be trained again, to the bit, and are good before they are written."""
+
+from io import BytesIO
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+from PIL import Image
+from pyarrow.parquet import write_table
+from safetensors.torch import load_file
+from torch import Tensor
+
+import train_classifier as tool
+from dumo.encoders import cifar10, digits
+from dumo.io.picture import from_uint8
+from dumo.runtime.random import stream
+from dumo.types import UserError
+from unit.encoders.test_cifar10 import pixels
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set in the layout of the hub: 96 images to train on, 40 others."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    x, c = pixels(136)
+    for split, rows in (("train", slice(0, 96)), ("test", slice(96, 136))):
+        files = [{"bytes": png(image), "path": "x.png"} for image in x[rows]]
+        write_table(pa.table({"image": files, "label": c[rows].tolist()}), folder / tool.FILES[split])
+    return folder
+
+
+@pytest.fixture
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of training."""
+    monkeypatch.setattr(tool, "EPOCHS", 1)
+    monkeypatch.setattr(tool, "CIFAR_BATCH", 48)
+
+
+def png(image: Tensor) -> bytes:
+    file = BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_images_are_the_rows_of_the_table(folder: Path) -> None:
+    x, c = pixels(136)
+    taught, tested = tool.cifar_images(folder, "train"), tool.cifar_images(folder, "test", 7)
+    assert torch.equal(torch.cat([taught[0], tested[0]]), x[:103])
+    assert torch.equal(torch.cat([taught[1], tested[1]]), c[:103])
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"there is no .*train-00000-of-00001\.parquet: set DUMO_DATA"):
+        tool.make_cifar10(tmp_path / "w", tmp_path)
+
+
+@pytest.mark.usefixtures("brief")
+def test_cifar10_makes_the_same_bytes(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "CIFAR_FLOOR", 0.0)
+    one, two, before = tmp_path / "one", tmp_path / "two", torch.get_rng_state()
+    assert tool.make_cifar10(one, folder) == tool.make_cifar10(two, folder)
+    assert one.read_bytes() == two.read_bytes()
+    assert torch.equal(torch.get_rng_state(), before)
+    again, kept = load_file(one), load_file(cifar10.WEIGHTS)
+    assert {k: (v.shape, v.dtype) for k, v in again.items()} == {k: (v.shape, v.dtype) for k, v in kept.items()}
+
+
+@pytest.mark.usefixtures("brief")
+def test_a_bad_classifier_of_cifar10_is_not_written(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"below 0\.8: nothing written"):
+        tool.make_cifar10(tmp_path / "bad", folder)
+    assert not any(tmp_path.iterdir())
+
+
+def test_training_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "EPOCHS", 4)
+    monkeypatch.setattr(tool, "CIFAR_BATCH", 32)
+    x, c = pixels(320)
+    losses: list[tuple[int, float]] = []
+    net = tool.train_cifar10(x[:256], c[:256], lambda epoch, loss: losses.append((epoch, loss)))
+    assert tool.accuracy(net, from_uint8(x[256:]), c[256:]) > 0.8
+    assert [epoch for epoch, _ in losses] == [0, 1, 2, 3]
+    assert losses[-1][1] < losses[0][1] / 2
+
+
+def test_images_are_mirrored_and_moved_by_up_to_four_pixels() -> None:
+    """Every place of a ramp tells where it came from: 0 ... 31 along a row, and its steps whether it was mirrored."""
+    ramp = torch.arange(32, dtype=torch.uint8).expand(2000, 3, 32, 32)
+    across = tool.moved(ramp, stream("across"))
+    middle = across[:, 0, :, 8:24].long()
+    steps = middle[..., 1] - middle[..., 0]
+    assert set(steps.unique().tolist()) == {-1, 1}
+    assert steps[:, 0].double().mean().abs() < 0.1  # half of them, to 4 standard errors
+    assert torch.equal(middle, middle[:, :1].expand_as(middle))  # whole rows
+    assert set((across[:, 0, 0, 16].long() - torch.where(steps[:, 0] > 0, 16, 15)).unique().tolist()) == set(
+        range(-4, 5)
+    )
+    down = tool.moved(ramp.transpose(2, 3), stream("down"))[:, 0, :, 0].long()
+    assert (down[:, 16] > down[:, 15]).all()  # never upside down
+    assert set((down[:, 16] - 16).unique().tolist()) == set(range(-4, 5))
+    assert across.max() == down.max() == 31
+
+
+def test_digits_are_made_as_good(tmp_path: Path) -> None:
+    before = torch.get_rng_state()
+    origin = tool.make_digits(tmp_path / "again.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert float(origin["accuracy"]) >= 0.98
+    again, kept = load_file(tmp_path / "again.safetensors"), load_file(digits.WEIGHTS)
+    assert {k: v.shape for k, v in again.items()} == {k: v.shape for k, v in kept.items()}
+
+
+def test_digits_makes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "STEPS", 10)
+    monkeypatch.setattr(tool, "FLOOR", 0.0)
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert tool.make_digits(one) == tool.make_digits(two)
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_a_bad_classifier_of_digits_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "STEPS", 2)
+    with pytest.raises(UserError, match=r"below 0\.98: nothing written"):
+        tool.make_digits(tmp_path / "bad.safetensors")
+    assert not any(tmp_path.iterdir())
+
+
+def test_shifts_are_by_a_pixel_and_move_background_in() -> None:
+    x = torch.full((400, 1, 8, 8), -1.0)
+    x[:, 0, 3, 3] = 1
+    moved = tool.shifted(x, stream("shift"))
+    places = {tuple(place) for place in (moved[:, 0] == 1).nonzero()[:, 1:].tolist()}
+    assert places == {(i, j) for i in (2, 3, 4) for j in (2, 3, 4)}
+    edge = torch.ones(400, 1, 8, 8)
+    assert set(tool.shifted(edge, stream("edge")).unique().tolist()) == {-1.0, 1.0}

@@ -1,0 +1,141 @@
+"""ADM's reference files: read as written, in batches, and refused by name where they are not what they should be."""
+
+import re
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dumo.evaluation import reference
+from dumo.evaluation.reference import read_adm
+from dumo.types import UserError
+
+WIDE, NARROW, COUNT = 6, 4, 100
+DRAWS = np.random.default_rng(0)
+IMAGES = DRAWS.integers(0, 256, (10, 16, 16, 3), dtype=np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "WIDTH", WIDE)
+    monkeypatch.setattr(reference, "SPATIAL_WIDTH", NARROW)
+
+
+def arrays() -> dict[str, np.ndarray]:
+    """What such a file holds: means in float32, covariances in float64."""
+    x, y = DRAWS.normal(size=(50, WIDE)), DRAWS.normal(size=(50, NARROW))
+    moments = {"mu": x.mean(0).astype(np.float32), "sigma": np.cov(x.T)}
+    return {"arr_0": IMAGES, **moments, "mu_s": y.mean(0).astype(np.float32), "sigma_s": np.cov(y.T)}
+
+
+def written(path: Path, compress: bool = False, **changes: np.ndarray | None) -> Path:
+    kept = {name: array for name, array in (arrays() | changes).items() if array is not None}
+    (np.savez_compressed if compress else np.savez)(path, **kept)
+    return path
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_is_read_as_written(tmp_path: Path, compress: bool) -> None:
+    kept = arrays()
+    file = read_adm(written(tmp_path / "a.npz", compress, **kept), count=COUNT)
+    assert file.shape == IMAGES.shape
+    for moments, suffix in ((file.pool, ""), (file.spatial, "_s")):
+        assert moments.count == COUNT
+        assert np.array_equal(moments.mean.numpy(), kept[f"mu{suffix}"])
+        np.testing.assert_allclose(moments.covariance.numpy(), kept[f"sigma{suffix}"], rtol=1e-14)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 10, 64])
+def test_images_come_in_order_channels_first(tmp_path: Path, batch: int) -> None:
+    parts = list(read_adm(written(tmp_path / "a.npz"), count=COUNT).images(batch))
+    assert [len(part) for part in parts[:-1]] == [batch] * (len(parts) - 1)
+    assert np.array_equal(torch.cat(parts).permute(0, 2, 3, 1).numpy(), IMAGES)
+
+
+def test_arrays_from_elsewhere_are_read_too(tmp_path: Path) -> None:
+    """Of numpy's second format, in the other order of bytes."""
+    path = written(tmp_path / "a.npz", arr_0=None, mu=np.arange(WIDE, dtype=">f8"))
+    with zipfile.ZipFile(path, "a") as file, file.open("arr_0.npy", "w") as member:
+        np.lib.format.write_array(member, IMAGES, version=(2, 0))
+    read = read_adm(path, count=COUNT)
+    assert read.pool.mean.tolist() == list(range(WIDE))
+    assert np.array_equal(next(read.images(10)).permute(0, 2, 3, 1).numpy(), IMAGES)
+
+
+@pytest.mark.parametrize("key", ["mu", "sigma", "mu_s", "sigma_s", "arr_0"])
+def test_a_missing_key_is_named(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UserError, match=rf"a\.npz has no {key}, only .*no reference of ADM"):
+        read_adm(written(tmp_path / "a.npz", **{key: None}), count=COUNT)
+
+
+@pytest.mark.parametrize(
+    ("key", "wrong", "said"),
+    [
+        ("mu", np.zeros(WIDE + 1), "mu is float64 of shape (7,), not finite floats of shape (6,)"),
+        ("sigma", np.zeros((WIDE, 2)), "not finite floats of shape (6, 6)"),
+        ("mu_s", np.full(NARROW, np.nan), "mu_s is float64 of shape (4,), not finite"),
+        ("mu_s", np.zeros(NARROW, int), "mu_s is int64"),
+        ("sigma_s", np.arange(NARROW**2.0).reshape(NARROW, NARROW), "sigma_s is no covariance"),
+        (
+            "mu",
+            np.array([object()] * WIDE),
+            "mu is object of shape (6,), not finite",
+        ),
+        ("arr_0", np.array([[object()]]), "arr_0 is object of shape (1, 1), not images"),
+        ("arr_0", IMAGES.astype(float), "arr_0 is float64"),
+        ("arr_0", IMAGES[0], "arr_0 is uint8 of shape (16, 16, 3), not images"),
+        ("arr_0", IMAGES.transpose(0, 3, 1, 2), "arr_0 is uint8 of shape (10, 3, 16, 16), not images"),
+        ("arr_0", np.asfortranarray(IMAGES), "not images"),
+    ],
+)
+def test_other_arrays_are_refused(tmp_path: Path, key: str, wrong: np.ndarray, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        read_adm(written(tmp_path / "a.npz", **{key: wrong}), count=COUNT)
+
+
+@pytest.mark.parametrize("key", ["mu", "sigma_s", "arr_0"])
+@pytest.mark.parametrize("shape", [(2**42,), (2**21, 2**21), (-1,)])
+def test_a_header_that_claims_terabytes_is_believed_in_nothing(
+    tmp_path: Path, key: str, shape: tuple[int, ...]
+) -> None:
+    path = written(tmp_path / "a.npz", **{key: None})
+    with zipfile.ZipFile(path, "a") as file, file.open(f"{key}.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "<f8", "fortran_order": False, "shape": shape})
+        member.write(bytes(64))
+    with pytest.raises(UserError, match=rf"{key} is float64 of shape"):
+        read_adm(path, count=COUNT)
+
+
+def test_numbers_beyond_the_shape_are_refused(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.npz", mu=None)
+    with zipfile.ZipFile(path, "a") as file, file.open("mu.npy", "w") as member:
+        np.lib.format.write_array_header_1_0(member, {"descr": "<f8", "fortran_order": False, "shape": (WIDE,)})
+        member.write(bytes(8 * WIDE + 1))
+    with pytest.raises(UserError, match=r"mu is float64 of shape .* and more"):
+        read_adm(path, count=COUNT)
+
+
+def test_no_npz_is_refused(tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", IMAGES)
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as file:
+        file.writestr("mu.npy", "no array")
+    for name, said in (("none.npz", "No such file"), ("one.npy", "not a zip file"), ("text.npz", "mu cannot be read")):
+        with pytest.raises(UserError, match=said):
+            read_adm(tmp_path / name, count=COUNT)
+
+
+def test_damage_is_found_where_it_is(tmp_path: Path) -> None:
+    """A byte that flipped among the images, and images that are fewer than the header says."""
+    path = written(tmp_path / "a.npz")
+    whole = path.read_bytes()
+    place = whole.index(IMAGES[7].tobytes())
+    (tmp_path / "flipped.npz").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    short = written(tmp_path / "short.npz", arr_0=None)
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(short, "a") as new:
+        new.writestr("arr_0.npy", old.read("arr_0.npy")[:-1])
+    for damaged in (tmp_path / "flipped.npz", short):
+        images = read_adm(damaged, count=COUNT).images(4)
+        with pytest.raises(UserError, match=rf"{damaged.name} is damaged at image \d .*: fetch it again"):
+            list(images)

@@ -1,0 +1,182 @@
+"""The protocol of CIFAR-10 sees what is wrong with samples, and says how large nothing is."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.nn import functional as F
+
+from dumo.encoders import cifar10
+from dumo.evaluation import Context, ShippedProtocol
+from dumo.evaluation import cifar10 as protocol
+from dumo.evaluation.cifar10 import baselines, features_of, known, learned, score
+from dumo.evaluation.protocol import Reference
+from dumo.io.picture import from_uint8
+from dumo.runtime.random import stream
+from dumo.types import UserError
+from train_classifier import cifar_images
+
+FULL = ShippedProtocol(kind="cifar10-features")
+QUICK = ShippedProtocol(kind="cifar10-features", samples=1000)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """A tenth of the kernel's subsets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(protocol, "SUBSETS", 5)
+        yield
+
+
+def real(split: str, count: int) -> Reference:
+    x, c = cifar_images(Path(os.environ["DUMO_DATA"]) / "cifar10", split, count)
+    return Reference(from_uint8(x), c)
+
+
+@pytest.fixture(scope="module")
+def data() -> Reference:
+    """The reference."""
+    return real("train", 3000)
+
+
+@pytest.fixture(scope="module")
+def test() -> Reference:
+    """As good as samples can be."""
+    return real("test", 1000)
+
+
+@pytest.fixture(scope="module")
+def good(data: Reference, test: Reference) -> dict[str, float]:
+    return score(test.x, test.c, data)
+
+
+@pytest.fixture(scope="module")
+def blobs() -> Reference:
+    """A thousand smooth images of no meaning, which need no file."""
+    x = F.interpolate(torch.randn(1000, 3, 4, 4, generator=stream("blobs")), 32, mode="bilinear")
+    return Reference(from_uint8(((x + 1) * 127.5).clamp(0, 255).to(torch.uint8)), torch.arange(1000) % 10)
+
+
+@pytest.mark.data
+def test_unseen_real_images_score_near_the_baseline(data: Reference, good: dict[str, float]) -> None:
+    assert list(good) == ["fd", "kid", "kid_sd", "precision", "recall", "auc_features", "accuracy"]
+    found = baselines(data, 1000)
+    halves, floor = found["halves"], found["bootstrap"]
+    assert halves["splits"] == floor["splits"] == 20
+    assert 0 < halves["sd"] < halves["mean"]
+    assert 0 < floor["sd"] < floor["mean"]
+    assert floor["mean"] < good["fd"] < 2 * floor["mean"]
+    assert abs(good["kid"]) < 3 * good["kid_sd"]
+    assert min(good["precision"], good["recall"]) > 0.6
+    assert good["accuracy"] >= 0.78
+    assert 0.4 < good["auc_features"] < 0.6
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("fault", ["blur", "noise", "one class"])
+def test_faults_are_seen(fault: str, data: Reference, test: Reference, good: dict[str, float]) -> None:
+    x = test.x
+    if fault == "blur":
+        x = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+    elif fault == "noise":
+        x = x + 0.2 * torch.randn(x.shape, generator=stream("noise"))
+    else:
+        rows = (data.c == 3).nonzero().flatten()
+        x = data.x[rows[torch.randint(len(rows), (1000,), generator=stream("rows"))]]
+    bad = score(x, test.c, data)
+    assert bad["fd"] > 3 * good["fd"]
+    assert bad["kid"] > 3 * max(good["kid_sd"], abs(good["kid"]))
+    assert bad["auc_features"] > good["auc_features"] + 0.1
+    share = "recall" if fault == "one class" else "precision"
+    assert bad[share] < good[share] - 0.05
+
+
+@pytest.mark.data
+def test_mirrored_images_are_as_good(data: Reference, test: Reference, good: dict[str, float]) -> None:
+    mirrored = score(test.x.flip(3), test.c, data)
+    assert mirrored["fd"] == pytest.approx(good["fd"], rel=0.1)
+    assert mirrored["accuracy"] == pytest.approx(good["accuracy"], abs=0.03)
+
+
+@pytest.mark.data
+def test_accuracy_is_of_the_classes_asked_for(data: Reference, test: Reference) -> None:
+    assert score(test.x, (test.c + 1) % 10, data)["accuracy"] < 0.1
+
+
+def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) -> None:
+    class Data:
+        size = 1000
+
+        def reference(self, n: int, seed: int, i: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+            return blobs.x, blobs.c
+
+    evaluator, upside_down = QUICK.evaluator(Context(Data, 10)), blobs.x.flip(2)
+    order = torch.randperm(1000, generator=stream("order"))
+    found = evaluator.score((part, upside_down[part]) for part in order.split(300))
+    assert found == score(upside_down, blobs.c, blobs)
+    assert found["fd"] > 0.01
+    assert evaluator.facts["features_sha256"] == cifar10.sha256()
+    again = score(upside_down[order], blobs.c[order], blobs)  # the kernel's subsets are all of the rows here
+    assert again.pop("auc_features") == pytest.approx(found.pop("auc_features"), abs=0.05)  # of other halves
+    assert again == pytest.approx(found, rel=1e-4, abs=1e-6)
+
+
+def test_without_classes_there_is_no_accuracy(blobs: Reference) -> None:
+    assert QUICK.labels(0).tolist() == [0] * 1000
+    assert "accuracy" not in score(blobs.x, QUICK.labels(0), blobs)
+
+
+def test_images_are_judged_as_a_file_holds_them(blobs: Reference) -> None:
+    """A quarter of a level either way, and light beyond black and white, change nothing."""
+    x = blobs.x[:50]
+    off = x + (torch.rand(x.shape, generator=stream("off")) - 0.5) / 255
+    off = torch.where(x == 1, 1.5, torch.where(x == -1, -7.0, off))
+    assert not torch.equal(off, x)
+    assert torch.equal(features_of(off), features_of(x))
+    assert torch.equal(features_of(x), cifar10.features(x))
+    assert not torch.equal(features_of(x + 2 / 255), features_of(x))
+
+
+def test_a_reference_is_read_once(blobs: Reference, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    monkeypatch.setattr(protocol, "features_of", lambda x: read.append(len(x)) or features_of(x))
+    known.clear()
+    first, second, third = blobs.x[:20], blobs.x[20:50], blobs.x[50:90]
+    assert torch.equal(learned(first), features_of(first))
+    assert torch.equal(learned(first.clone()), features_of(first))
+    learned(second)
+    learned(first)
+    assert read == [20, 30]
+    changed = first.clone()
+    changed[0, 0, 0, 0] *= -1
+    assert not torch.equal(learned(changed), features_of(first))
+    learned(third)
+    assert len(known) == protocol.KEPT
+
+
+def test_labels_are_balanced() -> None:
+    assert QUICK.labels(10)[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert FULL.labels(10).bincount().tolist() == [500] * 10
+
+
+def test_the_name_tells_the_number_of_samples() -> None:
+    assert (FULL.name, FULL.total) == ("cifar10-features", 5000)
+    assert QUICK.name == "cifar10-features (1000 samples)"
+    with pytest.raises(ValidationError, match="judges 1000 samples or more"):
+        ShippedProtocol(kind="cifar10-features", samples=999)
+
+
+def test_other_data_are_refused(blobs: Reference) -> None:
+    FULL.check((3, 32, 32), 10)
+    FULL.check((3, 32, 32), 0)
+    with pytest.raises(
+        UserError, match=r"judges images of shape \(3, 32, 32\) .* not samples of shape \(1, 8, 8\) in 10"
+    ):
+        FULL.check((1, 8, 8), 10)
+    with pytest.raises(UserError, match="in 1000: choose another protocol"):
+        FULL.check((3, 32, 32), 1000)
+    with pytest.raises(UserError, match="do not fit"):
+        score(blobs.x, blobs.c, Reference(blobs.x[:900], blobs.c[:900]))

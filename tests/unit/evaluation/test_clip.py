@@ -1,0 +1,126 @@
+"""The CLIP score: the cosine of image and caption, by the CLIP that is named, and by no other."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dumo.encoders import clip
+from dumo.evaluation import ClipProtocol, Context
+from dumo.evaluation.clip import ClipEvaluator
+from dumo.io.picture import to_uint8
+from dumo.run.evaluation.record import state
+from dumo.runtime.random import stream
+from dumo.types import UserError
+from encoders import clip_of_both
+
+TEXTS = ("a red car", "a blue car", "a photo of a cat")
+SAMPLES = 30
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Images, each with a caption; some without."""
+
+    size: int = 20
+
+    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
+        return images(self.size), torch.arange(self.size) % 4
+
+
+def images(n: int) -> Tensor:
+    return torch.rand(n, 3, 12, 10, generator=stream("clip")) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return clip_of_both(tmp_path_factory.mktemp("clip"))
+
+
+def judge(folder: Path, c: Tensor | None = None, **fields: object) -> ClipEvaluator:
+    protocol = ClipProtocol.model_validate({"kind": "clip-score", "model": str(folder), "samples": SAMPLES, **fields})
+    wanted = protocol.labels(3) if c is None else c
+    return protocol.evaluator(Context(Pairs, captions=lambda: (Pairs(), wanted, TEXTS)))
+
+
+def test_it_is_the_mean_of_cosines_as_transformers_gives_them(folder: Path) -> None:
+    """The images through transformers' own processor of Pillow, in other batches and another order."""
+    from transformers import CLIPModel
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    x, evaluator = images(SAMPLES), judge(folder)
+    process = CLIPImageProcessorPil(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
+    seen = process(images=list(to_uint8(x).numpy()), return_tensors="pt")["pixel_values"]
+    ids, mask = evaluator.clip.cut([TEXTS[k] for k in evaluator.c.tolist()])
+    with torch.no_grad():
+        told = CLIPModel.from_pretrained(folder).eval()(input_ids=ids, attention_mask=mask.long(), pixel_values=seen)
+    cosines = torch.cosine_similarity(told.image_embeds, told.text_embeds).clamp(min=0).double()
+    order = torch.randperm(SAMPLES, generator=stream("order"))
+    found = evaluator.score((part, x[part]) for part in order.split(7))
+    assert found["clip_score"] == pytest.approx(100 * cosines.mean().item(), rel=1e-5)
+    assert found["clip_score_sd"] == pytest.approx(100 * cosines.std().item() / SAMPLES**0.5, rel=1e-4)
+
+
+def test_one_without_a_caption_does_not_count(folder: Path) -> None:
+    x, c = images(SAMPLES), torch.arange(SAMPLES) % 3
+    some = torch.where(torch.arange(SAMPLES) < 10, c, 3)
+    found = judge(folder, some).score([(torch.arange(SAMPLES), x)])
+    fewer = judge(folder, c[:10], samples=10).score([(torch.arange(10), x[:10])])
+    assert found == fewer
+    with pytest.raises(UserError, match="fewer than two samples have a caption"):
+        judge(folder, torch.full((SAMPLES,), 3)).score([(torch.arange(SAMPLES), x)])
+
+
+def test_it_says_what_it_is(folder: Path) -> None:
+    assert ClipProtocol(kind="clip-score", samples=10).name == "clip-score (10 samples)"
+    assert "FID" not in str(judge(folder).facts).upper()
+
+
+def test_real_images_stand_beside_it_with_their_captions_and_with_others(folder: Path) -> None:
+    """Every fourth image has none, and counts to neither."""
+    evaluator = judge(folder)
+    x, c = Pairs().reference(20, 0)
+    baselines, there = evaluator.baselines(), c < 3
+    own = evaluator.fit(x[there], c[there]).double()
+    assert baselines["captions"]["mean"] == pytest.approx(own.mean().item())
+    assert baselines["captions"]["splits"] == 15
+    assert baselines["others"]["mean"] != baselines["captions"]["mean"]
+    assert state([{"clip_score": 0.0}], baselines) is None  # more is better, so it is not at the data
+
+
+@pytest.mark.parametrize(
+    ("spoil", "line"),
+    [
+        (lambda folder: shutil.rmtree(folder), "has no config.json: name a folder"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "holds no CLIPModel"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 30), "model.safetensors"),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            r"pytorch_model.bin",
+        ),
+        (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer_config.json"),
+        (lambda folder: (folder / clip.CUT).write_text('{"image_mean": [1, 2]}'), "image_mean is not three numbers"),
+    ],
+)
+def test_another_folder_is_refused_with_a_line(
+    folder: Path, tmp_path: Path, spoil: Callable[[Path], object], line: str
+) -> None:
+    copy = tmp_path / "clip"
+    shutil.copytree(folder, copy)
+    spoil(copy)
+    with pytest.raises(UserError, match=line):
+        judge(copy)
+
+
+def test_without_a_model_it_says_what_to_name() -> None:
+    protocol = ClipProtocol(kind="clip-score")
+    assert "evaluate.protocol.model" in (protocol.missing or "")
+    with pytest.raises(UserError, match=r"needs a CLIP, in evaluate\.protocol\.model"):
+        protocol.evaluator(Context(Pairs, captions=lambda: (Pairs(), protocol.labels(3), TEXTS)))
+    with pytest.raises(UserError, match=r"judges images, not samples of shape \(2,\)"):
+        protocol.check((2,))

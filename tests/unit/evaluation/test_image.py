@@ -1,0 +1,343 @@
+"""The image protocols: what a name fixes, and that the numbers are those of its definition."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dumo.encoders import inception_weights
+from dumo.evaluation import Context, reference
+from dumo.evaluation.distance import Moments, frechet_distance, kid
+from dumo.evaluation.images import HALVES, ImageEvaluator, ImageProtocol
+from dumo.evaluation.protocol import Evaluator, Made
+from dumo.evaluation.reference import adm_facts, adm_file, adm_statistics, album_facts, album_statistics
+from dumo.evaluation.standard import STANDARDS, Standard
+from dumo.evaluation.statistics import Extractor, Statistics
+from dumo.io.picture import to_uint8
+from dumo.io.source import Finite
+from dumo.types import UserError
+from golden import inception as recipe
+from unit.evaluation.extractor import NARROW, WIDTH, Album, Peephole, extractor, images
+
+N = 120
+FOLDER = ImageProtocol(kind="folder", samples=N)
+
+
+def samples(pixels: Tensor) -> Tensor:
+    """What a net would have made of them."""
+    return pixels.float() / 127.5 - 1
+
+
+def made(pixels: Tensor, batch: int = 50) -> Made:
+    """Batches of them."""
+    x = samples(pixels)
+    return [(rows, x[rows]) for rows in torch.arange(len(x)).split(batch)]
+
+
+def evaluator(real: Statistics, protocol: ImageProtocol = FOLDER, extractor: Extractor = extractor) -> ImageEvaluator:
+    return ImageEvaluator(protocol.kind, protocol.standard, protocol.total, protocol.frechet, extractor, real)
+
+
+def counted(pixels: Tensor) -> Statistics:
+    """What data comes to."""
+    return album_statistics(extractor, Album(pixels))
+
+
+def test_names_lock_what_the_papers_do() -> None:
+    assert [(k, v.samples, v.size, v.classes, v.real) for k, v in STANDARDS.items()] == [
+        ("adm-imagenet256-50k", 50_000, 256, 1000, 10_000),
+        ("adm-imagenet512-50k", 50_000, 512, 1000, 10_000),
+        ("cifar10-train50k", 50_000, 32, 10, 50_000),
+        ("folder", 10_000, None, None, None),
+    ]
+    with pytest.raises(ValidationError):
+        ImageProtocol(kind="adm-imagenet256-10k")
+
+
+def test_the_name_says_what_is_not_as_it_says() -> None:
+    assert ImageProtocol(kind="cifar10-train50k").name == "cifar10-train50k"
+    assert ImageProtocol(kind="cifar10-train50k", samples=50_000).name == "cifar10-train50k"
+    assert ImageProtocol(kind="cifar10-train50k", samples=5000).name == "cifar10-train50k (5000 samples)"
+    assert ImageProtocol(kind="folder", samples=9, frechet=False).name == "folder (9 samples, no Fréchet distances)"
+
+
+def test_classes_are_balanced() -> None:
+    labels = ImageProtocol(kind="adm-imagenet256-50k").labels(1000)
+    assert labels.bincount().tolist() == [50] * 1000
+    assert labels[:5000].bincount().tolist() == [5] * 1000  # and in every split of the Inception Score
+    assert ImageProtocol(kind="cifar10-train50k").labels().tolist() == [0] * 50_000
+
+
+@pytest.mark.parametrize(
+    ("protocol", "shape", "classes", "said"),
+    [
+        (ImageProtocol(kind="adm-imagenet256-50k"), (3, 32, 32), 1000, "256x256, not samples of shape .*decode"),
+        (ImageProtocol(kind="adm-imagenet512-50k"), (3, 256, 256), 1000, "512x512, not"),
+        (ImageProtocol(kind="folder"), (1, 8, 8), 0, "any size, not samples of shape"),
+        (ImageProtocol(kind="folder"), (2,), 0, "any size, not samples of shape"),
+        (ImageProtocol(kind="cifar10-train50k"), (3, 32, 32), 17, "is of 10 classes, not 17"),
+        (ImageProtocol(kind="folder", samples=2048), (3, 64, 64), 0, "more than 2048 samples, here are 2048"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_before_any_work(
+    protocol: ImageProtocol, shape: tuple[int, ...], classes: int, said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        protocol.check(shape, classes)
+
+
+def test_what_can_be_judged_is_not() -> None:
+    ImageProtocol(kind="adm-imagenet256-50k").check((3, 256, 256), 1000)
+    ImageProtocol(kind="cifar10-train50k", samples=2049).check((3, 32, 32))
+    ImageProtocol(kind="folder", samples=10, frechet=False).check((3, 48, 64), 7)
+
+
+def test_colours_are_rounded_to_the_nearest_and_clamped() -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    nudged = torch.stack([samples(every)[0] + d for d in (-0.49 / 127.5, 0, 0.49 / 127.5)])
+    assert torch.equal(to_uint8(nudged), every.expand(3, 3, -1, -1))
+    assert to_uint8(torch.tensor([-7.0, 9]).view(2, 1, 1, 1).expand(2, 3, 1, 1)).flatten().unique().tolist() == [
+        0,
+        255,
+    ]
+    for wrong, said in ((torch.zeros(1, 4, 2, 2), "decode"), (torch.full((1, 3, 1, 1), torch.nan), "not finite")):
+        with pytest.raises(UserError, match=said):
+            to_uint8(wrong)
+
+
+def test_the_numbers_are_those_of_their_definitions() -> None:
+    """Against the features of all images at once; KID and neighbours have tests of their own."""
+    fake, data = images(N, "made"), images(150, "data")
+    scores = evaluator(counted(data)).score(made(fake))
+    assert list(scores) == ["fid", "sfid", "kid", "kid_sd", "is", "is_sd", "precision", "recall"]
+    for name, part in (("fid", "pool"), ("sfid", "spatial")):
+        wanted = frechet_distance(*(Moments.of(getattr(extractor(x), part)) for x in (fake, data)))
+        assert scores[name] == pytest.approx(wanted, rel=1e-9)
+    p = extractor(fake).logits.double().softmax(1)
+    assert scores["is"] == pytest.approx((p * (p / p.mean(0)).log()).sum(1).mean().exp().item(), rel=1e-9)
+    assert abs(scores["kid"]) < 3 * scores["kid_sd"]
+    assert 0.5 < scores["precision"] <= 1
+    assert 0.5 < scores["recall"] <= 1
+
+
+def test_copies_of_the_data_are_perfect_and_shifts_are_not() -> None:
+    data = images(N) // 2
+    of = evaluator(counted(data))
+    same, brighter = (of.score(made(x)) for x in (data, data + 100))
+    assert same["fid"] == pytest.approx(0, abs=1e-9)
+    assert (same["precision"], same["recall"]) == (1, 1)
+    one = of.score(made(data[:1].repeat(N, 1, 1, 1)))
+    assert one["precision"] == 1
+    assert one["recall"] < 0.1
+    shift = extractor(data[:1] + 100).pool.double() - extractor(data[:1]).pool.double()
+    assert brighter["fid"] == pytest.approx(shift.square().sum().item(), rel=1e-6)
+    assert brighter["kid"] > same["kid"]
+    assert brighter["is"] == pytest.approx(of.score(made(data + 100, batch=7))["is"], rel=1e-12)
+
+
+def test_the_same_samples_have_the_same_scores() -> None:
+    fake, of = images(N, "made"), evaluator(counted(images(150, "data")))
+    assert of.score(made(fake)) == of.score(made(fake))
+    assert of.score(made(fake, 9)) == pytest.approx(of.score(made(fake)), rel=1e-9)
+
+
+def test_few_images_have_no_frechet_distance_but_may_go_without() -> None:
+    few, many = counted(images(WIDTH)), counted(images(N))
+    fake = evaluator(many).statistics(made(images(N)))
+    for of, statistics in ((evaluator(few), fake), (evaluator(many), replaced(fake, few))):
+        with pytest.raises(UserError, match=r"give no Fréchet distance of 6 features: .* set frechet to false"):
+            of.compare(statistics)
+    without = ImageProtocol(kind="folder", samples=N, frechet=False)
+    scores = evaluator(many, without).score(made(images(N)))
+    assert list(scores) == ["kid", "kid_sd", "is", "is_sd", "precision", "recall"]
+    with pytest.raises(UserError, match="subsets of 100 rows do not fit"):
+        evaluator(few, without).score(made(images(N)))
+
+
+def replaced(statistics: Statistics, moments: Statistics) -> Statistics:
+    """These features with the moments of others."""
+    return Statistics(moments.pool, moments.spatial, statistics.score, statistics.rows, statistics.index)
+
+
+def test_samples_must_be_as_many_as_the_name_says() -> None:
+    with pytest.raises(UserError, match="119 images came"):
+        evaluator(counted(images(N))).score(made(images(N - 1)))
+
+
+def test_baselines_are_of_halves_of_the_data() -> None:
+    """So small where the halves are of one law; of too few images there are none."""
+    real = counted(images(400))
+    halves = evaluator(real).baselines()["halves"]
+    assert halves["splits"] == HALVES
+    far = evaluator(real).score(made(images(N) // 2))["fid"]
+    assert 0 < halves["mean"] < far / 10
+    without = ImageProtocol(kind="folder", samples=N, frechet=False)
+    a, b = real.rows[:200], real.rows[200:]
+    sd = kid(a, b, subsets=100, subset_size=100, generator=torch.Generator().manual_seed(0))[1]
+    assert abs(evaluator(real, without).baselines()["halves"]["mean"]) < sd
+    assert evaluator(counted(images(199))).baselines() == {}
+
+
+def test_images_that_cannot_be_read_are_left_out_and_the_rest_is_known_by_hash() -> None:
+    data = images(70)
+    whole, some = (album_facts(Album(data, bad), "folder", STANDARDS["folder"]) for bad in ((), (3, 66)))
+    assert (whole["reference"], some["reference"]) == ("70 images of the data", "68 images of the data")
+    rest = data[[i for i in range(70) if i not in (3, 66)]]
+    assert some == album_facts(Album(rest), "folder", STANDARDS["folder"])
+    assert (
+        whole["reference_sha256"] != album_facts(Album(data.flip(0)), "folder", STANDARDS["folder"])["reference_sha256"]
+    )
+    statistics = album_statistics(extractor, Album(data, (3, 66)))
+    assert torch.equal(statistics.rows, extractor(rest).pool)
+    assert statistics.index.tolist() == list(range(68))
+    assert isinstance(Album(data), Finite)
+
+
+def filed(path: Path, size: int = 4) -> Path:
+    """A reference file of 12 images whose moments are no one's."""
+    arrays = {
+        "mu": np.arange(WIDTH) + 0.5,
+        "sigma": 3 * np.eye(WIDTH),
+        "mu_s": np.ones(NARROW),
+        "sigma_s": np.eye(NARROW),
+    }
+    np.savez(path, arr_0=np.zeros((12, size, size, 3), np.uint8), **arrays)
+    return path
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> ImageProtocol:
+    """ADM's protocol for what a small extractor sees of small images."""
+    monkeypatch.setattr(reference, "WIDTH", WIDTH)
+    monkeypatch.setattr(reference, "SPATIAL_WIDTH", NARROW)
+    monkeypatch.setitem(STANDARDS, "adm-imagenet256-50k", Standard(N, 4, 1000, 12, 10, "https://there"))
+    monkeypatch.setitem(STANDARDS, "cifar10-train50k", Standard(N, 4, 10, 12, 10))
+    return ImageProtocol(kind="adm-imagenet256-50k")
+
+
+def test_adms_file_gives_moments_of_all_and_features_of_its_images(tmp_path: Path, tiny: ImageProtocol) -> None:
+    file = adm_file(filed(tmp_path / "a.npz"), tiny.kind, tiny.standard)
+    real = adm_statistics(extractor, file)
+    assert real.pool.count == real.spatial.count == reference.TRAIN == 1_281_167
+    torch.testing.assert_close(real.pool.covariance, 3 * torch.eye(WIDTH, dtype=torch.float64), rtol=1e-14, atol=0)
+    assert torch.equal(real.rows, extractor(torch.zeros(12, 3, 4, 4, dtype=torch.uint8)).pool)
+    of = evaluator(real, tiny)
+    fake = of.statistics(made(images(N)))
+    assert of.compare(fake)["fid"] == pytest.approx(frechet_distance(fake.pool, real.pool), rel=1e-12)
+    assert adm_facts(file)["reference"] == "a.npz"
+
+
+@pytest.fixture
+def peephole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Peephole:
+    """A small network in Inception's place, and an empty cache."""
+    net = Peephole()
+    monkeypatch.setattr(inception_weights, "load", lambda path, device: net)
+    monkeypatch.setenv(reference.VARIABLE, str(tmp_path / "cache"))
+    return net
+
+
+def opened(protocol: ImageProtocol, pixels: Tensor) -> Evaluator:
+    return protocol.evaluator(Context(lambda: Album(pixels)))
+
+
+def test_another_reference_is_refused(tmp_path: Path, tiny: ImageProtocol, peephole: Peephole) -> None:
+    with pytest.raises(UserError, match=r"ADM's file https://there: fetch it, and set evaluate\.protocol\.reference"):
+        opened(tiny, images(12))
+    path = str(filed(tmp_path / "a.npz", size=5))
+    with pytest.raises(UserError, match=r"images of shape \(12, 5, 5, 3\), .* compares with 12 of 4x4: give the file"):
+        opened(ImageProtocol(kind=tiny.kind, reference=path), images(12))
+    with pytest.raises(ValidationError, match="compares with the images of the data: leave out its reference"):
+        ImageProtocol(kind="folder", reference=path)
+    with pytest.raises(UserError, match="compares with 12 images, here are 11: give them all"):
+        opened(ImageProtocol(kind="cifar10-train50k"), images(11))
+    with pytest.raises(UserError, match="goes through all images of a data set"):
+        FOLDER.evaluator(Context(lambda: NoAlbum()))
+
+
+class NoAlbum:
+    """Data without end."""
+
+    size = None
+
+    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
+        raise AssertionError
+
+
+def test_facts_name_features_and_reference_by_hash(tmp_path: Path, tiny: ImageProtocol, peephole: Peephole) -> None:
+    facts = opened(FOLDER, images(N)).facts
+    assert set(facts) == {"features", "features_sha256", "reference", "reference_sha256", "resize", "rounding"}
+    assert (facts["reference"], len(facts["reference_sha256"])) == (f"{N} images of the data", 64)
+    assert opened(FOLDER, images(N, "others")).facts["reference_sha256"] != facts["reference_sha256"]
+    path = filed(tmp_path / "a.npz")
+    with_file = opened(ImageProtocol(kind=tiny.kind, reference=str(path)), images(1)).facts
+    assert (with_file["reference"], with_file["features_sha256"]) == ("a.npz", facts["features_sha256"])
+    peephole.scale += 1
+    assert opened(FOLDER, images(N)).facts["features_sha256"] != facts["features_sha256"]
+
+
+def test_data_is_counted_once_and_anew_when_anything_changes(tmp_path: Path, peephole: Peephole) -> None:
+    first = opened(FOLDER, images(N)).score(made(images(N, "made")))
+    assert peephole.seen == 2 * N
+    assert opened(FOLDER, images(N)).score(made(images(N, "made"))) == first
+    assert peephole.seen == 3 * N  # the samples alone
+    opened(ImageProtocol(kind="folder", samples=99), images(N))  # the data is the same
+    assert peephole.seen == 3 * N
+    opened(FOLDER, images(N).roll(1, 0))
+    assert peephole.seen == 4 * N
+    peephole.scale *= 2
+    opened(FOLDER, images(N))
+    assert peephole.seen == 5 * N
+    (path, *_) = sorted((tmp_path / "cache").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    path.write_bytes(path.read_bytes()[:-9])
+    peephole.scale /= 2
+    assert opened(FOLDER, images(N)).score(made(images(N, "made"))) == first
+    assert peephole.seen == 7 * N
+    assert len(list((tmp_path / "cache").iterdir())) == 3
+
+
+def test_where_nothing_can_be_kept_the_numbers_stand(
+    tmp_path: Path, peephole: Peephole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv(reference.VARIABLE, str(tmp_path / "file/folder"))
+    with pytest.warns(UserWarning, match="cannot be written .* counted again next time"):
+        opened(FOLDER, images(N))
+    monkeypatch.setenv(reference.VARIABLE, "$NOWHERE/cache")
+    with pytest.raises(UserError, match="NOWHERE is not set"):
+        opened(FOLDER, images(N))
+
+
+def test_missing_weights_are_refused_before_the_data_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(inception_weights.VARIABLE, raising=False)
+
+    def never() -> Album:
+        raise AssertionError
+
+    with pytest.raises(UserError, match="no weights of Inception for the FID: no path is given"):
+        FOLDER.evaluator(Context(never))
+    monkeypatch.setenv(inception_weights.VARIABLE, "/none")
+    with pytest.raises(UserError, match=r"/none is no file"):
+        FOLDER.evaluator(Context(never))
+
+
+def test_inception_itself_serves() -> None:
+    """Three images through the real network, of random weights; its widths are those of ADM's files."""
+    net, protocol = recipe.net(), ImageProtocol(kind="folder", samples=3, frechet=False)
+    x = samples(torch.randint(256, (3, 3, 40, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+    of = evaluator(album_statistics(net, Album(torch.zeros(1, 3, 8, 8))), protocol, net)
+    statistics = of.statistics((rows, x[rows]) for rows in torch.arange(3).split(2))
+    assert (statistics.rows.shape, statistics.spatial.mean.shape) == ((3, 2048), (2023,))
+    torch.testing.assert_close(statistics.rows[2:], net(to_uint8(x[2:])).pool, rtol=1e-5, atol=1e-4)
+
+
+def test_what_is_not_there_is_told_before_anybody_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(inception_weights.VARIABLE, raising=False)
+    folder, adm = ImageProtocol(kind="folder"), ImageProtocol(kind="adm-imagenet256-50k")
+    assert "dumo data inception" in str(folder.missing)
+    (tmp_path / "weights").touch()
+    monkeypatch.setenv(inception_weights.VARIABLE, str(tmp_path / "weights"))
+    assert folder.missing is None
+    assert "ADM's reference" in str(adm.missing)

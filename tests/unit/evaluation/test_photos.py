@@ -1,0 +1,162 @@
+"""The protocol of own images: it sees what is wrong with samples, from few images on, and says what it is not."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from dumo.encoders import cifar10
+from dumo.evaluation import Context, ShippedProtocol
+from dumo.evaluation.photos import MOST, PhotosEvaluator, alike
+from dumo.io.picture import from_uint8
+from dumo.io.source import Table
+from dumo.run.evaluation.record import state
+from dumo.runtime.random import stream
+from dumo.types import UserError
+
+PROTOCOL = ShippedProtocol(kind="photos", samples=60)
+Row = dict[str, float]
+
+
+def drawn(n: int, key: str, side: int = 32) -> Tensor:
+    """Smooth patches of colour, no two alike, as rounded colours."""
+    coarse = torch.rand(n, 3, 4, 4, generator=stream("photos", key)) * 2 - 1
+    smooth = torch.nn.functional.interpolate(coarse, size=(side, side), mode="bilinear")
+    return from_uint8(((smooth + 1) * 127.5).round().to(torch.uint8))
+
+
+def opened(x: Tensor, c: Tensor | None = None, protocol: ShippedProtocol = PROTOCOL) -> PhotosEvaluator:
+    c = torch.zeros(len(x), dtype=torch.long) if c is None else c
+    evaluator = protocol.evaluator(Context(lambda: Table(x, c), int(c.max() + 1) if c.any() else 0))
+    assert isinstance(evaluator, PhotosEvaluator)
+    return evaluator
+
+
+def scores(evaluator: PhotosEvaluator, x: Tensor) -> Row:
+    """Given in two batches, the second first."""
+    index = torch.arange(len(x))
+    return evaluator.score([(index[20:], x[20:]), (index[:20], x[:20])])
+
+
+@pytest.fixture(scope="module")
+def own() -> PhotosEvaluator:
+    return opened(drawn(60, "real"))
+
+
+@pytest.fixture(scope="module")
+def good(own: PhotosEvaluator) -> Row:
+    return scores(own, drawn(60, "fresh"))
+
+
+def test_fresh_images_of_the_same_law_are_at_the_baseline(own: PhotosEvaluator, good: Row) -> None:
+    halves = own.baselines()["halves"]
+    assert abs(good["kid"] - halves["mean"]) < 3 * halves["sd"]
+    assert good["pixel_fd"] == pytest.approx(halves["pixel_fd"], rel=0.3)
+    assert good["copies"] == halves["copies"] == 0
+    assert min(good["precision"], good["recall"]) > 0.7
+    assert state([{"nfe": 1, "solver": "restart", **good}], own.baselines()) in ("like the data", "near")
+
+
+def test_noise_is_far_off_and_is_the_other_baseline(own: PhotosEvaluator, good: Row) -> None:
+    noise = torch.randn(60, 3, 32, 32, generator=stream("noise"))
+    found, known = scores(own, noise), own.baselines()["noise"]
+    assert found["kid"] == pytest.approx(known["mean"], rel=0.1)
+    assert found["kid"] > 10 * abs(good["kid"])
+    assert found["precision"] < 0.2
+    assert state([{"nfe": 1, **found}, {"nfe": 2, **found}], own.baselines()) == "untrained"
+    assert state([{"nfe": 1, **found}, {"nfe": 2, **good}], own.baselines()) != "untrained"
+
+
+@pytest.mark.parametrize("turn", [lambda x: x, lambda x: x.flip(-1)], ids=["as they are", "mirrored"])
+def test_copies_are_told(own: PhotosEvaluator, turn: "type[Tensor]") -> None:
+    """Half of the samples are images that the net was trained on, a little noisy."""
+    copied = turn(drawn(60, "real"))[:30] + 0.02 * torch.randn(30, 3, 32, 32, generator=stream("little"))
+    assert scores(own, torch.cat([copied, drawn(30, "fresh")]))["copies"] == 0.5
+
+
+def test_collapse_shows_in_recall(own: PhotosEvaluator) -> None:
+    one = drawn(1, "real").expand(60, -1, -1, -1) + 0.05 * torch.randn(60, 3, 32, 32, generator=stream("one"))
+    assert scores(own, one)["recall"] < 0.2
+
+
+def test_samples_are_compared_with_images_of_their_classes() -> None:
+    """Classes come in turn; a set that has one of them nine times in ten must not count for a difference."""
+    x, c = drawn(100, "real"), torch.arange(100) % 10 == 0
+    x[c] = -x[c].abs()  # dark ones are rare
+    evaluator = opened(x, c.long())
+    fresh = drawn(60, "fresh")
+    dark = PROTOCOL.labels(2).bool()
+    fresh[dark] = -fresh[dark].abs()
+    halves = evaluator.baselines()["halves"]
+    assert abs(scores(evaluator, fresh)["kid"]) < 3 * halves["sd"]
+    rows = alike(torch.tensor([1, 1, 0, 1]), torch.tensor([0, 1, 0, 1]), stream("alike"))
+    assert torch.tensor([0, 1, 0, 1])[rows].tolist() == [1, 1, 0, 1]
+    assert set(rows[[0, 1]].tolist()) == {1, 3}  # each once before one is taken again
+
+
+def test_it_says_what_it_is_and_is_not(own: PhotosEvaluator, good: Row) -> None:
+    assert "not Inception" in own.facts["features"]
+    assert own.facts["features_sha256"] == cifar10.sha256()
+    assert "60 images" in own.facts["spread"]
+    assert not [name for name in good if "fid" in name]
+    assert "spread" not in opened(drawn(500, "real", side=8)).facts
+    assert (PROTOCOL.name, ShippedProtocol(kind="photos").name) == ("photos (60 samples)", "photos")
+
+
+@pytest.mark.parametrize(("count", "side", "channels"), [(20, 40, 3), (25, 8, 1), (41, 100, 3)])
+def test_few_images_of_any_size(count: int, side: int, channels: int) -> None:
+    x = drawn(count, "real", side=side)[:, :channels]
+    evaluator = opened(x, protocol=ShippedProtocol(kind="photos", samples=20))
+    found = evaluator.score([(torch.arange(20), x[:20])])
+    assert all(torch.tensor(value).isfinite() for value in found.values())
+    assert found["copies"] == 1
+
+
+@dataclass(frozen=True)
+class Large:
+    """More images than are looked at, made when asked for; `asked` counts them."""
+
+    size: int
+    asked: list[int]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def rows(self, rows: slice) -> tuple[Tensor, Tensor]:
+        some = torch.arange(self.size)[rows]
+        self.asked.append(len(some))
+        return some.view(-1, 1, 1, 1).expand(-1, 3, 8, 8) / self.size, some * 0
+
+    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
+        raise AssertionError("all at once")
+
+
+def test_large_sets_are_sampled_evenly_and_never_held() -> None:
+    data = Large(3 * MOST, [])
+    evaluator = PROTOCOL.evaluator(Context(lambda: data))
+    assert isinstance(evaluator, PhotosEvaluator)
+    assert sum(data.asked) == len(evaluator.real) == MOST
+    assert max(data.asked) <= 64
+    levels = evaluator.real[:, -1]
+    assert (levels.min(), levels.max()) == (pytest.approx(0, abs=0.01), pytest.approx(1, abs=0.01))
+    assert "5,000 of 15,000" in evaluator.facts["reference"]
+
+
+def test_what_it_does_not_judge() -> None:
+    with pytest.raises(UserError, match="needs 20 images or more, here are 19"):
+        opened(drawn(19, "real"))
+    with pytest.raises(UserError, match="1 or 3 channels"):
+        PROTOCOL.check((4, 8, 8))
+    with pytest.raises(UserError, match=r"samples have shape \(3, 16, 16\)"):
+        opened(drawn(20, "real")).score([(torch.arange(60), drawn(60, "real", side=16))])
+    with pytest.raises(UserError, match="each of 0 to 59 must come once"):
+        opened(drawn(20, "real")).score([(torch.arange(40), drawn(40, "real"))])
+
+
+def test_states_without_noise() -> None:
+    """Of protocols that do not measure it: by how many times, and by precision."""
+    real = {"halves": {"mean": 0.2, "sd": 0.1}}
+    found = {0.3: 0.9, 3.0: 0.5, 9.0: 0.5, 12.0: 0.01}
+    told = [state([{"nfe": 1, "fd": fd, "precision": precision}], real) for fd, precision in found.items()]
+    assert told == ["like the data", "near", "far", "untrained"]

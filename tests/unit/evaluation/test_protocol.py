@@ -1,0 +1,264 @@
+"""Protocols see what is wrong with samples, say how large nothing is, and refuse what they cannot judge."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+from torch.nn import functional as F
+
+from dumo.data import Digits
+from dumo.evaluation import Context, MetricProtocol, ShippedProtocol
+from dumo.evaluation import digits as judged
+from dumo.evaluation import toy as points_judged
+from dumo.evaluation.protocol import Reference
+from dumo.runtime.random import stream
+from dumo.types import UserError
+
+DIGITS, TOY = ShippedProtocol(kind="digits"), ShippedProtocol(kind="toy", samples=400)
+
+
+@pytest.fixture(scope="module")
+def data() -> Reference:
+    return Reference(*Digits().originals().reference(0, 0))
+
+
+@pytest.fixture(scope="module")
+def split() -> Reference:
+    return Reference.of(Digits(held=360).originals(), DIGITS.total, 0)
+
+
+@pytest.fixture(scope="module")
+def baselines(split: Reference) -> dict[str, dict[str, float]]:
+    """Between all of the data they are the same, whether or not some are held out."""
+    return judged.baselines(split, DIGITS.total)
+
+
+@pytest.fixture(scope="module")
+def halves(baselines: dict[str, dict[str, float]]) -> dict[str, float]:
+    return baselines["halves"]
+
+
+@pytest.fixture(scope="module")
+def floor(baselines: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Its mean is of fd_grey_held."""
+    told = baselines["held"]
+    return told | {"fd_grey_held": told["mean"], "fd_grey_held_sd": told["sd"]}
+
+
+@pytest.fixture(scope="module")
+def good(data: Reference) -> dict[str, float]:
+    """The score of the data's own rows."""
+    return judged.score(*some(data), data)
+
+
+def some(data: Reference, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """2,000 of the data's rows, or of these, with their classes."""
+    rows = torch.arange(len(data.x)) if rows is None else rows
+    rows = rows[torch.randint(len(rows), (DIGITS.total,), generator=stream("some"))]
+    return data.x[rows], data.c[rows]
+
+
+def noisy(x: Tensor, sd: float) -> Tensor:
+    return x + sd * torch.randn(x.shape, generator=stream("noisy"))
+
+
+def blurred(x: Tensor) -> Tensor:
+    return 0.5 * x + 0.5 * F.avg_pool2d(F.pad(x, (1, 1, 1, 1), value=-1), 3, 1)
+
+
+def points(i: int, n: int = 400) -> Tensor:
+    return torch.randn(n, 2, generator=stream("points", i))
+
+
+def toy() -> Reference:
+    return Reference(points(-1), torch.zeros(400, dtype=torch.long), points)
+
+
+def test_real_digits_score_well(good: dict[str, float], halves: dict[str, float]) -> None:
+    assert list(good) == ["fd_grey", "fd", "kid", "kid_sd", "precision", "recall", "accuracy", "auc", "pixel_fd"]
+    assert good["fd"] < halves["mean"]
+    assert abs(good["kid"]) < good["kid_sd"]
+    assert good["precision"] > 0.95
+    assert good["recall"] > 0.85
+    assert good["accuracy"] > 0.98
+    assert good["auc"] < 0.55  # copies of the data, so even below 0.5
+    assert good["pixel_fd"] < halves["pixel_fd"]
+
+
+@pytest.mark.parametrize("fault", ["blur", "noise", "one class", "no threes"])
+def test_faults_are_seen(fault: str, data: Reference, good: dict[str, float], halves: dict[str, float]) -> None:
+    x, c = some(data)
+    if fault == "blur":
+        x = blurred(x)
+    elif fault == "noise":
+        x = noisy(x, 0.4)
+    else:
+        x, c = some(data, torch.nonzero((data.c == 3) if fault == "one class" else (data.c != 3)).flatten())
+    bad = judged.score(x, c, data)
+    assert bad["fd"] > 3 * halves["mean"]
+    assert bad["fd"] > 10 * good["fd"]
+    assert bad["kid"] > 3 * good["kid_sd"]
+    assert bad["pixel_fd"] > 4 * good["pixel_fd"]
+    assert bad["auc"] > good["auc"] + 2 * halves["auc_sd"]
+    share = "recall" if fault in ("one class", "no threes") else "precision"
+    assert bad[share] < good[share] - 0.05
+
+
+def test_accuracy_is_of_the_classes_asked_for(data: Reference) -> None:
+    x, c = some(data)
+    assert judged.score(x, (c + 1) % 10, data)["accuracy"] < 0.02
+
+
+def test_filed_digits_are_judged_at_the_grey_levels_of_the_data(data: Reference, good: dict[str, float]) -> None:
+    """A quarter of a level either way, and light beyond black and white, change nothing that a file would hold."""
+    x, c = some(data)
+    off = x + (torch.rand(x.shape, generator=stream("off")) - 0.5) / 16
+    off = torch.where(x == 1, 1.5, torch.where(x == -1, -7.0, off))
+    score = judged.score(off, c, data)
+    for name in ("fd_grey", "auc", "pixel_fd"):
+        assert score[name] == good[name]
+    assert good["fd_grey"] == good["fd"]
+    assert score["fd"] > 10 * good["fd"]
+
+
+def test_clamping_turns_noise_into_a_shift(data: Reference, good: dict[str, float]) -> None:
+    """Why there are two: noise of mean zero hardly moves the features, until half of it is cut off."""
+    x, c = some(data)
+    score = judged.score(x + 0.2 * torch.randn(x.shape, generator=stream("noise")), c, data)
+    assert good["fd"] < score["fd"] < score["fd_grey"] / 2
+
+
+def test_digits_baselines(data: Reference, good: dict[str, float], halves: dict[str, float]) -> None:
+    """Halves lie above the floor of more samples; both are small beside a variance of 32 features, and repeat."""
+    baselines = judged.baselines(data, DIGITS.total)
+    floor = baselines["bootstrap"]
+    assert baselines["halves"] == halves
+    assert abs(halves["auc"] - 0.5) < 3 * halves["auc_sd"] < 0.1
+    assert 0 < halves["pixel_fd_sd"] < halves["pixel_fd"] < 0.5
+    assert halves["splits"] == floor["splits"] == 20
+    assert 0 < floor["mean"] + 2 * floor["sd"] < halves["mean"] < 1
+    assert 0 < halves["sd"] < halves["mean"]
+    assert floor["mean"] - 4 * floor["sd"] < good["fd"] < floor["mean"] + 4 * floor["sd"]
+
+
+def test_images_held_out_are_judged_against_by_themselves(
+    data: Reference, split: Reference, floor: dict[str, float], good: dict[str, float]
+) -> None:
+    """Training images are at the floor, and copies; all else is as it was."""
+    assert split.split
+    assert torch.equal(split.x, data.x)
+    score = judged.score(*some(Reference(split.split.x, split.split.c)), split)
+    own = ["fd_grey_held", "kid_held", "recall_held", "auc_held", "pixel_fd_held"]
+    assert list(score) == [*good, *own, "nearest"]
+    assert score["nearest"] == 0
+    for name in ("fd_grey_held", "pixel_fd_held"):
+        assert abs(score[name] - floor[name]) < 5 * floor[f"{name}_sd"]
+    assert "held" in split.facts(0)
+
+
+def test_a_distance_to_few_images_has_a_floor_of_its_own(
+    floor: dict[str, float], baselines: dict[str, dict[str, float]]
+) -> None:
+    """Larger than to all, whatever is judged."""
+    assert floor["fd_grey_held"] > baselines["bootstrap"]["mean"] + 4 * baselines["bootstrap"]["sd"]
+    assert floor["splits"] == 20
+    assert 0 < floor["pixel_fd_held_sd"] < floor["pixel_fd_held"] < 1
+
+
+def test_images_held_out_are_as_far_as_they_are(split: Reference, floor: dict[str, float]) -> None:
+    assert split.split
+    score = judged.score(*some(Reference(split.split.held.x, split.split.held.c)), split)
+    assert score["nearest"] == pytest.approx(1, abs=0.03)
+    assert score["fd_grey_held"] < floor["fd_grey_held"]
+
+
+def test_scores_repeat(data: Reference, good: dict[str, float]) -> None:
+    assert judged.score(*some(data), data) == good
+    assert points_judged.score(points(1), toy().c, toy()) == points_judged.score(points(1), toy().c, toy())
+    assert points_judged.baselines(toy(), 400) == points_judged.baselines(toy(), 400)
+
+
+def test_toy_null_tells_a_draw_from_a_difference() -> None:
+    null = points_judged.baselines(toy(), 400)["null"]
+    same = [points_judged.score(points(i), toy().c, toy())["mmd2"] for i in range(100, 105)]
+    assert max(map(abs, same)) < 4 * null["sd"]
+    assert abs(null["mean"]) < 4 * null["sd"] / math.sqrt(50)
+    for wrong in (points(100) + 0.4, 1.5 * points(100), points(100) * torch.tensor([1.0, 0.3])):
+        assert points_judged.score(wrong, toy().c, toy())["mmd2"] > 8 * null["sd"]
+
+
+def test_toy_widths_are_in_sd_of_the_data() -> None:
+    """So points in another unit, or another place, have the same score."""
+    metres, feet = toy(), Reference(3.28 * toy().x + 5, toy().c)
+    score = points_judged.score(points(1) + 0.2, metres.c, metres)["mmd2"]
+    assert points_judged.score(3.28 * (points(1) + 0.2) + 5, feet.c, feet)["mmd2"] == pytest.approx(score, rel=1e-4)
+
+
+def test_labels_are_balanced() -> None:
+    labels = DIGITS.labels(10)
+    assert labels[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert labels.bincount().tolist() == [200] * 10
+    assert TOY.labels().tolist() == TOY.labels(0).tolist() == [0] * 400
+    assert TOY.labels(4).bincount().tolist() == [100] * 4
+
+
+def test_the_standard_protocols_are_what_their_names_say() -> None:
+    assert (DIGITS.name, DIGITS.total) == ("digits", 2000)
+    assert ShippedProtocol(kind="digits", samples=2000).name == "digits"
+    assert (ShippedProtocol(kind="toy").name, ShippedProtocol(kind="toy").total) == ("toy", 10_000)
+    assert TOY.name == "toy (400 samples)"
+    assert ShippedProtocol(kind="digits", samples=500).name == "digits (500 samples)"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"kind": "faces"},
+        {"kind": "digits", "seed": 1},
+        {"kind": "digits", "samples": 100},
+        {"kind": "toy", "samples": 1},
+    ],
+)
+def test_nothing_else_can_be_set(given: dict[str, Any]) -> None:
+    reader = TypeAdapter[Any](MetricProtocol)
+    assert reader.validate_python({"kind": "toy"}) == ShippedProtocol(kind="toy")
+    with pytest.raises(ValidationError):
+        reader.validate_python(given)
+
+
+def test_data_of_another_kind_are_refused_naming_both() -> None:
+    DIGITS.check((1, 8, 8), 10)
+    TOY.check((2,), 0)
+    with pytest.raises(UserError, match=r"digits judges .*\(1, 8, 8\) in 10 classes, not samples of shape \(2,\) in 0"):
+        DIGITS.check((2,), 0)
+    with pytest.raises(UserError, match="in 1000: choose another protocol"):
+        DIGITS.check((1, 8, 8), 1000)
+    with pytest.raises(UserError, match=r"toy judges vectors.* \(1, 8, 8\)"):
+        TOY.check((1, 8, 8), 10)
+
+
+class Data:
+    """The digits."""
+
+    size = 1797
+
+    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
+        return Digits().originals().reference(0, 0)
+
+
+def test_samples_that_do_not_fit_are_refused(data: Reference) -> None:
+    x, _ = some(data)
+    evaluator, every = DIGITS.evaluator(Context(Data, 10)), torch.arange(2000)
+    with pytest.raises(UserError, match=r"samples have shape \(64,\), the data \(1, 8, 8\)"):
+        evaluator.score([(every, x.flatten(1))])
+    with pytest.raises(UserError, match="1999 images came"):
+        evaluator.score([(every[1:], x[1:])])
+    with pytest.raises(UserError, match="not finite"):
+        evaluator.score([(every, x / 0)])
+    with pytest.raises(UserError, match="compares 400 points with as many, here are 399: draw as many"):
+        points_judged.score(points(1), toy().c, Reference(points(0, 399), toy().c[1:]))
+    with pytest.raises(UserError, match="can be drawn anew"):
+        points_judged.baselines(Reference(points(0), toy().c), 400)

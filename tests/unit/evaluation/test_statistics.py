@@ -1,0 +1,91 @@
+"""Statistics do not depend on batches, order or ranks, and are kept."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from unit.metrics import meet
+
+from dumo.evaluation.reference import album_facts
+from dumo.evaluation.standard import STANDARDS
+from dumo.evaluation.statistics import Statistics, gather, load_statistics, save_statistics, statistics_of
+from dumo.types import UserError
+from forked import main_of
+from meeting import outputs
+from unit.evaluation.extractor import Album, extractor, images
+
+TOTAL = meet.TOTAL
+PATIENCE = 300  # seconds, on a busy machine
+
+
+def counted(batch: int = TOTAL, order: torch.Tensor | None = None) -> Statistics:
+    x, order = images(TOTAL), torch.arange(TOTAL) if order is None else order
+    return gather(statistics_of(extractor, ((rows, x[rows]) for rows in order.split(batch)), TOTAL), TOTAL)
+
+
+def same(a: Statistics, b: Statistics) -> None:
+    """Features to the bit, sums up to rounding."""
+    assert torch.equal(a.rows, b.rows)
+    assert torch.equal(a.index, b.index)
+    assert a.score.value() == pytest.approx(b.score.value(), rel=1e-12)
+    for x, y in ((a.pool, b.pool), (a.spatial, b.spatial)):
+        assert x.count == y.count == TOTAL
+        torch.testing.assert_close(x.mean, y.mean, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(x.scatter, y.scatter, rtol=1e-12, atol=1e-12)
+
+
+def test_holds_what_the_network_saw() -> None:
+    seen, whole = extractor(images(TOTAL)), counted()
+    assert torch.equal(whole.rows, seen.pool)
+    torch.testing.assert_close(whole.pool.covariance, seen.pool.double().T.cov())
+    torch.testing.assert_close(whole.spatial.mean, seen.spatial.double().mean(0))
+    assert whole.score.value()[0] > 1.01
+
+
+@pytest.mark.parametrize("batch", [1, 7, 60])
+def test_any_batches_in_any_order_are_the_same(batch: int) -> None:
+    same(counted(batch, torch.arange(TOTAL).flip(0)), counted())
+
+
+def test_two_ranks_are_one(tmp_path: Path) -> None:
+    """Ranks of unequal shares, in orders of their own; the data's batches go to them in turn."""
+    whole = tmp_path / "whole"
+    words = (tmp_path / "meeting", whole)
+    outputs([main_of("unit.evaluation.meet", rank, *words, cwd=tmp_path) for rank in (0, 1)], PATIENCE)
+    same(load_statistics(whole, {"of": "samples"}), counted())
+    same(
+        load_statistics(whole.with_suffix(".data"), album_facts(Album(images(TOTAL)), "folder", STANDARDS["folder"])),
+        counted(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        (torch.arange(TOTAL - 1), "60 images came, 60 different"),
+        (torch.arange(TOTAL).clamp(max=59), "61 images came, 60 different"),
+    ],
+)
+def test_missing_and_repeated_images_are_refused(order: torch.Tensor, said: str) -> None:
+    with pytest.raises(UserError, match=f"{said} numbers among them, where each of 0 to 60 must come once"):
+        counted(7, order)
+
+
+def test_no_images_are_refused() -> None:
+    with pytest.raises(UserError, match="there are no images to judge"):
+        statistics_of(extractor, [], 5)
+
+
+def test_is_kept_and_read_for_what_it_is_only(tmp_path: Path) -> None:
+    path, told = tmp_path / "data.safetensors", {"data": "cifar10", "inception": "6726825d"}
+    save_statistics(path, counted(), told)
+    same(load_statistics(path, told), counted())
+    with pytest.raises(UserError, match=r"has the statistics of .*cifar10.*, wanted are those of .*mine.*name another"):
+        load_statistics(path, told | {"data": "mine"})
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"holds no statistics .* remove it"):
+        load_statistics(path, told)
+    save_file({"rows": torch.zeros(1)}, path, told)
+    with pytest.raises(UserError, match=r"holds no statistics \(it lacks 'score.count'\)"):
+        load_statistics(path, told)

@@ -1,0 +1,242 @@
+"""Laws of generation: what an image depends on, and who counts."""
+
+from collections.abc import Sequence
+from threading import current_thread, main_thread
+from threading import enumerate as enumerate_threads
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dumo.flow import generate as module
+from dumo.flow.generate import Samples, generate, labels
+from dumo.flow.path import Linear
+from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver
+from dumo.runtime.random import noise, stream
+from dumo.types import Reads, UserError, lift
+
+SHAPE = (1, 8, 8)
+ALL = [Euler(), Heun(), Restart(m=0.3), Hop()]
+
+
+class Small(nn.Module):
+    """A random net of u(x_t, t, r) with convolutions, linear layers and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 1, 3, padding=1)
+        self.table, self.times, self.drop = nn.Embedding(10, 16), nn.Linear(2, 16), nn.Dropout(0.5)
+        for i, p in enumerate(self.parameters()):
+            p.data = 0.3 * torch.randn(p.shape, generator=stream("small", i))
+
+    def forward(self, x: Tensor, c: Tensor, /, t: Tensor, r: Tensor) -> tuple[Tensor]:
+        h = self.table(c) + self.times(torch.stack([t, r], 1))
+        return (self.last(self.drop((self.first(x) + h[:, :, None, None]).tanh())),)
+
+
+def read(net: nn.Module) -> Reads:
+    def flow_map(x: Tensor, t: Tensor, s: Tensor, c: Tensor) -> Tensor:
+        return x - lift(t - s, x) * net(x, c, t=t, r=s)[0]
+
+    return Reads(
+        velocity=lambda x, t, c: net(x, c, t=t, r=t)[0],
+        endpoint=lambda x, t, c: flow_map(x, t, 0 * t, c),
+        flow_map=flow_map,
+    )
+
+
+def make(solver: Solver, nfe: int, batch: int, *, n: int = 64, seed: int = 0, net: nn.Module | None = None) -> Samples:
+    net = net or Small()
+    return generate(net, read(net), Linear(), solver, labels(n, 10), nfe=nfe, seed=seed, shape=SHAPE, batch=batch)
+
+
+@pytest.mark.parametrize("solver", ALL)
+def test_same_image_at_any_batch_size(solver: Solver) -> None:
+    """Convolutions of other batch sizes add in another order, so last bits differ: by 4e-6 at values near 2."""
+    whole = make(solver, 4, 64).x
+    assert whole.abs().mean() > 0.1
+    for batch in (1, 7):
+        assert (make(solver, 4, batch).x - whole).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("solver", ALL)
+def test_the_net_counts_the_passes_asked_for(solver: Solver) -> None:
+    for nfe in (2, 4):
+        assert make(solver, nfe, 8, n=16).nfe == nfe
+    assert make(solver, 2, 7, n=16).nfe == 2  # a last batch of 2 counts no less
+
+
+def test_passes_that_the_reading_adds_are_counted() -> None:
+    """Guidance at sampling time doubles the rows of a pass, or the passes: both are two for each row."""
+    net = Small()
+
+    def wide(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        both = net(torch.cat([x, x]), torch.cat([c, 0 * c]), t=torch.cat([t, t]), r=torch.cat([t, t]))[0]
+        return 2 * both[: len(x)] - both[len(x) :]
+
+    def twice(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return 2 * net(x, c, t=t, r=t)[0] - net(x, 0 * c, t=t, r=t)[0]
+
+    for velocity in (wide, twice):
+        made = generate(net, Reads(velocity), Linear(), Euler(), labels(16, 10), nfe=3, seed=0, shape=SHAPE, batch=8)
+        assert made.nfe == 6
+
+
+def test_unequal_counts_are_an_error() -> None:
+    net = Small()
+
+    def some_rows(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        net(x[:3], c[:3], t=t[:3], r=t[:3])
+        return x
+
+    def pass_a_row(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        for _ in x:
+            net(x, c, t=t, r=t)
+        return x
+
+    for velocity, batch, counts in ((some_rows, 8, r"\[0.375\]"), (pass_a_row, 5, r"\[3, 5\]")):
+        with pytest.raises(RuntimeError, match="unequally often.*" + counts):
+            generate(net, Reads(velocity), Linear(), Euler(), labels(8, 10), nfe=1, seed=0, shape=SHAPE, batch=batch)
+
+
+def test_images_are_numbered() -> None:
+    """Some images made alone are those of the whole, and one batch of one pass is the formula itself."""
+    net, c = Small().eval(), labels(20, 10)
+    some = [3, 17, 4]
+    alone = generate(net, read(net), Linear(), Hop(), c[some], nfe=1, seed=5, shape=SHAPE, indices=some, batch=2).x
+    z = noise(5, range(20), 0, SHAPE)
+    with torch.no_grad():
+        u = net(z, c, t=torch.ones(20), r=torch.zeros(20))[0]
+    torch.testing.assert_close(alone, (z - u)[some], atol=1e-5, rtol=0)
+
+
+def test_one_index_a_row() -> None:
+    net = Small()
+    with pytest.raises(ValueError, match="1 images for 2 rows of c"):
+        generate(net, read(net), Linear(), Hop(), labels(2, 10), nfe=1, seed=0, shape=SHAPE, indices=[7])
+
+
+def test_restart_gets_each_image_its_own_fresh_noise() -> None:
+    net, c = Small().eval(), labels(6, 10)
+    made = generate(net, read(net), Linear(), Restart(m=0.3), c, nfe=2, seed=1, shape=SHAPE, batch=4).x
+    z, again = noise(1, range(6), 0, SHAPE), noise(1, range(6), 1, SHAPE)
+    one, m, zero = torch.ones(6), torch.full((6,), 0.3), torch.zeros(6)
+    with torch.no_grad():
+        x_m = 0.3 * again + 0.7 * (z - net(z, c, t=one, r=zero)[0])
+        want = x_m - 0.3 * net(x_m, c, t=m, r=zero)[0]
+    torch.testing.assert_close(made, want, atol=1e-5, rtol=0)
+
+
+def test_seed_and_label_matter() -> None:
+    a = make(Hop(), 1, 8, n=8).x
+    assert (a - make(Hop(), 1, 8, n=8, seed=1).x).abs().flatten(1).max(1).values.min() > 0.1
+    net = Small()
+    c = (labels(8, 10) + 1) % 10
+    b = generate(net, read(net), Linear(), Hop(), c, nfe=1, seed=0, shape=SHAPE).x
+    assert (a - b).abs().flatten(1).max(1).values.min() > 1e-3
+
+
+def test_the_net_is_left_as_it_was() -> None:
+    net = Small()
+    net.table.eval()
+    modes = [part.training for part in net.modules()]
+    first = make(Euler(), 2, 4, n=8, net=net)
+    assert modes == [part.training for part in net.modules()]
+    assert not net._forward_hooks
+    assert not first.x.requires_grad
+    assert torch.equal(first.x, make(Euler(), 2, 4, n=8, net=net).x)  # dropout was off
+
+
+def test_the_net_is_left_as_it_was_when_it_fails() -> None:
+    net = Small()
+
+    def broken(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        generate(net, Reads(broken), Linear(), Euler(), labels(2, 10), nfe=1, seed=0, shape=SHAPE)
+    assert all(part.training for part in net.modules())
+    assert not net._forward_hooks
+
+
+def test_progress_is_told_by_batch() -> None:
+    net, told = Small(), list[int]()
+    generate(net, read(net), Linear(), Hop(), labels(16, 10), nfe=1, seed=0, shape=SHAPE, batch=7, on_batch=told.append)
+    assert told == [7, 14, 16]
+
+
+def test_refuses_before_the_first_pass() -> None:
+    net = Small()
+
+    def never(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        raise AssertionError
+
+    c = labels(2, 10)
+    with pytest.raises(UserError, match="needs flow_map"):
+        generate(net, Reads(never), Linear(), Hop(), c, nfe=1, seed=0, shape=SHAPE)
+    with pytest.raises(UserError, match="out of its reach"):
+        generate(net, Reads(never), Linear(), Heun(), c, nfe=3, seed=0, shape=SHAPE)
+
+
+def test_samples_are_single_precision_on_the_cpu() -> None:
+    made = make(Hop(), 1, 8, n=8).x
+    assert (made.dtype, made.device.type, made.shape) == (torch.float32, "cpu", (8, *SHAPE))
+
+
+def test_passes_are_in_the_precision_that_is_asked_for() -> None:
+    """bf16 is the net under autocast, what it answers widened before anything is added up; else autocast is off."""
+    net, c, z = Small().eval(), labels(8, 10), noise(0, range(8), 0, SHAPE)
+    asked = {"nfe": 1, "seed": 0, "shape": SHAPE}
+    plain = generate(net, read(net), Linear(), Hop(), c, **asked).x
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        (u,) = net(z, c, t=torch.ones(8), r=torch.zeros(8))
+        assert torch.equal(generate(net, read(net), Linear(), Hop(), c, **asked).x, plain)
+    assert u.dtype == torch.bfloat16
+    low = generate(net, read(net), Linear(), Hop(), c, **asked, precision="bf16").x
+    assert torch.equal(low, z - u.float())
+    assert 1e-4 < (low - plain).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("solver", [Hop(), Restart(m=0.3)])
+def test_noise_is_drawn_ahead_and_once(solver: Solver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a batch asks for is drawn for the next one by another thread; nothing after the last."""
+    drawn, threads = list[tuple[int, int]](), list[bool]()
+
+    def watched(seed: int, indices: Sequence[int], k: int, shape: Sequence[int]) -> Tensor:
+        drawn.append((indices[0], k))
+        threads.append(current_thread() is main_thread())
+        return noise(seed, indices, k, shape)
+
+    monkeypatch.setattr(module, "noise", watched)
+    whole = make(solver, 2, 4, n=12).x
+    draw = range(2 if isinstance(solver, Restart) else 1)
+    assert sorted(drawn) == [(first, k) for first in (0, 4, 8) for k in draw]
+    assert sum(threads) == len(draw)  # the first batch's, which nothing came before
+    assert (make(solver, 2, 12, n=12).x - whole).abs().max() <= 1e-5
+    assert not [thread for thread in enumerate_threads() if thread.name.startswith("noise")]
+
+
+def test_labels_go_round() -> None:
+    assert labels(12, 5).tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    assert labels(5, 10, [7, 3]).tolist() == [7, 3, 7, 3, 7]
+    assert labels(3, 0).tolist() == [0, 0, 0]
+    assert labels(2, 1000).dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("classes", "only", "message"),
+    [
+        (10, [3, 10], "label 10 is out of range: labels run from 0 to 9"),
+        (10, [-1], "label -1 is out of range: labels run from 0 to 9"),
+        (0, [0], "label 0 is out of range: this model has no classes, so give no labels"),
+    ],
+)
+def test_labels_out_of_range_are_refused(classes: int, only: list[int], message: str) -> None:
+    with pytest.raises(UserError, match=f"^{message}$"):
+        labels(4, classes, only)
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_no_images_are_refused(n: int) -> None:
+    with pytest.raises(UserError, match="ask for at least 1"):
+        labels(n, 10)

@@ -1,0 +1,153 @@
+"""Laws of the page's answers: a cell is one sample or says why there is none, and a copy of the data is found."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dumo.cli.failure import told
+from dumo.io import picture
+from dumo.report import answer
+from dumo.report.answer import PASSES, Answer, Cell, Row
+from dumo.report.markup import rendered, said
+from dumo.report.sampler import Sampler
+from dumo.runtime.signals import Stopped
+from dumo.types import UserError
+
+NONSENSE = ["", " ", "abc", "-1", "1.5", "1e9", "٣", "nan", "9" * 19, "9" * 10_000, "<script>alert(1)</script>", "0\0"]
+
+
+def pixels(cell: Cell) -> np.ndarray:
+    """Of a cell that has a picture."""
+    assert cell.picture, cell.note
+    return np.asarray(cell.picture)
+
+
+def one(sampler: Sampler, letter: str, nfe: int, c: int, seed: int) -> np.ndarray:
+    """A sample's pixels, made alone."""
+    x = sampler.make(sampler.reading(letter), nfe, c, sampler.fresh([seed])).x
+    return picture.to_rows(x)[0].numpy()
+
+
+def near(a: np.ndarray, b: np.ndarray) -> bool:
+    """But for a rounding to the next of 256 colours."""
+    return bool((np.abs(a.astype(int) - b) <= 1).all())
+
+
+def test_passes_stand_side_by_side_from_one_noise(digits: Sampler) -> None:
+    """In the order of their numbers, a row for each reading, and each as soon as it is made."""
+    parts = [*answer.passes(digits, "3", "8")]
+    assert len(parts) == 2 * len(PASSES)
+    made = [sum(cell.picture is not None for row in part.rows for cell in row.cells) for part in parts]
+    assert made == [*range(1, len(parts) + 1)]
+    for letter, row in zip("uv", parts[-1].rows, strict=True):
+        for nfe, cell in zip(PASSES, row.cells, strict=True):
+            assert near(pixels(cell), one(digits, letter, nfe, 3, 8))
+            assert cell.note.startswith(f"{nfe} pass{'es' * (nfe > 1)}, ")
+    assert parts[-1].line == ""
+
+
+def test_what_a_run_cannot_do_says_why(flow: Sampler) -> None:
+    *_, last = answer.passes(flow, "3", "0")
+    (row,) = last.rows
+    assert [cell.picture is None for cell in row.cells] == [True, False, False, False]
+    assert "solver 'heun' makes 2 passes a step" in row.cells[0].note
+    assert last.line == "Objective flow_matching teaches no jumps."
+    *_, grid = answer.seeds(flow, "3", "0", "v")
+    assert [[cell.picture is None for cell in row.cells] for row in grid.rows] == [[True, False, False, False]] * 4
+
+
+def test_rows_of_the_grid_are_seeds(digits: Sampler) -> None:
+    *_, last = answer.seeds(digits, "5", "40", "u")
+    assert [row.title for row in last.rows] == ["seed 40", "seed 41", "seed 42", "seed 43"]
+    for seed, row in enumerate(last.rows, start=40):
+        assert all(near(pixels(cell), one(digits, "u", n, 5, seed)) for n, cell in zip(PASSES, row.cells, strict=True))
+
+
+def test_the_way_between_seeds_begins_and_ends_at_them(digits: Sampler) -> None:
+    (found,) = answer.interpolation(digits, "5", "3", "9", "u", 2)
+    (row,) = found.rows
+    assert near(pixels(row.cells[0]), one(digits, "u", 2, 5, 3))
+    assert near(pixels(row.cells[-1]), one(digits, "u", 2, 5, 9))
+    steps = [np.abs(pixels(a).astype(int) - pixels(b)).mean() for a, b in pairwise(row.cells)]
+    whole = np.abs(pixels(row.cells[0]).astype(int) - pixels(row.cells[-1])).mean()
+    assert 0 < max(steps) < whole / 2
+    with pytest.raises(UserError, match="give another one"):
+        next(answer.interpolation(digits, "5", "3", "03", "u", 2))
+
+
+def test_a_copy_of_the_data_is_found(digits: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of eight samples one stands among the data: it is below itself, at distance 0, and the others are farther."""
+    some = digits.make(digits.reading("u"), 1, 2, digits.fresh(range(8))).x
+    real = torch.cat([digits.data[0][:50], some[[6]], digits.data[0][50:99]])
+    known = Sampler(digits.opened)
+    monkeypatch.setitem(known.__dict__, "data", (real, 5000))
+    (found,) = answer.neighbours(known, "2", "0", "u", 1)
+    samples, nearest = found.rows
+    assert near(pixels(nearest.cells[6]), pixels(samples.cells[6]))
+    assert [cell.note == "distance 0.00" for cell in nearest.cells] == [k == 6 for k in range(8)]
+    assert found.line.startswith("Looked for among 100 of 5,000 images of the data")
+    assert "the pixels" in found.line
+
+
+def test_without_the_data_there_are_samples_and_a_line(digits: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(run: object) -> None:
+        raise UserError("there is no folder photos")
+
+    monkeypatch.setattr("dumo.report.sampler.real_data", gone)
+    (found,) = answer.neighbours(Sampler(digits.opened), "2", "0", "u", 1)
+    (row,) = found.rows
+    assert len(row.cells) == 8
+    assert found.line.endswith("there is no folder photos")
+
+
+def test_points_are_a_scatter(moons: Sampler) -> None:
+    first = next(answer.passes(moons, "0", "0"))
+    drawn = pixels(first.rows[0].cells[0])
+    for colour in ([255, 0, 0], [204, 204, 204]):  # the samples, the data behind them
+        assert (drawn == colour).all(-1).sum() > 100
+
+
+def test_what_is_late_says_so_and_what_was_made_stays(digits: Sampler) -> None:
+    *_, last = answer.passes(Sampler(digits.opened, limit=0), "0", "0")
+    assert all("took too long" in cell.note for row in last.rows for cell in row.cells)
+
+
+@pytest.mark.parametrize("text", NONSENSE, ids=range(len(NONSENSE)))
+def test_a_seed_that_is_none_is_refused_in_a_line(text: str) -> None:
+    with pytest.raises(UserError, match="give a whole number") as found:
+        answer.seed_of(text)
+    assert len(str(found.value)) < 160
+
+
+def test_seeds_are_read_as_they_are_typed() -> None:
+    assert [answer.seed_of(text) for text in ("0", " 7\n", "007", "9" * 18)] == [0, 7, 7, 10**18 - 1]
+
+
+@pytest.mark.parametrize("what", ["10", "-1", "seven", "<img src=x onerror=alert(1)>", ""])
+def test_a_class_that_is_none_is_refused(what: str, digits: Sampler) -> None:
+    with pytest.raises(UserError, match="labels run from 0 to 9"):
+        next(answer.passes(digits, what, "0"))
+
+
+def test_what_is_said_of_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    """What a person can mend, escaped; of a defect nothing, which the terminal has with its trace."""
+    assert said(UserError("seed '<b>' is none"), told) == "seed &#x27;&lt;b&gt;&#x27; is none"
+    assert said(RuntimeError("CUDA out of memory"), told).startswith("out of memory: use a device with more memory")
+    assert said(Stopped(2), told) == "this page is being closed"
+    assert caplog.records == []
+    assert "secret" not in said(KeyError("secret"), told)
+    assert "KeyError: 'secret'" in caplog.text
+
+
+def test_words_are_escaped_and_pictures_are_inside() -> None:
+    wrong = "<script>alert('x')</script>"
+    tiny = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
+    text = rendered(Answer([Row(wrong, [Cell(tiny, wrong), Cell(None, wrong)])], wrong))
+    assert "<script" not in text
+    assert (
+        text.count("&lt;script&gt;") == 6
+    )  # the title, both words of the picture's other text, its note, the reason, the line
+    assert text.count('src="data:image/png;base64,') == text.count("src=") == 1

@@ -1,0 +1,177 @@
+"""What was measured is set out so that the number which counts leads, and doubts are said."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast, get_args
+
+import pytest
+import torch
+from PIL import Image
+
+from dumo.data import Digits
+from dumo.evaluation import digits as protocol
+from dumo.evaluation import toy, word
+from dumo.evaluation.protocol import Reference, headline
+from dumo.io.panel import headed
+from dumo.objectives import Objective
+from dumo.report import page
+from dumo.report.figure import smoothed
+from dumo.run.evaluation import score
+from dumo.run.evaluation.card import seen, settings
+from dumo.run.folder import RunFolder
+from dumo.run.spec import recipes
+from dumo.run.spec.load import load
+from dumo.types import Sample
+
+HALVES = {"halves": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.02}}
+
+
+def judged(lead: float = 0.5, **more: Any) -> score.Table:  # noqa: ANN401, what a report holds
+    """An evaluation of digits, as it is read."""
+    row = {"nfe": 1, "solver": "restart", "fd_grey": lead, "fd": 0.1, "kid": 0.01, "kid_sd": 0.02, "auc": 0.7, **more}
+    columns = score.figures(row)
+    return {
+        "results": [row],
+        "contrast": [],
+        "columns": columns,
+        "fresh": True,
+        "protocol": "digits",
+        "baselines": HALVES,
+        "baseline": {"name": "halves", **HALVES["halves"]},
+        "words": word.merits(columns),
+    }
+
+
+def near(samples: float, real: float) -> score.Table:
+    return {"rows": [{"name": "samples", "mean": samples}, {"name": "data", "mean": real}]}
+
+
+def test_what_a_file_holds_leads_wherever_it_stands() -> None:
+    assert headline({"kid": 1, "fd_grey": 2}) == "fd_grey"
+    assert headline({"mmd2": 1, "x": 2}) == "mmd2"
+    row = {"nfe": 1, "solver": "hop", "fd": 1.0, "fd_grey": 2.0, "kid": None, "kid_sd": 1.0, "state": "untrained"}
+    assert score.figures(row) == ["fd_grey", "fd", "kid"]
+
+
+def test_what_a_run_was_trained_on_does_not_lead() -> None:
+    """By pixels a distance of features judges on, by features one of pixels; where nothing else is, it leads marked."""
+    features = {"features": "32 of dumo's classifier of digits"}
+    row = {"nfe": 1, "fd_grey": 1.0, "fd": 1.0, "kid": 1.0, "kid_sd": 1.0, "auc": 0.7, "pixel_fd_held": 2.0}
+    by_numbers, by_features = features | {"trained_on": "numbers"}, features | {"trained_on": "classifier of digits"}
+    assert [score.figures(row, card)[0] for card in (features, by_numbers)] == ["fd_grey", "fd_grey"]
+    assert [seen(row, card) for card in (features, by_numbers)] == [[], ["auc", "pixel_fd_held"]]
+    assert seen(row, by_features) == ["fd_grey", "fd", "kid"]
+    assert score.figures(row, by_features) == ["auc", "fd_grey", "fd", "kid", "pixel_fd_held"]
+    assert seen(row, features | {"trained_on": "Inception"}) == []
+    assert headline({"mmd2": 1.0}, by_numbers) == "mmd2"
+
+
+def test_a_card_says_what_a_run_was_trained_on() -> None:
+    assert settings(load("digits-drift"))["trained_on"] == "numbers"
+    assert "trained_on" not in settings(load("digits"))
+
+
+def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
+    """The baseline beside the number that leads is of that number, and the run stands in no table by the others."""
+    row = {"nfe": 1, "solver": "restart", "fd_grey": 0.5, "auc": 0.7}
+    card = {
+        "solver": {},
+        "codec": None,
+        "features": "dumo's classifier of digits",
+        "trained_on": "classifier of digits",
+    }
+    told = {"step": 1, "weights": "w", "protocol": "digits", "results": [row], "contrast": [], "baselines": HALVES}
+    opened = SimpleNamespace(folder=tmp_path, step=1, weights="w")
+    pages: list[score.Table] = []
+    for one in (card, {key: value for key, value in card.items() if key != "trained_on"}):
+        (tmp_path / "evaluation.json").write_text(json.dumps(told | {"card": one}))
+        found = score.judgement(cast(RunFolder, opened))
+        assert found is not None
+        pages.append(found)
+    marked, plain = pages
+    assert (marked["columns"], marked["baseline"]["mean"]) == (["auc", "fd_grey"], 0.5)
+    assert (plain["columns"], plain["baseline"]["mean"]) == (["fd_grey", "auc"], 0.2)
+    assert score.cells(marked, "halves") == ["0.500 ± 0.020", "0.20 ± 0.10"]
+    assert [of.better.endswith("; trained on") for of in marked["words"].values()] == [False, True]
+    results = recipes.results("zoo")
+    assert results is not None
+    protocol = results["cells"][0]["protocol"]
+    assert score.others(results, plain | {"protocol": protocol}, 1, 4.0)["alike"]
+    assert not score.others(results, marked | {"protocol": protocol}, 1, 4.0)["alike"]
+
+
+def test_every_figure_of_ours_has_words() -> None:
+    x, c = Digits().originals().reference(0, 0)
+    of_digits = protocol.score(x[torch.arange(2000) % len(x)], torch.arange(2000) % 10, Reference(x, c))
+    points = torch.randn(20, 2)
+    of_points = toy.score(points, torch.zeros(20), Reference(points, torch.zeros(20)))
+    named = {key for key in [*of_digits, *of_points] if not key.endswith("_sd")}
+    assert named <= word.MERITS.keys()
+    assert all(of.better and of.meaning for of in word.MERITS.values())
+    assert {spec.model_fields["kind"].default for spec in get_args(get_args(Objective)[0])} <= word.METHODS.keys()
+    assert word.word(word.MERITS, "some_other") == word.Word("some other")
+
+
+def test_a_baseline_stands_under_what_it_is_of() -> None:
+    """Real digits are grey already, so both distances have it; the kernel distance has none."""
+    assert score.cells(judged(), "halves") == ["0.20 ± 0.10", "0.20 ± 0.10", "", "0.500 ± 0.020"]
+    split = judged(fd_grey_held=0.6) | {"baselines": {"held": {"mean": 0.3, "sd": 0.1}}}
+    assert score.cells(split, "held") == ["", "", "", "", "0.30 ± 0.10"]  # against images held out alone
+    assert split["words"]["fd_grey_held"].title.endswith("images held out")
+    assert score.shipped(load("moons")) == "fig3"
+    assert score.shipped(load("moons", ["data.kind=digits", "evaluate.protocol.kind=digits"])) == "zoo"
+
+
+@pytest.mark.parametrize(
+    ("step", "lead", "distances", "said"),
+    [
+        (0, 0.3, (2.4, 2.0), ["Untrained", "Stopped at step 0 of 5,000"]),
+        (20, 17.0, (8.4, 2.0), ["Not yet like the data", "Stopped at step 20 of 5,000"]),
+        (5000, 0.5, (8.4, 2.0), ["Not yet like the data"]),
+        (5000, 0.5, (2.4, 2.0), []),
+    ],
+)
+def test_noise_is_not_passed_off(step: int, lead: float, distances: tuple[float, float], said: list[str]) -> None:
+    run = load("digits")
+    assert [what for what, _ in score.doubts(run, step, judged(lead), near(*distances))] == said
+    assert score.doubts(run, 5000, None, None) == []
+
+
+def test_a_state_that_the_evaluation_tells_is_said() -> None:
+    run, told = load("digits"), [judged() | {"state": state} for state in ("untrained", "far", "near", "like the data")]
+    said = [[what for what, _ in score.doubts(run, 5000, one, near(2.4, 2.0))] for one in told]
+    assert said == [["As good as untrained"], ["Not yet like the data"], [], []]
+    assert score.doubts(run, 5000, told[0] | {"fresh": False}, None) == []
+
+
+@pytest.mark.parametrize(
+    ("classes", "columns"), [(1, [0] * 10), (2, [0] * 5 + [1] * 5), (3, [0, 0, 0, 1, 1, 1, 2, 2, 2])]
+)
+def test_few_classes_have_several_columns(classes: int, columns: list[int]) -> None:
+    run = load("my-images", [f"data.classes={classes}", "data.root=x", "evaluate.protocol.kind=folder"])
+    assert page.columns(run) == columns
+    x, c = torch.arange(90.0).view(90, 1, 1, 1).expand(90, *run.data.shape), torch.arange(90) % classes
+    sheet = page.by_class(run, x, c)
+    rows = sheet[:, 0, 0, 0].view(-1, len(columns)).long()
+    assert all((row % classes).tolist() == columns for row in rows)
+    assert len(rows) == min(8, 90 // classes // (len(columns) // classes))
+    assert page.by_class(run, x[:1], c[:1])[0].equal(x[0])  # one image of all
+
+
+def test_names_stand_above_their_columns_and_fit() -> None:
+    sheet = Image.new("RGB", (200, 50))
+    page = headed(sheet, ["a", "a very long name of a class"])
+    assert (page.width, page.height > 50) == (200, True)
+    dark = [x for x in range(200) for y in range(page.height - 50) if page.getpixel((x, y)) < (128, 128, 128)]
+    assert [min(dark), max(dark)] == pytest.approx([48, 195], abs=6)
+    assert all(not 60 < x < 98 for x in dark)
+    assert headed(sheet, []) is sheet
+
+
+def test_smoothing_keeps_the_mean_and_lessens_noise() -> None:
+    x: Sample = torch.randn(300, generator=torch.Generator().manual_seed(0)) + 3
+    found = smoothed(x.tolist())
+    assert found.std() < x.std().item() / 4
+    assert found.mean() == pytest.approx(x.mean().item(), abs=0.05)
+    assert smoothed([1.0, 5.0]).tolist() == [1.0, 5.0]

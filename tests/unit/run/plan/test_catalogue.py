@@ -1,0 +1,72 @@
+"""What is to be fetched: every place that a recipe reads is told, and what stands there is looked at."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from dumo.run.plan.catalogue import CATALOGUE, named, needing, told
+from dumo.run.spec import recipes
+from dumo.run.spec.load import load
+from e2e.shell import call, refused
+
+VARIABLES = ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION", "PRETRAINED")
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (*VARIABLES, "HF_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_every_variable_that_a_recipe_reads_is_told() -> None:
+    read = {name for recipe in recipes.names() for name in re.findall(r"\$([A-Z_]+)", recipes.text(recipe))}
+    assert read <= set(VARIABLES)
+    said = " ".join(" ".join((*item.places, *item.get, item.layout)) for item in CATALOGUE)
+    assert not [name for name in VARIABLES if f"${name}" not in said]
+
+
+@pytest.mark.parametrize(
+    "name", ["imagenet256-xl2", "cifar10-latents", "my-images-256", "imagenet512-xl1-dcae", "sana"]
+)
+def test_a_recipe_is_named_by_what_it_needs(name: str) -> None:
+    spec = load(name)
+    wanted = (
+        {"pretrained"}
+        if name == "sana"
+        else {spec.data.codec.kind, "inception" if hasattr(spec.evaluate.protocol, "frechet") else None}
+    )  # type: ignore[union-attr]
+    for item in CATALOGUE:
+        if item.name in ("taef2", "sd-vae", "dc-ae", "inception", "pretrained"):
+            assert (name in needing(item)) == (item.name in wanted), item.name
+
+
+def test_what_stands_there_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taef2 = named("taef2")
+    assert told(taef2)["looked"][0]["state"] == "the variable is not set"
+    monkeypatch.setenv("DUMO_DATA", str(tmp_path))
+    assert "not there" in told(taef2)["looked"][0]["state"]
+    (tmp_path / "taef2").mkdir()
+    save_file({"x": torch.zeros(1)}, tmp_path / "taef2" / "taef2.safetensors")
+    assert "another file: the sha256" in told(taef2)["looked"][0]["state"]
+    (tmp_path / "imagenet-sample").mkdir()
+    assert [told(item)["there"] for item in CATALOGUE] == [
+        item.name == "imagenet-sample" if item.places else None for item in CATALOGUE
+    ]
+
+
+def test_the_command() -> None:
+    every = call("data")
+    assert (every.code, every.err) == (0, "")
+    one = call("data", "cifar10")
+    assert one.code == 0
+    for item in CATALOGUE:
+        assert item.name in every.out
+    for word in ("curl", "train-00000-of-00001.parquet", "the variable is not set", "cifar10-latents"):
+        assert word in one.out
+    assert call("data", "cifar10", "--json").json["name"] == "cifar10"
+    assert len(call("data", "--json").json) == len(CATALOGUE)
+    refused("data", "cifr10", named=("'cifr10'", "did you mean 'cifar10'?"))

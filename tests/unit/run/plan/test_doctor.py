@@ -1,0 +1,314 @@
+"""A slope that is the derivative passes, one that is not is refused, and training does not notice the examination."""
+
+from pathlib import Path
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from contract.case import kind, members
+from dumo.flow import slope as slopes
+from dumo.flow.slope import Along, CentralSlope, JvpSlope, Slope
+from dumo.run.plan import doctor
+from dumo.run.spec.load import load
+from dumo.run.spec.spec import Run
+from dumo.run.train import train
+from dumo.training import checkpoint
+from dumo.types import Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError
+
+CPU = torch.device("cpu")
+TINY = ["net.width=16", "net.depth=3", "train.batch=8", "train.steps=4", "train.save_every=2", "train.log_every=1"]
+POINTS = ("moons", "moons-meanflow")
+
+
+class Skewed(JvpSlope):
+    """Right but for a factor on one head: always, or only where it is used one way."""
+
+    factor: float = 1.1
+    head: int = -1
+    known: bool | None = None  # the direction, before the pass
+
+    def __call__(
+        self, net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, toward: Sample | None = None, **rest: Time
+    ) -> tuple[Heads, Along]:
+        heads, along = super().__call__(net, ref, x, c, t=t, **rest)
+        wrong = self.known in (None, toward is not None)
+
+        def skewed(w: Sample) -> Heads:
+            found = list(along(w))
+            found[self.head] = found[self.head] * (self.factor if wrong else 1)
+            return tuple(found)
+
+        return heads, skewed
+
+
+class Careless(CentralSlope):
+    """A difference that is taken in any precision."""
+
+    def check(self, precision: str, time_scale: float = 1.0) -> None:
+        """Refuses nothing."""
+
+
+def tiny(name: str = "moons", *more: str) -> Run:
+    """A recipe made small; with the exact slope of torch."""
+    own = [] if "flow-matching" in name else ["objective.slope.kind=jvp"]
+    return load(name, [*TINY, f"evaluate.protocol.samples={40 if 'moons' in name else 500}", *own, *more])
+
+
+def sloped(run: Run, slope: Spec, **net: float) -> Run:
+    """The run with another slope and net, which nobody has looked at."""
+    return run.model_copy(
+        update={"objective": run.objective.model_copy(update={"slope": slope}), "net": run.net.model_copy(update=net)}
+    )
+
+
+def bits(folder: Path) -> dict[str, bytes]:
+    """The files of the last checkpoint, and the log."""
+    last = checkpoint.latest(folder / "checkpoints")
+    assert last is not None
+    return {file.name: file.read_bytes() for file in (*last.iterdir(), folder / "metrics.jsonl")}
+
+
+@pytest.mark.parametrize("ref", ["self", "0.999"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("slope", members(Slope), ids=kind)
+@pytest.mark.parametrize("name", ["moons", "moons-meanflow", "digits", "digits-meanflow"])
+def test_every_slope_passes_where_it_is_not_refused(name: str, slope: type[Spec], precision: str, ref: str) -> None:
+    words = [f"objective.slope.kind={kind(slope)}", f"train.precision={precision}", f"train.ref={ref}"]
+    words += ["net.attention=2"] if name.startswith("digits") else []
+    if precision == "bf16" and slope is CentralSlope:
+        with pytest.raises(UserError, match="fp32"):
+            tiny(name, *words)
+        return
+    run = tiny(name, *words)
+    for found in (doctor.examine(run, CPU), doctor.examine_weights(run, run.build(), CPU)):
+        found.require()
+        assert (found.slope, found.precision, found.time_scale) == (kind(slope), precision, run.net.time_scale)
+        assert tuple(found.errors) == run.objective.needs.heads
+        assert found.passed
+        assert max(found.errors.values()) < (0.02 if precision == "bf16" else 1e-3)
+
+
+@pytest.mark.parametrize("name", POINTS)
+def test_ten_percent_are_found(name: str) -> None:
+    found = doctor.examine(sloped(tiny(name), Skewed()), CPU)
+    *_, last = found.errors.values()
+    assert last == pytest.approx(0.1, rel=1e-3)
+    assert not found.passed
+    assert doctor.examine(sloped(tiny(name), Skewed(factor=1.04)), CPU).passed
+
+
+@pytest.mark.parametrize("slope", [Skewed(head=0), Skewed(head=1), Skewed(known=True), Skewed(known=False)], ids=repr)
+def test_each_head_and_either_use_counts(slope: Skewed) -> None:
+    with pytest.raises(UserError, match="10 %"):
+        doctor.examine(sloped(tiny(), slope), CPU).require()
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -1.0, 0.0])
+def test_no_number_is_no_derivative(factor: float) -> None:
+    assert not doctor.examine(sloped(tiny(), Skewed.model_construct(factor=factor)), CPU).passed
+
+
+@pytest.mark.parametrize(
+    ("slope", "precision", "scale"),
+    [
+        (Careless(), "bf16", 1.0),  # the paper's difference, under autocast
+        (CentralSlope(), "fp32", 1000.0),  # the time embedding of image models
+        (CentralSlope(h=1e-7), "fp32", 1.0),  # rounding
+    ],
+    ids=["bf16", "time_scale", "h"],
+)
+@pytest.mark.parametrize("name", [*POINTS, "digits"])
+def test_differences_that_are_no_derivatives(name: str, slope: CentralSlope, precision: str, scale: float) -> None:
+    heads = ["net.attention=2"] if name == "digits" else []
+    run = sloped(tiny(name, f"train.precision={precision}", *heads), slope, time_scale=scale)
+    found = doctor.examine(run, CPU)
+    assert min(found.errors.values()) > 2 * found.limit
+    with pytest.raises(UserError) as refused:
+        found.require()
+    said = str(refused.value)
+    for part in ("slope 'central'", f"precision {precision}", f"time_scale {scale:g}", "%", "limit 5 %", "kind=dual"):
+        assert part in said
+    assert ("train.precision=fp32" in said) == (precision == "bf16")
+
+
+def test_a_fresh_net_would_pass_anything() -> None:
+    run = sloped(tiny(), Skewed(factor=100.0))
+    net = run.build()
+    assert doctor.examine_weights(run, net, CPU).passed  # its heads are zero, and so are their derivatives
+    assert not doctor.examine(run, CPU).passed
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1)
+    assert not doctor.examine_weights(run, net, CPU).passed
+
+
+def test_where_the_derivative_is_zero_the_error_is_absolute() -> None:
+    class Shifted(JvpSlope):
+        by: float
+
+        def __call__(
+            self, net: Net, ref: Frozen, x: Sample, c: Cond, *, t: Time, toward: Sample | None = None, **rest: Time
+        ) -> tuple[Heads, Along]:
+            heads, along = super().__call__(net, ref, x, c, t=t, **rest)
+            return heads, lambda w: tuple(slope + self.by / slope.numel() ** 0.5 for slope in along(w))
+
+    for by, passed in ((0.0, True), (0.9e-6, True), (1.1e-6, False)):
+        run = sloped(tiny(), Shifted(by=by))
+        assert doctor.examine_weights(run, run.build(), CPU).passed == passed
+
+
+def test_what_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[nn.Module, Tensor, dict[str, Tensor], bool]] = []
+    own = slopes.JvpSlope.__call__
+
+    def watch(self: JvpSlope, net: Net, ref: Frozen, x: Sample, c: Cond, **inputs: Tensor) -> tuple[Heads, Along]:
+        times = {name: inputs[name] for name in ("t", "r")}
+        seen.append((cast(nn.Module, net), x, times, torch.is_autocast_enabled("cpu")))
+        return own(self, net, ref, x, c, **inputs)
+
+    monkeypatch.setattr(slopes.JvpSlope, "__call__", watch)
+    run = tiny("moons-meanflow", "train.precision=bf16", "objective.slope.kind=jvp")
+    doctor.examine(run, CPU)
+    net = run.build()
+    doctor.examine_weights(run, net, CPU)
+    for (examined, x, times, autocast), depth in zip(seen, (2, 2, 3, 3), strict=True):
+        t, r = times["t"], times["r"]
+        assert len(cast(nn.ModuleList, examined.layers)) == depth
+        assert not examined.training
+        assert x.shape[1:] == run.data.shape
+        assert autocast
+        assert t.min() > 0
+        assert t.max() == t[-1] == 1
+        assert (r <= t).all()
+        assert (r[0], r[-1]) == (t[0], 0)
+        assert len(t.unique()) == len(x)
+
+
+@pytest.mark.parametrize(("ref", "own"), [("self", True), ("0.999", False)])
+def test_the_slope_sees_theta_minus_as_training_shows_it(ref: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    same: list[bool] = []
+    real = JvpSlope.__call__
+
+    def watch(self: JvpSlope, net: Net, ref: Frozen, *args: Tensor, **inputs: Tensor) -> tuple[Heads, Along]:
+        same.append(ref.module is net)
+        return real(self, net, ref, *args, **inputs)
+
+    monkeypatch.setattr(JvpSlope, "__call__", watch)
+    doctor.examine(tiny("moons", f"train.ref={ref}"), CPU).require()
+    assert same == [own, own]
+
+
+def test_labels_are_in_range_and_keyed_by_the_seed() -> None:
+    run = tiny("digits", "net.attention=2")
+    x, w, c, inputs = doctor._point(run, 128, CPU)
+    assert set(c.tolist()) == set(range(11))  # the null class, too
+    assert {tuple(s.shape) for s in (x, w)} == {(128, 1, 8, 8)}
+    assert list(inputs) == ["t"]
+    assert torch.equal(x, doctor._point(run, 128, CPU)[0])
+    assert not torch.equal(x, doctor._point(tiny("digits", "net.attention=2", "train.seed=1"), 128, CPU)[0])
+
+
+def test_an_objective_without_a_slope_has_nothing_to_examine() -> None:
+    run = tiny("moons-flow-matching")
+    for found in (doctor.examine(run, CPU), doctor.examine_weights(run, run.build(), CPU)):
+        assert found.slope is None
+        assert found.passed
+        assert "nothing to examine" in str(found)
+
+
+def test_examining_leaves_everything_as_it_is() -> None:
+    run = tiny("moons-meanflow")
+    net = run.build().train()
+    x, c, ones = torch.ones(4, 2), torch.zeros(4, dtype=torch.long), torch.ones(4)
+    net(x, c, t=ones, r=ones)[0].square().sum().backward()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    grads = [None if p.grad is None else p.grad.clone() for p in net.parameters()]
+    state = torch.random.get_rng_state()
+    first = doctor.examine_weights(run, net, CPU), doctor.examine(run, CPU)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    torch.manual_seed(7)
+    assert (doctor.examine_weights(run, net, CPU), doctor.examine(run, CPU)) == first
+    assert all(module.training for module in net.modules())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+    for p, grad in zip(net.parameters(), grads, strict=True):
+        assert p.grad is None if grad is None else torch.equal(cast(Tensor, p.grad), grad)
+
+
+@pytest.mark.parametrize("slope", members(Slope), ids=kind)
+def test_training_does_not_notice(slope: type[Spec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny("moons", f"objective.slope.kind={kind(slope)}", "train.steps=6", "train.micro_batch=2")
+    train(run, tmp_path / "examined")
+    nothing = doctor.Examination(None, "fp32", 1.0, "none", {})
+    monkeypatch.setattr(doctor, "examine", lambda *_: nothing)
+    monkeypatch.setattr(doctor, "examine_weights", lambda *_: nothing)
+    train(run, tmp_path / "plain")
+    assert bits(tmp_path / "examined") == bits(tmp_path / "plain")
+
+
+def test_train_refuses_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"slope 'jvp'.* 10 %.*limit 5 %.*kind=dual"):
+        train(sloped(tiny(), Skewed(known=False)), tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("steps", "first"), [(6, 2), (4, 2), (2, 2), (1, 1)])
+def test_weights_are_examined_once_at_the_first_checkpoint(
+    steps: int, first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[list[str]] = []
+    own = doctor.examine_weights
+
+    def watch(run: Run, net: nn.Module, device: torch.device) -> doctor.Examination:
+        saved.append([path.name for path in checkpoint.standing(tmp_path / "run/checkpoints").values()])
+        return own(run, net, device)
+
+    monkeypatch.setattr(doctor, "examine_weights", watch)
+    train(tiny("moons", f"train.steps={steps}"), tmp_path / "run")
+    assert saved == [[]]  # looked at before it is saved
+    assert list(checkpoint.standing(tmp_path / "run/checkpoints"))[-1] == steps
+    if steps > first:
+        train(tiny("moons", "train.steps=9"), tmp_path / "run")
+        assert len(saved) == 1
+
+
+def test_train_stops_at_a_first_checkpoint_with_a_broken_slope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = JvpSlope.__call__
+
+    def late(self: JvpSlope, net: Net, ref: Frozen, x: Sample, c: Cond, **inputs: Tensor) -> tuple[Heads, Along]:
+        """Wrong on two rows, which is what the true weights are tried on."""
+        heads, along = own(self, net, ref, x, c, **inputs)
+        return heads, lambda w: tuple(slope * (1.1 if len(x) == 2 else 1) for slope in along(w))
+
+    monkeypatch.setattr(JvpSlope, "__call__", late)
+    run, folder = tiny(), tmp_path / "run"
+    for _ in range(2):  # starting again is no way round
+        with pytest.raises(UserError, match="the weights in training"):
+            train(run, folder)
+        assert list(checkpoint.standing(folder / "checkpoints")) == []  # what was refused is not kept
+        assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "look", lambda _: [])
+    good = doctor.diagnose(tiny())
+    assert good["ok"]
+    assert [line["state"] for line in good["findings"]] == ["ok"]
+    assert good["examination"]["errors"].keys() == {"v", "u"}
+
+    bad = doctor.diagnose(sloped(tiny(), Skewed.model_construct(factor=float("nan"))))
+    (line,) = bad["findings"]
+    assert (bad["ok"], line["state"], bad["examination"]["errors"]["u"]) == (False, "failing", None)
+    assert "kind=dual" in line["way"]
+
+    class Refusing(JvpSlope):
+        def __call__(self, *_: object, **__: object) -> tuple[Heads, Along]:
+            raise UserError("no tangent rule for torch.special.airy_ai")
+
+    refused = doctor.diagnose(sloped(tiny(), Refusing()))
+    (line,) = refused["findings"]
+    assert (refused["ok"], line["state"], refused["examination"]) == (False, "failing", None)
+    assert "airy" in line["way"]
+    with pytest.raises(UserError, match="device 'gpu'"):
+        doctor.diagnose(tiny(), "gpu")

@@ -1,0 +1,71 @@
+"""What is said of a run before it trains: its source takes another theta^-, or its data have another deviation."""
+
+import shlex
+
+import pytest
+
+from dumo.run.spec import recipes
+from dumo.run.spec.advice import advice
+from dumo.run.spec.load import load
+
+HOP = "sample.solver.kind=hop"
+CM = ["objective.kind=consistency", "objective.weighted=false", "objective.soft=null"]
+AVERAGED = {
+    "shortcut": ["objective.kind=shortcut", HOP],
+    "tvm": ["objective.kind=tvm"],
+    "rcgm": ["objective.kind=rcgm"],
+    "twinflow": ["objective.kind=twinflow"],
+    "consistency": CM,
+}
+
+
+def ways(line: str) -> list[str]:
+    """The fields that a line says to set."""
+    return [word for word in shlex.split(line[line.index("--set") :]) if word != "--set"]
+
+
+@pytest.mark.parametrize("kind", AVERAGED)
+def test_an_average_that_the_source_takes_is_missed_until_it_is_set(kind: str) -> None:
+    (line,) = advice(load("digits", AVERAGED[kind]))
+    assert f"objective '{kind}'" in line
+    assert "train.ref: self" in line
+    assert "\n" not in line
+    follows = load("digits", [*AVERAGED[kind], *ways(line)])
+    assert follows.train.ref == follows.objective.needs.ref
+    assert not advice(follows)
+
+
+@pytest.mark.parametrize(
+    "sets", [[], ["objective.kind=rcgm", "objective.order=1"], ["objective.kind=consistency"], ["objective.kind=ucgm"]]
+)
+def test_of_others_nothing_is_said(sets: list[str]) -> None:
+    assert not advice(load("digits", sets), sd=0.5)[: 0 if "consistency" in str(sets) else None]
+
+
+def test_packaged_recipes_are_as_their_sources_have_them() -> None:
+    assert [name for name in recipes.names() if advice(load(name))] == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "sets", "who"),
+    [
+        ("digits-ict", [], "objective 'consistency' and net.precondition 'edm'"),
+        ("digits-ict", ["net.precondition=none"], "objective 'consistency' are"),
+        ("digits-sct", [], "objective 'sct'"),
+        ("digits", ["net.precondition=edm"], "of net.precondition 'edm'"),
+    ],
+)
+def test_constants_for_deviation_1_on_other_data(recipe: str, sets: list[str], who: str) -> None:
+    run = load(recipe, sets)
+    (line,) = advice(run, sd=0.75)
+    assert who in line
+    assert ways(line) == ["path.sd=0.75"]
+    assert not advice(load(recipe, [*sets, *ways(line)]), sd=0.75)
+    assert not any(advice(run, sd) for sd in (None, 0.0, 0.85, 1.0, 1.15))
+    assert ways(advice(run, sd=1.25)[0]) == ["path.sd=1.2"]
+    (again,) = advice(load(recipe, [*sets, "path.sd=0.5"]), sd=0.75)
+    assert "1.5 in units of path.sd = 0.5" in again
+
+
+def test_without_such_constants_any_deviation_will_do() -> None:
+    assert not advice(load("digits"), sd=0.1)

@@ -1,0 +1,98 @@
+"""Captions in a run: what its conditions are, what they are called, and which parts do not fit them."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from dumo.run import sheet
+from dumo.run.evaluation.card import labels
+from dumo.run.evaluation.evaluate import conditions
+from dumo.run.sample import conditions as sampled
+from dumo.run.spec.load import load, parse, summary
+from dumo.run.spec.spec import Run
+from dumo.types import UserError
+from unit.data.animals import SIDE
+from unit.data.test_written import TEXTS, TOLD, as_lines
+
+WORDS = 'data.captions={"kind": "templates", "templates": ["a {}", "{n}"], "held": ["one {}"]}'
+READ = "net.texts={kind: learned, root: runs/texts/here}"
+RUN = ("digits", [WORDS, READ, "evaluate.protocol.samples=500"])
+
+
+def words(*sets: str) -> Run:
+    return load(RUN[0], [*RUN[1], *sets])
+
+
+def named(run: Run, c: torch.Tensor) -> list[str]:
+    return [run.class_name(k) for k in c.tolist()]
+
+
+def test_a_run_by_classes_is_judged_by_them() -> None:
+    run = load("digits")
+    assert conditions(run).equal(run.evaluate.protocol.labels(10))
+    assert "captions" not in summary(run)["evaluate"]
+
+
+def test_a_run_by_words_is_judged_by_captions_of_the_protocols_classes() -> None:
+    run = words()
+    assert (run.data.classes, run.data.labels) == (30, 10)
+    assert named(run, conditions(run))[7:28:10] == ["a seven", "7", "a seven"]
+    held = words("evaluate.captions=held")
+    assert named(held, conditions(held))[:3] == ["one zero", "one one", "one two"]
+    assert (labels(run), labels(held)) == tuple(f"i mod 10, by {which} templates in turn" for which in ("seen", "held"))
+    assert parse(Run, held.model_dump(mode="json")) == held
+
+
+def test_sheets_and_samples_have_captions_of_classes_in_turn() -> None:
+    run = words()
+    assert sheet.classes(run).equal(sampled(run, 64))
+    assert named(run, sampled(run, 12))[9:] == ["a nine", "0", "1"]
+    assert sampled(run, 3, [29, 4]).tolist() == [29, 4, 29]
+
+
+def test_a_caption_is_meant_by_its_words_or_number() -> None:
+    run = words()
+    assert run.class_index("one seven") == 27
+    assert run.class_index("7") == run.class_names.index("7")  # which is what is written, not number 7
+    assert run.class_index("29") == 29
+    with pytest.raises(UserError, match=r"label 'a cow' is out of range.*as a prompt"):
+        run.class_index("a cow")
+
+
+def test_captions_of_files_are_judged_by_those_of_images(tmp_path: Path) -> None:
+    as_lines(tmp_path, TOLD)
+    data = f"data={{kind: images, root: {tmp_path}, side: {SIDE}, captions: {{kind: files}}}}"
+    run = load("digits", [data, READ, "net.patch=2", "evaluate.protocol={kind: photos, samples: 24}"])
+    few = run.conditions(torch.zeros(4, dtype=torch.long)).tolist()  # of images 0, 3, 6, 9
+    assert few[0] == len(TEXTS)
+    assert [TEXTS[k] in TOLD[i] for i, k in zip((3, 6, 9), few[1:], strict=True)] == [True] * 3
+    c = conditions(run)
+    assert len(c) == 24
+    for i, k in enumerate(c.tolist()):
+        own = TOLD[i % 12]
+        assert (TEXTS[k] in own) if own else k == len(TEXTS)
+    assert conditions(run).equal(c)
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        ([WORDS], "Here data 'digits' give some, and net 'dit' reads none"),
+        ([READ], "data.captions gives the captions that net.texts reads: set both, or neither"),
+        ([WORDS, "net={kind: unet, width: 32}"], "net 'unet' reads none"),
+        (
+            ["evaluate.protocol={kind: clip-score}"],
+            "data 'digits' give none: set data.captions, or choose another protocol",
+        ),
+        (["evaluate.captions=held"], "data.captions.held names none"),
+        (
+            ['data.captions={"kind": "templates", "templates": ["{}"]}', READ, "evaluate.captions=held"],
+            "held names none",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(sets: list[str], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load("digits", sets)
+    assert told in str(caught.value)

@@ -1,0 +1,205 @@
+"""A recipe, over its bases, says all that its summary says: nothing is left to a default that might change."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dumo.encoders import DcAe, QwenVae, SdVae
+from dumo.lab import plan
+from dumo.run.spec import recipes
+from dumo.run.spec.load import dump, load, summary
+from dumo.run.spec.source import KEY, read
+
+NAMES = recipes.names()
+SHIPPED = sorted(path.stem for path in Path(recipes.__file__).parent.glob("results/*.json"))
+
+
+LATENTS = {  # as the vae/config.json of each model says
+    "sd3-medium": SdVae(variant="sd3"),
+    "flux-dev": SdVae(variant="flux"),
+    "z-image": SdVae(variant="flux"),
+    "sana-1600m": DcAe(variant="sana"),
+    "qwen-image": QwenVae(),
+}
+
+
+def keys(tree: object, path: str = "") -> set[str]:
+    """The dotted paths of a tree's values."""
+    parts = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return {path} | {key for name, part in parts for key in keys(part, f"{path}.{name}")}
+
+
+def whole(name: str) -> str:
+    """All that a recipe says: its own text, and before it that of its bases."""
+    base = recipes.base(name)
+    return (whole(base) if base else "") + recipes.text(name)
+
+
+def test_names() -> None:
+    assert sorted(NAMES) == NAMES
+    assert {f"{data}{rest}" for data in ("digits", "moons") for rest in ("", "-flow-matching", "-meanflow")} <= set(
+        NAMES
+    )
+    assert "digits-guided" in NAMES
+    assert all(name == name.lower() and " " not in name for name in NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_is_complete(name: str) -> None:
+    tree, run = read(name)[0], load(name)
+    assert keys(summary(run)) <= keys(tree) <= keys(run.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if recipes.base(name)])
+def test_a_recipe_with_a_base_says_less(name: str) -> None:
+    tree = recipes.parse_yaml(recipes.text(name))
+    assert recipes.base(name) == tree["base"] != name
+    assert len(recipes.text(name).splitlines()) <= len(dump(load(name), short=True).splitlines())
+
+
+def test_a_recipe_without_a_base_names_none() -> None:
+    for name in NAMES:
+        assert ("base" in recipes.parse_yaml(recipes.text(name))) == (recipes.base(name) is not None)
+
+
+def test_every_recipe_is_in_one_group() -> None:
+    listed = [name for group in recipes.GROUPS.values() for name in group]
+    assert sorted(listed) == NAMES
+    assert next(iter(recipes.GROUPS.values()))[0] == "digits"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_holds_values_of_their_own_types(name: str) -> None:
+    (found, _), run = read(name), load(name)
+    resolved = recipes.parse_yaml(dump(run))
+    del resolved[KEY]
+    assert run == type(run).model_validate(resolved)
+    for key in found:  # 1e-3 is text to YAML 1.1; the value that it resolves to is a number
+        assert found[key] == {**resolved, key: found[key]}[key]
+        plain = re.sub(r"'[^'\n]*\{n?\}[^'\n]*'", "", yaml.safe_dump(found[key]))  # but for templates
+        assert "'" not in plain.replace("''", ""), key  # the empty text aside
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_about_is_one_short_line(name: str) -> None:
+    about = recipes.about(name)
+    assert 10 <= len(about) <= 80
+    assert "\n" not in about
+    assert about == about.strip()
+    assert load(name).about == about
+
+
+def test_abouts_tell_recipes_apart() -> None:
+    assert len({recipes.about(name) for name in NAMES}) == len(NAMES)
+
+
+@pytest.mark.parametrize("data", ["digits", "moons"])
+def test_siblings_differ_in_what_they_compare_only(data: str) -> None:
+    runs = [load(name) for name in (data, f"{data}-flow-matching", f"{data}-meanflow")]
+    for part in ("data", "net", "path"):
+        assert len({getattr(run, part) for run in runs}) == 1
+    assert len({run.train.model_copy(update={"steps": 1}) for run in runs}) == 1  # steps may pay for dearer ones
+    assert len({run.evaluate.protocol for run in runs}) == 1
+
+
+# The paper's FID in one pass and two (Tab. 1); of B/2 the best in one pass (Fig. 4), of three heads in one (Sec. 4.3)
+FID = {
+    "imagenet256-xl2": ("3.07", "2.82"),
+    "imagenet256-xl2-432": ("2.60", "1.79"),
+    "imagenet256-xl2-meanflow": ("3.43", "2.93"),
+    "imagenet256-xl2-three-heads": ("2.84",),
+    "imagenet256-xl2-three-heads-shortcut": ("4.73",),
+    "imagenet512-xl4": ("3.47", "2.76"),
+    "imagenet512-xl4-meanflow": ("4.21", "3.41"),
+    "imagenet512-xl1-dcae": ("2.89", "2.23"),
+    "imagenet256-b2": ("63.86",),
+    "imagenet256-b2-meanflow": ("76.04",),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if re.match(r"imagenet\d", name)])
+def test_a_full_size_recipe_says_what_the_paper_has_and_where_its_numbers_come_from(name: str) -> None:
+    text = recipes.text(name)
+    head, lines = text[: text.index("about:")], [line.strip() for line in whole(name).splitlines()]
+    for fid in FID[name] if name in FID else (name.removesuffix("-dual"),):
+        assert fid in head
+    for key in ("lr", "betas", "decay", "batch", "steps", "micro_batch", "drop", "zeta", "ramp"):
+        assert any(re.match(rf"(- )?{key}: .+ # .+", line) for line in lines), key
+
+
+@pytest.mark.parametrize("name", recipes.GROUPS["A pretrained transformer"])
+def test_a_pretrained_transformer_is_tuned_as_published(name: str) -> None:
+    """Settings of TwinFlow's released code; and latents are what each model's own pipeline decodes."""
+    run, full = load(name).model_dump(), "lora" not in name
+    train, net, codec = run["train"], run["net"], run["data"]["codec"]
+    assert (train["optimizer"]["lr"], train["optimizer"]["betas"], train["clip"]) == (
+        1e-5 if full else 1e-4,
+        (0.9, 0.99),
+        1,
+    )
+    assert net["lora"] is None if full else net["lora"]["rank"] == 64
+    assert (run["sample"]["solver"]["m"], run["objective"]["times"]["kind"]) == (0.7, "uniform")
+    assert (run["objective"]["guide"]["zeta"], run["teacher"] is None) == (
+        (0, False) if net["guidance"] else (0.8, True)
+    )
+    assert train["batch"] >= 4 * 8  # four to a GPU, of eight
+    assert codec | {"weights": ""} == LATENTS[net["source"]].model_dump() | {"weights": ""}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_loads_where_no_folder_is_named(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for variable in re.findall(r"\$(\w+)", whole(name)):
+        monkeypatch.delenv(variable, raising=False)
+    load(name)
+
+
+def test_an_unknown_recipe_is_a_key_error() -> None:
+    for name in ("nothing", "digits.yaml", "../recipes/digits", ""):
+        with pytest.raises(KeyError):
+            recipes.text(name)
+
+
+def test_results_that_are_not_there() -> None:
+    assert recipes.results("nothing") is None
+
+
+def test_the_zoo_is_shipped_and_what_fails_there_says_why() -> None:
+    results = recipes.results("zoo")
+    assert results is not None
+    assert "not known" not in {row["why"] for row in results["table"]}
+
+
+def test_results_say_where_they_come_from() -> None:
+    for name in SHIPPED:
+        results = recipes.results(name)
+        assert results is not None
+        assert (results["name"], results["title"]) == (name, plan.read(name).title)
+        assert results["scale"] in plan.SCALES
+        assert results["scale"] != "smoke"
+        assert results["origin"]["command"].startswith(f"dumo reproduce {name} --scale {results['scale']}")
+        assert {"date", "machine", "device", "threads", "versions"} <= results["origin"].keys()
+        assert results["table"]
+        assert len({tuple(row) for row in results["table"]}) == 1
+        assert results["cells"]
+        json.dumps(results, allow_nan=False)
+
+
+def test_a_list_of_recipes_needs_neither_torch_nor_pydantic() -> None:
+    program = "import sys; from dumo import recipes; [(recipes.about(n), recipes.base(n)) for n in recipes.names()]; "
+    program += "recipes.results('zoo'); print({'torch', 'pydantic', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+def test_a_list_of_recipes_reads_one_line_of_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    parse, parsed = recipes.parse_yaml, list[str]()
+    monkeypatch.setattr(recipes, "parse_yaml", lambda text: parsed.append(text) or parse(text))
+    abouts = [recipes.about(name) for name in NAMES]
+    assert len(parsed) == len(abouts)
+    assert not any("\n" in text for text in parsed)

@@ -1,0 +1,123 @@
+"""Batches made ahead are those that were asked for, in the order asked, of bounded number; errors come as they are."""
+
+import threading
+from collections.abc import Callable
+from threading import Barrier, Event, Lock
+
+import pytest
+import torch
+from torch import Tensor
+
+from dumo.data import Digits
+from dumo.runtime.prefetch import BATCHES, Ahead
+from dumo.types import UserError
+
+LAST = 10
+
+
+def threads() -> set[str]:
+    """Those that make batches."""
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith(("ahead", "decode"))}
+
+
+class Made:
+    """Batches that are their steps; which were made."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.lock, self.came = Lock(), Event()
+
+    def __call__(self, step: int) -> list[Tensor]:
+        with self.lock:
+            self.steps.append(step)
+        self.came.set()
+        return [torch.tensor([step])]
+
+    def wait(self, count: int) -> list[int]:
+        """The first so many that were made, sorted."""
+        while len(self.steps) < count:
+            self.came.wait(1)
+            self.came.clear()
+        return sorted(self.steps)
+
+
+def test_batches_are_those_of_the_source() -> None:
+    """To the bit, and each is made once."""
+    source, calls = Digits().open(), Made()
+
+    def make(step: int) -> tuple[Tensor, Tensor]:
+        calls(step)
+        return source.batch(step, 16, 0)
+
+    with Ahead(make, last=LAST, depth=BATCHES) as batches:
+        for step in range(LAST):
+            for one, other in zip(batches(step), source.batch(step, 16, 0), strict=True):
+                assert torch.equal(one, other)
+    assert sorted(calls.steps) == list(range(LAST))
+
+
+def test_so_many_are_made_ahead_and_no_more() -> None:
+    """However long the step takes, and none behind the last."""
+    make = Made()
+    with Ahead(make, last=LAST, depth=BATCHES) as batches:
+        batches(0)
+        assert make.wait(1 + BATCHES) == list(range(1 + BATCHES))
+        batches(1)
+        assert make.wait(2 + BATCHES) == list(range(2 + BATCHES))
+        assert len(batches.coming) == BATCHES
+        batches(LAST - 1)
+        assert not batches.coming
+    assert max(make.steps) == LAST - 1
+
+
+def test_several_are_made_at_once() -> None:
+    """They wait for each other, so one thread would wait for ever."""
+    meet = Barrier(BATCHES)
+
+    def make(step: int) -> list[Tensor]:
+        if 1 <= step <= BATCHES:
+            meet.wait(timeout=60)
+        return [torch.tensor([step])]
+
+    with Ahead(make, last=LAST, depth=BATCHES) as batches:
+        assert [batches(step)[0].item() for step in range(1 + BATCHES)] == list(range(1 + BATCHES))
+
+
+@pytest.mark.parametrize("asked", [[0, 5, 1, 1, 9, 0], [9, 8, 7], [3, 3, 3], [12, 0]])
+def test_any_step_may_be_asked_for(asked: list[int]) -> None:
+    """Back and forth, again, and behind the last."""
+    with Ahead(Made(), last=LAST, depth=BATCHES) as batches:
+        assert [int(batches(step)[0]) for step in asked] == asked
+
+
+def test_errors_come_as_they_are_at_their_step() -> None:
+    """Not before: the steps up to there are made. What never is asked for fails nothing."""
+
+    def make(step: int) -> list[Tensor]:
+        if step in (2, 5):
+            raise UserError(f"image {step} cannot be read")
+        return [torch.tensor([step])]
+
+    with Ahead(make, last=LAST, depth=BATCHES) as batches:
+        assert [int(batches(step)[0]) for step in (0, 1)] == [0, 1]
+        with pytest.raises(UserError, match="image 2 cannot be read"):
+            batches(2)
+        assert int(batches(3)[0]) == 3
+    assert not threads()
+
+
+def raising(error: BaseException) -> Callable[[Ahead], None]:
+    def work(batches: Ahead) -> None:
+        batches(0)
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("diverged"), UserError("no")])
+def test_no_thread_is_left(error: BaseException) -> None:
+    """Whatever ends the steps, also amid what is being made."""
+    with pytest.raises(type(error)), Ahead(Made(), last=LAST, depth=BATCHES) as batches:
+        raising(error)(batches)
+    assert not threads()
+    assert batches.threads._shutdown
