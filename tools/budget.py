@@ -24,7 +24,7 @@ from contextlib import redirect_stderr
 from io import StringIO
 from tempfile import TemporaryDirectory
 from dumo import cli
-from dumo.run.spec.load import load
+from dumo.run.config.load import load
 
 def leaves(tree):
     inner = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else None

@@ -13,20 +13,18 @@ cli                              the commands, and what `import dumo` offers
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
-__all__ = ["UserError", "load", "recipe", "train"]
+__all__ = ["UserError", "load", "recipe", "train"]  # pyright: ignore[reportUnsupportedDunderAll], see __init__.pyi
 
-if TYPE_CHECKING:
-    from dumo.cli.api import UserError, load, recipe, train
-else:  # torch takes seconds to import: it waits for the first use
 
-    def __getattr__(name: str) -> object:
-        if name == "__version__":
-            return import_module("dumo.runtime").version()
-        if name not in __all__:
-            raise AttributeError(f"module 'dumo' has no attribute '{name}'")
-        return getattr(import_module("dumo.cli.api"), name)
+def __getattr__(name: str) -> object:
+    """Imported on first use, for torch takes seconds."""
+    if name == "__version__":
+        return import_module("dumo.runtime").version()
+    if name not in __all__:
+        raise AttributeError(f"module 'dumo' has no attribute '{name}'")
+    return getattr(import_module("dumo.cli.api"), name)
 
-    def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

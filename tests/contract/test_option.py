@@ -16,9 +16,9 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from dumo.objectives import Objective
-from dumo.run.spec import recipes
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
+from dumo.run.config import recipes
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 
 OBJECTIVES = get_args(get_args(Objective)[0])
 ROOT = Path(__file__).parents[2]

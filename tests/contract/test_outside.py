@@ -6,9 +6,9 @@ import torch
 from contract.outside import Alternate, Outside
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
+from dumo.run.config.check import check
+from dumo.run.config.load import load
 from dumo.run.plan.cost import exact_rows
-from dumo.run.spec.check import check
-from dumo.run.spec.load import load
 from dumo.types import Noised, UserError
 
 N = 8

@@ -14,8 +14,8 @@ from dumo.flow.path import Linear, Trig
 from dumo.flow.slope import DualSlope
 from dumo.nets import DiT
 from dumo.objectives import Objective
+from dumo.run.config.load import load
 from dumo.run.plan.cost import forward_units
-from dumo.run.spec.load import load
 from dumo.types import Spec
 
 ROOT = Path(__file__).parents[2]

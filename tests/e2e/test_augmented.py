@@ -14,11 +14,11 @@ from torch import Tensor
 from dumo.data.augment import Edm, changes
 from dumo.flow.draw import draw
 from dumo.flow.generate import labels
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.run.folder import open_run
 from dumo.run.plan import cost
 from dumo.run.sample import sample_batches
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
 from dumo.run.train import train
 from dumo.runtime.random import stream
 from dumo.training.optim import AdamW, Constant

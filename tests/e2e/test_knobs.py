@@ -10,12 +10,12 @@ from dumo.flow.path import Linear
 from dumo.flow.reading import reading
 from dumo.lab.yardstick import slope_error
 from dumo.objectives import DuMo, ImprovedMeanFlow
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.run.evaluation.sweep import full
 from dumo.run.folder import RunFolder
 from dumo.run.plan.doctor import examine
 from dumo.run.sample import sample_batches
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
 from dumo.types import Cond, Heads, Sample, Time, UserError, frozen
 
 SMALL = ["net.width=16", "net.depth=1", "sample.nfe=[1]"]

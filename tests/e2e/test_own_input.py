@@ -10,11 +10,11 @@ from dumo.flow.guide import Guide
 from dumo.flow.slope import DualSlope
 from dumo.lab.yardstick import Plain, slope_error
 from dumo.objectives import Several
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.run.gallery import readings
 from dumo.run.plan import cost, doctor
 from dumo.run.plan.plan import plan
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
 from dumo.training.record import ask
 from dumo.types import Noised, frozen
 from theory.exact import Exact, gaussian, record

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dumo.run.spec import recipes
-from dumo.run.spec.load import load, summary
-from dumo.run.spec.source import FORMAT, KEY, read
+from dumo.run.config import recipes
+from dumo.run.config.load import load, summary
+from dumo.run.config.source import FORMAT, KEY, read
 from e2e.shell import TINY, call, refused, sets
 from forked import ENVIRONMENT
 

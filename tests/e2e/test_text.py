@@ -13,8 +13,8 @@ import yaml
 import dumo
 import encoders
 from dumo.io.weights import load
+from dumo.run.config import recipes
 from dumo.run.prompt import names, prompted
-from dumo.run.spec import recipes
 from e2e.shell import call
 
 TEMPLATES = ["{}", "the digit {n}", "a handwritten {}"]

@@ -8,7 +8,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from dumo.run.spec import recipes
+from dumo.run.config import recipes
 from e2e.shell import TINY
 
 ROOT = Path(__file__).parents[2]

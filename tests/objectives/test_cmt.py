@@ -16,8 +16,8 @@ from dumo.flow.solver import Euler, Heun
 from dumo.flow.times import Grid
 from dumo.objectives import CMT
 from dumo.run import teacher
+from dumo.run.config.load import load
 from dumo.run.folder import open_run
-from dumo.run.spec.load import load
 from dumo.run.train import train
 from dumo.runtime.progress import no_bar
 from dumo.types import Noised, Reads, UserError

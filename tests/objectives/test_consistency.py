@@ -12,7 +12,7 @@ from dumo.flow.secant import MAX_GAIN, demand_precision
 from dumo.flow.times import Karras
 from dumo.objectives import Consistency, FlowMatching
 from dumo.objectives.consistency import KarrasGrid, Ratio
-from dumo.run.spec.load import load
+from dumo.run.config.load import load
 from dumo.training.ema import Ema, MovingAverage
 from dumo.types import Frozen, Noised, UserError
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record

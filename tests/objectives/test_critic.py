@@ -8,7 +8,7 @@ import torch
 from contract.case import Counted, nets, randomise, step
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.objectives.critic import CENTRE, FIT, FLOOR, SLOPES, WEIGHT, Critic, reversed_at
-from dumo.run.spec.load import load
+from dumo.run.config.load import load
 from dumo.run.train import train
 from theory.exact import PRODUCT, D, Exact, Gaussian, Product, column, gaussian, gradient, record
 from theory.formula import Polynomial, gradients

@@ -8,7 +8,7 @@ import torch
 from contract.case import Counted, nets, randomise, step
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.objectives.drift import RADII, WEIGHT, Drift, drift
-from dumo.run.spec.load import load
+from dumo.run.config.load import load
 from dumo.training.cut import together
 from dumo.types import UserError
 from theory.exact import D, Exact, gaussian

@@ -13,7 +13,7 @@ from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope
 from dumo.flow.times import Jumps
 from dumo.objectives import DuMo, DuMoAny
-from dumo.run.spec.load import load
+from dumo.run.config.load import load
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import D, column, gaussian
 from theory.formula import GUIDES, Polynomial, agree, guided, half, rows

@@ -9,7 +9,7 @@ from torch import Tensor
 from contract.case import Counted, nets, randomise, step
 from dumo.flow.times import Below, Groups, Uniform
 from dumo.objectives import IMM
-from dumo.run.spec.load import load
+from dumo.run.config.load import load
 from dumo.types import Frozen, Noised, UserError
 from theory.exact import APART, D, Exact, Gaussian, column, record, table
 from theory.formula import Polynomial, changed, gradients

@@ -11,7 +11,7 @@ from dumo.flow.path import Linear
 from dumo.flow.times import Grid
 from dumo.objectives import PiFlow
 from dumo.objectives.pi_flow import Policy
-from dumo.run.spec.load import load
+from dumo.run.config.load import load
 from dumo.types import Frozen, Heads, Noised, UserError
 from theory.exact import APART, PRODUCT, D, Flow, column
 from theory.formula import Polynomial, gradients

@@ -15,7 +15,7 @@ from dumo.flow.path import Linear
 from dumo.flow.solver import Euler, Hop, check
 from dumo.flow.times import Dyadic
 from dumo.objectives import FlowMatching, Shortcut
-from dumo.run.spec.load import load
+from dumo.run.config.load import load
 from dumo.types import Frozen, Heads, Noised, Reads, UserError
 from theory import exact
 from theory.exact import D, Exact, Gaussian, column, gaussian, table

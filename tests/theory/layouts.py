@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dumo.data import Data
 from dumo.io.source import Source
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.runtime import dist
 from dumo.runtime.random import keyed
 from dumo.training.cut import span

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dumo.run.spec import recipes
-from dumo.run.spec.load import load
+from dumo.run.config import recipes
+from dumo.run.config.load import load
 from forked import main_of
 from meeting import outputs
 

@@ -24,8 +24,8 @@ from dumo.evaluation.neighbours import precision_recall
 from dumo.flow.draw import draw
 from dumo.flow.slope import DualSlope
 from dumo.run import encode as encoding
+from dumo.run.config.load import load
 from dumo.run.encode import encode
-from dumo.run.spec.load import load
 from dumo.run.train import train
 from dumo.runtime.random import random_batch
 from dumo.training import checkpoint

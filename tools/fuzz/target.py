@@ -18,9 +18,9 @@ from dumo.data.cache import read_contents
 from dumo.evaluation import reference as adm
 from dumo.io import weights, yaml
 from dumo.run import deviation
+from dumo.run.config.load import dump, load
 from dumo.run.evaluation import score
 from dumo.run.evaluation.card import compare
-from dumo.run.spec.load import dump, load
 from dumo.training import checkpoint, log, manifest
 from fuzz.mutation import mutated, replaced
 

@@ -18,13 +18,13 @@ from torch import nn
 from dumo.encoders.scaled import Opened
 from dumo.io import picture
 from dumo.report import page
+from dumo.run.config import load as config
+from dumo.run.config.change import override, shown
+from dumo.run.config.spec import Run
 from dumo.run.evaluation import evaluate as evaluation
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.prompt import prompted
 from dumo.run.sample import COUNT, conditions, guided_reading, sample, solver_named, turned
-from dumo.run.spec import load as config
-from dumo.run.spec.change import override, shown
-from dumo.run.spec.spec import Run
 from dumo.run.train import train as train_run
 from dumo.runtime.progress import Bar, bar, no_bar, say
 from dumo.types import Reads, Sample
@@ -41,7 +41,7 @@ class TrainedRun:
 
     @property
     def spec(self) -> Run:
-        """The run as it was trained: `run.spec.train.steps`, `run.spec.objective` ..."""
+        """The run as it was trained: `run.config.train.steps`, `run.config.objective` ..."""
         return self.opened.run
 
     @property

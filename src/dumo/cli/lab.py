@@ -74,7 +74,7 @@ def step(
     F is a forward pass; by time it is a third of the plain flow-matching step in the same precision.
     """
     from dumo.lab import step
-    from dumo.run.spec.load import load
+    from dumo.run.config.load import load
 
     begin(threads)
     report = step.measure(
@@ -111,7 +111,7 @@ def sample(
 ) -> None:
     """Measure images per second by number of passes, with random weights."""
     from dumo.lab import sampling
-    from dumo.run.spec.load import load
+    from dumo.run.config.load import load
 
     begin(threads)
     report = sampling.measure(

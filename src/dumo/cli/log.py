@@ -109,7 +109,7 @@ def send(runs: list[Path], to: str, *, follow: bool) -> None:
     """All rows that the tracker was not sent yet; what was is said on stderr."""
     from dumo.report.feed import feed
     from dumo.report.tracker import TRACKERS
-    from dumo.run.spec.error import nearest
+    from dumo.run.config.error import nearest
     from dumo.types import UserError
 
     if to not in TRACKERS:

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from dumo.run.spec import recipes
+from dumo.run.config import recipes
 
 if TYPE_CHECKING:
-    from dumo.run.spec.spec import Run
+    from dumo.run.config.spec import Run
 
 
 def begun(text: str) -> list[str]:

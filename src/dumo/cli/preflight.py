@@ -11,12 +11,12 @@ from rich.table import Table
 
 from dumo.cli.option import AsJson, Device, Set, Source, size
 from dumo.cli.terminal import out, show_lines
-from dumo.run.spec import recipes as packaged
+from dumo.run.config import recipes as packaged
 from dumo.runtime.progress import say
 from dumo.types.bound import ROWS
 
 if TYPE_CHECKING:
-    from dumo.run.spec.spec import Run
+    from dumo.run.config.spec import Run
 
 
 def recipes(as_json: AsJson = False) -> None:
@@ -43,8 +43,8 @@ def recipes(as_json: AsJson = False) -> None:
 
 def advised(source: str, overrides: list[str] | None) -> "Run":
     """The run, and on stderr what of it is not as its sources have it."""
-    from dumo.run.spec.advice import advice
-    from dumo.run.spec.load import load
+    from dumo.run.config.advice import advice
+    from dumo.run.config.load import load
 
     run = load(source, overrides or [])
     for line in advice(run):
@@ -64,8 +64,8 @@ def show(
     Fields of the machine and parts that are empty are left out where they stand at their defaults. All but the spec is
     printed as comments, so that  dumo show digits > my.yaml  makes a file for  dumo train my.yaml.
     """
+    from dumo.run.config.load import dump, summary
     from dumo.run.plan.show import show
-    from dumo.run.spec.load import dump, summary
 
     if as_yaml and as_json:
         raise typer.BadParameter("--yaml and --json: give one of them")

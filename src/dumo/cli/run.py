@@ -15,7 +15,7 @@ from dumo.runtime.progress import bar, no_bar, say
 from dumo.types.bound import ROWS
 
 if TYPE_CHECKING:
-    from dumo.run.spec.spec import Run
+    from dumo.run.config.spec import Run
 
 
 def encode(
@@ -88,7 +88,7 @@ def train(
     from dumo.export.model import forms
     from dumo.nets import Pretrained
     from dumo.run import train
-    from dumo.run.spec.load import default_folder, load
+    from dumo.run.config.load import default_folder, load
 
     spec, folder = load(source, set_ or []), folder or default_folder(source)
     with sparing(lean(spec)):

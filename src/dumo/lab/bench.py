@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dumo.flow.precision import Precision
+from dumo.run.config.error import nearest
+from dumo.run.config.spec import Run
 from dumo.run.plan import machine
-from dumo.run.spec.error import nearest
-from dumo.run.spec.spec import Run
 from dumo.runtime import memory
 from dumo.runtime.progress import Bar
 from dumo.runtime.random import stream

@@ -18,10 +18,10 @@ from dumo.lab.plan import Cell
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
 from dumo.run import encode, text
+from dumo.run.config.spec import Run
 from dumo.run.evaluation import card
 from dumo.run.evaluation.evaluate import evaluate, standing
 from dumo.run.folder import RunFolder, open_run
-from dumo.run.spec.spec import Run
 from dumo.run.train import train
 from dumo.runtime.heartbeat import Lost
 from dumo.runtime.progress import Bar, no_bar

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from functools import wraps
 
+from dumo.run.config.spec import Run
 from dumo.run.plan import cost
-from dumo.run.spec.spec import Run
 
 
 def once(count: Callable[[Run], float]) -> Callable[[Run], float]:

@@ -17,9 +17,9 @@ from dumo.lab.cell import Result
 from dumo.lab.cost import units
 from dumo.lab.plan import Cell, Plan
 from dumo.lab.table import Row
+from dumo.run.config.spec import Run
 from dumo.run.folder import RunFolder
 from dumo.run.plan import machine
-from dumo.run.spec.spec import Run
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar
 from dumo.runtime.random import stream

@@ -16,11 +16,11 @@ from dumo.lab.cell import Result
 from dumo.lab.plan import Plan
 from dumo.lab.table import Row, averaged, main_score
 from dumo.run import gallery
+from dumo.run.config.spec import Run
 from dumo.run.evaluation.evaluate import evaluator_of, row
 from dumo.run.folder import RunFolder
 from dumo.run.plan import show
 from dumo.run.sample import sample
-from dumo.run.spec.spec import Run
 from dumo.runtime.progress import no_bar
 
 JUDGED = (1, 2, 50)  # passes of Fig. 5: few, and as many as the velocity needs

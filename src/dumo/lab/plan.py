@@ -27,9 +27,9 @@ from pydantic import BeforeValidator, Field
 
 from dumo.io.yaml import parse
 from dumo.lab.cost import operations, pairs, units
-from dumo.run.spec.error import nearest
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
+from dumo.run.config.error import nearest
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.types import Spec, UserError
 
 PLANS = files("dumo.lab") / "plans"

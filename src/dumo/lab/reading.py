@@ -17,10 +17,10 @@ from dumo.data.album import Album
 from dumo.io.read import user_path
 from dumo.io.source import Source
 from dumo.lab.cost import flops, units
+from dumo.run.config.change import override
+from dumo.run.config.load import FILE, load, parse
+from dumo.run.config.spec import Run
 from dumo.run.plan import machine
-from dumo.run.spec.change import override
-from dumo.run.spec.load import FILE, load, parse
-from dumo.run.spec.spec import Run
 from dumo.runtime import dist, signals
 from dumo.runtime.prefetch import BATCHES, Ahead
 from dumo.runtime.progress import Bar, Tick, no_bar

@@ -17,8 +17,8 @@ from dumo.lab import best, cell, chart, fig4b, ours, paper
 from dumo.lab.cell import Result
 from dumo.lab.plan import SCALES, Plan, read
 from dumo.lab.table import Row, averaged, from_cells, markdown
-from dumo.run.spec import recipes
-from dumo.run.spec.error import nearest
+from dumo.run.config import recipes
+from dumo.run.config.error import nearest
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import UserError

@@ -15,8 +15,8 @@ from dumo.flow.precision import Precision
 from dumo.flow.reading import reading
 from dumo.flow.solver import Euler, Solver, check
 from dumo.lab import bench
+from dumo.run.config.spec import Run
 from dumo.run.plan import machine
-from dumo.run.spec.spec import Run
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream

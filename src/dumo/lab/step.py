@@ -21,10 +21,10 @@ from dumo.io.read import finite
 from dumo.lab import bench
 from dumo.lab.bench import Times
 from dumo.lab.yardstick import Plain, Unchecked, slope_error
+from dumo.run.config.error import nearest
+from dumo.run.config.spec import Run
 from dumo.run.plan import cost, machine
 from dumo.run.plan.count import Bytes
-from dumo.run.spec.error import nearest
-from dumo.run.spec.spec import Run
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import random_batch

@@ -6,7 +6,7 @@ from typing import Any
 
 from dumo.evaluation.protocol import headline
 from dumo.lab.cell import Result
-from dumo.run.spec.spec import Run
+from dumo.run.config.spec import Run
 
 Row = dict[str, Any]
 

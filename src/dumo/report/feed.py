@@ -18,8 +18,8 @@ from typing import Any
 
 from dumo.io import file
 from dumo.report.tracker import TRACKERS, Tracker, values
-from dumo.run.spec.load import FILE as SPEC
-from dumo.run.spec.load import load
+from dumo.run.config.load import FILE as SPEC
+from dumo.run.config.load import load
 from dumo.run.speed import LOG, logged
 from dumo.runtime import signals
 from dumo.training.log import Row

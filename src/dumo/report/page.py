@@ -21,6 +21,9 @@ from dumo.io import file, picture
 from dumo.io.panel import headed, labelled
 from dumo.report.figure import charts, embed
 from dumo.report.prompt import prompt_sheet
+from dumo.run.config import recipes
+from dumo.run.config.load import dump
+from dumo.run.config.spec import Run
 from dumo.run.evaluation import score
 from dumo.run.evaluation.number import large, number
 from dumo.run.evaluation.score import judgement
@@ -28,9 +31,6 @@ from dumo.run.folder import RunFolder
 from dumo.run.gallery import PASSES, is_image, readings, within
 from dumo.run.plan.show import show
 from dumo.run.sample import conditions, sample
-from dumo.run.spec import recipes
-from dumo.run.spec.load import dump
-from dumo.run.spec.spec import Run
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream

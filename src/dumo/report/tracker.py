@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from dumo.run.spec.spec import Run
+from dumo.run.config.spec import Run
 from dumo.training.log import Row
 from dumo.types import UserError
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from dumo.io import file as files
 from dumo.io.weights import apart, compare
 from dumo.io.weights import load as load_weights
-from dumo.run.spec.load import load
-from dumo.run.spec.source import FILE
+from dumo.run.config.load import load
+from dumo.run.config.source import FILE
 from dumo.training import checkpoint, frozen
 from dumo.training.ema import WIDEST, PowerEma, exponent
 from dumo.training.manifest import standing

@@ -17,9 +17,9 @@ from dumo.data.image import below
 from dumo.io.read import brief, user_path
 from dumo.io.table import Done
 from dumo.run import text
-from dumo.run.spec.change import override
-from dumo.run.spec.load import FILE, load, parse
-from dumo.run.spec.spec import Run
+from dumo.run.config.change import override
+from dumo.run.config.load import FILE, load, parse
+from dumo.run.config.spec import Run
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import Spec, UserError

@@ -18,10 +18,10 @@ from dumo.io.weights import compare
 from dumo.io.weights import load as load_weights
 from dumo.nets.dualized import Dualized
 from dumo.run import published
-from dumo.run.spec.load import FILE, difference, differences, dump, load
-from dumo.run.spec.source import Noted
-from dumo.run.spec.spec import Run
-from dumo.run.spec.teacher import Start
+from dumo.run.config.load import FILE, difference, differences, dump, load
+from dumo.run.config.source import Noted
+from dumo.run.config.spec import Run
+from dumo.run.config.teacher import Start
 from dumo.runtime import dist
 from dumo.training import checkpoint, frozen, manifest
 from dumo.training.state import State

@@ -19,10 +19,10 @@ from dumo.flow.reading import head_of
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, able, check
 from dumo.io import picture
 from dumo.io.panel import labelled
+from dumo.run.config.error import nearest
+from dumo.run.config.spec import Run
 from dumo.run.folder import RunFolder, load_net
 from dumo.run.sample import conditions, real_data, sample, sample_batches
-from dumo.run.spec.error import nearest
-from dumo.run.spec.spec import Run
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.training import checkpoint
 from dumo.types import Sample, UserError

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from dumo.io.source import Source
 from dumo.run import deviation
+from dumo.run.config.change import shown
+from dumo.run.config.load import changes
+from dumo.run.config.source import Noted
+from dumo.run.config.spec import Run
 from dumo.run.folder import note
-from dumo.run.spec.change import shown
-from dumo.run.spec.load import changes
-from dumo.run.spec.source import Noted
-from dumo.run.spec.spec import Run
 from dumo.runtime import dist
 from dumo.training import log, manifest
 from dumo.types import UserError

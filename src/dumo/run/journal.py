@@ -12,8 +12,8 @@ import torch
 
 from dumo.io.source import Source
 from dumo.run import average
+from dumo.run.config.spec import Run
 from dumo.run.plan import doctor
-from dumo.run.spec.spec import Run
 from dumo.run.teacher import Coupled
 from dumo.runtime import dist, memory, signals
 from dumo.runtime.progress import sized

@@ -8,9 +8,9 @@ from typing import Any
 
 from dumo.io import digest
 from dumo.io.weights import title
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.run.folder import RunFolder, shown
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
 from dumo.training.checkpoint import part
 
 LONG = 40  # characters of a value in a name

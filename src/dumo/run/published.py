@@ -9,8 +9,8 @@ from dumo.io.weights import load
 from dumo.nets.dit import PUBLISHED, SIZES, DiT, Transformer
 from dumo.nets.embed import FREQUENCIES
 from dumo.nets.sit import UNUSED, converted, of_diffusers, our_name
-from dumo.run.spec.spec import Run
-from dumo.run.spec.teacher import Start
+from dumo.run.config.spec import Run
+from dumo.run.config.teacher import Start
 from dumo.types import UserError
 
 ATTENTION = {width: attention for width, _, attention in SIZES.values()}

@@ -16,12 +16,12 @@ from dumo.flow.solver import Solver, check
 from dumo.io import file as files
 from dumo.io import picture
 from dumo.io.source import Source
+from dumo.run.config.load import parse
+from dumo.run.config.spec import Run
+from dumo.run.config.tree import Sampling
 from dumo.run.folder import RunFolder
 from dumo.run.name import changes, own, sampling, word
 from dumo.run.prompt import highest, names, prompted
-from dumo.run.spec.load import parse
-from dumo.run.spec.spec import Run
-from dumo.run.spec.tree import Sampling
 from dumo.runtime import dist, memory
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import Reads, Sample, UserError

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dumo.data import Latents
 from dumo.flow import generate
+from dumo.run.config.spec import Run
 from dumo.run.folder import RunFolder
 from dumo.run.sample import guided_reading, shared, write
-from dumo.run.spec.spec import Run
 from dumo.runtime import dist
 from dumo.training import agreement, layout
 from dumo.training.state import State

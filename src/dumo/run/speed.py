@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
+from dumo.run.config.spec import Run
 from dumo.run.plan import cost, machine
 from dumo.run.plan.rehearsal import peak
-from dumo.run.spec.spec import Run
 from dumo.runtime import dist
 from dumo.runtime.progress import number, sized
 from dumo.training import log

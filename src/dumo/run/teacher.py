@@ -21,10 +21,10 @@ from dumo.io.file import write
 from dumo.io.read import read_json, write_json
 from dumo.io.source import Source, Table, rows_of
 from dumo.io.weights import load
+from dumo.run.config.check import check_guided
+from dumo.run.config.spec import Run
+from dumo.run.config.teacher import Pairs, Teacher
 from dumo.run.folder import open_run
-from dumo.run.spec.check import check_guided
-from dumo.run.spec.spec import Run
-from dumo.run.spec.teacher import Pairs, Teacher
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, say
 from dumo.runtime.random import noise

@@ -15,7 +15,7 @@ from dumo.io.file import locked
 from dumo.io.table import Done
 from dumo.nets.table import Tabled
 from dumo.nets.text import Learned
-from dumo.run.spec.spec import Run
+from dumo.run.config.spec import Run
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import UserError

@@ -17,14 +17,14 @@ from dumo.flow.slope import CentralSlope, DualSlope
 from dumo.io.source import Source
 from dumo.nets.dualized import Dualized
 from dumo.run import deviation, teacher, text
+from dumo.run.config.advice import advice
+from dumo.run.config.check import check_pieces
+from dumo.run.config.spec import Run
 from dumo.run.folder import begin, held
 from dumo.run.history import History
 from dumo.run.journal import Journal, way_back
 from dumo.run.plan import cost, doctor
 from dumo.run.sheet import Sheets
-from dumo.run.spec.advice import advice
-from dumo.run.spec.check import check_pieces
-from dumo.run.spec.spec import Run
 from dumo.run.speed import Meter
 from dumo.runtime import dist
 from dumo.runtime.prefetch import BATCHES, Ahead

@@ -14,8 +14,8 @@ import torch
 
 import dumo
 from dumo.cli.api import TrainedRun
+from dumo.run.config.load import load
 from dumo.run.sample import COUNT, sample
-from dumo.run.spec.load import load
 from dumo.types import Reads
 from e2e.shell import call
 from e2e.test_start import HEAVY

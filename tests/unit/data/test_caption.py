@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from dumo.data import Digits
 from dumo.data.caption import Templates
 from dumo.data.digits import NAMES
-from dumo.run.spec.load import load
+from dumo.run.config.load import load
 from dumo.types import UserError
 
 WORDS = Templates(templates=("a handwritten {}", "{n}", "the digit {n}, {}"), held=("{}!", "no. {n}"))

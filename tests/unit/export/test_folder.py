@@ -10,7 +10,7 @@ import pytest
 from dumo.export.folder import fits, indexed
 from dumo.export.model import INDEX, Exported
 from dumo.export.write import vacant
-from dumo.run.spec.load import load
+from dumo.run.config.load import load
 from dumo.types import UserError
 
 SCALE = 1.2  # of the recipe's codec; its shift is 0

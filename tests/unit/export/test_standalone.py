@@ -14,10 +14,10 @@ from dumo.data.image import Images
 from dumo.encoders import SdVae, Taef2
 from dumo.export.write import export
 from dumo.flow.solver import Euler
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.run.folder import RunFolder
 from dumo.run.sample import sample
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
 from dumo.runtime.random import noise, stream
 from dumo.types import UserError
 from unit.nets.given import Given

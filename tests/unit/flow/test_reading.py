@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from dumo.flow.reading import bind, head_of, mean_velocity
-from dumo.run.spec.load import load
+from dumo.run.config.load import load
 from dumo.types import Heads
 
 X, C = torch.arange(6.0).view(3, 2), torch.zeros(3, dtype=torch.long)

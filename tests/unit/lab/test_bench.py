@@ -14,8 +14,8 @@ from dumo.flow.solver import Euler, Heun, Hop, Restart
 from dumo.lab import bench, sampling, step
 from dumo.lab.step import Row
 from dumo.lab.yardstick import Plain, slope_error
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.runtime.progress import no_bar
 from dumo.types import Cond, Frozen, Heads, Net, Sample, Time, UserError, frozen
 from e2e.shell import call, refused, sets

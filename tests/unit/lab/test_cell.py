@@ -13,8 +13,8 @@ from PIL import Image
 from dumo.lab import cell, fig4b, plan, reproduce
 from dumo.lab.cell import Result, finish, sources
 from dumo.lab.plan import Cell, Plan, read
+from dumo.run.config.load import load
 from dumo.run.evaluation.evaluate import evaluate
-from dumo.run.spec.load import load
 from dumo.runtime.progress import no_bar
 from dumo.training import loop
 from dumo.training.state import State

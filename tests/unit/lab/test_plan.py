@@ -8,8 +8,8 @@ import torch
 from dumo.lab import plan
 from dumo.lab.cost import operations, pairs, units
 from dumo.lab.plan import Cell, Plan, names, read, slug, trained_by
-from dumo.run.spec import recipes
-from dumo.run.spec.load import load
+from dumo.run.config import recipes
+from dumo.run.config.load import load
 from dumo.runtime.random import stream
 from dumo.types import UserError
 

@@ -12,9 +12,9 @@ from dumo.lab import best, chart, fig4b, ours, paper, table
 from dumo.lab.cell import Result
 from dumo.lab.plan import Cell, read
 from dumo.lab.reproduce import redraw
+from dumo.run.config import recipes
+from dumo.run.config.load import load
 from dumo.run.folder import RunFolder
-from dumo.run.spec import recipes
-from dumo.run.spec.load import load
 from dumo.types import Cond, UserError
 
 NET = torch.nn.Identity()

@@ -13,8 +13,8 @@ from dumo.nets.dit import DiT, Head, Transformer
 from dumo.nets.embed import turn, turns
 from dumo.nets.mlp import MLP
 from dumo.objectives import DuMo, FlowMatching, Objective
+from dumo.run.config.load import load
 from dumo.run.plan.cost import forward_flops
-from dumo.run.spec.load import load
 from dumo.types import Frozen, Needs, UserError
 
 TINY = DiT(patch=2, width=8, depth=2, attention=2)

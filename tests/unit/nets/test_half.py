@@ -16,7 +16,7 @@ from dumo.nets import Pretrained
 from dumo.nets.adapter import Half, Lora
 from dumo.nets.dualized import Dualized
 from dumo.objectives import DuMo
-from dumo.run.spec.load import load
+from dumo.run.config.load import load
 from dumo.types import Frozen, Heads, Needs, UserError
 from transformers_saved import CLASSES, IMAGES, SHAPE, batch, saved
 

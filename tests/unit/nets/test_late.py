@@ -10,7 +10,7 @@ from contract.case import randomise
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.dit import DiT, Transformer
 from dumo.objectives import FlowMatching, MeanFlow
-from dumo.run.spec.load import load
+from dumo.run.config.load import load
 from dumo.types import Frozen, Needs, UserError
 
 SHAPE, CLASSES = (3, 4, 4), 5

@@ -8,7 +8,7 @@ from contract.case import randomise
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope
 from dumo.nets import DiT
 from dumo.nets.precondition import framed
-from dumo.run.spec.load import load
+from dumo.run.config.load import load
 from dumo.types import Frozen, Needs, UserError, lift
 
 D = torch.float64

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from dumo.report.sampler import Sampler
+from dumo.run.config.load import load
 from dumo.run.folder import open_run
-from dumo.run.spec.load import load
 from dumo.run.train import train
 
 TINY = ["net.width=16", "net.depth=1", "train.batch=16", "train.steps=5", "train.optimizer.lr=0.02"]

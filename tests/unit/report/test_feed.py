@@ -15,8 +15,8 @@ import pytest
 from dumo.report import feed as feeding
 from dumo.report import tracker
 from dumo.report.feed import Feed, feed
-from dumo.run.spec.load import dump, load
-from dumo.run.spec.spec import Run
+from dumo.run.config.load import dump, load
+from dumo.run.config.spec import Run
 from dumo.runtime import signals
 from dumo.training import log
 from dumo.types import UserError

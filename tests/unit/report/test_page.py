@@ -21,8 +21,8 @@ from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.objectives import Critic
 from dumo.report import page as report
+from dumo.run.config.load import load
 from dumo.run.folder import RunFolder, open_run
-from dumo.run.spec.load import load
 from dumo.run.train import train
 from dumo.runtime.progress import Tick
 from dumo.training import log

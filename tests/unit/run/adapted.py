@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dumo.nets import MLP, DiT
-from dumo.run.spec.spec import Run
+from dumo.run.config.spec import Run
 from dumo.runtime.random import stream
 from dumo.types import Cond, Heads, Needs, Reads, Sample, Time
 

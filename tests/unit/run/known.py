@@ -2,8 +2,8 @@
 
 import torch
 
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.types import Cond, Reads, Sample, Time, lift
 
 TINY = (

@@ -7,9 +7,9 @@ import torch
 
 from dumo.io.weights import load as load_weights
 from dumo.run.average import average
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.run.folder import open_run
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
 from dumo.run.train import train
 from dumo.types import UserError
 

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dumo.flow.slope import DualSlope
+from dumo.run.config.load import load
+from dumo.run.config.teacher import Start
 from dumo.run.folder import begin_from, open_run
-from dumo.run.spec.load import load
-from dumo.run.spec.teacher import Start
 from dumo.run.teacher import of_base
 from dumo.run.train import train
 from dumo.runtime import memory

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from dumo.run.config.load import dump, load
+from dumo.run.config.spec import Run
 from dumo.run.folder import FILE, LOCK, claim, held, note
-from dumo.run.spec.load import dump, load
-from dumo.run.spec.spec import Run
 from dumo.types import UserError
 
 

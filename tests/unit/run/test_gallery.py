@@ -10,9 +10,9 @@ from PIL import Image
 from dumo.flow.solver import Euler, Heun, Hop, Restart
 from dumo.io import picture
 from dumo.run import gallery
+from dumo.run.config.load import load
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.sample import sample_batches
-from dumo.run.spec.load import load
 from dumo.run.train import train
 from dumo.types import UserError
 

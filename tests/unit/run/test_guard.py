@@ -14,11 +14,11 @@ import torch
 
 from dumo.io import digest
 from dumo.run import deviation
+from dumo.run.config.load import FILE, load
+from dumo.run.config.source import Noted, noted
+from dumo.run.config.spec import Run
 from dumo.run.folder import open_run
 from dumo.run.journal import Journal
-from dumo.run.spec.load import FILE, load
-from dumo.run.spec.source import Noted, noted
-from dumo.run.spec.spec import Run
 from dumo.run.train import train
 from dumo.runtime import signals
 from dumo.training import checkpoint, log, loop, manifest

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dumo.io.weights import load as load_weights
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.run.folder import open_run
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
 from dumo.run.train import train
 from dumo.training import checkpoint
 from dumo.types import UserError

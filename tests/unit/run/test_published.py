@@ -11,9 +11,9 @@ from torch.nn import functional as F
 
 from dumo.nets.embed import grid_waves
 from dumo.nets.sit import of_diffusers
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.run.folder import begin_from
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from unit.nets.given import Given

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from dumo.run import sheet
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.run.folder import open_run
 from dumo.run.sample import export
 from dumo.run.sheet import Sheets
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
 from dumo.run.train import train
 from dumo.types import UserError
 

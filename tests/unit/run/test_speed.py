@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dumo.run import speed
+from dumo.run.config.load import load
 from dumo.run.plan import machine
-from dumo.run.spec.load import load
 from dumo.run.speed import Meter, flops, logged
 from dumo.training import log
 from dumo.training.step import Record

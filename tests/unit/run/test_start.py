@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dumo.run.config.load import load
 from dumo.run.folder import open_run
-from dumo.run.spec.load import load
 from dumo.run.train import train
 from dumo.types import UserError
 from unit.run.known import tiny

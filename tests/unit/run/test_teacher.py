@@ -14,11 +14,11 @@ from torch import Tensor
 from dumo.flow.cfg import CFG
 from dumo.io.weights import load as load_weights
 from dumo.run import teacher
+from dumo.run.config.check import check_guided
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
+from dumo.run.config.teacher import Teacher
 from dumo.run.folder import open_run
-from dumo.run.spec.check import check_guided
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
-from dumo.run.spec.teacher import Teacher
 from dumo.run.train import train
 from dumo.runtime import dist
 from dumo.runtime.progress import no_bar

@@ -15,10 +15,10 @@ from dumo.flow.generate import labels
 from dumo.flow.solver import Euler, Heun, Restart
 from dumo.io.source import Table
 from dumo.io.weights import load as load_weights
+from dumo.run.config.load import FILE, load
+from dumo.run.config.spec import Run
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.sample import FORMS, export, sample, solver_named
-from dumo.run.spec.load import FILE, load
-from dumo.run.spec.spec import Run
 from dumo.run.train import opened, outlook, train
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.runtime.random import noise

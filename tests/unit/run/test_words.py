@@ -9,8 +9,8 @@ import torch
 
 from dumo.nets.table import Tabled
 from dumo.run import text
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.run.train import train
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dumo.run.spec.load import load
+from dumo.run.config.load import load
 from dumo.run.train import train
 from dumo.runtime import memory
 from dumo.types import UserError

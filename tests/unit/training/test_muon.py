@@ -7,8 +7,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from dumo.run.config.load import load
 from dumo.run.plan.plan import held
-from dumo.run.spec.load import load
 from dumo.run.train import train
 from dumo.runtime.random import stream
 from dumo.training.muon import orthogonal

@@ -20,9 +20,9 @@ from dumo.flow.path import Linear, Trig
 from dumo.lab.yardstick import Plain
 from dumo.nets.dit import DiT
 from dumo.nets.text import Learned
-from dumo.run.spec import recipes
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
+from dumo.run.config import recipes
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.runtime.random import random_batch
 from dumo.training.loop import Every, train
 from dumo.training.spec import Compile

@@ -15,9 +15,9 @@ from dumo.evaluation.protocol import trained_on
 from dumo.flow.solver import Euler, Heun, Solver
 from dumo.io.weights import title
 from dumo.run import deviation
+from dumo.run.config.spec import Run
 from dumo.run.evaluation.record import FILE, Row, read_report
 from dumo.run.folder import RunFolder
-from dumo.run.spec.spec import Run
 from dumo.runtime import dist
 from dumo.types import UserError
 

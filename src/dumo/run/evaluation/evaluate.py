@@ -27,12 +27,12 @@ from dumo.flow.solver import Solver, check
 from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
 from dumo.io.read import finite, write_json
+from dumo.run.config.spec import Run
 from dumo.run.evaluation.card import card, contrast_solver, settings
 from dumo.run.evaluation.record import FILE, Row, read_report, state
 from dumo.run.folder import RunFolder
 from dumo.run.name import Fields, changes, flat, own
 from dumo.run.sample import real_data, sample_batches, solver_named
-from dumo.run.spec.spec import Run
 from dumo.run.text import captions
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, Tick, no_bar

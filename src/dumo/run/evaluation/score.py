@@ -10,11 +10,11 @@ from typing import Any
 from dumo.evaluation.protocol import headline, of_baseline
 from dumo.evaluation.word import BASELINES, MERITS, STATES, merits, word
 from dumo.io.read import read_json
+from dumo.run.config.spec import Run
 from dumo.run.evaluation.card import seen
 from dumo.run.evaluation.number import number, spread
 from dumo.run.evaluation.record import checked
 from dumo.run.folder import RunFolder
-from dumo.run.spec.spec import Run
 
 FAR_OFF = 1.5  # times the distance of real images to their nearest, beyond which samples are not like them; ours:
 # on digits 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000

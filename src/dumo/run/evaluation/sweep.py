@@ -10,13 +10,13 @@ from dumo.evaluation.protocol import Evaluator, headline, rising, trained_on
 from dumo.flow.solver import check
 from dumo.io.file import check_writable
 from dumo.io.read import brief, write_json
+from dumo.run.config.change import override
+from dumo.run.config.load import parse
+from dumo.run.config.spec import Run
+from dumo.run.config.tree import Sampling
 from dumo.run.evaluation.card import card
 from dumo.run.evaluation.evaluate import Row, conditions, evaluator_of, name_of, row
 from dumo.run.folder import RunFolder, open_run
-from dumo.run.spec.change import override
-from dumo.run.spec.load import parse
-from dumo.run.spec.spec import Run
-from dumo.run.spec.tree import Sampling
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.training.checkpoint import part

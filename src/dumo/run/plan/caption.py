@@ -4,8 +4,8 @@ import torch
 
 from dumo.data import Images, Latents
 from dumo.data.caption import Templates
+from dumo.run.config.tree import Tree
 from dumo.run.plan.machine import Finding
-from dumo.run.spec.tree import Tree
 from dumo.types import UserError
 
 LACK = 0.5  # of the images: with more that have no caption a net learns little of words. Ours

@@ -15,9 +15,9 @@ from dumo.evaluation.standard import STANDARDS, TRAIN
 from dumo.io import digest, yaml
 from dumo.io.read import user_path
 from dumo.nets.pretrained import PUBLISHED, read_config
-from dumo.run.spec import recipes
-from dumo.run.spec.error import nearest
-from dumo.run.spec.source import read
+from dumo.run.config import recipes
+from dumo.run.config.error import nearest
+from dumo.run.config.source import read
 from dumo.types import UserError
 
 HUB = "hub:"  # before a file of a model of the Hugging Face hub: owner/model/file, as its client keeps it

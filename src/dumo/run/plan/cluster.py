@@ -24,9 +24,9 @@ from torch.utils._pytree import tree_leaves
 from dumo.flow.overhear import exchanged
 from dumo.flow.precision import autocast
 from dumo.flow.slope import DualSlope, Way
+from dumo.run.config.check import check_pieces
+from dumo.run.config.spec import Run
 from dumo.run.plan import cost, plan
-from dumo.run.spec.check import check_pieces
-from dumo.run.spec.spec import Run
 from dumo.runtime import dist
 from dumo.training import layout
 from dumo.training.frozen import frozen_weights

@@ -25,9 +25,9 @@ from dumo.flow.precision import using
 from dumo.io.read import finite
 from dumo.nets import Net, Pretrained
 from dumo.nets.text import or_drawn
+from dumo.run.config.spec import Run
 from dumo.run.plan import caption, pretrained, separability
 from dumo.run.plan.machine import Finding, look
-from dumo.run.spec.spec import Run
 from dumo.runtime import dist
 from dumo.runtime.random import stream
 from dumo.types import Cond, Frozen, Heads, Sample, Time, UserError

@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from itertools import product
 from typing import Any
 
+from dumo.run.config.change import override, shown
+from dumo.run.config.check import check_pieces
+from dumo.run.config.load import parse
+from dumo.run.config.spec import Run
 from dumo.run.plan import cluster, plan
 from dumo.run.plan.plan import most_rows
-from dumo.run.spec.change import override, shown
-from dumo.run.spec.check import check_pieces
-from dumo.run.spec.load import parse
-from dumo.run.spec.spec import Run
 from dumo.runtime.progress import sized
 from dumo.training.layout import share_of
 from dumo.types import UserError

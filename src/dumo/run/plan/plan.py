@@ -16,9 +16,9 @@ from dumo.data.cache import Plan, read_contents
 from dumo.evaluation.standard import TRAIN, Standard
 from dumo.io.read import user_path
 from dumo.io.table import FILE
+from dumo.run.config.spec import Run
 from dumo.run.plan import cost
 from dumo.run.plan.show import show
-from dumo.run.spec.spec import Run
 from dumo.runtime import dist
 from dumo.training.cut import passes
 from dumo.training.state import State, begin

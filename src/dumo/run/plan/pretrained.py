@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from dumo.autodiff.dual import pair, primal, tangent
 from dumo.nets import Pretrained
 from dumo.nets.dualized import Dualized
+from dumo.run.config.spec import Run
 from dumo.run.plan.machine import Finding
-from dumo.run.spec.spec import Run
 from dumo.runtime.random import random_batch
 from dumo.types import lift
 

@@ -13,8 +13,8 @@ import torch
 
 from dumo.flow import generate
 from dumo.flow.reading import reading
+from dumo.run.config.spec import Run
 from dumo.run.plan import cost, doctor, machine
-from dumo.run.spec.spec import Run
 from dumo.runtime import dist
 from dumo.runtime.random import random_batch
 from dumo.training import loop

@@ -21,8 +21,8 @@ from dumo.data.caption import Templates
 from dumo.encoders.texttable import Table
 from dumo.nets.table import TextTable
 from dumo.nets.text import Drawn, or_drawn
+from dumo.run.config.spec import Run
 from dumo.run.plan.machine import Finding
-from dumo.run.spec.spec import Run
 from dumo.runtime.random import stream
 from dumo.types import UserError
 

@@ -4,8 +4,8 @@ from typing import Any
 
 from torch import nn
 
+from dumo.run.config.spec import Run
 from dumo.run.plan import cost
-from dumo.run.spec.spec import Run
 from dumo.runtime.random import stream
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dumo.run.config.load import load
 from dumo.run.evaluation.card import compare, contrast
 from dumo.run.evaluation.evaluate import evaluate, read_report, standing
 from dumo.run.folder import RunFolder, open_run
-from dumo.run.spec.load import load
 from dumo.run.train import train
 from dumo.runtime.progress import Tick
 from dumo.training import checkpoint

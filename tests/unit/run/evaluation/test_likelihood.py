@@ -8,9 +8,9 @@ import torch
 from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.flow.generate import joined
 from dumo.flow.solver import Heun
+from dumo.run.config.load import load
 from dumo.run.evaluation.evaluate import demand, evaluate, likelihoods, standing
 from dumo.run.folder import RunFolder, open_run
-from dumo.run.spec.load import load
 from dumo.run.train import train
 from dumo.types import UserError
 

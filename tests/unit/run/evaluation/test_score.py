@@ -17,11 +17,11 @@ from dumo.io.panel import headed
 from dumo.objectives import Objective
 from dumo.report import page
 from dumo.report.figure import smoothed
+from dumo.run.config import recipes
+from dumo.run.config.load import load
 from dumo.run.evaluation import score
 from dumo.run.evaluation.card import seen, settings
 from dumo.run.folder import RunFolder
-from dumo.run.spec import recipes
-from dumo.run.spec.load import load
 from dumo.types import Sample
 
 HALVES = {"halves": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.02}}

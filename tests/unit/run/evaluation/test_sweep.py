@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from dumo.run.config.load import load
 from dumo.run.evaluation.evaluate import evaluate, read_report
 from dumo.run.evaluation.sweep import full, mark, sweep, values
 from dumo.run.folder import open_run
-from dumo.run.spec.load import load
 from dumo.run.train import train
 from dumo.types import UserError
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from dumo.run.config.load import load
 from dumo.run.plan.caption import findings, line
-from dumo.run.spec.load import load
 from unit.data.animals import SIDE, as_folder
 from unit.data.test_written import TOLD, as_lines, as_texts
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from dumo.run.config import recipes
+from dumo.run.config.load import load
 from dumo.run.plan.catalogue import CATALOGUE, named, needing, told
-from dumo.run.spec import recipes
-from dumo.run.spec.load import load
 from e2e.shell import call, refused
 
 VARIABLES = ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION", "PRETRAINED")

@@ -3,9 +3,9 @@
 import pytest
 import torch.distributed
 
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.run.plan import cluster, fit, plan
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
 from dumo.training.optim import matrices
 from dumo.types import UserError
 from unit.run.adapted import freeze

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from contract.case import kind, members
 from dumo.flow import slope as slopes
 from dumo.flow.slope import Along, CentralSlope, JvpSlope, Slope
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.run.plan import doctor
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
 from dumo.run.train import train
 from dumo.training import checkpoint
 from dumo.types import Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError

@@ -14,12 +14,12 @@ from dumo.data import Images, Latents
 from dumo.encoders import Taef2
 from dumo.nets import Pretrained
 from dumo.run import encode
+from dumo.run.config import recipes
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.run.plan import cost, doctor, machine, rehearsal, table
 from dumo.run.plan.doctor import Examination
 from dumo.run.plan.plan import cache, memory, missing_data, most_rows, plan
-from dumo.run.spec import recipes
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
 from dumo.runtime import dist
 from dumo.training.frozen import trained
 from dumo.types import UserError

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.run.plan.show import show
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
 
 
 def tiny(name: str, *more: str) -> Run:

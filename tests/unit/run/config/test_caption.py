@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dumo.run import sheet
+from dumo.run.config.load import load, parse, summary
+from dumo.run.config.spec import Run
 from dumo.run.evaluation.card import labels
 from dumo.run.evaluation.evaluate import conditions
 from dumo.run.sample import conditions as sampled
-from dumo.run.spec.load import load, parse, summary
-from dumo.run.spec.spec import Run
 from dumo.types import UserError
 from unit.data.animals import SIDE
 from unit.data.test_written import TEXTS, TOLD, as_lines

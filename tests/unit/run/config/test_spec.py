@@ -4,9 +4,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from dumo.run.spec.check import check_pieces
-from dumo.run.spec.load import load
-from dumo.run.spec.spec import Run
+from dumo.run.config.check import check_pieces
+from dumo.run.config.load import load
+from dumo.run.config.spec import Run
 from dumo.types import UserError
 
 READS = {

@@ -10,10 +10,10 @@ import pytest
 from contract.case import members
 from dumo.flow.solver import Heun, Hop
 from dumo.objectives import Objective
-from dumo.run.spec import recipes
-from dumo.run.spec.load import FILE, default_folder, difference, differences, dump, load, parse, summary
-from dumo.run.spec.source import FORMAT, KEY, Noted, noted
-from dumo.run.spec.tree import Sampling
+from dumo.run.config import recipes
+from dumo.run.config.load import FILE, default_folder, difference, differences, dump, load, parse, summary
+from dumo.run.config.source import FORMAT, KEY, Noted, noted
+from dumo.run.config.tree import Sampling
 from dumo.training.ema import Ema
 from dumo.types import UserError
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dumo.run.spec.load import difference, load
+from dumo.run.config.load import difference, load
 from dumo.types import UserError
 
 FREE = ["objective.drop=0.1"]  # digits, taught without guidance what no label is

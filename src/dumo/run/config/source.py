@@ -11,13 +11,13 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from dumo.io.read import brief, read_text, user_path
 from dumo.io.yaml import parse
-from dumo.run.spec import recipes
-from dumo.run.spec.change import merge, shown
-from dumo.run.spec.error import nearest_few
+from dumo.run.config import recipes
+from dumo.run.config.change import merge, shown
+from dumo.run.config.error import nearest_few
 from dumo.types import UserError
 
 FILE = "run.yaml"  # the run, in its folder
-KEY, FORMAT = "format", 2  # the first key of a run.yaml, and what `dumo.run.spec.load.dump` writes there
+KEY, FORMAT = "format", 2  # the first key of a run.yaml, and what `dumo.run.config.load.dump` writes there
 CHANGED = "changed"  # of a run.yaml: the fields that were changed while it trained (`Noted`)
 MOST = 2**24  # bytes of a file: ours; the names of 20,000 classes are half a million
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from dumo.run.spec.load import dump, load
-from dumo.run.spec.source import FORMAT
+from dumo.run.config.load import dump, load
+from dumo.run.config.source import FORMAT
 from dumo.types import UserError
 
 MINE = "base: {base}\nabout: mine\ntrain:\n  steps: 7\nobjective:\n  kind: flow_matching\n  drop: 0.25\n"

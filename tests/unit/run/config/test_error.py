@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 import pytest
 from pydantic import Field, ValidationError, field_validator
 
-from dumo.run.spec.error import explain, nearest
-from dumo.run.spec.spec import Run
+from dumo.run.config.error import explain, nearest
+from dumo.run.config.spec import Run
 from dumo.types import Spec
 
 

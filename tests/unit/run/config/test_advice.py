@@ -4,9 +4,9 @@ import shlex
 
 import pytest
 
-from dumo.run.spec import recipes
-from dumo.run.spec.advice import advice
-from dumo.run.spec.load import load
+from dumo.run.config import recipes
+from dumo.run.config.advice import advice
+from dumo.run.config.load import load
 
 HOP = "sample.solver.kind=hop"
 CM = ["objective.kind=consistency", "objective.weighted=false", "objective.soft=null"]

@@ -9,11 +9,11 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json, to_jsonable_python
 
 from dumo.io import yaml
-from dumo.run.spec.change import override, shown
-from dumo.run.spec.error import explain
-from dumo.run.spec.source import CHANGED, FORMAT, KEY, Noted, noted, read
-from dumo.run.spec.source import FILE as FILE
-from dumo.run.spec.spec import Run
+from dumo.run.config.change import override, shown
+from dumo.run.config.error import explain
+from dumo.run.config.source import CHANGED, FORMAT, KEY, Noted, noted, read
+from dumo.run.config.source import FILE as FILE
+from dumo.run.config.spec import Run
 from dumo.types import Spec, UserError
 
 S = TypeVar("S", bound=Spec)

@@ -2,8 +2,8 @@
 
 from math import log
 
-from dumo.run.spec.change import shown
-from dumo.run.spec.tree import Tree
+from dumo.run.config.change import shown
+from dumo.run.config.tree import Tree
 from dumo.training.ema import Ema
 
 FAR = 1.2  # a standard deviation that is off by more than this factor is mentioned: ours

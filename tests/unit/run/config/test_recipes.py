@@ -11,9 +11,9 @@ import yaml
 
 from dumo.encoders import DcAe, QwenVae, SdVae
 from dumo.lab import plan
-from dumo.run.spec import recipes
-from dumo.run.spec.load import dump, load, summary
-from dumo.run.spec.source import KEY, read
+from dumo.run.config import recipes
+from dumo.run.config.load import dump, load, summary
+from dumo.run.config.source import KEY, read
 
 NAMES = recipes.names()
 SHIPPED = sorted(path.stem for path in Path(recipes.__file__).parent.glob("results/*.json"))

@@ -19,7 +19,7 @@ from dumo.nets import Pretrained
 from dumo.nets.family import Family
 from dumo.nets.precondition import VELOCITIES
 from dumo.nets.table import TextTable
-from dumo.run.spec.tree import Tree
+from dumo.run.config.tree import Tree
 from dumo.training.cut import passes
 from dumo.training.layout import share_of
 from dumo.types import UserError

@@ -1,4 +1,4 @@
-"""The parts of a run, as one tree of specs; `dumo.run.spec.check` sees whether they fit together."""
+"""The parts of a run, as one tree of specs; `dumo.run.config.check` sees whether they fit together."""
 
 from dataclasses import replace
 from math import prod
@@ -19,8 +19,8 @@ from dumo.flow.solver import Solver
 from dumo.io.read import brief
 from dumo.nets import Net, Pretrained
 from dumo.objectives import Objective
-from dumo.run.spec.error import nearest
-from dumo.run.spec.teacher import Start, Teacher
+from dumo.run.config.error import nearest
+from dumo.run.config.teacher import Start, Teacher
 from dumo.runtime import memory
 from dumo.runtime.random import stream
 from dumo.training.spec import Train
