@@ -8,8 +8,8 @@ import typer
 
 from dumo.cli.option import AsJson, Device, Set, Source, numbers, place
 from dumo.cli.terminal import out, show_table
+from dumo.runtime.bound import ROWS
 from dumo.runtime.progress import bar
-from dumo.types.bound import ROWS
 
 Shape = Annotated[
     str | None, typer.Option(help="Shape of a sample, e.g. 4,32,32, of random numbers. Default: the data's.")

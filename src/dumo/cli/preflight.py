@@ -12,8 +12,8 @@ from rich.table import Table
 from dumo.cli.option import AsJson, Device, Set, Source, size
 from dumo.cli.terminal import out, show_lines
 from dumo.run.config import recipes as packaged
+from dumo.runtime.bound import ROWS
 from dumo.runtime.progress import say
-from dumo.types.bound import ROWS
 
 if TYPE_CHECKING:
     from dumo.run.config.spec import Run

@@ -11,8 +11,8 @@ from dumo.cli.failure import sparing
 from dumo.cli.option import Device, Nfe, Prompts, RunFolder, Seed, Set, SolverName, Source, Weights, numbers, place
 from dumo.cli.option import classes as class_numbers
 from dumo.cli.terminal import err, out
+from dumo.runtime.bound import ROWS
 from dumo.runtime.progress import bar, no_bar, say
-from dumo.types.bound import ROWS
 
 if TYPE_CHECKING:
     from dumo.run.config.spec import Run

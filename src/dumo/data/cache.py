@@ -25,8 +25,8 @@ from dumo.io.picture import from_uint8
 from dumo.io.source import Finite
 from dumo.io.table import Done, Index, Table, Tick
 from dumo.runtime import signals
+from dumo.runtime.bound import CLASSES, PIXELS, ROWS
 from dumo.types import Spec, UserError
-from dumo.types.bound import CLASSES, PIXELS, ROWS
 
 
 class Plan(Spec):

@@ -25,8 +25,8 @@ from dumo.data.tar import Tar
 from dumo.data.written import written
 from dumo.encoders.caption import Captions
 from dumo.io.read import user_path
+from dumo.runtime.bound import CLASSES, GIGABYTES, PIXELS
 from dumo.types import FREE, Spec, UserError
-from dumo.types.bound import CLASSES, GIGABYTES, PIXELS
 
 FORMS = {".parquet": "parquet", ".tar": "tar"}
 GIGABYTE = 1e9

@@ -23,9 +23,9 @@ from dumo.io.audit import Audit
 from dumo.io.read import user_path
 from dumo.io.source import mirrored, rows_of
 from dumo.io.table import Table
+from dumo.runtime.bound import GIGABYTES
 from dumo.runtime.random import stream
 from dumo.types import FREE, Spec, UserError
-from dumo.types.bound import GIGABYTES
 
 
 class Latents(Spec):

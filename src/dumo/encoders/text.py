@@ -18,8 +18,8 @@ from dumo.flow.precision import Precision, using
 from dumo.io import digest
 from dumo.io.read import brief, read_json, user_path
 from dumo.io.weights import open_safetensors
+from dumo.runtime.bound import TOKENS
 from dumo.types import FREE, Spec, UserError
-from dumo.types.bound import TOKENS
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")

@@ -29,8 +29,8 @@ from dumo.io import digest, series
 from dumo.io.read import read_text
 from dumo.io.table import REMAKE, Shard
 from dumo.io.weights import load
+from dumo.runtime.bound import CHANNELS, ROWS
 from dumo.types import Spec, UserError
-from dumo.types.bound import CHANNELS, ROWS
 
 FILE, CAPTIONS = "texts.yaml", "captions.jsonl"
 MAPPED = 2**14  # shards mapped at a time; Linux allows 65,530 maps. Ours

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dumo.io import digest
 from dumo.io.read import brief
+from dumo.runtime.bound import TOKENS
 from dumo.types import Spec, UserError
-from dumo.types.bound import TOKENS
 
 VOCABULARY, SPACE = 259, 35  # ByT5 (Xue et al. 2022): the 256 bytes follow padding, end and unknown; a space is byte 32
 EXTRA = "needs transformers: pip install 'dumo[text]'"

@@ -21,8 +21,8 @@ import torch
 from pydantic import Field
 
 from dumo.flow.guide import Interval
+from dumo.runtime.bound import FACTOR
 from dumo.types import Needs, Reads, Rows, Sample, Spec, Time, UserError
-from dumo.types.bound import FACTOR
 
 
 class GuidanceScale(NamedTuple):

@@ -11,8 +11,8 @@ from jaxtyping import Int64
 from pydantic import Field
 from torch import Tensor
 
+from dumo.runtime.bound import ROWS
 from dumo.types import Cond, Sample, Spec
-from dumo.types.bound import ROWS
 
 
 class Coupling(Spec):

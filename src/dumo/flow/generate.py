@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from dumo.flow.precision import Precision, using
 from dumo.flow.solver import Fresh, Solver, Stepper
+from dumo.runtime.bound import SAMPLES
 from dumo.runtime.random import noise
 from dumo.types import Array, Cond, Heads, Path, Reads, Sample, Trail, UserError
-from dumo.types.bound import SAMPLES
 
 
 @dataclass(frozen=True)

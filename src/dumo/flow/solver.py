@@ -22,8 +22,8 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import Field, model_validator
 
 from dumo.runtime import signals
+from dumo.runtime.bound import PASSES
 from dumo.types import Cond, Path, Reads, Sample, Spec, Time, UserError, lift
-from dumo.types.bound import PASSES
 
 Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from
 Reading = Literal["velocity", "endpoint", "flow_map", "both"]  # the fields of Reads

@@ -17,8 +17,8 @@ from dumo.flow.law import Karras as Karras
 from dumo.flow.law import LogitNormal as LogitNormal
 from dumo.flow.law import One
 from dumo.flow.law import Uniform as Uniform
+from dumo.runtime.bound import PASSES
 from dumo.types import Time, TimeLaw
-from dumo.types.bound import PASSES
 from dumo.types.rows import split_by_step, spread
 
 

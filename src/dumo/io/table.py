@@ -33,8 +33,8 @@ from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.read import read_json
 from dumo.io.weights import load
+from dumo.runtime.bound import ROWS
 from dumo.types import Spec, UserError
-from dumo.types.bound import ROWS
 
 FILE = "index.json"
 MAPPED = 2**14  # shards mapped at a time; Linux allows 65,530 maps. Ours

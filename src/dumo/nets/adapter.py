@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dumo.nets.twin import put
+from dumo.runtime.bound import CHANNELS
 from dumo.types import Array, Spec, UserError
-from dumo.types.bound import CHANNELS
 
 MODULATION = re.compile(r"norm|mod|ada", re.IGNORECASE)  # in the path of a layer whose input is the time alone
 

@@ -21,8 +21,8 @@ from dumo.nets.magnitude import Magnitude, Preserving, Unit, shorten
 from dumo.nets.precondition import Precondition, framed
 from dumo.nets.text import Text
 from dumo.nets.textblock import Cross, TextEmbedder
+from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
-from dumo.types.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
 
 # DiT's own
 PUBLISHED = {"precondition": "none", "modern": False, "qk_norm": False, "magnitude": "free", "late": None}

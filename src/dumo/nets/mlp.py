@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from dumo.nets.embed import Own, Scalars, label_table
 from dumo.nets.head import Gauges
 from dumo.nets.precondition import Precondition
+from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time
-from dumo.types.bound import BLOCKS, CHANNELS, FACTOR
 
 
 class MLP(Spec):

@@ -19,8 +19,8 @@ from dumo.nets.family import TURN, Config, Family, family
 from dumo.nets.precondition import Precondition
 from dumo.nets.rows import Texts, codes
 from dumo.nets.text import Text
+from dumo.runtime.bound import FACTOR
 from dumo.types import Needs, Spec, UserError
-from dumo.types.bound import FACTOR
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files

@@ -14,8 +14,8 @@ from dumo.encoders.texttable import Table, open_table, read_contents, require
 from dumo.encoders.tokens import Tokenizer
 from dumo.io.read import user_path
 from dumo.nets.rows import Reader, Rows, TextRows, Texts
+from dumo.runtime.bound import CHANNELS, GIGABYTES
 from dumo.types import FREE, Cond, Spec, UserError
-from dumo.types.bound import CHANNELS, GIGABYTES
 
 GIGABYTE = 1e9
 

@@ -19,9 +19,9 @@ from dumo.encoders.tokens import EXTRA, SPACE, VOCABULARY, Tokenizer
 from dumo.flow import dropout
 from dumo.nets.rows import Rows, TextFile, TextRows, Texts
 from dumo.nets.table import Tabled, TextTable
+from dumo.runtime.bound import BLOCKS, CHANNELS
 from dumo.runtime.random import stream
 from dumo.types import Cond, Spec, UserError
-from dumo.types.bound import BLOCKS, CHANNELS
 
 ATTENTION = 4  # attention heads: ours
 WIDER = 4  # the perceptron's width over the net's (Raffel et al. 2020)

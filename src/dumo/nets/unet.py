@@ -23,8 +23,8 @@ from dumo.flow.dropout import Keys, drop
 from dumo.nets.embed import Own, Scalars, label_table
 from dumo.nets.head import Gauges
 from dumo.nets.precondition import Precondition
+from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
-from dumo.types.bound import BLOCKS, CHANNELS, FACTOR
 
 EPS = 1e-6  # of group norms: Song et al.
 EMBED = 4  # width of the embedding over the net's

@@ -30,8 +30,8 @@ from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
 from dumo.flow.secant import demand
 from dumo.flow.times import LogitNormal, Times
+from dumo.runtime.bound import FACTOR, STEPS
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, Time, frozen, lift, mean_square
-from dumo.types.bound import FACTOR, STEPS
 
 BOUNDARY = 0.3  # TCM
 LOG_NORMAL = LogitNormal(mean=-1.1 + log(2), std=2.0)  # sigma = exp(N(-1.1, 4)) on data of standard deviation 0.5

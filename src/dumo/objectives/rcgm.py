@@ -19,8 +19,8 @@ from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share
 from dumo.flow.secant import demand
 from dumo.flow.times import Below, Times, Uniform
+from dumo.runtime.bound import BLOCKS
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
-from dumo.types.bound import BLOCKS
 
 
 class RCGM(Spec):

@@ -12,9 +12,9 @@ import torch
 from pydantic import Field
 from torch import nn
 
+from dumo.runtime.bound import FACTOR, STEPS
 from dumo.training import muon
 from dumo.types import CHANGES, QUIET, Spec, UserError
-from dumo.types.bound import FACTOR, STEPS
 
 Kind = TypeVar("Kind", bound=str)
 LearningRate = Annotated[float, Field(gt=0, le=FACTOR, allow_inf_nan=False)]

@@ -6,10 +6,10 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from dumo.flow.coupling import Coupling
 from dumo.flow.precision import Precision
+from dumo.runtime.bound import ROWS, STEPS
 from dumo.training.ema import Average, Ema, PowerEma
 from dumo.training.optim import AdamW, Constant, Optimizer, Schedule
 from dumo.types import CHANGES, FREE, MACHINE, QUIET, Spec
-from dumo.types.bound import ROWS, STEPS
 
 Compile = Literal["none", "blocks", "loss"]
 

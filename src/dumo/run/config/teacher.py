@@ -18,8 +18,8 @@ from pydantic import Field, model_validator
 
 from dumo.flow.cfg import CFG
 from dumo.flow.solver import Heun
+from dumo.runtime.bound import SAMPLES
 from dumo.types import QUIET, Spec
-from dumo.types.bound import SAMPLES
 
 
 class Pairs(Spec):

@@ -22,10 +22,10 @@ from dumo.objectives import Objective
 from dumo.run.config.error import nearest
 from dumo.run.config.teacher import Start, Teacher
 from dumo.runtime import memory
+from dumo.runtime.bound import PASSES
 from dumo.runtime.random import stream
 from dumo.training.spec import Train
 from dumo.types import FREE, QUIET, Reads, Spec, UserError
-from dumo.types.bound import PASSES
 
 Passes = Annotated[int, Field(le=PASSES)]  # through the net; a solver says how few it can make
 
