@@ -27,9 +27,9 @@ from dumo.evaluation.statistics import Batch, Extractor, Statistics, gather, sta
 from dumo.io.picture import to_uint8
 from dumo.io.read import user_path
 from dumo.io.source import Finite
-from dumo.runtime import version
+from dumo.runtime import bound, version
 from dumo.runtime.random import stream
-from dumo.types import UserError, bound
+from dumo.types import UserError
 
 SUBSETS = 100  # of the kernel distance (Binkowski et al. 2018)
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)

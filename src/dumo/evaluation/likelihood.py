@@ -19,8 +19,9 @@ from pydantic import Field
 
 from dumo.evaluation.protocol import Context, Made, Protocol, Reference, Scores, collect
 from dumo.flow.likelihood import signs
+from dumo.runtime import bound
 from dumo.runtime.random import keyed
-from dumo.types import Cond, Sample, UserError, bound
+from dumo.types import Cond, Sample, UserError
 
 
 class LikelihoodProtocol(Protocol):

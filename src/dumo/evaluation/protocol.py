@@ -20,9 +20,9 @@ from dumo.evaluation.distance import Moments, frechet_distance
 from dumo.evaluation.statistics import ordered
 from dumo.io import digest
 from dumo.io.source import Data, Split
-from dumo.runtime import dist
+from dumo.runtime import bound, dist
 from dumo.runtime.random import stream
-from dumo.types import Cond, Sample, Spec, UserError, bound
+from dumo.types import Cond, Sample, Spec, UserError
 
 Made = Iterable[tuple[Tensor, Tensor]]  # numbers (n,) and samples (n, *d), in batches of any sizes
 Tick = Callable[[int, int], object]  # called with how many images of the data have been seen, of how many
