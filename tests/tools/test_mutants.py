@@ -26,11 +26,11 @@ def test_no_row_is_stale() -> None:
 
 def test_a_stale_row_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = tmp_path / "mutants.toml"
-    table.write_text('["random.py"]\n"a" = ["x y z", "", "random"]\n"b" = ["", "", "nothing"]\n', encoding="utf-8")
+    table.write_text('["runtime/random.py"]\n"a" = ["x y z", "", "random"]\n"b" = ["", "", "nothing"]\n', encoding="utf-8")
     monkeypatch.setattr(mutants, "TABLE", table)
     lost, wild = mutants.mutants()
-    assert fault(lost) == "random.py has 'x y z' 0 times: mend tools/mutants.toml"
+    assert fault(lost) == "runtime/random.py has 'x y z' 0 times: mend tools/mutants.toml"
     with pytest.raises(ValueError, match="'nothing' are the tests of no file"):
         wild.path()
-    assert mutants.mutants("random.py b") == [wild]
+    assert mutants.mutants("runtime/random.py b") == [wild]
     assert mutants.mutants("neither") == []
