@@ -45,8 +45,9 @@ def advised(source: str, overrides: list[str] | None) -> "Run":
     """The run, and on stderr what of it is not as its sources have it."""
     from dumo.run.config.advice import advice
     from dumo.run.config.load import load
+    from dumo.run.config.resolve import resolve
 
-    run = load(source, overrides or [])
+    run = resolve(load(source, overrides or []))
     for line in advice(run):
         say(line)
     return run

@@ -19,6 +19,7 @@ from dumo.io.source import Source
 from dumo.lab.cost import flops, units
 from dumo.run.config.change import override
 from dumo.run.config.load import FILE, load, parse
+from dumo.run.config.resolve import found_data, resolve
 from dumo.run.config.spec import Run
 from dumo.run.plan import machine
 from dumo.runtime import dist, signals
@@ -57,11 +58,11 @@ def reading_of(
     if not path.exists() or (path / FILE).exists() or path.suffix in (".yaml", ".yml"):
         if side is not None:
             raise UserError("--side is for a folder of images: of a recipe, set data.side")
-        run = load(source, overrides)
+        run = resolve(load(source, overrides))
         return Reading(run.data, batch or run.train.batch, run)
     tree: dict[str, Any] = {"data": {"kind": "images", "root": source, "side": side or 256, "flip": True}}
     override(tree, overrides)
-    return Reading(parse(Part, tree).data, batch or 256, None)
+    return Reading(found_data(parse(Part, tree).data), batch or 256, None)
 
 
 def measure(

@@ -19,6 +19,7 @@ from dumo.io.table import Done
 from dumo.run import text
 from dumo.run.config.change import override
 from dumo.run.config.load import FILE, load, parse
+from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
@@ -65,7 +66,7 @@ def work_of(
     sets = [*settings(out, codec, side), *overrides]
     path = user_path(source, "the source")
     if not path.exists() or (path / FILE).exists() or path.suffix in (".yaml", ".yml"):
-        run = load(source, sets)
+        run = resolve(load(source, sets))
         data, reads = run.data if isinstance(run.data, Latents) else None, text.asked(run) is not None
         if data is None and not reads:
             raise UserError(
@@ -77,7 +78,7 @@ def work_of(
         raise UserError(f"{source} holds images: say by which --codec, of how many pixels --side, and where to, OUT")
     tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": source, "flip": True}}}
     override(tree, sets)
-    return Work(parse(Place, tree).data)
+    return Work(parse(Place, tree).data.found())
 
 
 def settings(out: str | None, codec: str | None, side: int | None) -> list[str]:

@@ -82,18 +82,14 @@ def told(made: Made) -> Iterator[str]:
     )
 
 
-def ready(run: Run, *, make: bool = True) -> Run:
-    """The run, which knows its table. `make`: token ids are made, if they are not there.
+def make_tokens(run: Run) -> None:
+    """Make the ids of the captions' tokens where the run reads them and they are not there.
 
     Raises UserError where the folder holds those of other captions.
     """
     spec = asked(run)
-    if spec is None:
-        return run
-    if make and isinstance(spec, Learned):
+    if isinstance(spec, Learned):
         lock = spec.folder.with_name(f".{spec.folder.name}.lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
         with locked(lock):  # runs that start together make it once
             encode(run, spec)
-    texts = type(spec).model_validate(spec.model_dump())  # which looks again
-    return run.model_copy(update={"net": run.net.model_copy(update={"texts": texts})})

@@ -19,6 +19,7 @@ from dumo.nets.dualized import Dualized
 from dumo.run import deviation, teacher, text
 from dumo.run.config.advice import advice
 from dumo.run.config.check import check_pieces
+from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
 from dumo.run.folder import begin, held
 from dumo.run.history import History
@@ -58,12 +59,15 @@ def train(
     first; Diverged if the loss is no longer a number; Stopped, once a checkpoint is saved, if a signal asked for it.
     """
     rank, ranks = dist.launched()
+    run = resolve(run)
     require_room(run, dist.device(device), ranks)
     check_pieces(run, ranks)
-    run = text.ready(run, make=rank == 0)
+    if rank == 0:
+        text.make_tokens(run)
+    run = resolve(run)
     with held(run, folder, step) if rank == 0 else nullcontext(), dist.join():
         tell = tell if rank == 0 and tell else quiet
-        run = text.ready(run, make=False)  # what the first rank has made
+        run = resolve(run)  # with what the first rank has made
         return go_on(run, folder, dist.device(device), no_bar if rank else bar, tell, step, new_data=new_data)
 
 

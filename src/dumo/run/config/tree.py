@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Int64
-from pydantic import Field
+from pydantic import Field, JsonValue
 from torch import Tensor, nn
 
 from dumo.data import Data, Digits, Images, Latents, Moons
@@ -66,6 +66,8 @@ class Tree(Spec):
     train: Train
     sample: Sampling = Field(json_schema_extra=FREE)
     evaluate: Evaluation = Field(json_schema_extra=FREE)
+    # Fields that `dumo.run.config.resolve` filled, by dotted path.
+    resolved: dict[str, JsonValue] = Field(default_factory=dict[str, JsonValue], json_schema_extra=FREE)
 
     @property
     def images(self) -> Digits | Images | Moons:
@@ -87,8 +89,8 @@ class Tree(Spec):
 
     @property
     def classes_known(self) -> bool:
-        """False if classes are to be counted, and the data are not there yet."""
-        return getattr(self.images, "names", ()) is not None
+        """False if classes are still to be counted."""
+        return bool(self.data.classes) or getattr(self.images, "names", ()) is not None
 
     @property
     def captions(self) -> Captioning | None:
