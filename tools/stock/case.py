@@ -68,7 +68,7 @@ class Case:
         """What dumo's Restart makes of z, then these noises."""
         drawn = [self.z, *noises]
         return carried(
-            guided_reading(self.opened), self.opened.run.path, RESTART, torch.tensor([C]), passes, lambda k: drawn[k]
+            self.opened.sampler.reads, self.opened.run.path, RESTART, torch.tensor([C]), passes, lambda k: drawn[k]
         )[1]
 
     def pipeline(self, **parts: Any) -> Any:  # noqa: ANN401, a pipeline of diffusers

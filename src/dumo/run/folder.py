@@ -7,11 +7,8 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
-from dumo.data import Latents
-from dumo.encoders.scaled import Opened
 from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.weights import compare
@@ -22,13 +19,12 @@ from dumo.run.config.load import FILE, difference, differences, dump, load
 from dumo.run.config.source import Noted
 from dumo.run.config.spec import Run
 from dumo.run.config.teacher import Start
+from dumo.run.sampler import Sampler
 from dumo.runtime import dist
 from dumo.training import checkpoint, frozen, manifest
 from dumo.training.state import State
 from dumo.training.state import begin as begin_training
-from dumo.types import Sample, UserError
-
-Shown = Float[Tensor, "b *pixels"]  # images, or samples as the net makes them
+from dumo.types import UserError
 
 LOCK = ".training.lock"  # a file that is held, and there, while the run is trained
 PRIVATE = ("heads.", "gauges.", "scalars.", "own.")  # parts of a net that an objective asks for: another may lack them
@@ -60,16 +56,14 @@ class RunFolder:
         return next(self.net.parameters()).device
 
     @cached_property
-    def codec(self) -> Opened | None:
-        """The codec that decodes what the net makes, with its weights; None where nothing is decoded.
+    def sampler(self) -> Sampler:
+        """The net with all that its samples depend on."""
+        return sampler(self.run, self.net)
 
-        Raises UserError where they are missing or others than those meant.
-        """
-        return self.run.data.codec.open(self.device) if isinstance(self.run.data, Latents) else None
 
-    def decode(self, x: Sample) -> Shown:
-        """What the net makes as images in [-1, 1], on the CPU; x itself where there is no codec. Raises as `codec`."""
-        return x if self.codec is None else self.codec.decode(x).cpu()
+def sampler(run: Run, net: nn.Module) -> Sampler:
+    """A run's net with all that its samples depend on."""
+    return Sampler(net, run.objective, run.path, run.data, run.sample, run.precision)
 
 
 def open_run(

@@ -10,6 +10,7 @@ from dumo.io import digest
 from dumo.io.weights import title
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
+from dumo.run.config.tree import Sampling
 from dumo.run.folder import RunFolder, shown
 from dumo.training.checkpoint import part
 
@@ -17,9 +18,9 @@ LONG = 40  # characters of a value in a name
 Fields = dict[str, Any]  # of a spec, one level deep: sample.seed, solver.m
 
 
-def sampling(run: Run) -> Fields:
+def sampling(spec: Sampling) -> Fields:
     """What of a spec decides samples of a number of passes."""
-    tree = run.sample.model_dump(mode="json", exclude={"nfe"})
+    tree = spec.model_dump(mode="json", exclude={"nfe"})
     nested = {part: tree.pop(part) for part in ("solver", "guide", "knobs")}
     return flat({**nested, "sample": tree})
 

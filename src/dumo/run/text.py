@@ -39,7 +39,7 @@ def asked(run: Run) -> Tabled | None:
 
 def captions(run: Run) -> Sequence[str]:
     """The captions of the data, by number. Raises UserError where there are none, and as the data tell them."""
-    if run.captions is None or isinstance(run.data, Moons):
+    if run.conditions.captions is None or isinstance(run.data, Moons):
         raise UserError(f"data '{run.data.kind}' give no captions to encode: set data.captions, or net.texts=null")
     return run.data.caption_texts()
 

@@ -159,8 +159,8 @@ def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.dev
     """What is trained on what, and what a step costs, in a line."""
     net, what = run.outline(), "images" if len(run.pixels) == 3 else "points"
     many = f"{size:,} {what}" if size is not None else f"{what} drawn anew"
-    names = f": {some(run.class_names)}" if run.class_names else ""
-    kind = "with {:,} captions" if run.captions else "in {} classes"
+    names = f": {some(run.conditions.names)}" if run.conditions.names else ""
+    kind = "with {:,} captions" if run.conditions.captions else "in {} classes"
     classes = f" {kind.format(run.data.classes)}{names}" if run.data.classes else ""
     weights = sum(p.numel() for p in net.parameters())
     learns = sum(p.numel() for p in net.parameters() if p.requires_grad)

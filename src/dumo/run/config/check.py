@@ -48,7 +48,7 @@ def check(run: Tree) -> None:
 
 def check_captions(run: Tree) -> None:
     """Refuse captions without texts, texts without captions, and held out captions that do not exist."""
-    texts, captions = getattr(run.net, "texts", None), run.captions
+    texts, captions = getattr(run.net, "texts", None), run.conditions.captions
     where = "data.images.captions" if isinstance(run.data, Latents) else "data.captions"
     of_classes = texts and texts.kind == "file" and run.data.classes  # a file may have a row per class
     if bool(captions) != bool(texts) and not of_classes:
@@ -276,7 +276,7 @@ def check_knobs(run: Tree) -> None:
 
 def _classes(run: Tree) -> int:
     """How many there are; some, where they are not counted yet."""
-    return run.data.classes if run.classes_known else 1
+    return run.data.classes if run.conditions.known else 1
 
 
 def _or(names: tuple[str, ...]) -> str:

@@ -63,10 +63,10 @@ def labels(run: Run) -> str:
     """Of which class, or caption, sample i is."""
     if isinstance(run.evaluate.protocol, LikelihoodProtocol):
         return "those of the data"
-    if isinstance(run.captions, Files):
+    if isinstance(run.conditions.captions, Files):
         return "captions of images, from end to end"
     turn = f"i mod {run.data.labels}" if run.data.labels else "none"
-    return f"{turn}, by {run.evaluate.captions} templates in turn" if run.captions else turn
+    return f"{turn}, by {run.evaluate.captions} templates in turn" if run.conditions.captions else turn
 
 
 def settings(run: Run) -> Card:
@@ -175,7 +175,7 @@ def _measured(one: Card) -> Card:
 
 def _codec(opened: RunFolder) -> dict[str, Any] | None:
     """The codec that decodes, with the hash of its weights."""
-    codec = opened.codec
+    codec = opened.sampler.codec
     return codec and codec.codec.model_dump(exclude={"weights"}) | {"sha256": codec.sha256}
 
 
