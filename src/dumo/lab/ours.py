@@ -64,9 +64,7 @@ def words_table(plan: Plan, results: list[Result]) -> list[Row]:
         captioned = run.conditions.captions is not None
         by_class = {
             "class_fd": fmean(class_fd(one.trained, real) for one in same),
-            "class_fd_held": fmean(class_fd(one.trained, real, held=True) for one in same)
-            if run.conditions.captions
-            else None,
+            "class_fd_held": fmean(class_fd(one.trained, real, held=True) for one in same) if captioned else None,
         }
         columns = {name: same[0].cell.labels[name] for name in (*plan.columns, "steps")}
         columns |= {"MFLOP_per_pass": round(flops(same[0].cell.spec) / 1e6, 2)}
