@@ -22,7 +22,7 @@ from pydantic import Field
 
 from dumo.flow.guide import Interval
 from dumo.runtime.bound import FACTOR
-from dumo.types import Needs, Reads, Rows, Sample, Spec, Time, UserError
+from dumo.types import Guide, Needs, Reads, Rows, Sample, Spec, Time, UserError
 
 
 class GuidanceScale(NamedTuple):
@@ -35,7 +35,9 @@ class GuidanceScale(NamedTuple):
     @classmethod
     def of(cls, needs: Needs) -> "GuidanceScale":
         """What an objective guides its target by."""
-        return cls(needs.guide.scale) if needs.guide else cls(needs.scale, "objective.scale", "objective.scale=1")
+        if isinstance(needs.guide, Guide):
+            return cls(needs.guide.scale)
+        return cls(1.0 if needs.guide is None else needs.guide, "objective.scale", "objective.scale=1")
 
     @property
     def active(self) -> bool:

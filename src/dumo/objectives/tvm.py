@@ -37,7 +37,7 @@ class TVM(Spec):
         """With guidance, beta = 1 / w is an input: 1 on rows without a label. s is drawn as r before it is cut off."""
         knobs = {"beta": 1 / self.scale} if self.scale != 1 else {}
         laws = {"s": LogitNormal(mean=-0.4)}
-        return Needs(inputs=("t", "r"), heads=("u",), knobs=knobs, laws=laws, scale=self.scale, ref=0.99)
+        return Needs(inputs=("t", "r"), heads=("u",), knobs=knobs, laws=laws, guide=self.scale, ref=0.99)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """The authors' `wrapper.py`; beta^2 keeps the size of a guided row's residual to that of others."""
