@@ -19,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dumo.run.config.load import load
-from dumo.training.cut import span
 from dumo.training.state import begin
-from dumo.training.step import Task, pieces, train_step
+from dumo.training.step import Task, pieces, span, train_step
 
 SLOPES = ("dual", "jvp", "central")
 WORLDS = (1, 2, 8, 64)

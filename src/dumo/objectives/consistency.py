@@ -25,11 +25,10 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 
-from dumo.flow.law import DEVIATION, ROOTS, karras, root
 from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
-from dumo.flow.secant import demand
-from dumo.flow.times import LogitNormal, Times
+from dumo.flow.slope import demand
+from dumo.flow.times import DEVIATION, ROOTS, LogitNormal, Times, karras, root
 from dumo.runtime.bound import FACTOR, STEPS
 from dumo.types import Formulas, Frozen, Needs, Net, Noised, Reads, Spec, Terms, Time, frozen, lift, mean_square
 

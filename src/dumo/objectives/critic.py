@@ -18,7 +18,7 @@ from torch.nn.functional import softplus
 
 from dumo.autodiff.dual import pair, primal, recorded
 from dumo.flow import dropout
-from dumo.flow.law import Noise
+from dumo.flow.draw import Noise
 from dumo.flow.slope import rate_of
 from dumo.objectives.pull import Pull
 from dumo.types import Array, Needs, Net, Noised, PerSample, Sample, Terms, lift

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from dumo.flow.divergence import diagonal
-from dumo.flow.law import Signs
+from dumo.flow.draw import Signs
+from dumo.flow.likelihood import diagonal
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share
 from dumo.flow.slope import CentralSlope, Slope

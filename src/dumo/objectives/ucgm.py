@@ -24,8 +24,7 @@ from pydantic import Field
 
 from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
-from dumo.flow.secant import demand
-from dumo.flow.slope import CentralSlope, Slope
+from dumo.flow.slope import CentralSlope, Slope, demand
 from dumo.flow.times import Beta, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, frozen, lift, mean_square
 

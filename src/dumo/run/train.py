@@ -29,10 +29,9 @@ from dumo.runtime import dist
 from dumo.runtime.prefetch import BATCHES, Ahead
 from dumo.runtime.progress import Bar, no_bar
 from dumo.training import agreement, loop
-from dumo.training.cut import span
 from dumo.training.layout import share_of
 from dumo.training.state import Diverged, State
-from dumo.training.step import Batch, Task, draws_of, pieces
+from dumo.training.step import Batch, Task, draws_of, pieces, span
 from dumo.types import UserError
 from dumo.types.rows import pinned, sent
 

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dumo.autodiff import dual
-from dumo.autodiff.dual import ALONE, RULES, Dual, NoRule
-from dumo.autodiff.rule.register import METHODS
+from dumo.autodiff.dual import ALONE, METHODS, RULES, Dual, NoRule
 from dumo.autodiff.tape import Later, holds, play
 from dumo.types import Array
 from forked import python

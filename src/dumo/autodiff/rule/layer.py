@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dumo.autodiff import attention
-from dumo.autodiff.dual import Dual, NoRule, Rule, carry, primal, recording, tangent
+from dumo.autodiff.dual import Dual, NoRule, Rule, carry, elsewhere, primal, recording, rule, tangent
 from dumo.autodiff.rule.algebra import leibniz
-from dumo.autodiff.rule.register import elsewhere, rule
 from dumo.types import Array
 
 aten = torch.ops.aten

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dumo.autodiff.dual import Dual, NoRule, Rule, carry, pair, primal, tangent
-from dumo.autodiff.rule.register import rule
+from dumo.autodiff.dual import Dual, NoRule, Rule, carry, pair, primal, rule, tangent
 from dumo.types import Array
 
 LINEAR = (

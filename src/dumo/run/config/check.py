@@ -11,17 +11,16 @@ from dumo.data import Latents
 from dumo.data.augment import Edm
 from dumo.data.caption import Templates
 from dumo.flow import solver
-from dumo.flow.cfg import CFG, GuidanceScale
-from dumo.flow.secant import demand_precision
-from dumo.flow.slope import DualSlope
+from dumo.flow.guide import CFG, GuidanceScale
+from dumo.flow.slope import DualSlope, demand_precision
 from dumo.flow.times import Jumps, Pair
 from dumo.nets import Pretrained
 from dumo.nets.family import Family
 from dumo.nets.precondition import VELOCITIES
 from dumo.nets.table import TextTable
 from dumo.run.config.tree import Tree
-from dumo.training.cut import passes
 from dumo.training.layout import share_of
+from dumo.training.step import passes
 from dumo.types import Guide, UserError
 
 

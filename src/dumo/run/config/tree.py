@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dumo.data import Data, Digits, Images, Latents, Moons
 from dumo.data.caption import Captioning, Files, Templates
 from dumo.evaluation import MetricProtocol
-from dumo.flow.cfg import CFG, GuidanceScale
+from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import Linear, Path
 from dumo.flow.precision import Precision
 from dumo.flow.solver import Solver
