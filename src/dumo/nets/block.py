@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
-from dumo.autodiff.dual import primal_only, recorded, recording
+from dumo.autodiff.dual import Dual, primal_only
 from dumo.nets.embed import turn
 from dumo.types import Array
 
@@ -151,7 +151,8 @@ def run(block: nn.Module, *inputs: Array | None, lean: bool) -> Array:
     That is activation checkpointing (Chen et al. 2016).
     """
     if lean and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False, context_fn=_again)
+        recorded = any(isinstance(x, Dual) and x.recorded for x in inputs)
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=noop_context_fn if recorded else _again)
     return block(*inputs)
 
 
@@ -162,7 +163,7 @@ def run_lean(block: nn.Module, *inputs: Array | None) -> Array:
 
 def _again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Tangents on a block are known by the time it is computed again, unless they were recorded."""
-    return nullcontext(), recorded() if recording() else primal_only()
+    return nullcontext(), primal_only()
 
 
 Magnitude = Literal["free", "preserved"]

@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dumo.autodiff import dual
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
 from dumo.autodiff.dual import pair, primal
 from dumo.flow import dropout
@@ -70,6 +69,5 @@ def rated(net: Net, x: Sample, c: Cond, *, r: Time, **inputs: Time) -> tuple[Hea
     The pass costs about two, and so does its backward. Not by `torch.func.jvp`: reverse-mode around that is silently
     wrong through `F.layer_norm` (torch 2.13, pytorch #196700), and kernels of fused attention differentiate once.
     """
-    with dual.recorded():
-        heads = net(x, c, r=pair(r, torch.ones_like(r)), **inputs)
+    heads = net(x, c, r=pair(r, torch.ones_like(r), recorded=True), **inputs)
     return tuple(primal(head) for head in heads), tuple(rate_of(head) for head in heads)

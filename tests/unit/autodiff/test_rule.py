@@ -513,8 +513,10 @@ def known(f: Callable[..., Array], given: dict[str, Tensor], along: dict[str, Te
     return slopes
 
 
-def ride(f: Callable[..., Array], given: dict[str, Tensor], along: dict[str, Tensor]) -> tuple[Array, ...]:
-    return f(**given | {name: Dual(given[name], d) for name, d in along.items()})
+def ride(
+    f: Callable[..., Array], given: dict[str, Tensor], along: dict[str, Tensor], *, recorded: bool = False
+) -> tuple[Array, ...]:
+    return f(**given | {name: Dual(given[name], d, recorded=recorded) for name, d in along.items()})
 
 
 def tape(f: Callable[..., Array], given: dict[str, Tensor], along: dict[str, Tensor]) -> tuple[Array, ...]:

@@ -144,7 +144,7 @@ def assign(x: Any, place: Any, value: Any) -> None:
     p = x.p.clone()
     p[place] = primal(value)
     moved = carry(p, _assign, (x, value), place, p.shape)
-    x.p, x.t = p, tangent(moved)
+    x.p, x.t, x.recorded = p, tangent(moved), isinstance(moved, Dual) and moved.recorded
 
 
 def _assign(dx: Tensor | None, dy: Tensor | None, place: Any, shape: Sequence[int]) -> Tensor:

@@ -21,6 +21,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dumo.flow import dropout
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide as Affine
 from dumo.flow.precision import Precision, autocast
@@ -172,7 +173,12 @@ def blank(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> 
 
 def _step(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:
     """Forward, targets and backward, as in training."""
-    return lambda: objective.loss(net, ref, b).loss.sum().backward()
+
+    def step() -> None:
+        with dropout.off():
+            objective.loss(net, ref, b).loss.sum().backward()
+
+    return step
 
 
 def _outlines(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
