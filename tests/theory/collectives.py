@@ -48,8 +48,13 @@ def count(slope: str, share: int, reshard: bool, micro_batch: int | None) -> dic
     spec = load(
         "digits",
         [
-            *(f"objective.slope.kind={slope}", "objective.guide.zeta=0.5", "train.probe_every=0", "train.batch=128"),
-            *(f"train.share={share}", f"train.reshard={reshard}", f"train.micro_batch={micro_batch or 'null'}"),
+            f"objective.slope.kind={slope}",
+            "objective.guide.zeta=0.5",
+            "train.probe_every=0",
+            "train.batch=128",
+            f"train.share={share}",
+            f"train.reshard={reshard}",
+            f"train.micro_batch={micro_batch or 'null'}",
         ],
     )
     state = begin(spec.build(), spec.train)
