@@ -118,7 +118,7 @@ def passes(objective: Objective) -> tuple[int, int]:
     """How many passes a loss makes, with gradients and without, of the first net and eight drawn rows; it is finite."""
     model = Counted(randomise(nets()[0].build(objective.needs, (2, 4, 4), 3)))
     x, c = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
-    path = Trig() if objective.needs.paths == ("trig",) else Linear()
+    path = Trig() if objective.needs.formulas.paths == ("trig",) else Linear()
     terms = step(objective, model, draw(objective, path, x, c, torch.full_like(c, 3), seed=0, step=0))
     assert terms.loss.isfinite().all()
     return model.graded, model.still

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from contract.case import Counted, nets, randomise, step
-from dumo.flow.secant import MAX_GAIN, demand_precision
+from dumo.flow.slope import MAX_GAIN, demand_precision
 from dumo.flow.times import Karras
 from dumo.objectives import Consistency, FlowMatching
 from dumo.objectives.consistency import KarrasGrid, Ratio

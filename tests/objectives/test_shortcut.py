@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import Counted, step
-from dumo.flow.cfg import CFG
 from dumo.flow.draw import draw
-from dumo.flow.guide import Guide
+from dumo.flow.guide import CFG, Guide
 from dumo.flow.path import Linear
 from dumo.flow.solver import Euler, Hop, check
 from dumo.flow.times import Dyadic

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.flow.cfg import CFG
-from dumo.flow.guide import Guide, Interval
+from dumo.flow.guide import CFG, Guide, Interval
 from dumo.flow.path import Linear
 from dumo.flow.solver import Euler, Heun, Solver
 from dumo.objectives import DuMo, FlowMatching, Objective

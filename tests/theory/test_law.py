@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from contract.case import members
-from dumo.flow.law import Noise, ToData
 from dumo.flow.times import (
     Arctan,
     Atom,
@@ -20,8 +19,10 @@ from dumo.flow.times import (
     Jumps,
     Karras,
     LogitNormal,
+    Noise,
     Pair,
     Times,
+    ToData,
     Uniform,
 )
 from dumo.runtime.random import stream

@@ -71,28 +71,26 @@ def test_gradient_of_a_tangent(shapes: Shapes, call: str, honest: Callable[..., 
     f, given = function(call), {name: x.requires_grad_(x.dtype == D) for name, x in operands(shapes, call, D).items()}
     along = directions(given, tuple(moving(shapes, given)))
     leaves = [x for x in given.values() if x.requires_grad]
-    with dual.recorded():
-        found = ride(f, given, along)
+    found = ride(f, given, along, recorded=True)
     tangents = [h.t if isinstance(h, Dual) else torch.zeros_like(h) for h in found]
     truth = honest(lambda: f(**given), [given[name] for name in along], list(along.values()))
     for a, b in zip(gradients(weighed(tangents), leaves), gradients(weighed(truth), leaves), strict=True):
         assert (a - b).abs().max() <= 1e-11 * max(1, b.abs().max()), call
 
 
-def test_tangents_are_recorded_inside_only() -> None:
+@pytest.mark.parametrize("recorded", [True, False])
+def test_tangents_are_recorded_where_that_is_said(recorded: bool) -> None:
     x = torch.randn(2, 3, dtype=D, requires_grad=True)
-    with dual.recorded():
-        assert dual.recording()
-        assert F.silu(dual.pair(x, torch.ones_like(x))).t.requires_grad  # pyright: ignore
-    assert not dual.recording()
-    assert not F.silu(dual.pair(x, torch.ones_like(x))).t.requires_grad  # pyright: ignore
+    y = torch.zeros_like(dual.pair(x, torch.ones_like(x), recorded=recorded))
+    y[:] = F.silu(dual.pair(x, torch.ones_like(x), recorded=recorded))
+    assert (2 * y).t.requires_grad == recorded  # pyright: ignore
 
 
 def test_a_norm_has_a_gradient_at_zero() -> None:
     x = torch.zeros(2, 3, dtype=D, requires_grad=True)
-    with dual.recorded():
-        for y in (torch.linalg.vector_norm(Dual(x, torch.ones_like(x)), dim=1), F.normalize(Dual(x, 0 * x + 1))):
-            assert torch.autograd.grad(y.t.sum(), x)[0].isfinite().all()
+    along = Dual(x, torch.ones_like(x), recorded=True)
+    for y in (torch.linalg.vector_norm(along, dim=1), F.normalize(along)):
+        assert torch.autograd.grad(y.t.sum(), x)[0].isfinite().all()
 
 
 def by_corners(net: nn.Module, dtype: torch.dtype = D) -> tuple[Heads, Heads]:

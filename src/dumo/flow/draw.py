@@ -15,15 +15,75 @@ and `noised` puts them to the data, on the data's device, which it does not wait
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+from jaxtyping import Int64
+from pydantic import Field
 from torch import Tensor
 
 from dumo.flow import dropout
-from dumo.flow.coupling import Coupling
+from dumo.runtime import random
+from dumo.runtime.bound import ROWS
 from dumo.runtime.random import keyed, stream
-from dumo.types import Cond, Noised, Objective, Path, Rows, Sample, Taught, Time, Trail
+from dumo.types import Cond, Law, Noised, Objective, Path, Rows, Sample, Spec, Taught, Time, Trail
 from dumo.types.rows import pinned, sent
+
+
+class Noise(Law):
+    """N(0, I), shaped like the data: drawn for the rows that are asked for."""
+
+    kind: Literal["noise"] = "noise"
+
+    def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> Sample:
+        """Draw one sample for each of these rows."""
+        return keyed(*key, rows=rows, shape=shape)
+
+
+class Signs(Law):
+    """1 or -1 for every number of a sample, as likely: directions of Hutchinson's estimate (`dumo.flow.likelihood`)."""
+
+    kind: Literal["signs"] = "signs"
+
+    def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> Sample:
+        """Draw one sample of signs for each of these rows."""
+        return random.signs(*key, rows=rows, shape=shape)
+
+
+class Coupling(Spec):
+    """Which noise goes with which data: paths that cross less, so that one velocity can follow them.
+
+    Among rows of one class, in groups of `group` neighbouring rows, noises change places so that the sum of squared
+    distances between data and noise is the least: optimal transport of a minibatch (Pooladian et al. 2023; Tong et al.
+    2024). So x, z and the class keep their laws, and z stays independent of the class; the law of x and z together is
+    another, and so is the flow, which still carries N(0, I) to the data.
+    """
+
+    group: int = Field(ge=2, le=ROWS)  # the larger, the straighter; its cube is what it costs, per class
+
+    def __call__(self, x: Sample, z: Sample, c: Cond) -> Sample:
+        """The noises z in the order in which they go with x, of classes c before any is dropped; of whole groups.
+
+        Found on the CPU, so a GPU is waited for. Where a number is not finite nothing is moved.
+        """
+        there = torch.unique(c.cpu(), dim=0, return_inverse=True)[1]
+        data, noise = (side.detach().cpu().double().flatten(1) for side in (x, z))
+        order = torch.arange(len(z))
+        for group in order.clone().split(self.group):
+            for k in there[group].unique():
+                rows = group[there[group] == k]
+                order[rows] = rows[assigned(data[rows], noise[rows])]
+        return z[order.to(z.device)]
+
+
+def assigned(x: Tensor, z: Tensor) -> Int64[Tensor, " n"]:
+    """For each row of x the row of z that goes with it, by scipy."""
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
+    cost = torch.cdist(x, z).square()
+    if not cost.isfinite().all():
+        return torch.arange(len(x))
+    return torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
 
 
 @dataclass(frozen=True)

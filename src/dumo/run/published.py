@@ -6,9 +6,8 @@ from torch import Tensor, nn
 
 from dumo.io.read import read_json, user_path
 from dumo.io.weights import load
-from dumo.nets.dit import PUBLISHED, SIZES, DiT, Transformer
+from dumo.nets.dit import PUBLISHED, SIZES, UNUSED, DiT, Transformer, converted, of_diffusers, our_name
 from dumo.nets.embed import FREQUENCIES
-from dumo.nets.sit import UNUSED, converted, of_diffusers, our_name
 from dumo.run.config.spec import Run
 from dumo.run.config.teacher import Start
 from dumo.types import UserError

@@ -103,8 +103,8 @@ def opened(teacher: Teacher, run: Run, state: State, device: torch.device) -> Kn
             raw, about = of_base(run, state.net), {"sha256": str(state.frozen)}
     if raw.velocity is None:
         raise UserError(f"the teacher {teacher.source} has no velocity: take one whose objective teaches it")
-    reads, needs = teacher.guide(raw, run.data.classes), run.objective.needs
-    learned = None if teacher.pairs and not (needs.points and needs.teachable) else velocity(reads)
+    reads, wants = teacher.guide(raw, run.data.classes), run.objective.needs.teacher
+    learned = None if teacher.pairs and not (wants.points and wants.velocity != "no") else velocity(reads)
     return Known(teacher, reads, learned, {"source": teacher.source or teacher.kind, **about})
 
 
@@ -255,7 +255,7 @@ def load_pairs(file: Path) -> dict[str, Tensor]:
 
 def joined(run: Run, pairs: Pairs, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
     """Noise, the data that the flow carries it to, and as many points between as the objective learns from."""
-    points, c_here, shape = run.objective.needs.points, c.to(device), run.data.shape
+    points, c_here, shape = run.objective.needs.teacher.points, c.to(device), run.data.shape
     solver, nfe = pairs.solver, pairs.passes(points)
     if points:
         z = noise(0, numbers, 0, shape).to(device)

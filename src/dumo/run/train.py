@@ -12,7 +12,6 @@ import torch
 
 from dumo.data.store import some
 from dumo.flow.draw import Draws
-from dumo.flow.overhear import exchanged
 from dumo.flow.slope import CentralSlope, DualSlope
 from dumo.io.source import Source
 from dumo.nets.dualized import Dualized
@@ -31,10 +30,9 @@ from dumo.runtime import dist
 from dumo.runtime.prefetch import BATCHES, Ahead
 from dumo.runtime.progress import Bar, no_bar
 from dumo.training import agreement, loop
-from dumo.training.cut import span
 from dumo.training.layout import share_of
 from dumo.training.state import Diverged, State
-from dumo.training.step import Batch, Task, draws_of, pieces
+from dumo.training.step import Batch, Task, draws_of, pieces, span
 from dumo.types import UserError
 from dumo.types.rows import pinned, sent
 
@@ -179,10 +177,9 @@ def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.dev
 
 def by_dual(run: Run) -> float | None:
     """What a step would cost with the slope that rides, in F; None where it is no difference that is taken."""
-    slope = run.objective.needs.slope
-    if not (isinstance(slope, CentralSlope) and run.objective.needs.derives):
+    if not isinstance(run.objective.needs.slope, CentralSlope):
         return None
-    other = exchanged(run.objective, slope, DualSlope())
+    other = run.objective.model_copy(update={"slope": DualSlope()})
     try:
         return cost.forward_units(run.outline(), other, run.path, run.data.shape, ref=run.train.ref)
     except UserError:  # a net of which an operation has no rule

@@ -5,9 +5,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from dumo.flow.cfg import CFG, GuidanceScale
 from dumo.flow.generate import generate, labels
-from dumo.flow.guide import Guide, Interval
+from dumo.flow.guide import CFG, GuidanceScale, Guide, Interval
 from dumo.flow.path import Linear
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver
 from dumo.types import Reads, UserError, lift

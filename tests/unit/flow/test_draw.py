@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.flow.draw import draw, drawn
-from dumo.flow.law import Noise
+from dumo.flow.draw import Noise, draw, drawn
 from dumo.flow.path import Linear
 from dumo.flow.times import Pair, Uniform
 from dumo.objectives import FlowMatching, ImprovedMeanFlow, MeanFlow

@@ -1,5 +1,7 @@
 """Dropout's masks: a function of row, step and layer, and nothing else."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -81,7 +83,6 @@ def test_steps_and_seeds_have_keys_of_their_own() -> None:
 
 def test_contexts_nest_and_end() -> None:
     rows = keys(0, 0, 4)
-    assert current(4) is None
     with using(rows):
         assert current(4) is rows
         with dropout.rows([2, 0]):
@@ -94,9 +95,12 @@ def test_contexts_nest_and_end() -> None:
         with pytest.raises(ZeroDivisionError), dropout.off():
             1 / 0  # noqa: B018
         assert current(4) is rows
-    assert current(4) is None
-    with dropout.rows([0]):
-        assert current(1) is None
+
+
+def test_keys_that_nobody_set_are_refused() -> None:
+    for context in (nullcontext(), dropout.rows([0])):
+        with context, pytest.raises(RuntimeError, match="has no keys"):
+            current(1)
 
 
 def test_rows_nobody_named_are_refused() -> None:

@@ -5,8 +5,7 @@ from math import cos, sin
 import pytest
 import torch
 
-from dumo.nets.embed import Scalars, grid_waves, label_table
-from dumo.nets.head import Gauges
+from dumo.nets.embed import Gauges, Scalars, grid_waves, label_table
 from dumo.types import Needs
 
 

@@ -8,9 +8,8 @@ from torch import Tensor
 
 from contract.case import randomise
 from dumo.flow.path import Linear
-from dumo.nets.block import Modulation, Sizes
+from dumo.nets.block import Modulation, Preserving, Sizes, Unit, blend
 from dumo.nets.dit import DiT
-from dumo.nets.magnitude import Preserving, Unit, blend
 from dumo.objectives import DuMo
 from dumo.training.optim import AdamW
 from dumo.training.spec import Train

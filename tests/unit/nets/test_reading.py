@@ -10,10 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from contract.case import randomise
-from dumo.flow.cfg import CFG
 from dumo.flow.draw import draw
 from dumo.flow.generate import solve
-from dumo.flow.guide import Guide
+from dumo.flow.guide import CFG, Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.solver import Euler, Restart, Solver

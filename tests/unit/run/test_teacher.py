@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.flow.cfg import CFG
+from dumo.flow.guide import CFG
 from dumo.io.weights import load as load_weights
 from dumo.run import teacher
 from dumo.run.config.check import check_guided

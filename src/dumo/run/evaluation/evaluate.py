@@ -19,9 +19,8 @@ from dumo.data import Latents
 from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.evaluation.likelihood import LikelihoodEvaluator
 from dumo.evaluation.protocol import Evaluator
-from dumo.flow.divergence import axes
 from dumo.flow.generate import Batch, counting, evaluating, passing
-from dumo.flow.likelihood import climbing, log_likelihood
+from dumo.flow.likelihood import axes, climbing, log_likelihood
 from dumo.flow.reading import reading
 from dumo.flow.solver import Solver, check
 from dumo.io import digest
