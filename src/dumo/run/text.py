@@ -1,6 +1,6 @@
 """Make the table of texts that a run's net reads: where captions, an encoder and a folder meet.
 
-As with latents, it never matters who made which shard or how often that was interrupted (`dumo.encoders.encode`). Token
+As with latents, it never matters who made which shard or how often that was interrupted (`dumo.io.table`). Token
 ids, of which an encoder is trained along, cost nothing: training makes them itself.
 """
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from dumo.data import Moons
-from dumo.encoders.encode import encode as encode_texts
+from dumo.encoders.texttable import encode as encode_texts
 from dumo.encoders.texttable import read_contents
 from dumo.io.file import locked
 from dumo.io.table import Done
@@ -54,7 +54,7 @@ def encode(
     device: str = "auto",
     bar: Bar = no_bar,
 ) -> Made:
-    """Make shards k, k + n, k + 2 n ... of the table, `part` being (k, n). Raises as `dumo.encoders.encode.encode`."""
+    """Make shards k, k + n, k + 2 n ... of the table, `part` being (k, n). Raises as `texttable.encode`."""
     texts, (rank, world) = captions(run), part
     mine = range(rank, ceil((len(texts) + 1) / shard_rows), world)
     total = sum(min(shard_rows, len(texts) + 1 - k * shard_rows) for k in mine)
