@@ -89,6 +89,13 @@ class Contents(Index):
         """The type of stored tokens."""
         return self.columns["tokens"].torch_dtype
 
+    def summary(self) -> str:
+        """What a whole table holds, in words."""
+        width = f"tokens of {self.width} numbers" if self.width else "numbers of tokens"
+        pooled = f", and {self.pooled} of the whole text" if self.pooled else ""
+        texts = f"{self.captions:,} captions and the empty one by {self.model}"
+        return f"{texts}, up to {self.encoder.length} {width}{pooled}"
+
     def binding(self) -> dict[str, Any]:
         """All but the encoder's folder, for its hash is there."""
         tree = super().binding()

@@ -104,9 +104,9 @@ class Index(Spec):
         """The rows of the source in a shard."""
         return range(number * self.shard_rows, min((number + 1) * self.shard_rows, self.rows))
 
-    def share(self, rank: int, world: int) -> int:
-        """How many rows of the source are in a rank's shards."""
-        return sum(len(self.span(number)) for number in range(rank, self.count, world))
+    def summary(self) -> str:
+        """What a whole table holds, in words."""
+        return f"{self.rows:,} rows"
 
     def binding(self) -> dict[str, Any]:
         """The inputs of the rows: these must be the same to go on."""
@@ -206,6 +206,11 @@ def require(folder: Path, index: Index, *, deep: bool = False) -> None:
     """Raise UserError where a shard is not there, or of another size; `deep`: or has another checksum."""
     if faults := [f"{shard.file} {fault}" for shard in index.shards if (fault := shard.fault(folder, deep=deep))]:
         raise UserError(f"{folder}: {'; '.join(faults)}: {index.remake}")
+
+
+def share(rows: int, shard_rows: int, rank: int, world: int) -> int:
+    """How many rows of a source are in the shards that a rank makes."""
+    return sum(min(shard_rows, rows - first) for first in range(rank * shard_rows, rows, world * shard_rows))
 
 
 def make(

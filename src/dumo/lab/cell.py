@@ -17,7 +17,7 @@ from dumo.lab import job
 from dumo.lab.plan import Cell
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
-from dumo.run import encode, text
+from dumo.run import encode
 from dumo.run.config.spec import Run
 from dumo.run.evaluation import card
 from dumo.run.evaluation.evaluate import evaluate, standing
@@ -50,7 +50,7 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
         for data in dict.fromkeys(cell.spec.data for cell in ready):
             if isinstance(data, Latents):
                 encode.ensure(data, device=device, bar=bar)
-        ready = [replace(cell, spec=text.ready(cell.spec)) for cell in ready]
+        ready = [replace(cell, spec=encode.ready(cell.spec)) for cell in ready]
         if jobs > 1:
             finish_apart(ready, folder, jobs=jobs, device=device, bar=bar)
         done |= {cell.name: finish(cell, folder, device=device, bar=bar) for cell in ready}

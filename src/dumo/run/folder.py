@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dumo.data import Latents
-from dumo.encoders.scaled import Opened
+from dumo.encoders.codec import Opened
 from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.weights import compare

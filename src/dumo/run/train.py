@@ -16,7 +16,7 @@ from dumo.flow.overhear import exchanged
 from dumo.flow.slope import CentralSlope, DualSlope
 from dumo.io.source import Source
 from dumo.nets.dualized import Dualized
-from dumo.run import deviation, teacher, text
+from dumo.run import deviation, encode, teacher
 from dumo.run.config.advice import advice
 from dumo.run.config.check import check_pieces
 from dumo.run.config.spec import Run
@@ -60,10 +60,10 @@ def train(
     rank, ranks = dist.launched()
     require_room(run, dist.device(device), ranks)
     check_pieces(run, ranks)
-    run = text.ready(run, make=rank == 0)
+    run = encode.ready(run, make=rank == 0)
     with held(run, folder, step) if rank == 0 else nullcontext(), dist.join():
         tell = tell if rank == 0 and tell else quiet
-        run = text.ready(run, make=False)  # what the first rank has made
+        run = encode.ready(run, make=False)  # what the first rank has made
         return go_on(run, folder, dist.device(device), no_bar if rank else bar, tell, step, new_data=new_data)
 
 

@@ -9,21 +9,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dumo.encoders import inception_weights
+from dumo.encoders import inception
 from dumo.types import UserError
 from golden import inception as recipe
 
-WAY = rf"Fetch {inception_weights.URL}.*python -c .*{inception_weights.VARIABLE}"
+WAY = rf"Fetch {inception.URL}.*python -c .*{inception.VARIABLE}"
 
 
 @pytest.fixture(autouse=True)
 def nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(inception_weights.VARIABLE, raising=False)
+    monkeypatch.delenv(inception.VARIABLE, raising=False)
 
 
 def refused(path: Path | None, match: str) -> None:
     with pytest.raises(UserError, match=rf"(?s){match}.*{WAY}"):
-        inception_weights.load(path)
+        inception.load(path)
 
 
 def small(path: Path, **changes: Tensor) -> Path:
@@ -38,16 +38,16 @@ def test_the_documented_line_makes_a_file_that_loads(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     net = recipe.net()
     counters = {name.replace("conv.weight", "bn.num_batches_tracked"): torch.tensor(0) for name in net.state_dict()}
-    torch.save(net.state_dict() | {k: v for k, v in counters.items() if "num_batches" in k}, inception_weights.FILE)
-    exec(shlex.split(inception_weights.MAKE)[2])
-    source = hashlib.sha256(Path(inception_weights.FILE).read_bytes()).hexdigest()
+    torch.save(net.state_dict() | {k: v for k, v in counters.items() if "num_batches" in k}, inception.FILE)
+    exec(shlex.split(inception.MAKE)[2])
+    source = hashlib.sha256(Path(inception.FILE).read_bytes()).hexdigest()
 
     made = tmp_path / "inception.safetensors"
-    refused(made, f"{source}, not {inception_weights.SHA256}")
-    monkeypatch.setattr(inception_weights, "SHA256", source)
-    monkeypatch.setenv(inception_weights.VARIABLE, str(made))
-    loaded = inception_weights.load()
-    assert loaded.origin == {"source": inception_weights.FILE, "sha256": source}
+    refused(made, f"{source}, not {inception.SHA256}")
+    monkeypatch.setattr(inception, "SHA256", source)
+    monkeypatch.setenv(inception.VARIABLE, str(made))
+    loaded = inception.load()
+    assert loaded.origin == {"source": inception.FILE, "sha256": source}
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
     for name, w in net.state_dict().items():
@@ -57,7 +57,7 @@ def test_the_documented_line_makes_a_file_that_loads(tmp_path: Path, monkeypatch
 def test_no_file_and_no_safetensors_are_refused_with_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused(None, "no path is given and DUMO_INCEPTION is not set")
     refused(tmp_path / "none", "none is no file")
-    monkeypatch.setenv(inception_weights.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(inception.VARIABLE, str(tmp_path))
     refused(None, "is no file")
     pickle = tmp_path / "pickle.pth"
     torch.save({"fc.bias": torch.zeros(1008)}, pickle)
@@ -76,12 +76,10 @@ def test_other_weights_are_refused_by_name_and_shape(tmp_path: Path) -> None:
 def test_numbers_that_are_none_are_refused(wrong: Tensor) -> None:
     net = recipe.net()
     with pytest.raises(UserError, match=r"fc\.bias is (not finite|\(1008,\) float16)"):
-        inception_weights._check(
-            net, {"sha256": inception_weights.SHA256}, net.state_dict() | {"fc.bias": wrong}, Path("file")
-        )
+        inception._check(net, {"sha256": inception.SHA256}, net.state_dict() | {"fc.bias": wrong}, Path("file"))
 
 
 def test_a_file_that_tells_no_source_is_refused() -> None:
     net = recipe.net()
     with pytest.raises(UserError, match="says it was made of a file of sha256 nothing, not 6726825d"):
-        inception_weights._check(net, {}, dict(net.state_dict()), Path("file"))
+        inception._check(net, {}, dict(net.state_dict()), Path("file"))
