@@ -19,7 +19,7 @@ from torch import Tensor
 from dumo.data.written import LINES, dump_lines, require_lines
 from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
-from dumo.encoders.scaled import Opened
+from dumo.encoders.codec import Opened
 from dumo.io import table
 from dumo.io.picture import from_uint8
 from dumo.io.source import Finite
@@ -57,6 +57,12 @@ class Contents(Plan, Index):
     def shape(self) -> tuple[int, ...]:
         """Of a row of x."""
         return self.columns["x"].shape
+
+    def summary(self) -> str:
+        """What a whole cache holds, in words."""
+        rows = sum(shard.rows for shard in self.shards)
+        lost = f" ({self.rows - rows} could not be read)" if rows < self.rows else ""
+        return f"{rows:,} images{lost} as {self.shape} in {self.dtype}"
 
     def binding(self) -> dict[str, Any]:
         """All but where the codec's weights lie, for their hash is there."""

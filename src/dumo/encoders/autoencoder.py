@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dumo.encoders.scaled import WEIGHTS, Images, Latent, Moments, Opened, Published, Scaled
+from dumo.encoders.codec import WEIGHTS, Images, Latent, Moments, Opened, Published, Scaled
 from dumo.io.read import brief, user_path
 from dumo.io.weights import checked
 from dumo.types import UserError

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dumo.encoders.scaled import Images, Latent, Moments, Opened, Published, Scaled
+from dumo.encoders.codec import Images, Latent, Moments, Opened, Published, Scaled
 from dumo.io.read import user_path
 from dumo.io.weights import checked, compare, load
 

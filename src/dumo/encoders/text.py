@@ -38,7 +38,7 @@ HINT = f"name a folder with {CONFIG} and {WEIGHTS}, as transformers saves a text
 class Embeddings:
     """Texts as a net reads them."""
 
-    tokens: Shaped[Tensor, "b l d"]  # embeddings, or one number each
+    tokens: Shaped[Tensor, "b l *d"]  # embeddings, or ids
     mask: Bool[Tensor, "b l"]  # which of them are there
     pooled: Float[Tensor, "b p"] | None
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dumo.encoders import cifar10
+from dumo.encoders.classifier import PIECE, cifar10
 from dumo.evaluation.distance import Moments, frechet_distance, kid, two_sample_auc
 from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import Measure, Reference, Scores, distances, whole_set
@@ -64,13 +64,13 @@ def baselines(reference: Reference, samples: int) -> dict[str, Scores]:
 
 def features_of(x: Sample) -> Features:
     """The features of images after they are clamped and rounded to 8 bits, in pieces."""
-    return torch.cat([cifar10.features(from_uint8(to_uint8(part))) for part in x.split(cifar10.PIECE)])
+    return torch.cat([cifar10.features(from_uint8(to_uint8(part))) for part in x.split(PIECE)])
 
 
 def learned(x: Sample) -> Features:
     """As `features_of`, kept for the next time that the same images are the reference."""
     digest = blake2b()
-    for part in x.split(cifar10.PIECE):
+    for part in x.split(PIECE):
         digest.update(to_uint8(part).cpu().contiguous().numpy().data)
     if (key := digest.digest()) not in known:
         f = features_of(x)
@@ -83,8 +83,8 @@ def learned(x: Sample) -> Features:
 def facts() -> dict[str, str]:
     """The features, the hash of their weights, and what is done to images before."""
     return {
-        "features": f"{cifar10.WIDTH} of dumo's classifier of CIFAR-10",
-        "features_sha256": cifar10.sha256(),
+        "features": f"{cifar10.width} of dumo's classifier of CIFAR-10",
+        "features_sha256": cifar10.sha256,
         "rounding": "0 to 255",
         "auc_features": "a support vector machine on the features, against as many images",
     }

@@ -10,11 +10,10 @@ The protocol's own draws are keyed by its name: the same samples and data have t
 import torch
 from torch import Tensor
 
-from dumo.encoders import digits
+from dumo.encoders.classifier import digits
 from dumo.evaluation.distance import Moments, frechet_distance, kernel_distance, kid, pixel_frechet, two_sample_auc
 from dumo.evaluation.neighbours import nearest, precision_recall
 from dumo.evaluation.protocol import SPLITS, Measure, Reference, Scores, distances, summary, whole_set
-from dumo.io import digest
 from dumo.io.source import Split
 from dumo.runtime.random import stream
 from dumo.types import Cond, Sample
@@ -104,8 +103,8 @@ def _held(filed: Sample, fake: Tensor, grey: Tensor, split: Split) -> Scores:
 
 def facts() -> dict[str, str]:
     """The features, and the hash of their weights."""
-    features = f"{digits.WIDTH} of dumo's classifier of digits"
-    return {"features": features, "features_sha256": digest.of_file(digits.WEIGHTS)}
+    features = f"{digits.width} of dumo's classifier of digits"
+    return {"features": features, "features_sha256": digits.sha256}
 
 
 DIGITS = Measure(

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from pydantic import Field, model_validator
 
-from dumo.encoders import inception_weights
+from dumo.encoders import inception
 from dumo.encoders.inception import SIZE, WIDTH
 from dumo.evaluation import reference
 from dumo.evaluation.distance import Moments, frechet_distance, kid
@@ -62,7 +62,7 @@ class ImageProtocol(Protocol):
     @property
     def missing(self) -> str | None:
         """What must be fetched before anything can be judged here; None: nothing."""
-        file = inception_weights.place()
+        file = inception.place()
         if not file or not file.is_file():
             return "the weights of Inception: dumo data inception says how to get them"
         named = self.reference is not None or not self.standard.url
@@ -96,7 +96,7 @@ class ImageProtocol(Protocol):
         images than the name says.
         """
         standard, device, tick = self.standard, context.device, context.tick
-        extractor = inception_weights.load(None, device)
+        extractor = inception.load(None, device)
         if standard.url:
             file = reference.adm_file(self._file(standard.url), self.kind, standard)
             found, make = reference.adm_facts(file), partial(reference.adm_statistics, extractor, file, tick)
@@ -106,7 +106,7 @@ class ImageProtocol(Protocol):
         else:
             raise UserError(f"protocol {self.kind} goes through all images of a data set, and this has none")
         facts = {
-            **inception_weights.facts(extractor),
+            **inception.facts(extractor),
             **found,
             "resize": f"TensorFlow 1, bilinear, to {SIZE}",
             "rounding": "0 to 255",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dumo.encoders import digits
+from dumo.encoders.classifier import digits
 from dumo.evaluation.cifar10 import features_of
 from dumo.evaluation.distance import Moments, frechet_distance
 from dumo.flow.generate import labels

@@ -135,7 +135,10 @@ class TextTable(Tabled):
 
 
 class Mapped(Texts):
-    """Rows of a table on disk, mapped: read, padded and sent to the net's device at every pass."""
+    """Rows of a table on disk, mapped: read, padded and sent to the net's device at every pass.
+
+    Raises UserError for a shard that has changed, from the beginning or from a pass (`dumo.io.audit`).
+    """
 
     like: Tensor  # its device and type are those of the rows
 
@@ -146,10 +149,12 @@ class Mapped(Texts):
         self.width, self.length, self.pooled_width = spec.width, spec.encoder.length, spec.pooled
         self.table, self.masked = found, not spec.encoder.pad
         self.spec = spec
+        self.table.audit.require()
         self.added: Rows | None = None
 
     def forward(self, c: Cond) -> TextRows:
         """The rows of c (b,). Waits for the device of c."""
+        self.table.audit.require()
         numbers: list[int] = c.tolist()
         tokens, mask, pooled = self.table.padded([min(row, len(self.table) - 1) for row in numbers])
         parts: list[Tensor | None] = [tokens, mask if self.masked else None, pooled]

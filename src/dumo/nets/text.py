@@ -14,9 +14,9 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dumo.encoders.texttable import FILE
 from dumo.encoders.tokens import EXTRA, SPACE, VOCABULARY, Tokenizer
 from dumo.flow import dropout
+from dumo.io.table import FILE
 from dumo.nets.rows import Rows, TextFile, TextRows, Texts
 from dumo.nets.table import Tabled, TextTable
 from dumo.runtime.bound import BLOCKS, CHANNELS

@@ -7,20 +7,20 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from dumo.flow import generate
+from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.reading import bind, reading
-from dumo.io import digest
-from dumo.io.file import write
+from dumo.flow.solver import Heun
+from dumo.io import digest, table
 from dumo.io.read import read_json, write_json
 from dumo.io.source import Source, Table, rows_of
-from dumo.io.weights import load
+from dumo.io.table import Column, Index
 from dumo.run.config.check import check_guided
 from dumo.run.config.spec import Run
 from dumo.run.config.teacher import Pairs, Teacher
@@ -33,7 +33,7 @@ from dumo.training.state import State
 from dumo.types import Cond, Heads, Reads, Sample, Taught, Time, Trail, UserError
 
 FILE = "teacher.json"
-SHARD = 1024  # pairs to a file: what a stop may lose
+SHARD = 1024  # pairs to a shard: what a stop may lose
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,9 @@ class Known:
 
     def check(self, folder: Path) -> None:
         """Raise UserError where another teacher taught what is in this folder."""
-        file, stands = folder / FILE, any((folder / name).is_dir() for name in ("pairs", "checkpoints"))
-        if not stands or not file.is_file():
+        file = folder / FILE
+        taught = (folder / "checkpoints").is_dir() or any((folder / "pairs").glob("shard-*"))
+        if not taught or not file.is_file():
             return
         way_out = f"delete it if the teacher is the one that {folder} began with, or start anew in another folder"
         then = read_json(file, way_out)
@@ -69,8 +70,9 @@ class Known:
         Raises UserError as `couple` does.
         """
         self.note(folder)
-        pairs = self.spec.pairs
-        return couple(run, pairs, self.reads, folder / "pairs", device, bar) if pairs else source
+        if not (pairs := self.spec.pairs):
+            return source
+        return couple(Plan.of(run, pairs, self.about["sha256"]), self.reads, folder / "pairs", device, bar)
 
 
 @dataclass(frozen=True)
@@ -211,55 +213,75 @@ class Coupled:
         return digest.short(self.table.fingerprint(), *map(digest.of_tensor, self._paired))
 
 
-def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.device, bar: Bar) -> Coupled:
-    """Pairs that the teacher's flow joins: those that stand in `folder`, and the others, made now, file by file.
+class Plan(Index):
+    """What index.json says of a teacher's pairs: data x, noise z, classes c, and points of the flow between."""
 
-    Rank k of n makes k, k + n, k + 2 n ... of the files that lack; every rank must call it, and has all pairs. Raises,
-    on every rank, UserError where a file is damaged, or the teacher's answers are not finite, which are not written;
-    OSError where the disk is full; Stopped where that is asked, between two passes.
-    """
-    c = generate.labels(pairs.count, run.data.classes)
-    files = {folder / f"{first:08d}.safetensors": first for first in range(0, pairs.count, SHARD)}
-    lacking = agreement.main(lambda: [file for file in files if not file.is_file()])
+    word: ClassVar[str] = "set of pairs"
+    remake: ClassVar[str] = "delete it, and these pairs are made again"
+    repaired: ClassVar[bool] = False
+    teacher: str  # SHA-256 of its weights, or of its source
+    path: FlowPath
+    solver: Heun = Pairs.solver
+    nfe: int
+    points: int
+    classes: int
 
-    def make() -> list[int]:
-        for file in lacking[dist.rank() :: dist.world()]:
-            signals.check()
-            some = range(files[file], min(files[file] + SHARD, pairs.count))
-            made = joined(run, pairs, reads, c[list(some)], some, device)
-            if bad := [k for k, x in zip(some, made["x"], strict=True) if not x.isfinite().all()]:
-                return bad
-            write(file, safetensors.torch.save(made))
-            tick(some.stop, "")
-        return []
-
-    with bar("the teacher's pairs", pairs.count) as tick:
-        bad = [k for found in agreement.agreed(make) for k in found]  # who failed would be waited for
-        tick(pairs.count, "")
-    if bad:
-        raise UserError(
-            f"{len(bad)} of the teacher's pairs are not finite, the first is number {min(bad)}: mend the teacher, or "
-            "take another"
+    @classmethod
+    def of(cls, run: Run, pairs: Pairs, by: str) -> "Plan":
+        """The plan of a run's pairs, by a teacher of this digest."""
+        points, shape = run.objective.needs.teacher.points, run.data.shape
+        x = Column(dtype="float32", shape=shape)
+        between = {"between": Column(dtype="float32", shape=(points - 1, *shape))} if points else {}
+        return cls(
+            columns={"x": x, "z": x, "c": Column(dtype="int64"), **between},
+            rows=pairs.count,
+            shard_rows=SHARD,
+            teacher=by,
+            path=run.path,
+            nfe=pairs.passes(points),
+            points=points,
+            classes=run.data.classes,
         )
-    parts = agreement.own(lambda: [load_pairs(file) for file in files])
-    return Coupled(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
-def load_pairs(file: Path) -> dict[str, Tensor]:
-    """The pairs of a file. Raises UserError where it is damaged."""
-    try:
-        return load(file)
-    except UserError as error:
-        raise UserError(f"{file} is damaged: delete it, and these pairs are made again") from error
+def couple(plan: Plan, reads: Reads, folder: Path, device: torch.device, bar: Bar) -> Coupled:
+    """Pairs that the teacher's flow joins: those that stand in `folder`, and the others, made now, shard by shard.
+
+    Rank k of n makes the shards k, k + n, k + 2 n ...; every rank must call it, and has all pairs. Raises, on every
+    rank, UserError where the pairs are others or have changed, or the teacher's answers are not finite, which are not
+    written; OSError where the disk is full; Stopped where that is asked, between two passes.
+    """
+    c, rank, world = generate.labels(plan.rows, plan.classes), dist.rank(), dist.world()
+
+    def shard(number: int, behind: Callable[[int], None]) -> dict[str, Tensor]:
+        signals.check()
+        some = plan.span(number)
+        made = joined(plan, reads, c[list(some)], some, device)
+        if bad := [k for k, x in zip(some, made["x"], strict=True) if not x.isfinite().all()]:
+            raise UserError(
+                f"{len(bad)} of the teacher's pairs are not finite, the first is number {bad[0]}: mend the teacher, or "
+                "take another"
+            )
+        return made
+
+    def load() -> dict[str, Tensor]:
+        index = table.read(folder, Plan) or plan
+        table.require(folder, index, deep=True)
+        parts = [table.Table(folder, index).tensors(number) for number in range(plan.count)]
+        return {name: torch.cat([part[name] for part in parts]) for name in plan.columns}
+
+    with bar("the teacher's pairs", table.share(plan.rows, plan.shard_rows, rank, world)) as tick:
+        # who failed would be waited for
+        agreement.agreed(lambda: table.make(folder, plan, shard, rank=rank, world=world, tick=tick).missing)
+    return Coupled(**agreement.own(load))
 
 
-def joined(run: Run, pairs: Pairs, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
+def joined(plan: Plan, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
     """Noise, the data that the flow carries it to, and as many points between as the objective learns from."""
-    points, c_here, shape = run.objective.needs.teacher.points, c.to(device), run.data.shape
-    solver, nfe = pairs.solver, pairs.passes(points)
-    if points:
+    c_here, shape = c.to(device), plan.columns["x"].shape
+    if plan.points:
         z = noise(0, numbers, 0, shape).to(device)
-        x, between = generate.trailed(reads, run.path, solver, z, c_here, nfe=nfe, points=points)
+        x, between = generate.trailed(reads, plan.path, plan.solver, z, c_here, nfe=plan.nfe, points=plan.points)
         return {"x": x.cpu(), "z": z.cpu(), "c": c, "between": between.cpu()}
-    z, x = generate.solve(reads, run.path, solver, c_here, nfe=nfe, seed=0, shape=shape, indices=numbers)
+    z, x = generate.solve(reads, plan.path, plan.solver, c_here, nfe=plan.nfe, seed=0, shape=shape, indices=numbers)
     return {"x": x.cpu(), "z": z.cpu(), "c": c}

@@ -15,7 +15,7 @@ from dumo.flow.draw import Draws
 from dumo.flow.slope import CentralSlope, DualSlope
 from dumo.io.source import Source
 from dumo.nets.dualized import Dualized
-from dumo.run import deviation, teacher, text
+from dumo.run import deviation, encode, teacher
 from dumo.run.config.advice import advice
 from dumo.run.config.check import check_pieces
 from dumo.run.config.resolve import resolve
@@ -61,7 +61,7 @@ def train(
     require_room(run, dist.device(device), ranks)
     check_pieces(run, ranks)
     if rank == 0:
-        text.make_tokens(run)
+        encode.make_tokens(run)
     run = resolve(run)
     with held(run, folder, step) if rank == 0 else nullcontext(), dist.join():
         tell = tell if rank == 0 and tell else quiet

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dumo.data.cache import encode, open_cache, read_contents
-from dumo.encoders.scaled import Images, Moments
+from dumo.encoders.codec import Images, Moments
 from dumo.io import table
 from dumo.types import UserError
 from unit.encoders.toy import CLASSES, PLAN, POINT, SIDE, Pictures, Sampled, contents, picture, work

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import encoders
-from dumo.encoders.encode import encode
 from dumo.encoders.text import Encoder
-from dumo.encoders.texttable import FILE, open_table
+from dumo.encoders.texttable import encode, open_table
 from dumo.encoders.tokens import Tokenizer
 from dumo.types import UserError
 
@@ -79,7 +78,7 @@ def test_killed_at_any_write_and_resumed(
                 pass
         assert encode(CAPTIONS, spec, out, shard_rows=ROWS, batch=BATCH).missing == 0
         assert contents(out) == contents(whole)
-    assert stops > 2 * (3 * 2 + 3)  # three shards and their notes, the captions, texts.yaml twice; files and folders
+    assert stops > 2 * (3 * 2 + 3)  # three shards and their notes, the captions, index.json twice; files and folders
 
 
 def test_ranks_share_the_work(spec: Encoder, whole: Path, tmp_path: Path) -> None:
@@ -96,20 +95,21 @@ def test_damage_is_found_and_made_anew(spec: Encoder, whole: Path, tmp_path: Pat
     encode(CAPTIONS, spec, out, shard_rows=ROWS, batch=BATCH)
     shard = out / "shard-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\7")
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors has changed: its SHA-256 is another"):
+        open_table(out).padded()
     (out / "captions.jsonl").write_text('"another"\n')
     with pytest.raises(UserError, match="holds other captions"):
         _ = open_table(out).captions
     done = encode(CAPTIONS, spec, out, shard_rows=ROWS, batch=BATCH)
-    assert done.made == 1
-    assert len(done.damaged) == 2
+    assert (done.made, len(done.damaged)) == (1, 1)
     assert contents(out) == contents(whole)
 
 
 def test_another_encoder_or_other_captions_are_refused(spec: Encoder, whole: Path, tmp_path: Path) -> None:
     other = spec.model_copy(update={"source": str(encoders.t5(tmp_path / "other", seed=1))})
-    with pytest.raises(UserError, match="holds another table:\n  sha256: "):
+    with pytest.raises(UserError, match="holds another table of texts:\n  sha256: "):
         encode(CAPTIONS, other, whole, shard_rows=ROWS)
-    with pytest.raises(UserError, match="captions: 7 there, 2 now"):
+    with pytest.raises(UserError, match="rows: 8 there, 3 now"):
         encode(CAPTIONS[:2], spec, whole, shard_rows=ROWS)
     with pytest.raises(UserError, match=r"encoder\.template: {} there, so: {} now"):
         encode(CAPTIONS, spec.model_copy(update={"template": "so: {}"}), whole, shard_rows=ROWS)
@@ -134,4 +134,3 @@ def test_the_identity_is_of_what_is_encoded_not_of_where_it_lies(spec: Encoder, 
     encode((*CAPTIONS[::-1],), spec, tmp_path / "turned", shard_rows=ROWS)
     one, again, turned = (open_table(f).contents.identity for f in (whole, tmp_path / "again", tmp_path / "turned"))
     assert one == again != turned
-    assert FILE in contents(whole)

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import train_classifier as tool
-from dumo.encoders import cifar10, digits
+from dumo.encoders.classifier import cifar10, digits
 from dumo.io.picture import from_uint8
 from dumo.runtime.random import stream
 from dumo.types import UserError
-from unit.encoders.test_cifar10 import pixels
+from unit.encoders.test_classifier import pixels
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_cifar10_makes_the_same_bytes(folder: Path, tmp_path: Path, monkeypatch:
     assert tool.make_cifar10(one, folder) == tool.make_cifar10(two, folder)
     assert one.read_bytes() == two.read_bytes()
     assert torch.equal(torch.get_rng_state(), before)
-    again, kept = load_file(one), load_file(cifar10.WEIGHTS)
+    again, kept = load_file(one), load_file(cifar10.file)
     assert {k: (v.shape, v.dtype) for k, v in again.items()} == {k: (v.shape, v.dtype) for k, v in kept.items()}
 
 
@@ -107,7 +107,7 @@ def test_digits_are_made_as_good(tmp_path: Path) -> None:
     origin = tool.make_digits(tmp_path / "again.safetensors")
     assert torch.equal(torch.get_rng_state(), before)
     assert float(origin["accuracy"]) >= 0.98
-    again, kept = load_file(tmp_path / "again.safetensors"), load_file(digits.WEIGHTS)
+    again, kept = load_file(tmp_path / "again.safetensors"), load_file(digits.file)
     assert {k: v.shape for k, v in again.items()} == {k: v.shape for k, v in kept.items()}
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from dumo.data.cache import Plan, encode
 from dumo.encoders import SdVae, Taef2
-from dumo.encoders.scaled import Images, Latent, Moments, Opened
+from dumo.encoders.codec import Images, Latent, Moments, Opened
 from dumo.runtime.random import stream
 
 SIDE, CLASSES = 8, 7

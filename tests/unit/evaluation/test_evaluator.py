@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dumo.data import Digits
-from dumo.encoders import digits
+from dumo.encoders.classifier import digits
 from dumo.evaluation import Context, ShippedProtocol, toy
 from dumo.evaluation.protocol import Evaluator, Reference, collect, ordered
 from dumo.io.digest import of_tensor
@@ -73,4 +73,4 @@ def test_a_finite_reference_is_known_by_its_hash_and_features_by_theirs() -> Non
     facts = ShippedProtocol(kind="digits", samples=500).evaluator(Context(Finite)).facts
     assert facts["reference"] == "1,797 samples of the data"
     assert facts["reference_sha256"] == of_tensor(Digits().originals().x)
-    assert facts["features_sha256"] == hashlib.sha256(digits.WEIGHTS.read_bytes()).hexdigest()
+    assert facts["features_sha256"] == hashlib.sha256(digits.file.read_bytes()).hexdigest()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from contract.case import randomise
-from dumo.encoders.encode import encode
+from dumo.encoders.texttable import encode
 from dumo.encoders.tokens import Tokenizer
 from dumo.flow import dropout
 from dumo.flow.slope import DualSlope, JvpSlope

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import encoders
-from dumo.encoders.encode import encode
 from dumo.encoders.text import Encoder
+from dumo.encoders.texttable import encode
 from dumo.nets.rows import Texts
 from dumo.nets.table import TextTable
 from dumo.types import UserError

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dumo.encoders.encode import encode
+from dumo.encoders.texttable import encode
 from dumo.encoders.tokens import Tokenizer
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from contract.case import nets, one_each, randomise
 from dumo.autodiff import tape
-from dumo.encoders.encode import encode
+from dumo.encoders.texttable import encode
 from dumo.encoders.tokens import Tokenizer
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide

@@ -27,12 +27,12 @@ from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
 from dumo.io.read import finite, write_json
 from dumo.run.config.spec import Run
+from dumo.run.encode import captions
 from dumo.run.evaluation.card import card, contrast_solver, settings
 from dumo.run.evaluation.record import FILE, Row, read_report, state
 from dumo.run.folder import RunFolder
 from dumo.run.name import Fields, changes, flat, own
 from dumo.run.sample import real_data, solver_of
-from dumo.run.text import captions
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.types import UserError
@@ -119,7 +119,7 @@ def evaluator_of(opened: RunFolder, bar: Bar) -> Evaluator:
                 seed=run.evaluate.seed,
                 device=opened.device,
                 tick=tick,
-                captions=lambda: (run.images.open(), conditions(run), captions(run)),
+                captions=lambda: (run.images.open(), conditions(run), captions(run.data)),
             )
         )
 

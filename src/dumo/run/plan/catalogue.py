@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dumo.encoders import inception_weights as inception
+from dumo.encoders import inception
 from dumo.encoders.autoencoder import WEIGHTS, DcAe, SdVae
 from dumo.encoders.taesd import SHA256, Taef2
 from dumo.evaluation.standard import STANDARDS, TRAIN
