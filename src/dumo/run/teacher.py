@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from dumo.data import Data
 from dumo.flow import generate
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import Precision, autocast
@@ -30,7 +31,7 @@ from dumo.runtime.progress import Bar, say
 from dumo.runtime.random import noise
 from dumo.training import agreement
 from dumo.training.state import State
-from dumo.types import Cond, Heads, Reads, Sample, Taught, Time, Trail, UserError
+from dumo.types import Cond, Heads, Net, Reads, Sample, Taught, Time, Trail, UserError
 
 FILE = "teacher.json"
 SHARD = 1024  # pairs to a shard: what a stop may lose
@@ -64,15 +65,18 @@ class Known:
         if dist.is_main():
             write_json(folder / FILE, self.about)
 
-    def begin(self, source: Source, run: Run, folder: Path, device: torch.device, bar: Bar) -> "Source | Coupled":
+    def begin(
+        self, source: Source, points: int, path: FlowPath, data: Data, folder: Path, device: torch.device, bar: Bar
+    ) -> "Source | Coupled":
         """Write down who teaches, and return what to train on: the run's own source, or the teacher's pairs, made now.
 
-        Raises UserError as `couple` does.
+        `points` is how many of a trajectory the objective learns from. Raises UserError as `couple` does.
         """
         self.note(folder)
         if not (pairs := self.spec.pairs):
             return source
-        return couple(Plan.of(run, pairs, self.about["sha256"]), self.reads, folder / "pairs", device, bar)
+        plan = Plan.of(pairs, points, path, data, self.about["sha256"])
+        return couple(plan, self.reads, folder / "pairs", device, bar)
 
 
 @dataclass(frozen=True)
@@ -98,11 +102,12 @@ def opened(teacher: Teacher, run: Run, state: State, device: torch.device) -> Kn
     """A run's teacher. Raises UserError where it cannot be opened, knows other data, or has no velocity."""
     match teacher.kind:
         case "run":
-            raw, about = of_run(teacher, run, device)
+            raw, about = of_run(teacher, run.data, run.path, device)
         case "python":
             raw, about = of_user(teacher, run, device)
         case "base":
-            raw, about = of_base(run, state.net), {"sha256": str(state.frozen)}
+            base = bind(Base(state.net, run.train.precision), **run.objective.needs.knobs)
+            raw, about = of_base(base, run.objective.needs.inputs), {"sha256": str(state.frozen)}
     if raw.velocity is None:
         raise UserError(f"the teacher {teacher.source} has no velocity: take one whose objective teaches it")
     reads, wants = teacher.guide(raw, run.data.classes), run.objective.needs.teacher
@@ -122,20 +127,18 @@ def velocity(reads: Reads) -> Taught:
     return taught
 
 
-def of_base(run: Run, net: nn.Module) -> Reads:
-    """The velocity of a net's base, which is every head of it, at r = t where it takes r."""
-    base = bind(Base(net, run.train.precision), **run.objective.needs.knobs)
-    names = run.objective.needs.inputs
-    return Reads(velocity=lambda x, t, c: base(x, c, **dict.fromkeys(names, t))[0])
+def of_base(base: Net, inputs: Sequence[str]) -> Reads:
+    """The velocity of a net's base, which is every head of it, at r = t where r is an input."""
+    return Reads(velocity=lambda x, t, c: base(x, c, **dict.fromkeys(inputs, t))[0])
 
 
-def of_run(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dict[str, str]]:
+def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -> tuple[Reads, dict[str, str]]:
     """What the net of another run was taught, and its digest.
 
     Raises UserError where it knows other data, or cannot be guided as `teacher.guide` says.
     """
     known = open_run(teacher.source, device=str(device))
-    there, here = facts(known.run), facts(run)
+    there, here = facts(known.run.data, known.run.path), facts(data, path)
     if differs := [f"{name} is {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]:
         raise UserError(
             f"the teacher {teacher.source} knows other data: {'; '.join(differs)}. Take a teacher trained on this "
@@ -145,11 +148,11 @@ def of_run(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dic
     return reading(known.run.objective, known.net, known.run.sample.knobs), {"sha256": digest.of_file(known.file)}
 
 
-def facts(run: Run) -> dict[str, object]:
+def facts(data: Data, path: FlowPath) -> dict[str, object]:
     """What a teacher and its pupil must agree on."""
     names = ("shape", "classes", "codec")
-    data: dict[str, object] = {f"data.{name}": getattr(run.data, name, None) for name in names}
-    return {**data, "path": run.path.kind, "path.sd": run.path.sd}
+    facts: dict[str, object] = {f"data.{name}": getattr(data, name, None) for name in names}
+    return {**facts, "path": path.kind, "path.sd": path.sd}
 
 
 def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dict[str, str]]:
@@ -227,9 +230,9 @@ class Plan(Index):
     classes: int
 
     @classmethod
-    def of(cls, run: Run, pairs: Pairs, by: str) -> "Plan":
-        """The plan of a run's pairs, by a teacher of this digest."""
-        points, shape = run.objective.needs.teacher.points, run.data.shape
+    def of(cls, pairs: Pairs, points: int, path: FlowPath, data: Data, by: str) -> "Plan":
+        """The plan of pairs of such data on this path, by a teacher of this digest."""
+        shape = data.shape
         x = Column(dtype="float32", shape=shape)
         between = {"between": Column(dtype="float32", shape=(points - 1, *shape))} if points else {}
         return cls(
@@ -237,10 +240,10 @@ class Plan(Index):
             rows=pairs.count,
             shard_rows=SHARD,
             teacher=by,
-            path=run.path,
+            path=path,
             nfe=pairs.passes(points),
             points=points,
-            classes=run.data.classes,
+            classes=data.classes,
         )
 
 

@@ -175,7 +175,7 @@ def standing(opened: RunFolder) -> dict[str, Any] | None:
 
 def name_of(opened: RunFolder, stem: str = "evaluation", *, but: Collection[str] = ()) -> str:
     """The name of a report: what the run's own spec asks has the stem's, other things are said in it, `but` these."""
-    before, after = (_fields(run, but) for run in (own(opened), opened.run))
+    before, after = (_fields(run, but) for run in (own(opened.folder), opened.run))
     return "-".join([stem, *changes(opened, before, after)]) + ".json"
 
 

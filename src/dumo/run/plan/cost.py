@@ -150,7 +150,8 @@ def _pass(net: nn.Module, objective: Objective, shape: Sequence[int], rows: int)
     """One pass on the meta device."""
     x, c = _nothing(rows, shape)
     inputs = {name: x.new_empty(rows) for name in objective.needs.names}
-    return copy.deepcopy(net).to("meta")(x, c, **inputs)
+    with dropout.off():
+        return copy.deepcopy(net).to("meta")(x, c, **inputs)
 
 
 def _peak(net: nn.Module, objective: Objective, b: Noised, ref: Theta, precision: Precision, *, graded: bool) -> Bytes:
