@@ -52,11 +52,13 @@ class Templates(Spec):
 
     def class_names(self, names: Sequence[str]) -> Sequence[str]:
         """What classes are called that the data call so. Raises UserError where there are others, or none."""
-        if self.names and names and len(self.names) != len(names):
-            raise UserError(f"captions.names has {len(self.names)} names for {len(names)} classes: give one to each")
-        if not self.names and not names:
-            raise UserError("the classes of these data have numbers only: give captions.names, one to each")
-        return self.names or names
+        if self.names and len(names) in (0, len(self.names)):
+            return self.names
+        if self.names or not names:
+            few = f"captions.names has {len(self.names)} names for {len(names)} classes: give one to each"
+            none = "the classes of these data have numbers only: give captions.names, one to each"
+            raise UserError(few if self.names else none)
+        return names
 
     def of(self, names: Sequence[str]) -> Captions:
         """All captions, held ones last; row l is of class l.

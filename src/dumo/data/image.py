@@ -76,22 +76,25 @@ class Images(Spec):
     def _agrees(self) -> "Images":
         for name, value in self._looked_up().items():
             object.__setattr__(self, name, value)  # no copy: it would be lost where `Images(...)` is called
-        if self.names and len(self.names) != self.labels:
-            raise UserError(f"names has {len(self.names)} names for classes={self.labels}: remove names")
+        if wrong := self._contradiction():
+            raise UserError(wrong)
         if isinstance(self.captions, Templates) and (self.names or self.captions.names) and self.classes:
             self._check_templates(self.captions, self.names or ())
-        if self.labelled is False and self.labels:
-            raise UserError(f"classes={self.classes} needs labels: remove labelled=false, or set classes=0")
-        if self.augment and self.classes:
-            raise UserError(
-                f"augment gives the net numbers as its condition c, but so do the {self.classes} "
-                + (
-                    "captions: set captions=null, or augment=null"
-                    if self.captions
-                    else "classes: set labelled=false and classes=0, or augment=null"
-                )
-            )
         return self
+
+    def _contradiction(self) -> str | None:
+        """What is wrong between two fields, if anything is."""
+        if self.names and len(self.names) != self.labels:
+            return f"names has {len(self.names)} names for classes={self.labels}: remove names"
+        if self.labelled is False and self.labels:
+            return f"classes={self.classes} needs labels: remove labelled=false, or set classes=0"
+        if self.augment and self.classes:
+            ways = ("classes: set labelled=false and classes=0", "captions: set captions=null")
+            way = ways[self.captions is not None]
+            return (
+                f"augment gives the net numbers as its condition c, but so do the {self.classes} {way}, or augment=null"
+            )
+        return None
 
     def _check_templates(self, captions: Templates, names: tuple[str, ...]) -> None:
         """Refuse templates that do not make as many captions as there are to be."""
@@ -201,26 +204,30 @@ class Images(Spec):
 
     def _check(self, root: Path, store: Store) -> None:
         """Refuse other classes than expected. Where they have no names, the last ones may lack images."""
+        if wrong := self._fault(store):
+            raise UserError(f"{root} {wrong}")
+
+    def _fault(self, store: Store) -> str | None:
+        """What is wrong with the classes, if anything is."""
         if self.names is None:
-            raise UserError(f"{root} was not there when the run was made, so nobody counted its classes: load it again")
+            return "was not there when the run was made, so nobody counted its classes: load it again"
         if not self.labels:
-            return
+            return None
         if store.labels is None:
             why = f" (no column '{self.label}' among {', '.join(columns(store))})" if isinstance(store, Parquet) else ""
-            raise UserError(f"{root} has no labels{why}, data.classes says {self.classes}: set data.classes=0")
+            return f"has no labels{why}, data.classes says {self.classes}: set data.classes=0"
         if self.names and (there := store.labels.names) != self.names:
             new, gone = (some(set(one) - set(other)) for one, other in ((there, self.names), (self.names, there)))
             what = "; ".join(f"{word} {names}" for word, names in (("without", gone), ("with", new)) if names)
-            raise UserError(
-                f"{root} has other classes than the run was made with, {what or 'in another order'}: name the folders "
-                "as they were, or begin a new run"
+            return (
+                f"has other classes than the run was made with, {what or 'in another order'}: name the folders as they "
+                "were, or begin a new run"
             )
         found, each = store.labels.count, self.classes // self.labels
         if found > self.labels or (store.labels.names and found < self.labels):
             of = f" with {each} captions each" if self.captions else ""
-            raise UserError(
-                f"{root} has {found} classes{of}, data.classes says {self.classes}: set data.classes={found * each}"
-            )
+            return f"has {found} classes{of}, data.classes says {self.classes}: set data.classes={found * each}"
+        return None
 
 
 def find(root: Path, *, split: str | None = None, label: str | None = "label") -> Store:
@@ -235,15 +242,17 @@ def find(root: Path, *, split: str | None = None, label: str | None = "label") -
         if form := "folder" if ending.lower() in SUFFIXES else FORMS.get(ending):
             found[form][file] = size
     there = [name for name, listed in found.items() if listed]
-    if len(there) > 1:
-        raise UserError(f"{root} holds {' and '.join(there)} side by side: set data.root to a folder of one of them")
-    if not there:
+    if len(there) == 1:
+        store = _store_of(root, there[0], found[there[0]], split, label)
+        if len(store):
+            return store
+        wrong = f"no images in the {there[0]} files of {root}"
+    elif there:
+        wrong = f"{root} holds {' and '.join(there)} side by side: set data.root to a folder of one of them"
+    else:
         looked = "image files (.jpg, .png, .webp ...), *.parquet, *.tar"
-        raise UserError(f"no images in {root}, where there are {len(files)} files: looked for {looked}, at any depth")
-    store = _store_of(root, there[0], found[there[0]], split, label)
-    if not len(store):
-        raise UserError(f"no images in the {there[0]} files of {root}")
-    return store
+        wrong = f"no images in {root}, where there are {len(files)} files: looked for {looked}, at any depth"
+    raise UserError(wrong)
 
 
 def _store_of(root: Path, format: str, files: dict[str, int], split: str | None, label: str | None) -> Store:

@@ -61,13 +61,18 @@ def require_lines(file: Path, captions: Captions) -> None:
 def _each(file: Path) -> Iterator[list[str]]:
     with file.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{file} line {number} is not JSON ({error}): {REWRITE}") from error
+            row = read_line(line, f"{file} line {number}", REWRITE)
             if not isinstance(row, list) or not all(isinstance(text, str) for text in row):
                 raise UserError(f"{file} line {number} is no list of texts: {REWRITE}")
             yield row
+
+
+def read_line(text: str, where: str, way_out: str) -> Any:  # noqa: ANN401, whatever stands there
+    """The value of a line of JSON. Raises UserError for what is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error}): {way_out}") from error
 
 
 def written(root: Path, store: Store, name: str) -> list[Texts]:
@@ -76,21 +81,15 @@ def written(root: Path, store: Store, name: str) -> list[Texts]:
     `name`: the column or key that they stand under, `txt` or `auto`. Raises UserError where no image has one, or what
     stands there is no text.
     """
-    match store:
-        case Folder():
-            found = in_files(root, store, name)
-        case Parquet():
-            found = in_tables(store, name)
-        case Tar():
-            found = in_archives(store, name)
-        case _:
-            raise TypeError(f"{type(store).__name__} is no store that captions are known of")
+    if isinstance(store, Folder):
+        found = in_files(root, store, name)
+        sought = f"{' or '.join(TABLES)} with file_name, or a .txt next to each image"
+    elif isinstance(store, Parquet):
+        found, sought = in_tables(store, name), f"columns {', '.join(NAMES)}"
+    else:
+        assert isinstance(store, Tar), "there is no fourth store"
+        found, sought = in_archives(store, name), ".txt or .json next to each image"
     if not any(text.strip() for some in found for text in some):
-        sought = {
-            Folder: f"{' or '.join(TABLES)} with file_name, or a .txt next to each image",
-            Parquet: f"columns {', '.join(NAMES)}",
-            Tar: ".txt or .json next to each image",
-        }[type(store)]
         raise UserError(
             f"no captions found for the {len(store)} images of {root}: looked for {sought}; or leave out data.captions"
         )
@@ -176,9 +175,6 @@ def split(text: str) -> Texts:
 
 def parsed(text: str, where: str) -> dict[str, Any]:
     """An object of JSON. Raises UserError for anything else."""
-    try:
-        if isinstance(row := json.loads(text), dict):
-            return row
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}): {MEND}") from error
-    raise UserError(f'{where} is no JSON object, as in {{"text": "a cat"}}: {MEND}')
+    if not isinstance(row := read_line(text, where, MEND), dict):
+        raise UserError(f'{where} is no JSON object, as in {{"text": "a cat"}}: {MEND}')
+    return row

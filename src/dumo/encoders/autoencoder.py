@@ -203,16 +203,17 @@ def _folder(name: str) -> Path:
     if path.is_dir():
         return path
     named = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-]+))?", name)
-    if path.exists() or not named:
-        raise UserError(f"{name} is no folder. {HINT}")
-    from huggingface_hub import snapshot_download
+    why = ""
+    if named and not path.exists():
+        from huggingface_hub import snapshot_download
 
-    try:
         model, inside = named[1], named[2] or ""
         files = [f"{inside}/{file}" if inside else file for file in (CONFIG, WEIGHTS)]
-        return Path(snapshot_download(model, allow_patterns=files)) / inside
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} is no folder, and not available from the hub ({error}). {HINT}") from error
+        try:
+            return Path(snapshot_download(model, allow_patterns=files)) / inside
+        except (OSError, ValueError) as error:
+            why = f", and not available from the hub ({error})"
+    raise UserError(f"{name} is no folder{why}. {HINT}")
 
 
 def _weights(folder: Path) -> Path:

@@ -202,6 +202,20 @@ def read(folder: Path, kind: type[K]) -> K | None:
     return found
 
 
+def read_whole(folder: Path, kind: type[K], missing: str) -> K:
+    """What index.json says of a whole table.
+
+    Raises UserError where there is none, with the words `missing`; it is unfinished; or a shard is not there, or of
+    another size.
+    """
+    found = read(folder, kind)
+    if not found or not found.shards:
+        unfinished = "is unfinished: start the same dumo encode again, and it goes on where it stopped"
+        raise UserError(f"{folder} {unfinished if found else missing}")
+    require(folder, found)
+    return found
+
+
 def require(folder: Path, index: Index, *, deep: bool = False) -> None:
     """Raise UserError where a shard is not there, or of another size; `deep`: or has another checksum."""
     if faults := [f"{shard.file} {fault}" for shard in index.shards if (fault := shard.fault(folder, deep=deep))]:

@@ -35,10 +35,9 @@ def open_safetensors(file: Path, hint: str = "", *, convert: bool = True) -> Gen
         with safe_open(file, "pt") as found:
             yield found
     except SafetensorError as error:
-        if _is_pickle(file):
-            raise UserError(_refusal(file, hint, convert)) from error
         way = f"{ANOTHER}. {hint}" if hint else ANOTHER
-        raise UserError(f"{file} is damaged or is not safetensors ({brief(error)}): {way}") from error
+        damaged = f"{file} is damaged or is not safetensors ({brief(error)}): {way}"
+        raise UserError(_refusal(file, hint, convert) if _is_pickle(file) else damaged) from error
 
 
 def read(file: Path, hint: str = "", *, convert: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:

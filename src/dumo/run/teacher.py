@@ -270,9 +270,7 @@ def couple(plan: Plan, reads: Reads, folder: Path, device: torch.device, bar: Ba
         parts = [table.Table(folder, index).tensors(number) for number in range(plan.count)]
         return {name: torch.cat([part[name] for part in parts]) for name in plan.columns}
 
-    with bar(
-        "the teacher's pairs", table.share(plan.rows, plan.shard_rows, rank, world)
-    ) as tick:
+    with bar("the teacher's pairs", table.share(plan.rows, plan.shard_rows, rank, world)) as tick:
         # who failed would be waited for
         agreement.agreed(lambda: table.make(folder, plan, shard, rank=rank, world=world, tick=tick).missing)
     return Coupled(**agreement.own(load))
