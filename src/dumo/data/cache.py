@@ -119,12 +119,12 @@ def encode(
 ) -> Done:
     """Make those of this rank's shards that are not there, or damaged. Another batch may move the last bits.
 
-    `captions` of images that are labelled by their numbers are kept beside them. Raises UserError where `out` holds
+    `captions` of images that are labelled by their numbers are kept next to them. Raises UserError where `out` holds
     another cache, other captions or something else, an image or a label is not as planned, a latent is too large for
-    the dtype, or the disk is full, OSError where nothing can be written, Stopped where that is asked; the shards that
-    stand are kept.
+    the dtype, or the disk is full, OSError where nothing can be written, Stopped after a signal; finished shards are
+    kept.
     """
-    contents = described(source, codec, plan)
+    contents = contents_of(source, codec, plan)
     if captions:
         require_lines(out / LINES, captions)
 
@@ -133,13 +133,13 @@ def encode(
         for done, part in batches(source, codec, contents, number, batch):
             parts.append(part)
             behind(done)
-        return packed(parts, codec, contents, number)
+        return pack(parts, codec, contents, number)
 
     others = {LINES: dump_lines(captions)} if captions else {}
     return table.make(out, contents, shard, rank=rank, world=world, others=others, tick=tick)
 
 
-def described(source: Finite, codec: Opened, plan: Plan) -> Contents:
+def contents_of(source: Finite, codec: Opened, plan: Plan) -> Contents:
     """What index.json says before any shard is made. Raises UserError if there is nothing to encode."""
     if not len(source):
         raise UserError(f"there are no images to encode{f' in {plan.source}' if plan.source else ''}")
@@ -160,14 +160,14 @@ def batches(
         signals.check()
         images, labels = source.rows(slice(i, min(i + batch, places.stop)))
         if len(images):
-            images = checked(images, labels, contents, i)
+            images = check_images(images, labels, contents, i)
             part = {"labels": labels.long(), "x": codec.encode(images).cpu()}
             if contents.flips:
                 part["flipped"] = codec.encode(images.flip(3)).cpu()
             yield min(i + batch, places.stop) - places.start, part
 
 
-def packed(parts: list[dict[str, Tensor]], codec: Opened, contents: Contents, number: int) -> dict[str, Tensor]:
+def pack(parts: list[dict[str, Tensor]], codec: Opened, contents: Contents, number: int) -> dict[str, Tensor]:
     """A shard's tensors, as they are stored. Raises UserError if there are none, or not in the stored dtype."""
     places = contents.span(number)
     where = f"images {places.start} to {places.stop - 1}"
@@ -184,7 +184,7 @@ def packed(parts: list[dict[str, Tensor]], codec: Opened, contents: Contents, nu
     return whole | {"labels": labels}
 
 
-def checked(images: Tensor, labels: Tensor, contents: Contents, first: int) -> Tensor:
+def check_images(images: Tensor, labels: Tensor, contents: Contents, first: int) -> Tensor:
     """The images as floats in [-1, 1]. Raises UserError if they or their labels are not as planned."""
     side, whole = contents.resolution, images.dtype == torch.uint8
     most = contents.rows if contents.captioned else max(contents.classes, 1)

@@ -1,9 +1,9 @@
 """A user's own images: a folder, hub parquet or webdataset shards, found out by looking.
 
-A run must know how many classes there are before any data is opened: it says so, or the data are looked at once, when
-the run is made, and the number stands in its run.yaml, with the names. Where the data are not there yet, as for `dumo
-show`, there are no classes, `names` is None, and what is written down asks to look again. Captions, which may stand in
-the place of classes (`dumo.data.caption`), are counted so, too.
+A run must know how many classes there are before any data is opened: a field gives the number, or the data are looked
+at once, when the run is made, and run.yaml has the number and the names. Where the data are not there yet, as for `dumo
+show`, there are no classes, `names` is None, and a run.yaml of that asks to look again. Captions instead of classes
+(`dumo.data.caption`) are counted in the same way.
 """
 
 import os
@@ -22,7 +22,7 @@ from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import SUFFIXES, Crop, Frame
 from dumo.data.store import Folder, Store, choose, require_regular, some, walk
 from dumo.data.tar import Tar
-from dumo.data.written import written
+from dumo.data.written import captions_of
 from dumo.encoders.caption import Captions
 from dumo.io.read import user_path
 from dumo.runtime.bound import CLASSES, GIGABYTES, PIXELS
@@ -44,8 +44,8 @@ class Images(Spec):
     side: int = Field(ge=1, le=PIXELS)  # pixels
     crop: Crop = "adm"  # adm: as the ImageNet references were made; smaller images are enlarged, bicubically
     flip: bool = False  # mirror half of the images of a batch
-    augment: Edm | None = None  # transform the images of a batch, and tell the net, whose `augment` is how many numbers
-    split: str | None = None  # train, test ...: the part of the data, where names tell several
+    augment: Edm | None = None  # transform the images of a batch; the net reads how, in `net.augment` numbers
+    split: str | None = None  # train, test ...: the part of the data, where there are several by their names
     labelled: Literal["auto", False] = "auto"  # false: the labels there are, are not read
     label: str = "label"  # the column of classes in parquet
     on_bad: Literal["raise", "skip"] = Field(default="raise", json_schema_extra=FREE)  # an image that cannot be read
@@ -62,7 +62,7 @@ class Images(Spec):
 
     @property
     def labels(self) -> int:
-        """How many classes images have, captions or not; with captions that were written of each, none are asked."""
+        """How many classes images have, captions or not; with captions that were written of each, 0."""
         if self.captions is None:
             return self.classes
         return self.classes // self.captions.count(1) if isinstance(self.captions, Templates) else 0
@@ -139,16 +139,16 @@ class Images(Spec):
 
     def _written(self, root: Path, files: Files) -> dict[str, Any]:
         """The captions there are, and their digest."""
-        found = Captions.of(written(root, self._store(root, None), files.name))
+        found = Captions.of(captions_of(root, self._store(root, None), files.name))
         if self.classes not in (None, len(found)):  # pyright: ignore[reportUnnecessaryContains], as above
             raise UserError(f"{root} has {len(found)} captions, data.classes says {self.classes}: leave it out")
         counted = files.model_copy(update={"digest": found.digest()})
         return {"classes": len(found), "names": (), "captions": counted}
 
     @model_serializer(mode="wrap")
-    def _dump(self, tell: Callable[["Images"], dict[str, Any]]) -> dict[str, Any]:
+    def _dump(self, dump: Callable[["Images"], dict[str, Any]]) -> dict[str, Any]:
         """Names where there are some; classes that are not known stay to be counted."""
-        tree = tell(self)
+        tree = dump(self)
         if not self.names:
             tree.pop("names", None)
         return tree if self.names is not None else tree | {"classes": None}
@@ -176,7 +176,7 @@ class Images(Spec):
         if not isinstance(self.captions, Files):
             return Captions.of([])
         root = user_path(self.root, "data.root")
-        found = Captions.of(written(root, self._store(root, None), self.captions.name))
+        found = Captions.of(captions_of(root, self._store(root, None), self.captions.name))
         self.captions.require(found, str(root))
         return found
 

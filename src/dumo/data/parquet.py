@@ -2,7 +2,7 @@
 
 A row group is the least that can be read at once, so rows are quick in their order and slow at random: a set too large
 for the memory is better encoded once (or `data.memory` raised) than trained on from here. Groups that were read are
-kept up to so many bytes; of one that is larger, the rows up to the one asked for are gone through, and none are kept.
+kept up to a number of bytes; of a larger one, the rows up to the wanted one are gone through, and none are kept.
 """
 
 import json
@@ -222,7 +222,7 @@ def require_column(file: str | Path, table: "ParquetFile", name: str) -> None:
 
 
 def class_names(table: "ParquetFile", label: str) -> list[str]:
-    """The classes' names, where the hub's metadata tell them."""
+    """The classes' names, where the hub's metadata have them."""
     try:
         return json.loads(table.schema_arrow.metadata[b"huggingface"])["info"]["features"][label]["names"]
     except (KeyError, TypeError, ValueError):

@@ -46,7 +46,7 @@ class Store(Protocol):
 
     @property
     def labels(self) -> Labels | None:
-        """None where there are none, or none were asked for."""
+        """None where there are none, or they are not read."""
         ...
 
     def __len__(self) -> int: ...

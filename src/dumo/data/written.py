@@ -75,7 +75,7 @@ def read_line(text: str, where: str, way_out: str) -> Any:  # noqa: ANN401, what
         raise UserError(f"{where} is not JSON ({error}): {way_out}") from error
 
 
-def written(root: Path, store: Store, name: str) -> list[Texts]:
+def captions_of(root: Path, store: Store, name: str) -> list[Texts]:
     """The captions of each image of a store, in its order; () of one that has none.
 
     `name`: the column or key that they stand under, `txt` or `auto`. Raises UserError where no image has one, or what
@@ -119,7 +119,7 @@ def rows_of(table: str) -> Iterable[tuple[str, dict[str, Any]]]:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
-            row = parsed(line, f"{table} line {number}")
+            row = parse_object(line, f"{table} line {number}")
             if not isinstance(file := row.get("file_name"), str):
                 raise UserError(f"{table} line {number} has no file_name: each line says it, and its text")
             yield os.path.normpath(os.path.join(folder, file)), row
@@ -140,7 +140,7 @@ def in_archives(store: Tar, name: str) -> list[Texts]:
     suffixes = {AUTO: (TEXT, "json"), TEXT: (TEXT,)}.get(name, ("json",))
     found = store.texts(suffixes)
     rows = [
-        parsed(members["json"].decode(errors="replace"), store.path(i)) if "json" in members else {}
+        parse_object(members["json"].decode(errors="replace"), store.path(i)) if "json" in members else {}
         for i, members in enumerate(found)
     ]
     key = key_of(name, rows, store.files[0]) or "" if any(rows) else ""
@@ -173,7 +173,7 @@ def split(text: str) -> Texts:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def parsed(text: str, where: str) -> dict[str, Any]:
+def parse_object(text: str, where: str) -> dict[str, Any]:
     """An object of JSON. Raises UserError for anything else."""
     if not isinstance(row := read_line(text, where, MEND), dict):
         raise UserError(f'{where} is no JSON object, as in {{"text": "a cat"}}: {MEND}')

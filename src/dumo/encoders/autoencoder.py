@@ -15,7 +15,7 @@ from torch import nn
 
 from dumo.encoders.codec import WEIGHTS, Images, Latent, Moments, Opened, Published, Scaled
 from dumo.io.read import brief, user_path
-from dumo.io.weights import checked
+from dumo.io.weights import whole_digest
 from dumo.types import UserError
 
 CONFIG = "config.json"
@@ -145,7 +145,7 @@ def _loaded(name: str, codec: Scaled) -> tuple[nn.Module, str]:
     except ImportError as error:
         raise UserError(f"{codec.about} needs diffusers: pip install 'dumo[diffusers]'") from error
     folder = _folder(codec.weights)
-    found = checked(_weights(folder), HINT)
+    found = whole_digest(_weights(folder), HINT)
     try:
         model = getattr(diffusers, name)
         net, info = model.from_pretrained(folder, output_loading_info=True, use_safetensors=True, local_files_only=True)

@@ -111,7 +111,7 @@ def _middle(inner: int) -> tuple[Branch, ...]:
 
 
 def _coarse(pool: Pool) -> tuple[Branch, ...]:
-    """A block on the 8 x 8 map, whose two 3 x 3 branches end in a row and a column side by side."""
+    """A block on the 8 x 8 map; its two 3 x 3 branches end in a row and a column side by side."""
     three = [Conv("branch3x3_2a", 384, (1, 3)), Conv("branch3x3_2b", 384, (3, 1))]
     double = [Conv("branch3x3dbl_3a", 384, (1, 3)), Conv("branch3x3dbl_3b", 384, (3, 1))]
     return (

@@ -47,7 +47,7 @@ class Encoder(Spec):
     """A text encoder, and the part of its output that is kept (docs/text.md says what published models take)."""
 
     kind: Literal["transformers"] = "transformers"
-    # A folder of transformers, or of a pipeline's text_encoder, whose tokenizer lies next to it.
+    # A folder of transformers, or of a pipeline's text_encoder with the tokenizer next to it.
     source: str = Field(json_schema_extra=FREE)
     length: int = Field(default=77, ge=1, le=TOKENS)  # tokens of a text at most, without `skip`; longer texts are cut
     template: str = "{}"  # {} is the text

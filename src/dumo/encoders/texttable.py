@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -40,11 +40,10 @@ Rows = tuple[Shaped[Tensor, "b l *d"], Bool[Tensor, "b l"], Float[Tensor, "b p"]
 class Contents(Index):
     """What index.json says of a table of texts."""
 
-    word: ClassVar[str] = "table of texts"
     encoder: Reader
     model: str  # its name in the encoder's config.json; of token ids: tokens
     sha256: str  # of the encoder's weights; of token ids, of the vocabulary
-    texts: str  # digest of the captions in their order
+    digest: str  # of the captions in their order
 
     @classmethod
     def of(
@@ -66,7 +65,7 @@ class Contents(Index):
             encoder=encoder,
             model=encoder.model_type() if isinstance(encoder, Encoder) else "tokens",
             sha256=read.sha256,
-            texts=digest.short(*captions),
+            digest=digest.short(*captions),
         )
 
     @property
@@ -111,7 +110,7 @@ class Contents(Index):
 
 @dataclass(frozen=True)
 class Table:
-    """Encoded texts, opened to read."""
+    """Encoded texts."""
 
     folder: Path
     contents: Contents
@@ -151,7 +150,7 @@ class Table:
     @cached_property
     def captions(self) -> tuple[str, ...]:
         """The texts in their order. Raises UserError where they are not those that were encoded."""
-        return read_captions(self.folder, self.contents.texts)
+        return read_captions(self.folder, self.contents.digest)
 
     @cached_property
     def audit(self) -> Audit:
@@ -255,7 +254,7 @@ def encode(
             some = texts[i : min(i + batch, rows.stop)]
             parts.append(without_padding(embeddings(read, some)))
             behind(i + len(some) - rows.start)
-        return stored({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, contents)
+        return in_stored_types({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, contents)
 
     lines = "".join(f"{json.dumps(text, ensure_ascii=False)}\n" for text in captions)
     return table.make(out, contents, shard, rank=rank, world=world, others={CAPTIONS: lines.encode()}, tick=tick)
@@ -275,7 +274,7 @@ def without_padding(found: Embeddings) -> dict[str, Tensor]:
     return parts if found.pooled is None else parts | {"pooled": found.pooled}
 
 
-def stored(tensors: dict[str, Tensor], contents: Contents) -> dict[str, Tensor]:
+def in_stored_types(tensors: dict[str, Tensor], contents: Contents) -> dict[str, Tensor]:
     """A shard's tensors in the stored types. Raises UserError where they are not finite there."""
     kept = {name: x.to(contents.columns[name].torch_dtype) for name, x in tensors.items()}
     if not all(bool(x.isfinite().all()) for x in kept.values()):

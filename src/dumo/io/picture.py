@@ -24,7 +24,7 @@ LINES = 3  # of a title: ours
 def to_uint8(x: Sample) -> Pixels:
     """Images (n, 1 or 3, h, w) as colours 0 .. 255, grey in all three: -1 is 0 and 1 is 255, rounded and clamped.
 
-    Raises UserError for other shapes, and where x is not finite: no colour would tell.
+    Raises UserError for other shapes, and where x is not finite, which has no colour.
     """
     if not (image := x.ndim == 4 and x.shape[1] in (1, 3)) or not x.isfinite().all():
         shape = f"samples of shape {tuple(x.shape[1:])} are no images of 1 or 3 channels: decode them first"

@@ -38,7 +38,7 @@ class Texts(nn.Module, ABC):
     def __init__(self) -> None:
         """Without prompts."""
         super().__init__()
-        self.prompts: dict[str, int] = {}  # the numbers of prompts; their owner is the caller of `append`
+        self.prompts: dict[str, int] = {}  # the numbers of prompts; the caller of `append` keeps them
 
     @abstractmethod
     def forward(self, c: Cond) -> TextRows:

@@ -12,6 +12,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from dumo.data import Data
 from dumo.flow import generate
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import Precision, autocast
@@ -30,7 +31,7 @@ from dumo.runtime.progress import Bar, say
 from dumo.runtime.random import noise
 from dumo.training import agreement
 from dumo.training.state import State
-from dumo.types import Cond, Heads, Reads, Sample, Taught, Time, Trail, UserError
+from dumo.types import Cond, Heads, Needs, Reads, Sample, Taught, Time, Trail, UserError
 
 FILE = "teacher.json"
 SHARD = 1024  # pairs to a shard: what a stop may lose
@@ -38,7 +39,7 @@ SHARD = 1024  # pairs to a shard: what a stop may lose
 
 @dataclass(frozen=True)
 class Known:
-    """A teacher, opened: its velocity, guided as its spec says, and who it is."""
+    """A teacher ready to teach: its velocity, guided as its spec says, and its digest."""
 
     spec: Teacher
     reads: Reads
@@ -72,7 +73,8 @@ class Known:
         self.note(folder)
         if not (pairs := self.spec.pairs):
             return source
-        return couple(Plan.of(run, pairs, self.about["sha256"]), self.reads, folder / "pairs", device, bar)
+        plan = Plan.of(pairs, run.data, run.path, run.objective.needs.points, self.about["sha256"])
+        return couple(plan, self.reads, folder / "pairs", device, bar)
 
 
 @dataclass(frozen=True)
@@ -102,7 +104,7 @@ def opened(teacher: Teacher, run: Run, state: State, device: torch.device) -> Kn
         case "python":
             raw, about = of_user(teacher, run, device)
         case "base":
-            raw, about = of_base(run, state.net), {"sha256": str(state.frozen)}
+            raw, about = of_base(state.net, run.train.precision, run.objective.needs), {"sha256": str(state.frozen)}
     if raw.velocity is None:
         raise UserError(f"the teacher {teacher.source} has no velocity: take one whose objective teaches it")
     reads, needs = teacher.guide(raw, run.data.classes), run.objective.needs
@@ -122,10 +124,9 @@ def velocity(reads: Reads) -> Taught:
     return taught
 
 
-def of_base(run: Run, net: nn.Module) -> Reads:
+def of_base(net: nn.Module, precision: Precision, needs: Needs) -> Reads:
     """The velocity of a net's base, which is every head of it, at r = t where it takes r."""
-    base = bind(Base(net, run.train.precision), **run.objective.needs.knobs)
-    names = run.objective.needs.inputs
+    base, names = bind(Base(net, precision), **needs.knobs), needs.inputs
     return Reads(velocity=lambda x, t, c: base(x, c, **dict.fromkeys(names, t))[0])
 
 
@@ -135,7 +136,7 @@ def of_run(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dic
     Raises UserError where it knows other data, or cannot be guided as `teacher.guide` says.
     """
     known = open_run(teacher.source, device=str(device))
-    there, here = facts(known.run), facts(run)
+    there, here = (facts(one.data, one.path) for one in (known.run, run))
     if differs := [f"{name} is {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]:
         raise UserError(
             f"the teacher {teacher.source} knows other data: {'; '.join(differs)}. Take a teacher trained on this "
@@ -145,11 +146,10 @@ def of_run(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dic
     return reading(known.run.objective, known.net, known.run.sample.knobs), {"sha256": digest.of_file(known.file)}
 
 
-def facts(run: Run) -> dict[str, object]:
+def facts(data: Data, path: FlowPath) -> dict[str, object]:
     """What a teacher and its pupil must agree on."""
-    names = ("shape", "classes", "codec")
-    data: dict[str, object] = {f"data.{name}": getattr(run.data, name, None) for name in names}
-    return {**data, "path": run.path.kind, "path.sd": run.path.sd}
+    of_data: dict[str, object] = {f"data.{name}": getattr(data, name, None) for name in ("shape", "classes", "codec")}
+    return {**of_data, "path": path.kind, "path.sd": path.sd}
 
 
 def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dict[str, str]]:
@@ -227,9 +227,9 @@ class Plan(Index):
     classes: int
 
     @classmethod
-    def of(cls, run: Run, pairs: Pairs, by: str) -> "Plan":
-        """The plan of a run's pairs, by a teacher of this digest."""
-        points, shape = run.objective.needs.points, run.data.shape
+    def of(cls, pairs: Pairs, data: Data, path: FlowPath, points: int, by: str) -> "Plan":
+        """The plan of pairs like these data, by a teacher of this digest."""
+        shape = data.shape
         x = Column(dtype="float32", shape=shape)
         between = {"between": Column(dtype="float32", shape=(points - 1, *shape))} if points else {}
         return cls(
@@ -237,10 +237,10 @@ class Plan(Index):
             rows=pairs.count,
             shard_rows=SHARD,
             teacher=by,
-            path=run.path,
+            path=path,
             nfe=pairs.passes(points),
             points=points,
-            classes=run.data.classes,
+            classes=data.classes,
         )
 
 
@@ -249,14 +249,14 @@ def couple(plan: Plan, reads: Reads, folder: Path, device: torch.device, bar: Ba
 
     Rank k of n makes the shards k, k + n, k + 2 n ...; every rank must call it, and has all pairs. Raises, on every
     rank, UserError where the pairs are others or have changed, or the teacher's answers are not finite, which are not
-    written; OSError where the disk is full; Stopped where that is asked, between two passes.
+    written; OSError where the disk is full; Stopped after a signal, between two shards.
     """
     c, rank, world = generate.labels(plan.rows, plan.classes), dist.rank(), dist.world()
 
     def shard(number: int, behind: Callable[[int], None]) -> dict[str, Tensor]:
         signals.check()
         some = plan.span(number)
-        made = joined(plan, reads, c[list(some)], some, device)
+        made = solve_pairs(plan, reads, c[list(some)], some, device)
         if bad := [k for k, x in zip(some, made["x"], strict=True) if not x.isfinite().all()]:
             raise UserError(
                 f"{len(bad)} of the teacher's pairs are not finite, the first is number {bad[0]}: mend the teacher, or "
@@ -276,7 +276,7 @@ def couple(plan: Plan, reads: Reads, folder: Path, device: torch.device, bar: Ba
     return Coupled(**agreement.own(load))
 
 
-def joined(plan: Plan, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
+def solve_pairs(plan: Plan, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
     """Noise, the data that the flow carries it to, and as many points between as the objective learns from."""
     c_here, shape = c.to(device), plan.columns["x"].shape
     if plan.points:

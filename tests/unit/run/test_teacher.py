@@ -78,7 +78,7 @@ def plan_of(run: Run) -> teacher.Plan:
     """The plan of the run's pairs."""
     assert run.teacher
     assert run.teacher.pairs
-    return teacher.Plan.of(run, run.teacher.pairs, "")
+    return teacher.Plan.of(run.teacher.pairs, run.data, run.path, run.objective.needs.points, "")
 
 
 def couple(run: Run, reads: Reads, folder: Path) -> teacher.Coupled:
