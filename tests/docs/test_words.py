@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 SRC = Path(__file__).parents[2] / "src/dumo"
-WORDS = ("told", "beside", "so many", "in the place of", "whence", "dear", "whoever", "to be had", "is none's", "thither")
+WORDS = (
+    "told",
+    "beside",
+    "so many",
+    "in the place of",
+    "whence",
+    "dear",
+    "whoever",
+    "to be had",
+    "is none's",
+    "thither",
+)
 TEXTS = {file: file.read_text(encoding="utf-8") for file in sorted(SRC.rglob("*")) if file.suffix in (".py", ".j2")}
 
 

@@ -108,8 +108,9 @@ def test_a_record_is_on_its_trail(tmp_path: Path) -> None:
     assert run.teacher
     assert run.teacher.pairs
     reads = shift(run, torch.device("cpu"))
+    plan = teacher.Plan.of(run.teacher.pairs, run.data, run.path, 4, "")
     for _ in range(2):  # made, then read
-        made = teacher.couple(teacher.Plan.of(run, run.teacher.pairs, ""), reads, tmp_path, torch.device("cpu"), no_bar)
+        made = teacher.couple(plan, reads, tmp_path, torch.device("cpu"), no_bar)
         assert made.between is not None
         assert made.between.shape == (12, 3, 2)
     x, c, z, between = made.batch(0, 12, seed=0)

@@ -15,7 +15,7 @@ from torch import nn
 
 from dumo.encoders.codec import WEIGHTS, Images, Latent, Moments, Opened, Published, Scaled
 from dumo.io.read import brief, user_path
-from dumo.io.weights import checked
+from dumo.io.weights import whole_digest
 from dumo.types import UserError
 
 CONFIG = "config.json"
@@ -145,7 +145,7 @@ def _loaded(name: str, codec: Scaled) -> tuple[nn.Module, str]:
     except ImportError as error:
         raise UserError(f"{codec.about} needs diffusers: pip install 'dumo[diffusers]'") from error
     folder = _folder(codec.weights)
-    found = checked(_weights(folder), HINT)
+    found = whole_digest(_weights(folder), HINT)
     try:
         model = getattr(diffusers, name)
         net, info = model.from_pretrained(folder, output_loading_info=True, use_safetensors=True, local_files_only=True)
@@ -203,16 +203,17 @@ def _folder(name: str) -> Path:
     if path.is_dir():
         return path
     named = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-]+))?", name)
-    if path.exists() or not named:
-        raise UserError(f"{name} is no folder. {HINT}")
-    from huggingface_hub import snapshot_download
+    why = ""
+    if named and not path.exists():
+        from huggingface_hub import snapshot_download
 
-    try:
         model, inside = named[1], named[2] or ""
         files = [f"{inside}/{file}" if inside else file for file in (CONFIG, WEIGHTS)]
-        return Path(snapshot_download(model, allow_patterns=files)) / inside
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} is no folder, and not available from the hub ({error}). {HINT}") from error
+        try:
+            return Path(snapshot_download(model, allow_patterns=files)) / inside
+        except (OSError, ValueError) as error:
+            why = f", and not available from the hub ({error})"
+    raise UserError(f"{name} is no folder{why}. {HINT}")
 
 
 def _weights(folder: Path) -> Path:

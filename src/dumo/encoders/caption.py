@@ -86,18 +86,17 @@ class Prompt:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file or folder, in order; blank lines are left out. Raises UserError where there are none."""
-    if not path.exists():
-        raise UserError(f"there are no prompts {path}: {WAY}")
+    found: list[Prompt] = []
     if path.is_dir():
         files = sorted(path.glob("*.txt"))
         found = [Prompt(file.stem, " ".join((text := read_text(file, WAY)).split()), text) for file in files]
         if empty := next((file for file, one in zip(files, found, strict=True) if not one.text), None):
             raise UserError(f"{empty} is empty: write a prompt into it, or remove it")
-    else:
+    elif path.exists():
         texts = _json(path) if path.suffix == ".jsonl" else ((line.strip(), line) for line in _lines(path))
         found = [Prompt(f"{i:05d}", text, line) for i, (text, line) in enumerate(texts)]
     if not found:
-        raise UserError(f"{path} has no prompts: {WAY}")
+        raise UserError(f"{path} has no prompts: {WAY}" if path.exists() else f"there are no prompts {path}: {WAY}")
     return found
 
 
@@ -107,11 +106,12 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _json(path: Path) -> Iterator[tuple[str, str]]:
     for number, line in enumerate(_lines(path), 1):
+        wrong = "has no prompt, as {'prompt': 'a photo of a bench'}"
         try:
             found: Any = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} line {number} is not JSON ({error}): {WAY}") from error
+            found, wrong = None, f"is not JSON ({error})"
         text = found.get("prompt") if isinstance(found, dict) else None
         if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{path} line {number} has no prompt, as {{'prompt': 'a photo of a bench'}}: {WAY}")
+            raise UserError(f"{path} line {number} {wrong}: {WAY}")
         yield text.strip(), line

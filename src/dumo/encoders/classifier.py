@@ -1,4 +1,4 @@
-"""Small classifiers of digits and of CIFAR-10, whose inner activations are the features of these data's metrics.
+"""Small classifiers of digits and of CIFAR-10; their inner activations are the features of these data's metrics.
 
 Features are standardised (about mean 0, variance 1 over the training images), so no feature outweighs another and a
 Fréchet distance counts in variances. Of digits there are 32, because a distance of n rows is biased in proportion to

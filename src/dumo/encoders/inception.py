@@ -111,7 +111,7 @@ def _middle(inner: int) -> tuple[Branch, ...]:
 
 
 def _coarse(pool: Pool) -> tuple[Branch, ...]:
-    """A block on the 8 x 8 map, whose two 3 x 3 branches end in a row and a column side by side."""
+    """A block on the 8 x 8 map; its two 3 x 3 branches end in a row and a column side by side."""
     three = [Conv("branch3x3_2a", 384, (1, 3)), Conv("branch3x3_2b", 384, (3, 1))]
     double = [Conv("branch3x3dbl_3a", 384, (1, 3)), Conv("branch3x3dbl_3b", 384, (3, 1))]
     return (
@@ -309,11 +309,10 @@ def _check(net: Inception, origin: dict[str, str], weights: dict[str, Tensor], p
         del weights[name]
     other = f"these are not Inception's weights.\n{_way()}"
     compare(path, weights, net.state_dict(), "Inception", other)
-    if odd := [name for name, w in weights.items() if not w.isfinite().all()]:
-        raise UserError(f"{path}: {odd[0]} is not finite: {other}")
-    if origin.get("sha256") != SHA256:
-        said = origin.get("sha256", "nothing")
-        raise UserError(f"{path} says it was made of a file of sha256 {said}, not {SHA256}.\n{_way()}")
+    odd, source = [name for name, w in weights.items() if not w.isfinite().all()], origin.get("sha256", "nothing")
+    if odd or source != SHA256:
+        made = f"{path} says it was made of a file of sha256 {source}, not {SHA256}.\n{_way()}"
+        raise UserError(f"{path}: {odd[0]} is not finite: {other}" if odd else made)
 
 
 def _way() -> str:

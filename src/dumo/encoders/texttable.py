@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -40,11 +40,10 @@ Rows = tuple[Shaped[Tensor, "b l *d"], Bool[Tensor, "b l"], Float[Tensor, "b p"]
 class Contents(Index):
     """What index.json says of a table of texts."""
 
-    word: ClassVar[str] = "table of texts"
     encoder: Reader
     model: str  # its name in the encoder's config.json; of token ids: tokens
     sha256: str  # of the encoder's weights; of token ids, of the vocabulary
-    texts: str  # digest of the captions in their order
+    digest: str  # of the captions in their order
 
     @classmethod
     def of(
@@ -66,7 +65,7 @@ class Contents(Index):
             encoder=encoder,
             model=encoder.model_type() if isinstance(encoder, Encoder) else "tokens",
             sha256=read.sha256,
-            texts=digest.short(*captions),
+            digest=digest.short(*captions),
         )
 
     @property
@@ -111,7 +110,7 @@ class Contents(Index):
 
 @dataclass(frozen=True)
 class Table:
-    """Encoded texts, opened to read."""
+    """Encoded texts."""
 
     folder: Path
     contents: Contents
@@ -151,7 +150,7 @@ class Table:
     @cached_property
     def captions(self) -> tuple[str, ...]:
         """The texts in their order. Raises UserError where they are not those that were encoded."""
-        return read_captions(self.folder, self.contents.texts)
+        return read_captions(self.folder, self.contents.digest)
 
     @cached_property
     def audit(self) -> Audit:
@@ -176,34 +175,31 @@ class Table:
 
 def open_table(folder: Path) -> Table:
     """Open a table to read it. Raises UserError where there is none, it is unfinished, or a shard is not as it was."""
-    contents = read_contents(folder)
-    if contents is None:
-        raise UserError(f"{folder} holds no texts (it has no {FILE}): make it, dumo encode RECIPE")
-    if not contents.shards:
-        raise UserError(f"{folder} is unfinished: start the same dumo encode again, and it goes on where it stopped")
-    table.require(folder, contents)
-    return Table(folder, contents)
+    missing = f"holds no texts (it has no {FILE}): make it, dumo encode RECIPE"
+    return Table(folder, table.read_whole(folder, Contents, missing))
 
 
 def require(table: Table, encoder: Reader, captions: int, identity: str | None = None) -> None:
     """Raise UserError where a table has another number of captions, encoder, or identity (None: any)."""
-    has, where = table.contents, f"net.texts.root: {table.folder}"
-    if has.captions != captions:
-        raise UserError(
-            f"{where} holds {has.captions:,} captions, and the data have {captions:,}: make one of these data in "
-            "another folder, dumo encode RECIPE --set net.texts.root=DIR"
-        )
+    has = table.contents
     there, now = (one.binding() for one in (has, has.model_copy(update={"encoder": encoder})))
-    if lines := [f"{key}: {there.get(key)} there, {now[key]} asked" for key in now if now[key] != there.get(key)]:
+    lines = [f"{key}: {there.get(key)} there, {now[key]} asked" for key in now if now[key] != there.get(key)]
+    if has.captions != captions:
+        wrong = (
+            f"holds {has.captions:,} captions, and the data have {captions:,}: make one of these data in another "
+            "folder, dumo encode RECIPE --set net.texts.root=DIR"
+        )
+    elif lines:
         listed = "\n  ".join(lines)
-        raise UserError(
-            f"{where} was encoded otherwise:\n  {listed}\nEncode into another folder, or ask for what is there"
+        wrong = f"was encoded otherwise:\n  {listed}\nEncode into another folder, or ask for what is there"
+    elif identity not in (None, has.identity):
+        wrong = (
+            f"is another table than that of this run (identity {has.identity}, and {identity} in net.texts): put it "
+            "back, or encode the same captions by the same encoder"
         )
-    if identity not in (None, has.identity):
-        raise UserError(
-            f"{where} is another table than that of this run (identity {has.identity}, and {identity} in net.texts): "
-            "put it back, or encode the same captions by the same encoder"
-        )
+    else:
+        return
+    raise UserError(f"net.texts.root: {table.folder} {wrong}")
 
 
 def read_contents(folder: Path) -> Contents | None:
@@ -214,16 +210,18 @@ def read_contents(folder: Path) -> Contents | None:
 def read_captions(folder: Path, wanted: str) -> tuple[str, ...]:
     """The captions of a folder. Raises UserError where they are missing, damaged, or not those of the digest."""
     file = folder / CAPTIONS
-    if not file.is_file():
-        raise UserError(f"{file} is not there: {REMAKE}")
     try:
         found: list[object] = [json.loads(line) for line in read_text(file, REMAKE, LARGEST).split("\n") if line]
+    except FileNotFoundError:
+        wrong = "is not there"
     except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}): {REMAKE}") from error
-    texts = tuple(str(text) for text in found)
-    if digest.short(*texts) != wanted:
-        raise UserError(f"{file} holds other captions than {FILE} says: {REMAKE}")
-    return texts
+        wrong = f"is damaged ({error})"
+    else:
+        texts = tuple(str(text) for text in found)
+        if digest.short(*texts) == wanted:
+            return texts
+        wrong = f"holds other captions than {FILE} says"
+    raise UserError(f"{file} {wrong}: {REMAKE}")
 
 
 def encode(
@@ -256,7 +254,7 @@ def encode(
             some = texts[i : min(i + batch, rows.stop)]
             parts.append(without_padding(embeddings(read, some)))
             behind(i + len(some) - rows.start)
-        return stored({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, contents)
+        return in_stored_types({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, contents)
 
     lines = "".join(f"{json.dumps(text, ensure_ascii=False)}\n" for text in captions)
     return table.make(out, contents, shard, rank=rank, world=world, others={CAPTIONS: lines.encode()}, tick=tick)
@@ -276,7 +274,7 @@ def without_padding(found: Embeddings) -> dict[str, Tensor]:
     return parts if found.pooled is None else parts | {"pooled": found.pooled}
 
 
-def stored(tensors: dict[str, Tensor], contents: Contents) -> dict[str, Tensor]:
+def in_stored_types(tensors: dict[str, Tensor], contents: Contents) -> dict[str, Tensor]:
     """A shard's tensors in the stored types. Raises UserError where they are not finite there."""
     kept = {name: x.to(contents.columns[name].torch_dtype) for name, x in tensors.items()}
     if not all(bool(x.isfinite().all()) for x in kept.values()):

@@ -6,8 +6,9 @@
 
 What is in a shard depends on the inputs and its number alone, and every file is written whole or not at all: so it does
 not matter who made a shard, or how often that was interrupted. Rank k of n makes the shards k, k + n, k + 2 n ...; the
-ranks need not run at once. A shard that is missing, cut short or changed is named. Shards are mapped into memory, so a
-table may be larger than it. All but the last hold as many rows of the source, less those that it left out.
+ranks need not run at once. A shard that is missing, cut short or changed is refused, or made again. Shards are mapped
+into memory, so a table may be larger than it. All but the last hold as many rows of the source, less those that it left
+out.
 """
 
 import json
@@ -112,7 +113,7 @@ class Index(Spec):
         """The inputs of the rows: these must be the same to go on."""
         return self.model_dump(mode="json", exclude={"inputs": True, "shards": True})
 
-    def digest(self) -> str:
+    def inputs_digest(self) -> str:
         """The SHA-256 of `binding`."""
         return digest.of_bytes(json.dumps(self.binding(), sort_keys=True).encode())
 
@@ -131,7 +132,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Table:
-    """A table, opened to read."""
+    """A table to read."""
 
     folder: Path
     index: Index
@@ -143,7 +144,7 @@ class Table:
     def take(
         self, rows: Int64[Tensor, " b"], column: str, other: str = "", where: Bool[Tensor, " b"] | None = None
     ) -> Tensor:
-        """A column of these rows; `where` says so, of another column that is alike.
+        """A column of these rows; where `where` is true, the column `other`, of the same shape.
 
         Raises IndexError for a row that is not there, UserError for a damaged shard.
         """
@@ -194,11 +195,25 @@ def read(folder: Path, kind: type[K]) -> K | None:
     tree = read_json(file, ELSEWHERE) if file.is_file() else None
     try:
         found = None if tree is None else kind.model_validate(tree)
-        if found and found.inputs != found.digest():
+        if found and found.inputs != found.inputs_digest():
             raise ValueError("its inputs have another hash")
     except ValueError as error:  # pydantic's, too
         why = " ".join(str(error).split())
         raise UserError(f"{file} is damaged, or another version wrote it ({why}): {ELSEWHERE}") from error
+    return found
+
+
+def read_whole(folder: Path, kind: type[K], missing: str) -> K:
+    """What index.json says of a whole table.
+
+    Raises UserError where there is none, with the words `missing`; it is unfinished; or a shard is not there, or of
+    another size.
+    """
+    found = read(folder, kind)
+    if not found or not found.shards:
+        unfinished = "is unfinished: start the same dumo encode again, and it goes on where it stopped"
+        raise UserError(f"{folder} {unfinished if found else missing}")
+    require(folder, found)
     return found
 
 
@@ -263,7 +278,7 @@ def claim(folder: Path, index: Index, rank: int) -> None:
         taken = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
         if taken and not (folder / FILE).exists():  # not where another rank has begun meanwhile
             raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder, or remove this one")
-        write(folder / FILE, dump(index.model_copy(update={"inputs": index.digest()})), rank)
+        write(folder / FILE, dump(index.model_copy(update={"inputs": index.inputs_digest()})), rank)
         return
     old = there.binding()
     if lines := [f"{key}: {old[key]} there, {new[key]} now" for key in new if old.get(key) != new[key]]:

@@ -48,7 +48,7 @@ class Tabled(Spec):
         return self
 
     def table(self, captions: int) -> Table:
-        """The folder, opened. Raises UserError where there is no table, or one of other captions or another encoder."""
+        """The table in the folder. Raises UserError where there is none, or it is of other captions or encoders."""
         found = open_table(self.folder)
         require(found, self.by, captions, self.identity)
         return found
@@ -171,7 +171,7 @@ class Mapped(Texts):
         return tokens, mask, pooled
 
     def append(self, texts: Sequence[str]) -> int:
-        """Only prompts are held in memory. Raises as `Texts.append`."""
+        """Only prompts are kept in memory. Raises as `Texts.append`."""
         if self.added is None:
             tokens, mask, pooled = self.table.padded([])
             read = self.spec.reader(self.table, self.like.device)

@@ -1,8 +1,7 @@
-"""Make what a recipe trains on: the cache of latents, where images, a codec and a folder meet; and the table of texts,
-where captions, an encoder and a folder meet.
+"""Make the folders that a recipe trains on: a cache of latents of images, and a table of encoded captions.
 
-By any number of ranks, which need not run at once; a killed one is started again, and the folder is the same to the
-last bit. What is damaged is found, named and made anew (`dumo.io.table`).
+Any number of ranks may share the work, and need not run at once; a killed one is started again, and the folder is the
+same to the last bit. What is damaged is named and made again (`dumo.io.table`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from dumo.io import table
 from dumo.io.file import locked
 from dumo.io.read import brief, user_path
 from dumo.io.table import Done, Index
+from dumo.nets import Net
 from dumo.nets.table import Tabled
 from dumo.nets.text import Learned
 from dumo.run.config.change import override
@@ -80,7 +80,7 @@ def work_of(
     path = user_path(source, "the source")
     if not path.exists() or (path / FILE).exists() or path.suffix in (".yaml", ".yml"):
         run = resolve(load(source, sets))
-        texts = table_of(run)
+        texts = table_of(run.net)
         if not isinstance(run.data, Latents) and texts is None:
             raise UserError(
                 f"{source} trains on data '{run.data.kind}', not on latents, and its net reads no captions: there is "
@@ -153,9 +153,9 @@ def ensure(data: Latents, *, device: str = "auto", bar: Bar = no_bar) -> None:
         encode(data, device=device, bar=bar)
 
 
-def table_of(run: Run) -> Tabled | None:
-    """The table of texts that the net reads, if it reads one."""
-    texts: object = getattr(run.net, "texts", None)
+def table_of(net: Net) -> Tabled | None:
+    """The table of texts that a net reads, if it reads one."""
+    texts: object = getattr(net, "texts", None)
     return texts if isinstance(texts, Tabled) else None
 
 
@@ -198,7 +198,7 @@ def make_tokens(run: Run) -> None:
 
     Raises UserError where the folder holds those of other captions.
     """
-    spec = table_of(run)
+    spec = table_of(run.net)
     if isinstance(spec, Learned):
         lock = spec.folder.with_name(f".{spec.folder.name}.lock")
         lock.parent.mkdir(parents=True, exist_ok=True)

@@ -3,7 +3,7 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from dumo.runtime.progress import Bar, say
 from dumo.runtime.random import noise
 from dumo.training import agreement
 from dumo.training.state import State
-from dumo.types import Cond, Heads, Net, Reads, Sample, Taught, Time, Trail, UserError
+from dumo.types import Cond, Heads, Needs, Reads, Sample, Taught, Time, Trail, UserError
 
 FILE = "teacher.json"
 SHARD = 1024  # pairs to a shard: what a stop may lose
@@ -39,7 +39,7 @@ SHARD = 1024  # pairs to a shard: what a stop may lose
 
 @dataclass(frozen=True)
 class Known:
-    """A teacher, opened: its velocity, guided as its spec says, and who it is."""
+    """A teacher ready to teach: its velocity, guided as its spec says, and its digest."""
 
     spec: Teacher
     reads: Reads
@@ -106,8 +106,7 @@ def opened(teacher: Teacher, run: Run, state: State, device: torch.device) -> Kn
         case "python":
             raw, about = of_user(teacher, run, device)
         case "base":
-            base = bind(Base(state.net, run.train.precision), **run.objective.needs.knobs)
-            raw, about = of_base(base, run.objective.needs.inputs), {"sha256": str(state.frozen)}
+            raw, about = of_base(state.net, run.train.precision, run.objective.needs), {"sha256": str(state.frozen)}
     if raw.velocity is None:
         raise UserError(f"the teacher {teacher.source} has no velocity: take one whose objective teaches it")
     reads, wants = teacher.guide(raw, run.data.classes), run.objective.needs.teacher
@@ -127,9 +126,10 @@ def velocity(reads: Reads) -> Taught:
     return taught
 
 
-def of_base(base: Net, inputs: Sequence[str]) -> Reads:
-    """The velocity of a net's base, which is every head of it, at r = t where r is an input."""
-    return Reads(velocity=lambda x, t, c: base(x, c, **dict.fromkeys(inputs, t))[0])
+def of_base(net: nn.Module, precision: Precision, needs: Needs) -> Reads:
+    """The velocity of a net's base, which is every head of it, at r = t where it takes r."""
+    base, names = bind(Base(net, precision), **needs.knobs), needs.inputs
+    return Reads(velocity=lambda x, t, c: base(x, c, **dict.fromkeys(names, t))[0])
 
 
 def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -> tuple[Reads, dict[str, str]]:
@@ -252,14 +252,14 @@ def couple(plan: Plan, reads: Reads, folder: Path, device: torch.device, bar: Ba
 
     Rank k of n makes the shards k, k + n, k + 2 n ...; every rank must call it, and has all pairs. Raises, on every
     rank, UserError where the pairs are others or have changed, or the teacher's answers are not finite, which are not
-    written; OSError where the disk is full; Stopped where that is asked, between two passes.
+    written; OSError where the disk is full; Stopped after a signal, between two shards.
     """
     c, rank, world = generate.labels(plan.rows, plan.classes), dist.rank(), dist.world()
 
     def shard(number: int, behind: Callable[[int], None]) -> dict[str, Tensor]:
         signals.check()
         some = plan.span(number)
-        made = joined(plan, reads, c[list(some)], some, device)
+        made = solve_pairs(plan, reads, c[list(some)], some, device)
         if bad := [k for k, x in zip(some, made["x"], strict=True) if not x.isfinite().all()]:
             raise UserError(
                 f"{len(bad)} of the teacher's pairs are not finite, the first is number {bad[0]}: mend the teacher, or "
@@ -279,7 +279,7 @@ def couple(plan: Plan, reads: Reads, folder: Path, device: torch.device, bar: Ba
     return Coupled(**agreement.own(load))
 
 
-def joined(plan: Plan, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
+def solve_pairs(plan: Plan, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
     """Noise, the data that the flow carries it to, and as many points between as the objective learns from."""
     c_here, shape = c.to(device), plan.columns["x"].shape
     if plan.points:

@@ -7,12 +7,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dumo.flow.reading import bind
 from dumo.flow.slope import DualSlope
 from dumo.run.config.load import load
 from dumo.run.config.teacher import Start
 from dumo.run.folder import begin_from, open_run
-from dumo.run.teacher import Base, of_base
+from dumo.run.teacher import of_base
 from dumo.run.train import train
 from dumo.runtime import memory
 from dumo.types import Frozen, UserError
@@ -93,8 +92,7 @@ def test_asking_the_base_leaves_the_net_as_it_was(monkeypatch: pytest.MonkeyPatc
     net.train().get_submodule("net").eval()
     modes = [part.training for part in net.modules()]
     x, w, c, t = *torch.randn(2, 4, 2, generator=g).unbind(), torch.zeros(4).long(), torch.rand(4, generator=g)
-    base = bind(Base(net, run.train.precision), **run.objective.needs.knobs)
-    velocity = of_base(base, run.objective.needs.inputs).velocity
+    velocity = of_base(net, run.train.precision, run.objective.needs).velocity
     assert velocity
 
     def slopes(ask: bool) -> list[Tensor]:
