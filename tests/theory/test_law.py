@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from contract.case import members
+from dumo.flow.draw import Noise
 from dumo.flow.times import (
     Arctan,
     Atom,
@@ -19,7 +20,6 @@ from dumo.flow.times import (
     Jumps,
     Karras,
     LogitNormal,
-    Noise,
     Pair,
     Times,
     ToData,

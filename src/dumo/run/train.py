@@ -26,14 +26,14 @@ from dumo.run.plan import cost, doctor
 from dumo.run.sheet import Sheets
 from dumo.run.speed import Meter
 from dumo.runtime import dist
-from dumo.runtime.prefetch import BATCHES, Ahead
+from dumo.runtime.prefetch import BATCHES, Prefetch
 from dumo.runtime.progress import Bar, no_bar
 from dumo.training import agreement, loop
 from dumo.training.layout import share_of
 from dumo.training.state import Diverged, State
 from dumo.training.step import Batch, Task, draws_of, pieces, span
 from dumo.types import UserError
-from dumo.types.rows import pinned, sent
+from dumo.types.rows import pin, to_device
 
 
 def train(
@@ -124,15 +124,15 @@ def fed(
 
     def read(step: int) -> Batch:
         parts = source.batch(step, run.train.batch, run.train.seed, rows)
-        return [pinned(part) for part in parts] if gpu else parts
+        return [pin(part) for part in parts] if gpu else parts
 
     def draw(step: int) -> Draws:
         draws = draws_of(task, run.train, step, run.data.shape, z=own)
-        return draws.pinned() if gpu else draws
+        return draws.pin() if gpu else draws
 
     last = run.train.steps
-    with Ahead(read, last=last, depth=BATCHES) as batches, Ahead(draw, last=last) as draws:
-        yield lambda step: [sent(part, here) for part in batches(step)], draws
+    with Prefetch(read, last=last, depth=BATCHES) as batches, Prefetch(draw, last=last) as draws:
+        yield lambda step: [to_device(part, here) for part in batches(step)], draws
 
 
 def require_room(run: Run, here: torch.device, ranks: int) -> None:
