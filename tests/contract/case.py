@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from contract.outside import Outside, PlainNet
-from dumo.flow.draw import draw
-from dumo.flow.path import Linear, Trig
 from dumo.flow.slope import DualSlope, Slope
 from dumo.nets import Net
 from dumo.objectives import Drift, DuMo, Objective
@@ -112,13 +110,3 @@ class Counted(nn.Module):
 def step(objective: Objective, net: nn.Module, b: Noised) -> Terms:
     """The loss of a record, theta^- being the net itself."""
     return objective.loss(net, Frozen(net), b)
-
-
-def passes(objective: Objective) -> tuple[int, int]:
-    """How many passes a loss makes, with gradients and without, of the first net and eight drawn rows; it is finite."""
-    model = Counted(randomise(nets()[0].build(objective.needs, (2, 4, 4), 3)))
-    x, c = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
-    path = Trig() if objective.needs.formulas.paths == ("trig",) else Linear()
-    terms = step(objective, model, draw(objective, path, x, c, torch.full_like(c, 3), seed=0, step=0))
-    assert terms.loss.isfinite().all()
-    return model.graded, model.still

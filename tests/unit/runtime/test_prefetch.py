@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.data import Digits
 from dumo.runtime.prefetch import BATCHES, Prefetch
 from dumo.types import UserError
 
@@ -39,21 +38,6 @@ class Made:
             self.came.wait(1)
             self.came.clear()
         return sorted(self.steps)
-
-
-def test_batches_are_those_of_the_source() -> None:
-    """To the bit, and each is made once."""
-    source, calls = Digits().open(), Made()
-
-    def make(step: int) -> tuple[Tensor, Tensor]:
-        calls(step)
-        return source.batch(step, 16, 0)
-
-    with Prefetch(make, last=LAST, depth=BATCHES) as batches:
-        for step in range(LAST):
-            for one, other in zip(batches(step), source.batch(step, 16, 0), strict=True):
-                assert torch.equal(one, other)
-    assert sorted(calls.steps) == list(range(LAST))
 
 
 def test_so_many_are_made_ahead_and_no_more() -> None:
