@@ -3,13 +3,13 @@
 Those of `contract.outside` stand for what users write: they are tested as ours are.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from contract.outside import Outside, PlainNet
+from contract.outside import Outside
 from dumo.flow.slope import DualSlope, Slope
 from dumo.nets import Net
 from dumo.objectives import Drift, DuMo, Objective
@@ -50,19 +50,6 @@ def objectives(*, exact: bool = False, **fields: object) -> Iterator[Objective]:
         for slope in members(Slope):
             if not (exact and "h" in slope.model_fields):
                 yield cls(**own, slope=slope())
-
-
-def pairs(some: Iterable[Objective]) -> list[tuple[Objective, Net | PlainNet]]:
-    """Every objective with the first net; with the others one of those that ask the same of a net, the last."""
-    first, *others = (*nets(), PlainNet())
-    last = {asked(o): o for o in some if o.needs.slope in (None, DualSlope())}.values()
-    return [*((o, first) for o in some), *((o, net) for net in others for o in last)]
-
-
-def asked(objective: Objective) -> tuple[object, ...]:
-    """What an objective asks of a net: in this alone it differs from others to the net."""
-    needs = objective.needs
-    return needs.inputs, len(needs.heads), needs.gauges, tuple(needs.knobs), tuple(needs.own), needs.signed
 
 
 def one_each(**fields: object) -> list[Objective]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from dumo.flow.guide import Guide, Interval
-from dumo.flow.slope import DualSlope, JvpSlope, Slope
+from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.objectives import FACM
 from dumo.types import Frozen
 from theory.exact import APART, PRODUCT, Exact, Flow, column, gaussian, gradient, plane, record
@@ -49,13 +49,12 @@ def at_rest(o: FACM, flow: Flow, n: int = 256) -> float:
     return gradient(o, Exact(flow, o.needs), record(o, flow, n)).abs().max().item()
 
 
-@pytest.mark.parametrize("slope", [JvpSlope(), DualSlope()], ids=lambda s: s.kind)
-def test_it_rests_at_the_flow(slope: Slope) -> None:
+def test_it_rests_at_the_flow() -> None:
     """With every switch as the authors have it. Measured: 1e-14."""
     for flow, guide in ((gaussian(OWN), OWN), (APART, NONE), (PRODUCT, NONE)):
-        assert at_rest(FACM(guide=guide, drop=0.2, slope=slope), flow) < 1e-12
+        assert at_rest(FACM(guide=guide, drop=0.2, slope=DualSlope()), flow) < 1e-12
     guide = Guide(omega=1.75)
-    assert at_rest(FACM(guide=guide, drop=0.2, slope=slope), plane(guide), 64) < 1e-10
+    assert at_rest(FACM(guide=guide, drop=0.2, slope=DualSlope()), plane(guide), 64) < 1e-10
 
 
 def test_readings_are_told_apart_by_the_sign_of_time() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dumo.flow.slope import DualSlope, JvpSlope, Slope
+from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Pair
 from dumo.objectives import ImprovedMeanFlow
 from dumo.types import Frozen, Heads, Noised
@@ -84,10 +84,9 @@ def at_rest(o: ImprovedMeanFlow, flow: Flow, n: int = 256, **drawn: float) -> fl
     return gradient(o, Exact(flow, o.needs), b).abs().max().item()
 
 
-@pytest.mark.parametrize("slope", [JvpSlope(), DualSlope()], ids=lambda s: s.kind)
-def test_it_rests_at_the_flow_that_its_knobs_ask_for(slope: Slope) -> None:
+def test_it_rests_at_the_flow_that_its_knobs_ask_for() -> None:
     """Every row guided by its own w in its own interval. Measured: 4e-15 on Gaussians, 4e-13 by Runge and Kutta."""
-    o = ImprovedMeanFlow(times=EVEN, drop=0.2, slope=slope)
+    o = ImprovedMeanFlow(times=EVEN, drop=0.2, slope=DualSlope())
     assert at_rest(o, gaussian()) < 1e-12
     assert at_rest(o.model_copy(update={"drop": 1.0}), gaussian()) < 1e-12  # no label: w moves nothing
     assert at_rest(o, plane(), 64, low=-1.0, high=2.0) < 1e-10  # guided at all times, as a mixture has it
