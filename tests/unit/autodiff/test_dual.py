@@ -31,6 +31,11 @@ def total(da: Tensor, db: Tensor, name: str) -> Tensor:
     return da + db
 
 
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    calls.clear()
+
+
 def later(x: Tensor) -> Array:
     """A Dual whose tangent is set by hand."""
     return pair(x, Later(x.shape, x.dtype))
