@@ -27,7 +27,7 @@ from dumo.runtime import random
 from dumo.runtime.bound import ROWS
 from dumo.runtime.random import keyed, stream
 from dumo.types import Cond, Law, Noised, Objective, Path, Rows, Sample, Spec, Taught, Time, Trail
-from dumo.types.rows import pinned, sent
+from dumo.types.rows import pin, to_device
 
 
 class Noise(Law):
@@ -102,9 +102,9 @@ class Draws:
         """Some of the rows."""
         return replace(self._each(lambda v: v[rows]), moving=self.moving and self.moving[rows])
 
-    def pinned(self) -> "Draws":
+    def pin(self) -> "Draws":
         """The same in pinned memory, from which a GPU reads while the CPU goes on."""
-        return self._each(pinned)
+        return self._each(pin)
 
     def _each(self, f: Callable[[Tensor], Tensor]) -> "Draws":
         own = {name: f(getattr(self, name)) for name in ("t", "r", "kept", "keys")}
@@ -155,12 +155,12 @@ def noised(
     `between` are the places from x to z that a trajectory goes through, at equal steps, of which t is to be an end.
     """
     here, exact = x.device, torch.promote_types(x.dtype, torch.float32)  # times stay exact where the data is bf16
-    t, r, kept = (sent(v, here) for v in (draws.t, draws.r, draws.kept))
+    t, r, kept = (to_device(v, here) for v in (draws.t, draws.r, draws.kept))
     t, r = t.to(exact), r.to(exact)
     if z is None:
         assert draws.z is not None, "noise was neither drawn nor given"
-        z = sent(draws.z, here).to(x)
-    laws = {name: sent(v, here).to(exact) for name, v in draws.laws.items()}
+        z = to_device(draws.z, here).to(x)
+    laws = {name: to_device(v, here).to(exact) for name, v in draws.laws.items()}
 
     x = x / path.sd
     if coupling:

@@ -21,7 +21,7 @@ from torch import Tensor
 from dumo.flow import dropout
 from dumo.runtime.bound import FACTOR
 from dumo.types import Array, Cond, Needs, Noised, Reads, Rows, Sample, Spec, Time, UserError, lift
-from dumo.types.rows import sent
+from dumo.types.rows import to_device
 
 Velocity = Callable[[Noised, Cond], Sample]  # (record, condition) -> V at its x_t and t
 
@@ -95,7 +95,7 @@ class Guide(Spec):
         place = (kept & self.inside(t)).nonzero().flatten()
         if len(place) == len(b.t):
             return None
-        return sent(place if len(place) else place.new_zeros(1), b.t.device)
+        return to_device(place if len(place) else place.new_zeros(1), b.t.device)
 
     def _rows(self, b: Noised) -> Array:
         """Where guidance acts: kept labels, inside the interval; shaped to choose among samples."""

@@ -18,7 +18,7 @@ from torch import Generator
 from dumo.runtime import random
 from dumo.runtime.bound import PASSES
 from dumo.types import Law, PerSample, Time, TimeLaw
-from dumo.types.rows import split_by_step, spread
+from dumo.types.rows import split_by_step, spread_evenly
 
 DEVIATION, RHO = 0.5, 7.0  # of data, and rho: EDM (Karras et al. 2022)
 ROOTS = 0.002 ** (1 / RHO), 80.0 ** (1 / RHO)  # of its sigma_min and sigma_max
@@ -150,7 +150,7 @@ class Atom(ToData):
 
     def one(self, n: int, g: Generator) -> Time:
         """Draw n times t."""
-        return self.of.one(n, g).masked_fill(torch.tensor(spread(n, self.share), dtype=torch.bool), self.at)
+        return self.of.one(n, g).masked_fill(torch.tensor(spread_evenly(n, self.share), dtype=torch.bool), self.at)
 
 
 class Pair(TimeLaw):
@@ -178,7 +178,7 @@ class Pair(TimeLaw):
 
     def moving(self, n: int) -> tuple[bool, ...]:
         """Which of the first n rows may have r < t; all others have r = t."""
-        return tuple(not still for still in spread(n, self.velocity_ratio))
+        return tuple(not still for still in spread_evenly(n, self.velocity_ratio))
 
     @property
     def moving_share(self) -> float:
@@ -215,7 +215,7 @@ class Jumps(TimeLaw):
 
     def moving(self, n: int) -> tuple[bool, ...]:
         """Which of the first n rows may have r < t; all others have r = t."""
-        return tuple(not still for still in spread(n, self.velocity_ratio))
+        return tuple(not still for still in spread_evenly(n, self.velocity_ratio))
 
     @property
     def moving_share(self) -> float:
@@ -235,7 +235,7 @@ class Jumps(TimeLaw):
     def _places(self, n: int) -> tuple[list[int], list[int], list[int]]:
         """The rows at rest, those that jump to the data, and the other jumps."""
         jumps, rest = split_by_step(self.moving(n))
-        far, near = split_by_step(spread(len(jumps), self.data_ratio))
+        far, near = split_by_step(spread_evenly(len(jumps), self.data_ratio))
         return rest, [jumps[i] for i in far], [jumps[i] for i in near]
 
 

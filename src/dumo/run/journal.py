@@ -57,7 +57,7 @@ class Journal:
 
         Raises Stopped if a rank was asked to stop meanwhile: there is nothing to save.
         """
-        if number := next(filter(None, agreement.agreed(signals.asked)), None):
+        if number := next(filter(None, agreement.agreed(signals.poll)), None):
             raise signals.Stopped(number)
         if 0 < state.step <= self.first:
             self.examine(state)

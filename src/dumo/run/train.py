@@ -32,7 +32,7 @@ from dumo.run.plan import cost, doctor
 from dumo.run.sheet import Sheets
 from dumo.run.speed import Meter, step_flops
 from dumo.runtime import dist
-from dumo.runtime.prefetch import BATCHES, Ahead
+from dumo.runtime.prefetch import BATCHES, Prefetch
 from dumo.runtime.progress import Bar, no_bar
 from dumo.training import agreement, loop
 from dumo.training.layout import share_of
@@ -40,7 +40,7 @@ from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
 from dumo.training.step import Batch, Task, draws_of, pieces, span
 from dumo.types import UserError
-from dumo.types.rows import pinned, sent
+from dumo.types.rows import pin, to_device
 
 
 def train(
@@ -143,15 +143,15 @@ def fed(
 
     def read(step: int) -> Batch:
         parts = source.batch(step, train.batch, train.seed, rows)
-        return [pinned(part) for part in parts] if gpu else parts
+        return [pin(part) for part in parts] if gpu else parts
 
     def draw(step: int) -> Draws:
         draws = draws_of(task, train, step, shape, z=own)
-        return draws.pinned() if gpu else draws
+        return draws.pin() if gpu else draws
 
     last = train.steps
-    with Ahead(read, last=last, depth=BATCHES) as batches, Ahead(draw, last=last) as draws:
-        yield lambda step: [sent(part, here) for part in batches(step)], draws
+    with Prefetch(read, last=last, depth=BATCHES) as batches, Prefetch(draw, last=last) as draws:
+        yield lambda step: [to_device(part, here) for part in batches(step)], draws
 
 
 def opened(data: Data) -> Source:

@@ -96,7 +96,7 @@ def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, l
 
     `norm` is the gradient norm, on the device; `due` counts on rank 0 alone, whose clock decides.
     """
-    words = [*(signals.asked() == number for number in signals.SIGNALS), due and dist.is_main()]
+    words = [*(signals.poll() == number for number in signals.SIGNALS), due and dist.is_main()]
     named = values(terms)
     *table, counts, rest = dist.mean(table_of(t, [*named.values()], norm, words)).tolist()
     sums = dict(zip(named, table, strict=True))

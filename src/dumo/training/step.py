@@ -30,7 +30,7 @@ from dumo.training.spec import Train
 from dumo.training.state import Diverged as Diverged
 from dumo.training.state import State
 from dumo.types import Frozen, Net, Noised, Objective, Path, Taught, Terms, Time, UserError, frozen
-from dumo.types.rows import sent
+from dumo.types.rows import to_device
 
 Batch = Sequence[Tensor]  # (x, c); with the noise of x, (x, c, z); and with what is between, (x, c, z, between)
 Loss = Callable[[Net, Frozen, Noised], Terms]
@@ -145,7 +145,7 @@ class Pieces:
             raise ValueError(f"here are {len(self.x)} rows, and {mine} of a batch of {spec.batch} are this rank's")
         self.net, self.loss, self.task = state.net, loss, task
         self.draws = draws or draws_of(task, spec, state.step, self.x.shape[1:], z=self.z is None)
-        self.keys = sent(self.draws.keys, self.x.device)
+        self.keys = to_device(self.draws.keys, self.x.device)
         self.noised = partial(
             noised,
             path=task.path,

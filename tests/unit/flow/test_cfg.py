@@ -106,16 +106,6 @@ def test_passes_are_counted_not_readings(solver: Solver, nfe: int, interval: Int
         assert made.nfe == passes
 
 
-def test_images_are_the_same_at_any_batch_size() -> None:
-    net = Small()
-    reads = CFG(scale=2, interval=EARLY)(read(net), NULL)
-    whole, parts = (
-        generate(net, reads, Linear(), Heun(), labels(7, 4), nfe=4, seed=0, shape=(2,), batch=batch).x
-        for batch in (7, 2)
-    )
-    assert torch.allclose(whole, parts, rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("wrong", [{"scale": 0}, {"scale": -1.5}, {"interval": {"low": 0.6, "high": 0.5}}, {"w": 2}])
 def test_what_is_no_guidance_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

@@ -69,18 +69,6 @@ def test_a_row_is_the_same_in_any_batch() -> None:
     assert not torch.equal(whole(rows)[:3], whole(rows[some]))
 
 
-def test_nothing_is_drawn_by_a_mask() -> None:
-    rows, state = keys(1, 2, 9), torch.get_rng_state()
-    assert torch.equal(whole(rows), whole(rows))
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_steps_and_seeds_have_keys_of_their_own() -> None:
-    assert torch.equal(keys(1, 2, 4), keys(1, 2, 4))
-    assert not torch.equal(keys(1, 2, 4), keys(1, 3, 4))
-    assert not torch.equal(keys(1, 2, 4), keys(2, 2, 4))
-
-
 def test_contexts_nest_and_end() -> None:
     rows = keys(0, 0, 4)
     with using(rows):

@@ -40,12 +40,6 @@ def test_a_shift_is_added_to_the_waves_of_every_input() -> None:
     assert torch.allclose(scalars(shift, t=t, w=w), by_hand, rtol=0, atol=1e-6)
 
 
-def test_what_was_given_is_left_alone() -> None:
-    given = {"t": torch.tensor([0.5]), "r": torch.tensor([0.2])}
-    Scalars(("t", "r"), 4, 1.0)(**given)
-    assert given["r"].item() == pytest.approx(0.2)
-
-
 def test_embedders_start_small() -> None:
     scalars = Scalars(("t",), 200, 1.0)
     for key, p in scalars.named_parameters():
