@@ -61,7 +61,7 @@ def train(
     rank, ranks = dist.launched()
     run = resolve(run)
     require_room(run, dist.device(device), ranks)
-    check_pieces(run, ranks)
+    check_pieces(run.train, run.objective, ranks)
     if rank == 0:
         text.make_tokens(run)
     run = resolve(run)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from unit.metrics import meet
+from unit.evaluation import meet
 
 from dumo.evaluation.reference import album_facts
-from dumo.evaluation.standard import STANDARDS
+from dumo.evaluation.reference import STANDARDS
 from dumo.evaluation.statistics import Statistics, gather, load_statistics, save_statistics, statistics_of
 from dumo.types import UserError
 from forked import main_of

@@ -22,9 +22,7 @@ from dumo.nets.dit import DiT, Transformer
 from dumo.nets.rows import Rows, TextFile
 from dumo.nets.textblock import Cross
 from dumo.objectives import DuMo
-from dumo.run.plan.cost import forward_flops
-from dumo.run.plan.count import flops
-from dumo.run.plan.depth import short
+from dumo.run.plan.cost import flops, forward_flops, short
 from dumo.types import Frozen, Needs, Spec, UserError
 from unit.nets.given import Given, Labels
 
