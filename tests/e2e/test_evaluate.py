@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dumo.encoders import inception as network
-from dumo.evaluation.standard import STANDARDS, Standard
+from dumo.evaluation.reference import STANDARDS, Standard
 from dumo.runtime.random import stream
 from e2e.shell import call, finish, refused, sets, start
 from golden import inception

@@ -66,7 +66,7 @@ def show(
     printed as comments, so that  dumo show digits > my.yaml  makes a file for  dumo train my.yaml.
     """
     from dumo.run.config.load import dump, summary
-    from dumo.run.plan.show import show
+    from dumo.run.plan.plan import show
 
     if as_yaml and as_json:
         raise typer.BadParameter("--yaml and --json: give one of them")
@@ -108,9 +108,9 @@ def unknown_classes(spec: "Run") -> list[tuple[str, str]]:
 
 def captions(spec: "Run") -> list[tuple[str, str]]:
     """A line of the captions, where there are some."""
-    from dumo.run.plan.caption import line
+    from dumo.run.plan.findings import of_captions
 
-    return [("captions", told)] if (told := line(spec)) else []
+    return [("captions", finding.text) for finding in of_captions(spec.data)]
 
 
 def dry(
@@ -141,7 +141,7 @@ def dry(
     With --ranks: the memory of each of so many GPUs, what they send one another, hours. With --fit: what to set so
     that they do.
     """
-    from dumo.run.plan import plan, rehearsal, table
+    from dumo.run.plan import plan, rehearsal
 
     limit = size(fit) if fit else None
     spec = advised(source, [*(set_ or []), *([f"train.share={share}"] if share else [])])
@@ -149,34 +149,34 @@ def dry(
     many = plan_ranks(spec, ranks or 1, limit, tflops, device) if any((ranks, share, fit, tflops)) else None
     if not as_json:
         told = (
-            [*table.ranked(many, spec.train.keep), *set_lines(many["fields"])]
+            [*plan.ranked(many, spec.train.keep), *set_lines(many["fields"])]
             if many
             else gpu_lines(facts["gpus"], source, set_ or [])
         )
-        show_lines([*table.lines(facts, alone=not many), *unknown_classes(spec), *told])
+        show_lines([*plan.lines(facts, alone=not many), *unknown_classes(spec), *told])
     step = asdict(rehearsal.rehearse(spec, rows, device)) if rows else None
     if as_json:
         print(json.dumps({**facts, "cluster": many, "step": step}))
     elif step:
-        show_lines(table.rehearsed(step, spec.train.batch))
+        show_lines(plan.rehearsed(step, spec.train.batch))
 
 
 def plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None, device: str) -> dict[str, Any]:
     """The plan for so many ranks, in a layout that fits where that is asked; `fields` are what to set for it."""
-    from dumo.run.plan import cluster, fit, machine
+    from dumo.run.plan import cluster, machine
     from dumo.runtime import dist
 
     peak = None if tflops else machine.peak_tflops(dist.device(device))
     if peak:
         tflops = cluster.USUAL * peak
         say(f"hours: at {cluster.USUAL:.0%} of this GPU's peak, {peak:g} TFLOP/s; give --tflops if you know better")
-    fields = fit.fit(spec, ranks, limit, say) if limit else {}
-    return {**cluster.cluster(fit.changed(spec, fields), ranks, tflops), "fields": fields}
+    fields = cluster.fit(spec, ranks, limit, say) if limit else {}
+    return {**cluster.cluster(cluster.changed(spec, fields), ranks, tflops), "fields": fields}
 
 
 def set_lines(fields: dict[str, Any]) -> list[tuple[str, str]]:
     """What to type for a layout that was found."""
-    from dumo.run.plan.fit import words
+    from dumo.run.plan.cluster import words
 
     return [("so set", " ".join(f"--set {word}" for word in words(fields)))] if fields else []
 

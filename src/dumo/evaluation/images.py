@@ -21,8 +21,7 @@ from dumo.evaluation import reference
 from dumo.evaluation.distance import Moments, frechet_distance, kid
 from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import Context, Evaluator, Made, Protocol, Scores, summary
-from dumo.evaluation.reference import PIECE, cached
-from dumo.evaluation.standard import STANDARDS, Inception, Standard
+from dumo.evaluation.reference import PIECE, STANDARDS, Inception, Standard, cached
 from dumo.evaluation.statistics import Batch, Extractor, Statistics, gather, statistics_of
 from dumo.io.picture import to_uint8
 from dumo.io.read import user_path

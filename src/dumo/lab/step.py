@@ -24,7 +24,7 @@ from dumo.lab.yardstick import Plain, Unchecked, slope_error
 from dumo.run.config.error import nearest
 from dumo.run.config.spec import Run
 from dumo.run.plan import cost, machine
-from dumo.run.plan.count import Bytes
+from dumo.run.plan.cost import Bytes
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import random_batch

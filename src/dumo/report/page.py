@@ -29,7 +29,7 @@ from dumo.run.evaluation.number import large, number
 from dumo.run.evaluation.score import judgement
 from dumo.run.folder import RunFolder
 from dumo.run.gallery import PASSES, readings, within
-from dumo.run.plan.show import show
+from dumo.run.plan.plan import show
 from dumo.run.sampler import Sampler
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar

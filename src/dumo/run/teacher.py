@@ -138,14 +138,14 @@ def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -
     Raises UserError where it knows other data, or cannot be guided as `teacher.guide` says.
     """
     known = open_run(teacher.source, device=str(device))
-    there, here = facts(known.run.data, known.run.path), facts(data, path)
+    other, there, here = known.run, facts(known.run.data, known.run.path), facts(data, path)
     if differs := [f"{name} is {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]:
         raise UserError(
             f"the teacher {teacher.source} knows other data: {'; '.join(differs)}. Take a teacher trained on this "
             "data, or set these fields as they are there"
         )
-    check_guided(known.run, teacher.guide, "teacher.guide", teacher.source)
-    return reading(known.run.objective, known.net, known.run.sample.knobs), {"sha256": digest.of_file(known.file)}
+    check_guided(teacher.guide, other.data, other.objective, other.guided, "teacher.guide", teacher.source)
+    return reading(other.objective, known.net, other.sample.knobs), {"sha256": digest.of_file(known.file)}
 
 
 def facts(data: Data, path: FlowPath) -> dict[str, object]:

@@ -66,7 +66,7 @@ def train(
     run = resolve(run)
     rows, share = -(-run.train.batch // ranks), share_of(run.train.share, ranks)
     run.require_room(dist.device(device), run.train.copies, rows, share)  # of a rank
-    check_pieces(run, ranks)
+    check_pieces(run.train, run.objective, ranks)
     if rank == 0:
         encode.make_tokens(run)
     run = resolve(run)

@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 from dumo.encoders.classifier import cifar10
 from dumo.evaluation import Context, ShippedProtocol
-from dumo.evaluation import cifar10 as protocol
-from dumo.evaluation.cifar10 import baselines, features_of, known, learned, score
+from dumo.evaluation import shipped as protocol
 from dumo.evaluation.protocol import Reference
+from dumo.evaluation.shipped import baselines_cifar10 as baselines
+from dumo.evaluation.shipped import features_of, known, learned
+from dumo.evaluation.shipped import score_cifar10 as score
 from dumo.io.picture import from_uint8
 from dumo.runtime.random import stream
 from dumo.types import UserError

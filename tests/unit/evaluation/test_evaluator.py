@@ -7,7 +7,7 @@ import torch
 
 from dumo.data import Digits
 from dumo.encoders.classifier import digits
-from dumo.evaluation import Context, ShippedProtocol, toy
+from dumo.evaluation import Context, ShippedProtocol, shipped
 from dumo.evaluation.protocol import Evaluator, Reference, collect, ordered
 from dumo.io.digest import of_tensor
 from dumo.types import UserError
@@ -63,8 +63,10 @@ def test_an_evaluator_scores_as_its_protocol_does() -> None:
     assert isinstance(evaluator, Evaluator)
     x, reference = Drawn().reference(60, 9)[0], Reference.of(Drawn(), 60, 3)
     rows = torch.arange(60).flip(0)
-    assert evaluator.score((part, x[part]) for part in rows.split(7)) == toy.score(x, protocol.labels(), reference)
-    assert evaluator.baselines() == toy.baselines(reference, 60)
+    assert evaluator.score((part, x[part]) for part in rows.split(7)) == shipped.score_toy(
+        x, protocol.labels(), reference
+    )
+    assert evaluator.baselines() == shipped.baselines_toy(reference, 60)
     assert evaluator.facts["reference"] == "60 draws of seed 3"
     assert "reference_sha256" not in evaluator.facts
 

@@ -341,9 +341,10 @@ def test_guidance_twice_is_refused() -> None:
 )
 def test_a_teacher_is_guided_only_where_it_can_be(recipe: str, more: str, said: str) -> None:
     run = load(recipe, ["objective.drop=0.1", more])
-    check_guided(run, CFG(), "teacher.guide", "runs/x")
+    given = run.data, run.objective, run.guided, "teacher.guide", "runs/x"
+    check_guided(CFG(), *given)
     with pytest.raises(UserError, match=rf"^teacher\.guide\.scale = 2 .*{said}"):
-        check_guided(run, CFG(scale=2), "teacher.guide", "runs/x")
+        check_guided(CFG(scale=2), *given)
 
 
 def test_a_teacher_who_never_lost_a_label_is_not_guided(tmp_path: Path) -> None:
