@@ -261,7 +261,7 @@ def test_refusals_are_lines_and_leave_nothing(sd3: Case, tuned: Case, trained: d
     assert "is there already" in refused(run, sd3.folder / "out")
     assert "--to onnx: it is one of diffusers" in refused(run, out, "--to", "onnx")
     assert "all weights were tuned" in refused(run, out, "--to", "lora")
-    assert "has v, u" in refused(run, out, "--head", "w")
+    assert "has u, v" in refused(run, out, "--head", "w")
     assert "--parts move" in refused(run, out, "--parts", "move")
     assert "--dtype int4" in refused(run, out, "--dtype", "int4")
     assert "net 'mlp'" in refused(trained["moons"], out)

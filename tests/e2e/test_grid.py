@@ -21,7 +21,7 @@ def test_grids_of_milestones(here: Path) -> None:
 
 WRONG = [
     (["--steps", "5"], ("step 5", "20", "train.milestones=[5]")),
-    (["--reading", "w"], ("'w'", "u, v")),
+    (["--reading", "w"], ("reading w", "u,v")),
     (["--classes", "3,10"], ("10", "0 to 9")),
     (["--nfe", "one"], ("one",)),
     (["--labels", "3", "--classes", "3"], ("--labels", "--classes")),

@@ -8,7 +8,7 @@ import torch
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.flow.reading import reading
-from dumo.lab.yardstick import slope_error
+from dumo.lab.step import slope_error
 from dumo.objectives import DuMo, ImprovedMeanFlow
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run

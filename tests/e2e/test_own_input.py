@@ -8,7 +8,7 @@ from contract.case import randomise
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.slope import DualSlope
-from dumo.lab.yardstick import Plain, slope_error
+from dumo.lab.step import Plain, slope_error
 from dumo.objectives import Several
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run

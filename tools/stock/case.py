@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dumo.export.stock import STOCKS, Stock, at
+from dumo.export.model import STOCKS, Stock
 from dumo.flow.generate import carried
 from dumo.flow.solver import Restart
 from dumo.run.folder import RunFolder, open_run
@@ -114,7 +114,7 @@ class Case:
 
     def arguments(self, passes: int) -> Given:
         """How a pipeline is told so many passes."""
-        return self.stock.arguments(at(RESTART, passes), embedded=getattr(self.opened.run.net, "guidance", None))
+        return self.stock.arguments(RESTART.times(passes), embedded=getattr(self.opened.run.net, "guidance", None))
 
     def seeded(self, pipe: Any) -> bool:  # noqa: ANN401
         """Whether the pipeline's generator draws the noise between passes, whatever torch's own would."""

@@ -9,8 +9,8 @@ from typing import Annotated, NoReturn
 import typer
 
 from dumo import runtime
-from dumo.cli import data, demo, evaluate, export, failure, lab, log, preflight, run
-from dumo.cli.terminal import err, plain_warnings, rank_0_speaks, stoppable
+from dumo.cli import evaluate, lab, log, preflight, run, share
+from dumo.cli.terminal import err, explain, plain_warnings, rank_0_speaks, stoppable
 
 app = typer.Typer(
     name="dumo",
@@ -23,8 +23,8 @@ app = typer.Typer(
 )
 
 
-def tell(version: bool) -> None:
-    """Print the version and leave, if it is asked for."""
+def show_version(version: bool) -> None:
+    """With `version`, print it and leave."""
     if version:
         print(f"dumo {runtime.version()}")
         raise typer.Exit
@@ -33,18 +33,30 @@ def tell(version: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=tell, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """What stands before a command."""
 
 
 COMMANDS = (
-    *(preflight.recipes, preflight.show, preflight.dry, preflight.doctor),
-    data.data,
-    *(run.encode, run.train, log.log, run.sample, run.grid, run.average),
-    *(evaluate.evaluate, evaluate.compare, run.report, lab.reproduce),
-    *(export.export, demo.demo),
+    preflight.recipes,
+    preflight.show,
+    preflight.dry,
+    preflight.doctor,
+    preflight.data,
+    run.encode,
+    run.train,
+    log.log,
+    run.sample,
+    run.grid,
+    run.average,
+    evaluate.evaluate,
+    evaluate.compare,
+    run.report,
+    lab.reproduce,
+    share.export,
+    share.demo,
 )
 for command in COMMANDS:
     app.command()(stoppable(command))
@@ -58,18 +70,18 @@ app.add_typer(benches, name="bench")
 def main() -> NoReturn:
     """Run the command line, and turn every failure into a plain line and an exit code."""
     with rank_0_speaks() as leave:
-        leave(answered())
+        leave(exit_code())
 
 
-def answered() -> int:
-    """Run the command that is asked for; its exit code."""
+def exit_code() -> int:
+    """Run the command; its exit code."""
     try:
         with plain_warnings():
             app()
     except SystemExit as end:  # typer's, always
         return end.code if isinstance(end.code, int) else 1
     except Exception as error:
-        if (found := failure.told(error)) is None:
+        if (found := explain(error)) is None:
             raise
         line, code = found
         err.print(f"error: {line}", soft_wrap=True)

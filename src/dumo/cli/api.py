@@ -1,7 +1,6 @@
 """The front door from Python: `import dumo`, then `dumo.load`, `dumo.train` and `dumo.recipe`.
 
-Each does what the command of its name does, with Python's values in the place of flags. What is wrong with what was
-given raises `UserError`.
+Each does what the command of its name does, with Python's values instead of flags. What is wrong raises `UserError`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -98,9 +97,9 @@ class TrainedRun:
         """
         if prompts is not None and classes is not None:
             raise UserError("prompts and classes are two ways to say what to make: give one of them")
-        named = [classes] if isinstance(classes, int | str) else classes
+        wanted = [classes] if isinstance(classes, int | str) else classes
         index = self.spec.conditions.index
-        only = None if named is None else [index(c if isinstance(c, str) else str(int(c))) for c in named]
+        only = None if wanted is None else [index(c if isinstance(c, str) else str(int(c))) for c in wanted]
         if only == []:
             raise UserError("classes is empty: name at least one, or leave it out for all of them")
         if prompts is not None:
@@ -140,7 +139,7 @@ class TrainedRun:
         return evaluation.evaluate(self.opened, nfe=passes, seed=seed, solver=solver, bar=bar)
 
     def report(self, *, prompts: Sequence[str] = (), bar: Bar = no_bar) -> Path:
-        """Write report.html into the run's folder; return its path. `prompts`: texts to show, in place of captions."""
+        """Write report.html into the run's folder; return its path. `prompts`: texts to show instead of captions."""
         return page.write(self.opened, bar, prompts)[-1]
 
 
@@ -154,11 +153,11 @@ def load(
     """Open a trained run's folder. Raises UserError where it is none, or has no checkpoint yet.
 
     `changes` may set what sampling and evaluation read, e.g. {"sample.guide.scale": 2}. `weights` is a safetensors
-    file, or a folder of shards, in the place of the run's first average. `device`: auto takes the GPU where there is
+    file, or a folder of shards, instead of the run's first average. `device`: auto takes the GPU where there is
     one.
     """
     file = None if weights is None else str(weights)
-    return TrainedRun(open_run(str(folder), _told(changes), weights=file, device=str(device)))
+    return TrainedRun(open_run(str(folder), _settings(changes), weights=file, device=str(device)))
 
 
 def recipe(source: str | Path | Run, changes: Changes | None = None) -> Run:
@@ -168,9 +167,9 @@ def recipe(source: str | Path | Run, changes: Changes | None = None) -> Run:
     nearest valid name.
     """
     if not isinstance(source, Run):
-        return config.load(str(source), _told(changes))
+        return config.load(str(source), _settings(changes))
     tree = source.model_dump(mode="json")
-    override(tree, _told(changes))
+    override(tree, _settings(changes))
     return config.parse(Run, tree)
 
 
@@ -195,7 +194,7 @@ def train(
     return load(folder, device=device)
 
 
-def _told(changes: Changes | None) -> list[str]:
+def _settings(changes: Changes | None) -> list[str]:
     """The changes as `--set` takes them."""
 
     def text(name: str, value: object) -> str:

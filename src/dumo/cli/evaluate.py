@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dumo.cli.option import AsJson, Device, Nfe, RunFolder, Seed, Set, SolverName, Weights, numbers
+from dumo.cli.option import AsJson, Device, Folder, Nfe, Seed, Set, SolverName, Weights, numbers
 from dumo.cli.terminal import out, show_table
 from dumo.runtime.progress import bar
 
@@ -18,7 +18,7 @@ WHAT = {  # baselines that are not between real and real
 
 
 def evaluate(
-    run_folder: RunFolder,
+    run_folder: Folder,
     nfe: Nfe = None,
     seed: Seed = None,
     solver: SolverName = None,
@@ -91,9 +91,9 @@ def show(report: dict[str, Any], as_json: bool) -> None:
 def spelt(baseline: dict[str, float], first: str) -> str:
     """A baseline in words; its mean and sd are of the first score."""
     found = {{"mean": first, "sd": f"{first}_sd"}.get(key, key): value for key, value in baseline.items()}
-    told = {key: value for key, value in found.items() if key != "splits" and not key.endswith("_sd")}
-    spread = {key: f" ± {found[f'{key}_sd']:.2g}" for key in told if f"{key}_sd" in found}
-    return ", ".join(f"{key} {value:.3g}{spread.get(key, '')}" for key, value in told.items())
+    means = {key: value for key, value in found.items() if key != "splits" and not key.endswith("_sd")}
+    spread = {key: f" ± {found[f'{key}_sd']:.2g}" for key in means if f"{key}_sd" in found}
+    return ", ".join(f"{key} {value:.3g}{spread.get(key, '')}" for key, value in means.items())
 
 
 def compare(
@@ -114,5 +114,5 @@ def compare(
         return
     show_table("", [{key: "" if value is None else value for key, value in row.items()} for row in found["rows"]])
     for field, values in found["differs"].items():
-        told = "; ".join(f"{value} in {name}" for name, value in values.items())
-        out.print(f"measured otherwise, {field}: {told}", soft_wrap=True)
+        found_in = "; ".join(f"{value} in {name}" for name, value in values.items())
+        out.print(f"measured otherwise, {field}: {found_in}", soft_wrap=True)

@@ -92,10 +92,33 @@ def step(
     if as_json:
         print(json.dumps(report))
         return
-    show_table(title(report), [step.shown(row) for row in report["rows"]])
+    show_table(title(report), [step_cells(row) for row in report["rows"]])
     for row in report["rows"]:
         if row["refused"]:
             out.print(f"{row['slope']} in {row['precision']}: {row['refused']}", soft_wrap=True)
+
+
+def step_cells(row: dict[str, Any]) -> dict[str, str]:
+    """A row as text; what is not known is left empty."""
+
+    def cell(key: str, form: str, scale: float = 1.0) -> str:
+        return "" if row[key] is None else format(scale * row[key], form)
+
+    return {
+        "slope": row["slope"],
+        "precision": row["precision"],
+        "compiled": row["compile"],
+        "way": "refused" if row["refused"] else row["way"] or "",
+        "F counted": cell("units_counted", ".2f"),
+        "F by time": cell("units_timed", ".2f"),
+        "quartiles": f"{cell('units_low', '.2f')}-{cell('units_high', '.2f')}".strip("-"),
+        "ms": cell("milliseconds", ".4g"),
+        "images/s": cell("images_per_second", ".4g"),
+        "MB": cell("bytes", ".1f", 1e-6),
+        "x central": cell("bytes_over_central", ".2f"),
+        "% of peak": cell("share_of_peak", ".1f", 1e2),
+        "du/dt off": cell("error", ".1e"),
+    }
 
 
 def sample(
@@ -111,12 +134,12 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Measure images per second by number of passes, with random weights."""
-    from dumo.lab import sampling
+    from dumo.lab import bench
     from dumo.run.config.load import load
     from dumo.run.config.resolve import resolve
 
     begin(threads)
-    report = sampling.measure(
+    report = bench.sample(
         resolve(load(source, set_ or [])),
         nfes=numbers("--nfe", nfe) or (),
         precisions=precision.split(","),

@@ -91,9 +91,9 @@ def skipped(row: "Row") -> str:
 
 
 def draw(runs: list[Path], file: Path | None) -> None:
-    """The curves of these runs as a PNG, whose path is printed. Raises UserError where nothing is logged yet."""
+    """The curves of these runs as a PNG; its path is printed. Raises UserError where nothing is logged yet."""
     from dumo.io.picture import write_picture
-    from dumo.report.curve import curves, picture
+    from dumo.report.figure import curves
     from dumo.run.speed import logged
     from dumo.types import UserError
 
@@ -101,14 +101,13 @@ def draw(runs: list[Path], file: Path | None) -> None:
     if empty := [name for name, rows in found.items() if not rows]:
         raise UserError(f"{empty[0]}: nothing is logged yet, so there is no curve")
     file = file or (runs[0] / "log.png" if len(runs) == 1 else Path("log.png"))
-    write_picture(file, picture(curves(found)))
+    write_picture(file, curves(found))
     out.print(str(file), soft_wrap=True)
 
 
 def send(runs: list[Path], to: str, *, follow: bool) -> None:
     """All rows that the tracker was not sent yet; what was is said on stderr."""
-    from dumo.report.feed import feed
-    from dumo.report.tracker import TRACKERS
+    from dumo.report.tracker import TRACKERS, feed
     from dumo.run.config.error import nearest
     from dumo.types import UserError
 

@@ -9,7 +9,7 @@ import typer
 from dumo.run.config import recipes
 
 if TYPE_CHECKING:
-    from dumo.run.config.spec import Run
+    from dumo.run.conditions import Conditions
 
 
 def begun(text: str) -> list[str]:
@@ -21,7 +21,7 @@ Source = Annotated[
     str,
     typer.Argument(help="A recipe's name (see dumo recipes), a YAML file, or a run's folder.", autocompletion=begun),
 ]
-RunFolder = Annotated[str, typer.Argument(help="A run's folder, such as runs/digits.")]
+Folder = Annotated[str, typer.Argument(help="A run's folder, such as runs/digits.")]
 Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=C", help="Set a field, e.g. --set train.steps=2000. May be given many times."),
@@ -53,9 +53,9 @@ def place(text: str) -> Path:
     return Path(text)
 
 
-def classes(text: str | None, run: "Run") -> list[int] | None:
+def classes(text: str | None, conditions: "Conditions") -> list[int] | None:
     """'cats,2' as the numbers of these classes. Raises UserError for one that is none."""
-    return None if text is None else [run.conditions.index(part) for part in text.split(",")]
+    return None if text is None else [conditions.index(part) for part in text.split(",")]
 
 
 def numbers(option: str, text: str | None) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""Before anything is trained: what there is, what a run takes, what this machine can do."""
+"""Before anything is trained: what there is and what to fetch, what a run takes, what this machine can do."""
 
 import json
 import shlex
@@ -16,6 +16,7 @@ from dumo.runtime.bound import ROWS
 from dumo.runtime.progress import say
 
 if TYPE_CHECKING:
+    from dumo.run.conditions import Conditions
     from dumo.run.config.spec import Run
 
 
@@ -23,11 +24,11 @@ def recipes(as_json: AsJson = False) -> None:
     """List the packaged recipes, by purpose."""
     if as_json:
         rows = ((group, name) for group, found in packaged.GROUPS.items() for name in found)
-        told = [
+        found = [
             {"name": name, "about": packaged.about(name), "group": group, "base": packaged.base(name)}
             for group, name in rows
         ]
-        print(json.dumps({"recipes": told}))
+        print(json.dumps({"recipes": found}))
         return
     wide = Console(width=out.width if out.is_terminal else 1000, highlight=False)  # a line each, to be searched
     for group, found in packaged.GROUPS.items():
@@ -41,7 +42,35 @@ def recipes(as_json: AsJson = False) -> None:
         wide.print(f"{what + ' one:':12} dumo {command}")
 
 
-def advised(source: str, overrides: list[str] | None) -> "Run":
+def data(
+    name: Annotated[str | None, typer.Argument(help="One of those that are listed, such as cifar10.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List data sets and models that recipes need: what they are, how to get them, and whether they are here."""
+    from dumo.run.plan import catalogue
+
+    items = [catalogue.told(item) for item in (catalogue.CATALOGUE if name is None else [catalogue.named(name)])]
+    if as_json:
+        print(json.dumps(items[0] if name else items))
+        return
+    for item in items:
+        state = {True: "there", False: "not there", None: "you name it"}[item["there"]]
+        out.print(f"{item['name']:16} {state:10} {item['what']}", soft_wrap=True)
+        if not name:
+            continue
+        lines = [("from", item["source"])]
+        lines += [("get it by", line) for line in item["get"]]
+        lines += [("layout", item["layout"])]
+        lines += [("sha256", item["sha256"])] if item["sha256"] else []
+        lines += [("looked at", f"{one['place']}: {one['state']}") for one in item["looked"]]
+        lines += [("recipes", ", ".join(item["recipes"]) or "none of the packaged ones")]
+        for title, text in lines:
+            out.print(f"  {title:10} {text}", soft_wrap=True)
+    if not name:
+        out.print("\nHow to get one, and where it is looked for:  dumo data NAME", soft_wrap=True)
+
+
+def load_with_advice(source: str, overrides: list[str] | None) -> "Run":
     """The run, and on stderr what of it is not as its sources have it."""
     from dumo.run.config.advice import advice
     from dumo.run.config.load import load
@@ -70,7 +99,7 @@ def show(
 
     if as_yaml and as_json:
         raise typer.BadParameter("--yaml and --json: give one of them")
-    spec = advised(source, set_)
+    spec = load_with_advice(source, set_)
     if as_yaml:
         print(comment(shlex.join(["dumo", "show", source, *(f"--set={text}" for text in set_ or [])])))
         print(dump(spec, short=not whole), end="")
@@ -84,12 +113,12 @@ def show(
         ("parameters", f"{facts['parameters']:,}"),
         ("one pass", f"{facts['forward_flops_per_image'] / 2e9:.4g} G multiply-adds per sample"),
         ("one step", f"{facts['forward_units_per_step']:.2f} F (forward units, counted; a backward pass is 2 F)"),
-        *([("slope", f"dual, {way['text']}: {way['why']}")] if way else []),
-        *unknown_classes(spec),
-        *captions(spec),
-        ("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows"),
-        ("guidance scale", f"{scale:.3g} in training (1 is none)"),
     ]
+    lines += [("slope", f"dual, {way['text']}: {way['why']}")] if way else []
+    lines += unknown_classes(spec.conditions)
+    lines += [("captions", one.text) for one in of_captions(spec.data)]
+    lines += [("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows")]
+    lines += [("guidance scale", f"{scale:.3g} in training (1 is none)")]
     out.print(dump(spec, short=not whole), soft_wrap=True)
     for name, fact in lines:
         out.print(comment(f"{name:15} {fact}"), soft_wrap=True)
@@ -100,17 +129,10 @@ def comment(text: str) -> str:
     return "# " + "".join(char if char.isprintable() else " " for char in text)
 
 
-def unknown_classes(spec: "Run") -> list[tuple[str, str]]:
+def unknown_classes(conditions: "Conditions") -> list[tuple[str, str]]:
     """A line that says so, where classes are not known before the data are there."""
-    many = "captions" if spec.conditions.captions else "a class per folder"
-    return [] if spec.conditions.known else [("classes", f"not known yet: {many}, counted when the data are there")]
-
-
-def captions(spec: "Run") -> list[tuple[str, str]]:
-    """A line of the captions, where there are some."""
-    from dumo.run.plan.findings import of_captions
-
-    return [("captions", finding.text) for finding in of_captions(spec.data)]
+    many = "captions" if conditions.captions else "a class per folder"
+    return [] if conditions.known else [("classes", f"not known yet: {many}, counted when the data are there")]
 
 
 def dry(
@@ -118,10 +140,10 @@ def dry(
     set_: Set = None,
     rows: Annotated[
         int | None,
-        typer.Option(min=1, max=ROWS, help="Make one real step of so many rows of random numbers, and time it."),
+        typer.Option(min=1, max=ROWS, help="Make one real step of this many rows of random numbers, and time it."),
     ] = None,
     ranks: Annotated[
-        int | None, typer.Option(min=1, help="Plan for so many ranks, GPUs; neither they nor torchrun are needed.")
+        int | None, typer.Option(min=1, help="Plan for this many ranks, GPUs; neither they nor torchrun are needed.")
     ] = None,
     share: Annotated[
         int | None, typer.Option(min=1, help="Ranks that hold a copy of the weights between them: train.share.")
@@ -131,29 +153,27 @@ def dry(
         typer.Option(metavar="SIZE", help="Look for a layout that keeps within it on each rank, e.g. 24GiB."),
     ] = None,
     tflops: Annotated[
-        float | None, typer.Option(min=0.001, help="What a GPU makes, 10^12 operations a second: tells hours.")
+        float | None, typer.Option(min=0.001, help="What a GPU makes, 10^12 operations a second: gives hours.")
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Try a run before hours are spent on it: what it takes, counted; with --rows one step, timed. Needs no data.
 
-    With --ranks: the memory of each of so many GPUs, what they send one another, hours. With --fit: what to set so
+    With --ranks: the memory of each of these GPUs, what they send one another, hours. With --fit: what to set so
     that they do.
     """
     from dumo.run.plan import plan, rehearsal
 
     limit = size(fit) if fit else None
-    spec = advised(source, [*(set_ or []), *([f"train.share={share}"] if share else [])])
+    spec = load_with_advice(source, [*(set_ or []), *([f"train.share={share}"] if share else [])])
     facts = plan.plan(spec)
     many = plan_ranks(spec, ranks or 1, limit, tflops, device) if any((ranks, share, fit, tflops)) else None
     if not as_json:
-        told = (
-            [*plan.ranked(many, spec.train.keep), *set_lines(many["fields"])]
-            if many
-            else gpu_lines(facts["gpus"], source, set_ or [])
-        )
-        show_lines([*plan.lines(facts, alone=not many), *unknown_classes(spec), *told])
+        lines = [*plan.lines(facts, alone=not many), *unknown_classes(spec.conditions)]
+        lines += plan.ranked(many, spec.train.keep) if many else gpu_lines(facts["gpus"], source, set_ or [])
+        lines += set_lines(many["fields"]) if many else []
+        show_lines(lines)
     step = asdict(rehearsal.rehearse(spec, rows, device)) if rows else None
     if as_json:
         print(json.dumps({**facts, "cluster": many, "step": step}))
@@ -162,7 +182,7 @@ def dry(
 
 
 def plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None, device: str) -> dict[str, Any]:
-    """The plan for so many ranks, in a layout that fits where that is asked; `fields` are what to set for it."""
+    """The plan for these ranks, in a layout that fits `limit` bytes, if any; `fields` are what to set for it."""
     from dumo.run.plan import cluster, machine
     from dumo.runtime import dist
 
@@ -194,12 +214,12 @@ def doctor(source: Source = "digits", set_: Set = None, device: Device = "auto",
     """Say what this machine has, and test a run's slope on it against float64. Exit code 1 where it fails."""
     from dumo.run.plan import doctor
 
-    spec = advised(source, set_)
+    spec = load_with_advice(source, set_)
     found = doctor.diagnose(spec, device)
     if as_json:
         print(json.dumps(found))
     else:
-        show_lines(unknown_classes(spec))
+        show_lines(unknown_classes(spec.conditions))
     for line in [] if as_json else found["findings"]:
         out.print(f"{line['state']:8} {line['name']}: {line['text']}", soft_wrap=True)
         if line["way"]:

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dumo.cli.failure import sparing
-from dumo.cli.option import Device, Nfe, Prompts, RunFolder, Seed, Set, SolverName, Source, Weights, numbers, place
+from dumo.cli.option import Device, Folder, Nfe, Prompts, Seed, Set, SolverName, Source, Weights, numbers, place
 from dumo.cli.option import classes as class_numbers
-from dumo.cli.terminal import err, out
+from dumo.cli.terminal import err, out, sparing
 from dumo.runtime.bound import ROWS
 from dumo.runtime.progress import bar, no_bar, say
 
 if TYPE_CHECKING:
-    from dumo.run.config.spec import Run
+    from dumo.nets import Net
+    from dumo.training.spec import Train
 
 
 def encode(
@@ -89,7 +89,7 @@ def train(
     from dumo.run.config.load import default_folder, load
 
     spec, folder = load(source, set_ or []), folder or default_folder(source)
-    with sparing(lean(spec)):
+    with sparing(lean(spec.train, spec.net)):
         state = train.train(spec, folder, device=device, bar=bar, tell=say, step=step, new_data=new_data)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
@@ -106,16 +106,16 @@ def train(
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
 
 
-def lean(run: "Run") -> str:
+def lean(train: "Train", net: "Net") -> str:
     """How a run would train in less memory."""
-    rows = f"train.micro_batch={run.train.micro_batch}" if run.train.micro_batch else "all"
-    now = f"now {rows} of a rank's of train.batch={run.train.batch}"
-    other = ", or net.checkpoint=true in a new run" if getattr(run.net, "checkpoint", None) is False else ""
+    rows = f"train.micro_batch={train.micro_batch}" if train.micro_batch else "all"
+    now = f"now {rows} of a rank's of train.batch={train.batch}"
+    other = ", or net.checkpoint=true in a new run" if getattr(net, "checkpoint", None) is False else ""
     return f"set train.micro_batch lower, the rows of a pass ({now}){other}"
 
 
 def sample(
-    run_folder: RunFolder,
+    run_folder: Folder,
     nfe: Nfe = None,
     count: Annotated[
         int | None, typer.Option(min=1, help="How many samples. Default: 100, or one of each prompt.")
@@ -169,14 +169,14 @@ def sample(
             files = make(opened, LAYOUTS[form], prompts, folder, **of)
         else:
             texts = [one.text for one in read_prompts(prompts)] if prompts else prompt or []
-            only, count = class_numbers(labels, opened.run), count or len(texts or range(COUNT))
+            only, count = class_numbers(labels, opened.sampler.conditions), count or len(texts or range(COUNT))
             files = export(opened, folder, form=form, count=count, only=only, prompts=texts, **of)
     for file in files:
         out.print(str(file), soft_wrap=True)
 
 
 def average(
-    run_folder: RunFolder,
+    run_folder: Folder,
     std: Annotated[
         float, typer.Option(help="Its width, the standard deviation of its profile as a share of the run, e.g. 0.12.")
     ],
@@ -205,7 +205,7 @@ def average(
 
 
 def grid(
-    run_folder: RunFolder,
+    run_folder: Folder,
     nfe: Annotated[
         str | None,
         typer.Option(
@@ -224,7 +224,7 @@ def grid(
     ] = None,
     classes: Annotated[
         str | None,
-        typer.Option(help="Class grids in place of trajectories, of these classes, e.g. cats or 3,5, or all."),
+        typer.Option(help="Class grids instead of trajectories, of these classes, e.g. cats or 3,5, or all."),
     ] = None,
     reading: Annotated[
         str | None, typer.Option(help="u (jumps) and v (Heun). Default: both, if taught; of --classes, the first.")
@@ -246,23 +246,23 @@ def grid(
     if labels and classes:
         raise typer.BadParameter("--labels is of trajectories, --classes asks for class grids: give one of them")
     opened = open_run(run_folder, set_ or [], device=device)
-    asked: dict[str, Any] = {"seed": seed, "bar": bar, "letters": None if reading is None else reading.split(",")}
-    asked |= {} if nfe is None else {"nfe": numbers("--nfe", nfe)}
-    asked |= {} if steps is None else {"steps": None if steps == "all" else numbers("--steps", steps)}
-    asked |= {"count": count} if count else {}
+    given: dict[str, Any] = {"seed": seed, "bar": bar, "letters": None if reading is None else reading.split(",")}
+    given |= {} if nfe is None else {"nfe": numbers("--nfe", nfe)}
+    given |= {} if steps is None else {"steps": None if steps == "all" else numbers("--steps", steps)}
+    given |= {"count": count} if count else {}
     folder = folder or opened.folder / "grids"
     file.check_writable(folder)
     if classes is not None:
-        only = None if classes == "all" else class_numbers(classes, opened.run)
-        files = gallery.write_class_grids(folder, gallery.class_grids(opened, only, **asked))
+        only = None if classes == "all" else class_numbers(classes, opened.sampler.conditions)
+        files = gallery.write_class_grids(folder, gallery.class_grids(opened, only, **given))
     else:
-        panels = gallery.trajectories(opened, only=class_numbers(labels, opened.run), **asked)
+        panels = gallery.trajectories(opened, only=class_numbers(labels, opened.sampler.conditions), **given)
         files = gallery.write_trajectories(folder, panels)
     for path in files:
         out.print(str(path), soft_wrap=True)
 
 
-def report(run_folder: RunFolder, prompts: Prompts = None, device: Device = "auto") -> None:
+def report(run_folder: Folder, prompts: Prompts = None, device: Device = "auto") -> None:
     """Write a run's report.html: one page with its samples, trajectories, neighbours, losses and figures.
 
     Of a run of captions also what it makes of --prompts, or of captions of its data, in 1, 2 and 4 passes.

@@ -1,7 +1,9 @@
-"""What the terminal shows: answers on stdout; errors, warnings and how to go on on stderr."""
+"""What the terminal shows: answers on stdout; errors, warnings and how to go on on stderr; and exit codes."""
 
+import errno
 import faulthandler
 import os
+import re
 import shlex
 import signal
 import sys
@@ -38,6 +40,9 @@ err = Plain(markup=False, emoji=False, highlight=False, stderr=True)
 STOPPED = 128  # the exit code of what a signal ends, and the signal's number
 PATIENCE = 5.0  # seconds that a failed rank gives rank 0 to say the same: ours
 LAST = 30  # lines that it says after that: a traceback's end
+MEMORY = re.compile(r"out of memory|can't allocate memory|Unable to allocate|_STATUS_ALLOC_FAILED")
+AMOUNT = re.compile(r"allocate ([\d.]+ \w+)")
+MORE = "use a device with more memory (--device cpu takes the machine's), or end what else runs there"
 
 
 def stoppable(command: Callable[..., None]) -> Callable[..., None]:
@@ -89,8 +94,8 @@ def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
     Yields how to leave: with an exit code. torch may abort while it takes down what a sharded net leaves behind, after
     all work is done, so ranks leave at once.
     """
-    told = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    rank, ranks = (int(text) if text.isdecimal() else 0 for text in told)  # odd ones are refused where they matter
+    texts = (os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank, ranks = (int(text) if text.isdecimal() else 0 for text in texts)  # odd ones are refused where they matter
     own, kept = (sys.stdout, sys.stderr), StringIO()
 
     def leave(code: int) -> NoReturn:
@@ -130,8 +135,49 @@ def plain_warnings() -> Generator[None, None, None]:
         yield
 
 
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """What to say of an error, in a line, and the exit code: 2 for what the user can mend, 1 for all else.
+
+    None where it is a defect, of which the traceback is wanted.
+    """
+    if starved(error):
+        amount = AMOUNT.search(str(error))
+        way_out = "; ".join(getattr(error, "__notes__", [MORE]))
+        return f"out of memory{f' at {amount[1]} more' if amount else ''}: {way_out}", 1
+    if isinstance(error, OSError):  # a full disk, a folder that may not be written to
+        way_out = ": raise the limit (ulimit -n)" if error.errno in (errno.EMFILE, errno.ENFILE) else ""
+        return inline(f"{error.filename or 'writing'}: {error.strerror or error}{way_out}"), 2
+    if not isinstance(error, ValueError | RuntimeError):  # what dumo's own errors derive from
+        return None
+    from dumo.runtime.heartbeat import Lost
+    from dumo.training.step import Diverged
+    from dumo.types import UserError
+
+    if isinstance(error, UserError):
+        return str(error), 2
+    return (str(error), 1) if isinstance(error, Diverged | Lost) else None
+
+
+def starved(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, of the machine or of a GPU."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(MEMORY.search(str(error))))
+
+
+@contextmanager
+def sparing(way_out: str) -> Generator[None, None, None]:
+    """Say how this work would take less memory, where there is too little."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if starved(error):
+            error.add_note(way_out)
+        raise
+
+
 def show_lines(lines: Iterable[tuple[str, str]]) -> None:
-    """Print a name and what is to be said of it, line by line."""
+    """Print names and what is said of each, line by line."""
     table = Table(box=None, show_header=False, pad_edge=False)
     for line in lines:
         table.add_row(*map(inline, line))

@@ -1,6 +1,6 @@
 """A folder that stock diffusers opens: `DiffusionPipeline.from_pretrained(OUT)`.
 
-transformer/       the model, with one head in the place of its last layer
+transformer/       the model, with one head instead of its last layer
 scheduler/         of a flow map, one that adds fresh noise between two passes; of a velocity, the source's own
 vae/ ...           the other parts of the pipeline that the model came from, if it came from one
 model_index.json   which parts there are
@@ -15,10 +15,10 @@ from typing import Any, Literal, get_args
 
 import safetensors.torch
 
-from dumo.data import Latents
+from dumo.data import Data, Latents
 from dumo.encoders.autoencoder import numbers, same, words
-from dumo.export import card, scheduler
-from dumo.export.model import INDEX, Exported
+from dumo.export import card
+from dumo.export.model import INDEX, SCHEDULER, Exported, require, write_euler, write_scheduler
 from dumo.io.read import read_json, write_json
 from dumo.types import UserError
 
@@ -28,29 +28,32 @@ PARTS: tuple[Parts, ...] = get_args(Parts)
 ANOTHER = "take another copy of the pipeline"
 
 
-def write(exported: Exported, out: Path, out_name: str, *, parts: Parts = "copy", dtype: str = "float32") -> None:
+def write(
+    exported: Exported,
+    made: card.Provenance,
+    out: Path,
+    out_name: str,
+    *,
+    parts: Parts = "copy",
+    dtype: str = "float32",
+) -> None:
     """Write the folder `out`, which is there and empty, and will be called `out_name`.
 
     The source's other parts are copied, linked to, or left out. Raises UserError where no stock pipeline runs the
     model, or the source's decoder reads other latents than the run has.
     """
-    stock, source = exported.stock, exported.source
-    if stock is None:
-        raise UserError(
-            f"no stock pipeline runs a {exported.kind} as this run's net is called: take --to safetensors, and call "
-            "the model yourself"
-        )
+    stock, source = require(exported), exported.source
     index: dict[str, Any] = indexed(source) if source else {"_class_name": stock.pipeline}
     if source and parts != "none":
-        fits(exported, source)
+        fits(exported.sampler.data, source)
     exported.model(dtype).save_pretrained(out / TRANSFORMER)
     index[TRANSFORMER] = ["diffusers", exported.kind]
     if exported.head == "u":
-        index["scheduler"] = scheduler.write(out / scheduler.FOLDER, stock, exported.solver)
+        index[SCHEDULER] = write_scheduler(out / SCHEDULER, stock, exported.solver)
     elif source:
-        bring(source / scheduler.FOLDER, out / scheduler.FOLDER, "copy")
+        bring(source / SCHEDULER, out / SCHEDULER, "copy")
     else:
-        index["scheduler"] = scheduler.plain(out / scheduler.FOLDER)
+        index[SCHEDULER] = write_euler(out / SCHEDULER)
     for name in others(index):
         if source and parts != "none":
             bring(source / name, out / name, parts)
@@ -59,25 +62,24 @@ def write(exported: Exported, out: Path, out_name: str, *, parts: Parts = "copy"
     write_json(out / INDEX, index)
     if codes := exported.codes:
         safetensors.torch.save_file(codes, out / card.CODED, {"format": "pt"})
-    (out / "README.md").write_text(card.of_pipeline(exported, stock, index, out_name), encoding="utf-8")
+    (out / "README.md").write_text(card.of_pipeline(exported, made, stock, index, out_name), encoding="utf-8")
 
 
 def indexed(source: Path) -> dict[str, Any]:
     """The model_index.json of a pipeline. Raises UserError for one that is none, or has two transformers."""
     index = read_json(source / INDEX, ANOTHER)
-    if not isinstance(index, dict):
-        raise UserError(f"{source / INDEX} is no pipeline: {ANOTHER}")
-    if (index.get(SECOND) or [None])[0] is not None:
+    if not isinstance(index, dict) or (index.get(SECOND) or [None])[0] is not None:
         raise UserError(
-            f"{source} has a {SECOND}, which was not tuned, and would make some of the passes: take --to safetensors"
+            f"{source} is no pipeline of one transformer: {ANOTHER}; or, of two, {SECOND} was not tuned and would make "
+            "some of the passes: take --to safetensors"
         )
     return index
 
 
 def others(index: Mapping[str, Any]) -> list[str]:
-    """The parts of a pipeline beside model and scheduler."""
+    """The parts of a pipeline other than model and scheduler."""
     there = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
-    return [name for name in there if name not in (TRANSFORMER, scheduler.FOLDER)]
+    return [name for name in there if name not in (TRANSFORMER, SCHEDULER)]
 
 
 def bring(part: Path, to: Path, how: Parts) -> None:
@@ -90,9 +92,9 @@ def bring(part: Path, to: Path, how: Parts) -> None:
         shutil.copytree(part, to)
 
 
-def fits(exported: Exported, source: Path) -> None:
-    """Raise UserError where the pipeline's decoder takes latents of another shift or scale than the run's."""
-    data, file = exported.opened.run.data, source / VAE / "config.json"
+def fits(data: Data, source: Path) -> None:
+    """Raise UserError where the pipeline's decoder takes latents of another shift or scale than the data's."""
+    file = source / VAE / "config.json"
     if not isinstance(data, Latents) or not file.is_file():
         return
     theirs = numbers(read_json(file, ANOTHER))

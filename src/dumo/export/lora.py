@@ -1,4 +1,4 @@
-"""A LoRA that `pipe.load_lora_weights(OUT)` puts on the untouched model, with all that was trained beside it.
+"""A LoRA that `pipe.load_lora_weights(OUT)` puts on the untouched model, with all else that was trained.
 
 Adapters go as they are. The layers that were trained in full, the last one and the time embedder, go as products of
 full rank, which are exact:
@@ -16,8 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dumo.export import card, scheduler
-from dumo.export.model import Exported
+from dumo.export import card
+from dumo.export.model import SCHEDULER, Exported, require, write_scheduler
 from dumo.nets.adapter import adapters
 from dumo.nets.dualized import Dualized
 from dumo.types import UserError
@@ -26,23 +26,19 @@ FILE, PREFIX = "pytorch_lora_weights.safetensors", "transformer."  # as diffuser
 NOTES = {"format": "pt"}
 
 
-def write(exported: Exported, out: Path, name: str, *, dtype: str = "float32") -> None:
+def write(exported: Exported, made: card.Provenance, out: Path, name: str, *, dtype: str = "float32") -> None:
     """Write the LoRA, its scheduler and its card into the folder `out`, which is there and empty, to be called `name`.
 
     Raises UserError where the run tuned all weights, the class takes no LoRA, or a part of another kind was trained.
     """
-    stock = exported.stock
-    if exported.spec.lora is None:
-        raise UserError("net.lora is null: all weights were tuned, which no LoRA can say: take --to diffusers")
-    if stock is None or not stock.lora:
-        raise UserError(f"no pipeline of diffusers loads a LoRA for {exported.kind}: take --to diffusers")
+    stock = require(exported, lora=True)
     layers = {name: tensor.to(getattr(torch, dtype)) for name, tensor in tensors(exported).items()}
     safetensors.torch.save_file({PREFIX + name: x for name, x in layers.items()}, out / FILE, NOTES)
     if exported.head == "u":
-        scheduler.write(out / scheduler.FOLDER, stock, exported.solver)
+        write_scheduler(out / SCHEDULER, stock, exported.solver)
     if codes := exported.codes:
         safetensors.torch.save_file(codes, out / card.CODED, NOTES)
-    (out / "README.md").write_text(card.of_lora(exported, stock, name), encoding="utf-8")
+    (out / "README.md").write_text(card.of_lora(exported, made, stock, name), encoding="utf-8")
 
 
 def tensors(exported: Exported) -> dict[str, Tensor]:

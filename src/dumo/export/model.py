@@ -1,6 +1,16 @@
-"""What of a run is exported: one head's model, of the class that its source had."""
+"""A model that is exported: one head of a run's net, of the class that its source had; how stock diffusers runs it.
+
+A flow map u says where the data lie, x_0 = x_t - t u, so between two passes a pipeline must add fresh noise. Stock
+`FlowMatchEulerDiscreteScheduler` does with `stochastic_sampling`:
+
+    x_s = (1 - s) (x_t - t u) + s z,
+
+which is Restart (`dumo.flow.solver`) at the times that the pipeline is given as sigmas. Without it the scheduler
+makes an Euler step along u, which keeps the old noise and is wrong from the second pass on.
+"""
 
 import copy
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -8,17 +18,104 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dumo.export.stock import STOCKS, Stock, restart
-from dumo.flow.path import Linear
-from dumo.flow.solver import Restart
-from dumo.nets import Pretrained
+from dumo.flow.solver import Hermite, Restart, Solver
+from dumo.io.read import read_json, write_json
+from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import read_config
-from dumo.run.folder import RunFolder
+from dumo.run.sampler import Sampler
 from dumo.types import UserError
 
+THOUSAND = 1000  # by which schedulers and pipelines count times (num_train_timesteps)
 INDEX = "model_index.json"  # of a pipeline
+SCHEDULER, CONFIG = "scheduler", "scheduler_config.json"  # the folder of a scheduler, and its file
+OWN = ["jumps", "JumpScheduler"]  # the file and class of a scheduler that has its times
+JUMPS = '''"""Times of jumps to the data, for a pipeline that is told none: the first START, the second of two M."""
+
+from math import log2
+
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+START, M = {start!r}, {m!r}
+
+
+class JumpScheduler(FlowMatchEulerDiscreteScheduler):
+    def set_timesteps(self, num_inference_steps=None, device=None, **told):
+        n = num_inference_steps
+        times = [START * (M / START) ** log2(n / (n - k)) for k in range(n or 0)]
+        super().set_timesteps(device=device, **told or {{"sigmas": times}})
+'''
 Head = Literal["u", "v"]
+Arguments = dict[str, Any]
+Entry = list[str]  # of model_index.json: library or file, and class
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A pipeline of diffusers that calls a class of model."""
+
+    pipeline: str  # its class
+    off: str | None = "guidance_scale"  # the argument that guides beyond what is in the weights; None: there is none
+    none: float = 1.0  # its value for no guidance
+    told: tuple[str, ...] = ("sigmas",)  # the arguments that say the times; (): no argument does
+    seeded: bool = False  # its generator draws the noise between two passes, too
+    lora: bool = True  # it has load_lora_weights
+    mask: str = ""  # the argument that says which tokens there are, where embeddings are not taken without it
+    lists: bool = False  # it takes embeddings as a list, a caption each
+    side: int = 8  # pixels to a latent's side, where it has no decoder to ask
+    more: tuple[str, ...] = ()  # words without which it makes an image of another size
+    gives: str = "images"  # where its images are
+
+    def arguments(self, times: list[float], *, embedded: float | None = None, scale: float = 1.0) -> Arguments:
+        """Those of passes at these times, guided by `scale`, 1 for none; `embedded` is a number that the net takes.
+
+        Where no argument says the times, their number is said, and the scheduler has them (`JUMPS`).
+        """
+        said: Arguments = {"sigmas": times, "timesteps": [round(THOUSAND * t, 6) for t in times]}
+        found = {name: said[name] for name in self.told} or {"num_inference_steps": len(times)}
+        found |= {self.off: self.none + scale - 1} if self.off else {}
+        return found if embedded is None else found | {"guidance_scale": embedded}
+
+    @property
+    def parts(self) -> list[str]:
+        """The names of its parts other than model and scheduler."""
+        import diffusers  # slow to import, and an extra
+
+        kind = getattr(diffusers, self.pipeline)
+        return sorted(set(kind._get_signature_keys(kind)[0]) - {"transformer", "scheduler"})
+
+
+BINS = ("use_resolution_binning=False",)
+STOCKS: dict[str, Stock] = {
+    "SD3Transformer2DModel": Stock("StableDiffusion3Pipeline"),
+    "FluxTransformer2DModel": Stock("FluxPipeline", "true_cfg_scale"),
+    "Flux2Transformer2DModel": Stock("Flux2Pipeline", None),
+    "ChromaTransformer2DModel": Stock("ChromaPipeline", mask="prompt_attention_mask"),
+    "SanaTransformer2DModel": Stock("SanaPipeline", seeded=True, mask="prompt_attention_mask", side=32, more=BINS),
+    "QwenImageTransformer2DModel": Stock("QwenImagePipeline", "true_cfg_scale", mask="prompt_embeds_mask"),
+    "ZImageTransformer2DModel": Stock("ZImagePipeline", none=0.0, lists=True),
+    "Lumina2Transformer2DModel": Stock("Lumina2Pipeline", mask="prompt_attention_mask"),
+    "AuraFlowTransformer2DModel": Stock("AuraFlowPipeline", mask="prompt_attention_mask"),
+    # told sigmas alone, it tells the net other times
+    "CogView4Transformer2DModel": Stock("CogView4Pipeline", told=("sigmas", "timesteps")),
+    "PRXTransformer2DModel": Stock(
+        "PRXPipeline", told=("timesteps",), lora=False, mask="prompt_attention_mask", more=BINS
+    ),
+    "WanTransformer3DModel": Stock("WanPipeline", told=(), lora=False, more=("num_frames=1",), gives="frames"),
+}
+
+
+def restart(solver: Solver) -> Restart:
+    """The solver as schedulers have it: those of other jumps, or of none, are the default.
+
+    Raises UserError for jumps to the data between which no scheduler goes as the solver does.
+    """
+    if isinstance(solver, Hermite):
+        raise UserError(
+            f"sample.solver = {solver.model_dump(mode='json')}: schedulers add fresh noise alone between two "
+            "passes. Set kind: restart there, in the run's run.yaml"
+        )
+    return solver if isinstance(solver, Restart) else Restart()
 
 
 def forms(spec: Pretrained) -> list[str]:
@@ -37,9 +134,9 @@ def stock_of(kind: str, spec: Pretrained) -> Stock | None:
 
 @dataclass(frozen=True)
 class Exported:
-    """A run, and which head of it: u jumps to the data, v is the velocity of a flow."""
+    """One head of a tuned net: u jumps to the data, v is the velocity of a flow."""
 
-    opened: RunFolder
+    sampler: Sampler
     spec: Pretrained
     net: Dualized
     head: Head
@@ -57,7 +154,7 @@ class Exported:
     @property
     def solver(self) -> Restart:
         """The run's own jumps; those of the default where it samples by v. Raises UserError as `restart`."""
-        return restart(self.opened.run.sample.solver)
+        return restart(self.sampler.spec.solver)
 
     @property
     def source(self) -> Path | None:
@@ -66,16 +163,45 @@ class Exported:
         return folder.parent if folder and (folder.parent / INDEX).is_file() else None
 
     @property
+    def origin(self) -> str:
+        """The name of what was tuned, without the folders above it."""
+        return (self.source or Path(self.spec.source)).name
+
+    @property
     def codes(self) -> dict[str, Tensor]:
-        """What stands for the classes in the place of texts; {} where it was tuned on texts."""
+        """What stands for the classes instead of texts; {} where it was tuned on texts."""
         texts = self.net.texts
         return {} if self.spec.texts else {name: rows.contiguous() for name, rows in texts.named_buffers()}
 
     def model(self, dtype: str = "float32") -> Any:  # noqa: ANN401, a model of diffusers
-        """The model, its adapters added to the layers beside them, without the name of a folder of this machine."""
+        """The model, its adapters added to their layers, without the name of a folder of this machine."""
         model = self.net.stock(self.head, merged=self.spec.lora is not None)
         model.register_to_config(_name_or_path="")
         return model if dtype == "float32" else cast(model, getattr(torch, dtype))
+
+
+def exported(sampler: Sampler, spec: Net, head: Head) -> Exported:
+    """The head of a net with this spec. Raises UserError for a net that no stock program knows."""
+    if not isinstance(spec, Pretrained) or not isinstance(sampler.net, Dualized):
+        raise UserError(
+            f"this run trains net '{spec.kind}', for which others have no class: dumo exports nets of kind diffusers, "
+            "and of kind dit --to diffusers. Its weights are a safetensors file in its checkpoint"
+        )
+    return Exported(sampler, spec, sampler.net, head)
+
+
+def require(exported: Exported, *, lora: bool = False) -> Stock:
+    """The pipeline that runs the model. Raises UserError where there is none, or none that takes it as a LoRA."""
+    stock, why = exported.stock, ""
+    if stock is None:
+        why = f"no stock pipeline runs a {exported.kind} as this run's net is called: take --to safetensors"
+    elif lora and exported.spec.lora is None:
+        why = "net.lora is null: all weights were tuned, which no LoRA holds: take --to diffusers"
+    elif lora and not stock.lora:
+        why = f"no pipeline of diffusers loads a LoRA for {exported.kind}: take --to diffusers"
+    if stock is None or why:
+        raise UserError(why)
+    return stock
 
 
 def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -85,24 +211,39 @@ def cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def chosen(opened: RunFolder, head: str | None = None) -> Exported:
-    """A run's head; None: u where it was taught.
+def write_scheduler(folder: Path, stock: Stock | None, solver: Restart) -> Entry:
+    """Write the scheduler of a flow map into `folder`; return its entry in model_index.json.
 
-    Raises UserError where there is none such, or the run's net or path is one that no stock program knows.
+    A class of its own where the pipeline takes no times.
     """
-    run, net = opened.run, opened.net
-    if not isinstance(run.net, Pretrained) or not isinstance(net, Dualized):
-        raise UserError(
-            f"{opened.folder} trains net '{run.net.kind}', for which others have no class: dumo exports nets of kind "
-            f"diffusers, and of kind dit --to diffusers. Its weights are the safetensors file {opened.weights}"
-        )
-    has = run.objective.needs.heads
-    found = head or ("u" if "u" in has else "v")
-    if found not in has:
-        raise UserError(f"--head {found}: objective '{run.objective.kind}' has {', '.join(has)}: take one of them")
-    if not isinstance(run.path, Linear) or run.path.sd != 1:
-        raise UserError(
-            f"{opened.folder}: stock schedulers know the path x_t = (1 - t) x + t z alone, and this run's is "
-            f"{run.path.kind} with sd {run.path.sd:g}: train with path.kind=linear and path.sd=1"
-        )
-    return Exported(opened, run.net, net, "u" if found == "u" else "v")
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True).save_pretrained(folder)
+    check_scheduler(folder)
+    if stock is None or stock.told:
+        return ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    (folder / f"{OWN[0]}.py").write_text(JUMPS.format(start=solver.start, m=solver.m), encoding="utf-8")
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    write_json(folder / CONFIG, config | {"_class_name": OWN[1]})
+    return OWN
+
+
+def check_scheduler(folder: Path) -> None:
+    """Raise UserError for a scheduler under which a flow map makes no images: one of plain Euler steps, or shifted."""
+    config = read_json(folder / CONFIG, "export the run anew")
+    wanted = {"stochastic_sampling": True, "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+    for name, value in wanted.items():
+        if config.get(name) != value:
+            raise UserError(
+                f"{folder / CONFIG}: {name} is {config.get(name)}, and a flow map needs {value}: fresh noise between "
+                "two passes, at the times as they are given. Set FlowMatchEulerDiscreteScheduler(shift=1.0, "
+                "stochastic_sampling=True)"
+            )
+
+
+def write_euler(folder: Path) -> Entry:
+    """Write the scheduler of a velocity, with Euler steps; return its entry."""
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder)
+    return ["diffusers", "FlowMatchEulerDiscreteScheduler"]

@@ -12,14 +12,14 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from dumo.data import Latents
+from dumo.data import Data, Latents
 from dumo.lab import job
 from dumo.lab.plan import Cell
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
+from dumo.objectives import Objective
 from dumo.run import encode
 from dumo.run.config.resolve import resolve
-from dumo.run.config.spec import Run
 from dumo.run.evaluation import card
 from dumo.run.evaluation.evaluate import evaluate, standing
 from dumo.run.folder import RunFolder, open_run
@@ -120,14 +120,15 @@ def saved(result: Result, parent: Path, cut: float | None) -> Path:
         return folder
     net = result.trained.net
     if cut is not None:
-        net = low_passed(result.trained.run, saved(result, parent, None), cut)
+        run = result.trained.run
+        net = low_passed(run.objective, run.data, saved(result, parent, None), cut)
     assert isinstance(net, Dualized)
     net.stock("v").save_pretrained(folder)
     return folder
 
 
-def low_passed(spec: Run, folder: Path, limit: float) -> Dualized:
+def low_passed(objective: Objective, data: Data, folder: Path, limit: float) -> Dualized:
     """The model of a folder, its time embedder cut at `limit` rad and fitted again (`dumo.nets.lowpass`)."""
-    net = Pretrained(source=str(folder), lowpass=limit).build(spec.objective.needs, spec.data.shape, spec.data.classes)
+    net = Pretrained(source=str(folder), lowpass=limit).build(objective.needs, data.shape, data.classes)
     net.refit()
     return net

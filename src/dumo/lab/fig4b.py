@@ -14,8 +14,7 @@ from PIL import Image
 from dumo.lab import chart
 from dumo.lab.bench import interleave, quartiles
 from dumo.lab.cell import Result
-from dumo.lab.cost import units
-from dumo.lab.plan import Cell, Plan
+from dumo.lab.plan import Cell, Cost, Plan
 from dumo.lab.table import Row
 from dumo.run.config.spec import Run
 from dumo.run.folder import RunFolder
@@ -43,7 +42,7 @@ def finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: 
     if jobs > 1:
         raise UserError("fig4b times its cells in turn, so that a slow minute slows all alike: leave out --jobs")
     here, results = dist.device(device), list[Result]()
-    sizes = [parameters(cell.spec) for cell in cells]
+    sizes = [parameters(cell) for cell in cells]
     if here.type == "cpu" and max(sizes) > LARGE:
         raise UserError(
             f"scale 'paper' of fig4b has nets of up to {max(sizes) / 1e6:.0f} M parameters: it needs a GPU; use laptop"
@@ -53,15 +52,15 @@ def finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: 
         steps = [step(cell.spec, here) for cell in same]
         seconds = interleave(f"steps of size {size}", steps, same[0].labels["rounds"], here, bar)
         for cell, taken in zip(same, seconds, strict=True):
-            facts = {"parameters": parameters(cell.spec), "F_per_step": units(cell.spec), "seconds": taken.tolist()}
+            facts = {"parameters": parameters(cell), "F_per_step": Cost(cell.spec).units, "seconds": taken.tolist()}
             trained = RunFolder(cell.spec, folder, cell.spec.outline(), 0, "none")
             results.append(Result(cell, trained, {"card": card(cell, here), **facts}))
     return results
 
 
-def parameters(spec: Run) -> int:
+def parameters(cell: Cell) -> int:
     """Of its net."""
-    return sum(p.numel() for p in spec.outline().parameters())
+    return sum(p.numel() for p in cell.spec.outline().parameters())
 
 
 class Rest(Constant):

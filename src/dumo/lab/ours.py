@@ -4,6 +4,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import pairwise
+from math import exp, log
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from dumo.data import Data
 from dumo.encoders.classifier import digits
 from dumo.evaluation.distance import Moments, frechet_distance
 from dumo.evaluation.shipped import features_of
@@ -18,17 +21,18 @@ from dumo.flow.generate import labels
 from dumo.io import picture, weights
 from dumo.lab import chart
 from dumo.lab.cell import Result
-from dumo.lab.cost import flops
 from dumo.lab.paper import far
-from dumo.lab.plan import Plan
+from dumo.lab.plan import Cost, Plan
 from dumo.lab.table import Row, averaged, by_arm, main_score, passes
 from dumo.run import gallery
-from dumo.run.folder import RunFolder
+from dumo.run.config.tree import Evaluation
 from dumo.run.sample import real_data
+from dumo.run.sampler import Sampler
 from dumo.runtime.random import noise
 
 FEATURES = {"digits": digits.features, "cifar10-features": features_of}
 MOST = 4000  # samples of a class FD, 400 a class: ours
+Curve = list[tuple[float, float, float | None]]  # budget, distance, its deviation
 SCORES = ("nfe", "fd", "fd_sd", "fd_grey", "fd_grey_sd", "precision", "recall", "accuracy")
 
 
@@ -60,36 +64,35 @@ def words_table(plan: Plan, results: list[Result]) -> list[Row]:
     """
     rows: list[Row] = []
     for same in by_arm(results):
-        run, real = same[0].trained.run, class_moments(same[0].trained)
-        captioned = run.conditions.captions is not None
-        by_class = {
-            "class_fd": fmean(class_fd(one.trained, real) for one in same),
-            "class_fd_held": fmean(class_fd(one.trained, real, held=True) for one in same) if captioned else None,
-        }
+        run = same[0].trained.run
+        real = class_moments(run.data, run.evaluate.protocol.kind, run.train.batch)
+        by_class: Row = {"class_fd": fmean(class_fd(one.trained.sampler, run.evaluate, real) for one in same)}
+        by_class["class_fd_held"] = None
+        if run.conditions.captions is not None:
+            held = (class_fd(one.trained.sampler, run.evaluate, real, held=True) for one in same)
+            by_class["class_fd_held"] = fmean(held)
         columns = {name: same[0].cell.labels[name] for name in (*plan.columns, "steps")}
-        columns |= {"MFLOP_per_pass": round(flops(same[0].cell.spec) / 1e6, 2)}
+        columns |= {"MFLOP_per_pass": round(Cost(same[0].cell.spec).flops / 1e6, 2)}
         for row in averaged(same):
             apart = by_class if row["nfe"] == 1 else dict.fromkeys(by_class)
             rows.append({**columns, **{name: row.get(name) for name in SCORES}, **apart, "seeds": row["seeds"]})
     return rows
 
 
-def class_fd(trained: RunFolder, real: Sequence[Moments], *, held: bool = False) -> float:
+def class_fd(sampler: Sampler, spec: Evaluation, real: Sequence[Moments], *, held: bool = False) -> float:
     """The mean over classes of the Fréchet distance of their samples, of one pass, to their images, `real`."""
-    run = trained.run
-    protocol, many = run.evaluate.protocol, run.data.labels
-    c = labels(min(MOST, 2 * len(protocol.labels(many))), many)
-    made = trained.sampler.sample(run.conditions.of(c, held=held), nfe=1, seed=run.evaluate.seed).x
-    fake = FEATURES[protocol.kind](made)
+    many = sampler.data.labels
+    c = labels(min(MOST, 2 * len(spec.protocol.labels(many))), many)
+    made = sampler.sample(sampler.conditions.of(c, held=held), nfe=1, seed=spec.seed).x
+    fake = FEATURES[spec.protocol.kind](made)
     return fmean(frechet_distance(Moments.of(fake[c == k]), of) for k, of in enumerate(real))
 
 
-def class_moments(trained: RunFolder) -> list[Moments]:
-    """Those of the features of the data's images, by class."""
-    run = trained.run
-    x, c = real_data(run.data).reference(run.train.batch, 0)
-    features = FEATURES[run.evaluate.protocol.kind](x)
-    return [Moments.of(features[c == k]) for k in range(run.data.labels)]
+def class_moments(data: Data, kind: str, batch: int) -> list[Moments]:
+    """Those of the features, of this kind, of the data's images, by class."""
+    x, c = real_data(data).reference(batch, 0)
+    features = FEATURES[kind](x)
+    return [Moments.of(features[c == k]) for k in range(data.labels)]
 
 
 def words_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
@@ -112,12 +115,13 @@ def pretrained_draw(plan: Plan, results: list[Result], folder: Path) -> list[Pat
         rows = {reading.name: row for reading, row in gallery.trajectories(one.trained).items()}
         picture.write_picture(files[-1], gallery.side_by_side(rows))
     files.append(folder / "pretrained-stock.png")
-    picture.write_picture(files[-1], by_stock(results[1].trained, folder / "exported"))
+    picture.write_picture(files[-1], by_stock(results[1], folder / "exported"))
     return files
 
 
-def by_stock(trained: RunFolder, folder: Path) -> Image.Image:
+def by_stock(one: Result, folder: Path) -> Image.Image:
     """An image of each class by diffusers' own pipeline of an export, in one pass and in two; rows are passes."""
+    trained = one.trained
     diffusers: Any = import_module("diffusers")  # typed as if a pipeline needed its text encoders
     if not folder.exists():
         subprocess.run([sys.executable, "-m", "dumo", "export", str(trained.folder), str(folder)], check=True)
@@ -138,5 +142,52 @@ def by_stock(trained: RunFolder, folder: Path) -> Image.Image:
         ]
     names = [run.conditions.name(c) for c in range(n)]
     return picture.sheet(
-        picture.to_rows(trained.sampler.decode(torch.cat([one.images for one in made]))), n, titles=names
+        picture.to_rows(trained.sampler.decode(torch.cat([out.images for out in made]))), n, titles=names
     )
+
+
+def best_table(plan: Plan, results: list[Result]) -> list[Row]:
+    """What a budget buys: a row per arm, budget and number of passes.
+
+    `even_at` is the budget at which an arm is as near in one pass as the first is at a budget of 1: read off between
+    its own budgets, straight where both axes are logarithms; None beyond them.
+    """
+    rows = averaged(results)
+    return [row | {"even_at": even(curve(rows, row["arm"]), level(rows)) if row["nfe"] == 1 else None} for row in rows]
+
+
+def curve(rows: Sequence[Row], name: str, nfe: int = 1) -> Curve:
+    """The curve of one arm."""
+    score = main_score(rows[0])
+    own = [row for row in rows if (row["arm"], row["nfe"]) == (name, nfe)]
+    return sorted((row["budget"], row[score], row[f"{score}_sd"]) for row in own)
+
+
+def level(rows: Sequence[Row], nfe: int = 1) -> float:
+    """The distance of the first arm at a budget of 1."""
+    return next(y for budget, y, _ in curve(rows, rows[0]["arm"], nfe) if budget == 1)
+
+
+def even(points: Curve, to: float) -> float | None:
+    """Where a curve comes down to this distance."""
+    for (a, high, _), (b, low, _) in pairwise(points):
+        if low <= to <= high and low < high:
+            return exp(log(a) + log(b / a) * log(high / to) / log(high / low))
+    return None
+
+
+def best_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
+    """Distance against budget in one pass and in two, ours first, and where the paper's recipe is at a budget of 1."""
+    arms = list(dict.fromkeys(row["arm"] for row in table if not row["arm"].startswith("+")))
+    paper, ours, *rivals = arms
+    steps = plan.at("laptop").steps
+    return {
+        f"{plan.name}-nfe{nfe}": chart.curves(
+            f"What a budget buys, {passes(nfe)}",
+            f"counted operations, over those of {steps:,} steps of {paper}",
+            chart.axis(main_score(table[0])),
+            {name: curve(table, name, nfe) for name in (ours, *sorted(rivals), paper)},
+            level=(level(table, nfe), f"{paper} at 1"),
+        )
+        for nfe in (1, 2)
+    }

@@ -16,9 +16,7 @@ from dumo.lab.cell import Result
 from dumo.lab.plan import Plan
 from dumo.lab.table import Row, averaged, main_score
 from dumo.run import gallery
-from dumo.run.config.spec import Run
 from dumo.run.evaluation.evaluate import evaluator_of, row
-from dumo.run.folder import RunFolder
 from dumo.run.plan import plan as counts
 from dumo.runtime.progress import no_bar
 
@@ -27,9 +25,9 @@ LOWEST = {(2.0, 2.0): 4.06}  # of Fig. 4c, Sec. 4.4
 FAR = 3.0  # times the first arm's distance, beyond which the zoo says why
 
 
-def far(spec: Run) -> Row:
+def far(one: Result) -> Row:
     """P(t - r > 0.9), the share of rows where one-step sampling is taught, as a column."""
-    return {"far": round(counts.far(spec.objective), 6)}
+    return {"far": round(counts.far(one.cell.spec.objective), 6)}
 
 
 def fig3_table(plan: Plan, results: list[Result]) -> list[Row]:
@@ -90,14 +88,14 @@ def fig4c_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
 
 def fig5_table(plan: Plan, results: list[Result]) -> list[Row]:
     """A row per objective, reading, step and number of passes: the first of the protocol's distances to the data."""
-    return [{"objective": one.cell.labels["objective"], **of} for one in results for of in measured(one.trained)]
+    return [{"objective": one.cell.labels["objective"], **of} for one in results for of in measured(one)]
 
 
-def measured(trained: RunFolder) -> Iterator[Row]:
+def measured(one: Result) -> Iterator[Row]:
     """How near samples come to the data after each milestone, by reading and number of passes."""
-    spec = trained.run
+    trained, spec = one.trained, one.trained.run
     evaluator, c = evaluator_of(trained, no_bar), spec.evaluate.protocol.labels(spec.data.classes)
-    for step, file in gallery.stages(trained).items():
+    for step, file in gallery.stages(trained.folder, trained.step).items():
         then = gallery.open_at(trained, step, file)
         for reading in gallery.chosen(then.sampler, None, JUDGED):
             for n in JUDGED:

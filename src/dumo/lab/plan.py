@@ -15,7 +15,7 @@ An objective that needs more passes a step gets fewer steps. At the paper's size
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -26,16 +26,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from dumo.io.yaml import parse
-from dumo.lab.cost import operations, pairs, units
 from dumo.run.config.error import nearest
 from dumo.run.config.load import load
 from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
+from dumo.run.plan import cost
 from dumo.types import Spec, UserError
 
 PLANS = files("dumo.lab") / "plans"
+COUNTED: dict[str, float] = {}
 SCALES = ("smoke", "laptop", "paper")  # a minute; this machine's cores within an hour; the paper's size, on GPUs
-COSTS = {"passes": units, "operations": operations}
 
 
 def words(value: Any) -> list[str]:  # noqa: ANN401, as YAML has it
@@ -55,6 +55,50 @@ def axes(value: Any) -> dict[str, dict[Any, list[str]]]:  # noqa: ANN401, as YAM
 
 Words = Annotated[tuple[str, ...], BeforeValidator(words)]
 Axes = Annotated[dict[str, dict[Any, tuple[str, ...]]], BeforeValidator(axes)]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run costs, counted, and remembered by all it depends on: most runs of a plan differ in their training."""
+
+    run: Run
+
+    @property
+    def units(self) -> float:
+        """Forward units of a step. A teacher's pass counts as one of the net, with guidance as two."""
+        run, teacher = self.run, self.run.teacher
+        taught = 0 if teacher is None or teacher.pairs else 1 if teacher.guide.scale == 1 else 2
+        return self._once(
+            "units",
+            lambda: (
+                taught + cost.forward_units(run.outline(), run.objective, run.path, run.data.shape, ref=run.train.ref)
+            ),
+        )
+
+    @property
+    def flops(self) -> float:
+        """Operations of a pass, per row."""
+        run = self.run
+        return self._once("flops", lambda: cost.forward_flops(run.outline(), run.objective, run.data.shape))
+
+    @property
+    def operations(self) -> float:
+        """Operations of a step."""
+        return self.run.train.batch * self.units * self.flops
+
+    @property
+    def pairs(self) -> float:
+        """Forward units, each of a batch, in which a teacher makes pairs of noise and data before the training."""
+        found = self.run.teacher and self.run.teacher.pairs
+        points = self.run.objective.needs.teacher.points
+        return found.count * found.passes(points) / self.run.train.batch if found else 0.0
+
+    def _once(self, name: str, count: Callable[[], float]) -> float:
+        parts = self.run.model_dump_json(include={"data", "net", "objective", "path", "teacher"})
+        key = name + parts + repr(self.run.train.ref)
+        if key not in COUNTED:
+            COUNTED[key] = count()
+        return COUNTED[key]
 
 
 class Arm(Spec):
@@ -131,10 +175,10 @@ class Plan(Spec):
 
         seeds = arm.seeds or at.seeds or (None,)
         run = spec(seeds[0])
-        steps = budget.steps(run, arm, smoke=scale == "smoke")
+        steps = budget.steps(Cost(run), run.train.steps, arm, smoke=scale == "smoke")
         labels = {name: axes.get(name, arm.labels.get(name)) for name in self.columns} | {"steps": steps}
         if at.cost != "steps":
-            labels["F_per_step"] = round(units(run), 2)
+            labels["F_per_step"] = round(Cost(run).units, 2)
         titles = [value for name, value in labels.items() if name in axes or isinstance(value, str)]
         name = arm.name or slug("-".join(f"{one:g}" if isinstance(one, float) else str(one) for one in titles))
         for seed in seeds:
@@ -151,19 +195,21 @@ class Budget:
         """`times` the steps of the scale."""
         self.at, self.times, self.total = at, times, 0.0
         if plan.steps_of:
-            self.begin(load(plan.steps_of, [*at.set]), None)
+            run = load(plan.steps_of, [*at.set])
+            self.total = round(times * (at.steps or run.train.steps)) * self.each(Cost(run))
 
-    def begin(self, spec: Run, steps: int | None) -> None:
-        """As many steps of this run."""
-        self.total = round(self.times * (steps or self.at.steps or spec.train.steps)) * COSTS[self.at.cost](spec)
+    def each(self, cost: Cost) -> float:
+        """What a step costs, by the scale's own measure."""
+        return cost.operations if self.at.cost == "operations" else cost.units
 
-    def steps(self, spec: Run, arm: Arm, *, smoke: bool) -> int:
-        """How many steps of a run cost as much."""
+    def steps(self, cost: Cost, own: int, arm: Arm, *, smoke: bool) -> int:
+        """How many steps of a run cost as much; `own` are those of its recipe."""
         if self.at.cost == "steps":
-            return self.at.steps or spec.train.steps
+            return self.at.steps or own
         if arm.steps or not self.total:
-            self.begin(spec, None if smoke else arm.steps)
-        return round((arm.share * self.total - pairs(spec)) / COSTS[self.at.cost](spec))
+            first = None if smoke else arm.steps
+            self.total = round(self.times * (first or self.at.steps or own)) * self.each(cost)
+        return round((arm.share * self.total - cost.pairs) / self.each(cost))
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,10 @@ from dumo.data import Data, Latents
 from dumo.data.album import Album
 from dumo.io.read import user_path
 from dumo.io.source import Source
-from dumo.lab.cost import flops, units
+from dumo.lab.plan import Cost
 from dumo.run.config.change import override
 from dumo.run.config.load import FILE, load, parse
 from dumo.run.config.resolve import found_data, resolve
-from dumo.run.config.spec import Run
 from dumo.run.plan import machine
 from dumo.runtime import dist, signals
 from dumo.runtime.prefetch import BATCHES, Prefetch
@@ -33,18 +32,18 @@ SHARE_OF_PEAK = 0.4  # that a step is expected to reach: ours. Larger nets reach
 
 
 class Part(Spec):
-    """The part of a run that says what is read."""
+    """The part of a run that names the data."""
 
     data: Data
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read, in batches of which size, and for which run, if for one."""
+    """What is read, in batches of which size, and what a run costs that reads it, if there is one."""
 
     data: Data
     batch: int
-    run: Run | None
+    cost: Cost | None
 
 
 def reading_of(
@@ -59,7 +58,7 @@ def reading_of(
         if side is not None:
             raise UserError("--side is for a folder of images: of a recipe, set data.side")
         run = resolve(load(source, overrides))
-        return Reading(run.data, batch or run.train.batch, run)
+        return Reading(run.data, batch or run.train.batch, Cost(run))
     tree: dict[str, Any] = {"data": {"kind": "images", "root": source, "side": side or 256, "flip": True}}
     override(tree, overrides)
     return Reading(found_data(parse(Part, tree).data), batch or 256, None)
@@ -128,11 +127,10 @@ def speed(source: Source, batch: int, steps: range, device: torch.device, tick: 
 def counted(reading: Reading, device: torch.device) -> tuple[float | None, str | None]:
     """Seconds of the run's step at a usual share of the GPU's peak, and their origin; None without run or peak."""
     peak = machine.peak_tflops(device)
-    if (run := reading.run) is None or peak is None:
+    if (cost := reading.cost) is None or peak is None:
         return None, None
-    return reading.batch * units(run) * flops(run) / (
-        SHARE_OF_PEAK * 1e12 * peak
-    ), f"counted, at {SHARE_OF_PEAK:.0%} of the peak"
+    seconds = reading.batch * cost.units * cost.flops / (SHARE_OF_PEAK * 1e12 * peak)
+    return seconds, f"counted, at {SHARE_OF_PEAK:.0%} of the peak"
 
 
 def powers(most: int) -> list[int]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dumo.io import file, picture
 from dumo.io.read import write_json
-from dumo.lab import best, cell, chart, fig4b, ours, paper
+from dumo.lab import cell, chart, fig4b, ours, paper
 from dumo.lab.cell import Result
 from dumo.lab.plan import SCALES, Plan, read
 from dumo.lab.table import Row, averaged, from_cells, markdown
@@ -54,9 +54,9 @@ class View:
 
 
 VIEWS = {
-    "best": View(best.table, best.charts),
-    "best-latents": View(best.table, best.charts),
-    "best-pixels": View(best.table, none),
+    "best": View(ours.best_table, ours.best_charts),
+    "best-latents": View(ours.best_table, ours.best_charts),
+    "best-pixels": View(ours.best_table, none),
     "fair": View(ours.fair_table, ours.fair_charts),
     "fig3": View(paper.fig3_table, none, paper.fig3_draw),
     "fig4a": View(charts=paper.fig4a_charts),

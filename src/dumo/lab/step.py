@@ -2,7 +2,7 @@
 
 A step is the forward pass, the targets and the backward pass, without the optimizer, on random numbers. Its yardstick
 is the plain flow-matching step of the same net in the same precision: three forward units (3 F), four where the blocks
-are computed again in the backward pass (checkpointing).
+are computed again in the backward pass (checkpointing). A slope's error is that against the true derivative.
 """
 
 import copy
@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from dumo.flow.draw import draw
+from dumo.flow.path import Path
 from dumo.flow.precision import Precision, autocast, products, using
-from dumo.flow.slope import CentralSlope, Slope
+from dumo.flow.slope import CentralSlope, JvpSlope, Slope
 from dumo.io.read import finite
 from dumo.lab import bench
 from dumo.lab.bench import Times
-from dumo.lab.yardstick import Plain, Unchecked, slope_error
+from dumo.objectives import Objective as AnyObjective
 from dumo.run.config.error import nearest
 from dumo.run.config.spec import Run
 from dumo.run.plan import cost, machine
@@ -29,7 +30,22 @@ from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import random_batch
 from dumo.training.loop import compile_blocks
-from dumo.types import Frozen, Noised, Objective, UserError, frozen
+from dumo.training.spec import Train
+from dumo.types import (
+    Frozen,
+    Needs,
+    Net,
+    Noised,
+    Objective,
+    Reads,
+    Spec,
+    Terms,
+    Time,
+    TimeLaw,
+    UserError,
+    frozen,
+    mean_square,
+)
 
 Work = Callable[[], None]
 COMPILE = ("none", "blocks", "loss")
@@ -64,7 +80,9 @@ class Row:
 class Setting:
     """What all rows of one table share."""
 
-    run: Run
+    path: Path
+    train: Train
+    classes: int
     shape: tuple[int, ...]
     device: torch.device
     compile: str
@@ -84,13 +102,12 @@ class Setting:
 
     def record(self, objective: Objective, rows: int) -> Noised:
         """Random numbers and labels, drawn for training."""
-        classes = self.run.data.classes
-        x, c = (part.to(self.device) for part in random_batch("bench", rows, self.shape, classes))
-        return draw(objective, self.run.path, x, c, classes, seed=0, step=0)
+        x, c = (part.to(self.device) for part in random_batch("bench", rows, self.shape, self.classes))
+        return draw(objective, self.path, x, c, self.classes, seed=0, step=0)
 
     def step(self, row: Row, objective: Objective) -> Work:
         """One training step, ready to be made."""
-        b = self.record(objective, self.run.train.batch)
+        b = self.record(objective, self.train.batch)
         loss = torch.compile(objective.loss, fullgraph=True, dynamic=False) if row.compile == "loss" else objective.loss
 
         def step() -> None:
@@ -117,8 +134,8 @@ class Setting:
 
     def counted(self, row: Row, objective: Objective, step: Work) -> Row:
         """The row with its way, operations and bytes: counted on a CPU, on a GPU what its allocator handed out."""
-        given = self.outline, objective, self.run.path, self.shape
-        rows, ref = self.run.train.batch, self.run.train.ref
+        given = self.outline, objective, self.path, self.shape
+        rows, ref = self.train.batch, self.train.ref
         units, way = cost.forward_units(*given, rows=rows, ref=ref), cost.way(*given, ref=ref)
         if self.device.type == "cuda":
             step()  # once before, for what kernels keep
@@ -144,13 +161,13 @@ def measure(
     device: str = "auto",
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
-    """Measure each slope (None: all) in each precision at the run's batch, and the yardstick, `none`, in any case.
+    """Measures of each slope (None: all) in each precision at the run's batch, and of the yardstick, `none`, always.
 
     A slope that training refuses is measured all the same where it can be, and its row says why. Raises UserError for
     a slope, precision or way to compile that this run or device does not have.
     """
     here, shape = dist.device(device), tuple(shape or run.data.shape)
-    todo = list(variants(run, slopes, bench.precisions_of(precisions, here), compile))
+    todo = list(variants(run.objective, run.net.time_scale, slopes, bench.precisions_of(precisions, here), compile))
     setting = prepare(run, shape, here, compile)
     tried = [setting.attempt(row, objective) for row, objective in todo]
     seconds = bench.interleave("training steps", [step for _, step in tried if step], rounds, here, bar)
@@ -177,36 +194,40 @@ def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str
     """Build the net, and compile its blocks for `compile` blocks. Raises UserError where it has none."""
     if compile not in COMPILE:
         raise UserError(f"there is no way to compile '{compile}'; {nearest(compile, list(COMPILE))}")
-    net = bench.build(run, shape, device, run.train.batch)
+    needs, classes = run.objective.needs, run.data.classes
+    net = bench.build(run.net, needs, shape, classes, device, run.train.batch)
     ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
     if compile == "blocks":
         torch._dynamo.config.recompile_limit = 64  # one block serves every precision, way and number of rows
         compile_blocks(net, dynamic=False)  # as training does, tape and all
-    return Setting(run, shape, device, compile, bench.outline(run, shape), net, ref)
+    outline = bench.outline(run.net, needs, shape, classes)
+    return Setting(run.path, run.train, classes, shape, device, compile, outline, net, ref)
 
 
 def variants(
-    run: Run, slopes: Sequence[str] | None, precisions: Sequence[Precision], compile: str
+    objective: AnyObjective,
+    time_scale: float,
+    slopes: Sequence[str] | None,
+    precisions: Sequence[Precision],
+    compile: str,
 ) -> Iterator[tuple[Row, Objective]]:
     """The yardstick and every slope, in each precision: how its row begins, and its loss. Raises UserError."""
-    own = run.objective.needs.slope
+    own = objective.needs.slope
     chosen = (SLOPES if own else ()) if slopes is None else [name for name in slopes if name != PLAIN]
     for name in chosen:
         if name not in SLOPES:
             raise UserError(f"there is no slope '{name}'; {nearest(name, [*SLOPES, PLAIN])}")
         if own is None:
-            raise UserError(
-                f"objective '{run.objective.kind}' has no slope: only '{PLAIN}', its plain step, can be timed"
-            )
+            raise UserError(f"objective '{objective.kind}' has no slope: only '{PLAIN}', its plain step, can be timed")
     for precision in precisions:
-        yield Row(PLAIN, precision, compile), Plain(of=run.objective)
+        yield Row(PLAIN, precision, compile), Plain(of=objective)
         for name in chosen:
             slope = own if own and own.kind == name else SLOPES[name]()
             row = Row(name, precision, "none" if name == "jvp" else compile)  # inductor fails on jvp (torch 2.13)
-            row = replace(row, refused=refusal(slope, precision, run.net.time_scale))
+            row = replace(row, refused=refusal(slope, precision, time_scale))
             if isinstance(slope, CentralSlope):
                 slope = Unchecked(h=slope.h)
-            yield row, run.objective.model_copy(update={"slope": slope})
+            yield row, objective.model_copy(update={"slope": slope})
 
 
 def refusal(slope: Any, precision: Precision, time_scale: float) -> str | None:  # noqa: ANN401, any slope
@@ -245,24 +266,71 @@ def compared(tried: Sequence[tuple[Row, Work | None]], seconds: Times, batch: in
         yield row
 
 
-def shown(row: dict[str, Any]) -> dict[str, str]:
-    """A row as text; what is not known is left empty."""
+class Plain(Spec):
+    """The plain flow-matching loss on every head of another objective's net: three forward units."""
 
-    def cell(key: str, form: str, scale: float = 1.0) -> str:
-        return "" if row[key] is None else format(scale * row[key], form)
+    of: Any  # an objective
 
-    return {
-        "slope": row["slope"],
-        "precision": row["precision"],
-        "compiled": row["compile"],
-        "way": "refused" if row["refused"] else row["way"] or "",
-        "F counted": cell("units_counted", ".2f"),
-        "F by time": cell("units_timed", ".2f"),
-        "quartiles": f"{cell('units_low', '.2f')}-{cell('units_high', '.2f')}".strip("-"),
-        "ms": cell("milliseconds", ".4g"),
-        "images/s": cell("images_per_second", ".4g"),
-        "MB": cell("bytes", ".1f", 1e-6),
-        "x central": cell("bytes_over_central", ".2f"),
-        "% of peak": cell("share_of_peak", ".1f", 1e2),
-        "du/dt off": cell("error", ".1e"),
-    }
+    @property
+    def needs(self) -> Needs:
+        """The net of the other objective."""
+        its: Needs = self.of.needs
+        return Needs(its.inputs, its.heads, its.gauges, its.knobs, its.own, formulas=its.formulas)
+
+    @property
+    def times(self) -> TimeLaw:
+        """As the other objective."""
+        return self.of.times
+
+    @property
+    def drop(self) -> float:
+        """As the other objective."""
+        return self.of.drop
+
+    def __iter__(self) -> Iterator[tuple[str, object]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """The fields of the other objective, so that the same numbers are drawn."""
+        return iter(self.of)
+
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """Every head is the velocity; knobs rest at zero."""
+        heads = net(b.x_t, b.c, **inputs_of(self.of, b))[: len(self.of.needs.heads)]
+        return Terms(sum((mean_square(head - b.v_t) for head in heads), torch.zeros_like(b.t)))
+
+    def read(self, net: Net) -> Reads:
+        """As the other objective."""
+        return self.of.read(net)
+
+
+class Unchecked(CentralSlope):
+    """The central difference that refuses nothing: what training refuses is measured here all the same."""
+
+    def check(self, precision: str, time_scale: float = 1.0) -> None:
+        """Accept all."""
+
+
+def inputs_of(objective: Objective, b: Noised) -> dict[str, Time]:
+    """What a net of this objective takes by name: the times of the rows, and knobs at zero."""
+    times = {"t": b.t, "r": b.r}
+    return {name: times.get(name, torch.zeros_like(b.t)) for name in objective.needs.names}
+
+
+def slope_error(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> float | None:
+    """The relative error of du/dt at the rows of a batch along v_t; None for an objective without a slope.
+
+    The truth is `torch.func.jvp` of a float64 copy of theta^-. Of the two uses of a slope, with the direction known
+    before the pass and after it, the worse counts.
+    """
+    slope, heads = objective.needs.slope, objective.needs.heads
+    if slope is None:
+        return None
+    u, inputs = heads.index("u" if "u" in heads else heads[-1]), inputs_of(objective, b)
+    exact = frozen(copy.deepcopy(ref.module).double())
+    with torch.no_grad(), torch.autocast(b.x.device.type, enabled=False):
+        times = {name: value.double() for name, value in inputs.items()}
+        _, along = JvpSlope()(exact, exact, b.x_t.double(), b.c, **times)  # pyright: ignore[reportArgumentType]
+        true = along(b.v_t.double())[u]
+    errors: list[float] = []
+    for toward in (b.v_t, None):
+        _, along = slope(net, ref, b.x_t, b.c, toward=toward, **inputs)
+        errors.append(((along(b.v_t)[u].double() - true).norm() / true.norm()).item())
+    return max(errors)

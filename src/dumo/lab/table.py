@@ -6,7 +6,6 @@ from typing import Any
 
 from dumo.evaluation.protocol import headline
 from dumo.lab.cell import Result
-from dumo.run.config.spec import Run
 
 Row = dict[str, Any]
 
@@ -19,10 +18,10 @@ def by_arm(results: Sequence[Result]) -> list[list[Result]]:
     return list(found.values())
 
 
-def averaged(results: Sequence[Result], more: Callable[[Run], Row] = lambda spec: {}) -> list[Row]:
-    """A row per arm and number of passes: its columns, `more` of its spec, means over seeds, sd of the main score."""
+def averaged(results: Sequence[Result], more: Callable[[Result], Row] = lambda one: {}) -> list[Row]:
+    """A row per arm and number of passes: its columns, `more` of its first seed, means over seeds, one sd."""
     return [
-        same[0].cell.labels | more(same[0].cell.spec) | over_seeds(rows)
+        same[0].cell.labels | more(same[0]) | over_seeds(rows)
         for same in by_arm(results)
         for rows in zip(*(by_passes(one.report) for one in same), strict=True)
     ]

@@ -1,6 +1,7 @@
-"""Pictures of a report: charts of the log, sheets with labels, and how a page holds them without another file.
+"""Figures of logs: charts of one run for its page, which holds them without another file, and curves of several runs.
 
-A chart is drawn twice, in the ink of a light and of a dark page, on no ground of its own; the page picks one.
+A chart is drawn twice, in the ink of a light and of a dark page, on no ground of its own; the page picks one. Curves
+have a panel for each thing that is measured, a colour for each run, and marks where steps were skipped.
 """
 
 from base64 import b64encode
@@ -9,12 +10,14 @@ from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from itertools import cycle
+from math import isfinite
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -25,9 +28,18 @@ from dumo.training import log
 INK = {"light": "#23262b", "dark": "#dedbd4"}
 COLOUR = {"v": "#3f7fbf", "u": "#d2603a"}  # readable on either page
 OTHERS = ("#7d8a3c", "#8b62b0", "#2f9a94")  # of other parts, in turn
+COLOURS = ("#3f7fbf", "#d2603a", "#7d8a3c", "#8b62b0", "#2f9a94", "#b0823c")  # of runs, in turn
 SIZE, DPI = (3.7, 2.4), 200  # inches; twice what a screen needs
+ACROSS, COARSE = 3, 130  # panels to a row, and their dots an inch
+STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "font.size": 8,
+}
 PALE = 0.25  # of a curve as logged, behind itself smoothed
 WIDEST = 1600  # pixels of a picture in the page: enough for a sheet at twice its size
+Points = tuple[list[int], list[float]]  # steps, values
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ def charts(rows: Sequence[log.Row]) -> list[Chart]:
 
 
 def _watched(rows: Sequence[log.Row]) -> Iterator[Chart]:
-    """What stands beside the loss, a curve each: notes of the objective; drift, and cosines of gradients, of probes."""
+    """What else is watched, a curve each: notes of the objective; drift, and cosines of gradients, of probes."""
     found: dict[str, dict[int, float]] = {}  # by name, then by step
     for row in rows:
         probe: dict[str, Any] = row.get("probe") or {"cosines": {}, "drift": None}
@@ -122,7 +134,8 @@ def _draw_loss(axes: Axes, rows: Sequence[log.Row], steps: Sequence[int]) -> Non
 def _draw_curve(axes: Axes, steps: Sequence[int], values: Sequence[float], name: str, color: str | None = None) -> None:
     """As logged, pale, and smoothed before it; in ink unless in a colour."""
     raw, *_ = axes.plot(steps, values, lw=0.8, alpha=PALE, color=color)
-    axes.plot(steps, smoothed(values), lw=1.5, label=name, color=raw.get_color())
+    mark = "." if len(steps) == 1 else None
+    axes.plot(steps, smoothed(values), lw=1.5, label=name, color=raw.get_color(), marker=mark)
 
 
 def _draw_rate(axes: Axes, rows: Sequence[log.Row], steps: Sequence[int]) -> None:
@@ -165,14 +178,8 @@ def _chart(title: str, alt: str, draw: Callable[[Axes], None]) -> Chart:
 def _paint(ink: str, draw: Callable[[Axes], None]) -> str:
     """A figure of one pair of axes, on no ground."""
     names = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    style: dict[Any, Any] = dict.fromkeys(names, ink) | {
-        "axes.prop_cycle": f"cycler('color', ['{ink}'])",
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.linewidth": 0.6,
-        "font.size": 8,
-    }
-    with rc_context(style):
+    style: dict[Any, Any] = dict.fromkeys(names, ink) | {"axes.prop_cycle": f"cycler('color', ['{ink}'])"}
+    with rc_context(STYLE | style):
         figure = Figure(SIZE, layout="constrained")
         draw(figure.subplots())
         return _address(lambda file: figure.savefig(file, format="png", dpi=DPI, transparent=True))
@@ -183,3 +190,65 @@ def _address(save: Callable[[BytesIO], object]) -> str:
     file = BytesIO()
     save(file)
     return "data:image/png;base64," + b64encode(file.getvalue()).decode()
+
+
+def curves(runs: Mapping[str, Sequence[log.Row]]) -> Image.Image:
+    """All panels: loss, its parts, the gradient norm, the learning rate, notes, drift, images a second."""
+    figure = panels(runs)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def panels(runs: Mapping[str, Sequence[log.Row]]) -> Figure:
+    """The figure of these runs, by name."""
+    found = {name: measured(rows) for name, rows in runs.items()}
+    titles = list(dict.fromkeys(title for one in found.values() for title in one))
+    down, across = -(-len(titles) // ACROSS), min(ACROSS, len(titles))
+    with rc_context(STYLE):
+        figure = Figure((across * SIZE[0], down * SIZE[1]), dpi=COARSE, layout="constrained")
+        grid = figure.subplots(down, across, squeeze=False).ravel()
+        for axes, title in zip(grid, titles, strict=False):
+            for (name, one), colour in zip(found.items(), cycle(COLOURS), strict=False):
+                if title in one:
+                    _draw_curve(axes, *one[title], name, colour)
+            _finish(axes, title)
+        for axes in grid[len(titles) :]:
+            axes.set_axis_off()
+        for rows, colour in zip(runs.values(), cycle(COLOURS), strict=False):
+            skipped = [row["step"] for row in rows if row.get("skipped")]  # ticks at the foot of the loss
+            foot = grid[0].get_xaxis_transform()
+            grid[0].plot(skipped, [0.02] * len(skipped), "|", color=colour, ms=7, transform=foot)
+        if len(runs) > 1:
+            figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper left", frameon=False, ncols=ACROSS)
+    return figure
+
+
+def measured(rows: Sequence[log.Row]) -> dict[str, Points]:
+    """What the rows measured, by name, each at the steps at which it is a finite number."""
+    found: dict[str, Points] = {}
+    for row in rows:
+        parts, probe = row.get("parts", {}), row.get("probe") or {}
+        numbers = {
+            "loss": row.get("loss"),
+            **(parts if len(parts) > 1 else {}),
+            "gradient norm": row.get("grad_norm"),
+            "learning rate": row.get("lr"),
+            **row.get("notes", {}),
+            "drift": probe.get("drift"),
+            "images a second": row.get("speed", {}).get("images_per_second"),
+        }
+        for name, value in numbers.items():
+            if isinstance(value, int | float) and isfinite(value):
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(row["step"])
+                values.append(value)
+    return found
+
+
+def _finish(axes: Axes, title: str) -> None:
+    """Title and scale: by powers of ten where all is positive and some of it far from the rest."""
+    axes.set(title=title, xlabel="step")
+    low, high = axes.dataLim.intervaly
+    if title != "learning rate" and 0 < 10 * low < high:
+        axes.set_yscale("log")

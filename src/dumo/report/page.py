@@ -4,23 +4,26 @@ The page is one file that needs no other, no script and no network. Numbers are 
 """
 
 import shlex
+import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any, cast
 
 import jinja2
 import torch
-from PIL import Image, ImageOps
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from dumo.evaluation import word
 from dumo.evaluation.neighbours import Real, nearest
 from dumo.flow.generate import labels
+from dumo.flow.solver import able
 from dumo.io import file, picture
 from dumo.io.panel import headed, labelled
 from dumo.report.figure import charts, embed
-from dumo.report.prompt import prompt_sheet
 from dumo.run.conditions import shown as shown_data
 from dumo.run.config import recipes
 from dumo.run.config.load import dump
@@ -30,6 +33,8 @@ from dumo.run.evaluation.score import judgement
 from dumo.run.folder import RunFolder
 from dumo.run.gallery import PASSES, readings, within
 from dumo.run.plan.plan import show
+from dumo.run.prompt import names as names_of
+from dumo.run.prompt import prompted
 from dumo.run.sampler import Sampler
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
@@ -42,6 +47,11 @@ GAP = 6  # pixels between images: digits fill their height
 POINTS = 2000  # of a scatter; rows of a data set that are read for the page, if they are not all in memory
 NEAR = 2**24  # pixels of data that are decoded for it: 256 images of 256 x 256
 SHEET = "sheet"  # the samples by the run's own solver
+
+PROMPTED = (1, 2, 4)  # passes of a sheet of prompts, as far as the solver can make them
+CAPTIONS = 9  # that are shown where no prompts are given
+LETTER, MARGIN = 14, 18  # pixels: of a letter, between prompts
+NARROWEST = 240  # pixels of a prompt's column: room for its words
 
 Pictures = Mapping[int, Image.Image]  # by number of passes
 
@@ -62,8 +72,8 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     real, c = source.reference(min(POINTS, NEAR // prod(sampler.pixels[1:])), sampler.spec.seed)
     real = opened.sampler.decode(real)
 
-    told = prompt_sheet(opened, prompts, bar)
-    made = make(opened, bar)
+    texts = prompt_sheet(sampler, prompts, bar)
+    made = make(sampler, bar)
     drawn = {name: {n: look(sampler, x, real) for n, x in row.items()} for name, row in made.items()}
     sheets, names, data, near = drawn.pop(SHEET), class_names(sampler), None, None
     pictures = {f"nfe{n}": headed(sheet, names) for n, sheet in sheets.items()}
@@ -74,11 +84,11 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
         pictures["data"] = headed(data, names)
         pictures["nearest"] = labelled({"sample": [near["samples"]], "nearest": [near["found"]]})
 
-    pictures |= {"prompts": told.picture()} if told else {}
+    pictures |= {"prompts": texts.picture()} if texts else {}
     page = render(
         opened,
         size=source.size,
-        told=told,
+        texts=texts,
         sheets=sheets,
         data=data,
         trajectories=drawn,
@@ -122,7 +132,6 @@ def render(opened: RunFolder, **parts: object) -> str:
         doubts=score.doubts(run, opened.step, judged, near),
         scores=score.rows(judged) if judged else [],
         baselines=score.baselines(judged) if judged else [],
-        commands=commands(opened),
         names=class_names(sampler),
         data_name=data_name(sampler),
         word=word,
@@ -130,20 +139,6 @@ def render(opened: RunFolder, **parts: object) -> str:
         versions=dist.versions(),
         **parts,
     )
-
-
-def commands(opened: RunFolder) -> list[tuple[str, str]]:
-    """What goes on with a run, or makes it again, and what each is for; as wide as one another."""
-    run, folder = opened.run, shlex.quote(str(opened.folder))
-    goes_on = {f"dumo train {folder}": f"go on to step {run.train.steps:,}"} if opened.step < run.train.steps else {}
-    found = {
-        **goes_on,
-        f"dumo sample {folder} --nfe {','.join(map(str, run.sample.nfe))} --seed 1": "more samples",
-        f"dumo evaluate {folder} --nfe {','.join(map(str, run.evaluate.nfe))}": "judge it",
-        f"dumo report {folder}": "write this page again",
-        f"dumo train {folder}/run.yaml --out runs/again": "make this run again",
-    }
-    return [(line.ljust(max(map(len, found))), why) for line, why in found.items()]
 
 
 def sentence(title: str) -> str:
@@ -174,17 +169,16 @@ def data_name(sampler: Sampler) -> str:
     return Path(images.root).name.lstrip("$") if images.kind == "images" else sampler.data.kind
 
 
-def make(opened: RunFolder, bar: Bar) -> dict[str, dict[int, Sample]]:
+def make(sampler: Sampler, bar: Bar) -> dict[str, dict[int, Sample]]:
     """The samples of the page, by name and number of passes, image i always from the same noise."""
-    sampler = opened.sampler
     many = labels(
         ROWS * across(sampler) if sampler.is_image else POINTS,
         sampler.data.classes,
         (columns(sampler) if sampler.is_image else range(min(sampler.data.classes, COLUMNS))) or None,
     )
     few = many[: across(sampler)] if sampler.is_image else many
-    jobs, asked = [(SHEET, sampler.spec.solver, n, many) for n in sampler.spec.nfe], readings(sampler).values()
-    jobs += [(one.title, one.solver, n, few) for one in asked for n in within(PASSES, sampler, asked)]
+    jobs, ways = [(SHEET, sampler.spec.solver, n, many) for n in sampler.spec.nfe], readings(sampler).values()
+    jobs += [(one.title, one.solver, n, few) for one in ways for n in within(PASSES, sampler, ways)]
     made: dict[str, dict[int, Sample]] = {}
     done = 0
     with bar("sampling for the report", sum(n for _, _, n, _ in jobs)) as tick:
@@ -258,3 +252,49 @@ def late(rows: Sequence[log.Row]) -> dict[str, Any] | None:
     if bins["loss"] in [bins[part] for part in bins if part != "loss"]:
         del bins["loss"]  # it is its only part
     return {"first": last[0]["step"], "logged": len(last), "counts": counts.sum(0).tolist(), "bins": bins}
+
+
+@dataclass(frozen=True)
+class PromptSheet:
+    """Prompts at these numbers of passes, each with its images side by side: a prompt keeps its noise."""
+
+    passes: tuple[int, ...]
+    shown: Sequence[tuple[str, Image.Image]]
+
+    def picture(self, across: int = 3) -> Image.Image:
+        """All of them as one picture on white, `across` prompts to a row."""
+        (_, first), *_ = self.shown
+        width = max(NARROWEST, first.width)
+        font = ImageFont.truetype(findfont("DejaVu Sans"), LETTER)
+        letters = max(1, int(width / font.getlength("n")))
+        texts = [textwrap.fill(prompt, letters) for prompt, _ in self.shown]
+        high = first.height + (1 + max(text.count("\n") + 1 for text in texts)) * (LETTER + 4) + MARGIN
+        rows, across = -(-len(texts) // across), min(across, len(texts))
+        page = Image.new("RGB", (across * (width + MARGIN) - MARGIN, rows * high + LETTER + MARGIN), "white")
+        pen = ImageDraw.Draw(page)
+        head = f"from left to right: {', '.join(map(str, self.passes))} passes through the net"
+        pen.text((0, 0), head, "black", font)
+        for i, ((_, image), text) in enumerate(zip(self.shown, texts, strict=True)):
+            x, y = i % across * (width + MARGIN), i // across * high + LETTER + MARGIN
+            page.paste(image, (x, y))
+            pen.multiline_text((x, y + image.height + 4), text, "black", font)
+        return page
+
+
+def prompt_sheet(sampler: Sampler, prompts: Sequence[str] = (), bar: Bar = no_bar) -> PromptSheet | None:
+    """What the net makes of these prompts, or, where none are given, of captions of its data; None: it reads no texts.
+
+    Raises UserError as `dumo.run.prompt.prompted`.
+    """
+    conditions, spec = sampler.conditions, sampler.spec
+    if not prompts and (conditions.captions is None or not sampler.is_image):
+        return None
+    c = prompted(sampler, prompts) if prompts else conditions.in_turn(CAPTIONS)
+    passes = tuple(n for n in PROMPTED if able(spec.solver, sampler.taught, n)) or spec.nfe
+    with bar("sampling prompts", sum(passes)) as tick:
+        made = list[torch.Tensor]()
+        for done, n in enumerate(passes, 1):
+            made.append(picture.to_rows(sampler.sample(c, nfe=n).x))
+            tick(sum(passes[:done]), "")
+    sheets = (picture.sheet(row, len(passes), gap=GAP) for row in torch.stack(made, 1))
+    return PromptSheet(passes, [*zip(names_of(sampler, c), sheets, strict=True)])

@@ -2,7 +2,7 @@
 
 Trajectories (paper, Figs. 5 and 6) have a row per image and a column per number of passes. A row starts from the same
 noise in every column, by every reading and after every step: what differs is the net. Class grids (Figs. 7 to 10) have
-a block of images per class, which is the same whatever other classes are beside it.
+a block of images per class, which is the same whatever other classes are drawn.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,6 @@ from dumo.flow.reading import head_of
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, able, check
 from dumo.io import picture
 from dumo.io.panel import labelled
-from dumo.run.config.error import nearest
 from dumo.run.folder import RunFolder, load_net
 from dumo.run.sample import real_data
 from dumo.run.sampler import Sampler
@@ -48,7 +47,7 @@ class Reading:
         return f"{self.letter} by\n{titled(self.solver)}"
 
     def at(self, nfe: int) -> Solver:
-        """The solver that makes so many passes: Euler where this one's steps take more than one and do not divide."""
+        """The solver of this number of passes: Euler where this one's steps take more than one and do not divide."""
         return self.solver if nfe % self.solver.passes == 0 else Euler()
 
 
@@ -94,17 +93,17 @@ def trajectories(
     `letters` None: u and v, if taught. `only`: classes of the rows, in turn. Raises UserError, before any work, for a
     step, reading, label or nfe that is not there.
     """
-    sampler, found = opened.sampler, stages(opened, steps)
-    asked = chosen(sampler, letters, nfe)
-    nfe = nfe or within(PASSES, sampler, asked)
+    sampler, found = opened.sampler, stages(opened.folder, opened.step, steps)
+    ways = chosen(sampler, letters, nfe)
+    nfe = nfe or within(PASSES, sampler, ways)
     c = sampler.conditions.in_turn(count or (COUNT if sampler.is_image else POINTS), only)
     behind = None if sampler.is_image else real_data(sampler.data).reference(2 * POINTS, sampler.spec.seed)[0]
-    panels: dict[Reading, dict[int, Image.Image]] = {reading: {} for reading in asked}
-    with bar("sampling trajectories", len(found) * len(asked) * sum(nfe)) as tick:
+    panels: dict[Reading, dict[int, Image.Image]] = {reading: {} for reading in ways}
+    with bar("sampling trajectories", len(found) * len(ways) * sum(nfe)) as tick:
         tick = counted(tick)
         for step, file in found.items():
             then = open_at(opened, step, file).sampler
-            for reading in asked:
+            for reading in ways:
                 note = f"step {step:,}, {reading.title}"
                 panels[reading][step] = panel(then, reading, nfe, c, seed, behind, tick, note)
     return panels
@@ -150,19 +149,19 @@ def class_grids(
     `classes` None: all. `nfe` None: one pass. `steps` (): the last checkpoint; None: every milestone too. `letters`
     None: u if taught, else v. Raises UserError as `trajectories`, and where there are no classes.
     """
-    sampler, found = opened.sampler, stages(opened, (opened.step,) if steps == () else steps)
-    asked = chosen(sampler, letters or sorted(readings(sampler))[:1], nfe)
-    nfe = nfe or within((1,), sampler, asked)
+    sampler, found = opened.sampler, stages(opened.folder, opened.step, (opened.step,) if steps == () else steps)
+    ways = chosen(sampler, letters or sorted(readings(sampler))[:1], nfe)
+    nfe = nfe or within((1,), sampler, ways)
     data, n = sampler.data, sampler.data.classes
     if not n or not sampler.is_image:
         raise UserError(f"data '{data.kind}' has no classes of images, so no grid of them: leave out --classes")
     classes = labels(len(classes), n, classes).tolist() if classes else range(n)
     grids: dict[tuple[Reading, int, int], Image.Image] = {}
-    with bar("sampling class grids", len(found) * len(asked) * sum(nfe)) as tick:
+    with bar("sampling class grids", len(found) * len(ways) * sum(nfe)) as tick:
         tick = counted(tick)
         for step, file in found.items():
             then = open_at(opened, step, file).sampler
-            for reading, n in ((reading, n) for reading in asked for n in nfe):
+            for reading, n in ((reading, n) for reading in ways for n in nfe):
                 grids[reading, step, n] = class_grid(then, step, reading, n, classes, count, seed)
                 tick(n, f"step {step:,}, {reading.title}, {n}")
     return grids
@@ -171,7 +170,7 @@ def class_grids(
 def class_grid(
     sampler: Sampler, step: int, reading: Reading, nfe: int, classes: Sequence[int], count: int, seed: int | None
 ) -> Image.Image:
-    """A block of `count` images per class; image i of class k is number k * count + i, whatever else is asked."""
+    """A block of `count` images per class; image i of class k is number k * count + i, whatever else is drawn."""
     every = torch.arange(sampler.data.classes).repeat_interleave(count)
     some = [k * count + i for k in classes for i in range(count)]
     solver = reading.at(nfe)
@@ -218,17 +217,17 @@ def write_class_grids(folder: Path, grids: Mapping[tuple[Reading, int, int], Ima
     return files
 
 
-def stages(opened: RunFolder, steps: Sequence[int] | None = None) -> dict[int, Path | None]:
-    """The milestones, and the checkpoint that is open (None), by step; of these steps only, where they are given.
+def stages(folder: Path, last: int, steps: Sequence[int] | None = None) -> dict[int, Path | None]:
+    """The milestones, and the checkpoint of step `last` (None), by step; of these steps only, where they are given.
 
     Raises UserError for a step that was not kept.
     """
-    kept = checkpoint.milestones(opened.folder / "milestones")
-    there = dict(sorted({**kept, opened.step: None}.items()))
+    kept = checkpoint.milestones(folder / "milestones")
+    there = dict(sorted({**kept, last: None}.items()))
     for step in steps or ():
         if step not in there:
             raise UserError(
-                f"{opened.folder} has nothing of step {step}: there is {', '.join(map(str, there))}. "
+                f"{folder} has nothing of step {step}: there is {', '.join(map(str, there))}. "
                 f"To keep it, train with --set train.milestones=[{step}]"
             )
     return {step: there[step] for step in (there if steps is None else steps)}
@@ -248,21 +247,17 @@ def open_at(opened: RunFolder, step: int, file: Path | None) -> RunFolder:
 
 
 def chosen(sampler: Sampler, letters: Sequence[str] | None, nfe: Sequence[int] | None) -> list[Reading]:
-    """The readings of these letters, v by Heun's steps. Raises UserError for one that was not taught, or such nfe."""
+    """The readings of these letters, v by Heun's steps. Raises UserError for one not taught, or nfe out of reach."""
     there = readings(sampler, Heun())
     for letter in letters or ():
-        if letter not in ("u", "v"):
-            raise UserError(f"there is no reading '{letter}'; {nearest(letter, ['u', 'v'])}")
         if letter not in there:
-            what = "jumps" if letter == "u" else "velocity"
-            raise UserError(
-                f"objective '{sampler.objective.kind}' was taught no {what}, so there is no reading {letter}: "
-                f"use --reading {','.join(there)}"
-            )
-    asked = [there[letter] for letter in dict.fromkeys(letters or there)]
-    for n, reading in ((n, reading) for n in nfe or () for reading in asked):
+            what = {"u": "jumps", "v": "velocity"}.get(letter)
+            why = f", for objective '{sampler.objective.kind}' teaches no {what}" if what else ""
+            raise UserError(f"there is no reading {letter}{why}: use --reading {','.join(there)}")
+    ways = [there[letter] for letter in dict.fromkeys(letters or there)]
+    for n, reading in ((n, reading) for n in nfe or () for reading in ways):
         check(reading.at(n), sampler.taught, n)
-    return asked
+    return ways
 
 
 def singles(x: Sample) -> list[Image.Image]:
@@ -271,7 +266,7 @@ def singles(x: Sample) -> list[Image.Image]:
 
 
 def across(n: int) -> int:
-    """Columns of a full rectangle of n cells, as near to a square as there is one, and wide rather than high."""
+    """Columns of a full rectangle of n cells, as near to a square as there is, and wide rather than high."""
     return next(k for k in range(1, n + 1) if n % k == 0 and k * k >= n)
 
 

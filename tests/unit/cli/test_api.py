@@ -15,7 +15,7 @@ import torch
 import dumo
 from dumo.cli.api import TrainedRun
 from dumo.run.config.load import load
-from dumo.run.sample import COUNT, sample
+from dumo.run.sample import COUNT
 from dumo.types import Reads
 from e2e.shell import call
 from e2e.test_start import HEAVY
@@ -50,7 +50,7 @@ def test_import_waits_for_torch() -> None:
     assert done.stdout == "True []\n"
 
 
-def test_no_room_takes_the_place_of_a_name() -> None:
+def test_no_room_shadows_a_name() -> None:
     rooms = [module.name for module in pkgutil.walk_packages(dumo.__path__, "dumo.")]
     assert {"dumo.cli.api", "dumo.cli.run", "dumo.run.train"} <= {*rooms}
     assert not {f"dumo.{name}" for name in dumo.__all__} & {*rooms}
@@ -71,9 +71,9 @@ def test_python_m_dumo_is_dumo() -> None:
 
 
 def test_a_recipe_is_changed_by_values(digits: TrainedRun) -> None:
-    told = ["train.steps=2", "train.batch=16", "train.ema=[{decay: 0.5}]", "evaluate.protocol.samples=500"]
+    fields = ["train.steps=2", "train.batch=16", "train.ema=[{decay: 0.5}]", "evaluate.protocol.samples=500"]
     net = "net={kind: dit, width: 32, depth: 1, patch: 2, attention: 4, time_scale: 10}"
-    assert digits.spec == dumo.recipe("digits", CHANGES) == load("digits", [net, *told, "objective.drop=0.00001"])
+    assert digits.spec == dumo.recipe("digits", CHANGES) == load("digits", [net, *fields, "objective.drop=0.00001"])
     odd = {"about": "a: b\n# c = 'd'", "train.clip": None, "train.ema": (), "data.kind": "digits"}
     assert dumo.recipe("digits", odd).model_dump() == load("digits").model_dump() | {
         "about": odd["about"],
@@ -95,7 +95,7 @@ def test_samples_are_those_of_the_command(digits: TrainedRun, moons: TrainedRun,
     pictures = digits.pil(x)
     assert {picture.mode for picture in pictures} == {"RGB"}
     assert np.array_equal(np.stack(pictures), made(digits, 2, "--labels", "3,5", "--seed", "4"))
-    raw = sample(digits.opened, nfe=2, c=torch.tensor([3, 5]), seed=4).x
+    raw = digits.opened.sampler.sample(torch.tensor([3, 5]), nfe=2, seed=4).x
     assert torch.equal(x, raw.clamp(-1, 1))
     points = moons.sample(count=5, nfe=2)
     assert torch.equal(points, torch.from_numpy(made(moons, 5)))
@@ -145,6 +145,11 @@ def test_a_run_is_judged_and_reported(digits: TrainedRun) -> None:
     assert page.is_file()
 
 
+def made(run: TrainedRun, *c: int) -> torch.Tensor:
+    """Samples of these conditions by number, which the front door does not check."""
+    return run.opened.sampler.sample(torch.tensor(c), nfe=1).x
+
+
 Wrong = Callable[[TrainedRun, TrainedRun], object]
 WRONG: dict[str, Wrong] = {
     r"train\.stps: unknown key; did you mean 'steps'\?": lambda d, m: dumo.recipe("digits", {"train.stps": 3}),
@@ -163,9 +168,11 @@ WRONG: dict[str, Wrong] = {
     "nfe = 0": lambda d, m: d.sample(nfe=0),
     "there is no 'hoop'; did you mean 'hop'": lambda d, m: d.sample(solver="hoop"),
     r"data 'moons' has points of shape \(2,\), not images": lambda d, m: m.pil(m.sample(count=2)),
-    "12 is out of range: classes run from 0 to 9, 10 is": lambda d, m: sample(d.opened, nfe=1, c=torch.tensor([0, 12])),
-    "-1 is out of range: classes": lambda d, m: sample(d.opened, nfe=1, c=torch.tensor([-1])),
-    "1 is out of range: these data have none": lambda d, m: sample(m.opened, nfe=1, c=torch.tensor([1])),
+    "12 is out of range: classes run from 0 to 9, 10 is": lambda d, m: d.opened.sampler.sample(
+        torch.tensor([0, 12]), nfe=1
+    ),
+    "-1 is out of range: classes": lambda d, m: made(d, -1),
+    "1 is out of range: these data have none": lambda d, m: made(m, 1),
 }
 
 
@@ -175,6 +182,6 @@ def test_what_is_wrong_is_said(said: str, digits: TrainedRun, moons: TrainedRun)
         WRONG[said](digits, moons)
 
 
-def test_no_class_may_be_asked_for(digits: TrainedRun) -> None:
+def test_no_class_is_a_condition(digits: TrainedRun) -> None:
     """By its number, one past the last, as the net has it."""
-    assert len(sample(digits.opened, nfe=1, c=torch.tensor([10])).x) == 1
+    assert len(made(digits, 10)) == 1

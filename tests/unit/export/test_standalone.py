@@ -17,7 +17,6 @@ from dumo.flow.solver import Euler
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.run.folder import RunFolder
-from dumo.run.sample import sample
 from dumo.runtime.random import noise, stream
 from dumo.types import UserError
 from unit.nets.given import Given
@@ -53,7 +52,7 @@ def off(run: RunFolder, pipe: Any, n: int, **told: Any) -> float:  # noqa: ANN40
     """How far the pipeline's images in n passes are from dumo's."""
     z, *noises = (noise(0, range(len(C)), k, run.run.data.shape) for k in range(n))
     solver = Euler() if pipe.config.head == "v" else run.run.sample.solver
-    ours = sample(run, nfe=n, c=C, seed=0, solver=solver).x
+    ours = run.sampler.sample(C, nfe=n, seed=0, solver=solver).x
     out = pipe(C.tolist(), n, latents=z, noises=noises, **({"output_type": "latent"} | told)).images
     return float((out - (ours / 2 + 0.5 if told else ours)).abs().max())
 
@@ -125,7 +124,7 @@ def test_half_precision_is_rounded_once(pipeline: Opener, tmp_path: Path) -> Non
     [
         ("digits", "net.modern=true", "net.modern is True"),
         ("digits-ect", "net.depth=1", "net.precondition is edm"),
-        ("digits-shortcut", "net.depth=1", "its net is told k"),
+        ("digits-shortcut", "net.depth=1", "its net takes k"),
         ("digits-flow-matching", "sample.guide.scale=2", "sample.guide.scale is 2"),
         ("digits-sct", "net.depth=1", "has no head that can be exported"),
     ],

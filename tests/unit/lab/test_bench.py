@@ -11,9 +11,8 @@ from contract.case import members
 from dumo.flow.draw import draw
 from dumo.flow.slope import Along, JvpSlope, Slope
 from dumo.flow.solver import Euler, Heun, Hop, Restart
-from dumo.lab import bench, sampling, step
-from dumo.lab.step import Row
-from dumo.lab.yardstick import Plain, slope_error
+from dumo.lab import bench, step
+from dumo.lab.step import Plain, Row, slope_error
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.runtime.progress import no_bar
@@ -29,6 +28,11 @@ GUIDED = "objective.guide.zeta=0.5"
 def tiny(name: str = "digits", *more: str) -> Run:
     """A recipe made small."""
     return load(name, [*TINY, *more])
+
+
+def built(run: Run) -> nn.Module:
+    """Its net for its data."""
+    return bench.build(run.net, run.objective.needs, run.data.shape, run.data.classes, CPU)
 
 
 def measured(run: Run, **more: object) -> dict[tuple[str, str], dict[str, object]]:
@@ -112,7 +116,7 @@ class Skewed(JvpSlope):
 @pytest.mark.parametrize("name", ["digits", "digits-guided", "digits-meanflow", "moons", "moons-meanflow"])
 def test_a_slope_that_is_a_tenth_off_is_seen_to_be(name: str) -> None:
     run = tiny(name)
-    module = bench.build(run, run.data.shape, CPU)
+    module = built(run)
     x = torch.randn(8, *run.data.shape, generator=torch.Generator().manual_seed(0))
     c = torch.zeros(8, dtype=torch.long)
     for slope, error in ((JvpSlope(), 0), (Skewed(), 0.1)):
@@ -184,7 +188,7 @@ def test_a_loss_is_compiled_whole_as_training_does_it(monkeypatch: pytest.Monkey
 
 def test_zeros_are_filled_and_nothing_else() -> None:
     rng = torch.random.get_rng_state()
-    module, again = (bench.build(tiny(), (1, 8, 8), CPU) for _ in range(2))
+    module, again = (built(tiny()) for _ in range(2))
     assert torch.equal(torch.random.get_rng_state(), rng)
     assert all(torch.equal(a, b) for a, b in zip(module.parameters(), again.parameters(), strict=True))
     assert all(p.all() for p in module.parameters())
@@ -196,7 +200,7 @@ def test_zeros_are_filled_and_nothing_else() -> None:
 
 
 def test_sampling_is_measured_by_passes() -> None:
-    report = sampling.measure(tiny(), nfes=(1, 5), precisions=("fp32", "bf16"), batch=3, rounds=2, device="cpu")
+    report = bench.sample(tiny(), nfes=(1, 5), precisions=("fp32", "bf16"), batch=3, rounds=2, device="cpu")
     rows = report["rows"]
     assert [(row["nfe"], row["solver"], row["precision"]) for row in rows] == [
         (nfe, solver, precision) for precision in ("fp32", "bf16") for nfe, solver in ((1, "restart"), (5, "euler"))
@@ -208,13 +212,13 @@ def test_samples_are_made_by_what_makes_sense() -> None:
     def solvers(name: str, **update: object) -> list[object]:
         run = tiny(name)
         run = run.model_copy(update={"sample": run.sample.model_copy(update=update)})
-        return [sampling.solver(run, nfe) for nfe in (1, 2, 50)]
+        return [bench.solver(run.sample.solver, run.reads, nfe) for nfe in (1, 2, 50)]
 
     assert solvers("digits") == [Restart(), Restart(), Euler()]
     assert solvers("digits-meanflow") == [Hop(), Hop(), Hop()]
     assert solvers("digits", solver=Heun()) == [Euler(), Heun(), Heun()]
     with pytest.raises(UserError, match="at least 1"):
-        sampling.solver(tiny(), 0)
+        bench.solver(Restart(), tiny().reads, 0)
 
 
 def test_the_commands_print_tables_and_json() -> None:

@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytest
 from PIL import Image
 
-from dumo.lab import cell, fig4b, plan, reproduce
+from dumo.lab import cell, fig4b, reproduce
 from dumo.lab.cell import Result, finish, sources
-from dumo.lab.plan import Cell, Plan, read
+from dumo.lab.plan import Cell, Cost, Plan, read
 from dumo.run.config.load import load
 from dumo.run.evaluation.evaluate import evaluate
 from dumo.runtime.progress import no_bar
@@ -120,8 +120,7 @@ def test_a_cell_is_made_after_those_it_begins_from(monkeypatch: pytest.MonkeyPat
         trained: Any = SimpleNamespace(folder=folder / one.name)
         return Result(one, trained, {"card": {}})
 
-    monkeypatch.setattr(plan, "units", lambda spec: 4.0)
-    monkeypatch.setattr(plan, "COSTS", {"passes": lambda spec: 4.0})
+    monkeypatch.setattr(Cost, "units", 4.0)
     monkeypatch.setattr(cell, "finish", finish)
     monkeypatch.setattr(cell, "card", SimpleNamespace(alike=lambda cards: None))
     cells = list(read("stages").cells("smoke"))

@@ -5,9 +5,7 @@ from functools import cache
 import pytest
 import torch
 
-from dumo.lab import plan
-from dumo.lab.cost import operations, pairs, units
-from dumo.lab.plan import Cell, Plan, names, read, slug, trained_by
+from dumo.lab.plan import Cell, Cost, Plan, names, read, slug, trained_by
 from dumo.run.config import recipes
 from dumo.run.config.load import load
 from dumo.runtime.random import stream
@@ -19,8 +17,8 @@ EVERY = [(name, scale) for name in names() for scale in read(name).scales]
 @pytest.fixture
 def free(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every step costs 3 F: counting takes long, and is a law of its own."""
-    monkeypatch.setattr(plan, "units", lambda spec: 3.0)
-    monkeypatch.setattr(plan, "COSTS", dict.fromkeys(plan.COSTS, lambda spec: 3.0))
+    monkeypatch.setattr(Cost, "units", 3.0)
+    monkeypatch.setattr(Cost, "operations", 3.0)
 
 
 @cache
@@ -45,16 +43,16 @@ def test_every_arm_loads(name: str, scale: str) -> None:
 def test_arms_cost_the_same(name: str, scale: str) -> None:
     """Or a share of it, to half a step; the pairs that a teacher makes are part of it."""
     chosen, shares = read(name), {arm.share for arm in read(name).arms}
-    count = operations if chosen.at(scale).cost == "operations" else units
+    unit = "operations" if chosen.at(scale).cost == "operations" else "units"
     cells = list(chosen.cells(scale))
     first = load(chosen.steps_of or chosen.arms[0].recipe, [*chosen.set, *chosen.at(scale).set])
-    total = count(first) * (chosen.at(scale).steps or first.train.steps)
+    total = getattr(Cost(first), unit) * (chosen.at(scale).steps or first.train.steps)
     for cell in cells:
-        each = count(cell.spec)
-        spent = each * cell.spec.train.steps + pairs(cell.spec)
+        each = getattr(Cost(cell.spec), unit)
+        spent = each * cell.spec.train.steps + Cost(cell.spec).pairs
         assert min(abs(spent - share * total) for share in shares) <= each / 2 + 1e-6 * total, cell.name
         assert cell.labels["steps"] == cell.spec.train.steps
-        assert cell.labels["F_per_step"] == round(units(cell.spec), 2)
+        assert cell.labels["F_per_step"] == round(Cost(cell.spec).units, 2)
 
 
 def small(**fields: object) -> Plan:
@@ -135,7 +133,9 @@ def test_an_objective_is_taken_onto_another_recipe() -> None:
 
 def test_a_teacher_that_is_an_average_counts() -> None:
     tiny = ["net.width=8", "net.depth=1"]
-    assert units(load("digits", [*tiny, "train.ref=0.999"])) > units(load("digits", tiny))  # a pass of its own
+    assert (
+        Cost(load("digits", [*tiny, "train.ref=0.999"])).units > Cost(load("digits", tiny)).units
+    )  # a pass of its own
 
 
 def test_the_zoo_has_every_objective_that_begins_from_nothing() -> None:

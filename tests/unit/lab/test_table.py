@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from dumo.flow.generate import Samples
-from dumo.lab import best, chart, fig4b, ours, paper, table
+from dumo.lab import chart, fig4b, ours, paper, table
 from dumo.lab.cell import Result
 from dumo.lab.plan import Cell, read
 from dumo.lab.reproduce import redraw
 from dumo.run.config import recipes
 from dumo.run.config.load import load
 from dumo.run.folder import RunFolder
+from dumo.run.sampler import Sampler
 from dumo.types import Cond, UserError
 
 NET = torch.nn.Identity()
@@ -87,9 +88,9 @@ def test_steps_are_compared_within_rounds() -> None:
 @pytest.mark.parametrize("power", [0.5, 2.0])
 @pytest.mark.parametrize("budget", [1 / 3, 0.5, 1.0, 2.7, 3.0])
 def test_a_curve_is_read_off_between_its_points(power: float, budget: float) -> None:
-    points: best.Curve = [(at, at**-power, None) for at in (1 / 3, 1.0, 3.0)]
-    assert best.even(points, budget**-power) == pytest.approx(budget, rel=1e-9)
-    assert best.even(points, 100.0) is best.even(points, 0.001) is best.even(points[:1], points[0][1]) is None
+    points: ours.Curve = [(at, at**-power, None) for at in (1 / 3, 1.0, 3.0)]
+    assert ours.even(points, budget**-power) == pytest.approx(budget, rel=1e-9)
+    assert ours.even(points, 100.0) is ours.even(points, 0.001) is ours.even(points[:1], points[0][1]) is None
 
 
 def test_budgets_are_compared_with_the_first_arm() -> None:
@@ -99,7 +100,7 @@ def test_budgets_are_compared_with_the_first_arm() -> None:
         for arm, near in (("the paper's recipe", 1.0), ("dumo-best", 0.75), ("α-Flow", 9.0))
         for budget in (1 / 3, 1.0, 3.0)
     ]
-    found = best.table(read("best"), done)
+    found = ours.best_table(read("best"), done)
     even = {(one["arm"], one["nfe"]): one["even_at"] for one in found}
     assert even["the paper's recipe", 1] == pytest.approx(1)
     assert even["dumo-best", 1] == pytest.approx(exp(2 * log(0.75)))
@@ -119,8 +120,8 @@ def test_a_ranking_has_the_best_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_samples_are_best_first_below_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(chart.figure, "gathered", lambda blocks, note: seen.append((list(blocks), note)))
-    monkeypatch.setattr(chart, "sample", lambda trained, nfe, c: Samples(torch.zeros(len(c), 1, 8, 8), nfe))
+    monkeypatch.setattr(chart.panel, "gathered", lambda blocks, note: seen.append((list(blocks), note)))
+    monkeypatch.setattr(Sampler, "sample", lambda sampler, c, nfe: Samples(torch.zeros(len(c), 1, 8, 8), nfe))
     chart.samples([result({"arm": name}, 0, [row(1, far)]) for name, far in (("x", 3.0), ("y", 2.0))])
     ((names, note),) = seen
     assert names == ["y, 2", "x, 3"]
@@ -155,18 +156,18 @@ def test_a_class_that_is_confused_is_far() -> None:
     """The class FD is near for a class's own images, and far where two classes are swapped."""
     run = load("digits", ["data.held=360"])
     trained = RunFolder(run, Path("x"), NET, 1, "w")
-    real = ours.class_moments(trained)
+    real = ours.class_moments(run.data, run.evaluate.protocol.kind, run.train.batch)
     assert len(real) == 10
     x, c = run.data.open().reference(1797, 0)
 
     def as_class(swap: dict[int, int]) -> float:
         images = {k: x[c == swap.get(k, k)] for k in range(10)}
 
-        def made(trained: RunFolder, nfe: int, c: Cond, seed: int) -> Samples:
+        def made(sampler: Sampler, c: Cond, nfe: int, seed: int) -> Samples:
             return Samples(torch.stack([images[k][i % 100] for i, k in enumerate(c.tolist())]), nfe)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ours, "sample", made)
-            return ours.class_fd(trained, real)
+            patch.setattr(Sampler, "sample", made)
+            return ours.class_fd(trained.sampler, run.evaluate, real)
 
     assert as_class({1: 7, 7: 1}) > 3 * as_class({})

@@ -1,4 +1,4 @@
-"""Laws of the page's answers: a cell is one sample or says why there is none, and a copy of the data is found."""
+"""Laws of the demo's answers: its samples are those of `dumo sample`, and a cell without one says why."""
 
 from itertools import pairwise
 
@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dumo.cli.failure import told
+from dumo.cli.terminal import explain
 from dumo.io import picture
 from dumo.report import answer
-from dumo.report.answer import PASSES, Answer, Cell, Row
-from dumo.report.markup import rendered, said
-from dumo.report.sampler import Sampler
+from dumo.report.answer import PASSES, Answer, Cell, Live, Row, between
+from dumo.report.demo import rendered, said
+from dumo.runtime.random import stream
 from dumo.runtime.signals import Stopped
 from dumo.types import UserError
 
@@ -25,9 +25,9 @@ def pixels(cell: Cell) -> np.ndarray:
     return np.asarray(cell.picture)
 
 
-def one(sampler: Sampler, letter: str, nfe: int, c: int, seed: int) -> np.ndarray:
+def one(live: Live, letter: str, nfe: int, c: int, seed: int) -> np.ndarray:
     """A sample's pixels, made alone."""
-    x = sampler.make(sampler.reading(letter), nfe, c, sampler.fresh([seed])).x
+    x = live.make(live.reading(letter), nfe, c, live.fresh([seed])).x
     return picture.to_rows(x)[0].numpy()
 
 
@@ -36,7 +36,7 @@ def near(a: np.ndarray, b: np.ndarray) -> bool:
     return bool((np.abs(a.astype(int) - b) <= 1).all())
 
 
-def test_passes_stand_side_by_side_from_one_noise(digits: Sampler) -> None:
+def test_passes_stand_side_by_side_from_one_noise(digits: Live) -> None:
     """In the order of their numbers, a row for each reading, and each as soon as it is made."""
     parts = [*answer.passes(digits, "3", "8")]
     assert len(parts) == 2 * len(PASSES)
@@ -49,7 +49,7 @@ def test_passes_stand_side_by_side_from_one_noise(digits: Sampler) -> None:
     assert parts[-1].line == ""
 
 
-def test_what_a_run_cannot_do_says_why(flow: Sampler) -> None:
+def test_what_a_run_cannot_do_says_why(flow: Live) -> None:
     *_, last = answer.passes(flow, "3", "0")
     (row,) = last.rows
     assert [cell.picture is None for cell in row.cells] == [True, False, False, False]
@@ -59,14 +59,14 @@ def test_what_a_run_cannot_do_says_why(flow: Sampler) -> None:
     assert [[cell.picture is None for cell in row.cells] for row in grid.rows] == [[True, False, False, False]] * 4
 
 
-def test_rows_of_the_grid_are_seeds(digits: Sampler) -> None:
+def test_rows_of_the_grid_are_seeds(digits: Live) -> None:
     *_, last = answer.seeds(digits, "5", "40", "u")
     assert [row.title for row in last.rows] == ["seed 40", "seed 41", "seed 42", "seed 43"]
     for seed, row in enumerate(last.rows, start=40):
         assert all(near(pixels(cell), one(digits, "u", n, 5, seed)) for n, cell in zip(PASSES, row.cells, strict=True))
 
 
-def test_the_way_between_seeds_begins_and_ends_at_them(digits: Sampler) -> None:
+def test_the_way_between_seeds_begins_and_ends_at_them(digits: Live) -> None:
     (found,) = answer.interpolation(digits, "5", "3", "9", "u", 2)
     (row,) = found.rows
     assert near(pixels(row.cells[0]), one(digits, "u", 2, 5, 3))
@@ -78,11 +78,11 @@ def test_the_way_between_seeds_begins_and_ends_at_them(digits: Sampler) -> None:
         next(answer.interpolation(digits, "5", "3", "03", "u", 2))
 
 
-def test_a_copy_of_the_data_is_found(digits: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_of_the_data_is_found(digits: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of eight samples one stands among the data: it is below itself, at distance 0, and the others are farther."""
     some = digits.make(digits.reading("u"), 1, 2, digits.fresh(range(8))).x
     real = torch.cat([digits.data[0][:50], some[[6]], digits.data[0][50:99]])
-    known = Sampler(digits.opened)
+    known = Live(digits.sampler)
     monkeypatch.setitem(known.__dict__, "data", (real, 5000))
     (found,) = answer.neighbours(known, "2", "0", "u", 1)
     samples, nearest = found.rows
@@ -92,26 +92,26 @@ def test_a_copy_of_the_data_is_found(digits: Sampler, monkeypatch: pytest.Monkey
     assert "the pixels" in found.line
 
 
-def test_without_the_data_there_are_samples_and_a_line(digits: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_data_there_are_samples_and_a_line(digits: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(run: object) -> None:
         raise UserError("there is no folder photos")
 
-    monkeypatch.setattr("dumo.report.sampler.real_data", gone)
-    (found,) = answer.neighbours(Sampler(digits.opened), "2", "0", "u", 1)
+    monkeypatch.setattr("dumo.report.answer.real_data", gone)
+    (found,) = answer.neighbours(Live(digits.sampler), "2", "0", "u", 1)
     (row,) = found.rows
     assert len(row.cells) == 8
     assert found.line.endswith("there is no folder photos")
 
 
-def test_points_are_a_scatter(moons: Sampler) -> None:
+def test_points_are_a_scatter(moons: Live) -> None:
     first = next(answer.passes(moons, "0", "0"))
     drawn = pixels(first.rows[0].cells[0])
     for colour in ([255, 0, 0], [204, 204, 204]):  # the samples, the data behind them
         assert (drawn == colour).all(-1).sum() > 100
 
 
-def test_what_is_late_says_so_and_what_was_made_stays(digits: Sampler) -> None:
-    *_, last = answer.passes(Sampler(digits.opened, limit=0), "0", "0")
+def test_what_is_late_says_so_and_what_was_made_stays(digits: Live) -> None:
+    *_, last = answer.passes(Live(digits.sampler, limit=0), "0", "0")
     assert all("took too long" in cell.note for row in last.rows for cell in row.cells)
 
 
@@ -127,18 +127,18 @@ def test_seeds_are_read_as_they_are_typed() -> None:
 
 
 @pytest.mark.parametrize("what", ["10", "-1", "seven", "<img src=x onerror=alert(1)>", ""])
-def test_a_class_that_is_none_is_refused(what: str, digits: Sampler) -> None:
+def test_a_class_that_is_none_is_refused(what: str, digits: Live) -> None:
     with pytest.raises(UserError, match="labels run from 0 to 9"):
         next(answer.passes(digits, what, "0"))
 
 
 def test_what_is_said_of_an_error(caplog: pytest.LogCaptureFixture) -> None:
     """What a person can mend, escaped; of a defect nothing, which the terminal has with its trace."""
-    assert said(UserError("seed '<b>' is none"), told) == "seed &#x27;&lt;b&gt;&#x27; is none"
-    assert said(RuntimeError("CUDA out of memory"), told).startswith("out of memory: use a device with more memory")
-    assert said(Stopped(2), told) == "this page is being closed"
+    assert said(UserError("seed '<b>' is none"), explain) == "seed &#x27;&lt;b&gt;&#x27; is none"
+    assert said(RuntimeError("CUDA out of memory"), explain).startswith("out of memory: use a device with more memory")
+    assert said(Stopped(2), explain) == "this page is being closed"
     assert caplog.records == []
-    assert "secret" not in said(KeyError("secret"), told)
+    assert "secret" not in said(KeyError("secret"), explain)
     assert "KeyError: 'secret'" in caplog.text
 
 
@@ -151,3 +151,63 @@ def test_words_are_escaped_and_pictures_are_inside() -> None:
         text.count("&lt;script&gt;") == 6
     )  # the title, both words of the picture's other text, its note, the reason, the line
     assert text.count('src="data:image/png;base64,') == text.count("src=") == 1
+
+
+def test_a_seed_is_that_of_dumo_sample(digits: Live) -> None:
+    """By every reading, with fresh noise between the passes too; alone, and with other seeds."""
+    for reading in digits.readings.values():
+        made = digits.make(reading, 3, 7, digits.fresh([5, 2**60]))
+        assert made.nfe == 3
+        for row, seed in enumerate((5, 2**60)):
+            c = torch.tensor([7])
+            (part,) = digits.sampler.batches(c, nfe=3, seed=seed, solver=reading.solver)
+            torch.testing.assert_close(made.x[[row]], part.x)
+
+
+def test_between_two_noises_lies_noise() -> None:
+    """Each of mean 0 and deviation 1, in every draw, and neighbours are equally far apart."""
+    a, b = (lambda k, name=name: torch.randn(1, 200_000, generator=stream(name, k)) for name in "ab")
+    for k in (0, 1):
+        rows = between(a, b, 5)(k)
+        torch.testing.assert_close(rows[[0, -1]], torch.cat([a(k), b(k)]), atol=1e-6, rtol=0)
+        torch.testing.assert_close(rows.std(1), torch.ones(5), atol=0.01, rtol=0)
+        gaps = rows.diff(dim=0).norm(dim=1)
+        torch.testing.assert_close(gaps / gaps.mean(), torch.ones(4), atol=0.01, rtol=0)
+
+
+def test_what_takes_too_long_is_stopped_between_passes(digits: Live) -> None:
+    """And the net is as it was: without hooks, in its own mode."""
+    late, reading = Live(digits.sampler, limit=0), digits.readings["u"]
+    with pytest.raises(UserError, match="took too long"):
+        late.make(reading, 1, 0, late.fresh([0]))
+    net = digits.sampler.net
+    assert [*net._forward_pre_hooks, *net._forward_hooks] == []
+    assert digits.make(reading, 1, 0, digits.fresh([0])).nfe == 1
+
+
+@pytest.mark.parametrize("letter", ["w", "", "<script>"])
+def test_a_reading_that_is_none_is_refused(letter: str, digits: Live) -> None:
+    with pytest.raises(UserError, match="take u or v"):
+        digits.reading(letter)
+
+
+def test_images_that_are_all_equally_far_apart_lie_so_far_from_the_nearest(
+    digits: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Live(digits.sampler)
+    monkeypatch.setitem(other.__dict__, "data", (torch.eye(12).view(12, 1, 3, 4), 12))
+    assert other.spacing == pytest.approx(2**0.5)
+
+
+def test_a_run_of_captions_takes_prompts(words: Live) -> None:
+    """A caption of the data is its own number; another text has one behind all, the same every time."""
+    conditions = words.sampler.conditions
+    assert words.condition(conditions.name(3)) == 3
+    new = words.condition("a red bicycle")
+    assert new > conditions.count
+    assert words.condition(" a red bicycle ") == new
+    made = [words.make(words.reading("u"), 1, c, words.fresh([1])).x for c in (new, 3)]
+    assert not torch.equal(*made)
+    for wrong in ("", "  ", "7" * 10_001):
+        with pytest.raises(UserError, match="a prompt"):
+            words.condition(wrong)

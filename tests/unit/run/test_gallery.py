@@ -11,8 +11,8 @@ from dumo.flow.solver import Euler, Heun, Hop, Restart
 from dumo.io import picture
 from dumo.run import gallery
 from dumo.run.config.load import load
-from dumo.run.folder import RunFolder, open_run
-from dumo.run.sample import sample_batches
+from dumo.run.folder import RunFolder, open_run, sampler
+from dumo.run.sampler import Sampler
 from dumo.run.train import train
 from dumo.types import UserError
 
@@ -45,8 +45,18 @@ def cell(panel: Image.Image, row: int, column: int, rows: int, columns: int) -> 
 def shown(one: RunFolder, number: int, label: int, **asked: object) -> np.ndarray:
     """The pixels of an image made alone."""
     c = torch.full((number + 1,), label)
-    (part,) = sample_batches(one, c=c, indices=[number], **asked)
+    (part,) = one.sampler.batches(c, indices=[number], **asked)
     return np.asarray(picture.sheet(picture.to_rows(part.x), 1))
+
+
+def stages(one: RunFolder, steps: list[int] | None = None) -> dict[int, Path | None]:
+    """Those of a run's folder."""
+    return gallery.stages(one.folder, one.step, steps)
+
+
+def made_of(recipe: str, *fields: str) -> Sampler:
+    """A recipe's sampler, of no net."""
+    return sampler(load(recipe, fields), torch.nn.Identity())
 
 
 def test_every_cell_is_its_image(digits: RunFolder) -> None:
@@ -57,7 +67,7 @@ def test_every_cell_is_its_image(digits: RunFolder) -> None:
     for reading, row in panels.items():
         assert list(row) == [0, 6, 12]
         for step, panel in row.items():
-            one = gallery.open_at(digits, step, gallery.stages(digits)[step])
+            one = gallery.open_at(digits, step, stages(digits)[step])
             for i, label in enumerate((7, 4, 7)):
                 for j, n in enumerate((1, 2, 5)):
                     solver = Euler() if reading is v and n % 2 else reading.solver
@@ -66,37 +76,23 @@ def test_every_cell_is_its_image(digits: RunFolder) -> None:
 
 
 def test_steps_differ_and_the_last_is_the_checkpoint(digits: RunFolder) -> None:
-    assert [path and path.name for path in gallery.stages(digits).values()] == [
+    assert [path and path.name for path in stages(digits).values()] == [
         "step-00000000.safetensors", "step-00000006.safetensors", None,
     ]  # fmt: skip
-    first, middle = (gallery.open_at(digits, step, gallery.stages(digits)[step]) for step in (0, 6))
+    first, middle = (gallery.open_at(digits, step, stages(digits)[step]) for step in (0, 6))
     assert (first.step, first.weights) == (0, "milestones/step-00000000.safetensors")
     assert not np.array_equal(shown(first, 0, 3, nfe=1), shown(middle, 0, 3, nfe=1))
     assert gallery.open_at(digits, 12, None) is digits
-    assert list(gallery.stages(digits, [6])) == [6]
+    assert list(stages(digits, [6])) == [6]
     with pytest.raises(UserError, match=r"nothing of step 7: there is 0, 6, 12\. .*train\.milestones=\[7\]"):
-        gallery.stages(digits, [6, 7])
-
-
-def test_readings_are_those_that_were_taught() -> None:
-    found = {name: gallery.readings(load(name)) for name in ("digits", "digits-meanflow", "digits-flow-matching")}
-    assert [list(there) for there in found.values()] == [["u", "v"], ["u", "v"], ["v"]]
-    assert found["digits-meanflow"]["u"].solver == Hop()
-    assert gallery.readings(load("digits", ["sample.solver.m=0.3"]))["u"].solver == Restart(m=0.3)
-    flow = load("digits-flow-matching")
-    assert [one.letter for one in gallery.chosen(flow, None, [1, 3])] == ["v"]
-    with pytest.raises(UserError, match=r"'flow_matching' was taught no jumps, .*use --reading v"):
-        gallery.chosen(flow, ["u"], [1])
-    with pytest.raises(UserError, match=r"'sct' was taught no velocity, so there is no reading v: use --reading u"):
-        gallery.chosen(load("digits-sct"), ["v"], [1])
-    with pytest.raises(UserError, match="no reading 'w'; valid: u, v"):
-        gallery.chosen(flow, ["w"], [1])
+        stages(digits, [6, 7])
 
 
 @pytest.mark.parametrize(
     ("recipe", "u", "v"),
     [
         ("digits", "u head, jumps (restart)", "v head, Euler steps"),
+        ("digits-flow-matching", None, "v head, Euler steps"),
         ("digits-meanflow", "u head, jumps (hop)", "v = u at r = t, Euler steps"),
         ("digits-imf", "u head, jumps (hop)", "v = u at r = t, Euler steps"),  # its v head serves in training alone
         ("digits-facm", "u head, jumps (restart)", "v by the u head, Euler steps"),  # at -t; it has no r
@@ -105,25 +101,40 @@ def test_readings_are_those_that_were_taught() -> None:
         ("digits-three-heads", "u head, jumps (restart)", "v head, Euler steps"),
     ],
 )
-def test_titles_name_the_head_that_is_read(recipe: str, u: str, v: str | None) -> None:
-    found = {letter: one.title for letter, one in gallery.readings(load(recipe)).items()}
-    assert found == {"u": u} | ({"v": v} if v else {})
+def test_readings_are_those_that_were_taught(recipe: str, u: str | None, v: str | None) -> None:
+    """Their titles name the head that is read."""
+    found = {letter: one.title for letter, one in gallery.readings(made_of(recipe)).items()}
+    assert found == {letter: title for letter, title in (("u", u), ("v", v)) if title}
 
 
-def test_passes_not_asked_for_by_name_are_those_that_can_be_made() -> None:
+def test_a_reading_that_was_not_taught_is_refused() -> None:
+    assert gallery.readings(made_of("digits-meanflow"))["u"].solver == Hop()
+    assert gallery.readings(made_of("digits", "sample.solver.m=0.3"))["u"].solver == Restart(m=0.3)
+    flow = made_of("digits-flow-matching")
+    assert [one.letter for one in gallery.chosen(flow, None, [1, 3])] == ["v"]
+    for one, letter, said in (
+        (flow, "u", "reading u, for objective 'flow_matching' teaches no jumps: use --reading v"),
+        (made_of("digits-sct"), "v", "reading v, for objective 'sct' teaches no velocity: use --reading u"),
+        (flow, "w", "reading w: use --reading v"),
+    ):
+        with pytest.raises(UserError, match=said):
+            gallery.chosen(one, [letter], [1])
+
+
+def test_passes_by_default_are_those_that_can_be_made() -> None:
     """Shortcut knows jumps of powers of two, so 50 are out of its reach; where none is left, the run's own do."""
-    halves = load("digits-shortcut")
-    asked = gallery.chosen(halves, None, None)
-    assert gallery.within(gallery.PASSES, halves, asked) == [1, 2, 4, 8, 16]
-    assert gallery.within((1,), halves, asked) == [1]
+    halves = made_of("digits-shortcut")
+    ways = gallery.chosen(halves, None, None)
+    assert gallery.within(gallery.PASSES, halves, ways) == [1, 2, 4, 8, 16]
+    assert gallery.within((1,), halves, ways) == [1]
     with pytest.raises(UserError, match="ask for nfe = 32 or 64"):
         gallery.chosen(halves, None, [50])
-    late = load("digits-shortcut", ["sample.solver.start=0.75", "sample.nfe=[3]", "evaluate.nfe=[6]"])
+    late = made_of("digits-shortcut", "sample.solver.start=0.75", "sample.nfe=[3]", "evaluate.nfe=[6]")
     assert gallery.within(gallery.PASSES, late, gallery.chosen(late, None, None)) == [3]
     for recipe in ("digits", "digits-imm", "digits-cm", "digits-sct", "digits-flow-matching"):
-        there = load(recipe)
+        there = made_of(recipe)
         assert gallery.within(gallery.PASSES, there, gallery.chosen(there, None, None)) == [*gallery.PASSES]
-    heun = load("digits", ["sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[2]"])
+    heun = made_of("digits", "sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[2]")
     assert gallery.within(gallery.PASSES, heun, gallery.chosen(heun, None, None)) == [*gallery.PASSES]  # odd by Euler
 
 
@@ -135,7 +146,7 @@ def test_galleries_of_jumps_of_some_sizes_need_no_option(tmp_path: Path) -> None
 
 
 def test_heun_where_it_can_and_euler_elsewhere() -> None:
-    (v,) = gallery.chosen(load("digits"), ["v"], [1, 2])
+    (v,) = gallery.chosen(made_of("digits"), ["v"], [1, 2])
     assert [v.at(n) for n in (1, 2, 3, 50)] == [Euler(), Heun(), Euler(), Heun()]
 
 
@@ -155,15 +166,15 @@ def test_points_are_scattered_in_one_row(moons: RunFolder) -> None:
         assert row[12].height < 600
 
 
-def test_a_block_is_the_same_whatever_is_beside_it(digits: RunFolder) -> None:
+def test_a_block_is_the_same_whatever_else_is_drawn(digits: RunFolder) -> None:
     """Image i of class k is number k * count + i."""
     grids = gallery.class_grids(digits, [3, 9], nfe=(1, 2), count=4)
     assert [(reading.letter, step, n) for reading, step, n in grids] == [("u", 12, 1), ("u", 12, 2)]
     one, two = grids.values()
     (alone,) = gallery.class_grids(digits, [9], count=4).values()
     w = 2 * SIDE + 2
-    beside, by_itself = (np.asarray(page)[-w - 28 :, -w:].astype(int) for page in (one, alone))  # its name above it
-    assert np.abs(beside - by_itself).max() <= 1
+    among, by_itself = (np.asarray(page)[-w - 28 :, -w:].astype(int) for page in (one, alone))  # its name above it
+    assert np.abs(among - by_itself).max() <= 1
     assert one.width - alone.width == w + gallery.GAP
     assert not np.array_equal(np.asarray(one), np.asarray(two))
     corner = np.asarray(one)[-SIDE:, -SIDE:]

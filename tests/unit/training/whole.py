@@ -17,7 +17,7 @@ from dumo.encoders.tokens import Tokenizer
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear, Trig
-from dumo.lab.yardstick import Plain
+from dumo.lab.step import Plain
 from dumo.nets.dit import DiT
 from dumo.nets.text import Learned
 from dumo.run.config import recipes

@@ -12,11 +12,9 @@ from typing import Any
 
 import pytest
 
-from dumo.report import feed as feeding
 from dumo.report import tracker
-from dumo.report.feed import Feed, feed
+from dumo.report.tracker import Feed, feed
 from dumo.run.config.load import dump, load
-from dumo.run.config.spec import Run
 from dumo.runtime import signals
 from dumo.training import log
 from dumo.types import UserError
@@ -30,7 +28,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
     kept: Sent = {}
 
     class Kept:
-        def __init__(self, run: Run, folder: Path, key: str) -> None:
+        def __init__(self, config: dict[str, Any], folder: Path, key: str) -> None:
             self.rows = kept.setdefault(key, [])
 
         def send(self, step: int, at: float | None, values: dict[str, float]) -> None:
@@ -102,7 +100,7 @@ def test_following_ends_when_asked(run: Path, sent: Sent, monkeypatch: pytest.Mo
         if len(naps) == 3:
             monkeypatch.setattr(signals, "heard", 2)
 
-    monkeypatch.setattr(feeding.time, "sleep", sleep)
+    monkeypatch.setattr(tracker.time, "sleep", sleep)
     with pytest.raises(signals.Stopped):
         feed([run], "kept", follow=True)
     (rows,) = sent.values()
@@ -148,12 +146,12 @@ def test_the_others_keep_two_runs_on_this_machine(run: Path, tmp_path: Path) -> 
     other = Path(shutil.copytree(run, tmp_path / "other"))
     program = (
         "import sys; from pathlib import Path; from types import SimpleNamespace; from dumo import cli\n"
-        "from dumo.report import feed; from dumo.training import log\n"
+        "from dumo.report import tracker; from dumo.training import log\n"
         "def sleep(seconds):\n"
         "    for run in sys.argv[2:4]: log.append(Path(run) / 'metrics.jsonl', {'step': 30, 'loss': 0.1})\n"
-        "    feed.time = SimpleNamespace(sleep=stop)\n"
+        "    tracker.time = SimpleNamespace(sleep=stop)\n"
         "def stop(seconds): raise KeyboardInterrupt\n"
-        "feed.time = SimpleNamespace(sleep=sleep)\n"  # trackers sleep by themselves
+        "tracker.time = SimpleNamespace(sleep=sleep)\n"  # trackers sleep by themselves
         "cli.main()"
     )
     env = {**os.environ, "WANDB_MODE": "offline", "TRACKIO_DIR": str(tmp_path / "trackio"), "PYTHONWARNINGS": "ignore"}
@@ -165,8 +163,8 @@ def test_the_others_keep_two_runs_on_this_machine(run: Path, tmp_path: Path) -> 
         assert (done.returncode, done.stdout) == (130, ""), done
     for folder in (run, other):
         assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
-        told = json.loads((folder / "tracked.json").read_text())
-        assert {name: row["rows"] for name, row in told.items()} == {"wandb": 3, "trackio": 3}
+        tracked = json.loads((folder / "tracked.json").read_text())
+        assert {name: row["rows"] for name, row in tracked.items()} == {"wandb": 3, "trackio": 3}
     with sqlite3.connect(tmp_path / "trackio/dumo.db") as base:
         rows = base.execute("select run_name, step from metrics order by run_name, step").fetchall()
     assert [step for _, step in rows] == [10, 20, 30] * 2

@@ -1,16 +1,51 @@
-"""A limit of the machine, and what the user can mend, are lines; a defect is a traceback."""
+"""What a name holds is shown, not obeyed; a limit of the machine, and what the user can mend, are lines."""
 
 import errno
 import os
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from dumo.cli.failure import MORE, sparing, told
+from dumo.cli.terminal import MORE, err, explain, out, show_lines, show_table, sparing
 from dumo.runtime.heartbeat import Lost
+from dumo.runtime.progress import bar, inline, plain, say
 from dumo.training.step import Diverged
 from dumo.types import UserError
+
+NAME = "a\x1b[31mb\x07c\x9b2Jd\re\u202ef\udc80"
+SHOWN = r"a\x1b[31mb\x07c\x9b2Jd\re\u202ef\udc80"
+
+
+def test_control_characters_are_spelt_out() -> None:
+    assert plain(NAME) == SHOWN
+    assert plain("a\tb\nc, é, 猫, 👩‍🚀") == "a\tb\nc, é, 猫, 👩‍🚀"
+    assert inline("a\nb") == r"a\nb"
+
+
+def test_wherever_they_come_out(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "300")
+    with bar(NAME, 1) as tick:
+        tick(1, NAME)
+    moved = capsys.readouterr().err
+    assert moved.count(SHOWN) >= 2
+    assert "\x1b[31mb" not in moved
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
+    with bar(f"x\n{NAME}", 1) as tick:
+        tick(1, NAME)
+    say(NAME)
+    err.print(NAME, soft_wrap=True)
+    show_lines([(NAME, NAME)])
+    show_table(NAME, [{NAME: f"x\n{NAME}"}])
+    out.print(NAME, soft_wrap=True)
+    found = capsys.readouterr()
+    assert found.err == f"x\\n{SHOWN}: 1 of 1, {SHOWN}, took 0:00\n{SHOWN}\n{SHOWN}\n"
+    assert found.out.count(SHOWN) == 6
+    assert not set(found.out) & {"\x1b", "\x07", "\x9b", "\r"}
+
 
 CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.10 GiB, 1.00 GiB of it free."
 
@@ -30,21 +65,21 @@ CUDA = "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capaci
     ],
 )
 def test_lines(error: Exception, line: str, code: int) -> None:
-    assert told(error) == (line, code)
+    assert explain(error) == (line, code)
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), ValueError("x"), KeyError("x")])
 def test_a_defect_is_none(error: Exception) -> None:
-    assert told(error) is None
+    assert explain(error) is None
 
 
-def test_too_little_memory_is_known_on_this_machine_and_told_with_a_way_out() -> None:
+def test_too_little_memory_is_known_on_this_machine_and_has_a_way_out() -> None:
     with pytest.raises(RuntimeError) as torch_s, sparing("lower train.micro_batch"):
         torch.empty(2**60, dtype=torch.uint8)
     with pytest.raises(MemoryError) as numpy_s, sparing("lower train.micro_batch"):
         np.empty(2**60, np.uint8)
     for raised in (torch_s, numpy_s):
-        line, code = told(raised.value) or ("", 0)
+        line, code = explain(raised.value) or ("", 0)
         assert line.startswith("out of memory at 1")
         assert line.endswith(" more: lower train.micro_batch")
         assert code == 1

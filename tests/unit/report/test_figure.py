@@ -1,6 +1,6 @@
 """Curves of logs show what was measured, run by run."""
 
-from dumo.report.curve import curves, measured, picture
+from dumo.report.figure import curves, measured, panels
 
 ROWS = [
     {"step": 10, "loss": 2.0, "parts": {"v": 1.0, "u": 3.0}, "notes": {"gap": 0.5}, "grad_norm": 9.0, "lr": 0.1},
@@ -19,7 +19,7 @@ def test_what_was_measured() -> None:
 
 def test_a_panel_for_each_thing_and_a_curve_for_each_run() -> None:
     alone = [{"step": 5, "loss": 3.0, "speed": {"images_per_second": 7.0}}]
-    figure = curves({"one": ROWS, "two": alone})
+    figure = panels({"one": ROWS, "two": alone})
     titles = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
     assert list(titles) == ["loss", "v", "u", "gradient norm", "learning rate", "gap", "images a second"]
     labels = [line.get_label() for line in titles["loss"].get_lines() if not str(line.get_label()).startswith("_")]
@@ -27,6 +27,6 @@ def test_a_panel_for_each_thing_and_a_curve_for_each_run() -> None:
     skipped = [line for line in titles["loss"].get_lines() if line.get_marker() == "|"]
     assert [list(line.get_xdata()) for line in skipped] == [[15], []]
     assert titles["loss"].get_yscale() == "linear"
-    shown = picture(figure)
+    shown = curves({"one": ROWS, "two": alone})
     assert shown.size[0] > 1000
     assert len(shown.getcolors(10**6)) > 10

@@ -1,0 +1,72 @@
+"""What others use: a net as files of stock programs, and a page to play with it."""
+
+from pathlib import Path
+from shlex import quote
+from typing import Annotated
+
+import typer
+
+from dumo.cli.option import Device, Folder, Set, Weights, place
+from dumo.cli.terminal import err, explain, out
+
+
+def export(
+    run_folder: Folder,
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", parser=place, help="A folder, or of safetensors a file; not there yet.")
+    ],
+    to: Annotated[
+        str,
+        typer.Option(
+            "--to", help="diffusers (a folder for from_pretrained), lora (for load_lora_weights) or safetensors."
+        ),
+    ] = "diffusers",
+    head: Annotated[
+        str | None, typer.Option(help="u, which jumps, or v, an ordinary flow model. Default: u, if taught.")
+    ] = None,
+    parts: Annotated[
+        str, typer.Option(help="The source's other parts (text encoders, decoder ...): copy, link or none.")
+    ] = "copy",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    weights: Weights = None,
+) -> None:
+    """Write a trained net as stock programs take it."""
+    from dumo.export import write
+    from dumo.run.folder import open_run
+    from dumo.runtime import dist
+
+    dist.alone("dumo export")
+    write.vacant(target)
+    opened = open_run(run_folder, weights=weights, device="cpu")
+    done = write.export(opened, target, to=to, head=head, parts=parts, dtype=dtype)
+    out.print(str(done), soft_wrap=True)
+    if done.is_dir():
+        err.print(f"how it is called: {quote(str(done / 'README.md'))}", soft_wrap=True)
+
+
+def demo(
+    run_folder: Folder,
+    host: Annotated[
+        str, typer.Option(help="Where it is served; 0.0.0.0: to all who reach this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 7860,  # Gradio's own
+    limit: Annotated[float, typer.Option(min=0.1, help="Seconds that an answer may take.")] = 60.0,
+    set_: Set = None,
+    weights: Weights = None,
+    device: Device = "auto",
+) -> None:
+    """Serve a page to play with a run: 1, 2, 4, 50 passes side by side, and more. It needs Gradio, the extra demo."""
+    from dumo.report.answer import Live
+    from dumo.report.demo import gradio_alone, listening, page, private, serve
+    from dumo.run.folder import open_run
+    from dumo.runtime import dist
+
+    dist.alone("dumo demo")
+    with listening(host, port) as opened, gradio_alone():
+        run = open_run(run_folder, set_ or [], weights=weights, device=device)
+        live = Live(run.sampler, limit)
+        live.warm()
+        if not private(opened):
+            err.print("warning: all who reach this machine can use the page", soft_wrap=True)
+        blocks = page(live, run.folder.resolve().name, f"{run.run.about}. Step {run.step:,}", explain)
+        serve(blocks, opened, lambda address: out.print(address, soft_wrap=True))

@@ -1,0 +1,136 @@
+"""Stock schedulers and arguments say what dumo's solvers and guidance do; a LoRA and a decoder are those of the run."""
+
+import importlib.util
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dumo.export.folder import fits, indexed
+from dumo.export.lora import product
+from dumo.export.model import CONFIG, INDEX, STOCKS, Stock, check_scheduler, restart, write_scheduler
+from dumo.export.write import vacant
+from dumo.flow.solver import Hermite, Restart, jumps
+from dumo.nets.family import FAMILIES
+from dumo.run.config.load import load
+from dumo.types import UserError
+
+SOLVER = Restart(m=0.7, start=0.99)
+SCALE = 1.2  # of the codec of recipe cifar10-latents; its shift is 0
+
+
+def test_the_scheduler_makes_restarts_steps(tmp_path: Path) -> None:
+    """x_s = (1 - s) (x_t - t u) + s z, to the bit, at any number of times."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    assert write_scheduler(tmp_path, STOCKS["SD3Transformer2DModel"], SOLVER)[0] == "diffusers"
+    stock = FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path)
+    stock.set_timesteps(sigmas=(times := SOLVER.times(4)))
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, generator=g)
+    for told, (t, s) in zip(stock.timesteps, pairwise(torch.tensor([*times, 0.0])), strict=True):
+        u, seed = torch.randn(2, 3, generator=g), int(1000 * t)
+        found = stock.step(u, told, x, generator=torch.Generator().manual_seed(seed)).prev_sample
+        z = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(found, s * z + (1 - s) * (x - t * u))
+        x = found
+
+
+@pytest.mark.parametrize("wrong", [{"stochastic_sampling": False}, {"shift": 3.0}, {"use_dynamic_shifting": True}])
+def test_a_scheduler_of_other_steps_is_refused(wrong: dict[str, object], tmp_path: Path) -> None:
+    write_scheduler(tmp_path, None, SOLVER)
+    check_scheduler(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text("utf-8"))
+    (tmp_path / CONFIG).write_text(json.dumps(config | wrong), encoding="utf-8")
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        check_scheduler(tmp_path)
+
+
+def test_steps_that_no_scheduler_makes_are_refused() -> None:
+    with pytest.raises(UserError, match="kind: restart"):
+        restart(Hermite())
+
+
+def test_a_pipeline_that_is_told_no_times_has_them_in_its_scheduler(tmp_path: Path) -> None:
+    module, name = write_scheduler(tmp_path, Stock("WanPipeline", told=()), SOLVER)
+    spec = importlib.util.spec_from_file_location(module, tmp_path / f"{module}.py")
+    assert spec
+    assert spec.loader
+    spec.loader.exec_module(found := importlib.util.module_from_spec(spec))
+    stock = getattr(found, name).from_pretrained(tmp_path)
+    for n in (1, 2, 4):
+        stock.set_timesteps(n)
+        torch.testing.assert_close(stock.sigmas, torch.tensor([*jumps(n, 0.7, 0.99), 0.0]), rtol=0, atol=0)
+        torch.testing.assert_close(stock.timesteps, 1000 * stock.sigmas[:-1], rtol=0, atol=0)
+
+
+def test_guidance_is_said_in_each_pipelines_own_way() -> None:
+    """V(null) + w (V(c) - V(null)) is what most say; Z-Image adds w - 1 times the difference to V(c)."""
+    w, times = 3.5, [1.0, 0.7]
+    said = {name: stock.arguments(times, scale=w) for name, stock in STOCKS.items()}
+    assert said["SD3Transformer2DModel"] == {"sigmas": times, "guidance_scale": w}
+    assert said["ZImageTransformer2DModel"]["guidance_scale"] == w - 1
+    assert said["QwenImageTransformer2DModel"]["true_cfg_scale"] == w
+    assert said["CogView4Transformer2DModel"]["timesteps"] == [1000, 700]
+    assert said["WanTransformer3DModel"]["num_inference_steps"] == 2
+    told = STOCKS["FluxTransformer2DModel"].arguments(times, embedded=4.0)
+    assert told == {"sigmas": times, "true_cfg_scale": 1.0, "guidance_scale": 4.0}
+
+
+def test_every_row_is_a_class_that_dumo_trains() -> None:
+    assert STOCKS.keys() <= FAMILIES.keys()
+
+
+@pytest.mark.parametrize(
+    ("vae", "field"),
+    [
+        ({"scaling_factor": SCALE, "shift_factor": None}, None),
+        ({"batch_norm_eps": 1e-4}, None),  # it says neither
+        ({"scaling_factor": 0.18215}, "scale"),
+        ({"scaling_factor": SCALE, "shift_factor": 0.1}, "shift"),
+        ({"latents_mean": [0.0] * 32, "latents_std": [1 / SCALE] * 31 + [1.0]}, "scale"),
+    ],
+)
+def test_a_decoder_of_other_latents_is_refused(vae: dict[str, object], field: str | None, tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(vae), encoding="utf-8")
+    data = load("cifar10-latents").data
+    if field is None:
+        fits(data, tmp_path)
+        return
+    with pytest.raises(UserError, match=rf"data.codec is codec taef2, .*{field}"):
+        fits(data, tmp_path)
+
+
+def test_a_pipeline_of_two_transformers_is_refused(tmp_path: Path) -> None:
+    index: dict[str, Any] = {"transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None]}
+    (tmp_path / INDEX).write_text(json.dumps(index), encoding="utf-8")
+    assert indexed(tmp_path) == index
+    (tmp_path / INDEX).write_text(json.dumps(index | {"transformer_2": index["transformer"]}), encoding="utf-8")
+    with pytest.raises(UserError, match="was not tuned"):
+        indexed(tmp_path)
+
+
+def test_only_an_empty_place_is_vacant(tmp_path: Path) -> None:
+    vacant(tmp_path)
+    vacant(tmp_path / "new")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "link", tmp_path / "file"):
+        with pytest.raises(UserError, match="is there already"):
+            vacant(place)
+
+
+@pytest.mark.parametrize(("wide", "high", "bias"), [(3, 5, True), (5, 3, True), (4, 4, False)])
+def test_a_product_is_the_change(wide: int, high: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    old, new = (nn.Linear(wide, high, bias, dtype=torch.float64) for _ in range(2))
+    path, a, b, c = product("layer", old, new)
+    assert (path, a.shape, b.shape) == ("layer", (min(wide, high), wide), (high, min(wide, high)))
+    x = torch.randn(7, wide, dtype=torch.float64)
+    torch.testing.assert_close(old(x) + (x @ a.T) @ b.T + c, new(x), rtol=0, atol=1e-14)
+    assert bias or not c.any()
