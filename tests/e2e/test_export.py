@@ -17,7 +17,6 @@ from dumo.flow.generate import carried
 from dumo.flow.solver import Euler
 from dumo.run.evaluation.evaluate import FILE
 from dumo.run.folder import open_run
-from dumo.run.sample import guided_reading, sample
 from dumo.runtime.random import noise
 from e2e.shell import call, sets
 from stock.case import LORA, C, Case
@@ -114,7 +113,7 @@ def test_the_velocity_is_an_ordinary_flow_model(sd3: Case) -> None:
         "scheduler": FlowMatchEulerDiscreteScheduler.from_pretrained(out / "scheduler"),
     }
     image, _ = sd3.made(sd3.pipeline(**parts), {"sigmas": [1, 0.75, 0.5, 0.25], "guidance_scale": 1.0})
-    reads, path = guided_reading(sd3.opened), sd3.opened.run.path
+    reads, path = sd3.opened.sampler.reads, sd3.opened.run.path
     ours = carried(reads, path, Euler(), torch.tensor([C]), 4, lambda _: sd3.z)[1]
     torch.testing.assert_close(image, ours, rtol=0, atol=1e-5)
 
@@ -188,7 +187,7 @@ def test_dumos_own_net_runs_where_dumo_is_not(
     fresh(ALONE, out, file, folder=tmp_path)
     found = load_file(file)
     for n in (1, 2):
-        assert torch.equal(found[str(n)], sample(run, nfe=n, c=torch.tensor([3, 7])).x)
+        assert torch.equal(found[str(n)], run.sampler.sample(torch.tensor([3, 7]), nfe=n).x)
 
 
 def whole(folder: Path) -> None:

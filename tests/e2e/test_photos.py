@@ -80,8 +80,8 @@ def test_folders_are_classes_by_name(run: Path) -> None:
     told = yaml.safe_load((run / "run.yaml").read_text())["data"]
     assert (told["classes"], told["names"]) == (4, list(CLASSES))
     spec = load(str(run))
-    assert [spec.class_name(k) for k in range(4)] == list(CLASSES)
-    assert [spec.class_index(name) for name in ("fish", " zoo birds", "3")] == [2, 3, 3]
+    assert [spec.conditions.name(k) for k in range(4)] == list(CLASSES)
+    assert [spec.conditions.index(name) for name in ("fish", " zoo birds", "3")] == [2, 3, 3]
 
 
 def test_the_hints_work_when_typed(run: Path, photos: Path) -> None:
@@ -165,7 +165,7 @@ def test_in_latents(photos: Path) -> None:
     done, told = said(*hint, *SMALL, *rest)
     assert done.code == 0, told
     run = Path("runs/my-images-256")
-    assert load(str(run)).class_name(3) == "zoo birds"
+    assert load(str(run)).conditions.name(3) == "zoo birds"
     for words in (("sample", run, "--labels", "cats"), ("evaluate", run), ("report", run)):
         done, told = said(*words)
         assert done.code == 0, told

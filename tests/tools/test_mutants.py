@@ -26,7 +26,9 @@ def test_no_row_is_stale() -> None:
 
 def test_a_stale_row_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = tmp_path / "mutants.toml"
-    table.write_text('["runtime/random.py"]\n"a" = ["x y z", "", "random"]\n"b" = ["", "", "nothing"]\n', encoding="utf-8")
+    table.write_text(
+        '["runtime/random.py"]\n"a" = ["x y z", "", "random"]\n"b" = ["", "", "nothing"]\n', encoding="utf-8"
+    )
     monkeypatch.setattr(mutants, "TABLE", table)
     lost, wild = mutants.mutants()
     assert fault(lost) == "runtime/random.py has 'x y z' 0 times: mend tools/mutants.toml"

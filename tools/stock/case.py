@@ -12,7 +12,6 @@ from dumo.export.stock import STOCKS, Stock, at
 from dumo.flow.generate import carried
 from dumo.flow.solver import Restart
 from dumo.run.folder import RunFolder, open_run
-from dumo.run.sample import guided_reading
 from e2e.shell import call, sets
 from stock.family import PIXELS, ROWS, Given, Row, recorded, save_texts
 
@@ -68,7 +67,7 @@ class Case:
         """What dumo's Restart makes of z, then these noises."""
         drawn = [self.z, *noises]
         return carried(
-            guided_reading(self.opened), self.opened.run.path, RESTART, torch.tensor([C]), passes, lambda k: drawn[k]
+            self.opened.sampler.reads, self.opened.run.path, RESTART, torch.tensor([C]), passes, lambda k: drawn[k]
         )[1]
 
     def pipeline(self, **parts: Any) -> Any:  # noqa: ANN401, a pipeline of diffusers

@@ -24,7 +24,7 @@ from dumo.run.config.spec import Run
 from dumo.run.evaluation import evaluate as evaluation
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.prompt import prompted
-from dumo.run.sample import COUNT, conditions, guided_reading, sample, solver_named, turned
+from dumo.run.sample import COUNT, solver_of, turned
 from dumo.run.train import train as train_run
 from dumo.runtime.progress import Bar, bar, no_bar, say
 from dumo.types import Reads, Sample
@@ -67,7 +67,7 @@ class TrainedRun:
     @property
     def codec(self) -> Opened | None:
         """The autoencoder that decodes latents; None where the network makes images or points themselves."""
-        return self.opened.codec
+        return self.opened.sampler.codec
 
     @cached_property
     def reading(self) -> Reads:
@@ -76,7 +76,7 @@ class TrainedRun:
         `velocity(x_t, t, c)` is dx_t/dt, `endpoint(x_t, t, c)` is x_0, `flow_map(x_t, t, s, c)` is x_s. Knobs and
         guidance are those of `spec.sample`; gradients are recorded.
         """
-        return guided_reading(self.opened)
+        return self.opened.sampler.reads
 
     def sample(
         self,
@@ -99,24 +99,23 @@ class TrainedRun:
         if prompts is not None and classes is not None:
             raise UserError("prompts and classes are two ways to say what to make: give one of them")
         named = [classes] if isinstance(classes, int | str) else classes
-        only = (
-            None if named is None else [self.spec.class_index(c if isinstance(c, str) else str(int(c))) for c in named]
-        )
+        index = self.spec.conditions.index
+        only = None if named is None else [index(c if isinstance(c, str) else str(int(c))) for c in named]
         if only == []:
             raise UserError("classes is empty: name at least one, or leave it out for all of them")
         if prompts is not None:
-            c = prompted(self.opened, [prompts] if isinstance(prompts, str) else prompts)
+            c = prompted(self.opened.sampler, [prompts] if isinstance(prompts, str) else prompts)
             c = turned(c, len(c) if count is None else count)
         else:
-            c = conditions(self.spec, count if count is not None else len(only or range(COUNT)), only)
-        chosen, nfe = solver_named(self.spec, solver), self.spec.sample.nfe[0] if nfe is None else nfe
-        x = sample(self.opened, nfe=nfe, c=c, seed=seed, solver=chosen, bar=bar).x
+            c = self.spec.conditions.in_turn(count if count is not None else len(only or range(COUNT)), only)
+        chosen, nfe = solver_of(self.spec.sample, solver), self.spec.sample.nfe[0] if nfe is None else nfe
+        x = self.opened.sampler.sample(c, nfe=nfe, seed=seed, solver=chosen, bar=bar).x
         return x.clamp(-1, 1) if self.makes_images else x
 
     @property
     def makes_images(self) -> bool:
         """Whether a sample is an image, not a point."""
-        return len(self.spec.pixels) == 3
+        return self.opened.sampler.is_image
 
     def pil(self, images: Sample) -> list[Image.Image]:
         """Images (n, 1 or 3, height, width) in [-1, 1] as PIL's, in RGB. Raises UserError for points."""

@@ -75,10 +75,11 @@ def step(
     """
     from dumo.lab import step
     from dumo.run.config.load import load
+    from dumo.run.config.resolve import resolve
 
     begin(threads)
     report = step.measure(
-        load(source, [*(set_ or []), *([f"train.batch={batch}"] if batch else [])]),
+        resolve(load(source, [*(set_ or []), *([f"train.batch={batch}"] if batch else [])])),
         slopes=slope.split(",") if slope else None,
         precisions=precision.split(","),
         shape=numbers("--shape", shape),
@@ -112,10 +113,11 @@ def sample(
     """Measure images per second by number of passes, with random weights."""
     from dumo.lab import sampling
     from dumo.run.config.load import load
+    from dumo.run.config.resolve import resolve
 
     begin(threads)
     report = sampling.measure(
-        load(source, set_ or []),
+        resolve(load(source, set_ or [])),
         nfes=numbers("--nfe", nfe) or (),
         precisions=precision.split(","),
         shape=numbers("--shape", shape),

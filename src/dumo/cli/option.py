@@ -55,7 +55,7 @@ def place(text: str) -> Path:
 
 def classes(text: str | None, run: "Run") -> list[int] | None:
     """'cats,2' as the numbers of these classes. Raises UserError for one that is none."""
-    return None if text is None else [run.class_index(part) for part in text.split(",")]
+    return None if text is None else [run.conditions.index(part) for part in text.split(",")]
 
 
 def numbers(option: str, text: str | None) -> list[int] | None:

@@ -45,8 +45,9 @@ def advised(source: str, overrides: list[str] | None) -> "Run":
     """The run, and on stderr what of it is not as its sources have it."""
     from dumo.run.config.advice import advice
     from dumo.run.config.load import load
+    from dumo.run.config.resolve import resolve
 
-    run = load(source, overrides or [])
+    run = resolve(load(source, overrides or []))
     for line in advice(run):
         say(line)
     return run
@@ -101,8 +102,8 @@ def comment(text: str) -> str:
 
 def unknown_classes(spec: "Run") -> list[tuple[str, str]]:
     """A line that says so, where classes are not known before the data are there."""
-    many = "captions" if spec.captions else "a class per folder"
-    return [] if spec.classes_known else [("classes", f"not known yet: {many}, counted when the data are there")]
+    many = "captions" if spec.conditions.captions else "a class per folder"
+    return [] if spec.conditions.known else [("classes", f"not known yet: {many}, counted when the data are there")]
 
 
 def captions(spec: "Run") -> list[tuple[str, str]]:

@@ -1,9 +1,8 @@
 """A user's own images: a folder, hub parquet or webdataset shards, found out by looking.
 
-A run must know how many classes there are before any data is opened: a field gives the number, or the data are looked
-at once, when the run is made, and run.yaml has the number and the names. Where the data are not there yet, as for `dumo
-show`, there are no classes, `names` is None, and a run.yaml of that asks to look again. Captions instead of classes
-(`dumo.data.caption`) are counted in the same way.
+A spec reads no disk. How many classes there are it says, or `found` counts them once, when a run is opened, and its
+run.yaml records the number with the names. Until then there are none, and `names` is None. Captions, which may replace
+classes (`dumo.data.caption`), are counted in the same way.
 """
 
 import os
@@ -53,7 +52,7 @@ class Images(Spec):
     captions: Captioning | None = Field(default=None, exclude_if=lambda captions: captions is None)  # for classes
     # 0: none; not given: those that are there. With captions: how many there are of them.
     classes: int = Field(default=None, ge=0, le=CLASSES, validate_default=True)
-    names: tuple[str, ...] | None = None  # of the classes; (): they have none; None: the data are not there yet
+    names: tuple[str, ...] | None = None  # of the classes; (): they have none; None: not looked up yet
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,13 +73,26 @@ class Images(Spec):
 
     @model_validator(mode="after")
     def _agrees(self) -> "Images":
-        for name, value in self._looked_up().items():
-            object.__setattr__(self, name, value)  # no copy: it would be lost where `Images(...)` is called
+        given = self.classes is not None  # pyright: ignore[reportUnnecessaryComparison], it may not be given
+        match self.captions:
+            case Files(digest=digest):
+                known = given and digest is not None
+            case Templates(names=names):
+                known = given and bool(names or self.names)
+            case None:
+                known = given or self.labelled is False
+        # No copy: it would be lost where `Images(...)` is called.
+        object.__setattr__(self, "names", (self.names or ()) if known else None)
+        object.__setattr__(self, "classes", self.classes or 0)
+        self._require_agreement()
+        return self
+
+    def _require_agreement(self) -> None:
+        """Refuse fields that contradict each other."""
         if wrong := self._contradiction():
             raise UserError(wrong)
         if isinstance(self.captions, Templates) and (self.names or self.captions.names) and self.classes:
             self._check_templates(self.captions, self.names or ())
-        return self
 
     def _contradiction(self) -> str | None:
         """What is wrong between two fields, if anything is."""
@@ -105,18 +117,17 @@ class Images(Spec):
                 f"{self.classes}: set data.classes={len(found)}, or leave it out"
             )
 
-    def _looked_up(self) -> dict[str, Any]:
-        """The classes and their names, or the captions, as far as they are not given."""
-        given = self.classes is not None  # pyright: ignore[reportUnnecessaryComparison], it is not given
-        files = self.captions if isinstance(self.captions, Files) else None
-        nameless = isinstance(self.captions, Templates) and not self.captions.names and self.names is None
-        if given and not nameless and not (files and files.digest is None):
-            return {} if self.names is not None else {"names": ()}
-        if self.labelled is False and not self.captions:
-            return {"classes": 0, "names": ()}
-        if (root := self._root()) is None:
-            return {"names": ()} if given else {"classes": 0, "names": None}
-        return self._written(root, files) if files else self._labelled(root)
+    def found(self) -> "Images":
+        """The same with the classes and names, or the captions, that the files have; as it is where they are not there.
+
+        Raises UserError where they contradict what is given.
+        """
+        if self.names is not None or (root := self._root()) is None:
+            return self
+        values = self._written(root, self.captions) if isinstance(self.captions, Files) else self._labelled(root)
+        same = self.model_copy(update=values)
+        same._require_agreement()
+        return same
 
     def _root(self) -> Path | None:
         """Where the images are; None where they are not there yet."""
@@ -131,16 +142,14 @@ class Images(Spec):
         labels = self._store(root, self.label).labels
         if isinstance(self.captions, Templates) and labels is None:
             raise UserError(f"captions.templates name classes, and {root} has none: set captions.kind=files")
-        names = {"names": labels.names if labels else ()}
-        if self.classes is not None:  # pyright: ignore[reportUnnecessaryComparison], it is not given
-            return names
         each = self.captions.count(1) if isinstance(self.captions, Templates) else 1
-        return {"classes": each * labels.count if labels else 0, **names}
+        count = each * labels.count if labels else 0
+        return {"classes": self.classes or count, "names": labels.names if labels else ()}
 
     def _written(self, root: Path, files: Files) -> dict[str, Any]:
         """The captions there are, and their digest."""
         found = Captions.of(captions_of(root, self._store(root, None), files.name))
-        if self.classes not in (None, len(found)):  # pyright: ignore[reportUnnecessaryContains], as above
+        if self.classes not in (0, len(found)):
             raise UserError(f"{root} has {len(found)} captions, data.classes says {self.classes}: leave it out")
         counted = files.model_copy(update={"digest": found.digest()})
         return {"classes": len(found), "names": (), "captions": counted}
@@ -151,7 +160,7 @@ class Images(Spec):
         tree = dump(self)
         if not self.names:
             tree.pop("names", None)
-        return tree if self.names is not None else tree | {"classes": None}
+        return tree if self.names is not None else tree | {"classes": self.classes or None}
 
     def open(self) -> Album | Captioned:
         """The images as a source, all decoded if they fit in `memory`, each with its class, or a caption of it.
@@ -210,7 +219,7 @@ class Images(Spec):
     def _fault(self, store: Store) -> str | None:
         """What is wrong with the classes, if anything is."""
         if self.names is None:
-            return "was not there when the run was made, so nobody counted its classes: load it again"
+            return "was not there when the run was opened, so nobody counted its classes"
         if not self.labels:
             return None
         if store.labels is None:

@@ -68,9 +68,14 @@ class Latents(Spec):
         if self.images.augment:
             raise ValueError("latents are of images as they are: set data.images.augment=null")
         _ = self.shape  # refuses a side that the codec does not divide
-        if self.images.names is None and (there := self._there()):  # the cache knows, where the images are not here
-            object.__setattr__(self, "images", self._counted(there))
         return self
+
+    def found(self) -> "Latents":
+        """The same with the classes or captions that its images have, or, where they are not here, the cache."""
+        images = self.images.found()
+        if images.names is None and (there := self._there()):
+            images = self._counted(there)
+        return self.model_copy(update={"images": images})
 
     def _counted(self, there: Contents) -> Images:
         """The images with the classes of the cache, or with its captions, counted."""

@@ -8,7 +8,7 @@ from dumo.data import Latents
 from dumo.export import scheduler
 from dumo.export.model import Exported
 from dumo.export.stock import Stock, at
-from dumo.flow.cfg import CFG, GuidanceScale
+from dumo.flow.guide import CFG, GuidanceScale
 from dumo.run.evaluation.record import FILE, read_report
 from dumo.run.folder import RunFolder
 from dumo.runtime import version

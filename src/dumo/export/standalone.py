@@ -27,7 +27,6 @@ from dumo.flow.solver import Euler
 from dumo.io.read import write_json
 from dumo.nets.dit import PUBLISHED, DiT
 from dumo.run.folder import RunFolder
-from dumo.run.sample import guided_reading
 from dumo.runtime import version
 from dumo.runtime.random import random_batch
 from dumo.types import Sample, UserError
@@ -103,7 +102,7 @@ def transformer(opened: RunFolder) -> Any:  # noqa: ANN401, a model of diffusers
 @torch.no_grad()
 def agree(opened: RunFolder, net: Any, head: str) -> None:  # noqa: ANN401
     """Raise UserError where the shipped net and dumo's reading of its own are not the same to the bit."""
-    data, reads = opened.run.data, guided_reading(opened)
+    data, reads = opened.run.data, opened.sampler.reads
     x, c = random_batch("export", 2, data.shape, data.classes)
     for t in (x.new_full((2,), t) for t in PROBED):
         theirs: Sample = net(x, t, c, head)
@@ -123,7 +122,7 @@ def decoder(opened: RunFolder, folder: Path) -> list[str | None]:
     data = opened.run.data
     if not isinstance(data, Latents):
         return [None, None]
-    codec = opened.codec
+    codec = opened.sampler.codec
     assert codec is not None
     net: Any = codec.net
     if not isinstance(data.codec, Taef2):

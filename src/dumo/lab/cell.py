@@ -18,6 +18,7 @@ from dumo.lab.plan import Cell
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
 from dumo.run import encode
+from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
 from dumo.run.evaluation import card
 from dumo.run.evaluation.evaluate import evaluate, standing
@@ -50,7 +51,9 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
         for data in dict.fromkeys(cell.spec.data for cell in ready):
             if isinstance(data, Latents):
                 encode.ensure(data, device=device, bar=bar)
-        ready = [replace(cell, spec=encode.ready(cell.spec)) for cell in ready]
+        for cell in ready:
+            encode.make_tokens(cell.spec)
+        ready = [replace(cell, spec=resolve(cell.spec)) for cell in ready]
         if jobs > 1:
             finish_apart(ready, folder, jobs=jobs, device=device, bar=bar)
         done |= {cell.name: finish(cell, folder, device=device, bar=bar) for cell in ready}

@@ -17,7 +17,6 @@ from dumo.io import panel, picture
 from dumo.lab.cell import Result
 from dumo.lab.table import Row, by_arm, main_score, passes
 from dumo.run.evaluation.score import figures
-from dumo.run.sample import conditions, sample
 
 COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470")
 MARKS = "*osDv^"  # DuMo, which comes first, as green stars, as the paper has it
@@ -47,9 +46,9 @@ def samples(results: Sequence[Result]) -> Image.Image:
     for one, *_ in by_arm(results):
         run, value = one.trained.run, one.report["results"][0][score]
         across = max(run.data.labels, 10)
-        c = conditions(run, across)
-        made = sample(one.trained, nfe=one.report["results"][0]["nfe"], c=c.repeat(2))
-        names = [run.class_name(k) for k in c.tolist()[: run.data.labels]]
+        c = run.conditions.in_turn(across)
+        made = one.trained.sampler.sample(c.repeat(2), nfe=one.report["results"][0]["nfe"])
+        names = [run.conditions.name(k) for k in c.tolist()[: run.data.labels]]
         sheet = panel.headed(picture.sheet(picture.to_rows(made.x), across), names)
         blocks[f"{next(iter(one.cell.labels.values()))}, {value:.3g}"] = value, sheet
     best = {name: sheet for name, (_, sheet) in sorted(blocks.items(), key=lambda of: of[1][0])}

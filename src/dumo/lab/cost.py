@@ -43,4 +43,4 @@ def operations(spec: Run) -> float:
 def pairs(spec: Run) -> float:
     """Forward units, each of a batch, in which a teacher makes pairs of noise and data before the training."""
     found = spec.teacher and spec.teacher.pairs
-    return found.count * found.passes(spec.objective.needs.points) / spec.train.batch if found else 0.0
+    return found.count * found.passes(spec.objective.needs.teacher.points) / spec.train.batch if found else 0.0

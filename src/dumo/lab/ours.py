@@ -24,7 +24,7 @@ from dumo.lab.plan import Plan
 from dumo.lab.table import Row, averaged, by_arm, main_score, passes
 from dumo.run import gallery
 from dumo.run.folder import RunFolder
-from dumo.run.sample import real_data, sample
+from dumo.run.sample import real_data
 from dumo.runtime.random import noise
 
 FEATURES = {"digits": digits.features, "cifar10-features": features_of}
@@ -61,9 +61,10 @@ def words_table(plan: Plan, results: list[Result]) -> list[Row]:
     rows: list[Row] = []
     for same in by_arm(results):
         run, real = same[0].trained.run, class_moments(same[0].trained)
+        captioned = run.conditions.captions is not None
         by_class = {
             "class_fd": fmean(class_fd(one.trained, real) for one in same),
-            "class_fd_held": fmean(class_fd(one.trained, real, held=True) for one in same) if run.captions else None,
+            "class_fd_held": fmean(class_fd(one.trained, real, held=True) for one in same) if captioned else None,
         }
         columns = {name: same[0].cell.labels[name] for name in (*plan.columns, "steps")}
         columns |= {"MFLOP_per_pass": round(flops(same[0].cell.spec) / 1e6, 2)}
@@ -78,7 +79,7 @@ def class_fd(trained: RunFolder, real: Sequence[Moments], *, held: bool = False)
     run = trained.run
     protocol, many = run.evaluate.protocol, run.data.labels
     c = labels(min(MOST, 2 * len(protocol.labels(many))), many)
-    made = sample(trained, nfe=1, c=run.conditions(c, held=held), seed=run.evaluate.seed).x
+    made = trained.sampler.sample(run.conditions.of(c, held=held), nfe=1, seed=run.evaluate.seed).x
     fake = FEATURES[protocol.kind](made)
     return fmean(frechet_distance(Moments.of(fake[c == k]), of) for k, of in enumerate(real))
 
@@ -86,7 +87,7 @@ def class_fd(trained: RunFolder, real: Sequence[Moments], *, held: bool = False)
 def class_moments(trained: RunFolder) -> list[Moments]:
     """Those of the features of the data's images, by class."""
     run = trained.run
-    x, c = real_data(run).reference(run.train.batch, 0)
+    x, c = real_data(run.data).reference(run.train.batch, 0)
     features = FEATURES[run.evaluate.protocol.kind](x)
     return [Moments.of(features[c == k]) for k in range(run.data.labels)]
 
@@ -135,5 +136,7 @@ def by_stock(trained: RunFolder, folder: Path) -> Image.Image:
             pipe(**tokens, latents=z, sigmas=sigmas, guidance_scale=1.0, height=side, width=side, output_type="latent")
             for sigmas in ([1.0], [1.0, m])
         ]
-    names = [run.class_name(c) for c in range(n)]
-    return picture.sheet(picture.to_rows(trained.decode(torch.cat([one.images for one in made]))), n, titles=names)
+    names = [run.conditions.name(c) for c in range(n)]
+    return picture.sheet(
+        picture.to_rows(trained.sampler.decode(torch.cat([one.images for one in made]))), n, titles=names
+    )

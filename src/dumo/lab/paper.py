@@ -20,7 +20,6 @@ from dumo.run.config.spec import Run
 from dumo.run.evaluation.evaluate import evaluator_of, row
 from dumo.run.folder import RunFolder
 from dumo.run.plan import show
-from dumo.run.sample import sample
 from dumo.runtime.progress import no_bar
 
 JUDGED = (1, 2, 50)  # passes of Fig. 5: few, and as many as the velocity needs
@@ -52,7 +51,7 @@ def fig3_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
     for one in results:
         ratio, mmd2 = one.cell.labels["velocity_ratio"], one.report["results"][0]["mmd2"]
         title = "DuMo" if ratio is None else f"MeanFlow, velocity ratio {ratio:g}"
-        made = sample(one.trained, nfe=1, c=generate.labels(2000, 0)).x
+        made = one.trained.sampler.sample(generate.labels(2000, 0), nfe=1).x
         panels[f"{title}\nMMD² {mmd2:.2g}"] = picture.scatter(real, {"": made})
     panels["grey: data\nred: samples of one pass"] = picture.scatter(real, {"": real[:0]})
     path = folder / "fig3.png"
@@ -100,7 +99,7 @@ def measured(trained: RunFolder) -> Iterator[Row]:
     evaluator, c = evaluator_of(trained, no_bar), spec.evaluate.protocol.labels(spec.data.classes)
     for step, file in gallery.stages(trained).items():
         then = gallery.open_at(trained, step, file)
-        for reading in gallery.chosen(spec, None, JUDGED):
+        for reading in gallery.chosen(then.sampler, None, JUDGED):
             for n in JUDGED:
                 passes_solver_distance = islice(row(then, evaluator, reading.at(n), n, c, no_bar).items(), 3)
                 yield {"reading": reading.letter, "step": step, **dict(passes_solver_distance)}

@@ -29,6 +29,7 @@ from dumo.io.yaml import parse
 from dumo.lab.cost import operations, pairs, units
 from dumo.run.config.error import nearest
 from dumo.run.config.load import load
+from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
 from dumo.types import Spec, UserError
 
@@ -126,7 +127,7 @@ class Plan(Spec):
 
         def spec(seed: int | None) -> Run:
             values = {**at.values, **axes, "seed": seed}
-            return load(recipe, [Template(text).safe_substitute(values) for text in sets])
+            return resolve(load(recipe, [Template(text).safe_substitute(values) for text in sets]))
 
         seeds = arm.seeds or at.seeds or (None,)
         run = spec(seeds[0])

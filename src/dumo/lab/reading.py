@@ -19,13 +19,14 @@ from dumo.io.source import Source
 from dumo.lab.cost import flops, units
 from dumo.run.config.change import override
 from dumo.run.config.load import FILE, load, parse
+from dumo.run.config.resolve import found_data, resolve
 from dumo.run.config.spec import Run
 from dumo.run.plan import machine
 from dumo.runtime import dist, signals
-from dumo.runtime.prefetch import BATCHES, Ahead
+from dumo.runtime.prefetch import BATCHES, Prefetch
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.types import Spec, UserError
-from dumo.types.rows import sent
+from dumo.types.rows import to_device
 
 WARM = BATCHES + 1  # batches before the first that counts
 SHARE_OF_PEAK = 0.4  # that a step is expected to reach: ours. Larger nets reach more, so it errs to the safe side
@@ -57,11 +58,11 @@ def reading_of(
     if not path.exists() or (path / FILE).exists() or path.suffix in (".yaml", ".yml"):
         if side is not None:
             raise UserError("--side is for a folder of images: of a recipe, set data.side")
-        run = load(source, overrides)
+        run = resolve(load(source, overrides))
         return Reading(run.data, batch or run.train.batch, run)
     tree: dict[str, Any] = {"data": {"kind": "images", "root": source, "side": side or 256, "flip": True}}
     override(tree, overrides)
-    return Reading(parse(Part, tree).data, batch or 256, None)
+    return Reading(found_data(parse(Part, tree).data), batch or 256, None)
 
 
 def measure(
@@ -113,11 +114,11 @@ def measure(
 def speed(source: Source, batch: int, steps: range, device: torch.device, tick: Tick) -> float:
     """Images per second over these steps, the first `WARM` of them not counted."""
     began = 0.0
-    with Ahead(lambda step: source.batch(step, batch, 0), last=steps.stop + BATCHES, depth=BATCHES) as take:
+    with Prefetch(lambda step: source.batch(step, batch, 0), last=steps.stop + BATCHES, depth=BATCHES) as take:
         for step in steps:
             signals.check()
             for part in take(step):
-                sent(part, device)
+                to_device(part, device)
             if step == steps[WARM - 1]:
                 began = machine.now(device)
             tick(step + 1, "")

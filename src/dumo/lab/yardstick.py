@@ -33,7 +33,7 @@ class Plain(Spec):
     def needs(self) -> Needs:
         """The net of the other objective."""
         its: Needs = self.of.needs
-        return Needs(its.inputs, its.heads, its.gauges, its.knobs, its.paths, its.own)
+        return Needs(its.inputs, its.heads, its.gauges, its.knobs, its.own, formulas=its.formulas)
 
     @property
     def times(self) -> TimeLaw:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,15 +39,12 @@ class Tabled(Spec):
         """Raises UserError for a variable that is not set."""
         return user_path(self.root, "net.texts.root")
 
-    @model_validator(mode="after")
-    def _look_up(self) -> "Tabled":
+    def found(self) -> "Tabled":
+        """The same with the identity of the table that is there, if one is."""
         if self.identity is None:
-            try:
-                there = read_contents(self.folder)
-            except UserError:  # raised again when the net is built
-                there = None
-            if there and there.shards:
-                object.__setattr__(self, "identity", there.identity)
+            with suppress(UserError):  # raised again when the net is built
+                if (there := read_contents(self.folder)) and there.shards:
+                    return self.model_copy(update={"identity": there.identity})
         return self
 
     def table(self, captions: int) -> Table:

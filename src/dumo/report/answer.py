@@ -14,7 +14,7 @@ from dumo.flow.solver import Fresh
 from dumo.io import picture
 from dumo.io.read import brief
 from dumo.report.sampler import Sampler, between
-from dumo.run.gallery import POINTS, Reading, is_image
+from dumo.run.gallery import POINTS, Reading
 from dumo.types import Sample, UserError
 
 PASSES = (1, 2, 4, 50)  # side by side: what few-step models take, and what flow models do
@@ -54,7 +54,7 @@ def passes(sampler: Sampler, what: str, seed: str) -> Iterator[Answer]:
     What a reading cannot make says why. Raises UserError for a class or seed that is none.
     """
     c, late = sampler.condition(what), time.monotonic() + sampler.limit
-    images = 1 if is_image(sampler.opened.run) else POINTS
+    images = 1 if sampler.opened.sampler.is_image else POINTS
     fresh = sampler.fresh([seed_of(seed)], images)
     cells = {letter: [Cell(None)] * len(PASSES) for letter in sampler.readings}
     kind = sampler.opened.run.objective.kind
@@ -134,7 +134,7 @@ def compared(rows: int, size: int | None, spacing: float) -> str:
 
 def drawn(sampler: Sampler, x: Sample) -> list[Image.Image]:
     """Samples as pictures: one each, of points one for all. Raises UserError where they are no finite numbers."""
-    if not is_image(sampler.opened.run):
+    if not sampler.opened.sampler.is_image:
         return [picture.scatter(sampler.data[0], {"": x})]
     return [Image.fromarray(pixels.numpy()) for pixels in picture.to_rows(x)]
 

@@ -16,7 +16,6 @@ from dumo.report import answer
 from dumo.report.answer import PASSES, Answer
 from dumo.report.markup import Told, rendered, said
 from dumo.report.sampler import Sampler
-from dumo.run.gallery import is_image
 
 MENU = 1000  # classes that are listed; of more, one is typed: ours
 WAITING = 64  # questions in the queue; more are refused: ours
@@ -30,7 +29,7 @@ def theme() -> Base:
 
 def page(sampler: Sampler, told: Told) -> gr.Blocks:
     """The page of a run. `told` says what a person reads of an error."""
-    name, image = sampler.opened.folder.resolve().name, is_image(sampler.opened.run)
+    name, image = sampler.opened.folder.resolve().name, sampler.opened.sampler.is_image
     with gr.Blocks(title=f"{name} · dumo", analytics_enabled=False) as blocks:
         gr.HTML(f"<h1>{html.escape(name)}</h1><p>{html.escape(about(sampler))}</p>")
         with gr.Row():
@@ -69,10 +68,10 @@ def asked(sampler: Sampler) -> gr.Dropdown | gr.Textbox:
     Where classes are too many for a list it is typed, by name or number; where there are none nothing is asked.
     """
     run = sampler.opened.run
-    if run.captions:
-        return gr.Textbox(run.class_name(0), label="prompt", lines=1, scale=3)
+    if run.conditions.captions:
+        return gr.Textbox(run.conditions.name(0), label="prompt", lines=1, scale=3)
     if 0 < run.data.classes <= MENU:
-        names = [run.class_name(c) for c in range(run.data.classes)]
+        names = [run.conditions.name(c) for c in range(run.data.classes)]
         return gr.Dropdown(names, value=names[0], label="class")
     return gr.Textbox("0", label="class, by name or number", max_lines=1, visible=run.data.classes > 0)
 

@@ -21,16 +21,16 @@ from dumo.io import file, picture
 from dumo.io.panel import headed, labelled
 from dumo.report.figure import charts, embed
 from dumo.report.prompt import prompt_sheet
+from dumo.run.conditions import shown as shown_data
 from dumo.run.config import recipes
 from dumo.run.config.load import dump
-from dumo.run.config.spec import Run
 from dumo.run.evaluation import score
 from dumo.run.evaluation.number import large, number
 from dumo.run.evaluation.score import judgement
 from dumo.run.folder import RunFolder
-from dumo.run.gallery import PASSES, is_image, readings, within
+from dumo.run.gallery import PASSES, readings, within
 from dumo.run.plan.show import show
-from dumo.run.sample import conditions, sample
+from dumo.run.sampler import Sampler
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream
@@ -56,21 +56,21 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
     for place in (opened.folder, opened.folder / "report"):
         file.check_writable(place)
         file.sweep(place)
-    run, folder, source = opened.run, opened.folder, opened.run.data.open()
+    sampler, folder, source = opened.sampler, opened.folder, opened.run.data.open()
     rows = [row for row in log.read_log(folder / "metrics.jsonl") if "skipped" not in row]  # they have no numbers
     judged = judgement(opened)
-    real, c = source.reference(min(POINTS, NEAR // prod(run.pixels[1:])), run.sample.seed)
-    real = opened.decode(real)
+    real, c = source.reference(min(POINTS, NEAR // prod(sampler.pixels[1:])), sampler.spec.seed)
+    real = opened.sampler.decode(real)
 
     told = prompt_sheet(opened, prompts, bar)
     made = make(opened, bar)
-    drawn = {name: {n: look(run, x, real) for n, x in row.items()} for name, row in made.items()}
-    sheets, names, data, near = drawn.pop(SHEET), class_names(run), None, None
+    drawn = {name: {n: look(sampler, x, real) for n, x in row.items()} for name, row in made.items()}
+    sheets, names, data, near = drawn.pop(SHEET), class_names(sampler), None, None
     pictures = {f"nfe{n}": headed(sheet, names) for n, sheet in sheets.items()}
-    pictures["trajectories"] = joined(run, drawn)
-    if is_image(run) and source.size is not None:
-        data = look(run, by_class(run, real, c), real)
-        near = proximity(run, made[SHEET][min(sheets)], real)
+    pictures["trajectories"] = joined(sampler, drawn)
+    if sampler.is_image and source.size is not None:
+        data = look(sampler, by_class(sampler, real, c), real)
+        near = proximity(sampler, made[SHEET][min(sheets)], real)
         pictures["data"] = headed(data, names)
         pictures["nearest"] = labelled({"sample": [near["samples"]], "nearest": [near["found"]]})
 
@@ -97,7 +97,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
 
 def render(opened: RunFolder, **parts: object) -> str:
     """The page, of these parts and of what the run says of itself. Whatever is put in is escaped."""
-    run, shipped = opened.run, score.shipped(opened.run)
+    run, sampler, shipped = opened.run, opened.sampler, score.shipped(opened.run)
     facts, judged, near = show(run), cast(Any, parts["judged"]), cast(Any, parts["near"])
     results = recipes.results(shipped) if shipped else None
     environment = jinja2.Environment(
@@ -115,16 +115,16 @@ def render(opened: RunFolder, **parts: object) -> str:
         name=opened.folder.resolve().name,
         step=opened.step,
         weights=opened.weights,
-        image=is_image(run),
-        heads={letter: one.head for letter, one in readings(run).items()},
+        image=sampler.is_image,
+        heads={letter: one.head for letter, one in readings(sampler).items()},
         shipped=shipped,
         others=score.others(results, judged, opened.step, facts["forward_units_per_step"]) if results else None,
         doubts=score.doubts(run, opened.step, judged, near),
         scores=score.rows(judged) if judged else [],
         baselines=score.baselines(judged) if judged else [],
         commands=commands(opened),
-        names=class_names(run),
-        data_name=data_name(run),
+        names=class_names(sampler),
+        data_name=data_name(sampler),
         word=word,
         yaml=dump(run),
         versions=dist.versions(),
@@ -151,94 +151,94 @@ def sentence(title: str) -> str:
     return title[:1].upper() + title[1:]
 
 
-def columns(run: Run) -> list[int]:
+def columns(sampler: Sampler) -> list[int]:
     """The condition of each column of a sheet: the first ten classes, or captions of them, or fewer, each repeated."""
-    shown = min(run.data.labels or run.data.classes, COLUMNS)
-    turn = conditions(run, shown).tolist() if run.data.labels else range(shown)
+    shown = min(sampler.data.labels or sampler.data.classes, COLUMNS)
+    turn = sampler.conditions.in_turn(shown).tolist() if sampler.data.labels else range(shown)
     return [c for c in turn for _ in range(COLUMNS // shown)]
 
 
-def across(run: Run) -> int:
+def across(sampler: Sampler) -> int:
     """How many columns a sheet has."""
-    return len(columns(run)) or COLUMNS
+    return len(columns(sampler)) or COLUMNS
 
 
-def class_names(run: Run) -> list[str]:
+def class_names(sampler: Sampler) -> list[str]:
     """What the classes of a sheet are called, each over as many columns as it has."""
-    return [run.class_name(c) for c in dict.fromkeys(columns(run))] if is_image(run) else []
+    return [sampler.conditions.name(c) for c in dict.fromkeys(columns(sampler))] if sampler.is_image else []
 
 
-def data_name(run: Run) -> str:
+def data_name(sampler: Sampler) -> str:
     """What the data are called: their kind, or the folder that images are in."""
-    images = run.images
-    return Path(images.root).name.lstrip("$") if images.kind == "images" else run.data.kind
+    images = shown_data(sampler.data)
+    return Path(images.root).name.lstrip("$") if images.kind == "images" else sampler.data.kind
 
 
 def make(opened: RunFolder, bar: Bar) -> dict[str, dict[int, Sample]]:
     """The samples of the page, by name and number of passes, image i always from the same noise."""
-    run = opened.run
+    sampler = opened.sampler
     many = labels(
-        ROWS * across(run) if is_image(run) else POINTS,
-        run.data.classes,
-        (columns(run) if is_image(run) else range(min(run.data.classes, COLUMNS))) or None,
+        ROWS * across(sampler) if sampler.is_image else POINTS,
+        sampler.data.classes,
+        (columns(sampler) if sampler.is_image else range(min(sampler.data.classes, COLUMNS))) or None,
     )
-    few = many[: across(run)] if is_image(run) else many
-    jobs, asked = [(SHEET, run.sample.solver, n, many) for n in run.sample.nfe], readings(run).values()
-    jobs += [(one.title, one.solver, n, few) for one in asked for n in within(PASSES, run, asked)]
+    few = many[: across(sampler)] if sampler.is_image else many
+    jobs, asked = [(SHEET, sampler.spec.solver, n, many) for n in sampler.spec.nfe], readings(sampler).values()
+    jobs += [(one.title, one.solver, n, few) for one in asked for n in within(PASSES, sampler, asked)]
     made: dict[str, dict[int, Sample]] = {}
     done = 0
     with bar("sampling for the report", sum(n for _, _, n, _ in jobs)) as tick:
         for name, solver, n, c in jobs:
-            made.setdefault(name, {})[n] = sample(opened, nfe=n, c=c, solver=solver).x
+            made.setdefault(name, {})[n] = sampler.sample(c, nfe=n, solver=solver).x
             tick(done := done + n, f"{name}, {n}")
     return made
 
 
-def look(run: Run, x: Sample, real: Real) -> Image.Image:
+def look(sampler: Sampler, x: Sample, real: Real) -> Image.Image:
     """Samples as a picture: a sheet with clear gaps, or red points before the grey truth."""
-    if not is_image(run):
+    if not sampler.is_image:
         return picture.scatter(real, {"": x})
     pixels = picture.to_rows(x)
-    sheet, gaps = (picture.sheet(p, across(run), gap=GAP) for p in (pixels, 0 * pixels))
+    sheet, gaps = (picture.sheet(p, across(sampler), gap=GAP) for p in (pixels, 0 * pixels))
     sheet.putalpha(ImageOps.invert(gaps.convert("L")))  # a page may be dark
     return sheet
 
 
-def by_class(run: Run, x: Real, c: Tensor) -> Sample:
+def by_class(sampler: Sampler, x: Real, c: Tensor) -> Sample:
     """The first rows of the data, in the order of a sheet; grey where a class has none among the rows read."""
-    shown = [x[c == label] for label in dict.fromkeys(columns(run))]
+    shown = [x[c == label] for label in dict.fromkeys(columns(sampler))]
     if not any(map(len, shown)):
         return x[: ROWS * COLUMNS]
-    each = across(run) // len(shown)  # columns of a class
+    each = across(sampler) // len(shown)  # columns of a class
     rows = max(1, min(ROWS, *(len(of) // each for of in shown if len(of))))
     grey = torch.zeros_like(x[:1]).expand(rows * each, *x.shape[1:])
     blocks = [torch.cat([of, grey])[: rows * each].unflatten(0, (rows, each)) for of in shown]
     return torch.cat(blocks, 1).flatten(0, 1)
 
 
-def joined(run: Run, drawn: Mapping[str, Pictures]) -> Image.Image:
+def joined(sampler: Sampler, drawn: Mapping[str, Pictures]) -> Image.Image:
     """All trajectories in one picture with labels: a row per number of passes, or, of points, a row per reading."""
     rows = [(name.split()[0], row) for name, row in drawn.items()]
-    if is_image(run):
+    if sampler.is_image:
         return labelled([(f"{name} {n}", [p]) for name, row in rows for n, p in row.items()])
     return labelled([(name, list(row.values())) for name, row in rows], [f"NFE {n}" for n in rows[0][1]])
 
 
-def proximity(run: Run, x: Sample, real: Real) -> dict[str, Any]:
+def proximity(sampler: Sampler, x: Sample, real: Real) -> dict[str, Any]:
     """How near samples lie to the data, in pixel space, and how near as many rows of the data lie to the other rows.
 
     A distance is Euclidean, over all pixels of images in [-1, 1]. The rows held out are keyed by the sampling seed; of
     little data they are half, and as many samples are counted.
     """
     distances, places = nearest(real, x)
-    order = torch.randperm(len(real), generator=stream(run.sample.seed, "held out"))
-    count, few = min(len(x), len(real) // 2), across(run)
+    order = torch.randperm(len(real), generator=stream(sampler.spec.seed, "held out"))
+    count, few = min(len(x), len(real) // 2), across(sampler)
     compared = {"samples": distances[: count or len(x)]}
     if count:
         compared[word.REAL], _ = nearest(real[order[count:]], real[order[:count]])
     return {
-        "samples": look(run, x[:few], real),
-        "found": look(run, real[places[:few]], real),
+        "samples": look(sampler, x[:few], real),
+        "found": look(sampler, real[places[:few]], real),
         "distances": distances[:few].tolist(),
         "count": count or len(x),
         "rows": [{"name": name, "mean": d.mean().item(), "least": d.min().item()} for name, d in compared.items()],

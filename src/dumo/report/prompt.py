@@ -15,7 +15,6 @@ from dumo.flow.solver import able
 from dumo.io import picture
 from dumo.run.folder import RunFolder
 from dumo.run.prompt import names, prompted
-from dumo.run.sample import conditions, sample
 from dumo.runtime.progress import Bar, no_bar
 
 PASSES = (1, 2, 4)  # the columns, as far as the solver can make them
@@ -64,17 +63,17 @@ def prompt_sheet(opened: RunFolder, prompts: Sequence[str] = (), bar: Bar = no_b
     Raises UserError as `dumo.run.prompt.prompted`.
     """
     run = opened.run
-    if not prompts and (run.captions is None or len(run.pixels) != 3):
+    if not prompts and (run.conditions.captions is None or len(run.pixels) != 3):
         return None
-    c = prompted(opened, prompts) if prompts else conditions(run, COUNT)
+    c = prompted(opened.sampler, prompts) if prompts else run.conditions.in_turn(COUNT)
     solver = run.sample.solver
     passes = tuple(n for n in PASSES if able(solver, run.reads, n)) or run.sample.nfe
     with bar("sampling prompts", sum(passes)) as tick:
         made = list[torch.Tensor]()
         for done, n in enumerate(passes, 1):
-            made.append(picture.to_rows(sample(opened, nfe=n, c=c).x))
+            made.append(picture.to_rows(opened.sampler.sample(c, nfe=n).x))
             tick(sum(passes[:done]), "")
-    return PromptSheet(passes, tuple(strips(torch.stack(made, 1), names(opened, c))))
+    return PromptSheet(passes, tuple(strips(torch.stack(made, 1), names(opened.sampler, c))))
 
 
 def strips(pixels: torch.Tensor, texts: Sequence[str]) -> Iterator[Shown]:

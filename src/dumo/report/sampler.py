@@ -16,9 +16,9 @@ from dumo.flow.solver import Euler, Fresh, Heun, check
 from dumo.io.read import brief
 from dumo.report.page import NEAR, POINTS
 from dumo.run.folder import RunFolder
-from dumo.run.gallery import Reading, is_image, readings
+from dumo.run.gallery import Reading, readings
 from dumo.run.prompt import prompted
-from dumo.run.sample import guided_reading, real_data
+from dumo.run.sample import real_data
 from dumo.runtime.random import noise, stream
 from dumo.types import Sample, UserError
 
@@ -47,7 +47,7 @@ class Sampler:
     def readings(self) -> dict[str, Reading]:
         """The ways to sample the run, by letter: u by jumps, v by its own steps, or else Euler's; as far as taught."""
         own = self.opened.run.sample.solver
-        return readings(self.opened.run, own if isinstance(own, Euler | Heun) else None)
+        return readings(self.opened.sampler, own if isinstance(own, Euler | Heun) else None)
 
     @cached_property
     def data(self) -> tuple[Tensor, int | None]:
@@ -56,8 +56,8 @@ class Sampler:
         All where they are in memory, else some. Raises UserError or OSError where the data are not there.
         """
         run = self.opened.run
-        source = real_data(run)
-        few = min(POINTS, NEAR // prod(run.pixels[1:])) if is_image(run) else 2 * POINTS
+        source = real_data(run.data)
+        few = min(POINTS, NEAR // prod(run.pixels[1:])) if self.opened.sampler.is_image else 2 * POINTS
         return source.reference(few, run.sample.seed)[0], source.size
 
     @cached_property
@@ -84,11 +84,11 @@ class Sampler:
         0 of data without classes. Raises UserError for no such class, and for a prompt as `prompted`.
         """
         run = self.opened.run
-        if run.captions is None:
-            return run.class_index(text) if run.data.classes else 0
+        if run.conditions.captions is None:
+            return run.conditions.index(text) if run.data.classes else 0
         if len(text) > LONGEST:
             raise UserError(f"a prompt of {len(text):,} letters is too long: say it in {LONGEST:,} at most")
-        return int(prompted(self.opened, [text]))
+        return int(prompted(self.opened.sampler, [text]))
 
     def fresh(self, seeds: Sequence[int], images: int = 1) -> Fresh:
         """The draws of the first images of each seed, as `dumo sample --seed` makes them."""
@@ -102,12 +102,12 @@ class Sampler:
         of `time.monotonic`; None: than the limit.
         """
         opened, run, began = self.opened, self.opened.run, time.monotonic()
-        check(reading.solver, run.reads, nfe)
+        check(reading.solver, opened.sampler.taught, nfe)
         net, late = opened.net, began + self.limit if until is None else until
         rows = torch.full((len(fresh(0)),), c, device=opened.device)
         with evaluating(net), counting(net) as passed, passing(net, run.precision, opened.device), due(net, late):
-            _, x = carried(guided_reading(opened), run.path, reading.solver, rows, nfe, fresh)
-        x = opened.decode(x).cpu()
+            _, x = carried(opened.sampler.reads, run.path, reading.solver, rows, nfe, fresh)
+        x = opened.sampler.decode(x).cpu()
         return Made(x, sum(passed) // len(rows), time.monotonic() - began)
 
     def warm(self) -> None:

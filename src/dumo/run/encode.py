@@ -22,6 +22,7 @@ from dumo.nets.table import Tabled
 from dumo.nets.text import Learned
 from dumo.run.config.change import override
 from dumo.run.config.load import FILE, load, parse
+from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
@@ -78,7 +79,7 @@ def work_of(
     sets = [*settings(out, codec, side), *overrides]
     path = user_path(source, "the source")
     if not path.exists() or (path / FILE).exists() or path.suffix in (".yaml", ".yml"):
-        run = load(source, sets)
+        run = resolve(load(source, sets))
         texts = table_of(run.net)
         if not isinstance(run.data, Latents) and texts is None:
             raise UserError(
@@ -90,7 +91,7 @@ def work_of(
         raise UserError(f"{source} holds images: say by which --codec, of how many pixels --side, and where to, OUT")
     tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": source, "flip": True}}}
     override(tree, sets)
-    return Work(parse(Place, tree).data)
+    return Work(parse(Place, tree).data.found())
 
 
 def settings(out: str | None, codec: str | None, side: int | None) -> list[str]:
@@ -192,18 +193,14 @@ def encode_texts(
     return Made(spec.folder, done, texttable.Contents)
 
 
-def ready(run: Run, *, make: bool = True) -> Run:
-    """The run with the identity of its table of texts. `make`: token ids are made, if they are not there.
+def make_tokens(run: Run) -> None:
+    """Make the ids of the captions' tokens where the run reads them and they are not there: they cost nothing.
 
-    They cost nothing. Raises UserError where the folder holds those of other captions.
+    Raises UserError where the folder holds those of other captions.
     """
     spec = table_of(run.net)
-    if spec is None:
-        return run
-    if make and isinstance(spec, Learned):
+    if isinstance(spec, Learned):
         lock = spec.folder.with_name(f".{spec.folder.name}.lock")
         lock.parent.mkdir(parents=True, exist_ok=True)
         with locked(lock):  # runs that start together make it once
             encode_texts(run.data, spec)
-    texts = type(spec).model_validate(spec.model_dump())  # which looks again
-    return run.model_copy(update={"net": run.net.model_copy(update={"texts": texts})})

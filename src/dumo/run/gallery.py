@@ -20,9 +20,9 @@ from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, able, check
 from dumo.io import picture
 from dumo.io.panel import labelled
 from dumo.run.config.error import nearest
-from dumo.run.config.spec import Run
 from dumo.run.folder import RunFolder, load_net
-from dumo.run.sample import conditions, real_data, sample, sample_batches
+from dumo.run.sample import real_data
+from dumo.run.sampler import Sampler
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.training import checkpoint
 from dumo.types import Sample, UserError
@@ -55,10 +55,10 @@ class Reading:
 Panels = Mapping[Reading, Mapping[int, Image.Image]]  # a picture by reading and step
 
 
-def readings(run: Run, along: Euler | Heun | None = None) -> dict[str, Reading]:
+def readings(sampler: Sampler, along: Euler | Heun | None = None) -> dict[str, Reading]:
     """The readings that the objective taught, by letter; v takes steps by `along`, Euler's if None."""
-    objective, reads, along, found = run.objective, run.reads, along or Euler(), dict[str, Reading]()
-    jumps = [s for s in (run.sample.solver, Restart(), Hop()) if s.uses != "velocity" and getattr(reads, s.uses)]
+    objective, reads, along, found = sampler.objective, sampler.taught, along or Euler(), dict[str, Reading]()
+    jumps = [s for s in (sampler.spec.solver, Restart(), Hop()) if s.uses != "velocity" and getattr(reads, s.uses)]
     if jumps:
         head = head_of(objective, jumps[0].uses)
         heads = f"{head} heads" if " and " in head else f"{head} head"
@@ -71,15 +71,10 @@ def readings(run: Run, along: Euler | Heun | None = None) -> dict[str, Reading]:
     return found
 
 
-def within(nfe: Iterable[int], run: Run, asked: Iterable[Reading]) -> list[int]:
-    """Those numbers of passes that all these readings can make; the run's own, which they can, where there is none."""
-    asked, reads = list(asked), run.reads
-    return [n for n in nfe if all(able(one.at(n), reads, n) for one in asked)] or list(run.sample.nfe)
-
-
-def is_image(run: Run) -> bool:
-    """Whether a sample is an image, for a sheet, rather than a point, for a scatter."""
-    return len(run.pixels) == 3
+def within(nfe: Iterable[int], sampler: Sampler, by: Iterable[Reading]) -> list[int]:
+    """Those numbers of passes that all these readings can make; the sampler's own, which they can, if none is left."""
+    by, reads = list(by), sampler.taught
+    return [n for n in nfe if all(able(one.at(n), reads, n) for one in by)] or list(sampler.spec.nfe)
 
 
 def trajectories(
@@ -99,39 +94,42 @@ def trajectories(
     `letters` None: u and v, if taught. `only`: classes of the rows, in turn. Raises UserError, before any work, for a
     step, reading, label or nfe that is not there.
     """
-    run, found, asked = opened.run, stages(opened, steps), chosen(opened.run, letters, nfe)
-    nfe = nfe or within(PASSES, run, asked)
-    c = conditions(run, count or (COUNT if is_image(run) else POINTS), only)
-    behind = None if is_image(run) else real_data(run).reference(2 * POINTS, run.sample.seed)[0]
+    sampler, found = opened.sampler, stages(opened, steps)
+    asked = chosen(sampler, letters, nfe)
+    nfe = nfe or within(PASSES, sampler, asked)
+    c = sampler.conditions.in_turn(count or (COUNT if sampler.is_image else POINTS), only)
+    behind = None if sampler.is_image else real_data(sampler.data).reference(2 * POINTS, sampler.spec.seed)[0]
     panels: dict[Reading, dict[int, Image.Image]] = {reading: {} for reading in asked}
     with bar("sampling trajectories", len(found) * len(asked) * sum(nfe)) as tick:
         tick = counted(tick)
         for step, file in found.items():
-            then = open_at(opened, step, file)
+            then = open_at(opened, step, file).sampler
             for reading in asked:
-                panels[reading][step] = panel(then, reading, nfe, c, seed, behind, tick)
+                note = f"step {step:,}, {reading.title}"
+                panels[reading][step] = panel(then, reading, nfe, c, seed, behind, tick, note)
     return panels
 
 
 def panel(
-    opened: RunFolder,
+    sampler: Sampler,
     reading: Reading,
     nfe: Sequence[int],
     c: Tensor,
     seed: int | None,
     behind: Tensor | None,
     tick: Tick = lambda done, note: None,
+    note: str = "",
 ) -> Image.Image:
     """Trajectories of one net by one reading, before the points `behind`, if they are no images."""
     columns: dict[str, list[Image.Image]] = {}
     for n in nfe:
         solver = reading.at(n)
-        found = sample(opened, nfe=n, c=c, seed=seed, solver=solver)
+        found = sampler.sample(c, nfe=n, seed=seed, solver=solver)
         title = f"NFE {found.nfe}" + ("" if solver is reading.solver else f"\n{titled(solver)}")
         columns[title] = singles(found.x) if behind is None else [picture.scatter(behind, {"": found.x})]
-        tick(n, f"step {opened.step:,}, {reading.title}, {n}")
-    run = opened.run
-    names = [run.class_name(k) for k in c.tolist()] if run.data.classes else [str(k) for k in range(len(c))]
+        tick(n, f"{note}, {n}")
+    conditions = sampler.conditions
+    names = [conditions.name(k) for k in c.tolist()] if conditions.count else [str(k) for k in range(len(c))]
     rows = zip(names if behind is None else [""], zip(*columns.values(), strict=True), strict=True)
     return labelled(list(rows), list(columns))
 
@@ -152,42 +150,43 @@ def class_grids(
     `classes` None: all. `nfe` None: one pass. `steps` (): the last checkpoint; None: every milestone too. `letters`
     None: u if taught, else v. Raises UserError as `trajectories`, and where there are no classes.
     """
-    run, found = opened.run, stages(opened, (opened.step,) if steps == () else steps)
-    asked = chosen(run, letters or sorted(readings(run))[:1], nfe)
-    nfe = nfe or within((1,), run, asked)
-    if not run.data.classes or not is_image(run):
-        raise UserError(f"data '{run.data.kind}' has no classes of images, so no grid of them: leave out --classes")
-    classes = labels(len(classes), run.data.classes, classes).tolist() if classes else range(run.data.classes)
+    sampler, found = opened.sampler, stages(opened, (opened.step,) if steps == () else steps)
+    asked = chosen(sampler, letters or sorted(readings(sampler))[:1], nfe)
+    nfe = nfe or within((1,), sampler, asked)
+    data, n = sampler.data, sampler.data.classes
+    if not n or not sampler.is_image:
+        raise UserError(f"data '{data.kind}' has no classes of images, so no grid of them: leave out --classes")
+    classes = labels(len(classes), n, classes).tolist() if classes else range(n)
     grids: dict[tuple[Reading, int, int], Image.Image] = {}
     with bar("sampling class grids", len(found) * len(asked) * sum(nfe)) as tick:
         tick = counted(tick)
         for step, file in found.items():
-            then = open_at(opened, step, file)
+            then = open_at(opened, step, file).sampler
             for reading, n in ((reading, n) for reading in asked for n in nfe):
-                grids[reading, step, n] = class_grid(then, reading, n, classes, count, seed)
+                grids[reading, step, n] = class_grid(then, step, reading, n, classes, count, seed)
                 tick(n, f"step {step:,}, {reading.title}, {n}")
     return grids
 
 
 def class_grid(
-    opened: RunFolder, reading: Reading, nfe: int, classes: Sequence[int], count: int, seed: int | None
+    sampler: Sampler, step: int, reading: Reading, nfe: int, classes: Sequence[int], count: int, seed: int | None
 ) -> Image.Image:
     """A block of `count` images per class; image i of class k is number k * count + i, whatever else is asked."""
-    every = torch.arange(opened.run.data.classes).repeat_interleave(count)
+    every = torch.arange(sampler.data.classes).repeat_interleave(count)
     some = [k * count + i for k in classes for i in range(count)]
     solver = reading.at(nfe)
-    found = joined(sample_batches(opened, nfe=nfe, c=every, seed=seed, solver=solver, indices=some))
+    found = joined(sampler.batches(every, nfe=nfe, seed=seed, solver=solver, indices=some))
     sheets = [picture.sheet(part, across(count)) for part in picture.to_rows(found.x).split(count)]
-    blocks = [labelled([("", [sheet])], [_class(opened.run, k)]) for k, sheet in zip(classes, sheets, strict=True)]
+    names = map(titled_class, map(sampler.conditions.name, classes))
+    blocks = [labelled([("", [sheet])], [name]) for name, sheet in zip(names, sheets, strict=True)]
     pixels = torch.from_numpy(np.stack([np.asarray(block) for block in blocks]))
     page = picture.sheet(pixels, across(len(blocks)), scale=1, gap=GAP)
     name = replace(reading, solver=solver).name
-    return labelled([(name, [page])], [f"step {opened.step:,}, NFE {found.nfe}"])
+    return labelled([(name, [page])], [f"step {step:,}, NFE {found.nfe}"])
 
 
-def _class(run: Run, k: int) -> str:
+def titled_class(name: str) -> str:
     """The name of a class; with a word before it where it is a number."""
-    name = run.class_name(k)
     return f"class {name}" if name.isdigit() else name
 
 
@@ -244,25 +243,25 @@ def open_at(opened: RunFolder, step: int, file: Path | None) -> RunFolder:
     """The run as it was at a milestone. Raises UserError where its weights do not fit."""
     if file is None:
         return opened
-    net = load_net(opened.run, file, opened.device)
+    net = load_net(opened.run.build(opened.device), file)
     return replace(opened, net=net, step=step, weights=str(file.relative_to(opened.folder)))
 
 
-def chosen(run: Run, letters: Sequence[str] | None, nfe: Sequence[int] | None) -> list[Reading]:
+def chosen(sampler: Sampler, letters: Sequence[str] | None, nfe: Sequence[int] | None) -> list[Reading]:
     """The readings of these letters, v by Heun's steps. Raises UserError for one that was not taught, or such nfe."""
-    there = readings(run, Heun())
+    there = readings(sampler, Heun())
     for letter in letters or ():
         if letter not in ("u", "v"):
             raise UserError(f"there is no reading '{letter}'; {nearest(letter, ['u', 'v'])}")
         if letter not in there:
             what = "jumps" if letter == "u" else "velocity"
             raise UserError(
-                f"objective '{run.objective.kind}' was taught no {what}, so there is no reading {letter}: "
+                f"objective '{sampler.objective.kind}' was taught no {what}, so there is no reading {letter}: "
                 f"use --reading {','.join(there)}"
             )
     asked = [there[letter] for letter in dict.fromkeys(letters or there)]
     for n, reading in ((n, reading) for n in nfe or () for reading in asked):
-        check(reading.at(n), run.reads, n)
+        check(reading.at(n), sampler.taught, n)
     return asked
 
 

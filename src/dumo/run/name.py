@@ -4,12 +4,14 @@ So what is asked in one way does not write over what was asked in another.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 from dumo.io import digest
 from dumo.io.weights import title
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
+from dumo.run.config.tree import Sampling
 from dumo.run.folder import RunFolder, shown
 from dumo.training.checkpoint import part
 
@@ -17,9 +19,9 @@ LONG = 40  # characters of a value in a name
 Fields = dict[str, Any]  # of a spec, one level deep: sample.seed, solver.m
 
 
-def sampling(run: Run) -> Fields:
+def sampling(spec: Sampling) -> Fields:
     """What of a spec decides samples of a number of passes."""
-    tree = run.sample.model_dump(mode="json", exclude={"nfe"})
+    tree = spec.model_dump(mode="json", exclude={"nfe"})
     nested = {part: tree.pop(part) for part in ("solver", "guide", "knobs")}
     return flat({**nested, "sample": tree})
 
@@ -32,14 +34,14 @@ def flat(tree: dict[str, Fields]) -> Fields:
 def changes(opened: RunFolder, before: Fields, after: Fields) -> list[str]:
     """The fields that differ, and weights other than those the run shows, as parts of a name."""
     parts = [word(field, value) for field, value in after.items() if before.get(field) != value]
-    if opened.file.resolve() != part(opened.checkpoint, shown(own(opened))).resolve():
+    if opened.file.resolve() != part(opened.checkpoint, shown(opened.run.train)).resolve():
         parts.append(f"{title(opened.file)}-{digest.of_file(opened.file)[:6]}")
     return parts
 
 
-def own(opened: RunFolder) -> Run:
+def own(folder: Path) -> Run:
     """The run as its folder has it, without what was set to look at it."""
-    return load(str(opened.folder))
+    return load(str(folder))
 
 
 def word(field: str, value: object) -> str:

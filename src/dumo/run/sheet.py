@@ -15,9 +15,11 @@ from torch import Tensor
 
 from dumo.data import Latents
 from dumo.flow import generate
+from dumo.run.conditions import Conditions, shown
 from dumo.run.config.spec import Run
-from dumo.run.folder import RunFolder
-from dumo.run.sample import guided_reading, shared, write
+from dumo.run.folder import sampler
+from dumo.run.sample import write
+from dumo.run.sampler import gather
 from dumo.runtime import dist
 from dumo.training import agreement, layout
 from dumo.training.state import State
@@ -34,7 +36,7 @@ class Sheets:
     def __init__(self, run: Run, folder: Path, tell: Callable[[str], object]) -> None:
         """`tell` hears why a sheet is missing."""
         self.run, self.folder, self.tell = run, folder / "sheets", tell
-        self.c, data = classes(run), run.data
+        self.c, data = classes(run.conditions), run.data
         if run.train.sheets and isinstance(data, Latents):
             agreement.main(lambda: data.codec.open(torch.device("cpu")) and None)  # seen now, not after weeks
 
@@ -56,7 +58,7 @@ class Sheets:
         with torch.compiler.set_stance("force_eager"):
             parts = generate.batches(
                 net,
-                guided_reading(self.as_folder(state)),
+                sampler(run, net).reads,
                 run.path,
                 run.sample.solver,
                 self.c[torch.tensor(turn) % len(self.c)],
@@ -68,22 +70,18 @@ class Sheets:
             )
             mine = list(parts)
         layout.release(net)
-        return shared(mine, run.data.shape).x[: len(self.c)]
+        return gather(mine, run.data.shape).x[: len(self.c)]
 
     def attempt(self, made: Callable[[], Sample], state: State, nfe: int) -> None:
         """Write a sheet, or say why there is none: that is no reason to end a run."""
-        path = self.folder / f"step-{state.step:08d}-nfe{nfe}"
+        run, path = self.run, self.folder / f"step-{state.step:08d}-nfe{nfe}"
         try:
-            write(self.as_folder(state).decode(made()), self.c, path, "grid", self.run)
+            write(sampler(run, state.shown).decode(made()), self.c, path, "grid", run.data, run.sample.seed)
         except Exception as error:  # memory, disk, weights that have diverged
             self.tell(f"warning: no sheet {path.name}: {error}")
 
-    def as_folder(self, state: State) -> RunFolder:
-        """The run as it stands."""
-        return RunFolder(self.run, self.folder.parent, state.shown, state.step, "")
 
-
-def classes(run: Run) -> Tensor:
+def classes(conditions: Conditions) -> Tensor:
     """The condition of each sample: all classes in turn, or, where there are more than images, some from end to end."""
-    n, k = COUNT if len(run.pixels) == 3 else POINTS, run.data.labels
-    return run.conditions(generate.labels(n, k, [i * k // n for i in range(n)] if k > n else None))
+    n, k = COUNT if len(shown(conditions.data).shape) == 3 else POINTS, conditions.data.labels
+    return conditions.of(generate.labels(n, k, [i * k // n for i in range(n)] if k > n else None))

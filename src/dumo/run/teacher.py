@@ -65,15 +65,17 @@ class Known:
         if dist.is_main():
             write_json(folder / FILE, self.about)
 
-    def begin(self, source: Source, run: Run, folder: Path, device: torch.device, bar: Bar) -> "Source | Coupled":
+    def begin(
+        self, source: Source, points: int, path: FlowPath, data: Data, folder: Path, device: torch.device, bar: Bar
+    ) -> "Source | Coupled":
         """Write down who teaches, and return what to train on: the run's own source, or the teacher's pairs, made now.
 
-        Raises UserError as `couple` does.
+        `points` is how many of a trajectory the objective learns from. Raises UserError as `couple` does.
         """
         self.note(folder)
         if not (pairs := self.spec.pairs):
             return source
-        plan = Plan.of(pairs, run.data, run.path, run.objective.needs.points, self.about["sha256"])
+        plan = Plan.of(pairs, points, path, data, self.about["sha256"])
         return couple(plan, self.reads, folder / "pairs", device, bar)
 
 
@@ -100,15 +102,15 @@ def opened(teacher: Teacher, run: Run, state: State, device: torch.device) -> Kn
     """A run's teacher. Raises UserError where it cannot be opened, knows other data, or has no velocity."""
     match teacher.kind:
         case "run":
-            raw, about = of_run(teacher, run, device)
+            raw, about = of_run(teacher, run.data, run.path, device)
         case "python":
             raw, about = of_user(teacher, run, device)
         case "base":
             raw, about = of_base(state.net, run.train.precision, run.objective.needs), {"sha256": str(state.frozen)}
     if raw.velocity is None:
         raise UserError(f"the teacher {teacher.source} has no velocity: take one whose objective teaches it")
-    reads, needs = teacher.guide(raw, run.data.classes), run.objective.needs
-    learned = None if teacher.pairs and not (needs.points and needs.teachable) else velocity(reads)
+    reads, wants = teacher.guide(raw, run.data.classes), run.objective.needs.teacher
+    learned = None if teacher.pairs and not (wants.points and wants.velocity != "no") else velocity(reads)
     return Known(teacher, reads, learned, {"source": teacher.source or teacher.kind, **about})
 
 
@@ -130,13 +132,13 @@ def of_base(net: nn.Module, precision: Precision, needs: Needs) -> Reads:
     return Reads(velocity=lambda x, t, c: base(x, c, **dict.fromkeys(names, t))[0])
 
 
-def of_run(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dict[str, str]]:
+def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -> tuple[Reads, dict[str, str]]:
     """What the net of another run was taught, and its digest.
 
     Raises UserError where it knows other data, or cannot be guided as `teacher.guide` says.
     """
     known = open_run(teacher.source, device=str(device))
-    there, here = (facts(one.data, one.path) for one in (known.run, run))
+    there, here = facts(known.run.data, known.run.path), facts(data, path)
     if differs := [f"{name} is {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]:
         raise UserError(
             f"the teacher {teacher.source} knows other data: {'; '.join(differs)}. Take a teacher trained on this "
@@ -148,8 +150,9 @@ def of_run(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dic
 
 def facts(data: Data, path: FlowPath) -> dict[str, object]:
     """What a teacher and its pupil must agree on."""
-    of_data: dict[str, object] = {f"data.{name}": getattr(data, name, None) for name in ("shape", "classes", "codec")}
-    return {**of_data, "path": path.kind, "path.sd": path.sd}
+    names = ("shape", "classes", "codec")
+    facts: dict[str, object] = {f"data.{name}": getattr(data, name, None) for name in names}
+    return {**facts, "path": path.kind, "path.sd": path.sd}
 
 
 def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dict[str, str]]:
@@ -227,8 +230,8 @@ class Plan(Index):
     classes: int
 
     @classmethod
-    def of(cls, pairs: Pairs, data: Data, path: FlowPath, points: int, by: str) -> "Plan":
-        """The plan of pairs like these data, by a teacher of this digest."""
+    def of(cls, pairs: Pairs, points: int, path: FlowPath, data: Data, by: str) -> "Plan":
+        """The plan of pairs of such data on this path, by a teacher of this digest."""
         shape = data.shape
         x = Column(dtype="float32", shape=shape)
         between = {"between": Column(dtype="float32", shape=(points - 1, *shape))} if points else {}

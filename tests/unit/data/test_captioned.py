@@ -22,11 +22,11 @@ def latents(root: Path, cache: Path, **fields: object) -> Latents:
     images = {"root": str(root), "side": SIDE, "crop": "none", **fields}
     weights = cache.parent / "taef2.safetensors"
     codec = {"kind": "taef2", "weights": str(weights if weights.exists() else taef2(weights))}
-    return Latents.model_validate({"root": str(cache), "images": images, "codec": codec})
+    return Latents.model_validate({"root": str(cache), "images": images, "codec": codec}).found()
 
 
 def again(data: Latents) -> Latents:
-    return Latents.model_validate(data.model_dump(mode="json"))
+    return Latents.model_validate(data.model_dump(mode="json")).found()
 
 
 def test_latents_have_the_captions_of_the_images(tmp_path: Path) -> None:

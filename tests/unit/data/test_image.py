@@ -176,6 +176,7 @@ def test_the_place_may_be_an_environment_variable(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("SOME_DATA", str(tmp_path))
     images = Images(root="$SOME_DATA/animals", side=SIDE)
     assert images.root == "$SOME_DATA/animals"
+    images = images.found()
     assert images.open().size == COUNT
     monkeypatch.delenv("SOME_DATA")
     with pytest.raises(UserError, match=r"\$SOME_DATA/animals, but SOME_DATA is not set"):
@@ -435,14 +436,25 @@ def test_what_has_no_names_tells_none(tmp_path: Path) -> None:
     assert (spec(tmp_path / "tar").classes, spec(tmp_path / "tar").names) == (3, ())
 
 
+def test_a_spec_is_a_value(tmp_path: Path) -> None:
+    """Equal texts are equal specs, whatever the disk holds meanwhile; what it holds is found when it is asked."""
+    as_folder(tmp_path)
+    before = Images(root=str(tmp_path), side=SIDE)
+    assert (before.classes, before.names, before.found().classes) == (0, None, 3)
+    (tmp_path / "dog").mkdir()
+    shutil.copy(next((tmp_path / "ant").iterdir()), tmp_path / "dog")
+    assert Images(root=str(tmp_path), side=SIDE) == before
+    assert before.found().names == ("ant", "bee", "cow", "dog")
+
+
 def test_where_the_data_are_not_there_yet_classes_stay_to_be_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is written down then asks to look again, and whoever opens what was not looked at is told."""
     monkeypatch.delenv("HERE", raising=False)
-    for images in (Images(root="$HERE", side=SIDE), spec(tmp_path / "later")):
+    for images in (Images(root="$HERE", side=SIDE).found(), spec(tmp_path / "later")):
         assert (images.classes, images.names, images.model_dump()["classes"]) == (0, None, None)
     as_folder(tmp_path / "later")
-    with pytest.raises(UserError, match="was not there when the run was made"):
+    with pytest.raises(UserError, match="nobody counted its classes"):
         images.open()
-    assert Images.model_validate(images.model_dump()).names == CLASSES
+    assert images.found().names == CLASSES

@@ -40,7 +40,7 @@ def latents(images: Path, weights: str) -> Callable[..., Latents]:
     def of(root: Path, **changes: Any) -> Latents:  # noqa: ANN401, parts of a spec
         codec = {"kind": "taef2", "weights": weights} | changes.pop("codec", {})
         shown = {"root": str(images), "side": SIDE, "crop": "none"} | changes.pop("images", {})
-        return Latents.model_validate({"root": str(root), "images": shown, "codec": codec} | changes)
+        return Latents.model_validate({"root": str(root), "images": shown, "codec": codec} | changes).found()
 
     return of
 

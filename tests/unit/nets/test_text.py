@@ -103,6 +103,6 @@ def test_a_table_of_something_else_is_refused(spec: TextTable, tmp_path: Path) -
 
 
 def test_a_run_keeps_to_the_table_that_was_there(spec: TextTable) -> None:
-    again = TextTable.model_validate(spec.model_dump() | {"identity": None})
+    again = TextTable.model_validate(spec.model_dump() | {"identity": None}).found()
     assert again.identity is not None
     assert TextTable(root="nowhere", encoder=spec.encoder, width=16).identity is None

@@ -58,7 +58,7 @@ def test_images_that_are_all_equally_far_apart_lie_so_far_from_the_nearest(
 def test_a_prompt_is_what_a_run_of_captions_is_asked(words: Sampler) -> None:
     """A caption of the data is its own number; another text has one behind all, the same whenever it is asked."""
     run = words.opened.run
-    assert words.condition(run.class_name(3)) == 3
+    assert words.condition(run.conditions.name(3)) == 3
     new = words.condition("a red bicycle")
     assert new > run.data.classes
     assert words.condition(" a red bicycle ") == new

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from dumo.flow.cfg import CFG
+from dumo.flow.guide import CFG
 from dumo.io.weights import load as load_weights
 from dumo.run import teacher
 from dumo.run.config.check import check_guided
@@ -71,7 +71,7 @@ def plan_of(run: Run) -> teacher.Plan:
     """The plan of the run's pairs."""
     assert run.teacher
     assert run.teacher.pairs
-    return teacher.Plan.of(run.teacher.pairs, run.data, run.path, run.objective.needs.points, "")
+    return teacher.Plan.of(run.teacher.pairs, run.objective.needs.teacher.points, run.path, run.data, "")
 
 
 def couple(run: Run, reads: Reads, folder: Path) -> teacher.Coupled:

@@ -11,8 +11,7 @@ from dumo.run.config.load import load
 from dumo.run.plan.plan import held
 from dumo.run.train import train
 from dumo.runtime.random import stream
-from dumo.training.muon import orthogonal
-from dumo.training.optim import AdamW, Muon, matrices
+from dumo.training.optim import AdamW, Muon, matrices, orthogonal
 from dumo.training.record import Record
 from dumo.training.state import begin
 from dumo.training.step import advance

@@ -32,7 +32,7 @@ def of_reference(run: Tree) -> list[str]:
 def of_deviation(run: Tree, sd: float) -> list[str]:
     """Constants are for data of standard deviation 1, and these data have another in units of `path.sd`."""
     scaled = {
-        f"objective '{run.objective.kind}'": run.objective.needs.unit,
+        f"objective '{run.objective.kind}'": run.objective.needs.formulas.unit,
         f"net.precondition '{run.net.precondition}'": run.net.precondition != "none",
     }
     who = " and ".join(name for name, unit in scaled.items() if unit)

@@ -11,18 +11,17 @@ from dumo.data import Latents
 from dumo.data.augment import Edm
 from dumo.data.caption import Templates
 from dumo.flow import solver
-from dumo.flow.cfg import CFG, GuidanceScale
-from dumo.flow.secant import demand_precision
-from dumo.flow.slope import DualSlope
+from dumo.flow.guide import CFG, GuidanceScale
+from dumo.flow.slope import DualSlope, demand_precision
 from dumo.flow.times import Jumps, Pair
 from dumo.nets import Pretrained
 from dumo.nets.family import Family
 from dumo.nets.precondition import VELOCITIES
 from dumo.nets.table import TextTable
 from dumo.run.config.tree import Tree
-from dumo.training.cut import passes
 from dumo.training.layout import share_of
-from dumo.types import UserError
+from dumo.training.step import passes
+from dumo.types import Guide, UserError
 
 
 def check(run: Tree) -> None:
@@ -48,7 +47,7 @@ def check(run: Tree) -> None:
 
 def check_captions(run: Tree) -> None:
     """Refuse captions without texts, texts without captions, and held out captions that do not exist."""
-    texts, captions = getattr(run.net, "texts", None), run.captions
+    texts, captions = getattr(run.net, "texts", None), run.conditions.captions
     where = "data.images.captions" if isinstance(run.data, Latents) else "data.captions"
     of_classes = texts and texts.kind == "file" and run.data.classes  # a file may have a row per class
     if bool(captions) != bool(texts) and not of_classes:
@@ -89,7 +88,7 @@ def check_augment(run: Tree) -> None:
 
 def check_path(run: Tree) -> None:
     """Refuse a path that the objective has no formulas for."""
-    paths = run.objective.needs.paths
+    paths = run.objective.needs.formulas.paths
     if run.path.kind not in paths:
         raise UserError(
             f"objective '{run.objective.kind}' has its formulas for path {_or(paths)}, not '{run.path.kind}'"
@@ -98,7 +97,7 @@ def check_path(run: Tree) -> None:
 
 def check_times(run: Tree) -> None:
     """Refuse times with r > t where the objective has no formulas for them."""
-    if run.objective.times.climbs and not run.objective.needs.climbs:
+    if run.objective.times.climbs and not run.objective.needs.formulas.climbs:
         raise UserError(
             f"objective.times.both_ways makes jumps up to the noise, for which objective '{run.objective.kind}' has no "
             "formulas: set objective.times.both_ways=false, or take objective.kind=f2d2 or meanflow"
@@ -126,7 +125,7 @@ def check_precision(run: Tree) -> None:
             f"net.lora.frozen = bfloat16 saves memory where passes compute in bf16, and train.precision is "
             f"{run.train.precision}: set train.precision=bf16, or net.lora.frozen=float32"
         )
-    if needs.slope and needs.derives:
+    if needs.slope:
         needs.slope.check(run.train.precision, run.net.time_scale)
     demand_precision(run.train.precision, needs.amplifies, run.objective.kind)
 
@@ -158,8 +157,7 @@ def _lacking(run: Tree, ranks: int, rows: slice, kind: str) -> str:
 
 def check_compile(run: Tree) -> None:
     """Refuse to compile blocks of which torch makes no single graph with a dual slope."""
-    needs = run.objective.needs
-    if run.train.compile == "none" or not (needs.derives and isinstance(needs.slope, DualSlope)):
+    if run.train.compile == "none" or not isinstance(run.objective.needs.slope, DualSlope):
         return
     row: Family | None = getattr(run.outline(short=True), "row", None) if isinstance(run.net, Pretrained) else None
     if row and not row.compiles:
@@ -182,7 +180,7 @@ def check_lookup(run: Tree) -> None:
 def check_guide(run: Tree) -> None:
     """Refuse guidance in training without classes."""
     guide, opened = run.objective.needs.guide, GuidanceScale.of(run.objective.needs)
-    guided, field, off = guide.active if guide else opened.scale != 1, opened.field, opened.off
+    guided, field, off = guide.active if isinstance(guide, Guide) else opened.scale != 1, opened.field, opened.off
     if run.objective.needs.knobs:
         guided, field, off = True, "objective.w", "objective.w=null"
     if guided and not _classes(run):
@@ -209,8 +207,9 @@ def check_teacher(run: Tree) -> None:
     What the teacher can do is checked when it is opened.
     """
     needs, pairs = run.objective.needs, bool(run.teacher and run.teacher.pairs)
-    if (needs.points or needs.taught) and (not run.teacher or pairs != bool(needs.points)):
-        what, way = ("trajectories", "{count: 8192}") if needs.points else ("velocity", "null")
+    learns, points = needs.teacher.velocity, needs.teacher.points
+    if (points or learns == "must") and (not run.teacher or pairs != bool(points)):
+        what, way = ("trajectories", "{count: 8192}") if points else ("velocity", "null")
         raise UserError(
             f"objective '{run.objective.kind}' learns from a teacher's {what}: set teacher.source to the folder of a "
             f"run that has a velocity, and teacher.pairs={way}"
@@ -224,7 +223,7 @@ def check_teacher(run: Tree) -> None:
         )
     if run.teacher.kind == "base":
         check_base(run)
-    if not pairs and not needs.teachable:
+    if not pairs and learns == "no":
         raise UserError(
             f"objective '{run.objective.kind}' learns from no velocity, so a teacher's says nothing to it: set "
             "teacher.pairs, or teacher=null"
@@ -276,7 +275,7 @@ def check_knobs(run: Tree) -> None:
 
 def _classes(run: Tree) -> int:
     """How many there are; some, where they are not counted yet."""
-    return run.data.classes if run.classes_known else 1
+    return run.data.classes if run.conditions.known else 1
 
 
 def _or(names: tuple[str, ...]) -> str:

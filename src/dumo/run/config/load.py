@@ -11,7 +11,7 @@ from pydantic_core import to_json, to_jsonable_python
 from dumo.io import yaml
 from dumo.run.config.change import override, shown
 from dumo.run.config.error import explain
-from dumo.run.config.source import CHANGED, FORMAT, KEY, Noted, noted, read
+from dumo.run.config.source import CHANGED, FORMAT, KEY, RESOLVED, Noted, noted, read
 from dumo.run.config.source import FILE as FILE
 from dumo.run.config.spec import Run
 from dumo.types import Spec, UserError
@@ -39,6 +39,7 @@ def load(source: str, overrides: Sequence[str] = ()) -> Run:
     """
     tree, name = read(source)
     override(tree, overrides)
+    fill(tree, tree.get(RESOLVED))
     return parse(Run, tree, name)
 
 
@@ -54,6 +55,25 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
         raise UserError("\n".join(where + line for line in explain(error, spec).splitlines())) from error
 
 
+def fill(tree: dict[str, Any], found: object) -> None:
+    """Put what was found into the fields it was found for, but where a field is given. The tree is changed."""
+    for field, value in found.items() if isinstance(found, dict) else ():
+        part: Any = tree
+        *above, last = str(field).split(".")
+        for name in above:
+            part = part.get(name) if isinstance(part, dict) else None
+        if isinstance(part, dict) and part.get(last) is None:
+            part[last] = value
+
+
+def clear(tree: dict[str, Any], path: Sequence[str]) -> None:
+    """Remove a field that is there. The tree is changed."""
+    if len(path) > 1:
+        clear(tree.get(path[0]) or {}, path[1:])
+    else:
+        tree.pop(path[0], None)
+
+
 def default_folder(source: str) -> Path:
     """A run's default folder: runs/NAME, or that of the run.yaml that `source` is or holds."""
     path = Path(source)
@@ -65,7 +85,11 @@ def default_folder(source: str) -> Path:
 def dump(run: Run, changed: Sequence[Noted] = (), *, short: bool = False) -> str:
     """The complete run as YAML, or `short`ly its summary; its format first, then changes. `load` reads it back."""
     head = {KEY: FORMAT} | ({CHANGED: [one.model_dump(mode="json") for one in changed]} if changed else {})
-    return yaml.dump({**head, **(summary(run) if short else run.model_dump(mode="json"))})
+    tree = summary(run) if short else run.model_dump(mode="json")
+    found = tree.pop(RESOLVED, {})
+    for field in found:
+        clear(tree, field.split("."))
+    return yaml.dump({**head, **tree, **({RESOLVED: found} if found and not short else {})})
 
 
 def summary(part: BaseModel) -> dict[str, Any]:

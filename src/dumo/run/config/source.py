@@ -19,6 +19,7 @@ from dumo.types import UserError
 FILE = "run.yaml"  # the run, in its folder
 KEY, FORMAT = "format", 2  # the first key of a run.yaml, and what `dumo.run.config.load.dump` writes there
 CHANGED = "changed"  # of a run.yaml: the fields that were changed while it trained (`Noted`)
+RESOLVED = "resolved"  # of a run.yaml: the fields that were found when the run was opened (`dumo.run.config.resolve`)
 MOST = 2**24  # bytes of a file: ours; the names of 20,000 classes are half a million
 
 
@@ -71,7 +72,9 @@ def _base(base: object, name: str, file: Path | None) -> tuple[dict[str, Any], s
     if base in recipes.names():
         return _packaged(text), f"recipe {text}", None
     if file and isinstance(base, str) and (found := _file(file.parent / user_path(base, "base"))):
-        return _tree(found), str(found), found
+        tree = _tree(found)
+        tree.pop(RESOLVED, None)  # of that run's files
+        return tree, str(found), found
     raise UserError(
         f"{name}: base: there is no recipe '{brief(text)}', nor a file or run's folder there; {_hint(text)}"
     )

@@ -5,27 +5,33 @@ from math import prod
 from typing import Annotated, Literal
 
 import torch
-from jaxtyping import Int64
-from pydantic import Field
-from torch import Tensor, nn
+from pydantic import Field, JsonValue
+from torch import nn
 
-from dumo.data import Data, Digits, Images, Latents, Moons
-from dumo.data.caption import Captioning, Files, Templates
+from dumo.data import Data, Digits, Images, Moons
 from dumo.evaluation import MetricProtocol
-from dumo.flow.cfg import CFG, GuidanceScale
+from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import Linear, Path
 from dumo.flow.precision import Precision
 from dumo.flow.solver import Solver
-from dumo.io.read import brief
 from dumo.nets import Net, Pretrained
 from dumo.objectives import Objective
-from dumo.run.config.error import nearest
+from dumo.run.conditions import Conditions, shown
 from dumo.run.config.teacher import Start, Teacher
 from dumo.runtime import memory
 from dumo.runtime.bound import PASSES
 from dumo.runtime.random import stream
 from dumo.training.spec import Train
-from dumo.types import FREE, QUIET, Reads, Spec, UserError
+from dumo.types import FREE, QUIET, Reads, Spec
+
+
+def taught(objective: Objective) -> Reads:
+    """The readings that an objective will teach, of no net yet."""
+    found = objective.read(nn.Identity())
+    if found.flow_map and found.hops is None and not objective.times.between:
+        return replace(found, hops=lambda t, s: s == 0)
+    return found
+
 
 Passes = Annotated[int, Field(le=PASSES)]  # through the net; a solver says how few it can make
 
@@ -66,11 +72,13 @@ class Tree(Spec):
     train: Train
     sample: Sampling = Field(json_schema_extra=FREE)
     evaluate: Evaluation = Field(json_schema_extra=FREE)
+    # Fields that `dumo.run.config.resolve` filled, by dotted path.
+    resolved: dict[str, JsonValue] = Field(default_factory=dict[str, JsonValue], json_schema_extra=FREE)
 
     @property
     def images(self) -> Digits | Images | Moons:
         """The images or points that are shown: of latents, the images that were encoded."""
-        return self.data.images if isinstance(self.data, Latents) else self.data
+        return shown(self.data)
 
     @property
     def pixels(self) -> tuple[int, ...]:
@@ -80,66 +88,12 @@ class Tree(Spec):
     @property
     def reads(self) -> Reads:
         """The readings that the objective will teach, of no net yet."""
-        found = self.objective.read(nn.Identity())
-        if found.flow_map and found.hops is None and not self.objective.times.between:
-            return replace(found, hops=lambda t, s: s == 0)
-        return found
+        return taught(self.objective)
 
     @property
-    def classes_known(self) -> bool:
-        """False if classes are to be counted, and the data are not there yet."""
-        return getattr(self.images, "names", ()) is not None
-
-    @property
-    def captions(self) -> Captioning | None:
-        """The captions that replace classes, if any."""
-        return getattr(self.data, "captions", None)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The names of the classes, or the captions; () if they have none."""
-        if self.captions is None or isinstance(self.data, Moons):
-            return getattr(self.images, "names", None) or ()
-        try:
-            return self.data.caption_texts()
-        except UserError:  # images and captions may not be on this machine
-            return ()
-
-    def class_name(self, c: int) -> str:
-        """The name of a class: its folder's, or the caption, else its number."""
-        if self.captions and c == self.data.classes:
-            return "no caption"
-        names = self.class_names
-        return names[c] if c < len(names) else str(c)
-
-    def class_index(self, text: str) -> int:
-        """The number of a class, given its name or number. Raises UserError if there is none."""
-        names, word = self.class_names, brief(text.strip())
-        if text.strip() in names:
-            return names.index(text.strip())
-        if word.isdecimal() and int(word) < self.data.classes:
-            return int(word)
-        if not self.data.classes:
-            raise UserError(f"label '{word}' is out of range: this run has no classes, so give no labels")
-        near = "" if word.isdecimal() or not names or self.captions else f" {nearest(word, [*names])};"
-        give = "; give another caption as a prompt" if self.captions else ""
-        raise UserError(f"label '{word}' is out of range:{near} labels run from 0 to {self.data.classes - 1}{give}")
-
-    def conditions(self, labels: Int64[Tensor, " n"], *, held: bool = False) -> Int64[Tensor, " n"]:
-        """The condition of samples of these classes: the class, or a caption of it, its templates in turn.
-
-        `held`: of the templates that are held out. Captions that were written for each image have no classes: of these,
-        one of every k-th image, or of all in turn. Raises UserError if nothing is held out, or captions are missing.
-        """
-        match self.captions:
-            case Templates() as captions:
-                return captions.numbers(labels, self.data.labels, held=held)
-            case Files() if isinstance(self.data, Images | Latents):
-                written, n = self.data.all_captions(), len(labels)
-                images = torch.arange(n) * max(len(written.ends), n) // n % len(written.ends)
-                return written.drawn(images, "conditions", batch=n)
-            case _:
-                return labels
+    def conditions(self) -> Conditions:
+        """The classes or captions that the net is conditioned on."""
+        return Conditions(self.data)
 
     def build(self, device: torch.device | str = "cpu") -> nn.Module:
         """The net at step 0, its weights keyed by the run's seed: the same on every device.

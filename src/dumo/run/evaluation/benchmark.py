@@ -16,6 +16,7 @@ four images, two to a row, with nothing between them, for it cuts them apart by 
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -30,7 +31,8 @@ from dumo.run.evaluation import evaluate
 from dumo.run.evaluation.card import Card, card
 from dumo.run.folder import RunFolder
 from dumo.run.prompt import prompted
-from dumo.run.sample import sample_batches, with_options
+from dumo.run.sample import said_of, with_options
+from dumo.run.sampler import Sampler
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import UserError
@@ -144,15 +146,16 @@ def make(
     that makes no images or reads no texts, a solver or nfe out of reach, and a folder whose images were made otherwise.
     """
     file.check_writable(folder)
-    prompts, shape = read_prompts(source), opened.run.pixels
+    prompts, sampler = read_prompts(source), opened.sampler
     layout.check(prompts, source)
-    if len(shape) != 3:
-        raise UserError(f"{opened.folder} makes points of shape {shape}, not images: there is nothing to show")
-    opened, said = with_options(opened, nfe=nfe, seed=seed, solver=solver)
-    c = prompted(opened, [prompt.text for prompt in prompts]).repeat_interleave(EACH)
-    kind, stem = opened.run.sample.solver.kind, [source.stem, *said]
+    if not sampler.is_image:
+        raise UserError(f"{opened.folder} makes points of shape {sampler.pixels}, not images: there is nothing to show")
+    sampler = with_options(sampler, nfe=nfe, seed=seed, solver=solver)
+    c = prompted(sampler, [prompt.text for prompt in prompts]).repeat_interleave(EACH)
+    kind, stem = sampler.spec.solver.kind, [source.stem, *said_of(opened, sampler.spec)]
+    opened = replace(opened, run=opened.run.model_copy(update={"sample": sampler.spec}))
     notes: dict[Path, tuple[int, dict[str, Any]]] = {}
-    for n in opened.run.sample.nfe:
+    for n in sampler.spec.nfe:
         place = folder / "-".join([layout.name, kind, f"nfe{n}", *stem])
         known = {"report": "-".join(["evaluation", layout.name, kind, *stem]) + ".json", "step": opened.step}
         known |= {"card": card_of(opened, layout, source, prompts, n)}
@@ -163,7 +166,7 @@ def make(
         if dist.is_main():
             write_json(note(place), known)
         with bar(f"sampling, {kind} at {n}", EACH * len(missing)) as tick:
-            for done, (i, pixels) in enumerate(made(opened, c, n, missing[dist.rank() :: dist.world()]), 1):
+            for done, (i, pixels) in enumerate(made(sampler, c, n, missing[dist.rank() :: dist.world()]), 1):
                 signals.check()
                 layout.write(place, prompts[i], pixels)
                 tick(min(done * dist.world(), len(missing)) * EACH, "")
@@ -171,13 +174,13 @@ def make(
     return list(notes)
 
 
-def made(opened: RunFolder, c: torch.Tensor, nfe: int, which: Sequence[int]) -> Iterator[tuple[int, picture.PixelRows]]:
+def made(sampler: Sampler, c: torch.Tensor, nfe: int, which: Sequence[int]) -> Iterator[tuple[int, picture.PixelRows]]:
     """The images of these prompts, prompt by prompt."""
     indices = [EACH * i + j for i in which for j in range(EACH)]
     if not indices:
         return
     turn, waiting = iter(which), list[torch.Tensor]()
-    for part in sample_batches(opened, nfe=nfe, c=c, seed=opened.run.sample.seed, indices=indices):
+    for part in sampler.batches(c, nfe=nfe, indices=indices):
         waiting += picture.to_rows(part.x)
         while len(waiting) >= EACH:
             yield next(turn), torch.stack(waiting[:EACH])

@@ -14,6 +14,7 @@ from dumo.evaluation import LikelihoodProtocol
 from dumo.evaluation.protocol import trained_on
 from dumo.flow.solver import Euler, Heun, Solver
 from dumo.io.weights import title
+from dumo.objectives import Drift
 from dumo.run import deviation
 from dumo.run.config.spec import Run
 from dumo.run.evaluation.record import FILE, Row, read_report
@@ -63,17 +64,16 @@ def labels(run: Run) -> str:
     """Of which class, or caption, sample i is."""
     if isinstance(run.evaluate.protocol, LikelihoodProtocol):
         return "those of the data"
-    if isinstance(run.captions, Files):
+    if isinstance(run.conditions.captions, Files):
         return "captions of images, from end to end"
     turn = f"i mod {run.data.labels}" if run.data.labels else "none"
-    return f"{turn}, by {run.evaluate.captions} templates in turn" if run.captions else turn
+    return f"{turn}, by {run.evaluate.captions} templates in turn" if run.conditions.captions else turn
 
 
 def settings(run: Run) -> Card:
     """What a run's spec says of how samples are made and judged."""
-    on = run.objective.needs.trained_on
     return {
-        **({"trained_on": on} if on else {}),
+        **({"trained_on": "numbers"} if isinstance(run.objective, Drift) else {}),
         "labels": labels(run),  # of sample i; others draw at random
         "solver": run.sample.solver.model_dump(mode="json"),
         "guide": run.sample.guide.model_dump(mode="json"),
@@ -175,7 +175,7 @@ def _measured(one: Card) -> Card:
 
 def _codec(opened: RunFolder) -> dict[str, Any] | None:
     """The codec that decodes, with the hash of its weights."""
-    codec = opened.codec
+    codec = opened.sampler.codec
     return codec and codec.codec.model_dump(exclude={"weights"}) | {"sha256": codec.sha256}
 
 

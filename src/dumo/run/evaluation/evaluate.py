@@ -19,9 +19,8 @@ from dumo.data import Latents
 from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.evaluation.likelihood import LikelihoodEvaluator
 from dumo.evaluation.protocol import Evaluator
-from dumo.flow.divergence import axes
 from dumo.flow.generate import Batch, counting, evaluating, passing
-from dumo.flow.likelihood import climbing, log_likelihood
+from dumo.flow.likelihood import axes, climbing, log_likelihood
 from dumo.flow.reading import reading
 from dumo.flow.solver import Solver, check
 from dumo.io import digest
@@ -33,7 +32,7 @@ from dumo.run.evaluation.card import card, contrast_solver, settings
 from dumo.run.evaluation.record import FILE, Row, read_report, state
 from dumo.run.folder import RunFolder
 from dumo.run.name import Fields, changes, flat, own
-from dumo.run.sample import real_data, sample_batches, solver_named
+from dumo.run.sample import real_data, solver_of
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.types import UserError
@@ -92,7 +91,7 @@ def with_options(
     opened: RunFolder, *, nfe: Sequence[int] | None = None, seed: int | None = None, solver: str | None = None
 ) -> RunFolder:
     """The run as it is to be judged. Raises UserError for passes or a solver out of reach."""
-    run, chosen = opened.run, solver_named(opened.run, solver)
+    run, chosen = opened.run, solver_of(opened.run.sample, solver)
     nfe, seed = tuple(nfe or run.evaluate.nfe), run.evaluate.seed if seed is None else seed
     check(chosen, run.reads, *nfe)
     sampling = run.sample.model_copy(update={"solver": chosen})
@@ -115,7 +114,7 @@ def evaluator_of(opened: RunFolder, bar: Bar) -> Evaluator:
             demand(run)
         return run.evaluate.protocol.evaluator(
             Context(
-                data=lambda: real_data(run),
+                data=lambda: real_data(run.data),
                 classes=run.data.labels,
                 seed=run.evaluate.seed,
                 device=opened.device,
@@ -127,7 +126,7 @@ def evaluator_of(opened: RunFolder, bar: Bar) -> Evaluator:
 
 def conditions(run: Run) -> Tensor:
     """What samples are made of: the protocol's classes, or the captions of them that `evaluate.captions` asks for."""
-    return run.conditions(run.evaluate.protocol.labels(run.data.labels), held=run.evaluate.captions == "held")
+    return run.conditions.of(run.evaluate.protocol.labels(run.data.labels), held=run.evaluate.captions == "held")
 
 
 def row(opened: RunFolder, evaluator: Evaluator, solver: Solver, nfe: int, c: Tensor, bar: Bar) -> Row:
@@ -139,7 +138,7 @@ def row(opened: RunFolder, evaluator: Evaluator, solver: Solver, nfe: int, c: Te
         parts = (
             likelihoods(opened, evaluator, solver, nfe)
             if isinstance(evaluator, LikelihoodEvaluator)
-            else sample_batches(opened, nfe=nfe, c=c, seed=seed, solver=solver)
+            else opened.sampler.batches(c, nfe=nfe, seed=seed, solver=solver)
         )
         for part in parts:
             done += len(part.index) * dist.world()
@@ -176,7 +175,7 @@ def standing(opened: RunFolder) -> dict[str, Any] | None:
 
 def name_of(opened: RunFolder, stem: str = "evaluation", *, but: Collection[str] = ()) -> str:
     """The name of a report: what the run's own spec asks has the stem's, other things are said in it, `but` these."""
-    before, after = (_fields(run, but) for run in (own(opened), opened.run))
+    before, after = (_fields(run, but) for run in (own(opened.folder), opened.run))
     return "-".join([stem, *changes(opened, before, after)]) + ".json"
 
 
@@ -237,7 +236,7 @@ def demand(run: Run) -> None:
     """Refuse, with a UserError, what has no likelihood of the data that are shown, and a solver that does not climb."""
     if isinstance(run.data, Latents):
         raise UserError("protocol likelihood is of the data themselves, not of latents: choose another protocol")
-    if run.captions:
+    if run.conditions.captions:
         raise UserError("protocol likelihood knows classes, not captions: choose another protocol")
     if run.sample.guide.active:
         raise UserError("protocol likelihood is of the flow without guidance: set sample.guide.scale=1")

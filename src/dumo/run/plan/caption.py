@@ -18,10 +18,10 @@ def line(run: Tree) -> str | None:
 
 def findings(run: Tree) -> list[Finding]:
     """What doctor says of them, after reading those that were written of each image."""
-    if run.captions is None or not run.classes_known:
+    if run.conditions.captions is None or not run.conditions.known:
         return []
-    if isinstance(run.captions, Templates):
-        seen, held = run.captions.templates, run.captions.held
+    if isinstance(run.conditions.captions, Templates):
+        seen, held = run.conditions.captions.templates, run.conditions.captions.held
         out = f", and {len(held)} that are held out of training" if held else ""
         return [
             Finding(

@@ -21,7 +21,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dumo.flow.overhear import exchanged
 from dumo.flow.precision import autocast
 from dumo.flow.slope import DualSlope, Way
 from dumo.run.config.check import check_pieces
@@ -204,14 +203,14 @@ class Untaped(DualSlope):
     """A dual slope that finds the weights given back when its tape is to be played, and makes a pass of its own."""
 
     def way(self, net: Net, ref: Frozen, *, known: bool) -> Way:
-        """A pass in the place of the tape."""
+        """A pass instead of the tape."""
         way = super().way(net, ref, known=known)
         return Way("pass", "the weights are given back after the pass") if way.name == "tape" else way
 
 
 def units_of(spec: Run, *, given_back: bool) -> float:
     """Forward units of a step (`cost.forward_units`), where weights may be `given_back` after each pass."""
-    objective, slope = spec.objective, spec.objective.needs.slope
-    if given_back and isinstance(slope, DualSlope):
-        objective = exchanged(objective, slope, Untaped())
+    objective = spec.objective
+    if given_back and isinstance(objective.needs.slope, DualSlope):
+        objective = objective.model_copy(update={"slope": Untaped()})
     return cost.forward_units(spec.outline(), objective, spec.path, spec.data.shape, ref=spec.train.ref)

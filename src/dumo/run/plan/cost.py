@@ -17,19 +17,20 @@ from math import lcm
 from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dumo.flow import dropout
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide as Affine
-from dumo.flow.overhear import Overheard, exchanged
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
 from dumo.run.plan.count import Bytes, flops, live_bytes
 from dumo.run.plan.depth import by_depth, short
 from dumo.runtime.random import stream
 from dumo.training.frozen import copied, share
-from dumo.types import Cond, Frozen, Guide, Heads, Noised, Objective, Path, Sample, frozen
+from dumo.types import Cond, Frozen, Guide, Heads, Net, Noised, Objective, Path, Sample, frozen
 
 PLAIN = Affine()  # no guidance
 LAW = 1_000_000  # rows that a law is judged by
@@ -71,22 +72,30 @@ def forward_units(
         return sum(share * at(objective, b) for b, share in _phases(objective, path, rows, shape))
 
     guide = objective.needs.guide
-    if guide is None or not guide.active:
+    if not (isinstance(guide, Guide) and guide.active):
         return units(objective)
-    without = units(exchanged(objective, guide, PLAIN))
+    without = units(objective.model_copy(update={"guide": PLAIN}))
     return without + _guided(objective, guide) * (units(objective) - without)
 
 
 def way(net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], *, ref: Theta = "self") -> Way | None:
     """How a slope that rides comes by its tangent in a step of this objective; None for any other slope."""
-    slope = objective.needs.slope
-    if not isinstance(slope, DualSlope):
+    if not isinstance(objective.needs.slope, DualSlope):
         return None
-    heard, b = Overheard(slope), _draw(objective, path, exact_rows(objective), shape)
-    _step(*_outlines(short(net), ref), exchanged(objective, slope, heard), b)()
-    if heard.nets is None:
-        return None  # an objective may have a slope that it does not take
-    return slope.way(*heard.nets, known=heard.inputs.get("toward") is not None)
+    noted, b = _Noted(), _draw(objective, path, exact_rows(objective), shape)
+    _step(*_outlines(short(net), ref), objective.model_copy(update={"slope": noted}), b)()
+    return noted.ways[-1] if noted.ways else None  # none where no step at this progress takes it
+
+
+class _Noted(DualSlope):
+    """A dual slope that notes its ways."""
+
+    ways: list[Way] = Field(default_factory=list[Way])
+
+    def way(self, net: Net, ref: Frozen, *, known: bool) -> Way:
+        """As every dual slope."""
+        self.ways.append(super().way(net, ref, known=known))
+        return self.ways[-1]
 
 
 def peak_bytes(
@@ -141,7 +150,8 @@ def _pass(net: nn.Module, objective: Objective, shape: Sequence[int], rows: int)
     """One pass on the meta device."""
     x, c = _nothing(rows, shape)
     inputs = {name: x.new_empty(rows) for name in objective.needs.names}
-    return copy.deepcopy(net).to("meta")(x, c, **inputs)
+    with dropout.off():
+        return copy.deepcopy(net).to("meta")(x, c, **inputs)
 
 
 def _peak(net: nn.Module, objective: Objective, b: Noised, ref: Theta, precision: Precision, *, graded: bool) -> Bytes:
@@ -164,7 +174,12 @@ def blank(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> 
 
 def _step(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:
     """Forward, targets and backward, as in training."""
-    return lambda: objective.loss(net, ref, b).loss.sum().backward()
+
+    def step() -> None:
+        with dropout.off():
+            objective.loss(net, ref, b).loss.sum().backward()
+
+    return step
 
 
 def _outlines(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:

@@ -20,8 +20,8 @@ from dumo.run.config.spec import Run
 from dumo.run.plan import cost
 from dumo.run.plan.show import show
 from dumo.runtime import dist
-from dumo.training.cut import passes
 from dumo.training.state import State, begin
+from dumo.training.step import passes
 from dumo.types import UserError
 
 GPU = 80 * 2**30  # bytes of an A100 or H100

@@ -113,8 +113,8 @@ def embedded(table: Table, rows: Sequence[int]) -> Float[Tensor, "n d"]:
 def groups(run: Run) -> Int64[Tensor, " n"]:
     """The class, or the first image, that each caption is of."""
     n = run.data.classes
-    if isinstance(run.captions, Templates):
-        seen, held = len(run.captions.templates), len(run.captions.held)
+    if isinstance(run.conditions.captions, Templates):
+        seen, held = len(run.conditions.captions.templates), len(run.conditions.captions.held)
         labels = torch.arange(run.data.labels)
         return torch.cat([labels.repeat_interleave(seen), labels.repeat_interleave(held)])
     assert isinstance(run.data, Images | Latents)

@@ -25,7 +25,7 @@ def words(*sets: str) -> Run:
 
 
 def named(run: Run, c: torch.Tensor) -> list[str]:
-    return [run.class_name(k) for k in c.tolist()]
+    return [run.conditions.name(k) for k in c.tolist()]
 
 
 def test_a_run_by_classes_is_judged_by_them() -> None:
@@ -53,18 +53,18 @@ def test_sheets_and_samples_have_captions_of_classes_in_turn() -> None:
 
 def test_a_caption_is_meant_by_its_words_or_number() -> None:
     run = words()
-    assert run.class_index("one seven") == 27
-    assert run.class_index("7") == run.class_names.index("7")  # which is what is written, not number 7
-    assert run.class_index("29") == 29
+    assert run.conditions.index("one seven") == 27
+    assert run.conditions.index("7") == run.conditions.names.index("7")  # which is what is written, not number 7
+    assert run.conditions.index("29") == 29
     with pytest.raises(UserError, match=r"label 'a cow' is out of range.*as a prompt"):
-        run.class_index("a cow")
+        run.conditions.index("a cow")
 
 
 def test_captions_of_files_are_judged_by_those_of_images(tmp_path: Path) -> None:
     as_lines(tmp_path, TOLD)
     data = f"data={{kind: images, root: {tmp_path}, side: {SIDE}, captions: {{kind: files}}}}"
     run = load("digits", [data, READ, "net.patch=2", "evaluate.protocol={kind: photos, samples: 24}"])
-    few = run.conditions(torch.zeros(4, dtype=torch.long)).tolist()  # of images 0, 3, 6, 9
+    few = run.conditions.of(torch.zeros(4, dtype=torch.long)).tolist()  # of images 0, 3, 6, 9
     assert few[0] == len(TEXTS)
     assert [TEXTS[k] in TOLD[i] for i, k in zip((3, 6, 9), few[1:], strict=True)] == [True] * 3
     c = conditions(run)

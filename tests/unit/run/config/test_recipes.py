@@ -191,7 +191,8 @@ def test_results_say_where_they_come_from() -> None:
 
 
 def test_a_list_of_recipes_needs_neither_torch_nor_pydantic() -> None:
-    program = "import sys; from dumo import recipes; [(recipes.about(n), recipes.base(n)) for n in recipes.names()]; "
+    program = "import sys; from dumo.run.config import recipes; "
+    program += "[(recipes.about(n), recipes.base(n)) for n in recipes.names()]; "
     program += "recipes.results('zoo'); print({'torch', 'pydantic', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -1,0 +1,97 @@
+"""The classes or captions that a net is conditioned on: their names, their numbers, and those of samples."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from dumo.data import Data, Digits, Images, Latents, Moons
+from dumo.data.caption import Captioning, Files, Templates
+from dumo.flow import generate
+from dumo.io.read import brief
+from dumo.run.config.error import nearest
+from dumo.types import UserError
+
+
+def shown(data: Data) -> Digits | Images | Moons:
+    """The images or points that are shown: of latents, the images that were encoded."""
+    return data.images if isinstance(data, Latents) else data
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Those of a data set. Condition `count` means none."""
+
+    data: Data
+
+    @property
+    def count(self) -> int:
+        """How many conditions there are: classes, or captions."""
+        return self.data.classes
+
+    @property
+    def known(self) -> bool:
+        """False if classes are still to be counted."""
+        return bool(self.count) or getattr(shown(self.data), "names", ()) is not None
+
+    @property
+    def captions(self) -> Captioning | None:
+        """The captions that replace classes, if any."""
+        return getattr(self.data, "captions", None)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the classes, or the captions; () if they have none."""
+        if self.captions is None or isinstance(self.data, Moons):
+            return getattr(shown(self.data), "names", None) or ()
+        try:
+            return self.data.caption_texts()
+        except UserError:  # images and captions may not be on this machine
+            return ()
+
+    def name(self, c: int) -> str:
+        """The name of a class: its folder's, or the caption, else its number."""
+        if self.captions and c == self.count:
+            return "no caption"
+        names = self.names
+        return names[c] if c < len(names) else str(c)
+
+    def index(self, text: str) -> int:
+        """The number of a class, given its name or number. Raises UserError if there is none."""
+        names, word = self.names, brief(text.strip())
+        if text.strip() in names:
+            return names.index(text.strip())
+        if word.isdecimal() and int(word) < self.count:
+            return int(word)
+        if not self.count:
+            raise UserError(f"label '{word}' is out of range: this run has no classes, so give no labels")
+        near = "" if word.isdecimal() or not names or self.captions else f" {nearest(word, [*names])};"
+        give = "; give another caption as a prompt" if self.captions else ""
+        raise UserError(f"label '{word}' is out of range:{near} labels run from 0 to {self.count - 1}{give}")
+
+    def of(self, labels: Int64[Tensor, " n"], *, held: bool = False) -> Int64[Tensor, " n"]:
+        """The condition of samples of these classes: the class, or a caption of it, its templates in turn.
+
+        `held`: of the templates that are held out. Captions that were written for each image have no classes: of these,
+        one of every k-th image, or of all in turn. Raises UserError if nothing is held out, or captions are missing.
+        """
+        match self.captions:
+            case Templates() as captions:
+                return captions.numbers(labels, self.data.labels, held=held)
+            case Files() if isinstance(self.data, Images | Latents):
+                written, n = self.data.all_captions(), len(labels)
+                images = torch.arange(n) * max(len(written.ends), n) // n % len(written.ends)
+                return written.drawn(images, "conditions", batch=n)
+            case _:
+                return labels
+
+    def in_turn(self, count: int, only: Sequence[int] | None = None) -> Int64[Tensor, " n"]:
+        """The conditions of `count` samples: `only` these in turn; None: all classes in turn, or captions of them.
+
+        Raises UserError for one out of range, or no samples.
+        """
+        if only:
+            return generate.labels(count, self.count, only)
+        return self.of(generate.labels(count, self.data.labels))

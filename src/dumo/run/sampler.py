@@ -1,0 +1,161 @@
+"""A trained net with all that its samples depend on."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from dumo.data import Data, Latents
+from dumo.encoders.codec import Opened
+from dumo.flow import generate
+from dumo.flow.path import Path
+from dumo.flow.precision import Precision
+from dumo.flow.reading import reading
+from dumo.flow.solver import Solver
+from dumo.nets.rows import Texts
+from dumo.objectives import Objective
+from dumo.run.conditions import Conditions, shown
+from dumo.run.config.tree import Sampling, taught
+from dumo.runtime import dist
+from dumo.runtime.progress import Bar, no_bar
+from dumo.types import Reads, Sample, UserError
+
+Shown = Float[Tensor, "b *pixels"]  # images, or samples as the net makes them
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A net, how its objective reads it, and how samples are made of it by default."""
+
+    net: nn.Module
+    objective: Objective
+    path: Path
+    data: Data
+    spec: Sampling
+    precision: Precision  # of the net's passes; decoders stay in float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the net is."""
+        return next(self.net.parameters()).device
+
+    @property
+    def conditions(self) -> Conditions:
+        """The classes or captions of the data."""
+        return Conditions(self.data)
+
+    @property
+    def pixels(self) -> tuple[int, ...]:
+        """The shape of what is shown: a decoded image, or a sample of the net."""
+        return shown(self.data).shape
+
+    @property
+    def is_image(self) -> bool:
+        """Whether a sample is an image, for a sheet, rather than a point, for a scatter."""
+        return len(self.pixels) == 3
+
+    @property
+    def taught(self) -> Reads:
+        """What the objective taught, of no net: for checks."""
+        return taught(self.objective)
+
+    @property
+    def reads(self) -> Reads:
+        """The net as it is sampled: with the knobs and the guidance."""
+        return self.spec.guide(reading(self.objective, self.net, self.spec.knobs), self.data.classes)
+
+    @cached_property
+    def codec(self) -> Opened | None:
+        """The codec that decodes what the net makes, with its weights; None where nothing is decoded.
+
+        Raises UserError where they are missing or others than those meant.
+        """
+        return self.data.codec.open(self.device) if isinstance(self.data, Latents) else None
+
+    def decode(self, x: Sample) -> Shown:
+        """What the net makes as images in [-1, 1], on the CPU; x itself where there is no codec. Raises as `codec`."""
+        return x if self.codec is None else self.codec.decode(x).cpu()
+
+    @property
+    def texts(self) -> Texts | None:
+        """The part of the net that has a row for every condition."""
+        return next((part for part in self.net.modules() if isinstance(part, Texts)), None)
+
+    @property
+    def prompts(self) -> dict[str, int]:
+        """The prompts so far, and their conditions."""
+        return self.texts.prompts if self.texts else {}
+
+    def batches(
+        self,
+        c: Int64[Tensor, " n"],
+        *,
+        nfe: int,
+        seed: int | None = None,
+        solver: Solver | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> Iterator[generate.Batch]:
+        """One sample per condition, decoded, batch by batch: those numbered `indices`, or this rank's share of all.
+
+        Image i always comes from stream (seed, i). Raises UserError for a class out of range, and as the solver does.
+        """
+        self._check(c)
+        some = range(dist.rank(), len(c), dist.world()) if indices is None else indices
+        parts = generate.batches(
+            self.net,
+            self.reads,
+            self.path,
+            solver or self.spec.solver,
+            c[torch.tensor(some, dtype=torch.long)],
+            nfe=nfe,
+            seed=self.spec.seed if seed is None else seed,
+            shape=self.data.shape,
+            indices=some,
+            device=self.device,
+            precision=self.precision,
+        )
+        return (replace(part, x=self.decode(part.x)) for part in parts)
+
+    def sample(
+        self,
+        c: Int64[Tensor, " n"],
+        *,
+        nfe: int,
+        seed: int | None = None,
+        solver: Solver | None = None,
+        bar: Bar = no_bar,
+    ) -> generate.Samples:
+        """One sample per condition, decoded, image i always from stream (seed, i). Raises as `batches`.
+
+        Several ranks share the work, each must call it, and all of them get all samples.
+        """
+        solver, mine, done = solver or self.spec.solver, list[generate.Batch](), 0
+        with bar(f"sampling, {solver.kind} at {nfe}", len(c)) as tick:
+            for part in self.batches(c, nfe=nfe, seed=seed, solver=solver):
+                mine.append(part)
+                done += len(part.x) * dist.world()
+                tick(min(done, len(c)), "")
+        return gather(mine, self.pixels)
+
+    def _check(self, c: Int64[Tensor, " n"]) -> None:
+        """Raise UserError for a class outside [0, classes], the last of which means none, and beyond all prompts."""
+        highest = max(self.prompts.values(), default=self.data.classes)
+        wrong = c[(c < 0) | (c > highest)]
+        if len(wrong):
+            last = self.data.classes
+            there = (
+                f"classes run from 0 to {last - 1}, {last} is no class" if last else "these data have none, so c is 0"
+            )
+            raise UserError(f"class {int(wrong[0])} is out of range: {there}")
+
+
+def gather(mine: Sequence[generate.Batch], pixels: Sequence[int]) -> generate.Samples:
+    """What all ranks made, in the order of their numbers; some may have made none. Every rank must call it."""
+    index = torch.cat([torch.zeros(0, dtype=torch.long), *(part.index for part in mine)])
+    x = torch.cat([torch.zeros(0, *pixels), *(part.x for part in mine)])
+    passes = torch.tensor([part.nfe for part in mine], dtype=torch.long)
+    index, x, passes = (torch.cat(dist.gathered(one)) for one in (index, x, passes))
+    return generate.Samples(x[index.argsort()], int(passes.unique().item()))
