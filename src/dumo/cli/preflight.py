@@ -95,6 +95,7 @@ def show(
     printed as comments, so that  dumo show digits > my.yaml  makes a file for  dumo train my.yaml.
     """
     from dumo.run.config.load import dump, summary
+    from dumo.run.plan.findings import of_captions
     from dumo.run.plan.plan import show
 
     if as_yaml and as_json:
