@@ -110,7 +110,7 @@ def lean(train: "Train", net: "Net") -> str:
     """How a run would train in less memory."""
     rows = f"train.micro_batch={train.micro_batch}" if train.micro_batch else "all"
     now = f"now {rows} of a rank's of train.batch={train.batch}"
-    other = ", or net.checkpoint=true in a new run" if getattr(net, "checkpoint", None) is False else ""
+    other = ", or net.checkpoint=true in a new run" if net.checkpoint is False else ""
     return f"set train.micro_batch lower, the rows of a pass ({now}){other}"
 
 

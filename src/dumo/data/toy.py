@@ -28,6 +28,9 @@ class Moons(Spec):
     kind: Literal["moons"] = "moons"
     labelled: bool = False  # by the moon: 0 the upper, 1 the lower
     shape: ClassVar[tuple[int, ...]] = (2,)
+    captions: ClassVar[None] = None
+    names: ClassVar[tuple[str, ...]] = ()
+    augment: ClassVar[None] = None
 
     @property
     def classes(self) -> int:
@@ -65,6 +68,8 @@ class Digits(Spec):
     )  # in place of classes
     held: int = Field(default=0, ge=0, le=898, exclude_if=lambda held: held == 0)  # images that are never trained on
     shape: ClassVar[tuple[int, ...]] = (1, 8, 8)
+    names: ClassVar[tuple[str, ...]] = ()
+    augment: ClassVar[None] = None
     labels: ClassVar[int] = len(NAMES)
 
     @property

@@ -9,7 +9,7 @@ alone, and can start as a trained one.
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_serializer
 from torch import Tensor, cat, equal, nn
@@ -32,6 +32,8 @@ class DiT(Spec):
     """A DiT by its sizes. The defaults are XL/2: patch 2, width 1152, depth 28, attention 16; `size` names others."""
 
     kind: Literal["dit"] = "dit"
+    augment: ClassVar[int] = 0
+    lora: ClassVar[None] = None
     patch: int = Field(default=2, ge=1, le=PIXELS)
     width: int = Field(default=1152, ge=4, le=CHANNELS, multiple_of=4)
     depth: int = Field(default=28, ge=1, le=BLOCKS)

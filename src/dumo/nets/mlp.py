@@ -18,6 +18,10 @@ class MLP(Spec):
 
     kind: Literal["mlp"] = "mlp"
     precondition: ClassVar[Precondition] = "none"
+    texts: ClassVar[None] = None
+    augment: ClassVar[int] = 0
+    lora: ClassVar[None] = None
+    checkpoint: ClassVar[None] = None
     width: int = Field(default=256, ge=1, le=CHANNELS)
     depth: int = Field(default=4, ge=1, le=BLOCKS)
     time_scale: float = Field(default=1.0, gt=0, le=FACTOR)  # times enter raw (UCGM)

@@ -47,6 +47,7 @@ class Pretrained(Spec):
 
     kind: Literal["diffusers"] = "diffusers"
     precondition: ClassVar[Precondition] = "none"
+    augment: ClassVar[int] = 0
     source: str  # the folder of a transformer, or of a pipeline; or a name in PUBLISHED or SMALL, which has no weights
     weights: Literal["source", "drawn"] = "source"  # drawn: random weights for the config.json
     lora: Lora | None = None  # None: all weights are tuned

@@ -34,6 +34,9 @@ class UNet(Spec):
 
     kind: Literal["unet"] = "unet"
     precondition: ClassVar[Precondition] = "none"
+    texts: ClassVar[None] = None
+    lora: ClassVar[None] = None
+    checkpoint: ClassVar[None] = None
     width: int = Field(default=128, ge=4, le=CHANNELS, multiple_of=4)  # channels at multiplier 1
     # of the channels, per resolution
     multipliers: tuple[Annotated[int, Field(ge=1, le=CHANNELS)], ...] = Field(

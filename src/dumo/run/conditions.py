@@ -34,18 +34,18 @@ class Conditions:
     @property
     def known(self) -> bool:
         """False if classes are still to be counted."""
-        return bool(self.count) or getattr(shown(self.data), "names", ()) is not None
+        return bool(self.count) or shown(self.data).names is not None
 
     @property
     def captions(self) -> Captioning | None:
         """The captions that replace classes, if any."""
-        return getattr(self.data, "captions", None)
+        return self.data.captions
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the classes, or the captions; () if they have none."""
         if self.captions is None or isinstance(self.data, Moons):
-            return getattr(shown(self.data), "names", None) or ()
+            return shown(self.data).names or ()
         try:
             return self.data.caption_texts()
         except UserError:  # images and captions may not be on this machine

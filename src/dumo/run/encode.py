@@ -155,7 +155,7 @@ def ensure(data: Latents, *, device: str = "auto", bar: Bar = no_bar) -> None:
 
 def table_of(net: Net) -> Tabled | None:
     """The table of texts that a net reads, if it reads one."""
-    texts: object = getattr(net, "texts", None)
+    texts = net.texts
     return texts if isinstance(texts, Tabled) else None
 
 

@@ -10,7 +10,6 @@ from itertools import chain
 from torch import nn
 
 from dumo.data import Data, Latents
-from dumo.data.augment import Edm
 from dumo.data.caption import Templates
 from dumo.flow import solver
 from dumo.flow.guide import CFG, GuidanceScale
@@ -58,7 +57,7 @@ def require(*faults: Iterable[str]) -> None:
 
 def captions(data: Data, net: Net, evaluation: Evaluation) -> Iterator[str]:
     """Captions without texts, texts without captions, and captions that are judged by and do not exist."""
-    texts, given = getattr(net, "texts", None), Conditions(data).captions
+    texts, given = net.texts, Conditions(data).captions
     where = "data.images.captions" if isinstance(data, Latents) else "data.captions"
     of_classes = texts and texts.kind == "file" and data.classes  # a file may have a row per class
     if bool(given) != bool(texts) and not of_classes:
@@ -80,10 +79,10 @@ def captions(data: Data, net: Net, evaluation: Evaluation) -> Iterator[str]:
 
 def augmentation(data: Data, net: Net, objective: Objective) -> Iterator[str]:
     """Augmentation for which the net has no input, or one of another size."""
-    augment: Edm | None = getattr(shown(data), "augment", None)
+    augment = shown(data).augment
     if augment and isinstance(data, Latents):
         yield "data.images.augment: images are encoded as they are: set data.images.augment=null"
-    gives, takes = augment.numbers if augment else 0, getattr(net, "augment", 0)
+    gives, takes = augment.numbers if augment else 0, net.augment
     if gives != takes:
         way = f"net.augment={gives}" if gives == 0 or net.kind == "unet" else f"net.kind=unet net.augment={gives}"
         yield (
@@ -120,7 +119,7 @@ def formulas(objective: Objective, path: Path, net: Net) -> Iterator[str]:
 
 def precision(objective: Objective, net: Net, train: Train) -> Iterator[str]:
     """Frozen weights that every pass would cast up, and differences with too large a rounding error or step."""
-    needs, lora = objective.needs, getattr(net, "lora", None)
+    needs, lora = objective.needs, net.lora
     if lora and lora.frozen == "bfloat16" and train.precision != "bf16":
         yield (
             f"net.lora.frozen = bfloat16 saves memory where passes compute in bf16, and train.precision is "
@@ -158,7 +157,7 @@ def pieces(train: Train, objective: Objective, ranks: int) -> Iterator[str]:
 
 def compilation(train: Train, objective: Objective, net: Net, outline: nn.Module, classes: int) -> Iterator[str]:
     """Blocks of which torch makes no single graph with a dual slope, and a loss if texts are looked up on the host."""
-    needs, texts = objective.needs, getattr(net, "texts", None)
+    needs, texts = objective.needs, net.texts
     dual = isinstance(needs.slope, DualSlope)
     if train.compile != "none" and dual and isinstance(outline, Dualized) and not outline.row.compiles:
         yield (

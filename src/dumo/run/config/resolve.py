@@ -14,7 +14,7 @@ def resolve(run: Run) -> Run:
     A run that has them, as one read from its folder, stays as it is; so does what is not there yet. Raises UserError
     where what is found contradicts the spec.
     """
-    texts, net = getattr(run.net, "texts", None), run.net
+    texts, net = run.net.texts, run.net
     if isinstance(texts, Tabled):
         net = net.model_copy(update={"texts": texts.found()})
     found = run.model_copy(update={"data": found_data(run.data), "net": net})

@@ -96,7 +96,7 @@ def cluster(spec: Run, ranks: int, tflops: float | None = None) -> dict[str, Any
         "ranks": ranks,
         "share": share,
         "reshard": train.reshard,
-        "checkpointing": getattr(spec.net, "checkpoint", False),
+        "checkpointing": spec.net.checkpoint,
         "rows": step.rows,
         "passes": step.passes,
         "memory": {**step.memory, "peak": sum(step.memory.values())},
@@ -261,7 +261,7 @@ def fit(spec: Run, ranks: int, limit: int, tell: Callable[[str], object] = lambd
             tell(f"{name}: {'' if name in exact else 'more than '}{sized(tried[name], 1024)}")
         return tried[name] <= limit
 
-    checkpoint = getattr(spec.net, "checkpoint", None)
+    checkpoint = spec.net.checkpoint
     for one in layouts(spec.train, ranks, optional=checkpoint is False):
         first, *others = (one | rows for rows in halved(changed(spec, one).train, spec.objective, ranks))
         if fits(first):

@@ -99,7 +99,7 @@ def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examinati
 
 def readable(net: Net) -> Net:
     """The spec, with texts drawn if the net reads a table that is not there yet."""
-    texts: object = getattr(net, "texts", None)
+    texts = net.texts
     return net if texts is or_drawn(texts) else net.model_copy(update={"texts": or_drawn(texts)})
 
 

@@ -71,7 +71,7 @@ def of_captions(data: Data) -> list[Finding]:
 
 def of_texts(net: Net, data: Data, seed: int) -> list[Finding]:
     """How well a table of texts separates captions; nothing of nets that read none."""
-    texts: object = getattr(net, "texts", None)
+    texts = net.texts
     if not isinstance(texts, TextTable):
         return []
     if isinstance(or_drawn(texts), Drawn):
