@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.flow import dropout
-from dumo.types import Array, Cond, Noised, Rows, Sample, Spec, Time, lift
+from dumo.types import QUIET, Array, Cond, Noised, Rows, Sample, Spec, Time, lift
 from dumo.types.rows import sent
 
 Velocity = Callable[[Noised, Cond], Sample]  # (record, condition) -> V at its x_t and t
@@ -46,7 +46,7 @@ class Guide(Spec):
 
     omega: float = Field(default=1.0, gt=0)  # weight of v_t
     zeta: float = Field(default=0.0, ge=0, lt=1)  # weight of V(c): the enhancement ratio (paper, Sec. 3.3)
-    interval: Interval = Interval()  # ours: the paper is silent, so all times
+    interval: Interval = Field(default=Interval(), json_schema_extra=QUIET)  # ours: the paper is silent, so all times
 
     @property
     def scale(self) -> float:
