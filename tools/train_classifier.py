@@ -23,9 +23,10 @@ from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from dumo.data.digits import Digits
+from dumo.data import Digits
 from dumo.data.parquet import image_column, open_table, read_group, read_labels
-from dumo.encoders import cifar10, digits
+from dumo.encoders import classifier
+from dumo.encoders.classifier import cifar10, digits
 from dumo.io.picture import from_uint8
 from dumo.io.read import user_path
 from dumo.runtime.random import stream
@@ -95,7 +96,7 @@ def split_digits(n: int) -> tuple[Int64[Tensor, " t"], Int64[Tensor, " h"]]:
 def train_digits(x: Images, c: Labels) -> nn.Module:
     """Train on all these rows: AdamW with one cycle of the rate, images shifted by up to a pixel each way."""
     draws = stream(KEYS["digits"], "train")
-    net = fresh(digits.Classifier, draws)
+    net = fresh(classifier.Digits, draws)
     optimizer = torch.optim.AdamW(net.parameters(), RATE, weight_decay=DECAY)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS)
     for _ in range(STEPS):
@@ -122,7 +123,7 @@ def make_digits(path: Path) -> dict[str, str]:
             "data": "scikit-learn load_digits, 1,797 images, of the UCI set Optical Recognition of Handwritten Digits",
             "held_out": f"{len(held)} rows: the first {SHARE:.0%} of a keyed permutation (split_digits)",
             "accuracy": f"{right:.4f}",
-            "features": f"{digits.WIDTH}",
+            "features": f"{digits.width}",
             "versions": versions("torch", "scikit-learn", "safetensors"),
         },
     )
@@ -155,7 +156,7 @@ def cifar_images(folder: Path, split: str, count: int | None = None) -> tuple[Pi
 def train_cifar10(x: Pixels, c: Labels, tick: Tick = lambda epoch, loss: None) -> nn.Module:
     """Train on all these images: SGD with one cycle of the rate, images mirrored and shifted (He et al. 2016)."""
     draws = stream(KEYS["cifar10"], "train")
-    net = fresh(cifar10.Classifier, draws)
+    net = fresh(classifier.Cifar10, draws)
     steps = len(x) // CIFAR_BATCH
     optimizer = torch.optim.SGD(net.parameters(), CIFAR_RATE, MOMENTUM, weight_decay=CIFAR_DECAY, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -193,7 +194,7 @@ def make_cifar10(path: Path, folder: Path, tick: Tick = lambda epoch, loss: None
             "data": "CIFAR-10 (Krizhevsky 2009) re-encoded as JPEG: trained on the 50,000 training images",
             "accuracy": f"{right:.4f}",
             "tested": f"on the {len(x):,} test images, which neither training nor choices have seen",
-            "features": f"{cifar10.WIDTH}",
+            "features": f"{cifar10.width}",
             "versions": versions("torch", "pillow", "safetensors"),
         },
     )
@@ -216,10 +217,10 @@ def main() -> None:
     name = parser.add_argument("name", choices=KEYS) and parser.parse_args().name
     torch.set_num_threads(1)  # the order of sums, so the same weights on the same processor
     if name == "digits":
-        origin = make_digits(digits.WEIGHTS)
+        origin = make_digits(digits.file)
     else:
         folder = user_path("$DUMO_DATA/cifar10", "the recipe's folder")
-        origin = make_cifar10(cifar10.WEIGHTS, folder, lambda n, loss: print(f"epoch {n + 1}: loss {loss:.4f}"))
+        origin = make_cifar10(cifar10.file, folder, lambda n, loss: print(f"epoch {n + 1}: loss {loss:.4f}"))
     for key, value in origin.items():
         print(f"{key}: {value}")
 

@@ -3,15 +3,13 @@
 Those of `contract.outside` stand for what users write: they are tested as ours are.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from contract.outside import Outside, PlainNet
-from dumo.flow.draw import draw
-from dumo.flow.path import Linear, Trig
+from contract.outside import Outside
 from dumo.flow.slope import DualSlope, Slope
 from dumo.nets import Net
 from dumo.objectives import Drift, DuMo, Objective
@@ -52,19 +50,6 @@ def objectives(*, exact: bool = False, **fields: object) -> Iterator[Objective]:
         for slope in members(Slope):
             if not (exact and "h" in slope.model_fields):
                 yield cls(**own, slope=slope())
-
-
-def pairs(some: Iterable[Objective]) -> list[tuple[Objective, Net | PlainNet]]:
-    """Every objective with the first net; with the others one of those that ask the same of a net, the last."""
-    first, *others = (*nets(), PlainNet())
-    last = {asked(o): o for o in some if o.needs.slope in (None, DualSlope())}.values()
-    return [*((o, first) for o in some), *((o, net) for net in others for o in last)]
-
-
-def asked(objective: Objective) -> tuple[object, ...]:
-    """What an objective asks of a net: in this alone it differs from others to the net."""
-    needs = objective.needs
-    return needs.inputs, len(needs.heads), needs.gauges, tuple(needs.knobs), tuple(needs.own), needs.signed
 
 
 def one_each(**fields: object) -> list[Objective]:
@@ -112,13 +97,3 @@ class Counted(nn.Module):
 def step(objective: Objective, net: nn.Module, b: Noised) -> Terms:
     """The loss of a record, theta^- being the net itself."""
     return objective.loss(net, Frozen(net), b)
-
-
-def passes(objective: Objective) -> tuple[int, int]:
-    """How many passes a loss makes, with gradients and without, of the first net and eight drawn rows; it is finite."""
-    model = Counted(randomise(nets()[0].build(objective.needs, (2, 4, 4), 3)))
-    x, c = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3
-    path = Trig() if objective.needs.paths == ("trig",) else Linear()
-    terms = step(objective, model, draw(objective, path, x, c, torch.full_like(c, 3), seed=0, step=0))
-    assert terms.loss.isfinite().all()
-    return model.graded, model.still

@@ -10,9 +10,9 @@ import torch
 from pydantic import Field
 from torch import Generator, Tensor, nn
 
-from dumo.flow.law import Number
 from dumo.flow.reading import mean_velocity
 from dumo.flow.slope import DualSlope, Slope
+from dumo.flow.times import Number
 from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Spec, Terms, Time, TimeLaw, lift, mean_square
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from contract.case import name, objectives
 from contract.drawn import counting
-from dumo.flow.draw import draw
-from dumo.flow.law import Noise, Signs
+from dumo.flow.draw import Noise, Signs, draw
 from dumo.flow.path import Linear
 from dumo.types import Noised, Objective
 

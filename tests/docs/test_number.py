@@ -61,7 +61,7 @@ def counted(cls: type[Spec], *, guided: bool) -> float | None:
     with torch.device("meta"):
         net = DiT(width=256, depth=1, attention=1).build(objective.needs, SHAPE, 10)
     net.blocks.extend([net.blocks[0]] * (DEPTH - 1))
-    return forward_units(net, objective, Trig() if objective.needs.paths == ("trig",) else Linear(), SHAPE)
+    return forward_units(net, objective, Trig() if objective.needs.formulas.paths == ("trig",) else Linear(), SHAPE)
 
 
 def test_every_objective_has_a_row_and_a_page() -> None:

@@ -18,7 +18,6 @@ from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.run.folder import open_run
 from dumo.run.plan import cost
-from dumo.run.sample import sample_batches
 from dumo.run.train import train
 from dumo.runtime.random import stream
 from dumo.training.optim import AdamW, Constant
@@ -152,5 +151,5 @@ def test_the_recipe_trains_on_its_data(tmp_path: Path) -> None:
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [record["images"] for record in records] == [4, 8]
     assert all(0 < record["loss"] < 10 for record in records)
-    (made,) = sample_batches(open_run(str(tmp_path), device="cpu"), nfe=1, c=labels(3, 0))
+    (made,) = open_run(str(tmp_path), device="cpu").sampler.batches(labels(3, 0), nfe=1)
     assert made.x.shape == (3, 3, 32, 32)

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from dumo.encoders import inception_weights
-from dumo.evaluation.standard import STANDARDS, Standard
+from dumo.encoders import inception as network
+from dumo.evaluation.reference import STANDARDS, Standard
 from dumo.runtime.random import stream
 from e2e.shell import call, finish, refused, sets, start
 from golden import inception
@@ -58,7 +58,7 @@ def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         shutil.copytree(trained / name, tmp_path / "work" / name)
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("DUMO_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv(inception_weights.VARIABLE, raising=False)
+    monkeypatch.delenv(network.VARIABLE, raising=False)
     return tmp_path / "work"
 
 
@@ -66,7 +66,7 @@ def here(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def peephole(monkeypatch: pytest.MonkeyPatch) -> Peephole:
     """A small network in Inception's place."""
     net = Peephole()
-    monkeypatch.setattr(inception_weights, "load", lambda path, device: net)
+    monkeypatch.setattr(network, "load", lambda path, device: net)
     return net
 
 
@@ -102,15 +102,15 @@ def test_from_images_to_a_table(here: Path, peephole: Peephole) -> None:
 def test_inception_itself_from_a_file(here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The real network, of random weights that pass for the published ones; six images of each side."""
     monkeypatch.setitem(STANDARDS, "folder", Standard(6, None, None, None, 4))
-    monkeypatch.setattr(inception_weights, "SHA256", "of random weights")
-    save_file(inception.net().state_dict(), tmp_path / "i.safetensors", {"sha256": inception_weights.SHA256})
+    monkeypatch.setattr(network, "SHA256", "of random weights")
+    save_file(inception.net().state_dict(), tmp_path / "i.safetensors", {"sha256": network.SHA256})
     root = tmp_path / "few"
     shutil.copytree(json.loads(call("show", "a", "--json").out)["spec"]["data"]["root"], root)
     for image in sorted(root.rglob("*.png"))[6:]:
         image.unlink()
     few = of(root, "folder", "evaluate.protocol.samples=6", "evaluate.contrast=[]", "data.labelled=false")
     assert call("train", "digits", "--out", "few", *few, *sets("data.classes=0")).code == 0
-    monkeypatch.setenv(inception_weights.VARIABLE, str(tmp_path / "i.safetensors"))
+    monkeypatch.setenv(network.VARIABLE, str(tmp_path / "i.safetensors"))
     report = call("evaluate", "few", "--json").json
     assert report["card"]["features"].endswith("of a file of sha256 of random weights")
     assert np.isfinite([report["results"][0][key] for key in ("kid", "is", "precision", "recall")]).all()
@@ -132,10 +132,8 @@ def test_two_ranks_evaluate_as_one(here: Path, peephole: Peephole, tmp_path: Pat
     told = {"DUMO_CACHE": str(tmp_path / "cache"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     told |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     first = f"import os, sys; sys.path.insert(0, {str(TESTS)!r}); os.environ.update({told})"
-    first += "; from unit.evaluation.extractor import Peephole; from dumo.encoders import inception_weights"
-    first += (
-        "; inception_weights.load = lambda path, device: Peephole(); os.environ['RANK'] = os.environ['LOCAL_RANK'] = "
-    )
+    first += "; from unit.evaluation.extractor import Peephole; from dumo.encoders import inception as network"
+    first += "; network.load = lambda path, device: Peephole(); os.environ['RANK'] = os.environ['LOCAL_RANK'] = "
     words = ("evaluate", "a", "--json", "--device", "cpu")
     ranks = [start(*words, cwd=here, first=f"{first}'{rank}'") for rank in (0, 1)]
     main, other = (finish(rank) for rank in ranks)
@@ -174,16 +172,14 @@ def test_sweeps_that_are_none(words: list[str], named: tuple[str, ...], here: Pa
 
 
 def test_weights_that_are_not_inceptions(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    way = (inception_weights.URL, "python -c", inception_weights.VARIABLE)
-    refused(
-        "evaluate", "a", named=("no weights of Inception", f"{inception_weights.VARIABLE} is not set", *way), lines=None
-    )
+    way = (network.URL, "python -c", network.VARIABLE)
+    refused("evaluate", "a", named=("no weights of Inception", f"{network.VARIABLE} is not set", *way), lines=None)
     torch.save({"fc.bias": torch.zeros(1008)}, "i.pth")
-    monkeypatch.setenv(inception_weights.VARIABLE, "i.pth")
+    monkeypatch.setenv(network.VARIABLE, "i.pth")
     refused("evaluate", "a", named=("i.pth", "dumo reads no pickle", *way), lines=None)
     save_file(inception.net().state_dict(), "i.safetensors", {"sha256": "0123"})
-    monkeypatch.setenv(inception_weights.VARIABLE, "i.safetensors")
-    refused("evaluate", "a", named=("sha256 0123", inception_weights.SHA256, *way), lines=None)
+    monkeypatch.setenv(network.VARIABLE, "i.safetensors")
+    refused("evaluate", "a", named=("sha256 0123", network.SHA256, *way), lines=None)
 
 
 def test_a_reference_without_its_keys(

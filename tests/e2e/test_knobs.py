@@ -13,9 +13,8 @@ from dumo.objectives import DuMo, ImprovedMeanFlow
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.run.evaluation.sweep import full
-from dumo.run.folder import RunFolder
+from dumo.run.folder import sampler
 from dumo.run.plan.doctor import examine
-from dumo.run.sample import sample_batches
 from dumo.types import Cond, Heads, Sample, Time, UserError, frozen
 
 SMALL = ["net.width=16", "net.depth=1", "sample.nfe=[1]"]
@@ -71,10 +70,7 @@ def test_samples_follow_the_knobs(tmp_path: Path) -> None:
         for p in net.parameters():
             p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
     c = torch.arange(4)
-    one, same, other = (
-        torch.cat([part.x for part in sample_batches(RunFolder(run, tmp_path, net.eval(), 0, ""), nfe=1, c=c)])
-        for run in runs
-    )
+    one, same, other = (torch.cat([part.x for part in sampler(run, net.eval()).batches(c, nfe=1)]) for run in runs)
     assert torch.equal(one, same)
     assert not torch.allclose(one, other)
 

@@ -165,7 +165,7 @@ def test_in_latents(photos: Path) -> None:
     done, told = said(*hint, *SMALL, *rest)
     assert done.code == 0, told
     run = Path("runs/my-images-256")
-    assert load(str(run)).class_name(3) == "zoo birds"
+    assert load(str(run)).conditions.name(3) == "zoo birds"
     for words in (("sample", run, "--labels", "cats"), ("evaluate", run), ("report", run)):
         done, told = said(*words)
         assert done.code == 0, told

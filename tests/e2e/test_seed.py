@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dumo.flow.generate import generate, labels
 from dumo.run.folder import RunFolder, open_run
-from dumo.run.sample import sample, solver_named
+from dumo.run.sample import solver_of
 from dumo.run.train import train
 from e2e.shell import call, sets
 
@@ -55,7 +55,7 @@ def test_same_image_at_any_batch(taught: RunFolder, nfe: int) -> None:
     assert together.std() > 0.3  # there is something to see
     for batch in (1, 7):
         assert (made(taught, c, nfe, batch) - together).abs().max() <= CLOSE
-    assert torch.equal(sample(taught, nfe=nfe, c=c, seed=3).x, together)
+    assert torch.equal(taught.sampler.sample(c, nfe=nfe, seed=3).x, together)
 
 
 def test_any_image_can_be_made_alone(taught: RunFolder) -> None:
@@ -77,7 +77,7 @@ def test_passes_are_counted_by_the_net(taught: RunFolder, solver: str, nfe: int)
 
     hook = taught.net.register_forward_hook(count)
     try:
-        samples = sample(taught, nfe=nfe, c=labels(5, 10), solver=solver_named(taught.run, solver))
+        samples = taught.sampler.sample(labels(5, 10), nfe=nfe, solver=solver_of(taught.run.sample, solver))
     finally:
         hook.remove()
     assert rows == 5 * nfe

@@ -32,7 +32,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree["train"] |= {"steps": 2, "batch": 8}
     (home / "words.yaml").write_text(yaml.safe_dump(tree))
     assert refused("train", home / "words.yaml", "--out", home / "run") == (
-        f"error: {home / 'texts'} holds no texts (it has no texts.yaml): make it, dumo encode RECIPE\n"
+        f"error: {home / 'texts'} holds no texts (it has no index.json): make it, dumo encode RECIPE\n"
     )
     assert not (home / "run").exists()
     done = call("encode", home / "words.yaml")

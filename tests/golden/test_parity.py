@@ -82,7 +82,7 @@ def test_agrees_with_the_authors(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     objective = TypeAdapter[Any](Objective).validate_python(OURS[name])
     net = Closed(case, objective.needs)
     ref = net if case["theta"] == "online" else Closed(case, objective.needs, case["theta"])
-    b = shown(case, Trig() if "trig" in objective.needs.paths[:1] else Linear())
+    b = shown(case, Trig() if "trig" in objective.needs.formulas.paths[:1] else Linear())
     for constant, value in CONSTANTS.get(name, {}).items():
         monkeypatch.setattr(type(objective), constant, value)
     terms = objective.loss(net, Frozen(ref), b)

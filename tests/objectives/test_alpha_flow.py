@@ -14,9 +14,8 @@ from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Pair
-from dumo.objectives import AlphaFlow, FlowMatching
+from dumo.objectives import AlphaFlow
 from dumo.types import Frozen
-from objectives.test_soflow import AtOneTime
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
 from theory.formula import GUIDES, Polynomial, changed, gradients, guided, half, rows
 
@@ -91,33 +90,6 @@ def test_it_rests_at_the_flow_when_alpha_is_zero_and_elsewhere_before(slope: Dua
         net, b = Exact(flow, o.needs), record(o, flow)
         assert gradient(o, net, replace(b, progress=1.0)).abs().max() < 1e-12
         assert gradient(o, net, replace(b, progress=0.0)).abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("progress", [0.0, 0.55, 1.0])
-def test_rows_at_one_time_are_flow_matching(progress: float) -> None:
-    """At r = t its gradient is flow matching's, row by row, over (mean square + floor), whatever alpha is."""
-    mine, other = changed(AlphaFlow, clip=0.1)(guide=DUMO, slope=JvpSlope(), **WIDE), FlowMatching(guide=DUMO)
-    net, b = Polynomial(1), rows(mine)
-    velocity, b = AtOneTime(net), replace(b, r=b.t, progress=progress)
-    for i in range(5, 8):
-        row = b[i : i + 1]
-        one, two = mine.loss(net, Frozen(net), row).loss, other.loss(velocity, Frozen(velocity), row).loss
-        factor = 1 / (two.item() + mine.floor)
-        for a, c in zip(gradients(one, net), gradients(two, net), strict=True):
-            assert torch.allclose(a, factor * c, rtol=1e-9, atol=1e-14)
-
-
-@pytest.mark.parametrize("progress", [0.0, 0.55, 1.0])
-def test_edges(progress: float) -> None:
-    """No time makes it infinite, be it rounded to bf16."""
-    o = AlphaFlow(guide=Guide(), **WIDE)
-    t = torch.tensor([0, 1e-5, 1e-4, 0.5, 0.5, 0.5, 1, 1, 1], dtype=D)
-    r = torch.tensor([0, 0, 0, 0.5, 0.5 - 5e-5, 0.4, 1, 0, 1 - 1e-5], dtype=D)
-    net, b = Polynomial(1), rows(o)[:9]
-    for s, q in ((t, r), (t.bfloat16().double(), r.bfloat16().double())):
-        terms = o.loss(net, Frozen(net), replace(b.at(s), r=q, progress=progress))
-        assert terms.loss.isfinite().all()
-        assert all(g.isfinite().all() for g in gradients(terms.loss, net))
 
 
 @pytest.mark.parametrize(("progress", "graded", "still"), [(0.0, 1, 0), (0.5, 1, 1), (1.0, 2, 0)])

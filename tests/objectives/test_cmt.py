@@ -17,8 +17,6 @@ from dumo.flow.times import Grid
 from dumo.objectives import CMT
 from dumo.run import teacher
 from dumo.run.config.load import load
-from dumo.run.folder import open_run
-from dumo.run.train import train
 from dumo.runtime.progress import no_bar
 from dumo.types import Noised, Reads, UserError
 from theory.exact import APART, PRODUCT, Exact, Flow, column, gradient
@@ -108,8 +106,9 @@ def test_a_record_is_on_its_trail(tmp_path: Path) -> None:
     assert run.teacher
     assert run.teacher.pairs
     reads = shift(run, torch.device("cpu"))
+    plan = teacher.Plan.of(run.teacher.pairs, run.data, run.path, 4, "")
     for _ in range(2):  # made, then read
-        made = teacher.couple(run, run.teacher.pairs, reads, tmp_path, torch.device("cpu"), no_bar)
+        made = teacher.couple(plan, reads, tmp_path, torch.device("cpu"), no_bar)
         assert made.between is not None
         assert made.between.shape == (12, 3, 2)
     x, c, z, between = made.batch(0, 12, seed=0)
@@ -124,21 +123,6 @@ def test_a_record_is_on_its_trail(tmp_path: Path) -> None:
     assert torch.equal(b.x_t, torch.stack([trail[i, k] for i, k in enumerate((4 * b.t).int().tolist())]))
     assert torch.allclose(b.v_t, reads.velocity(b.x_t, b.t, c))
     assert torch.equal(b[3:7].on(b.r[3:7]), b.on(b.r)[3:7])
-
-
-def test_it_starts_a_dumo(tmp_path: Path) -> None:
-    """Two heads that a teacher taught, by the names of DuMo's."""
-    few = ["net.width=32", "net.depth=2", "train.steps=100", "train.batch=64", "train.optimizer.lr=0.003"]
-    train(tiny("moons", *CMT_ON_MOONS, *few, "teacher.pairs.count=256"), tmp_path / "cmt")
-    opened = open_run(str(tmp_path / "cmt"))
-    endpoint = opened.run.objective.read(opened.net).endpoint
-    assert endpoint
-    z, c = torch.randn(64, 2, generator=torch.Generator().manual_seed(9)), torch.zeros(64, dtype=torch.long)
-    with torch.no_grad():
-        found = endpoint(z, torch.ones(64), c)  # in units of the path's sd
-    assert (found - (z - torch.tensor([1.0, -2.0]))).abs().mean() < 0.3
-    started = tiny("moons", f"start.source={tmp_path / 'cmt'}", "path.sd=2", *few[:2], "train.steps=1")
-    train(started, tmp_path / "dumo")
 
 
 def test_without_a_teachers_pairs_it_is_refused() -> None:

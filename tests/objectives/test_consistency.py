@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from contract.case import Counted, nets, randomise, step
-from dumo.flow.secant import MAX_GAIN, demand_precision
 from dumo.flow.times import Karras
-from dumo.objectives import Consistency, FlowMatching
+from dumo.objectives import Consistency
 from dumo.objectives.consistency import KarrasGrid, Ratio
 from dumo.run.config.load import load
 from dumo.training.ema import Ema, MovingAverage
 from dumo.types import Frozen, Noised, UserError
-from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
+from theory.exact import APART, PRODUCT, Exact, Flow, column, gaussian, gradient, record
 from theory.formula import Polynomial, gradients
 
 AUTHORS = {  # with their constants; the distance of CM is LPIPS, here l2, its second choice
@@ -164,45 +163,6 @@ def test_descent_leads_back_to_the_flow(flow: Flow) -> None:
     assert torch.linalg.eigvals(torch.stack(columns, 1)).real.min() > 0.05
 
 
-@pytest.mark.parametrize(("weighted", "soft"), [(True, 0.0), (False, None)])
-def test_without_a_second_point_it_is_flow_matching(weighted: bool, soft: float | None) -> None:
-    """At r = 0 the gradient is flow matching's, row by row: of ECT times (1 - t) / (2 sqrt(S)), with S the mean square
-    of u - v_t; of CM times t^2."""
-    o = Consistency(discretization=Ratio(q=1.0001), weighted=weighted, soft=soft)
-    net, b = Polynomial(1), rows(o, 0.0)
-    for i in range(6):
-        row = b[i : i + 1]
-        terms, flow = o.loss(net, Frozen(net), row), FlowMatching().loss(net, Frozen(net), row)
-        assert torch.allclose(terms.parts["u"], flow.loss, rtol=1e-12)
-        factor = (1 - row.t) / (2 * flow.loss.detach().sqrt()) if weighted else row.t**2
-        for mine, plain in zip(gradients(terms.loss, net), gradients(flow.loss, net), strict=True):
-            assert torch.allclose(mine, factor * plain, rtol=1e-9, atol=1e-13)
-
-
-@each_preset
-@pytest.mark.parametrize("progress", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_corners_are_finite(name: str, progress: float, dtype: torch.dtype) -> None:
-    """Also where times were rounded to bf16."""
-    o = AUTHORS[name]
-    net, b = Polynomial(1).to(dtype), record(o, gaussian(), 64)
-    for t in (torch.zeros(64), torch.ones(64), b.t.bfloat16(), 1 - b.t.bfloat16() / 256):
-        there = replace(b.at(t.to(b.t)), teacher=None, progress=progress)
-        fields = {key: getattr(there, key).to(dtype) for key in ("x", "z", "t", "r", "x_t", "v_t")}
-        loss = o.loss(net, Frozen(net), replace(there, **fields)).loss
-        assert loss.dtype == dtype
-        assert loss.isfinite().all()
-        assert all(g.isfinite().all() for g in gradients(loss, net))
-
-
-@each_preset
-def test_passes(name: str) -> None:
-    o = AUTHORS[name]
-    model = Counted(randomise(nets()[0].build(o.needs, (2,), 3)).double())
-    step(o, model, rows(o, 0.5))
-    assert (model.graded, model.still) == (1, 1)
-
-
 @each_preset
 def test_recipes_are_the_presets_but_for_times(name: str) -> None:
     """Made for hundreds of times the images, their schedules get fine too soon: here some steps end longer."""
@@ -214,12 +174,3 @@ def test_recipes_are_the_presets_but_for_times(name: str) -> None:
     assert (ends[0][0] - ends[0][1]).mean() >= (1 if name == "ict" else 2) * (ends[1][0] - ends[1][1]).mean()
     assert run.net.precondition == "edm"
     assert (run.train.ref == "self") == (name != "cm")
-
-
-@pytest.mark.parametrize("name", ["cm", "ict", "ect"])
-def test_short_steps_multiply_rounding_more_than_bf16_bears(name: str) -> None:
-    objective = AUTHORS[name]
-    t, r = objective.discretization(torch.tensor([0.5, 0.9, 0.99], dtype=D), 1.0)
-    assert (r / (t - r)).max() > MAX_GAIN
-    with pytest.raises(UserError, match="rounding of the net without bound"):
-        demand_precision("bf16", objective.needs.amplifies, objective.kind)

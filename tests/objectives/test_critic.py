@@ -1,15 +1,11 @@
 """Critic: the formula by hand, gradient reversal, which way samples move, and what training keeps."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from contract.case import Counted, nets, randomise, step
-from dumo.flow.slope import DualSlope, JvpSlope
+from contract.case import step
+from dumo.flow.slope import JvpSlope
 from dumo.objectives.critic import CENTRE, FIT, FLOOR, SLOPES, WEIGHT, Critic, reversed_at
-from dumo.run.config.load import load
-from dumo.run.train import train
 from theory.exact import PRODUCT, D, Exact, Gaussian, Product, column, gaussian, gradient, record
 from theory.formula import Polynomial, gradients
 from theory.pulled import added, drawn, width_gradient
@@ -71,29 +67,5 @@ def test_samples_of_another_width_are_moved_back() -> None:
     assert width_gradient(objective, 0.6) > 1e-2 * WEIGHT
 
 
-def test_passes() -> None:
-    """One for the samples, two for pairs, two of a quarter of the rows for slopes."""
-    objective = Critic(slope=DualSlope())
-    for progress, count in ((0.0, (5, 1)), (0.7, (6, 0))):
-        model = Counted(randomise(nets()[0].build(objective.needs, (2,), 3)).double())
-        step(objective, model, drawn(objective, progress=progress))
-        assert (model.graded, model.still) == count
-    assert objective.needs.group == 4
-
-
 TINY = ["net.width=16", "net.depth=2", "train.batch=16", "train.steps=4", "train.save_every=2", "train.probe_every=2"]
 OWN = "objective={kind: critic, times: {kind: beta}}"
-
-
-def test_resumed_is_uninterrupted(tmp_path: Path) -> None:
-    """From the step after which samples are moved."""
-    run = load("moons", [*TINY, OWN])
-    last = tmp_path / "checkpoints/step-00000004"
-
-    def end() -> list[bytes]:
-        return [(last / f"{part}.safetensors").read_bytes() for part in ("net", "optimizer")]
-
-    train(run, tmp_path)
-    whole = end()
-    train(run, tmp_path, step=2)
-    assert end() == whole

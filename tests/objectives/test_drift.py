@@ -9,7 +9,7 @@ from contract.case import Counted, nets, randomise, step
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.objectives.drift import RADII, WEIGHT, Drift, drift
 from dumo.run.config.load import load
-from dumo.training.cut import together
+from dumo.training.step import together
 from dumo.types import UserError
 from theory.exact import D, Exact, gaussian
 from theory.formula import Polynomial, gradients

@@ -2,9 +2,8 @@
 
 import pytest
 
-from dumo.flow.guide import Guide, Interval
-from dumo.flow.slope import CentralSlope, JvpSlope
-from dumo.flow.times import Beta
+from dumo.flow.guide import Guide
+from dumo.flow.slope import JvpSlope
 from dumo.objectives import DuMo
 from theory.exact import column
 from theory.formula import GUIDES, Polynomial, agree, guided, half, rows
@@ -23,14 +22,3 @@ def test_formula(guide: Guide, beta: float) -> None:
     gap = ((v - (u + column(b.t) * du_dt)) ** 2).sum(1) / 2
     loss, parts = beta * v_loss + (1 - beta) * u_loss, {"v": v_loss, "u": u_loss}
     agree(objective, net, b, loss, parts, clipped_share=half(u - u_star), head_gap=gap)
-
-
-def test_defaults() -> None:
-    """Tab. 3 and Alg. 1."""
-    o = DuMo()
-    assert (o.beta, o.drop) == (0.7, 0.1)
-    assert o.times == Beta(a=2.4, b=2.4)
-    assert o.guide == Guide(omega=1, zeta=0.55, interval=Interval(low=0, high=1))
-    assert o.guide.scale == pytest.approx(2.2222, abs=1e-4)
-    assert o.slope == CentralSlope(h=0.005)
-    assert (o.needs.inputs, o.needs.heads) == (("t",), ("v", "u"))

@@ -1,20 +1,18 @@
 """DuMo-Any: the formula by hand, DuMo within it, its metric, passes and readings."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
 
-from contract.case import Counted, nets, randomise, step
+from contract.case import nets, randomise, step
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
-from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope
+from dumo.flow.slope import JvpSlope
 from dumo.flow.times import Jumps
 from dumo.objectives import DuMo, DuMoAny
 from dumo.run.config.load import load
-from dumo.types import Frozen, Heads, Noised
+from dumo.types import Heads, Noised
 from theory.exact import D, column, gaussian
 from theory.formula import GUIDES, Polynomial, agree, guided, half, rows
 
@@ -41,39 +39,11 @@ def test_by_hand(guide: Guide, power: float, beta: float) -> None:
     agree(objective, net, b, loss, {"v": v_loss, "u": square / 2}, clipped_share=half(e))
 
 
-@pytest.mark.parametrize("slope", [JvpSlope(), DualSlope(), CentralSlope()], ids=lambda s: s.kind)
-@pytest.mark.parametrize("guide", [Guide(), Guide(zeta=0.55)])
-def test_jumps_to_the_data_are_dumo_to_the_bit(slope: JvpSlope, guide: Guide) -> None:
-    fields = {"guide": guide, "slope": slope, "drop": 0.3}
-    mine, dumo = DuMoAny(**fields), DuMo(**fields)
-    net, b = Told(2), rows(mine)
-    b = replace(b, r=0 * b.r, moving=None)
-    found, expected = (o.loss(net, Frozen(net), b) for o in (mine, dumo))
-    assert torch.equal(found.loss, expected.loss)
-    assert found.parts.keys() == expected.parts.keys()
-
-
 def drawn(objective: DuMoAny, n: int = 64) -> Noised:
     """Rows as training draws them."""
     g, flow = torch.Generator().manual_seed(1), gaussian()
     c = torch.arange(n) % 3
     return draw(objective, Linear(), flow.data(c, g), c, torch.full_like(c, 3), seed=0, step=0)
-
-
-@pytest.mark.parametrize(
-    ("slope", "guide", "graded", "still"),
-    [
-        (DualSlope(), Guide(), 2, 0),  # a ride of the rows with r < t, and the others
-        (DualSlope(), Guide(zeta=0.55), 1, 2),  # the null; a pass of the rows with r < t
-        (CentralSlope(), Guide(), 1, 2),
-        (JvpSlope(), Guide(), 1, 1),
-    ],
-)
-def test_passes(slope: DualSlope, guide: Guide, graded: int, still: int) -> None:
-    objective = DuMoAny(slope=slope, guide=guide)
-    model = Counted(randomise(nets()[0].build(objective.needs, (2,), 3)).double())
-    step(objective, model, drawn(objective))
-    assert (model.graded, model.still) == (graded, still)
 
 
 def test_only_the_rows_that_jump_are_derived() -> None:

@@ -1,16 +1,12 @@
 """F2D2: the formula by hand, its passes, and what its times must be. `tests/theory/test_likelihood.py` reads it."""
 
 import pytest
-import torch
 from torch import Tensor
 
-from contract.case import Counted, nets, randomise, step
-from dumo.flow.draw import draw
-from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.objectives import F2D2
 from dumo.types import Heads
-from theory.exact import D, column, gaussian
+from theory.exact import column
 from theory.formula import Polynomial, agree, half, rows
 
 
@@ -35,17 +31,6 @@ def test_by_hand(slope: Slope) -> None:
     parts = {name: (error**2).sum(1) / 2 for name, error in e.items()}
     loss = 0.55 * parts["v"] + 0.35 * parts["u"] + 0.1 * parts["g"]
     agree(objective, net, b, loss, parts, clipped_share_u=half(e["u"]), clipped_share_g=half(e["g"]))
-
-
-@pytest.mark.parametrize(("slope", "graded", "still"), [(JvpSlope(), 1, 2), (DualSlope(), 2, 1)])
-def test_passes(slope: Slope, graded: int, still: int) -> None:
-    """One slope for all heads, and J e."""
-    objective, g, c = F2D2(slope=slope), torch.Generator().manual_seed(1), torch.arange(64) % 3
-    b = draw(objective, Linear(), gaussian().data(c, g), c, torch.full_like(c, 3), seed=0, step=0)
-    assert b.drawn["probe"].unique().to(D).tolist() == [-1, 1]
-    model = Counted(randomise(nets()[0].build(objective.needs, (2,), 3)).double())
-    step(objective, model, b)
-    assert (model.graded, model.still) == (graded, still)
 
 
 def test_jumps_must_go_up_too() -> None:

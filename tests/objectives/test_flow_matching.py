@@ -3,7 +3,6 @@
 import pytest
 
 from dumo.flow.guide import Guide
-from dumo.flow.times import Uniform
 from dumo.objectives import FlowMatching
 from theory.formula import GUIDES, Polynomial, agree, guided, rows
 
@@ -15,10 +14,3 @@ def test_formula(guide: Guide) -> None:
     (v,), (v_null,) = net(b.x_t, b.c, t=b.t), net(b.x_t, b.null, t=b.t)
     loss = ((v - guided(b, guide, v, v_null)) ** 2).sum(1) / 2
     agree(objective, net, b, loss, {"v": loss})
-
-
-def test_defaults() -> None:
-    o = FlowMatching()
-    assert o.times == Uniform(low=0, high=1)
-    assert not o.guide.active
-    assert (o.needs.inputs, o.needs.heads) == (("t",), ("v",))

@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.case import Counted, nets, randomise, step
 from dumo.flow.times import Below, Groups, Uniform
 from dumo.objectives import IMM
-from dumo.run.config.load import load
 from dumo.types import Frozen, Noised, UserError
 from theory.exact import APART, D, Exact, Gaussian, column, record, table
 from theory.formula import Polynomial, changed, gradients
@@ -121,20 +119,6 @@ def test_rows_that_are_no_whole_groups_are_refused() -> None:
         o.loss(net, Frozen(net), b[:6])
 
 
-def test_corners_are_finite_and_no_step_pulls_nowhere() -> None:
-    o = IMM()
-    net, b = Polynomial(1), rows(o)
-    for t in (0.0, 0.5, 1.0, 1 - 2**-8):
-        for r in {0.0, t / 2, t}:
-            there = replace(b.at(torch.full_like(b.t, t)), r=torch.full_like(b.r, r))
-            loss = o.loss(net, Frozen(net), there).loss
-            pull = gradients(loss, net)
-            assert loss.isfinite().all()
-            assert all(g.isfinite().all() for g in pull)
-            if r == t:
-                assert not any(g.any() for g in pull)
-
-
 def test_distances_are_in_fp32_under_autocast() -> None:
     """Rounded to bf16, an exponent close to 0 would leave kernels of 1 and no gradient."""
     o = IMM()
@@ -148,16 +132,3 @@ def test_distances_are_in_fp32_under_autocast() -> None:
     rounded = [a.bfloat16() for a in (b.x_t, b.z)]
     exact = o.discrepancy(*(a.float() for a in rounded), b.t - b.r)
     assert torch.equal(o.discrepancy(*rounded, b.t - b.r), exact)
-
-
-def test_passes() -> None:
-    o = IMM()
-    model = Counted(randomise(nets()[0].build(o.needs, (2,), 3)).double())
-    step(o, model, rows(o))
-    assert (model.graded, model.still) == (1, 1)
-
-
-def test_defaults_are_those_of_imagenet() -> None:
-    o = IMM()
-    assert (o.times.size, o.a, o.b, o.gap) == (4, 2, 4, 160 / 4096)
-    assert load("digits-imm").objective == IMM(drop=0.0)

@@ -5,16 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from pydantic import ValidationError
-from torch import Tensor, nn
 
-from contract.case import kind, nets, step
-from contract.test_loss import GUIDE, altered, built
-from contract.test_loss import record as recorded
-from dumo.flow.guide import Guide, Interval
-from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
-from dumo.flow.times import LogitNormal, Pair
-from dumo.nets import Net
-from dumo.objectives import FlowMatching, MeanFlow
+from contract.case import step
+from dumo.flow.guide import Guide
+from dumo.flow.slope import DualSlope
+from dumo.flow.times import Pair
+from dumo.objectives import MeanFlow
 from dumo.objectives.meanflow import Line
 from theory.exact import APART, Exact, column, gradient, record
 from theory.formula import GUIDES, Polynomial, agree, guided, half, rows
@@ -82,37 +78,3 @@ def test_the_adaptive_metric_shifts_the_rest_where_slopes_are_skewed(power: floa
     high, low = (gradient(o, net, replace(b, v_t=b.v_t + off)) for off in (2, -1))
     assert high.abs().max() > 0.1
     assert bool((high / 3 + 2 * low / 3).abs().max() < 1e-12) == rests
-
-
-@pytest.mark.parametrize("net", nets(), ids=kind)
-@pytest.mark.parametrize("power", [0.0, 1.0])
-@pytest.mark.parametrize("slope", [CentralSlope(), DualSlope(), JvpSlope()], ids=lambda s: s.kind)
-def test_without_a_step_is_flow_matching(net: Net, power: float, slope: Slope) -> None:
-    """At r = t its gradient is flow matching's, row by row, times D / (S + floor)^power for D numbers in a row."""
-    mine, other = MeanFlow(slope=slope, power=power, guide=GUIDE), FlowMatching(guide=GUIDE)
-    model, b = built(mine, net), altered(recorded(mine))["no step"]
-
-    class AtOneTime(nn.Module):
-        def forward(self, x: Tensor, c: Tensor, /, t: Tensor) -> tuple[Tensor, ...]:
-            return model(x, c, t=t, r=t)
-
-    for i in range(4):
-        row, parameters = b[i : i + 1], list(model.parameters())
-        terms, flow = step(mine, model, row), step(other, AtOneTime(), row)
-        size = row.x[0].numel()
-        assert torch.allclose(terms.parts["u"], flow.loss, rtol=1e-12, atol=0)
-        factor = size / (size * flow.loss.item() + mine.floor) ** power
-        one, two = (torch.autograd.grad(loss.mean(), parameters) for loss in (terms.loss, flow.loss))
-        for a, c in zip(one, two, strict=True):
-            assert torch.allclose(a, factor * c, rtol=1e-9, atol=1e-12)
-
-
-def test_defaults() -> None:
-    """MeanFlow's Tab. 4, XL/2."""
-    o = MeanFlow()
-    assert o.times == Pair(of=LogitNormal(mean=-0.4, std=1), velocity_ratio=0.75)
-    assert o.guide == Guide(omega=0.2, zeta=0.92, interval=Interval(low=0, high=0.75))
-    assert o.guide.scale == pytest.approx(2.5)
-    assert (o.power, o.floor, o.drop) == (1, 0.01, 0.1)
-    assert o.slope == JvpSlope()
-    assert (o.needs.inputs, o.needs.heads) == (("t", "r"), ("u",))

@@ -132,21 +132,6 @@ def test_it_rests_at_the_flow_to_the_order_of_its_guesses(flow: Flow) -> None:
         assert 2.8 < coarse / fine < 5.5
 
 
-@each_flow
-def test_a_pass_lands_where_the_flow_does_to_the_same_order(flow: Flow) -> None:
-    off: list[Tensor] = []
-    for n in (5, 9, 17):
-        objective = PiFlow(guesses=n, times=Grid(steps=1))
-        reads, b = objective.read(Guessing(flow, objective)), record(objective, flow, 64)
-        assert reads.endpoint
-        assert reads.flow_map
-        assert (reads.endpoint(b.z, b.t, b.c) - flow.carry(b.z, b.c, b.t, 0 * b.t)).abs().max() < 1e-10
-        s = 0.1 + 0.6 * b.drawn["early"]
-        off.append((reads.flow_map(b.z, b.t, s, b.c) - flow.carry(b.z, b.c, b.t, s)).detach().norm())
-    for coarse, fine in pairwise(off):
-        assert 2.8 < coarse / fine < 5.5
-
-
 def test_a_jump_begins_at_the_top_of_a_segment() -> None:
     hops = PiFlow(times=Grid(steps=4)).read(nn.Identity()).hops
     assert hops

@@ -7,14 +7,10 @@ from math import inf
 import pytest
 import torch
 
-from contract.case import Counted, nets, randomise
-from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
-from dumo.flow.path import Linear
 from dumo.flow.times import Pair
-from dumo.objectives import RCGM, FlowMatching
-from dumo.types import Frozen, UserError
-from objectives.test_soflow import AtOneTime
+from dumo.objectives import RCGM
+from dumo.types import Frozen
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
 from theory.formula import GUIDES, Polynomial, changed, gradients, guided, half, rows
 
@@ -73,39 +69,3 @@ def test_descent_leads_back_to_the_flow() -> None:
         net.probe.data = 1e-4 * torch.eye(2, dtype=D)[i : i + 1]
         pull.append((gradient(o, net, b) - start).flatten() / 1e-4)
     assert torch.linalg.eigvals(torch.stack(pull, 1)).real.min() > 0.1
-
-
-def test_rows_at_one_time_are_flow_matching() -> None:
-    """At r = t its gradient is flow matching's, where no residual is cut."""
-    mine, other = changed(RCGM, clip=inf)(guide=DUMO), FlowMatching(guide=DUMO)
-    net, b = Polynomial(1), rows(mine)
-    velocity, b = AtOneTime(net), replace(b, r=b.t)
-    one, two = mine.loss(net, Frozen(net), b).loss, other.loss(velocity, Frozen(velocity), b).loss
-    assert torch.allclose(one, two, rtol=1e-12)
-    for a, c in zip(gradients(one, net), gradients(two, net), strict=True):
-        assert torch.allclose(a, c, rtol=1e-9, atol=1e-14)
-
-
-def test_edges() -> None:
-    """No time makes it infinite, be it rounded to bf16, and none below 0 is asked for."""
-    o = changed(RCGM, clip=inf)(guide=Guide())
-    t = torch.tensor([0, 1e-5, 0.01, 0.5, 0.5, 0.5, 1, 1, 1], dtype=D)
-    r = torch.tensor([0, 0, 0, 0.5, 0.5 - 5e-5, 0.4, 1, 0, 1 - 1e-5], dtype=D)
-    net, b = Polynomial(1), rows(o)[:9]
-    for s, q in ((t, r), (t.bfloat16().double(), r.bfloat16().double())):
-        terms = o.loss(net, Frozen(net), replace(b.at(s), r=q))
-        assert terms.loss.isfinite().all()
-        assert all(g.isfinite().all() for g in gradients(terms.loss, net))
-
-
-@pytest.mark.parametrize(("order", "guide", "passes"), [(1, Guide(), 1), (4, Guide(), 4), (2, DUMO, 4)])
-def test_passes(order: int, guide: Guide, passes: int) -> None:
-    """One per jump, and with guidance V(c) and V(null)."""
-    o = RCGM(order=order, guide=guide)
-    net = Counted(randomise(nets()[0].build(o.needs, (2, 4, 4), 3)))
-    x, c = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(4, dtype=torch.long)
-    b = draw(o, Linear(), x, c, c + 3, seed=0, step=0)
-    o.loss(net, Frozen(net), b)
-    assert (net.graded, net.still) == (1, passes)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(UserError, match=r"rcgm.*fp32.*100"):
-        o.loss(net, Frozen(net), b)

@@ -6,16 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.case import Counted, nets, randomise, step
+from contract.case import nets, randomise, step
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Below, Beta, Dyadic, Pair, Uniform
 from dumo.objectives import DuMo, Several
-from dumo.run.config.load import load
 from dumo.types import Frozen, Heads, Noised
-from theory.exact import APART, PRODUCT, D, Exact, Gaussian, Product, column, gaussian, gradient, record
+from theory.exact import D, Exact, column, gaussian, gradient, record
 from theory.formula import GUIDES, Polynomial, gradients, guided
 
 NONE, GUIDED = Guide(), Guide(zeta=0.55)
@@ -100,28 +99,6 @@ def test_the_parts_of_v_and_u_are_dumo_s_to_the_bit(slope: Slope, guide: Guide) 
 
 
 @each_third
-@pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("flow", [gaussian(GUIDED), gaussian(Guide(omega=0.2, zeta=0.9)), APART, PRODUCT])
-def test_rests_at_the_flow(third: str, apart: bool, flow: Gaussian | Product) -> None:
-    times = OTHERS if apart else LAWS[third]
-    objective = several(third, guide=flow.guide, times=times, apart=apart)
-    net, b = Exact(flow, objective.needs), record(objective, flow, 32)
-    assert gradient(objective, net, b).abs().max() < 1e-10
-
-
-@each_third
-def test_descent_leads_back(third: str) -> None:
-    """Near the flow the gradient is linear in the displacement; all eigenvalues are positive."""
-    flow, objective = gaussian(), several(third)
-    net, b = Exact(flow, objective.needs), record(objective, flow)
-    columns = []
-    for i in range(net.probe.numel()):
-        net.probe.data = 1e-4 * torch.eye(net.probe.numel(), dtype=D)[i].view_as(net.probe)
-        columns.append(gradient(objective, net, b).flatten() / 1e-4)
-    assert torch.linalg.eigvals(torch.stack(columns, 1)).real.min() > 0.01
-
-
-@each_third
 def test_without_a_step_m_learns_the_velocity(third: str) -> None:
     """Where r = t its gradient is flow matching's times its weight, as v's is."""
     objective, flow = several(third, times=HALF), gaussian()
@@ -143,42 +120,6 @@ def test_heads_apart_learn_where_r_is_t_alone(times: Dyadic | Pair) -> None:
     assert torch.allclose(mine.loss - third, heads * still * len(b.t) / still.sum(), atol=1e-14)
     assert torch.allclose(alike.loss, heads + third, rtol=1e-14)
     assert torch.allclose((mine.loss - third).mean(), heads[still].mean(), rtol=1e-12)
-
-
-def test_the_paper_s_third_head_leaves_v_and_u_the_times_of_dumo() -> None:
-    three = load("imagenet256-xl2-three-heads-shortcut").objective
-    assert isinstance(three, Several)
-    assert isinstance(three.times, Dyadic)
-    assert three.apart
-    assert three.times.flow == load("imagenet256-xl2").objective.times
-
-
-@pytest.mark.parametrize(
-    ("objective", "graded", "still"),
-    [  # passes with gradients, and without
-        (several("average", slope=CentralSlope()), 1, 2),  # one slope for all heads
-        (several("average", slope=CentralSlope(), guide=GUIDED), 1, 3),  # null
-        (several("average", slope=DualSlope()), 1, 0),  # a ride
-        (several("average", slope=DualSlope(), guide=GUIDED), 1, 1),  # a tape; null
-        (several("shortcut", slope=DualSlope()), 1, 2),  # halves
-    ],
-)
-def test_passes(objective: Several, graded: int, still: int) -> None:
-    model = Counted(randomise(nets()[0].build(objective.needs, (2,), 3)).double())
-    step(objective, model, drawn(objective))
-    assert (model.graded, model.still) == (graded, still)
-
-
-def test_halves_are_made_of_the_rows_that_move_alone() -> None:
-    """By their place: a piece of a batch without any makes no pass for them."""
-    objective = several("shortcut", slope=DualSlope())
-    b, model = drawn(objective), Counted(randomise(nets()[0].build(objective.needs, (2,), 3)).double())
-    step(objective, model, b[1:8])
-    assert model.still == 0
-    sizes = list[int]()
-    model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    step(objective, model, b)
-    assert sizes == [64, 8, 8]
 
 
 def test_halves_are_those_of_theta_minus() -> None:
@@ -220,10 +161,3 @@ def test_reading() -> None:
 def test_what_does_not_go_together_is_refused(fields: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         Several.model_validate(fields)
-
-
-def test_defaults() -> None:
-    """Sec. 4.3, first of its two; all but the third head is DuMo's."""
-    o, dumo = Several(), DuMo()
-    assert (o.needs.inputs, o.needs.heads, o.needs.own) == (("t",), ("v", "u", "m"), {"m": ("r",)})
-    assert (o.drop, o.guide, o.slope, o.times) == (dumo.drop, dumo.guide, dumo.slope, Below(of=dumo.times))

@@ -7,14 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.case import Counted, step
-from dumo.flow.cfg import CFG
+from contract.case import step
 from dumo.flow.draw import draw
-from dumo.flow.guide import Guide
+from dumo.flow.guide import CFG, Guide
 from dumo.flow.path import Linear
 from dumo.flow.solver import Euler, Hop, check
 from dumo.flow.times import Dyadic
-from dumo.objectives import FlowMatching, Shortcut
+from dumo.objectives import Shortcut
 from dumo.run.config.load import load
 from dumo.types import Frozen, Heads, Noised, Reads, UserError
 from theory import exact
@@ -102,20 +101,6 @@ def test_targets_are_those_of_the_authors_code() -> None:
     assert torch.allclose(found, (table(*theirs) ** 2).mean(1), rtol=1e-5, atol=0)
 
 
-def test_without_a_step_it_is_flow_matching() -> None:
-    """The same gradient, factor 1, of the net told k = 7."""
-    mine, b = Shortcut(), drawn(Shortcut())
-    b = replace(b, r=b.t)
-
-    class Finest(Stepped):
-        def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor) -> Heads:  # pyright: ignore[reportIncompatibleMethodOverride]
-            return super().forward(x, c, t=t, k=torch.full_like(t, LEVELS))
-
-    one, two = step(mine, net := Stepped(1), b).loss, step(FlowMatching(), flat := Finest(1), b).loss
-    assert torch.equal(one, two)
-    assert all(torch.equal(a, c) for a, c in zip(gradients(one, net), gradients(two, flat), strict=True))
-
-
 class Taught(nn.Module):
     """What training leads to: the velocity of the plain flow at the finest, the guided flow's steps elsewhere."""
 
@@ -151,50 +136,7 @@ def test_only_the_first_doubling_is_off_and_by_the_order_of_its_step(
         assert ((coarse.mean() / fine.mean()).log2() - 1).abs() < 0.1
 
 
-@pytest.mark.parametrize(("scale", "still"), [(1.0, 2), (1.5, 4)])
-def test_passes(scale: float, still: int) -> None:
-    """Two half steps, each with V(null) where there is guidance, of an eighth of the rows; of no row, none."""
-    objective = Shortcut(scale=scale)
-    b = drawn(objective, 24)
-    step(objective, net := Counted(Stepped(1)), b)
-    assert (net.graded, net.still) == (1, still)
-    step(objective, net := Counted(Stepped(1)), b[1:8])
-    assert (net.graded, net.still) == (1, 0)
-
-
-@pytest.mark.parametrize("n", [1, 3, 9])
-def test_small_batches(n: int) -> None:
-    loss = step(Shortcut(), Stepped(1), drawn(Shortcut(), n)).loss
-    assert loss.shape == (n,)
-    assert loss.isfinite().all()
-
-
-def test_times_in_bf16_name_the_same_steps() -> None:
-    objective, b = Shortcut(), drawn(Shortcut())
-    coarse = replace(b, t=b.t.bfloat16().to(b.t), r=b.r.bfloat16().to(b.r))
-    one, two = (step(objective, Stepped(1), a).loss for a in (b, coarse))
-    assert torch.equal(one, two)
-
-
 READS = Shortcut().read(Stepped(1))
-
-
-@pytest.mark.parametrize("nfe", [1, 2, 4, 64])
-def test_hops_of_the_flow_are_exact(nfe: int) -> None:
-    flow = gaussian()
-    reads = Shortcut().read(Exact(flow, Shortcut().needs))
-    x, c = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=D), torch.arange(5) % 3
-    one = torch.ones(5, dtype=D)
-    found = Hop()(reads, Linear(), x, c, nfe, lambda _: x)
-    assert torch.allclose(found, flow.carry(x, c, one, 0 * one), rtol=1e-10, atol=0)
-
-
-def test_the_velocity_is_the_finest_step() -> None:
-    flow = gaussian()
-    reads = Shortcut().read(Exact(flow, Shortcut().needs))
-    x, c, t = torch.full((3, 2), 0.7, dtype=D), torch.arange(3), torch.tensor([0.3, 0.5, 1.0], dtype=D)
-    assert reads.velocity is not None
-    assert torch.allclose(reads.velocity(x, t, c), flow.velocity(x, c, t), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("guide", [CFG(), CFG(scale=2.0)])

@@ -11,7 +11,7 @@ from contract.case import Counted, step
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.flow.times import Pair
-from dumo.objectives import FlowMatching, SplitMeanFlow
+from dumo.objectives import SplitMeanFlow
 from dumo.types import Frozen, Noised
 from theory.exact import D, Exact, column, gaussian, record
 from theory.formula import Polynomial, gradients, half, rows
@@ -60,22 +60,6 @@ def test_rows_that_move_know_nothing_of_the_data() -> None:
     assert (before != after)[~moving].all()
 
 
-def test_without_a_step_it_is_flow_matching() -> None:
-    """The same gradient, factor 1."""
-    mine, other = SplitMeanFlow(), FlowMatching()
-    b = rows(mine)
-    b = replace(b, r=b.t)
-
-    class AtOneTime(Polynomial):
-        def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None) -> tuple[Tensor, ...]:
-            return super().forward(x, c, t=t, r=t)
-
-    one, two = step(mine, net := Polynomial(1), b).loss, step(other, flat := AtOneTime(1), b).loss
-    assert torch.allclose(one, two, rtol=1e-12, atol=0)
-    for a, c in zip(gradients(one, net), gradients(two, flat), strict=True):
-        assert torch.allclose(a, c, rtol=1e-11, atol=1e-13)
-
-
 @pytest.mark.parametrize("low", [0.0, 0.5, 0.999])
 def test_the_flow_is_at_rest_wherever_it_is_split(low: float) -> None:
     """Row by row, not only on average."""
@@ -100,14 +84,6 @@ def test_passes_are_of_the_rows_that_need_them() -> None:
     objective = SplitMeanFlow(drop=0.0)
     step(objective, net := Tally(Polynomial(1)), drawn(objective))
     assert (net.graded, net.still, net.rows) == (1, 2, 48)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_small_batches(n: int) -> None:
-    objective = SplitMeanFlow()
-    loss = step(objective, Polynomial(1), drawn(objective, n)).loss
-    assert loss.shape == (n,)
-    assert loss.isfinite().all()
 
 
 def test_rows_that_match_the_data_are_asked_for() -> None:

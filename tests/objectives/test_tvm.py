@@ -7,10 +7,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from contract.case import Counted, nets, randomise, step
-from dumo.flow.draw import draw
-from dumo.flow.path import Linear
-from dumo.objectives import TVM, FlowMatching
+from contract.case import step
+from dumo.objectives import TVM
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
 from theory.formula import gradients
@@ -103,66 +101,6 @@ def test_rests_at_the_flow(flow: Flow) -> None:
     assert gradient(objective, net, b).abs().max() < 1e-10
     net.probe.data[0] = torch.tensor([0.1, -0.1], dtype=D)
     assert gradient(objective, net, b).abs().min() > 1e-3
-
-
-def test_every_row_rests_by_itself() -> None:
-    """The terminal residual is zero point by point, for it holds no draw."""
-    objective = TVM(scale=1.0)
-    b = record(objective, APART)
-    assert step(objective, Exact(APART, objective.needs), b).parts["terminal"].max() < 1e-16
-
-
-@pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_without_a_step_it_is_flow_matching(scale: float) -> None:
-    """At r = t the gradient is that of flow matching at s, guided by w, times beta^2: on rows with a label 1 / w^2."""
-    objective, other = TVM(scale=scale, drop=0.3), FlowMatching(guide={"omega": scale}, drop=0.3)
-    net, b = Curved(), rows(objective)
-    b = replace(b, r=b.t)
-    plain = b.at(b.drawn["s"])
-
-    class AtOneTime(nn.Module):
-        def __init__(self, kept: Tensor) -> None:
-            super().__init__()
-            self.kept = kept
-
-        def forward(self, x: Tensor, c: Tensor, /, t: Tensor) -> Heads:
-            beta = torch.where(c == gaussian().classes, 1.0, 1 / scale).to(D)
-            return net(x, c, t=t, r=t, **({"beta": beta} if scale != 1 else {}))
-
-    for i in range(8):
-        row = slice(i, i + 1)
-        one = gradients(step(objective, net, b[row]).loss, net)
-        two = gradients(step(other, AtOneTime(b.kept[row]), plain[row]).loss, net)
-        factor = 1 / scale**2 if b.kept[i] else 1.0
-        for mine, its in zip(one, two, strict=True):
-            assert torch.allclose(mine, factor * its, rtol=1e-11, atol=1e-13)
-
-
-@pytest.mark.parametrize(
-    ("objective", "graded", "still"),
-    [
-        (TVM(scale=1.0), 2, 1),  # u with its rate, v; where it lands
-        (TVM(), 2, 2),  # and null
-    ],
-)
-def test_passes(objective: TVM, graded: int, still: int) -> None:
-    net = Counted(randomise(nets()[0].build(objective.needs, (2, 4, 4), 3)))
-    g = torch.Generator().manual_seed(0)
-    x, c = torch.randn(4, 2, 4, 4, generator=g), torch.arange(4) % 3
-    step(objective, net, draw(objective, Linear(), x, c, 0 * c + 3, seed=0, step=0))
-    assert (net.graded, net.still) == (graded, still)
-
-
-def test_corners_are_finite() -> None:
-    objective = TVM()
-    net = Curved()
-    for t, r in ((1.0, 0.0), (1.0, 1.0), (0.0, 0.0), (0.5, 0.4985)):
-        b = rows(objective)
-        b = replace(b.at(0 * b.t + t), r=0 * b.t + r, drawn={"s": 0 * b.t + t})
-        loss = step(objective, net, b).loss
-        assert loss.isfinite().all()
-        assert all(g.isfinite().all() for g in gradients(loss, net))
-        assert (step(objective, net, b).parts["terminal"] == 0).all() == (t == r)
 
 
 def test_without_guidance_the_net_is_told_of_none() -> None:

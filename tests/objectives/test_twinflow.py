@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.case import Counted, step
+from contract.case import step
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
-from dumo.objectives import FlowMatching, TwinFlow
+from dumo.objectives import TwinFlow
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import D, Exact, column, gaussian, growth, table
 from theory.formula import Polynomial, changed, gradients, guided, half
@@ -81,24 +81,6 @@ def test_loss_and_gradient_are_those_of_the_formula(guide: Guide, clip: float) -
         assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-13)
 
 
-def test_without_a_step_jump_and_flow_are_flow_matching() -> None:
-    """Each with its gradient, factor 1; what begins at (1, 0) has its own."""
-    o = changed(TwinFlow, clip=inf)(guide=Guide())
-    b = drawn(o)
-    b = replace(b, r=b.t)
-
-    class AtOneTime(Polynomial):
-        def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None) -> Heads:
-            return super().forward(x, c, t=t, r=t)
-
-    flat = AtOneTime(1)
-    plain = gradients(step(FlowMatching(), flat, b).loss, flat)
-    for name in ("u", "flow"):
-        net = Polynomial(1)
-        mine = gradients(step(o, net, b).parts[name], net)
-        assert all(torch.allclose(a, c, rtol=1e-11, atol=1e-13) for a, c in zip(mine, plain, strict=True))
-
-
 def test_all_but_the_twin_rest_with_the_step() -> None:
     """Row by row: G and the flow at once; the jumps are off by one step of Euler's, O(h)."""
     left: list[Tensor] = []
@@ -160,21 +142,6 @@ def test_samples_of_another_width_are_pulled_back(wide: float, sign: int) -> Non
     net.wide = wide
     (pull,) = torch.autograd.grad(step(o, net, b).parts["rectify"].mean(), net.probe)
     assert pull[0, 1] * sign > 1e-2
-
-
-@pytest.mark.parametrize(("guide", "order", "still"), [(Guide(), 2, 6), (Guide(zeta=0.5), 2, 10), (Guide(), 1, 4)])
-def test_passes(guide: Guide, order: int, still: int) -> None:
-    """Four with gradients; without, N jumps twice, V(c) and V(null) twice where there is guidance, and two for G."""
-    o = TwinFlow(guide=guide, order=order)
-    step(o, net := Counted(Polynomial(1)), drawn(o))
-    assert (net.graded, net.still) == (4, still)
-
-
-@pytest.mark.parametrize("n", [1, 3])
-def test_small_batches(n: int) -> None:
-    loss = step(TwinFlow(), Polynomial(1), drawn(TwinFlow(), n)).loss
-    assert loss.shape == (n,)
-    assert loss.isfinite().all()
 
 
 def test_g_asks_the_net_in_training() -> None:

@@ -2,17 +2,14 @@
 
 from dataclasses import replace
 from itertools import pairwise
-from math import inf, pi
+from math import inf
 
 import pytest
 import torch
 from torch import Tensor
 
-from contract.case import Counted, nets, randomise
-from dumo.flow.draw import draw
-from dumo.flow.path import Linear
 from dumo.flow.residual import huber, rmse
-from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope
+from dumo.flow.slope import JvpSlope
 from dumo.objectives import UCGM
 from dumo.types import Frozen, UserError
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gradient, record
@@ -99,65 +96,6 @@ def test_gradient_vanishes_as_the_ratio_tends_to_1(flow: Flow) -> None:
         assert abs((coarse / fine).log2() - 1) < 0.1
     o = UCGM(slope=JvpSlope(), drop=0.2)
     assert gradient(o, Exact(flow, o.needs), record(o, flow)).norm() < 1e-12
-
-
-@pytest.mark.parametrize("flow", [APART, PRODUCT])
-def test_gradient_vanishes_with_the_square_of_a_central_step(flow: Flow) -> None:
-    """Where t - h is no time below 0, which to the exact net are a task of their own."""
-    left = []
-    for h in (0.04, 0.02, 0.01, 0.005):
-        o = UCGM(slope=CentralSlope(h=h), drop=0.2)
-        b = record(o, flow)
-        left.append(gradient(o, Exact(flow, o.needs), b.at(b.t.clamp(min=0.05))).norm())
-    for coarse, fine in pairwise(left):
-        assert abs((coarse / fine).log2() - 2) < 0.1
-
-
-def test_rows_at_the_data_are_flow_matching() -> None:
-    """At t = 0 F is the velocity: the gradient is flow matching's times (8 / pi) / 2 (mean square + c^2)^(1/2)."""
-    mine = changed(UCGM, clip=inf)(slope=JvpSlope())
-    net, b = Polynomial(1), rows(mine)
-    b = b.at(0 * b.t)
-    (u,) = net(b.x_t, b.c, t=b.t)
-    plain = ((u - b.v_t) ** 2).mean(1)
-    gain = 4 / 1.57
-    assert gain == pytest.approx(8 / pi, rel=1e-3)
-    weight = (gain / 2 / (gain**2 * plain + 25).sqrt()).detach()
-    found = mine.loss(net, Frozen(net), b).loss
-    for a, c in zip(gradients(found, net), gradients(weight * plain, net), strict=True):
-        assert torch.allclose(a, c, rtol=1e-9, atol=1e-13)
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.5, 1.0])
-def test_edges(ratio: float) -> None:
-    """No time makes it infinite, be it rounded to bf16."""
-    o = UCGM(ratio=ratio, slope=JvpSlope())
-    t = torch.tensor([0, 1e-5, 1e-4, 0.5, 1 - 1e-5, 1], dtype=D)
-    net, b = Polynomial(1), rows(o)[:6]
-    for s in (t, t.bfloat16().double()):
-        terms = o.loss(net, Frozen(net), b.at(s))
-        assert terms.loss.isfinite().all()
-        assert (terms.loss > 0).all()
-        assert all(g.isfinite().all() for g in gradients(terms.loss, net) if g is not None)
-
-
-@pytest.mark.parametrize(
-    ("objective", "graded", "still"),
-    [
-        (UCGM(), 1, 2),
-        (UCGM(slope=DualSlope()), 1, 0),
-        (UCGM(ratio=0.5), 1, 1),
-        (UCGM(ratio=0.0), 1, 0),
-    ],
-)
-def test_passes(objective: UCGM, graded: int, still: int) -> None:
-    net = Counted(randomise(nets()[0].build(objective.needs, (2, 4, 4), 3)))
-    x, c = torch.randn(4, 2, 4, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(4, dtype=torch.long)
-    b = draw(objective, Linear(), x, c, c + 3, seed=0, step=0)
-    objective.loss(net, Frozen(net), b)
-    assert (net.graded, net.still) == (graded, still)
-    reads = objective.read(net)
-    assert (reads.velocity is None, reads.endpoint is None) == (bool(objective.ratio), not objective.ratio)
 
 
 def test_refusals() -> None:

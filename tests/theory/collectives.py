@@ -19,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dumo.run.config.load import load
-from dumo.training.cut import span
 from dumo.training.state import begin
-from dumo.training.step import Task, pieces, train_step
+from dumo.training.step import Task, pieces, span, train_step
 
 SLOPES = ("dual", "jvp", "central")
 WORLDS = (1, 2, 8, 64)
@@ -49,8 +48,13 @@ def count(slope: str, share: int, reshard: bool, micro_batch: int | None) -> dic
     spec = load(
         "digits",
         [
-            *(f"objective.slope.kind={slope}", "objective.guide.zeta=0.5", "train.probe_every=0", "train.batch=128"),
-            *(f"train.share={share}", f"train.reshard={reshard}", f"train.micro_batch={micro_batch or 'null'}"),
+            f"objective.slope.kind={slope}",
+            "objective.guide.zeta=0.5",
+            "train.probe_every=0",
+            "train.batch=128",
+            f"train.share={share}",
+            f"train.reshard={reshard}",
+            f"train.micro_batch={micro_batch or 'null'}",
         ],
     )
     state = begin(spec.build(), spec.train)

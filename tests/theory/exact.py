@@ -300,7 +300,7 @@ class Exact(nn.Module):
 
     def __init__(self, flow: Flow, needs: Needs) -> None:
         super().__init__()
-        self.flow, self.needs = OnTrig(flow) if "trig" in needs.paths[:1] else flow, needs
+        self.flow, self.needs = OnTrig(flow) if "trig" in needs.formulas.paths[:1] else flow, needs
         self.probe = nn.Parameter(torch.zeros(len(needs.heads), 2, dtype=D))
 
     def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, **inputs: Tensor) -> Heads:
@@ -407,7 +407,7 @@ def record(objective: Objective, flow: Flow, rows: int = 256) -> Noised:
     g = torch.Generator().manual_seed(7)
     c = torch.randint(0, flow.classes, (rows,), generator=g)
     null = torch.full_like(c, flow.classes)
-    trig = "trig" in objective.needs.paths[:1]
+    trig = "trig" in objective.needs.formulas.paths[:1]
     path, on = (Trig(), OnTrig(flow)) if trig else (Linear(), flow)
     key: dict[str, Any] = {"seed": 0, "step": 0, "progress": 1.0}
     x = flow.data(c, g)

@@ -21,10 +21,9 @@ from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.runtime import dist
 from dumo.runtime.random import keyed
-from dumo.training.cut import span
 from dumo.training.layout import whole
 from dumo.training.state import State, begin
-from dumo.training.step import Task, pieces, train_step
+from dumo.training.step import Task, pieces, span, train_step
 from dumo.types import Cond, Sample, Time
 from meeting import meeting
 

@@ -90,7 +90,7 @@ def record(objective: Objective, rank: int, ranks: int) -> Noised:
     share = ROWS // ranks
     mine = slice(rank * share, (rank + 1) * share)
     null = torch.full_like(c, CLASSES)[mine]
-    path = Trig() if objective.needs.paths == ("trig",) else Linear()
+    path = Trig() if objective.needs.formulas.paths == ("trig",) else Linear()
     return draw(objective, path, x[mine], c[mine], null, seed=0, step=1, batch=ROWS, first=mine.start)
 
 

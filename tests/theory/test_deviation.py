@@ -30,7 +30,9 @@ POINT = (2, 1, 1)  # a point as an image
 TINY = DiT(patch=1, width=16, depth=1, attention=2)
 each_sd = pytest.mark.parametrize("sd", [0.5, 0.75, 3.0])
 C = torch.arange(48) % 3
-UNIT = [(o, Trig if "trig" in o.needs.paths else Linear) for o in objectives(exact=True) if o.needs.unit]
+UNIT = [
+    (o, Trig if "trig" in o.needs.formulas.paths else Linear) for o in objectives(exact=True) if o.needs.formulas.unit
+]
 
 
 def data(n: int = 48) -> Tensor:

@@ -250,29 +250,6 @@ def test_the_slope_is_that_of_torch_and_the_net_is_itself(name: str, way: str) -
             assert moving or same(gradients(net, heads), known_gradients)
 
 
-@pytest.mark.parametrize("name", sorted(set(BUILD) - {"complex"}))
-@each_way
-def test_single_precision_is_single_precision(name: str, way: str) -> None:
-    net = made(name, torch.float32)
-    truth = plain(net, torch.float32)
-    known_gradients = gradients(net, truth)
-    heads, slopes = run(net, way, None, torch.float32)
-    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(heads, truth, strict=True))
-    assert same(gradients(net, heads), known_gradients)
-    assert error(slopes, known_of(name, torch.float32)) < 1e-5
-
-
-@each_net
-def test_a_ride_of_some_rows_is_the_net(name: str) -> None:
-    net = made(name)
-    truth = plain(net)
-    known_gradients = gradients(net, truth)
-    heads, _ = run(net, "ride", MOVING["some"])
-    assert error(heads, truth) < 1e-12
-    for a, b in zip(gradients(net, heads), known_gradients, strict=True):
-        assert a is b is None or torch.allclose(a, b, rtol=1e-9, atol=1e-12)
-
-
 @quiet
 @pytest.mark.parametrize("name", sorted(set(BUILD) - {"complex"}))  # the same net as modern
 @each_way
@@ -339,23 +316,6 @@ def test_what_the_moving_inputs_do_not_reach_rests(way: str, moving: tuple[bool,
     assert torch.equal(gauge, r * rows)
 
 
-@each_net
-def test_a_tape_plays_once(name: str) -> None:
-    net, (x, c, t, r, w) = made(name), record()
-    _, along = slope.DualSlope()(net, Frozen(net), x, c, t=t, r=r)
-    along(w)
-    with pytest.raises(RuntimeError, match="twice"):
-        along(w)
-
-
-def test_a_ride_keeps_to_its_direction() -> None:
-    net, (x, c, t, r, w) = made("mlp"), record()
-    _, along = slope.DualSlope()(net, Frozen(net), x, c, t=t, r=r, toward=w)
-    along(w)
-    with pytest.raises(ValueError, match="direction"):
-        along(w.clone())
-
-
 class Strange(nn.Module):
     """A net with an operation that has no rule."""
 
@@ -390,14 +350,6 @@ def test_a_missing_rule_is_named(way: str, operation: Callable[[Array], Array], 
         run(Strange(operation), way)
     assert isinstance(refused.value, UserError)
     assert "jvp" in str(refused.value)
-
-
-@each_net
-def test_the_ends_of_time_are_finite(name: str) -> None:
-    """On inputs that are all zero, where norms divide by their eps; others are in the record."""
-    net, (x, c, t, _, w) = made(name), record()
-    _, along = slope.DualSlope()(net, Frozen(net), 0 * x, c, t=torch.arange(BATCH, dtype=D) % 2, r=0 * t)
-    assert all(d.isfinite().all() and d.any() for d in along(w))
 
 
 # Checkpointing.

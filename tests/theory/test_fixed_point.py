@@ -47,13 +47,14 @@ STEPS = {  # of a finite step, and so off the flow by an order of it: by kind, t
 }
 # Their residual is bounded, turned or normalised, or they ask for a velocity elsewhere: not affine in v_t here.
 BENT = ("facm", "sct", "tvm", "ucgm")
+PLANAR = ("dumo", "flow_matching", "meanflow", "several")  # guided in one way by all: a velocity, jumps, and both
 
 
 def serves(objective: AnyObjective, flow: Flow, guide: Guide) -> bool:
     """Whether the flow is where this objective leads to, by its own guidance."""
     if objective.needs.knobs:  # they guide each row in a way of its own
         return isinstance(flow, Gaussian) and not flow.mean.any()
-    return not guide.active or objective.needs.guide is not None
+    return not guide.active or isinstance(objective.needs.guide, Guide)
 
 
 def cases(*on: tuple[Flow, Guide], exact: bool = True) -> list[Case]:
@@ -73,9 +74,15 @@ ON_MIXTURES = cases((APART, NONE), (PRODUCT, NONE))
 EVERY = [*cases(*((gaussian(guide), guide) for guide in GUIDES)), *ON_MIXTURES]
 SOME = (None, NONE, DUMO)  # guides of two exact slopes, which are as one another
 CLOSED = [(o, flow) for o, flow in EVERY if not isinstance(o.needs.slope, JvpSlope) or o.needs.guide in SOME]
-RIDING = [(o, flow) for o, flow in CLOSED if not isinstance(o.needs.slope, JvpSlope)]
-IN_THE_PLANE = [(o, flow) for o, flow in cases((plane(DUMO), DUMO)) if not isinstance(o.needs.slope, JvpSlope)]
-STEPPED = cases((gaussian(DUMO), DUMO), (APART, NONE), (PRODUCT, NONE), exact=False)
+RIDING = [  # a product of mixtures is slow, and shows no more than one
+    (o, flow)
+    for o, flow in EVERY
+    if not isinstance(o.needs.slope, JvpSlope) and o.needs.guide in SOME and flow is not PRODUCT
+]
+IN_THE_PLANE = [
+    (o, flow) for o, flow in cases((plane(DUMO), DUMO)) if o.kind in PLANAR and not isinstance(o.needs.slope, JvpSlope)
+]
+STEPPED = cases((gaussian(DUMO), DUMO), (APART, NONE), exact=False)
 BY_DIFFERENCE = [(o, flow) for o, flow in STEPPED if isinstance(o.needs.slope, CentralSlope)]
 STRAIGHT = [
     (o, flow) for o, flow in BY_DIFFERENCE if o.kind not in (*BENT, "imf")
@@ -111,7 +118,7 @@ def test_descent_leads_back_to_the_flow(objective: AnyObjective, flow: Flow) -> 
     assert torch.linalg.eigvals(pull).real.min() > 0.05
 
 
-@each([(o, flow) for o, flow in ON_MIXTURES if o.kind not in BENT])
+@each([(o, flow) for o, flow in RIDING if flow is APART and o.kind not in BENT])
 def test_gradient_is_the_mean_over_the_slopes(objective: AnyObjective, flow: Flow) -> None:
     """Targets are affine in v_t, so one slope and its mirror image about the mean pull apart equally."""
     objective = objective.model_copy(update={"power": 0.0} if "power" in type(objective).model_fields else {})
@@ -124,7 +131,7 @@ def test_gradient_is_the_mean_over_the_slopes(objective: AnyObjective, flow: Flo
 
 def test_another_guidance_scale_is_not_at_rest() -> None:
     """A velocity guided too little is pulled one way, one guided too much the other."""
-    for o, _ in [(o, flow) for o, flow in cases((gaussian(DUMO), DUMO)) if o.needs.guide]:
+    for o, _ in [(o, flow) for o, flow in cases((gaussian(DUMO), DUMO)) if isinstance(o.needs.guide, Guide)]:
         flows = [gaussian(Guide(zeta=zeta)) for zeta in (0.3, 0.7)]
         little, much = (gradient(o, Exact(f, o.needs), record(o, f))[0, 1] for f in flows)
         assert little < -1e-3

@@ -2,15 +2,13 @@
 
 import pytest
 import torch
-from torch import Tensor
 
-from dumo.flow.cfg import CFG
-from dumo.flow.guide import Guide, Interval
+from dumo.flow.guide import CFG, Guide, Interval
 from dumo.flow.path import Linear
 from dumo.flow.solver import Euler, Heun, Solver
 from dumo.objectives import DuMo, FlowMatching, Objective
 from dumo.types import Reads
-from theory.exact import APART, D, Exact, column, gaussian, plane, record, table
+from theory.exact import D, Exact, column, gaussian, plane, record, table
 
 ALL, LATE = Interval(), Interval(low=0.2, high=0.75)
 
@@ -65,14 +63,3 @@ def test_a_guided_jump_is_near_that_of_the_guided_flow() -> None:
         apart = scale * (scale - 1) / 2 * (std[c] / std[-1] - 1).square()  # the second order in how far they are
         off = ((exact - found) / z)[:, 0] / std[-1]
         assert ((off - apart).abs() < 0.5 * apart).all()
-
-
-def test_the_mean_does_not_matter_to_the_map() -> None:
-    """A guided velocity of classes at different places, by hand."""
-    objective = FlowMatching(drop=0.3)
-    b = record(objective, APART)
-    velocity = CFG(scale=3)(objective.read(Exact(APART, objective.needs)), APART.classes).velocity
-    assert velocity is not None
-    v, null = (APART.velocity(b.x_t, c, b.t) for c in (b.c, b.null))
-    found: Tensor = velocity(b.x_t, b.t, b.c)
-    assert (found - (3 * v - 2 * null)).abs().max() < 1e-12

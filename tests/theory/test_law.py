@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from contract.case import members
-from dumo.flow.law import Noise, ToData
 from dumo.flow.times import (
     Arctan,
     Atom,
@@ -22,6 +21,7 @@ from dumo.flow.times import (
     LogitNormal,
     Pair,
     Times,
+    ToData,
     Uniform,
 )
 from dumo.runtime.random import stream
@@ -51,15 +51,6 @@ def test_distribution_of_beta() -> None:
     for x in (0.1, 0.3, 0.6):
         tail = sum(comb(5, k) * x**k * (1 - x) ** (5 - k) for k in range(2, 6))
         assert abs((t <= x).double().mean() - tail) < NOISE
-
-
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.2, 0.5)])
-def test_moments_of_uniform(low: float, high: float) -> None:
-    t, _ = draws(Uniform(low=low, high=high))
-    assert abs(t.mean() - (low + high) / 2) < NOISE
-    assert abs(t.var() - (high - low) ** 2 / 12) < NOISE / 2
-    assert low <= t.min() < low + 1e-3
-    assert high - 1e-3 < t.max() <= high
 
 
 @pytest.mark.parametrize(("mean", "std"), [(-0.4, 1.0), (0.0, 1.0), (-2.0, 2.0)])
@@ -115,13 +106,6 @@ def test_times_are_in_order_and_in_the_unit_interval(law: Times) -> None:
     assert t.std() > 0.05
     if isinstance(law, ToData):
         assert not r.any()
-
-
-def test_noise() -> None:
-    noise = Noise().rows((1,), range(1000), 1000, (3, 5)).double()
-    assert noise.shape == (1000, 3, 5)
-    assert abs(noise.mean()) < 5 / sqrt(15_000)
-    assert abs(noise.square().mean() - 1) < 8 / sqrt(15_000)
 
 
 def test_a_law_of_times_draws_numbers_for_the_whole_batch_and_gives_rows() -> None:
@@ -270,15 +254,6 @@ def test_dyadic_steps_are_on_their_own_grid(law: Dyadic) -> None:
         assert abs(len(of) / len(k) - 1 / levels) < NOISE * sqrt(every)
         assert set(of.unique().tolist()) == set(range(1, 2**level + 1))
         assert abs(of.mean() / 2**level - (1 + 2**-level) / 2) < NOISE * sqrt(every * levels)
-
-
-def test_dyadic_steps_leave_the_others_to_a_law_of_their_own() -> None:
-    law = Dyadic(flow=LogitNormal(mean=-0.4, std=1.0))
-    (t, r), moving = draws(law), torch.tensor(law.moving(N))
-    assert torch.equal(t[~moving], r[~moving])
-    assert uniform(normal(t[~moving].logit() + 0.4))
-    (t, _), (plain, _) = (some(N, stream(5)) for some in (law, Dyadic()))
-    assert torch.equal(t[moving], plain[moving])
 
 
 def test_groups_share_their_times() -> None:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.flow.divergence import axes, diagonal, divergence
-from dumo.flow.likelihood import log_likelihood
+from dumo.flow.likelihood import axes, diagonal, divergence, log_likelihood
 from dumo.flow.path import Linear, Path, Trig
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver
 from dumo.objectives import F2D2

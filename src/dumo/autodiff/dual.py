@@ -17,8 +17,8 @@ which takes Duals and returns Duals, needs to know no more than that.
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_any, tree_map
 
-from dumo.autodiff.scope import held
 from dumo.autodiff.tape import Later, fit, keep
 from dumo.types import Array, UserError
 
@@ -38,10 +37,10 @@ ALONE: set[Name] = set()  # those of them whose first operand alone may move
 
 
 class _State(threading.local):
-    """What holds in a thread, from its start."""
+    """What holds in a thread, from its start: a name that came later would make a compiler begin again."""
 
     def __init__(self) -> None:
-        self.primal_only = self.recorded = False
+        self.primal_only = False
 
 
 _state = _State()
@@ -65,6 +64,7 @@ class Dual:
     p: Tensor
     t: Tensor | Later | None  # None: it rests
     part: bool = False  # a view of another Dual, which would have to see what is assigned to this one
+    recorded: bool = False  # autograd records the tangent, too, for a loss that holds the derivative itself
 
     shape = property(lambda self: self.p.shape)
     dtype = property(lambda self: self.p.dtype)
@@ -164,9 +164,12 @@ for _name in REFUSED.split():
     setattr(Dual, f"__{_name}__", _refuse(f"__{_name}__"))
 
 
-def pair(p: Tensor, t: Tensor | Later | None) -> Array:
-    """A Dual, typed as what it stands in for: a tensor on its way through a net."""
-    return cast(Array, Dual(p, t))
+def pair(p: Tensor, t: Tensor | Later | None, *, recorded: bool = False) -> Array:
+    """A Dual, typed as what it stands in for: a tensor on its way through a net.
+
+    `recorded`: autograd records its tangent, and those that follow from it, as it does primals.
+    """
+    return cast(Array, Dual(p, t, recorded=recorded))
 
 
 def primal(x: Any) -> Any:  # noqa: ANN401, numbers and None pass through
@@ -188,7 +191,7 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
     if not _moves(operands) or _state.primal_only:  # every operation of every net comes by: no generators here
         return p
     graded = torch.is_grad_enabled()
-    moved, later = [], False
+    moved, later, recorded = [], False, False
     for x in operands:
         if not isinstance(x, Dual) or x.t is None:
             moved.append(None)
@@ -198,28 +201,27 @@ def carry(p: Tensor, push: Callable[..., Tensor], operands: tuple[object, ...], 
                 "a custom autograd.Function, reentrant checkpoint or no_grad block, where a Dual loses gradients"
             )
         moved.append(_tangent(x.p, x.t))
-        later = later or isinstance(x.t, Later)
+        later, recorded = later or isinstance(x.t, Later), recorded or x.recorded
     if later:
         return pair(p, Later(p.shape, p.dtype, push, tuple(moved), *keep(saved)))
-    if not graded or _state.recorded:
-        return pair(p, fit(push(*moved, *saved), p.shape, p.dtype))
+    if not graded or recorded:
+        return pair(p, fit(push(*moved, *saved), p.shape, p.dtype), recorded=recorded)
     with torch.no_grad():
         return pair(p, fit(push(*moved, *saved), p.shape, p.dtype))
 
 
-def primal_only() -> AbstractContextManager[None]:
-    """Inside, no tangent is computed: for recomputing what a checkpoint let go, whose tangents are known already."""
-    return held(_state, "primal_only", True)
+@contextmanager
+def primal_only() -> Generator[None, None, None]:
+    """Inside, no tangent is computed: for recomputing what a checkpoint let go, whose tangents are known already.
 
-
-def recorded() -> AbstractContextManager[None]:
-    """Inside, tangents that are known are recorded as primals are: for a loss that holds the derivative itself."""
-    return held(_state, "recorded", True)
-
-
-def recording() -> bool:
-    """Whether tangents are recorded; then a rule must save what autograd can follow, and no kernel's own numbers."""
-    return _state.recorded
+    A state of the thread, not an argument: torch's checkpoint calls a block again by itself, with the inputs of the
+    first call, and takes nothing but contexts. One that is forgotten costs time and changes nothing.
+    """
+    before, _state.primal_only = _state.primal_only, True
+    try:
+        yield
+    finally:
+        _state.primal_only = before
 
 
 def _moves(operands: Iterable[object]) -> bool:
@@ -254,3 +256,38 @@ def _tangent(p: Tensor, t: Tensor | Later) -> Tensor | Later:
 
 def _cast(dx: Tensor, dtype: torch.dtype) -> Tensor:
     return dx.to(dtype)
+
+
+OPERATORS = (
+    "abs add radd sub rsub mul rmul truediv rtruediv pow rpow matmul rmatmul neg getitem setitem eq ne lt le gt ge"
+)
+
+
+METHODS: dict[Name, list[str]] = {}  # the names that Tensor knows a function by
+for _name in dir(Tensor):
+    if callable(_f := getattr(Tensor, _name)) and (not _name.startswith("__") or _name.strip("_") in OPERATORS.split()):
+        METHODS.setdefault(_f, []).append(_name)
+
+
+def rule(*functions: Name) -> Callable[[Rule], Rule]:
+    """Make the decorated function the rule of these functions of torch; of methods of Tensor, a method of Dual too.
+
+    Where an argument is annotated as Dual, it is the first, and no other may move.
+    """
+
+    def register(f: Rule) -> Rule:
+        for function in functions:
+            RULES[function] = f
+            if Dual in f.__annotations__.values():
+                ALONE.add(function)
+            for name in METHODS.get(function, ()):
+                setattr(Dual, name, f)
+        return f
+
+    return register
+
+
+def elsewhere(name: str, inplace: bool) -> None:
+    """Raise NoRule where the result is to overwrite the input, which other Duals may be views of."""
+    if inplace:
+        raise NoRule(f"{name} with inplace=True")

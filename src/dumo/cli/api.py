@@ -14,7 +14,7 @@ from PIL import Image
 from pydantic_core import PydanticSerializationError
 from torch import nn
 
-from dumo.encoders.scaled import Opened
+from dumo.encoders.codec import Opened
 from dumo.io import picture
 from dumo.report import page
 from dumo.run.config import load as config

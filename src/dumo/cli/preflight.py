@@ -95,8 +95,8 @@ def show(
     printed as comments, so that  dumo show digits > my.yaml  makes a file for  dumo train my.yaml.
     """
     from dumo.run.config.load import dump, summary
-    from dumo.run.plan import caption
-    from dumo.run.plan.show import show
+    from dumo.run.plan.findings import of_captions
+    from dumo.run.plan.plan import show
 
     if as_yaml and as_json:
         raise typer.BadParameter("--yaml and --json: give one of them")
@@ -117,7 +117,7 @@ def show(
     ]
     lines += [("slope", f"dual, {way['text']}: {way['why']}")] if way else []
     lines += unknown_classes(spec.conditions)
-    lines += [("captions", text)] if (text := caption.line(spec)) else []
+    lines += [("captions", one.text) for one in of_captions(spec.data)]
     lines += [("P(t - r > 0.9)", "no jump is taught" if far is None else f"{100 * far:.2g} % of the rows")]
     lines += [("guidance scale", f"{scale:.3g} in training (1 is none)")]
     out.print(dump(spec, short=not whole), soft_wrap=True)
@@ -164,40 +164,40 @@ def dry(
     With --ranks: the memory of each of these GPUs, what they send one another, hours. With --fit: what to set so
     that they do.
     """
-    from dumo.run.plan import plan, rehearsal, table
+    from dumo.run.plan import plan, rehearsal
 
     limit = size(fit) if fit else None
     spec = load_with_advice(source, [*(set_ or []), *([f"train.share={share}"] if share else [])])
     facts = plan.plan(spec)
     many = plan_ranks(spec, ranks or 1, limit, tflops, device) if any((ranks, share, fit, tflops)) else None
     if not as_json:
-        lines = [*table.lines(facts, alone=not many), *unknown_classes(spec.conditions)]
-        lines += table.ranked(many, spec.train.keep) if many else gpu_lines(facts["gpus"], source, set_ or [])
+        lines = [*plan.lines(facts, alone=not many), *unknown_classes(spec.conditions)]
+        lines += plan.ranked(many, spec.train.keep) if many else gpu_lines(facts["gpus"], source, set_ or [])
         lines += set_lines(many["fields"]) if many else []
         show_lines(lines)
     step = asdict(rehearsal.rehearse(spec, rows, device)) if rows else None
     if as_json:
         print(json.dumps({**facts, "cluster": many, "step": step}))
     elif step:
-        show_lines(table.rehearsed(step, spec.train.batch))
+        show_lines(plan.rehearsed(step, spec.train.batch))
 
 
 def plan_ranks(spec: "Run", ranks: int, limit: int | None, tflops: float | None, device: str) -> dict[str, Any]:
     """The plan for these ranks, in a layout that fits `limit` bytes, if any; `fields` are what to set for it."""
-    from dumo.run.plan import cluster, fit, machine
+    from dumo.run.plan import cluster, machine
     from dumo.runtime import dist
 
     peak = None if tflops else machine.peak_tflops(dist.device(device))
     if peak:
         tflops = cluster.USUAL * peak
         say(f"hours: at {cluster.USUAL:.0%} of this GPU's peak, {peak:g} TFLOP/s; give --tflops if you know better")
-    fields = fit.fit(spec, ranks, limit, say) if limit else {}
-    return {**cluster.cluster(fit.changed(spec, fields), ranks, tflops), "fields": fields}
+    fields = cluster.fit(spec, ranks, limit, say) if limit else {}
+    return {**cluster.cluster(cluster.changed(spec, fields), ranks, tflops), "fields": fields}
 
 
 def set_lines(fields: dict[str, Any]) -> list[tuple[str, str]]:
     """What to type for a layout that was found."""
-    from dumo.run.plan.fit import words
+    from dumo.run.plan.cluster import words
 
     return [("so set", " ".join(f"--set {word}" for word in words(fields)))] if fields else []
 

@@ -44,25 +44,23 @@ def encode(
     Started again, it goes on where it stopped. Both flips are kept where the data are flipped. A shard that is damaged
     is named and made again. Under torchrun the ranks share the work.
     """
-    from dumo.run import encode, text
+    from dumo.data import Latents
+    from dumo.run import encode
     from dumo.runtime import dist
 
-    work, lines = encode.work_of(source, set_ or [], out=folder, codec=codec, side=side), list[str]()
+    work, made = encode.work_of(source, set_ or [], out=folder, codec=codec, side=side), list[encode.Made]()
     options: dict[str, Any] = {"store": store, "dtype": dtype, "shard_rows": shard_rows}
-    made = texts = None
     ranks = dist.join() if part is None else nullcontext()  # it ends when all are done
     with sparing(f"set --batch lower (now {batch})"), ranks:
         of: dict[str, Any] = {"batch": batch, "part": encode.part_of(part), "device": device, "bar": bar}
-        if work.data:
+        if isinstance(work.data, Latents):
             given = {name: value for name, value in options.items() if value is not None}
-            made = encode.encode(work.data, **of, **given)
-        if work.run and (spec := text.asked(work.run)):
-            texts = text.encode(work.run, spec, **of, shard_rows=shard_rows or text.SHARD_ROWS)
-    lines += encode.lines(made := made.now()) if made else []
-    lines += text.told(texts) if texts else []
-    for line in lines:
+            made.append(encode.encode(work.data, **of, **given))
+        if work.texts:
+            made.append(encode.encode_texts(work.data, work.texts, **of, shard_rows=shard_rows or encode.SHARD_ROWS))
+    for line in (line for one in made for line in one.lines()):
         out.print(line, soft_wrap=True)
-    if (made is None or made.contents) and not Path(source).exists():
+    if all(one.contents for one in made) and not Path(source).exists():
         fields = [*encode.settings(folder, codec, side), *(set_ or [])]
         words = ["dumo", "train", source, *(word for field in fields for word in ("--set", field))]
         err.print(f"next:  {join(words)}", soft_wrap=True)
@@ -152,7 +150,7 @@ def sample(
 
     Under torchrun the ranks share the work.
     """
-    from dumo.encoders.prompt import read_prompts
+    from dumo.encoders.caption import read_prompts
     from dumo.run.evaluation.benchmark import LAYOUTS, make
     from dumo.run.folder import open_run
     from dumo.run.sample import COUNT, export
@@ -269,7 +267,7 @@ def report(run_folder: Folder, prompts: Prompts = None, device: Device = "auto")
 
     Of a run of captions also what it makes of --prompts, or of captions of its data, in 1, 2 and 4 passes.
     """
-    from dumo.encoders.prompt import read_prompts
+    from dumo.encoders.caption import read_prompts
     from dumo.report import page
     from dumo.run.folder import open_run
     from dumo.runtime import dist

@@ -68,7 +68,7 @@ class Album:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the classes, where the data tell them."""
+        """The names of the classes, where the data have them."""
         return self.store.labels.names if self.store.labels else ()
 
     def __len__(self) -> int:

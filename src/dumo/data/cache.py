@@ -19,7 +19,7 @@ from torch import Tensor
 from dumo.data.written import LINES, dump_lines, require_lines
 from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
-from dumo.encoders.scaled import Opened
+from dumo.encoders.codec import Opened
 from dumo.io import table
 from dumo.io.picture import from_uint8
 from dumo.io.source import Finite
@@ -58,6 +58,12 @@ class Contents(Plan, Index):
         """Of a row of x."""
         return self.columns["x"].shape
 
+    def summary(self) -> str:
+        """What a whole cache holds, in words."""
+        rows = sum(shard.rows for shard in self.shards)
+        lost = f" ({self.rows - rows} could not be read)" if rows < self.rows else ""
+        return f"{rows:,} images{lost} as {self.shape} in {self.dtype}"
+
     def binding(self) -> dict[str, Any]:
         """All but where the codec's weights lie, for their hash is there."""
         tree = super().binding()
@@ -76,18 +82,13 @@ def open_cache(folder: Path, codec: Codec, memory: float = 0.0, **wanted: object
     A cache of both flips serves those who want one. One of at most `memory` bytes is read, not mapped. Raises UserError
     where there is no cache, it is unfinished, a shard is missing or of another size, or it is of something else.
     """
-    contents = read_contents(folder)
-    if contents is None:
-        raise UserError(f"{folder} is no cache (it has no {table.FILE}): make it with dumo encode")
-    if not contents.shards:
-        raise UserError(f"{folder} is unfinished: start the same dumo encode again, and it goes on where it stopped")
+    contents = table.read_whole(folder, Contents, f"is no cache (it has no {table.FILE}): make it with dumo encode")
     wanted["flips"] = wanted.get("flips") or None
     lines = [f"{name}: {getattr(contents, name)} in the cache, {value} asked"
              for name, value in wanted.items() if value not in (None, getattr(contents, name))]  # fmt: skip
     if lines := [*lines, *differences(contents, codec)]:
         listed = "\n  ".join(lines)
         raise UserError(f"{folder} does not fit:\n  {listed}\nEncode the data for this, or ask for what is there")
-    table.require(folder, contents)
     return Table(folder, contents, memory)
 
 
@@ -118,12 +119,12 @@ def encode(
 ) -> Done:
     """Make those of this rank's shards that are not there, or damaged. Another batch may move the last bits.
 
-    `captions` of images that are labelled by their numbers are kept beside them. Raises UserError where `out` holds
+    `captions` of images that are labelled by their numbers are kept next to them. Raises UserError where `out` holds
     another cache, other captions or something else, an image or a label is not as planned, a latent is too large for
-    the dtype, or the disk is full, OSError where nothing can be written, Stopped where that is asked; the shards that
-    stand are kept.
+    the dtype, or the disk is full, OSError where nothing can be written, Stopped after a signal; finished shards are
+    kept.
     """
-    contents = described(source, codec, plan)
+    contents = contents_of(source, codec, plan)
     if captions:
         require_lines(out / LINES, captions)
 
@@ -132,13 +133,13 @@ def encode(
         for done, part in batches(source, codec, contents, number, batch):
             parts.append(part)
             behind(done)
-        return packed(parts, codec, contents, number)
+        return pack(parts, codec, contents, number)
 
     others = {LINES: dump_lines(captions)} if captions else {}
     return table.make(out, contents, shard, rank=rank, world=world, others=others, tick=tick)
 
 
-def described(source: Finite, codec: Opened, plan: Plan) -> Contents:
+def contents_of(source: Finite, codec: Opened, plan: Plan) -> Contents:
     """What index.json says before any shard is made. Raises UserError if there is nothing to encode."""
     if not len(source):
         raise UserError(f"there are no images to encode{f' in {plan.source}' if plan.source else ''}")
@@ -159,14 +160,14 @@ def batches(
         signals.check()
         images, labels = source.rows(slice(i, min(i + batch, places.stop)))
         if len(images):
-            images = checked(images, labels, contents, i)
+            images = check_images(images, labels, contents, i)
             part = {"labels": labels.long(), "x": codec.encode(images).cpu()}
             if contents.flips:
                 part["flipped"] = codec.encode(images.flip(3)).cpu()
             yield min(i + batch, places.stop) - places.start, part
 
 
-def packed(parts: list[dict[str, Tensor]], codec: Opened, contents: Contents, number: int) -> dict[str, Tensor]:
+def pack(parts: list[dict[str, Tensor]], codec: Opened, contents: Contents, number: int) -> dict[str, Tensor]:
     """A shard's tensors, as they are stored. Raises UserError if there are none, or not in the stored dtype."""
     places = contents.span(number)
     where = f"images {places.start} to {places.stop - 1}"
@@ -183,16 +184,16 @@ def packed(parts: list[dict[str, Tensor]], codec: Opened, contents: Contents, nu
     return whole | {"labels": labels}
 
 
-def checked(images: Tensor, labels: Tensor, contents: Contents, first: int) -> Tensor:
+def check_images(images: Tensor, labels: Tensor, contents: Contents, first: int) -> Tensor:
     """The images as floats in [-1, 1]. Raises UserError if they or their labels are not as planned."""
-    side, where = contents.resolution, f"images {first} to {first + len(images) - 1}"
-    if images.shape[1:] != (3, side, side):
-        raise UserError(f"{where} are {tuple(images.shape[1:])}, planned is (3, {side}, {side})")
+    side, whole = contents.resolution, images.dtype == torch.uint8
     most = contents.rows if contents.captioned else max(contents.classes, 1)
-    if len(wrong := labels[(labels < 0) | (labels >= most)]):
-        raise UserError(f"{where}: there is a label {int(wrong[0])}, and {contents.classes} classes are planned")
-    if images.dtype == torch.uint8:
-        return from_uint8(images)
-    if float(images.abs().max()) > 1 + 1e-4:
-        raise UserError(f"{where} reach {float(images.abs().max()):.4g}: give uint8, or floats in [-1, 1]")
-    return images.float()
+    if images.shape[1:] != (3, side, side):
+        wrong = f" are {tuple(images.shape[1:])}, planned is (3, {side}, {side})"
+    elif len(odd := labels[(labels < 0) | (labels >= most)]):
+        wrong = f": there is a label {int(odd[0])}, and {contents.classes} classes are planned"
+    elif not whole and (far := float(images.abs().max())) > 1 + 1e-4:
+        wrong = f" reach {far:.4g}: give uint8, or floats in [-1, 1]"
+    else:
+        return from_uint8(images) if whole else images.float()
+    raise UserError(f"images {first} to {first + len(images) - 1}{wrong}")

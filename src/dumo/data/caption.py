@@ -36,8 +36,8 @@ class Templates(Spec):
 
     kind: Literal["templates"] = "templates"
     templates: tuple[str, ...] = Field(min_length=1)
-    held: tuple[str, ...] = ()  # never trained on, to see what the words of others are worth
-    names: tuple[str, ...] = ()  # of the classes; (): as the data call them
+    held: tuple[str, ...] = ()  # never trained on: for evaluation
+    names: tuple[str, ...] = ()  # of the classes; (): those of the data
 
     @model_validator(mode="after")
     def _name_a_class(self) -> "Templates":
@@ -51,12 +51,14 @@ class Templates(Spec):
         return self
 
     def class_names(self, names: Sequence[str]) -> Sequence[str]:
-        """What classes are called that the data call so. Raises UserError where there are others, or none."""
-        if self.names and names and len(self.names) != len(names):
-            raise UserError(f"captions.names has {len(self.names)} names for {len(names)} classes: give one to each")
-        if not self.names and not names:
-            raise UserError("the classes of these data have numbers only: give captions.names, one to each")
-        return self.names or names
+        """The names of the classes, given those of the data. Raises UserError where there are none, or others."""
+        if self.names and len(names) in (0, len(self.names)):
+            return self.names
+        if self.names or not names:
+            few = f"captions.names has {len(self.names)} names for {len(names)} classes: give one to each"
+            none = "the classes of these data have numbers only: give captions.names, one to each"
+            raise UserError(few if self.names else none)
+        return names
 
     def of(self, names: Sequence[str]) -> Captions:
         """All captions, held ones last; row l is of class l.
@@ -136,7 +138,7 @@ def kept(data: HasCaptions) -> Captions:
 
 @dataclass(frozen=True)
 class Captioned:
-    """A source whose classes are rows of `captions`: numbers of images, or classes that have captions of their own."""
+    """A source whose classes are rows of `captions`: numbers of images, or of classes."""
 
     of: Source
     captions: Captions
@@ -161,7 +163,7 @@ class Captioned:
         return x, self.captions.first(row)
 
     def fingerprint(self) -> str | None:
-        """Of the samples, the texts, and which are whose."""
+        """Of the samples, the texts, and their numbers by sample."""
         captions = self.captions
         parts = (captions.digest(), digest.of_tensor(captions.ids), digest.of_tensor(captions.ends))
         return (own := self.of.fingerprint()) and digest.short(own, *parts)

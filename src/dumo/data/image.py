@@ -21,7 +21,7 @@ from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import SUFFIXES, Crop, Frame
 from dumo.data.store import Folder, Store, choose, require_regular, some, walk
 from dumo.data.tar import Tar
-from dumo.data.written import written
+from dumo.data.written import captions_of
 from dumo.encoders.caption import Captions
 from dumo.io.read import user_path
 from dumo.runtime.bound import CLASSES, GIGABYTES, PIXELS
@@ -43,8 +43,8 @@ class Images(Spec):
     side: int = Field(ge=1, le=PIXELS)  # pixels
     crop: Crop = "adm"  # adm: as the ImageNet references were made; smaller images are enlarged, bicubically
     flip: bool = False  # mirror half of the images of a batch
-    augment: Edm | None = None  # transform the images of a batch, and tell the net, whose `augment` is how many numbers
-    split: str | None = None  # train, test ...: the part of the data, where names tell several
+    augment: Edm | None = None  # transform the images of a batch; the net reads how, in `net.augment` numbers
+    split: str | None = None  # train, test ...: the part of the data, where there are several by their names
     labelled: Literal["auto", False] = "auto"  # false: the labels there are, are not read
     label: str = "label"  # the column of classes in parquet
     on_bad: Literal["raise", "skip"] = Field(default="raise", json_schema_extra=FREE)  # an image that cannot be read
@@ -61,7 +61,7 @@ class Images(Spec):
 
     @property
     def labels(self) -> int:
-        """How many classes images have, captions or not; with captions that were written of each, none are asked."""
+        """How many classes images have, captions or not; with captions that were written of each, 0."""
         if self.captions is None:
             return self.classes
         return self.classes // self.captions.count(1) if isinstance(self.captions, Templates) else 0
@@ -89,21 +89,24 @@ class Images(Spec):
 
     def _require_agreement(self) -> None:
         """Refuse fields that contradict each other."""
-        if self.names and len(self.names) != self.labels:
-            raise UserError(f"names has {len(self.names)} names for classes={self.labels}: remove names")
+        if wrong := self._contradiction():
+            raise UserError(wrong)
         if isinstance(self.captions, Templates) and (self.names or self.captions.names) and self.classes:
             self._check_templates(self.captions, self.names or ())
+
+    def _contradiction(self) -> str | None:
+        """What is wrong between two fields, if anything is."""
+        if self.names and len(self.names) != self.labels:
+            return f"names has {len(self.names)} names for classes={self.labels}: remove names"
         if self.labelled is False and self.labels:
-            raise UserError(f"classes={self.classes} needs labels: remove labelled=false, or set classes=0")
+            return f"classes={self.classes} needs labels: remove labelled=false, or set classes=0"
         if self.augment and self.classes:
-            raise UserError(
-                f"augment gives the net numbers as its condition c, but so do the {self.classes} "
-                + (
-                    "captions: set captions=null, or augment=null"
-                    if self.captions
-                    else "classes: set labelled=false and classes=0, or augment=null"
-                )
+            ways = ("classes: set labelled=false and classes=0", "captions: set captions=null")
+            way = ways[self.captions is not None]
+            return (
+                f"augment gives the net numbers as its condition c, but so do the {self.classes} {way}, or augment=null"
             )
+        return None
 
     def _check_templates(self, captions: Templates, names: tuple[str, ...]) -> None:
         """Refuse templates that do not make as many captions as there are to be."""
@@ -145,16 +148,16 @@ class Images(Spec):
 
     def _written(self, root: Path, files: Files) -> dict[str, Any]:
         """The captions there are, and their digest."""
-        found = Captions.of(written(root, self._store(root, None), files.name))
+        found = Captions.of(captions_of(root, self._store(root, None), files.name))
         if self.classes not in (0, len(found)):
             raise UserError(f"{root} has {len(found)} captions, data.classes says {self.classes}: leave it out")
         counted = files.model_copy(update={"digest": found.digest()})
         return {"classes": len(found), "names": (), "captions": counted}
 
     @model_serializer(mode="wrap")
-    def _dump(self, tell: Callable[["Images"], dict[str, Any]]) -> dict[str, Any]:
+    def _dump(self, dump: Callable[["Images"], dict[str, Any]]) -> dict[str, Any]:
         """Names where there are some; classes that are not known stay to be counted."""
-        tree = tell(self)
+        tree = dump(self)
         if not self.names:
             tree.pop("names", None)
         return tree if self.names is not None else tree | {"classes": self.classes or None}
@@ -182,7 +185,7 @@ class Images(Spec):
         if not isinstance(self.captions, Files):
             return Captions.of([])
         root = user_path(self.root, "data.root")
-        found = Captions.of(written(root, self._store(root, None), self.captions.name))
+        found = Captions.of(captions_of(root, self._store(root, None), self.captions.name))
         self.captions.require(found, str(root))
         return found
 
@@ -210,26 +213,30 @@ class Images(Spec):
 
     def _check(self, root: Path, store: Store) -> None:
         """Refuse other classes than expected. Where they have no names, the last ones may lack images."""
+        if wrong := self._fault(store):
+            raise UserError(f"{root} {wrong}")
+
+    def _fault(self, store: Store) -> str | None:
+        """What is wrong with the classes, if anything is."""
         if self.names is None:
-            raise UserError(f"{root} was not there when the run was opened, so nobody counted its classes")
+            return "was not there when the run was opened, so nobody counted its classes"
         if not self.labels:
-            return
+            return None
         if store.labels is None:
             why = f" (no column '{self.label}' among {', '.join(columns(store))})" if isinstance(store, Parquet) else ""
-            raise UserError(f"{root} has no labels{why}, data.classes says {self.classes}: set data.classes=0")
+            return f"has no labels{why}, data.classes says {self.classes}: set data.classes=0"
         if self.names and (there := store.labels.names) != self.names:
             new, gone = (some(set(one) - set(other)) for one, other in ((there, self.names), (self.names, there)))
             what = "; ".join(f"{word} {names}" for word, names in (("without", gone), ("with", new)) if names)
-            raise UserError(
-                f"{root} has other classes than the run was made with, {what or 'in another order'}: name the folders "
-                "as they were, or begin a new run"
+            return (
+                f"has other classes than the run was made with, {what or 'in another order'}: name the folders as they "
+                "were, or begin a new run"
             )
         found, each = store.labels.count, self.classes // self.labels
         if found > self.labels or (store.labels.names and found < self.labels):
             of = f" with {each} captions each" if self.captions else ""
-            raise UserError(
-                f"{root} has {found} classes{of}, data.classes says {self.classes}: set data.classes={found * each}"
-            )
+            return f"has {found} classes{of}, data.classes says {self.classes}: set data.classes={found * each}"
+        return None
 
 
 def find(root: Path, *, split: str | None = None, label: str | None = "label") -> Store:
@@ -244,15 +251,17 @@ def find(root: Path, *, split: str | None = None, label: str | None = "label") -
         if form := "folder" if ending.lower() in SUFFIXES else FORMS.get(ending):
             found[form][file] = size
     there = [name for name, listed in found.items() if listed]
-    if len(there) > 1:
-        raise UserError(f"{root} holds {' and '.join(there)} side by side: set data.root to a folder of one of them")
-    if not there:
+    if len(there) == 1:
+        store = _store_of(root, there[0], found[there[0]], split, label)
+        if len(store):
+            return store
+        wrong = f"no images in the {there[0]} files of {root}"
+    elif there:
+        wrong = f"{root} holds {' and '.join(there)} side by side: set data.root to a folder of one of them"
+    else:
         looked = "image files (.jpg, .png, .webp ...), *.parquet, *.tar"
-        raise UserError(f"no images in {root}, where there are {len(files)} files: looked for {looked}, at any depth")
-    store = _store_of(root, there[0], found[there[0]], split, label)
-    if not len(store):
-        raise UserError(f"no images in the {there[0]} files of {root}")
-    return store
+        wrong = f"no images in {root}, where there are {len(files)} files: looked for {looked}, at any depth"
+    raise UserError(wrong)
 
 
 def _store_of(root: Path, format: str, files: dict[str, int], split: str | None, label: str | None) -> Store:

@@ -6,7 +6,7 @@
 
 Finding them takes a read per member of each archive, hours for a hundred million; opening an index takes three files,
 however many images there are. An archive of another size or time than noted is looked through again, and it alone; an
-index whose own numbers are not those that were written is made again. Where the archives' folder may not be written to,
+index that has changed is made again. Where the archives' folder may not be written to,
 the index lies in the user's cache folder (`dumo.io.file.places`); where that may not either, it is kept in memory.
 """
 
@@ -161,7 +161,7 @@ def _made(
                     known[part.file] = Part(*part.key, scan.members.shape[1], scan.wrong), scan
                 tick(k + 1, "")
     finally:
-        whole = joined([known[file] for file in sorted(known)])
+        whole = concatenate([known[file] for file in sorted(known)])
         try:
             if place:
                 write(place, whole)
@@ -173,7 +173,7 @@ def _made(
     return found
 
 
-def joined(entries: Sequence[tuple[Part, Scan]]) -> Index:
+def concatenate(entries: Sequence[tuple[Part, Scan]]) -> Index:
     """Archives one after the other, in memory."""
     begins = [0, *accumulate(len(scan.names) for _, scan in entries)]
     moved = [scan.members + np.array([[0], [0], [0], [b]]) for (_, scan), b in zip(entries, begins, strict=False)]

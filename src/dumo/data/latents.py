@@ -1,7 +1,7 @@
 """What a codec made of images: a cache, which `dumo encode` fills and training reads.
 
-The images that were encoded, the codec and the cache stand side by side in a run, so that one file says how to make the
-cache, whether a cache at hand is the one meant, how samples are decoded, and what they are compared with.
+A run has the images, the codec and the cache, so that one file says how to make the cache, whether the cache that is
+there is the one meant, how samples are decoded, and what they are compared with.
 """
 
 from collections.abc import Sequence

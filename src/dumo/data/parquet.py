@@ -2,14 +2,15 @@
 
 A row group is the least that can be read at once, so rows are quick in their order and slow at random: a set too large
 for the memory is better encoded once (or `data.memory` raised) than trained on from here. Groups that were read are
-kept up to so many bytes; of one that is larger, the rows up to the one asked for are gone through, and none are kept.
+kept up to a number of bytes; of a larger one, the rows up to the wanted one are gone through, and none are kept.
 """
 
 import json
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -101,11 +102,10 @@ class Parquet:
                 self.kept.popitem(last=False)
 
     def _labels(self, label: str) -> Labels | None:
-        having = [label in table.schema_arrow.names for table in self.tables]
-        if not any(having):
+        if not any(label in table.schema_arrow.names for table in self.tables):
             return None
-        if not all(having):
-            raise UserError(f"{self.files[having.index(False)]} has no column '{label}', other files have")
+        for file, table in zip(self.files, self.tables, strict=True):
+            require_column(file, table, label)
         c = torch.cat([read_labels(file, table, label) for file, table in zip(self.files, self.tables, strict=True)])
         return counted(c, self.files[0], class_names(self.tables[0], label))
 
@@ -117,13 +117,32 @@ def columns(store: Parquet) -> list[str]:
 
 def open_table(file: str | Path) -> "ParquetFile":
     """A table, its rows unread. Raises UserError where it is not whole."""
+    from pyarrow.parquet import ParquetFile  # slow to import
+
+    with whole(file, "is no whole parquet file"):
+        return ParquetFile(file, memory_map=True, page_checksum_verification=True)
+
+
+@contextmanager
+def whole(file: str | Path, wrong: str = "is damaged") -> Generator[None]:
+    """Say of a file that it is not whole, where pyarrow cannot read it: UserError."""
     from pyarrow import ArrowException  # slow to import
-    from pyarrow.parquet import ParquetFile
 
     try:
-        return ParquetFile(file, memory_map=True, page_checksum_verification=True)
+        yield
     except (ArrowException, OSError) as error:
-        raise UserError(f"{file} is no whole parquet file: {error}; fetch it again, or remove it") from error
+        raise UserError(f"{file} {wrong}: {error}; fetch it again, or remove it") from error
+
+
+@contextmanager
+def whole_group(group: int) -> Generator[None]:
+    """Raise OSError, which says the number of a row group, where pyarrow cannot read it."""
+    from pyarrow import ArrowException  # slow to import
+
+    try:
+        yield
+    except ArrowException as error:  # not all of them are OSError or ValueError
+        raise OSError(f"row group {group} is damaged: {error}") from error
 
 
 def image_column(file: str | Path, table: "ParquetFile") -> str:
@@ -146,13 +165,9 @@ def image_column(file: str | Path, table: "ParquetFile") -> str:
 
 def read_group(table: "ParquetFile", group: int, column: str) -> Any:  # noqa: ANN401, an untyped array
     """The bytes in the rows of a group, with what `image_column` names. Raises OSError where it is damaged."""
-    from pyarrow import ArrowException
-
-    try:
+    with whole_group(group):
         found = table.read_row_group(group, columns=[column], use_threads=False).column(0)
         return _bytes(found.combine_chunks(), column)
-    except ArrowException as error:  # not all of them are OSError or ValueError
-        raise OSError(f"row group {group} is damaged: {error}") from error
 
 
 def read_row(table: "ParquetFile", group: int, column: str, row: int) -> Any:  # noqa: ANN401, an untyped scalar
@@ -160,15 +175,11 @@ def read_row(table: "ParquetFile", group: int, column: str, row: int) -> Any:  #
 
     Raises OSError where the group is damaged, or shorter.
     """
-    from pyarrow import ArrowException
-
-    try:
+    with whole_group(group):
         for part in table.iter_batches(STREAMED, row_groups=[group], columns=[column], use_threads=False):
             if row < len(part):
                 return _bytes(part.column(0), column)[row]
             row -= len(part)
-    except ArrowException as error:
-        raise OSError(f"row group {group} is damaged: {error}") from error
     raise OSError(f"row group {group} has fewer rows than the file says")
 
 
@@ -187,12 +198,10 @@ def _bytes(found: Any, column: str) -> Any:  # noqa: ANN401, untyped arrays
 
 def read_labels(file: str | Path, table: "ParquetFile", label: str) -> Tensor:
     """The class numbers in a column, (n,) of Long. Raises UserError where a row has none, or the file is damaged."""
-    from pyarrow import ArrowException, types
+    from pyarrow import types
 
-    try:
+    with whole(file):
         column = table.read(columns=[label], use_threads=False).column(0)
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{file} is damaged: {error}; fetch it again, or remove it") from error
     if not types.is_integer(column.type) or column.null_count:
         what = f"{column.null_count} empty rows" if column.null_count else f"the type {column.type}"
         raise UserError(f"column '{label}' of {file} has {what}, not a class number in each row: set data.label")
@@ -201,18 +210,19 @@ def read_labels(file: str | Path, table: "ParquetFile", label: str) -> Tensor:
 
 def read_texts(file: str | Path, table: "ParquetFile", name: str) -> list[Any]:
     """What a column holds, as Python has it. Raises UserError where the file lacks it, or is damaged."""
-    from pyarrow import ArrowException
+    require_column(file, table, name)
+    with whole(file):
+        return table.read(columns=[name], use_threads=False).column(0).to_pylist()
 
+
+def require_column(file: str | Path, table: "ParquetFile", name: str) -> None:
+    """Raise UserError where a table lacks a column that others have."""
     if name not in table.schema_arrow.names:
         raise UserError(f"{file} has no column '{name}', other files have")
-    try:
-        return table.read(columns=[name], use_threads=False).column(0).to_pylist()
-    except (ArrowException, OSError) as error:
-        raise UserError(f"{file} is damaged: {error}; fetch it again, or remove it") from error
 
 
 def class_names(table: "ParquetFile", label: str) -> list[str]:
-    """The classes' names, where the hub's metadata tell them."""
+    """The classes' names, where the hub's metadata have them."""
     try:
         return json.loads(table.schema_arrow.metadata[b"huggingface"])["info"]["features"][label]["names"]
     except (KeyError, TypeError, ValueError):

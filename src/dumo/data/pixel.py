@@ -23,7 +23,7 @@ Crop = Literal["adm", "bicubic", "none"]
 
 # What is opened. No EPS or PDF: pillow hands them to another program, and data may come from anywhere.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-# What is taken for an image by its name. Photographs of telephones are named too, where they cannot be read.
+# What is taken for an image by its name. Photographs of telephones are in SUFFIXES, so that errors name them.
 KNOWN = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm"}
 SUFFIXES = KNOWN | {".avif", ".heic", ".heif"}
 

@@ -46,7 +46,7 @@ class Store(Protocol):
 
     @property
     def labels(self) -> Labels | None:
-        """None where there are none, or none were asked for."""
+        """None where there are none, or they are not read."""
         ...
 
     def __len__(self) -> int: ...
@@ -117,9 +117,14 @@ def read_regular(file: str) -> bytes:
         about = os.fstat(opened.fileno())
         if not stat.S_ISREG(about.st_mode):
             raise Unreadable("is no regular file")
-        if about.st_size > LARGEST:
-            raise Unreadable(f"has {about.st_size} bytes, more than an image has")
+        require_small(about.st_size)
         return opened.read(about.st_size)
+
+
+def require_small(size: int) -> None:
+    """Raise Unreadable for more bytes than an image has."""
+    if size > LARGEST:
+        raise Unreadable(f"has {size} bytes, more than an image has")
 
 
 def require_regular(files: Iterable[str]) -> None:
@@ -159,14 +164,16 @@ def in_split(root: Path, split: str, files: list[str]) -> list[str]:
 def counted(c: Tensor, root: str, names: Sequence[str] = ()) -> Labels:
     """Labels as they stand in the data, with the classes' names if known. Raises UserError for one that is none."""
     low, high = (int(c.min()), int(c.max())) if len(c) else (0, -1)
+    wrong = None
     if low < 0 or (names and high >= len(names)):
-        wrong = low if low < 0 else high
-        raise UserError(f"{root} has the label {wrong}, which is no class: set data.labelled=false, or choose a split")
-    if high >= CLASSES:
-        raise UserError(
-            f"{root} has the label {high}, so {high + 1:,} classes, and {CLASSES:,} are the most: name the column of "
-            "classes with data.label, number them from 0, or set data.labelled=false"
+        wrong = f"{low if low < 0 else high}, which is no class: set data.labelled=false, or choose a split"
+    elif high >= CLASSES:
+        wrong = (
+            f"{high}, so {high + 1:,} classes, and {CLASSES:,} are the most: name the column of classes with "
+            "data.label, number them from 0, or set data.labelled=false"
         )
+    if wrong:
+        raise UserError(f"{root} has the label {wrong}")
     return Labels(c, len(names) or high + 1, tuple(names))
 
 

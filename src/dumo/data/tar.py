@@ -18,7 +18,7 @@ import torch
 from dumo.data import index
 from dumo.data.index import UNLABELLED, Scan
 from dumo.data.pixel import SUFFIXES, Unreadable
-from dumo.data.store import LARGEST, Labels, counted
+from dumo.data.store import Labels, counted, require_small
 from dumo.io import digest
 from dumo.runtime import signals
 from dumo.runtime.progress import late
@@ -60,8 +60,7 @@ class Tar:
         """The member's bytes. Raises OSError, and Unreadable where the archive has become shorter."""
         k, column = self._place(i)
         start, size = self.index.scan.members[:2, column].tolist()
-        if size > LARGEST:
-            raise Unreadable(f"has {size} bytes, more than an image has")
+        require_small(size)
         with open(self.files[k], "rb") as archive:
             archive.seek(start)
             data = archive.read(size)
@@ -94,14 +93,15 @@ class Tar:
         """The classes; None where no image has one."""
         c = torch.from_numpy(self.index.classes)
         lacking = c == UNLABELLED
-        if wrong := next((part.wrong for part in self.index.parts if part.wrong), None):
-            raise UserError(wrong)
-        if bool(lacking.all()):
+        wrong = next((part.wrong for part in self.index.parts if part.wrong), None)
+        if not wrong and bool(lacking.all()):
             return None
-        if bool(lacking.any()):
+        if not wrong and bool(lacking.any()):
             first = int(lacking.nonzero()[0])
             key = _key(self.index.name(self._place(first)[1]))
-            raise UserError(f"{self.path(first)} has no label '{key}.cls', others have: set data.labelled=false")
+            wrong = f"{self.path(first)} has no label '{key}.cls', others have: set data.labelled=false"
+        if wrong:
+            raise UserError(wrong)
         return counted(c, self.files[0])
 
 
@@ -158,18 +158,20 @@ def _check_end(file: str, end: int) -> None:
     with Path(file).open("rb") as archive:
         archive.seek(end)
         first = archive.read(tarfile.BLOCKSIZE)
-        if len(first) < tarfile.BLOCKSIZE or any(first):  # where tarfile stops without a word
-            raise UserError(f"{file} is broken off or damaged at byte {end}: {AGAIN}")
-        while piece := archive.read(2**20):
-            if any(piece):
-                where = "or is several that were laid end to end: write those as one"
-                raise UserError(f"{file} goes on after its end at byte {end}: it is damaged ({AGAIN}), {where}")
+        broken = len(first) < tarfile.BLOCKSIZE or any(first)  # where tarfile stops without a word
+        more = not broken and any(any(piece) for piece in iter(lambda: archive.read(2**20), b""))
     zeros = size - end
-    if not any(size % record == 0 and zeros <= record + 2 * tarfile.BLOCKSIZE for record in RECORDS):
-        raise UserError(
-            f"{file} holds {zeros} zeros from byte {end} on, more than tar writes at its end: a part of it is missing; "
-            f"{AGAIN}"
-        )
+    if broken:
+        wrong = f"is broken off or damaged at byte {end}: {AGAIN}"
+    elif more:
+        where = "or is several that were laid end to end: write those as one"
+        wrong = f"goes on after its end at byte {end}: it is damaged ({AGAIN}), {where}"
+    elif not any(size % record == 0 and zeros <= record + 2 * tarfile.BLOCKSIZE for record in RECORDS):
+        missing = "more than tar writes at its end: a part of it is missing"
+        wrong = f"holds {zeros} zeros from byte {end} on, {missing}; {AGAIN}"
+    else:
+        return
+    raise UserError(f"{file} {wrong}")
 
 
 def _key(name: str) -> str:

@@ -61,36 +61,35 @@ def require_lines(file: Path, captions: Captions) -> None:
 def _each(file: Path) -> Iterator[list[str]]:
     with file.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{file} line {number} is not JSON ({error}): {REWRITE}") from error
+            row = read_line(line, f"{file} line {number}", REWRITE)
             if not isinstance(row, list) or not all(isinstance(text, str) for text in row):
                 raise UserError(f"{file} line {number} is no list of texts: {REWRITE}")
             yield row
 
 
-def written(root: Path, store: Store, name: str) -> list[Texts]:
+def read_line(text: str, where: str, way_out: str) -> Any:  # noqa: ANN401, whatever stands there
+    """The value of a line of JSON. Raises UserError for what is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error}): {way_out}") from error
+
+
+def captions_of(root: Path, store: Store, name: str) -> list[Texts]:
     """The captions of each image of a store, in its order; () of one that has none.
 
     `name`: the column or key that they stand under, `txt` or `auto`. Raises UserError where no image has one, or what
     stands there is no text.
     """
-    match store:
-        case Folder():
-            found = in_files(root, store, name)
-        case Parquet():
-            found = in_tables(store, name)
-        case Tar():
-            found = in_archives(store, name)
-        case _:
-            raise TypeError(f"{type(store).__name__} is no store that captions are known of")
+    if isinstance(store, Folder):
+        found = in_files(root, store, name)
+        sought = f"{' or '.join(TABLES)} with file_name, or a .txt next to each image"
+    elif isinstance(store, Parquet):
+        found, sought = in_tables(store, name), f"columns {', '.join(NAMES)}"
+    else:
+        assert isinstance(store, Tar), "there is no fourth store"
+        found, sought = in_archives(store, name), ".txt or .json next to each image"
     if not any(text.strip() for some in found for text in some):
-        sought = {
-            Folder: f"{' or '.join(TABLES)} with file_name, or a .txt next to each image",
-            Parquet: f"columns {', '.join(NAMES)}",
-            Tar: ".txt or .json next to each image",
-        }[type(store)]
         raise UserError(
             f"no captions found for the {len(store)} images of {root}: looked for {sought}; or leave out data.captions"
         )
@@ -120,7 +119,7 @@ def rows_of(table: str) -> Iterable[tuple[str, dict[str, Any]]]:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
-            row = parsed(line, f"{table} line {number}")
+            row = parse_object(line, f"{table} line {number}")
             if not isinstance(file := row.get("file_name"), str):
                 raise UserError(f"{table} line {number} has no file_name: each line says it, and its text")
             yield os.path.normpath(os.path.join(folder, file)), row
@@ -141,7 +140,7 @@ def in_archives(store: Tar, name: str) -> list[Texts]:
     suffixes = {AUTO: (TEXT, "json"), TEXT: (TEXT,)}.get(name, ("json",))
     found = store.texts(suffixes)
     rows = [
-        parsed(members["json"].decode(errors="replace"), store.path(i)) if "json" in members else {}
+        parse_object(members["json"].decode(errors="replace"), store.path(i)) if "json" in members else {}
         for i, members in enumerate(found)
     ]
     key = key_of(name, rows, store.files[0]) or "" if any(rows) else ""
@@ -174,11 +173,8 @@ def split(text: str) -> Texts:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def parsed(text: str, where: str) -> dict[str, Any]:
+def parse_object(text: str, where: str) -> dict[str, Any]:
     """An object of JSON. Raises UserError for anything else."""
-    try:
-        if isinstance(row := json.loads(text), dict):
-            return row
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}): {MEND}") from error
-    raise UserError(f'{where} is no JSON object, as in {{"text": "a cat"}}: {MEND}')
+    if not isinstance(row := read_line(text, where, MEND), dict):
+        raise UserError(f'{where} is no JSON object, as in {{"text": "a cat"}}: {MEND}')
+    return row

@@ -13,22 +13,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from dumo.encoders.scaled import WEIGHTS, Images, Latent, Moments, Opened, Published, Scaled
+from dumo.encoders.codec import WEIGHTS, Images, Latent, Moments, Opened, Published, Scaled
 from dumo.io.read import brief, user_path
-from dumo.io.weights import checked
+from dumo.io.weights import whole_digest
 from dumo.types import UserError
 
 CONFIG = "config.json"
 HINT = f"codec.weights names a folder with {CONFIG} and {WEIGHTS}, or a model of the Hugging Face hub."
 # latents_mean and latents_std, per channel, in Qwen-Image's vae/config.json and as defaults in diffusers
 QWEN_MEAN = (
-    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
-    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
-)
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)  # fmt: skip
 QWEN_STD = (
-    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
-    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
-)
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)  # fmt: skip
 
 
 class SdVae(Scaled):
@@ -145,7 +145,7 @@ def _loaded(name: str, codec: Scaled) -> tuple[nn.Module, str]:
     except ImportError as error:
         raise UserError(f"{codec.about} needs diffusers: pip install 'dumo[diffusers]'") from error
     folder = _folder(codec.weights)
-    found = checked(_weights(folder), HINT)
+    found = whole_digest(_weights(folder), HINT)
     try:
         model = getattr(diffusers, name)
         net, info = model.from_pretrained(folder, output_loading_info=True, use_safetensors=True, local_files_only=True)
@@ -203,16 +203,17 @@ def _folder(name: str) -> Path:
     if path.is_dir():
         return path
     named = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-]+))?", name)
-    if path.exists() or not named:
-        raise UserError(f"{name} is no folder. {HINT}")
-    from huggingface_hub import snapshot_download
+    why = ""
+    if named and not path.exists():
+        from huggingface_hub import snapshot_download
 
-    try:
         model, inside = named[1], named[2] or ""
         files = [f"{inside}/{file}" if inside else file for file in (CONFIG, WEIGHTS)]
-        return Path(snapshot_download(model, allow_patterns=files)) / inside
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} is no folder, and not available from the hub ({error}). {HINT}") from error
+        try:
+            return Path(snapshot_download(model, allow_patterns=files)) / inside
+        except (OSError, ValueError) as error:
+            why = f", and not available from the hub ({error})"
+    raise UserError(f"{name} is no folder{why}. {HINT}")
 
 
 def _weights(folder: Path) -> Path:

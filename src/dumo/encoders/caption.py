@@ -1,17 +1,25 @@
-"""The captions of a data set: each distinct text has a number, as a class has.
+"""The captions of a data set, where each distinct text has a number, as a class has; and files of prompts.
 
-A condition c is then the number of a caption; the number after the last means no caption.
+A condition c is the number of a caption; the number after the last means no caption. People and benchmarks keep prompts
+as a text per line, as JSON lines, or as a folder of text files.
 """
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
 
 from dumo.io import digest
+from dumo.io.read import read_text
 from dumo.runtime.random import stream
+from dumo.types import UserError
+
+WAY = "give a .txt with a prompt on each line, a .jsonl whose lines have a prompt, or a folder of .txt files"
 
 
 @dataclass(frozen=True)
@@ -65,3 +73,45 @@ class Captions:
     def digest(self) -> str:
         """A short digest of the texts in their order: captions of the same digest have the same numbers."""
         return digest.short(*self.texts)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to make images of, and a name for the files of its images."""
+
+    name: str  # that of its file, or the number of its line, from 00000
+    text: str
+    line: str  # as in the file
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file or folder, in order; blank lines are left out. Raises UserError where there are none."""
+    found: list[Prompt] = []
+    if path.is_dir():
+        files = sorted(path.glob("*.txt"))
+        found = [Prompt(file.stem, " ".join((text := read_text(file, WAY)).split()), text) for file in files]
+        if empty := next((file for file, one in zip(files, found, strict=True) if not one.text), None):
+            raise UserError(f"{empty} is empty: write a prompt into it, or remove it")
+    elif path.exists():
+        texts = _json(path) if path.suffix == ".jsonl" else ((line.strip(), line) for line in _lines(path))
+        found = [Prompt(f"{i:05d}", text, line) for i, (text, line) in enumerate(texts)]
+    if not found:
+        raise UserError(f"{path} has no prompts: {WAY}" if path.exists() else f"there are no prompts {path}: {WAY}")
+    return found
+
+
+def _lines(path: Path) -> Iterator[str]:
+    return (line for line in read_text(path, WAY).split("\n") if line.strip())
+
+
+def _json(path: Path) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(_lines(path), 1):
+        wrong = "has no prompt, as {'prompt': 'a photo of a bench'}"
+        try:
+            found: Any = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            found, wrong = None, f"is not JSON ({error})"
+        text = found.get("prompt") if isinstance(found, dict) else None
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{path} line {number} {wrong}: {WAY}")
+        yield text.strip(), line

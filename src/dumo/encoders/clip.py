@@ -80,15 +80,14 @@ def load(folder: Path, field: str, device: torch.device | str = "cpu") -> Clip:
 
     Raises UserError, which names the field, where there is none, it is damaged, or its weights are a pickle.
     """
-    for name in (CONFIG, WEIGHTS, TOKENIZER):
-        if not (folder / name).is_file():
-            if name == WEIGHTS and (folder / PICKLES[0]).is_file():
-                with open_safetensors(folder / PICKLES[0], convert=False):  # refuses, and says the way out
-                    pass
-            raise UserError(f"{field}: {folder} has no {name}: {HINT}")
-    config: Mapping[str, Any] = read_json(folder / CONFIG, HINT)
+    missing = next((name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (folder / name).is_file()), None)
+    if missing == WEIGHTS and (folder / PICKLES[0]).is_file():
+        with open_safetensors(folder / PICKLES[0], convert=False):  # refuses, and says the way out
+            pass
+    config: Mapping[str, Any] = {} if missing else read_json(folder / CONFIG, HINT)
     if config.get("model_type") != "clip" or "vision_config" not in config:
-        raise UserError(f"{field}: {folder} holds no CLIPModel, of images and texts: {HINT}")
+        why = f"has no {missing}" if missing else "holds no CLIPModel, of images and texts"
+        raise UserError(f"{field}: {folder} {why}: {HINT}")
     with open_safetensors(folder / WEIGHTS):  # damaged weights are refused with a line
         pass
     model = load_model(folder, "CLIPModel", field, HINT).to(device)

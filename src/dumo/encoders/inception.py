@@ -3,16 +3,21 @@
 It is not the Inception-v3 of later libraries (Szegedy et al. 2015): there are 1008 classes, an average takes no padding
 in, and the last block takes a maximum where its sibling takes an average. The tables below are the whole network:
 a network is a row of blocks, a block is branches side by side, a branch is a row of steps. Its names and shapes are
-those of the published file, so that loading it (`dumo.encoders.inception_weights`) checks both.
+those of the published file, so that loading it checks both.
 
 Its input is resized as the first TensorFlow did it: output pixel i lies at i n / m of the n input pixels, not at
 (i + 1/2) n / m - 1/2 (half a pixel off), and only its two neighbours count even where the image shrinks (no
 antialiasing). Both are defects by now, and part of the measure: with another resize the FID is another number (Parmar
 et al. 2022). Columns are interpolated before rows, as there, and positions are rounded to float32, so the numbers are
 the same to the last bits.
+
+The weights are published as a pickle, and dumo reads none, for a pickle can run anything. Who wants a FID makes a
+safetensors file of it once, by `MAKE`, which also notes the SHA-256 of its source.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,12 +25,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dumo.io import digest
 from dumo.io.picture import Pixels
+from dumo.io.weights import compare, read
+from dumo.types import UserError
 
 SIZE, CLASSES = 299, 1008
 WIDTH = 2048  # features of the FID
 PLANES = 7  # channels of the sFID's map (Nash et al. 2021), so that it has about as many numbers as the FID
 SPATIAL_WIDTH = 17 * 17 * PLANES
+VARIABLE = "DUMO_INCEPTION"  # of the environment: where the weights are
+SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"  # of the published file
+FILE = "pt_inception-2015-12-05-6726825d.pth"
+URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FILE}"
+MAKE = (
+    'python -c "import hashlib, pathlib, torch; from safetensors.torch import save_file;'
+    f" p = '{FILE}'; w = torch.load(p, map_location='cpu', weights_only=True);"
+    " save_file({k: v.contiguous() for k, v in w.items()}, 'inception.safetensors',"
+    " {'source': p, 'sha256': hashlib.sha256(pathlib.Path(p).read_bytes()).hexdigest()})\""
+)
 
 
 class InceptionFeatures(NamedTuple):
@@ -93,7 +111,7 @@ def _middle(inner: int) -> tuple[Branch, ...]:
 
 
 def _coarse(pool: Pool) -> tuple[Branch, ...]:
-    """A block on the 8 x 8 map, whose two 3 x 3 branches end in a row and a column side by side."""
+    """A block on the 8 x 8 map; its two 3 x 3 branches end in a row and a column side by side."""
     three = [Conv("branch3x3_2a", 384, (1, 3)), Conv("branch3x3_2b", 384, (3, 1))]
     double = [Conv("branch3x3dbl_3a", 384, (1, 3)), Conv("branch3x3dbl_3b", 384, (3, 1))]
     return (
@@ -250,3 +268,53 @@ def _along(x: Tensor, size: int, dim: int) -> Tensor:
     share = (position - low).to(x).view(-1, *(1,) * (3 - dim))
     a, b = (x.index_select(dim, i.to(x.device)) for i in (low, (low + 1).clamp(max=n - 1)))
     return a + (b - a) * share
+
+
+def place(path: Path | str | None = None) -> Path | None:
+    """Where the weights should be: `path`, or where `VARIABLE` says."""
+    found = path or os.environ.get(VARIABLE)
+    return Path(found) if found else None
+
+
+def load(path: Path | str | None = None, device: torch.device | str = "cpu") -> Inception:
+    """The network with the published weights, from `path` or, without it, from where `VARIABLE` says.
+
+    Checked are the name and shape of every weight, that all are finite float32, and that the file says it was made
+    (`MAKE`) of a source of the published `SHA256`. `origin` repeats what it says. Raises `UserError`.
+    """
+    found = place(path)
+    if not found or not found.is_file():
+        said = f"{found} is no file" if found else f"no path is given and {VARIABLE} is not set"
+        raise UserError(f"no weights of Inception for the FID: {said}.\n{_way()}")
+    with torch.device("meta"):
+        net = Inception()
+    weights, origin = read(found, _way(), convert=False)
+    _check(net, origin, weights, found)
+    net.load_state_dict(weights, assign=True)
+    net.origin = origin
+    return net.to(device)
+
+
+def facts(net: nn.Module) -> dict[str, str]:
+    """What a report says of a network that was loaded: what it was made of, and the hash of the weights that it has."""
+    weights = sorted(net.state_dict().items())
+    said = digest.of_bytes(*(f"{name} {tuple(w.shape)}".encode() + w.cpu().numpy().tobytes() for name, w in weights))
+    source = getattr(net, "origin", {}).get("sha256", "unknown")
+    return {"features": f"Inception of December 2015, of a file of sha256 {source}", "features_sha256": said}
+
+
+def _check(net: Inception, origin: dict[str, str], weights: dict[str, Tensor], path: Path) -> None:
+    """Refuse weights that are not those of the published file, as far as can be seen."""
+    for name in [name for name in weights if name.endswith("num_batches_tracked")]:
+        del weights[name]
+    other = f"these are not Inception's weights.\n{_way()}"
+    compare(path, weights, net.state_dict(), "Inception", other)
+    odd, source = [name for name, w in weights.items() if not w.isfinite().all()], origin.get("sha256", "nothing")
+    if odd or source != SHA256:
+        made = f"{path} says it was made of a file of sha256 {source}, not {SHA256}.\n{_way()}"
+        raise UserError(f"{path}: {odd[0]} is not finite: {other}" if odd else made)
+
+
+def _way() -> str:
+    """How to get the weights."""
+    return f"Fetch {URL}, run in its folder\n  {MAKE}\nand set {VARIABLE} to inception.safetensors."

@@ -10,9 +10,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dumo.encoders.scaled import Images, Latent, Moments, Opened, Published, Scaled
+from dumo.encoders.codec import Images, Latent, Moments, Opened, Published, Scaled
 from dumo.io.read import user_path
-from dumo.io.weights import checked, compare, load
+from dumo.io.weights import compare, load, whole_digest
 
 WIDTH = 64
 SHA256 = "ba389353bb096ea6ca323a1685d45ff8af8e1994f1c0d6fea810f5c1ef2a0db4"  # of taef2.safetensors
@@ -32,7 +32,7 @@ class Taef2(Scaled):
     def open(self, device: str | torch.device = "cpu") -> Opened:
         """Read the weights. Raises UserError where they are missing, damaged or of another net."""
         file = user_path(self.weights, "codec.weights")
-        found = checked(file, HINT)
+        found = whole_digest(file, HINT)
         with torch.device("meta"):
             net = Tiny(self.channels)
         compare(file, weights := load(file), net.state_dict(), "the codec", "these are other weights", dtypes=False)
@@ -41,7 +41,7 @@ class Taef2(Scaled):
 
 
 class Tiny(nn.Module):
-    """Encoder and decoder, of which a latent pixel sees and makes 8x8 pixels and their surroundings."""
+    """Encoder and decoder; a latent pixel sees and makes 8x8 pixels and their surroundings."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -61,11 +61,11 @@ class Tiny(nn.Module):
             conv(channels, WIDTH),
             nn.ReLU(),
             *blocks(pool=True),
-            *doubled(),
+            *upsample(),
             *blocks(),
-            *doubled(),
+            *upsample(),
             *blocks(),
-            *doubled(),
+            *upsample(),
             Block(),
             conv(WIDTH, 3),
         )
@@ -109,7 +109,7 @@ def blocks(pool: bool = False) -> list[Block]:
     return [Block(pool) for _ in range(3)]
 
 
-def doubled() -> list[nn.Module]:
+def upsample() -> list[nn.Module]:
     """Twice the side."""
     return [nn.Upsample(scale_factor=2), conv(WIDTH, WIDTH, bias=False)]
 

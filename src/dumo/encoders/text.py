@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Shaped
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from dumo.encoders.tokens import EXTRA, Cutter, cutter
+from dumo.encoders.tokens import Cutter, cutter, transformers
 from dumo.flow.precision import Precision, using
 from dumo.io import digest
 from dumo.io.read import brief, read_json, user_path
@@ -38,7 +38,7 @@ HINT = f"name a folder with {CONFIG} and {WEIGHTS}, as transformers saves a text
 class Embeddings:
     """Texts as a net reads them."""
 
-    tokens: Shaped[Tensor, "b l d"]  # embeddings, or one number each
+    tokens: Shaped[Tensor, "b l *d"]  # embeddings, or ids
     mask: Bool[Tensor, "b l"]  # which of them are there
     pooled: Float[Tensor, "b p"] | None
 
@@ -47,7 +47,7 @@ class Encoder(Spec):
     """A text encoder, and the part of its output that is kept (docs/text.md says what published models take)."""
 
     kind: Literal["transformers"] = "transformers"
-    # A folder of transformers, or of a pipeline's text_encoder, whose tokenizer lies next to it.
+    # A folder of transformers, or of a pipeline's text_encoder with the tokenizer next to it.
     source: str = Field(json_schema_extra=FREE)
     length: int = Field(default=77, ge=1, le=TOKENS)  # tokens of a text at most, without `skip`; longer texts are cut
     template: str = "{}"  # {} is the text
@@ -73,16 +73,13 @@ class Encoder(Spec):
         """The encoder's folder. Raises UserError where there is none, or its weights are a pickle."""
         path = user_path(self.source, "net.texts.encoder.source")
         found = next((f for f in (path, path / "text_encoder") if (f / CONFIG).is_file()), None)
-        if found is None:
-            why = f"has no {CONFIG}" if path.is_dir() else "is no folder"
-            raise UserError(f"net.texts.encoder.source: {self.source} {why}: {HINT}")
-        if not (found / WEIGHTS).is_file() and not (found / INDEX).is_file():
-            for pickle in PICKLES:
-                if (found / pickle).is_file():
-                    with open_safetensors(found / PICKLES[0], convert=False):
-                        pass
-            raise UserError(f"net.texts.encoder.source: {found} has no weights: {HINT}")
-        return found
+        if found and ((found / WEIGHTS).is_file() or (found / INDEX).is_file()):
+            return found
+        if found and any((found / pickle).is_file() for pickle in PICKLES):
+            with open_safetensors(found / PICKLES[0], convert=False):  # refuses it
+                pass
+        why = "has no weights" if found else f"has no {CONFIG}" if path.is_dir() else "is no folder"
+        raise UserError(f"net.texts.encoder.source: {found or self.source} {why}: {HINT}")
 
     def files(self) -> list[Path]:
         """The files of the weights. Raises UserError as `folder`, and for damaged ones."""
@@ -177,13 +174,10 @@ def load_model(folder: Path, name: str, field: str, hint: str) -> Any:  # noqa: 
 
     Raises UserError, which names the field and ends in the hint, where it cannot be loaded whole.
     """
-    try:
-        import transformers  # slow to import, and an extra
-    except ImportError as error:
-        raise UserError(f"{field} {EXTRA}") from error
+    known = getattr(transformers(field), name)
     try:
         with quietly():
-            found, info = getattr(transformers, name).from_pretrained(
+            found, info = known.from_pretrained(
                 folder,
                 output_loading_info=True,
                 use_safetensors=True,

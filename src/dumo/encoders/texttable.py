@@ -1,12 +1,12 @@
-"""A table of texts: its format, and how it is read.
+"""A table of texts (`dumo.io.table`): how captions are encoded into one, and how it is read.
 
-    texts.yaml                     the encoder, hash of its weights, number and digest of the captions, widths, shards
-    captions.jsonl                 the captions in their order, a string of JSON per line
-    shard-00000.safetensors        tokens, lengths, and pooled where there is
+    tokens     embeddings (m, d) of a shard's rows one after the other, without padding; ids (m,) where the encoder is
+               trained with the net
+    lengths    the number of tokens in each row
+    pooled     an embedding (p,) of each text, where there is one
 
-Row k is of caption k, and the last row of the empty text, which stands for no caption. `tokens` (m, d) are those of a
-shard's rows one after the other, without padding; `lengths` (rows,) is their number in each row; `pooled` is (rows, p).
-For an encoder that is trained with the net, tokens are ids (m,). Shards are mapped, so a table may exceed the memory.
+Row k is of caption k of captions.jsonl, a string of JSON per line, and the last row of the empty text, which stands for
+no caption. A shard is encoded in the same batches from its own first row.
 """
 
 import json
@@ -14,65 +14,92 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any
 
 import torch
 from jaxtyping import Bool, Float, Shaped
 from pydantic import Field
 from torch import Tensor
 
-from dumo.encoders.text import Encoder
-from dumo.encoders.tokens import Tokenizer
-from dumo.io import digest, series
+from dumo.encoders.text import Embeddings, Encoder, EncoderModel
+from dumo.encoders.tokens import Cutter, Tokenizer
+from dumo.io import digest, table
+from dumo.io.audit import Audit
 from dumo.io.read import read_text
-from dumo.io.table import REMAKE, Shard
-from dumo.io.weights import load
-from dumo.runtime.bound import CHANNELS, ROWS
-from dumo.types import Spec, UserError
+from dumo.io.table import FILE, MAPPED, REMAKE, Column, Done, Index, Tick
+from dumo.runtime import signals
+from dumo.types import UserError
 
-FILE, CAPTIONS = "texts.yaml", "captions.jsonl"
-MAPPED = 2**14  # shards mapped at a time; Linux allows 65,530 maps. Ours
+CAPTIONS = "captions.jsonl"
 LARGEST = 2**34  # bytes of captions.jsonl; ours
 Reader = Annotated[Encoder | Tokenizer, Field(discriminator="kind")]
 Rows = tuple[Shaped[Tensor, "b l *d"], Bool[Tensor, "b l"], Float[Tensor, "b p"] | None]
 
 
-class Contents(Spec):
-    """The contents of texts.yaml."""
+class Contents(Index):
+    """What index.json says of a table of texts."""
 
-    word: ClassVar[str] = "table"
-    format: Literal[1] = 1
     encoder: Reader
     model: str  # its name in the encoder's config.json; of token ids: tokens
     sha256: str  # of the encoder's weights; of token ids, of the vocabulary
-    width: int = Field(ge=0, le=CHANNELS)  # of a token's embedding; 0: tokens are ids
-    pooled: int = Field(default=0, ge=0, le=CHANNELS)  # of a text's embedding; 0: there is none
-    captions: int = Field(ge=0)
     digest: str  # of the captions in their order
-    shard_rows: int = Field(default=1024, gt=0, le=ROWS)
-    shards: tuple[Shard, ...] = ()  # none until all are written
+
+    @classmethod
+    def of(
+        cls, captions: Sequence[str], encoder: Encoder | Tokenizer, read: EncoderModel | Cutter, shard_rows: int
+    ) -> "Contents":
+        """The contents before any shard is made."""
+        one = embeddings(read, [""])
+        dtype = encoder.dtype if isinstance(encoder, Encoder) else "int32"
+        columns = {
+            "tokens": Column(dtype=dtype, shape=tuple(one.tokens.shape[2:]), lengths="lengths"),
+            "lengths": Column(dtype="int64"),
+        }
+        if one.pooled is not None:
+            columns["pooled"] = Column(dtype=dtype, shape=(one.pooled.shape[1],))
+        return cls(
+            columns=columns,
+            rows=len(captions) + 1,
+            shard_rows=shard_rows,
+            encoder=encoder,
+            model=encoder.model_type() if isinstance(encoder, Encoder) else "tokens",
+            sha256=read.sha256,
+            digest=digest.short(*captions),
+        )
 
     @property
-    def rows(self) -> int:
-        """A row for each caption, and one for none."""
-        return self.captions + 1
+    def captions(self) -> int:
+        """How many there are."""
+        return self.rows - 1
 
     @property
-    def count(self) -> int:
-        """The number of shards, once all are written."""
-        return -(-self.rows // self.shard_rows)
+    def width(self) -> int:
+        """The numbers of a token's embedding; 0: tokens are ids."""
+        return sum(self.columns["tokens"].shape)
 
-    def span(self, number: int) -> range:
-        """The rows in a shard."""
-        return series.span(number, self.shard_rows, self.rows)
+    @property
+    def pooled(self) -> int:
+        """The numbers of a text's embedding; 0: there is none."""
+        return sum(self.columns["pooled"].shape) if "pooled" in self.columns else 0
 
-    def binding(self) -> dict[str, object]:
-        """The entries that must be equal to go on with a table; the encoder by its hash, not by its folder."""
-        tree = self.model_dump(exclude={"shards": True, "encoder": {"source"}})
-        encoder: dict[str, object] = tree.pop("encoder")
-        return {f"encoder.{key}": value for key, value in encoder.items()} | tree
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of stored tokens."""
+        return self.columns["tokens"].torch_dtype
+
+    def summary(self) -> str:
+        """What a whole table holds, in words."""
+        width = f"tokens of {self.width} numbers" if self.width else "numbers of tokens"
+        pooled = f", and {self.pooled} of the whole text" if self.pooled else ""
+        texts = f"{self.captions:,} captions and the empty one by {self.model}"
+        return f"{texts}, up to {self.encoder.length} {width}{pooled}"
+
+    def binding(self) -> dict[str, Any]:
+        """All but the encoder's folder, for its hash is there."""
+        tree = super().binding()
+        encoder = {f"encoder.{key}": value for key, value in tree.pop("encoder").items() if key != "source"}
+        return encoder | tree
 
     @property
     def identity(self) -> str:
@@ -80,20 +107,10 @@ class Contents(Spec):
         entries = self.binding()
         return digest.short(*(f"{key} {entries[key]}" for key in sorted(entries) if key != "shard_rows"))
 
-    def shapes(self, rows: int, tokens: int) -> dict[str, tuple[int, ...]]:
-        """The shapes of a shard's tensors, for its numbers of rows and of tokens."""
-        pooled = {"pooled": (rows, self.pooled)} if self.pooled else {}
-        return {"tokens": (tokens, self.width) if self.width else (tokens,), "lengths": (rows,), **pooled}
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of stored tokens."""
-        return getattr(torch, self.encoder.dtype) if isinstance(self.encoder, Encoder) else torch.int32
-
 
 @dataclass(frozen=True)
 class Table:
-    """Encoded texts, opened to read."""
+    """Encoded texts."""
 
     folder: Path
     contents: Contents
@@ -109,16 +126,19 @@ class Table:
     def padded(self, rows: Sequence[int] | None = None, length: int | None = None) -> Rows:
         """Tokens (b, l, d), or ids (b, l), zero after the last; mask; pooled or None; in their stored types.
 
-        `rows` None: all. `length` is l, by default that of the encoder. Raises UserError for a damaged shard.
+        `rows` None: all, and shards are compared with their checksums. `length` is l, by default that of the encoder.
+        Raises UserError for a damaged shard.
         """
+        if rows is None:
+            table.require(self.folder, self.contents, deep=True)
         at = range(len(self)) if rows is None else rows
         contents, longest = self.contents, length or self.contents.encoder.length
-        shape = (len(at), longest, *contents.shapes(0, 0)["tokens"][1:])
-        tokens, lengths = torch.zeros(shape, dtype=contents.dtype), torch.empty(len(at), dtype=torch.long)
+        tokens = torch.zeros(len(at), longest, *contents.columns["tokens"].shape, dtype=contents.dtype)
         pooled = torch.empty(len(at), contents.pooled, dtype=contents.dtype) if contents.pooled else None
+        lengths = torch.empty(len(at), dtype=torch.long)
         for i, row in enumerate(at):
-            number = bisect_right(self._ends, row)
-            inside = row - (self._ends[number - 1] if number else 0)
+            number = bisect_right(self._table.ends, row)
+            inside = row - self._table.ends[number]  # counted from the end
             shard, ends = self._shard(number)
             n = int(shard["lengths"][inside])
             tokens[i, :n], lengths[i] = shard["tokens"][ends[inside] - n : ends[inside]], n
@@ -133,9 +153,13 @@ class Table:
         return read_captions(self.folder, self.contents.digest)
 
     @cached_property
-    def _ends(self) -> list[int]:
-        """The number of the row after each shard."""
-        return list(accumulate(shard.rows for shard in self.contents.shards))
+    def audit(self) -> Audit:
+        """Compares the shards with their checksums; for who looks up rows pass by pass."""
+        return Audit(self.folder, self.contents.shards)
+
+    @cached_property
+    def _table(self) -> table.Table:
+        return table.Table(self.folder, self.contents)
 
     @cached_property
     def _shard(self) -> Callable[[int], tuple[dict[str, Tensor], list[int]]]:
@@ -143,64 +167,117 @@ class Table:
 
         @lru_cache(MAPPED)
         def shard_of(number: int) -> tuple[dict[str, Tensor], list[int]]:
-            shard, contents = self.contents.shards[number], self.contents
-            found = load(self.folder / shard.file)
-            ends = found["lengths"].cumsum(0).tolist() if "lengths" in found else []
-            wanted = contents.shapes(shard.rows, ends[-1] if ends else 0)
-            if {name: tuple(x.shape) for name, x in found.items()} != wanted or found["tokens"].dtype != contents.dtype:
-                raise UserError(f"{self.folder}: {shard.file} holds other tensors than {FILE} says: {REMAKE}")
-            return found, ends
+            found = self._table.tensors(number)
+            return found, found["lengths"].cumsum(0).tolist()
 
         return shard_of
 
 
 def open_table(folder: Path) -> Table:
     """Open a table to read it. Raises UserError where there is none, it is unfinished, or a shard is not as it was."""
-    contents = read_contents(folder)
-    if contents is None:
-        raise UserError(f"{folder} holds no texts (it has no {FILE}): make it, dumo encode RECIPE")
-    if not contents.shards:
-        raise UserError(f"{folder} is unfinished: start the same dumo encode again, and it goes on where it stopped")
-    series.require(folder, contents.shards)
-    return Table(folder, contents)
+    missing = f"holds no texts (it has no {FILE}): make it, dumo encode RECIPE"
+    return Table(folder, table.read_whole(folder, Contents, missing))
 
 
 def require(table: Table, encoder: Reader, captions: int, identity: str | None = None) -> None:
     """Raise UserError where a table has another number of captions, encoder, or identity (None: any)."""
-    has, where = table.contents, f"net.texts.root: {table.folder}"
-    if has.captions != captions:
-        raise UserError(
-            f"{where} holds {has.captions:,} captions, and the data have {captions:,}: make one of these data in "
-            "another folder, dumo encode RECIPE --set net.texts.root=DIR"
-        )
+    has = table.contents
     there, now = (one.binding() for one in (has, has.model_copy(update={"encoder": encoder})))
-    if lines := [f"{key}: {there.get(key)} there, {now[key]} asked" for key in now if now[key] != there.get(key)]:
+    lines = [f"{key}: {there.get(key)} there, {now[key]} asked" for key in now if now[key] != there.get(key)]
+    if has.captions != captions:
+        wrong = (
+            f"holds {has.captions:,} captions, and the data have {captions:,}: make one of these data in another "
+            "folder, dumo encode RECIPE --set net.texts.root=DIR"
+        )
+    elif lines:
         listed = "\n  ".join(lines)
-        raise UserError(
-            f"{where} was encoded otherwise:\n  {listed}\nEncode into another folder, or ask for what is there"
+        wrong = f"was encoded otherwise:\n  {listed}\nEncode into another folder, or ask for what is there"
+    elif identity not in (None, has.identity):
+        wrong = (
+            f"is another table than that of this run (identity {has.identity}, and {identity} in net.texts): put it "
+            "back, or encode the same captions by the same encoder"
         )
-    if identity not in (None, has.identity):
-        raise UserError(
-            f"{where} is another table than that of this run (identity {has.identity}, and {identity} in net.texts): "
-            "put it back, or encode the same captions by the same encoder"
-        )
+    else:
+        return
+    raise UserError(f"net.texts.root: {table.folder} {wrong}")
 
 
 def read_contents(folder: Path) -> Contents | None:
-    """The contents of texts.yaml, or None where there is none. Raises UserError if it is damaged."""
-    return series.read(folder / FILE, Contents)
+    """The contents of index.json, or None where there is none. Raises UserError if it is damaged."""
+    return table.read(folder, Contents)
 
 
 def read_captions(folder: Path, wanted: str) -> tuple[str, ...]:
     """The captions of a folder. Raises UserError where they are missing, damaged, or not those of the digest."""
     file = folder / CAPTIONS
-    if not file.is_file():
-        raise UserError(f"{file} is not there: {REMAKE}")
     try:
         found: list[object] = [json.loads(line) for line in read_text(file, REMAKE, LARGEST).split("\n") if line]
+    except FileNotFoundError:
+        wrong = "is not there"
     except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}): {REMAKE}") from error
-    texts = tuple(str(text) for text in found)
-    if digest.short(*texts) != wanted:
-        raise UserError(f"{file} holds other captions than {FILE} says: {REMAKE}")
-    return texts
+        wrong = f"is damaged ({error})"
+    else:
+        texts = tuple(str(text) for text in found)
+        if digest.short(*texts) == wanted:
+            return texts
+        wrong = f"holds other captions than {FILE} says"
+    raise UserError(f"{file} {wrong}: {REMAKE}")
+
+
+def encode(
+    captions: Sequence[str],
+    encoder: Encoder | Tokenizer,
+    out: Path,
+    *,
+    shard_rows: int = 1024,
+    batch: int = 32,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device | str = "cpu",
+    tick: Tick = lambda done, note: None,
+) -> Done:
+    """Make this rank's shards that are missing or damaged. Another batch may change the last bits.
+
+    Warns where texts are cut. Raises UserError where there are no captions, an embedding is too large for the dtype,
+    and as opening the encoder does; Stopped after a signal; and as `dumo.io.table.make`.
+    """
+    if not captions:
+        raise UserError("there are no captions to encode: give data.captions, and images that have some")
+    read = encoder.open() if isinstance(encoder, Tokenizer) else encoder.open(device)
+    contents = Contents.of(captions, encoder, read, shard_rows)
+    texts = [*captions, ""]
+
+    def shard(number: int, behind: Callable[[int], None]) -> dict[str, Tensor]:
+        rows, parts = contents.span(number), list[dict[str, Tensor]]()
+        for i in rows[::batch]:
+            signals.check()
+            some = texts[i : min(i + batch, rows.stop)]
+            parts.append(without_padding(embeddings(read, some)))
+            behind(i + len(some) - rows.start)
+        return in_stored_types({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, contents)
+
+    lines = "".join(f"{json.dumps(text, ensure_ascii=False)}\n" for text in captions)
+    return table.make(out, contents, shard, rank=rank, world=world, others={CAPTIONS: lines.encode()}, tick=tick)
+
+
+def embeddings(read: EncoderModel | Cutter, texts: Sequence[str]) -> Embeddings:
+    """The embeddings of texts, padded; ids where there is no encoder."""
+    if isinstance(read, EncoderModel):
+        return read(texts)
+    ids, mask = read(texts, whole=False)
+    return Embeddings(ids, mask, None)
+
+
+def without_padding(found: Embeddings) -> dict[str, Tensor]:
+    """Tokens one after the other, and their number in each text."""
+    parts = {"lengths": found.mask.sum(1), "tokens": found.tokens[found.mask]}
+    return parts if found.pooled is None else parts | {"pooled": found.pooled}
+
+
+def in_stored_types(tensors: dict[str, Tensor], contents: Contents) -> dict[str, Tensor]:
+    """A shard's tensors in the stored types. Raises UserError where they are not finite there."""
+    kept = {name: x.to(contents.columns[name].torch_dtype) for name, x in tensors.items()}
+    if not all(bool(x.isfinite().all()) for x in kept.values()):
+        kind = contents.columns["tokens"].dtype
+        raise UserError(f"the encoder gives no numbers, or too large ones for {kind}: set its dtype=bfloat16")
+    return kept

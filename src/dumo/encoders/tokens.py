@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ class Tokenizer(Spec):
 
     def open(self) -> "Cutter":
         """Ready to cut texts. Raises UserError where transformers is missing."""
-        return Cutter(_transformers().ByT5Tokenizer(extra_ids=0), self.length)
+        return Cutter(transformers("net.texts").ByT5Tokenizer(extra_ids=0), self.length)
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,10 @@ class Cutter:
 
 def cutter(folder: Path, length: int, template: str = "{}") -> Cutter:
     """The tokenizer of a folder. Raises UserError where there is none, or transformers is missing."""
-    transformers = _transformers()
-    if not (folder / "tokenizer_config.json").is_file():
-        raise UserError(f"net.texts: {folder} holds no tokenizer: {HINT}")
+    known = transformers("net.texts").AutoTokenizer
     try:
-        model = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with (folder / "tokenizer_config.json").open():
+            model = known.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UserError(f"net.texts: {folder} holds no tokenizer that can be read ({brief(error)}): {HINT}") from error
     if model.pad_token is None:
@@ -81,9 +81,9 @@ def cutter(folder: Path, length: int, template: str = "{}") -> Cutter:
     return Cutter(model, length, template)
 
 
-def _transformers() -> Any:  # noqa: ANN401, a module
+def transformers(field: str) -> Any:  # noqa: ANN401, a module
+    """The library, slow to import, and an extra. Raises UserError, which names the field, where it is missing."""
     try:
-        import transformers  # slow to import, and an extra
+        return import_module("transformers")
     except ImportError as error:
-        raise UserError(f"net.texts {EXTRA}") from error
-    return transformers
+        raise UserError(f"{field} {EXTRA}") from error

@@ -21,7 +21,7 @@ from dumo.evaluation.images import ImageProtocol as ImageProtocol
 from dumo.evaluation.likelihood import LikelihoodProtocol as LikelihoodProtocol
 from dumo.evaluation.protocol import Context as Context
 from dumo.evaluation.protocol import Reference as Reference
-from dumo.evaluation.standard import ShippedProtocol as ShippedProtocol
+from dumo.evaluation.shipped import ShippedProtocol as ShippedProtocol
 
 MetricProtocol = Annotated[
     ClipProtocol | ImageProtocol | LikelihoodProtocol | ShippedProtocol, Field(discriminator="kind")

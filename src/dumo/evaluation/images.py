@@ -15,14 +15,13 @@ from pathlib import Path
 import torch
 from pydantic import Field, model_validator
 
-from dumo.encoders import inception_weights
+from dumo.encoders import inception
 from dumo.encoders.inception import SIZE, WIDTH
 from dumo.evaluation import reference
 from dumo.evaluation.distance import Moments, frechet_distance, kid
 from dumo.evaluation.neighbours import precision_recall
 from dumo.evaluation.protocol import Context, Evaluator, Made, Protocol, Scores, summary
-from dumo.evaluation.reference import PIECE, cached
-from dumo.evaluation.standard import STANDARDS, Inception, Standard
+from dumo.evaluation.reference import PIECE, STANDARDS, Inception, Standard, cached
 from dumo.evaluation.statistics import Batch, Extractor, Statistics, gather, statistics_of
 from dumo.io.picture import to_uint8
 from dumo.io.read import user_path
@@ -62,7 +61,7 @@ class ImageProtocol(Protocol):
     @property
     def missing(self) -> str | None:
         """What must be fetched before anything can be judged here; None: nothing."""
-        file = inception_weights.place()
+        file = inception.place()
         if not file or not file.is_file():
             return "the weights of Inception: dumo data inception says how to get them"
         named = self.reference is not None or not self.standard.url
@@ -96,7 +95,7 @@ class ImageProtocol(Protocol):
         images than the name says.
         """
         standard, device, tick = self.standard, context.device, context.tick
-        extractor = inception_weights.load(None, device)
+        extractor = inception.load(None, device)
         if standard.url:
             file = reference.adm_file(self._file(standard.url), self.kind, standard)
             found, make = reference.adm_facts(file), partial(reference.adm_statistics, extractor, file, tick)
@@ -106,7 +105,7 @@ class ImageProtocol(Protocol):
         else:
             raise UserError(f"protocol {self.kind} goes through all images of a data set, and this has none")
         facts = {
-            **inception_weights.facts(extractor),
+            **inception.facts(extractor),
             **found,
             "resize": f"TensorFlow 1, bilinear, to {SIZE}",
             "rounding": "0 to 255",

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int64
 from torch import Generator, Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from dumo.encoders import cifar10
+from dumo.encoders.classifier import cifar10
 from dumo.evaluation.distance import SIDE, kernel_distance, pixel_frechet
 from dumo.evaluation.neighbours import nearest_two, precision_recall
 from dumo.evaluation.protocol import Context, Made, Measure, Protocol, Scores, collect, summary
@@ -125,7 +125,7 @@ class PhotosEvaluator:
         return (near < COPY * then).double().mean().item()
 
     def _thumbs(self, rows: Rows) -> Float[Tensor, "n c h w"]:
-        return rows[:, cifar10.WIDTH :].view(len(rows), self.shape[0], THUMB, THUMB)
+        return rows[:, cifar10.width :].view(len(rows), self.shape[0], THUMB, THUMB)
 
 
 def rows_of(x: Sample) -> Rows:
@@ -148,7 +148,7 @@ def alike(wanted: Cond, c: Cond, generator: Generator) -> Cond:
 
 
 def _features(rows: Rows) -> Rows:
-    return rows[:, : cifar10.WIDTH]
+    return rows[:, : cifar10.width]
 
 
 def _pieces(data: Data, seed: int) -> Iterator[tuple[Sample, Cond, int, int]]:
@@ -178,8 +178,8 @@ def open(protocol: Protocol, context: Context) -> PhotosEvaluator:
     if len(real) < FEWEST:
         raise UserError(f"protocol {KIND} needs {FEWEST} images or more, here are {len(real)}: add some")
     facts = {
-        "features": f"{cifar10.WIDTH} of dumo's classifier of CIFAR-10 at 32x32, not Inception's: no FID",
-        "features_sha256": cifar10.sha256(),
+        "features": f"{cifar10.width} of dumo's classifier of CIFAR-10 at 32x32, not Inception's: no FID",
+        "features_sha256": cifar10.sha256,
         "rounding": "0 to 255",
         "reference": f"{len(real):,} of {data.size or 0:,} images of the data",
         "reference_sha256": digest.of_tensor(real),

@@ -210,7 +210,7 @@ def headline(scores: Collection[str], card: Mapping[str, Any] | None = None) -> 
 
 
 def trained_on(score: str, card: Mapping[str, Any]) -> bool:
-    """Whether a score is by what the run of this card was trained on (`Needs.trained_on`): then it is no judge of it.
+    """Whether a score is by what the run of this card was trained on: then it is no judge of it.
 
     Features go by a name that stands in what the card calls those of the protocol.
     """

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import cast
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ from torch import Tensor
 from dumo.encoders.inception import SPATIAL_WIDTH, WIDTH
 from dumo.evaluation.distance import Moments
 from dumo.evaluation.protocol import Tick
-from dumo.evaluation.standard import TRAIN, Standard
 from dumo.evaluation.statistics import (
     Batch,
     Extractor,
@@ -53,15 +52,51 @@ from dumo.io.source import Finite
 from dumo.runtime import dist
 from dumo.types import UserError
 
+Inception = Literal["adm-imagenet256-50k", "adm-imagenet512-50k", "cifar10-train50k", "folder"]
+
+ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/imagenet"
 PIECE = 64  # images
+TRAIN = 1_281_167  # images of ImageNet-1k's training set, of which ADM's moments are
+
+
 VARIABLE = "DUMO_CACHE"  # of the environment: the folder where statistics are kept
 Header = tuple[tuple[int, ...], bool, np.dtype]  # shape, whether columns come first, type
 
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 BROKEN = (  # what a bad file raises
-    *(OSError, ValueError, EOFError, LookupError, RuntimeError, MemoryError, SyntaxError, TypeError, struct.error),
-    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, tokenize.TokenError),  # RuntimeError: it has a password
+    OSError,
+    ValueError,
+    EOFError,
+    LookupError,
+    RuntimeError,  # it has a password
+    MemoryError,
+    SyntaxError,
+    TypeError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    tokenize.TokenError,
 )
+
+
+class Standard(NamedTuple):
+    """What a name fixes of distances in Inception's features; None where the data decides."""
+
+    samples: int
+    size: int | None  # pixels a side
+    classes: int | None
+    real: int | None  # images of the reference
+    subset: int  # rows per subset of the kernel distance
+    url: str | None = None  # of ADM's file, which then is the reference; None: images are
+
+
+STANDARDS: dict[Inception, Standard] = {
+    "adm-imagenet256-50k": Standard(50_000, 256, 1000, 10_000, 1000, f"{ADM}/256/VIRTUAL_imagenet256_labeled.npz"),
+    "adm-imagenet512-50k": Standard(50_000, 512, 1000, 10_000, 1000, f"{ADM}/512/VIRTUAL_imagenet512.npz"),
+    "cifar10-train50k": Standard(50_000, 32, 10, 50_000, 1000),
+    "folder": Standard(10_000, None, None, None, 100),
+}
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,75 @@ and `noised` puts them to the data, on the data's device, which it does not wait
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
+from jaxtyping import Int64
+from pydantic import Field
 from torch import Tensor
 
 from dumo.flow import dropout
-from dumo.flow.coupling import Coupling
+from dumo.runtime import random
+from dumo.runtime.bound import ROWS
 from dumo.runtime.random import keyed, stream
-from dumo.types import Cond, Noised, Objective, Path, Rows, Sample, Taught, Time, Trail
-from dumo.types.rows import pinned, sent
+from dumo.types import Cond, Law, Noised, Objective, Path, Rows, Sample, Spec, Taught, Time, Trail
+from dumo.types.rows import pin, to_device
+
+
+class Noise(Law):
+    """N(0, I), shaped like the data: drawn for the rows that are asked for."""
+
+    kind: Literal["noise"] = "noise"
+
+    def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> Sample:
+        """Draw one sample for each of these rows."""
+        return keyed(*key, rows=rows, shape=shape)
+
+
+class Signs(Law):
+    """1 or -1 for every number of a sample, as likely: directions of Hutchinson's estimate (`dumo.flow.likelihood`)."""
+
+    kind: Literal["signs"] = "signs"
+
+    def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> Sample:
+        """Draw one sample of signs for each of these rows."""
+        return random.signs(*key, rows=rows, shape=shape)
+
+
+class Coupling(Spec):
+    """Which noise goes with which data: paths that cross less, so that one velocity can follow them.
+
+    Among rows of one class, in groups of `group` neighbouring rows, noises change places so that the sum of squared
+    distances between data and noise is the least: optimal transport of a minibatch (Pooladian et al. 2023; Tong et al.
+    2024). So x, z and the class keep their laws, and z stays independent of the class; the law of x and z together is
+    another, and so is the flow, which still carries N(0, I) to the data.
+    """
+
+    group: int = Field(ge=2, le=ROWS)  # the larger, the straighter; its cube is what it costs, per class
+
+    def __call__(self, x: Sample, z: Sample, c: Cond) -> Sample:
+        """The noises z in the order in which they go with x, of classes c before any is dropped; of whole groups.
+
+        Found on the CPU, so a GPU is waited for. Where a number is not finite nothing is moved.
+        """
+        there = torch.unique(c.cpu(), dim=0, return_inverse=True)[1]
+        data, noise = (side.detach().cpu().double().flatten(1) for side in (x, z))
+        order = torch.arange(len(z))
+        for group in order.clone().split(self.group):
+            for k in there[group].unique():
+                rows = group[there[group] == k]
+                order[rows] = rows[assigned(data[rows], noise[rows])]
+        return z[order.to(z.device)]
+
+
+def assigned(x: Tensor, z: Tensor) -> Int64[Tensor, " n"]:
+    """For each row of x the row of z that goes with it, by scipy."""
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
+    cost = torch.cdist(x, z).square()
+    if not cost.isfinite().all():
+        return torch.arange(len(x))
+    return torch.from_numpy(linear_sum_assignment(cost.numpy())[1])
 
 
 @dataclass(frozen=True)
@@ -42,9 +102,9 @@ class Draws:
         """Some of the rows."""
         return replace(self._each(lambda v: v[rows]), moving=self.moving and self.moving[rows])
 
-    def pinned(self) -> "Draws":
+    def pin(self) -> "Draws":
         """The same in pinned memory, from which a GPU reads while the CPU goes on."""
-        return self._each(pinned)
+        return self._each(pin)
 
     def _each(self, f: Callable[[Tensor], Tensor]) -> "Draws":
         own = {name: f(getattr(self, name)) for name in ("t", "r", "kept", "keys")}
@@ -95,12 +155,12 @@ def noised(
     `between` are the places from x to z that a trajectory goes through, at equal steps, of which t is to be an end.
     """
     here, exact = x.device, torch.promote_types(x.dtype, torch.float32)  # times stay exact where the data is bf16
-    t, r, kept = (sent(v, here) for v in (draws.t, draws.r, draws.kept))
+    t, r, kept = (to_device(v, here) for v in (draws.t, draws.r, draws.kept))
     t, r = t.to(exact), r.to(exact)
     if z is None:
         assert draws.z is not None, "noise was neither drawn nor given"
-        z = sent(draws.z, here).to(x)
-    laws = {name: sent(v, here).to(exact) for name, v in draws.laws.items()}
+        z = to_device(draws.z, here).to(x)
+    laws = {name: to_device(v, here).to(exact) for name, v in draws.laws.items()}
 
     x = x / path.sd
     if coupling:

@@ -8,20 +8,23 @@ device. An average of the weights as theta^- drops nothing: it is in the mode of
     with using(keys(seed, step, len(x))[rows]):  # the training step, for its rows of the batch
         loss(...)  # in it: `rows(...)` around a pass of some rows, `off()` around the null pass
 
-The net asks for the keys once per pass, by `current`, and hands each layer its own, by `layer_keys`, as an argument:
-what is computed again by checkpointing, after the step has left these contexts, meets the same masks too.
+The net takes the keys once per pass, by `current`, and hands each layer its own, by `layer_keys`, as an argument: what
+is computed again by checkpointing, after the step has left these contexts, meets the same masks too.
+
+Keys are a state of the thread, not an argument: between the step and the layers are losses, slopes and nets of users
+and of other libraries, whose calls have no place for them. None is forgotten unseen: a net that drops raises where
+nobody set keys, nor `off`, and where there are keys for another number of rows than the pass has.
 """
 
 import threading
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from math import prod
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dumo.autodiff.scope import held
 from dumo.runtime.random import stream
 from dumo.types import Array
 
@@ -32,10 +35,11 @@ GOLDEN = -1640531527  # 2^32 / golden ratio as a signed number: layers differ by
 
 
 class _State(threading.local):
-    """What holds in a thread, from its start."""
+    """What holds in a thread, from its start: a name that came later would make a compiler begin again."""
 
     def __init__(self) -> None:
         self.keys: Keys | None = None
+        self.set = False  # whether by anybody
 
 
 _state = _State()
@@ -46,14 +50,22 @@ def keys(seed: int, step: int, batch: int) -> Keys:
     return torch.randint(-(2**31), 2**31, (batch, 2), generator=stream(seed, step, "dropout"), dtype=torch.int32)
 
 
-def using(rows: Keys | None) -> AbstractContextManager[None]:
-    """Inside, nets in training drop by these keys, one for each row of a pass; None: they drop nothing."""
-    return held(_state, "keys", rows)
+@contextmanager
+def using(rows: Keys | None, *, known: bool = True) -> Generator[None, None, None]:
+    """Inside, nets in training drop by these keys, one for each row of a pass; None: they drop nothing.
+
+    `known`: whether that is so because the caller says it; if not, a net that drops raises.
+    """
+    before, _state.keys, _state.set = (_state.keys, _state.set), rows, known
+    try:
+        yield
+    finally:
+        _state.keys, _state.set = before
 
 
 def rows(rows: Sequence[int] | Int[Tensor, " k"]) -> AbstractContextManager[None]:
     """Inside, passes are of these rows alone."""
-    return using(None if (now := _state.keys) is None else now[rows])
+    return using(None if (now := _state.keys) is None else now[rows], known=_state.set)
 
 
 def off() -> AbstractContextManager[None]:
@@ -62,8 +74,12 @@ def off() -> AbstractContextManager[None]:
 
 
 def current(n: int) -> Keys | None:
-    """The keys for a pass of n rows; None outside of `using`. Raises RuntimeError where they are for other rows."""
+    """The keys for a pass of n rows; None inside `off`. Raises RuntimeError where none are set, or for other rows."""
     now = _state.keys
+    if not _state.set:
+        raise RuntimeError(
+            "a net in training drops, and has no keys: make the pass inside `dropout.using(...)` or off()"
+        )
     if now is not None and len(now) != n:
         raise RuntimeError(f"a pass of {n} rows has dropout keys for {len(now)}: make it inside `dropout.rows(...)`")
     return now

@@ -4,6 +4,13 @@ Along dx_t/dt = v the log of volume grows by div v (Chen et al. 2018), so
 
     log p(x_0) = log N(x_1; 0, I) + integral of div v(x_t, t) from 0 to 1.
 
+Here div v = sum of J_ii with J = dv/dx. J e is the derivative of v along e with t at rest: one dual pass. Of directions
+whose e e^T add up to the identity,
+
+    sum over e of e_i (J e)_i = J_ii,
+
+exactly so for the axes of the space, and in the mean for random signs (Hutchinson 1990; FFJORD, Grathwohl et al. 2019).
+
 Euler and Heun follow x_t and the integral together, a divergence a pass. Hop jumps, where the net was taught how much
 volume grows in a jump from t up to s, as well as where it ends: a pass a jump (F2D2, Ai et al. 2025).
 """
@@ -11,14 +18,38 @@ volume grows in a jump from t up to s, as well as where it ends: a pass a jump (
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from math import log, pi
+from math import log, pi, prod
 
 import torch
 
-from dumo.flow.divergence import divergence
+from dumo.autodiff import rule as rule  # without which a Dual can do nothing
+from dumo.autodiff.dual import pair, primal
+from dumo.flow.slope import rate_of
 from dumo.flow.solver import Euler, Heun, Hop, Solver, rows, steps, taught, uniform
 from dumo.runtime import random, signals
 from dumo.types import Climb, Cond, Path, PerSample, Reads, Sample, Time, UserError, lift
+
+Velocity = Callable[[Sample, Time, Cond], Sample]
+
+
+def axes(x: Sample) -> list[Sample]:
+    """Of samples like x the directions that give the divergence exactly: as many as a sample has numbers."""
+    unit = torch.eye(prod(x.shape[1:]), dtype=x.dtype, device=x.device)
+    return [e.view(1, *x.shape[1:]).expand_as(x) for e in unit]
+
+
+@torch.no_grad()
+def diagonal(velocity: Velocity, x: Sample, t: Time, c: Cond, e: Sample) -> tuple[Sample, Sample]:
+    """v, and e_i (J e)_i: of random signs e an estimate of the diagonal of J, without gradients; one dual pass."""
+    v = velocity(pair(x, e), t, c)
+    return primal(v), e * rate_of(v)
+
+
+def divergence(velocity: Velocity, x: Sample, t: Time, c: Cond, along: Sequence[Sample]) -> tuple[Sample, PerSample]:
+    """v, and div v by a dual pass for each direction of `along`; they are scaled to add up to the identity."""
+    passes = [diagonal(velocity, x, t, c, e) for e in along]
+    return passes[0][0], torch.stack([square.flatten(1).sum(1) for _, square in passes]).sum(0)
+
 
 Rate = Callable[[Sample, Time, Cond], tuple[Sample, PerSample]]  # v and div v
 

@@ -39,7 +39,7 @@ def products(precision: Precision, device: torch.device | str) -> Generator[None
         yield
         return
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    _round(*(("high", True) if precision == "tf32" else ("highest", False)))
+    _round("high" if precision == "tf32" else "highest", precision == "tf32")
     try:
         yield
     finally:

@@ -11,13 +11,20 @@ Every slope linearizes the net at a point, as `torch.func.linearize` does: the v
 
 Where w is known before the pass, `toward=w` says so; where the derivative is wanted of some rows only, `moving` names
 them by place, and the others get zeros. Slopes differ only inside: how many passes `along` makes, and how exact it is.
+
+A secant takes one pass at an earlier time instead, `back`. With l = t - d, and x_l = x_t - d w back along w,
+
+    du/dt  is about  (u(x_t, t) - u(x_l, l)) / d,    off by O(d).
+
+In a target u* = w - (l - r) du/dt it says: go back by d along w, then jump the rest as the net would. Its rounding
+grows as (l - r) / d, the gain: with a short d such differences need fp32 as central ones do.
 """
 
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
-from math import floor
+from math import floor, isinf
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -31,7 +38,7 @@ from dumo.autodiff.dual import pair, primal
 from dumo.autodiff.tape import Later
 from dumo.flow import dropout
 from dumo.flow.precision import rounded
-from dumo.types import CHANGES, Array, Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError, unwrap
+from dumo.types import CHANGES, Array, Cond, Frozen, Heads, Net, Noised, Sample, Spec, Time, UserError, lift, unwrap
 from dumo.types.rows import index, split_by_step
 
 Along = Callable[[Sample], Heads]
@@ -282,3 +289,39 @@ def _jvp(
     """`torch.func.jvp` without its third result, which it is typed as if it might return."""
     value, slope = torch.func.jvp(f, at, along)  # pyright: ignore[reportAssignmentType]
     return value, slope
+
+
+MAX_GAIN = 20  # ours: rounding to bf16, 2^-8 of u, is then 8 % of the residual
+
+
+def demand(b: Noised, gain: float, kind: str) -> None:
+    """Raise UserError where passes on a record round more than objective `kind`, of this gain, can bear."""
+    demand_precision(precision_of(b.x_t), gain, kind)
+
+
+def demand_precision(precision: str, gain: float, kind: str) -> None:
+    """Raise UserError where passes of this precision round more than objective `kind`, of this gain, can bear."""
+    if gain > MAX_GAIN and precision != "fp32":
+        times = "without bound" if isinf(gain) else f"by up to {gain:g}"
+        raise UserError(
+            f"objective '{kind}' needs precision fp32, not {precision}: it multiplies the rounding of the net {times}. "
+            "Use train.precision=fp32, a longer step, or objective 'meanflow' with slope 'dual'"
+        )
+
+
+@torch.no_grad()
+def back(ref: Frozen, b: Noised, w: Sample, d: Time) -> Sample:
+    """u(x_l, l, r) of the first head at l = t - d, for the rows that may move, known by place; zeros for the others.
+
+    Where l is below r it is u(x_l, l, l): the caller gives such rows no weight. One pass, none if none moves.
+    """
+    place, _ = b.rows_by_step
+    u_l = torch.zeros_like(b.x_t)
+    if not place:
+        return u_l
+    i = index(place, d.device)
+    some, d = b[place], d[i]
+    l = (some.t - d).clamp(min=0)  # noqa: E741, SoFlow's letter
+    with dropout.rows(i):
+        (head,) = ref(some.x_t - lift(d, some.x_t) * w[i], some.c, t=l, r=torch.minimum(some.r, l))
+    return u_l.to(head).index_copy(0, i, head)

@@ -1,25 +1,156 @@
-"""Laws of (t, r), r <= t, one pair a row; kinds of rows are chosen by their place in the batch.
+"""Laws of a time or another number a row, and of (t, r), r <= t; kinds of rows are chosen by their place in the batch.
 
 With `both_ways` every second row with a step has its times exchanged, t < r: a jump up to the noise (ours; F2D2's code
 draws t and r alike).
+
+A law of one time aims at the data, r = 0. Drawn for something else than (t, r), as a share or a knob, it is a number.
 """
 
+from abc import abstractmethod
+from collections.abc import Sequence
+from math import pi
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Generator
 
-from dumo.flow.law import Arctan as Arctan
-from dumo.flow.law import Atom as Atom
-from dumo.flow.law import Beta as Beta
-from dumo.flow.law import Karras as Karras
-from dumo.flow.law import LogitNormal as LogitNormal
-from dumo.flow.law import One
-from dumo.flow.law import Uniform as Uniform
+from dumo.runtime import random
 from dumo.runtime.bound import PASSES
-from dumo.types import Time, TimeLaw
-from dumo.types.rows import split_by_step, spread
+from dumo.types import Law, PerSample, Time, TimeLaw
+from dumo.types.rows import split_by_step, spread_evenly
+
+DEVIATION, RHO = 0.5, 7.0  # of data, and rho: EDM (Karras et al. 2022)
+ROOTS = 0.002 ** (1 / RHO), 80.0 ** (1 / RHO)  # of its sigma_min and sigma_max
+
+
+class Number(Law):
+    """A number per row, drawn for the whole batch at once."""
+
+    @abstractmethod
+    def one(self, n: int, g: Generator) -> PerSample:
+        """Draw one number for each of n rows."""
+
+    def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> PerSample:
+        """Draw for all rows of the batch, and keep these."""
+        return self.one(batch, random.stream(*key))[rows.start : rows.stop]
+
+
+class ToData(TimeLaw, Number):
+    """A law of one number in [0, 1]; as a law of times every jump goes to the data, r = 0."""
+
+    @property
+    def between(self) -> bool:
+        """No jump ends before the data."""
+        return False
+
+    def __call__(self, n: int, g: Generator) -> tuple[Time, Time]:
+        """Draw n rows."""
+        t = self.one(n, g)
+        return t, torch.zeros_like(t)
+
+
+class Beta(ToData):
+    """t ~ Beta(a, b): (theta_1, theta_2) of the paper (Sec. 3.3 and Tab. 3)."""
+
+    kind: Literal["beta"] = "beta"
+    a: float = Field(default=2.4, gt=0)
+    b: float = Field(default=2.4, gt=0)
+
+    def one(self, n: int, g: Generator) -> Time:
+        """Draw a ratio of two gamma variables."""
+        shape = torch.tensor([self.a, self.b]).expand(n, 2)
+        gamma = torch._standard_gamma(shape, generator=g)  # pyright: ignore[reportPrivateImportUsage]
+        return gamma[:, 0] / gamma.sum(1)
+
+
+class Uniform(ToData):
+    """t ~ U(low, high); where both are equal, that one time."""
+
+    kind: Literal["uniform"] = "uniform"
+    low: float = Field(default=0.0, ge=0, le=1)
+    high: float = Field(default=1.0, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Uniform":
+        if self.low > self.high:
+            raise ValueError(f"low ({self.low}) must not be above high ({self.high})")
+        return self
+
+    def one(self, n: int, g: Generator) -> Time:
+        """Draw n times t."""
+        return self.low + (self.high - self.low) * torch.rand(n, generator=g)
+
+
+class LogitNormal(ToData):
+    """t = sigmoid(N(mean, std^2)) (Esser et al. 2024, Sec. 3.1; mean and std of MeanFlow, Tab. 4)."""
+
+    kind: Literal["logit_normal"] = "logit_normal"
+    mean: float = -0.4
+    std: float = Field(default=1.0, gt=0)
+
+    def one(self, n: int, g: Generator) -> Time:
+        """Draw n times t."""
+        return (self.mean + self.std * torch.randn(n, generator=g)).sigmoid()
+
+
+class Arctan(ToData):
+    """tan(pi t / 2) = exp(N(mean, std^2)) / sd: a log-normal noise level as an angle, in units of a right angle.
+
+    sCM on the trigonometric path (Lu and Song 2025, its Sec. 4), whose data have the standard deviation `sd`; with
+    sd = 1, FACM's times of its FM and CM losses (its code, `losses.py`: mean -0.8, std 1.6).
+    """
+
+    kind: Literal["arctan"] = "arctan"
+    mean: float = -1.0
+    std: float = Field(default=1.4, gt=0)
+    sd: float = Field(default=DEVIATION, gt=0)
+
+    def one(self, n: int, g: Generator) -> Time:
+        """Draw n times t."""
+        normal = torch.randn(n, generator=g)
+        return ((self.mean + self.std * normal).exp() / self.sd).atan() * 2 / pi
+
+
+class Karras(ToData):
+    """The time of a noise level sigma with sigma^(1 / rho) uniform from sigma_min to sigma_max.
+
+    The levels of Karras et al. (2022), Eq. 5, in the limit of many: CM (Song et al. 2023) takes each as often.
+    """
+
+    kind: Literal["karras"] = "karras"
+
+    def one(self, n: int, g: Generator) -> Time:
+        """Draw n times t."""
+        low, high = ROOTS
+        return karras(low + (high - low) * torch.rand(n, generator=g))
+
+
+def karras(root: PerSample) -> Time:
+    """t = s / (1 + s), s = sigma / sd, of the noise level whose root sigma^(1 / rho) this is (Eq. 5)."""
+    s = root**RHO / DEVIATION
+    return s / (1 + s)
+
+
+def root(t: Time) -> PerSample:
+    """The root of the noise level of t: `karras`, inverted."""
+    return (DEVIATION * t / (1 - t)) ** (1 / RHO)
+
+
+One = Annotated[Arctan | Beta | Karras | LogitNormal | Uniform, Field(discriminator="kind")]
+
+
+class Atom(ToData):
+    """One law, but t = `at` on a share of the rows, evenly spread: TCM's boundary (Lee et al. 2025, its p)."""
+
+    kind: Literal["atom"] = "atom"
+    of: One = Beta()
+    share: float = Field(default=0.15, ge=0, le=1)
+    at: float = Field(default=1.0, ge=0, le=1)
+
+    def one(self, n: int, g: Generator) -> Time:
+        """Draw n times t."""
+        return self.of.one(n, g).masked_fill(torch.tensor(spread_evenly(n, self.share), dtype=torch.bool), self.at)
 
 
 class Pair(TimeLaw):
@@ -47,7 +178,7 @@ class Pair(TimeLaw):
 
     def moving(self, n: int) -> tuple[bool, ...]:
         """Which of the first n rows may have r < t; all others have r = t."""
-        return tuple(not still for still in spread(n, self.velocity_ratio))
+        return tuple(not still for still in spread_evenly(n, self.velocity_ratio))
 
     @property
     def moving_share(self) -> float:
@@ -84,7 +215,7 @@ class Jumps(TimeLaw):
 
     def moving(self, n: int) -> tuple[bool, ...]:
         """Which of the first n rows may have r < t; all others have r = t."""
-        return tuple(not still for still in spread(n, self.velocity_ratio))
+        return tuple(not still for still in spread_evenly(n, self.velocity_ratio))
 
     @property
     def moving_share(self) -> float:
@@ -104,7 +235,7 @@ class Jumps(TimeLaw):
     def _places(self, n: int) -> tuple[list[int], list[int], list[int]]:
         """The rows at rest, those that jump to the data, and the other jumps."""
         jumps, rest = split_by_step(self.moving(n))
-        far, near = split_by_step(spread(len(jumps), self.data_ratio))
+        far, near = split_by_step(spread_evenly(len(jumps), self.data_ratio))
         return rest, [jumps[i] for i in far], [jumps[i] for i in near]
 
 

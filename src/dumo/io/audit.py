@@ -1,9 +1,9 @@
-"""Whether the shards of a cache still hold what was written: each is held against its SHA-256 once.
+"""Whether the shards of a table still hold what was written: each is compared with its SHA-256 once.
 
-A GB takes about a second, so what is small is read through when it is opened. What is more, a thread reads through
-while training begins, and what it finds is raised with the next batch: the steps of the meantime are lost, but a cache
-of terabytes keeps nobody waiting. What was found whole is noted with its size and the time of its last change, and is
-read through again where these are others: so the next start reads nothing. Ranks of one machine share the work.
+A GB takes about a second, so a small table is read through when it is opened. A larger one is read through by a thread
+while training begins, and a fault is raised with the next batch: the steps until then are lost, but a table of
+terabytes keeps nobody waiting. A shard that is whole is noted with its size and the time of its last change, and read
+again only where these differ: so the next start reads nothing. Ranks of one machine share the work.
 
 A number that changes on a disk without a new time, after it was noted, is not noticed.
 """
@@ -56,7 +56,7 @@ class Audit:
             return
         self.thread = Thread(target=_look, args=(folder, todo, self.found), name="audit", daemon=True)
         self.thread.start()
-        weakref.finalize(self, self.found.end.set)  # the thread ends with the cache
+        weakref.finalize(self, self.found.end.set)  # the thread ends with the table
 
     def require(self) -> None:
         """Raise UserError if a shard was found that has changed."""

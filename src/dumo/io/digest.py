@@ -1,4 +1,4 @@
-"""SHA-256, in hexadecimal: by which files, numbers and texts are known to be the same."""
+"""SHA-256 of files, numbers and texts, in hexadecimal."""
 
 import hashlib
 from pathlib import Path
@@ -23,7 +23,7 @@ def of_tensor(x: Tensor) -> str:
 
 
 def short(*parts: str) -> str:
-    """Of some texts, in their order: 64 bits, to be shown and written down."""
+    """Of some texts, in their order: the first 64 bits."""
     return of_bytes(*(f"{part}\n".encode() for part in parts))[:16]
 
 

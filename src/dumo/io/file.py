@@ -1,7 +1,7 @@
 """Files and folders written whole or not at all: in a hidden place next to their own, then renamed.
 
 So what stands under a name is whole, whenever the process stops. What is `durable` outlives the machine, too.
-`locked` keeps other processes out. What is found out about a user's files, and can be again, is kept at `places`.
+`locked` keeps other processes out. `places` is where to keep what was found out about a user's files.
 """
 
 import errno
@@ -33,7 +33,7 @@ WRITER = re.compile(rf"\..+\.(?:(?P<machine>[0-9a-f]{{8}})-(?P<process>\d+)|(?P<
 def whole(path: Path, *, writer: int | str | None = None, durable: bool = False) -> Generator[Path, None, None]:
     """Yield a hidden place for a file or a folder, which becomes `path` when all went well, and is removed when not.
 
-    `writer` tells apart those who may write this path at once; None: this process. `durable`: wait for the disk.
+    `writer` is different for each that may write this path at once; None: this process. `durable`: wait for the disk.
     Raises OSError, which names `path`, for a full disk or a forbidden folder; what stood there before then still
     stands.
     """
@@ -45,8 +45,8 @@ def whole(path: Path, *, writer: int | str | None = None, durable: bool = False)
         settle(half, path, durable=durable)
     except BaseException as error:
         remove(half)
-        if named := of_path(error, half, path):
-            raise named from error
+        if of_place := of_path(error, half, path):
+            raise of_place from error
         raise
     finally:
         OPEN.discard(half.absolute())
@@ -103,8 +103,8 @@ def check_writable(folder: Path) -> None:
 def sweep(folder: Path, *, alone: bool = False) -> None:
     """Remove what writers that are gone left half-written in a folder; before writing there.
 
-    Of another machine's writers only what is a day old, for they cannot be asked. `alone`: nobody else writes there
-    now, so all goes.
+    Of another machine's writers only what is a day old, for nobody here knows whether they run. `alone`: nobody else
+    writes there now, so all goes.
     """
     for half in folder.glob(".*.tmp"):
         with suppress(OSError):  # another one sweeps, too

@@ -24,15 +24,15 @@ LINES = 3  # of a title: ours
 def to_uint8(x: Sample) -> Pixels:
     """Images (n, 1 or 3, h, w) as colours 0 .. 255, grey in all three: -1 is 0 and 1 is 255, rounded and clamped.
 
-    Raises UserError for other shapes, and where x is not finite: no colour would tell.
+    Raises UserError for other shapes, and where x is not finite, which has no colour.
     """
-    if x.ndim != 4 or x.shape[1] not in (1, 3):
-        raise UserError(f"samples of shape {tuple(x.shape[1:])} are no images of 1 or 3 channels: decode them first")
-    if not x.isfinite().all():
-        raise UserError(
+    if not (image := x.ndim == 4 and x.shape[1] in (1, 3)) or not x.isfinite().all():
+        shape = f"samples of shape {tuple(x.shape[1:])} are no images of 1 or 3 channels: decode them first"
+        diverged = (
             "the samples are not finite numbers and have no colour: these weights have diverged, use others, or train "
             "again with a lower rate or a clipped gradient"
         )
+        raise UserError(diverged if image else shape)
     return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).expand(-1, 3, -1, -1)
 
 

@@ -1,4 +1,4 @@
-"""What a user names and files hold: paths, texts and JSON, refused with a line where they are not what they should be.
+"""Paths that a user names, texts and JSON of files; refused with a line where they are not what they should be.
 
 JSON has no NaN and no infinity: they are written as null.
 """
@@ -21,16 +21,15 @@ def user_path(text: str, field: str) -> Path:
     """The path with its variables' values. Raises UserError, naming the field, for one that is not set, or no path."""
     expanded = os.path.expandvars(text)
     if unset := re.search(r"\$\{?(\w+)\}?", expanded):
-        name = unset[1]
-        raise UserError(f"{field} is {text}, but {name} is not set: export {name}=..., or set {field}")
-    if not text:
-        raise UserError(f"{field} is empty: set it to a path")
-    if "\0" in expanded:
-        raise UserError(f"{field} has a character that no path has, NUL: set it to a path")
-    try:
-        return Path(expanded).expanduser()
-    except RuntimeError as error:  # HOME is not set, and the user has no entry, or is not known
-        raise UserError(f"{field} is {text}, and no such home is known: write the whole path, or set HOME") from error
+        wrong = f"is {text}, but {unset[1]} is not set: export {unset[1]}=..., or set {field}"
+    elif not text or "\0" in expanded:
+        wrong = f"{'is empty' if not text else 'has a character that no path has, NUL'}: set it to a path"
+    else:
+        try:
+            return Path(expanded).expanduser()
+        except RuntimeError:  # HOME is not set, and the user has no entry, or is not known
+            wrong = f"is {text}, and no such home is known: write the whole path, or set HOME"
+    raise UserError(f"{field} {wrong}")
 
 
 def brief(text: object, most: int = 200) -> str:
@@ -45,13 +44,15 @@ def read_text(path: Path, way_out: str, most: int = MOST) -> str:
     That is a pipe or a device, which may have no end; more than `most` bytes; or what is not UTF-8.
     """
     if path.exists() and not path.is_file():
-        raise UserError(f"{path} is no file: {way_out}")
-    if (size := path.stat().st_size) > most:
-        raise UserError(f"{path} has {size:,} bytes, and such a file has at most {most:,}: {way_out}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no text ({error}): {way_out}") from error
+        wrong = "is no file"
+    elif (size := path.stat().st_size) > most:
+        wrong = f"has {size:,} bytes, and such a file has at most {most:,}"
+    else:
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            wrong = f"is no text ({error})"
+    raise UserError(f"{path} {wrong}: {way_out}")
 
 
 def write_json(path: Path, tree: Mapping[str, Any]) -> None:

@@ -3,8 +3,8 @@
     net/shard-00001-model-00001-of-00001.safetensors  net/shard-00002-model-00001-of-00001.safetensors ...
 
 `torch.distributed.checkpoint` writes and reads them. Its planning sends pickles between the ranks, and none to a file.
-A shard knows which part of a tensor it holds, not how many others there are: whoever reads a folder that is of a
-checkpoint looks first whether all its files are there.
+A shard knows which part of a tensor it holds, not how many others there are: before a folder of a checkpoint is read,
+look whether all its files are there.
 """
 
 import itertools

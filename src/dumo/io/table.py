@@ -1,14 +1,14 @@
 """Tables on disk: named columns of tensors, in shards that any number of processes make, stopped and resumed at will.
 
-    index.json                     columns, what the rows depend on and its hash, and at last of each shard its hash
-    shard-00000.safetensors        a tensor (rows, *shape) for each column
+    index.json                     columns, the inputs of the rows and their hash, and at last the hash of each shard
+    shard-00000.safetensors        a tensor (rows, *shape) for each column; (entries, *shape) where rows have lengths
     shard-00000.json               what index.json will say of a shard, until it does
 
-What is in a shard depends on its number alone, and every file is written whole or not at all: so it does not matter who
-made a shard, or how often that was interrupted. Rank k of n makes the shards k, k + n, k + 2 n ...; the ranks need not
-run at once. A shard that is missing, cut short or changed is named, and made again with the table. Shards
-are mapped into memory, so a table may be larger than it. All but the last hold as many rows of the source, less those
-that it left out.
+What is in a shard depends on the inputs and its number alone, and every file is written whole or not at all: so it does
+not matter who made a shard, or how often that was interrupted. Rank k of n makes the shards k, k + n, k + 2 n ...; the
+ranks need not run at once. A shard that is missing, cut short or changed is refused, or made again. Shards are mapped
+into memory, so a table may be larger than it. All but the last hold as many rows of the source, less those that it left
+out.
 """
 
 import json
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
 from math import prod
+from operator import not_
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -39,9 +40,9 @@ from dumo.types import Spec, UserError
 FILE = "index.json"
 MAPPED = 2**14  # shards mapped at a time; Linux allows 65,530 maps. Ours
 REMAKE = "start the same dumo encode again, which re-makes what is damaged"
-ELSEWHERE = "encode into another folder"
+ELSEWHERE = "encode into another folder, or remove this one"
 
-Tick = Callable[[int, str], None]  # (this rank's rows behind it, a note)
+Tick = Callable[[int, str], None]  # (rows that this rank has read, a note)
 Tensors = Mapping[str, Tensor]
 
 
@@ -49,11 +50,14 @@ class Column(Spec):
     """A tensor of each shard."""
 
     dtype: str
-    shape: tuple[int, ...] = ()  # of a row
+    shape: tuple[int, ...] = ()  # of a row, or of each of its entries
+    lengths: str = Field(default="", exclude_if=not_)  # the column with the entries per row; "": one
 
-    def fits(self, x: Tensor | None, rows: int) -> bool:
-        """Whether this is the column of a shard of this many rows."""
-        return x is not None and x.shape == (rows, *self.shape) and x.dtype == self.torch_dtype
+    def fits(self, tensors: Tensors, name: str, rows: int) -> bool:
+        """Whether the tensor of this name is the column of a shard of this many rows."""
+        x, lengths = tensors.get(name), tensors.get(self.lengths)
+        n = rows if lengths is None else int(lengths.sum())
+        return x is not None and x.shape == (n, *self.shape) and x.dtype == self.torch_dtype
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -80,14 +84,16 @@ class Shard(Spec):
 
 
 class Index(Spec):
-    """What index.json says. The fields of a subclass are what the rows depend on."""
+    """What index.json says. The fields of a subclass are the inputs of the rows."""
 
     word: ClassVar[str] = "table"  # what the folder is called
+    remake: ClassVar[str] = REMAKE  # what to do about a damaged shard
+    repaired: ClassVar[bool] = True  # whether `make` makes a changed shard again, else refuses it
     format: Literal[2] = 2
     columns: dict[str, Column]
     rows: int = Field(ge=0)  # of the source
     shard_rows: int = Field(default=1024, gt=0, le=ROWS)  # of the source, to a shard
-    inputs: str = ""  # SHA-256 of what the rows depend on
+    inputs: str = ""  # SHA-256 of `binding`
     shards: tuple[Shard, ...] = ()  # none until all are written
 
     @property
@@ -99,9 +105,17 @@ class Index(Spec):
         """The rows of the source in a shard."""
         return range(number * self.shard_rows, min((number + 1) * self.shard_rows, self.rows))
 
+    def summary(self) -> str:
+        """What a whole table holds, in words."""
+        return f"{self.rows:,} rows"
+
     def binding(self) -> dict[str, Any]:
-        """What the rows depend on: this must be the same to go on."""
+        """The inputs of the rows: these must be the same to go on."""
         return self.model_dump(mode="json", exclude={"inputs": True, "shards": True})
+
+    def inputs_digest(self) -> str:
+        """The SHA-256 of `binding`."""
+        return digest.of_bytes(json.dumps(self.binding(), sort_keys=True).encode())
 
 
 K = TypeVar("K", bound=Index)
@@ -118,7 +132,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Table:
-    """A table, opened to read."""
+    """A table to read."""
 
     folder: Path
     index: Index
@@ -130,7 +144,7 @@ class Table:
     def take(
         self, rows: Int64[Tensor, " b"], column: str, other: str = "", where: Bool[Tensor, " b"] | None = None
     ) -> Tensor:
-        """A column of these rows; `where` says so, of another column that is alike.
+        """A column of these rows; where `where` is true, the column `other`, of the same shape.
 
         Raises IndexError for a row that is not there, UserError for a damaged shard.
         """
@@ -160,30 +174,58 @@ class Table:
 
         @lru_cache(MAPPED if mapped else None)
         def loaded(number: int) -> dict[str, NDArray[np.uint8]]:
-            shard, columns = self.index.shards[number], self.index.columns
-            tensors = load(self.folder / shard.file)
-            if not all(column.fits(tensors.get(name), shard.rows) for name, column in columns.items()):
-                raise UserError(f"{self.folder}: {shard.file} holds other tensors than {FILE} says: {REMAKE}")
-            found = {name: tensors[name].reshape(shard.rows, -1).view(torch.uint8).numpy() for name in columns}
+            shard, tensors = self.index.shards[number], self.tensors(number)
+            found = {name: x.reshape(shard.rows, -1).view(torch.uint8).numpy() for name, x in tensors.items()}
             return found if mapped else {name: rows.copy() for name, rows in found.items()}
 
         return loaded
+
+    def tensors(self, number: int) -> dict[str, Tensor]:
+        """A shard's columns, mapped. Raises UserError where they are not as the index says."""
+        shard, columns = self.index.shards[number], self.index.columns
+        found = load(self.folder / shard.file)
+        if not all(column.fits(found, name, shard.rows) for name, column in columns.items()):
+            raise UserError(f"{self.folder}: {shard.file} holds other tensors than {FILE} says: {self.index.remake}")
+        return {name: found[name] for name in columns}
 
 
 def read(folder: Path, kind: type[K]) -> K | None:
     """What index.json says, or None where there is none. Raises UserError if it is damaged."""
     file = folder / FILE
+    tree = read_json(file, ELSEWHERE) if file.is_file() else None
     try:
-        return kind.model_validate(read_json(file, ELSEWHERE)) if file.is_file() else None
-    except ValidationError as error:
+        found = None if tree is None else kind.model_validate(tree)
+        if found and found.inputs != found.inputs_digest():
+            raise ValueError("its inputs have another hash")
+    except ValueError as error:  # pydantic's, too
         why = " ".join(str(error).split())
         raise UserError(f"{file} is damaged, or another version wrote it ({why}): {ELSEWHERE}") from error
+    return found
 
 
-def require(folder: Path, index: Index) -> None:
-    """Raise UserError where a shard is not there, or of another size."""
-    if faults := [f"{shard.file} {fault}" for shard in index.shards if (fault := shard.fault(folder, deep=False))]:
-        raise UserError(f"{folder}: {'; '.join(faults)}: {REMAKE}")
+def read_whole(folder: Path, kind: type[K], missing: str) -> K:
+    """What index.json says of a whole table.
+
+    Raises UserError where there is none, with the words `missing`; it is unfinished; or a shard is not there, or of
+    another size.
+    """
+    found = read(folder, kind)
+    if not found or not found.shards:
+        unfinished = "is unfinished: start the same dumo encode again, and it goes on where it stopped"
+        raise UserError(f"{folder} {unfinished if found else missing}")
+    require(folder, found)
+    return found
+
+
+def require(folder: Path, index: Index, *, deep: bool = False) -> None:
+    """Raise UserError where a shard is not there, or of another size; `deep`: or has another checksum."""
+    if faults := [f"{shard.file} {fault}" for shard in index.shards if (fault := shard.fault(folder, deep=deep))]:
+        raise UserError(f"{folder}: {'; '.join(faults)}: {index.remake}")
+
+
+def share(rows: int, shard_rows: int, rank: int, world: int) -> int:
+    """How many rows of a source are in the shards that a rank makes."""
+    return sum(min(shard_rows, rows - first) for first in range(rank * shard_rows, rows, world * shard_rows))
 
 
 def make(
@@ -198,9 +240,10 @@ def make(
 ) -> Done:
     """Make those of this rank's shards that are not there, or damaged.
 
-    `shard` gives the tensors of a number, and tells how many rows of the source are behind it. `others` are other files
-    of the folder, by name. Raises UserError where the folder holds something else or the disk is full, OSError where
-    nothing can be written, and as `shard`; the shards that stand are kept.
+    `shard` gives the tensors of a number, and calls back with the number of rows of the source that it has read.
+    `others` are other files of the folder, by name. Raises UserError where the folder holds something else, the disk is
+    full, or a shard has changed and is not to be repaired; OSError where nothing can be written; and as `shard`.
+    Finished shards are kept.
     """
     files.check_writable(folder)
     claim(folder, index, rank)
@@ -210,6 +253,8 @@ def make(
     for number in range(rank, index.count, world):
         note, title = notes.get(number), stem(number)
         if note and (fault := note.fault(folder, deep=True)):
+            if not index.repaired and (folder / note.file).exists():
+                raise UserError(f"{folder}: {note.file} {fault}: {index.remake}")
             damaged.append(f"{note.file} {fault}")
             note, title = None, f"{damaged[-1]}, made again"
         if note is None:
@@ -232,9 +277,8 @@ def claim(folder: Path, index: Index, rank: int) -> None:
     if there is None:
         taken = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
         if taken and not (folder / FILE).exists():  # not where another rank has begun meanwhile
-            raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder")
-        inputs = digest.of_bytes(json.dumps(new, sort_keys=True).encode())
-        write(folder / FILE, dump(index.model_copy(update={"inputs": inputs})), rank)
+            raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder, or remove this one")
+        write(folder / FILE, dump(index.model_copy(update={"inputs": index.inputs_digest()})), rank)
         return
     old = there.binding()
     if lines := [f"{key}: {old[key]} there, {new[key]} now" for key in new if old.get(key) != new[key]]:

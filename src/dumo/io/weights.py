@@ -1,6 +1,6 @@
 """Files of weights: safetensors only, whole, and the ones that were meant; or folders of shards (`dumo.io.shards`).
 
-No pickle is read, for one can run whatever code it likes when it is opened.
+No pickle is read: opening one can run any code.
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -35,10 +35,9 @@ def open_safetensors(file: Path, hint: str = "", *, convert: bool = True) -> Gen
         with safe_open(file, "pt") as found:
             yield found
     except SafetensorError as error:
-        if _is_pickle(file):
-            raise UserError(_refusal(file, hint, convert)) from error
         way = f"{ANOTHER}. {hint}" if hint else ANOTHER
-        raise UserError(f"{file} is damaged or is not safetensors ({brief(error)}): {way}") from error
+        damaged = f"{file} is damaged or is not safetensors ({brief(error)}): {way}"
+        raise UserError(_refusal(file, hint, convert) if _is_pickle(file) else damaged) from error
 
 
 def read(file: Path, hint: str = "", *, convert: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -108,7 +107,7 @@ def notes(place: Path) -> dict[str, str]:
         return found.metadata() or {}
 
 
-def checked(file: Path, hint: str) -> str:
+def whole_digest(file: Path, hint: str) -> str:
     """The SHA-256 of a whole safetensors file, in hexadecimal. Raises as `open_safetensors`."""
     with open_safetensors(file, hint):
         return digest.of_file(file)
@@ -118,21 +117,21 @@ def compare(
     file: Path,
     found: Mapping[str, Tensor],
     wanted: Mapping[str, Tensor],
-    whose: str,
+    owner: str,
     way_out: str,
     *,
     dtypes: bool = True,
 ) -> None:
-    """Raise UserError, naming the first that differs, unless both have the same names, shapes and, if asked, dtypes.
+    """Raise UserError, naming the first that differs, unless both have the same names, shapes and, if `dtypes`, dtypes.
 
-    `found` are a file's tensors, `wanted` those of the net.
+    `found` are a file's tensors, `wanted` those of the net, `owner` what to call it.
     """
     names = sorted(found.keys() | wanted.keys())
     pairs = {name: [_described(tensors.get(name), dtypes) for tensors in (found, wanted)] for name in names}
     if odd := [name for name, (has, needs) in pairs.items() if has != needs]:
         has, needs = pairs[odd[0]]
         more = f" ({len(odd)} such names)" if len(odd) > 1 else ""
-        raise UserError(f"{file}: {odd[0]} is {has} in the file, {needs} in {whose}{more}: {way_out}")
+        raise UserError(f"{file}: {odd[0]} is {has} in the file, {needs} in {owner}{more}: {way_out}")
 
 
 def conversion(file: str, out: str) -> str:

@@ -23,7 +23,7 @@ else:
 DEPTH = 64  # lists and mappings inside one another; a run has 8
 DIGITS = 400  # characters of a number; a double needs 24, and 308 digits before the point at most
 ROOM = 100_000  # characters that a text may come to by its aliases, and four times its own
-SHORT = 100_000  # characters that the Python reader, which is slow, is asked to look at
+SHORT = 100_000  # characters that the Python reader, which is slow, looks at
 TAG = "tag:yaml.org,2002:"
 EXPONENT = re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$")  # without a point or a sign it is text in 1.1
 

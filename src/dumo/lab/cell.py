@@ -18,7 +18,7 @@ from dumo.lab.plan import Cell
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import Pretrained
 from dumo.objectives import Objective
-from dumo.run import encode, text
+from dumo.run import encode
 from dumo.run.config.resolve import resolve
 from dumo.run.evaluation import card
 from dumo.run.evaluation.evaluate import evaluate, standing
@@ -52,7 +52,7 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
             if isinstance(data, Latents):
                 encode.ensure(data, device=device, bar=bar)
         for cell in ready:
-            text.make_tokens(cell.spec)
+            encode.make_tokens(cell.spec)
         ready = [replace(cell, spec=resolve(cell.spec)) for cell in ready]
         if jobs > 1:
             finish_apart(ready, folder, jobs=jobs, device=device, bar=bar)

@@ -63,7 +63,7 @@ def serve(work: Callable[[T], object], pipe: Connection, threads: int) -> None:
     """Do what comes, and report how it ended, until the pipe ends or a signal comes."""
     torch.set_num_threads(threads)
     with suppress(EOFError, OSError, KeyboardInterrupt), signals.listening(child=True):
-        while signals.asked() is None:
+        while signals.poll() is None:
             if not pipe.poll(POLL):
                 continue
             piece = pipe.recv()

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from dumo.data import Data
-from dumo.encoders import digits
-from dumo.evaluation.cifar10 import features_of
+from dumo.encoders.classifier import digits
 from dumo.evaluation.distance import Moments, frechet_distance
+from dumo.evaluation.shipped import features_of
 from dumo.flow.generate import labels
 from dumo.io import picture, weights
 from dumo.lab import chart

@@ -17,7 +17,7 @@ from dumo.lab.plan import Plan
 from dumo.lab.table import Row, averaged, main_score
 from dumo.run import gallery
 from dumo.run.evaluation.evaluate import evaluator_of, row
-from dumo.run.plan import show
+from dumo.run.plan import plan as counts
 from dumo.runtime.progress import no_bar
 
 JUDGED = (1, 2, 50)  # passes of Fig. 5: few, and as many as the velocity needs
@@ -27,7 +27,7 @@ FAR = 3.0  # times the first arm's distance, beyond which the zoo says why
 
 def far(one: Result) -> Row:
     """P(t - r > 0.9), the share of rows where one-step sampling is taught, as a column."""
-    return {"far": round(show.far(one.cell.spec), 6)}
+    return {"far": round(counts.far(one.cell.spec.objective), 6)}
 
 
 def fig3_table(plan: Plan, results: list[Result]) -> list[Row]:

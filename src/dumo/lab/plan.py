@@ -90,7 +90,7 @@ class Cost:
     def pairs(self) -> float:
         """Forward units, each of a batch, in which a teacher makes pairs of noise and data before the training."""
         found = self.run.teacher and self.run.teacher.pairs
-        points = self.run.objective.needs.points
+        points = self.run.objective.needs.teacher.points
         return found.count * found.passes(points) / self.run.train.batch if found else 0.0
 
     def _once(self, name: str, count: Callable[[], float]) -> float:

@@ -22,10 +22,10 @@ from dumo.run.config.load import FILE, load, parse
 from dumo.run.config.resolve import found_data, resolve
 from dumo.run.plan import machine
 from dumo.runtime import dist, signals
-from dumo.runtime.prefetch import BATCHES, Ahead
+from dumo.runtime.prefetch import BATCHES, Prefetch
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.types import Spec, UserError
-from dumo.types.rows import sent
+from dumo.types.rows import to_device
 
 WARM = BATCHES + 1  # batches before the first that counts
 SHARE_OF_PEAK = 0.4  # that a step is expected to reach: ours. Larger nets reach more, so it errs to the safe side
@@ -113,11 +113,11 @@ def measure(
 def speed(source: Source, batch: int, steps: range, device: torch.device, tick: Tick) -> float:
     """Images per second over these steps, the first `WARM` of them not counted."""
     began = 0.0
-    with Ahead(lambda step: source.batch(step, batch, 0), last=steps.stop + BATCHES, depth=BATCHES) as take:
+    with Prefetch(lambda step: source.batch(step, batch, 0), last=steps.stop + BATCHES, depth=BATCHES) as take:
         for step in steps:
             signals.check()
             for part in take(step):
-                sent(part, device)
+                to_device(part, device)
             if step == steps[WARM - 1]:
                 began = machine.now(device)
             tick(step + 1, "")

@@ -25,7 +25,7 @@ from dumo.objectives import Objective as AnyObjective
 from dumo.run.config.error import nearest
 from dumo.run.config.spec import Run
 from dumo.run.plan import cost, machine
-from dumo.run.plan.count import Bytes
+from dumo.run.plan.cost import Bytes
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import random_batch
@@ -275,7 +275,7 @@ class Plain(Spec):
     def needs(self) -> Needs:
         """The net of the other objective."""
         its: Needs = self.of.needs
-        return Needs(its.inputs, its.heads, its.gauges, its.knobs, its.paths, its.own)
+        return Needs(its.inputs, its.heads, its.gauges, its.knobs, its.own, formulas=its.formulas)
 
     @property
     def times(self) -> TimeLaw:

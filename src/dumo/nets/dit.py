@@ -7,17 +7,16 @@ after them turn that into the step to r. One embedding serves both times, so at 
 alone, and can start as a trained one.
 """
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, model_serializer
-from torch import Tensor, nn
+from torch import Tensor, cat, equal, nn
 from torch.nn import functional as F
 
-from dumo.nets.block import Block, Sizes, Stream, modulated, normalize, run
-from dumo.nets.embed import Own, Scalars, grid_waves, label_table, turns
-from dumo.nets.head import Gauges
-from dumo.nets.magnitude import Magnitude, Preserving, Unit, shorten
+from dumo.nets.block import Block, Magnitude, Preserving, Sizes, Stream, Unit, modulated, normalize, run, shorten
+from dumo.nets.embed import Gauges, Own, Scalars, grid_waves, label_table, turns
 from dumo.nets.precondition import Precondition, framed
 from dumo.nets.text import Text
 from dumo.nets.textblock import Cross, TextEmbedder
@@ -41,7 +40,7 @@ class DiT(Spec):
     precondition: Precondition = "none"  # of the layers' input and output; linear path only
     modern: bool = False  # RMS norms, query and key norms, SwiGLU, rotary positions: LightningDiT (`dumo.nets.block`)
     qk_norm: bool = False  # query and key norms alone, as SD3: for long texts
-    # preserved: inputs and outputs of a block's layers have mean square 1 (`dumo.nets.magnitude`)
+    # preserved: inputs and outputs of a block's layers have mean square 1 (`dumo.nets.block`)
     magnitude: Magnitude = Field(default="free", exclude_if=lambda magnitude: magnitude == "free")
     # the blocks after this many, and the heads, get r for t; None: all of them get both, as a sum
     late: int | None = Field(default=None, ge=1, le=BLOCKS, exclude_if=lambda late: late is None)
@@ -202,3 +201,81 @@ class Transformer(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
         self.after_step()
+
+
+NAMES = {  # of facebookresearch/DiT and willisma/SiT, models.py
+    r"x_embedder\.proj\.": "embed.",
+    r"pos_embed$": "positions",
+    r"t_embedder\.mlp\.": "scalars.embedders.t.",
+    r"y_embedder\.embedding_table\.": "label.",
+    r"blocks\.(\d+)\.adaLN_modulation\.1\.": r"blocks.\1.modulation.",
+    r"blocks\.(\d+)\.attn\.qkv\.": r"blocks.\1.qkv.",
+    r"blocks\.(\d+)\.attn\.proj\.": r"blocks.\1.out.",
+    r"blocks\.(\d+)\.mlp\.fc1\.": r"blocks.\1.up.",
+    r"blocks\.(\d+)\.mlp\.fc2\.": r"blocks.\1.down.",
+    r"final_layer\.adaLN_modulation\.1\.": "heads.v.modulation.",
+    r"final_layer\.linear\.": "heads.v.out.",
+}
+DIFFUSERS = {  # names of its DiTTransformer2DModel, to the authors'
+    r"pos_embed\.proj\.": "x_embedder.proj.",
+    r"transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_1\.": "t_embedder.mlp.0.",
+    r"transformer_blocks\.0\.norm1\.emb\.timestep_embedder\.linear_2\.": "t_embedder.mlp.2.",
+    r"transformer_blocks\.0\.norm1\.emb\.class_embedder\.": "y_embedder.",
+    r"transformer_blocks\.(\d+)\.norm1\.linear\.": r"blocks.\1.adaLN_modulation.1.",
+    r"transformer_blocks\.(\d+)\.attn1\.qkv\.": r"blocks.\1.attn.qkv.",
+    r"transformer_blocks\.(\d+)\.attn1\.to_out\.0\.": r"blocks.\1.attn.proj.",
+    r"transformer_blocks\.(\d+)\.ff\.net\.0\.proj\.": r"blocks.\1.mlp.fc1.",
+    r"transformer_blocks\.(\d+)\.ff\.net\.2\.": r"blocks.\1.mlp.fc2.",
+    r"proj_out_1\.": "final_layer.adaLN_modulation.1.",
+    r"proj_out_2\.": "final_layer.linear.",
+}
+UNUSED = "projectors."  # of REPA: for its training loss alone
+
+
+def our_name(name: str, names: Mapping[str, str] = NAMES) -> str | None:
+    """Our name for a published one; None: our net has no such layer."""
+    found = [re.sub(pattern, ours, name) for pattern, ours in names.items() if re.match(pattern, name)]
+    return found[0] if found else None
+
+
+def of_diffusers(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A DiT as diffusers saves it, under its authors' names. Every block holds embeddings there, equal to the first's.
+
+    Raises UserError where they differ.
+    """
+    for name, tensor in found.items():
+        first = re.sub(r"^transformer_blocks\.\d+\.norm1\.emb\.", "transformer_blocks.0.norm1.emb.", name)
+        if not equal(tensor, found[first]):
+            raise UserError(f"start.source: {name} is not {first}, and a DiT embeds once: take another one")
+    joined = dict(found)
+    for name in [name for name in found if ".attn1.to_q." in name]:
+        parts = [joined.pop(name.replace("to_q", part)) for part in ("to_q", "to_k", "to_v")]
+        joined[name.replace("to_q", "qkv")] = cat(parts)
+    return {theirs: tensor for name, tensor in joined.items() if (theirs := our_name(name, DIFFUSERS))}
+
+
+def converted(found: Mapping[str, Tensor], net: Transformer) -> dict[str, Tensor]:
+    """The weights of a published SiT (Ma et al. 2024) or DiT under our names, for a net of time scale 1.
+
+    From names that `our_name` knows. The trunks are the same function: patches, sinusoids, order of queries, keys and
+    values, modulations. The weights absorb three differences:
+
+    - SiT counts time from noise to data, s = 1 - t, and outputs dx/ds, so v(x_t, t) = -F(x_t, 1 - t). The sign goes
+      into the last layer, and the time into the first layer of its embedding, by
+      cos w(1 - t) = cos w cos wt + sin w sin wt,  sin w(1 - t) = sin w cos wt - cos w sin wt.
+      REPA (Yu et al. 2025), whose files have the same names, counts time as we do.
+    - The outputs of a patch have the order row, column, channel; here it is channel, row, column.
+    - A learned sigma is the second half of the output channels; SiT's own forward pass drops it, and so do we.
+    """
+    state = {ours: tensor for name, tensor in found.items() if (ours := our_name(name))}
+    state["embed.weight"] = state["embed.weight"].flatten(1)
+    state["positions"] = state["positions"].squeeze(0) if "positions" in state else net.positions  # fixed sinusoids
+    channels = net.embed.in_features // net.patch**2
+    for name in ("heads.v.out.weight", "heads.v.out.bias"):
+        rows = state[name].unflatten(0, (net.patch, net.patch, -1))[:, :, :channels].movedim(2, 0).flatten(0, 2)
+        state[name] = -rows
+    first = "scalars.embedders.t.0.weight"
+    of_cos, of_sin = state[first].double().chunk(2, 1)
+    cos, sin = (w := net.scalars.frequencies.double().to(of_cos.device)).cos(), w.sin()
+    state[first] = cat([of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos], 1).to(state[first])
+    return state

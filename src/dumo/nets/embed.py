@@ -122,3 +122,19 @@ def turn(a: Array, cos: Array, sin: Array) -> Array:
     """Turn a (b, heads, tokens, size) by the tables of `turns`: number i and number i + size / 2 are a pair."""
     one, other = a.chunk(2, -1)
     return torch.cat([one * cos - other * sin, other * cos + one * sin], -1).to(a.dtype)
+
+
+class Gauges(nn.Module):
+    """One learned number per row and gauge, from times and knobs alone; zero at the start (ours)."""
+
+    def __init__(self, needs: Needs, width: int, time_scale: float) -> None:
+        """One linear layer over an embedding of its own, so the trunk stays as it is without gauges."""
+        super().__init__()
+        self.embed = Scalars(needs.shared, width, time_scale)
+        self.out = nn.Linear(width, len(needs.gauges))
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, **inputs: Time) -> tuple[Array, ...]:
+        """Return one (b,) tensor per gauge."""
+        return self.out(self.embed(**inputs)).unbind(1)

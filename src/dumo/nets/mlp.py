@@ -7,8 +7,7 @@ from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from dumo.nets.embed import Own, Scalars, label_table
-from dumo.nets.head import Gauges
+from dumo.nets.embed import Gauges, Own, Scalars, label_table
 from dumo.nets.precondition import Precondition
 from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time

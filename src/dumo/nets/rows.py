@@ -38,7 +38,7 @@ class Texts(nn.Module, ABC):
     def __init__(self) -> None:
         """Without prompts."""
         super().__init__()
-        self.prompts: dict[str, int] = {}  # the numbers of prompts; their owner is the caller of `append`
+        self.prompts: dict[str, int] = {}  # the numbers of prompts; the caller of `append` keeps them
 
     @abstractmethod
     def forward(self, c: Cond) -> TextRows:
@@ -126,20 +126,23 @@ class TextFile(Spec):
 
 def require(file: Path, found: dict[str, Tensor]) -> None:
     """Raise UserError where the tensors of a file do not fit one another, or a row has no token."""
-    if "tokens" not in found:
-        raise UserError(f"net.texts: {file} has no tokens. {HINT}")
-    shape = tuple(found["tokens"].shape)
+    shape = tuple(found["tokens"].shape) if "tokens" in found else None
     fits: dict[str, Callable[[Tensor], bool]] = {
         "tokens": lambda x: x.ndim == 3,
-        "mask": lambda x: x.shape == shape[:2],
-        "pooled": lambda x: x.ndim == 2 and len(x) == shape[0],
+        "mask": lambda x: bool(shape) and x.shape == shape[:2],
+        "pooled": lambda x: bool(shape) and x.ndim == 2 and len(x) == shape[0],
     }
-    for name, fit in fits.items():
-        if name in found and not fit(found[name]):
-            raise UserError(f"net.texts: {file} has {name} {tuple(found[name].shape)} with tokens {shape}. {HINT}")
-    if "mask" in found and not bool((there := found["mask"].bool().any(1)).all()):
+    odd = next((name for name, fit in fits.items() if name in found and not fit(found[name])), None)
+    if shape is None:
+        wrong = "no tokens"
+    elif odd:
+        wrong = f"{odd} {tuple(found[odd].shape)} with tokens {shape}"
+    elif "mask" in found and not bool((there := found["mask"].bool().any(1)).all()):
         row = int(there.logical_not().nonzero()[0])
-        raise UserError(f"net.texts: {file} has no token in row {row}: an empty text has one, that of its end. {HINT}")
+        wrong = f"no token in row {row}: an empty text has one, that of its end"
+    else:
+        return
+    raise UserError(f"net.texts: {file} has {wrong}. {HINT}")
 
 
 def codes(classes: int, width: int, pooled: int) -> Rows:

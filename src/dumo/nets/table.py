@@ -48,7 +48,7 @@ class Tabled(Spec):
         return self
 
     def table(self, captions: int) -> Table:
-        """The folder, opened. Raises UserError where there is no table, or one of other captions or another encoder."""
+        """The table in the folder. Raises UserError where there is none, or it is of other captions or encoders."""
         found = open_table(self.folder)
         require(found, self.by, captions, self.identity)
         return found
@@ -135,7 +135,10 @@ class TextTable(Tabled):
 
 
 class Mapped(Texts):
-    """Rows of a table on disk, mapped: read, padded and sent to the net's device at every pass."""
+    """Rows of a table on disk, mapped: read, padded and sent to the net's device at every pass.
+
+    Raises UserError for a shard that has changed, from the beginning or from a pass (`dumo.io.audit`).
+    """
 
     like: Tensor  # its device and type are those of the rows
 
@@ -146,10 +149,12 @@ class Mapped(Texts):
         self.width, self.length, self.pooled_width = spec.width, spec.encoder.length, spec.pooled
         self.table, self.masked = found, not spec.encoder.pad
         self.spec = spec
+        self.table.audit.require()
         self.added: Rows | None = None
 
     def forward(self, c: Cond) -> TextRows:
         """The rows of c (b,). Waits for the device of c."""
+        self.table.audit.require()
         numbers: list[int] = c.tolist()
         tokens, mask, pooled = self.table.padded([min(row, len(self.table) - 1) for row in numbers])
         parts: list[Tensor | None] = [tokens, mask if self.masked else None, pooled]
@@ -166,7 +171,7 @@ class Mapped(Texts):
         return tokens, mask, pooled
 
     def append(self, texts: Sequence[str]) -> int:
-        """Only prompts are held in memory. Raises as `Texts.append`."""
+        """Only prompts are kept in memory. Raises as `Texts.append`."""
         if self.added is None:
             tokens, mask, pooled = self.table.padded([])
             read = self.spec.reader(self.table, self.like.device)

@@ -14,14 +14,14 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dumo.encoders.texttable import FILE
-from dumo.encoders.tokens import EXTRA, SPACE, VOCABULARY, Tokenizer
+from dumo.encoders.tokens import SPACE, VOCABULARY, Tokenizer, transformers
 from dumo.flow import dropout
+from dumo.io.table import FILE
 from dumo.nets.rows import Rows, TextFile, TextRows, Texts
 from dumo.nets.table import Tabled, TextTable
 from dumo.runtime.bound import BLOCKS, CHANNELS
 from dumo.runtime.random import stream
-from dumo.types import Cond, Spec, UserError
+from dumo.types import Cond, Spec
 
 ATTENTION = 4  # attention heads: ours
 WIDER = 4  # the perceptron's width over the net's (Raffel et al. 2020)
@@ -94,11 +94,8 @@ def words(ids: Int[Tensor, "b l"]) -> Int64[Tensor, "b l"]:
 
 def encoder(spec: Learned) -> Any:  # noqa: ANN401, a model of transformers
     """The T5 encoder, its weights drawn from torch's generator. It has no dropout, which would draw from it as well."""
-    try:
-        from transformers import T5Config, T5EncoderModel  # slow to import, and an extra
-    except ImportError as error:
-        raise UserError(f"net.texts.kind learned {EXTRA}") from error
-    config = T5Config(
+    known = transformers("net.texts.kind learned")
+    config = known.T5Config(
         vocab_size=VOCABULARY,
         d_model=spec.width,
         d_kv=spec.width // ATTENTION,
@@ -107,7 +104,7 @@ def encoder(spec: Learned) -> Any:  # noqa: ANN401, a model of transformers
         num_heads=ATTENTION,
         dropout_rate=0.0,
     )
-    return T5EncoderModel(config).encoder
+    return known.T5EncoderModel(config).encoder
 
 
 Text = Annotated[Learned | TextFile | TextTable, Field(discriminator="kind")]

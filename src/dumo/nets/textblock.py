@@ -59,7 +59,7 @@ class Keys(nn.Module):
 
 
 class Cross(Stream):
-    """A block whose image attends to a text as well, between its self-attention and its perceptron."""
+    """A block in which the image attends to a text as well, between self-attention and perceptron."""
 
     def __init__(self, sizes: Sizes) -> None:
         """For a net of these sizes."""

@@ -20,8 +20,7 @@ from torch.nn import functional as F
 
 from dumo.flow import dropout
 from dumo.flow.dropout import Keys, drop
-from dumo.nets.embed import Own, Scalars, label_table
-from dumo.nets.head import Gauges
+from dumo.nets.embed import Gauges, Own, Scalars, label_table
 from dumo.nets.precondition import Precondition
 from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError

@@ -21,8 +21,7 @@ from pydantic import Field, model_validator
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive, clipped_share
-from dumo.flow.secant import back, demand
-from dumo.flow.slope import JvpSlope, Slope
+from dumo.flow.slope import JvpSlope, Slope, back, demand
 from dumo.flow.times import LogitNormal, Pair, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
 

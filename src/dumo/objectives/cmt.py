@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from dumo.flow.reading import mean_velocity
 from dumo.flow.times import Grid
 from dumo.objectives.dumo import DuMo
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.types import FromTeacher, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
 
 
 class CMT(Spec):
@@ -40,8 +40,8 @@ class CMT(Spec):
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
         if self.of == "meanflow":
-            return Needs(inputs=("t", "r"), heads=("u",), points=self.times.steps, teachable=False)
-        return Needs(inputs=("t",), heads=("v", "u"), points=self.times.steps)
+            return Needs(inputs=("t", "r"), heads=("u",), teacher=FromTeacher("no", self.times.steps))
+        return Needs(inputs=("t",), heads=("v", "u"), teacher=FromTeacher(points=self.times.steps))
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Its loss of MF in mean squares; of both heads as DuMo weighs them."""

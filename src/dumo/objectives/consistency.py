@@ -25,13 +25,12 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 
-from dumo.flow.law import DEVIATION, ROOTS, karras, root
 from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
-from dumo.flow.secant import demand
-from dumo.flow.times import LogitNormal, Times
+from dumo.flow.slope import demand
+from dumo.flow.times import DEVIATION, ROOTS, LogitNormal, Times, karras, root
 from dumo.runtime.bound import FACTOR, STEPS
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Spec, Terms, Time, frozen, lift, mean_square
+from dumo.types import Formulas, Frozen, Needs, Net, Noised, Reads, Spec, Terms, Time, frozen, lift, mean_square
 
 BOUNDARY = 0.3  # TCM
 LOG_NORMAL = LogitNormal(mean=-1.1 + log(2), std=2.0)  # sigma = exp(N(-1.1, 4)) on data of standard deviation 0.5
@@ -116,7 +115,7 @@ class Consistency(Spec):
         """Rounding is multiplied by r / (t - r), 1 / (1 - t) times sigma_r / (sigma_t - sigma_r): without bound."""
         ref = 0.99 if not self.weighted and self.soft is None else None  # CM's goes from 0.9 to 0.9986; ours
         ref = 1.0 if self.low else ref  # the first stage
-        return Needs(inputs=("t",), heads=("u",), amplifies=inf, unit=True, ref=ref)
+        return Needs(inputs=("t",), heads=("u",), amplifies=inf, formulas=Formulas(unit=True), ref=ref)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass with gradients, one without. At t = r, which is at t = 0 and 1 only, a row weighs nothing.

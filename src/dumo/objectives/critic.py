@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from dumo.autodiff.dual import pair, primal, recorded
+from dumo.autodiff.dual import pair, primal
 from dumo.flow import dropout
-from dumo.flow.law import Noise
+from dumo.flow.draw import Noise
 from dumo.flow.slope import rate_of
 from dumo.objectives.pull import Pull
 from dumo.types import Array, Needs, Net, Noised, PerSample, Sample, Terms, lift
@@ -55,8 +55,8 @@ class Critic(Pull):
     def steepness(self, net: Net, b: Noised, x: Sample) -> tuple[PerSample, PerSample]:
         """D, and its slope along noise, whose square is |dD/dx|^2 in the mean: of a quarter of the rows, for all."""
         some = b[::EVERY]
-        with dropout.rows(range(0, len(x), EVERY)), recorded():
-            head = net(pair(x[::EVERY], some.drawn["d.e"].to(x)), some.c, t=0 * some.t)[2]
+        with dropout.rows(range(0, len(x), EVERY)):
+            head = net(pair(x[::EVERY], some.drawn["d.e"].to(x), recorded=True), some.c, t=0 * some.t)[2]
         d, slope = logit(primal(head)), logit(rate_of(head))
         return d.repeat_interleave(EVERY), slope.repeat_interleave(EVERY)
 

@@ -45,8 +45,8 @@ class Drift(Pull):
 
     @property
     def needs(self) -> Needs:
-        """As every pull; rows that belong together, and that the loss compares samples with data by their numbers."""
-        return replace(super().needs, group=self.size, trained_on="numbers")
+        """As every pull; rows that belong together."""
+        return replace(super().needs, group=self.size)
 
     def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
         """No pass. Raises ValueError where rows are no whole groups."""

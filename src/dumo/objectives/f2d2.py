@@ -16,13 +16,28 @@ from typing import Literal
 import torch
 from pydantic import Field, model_validator
 
-from dumo.flow.divergence import diagonal
-from dumo.flow.law import Signs
+from dumo.flow.draw import Signs
+from dumo.flow.likelihood import diagonal
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share
 from dumo.flow.slope import CentralSlope, Slope
 from dumo.flow.times import Jumps, Times
-from dumo.types import Cond, Frozen, Needs, Net, Noised, PerSample, Reads, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.types import (
+    Cond,
+    Formulas,
+    Frozen,
+    Needs,
+    Net,
+    Noised,
+    PerSample,
+    Reads,
+    Sample,
+    Spec,
+    Terms,
+    Time,
+    lift,
+    mean_square,
+)
 
 V, U, G = 0.55, 0.35, 0.1  # weights; ours
 
@@ -39,7 +54,7 @@ class F2D2(Spec):
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes; one draw of signs a row, as the authors' code."""
         own, laws = {"u": ("r",), "g": ("r",)}, {"probe": Signs()}
-        return Needs(heads=("v", "u", "g"), own=own, laws=laws, slope=self.slope, climbs=True)
+        return Needs(heads=("v", "u", "g"), own=own, laws=laws, slope=self.slope, formulas=Formulas(climbs=True))
 
     @model_validator(mode="after")
     def _climbs(self) -> "F2D2":

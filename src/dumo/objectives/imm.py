@@ -26,7 +26,21 @@ from torch import Tensor
 
 from dumo.flow.reading import mean_velocity
 from dumo.flow.times import Below, Groups, Uniform
-from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Spec, Terms, Time, UserError, lift
+from dumo.types import (
+    Formulas,
+    FromTeacher,
+    Frozen,
+    Needs,
+    Net,
+    Noised,
+    PerSample,
+    Reads,
+    Spec,
+    Terms,
+    Time,
+    UserError,
+    lift,
+)
 
 NEAREST = 1e-4  # q is at least so far below t, if r is
 
@@ -44,7 +58,7 @@ class IMM(Spec):
     @property
     def needs(self) -> Needs:
         """What the net takes and gives; there is no velocity in the loss. Its constants are for deviation 1."""
-        return Needs(inputs=("t", "r"), heads=("u",), teachable=False, unit=True)
+        return Needs(inputs=("t", "r"), heads=("u",), teacher=FromTeacher("no"), formulas=Formulas(unit=True))
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass with gradients, one without; every row has its group's loss.

@@ -15,8 +15,9 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from dumo.flow.law import Noise, Uniform
+from dumo.flow.draw import Noise
 from dumo.flow.residual import descending
+from dumo.flow.times import Uniform
 from dumo.objectives.pull import Pull
 from dumo.types import Needs, Net, Noised, PerSample, Sample, Terms, mean_square
 

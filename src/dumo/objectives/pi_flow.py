@@ -30,7 +30,21 @@ import torch
 from pydantic import Field
 
 from dumo.flow.times import Grid, Uniform
-from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.types import (
+    Cond,
+    FromTeacher,
+    Frozen,
+    Needs,
+    Net,
+    Noised,
+    Reads,
+    Sample,
+    Spec,
+    Terms,
+    Time,
+    lift,
+    mean_square,
+)
 
 LEAST = 1e-4  # of a time that is divided by (their code)
 
@@ -82,7 +96,7 @@ class PiFlow(Spec):
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
         laws = {"early": self.early, "late": self.late}
-        return Needs(heads=tuple(f"d{i}" for i in range(self.guesses)), laws=laws, taught=True)
+        return Needs(heads=tuple(f"d{i}" for i in range(self.guesses)), laws=laws, teacher=FromTeacher("must"))
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass. Two states as theirs, and the source itself, at which the record has V already (ours)."""

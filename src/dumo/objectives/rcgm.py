@@ -17,7 +17,7 @@ from pydantic import Field
 from dumo.flow.guide import Guide
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import clipped_share
-from dumo.flow.secant import demand
+from dumo.flow.slope import demand
 from dumo.flow.times import Below, Times, Uniform
 from dumo.runtime.bound import BLOCKS
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square

@@ -25,7 +25,7 @@ from pydantic import Field
 
 from dumo.flow.slope import JvpSlope, Slope
 from dumo.flow.times import Arctan, Times
-from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
+from dumo.types import Cond, Formulas, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, lift, mean_square
 
 EDGE = 1e-4  # radians from both ends of the path where 1 / tan(theta) is held; of FastGen's `sCM.py`, at pi / 2
 
@@ -45,7 +45,8 @@ class SCT(Spec):
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
         gauges = ("log_variance",) if self.weigh else ()
-        return Needs(inputs=("t",), heads=("f",), gauges=gauges, paths=("trig",), slope=self.slope, unit=True)
+        formulas = Formulas(paths=("trig",), unit=True)
+        return Needs(inputs=("t",), heads=("f",), gauges=gauges, formulas=formulas, slope=self.slope)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Its Alg. 1."""

@@ -31,7 +31,7 @@ class Shortcut(Spec):
     @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes; the average is `bootstrap_ema`'s of its code."""
-        return Needs(inputs=("t", "k"), heads=("u",), scale=self.scale, ref=0.999)
+        return Needs(inputs=("t", "k"), heads=("u",), guide=self.scale, ref=0.999)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """Mean squares on all rows; theta^- is an average of 0.999 in its code (`train.ref`)."""

@@ -18,7 +18,7 @@ from pydantic import Field
 from dumo.flow.guide import Guide
 from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive, clipped_share
-from dumo.flow.secant import back, demand
+from dumo.flow.slope import back, demand
 from dumo.flow.times import LogitNormal, Pair, Times
 from dumo.types import Cond, Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
 

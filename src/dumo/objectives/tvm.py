@@ -14,7 +14,6 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from dumo.autodiff import dual
 from dumo.autodiff import rule as rule  # without which a Dual can do nothing
 from dumo.autodiff.dual import pair, primal
 from dumo.flow import dropout
@@ -37,7 +36,7 @@ class TVM(Spec):
         """With guidance, beta = 1 / w is an input: 1 on rows without a label. s is drawn as r before it is cut off."""
         knobs = {"beta": 1 / self.scale} if self.scale != 1 else {}
         laws = {"s": LogitNormal(mean=-0.4)}
-        return Needs(inputs=("t", "r"), heads=("u",), knobs=knobs, laws=laws, scale=self.scale, ref=0.99)
+        return Needs(inputs=("t", "r"), heads=("u",), knobs=knobs, laws=laws, guide=self.scale, ref=0.99)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """The authors' `wrapper.py`; beta^2 keeps the size of a guided row's residual to that of others."""
@@ -70,6 +69,5 @@ def rated(net: Net, x: Sample, c: Cond, *, r: Time, **inputs: Time) -> tuple[Hea
     The pass costs about two, and so does its backward. Not by `torch.func.jvp`: reverse-mode around that is silently
     wrong through `F.layer_norm` (torch 2.13, pytorch #196700), and kernels of fused attention differentiate once.
     """
-    with dual.recorded():
-        heads = net(x, c, r=pair(r, torch.ones_like(r)), **inputs)
+    heads = net(x, c, r=pair(r, torch.ones_like(r), recorded=True), **inputs)
     return tuple(primal(head) for head in heads), tuple(rate_of(head) for head in heads)

@@ -16,9 +16,10 @@ from typing import ClassVar, Literal
 
 import torch
 
-from dumo.flow.law import Noise, Uniform
+from dumo.flow.draw import Noise
 from dumo.flow.residual import clipped_share, descending
-from dumo.flow.secant import demand
+from dumo.flow.slope import demand
+from dumo.flow.times import Uniform
 from dumo.objectives.rcgm import RCGM
 from dumo.types import Frozen, Needs, Net, Noised, Sample, Terms, frozen, mean_square
 

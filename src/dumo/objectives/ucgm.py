@@ -24,8 +24,7 @@ from pydantic import Field
 
 from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
-from dumo.flow.secant import demand
-from dumo.flow.slope import CentralSlope, Slope
+from dumo.flow.slope import CentralSlope, Slope, demand
 from dumo.flow.times import Beta, Times
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, frozen, lift, mean_square
 
@@ -51,7 +50,7 @@ class UCGM(Spec):
         """What the net takes and gives, at ratio 0 a velocity, and the loss takes."""
         derives, heads = self.ratio == 1, ("u",) if self.ratio else ("v",)
         amplifies = 0.0 if derives else self.ratio / (1 - self.ratio)
-        return Needs(("t",), heads, slope=self.slope, derives=derives, amplifies=amplifies)
+        return Needs(("t",), heads, slope=self.slope if derives else None, amplifies=amplifies)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`training_step` of `methods/unigen.py`. Raises UserError where a short step meets bf16."""

@@ -222,7 +222,7 @@ def serve(blocks: "gr.Blocks", opened: socket.socket, tell: Callable[[str], None
     if not server.started:
         raise RuntimeError("the server of the page did not start")
     tell(address(opened))
-    while signals.asked() is None and thread.is_alive():
+    while signals.poll() is None and thread.is_alive():
         time.sleep(WAIT)
     server.should_exit = True
     thread.join(GRACE + 2)

@@ -32,7 +32,7 @@ from dumo.run.evaluation.number import large, number
 from dumo.run.evaluation.score import judgement
 from dumo.run.folder import RunFolder
 from dumo.run.gallery import PASSES, readings, within
-from dumo.run.plan.show import show
+from dumo.run.plan.plan import show
 from dumo.run.prompt import names as names_of
 from dumo.run.prompt import prompted
 from dumo.run.sampler import Sampler

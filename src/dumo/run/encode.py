@@ -1,22 +1,25 @@
-"""Make the cache that a recipe trains on: where images, a codec and a folder meet.
+"""Make the folders that a recipe trains on: a cache of latents of images, and a table of encoded captions.
 
-By any number of ranks, which need not run at once; a killed one is started again, and the cache is the same to the last
-bit. What is damaged is found, named and made anew (see `dumo.data.cache`).
+Any number of ranks may share the work, and need not run at once; a killed one is started again, and the folder is the
+same to the last bit. What is damaged is named and made again (`dumo.io.table`).
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from math import ceil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dumo.data import Latents, cache
-from dumo.data.cache import Contents, Plan, read_contents
+from dumo.data import Data, Latents, Moons, cache
 from dumo.data.caption import Files
 from dumo.data.image import below
+from dumo.encoders import texttable
+from dumo.io import table
+from dumo.io.file import locked
 from dumo.io.read import brief, user_path
-from dumo.io.table import Done
-from dumo.run import text
+from dumo.io.table import Done, Index
+from dumo.nets import Net
+from dumo.nets.table import Tabled
+from dumo.nets.text import Learned
 from dumo.run.config.change import override
 from dumo.run.config.load import FILE, load, parse
 from dumo.run.config.resolve import resolve
@@ -26,6 +29,7 @@ from dumo.runtime.progress import Bar, no_bar
 from dumo.types import Spec, UserError
 
 LONG = 40  # characters of a part: ours
+SHARD_ROWS = 1024  # ours
 
 
 class Place(Spec):
@@ -35,25 +39,34 @@ class Place(Spec):
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """What this rank did, and what was in the folder when it was done."""
+class Made:
+    """What this rank did in a folder."""
 
     folder: Path
     done: Done
-    contents: Contents | None  # of a cache that is whole; None: other ranks have shards to make
+    kind: type[Index]
 
-    def now(self) -> "Encoded":
-        """The same, where other ranks may have finished since."""
-        there = self.contents or read_contents(self.folder)
-        return replace(self, contents=there if there and there.shards else None)
+    @property
+    def contents(self) -> Index | None:
+        """What is in the folder now; None: other ranks have shards to make."""
+        there = table.read(self.folder, self.kind)
+        return there if there and there.shards else None
+
+    def lines(self) -> Iterator[str]:
+        """What was done, in lines: what was damaged, and what is there."""
+        yield from (f"was damaged and is made again: {what}" for what in self.done.damaged)
+        if there := self.contents:
+            yield f"{self.folder}: {there.summary()}, {self.done.made} shards made now"
+        else:
+            yield f"{self.folder}: {self.done.made} shards made, {self.done.missing} are still to be made by others"
 
 
 @dataclass(frozen=True)
 class Work:
-    """What there is to encode: images, the captions of a run that reads a table of them, or both."""
+    """What there is to encode: the images of latents, the captions of data for a table of texts, or both."""
 
-    data: Latents | None
-    run: Run | None = None
+    data: Data
+    texts: Tabled | None = None
 
 
 def work_of(
@@ -67,13 +80,13 @@ def work_of(
     path = user_path(source, "the source")
     if not path.exists() or (path / FILE).exists() or path.suffix in (".yaml", ".yml"):
         run = resolve(load(source, sets))
-        data, reads = run.data if isinstance(run.data, Latents) else None, text.asked(run) is not None
-        if data is None and not reads:
+        texts = table_of(run.net)
+        if not isinstance(run.data, Latents) and texts is None:
             raise UserError(
                 f"{source} trains on data '{run.data.kind}', not on latents, and its net reads no captions: there is "
                 "nothing to encode"
             )
-        return Work(data, run if reads else None)
+        return Work(run.data, texts)
     if None in (out, codec, side):
         raise UserError(f"{source} holds images: say by which --codec, of how many pixels --side, and where to, OUT")
     tree: dict[str, Any] = {"data": {"kind": "latents", "images": {"root": source, "flip": True}}}
@@ -87,6 +100,16 @@ def settings(out: str | None, codec: str | None, side: int | None) -> list[str]:
     return [f"{name}={value}" for name, value in given.items() if value is not None]
 
 
+def part_of(text: str | None) -> tuple[int, int]:
+    """'2/8' as (2, 8); None: this process's rank and how many there are, as torchrun says. Raises UserError."""
+    if text is None:
+        return dist.launched()
+    k, _, n = text.partition("/")
+    if len(text) > LONG or not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
+        raise UserError(f"--part {brief(text)}: write K/N with K from 0 to N - 1, such as 0/8")
+    return int(k), int(n)
+
+
 def encode(
     data: Latents,
     *,
@@ -95,7 +118,7 @@ def encode(
     device: str = "auto",
     bar: Bar = no_bar,
     **options: object,
-) -> Encoded:
+) -> Made:
     """Make shards k, k + n, k + 2 n ... of the cache, `part` being (k, n), with mirrored images where data are flipped.
 
     `options` are fields of the `Plan`: store, dtype, shard_rows, seed. Raises UserError as opening the images or the
@@ -114,41 +137,70 @@ def encode(
         "captioned": numbered,
         "flips": images.flip,
     }
-    plan = parse(Plan, tree | options)
-    mine = range(rank, ceil(len(album) / plan.shard_rows), world)
-    total = sum(min(plan.shard_rows, len(album) - k * plan.shard_rows) for k in mine)
-    with bar(f"encoding {images.root}", total) as tick, below("data.images"):
+    plan = parse(cache.Plan, tree | options)
+    with bar(f"encoding {images.root}", table.share(len(album), plan.shard_rows, *part)) as tick, below("data.images"):
         captions = images.all_captions() if numbered else None
         done = cache.encode(
             album, opened, plan, data.folder, captions=captions, batch=batch, rank=rank, world=world, tick=tick
         )
-    return Encoded(data.folder, done, None if done.missing else read_contents(data.folder))
+    return Made(data.folder, done, cache.Contents)
 
 
 def ensure(data: Latents, *, device: str = "auto", bar: Bar = no_bar) -> None:
     """Make the cache if it is not there, or go on with it if it is not finished. Raises UserError as `encode` does."""
-    contents = read_contents(data.folder)
+    contents = cache.read_contents(data.folder)
     if contents is None or not contents.shards:
         encode(data, device=device, bar=bar)
 
 
-def part_of(text: str | None) -> tuple[int, int]:
-    """'2/8' as (2, 8); None: this process's rank and how many there are, as torchrun says. Raises UserError."""
-    if text is None:
-        return dist.launched()
-    k, _, n = text.partition("/")
-    if len(text) > LONG or not (k.isdecimal() and n.isdecimal() and int(k) < int(n)):
-        raise UserError(f"--part {brief(text)}: write K/N with K from 0 to N - 1, such as 0/8")
-    return int(k), int(n)
+def table_of(net: Net) -> Tabled | None:
+    """The table of texts that a net reads, if it reads one."""
+    texts: object = getattr(net, "texts", None)
+    return texts if isinstance(texts, Tabled) else None
 
 
-def lines(made: Encoded) -> Iterator[str]:
-    """What was done, in lines: what was damaged, and what is there."""
-    done, contents = made.done, made.contents
-    yield from (f"was damaged and is made again: {what}" for what in done.damaged)
-    if contents is None:
-        yield f"{made.folder}: {done.made} shards made, {done.missing} are still to be made by others"
-        return
-    rows = sum(shard.rows for shard in contents.shards)
-    lost = f" ({contents.rows - rows} could not be read)" if rows < contents.rows else ""
-    yield f"{made.folder}: {rows:,} images{lost} as {contents.shape} in {contents.dtype}, {done.made} shards made now"
+def captions(data: Data) -> Sequence[str]:
+    """The captions of the data, by number. Raises UserError where there are none, and as the data's `caption_texts`."""
+    if isinstance(data, Moons) or data.captions is None:
+        raise UserError(f"data '{data.kind}' give no captions to encode: set data.captions, or net.texts=null")
+    return data.caption_texts()
+
+
+def encode_texts(
+    data: Data,
+    spec: Tabled,
+    *,
+    batch: int = 32,
+    shard_rows: int = SHARD_ROWS,
+    part: tuple[int, int] = (0, 1),
+    device: str = "auto",
+    bar: Bar = no_bar,
+) -> Made:
+    """Make shards k, k + n, k + 2 n ... of the table, `part` being (k, n). Raises as `texttable.encode`."""
+    texts, (rank, world) = captions(data), part
+    with bar("encoding captions", table.share(len(texts) + 1, shard_rows, *part)) as tick:
+        done = texttable.encode(
+            texts,
+            spec.by,
+            spec.folder,
+            shard_rows=shard_rows,
+            batch=batch,
+            rank=rank,
+            world=world,
+            device=dist.device(device),
+            tick=tick,
+        )
+    return Made(spec.folder, done, texttable.Contents)
+
+
+def make_tokens(run: Run) -> None:
+    """Make the ids of the captions' tokens where the run reads them and they are not there: they cost nothing.
+
+    Raises UserError where the folder holds those of other captions.
+    """
+    spec = table_of(run.net)
+    if isinstance(spec, Learned):
+        lock = spec.folder.with_name(f".{spec.folder.name}.lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with locked(lock):  # runs that start together make it once
+            encode_texts(run.data, spec)

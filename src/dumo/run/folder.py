@@ -9,22 +9,25 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dumo.flow.path import Path as FlowPath
 from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.weights import compare
 from dumo.io.weights import load as load_weights
+from dumo.nets import Net
 from dumo.nets.dualized import Dualized
 from dumo.run import published
-from dumo.run.config.load import FILE, difference, differences, dump, load
+from dumo.run.config.load import FILE, Difference, difference, differences, dump, load
 from dumo.run.config.source import Noted
 from dumo.run.config.spec import Run
 from dumo.run.config.teacher import Start
 from dumo.run.sampler import Sampler
 from dumo.runtime import dist
 from dumo.training import checkpoint, frozen, manifest
+from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.training.state import begin as begin_training
-from dumo.types import UserError
+from dumo.types import Spec, UserError
 
 LOCK = ".training.lock"  # a file that is held, and there, while the run is trained
 PRIVATE = ("heads.", "gauges.", "scalars.", "own.")  # parts of a net that an objective asks for: another may lack them
@@ -91,13 +94,13 @@ def open_run(
 
 def opened(run: Run, folder: Path, weights: str | None, device: torch.device) -> RunFolder:
     """The run with the weights that it shows now, or with others. Raises as `open_run`."""
-    last = checkpoint.latest(folder / "checkpoints", {shown(run)} if weights is None else ())
+    last = checkpoint.latest(folder / "checkpoints", {shown(run.train)} if weights is None else ())
     if last is None:
         raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {folder}")
-    file = checkpoint.part(last, shown(run)) if weights is None else Path(weights)
+    file = checkpoint.part(last, shown(run.train)) if weights is None else Path(weights)
     if weights is not None and (wrong := manifest.fault_of(file)):
         raise UserError(f"{wrong}: take other weights")
-    net = load_net(run, file, device)
+    net = load_net(run.build(device), file)
     name, about = str(file.relative_to(folder)) if weights is None else weights, manifest.read(last)
     frozen.require(frozen.digest(net), about.frozen, folder)
     listed = about.files.get(file.name) if weights is None else None
@@ -105,14 +108,14 @@ def opened(run: Run, folder: Path, weights: str | None, device: torch.device) ->
     return RunFolder(run, folder, net, step, name, file, last, listed and listed.sha256)
 
 
-def shown(run: Run) -> str:
+def shown(train: Train) -> str:
     """The part of a checkpoint that is sampled and judged: the first average, or the net without any."""
-    return f"ema-{run.train.ema[0].key}" if run.train.ema else "net"
+    return f"ema-{train.ema[0].key}" if train.ema else "net"
 
 
-def load_net(run: Run, file: Path, device: torch.device) -> nn.Module:
-    """A run's net with what was trained, from a file or a folder of shards. Raises UserError where it does not fit."""
-    net, found = run.build(device), load_weights(file)
+def load_net(net: nn.Module, file: Path) -> nn.Module:
+    """A new net with what was trained, from a file or a folder of shards. Raises UserError where it does not fit."""
+    found = load_weights(file)
     compare(file, found, frozen.trained(net), "the run", checkpoint.FIT)
     net.load_state_dict(found, strict=False)  # what is frozen is as it was built
     return net.eval()
@@ -200,7 +203,10 @@ def begin_from(run: Run, start: Start, device: torch.device) -> nn.Module:
     the rest, or not in these shapes, and where the same weights make another function there: another net or path.
     """
     net = run.build(device)
-    found = of_run(run, start, device) if start.kind == "run" else published.read(start, run, net)
+    if start.kind == "run":
+        found = of_run(start, run.net, run.path, device)
+    else:
+        found = published.read(start, run.net, run.path, net)
     wanted = net.state_dict()
     there = {f"heads.{new}.": f"heads.{old}." for new, old in start.heads.items()}
 
@@ -222,10 +228,10 @@ def begin_from(run: Run, start: Start, device: torch.device) -> nn.Module:
     return net
 
 
-def of_run(run: Run, start: Start, device: torch.device) -> dict[str, Tensor]:
-    """The weights of another run. Raises UserError where they make another function of this one's net."""
+def of_run(start: Start, net: Net, path: FlowPath, device: torch.device) -> dict[str, Tensor]:
+    """The weights of another run. Raises UserError where they make another function of this net, or on this path."""
     source = open_run(start.source, device=str(device))
-    differs = [line for line in difference(source.run, run) if line.startswith(("net", "path"))]
+    differs = [*differing("net", source.run.net, net), *differing("path", source.run.path, path)]
     same = SAME if "r" in source.run.objective.needs.names else (*SAME, "net.late:")  # of r no block knew
     if differs := [line for line in differs if not line.startswith(same)]:
         raise UserError(
@@ -233,3 +239,10 @@ def of_run(run: Run, start: Start, device: torch.device) -> dict[str, Tensor]:
             "there, or start=null"
         )
     return source.net.state_dict()
+
+
+def differing(name: str, was: Spec, now: Spec) -> list[str]:
+    """A line per field in which two parts of a run of this name differ."""
+    if type(was) is type(now):
+        return [str(one) for one in differences(was, now, f"{name}.")]
+    return [str(Difference(name, was.model_dump(mode="json"), now.model_dump(mode="json"), may=False))]

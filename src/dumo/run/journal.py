@@ -18,6 +18,7 @@ from dumo.run.teacher import Coupled
 from dumo.runtime import dist, memory, signals
 from dumo.runtime.progress import sized
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
+from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.training.step import Record
 
@@ -56,7 +57,7 @@ class Journal:
 
         Raises Stopped if a rank was asked to stop meanwhile: there is nothing to save.
         """
-        if number := next(filter(None, agreement.agreed(signals.asked)), None):
+        if number := next(filter(None, agreement.agreed(signals.poll)), None):
             raise signals.Stopped(number)
         if 0 < state.step <= self.first:
             self.examine(state)
@@ -132,12 +133,12 @@ def said(row: dict[str, Any]) -> str:
     return ", ".join([*image, *rank, f"t {row['t']:.3f}"])
 
 
-def way_back(run: Run, folder: Path, step: int) -> str:
+def way_back(train: Train, folder: Path, step: int) -> str:
     """How to go on from the last good checkpoint up to a step, at half the rate; from the start where there is none."""
     standing = [(n, path) for n, path in manifest.standing(folder / "checkpoints").items() if n <= step]
     good = [n for n, path in standing if manifest.sound(path) and manifest.read(path).trend.good]
     start, words = (["--from", str(good[-1])], "from its last good checkpoint") if good else ([], "from the start")
-    rate = f"train.optimizer.lr={run.train.optimizer.lr / 2:g}"
+    rate = f"train.optimizer.lr={train.optimizer.lr / 2:g}"
     command = join([*started(), "train", str(folder), *start, "--set", rate])
     return f"To go on {words} at half the rate:  {command}"
 

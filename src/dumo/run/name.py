@@ -4,6 +4,7 @@ So what is asked in one way does not write over what was asked in another.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 from dumo.io import digest
@@ -33,14 +34,14 @@ def flat(tree: dict[str, Fields]) -> Fields:
 def changes(opened: RunFolder, before: Fields, after: Fields) -> list[str]:
     """The fields that differ, and weights other than those the run shows, as parts of a name."""
     parts = [word(field, value) for field, value in after.items() if before.get(field) != value]
-    if opened.file.resolve() != part(opened.checkpoint, shown(own(opened))).resolve():
+    if opened.file.resolve() != part(opened.checkpoint, shown(opened.run.train)).resolve():
         parts.append(f"{title(opened.file)}-{digest.of_file(opened.file)[:6]}")
     return parts
 
 
-def own(opened: RunFolder) -> Run:
+def own(folder: Path) -> Run:
     """The run as its folder has it, without what was set to look at it."""
-    return load(str(opened.folder))
+    return load(str(folder))
 
 
 def word(field: str, value: object) -> str:

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from dumo.flow.path import Path as FlowPath
 from dumo.io.read import read_json, user_path
 from dumo.io.weights import load
-from dumo.nets.dit import PUBLISHED, SIZES, DiT, Transformer
+from dumo.nets import Net
+from dumo.nets.dit import PUBLISHED, SIZES, UNUSED, DiT, Transformer, converted, of_diffusers, our_name
 from dumo.nets.embed import FREQUENCIES
-from dumo.nets.sit import UNUSED, converted, of_diffusers, our_name
-from dumo.run.config.spec import Run
 from dumo.run.config.teacher import Start
 from dumo.types import UserError
 
@@ -20,13 +20,13 @@ TRUNK = ("embed.", "positions", "label.", "blocks.")
 REST = ("heads.v.out.weight", "heads.v.out.bias", "scalars.embedders.t.0.weight")  # also converted
 
 
-def read(start: Start, run: Run, net: nn.Module) -> dict[str, Tensor]:
+def read(start: Start, spec: Net, path: FlowPath, net: nn.Module) -> dict[str, Tensor]:
     """The weights of `start.source` by the names of the run's net; of kind dit those of the trunk alone.
 
     Raises UserError if the net is another function than the published one, the file has other layers or is a pickle,
     the folder is not diffusers' of a DiT, or the path is not linear.
     """
-    spec, file = run.net, user_path(start.source, "start.source")
+    file = user_path(start.source, "start.source")
     if not isinstance(spec, DiT) or not isinstance(net, Transformer):
         raise UserError(f"start.kind {start.kind} is for net.kind dit, and this run's is {spec.kind}")
     if spec.texts:
@@ -40,8 +40,8 @@ def read(start: Start, run: Run, net: nn.Module) -> dict[str, Tensor]:
             f"start: the published net has {field} {wanted[field]}, and this one {getattr(spec, field)}: set "
             f"net.{field}={wanted[field]}"
         )
-    if start.kind == "sit" and (run.path.kind, run.path.sd) != ("linear", 1):
-        raise UserError(f"start.kind sit is a velocity on path 'linear' of sd 1, not on {run.path.kind}: set path.kind")
+    if start.kind == "sit" and (path.kind, path.sd) != ("linear", 1):
+        raise UserError(f"start.kind sit is a velocity on path 'linear' of sd 1, not on {path.kind}: set path.kind")
     found = {name: tensor for name, tensor in weights(start, file).items() if not name.startswith(UNUSED)}
     return fitting(start, found, net)
 

@@ -102,7 +102,7 @@ def export(
 
 def said_of(opened: RunFolder, spec: Sampling) -> list[str]:
     """What of a sampling is not the run's own, but for the solver's kind, as parts of a name."""
-    before = {**sampling(own(opened).sample), "solver.kind": spec.solver.kind}  # every name begins with it
+    before = {**sampling(own(opened.folder).sample), "solver.kind": spec.solver.kind}  # every name begins with it
     return changes(opened, before, sampling(spec))
 
 

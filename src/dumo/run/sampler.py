@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from dumo.data import Data, Latents
-from dumo.encoders.scaled import Opened
+from dumo.encoders.codec import Opened
 from dumo.flow import generate
 from dumo.flow.path import Path
 from dumo.flow.precision import Precision

@@ -6,18 +6,21 @@ however often the run was stopped. It is only ever added to; of a step that was 
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from dumo.run.config.spec import Run
+from dumo.flow.path import Path as FlowPath
+from dumo.objectives import Objective
 from dumo.run.plan import cost, machine
 from dumo.run.plan.rehearsal import peak
 from dumo.runtime import dist
 from dumo.runtime.progress import number, sized
 from dumo.training import log
+from dumo.training.spec import Train
 from dumo.training.step import Record
 from dumo.types import UserError
 
@@ -45,11 +48,18 @@ class Speed:
 class Meter:
     """Measures a training from here on, on rank 0: a row for each step that is logged."""
 
-    def __init__(self, run: Run, folder: Path, here: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
-        """Nothing is measured before `begin`."""
-        self.train, self.path, self.here, self.clock = run.train, folder / FILE, here, clock
+    def __init__(
+        self,
+        train: Train,
+        folder: Path,
+        here: torch.device,
+        flops: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Nothing is measured before `begin`. `flops` counts the operations of a step, for an image."""
+        self.train, self.path, self.here, self.clock = train, folder / FILE, here, clock
         self.peak = machine.peak_tflops(here) if dist.is_main() else None
-        self.flops = flops(run) if self.peak else 0.0
+        self.flops = flops() if self.peak else 0.0
         self.last: Speed | None = None
         self.began = 0, 0.0  # at which step, and when
 
@@ -75,11 +85,12 @@ class Meter:
         return Speed(step, time.time(), now - then, rate, images, peak(self.here), share)
 
 
-def flops(run: Run) -> float:
+def step_flops(
+    outline: Callable[[], nn.Module], objective: Objective, path: FlowPath, shape: Sequence[int], *, ref: cost.Theta
+) -> float:
     """Counted operations of a step, for an image."""
-    net, shape = run.outline(), run.data.shape
-    units = cost.forward_units(net, run.objective, run.path, shape, ref=run.train.ref)
-    return units * cost.forward_flops(net, run.objective, shape)
+    net = outline()
+    return cost.forward_units(net, objective, path, shape, ref=ref) * cost.forward_flops(net, objective, shape)
 
 
 def logged(folder: Path) -> list[log.Row]:

@@ -7,20 +7,21 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, cast
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dumo.data import Data
 from dumo.flow import generate
+from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.reading import bind, reading
-from dumo.io import digest
-from dumo.io.file import write
+from dumo.flow.solver import Heun
+from dumo.io import digest, table
 from dumo.io.read import read_json, write_json
 from dumo.io.source import Source, Table, rows_of
-from dumo.io.weights import load
+from dumo.io.table import Column, Index
 from dumo.run.config.check import check_guided
 from dumo.run.config.spec import Run
 from dumo.run.config.teacher import Pairs, Teacher
@@ -30,15 +31,15 @@ from dumo.runtime.progress import Bar, say
 from dumo.runtime.random import noise
 from dumo.training import agreement
 from dumo.training.state import State
-from dumo.types import Cond, Heads, Reads, Sample, Taught, Time, Trail, UserError
+from dumo.types import Cond, Heads, Needs, Reads, Sample, Taught, Time, Trail, UserError
 
 FILE = "teacher.json"
-SHARD = 1024  # pairs to a file: what a stop may lose
+SHARD = 1024  # pairs to a shard: what a stop may lose
 
 
 @dataclass(frozen=True)
 class Known:
-    """A teacher, opened: its velocity, guided as its spec says, and who it is."""
+    """A teacher ready to teach: its velocity, guided as its spec says, and its digest."""
 
     spec: Teacher
     reads: Reads
@@ -47,8 +48,9 @@ class Known:
 
     def check(self, folder: Path) -> None:
         """Raise UserError where another teacher taught what is in this folder."""
-        file, stands = folder / FILE, any((folder / name).is_dir() for name in ("pairs", "checkpoints"))
-        if not stands or not file.is_file():
+        file = folder / FILE
+        taught = (folder / "checkpoints").is_dir() or any((folder / "pairs").glob("shard-*"))
+        if not taught or not file.is_file():
             return
         way_out = f"delete it if the teacher is the one that {folder} began with, or start anew in another folder"
         then = read_json(file, way_out)
@@ -63,14 +65,18 @@ class Known:
         if dist.is_main():
             write_json(folder / FILE, self.about)
 
-    def begin(self, source: Source, run: Run, folder: Path, device: torch.device, bar: Bar) -> "Source | Coupled":
+    def begin(
+        self, source: Source, points: int, path: FlowPath, data: Data, folder: Path, device: torch.device, bar: Bar
+    ) -> "Source | Coupled":
         """Write down who teaches, and return what to train on: the run's own source, or the teacher's pairs, made now.
 
-        Raises UserError as `couple` does.
+        `points` is how many of a trajectory the objective learns from. Raises UserError as `couple` does.
         """
         self.note(folder)
-        pairs = self.spec.pairs
-        return couple(run, pairs, self.reads, folder / "pairs", device, bar) if pairs else source
+        if not (pairs := self.spec.pairs):
+            return source
+        plan = Plan.of(pairs, points, path, data, self.about["sha256"])
+        return couple(plan, self.reads, folder / "pairs", device, bar)
 
 
 @dataclass(frozen=True)
@@ -96,15 +102,15 @@ def opened(teacher: Teacher, run: Run, state: State, device: torch.device) -> Kn
     """A run's teacher. Raises UserError where it cannot be opened, knows other data, or has no velocity."""
     match teacher.kind:
         case "run":
-            raw, about = of_run(teacher, run, device)
+            raw, about = of_run(teacher, run.data, run.path, device)
         case "python":
             raw, about = of_user(teacher, run, device)
         case "base":
-            raw, about = of_base(run, state.net), {"sha256": str(state.frozen)}
+            raw, about = of_base(state.net, run.train.precision, run.objective.needs), {"sha256": str(state.frozen)}
     if raw.velocity is None:
         raise UserError(f"the teacher {teacher.source} has no velocity: take one whose objective teaches it")
-    reads, needs = teacher.guide(raw, run.data.classes), run.objective.needs
-    learned = None if teacher.pairs and not (needs.points and needs.teachable) else velocity(reads)
+    reads, wants = teacher.guide(raw, run.data.classes), run.objective.needs.teacher
+    learned = None if teacher.pairs and not (wants.points and wants.velocity != "no") else velocity(reads)
     return Known(teacher, reads, learned, {"source": teacher.source or teacher.kind, **about})
 
 
@@ -120,34 +126,33 @@ def velocity(reads: Reads) -> Taught:
     return taught
 
 
-def of_base(run: Run, net: nn.Module) -> Reads:
+def of_base(net: nn.Module, precision: Precision, needs: Needs) -> Reads:
     """The velocity of a net's base, which is every head of it, at r = t where it takes r."""
-    base = bind(Base(net, run.train.precision), **run.objective.needs.knobs)
-    names = run.objective.needs.inputs
+    base, names = bind(Base(net, precision), **needs.knobs), needs.inputs
     return Reads(velocity=lambda x, t, c: base(x, c, **dict.fromkeys(names, t))[0])
 
 
-def of_run(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dict[str, str]]:
+def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -> tuple[Reads, dict[str, str]]:
     """What the net of another run was taught, and its digest.
 
     Raises UserError where it knows other data, or cannot be guided as `teacher.guide` says.
     """
     known = open_run(teacher.source, device=str(device))
-    there, here = facts(known.run), facts(run)
+    other, there, here = known.run, facts(known.run.data, known.run.path), facts(data, path)
     if differs := [f"{name} is {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]:
         raise UserError(
             f"the teacher {teacher.source} knows other data: {'; '.join(differs)}. Take a teacher trained on this "
             "data, or set these fields as they are there"
         )
-    check_guided(known.run, teacher.guide, "teacher.guide", teacher.source)
-    return reading(known.run.objective, known.net, known.run.sample.knobs), {"sha256": digest.of_file(known.file)}
+    check_guided(teacher.guide, other.data, other.objective, other.guided, "teacher.guide", teacher.source)
+    return reading(other.objective, known.net, other.sample.knobs), {"sha256": digest.of_file(known.file)}
 
 
-def facts(run: Run) -> dict[str, object]:
+def facts(data: Data, path: FlowPath) -> dict[str, object]:
     """What a teacher and its pupil must agree on."""
     names = ("shape", "classes", "codec")
-    data: dict[str, object] = {f"data.{name}": getattr(run.data, name, None) for name in names}
-    return {**data, "path": run.path.kind, "path.sd": run.path.sd}
+    facts: dict[str, object] = {f"data.{name}": getattr(data, name, None) for name in names}
+    return {**facts, "path": path.kind, "path.sd": path.sd}
 
 
 def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, dict[str, str]]:
@@ -211,55 +216,75 @@ class Coupled:
         return digest.short(self.table.fingerprint(), *map(digest.of_tensor, self._paired))
 
 
-def couple(run: Run, pairs: Pairs, reads: Reads, folder: Path, device: torch.device, bar: Bar) -> Coupled:
-    """Pairs that the teacher's flow joins: those that stand in `folder`, and the others, made now, file by file.
+class Plan(Index):
+    """What index.json says of a teacher's pairs: data x, noise z, classes c, and points of the flow between."""
 
-    Rank k of n makes k, k + n, k + 2 n ... of the files that lack; every rank must call it, and has all pairs. Raises,
-    on every rank, UserError where a file is damaged, or the teacher's answers are not finite, which are not written;
-    OSError where the disk is full; Stopped where that is asked, between two passes.
-    """
-    c = generate.labels(pairs.count, run.data.classes)
-    files = {folder / f"{first:08d}.safetensors": first for first in range(0, pairs.count, SHARD)}
-    lacking = agreement.main(lambda: [file for file in files if not file.is_file()])
+    word: ClassVar[str] = "set of pairs"
+    remake: ClassVar[str] = "delete it, and these pairs are made again"
+    repaired: ClassVar[bool] = False
+    teacher: str  # SHA-256 of its weights, or of its source
+    path: FlowPath
+    solver: Heun = Pairs.solver
+    nfe: int
+    points: int
+    classes: int
 
-    def make() -> list[int]:
-        for file in lacking[dist.rank() :: dist.world()]:
-            signals.check()
-            some = range(files[file], min(files[file] + SHARD, pairs.count))
-            made = joined(run, pairs, reads, c[list(some)], some, device)
-            if bad := [k for k, x in zip(some, made["x"], strict=True) if not x.isfinite().all()]:
-                return bad
-            write(file, safetensors.torch.save(made))
-            tick(some.stop, "")
-        return []
-
-    with bar("the teacher's pairs", pairs.count) as tick:
-        bad = [k for found in agreement.agreed(make) for k in found]  # who failed would be waited for
-        tick(pairs.count, "")
-    if bad:
-        raise UserError(
-            f"{len(bad)} of the teacher's pairs are not finite, the first is number {min(bad)}: mend the teacher, or "
-            "take another"
+    @classmethod
+    def of(cls, pairs: Pairs, points: int, path: FlowPath, data: Data, by: str) -> "Plan":
+        """The plan of pairs of such data on this path, by a teacher of this digest."""
+        shape = data.shape
+        x = Column(dtype="float32", shape=shape)
+        between = {"between": Column(dtype="float32", shape=(points - 1, *shape))} if points else {}
+        return cls(
+            columns={"x": x, "z": x, "c": Column(dtype="int64"), **between},
+            rows=pairs.count,
+            shard_rows=SHARD,
+            teacher=by,
+            path=path,
+            nfe=pairs.passes(points),
+            points=points,
+            classes=data.classes,
         )
-    parts = agreement.own(lambda: [load_pairs(file) for file in files])
-    return Coupled(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
-def load_pairs(file: Path) -> dict[str, Tensor]:
-    """The pairs of a file. Raises UserError where it is damaged."""
-    try:
-        return load(file)
-    except UserError as error:
-        raise UserError(f"{file} is damaged: delete it, and these pairs are made again") from error
+def couple(plan: Plan, reads: Reads, folder: Path, device: torch.device, bar: Bar) -> Coupled:
+    """Pairs that the teacher's flow joins: those that stand in `folder`, and the others, made now, shard by shard.
+
+    Rank k of n makes the shards k, k + n, k + 2 n ...; every rank must call it, and has all pairs. Raises, on every
+    rank, UserError where the pairs are others or have changed, or the teacher's answers are not finite, which are not
+    written; OSError where the disk is full; Stopped after a signal, between two shards.
+    """
+    c, rank, world = generate.labels(plan.rows, plan.classes), dist.rank(), dist.world()
+
+    def shard(number: int, behind: Callable[[int], None]) -> dict[str, Tensor]:
+        signals.check()
+        some = plan.span(number)
+        made = solve_pairs(plan, reads, c[list(some)], some, device)
+        if bad := [k for k, x in zip(some, made["x"], strict=True) if not x.isfinite().all()]:
+            raise UserError(
+                f"{len(bad)} of the teacher's pairs are not finite, the first is number {bad[0]}: mend the teacher, or "
+                "take another"
+            )
+        return made
+
+    def load() -> dict[str, Tensor]:
+        index = table.read(folder, Plan) or plan
+        table.require(folder, index, deep=True)
+        parts = [table.Table(folder, index).tensors(number) for number in range(plan.count)]
+        return {name: torch.cat([part[name] for part in parts]) for name in plan.columns}
+
+    with bar("the teacher's pairs", table.share(plan.rows, plan.shard_rows, rank, world)) as tick:
+        # who failed would be waited for
+        agreement.agreed(lambda: table.make(folder, plan, shard, rank=rank, world=world, tick=tick).missing)
+    return Coupled(**agreement.own(load))
 
 
-def joined(run: Run, pairs: Pairs, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
+def solve_pairs(plan: Plan, reads: Reads, c: Tensor, numbers: range, device: torch.device) -> dict[str, Tensor]:
     """Noise, the data that the flow carries it to, and as many points between as the objective learns from."""
-    points, c_here, shape = run.objective.needs.points, c.to(device), run.data.shape
-    solver, nfe = pairs.solver, pairs.passes(points)
-    if points:
+    c_here, shape = c.to(device), plan.columns["x"].shape
+    if plan.points:
         z = noise(0, numbers, 0, shape).to(device)
-        x, between = generate.trailed(reads, run.path, solver, z, c_here, nfe=nfe, points=points)
+        x, between = generate.trailed(reads, plan.path, plan.solver, z, c_here, nfe=plan.nfe, points=plan.points)
         return {"x": x.cpu(), "z": z.cpu(), "c": c, "between": between.cpu()}
-    z, x = generate.solve(reads, run.path, solver, c_here, nfe=nfe, seed=0, shape=shape, indices=numbers)
+    z, x = generate.solve(reads, plan.path, plan.solver, c_here, nfe=plan.nfe, seed=0, shape=shape, indices=numbers)
     return {"x": x.cpu(), "z": z.cpu(), "c": c}

@@ -4,19 +4,23 @@ A run is a folder: run.yaml (complete), data.json, metrics.jsonl, speed.jsonl, c
 grids/, samples/, evaluation.json, report.html with its pictures in report/.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from dumo.data import Data
 from dumo.data.store import some
 from dumo.flow.draw import Draws
-from dumo.flow.overhear import exchanged
+from dumo.flow.path import Path as FlowPath
 from dumo.flow.slope import CentralSlope, DualSlope
 from dumo.io.source import Source
 from dumo.nets.dualized import Dualized
-from dumo.run import deviation, teacher, text
+from dumo.objectives import Objective
+from dumo.run import deviation, encode, teacher
 from dumo.run.config.advice import advice
 from dumo.run.config.check import check_pieces
 from dumo.run.config.resolve import resolve
@@ -26,17 +30,17 @@ from dumo.run.history import History
 from dumo.run.journal import Journal, way_back
 from dumo.run.plan import cost, doctor
 from dumo.run.sheet import Sheets
-from dumo.run.speed import Meter
+from dumo.run.speed import Meter, step_flops
 from dumo.runtime import dist
-from dumo.runtime.prefetch import BATCHES, Ahead
+from dumo.runtime.prefetch import BATCHES, Prefetch
 from dumo.runtime.progress import Bar, no_bar
 from dumo.training import agreement, loop
-from dumo.training.cut import span
 from dumo.training.layout import share_of
+from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
-from dumo.training.step import Batch, Task, draws_of, pieces
+from dumo.training.step import Batch, Task, draws_of, pieces, span
 from dumo.types import UserError
-from dumo.types.rows import pinned, sent
+from dumo.types.rows import pin, to_device
 
 
 def train(
@@ -60,10 +64,11 @@ def train(
     """
     rank, ranks = dist.launched()
     run = resolve(run)
-    require_room(run, dist.device(device), ranks)
-    check_pieces(run, ranks)
+    rows, share = -(-run.train.batch // ranks), share_of(run.train.share, ranks)
+    run.require_room(dist.device(device), run.train.copies, rows, share)  # of a rank
+    check_pieces(run.train, run.objective, ranks)
     if rank == 0:
-        text.make_tokens(run)
+        encode.make_tokens(run)
     run = resolve(run)
     with held(run, folder, step) if rank == 0 else nullcontext(), dist.join():
         tell = tell if rank == 0 and tell else quiet
@@ -86,9 +91,10 @@ def go_on(
     new_data: bool = False,
 ) -> State:
     """Train in a folder that is held. Returns and raises as `train`."""
-    data = opened(run)
+    data = opened(run.data)
     doctor.examine(run, here).require()
-    meter, sheets = Meter(run, folder, here), Sheets(run, folder, tell)
+    count = partial(step_flops, run.outline, run.objective, run.path, run.data.shape, ref=run.train.ref)
+    meter, sheets = Meter(run.train, folder, here, count), Sheets(run, folder, tell)
     state, last = begin(run, folder, here, step)
     known = agreement.own(lambda: run.teacher and teacher.opened(run.teacher, run, state, here))
     history = agreement.own(
@@ -103,52 +109,54 @@ def go_on(
     lines = agreement.own(lambda: [*history.write(anew=step is not None)] if history else [])
     for line in (*lines, *(advice(run, deviation.noted(folder)) if history else ())):
         tell(line)
-    source = known.begin(data, run, folder, here, bar) if known else data
+    source, points = data, run.objective.needs.teacher.points
+    if known:
+        source = known.begin(data, points, run.path, run.data, folder, here, bar)
 
     journal = Journal(run, folder, here, source, tell)
     journal.open(state)
     task = Task(run.objective, run.path, run.data.classes, known and known.velocity)
     try:
-        with fed(run, source, task, here) as (batches, draws), bar(f"training {folder.name}", run.train.steps) as tick:
+        with (
+            fed(run.train, run.data.shape, source, task, here) as (batches, draws),
+            bar(f"training {folder.name}", run.train.steps) as tick,
+        ):
             tick(state.step, "")
             meter.begin(state.step)
             show = loop.Every(1, lambda state, record: tick(state.step, meter.note(record)))
             hooks = (show, *journal.hooks, loop.Every(1, sheets.draw))
             loop.train(state, task, batches, run.train, hooks, journal.due, draws)
     except Diverged as error:
-        raise Diverged(f"{error} {agreement.main(lambda: way_back(run, folder, state.step - state.skips))}") from error
+        raise Diverged(
+            f"{error} {agreement.main(lambda: way_back(run.train, folder, state.step - state.skips))}"
+        ) from error
     return state
 
 
 @contextmanager
 def fed(
-    run: Run, source: Source | teacher.Coupled, task: Task, here: torch.device
+    train: Train, shape: tuple[int, ...], source: Source | teacher.Coupled, task: Task, here: torch.device
 ) -> Generator[tuple[Callable[[int], Batch], Callable[[int], Draws]], None, None]:
     """A step's batch on the device, and what it draws, by its number; both made ahead, for a GPU in pinned memory."""
-    rows, gpu = span(pieces(run.train, run.objective)), here.type == "cuda"
-    own = run.teacher is None or run.teacher.pairs is None  # a teacher's pairs bring their noise
+    rows, gpu = span(pieces(train, task.objective)), here.type == "cuda"
+    own = not isinstance(source, teacher.Coupled)  # a teacher's pairs bring their noise
 
     def read(step: int) -> Batch:
-        parts = source.batch(step, run.train.batch, run.train.seed, rows)
-        return [pinned(part) for part in parts] if gpu else parts
+        parts = source.batch(step, train.batch, train.seed, rows)
+        return [pin(part) for part in parts] if gpu else parts
 
     def draw(step: int) -> Draws:
-        draws = draws_of(task, run.train, step, run.data.shape, z=own)
-        return draws.pinned() if gpu else draws
+        draws = draws_of(task, train, step, shape, z=own)
+        return draws.pin() if gpu else draws
 
-    last = run.train.steps
-    with Ahead(read, last=last, depth=BATCHES) as batches, Ahead(draw, last=last) as draws:
-        yield lambda step: [sent(part, here) for part in batches(step)], draws
-
-
-def require_room(run: Run, here: torch.device, ranks: int) -> None:
-    """Raise UserError where a rank's weights, gradients, moments, averages and batch are more than its memory."""
-    run.require_room(here, run.train.copies, -(-run.train.batch // ranks), share_of(run.train.share, ranks))
+    last = train.steps
+    with Prefetch(read, last=last, depth=BATCHES) as batches, Prefetch(draw, last=last) as draws:
+        yield lambda step: [to_device(part, here) for part in batches(step)], draws
 
 
-def opened(run: Run) -> Source:
+def opened(data: Data) -> Source:
     """The data, as all ranks see them. Raises UserError on all of them where one cannot open them, or sees fewer."""
-    source = agreement.own(run.data.open)
+    source = agreement.own(data.open)
     if len(set(sizes := agreement.agreed(lambda: source.size))) > 1:
         there = ", ".join(f"{size:,}" for size in sizes if size is not None)
         raise UserError(f"the ranks see different data, by rank {there} rows: give all of them the same files")
@@ -166,10 +174,10 @@ def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.dev
     learns = sum(p.numel() for p in net.parameters() if p.requires_grad)
     part = f", {learns:,} of them trained" if learns < weights else ""
     units = cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
-    less = by_dual(run)
+    less = by_dual(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     hint = f"; objective.slope.kind=dual takes {less:.2f} F, is exact and may run in bf16" if less else ""
     return (
-        f"training {folder} on {where(run, here)}: "
+        f"training {folder} on {where(run.train.share, here)}: "
         f"data {run.data.kind} ({many}{classes}), "
         f"net {run.net.kind} ({weights:,} parameters{part}), "
         f"{units:.2f} F a step (1 F: one forward pass{hint}), "
@@ -177,23 +185,23 @@ def outlook(run: Run, folder: Path, size: int | None, step: int, here: torch.dev
     )
 
 
-def by_dual(run: Run) -> float | None:
+def by_dual(
+    net: nn.Module, objective: Objective, path: FlowPath, shape: Sequence[int], *, ref: cost.Theta
+) -> float | None:
     """What a step would cost with the slope that rides, in F; None where it is no difference that is taken."""
-    slope = run.objective.needs.slope
-    if not (isinstance(slope, CentralSlope) and run.objective.needs.derives):
+    if not isinstance(objective.needs.slope, CentralSlope):
         return None
-    other = exchanged(run.objective, slope, DualSlope())
     try:
-        return cost.forward_units(run.outline(), other, run.path, run.data.shape, ref=run.train.ref)
+        return cost.forward_units(net, objective.model_copy(update={"slope": DualSlope()}), path, shape, ref=ref)
     except UserError:  # a net of which an operation has no rule
         return None
 
 
-def where(run: Run, here: torch.device) -> str:
+def where(share: int, here: torch.device) -> str:
     """The device, and how the weights lie on several ranks."""
     name = f"{here}{f' ({torch.cuda.get_device_name(here)})' if here.type == 'cuda' else ''}"
     if (ranks := dist.world()) == 1:
         return name
-    share = share_of(run.train.share, ranks)
-    lie = "each with all weights" if share == 1 else f"the weights in parts over {'all' if share == ranks else share}"
+    parts = share_of(share, ranks)
+    lie = "each with all weights" if parts == 1 else f"the weights in parts over {'all' if parts == ranks else parts}"
     return f"{ranks} ranks of {name}, {lie}"

@@ -1,4 +1,4 @@
-"""How large the numbers of a run may be: beyond all that is trained, so that a slip of the pen is told from a wish.
+"""How large the numbers of a run may be: beyond all that is trained, so that a typing error is refused.
 
 A number past its bound is refused when it is read. Without them it would be an endless loop, or more memory than there
 is, long after. All are ours.

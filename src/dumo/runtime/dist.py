@@ -65,7 +65,7 @@ def gathered(x: Tensor) -> list[Tensor]:
     if world() == 1:
         return [x.cpu()]
     if peers:
-        peers.meet()
+        peers.wait_for_all()
     here = x.detach().cpu().contiguous()
     sizes = [torch.tensor(0) for _ in range(world())]
     torch.distributed.all_gather(sizes, torch.tensor(len(x)))
@@ -157,7 +157,7 @@ def join() -> Generator[None, None, None]:
     own = gpus >= number("LOCAL_WORLD_SIZE", 1, 1)
     global joined, peers
     with signals.deaf():  # there is nothing to save yet
-        store, rank = met()
+        store, rank = meet()
         joined, peers = True, Peers(store, rank, world, limit)
         torch.distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if gpus and own else "gloo",
@@ -167,22 +167,22 @@ def join() -> Generator[None, None, None]:
             timeout=timedelta(seconds=max(START, limit)),
         )
     try:
-        with peers.watched(), named(peers):
+        with peers.watch(), report_failure(peers):
             yield
-            peers.meet()
+            peers.wait_for_all()
             torch.distributed.barrier()  # nobody leaves while another may still ask
     finally:
         peers = None
         torch.distributed.destroy_process_group()
 
 
-def met() -> tuple[Store, int]:
+def meet() -> tuple[Store, int]:
     """A store that all ranks share, in which nothing stands yet, and this one's number. Raises UserError, Lost."""
     _, world = launched()
     number("MASTER_PORT", 1, 1, 65535)
     try:
         store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=START)))
-        return PrefixStore(named_start(store, rank, world), store), rank
+        return PrefixStore(name_start(store, rank, world), store), rank
     except ValueError as error:
         raise UserError(f"WORLD_SIZE={world} says {world} ranks: {error}. Start by torchrun, or unset it") from error
     except torch.distributed.DistError as error:
@@ -192,15 +192,15 @@ def met() -> tuple[Store, int]:
 
 
 @contextmanager
-def named(others: Peers) -> Generator[None, None, None]:
-    """Tell the others what this rank fails of; and say whose fault it is where talking to them fails. Raises Lost."""
+def report_failure(others: Peers) -> Generator[None, None, None]:
+    """Report to the others why this rank fails; raise Lost, with the rank to blame, where talking to them fails."""
     try:
         yield
     except Exception as error:
         if isinstance(error, RuntimeError) and TALK.search(f"{type(error).__name__} {error}"):
             signals.check()  # they were asked to stop, too, and are gone already
-            raise others.lost(error) from error
-        others.tell(error)
+            raise others.diagnose(error) from error
+        others.report(error)
         raise
 
 
@@ -215,7 +215,7 @@ def settled() -> None:
             c10d._set_pg_timeout(timedelta(seconds=1.5 * peers.limit), group)  # who hangs is found first
 
 
-def named_start(store: Store, rank: int, world: int) -> str:
+def name_start(store: Store, rank: int, world: int) -> str:
     """A name for this start of all ranks, under which no earlier one left anything in their store. All must call it.
 
     torchrun keeps one store over its restarts, in which a rank may find the address of one that is dead (pytorch

@@ -1,8 +1,8 @@
 """The other processes of a run, known by the store that all share: whether they live, why one failed, who is there.
 
-A collective waits for whoever is late, and cannot tell who is late from who hangs. So every process gives a sign of
+A collective waits for a late process, and cannot tell a late one from one that hangs. So every process gives a sign of
 life there each second, from a thread that takes no part in the work, and looks for the others': the first rank for
-all, the others for the first. Whose sign has not come for so long is gone: this process then says who, and ends,
+all, the others for the first. A process that gives no sign for long is gone: this one then says which, and ends,
 whatever its main thread waits for. What does not go step by step (samples, shards) may thus wait for others as long as
 they live.
 """
@@ -34,33 +34,33 @@ class Peers:
     """The processes of a run, numbered from 0 to world - 1, as one of them sees the others."""
 
     def __init__(self, store: Store, rank: int, world: int, limit: float) -> None:
-        """`limit`: so many seconds without a sign are an end."""
+        """`limit`: after this many seconds without a sign a process is gone."""
         self.store, self.rank, self.world, self.limit = store, rank, world, limit
         self.every = min(EVERY, limit / LOOKS)
         self.looks = round(limit / self.every)  # counted, not timed: who was stopped itself blames nobody
         self.others = [other for other in range(world) if other != rank] if rank == 0 else [0]
         self.silent = dict.fromkeys(self.others, 0)  # looks since the last sign
-        self.asks = self.meetings = 0
+        self.beats = self.meetings = 0
         self.settled = False  # whether a first step is done
-        self.speaking = threading.Lock()  # held by whoever says what ends this process
+        self.speaking = threading.Lock()  # held by the thread that says what ends this process
         self._last = dict[int, bytes]()
 
-    def ask(self) -> None:
+    def beat(self) -> None:
         """Give a sign, and look for the others'. Blocks while the store does not answer."""
-        self.store.set(f"alive/{self.rank}", str(self.asks))
+        self.store.set(f"alive/{self.rank}", str(self.beats))
         there = [other for other in self.others if self.store.check([f"alive/{other}"])]
         signs = dict(zip(there, self.store.multi_get([f"alive/{other}" for other in there]), strict=True))
         for other in self.others:
             new = signs.get(other) != self._last.get(other)
             self.silent[other] = 0 if new else self.silent[other] + 1
         self._last = signs
-        self.asks += 1
+        self.beats += 1
 
     def missing(self, looks: int) -> int | None:
-        """Who has given no sign for so many looks; None: all have."""
+        """A process without a sign for this many looks; None: there is none."""
         return next((other for other, n in self.silent.items() if n >= looks), None)
 
-    def meet(self) -> None:
+    def wait_for_all(self) -> None:
         """Wait for all, however long they work. Every process must call it.
 
         Raises Stopped where that is asked, `Lost` where one has failed.
@@ -71,18 +71,18 @@ class Peers:
         while self.store.add(key, 0) < self.world:
             signals.check()
             if self.store.check(["failed"]):
-                raise self.lost()
+                raise self.diagnose()
             time.sleep(POLL)
 
-    def tell(self, error: BaseException) -> None:
-        """Leave word of what this process fails of."""
+    def report(self, error: BaseException) -> None:
+        """Report to the others why this process fails."""
         try:
             self.store.set(f"failed/{self.rank}", f"{error}" or type(error).__name__)
             self.store.set("failed", "")
         except RuntimeError:  # the store is gone, too
             return
 
-    def lost(self, error: BaseException | None = None) -> Lost:
+    def diagnose(self, error: BaseException | None = None) -> Lost:
         """What is known of the others where talking to them fails. Takes some seconds: who is gone gives no sign."""
         self.speaking.acquire()  # for good: one line is enough
         said = f" ({brief(error)})" if error else ""
@@ -99,26 +99,26 @@ class Peers:
         return Lost(f"another rank is gone, or has not answered in time: {AGAIN}{said}")
 
     @contextmanager
-    def watched(self) -> Generator[None, None, None]:
+    def watch(self) -> Generator[None, None, None]:
         """Meanwhile give signs; where one of the others is gone, end this process with a line and exit code 1."""
         over = threading.Event()
 
-        def ask() -> None:
+        def beat() -> None:
             while not over.wait(self.every):
                 try:
-                    self.ask()
+                    self.beat()
                 except RuntimeError:  # the store is gone; so are those whom the collectives will not find
                     over.set()
 
         def look() -> None:
-            asks = stuck = 0
+            beats = stuck = 0
             while not over.wait(self.every):
-                asks, stuck = self.asks, 0 if asks != self.asks else stuck + 1
+                beats, stuck = self.beats, 0 if beats != self.beats else stuck + 1
                 gone = self.missing(self.looks) if stuck < self.looks else 0  # who has the store is not there to answer
                 if gone is not None and self.speaking.acquire(blocking=False):
                     self.end(gone)
 
-        threads = [threading.Thread(target=work, daemon=True) for work in (ask, look)]
+        threads = [threading.Thread(target=work, daemon=True) for work in (beat, look)]
         for thread in threads:
             thread.start()
         try:

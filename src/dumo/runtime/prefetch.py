@@ -14,7 +14,7 @@ BATCHES = (
 )
 
 
-class Ahead(Generic[T]):
+class Prefetch(Generic[T]):
     """`make(step)` for steps that are asked for in their order: the next `depth` are begun before, each in a thread.
 
     Another step than the next may be asked for; then what comes after that is made. What `make` raises for a step is
@@ -38,7 +38,7 @@ class Ahead(Generic[T]):
                 self.coming[other] = self.threads.submit(self.make, other)
         return now.result()
 
-    def __enter__(self) -> "Ahead[T]":
+    def __enter__(self) -> "Prefetch[T]":
         return self
 
     def __exit__(

@@ -1,4 +1,4 @@
-"""Showing how far a piece of work is: whoever works says so to a `Bar`, and knows no terminal."""
+"""Showing how far a piece of work is: the work reports to a `Bar`, and knows no terminal."""
 
 import os
 import re
@@ -70,7 +70,7 @@ def live_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
 def lines(
     title: str, total: int, /, *, every: float = 60.0, clock: Callable[[], float] = time.monotonic
 ) -> Generator[Tick, None, None]:
-    """A plain line at most every so many seconds, and one at the end: units done, their rate, the note, time left."""
+    """A plain line at most every few seconds, and one at the end: units done, their rate, the note, time left."""
     began = last = clock()
     ticks: list[tuple[float, int]] = []  # the first and the latest one: when, units done
     said = ""
@@ -95,7 +95,7 @@ def lines(
 def late(
     title: str, total: int, /, *, after: float = 3.0, clock: Callable[[], float] = time.monotonic, shown: Bar = bar
 ) -> Generator[Tick, None, None]:
-    """A bar for work that is mostly short: it begins to show after so many seconds (ours), and not before."""
+    """A bar for work that is mostly short: it begins to show after some seconds (ours), and not before."""
     began, show = clock(), None
     with ExitStack() as later:
 

@@ -1,6 +1,6 @@
 """Stopping when asked from outside: a signal leaves word, and long work looks for it between its pieces.
 
-A scheduler that takes a machine back says so some seconds before (SIGTERM; SIGUSR1 where it was told to), a terminal
+A scheduler that takes a machine back says so some seconds before (SIGTERM; SIGUSR1 where it was set to), a terminal
 that is closed by SIGHUP, a person by Ctrl-C. Whoever works then saves what there is and raises `Stopped`. A second
 signal of the same kind does what it did before: it ends the process at once. A process that works for another one, as a
 rank does for torchrun, is asked to stop, too, where that one is gone; and as it hears a scheduler that speaks to all
@@ -38,7 +38,7 @@ class Stopped(RuntimeError):  # noqa: N818, it is no error
         return type(self), (self.number, str(self))
 
 
-def asked() -> int | None:
+def poll() -> int | None:
     """The number of the signal that asked this process to stop; None while nobody has."""
     global heard
     if heard is None and parent is not None and os.getppid() != parent:
@@ -48,7 +48,7 @@ def asked() -> int | None:
 
 def check() -> None:
     """Raise Stopped if the process was asked to stop: for work that has nothing to save, or has saved it."""
-    if (number := asked()) is not None:
+    if (number := poll()) is not None:
         raise Stopped(number)
 
 

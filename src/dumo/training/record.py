@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dumo.flow import dropout
 from dumo.runtime import dist, signals
 from dumo.training.layout import whole
 from dumo.training.state import State
@@ -95,7 +96,7 @@ def measure(state: State, t: Time, terms: Terms, norm: Tensor, *, images: int, l
 
     `norm` is the gradient norm, on the device; `due` counts on rank 0 alone, whose clock decides.
     """
-    words = [*(signals.asked() == number for number in signals.SIGNALS), due and dist.is_main()]
+    words = [*(signals.poll() == number for number in signals.SIGNALS), due and dist.is_main()]
     named = values(terms)
     *table, counts, rest = dist.mean(table_of(t, [*named.values()], norm, words)).tolist()
     sums = dict(zip(named, table, strict=True))
@@ -206,6 +207,7 @@ def drift(reads: Reads, b: Noised) -> float | None:
     """The drift of `Probe` by a central difference, so for time_scale <= 10, without dropout."""
     if reads.velocity is None or reads.endpoint is None:
         return None
-    v = reads.velocity(b.x_t, b.t, b.c)
-    behind, ahead = (reads.endpoint(b.x_t + h * v, b.t + h, b.c) for h in (-H, H))
+    with dropout.off():
+        v = reads.velocity(b.x_t, b.t, b.c)
+        behind, ahead = (reads.endpoint(b.x_t + h * v, b.t + h, b.c) for h in (-H, H))
     return dist.mean(mean_square((ahead - behind) / (2 * H)).mean()).item()

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from dumo.flow.coupling import Coupling
+from dumo.flow.draw import Coupling
 from dumo.flow.precision import Precision
 from dumo.runtime.bound import ROWS, STEPS
 from dumo.training.ema import Average, Ema, PowerEma

@@ -1,8 +1,9 @@
 """One optimizer step, and its record.
 
-The gradient is that of the mean loss over the global batch. Each rank takes its rows in pieces (`dumo.training.cut`); a
-piece adds the gradient of its sum over the batch size, and ranks are added up after the last. So the split changes
-rounding alone, and two ranks equal one rank with two passes, to the bit.
+The gradient is that of the mean loss over the global batch. A batch is split over ranks, and a rank's rows over its
+passes, in pieces of consecutive rows, of nearly equal size, equally many on every rank. A piece adds the gradient of
+its sum over the batch size, and ranks are added up after the last. So the split changes rounding alone, and two ranks
+equal one rank with two passes, to the bit.
 
 A step whose loss or gradient is not finite is skipped on all ranks (`dumo.training.record`).
 """
@@ -10,6 +11,8 @@ A step whose loss or gradient is not finite is skipped on all ranks (`dumo.train
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
+from math import ceil, lcm
 from typing import Literal
 
 import torch
@@ -22,13 +25,12 @@ from dumo.flow.precision import autocast
 from dumo.flow.reading import reading
 from dumo.runtime import dist
 from dumo.training import layout
-from dumo.training.cut import passes, span
 from dumo.training.record import Probe, Record, ask, blame, measure
 from dumo.training.spec import Train
 from dumo.training.state import Diverged as Diverged
 from dumo.training.state import State
 from dumo.types import Frozen, Net, Noised, Objective, Path, Taught, Terms, Time, UserError, frozen
-from dumo.types.rows import sent
+from dumo.types.rows import to_device
 
 Batch = Sequence[Tensor]  # (x, c); with the noise of x, (x, c, z); and with what is between, (x, c, z, between)
 Loss = Callable[[Net, Frozen, Noised], Terms]
@@ -42,6 +44,46 @@ class Task:
     path: Path
     classes: int
     teacher: Taught | None = None  # replaces the data's velocity
+
+
+def together(spec: Train, objective: Objective) -> int:
+    """How many neighbouring rows share times, noise or targets: no pass may part them."""
+    return lcm(objective.times.group, objective.needs.group, spec.coupling.group if spec.coupling else 1)
+
+
+def cuts(batch: int, *, ranks: int = 1, micro_batch: int | None = None, group: int = 1) -> list[list[slice]]:
+    """The rows of every pass, by rank: at most `micro_batch` (None: all of a rank's), in whole groups of `group` rows.
+
+    Raises UserError if the batch is not a multiple of `group`, a group exceeds `micro_batch`, or there are fewer groups
+    than passes.
+    """
+    if batch % group:
+        raise UserError(f"train.batch = {batch} is no multiple of {group}, the rows that belong together: change it")
+    if micro_batch is not None and micro_batch < group:
+        raise UserError(
+            f"train.micro_batch = {micro_batch} parts {group} rows that belong together: raise it to {group} or more"
+        )
+    groups, most = batch // group, batch if micro_batch is None else micro_batch // group
+    passes = ceil(groups / (most * ranks))
+    if (pieces := ranks * passes) > groups:
+        what = f"{groups} rows" if group == 1 else f"{groups} groups of {group} rows"
+        raise UserError(
+            f"train.batch = {batch} is {what}, too few for {passes} passes on each of {ranks} ranks: raise it, "
+            "or take fewer ranks"
+        )
+    ends = [groups * i // pieces * group for i in range(pieces + 1)]
+    rows = [slice(start, end) for start, end in pairwise(ends)]
+    return [rows[rank * passes : (rank + 1) * passes] for rank in range(ranks)]
+
+
+def passes(spec: Train, objective: Objective, ranks: int) -> list[list[slice]]:
+    """The rows of every pass of a step, by rank. Raises UserError as `cuts`."""
+    return cuts(spec.batch, ranks=ranks, micro_batch=spec.micro_batch, group=together(spec, objective))
+
+
+def span(rows: list[slice]) -> slice:
+    """All rows of a rank, given those of its passes."""
+    return slice(rows[0].start, rows[-1].stop)
 
 
 def train_step(
@@ -103,7 +145,7 @@ class Pieces:
             raise ValueError(f"here are {len(self.x)} rows, and {mine} of a batch of {spec.batch} are this rank's")
         self.net, self.loss, self.task = state.net, loss, task
         self.draws = draws or draws_of(task, spec, state.step, self.x.shape[1:], z=self.z is None)
-        self.keys = sent(self.draws.keys, self.x.device)
+        self.keys = to_device(self.draws.keys, self.x.device)
         self.noised = partial(
             noised,
             path=task.path,

@@ -6,7 +6,7 @@ Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -155,40 +155,50 @@ class Guide(Protocol):
 
 
 @dataclass(frozen=True)
+class Formulas:
+    """Where the formulas of an objective hold."""
+
+    paths: tuple[str, ...] = ("linear",)
+    climbs: bool = False  # for r > t, too
+    unit: bool = False  # for data of standard deviation 1, by some constants of it
+
+
+@dataclass(frozen=True)
+class FromTeacher:
+    """What a loss learns from a teacher."""
+
+    velocity: Literal["may", "must", "no"] = "may"  # may: a teacher's can replace v_t; must: the loss asks for it
+    points: int = 0  # steps of its trajectories, whose ends the loss learns from; 0: of none
+
+
+@dataclass(frozen=True)
 class Needs:
-    """What an objective says of itself to whoever builds, checks, counts or samples: its net first, then its loss."""
+    """What an objective says of itself to the code that builds, checks, counts or samples: its net, then its loss."""
 
     inputs: tuple[str, ...] = ("t",)  # what `read` supplies: t, r
     heads: tuple[str, ...] = ("v",)  # outputs shaped like the data, all of them used by the loss
     gauges: tuple[str, ...] = ()  # outputs of one number per row, learned with the net
     knobs: Mapping[str, float] = field(default_factory=dict)  # inputs a sampler may set, with defaults
-    paths: tuple[str, ...] = ("linear",)  # the paths whose formulas these are
     own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # inputs of some heads alone
-    signed: bool = False  # the net is told negative times, too
+    signed: bool = False  # the net gets negative times, too
+    formulas: Formulas = Formulas()
     laws: Mapping[str, Law] = field(default_factory=dict)  # of what more is drawn for a row, by its name in `drawn`
-    slope: Derivative | None = None  # along the flow: what a field holds
-    derives: bool = True  # whether the loss takes its slope
-    guide: Guide | None = None  # what makes v*: what a field holds
-    scale: float = 1.0  # of guidance by a field of this name, where there is no guide; 1 is none
-    teachable: bool = True  # whether the loss learns from v_t, in whose place a teacher's velocity may be
-    unit: bool = False  # whether constants of it are for data of standard deviation 1
-    group: int = 1  # so many neighbouring rows meet in the loss
-    points: int = 0  # steps of a teacher's trajectory, whose ends the loss learns from; 0: it asks for none
+    slope: Derivative | None = None  # along the flow, if the loss takes it: the field `slope`
+    guide: Guide | float | None = None  # what makes v*: the field `guide`, or the scale of guidance, the field `scale`
+    teacher: FromTeacher = FromTeacher()
+    group: int = 1  # this many neighbouring rows meet in the loss
     ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
-    amplifies: float = 0.0  # how often the rounding of the net is multiplied (`dumo.flow.secant`)
-    climbs: bool = False  # whether its formulas hold for r > t, too
+    amplifies: float = 0.0  # how often the rounding of the net is multiplied (`dumo.flow.slope`)
     phases: tuple[tuple[float, float], ...] = ((0.0, 1.0),)  # where steps cost alike: a progress, its share of training
-    taught: bool = False  # whether the loss asks a teacher for its velocity, and learns nothing without
-    trained_on: str = ""  # by what the loss compares samples with data: `numbers`, their own, or features by their name
 
     @property
     def shared(self) -> tuple[str, ...]:
-        """The names of what every head is told: inputs, then knobs."""
+        """The names of what every head gets: inputs, then knobs."""
         return (*self.inputs, *self.knobs)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all that a pass is given: what is shared, then what some heads alone are told."""
+        """The names of all that a pass gets: what is shared, then the inputs of some heads alone."""
         return tuple(dict.fromkeys((*self.shared, *(name for own in self.own.values() for name in own))))
 
 
@@ -198,7 +208,7 @@ class Path(Protocol):
 
     @property
     def kind(self) -> str:
-        """The name that `Needs.paths` lists."""
+        """The name that `Formulas.paths` lists."""
         ...
 
     @property

@@ -16,7 +16,7 @@ def split_by_step(moving: Sequence[bool]) -> tuple[list[int], list[int]]:
     return [i for i, m in enumerate(moving) if m], [i for i, m in enumerate(moving) if not m]
 
 
-def spread(n: int, share: float) -> tuple[bool, ...]:
+def spread_evenly(n: int, share: float) -> tuple[bool, ...]:
     """Which of the first n rows are picked, by place alone: a share of them, evenly spread, whatever n is."""
     so_far = (torch.arange(n + 1, dtype=torch.float64) * share + 1e-9).floor()
     return tuple((so_far.diff() > 0).tolist())
@@ -35,14 +35,14 @@ def index(rows: Sequence[int], device: torch.device) -> Int[Tensor, " k"]:
 @lru_cache(maxsize=64)
 def _index(rows: tuple[int, ...], device: torch.device) -> Int[Tensor, " k"]:
     with torch.inference_mode(False):
-        return sent(torch.tensor(rows, dtype=torch.long), device)
+        return to_device(torch.tensor(rows, dtype=torch.long), device)
 
 
-def sent(x: Tensor, device: torch.device) -> Tensor:
+def to_device(x: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on a device, without waiting: on its way to a GPU it lies in pinned memory."""
-    return (pinned(x) if device.type == "cuda" else x).to(device, non_blocking=True)
+    return (pin(x) if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
-def pinned(x: Tensor) -> Tensor:
+def pin(x: Tensor) -> Tensor:
     """A tensor of the CPU in pinned memory, from which a GPU reads by itself; others as they are."""
     return x.pin_memory() if x.device.type == "cpu" and not x.is_pinned() else x

@@ -17,8 +17,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dumo.autodiff import dual
-from dumo.autodiff.dual import ALONE, RULES, Dual, NoRule
-from dumo.autodiff.rule.register import METHODS
+from dumo.autodiff.dual import ALONE, METHODS, RULES, Dual, NoRule
 from dumo.autodiff.tape import Later, holds, play
 from dumo.types import Array
 from forked import python
@@ -514,8 +513,10 @@ def known(f: Callable[..., Array], given: dict[str, Tensor], along: dict[str, Te
     return slopes
 
 
-def ride(f: Callable[..., Array], given: dict[str, Tensor], along: dict[str, Tensor]) -> tuple[Array, ...]:
-    return f(**given | {name: Dual(given[name], d) for name, d in along.items()})
+def ride(
+    f: Callable[..., Array], given: dict[str, Tensor], along: dict[str, Tensor], *, recorded: bool = False
+) -> tuple[Array, ...]:
+    return f(**given | {name: Dual(given[name], d, recorded=recorded) for name, d in along.items()})
 
 
 def tape(f: Callable[..., Array], given: dict[str, Tensor], along: dict[str, Tensor]) -> tuple[Array, ...]:

@@ -4,7 +4,6 @@ import io
 from math import pi
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -104,24 +103,6 @@ def test_the_parts_of_the_matrix() -> None:
     assert values.tolist() == pytest.approx([0.5, 2])
     axis = vectors[:, 0] / vectors[:, 0][0]
     assert axis.tolist() == pytest.approx([1, -(3**-0.5)], abs=1e-6)
-
-
-def test_against_pillow() -> None:
-    """The same affine map by another hand, bicubic, on a smooth image."""
-    side = 32
-    x = waves(places(side)[None] / 2).float()
-    one = torch.ones(1)
-    a = matrix(1.1 * one, 0.4 * one, 1.15 * one, 0.3 * one)
-    shift = torch.tensor([[0.1, 0.05]])
-    (p, q), (r, s) = a[0].tolist()
-    middle = torch.tensor([side / 2, side / 2])
-    start = middle - a[0] @ (middle + side * shift[0])  # Pillow counts from the corner of the first pixel
-    map = (p, q, start[0].item(), r, s, start[1].item())
-    theirs = Image.fromarray(x[0, 0].numpy()).transform(
-        (side, side), Image.Transform.AFFINE, map, Image.Resampling.BICUBIC
-    )
-    apart = warp(x, a, shift)[0, 0] - torch.from_numpy(np.asarray(theirs).copy())
-    assert apart[12:-12, 12:-12].abs().max() < 0.02
 
 
 def test_far_beyond_the_edges_it_is_grey() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dumo.data.cache import Plan, encode, open_cache
 from dumo.encoders import SdVae, Taef2
-from dumo.encoders.scaled import Opened
+from dumo.encoders.codec import Opened
 from dumo.io import digest
 from dumo.io.table import FILE, Table
 from dumo.io.weights import load

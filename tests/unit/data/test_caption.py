@@ -6,7 +6,7 @@ from pydantic import ValidationError
 
 from dumo.data import Digits
 from dumo.data.caption import Templates
-from dumo.data.digits import NAMES
+from dumo.data.toy import NAMES
 from dumo.run.config.load import load
 from dumo.types import UserError
 

@@ -2,8 +2,6 @@
 
 import errno
 import os
-import random
-import signal
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -12,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.data.cache import encode, open_cache, read_contents
-from dumo.encoders.scaled import Images, Moments
+from dumo.data.cache import encode, open_cache
+from dumo.encoders.codec import Images, Moments
 from dumo.io import table
 from dumo.types import UserError
 from unit.encoders.toy import CLASSES, PLAN, POINT, SIDE, Pictures, Sampled, contents, picture, work
 
-COUNT, BATCHES = 300, 75
+COUNT = 300
 processes = get_context("forkserver")  # forks from a clean process, which has imported once
 processes.set_forkserver_preload(["dumo.data.cache"])
 
@@ -29,31 +27,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("caches") / "whole"
     assert encode(Pictures(COUNT), POINT, PLAN, out, batch=4).missing == 0
     return out
-
-
-def test_killed_five_times_at_random_and_resumed(tmp_path: Path, whole: Path) -> None:
-    """By SIGKILL, some ticks and some milliseconds in; work that stood is not done again."""
-    chance, out, standing = random.Random(5), tmp_path / "out", 0
-    for _ in range(5):
-        here, there = processes.Pipe()
-        process = processes.Process(target=work, args=(out, COUNT, 0, 1, there))
-        process.start()
-        there.close()
-        for _ in range(standing + chance.randrange(8, 14)):  # one for each that stands, then five for each shard
-            here.recv()
-            here.send("go on")
-        here.poll(chance.uniform(0, 0.02))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        assert (unfinished := read_contents(out))
-        assert not unfinished.shards
-        standing, before = len(list(out.glob("shard-*.json"))), standing
-        assert standing > before
-    source = Pictures(COUNT)
-    assert encode(source, POINT, PLAN, out, batch=4).missing == 0
-    assert source.reads == BATCHES - 4 * standing
-    assert contents(out) == contents(whole)
 
 
 class Stopped(BaseException):
@@ -104,7 +77,7 @@ def test_stopped_at_any_step_and_resumed(tmp_path: Path, monkeypatch: pytest.Mon
 def test_two_ranks_equal_one(tmp_path: Path, whole: Path) -> None:
     """At once, in two processes; and one after the other, where only the last finds all there."""
     out = tmp_path / "both"
-    both = [processes.Process(target=work, args=(out, COUNT, rank, 2, None)) for rank in (0, 1)]
+    both = [processes.Process(target=work, args=(out, COUNT, rank, 2)) for rank in (0, 1)]
     for process in both:
         process.start()
     for process in both:
@@ -155,13 +128,6 @@ def test_damaged_shard_is_found_and_made_again(tmp_path: Path, whole: Path, dama
     assert len(done.damaged) == 1
     assert done.damaged[0].startswith(name)
     assert contents(out) == contents(whole)
-
-
-def test_finished_cache_is_left_alone(whole: Path) -> None:
-    source, before = Pictures(COUNT), contents(whole)
-    assert encode(source, POINT, PLAN, whole, batch=4).made == 0
-    assert source.reads == 0
-    assert contents(whole) == before
 
 
 def test_ticks_rise_to_the_ranks_share(tmp_path: Path) -> None:

@@ -49,12 +49,6 @@ def test_the_batch_size_does_not_change_the_order() -> None:
     assert torch.equal(laid_out(10, 6, 20), laid_out(6, 10, 20))
 
 
-def test_the_global_generator_rests() -> None:
-    state = torch.get_rng_state()
-    rows_of(0, 5, size=10, seed=0)
-    assert torch.equal(state, torch.get_rng_state())
-
-
 @pytest.mark.parametrize(("batch", "size"), [(12, 100), (12, 5), (12, 12)])
 def test_places_of_a_batch_are_its_rows(batch: int, size: int) -> None:
     """The rows of a part are that part of the rows, within an epoch and across several; of no place, none."""

@@ -3,13 +3,14 @@
 import os
 import shutil
 import tarfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pydantic import ValidationError
 
 from dumo.data import Images
 from dumo.io.source import Source
@@ -65,21 +66,6 @@ def test_memory_changes_no_batch(form: str, flip: bool, tmp_path: Path) -> None:
         assert torch.equal(c, d)
 
 
-def test_images_keep_their_labels(tmp_path: Path) -> None:
-    as_folder(tmp_path)
-    for memory in (2.0, 0.0):
-        x, c = spec(tmp_path, memory=memory).open().batch(3, 30, 0)  # crosses epochs
-        number = 255 - bytes_of(x)[:, 1, 5, 5]
-        assert torch.equal(c, number // 20 // 4)
-
-
-def test_an_epoch_has_each_image_once(tmp_path: Path) -> None:
-    as_folder(tmp_path)
-    source = spec(tmp_path, memory=0.0).open()
-    seen = torch.cat([source.batch(step, 4, 1)[0] for step in range(3)])[:, 0, 5, 5]
-    assert torch.equal(seen.sort().values, source.reference(COUNT, 0)[0][:, 0, 5, 5].sort().values)
-
-
 def test_half_are_mirrored_and_keyed(tmp_path: Path) -> None:
     """The white corner goes to the right, never down; with the step, not with the image."""
     as_folder(tmp_path)
@@ -129,13 +115,6 @@ def test_labels_can_be_left_unread(form: str, tmp_path: Path) -> None:
     images = spec(tmp_path, labelled=False)
     assert images.classes == 0
     assert not images.open().batch(0, 20, 0)[1].any()
-
-
-def test_the_global_generator_rests(tmp_path: Path) -> None:
-    as_folder(tmp_path)
-    state = torch.get_rng_state()
-    spec(tmp_path, flip=True).open().batch(0, 4, 0)
-    assert torch.equal(state, torch.get_rng_state())
 
 
 # --- how it is found
@@ -244,45 +223,90 @@ def test_another_number_of_classes_is_refused(form: str, memory: float, tmp_path
         assert "has 3 classes, data.classes says 4" in refused(tmp_path, classes=4)
 
 
-def test_classes_without_labels_are_refused(tmp_path: Path) -> None:
-    pq.write_table(table(range(4)).drop_columns(["label"]), tmp_path / "a.parquet")
-    text = refused(tmp_path, classes=10)
-    for part in ("has no labels", "no column 'label' among image", "says 10"):
-        assert part in text
-    assert "needs labels" in refused(tmp_path, classes=10, labelled=False)
+def one_table(root: Path, **columns: object) -> None:
+    """A table of these columns alone."""
+    pq.write_table(pa.table(columns), root / "a.parquet")
 
 
-def test_nothing_there_is_said_with_what_was_sought(tmp_path: Path) -> None:
-    assert f"no folder or file {tmp_path / 'x'}" in refused(tmp_path / "x")
-    (tmp_path / "a.txt").write_text("")
-    text = refused(tmp_path)
-    for part in (str(tmp_path), "1 files", ".jpg", "*.parquet", "*.tar"):
-        assert part in text
-    as_folder(tmp_path)
-    as_tar(tmp_path)
-    assert "folder and tar side by side" in refused(tmp_path)
-    archive(tmp_path / "e" / "empty.tar", {"a.txt": b""})
-    assert "no images in the tar files" in refused(tmp_path / "e")
+def side_by_side(root: Path) -> None:
+    as_folder(root)
+    as_tar(root)
 
 
-def test_images_beside_classes_are_refused(tmp_path: Path) -> None:
-    as_folder(tmp_path)
-    (tmp_path / "z.png").write_bytes(picture(0))
-    assert "outside them" in refused(tmp_path)
-    assert spec(tmp_path, labelled=False).open().size == COUNT + 1
+def outside(root: Path) -> None:
+    as_folder(root)
+    (root / "z.png").write_bytes(picture(0))
 
 
-def test_a_loop_of_links_is_named(tmp_path: Path) -> None:
-    as_folder(tmp_path)
-    (tmp_path / "ant" / "loop").symlink_to(tmp_path)
-    assert str(tmp_path / "ant" / "loop") in refused(tmp_path)
+def linked(root: Path, to: str) -> None:
+    """A link among the images."""
+    as_folder(root)
+    (root / "ant" / "link.png").symlink_to(root if to == "loop" else root / "ant" / to)
 
 
-@pytest.mark.parametrize("name", ["self.png", "gone.png"])
-def test_a_link_to_nowhere_is_named(name: str, tmp_path: Path) -> None:
-    as_folder(tmp_path)
-    (tmp_path / "ant" / name).symlink_to(tmp_path / "ant" / (name if name == "self.png" else "nothing.png"))
-    assert str(tmp_path / "ant" / name) in refused(tmp_path)
+def overwritten(file: Path, first: int, data: bytes) -> None:
+    """Other bytes in the middle of a file."""
+    with file.open("r+b") as opened:
+        opened.seek(first)
+        opened.write(data)
+
+
+def short_table(root: Path, keep: float) -> None:
+    as_parquet(root)
+    os.truncate(file := root / "train-00001-of-00002.parquet", int(keep * file.stat().st_size))
+
+
+def holed_table(root: Path) -> None:
+    as_parquet(root)
+    overwritten(root / "train-00000-of-00002.parquet", 4, bytes(396))
+
+
+def holed_tar(root: Path) -> None:
+    as_tar(root)
+    overwritten(root / "animals-train-000000.tar", 2 * 512 + 3, b"x" * 17)  # the second member's header
+
+
+Wrong = tuple[Callable[[Path], None], dict[str, object], tuple[str, ...]]
+TEN, TWO = {"classes": 10}, [picture(0)] * 2
+WRONG: dict[str, Wrong] = {
+    "no folder": (Path.rmdir, {}, ("no folder or file {root}",)),
+    "no images": (lambda r: (r / "a.txt").touch(), {}, ("{root}", "1 files", ".jpg", "*.parquet", "*.tar")),
+    "two stores": (side_by_side, {}, ("folder and tar side by side",)),
+    "empty tar": (lambda r: archive(r / "a.tar", {"a.txt": b""}), {}, ("no images in the tar files",)),
+    "no labels": (lambda r: one_table(r, image=TWO), TEN, ("no labels", "no column 'label' among image", "says 10")),
+    "labels unread": (lambda r: one_table(r, image=TWO), TEN | {"labelled": False}, ("needs labels",)),
+    "outside classes": (outside, {}, ("outside them",)),
+    "a loop": (lambda r: linked(r, "loop"), {}, ("{root}/ant/link.png",)),
+    "to itself": (lambda r: linked(r, "link.png"), {}, ("{root}/ant/link.png",)),
+    "to nowhere": (lambda r: linked(r, "none.png"), {}, ("{root}/ant/link.png",)),
+    "another size": (as_folder, {"side": 16, "crop": "none"}, ("ant/00.png is 8 x 8 pixels, not 16 x 16: set",)),
+    **{
+        f"{keep} of a table": (partial(short_table, keep=keep), {"on_bad": "skip"}, ("2.parquet is no whole",))
+        for keep in (0.99, 0.5, 0.01)
+    },
+    "a hole in a table": (holed_table, {"classes": 3}, ("train-00000-of-00002.parquet row 0",)),
+    "a hole in a tar": (holed_tar, {}, ("000000.tar is broken off or damaged at byte 1024",)),
+    "a negative label": (lambda r: one_table(r, image=TWO, label=[0, -1]), {}, ("the label -1",)),
+    "an empty label": (lambda r: one_table(r, image=TWO, label=[0, None]), {}, ("1 empty rows",)),
+    "a text as label": (lambda r: one_table(r, image=TWO, label=["a", "b"]), {}, ("the type string",)),
+    "no image column": (
+        lambda r: one_table(r, pixels=[1], label=[0]), {}, ("no column of images {{bytes, path}} (it has",)
+    ),
+    "several columns": (lambda r: one_table(r, a=[b""], b=[b""]), {}, ("several columns",)),
+    "a label is missing": (
+        lambda r: archive(r / "a.tar", {"0.png": b"", "1.png": b"", "0.cls": b"1"}), {}, ("has no label '1.cls'",)
+    ),
+    "a label of a tar": (lambda r: archive(r / "a.tar", {"0.png": b"", "0.cls": b"x"}), {}, ("no class number: b'x'",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_named(name: str, tmp_path: Path) -> None:
+    make, fields, parts = WRONG[name]
+    make(tmp_path)
+    text = refused(tmp_path, **fields)
+    for part in parts:
+        assert part.format(root=tmp_path) in text
 
 
 def spoil(form: str, root: Path, i: int) -> str:
@@ -374,30 +398,6 @@ def test_no_readable_image_is_an_error(memory: float, tmp_path: Path) -> None:
         spec(tmp_path, memory=memory, on_bad="skip").open().batch(0, 2, 0)
 
 
-def test_images_of_another_size_are_named(tmp_path: Path) -> None:
-    as_folder(tmp_path)
-    text = refused(tmp_path, side=16, crop="none")
-    assert "ant/00.png is 8 x 8 pixels, not 16 x 16: set data.crop=adm" in text
-    assert spec(tmp_path, side=16).open().batch(0, 2, 0)[0].shape == (2, 3, 16, 16)
-
-
-@pytest.mark.parametrize("keep", [0.99, 0.5, 0.01])
-def test_a_truncated_table_is_named(keep: float, tmp_path: Path) -> None:
-    as_parquet(tmp_path)
-    file = tmp_path / "train-00001-of-00002.parquet"
-    os.truncate(file, int(keep * file.stat().st_size))
-    assert f"{file} is no whole parquet file" in refused(tmp_path, on_bad="skip")
-
-
-def test_a_damaged_row_group_names_its_rows(tmp_path: Path) -> None:
-    as_parquet(tmp_path)
-    file = tmp_path / "train-00000-of-00002.parquet"
-    data = bytearray(file.read_bytes())
-    data[4:400] = bytes(396)
-    file.write_bytes(data)
-    assert f"{file} row 0" in refused(tmp_path, classes=3)
-
-
 def test_a_truncated_archive_is_named_wherever_it_ends(tmp_path: Path) -> None:
     """In a member, in a header, or between two: where a reader stops without a word. Padding may be missing."""
     as_tar(tmp_path)
@@ -408,43 +408,6 @@ def test_a_truncated_archive_is_named_wherever_it_ends(tmp_path: Path) -> None:
     for size in range(end, -1, -256):
         os.truncate(file, size)
         assert str(file) in refused(tmp_path, on_bad="skip")
-
-
-def test_a_damaged_header_is_named(tmp_path: Path) -> None:
-    as_tar(tmp_path)
-    file = tmp_path / "animals-train-000000.tar"
-    data = bytearray(file.read_bytes())
-    data[2 * 512 + 3 : 2 * 512 + 20] = b"x" * 17  # the second member's header
-    file.write_bytes(data)
-    assert f"{file} is broken off or damaged at byte 1024" in refused(tmp_path)
-
-
-def test_labels_that_are_none_are_named(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"image": [picture(0)] * 2, "label": [0, -1]}), tmp_path / "a.parquet")
-    assert "the label -1" in refused(tmp_path)
-    pq.write_table(pa.table({"image": [picture(0)] * 2, "label": [0, None]}), tmp_path / "a.parquet")
-    assert "1 empty rows" in refused(tmp_path)
-    pq.write_table(pa.table({"image": [picture(0)], "label": ["ant"]}), tmp_path / "a.parquet")
-    assert "the type string" in refused(tmp_path)
-    pq.write_table(pa.table({"pixels": [1], "label": [0]}), tmp_path / "a.parquet")
-    assert "no column of images {bytes, path} (it has pixels, label)" in refused(tmp_path)
-    pq.write_table(pa.table({"a": [b""], "b": [b""]}), tmp_path / "a.parquet")
-    assert "several columns" in refused(tmp_path)
-    archive(tmp_path / "t" / "a.tar", {"0.png": picture(0), "1.png": picture(1), "0.cls": b"1"})
-    assert "has no label '1.cls'" in refused(tmp_path / "t")
-    archive(tmp_path / "t" / "a.tar", {"0.png": picture(0), "0.cls": b"ant"})
-    assert "holds no class number: b'ant'" in refused(tmp_path / "t")
-
-
-@pytest.mark.parametrize(
-    ("fields", "named"),
-    [({"side": 0}, "side"), ({"split": 3}, "split"), ({"flipped": 1}, "flipped")],
-)
-def test_a_wrong_field_is_named_alone(fields: dict[str, object], named: str, tmp_path: Path) -> None:
-    as_folder(tmp_path)
-    with pytest.raises(ValidationError) as caught:
-        spec(tmp_path, **fields)
-    assert [error["loc"] for error in caught.value.errors()] == [(named,)]
 
 
 def test_names_of_classes_are_written_down_and_held_to(tmp_path: Path) -> None:

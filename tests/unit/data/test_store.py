@@ -13,7 +13,6 @@ import pytest
 
 from dumo.data import Digits, Moons
 from dumo.data.cache import encode, open_cache
-from dumo.data.store import Folder
 from dumo.io.source import Endless, Table
 from dumo.types import UserError
 from unit.data.animals import COUNT, STORES, archive, as_folder, picture, refused, spec
@@ -99,38 +98,6 @@ def test_a_number_that_is_no_class_is_refused(tmp_path: Path) -> None:
         assert spec(tmp_path, labelled=False).open().size == 2
     with pytest.raises(UserError, match=r"data\.label"):
         spec(tmp_path, classes=10).open()
-
-
-def test_a_set_that_does_not_fit_is_not_decoded_before_it_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    as_folder(tmp_path)
-    images = spec(tmp_path, memory=0.0)
-    read: list[int] = []
-    of_folder = Folder.read
-    monkeypatch.setattr(Folder, "read", lambda self, i: (read.append(i), of_folder(self, i))[1])
-    source = images.open()
-    assert not read
-    source.fingerprint()
-    assert not read
-    source.batch(0, 5, 0)
-    assert len(read) == 5
-
-
-@pytest.mark.parametrize(("count", "threads"), [(64, 16), (4, 16), (64, 3), (1, 4)])
-def test_all_threads_work_on_a_small_batch(
-    count: int, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is cut into enough pieces, none empty."""
-    as_folder(tmp_path)
-    source = spec(tmp_path, memory=0.0).open()
-    source.use(threads)
-    pieces, piece = list[int](), source._piece
-    monkeypatch.setattr(source, "_piece", lambda places, into: (pieces.append(len(places)), piece(places, into))[1])
-    source.batch(0, count, 0)
-    assert sum(pieces) == count
-    assert len(pieces) >= min(threads, count)
-    assert min(pieces) > 0
 
 
 # --- fingerprints

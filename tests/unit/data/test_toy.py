@@ -1,4 +1,4 @@
-"""The moons: where they lie, how they are scaled, and that no two draws are the same."""
+"""Moons: where they lie, how they are scaled, and that no two draws are the same. Digits: what they are."""
 
 from math import pi, sqrt
 
@@ -6,14 +6,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.data import Moons, toy
-from dumo.io.source import Endless
+from dumo.data import Digits, Moons, toy
+from dumo.io.source import Endless, Split, Table
+
+UNIT = torch.tensor([3 / 4, 9 / 16 - 1 / pi], dtype=torch.float64)  # variances of the moons before they are scaled
 
 
 @pytest.fixture
 def _sharp(monkeypatch: pytest.MonkeyPatch) -> None:
     """The moons without their noise."""
     monkeypatch.setattr(toy, "NOISE", 0.0)
+
+
+def unscaled(x: Tensor) -> Tensor:
+    """Points of arcs of radius 1."""
+    return x.double() * UNIT.sqrt() + torch.tensor([0.5, 0.25])
 
 
 def drawn(n: int = 200_000) -> Tensor:
@@ -25,28 +32,30 @@ def test_centred_with_unit_spread(noise: float, monkeypatch: pytest.MonkeyPatch)
     """Noise adds its own variance, in the units of each axis."""
     monkeypatch.setattr(toy, "NOISE", noise)
     x = drawn()
-    unit = torch.tensor([3 / 4, 9 / 16 - 1 / pi], dtype=torch.float64)
     assert x.mean(0).abs().max() < 5 / sqrt(len(x)) * 1.5
-    assert (x.var(0) - 1 - noise**2 / unit).abs().max() < 0.02
+    assert (x.var(0) - 1 - noise**2 / UNIT).abs().max() < 0.02
 
 
 @pytest.mark.usefixtures("_sharp")
-def test_moons_are_two_half_circles_that_hook_into_each_other() -> None:
-    x = drawn() * torch.tensor([3 / 4, 9 / 16 - 1 / pi]).double().sqrt() + torch.tensor([0.5, 0.25])
+def test_moons_are_two_half_circles_of_uniform_angles() -> None:
+    """They hook into each other; each eighth of an arc has an eighth of its points."""
+    x = unscaled(drawn())
     upper = ((x**2).sum(1) - 1).abs() < 1e-4
     lower = (((x - torch.tensor([1.0, 0.5])) ** 2).sum(1) - 1).abs() < 1e-4
     assert (upper | lower).all()
     assert (x[upper & ~lower, 1] > -1e-4).all()
     assert (x[lower & ~upper, 1] < 0.5 + 1e-4).all()
     assert abs(lower.double().mean() - 0.5) < 0.01
+    share = torch.atan2(x[upper, 1], x[upper, 0]).clamp(0, pi).histc(8, 0, pi) / upper.sum()
+    assert (share - 1 / 8).abs().max() < 0.01
 
 
 @pytest.mark.usefixtures("_sharp")
-def test_labels_tell_the_moons_apart() -> None:
-    """And move no point: 0 is the upper moon, 1 the lower, as often."""
-    plain, told = Moons(), Moons(labelled=True)
-    assert (plain.classes, told.classes) == (0, 2)
-    one, two = plain.open(), told.open()
+def test_labels_are_the_moons_and_move_no_point() -> None:
+    """0 is the upper moon, 1 the lower, as often."""
+    plain, labelled = Moons(), Moons(labelled=True)
+    assert (plain.classes, labelled.classes) == (0, 2)
+    one, two = plain.open(), labelled.open()
     for (x, none), (same, c) in (
         (one.batch(4, 5000, 0), two.batch(4, 5000, 0)),
         (one.reference(5000, 0, 1), two.reference(5000, 0, 1)),
@@ -54,39 +63,23 @@ def test_labels_tell_the_moons_apart() -> None:
         assert torch.equal(x, same)
         assert not none.any()
         assert none.dtype == c.dtype == torch.long
-        place = x.double() * torch.tensor([3 / 4, 9 / 16 - 1 / pi]).double().sqrt() + torch.tensor([0.5, 0.25])
         centre = torch.tensor([[0.0, 0.0], [1.0, 0.5]], dtype=torch.float64)[c]
-        assert (((place - centre) ** 2).sum(1) - 1).abs().max() < 1e-4
+        assert (((unscaled(x) - centre) ** 2).sum(1) - 1).abs().max() < 1e-4
         assert abs(c.double().mean() - 0.5) < 0.03
 
 
-@pytest.mark.usefixtures("_sharp")
-def test_angles_are_uniform() -> None:
-    """Each eighth of an arc has an eighth of its points."""
-    x = drawn() * torch.tensor([3 / 4, 9 / 16 - 1 / pi]).double().sqrt() + torch.tensor([0.5, 0.25])
-    upper = x[((x**2).sum(1) - 1).abs() < 1e-4]
-    share = torch.atan2(upper[:, 1], upper[:, 0]).clamp(0, pi).histc(8, 0, pi) / len(upper)
-    assert (share - 1 / 8).abs().max() < 0.01
-
-
 def test_batches_are_fresh_and_keyed() -> None:
-    source = Moons().open()
+    source, state = Moons().open(), torch.get_rng_state()
     assert isinstance(source, Endless)
     assert source.size is None
     x, c = source.batch(4, 50, 0)
-    assert x.shape == (50, *Moons.shape)
-    assert x.dtype == torch.float32
+    assert (x.shape, x.dtype) == ((50, *Moons.shape), torch.float32)
     assert not c.any()
     assert torch.equal(x, source.batch(4, 50, 0)[0])
     for other in (source.batch(5, 50, 0), source.batch(4, 50, 1), source.reference(50, 0)):
         assert not torch.isclose(x, other[0]).all(1).any()
-
-
-def test_references_are_numbered() -> None:
-    source = Moons().open()
-    one, again, two = (source.reference(50, 0, i)[0] for i in (0, 0, 1))
-    assert torch.equal(one, again)
-    assert not torch.isclose(one, two).all(1).any()
+    assert not torch.isclose(source.reference(50, 0)[0], source.reference(50, 0, 1)[0]).all(1).any()
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_steps_are_independent() -> None:
@@ -99,7 +92,40 @@ def test_steps_are_independent() -> None:
     assert inside[:2, 2:].abs().max() < 5 / sqrt(4000)
 
 
-def test_the_global_generator_rests() -> None:
-    state = torch.get_rng_state()
-    Moons().open().batch(0, 10, 0)
-    assert torch.equal(state, torch.get_rng_state())
+def test_digits_are_upright_of_seventeen_levels() -> None:
+    """The first is a zero with a hole in it; ink is in the middle, and never flipped."""
+    source = Digits().open()
+    x, c = source.reference(10, 3)  # all, however few
+    assert x.shape == (1797, *Digits.shape)
+    assert (x.dtype, c.dtype) == (torch.float32, torch.int64)
+    assert torch.equal(x.unique(), torch.arange(17) / 8 - 1)
+    assert c[:10].tolist() == c.unique().tolist() == list(range(Digits().classes))
+    assert c.bincount().min() > 170
+    mean = x[c == 0].mean(0)[0]
+    assert mean[3:5, 3:5].max() < mean[3:5, [2, 5]].min()
+    sevens = x[c == 7].mean(0)[0]
+    assert sevens[0].mean() > sevens[-1].mean()  # the bar of a 7 is on top
+    assert isinstance(source, Table)
+    y, d = source.batch(13, 200, 0)  # crosses from the first epoch into the second
+    for i in (0, 100, 199):
+        assert d[i] in c[(x == y[i]).flatten(1).all(1)]
+
+
+def test_images_held_out_are_in_no_batch() -> None:
+    """They are 360 of all, of each class a fifth to a row, the same in every run; no others are missing."""
+    whole, split = Digits().open(), Digits(held=360).originals()
+    assert isinstance(split, Split)
+    assert (split.size, len(split.held.x), len(split.whole.x)) == (1437, 360, 1797)
+    x, _ = whole.reference(0, 0)
+    assert torch.equal(split.whole.x, x)
+    both = torch.cat([split.x, split.held.x]).flatten(1)
+    order = [rows.flatten(1).double() @ torch.logspace(0, 3, 64, dtype=torch.float64) for rows in (both, x)]
+    assert torch.equal(order[0].sort().values, order[1].sort().values)
+    share = split.held.c.bincount() - split.whole.c.bincount() * 360 / 1797
+    assert share.abs().max() < 1
+    seen = torch.cat([split.batch(step, 479, 0)[0] for step in range(3)])
+    assert torch.equal(seen.sum(0), split.x.sum(0))
+    assert torch.equal(split.held.x, Digits(held=360).originals().held.x)
+    with pytest.raises(ValueError, match=r"held = 64 images .* 100"):
+        Digits(held=64)
+    assert Digits(held=0).model_dump() == {"kind": "digits"}

@@ -1,7 +1,6 @@
 """Small data and a cheap codec for the tests of codecs, and an encoder that runs in a process of its own."""
 
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 
 from dumo.data.cache import Plan, encode
 from dumo.encoders import SdVae, Taef2
-from dumo.encoders.scaled import Images, Latent, Moments, Opened
+from dumo.encoders.codec import Images, Latent, Moments, Opened
 from dumo.runtime.random import stream
 
 SIDE, CLASSES = 8, 7
@@ -74,13 +73,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def work(out: Path, count: int, rank: int, world: int, parent: Connection | None) -> None:
-    """Encode, in a process of its own; with a parent, every tick waits until it may go on."""
+def work(out: Path, count: int, rank: int, world: int) -> None:
+    """Encode, in a process of its own."""
     torch.set_num_threads(1)
-
-    def tick(done: int, note: str) -> None:
-        if parent:
-            parent.send(done)
-            parent.recv()
-
-    encode(Pictures(count), POINT, PLAN, out, batch=4, rank=rank, world=world, tick=tick)
+    encode(Pictures(count), POINT, PLAN, out, batch=4, rank=rank, world=world)

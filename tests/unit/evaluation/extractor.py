@@ -28,7 +28,7 @@ def extractor(images: Tensor) -> Glance:
 
 
 class Peephole(nn.Module):
-    """The same in the place of Inception, as `inception_weights.load` would give it; counts what it sees."""
+    """The same in the place of Inception, as `inception.load` would give it; counts what it sees."""
 
     scale: Tensor
 

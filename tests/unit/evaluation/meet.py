@@ -9,7 +9,7 @@ import torch
 
 from dumo.evaluation import reference
 from dumo.evaluation.protocol import collect
-from dumo.evaluation.standard import STANDARDS
+from dumo.evaluation.reference import STANDARDS
 from dumo.evaluation.statistics import gather, save_statistics, statistics_of
 from meeting import meeting
 from unit.evaluation.extractor import Album, extractor, images

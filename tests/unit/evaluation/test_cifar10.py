@@ -9,11 +9,13 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
-from dumo.encoders import cifar10
+from dumo.encoders.classifier import cifar10
 from dumo.evaluation import Context, ShippedProtocol
-from dumo.evaluation import cifar10 as protocol
-from dumo.evaluation.cifar10 import baselines, features_of, known, learned, score
+from dumo.evaluation import shipped as protocol
 from dumo.evaluation.protocol import Reference
+from dumo.evaluation.shipped import baselines_cifar10 as baselines
+from dumo.evaluation.shipped import features_of, known, learned
+from dumo.evaluation.shipped import score_cifar10 as score
 from dumo.io.picture import from_uint8
 from dumo.runtime.random import stream
 from dumo.types import UserError
@@ -118,7 +120,7 @@ def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) 
     found = evaluator.score((part, upside_down[part]) for part in order.split(300))
     assert found == score(upside_down, blobs.c, blobs)
     assert found["fd"] > 0.01
-    assert evaluator.facts["features_sha256"] == cifar10.sha256()
+    assert evaluator.facts["features_sha256"] == cifar10.sha256
     again = score(upside_down[order], blobs.c[order], blobs)  # the kernel's subsets are all of the rows here
     assert again.pop("auc_features") == pytest.approx(found.pop("auc_features"), abs=0.05)  # of other halves
     assert again == pytest.approx(found, rel=1e-4, abs=1e-6)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dumo.data import Digits
-from dumo.encoders import digits
-from dumo.evaluation import Context, ShippedProtocol, toy
+from dumo.encoders.classifier import digits
+from dumo.evaluation import Context, ShippedProtocol, shipped
 from dumo.evaluation.protocol import Evaluator, Reference, collect, ordered
 from dumo.io.digest import of_tensor
 from dumo.types import UserError
@@ -63,8 +63,10 @@ def test_an_evaluator_scores_as_its_protocol_does() -> None:
     assert isinstance(evaluator, Evaluator)
     x, reference = Drawn().reference(60, 9)[0], Reference.of(Drawn(), 60, 3)
     rows = torch.arange(60).flip(0)
-    assert evaluator.score((part, x[part]) for part in rows.split(7)) == toy.score(x, protocol.labels(), reference)
-    assert evaluator.baselines() == toy.baselines(reference, 60)
+    assert evaluator.score((part, x[part]) for part in rows.split(7)) == shipped.score_toy(
+        x, protocol.labels(), reference
+    )
+    assert evaluator.baselines() == shipped.baselines_toy(reference, 60)
     assert evaluator.facts["reference"] == "60 draws of seed 3"
     assert "reference_sha256" not in evaluator.facts
 
@@ -73,4 +75,4 @@ def test_a_finite_reference_is_known_by_its_hash_and_features_by_theirs() -> Non
     facts = ShippedProtocol(kind="digits", samples=500).evaluator(Context(Finite)).facts
     assert facts["reference"] == "1,797 samples of the data"
     assert facts["reference_sha256"] == of_tensor(Digits().originals().x)
-    assert facts["features_sha256"] == hashlib.sha256(digits.WEIGHTS.read_bytes()).hexdigest()
+    assert facts["features_sha256"] == hashlib.sha256(digits.file.read_bytes()).hexdigest()

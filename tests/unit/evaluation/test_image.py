@@ -8,13 +8,20 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from dumo.encoders import inception_weights
+from dumo.encoders import inception
 from dumo.evaluation import Context, reference
 from dumo.evaluation.distance import Moments, frechet_distance, kid
 from dumo.evaluation.images import HALVES, ImageEvaluator, ImageProtocol
 from dumo.evaluation.protocol import Evaluator, Made
-from dumo.evaluation.reference import adm_facts, adm_file, adm_statistics, album_facts, album_statistics
-from dumo.evaluation.standard import STANDARDS, Standard
+from dumo.evaluation.reference import (
+    STANDARDS,
+    Standard,
+    adm_facts,
+    adm_file,
+    adm_statistics,
+    album_facts,
+    album_statistics,
+)
 from dumo.evaluation.statistics import Extractor, Statistics
 from dumo.io.picture import to_uint8
 from dumo.io.source import Finite
@@ -234,7 +241,7 @@ def test_adms_file_gives_moments_of_all_and_features_of_its_images(tmp_path: Pat
 def peephole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Peephole:
     """A small network in Inception's place, and an empty cache."""
     net = Peephole()
-    monkeypatch.setattr(inception_weights, "load", lambda path, device: net)
+    monkeypatch.setattr(inception, "load", lambda path, device: net)
     monkeypatch.setenv(reference.VARIABLE, str(tmp_path / "cache"))
     return net
 
@@ -311,14 +318,14 @@ def test_where_nothing_can_be_kept_the_numbers_stand(
 
 
 def test_missing_weights_are_refused_before_the_data_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(inception_weights.VARIABLE, raising=False)
+    monkeypatch.delenv(inception.VARIABLE, raising=False)
 
     def never() -> Album:
         raise AssertionError
 
     with pytest.raises(UserError, match="no weights of Inception for the FID: no path is given"):
         FOLDER.evaluator(Context(never))
-    monkeypatch.setenv(inception_weights.VARIABLE, "/none")
+    monkeypatch.setenv(inception.VARIABLE, "/none")
     with pytest.raises(UserError, match=r"/none is no file"):
         FOLDER.evaluator(Context(never))
 
@@ -334,10 +341,10 @@ def test_inception_itself_serves() -> None:
 
 
 def test_what_is_not_there_is_told_before_anybody_asks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(inception_weights.VARIABLE, raising=False)
+    monkeypatch.delenv(inception.VARIABLE, raising=False)
     folder, adm = ImageProtocol(kind="folder"), ImageProtocol(kind="adm-imagenet256-50k")
     assert "dumo data inception" in str(folder.missing)
     (tmp_path / "weights").touch()
-    monkeypatch.setenv(inception_weights.VARIABLE, str(tmp_path / "weights"))
+    monkeypatch.setenv(inception.VARIABLE, str(tmp_path / "weights"))
     assert folder.missing is None
     assert "ADM's reference" in str(adm.missing)

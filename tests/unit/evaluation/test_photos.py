@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.encoders import cifar10
+from dumo.encoders.classifier import cifar10
 from dumo.evaluation import Context, ShippedProtocol
 from dumo.evaluation.photos import MOST, PhotosEvaluator, alike
 from dumo.io.picture import from_uint8
@@ -97,7 +97,7 @@ def test_samples_are_compared_with_images_of_their_classes() -> None:
 
 def test_it_says_what_it_is_and_is_not(own: PhotosEvaluator, good: Row) -> None:
     assert "not Inception" in own.facts["features"]
-    assert own.facts["features_sha256"] == cifar10.sha256()
+    assert own.facts["features_sha256"] == cifar10.sha256
     assert "60 images" in own.facts["spread"]
     assert not [name for name in good if "fid" in name]
     assert "spread" not in opened(drawn(500, "real", side=8)).facts

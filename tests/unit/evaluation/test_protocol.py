@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dumo.data import Digits
-from dumo.evaluation import Context, MetricProtocol, ShippedProtocol
-from dumo.evaluation import digits as judged
-from dumo.evaluation import toy as points_judged
+from dumo.evaluation import Context, MetricProtocol, ShippedProtocol, shipped
 from dumo.evaluation.protocol import Reference
 from dumo.runtime.random import stream
 from dumo.types import UserError
@@ -33,7 +31,7 @@ def split() -> Reference:
 @pytest.fixture(scope="module")
 def baselines(split: Reference) -> dict[str, dict[str, float]]:
     """Between all of the data they are the same, whether or not some are held out."""
-    return judged.baselines(split, DIGITS.total)
+    return shipped.baselines_digits(split, DIGITS.total)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,7 @@ def floor(baselines: dict[str, dict[str, float]]) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def good(data: Reference) -> dict[str, float]:
     """The score of the data's own rows."""
-    return judged.score(*some(data), data)
+    return shipped.score_digits(*some(data), data)
 
 
 def some(data: Reference, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -97,7 +95,7 @@ def test_faults_are_seen(fault: str, data: Reference, good: dict[str, float], ha
         x = noisy(x, 0.4)
     else:
         x, c = some(data, torch.nonzero((data.c == 3) if fault == "one class" else (data.c != 3)).flatten())
-    bad = judged.score(x, c, data)
+    bad = shipped.score_digits(x, c, data)
     assert bad["fd"] > 3 * halves["mean"]
     assert bad["fd"] > 10 * good["fd"]
     assert bad["kid"] > 3 * good["kid_sd"]
@@ -109,7 +107,7 @@ def test_faults_are_seen(fault: str, data: Reference, good: dict[str, float], ha
 
 def test_accuracy_is_of_the_classes_asked_for(data: Reference) -> None:
     x, c = some(data)
-    assert judged.score(x, (c + 1) % 10, data)["accuracy"] < 0.02
+    assert shipped.score_digits(x, (c + 1) % 10, data)["accuracy"] < 0.02
 
 
 def test_filed_digits_are_judged_at_the_grey_levels_of_the_data(data: Reference, good: dict[str, float]) -> None:
@@ -117,7 +115,7 @@ def test_filed_digits_are_judged_at_the_grey_levels_of_the_data(data: Reference,
     x, c = some(data)
     off = x + (torch.rand(x.shape, generator=stream("off")) - 0.5) / 16
     off = torch.where(x == 1, 1.5, torch.where(x == -1, -7.0, off))
-    score = judged.score(off, c, data)
+    score = shipped.score_digits(off, c, data)
     for name in ("fd_grey", "auc", "pixel_fd"):
         assert score[name] == good[name]
     assert good["fd_grey"] == good["fd"]
@@ -127,13 +125,13 @@ def test_filed_digits_are_judged_at_the_grey_levels_of_the_data(data: Reference,
 def test_clamping_turns_noise_into_a_shift(data: Reference, good: dict[str, float]) -> None:
     """Why there are two: noise of mean zero hardly moves the features, until half of it is cut off."""
     x, c = some(data)
-    score = judged.score(x + 0.2 * torch.randn(x.shape, generator=stream("noise")), c, data)
+    score = shipped.score_digits(x + 0.2 * torch.randn(x.shape, generator=stream("noise")), c, data)
     assert good["fd"] < score["fd"] < score["fd_grey"] / 2
 
 
 def test_digits_baselines(data: Reference, good: dict[str, float], halves: dict[str, float]) -> None:
     """Halves lie above the floor of more samples; both are small beside a variance of 32 features, and repeat."""
-    baselines = judged.baselines(data, DIGITS.total)
+    baselines = shipped.baselines_digits(data, DIGITS.total)
     floor = baselines["bootstrap"]
     assert baselines["halves"] == halves
     assert abs(halves["auc"] - 0.5) < 3 * halves["auc_sd"] < 0.1
@@ -150,7 +148,7 @@ def test_images_held_out_are_judged_against_by_themselves(
     """Training images are at the floor, and copies; all else is as it was."""
     assert split.split
     assert torch.equal(split.x, data.x)
-    score = judged.score(*some(Reference(split.split.x, split.split.c)), split)
+    score = shipped.score_digits(*some(Reference(split.split.x, split.split.c)), split)
     own = ["fd_grey_held", "kid_held", "recall_held", "auc_held", "pixel_fd_held"]
     assert list(score) == [*good, *own, "nearest"]
     assert score["nearest"] == 0
@@ -162,7 +160,7 @@ def test_images_held_out_are_judged_against_by_themselves(
 def test_a_distance_to_few_images_has_a_floor_of_its_own(
     floor: dict[str, float], baselines: dict[str, dict[str, float]]
 ) -> None:
-    """Larger than to all, whatever is judged."""
+    """Larger than to all, whatever is shipped."""
     assert floor["fd_grey_held"] > baselines["bootstrap"]["mean"] + 4 * baselines["bootstrap"]["sd"]
     assert floor["splits"] == 20
     assert 0 < floor["pixel_fd_held_sd"] < floor["pixel_fd_held"] < 1
@@ -170,31 +168,31 @@ def test_a_distance_to_few_images_has_a_floor_of_its_own(
 
 def test_images_held_out_are_as_far_as_they_are(split: Reference, floor: dict[str, float]) -> None:
     assert split.split
-    score = judged.score(*some(Reference(split.split.held.x, split.split.held.c)), split)
+    score = shipped.score_digits(*some(Reference(split.split.held.x, split.split.held.c)), split)
     assert score["nearest"] == pytest.approx(1, abs=0.03)
     assert score["fd_grey_held"] < floor["fd_grey_held"]
 
 
 def test_scores_repeat(data: Reference, good: dict[str, float]) -> None:
-    assert judged.score(*some(data), data) == good
-    assert points_judged.score(points(1), toy().c, toy()) == points_judged.score(points(1), toy().c, toy())
-    assert points_judged.baselines(toy(), 400) == points_judged.baselines(toy(), 400)
+    assert shipped.score_digits(*some(data), data) == good
+    assert shipped.score_toy(points(1), toy().c, toy()) == shipped.score_toy(points(1), toy().c, toy())
+    assert shipped.baselines_toy(toy(), 400) == shipped.baselines_toy(toy(), 400)
 
 
 def test_toy_null_tells_a_draw_from_a_difference() -> None:
-    null = points_judged.baselines(toy(), 400)["null"]
-    same = [points_judged.score(points(i), toy().c, toy())["mmd2"] for i in range(100, 105)]
+    null = shipped.baselines_toy(toy(), 400)["null"]
+    same = [shipped.score_toy(points(i), toy().c, toy())["mmd2"] for i in range(100, 105)]
     assert max(map(abs, same)) < 4 * null["sd"]
     assert abs(null["mean"]) < 4 * null["sd"] / math.sqrt(50)
     for wrong in (points(100) + 0.4, 1.5 * points(100), points(100) * torch.tensor([1.0, 0.3])):
-        assert points_judged.score(wrong, toy().c, toy())["mmd2"] > 8 * null["sd"]
+        assert shipped.score_toy(wrong, toy().c, toy())["mmd2"] > 8 * null["sd"]
 
 
 def test_toy_widths_are_in_sd_of_the_data() -> None:
     """So points in another unit, or another place, have the same score."""
     metres, feet = toy(), Reference(3.28 * toy().x + 5, toy().c)
-    score = points_judged.score(points(1) + 0.2, metres.c, metres)["mmd2"]
-    assert points_judged.score(3.28 * (points(1) + 0.2) + 5, feet.c, feet)["mmd2"] == pytest.approx(score, rel=1e-4)
+    score = shipped.score_toy(points(1) + 0.2, metres.c, metres)["mmd2"]
+    assert shipped.score_toy(3.28 * (points(1) + 0.2) + 5, feet.c, feet)["mmd2"] == pytest.approx(score, rel=1e-4)
 
 
 def test_labels_are_balanced() -> None:
@@ -259,6 +257,6 @@ def test_samples_that_do_not_fit_are_refused(data: Reference) -> None:
     with pytest.raises(UserError, match="not finite"):
         evaluator.score([(every, x / 0)])
     with pytest.raises(UserError, match="compares 400 points with as many, here are 399: draw as many"):
-        points_judged.score(points(1), toy().c, Reference(points(0, 399), toy().c[1:]))
+        shipped.score_toy(points(1), toy().c, Reference(points(0, 399), toy().c[1:]))
     with pytest.raises(UserError, match="can be drawn anew"):
-        points_judged.baselines(Reference(points(0), toy().c), 400)
+        shipped.baselines_toy(Reference(points(0), toy().c), 400)

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.flow.coupling import Coupling
-from dumo.flow.draw import drawn, noised
+from dumo.flow.draw import Coupling, drawn, noised
 from dumo.flow.path import Linear
 from dumo.objectives import DuMo
 from dumo.runtime.random import stream

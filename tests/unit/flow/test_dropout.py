@@ -1,5 +1,7 @@
 """Dropout's masks: a function of row, step and layer, and nothing else."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor
@@ -67,21 +69,8 @@ def test_a_row_is_the_same_in_any_batch() -> None:
     assert not torch.equal(whole(rows)[:3], whole(rows[some]))
 
 
-def test_nothing_is_drawn_by_a_mask() -> None:
-    rows, state = keys(1, 2, 9), torch.get_rng_state()
-    assert torch.equal(whole(rows), whole(rows))
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_steps_and_seeds_have_keys_of_their_own() -> None:
-    assert torch.equal(keys(1, 2, 4), keys(1, 2, 4))
-    assert not torch.equal(keys(1, 2, 4), keys(1, 3, 4))
-    assert not torch.equal(keys(1, 2, 4), keys(2, 2, 4))
-
-
 def test_contexts_nest_and_end() -> None:
     rows = keys(0, 0, 4)
-    assert current(4) is None
     with using(rows):
         assert current(4) is rows
         with dropout.rows([2, 0]):
@@ -94,9 +83,12 @@ def test_contexts_nest_and_end() -> None:
         with pytest.raises(ZeroDivisionError), dropout.off():
             1 / 0  # noqa: B018
         assert current(4) is rows
-    assert current(4) is None
-    with dropout.rows([0]):
-        assert current(1) is None
+
+
+def test_keys_that_nobody_set_are_refused() -> None:
+    for context in (nullcontext(), dropout.rows([0])):
+        with context, pytest.raises(RuntimeError, match="has no keys"):
+            current(1)
 
 
 def test_rows_nobody_named_are_refused() -> None:

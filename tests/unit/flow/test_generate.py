@@ -66,22 +66,6 @@ def test_the_net_counts_the_passes_asked_for(solver: Solver) -> None:
     assert make(solver, 2, 7, n=16).nfe == 2  # a last batch of 2 counts no less
 
 
-def test_passes_that_the_reading_adds_are_counted() -> None:
-    """Guidance at sampling time doubles the rows of a pass, or the passes: both are two for each row."""
-    net = Small()
-
-    def wide(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        both = net(torch.cat([x, x]), torch.cat([c, 0 * c]), t=torch.cat([t, t]), r=torch.cat([t, t]))[0]
-        return 2 * both[: len(x)] - both[len(x) :]
-
-    def twice(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        return 2 * net(x, c, t=t, r=t)[0] - net(x, 0 * c, t=t, r=t)[0]
-
-    for velocity in (wide, twice):
-        made = generate(net, Reads(velocity), Linear(), Euler(), labels(16, 10), nfe=3, seed=0, shape=SHAPE, batch=8)
-        assert made.nfe == 6
-
-
 def test_unequal_counts_are_an_error() -> None:
     net = Small()
 
@@ -125,15 +109,6 @@ def test_restart_gets_each_image_its_own_fresh_noise() -> None:
         x_m = 0.3 * again + 0.7 * (z - net(z, c, t=one, r=zero)[0])
         want = x_m - 0.3 * net(x_m, c, t=m, r=zero)[0]
     torch.testing.assert_close(made, want, atol=1e-5, rtol=0)
-
-
-def test_seed_and_label_matter() -> None:
-    a = make(Hop(), 1, 8, n=8).x
-    assert (a - make(Hop(), 1, 8, n=8, seed=1).x).abs().flatten(1).max(1).values.min() > 0.1
-    net = Small()
-    c = (labels(8, 10) + 1) % 10
-    b = generate(net, read(net), Linear(), Hop(), c, nfe=1, seed=0, shape=SHAPE).x
-    assert (a - b).abs().flatten(1).max(1).values.min() > 1e-3
 
 
 def test_the_net_is_left_as_it_was() -> None:

@@ -25,7 +25,6 @@ from dumo.flow.solver import (
     able,
     check,
     jumps,
-    rows,
     steps,
     uniform,
 )
@@ -84,11 +83,6 @@ def test_two_jumps_are_at_start_and_m(m: float) -> None:
     assert jumps(2, m, start=0.999) == [0.999, pytest.approx(m, abs=1e-15)]
 
 
-def test_jumps_at_one_half_are_the_uniform_grid() -> None:
-    for n in range(1, 60):
-        assert jumps(n, 0.5) == pytest.approx(uniform(n)[:-1], abs=1e-15)
-
-
 @pytest.mark.parametrize(("m", "start"), [(0.3, 1.0), (0.6, 0.999), (0.99, 1.0)])
 def test_jumps_are_a_power_of_the_uniform_grid(m: float, start: float) -> None:
     times = torch.tensor(jumps(12, m, start), dtype=torch.float64)
@@ -98,13 +92,6 @@ def test_jumps_are_a_power_of_the_uniform_grid(m: float, start: float) -> None:
     assert times[-1] > 0
     slopes = (times / start).log()[1:] / torch.tensor(uniform(12)[1:-1], dtype=torch.float64).log()
     torch.testing.assert_close(slopes, slopes[0].expand(11), atol=1e-12, rtol=0)
-
-
-def test_rows_repeat_each_time_in_the_precision_of_the_sample() -> None:
-    first, second = rows([1.0, 0.3], torch.zeros(3, 2, 4, dtype=torch.float64))
-    assert (first.shape, first.dtype) == ((3,), torch.float64)
-    assert first.tolist() == [1.0] * 3
-    assert second.tolist() == [0.3] * 3
 
 
 @pytest.mark.parametrize(("solver", "order"), [(Euler(), 1), (Heun(), 2), (Hermite(), 1)])
@@ -204,10 +191,6 @@ def test_times_of_the_passes(start: float) -> None:
         assert visited(Hermite(), 4) == [(t,) for t in jumps(4)]
 
 
-def test_two_restarts_are_at_one_and_m() -> None:
-    assert visited(Restart(m=0.3), 2) == [(1.0,), (0.3,)]
-
-
 def test_condition_reaches_the_net() -> None:
     c = torch.arange(N)
 
@@ -226,16 +209,6 @@ def test_condition_reaches_the_net() -> None:
 def test_makes_the_passes_asked_for(solver: Solver) -> None:
     for nfe in (2, 4, 6):
         assert len(visited(solver, nfe)) == nfe
-
-
-@pytest.mark.parametrize("solver", ALL)
-def test_images_and_points_are_solved_alike(solver: Solver) -> None:
-    def draw(k: int) -> Tensor:
-        return fresh(k)[:24].view(6, 2, 2)
-
-    as_images = solver(EXACT, Linear(), draw(0), C[:6], 4, draw)
-    as_points = solver(EXACT, Linear(), fresh(0)[:24], C[:24], 4, lambda k: fresh(k)[:24])
-    assert torch.equal(as_images.flatten(), as_points.flatten())
 
 
 @pytest.mark.parametrize("nfe", [1, 3, 7])
@@ -267,12 +240,6 @@ def test_check_looks_at_every_number_of_passes() -> None:
     check(Heun(), EXACT, 2, 4)
     with pytest.raises(UserError, match="nfe = 3"):
         check(Heun(), EXACT, 2, 3, 4)
-
-
-def test_specs_are_told_apart_by_kind() -> None:
-    family: TypeAdapter[Solver] = TypeAdapter(Solver)
-    for solver in ALL:
-        assert family.validate_python(solver.model_dump()) == solver
 
 
 @pytest.mark.parametrize(

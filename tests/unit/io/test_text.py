@@ -53,3 +53,10 @@ def test_a_long_text_is_cut() -> None:
 def test_what_is_no_path(text: str, said: str) -> None:
     with pytest.raises(UserError, match=rf"^data\.root .*{said}.*: .*set "):
         user_path(text, "data.root")
+
+
+def test_a_home_that_is_not_known_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert user_path("~/data", "data.root") == Path("/home/somebody/data")
+    with pytest.raises(UserError, match=r"^data.root is ~no-such-user/data, and no such home is known"):
+        user_path("~no-such-user/data", "data.root")

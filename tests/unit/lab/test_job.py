@@ -63,7 +63,7 @@ def long_work(folder: Path) -> Callable[[str], None]:
 
     def long(name: str) -> None:
         (folder / f"{name}.began").touch()
-        while not signals.asked():
+        while not signals.poll():
             time.sleep(0.01)
         (folder / f"{name}.saved").touch()
         signals.check()

@@ -5,8 +5,7 @@ from math import cos, sin
 import pytest
 import torch
 
-from dumo.nets.embed import Scalars, grid_waves, label_table
-from dumo.nets.head import Gauges
+from dumo.nets.embed import Gauges, Scalars, grid_waves, label_table
 from dumo.types import Needs
 
 
@@ -39,12 +38,6 @@ def test_a_shift_is_added_to_the_waves_of_every_input() -> None:
     assert torch.allclose(scalars._waves(t), torch.cat([angles.cos(), angles.sin()], -1))
     by_hand = sum(scalars.embedders[name](scalars._waves(s) + shift) for name, s in (("t", t), ("w", w)))
     assert torch.allclose(scalars(shift, t=t, w=w), by_hand, rtol=0, atol=1e-6)
-
-
-def test_what_was_given_is_left_alone() -> None:
-    given = {"t": torch.tensor([0.5]), "r": torch.tensor([0.2])}
-    Scalars(("t", "r"), 4, 1.0)(**given)
-    assert given["r"].item() == pytest.approx(0.2)
 
 
 def test_embedders_start_small() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from contract.case import randomise
-from dumo.encoders.encode import encode
+from dumo.encoders.texttable import encode
 from dumo.encoders.tokens import Tokenizer
 from dumo.flow import dropout
 from dumo.flow.slope import DualSlope, JvpSlope
@@ -102,7 +102,8 @@ def test_a_hidden_word_tells_nothing_and_the_end_stays(tmp_path: Path) -> None:
         net.eval()
         assert torch.equal(texts(many)[1], texts.mask[many])
     net.train()
-    assert torch.equal(texts(many)[1], texts.mask[many])
+    with dropout.off():
+        assert torch.equal(texts(many)[1], texts.mask[many])
 
 
 def test_a_checkpoint_has_the_encoder_and_not_the_captions(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from contract.case import kind, nets, randomise
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.nets import DiT, Net
 from dumo.nets.block import normalize
-from dumo.nets.embed import Own
 from dumo.types import Frozen, Needs
 
 each = pytest.mark.parametrize("net", nets(), ids=kind)
@@ -78,29 +77,6 @@ GAPS = ((0.75, 0.25), (0.5, 0.0), (0.75, 0.0))
 
 
 @each
-def test_names_are_checked(net: Net) -> None:
-    x, c, times = points()
-    model = built(net, THREE)
-    for wrong in ({"t": times["t"]}, {"r": times["r"]}, {}, times | {"s": times["t"]}):
-        with pytest.raises(TypeError, match="takes t, r; it got"):
-            model(x, c, **wrong)
-
-
-@each
-def test_nothing_is_broken_at_the_start(net: Net) -> None:
-    x, c, times = points()
-    assert not any(head.any() for head in net.build(THREE, SHAPE, 3).double()(x, c, **times))
-
-
-@each
-def test_nets_without_such_heads_are_as_they_were(net: Net) -> None:
-    torch.manual_seed(0)
-    plain = net.build(PLAIN, SHAPE, 3)
-    assert not any(key.startswith("own") for key in plain.state_dict())
-    assert not list(Own(PLAIN, 8, 1.0).parameters())
-
-
-@each
 @pytest.mark.parametrize("known", [True, False], ids=["ride", "tape"])
 def test_slopes_are_exact_with_r_at_rest(net: Net, known: bool) -> None:
     """One slope gives every head's: u's as without r, m's with the gap growing."""
@@ -144,11 +120,3 @@ def test_a_head_of_the_unet_by_hand() -> None:
     shift, scale = model.own.heads["m"](**times)[:, :, None, None].chunk(2, 1)
     norm, _, convolve = model.heads["m"]
     assert torch.allclose(convolve(F.silu(norm(seen[0]) * (1 + scale) + shift)), found)
-
-
-def test_what_it_costs() -> None:
-    """Two embeddings of 256 waves, of t and of the gap: 3.2 M of XL/2, beside the 2.7 M of a head."""
-    for width, size in ((8, 2 * (256 * 8 + 8 + 8 * 8 + 8)), (1152, 3_248_640)):
-        with torch.device("meta"):
-            a, b = (DiT(width=width, depth=1, attention=2).build(needs, SHAPE, 3) for needs in (PLAIN, TOLD))
-        assert sum(p.numel() for p in b.parameters()) - sum(p.numel() for p in a.parameters()) == size

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 import encoders
 import transformers_tiny as tiny
-from dumo.encoders.encode import encode
 from dumo.encoders.text import Encoder
-from dumo.encoders.texttable import open_table
+from dumo.encoders.texttable import encode, open_table
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear

@@ -10,10 +10,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from contract.case import randomise
-from dumo.flow.cfg import CFG
 from dumo.flow.draw import draw
 from dumo.flow.generate import solve
-from dumo.flow.guide import Guide
+from dumo.flow.guide import CFG, Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.solver import Euler, Restart, Solver
@@ -22,9 +21,6 @@ from dumo.nets.dit import DiT, Transformer
 from dumo.nets.rows import Rows, TextFile
 from dumo.nets.textblock import Cross
 from dumo.objectives import DuMo
-from dumo.run.plan.cost import forward_flops
-from dumo.run.plan.count import flops
-from dumo.run.plan.depth import short
 from dumo.types import Frozen, Needs, Spec, UserError
 from unit.nets.given import Given, Labels
 
@@ -146,24 +142,6 @@ def test_every_token_that_is_there_matters_and_no_other(pooled: int) -> None:
         texts.tokens[2, token] = old
 
 
-def test_the_image_sees_itself() -> None:
-    """What changes in one corner is seen in the other."""
-    net, (x, c, t) = built(), points()
-    other = x.clone()
-    other[..., :2, :2] += 1
-    for a, b in zip(net(x, c, t=t), net(other, c, t=t), strict=True):
-        assert (a - b)[..., 2:, 2:].abs().max() > 1e-4
-
-
-def test_the_vector_alone_tells_captions_apart() -> None:
-    """As at the start, where the blocks' tokens are silent: of one pass it is the straightest way to the heads."""
-    net, (x, c, t) = built(Given(pooled=7)), points()
-    assert net.text is not None
-    net.text.token.weight.data.zero_()
-    outs = net(x[:1].expand_as(x), c, t=t[:1].expand_as(t))
-    assert all(len(out.flatten(1).unique(dim=0)) == CLASSES + 1 for out in outs)
-
-
 def test_texts_start_as_nothing() -> None:
     """adaLN-zero: blocks let the image through as it is, whatever the text."""
     net = spec().build(VU, SHAPE, CLASSES)
@@ -174,25 +152,12 @@ def test_texts_start_as_nothing() -> None:
         assert torch.equal(block(h, e, y, mask), h)
 
 
-@pytest.mark.parametrize("depth", [7, 9])
-def test_blocks_are_counted_by_few_of_them(depth: int) -> None:
-    with torch.device("meta"):
-        net = spec(depth=depth).build(VU, SHAPE, CLASSES)
-    assert 0 < len(short(net).blocks) <= 2
-    x, c, t = (torch.empty(2, *shape, device="meta") for shape in (SHAPE, (), ()))
-    assert forward_flops(net, DuMo(), SHAPE) == flops(lambda: net(x, c.long(), t=t)) / 2
-
-
 def test_a_text_of_no_token_is_refused(tmp_path: Path) -> None:
     """The mean of no tokens is no number."""
     mask = torch.tensor([[True, False], [False, False], [True, True]])
     save_file({"tokens": torch.zeros(3, 2, 4), "mask": mask}, file := tmp_path / "texts.safetensors")
     with pytest.raises(UserError, match=r"no token in row 1: an empty text has one"):
         TextFile(source=str(file)).build(2)
-
-
-def test_texts_are_left_out_of_what_is_written_where_there_are_none() -> None:
-    assert "texts" not in DiT().model_dump()
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])

@@ -1,5 +1,7 @@
 """Rows of a table are the same wherever they lie, and prompts stand behind them."""
 
+import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,8 +9,8 @@ import torch
 from torch import nn
 
 import encoders
-from dumo.encoders.encode import encode
 from dumo.encoders.text import Encoder
+from dumo.encoders.texttable import encode
 from dumo.nets.rows import Texts
 from dumo.nets.table import TextTable
 from dumo.types import UserError
@@ -68,6 +70,19 @@ def test_a_net_is_outlined_without_any_file(spec: TextTable) -> None:
     assert (texts.width, texts.length, texts.pooled_width, texts.masked) == (encoders.WIDTH, 24, 0, True)
     with pytest.raises(UserError, match="make it, dumo encode"):
         nowhere.build(3)
+
+
+@pytest.mark.parametrize("memory", [0.0, 1.0])
+def test_a_shard_that_was_overwritten_is_refused(spec: TextTable, tmp_path: Path, memory: float) -> None:
+    """In memory or looked up on disk; before that a net can be copied."""
+    place = tmp_path / "table"
+    shutil.copytree(spec.folder, place)
+    moved = spec.model_copy(update={"root": str(place), "memory": memory})
+    copy.deepcopy(moved.build(len(CAPTIONS)))
+    shard = place / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-4] + b"\0\1\2\3")
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors has changed: its SHA-256 is another"):
+        moved.build(len(CAPTIONS))
 
 
 def test_a_table_of_something_else_is_refused(spec: TextTable, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from dumo.nets.dit import of_diffusers
 from dumo.nets.embed import grid_waves
-from dumo.nets.sit import of_diffusers
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.run.folder import begin_from

@@ -9,7 +9,7 @@ import torch
 from dumo.run import speed
 from dumo.run.config.load import load
 from dumo.run.plan import machine
-from dumo.run.speed import Meter, flops, logged
+from dumo.run.speed import Meter, logged
 from dumo.training import log
 from dumo.training.step import Record
 from dumo.types import UserError
@@ -26,7 +26,7 @@ def test_a_row_for_each_that_is_logged(tmp_path: Path, monkeypatch: pytest.Monke
     run, now = load("moons", ["train.batch=8", "train.log_every=10", "net.width=8", "net.depth=1"]), [5.0]
     monkeypatch.setattr(machine, "peak_tflops", lambda here: 1e-6)
     monkeypatch.setattr(speed, "peak", lambda here: 3 * 10**9)
-    meter = Meter(run, tmp_path, CPU, clock=lambda: now[0])
+    meter = Meter(run.train, tmp_path, CPU, lambda: 1e3, clock=lambda: now[0])
     meter.begin(7)
     said: list[str] = []
     for step in range(8, 31):
@@ -38,14 +38,14 @@ def test_a_row_for_each_that_is_logged(tmp_path: Path, monkeypatch: pytest.Monke
     assert [row["steps_per_second"] for row in rows] == [2.0, 2.0, 4.0]
     assert [row["images_per_second"] for row in rows] == [16.0, 16.0, 32.0]
     assert [row["bytes"] for row in rows] == [3 * 10**9] * 3
-    assert rows[0]["share_of_peak"] == pytest.approx(16 * flops(run) / 1e6)
+    assert rows[0]["share_of_peak"] == pytest.approx(16e3 / 1e6)
     assert said[:2] == ["loss 0.5000", "step skipped"]
-    assert said[-1] == f"loss 0.5000, 32 images/s, 3 GB, {32 * flops(run) / 1e6:.0%} of peak"
+    assert said[-1] == f"loss 0.5000, 32 images/s, 3 GB, {32e3 / 1e6:.0%} of peak"
 
 
 def test_a_device_whose_peak_is_not_known_has_no_share(tmp_path: Path) -> None:
     run = load("moons", ["train.log_every=1"])
-    assert "of peak" not in Meter(run, tmp_path, CPU).note(record(1))
+    assert "of peak" not in Meter(run.train, tmp_path, CPU, lambda: 0.0).note(record(1))
     assert log.read_log(tmp_path / "speed.jsonl")[0]["share_of_peak"] is None
 
 

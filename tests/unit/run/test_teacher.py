@@ -1,17 +1,18 @@
 """A teacher's velocity takes the place of the data's, its pairs the place of data and noise; another's is refused."""
 
-import errno
 import json
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from dumo.flow.cfg import CFG
+from dumo.flow.guide import CFG
 from dumo.io.weights import load as load_weights
 from dumo.run import teacher
 from dumo.run.config.check import check_guided
@@ -51,12 +52,6 @@ def rows(n: int = 5) -> tuple[Sample, Time, Cond, Sample]:
     )
 
 
-def test_what_is_learned_is_the_teachers_velocity() -> None:
-    x, t, c, v = rows()
-    found = teacher.velocity(Reads(velocity=lambda x, t, c: torch.full_like(x, 3.0)))(x, t, c, v)
-    assert torch.allclose(found, torch.full_like(v, 3.0))
-
-
 def test_a_teacher_without_a_velocity_is_refused(known: Path, tmp_path: Path) -> None:
     train(tiny("moons", "objective={kind: consistency}", "train.steps=1"), tmp_path / "cm")
     with pytest.raises(UserError, match="has no velocity"):
@@ -72,20 +67,62 @@ def test_a_note_that_is_damaged_is_named(tmp_path: Path) -> None:
         train(run, tmp_path)
 
 
-def test_pairs_that_are_no_numbers_are_not_written(tmp_path: Path) -> None:
-    """So a teacher who was mended makes them anew; and a file that was damaged since is named."""
-    run = tiny("moons", *SHIFT, "teacher.pairs.count=6")
+def plan_of(run: Run) -> teacher.Plan:
+    """The plan of the run's pairs."""
     assert run.teacher
     assert run.teacher.pairs
-    pairs = (run, run.teacher.pairs)
+    return teacher.Plan.of(run.teacher.pairs, run.objective.needs.teacher.points, run.path, run.data, "")
+
+
+def couple(run: Run, reads: Reads, folder: Path) -> teacher.Coupled:
+    """The run's pairs, by one process."""
+    return teacher.couple(plan_of(run), reads, folder, CPU, no_bar)
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files of pairs."""
+    return sorted(folder.glob("*.safetensors"))
+
+
+def test_pairs_that_are_no_numbers_are_not_written(tmp_path: Path) -> None:
+    """So a teacher who was mended makes them anew."""
+    run = tiny("moons", *SHIFT, "teacher.pairs.count=6")
     with pytest.raises(UserError, match="6 of the teacher's pairs are not finite, the first is number 0"):
-        teacher.couple(*pairs, nan(run, CPU), tmp_path, CPU, no_bar)
-    assert not list(tmp_path.iterdir())
-    teacher.couple(*pairs, shift(run, CPU), tmp_path, CPU, no_bar)
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:-9])
-    with pytest.raises(UserError, match=r"00000000\.safetensors is damaged: delete it"):
-        teacher.couple(*pairs, shift(run, CPU), tmp_path, CPU, no_bar)
+        couple(run, nan(run, CPU), tmp_path)
+    assert not shards(tmp_path)
+    other = plan_of(run).model_copy(update={"teacher": "mended"})
+    teacher.couple(other, shift(run, CPU), tmp_path, CPU, no_bar)
+    with pytest.raises(UserError, match=r"holds another set of pairs:\n  teacher: mended there,  now"):
+        couple(run, shift(run, CPU), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda x: {**x, "z": x["z"].roll(1, 0)}, "has changed: its SHA-256 is another"),
+        (lambda x: {name: rows[:-1] for name, rows in x.items()}, r"has \d+ of \d+ bytes"),
+        (lambda x: {**x, "x": 0 * x["x"]}, "has changed: its SHA-256 is another"),
+    ],
+    ids=["rolled", "cut", "zeroed"],
+)
+def test_pairs_that_changed_are_refused(
+    tmp_path: Path, damage: Callable[[dict[str, Tensor]], dict[str, Tensor]], fault: str
+) -> None:
+    run = tiny("moons", *SHIFT, "teacher.pairs.count=6")
+    couple(run, shift(run, CPU), tmp_path)
+    (file,) = shards(tmp_path)
+    file.write_bytes(save(damage(load_weights(file))))
+    with pytest.raises(
+        UserError, match=rf"shard-00000\.safetensors {fault}: delete it, and these pairs are made again"
+    ):
+        couple(run, shift(run, CPU), tmp_path)
+
+
+def test_pairs_of_older_versions_are_refused(tmp_path: Path) -> None:
+    run = tiny("moons", *SHIFT, "teacher.pairs.count=6")
+    (tmp_path / "00000000.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holds no index\.json: give another folder, or remove this one"):
+        couple(run, shift(run, CPU), tmp_path)
 
 
 def test_the_net_learns_what_the_teacher_says(tmp_path: Path) -> None:
@@ -148,10 +185,8 @@ def test_a_teacher_of_other_data_is_refused(known: Path, tmp_path: Path) -> None
 def test_pairs_are_joined_by_the_teachers_flow(tmp_path: Path) -> None:
     """Which moves the noise; kept, and made again to the same bits where a file is missing."""
     run = tiny("moons", *SHIFT, "teacher.pairs.count=1500")
-    assert run.teacher
-    assert run.teacher.pairs
-    made = teacher.couple(run, run.teacher.pairs, shift(run, CPU), tmp_path, CPU, no_bar)
-    files = sorted(tmp_path.iterdir())
+    made = couple(run, shift(run, CPU), tmp_path)
+    files = shards(tmp_path)
     assert [len(load_weights(file)["x"]) for file in files] == [1024, 476]
     x, c, z = made.batch(3, 8, 0)
     assert torch.allclose(x, z - torch.tensor([1.0, -2.0]), atol=1e-5)
@@ -159,7 +194,7 @@ def test_pairs_are_joined_by_the_teachers_flow(tmp_path: Path) -> None:
     assert (x.shape, c.shape, z.shape) == ((8, 2), (8,), (8, 2))
     second, first = files[1].read_bytes(), files[0].stat().st_mtime_ns
     files[1].unlink()
-    teacher.couple(run, run.teacher.pairs, shift(run, CPU), tmp_path, CPU, no_bar)
+    couple(run, shift(run, CPU), tmp_path)
     assert files[1].read_bytes() == second
     assert files[0].stat().st_mtime_ns == first
 
@@ -190,10 +225,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> Ranks:
 
 
 def shared(ranks: Ranks, run: Run, reads: Reads, folder: Path) -> list[tuple[teacher.Coupled | str, list[int]]]:
-    """What each of two ranks gets, or is told, and the first numbers of the files that it made."""
-    assert run.teacher
-    assert run.teacher.pairs
-    pairs = run.teacher.pairs
+    """What each of two ranks gets, pairs or an error, and the numbers of rows that it asked the teacher for."""
 
     def work(rank: int) -> tuple[teacher.Coupled | str, list[int]]:
         ranks.rank, made = rank, list[int]()
@@ -204,7 +236,7 @@ def shared(ranks: Ranks, run: Run, reads: Reads, folder: Path) -> list[tuple[tea
             return reads.velocity(x, t, c)
 
         try:
-            return teacher.couple(run, pairs, Reads(velocity=noted), folder, CPU, no_bar), made
+            return teacher.couple(plan_of(run), Reads(velocity=noted), folder, CPU, no_bar), made
         except (UserError, OSError) as error:
             return str(error), made
 
@@ -216,7 +248,7 @@ COUPLED = [*SHIFT, "teacher.pairs.count=2100"]
 
 
 def test_ranks_share_the_making_of_pairs(ranks: Ranks, tmp_path: Path) -> None:
-    """Each makes every other file, once, and has all of them: the same as one process makes."""
+    """Each makes every other shard, once, and has all of them: the same as one process makes."""
     run = tiny("moons", *COUPLED)
     (one, first), (other, second) = shared(ranks, run, shift(run, CPU), tmp_path / "two")
     assert (first, second) == ([1024] * 32 + [52] * 32, [1024] * 32)
@@ -225,26 +257,8 @@ def test_ranks_share_the_making_of_pairs(ranks: Ranks, tmp_path: Path) -> None:
     assert torch.equal(one.z, noise(0, range(2100), 0, (2,)))
     for a, b in zip(one.batch(3, 8, 0), other.batch(3, 8, 0), strict=True):
         assert torch.equal(a, b)
-    (tmp_path / "two" / "00000000.safetensors").unlink()  # those that are left are shared anew: nobody waits for one
-    (tmp_path / "two" / "00002048.safetensors").unlink()
-    assert [made for _, made in shared(ranks, run, shift(run, CPU), tmp_path / "two")] == [[1024] * 32, [52] * 32]
-
-
-def test_every_rank_hears_that_a_disk_is_full(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the others made stands."""
-    written = teacher.write
-
-    def write(file: Path, data: bytes) -> None:
-        if ranks.rank == 1:
-            raise OSError(errno.ENOSPC, "No space left on device", str(file))
-        written(file, data)
-
-    monkeypatch.setattr(teacher, "write", write)
-    run = tiny("moons", *COUPLED)
-    (one, _), (other, _) = shared(ranks, run, shift(run, CPU), tmp_path)
-    assert one == other
-    assert "No space left on device" in str(one)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["00000000.safetensors", "00002048.safetensors"]
+    shards(tmp_path / "two")[1].unlink()
+    assert [made for _, made in shared(ranks, run, shift(run, CPU), tmp_path / "two")] == [[], [1024] * 32]
 
 
 def test_every_rank_hears_of_pairs_that_are_no_numbers(ranks: Ranks, tmp_path: Path) -> None:
@@ -257,17 +271,7 @@ def test_every_rank_hears_of_pairs_that_are_no_numbers(ranks: Ranks, tmp_path: P
     (one, _), (other, _) = shared(ranks, run, Reads(velocity=velocity), tmp_path)
     assert one == other
     assert "2 of the teacher's pairs are not finite, the first is number 1031" in str(one)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["00000000.safetensors", "00002048.safetensors"]
-
-
-def test_the_main_process_notes_who_teaches(ranks: Ranks, tmp_path: Path) -> None:
-    known = teacher.Known(Teacher(source="a"), Reads(), None, {"source": "a"})
-    ranks.rank = 1
-    known.note(tmp_path)
-    assert not list(tmp_path.iterdir())
-    ranks.rank = 0
-    known.note(tmp_path)
-    assert (tmp_path / "teacher.json").exists()
+    assert [file.stem for file in shards(tmp_path)] == ["shard-00000", "shard-00002"]
 
 
 def test_pairs_are_trained_on_as_they_are(tmp_path: Path) -> None:
@@ -303,9 +307,10 @@ def test_guidance_twice_is_refused() -> None:
 )
 def test_a_teacher_is_guided_only_where_it_can_be(recipe: str, more: str, said: str) -> None:
     run = load(recipe, ["objective.drop=0.1", more])
-    check_guided(run, CFG(), "teacher.guide", "runs/x")
+    given = run.data, run.objective, run.guided, "teacher.guide", "runs/x"
+    check_guided(CFG(), *given)
     with pytest.raises(UserError, match=rf"^teacher\.guide\.scale = 2 .*{said}"):
-        check_guided(run, CFG(scale=2), "teacher.guide", "runs/x")
+        check_guided(CFG(scale=2), *given)
 
 
 def test_a_teacher_who_never_lost_a_label_is_not_guided(tmp_path: Path) -> None:
@@ -316,8 +321,12 @@ def test_a_teacher_who_never_lost_a_label_is_not_guided(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_teacher_is_remembered_once_it_has_taught(tmp_path: Path) -> None:
-    """One who failed before may be mended."""
+def test_a_teacher_is_remembered_once_it_has_taught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One who failed before may be mended. The main process notes it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "rank", lambda: 1)
+        teacher.Known(Teacher(source="a"), Reads(), None, {"source": "a"}).note(tmp_path)
+    assert not list(tmp_path.iterdir())
     first, second = (teacher.Known(Teacher(source=name), Reads(), None, {"source": name}) for name in "ab")
     first.note(tmp_path)
     second.check(tmp_path)

@@ -18,7 +18,7 @@ from dumo.io.weights import load as load_weights
 from dumo.run.config.load import FILE, load
 from dumo.run.config.spec import Run
 from dumo.run.folder import RunFolder, open_run
-from dumo.run.sample import FORMS, export, sample, solver_named
+from dumo.run.sample import FORMS, export, solver_of
 from dumo.run.train import opened, outlook, train
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.runtime.random import noise
@@ -121,7 +121,7 @@ def test_ranks_that_see_different_data_are_refused(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(agreement, "agreed", agreed)
     with pytest.raises(UserError, match=r"by rank 1,797, 1,700 rows"):
-        opened(load("digits"))
+        opened(load("digits").data)
 
 
 @pytest.mark.parametrize("device", ["", "gpu", "cuda:99", "meta"])
@@ -167,19 +167,19 @@ def test_a_run_without_averages_shows_its_weights(tmp_path: Path) -> None:
 
 
 def test_samples_are_by_number(moons: RunFolder) -> None:
-    few, many = (sample(moons, nfe=2, c=labels(n, 0)).x for n in (3, 9))
+    few, many = (moons.sampler.sample(labels(n, 0), nfe=2).x for n in (3, 9))
     assert torch.allclose(few, many[:3], atol=1e-6)
-    assert not torch.allclose(few, sample(moons, nfe=2, c=labels(3, 0), seed=1).x)
-    assert torch.equal(few, sample(moons, nfe=2, c=labels(3, 0), seed=moons.run.sample.seed).x)
+    assert not torch.allclose(few, moons.sampler.sample(labels(3, 0), nfe=2, seed=1).x)
+    assert torch.equal(few, moons.sampler.sample(labels(3, 0), nfe=2, seed=moons.run.sample.seed).x)
     start = noise(moons.run.sample.seed, [0, 1, 2], 0, (2,))
-    straight = sample(moons, nfe=1, c=labels(3, 0), solver=Euler()).x
+    straight = moons.sampler.sample(labels(3, 0), nfe=1, solver=Euler()).x
     (v, _) = moons.net(start, labels(3, 0), t=torch.ones(3))
     assert torch.allclose(straight, start - v, atol=1e-6)
 
 
 def test_sampling_is_watched(moons: RunFolder) -> None:
     seen = Seen()
-    assert sample(moons, nfe=3, c=labels(300, 0), bar=seen).nfe == 3
+    assert moons.sampler.sample(labels(300, 0), nfe=3, bar=seen).nfe == 3
     assert [total for _, total in seen.titles] == [300]
     assert seen.ticks[-1] == 300
     assert sorted(seen.ticks) == seen.ticks
@@ -188,11 +188,11 @@ def test_sampling_is_watched(moons: RunFolder) -> None:
 def test_solvers_by_name(moons: RunFolder) -> None:
     own = Restart(m=0.25)
     run = tiny("moons", "sample.solver.m=0.25")
-    assert solver_named(run, None) == solver_named(run, "restart") == own
-    assert solver_named(run, "heun") == Heun()
+    assert solver_of(run.sample, None) == solver_of(run.sample, "restart") == own
+    assert solver_of(run.sample, "heun") == Heun()
     for name in ("hoop", "", "Euler"):
         with pytest.raises(UserError, match="there is no"):
-            solver_named(run, name)
+            solver_of(run.sample, name)
 
 
 def test_export_refuses_before_it_writes(moons: RunFolder, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_export_holds_the_samples(moons: RunFolder, tmp_path: Path) -> None:
     (file,) = export(moons, tmp_path, form="npz", count=5, nfe=[2], seed=3)
     with np.load(file) as archive:
         made = torch.from_numpy(archive["arr_0"])
-    assert torch.equal(made, sample(moons, nfe=2, c=labels(5, 0), seed=3).x)
+    assert torch.equal(made, moons.sampler.sample(labels(5, 0), nfe=2, seed=3).x)
     assert set(FORMS) == {"grid", "images", "npz"}
 
 

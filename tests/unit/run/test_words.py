@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dumo.data import Data
 from dumo.nets.table import Tabled
-from dumo.run import text
+from dumo.run import encode
 from dumo.run.config.load import load
-from dumo.run.config.spec import Run
 from dumo.run.train import train
 
 
@@ -26,19 +26,19 @@ def test_stopped_and_resumed_it_hides_the_same_tokens(tmp_path: Path) -> None:
 def test_runs_that_start_together_make_their_table_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inside, most, make = 0, list[int](), text.encode
+    inside, most, make = 0, list[int](), encode.encode_texts
 
-    def slowly(run: Run, spec: Tabled) -> text.Made:
+    def slowly(data: Data, spec: Tabled) -> encode.Made:
         nonlocal inside
         inside += 1
         most.append(inside)
         time.sleep(0.1)
-        made = make(run, spec)
+        made = make(data, spec)
         inside -= 1
         return made
 
-    monkeypatch.setattr(text, "encode", slowly)
+    monkeypatch.setattr(encode, "encode_texts", slowly)
     run = load("digits-words", [f"net.texts.root={tmp_path}/ids"])
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(text.make_tokens, [run] * 3))
+        list(pool.map(encode.make_tokens, [run] * 3))
     assert most == [1, 1, 1]

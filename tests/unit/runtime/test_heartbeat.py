@@ -28,15 +28,15 @@ def test_the_first_looks_for_all_and_they_for_the_first(peers: list[Peers]) -> N
     assert [one.others for one in peers] == [[1, 2], [0], [0]]
     for _ in range(3):
         for one in peers:
-            one.ask()
+            one.beat()
     assert [one.missing(1) for one in peers] == [None] * 3
     for _ in range(4):
         for one in peers[:2]:
-            one.ask()
+            one.beat()
     assert [one.silent for one in peers[:2]] == [{1: 0, 2: 3}, {0: 0}]
     assert peers[0].missing(3) == 2
-    peers[2].ask()
-    peers[0].ask()
+    peers[2].beat()
+    peers[0].beat()
     assert peers[0].missing(2) is None
 
 
@@ -44,7 +44,7 @@ def test_a_process_that_was_stopped_itself_blames_nobody(peers: list[Peers]) -> 
     """It counts its own looks, so hours in which nobody ran are none."""
     for _ in range(2):
         for one in peers:
-            one.ask()
+            one.beat()
     assert peers[0].missing(2) is None
     assert peers[0].looks == 10
     assert Peers(HashStore(), 0, 2, limit=600).looks == 600
@@ -64,10 +64,10 @@ def test_all_meet_or_hear_why_not(peers: list[Peers]) -> None:
 
     def late() -> None:
         order.append("late")
-        peers[2].meet()
+        peers[2].wait_for_all()
 
     def early(one: Peers) -> None:
-        one.meet()
+        one.wait_for_all()
         order.append("met")
 
     slow = threading.Timer(0.2, late)
@@ -75,9 +75,9 @@ def test_all_meet_or_hear_why_not(peers: list[Peers]) -> None:
     together(lambda: early(peers[0]), lambda: early(peers[1]))
     assert order == ["late", "met", "met"]
 
-    peers[1].tell(UserError("images/7.png is damaged"))
+    peers[1].report(UserError("images/7.png is damaged"))
     with pytest.raises(Lost, match=r"^rank 1: images/7.png is damaged$"):
-        peers[0].meet()
+        peers[0].wait_for_all()
 
 
 @pytest.mark.usefixtures("default_signals")
@@ -85,7 +85,7 @@ def test_who_waits_may_be_stopped(peers: list[Peers]) -> None:
     with signals.listening():
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(signals.Stopped):
-            peers[0].meet()
+            peers[0].wait_for_all()
 
 
 def test_what_torch_says_is_told_in_short() -> None:
@@ -95,17 +95,17 @@ def test_what_torch_says_is_told_in_short() -> None:
 
 def test_a_failing_collective_names_who_is_gone(peers: list[Peers]) -> None:
     for one in peers:
-        one.ask()
+        one.beat()
     for _ in range(4):
-        peers[0].ask()
-        peers[1].ask()
-    with pytest.raises(Lost, match=r"^rank 2 is gone: start the same command again"), dist.named(peers[0]):
+        peers[0].beat()
+        peers[1].beat()
+    with pytest.raises(Lost, match=r"^rank 2 is gone: start the same command again"), dist.report_failure(peers[0]):
         raise RuntimeError("[/x/gloo/pair.cc:537] Connection closed by peer")
 
 
 @pytest.mark.parametrize("error", [UserError("gloo/ in a name"), ValueError("x"), RuntimeError("a defect")])
 def test_what_is_no_talk_stays_as_it_is_and_is_told(error: Exception, peers: list[Peers]) -> None:
-    with pytest.raises(type(error)) as raised, dist.named(peers[1]):
+    with pytest.raises(type(error)) as raised, dist.report_failure(peers[1]):
         raise error
     assert raised.value is error
     assert peers[0].store.get("failed/1").decode() == str(error)
@@ -116,7 +116,7 @@ def test_a_stop_that_all_heard_is_a_stop(peers: list[Peers]) -> None:
     """The first to leave breaks the others' talk."""
     with signals.listening():
         os.kill(os.getpid(), signal.SIGUSR1)
-        with pytest.raises(signals.Stopped), dist.named(peers[0]):
+        with pytest.raises(signals.Stopped), dist.report_failure(peers[0]):
             raise torch.distributed.DistBackendError("closed")
 
 

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.data import Digits
-from dumo.runtime.prefetch import BATCHES, Ahead
+from dumo.runtime.prefetch import BATCHES, Prefetch
 from dumo.types import UserError
 
 LAST = 10
@@ -41,25 +40,10 @@ class Made:
         return sorted(self.steps)
 
 
-def test_batches_are_those_of_the_source() -> None:
-    """To the bit, and each is made once."""
-    source, calls = Digits().open(), Made()
-
-    def make(step: int) -> tuple[Tensor, Tensor]:
-        calls(step)
-        return source.batch(step, 16, 0)
-
-    with Ahead(make, last=LAST, depth=BATCHES) as batches:
-        for step in range(LAST):
-            for one, other in zip(batches(step), source.batch(step, 16, 0), strict=True):
-                assert torch.equal(one, other)
-    assert sorted(calls.steps) == list(range(LAST))
-
-
 def test_so_many_are_made_ahead_and_no_more() -> None:
     """However long the step takes, and none behind the last."""
     make = Made()
-    with Ahead(make, last=LAST, depth=BATCHES) as batches:
+    with Prefetch(make, last=LAST, depth=BATCHES) as batches:
         batches(0)
         assert make.wait(1 + BATCHES) == list(range(1 + BATCHES))
         batches(1)
@@ -79,14 +63,14 @@ def test_several_are_made_at_once() -> None:
             meet.wait(timeout=60)
         return [torch.tensor([step])]
 
-    with Ahead(make, last=LAST, depth=BATCHES) as batches:
+    with Prefetch(make, last=LAST, depth=BATCHES) as batches:
         assert [batches(step)[0].item() for step in range(1 + BATCHES)] == list(range(1 + BATCHES))
 
 
 @pytest.mark.parametrize("asked", [[0, 5, 1, 1, 9, 0], [9, 8, 7], [3, 3, 3], [12, 0]])
 def test_any_step_may_be_asked_for(asked: list[int]) -> None:
     """Back and forth, again, and behind the last."""
-    with Ahead(Made(), last=LAST, depth=BATCHES) as batches:
+    with Prefetch(Made(), last=LAST, depth=BATCHES) as batches:
         assert [int(batches(step)[0]) for step in asked] == asked
 
 
@@ -98,7 +82,7 @@ def test_errors_come_as_they_are_at_their_step() -> None:
             raise UserError(f"image {step} cannot be read")
         return [torch.tensor([step])]
 
-    with Ahead(make, last=LAST, depth=BATCHES) as batches:
+    with Prefetch(make, last=LAST, depth=BATCHES) as batches:
         assert [int(batches(step)[0]) for step in (0, 1)] == [0, 1]
         with pytest.raises(UserError, match="image 2 cannot be read"):
             batches(2)
@@ -106,8 +90,8 @@ def test_errors_come_as_they_are_at_their_step() -> None:
     assert not threads()
 
 
-def raising(error: BaseException) -> Callable[[Ahead], None]:
-    def work(batches: Ahead) -> None:
+def raising(error: BaseException) -> Callable[[Prefetch], None]:
+    def work(batches: Prefetch) -> None:
         batches(0)
         raise error
 
@@ -117,7 +101,7 @@ def raising(error: BaseException) -> Callable[[Ahead], None]:
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("diverged"), UserError("no")])
 def test_no_thread_is_left(error: BaseException) -> None:
     """Whatever ends the steps, also amid what is being made."""
-    with pytest.raises(type(error)), Ahead(Made(), last=LAST, depth=BATCHES) as batches:
+    with pytest.raises(type(error)), Prefetch(Made(), last=LAST, depth=BATCHES) as batches:
         raising(error)(batches)
     assert not threads()
     assert batches.threads._shutdown

@@ -27,7 +27,7 @@ def test_a_signal_is_heard_once(number: int) -> None:
         with signals.listening(heard.append):
             signals.check()
             os.kill(os.getpid(), number)
-            assert (signals.asked(), heard, ended) == (number, [number], [])
+            assert (signals.poll(), heard, ended) == (number, [number], [])
             with pytest.raises(signals.Stopped) as stopped:
                 signals.check()
             assert stopped.value.number == number
@@ -36,7 +36,7 @@ def test_a_signal_is_heard_once(number: int) -> None:
         assert signal.getsignal(number) is ours
     finally:
         signal.signal(number, before)
-    assert signals.asked() is None
+    assert signals.poll() is None
 
 
 def test_what_is_ignored_stays_so_and_other_threads_hear_nothing() -> None:
@@ -44,7 +44,7 @@ def test_what_is_ignored_stays_so_and_other_threads_hear_nothing() -> None:
     try:
         with signals.listening():
             os.kill(os.getpid(), signal.SIGHUP)
-            assert signals.asked() is None
+            assert signals.poll() is None
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
@@ -62,7 +62,7 @@ def test_within_another_the_outer_one_listens() -> None:
     with signals.listening():
         with signals.listening():
             os.kill(os.getpid(), signal.SIGUSR1)
-        assert signals.asked() == signal.SIGUSR1
+        assert signals.poll() == signal.SIGUSR1
 
 
 def test_a_wait_in_c_is_ended_by_the_signal_itself() -> None:
@@ -84,7 +84,7 @@ def test_a_child_may_hear_one_word_twice(monkeypatch: pytest.MonkeyPatch) -> Non
         with signals.listening(child=True):
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
-            assert (signals.asked(), ended) == (signal.SIGTERM, [])
+            assert (signals.poll(), ended) == (signal.SIGTERM, [])
             monkeypatch.setattr(signals, "TWICE", 0)
             os.kill(os.getpid(), signal.SIGTERM)
             assert ended == [signal.SIGTERM]
@@ -104,9 +104,9 @@ def test_without_whom_a_process_works_on(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with signals.listening(child=child):
-        assert signals.asked() is None
+        assert signals.poll() is None
         monkeypatch.setattr(os, "getppid", lambda: 1)
-        assert signals.asked() == (signal.SIGTERM if stops else None)
+        assert signals.poll() == (signal.SIGTERM if stops else None)
 
 
 def test_it_goes_from_process_to_process() -> None:

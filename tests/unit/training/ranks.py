@@ -23,14 +23,13 @@ from dumo.flow.path import Linear
 from dumo.runtime import dist, signals
 from dumo.training import agreement, manifest
 from dumo.training.checkpoint import go_on, latest, mark, restore, save
-from dumo.training.cut import span
 from dumo.training.ema import MovingAverage
 from dumo.training.layout import local, whole
 from dumo.training.optim import AdamW
 from dumo.training.record import Record
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
-from dumo.training.step import Task, pieces, train_step
+from dumo.training.step import Task, pieces, span, train_step
 from dumo.types import Frozen, Net, Noised, Terms, UserError
 from meeting import leave, met
 from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches

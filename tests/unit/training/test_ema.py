@@ -5,10 +5,10 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import nn
 
-from dumo.training.ema import WIDEST, Average, Ema, MovingAverage, PowerEma, exponent
+from dumo.training.ema import Ema, MovingAverage, PowerEma, exponent
 from dumo.training.spec import Train
 from unit.training.toy import Small
 
@@ -49,17 +49,6 @@ def test_a_power_has_its_width_however_long_it_runs(std: float) -> None:
 def test_exponents_are_those_of_the_paper() -> None:
     """EDM2, Sec. 3.1."""
     assert (exponent(0.05), exponent(0.1)) == pytest.approx((16.97, 6.94), abs=0.005)
-
-
-def test_kinds_of_averages_are_told_apart() -> None:
-    read = TypeAdapter(tuple[Average, ...]).validate_python
-    found = read([{"decay": 0.9}, {"decay": 0.99, "ramp": False}, {"kind": "power", "std": 0.1}])
-    assert found == (Ema(decay=0.9), Ema(decay=0.99, ramp=False), PowerEma(std=0.1))
-    assert [ema.key for ema in found] == [0.9, 0.99, "std-0.1"]
-    assert found[0].model_dump() == {"decay": 0.9, "ramp": True}  # as files have it that know of no other kind
-    for bad in ({"kind": "power", "std": 0}, {"kind": "power", "std": WIDEST}, {"kind": "power"}, {"std": 0.1}):
-        with pytest.raises(ValidationError):
-            read([bad])
 
 
 def test_snapshots_are_of_averages_by_a_power() -> None:

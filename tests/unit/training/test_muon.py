@@ -11,8 +11,7 @@ from dumo.run.config.load import load
 from dumo.run.plan.plan import held
 from dumo.run.train import train
 from dumo.runtime.random import stream
-from dumo.training.muon import orthogonal
-from dumo.training.optim import AdamW, Muon, matrices
+from dumo.training.optim import AdamW, Muon, matrices, orthogonal
 from dumo.training.record import Record
 from dumo.training.state import begin
 from dumo.training.step import advance
@@ -162,7 +161,7 @@ def test_its_memory_is_counted() -> None:
     """One number for each weight of a matrix, two of all else, and a count of steps."""
     run = load("moons", TINY)
     net = run.outline()
-    both = held(run, net)["optimizer"]
+    both = held(net, run.train)["optimizer"]
     most = sum(p.nbytes for p in net.parameters())
     inside = sum(p.nbytes for p in matrices(net))
     assert both == 2 * most - inside + 4 * (len([*net.parameters()]) - len(matrices(net)))

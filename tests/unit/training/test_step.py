@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 from torch.overrides import TorchFunctionMode
 
 from dumo.flow.draw import draw
@@ -242,33 +242,6 @@ def test_clip_bounds_the_gradient() -> None:
     assert clipped.norm().item() == pytest.approx(norm / 10, rel=1e-4)
 
 
-def test_the_rate_is_the_one_given() -> None:
-    state = fresh()
-    state.optimizer = torch.optim.SGD(state.net.parameters(), lr=99.0)
-    before = [p.detach().clone() for p in state.net.parameters()]
-    assert step(state, lr=0.25).lr == 0.25
-    for old, p in zip(before, state.net.parameters(), strict=True):
-        assert p.grad is not None
-        torch.testing.assert_close(p.detach(), old - 0.25 * p.grad)
-
-
-def test_counts_and_averages() -> None:
-    state = fresh()
-    expected = {decay: state.net.get_parameter("last.bias").detach().clone() for decay in state.averages}
-    for n in (1, 2, 3):
-        record = step(state)
-        assert (record.step, record.images) == (state.step, state.images) == (n, 12 * n)
-        for decay, average in state.averages.items():
-            d = average.spec(n)
-            expected[decay] = d * expected[decay] + (1 - d) * state.net.get_parameter("last.bias").detach()
-            torch.testing.assert_close(average.module.get_parameter("last.bias").data, expected[decay])
-
-
-@pytest.mark.parametrize("other", [{"seed": 1}, {"steps": 90}, {"ref": 0.9}])
-def test_what_a_step_depends_on(other: dict[str, object]) -> None:
-    assert step(trained(), **other).loss != step(trained()).loss
-
-
 def test_the_step_number_draws_anew() -> None:
     class Same(Toy):
         """The first batch again."""
@@ -318,13 +291,3 @@ def test_reference_is_the_net_or_a_moving_average() -> None:
     before = tensors(state)
     step(state, ref=0.9)
     assert not torch.equal(reference(state, 0.9).module.get_parameter("last.bias"), before["0.9.last.bias"])
-
-
-def test_a_parameter_no_loss_reaches_stays() -> None:
-    state = fresh()
-    state.net.register_module("unused", nn.Linear(1, 1, dtype=torch.float64))
-    state.averages = {}
-    state.optimizer = torch.optim.AdamW(state.net.parameters(), weight_decay=0.5)
-    before = state.net.get_parameter("unused.weight").detach().clone()
-    assert math.isfinite(step(state).grad_norm)
-    assert torch.equal(before, state.net.get_parameter("unused.weight"))

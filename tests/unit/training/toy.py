@@ -8,13 +8,12 @@ from torch import Generator, Tensor, nn
 
 from dumo.flow.path import Linear
 from dumo.runtime.random import stream
-from dumo.training.cut import span
 from dumo.training.ema import Ema
 from dumo.training.loop import train
 from dumo.training.optim import Adam, AdamW
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import Task, pieces
+from dumo.training.step import Task, pieces, span
 from dumo.types import Cond, Frozen, Heads, Needs, Net, Noised, Reads, Sample, Spec, Terms, Time, TimeLaw, mean_square
 
 CLASSES = 3

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from dumo.encoders.encode import encode
+from dumo.encoders.texttable import encode
 from dumo.encoders.tokens import Tokenizer
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
@@ -22,13 +22,12 @@ from dumo.run.teacher import Base
 from dumo.runtime import dist
 from dumo.training import layout
 from dumo.training.checkpoint import save
-from dumo.training.cut import span
 from dumo.training.ema import Ema
 from dumo.training.loop import train
 from dumo.training.optim import AdamW
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.training.step import Batch, Task, pieces
+from dumo.training.step import Batch, Task, pieces, span
 from dumo.types import Cond, Sample, Time
 from meeting import meeting
 from transformers_saved import CLASSES, SHAPE, saved

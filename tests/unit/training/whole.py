@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 
 from contract.case import nets, one_each, randomise
 from dumo.autodiff import tape
-from dumo.encoders.encode import encode
+from dumo.encoders.texttable import encode
 from dumo.encoders.tokens import Tokenizer
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
@@ -88,7 +88,7 @@ def wholes() -> dict[str, bool]:
     for objective in (*objectives, Plain(of=objectives[0])):
         torch.compiler.reset()
         net = randomise(nets()[0].build(objective.needs, (2, 4, 4), 3))
-        path = Trig() if objective.needs.paths == ("trig",) else Linear()
+        path = Trig() if objective.needs.formulas.paths == ("trig",) else Linear()
         b = draw(objective, path, x, c, 3, seed=0, step=0, progress=0.7)
         whole = COMPILE(objective.loss, fullgraph=True, backend="eager")
         one, other = (loss(net, Frozen(net), b).loss for loss in (whole, objective.loss))

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dumo.autodiff.dual import Dual, NoRule, carry, primal
-from dumo.autodiff.rule.register import rule
+from dumo.autodiff.dual import Dual, NoRule, carry, primal, rule
 from dumo.types import Array
 
 

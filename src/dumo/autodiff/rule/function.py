@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dumo.autodiff.dual import RULES, Dual, Rule, carry
-from dumo.autodiff.rule.register import elsewhere, rule
+from dumo.autodiff.dual import RULES, Dual, Rule, carry, elsewhere, rule
 from dumo.types import Array
 
 aten = torch.ops.aten

@@ -9,9 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dumo.autodiff import attention
-from dumo.autodiff.dual import Dual, NoRule, Rule, carry, primal, recording, tangent
+from dumo.autodiff.dual import Dual, NoRule, Rule, carry, elsewhere, primal, rule, tangent
 from dumo.autodiff.rule.algebra import leibniz
-from dumo.autodiff.rule.register import elsewhere, rule
 from dumo.types import Array
 
 aten = torch.ops.aten
@@ -64,7 +63,7 @@ def layer_norm(
 ) -> Array:
     """With y = (x - mean) rstd:  dy = rstd (dx - mean(dx) - y mean(y dx))."""
     out, mean, rstd = torch.native_layer_norm(x.p, list(normalized_shape), weight, bias, eps)
-    if recording():  # to autograd the kernel's are constants
+    if x.recorded:  # to autograd the kernel's are constants
         exact, over = torch.promote_types(x.p.dtype, torch.float32), tuple(range(-len(normalized_shape), 0))
         variance, mean = torch.var_mean(x.p.to(exact), over, correction=0, keepdim=True)
         rstd = (variance + eps).rsqrt()

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dumo.autodiff.dual import Dual, NoRule, Rule, carry, pair, primal, tangent
-from dumo.autodiff.rule.register import rule
+from dumo.autodiff.dual import Dual, NoRule, Rule, carry, pair, primal, rule, tangent
 from dumo.types import Array
 
 LINEAR = (
@@ -145,7 +144,7 @@ def assign(x: Any, place: Any, value: Any) -> None:
     p = x.p.clone()
     p[place] = primal(value)
     moved = carry(p, _assign, (x, value), place, p.shape)
-    x.p, x.t = p, tangent(moved)
+    x.p, x.t, x.recorded = p, tangent(moved), isinstance(moved, Dual) and moved.recorded
 
 
 def _assign(dx: Tensor | None, dy: Tensor | None, place: Any, shape: Sequence[int]) -> Tensor:

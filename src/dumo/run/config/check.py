@@ -1,282 +1,277 @@
-"""Whether the parts of a run fit together, checked when it is read: each check refuses one kind of mismatch.
+"""Whether the parts of a run fit together, checked when it is read.
 
-Each raises UserError, with what is wrong and the way out.
+A function per kind of mismatch says in a line each what does not fit, with the way out; the first line is raised.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import chain
 
-from dumo.data import Latents
+from torch import nn
+
+from dumo.data import Data, Latents
 from dumo.data.augment import Edm
 from dumo.data.caption import Templates
 from dumo.flow import solver
-from dumo.flow.cfg import CFG, GuidanceScale
-from dumo.flow.secant import demand_precision
-from dumo.flow.slope import DualSlope
+from dumo.flow.guide import CFG, GuidanceScale
+from dumo.flow.path import Path
+from dumo.flow.slope import DualSlope, demand_precision
 from dumo.flow.times import Jumps, Pair
-from dumo.nets import Pretrained
-from dumo.nets.family import Family
+from dumo.nets import Net
+from dumo.nets.dualized import Dualized
 from dumo.nets.precondition import VELOCITIES
 from dumo.nets.table import TextTable
-from dumo.run.config.tree import Tree
-from dumo.training.cut import passes
+from dumo.objectives import Objective
+from dumo.run.conditions import Conditions, shown
+from dumo.run.config.teacher import Start, Teacher
+from dumo.run.config.tree import Evaluation, Tree
 from dumo.training.layout import share_of
-from dumo.types import UserError
+from dumo.training.spec import Train
+from dumo.training.step import passes
+from dumo.types import Guide, UserError
 
 
 def check(run: Tree) -> None:
-    """Refuse parts that do not fit together; the first mismatch raises."""
-    check_captions(run)
-    run.outline(short=True)
-    check_augment(run)
-    check_path(run)
-    check_times(run)
-    check_precondition(run)
-    check_precision(run)
-    check_pieces(run)
-    check_compile(run)
-    check_lookup(run)
-    check_guide(run)
-    check_guided(run, run.sample.guide)
-    check_teacher(run)
-    check_start(run)
-    check_knobs(run)
+    """Raise UserError for the first mismatch between parts of a run."""
+    data, net, objective, path, train = run.data, run.net, run.objective, run.path, run.train
+    require(captions(data, net, run.evaluate))
+    outline = run.outline(short=True)
+    require(augmentation(data, net, objective), formulas(objective, path, net), precision(objective, net, train))
+    check_pieces(train, objective)
+    require(compilation(train, objective, net, outline, data.classes), guidance(objective, data))
+    check_guided(run.sample.guide, data, objective, run.guided)
+    require(
+        teaching(run.teacher, objective, data, train),
+        base(outline, net, path) if run.teacher and run.teacher.kind == "base" else (),
+        beginning(run.start, objective, train),
+        unknown("sample.knobs", run.sample.knobs, objective.needs.knobs, f"objective '{objective.kind}'", "knob"),
+    )
     solver.check(run.sample.solver, run.reads, *run.sample.nfe, *run.evaluate.nfe)
-    run.evaluate.protocol.check(run.pixels, run.data.labels)
+    run.evaluate.protocol.check(run.pixels, data.labels)
 
 
-def check_captions(run: Tree) -> None:
-    """Refuse captions without texts, texts without captions, and held out captions that do not exist."""
-    texts, captions = getattr(run.net, "texts", None), run.conditions.captions
-    where = "data.images.captions" if isinstance(run.data, Latents) else "data.captions"
-    of_classes = texts and texts.kind == "file" and run.data.classes  # a file may have a row per class
-    if bool(captions) != bool(texts) and not of_classes:
-        raise UserError(
-            f"{where} gives the captions that net.texts reads: set both, or neither. Here data '{run.data.kind}' give "
-            f"{'some' if captions else 'none'}, and net '{run.net.kind}' reads {'some' if texts else 'none'}"
+def require(*faults: Iterable[str]) -> None:
+    """Raise UserError with the first fault, if there is one."""
+    for fault in chain.from_iterable(faults):
+        raise UserError(fault)
+
+
+def captions(data: Data, net: Net, evaluation: Evaluation) -> Iterator[str]:
+    """Captions without texts, texts without captions, and captions that are judged by and do not exist."""
+    texts, given = getattr(net, "texts", None), Conditions(data).captions
+    where = "data.images.captions" if isinstance(data, Latents) else "data.captions"
+    of_classes = texts and texts.kind == "file" and data.classes  # a file may have a row per class
+    if bool(given) != bool(texts) and not of_classes:
+        yield (
+            f"{where} gives the captions that net.texts reads: set both, or neither. Here data '{data.kind}' give "
+            f"{'some' if given else 'none'}, and net '{net.kind}' reads {'some' if texts else 'none'}"
         )
-    if run.evaluate.protocol.kind == "clip-score" and not captions:
-        raise UserError(
-            f"protocol clip-score compares images with captions, and data '{run.data.kind}' give none: set {where}, or "
+    if evaluation.protocol.kind == "clip-score" and not given:
+        yield (
+            f"protocol clip-score compares images with captions, and data '{data.kind}' give none: set {where}, or "
             "choose another protocol"
         )
-    if run.evaluate.captions == "held" and not (isinstance(captions, Templates) and captions.held):
-        raise UserError(
+    if evaluation.captions == "held" and not (isinstance(given, Templates) and given.held):
+        yield (
             f"evaluate.captions=held asks for templates that are held out, and {where}.held names none: name some, or "
             "set evaluate.captions=seen"
         )
 
 
-def check_augment(run: Tree) -> None:
-    """Refuse augmentation for which the net has no input, or one of another size."""
-    augment: Edm | None = getattr(run.images, "augment", None)
-    if augment and isinstance(run.data, Latents):
-        raise UserError("data.images.augment: images are encoded as they are: set data.images.augment=null")
-    gives, takes = augment.numbers if augment else 0, getattr(run.net, "augment", 0)
+def augmentation(data: Data, net: Net, objective: Objective) -> Iterator[str]:
+    """Augmentation for which the net has no input, or one of another size."""
+    augment: Edm | None = getattr(shown(data), "augment", None)
+    if augment and isinstance(data, Latents):
+        yield "data.images.augment: images are encoded as they are: set data.images.augment=null"
+    gives, takes = augment.numbers if augment else 0, getattr(net, "augment", 0)
     if gives != takes:
-        way = f"net.augment={gives}" if gives == 0 or run.net.kind == "unet" else f"net.kind=unet net.augment={gives}"
-        raise UserError(
-            f"data '{run.data.kind}' describes how an image was augmented by {gives} numbers, net "
-            f"'{run.net.kind}' takes {takes}: set {way}" + (", or data.augment=null" if gives else "")
+        way = f"net.augment={gives}" if gives == 0 or net.kind == "unet" else f"net.kind=unet net.augment={gives}"
+        yield (
+            f"data '{data.kind}' describes how an image was augmented by {gives} numbers, net '{net.kind}' takes "
+            f"{takes}: set {way}" + (", or data.augment=null" if gives else "")
         )
-    if augment and run.objective.drop:
-        raise UserError(
-            f"objective.drop = {run.objective.drop:g} would drop how an image was augmented with its label, and "
-            "samples would look augmented: set objective.drop=0, or data.augment=null"
-        )
-
-
-def check_path(run: Tree) -> None:
-    """Refuse a path that the objective has no formulas for."""
-    paths = run.objective.needs.paths
-    if run.path.kind not in paths:
-        raise UserError(
-            f"objective '{run.objective.kind}' has its formulas for path {_or(paths)}, not '{run.path.kind}'"
+    if augment and objective.drop:
+        yield (
+            f"objective.drop = {objective.drop:g} would drop how an image was augmented with its label, and samples "
+            "would look augmented: set objective.drop=0, or data.augment=null"
         )
 
 
-def check_times(run: Tree) -> None:
-    """Refuse times with r > t where the objective has no formulas for them."""
-    if run.objective.times.climbs and not run.objective.needs.climbs:
-        raise UserError(
-            f"objective.times.both_ways makes jumps up to the noise, for which objective '{run.objective.kind}' has no "
-            "formulas: set objective.times.both_ways=false, or take objective.kind=f2d2 or meanflow"
+def formulas(objective: Objective, path: Path, net: Net) -> Iterator[str]:
+    """A path or times that the objective has no formulas for, and what preconditioning has none for."""
+    needs, who = objective.needs, f"objective '{objective.kind}'"
+    if path.kind not in needs.formulas.paths:
+        yield f"{who} has its formulas for path {_or(needs.formulas.paths)}, not '{path.kind}'"
+    if objective.times.climbs and not needs.formulas.climbs:
+        yield (
+            f"objective.times.both_ways makes jumps up to the noise, for which {who} has no formulas: set "
+            "objective.times.both_ways=false, or take objective.kind=f2d2 or meanflow"
+        )
+    others = tuple(sorted({*needs.heads} - {*VELOCITIES}))
+    odd = [f"the negative times of {who}"] if needs.signed else []
+    odd += [f"path '{path.kind}'"] if path.kind != "linear" else []
+    odd += [f"head {_or(others)}"] if others else []
+    if net.precondition != "none" and odd:
+        yield (
+            f"net.precondition '{net.precondition}' is made for velocities (heads {_or(VELOCITIES)}) on path "
+            f"'linear', not for {odd[0]}: set net.precondition=none"
         )
 
 
-def check_precondition(run: Tree) -> None:
-    """Refuse preconditioning that is made for other heads, another path, or no negative times."""
-    others = tuple(sorted({*run.objective.needs.heads} - {*VELOCITIES}))
-    what = [f"the negative times of objective '{run.objective.kind}'"] if run.objective.needs.signed else []
-    what += [f"path '{run.path.kind}'"] if run.path.kind != "linear" else []
-    what += [f"head {_or(others)}"] if others else []
-    if run.net.precondition != "none" and what:
-        raise UserError(
-            f"net.precondition '{run.net.precondition}' is made for velocities (heads {_or(VELOCITIES)}) on path "
-            f"'linear', not for {what[0]}: set net.precondition=none"
-        )
-
-
-def check_precision(run: Tree) -> None:
-    """Refuse differences with too large a rounding error or step, and frozen weights that every pass would cast up."""
-    needs, lora = run.objective.needs, getattr(run.net, "lora", None)
-    if lora and lora.frozen == "bfloat16" and run.train.precision != "bf16":
-        raise UserError(
+def precision(objective: Objective, net: Net, train: Train) -> Iterator[str]:
+    """Frozen weights that every pass would cast up, and differences with too large a rounding error or step."""
+    needs, lora = objective.needs, getattr(net, "lora", None)
+    if lora and lora.frozen == "bfloat16" and train.precision != "bf16":
+        yield (
             f"net.lora.frozen = bfloat16 saves memory where passes compute in bf16, and train.precision is "
-            f"{run.train.precision}: set train.precision=bf16, or net.lora.frozen=float32"
+            f"{train.precision}: set train.precision=bf16, or net.lora.frozen=float32"
         )
-    if needs.slope and needs.derives:
-        needs.slope.check(run.train.precision, run.net.time_scale)
-    demand_precision(run.train.precision, needs.amplifies, run.objective.kind)
+    if needs.slope:
+        needs.slope.check(train.precision, net.time_scale)
+    demand_precision(train.precision, needs.amplifies, objective.kind)
 
 
-def check_pieces(run: Tree, ranks: int = 1) -> None:
-    """Refuse a batch that the ranks cannot cut into passes with all kinds of rows, and what takes one rank."""
-    train, times = run.train, run.objective.times
-    pieces, moving = passes(train, run.objective, ranks), times.moving(train.batch)
+def check_pieces(train: Train, objective: Objective, ranks: int = 1) -> None:
+    """Raise UserError if ranks cannot cut the batch into passes with all kinds of rows, or a field takes one rank."""
+    require(pieces(train, objective, ranks))
+
+
+def pieces(train: Train, objective: Objective, ranks: int) -> Iterator[str]:
+    """Passes without rows of a kind, and what takes one rank."""
+    times = objective.times
+    cuts, moving = passes(train, objective, ranks), times.moving(train.batch)
+    on, ratio = f"{ranks} rank{'s' * (ranks > 1)}", getattr(times, "velocity_ratio", None)
     if moving is not None and 0 < times.moving_share < 1:
-        for rows in chain.from_iterable(pieces):
+        said = f", velocity_ratio {ratio:g}" if isinstance(times, Jumps | Pair) else ""
+        cut = f", train.micro_batch = {train.micro_batch}" if train.micro_batch else ""
+        for rows in chain.from_iterable(cuts):
             if len(set(moving[rows])) == 1:
-                raise UserError(_lacking(run, ranks, rows, "r = t" if moving[rows.start] else "r < t"))
+                yield (
+                    f"train.batch = {train.batch}{cut} on {on} has a pass of {rows.stop - rows.start} rows without one "
+                    f"with {'r = t' if moving[rows.start] else 'r < t'} (objective.times '{times.kind}'{said}): raise "
+                    f"train.batch{' or train.micro_batch' if cut else ''}{', or take fewer ranks' * (ranks > 1)}"
+                )
     share_of(train.share, ranks)
     if ranks > 1 and train.compile == "loss":
-        raise UserError(f"train.compile = loss is for one rank, not for {ranks}: set train.compile=blocks")
+        yield f"train.compile = loss is for one rank, not for {ranks}: set train.compile=blocks"
 
 
-def _lacking(run: Tree, ranks: int, rows: slice, kind: str) -> str:
-    """Which pass lacks rows of this kind, and the way out."""
-    train, times = run.train, run.objective.times
-    ratio = f", velocity_ratio {times.velocity_ratio:g}" if isinstance(times, Jumps | Pair) else ""
-    cut = f", train.micro_batch = {train.micro_batch}" if train.micro_batch else ""
-    return (
-        f"train.batch = {train.batch}{cut} on {ranks} rank{'s' * (ranks > 1)} has a pass of {rows.stop - rows.start} "
-        f"rows without one with {kind} (objective.times '{times.kind}'{ratio}): raise train.batch"
-        f"{' or train.micro_batch' if cut else ''}{', or take fewer ranks' if ranks > 1 else ''}"
-    )
-
-
-def check_compile(run: Tree) -> None:
-    """Refuse to compile blocks of which torch makes no single graph with a dual slope."""
-    needs = run.objective.needs
-    if run.train.compile == "none" or not (needs.derives and isinstance(needs.slope, DualSlope)):
-        return
-    row: Family | None = getattr(run.outline(short=True), "row", None) if isinstance(run.net, Pretrained) else None
-    if row and not row.compiles:
-        raise UserError(
-            f"train.compile = {run.train.compile}: torch cannot compile the blocks of this net.source where slope "
+def compilation(train: Train, objective: Objective, net: Net, outline: nn.Module, classes: int) -> Iterator[str]:
+    """Blocks of which torch makes no single graph with a dual slope, and a loss if texts are looked up on the host."""
+    needs, texts = objective.needs, getattr(net, "texts", None)
+    dual = isinstance(needs.slope, DualSlope)
+    if train.compile != "none" and dual and isinstance(outline, Dualized) and not outline.row.compiles:
+        yield (
+            f"train.compile = {train.compile}: torch cannot compile the blocks of this net.source where slope "
             "'dual' rides along: set train.compile=none"
         )
-
-
-def check_lookup(run: Tree) -> None:
-    """Refuse to compile a loss whose net looks up texts on the host."""
-    texts: object = getattr(run.net, "texts", None)
-    if run.train.compile == "loss" and isinstance(texts, TextTable) and texts.mapped(run.data.classes):
-        raise UserError(
+    if train.compile == "loss" and isinstance(texts, TextTable) and texts.mapped(classes):
+        yield (
             f"train.compile = loss: texts take more than net.texts.memory = {texts.memory:g} GB, so they are looked up "
             "on the host, where no compiler follows: set train.compile=blocks, or raise net.texts.memory"
         )
 
 
-def check_guide(run: Tree) -> None:
-    """Refuse guidance in training without classes."""
-    guide, opened = run.objective.needs.guide, GuidanceScale.of(run.objective.needs)
-    guided, field, off = guide.active if guide else opened.scale != 1, opened.field, opened.off
-    if run.objective.needs.knobs:
+def guidance(objective: Objective, data: Data) -> Iterator[str]:
+    """Guidance in training without classes."""
+    guide, scale = objective.needs.guide, GuidanceScale.of(objective.needs)
+    guided, field, off = guide.active if isinstance(guide, Guide) else scale.scale != 1, scale.field, scale.off
+    if objective.needs.knobs:
         guided, field, off = True, "objective.w", "objective.w=null"
-    if guided and not _classes(run):
-        raise UserError(f"{field} asks for guidance, but data '{run.data.kind}' has no classes to guide by: set {off}")
+    if guided and not _classes(data):
+        yield f"{field} asks for guidance, but data '{data.kind}' has no classes to guide by: set {off}"
 
 
-def check_guided(run: Tree, guide: CFG, name: str = "sample.guide", whose: str = "") -> None:
-    """Refuse guidance of a net that never saw a missing label, or that is guided already.
+def check_guided(
+    guide: CFG,
+    data: Data,
+    objective: Objective,
+    trained: GuidanceScale,
+    name: str = "sample.guide",
+    source: str = "",
+) -> None:
+    """Raise UserError for guidance of a net that never saw a missing label, or that is guided already.
 
-    `name` is the field that asks; `whose` names the run if it is read for another.
+    `trained` is its guidance in training, `name` the field that asks, `source` the run if it is read for another.
     """
-    guide.check(run.data.kind, _classes(run), run.objective.drop, run.guided, name=name, whose=whose)
-    if guide.active and run.objective.needs.knobs:
-        of = whose and f" of {whose}"
+    guide.check(data.kind, _classes(data), objective.drop, trained, name=name, whose=source)
+    if guide.active and objective.needs.knobs:
+        of = source and f" of {source}"
         raise UserError(
             f"{name}.scale = {guide.scale:g} would guide once more what the knobs of objective "
-            f"'{run.objective.kind}'{of} guide already: set {name}.scale=1, and sample.knobs{of}"
+            f"'{objective.kind}'{of} guide already: set {name}.scale=1, and sample.knobs{of}"
         )
 
 
-def check_teacher(run: Tree) -> None:
-    """Refuse a teacher from which the objective does not learn, or whose guidance is double or without classes.
+def teaching(teacher: Teacher | None, objective: Objective, data: Data, train: Train) -> Iterator[str]:
+    """A teacher from which the objective does not learn, and guidance of it that is double or without classes.
 
     What the teacher can do is checked when it is opened.
     """
-    needs, pairs = run.objective.needs, bool(run.teacher and run.teacher.pairs)
-    if (needs.points or needs.taught) and (not run.teacher or pairs != bool(needs.points)):
-        what, way = ("trajectories", "{count: 8192}") if needs.points else ("velocity", "null")
-        raise UserError(
-            f"objective '{run.objective.kind}' learns from a teacher's {what}: set teacher.source to the folder of a "
+    needs, pairs = objective.needs, bool(teacher and teacher.pairs)
+    if (needs.teacher.points or needs.teacher.velocity == "must") and (
+        not teacher or pairs != bool(needs.teacher.points)
+    ):
+        what, way = ("trajectories", "{count: 8192}") if needs.teacher.points else ("velocity", "null")
+        yield (
+            f"objective '{objective.kind}' learns from a teacher's {what}: set teacher.source to the folder of a "
             f"run that has a velocity, and teacher.pairs={way}"
         )
-    if not run.teacher:
+    if not teacher:
         return
-    if pairs and run.train.coupling:
-        raise UserError(
+    if pairs and train.coupling:
+        yield (
             "train.coupling would part the data of teacher.pairs from the noise that they come from: set "
             "train.coupling=null, or teacher.pairs=null"
         )
-    if run.teacher.kind == "base":
-        check_base(run)
-    if not pairs and not needs.teachable:
-        raise UserError(
-            f"objective '{run.objective.kind}' learns from no velocity, so a teacher's says nothing to it: set "
+    if not pairs and needs.teacher.velocity == "no":
+        yield (
+            f"objective '{objective.kind}' learns from no velocity, so a teacher's says nothing to it: set "
             "teacher.pairs, or teacher=null"
         )
-    guide, opened = run.teacher.guide, GuidanceScale.of(needs)
-    guide.check(run.data.kind, _classes(run), 1.0, GuidanceScale(), name="teacher.guide")
-    if guide.active and (needs.knobs or opened.active):
-        field, off = (opened.field, opened.off) if opened.active else ("objective.w", "objective.w=null")
-        raise UserError(
-            f"{field} would guide what teacher.guide has guided: set teacher.guide.scale=1, or train with {off}"
-        )
+    guide, own = teacher.guide, GuidanceScale.of(needs)
+    guide.check(data.kind, _classes(data), 1.0, GuidanceScale(), name="teacher.guide")
+    if guide.active and (needs.knobs or own.active):
+        field, off = (own.field, own.off) if own.active else ("objective.w", "objective.w=null")
+        yield f"{field} would guide what teacher.guide has guided: set teacher.guide.scale=1, or train with {off}"
 
 
-def check_base(run: Tree) -> None:
-    """Refuse the base of a net without adapters, or on another path than that of its velocity."""
-    base: Callable[[], AbstractContextManager[None]] | None = getattr(run.outline(short=True), "base", None)
-    if base is None or (run.path.kind, run.path.sd) != ("linear", 1):
-        raise UserError(
+def base(outline: nn.Module, net: Net, path: Path) -> Iterator[str]:
+    """A net without adapters as its own teacher, or on another path than that of its velocity."""
+    off: Callable[[], AbstractContextManager[None]] | None = getattr(outline, "base", None)
+    if off is None or (path.kind, path.sd) != ("linear", 1):
+        yield (
             f"teacher.kind = base asks for the net with its adapters off, on path 'linear' of sd 1; this is net "
-            f"'{run.net.kind}' on path '{run.path.kind}' of sd {run.path.sd:g}: set teacher.kind=run and "
-            "teacher.source to the folder of a run that can teach"
+            f"'{net.kind}' on path '{path.kind}' of sd {path.sd:g}: set teacher.kind=run and teacher.source to the "
+            "folder of a run that can teach"
         )
-    with base():  # a net that may have adapters refuses it if it has none
+        return
+    with off():  # a net that may have adapters refuses it if it has none
         pass
 
 
-def check_start(run: Tree) -> None:
-    """Refuse to begin heads that do not exist, and theta^- of a first stage without one."""
-    there = run.objective.needs.heads
-    if strange := [name for name in (run.start.heads if run.start else ()) if name not in there]:
-        raise UserError(
-            f"start.heads.{strange[0]}: objective '{run.objective.kind}' has no such head, its heads are "
-            f"{', '.join(there)}"
-        )
-    if run.objective.needs.ref == 1 and not (run.start and run.train.ref == 1):
-        raise UserError(
-            f"objective '{run.objective.kind}' with low learns from the net that training begins with: set "
-            "start.source to a run of all times, train.ref=1, and in train.ema {decay: 1} as the last"
+def beginning(start: Start | None, objective: Objective, train: Train) -> Iterator[str]:
+    """Heads to begin with that do not exist, and theta^- of a first stage without one."""
+    who = f"objective '{objective.kind}'"
+    yield from unknown("start.heads", start.heads if start else (), objective.needs.heads, who, "head")
+    if objective.needs.ref == 1 and not (start and train.ref == 1):
+        yield (
+            f"{who} with low learns from the net that training begins with: set start.source to a run of all times, "
+            "train.ref=1, and in train.ema {decay: 1} as the last"
         )
 
 
-def check_knobs(run: Tree) -> None:
-    """Refuse knobs that the net does not have."""
-    kind, there = run.objective.kind, run.objective.needs.knobs
-    if strange := [name for name in run.sample.knobs if name not in there]:
-        have = f"its knobs are {', '.join(there)}" if there else "it has none: set sample.knobs={}"
-        raise UserError(f"sample.knobs.{strange[0]}: objective '{kind}' has no such knob, {have}")
+def unknown(field: str, names: Iterable[str], there: Collection[str], who: str, what: str) -> Iterator[str]:
+    """Names of a field that are not among those that there are."""
+    have = f"its {what}s are {', '.join(there)}" if there else f"it has none: set {field}={{}}"
+    for name in names:
+        if name not in there:
+            yield f"{field}.{name}: {who} has no such {what}, {have}"
 
 
-def _classes(run: Tree) -> int:
+def _classes(data: Data) -> int:
     """How many there are; some, where they are not counted yet."""
-    return run.data.classes if run.conditions.known else 1
+    return data.classes if Conditions(data).known else 1
 
 
 def _or(names: tuple[str, ...]) -> str:

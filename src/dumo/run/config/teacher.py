@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from dumo.flow.cfg import CFG
+from dumo.flow.guide import CFG
 from dumo.flow.solver import Heun
 from dumo.runtime.bound import SAMPLES
 from dumo.types import QUIET, Spec
@@ -55,7 +55,7 @@ class Teacher(Spec):
 
 
 class Start(Spec):
-    """Weights to begin with: those of a run by name, or published ones of a DiT's build (`dumo.nets.sit`)."""
+    """Weights to begin with: those of a run by name, or published ones of a DiT's build (`dumo.nets.dit`)."""
 
     # run: all that the nets share; sit: a velocity, all of it; dit: it predicts noise, so its trunk alone
     kind: Literal["run", "sit", "dit"] = "run"

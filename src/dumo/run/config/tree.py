@@ -10,7 +10,7 @@ from torch import nn
 
 from dumo.data import Data, Digits, Images, Moons
 from dumo.evaluation import MetricProtocol
-from dumo.flow.cfg import CFG, GuidanceScale
+from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import Linear, Path
 from dumo.flow.precision import Precision
 from dumo.flow.solver import Solver

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from PIL import Image
 
-from dumo.encoders.prompt import Prompt, read_prompts
+from dumo.encoders.caption import Prompt, read_prompts
 from dumo.evaluation.protocol import name_of
 from dumo.io import digest, file, picture
 from dumo.io.read import brief, finite, read_json, write_json

@@ -14,6 +14,7 @@ from dumo.evaluation import LikelihoodProtocol
 from dumo.evaluation.protocol import trained_on
 from dumo.flow.solver import Euler, Heun, Solver
 from dumo.io.weights import title
+from dumo.objectives import Drift
 from dumo.run import deviation
 from dumo.run.config.spec import Run
 from dumo.run.evaluation.record import FILE, Row, read_report
@@ -71,9 +72,8 @@ def labels(run: Run) -> str:
 
 def settings(run: Run) -> Card:
     """What a run's spec says of how samples are made and judged."""
-    on = run.objective.needs.trained_on
     return {
-        **({"trained_on": on} if on else {}),
+        **({"trained_on": "numbers"} if isinstance(run.objective, Drift) else {}),
         "labels": labels(run),  # of sample i; others draw at random
         "solver": run.sample.solver.model_dump(mode="json"),
         "guide": run.sample.guide.model_dump(mode="json"),

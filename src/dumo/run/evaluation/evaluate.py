@@ -19,21 +19,20 @@ from dumo.data import Latents
 from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.evaluation.likelihood import LikelihoodEvaluator
 from dumo.evaluation.protocol import Evaluator
-from dumo.flow.divergence import axes
 from dumo.flow.generate import Batch, counting, evaluating, passing
-from dumo.flow.likelihood import climbing, log_likelihood
+from dumo.flow.likelihood import axes, climbing, log_likelihood
 from dumo.flow.reading import reading
 from dumo.flow.solver import Solver, check
 from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
 from dumo.io.read import finite, write_json
 from dumo.run.config.spec import Run
+from dumo.run.encode import captions
 from dumo.run.evaluation.card import card, contrast_solver, settings
 from dumo.run.evaluation.record import FILE, Row, read_report, state
 from dumo.run.folder import RunFolder
 from dumo.run.name import Fields, changes, flat, own
 from dumo.run.sample import real_data, solver_of
-from dumo.run.text import captions
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.types import UserError
@@ -120,7 +119,7 @@ def evaluator_of(opened: RunFolder, bar: Bar) -> Evaluator:
                 seed=run.evaluate.seed,
                 device=opened.device,
                 tick=tick,
-                captions=lambda: (run.images.open(), conditions(run), captions(run)),
+                captions=lambda: (run.images.open(), conditions(run), captions(run.data)),
             )
         )
 
@@ -176,7 +175,7 @@ def standing(opened: RunFolder) -> dict[str, Any] | None:
 
 def name_of(opened: RunFolder, stem: str = "evaluation", *, but: Collection[str] = ()) -> str:
     """The name of a report: what the run's own spec asks has the stem's, other things are said in it, `but` these."""
-    before, after = (_fields(run, but) for run in (own(opened), opened.run))
+    before, after = (_fields(run, but) for run in (own(opened.folder), opened.run))
     return "-".join([stem, *changes(opened, before, after)]) + ".json"
 
 

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dumo.encoders import inception_weights as inception
+from dumo.encoders import inception
 from dumo.encoders.autoencoder import WEIGHTS, DcAe, SdVae
 from dumo.encoders.taesd import SHA256, Taef2
-from dumo.evaluation.standard import STANDARDS, TRAIN
+from dumo.evaluation.reference import STANDARDS, TRAIN
 from dumo.io import digest, yaml
 from dumo.io.read import user_path
 from dumo.nets.pretrained import PUBLISHED, read_config

@@ -1,39 +1,55 @@
 """What a step costs, counted, not timed: floating-point operations and bytes of tensors that hold no numbers.
 
 The unit of work is F, one pass of the net forward; a backward pass is 2 F. Counts depend on shapes alone, so operations
-are counted on the meta device, whatever the net's size: no memory, no arithmetic. Blocks that are alike cost alike, so
-of a deep net only the first few are run (`dumo.run.plan.depth`).
+are counted on the meta device, whatever the net's size: no memory, no arithmetic. Blocks that are alike, one after
+another, cost alike, so a count is affine in the length of each such stretch: the counts of the first few blocks give
+that of all.
 
-Memory is counted by following every tensor's storage from the operation that made it until it is let go. That needs
-the operations a device would run: on meta, attention keeps all its scores, which no fused kernel does. So bytes are
+Memory is counted by following every tensor's storage from the operation that made it until it is freed. That needs the
+operations that a device would run: on meta, attention keeps all its scores, which no fused kernel does. So bytes are
 counted on fake tensors, which hold no numbers either, but say that they are on the CPU.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
 from fractions import Fraction
-from math import lcm
-from typing import Literal
+from itertools import groupby
+from math import lcm, prod
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
+from dumo.flow import dropout
 from dumo.flow.draw import draw
 from dumo.flow.guide import Guide as Affine
-from dumo.flow.overhear import Overheard, exchanged
 from dumo.flow.precision import Precision, autocast
 from dumo.flow.slope import DualSlope, Way
-from dumo.run.plan.count import Bytes, flops, live_bytes
-from dumo.run.plan.depth import by_depth, short
+from dumo.nets import twin
+from dumo.nets.dualized import Dualized
 from dumo.runtime.random import stream
 from dumo.training.frozen import copied, share
-from dumo.types import Cond, Frozen, Guide, Heads, Noised, Objective, Path, Sample, frozen
+from dumo.types import Cond, Frozen, Guide, Heads, Net, Noised, Objective, Path, Sample, frozen
 
 PLAIN = Affine()  # no guidance
 LAW = 1_000_000  # rows that a law is judged by
+FEW = 6  # blocks up to which all are run: ours
 Theta = Literal["self"] | float  # theta^-: the net itself, or an average of it, as `Train.ref`
+M = TypeVar("M", bound=nn.Module)
+
+
+class Bytes(NamedTuple):
+    """Bytes of tensors that a piece of work met: those there before it, and most of its own alive at one time."""
+
+    before: int
+    peak: int
 
 
 def forward_flops(net: nn.Module, objective: Objective, shape: Sequence[int]) -> float:
@@ -71,22 +87,31 @@ def forward_units(
         return sum(share * at(objective, b) for b, share in _phases(objective, path, rows, shape))
 
     guide = objective.needs.guide
-    if guide is None or not guide.active:
+    if not (isinstance(guide, Guide) and guide.active):
         return units(objective)
-    without = units(exchanged(objective, guide, PLAIN))
-    return without + _guided(objective, guide) * (units(objective) - without)
+    without, (t, _) = units(objective.model_copy(update={"guide": PLAIN})), objective.times(LAW, stream("cost"))
+    guided = (1 - objective.drop) * guide.inside(t).double().mean().item()  # a label kept, a time inside the interval
+    return without + guided * (units(objective) - without)
 
 
 def way(net: nn.Module, objective: Objective, path: Path, shape: Sequence[int], *, ref: Theta = "self") -> Way | None:
     """How a slope that rides comes by its tangent in a step of this objective; None for any other slope."""
-    slope = objective.needs.slope
-    if not isinstance(slope, DualSlope):
+    if not isinstance(objective.needs.slope, DualSlope):
         return None
-    heard, b = Overheard(slope), _draw(objective, path, exact_rows(objective), shape)
-    _step(*_outlines(short(net), ref), exchanged(objective, slope, heard), b)()
-    if heard.nets is None:
-        return None  # an objective may have a slope that it does not take
-    return slope.way(*heard.nets, known=heard.inputs.get("toward") is not None)
+    noted, b = _Noted(), _draw(objective, path, exact_rows(objective), shape)
+    _step(*_outlines(short(net), ref), objective.model_copy(update={"slope": noted}), b)()
+    return noted.ways[-1] if noted.ways else None  # none where no step at this progress takes it
+
+
+class _Noted(DualSlope):
+    """A dual slope that notes its ways."""
+
+    ways: list[Way] = Field(default_factory=list[Way])
+
+    def way(self, net: Net, ref: Frozen, *, known: bool) -> Way:
+        """As every dual slope."""
+        self.ways.append(super().way(net, ref, known=known))
+        return self.ways[-1]
 
 
 def peak_bytes(
@@ -118,10 +143,7 @@ def activation_bytes(
     ref: Theta = "self",
     precision: Precision = "fp32",
 ) -> int:
-    """Bytes that a step of `rows` rows takes beside weights, gradients and batch, seen as `peak_bytes` sees them.
-
-    So what a piece of a batch takes when an earlier one has left its gradients.
-    """
+    """Bytes that a step of `rows` rows takes on top of weights, gradients and batch, seen as `peak_bytes` sees them."""
 
     def at(b: Noised) -> int:
         return by_depth(net, lambda net: _peak(net, objective, b, ref, precision, graded=True).peak, check=True)
@@ -141,7 +163,8 @@ def _pass(net: nn.Module, objective: Objective, shape: Sequence[int], rows: int)
     """One pass on the meta device."""
     x, c = _nothing(rows, shape)
     inputs = {name: x.new_empty(rows) for name in objective.needs.names}
-    return copy.deepcopy(net).to("meta")(x, c, **inputs)
+    with dropout.off():
+        return copy.deepcopy(net).to("meta")(x, c, **inputs)
 
 
 def _peak(net: nn.Module, objective: Objective, b: Noised, ref: Theta, precision: Precision, *, graded: bool) -> Bytes:
@@ -158,25 +181,24 @@ def _peak(net: nn.Module, objective: Objective, b: Noised, ref: Theta, precision
 
 
 def blank(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> Noised:
-    """A record of so many rows with memory of its own on the CPU, and no numbers but what is fixed by place."""
+    """A record of this many rows with memory of its own on the CPU, and no numbers but what is fixed by place."""
     return _empty(_draw(objective, path, rows, shape))
 
 
 def _step(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> Callable[[], object]:
     """Forward, targets and backward, as in training."""
-    return lambda: objective.loss(net, ref, b).loss.sum().backward()
+
+    def step() -> None:
+        with dropout.off():
+            objective.loss(net, ref, b).loss.sum().backward()
+
+    return step
 
 
 def _outlines(net: nn.Module, ref: Theta) -> tuple[nn.Module, Frozen]:
     """The net and theta^- without numbers."""
     net = copy.deepcopy(net).to("meta")
     return net, frozen(net) if ref == "self" else Frozen(copied(net))
-
-
-def _guided(objective: Objective, guide: Guide) -> float:
-    """The expected share of the rows that are guided: the label kept, the time inside the interval."""
-    t, _ = objective.times(LAW, stream("cost"))
-    return (1 - objective.drop) * guide.inside(t).double().mean().item()
 
 
 def _draw(objective: Objective, path: Path, rows: int, shape: Sequence[int]) -> Noised:
@@ -199,3 +221,145 @@ def _empty(b: Noised) -> Noised:
     """The record with memory of its own on the CPU."""
     own = {f.name: torch.empty_like(v, device="cpu") for f in fields(b) if isinstance(v := getattr(b, f.name), Tensor)}
     return replace(b, **own, drawn={name: torch.empty_like(v, device="cpu") for name, v in b.drawn.items()})
+
+
+class Stretch(NamedTuple):
+    """Blocks that are alike and run one after another, and the path of the list that they are in."""
+
+    path: str
+    blocks: list[nn.Module]
+
+
+def by_depth(net: M, count: Callable[[M], int], *, check: bool = False) -> int:
+    """A count of a net: of all of it, or, where it is deep, as follows from its first few blocks of each stretch.
+
+    `check`: where the ends of a net may outweigh a few blocks, as of bytes. Then the first count has two blocks, and
+    all are counted unless two more add twice what one more adds, or where two stretches are deep.
+    """
+    lengths, few = [len(stretch.blocks) for stretch in stretches(net)], 2 if check else 1
+    deep = [i for i, n in enumerate(lengths) if n > few]
+    if sum(lengths) <= FEW or not deep or (check and len(deep) > 1):
+        return count(net)
+
+    def at(i: int | None = None, more: int = 1) -> int:
+        return count(cut(net, [min(n, few + more * (i == j)) for j, n in enumerate(lengths)]))
+
+    first = at()
+    steps = {i: at(i) - first for i in deep}
+    if check and any(step == 0 or at(i, 2) != first + 2 * step for i, step in steps.items() if lengths[i] > few + 1):
+        return count(net)
+    return first + sum((lengths[i] - few) * step for i, step in steps.items())
+
+
+def short(net: M) -> M:
+    """The net with the first block of each stretch alone."""
+    return cut(net, [1 for _ in stretches(net)])
+
+
+def cut(net: M, lengths: Sequence[int]) -> M:
+    """The net with this many first blocks of each stretch. All parts are shared, and the net is left as it is."""
+    kept: dict[str, list[nn.Module]] = {}
+    for stretch, n in zip(stretches(net), lengths, strict=True):
+        kept.setdefault(stretch.path, []).extend(stretch.blocks[:n])
+    return twin.exchanged(net, {path: nn.ModuleList(blocks) for path, blocks in kept.items()})
+
+
+def stretches(net: nn.Module) -> list[Stretch]:
+    """All of a net whose blocks may be left out: a pretrained one, or one of `blocks` alike but for the last."""
+    if isinstance(net, Dualized):
+        lists = {f"model.{name}": part for name, part in net.model.named_children() if isinstance(part, nn.ModuleList)}
+    else:
+        blocks = getattr(net, "blocks", None)
+        lists = (
+            {"blocks": blocks} if isinstance(blocks, nn.ModuleList) and len({*map(kind, [*blocks][:-1])}) <= 1 else {}
+        )
+    return [Stretch(path, [*alike]) for path, blocks in lists.items() for _, alike in groupby(blocks, kind)]
+
+
+def kind(block: nn.Module) -> tuple[object, ...]:
+    """What blocks that cost alike have in common: their class, and the shapes of what is trained and of what rests."""
+    return type(block), *((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
+
+
+def flops(work: Callable[[], object]) -> int:
+    """Floating-point operations of all matrix products and convolutions, on whatever device they are."""
+    aten = torch.ops.aten
+    missing = {  # from torch's own table; that a fused backward computes the scores again is not counted
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: _attention(q, v),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, q, k, v, *__, **___: 2 * _attention(q, v),
+        aten.addmm_: lambda _, a, b, *__, **___: 2 * prod(a) * b[-1],
+        aten.baddbmm_: lambda _, a, b, *__, **___: 2 * prod(a) * b[-1],
+        aten.convolution_backward: _convolved_back,  # torch's does not know of groups
+    }
+    with FlopCounterMode(display=False, custom_mapping=missing) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def live_bytes(work: Callable[[], object]) -> Bytes:
+    """Follow the bytes of all tensors that a piece of work meets, on whatever device they are, fake ones too."""
+    with _Live() as live:
+        work()
+    return Bytes(live.before, live.peak)
+
+
+class _Live(TorchDispatchMode):
+    """Sees every operation beneath autograd, backward passes included, and so every storage on its way in or out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = self.now = self.peak = 0
+        self._known: dict[int, int] = {}  # storages alive: bytes that count in `now`
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> object:
+        """Run one operation. A storage first seen going in was there before; one first seen coming out is new."""
+        for storage in _storages((args, kwargs)):
+            if self._meet(storage, 0):
+                self.before += storage.nbytes()
+        out = func(*args, **kwargs or {})
+        for storage in _storages(out):
+            self._meet(storage, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _meet(self, storage: torch.UntypedStorage, size: int) -> bool:
+        """Whether a storage is seen for the first time; it counts `size` bytes until the last tensor on it is gone."""
+        if storage._cdata in self._known:
+            return False
+        self._known[storage._cdata] = size
+        self.now += size
+        weakref.finalize(storage, self._leave, storage._cdata).atexit = False
+        return True
+
+    def _leave(self, key: int) -> None:
+        self.now -= self._known.pop(key)
+
+
+def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    return (x.untyped_storage() for x in tree_leaves(tree) if isinstance(x, Tensor))
+
+
+def _convolved_back(
+    grad: Sequence[int],
+    x: Sequence[int],
+    w: Sequence[int],
+    _bias: object,
+    _stride: object,
+    _padding: object,
+    _dilation: object,
+    transposed: bool,
+    _output_padding: object,
+    _groups: int,
+    mask: Sequence[bool],
+    **_: object,
+) -> int:
+    """Each of the gradients of input and weights takes what the convolution took; w is (out, in / groups, ...)."""
+    places = x if transposed else grad
+    return sum(mask[:2]) * 2 * places[0] * prod(places[2:]) * prod(w)
+
+
+def _attention(q: Sequence[int], v: Sequence[int]) -> int:
+    """Scores and their product with the values; q is (b, heads, n, d), v (b, heads, m, d)."""
+    return 2 * prod(q[:-1]) * v[-2] * (q[-1] + v[-1])

@@ -6,7 +6,7 @@ the rounding of two passes by 2 h: under bf16 that is as large as the derivative
 models do, h = 0.005 spans more than a turn of the embedding. And a tangent rule or a kernel may be wrong, perhaps on
 one device alone.
 
-So the configured slope, in its precision and on its device, is held against forward-mode differentiation in float64.
+So the configured slope, in its precision and on its device, is compared with forward-mode differentiation in float64.
 A fresh net will not do: its last layers are zero, u = du/dt = 0, and anything passes. The self-test draws every
 parameter of a copy of two blocks; a second one takes the true weights, at the first checkpoint.
 """
@@ -21,19 +21,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from dumo.data import Data
 from dumo.flow.precision import using
 from dumo.io.read import finite
 from dumo.nets import Net, Pretrained
 from dumo.nets.text import or_drawn
 from dumo.run.config.spec import Run
-from dumo.run.plan import caption, pretrained, separability
+from dumo.run.plan import findings
 from dumo.run.plan.machine import Finding, look
 from dumo.runtime import dist
 from dumo.runtime.random import stream
-from dumo.types import Cond, Frozen, Heads, Sample, Time, UserError
+from dumo.training.spec import Train
+from dumo.types import Cond, Frozen, Heads, Objective, Path, Sample, Time, UserError
 
 LIMIT = 0.05  # ours: an exact slope is 1 to 2 % off under bf16, a broken one 40 % and more (measured)
 SMALL = 1e-6  # ours: the l2 error allowed where du/dt is zero
+Point = tuple[Sample, Sample, Cond, dict[str, Time]]  # x_t, a direction, labels, and what else a net takes
 
 
 @dataclass(frozen=True)
@@ -79,21 +82,25 @@ class Examination:
 
 def examine(run: Run, device: torch.device) -> Examination:
     """The run's slope on its net, cut to two blocks, every parameter drawn. Raises UserError as the slope does."""
-    run = readable(run)
-    net = run.model_copy(update={"net": short(run.net)}).build(device)
+    net = run.model_copy(update={"net": short(readable(run.net))}).build(device)
     with torch.no_grad():
         for name, p in net.named_parameters():
             noise = torch.randn(p.shape, generator=stream(run.train.seed, "doctor", name)).to(p)
             p.copy_(noise / p[0].numel() ** 0.5 if p.ndim > 1 else p + 0.1 * noise)  # gains stay near 1
-    return _compare(run, net, device, rows=4, weights="drawn weights")
+    at = point(run.objective, run.path, run.data, run.train.seed, 4)
+    return _compare(net, run.objective, run.train, at, device, run.net.time_scale, "drawn weights")
 
 
-def readable(run: Run) -> Run:
-    """The run, with texts drawn where its net reads a table that is not there yet."""
-    texts: object = getattr(run.net, "texts", None)
-    if texts is or_drawn(texts):
-        return run
-    return run.model_copy(update={"net": run.net.model_copy(update={"texts": or_drawn(texts)})})
+def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:
+    """The run's slope on a net in training, in one piece, left as it is. Raises UserError as the slope does."""
+    at, net = point(run.objective, run.path, run.data, run.train.seed, 2), copy.deepcopy(net)
+    return _compare(net, run.objective, run.train, at, device, run.net.time_scale, "the weights in training")
+
+
+def readable(net: Net) -> Net:
+    """The spec, with texts drawn if the net reads a table that is not there yet."""
+    texts: object = getattr(net, "texts", None)
+    return net if texts is or_drawn(texts) else net.model_copy(update={"texts": or_drawn(texts)})
 
 
 def short(net: Net) -> Net:
@@ -108,42 +115,45 @@ def short(net: Net) -> Net:
     return net.model_copy(update={"depth": few} | ({} if late is None else {"late": min(late, few - 1)}))
 
 
-def examine_weights(run: Run, net: nn.Module, device: torch.device) -> Examination:
-    """The run's slope on a net in training, in one piece, left as it is. Raises UserError as the slope does."""
-    return _compare(run, copy.deepcopy(net), device, rows=2, weights="the weights in training")
+def point(objective: Objective, path: Path, data: Data, seed: int, rows: int) -> Point:
+    """Where to look: t up to 1, r from t down to 0."""
+    needs, g = objective.needs, stream(seed, "doctor")
+    x, z = torch.randn(2, rows, *data.shape, generator=g).unbind()
+    c = torch.randint(data.classes + 1, (rows,), generator=g)  # the null class, too
+    t = torch.linspace(0, 1, rows + 1)[1:]
+    knobs = {name: torch.full_like(t, value) for name, value in needs.knobs.items()}
+    inputs = {name: t if name == "t" else t * torch.linspace(1, 0, rows) for name in needs.names} | knobs
+    return *path.at(x, z, t), c, inputs
 
 
-def _compare(run: Run, net: nn.Module, device: torch.device, *, rows: int, weights: str) -> Examination:
+def _compare(
+    net: nn.Module,
+    objective: Objective,
+    train: Train,
+    at: Point,
+    device: torch.device,
+    time_scale: float,
+    weights: str,
+) -> Examination:
     """The slope, used as training uses it, against float64. Ranks take the mean, so that all go on or none."""
-    slope, heads = run.objective.needs.slope, run.objective.needs.heads
-    about = (run.train.precision, run.net.time_scale, weights)
+    slope, heads = objective.needs.slope, objective.needs.heads
     if slope is None:
-        return Examination(None, *about, {})
-    x, w, c, inputs = _point(run, rows, device)
+        return Examination(None, train.precision, time_scale, weights, {})
+    x, w, c = (part.to(device) for part in at[:3])
+    inputs = {name: s.to(device) for name, s in at[3].items()}
     net.eval()  # no dropout
-    ref = Frozen(net if run.train.ref == "self" else copy.deepcopy(net))
+    ref = Frozen(net if train.ref == "self" else copy.deepcopy(net))
     exact = _exact(net, x, w, c, **inputs)
     errors: list[Tensor] = []
     for toward in (w, None):
-        with using(run.train.precision, device):
+        with using(train.precision, device):
             _, along = slope(net, ref, x, c, toward=toward, **inputs)
             with torch.no_grad():
                 found = along(w)
         errors.append(torch.stack([_off(a, b) for a, b, _ in zip(found, exact, heads, strict=False)]))  # no gauges
     worst = dist.mean(torch.stack(errors).amax(0).to(x)).tolist()
-    return Examination(slope.kind, *about, dict(zip(heads, worst, strict=True)))
-
-
-def _point(run: Run, rows: int, device: torch.device) -> tuple[Sample, Sample, Cond, dict[str, Time]]:
-    """Where to look: x_t, a direction, labels, and what else the net takes; t up to 1, r from t down to 0."""
-    needs, g = run.objective.needs, stream(run.train.seed, "doctor")
-    x, z = torch.randn(2, rows, *run.data.shape, generator=g).unbind()
-    c = torch.randint(run.data.classes + 1, (rows,), generator=g)  # the null class, too
-    t = torch.linspace(0, 1, rows + 1)[1:]
-    knobs = {name: torch.full_like(t, value) for name, value in needs.knobs.items()}
-    inputs = {name: t if name == "t" else t * torch.linspace(1, 0, rows) for name in needs.names} | knobs
-    x_t, w = run.path.at(x, z, t)
-    return x_t.to(device), w.to(device), c.to(device), {name: s.to(device) for name, s in inputs.items()}
+    by_head = dict(zip(heads, worst, strict=True))
+    return Examination(slope.kind, train.precision, time_scale, weights, by_head)
 
 
 def _exact(net: nn.Module, x: Sample, w: Sample, c: Cond, /, **inputs: Time) -> Heads:
@@ -178,16 +188,8 @@ def diagnose(run: Run, device: str = "auto") -> dict[str, Any]:
     except UserError as error:  # the slope refuses, or an operation has no tangent rule
         text, way = "refused", str(error)
     test = Finding("self-test", "failing" if way else "ok", text, way)
-    found = [*look(here), *about_weights(run, here), *caption.findings(run), *separability.findings(run), test]
+    weights = findings.of_weights(run.net, run.data, lambda net: run.model_copy(update={"net": net}).build(here))
+    texts = findings.of_texts(run.net, run.data, run.train.seed)
+    found = [*look(here), *weights, *findings.of_captions(run.data), *texts, test]
     ok = all(finding.state != "failing" for finding in found)
     return {"ok": ok, "findings": [asdict(finding) for finding in found], "examination": exam and finite(asdict(exam))}
-
-
-def about_weights(run: Run, here: torch.device) -> list[Finding]:
-    """What there is to know of weights that are there before any training: of a pretrained net."""
-    if not (isinstance(run.net, Pretrained) and run.net.weights == "source"):
-        return []
-    try:
-        return pretrained.findings(run, here)
-    except UserError as error:
-        return [Finding("weights", "failing", "not there, or not to be differentiated", str(error))]

@@ -1,30 +1,63 @@
-"""What a run takes, counted on nets without numbers: sizes, work, memory, images.
+"""What a run is and takes, counted on nets without numbers: sizes, work, memory, images; as facts and as lines.
 
 Of memory the sum is an upper bound: weights, gradients, optimizer and averages stay, and on top comes the most that one
 piece of a batch needs at one time.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from math import ceil, log2, prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dumo.data import Latents
+from dumo.data import Data, Latents
 from dumo.data.cache import Plan, read_contents
-from dumo.evaluation.standard import TRAIN, Standard
+from dumo.evaluation import MetricProtocol
+from dumo.evaluation.reference import TRAIN, Standard
 from dumo.io.read import user_path
 from dumo.io.table import FILE
 from dumo.run.config.spec import Run
 from dumo.run.plan import cost
-from dumo.run.plan.show import show
 from dumo.runtime import dist
-from dumo.training.cut import passes
+from dumo.runtime.progress import number, sized
+from dumo.runtime.random import stream
+from dumo.training.spec import Train
 from dumo.training.state import State, begin
-from dumo.types import UserError
+from dumo.training.step import passes
+from dumo.types import Objective, Path, UserError
 
 GPU = 80 * 2**30  # bytes of an A100 or H100
+GB = 1e9
+Line = tuple[str, str]  # what, and how much
+
+
+def show(run: Run, net: nn.Module | None = None) -> dict[str, Any]:
+    """What a run is before it is run: its spec, its size, and what a step costs and teaches.
+
+    `forward_units_per_step` counts floating-point operations; `slope` is the way of a slope that rides; `far` is
+    P(t - r > 0.9), the share of rows where one-step sampling is taught, None where no jump is; `guidance_scale` is the
+    effective one, 1 for none. `net`: its outline, if there is one already.
+    """
+    net = run.outline() if net is None else net
+    jumps = run.reads.endpoint or run.reads.flow_map
+    way = cost.way(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
+    return {
+        "spec": run.model_dump(mode="json"),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "parameters_trained": sum(p.numel() for p in net.parameters() if p.requires_grad),
+        "forward_flops_per_image": cost.forward_flops(net, run.objective, run.data.shape),
+        "forward_units_per_step": cost.forward_units(net, run.objective, run.path, run.data.shape, ref=run.train.ref),
+        "slope": way and {**way._asdict(), "text": way.text},
+        "far": far(run.objective) if jumps else None,
+        "guidance_scale": run.guided.scale,
+    }
+
+
+def far(objective: Objective) -> float:
+    """P(t - r > 0.9), of a million draws: the share of the rows where one-step sampling is taught."""
+    t, r = objective.times(1_000_000, stream("show"))
+    return (t - r > 0.9).double().mean().item()
 
 
 def plan(spec: Run) -> dict[str, Any]:
@@ -34,16 +67,17 @@ def plan(spec: Run) -> dict[str, Any]:
     whole run's; `gpus` is as the function of that name says.
     """
     net, shape, needs, train = spec.outline(), spec.data.shape, spec.objective.needs, spec.train
-    shown, images, missing = show(spec, net), train.steps * train.batch, missing_data(spec)
+    shown, images, missing = show(spec, net), train.steps * train.batch, missing_data(spec.data)
     heads = cost.heads(net, spec.objective, shape, rows=1)
-    epoch = (not missing and cached_images(spec)) or protocol_images(spec)
+    holds = memory(net, spec.objective, spec.path, shape, train, most_rows(train, spec.objective))
+    epoch = (not missing and cached_images(spec.data)) or protocol_images(spec.evaluate.protocol)
     return {
         **shown,
         "parameters_total": sum(value.numel() for value in net.state_dict().values()),
         "inputs": {"x": list(shape), **{name: [] for name in ("c", *needs.names)}},
         "heads": {name: list(head.shape[1:]) for name, head in zip((*needs.heads, *needs.gauges), heads, strict=False)},
         "tokens": getattr(net, "grid", 0) ** 2 or None,
-        "memory": (holds := memory(spec, most_rows(spec), net)),
+        "memory": holds,
         "gpus": gpus(holds),
         "images": images,
         "epochs": epoch and images / epoch,
@@ -53,28 +87,28 @@ def plan(spec: Run) -> dict[str, Any]:
     }
 
 
-def most_rows(spec: Run, ranks: int | None = None) -> int:
-    """The rows of the largest pass on any rank, of those here or of so many. Raises UserError as `passes`."""
-    return max(
-        rows.stop - rows.start for rank in passes(spec.train, spec.objective, ranks or dist.world()) for rows in rank
-    )
+def most_rows(train: Train, objective: Objective, ranks: int | None = None) -> int:
+    """The rows of the largest pass on any rank, of those here or of `ranks`. Raises UserError as `passes`."""
+    cuts = passes(train, objective, ranks or dist.world())
+    return max(rows.stop - rows.start for rank in cuts for rows in rank)
 
 
-def memory(spec: Run, rows: int, net: nn.Module | None = None) -> dict[str, int]:
+def memory(
+    net: nn.Module, objective: Objective, path: Path, shape: tuple[int, ...], train: Train, rows: int
+) -> dict[str, int]:
     """Bytes that training holds on each rank, by what they are, `rows` rows at a time; `total`: the most at once.
 
-    `net`: its outline, if there is one already, which is left with gradients.
+    `net` is an outline, which is left with gradients.
     """
-    train, data, net = spec.train, spec.data, spec.outline() if net is None else net
     activations = cost.activation_bytes(
-        net, spec.objective, spec.path, data.shape, rows=rows, ref=train.ref, precision=train.precision
+        net, objective, path, shape, rows=rows, ref=train.ref, precision=train.precision
     )
-    parts = {**held(spec, net), "activations": activations}
+    parts = {**held(net, train), "activations": activations}
     return {"rows": rows, **parts, "total": sum(parts.values())}
 
 
 def gpus(memory: Mapping[str, int]) -> int | None:
-    """On how many GPUs of 80 GiB to look for a layout (`dumo.run.plan.fit`), a power of two; None where one holds all.
+    """On how many GPUs of 80 GiB to look for a layout (`dumo.run.plan.cluster`), a power of two; None: one holds all.
 
     What stays between passes then fills at most half of each, and the rest is for the passes: ours.
     """
@@ -83,10 +117,9 @@ def gpus(memory: Mapping[str, int]) -> int | None:
     return 2 ** max(0, ceil(log2((memory["total"] - memory["activations"]) / (GPU / 2))))
 
 
-def held(spec: Run, net: nn.Module | None = None) -> dict[str, int]:
-    """Bytes that training holds between passes, by what they are, where each rank holds all; `net` as of `memory`."""
-    net = spec.outline() if net is None else net
-    state = begin(net, spec.train)
+def held(net: nn.Module, train: Train) -> dict[str, int]:
+    """Bytes that training holds between passes, by what they are, where each rank holds all; `net` as in `memory`."""
+    state = begin(net, train)
     learns = [p for p in net.parameters() if p.requires_grad]
     for p in learns:
         p.grad = torch.empty_like(p)
@@ -109,28 +142,28 @@ def cache(data: Latents, images: int | None) -> dict[str, int | None]:
     return {"images": images, "bytes_per_image": each, "bytes": images and images * each}
 
 
-def cached_images(spec: Run) -> int | None:
-    """How many images there are in the run's cache, which is there; None where that is not known, or there is none."""
-    contents = read_contents(spec.data.folder) if isinstance(spec.data, Latents) else None
+def cached_images(data: Data) -> int | None:
+    """How many images there are in the cache of latents, which is there; None if unknown, or if data have no cache."""
+    contents = read_contents(data.folder) if isinstance(data, Latents) else None
     return contents.rows if contents else None
 
 
-def protocol_images(spec: Run) -> int | None:
-    """How many images the set has that the run's protocol is named after; None where it is named after none."""
-    standard: Standard | None = getattr(spec.evaluate.protocol, "standard", None)
+def protocol_images(protocol: MetricProtocol) -> int | None:
+    """How many images the set has that a protocol is named after; None if it is named after none."""
+    standard: Standard | None = getattr(protocol, "standard", None)
     return standard and (TRAIN if standard.url else standard.real)
 
 
-def missing_data(spec: Run) -> str | None:
-    """Why training could not begin here, as far as a look at the data's place tells; None if it could."""
-    root: str | None = getattr(spec.data, "root", None)
+def missing_data(data: Data) -> str | None:
+    """Why training could not begin here, as far as the data's place shows; None if it could."""
+    root: str | None = getattr(data, "root", None)
     if root is None:
         return None
     try:
         path = user_path(root, "data.root")
     except UserError as error:
         return str(error)
-    if isinstance(spec.data, Latents) and not (path / FILE).is_file():
+    if isinstance(data, Latents) and not (path / FILE).is_file():
         return f"there is no cache in {path}: make it with dumo encode"
     return None if path.exists() else f"there is no {path}: set data.root"
 
@@ -149,3 +182,68 @@ def tensors(net: nn.Module) -> Iterable[Tensor]:
 def size(values: Iterable[Tensor]) -> int:
     """Bytes."""
     return sum(value.nbytes for value in values)
+
+
+def lines(facts: Mapping[str, Any], *, alone: bool = True) -> Iterator[Line]:
+    """What a plan says; of work and memory where one process trains `alone`, else `ranked` does."""
+    train, memory = facts["spec"]["train"], facts["memory"]
+    fixed = facts["parameters_total"] - facts["parameters"]
+    part = facts["parameters_trained"]
+    trained = f", {part / 1e6:,.3f} M trained" if part < facts["parameters"] else ""
+    tables = f", {fixed / 1e6:,.3f} M fixed" if fixed else ""
+    yield "parameters", f"{facts['parameters'] / 1e6:,.3f} M{trained}{tables}"
+    yield "inputs", shapes(facts["inputs"])
+    yield "outputs", shapes(facts["heads"]) + (f"; {facts['tokens']} tokens" if facts["tokens"] else "")
+    yield "one pass", f"{facts['forward_flops_per_image'] / 2e9:,.4g} G multiply-adds per sample"
+    way = facts["slope"]
+    yield "one step", f"{facts['forward_units_per_step']:.2f} F" + (f"; slope dual, {way['text']}" if way else "")
+    epochs = f", {number(facts['epochs'])} epochs" if facts["epochs"] else ""
+    yield "in all", f"{train['steps']:,} steps of {train['batch']:,}: {facts['images']:,} images{epochs}"
+    parts = ", ".join(f"{name} {memory[name] / GB:.2f}" for name in memory if name not in ("rows", "total"))
+    if alone:
+        yield "work", f"{number(facts['flops'] / 1e15)} PFLOP, two to a multiply-add"
+        yield "memory", f"{memory['total'] / GB:.2f} GB at most, {memory['rows']} rows at a time: {parts}"
+    if cache := facts["cache"]:
+        whole = f", {cache['bytes'] / GB:,.1f} GB of {cache['images']:,} images" if cache["bytes"] else ""
+        yield "cache", f"{cache['bytes_per_image'] / 1e3:,.1f} kB an image{whole}"
+    yield "data", facts["missing_data"] or "there"
+
+
+def ranked(plan: Mapping[str, Any], keep: int) -> Iterator[Line]:
+    """What a plan for ranks says."""
+    ranks, share, rows = plan["ranks"], plan["share"], f"{plan['rows']} rows at a time"
+    lie = "each with all weights" if share == 1 else f"{share} with a copy of the weights between them"
+    back = ", given back after each pass" if plan["reshard"] and share > 1 else ""
+    passes = "" if plan["passes"] == 1 else f", in {plan['passes']} passes a step"
+    yield "ranks", "1" if ranks == 1 else f"{ranks}, {lie}{back}"
+    memory = plan["memory"]
+    parts = ", ".join(f"{name} {sized(size, 1024)}" for name, size in memory.items() if size and name != "peak")
+    yield "each holds", f"{sized(memory['peak'], 1024)} at most, {rows}{passes}: {parts}"
+    sent = (f"{name} {sized(one['bytes'])} in {one['calls']} calls" for name, one in plan["sent"].items())
+    yield "each step sends", ", ".join(sent) or "nothing"
+    size = plan["checkpoint"]
+    yield "checkpoints", f"{sized(size['bytes'])} each; {sized(size['most'])} for {keep} and one being written"
+    each = f"{number(plan['flops'] / 1e15)} PFLOP, two to a multiply-add, at {plan['units']:.2f} F a step"
+    yield "work", each + ("" if plan["hours"] else "; hours need --tflops, what a GPU makes of its peak")
+    if plan["hours"]:
+        gpus = "1 GPU" if ranks == 1 else f"{ranks} GPUs, each"
+        yield "hours", f"{number(plan['hours'])} on {gpus} of {number(plan['tflops'])} TFLOP/s"
+
+
+def rehearsed(step: Mapping[str, Any], batch: int) -> Iterator[Line]:
+    """What a rehearsal found."""
+    yield "rehearsed", f"one step of {step['rows']} rows of random numbers, on {step['machine']}"
+    yield "slope here", step["examination"]
+    took = f"{step['pass_seconds']:.3g} s for these rows, {step['update_seconds']:.3g} s to update"
+    yield "took", f"{took}; loss {step['loss']:.4g}, gradient norm {step['grad_norm']:.4g}"
+    passes = "1 pass" if step["sample_nfe"] == 1 else f"{step['sample_nfe']} passes"
+    yield "a sample", f"{step['sample_seconds']:.3g} s in {passes}, not decoded"
+    yield "peak", f"{step['peak_bytes'] / GB:.2f} GB with {step['rows']} rows at a time"
+    yield "a batch", f"{number(step['step_seconds'])} s for {batch:,}: {number(step['images_per_second'])} images/s"
+    off = f"; for a better guess take a multiple of {step['whole']} rows" if step["rows"] % step["whole"] else ""
+    yield "the run", f"{number(step['hours'])} hours on this device alone{off}"
+
+
+def shapes(named: Mapping[str, list[int]]) -> str:
+    """'x 4x32x32, t': shapes of a row; a single number has none."""
+    return ", ".join(" ".join([name, "x".join(map(str, shape))]).strip() for name, shape in named.items())

@@ -10,14 +10,19 @@ import sys
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
+from dumo.data import Data
 from dumo.flow import generate
 from dumo.flow.reading import reading
 from dumo.run.config.spec import Run
+from dumo.run.folder import sampler
 from dumo.run.plan import cost, doctor, machine
+from dumo.run.sampler import Sampler
 from dumo.runtime import dist
 from dumo.runtime.random import random_batch
 from dumo.training import loop
+from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import Record, Task
 from dumo.types import Cond, Sample, UserError
@@ -49,22 +54,26 @@ class Rehearsal:
 
 
 def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
-    """Examine the slope, then make a step of so many rows, and a sample.
+    """Examine the slope, then make a step of `rows` rows, and a sample.
 
     Raises UserError where training would refuse to begin or memory is too small, Diverged where the step is not finite.
     """
-    here, spec = dist.device(device), doctor.readable(spec)
+    here = dist.device(device)
+    spec = spec.model_copy(update={"net": doctor.readable(spec.net)})
     if here.type == "cuda":
         torch.cuda.reset_peak_memory_stats(here)
     exam = doctor.examine(spec, here)
     exam.require()
     slow = here.type == "cpu" and sum(p.numel() for p in spec.outline().parameters()) > SLOW
+    spec.require_room(here, spec.train.copies, rows)
+    task = Task(spec.objective, spec.path, spec.data.classes)
     try:
-        state, record, passes, update = make_step(spec, rows, here, warm=0 if slow else WARM)
+        batch = random_rows(spec.data, rows, here)
+        state, record, passes, update = make_step(spec.build(here), task, batch, spec.train, warm=0 if slow else WARM)
     except torch.OutOfMemoryError as error:
         way = "take fewer rows (in training: a smaller train.micro_batch), or net.checkpoint=true"
         raise UserError(f"{rows} rows at a time do not fit on {machine.hardware(here).text}: {way}") from error
-    nfe, taken = make_sample(spec, state, here)
+    nfe, taken = make_sample(sampler(spec, state.shown))
     step = spec.train.batch / rows * passes + update
     return Rehearsal(
         machine=machine.hardware(here).text,
@@ -85,17 +94,23 @@ def rehearse(spec: Run, rows: int, device: str = "auto") -> Rehearsal:
     )
 
 
-def make_step(spec: Run, rows: int, here: torch.device, *, warm: int = 0) -> tuple[State, Record, float, float]:
+def random_rows(data: Data, rows: int, here: torch.device) -> tuple[Sample, Cond]:
+    """Rows of random numbers, like the data."""
+    x, c = random_batch("dry", rows, data.shape, data.classes)
+    return x.to(here), c.to(here)
+
+
+def make_step(
+    net: nn.Module, task: Task, batch: tuple[Sample, Cond], train: Train, *, warm: int = 0
+) -> tuple[State, Record, float, float]:
     """One step by the training loop, after some to warm up: the state, its record, seconds of its passes and update."""
-    spec.require_room(here, spec.train.copies, rows)
-    train = spec.train.model_copy(update={"batch": rows, "micro_batch": None, "steps": warm + 1, "max_skips": 1})
-    x, c = (part.to(here) for part in random_batch("dry", rows, spec.data.shape, spec.data.classes))
-    state, records, times = begin(spec.build(here), train), list[Record](), [0.0]
-    task = Task(spec.objective, spec.path, spec.data.classes)
+    rows, here = len(batch[0]), batch[0].device
+    train = train.model_copy(update={"batch": rows, "micro_batch": None, "steps": warm + 1, "max_skips": 1})
+    state, records, times = begin(net, train), list[Record](), [0.0]
 
     def batches(step: int) -> tuple[Sample, Cond]:
         times.append(machine.now(here))
-        return x, c
+        return batch
 
     def done(state: State, record: Record) -> None:
         times.append(machine.now(here))
@@ -107,18 +122,22 @@ def make_step(spec: Run, rows: int, here: torch.device, *, warm: int = 0) -> tup
     return state, records[-1], passed - began, ended - passed
 
 
-def make_sample(spec: Run, state: State, here: torch.device) -> tuple[int, float]:
-    """One sample of the weights that are shown, in as few passes as the run's solver can: how many, and seconds."""
-    net, solver, began = state.shown, spec.sample.solver, machine.now(here)
+def make_sample(sampler: Sampler) -> tuple[int, float]:
+    """One sample, not decoded and not guided, in the fewest passes of the solver: how many, and seconds."""
+    spec, net, began = sampler.spec, sampler.net, machine.now(sampler.device)
     made = generate.generate(
-        *(net, reading(spec.objective, net, spec.sample.knobs), spec.path, solver, torch.zeros(1, dtype=torch.long)),
-        nfe=solver.passes,
-        seed=spec.sample.seed,
-        shape=spec.data.shape,
-        device=here,
-        precision=spec.precision,
+        net,
+        reading(sampler.objective, net, spec.knobs),
+        sampler.path,
+        spec.solver,
+        torch.zeros(1, dtype=torch.long),
+        nfe=spec.solver.passes,
+        seed=spec.seed,
+        shape=sampler.data.shape,
+        device=sampler.device,
+        precision=sampler.precision,
     )
-    return made.nfe, machine.now(here) - began
+    return made.nfe, machine.now(sampler.device) - began
 
 
 def peak(here: torch.device) -> int:

@@ -1,8 +1,8 @@
 """Captions that an encoder does not tell apart are found before anything is trained on them."""
 
 import torch
-
 from dumo.run.plan.separability import measure
+
 from dumo.runtime.random import keyed
 
 CLASSES, EACH = 8, 5
