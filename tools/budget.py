@@ -1,4 +1,4 @@
-"""How big the house is, beside what budgets.toml allows: `make check` fails where a figure is over its budget.
+"""How big the house is, next to what budgets.toml allows: `make check` fails where a figure is over its budget.
 
 python tools/budget.py [--lower]    # --lower: write lower figures into budgets.toml, so that none grows again
 """
@@ -20,25 +20,27 @@ NAMES = {"told", "asked", "named", "opened"}  # participles that name no thing
 WORDS = ("told", "beside", "so many", "in the place of", "whence")
 DIGITS = """
 import sys
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from tempfile import TemporaryDirectory
 from dumo import cli
-from dumo.run.config.load import load
+from dumo.io.yaml import parse
+
+def call(*words):
+    sys.argv = ["dumo", *words]
+    with redirect_stdout(StringIO()) as out, redirect_stderr(StringIO()):
+        assert not cli.exit_code()
+    return out.getvalue()
 
 def leaves(tree):
     inner = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list) else None
     return sum(map(leaves, inner)) if inner else 1
 
-print(leaves(load("digits").model_dump(mode="json")))
-with TemporaryDirectory() as folder, redirect_stderr(StringIO()):
+with TemporaryDirectory() as folder:
     small = ("net.width=32", "net.depth=1", "net.attention=2", "train.batch=16", "train.steps=1")
-    sys.argv = ["dumo", "train", "digits", "--out", f"{folder}/run", *(w for s in small for w in ("--set", s))]
-    try:
-        cli.main()
-    except SystemExit as ended:
-        assert not ended.code, ended.code
+    call("train", "digits", "--out", f"{folder}/run", *(w for s in small for w in ("--set", s)))
 print(sum(name.split(".")[0] == "dumo" for name in sys.modules))
+print(leaves(parse(call("show", "digits", "--yaml"))))
 """
 
 
@@ -79,7 +81,7 @@ def figures() -> dict[str, int]:
     decorators = [called(one) for function in functions(nodes) for one in function.decorator_list]
     pages = [*texts(ROOT / "docs", "*.md").values(), (ROOT / "README.md").read_text(encoding="utf-8")]
     rooms = {path.relative_to(SRC).parts[0] for path in src}
-    leaves, modules = subprocess.run(
+    modules, leaves = subprocess.run(
         [sys.executable, "-c", DIGITS], env={**os.environ, "PYTHONPATH": str(SRC.parent), "OMP_NUM_THREADS": "1"},
         check=True, text=True, stdout=subprocess.PIPE,
     ).stdout.split()  # fmt: skip
@@ -100,7 +102,7 @@ def figures() -> dict[str, int]:
         "signatures that take a whole run": sum(map(held, functions(nodes))),
         "functions named by a participle": sum(one.name in NAMES for one in functions(nodes)),
         **{f"'{words}' in src": count(words) for words in WORDS},
-        "leaves of the spec of digits": int(leaves),
+        "leaves of digits as shown": int(leaves),
         "modules that a run of digits imports": int(modules),
     }
 

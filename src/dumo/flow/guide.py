@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dumo.flow import dropout
 from dumo.runtime.bound import FACTOR
-from dumo.types import Array, Cond, Needs, Noised, Reads, Rows, Sample, Spec, Time, UserError, lift
+from dumo.types import QUIET, Array, Cond, Needs, Noised, Reads, Rows, Sample, Spec, Time, UserError, lift
 from dumo.types.rows import to_device
 
 Velocity = Callable[[Noised, Cond], Sample]  # (record, condition) -> V at its x_t and t
@@ -48,7 +48,7 @@ class Guide(Spec):
 
     omega: float = Field(default=1.0, gt=0)  # weight of v_t
     zeta: float = Field(default=0.0, ge=0, lt=1)  # weight of V(c): the enhancement ratio (paper, Sec. 3.3)
-    interval: Interval = Interval()  # ours: the paper is silent, so all times
+    interval: Interval = Field(default=Interval(), json_schema_extra=QUIET)  # ours: the paper is silent, so all times
 
     @property
     def scale(self) -> float:

@@ -23,12 +23,12 @@ from pydantic import Field, model_validator
 
 from dumo.runtime import signals
 from dumo.runtime.bound import PASSES
-from dumo.types import Cond, Path, Reads, Sample, Spec, Time, UserError, lift
+from dumo.types import QUIET, Cond, Path, Reads, Sample, Spec, Time, UserError, lift
 
 Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from
 Reading = Literal["velocity", "endpoint", "flow_map", "both"]  # the fields of Reads
 FAR = 1000  # passes up to which others are looked for: ours
-Start = Annotated[float, Field(gt=0, le=1)]  # the first time, at or just below 1
+Start = Annotated[float, Field(gt=0, le=1, json_schema_extra=QUIET)]  # the first time, at or just below 1
 
 
 def uniform(n: int, start: float = 1.0) -> list[float]:

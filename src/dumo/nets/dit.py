@@ -21,7 +21,7 @@ from dumo.nets.precondition import Precondition, framed
 from dumo.nets.text import Text
 from dumo.nets.textblock import Cross, TextEmbedder
 from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR, PIXELS
-from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
+from dumo.types import QUIET, Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
 
 # DiT's own
 PUBLISHED = {"precondition": "none", "modern": False, "qk_norm": False, "magnitude": "free", "late": None}
@@ -47,7 +47,8 @@ class DiT(Spec):
     # the blocks after this many, and the heads, get r for t; None: all of them get both, as a sum
     late: int | None = Field(default=None, ge=1, le=BLOCKS, exclude_if=lambda late: late is None)
     texts: Text | None = None  # the embeddings of the data's captions; None: a class has a learned label
-    checkpoint: bool = False  # keep each block's input alone, and compute the rest again in the backward pass
+    # Keep each block's input alone, and compute the rest again in the backward pass.
+    checkpoint: bool = Field(default=False, json_schema_extra=QUIET)
 
     @classmethod
     def size(cls, name: str, **others: Any) -> "DiT":  # noqa: ANN401, any field

@@ -20,7 +20,7 @@ from dumo.nets.precondition import Precondition
 from dumo.nets.rows import Texts, codes
 from dumo.nets.text import Text
 from dumo.runtime.bound import FACTOR
-from dumo.types import Needs, Spec, UserError
+from dumo.types import QUIET, Needs, Spec, UserError
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
@@ -54,7 +54,8 @@ class Pretrained(Spec):
     lowpass: float | None = Field(default=10.0, gt=0, le=FACTOR)  # rad: quicker waves of time are cut; None: none are
     guidance: float | None = Field(default=None, ge=0, le=FACTOR)  # the embedded number of a distilled model
     texts: Text | None = None  # embeddings of captions; None: codes for the classes
-    checkpoint: bool = False  # keep each block's input alone, and compute the rest again in the backward pass
+    # Keep each block's input alone, and compute the rest again in the backward pass.
+    checkpoint: bool = Field(default=False, json_schema_extra=QUIET)
 
     @property
     def time_scale(self) -> float:
