@@ -12,7 +12,6 @@ from dumo.export.stock import STOCKS, Stock, at
 from dumo.flow.generate import carried
 from dumo.flow.solver import Restart
 from dumo.run.folder import RunFolder, open_run
-from dumo.run.sample import guided_reading
 from e2e.shell import call, sets
 from stock.family import PIXELS, ROWS, Given, Row, recorded, save_texts
 

@@ -9,7 +9,7 @@ from dumo.export import scheduler
 from dumo.export.model import Exported
 from dumo.export.stock import Stock, at
 from dumo.flow.cfg import CFG, GuidanceScale
-from dumo.run.evaluation.record import FILE, read_report
+from dumo.run.evaluation.card import FILE, read_report
 from dumo.run.folder import RunFolder
 from dumo.runtime import version
 from dumo.types import UserError

@@ -96,12 +96,16 @@ def fig5_table(plan: Plan, results: list[Result]) -> list[Row]:
 def measured(trained: RunFolder) -> Iterator[Row]:
     """How near samples come to the data after each milestone, by reading and number of passes."""
     spec = trained.run
-    evaluator, c = evaluator_of(trained, no_bar), spec.evaluate.protocol.labels(spec.data.classes)
+    evaluator, c = (
+        evaluator_of(trained.sampler, spec.evaluate, no_bar),
+        spec.evaluate.protocol.labels(spec.data.classes),
+    )
     for step, file in gallery.stages(trained).items():
         then = gallery.open_at(trained, step, file)
         for reading in gallery.chosen(then.sampler, None, JUDGED):
             for n in JUDGED:
-                passes_solver_distance = islice(row(then, evaluator, reading.at(n), n, c, no_bar).items(), 3)
+                scores = row(then.sampler, evaluator, reading.at(n), n, c, spec.evaluate.seed)
+                passes_solver_distance = islice(scores.items(), 3)
                 yield {"reading": reading.letter, "step": step, **dict(passes_solver_distance)}
 
 

@@ -63,7 +63,9 @@ def test_an_evaluator_scores_as_its_protocol_does() -> None:
     assert isinstance(evaluator, Evaluator)
     x, reference = Drawn().reference(60, 9)[0], Reference.of(Drawn(), 60, 3)
     rows = torch.arange(60).flip(0)
-    assert evaluator.score((part, x[part]) for part in rows.split(7)) == shipped.score_toy(x, protocol.labels(), reference)
+    assert evaluator.score((part, x[part]) for part in rows.split(7)) == shipped.score_toy(
+        x, protocol.labels(), reference
+    )
     assert evaluator.baselines() == shipped.baselines_toy(reference, 60)
     assert evaluator.facts["reference"] == "60 draws of seed 3"
     assert "reference_sha256" not in evaluator.facts

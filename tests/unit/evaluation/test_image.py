@@ -13,8 +13,15 @@ from dumo.evaluation import Context, reference
 from dumo.evaluation.distance import Moments, frechet_distance, kid
 from dumo.evaluation.images import HALVES, ImageEvaluator, ImageProtocol
 from dumo.evaluation.protocol import Evaluator, Made
-from dumo.evaluation.reference import adm_facts, adm_file, adm_statistics, album_facts, album_statistics
-from dumo.evaluation.reference import STANDARDS, Standard
+from dumo.evaluation.reference import (
+    STANDARDS,
+    Standard,
+    adm_facts,
+    adm_file,
+    adm_statistics,
+    album_facts,
+    album_statistics,
+)
 from dumo.evaluation.statistics import Extractor, Statistics
 from dumo.io.picture import to_uint8
 from dumo.io.source import Finite

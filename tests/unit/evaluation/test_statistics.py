@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from unit.evaluation import meet
 
-from dumo.evaluation.reference import album_facts
-from dumo.evaluation.reference import STANDARDS
+from dumo.evaluation.reference import STANDARDS, album_facts
 from dumo.evaluation.statistics import Statistics, gather, load_statistics, save_statistics, statistics_of
 from dumo.types import UserError
 from forked import main_of
 from meeting import outputs
+from unit.evaluation import meet
 from unit.evaluation.extractor import Album, extractor, images
 
 TOTAL = meet.TOTAL
