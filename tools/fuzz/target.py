@@ -114,11 +114,11 @@ def judge(file: Path) -> None:
     """Set beside itself, and on a page."""
     compare([str(file)])
     opened = cast(Any, SimpleNamespace(folder=file.parent, step=20, weights="net.safetensors"))
-    judged = score.judgement(opened)
+    judged = score.judgement(opened.folder, opened.step, opened.weights)
     if judged:
         score.rows(judged)
         score.baselines(judged)
-        score.doubts(load("digits"), 20, judged, None)
+        score.doubts(5000, 20, judged, None)
 
 
 def json_line(step: int) -> bytes:

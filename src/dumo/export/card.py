@@ -10,7 +10,7 @@ import jinja2
 from dumo.data import Latents
 from dumo.export.model import OWN, Exported, Stock
 from dumo.flow.guide import GuidanceScale
-from dumo.run.evaluation.record import FILE, read_report
+from dumo.run.evaluation.card import FILE, read_report
 from dumo.run.folder import RunFolder
 from dumo.run.sampler import Sampler
 from dumo.runtime import version

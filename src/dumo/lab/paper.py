@@ -94,12 +94,14 @@ def fig5_table(plan: Plan, results: list[Result]) -> list[Row]:
 def measured(one: Result) -> Iterator[Row]:
     """How near samples come to the data after each milestone, by reading and number of passes."""
     trained, spec = one.trained, one.trained.run
-    evaluator, c = evaluator_of(trained, no_bar), spec.evaluate.protocol.labels(spec.data.classes)
+    evaluator = evaluator_of(trained.sampler, spec.evaluate, no_bar)
+    c = spec.evaluate.protocol.labels(spec.data.classes)
     for step, file in gallery.stages(trained.folder, trained.step).items():
         then = gallery.open_at(trained, step, file)
         for reading in gallery.chosen(then.sampler, None, JUDGED):
             for n in JUDGED:
-                passes_solver_distance = islice(row(then, evaluator, reading.at(n), n, c, no_bar).items(), 3)
+                scores = row(then.sampler, evaluator, reading.at(n), n, c, spec.evaluate.seed)
+                passes_solver_distance = islice(scores.items(), 3)
                 yield {"reading": reading.letter, "step": step, **dict(passes_solver_distance)}
 
 

@@ -28,8 +28,7 @@ from dumo.run.conditions import shown as shown_data
 from dumo.run.config import recipes
 from dumo.run.config.load import dump
 from dumo.run.evaluation import score
-from dumo.run.evaluation.number import large, number
-from dumo.run.evaluation.score import judgement
+from dumo.run.evaluation.score import judgement, large, number
 from dumo.run.folder import RunFolder
 from dumo.run.gallery import PASSES, readings, within
 from dumo.run.plan.plan import show
@@ -68,7 +67,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
         file.sweep(place)
     sampler, folder, source = opened.sampler, opened.folder, opened.run.data.open()
     rows = [row for row in log.read_log(folder / "metrics.jsonl") if "skipped" not in row]  # they have no numbers
-    judged = judgement(opened)
+    judged = judgement(opened.folder, opened.step, opened.weights)
     real, c = source.reference(min(POINTS, NEAR // prod(sampler.pixels[1:])), sampler.spec.seed)
     real = opened.sampler.decode(real)
 
@@ -96,7 +95,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
         charts=charts(rows) if len(rows) > 1 else [],
         times=late(rows),
         judged=judged,
-        benchmarks=score.benchmarks(opened),
+        benchmarks=score.benchmarks(opened.folder, opened.step, opened.weights),
     )
     paths = [folder / "report" / f"{name}.png" for name in pictures]
     for path, image in zip(paths, pictures.values(), strict=True):
@@ -107,7 +106,7 @@ def write(opened: RunFolder, bar: Bar = no_bar, prompts: Sequence[str] = ()) -> 
 
 def render(opened: RunFolder, **parts: object) -> str:
     """The page, of these parts and of what the run says of itself. Whatever is put in is escaped."""
-    run, sampler, shipped = opened.run, opened.sampler, score.shipped(opened.run)
+    run, sampler, shipped = opened.run, opened.sampler, score.shipped(opened.run.evaluate.protocol, opened.run.data)
     facts, judged, near = show(run), cast(Any, parts["judged"]), cast(Any, parts["near"])
     results = recipes.results(shipped) if shipped else None
     environment = jinja2.Environment(
@@ -129,7 +128,7 @@ def render(opened: RunFolder, **parts: object) -> str:
         heads={letter: one.head for letter, one in readings(sampler).items()},
         shipped=shipped,
         others=score.others(results, judged, opened.step, facts["forward_units_per_step"]) if results else None,
-        doubts=score.doubts(run, opened.step, judged, near),
+        doubts=score.doubts(run.train.steps, opened.step, judged, near),
         scores=score.rows(judged) if judged else [],
         baselines=score.baselines(judged) if judged else [],
         names=class_names(sampler),

@@ -13,7 +13,7 @@ from dumo.encoders import clip
 from dumo.evaluation import ClipProtocol, Context
 from dumo.evaluation.clip import ClipEvaluator
 from dumo.io.picture import to_uint8
-from dumo.run.evaluation.record import state
+from dumo.run.evaluation.card import state
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from encoders import clip_of_both

@@ -11,7 +11,7 @@ from dumo.evaluation import Context, ShippedProtocol
 from dumo.evaluation.photos import MOST, PhotosEvaluator, alike
 from dumo.io.picture import from_uint8
 from dumo.io.source import Table
-from dumo.run.evaluation.record import state
+from dumo.run.evaluation.card import state
 from dumo.runtime.random import stream
 from dumo.types import UserError
 

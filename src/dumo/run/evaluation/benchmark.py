@@ -1,6 +1,6 @@
 """Images of a benchmark's prompts, in the files that its evaluator reads, with their card.
 
-Image j of prompt i is sample 4 i + j of the seed, whoever makes it and when. So what is there is kept, and a work that
+Image j of prompt i is sample 4 i + j of the seed, whatever makes it and when. So what is there is kept, and work that
 was stopped goes on. The card lies next to the folder, FOLDER.json: the evaluator needs images alone, but what
 it finds (`dumo.run.evaluation.verdict`) is worth no more than what is known of them.
 
@@ -47,7 +47,7 @@ class Layout(Protocol):
     prompts: ClassVar[int]  # that it has as published
 
     def check(self, prompts: Sequence[Prompt], source: Path) -> None:
-        """Raise UserError where prompts are none of this benchmark's."""
+        """Raise UserError where prompts are not of this benchmark."""
         ...
 
     def judged(self, name: str) -> list[str]:
@@ -158,7 +158,8 @@ def make(
     for n in sampler.spec.nfe:
         place = folder / "-".join([layout.name, kind, f"nfe{n}", *stem])
         known = {"report": "-".join(["evaluation", layout.name, kind, *stem]) + ".json", "step": opened.step}
-        known |= {"card": card_of(opened, layout, source, prompts, n)}
+        judged = evaluate.with_options(opened, nfe=[n], seed=sampler.spec.seed)
+        known |= {"card": card(judged, facts_of(layout, source, prompts), len(c)) | own_fields(layout, len(c))}
         notes[place] = n, known | {"prompts": {prompt.name: prompt.text for prompt in prompts}}
         require(place, known)
     for place, (n, known) in notes.items():
@@ -196,22 +197,23 @@ def absent(layout: Layout, place: Path, prompts: Sequence[Prompt]) -> list[int]:
     return (~dist.gathered(torch.tensor(there))[0]).nonzero()[:, 0].tolist()
 
 
-def card_of(opened: RunFolder, layout: Layout, source: Path, prompts: Sequence[Prompt], nfe: int) -> Card:
-    """What images of these prompts depend on."""
-    total = EACH * len(prompts)
-    facts = {
+def facts_of(layout: Layout, source: Path, prompts: Sequence[Prompt]) -> dict[str, str]:
+    """What measures images of these prompts."""
+    return {
         "features": f"the evaluator of {layout.name}, as published",
         "reference": f"{len(prompts):,} prompts of {source.name}",
         "reference_sha256": digest.of_bytes(*(f"{prompt.name}\n{prompt.line}\n".encode() for prompt in prompts)),
         "rounding": "0 to 255",
     }
-    as_sampled = evaluate.with_options(opened, nfe=[nfe], seed=opened.run.sample.seed)
-    changed = {
+
+
+def own_fields(layout: Layout, total: int) -> Card:
+    """The fields of a card in which a benchmark differs from the run's protocol."""
+    return {
         "protocol": name_of(layout.name, *([f"{total} samples"] if total != EACH * layout.prompts else [])),
         "labels": f"{EACH} samples of each prompt, sample {EACH} i + j of the seed is image j of prompt i",
         "contrast": [],
     }
-    return card(as_sampled, facts, total) | changed
 
 
 def note(place: Path) -> Path:

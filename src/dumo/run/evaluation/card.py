@@ -1,28 +1,44 @@
-"""A report card: all that a number depends on; and several runs in one table, if they were judged alike.
+"""A report card: all that a number depends on; reports as read back; several runs in one table, if judged alike.
 
 Two numbers may stand in one table if what measured them is the same (`MEASURED`); what made the samples, the weights,
 the solver and its settings, may differ, for that is what is compared. A codec counts to the measure: who decodes in
 another way shows other pixels for the same latent.
+
+A file of a report may have been edited, or be of somebody else, so its parts are checked. Its `state` compares scores
+with baselines, so that nobody takes noise for a result.
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+
+from dumo.data import Data
 from dumo.data.caption import Files
-from dumo.evaluation import LikelihoodProtocol
-from dumo.evaluation.protocol import trained_on
+from dumo.evaluation import LikelihoodProtocol, MetricProtocol
+from dumo.evaluation.protocol import Scores as Found
+from dumo.evaluation.protocol import rising, trained_on
 from dumo.flow.solver import Euler, Heun, Solver
+from dumo.io.read import brief, read_json
 from dumo.io.weights import title
 from dumo.objectives import Drift
 from dumo.run import deviation
-from dumo.run.config.spec import Run
-from dumo.run.evaluation.record import FILE, Row, read_report
+from dumo.run.conditions import Conditions
+from dumo.run.config.tree import Evaluation
 from dumo.run.folder import RunFolder
+from dumo.run.sampler import Sampler
 from dumo.runtime import dist
 from dumo.types import UserError
 
+FILE = "evaluation.json"
+UNTRAINED, FAR = 1 / 2, 1 / 20  # of the distance of noise. Ours
+TIMES, SHARE = 20, 0.02  # of the baseline, and of samples among the data, where noise was not measured. Ours
+Row = dict[str, Any]
 Card = dict[str, Any]
+Number = float | None  # null: it was no finite number
+State = Literal["untrained", "far", "near", "like the data"]
+
 
 MEASURED = (
     "protocol",
@@ -38,10 +54,62 @@ MEASURED = (
 )
 
 
+class Part(BaseModel):
+    """A part of a report; what is not looked at here stays as it is."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+
+
+class Scores(Part):
+    """Samples of one number of passes, and their scores by name."""
+
+    __pydantic_extra__: dict[str, Number]  # pyright: ignore[reportIncompatibleVariableOverride], as pydantic has it
+    nfe: int
+    solver: str
+
+
+class Baseline(Part):
+    """The first score, real data against real data."""
+
+    __pydantic_extra__: dict[str, Number]  # pyright: ignore[reportIncompatibleVariableOverride], as pydantic has it
+    mean: float
+    sd: float = Field(ge=0)
+
+
+class Decoder(Part):
+    """The codec of a card."""
+
+    kind: str
+    sha256: str | None
+
+
+class OfCard(Part):
+    """A report card, as it is read back."""
+
+    solver: dict[str, JsonValue]
+    codec: Decoder | None
+    nfe: list[int] = []
+    contrast: list[int] = []
+
+
+class Report(Part):
+    """An evaluation."""
+
+    step: int
+    weights: str = ""
+    protocol: str = ""
+    results: list[Scores] = Field(min_length=1)
+    contrast: list[Scores]
+    baselines: dict[str, Baseline] = {}
+    state: str | None = None
+    card: OfCard | None = None
+
+
 def card(opened: RunFolder, facts: Mapping[str, str], samples: int) -> Card:
     """The card of a run that is judged as its spec says, by an evaluator of these facts."""
-    run, file = opened.run, opened.file
+    run, file, codec = opened.run, opened.file, opened.sampler.codec
     _, mark, decay = title(file).partition("ema-")
+    number = decay.replace(".", "", 1).isdecimal()
     return {
         "protocol": run.evaluate.protocol.name,
         "samples": samples,
@@ -49,54 +117,56 @@ def card(opened: RunFolder, facts: Mapping[str, str], samples: int) -> Card:
         "data": run.images.model_dump(mode="json"),
         "data_sd": deviation.noted(opened.folder),  # None: of a run from before it was measured
         "path": run.path.model_dump(mode="json"),
-        "codec": _codec(opened),
+        "codec": codec and codec.codec.model_dump(exclude={"weights"}) | {"sha256": codec.sha256},
         "weights": opened.weights,
         "weights_sha256": opened.sha256,
         "step": opened.step,
-        "ema": float(decay) if mark and _is_number(decay) else None,  # None: no average, or not known
-        **settings(run),
+        "ema": float(decay) if mark and number else None,  # None: no average, or not known
+        **settings(opened.sampler, run.evaluate),
         "device": opened.device.type,
         "versions": dist.versions(),
     }
 
 
-def labels(run: Run) -> str:
+def labels(data: Data, evaluation: Evaluation) -> str:
     """Of which class, or caption, sample i is."""
-    if isinstance(run.evaluate.protocol, LikelihoodProtocol):
+    captions = Conditions(data).captions
+    if isinstance(evaluation.protocol, LikelihoodProtocol):
         return "those of the data"
-    if isinstance(run.conditions.captions, Files):
+    if isinstance(captions, Files):
         return "captions of images, from end to end"
-    turn = f"i mod {run.data.labels}" if run.data.labels else "none"
-    return f"{turn}, by {run.evaluate.captions} templates in turn" if run.conditions.captions else turn
+    turn = f"i mod {data.labels}" if data.labels else "none"
+    return f"{turn}, by {evaluation.captions} templates in turn" if captions else turn
 
 
-def settings(run: Run) -> Card:
-    """What a run's spec says of how samples are made and judged."""
+def settings(sampler: Sampler, evaluation: Evaluation) -> Card:
+    """What a spec says of how samples are made and judged."""
+    objective, spec = sampler.objective, sampler.spec
     return {
-        **({"trained_on": "numbers"} if isinstance(run.objective, Drift) else {}),
-        "labels": labels(run),  # of sample i; others draw at random
-        "solver": run.sample.solver.model_dump(mode="json"),
-        "guide": run.sample.guide.model_dump(mode="json"),
-        "knobs": run.knobs,
-        "precision": run.precision,
-        "nfe": sorted(set(run.evaluate.nfe)),
-        "contrast": contrast(run),
-        "seed": run.evaluate.seed,
+        **({"trained_on": "numbers"} if isinstance(objective, Drift) else {}),
+        "labels": labels(sampler.data, evaluation),  # of sample i; others draw at random
+        "solver": spec.solver.model_dump(mode="json"),
+        "guide": spec.guide.model_dump(mode="json"),
+        "knobs": {**objective.needs.knobs, **spec.knobs},
+        "precision": sampler.precision,
+        "nfe": sorted(set(evaluation.nfe)),
+        "contrast": contrast(sampler, evaluation),
+        "seed": evaluation.seed,
     }
 
 
-def contrast(run: Run) -> list[int]:
+def contrast(sampler: Sampler, evaluation: Evaluation) -> list[int]:
     """Passes of the solver of the contrast."""
-    if isinstance(run.evaluate.protocol, LikelihoodProtocol):
-        return [run.evaluate.protocol.passes]
-    if not run.evaluate.contrast or not run.reads.velocity or run.sample.solver.kind == "euler":
+    if isinstance(evaluation.protocol, LikelihoodProtocol):
+        return [evaluation.protocol.passes]
+    if not evaluation.contrast or not sampler.taught.velocity or sampler.spec.solver.kind == "euler":
         return []
-    return sorted({*run.evaluate.contrast, *run.evaluate.nfe})
+    return sorted({*evaluation.contrast, *evaluation.nfe})
 
 
-def contrast_solver(run: Run) -> Solver:
+def contrast_solver(protocol: MetricProtocol) -> Solver:
     """The solver of the contrast: Euler; of likelihoods Heun, at passes that leave no error to speak of."""
-    return Heun() if isinstance(run.evaluate.protocol, LikelihoodProtocol) else Euler()
+    return Heun() if isinstance(protocol, LikelihoodProtocol) else Euler()
 
 
 def seen(row: Mapping[str, Any], card: Card) -> list[str]:
@@ -140,7 +210,11 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
     varied = [name for name in sorted(settings) if len({str(one["solver"].get(name)) for one in cards.values()}) > 1]
     rows, trained = list[Row](), any("trained_on" in one for one in cards.values())
     for i, (source, report) in enumerate(reports.items()):
-        head = {"run": source, "step": report["step"], **{field: brief(found[i]) for field, found in differs.items()}}
+        head = {
+            "run": source,
+            "step": report["step"],
+            **{field: shortened(found[i]) for field, found in differs.items()},
+        }
         own = {name: report["card"]["solver"].get(name) for name in varied}
         on = {"trained_on": ", ".join(seen(report["results"][0], report["card"])) or None} if trained else {}
         rows += [head | own | scores | on for scores in report["results"]]
@@ -152,7 +226,7 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
     }
 
 
-def brief(value: object) -> str:
+def shortened(value: object) -> str:
     """A value of a card in a table: hashes cut short."""
     return " ".join(word[:8] if len(word) == 64 else word for word in str(value).split())
 
@@ -173,16 +247,6 @@ def _measured(one: Card) -> Card:
     return found if "reference_sha256" in found else found | {"data": one.get("data")}
 
 
-def _codec(opened: RunFolder) -> dict[str, Any] | None:
-    """The codec that decodes, with the hash of its weights."""
-    codec = opened.sampler.codec
-    return codec and codec.codec.model_dump(exclude={"weights"}) | {"sha256": codec.sha256}
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdecimal()
-
-
 def _file(source: str) -> Path:
     """The evaluation that a run's folder holds, or the file itself. Raises UserError for neither."""
     path = Path(source)
@@ -193,3 +257,57 @@ def _file(source: str) -> Path:
             f"{source} was not judged as its own spec says: name {' or '.join(others)}, or run dumo evaluate {source}"
         )
     return path / FILE if path.is_dir() else path
+
+
+def checked(found: Mapping[str, Any], path: Path, way_out: str) -> dict[str, Any]:
+    """The same, with all parts of a report, whole numbers among the scores as floats. Raises UserError for another."""
+    try:
+        report = Report.model_validate(found)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where, what = ".".join(map(str, first["loc"])), first["msg"][0].lower() + first["msg"][1:]
+        raise UserError(f"{path} is damaged, {brief(where)}: {what}: {way_out}") from error
+    return {**found, **report.model_dump(include=Report.model_fields.keys() - {"card", "state"})}
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report with its card. Raises UserError where there is none, or it is damaged."""
+    again = f"run dumo evaluate {path.parent} first"
+    try:
+        found = read_json(path, again)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is not there: {again}") from error
+    if not isinstance(found, dict) or found.get("card") is None:
+        raise UserError(f"{path} has no report card: {again}")
+    report = checked(found, path, again)
+    report["card"].setdefault("precision", "fp32")  # of a report from before it could be another
+    return report
+
+
+def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Found]) -> State | None:
+    """Where a run stands by the first score, lower being better, of its best row; both as an evaluation has them.
+
+    `like the data`: within two deviations of the first baseline. `untrained`: at least half as far off as noise; where
+    `noise` is not among the baselines, `TIMES` as far as data, and with a precision of at most `SHARE`. `far`: over a
+    twentieth of noise, or `TIMES` as far as data. None: no baseline tells, or more is better.
+    """
+    if not baselines:
+        return None
+    real, noise = next(iter(baselines.values())), baselines.get("noise")
+    found = [{key: x for key, x in row.items() if isinstance(x, float)} for row in rows]
+    if not any(found) or rising(next(iter(found[0]), "")):
+        return None
+    scores = min(filter(None, found), key=_first)
+    score = _first(scores)
+    usual = abs(real["mean"]) + 2 * real["sd"]
+    if score <= usual:
+        return "like the data"
+    if noise:
+        return "untrained" if score >= UNTRAINED * noise["mean"] else "far" if score > FAR * noise["mean"] else "near"
+    if score <= TIMES * usual:
+        return "near"
+    return "untrained" if scores.get("precision", 1.0) <= SHARE else "far"
+
+
+def _first(scores: Found) -> float:
+    return next(iter(scores.values()))

@@ -1,7 +1,7 @@
 """A run judged by its protocol: samples for every number of passes, scored against the data, with their report card.
 
 What is written lies in the run's folder. evaluation.json is the run as its own spec has it judged, at whatever numbers
-of passes: it collects their rows. Asked in another way, or of other weights, it is another file, named after what
+of passes: it collects their rows. Judged in another way, or of other weights, it is another file, named after what
 differs; of an earlier step it is kept under that step.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dumo.data import Latents
+from dumo.data import Data, Latents
 from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.evaluation.likelihood import LikelihoodEvaluator
 from dumo.evaluation.protocol import Evaluator
@@ -26,13 +26,14 @@ from dumo.flow.solver import Solver, check
 from dumo.io import digest
 from dumo.io.file import check_writable, locked, sweep
 from dumo.io.read import finite, write_json
-from dumo.run.config.spec import Run
-from dumo.run.encode import captions
-from dumo.run.evaluation.card import card, contrast_solver, settings
-from dumo.run.evaluation.record import FILE, Row, read_report, state
+from dumo.run.conditions import Conditions, shown
+from dumo.run.config.tree import Evaluation, Sampling
+from dumo.run.encode import captions as texts
+from dumo.run.evaluation.card import FILE, Row, card, contrast_solver, read_report, settings, state
 from dumo.run.folder import RunFolder
 from dumo.run.name import Fields, changes, flat, own
 from dumo.run.sample import real_data, solver_of
+from dumo.run.sampler import Sampler
 from dumo.runtime import dist, signals
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.types import UserError
@@ -62,21 +63,22 @@ def evaluate(
     check_writable(opened.folder)
     sweep(opened.folder)
     opened = with_options(opened, nfe=nfe, seed=seed, solver=solver)
-    run, passes = opened.run, settings(opened.run)
-    evaluator = evaluator_of(opened, bar)
-    c = conditions(run)
+    run, sampler, protocol = opened.run, opened.sampler, opened.run.evaluate.protocol
+    passes, seed = settings(sampler, run.evaluate), run.evaluate.seed
+    evaluator, c = evaluator_of(sampler, run.evaluate, bar), conditions(run.data, run.evaluate)
     path = opened.folder / name_of(opened, but=[f"evaluate.{field}" for field in ROWS.values()])
+    chosen, other = run.sample.solver, contrast_solver(protocol)
     report: dict[str, Any] = {
         "run": str(opened.folder),
         "file": str(path),
         "step": opened.step,
         "weights": opened.weights,
-        "protocol": run.evaluate.protocol.name,
+        "protocol": protocol.name,
         "samples": len(c),
-        "seed": run.evaluate.seed,
+        "seed": seed,
         "solver": run.sample.solver.model_dump(),
-        "results": [row(opened, evaluator, run.sample.solver, n, c, bar) for n in passes["nfe"]],
-        "contrast": [row(opened, evaluator, contrast_solver(run), n, c, bar) for n in passes["contrast"]],
+        "results": [row(sampler, evaluator, chosen, n, c, seed, bar) for n in passes["nfe"]],
+        "contrast": [row(sampler, evaluator, other, n, c, seed, bar) for n in passes["contrast"]],
         "baselines": evaluator.baselines(),
         "card": card(opened, evaluator.facts, len(c)),
         "versions": dist.versions(),
@@ -99,9 +101,9 @@ def with_options(
     return replace(opened, run=run.model_copy(update={"sample": sampling, "evaluate": evaluation}))
 
 
-def evaluator_of(opened: RunFolder, bar: Bar) -> Evaluator:
-    """The evaluator of the run's protocol. Raises UserError as the protocol does."""
-    run, ticks = opened.run, list[Tick]()
+def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar) -> Evaluator:
+    """The evaluator of a protocol. Raises UserError as the protocol does, and for what has no likelihood."""
+    ticks, data = list[Tick](), sampler.data
     with ExitStack() as stack:
 
         def tick(done: int, total: int) -> None:
@@ -110,35 +112,38 @@ def evaluator_of(opened: RunFolder, bar: Bar) -> Evaluator:
                 ticks.append(stack.enter_context(bar("looking at the data", total)))
             ticks[0](done, "")
 
-        if isinstance(run.evaluate.protocol, LikelihoodProtocol):
-            demand(run)
-        return run.evaluate.protocol.evaluator(
+        if isinstance(evaluation.protocol, LikelihoodProtocol):
+            demand(sampler)
+        return evaluation.protocol.evaluator(
             Context(
-                data=lambda: real_data(run.data),
-                classes=run.data.labels,
-                seed=run.evaluate.seed,
-                device=opened.device,
+                data=lambda: real_data(data),
+                classes=data.labels,
+                seed=evaluation.seed,
+                device=sampler.device,
                 tick=tick,
-                captions=lambda: (run.images.open(), conditions(run), captions(run.data)),
+                captions=lambda: (shown(data).open(), conditions(data, evaluation), texts(data)),
             )
         )
 
 
-def conditions(run: Run) -> Tensor:
+def conditions(data: Data, evaluation: Evaluation) -> Tensor:
     """What samples are made of: the protocol's classes, or the captions of them that `evaluate.captions` asks for."""
-    return run.conditions.of(run.evaluate.protocol.labels(run.data.labels), held=run.evaluate.captions == "held")
+    labels = evaluation.protocol.labels(data.labels)
+    return Conditions(data).of(labels, held=evaluation.captions == "held")
 
 
-def row(opened: RunFolder, evaluator: Evaluator, solver: Solver, nfe: int, c: Tensor, bar: Bar) -> Row:
+def row(
+    sampler: Sampler, evaluator: Evaluator, solver: Solver, nfe: int, c: Tensor, seed: int, bar: Bar = no_bar
+) -> Row:
     """The scores of samples, or likelihoods, by a solver at one number of passes, as the net counted them."""
     passes = set[int]()
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        done, seed = 0, opened.run.evaluate.seed
+        done = 0
         parts = (
-            likelihoods(opened, evaluator, solver, nfe)
+            likelihoods(sampler, evaluator, solver, nfe)
             if isinstance(evaluator, LikelihoodEvaluator)
-            else opened.sampler.batches(c, nfe=nfe, seed=seed, solver=solver)
+            else sampler.batches(c, nfe=nfe, seed=seed, solver=solver)
         )
         for part in parts:
             done += len(part.index) * dist.world()
@@ -162,7 +167,7 @@ def standing(opened: RunFolder) -> dict[str, Any] | None:
         "step": opened.step,
         "weights": opened.weights,
         "protocol": opened.run.evaluate.protocol.name,
-        **settings(opened.run),
+        **settings(opened.sampler, opened.run.evaluate),
     }
     passes = {field: wanted.pop(field) for field in ROWS.values()}
     rows = {part: by_passes(found, part) for part in ROWS}
@@ -174,8 +179,8 @@ def standing(opened: RunFolder) -> dict[str, Any] | None:
 
 
 def name_of(opened: RunFolder, stem: str = "evaluation", *, but: Collection[str] = ()) -> str:
-    """The name of a report: what the run's own spec asks has the stem's, other things are said in it, `but` these."""
-    before, after = (_fields(run, but) for run in (own(opened.folder), opened.run))
+    """The name of a report: that of the run's own spec has the stem's, other things are said in it, `but` these."""
+    before, after = (fields(run.sample, run.evaluate, but) for run in (own(opened.folder), opened.run))
     return "-".join([stem, *changes(opened, before, after)]) + ".json"
 
 
@@ -212,9 +217,9 @@ def with_rows(report: dict[str, Any], rows: dict[str, dict[int, Row]], passes: d
 
 
 def by_passes(report: dict[str, Any], part: str) -> dict[int, Row]:
-    """The rows of a part by the passes that were asked for, as the card has them; guidance makes the net count more."""
-    asked = report["card"].get(ROWS[part], [])
-    return dict(zip(asked, report[part], strict=True)) if len(asked) == len(report[part]) else {}
+    """The rows of a part by their passes, as the card has them; guidance makes the net count more."""
+    passes = report["card"].get(ROWS[part], [])
+    return dict(zip(passes, report[part], strict=True)) if len(passes) == len(report[part]) else {}
 
 
 def _measure(report: dict[str, Any]) -> str:
@@ -223,36 +228,37 @@ def _measure(report: dict[str, Any]) -> str:
     return json.dumps(finite(card), sort_keys=True)
 
 
-def _fields(run: Run, but: Collection[str]) -> Fields:
+def fields(sampling: Sampling, evaluation: Evaluation, but: Collection[str] = ()) -> Fields:
     """What of a spec decides an evaluation."""
-    spec = run.model_dump(mode="json")
-    parts = {"protocol": spec["evaluate"].pop("protocol"), "solver": spec["sample"]["solver"]}
-    parts |= {name: spec["sample"][name] for name in ("guide", "knobs")} | {"evaluate": spec["evaluate"]}
-    parts |= {"sample": {"precision": spec["sample"]["precision"]}}
+    sample, evaluate = sampling.model_dump(mode="json"), evaluation.model_dump(mode="json")
+    parts = {"protocol": evaluate.pop("protocol"), "solver": sample["solver"]}
+    parts |= {name: sample[name] for name in ("guide", "knobs")} | {"evaluate": evaluate}
+    parts |= {"sample": {"precision": sample["precision"]}}
     return {field: value for field, value in flat(parts).items() if field not in (*PLACES, *but)}
 
 
-def demand(run: Run) -> None:
+def demand(sampler: Sampler) -> None:
     """Refuse, with a UserError, what has no likelihood of the data that are shown, and a solver that does not climb."""
-    if isinstance(run.data, Latents):
-        raise UserError("protocol likelihood is of the data themselves, not of latents: choose another protocol")
-    if run.conditions.captions:
-        raise UserError("protocol likelihood knows classes, not captions: choose another protocol")
-    if run.sample.guide.active:
-        raise UserError("protocol likelihood is of the flow without guidance: set sample.guide.scale=1")
-    climbing(run.sample.solver, run.reads)
+    lacks = {
+        "is of the data themselves, not of latents: choose another protocol": isinstance(sampler.data, Latents),
+        "knows classes, not captions: choose another protocol": sampler.conditions.captions,
+        "is of the flow without guidance: set sample.guide.scale=1": sampler.spec.guide.active,
+    }
+    if wrong := next((text for text, lacking in lacks.items() if lacking), None):
+        raise UserError(f"protocol likelihood {wrong}")
+    climbing(sampler.spec.solver, sampler.taught)
 
 
-def likelihoods(opened: RunFolder, evaluator: LikelihoodEvaluator, solver: Solver, nfe: int) -> Iterator[Batch]:
-    """log p(x | c) in nats of this rank's share of the data, in place of samples; passes in fp32.
+def likelihoods(sampler: Sampler, evaluator: LikelihoodEvaluator, solver: Solver, nfe: int) -> Iterator[Batch]:
+    """log p(x | c) in nats of this rank's share of the data, instead of samples; passes in fp32.
 
     Raises UserError as the solver does.
     """
-    run, net, device = opened.run, opened.net, opened.device
-    reads = reading(run.objective, net, run.sample.knobs)
+    net, device = sampler.net, sampler.device
+    reads = reading(sampler.objective, net, sampler.spec.knobs)
     for numbers in torch.arange(dist.rank(), len(evaluator.x), dist.world()).split(ROWS_OF_A_PASS):
         x, c = (one[numbers].to(device) for one in (evaluator.x, evaluator.c))
         along = [e.to(x) for e in evaluator.directions(numbers.tolist())] or axes(x)
         with evaluating(net), counting(net) as passed, passing(net, "fp32", device):
-            found = log_likelihood(reads, run.path, solver, x, c, nfe, along)
+            found = log_likelihood(reads, sampler.path, solver, x, c, nfe, along)
         yield Batch(numbers, found.cpu(), sum(passed) // len(numbers))

@@ -1,20 +1,20 @@
-"""What was measured of a run, set out: its scores, the baselines, other objectives beside it, and what must be said.
+"""What was measured of a run, set out: its scores, the baselines, other objectives, and what a reader must know.
 
 One number leads: of digits the one that a PNG holds (`dumo.evaluation.protocol.headline`).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import floor, log10
+from pathlib import Path
 from typing import Any
 
+from dumo.data import Data
+from dumo.evaluation import MetricProtocol
 from dumo.evaluation.protocol import headline, of_baseline
 from dumo.evaluation.word import BASELINES, MERITS, STATES, merits, word
 from dumo.io.read import read_json
-from dumo.run.config.spec import Run
-from dumo.run.evaluation.card import seen
-from dumo.run.evaluation.number import number, spread
-from dumo.run.evaluation.record import checked
-from dumo.run.folder import RunFolder
+from dumo.run.evaluation.card import checked, seen
 
 FAR_OFF = 1.5  # times the distance of real images to their nearest, beyond which samples are not like them; ours:
 # on digits 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000
@@ -24,20 +24,20 @@ BENCHMARKS = ("geneval", "dpg", "clip")  # evaluations beside the run's own that
 Table = dict[str, Any]
 
 
-def judgement(opened: RunFolder) -> Table | None:
-    """What `dumo evaluate` wrote, or None. `fresh`: of these weights; `columns`: its figures, the one that leads first.
+def judgement(folder: Path, step: int, weights: str) -> Table | None:
+    """What `dumo evaluate` wrote in a run's folder, or None.
 
-    Raises UserError where the file is damaged.
+    `fresh`: of these weights; `columns`: its figures, the one that leads first. Raises UserError if it is damaged.
     """
-    path = opened.folder / "evaluation.json"
+    path = folder / "evaluation.json"
     if not path.is_file():
         return None
-    way_out = f"run dumo evaluate {opened.folder} again"
+    way_out = f"run dumo evaluate {folder} again"
     found = checked(read_json(path, way_out), path, way_out)
-    told = found.get("card") or {}
-    columns = figures(found["results"][0], told)
-    fresh = (found["step"], found["weights"]) == (opened.step, opened.weights)
-    biased = seen(found["results"][0], told)
+    about = found.get("card") or {}
+    columns = figures(found["results"][0], about)
+    fresh = (found["step"], found["weights"]) == (step, weights)
+    biased = seen(found["results"][0], about)
     words = {
         key: replace(of, better=f"{of.better}; trained on") if key in biased else of
         for key, of in merits(columns).items()
@@ -46,17 +46,17 @@ def judgement(opened: RunFolder) -> Table | None:
     return {**found, "columns": columns, "fresh": fresh, "words": words, "biased": biased, "baseline": baseline}
 
 
-def benchmarks(opened: RunFolder) -> list[Table]:
+def benchmarks(folder: Path, step: int, weights: str) -> list[Table]:
     """What the evaluators of benchmarks, and CLIP, said of these weights, each with its `words` and `rows`.
 
     Raises UserError where a file is damaged.
     """
     found: list[Table] = []
-    for path in sorted(opened.folder.glob("evaluation-*.json")):
+    for path in sorted(folder.glob("evaluation-*.json")):
         if path.name.split("-")[1] in BENCHMARKS:
-            way_out = f"remove it, or run dumo evaluate {opened.folder} again"
+            way_out = f"remove it, or run dumo evaluate {folder} again"
             one = checked(read_json(path, way_out), path, way_out)
-            if (one["step"], one["weights"]) == (opened.step, opened.weights):
+            if (one["step"], one["weights"]) == (step, weights):
                 one["columns"] = figures(one["results"][0])
                 found.append({**one, "words": merits(one["columns"]), "rows": rows(one)})
     return found
@@ -90,10 +90,9 @@ def cells(judged: Table, name: str) -> list[str]:
     return [spread(*known[key]) if key in known else "" for key in judged["columns"]]
 
 
-def shipped(run: Run) -> str | None:
+def shipped(protocol: MetricProtocol, data: Data) -> str | None:
     """The name of the packaged results that are of such data, if there are any."""
-    kind = run.evaluate.protocol.kind
-    return SHIPPED.get(kind) if kind != "toy" or run.data.kind == "moons" else None
+    return SHIPPED.get(protocol.kind) if protocol.kind != "toy" or data.kind == "moons" else None
 
 
 def others(results: Table, judged: Table | None, step: int, cost: float) -> Table:
@@ -145,8 +144,8 @@ def _row(name: str, steps: int, cost: float | None, *, own: bool = False) -> Tab
     return {"name": name, "steps": steps, "cost": cost, "own": own, "lead": {}, "beside": {}}
 
 
-def doubts(run: Run, step: int, judged: Table | None, near: Table | None) -> list[tuple[str, str]]:
-    """What a reader must know first: a few words, and why. Nothing of a run that is done and like its data.
+def doubts(steps: int, step: int, judged: Table | None, near: Table | None) -> list[tuple[str, str]]:
+    """What a reader must know first: a few words, and why. Nothing of a run that has made `steps` and is like its data.
 
     What an evaluation of these weights says of itself (`state`) goes before what the nearest images say.
     """
@@ -160,8 +159,8 @@ def doubts(run: Run, step: int, judged: Table | None, near: Table | None) -> lis
     elif len(distances) == 2 and distances[0] > FAR_OFF * distances[1]:
         said = f"samples are {number(distances[0] / distances[1])} times as far from the nearest training image"
         found.append((STATES["far"], f"{said} as real images are."))
-    if step < run.train.steps:
-        found.append((f"Stopped at step {step:,} of {run.train.steps:,}", "its training is not done."))
+    if step < steps:
+        found.append((f"Stopped at step {step:,} of {steps:,}", "its training is not done."))
     return found
 
 
@@ -178,3 +177,32 @@ def rows(judged: Table) -> Sequence[Sequence[tuple[str, int, list[str]]]]:
         for of in (judged["results"], judged["contrast"])
         if of
     ]
+
+
+def number(value: object) -> str:
+    """Three significant digits, no exponent unless it is needed, a dash for nothing; other things as they are."""
+    if value is None or value != value:
+        return "–"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return str(value)
+    if isinstance(value, int) or not value or 100 <= abs(value) < 1e6:
+        return f"{value:,.0f}".replace("-", "−")
+    power = floor(log10(abs(value)))
+    if -4 < power < 6:
+        return f"{value:.{max(0, 2 - power)}f}".replace("-", "−")
+    raised = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{value / 10**power:.2f}".replace("-", "−") + f" · 10{raised}"
+
+
+def large(value: float | int) -> str:
+    """Three significant digits and k, M, G or T for a power of a thousand."""
+    power = min(4, floor(log10(value) / 3)) if value >= 1000 else 0
+    return f"{number(value / 1000**power)}\u00a0{'kMGT'[power - 1]}" if power else number(value)
+
+
+def spread(value: float | None, sd: float | None) -> str:
+    """A number with its spread, to two digits of the spread."""
+    if value is None or not sd or sd < 0:
+        return number(value)
+    digits = max(0, 1 - floor(log10(sd)))
+    return f"{value:.{digits}f} ± {sd:.{digits}f}".replace("-", "−")

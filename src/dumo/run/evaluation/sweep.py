@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from dumo.evaluation.protocol import Evaluator, headline, rising, trained_on
@@ -14,8 +16,8 @@ from dumo.run.config.change import override
 from dumo.run.config.load import parse
 from dumo.run.config.spec import Run
 from dumo.run.config.tree import Sampling
-from dumo.run.evaluation.card import card
-from dumo.run.evaluation.evaluate import Row, conditions, evaluator_of, name_of, row
+from dumo.run.evaluation.card import Row, card
+from dumo.run.evaluation.evaluate import conditions, evaluator_of, name_of, row
 from dumo.run.folder import RunFolder, open_run
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
@@ -36,17 +38,25 @@ def sweep(opened: RunFolder, text: str, *, bar: Bar = no_bar) -> dict[str, Any]:
     UserError, before any work, for what cannot be read or a value out of range, OSError where nothing can be written.
     """
     check_writable(opened.folder)
-    points = dict(_averages(opened) if text == EMA else _settings(opened, text))
+    if text == EMA:
+        names = [*(f"ema-{ema.key}" for ema in opened.run.train.ema), "net"]
+        points = {name: with_weights(opened, part(opened.checkpoint, name)) for name in names}
+    else:
+        tree = opened.run.model_dump(mode="json")
+        points = {value: replace(opened, run=parse(Run, changed)) for value, changed in settings(tree, text)}
+        for point in points.values():
+            check(point.run.sample.solver, point.run.reads, *point.run.evaluate.nfe)
     evaluators: dict[tuple[object, int], Evaluator] = {}
     rows: list[Row] = []
     for value, point in points.items():
-        run = point.run
-        key = (run.evaluate.protocol, run.evaluate.seed)
-        evaluator = evaluators[key] = evaluators.get(key) or evaluator_of(point, bar)
-        c = conditions(run)
+        run, sampler, seed = point.run, point.sampler, point.run.evaluate.seed
+        key = (run.evaluate.protocol, seed)
+        evaluator = evaluators[key] = evaluators.get(key) or evaluator_of(sampler, run.evaluate, bar)
+        c = conditions(run.data, run.evaluate)
         about = card(point, evaluator.facts, len(c))
         for n in run.evaluate.nfe:
-            rows.append({"value": value, **row(point, evaluator, run.sample.solver, n, c, bar), "card": about})
+            scores = row(sampler, evaluator, run.sample.solver, n, c, seed, bar)
+            rows.append({"value": value, **scores, "card": about})
     mark(rows)
     named = re.sub(r"[^\w.]+", "-", text)
     path = opened.folder / name_of(opened, f"sweep-{named}")
@@ -100,25 +110,21 @@ def full(field: str) -> str:
     return field
 
 
-def _settings(opened: RunFolder, text: str) -> Iterator[tuple[str, RunFolder]]:
-    """The run at every value, each checked."""
+def settings(tree: dict[str, Any], text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every value of a sweep, and a run's tree of plain values with it."""
     name, listed = values(text)
     field = full(name)
     for value in listed:
-        tree = opened.run.model_dump(mode="json")
-        override(tree, [f"{field}={value}"])
-        tree["sample"]["nfe"] = tree["evaluate"]["nfe"]  # samples to look at are not judged
-        run = parse(Run, tree)
-        check(run.sample.solver, run.reads, *run.evaluate.nfe)
-        yield value, replace(opened, run=run)
+        changed = deepcopy(tree)
+        override(changed, [f"{field}={value}"])
+        changed["sample"]["nfe"] = changed["evaluate"]["nfe"]  # samples to look at are not judged
+        yield value, changed
 
 
-def _averages(opened: RunFolder) -> Iterator[tuple[str, RunFolder]]:
-    """The run with every average of its last checkpoint, and with the weights in training."""
-    for name in [*(f"ema-{ema.key}" for ema in opened.run.train.ema), "net"]:
-        file = part(opened.checkpoint, name)
-        point = open_run(str(opened.folder), weights=str(file), device=str(opened.device))
-        yield name, replace(point, run=opened.run, weights=str(file.relative_to(opened.folder)))
+def with_weights(opened: RunFolder, file: Path) -> RunFolder:
+    """The run with other weights of its folder."""
+    point = open_run(str(opened.folder), weights=str(file), device=str(opened.device))
+    return replace(point, run=opened.run, weights=str(file.relative_to(opened.folder)))
 
 
 def _first(row: Row) -> tuple[str, float]:

@@ -22,8 +22,8 @@ from dumo.io.file import check_writable
 from dumo.io.read import brief, read_text
 from dumo.run.config.load import FILE
 from dumo.run.evaluation.benchmark import EACH, LAYOUTS, note, read_note
+from dumo.run.evaluation.card import Part
 from dumo.run.evaluation.evaluate import write
-from dumo.run.evaluation.record import Part
 from dumo.types import UserError
 
 LINE = re.compile(r"(?P<image>.+\.png)(?P<scores>(?:, \d[\d.eE+-]*)+)")  # of DPG-Bench

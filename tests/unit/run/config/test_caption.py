@@ -7,10 +7,10 @@ import torch
 
 from dumo.run import sheet
 from dumo.run.config.load import load, parse, summary
+from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
 from dumo.run.evaluation.card import labels
 from dumo.run.evaluation.evaluate import conditions
-from dumo.run.sample import conditions as sampled
 from dumo.types import UserError
 from unit.data.animals import SIDE
 from unit.data.test_written import TEXTS, TOLD, as_lines
@@ -24,31 +24,37 @@ def words(*sets: str) -> Run:
     return load(RUN[0], [*RUN[1], *sets])
 
 
+def judged(run: Run) -> torch.Tensor:
+    return conditions(run.data, run.evaluate)
+
+
 def named(run: Run, c: torch.Tensor) -> list[str]:
     return [run.conditions.name(k) for k in c.tolist()]
 
 
 def test_a_run_by_classes_is_judged_by_them() -> None:
     run = load("digits")
-    assert conditions(run).equal(run.evaluate.protocol.labels(10))
+    assert judged(run).equal(run.evaluate.protocol.labels(10))
     assert "captions" not in summary(run)["evaluate"]
 
 
 def test_a_run_by_words_is_judged_by_captions_of_the_protocols_classes() -> None:
     run = words()
     assert (run.data.classes, run.data.labels) == (30, 10)
-    assert named(run, conditions(run))[7:28:10] == ["a seven", "7", "a seven"]
+    assert named(run, judged(run))[7:28:10] == ["a seven", "7", "a seven"]
     held = words("evaluate.captions=held")
-    assert named(held, conditions(held))[:3] == ["one zero", "one one", "one two"]
-    assert (labels(run), labels(held)) == tuple(f"i mod 10, by {which} templates in turn" for which in ("seen", "held"))
+    assert named(held, judged(held))[:3] == ["one zero", "one one", "one two"]
+    assert (labels(run.data, run.evaluate), labels(held.data, held.evaluate)) == tuple(
+        f"i mod 10, by {which} templates in turn" for which in ("seen", "held")
+    )
     assert parse(Run, held.model_dump(mode="json")) == held
 
 
 def test_sheets_and_samples_have_captions_of_classes_in_turn() -> None:
     run = words()
-    assert sheet.classes(run).equal(sampled(run, 64))
-    assert named(run, sampled(run, 12))[9:] == ["a nine", "0", "1"]
-    assert sampled(run, 3, [29, 4]).tolist() == [29, 4, 29]
+    assert sheet.classes(run).equal(run.conditions.in_turn(64))
+    assert named(run, run.conditions.in_turn(12))[9:] == ["a nine", "0", "1"]
+    assert run.conditions.in_turn(3, [29, 4]).tolist() == [29, 4, 29]
 
 
 def test_a_caption_is_meant_by_its_words_or_number() -> None:
@@ -63,16 +69,16 @@ def test_a_caption_is_meant_by_its_words_or_number() -> None:
 def test_captions_of_files_are_judged_by_those_of_images(tmp_path: Path) -> None:
     as_lines(tmp_path, TOLD)
     data = f"data={{kind: images, root: {tmp_path}, side: {SIDE}, captions: {{kind: files}}}}"
-    run = load("digits", [data, READ, "net.patch=2", "evaluate.protocol={kind: photos, samples: 24}"])
+    run = resolve(load("digits", [data, READ, "net.patch=2", "evaluate.protocol={kind: photos, samples: 24}"]))
     few = run.conditions.of(torch.zeros(4, dtype=torch.long)).tolist()  # of images 0, 3, 6, 9
     assert few[0] == len(TEXTS)
     assert [TEXTS[k] in TOLD[i] for i, k in zip((3, 6, 9), few[1:], strict=True)] == [True] * 3
-    c = conditions(run)
+    c = judged(run)
     assert len(c) == 24
     for i, k in enumerate(c.tolist()):
         own = TOLD[i % 12]
         assert (TEXTS[k] in own) if own else k == len(TEXTS)
-    assert conditions(run).equal(c)
+    assert judged(run).equal(c)
 
 
 @pytest.mark.parametrize(

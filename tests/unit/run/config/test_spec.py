@@ -166,7 +166,8 @@ FITS = [
 
 @pytest.mark.parametrize(("recipe", "words", "ranks"), FITS)
 def test_what_so_many_ranks_can_train(recipe: str, words: list[str], ranks: int) -> None:
-    check_pieces(load(recipe, words), ranks)
+    run = load(recipe, words)
+    check_pieces(run.train, run.objective, ranks)
 
 
 UNFIT = [
@@ -188,7 +189,7 @@ UNFIT = [
 def test_what_so_many_ranks_cannot_train(recipe: str, words: list[str], ranks: int, said: str) -> None:
     run = load(recipe, words)  # which one can
     with pytest.raises(UserError, match=said) as refused:
-        check_pieces(run, ranks)
+        check_pieces(run.train, run.objective, ranks)
     assert "\n" not in str(refused.value)
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from dumo.run.config.load import load
-from dumo.run.evaluation.card import compare, contrast
-from dumo.run.evaluation.evaluate import evaluate, read_report, standing
-from dumo.run.folder import RunFolder, open_run
+from dumo.run.evaluation.card import compare, contrast, read_report
+from dumo.run.evaluation.evaluate import evaluate, standing
+from dumo.run.folder import RunFolder, open_run, sampler
 from dumo.run.train import train
 from dumo.runtime.progress import Tick
 from dumo.training import checkpoint
@@ -189,10 +190,14 @@ def test_what_stands_is_known_to_be_what_is_asked(folder: Path) -> None:
 
 
 def test_v_stands_beside_at_the_passes_that_are_wanted() -> None:
-    assert contrast(load("moons")) == [1, 2]
-    assert contrast(load("moons", ["evaluate.contrast=[50]", "evaluate.nfe=[1]"])) == [1, 50]
-    assert contrast(load("moons", ["evaluate.contrast=[]"])) == []
-    assert contrast(load("digits-flow-matching", ["evaluate.contrast=[1, 50]"])) == []  # its own solver is the contrast
+    for recipe, words, passes in (
+        ("moons", [], [1, 2]),
+        ("moons", ["evaluate.contrast=[50]", "evaluate.nfe=[1]"], [1, 50]),
+        ("moons", ["evaluate.contrast=[]"], []),
+        ("digits-flow-matching", ["evaluate.contrast=[1, 50]"], []),  # its own solver is the contrast
+    ):
+        run = load(recipe, words)
+        assert contrast(sampler(run, nn.Identity()), run.evaluate) == passes
 
 
 def test_wrong_things_are_refused_before_any_work(first: Path) -> None:

@@ -4,13 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from dumo.evaluation import Context, LikelihoodProtocol
 from dumo.flow.generate import joined
 from dumo.flow.solver import Heun
 from dumo.run.config.load import load
 from dumo.run.evaluation.evaluate import demand, evaluate, likelihoods, standing
-from dumo.run.folder import RunFolder, open_run
+from dumo.run.folder import RunFolder, open_run, sampler
 from dumo.run.train import train
 from dumo.types import UserError
 
@@ -47,11 +48,11 @@ def test_ranks_share_the_rows(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     """A row's likelihood does not depend on who asks for it, but for rounding."""
     run = opened(folder)
     judge = LikelihoodProtocol(samples=300).evaluator(Context(run.run.data.open))
-    whole = joined(likelihoods(run, judge, Heun(), 4)).x
+    whole = joined(likelihoods(run.sampler, judge, Heun(), 4)).x
     monkeypatch.setattr("dumo.runtime.dist.world", lambda: 2)
     for rank in (0, 1):
         monkeypatch.setattr("dumo.runtime.dist.rank", lambda rank=rank: rank)
-        mine = joined(likelihoods(run, judge, Heun(), 4)).x
+        mine = joined(likelihoods(run.sampler, judge, Heun(), 4)).x
         assert torch.allclose(mine, whole[rank::2], atol=1e-5)
 
 
@@ -77,10 +78,4 @@ def test_other_data_are_refused(recipe: str, says: str) -> None:
         else load(recipe)
     )
     with pytest.raises(UserError, match=says):
-        demand(run)
-
-
-def test_times_that_climb_need_formulas_that_do() -> None:
-    with pytest.raises(UserError, match=r"both_ways.*'dumo' has no formulas"):
-        load("moons", ["objective.times={kind: jumps, both_ways: true}"])
-    assert load("moons-meanflow", ["objective.times={kind: jumps, both_ways: true}"]).objective.times.climbs
+        demand(sampler(run, nn.Identity()))

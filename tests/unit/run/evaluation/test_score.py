@@ -2,16 +2,15 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from dumo.data import Digits
-from dumo.evaluation import digits as protocol
-from dumo.evaluation import toy, word
+from dumo.evaluation import shipped, word
 from dumo.evaluation.protocol import Reference, headline
 from dumo.io.panel import headed
 from dumo.objectives import Objective
@@ -21,7 +20,7 @@ from dumo.run.config import recipes
 from dumo.run.config.load import load
 from dumo.run.evaluation import score
 from dumo.run.evaluation.card import seen, settings
-from dumo.run.folder import RunFolder
+from dumo.run.folder import sampler
 from dumo.types import Sample
 
 HALVES = {"halves": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.02}}
@@ -68,8 +67,8 @@ def test_what_a_run_was_trained_on_does_not_lead() -> None:
 
 
 def test_a_card_says_what_a_run_was_trained_on() -> None:
-    assert settings(load("digits-drift"))["trained_on"] == "numbers"
-    assert "trained_on" not in settings(load("digits"))
+    cards = [settings(sampler(run, nn.Identity()), run.evaluate) for run in map(load, ("digits-drift", "digits"))]
+    assert [card.get("trained_on") for card in cards] == ["numbers", None]
 
 
 def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
@@ -82,11 +81,10 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
         "trained_on": "classifier of digits",
     }
     told = {"step": 1, "weights": "w", "protocol": "digits", "results": [row], "contrast": [], "baselines": HALVES}
-    opened = SimpleNamespace(folder=tmp_path, step=1, weights="w")
     pages: list[score.Table] = []
     for one in (card, {key: value for key, value in card.items() if key != "trained_on"}):
         (tmp_path / "evaluation.json").write_text(json.dumps(told | {"card": one}))
-        found = score.judgement(cast(RunFolder, opened))
+        found = score.judgement(tmp_path, 1, "w")
         assert found is not None
         pages.append(found)
     marked, plain = pages
@@ -103,9 +101,9 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
 
 def test_every_figure_of_ours_has_words() -> None:
     x, c = Digits().originals().reference(0, 0)
-    of_digits = protocol.score(x[torch.arange(2000) % len(x)], torch.arange(2000) % 10, Reference(x, c))
+    of_digits = shipped.score_digits(x[torch.arange(2000) % len(x)], torch.arange(2000) % 10, Reference(x, c))
     points = torch.randn(20, 2)
-    of_points = toy.score(points, torch.zeros(20), Reference(points, torch.zeros(20)))
+    of_points = shipped.score_toy(points, torch.zeros(20), Reference(points, torch.zeros(20)))
     named = {key for key in [*of_digits, *of_points] if not key.endswith("_sd")}
     assert named <= word.MERITS.keys()
     assert all(of.better and of.meaning for of in word.MERITS.values())
@@ -119,8 +117,8 @@ def test_a_baseline_stands_under_what_it_is_of() -> None:
     split = judged(fd_grey_held=0.6) | {"baselines": {"held": {"mean": 0.3, "sd": 0.1}}}
     assert score.cells(split, "held") == ["", "", "", "", "0.30 ± 0.10"]  # against images held out alone
     assert split["words"]["fd_grey_held"].title.endswith("images held out")
-    assert score.shipped(load("moons")) == "fig3"
-    assert score.shipped(load("moons", ["data.kind=digits", "evaluate.protocol.kind=digits"])) == "zoo"
+    for recipe, name in (("moons", "fig3"), ("digits", "zoo")):
+        assert score.shipped(load(recipe).evaluate.protocol, load(recipe).data) == name
 
 
 @pytest.mark.parametrize(
@@ -133,16 +131,36 @@ def test_a_baseline_stands_under_what_it_is_of() -> None:
     ],
 )
 def test_noise_is_not_passed_off(step: int, lead: float, distances: tuple[float, float], said: list[str]) -> None:
-    run = load("digits")
-    assert [what for what, _ in score.doubts(run, step, judged(lead), near(*distances))] == said
-    assert score.doubts(run, 5000, None, None) == []
+    assert [what for what, _ in score.doubts(5000, step, judged(lead), near(*distances))] == said
+    assert score.doubts(5000, 5000, None, None) == []
 
 
 def test_a_state_that_the_evaluation_tells_is_said() -> None:
-    run, told = load("digits"), [judged() | {"state": state} for state in ("untrained", "far", "near", "like the data")]
-    said = [[what for what, _ in score.doubts(run, 5000, one, near(2.4, 2.0))] for one in told]
+    told = [judged() | {"state": state} for state in ("untrained", "far", "near", "like the data")]
+    said = [[what for what, _ in score.doubts(5000, 5000, one, near(2.4, 2.0))] for one in told]
     assert said == [["As good as untrained"], ["Not yet like the data"], [], []]
-    assert score.doubts(run, 5000, told[0] | {"fresh": False}, None) == []
+    assert score.doubts(5000, 5000, told[0] | {"fresh": False}, None) == []
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"), (1797, "1,797"), (True, "True"), ("hop", "hop"), (None, "–"), (float("nan"), "–"), (0.0, "0"),
+        (2.3456, "2.35"), (94.04, "94.0"), (0.00835, "0.00835"), (1234.5, "1,234"), (-0.02, "−0.0200"),
+        (4.87e-5, "4.87 · 10⁻⁵"), (-1.5e-10, "−1.50 · 10⁻¹⁰"), (3.2e7, "3.20 · 10⁷"),
+    ],
+)  # fmt: skip
+def test_numbers_have_three_digits(value: object, text: str) -> None:
+    assert score.number(value) == text
+
+
+def test_spreads_and_large_numbers() -> None:
+    assert score.spread(0.14208, 0.0206) == "0.142 ± 0.021"
+    assert score.spread(-12.3, 4.56) == "−12.3 ± 4.6"
+    assert (score.spread(0.5, 0.0), score.spread(None, None)) == ("0.500", "–")
+    assert [score.large(x) for x in (742_856, 999, 7.58e6, 6.7779e8, 2e15)] == [
+        "743\u00a0k", "999", "7.58\u00a0M", "678\u00a0M", "2,000\u00a0T",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -150,13 +168,14 @@ def test_a_state_that_the_evaluation_tells_is_said() -> None:
 )
 def test_few_classes_have_several_columns(classes: int, columns: list[int]) -> None:
     run = load("my-images", [f"data.classes={classes}", "data.root=x", "evaluate.protocol.kind=folder"])
-    assert page.columns(run) == columns
+    bare = sampler(run, nn.Identity())
+    assert page.columns(bare) == columns
     x, c = torch.arange(90.0).view(90, 1, 1, 1).expand(90, *run.data.shape), torch.arange(90) % classes
-    sheet = page.by_class(run, x, c)
+    sheet = page.by_class(bare, x, c)
     rows = sheet[:, 0, 0, 0].view(-1, len(columns)).long()
     assert all((row % classes).tolist() == columns for row in rows)
     assert len(rows) == min(8, 90 // classes // (len(columns) // classes))
-    assert page.by_class(run, x[:1], c[:1])[0].equal(x[0])  # one image of all
+    assert page.by_class(bare, x[:1], c[:1])[0].equal(x[0])  # one image of all
 
 
 def test_names_stand_above_their_columns_and_fit() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from dumo.run.config.load import load
-from dumo.run.evaluation.evaluate import evaluate, read_report
+from dumo.run.evaluation.card import read_report
+from dumo.run.evaluation.evaluate import evaluate
 from dumo.run.evaluation.sweep import full, mark, sweep, values
 from dumo.run.folder import open_run
 from dumo.run.train import train

@@ -5,7 +5,7 @@ import torch.distributed
 
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
-from dumo.run.plan import cluster, fit, plan
+from dumo.run.plan import cluster, plan
 from dumo.training.optim import matrices
 from dumo.types import UserError
 from unit.run.adapted import freeze
@@ -19,6 +19,16 @@ def small(*words: str) -> Run:
     return load("digits", [*GUIDED, *words])
 
 
+def counted(spec: Run, ranks: int = RANKS) -> cluster.Step:
+    """A rank's step."""
+    return cluster.counted(spec.outline(), spec.objective, spec.path, spec.data.shape, spec.train, ranks)
+
+
+def held(spec: Run) -> dict[str, int]:
+    """Bytes between passes, where each rank holds all."""
+    return plan.held(spec.outline(), spec.train)
+
+
 @pytest.fixture(scope="module")
 def steps() -> dict[str, cluster.Step]:
     """A rank's step of eight: each with all weights; in parts, by four passes; in parts that are given back."""
@@ -27,18 +37,18 @@ def steps() -> dict[str, cluster.Step]:
         "passes": ("train.share=8", "train.micro_batch=2"),
         "given back": ("train.share=8", "train.reshard=true"),
     }
-    return {name: cluster.counted(small(*words), RANKS) for name, words in layouts.items()}
+    return {name: counted(small(*words)) for name, words in layouts.items()}
 
 
 def test_ranks_hold_their_share(steps: dict[str, cluster.Step]) -> None:
-    held, whole = plan.held(small()), steps["replicated"].memory
+    alone, whole = held(small()), steps["replicated"].memory
     for name in ("weights", "optimizer", "averages"):
-        assert whole[name] == pytest.approx(held[name], rel=0.01)
+        assert whole[name] == pytest.approx(alone[name], rel=0.01)
         for sharded in ("passes", "given back"):
             part = steps[sharded].memory[name]
-            assert held[name] / RANKS <= part <= 1.2 * held[name] / RANKS  # shards are as large as the largest
-    assert whole["gathered"] == pytest.approx(held["gradients"], rel=0.01)
-    assert steps["passes"].memory["gradients"] == pytest.approx(held["gradients"], rel=0.01)  # whole until the last
+            assert alone[name] / RANKS <= part <= 1.2 * alone[name] / RANKS  # shards are as large as the largest
+    assert whole["gathered"] == pytest.approx(alone["gradients"], rel=0.01)
+    assert steps["passes"].memory["gradients"] == pytest.approx(alone["gradients"], rel=0.01)  # whole until the last
     assert steps["given back"].memory["activations"] == pytest.approx(whole["activations"], rel=0.25)
     rows = {name: step.rows for name, step in steps.items()}
     assert rows == {"replicated": 8, "passes": 2, "given back": 8}
@@ -49,10 +59,10 @@ def test_what_is_frozen_has_no_gradients_and_lies_once(monkeypatch: pytest.Monke
     """On a rank with all weights as without ranks, in a share of it, and in no checkpoint."""
     freeze(monkeypatch)
     spec = small("train.share=8")
-    held, part = plan.held(spec), cluster.counted(spec, RANKS).memory
-    assert held["gradients"] < 0.5 * held["weights"]
+    alone, part = held(spec), counted(spec).memory
+    assert alone["gradients"] < 0.5 * alone["weights"]
     for name in ("weights", "optimizer", "averages"):
-        assert held[name] / RANKS <= part[name] <= 1.25 * held[name] / RANKS  # the table of positions is whole
+        assert alone[name] / RANKS <= part[name] <= 1.25 * alone[name] / RANKS  # the table of positions is whole
     kept = [p.nbytes for p in spec.outline().parameters() if p.requires_grad]
     assert 4 * sum(kept) == pytest.approx(cluster.cluster(spec, RANKS)["checkpoint"]["bytes"], rel=0.02)
 
@@ -64,7 +74,7 @@ def test_ranks_send_what_their_layout_asks_for(steps: dict[str, cluster.Step]) -
         "passes": {"all-gather": 1, "reduce-scatter": 1},
         "given back": {"all-gather": 4, "reduce-scatter": 1},
     }
-    whole = plan.held(small())["gradients"]
+    whole = held(small())["gradients"]
     for name, step in steps.items():
         assert step.passes == (4 if name == "passes" else 1), name
         assert step.sent.keys() == step.calls.keys() == expected[name].keys(), name
@@ -76,7 +86,7 @@ def test_ranks_send_what_their_layout_asks_for(steps: dict[str, cluster.Step]) -
 
 def test_muon_gathers_each_matrix_once_more(steps: dict[str, cluster.Step]) -> None:
     spec = small("train.share=8", "train.optimizer.kind=muon")
-    step, found = cluster.counted(spec, RANKS), matrices(spec.outline())
+    step, found = counted(spec), matrices(spec.outline())
     assert step.calls["all-gather"] == steps["passes"].calls["all-gather"] + len(found)
     more = step.sent["all-gather"] - steps["passes"].sent["all-gather"]
     assert more == sum(p.nbytes for p in found)
@@ -84,14 +94,14 @@ def test_muon_gathers_each_matrix_once_more(steps: dict[str, cluster.Step]) -> N
 
 
 def test_every_pass_gathers_what_was_given_back() -> None:
-    step = cluster.counted(small("train.share=2", "train.reshard=true", "train.micro_batch=8"), 2)
+    step = counted(small("train.share=2", "train.reshard=true", "train.micro_batch=8"), 2)
     assert (step.passes, step.calls) == (4, {"all-gather": 4 * 4 * 2, "reduce-scatter": 2})
 
 
 def test_what_is_given_back_leaves_no_cast_behind() -> None:
     """Autocast would keep all weights in bf16, half of them as bytes count, where one block is there at a time."""
     words = ("train.precision=bf16", "train.share=8", "train.reshard=true", "net.checkpoint=true", "train.batch=8")
-    two, six = (cluster.counted(small(*words, f"net.depth={depth}"), RANKS).memory for depth in (2, 6))
+    two, six = (counted(small(*words, f"net.depth={depth}")).memory for depth in (2, 6))
     four_blocks = RANKS * (six["weights"] - two["weights"])
     assert six["activations"] - two["activations"] < 0.1 * four_blocks
 
@@ -101,11 +111,11 @@ def test_hours_and_disk() -> None:
     facts = cluster.cluster(spec, 1, tflops=2.0)
     assert facts["flops"] == pytest.approx(plan.plan(spec)["flops"])
     assert facts["hours"] * 3600 * 2e12 == pytest.approx(facts["flops"])
-    held = plan.held(spec)
-    assert facts["memory"]["peak"] == plan.memory(spec, 64)["total"]
-    assert facts["checkpoint"]["bytes"] == held["weights"] + held["optimizer"] + held["averages"]
+    alone, given = held(spec), (spec.objective, spec.path, spec.data.shape)
+    assert facts["memory"]["peak"] == plan.memory(spec.outline(), *given, spec.train, 64)["total"]
+    assert facts["checkpoint"]["bytes"] == alone["weights"] + alone["optimizer"] + alone["averages"]
     assert facts["checkpoint"]["most"] == 4 * facts["checkpoint"]["bytes"]
-    more = cluster.units_of(spec, given_back=True) - facts["units"]
+    more = cluster.units_of(spec.outline(), *given, "self", given_back=True) - facts["units"]
     assert more == pytest.approx(1.0)  # a pass of its own, where there was one to ride on
     with pytest.raises(UserError, match=r"share = 2 does not divide 3"):
         cluster.cluster(small("train.share=2", "train.batch=63"), 3)
@@ -113,9 +123,9 @@ def test_hours_and_disk() -> None:
 
 def test_the_first_layout_that_fits() -> None:
     spec, tried = small(), list[str]()
-    peak = sum(cluster.counted(spec, 2).memory.values())
-    assert fit.fit(spec, 2, peak) == {}
-    assert fit.fit(spec, 2, peak - 1, tried.append) == {"train.micro_batch": 16}
+    peak = sum(counted(spec, 2).memory.values())
+    assert cluster.fit(spec, 2, peak) == {}
+    assert cluster.fit(spec, 2, peak - 1, tried.append) == {"train.micro_batch": 16}
     assert [line.partition(":")[0] for line in tried] == ["as it is", "train.micro_batch=8", "train.micro_batch=16"]
 
 
@@ -126,7 +136,7 @@ def test_where_none_fits_all_are_tried_in_order() -> None:
         UserError,
         match=r"no layout keeps within 1 KiB on each of 2 ranks: the least is more than .* KiB, train.share=2 train",
     ):
-        fit.fit(small("train.batch=32"), 2, 1024, tried.append)
+        cluster.fit(small("train.batch=32"), 2, 1024, tried.append)
     layouts = list(dict.fromkeys(line.partition(":")[0].replace(" train.micro_batch=8", "") for line in tried))
     assert layouts == [
         "as it is",

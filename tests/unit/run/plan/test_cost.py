@@ -17,17 +17,19 @@ from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Jumps, Pair, Uniform
 from dumo.nets import MLP, DiT, UNet
 from dumo.objectives import DuMo, DuMoAny, FlowMatching, Match, MeanFlow
-from dumo.run.plan import depth as few
+from dumo.run.plan import cost as few
 from dumo.run.plan.cost import (
+    Bytes,
     activation_bytes,
     by_depth,
     exact_rows,
+    flops,
     forward_flops,
     forward_units,
+    live_bytes,
     peak_bytes,
     way,
 )
-from dumo.run.plan.count import Bytes, flops, live_bytes
 from dumo.types import Needs, Noised, Objective, frozen
 
 PLAIN, GUIDED = Guide(), Guide(zeta=0.5)

@@ -12,7 +12,7 @@ from dumo.nets.adapter import Lora
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import PUBLISHED
 from dumo.objectives import DuMo, FlowMatching
-from dumo.run.plan import depth
+from dumo.run.plan import cost
 from dumo.run.plan.cost import activation_bytes, forward_flops, forward_units
 from dumo.types import Objective
 
@@ -36,9 +36,9 @@ def net(
 
 def both(count: Callable[[], float], monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
     """By a few blocks, and by all."""
-    monkeypatch.setattr(depth, "FEW", 1)
+    monkeypatch.setattr(cost, "FEW", 1)
     few = count()
-    monkeypatch.setattr(depth, "FEW", 1000)
+    monkeypatch.setattr(cost, "FEW", 1000)
     return few, count()
 
 
@@ -70,8 +70,8 @@ def test_so_they_do_of_bytes(source: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_what_is_cut_is_a_net_of_its_own_and_leaves_the_other() -> None:
     whole = net("flux-dev")
-    cut = depth.cut(whole, (1, 2))
-    assert [len(s.blocks) for s in depth.stretches(cut)] == [1, 2]
-    assert [len(s.blocks) for s in depth.stretches(whole)] == [DEPTH, DEPTH]
+    cut = cost.cut(whole, (1, 2))
+    assert [len(s.blocks) for s in cost.stretches(cut)] == [1, 2]
+    assert [len(s.blocks) for s in cost.stretches(whole)] == [DEPTH, DEPTH]
     assert cut.blocks[0] is whole.blocks[0]
-    assert [len(s.blocks) for s in depth.stretches(net("sd3-medium"))] == [DEPTH - 1, 1]  # the last one tells no text
+    assert [len(s.blocks) for s in cost.stretches(net("sd3-medium"))] == [DEPTH - 1, 1]  # the last one tells no text

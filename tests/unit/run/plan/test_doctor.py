@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from contract.case import kind, members
-from dumo.flow import slope as slopes
 from dumo.flow.slope import Along, CentralSlope, JvpSlope, Slope
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
@@ -159,33 +158,6 @@ def test_where_the_derivative_is_zero_the_error_is_absolute() -> None:
         assert doctor.examine_weights(run, run.build(), CPU).passed == passed
 
 
-def test_what_is_examined(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[tuple[nn.Module, Tensor, dict[str, Tensor], bool]] = []
-    own = slopes.JvpSlope.__call__
-
-    def watch(self: JvpSlope, net: Net, ref: Frozen, x: Sample, c: Cond, **inputs: Tensor) -> tuple[Heads, Along]:
-        times = {name: inputs[name] for name in ("t", "r")}
-        seen.append((cast(nn.Module, net), x, times, torch.is_autocast_enabled("cpu")))
-        return own(self, net, ref, x, c, **inputs)
-
-    monkeypatch.setattr(slopes.JvpSlope, "__call__", watch)
-    run = tiny("moons-meanflow", "train.precision=bf16", "objective.slope.kind=jvp")
-    doctor.examine(run, CPU)
-    net = run.build()
-    doctor.examine_weights(run, net, CPU)
-    for (examined, x, times, autocast), depth in zip(seen, (2, 2, 3, 3), strict=True):
-        t, r = times["t"], times["r"]
-        assert len(cast(nn.ModuleList, examined.layers)) == depth
-        assert not examined.training
-        assert x.shape[1:] == run.data.shape
-        assert autocast
-        assert t.min() > 0
-        assert t.max() == t[-1] == 1
-        assert (r <= t).all()
-        assert (r[0], r[-1]) == (t[0], 0)
-        assert len(t.unique()) == len(x)
-
-
 @pytest.mark.parametrize(("ref", "own"), [("self", True), ("0.999", False)])
 def test_the_slope_sees_theta_minus_as_training_shows_it(ref: str, own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     same: list[bool] = []
@@ -202,12 +174,24 @@ def test_the_slope_sees_theta_minus_as_training_shows_it(ref: str, own: bool, mo
 
 def test_labels_are_in_range_and_keyed_by_the_seed() -> None:
     run = tiny("digits", "net.attention=2")
-    x, w, c, inputs = doctor._point(run, 128, CPU)
+    given = run.objective, run.path, run.data
+    x, w, c, inputs = doctor.point(*given, 0, 128)
     assert set(c.tolist()) == set(range(11))  # the null class, too
     assert {tuple(s.shape) for s in (x, w)} == {(128, 1, 8, 8)}
     assert list(inputs) == ["t"]
-    assert torch.equal(x, doctor._point(run, 128, CPU)[0])
-    assert not torch.equal(x, doctor._point(tiny("digits", "net.attention=2", "train.seed=1"), 128, CPU)[0])
+    assert torch.equal(x, doctor.point(*given, 0, 128)[0])
+    assert not torch.equal(x, doctor.point(*given, 1, 128)[0])
+
+
+def test_times_reach_the_ends() -> None:
+    run = tiny("moons-meanflow")
+    *_, inputs = doctor.point(run.objective, run.path, run.data, 0, 4)
+    t, r = inputs["t"], inputs["r"]
+    assert t.min() > 0
+    assert t.max() == t[-1] == 1
+    assert (r <= t).all()
+    assert (r[0], r[-1]) == (t[0], 0)
+    assert len(t.unique()) == 4
 
 
 def test_an_objective_without_a_slope_has_nothing_to_examine() -> None:

@@ -1,9 +1,18 @@
-"""Captions that an encoder does not tell apart are found before anything is trained on them."""
+"""What is said of captions before training: how many there are, and whether an encoder tells them apart."""
+
+from pathlib import Path
 
 import torch
-from dumo.run.plan.separability import measure
 
+from dumo.data import Data
+from dumo.run.config.load import load
+from dumo.run.config.resolve import resolve
+from dumo.run.plan.findings import measure, of_captions
 from dumo.runtime.random import keyed
+from unit.data.animals import SIDE, as_folder
+from unit.data.test_written import TOLD, as_lines, as_texts
+
+READ = "net.texts={kind: learned, root: runs/texts/here}"
 
 CLASSES, EACH = 8, 5
 
@@ -47,3 +56,33 @@ def test_one_caption_each_is_judged_by_the_gap_and_twins_always() -> None:
     close = measure(pairs[:-2])
     assert close.gap < 0.01
     assert close.low
+
+
+def captioned(root: Path) -> Data:
+    """Images with captions in files."""
+    data = f"data={{kind: images, root: {root}, side: {SIDE}, captions: {{kind: files}}}}"
+    return resolve(load("digits", [data, READ, "evaluate.protocol={kind: photos}"])).data
+
+
+def lines(data: Data) -> list[tuple[str, str]]:
+    return [(found.state, found.text) for found in of_captions(data)]
+
+
+def test_captions_are_counted(tmp_path: Path) -> None:
+    assert lines(load("digits").data) == []
+    words = "200, of 10 classes by 15 templates, and 5 that are held out of training"
+    assert lines(load("digits-words").data) == [("ok", words)]
+    as_lines(tmp_path / "a", TOLD)
+    assert lines(captioned(tmp_path / "a")) == [("ok", "9 of 12 images, up to 2 each; 1 image has none")]
+    assert lines(captioned(tmp_path / "later")) == []
+
+
+def test_few_captions_are_a_warning_and_others_a_failure(tmp_path: Path) -> None:
+    as_texts(root := tmp_path / "a", [[], ["one"], ["two"], *[[]] * 9])
+    data = captioned(root)
+    assert [state for state, _ in lines(data)] == ["warning"]
+    for file in root.rglob("*.txt"):
+        file.unlink()
+    assert [state for state, _ in lines(data)] == ["failing"]
+    as_folder(root)
+    assert "no captions found" in of_captions(data)[0].way

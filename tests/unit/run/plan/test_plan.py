@@ -17,11 +17,12 @@ from dumo.run import encode
 from dumo.run.config import recipes
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
-from dumo.run.plan import cost, doctor, machine, rehearsal, table
-from dumo.run.plan.doctor import Examination
-from dumo.run.plan.plan import cache, memory, missing_data, most_rows, plan
+from dumo.run.plan import cost, doctor, machine, rehearsal
+from dumo.run.plan.plan import cache, lines, memory, missing_data, most_rows, plan
 from dumo.runtime import dist
 from dumo.training.frozen import trained
+from dumo.training.state import State
+from dumo.training.step import Record, Task
 from dumo.types import UserError
 from e2e.shell import call, refused, sets
 from unit.run.adapted import freeze
@@ -90,7 +91,7 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert facts["memory"]["rows"] == (spec.train.micro_batch or spec.train.batch)
     assert (facts["cache"] is None) == (spec.data.kind != "latents")
     assert (facts["missing_data"] is None) == (spec.data.kind in ("digits", "moons"))
-    assert dict(table.lines(facts)).keys() >= {"parameters", "memory", "data"}
+    assert dict(lines(facts)).keys() >= {"parameters", "memory", "data"}
 
 
 @pytest.mark.parametrize("name", TABLE_3)
@@ -145,8 +146,8 @@ def test_bytes_are_those_of_real_tensors(monkeypatch: pytest.MonkeyPatch, part: 
     if part:
         freeze(monkeypatch)
     spec = load("digits", [*TINY, "train.ema=[{decay: 0.9}, {decay: 0.99}]", "train.ref=0.9"])
-    counted = memory(spec, 2)
-    state, *_ = rehearsal.make_step(spec, 2, CPU)
+    counted = memory(spec.outline(), spec.objective, spec.path, spec.data.shape, spec.train, 2)
+    state, *_ = step(spec, 2)
     modules = [state.net, *(average.module for average in state.averages.values())]
     weights = sum(t.nbytes for t in (*state.net.parameters(), *state.net.buffers()))
     own = (value for entry in state.optimizer.state.values() for value in entry.values())
@@ -167,7 +168,7 @@ def test_a_cache_is_as_large_as_it_is_said_to_be(tmp_path: Path) -> None:
     )
     mine = load("my-images", TINY)
     spec = load("digits", TINY).model_copy(update={"data": data, "evaluate": mine.evaluate})
-    assert "no cache" in str(missing_data(spec))
+    assert "no cache" in str(missing_data(spec.data))
     assert cache(data, None) == {"images": None, "bytes_per_image": 2 * 2 * prod(data.shape), "bytes": None}
     encode.encode(data, device="cpu")
     facts = plan(spec)
@@ -190,7 +191,7 @@ def test_a_cache_holds_moments_of_gaussians_both_flips_and_two_bytes_a_number(na
 
 def test_what_is_lacking_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def lacks(*fields: str) -> str | None:
-        return missing_data(load("my-images", [*TINY, *fields]))
+        return missing_data(load("my-images", [*TINY, *fields]).data)
 
     assert "MY_IMAGES is not set" in str(lacks())
     assert f"there is no {tmp_path / 'a'}" in str(lacks(f"data.root={tmp_path / 'a'}"))
@@ -205,17 +206,24 @@ def test_memory_is_of_the_largest_pass(
     ranks: int, words: list[str], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dist, "world", lambda: ranks)
-    assert most_rows(load("digits", [f"train.{word}" for word in words])) == rows
+    run = load("digits", [f"train.{word}" for word in words])
+    assert most_rows(run.train, run.objective) == rows
 
 
 def small(*fields: str) -> Run:
     return load("digits", [*TINY, *fields])
 
 
+def step(spec: Run, rows: int) -> tuple[State, Record, float, float]:
+    """A rehearsed step of random rows."""
+    task = Task(spec.objective, spec.path, spec.data.classes)
+    return rehearsal.make_step(spec.build(), task, rehearsal.random_rows(spec.data, rows, CPU), spec.train)
+
+
 def test_a_rehearsal_is_the_first_step_of_training() -> None:
     """One update of every weight that has a gradient, at the rate of step 0, and the average follows."""
     spec = small("train.schedule.warmup=10", "train.ema=[{decay: 0.75, ramp: false}]", "train.micro_batch=8")
-    before, (state, record, passes, update) = spec.build(), rehearsal.make_step(spec, 2, CPU)
+    before, (state, record, passes, update) = spec.build(), step(spec, 2)
     assert (state.step, state.images, record.images) == (1, 2, 2)
     assert record.lr == spec.train.optimizer.lr / 10
     assert min(passes, update) > 0
@@ -252,10 +260,10 @@ def test_a_large_net_on_a_cpu_makes_no_step_more_than_one(monkeypatch: pytest.Mo
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rehearsal, "make_step", made)
-    monkeypatch.setattr(rehearsal.doctor, "examine", lambda *_: Examination(None, "fp32", 1.0, "", {}))
-    for name in ("digits", "imagenet256-xl2"):
+    for most in (rehearsal.SLOW, 10):
+        monkeypatch.setattr(rehearsal, "SLOW", most)
         with pytest.raises(KeyboardInterrupt):
-            rehearsal.rehearse(load(name), 1, "cpu")
+            rehearsal.rehearse(small(), 1, "cpu")
     assert warmed == [rehearsal.WARM, 0]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
-from dumo.run.plan.show import show
+from dumo.run.plan.plan import show
 
 
 def tiny(name: str, *more: str) -> Run:

@@ -1,13 +1,15 @@
-"""Only what was measured alike stands in one table, or it says that it was not."""
+"""Only what was measured alike stands in one table; an evaluation that was edited is refused."""
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dumo.run.evaluation.card import alike, brief, compare, differing
+from dumo.run.evaluation.card import alike, checked, compare, differing, shortened
 from dumo.types import UserError
+from fuzz.target import EVALUATION
 
 CARD: dict[str, Any] = {
     "protocol": "folder",
@@ -92,7 +94,7 @@ def test_anyway_shows_what_differs(tmp_path: Path) -> None:
     found = compare([a, b], anyway=True)
     assert found["differs"]["seed"] == {a: 0, b: 1}
     assert [(row["seed"], row["reference_sha256"]) for row in found["rows"][::2]] == [("0", "b" * 8), ("1", "e" * 8)]
-    assert brief(f"taef2 {'c' * 64}") == "taef2 cccccccc"
+    assert shortened(f"taef2 {'c' * 64}") == "taef2 cccccccc"
 
 
 def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:
@@ -104,3 +106,51 @@ def test_what_is_no_evaluation_is_refused(tmp_path: Path) -> None:
         compare([str(tmp_path / "run")])
     with pytest.raises(UserError, match="there is no run's folder or evaluation nothing"):
         compare(["nothing"])
+
+
+CHANGES: list[tuple[str, Any]] = [
+    ("step", "20"),
+    ("step", True),
+    ("step", 2.5),
+    ("weights", None),
+    ("results", []),
+    ("results", {}),
+    ("results.0.nfe", "1"),
+    ("results.0.solver", 3),
+    ("results.0.fd", "low"),
+    ("results.0.fd", [1]),
+    ("results.0.fd", float("nan")),
+    ("contrast", None),
+    ("baselines.halves", 3),
+    ("baselines.halves.mean", None),
+    ("baselines.halves.sd", -0.5),
+    ("baselines.halves.splits", "20"),
+    ("state", {}),
+    ("card", []),
+    ("card.solver", "restart"),
+    ("card.codec", {}),
+    ("card.nfe", ["1"]),
+]
+
+
+@pytest.mark.parametrize(("place", "value"), CHANGES)
+def test_what_is_wrong_is_named(place: str, value: object) -> None:
+    found: Any = deepcopy(EVALUATION)
+    holder, *parts = found, *place.split(".")
+    for part in parts[:-1]:
+        holder = holder[int(part) if isinstance(holder, list) else part]
+    holder[parts[-1]] = value
+    with pytest.raises(UserError, match=rf"^a\.json is damaged, {place}.*: evaluate again$"):
+        checked(found, Path("a.json"), "evaluate again")
+
+
+def test_a_whole_one_stays_as_it_is() -> None:
+    assert checked(EVALUATION, Path("a.json"), "way out") == EVALUATION
+    old = {name: EVALUATION[name] for name in ("step", "card", "results", "contrast")}
+    assert checked(old, Path("a.json"), "way out") == old | {"weights": "", "protocol": "", "baselines": {}}
+
+
+def test_a_score_that_was_none_stays_none() -> None:
+    found = checked(EVALUATION, Path("a.json"), "way out")
+    assert found["contrast"][0] == {"nfe": 1, "solver": "euler", "fd_grey": 5.5, "fd": None, "fd_sd": 0.5}
+    assert list(found["results"][0]) == ["nfe", "solver", "fd_grey", "fd", "fd_sd"]
