@@ -6,7 +6,7 @@ Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -154,8 +154,7 @@ class Guide(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Formulas:
+class Formulas(NamedTuple):  # as a default of `Needs` no dataclass, which a compiler could not follow
     """Where the formulas of an objective hold."""
 
     paths: tuple[str, ...] = ("linear",)
@@ -163,8 +162,7 @@ class Formulas:
     unit: bool = False  # for data of standard deviation 1, by some constants of it
 
 
-@dataclass(frozen=True)
-class FromTeacher:
+class FromTeacher(NamedTuple):
     """What a loss learns from a teacher."""
 
     velocity: Literal["may", "must", "no"] = "may"  # may: a teacher's can replace v_t; must: the loss asks for it
@@ -343,6 +341,13 @@ class Objective(Protocol):
     def read(self, net: Net) -> Reads:
         """How to sample a net trained so. Does not call it."""
         ...
+
+
+def require_order(**ends: float) -> None:
+    """Raise ValueError where the first of two numbers, given by their names, is above the second."""
+    (low, first), (high, second) = ends.items()
+    if first > second:
+        raise ValueError(f"{low} ({first}) must not be above {high} ({second})")
 
 
 def lift(t: Time | Rows, like: Sample) -> Array:
