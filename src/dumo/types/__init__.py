@@ -179,11 +179,11 @@ class Needs:
     knobs: Mapping[str, float] = field(default_factory=dict)  # inputs a sampler may set, with defaults
     own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # inputs of some heads alone
     signed: bool = False  # the net gets negative times, too
-    formulas: Formulas = Formulas()
+    formulas: Formulas = Formulas()  # noqa: RUF009, a tuple
     laws: Mapping[str, Law] = field(default_factory=dict)  # of what more is drawn for a row, by its name in `drawn`
     slope: Derivative | None = None  # along the flow, if the loss takes it: the field `slope`
     guide: Guide | float | None = None  # what makes v*: the field `guide`, or the scale of guidance, the field `scale`
-    teacher: FromTeacher = FromTeacher()
+    teacher: FromTeacher = FromTeacher()  # noqa: RUF009, a tuple
     group: int = 1  # this many neighbouring rows meet in the loss
     ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
     amplifies: float = 0.0  # how often the rounding of the net is multiplied (`dumo.flow.slope`)
