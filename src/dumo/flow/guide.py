@@ -19,8 +19,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.flow import dropout
-from dumo.runtime.bound import FACTOR
-from dumo.types import Array, Cond, Needs, Noised, Reads, Rows, Sample, Spec, Time, UserError, lift, require_order
+from dumo.runtime.bound import FACTOR, require_order
+from dumo.types import Array, Cond, Needs, Noised, Reads, Rows, Sample, Spec, Time, UserError, lift
 from dumo.types.rows import to_device
 
 Velocity = Callable[[Noised, Cond], Sample]  # (record, condition) -> V at its x_t and t

@@ -16,8 +16,8 @@ from pydantic import Field, model_validator
 from torch import Generator
 
 from dumo.runtime import random
-from dumo.runtime.bound import PASSES
-from dumo.types import Law, PerSample, Time, TimeLaw, require_order
+from dumo.runtime.bound import PASSES, require_order
+from dumo.types import Law, PerSample, Time, TimeLaw
 from dumo.types.rows import split_by_step, spread_evenly
 
 DEVIATION, RHO = 0.5, 7.0  # of data, and rho: EDM (Karras et al. 2022)

@@ -23,7 +23,8 @@ from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive, clipped_share
 from dumo.flow.slope import JvpSlope, Slope, back, demand
 from dumo.flow.times import LogitNormal, Pair, Times
-from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square, require_order
+from dumo.runtime.bound import require_order
+from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
 
 
 class AlphaFlow(Spec):

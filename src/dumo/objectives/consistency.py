@@ -29,7 +29,7 @@ from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
 from dumo.flow.slope import demand
 from dumo.flow.times import DEVIATION, ROOTS, LogitNormal, Times, karras, root
-from dumo.runtime.bound import FACTOR, STEPS
+from dumo.runtime.bound import FACTOR, STEPS, require_order
 from dumo.types import (
     Formulas,
     Frozen,
@@ -43,7 +43,6 @@ from dumo.types import (
     frozen,
     lift,
     mean_square,
-    require_order,
 )
 
 BOUNDARY = 0.3  # TCM

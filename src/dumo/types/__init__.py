@@ -142,16 +142,13 @@ class Guide(Protocol):
     @property
     def scale(self) -> float:
         """The effective guidance scale w; 1 means none."""
-        ...
 
     @property
     def active(self) -> bool:
         """Whether v* differs from v_t at all."""
-        ...
 
     def inside(self, t: Time) -> Rows:
         """Where guidance acts, by the time."""
-        ...
 
 
 class Formulas(NamedTuple):  # as a default of `Needs` no dataclass, which a compiler could not follow
@@ -207,16 +204,13 @@ class Path(Protocol):
     @property
     def kind(self) -> str:
         """The name that `Formulas.paths` lists."""
-        ...
 
     @property
     def sd(self) -> float:
         """The standard deviation of the data, in units of which x is."""
-        ...
 
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
         """Return x_t and its conditional slope v_t = dx_t/dt, given data and noise."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -236,7 +230,7 @@ class Noised:
     moving: tuple[bool, ...] | None = None  # the rows that may have r < t, fixed by place; None: all
     drawn: Mapping[str, Tensor] = field(default_factory=dict)  # by `Needs.laws`
     progress: float = 0.0  # share of the training done, in [0, 1]
-    teacher: Taught | None = None  # what puts another velocity in the place of v_t
+    teacher: Taught | None = None  # gives another velocity instead of v_t
     trail: Trail | None = None  # of the row, at equal steps from t = 0 to 1; None: none but the path
     host: tuple[Time, Rows] | None = None  # t and kept on the CPU, where they were drawn and the record is elsewhere
 
@@ -341,13 +335,6 @@ class Objective(Protocol):
     def read(self, net: Net) -> Reads:
         """How to sample a net trained so. Does not call it."""
         ...
-
-
-def require_order(**ends: float) -> None:
-    """Raise ValueError where the first of two numbers, given by their names, is above the second."""
-    (low, first), (high, second) = ends.items()
-    if first > second:
-        raise ValueError(f"{low} ({first}) must not be above {high} ({second})")
 
 
 def lift(t: Time | Rows, like: Sample) -> Array:
