@@ -122,6 +122,8 @@ def test_a_record_is_on_its_trail(tmp_path: Path) -> None:
     b = noised(draws, run.path, x, c, 2, z=z, between=between, teacher=taught)
     assert torch.equal(b.x_t, torch.stack([trail[i, k] for i, k in enumerate((4 * b.t).int().tolist())]))
     assert torch.allclose(b.v_t, reads.velocity(b.x_t, b.t, c))
+    doubled = noised(draws, run.path, x, c, 2, z=z, between=between, teacher=lambda x, t, c, v: 2 * x)
+    assert torch.equal(doubled.v_t, 2 * b.x_t)
     assert torch.equal(b[3:7].on(b.r[3:7]), b.on(b.r)[3:7])
 
 

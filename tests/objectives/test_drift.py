@@ -11,7 +11,7 @@ from dumo.objectives.drift import RADII, WEIGHT, Drift, drift
 from dumo.run.config.load import load
 from dumo.training.step import together
 from dumo.types import UserError
-from theory.exact import D, Exact, gaussian
+from theory.exact import D
 from theory.formula import Polynomial, gradients
 from theory.pulled import added, drawn, width_gradient
 
@@ -88,8 +88,6 @@ def test_samples_of_another_width_are_moved_back() -> None:
     objective = Drift(slope=JvpSlope(), drop=0.0)
     assert width_gradient(objective, 1.5) < -1e-2 * WEIGHT
     assert width_gradient(objective, 0.6) > 1e-2 * WEIGHT
-    with pytest.raises(ValueError, match="whole groups of 64"):
-        step(objective, Exact(gaussian(), objective.needs), drawn(objective, 16))
 
 
 def test_rows_of_a_group_stay_together() -> None:

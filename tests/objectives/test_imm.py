@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dumo.flow.times import Below, Groups, Uniform
 from dumo.objectives import IMM
-from dumo.types import Frozen, Noised, UserError
+from dumo.types import Frozen, Noised
 from theory.exact import APART, D, Exact, Gaussian, column, record, table
 from theory.formula import Polynomial, changed, gradients
 
@@ -110,13 +110,6 @@ def test_rows_of_a_group_are_compared_with_one_another_only() -> None:
     assert changed.nonzero().flatten().tolist() == [4, 5, 6, 7]
     order = [2, 0, 3, 1, *range(4, 24)]
     assert torch.allclose(o.loss(net, Frozen(net), b[order]).loss, whole, rtol=1e-12)
-
-
-def test_rows_that_are_no_whole_groups_are_refused() -> None:
-    o = IMM()
-    net, b = Polynomial(1), rows(o)
-    with pytest.raises(UserError, match=r"4 rows.*here are 6.*train\.batch"):
-        o.loss(net, Frozen(net), b[:6])
 
 
 def test_distances_are_in_fp32_under_autocast() -> None:

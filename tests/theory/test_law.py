@@ -289,3 +289,12 @@ def test_an_atom_is_a_share_of_the_rows(share: float) -> None:
     there = t == 1
     assert abs(there.double().mean() - share) < 1e-5
     assert uniform(t[~there])
+
+
+def test_dyadic_steps_leave_the_others_to_a_law_of_their_own() -> None:
+    law = Dyadic(flow=LogitNormal(mean=-0.4, std=1.0))
+    (t, r), moving = draws(law), torch.tensor(law.moving(N))
+    assert torch.equal(t[~moving], r[~moving])
+    assert uniform(normal(t[~moving].logit() + 0.4))
+    (t, _), (plain, _) = (some(N, stream(5)) for some in (law, Dyadic()))
+    assert torch.equal(t[moving], plain[moving])

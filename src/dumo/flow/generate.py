@@ -195,10 +195,8 @@ def labels(n: int, classes: int, only: Sequence[int] | None = None) -> Int[Tenso
 
     Raises UserError for a label outside [0, classes), or no image at all.
     """
-    if n < 1:
-        raise UserError(f"{n} images were asked for: ask for at least 1")
-    if n > SAMPLES:
-        raise UserError(f"{n:,} images were asked for: ask for at most {SAMPLES:,}, and for more with another --seed")
+    if not 1 <= n <= SAMPLES:
+        raise UserError(f"{n:,} images cannot be made at once: ask for 1 to {SAMPLES:,}, for more with another --seed")
     wrong = [label for label in only or () if not 0 <= label < classes]
     if wrong:
         there = f"labels run from 0 to {classes - 1}" if classes else "this model has no classes, so give no labels"

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.flow import dropout
-from dumo.runtime.bound import FACTOR
+from dumo.runtime.bound import FACTOR, require_order
 from dumo.types import QUIET, Array, Cond, Needs, Noised, Reads, Rows, Sample, Spec, Time, UserError, lift
 from dumo.types.rows import to_device
 
@@ -38,8 +38,7 @@ class Interval(Spec):
 
     @model_validator(mode="after")
     def _ordered(self) -> "Interval":
-        if self.low > self.high:
-            raise ValueError(f"low ({self.low}) must not be above high ({self.high})")
+        require_order(low=self.low, high=self.high)
         return self
 
 

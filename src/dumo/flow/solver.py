@@ -203,10 +203,8 @@ def taught(solver: Solver, reads: Reads) -> Callable[..., Any]:
 
 def steps(solver: Solver, nfe: int) -> int:
     """The number of steps that make nfe passes. Raises UserError if no number does."""
-    if nfe < 1:
-        raise UserError(f"nfe = {nfe} makes no sample: ask for at least {solver.passes}")
-    if nfe > PASSES:
-        raise UserError(f"nfe = {nfe:,} is more passes than any sample takes: ask for at most {PASSES:,}")
+    if not 1 <= nfe <= PASSES:
+        raise UserError(f"nfe = {nfe:,} is no number of passes for a sample: ask for {solver.passes} to {PASSES:,}")
     if nfe % solver.passes:
         above = nfe + solver.passes - nfe % solver.passes
         raise UserError(

@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 from torch import Generator
 
 from dumo.runtime import random
-from dumo.runtime.bound import PASSES
+from dumo.runtime.bound import PASSES, require_order
 from dumo.types import Law, PerSample, Time, TimeLaw
 from dumo.types.rows import split_by_step, spread_evenly
 
@@ -73,8 +73,7 @@ class Uniform(ToData):
 
     @model_validator(mode="after")
     def _ordered(self) -> "Uniform":
-        if self.low > self.high:
-            raise ValueError(f"low ({self.low}) must not be above high ({self.high})")
+        require_order(low=self.low, high=self.high)
         return self
 
     def one(self, n: int, g: Generator) -> Time:

@@ -16,7 +16,7 @@ from torch import Tensor, cat, equal, nn
 from torch.nn import functional as F
 
 from dumo.nets.block import Block, Magnitude, Preserving, Sizes, Stream, Unit, modulated, normalize, run, shorten
-from dumo.nets.embed import Gauges, Own, Scalars, grid_waves, label_table, turns
+from dumo.nets.embed import Gauges, Own, Scalars, grid_waves, label_table, side_of, turns
 from dumo.nets.precondition import Precondition, framed
 from dumo.nets.text import Text
 from dumo.nets.textblock import Cross, TextEmbedder
@@ -62,12 +62,14 @@ class DiT(Spec):
 
         Raises UserError where the sizes do not fit one another or the images.
         """
-        if len(shape) != 3 or shape[1] != shape[2]:
-            raise UserError(f"net 'dit' takes square images, not samples of shape {shape}: use net.kind mlp")
-        if shape[1] % self.patch:
-            raise UserError(f"net.patch {self.patch} does not divide the image side {shape[1]}")
-        if self.width % self.attention:
-            raise UserError(f"net.attention {self.attention} does not divide net.width {self.width}")
+        side = side_of(shape, self.kind)
+        parted = (
+            ("net.patch", self.patch, "the image side", side),
+            ("net.attention", self.attention, "net.width", self.width),
+        )
+        for name, part, of, whole in parted:
+            if whole % part:
+                raise UserError(f"{name} {part} does not divide {of} {whole}")
         if self.modern and (size := self.width // self.attention) % 4:
             raise UserError(
                 f"net.modern needs attention heads of a multiple of 4 numbers, not net.width / net.attention = {size}: "

@@ -1,6 +1,6 @@
 """Embeddings of numbers: of the times and knobs that an objective names, of classes, and of places on a grid."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import reduce
 from math import log
 from operator import add
@@ -8,7 +8,7 @@ from operator import add
 import torch
 from torch import Tensor, nn
 
-from dumo.types import Array, Needs, Time
+from dumo.types import Array, Needs, Time, UserError
 
 FREQUENCIES = 128  # DiT: 256 features, half cosines, half sines
 PERIOD = 10_000.0  # DiT: the slowest wave is nearly PERIOD times as slow as the quickest
@@ -138,3 +138,10 @@ class Gauges(nn.Module):
     def forward(self, **inputs: Time) -> tuple[Array, ...]:
         """Return one (b,) tensor per gauge."""
         return self.out(self.embed(**inputs)).unbind(1)
+
+
+def side_of(shape: Sequence[int], kind: str) -> int:
+    """The side of square images of this shape. Raises UserError for other samples, which net `kind` does not take."""
+    if len(shape) != 3 or shape[1] != shape[2]:
+        raise UserError(f"net '{kind}' takes square images, not samples of shape {tuple(shape)}: use net.kind mlp")
+    return shape[1]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from dumo.flow import dropout
 from dumo.flow.dropout import Keys, drop
-from dumo.nets.embed import Gauges, Own, Scalars, label_table
+from dumo.nets.embed import Gauges, Own, Scalars, label_table, side_of
 from dumo.nets.precondition import Precondition
 from dumo.runtime.bound import BLOCKS, CHANNELS, FACTOR
 from dumo.types import Array, Cond, Heads, Needs, Sample, Spec, Time, UserError
@@ -53,9 +53,7 @@ class UNet(Spec):
 
         Raises UserError where the sizes do not fit one another or the images.
         """
-        if len(shape) != 3 or shape[1] != shape[2]:
-            raise UserError(f"net 'unet' takes square images, not samples of shape {shape}: use net.kind mlp")
-        if shape[1] % (factor := 2 ** (len(self.multipliers) - 1)):
+        if side_of(shape, self.kind) % (factor := 2 ** (len(self.multipliers) - 1)):
             raise UserError(
                 f"net.multipliers names {len(self.multipliers)} resolutions, so the image side must be a multiple of "
                 f"{factor}, not {shape[1]}"

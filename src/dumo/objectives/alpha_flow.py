@@ -23,6 +23,7 @@ from dumo.flow.reading import mean_velocity
 from dumo.flow.residual import adaptive, clipped_share
 from dumo.flow.slope import JvpSlope, Slope, back, demand
 from dumo.flow.times import LogitNormal, Pair, Times
+from dumo.runtime.bound import require_order
 from dumo.types import Frozen, Needs, Net, Noised, Reads, Sample, Spec, Terms, lift, mean_square
 
 
@@ -42,10 +43,14 @@ class AlphaFlow(Spec):
     end: float = Field(default=5 / 6, ge=0, le=1)  # and when it has come to 0: 1M
 
     @property
+    def gain(self) -> float:
+        """How often the rounding of the net is multiplied."""
+        return 1 / self.snap
+
+    @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        by = 1 / self.snap
-        return Needs(("t", "r"), ("u",), slope=self.slope, guide=self.guide, amplifies=by, phases=self.phases)
+        return Needs(("t", "r"), ("u",), slope=self.slope, guide=self.guide, amplifies=self.gain, phases=self.phases)
 
     @property
     def phases(self) -> tuple[tuple[float, float], ...]:
@@ -57,8 +62,7 @@ class AlphaFlow(Spec):
 
     @model_validator(mode="after")
     def _possible(self) -> "AlphaFlow":
-        if self.begin > self.end:
-            raise ValueError(f"begin ({self.begin}) must not be above end ({self.end})")
+        require_order(begin=self.begin, end=self.end)
         return self
 
     def alpha(self, progress: float) -> float:
@@ -71,7 +75,7 @@ class AlphaFlow(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`AlphaFlowLoss.forward`; its gradient, row by row. Raises UserError where a short step meets bf16."""
-        demand(b, self.needs.amplifies, self.kind)
+        demand(b, self.gain, self.kind)
         alpha, moves = self.alpha(b.progress), b.r < b.t
         with torch.no_grad():
             v_star = self.guide(b, None, lambda b, c: ref(b.x_t, c, t=b.t, r=b.t)[0])

@@ -29,8 +29,21 @@ from dumo.flow.reading import jump_to_data
 from dumo.flow.residual import clipped_share, huber
 from dumo.flow.slope import demand
 from dumo.flow.times import DEVIATION, ROOTS, LogitNormal, Times, karras, root
-from dumo.runtime.bound import FACTOR, STEPS
-from dumo.types import Formulas, Frozen, Needs, Net, Noised, Reads, Spec, Terms, Time, frozen, lift, mean_square
+from dumo.runtime.bound import FACTOR, STEPS, require_order
+from dumo.types import (
+    Formulas,
+    Frozen,
+    Needs,
+    Net,
+    Noised,
+    Reads,
+    Spec,
+    Terms,
+    Time,
+    frozen,
+    lift,
+    mean_square,
+)
 
 BOUNDARY = 0.3  # TCM
 LOG_NORMAL = LogitNormal(mean=-1.1 + log(2), std=2.0)  # sigma = exp(N(-1.1, 4)) on data of standard deviation 0.5
@@ -69,8 +82,7 @@ class KarrasGrid(Spec):
 
     @model_validator(mode="after")
     def _ordered(self) -> "KarrasGrid":
-        if self.first > self.last:
-            raise ValueError(f"first ({self.first}) must not be above last ({self.last})")
+        require_order(first=self.first, last=self.last)
         return self
 
     def steps(self, progress: float) -> int:
@@ -111,11 +123,16 @@ class Consistency(Spec):
     boundary: float = Field(default=BOUNDARY, ge=0, exclude_if=lambda boundary: boundary == BOUNDARY)
 
     @property
+    def gain(self) -> float:
+        """How often the rounding of the net is multiplied."""
+        return inf
+
+    @property
     def needs(self) -> Needs:
         """Rounding is multiplied by r / (t - r), 1 / (1 - t) times sigma_r / (sigma_t - sigma_r): without bound."""
         ref = 0.99 if not self.weighted and self.soft is None else None  # CM's goes from 0.9 to 0.9986; ours
         ref = 1.0 if self.low else ref  # the first stage
-        return Needs(inputs=("t",), heads=("u",), amplifies=inf, formulas=Formulas(unit=True), ref=ref)
+        return Needs(inputs=("t",), heads=("u",), amplifies=self.gain, formulas=Formulas(unit=True), ref=ref)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """One pass with gradients, one without. At t = r, which is at t = 0 and 1 only, a row weighs nothing.
@@ -123,7 +140,7 @@ class Consistency(Spec):
         With `low` rows drawn below it stand on it, and there are two passes without gradients: of theta^-, and of the
         net. Raises UserError where short steps meet bf16.
         """
-        demand(b, self.needs.amplifies, self.kind)
+        demand(b, self.gain, self.kind)
         weight, t = torch.ones_like(b.t), b.t
         if self.low:
             weight, t = weight.masked_fill(t <= self.low, self.boundary), t.clamp(min=self.low)

@@ -49,7 +49,7 @@ class Drift(Pull):
         return replace(super().needs, group=self.size)
 
     def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
-        """No pass. Raises ValueError where rows are no whole groups."""
+        """No pass."""
         v, force = drift((b.z - u).detach(), b.x, b.c, RADII, self.size)
         return Terms(WEIGHT * mean_square(descending(u, v)), {}, {"force": force})
 
@@ -59,10 +59,8 @@ def drift(x: Sample, y: Sample, c: Cond, radii: Sequence[float], group: int) -> 
     """V of samples x (b, ...) towards data y, in units in which each radius has root mean square 1 in each class; and
     that of each row's class before it was brought to 1, in mean over radii: 0 where samples and data agree.
 
-    Rows of the same c in groups of so many see one another. Raises ValueError where rows are no whole groups.
+    Rows of the same c in a group, which are whole, see one another.
     """
-    if len(x) % group:
-        raise ValueError(f"{len(x)} rows are no whole groups of {group}")
     exact = torch.promote_types(x.dtype, torch.float32)
     mine, other = (a.to(exact).flatten(1).unflatten(0, (-1, group)) for a in (x, y))
     same = _same(c, group).to(exact)

@@ -38,7 +38,6 @@ from dumo.types import (
     Spec,
     Terms,
     Time,
-    UserError,
     lift,
 )
 
@@ -61,15 +60,7 @@ class IMM(Spec):
         return Needs(inputs=("t", "r"), heads=("u",), teacher=FromTeacher("no"), formulas=Formulas(unit=True))
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-        """One pass with gradients, one without; every row has its group's loss.
-
-        Raises UserError where the rows are no whole groups.
-        """
-        if len(b.t) % self.times.size:
-            raise UserError(
-                f"objective 'imm' compares {self.times.size} rows with one another, but here are {len(b.t)}: make "
-                "train.batch and train.micro_batch multiples of that"
-            )
+        """One pass with gradients, one without; every row of whole groups has its group's loss."""
         at_q = b.at(self.nearer(b.t, b.r))
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         (u_q,) = ref(at_q.x_t, b.c, t=at_q.t, r=b.r)

@@ -37,14 +37,19 @@ class RCGM(Spec):
     order: int = Field(default=2, ge=1, le=BLOCKS)
 
     @property
+    def gain(self) -> float:
+        """How often the rounding of the net is multiplied."""
+        return 1 / self.step
+
+    @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
         ref = 0.99 if self.order > 1 else None
-        return Needs(("t", "r"), ("u",), signed=self.signed, guide=self.guide, amplifies=1 / self.step, ref=ref)
+        return Needs(("t", "r"), ("u",), signed=self.signed, guide=self.guide, amplifies=self.gain, ref=ref)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`get_rcgm_target` of `methodes.py`. Raises UserError where a short step meets bf16."""
-        demand(b, self.needs.amplifies, self.kind)
+        demand(b, self.gain, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         e, off = self.residual(u_hat, ref, b, self.aim(ref, b))
         return Terms(mean_square(e), {"u": mean_square(e)}, {"clipped_share": clipped_share(off, self.clip)})

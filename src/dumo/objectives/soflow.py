@@ -44,9 +44,14 @@ class SoFlow(Spec):
     floor: float = Field(default=0.01, gt=0)  # eps
 
     @property
+    def gain(self) -> float:
+        """How often the rounding of the net is multiplied."""
+        return 1 / min(self.first, self.last)
+
+    @property
     def needs(self) -> Needs:
         """What the net takes and gives, and the loss takes."""
-        return Needs(inputs=("t", "r"), heads=("u",), guide=self.guide, amplifies=1 / min(self.first, self.last))
+        return Needs(inputs=("t", "r"), heads=("u",), guide=self.guide, amplifies=self.gain)
 
     def ratio(self, progress: float) -> float:
         """(t - l) / (t - r) at a share of the training: exponential from `first` to `last` (`get_middle_time`)."""
@@ -54,7 +59,7 @@ class SoFlow(Spec):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`models.py`, get_velocity_loss and get_consistency_loss. Raises UserError where a short step meets bf16."""
-        demand(b, self.needs.amplifies, self.kind)
+        demand(b, self.gain, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t, r=b.r)
         with torch.no_grad():
             v_star = self.guide(b, None, lambda b, c: self._velocity(ref, b, c))

@@ -42,7 +42,7 @@ class TwinFlow(RCGM):
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`training_step`. Raises UserError where a short step meets bf16."""
-        demand(b, self.needs.amplifies, self.kind)
+        demand(b, self.gain, self.kind)
         (u_hat,), (v_hat,) = net(b.x_t, b.c, t=b.t, r=b.r), net(b.x_t, b.c, t=b.t, r=b.t)
         one = replace(b.at(1.0), r=torch.zeros_like(b.r))
         (u_one,) = net(one.x_t, b.c, t=one.t, r=one.r)

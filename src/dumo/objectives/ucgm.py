@@ -46,11 +46,15 @@ class UCGM(Spec):
     soft: float = Field(default=5.0, ge=0)  # c of the Huber loss: scaled_cbl_eps; 0 for FM+
 
     @property
+    def gain(self) -> float:
+        """How often the rounding of the net is multiplied."""
+        return 0.0 if self.ratio == 1 else self.ratio / (1 - self.ratio)
+
+    @property
     def needs(self) -> Needs:
         """What the net takes and gives, at ratio 0 a velocity, and the loss takes."""
-        derives, heads = self.ratio == 1, ("u",) if self.ratio else ("v",)
-        amplifies = 0.0 if derives else self.ratio / (1 - self.ratio)
-        return Needs(("t",), heads, slope=self.slope if derives else None, amplifies=amplifies)
+        slope = self.slope if self.ratio == 1 else None
+        return Needs(("t",), ("u",) if self.ratio else ("v",), slope=slope, amplifies=self.gain)
 
     def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
         """`training_step` of `methods/unigen.py`. Raises UserError where a short step meets bf16."""
@@ -58,7 +62,9 @@ class UCGM(Spec):
         with torch.no_grad():
             u_star = u_hat - self._pull(off, b.t)
         loss = huber(u_hat - u_star, self.soft) * torch.cos(QUARTER * b.t)  # weight_function
-        return Terms(loss, {self.needs.heads[0]: mean_square(off)}, {"clipped_share": clipped_share(off, self.clip)})
+        return Terms(
+            loss, {"u" if self.ratio else "v": mean_square(off)}, {"clipped_share": clipped_share(off, self.clip)}
+        )
 
     def residual(self, net: Net, b: Noised) -> tuple[Sample, Sample]:
         """F and, without gradients, e. F is aligned with the weights in training."""
@@ -67,7 +73,7 @@ class UCGM(Spec):
             (u_hat,), along = self.slope(net, now, b.x_t, b.c, t=b.t, toward=b.v_t)
             (du_dt,) = along(b.v_t)
             return u_hat, u_hat.detach() + lift(b.t, b.x_t) * du_dt - b.v_t
-        demand(b, self.needs.amplifies, self.kind)
+        demand(b, self.gain, self.kind)
         (u_hat,) = net(b.x_t, b.c, t=b.t)
         with torch.no_grad():
             if self.ratio == 0:

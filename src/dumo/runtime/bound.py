@@ -15,3 +15,10 @@ ROWS = 2**20  # of a batch: 16 times the largest that images were trained with
 SAMPLES = 10**8  # made at once, or by a teacher: its labels alone take 0.8 GB
 STEPS = 10**9
 TOKENS = 2**15  # of a text: the longest that text encoders read
+
+
+def require_order(**ends: float) -> None:
+    """Raise ValueError where the first of two numbers, given by their names, is above the second."""
+    (low, first), (high, second) = ends.items()
+    if first > second:
+        raise ValueError(f"{low} ({first}) must not be above {high} ({second})")

@@ -92,10 +92,8 @@ def launched() -> tuple[int, int]:
 
     Raises UserError where they are no such numbers.
     """
-    rank, world = number("RANK", 0), number("WORLD_SIZE", 1, 1, MOST)
-    if rank >= world:
-        raise UserError(f"RANK={rank} is no rank of WORLD_SIZE={world}: ranks count from 0. {UNSET}")
-    return rank, world
+    world = number("WORLD_SIZE", 1, 1, MOST)
+    return number("RANK", 0, 0, world - 1), world
 
 
 UNSET = "Start by torchrun, which sets it, or unset it"
@@ -244,12 +242,11 @@ def device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.empty(0, device=name).device
+        found = torch.zeros(0, device=name).sum()
+        found.item()  # of `meta` there is none
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"device '{name}' is not available: use auto or cpu") from error
-    if found.type == "meta":
-        raise UserError(f"device '{name}' holds no numbers: use auto or cpu")
-    return found
+    return found.device
 
 
 def versions() -> dict[str, str]:

@@ -101,8 +101,7 @@ def train_step(
     `batch` is this rank's rows of the global one; `loss` the objective's, or a compiled one; `draws` the step's random
     numbers from `draws_of`, or None to draw them here. If the spec says so, the last piece is probed after the update.
     Every rank must call it; `due` on rank 0 says that it is time for a checkpoint, which the record passes on to all.
-    A step whose loss or gradient norm is not finite is counted and not applied, and the record says why. Raises
-    UserError if `spec.ref` is no average of the state.
+    A step whose loss or gradient norm is not finite is counted and not applied, and the record says why.
     """
     mine = Pieces(state, task, batch, spec, loss or task.objective.loss, draws)
     times: list[Time] = []
@@ -189,12 +188,8 @@ def draws_of(task: Task, spec: Train, step: int, shape: Sequence[int], *, z: boo
 
 
 def reference(state: State, choice: Literal["self"] | float) -> Frozen:
-    """theta^-: the weights in training, or the average of a decay. Raises UserError if there is no such average."""
-    if choice == "self":
-        return frozen(state.net)
-    if choice not in state.averages:
-        raise UserError(f"ref: there is no average of decay {choice}; train has {list(state.averages) or 'none'}")
-    return Frozen(state.averages[choice].module)
+    """theta^-: the weights in training, or the average of a decay."""
+    return frozen(state.net) if choice == "self" else Frozen(state.averages[choice].module)
 
 
 def pieces(spec: Train, objective: Objective) -> list[slice]:

@@ -6,7 +6,7 @@ Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -142,20 +142,16 @@ class Guide(Protocol):
     @property
     def scale(self) -> float:
         """The effective guidance scale w; 1 means none."""
-        ...
 
     @property
     def active(self) -> bool:
         """Whether v* differs from v_t at all."""
-        ...
 
     def inside(self, t: Time) -> Rows:
         """Where guidance acts, by the time."""
-        ...
 
 
-@dataclass(frozen=True)
-class Formulas:
+class Formulas(NamedTuple):  # as a default of `Needs` no dataclass, which a compiler could not follow
     """Where the formulas of an objective hold."""
 
     paths: tuple[str, ...] = ("linear",)
@@ -163,8 +159,7 @@ class Formulas:
     unit: bool = False  # for data of standard deviation 1, by some constants of it
 
 
-@dataclass(frozen=True)
-class FromTeacher:
+class FromTeacher(NamedTuple):
     """What a loss learns from a teacher."""
 
     velocity: Literal["may", "must", "no"] = "may"  # may: a teacher's can replace v_t; must: the loss asks for it
@@ -181,11 +176,11 @@ class Needs:
     knobs: Mapping[str, float] = field(default_factory=dict)  # inputs a sampler may set, with defaults
     own: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # inputs of some heads alone
     signed: bool = False  # the net gets negative times, too
-    formulas: Formulas = Formulas()
+    formulas: Formulas = Formulas()  # noqa: RUF009, a tuple
     laws: Mapping[str, Law] = field(default_factory=dict)  # of what more is drawn for a row, by its name in `drawn`
     slope: Derivative | None = None  # along the flow, if the loss takes it: the field `slope`
     guide: Guide | float | None = None  # what makes v*: the field `guide`, or the scale of guidance, the field `scale`
-    teacher: FromTeacher = FromTeacher()
+    teacher: FromTeacher = FromTeacher()  # noqa: RUF009, a tuple
     group: int = 1  # this many neighbouring rows meet in the loss
     ref: float | None = None  # the decay of the average that is theta^- in its source; None: the weights in training
     amplifies: float = 0.0  # how often the rounding of the net is multiplied (`dumo.flow.slope`)
@@ -209,16 +204,13 @@ class Path(Protocol):
     @property
     def kind(self) -> str:
         """The name that `Formulas.paths` lists."""
-        ...
 
     @property
     def sd(self) -> float:
         """The standard deviation of the data, in units of which x is."""
-        ...
 
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
         """Return x_t and its conditional slope v_t = dx_t/dt, given data and noise."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -238,7 +230,7 @@ class Noised:
     moving: tuple[bool, ...] | None = None  # the rows that may have r < t, fixed by place; None: all
     drawn: Mapping[str, Tensor] = field(default_factory=dict)  # by `Needs.laws`
     progress: float = 0.0  # share of the training done, in [0, 1]
-    teacher: Taught | None = None  # what puts another velocity in the place of v_t
+    teacher: Taught | None = None  # gives another velocity instead of v_t
     trail: Trail | None = None  # of the row, at equal steps from t = 0 to 1; None: none but the path
     host: tuple[Time, Rows] | None = None  # t and kept on the CPU, where they were drawn and the record is elsewhere
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.flow.draw import Noise, draw
+from dumo.flow.draw import Noise, draw, drawn
 from dumo.flow.path import Linear
 from dumo.flow.times import Pair, Uniform
-from dumo.objectives import FlowMatching, MeanFlow
+from dumo.objectives import FlowMatching, ImprovedMeanFlow, MeanFlow
 from dumo.runtime.random import stream
 from dumo.types import Needs, Noised, Objective
 
@@ -130,3 +130,16 @@ def test_at_moves_the_rows_in_time() -> None:
     assert torch.equal(other.v_t, -b.v_t)
     assert torch.equal(other.x, b.z)
     assert torch.equal(other.r, b.r)
+
+
+def test_shares_of_what_is_drawn_before_a_step_are_the_whole() -> None:
+    """Whoever draws them: a rank its rows at once, or all, of which it takes its own."""
+    objective, named = ImprovedMeanFlow(), ("t", "r", "z", "kept", "keys", "laws", "moving")
+    whole = drawn(objective, (3, 2), seed=0, step=5, batch=24)
+    for rows in (slice(0, 8), slice(8, 24)):
+        share = drawn(objective, (3, 2), seed=0, step=5, batch=24, rows=rows)
+        for name in named:
+            one, other = (getattr(draws, name) for draws in (share, whole[rows]))
+            one, other = (torch.stack([*v.values()]) if name == "laws" else torch.as_tensor(v) for v in (one, other))
+            assert torch.equal(one, other), name
+    assert drawn(objective, (3, 2), seed=0, step=5, batch=24, z=False).z is None

@@ -213,5 +213,5 @@ def test_labels_out_of_range_are_refused(classes: int, only: list[int], message:
 
 @pytest.mark.parametrize("n", [0, -1])
 def test_no_images_are_refused(n: int) -> None:
-    with pytest.raises(UserError, match="ask for at least 1"):
+    with pytest.raises(UserError, match="ask for 1 to 100,000,000"):
         labels(n, 10)

@@ -55,7 +55,7 @@ def test_one_rank() -> None:
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 is no"),
         ({"WORLD_SIZE": "1000000000"}, "WORLD_SIZE=1000000000 is no"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK=-1 is no whole number from 0"),
-        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is no rank of WORLD_SIZE=2"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 is no whole number from 0 to 1"),
         ({"WORLD_SIZE": "2", "LOCAL_RANK": "1.5"}, "LOCAL_RANK=1.5 is no"),
         ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "٢"}, "LOCAL_WORLD_SIZE=٢ is no"),
         ({"WORLD_SIZE": "2", "MASTER_PORT": "99999"}, "MASTER_PORT=99999 is no whole number from 1 to 65,535"),

@@ -15,13 +15,12 @@ from dumo.flow.path import Linear
 from dumo.runtime import signals
 from dumo.training import loop
 from dumo.training.checkpoint import latest, restore, save
-from dumo.training.ema import Ema
 from dumo.training.loop import Every, compiled, train
 from dumo.training.optim import AdamW, Cosine
 from dumo.training.record import Record
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State, begin
-from dumo.training.step import Task, draws_of, reference
+from dumo.training.step import Task, draws_of
 from dumo.types import Cond, Frozen, Net, Noised, Sample, Terms, UserError
 from unit.training.toy import AVERAGES, CLASSES, OPTIMIZERS, TASK, Small, Toy, batches, run, same, tensors, trained
 
@@ -209,11 +208,3 @@ def test_the_first_average_is_shown() -> None:
 def test_refusals(bad: dict[str, object], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         Train.model_validate({"steps": 2, "batch": 4} | bad)
-
-
-def test_a_reference_that_is_not_there() -> None:
-    with pytest.raises(UserError, match=r"0\.5.*0\.99, 0\.9"):
-        reference(trained(), 0.5)
-    spec = Train(steps=5, batch=12, ema=(Ema(decay=0.7),), ref=0.7)
-    with pytest.raises(UserError, match=r"decay 0\.7"):
-        run(trained(), spec)
