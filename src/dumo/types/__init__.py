@@ -142,13 +142,16 @@ class Guide(Protocol):
     @property
     def scale(self) -> float:
         """The effective guidance scale w; 1 means none."""
+        ...
 
     @property
     def active(self) -> bool:
         """Whether v* differs from v_t at all."""
+        ...
 
     def inside(self, t: Time) -> Rows:
         """Where guidance acts, by the time."""
+        ...
 
 
 class Formulas(NamedTuple):  # as a default of `Needs` no dataclass, which a compiler could not follow
@@ -204,13 +207,16 @@ class Path(Protocol):
     @property
     def kind(self) -> str:
         """The name that `Formulas.paths` lists."""
+        ...
 
     @property
     def sd(self) -> float:
         """The standard deviation of the data, in units of which x is."""
+        ...
 
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
         """Return x_t and its conditional slope v_t = dx_t/dt, given data and noise."""
+        ...
 
 
 @dataclass(frozen=True)
