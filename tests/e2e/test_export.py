@@ -244,7 +244,7 @@ def test_the_card_of_a_run_with_codes_makes_dumos_images(
     monkeypatch.chdir(tmp_path)
     exec(code[1].replace(", 0  #", f", {C}  #"), said)
     assert case.row.back(said["image"][None]).numel() == case.z.numel()
-    told = {**said["told"], **dict(case.row.more), **case.arguments(1), "latents": case.row.into(case.z)}
+    told = {**said["embeds"], **dict(case.row.more), **case.arguments(1), "latents": case.row.into(case.z)}
     image = said["pipe"](**told, height=PIXELS, width=PIXELS, output_type="latent", return_dict=False)[0]
     torch.testing.assert_close(case.row.back(image), case.dumo([], 1), rtol=0, atol=1e-5)
 
@@ -259,11 +259,11 @@ def refused(*words: object) -> str:
 def test_refusals_are_lines_and_leave_nothing(sd3: Case, tuned: Case, trained: dict[str, Path], tmp_path: Path) -> None:
     run, out = sd3.folder / "run", tmp_path / "out"
     assert "is there already" in refused(run, sd3.folder / "out")
-    assert "--to onnx: it is one of diffusers" in refused(run, out, "--to", "onnx")
+    assert "no --to 'onnx'; valid: diffusers" in refused(run, out, "--to", "onnx")
     assert "all weights were tuned" in refused(run, out, "--to", "lora")
     assert "has u, v" in refused(run, out, "--head", "w")
-    assert "--parts move" in refused(run, out, "--parts", "move")
-    assert "--dtype int4" in refused(run, out, "--dtype", "int4")
+    assert "no --parts 'move'" in refused(run, out, "--parts", "move")
+    assert "no --dtype 'int4'" in refused(run, out, "--dtype", "int4")
     assert "net 'mlp'" in refused(trained["moons"], out)
     assert "of kind dit --to diffusers" in refused(trained["digits"], out, "--to", "lora")
     assert "no run's folder" in refused(tmp_path, out)

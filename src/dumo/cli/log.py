@@ -108,10 +108,8 @@ def draw(runs: list[Path], file: Path | None) -> None:
 def send(runs: list[Path], to: str, *, follow: bool) -> None:
     """All rows that the tracker was not sent yet; what was is said on stderr."""
     from dumo.report.tracker import TRACKERS, feed
-    from dumo.run.config.error import nearest
-    from dumo.types import UserError
+    from dumo.run.config.error import require_known
 
-    if to not in TRACKERS:
-        raise UserError(f"there is no tracker '{to}'; {nearest(to, [*TRACKERS])}")
+    require_known("tracker", to, TRACKERS)
     for run, rows in feed(runs, to, follow=follow).items():
         err.print(f"{run}: {rows:,} rows sent to {to}", soft_wrap=True)

@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from dumo.run.conditions import Conditions
 
 
-def begun(text: str) -> list[str]:
-    """The recipes whose names begin so, for the shell to complete; of none it completes files."""
+def complete(text: str) -> list[str]:
+    """The recipes with names that begin so, for the shell to complete; of none it completes files."""
     return [name for name in recipes.names() if name.startswith(text)]
 
 
 Source = Annotated[
     str,
-    typer.Argument(help="A recipe's name (see dumo recipes), a YAML file, or a run's folder.", autocompletion=begun),
+    typer.Argument(help="A recipe's name (see dumo recipes), a YAML file, or a run's folder.", autocompletion=complete),
 ]
 Folder = Annotated[str, typer.Argument(help="A run's folder, such as runs/digits.")]
 Set = Annotated[

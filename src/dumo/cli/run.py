@@ -89,7 +89,7 @@ def train(
     from dumo.run.config.load import default_folder, load
 
     spec, folder = load(source, set_ or []), folder or default_folder(source)
-    with sparing(lean(spec.train, spec.net)):
+    with sparing(sparing_words(spec.train, spec.net)):
         state = train.train(spec, folder, device=device, bar=bar, tell=say, step=step, new_data=new_data)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
@@ -106,7 +106,7 @@ def train(
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
 
 
-def lean(train: "Train", net: "Net") -> str:
+def sparing_words(train: "Train", net: "Net") -> str:
     """How a run would train in less memory."""
     rows = f"train.micro_batch={train.micro_batch}" if train.micro_batch else "all"
     now = f"now {rows} of a rank's of train.batch={train.batch}"

@@ -74,12 +74,12 @@ def acknowledge(number: int) -> None:
 
 def onward() -> str:
     """How to go on, in words."""
-    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # torchrun on several nodes, whose words are not known here
+    if os.environ.get("GROUP_WORLD_SIZE", "1") != "1":  # torchrun on several nodes: their commands are not known
         return "the same torchrun on every node goes on from what is kept"
-    return f"the same command goes on from what is kept:  {shlex.join([*started(), *sys.argv[1:]])}"
+    return f"the same command goes on from what is kept:  {shlex.join([*program(), *sys.argv[1:]])}"
 
 
-def started() -> list[str]:
+def program() -> list[str]:
     """How this program was started, in words for a shell."""
     if "WORLD_SIZE" not in os.environ:
         return ["dumo"]
@@ -88,7 +88,7 @@ def started() -> list[str]:
 
 @contextmanager
 def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
-    """Under torchrun what other ranks say is held back, unless one fails and rank 0 does not: then it says why.
+    """Under torchrun what other ranks say is kept back, unless one fails and rank 0 does not: then it says why.
 
     What fails on all ranks is thus said once. torchrun stops the others as soon as one is gone, so they wait a little.
     Yields how to leave: with an exit code. torch may abort while it takes down what a sharded net leaves behind, after

@@ -82,7 +82,7 @@ def of_tuned(
         exported=exported,
         stock=stock,
         codes=codes,
-        calls=calls(exported, stock, coded(exported, stock) if codes else [PROMPT]),
+        calls=calls(exported, stock, class_words(exported, stock) if codes else [PROMPT]),
         guided=sampler.spec.guide.scale != 1 and stock.off is not None,
         scheduler=scheduler,
         own=own,
@@ -106,13 +106,13 @@ def calls(exported: Exported, stock: Stock, words: list[str]) -> list[tuple[str,
     return found
 
 
-def coded(exported: Exported, stock: Stock) -> list[str]:
+def class_words(exported: Exported, stock: Stock) -> list[str]:
     """The words that ask for an image of a class."""
     data = exported.sampler.data
     pixels = data.codec.factor if isinstance(data, Latents) else stock.side
     height, width = (pixels * n for n in data.shape[1:])
     alone = [] if exported.source else ['output_type="latent"']
-    return ["**told", f"height={height}", f"width={width}", *stock.more, *alone]
+    return ["**embeds", f"height={height}", f"width={width}", *stock.more, *alone]
 
 
 def of_own(sampler: Sampler, made: Provenance, kind: str, name: str, head: str) -> str:

@@ -43,7 +43,7 @@ def write(
     model, or the source's decoder reads other latents than the run has.
     """
     stock, source = require(exported), exported.source
-    index: dict[str, Any] = indexed(source) if source else {"_class_name": stock.pipeline}
+    index: dict[str, Any] = read_index(source) if source else {"_class_name": stock.pipeline}
     if source and parts != "none":
         fits(exported.sampler.data, source)
     exported.model(dtype).save_pretrained(out / TRANSFORMER)
@@ -65,7 +65,7 @@ def write(
     (out / "README.md").write_text(card.of_pipeline(exported, made, stock, index, out_name), encoding="utf-8")
 
 
-def indexed(source: Path) -> dict[str, Any]:
+def read_index(source: Path) -> dict[str, Any]:
     """The model_index.json of a pipeline. Raises UserError for one that is none, or has two transformers."""
     index = read_json(source / INDEX, ANOTHER)
     if not isinstance(index, dict) or (index.get(SECOND) or [None])[0] is not None:

@@ -47,8 +47,8 @@ def tensors(exported: Exported) -> dict[str, Tensor]:
     products = [*adapted(exported.net), *full(exported.net, exported.head)]
     biased = any(bool(bias.any()) for *_, bias in products)
     for path, a, b, bias in products:
-        named = {"lora_A.weight": a, "lora_B.weight": b, **({"lora_B.bias": bias} if biased else {})}
-        found |= {f"{path}.{name}": tensor.detach().contiguous() for name, tensor in named.items()}
+        layer = {"lora_A.weight": a, "lora_B.weight": b, **({"lora_B.bias": bias} if biased else {})}
+        found |= {f"{path}.{name}": tensor.detach().contiguous() for name, tensor in layer.items()}
     return found
 
 

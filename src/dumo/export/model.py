@@ -30,7 +30,7 @@ THOUSAND = 1000  # by which schedulers and pipelines count times (num_train_time
 INDEX = "model_index.json"  # of a pipeline
 SCHEDULER, CONFIG = "scheduler", "scheduler_config.json"  # the folder of a scheduler, and its file
 OWN = ["jumps", "JumpScheduler"]  # the file and class of a scheduler that has its times
-JUMPS = '''"""Times of jumps to the data, for a pipeline that is told none: the first START, the second of two M."""
+JUMPS = '''"""Times of jumps to the data, for a pipeline that takes none: the first START, the second of two M."""
 
 from math import log2
 
@@ -40,10 +40,10 @@ START, M = {start!r}, {m!r}
 
 
 class JumpScheduler(FlowMatchEulerDiscreteScheduler):
-    def set_timesteps(self, num_inference_steps=None, device=None, **told):
+    def set_timesteps(self, num_inference_steps=None, device=None, **given):
         n = num_inference_steps
         times = [START * (M / START) ** log2(n / (n - k)) for k in range(n or 0)]
-        super().set_timesteps(device=device, **told or {{"sigmas": times}})
+        super().set_timesteps(device=device, **given or {{"sigmas": times}})
 '''
 Head = Literal["u", "v"]
 Arguments = dict[str, Any]
@@ -57,7 +57,7 @@ class Stock:
     pipeline: str  # its class
     off: str | None = "guidance_scale"  # the argument that guides beyond what is in the weights; None: there is none
     none: float = 1.0  # its value for no guidance
-    told: tuple[str, ...] = ("sigmas",)  # the arguments that say the times; (): no argument does
+    times: tuple[str, ...] = ("sigmas",)  # the arguments that hold the times; (): no argument does
     seeded: bool = False  # its generator draws the noise between two passes, too
     lora: bool = True  # it has load_lora_weights
     mask: str = ""  # the argument that says which tokens there are, where embeddings are not taken without it
@@ -72,7 +72,7 @@ class Stock:
         Where no argument says the times, their number is said, and the scheduler has them (`JUMPS`).
         """
         said: Arguments = {"sigmas": times, "timesteps": [round(THOUSAND * t, 6) for t in times]}
-        found = {name: said[name] for name in self.told} or {"num_inference_steps": len(times)}
+        found = {name: said[name] for name in self.times} or {"num_inference_steps": len(times)}
         found |= {self.off: self.none + scale - 1} if self.off else {}
         return found if embedded is None else found | {"guidance_scale": embedded}
 
@@ -96,12 +96,12 @@ STOCKS: dict[str, Stock] = {
     "ZImageTransformer2DModel": Stock("ZImagePipeline", none=0.0, lists=True),
     "Lumina2Transformer2DModel": Stock("Lumina2Pipeline", mask="prompt_attention_mask"),
     "AuraFlowTransformer2DModel": Stock("AuraFlowPipeline", mask="prompt_attention_mask"),
-    # told sigmas alone, it tells the net other times
-    "CogView4Transformer2DModel": Stock("CogView4Pipeline", told=("sigmas", "timesteps")),
+    # given sigmas alone, it calls the net at other times
+    "CogView4Transformer2DModel": Stock("CogView4Pipeline", times=("sigmas", "timesteps")),
     "PRXTransformer2DModel": Stock(
-        "PRXPipeline", told=("timesteps",), lora=False, mask="prompt_attention_mask", more=BINS
+        "PRXPipeline", times=("timesteps",), lora=False, mask="prompt_attention_mask", more=BINS
     ),
-    "WanTransformer3DModel": Stock("WanPipeline", told=(), lora=False, more=("num_frames=1",), gives="frames"),
+    "WanTransformer3DModel": Stock("WanPipeline", times=(), lora=False, more=("num_frames=1",), gives="frames"),
 }
 
 
@@ -128,7 +128,7 @@ def forms(spec: Pretrained) -> list[str]:
 
 def stock_of(kind: str, spec: Pretrained) -> Stock | None:
     """The pipeline that runs a class of model, as its net is called; None where no stock pipeline does."""
-    # of SANA the distilled ones alone are told a guidance number, and their pipeline has another path
+    # of SANA the distilled ones alone take a guidance number, and their pipeline has another path
     return None if kind == "SanaTransformer2DModel" and spec.guidance is not None else STOCKS.get(kind)
 
 
@@ -180,7 +180,7 @@ class Exported:
         return model if dtype == "float32" else cast(model, getattr(torch, dtype))
 
 
-def exported(sampler: Sampler, spec: Net, head: Head) -> Exported:
+def of_net(sampler: Sampler, spec: Net, head: Head) -> Exported:
     """The head of a net with this spec. Raises UserError for a net that no stock program knows."""
     if not isinstance(spec, Pretrained) or not isinstance(sampler.net, Dualized):
         raise UserError(
@@ -220,7 +220,7 @@ def write_scheduler(folder: Path, stock: Stock | None, solver: Restart) -> Entry
 
     FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=True).save_pretrained(folder)
     check_scheduler(folder)
-    if stock is None or stock.told:
+    if stock is None or stock.times:
         return ["diffusers", "FlowMatchEulerDiscreteScheduler"]
     (folder / f"{OWN[0]}.py").write_text(JUMPS.format(start=solver.start, m=solver.m), encoding="utf-8")
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))

@@ -6,13 +6,14 @@ from typing import Literal, cast, get_args
 import safetensors.torch
 
 from dumo.export import card, folder, lora, standalone
-from dumo.export.model import Exported, Head, exported
+from dumo.export.model import Exported, Head, of_net
 from dumo.flow.path import Linear
 from dumo.flow.path import Path as FlowPath
 from dumo.io import file as files
 from dumo.io.weights import apart
 from dumo.nets import DiT
 from dumo.objectives import Objective
+from dumo.run.config.error import require_known
 from dumo.run.folder import RunFolder
 from dumo.types import UserError
 
@@ -37,18 +38,17 @@ def export(
     program runs what the run has; OSError where nothing can be written. Then nothing is.
     """
     for name, value, known in (("--to", to, FORMS), ("--parts", parts, folder.PARTS), ("--dtype", dtype, DTYPES)):
-        if value not in known:
-            raise UserError(f"{name} {value}: it is one of {', '.join(known)}")
+        require_known(name, value, known)
     vacant(out)
     sampler, spec, made = opened.sampler, opened.run.net, card.Provenance.of(opened)
     if isinstance(spec, DiT) and to == "diffusers":
-        found = taught(sampler.objective, head)
+        found = choose_head(sampler.objective, head)
         linear(sampler.path)
         with files.whole(out) as half:
             half.mkdir()
             standalone.write(sampler, spec, made, half, out.name, head=found, dtype=dtype)
         return out
-    model = exported(sampler, spec, taught(sampler.objective, head))
+    model = of_net(sampler, spec, choose_head(sampler.objective, head))
     linear(sampler.path)
     with files.whole(out) as half:
         if to == "safetensors":
@@ -74,7 +74,7 @@ def vacant(out: Path) -> None:
         raise UserError(f"{out} is there already: remove it, or give another place")
 
 
-def taught(objective: Objective, head: str | None) -> Head:
+def choose_head(objective: Objective, head: str | None) -> Head:
     """The head to export; None: u where it was taught. Raises UserError for one that was not."""
     has: list[Head] = [one for one in ("u", "v") if one in objective.needs.heads]
     if not has or (head or has[0]) not in has:

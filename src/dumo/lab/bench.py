@@ -23,7 +23,7 @@ from dumo.flow.precision import Precision
 from dumo.flow.reading import reading
 from dumo.flow.solver import Euler, Solver, check
 from dumo.nets import Net
-from dumo.run.config.error import nearest
+from dumo.run.config.error import require_known
 from dumo.run.config.spec import Run
 from dumo.run.plan import machine
 from dumo.runtime import dist, memory
@@ -66,8 +66,7 @@ def quartiles(ratios: Float[Tensor, " rounds"]) -> tuple[float, float, float]:
 def precisions_of(names: Sequence[str], device: torch.device) -> tuple[Precision, ...]:
     """The precisions by name. Raises UserError for an unknown one, or one that this device does not have."""
     for name in names:
-        if name not in get_args(Precision):
-            raise UserError(f"there is no precision '{name}'; {nearest(name, list(get_args(Precision)))}")
+        require_known("precision", name, get_args(Precision))
         if name == "tf32" and device.type != "cuda":
             raise UserError("precision 'tf32' needs a GPU: use fp32 or bf16")
     return cast(tuple[Precision, ...], tuple(names))

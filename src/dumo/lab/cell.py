@@ -1,7 +1,7 @@
 """The cells of a plan trained and measured, each as a run in a folder named after a hash of what trains it.
 
-One that is finished is not run again, one that was stopped goes on, one whose recipe has changed starts anew. Cells
-that begin from others of their plan come after these, whose names stand for their folders.
+One that is finished is not run again, one that was stopped goes on, one with another recipe starts anew. Cells that
+begin from others of their plan come after these; a cell's name stands for its folder.
 """
 
 import os
@@ -46,7 +46,7 @@ def finish_all(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, b
     done: dict[str, Result] = {}
     names = {cell.name for cell in cells}
     while left := [cell for cell in cells if cell.name not in done]:
-        ready = [begun(cell, done, folder.parent) for cell in left if sources(cell, names) <= done.keys()]
+        ready = [with_folders(cell, done, folder.parent) for cell in left if sources(cell, names) <= done.keys()]
         assert ready, [cell.name for cell in left]
         for data in dict.fromkeys(cell.spec.data for cell in ready):
             if isinstance(data, Latents):
@@ -100,7 +100,7 @@ def sources(cell: Cell, names: Collection[str]) -> set[str]:
     return {*names} & {*found}
 
 
-def begun(cell: Cell, done: Mapping[str, Result], parent: Path) -> Cell:
+def with_folders(cell: Cell, done: Mapping[str, Result], parent: Path) -> Cell:
     """The cell with folders for the names of cells."""
     update: dict[str, Any] = {}
     for name in ("start", "teacher"):
@@ -108,12 +108,12 @@ def begun(cell: Cell, done: Mapping[str, Result], parent: Path) -> Cell:
         if (source := done.get(getattr(part, "source", ""))) is not None:
             update[name] = part.model_copy(update={"source": str(source.trained.folder)})
     if cell.weights:
-        source = saved(done[cell.weights], parent, cell.cut)
+        source = save_model(done[cell.weights], parent, cell.cut)
         update["net"] = cell.spec.net.model_copy(update={"source": str(source)})
     return replace(cell, spec=cell.spec.model_copy(update=update))
 
 
-def saved(result: Result, parent: Path, cut: float | None) -> Path:
+def save_model(result: Result, parent: Path, cut: float | None) -> Path:
     """Where diffusers saves the model of a cell, with v's head; with `cut` behind a low-pass, fitted to its outputs."""
     folder = parent / (result.cell.name if cut is None else f"{result.cell.name}-{cut:g}")
     if (folder / "config.json").exists():
@@ -121,13 +121,13 @@ def saved(result: Result, parent: Path, cut: float | None) -> Path:
     net = result.trained.net
     if cut is not None:
         run = result.trained.run
-        net = low_passed(run.objective, run.data, saved(result, parent, None), cut)
+        net = low_pass(run.objective, run.data, save_model(result, parent, None), cut)
     assert isinstance(net, Dualized)
     net.stock("v").save_pretrained(folder)
     return folder
 
 
-def low_passed(objective: Objective, data: Data, folder: Path, limit: float) -> Dualized:
+def low_pass(objective: Objective, data: Data, folder: Path, limit: float) -> Dualized:
     """The model of a folder, its time embedder cut at `limit` rad and fitted again (`dumo.nets.lowpass`)."""
     net = Pretrained(source=str(folder), lowpass=limit).build(objective.needs, data.shape, data.classes)
     net.refit()

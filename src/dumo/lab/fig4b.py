@@ -39,14 +39,14 @@ def finish(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str, bar: 
 
     Raises UserError for several at a time, and for nets of the paper's size without a GPU.
     """
-    if jobs > 1:
-        raise UserError("fig4b times its cells in turn, so that a slow minute slows all alike: leave out --jobs")
     here, results = dist.device(device), list[Result]()
-    sizes = [parameters(cell) for cell in cells]
-    if here.type == "cpu" and max(sizes) > LARGE:
-        raise UserError(
-            f"scale 'paper' of fig4b has nets of up to {max(sizes) / 1e6:.0f} M parameters: it needs a GPU; use laptop"
-        )
+    most, why = max(map(parameters, cells)), ""
+    if jobs > 1:
+        why = "fig4b times its cells in turn, so that a slow minute slows all alike: leave out --jobs"
+    elif here.type == "cpu" and most > LARGE:
+        why = f"scale 'paper' of fig4b has nets of up to {most / 1e6:.0f} M parameters: it needs a GPU; use laptop"
+    if why:
+        raise UserError(why)
     for size in dict.fromkeys(cell.labels["size"] for cell in cells):
         same = [cell for cell in cells if cell.labels["size"] == size]
         steps = [step(cell.spec, here) for cell in same]

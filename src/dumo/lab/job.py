@@ -1,4 +1,4 @@
-"""Work in processes of its own, several at a time: each reports how it ended, and none is left running.
+"""Work in processes of its own, several at a time: each reports how it ended, and none is left.
 
 The executors of the standard library learn that a worker was killed, but not which work it did, and drop all the rest;
 and they pass on no signal.

@@ -1,4 +1,4 @@
-"""Our own plans: what is special in how each is set out. The plans are YAML."""
+"""Our own plans: their tables, charts and pictures, where these are special. The plans are YAML."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Figures and tables of the paper: what is special in how each is set out. Their plans are YAML."""
+"""Figures and tables of the paper: their tables, charts and pictures, where these are special. The plans are YAML."""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -98,7 +98,7 @@ def measured(one: Result) -> Iterator[Row]:
     c = spec.evaluate.protocol.labels(spec.data.classes)
     for step, file in gallery.stages(trained.folder, trained.step).items():
         then = gallery.open_at(trained, step, file)
-        for reading in gallery.chosen(then.sampler, None, JUDGED):
+        for reading in gallery.choose(then.sampler, None, JUDGED):
             for n in JUDGED:
                 scores = row(then.sampler, evaluator, reading.at(n), n, c, spec.evaluate.seed)
                 passes_solver_distance = islice(scores.items(), 3)

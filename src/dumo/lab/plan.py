@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from dumo.io.yaml import parse
-from dumo.run.config.error import nearest
+from dumo.run.config.error import require_known
 from dumo.run.config.load import load
 from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
@@ -114,7 +114,7 @@ class Arm(Spec):
     steps: int | None = None  # the arms after it cost as much as these steps
     share: float = 1.0  # of that cost
     only: dict[str, Any] = Field({})  # the scale, or the value of an outer axis, at which there is this arm
-    weights: str | None = None  # a cell, of whose net it begins, as diffusers saves it
+    weights: str | None = None  # a cell: it begins from its net, as diffusers saves it
     cut: float | None = None  # rad: behind a low-pass that is fitted once (`dumo.nets.lowpass`)
 
 
@@ -155,11 +155,11 @@ class Plan(Spec):
     def cells(self, scale: str) -> "Iterator[Cell]":
         """All runs of the plan, arm by arm, seed by seed."""
         at = self.at(scale)
-        for outer, sets in combined(at.vary):
+        for outer, sets in combinations(at.vary):
             budget = Budget(self, at, outer.get("budget", 1.0))
             for arm in at.arms or self.arms:
                 if all({"scale": scale, **outer}[name] == value for name, value in arm.only.items()):
-                    for inner, more in combined(arm.vary):
+                    for inner, more in combinations(arm.vary):
                         yield from self._cells(arm, at, budget, outer | inner, (*sets, *arm.set, *more), scale)
 
     def _cells(
@@ -167,7 +167,7 @@ class Plan(Spec):
     ) -> "Iterator[Cell]":
         """The runs of one arm, at one value of each axis."""
         recipe = at.recipes.get(arm.recipe, arm.recipe)
-        sets = (*self.set, *at.set, *(trained_by(arm.by, recipe) if arm.by else ()), *sets)
+        sets = (*self.set, *at.set, *(training_of(arm.by, recipe) if arm.by else ()), *sets)
 
         def spec(seed: int | None) -> Run:
             values = {**at.values, **axes, "seed": seed}
@@ -223,7 +223,7 @@ class Cell:
     cut: float | None = None
 
 
-def combined(axes: Mapping[str, Mapping[Any, tuple[str, ...]]]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+def combinations(axes: Mapping[str, Mapping[Any, tuple[str, ...]]]) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Every combination of values, with its settings."""
     for values in product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
@@ -236,7 +236,7 @@ def slug(text: str) -> str:
 
 
 @cache
-def trained_by(recipe: str, host: str) -> tuple[str, ...]:
+def training_of(recipe: str, host: str) -> tuple[str, ...]:
     """What makes the recipe `host` train as `recipe`: objective, path, preconditioning, theta^- and solver.
 
     Dropped labels and guidance, if both objectives have them, stay the host's; so do its data, net and training.
@@ -268,12 +268,11 @@ def names() -> list[str]:
 
 def read(name: str) -> Plan:
     """A plan. Raises UserError where there is none of this name."""
-    if name not in names():
-        raise UserError(f"there is no figure or table '{name}'; {nearest(name, names())}")
+    require_known("figure or table", name, names())
     tree = parse((PLANS / f"{name}.yaml").read_text(encoding="utf-8"))
     tree.pop("let", None)  # anchors
     for part in (tree, *tree["scales"].values()):
-        part["arms"] = [labelled(arm, tree["columns"]) for arm in part.get("arms", ())]
+        part["arms"] = [with_labels(arm, tree["columns"]) for arm in part.get("arms", ())]
     plan = Plan(name=name, **tree)
     if plan.arms_of is None:
         return plan
@@ -282,7 +281,7 @@ def read(name: str) -> Plan:
     return plan.model_copy(update={"arms": (*plan.arms, *more)})
 
 
-def labelled(arm: dict[str, Any], columns: list[str]) -> dict[str, Any]:
+def with_labels(arm: dict[str, Any], columns: list[str]) -> dict[str, Any]:
     """An arm, its columns in a mapping of their own."""
     labels = {name: arm[name] for name in columns if name in arm}
     return {"labels": labels, **{name: value for name, value in arm.items() if name not in columns}}

@@ -2,7 +2,7 @@
 
 Batches are made as training makes them, ahead of a step that takes no time, by several numbers of threads, of rows that
 were not read before. A few are made before the clock starts, and as many are begun when it stops, so that neither
-counts. Only those are held, however large the data set is.
+counts. Only those are in memory, however large the data set is.
 """
 
 import os
@@ -81,7 +81,7 @@ def measure(
     here, source = dist.device(device), reading.data.open()
     decodes = isinstance(source, Album) and source.kept is None
     counts = (threads or powers(os.cpu_count() or 1)) if decodes else [None]
-    seconds, origin = (step_seconds, "given") if step_seconds else counted(reading, here)
+    seconds, origin = (step_seconds, "given") if step_seconds else step_seconds_of(reading, here)
     needed = reading.batch / seconds if seconds else None
     rates: list[float] = []
     with bar("reading", len(counts) * (WARM + batches)) as tick:
@@ -124,7 +124,7 @@ def speed(source: Source, batch: int, steps: range, device: torch.device, tick: 
         return batch * (len(steps) - WARM) / (machine.now(device) - began)
 
 
-def counted(reading: Reading, device: torch.device) -> tuple[float | None, str | None]:
+def step_seconds_of(reading: Reading, device: torch.device) -> tuple[float | None, str | None]:
     """Seconds of the run's step at a usual share of the GPU's peak, and their origin; None without run or peak."""
     peak = machine.peak_tflops(device)
     if (cost := reading.cost) is None or peak is None:

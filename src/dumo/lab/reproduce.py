@@ -18,7 +18,7 @@ from dumo.lab.cell import Result
 from dumo.lab.plan import SCALES, Plan, read
 from dumo.lab.table import Row, averaged, from_cells, markdown
 from dumo.run.config import recipes
-from dumo.run.config.error import nearest
+from dumo.run.config.error import require_known
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import UserError
@@ -30,7 +30,7 @@ def ranking(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
 
 
 def samples(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
-    """What all arms make, for a plan that wants it."""
+    """A picture of what all arms make, for a plan with `samples`."""
     if not plan.samples:
         return []
     path = folder / f"{plan.name}-samples.png"
@@ -45,7 +45,7 @@ def none(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
 
 @dataclass(frozen=True)
 class View:
-    """How the results of a plan are set out."""
+    """How the results of a plan are shown."""
 
     table: Callable[[Plan, list[Result]], list[Row]] = lambda plan, results: averaged(results)
     charts: Callable[[Plan, list[Row]], dict[str, Image.Image]] = ranking
@@ -77,8 +77,7 @@ def reproduce(
     Raises UserError for an unknown name, or a scale that it does not have.
     """
     chosen, view = read(name), VIEWS.get(name, View())
-    if scale not in SCALES:
-        raise UserError(f"there is no scale '{scale}'; {nearest(scale, list(SCALES))}")
+    require_known("scale", scale, SCALES)
     chosen.at(scale)
     folder = folder or Path("runs/reproduce") / f"{name}-{scale}"
     file.check_writable(folder)

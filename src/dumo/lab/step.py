@@ -22,7 +22,7 @@ from dumo.io.read import finite
 from dumo.lab import bench
 from dumo.lab.bench import Times
 from dumo.objectives import Objective as AnyObjective
-from dumo.run.config.error import nearest
+from dumo.run.config.error import require_known
 from dumo.run.config.spec import Run
 from dumo.run.plan import cost, machine
 from dumo.run.plan.cost import Bytes
@@ -94,7 +94,7 @@ class Setting:
         """The row with all that needs no clock, and the step to time: None where it cannot be made."""
         try:
             step = self.step(row, objective)
-            return self.counted(self.judged(row, objective), objective, step), step
+            return self.count(self.judge(row, objective), objective, step), step
         except (UserError, torch.OutOfMemoryError) as error:
             if row.slope == PLAIN:
                 raise
@@ -123,7 +123,7 @@ class Setting:
         """Inside, blocks that were compiled for other rows run as they were written."""
         return nullcontext() if row.compile == self.compile else torch.compiler.set_stance("force_eager")
 
-    def judged(self, row: Row, objective: Objective) -> Row:
+    def judge(self, row: Row, objective: Objective) -> Row:
         """The row with the error of its slope. A loss that is compiled whole is judged as it was written."""
         if row.slope == PLAIN:
             return row
@@ -132,7 +132,7 @@ class Setting:
         with using(row.precision, self.device), self.eager(row):
             return replace(row, error=slope_error(self.net, self.ref, objective, b))
 
-    def counted(self, row: Row, objective: Objective, step: Work) -> Row:
+    def count(self, row: Row, objective: Objective, step: Work) -> Row:
         """The row with its way, operations and bytes: counted on a CPU, on a GPU what its allocator handed out."""
         given = self.outline, objective, self.path, self.shape
         rows, ref = self.train.batch, self.train.ref
@@ -174,7 +174,7 @@ def measure(
 
     flops = cost.forward_flops(setting.outline, run.objective, shape)
     peak = peak_tflops or machine.peak_tflops(here)
-    rows = compared(tried, seconds, run.train.batch, run.train.batch * flops / (1e12 * peak) if peak else None)
+    rows = compare(tried, seconds, run.train.batch, run.train.batch * flops / (1e12 * peak) if peak else None)
     return {
         "net": run.net.model_dump(),
         "objective": run.objective.model_dump(mode="json"),
@@ -192,8 +192,7 @@ def measure(
 
 def prepare(run: Run, shape: tuple[int, ...], device: torch.device, compile: str) -> Setting:
     """Build the net, and compile its blocks for `compile` blocks. Raises UserError where it has none."""
-    if compile not in COMPILE:
-        raise UserError(f"there is no way to compile '{compile}'; {nearest(compile, list(COMPILE))}")
+    require_known("way to compile", compile, COMPILE)
     needs, classes = run.objective.needs, run.data.classes
     net = bench.build(run.net, needs, shape, classes, device, run.train.batch)
     ref = frozen(net) if run.train.ref == "self" else Frozen(copy.deepcopy(net))
@@ -215,8 +214,7 @@ def variants(
     own = objective.needs.slope
     chosen = (SLOPES if own else ()) if slopes is None else [name for name in slopes if name != PLAIN]
     for name in chosen:
-        if name not in SLOPES:
-            raise UserError(f"there is no slope '{name}'; {nearest(name, [*SLOPES, PLAIN])}")
+        require_known("slope", name, [*SLOPES, PLAIN])
         if own is None:
             raise UserError(f"objective '{objective.kind}' has no slope: only '{PLAIN}', its plain step, can be timed")
     for precision in precisions:
@@ -239,7 +237,7 @@ def refusal(slope: Any, precision: Precision, time_scale: float) -> str | None: 
     return None
 
 
-def compared(tried: Sequence[tuple[Row, Work | None]], seconds: Times, batch: int, rate: float | None) -> Iterator[Row]:
+def compare(tried: Sequence[tuple[Row, Work | None]], seconds: Times, batch: int, rate: float | None) -> Iterator[Row]:
     """The rows with their times over their yardstick's, and their bytes over central's.
 
     `rate`: seconds that a forward pass of the batch would take at the GPU's peak.

@@ -21,6 +21,7 @@ from dumo.flow.solver import Euler, Fresh, Heun, check
 from dumo.io import picture
 from dumo.io.read import brief
 from dumo.report.page import NEAR, POINTS
+from dumo.run.config.error import require_known
 from dumo.run.gallery import POINTS as SCATTERED
 from dumo.run.gallery import Reading, readings
 from dumo.run.prompt import prompted
@@ -85,8 +86,7 @@ class Live:
 
     def reading(self, letter: str) -> Reading:
         """The way to sample of this letter. Raises UserError where it was not taught."""
-        if letter not in self.readings:
-            raise UserError(f"there is no reading '{brief(letter)}' of this run: take {' or '.join(self.readings)}")
+        require_known("reading", brief(letter), self.readings)
         return self.readings[letter]
 
     def condition(self, text: str) -> int:
@@ -195,17 +195,17 @@ def passes(live: Live, what: str, seed: str) -> Iterator[Answer]:
     line = f"Objective {kind} teaches no {' and no '.join(lacks)}." if lacks else ""
     for letter, reading in live.readings.items():
         for i, nfe in enumerate(PASSES):
-            cells[letter][i] = tried(live, reading, nfe, c, fresh, late)
+            cells[letter][i] = attempt(live, reading, nfe, c, fresh, late)
             yield Answer([Row(live.readings[name].title, [*row]) for name, row in cells.items()], line)
 
 
-def tried(live: Live, reading: Reading, nfe: int, c: int, fresh: Fresh, late: float) -> Cell:
+def attempt(live: Live, reading: Reading, nfe: int, c: int, fresh: Fresh, late: float) -> Cell:
     """A sample as a cell, with its passes and time, or why there is none."""
     try:
         made = live.make(reading, nfe, c, fresh, late)
-        return Cell(drawn(live, made.x)[0], f"{counted(made.nfe)}, {lasted(made.seconds)}")
+        return Cell(pictures(live, made.x)[0], f"{passes_text(made.nfe)}, {seconds_text(made.seconds)}")
     except UserError as error:
-        return Cell(None, f"{counted(nfe)}: {error}")
+        return Cell(None, f"{passes_text(nfe)}: {error}")
 
 
 def seeds(live: Live, what: str, seed: str, letter: str) -> Iterator[Answer]:
@@ -216,9 +216,9 @@ def seeds(live: Live, what: str, seed: str, letter: str) -> Iterator[Answer]:
     for nfe in PASSES:
         try:
             made = live.make(reading, nfe, c, live.fresh(some), late)
-            columns.append([Cell(one, counted(made.nfe)) for one in drawn(live, made.x)])
+            columns.append([Cell(one, passes_text(made.nfe)) for one in pictures(live, made.x)])
         except UserError as error:
-            columns.append([Cell(None, f"{counted(nfe)}: {error}")] * SEEDS)
+            columns.append([Cell(None, f"{passes_text(nfe)}: {error}")] * SEEDS)
         rows = zip(some, zip(*columns, strict=True), strict=True)
         yield Answer([Row(f"seed {n}", cells) for n, cells in rows])
 
@@ -230,12 +230,10 @@ def interpolation(live: Live, what: str, seed: str, other: str, letter: str, nfe
         raise UserError(f"both seeds are {a}: there is no way between them, give another one")
     made = live.make(live.reading(letter), nfe, c, between(live.fresh([a]), live.fresh([b]), STEPS))
     notes = [f"seed {a}", *(f"{k}/{STEPS - 1}" for k in range(1, STEPS - 1)), f"seed {b}"]
-    cells = [Cell(one, note) for one, note in zip(drawn(live, made.x), notes, strict=True)]
-    yield Answer(
-        [Row("", cells)],
-        f"{counted(made.nfe)} each, {lasted(made.seconds)} for all. Noises at equal angles on the quarter circle from "
-        f"that of seed {a} to that of seed {b}.",
-    )
+    cells = [Cell(one, note) for one, note in zip(pictures(live, made.x), notes, strict=True)]
+    cost = f"{passes_text(made.nfe)} each, {seconds_text(made.seconds)} for all."
+    where = f"Noises at equal angles on the quarter circle from that of seed {a} to that of seed {b}."
+    yield Answer([Row("", cells)], f"{cost} {where}")
 
 
 def neighbours(live: Live, what: str, seed: str, letter: str, nfe: int) -> Iterator[Answer]:
@@ -243,19 +241,19 @@ def neighbours(live: Live, what: str, seed: str, letter: str, nfe: int) -> Itera
     c, first, reading = live.condition(what), seed_of(seed), live.reading(letter)
     some = range(first, first + SAMPLES)
     made = live.make(reading, nfe, c, live.fresh(some))
-    samples = Row("samples", [Cell(one, f"seed {n}") for n, one in zip(some, drawn(live, made.x), strict=True)])
+    samples = Row("samples", [Cell(one, f"seed {n}") for n, one in zip(some, pictures(live, made.x), strict=True)])
     try:
         (real, size), spacing = live.data, live.spacing
     except (UserError, OSError) as error:
         yield Answer([samples], f"The data are not here, so no image is compared: {error}")
         return
     far, places = nearest(real, made.x)
-    found = zip(drawn(live, real[places]), far.tolist(), strict=True)
+    found = zip(pictures(live, real[places]), far.tolist(), strict=True)
     nearests = Row("nearest", [Cell(one, f"distance {d:.2f}") for one, d in found])
-    yield Answer([samples, nearests], compared(len(real), size, spacing))
+    yield Answer([samples, nearests], distance_text(len(real), size, spacing))
 
 
-def compared(rows: int, size: int | None, spacing: float) -> str:
+def distance_text(rows: int, size: int | None, spacing: float) -> str:
     """What a distance is, among how many images, and how far these lie from one another."""
     among = f"all {rows:,}" if rows == size else f"{rows:,} of {size:,}" if size else f"{rows:,}"
     return (
@@ -265,7 +263,7 @@ def compared(rows: int, size: int | None, spacing: float) -> str:
     )
 
 
-def drawn(live: Live, x: Sample) -> list[Image.Image]:
+def pictures(live: Live, x: Sample) -> list[Image.Image]:
     """Samples as pictures: one each, of points one for all. Raises UserError where they are no finite numbers."""
     if not live.sampler.is_image:
         return [picture.scatter(live.data[0], {"": x})]
@@ -280,11 +278,11 @@ def seed_of(text: str) -> int:
     return int(word)
 
 
-def counted(nfe: int) -> str:
+def passes_text(nfe: int) -> str:
     """'1 pass', '2 passes'."""
     return f"{nfe} pass{'es' * (nfe != 1)}"
 
 
-def lasted(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
     """'12 ms', '3.4 s'."""
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"

@@ -124,14 +124,14 @@ def button(answers: Callable[..., Iterator[Answer]], explain: Explain, *inputs: 
 
     def work(*given: object) -> Iterator[str]:
         try:
-            yield from map(rendered, answers(*given))
+            yield from map(render, answers(*given))
         except Exception as error:
-            raise gr.Error(said(error, explain), print_exception=False) from None
+            raise gr.Error(error_text(error, explain), print_exception=False) from None
 
     pressed.click(work, [*inputs], place, concurrency_id="device", concurrency_limit=1)
 
 
-def rendered(shown: Answer) -> str:
+def render(shown: Answer) -> str:
     """An answer as HTML: the pictures row by row, small ones with their pixels as squares, and their words."""
     loader = jinja2.FileSystemLoader(HERE)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
@@ -139,7 +139,7 @@ def rendered(shown: Answer) -> str:
     return environment.get_template("answer.html.j2").render(answer=shown, small=READABLE)
 
 
-def said(error: Exception, explain: Explain) -> str:
+def error_text(error: Exception, explain: Explain) -> str:
     """What a person reads of an error; of a defect no more than that the terminal has its trace."""
     if isinstance(error, Stopped):
         return "this page is being closed"

@@ -202,7 +202,7 @@ def curves(runs: Mapping[str, Sequence[log.Row]]) -> Image.Image:
 
 def panels(runs: Mapping[str, Sequence[log.Row]]) -> Figure:
     """The figure of these runs, by name."""
-    found = {name: measured(rows) for name, rows in runs.items()}
+    found = {name: series(rows) for name, rows in runs.items()}
     titles = list(dict.fromkeys(title for one in found.values() for title in one))
     down, across = -(-len(titles) // ACROSS), min(ACROSS, len(titles))
     with rc_context(STYLE):
@@ -224,7 +224,7 @@ def panels(runs: Mapping[str, Sequence[log.Row]]) -> Figure:
     return figure
 
 
-def measured(rows: Sequence[log.Row]) -> dict[str, Points]:
+def series(rows: Sequence[log.Row]) -> dict[str, Points]:
     """What the rows measured, by name, each at the steps at which it is a finite number."""
     found: dict[str, Points] = {}
     for row in rows:

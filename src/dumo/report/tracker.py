@@ -26,7 +26,6 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from dumo.io import file
-from dumo.run.config.load import FILE as SPEC
 from dumo.run.config.load import load
 from dumo.run.speed import LOG, logged
 from dumo.runtime import signals
@@ -114,7 +113,7 @@ class Trackio:
             auto_log_gpu=False,
             auto_log_cpu=False,
         )
-        trackio.context_vars.current_run.set(None)  # it would be closed where another one is opened
+        trackio.context_vars.current_run.set(None)  # else the next one to open would close it
 
     def send(self, step: int, at: float | None, values: dict[str, float]) -> None:
         """One row."""
@@ -160,18 +159,16 @@ def values(row: Row) -> dict[str, float]:
 
 
 class Feed:
-    """One run's log to one tracker, which is opened when there is something to send."""
+    """One run's log to one tracker, which opens when there is something to send."""
 
     def __init__(self, folder: Path, kind: str) -> None:
         """Go on where the last feed ended. Raises UserError where there is no run, or no log yet."""
-        if not (folder / SPEC).is_file():
-            raise UserError(f"{folder} is no run's folder (it has no {SPEC}): give one, such as runs/digits")
+        chain = digests(logged(folder))
         self.folder, self.kind, self.config = folder, kind, load(str(folder)).model_dump(mode="json")
         self.tracker: Tracker | None = None
         self.looked: tuple[int, int, int] | None = None  # at which file, when
-        past = self.tracked().get(kind)
+        past = self.past().get(kind)
         self.key: str = past["key"] if past else token_hex(4)
-        chain = chained(logged(folder))
         known = bool(past) and 0 < past["rows"] <= len(chain) and chain[past["rows"] - 1] == past["digest"]
         self.chain = chain[: past["rows"]] if past and known else []  # of what was sent
         self.anew = bool(past) and not known
@@ -181,7 +178,7 @@ class Feed:
         if (looked := self.look()) == self.looked:
             return 0
         rows, self.looked = logged(self.folder), looked
-        chain = chained(rows)
+        chain = digests(rows)
         n = len(self.chain)
         if chain == self.chain[: len(chain)]:  # nothing new, or rewound: the rest will come again
             return 0
@@ -193,7 +190,7 @@ class Feed:
         for row in rows[n:]:
             self.tracker.send(row["step"], row.get("speed", {}).get("at"), values(row))
         self.chain = chain
-        now = {**self.tracked(), self.kind: {"key": self.key, "rows": len(chain), "digest": chain[-1]}}
+        now = {**self.past(), self.kind: {"key": self.key, "rows": len(chain), "digest": chain[-1]}}
         file.write(self.folder / FILE, json.dumps(now, indent=2).encode(), writer="")
         return len(chain) - n
 
@@ -203,7 +200,7 @@ class Feed:
             self.tracker.close()
             self.tracker = None
 
-    def tracked(self) -> dict[str, Any]:
+    def past(self) -> dict[str, Any]:
         """What each tracker was sent. Raises UserError where that cannot be read."""
         path = self.folder / FILE
         try:
@@ -220,8 +217,7 @@ class Feed:
 def feed(folders: Sequence[Path], kind: str, *, follow: bool = False) -> dict[Path, int]:
     """Send the logs of these runs to a tracker; how many rows of each were new.
 
-    `follow`: go on as they grow, until stopped. Raises UserError as `Feed` and the tracker do, Stopped where a signal
-    asked for it.
+    `follow`: go on as they grow, until stopped. Raises UserError as `Feed` and the tracker do, Stopped at a signal.
     """
     feeds = [Feed(folder, kind) for folder in folders]
     sent = dict.fromkeys(folders, 0)
@@ -239,7 +235,7 @@ def feed(folders: Sequence[Path], kind: str, *, follow: bool = False) -> dict[Pa
                 one.close()
 
 
-def chained(rows: Sequence[Row]) -> list[str]:
+def digests(rows: Sequence[Row]) -> list[str]:
     """A digest after each row, of all rows up to it; of what the run measured, not of the machine's speed."""
 
     def add(digest: str, row: Row) -> str:

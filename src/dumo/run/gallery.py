@@ -44,7 +44,7 @@ class Reading:
     @property
     def name(self) -> str:
         """The letter and the solver, on two lines."""
-        return f"{self.letter} by\n{titled(self.solver)}"
+        return f"{self.letter} by\n{solver_title(self.solver)}"
 
     def at(self, nfe: int) -> Solver:
         """The solver of this number of passes: Euler where this one's steps take more than one and do not divide."""
@@ -94,13 +94,13 @@ def trajectories(
     step, reading, label or nfe that is not there.
     """
     sampler, found = opened.sampler, stages(opened.folder, opened.step, steps)
-    ways = chosen(sampler, letters, nfe)
+    ways = choose(sampler, letters, nfe)
     nfe = nfe or within(PASSES, sampler, ways)
     c = sampler.conditions.in_turn(count or (COUNT if sampler.is_image else POINTS), only)
     behind = None if sampler.is_image else real_data(sampler.data).reference(2 * POINTS, sampler.spec.seed)[0]
     panels: dict[Reading, dict[int, Image.Image]] = {reading: {} for reading in ways}
     with bar("sampling trajectories", len(found) * len(ways) * sum(nfe)) as tick:
-        tick = counted(tick)
+        tick = summed(tick)
         for step, file in found.items():
             then = open_at(opened, step, file).sampler
             for reading in ways:
@@ -124,7 +124,7 @@ def panel(
     for n in nfe:
         solver = reading.at(n)
         found = sampler.sample(c, nfe=n, seed=seed, solver=solver)
-        title = f"NFE {found.nfe}" + ("" if solver is reading.solver else f"\n{titled(solver)}")
+        title = f"NFE {found.nfe}" + ("" if solver is reading.solver else f"\n{solver_title(solver)}")
         columns[title] = singles(found.x) if behind is None else [picture.scatter(behind, {"": found.x})]
         tick(n, f"{note}, {n}")
     conditions = sampler.conditions
@@ -150,7 +150,7 @@ def class_grids(
     None: u if taught, else v. Raises UserError as `trajectories`, and where there are no classes.
     """
     sampler, found = opened.sampler, stages(opened.folder, opened.step, (opened.step,) if steps == () else steps)
-    ways = chosen(sampler, letters or sorted(readings(sampler))[:1], nfe)
+    ways = choose(sampler, letters or sorted(readings(sampler))[:1], nfe)
     nfe = nfe or within((1,), sampler, ways)
     data, n = sampler.data, sampler.data.classes
     if not n or not sampler.is_image:
@@ -158,7 +158,7 @@ def class_grids(
     classes = labels(len(classes), n, classes).tolist() if classes else range(n)
     grids: dict[tuple[Reading, int, int], Image.Image] = {}
     with bar("sampling class grids", len(found) * len(ways) * sum(nfe)) as tick:
-        tick = counted(tick)
+        tick = summed(tick)
         for step, file in found.items():
             then = open_at(opened, step, file).sampler
             for reading, n in ((reading, n) for reading in ways for n in nfe):
@@ -176,7 +176,7 @@ def class_grid(
     solver = reading.at(nfe)
     found = joined(sampler.batches(every, nfe=nfe, seed=seed, solver=solver, indices=some))
     sheets = [picture.sheet(part, across(count)) for part in picture.to_rows(found.x).split(count)]
-    names = map(titled_class, map(sampler.conditions.name, classes))
+    names = map(class_title, map(sampler.conditions.name, classes))
     blocks = [labelled([("", [sheet])], [name]) for name, sheet in zip(names, sheets, strict=True)]
     pixels = torch.from_numpy(np.stack([np.asarray(block) for block in blocks]))
     page = picture.sheet(pixels, across(len(blocks)), scale=1, gap=GAP)
@@ -184,7 +184,7 @@ def class_grid(
     return labelled([(name, [page])], [f"step {step:,}, NFE {found.nfe}"])
 
 
-def titled_class(name: str) -> str:
+def class_title(name: str) -> str:
     """The name of a class; with a word before it where it is a number."""
     return f"class {name}" if name.isdigit() else name
 
@@ -233,7 +233,7 @@ def stages(folder: Path, last: int, steps: Sequence[int] | None = None) -> dict[
     return {step: there[step] for step in (there if steps is None else steps)}
 
 
-def titled(solver: Solver) -> str:
+def solver_title(solver: Solver) -> str:
     """Its name as a title."""
     return solver.kind.replace("_", " ").title()
 
@@ -246,7 +246,7 @@ def open_at(opened: RunFolder, step: int, file: Path | None) -> RunFolder:
     return replace(opened, net=net, step=step, weights=str(file.relative_to(opened.folder)))
 
 
-def chosen(sampler: Sampler, letters: Sequence[str] | None, nfe: Sequence[int] | None) -> list[Reading]:
+def choose(sampler: Sampler, letters: Sequence[str] | None, nfe: Sequence[int] | None) -> list[Reading]:
     """The readings of these letters, v by Heun's steps. Raises UserError for one not taught, or nfe out of reach."""
     there = readings(sampler, Heun())
     for letter in letters or ():
@@ -270,7 +270,7 @@ def across(n: int) -> int:
     return next(k for k in range(1, n + 1) if n % k == 0 and k * k >= n)
 
 
-def counted(tick: Tick) -> Tick:
+def summed(tick: Tick) -> Tick:
     """A tick to be called with each piece of work, for one that wants the sum."""
     done: list[int] = []
 

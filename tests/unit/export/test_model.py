@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dumo.export.folder import fits, indexed
+from dumo.export.folder import fits, read_index
 from dumo.export.lora import product
 from dumo.export.model import CONFIG, INDEX, STOCKS, Stock, check_scheduler, restart, write_scheduler
 from dumo.export.write import vacant
@@ -32,9 +32,9 @@ def test_the_scheduler_makes_restarts_steps(tmp_path: Path) -> None:
     stock.set_timesteps(sigmas=(times := SOLVER.times(4)))
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 3, generator=g)
-    for told, (t, s) in zip(stock.timesteps, pairwise(torch.tensor([*times, 0.0])), strict=True):
+    for when, (t, s) in zip(stock.timesteps, pairwise(torch.tensor([*times, 0.0])), strict=True):
         u, seed = torch.randn(2, 3, generator=g), int(1000 * t)
-        found = stock.step(u, told, x, generator=torch.Generator().manual_seed(seed)).prev_sample
+        found = stock.step(u, when, x, generator=torch.Generator().manual_seed(seed)).prev_sample
         z = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed))
         assert torch.equal(found, s * z + (1 - s) * (x - t * u))
         x = found
@@ -56,7 +56,7 @@ def test_steps_that_no_scheduler_makes_are_refused() -> None:
 
 
 def test_a_pipeline_that_is_told_no_times_has_them_in_its_scheduler(tmp_path: Path) -> None:
-    module, name = write_scheduler(tmp_path, Stock("WanPipeline", told=()), SOLVER)
+    module, name = write_scheduler(tmp_path, Stock("WanPipeline", times=()), SOLVER)
     spec = importlib.util.spec_from_file_location(module, tmp_path / f"{module}.py")
     assert spec
     assert spec.loader
@@ -77,8 +77,8 @@ def test_guidance_is_said_in_each_pipelines_own_way() -> None:
     assert said["QwenImageTransformer2DModel"]["true_cfg_scale"] == w
     assert said["CogView4Transformer2DModel"]["timesteps"] == [1000, 700]
     assert said["WanTransformer3DModel"]["num_inference_steps"] == 2
-    told = STOCKS["FluxTransformer2DModel"].arguments(times, embedded=4.0)
-    assert told == {"sigmas": times, "true_cfg_scale": 1.0, "guidance_scale": 4.0}
+    found = STOCKS["FluxTransformer2DModel"].arguments(times, embedded=4.0)
+    assert found == {"sigmas": times, "true_cfg_scale": 1.0, "guidance_scale": 4.0}
 
 
 def test_every_row_is_a_class_that_dumo_trains() -> None:
@@ -109,10 +109,10 @@ def test_a_decoder_of_other_latents_is_refused(vae: dict[str, object], field: st
 def test_a_pipeline_of_two_transformers_is_refused(tmp_path: Path) -> None:
     index: dict[str, Any] = {"transformer": ["diffusers", "WanTransformer3DModel"], "transformer_2": [None, None]}
     (tmp_path / INDEX).write_text(json.dumps(index), encoding="utf-8")
-    assert indexed(tmp_path) == index
+    assert read_index(tmp_path) == index
     (tmp_path / INDEX).write_text(json.dumps(index | {"transformer_2": index["transformer"]}), encoding="utf-8")
     with pytest.raises(UserError, match="was not tuned"):
-        indexed(tmp_path)
+        read_index(tmp_path)
 
 
 def test_only_an_empty_place_is_vacant(tmp_path: Path) -> None:

@@ -48,13 +48,13 @@ def drawn(run: Run, folder: Path) -> RunFolder:
     return RunFolder(run, folder, net.eval(), step=1, weights="net.safetensors", listed="0" * 64)
 
 
-def off(run: RunFolder, pipe: Any, n: int, **told: Any) -> float:  # noqa: ANN401
+def off(run: RunFolder, pipe: Any, n: int, **more: Any) -> float:  # noqa: ANN401
     """How far the pipeline's images in n passes are from dumo's."""
     z, *noises = (noise(0, range(len(C)), k, run.run.data.shape) for k in range(n))
     solver = Euler() if pipe.config.head == "v" else run.run.sample.solver
     ours = run.sampler.sample(C, nfe=n, seed=0, solver=solver).x
-    out = pipe(C.tolist(), n, latents=z, noises=noises, **({"output_type": "latent"} | told)).images
-    return float((out - (ours / 2 + 0.5 if told else ours)).abs().max())
+    out = pipe(C.tolist(), n, latents=z, noises=noises, **({"output_type": "latent"} | more)).images
+    return float((out - (ours / 2 + 0.5 if more else ours)).abs().max())
 
 
 @pytest.mark.parametrize(

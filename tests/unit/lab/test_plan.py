@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 import torch
 
-from dumo.lab.plan import Cell, Cost, Plan, names, read, slug, trained_by
+from dumo.lab.plan import Cell, Cost, Plan, names, read, slug, training_of
 from dumo.run.config import recipes
 from dumo.run.config.load import load
 from dumo.runtime.random import stream
@@ -124,7 +124,7 @@ def test_a_mistake_in_a_plan_is_found() -> None:
 
 def test_an_objective_is_taken_onto_another_recipe() -> None:
     sct, host = load("digits-sct"), load("cifar10-latents")
-    spec = load("cifar10-latents", trained_by("digits-sct", "cifar10-latents"))
+    spec = load("cifar10-latents", training_of("digits-sct", "cifar10-latents"))
     assert spec.objective.model_dump() == sct.objective.model_dump() | {"drop": host.objective.drop}
     assert (spec.path, spec.sample.solver, spec.net.precondition) == (sct.path, sct.sample.solver, sct.net.precondition)
     assert (spec.data, spec.train) == (host.data, host.train)

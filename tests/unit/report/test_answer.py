@@ -11,7 +11,7 @@ from dumo.cli.terminal import explain
 from dumo.io import picture
 from dumo.report import answer
 from dumo.report.answer import PASSES, Answer, Cell, Live, Row, between
-from dumo.report.demo import rendered, said
+from dumo.report.demo import error_text, render
 from dumo.runtime.random import stream
 from dumo.runtime.signals import Stopped
 from dumo.types import UserError
@@ -134,18 +134,20 @@ def test_a_class_that_is_none_is_refused(what: str, digits: Live) -> None:
 
 def test_what_is_said_of_an_error(caplog: pytest.LogCaptureFixture) -> None:
     """What a person can mend, escaped; of a defect nothing, which the terminal has with its trace."""
-    assert said(UserError("seed '<b>' is none"), explain) == "seed &#x27;&lt;b&gt;&#x27; is none"
-    assert said(RuntimeError("CUDA out of memory"), explain).startswith("out of memory: use a device with more memory")
-    assert said(Stopped(2), explain) == "this page is being closed"
+    assert error_text(UserError("seed '<b>' is none"), explain) == "seed &#x27;&lt;b&gt;&#x27; is none"
+    assert error_text(RuntimeError("CUDA out of memory"), explain).startswith(
+        "out of memory: use a device with more memory"
+    )
+    assert error_text(Stopped(2), explain) == "this page is being closed"
     assert caplog.records == []
-    assert "secret" not in said(KeyError("secret"), explain)
+    assert "secret" not in error_text(KeyError("secret"), explain)
     assert "KeyError: 'secret'" in caplog.text
 
 
 def test_words_are_escaped_and_pictures_are_inside() -> None:
     wrong = "<script>alert('x')</script>"
     tiny = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
-    text = rendered(Answer([Row(wrong, [Cell(tiny, wrong), Cell(None, wrong)])], wrong))
+    text = render(Answer([Row(wrong, [Cell(tiny, wrong), Cell(None, wrong)])], wrong))
     assert "<script" not in text
     assert (
         text.count("&lt;script&gt;") == 6
@@ -187,7 +189,7 @@ def test_what_takes_too_long_is_stopped_between_passes(digits: Live) -> None:
 
 @pytest.mark.parametrize("letter", ["w", "", "<script>"])
 def test_a_reading_that_is_none_is_refused(letter: str, digits: Live) -> None:
-    with pytest.raises(UserError, match="take u or v"):
+    with pytest.raises(UserError, match="valid: u, v"):
         digits.reading(letter)
 
 

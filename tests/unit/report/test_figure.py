@@ -1,6 +1,6 @@
 """Curves of logs show what was measured, run by run."""
 
-from dumo.report.figure import curves, measured, panels
+from dumo.report.figure import curves, panels, series
 
 ROWS = [
     {"step": 10, "loss": 2.0, "parts": {"v": 1.0, "u": 3.0}, "notes": {"gap": 0.5}, "grad_norm": 9.0, "lr": 0.1},
@@ -10,11 +10,11 @@ ROWS = [
 
 
 def test_what_was_measured() -> None:
-    found = measured(ROWS)
+    found = series(ROWS)
     assert list(found) == ["loss", "v", "u", "gradient norm", "learning rate", "gap"]
     assert found["u"] == ([10, 20], [3.0, 1.5])
     assert found["learning rate"] == ([10, 20], [0.1, 0.0])
-    assert list(measured([{"step": 1, "loss": 1.0, "parts": {"v": 1.0}}])) == ["loss"]  # the same once
+    assert list(series([{"step": 1, "loss": 1.0, "parts": {"v": 1.0}}])) == ["loss"]  # the same once
 
 
 def test_a_panel_for_each_thing_and_a_curve_for_each_run() -> None:

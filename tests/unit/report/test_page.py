@@ -36,7 +36,13 @@ VOID = ("meta", "link", "img", "source", "br", "col")
 
 SECTIONS = ["samples", "trajectories", "neighbours", "loss", "evaluation", "others", "run"]
 NONE: dict[str, Any] = {  # parts of a page that show nothing
-    **{"sheets": {}, "data": None, "texts": None, "trajectories": {}, "near": None, "charts": [], "times": None},
+    "sheets": {},
+    "data": None,
+    "texts": None,
+    "trajectories": {},
+    "near": None,
+    "charts": [],
+    "times": None,
     "benchmarks": [],
 }
 EVALUATION: dict[str, Any] = {
@@ -100,7 +106,7 @@ class Page(HTMLParser):
             self.words += " ".join(data.split()) + " "
 
     def picture(self, alt: str) -> np.ndarray:
-        """The pixels of the one picture whose alt text is this."""
+        """The pixels of the one picture with this alt text."""
         (of,) = [of for of in self.pictures if of.get("alt") == alt]
         return decode(of["src"])
 

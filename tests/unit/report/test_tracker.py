@@ -108,7 +108,7 @@ def test_following_ends_when_asked(run: Path, sent: Sent, monkeypatch: pytest.Mo
 
 
 def test_what_is_wrong_is_named(run: Path, sent: Sent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match=r"is no run's folder"):
+    with pytest.raises(UserError, match=r"has no metrics.jsonl"):
         feed([tmp_path / "none"], "kept")
     (run / "tracked.json").write_text("{")
     with pytest.raises(UserError, match=r"tracked.json is damaged .*remove it"):

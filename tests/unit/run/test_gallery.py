@@ -111,31 +111,31 @@ def test_a_reading_that_was_not_taught_is_refused() -> None:
     assert gallery.readings(made_of("digits-meanflow"))["u"].solver == Hop()
     assert gallery.readings(made_of("digits", "sample.solver.m=0.3"))["u"].solver == Restart(m=0.3)
     flow = made_of("digits-flow-matching")
-    assert [one.letter for one in gallery.chosen(flow, None, [1, 3])] == ["v"]
+    assert [one.letter for one in gallery.choose(flow, None, [1, 3])] == ["v"]
     for one, letter, said in (
         (flow, "u", "reading u, for objective 'flow_matching' teaches no jumps: use --reading v"),
         (made_of("digits-sct"), "v", "reading v, for objective 'sct' teaches no velocity: use --reading u"),
         (flow, "w", "reading w: use --reading v"),
     ):
         with pytest.raises(UserError, match=said):
-            gallery.chosen(one, [letter], [1])
+            gallery.choose(one, [letter], [1])
 
 
 def test_passes_by_default_are_those_that_can_be_made() -> None:
     """Shortcut knows jumps of powers of two, so 50 are out of its reach; where none is left, the run's own do."""
     halves = made_of("digits-shortcut")
-    ways = gallery.chosen(halves, None, None)
+    ways = gallery.choose(halves, None, None)
     assert gallery.within(gallery.PASSES, halves, ways) == [1, 2, 4, 8, 16]
     assert gallery.within((1,), halves, ways) == [1]
     with pytest.raises(UserError, match="ask for nfe = 32 or 64"):
-        gallery.chosen(halves, None, [50])
+        gallery.choose(halves, None, [50])
     late = made_of("digits-shortcut", "sample.solver.start=0.75", "sample.nfe=[3]", "evaluate.nfe=[6]")
-    assert gallery.within(gallery.PASSES, late, gallery.chosen(late, None, None)) == [3]
+    assert gallery.within(gallery.PASSES, late, gallery.choose(late, None, None)) == [3]
     for recipe in ("digits", "digits-imm", "digits-cm", "digits-sct", "digits-flow-matching"):
         there = made_of(recipe)
-        assert gallery.within(gallery.PASSES, there, gallery.chosen(there, None, None)) == [*gallery.PASSES]
+        assert gallery.within(gallery.PASSES, there, gallery.choose(there, None, None)) == [*gallery.PASSES]
     heun = made_of("digits", "sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[2]")
-    assert gallery.within(gallery.PASSES, heun, gallery.chosen(heun, None, None)) == [*gallery.PASSES]  # odd by Euler
+    assert gallery.within(gallery.PASSES, heun, gallery.choose(heun, None, None)) == [*gallery.PASSES]  # odd by Euler
 
 
 def test_galleries_of_jumps_of_some_sizes_need_no_option(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_galleries_of_jumps_of_some_sizes_need_no_option(tmp_path: Path) -> None
 
 
 def test_heun_where_it_can_and_euler_elsewhere() -> None:
-    (v,) = gallery.chosen(made_of("digits"), ["v"], [1, 2])
+    (v,) = gallery.choose(made_of("digits"), ["v"], [1, 2])
     assert [v.at(n) for n in (1, 2, 3, 50)] == [Euler(), Heun(), Euler(), Heun()]
 
 

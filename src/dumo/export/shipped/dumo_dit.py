@@ -57,7 +57,7 @@ class Head(nn.Module):
 
 
 class DumoDiT(ModelMixin, ConfigMixin):
-    """The net. Its embeddings of time are all told t: where it learned of a second time r, r is 0."""
+    """The net. Its embeddings of time all take t: where it learned of a second time r, r is 0."""
 
     @register_to_config
     def __init__(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class Block(nn.Module):
-    """Three convolutions beside a skip; with `pool`, a branch of group norm before them."""
+    """Three convolutions and a skip; with `pool`, a branch of group norm before them."""
 
     def __init__(self, width: int, pool: bool) -> None:
         """For `width` channels."""
@@ -39,7 +39,7 @@ class DumoTaef2(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(self, channels: int = 32, width: int = 64) -> None:
-        """For latents of so many channels."""
+        """For latents of this many channels."""
         super().__init__()
         layers: list[nn.Module] = [Clamp(), nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
         for pool in (True, False, False):

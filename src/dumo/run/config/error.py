@@ -1,6 +1,6 @@
 """Pydantic's errors as lines to act on: the dotted path, what is wrong, the nearest valid name."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dumo.io.read import brief
+from dumo.types import UserError
 
 Location = tuple[int | str, ...]
 MOST = 20  # lines that are shown: ours
@@ -28,6 +29,12 @@ def nearest(name: str, names: list[str]) -> str:
     """A hint: the nearest of the valid names, or all of them."""
     close = get_close_matches(brief(name), names, n=1, cutoff=0.5)
     return f"did you mean '{close[0]}'?" if close else f"valid: {', '.join(names)}"
+
+
+def require_known(what: str, name: str, known: Iterable[str]) -> None:
+    """Raise UserError, with the nearest valid name, where there is no thing of this name."""
+    if name not in (names := [*known]):
+        raise UserError(f"there is no {what} '{name}'; {nearest(name, names)}")
 
 
 def nearest_few(name: str, names: list[str]) -> str:
