@@ -169,7 +169,7 @@ def page_of(folder: Path) -> Page:
 def rendered(folder: Path, *overrides: str) -> Page:
     """The words of a page, without its pictures."""
     opened = open_run(str(folder), overrides)
-    judged = report.judgement(opened)
+    judged = report.judgement(opened.folder, opened.step, opened.weights)
     return Page(report.render(opened, size=1797, judged=judged, **NONE))
 
 
@@ -392,7 +392,7 @@ def test_figures_of_other_weights_are_not_shown(tmp_path: Path, digits: Path, ch
     opened = open_run(str(digits))
     moved = RunFolder(opened.run, tmp_path, opened.net, opened.step, opened.weights)
     (tmp_path / "evaluation.json").write_text(json.dumps({**EVALUATION, **change}))
-    judged = report.judgement(moved)
+    judged = report.judgement(moved.folder, moved.step, moved.weights)
     words = Page(report.render(moved, size=1797, judged=judged, **NONE)).words
     assert "2.35" not in words
     assert f"The last evaluation is of step {(EVALUATION | change)['step']}" in words

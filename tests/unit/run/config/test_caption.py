@@ -44,7 +44,8 @@ def test_a_run_by_words_is_judged_by_captions_of_the_protocols_classes() -> None
     assert named(run, judged(run))[7:28:10] == ["a seven", "7", "a seven"]
     held = words("evaluate.captions=held")
     assert named(held, judged(held))[:3] == ["one zero", "one one", "one two"]
-    assert (labels(run.data, run.evaluate), labels(held.data, held.evaluate)) == tuple(f"i mod 10, by {which} templates in turn" for which in ("seen", "held"))
+    for one, which in ((run, "seen"), (held, "held")):
+        assert labels(one.data, one.evaluate) == f"i mod 10, by {which} templates in turn"
     assert parse(Run, held.model_dump(mode="json")) == held
 
 

@@ -12,16 +12,16 @@ from torch import nn
 from dumo.data import Digits
 from dumo.evaluation import shipped, word
 from dumo.evaluation.protocol import Reference, headline
-from dumo.objectives import Objective
 from dumo.io.panel import headed
+from dumo.objectives import Objective
 from dumo.report import page
 from dumo.report.figure import smoothed
-from dumo.types import Sample
 from dumo.run.config import recipes
 from dumo.run.config.load import load
 from dumo.run.evaluation import score
 from dumo.run.evaluation.card import seen, settings
 from dumo.run.folder import sampler
+from dumo.types import Sample
 
 HALVES = {"halves": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.02}}
 
