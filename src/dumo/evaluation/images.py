@@ -120,7 +120,7 @@ class ImageProtocol(Protocol):
         return self
 
     def _file(self, url: str) -> Path:
-        """Where ADM's file is. Raises `UserError` where that is not said."""
+        """Where ADM's file is. Raises `UserError` if it is not given."""
         if self.reference is None:
             raise UserError(
                 f"protocol {self.kind} compares with ADM's file {url}: fetch it, and set evaluate.protocol.reference"

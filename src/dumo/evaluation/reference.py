@@ -19,7 +19,8 @@ import tokenize
 import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -115,13 +116,9 @@ class AdmReference:
             _header(self.path, file)
             for first in range(0, count, batch):
                 rows = min(batch, count - first)
-                try:
+                with _reading(f"{self.path} is damaged at image {first}"):
                     data = bytearray(file.read(rows * prod(rest)))
                     pixels = torch.frombuffer(data, dtype=torch.uint8).view(rows, *rest).permute(0, 3, 1, 2)
-                except BROKEN as error:
-                    raise UserError(
-                        f"{self.path} is damaged at image {first} ({brief(error)}): fetch it again"
-                    ) from error
                 yield pixels
 
 
@@ -244,11 +241,9 @@ def _numbers(path: Path, key: str, *shape: int) -> Tensor:
         found, columns, kind = _header(path, file)
         if found != shape or kind.kind != "f":  # before it is read, for a header can claim any size
             raise UserError(f"{path}: {key} is {kind} of shape {found}, not finite floats of shape {shape}")
-        try:
+        with _reading(f"{path}: {key} cannot be read"):
             data, rest = file.read(prod(shape) * kind.itemsize), file.read(1)
             array = np.frombuffer(data, kind).reshape(shape, order="F" if columns else "C")
-        except BROKEN as error:
-            raise UserError(f"{path}: {key} cannot be read ({brief(error)}): fetch the file again") from error
     if rest or not np.isfinite(array).all():
         more = " and more" if rest else ""
         raise UserError(f"{path}: {key} is {kind} of shape {found}{more}, not finite floats of shape {shape}")
@@ -259,23 +254,26 @@ def _numbers(path: Path, key: str, *shape: int) -> Tensor:
 
 def _member(path: Path, key: str) -> zipfile.ZipExtFile:
     """One array of the file, open for reading."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise UserError(f"{path} is no file: it is no reference of ADM's evaluation, an .npz")
-    try:
+    with _reading(f"{path} is no reference of ADM's evaluation, an .npz"):
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise OSError("no file")
         with zipfile.ZipFile(path) as file:
             keys = [name.removesuffix(".npy") for name in file.namelist()]
             if key in keys:
                 return cast(zipfile.ZipExtFile, file.open(f"{key}.npy"))
-    except BROKEN as error:
-        raise UserError(f"{path} is no reference of ADM's evaluation, an .npz ({brief(error)})") from error
     raise UserError(f"{path} has no {key}, only {', '.join(keys) or 'nothing'}: it is no reference of ADM's evaluation")
 
 
 def _header(path: Path, file: zipfile.ZipExtFile) -> Header:
     """What array comes next."""
-    try:
+    with _reading(f"{path}: {file.name.removesuffix('.npy')} cannot be read"):
         return HEADERS[np.lib.format.read_magic(file)](file)
+
+
+@contextmanager
+def _reading(fault: str) -> Generator[None, None, None]:
+    """Raise UserError, as this fault, for all that reading a bad file raises."""
+    try:
+        yield
     except BROKEN as error:
-        raise UserError(
-            f"{path}: {file.name.removesuffix('.npy')} cannot be read ({brief(error)}): fetch the file again"
-        ) from error
+        raise UserError(f"{fault} ({brief(error)}): fetch it again") from error

@@ -121,14 +121,13 @@ def load_statistics(path: Path, of: Mapping[str, str]) -> Statistics:
     """Statistics that were kept. Raises `UserError` if they are of something else than `of`, showing both."""
     try:
         parts, found = weights.read(path)
-    except (UserError, OSError) as error:
-        raise UserError(f"{path} holds no statistics ({error}): remove it, to count them anew") from error
-    if found != dict(of):
+        statistics = _unpack(parts) if found == dict(of) else None
+    except (UserError, OSError, KeyError) as error:
+        lacks = "it lacks " * isinstance(error, KeyError)
+        raise UserError(f"{path} holds no statistics ({lacks}{error}): remove it, to count them anew") from error
+    if statistics is None:
         raise UserError(f"{path} has the statistics of {found}, wanted are those of {dict(of)}: name another file")
-    try:
-        return _unpack(parts)
-    except KeyError as error:
-        raise UserError(f"{path} holds no statistics (it lacks {error}): remove it, to count them anew") from error
+    return statistics
 
 
 def _pack(statistics: Statistics) -> dict[str, Tensor]:

@@ -13,12 +13,12 @@ from dumo.encoders.codec import Opened
 from dumo.flow import generate
 from dumo.flow.path import Path
 from dumo.flow.precision import Precision
-from dumo.flow.reading import reading
+from dumo.flow.reading import reading, taught
 from dumo.flow.solver import Solver
 from dumo.nets.rows import Texts
 from dumo.objectives import Objective
 from dumo.run.conditions import Conditions, shown
-from dumo.run.config.tree import Sampling, taught
+from dumo.run.config.tree import Sampling
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import Reads, Sample, UserError

@@ -164,7 +164,8 @@ def page_of(folder: Path) -> Page:
 
 def rendered(opened: RunFolder) -> Page:
     """The words of a page, without its pictures."""
-    return Page(report.render(opened, size=1797, judged=report.judgement(opened), **NONE))
+    judged = report.judgement(opened.folder, opened.step, opened.weights)
+    return Page(report.render(opened, size=1797, judged=judged, **NONE))
 
 
 def test_the_page_needs_nothing_else(folder: Path) -> None:

@@ -1,6 +1,5 @@
 """The parts of a run, as one tree of specs; `dumo.run.config.check` sees whether they fit together."""
 
-from dataclasses import replace
 from math import prod
 from typing import Annotated, Literal
 
@@ -13,6 +12,7 @@ from dumo.evaluation import MetricProtocol
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import Linear, Path
 from dumo.flow.precision import Precision
+from dumo.flow.reading import taught
 from dumo.flow.solver import Solver
 from dumo.nets import Net, Pretrained
 from dumo.objectives import Objective
@@ -23,15 +23,6 @@ from dumo.runtime.bound import PASSES
 from dumo.runtime.random import stream
 from dumo.training.spec import Train
 from dumo.types import FREE, QUIET, Reads, Spec
-
-
-def taught(objective: Objective) -> Reads:
-    """The readings that an objective will teach, of no net yet."""
-    found = objective.read(nn.Identity())
-    if found.flow_map and found.hops is None and not objective.times.between:
-        return replace(found, hops=lambda t, s: s == 0)
-    return found
-
 
 Passes = Annotated[int, Field(le=PASSES)]  # through the net; a solver says how few it can make
 

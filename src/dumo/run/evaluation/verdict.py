@@ -56,8 +56,7 @@ def read_geneval(path: Path) -> Verdict:
         except (ValueError, RecursionError) as error:
             what = first_fault(error) if isinstance(error, ValidationError) else error
             raise UserError(f"{path} line {number} is no result of GenEval ({brief(what)}): {way}") from error
-    if not found:
-        raise UserError(f"{path} has no results: {way}")
+    some(found, path, way)
     tasks: dict[str, list[bool]] = {}
     for one in found:
         tasks.setdefault(one.tag, []).append(one.correct)
@@ -80,9 +79,14 @@ def read_dpg(path: Path) -> Verdict:
         broad = categories(lines)
     except ValueError as error:
         raise UserError(f"{path} has a score that is no number ({brief(error)}): {way}") from error
-    if not rows:
-        raise UserError(f"{path} has no results: {way}")
+    some(rows, path, way)
     return Verdict([row["image"] for row in rows], {"dpg": 100 * sum(means) / len(means), **broad})
+
+
+def some(results: Sequence[object], path: Path, way: str) -> None:
+    """Raise UserError if there are no results."""
+    if not results:
+        raise UserError(f"{path} has no results: {way}")
 
 
 def first_fault(error: ValidationError) -> str:

@@ -1,9 +1,8 @@
 """What a step costs, counted, not timed: floating-point operations and bytes of tensors that hold no numbers.
 
 The unit of work is F, one pass of the net forward; a backward pass is 2 F. Counts depend on shapes alone, so operations
-are counted on the meta device, whatever the net's size: no memory, no arithmetic. Blocks that are alike, one after
-another, cost alike, so a count is affine in the length of each such stretch: the counts of the first few blocks give
-that of all.
+are counted on the meta device, whatever the net's size: no memory, no arithmetic. Blocks that are alike cost alike, so
+a count is affine in the length of each stretch of such blocks: the first few give that of all.
 
 Memory is counted by following every tensor's storage from the operation that made it until it is freed. That needs the
 operations that a device would run: on meta, attention keeps all its scores, which no fused kernel does. So bytes are

@@ -44,15 +44,14 @@ def test_a_run_by_words_is_judged_by_captions_of_the_protocols_classes() -> None
     assert named(run, judged(run))[7:28:10] == ["a seven", "7", "a seven"]
     held = words("evaluate.captions=held")
     assert named(held, judged(held))[:3] == ["one zero", "one one", "one two"]
-    assert (labels(run.data, run.evaluate), labels(held.data, held.evaluate)) == tuple(
-        f"i mod 10, by {which} templates in turn" for which in ("seen", "held")
-    )
+    for one, which in ((run, "seen"), (held, "held")):
+        assert labels(one.data, one.evaluate) == f"i mod 10, by {which} templates in turn"
     assert parse(Run, held.model_dump(mode="json")) == held
 
 
 def test_sheets_and_samples_have_captions_of_classes_in_turn() -> None:
     run = words()
-    assert sheet.classes(run).equal(run.conditions.in_turn(64))
+    assert sheet.classes(run.conditions).equal(run.conditions.in_turn(64))
     assert named(run, run.conditions.in_turn(12))[9:] == ["a nine", "0", "1"]
     assert run.conditions.in_turn(3, [29, 4]).tolist() == [29, 4, 29]
 

@@ -5,7 +5,7 @@ import torch
 from pydantic import ValidationError
 
 from dumo.run.config.check import check_pieces
-from dumo.run.config.load import load
+from dumo.run.config.load import difference, load
 from dumo.run.config.spec import Run
 from dumo.types import UserError
 
@@ -103,12 +103,12 @@ def test_parts_of_digits(words: list[str], said: str) -> None:
 
 
 def test_parts_of_moons() -> None:
-    with pytest.raises(UserError, match="no classes"):
-        changed("objective.guide.zeta=0.5", of="moons")
-    with pytest.raises(UserError, match="no classes"):
-        changed("objective.guide.omega=2", of="moons")
-    with pytest.raises(UserError, match="protocol digits"):
-        changed("evaluate.protocol.kind=digits", of="moons")
+    for word, said in (
+        ("objective.guide.zeta=0.5", "no classes"),
+        ("evaluate.protocol.kind=digits", "protocol digits"),
+    ):
+        with pytest.raises(UserError, match=said):
+            changed(word, of="moons")
     assert changed("objective.drop=0.5", of="moons").objective.drop == 0.5
 
 
@@ -240,3 +240,28 @@ def test_noise_is_coupled_in_whole_groups_and_never_to_pairs() -> None:
         load("digits", ["train.coupling.group=12"])
     with pytest.raises(UserError, match=r"train\.coupling would part .* train\.coupling=null"):
         load("digits-imm", ["teacher.source=somewhere", "teacher.pairs.count=100", "train.coupling.group=4"])
+
+
+UNGUIDED = ["objective.drop=0.1"]  # digits, taught without guidance what no label is
+
+
+def test_sampling_may_be_guided_where_training_was_not() -> None:
+    run = load("digits", [*UNGUIDED, "sample.guide.scale=1.5", "sample.guide.interval.high=0.8"])
+    assert (run.sample.guide.scale, run.sample.guide.interval.high) == (1.5, 0.8)
+    assert not list(difference(load("digits", UNGUIDED), run))  # free to change, once it is trained
+    assert not load("moons").sample.guide.active
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "said"),
+    [
+        ("moons", [], "data 'moons' has no classes"),
+        ("digits", ["objective.drop=0"], "objective.drop = 0 never"),
+        ("digits-guided", [], r"sample.guide.scale = 2 .*objective.guide"),
+        ("digits", [*UNGUIDED, "objective.guide.zeta=0.44"], r"objective.guide has guided in training, by 1.79"),
+    ],
+)
+def test_sampling_is_not_guided_where_it_cannot_be(recipe: str, words: list[str], said: str) -> None:
+    load(recipe, [*words, "sample.guide.scale=1"])
+    with pytest.raises(UserError, match=said):
+        load(recipe, [*words, "sample.guide.scale=2"])
