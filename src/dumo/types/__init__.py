@@ -1,4 +1,4 @@
-"""The nouns of dumo: every shape and every contract that two packages share. Imports no other dumo module but `place`.
+"""The nouns of dumo: every shape and every contract that two packages share. Imports no other dumo module but `rows`.
 
 Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless, in [0, 1], one per row.
 """
@@ -113,10 +113,7 @@ class Law(Spec, ABC):
 
     @abstractmethod
     def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> Sample | PerSample:
-        """Draw for these rows, of samples of this shape, in a batch of `batch`: the same whatever others are drawn.
-
-        The key is that of `dumo.runtime.random`.
-        """
+        """Draw by a key of `dumo.runtime.random` for these rows of a batch: the same whatever other rows are drawn."""
 
 
 @runtime_checkable
@@ -142,13 +139,16 @@ class Guide(Protocol):
     @property
     def scale(self) -> float:
         """The effective guidance scale w; 1 means none."""
+        ...
 
     @property
     def active(self) -> bool:
         """Whether v* differs from v_t at all."""
+        ...
 
     def inside(self, t: Time) -> Rows:
         """Where guidance acts, by the time."""
+        ...
 
 
 class Formulas(NamedTuple):  # as a default of `Needs` no dataclass, which a compiler could not follow
@@ -204,13 +204,16 @@ class Path(Protocol):
     @property
     def kind(self) -> str:
         """The name that `Formulas.paths` lists."""
+        ...
 
     @property
     def sd(self) -> float:
         """The standard deviation of the data, in units of which x is."""
+        ...
 
     def at(self, x: Sample, z: Sample, t: Time) -> tuple[Sample, Sample]:
         """Return x_t and its conditional slope v_t = dx_t/dt, given data and noise."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -265,10 +268,7 @@ class Noised:
         return split_by_step(self.moving)
 
     def __getitem__(self, rows: slice | list[int] | Int[Tensor, " k"]) -> "Noised":
-        """Some of the rows, their number fixed by position: so every rank makes the same passes, in static shapes.
-
-        Which rows a tensor names is not known without waiting for its device, so any of them may move.
-        """
+        """Some of the rows, fixed by position so that shapes are static; of those that a tensor names any may move."""
         moving, host = (None, None) if isinstance(rows, Tensor) else (self.moving, self.host)
         if moving is not None and not isinstance(rows, Tensor):
             moving = moving[rows] if isinstance(rows, slice) else tuple(moving[i] for i in rows)
