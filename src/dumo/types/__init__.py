@@ -1,4 +1,4 @@
-"""The nouns of dumo: every shape and every contract that two packages share. Imports no other dumo module but `place`.
+"""The nouns of dumo: every shape and every contract that two packages share. Imports no other dumo module but `rows`.
 
 Time runs from t = 0, the data x, to t = 1, the noise z. Times are dimensionless, in [0, 1], one per row.
 """
@@ -113,10 +113,7 @@ class Law(Spec, ABC):
 
     @abstractmethod
     def rows(self, key: Sequence[int | str], rows: range, batch: int, shape: Sequence[int]) -> Sample | PerSample:
-        """Draw for these rows, of samples of this shape, in a batch of `batch`: the same whatever others are drawn.
-
-        The key is that of `dumo.runtime.random`.
-        """
+        """Draw by a key of `dumo.runtime.random` for these rows of a batch: the same whatever other rows are drawn."""
 
 
 @runtime_checkable
@@ -271,10 +268,7 @@ class Noised:
         return split_by_step(self.moving)
 
     def __getitem__(self, rows: slice | list[int] | Int[Tensor, " k"]) -> "Noised":
-        """Some of the rows, their number fixed by position: so every rank makes the same passes, in static shapes.
-
-        Which rows a tensor names is not known without waiting for its device, so any of them may move.
-        """
+        """Some of the rows, fixed by position so that shapes are static; of those that a tensor names any may move."""
         moving, host = (None, None) if isinstance(rows, Tensor) else (self.moving, self.host)
         if moving is not None and not isinstance(rows, Tensor):
             moving = moving[rows] if isinstance(rows, slice) else tuple(moving[i] for i in rows)
