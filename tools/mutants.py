@@ -96,7 +96,7 @@ def warm(compiled: str) -> None:
 
 def planted(mutant: Mutant) -> Plant:
     """The module with the error."""
-    name = "dumo." + mutant.file.removesuffix(".py").replace("/", ".")
+    name = "dumo." + mutant.file.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     return Plant(name, str(ROOT / "src/dumo" / mutant.file), mutant.text())
 
 
