@@ -53,7 +53,7 @@ class NoRule(UserError, NotImplementedError):  # noqa: N818, a lack in the rules
         """The name and the way out. Not made by the constructor, which a compiler could not trace."""
         return (
             f"slope 'dual' has no tangent rule for '{self.args[0]}', which this net uses: "
-            "write one beside those in dumo.autodiff.rule, or use slope 'jvp'"
+            "write one next to those in dumo.autodiff.rule, or use slope 'jvp'"
         )
 
 

@@ -48,7 +48,7 @@ Moved = Union[Tensor, Later, None]  # noqa: UP007, what an operand's tangent is;
 
 def keep(saved: Iterable[object]) -> tuple[Sequence[object], int | None]:
     """These without their graph, and how often their tensors have been written to; None: a compiler does not know."""
-    kept: list[object] = []  # every operation of a tape comes by: one loop, and nothing that is dear to make
+    kept: list[object] = []  # every operation of a tape comes by: one loop, and nothing expensive
     writes = None if torch.compiler.is_dynamo_compiling() else 0
     for x in saved:
         if isinstance(x, Tensor):

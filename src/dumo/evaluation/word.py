@@ -199,7 +199,7 @@ def watched(name: str) -> Word:
 
 
 def merits(columns: list[str]) -> dict[str, Word]:
-    """The words for the columns of a table; `fd` beside `fd_grey` is the same before rounding."""
+    """The words for the columns of a table; `fd` next to `fd_grey` is the same before rounding."""
     found = {key: word(MERITS, key) if key in MERITS else _against_held(key) for key in columns}
     return found | ({"fd": BEFORE} if {"fd", "fd_grey"} <= found.keys() else {})
 

@@ -1,11 +1,11 @@
 """What passes compute in, by name.
 
-    fp32   products of matrices and convolutions as they are: cuDNN's, which take TF32 unless they are told, too
+    fp32   products of matrices and convolutions as they are: cuDNN's, which take TF32 by default, too
     tf32   of a GPU's products and convolutions the factors are rounded to TF32, 10 bits of 23; elsewhere as fp32
     bf16   autocast: layers compute in bf16, 7 bits, what is sensitive in fp32; weights and their gradients stay fp32
 
 A rounding is a setting of the process, which holds for backward passes, too; autocast is of a piece of code, around
-passes forward alone: it keeps weights that it has cast, unless told not to, so no optimizer may step inside.
+passes forward alone: it keeps the weights it has cast by default, so no optimizer may step inside.
 """
 
 from collections.abc import Generator

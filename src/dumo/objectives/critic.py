@@ -25,7 +25,7 @@ from dumo.types import Array, Needs, Net, Noised, PerSample, Sample, Terms, lift
 
 WEIGHT, FIT = 0.02, 0.3  # of the pull, and of the critic's own loss; ours
 SLOPES, CENTRE = 0.25, 0.01  # of the squares of its slopes, and of (D(x) + D(x'))^2; AFM
-EVERY = 4  # one of so many rows has these two taken; AFM, of slopes
+EVERY = 4  # one in this many rows has these two taken; AFM, of slopes
 FLOOR = 0.01  # the root mean square of g below which samples are moved less; ours
 
 
@@ -41,7 +41,7 @@ class Critic(Pull):
         return replace(super().needs, group=EVERY, laws={"d.e": Noise()})
 
     def pull(self, net: Net, b: Noised, u: Sample) -> Terms:
-        """Two passes with gradients, and two of a quarter of the rows, each as dear as two, for the exact slopes."""
+        """Two passes with gradients, and two of a quarter of the rows, each the price of two, for the exact slopes."""
         still = (b.z - u).detach()
         made, tap = reversed_at(b.z - u, WEIGHT / FIT, FLOOR) if self.acts(b) else (still, torch.zeros_like(b.t))
         real, fake = (logit(net(x, b.c, t=0 * b.t)[2]) for x in (b.x, made))

@@ -33,7 +33,7 @@ class TwinFlow(RCGM):
     """
 
     signed: ClassVar[bool] = True
-    kind: Literal["twinflow"] = "twinflow"  # pyright: ignore[reportIncompatibleVariableOverride], told apart by it
+    kind: Literal["twinflow"] = "twinflow"  # pyright: ignore[reportIncompatibleVariableOverride], which distinguishes it
 
     @property
     def needs(self) -> Needs:

@@ -37,7 +37,7 @@ FAR = 0.05  # a profile that is missed by more than this share of its norm is re
 
 
 class Profile(NamedTuple):
-    """Which average: after so many updates, by the power of this width."""
+    """Which average: after this many updates, by the power of this width."""
 
     step: int
     std: float

@@ -50,7 +50,7 @@ class RunFolder:
 
     @cached_property
     def sha256(self) -> str:
-        """The weights' SHA-256; where it is listed, known even after a training beside has removed the checkpoint."""
+        """The weights' SHA-256; where listed, known even after a concurrent training has removed the checkpoint."""
         return self.listed or digest.of_file(self.file)
 
     @property

@@ -48,7 +48,7 @@ class Journal:
         return loop.Every(1, self.log), loop.Every(1, self.mark), loop.Every(1, self.keep)
 
     def due(self) -> bool:
-        """Whether so many minutes have passed since the last checkpoint that another is due, by this rank's clock."""
+        """Whether enough minutes have passed since the last checkpoint for another, by this rank's clock."""
         minutes = self.run.train.save_minutes
         return minutes is not None and time.monotonic() - self.saved >= MINUTE * minutes
 
@@ -67,7 +67,7 @@ class Journal:
             self.save(state)
 
     def log(self, state: State, record: Record) -> None:
-        """A line of the log, where one is due or the step was skipped, of which a line is told as well."""
+        """A line of the log, where one is due or the step was skipped, which `tell` hears as well."""
         if not dist.is_main():
             return
         if record.skipped or record.probe or state.step % self.run.train.log_every == 0:

@@ -1,4 +1,4 @@
-"""How fast a run trains: said by its bar, and kept in speed.jsonl beside its log.
+"""How fast a run trains: said by its bar, and kept in speed.jsonl next to its log.
 
 Times are the machine's, not the run's: they have a file of their own, so that a log is the same to the bit wherever and
 however often the run was stopped. It is only ever added to; of a step that was made twice the last row holds.

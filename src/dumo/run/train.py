@@ -57,7 +57,7 @@ def train(
 
     Under torchrun the ranks share the work, each with a part of every batch; every rank must call it, and rank 0 alone
     writes and tells. `tell` hears, before the first step, what is trained on what (`outlook`), and what is not as its
-    sources have it, or not as it was; then of steps that are skipped. Raises UserError if the run does not fit so many
+    sources have it, or not as it was; then of steps that are skipped. Raises UserError if the run does not fit the
     ranks, the folder holds another run or another process trains there, the data have changed (and no `new_data` says
     that they may), or if the slope fails its examination, before the first step or on the weights that would be saved
     first; Diverged if the loss is no longer a number; Stopped, once a checkpoint is saved, if a signal asked for it.

@@ -217,7 +217,7 @@ def name_start(store: Store, rank: int, world: int) -> str:
     """A name for this start of all ranks, under which no earlier one left anything in their store. All must call it.
 
     torchrun keeps one store over its restarts, in which a rank may find the address of one that is dead (pytorch
-    #135712, in 2.13 still). So rank 0 makes up a name, and answers with it whoever asks under a token of his own, until
+    #135712, in 2.13 still). So rank 0 makes up a name, and answers every process that asks under its own token, until
     all have said that they heard.
     """
     name, late = token_hex(8), time.monotonic() + START

@@ -1,4 +1,4 @@
-"""Random numbers by key, drawn on the CPU: the same on every device and machine, whoever draws them and when.
+"""Random numbers by key, drawn on the CPU: the same on every device and machine, and in any process at any time.
 
 `stream` and `keyed` are for training. A generator per (seed, step, name) gives what is a few numbers per row: every
 rank draws the whole batch's. What is shaped like the data is drawn row by row, each at a place of its own in the stream

@@ -1,7 +1,7 @@
 """Stopping when asked from outside: a signal leaves word, and long work looks for it between its pieces.
 
 A scheduler that takes a machine back says so some seconds before (SIGTERM; SIGUSR1 where it was set to), a terminal
-that is closed by SIGHUP, a person by Ctrl-C. Whoever works then saves what there is and raises `Stopped`. A second
+that is closed by SIGHUP, a person by Ctrl-C. The running work then saves what there is and raises `Stopped`. A second
 signal of the same kind does what it did before: it ends the process at once. A process that works for another one, as a
 rank does for torchrun, is asked to stop, too, where that one is gone; and as it hears a scheduler that speaks to all
 twice, by itself and from the other one, what comes soon again is not a second signal for it.

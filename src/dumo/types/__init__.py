@@ -40,7 +40,7 @@ class UserError(ValueError):
 
 
 class Spec(BaseModel):
-    """A value that says what to build or do; every family is a union of specs told apart by `kind`."""
+    """A value that says what to build or do; every family is a union of specs, distinguished by `kind`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -85,7 +85,7 @@ class TimeLaw(Spec, ABC):
 
     @property
     def group(self) -> int:
-        """So many neighbouring rows belong together, and no piece of a batch may part them."""
+        """The number of neighbouring rows that belong together: no piece of a batch may part them."""
         return 1
 
     def moving(self, n: int) -> tuple[bool, ...] | None:
@@ -262,7 +262,7 @@ class Noised:
 
     @property
     def rows_by_step(self) -> tuple[list[int], list[int]]:
-        """The rows that move, and the others, told by place; all and all where it tells none: any may be either."""
+        """The places of the rows that may move, and of the others; all and all if `moving` is None."""
         if self.moving is None:
             return list(range(len(self.t))), list(range(len(self.t)))
         return split_by_step(self.moving)

@@ -1,4 +1,4 @@
-"""What recipes and protocols need beside the package: what it is, whence it comes, how it is fetched, if it is here.
+"""What recipes and protocols need in addition to the package: what it is, its source, how to fetch it, if it is here.
 
 Nothing is fetched. A hash stands here only where it was counted from the file itself.
 """
@@ -166,7 +166,7 @@ def named(name: str) -> Item:
     raise UserError(f"there is no data set or model '{name}'; {nearest(name, [item.name for item in CATALOGUE])}")
 
 
-def told(item: Item) -> dict[str, Any]:
+def described(item: Item) -> dict[str, Any]:
     """All that is known of an item, the recipes that need it, and for each of its places what stands there."""
     hashes = (item.sha256, *(None for _ in item.places))
     looked = [{"place": p, "state": standing(p, sha)} for p, sha in zip(item.places, hashes, strict=False)]

@@ -98,7 +98,7 @@ def kernels(here: torch.device) -> Finding:
 
 
 def dtypes(here: torch.device) -> Finding:
-    """The precisions that a product of matrices runs in, beside fp32."""
+    """The precisions that a product of matrices runs in, other than fp32."""
 
     def autocast() -> None:
         with torch.autocast(here.type, torch.bfloat16):
