@@ -25,6 +25,9 @@ ROOT = Path(__file__).parents[2]
 TUTORIAL = "add-an-objective.md"  # its kind is not in the union
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").rglob("*.md")) if page.name != TUTORIAL)]
 EXEMPT = {  # by class: fields of the run and of the machine, and an optimizer's constants
+    "Run": ("resolved",),  # what was found when a run was opened
+    "TextTable": ("identity",),
+    "Learned": ("identity",),
     "Train": ("seed", "sheets", "save_minutes", "keep", "max_skips", "milestones", "share", "reshard", "log_every"),
     "Sampling": ("seed", "precision"),
     "Evaluation": ("seed",),

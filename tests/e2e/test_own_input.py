@@ -12,6 +12,7 @@ from dumo.lab.step import Plain, slope_error
 from dumo.objectives import Several
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
+from dumo.run.folder import sampler
 from dumo.run.gallery import readings
 from dumo.run.plan import cost, doctor
 from dumo.run.plan.plan import plan
@@ -89,8 +90,9 @@ def test_the_bench_has_its_yardstick_and_its_errors(name: str) -> None:
 
 
 def test_a_reading_is_titled_by_the_head_it_reads() -> None:
-    run, _, _ = tiny(NAMES[0])
-    assert readings(run)["u"].title == "u head, jumps (restart)"
-    assert readings(run)["v"].title.startswith("v head")
-    run, _, _ = tiny(NAMES[0], "sample.solver={kind: hop}")
-    assert readings(run)["u"].title == "m head, jumps (hop)"
+    run, net, _ = tiny(NAMES[0])
+    found = readings(sampler(run, net))
+    assert found["u"].title == "u head, jumps (restart)"
+    assert found["v"].title.startswith("v head")
+    run, net, _ = tiny(NAMES[0], "sample.solver={kind: hop}")
+    assert readings(sampler(run, net))["u"].title == "m head, jumps (hop)"

@@ -77,8 +77,8 @@ def said(*words: object) -> tuple[Done, str]:
 
 
 def test_folders_are_classes_by_name(run: Path) -> None:
-    told = yaml.safe_load((run / "run.yaml").read_text())["data"]
-    assert (told["classes"], told["names"]) == (4, list(CLASSES))
+    found = yaml.safe_load((run / "run.yaml").read_text())["resolved"]
+    assert found == {"data.classes": 4, "data.names": list(CLASSES)}
     spec = load(str(run))
     assert [spec.conditions.name(k) for k in range(4)] == list(CLASSES)
     assert [spec.conditions.index(name) for name in ("fish", " zoo birds", "3")] == [2, 3, 3]

@@ -46,7 +46,7 @@ FIELDS = [
     ("objective.slope.kind=jpv", ("objective.slope.kind", "'jvp'")),
     ("sample.solver.kind=hop", ("'hop'", "flow_map", "euler, heun, restart or hermite")),
     ("sample.solver.kind=heun", ("'heun'", "nfe = 1", "2")),
-    ("sample.nfe=[0]", ("nfe = 0", "at least 1")),
+    ("sample.nfe=[0]", ("nfe = 0", "ask for 1 to 100,000")),
     ("sample.nfe=[]", ("sample.nfe",)),
     ("sample.nfe=[1, a]", ("sample.nfe.1", "integer")),
     ("sample.seed=-2", ("sample.seed",)),

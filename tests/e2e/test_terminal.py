@@ -90,7 +90,7 @@ def test_ranks_that_nobody_started_are_refused(here: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "slow"),
     [
-        (["sample", "run"], "dumo.run.sample.sample"),
+        (["sample", "run"], "dumo.run.sampler.Sampler.sample"),
         (["evaluate", "run", "--nfe", "1"], "dumo.run.evaluation.evaluate.row"),
         (["report", "run"], "dumo.report.page.make"),
         (["reproduce", "fig3", "--out", "a b"], "dumo.lab.cell.finish"),

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from dumo.data.cache import read_contents
+from dumo.data.cache import Contents, read_contents
 from dumo.evaluation import reference as adm
 from dumo.io import weights, yaml
 from dumo.run import deviation
@@ -56,13 +56,19 @@ def targets() -> list[Target]:
     def shards(file: Path) -> None:
         weights.load(file.parent)
 
+    cache = json.dumps(CACHE | {"inputs": Contents.model_validate(CACHE).inputs_digest()}).encode()
     tensors = safetensors.torch.save(wanted, {"step": "20", "format": "pt"})
     return [
         Target("mine.yaml", dump(load("moons")).encode(), lambda file: load(str(file)), in_yaml, of_yaml),
         Target(
             "base.yaml", b"base: digits\nabout: x\ntrain:\n  steps: 7\nnet: {depth: 2}\n", lambda file: load(str(file))
         ),
-        Target("index.json", json.dumps(CACHE).encode(), lambda file: read_contents(file.parent), in_json),
+        Target(
+            "index.json",
+            cache,
+            lambda file: read_contents(file.parent),
+            in_json,
+        ),
         Target("evaluation.json", json.dumps(EVALUATION).encode(), judge, in_json),
         Target("data.json", b'{"sd": 0.5, "rows": 256}', lambda file: deviation.noted(file.parent), in_json),
         Target("metrics.jsonl", b"".join(map(json_line, range(5))), log.read_log, in_lines, of_lines),

@@ -219,7 +219,7 @@ class Images(Spec):
     def _fault(self, store: Store) -> str | None:
         """What is wrong with the classes, if anything is."""
         if self.names is None:
-            return "was not there when the run was opened, so nobody counted its classes"
+            return "was not there when the run was opened, so nobody counted its classes: open it again"
         if not self.labels:
             return None
         if store.labels is None:

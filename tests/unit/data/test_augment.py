@@ -10,13 +10,12 @@ import pytest
 import torch
 from jaxtyping import Float
 from PIL import Image
-from pydantic import ValidationError
 from torch import Tensor
 
 from dumo.data import Images
 from dumo.data.augment import SHIFT, SIZE, STRETCH, SYM6, Edm, Name, changes, matrix, warp
 from dumo.runtime.random import stream
-from dumo.types import Sample
+from dumo.types import Sample, UserError
 
 SIDE = 16
 GEOMETRY: tuple[Name, ...] = ("scale", "rotate", "aniso", "translate")
@@ -225,5 +224,5 @@ def test_what_is_compared_with_is_not_augmented(tmp_path: Path) -> None:
 
 
 def test_labels_and_augmentation_exclude_one_another(tmp_path: Path) -> None:
-    with pytest.raises(ValidationError, match=r"augment.*10 classes.*labelled=false.*augment=null"):
-        album(tmp_path, labelled="auto")
+    with pytest.raises(UserError, match=r"augment.*10 classes.*labelled=false.*augment=null"):
+        album(tmp_path, labelled="auto").found()

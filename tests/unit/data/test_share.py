@@ -39,7 +39,7 @@ def album(root: Path, **fields: object) -> Album:
         (root / f"{i % 2}").mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(256, (SIDE, SIDE), generator=stream("share", i), dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(root / f"{i % 2}" / f"{i:02}.png")
-    return Images.model_validate({"root": str(root), "side": SIDE, "crop": "none", **fields}).open()
+    return Images.model_validate({"root": str(root), "side": SIDE, "crop": "none", **fields}).found().open()
 
 
 def augmented(root: Path) -> Album:

@@ -97,7 +97,7 @@ def test_where_the_data_are_not_there_captions_are_not_counted(tmp_path: Path) -
     images = spec(tmp_path / "later", **FILES)
     assert (images.classes, images.names) == (0, None)
     as_texts(tmp_path / "later", TOLD)
-    counted = type(images).model_validate(images.model_dump(mode="json"))
+    counted = type(images).model_validate(images.model_dump(mode="json")).found()
     assert counted.classes == len(TEXTS)
 
 

@@ -43,7 +43,7 @@ def show(run: Run, net: nn.Module | None = None) -> dict[str, Any]:
     jumps = run.reads.endpoint or run.reads.flow_map
     way = cost.way(net, run.objective, run.path, run.data.shape, ref=run.train.ref)
     return {
-        "spec": run.model_dump(mode="json"),
+        "spec": run.model_dump(mode="json", exclude=None if run.resolved else {"resolved"}),
         "parameters": sum(p.numel() for p in net.parameters()),
         "parameters_trained": sum(p.numel() for p in net.parameters() if p.requires_grad),
         "forward_flops_per_image": cost.forward_flops(net, run.objective, run.data.shape),
