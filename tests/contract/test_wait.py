@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from contract.case import name, nets, one_each, randomise
+from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.path import Linear
 from dumo.flow.slope import JvpSlope
+from dumo.objectives import DuMo
 from dumo.training.spec import Train
 from dumo.training.state import begin
 from dumo.training.step import Pieces, Task
@@ -77,3 +79,13 @@ def test_a_step_waits_for_no_number_and_makes_the_same_passes(objective: Objecti
     assert made["meta"] == made["cpu"]
     if isinstance(guide := objective.needs.guide, Guide) and guide.active:
         assert min(made["cpu"]) < N // 2  # of the rows that need V(null)
+
+
+def test_some_rows_know_their_own_times_on_the_host() -> None:
+    x, c = torch.zeros(8, *SHAPE), torch.zeros(8, dtype=torch.long)
+    drawn = draw(DuMo(drop=0.5), Linear(), x, c, c, seed=0, step=0)
+    b = replace(drawn, t=drawn.t.to("meta"), host=(drawn.t, drawn.kept))
+    for rows in (slice(2, 5), [6, 1]):
+        known = b[rows].known
+        assert known is not None
+        assert all(torch.equal(mine, whole[rows]) for mine, whole in zip(known, (drawn.t, drawn.kept), strict=True))

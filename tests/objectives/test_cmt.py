@@ -106,7 +106,7 @@ def test_a_record_is_on_its_trail(tmp_path: Path) -> None:
     assert run.teacher
     assert run.teacher.pairs
     reads = shift(run, torch.device("cpu"))
-    plan = teacher.Plan.of(run.teacher.pairs, 4, run.path, run.data, "")
+    plan = teacher.Plan.of(run.teacher.pairs, run.objective.needs.teacher.points, run.path, run.data, "")
     for _ in range(2):  # made, then read
         made = teacher.couple(plan, reads, tmp_path, torch.device("cpu"), no_bar)
         assert made.between is not None
