@@ -173,7 +173,7 @@ def test_samples_and_scores_are_those_of_one(ranks: int, run: Path, here: Path) 
     ("words", "said"),
     [
         (("digits", *sets("train.lr=1")), "train.lr: unknown key"),
-        (("digits-meanflow", *sets("train.batch=4")), "has a pass of 2 rows (2 ranks) without one with r < t"),
+        (("digits-meanflow", *sets("train.batch=4")), "has a pass of 2 rows without one with r < t"),
     ],
 )
 def test_what_does_not_fit_is_said_once(words: tuple[str, ...], said: str, here: Path) -> None:

@@ -60,5 +60,6 @@ def test_the_contract_tests_find_a_new_objective(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     passed = re.findall(r"::(\w+)\[(.+)\] PASSED", done.stdout)
     laws = {kind: {law for law, case in passed if kind in case} for kind in ("toy", "flow_matching")}
-    assert laws["toy"] == laws["flow_matching"]
+    plane = {"test_gradient_vanishes_in_the_plane"}  # of a kind or two that are named there
+    assert laws["toy"] == laws["flow_matching"] - plane
     assert len(laws["toy"]) > 15

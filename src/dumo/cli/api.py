@@ -40,7 +40,7 @@ class TrainedRun:
 
     @property
     def spec(self) -> Run:
-        """The run as it was trained: `run.config.train.steps`, `run.config.objective` ..."""
+        """The run as it was trained: `run.spec.train.steps`, `run.spec.objective` ..."""
         return self.opened.run
 
     @property

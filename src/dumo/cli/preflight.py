@@ -49,7 +49,7 @@ def data(
     """List data sets and models that recipes need: what they are, how to get them, and whether they are here."""
     from dumo.run.plan import catalogue
 
-    items = [catalogue.described(item) for item in (catalogue.CATALOGUE if name is None else [catalogue.named(name)])]
+    items = [catalogue.described(item) for item in (catalogue.CATALOGUE if name is None else [catalogue.find(name)])]
     if as_json:
         print(json.dumps(items[0] if name else items))
         return

@@ -86,13 +86,13 @@ def open_run(
     while True:
         there = [*checkpoint.standing(folder / "checkpoints")]
         try:
-            return opened(run, folder, weights, dist.device(device))
+            return open_weights(run, folder, weights, dist.device(device))
         except (UserError, OSError):
             if there == [*checkpoint.standing(folder / "checkpoints")]:
                 raise
 
 
-def opened(run: Run, folder: Path, weights: str | None, device: torch.device) -> RunFolder:
+def open_weights(run: Run, folder: Path, weights: str | None, device: torch.device) -> RunFolder:
     """The run with the weights that it shows now, or with others. Raises as `open_run`."""
     last = checkpoint.latest(folder / "checkpoints", {shown(run.train)} if weights is None else ())
     if last is None:
@@ -210,7 +210,7 @@ def begin_from(run: Run, start: Start, device: torch.device) -> nn.Module:
     wanted = net.state_dict()
     there = {f"heads.{new}.": f"heads.{old}." for new, old in start.heads.items()}
 
-    def named(name: str) -> str:
+    def their_name(name: str) -> str:
         new = next((new for new in there if name.startswith(new)), None)
         return name if new is None else there[new] + name.removeprefix(new)
 
@@ -218,13 +218,15 @@ def begin_from(run: Run, start: Start, device: torch.device) -> nn.Module:
         have = dict.fromkeys(name.split(".")[1] for name in found if name.startswith("heads."))
         old, said = there[lacking[0]].split(".")[1], f"its heads are {', '.join(have)}" if have else "it has none"
         raise UserError(f"start.heads: {start.source} has no head '{old}', {said}")
-    fits = {name for name, w in wanted.items() if named(name) in found and found[named(name)].shape == w.shape}
+    fits = {
+        name for name, w in wanted.items() if their_name(name) in found and found[their_name(name)].shape == w.shape
+    }
     if alien := [name for name in wanted if name not in fits and not name.startswith(PRIVATE)]:
         raise UserError(
             f"start: the nets differ, {start.source} has no {alien[0]} of shape {tuple(wanted[alien[0]].shape)}: take "
             "a run on data of this shape and number of classes, or set start=null"
         )
-    net.load_state_dict(wanted | {name: found[named(name)] for name in fits})
+    net.load_state_dict(wanted | {name: found[their_name(name)] for name in fits})
     return net
 
 

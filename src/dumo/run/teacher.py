@@ -98,7 +98,7 @@ class Base:
             return self.net(x, c, **inputs)
 
 
-def opened(teacher: Teacher, run: Run, state: State, device: torch.device) -> Known:
+def open_teacher(teacher: Teacher, run: Run, state: State, device: torch.device) -> Known:
     """A run's teacher. Raises UserError where it cannot be opened, knows other data, or has no velocity."""
     match teacher.kind:
         case "run":

@@ -91,12 +91,12 @@ def go_on(
     new_data: bool = False,
 ) -> State:
     """Train in a folder that is held. Returns and raises as `train`."""
-    data = opened(run.data)
+    data = open_data(run.data)
     doctor.examine(run, here).require()
     count = partial(step_flops, run.outline, run.objective, run.path, run.data.shape, ref=run.train.ref)
     meter, sheets = Meter(run.train, folder, here, count), Sheets(run, folder, tell)
     state, last = begin(run, folder, here, step)
-    known = agreement.own(lambda: run.teacher and teacher.opened(run.teacher, run, state, here))
+    known = agreement.own(lambda: run.teacher and teacher.open_teacher(run.teacher, run, state, here))
     history = agreement.own(
         lambda: History.of(run, folder, data, state.step, last, new_data=new_data) if dist.is_main() else None
     )
@@ -154,7 +154,7 @@ def fed(
         yield lambda step: [to_device(part, here) for part in batches(step)], draws
 
 
-def opened(data: Data) -> Source:
+def open_data(data: Data) -> Source:
     """The data, as all ranks see them. Raises UserError on all of them where one cannot open them, or sees fewer."""
     source = agreement.own(data.open)
     if len(set(sizes := agreement.agreed(lambda: source.size))) > 1:

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.data
 
 def test_cifar10_is_whole() -> None:
     """Not decoded here: 50,000 rows, 5,000 of each class, ten names."""
-    images = Images(root="$DUMO_DATA/cifar10", side=32, crop="none", split="train", memory=0.0)
+    images = Images(root="$DUMO_DATA/cifar10", side=32, crop="none", split="train", memory=0.0).found()
     assert images.classes == 10
     source = images.open()
     assert source.size == 50_000
@@ -28,7 +28,7 @@ def test_cifar10_is_whole() -> None:
 def test_imagenet_sample_is_in_order_and_cropped_already() -> None:
     """One image per class, of 256 x 256: ADM's crop to that size leaves every pixel as it is."""
     root = f"{os.environ['DUMO_DATA']}/imagenet-sample"
-    cropped, plain = (Images(root=root, side=256, crop=crop, memory=0.0).open() for crop in ("adm", "none"))
+    cropped, plain = (Images(root=root, side=256, crop=crop, memory=0.0).found().open() for crop in ("adm", "none"))
     assert cropped.size == 1000
     rows = slice(0, 1000, 250)
     x, c = cropped.rows(rows)

@@ -19,7 +19,7 @@ from dumo.run.config.load import FILE, load
 from dumo.run.config.spec import Run
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.sample import FORMS, export, solver_of
-from dumo.run.train import opened, outlook, train
+from dumo.run.train import open_data, outlook, train
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.runtime.random import noise
 from dumo.training import agreement, checkpoint, log
@@ -121,7 +121,7 @@ def test_ranks_that_see_different_data_are_refused(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(agreement, "agreed", agreed)
     with pytest.raises(UserError, match=r"by rank 1,797, 1,700 rows"):
-        opened(load("digits").data)
+        open_data(load("digits").data)
 
 
 @pytest.mark.parametrize("device", ["", "gpu", "cuda:99", "meta"])

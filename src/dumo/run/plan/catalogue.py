@@ -158,7 +158,7 @@ CATALOGUE = (
 )
 
 
-def named(name: str) -> Item:
+def find(name: str) -> Item:
     """The item of this name. Raises UserError where there is none."""
     for item in CATALOGUE:
         if item.name == name:

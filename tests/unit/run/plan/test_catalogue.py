@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from dumo.run.config import recipes
 from dumo.run.config.load import load
-from dumo.run.plan.catalogue import CATALOGUE, named, needing, told
+from dumo.run.plan.catalogue import CATALOGUE, described, find, needing
 from e2e.shell import call, refused
 
 VARIABLES = ("DUMO_DATA", "DUMO_LATENTS", "IMAGENET", "MY_IMAGES", "DUMO_INCEPTION", "PRETRAINED")
@@ -45,15 +45,15 @@ def test_a_recipe_is_named_by_what_it_needs(name: str) -> None:
 
 
 def test_what_stands_there_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    taef2 = named("taef2")
-    assert told(taef2)["looked"][0]["state"] == "the variable is not set"
+    taef2 = find("taef2")
+    assert described(taef2)["looked"][0]["state"] == "the variable is not set"
     monkeypatch.setenv("DUMO_DATA", str(tmp_path))
-    assert "not there" in told(taef2)["looked"][0]["state"]
+    assert "not there" in described(taef2)["looked"][0]["state"]
     (tmp_path / "taef2").mkdir()
     save_file({"x": torch.zeros(1)}, tmp_path / "taef2" / "taef2.safetensors")
-    assert "another file: the sha256" in told(taef2)["looked"][0]["state"]
+    assert "another file: the sha256" in described(taef2)["looked"][0]["state"]
     (tmp_path / "imagenet-sample").mkdir()
-    assert [told(item)["there"] for item in CATALOGUE] == [
+    assert [described(item)["there"] for item in CATALOGUE] == [
         item.name == "imagenet-sample" if item.places else None for item in CATALOGUE
     ]
 
