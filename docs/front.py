@@ -13,10 +13,10 @@ from pathlib import Path
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
+from dumo.flow.generate import labels
 from dumo.io import picture
 from dumo.run.folder import open_run
 from dumo.run.sample import sample
-from dumo.flow.generate import labels
 
 CELL, GAP, LEFT, TOP, BETWEEN = 64, 4, 125, 84, 30  # pixels
 DIGITS = tuple("0123456789")
