@@ -58,8 +58,8 @@ def test_what_runs_is_said_before_it_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("loud_teacher.py").write_text("import sys\nprint('it runs', file=sys.stderr)\n")
+    Path("shouting_teacher.py").write_text("import sys\nprint('it runs', file=sys.stderr)\n")
     with pytest.raises(UserError, match="no attribute 'make'"):
-        train(tiny("moons", "teacher.kind=python", "teacher.source=loud_teacher:make"), tmp_path / "run")
+        train(tiny("moons", "teacher.kind=python", "teacher.source=shouting_teacher:make"), tmp_path / "run")
     said = capsys.readouterr().err.splitlines()
-    assert said == ["teacher.source: this run executes loud_teacher:make", "it runs"]
+    assert said == ["teacher.source: this run executes shouting_teacher:make", "it runs"]
