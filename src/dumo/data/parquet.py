@@ -104,8 +104,6 @@ class Parquet:
     def _labels(self, label: str) -> Labels | None:
         if not any(label in table.schema_arrow.names for table in self.tables):
             return None
-        for file, table in zip(self.files, self.tables, strict=True):
-            require_column(file, table, label)
         c = torch.cat([read_labels(file, table, label) for file, table in zip(self.files, self.tables, strict=True)])
         return counted(c, self.files[0], class_names(self.tables[0], label))
 
@@ -200,25 +198,19 @@ def read_labels(file: str | Path, table: "ParquetFile", label: str) -> Tensor:
     """The class numbers in a column, (n,) of Long. Raises UserError where a row has none, or the file is damaged."""
     from pyarrow import types
 
-    with whole(file):
-        column = table.read(columns=[label], use_threads=False).column(0)
+    column = read_column(file, table, label)
     if not types.is_integer(column.type) or column.null_count:
         what = f"{column.null_count} empty rows" if column.null_count else f"the type {column.type}"
         raise UserError(f"column '{label}' of {file} has {what}, not a class number in each row: set data.label")
     return torch.tensor(column.to_numpy(), dtype=torch.long)
 
 
-def read_texts(file: str | Path, table: "ParquetFile", name: str) -> list[Any]:
-    """What a column holds, as Python has it. Raises UserError where the file lacks it, or is damaged."""
-    require_column(file, table, name)
-    with whole(file):
-        return table.read(columns=[name], use_threads=False).column(0).to_pylist()
-
-
-def require_column(file: str | Path, table: "ParquetFile", name: str) -> None:
-    """Raise UserError where a table lacks a column that others have."""
+def read_column(file: str | Path, table: "ParquetFile", name: str) -> Any:  # noqa: ANN401, an untyped array
+    """A column that other tables have. Raises UserError where this file lacks it, or is damaged."""
     if name not in table.schema_arrow.names:
         raise UserError(f"{file} has no column '{name}', other files have")
+    with whole(file):
+        return table.read(columns=[name], use_threads=False).column(0)
 
 
 def class_names(table: "ParquetFile", label: str) -> list[str]:

@@ -82,8 +82,9 @@ class Folder:
         return len(self.files)
 
     def fingerprint(self) -> str:
-        """Of names and sizes, as they were when the folder was opened."""
-        return fingerprint_of({file: self.sizes[file] for file in self.files})
+        """Of the files' names below the folder that holds them all, and of their sizes when that was opened."""
+        above = os.path.commonpath([os.path.dirname(file) for file in self.files])
+        return digest.short(*(f"{file[len(above) :]} {self.sizes[file]}" for file in self.files))
 
     def path(self, i: int) -> str:
         """The file."""
@@ -132,12 +133,6 @@ def require_regular(files: Iterable[str]) -> None:
     for file in files:
         if os.path.exists(file) and not os.path.isfile(file):
             raise UserError(f"{file} is no regular file, but a pipe, a device or a folder: remove it")
-
-
-def fingerprint_of(files: Mapping[str, int]) -> str:
-    """The fingerprint of files: their names below the folder that holds them all, and their sizes."""
-    above = os.path.commonpath([os.path.dirname(file) for file in files])
-    return digest.short(*(f"{file[len(above) :]} {size}" for file, size in files.items()))
 
 
 def choose(root: Path, files: Sequence[str], split: str | None) -> list[str]:
