@@ -3,23 +3,29 @@
 Each does what the command of its name does, with Python's values instead of flags. What is wrong raises `UserError`.
 """
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from PIL import Image
 from pydantic_core import PydanticSerializationError
-from torch import nn
+from torch import Generator, Tensor, nn
 
 from dumo.encoders.codec import Opened
+from dumo.flow.guide import CFG
 from dumo.io import picture
+from dumo.io.read import brief
 from dumo.report import page
 from dumo.run.config import load as config
 from dumo.run.config.change import override, shown
+from dumo.run.config.check import check_guided
 from dumo.run.config.spec import Run
+from dumo.run.config.tree import Sampling
 from dumo.run.evaluation import evaluate as evaluation
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.prompt import prompted
@@ -30,9 +36,12 @@ from dumo.types import Reads, Sample
 from dumo.types import UserError as UserError
 
 Changes = Mapping[str, Any]  # dotted fields of a run and their values, e.g. {"train.steps": 100}
+Classes = SupportsIndex | str | Iterable[SupportsIndex | str] | Tensor  # numbers or names
+Output = Literal["pt", "np", "pil"]
+OUTPUTS: tuple[Output, ...] = get_args(Output)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TrainedRun:
     """A run's folder, its net loaded: sample it, judge it, read it."""
 
@@ -79,37 +88,100 @@ class TrainedRun:
 
     def sample(
         self,
-        classes: int | str | Sequence[int | str] | None = None,
-        count: int | None = None,
+        classes: Classes | None = None,
+        n: SupportsIndex | None = None,
         *,
         prompts: str | Sequence[str] | None = None,
-        nfe: int | None = None,
-        seed: int | None = None,
+        nfe: SupportsIndex | None = None,
+        seed: SupportsIndex | None = None,
         solver: str | None = None,
+        guidance: float | None = None,
+        noise: Tensor | None = None,
+        generator: Generator | None = None,
+        output: Output = "pt",
         bar: Bar = no_bar,
-    ) -> Sample:
-        """Make samples, float32 on the CPU: images (n, channels, height, width) in [-1, 1], or points (n, 2).
+    ) -> Any:  # noqa: ANN401, what `output` says
+        """Make n samples: images, or points.
 
         `classes`, numbers or names, are taken in turn (None: all of them); or `prompts`, texts, of a run that was
-        trained on captions. `count` is n: as many as are given, else 100. `nfe` is the number of network passes; it,
-        seed and solver are the run's own unless given. Sample i depends on seed, class and i alone. Raises UserError
-        for a class, solver or nfe out of range, and for prompts as `dumo.run.prompt.prompted`.
+        trained on captions. `n` is as many as are given, else 100. `nfe` is the number of network passes, `guidance`
+        the scale w, 1 for none; they, seed and solver are the run's own unless given. Sample i depends on seed, class
+        and i alone. `noise` (n, *shape of the data) is what samples begin with instead, and a `generator` draws a seed.
+
+            output="pt"     float32 on the CPU: images (n, channels, height, width) in [-1, 1], or points (n, 2)
+            output="np"     a numpy array: images (n, height, width, channels) in [0, 1], or points
+            output="pil"    a list of PIL images
+
+        Raises UserError for anything out of range or of another type, and as `dumo.run.prompt.prompted`.
         """
+        sampler, spec = self.opened.sampler, self.spec.sample
+        if output not in OUTPUTS:
+            raise UserError(f"output '{output}': there is {', '.join(OUTPUTS)}")
+        if generator is not None:
+            if seed is not None or noise is not None:
+                raise UserError("a generator draws the seed: give it, or seed and noise")
+            seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
+        c = self._conditions(classes, None if n is None else integer("n", n, 1), prompts, noise)
+        guide = None if guidance is None else self._guide(guidance)
+        x = sampler.sample(
+            c,
+            nfe=spec.nfe[0] if nfe is None else integer("nfe", nfe, 1),
+            seed=None if seed is None else integer("seed", seed),
+            solver=solver_of(spec, solver),
+            guide=guide,
+            z=None if noise is None else noise.float().cpu(),
+            bar=bar,
+        ).x
+        x = x.clamp(-1, 1) if self.makes_images else x
+        if output == "pil":
+            return self.pil(x)
+        if output == "np":
+            return ((x.permute(0, 2, 3, 1) + 1) / 2).numpy() if self.makes_images else x.numpy()
+        return x
+
+    def _guide(self, guidance: float) -> CFG:
+        """The run's guidance by another scale. Raises UserError where it is none, or the run cannot be guided."""
+        spec, run = self.spec.sample, self.spec
+        tree = spec.guide.model_dump() | {"scale": guidance}
+        try:
+            guide = config.parse(Sampling, {**spec.model_dump(mode="json"), "guide": tree}).guide
+            check_guided(guide, run.data, run.objective, run.guided, name="guide")
+        except UserError as error:
+            raise UserError(str(error).replace("guide.scale", "guidance")) from error
+        return guide
+
+    def _conditions(
+        self,
+        classes: Classes | None,
+        n: int | None,
+        prompts: str | Sequence[str] | None,
+        noise: Tensor | None,
+    ) -> Tensor:
+        """The condition of every sample, in turn. Raises as `sample`."""
         if prompts is not None and classes is not None:
             raise UserError("prompts and classes are two ways to say what to make: give one of them")
-        wanted = [classes] if isinstance(classes, int | str) else classes
-        index = self.spec.conditions.index
-        only = None if wanted is None else [index(c if isinstance(c, str) else str(int(c))) for c in wanted]
+        conditions, shape = self.spec.conditions, self.spec.data.shape
+        only: list[int] | None = None
+        if prompts is not None:
+            only = prompted(self.opened.sampler, [prompts] if isinstance(prompts, str) else prompts).tolist()
+        elif classes is not None:
+            wanted = [classes] if isinstance(classes, str) or not isinstance(classes, Iterable) else [*classes]
+            only = [conditions.index(c if isinstance(c, str) else str(integer("a class", c, None))) for c in wanted]
         if only == []:
             raise UserError("classes is empty: name at least one, or leave it out for all of them")
-        if prompts is not None:
-            c = prompted(self.opened.sampler, [prompts] if isinstance(prompts, str) else prompts)
-            c = turned(c, len(c) if count is None else count)
-        else:
-            c = self.spec.conditions.in_turn(count if count is not None else len(only or range(COUNT)), only)
-        chosen, nfe = solver_of(self.spec.sample, solver), self.spec.sample.nfe[0] if nfe is None else nfe
-        x = self.opened.sampler.sample(c, nfe=nfe, seed=seed, solver=chosen, bar=bar).x
-        return x.clamp(-1, 1) if self.makes_images else x
+        if noise is not None:
+            fits = is_tensor(noise) and noise.shape[1:] == shape
+            if not fits or not len(noise) or not noise.isfinite().all():
+                got = f"shape {tuple(noise.shape)}" if is_tensor(noise) else brief(repr(noise))
+                raise UserError(f"noise is a tensor (n, {', '.join(map(str, shape))}) of finite numbers; got {got}")
+            if n not in (None, len(noise)):
+                raise UserError(f"n = {n}, and noise has {len(noise)} rows: leave out n")
+            n = len(noise)
+        n = len(only or range(COUNT)) if n is None else n
+        if only and n < len(only):
+            what = "prompts" if prompts is not None else "classes"
+            raise UserError(f"n = {n} samples leave out some of {len(only)} {what}: raise n, or give fewer")
+        return turned(torch.tensor(only), n) if prompts is not None else conditions.in_turn(n, only)
 
     @property
     def makes_images(self) -> bool:
@@ -117,17 +189,21 @@ class TrainedRun:
         return self.opened.sampler.is_image
 
     def pil(self, images: Sample) -> list[Image.Image]:
-        """Images (n, 1 or 3, height, width) in [-1, 1] as PIL's, in RGB. Raises UserError for points."""
+        """Images (n, 1 or 3, height, width) in [-1, 1] as PIL's, grey or RGB. Raises UserError for anything else."""
         if not self.makes_images:
             kind = self.spec.data.kind
             raise UserError(f"data '{kind}' has points of shape {self.spec.pixels}, not images: plot them instead")
-        return [Image.fromarray(pixels.numpy()) for pixels in picture.to_rows(images)]
+        if not is_tensor(images):
+            raise UserError(f"pil takes images as `sample` gives them, a tensor, not a {type(images).__name__}")
+        grey = images.ndim == 4 and images.shape[1] == 1
+        rows = (Image.fromarray(pixels.numpy()) for pixels in picture.to_rows(images))
+        return [image.convert("L") if grey else image for image in rows]
 
     def evaluate(
         self,
-        nfe: int | Sequence[int] | None = None,
+        nfe: SupportsIndex | Sequence[SupportsIndex] | None = None,
         *,
-        seed: int | None = None,
+        seed: SupportsIndex | None = None,
         solver: str | None = None,
         bar: Bar = no_bar,
     ) -> dict[str, Any]:
@@ -135,12 +211,53 @@ class TrainedRun:
 
         `results` has a row per number of passes; `file` says where the report is. Raises UserError as `sample`.
         """
-        passes = [nfe] if isinstance(nfe, int) else nfe
+        wanted = nfe if nfe is None or isinstance(nfe, Iterable) else [nfe]
+        passes = None if wanted is None else [integer("nfe", k, 0) for k in wanted]
+        seed = None if seed is None else integer("seed", seed)
         return evaluation.evaluate(self.opened, nfe=passes, seed=seed, solver=solver, bar=bar)
+
+    def __repr__(self) -> str:
+        """One line."""
+        run = self.spec
+        what = f"{run.objective.kind} on {run.data.kind}, net {run.net.kind}"
+        return f"<dumo run {self.folder}: {what}, step {self.step:,}, on {self.device}>"
+
+    def _repr_html_(self) -> str:
+        """A table, for a notebook."""
+        run = self.spec
+        facts = {
+            "run": self.folder,
+            "about": run.about,
+            "data": f"{run.data.kind}, {' x '.join(map(str, run.pixels))}",
+            "network": f"{run.net.kind}, {sum(p.numel() for p in self.net.parameters()):,} parameters",
+            "objective": run.objective.kind,
+            "step": f"{self.step:,} of {run.train.steps:,}",
+            "samples": f"{run.sample.solver.kind}, {', '.join(map(str, run.sample.nfe))} passes",
+        }
+        rows = "".join(f"<tr><th>{name}</th><td>{escape(str(fact))}</td></tr>" for name, fact in facts.items())
+        return f"<table>{rows}</table>"
 
     def report(self, *, prompts: Sequence[str] = (), bar: Bar = no_bar) -> Path:
         """Write report.html into the run's folder; return its path. `prompts`: texts to show instead of captions."""
         return page.write(self.opened, bar, prompts)[-1]
+
+
+def integer(name: str, value: object, least: int | None = 0) -> int:
+    """A whole number, numpy's or torch's too, not below `least`. Raises UserError for anything else, and for a bool."""
+    try:
+        found = operator.index(value)  # pyright: ignore[reportArgumentType], what it raises is what is asked
+    except TypeError:
+        found = None
+    if found is None or isinstance(value, bool):
+        raise UserError(f"{name} is a whole number; got {brief(repr(value))}")
+    if least is not None and found < least:
+        raise UserError(f"{name} = {found}: it is {least} or more")
+    return found
+
+
+def is_tensor(value: object) -> bool:
+    """Whether it is torch's: a notebook gives numpy's as well."""
+    return isinstance(value, Tensor)
 
 
 def load(

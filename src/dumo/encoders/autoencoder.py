@@ -16,6 +16,7 @@ from torch import nn
 from dumo.encoders.codec import WEIGHTS, Images, Latent, Moments, Opened, Published, Scaled
 from dumo.io.read import brief, user_path
 from dumo.io.weights import whole_digest
+from dumo.runtime import install
 from dumo.types import UserError
 
 CONFIG = "config.json"
@@ -143,7 +144,7 @@ def _loaded(name: str, codec: Scaled) -> tuple[nn.Module, str]:
     try:
         import diffusers  # slow to import, and an extra
     except ImportError as error:
-        raise UserError(f"{codec.about} needs diffusers: pip install 'dumo[diffusers]'") from error
+        raise UserError(f"{codec.about} needs diffusers: {install('diffusers')}") from error
     folder = _folder(codec.weights)
     found = whole_digest(_weights(folder), HINT)
     try:

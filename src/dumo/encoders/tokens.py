@@ -14,11 +14,11 @@ from torch import Tensor
 
 from dumo.io import digest
 from dumo.io.read import brief
+from dumo.runtime import install
 from dumo.runtime.bound import TOKENS
 from dumo.types import Spec, UserError
 
 VOCABULARY, SPACE = 259, 35  # ByT5 (Xue et al. 2022): the 256 bytes follow padding, end and unknown; a space is byte 32
-EXTRA = "needs transformers: pip install 'dumo[text]'"
 HINT = "name a folder with tokenizer_config.json and its files, as transformers saves a tokenizer"
 
 
@@ -86,4 +86,4 @@ def transformers(field: str) -> Any:  # noqa: ANN401, a module
     try:
         return import_module("transformers")
     except ImportError as error:
-        raise UserError(f"{field} {EXTRA}") from error
+        raise UserError(f"{field} needs transformers: {install('text')}") from error

@@ -116,13 +116,15 @@ def batches(
     batch: int = 256,
     device: torch.device | str = "cpu",
     precision: Precision = "fp32",
+    z: Sample | None = None,
 ) -> Iterator[Batch]:
     """Make one image of `shape` per row of c: those numbered `indices` (None: from 0), `batch` at a time on `device`.
 
     `reads` is a reading of `net`, which stays where it is and is in evaluation mode meanwhile; `precision` is that of
-    its passes, and what a solver makes of them is in float32. Raises UserError if the solver cannot serve the reading
-    or nfe, ValueError if there are more or fewer indices than rows of c, Stopped once a stop is asked for, between two
-    passes.
+    its passes, and what a solver makes of them is in float32. An image begins with its row of z, or the noise of its
+    number; noise that a solver adds later is always that of its number. Raises UserError if the solver cannot serve the
+    reading or nfe, ValueError if there are more or fewer indices than rows of c, Stopped once a stop is asked for,
+    between two passes.
     """
     indices = range(len(c)) if indices is None else indices
     if len(indices) != len(c):
@@ -132,9 +134,15 @@ def batches(
     with ThreadPoolExecutor(1, thread_name_prefix="noise") as thread:
         draws = Draws(thread, parts, seed=seed, shape=shape, device=device)
         for i, (some, c_some) in enumerate(zip(parts, c.split(batch), strict=True)):
+            fresh = partial(draws, i) if z is None else partial(begun, z[i * batch :][:batch].to(device), draws, i)
             with evaluating(net), counting(net) as passed, passing(net, precision, device):
-                _, x = carried(reads, path, solver, c_some.to(device), nfe, partial(draws, i))
+                _, x = carried(reads, path, solver, c_some.to(device), nfe, fresh)
             yield Batch(torch.tensor(some), x.cpu(), _agreed({sum(passed) / len(some)}))
+
+
+def begun(z: Sample, draws: Draws, batch: int, k: int) -> Sample:
+    """Draw k of a batch's images, of which draw 0 is z."""
+    return draws(batch, k) if k else z
 
 
 def solve(

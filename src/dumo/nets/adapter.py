@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from dumo.nets.twin import put
+from dumo.runtime import install
 from dumo.runtime.bound import CHANNELS
 from dumo.types import Array, Spec, UserError
 
@@ -64,7 +65,7 @@ def adapt(
     try:
         import peft
     except ImportError as error:
-        raise UserError("net.lora needs peft: pip install 'dumo[pretrained]'") from error
+        raise UserError(f"net.lora needs peft: {install('pretrained')}") from error
     left = tuple(f"{path}." for path in (*idle, *trained))
     names = [name for name in targets(model, blocks) if not f"{name}.".startswith(left)]
     config = peft.LoraConfig(r=lora.rank, lora_alpha=lora.rank, target_modules=names)

@@ -19,6 +19,7 @@ from dumo.nets.family import TURN, Config, Family, family
 from dumo.nets.precondition import Precondition
 from dumo.nets.rows import Texts, codes
 from dumo.nets.text import Text
+from dumo.runtime import install
 from dumo.runtime.bound import FACTOR
 from dumo.types import QUIET, Needs, Spec, UserError
 
@@ -132,7 +133,7 @@ class Pretrained(Spec):
         try:
             import diffusers  # slow to import, and an extra
         except ImportError as error:
-            raise UserError("net 'diffusers' needs diffusers: pip install 'dumo[pretrained]'") from error
+            raise UserError(f"net 'diffusers' needs diffusers: {install('pretrained')}") from error
         kind = getattr(diffusers, config["_class_name"])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # diffusers', of its own code

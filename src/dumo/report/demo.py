@@ -27,7 +27,7 @@ from dumo.io.picture import READABLE
 from dumo.report import answer
 from dumo.report.answer import PASSES, Answer, Live
 from dumo.report.figure import embed
-from dumo.runtime import signals
+from dumo.runtime import install, signals
 from dumo.runtime.signals import Stopped
 from dumo.types import UserError
 
@@ -185,7 +185,7 @@ def gradio_alone() -> Generator[None, None, None]:
         try:
             import_module("gradio")  # it reads them as it is imported
         except ImportError as error:
-            raise UserError(f"dumo demo needs Gradio ({error}): pip install 'dumo[demo]'") from error
+            raise UserError(f"dumo demo needs Gradio ({error}): {install('demo')}") from error
         yield
 
 

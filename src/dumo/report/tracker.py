@@ -28,7 +28,7 @@ from typing import Any, Protocol
 from dumo.io import file
 from dumo.run.config.load import load
 from dumo.run.speed import LOG, logged
-from dumo.runtime import signals
+from dumo.runtime import install, signals
 from dumo.training.log import Row
 from dumo.types import UserError
 
@@ -138,7 +138,7 @@ def package(name: str) -> ModuleType:
             warnings.simplefilter("ignore")
             return import_module(name)
     except ImportError as error:
-        raise UserError(f"--to {name} needs the package {name} ({error}): pip install 'dumo[{name}]'") from error
+        raise UserError(f"--to {name} needs the package {name} ({error}): {install(name)}") from error
 
 
 def values(row: Row) -> dict[str, float]:

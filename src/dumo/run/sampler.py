@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dumo.data import Data, Latents
 from dumo.encoders.codec import Opened
 from dumo.flow import generate
+from dumo.flow.guide import CFG
 from dumo.flow.path import Path
 from dumo.flow.precision import Precision
 from dumo.flow.reading import reading, taught
@@ -65,7 +66,11 @@ class Sampler:
     @property
     def reads(self) -> Reads:
         """The net as it is sampled: with the knobs and the guidance."""
-        return self.spec.guide(reading(self.objective, self.net, self.spec.knobs), self.data.classes)
+        return self.guided(self.spec.guide)
+
+    def guided(self, guide: CFG) -> Reads:
+        """The net as it is sampled, but with this guidance."""
+        return guide(reading(self.objective, self.net, self.spec.knobs), self.data.classes)
 
     @cached_property
     def codec(self) -> Opened | None:
@@ -97,25 +102,29 @@ class Sampler:
         seed: int | None = None,
         solver: Solver | None = None,
         indices: Sequence[int] | None = None,
+        guide: CFG | None = None,
+        z: Sample | None = None,
     ) -> Iterator[generate.Batch]:
         """One sample per condition, decoded, batch by batch: those numbered `indices`, or this rank's share of all.
 
-        Image i always comes from stream (seed, i). Raises UserError for a class out of range, and as the solver does.
+        Image i always comes from stream (seed, i), and begins with row i of z, if that is given. Raises UserError for a
+        class out of range, and as the solver does.
         """
         self._check(c)
         some = range(dist.rank(), len(c), dist.world()) if indices is None else indices
         parts = generate.batches(
             self.net,
-            self.reads,
+            self.guided(guide or self.spec.guide),
             self.path,
             solver or self.spec.solver,
-            c[torch.tensor(some, dtype=torch.long)],
+            c[rows := torch.tensor(some, dtype=torch.long)],
             nfe=nfe,
             seed=self.spec.seed if seed is None else seed,
             shape=self.data.shape,
             indices=some,
             device=self.device,
             precision=self.precision,
+            z=None if z is None else z[rows],
         )
         return (replace(part, x=self.decode(part.x)) for part in parts)
 
@@ -126,15 +135,17 @@ class Sampler:
         nfe: int,
         seed: int | None = None,
         solver: Solver | None = None,
+        guide: CFG | None = None,
+        z: Sample | None = None,
         bar: Bar = no_bar,
     ) -> generate.Samples:
-        """One sample per condition, decoded, image i always from stream (seed, i). Raises as `batches`.
+        """One sample per condition, decoded, image i always from stream (seed, i). Takes and raises as `batches`.
 
         Several ranks share the work, each must call it, and all of them get all samples.
         """
         solver, mine, done = solver or self.spec.solver, list[generate.Batch](), 0
         with bar(f"sampling, {solver.kind} at {nfe}", len(c)) as tick:
-            for part in self.batches(c, nfe=nfe, seed=seed, solver=solver):
+            for part in self.batches(c, nfe=nfe, seed=seed, solver=solver, guide=guide, z=z):
                 mine.append(part)
                 done += len(part.x) * dist.world()
                 tick(min(done, len(c)), "")

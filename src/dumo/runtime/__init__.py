@@ -1,6 +1,12 @@
 """What a process is among others and on its machine: ranks, signals, memory, progress, random numbers by key."""
 
+import re
+import shlex
+import shutil
+import sys
 from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
 
 
 def version() -> str:
@@ -9,3 +15,29 @@ def version() -> str:
         return metadata.version("dumo")
     except metadata.PackageNotFoundError:
         return "source"
+
+
+def extras() -> dict[str, list[str]]:
+    """The packages of each extra, as `pip` takes them; none where dumo runs from its sources, not installed."""
+    found: dict[str, list[str]] = {}
+    try:
+        requirements = metadata.requires("dumo") or []
+    except metadata.PackageNotFoundError:
+        requirements = []
+    for requirement in requirements:
+        package, _, marker = requirement.partition(";")
+        if match := re.search(r"\bextra == ['\"]([\w.-]+)['\"]", marker):
+            found.setdefault(match[1], []).append(package.strip())
+    return found
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra's packages into this environment, however dumo came into it."""
+    here = shlex.quote(sys.executable)
+    if (pip := shutil.which("pip")) and Path(pip).parent == Path(sys.executable).parent:
+        tool = "pip install"
+    elif find_spec("pip"):
+        tool = f"{here} -m pip install"
+    else:  # as in an environment that uv made
+        tool = f"uv pip install --python {here}"
+    return f"{tool} {shlex.join(extras().get(extra, [extra]))}"

@@ -93,11 +93,13 @@ def test_samples_are_those_of_the_command(digits: TrainedRun, moons: TrainedRun,
     assert (x.shape, x.dtype, x.device.type) == ((2, 1, 8, 8), torch.float32, "cpu")
     assert (x.min(), x.max()) == (-1, 1)  # of weights like these many pixels lie beyond
     pictures = digits.pil(x)
-    assert {picture.mode for picture in pictures} == {"RGB"}
-    assert np.array_equal(np.stack(pictures), made(digits, 2, "--labels", "3,5", "--seed", "4"))
+    assert {picture.mode for picture in pictures} == {"L"}
+    assert np.array_equal(
+        np.stack([image.convert("RGB") for image in pictures]), made(digits, 2, "--labels", "3,5", "--seed", "4")
+    )
     raw = digits.opened.sampler.sample(torch.tensor([3, 5]), nfe=2, seed=4).x
     assert torch.equal(x, raw.clamp(-1, 1))
-    points = moons.sample(count=5, nfe=2)
+    points = moons.sample(n=5, nfe=2)
     assert torch.equal(points, torch.from_numpy(made(moons, 5)))
     assert points.abs().max() > 1  # and points are left where they are
 
@@ -106,10 +108,10 @@ def test_samples_by_default(digits: TrainedRun) -> None:
     own = digits.spec.sample
     assert len(digits.sample()) == COUNT
     assert len(digits.sample([1, 2, 3])) == 3
-    same = digits.sample(classes=7, count=2)
+    same = digits.sample(classes=7, n=2)
     assert torch.equal(same, digits.sample([7, 7], nfe=own.nfe[0], seed=own.seed, solver=own.solver.kind))
-    assert torch.equal(digits.sample(count=3), digits.sample(torch.arange(3)))
-    assert not torch.equal(same, digits.sample(classes=7, count=2, solver="euler"))
+    assert torch.equal(digits.sample(n=3), digits.sample(torch.arange(3)))
+    assert not torch.equal(same, digits.sample(classes=7, n=2, solver="euler"))
 
 
 def test_a_reading_is_the_nets(digits: TrainedRun) -> None:
@@ -164,10 +166,10 @@ WRONG: dict[str, Wrong] = {
     "'-1' is out of range": lambda d, m: d.sample(-1),
     "no classes": lambda d, m: m.sample([0]),
     "classes is empty": lambda d, m: d.sample([]),
-    "0 images": lambda d, m: d.sample(count=0),
+    "n = 0: it is 1 or more": lambda d, m: d.sample(n=0),
     "nfe = 0": lambda d, m: d.sample(nfe=0),
     "there is no 'hoop'; did you mean 'hop'": lambda d, m: d.sample(solver="hoop"),
-    r"data 'moons' has points of shape \(2,\), not images": lambda d, m: m.pil(m.sample(count=2)),
+    r"data 'moons' has points of shape \(2,\), not images": lambda d, m: m.pil(m.sample(n=2)),
     "12 is out of range: classes run from 0 to 9, 10 is": lambda d, m: d.opened.sampler.sample(
         torch.tensor([0, 12]), nfe=1
     ),

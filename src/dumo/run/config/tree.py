@@ -66,6 +66,12 @@ class Tree(Spec):
     # Fields that `dumo.run.config.resolve` filled, by dotted path.
     resolved: dict[str, JsonValue] = Field(default_factory=dict[str, JsonValue], json_schema_extra=FREE)
 
+    def __repr__(self) -> str:
+        """One line; `dumo show` prints all of it."""
+        return f"<{self.objective.kind} on {self.data.kind}, net {self.net.kind}, {self.train.steps:,} steps>"
+
+    __str__ = __repr__
+
     @property
     def images(self) -> Digits | Images | Moons:
         """The images or points that are shown: of latents, the images that were encoded."""

@@ -18,6 +18,7 @@ from dumo.nets.pretrained import PUBLISHED, read_config
 from dumo.run.config import recipes
 from dumo.run.config.error import nearest
 from dumo.run.config.source import read
+from dumo.runtime import install
 from dumo.types import UserError
 
 HUB = "hub:"  # before a file of a model of the Hugging Face hub: owner/model/file, as its client keeps it
@@ -57,7 +58,7 @@ CATALOGUE = (
         "a published flow transformer of 2 to 20 B parameters, and its autoencoder",
         "https://huggingface.co, for SD3 and FLUX.1 with an account",
         (
-            "pip install 'dumo[pretrained]' && export PRETRAINED=DIR   # and one of",
+            f"{install('pretrained')} && export PRETRAINED=DIR   # and one of",
             *(f"hf download {model} --include 'transformer/*' 'vae/*' --local-dir $PRETRAINED" for model in MODELS),
         ),
         ("$PRETRAINED/transformer/config.json", "$PRETRAINED/vae/config.json"),
@@ -118,7 +119,7 @@ CATALOGUE = (
         "the autoencoder of Stable Diffusion 1, fine-tuned (ft-ema), for latents of ImageNet",
         f"https://huggingface.co/{SD_VAE}",
         (
-            "pip install 'dumo[diffusers]'",
+            install("diffusers"),
             f"hf download {SD_VAE} config.json {WEIGHTS}   # else dumo encode fetches it",
         ),
         (f"{HUB}{SD_VAE}/{WEIGHTS}",),
@@ -130,7 +131,7 @@ CATALOGUE = (
         "the deep-compression autoencoder f32c32 (Chen et al. 2024), for latents of ImageNet at 512",
         f"https://huggingface.co/{DC_AE}",
         (
-            "pip install 'dumo[diffusers]'",
+            install("diffusers"),
             f"hf download {DC_AE} config.json {WEIGHTS}   # else dumo encode fetches it",
         ),
         (f"{HUB}{DC_AE}/{WEIGHTS}",),
@@ -199,7 +200,7 @@ def _on_this_machine(file: str) -> str:
     try:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
-        return "not there: pip install 'dumo[diffusers]' first"
+        return f"not there: {install('diffusers')} first"
     owner, model, name = file.split("/")
     kept = try_to_load_from_cache(f"{owner}/{model}", name)
     return "there" if isinstance(kept, str) and Path(kept).is_file() else "not there: not in the hub's cache"

@@ -15,7 +15,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from dumo.runtime import dist, memory
+from dumo import runtime
+from dumo.runtime import dist, install, memory
 
 KERNELS = {
     "math": SDPBackend.MATH,
@@ -135,19 +136,11 @@ def compiler(here: torch.device) -> Finding:
 
 def extras() -> list[Finding]:
     """The optional packages, by the extra that brings them."""
-    wanted: dict[str, list[str]] = {}
-    try:
-        requirements = metadata.requires("dumo") or []
-    except metadata.PackageNotFoundError:  # run from its sources
-        requirements = []
-    for requirement in requirements:
-        if match := re.match(r"([\w.-]+).*\bextra == ['\"]([\w.-]+)['\"]", requirement):
-            wanted.setdefault(match[2], []).append(match[1])
     found: list[Finding] = []
-    for extra, names in wanted.items():
+    for extra, packages in runtime.extras().items():
+        names = [re.split(r"[^\w.-]", package)[0] for package in packages]
         lacks = ", ".join(name for name in names if not installed(name))
-        text = f"lacks {lacks}: pip install 'dumo[{extra}]'" if lacks else "installed"
-        found.append(Finding(f"extra {extra}", "ok", text))
+        found.append(Finding(f"extra {extra}", "ok", f"lacks {lacks}: {install(extra)}" if lacks else "installed"))
     return found
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+from dumo import runtime
 from dumo.run.plan import machine
 
 CPU = torch.device("cpu")
@@ -89,7 +90,7 @@ def test_extras_are_named_with_what_they_lack(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(metadata, "requires", lambda name: wanted)
     dev, log = machine.extras()
     assert dev == machine.Finding("extra dev", "ok", "installed")
-    assert (log.name, log.text) == ("extra log", "lacks No.such-thing: pip install 'dumo[log]'")
+    assert (log.name, log.text) == ("extra log", f"lacks No.such-thing: {runtime.install('log')}")
 
     def absent(name: str) -> NoReturn:
         raise metadata.PackageNotFoundError(name)

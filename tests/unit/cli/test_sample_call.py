@@ -1,0 +1,121 @@
+"""What a notebook asks of a run: every argument is taken as it is meant, or refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dumo
+from dumo.cli.api import TrainedRun
+from dumo.flow.path import Linear
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> TrainedRun:
+    """DuMo on digits, barely trained."""
+    changes = {"net.width": 32, "net.depth": 1, "net.attention": 4, "train.batch": 16, "train.steps": 2}
+    return dumo.train("digits", changes, out=tmp_path_factory.mktemp("run") / "digits", device="cpu")
+
+
+def test_outputs_hold_the_same_images(run: TrainedRun) -> None:
+    x = run.sample([3, 5], seed=1)
+    grid = run.sample([3, 5], seed=1, output="np")
+    assert (type(grid), grid.shape, grid.dtype) == (np.ndarray, (2, 8, 8, 1), np.float32)
+    assert torch.equal(torch.from_numpy(grid), (x.permute(0, 2, 3, 1) + 1) / 2)
+    pictures = run.sample([3, 5], seed=1, output="pil")
+    assert [np.asarray(image).tolist() for image in pictures] == [np.asarray(image).tolist() for image in run.pil(x)]
+    assert np.allclose(np.asarray(pictures[0]) / 255, grid[0, ..., 0], atol=0.5 / 255 + 1e-6)
+
+
+def test_noise_is_what_samples_begin_with(run: TrainedRun) -> None:
+    z = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    x = run.sample([1, 2, 3], noise=z, nfe=1, solver="euler")
+    v = run.reading.velocity
+    assert v is not None
+    assert torch.allclose(x, (z - v(z, torch.ones(3), torch.tensor([1, 2, 3]))).clamp(-1, 1), atol=1e-6)
+    assert torch.equal(x[1:], run.sample([2, 3], noise=z[1:], nfe=1, solver="euler"))
+    assert len(run.sample(noise=z)) == 3
+    assert run.spec.path == Linear()
+
+
+def test_a_generator_draws_the_seed(run: TrainedRun) -> None:
+    def drawn(g: torch.Generator) -> torch.Tensor:
+        return run.sample(n=2, generator=g)
+
+    g = torch.Generator().manual_seed(7)
+    one, two = drawn(g), drawn(g)
+    assert not torch.equal(one, two)
+    assert torch.equal(one, drawn(torch.Generator().manual_seed(7)))
+
+
+def test_guidance_is_that_of_the_spec(run: TrainedRun, tmp_path: Path) -> None:
+    changes = {
+        "objective.drop": 0.1,
+        "train.steps": 1,
+        "train.batch": 8,
+        "net.width": 16,
+        "net.depth": 1,
+        "train.ema": [{"decay": 0.5}],
+    }
+    guided = dumo.train("digits-flow-matching", changes, out=tmp_path / "run", device="cpu")
+    with torch.no_grad():
+        for p in guided.net.parameters():
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p.shape)))
+    before = guided.sample(n=4, nfe=2)
+    after = guided.sample(n=4, nfe=2, guidance=3)
+    spec = dumo.load(guided.folder, {"sample.guide.scale": 3}, device="cpu")
+    spec.net.load_state_dict(guided.net.state_dict())
+    assert torch.equal(after, spec.sample(n=4, nfe=2))
+    assert not torch.equal(before, after)
+    assert torch.equal(before, guided.sample(n=4, nfe=2, guidance=1.0))
+    with pytest.raises(dumo.UserError, match=r"^guidance = 3 needs .* objective.drop=0.1$"):
+        run.sample(guidance=3)
+
+
+def test_numbers_of_numpy_and_torch_are_numbers(run: TrainedRun) -> None:
+    x = run.sample([3, 3], seed=2, nfe=1)
+    assert torch.equal(x, run.sample(np.int64(3), n=np.int64(2), seed=torch.tensor(2), nfe=np.uint8(1)))
+    assert torch.equal(x, run.sample(torch.tensor([3, 3]), seed=np.int32(2), nfe=1))
+
+
+NOISE = torch.zeros(2, 1, 8, 8)
+Call = Callable[[Any], object]
+WRONG: dict[str, Call] = {
+    r"seed is a whole number; got \[1, 2, 3\]": lambda r: r.sample(seed=[1, 2, 3]),
+    "seed is a whole number; got '1'": lambda r: r.sample(seed="1"),
+    "seed is a whole number; got 1.5": lambda r: r.sample(seed=1.5),
+    "seed is a whole number; got True": lambda r: r.sample(seed=True),
+    "seed = -1: it is 0 or more": lambda r: r.sample(seed=-1),
+    "seed = -2": lambda r: r.evaluate(nfe=1, seed=-2),
+    r"nfe is a whole number; got \[1, 2\]": lambda r: r.sample(nfe=[1, 2]),
+    "nfe is a whole number; got 1.5": lambda r: r.evaluate(nfe=[1, 1.5]),
+    "a class is a whole number; got 1.5": lambda r: r.sample([1.5]),
+    "n = 2 samples leave out some of 3 classes": lambda r: r.sample([1, 2, 3], n=2),
+    "output 'jpg': there is pt, np, pil": lambda r: r.sample(output="jpg"),
+    "guidance: input should be greater than 0": lambda r: r.sample(guidance=-1),
+    "guidance: input should be a valid number": lambda r: r.sample(guidance="much"),
+    r"noise is a tensor \(n, 1, 8, 8\) of finite numbers; got shape \(2, 8, 8\)": lambda r: r.sample(noise=NOISE[:, 0]),
+    "noise is a tensor .*; got array": lambda r: r.sample(noise=NOISE.numpy()),
+    "noise is a tensor .*got shape": lambda r: r.sample(noise=NOISE / 0),
+    "n = 3, and noise has 2 rows": lambda r: r.sample(n=3, noise=NOISE),
+    "a generator draws the seed": lambda r: r.sample(generator=torch.Generator(), seed=1),
+    "pil takes images as `sample` gives them, a tensor, not a ndarray": lambda r: r.pil(NOISE.numpy()),
+    r"samples of shape \(8, 8\) are no images": lambda r: r.pil(NOISE[:, 0]),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_a_wrong_argument_is_refused(said: str, run: TrainedRun) -> None:
+    with pytest.raises(dumo.UserError, match=said):
+        WRONG[said](run)
+
+
+def test_a_run_is_shown_in_a_line_and_in_a_table(run: TrainedRun) -> None:
+    assert repr(run) == f"<dumo run {run.folder}: dumo on digits, net dit, step 2, on cpu>"
+    assert repr(run.spec) == str(run.spec) == "<dumo on digits, net dit, 2 steps>"
+    table = run._repr_html_()
+    assert "<td>2 of 2</td>" in table
+    assert "<th>objective</th><td>dumo</td>" in table

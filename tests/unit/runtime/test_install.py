@@ -1,0 +1,28 @@
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from dumo import runtime
+
+
+@pytest.mark.parametrize("extra", ["text", "pretrained"])
+def test_the_line_runs_as_it_is_typed(extra: str) -> None:
+    """What is there already needs no network."""
+    shown = subprocess.run(f"{runtime.install(extra)} --no-index", shell=True, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert "transformers" in shown.stdout
+    assert "dumo" not in shlex.split(shown.args)
+
+
+def test_the_line_is_for_this_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runtime.install("text").startswith(f"{sys.executable} -m pip install 'transformers>=")
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
+    assert runtime.install("text").startswith(f"uv pip install --python {sys.executable} 'transformers>=")
+
+
+def test_every_extra_of_the_project_has_packages() -> None:
+    extras = runtime.extras()
+    assert {"demo", "diffusers", "pretrained", "text", "tensorboard", "trackio", "wandb"} <= extras.keys()
+    assert all(extras.values())
