@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Int64
@@ -119,19 +119,8 @@ def _filled(template: str, name: str, number: int) -> str:
     return BRACED.sub(lambda place: name if place[0] == "{}" else str(number), template)
 
 
-@runtime_checkable
-class HasCaptions(Protocol):
-    """The spec of data that have captions: frozen, so that they can be kept."""
-
-    def all_captions(self) -> Captions:
-        """The captions, by image or by class."""
-        ...
-
-    def __hash__(self) -> int: ...
-
-
 @lru_cache(KEPT)
-def kept(data: HasCaptions) -> Captions:
+def kept(data: Any) -> Captions:  # noqa: ANN401, the frozen spec of data that have captions
     """The captions of some data, found once."""
     return data.all_captions()
 

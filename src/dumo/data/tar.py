@@ -204,8 +204,8 @@ def scan(file: str) -> Scan:
             keys.append(_key(info.name))
         else:
             try:
-                classes[_key(info.name)] = _number(content)
-            except ValueError:
+                classes[_key(info.name)] = int(np.int64(int(content)))
+            except (ValueError, OverflowError):
                 wrong = wrong or f"{file} member {info.name} holds no class number: {content[:20]!r}"
     start, size = zip(*found, strict=True) if found else ((), ())
     label = (classes.get(key, UNLABELLED) for key in keys)
@@ -263,10 +263,3 @@ def _key(name: str) -> str:
     """What an image and its label have in common: the name without its endings."""
     path = PurePosixPath(name)
     return str(path.with_name(path.name.partition(".")[0]))
-
-
-def _number(content: bytes) -> int:
-    """A class number. Raises ValueError for what is none that 63 bits hold."""
-    if not -(2**63) < (number := int(content)) < 2**63:
-        raise ValueError
-    return number

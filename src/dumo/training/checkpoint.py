@@ -12,7 +12,7 @@ and `state.json` lists its files and their hashes (`dumo.training.manifest`).
 """
 
 import warnings
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -179,14 +179,10 @@ def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
             if (x := layout.local(tensor.detach())).is_floating_point() and x.numel():
                 ends = torch.stack(torch.aminmax(x))  # NaN if one is; nine times as fast as isfinite
                 here.setdefault(x.device, {})[f"{part}: {name}"] = ends.isfinite().all()
-    found = [name for flags in here.values() for name, good in fetched(flags) if not good]
-    answers = agreement.agreed(lambda: next(iter(found), None))
+    good = {name: is_good for flags in here.values()
+            for name, is_good in zip(flags, torch.stack([*flags.values()]).tolist(), strict=True)}  # fmt: skip
+    answers = agreement.agreed(lambda: next((name for name, is_good in good.items() if not is_good), None))
     return next((answer for answer in answers if answer), None)
-
-
-def fetched(flags: Mapping[str, Tensor]) -> Iterator[tuple[str, bool]]:
-    """Flags of one device by name, in one copy from the device."""
-    return zip(flags, torch.stack([*flags.values()]).tolist(), strict=True)
 
 
 def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -245,23 +241,16 @@ def made(target: Path, kind: str, step: int, size: int) -> Generator[Path, None,
     half = files.hidden(target)
     try:
         agreement.main(lambda: prepare(target, kind, step, size))
-        with removed(half):
+        try:
             yield half
             agreement.main(lambda: files.settle(half, target, durable=True))
+        except BaseException:
+            if dist.is_main():
+                files.remove(half)
+            raise
     except Exception as error:
         if files.full(error):
             raise UserError(f"{target.parent}: the disk is full, {so(target, kind, step)}") from error
-        raise
-
-
-@contextmanager
-def removed(half: Path) -> Generator[None, None, None]:
-    """Remove what is half-written if anything goes wrong."""
-    try:
-        yield
-    except BaseException:
-        if dist.is_main():
-            files.remove(half)
         raise
 
 
