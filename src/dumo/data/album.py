@@ -105,10 +105,6 @@ class Album:
         """A stretch of the rows in their own order, not mirrored: to go through all once. Fewer where some are bad."""
         return self._whole(torch.arange(self.size)[rows])
 
-    def path(self, row: int) -> str:
-        """What to call the image in a row: its file, or its place in one."""
-        return self.store.path(int(self.numbered(torch.tensor([row]))))
-
     def numbered(self, rows: Order) -> Order:
         """Their numbers in the store: others than the rows' own where images were left out."""
         return rows if self.places is None else self.places[rows]

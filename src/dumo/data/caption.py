@@ -52,13 +52,13 @@ class Templates(Spec):
 
     def class_names(self, names: Sequence[str]) -> Sequence[str]:
         """The names of the classes, given those of the data. Raises UserError where there are none, or others."""
-        if self.names and len(names) in (0, len(self.names)):
-            return self.names
-        if self.names or not names:
-            few = f"captions.names has {len(self.names)} names for {len(names)} classes: give one to each"
-            none = "the classes of these data have numbers only: give captions.names, one to each"
-            raise UserError(few if self.names else none)
-        return names
+        if self.names and names and len(names) != len(self.names):
+            wrong = f"captions.names has {len(self.names)} names for {len(names)} classes: give one to each"
+        elif not self.names and not names:
+            wrong = "the classes of these data have numbers only: give captions.names, one to each"
+        else:
+            return self.names or names
+        raise UserError(wrong)
 
     def of(self, names: Sequence[str]) -> Captions:
         """All captions, held ones last; row l is of class l.

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -40,23 +41,17 @@ class Parquet:
         self.files, self.most = files, kept
         self.tables = [open_table(file) for file in files]
         self.columns = [image_column(file, table) for file, table in zip(files, self.tables, strict=True)]
-        self.places: list[tuple[int, int]] = []  # (file, row group)
-        self.starts: list[int] = []  # the first row of each
-        self.firsts: list[int] = []  # the first row of each file
-        self.size = 0
-        for i, table in enumerate(self.tables):
-            self.firsts.append(self.size)
-            for group in range(table.num_row_groups):
-                self.places.append((i, group))
-                self.starts.append(self.size)
-                self.size += table.metadata.row_group(group).num_rows
+        self.places = [(k, group) for k, table in enumerate(self.tables) for group in range(table.num_row_groups)]
+        rows = (self.tables[k].metadata.row_group(group).num_rows for k, group in self.places)
+        self.starts = [*accumulate(rows, initial=0)]  # the first row of each group, and behind the last
+        self.firsts = [*accumulate((table.metadata.num_rows for table in self.tables), initial=0)]  # of each file
         self.labels = None if label is None else self._labels(label)
         self.locks = [Lock() for _ in files]  # a table is read by one thread at a time
         self.kept: OrderedDict[int, Any] = OrderedDict()  # groups, the last used at the end
         self.keeping = Lock()
 
     def __len__(self) -> int:
-        return self.size
+        return self.starts[-1]
 
     def fingerprint(self) -> str:
         """Of the files' names, sizes and footers."""
