@@ -181,7 +181,8 @@ class Album:
                         into[i] = self.frame(self.store.read(place))
                     continue
             except (OSError, ValueError) as error:
-                what = f"{self.store.path(place)} {_fault(error)}"
+                why = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+                what = f"{self.store.path(place)} {error if isinstance(error, Unreadable) else why}"
                 if not self.skip:
                     raise UserError(f"{what}: {WAY_OUT}") from error
                 self.bad[place] = what
@@ -208,13 +209,6 @@ class Album:
 
 
 WAY_OUT = "mend or remove it, or leave such images out with data.on_bad=skip"
-
-
-def _fault(error: OSError | ValueError) -> str:
-    """What is wrong, as it follows a name."""
-    if isinstance(error, Unreadable):
-        return str(error)
-    return f"cannot be read: {(isinstance(error, OSError) and error.strerror) or error}"
 
 
 def _others(n: int, bad: list[int]) -> Bool[Tensor, " n"]:

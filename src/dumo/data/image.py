@@ -19,7 +19,7 @@ from dumo.data.augment import Edm
 from dumo.data.caption import Captioned, Captioning, Files, Templates, kept
 from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import SUFFIXES, Crop, Frame
-from dumo.data.store import Folder, Store, choose, require_regular, some, walk
+from dumo.data.store import Folder, Store, choose, some, walk
 from dumo.data.tar import Tar
 from dumo.data.written import captions_of
 from dumo.encoders.caption import Captions
@@ -260,7 +260,6 @@ def _store_of(root: Path, format: str, files: dict[str, int], split: str | None,
     if format == "folder":
         return Folder(root, files, split=split, labelled=label is not None)
     chosen = choose(root, list(files), split)
-    require_regular(chosen)
     return Parquet(chosen, label=label) if format == "parquet" else Tar(chosen, labelled=label is not None)
 
 

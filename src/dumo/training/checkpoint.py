@@ -186,9 +186,18 @@ def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
 
 
 def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write all files of a checkpoint, `state.json` last. Every rank must call it."""
+    """Write each part as a file, or as a folder of shards, and `state.json` last. Every rank must call it."""
     agreement.main(folder.mkdir)
-    mine = (in_files if dist.world() == 1 else in_shards)(folder, tensors)
+    if dist.world() == 1:
+        for name, named in tensors.items():
+            safetensors.torch.save_file(weights.apart(named), folder / f"{name}.safetensors", metadata=ONE_FILE)
+        mine = sorted(folder.iterdir())
+    else:
+        from dumo.io import shards  # slow to import
+
+        for name, named in tensors.items():
+            shards.write(folder / name, weights.apart(named, shards.part))
+        mine = sorted(folder.glob(f"*/{shards.names(dist.rank())}"))
     lists = agreement.agreed(lambda: manifest.listed(folder, mine))
     listed = {name: file for list_of_rank in lists for name, file in list_of_rank.items()}
     about = manifest.Manifest(
@@ -202,22 +211,6 @@ def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]
         files=listed,
     )
     agreement.main(lambda: manifest.write(folder, about))
-
-
-def in_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
-    """Write each part as one file; return the files."""
-    for name, named in tensors.items():
-        safetensors.torch.save_file(weights.apart(named), folder / f"{name}.safetensors", metadata=ONE_FILE)
-    return sorted(folder.iterdir())
-
-
-def in_shards(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
-    """Write each part as a folder of shards; return the files of this rank."""
-    from dumo.io import shards  # slow to import
-
-    for name, named in tensors.items():
-        shards.write(folder / name, weights.apart(named, shards.part))
-    return sorted(folder.glob(f"*/{shards.names(dist.rank())}"))
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
