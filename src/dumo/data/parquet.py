@@ -9,7 +9,7 @@ import json
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -97,10 +97,27 @@ class Parquet:
                 self.kept.popitem(last=False)
 
     def _labels(self, label: str) -> Labels | None:
+        from pyarrow import types  # slow to import
+
         if not any(label in table.schema_arrow.names for table in self.tables):
             return None
-        c = torch.cat([read_labels(file, table, label) for file, table in zip(self.files, self.tables, strict=True)])
-        return counted(c, self.files[0], class_names(self.tables[0], label))
+        parts: list[Tensor] = []
+        for file, column in zip(self.files, self.read_column(label), strict=True):
+            if not types.is_integer(column.type) or column.null_count:
+                has = f"{column.null_count} empty rows" if column.null_count else f"the type {column.type}"
+                wrong = f"has {has}, not a class number in each row: set data.label"
+                raise UserError(f"column '{label}' of {file} {wrong}")
+            parts.append(torch.tensor(column.to_numpy(), dtype=torch.long))
+        return counted(torch.cat(parts), self.files[0], class_names(self.tables[0], label))
+
+    def read_column(self, name: str) -> Iterator[Any]:
+        """A column of each file, as arrow has it. Raises UserError where one lacks it, or is damaged."""
+        for file, table in zip(self.files, self.tables, strict=True):
+            if name not in table.schema_arrow.names:
+                raise UserError(f"{file} has no column '{name}', other files have")
+            with whole(file):
+                column = table.read(columns=[name], use_threads=False).column(0)
+            yield column
 
 
 def columns(store: Parquet) -> list[str]:
@@ -187,25 +204,6 @@ def footer(file: str | Path) -> bytes:
 
 def _bytes(found: Any, column: str) -> Any:  # noqa: ANN401, untyped arrays
     return found.field("bytes") if column.endswith(".bytes") else found
-
-
-def read_labels(file: str | Path, table: "ParquetFile", label: str) -> Tensor:
-    """The class numbers in a column, (n,) of Long. Raises UserError where a row has none, or the file is damaged."""
-    from pyarrow import types
-
-    column = read_column(file, table, label)
-    if not types.is_integer(column.type) or column.null_count:
-        what = f"{column.null_count} empty rows" if column.null_count else f"the type {column.type}"
-        raise UserError(f"column '{label}' of {file} has {what}, not a class number in each row: set data.label")
-    return torch.tensor(column.to_numpy(), dtype=torch.long)
-
-
-def read_column(file: str | Path, table: "ParquetFile", name: str) -> Any:  # noqa: ANN401, an untyped array
-    """A column that other tables have. Raises UserError where this file lacks it, or is damaged."""
-    if name not in table.schema_arrow.names:
-        raise UserError(f"{file} has no column '{name}', other files have")
-    with whole(file):
-        return table.read(columns=[name], use_threads=False).column(0)
 
 
 def class_names(table: "ParquetFile", label: str) -> list[str]:

@@ -16,7 +16,7 @@ from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, cast
 
-from dumo.data.parquet import Parquet, columns, read_column
+from dumo.data.parquet import Parquet, columns
 from dumo.data.store import Folder, Store, walk
 from dumo.data.tar import Tar
 from dumo.encoders.caption import Captions
@@ -134,8 +134,7 @@ def in_tables(store: Parquet, name: str) -> list[Texts]:
     key = key_of(name, [dict.fromkeys(there)], store.files[0])
     if key is None:
         return [()] * len(store)
-    found = (read_column(file, table, key) for file, table in zip(store.files, store.tables, strict=True))
-    return [texts(value, f"column '{key}'") for column in found for value in column.to_pylist()]
+    return [texts(value, f"column '{key}'") for column in store.read_column(key) for value in column.to_pylist()]
 
 
 def in_archives(store: Tar, name: str) -> list[Texts]:
