@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Generic, TypeVar
 
 import torch
@@ -137,8 +136,6 @@ class Prefetch(Generic[T]):
     def __enter__(self) -> "Prefetch[T]":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.coming.clear()
         self.threads.shutdown(cancel_futures=True)

@@ -144,10 +144,9 @@ def _fault(
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
     """Bytes of each file that belongs in a list, by path inside the checkpoint; hidden files do not."""
-    files = [path for path in checkpoint.rglob("*") if path.is_file()]
-    seen = [path for path in files if path.suffix == ".safetensors" or not path.name.startswith(".")]
-    sizes = {path.relative_to(checkpoint).as_posix(): path.stat().st_size for path in seen}
-    return {name: size for name, size in sizes.items() if name != NAME}
+    seen = [path for path in checkpoint.rglob("*") if path.suffix == ".safetensors" or not path.name.startswith(".")]
+    files = {path.relative_to(checkpoint).as_posix(): path for path in seen if path.is_file()}
+    return {name: path.stat().st_size for name, path in files.items() if name != NAME}
 
 
 def _key(checkpoint: Path) -> tuple[Path, str]:

@@ -76,11 +76,7 @@ for _function in (*RESAMPLE, *COMPLEX):
 @rule(F.pad)
 def pad(x: Dual, pad: Sequence[int], mode: str = "constant", value: float | None = None) -> Array:
     """Whatever the border is filled with, it does not move."""
-    return carry(F.pad(x.p, pad, mode, value), _pad, (x,), tuple(pad), mode)
-
-
-def _pad(dx: Tensor, pad: tuple[int, ...], mode: str) -> Tensor:
-    return F.pad(dx, pad, mode)
+    return carry(F.pad(x.p, pad, mode, value), F.pad, (x,), tuple(pad), mode)
 
 
 @rule(torch.cat, torch.concat)
@@ -171,11 +167,7 @@ def _where(da: Tensor | None, db: Tensor | None, condition: Tensor) -> Tensor:
 @rule(torch.masked_fill, Tensor.masked_fill)
 def masked_fill(x: Dual, mask: Tensor, value: Any) -> Array:
     """What is filled in does not move."""
-    return carry(x.p.masked_fill(mask, value), _masked_fill, (x,), mask)
-
-
-def _masked_fill(dx: Tensor, mask: Tensor) -> Tensor:
-    return dx.masked_fill(mask, 0.0)
+    return carry(x.p.masked_fill(mask, value), torch.masked_fill, (x,), mask, 0.0)
 
 
 # Comparisons, and constants like another tensor: of primals. The outcome is constant almost everywhere: no tangent.
