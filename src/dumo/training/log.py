@@ -34,8 +34,6 @@ def read_log(path: Path) -> list[Row]:
 
     Raises UserError if any other line is not a row with its step.
     """
-    if path.exists() and not path.is_file():  # such as a pipe, whose read would block
-        raise UserError(f"{path} is no file: remove it")
     lines = path.read_bytes().splitlines() if path.exists() else []
     rows: list[Row] = []
     for i, text in enumerate(lines, 1):
