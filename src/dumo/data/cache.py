@@ -129,11 +129,7 @@ def encode(
         require_lines(out / LINES, captions)
 
     def shard(number: int, behind: Callable[[int], None]) -> dict[str, Tensor]:
-        parts: list[dict[str, Tensor]] = []
-        for done, part in batches(source, codec, contents, number, batch):
-            parts.append(part)
-            behind(done)
-        return pack(parts, codec, contents, number)
+        return pack(encoded(source, codec, contents, number, batch, behind), codec, contents, number)
 
     others = {LINES: dump_lines(captions)} if captions else {}
     return table.make(out, contents, shard, rank=rank, world=world, others=others, tick=tick)
@@ -151,20 +147,21 @@ def contents_of(source: Finite, codec: Opened, plan: Plan) -> Contents:
     return Contents.model_validate(plan.model_dump() | of)
 
 
-def batches(
-    source: Finite, codec: Opened, contents: Contents, number: int, batch: int
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """A shard's images encoded, batch by batch, each with how many images are behind it. Raises as `encode` does."""
-    places = contents.span(number)
+def encoded(
+    source: Finite, codec: Opened, contents: Contents, number: int, batch: int, behind: Callable[[int], None]
+) -> list[dict[str, Tensor]]:
+    """A shard's images encoded, batch by batch; `behind` hears how many are done. Raises as `encode` does."""
+    places, parts = contents.span(number), list[dict[str, Tensor]]()
     for i in places[::batch]:
         signals.check()
         images, labels = source.rows(slice(i, min(i + batch, places.stop)))
         if len(images):
             images = check_images(images, labels, contents, i)
-            part = {"labels": labels.long(), "x": codec.encode(images).cpu()}
+            parts.append({"labels": labels.long(), "x": codec.encode(images).cpu()})
             if contents.flips:
-                part["flipped"] = codec.encode(images.flip(3)).cpu()
-            yield min(i + batch, places.stop) - places.start, part
+                parts[-1]["flipped"] = codec.encode(images.flip(3)).cpu()
+            behind(min(i + batch, places.stop) - places.start)
+    return parts
 
 
 def pack(parts: list[dict[str, Tensor]], codec: Opened, contents: Contents, number: int) -> dict[str, Tensor]:

@@ -65,8 +65,13 @@ class Parquet:
 
     def read(self, i: int) -> bytes:
         """The bytes in row i. Raises OSError or ValueError where there are none."""
+        from pyarrow import ArrowException  # slow to import
+
         k = self._place(i)
-        data = self._row(k, i - self.starts[k]).as_py()
+        try:
+            data = self._row(k, i - self.starts[k]).as_py()
+        except ArrowException as error:  # not all of them are OSError or ValueError
+            raise OSError(f"row group {self.places[k][1]} is damaged: {error}") from error
         if data is None:
             raise Unreadable("holds no bytes of an image")
         return data
@@ -144,17 +149,6 @@ def whole(file: str | Path, wrong: str = "is damaged") -> Generator[None]:
         raise UserError(f"{file} {wrong}: {error}; fetch it again, or remove it") from error
 
 
-@contextmanager
-def whole_group(group: int) -> Generator[None]:
-    """Raise OSError, which says the number of a row group, where pyarrow cannot read it."""
-    from pyarrow import ArrowException  # slow to import
-
-    try:
-        yield
-    except ArrowException as error:  # not all of them are OSError or ValueError
-        raise OSError(f"row group {group} is damaged: {error}") from error
-
-
 def image_column(file: str | Path, table: "ParquetFile") -> str:
     """The dotted name of the bytes. Of several columns of images, `image` is taken. Raises UserError without any."""
     from pyarrow import types
@@ -174,22 +168,20 @@ def image_column(file: str | Path, table: "ParquetFile") -> str:
 
 
 def read_group(table: "ParquetFile", group: int, column: str) -> Any:  # noqa: ANN401, an untyped array
-    """The bytes in the rows of a group, with what `image_column` names. Raises OSError where it is damaged."""
-    with whole_group(group):
-        found = table.read_row_group(group, columns=[column], use_threads=False).column(0)
-        return _bytes(found.combine_chunks(), column)
+    """The bytes in the rows of a group, with what `image_column` names. Raises ArrowException where it is damaged."""
+    found = table.read_row_group(group, columns=[column], use_threads=False).column(0)
+    return _bytes(found.combine_chunks(), column)
 
 
 def read_row(table: "ParquetFile", group: int, column: str, row: int) -> Any:  # noqa: ANN401, an untyped scalar
     """The bytes in one row of a group too large to be held: the rows before it are read, a few at a time.
 
-    Raises OSError where the group is damaged, or shorter.
+    Raises ArrowException where the group is damaged, OSError where it is shorter.
     """
-    with whole_group(group):
-        for part in table.iter_batches(STREAMED, row_groups=[group], columns=[column], use_threads=False):
-            if row < len(part):
-                return _bytes(part.column(0), column)[row]
-            row -= len(part)
+    for part in table.iter_batches(STREAMED, row_groups=[group], columns=[column], use_threads=False):
+        if row < len(part):
+            return _bytes(part.column(0), column)[row]
+        row -= len(part)
     raise OSError(f"row group {group} has fewer rows than the file says")
 
 
