@@ -9,6 +9,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dumo.io.read import brief
+from dumo.run.config.foreign import ours
 from dumo.types import UserError
 
 Location = tuple[int | str, ...]
@@ -48,11 +49,11 @@ def nearest_few(name: str, names: list[str]) -> str:
 
 def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
     loc, ctx = found["loc"], found.get("ctx", {})
-    path, model = _walk(loc, root)
+    path, model, there = _walk(loc, root)
     match found["type"]:
         case "extra_forbidden":
             known = sorted(model.model_fields) if model else []
-            return f"{path}: unknown key; {nearest(str(loc[-1]), known)}"
+            return f"{path}: unknown key; {ours(str(loc[-1])) or nearest(str(loc[-1]), known)}"
         case "union_tag_invalid":
             tags = ctx["expected_tags"].replace("'", "").split(", ")
             return f"{path}.kind: there is no '{brief(ctx['tag'])}'; {nearest(ctx['tag'], tags)}"
@@ -69,11 +70,13 @@ def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
                 message = message.replace(json, plain)
             whole = isinstance(given, float) and found["type"] == "int_type" and given.is_integer()
             way = f"; write {given:.0f}" if whole else ""
+            if isinstance(given, str) and any("kind" in one.model_fields for one in there):
+                way = f"; write {path}.kind={brief(given)}"
             return f"{path}: {message}; got {brief(repr(given))}{way}"
 
 
-def _walk(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
-    """The dotted path without pydantic's union tags, and the model that lacks or rejects the last key."""
+def _walk(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | None, list[type[BaseModel]]]:
+    """The dotted path without pydantic's tags, the model that lacks or rejects the last key, what may stand there."""
     names: list[str] = []
     annotation: Any = root
     model: type[BaseModel] | None = None
@@ -89,7 +92,7 @@ def _walk(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | 
         model = models[0] if models else None
         field = model.model_fields.get(str(part)) if model and isinstance(part, str) else None
         annotation = field.annotation if field else annotation if isinstance(part, int) else None
-    return ".".join(map(brief, names)), model
+    return ".".join(map(brief, names)), model, [*_models(annotation)]
 
 
 def _models(annotation: object) -> Iterator[type[BaseModel]]:
