@@ -13,6 +13,12 @@ from dumo.run.config.foreign import ours
 from dumo.types import UserError
 
 Location = tuple[int | str, ...]
+WAYS = {  # out of fields that have no default
+    "data.root": ": where the images are, or the folder of latents that dumo encode writes",
+    "net.source": ": the folder of a pipeline or transformer of diffusers, or a published name (docs/pretrained.md)",
+    "net.texts.root": ": the folder that dumo encode writes the table of captions into, e.g. runs/texts/mine",
+    "teacher.source": ": the folder of a run that has a velocity",
+}
 MOST = 20  # lines that are shown: ours
 JSON = {"a valid array": "a list", "an object": "a mapping of names to values"}  # what pydantic says, and YAML's words
 
@@ -60,7 +66,7 @@ def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
         case "union_tag_not_found":
             return f"{path}.kind: missing; say which kind this is"
         case "missing":
-            return f"{path}: missing"
+            return f"{path}: missing{WAYS.get(path, '')}"
         case "value_error":
             text = str(ctx["error"])
             return text if not path or text.startswith(f"{path} ") else f"{path}: {text}"
