@@ -32,7 +32,7 @@ RECIPE = "my-images"
 MINUTES = 6.0  # on a CPU, unless another time is asked for: ours
 TIMED = 8  # steps that are timed: ours
 LOOKED, DECODED = 256, 8  # images whose header is read, and that are decoded to time it: ours
-FEWEST, WARMUP = 100, 10  # steps at least; the part of them that warms up, one in so many: ours
+FEWEST, WARMUP = 100, 10  # steps at least; one step in WARMUP warms up: ours
 SLACK = 1.1  # logs, probes, sheets and checkpoints over the steps alone: ours, measured
 LEAST_SIDE, GRID = 16, 8  # pixels: nets cut them by powers of two
 # Ours: 0.8 M parameters, 64 tokens. A step of 32 rows takes a fifth of a second on two cores.
@@ -102,7 +102,7 @@ def is_place(source: str) -> bool:
 def propose(
     place: str, sets: Sequence[str] = (), *, minutes: float | None = None, device: str = "auto", bar: Bar = no_bar
 ) -> Proposal:
-    """A run on these images that takes so many minutes (None: on a CPU MINUTES, on a GPU as long as the recipe says).
+    """A run on these images that takes these minutes (None: on a CPU MINUTES, on a GPU as long as the recipe says).
 
     `sets`, as --set takes them, go before what is proposed. Raises UserError where there are no images, or a field is
     wrong.
