@@ -105,10 +105,6 @@ class Album:
         """A stretch of the rows in their own order, not mirrored: to go through all once. Fewer where some are bad."""
         return self._whole(torch.arange(self.size)[rows])
 
-    def path(self, row: int) -> str:
-        """What to call the image in a row: its file, or its place in one."""
-        return self.store.path(int(self.numbered(torch.tensor([row]))))
-
     def numbered(self, rows: Order) -> Order:
         """Their numbers in the store: others than the rows' own where images were left out."""
         return rows if self.places is None else self.places[rows]
@@ -185,7 +181,8 @@ class Album:
                         into[i] = self.frame(self.store.read(place))
                     continue
             except (OSError, ValueError) as error:
-                what = f"{self.store.path(place)} {_fault(error)}"
+                why = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+                what = f"{self.store.path(place)} {error if isinstance(error, Unreadable) else why}"
                 if not self.skip:
                     raise UserError(f"{what}: {WAY_OUT}") from error
                 self.bad[place] = what
@@ -212,13 +209,6 @@ class Album:
 
 
 WAY_OUT = "mend or remove it, or leave such images out with data.on_bad=skip"
-
-
-def _fault(error: OSError | ValueError) -> str:
-    """What is wrong, as it follows a name."""
-    if isinstance(error, Unreadable):
-        return str(error)
-    return f"cannot be read: {(isinstance(error, OSError) and error.strerror) or error}"
 
 
 def _others(n: int, bad: list[int]) -> Bool[Tensor, " n"]:

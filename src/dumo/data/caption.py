@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Annotated, Literal, Protocol, runtime_checkable
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Int64
@@ -52,13 +52,13 @@ class Templates(Spec):
 
     def class_names(self, names: Sequence[str]) -> Sequence[str]:
         """The names of the classes, given those of the data. Raises UserError where there are none, or others."""
-        if self.names and len(names) in (0, len(self.names)):
-            return self.names
-        if self.names or not names:
-            few = f"captions.names has {len(self.names)} names for {len(names)} classes: give one to each"
-            none = "the classes of these data have numbers only: give captions.names, one to each"
-            raise UserError(few if self.names else none)
-        return names
+        if self.names and names and len(names) != len(self.names):
+            wrong = f"captions.names has {len(self.names)} names for {len(names)} classes: give one to each"
+        elif not self.names and not names:
+            wrong = "the classes of these data have numbers only: give captions.names, one to each"
+        else:
+            return self.names or names
+        raise UserError(wrong)
 
     def of(self, names: Sequence[str]) -> Captions:
         """All captions, held ones last; row l is of class l.
@@ -119,19 +119,8 @@ def _filled(template: str, name: str, number: int) -> str:
     return BRACED.sub(lambda place: name if place[0] == "{}" else str(number), template)
 
 
-@runtime_checkable
-class HasCaptions(Protocol):
-    """The spec of data that have captions: frozen, so that they can be kept."""
-
-    def all_captions(self) -> Captions:
-        """The captions, by image or by class."""
-        ...
-
-    def __hash__(self) -> int: ...
-
-
 @lru_cache(KEPT)
-def kept(data: HasCaptions) -> Captions:
+def kept(data: Any) -> Captions:  # noqa: ANN401, the frozen spec of data that have captions
     """The captions of some data, found once."""
     return data.all_captions()
 

@@ -19,7 +19,7 @@ from dumo.data.augment import Edm
 from dumo.data.caption import Captioned, Captioning, Files, Templates, kept
 from dumo.data.parquet import Parquet, columns
 from dumo.data.pixel import SUFFIXES, Crop, Frame
-from dumo.data.store import Folder, Store, choose, require_regular, some, walk
+from dumo.data.store import Folder, Store, choose, some, walk
 from dumo.data.tar import Tar
 from dumo.data.written import captions_of
 from dumo.encoders.caption import Captions
@@ -91,8 +91,6 @@ class Images(Spec):
         """Refuse fields that contradict each other."""
         if wrong := self._contradiction():
             raise UserError(wrong)
-        if isinstance(self.captions, Templates) and (self.names or self.captions.names) and self.classes:
-            self._check_templates(self.captions, self.names or ())
 
     def _contradiction(self) -> str | None:
         """What is wrong between two fields, if anything is."""
@@ -106,16 +104,14 @@ class Images(Spec):
             return (
                 f"augment gives the net numbers as its condition c, but so do the {self.classes} {way}, or augment=null"
             )
+        if isinstance(self.captions, Templates) and (self.names or self.captions.names) and self.classes:
+            each, found = self.captions.count(1), len(self.captions.of(self.names or ()))
+            if found != self.classes:
+                return (
+                    f"captions.templates make {each} captions of each of {found // each} classes, data.classes says "
+                    f"{self.classes}: set data.classes={found}, or leave it out"
+                )
         return None
-
-    def _check_templates(self, captions: Templates, names: tuple[str, ...]) -> None:
-        """Refuse templates that do not make as many captions as there are to be."""
-        each, found = captions.count(1), captions.of(names)
-        if len(found) != self.classes:
-            raise UserError(
-                f"captions.templates make {each} captions of each of {len(found) // each} classes, data.classes says "
-                f"{self.classes}: set data.classes={len(found)}, or leave it out"
-            )
 
     def found(self) -> "Images":
         """The same with the classes and names, or the captions, that the files have; as it is where they are not there.
@@ -200,7 +196,8 @@ class Images(Spec):
     def _album(self, *, numbered: bool) -> Album:
         root = user_path(self.root, "data.root")
         store = self._store(root, self.label if self.labelled and self.labels else None)
-        self._check(root, store)
+        if wrong := self._fault(store):
+            raise UserError(f"{root} {wrong}")
         return Album(
             store,
             Frame(self.side, self.crop),
@@ -215,13 +212,8 @@ class Images(Spec):
         """The images, their labels by the column `label`, undecoded."""
         return find(root, split=self.split, label=label)
 
-    def _check(self, root: Path, store: Store) -> None:
-        """Refuse other classes than expected. Where they have no names, the last ones may lack images."""
-        if wrong := self._fault(store):
-            raise UserError(f"{root} {wrong}")
-
     def _fault(self, store: Store) -> str | None:
-        """What is wrong with the classes, if anything is."""
+        """What is wrong with the classes, if anything is. Where they have no names, the last ones may lack images."""
         if self.names is None:
             return "was not there when the run was opened, so nobody counted its classes: open it again"
         if not self.labels:
@@ -272,7 +264,6 @@ def _store_of(root: Path, format: str, files: dict[str, int], split: str | None,
     if format == "folder":
         return Folder(root, files, split=split, labelled=label is not None)
     chosen = choose(root, list(files), split)
-    require_regular(chosen)
     return Parquet(chosen, label=label) if format == "parquet" else Tar(chosen, labelled=label is not None)
 
 

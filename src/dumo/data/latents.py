@@ -5,6 +5,7 @@ there is the one meant, how samples are decoded, and what they are compared with
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
@@ -72,9 +73,11 @@ class Latents(Spec):
 
     def found(self) -> "Latents":
         """The same with the classes or captions that its images have, or, where they are not here, the cache."""
-        images = self.images.found()
-        if images.names is None and (there := self._there()):
-            images = self._counted(there)
+        images, there = self.images.found(), None
+        if images.names is None:
+            with suppress(UserError):  # a damaged cache is refused where it is opened
+                there = read_contents(self.folder)
+        images = self._counted(there) if there else images
         return self.model_copy(update={"images": images})
 
     def _counted(self, there: Contents) -> Images:
@@ -89,13 +92,6 @@ class Latents(Spec):
                 digest = {"digest": found.digest()}
                 counted = {"classes": len(found), "names": (), "captions": captions.model_copy(update=digest)}
         return self.images.model_copy(update=counted)
-
-    def _there(self) -> Contents | None:
-        """What the cache holds, if there is one."""
-        try:
-            return read_contents(self.folder)
-        except UserError:
-            return None
 
     def originals(self) -> Album:
         """The images that are encoded, with their classes. Raises UserError as opening them does."""

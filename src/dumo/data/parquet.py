@@ -9,8 +9,9 @@ import json
 import os
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -40,23 +41,17 @@ class Parquet:
         self.files, self.most = files, kept
         self.tables = [open_table(file) for file in files]
         self.columns = [image_column(file, table) for file, table in zip(files, self.tables, strict=True)]
-        self.places: list[tuple[int, int]] = []  # (file, row group)
-        self.starts: list[int] = []  # the first row of each
-        self.firsts: list[int] = []  # the first row of each file
-        self.size = 0
-        for i, table in enumerate(self.tables):
-            self.firsts.append(self.size)
-            for group in range(table.num_row_groups):
-                self.places.append((i, group))
-                self.starts.append(self.size)
-                self.size += table.metadata.row_group(group).num_rows
+        self.places = [(k, group) for k, table in enumerate(self.tables) for group in range(table.num_row_groups)]
+        rows = (self.tables[k].metadata.row_group(group).num_rows for k, group in self.places)
+        self.starts = [*accumulate(rows, initial=0)]  # the first row of each group, and behind the last
+        self.firsts = [*accumulate((table.metadata.num_rows for table in self.tables), initial=0)]  # of each file
         self.labels = None if label is None else self._labels(label)
         self.locks = [Lock() for _ in files]  # a table is read by one thread at a time
         self.kept: OrderedDict[int, Any] = OrderedDict()  # groups, the last used at the end
         self.keeping = Lock()
 
     def __len__(self) -> int:
-        return self.size
+        return self.starts[-1]
 
     def fingerprint(self) -> str:
         """Of the files' names, sizes and footers."""
@@ -102,12 +97,27 @@ class Parquet:
                 self.kept.popitem(last=False)
 
     def _labels(self, label: str) -> Labels | None:
+        from pyarrow import types  # slow to import
+
         if not any(label in table.schema_arrow.names for table in self.tables):
             return None
+        parts: list[Tensor] = []
+        for file, column in zip(self.files, self.read_column(label), strict=True):
+            if not types.is_integer(column.type) or column.null_count:
+                has = f"{column.null_count} empty rows" if column.null_count else f"the type {column.type}"
+                wrong = f"has {has}, not a class number in each row: set data.label"
+                raise UserError(f"column '{label}' of {file} {wrong}")
+            parts.append(torch.tensor(column.to_numpy(), dtype=torch.long))
+        return counted(torch.cat(parts), self.files[0], class_names(self.tables[0], label))
+
+    def read_column(self, name: str) -> Iterator[Any]:
+        """A column of each file, as arrow has it. Raises UserError where one lacks it, or is damaged."""
         for file, table in zip(self.files, self.tables, strict=True):
-            require_column(file, table, label)
-        c = torch.cat([read_labels(file, table, label) for file, table in zip(self.files, self.tables, strict=True)])
-        return counted(c, self.files[0], class_names(self.tables[0], label))
+            if name not in table.schema_arrow.names:
+                raise UserError(f"{file} has no column '{name}', other files have")
+            with whole(file):
+                column = table.read(columns=[name], use_threads=False).column(0)
+            yield column
 
 
 def columns(store: Parquet) -> list[str]:
@@ -194,31 +204,6 @@ def footer(file: str | Path) -> bytes:
 
 def _bytes(found: Any, column: str) -> Any:  # noqa: ANN401, untyped arrays
     return found.field("bytes") if column.endswith(".bytes") else found
-
-
-def read_labels(file: str | Path, table: "ParquetFile", label: str) -> Tensor:
-    """The class numbers in a column, (n,) of Long. Raises UserError where a row has none, or the file is damaged."""
-    from pyarrow import types
-
-    with whole(file):
-        column = table.read(columns=[label], use_threads=False).column(0)
-    if not types.is_integer(column.type) or column.null_count:
-        what = f"{column.null_count} empty rows" if column.null_count else f"the type {column.type}"
-        raise UserError(f"column '{label}' of {file} has {what}, not a class number in each row: set data.label")
-    return torch.tensor(column.to_numpy(), dtype=torch.long)
-
-
-def read_texts(file: str | Path, table: "ParquetFile", name: str) -> list[Any]:
-    """What a column holds, as Python has it. Raises UserError where the file lacks it, or is damaged."""
-    require_column(file, table, name)
-    with whole(file):
-        return table.read(columns=[name], use_threads=False).column(0).to_pylist()
-
-
-def require_column(file: str | Path, table: "ParquetFile", name: str) -> None:
-    """Raise UserError where a table lacks a column that others have."""
-    if name not in table.schema_arrow.names:
-        raise UserError(f"{file} has no column '{name}', other files have")
 
 
 def class_names(table: "ParquetFile", label: str) -> list[str]:

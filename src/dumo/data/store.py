@@ -82,8 +82,9 @@ class Folder:
         return len(self.files)
 
     def fingerprint(self) -> str:
-        """Of names and sizes, as they were when the folder was opened."""
-        return fingerprint_of({file: self.sizes[file] for file in self.files})
+        """Of the files' names below the folder that holds them all, and of their sizes when that was opened."""
+        above = os.path.commonpath([os.path.dirname(file) for file in self.files])
+        return digest.short(*(f"{file[len(above) :]} {self.sizes[file]}" for file in self.files))
 
     def path(self, i: int) -> str:
         """The file."""
@@ -127,31 +128,21 @@ def require_small(size: int) -> None:
         raise Unreadable(f"has {size} bytes, more than an image has")
 
 
-def require_regular(files: Iterable[str]) -> None:
-    """Raise UserError for what is no regular file: opening a pipe would wait for ever."""
-    for file in files:
-        if os.path.exists(file) and not os.path.isfile(file):
-            raise UserError(f"{file} is no regular file, but a pipe, a device or a folder: remove it")
-
-
-def fingerprint_of(files: Mapping[str, int]) -> str:
-    """The fingerprint of files: their names below the folder that holds them all, and their sizes."""
-    above = os.path.commonpath([os.path.dirname(file) for file in files])
-    return digest.short(*(f"{file[len(above) :]} {size}" for file, size in files.items()))
-
-
 def choose(root: Path, files: Sequence[str], split: str | None) -> list[str]:
     """The shards of one split, by their names and folders: `data/train-00000-of-00010.parquet` is of `train`.
 
-    Without a split: all, if they are of one. Raises UserError where the split is absent, or must be chosen.
+    Without a split: all, if they are of one. Raises UserError where the split is absent, or must be chosen; or for what
+    is no regular file, for opening a pipe would wait for ever.
     """
-    if split is None:
-        found = {next((name for name in _tokens(root, file) if name in SPLITS), None) for file in files}
-        if len(found) > 1:
-            names = ", ".join(sorted(name or "(no split)" for name in found))
-            raise UserError(f"{root} holds {names}: choose one with data.split")
-        return list(files)
-    return in_split(root, split, [file for file in files if split in _tokens(root, file)])
+    if split is not None:
+        files = in_split(root, split, [file for file in files if split in _tokens(root, file)])
+    elif len(found := {next((name for name in _tokens(root, file) if name in SPLITS), None) for file in files}) > 1:
+        names = ", ".join(sorted(name or "(no split)" for name in found))
+        raise UserError(f"{root} holds {names}: choose one with data.split")
+    for file in files:
+        if os.path.exists(file) and not os.path.isfile(file):
+            raise UserError(f"{file} is no regular file, but a pipe, a device or a folder: remove it")
+    return list(files)
 
 
 def in_split(root: Path, split: str, files: list[str]) -> list[str]:

@@ -2,24 +2,34 @@
 
 An archive that was cut short, or has a hole of zeros, looks whole to a reader that stops at the first thing that is no
 header. So it must end as tar ends it: with a block of zeros where the members end, and nothing but zeros after it, no
-more than fill its last record. Where the members lie is found once (`dumo.data.index`).
+more than fill its last record.
+
+Finding the members takes a read for each, hours for a hundred million. So it is done once, and what was found lies in
+`.dumo-index/<archive>.safetensors` next to the archive, from where it is mapped into memory. An archive of another size
+or time than noted there is looked through again. Where its folder may not be written to, notes lie in the user's cache
+folder (`dumo.io.file.places`); where that may not either, what was found is kept in memory.
 """
 
+import json
 import os
 import tarfile
+import warnings
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+import safetensors.torch
 import torch
+from jaxtyping import Int64, UInt8
+from torch import Tensor
 
-from dumo.data import index
-from dumo.data.index import UNLABELLED, Scan
 from dumo.data.pixel import SUFFIXES, Unreadable
 from dumo.data.store import Labels, counted, require_small
-from dumo.io import digest
+from dumo.io import digest, weights
+from dumo.io import file as files
 from dumo.runtime import signals
 from dumo.runtime.progress import late
 from dumo.types import UserError
@@ -29,6 +39,34 @@ RECORDS = (tarfile.RECORDSIZE, *(tarfile.BLOCKSIZE << k for k in range(12)))
 CLASS = 100  # bytes, at most, of what says a class
 TEXT = 2**20  # bytes, at most, of a text that goes with an image: ours
 AGAIN = "fetch it again, or remove it"
+NAME = ".dumo-index"
+MAPPED = 2**14  # notes mapped at a time, of more the rest is read; Linux allows 65,530 maps. Ours
+UNLABELLED = -(2**63)  # in place of a class
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Where the images of an archive lie."""
+
+    members: Int64[Tensor, "4 n"]  # of each its beginning, its size, its class, the end of its name
+    names: UInt8[Tensor, " m"]  # one after the other
+    wrong: str = ""  # what is wrong with the labels, if anything is
+
+    def __len__(self) -> int:
+        return self.members.shape[1]
+
+    def name(self, i: int) -> str:
+        """The name of an image in the archive."""
+        begin, end = int(self.members[3, i - 1]) if i else 0, int(self.members[3, i])
+        return self.names[begin:end].numpy().tobytes().decode(errors="replace")
+
+    def copy(self) -> "Scan":
+        """The same, not mapped."""
+        return Scan(self.members.clone(), self.names.clone(), self.wrong)
+
+    def digest(self) -> str:
+        """Of all there is."""
+        return digest.short(digest.of_tensor(self.members), digest.of_tensor(self.names), self.wrong)
 
 
 class Tar:
@@ -37,9 +75,14 @@ class Tar:
     Raises UserError for a file that is no whole archive, and where only some images have a label.
     """
 
-    def __init__(self, files: Sequence[str], *, labelled: bool) -> None:
-        self.files, self.index = files, index.open_index(files, scan)
-        self.ends = list(accumulate(part.images for part in self.index.parts))
+    def __init__(self, archives: Sequence[str], *, labelled: bool) -> None:
+        self.files, self.scans = archives, list[Scan]()
+        with late("looking through tar archives", len(archives)) as tick:
+            for k, file in enumerate(archives):
+                signals.check()
+                self.scans.append(look(file) if k < MAPPED else look(file).copy())
+                tick(k + 1, "")
+        self.ends = list(accumulate(map(len, self.scans)))
         self.labels = self._labels() if labelled else None
 
     def __len__(self) -> int:
@@ -47,19 +90,20 @@ class Tar:
 
     def fingerprint(self) -> str:
         """Of the archives' names and sizes, and of the names, places and classes in them."""
-        sizes = (f"{part.file} {part.size}" for part in self.index.parts)
-        scans = (self.index.of(k) for k in range(len(self.files)))
-        return digest.short(*sizes, *(digest.of_bytes(scan.members.tobytes(), scan.names.tobytes()) for scan in scans))
+        above = os.path.commonpath([os.path.dirname(file) for file in self.files])
+        sizes = (f"{os.path.relpath(file, above)} {os.path.getsize(file)}" for file in self.files)
+        found = (digest.of_bytes(scan.members.numpy().tobytes(), scan.names.numpy().data) for scan in self.scans)
+        return digest.short(*sizes, *found)
 
     def path(self, i: int) -> str:
         """The archive and the member."""
         k, column = self._place(i)
-        return f"{self.files[k]} member {self.index.name(column)}"
+        return f"{self.files[k]} member {self.scans[k].name(column)}"
 
     def read(self, i: int) -> bytes:
         """The member's bytes. Raises OSError, and Unreadable where the archive has become shorter."""
         k, column = self._place(i)
-        start, size = self.index.scan.members[:2, column].tolist()
+        start, size = self.scans[k].members[:2, column].tolist()
         require_small(size)
         with open(self.files[k], "rb") as archive:
             archive.seek(start)
@@ -72,60 +116,101 @@ class Tar:
         """What the members of these endings say of each image, by ending. All archives are gone through anew."""
         found: list[dict[str, bytes]] = []
         with late("looking for captions in tar archives", len(self.files)) as tick:
-            for k, file in enumerate(self.files):
+            for k, (file, scan) in enumerate(zip(self.files, self.scans, strict=True), 1):
                 signals.check()
                 texts: dict[str, dict[str, bytes]] = {}
                 for info, content in _members(file, suffixes, TEXT):
                     if content is not None:
                         texts.setdefault(_key(info.name), {})[info.name.rpartition(".")[2]] = content
-                first = self.index.firsts[k]
-                names = (self.index.name(first + i) for i in range(self.index.parts[k].images))
-                found += [texts.get(_key(name), {}) for name in names]
-                tick(k + 1, "")
+                found += [texts.get(_key(scan.name(i)), {}) for i in range(len(scan))]
+                tick(k, "")
         return found
 
     def _place(self, i: int) -> tuple[int, int]:
-        """The archive of image i, and its column in the index."""
+        """The archive of image i, and its column there."""
         k = bisect_right(self.ends, i)
-        return k, self.index.firsts[k] + i - (self.ends[k] - self.index.parts[k].images)
+        return k, i - (self.ends[k - 1] if k else 0)
 
     def _labels(self) -> Labels | None:
         """The classes; None where no image has one."""
-        c = torch.from_numpy(self.index.classes)
+        c = torch.cat([scan.members[2] for scan in self.scans])
         lacking = c == UNLABELLED
-        wrong = next((part.wrong for part in self.index.parts if part.wrong), None)
+        wrong = next((scan.wrong for scan in self.scans if scan.wrong), None)
         if not wrong and bool(lacking.all()):
             return None
         if not wrong and bool(lacking.any()):
-            first = int(lacking.nonzero()[0])
-            key = _key(self.index.name(self._place(first)[1]))
+            k, column = self._place(first := int(lacking.nonzero()[0]))
+            key = _key(self.scans[k].name(column))
             wrong = f"{self.path(first)} has no label '{key}.cls', others have: set data.labelled=false"
         if wrong:
             raise UserError(wrong)
         return counted(c, self.files[0])
 
 
+def look(file: str) -> Scan:
+    """Where the images of an archive lie: as noted, else as found now, and noted. Raises as `scan`."""
+    about = os.stat(file)
+    state = f"{about.st_size} {about.st_mtime_ns}"
+    folder, name = os.path.split(os.path.abspath(file))
+    notes = [place / f"{name}.safetensors" for place in files.places(Path(folder), NAME)]
+    for note in notes:
+        if found := read(note, state):
+            return found
+    note = next(filter(files.writable, notes), None)
+    if note is None:
+        return scan(file)
+    with files.locked(note.with_name(f"{note.name}.lock")):
+        if found := read(note, state):  # another process was quicker
+            return found
+        found = scan(file)
+        try:
+            write(note, found, state)
+        except OSError as error:
+            what = f"{note.parent} cannot be written ({error.strerror})"
+            warnings.warn(f"{what}: the next start looks again", stacklevel=2)
+        return read(note, state) or found  # what was read is mapped
+
+
+def read(note: Path, state: str) -> Scan | None:
+    """What was noted of an archive in this state; None where nothing was, or it is not as it was written."""
+    try:
+        tensors, about = weights.read(note)
+        noted, sha256, wrong = json.loads(about["archive"])
+        found = Scan(tensors["members"], tensors["names"], wrong)
+        same = (noted, sha256) == (state, found.digest())
+    except Exception:  # a damaged file may raise anything in its readers
+        return None
+    return found if same else None
+
+
+def write(note: Path, found: Scan, state: str) -> None:
+    """Note what was found, whole or not at all. Raises OSError."""
+    about = {"archive": json.dumps([state, found.digest(), found.wrong])}  # two entries would come in any order
+    tensors = {"members": found.members, "names": found.names}
+    files.write(note, safetensors.torch.save(tensors, about))
+
+
 def scan(file: str) -> Scan:
     """Where the images of an archive lie. Raises UserError where it is damaged, OSError where it cannot be read."""
-    found: list[tuple[int, int, int]] = []
+    found: list[tuple[int, int]] = []
     names: list[bytes] = []
     keys: list[str] = []
     classes: dict[str, int] = {}
     wrong = ""
     for info, content in _members(file, ("cls",), CLASS):
         if content is None:
-            found.append((info.offset_data, info.size, len(info.name.encode(errors="replace"))))
+            found.append((info.offset_data, info.size))
             names.append(info.name.encode(errors="replace"))
             keys.append(_key(info.name))
         else:
             try:
-                classes[_key(info.name)] = _number(content)
-            except ValueError:
+                classes[_key(info.name)] = int(np.int64(int(content)))
+            except (ValueError, OverflowError):
                 wrong = wrong or f"{file} member {info.name} holds no class number: {content[:20]!r}"
-    start, size, length = np.array(found, np.int64).reshape(-1, 3).T
-    label = np.array([classes.get(key, UNLABELLED) for key in keys], np.int64)
-    members = np.stack([start, size, label, length.cumsum()])
-    return Scan(members, np.frombuffer(b"".join(names), np.uint8), wrong)
+    start, size = zip(*found, strict=True) if found else ((), ())
+    label = (classes.get(key, UNLABELLED) for key in keys)
+    members = torch.tensor([start, size, [*label], [*accumulate(map(len, names))]], dtype=torch.int64)
+    return Scan(members, torch.from_numpy(np.frombuffer(b"".join(names), np.uint8).copy()), wrong)
 
 
 def _members(file: str, read: Sequence[str], most: int) -> Iterator[tuple[tarfile.TarInfo, bytes | None]]:
@@ -178,10 +263,3 @@ def _key(name: str) -> str:
     """What an image and its label have in common: the name without its endings."""
     path = PurePosixPath(name)
     return str(path.with_name(path.name.partition(".")[0]))
-
-
-def _number(content: bytes) -> int:
-    """A class number. Raises ValueError for what is none that 63 bits hold."""
-    if not -(2**63) < (number := int(content)) < 2**63:
-        raise ValueError
-    return number

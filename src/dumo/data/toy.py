@@ -78,12 +78,8 @@ class Digits(Spec):
         return self.captions.count(self.labels) if self.captions else self.labels
 
     @model_validator(mode="after")
-    def _has_captions(self) -> "Digits":
+    def _possible(self) -> "Digits":
         self.caption_texts()  # raises
-        return self
-
-    @model_validator(mode="after")
-    def _holds_enough(self) -> "Digits":
         if 0 < self.held < FEWEST:
             raise ValueError(f"held = {self.held} images are too few to be judged against: hold {FEWEST} or more, or 0")
         return self

@@ -11,12 +11,12 @@ list of texts to a line in the images' order, so that training, and encoding the
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from dumo.data.parquet import Parquet, columns, read_texts
+from dumo.data.parquet import Parquet, columns
 from dumo.data.store import Folder, Store, walk
 from dumo.data.tar import Tar
 from dumo.encoders.caption import Captions
@@ -36,11 +36,9 @@ Texts = tuple[str, ...]  # captions of an image
 
 def dump_lines(captions: Captions) -> bytes:
     """As `read_lines` reads it."""
-    texts, ids, first, lines = captions.texts, captions.ids.tolist(), 0, list[str]()
-    for end in captions.ends.tolist():
-        lines.append(json.dumps([texts[k] for k in ids[first:end] if k < len(texts)], ensure_ascii=False))
-        first = end
-    return "".join(f"{line}\n" for line in lines).encode()
+    texts, ids, ends = captions.texts, captions.ids.tolist(), [0, *captions.ends.tolist()]
+    rows = ([texts[k] for k in ids[first:end] if k < len(texts)] for first, end in pairwise(ends))
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode()
 
 
 def read_lines(file: Path) -> Captions:
@@ -61,18 +59,23 @@ def require_lines(file: Path, captions: Captions) -> None:
 def _each(file: Path) -> Iterator[list[str]]:
     with file.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
-            row = read_line(line, f"{file} line {number}", REWRITE)
-            if not isinstance(row, list) or not all(isinstance(text, str) for text in row):
-                raise UserError(f"{file} line {number} is no list of texts: {REWRITE}")
-            yield row
+            yield read_line(line, f"{file} line {number}", "list of texts", are_texts, REWRITE)
 
 
-def read_line(text: str, where: str, way_out: str) -> Any:  # noqa: ANN401, whatever stands there
-    """The value of a line of JSON. Raises UserError for what is not JSON."""
+def read_line(text: str, where: str, what: str, fits: Callable[[Any], bool], way_out: str) -> Any:  # noqa: ANN401
+    """The value of a line of JSON. Raises UserError for what is not JSON, or does not fit: no `what`."""
     try:
-        return json.loads(text)
+        if fits(value := json.loads(text)):
+            return value
+        wrong = f"no {what}"
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}): {way_out}") from error
+        wrong = f"not JSON ({error})"
+    raise UserError(f"{where} is {wrong}: {way_out}")
+
+
+def are_texts(value: object) -> bool:
+    """Whether it is a list of them."""
+    return isinstance(value, list) and all(isinstance(text, str) for text in cast(list[object], value))
 
 
 def captions_of(root: Path, store: Store, name: str) -> list[Texts]:
@@ -119,7 +122,7 @@ def rows_of(table: str) -> Iterable[tuple[str, dict[str, Any]]]:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
-            row = parse_object(line, f"{table} line {number}")
+            row = read_object(line, f"{table} line {number}")
             if not isinstance(file := row.get("file_name"), str):
                 raise UserError(f"{table} line {number} has no file_name: each line says it, and its text")
             yield os.path.normpath(os.path.join(folder, file)), row
@@ -131,8 +134,7 @@ def in_tables(store: Parquet, name: str) -> list[Texts]:
     key = key_of(name, [dict.fromkeys(there)], store.files[0])
     if key is None:
         return [()] * len(store)
-    found = (read_texts(file, table, key) for file, table in zip(store.files, store.tables, strict=True))
-    return [texts(value, f"column '{key}'") for value in chain.from_iterable(found)]
+    return [texts(value, f"column '{key}'") for column in store.read_column(key) for value in column.to_pylist()]
 
 
 def in_archives(store: Tar, name: str) -> list[Texts]:
@@ -140,7 +142,7 @@ def in_archives(store: Tar, name: str) -> list[Texts]:
     suffixes = {AUTO: (TEXT, "json"), TEXT: (TEXT,)}.get(name, ("json",))
     found = store.texts(suffixes)
     rows = [
-        parse_object(members["json"].decode(errors="replace"), store.path(i)) if "json" in members else {}
+        read_object(members["json"].decode(errors="replace"), store.path(i)) if "json" in members else {}
         for i, members in enumerate(found)
     ]
     key = key_of(name, rows, store.files[0]) or "" if any(rows) else ""
@@ -163,7 +165,7 @@ def key_of(name: str, rows: Iterable[Mapping[str, Any]], where: str) -> str | No
 def texts(value: object, where: str) -> Texts:
     """One text, a list of them, or none. Raises UserError for what is no text."""
     listed: Any = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(text, str) for text in listed):
+    if not are_texts(listed):
         raise UserError(f"{where}: the caption {brief(repr(value))} is no text: {MEND}")
     return tuple(listed)
 
@@ -173,8 +175,6 @@ def split(text: str) -> Texts:
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def parse_object(text: str, where: str) -> dict[str, Any]:
+def read_object(text: str, where: str) -> dict[str, Any]:
     """An object of JSON. Raises UserError for anything else."""
-    if not isinstance(row := read_line(text, where, MEND), dict):
-        raise UserError(f'{where} is no JSON object, as in {{"text": "a cat"}}: {MEND}')
-    return row
+    return read_line(text, where, 'JSON object, as in {"text": "a cat"}', lambda row: isinstance(row, dict), MEND)

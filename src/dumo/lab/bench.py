@@ -26,7 +26,7 @@ from dumo.nets import Net
 from dumo.run.config.error import require_known
 from dumo.run.config.spec import Run
 from dumo.run.plan import machine
-from dumo.runtime import dist, memory
+from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream
 from dumo.types import Needs, Reads, UserError
@@ -89,7 +89,7 @@ def build(
     """
     size = sum(value.nbytes for value in outline(net, needs, shape, classes).state_dict().values())
     size += rows * prod(shape) * torch.float32.itemsize
-    memory.require(size, "the net and its input take", "take a smaller one, fewer rows or a smaller shape", device)
+    dist.require_memory(size, "the net and its input take", "take a smaller one, fewer rows or a smaller shape", device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream("bench", "weights").initial_seed())
         return fill(net.build(needs, shape, classes)).to(device)

@@ -22,8 +22,8 @@ from dumo.run.config.load import FILE, load, parse
 from dumo.run.config.resolve import found_data, resolve
 from dumo.run.plan import machine
 from dumo.runtime import dist, signals
-from dumo.runtime.prefetch import BATCHES, Prefetch
 from dumo.runtime.progress import Bar, Tick, no_bar
+from dumo.training.loop import BATCHES, Prefetch
 from dumo.types import Spec, UserError
 from dumo.types.rows import to_device
 

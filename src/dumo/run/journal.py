@@ -15,7 +15,7 @@ from dumo.run import average
 from dumo.run.config.spec import Run
 from dumo.run.plan import doctor
 from dumo.run.teacher import Coupled
-from dumo.runtime import dist, memory, signals
+from dumo.runtime import dist, signals
 from dumo.runtime.progress import sized
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.spec import Train
@@ -118,7 +118,7 @@ class Journal:
         A net of which little is trained may leave no room for copies, where the self-test of two blocks has to do.
         """
         size = COPIES * sum(p.nbytes for p in self.run.outline().parameters())
-        most = agreement.main(lambda: memory.memory(self.device))
+        most = agreement.main(lambda: dist.memory(self.device))
         if self.run.objective.needs.slope and size > most:
             what = f"copies of them take {sized(size)} of memory, and {self.device} has {sized(most)}"
             self.tell(f"the slope is not examined on the weights in training: {what}")

@@ -21,7 +21,7 @@ from dumo.run.folder import RunFolder
 from dumo.run.name import changes, own, sampling, word
 from dumo.run.prompt import names, prompted
 from dumo.run.sampler import Sampler
-from dumo.runtime import dist, memory
+from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
 from dumo.types import Sample, UserError
 
@@ -83,7 +83,7 @@ def export(
     if form not in forms:
         raise UserError(f"format '{form}' does not hold samples of shape {sampler.pixels}: use {', '.join(forms)}")
     way = "ask for fewer, and for others with another --seed"
-    memory.require(count * prod(sampler.pixels) * torch.float32.itemsize, f"{count:,} samples take", way)
+    dist.require_memory(count * prod(sampler.pixels) * torch.float32.itemsize, f"{count:,} samples take", way)
     sampler = with_options(sampler, nfe=nfe, seed=seed, solver=solver)
     c = turned(prompted(sampler, prompts), count) if prompts else sampler.conditions.in_turn(count, only)
     said = said_of(opened, sampler.spec)

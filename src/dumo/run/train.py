@@ -32,7 +32,6 @@ from dumo.run.plan import cost, doctor, machine
 from dumo.run.sheet import Sheets
 from dumo.run.speed import Meter, step_flops
 from dumo.runtime import dist
-from dumo.runtime.prefetch import BATCHES, Prefetch
 from dumo.runtime.progress import Bar, no_bar
 from dumo.training import agreement, loop
 from dumo.training.layout import share_of
@@ -153,7 +152,7 @@ def fed(
         return draws.pin() if gpu else draws
 
     last = train.steps
-    with Prefetch(read, last=last, depth=BATCHES) as batches, Prefetch(draw, last=last) as draws:
+    with loop.Prefetch(read, last=last, depth=loop.BATCHES) as batches, loop.Prefetch(draw, last=last) as draws:
         yield lambda step: [to_device(part, here) for part in batches(step)], draws
 
 

@@ -1,4 +1,4 @@
-"""Ranks, means over ranks, devices, versions: the one place that knows how many processes train, and where.
+"""Ranks, means over ranks, devices and their memory, versions: what knows how many processes train, and where.
 
 Without torch.distributed there is one rank, number 0, and a mean over ranks is the identity.
 """
@@ -247,6 +247,20 @@ def device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"device '{name}' is not available: use auto or cpu") from error
     return found.device
+
+
+def memory(device: torch.device) -> int:
+    """Bytes of memory that a device has in all."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def require_memory(size: int, what: str, way: str, device: torch.device | str = "cpu") -> None:
+    """Raise UserError, with the way out, where `what` is more bytes than the device has; 'meta' has room for all."""
+    device = torch.device(device)
+    if device.type != "meta" and size > (most := memory(device)):
+        raise UserError(f"{what} {size / 1e9:,.1f} GB of memory, and {device} has {most / 1e9:,.1f} GB: {way}")
 
 
 def versions() -> dict[str, str]:

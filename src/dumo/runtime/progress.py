@@ -37,26 +37,19 @@ def bar(title: str, total: int, /) -> AbstractContextManager[Tick]:
 @contextmanager
 def live_bar(title: str, total: int, /) -> Generator[Tick, None, None]:
     """A bar that moves."""
+    from rich import progress as parts
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}", markup=False),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}", markup=False),
+        parts.TextColumn("{task.description}", markup=False),
+        parts.BarColumn(),
+        parts.MofNCompleteColumn(),
+        parts.TextColumn("{task.fields[rate]}", markup=False),
+        parts.TimeElapsedColumn(),
+        parts.TimeRemainingColumn(),
+        parts.TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=Console(markup=False, emoji=False, stderr=True)) as progress:
+    with parts.Progress(*columns, console=Console(markup=False, emoji=False, stderr=True)) as progress:
         task = progress.add_task(inline(title), total=total, note="", rate="")
 
         def tick(done: int, note: str) -> None:

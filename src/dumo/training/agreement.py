@@ -11,7 +11,6 @@ from dumo.runtime import dist, signals
 from dumo.types import UserError
 
 T = TypeVar("T")
-Failure = tuple[str, int, str, str | None]  # kind, errno, message, file
 
 
 def agreed(work: Callable[[], T]) -> list[T]:
@@ -23,7 +22,7 @@ def agreed(work: Callable[[], T]) -> list[T]:
     if dist.world() == 1:
         return [work()]
     found: T | None = None
-    failure: Failure | None = None
+    failure: Exception | None = None
     cause: Exception | None = None
     try:
         found = work()
@@ -33,7 +32,7 @@ def agreed(work: Callable[[], T]) -> list[T]:
     torch.distributed.all_gather_object(answers, (found, failure))
     for rank, (_, wrong) in enumerate(answers):
         if wrong is not None:
-            raise raised(rank, *wrong) from cause
+            raise (RuntimeError(f"rank {rank}: {wrong}") if type(wrong) is RuntimeError else wrong) from cause
     return [answer for answer, _ in answers]
 
 
@@ -50,24 +49,15 @@ def main(work: Callable[[], T]) -> T:
     return cast(T, first)
 
 
-def packed(error: Exception) -> Failure:
-    """An error as plain values that can be sent to other ranks."""
+def packed(error: Exception) -> Exception:
+    """An error as all ranks raise it, made of plain values, for it is sent to them."""
     if isinstance(error, UserError):
-        return "user", 0, str(error), None
+        return UserError(str(error))
     if isinstance(error, signals.Stopped):
-        return "stopped", error.number, str(error), None
+        return signals.Stopped(error.number, str(error))
     if isinstance(error, OSError) and error.errno is not None:
         file = None if error.filename is None else str(error.filename)
-        return "system", error.errno, error.strerror or str(error), file
+        return OSError(error.errno, error.strerror or str(error), file)
     if files.full(error):
-        return "system", errno.ENOSPC, str(error), None
-    return "other", 0, f"{type(error).__name__}: {error}", None
-
-
-def raised(rank: int, kind: str, number: int, text: str, file: str | None) -> Exception:
-    """The error that another rank sent."""
-    if kind == "user":
-        return UserError(text)
-    if kind == "stopped":
-        return signals.Stopped(number, text)
-    return OSError(number, text, file) if kind == "system" else RuntimeError(f"rank {rank}: {text}")
+        return OSError(errno.ENOSPC, str(error))
+    return RuntimeError(f"{type(error).__name__}: {error}")

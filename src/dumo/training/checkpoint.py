@@ -12,7 +12,7 @@ and `state.json` lists its files and their hashes (`dumo.training.manifest`).
 """
 
 import warnings
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -179,20 +179,25 @@ def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
             if (x := layout.local(tensor.detach())).is_floating_point() and x.numel():
                 ends = torch.stack(torch.aminmax(x))  # NaN if one is; nine times as fast as isfinite
                 here.setdefault(x.device, {})[f"{part}: {name}"] = ends.isfinite().all()
-    found = [name for flags in here.values() for name, good in fetched(flags) if not good]
-    answers = agreement.agreed(lambda: next(iter(found), None))
+    good = {name: is_good for flags in here.values()
+            for name, is_good in zip(flags, torch.stack([*flags.values()]).tolist(), strict=True)}  # fmt: skip
+    answers = agreement.agreed(lambda: next((name for name, is_good in good.items() if not is_good), None))
     return next((answer for answer in answers if answer), None)
 
 
-def fetched(flags: Mapping[str, Tensor]) -> Iterator[tuple[str, bool]]:
-    """Flags of one device by name, in one copy from the device."""
-    return zip(flags, torch.stack([*flags.values()]).tolist(), strict=True)
-
-
 def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write all files of a checkpoint, `state.json` last. Every rank must call it."""
+    """Write each part as a file, or as a folder of shards, and `state.json` last. Every rank must call it."""
     agreement.main(folder.mkdir)
-    mine = (in_files if dist.world() == 1 else in_shards)(folder, tensors)
+    if dist.world() == 1:
+        for name, named in tensors.items():
+            safetensors.torch.save_file(weights.apart(named), folder / f"{name}.safetensors", metadata=ONE_FILE)
+        mine = sorted(folder.iterdir())
+    else:
+        from dumo.io import shards  # slow to import
+
+        for name, named in tensors.items():
+            shards.write(folder / name, weights.apart(named, shards.part))
+        mine = sorted(folder.glob(f"*/{shards.names(dist.rank())}"))
     lists = agreement.agreed(lambda: manifest.listed(folder, mine))
     listed = {name: file for list_of_rank in lists for name, file in list_of_rank.items()}
     about = manifest.Manifest(
@@ -206,22 +211,6 @@ def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]
         files=listed,
     )
     agreement.main(lambda: manifest.write(folder, about))
-
-
-def in_files(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
-    """Write each part as one file; return the files."""
-    for name, named in tensors.items():
-        safetensors.torch.save_file(weights.apart(named), folder / f"{name}.safetensors", metadata=ONE_FILE)
-    return sorted(folder.iterdir())
-
-
-def in_shards(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
-    """Write each part as a folder of shards; return the files of this rank."""
-    from dumo.io import shards  # slow to import
-
-    for name, named in tensors.items():
-        shards.write(folder / name, weights.apart(named, shards.part))
-    return sorted(folder.glob(f"*/{shards.names(dist.rank())}"))
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -245,23 +234,16 @@ def made(target: Path, kind: str, step: int, size: int) -> Generator[Path, None,
     half = files.hidden(target)
     try:
         agreement.main(lambda: prepare(target, kind, step, size))
-        with removed(half):
+        try:
             yield half
             agreement.main(lambda: files.settle(half, target, durable=True))
+        except BaseException:
+            if dist.is_main():
+                files.remove(half)
+            raise
     except Exception as error:
         if files.full(error):
             raise UserError(f"{target.parent}: the disk is full, {so(target, kind, step)}") from error
-        raise
-
-
-@contextmanager
-def removed(half: Path) -> Generator[None, None, None]:
-    """Remove what is half-written if anything goes wrong."""
-    try:
-        yield
-    except BaseException:
-        if dist.is_main():
-            files.remove(half)
         raise
 
 

@@ -1,7 +1,8 @@
 """The training loop: a batch, a step, the hooks. All that changes is in `State`.
 
 A batch is a function of the step number and every draw is keyed by it, so N steps, a stop, and M more are the same run
-as N + M steps, skipped ones included. Everything else (log, checkpoints, samples, a progress bar) is a hook.
+as N + M steps, skipped ones included. So both may be made ahead, by whom and when changes nothing in them. Everything
+else (log, checkpoints, samples, a progress bar) is a hook.
 
 torch.compile takes a net's blocks, or the whole loss. In a guided batch the number of rows that need V(null) changes
 from step to step: blocks are compiled for the batch and, at the second number of rows, once for all numbers. A whole
@@ -11,7 +12,10 @@ loss passes all rows.
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from types import TracebackType
+from typing import Generic, TypeVar
 
 import torch
 from torch import nn
@@ -26,7 +30,9 @@ from dumo.training.state import Diverged, State
 from dumo.training.step import Batch, Loss, Task, train_step
 from dumo.types import Objective, UserError
 
+T = TypeVar("T")
 COMPILERS = ("g++", "clang++")
+BATCHES = 3  # of data, ahead of the step, each made by a thread. One hides a late file, more a slow epoch's start. Ours
 
 
 @dataclass(frozen=True)
@@ -102,3 +108,37 @@ def compile_blocks(net: nn.Module, *, dynamic: bool | None = None) -> None:
     for block in blocks:
         block.compile(fullgraph=True, dynamic=dynamic)
     net.compile_tangents = True  # pyright: ignore[reportArgumentType], read by `Dual`
+
+
+class Prefetch(Generic[T]):
+    """`make(step)` for steps that are asked for in their order: the next `depth` are begun before, each in a thread.
+
+    Another step than the next may be asked for; then what comes after that is made. What `make` raises for a step is
+    raised where that step is asked for. At its end no thread is left.
+    """
+
+    def __init__(self, make: Callable[[int], T], *, last: int, depth: int = 1) -> None:
+        """Begin nothing yet. Nothing is made ahead for step `last` or later ones."""
+        self.make, self.last, self.depth = make, last, depth
+        self.threads = ThreadPoolExecutor(depth, thread_name_prefix="ahead")
+        self.coming: dict[int, Future[T]] = {}
+
+    def __call__(self, step: int) -> T:
+        """The value of a step."""
+        now = self.coming.pop(step, None) or self.threads.submit(self.make, step)
+        wanted = range(step + 1, min(step + 1 + self.depth, self.last))
+        for other in self.coming.keys() - set(wanted):
+            self.coming.pop(other).cancel()
+        for other in wanted:
+            if other not in self.coming:
+                self.coming[other] = self.threads.submit(self.make, other)
+        return now.result()
+
+    def __enter__(self) -> "Prefetch[T]":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.coming.clear()
+        self.threads.shutdown(cancel_futures=True)

@@ -176,10 +176,10 @@ def compare(
         return {}, {}
     found = [gradient(net, name, loss) for name in names]
     net.zero_grad()
-    shared = [row for row in zip(*found, strict=True) if all(g is not None and number(g.abs().sum()) for g in row)]
+    shared = [row for row in zip(*found, strict=True) if all(g is not None and whole(g.abs().sum()) for g in row)]
 
     def product(i: int, j: int) -> float:
-        return math.fsum(number((row[i] * row[j]).sum()) for row in shared)
+        return math.fsum(whole((row[i] * row[j]).sum()).item() for row in shared)  # of a sharded tensor all shards'
 
     norms = [math.sqrt(product(i, i)) for i in range(len(names))]
     cosines = {
@@ -195,11 +195,6 @@ def gradient(net: nn.Module, part: str, loss: Callable[[], Terms]) -> Gradient:
     terms = loss()
     (terms.parts[part].mean() + 0 * terms.loss.mean()).backward()  # reaches all: a replicated net waits for each
     return [p.grad for p in net.parameters()]
-
-
-def number(x: Tensor) -> float:
-    """The number in a tensor; of a sharded tensor, the sum of its shards."""
-    return whole(x).item()
 
 
 @torch.no_grad()

@@ -57,12 +57,14 @@ class Train(Spec):
     def _possible(self) -> "Train":
         keys = [ema.key for ema in self.ema]
         if len({*keys}) < len(keys):
-            raise ValueError(f"ema has an average twice: {keys}")
-        if self.ref != "self" and self.ref not in keys:
-            raise ValueError(f"ref is the average of decay {self.ref}, but ema has {keys or 'none'}")
-        if self.snapshots and not any(isinstance(ema, PowerEma) for ema in self.ema):
-            raise ValueError("snapshots are of averages by a power, and ema has none: add {kind: power, std: 0.05}")
-        return self
+            wrong = f"ema has an average twice: {keys}"
+        elif self.ref != "self" and self.ref not in keys:
+            wrong = f"ref is the average of decay {self.ref}, but ema has {keys or 'none'}"
+        elif self.snapshots and not any(isinstance(ema, PowerEma) for ema in self.ema):
+            wrong = "snapshots are of averages by a power, and ema has none: add {kind: power, std: 0.05}"
+        else:
+            return self
+        raise ValueError(wrong)
 
     def rate(self, step: int) -> float:
         """The learning rate of the update after `step` done ones."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dumo.lab import reading
-from dumo.runtime.prefetch import BATCHES
 from dumo.runtime.progress import no_bar
+from dumo.training.loop import BATCHES
 from dumo.types import UserError
 from e2e.shell import call, refused, sets
 from unit.data.animals import as_folder

@@ -13,7 +13,7 @@ from dumo.run.config.teacher import Start
 from dumo.run.folder import begin_from, open_run
 from dumo.run.teacher import of_base
 from dumo.run.train import train
-from dumo.runtime import memory
+from dumo.runtime import dist
 from dumo.types import Frozen, UserError
 from unit.run.adapted import adapt, apart
 from unit.run.known import TINY, tiny
@@ -64,10 +64,10 @@ def test_weights_of_which_no_copies_fit_are_not_examined(monkeypatch: pytest.Mon
     adapt(monkeypatch)
     run, lines = tiny("moons"), list[str]()
     whole = sum(p.nbytes for p in run.outline().parameters())
-    monkeypatch.setattr(memory, "memory", lambda device: 4 * whole)
+    monkeypatch.setattr(dist, "memory", lambda device: 4 * whole)
     train(run, tmp_path / "all", tell=lines.append)
     assert not any("is not examined" in line for line in lines)
-    monkeypatch.setattr(memory, "memory", lambda device: 4 * whole - 1)
+    monkeypatch.setattr(dist, "memory", lambda device: 4 * whole - 1)
     train(run, tmp_path / "run", tell=lines.append)
     assert [line for line in lines if "the slope is not examined on the weights in training: copies of them" in line]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from dumo.run.config.load import load
 from dumo.run.train import train
-from dumo.runtime import memory
+from dumo.runtime import dist
 from dumo.types import UserError
 
 CPU = torch.device("cpu")
@@ -16,28 +16,28 @@ CPU = torch.device("cpu")
 
 def test_memory_is_that_of_the_machine() -> None:
     (line,) = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemTotal:")]
-    assert memory.memory(CPU) == 1024 * int(line.split()[1])
+    assert dist.memory(CPU) == 1024 * int(line.split()[1])
 
 
 def test_as_much_as_there_is_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "memory", lambda device: 2_000_000_000)
-    memory.require(2_000_000_000, "the net takes", "take another")
-    memory.require(3_000_000_000, "the net takes", "take another", "meta")
+    monkeypatch.setattr(dist, "memory", lambda device: 2_000_000_000)
+    dist.require_memory(2_000_000_000, "the net takes", "take another")
+    dist.require_memory(3_000_000_000, "the net takes", "take another", "meta")
     with pytest.raises(UserError, match=r"^the net takes 2\.1 GB of memory, and cpu has 2\.0 GB: take another$"):
-        memory.require(2_100_000_000, "the net takes", "take another")
+        dist.require_memory(2_100_000_000, "the net takes", "take another")
 
 
 def test_a_net_is_counted_before_it_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = load("moons", ["net.width=32"])
     size = sum(value.nbytes for value in run.build().state_dict().values())
     rows = 2 * run.train.batch * 2 * 4
-    monkeypatch.setattr(memory, "memory", lambda device: size)
+    monkeypatch.setattr(dist, "memory", lambda device: size)
     run.build()
-    monkeypatch.setattr(memory, "memory", lambda device: size - 1)
+    monkeypatch.setattr(dist, "memory", lambda device: size - 1)
     monkeypatch.setattr(nn.Module, "to", lambda *_: pytest.fail("it was made"))
     with pytest.raises(UserError, match="the net takes"):
         run.build()
-    monkeypatch.setattr(memory, "memory", lambda device: (4 + len(run.train.ema)) * size + rows - 1)
+    monkeypatch.setattr(dist, "memory", lambda device: (4 + len(run.train.ema)) * size + rows - 1)
     with pytest.raises(UserError, match=r"averages and a batch take .*net.width.*train.batch"):
         train(run, tmp_path / "run")
     assert not any(tmp_path.iterdir())

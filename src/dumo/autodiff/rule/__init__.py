@@ -10,6 +10,5 @@ To add an operation: write its rule in one of these files, decorated with the fu
 """
 
 from dumo.autodiff.rule import algebra as algebra
-from dumo.autodiff.rule import function as function
 from dumo.autodiff.rule import layer as layer
 from dumo.autodiff.rule import shape as shape

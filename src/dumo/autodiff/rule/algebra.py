@@ -1,4 +1,4 @@
-"""Sums, products, quotients and powers."""
+"""Sums, products, quotients, powers, and elementary functions: their derivative from what went in, or what came out."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dumo.autodiff.dual import Dual, NoRule, carry, primal, rule
+from dumo.autodiff.dual import Dual, NoRule, Rule, carry, primal, rule
 from dumo.types import Array
 
 
@@ -163,3 +163,37 @@ def power(x: Dual, exponent: Any) -> Array:
 
 def _power(dx: Tensor, x: Tensor, n: int | float) -> Tensor:
     return n * x ** (n - 1) * dx if n else torch.zeros_like(dx)
+
+
+SLOPES: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {  # and whether it is a function of the output
+    "cos": (lambda x: -x.sin(), False),
+    "sin": (torch.cos, False),
+    "log": (torch.reciprocal, False),
+    "square": (lambda x: 2 * x, False),
+    "abs": (torch.sign, False),
+    "relu": (torch.sign, True),
+    "exp": (lambda y: y, True),
+    "tanh": (lambda y: 1 - y * y, True),
+    "sigmoid": (lambda y: y * (1 - y), True),
+    "sqrt": (lambda y: 0.5 / y, True),
+    "rsqrt": (lambda y: -0.5 * y**3, True),
+    "reciprocal": (lambda y: -y * y, True),
+}
+
+
+def _elementwise(name: str) -> Rule:
+    f, (_, from_output) = getattr(torch, name), SLOPES[name]
+
+    def apply(x: Dual) -> Array:
+        y = f(x.p)
+        return carry(y, _along_slope, (x,), name, y if from_output else x.p)
+
+    return apply
+
+
+def _along_slope(dx: Tensor, name: str, x: Tensor) -> Tensor:
+    return dx * SLOPES[name][0](x)
+
+
+for _name in SLOPES:
+    rule(getattr(torch, _name), getattr(Tensor, _name))(_elementwise(_name))

@@ -1,4 +1,4 @@
-"""Layers: linear ones, norms, dropout, attention."""
+"""Layers: linear ones, activations, norms, dropout, attention."""
 
 from collections.abc import Callable, Sequence
 from math import sqrt
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dumo.autodiff import attention
-from dumo.autodiff.dual import Dual, NoRule, Rule, carry, elsewhere, primal, rule, tangent
+from dumo.autodiff.dual import RULES, Dual, NoRule, Rule, carry, elsewhere, primal, rule, tangent
 from dumo.autodiff.rule.algebra import leibniz
 from dumo.types import Array
 
@@ -41,6 +41,65 @@ def _convolve(
     dx: Tensor, convolution: Callable[..., Tensor], weight: Tensor, how: tuple[Any, ...], named: dict[str, Any]
 ) -> Tensor:
     return convolution(dx, weight, None, *how, **named)
+
+
+@rule(F.relu)
+def relu(x: Dual, inplace: bool = False) -> Array:
+    """Raises NoRule in place."""
+    elsewhere("relu", inplace)
+    return RULES[torch.relu](x)
+
+
+@rule(F.gelu)
+def gelu(x: Dual, approximate: str = "none") -> Array:
+    """Elementwise, so the kernel of the backward pass is the forward derivative too, in one sweep."""
+    return carry(F.gelu(x.p, approximate=approximate), _gelu, (x,), x.p, approximate)
+
+
+def _gelu(dx: Tensor, x: Tensor, approximate: str) -> Tensor:
+    return aten.gelu_backward(dx, x, approximate=approximate)
+
+
+@rule(F.silu)
+def silu(x: Dual, inplace: bool = False) -> Array:
+    """As gelu. Raises NoRule in place."""
+    elsewhere("silu", inplace)
+    return carry(F.silu(x.p), _silu, (x,), x.p)
+
+
+def _silu(dx: Tensor, x: Tensor) -> Tensor:
+    if torch.is_grad_enabled():  # recorded: this kernel has no derivative of its own
+        y = x.sigmoid()
+        return dx * y * (1 + x * (1 - y))
+    return aten.silu_backward(dx, x)
+
+
+@rule(F.softplus)
+def softplus(x: Dual, beta: float = 1.0, threshold: float = 20.0) -> Array:
+    """As gelu."""
+    return carry(F.softplus(x.p, beta, threshold), _softplus, (x,), x.p, beta, threshold)
+
+
+def _softplus(dx: Tensor, x: Tensor, beta: float, threshold: float) -> Tensor:
+    return aten.softplus_backward(dx, x, beta, threshold)
+
+
+@rule(F.softmax)
+def softmax_function(x: Dual, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Array:
+    """As softmax."""
+    return softmax(x, dim, dtype)
+
+
+@rule(torch.softmax, Tensor.softmax)
+def softmax(x: Dual, dim: int, dtype: torch.dtype | None = None) -> Array:
+    """dy = y (dx - sum y dx)."""
+    y = torch.softmax(x.p, dim, dtype)
+    return carry(y, _softmax, (x,), y, dim)
+
+
+def _softmax(dx: Tensor, y: Tensor, dim: int) -> Tensor:
+    h = y * dx.to(y.dtype)
+    return h - y * h.sum(dim, keepdim=True)
 
 
 @rule(F.dropout)

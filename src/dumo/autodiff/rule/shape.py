@@ -10,14 +10,13 @@ from torch.nn import functional as F
 from dumo.autodiff.dual import Dual, NoRule, Rule, carry, pair, primal, rule, tangent
 from dumo.types import Array
 
-LINEAR = (
-    "view reshape view_as reshape_as expand expand_as flatten unflatten squeeze unsqueeze permute transpose movedim "
-    "swapaxes contiguous clone __getitem__ narrow select index_select chunk split split_with_sizes unbind repeat "
-    "repeat_interleave tile roll flip to float double half bfloat16 type_as sum mean cumsum neg __neg__"
-)
 VIEWS = (  # what may show the numbers of another
     "view reshape view_as reshape_as expand expand_as flatten unflatten squeeze unsqueeze permute transpose movedim "
-    "swapaxes __getitem__ narrow select chunk split split_with_sizes unbind view_as_complex view_as_real"
+    "swapaxes __getitem__ narrow select chunk split split_with_sizes unbind"
+)
+COPIES = (
+    "contiguous clone index_select repeat repeat_interleave tile roll flip to float double half bfloat16 type_as sum "
+    "mean cumsum neg __neg__"
 )
 RESAMPLE = (F.interpolate, F.avg_pool2d, F.adaptive_avg_pool2d, F.pixel_shuffle, F.pixel_unshuffle, F.unfold, F.fold)
 COMPLEX = (torch.view_as_complex, torch.view_as_real)  # rotary embeddings, in some nets
@@ -43,7 +42,7 @@ def _again(
 
 
 def _linear_map(function: Callable[..., Any]) -> Rule:
-    again, view = COPY.get(function, function), function.__name__ in VIEWS.split()
+    again, view = COPY.get(function, function), function.__name__ in VIEWS.split() or function in COMPLEX
 
     def apply(x: Any, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = tuple(primal(a) for a in args), {name: primal(a) for name, a in kwargs.items()}
@@ -66,7 +65,7 @@ def _part(x: Array) -> Array:
     return x
 
 
-for _name in LINEAR.split():
+for _name in f"{VIEWS} {COPIES}".split():
     _method = getattr(Tensor, _name)
     _map = torch.unflatten if _name == "unflatten" else _method  # this one method does not compile
     rule(*(f for f in (_method, getattr(torch, _name, None)) if callable(f)))(_linear_map(_map))

@@ -18,7 +18,7 @@ from dumo.nets import Net, Pretrained
 from dumo.objectives import Objective
 from dumo.run.conditions import Conditions, shown
 from dumo.run.config.teacher import Start, Teacher
-from dumo.runtime import memory
+from dumo.runtime import dist
 from dumo.runtime.bound import PASSES
 from dumo.runtime.random import stream
 from dumo.training.spec import Train
@@ -123,7 +123,7 @@ class Tree(Spec):
         size = (whole + copies * (whole - frozen)) // share + numbers * torch.float32.itemsize
         what = "weights, gradients, optimizer, averages and a batch take" if rows else "the net takes"
         way = "take a smaller net (net.width, net.depth)" + " or batch (train.batch)" * bool(rows)
-        memory.require(size, what, way, device)
+        dist.require_memory(size, what, way, device)
 
     @property
     def knobs(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from dumo import runtime
-from dumo.runtime import dist, install, memory
+from dumo.runtime import dist, install
 from dumo.training.spec import Train
 
 KERNELS = {
@@ -72,7 +72,7 @@ def hardware(here: torch.device) -> Finding:
     name = torch.cuda.get_device_name(here) if here.type == "cuda" else platform.processor() or platform.machine()
     blind = torch.version.cuda is not None and not torch.cuda.is_available()
     way = "torch is built for CUDA but sees no GPU: see nvidia-smi" if blind else ""
-    return judged("device", f"{here}: {name}, {memory.memory(here) / GIB:.1f} GiB", way)
+    return judged("device", f"{here}: {name}, {dist.memory(here) / GIB:.1f} GiB", way)
 
 
 def peak_tflops(here: torch.device) -> float | None:

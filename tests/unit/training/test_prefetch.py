@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dumo.runtime.prefetch import BATCHES, Prefetch
+from dumo.training.loop import BATCHES, Prefetch
 from dumo.types import UserError
 
 LAST = 10
