@@ -10,7 +10,7 @@ from PIL import Image
 
 from dumo.evaluation.word import MERITS, word
 from dumo.flow import generate
-from dumo.io import panel, picture
+from dumo.io import picture
 from dumo.lab import chart
 from dumo.lab.cell import Result
 from dumo.lab.plan import Plan
@@ -53,7 +53,7 @@ def fig3_draw(plan: Plan, results: list[Result], folder: Path) -> list[Path]:
         panels[f"{title}\nMMD² {mmd2:.2g}"] = picture.scatter(real, {"": made})
     panels["grey: data\nred: samples of one pass"] = picture.scatter(real, {"": real[:0]})
     path = folder / "fig3.png"
-    picture.write_picture(path, panel.gathered(panels, 4))
+    picture.write_picture(path, picture.gathered(panels, 4))
     return [path]
 
 
