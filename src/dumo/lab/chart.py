@@ -13,8 +13,7 @@ from PIL import Image
 
 from dumo.evaluation.word import MERITS, word
 from dumo.io import picture
-from dumo.lab.cell import Result
-from dumo.lab.table import Row, by_arm, main_score, passes
+from dumo.lab.cell import Result, Row, by_arm, main_score, passes
 from dumo.run.evaluation.score import figures
 
 COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470")
