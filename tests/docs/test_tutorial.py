@@ -95,7 +95,7 @@ def test_an_objective(here: Path) -> None:
         return subprocess.run([sys.executable, "-m", *words], cwd=here, env=env, capture_output=True, text=True)
 
     command = shlex.split(blocks("add-an-objective", "sh")[0])
-    done = run("dumo.cli", *command[1:], *TINY, *sets("train.steps=2"))
+    done = run("dumo", *command[1:], *TINY, *sets("train.steps=2"))
     assert (done.returncode, "runs/any-step" in done.stderr) == (0, True), done.stderr
     law = "tests/theory/test_fixed_point.py::test_gradient_vanishes_at_the_flow"
     bare = ("-o", "addopts=--import-mode=importlib")  # shapes are not checked, which takes longer than this law

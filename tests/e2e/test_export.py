@@ -274,7 +274,7 @@ def test_a_failure_leaves_nothing(sd3: Case, tmp_path: Path, monkeypatch: pytest
     def fails(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dumo.export.card.of_pipeline", fails)
+    monkeypatch.setattr("dumo.export.card.of_tuned", fails)
     assert call("export", sd3.folder / "run", tmp_path / "out").code != 0
     assert [*tmp_path.iterdir()] == []
 

@@ -26,8 +26,7 @@ from dumo.run.config.check import check_pieces
 from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
 from dumo.run.folder import begin, held
-from dumo.run.history import History
-from dumo.run.journal import Journal, way_back
+from dumo.run.journal import History, Journal, way_back
 from dumo.run.plan import cost, doctor, machine
 from dumo.run.sheet import Sheets
 from dumo.run.speed import Meter, step_flops

@@ -155,7 +155,7 @@ def test_few_images_have_no_frechet_distance_but_may_go_without() -> None:
     few, many = counted(images(WIDTH)), counted(images(N))
     fake = evaluator(many).statistics(made(images(N)))
     for of, statistics in ((evaluator(few), fake), (evaluator(many), replaced(fake, few))):
-        with pytest.raises(UserError, match=r"give no Fréchet distance of 6 features: .* set frechet to false"):
+        with pytest.raises(UserError, match=r"cannot give a covariance of 6 features.* set frechet to false"):
             of.compare(statistics)
     without = ImageProtocol(kind="folder", samples=N, frechet=False)
     scores = evaluator(many, without).score(made(images(N)))

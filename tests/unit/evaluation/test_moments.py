@@ -5,7 +5,6 @@ import torch
 
 from dumo.evaluation.distance import Moments
 from dumo.runtime.random import stream
-from dumo.types import UserError
 
 
 def rows(n: int, d: int = 5) -> torch.Tensor:
@@ -49,9 +48,3 @@ def test_float32_rows_are_summed_in_float64() -> None:
     x = rows(1000).float()
     assert Moments.of(x).scatter.dtype == torch.float64
     torch.testing.assert_close(Moments.of(x).covariance, x.double().T.cov(), rtol=1e-12, atol=1e-14)
-
-
-@pytest.mark.parametrize("n", [0, 1])
-def test_no_covariance_of_one_row(n: int) -> None:
-    with pytest.raises(UserError, match=f"2 rows or more, here are {n}"):
-        _ = Moments.of(rows(n)).covariance

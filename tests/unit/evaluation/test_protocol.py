@@ -250,8 +250,6 @@ class Data:
 def test_samples_that_do_not_fit_are_refused(data: Reference) -> None:
     x, _ = some(data)
     evaluator, every = DIGITS.evaluator(Context(Data, 10)), torch.arange(2000)
-    with pytest.raises(UserError, match=r"samples have shape \(64,\), the data \(1, 8, 8\)"):
-        evaluator.score([(every, x.flatten(1))])
     with pytest.raises(UserError, match="1999 images came"):
         evaluator.score([(every[1:], x[1:])])
     with pytest.raises(UserError, match="not finite"):

@@ -14,7 +14,7 @@ from fuzz.judge import limited
 def test_text_is_read(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("é\n", encoding="utf-8")
     assert read_text(tmp_path / "a", "way out") == "é\n"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match="b is not there: way out"):
         read_text(tmp_path / "b", "way out")
 
 

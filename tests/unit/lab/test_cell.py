@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 from PIL import Image
 
-from dumo.lab import cell, fig4b, reproduce
+from dumo.lab import cell, paper, reproduce
 from dumo.lab.cell import Result, finish, sources
 from dumo.lab.plan import Cell, Cost, Plan, read
 from dumo.run.config.load import load
@@ -152,7 +152,7 @@ def test_steps_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     chosen = read("fig4b")
     monkeypatch.setattr(reproduce, "read", lambda name: chosen.model_copy(update={"arms": chosen.arms[:4]}))
     results = reproduce.reproduce("fig4b", "smoke", tmp_path, device="cpu")
-    names = [fig4b.PLAIN, fig4b.DUMO, fig4b.MEANFLOW, fig4b.SPARING]
+    names = [paper.PLAIN, paper.DUMO, paper.MEANFLOW, paper.SPARING]
     assert [row["objective"] for row in results["table"]] == names
     plain, dumo, meanflow, sparing = (row["F_per_step"] for row in results["table"])
     assert meanflow > dumo > sparing > plain
