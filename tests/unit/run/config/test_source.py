@@ -55,8 +55,6 @@ def test_a_base_may_have_a_base(tmp_path: Path) -> None:
 def test_a_file_may_say_its_format(name: str, line: str, tmp_path: Path) -> None:
     text = f"{line}base: digits\ntrain: {{micro_batch: 8}}"
     assert load(written(tmp_path / name, text)) == load("digits", ["train.micro_batch=8"])
-    with pytest.raises(UserError, match="format: unknown key"):
-        load("digits", [f"format={FORMAT}"])
 
 
 @pytest.mark.parametrize(
@@ -108,8 +106,3 @@ def test_a_base_that_is_none_is_refused_in_a_line(text: str, said: str, tmp_path
     with pytest.raises(UserError, match=said) as refused:
         load(mine)
     assert "\n" not in str(refused.value)
-
-
-def test_a_base_is_no_field() -> None:
-    with pytest.raises(UserError, match="base: unknown key"):
-        load("digits", ["base=moons"])
