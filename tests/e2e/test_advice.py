@@ -18,11 +18,3 @@ def test_it_is_said_by_what_looks_at_a_run(tmp_path: Path) -> None:
         assert "train.ref=0.999" not in done.out
     followed = call("show", "digits", *TINY, *SHORTCUT, "--set", "train.ref=0.999")
     assert (followed.code, followed.err) == (0, "")
-
-
-def test_training_says_it_and_trains(tmp_path: Path) -> None:
-    done = call("train", "digits-sct", "--out", tmp_path / "run", *TINY)
-    assert done.code == 0
-    assert [line for line in done.err.splitlines() if "--set path.sd=0.75" in line]
-    assert (tmp_path / "run/checkpoints").is_dir()
-    assert "path.sd" not in call("train", "digits", "--out", tmp_path / "plain", *TINY).err

@@ -24,16 +24,8 @@ def test_a_sound_machine(here: Path) -> None:
 
 
 @pytest.mark.usefixtures("uncompiled")
-def test_a_broken_slope_fails(here: Path) -> None:
-    done = call("doctor", "digits", *TINY, *BROKEN)
-    assert done.code == 1, done
-    assert "failing  self-test: slope 'central'" in done.out
-    assert "way out: train with objective.slope.kind=dual" in done.out
-
-
-@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize(("name", "words", "ok"), [("moons", BROKEN, False), ("moons-flow-matching", [], True)])
-def test_one_object(name: str, words: list[str], ok: bool, here: Path) -> None:
+def test_a_slope_is_sound_or_broken(name: str, words: list[str], ok: bool, here: Path) -> None:
     done = call("doctor", name, *words, "--json")
     assert done.code == (0 if ok else 1)
     found = done.json
@@ -41,12 +33,9 @@ def test_one_object(name: str, words: list[str], ok: bool, here: Path) -> None:
     assert {line["state"] for line in found["findings"]} <= STATES
     assert [line["state"] for line in found["findings"] if line["name"] == "self-test"] == ["ok" if ok else "failing"]
     assert len(found["examination"]["errors"]) == (0 if ok else 2)
-
-
-def test_what_is_wrong_is_refused(here: Path) -> None:
-    refused("doctor", "digist", named=("digist", "'digits'"))
-    refused("doctor", "digits", "--device", "gpu", named=("'gpu'",))
-    refused("doctor", "digits", *sets("train.precision=bf16", "objective.slope.kind=central"), named=("fp32",))
+    said = call("doctor", name, *words).out
+    assert ("failing  self-test: slope 'central'" in said) is not ok
+    assert ("way out: train with objective.slope.kind=dual" in said) is not ok
 
 
 def test_train_refuses_a_slope_that_is_no_derivative(here: Path) -> None:

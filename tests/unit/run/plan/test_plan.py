@@ -18,7 +18,7 @@ from dumo.run.config import recipes
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.run.plan import cost, doctor, machine, rehearsal
-from dumo.run.plan.plan import cache, lines, memory, missing_data, most_rows, plan
+from dumo.run.plan.plan import cache, lines, memory, missing_data, most_rows, plan, show
 from dumo.runtime import dist
 from dumo.training.frozen import trained
 from dumo.training.state import State
@@ -45,6 +45,7 @@ MILLIONS = {
     "imagenet512-xl1-dcae-dual": (677.547, 677.841),
     "imagenet256-b2": (131.497, 131.694),
     "imagenet256-b2-meanflow": (131.091, 131.288),
+    "cifar10": (55.741, 55.741),
 }
 
 # The paper's Tab. 3: resolution, autoencoder, patch, lr, (theta_1, theta_2), zeta; and of Tab. 1 the epochs. All XL.
@@ -283,6 +284,26 @@ def test_what_training_refuses_is_refused() -> None:
         rehearsal.rehearse(wrong, 2, "cpu")
     with pytest.raises(UserError, match="device 'nowhere'"):
         rehearsal.rehearse(small(), 2, "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "far", "scale"),
+    [
+        ("moons", ["objective.times.kind=uniform"], 0.1, 1),
+        ("moons", ["objective.times={kind: uniform, high: 0.5}"], 0.0, 1),
+        ("moons", ["objective.times={kind: beta, a: 1, b: 1}"], 0.1, 1),
+        ("moons-meanflow", ["objective.times.velocity_ratio=0"], 0.01, 1),  # both of two uniform times
+        ("moons-meanflow", ["objective.times.velocity_ratio=0.5"], 0.005, 1),
+        ("moons-flow-matching", [], None, 1),
+        ("digits", ["objective.times.kind=uniform", "objective.guide={omega: 0.2, zeta: 0.9}"], 0.1, 2),
+    ],
+)
+def test_how_much_is_far_and_how_much_is_guided(
+    name: str, overrides: list[str], far: float | None, scale: float
+) -> None:
+    found = show(load(name, ["net.width=16", "net.depth=1", *overrides]))
+    assert found["far"] == (far if far is None else pytest.approx(far, abs=1e-3))
+    assert found["guidance_scale"] == pytest.approx(scale)
 
 
 def test_the_command(tmp_path: Path) -> None:
