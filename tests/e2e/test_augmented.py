@@ -90,11 +90,7 @@ PLAIN = ["data.images.labelled=false", "data.images.classes=0", "objective.drop=
         ("cifar10", ["objective.drop=0.1"], r"objective\.drop = 0\.1.*objective\.drop=0"),
         ("cifar10", ["data.labelled=auto", "data.classes=10"], r"data: augment.*10 classes.*labelled=false"),
         ("cifar10", ["data.augment.kind=edm2"], r"data\.augment.*edm"),
-        (
-            "cifar10",
-            ["net={kind: dit, width: 8, attention: 1}"],
-            r"net 'dit' takes 0: set net\.kind=unet net\.augment=6",
-        ),
+        ("cifar10", ["net={kind: dit, width: 8, attention: 1}"], r"takes 0: set net\.kind=unet net\.augment=6"),
         ("cifar10-latents", [*PLAIN, "data.images.augment={kind: edm}"], r"data\.images\.augment=null"),
     ],
 )

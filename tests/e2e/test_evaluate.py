@@ -154,56 +154,16 @@ def test_a_sweep_is_one_table(here: Path, peephole: Peephole) -> None:
     rows = [line.split() for line in done.out.splitlines() if " restart " in line]
     assert [row[:2] for row in rows] == [["0.3", "1"], ["0.3", "2"], ["0.5", "1"], ["0.5", "2"]]
     assert sum(row[-1] == "*" for row in rows) == 1
+    refused("evaluate", "a", "--sweep", "emma", named=("--sweep emma", "sample.m=0.2:0.8:0.1"))
     assert done.out.splitlines()[-1] == "a/sweep-sample.m-0.3-0.5-0.2-nfe1-2.json"
     assert peephole.seen == 5 * COUNT  # the data once
 
 
-REFUSED = [
-    (["--sweep", "sample.m=0.8:0.2:0.1"], ("--sweep", "'0.8:0.2:0.1'", "nothing in it")),
-    (["--sweep", "sample.m=0.2:2:0.9"], ("sample.solver.m", "less than 1")),
-    (["--sweep", "emma"], ("--sweep emma", "sample.m=0.2:0.8:0.1")),
-    (["--sweep", "train.lr=1,2"], ("train.lr", "sample.solver", "evaluate")),
-]
-
-
-@pytest.mark.parametrize(("words", "named"), REFUSED)
-def test_sweeps_that_are_none(words: list[str], named: tuple[str, ...], here: Path) -> None:
-    refused("evaluate", "a", *words, named=named)
-
-
 def test_weights_that_are_not_inceptions(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing to compare without them."""
     way = (network.URL, "python -c", network.VARIABLE)
     refused("evaluate", "a", named=("no weights of Inception", f"{network.VARIABLE} is not set", *way), lines=None)
     torch.save({"fc.bias": torch.zeros(1008)}, "i.pth")
     monkeypatch.setenv(network.VARIABLE, "i.pth")
     refused("evaluate", "a", named=("i.pth", "dumo reads no pickle", *way), lines=None)
-    save_file(inception.net().state_dict(), "i.safetensors", {"sha256": "0123"})
-    monkeypatch.setenv(network.VARIABLE, "i.safetensors")
-    refused("evaluate", "a", named=("sha256 0123", network.SHA256, *way), lines=None)
-
-
-def test_a_reference_without_its_keys(
-    here: Path, album: Path, peephole: Peephole, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = "adm-imagenet256-50k"
-    monkeypatch.setitem(STANDARDS, name, Standard(COUNT, 8, 2, 10, 10, "https://there"))
-    adm = sets(f"evaluate.protocol.kind={name}", "evaluate.protocol.frechet=false")
-    refused("evaluate", "a", *adm, named=("https://there", "evaluate.protocol.reference"))
-    np.savez("r.npz", mu=np.zeros(3))
-    given = [*adm, *sets("evaluate.protocol.reference=r.npz")]
-    refused("evaluate", "a", *given, named=("r.npz", "mu is float64 of shape (3,)"))
-    np.savez("r.npz", arr_0=np.zeros((10, 8, 8, 3), np.uint8))
-    refused("evaluate", "a", *given, named=("r.npz has no mu, only arr_0",))
-
-
-def test_classes_of_another_number(here: Path) -> None:
-    words = sets("data.kind=images", "data.root=x", "data.side=32", "data.classes=17", "net.patch=4")
-    for kind in ("cifar10-train50k", "cifar10-features"):
-        refused("show", "digits", *words, *sets(f"evaluate.protocol.kind={kind}"), named=(kind, "10 classes", "17"))
-
-
-def test_nothing_to_compare(here: Path) -> None:
     refused("compare", "a", "b", named=("a/evaluation.json is not there", "dumo evaluate a"))
-    refused("compare", "c", named=("no run's folder or evaluation c",))
-    Path("a/evaluation.json").write_text("{}")
-    refused("compare", "a", named=("a/evaluation.json has no report card", "dumo evaluate a"))

@@ -21,8 +21,6 @@ def test_grids_of_milestones(here: Path) -> None:
 
 WRONG = [
     (["--steps", "5"], ("step 5", "20", "train.milestones=[5]")),
-    (["--reading", "w"], ("reading w", "u,v")),
-    (["--classes", "3,10"], ("10", "0 to 9")),
     (["--nfe", "one"], ("one",)),
     (["--labels", "3", "--classes", "3"], ("--labels", "--classes")),
 ]
@@ -31,8 +29,3 @@ WRONG = [
 @pytest.mark.parametrize(("words", "named"), WRONG)
 def test_grids_that_are_none(words: list[str], named: tuple[str, ...], here: Path, trained: dict[str, Path]) -> None:
     refused("grid", trained["digits"], *words, named=named, run=trained["digits"])
-
-
-def test_a_reading_that_was_not_taught(here: Path, trained: dict[str, Path]) -> None:
-    run = trained["digits-flow-matching"]
-    refused("grid", run, "--reading", "u", named=("no reading u", "--reading v"), run=run)

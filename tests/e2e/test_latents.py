@@ -76,20 +76,6 @@ def test_another_cache_is_refused_with_both(home: Path, tmp_path: Path) -> None:
     refused(*words, named=("flips: False in the cache, True asked",), lines=None)
 
 
-def test_a_damaged_shard_is_named_and_made_again(home: Path, tmp_path: Path) -> None:
-    """Cut short: training refuses, encoding again makes it, and it is as it was."""
-    cache = tmp_path / "cache"
-    call("encode", home / "run.yml", cache, "--shard-rows", 16)
-    whole = files(cache)
-    shard = cache / "shard-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
-    words = ("train", home / "run.yml", "--out", tmp_path / "run", "--set", f"data.root={cache}")
-    refused(*words, named=(shard.name, "bytes"))
-    again = call("encode", home / "run.yml", cache, "--shard-rows", 16)
-    assert (again.code, shard.name in again.out) == (0, True)
-    assert files(cache) == whole
-
-
 @pytest.mark.parametrize(
     ("sets", "said"),
     [

@@ -42,10 +42,13 @@ def test_a_skipped_step_is_shown(here: Path) -> None:
 def test_what_is_refused(here: Path, trained: dict[str, Path]) -> None:
     run = trained["moons"]
     refused("log", "none", named=("none has no metrics.jsonl",))
-    refused("log", run, "--to", "tensorbord", named=("'tensorbord'", "tensorboard"), run=run)
-    refused("log", run, "--follow", named=("--follow goes with --to",), run=run)
-    refused("log", run, "--plot", "--json", named=("give one of them",), run=run)
-    refused("log", run, "--out", "a.png", named=("--out goes with --plot",), run=run)
+    for words, named in (
+        (["--to", "tensorbord"], ("'tensorbord'", "tensorboard")),
+        (["--follow"], ("--follow goes with --to",)),
+        (["--plot", "--json"], ("give one of them",)),
+        (["--out", "a.png"], ("--out goes with --plot",)),
+    ):
+        refused("log", run, *words, named=named, run=run)
 
 
 def test_a_plan_for_ranks(here: Path) -> None:

@@ -15,7 +15,6 @@ from dumo.run.config.spec import Run
 from dumo.run.folder import sampler
 from dumo.run.gallery import readings
 from dumo.run.plan import cost, doctor
-from dumo.run.plan.plan import plan
 from dumo.training.record import ask
 from dumo.types import Noised, frozen
 from theory.exact import Exact, gaussian, record
@@ -38,14 +37,6 @@ def test_the_slope_is_examined() -> None:
     errors = doctor.examine(run, torch.device("cpu")).errors
     assert list(errors) == ["v", "u", "m"]
     assert all(0 < error < 1e-4 for error in errors.values())
-
-
-def test_what_it_takes_is_counted() -> None:
-    run, _, _ = tiny(NAMES[1])
-    facts = plan(run)
-    assert facts["inputs"] == {"x": [1, 8, 8], "c": [], "t": [], "r": []}
-    assert list(facts["heads"]) == ["v", "u", "m"]
-    assert cost.exact_rows(run.objective) == 8
 
 
 def test_a_third_head_costs_its_layers_and_halves_two_passes_of_their_rows() -> None:

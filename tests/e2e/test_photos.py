@@ -133,13 +133,6 @@ def test_other_folders_are_refused(photos: Path, run: Path) -> None:
     refused("train", "my-images", *PIXELS, *fields, named=("dogs/broken.png", "data.on_bad=skip"))
 
 
-def test_nothing_need_be_named_to_be_looked_at() -> None:
-    shown = call("show", "my-images", *SMALL)
-    assert shown.code == 0
-    assert "classes: null" in shown.out
-    assert call("dry", "my-images-256", *SMALL, *sets("net.attention=2")).code == 0
-
-
 def test_a_run_that_needs_inception_does_not_hint_at_judging(photos: Path) -> None:
     fields = sets(f"data.root={photos}", "evaluate.protocol={kind: folder, samples: 40, frechet: false}")
     done, told = said("train", "my-images", *PIXELS[: PIXELS.index("evaluate.protocol.samples=40") - 1], *fields)

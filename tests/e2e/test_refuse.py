@@ -26,6 +26,7 @@ FIELDS = [
     ("train.optimizer.lr=.nan", ("train.optimizer.lr", "finite")),
     ("train.optimizer.kind=adaw", ("train.optimizer.kind", "'adamw'")),
     ("train.seed=-1", ("train.seed", "greater than or equal to 0")),
+    ("train.milestones=[-1]", ("train.milestones.0", "greater than or equal to 0")),
     ("train.micro_batch=0", ("train.micro_batch", "greater than or equal to 1")),
     ("train.ref=0.5", ("ref", "0.5", "0.999")),
     ("train.precision=fp16", ("train.precision", "'bf16'")),
