@@ -15,6 +15,7 @@ from dumo.run.folder import RunFolder, open_run, sampler
 from dumo.run.sampler import Sampler
 from dumo.run.train import train
 from dumo.types import UserError
+from unit.run.known import Seen
 
 TINY = ["net.width=16", "net.depth=1", "train.batch=16", "train.steps=12", "train.schedule.kind=constant"]
 TINY += ["train.optimizer.lr=0.02", "train.milestones=[0,6]"]
@@ -200,17 +201,9 @@ def test_files_say_what_they_are(digits: RunFolder, tmp_path: Path) -> None:
 
 
 def test_work_is_watched(digits: RunFolder) -> None:
-    from contextlib import contextmanager
-
-    seen: list[int] = []
-
-    @contextmanager
-    def watch(title: str, total: int, /):  # noqa: ANN202
-        yield lambda done, note: seen.append(done)
-        assert seen[-1] == total
-
-    gallery.trajectories(digits, nfe=(1, 2), count=1, bar=watch)
-    assert seen == [1, 3, 4, 6, 7, 9, 10, 12, 13, 15, 16, 18]
+    gallery.trajectories(digits, nfe=(1, 2), count=1, bar=(seen := Seen()))
+    assert seen.ticks == [1, 3, 4, 6, 7, 9, 10, 12, 13, 15, 16, 18]
+    assert {total for _, total in seen.titles} == {18}
 
 
 @pytest.mark.parametrize(("n", "columns"), [(1, 1), (2, 2), (4, 2), (7, 7), (8, 4), (10, 5), (12, 4), (1000, 40)])

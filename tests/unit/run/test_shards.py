@@ -15,7 +15,7 @@ from dumo.run.folder import RunFolder, open_run
 from dumo.run.train import train
 from dumo.training import checkpoint
 from dumo.types import UserError
-from unit.run.known import tiny
+from unit.run.known import same, tiny
 from unit.training.sharded import split
 
 RANKS = 3
@@ -34,12 +34,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def opened(folder: Path, weights: str | None = None) -> RunFolder:
     return open_run(str(folder), weights=weights and str(folder / "checkpoints" / weights), device="cpu")
-
-
-def same(one: torch.nn.Module, two: torch.nn.Module) -> bool:
-    """Whether all numbers are."""
-    a, b = one.state_dict(), two.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_what_is_shown_is_the_same(runs: dict[str, Path]) -> None:

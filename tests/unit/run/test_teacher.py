@@ -25,7 +25,7 @@ from dumo.runtime import dist
 from dumo.runtime.progress import no_bar
 from dumo.runtime.random import noise
 from dumo.types import Cond, Reads, Sample, Time, UserError
-from unit.run.known import line, nan, shift, tiny
+from unit.run.known import line, nan, same, shift, tiny
 
 CPU = torch.device("cpu")
 USER = ["teacher.kind=python", "teacher.source=unit.run.known:line"]
@@ -146,8 +146,7 @@ def test_a_run_teaches_and_is_remembered(known: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     one = train(tiny("moons-meanflow", f"teacher.source={known}"), folder)
     plain = train(tiny("moons-meanflow"), tmp_path / "plain")
-    a, b = one.net.state_dict(), plain.net.state_dict()
-    assert any(not torch.equal(a[name], b[name]) for name in a)
+    assert not same(one.net, plain.net)
     about = json.loads((folder / "teacher.json").read_text())
     assert about["source"] == str(known)
     assert len(about["sha256"]) == 64
@@ -160,8 +159,7 @@ def test_stopped_and_resumed_is_the_same(known: Path, tmp_path: Path) -> None:
         whole = train(tiny("moons", *taught), tmp_path / f"whole{name}")
         train(tiny("moons", *taught, "train.steps=2"), tmp_path / f"run{name}")
         again = train(tiny("moons", *taught), tmp_path / f"run{name}")
-        for key, value in whole.net.state_dict().items():
-            assert torch.equal(again.net.state_dict()[key], value), key
+        assert same(whole.net, again.net)
 
 
 def test_another_teacher_in_the_middle_is_refused(known: Path, tmp_path: Path) -> None:

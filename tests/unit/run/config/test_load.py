@@ -177,6 +177,7 @@ def test_free_fields_may_differ() -> None:
         ("objective.slope.h=0.01", "objective.slope.h: 0.005 there, 0.01 asked", True),
         ("objective.slope.kind=jvp", "objective.slope: {h: 0.005, kind: central} there, {kind: jvp} asked", True),
         ("objective.drop=0.2", "objective.drop: ", False),
+        ("path.sd=0.5", "path.sd: 1.0 there, 0.5 asked", False),
         ("net.depth=2", "net.depth: 4 there, 2 asked", False),
         ("train.ema=[]", "train.ema: [{decay: 0.999, ramp: true}] there, [] asked", False),
         ("train.ema=[{decay: 0.5}]", "train.ema: [{decay: 0.999, ramp: true}] there, [{decay: 0.5, ", False),

@@ -5,22 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from dumo.run.config.load import load
 from dumo.run.evaluation.card import read_report
 from dumo.run.evaluation.evaluate import evaluate
 from dumo.run.evaluation.sweep import full, mark, sweep, values
 from dumo.run.folder import open_run
 from dumo.run.train import train
 from dumo.types import UserError
-
-TINY = ["net.width=16", "net.depth=1", "train.batch=8", "train.steps=4", "evaluate.protocol.samples=40"]
+from unit.run.known import tiny
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DuMo on moons with two averages, barely trained."""
     folder = tmp_path_factory.mktemp("run") / "moons"
-    train(load("moons", [*TINY, "train.ema=[{decay: 0.5, ramp: false}, {decay: 0.99}]"]), folder)
+    train(tiny("moons", "train.ema=[{decay: 0.5, ramp: false}, {decay: 0.99}]"), folder)
     return folder
 
 

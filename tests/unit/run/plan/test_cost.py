@@ -17,6 +17,7 @@ from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Jumps, Pair, Uniform
 from dumo.nets import MLP, DiT, UNet
 from dumo.objectives import DuMo, DuMoAny, FlowMatching, Match, MeanFlow
+from dumo.run.config.load import load
 from dumo.run.plan import cost as few
 from dumo.run.plan.cost import (
     Bytes,
@@ -246,6 +247,7 @@ def test_rows_make_every_share_whole() -> None:
     assert exact_rows(FlowMatching()) == 2
     assert exact_rows(DuMo(guide=GUIDED)) == 2
     assert exact_rows(MeanFlow(times=Pair(velocity_ratio=0.6))) == 10
+    assert exact_rows(load("digits-three-heads-shortcut").objective) == 8
     few, many = (forward_units(perceptron(MeanFlow().needs), MeanFlow(), Linear(), (2,), rows=rows) for rows in (4, 64))
     assert few == many
 

@@ -15,6 +15,7 @@ from dumo.run.plan import doctor
 from dumo.run.train import train
 from dumo.training import checkpoint
 from dumo.types import Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError
+from unit.run.known import bits
 
 CPU = torch.device("cpu")
 TINY = ["net.width=16", "net.depth=3", "train.batch=8", "train.steps=4", "train.save_every=2", "train.log_every=1"]
@@ -60,13 +61,6 @@ def sloped(run: Run, slope: Spec, **net: float) -> Run:
     return run.model_copy(
         update={"objective": run.objective.model_copy(update={"slope": slope}), "net": run.net.model_copy(update=net)}
     )
-
-
-def bits(folder: Path) -> dict[str, bytes]:
-    """The files of the last checkpoint, and the log."""
-    last = checkpoint.latest(folder / "checkpoints")
-    assert last is not None
-    return {file.name: file.read_bytes() for file in (*last.iterdir(), folder / "metrics.jsonl")}
 
 
 @pytest.mark.parametrize("ref", ["self", "0.999"])
