@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import dumo
 from dumo.flow.path import Linear
-from dumo.types import Frozen, frozen, lift, mean_square
+from dumo.types import Frozen, frozen
 
 
 class Line(nn.Module):
@@ -43,19 +43,6 @@ def test_a_still_net_is_the_weights_in_training_from_inside_a_wrapper() -> None:
     wrapper.module = net
     assert frozen(net).module is net
     assert frozen(wrapper).module is net
-
-
-@pytest.mark.parametrize("shape", [(3, 2), (3, 2, 4, 4)])
-def test_lift_multiplies_rows(shape: tuple[int, ...]) -> None:
-    t = torch.tensor([1.0, 2.0, 3.0])
-    out = lift(t, torch.ones(shape)) * torch.ones(shape)
-    assert out.shape == shape
-    assert all((out[i] == i + 1).all() for i in range(3))
-
-
-def test_mean_square_is_per_row() -> None:
-    e = torch.arange(12.0).view(2, 3, 2)
-    assert mean_square(e).tolist() == pytest.approx([55 / 6, 451 / 6])
 
 
 def test_shapes_are_checked_wherever_a_module_names_some(request: pytest.FixtureRequest) -> None:

@@ -18,7 +18,7 @@ from dumo.flow.solver import Euler
 from dumo.run.evaluation.evaluate import FILE
 from dumo.run.folder import open_run
 from dumo.runtime.random import noise
-from e2e.shell import call, sets
+from e2e.shell import call, refused, sets
 from stock.case import LORA, C, Case
 from stock.family import PIXELS, ROWS
 
@@ -249,25 +249,20 @@ def test_the_card_of_a_run_with_codes_makes_dumos_images(
     torch.testing.assert_close(case.row.back(image), case.dumo([], 1), rtol=0, atol=1e-5)
 
 
-def refused(*words: object) -> str:
-    """The line that a command is refused with."""
-    done = call("export", *words)
-    assert (done.code, done.out) == (2, "")
-    return done.err
-
-
-def test_refusals_are_lines_and_leave_nothing(sd3: Case, tuned: Case, trained: dict[str, Path], tmp_path: Path) -> None:
-    run, out = sd3.folder / "run", tmp_path / "out"
-    assert "is there already" in refused(run, sd3.folder / "out")
-    assert "no --to 'onnx'; valid: diffusers" in refused(run, out, "--to", "onnx")
-    assert "all weights were tuned" in refused(run, out, "--to", "lora")
-    assert "has u, v" in refused(run, out, "--head", "w")
-    assert "no --parts 'move'" in refused(run, out, "--parts", "move")
-    assert "no --dtype 'int4'" in refused(run, out, "--dtype", "int4")
-    assert "net 'mlp'" in refused(trained["moons"], out)
-    assert "of kind dit --to diffusers" in refused(trained["digits"], out, "--to", "lora")
-    assert "no run's folder" in refused(tmp_path, out)
-    assert [*tmp_path.iterdir()] == []
+def test_refusals_are_lines_and_leave_nothing(sd3: Case, tuned: Case, trained: dict[str, Path], here: Path) -> None:
+    run, out = sd3.folder / "run", here / "out"
+    for words, said in (
+        ((run, sd3.folder / "out"), "is there already"),
+        ((run, out, "--to", "onnx"), "no --to 'onnx'; valid: diffusers"),
+        ((run, out, "--to", "lora"), "all weights were tuned"),
+        ((run, out, "--head", "w"), "has u, v"),
+        ((run, out, "--parts", "move"), "no --parts 'move'"),
+        ((run, out, "--dtype", "int4"), "no --dtype 'int4'"),
+        ((trained["moons"], out), "net 'mlp'"),
+        ((trained["digits"], out, "--to", "lora"), "of kind dit --to diffusers"),
+        ((here, out), "no run's folder"),
+    ):
+        refused("export", *words, named=(said,), lines=None)
 
 
 def test_a_failure_leaves_nothing(sd3: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,15 +7,12 @@ import torch
 
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
-from dumo.flow.reading import reading
 from dumo.lab.step import slope_error
-from dumo.objectives import DuMo, ImprovedMeanFlow
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
-from dumo.run.evaluation.sweep import full
 from dumo.run.folder import sampler
 from dumo.run.plan.doctor import examine
-from dumo.types import Cond, Heads, Sample, Time, frozen
+from dumo.types import frozen
 
 SMALL = ["net.width=16", "net.depth=1", "sample.nfe=[1]"]
 GUIDED = [*SMALL, "objective.drop=0.1", "objective.w=8.0"]
@@ -24,26 +21,6 @@ GUIDED = [*SMALL, "objective.drop=0.1", "objective.w=8.0"]
 def guided(*more: str) -> Run:
     """Improved MeanFlow on digits, its guidance an input."""
     return load("digits-imf", [*GUIDED, *more])
-
-
-def test_the_others_are_as_the_objective_has_them() -> None:
-    heard: list[dict[str, Time]] = []
-
-    def net(x: Sample, c: Cond, /, **inputs: Time) -> Heads:
-        heard.append(inputs)
-        return x, x
-
-    x, t, c = torch.ones(3, 2), torch.full((3,), 0.5), torch.zeros(3, dtype=torch.long)
-    reads = reading(ImprovedMeanFlow(), net, {"w": 2.0})
-    assert reads.flow_map is not None
-    reads.flow_map(x, t, 0 * t, c)
-    assert {name: value[0].item() for name, value in heard[0].items()} == pytest.approx(
-        {"t": 0.5, "r": 0.0, "w": 2.0, "low": 0.42, "high": 0.62}
-    )
-    reads = reading(DuMo(), net)
-    assert reads.endpoint is not None
-    reads.endpoint(x, t, c)
-    assert list(heard[1]) == ["t"]
 
 
 def test_samples_follow_the_knobs(tmp_path: Path) -> None:
@@ -56,10 +33,6 @@ def test_samples_follow_the_knobs(tmp_path: Path) -> None:
     one, same, other = (torch.cat([part.x for part in sampler(run, net.eval()).batches(c, nfe=1)]) for run in runs)
     assert torch.equal(one, same)
     assert not torch.allclose(one, other)
-
-
-def test_a_sweep_may_turn_a_knob() -> None:
-    assert full("sample.knobs.w") == "sample.knobs.w"
 
 
 @pytest.mark.parametrize("slope", ["dual", "jvp"])

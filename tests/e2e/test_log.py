@@ -52,7 +52,7 @@ def test_what_is_refused(here: Path, trained: dict[str, Path]) -> None:
 
 
 def test_a_plan_for_ranks(here: Path) -> None:
-    words = ("dry", "digits", "--set", "net.width=32", "--set", "net.depth=1", "--ranks", 2)
+    words = ("dry", "digits-flow-matching", "--set", "net.width=32", "--set", "net.depth=1", "--ranks", 2)
     facts = call(*words, "--share", 2, "--tflops", 3, "--json").json["cluster"]
     assert (facts["ranks"], facts["share"], facts["fields"], facts["tflops"]) == (2, 2, {}, 3.0)
     done = call(*words, "--share", 2, "--fit", f"{facts['memory']['peak'] // 1024}KiB")

@@ -54,8 +54,8 @@ def test_quick_commands_import_nothing_heavy() -> None:
 
 def test_help_names_every_command() -> None:
     done = call("--help")
-    assert done.code == 0
-    assert done.err == ""
+    assert (done.code, done.err) == (0, "")
+    assert call("--version").out == f"dumo {metadata.version('dumo')}\n"
     for command in ("recipes", "show", "dry", "train", "sample", "evaluate", "compare", "reproduce", "report", "grid"):
         assert f" {command} " in done.out
         one = call(command, "--help")
@@ -63,33 +63,21 @@ def test_help_names_every_command() -> None:
         assert "Usage:" in one.out
 
 
-def test_version_is_the_packages() -> None:
-    assert call("--version").out == f"dumo {metadata.version('dumo')}\n"
-
-
 def test_recipes_are_listed_by_purpose_with_what_they_are() -> None:
-    done = call("recipes")
-    assert (done.code, done.err) == (0, "")
+    done, told = call("recipes"), call("recipes", "--json")
+    assert (done.code, done.err, told.code, told.err) == (0, "", 0, "")
     lines = [" ".join(line.split()) for line in done.out.splitlines()]  # as grep sees them: a recipe, a line
     expected = [
         line for group, names in recipes.GROUPS.items() for line in (group, *(f"{n} {recipes.about(n)}" for n in names))
     ]
     assert [line for line in lines if line][: len(expected)] == expected
     assert "dumo show NAME --yaml > my.yaml" in done.out
-
-
-def test_recipes_as_json_say_all_that_is_known_of_them() -> None:
-    done = call("recipes", "--json")
-    assert (done.code, done.err) == (0, "")
-    told = {recipe["name"]: recipe for recipe in done.json["recipes"]}
-    assert sorted(told) == recipes.names()
-    assert told["digits-guided"] == {
-        "name": "digits-guided",
-        "about": recipes.about("digits-guided"),
-        "group": next(group for group, names in recipes.GROUPS.items() if "digits-guided" in names),
-        "base": "digits",
-    }
-    assert told["digits"]["base"] is None
+    assert told.json["recipes"] == [
+        {"name": name, "about": recipes.about(name), "group": group, "base": recipes.base(name)}
+        for name in recipes.names()
+        for group, names in recipes.GROUPS.items()
+        if name in names
+    ]
 
 
 def kinds() -> list[str]:

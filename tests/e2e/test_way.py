@@ -3,13 +3,13 @@
 import json
 import re
 import shutil
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from dumo.io.digest import of_file
 from dumo.run.config.load import load
 from e2e.conftest import RECIPES
 from e2e.shell import TINY, call, finish, sets, start, tree
@@ -91,10 +91,8 @@ def test_no_sheet_writes_over_another(here: Path, trained: dict[str, Path]) -> N
         "restart-nfe1-seed1": ["--seed", 1],
         "restart-nfe1-m0.25": ["--set", "sample.solver.m=0.25"],
         "euler-nfe1": ["--solver", "euler"],
-        f"restart-nfe1-net-{sha256((last / 'net.safetensors').read_bytes()).hexdigest()[:6]}": [
-            *("--weights", last / "net.safetensors")
-        ],
     }
+    asked[f"restart-nfe1-net-{of_file(last / 'net.safetensors')[:6]}"] = ["--weights", last / "net.safetensors"]
     for name, words in asked.items():
         done = call("sample", trained["digits"], "--nfe", 1, "--out", "o", *words)
         assert (done.code, done.out) == (0, f"o/{name}.png\n")
@@ -153,10 +151,9 @@ def test_evaluation_is_one_object_and_lies_in_the_folder(name: str, here: Path, 
     assert {row["nfe"] for row in shown if row["solver"] == SOLVERS[name]} == {1, 2, 3}
 
 
-@pytest.mark.parametrize("name", ["digits", "moons"])  # images, points
-def test_report_is_one_page_that_needs_no_other(name: str, here: Path, trained: dict[str, Path]) -> None:
-    run = shutil.copytree(trained[name], here / "run")
-    call("evaluate", "run", "--json")
+def test_report_is_one_page_that_needs_no_other(here: Path, trained: dict[str, Path]) -> None:
+    run = shutil.copytree(trained["digits"], here / "run")
+    call("evaluate", "run", "--nfe", "1", "--json")
     done = call("report", "run")
     assert done.code == 0, done
     printed = [Path(line) for line in done.out.splitlines()]

@@ -125,17 +125,15 @@ def test_stopped_between_skipped_steps_it_is_the_same_run(fate: Fate, tmp_path: 
     assert [row["step"] for row in log.read_log(tmp_path / "run/metrics.jsonl")] == [2, 3, 4, 5]
 
 
-def test_asked_to_stop_before_the_first_step_it_makes_none(fate: Fate, run: Path) -> None:
+def test_asked_to_stop_before_its_first_step_or_in_its_last(fate: Fate, run: Path, tmp_path: Path) -> None:
+    """It makes none, or is done."""
     fate.patch.setattr(signals, "heard", signal.SIGINT)
     with pytest.raises(signals.Stopped):
         train(tiny("train.steps=10"), run)
     assert steps(run) == [2, 4, 6, 8]
-
-
-def test_asked_to_stop_in_its_last_step_it_is_done(fate: Fate, tmp_path: Path) -> None:
     fate.comes(last=2)
-    train(tiny("train.steps=2"), tmp_path / "run")
-    assert steps(tmp_path / "run") == [2]
+    train(tiny("train.steps=2"), tmp_path / "short")
+    assert steps(tmp_path / "short") == [2]
 
 
 def test_the_command_of_a_run_that_diverged_goes_on(fate: Fate, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

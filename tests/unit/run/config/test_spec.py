@@ -55,6 +55,7 @@ def test_checking_costs_no_memory_and_no_randomness() -> None:
 
 
 HEUN = ["sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[4]"]
+TAUGHT = ["teacher.source=x", "objective.drop=0.1", "teacher.guide.scale=2"]
 PAIRS = ["teacher.source=somewhere", "teacher.pairs.count=100"]
 IN_BF16 = ["train.precision=bf16", "objective.slope.kind=central", "net.time_scale=1"]
 CLIMBING = "objective.times={kind: jumps, both_ways: true}"
@@ -98,6 +99,10 @@ GUIDED = ["objective.drop=0.1", "sample.guide.scale=2"]
         ("digits-facm", [], EDM, NEGATIVE),
         ("digits-twinflow", [], EDM, NEGATIVE),
         ("digits-imm", [], PAIRS[0], "learns from no velocity"),
+        ("digits-guided", TAUGHT[:2], TAUGHT[2], r"teacher\.guide has guided"),
+        ("moons", TAUGHT[:2], TAUGHT[2], r"^teacher\.guide\.scale = 2 .*no classes .*set teacher\.guide\.scale=1$"),
+        ("digits", TAUGHT, GUIDED[1], r"^sample\.guide\.scale = 2 .*teacher\.guide has .*teacher\.guide\.scale=1$"),
+        ("digits-imf", TAUGHT, "objective.w=8.0", r"^objective\.w would guide .*objective\.w=null"),
         ("digits", ["train.coupling.group=16"], "train.coupling.group=12", "32 is no multiple of 12, "),
         ("digits-imm", PAIRS, "train.coupling.group=4", r"train\.coupling would part .* train\.coupling=null"),
         ("digits-imf", [], "sample.knobs.w=4", r"sample\.knobs\.w: .*'imf'.* none.* sample\.knobs={}"),

@@ -62,6 +62,7 @@ def test_short_names() -> None:
     assert full("sample.m") == full("sample.solver.m") == "sample.solver.m"
     assert full("sample.guide.scale") == "sample.guide.scale"
     assert full("evaluate.seed") == "evaluate.seed"
+    assert full("sample.knobs.w") == "sample.knobs.w"
 
 
 def test_each_value_is_what_evaluating_it_gives(folder: Path) -> None:

@@ -124,8 +124,7 @@ def test_table_3(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in TABLE_3 if f"{name}-dual" in MILLIONS])
 def test_a_twin_differs_in_its_slope_and_how_it_computes(name: str) -> None:
     one, two = (load(each).model_dump(exclude={"about"}) for each in (name, f"{name}-dual"))
-    assert two["objective"].pop("slope") == {"kind": "dual"}
-    assert one["objective"].pop("slope")["kind"] == "central"
+    assert [run["objective"].pop("slope")["kind"] for run in (one, two)] == ["central", "dual"]
     assert [one["train"].pop(key) for key in ("precision", "compile")] == ["fp32", "none"]  # as published
     assert [two["train"].pop(key) for key in ("precision", "compile")] == ["bf16", "blocks"]
     assert one == two
