@@ -69,13 +69,6 @@ def test_the_whole_way(home: Path) -> None:
     assert "nearest" in (run / "report.html").read_text()
 
 
-def test_another_cache_is_refused_with_both(home: Path, tmp_path: Path) -> None:
-    """The recipe asks for what the cache does not hold."""
-    call("encode", home / "run.yml", tmp_path / "cache", "--set", "data.images.flip=false")
-    words = ("train", home / "run.yml", "--out", tmp_path / "run", "--set", f"data.root={tmp_path / 'cache'}")
-    refused(*words, named=("flips: False in the cache, True asked",), lines=None)
-
-
 @pytest.mark.parametrize(
     ("sets", "said"),
     [

@@ -114,14 +114,6 @@ def test_labels_by_name(run: Path) -> None:
     refused("grid", run, "--labels", "fsh", named=("did you mean 'fish'",), run=run)
 
 
-def test_names_stand_above_the_columns(run: Path) -> None:
-    plain = Image.open(call("sample", run, "--labels", "fish", "--count", 8, "--out", "a").out.strip())
-    tall = np.asarray(plain.convert("L"))[:18]
-    assert plain.height == 18 + 64
-    assert (tall < 100).any()
-    assert (tall > 250).mean() > 0.7  # letters on white
-
-
 def test_other_folders_are_refused(photos: Path, run: Path) -> None:
     again = ("train", run)
     (photos / "cats").rename(photos / "lions")

@@ -17,6 +17,15 @@ FIELDS = [
     ("train.steps=0", ("train.steps", "greater than or equal to 1")),
     ("train.steps.more=3", ("train.steps", "20")),
     ("train=3", ("train is 3", "without fields")),
+    ("train.xyzzy=1", ("train.xyzzy: unknown key; valid: batch, clip, ",)),
+    ("train.=1", ("train.: unknown key; valid: ",)),
+    ("train.ema=[{kind: stone}]", ("train.ema.0.kind", "'stone'")),
+    ("objective=3", ("objective: ",)),
+    (
+        "data={kind: latents, root: x, images: {kind: images, root: x, side: 8, sid: 3}, codec: {kind: taef2}}",
+        ("data.images.sid", "'side'"),
+    ),
+    ("evaluate.guide.omga=1", ("evaluate.guide: unknown key",)),
     ("train.ema.0.decya=0.5", ("train.ema.0.decya", "'decay'")),
     ("train.ema.0.decay=2", ("train.ema.0.decay", "less than or equal to 1")),
     ("train.ema.1.decay=0.5", ("train.ema.1", "from 0 to 0")),
@@ -97,10 +106,11 @@ def test_field_that_does_not_fit_points(field: str, named: tuple[str, ...], here
 
 
 def test_every_mistake_has_its_line(here: Path) -> None:
-    words = sets("train.stpes=3", "train.batch=-1", "net.kind=xyzzy")
-    done = refused("train", "digits", *words, named=("train.stpes", "train.batch", "net.kind"), lines=3)
+    """And each choice of a union, by one path."""
+    words = sets("train.stpes=3", "train.batch=-1", "train.ref=me", "net.kind=xyzzy")
+    done = refused("train", "digits", *words, named=("input should be 'self'; got 'me'", "a valid number"), lines=5)
     lines = done.err.removeprefix("error: ").splitlines()
-    assert {line.split(":")[0] for line in lines} == {"train.stpes", "train.batch", "net.kind"}
+    assert {line.split(":")[0] for line in lines} == {"train.stpes", "train.batch", "train.ref", "net.kind"}
 
 
 def test_text_is_shown_as_it_was_typed(here: Path) -> None:

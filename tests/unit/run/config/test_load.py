@@ -57,7 +57,7 @@ def leaves(tree: object, path: str = "") -> dict[str, Any]:
     return {path.removeprefix("."): tree}
 
 
-@pytest.mark.parametrize("name", recipes.names())
+@pytest.mark.parametrize("name", ["digits", "dumo-best", "cifar10-latents", "digits-words", "flux-lora"])
 def test_a_dump_is_complete(name: str, tmp_path: Path) -> None:
     run, file = load(name), tmp_path / "run.yaml"
     file.write_text(dump(run), encoding="utf-8")

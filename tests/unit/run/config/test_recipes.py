@@ -41,17 +41,26 @@ def whole(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_is_complete(name: str) -> None:
-    tree, run = read(name)[0], load(name)
+def test_a_recipe_is_complete_and_says_what_it_is(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where no folder is named; over a base it says less than the whole, and values are of their own types."""
+    monkeypatch.chdir(tmp_path)
+    for variable in re.findall(r"\$(\w+)", whole(name)):
+        monkeypatch.delenv(variable, raising=False)
+    (tree, _), run, base, about = read(name), load(name), recipes.base(name), recipes.about(name)
     assert keys(summary(run)) <= keys(tree) <= keys(run.model_dump(mode="json"))
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_with_a_base_says_less(name: str) -> None:
-    base, tree = recipes.base(name), recipes.parse_yaml(recipes.text(name))
-    assert (base, base == name) == (tree.get("base"), False)
+    assert (base, base == name) == (recipes.parse_yaml(recipes.text(name)).get("base"), False)
     if base:
-        assert len(recipes.text(name).splitlines()) <= len(dump(load(name), short=True).splitlines())
+        assert len(recipes.text(name).splitlines()) <= len(dump(run, short=True).splitlines())
+    assert 10 <= len(about) <= 80
+    assert about == about.strip() == run.about
+    assert "\n" not in about
+    resolved = recipes.parse_yaml(dump(run))
+    del resolved[KEY]
+    assert run == type(run).model_validate(resolved)
+    for key in tree:  # 1e-3 is text to YAML 1.1; the value that it resolves to is a number
+        assert tree[key] == {**resolved, key: tree[key]}[key]
+        plain = re.sub(r"'[^'\n]*\{n?\}[^'\n]*'", "", yaml.safe_dump(tree[key]))  # but for templates
+        assert "'" not in plain.replace("''", ""), key  # the empty text aside
 
 
 def test_every_recipe_is_in_one_group_and_says_what_it_is() -> None:
@@ -59,27 +68,6 @@ def test_every_recipe_is_in_one_group_and_says_what_it_is() -> None:
     assert sorted(listed) == NAMES
     assert next(iter(recipes.GROUPS.values()))[0] == "digits"
     assert len({recipes.about(name) for name in NAMES}) == len(NAMES)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_holds_values_of_their_own_types(name: str) -> None:
-    (found, _), run = read(name), load(name)
-    resolved = recipes.parse_yaml(dump(run))
-    del resolved[KEY]
-    assert run == type(run).model_validate(resolved)
-    for key in found:  # 1e-3 is text to YAML 1.1; the value that it resolves to is a number
-        assert found[key] == {**resolved, key: found[key]}[key]
-        plain = re.sub(r"'[^'\n]*\{n?\}[^'\n]*'", "", yaml.safe_dump(found[key]))  # but for templates
-        assert "'" not in plain.replace("''", ""), key  # the empty text aside
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_about_is_one_short_line(name: str) -> None:
-    about = recipes.about(name)
-    assert 10 <= len(about) <= 80
-    assert "\n" not in about
-    assert about == about.strip()
-    assert load(name).about == about
 
 
 SIBLINGS = [
@@ -140,14 +128,6 @@ def test_a_pretrained_transformer_is_tuned_as_published(name: str) -> None:
     )
     assert train["batch"] >= 4 * 8  # four to a GPU, of eight
     assert codec | {"weights": ""} == LATENTS[net["source"]].model_dump() | {"weights": ""}
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_recipe_loads_where_no_folder_is_named(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.chdir(tmp_path)
-    for variable in re.findall(r"\$(\w+)", whole(name)):
-        monkeypatch.delenv(variable, raising=False)
-    load(name)
 
 
 def test_an_unknown_recipe_is_a_key_error_and_has_no_results() -> None:

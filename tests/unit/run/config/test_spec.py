@@ -56,6 +56,7 @@ def test_checking_costs_no_memory_and_no_randomness() -> None:
 
 HEUN = ["sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[4]"]
 TAUGHT = ["teacher.source=x", "objective.drop=0.1", "teacher.guide.scale=2"]
+UNLABELLED = ["data.images.labelled=false", "data.images.classes=0", "objective.drop=0", "objective.guide.zeta=0"]
 PAIRS = ["teacher.source=somewhere", "teacher.pairs.count=100"]
 IN_BF16 = ["train.precision=bf16", "objective.slope.kind=central", "net.time_scale=1"]
 CLIMBING = "objective.times={kind: jumps, both_ways: true}"
@@ -109,6 +110,17 @@ GUIDED = ["objective.drop=0.1", "sample.guide.scale=2"]
         ("digits", [], "sample.knobs.w=4", r"sample\.knobs\.w: .*'dumo'.* none"),
         ("digits-imf", KNOBS := ["objective.drop=0.1", "objective.w=8.0"], "sample.knobs.weight=4", "w, low, high"),
         ("digits-imf", KNOBS, "sample.guide.scale=2", r"sample\.guide\.scale=1.* sample\.knobs"),
+        (
+            "cifar10",
+            [],
+            "net.augment=9",
+            r"by 6 numbers, .* takes 9: set net\.augment=6, or data\.augment=null",
+        ),
+        ("cifar10", [], "data.augment.yflip=true", r"by 7 numbers.*takes 6: set net\.augment=7"),
+        ("cifar10", [], "data.augment=null", r"by 0 numbers, net 'unet' takes 6: set net\.augment=0$"),
+        ("cifar10", [], "objective.drop=0.1", r"objective\.drop = 0\.1.*objective\.drop=0"),
+        ("cifar10", [], "net={kind: dit, width: 8, attention: 1}", r"takes 0: set net\.kind=unet net\.augment=6"),
+        ("cifar10-latents", UNLABELLED, "data.images.augment={kind: edm}", r"data\.images\.augment=null"),
         ("moons-flow-matching", GUIDED[:1], "objective.kind=imf", r"no classes.* objective\.w=null"),
     ],
 )

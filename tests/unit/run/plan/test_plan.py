@@ -71,6 +71,8 @@ def test_every_recipe_passes(name: str, monkeypatch: pytest.MonkeyPatch) -> None
     if name not in WEIGHED:  # seconds each
         monkeypatch.setattr(cost, "activation_bytes", lambda *_, **__: 0)
         monkeypatch.setattr(cost, "forward_units", lambda *_, **__: 5.0)
+        monkeypatch.setattr(cost, "way", lambda *_, **__: None)
+        monkeypatch.setattr("dumo.run.plan.plan.far", lambda _: 0.1)  # of a million draws
     spec = load(name)
     if name in HEAVY:
         assert isinstance(spec.net, Pretrained)
