@@ -40,12 +40,6 @@ def test_shares_of_the_draw_are_the_whole(objective: Objective) -> None:
 
 
 @each
-def test_a_slice_of_the_record_is_its_rows(objective: Objective) -> None:
-    whole, part = tensors(rows(objective)), tensors(rows(objective)[4:9])
-    assert all(torch.equal(part[key], v[4:9]) for key, v in whole.items())
-
-
-@each
 def test_draws_are_keyed_by_seed_and_step(objective: Objective) -> None:
     state = torch.get_rng_state()
     base, again = tensors(rows(objective)), tensors(rows(objective))

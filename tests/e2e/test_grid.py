@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-import pytest
-
-from e2e.shell import TINY, call, refused, sets
+from e2e.shell import TINY, call, sets
 
 
 def test_grids_of_milestones(here: Path) -> None:
@@ -17,15 +15,3 @@ def test_grids_of_milestones(here: Path) -> None:
     assert (done.code, done.out.split()) == (0, ["mine/classes-u-nfe1-step-00000020.png"])
     assert {path.name for path in (here / "mine").iterdir()} == {"classes-u-nfe1-step-00000020.png"}
     assert call("sample", "run", "--weights", "run/milestones/step-00000010.safetensors", "--nfe", "1").code == 0
-
-
-WRONG = [
-    (["--steps", "5"], ("step 5", "20", "train.milestones=[5]")),
-    (["--nfe", "one"], ("one",)),
-    (["--labels", "3", "--classes", "3"], ("--labels", "--classes")),
-]
-
-
-@pytest.mark.parametrize(("words", "named"), WRONG)
-def test_grids_that_are_none(words: list[str], named: tuple[str, ...], here: Path, trained: dict[str, Path]) -> None:
-    refused("grid", trained["digits"], *words, named=named, run=trained["digits"])

@@ -39,18 +39,6 @@ def test_a_skipped_step_is_shown(here: Path) -> None:
     refused("log", "run", "--plot", named=("run: nothing is logged yet",))
 
 
-def test_what_is_refused(here: Path, trained: dict[str, Path]) -> None:
-    run = trained["moons"]
-    refused("log", "none", named=("none has no metrics.jsonl",))
-    for words, named in (
-        (["--to", "tensorbord"], ("'tensorbord'", "tensorboard")),
-        (["--follow"], ("--follow goes with --to",)),
-        (["--plot", "--json"], ("give one of them",)),
-        (["--out", "a.png"], ("--out goes with --plot",)),
-    ):
-        refused("log", run, *words, named=named, run=run)
-
-
 def test_a_plan_for_ranks(here: Path) -> None:
     words = ("dry", "digits-flow-matching", "--set", "net.width=32", "--set", "net.depth=1", "--ranks", 2)
     facts = call(*words, "--share", 2, "--tflops", 3, "--json").json["cluster"]

@@ -34,13 +34,6 @@ ODD = [
 ]
 
 
-def test_a_file_and_a_folder_are_as_good_as_a_recipe(tmp_path: Path) -> None:
-    for name in ("digits", "dumo-best", "moons"):
-        run = load(name)
-        (tmp_path / "run.yaml").write_text(dump(run), encoding="utf-8")
-        assert load(str(tmp_path)) == load(str(tmp_path / "run.yaml")) == run
-
-
 @pytest.mark.parametrize("override", ODD)
 def test_what_is_dumped_is_loaded(override: str, tmp_path: Path) -> None:
     run = load("digits", [override])

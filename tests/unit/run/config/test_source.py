@@ -74,12 +74,6 @@ def test_another_format_is_refused_in_a_line(line: str, said: str, tmp_path: Pat
     assert "\n" not in str(refused.value)
 
 
-def test_a_run_s_own_file_is_whole(tmp_path: Path) -> None:
-    run = load(written(tmp_path / "mine.yaml", MINE.format(base="digits")))
-    assert "base" not in dump(run)
-    assert load(written(tmp_path / "run.yaml", dump(run))) == run
-
-
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -9,11 +9,7 @@ from dumo.run.config.load import difference, load
 from dumo.run.config.spec import Run
 from dumo.types import UserError
 
-READS = {
-    "dumo": {"velocity", "endpoint"},
-    "flow_matching": {"velocity"},
-    "meanflow": {"velocity", "flow_map"},
-}
+READS = {"dumo": {"velocity", "endpoint"}, "flow_matching": {"velocity"}, "meanflow": {"velocity", "flow_map"}}
 SOLVERS = {"velocity": ("euler", "heun"), "endpoint": ("restart",), "flow_map": ("hop",)}
 
 
@@ -86,12 +82,7 @@ GUIDED = ["objective.drop=0.1", "sample.guide.scale=2"]
             *("digits-meanflow", ["train.micro_batch=4"], "train.micro_batch=3"),  # of 2 and 3, some without r < t
             r"train.micro_batch = 3 on 1 rank has a pass of 3 rows without .* r < t .*: raise train.batch or",
         ),
-        (
-            "digits-meanflow",
-            [CLIMBING],
-            "objective.kind=alpha_flow",
-            "both_ways makes jumps up to the noise",
-        ),
+        ("digits-meanflow", [CLIMBING], "objective.kind=alpha_flow", "both_ways makes jumps up to the noise"),
         ("digits-split-meanflow", [], "objective.times.velocity_ratio=0", "leaves no row that matches the data"),
         ("digits-pi-flow", [], "objective.early.low=-3", "early.low: .*greater than or equal to 0"),
         ("digits-ict", [], "objective.discretization.first=1e9", "discretization"),
@@ -110,12 +101,7 @@ GUIDED = ["objective.drop=0.1", "sample.guide.scale=2"]
         ("digits", [], "sample.knobs.w=4", r"sample\.knobs\.w: .*'dumo'.* none"),
         ("digits-imf", KNOBS := ["objective.drop=0.1", "objective.w=8.0"], "sample.knobs.weight=4", "w, low, high"),
         ("digits-imf", KNOBS, "sample.guide.scale=2", r"sample\.guide\.scale=1.* sample\.knobs"),
-        (
-            "cifar10",
-            [],
-            "net.augment=9",
-            r"by 6 numbers, .* takes 9: set net\.augment=6, or data\.augment=null",
-        ),
+        ("cifar10", [], "net.augment=9", r"by 6 numbers, .* takes 9: set net\.augment=6, or data\.augment=null"),
         ("cifar10", [], "data.augment.yflip=true", r"by 7 numbers.*takes 6: set net\.augment=7"),
         ("cifar10", [], "data.augment=null", r"by 0 numbers, net 'unet' takes 6: set net\.augment=0$"),
         ("cifar10", [], "objective.drop=0.1", r"objective\.drop = 0\.1.*objective\.drop=0"),

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from dumo.run.evaluation.card import read_report
 from dumo.run.evaluation.evaluate import evaluate
 from dumo.run.evaluation.sweep import full, mark, sweep, values
 from dumo.run.folder import open_run
@@ -123,12 +122,6 @@ def test_what_a_run_was_trained_on_marks_no_best() -> None:
     rows = [{"value": v, "nfe": 1, "solver": "s", "fd": f, "card": card} for v, f in (("a", 0.1), ("b", 0.3))]
     mark(rows)
     assert not any(row["best"] for row in rows)
-
-
-def test_a_report_of_a_sweep_is_no_evaluation(folder: Path) -> None:
-    sweep(open_run(str(folder)), "sample.m=0.4,0.6")
-    with pytest.raises(UserError, match="no report card"):
-        read_report(folder / "sweep-sample.m-0.4-0.6.json")
 
 
 def test_the_best_of_a_score_that_rises_is_the_highest() -> None:

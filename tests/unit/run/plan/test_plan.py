@@ -191,18 +191,6 @@ def test_a_cache_holds_moments_of_gaussians_both_flips_and_two_bytes_a_number(na
     assert cache(data, 10) == {"images": 10, "bytes_per_image": each, "bytes": 10 * each}
 
 
-def test_what_is_lacking_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lacks(*fields: str) -> str | None:
-        return missing_data(load("my-images", [*TINY, *fields]).data)
-
-    assert "MY_IMAGES is not set" in str(lacks())
-    assert f"there is no {tmp_path / 'a'}" in str(lacks(f"data.root={tmp_path / 'a'}"))
-    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
-    assert lacks(f"data.root={tmp_path}") is None
-    monkeypatch.setenv("MY_IMAGES", str(tmp_path))
-    assert lacks() is None
-
-
 @pytest.mark.parametrize(("ranks", "words", "rows"), [(1, [], 32), (3, [], 11), (8, [], 4), (2, ["micro_batch=5"], 4)])
 def test_memory_is_of_the_largest_pass(
     ranks: int, words: list[str], rows: int, monkeypatch: pytest.MonkeyPatch
@@ -278,15 +266,6 @@ def test_what_does_not_fit_is_told_with_a_way_out(monkeypatch: pytest.MonkeyPatc
         rehearsal.rehearse(small(), 4, "cpu")
 
 
-def test_what_training_refuses_is_refused() -> None:
-    broken = small("objective.slope={kind: central, h: 0.005}")
-    wrong = broken.model_copy(update={"train": broken.train.model_copy(update={"precision": "bf16"})})
-    with pytest.raises(UserError, match=r"central.*fp32"):
-        rehearsal.rehearse(wrong, 2, "cpu")
-    with pytest.raises(UserError, match="device 'nowhere'"):
-        rehearsal.rehearse(small(), 2, "nowhere")
-
-
 @pytest.mark.parametrize(
     ("name", "overrides", "far", "scale"),
     [
@@ -321,10 +300,14 @@ def test_the_command(tmp_path: Path) -> None:
     refused(*words, "--rows", 0, named=("--rows",))
 
 
-def test_your_own_folder_need_not_be_named_to_be_looked_at() -> None:
-    shown = call("show", "my-images", *sets(*TINY))
+def test_your_own_folder_need_not_be_named_to_be_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, tried = call("show", "my-images", *sets(*TINY)), call("dry", "my-images", *sets(*TINY))
     assert (shown.code, shown.err) == (0, "")
     assert "root: $MY_IMAGES" in shown.out
     assert "not known yet: a class per folder" in " ".join(shown.out.split())
-    assert "MY_IMAGES is not set" in " ".join(call("dry", "my-images", *sets(*TINY)).out.split())
+    assert "MY_IMAGES is not set" in " ".join(tried.out.split())
     refused("train", "my-images", *sets(*TINY), named=("MY_IMAGES is not set", "set data.root"))
+    assert "there is no /nowhere" in str(missing_data(load("my-images", [*TINY, "data.root=/nowhere"]).data))
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    monkeypatch.setenv("MY_IMAGES", str(tmp_path))
+    assert missing_data(load("my-images", TINY).data) is None
