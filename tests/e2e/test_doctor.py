@@ -1,4 +1,4 @@
-"""dumo doctor, and what train says where the slope is no derivative."""
+"""What is said of a run before it trains: by dumo doctor, and where its source does otherwise; on stderr."""
 
 from pathlib import Path
 
@@ -41,3 +41,17 @@ def test_a_slope_is_sound_or_broken(name: str, words: list[str], ok: bool, here:
 def test_train_refuses_a_slope_that_is_no_derivative(here: Path) -> None:
     named = ("slope 'central'", "precision fp32", "time_scale 10", "%", "limit 5 %", "objective.slope.kind=dual")
     refused("train", "digits", *TINY, *BROKEN, named=named)
+
+
+SHORTCUT = sets("objective.kind=shortcut", "sample.solver.kind=hop")
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_it_is_said_by_what_looks_at_a_run(tmp_path: Path) -> None:
+    for words in (("show",), ("dry", "--json"), ("doctor", "--json")):
+        done = call(words[0], "digits", *words[1:], *TINY, *SHORTCUT)
+        assert done.code == 0
+        assert "--set train.ref=0.999" in done.err
+        assert "train.ref=0.999" not in done.out
+    followed = call("show", "digits", *TINY, *SHORTCUT, "--set", "train.ref=0.999")
+    assert (followed.code, followed.err) == (0, "")

@@ -1,13 +1,14 @@
-"""Knobs, from a run's spec to the net: what a user may set, what is refused, and that samples follow."""
+"""Knobs, and inputs of a head's own: samples follow, and what is built around a net serves one that has them."""
 
 from pathlib import Path
 
 import pytest
 import torch
 
+from contract.case import randomise
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
-from dumo.lab.step import slope_error
+from dumo.lab.step import Plain, slope_error
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.run.folder import sampler
@@ -25,10 +26,7 @@ def guided(*more: str) -> Run:
 
 def test_samples_follow_the_knobs(tmp_path: Path) -> None:
     runs = [guided(), guided("sample.knobs.w=8"), guided("sample.knobs={w: 2, low: 0.1, high: 0.9}")]
-    net = runs[0].build()
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+    net = randomise(runs[0].build())
     c = torch.arange(4)
     one, same, other = (torch.cat([part.x for part in sampler(run, net.eval()).batches(c, nfe=1)]) for run in runs)
     assert torch.equal(one, same)
@@ -40,10 +38,21 @@ def test_a_knob_may_be_called_as_a_direction_is(slope: str) -> None:
     """What examines a slope calls the direction w, too."""
     run = guided(f"objective.slope.kind={slope}")
     assert examine(run, torch.device("cpu")).passed
-    net = run.build()
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) * 0.3)
+    net = randomise(run.build())
     x, c = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(1)), torch.arange(8)
     b = draw(run.objective, Linear(), x, c, torch.full_like(c, 10), seed=0, step=0)
     assert slope_error(net, frozen(net), run.objective, b) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["digits-three-heads", "digits-three-heads-shortcut"])
+def test_the_bench_and_the_doctor_serve_heads_with_inputs_of_their_own(name: str) -> None:
+    run = load(name, ["net.width=16", "net.depth=2", "train.batch=16"])
+    c, x = torch.arange(16) % 10, torch.randn(16, *run.data.shape, generator=torch.Generator().manual_seed(0))
+    net = randomise(run.build())
+    b = draw(run.objective, run.path, x, c, torch.full_like(c, 10), seed=0, step=0)
+    Plain(of=run.objective).loss(net, frozen(net), b).loss.mean().backward()
+    assert all(p.grad is not None and p.grad.any() for p in net.parameters() if p.numel() > 11 * 16)
+    assert slope_error(net, frozen(net), run.objective, b) < 1e-3
+    errors = examine(run, torch.device("cpu")).errors
+    assert list(errors) == ["v", "u", "m"]
+    assert all(0 < error < 1e-4 for error in errors.values())

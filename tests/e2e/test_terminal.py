@@ -61,13 +61,10 @@ def test_ranks_may_ask_for_help(words: list[str], here: Path) -> None:
 def test_ranks_that_are_interrupted_say_so_once(here: Path) -> None:
     """Ctrl-C reaches all of them; the others are silent, as where all is well."""
     stop = "from dumo.run.config import recipes\ndef stop(name): raise KeyboardInterrupt\nrecipes.about = stop"
-    done = [
-        finish(start("recipes", cwd=here, first=f"import os; os.environ |= dict(WORLD_SIZE='2', RANK='{k}')\n{stop}"))
-        for k in range(2)
-    ]
-    assert [one.code for one in done] == [130, 130]
-    assert done[0].err.startswith("stopped; the same command goes on")
-    assert done[1].err == ""
+    told = [f"import os; os.environ |= dict(WORLD_SIZE='2', RANK='{k}')\n{stop}" for k in range(2)]
+    main, other = (finish(start("recipes", cwd=here, first=first)) for first in told)
+    assert (main.code, other.code, other.err) == (130, 130, "")
+    assert main.err.startswith("stopped; the same command goes on")
 
 
 def test_ranks_that_nobody_started_are_refused(here: Path) -> None:
@@ -81,9 +78,7 @@ def test_ranks_that_nobody_started_are_refused(here: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "slow"),
     [
-        (["sample", "run"], "dumo.run.sampler.Sampler.sample"),
         (["evaluate", "run", "--nfe", "1"], "dumo.run.evaluation.evaluate.row"),
-        (["report", "run"], "dumo.report.page.make"),
         (["reproduce", "fig3", "--out", "a b"], "dumo.lab.cell.finish"),
     ],
 )

@@ -209,22 +209,17 @@ def test_other_data_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
     assert deviation.fingerprint(folder) == now
 
 
-def test_other_versions_are_told(run: Path) -> None:
-    told, file = list[str](), run / "checkpoints/step-00000008/state.json"
-    about = json.loads(file.read_text())
-    file.write_text(json.dumps(about | {"versions": about["versions"] | {"torch": "2.12", "dumo": "0.0.1"}}))
-    train(tiny(), run, tell=told.append)
-    assert [line.split(":")[0] for line in told[1:]] == [
+def test_other_versions_and_rows_that_are_lost_are_told(run: Path) -> None:
+    told, rows, state = list[str](), run / "metrics.jsonl", run / "checkpoints/step-00000008/state.json"
+    about = json.loads(state.read_text())
+    state.write_text(json.dumps(about | {"versions": about["versions"] | {"torch": "2.12", "dumo": "0.0.1"}}))
+    rows.write_text("".join(line for line in rows.read_text().splitlines(keepends=True) if '"step": 4' not in line))
+    train(tiny("train.steps=10"), run, tell=told.append)
+    assert [line.split(":")[0] for line in told[1:-1]] == [
         "dumo is 0.1.0, and was 0.0.1 up to step 8",
         f"torch is {torch.__version__}, and was 2.12 up to step 8",
     ]
-
-
-def test_rows_that_are_lost_are_told(run: Path) -> None:
-    told, file = list[str](), run / "metrics.jsonl"
-    file.write_text("".join(line for line in file.read_text().splitlines(keepends=True) if '"step": 4' not in line))
-    train(tiny("train.steps=10"), run, tell=told.append)
-    assert told[1:] == [f"{file}: rows between steps 2 and 6 are lost; the run goes on without them"]
+    assert told[-1] == f"{rows}: rows between steps 2 and 6 are lost; the run goes on without them"
 
 
 def test_a_checkpoint_with_a_number_that_is_none_is_not_gone_on_from(moons: Path, run: Path) -> None:

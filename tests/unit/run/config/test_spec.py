@@ -53,6 +53,10 @@ def test_checking_costs_no_memory_and_no_randomness() -> None:
 HEUN = ["sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[4]"]
 TAUGHT = ["teacher.source=x", "objective.drop=0.1", "teacher.guide.scale=2"]
 UNLABELLED = ["data.images.labelled=false", "data.images.classes=0", "objective.drop=0", "objective.guide.zeta=0"]
+CAPTIONS, READ = (
+    'data.captions={kind: templates, templates: ["{}"]}',
+    "net.texts={kind: learned, root: runs/texts/here}",
+)
 PAIRS = ["teacher.source=somewhere", "teacher.pairs.count=100"]
 IN_BF16 = ["train.precision=bf16", "objective.slope.kind=central", "net.time_scale=1"]
 CLIMBING = "objective.times={kind: jumps, both_ways: true}"
@@ -107,6 +111,11 @@ GUIDED = ["objective.drop=0.1", "sample.guide.scale=2"]
         ("cifar10", [], "objective.drop=0.1", r"objective\.drop = 0\.1.*objective\.drop=0"),
         ("cifar10", [], "net={kind: dit, width: 8, attention: 1}", r"takes 0: set net\.kind=unet net\.augment=6"),
         ("cifar10-latents", UNLABELLED, "data.images.augment={kind: edm}", r"data\.images\.augment=null"),
+        ("digits", [], CAPTIONS, "Here data 'digits' give some, and net 'dit' reads none"),
+        ("digits", [], READ, r"data\.captions gives the captions that net\.texts reads: set both, or neither"),
+        ("digits", [], "evaluate.protocol={kind: clip-score}", r"'digits' give none: set data\.captions, or choose an"),
+        ("digits", [], "evaluate.captions=held", r"data\.captions\.held names none"),
+        ("digits", [CAPTIONS, READ], "evaluate.captions=held", "held names none"),
         ("moons-flow-matching", GUIDED[:1], "objective.kind=imf", r"no classes.* objective\.w=null"),
     ],
 )

@@ -33,12 +33,12 @@ def folder(first: Path, tmp_path: Path) -> Path:
     return shutil.copytree(first, tmp_path / "run")
 
 
-def open_folder(folder: Path, *overrides: str, weights: str | None = None) -> RunFolder:
-    return open_run(str(folder), overrides, weights=weights, device="cpu")
-
-
 def files(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("evaluation*.json")}
+
+
+def open_folder(folder: Path, *overrides: str, weights: str | None = None) -> RunFolder:
+    return open_run(str(folder), overrides, weights=weights, device="cpu")
 
 
 def test_a_report_is_of_this_run_and_repeats(folder: Path) -> None:

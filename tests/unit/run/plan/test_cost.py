@@ -148,16 +148,6 @@ def test_the_way_of_a_slope(guide: Guide, slope: Slope, ref: float | str, name: 
     assert forward_units(*given, ref=ref) - forward_units(*given) == pytest.approx(float(ref != "self"), rel=1e-12)
 
 
-def test_forward_mode_costs_more_than_a_pass() -> None:
-    for objective, moving in (
-        (DuMo(guide=PLAIN, slope=JvpSlope()), 1),
-        (MeanFlow(guide=PLAIN, slope=JvpSlope()), 0.25),
-    ):
-        once, first = multiply_adds(objective)
-        units = forward_units(perceptron(objective.needs), objective, Linear(), (2,))
-        assert 3 - first / once + 1 * moving < units <= 3 - first / once + 3 * moving
-
-
 @pytest.mark.parametrize(
     ("slope", "guide", "passes", "products", "figure"),
     [  # a tangent of attention is five products of matrices, attention two
@@ -277,17 +267,6 @@ def test_blocks_that_differ_are_all_run_and_so_are_those_that_something_outweigh
     seen: list[nn.Module] = []
     assert by_depth(other, lambda net: len(seen) or not seen.append(net)) == 1
     assert seen == [other]
-
-
-def test_activations_are_a_step_beside_its_gradients() -> None:
-    """With few rows gradients outweigh them, with many they are nearly all there is, and grow with the rows."""
-    net, given = ghost(DuMo(), SHAPE, depth=2), (DuMo(), Linear(), SHAPE)
-    gradients = sum(p.nbytes for p in net.parameters())
-    few, some, many = (activation_bytes(net, *given, rows=rows) for rows in (1, 8, 64))
-    assert many - some == pytest.approx(8 * (some - few), rel=0.02)
-    for rows, own in ((1, few), (64, many)):
-        peak = peak_bytes(net, *given, rows=rows).peak
-        assert max(own, gradients) <= peak <= own + gradients
 
 
 def test_products_in_place_and_fused_ones_are_counted() -> None:

@@ -9,15 +9,14 @@ from torch import Tensor, nn
 
 from contract.case import kind, members
 from dumo.flow.slope import Along, CentralSlope, JvpSlope, Slope
-from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.run.plan import doctor
 from dumo.run.train import train
 from dumo.training import checkpoint
 from dumo.types import Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError
+from unit.run import known
 
 CPU = torch.device("cpu")
-TINY = ["net.width=16", "net.depth=3", "train.batch=8", "train.steps=4", "train.save_every=2", "train.log_every=1"]
 POINTS = ("moons", "moons-meanflow")
 
 
@@ -51,8 +50,7 @@ class Careless(CentralSlope):
 
 def tiny(name: str = "moons", *more: str) -> Run:
     """A recipe made small; with the exact slope of torch."""
-    own = [] if "flow-matching" in name else ["objective.slope.kind=jvp"]
-    return load(name, [*TINY, f"evaluate.protocol.samples={40 if 'moons' in name else 500}", *own, *more])
+    return known.tiny(name, "net.width=16", "net.depth=3", "train.log_every=1", "objective.slope.kind=jvp", *more)
 
 
 def sloped(run: Run, slope: Spec, **net: float) -> Run:
@@ -85,8 +83,7 @@ def test_every_slope_passes_where_it_is_not_refused(name: str, slope: type[Spec]
 @pytest.mark.parametrize("name", POINTS)
 def test_ten_percent_are_found(name: str) -> None:
     found = doctor.examine(sloped(tiny(name), Skewed()), CPU)
-    *_, last = found.errors.values()
-    assert last == pytest.approx(0.1, rel=1e-3)
+    assert [*found.errors.values()][-1] == pytest.approx(0.1, rel=1e-3)
     assert not found.passed
     assert doctor.examine(sloped(tiny(name), Skewed(factor=1.04)), CPU).passed
 
