@@ -99,6 +99,10 @@ def test_an_objective(here: Path) -> None:
     assert (done.returncode, "runs/any-step" in done.stderr) == (0, True), done.stderr
     law = "tests/theory/test_fixed_point.py::test_gradient_vanishes_at_the_flow"
     bare = ("-o", "addopts=--import-mode=importlib")  # shapes are not checked, which takes longer than this law
+    found = run("pytest", "-q", "-p", "no:cacheprovider", *bare, "--collect-only", "tests/contract").stdout
+    laws = {kind: {*re.findall(rf"::(\w+)\[.*{kind}", found)} for kind in ("any_step", "dumo_any")}
+    assert laws["any_step"] == laws["dumo_any"]  # the contract tests find it, as they found its siblings
+    assert len(laws["any_step"]) > 15
     said = run("pytest", "-q", "-rA", "-p", "no:cacheprovider", *bare, law, "-k", "any_").stdout
     assert {one.startswith("PASSED") for one in said.splitlines() if re.match(r"[A-Z]+ .*\[any_step", one)} == {True}
     assert {one.startswith("FAILED") for one in said.splitlines() if re.match(r"[A-Z]+ .*\[any_wrong", one)} == {True}
