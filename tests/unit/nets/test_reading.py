@@ -158,26 +158,3 @@ def test_a_text_of_no_token_is_refused(tmp_path: Path) -> None:
     save_file({"tokens": torch.zeros(3, 2, 4), "mask": mask}, file := tmp_path / "texts.safetensors")
     with pytest.raises(UserError, match=r"no token in row 1: an empty text has one"):
         TextFile(source=str(file)).build(2)
-
-
-@pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("options", [{}, MODERN], ids=["plain", "modern"])
-def test_slopes_are_exact(options: dict[str, Any], checkpoint: bool) -> None:
-    """Of what rides, what plays a tape, and where blocks are computed again."""
-    net = built(checkpoint=checkpoint, **options)
-    x, c, t = points()
-    w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
-
-    def off(slope: Slope, toward: Tensor | None) -> float:
-        exact, found = (s(net, Frozen(net), x, c, toward=toward, t=t)[1](w) for s in (JvpSlope(), slope))
-        return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
-
-    assert max(off(DualSlope(), toward) for toward in (None, w)) < 1e-12
-    assert off(CentralSlope(), None) < 1e-3
-
-
-@pytest.mark.parametrize("options", [{}, {"depth": 1}, MODERN, {"checkpoint": True}], ids=str)
-def test_every_parameter_learns(options: dict[str, Any]) -> None:
-    net, (x, c, t) = built(**options), points()
-    torch.stack([head.square().sum() for head in net(x, c, t=t)]).sum().backward()
-    assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]
