@@ -54,12 +54,6 @@ def test_outputs_come_in_the_order_of_the_needs(net: Net) -> None:
 
 
 @each
-def test_all_heads_and_gauges_start_at_zero(net: Net) -> None:
-    x, c, inputs = points()
-    assert not any(out.any() for out in net.build(RICH, SHAPE, 3)(x, c, **inputs))
-
-
-@each
 def test_rows_do_not_see_each_other(net: Net) -> None:
     x, c, inputs = points()
     model = randomise(net.build(RICH, SHAPE, 3))
@@ -69,9 +63,10 @@ def test_rows_do_not_see_each_other(net: Net) -> None:
 
 
 @each
-def test_names_are_checked(net: Net) -> None:
+def test_all_heads_and_gauges_start_at_zero_and_names_are_checked(net: Net) -> None:
     x, c, inputs = points()
     model = net.build(RICH, SHAPE, 3)
+    assert not any(out.any() for out in model(x, c, **inputs))
     for wrong in ({}, {"t": inputs["t"]}, inputs | {"s": inputs["t"]}):
         with pytest.raises(TypeError, match="takes t, r, w, low"):
             model(x, c, **wrong)
@@ -101,21 +96,16 @@ def test_r_enters_as_the_gap(net: Net) -> None:
 
 @each
 def test_classes_and_null_are_told_apart(net: Net) -> None:
-    x, _, inputs = points()
-    model = randomise(net.build(V, SHAPE, 3))
+    """Without classes labels do not matter."""
+    x, c, inputs = points()
+    model, alone = (randomise(net.build(V, SHAPE, classes)) for classes in (3, 0))
     outs = [model(x, torch.full((6,), c), t=inputs["t"])[0] for c in range(4)]
     for i in range(4):
         assert all(not torch.allclose(outs[i], outs[j]) for j in range(i))
     with pytest.raises(IndexError):
         model(x, torch.full((6,), 4), t=inputs["t"])
-
-
-@each
-def test_without_classes_labels_do_not_matter(net: Net) -> None:
-    x, c, inputs = points()
-    model = randomise(net.build(V, SHAPE, 0))
-    assert torch.equal(model(x, c, t=inputs["t"])[0], model(x, 0 * c, t=inputs["t"])[0])
-    assert not any("label" in name for name, _ in model.named_parameters())
+    assert torch.equal(alone(x, c, t=inputs["t"])[0], alone(x, 0 * c, t=inputs["t"])[0])
+    assert not any("label" in name for name, _ in alone.named_parameters())
 
 
 @each

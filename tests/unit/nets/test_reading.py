@@ -22,7 +22,7 @@ from dumo.nets.rows import Rows, TextFile
 from dumo.nets.textblock import Cross
 from dumo.objectives import DuMo
 from dumo.types import Frozen, Needs, Spec, UserError
-from unit.nets.given import Given, Labels
+from unit.nets.given import Given, Labels, drawn, points
 
 CLASSES, SHAPE = 5, (3, 4, 4)
 VU = Needs(heads=("v", "u"))
@@ -36,20 +36,8 @@ def spec(texts: Spec | None = None, **options: object) -> DiT:
 
 
 def built(texts: Spec | None = None, **options: object) -> Transformer:
-    """Its net in float64, every parameter drawn."""
-    net = spec(texts, **options).build(VU, SHAPE, CLASSES)
-    randomise(net)
-    return net.double()
-
-
-def points(n: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """x, c and t in float64; all captions and none."""
-    g = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(n, *SHAPE, generator=g).double(),
-        torch.arange(n) % (CLASSES + 1),
-        torch.rand(n, generator=g).double(),
-    )
+    """Its net."""
+    return drawn(spec(texts, **options), VU)
 
 
 def twins() -> tuple[Transformer, Transformer]:
@@ -99,7 +87,7 @@ def test_where_texts_are_labels_samples_are_those_of_classes(solver: Solver) -> 
 
 @pytest.mark.parametrize("options", [{}, MODERN], ids=["plain", "modern"])
 def test_padding_is_nothing(options: dict[str, Any]) -> None:
-    x, c, t = points()
+    x, c, t = points(6)
     short, long = (built(Given(room=room), **options) for room in (4, 16))
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(short(x, c, t=t), long(x, c, t=t), strict=True))
 
@@ -130,7 +118,7 @@ def test_a_block_that_looks_across_by_hand() -> None:
 @pytest.mark.parametrize("pooled", [0, 7])
 def test_every_token_that_is_there_matters_and_no_other(pooled: int) -> None:
     """Tokens by the blocks alone, where the vector is of an embedding of its own; or by their mean, too."""
-    net, (x, _, t) = built(Given(pooled=pooled)), points()
+    net, (x, _, t) = built(Given(pooled=pooled)), points(6)
     assert net.text is not None
     texts, c = net.text.texts, torch.full((6,), 2)  # of three tokens
     assert isinstance(texts, Rows)

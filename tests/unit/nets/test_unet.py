@@ -15,6 +15,7 @@ from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.nets import unet
 from dumo.nets.unet import Convolutional, Place, Residual, UNet, plan
 from dumo.types import Frozen, Heads, Needs, UserError
+from unit.nets.given import drawn, points
 
 TINY = UNet(width=8, multipliers=(1, 2), depth=2, attend=(4,))
 SHAPE = (3, 4, 4)
@@ -24,15 +25,7 @@ KEYS = keys(0, 0, 6)
 
 def tiny(needs: Needs = VU, classes: int = 0, **fields: Any) -> Convolutional:  # noqa: ANN401
     """A net of random weights in float64, in training."""
-    net = TINY.model_copy(update=fields).build(needs, SHAPE, classes)
-    randomise(net)
-    return net.double()
-
-
-def inputs(n: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """x, c, t in float64."""
-    g = torch.Generator().manual_seed(0)
-    return torch.randn(n, *SHAPE, generator=g).double(), torch.zeros(n).long(), torch.rand(n, generator=g).double()
+    return drawn(TINY.model_copy(update=fields), needs, SHAPE, classes)
 
 
 def apart(a: Heads, b: Heads) -> float:
@@ -76,7 +69,7 @@ def test_plan_of_two_resolutions() -> None:
 def test_what_was_kept_last_joins_first() -> None:
     """The net of that plan, written out."""
     net = tiny(V)
-    x, c, t = inputs()
+    x, c, t = points(6, SHAPE, 0)
     e, a = F.silu(net.scalars(t=t)), net.embed(x)
 
     def block(i: int, *h: Tensor) -> Tensor:
@@ -158,7 +151,7 @@ def test_blocks_start_as_their_skips() -> None:
 def test_augmentation_is_a_condition() -> None:
     """No augmentation is zeros, or no numbers at all."""
     net = tiny(augment=9)
-    x, c, t = inputs()
+    x, c, t = points(6, SHAPE, 0)
     how = torch.zeros(6, 9)
     plain = net(x, c, t=t)
     assert all(torch.equal(a, b) for a, b in zip(net(x, how, t=t), plain, strict=True))
@@ -187,7 +180,7 @@ def test_sizes_that_do_not_fit_are_refused(
 def test_dropout_is_for_training_under_masks() -> None:
     """Which the passes of a step share, also of some of the rows; the next step has others."""
     net, state = tiny(dropout=0.4), torch.get_rng_state()
-    x, c, t = inputs()
+    x, c, t = points(6, SHAPE, 0)
     plain, some = net.eval()(x, c, t=t)[0], [4, 1]
     net.train()
     with using(KEYS):
@@ -216,7 +209,7 @@ def test_layers_have_masks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None
         return dropout.drop(h, rows, p)
 
     monkeypatch.setattr(unet, "drop", drop)
-    x, c, t = inputs()
+    x, c, t = points(6, SHAPE, 0)
     with using(KEYS):
         tiny(dropout=0.4)(x, c, t=t)
     assert len({tuple(rows.flatten().tolist()) for rows in seen}) == len(seen) == 14
@@ -225,7 +218,7 @@ def test_layers_have_masks_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None
 def test_slopes_meet_the_mask_of_the_primal() -> None:
     """Riding, from the tape or by a pass of its own."""
     net = tiny(dropout=0.4)
-    x, c, t = inputs()
+    x, c, t = points(6, SHAPE, 0)
     w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
 
     def slope(s: Slope, toward: Tensor | None = None) -> Heads:
