@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dumo.io import source as epoch
 from dumo.io.source import rows_of
+from unit.data.spy import spied
 
 
 def laid_out(steps: int, batch: int, size: int, seed: int = 0) -> Tensor:
@@ -48,16 +49,8 @@ def test_the_batch_size_does_not_change_the_order() -> None:
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The sizes of the orders made from here on."""
-    sizes: list[int] = []
-    permuted = torch.randperm
-
-    def noted(n: int, *, generator: torch.Generator) -> Tensor:
-        sizes.append(n)
-        return permuted(n, generator=generator)
-
     epoch._permuted.cache_clear()
-    monkeypatch.setattr(torch, "randperm", noted)
-    yield sizes
+    yield spied(monkeypatch, torch, "randperm", lambda n: n)
     epoch._permuted.cache_clear()
 
 

@@ -403,21 +403,10 @@ def test_what_was_found_is_written_down_and_held_to(tmp_path: Path) -> None:
     assert (away.classes, away.shape) == (7, (3, SIDE, SIDE))
 
 
-def test_what_has_no_names_tells_none(tmp_path: Path) -> None:
-    """Numbers only, no classes, or classes that were given: the field is not written."""
-    as_folder(tmp_path)
-    for fields in ({"classes": 3}, {"labelled": False}):
-        images = spec(tmp_path, **fields)
-        assert images.names == ()
-        assert "names" not in images.model_dump()
-    as_tar(tmp_path / "tar")
-    assert (spec(tmp_path / "tar").classes, spec(tmp_path / "tar").names) == (3, ())
-
-
-def test_where_the_data_are_not_there_yet_classes_stay_to_be_counted(
+def test_where_there_are_no_classes_or_no_data_yet_no_names_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is written down then asks to look again, and whoever opens what was not looked at is told."""
+    """What is written down asks to look again, and whoever opens what was not looked at is told."""
     monkeypatch.delenv("HERE", raising=False)
     for images in (Images(root="$HERE", side=SIDE).found(), spec(tmp_path / "later")):
         assert (images.classes, images.names, images.model_dump()["classes"]) == (0, None, None)
@@ -425,3 +414,9 @@ def test_where_the_data_are_not_there_yet_classes_stay_to_be_counted(
     with pytest.raises(UserError, match="nobody counted its classes"):
         images.open()
     assert images.found().names == CLASSES
+    for fields in ({"classes": 3}, {"labelled": False}):
+        images = spec(tmp_path / "later", **fields)
+        assert images.names == ()
+        assert "names" not in images.model_dump()
+    as_tar(tmp_path / "tar")
+    assert (spec(tmp_path / "tar").classes, spec(tmp_path / "tar").names) == (3, ())

@@ -13,6 +13,7 @@ from dumo.data import index, tar
 from dumo.data.tar import Tar
 from dumo.types import UserError
 from unit.data.animals import archive
+from unit.data.spy import spied
 
 BLOCK = tarfile.BLOCKSIZE
 EACH = 10  # images to an archive
@@ -36,15 +37,7 @@ def files(tmp_path: Path) -> list[str]:
 @pytest.fixture
 def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The archives that are looked through from here on."""
-    names: list[str] = []
-    look = tar.scan
-
-    def noted(file: str) -> index.Scan:
-        names.append(Path(file).stem)
-        return look(file)
-
-    monkeypatch.setattr(tar, "scan", noted)
-    return names
+    return spied(monkeypatch, tar, "scan", lambda file: Path(file).stem)
 
 
 def numbers(source: Tar) -> list[int]:
