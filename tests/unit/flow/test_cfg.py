@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from dumo.flow.generate import generate, labels
 from dumo.flow.guide import CFG, GuidanceScale, Guide, Interval
 from dumo.flow.path import Linear
+from dumo.flow.reading import mean_velocity
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver
 from dumo.types import Reads, UserError, lift
 
@@ -26,17 +27,6 @@ class Small(nn.Module):
         return (x * lift(1.0 + c, x) + lift(t - r / 2, x),)
 
 
-def read(net: nn.Module) -> Reads:
-    def flow_map(x: Tensor, t: Tensor, s: Tensor, c: Tensor) -> Tensor:
-        return x - lift(t - s, x) * net(x, c, t=t, r=s)[0]
-
-    return Reads(
-        velocity=lambda x, t, c: net(x, c, t=t, r=t)[0],
-        endpoint=lambda x, t, c: flow_map(x, t, 0 * t, c),
-        flow_map=flow_map,
-    )
-
-
 X, C = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.5, 0.5]]), torch.tensor([0, 3, NULL])
 T, S = torch.tensor([0.2, 0.6, 0.4]), torch.tensor([0.1, 0.0, 0.4])
 
@@ -45,7 +35,7 @@ T, S = torch.tensor([0.2, 0.6, 0.4]), torch.tensor([0.1, 0.0, 0.4])
 @pytest.mark.parametrize("scale", [0.5, 2.0])
 def test_every_reading_is_the_affine_map_in_one_pass(name: str, scale: float) -> None:
     net = Small()
-    plain, guided = (getattr(reads, name) for reads in (read(net), CFG(scale=scale)(read(net), NULL)))
+    plain, guided = (getattr(reads, name) for reads in (mean_velocity(net), CFG(scale=scale)(mean_velocity(net), NULL)))
     times = (T, S) if name == "flow_map" else (T,)
     with_c, without = plain(X, *times, C), plain(X, *times, torch.full_like(C, NULL))
     net.passes.clear()
@@ -58,7 +48,7 @@ def test_every_reading_is_the_affine_map_in_one_pass(name: str, scale: float) ->
 def test_only_rows_inside_the_interval_are_read_twice() -> None:
     """Both ends belong to it, in single precision too."""
     net, guidance = Small(), CFG(scale=3, interval=Interval(low=0.2, high=0.4))
-    velocity, plain = guidance(read(net), NULL).velocity, read(net).velocity
+    velocity, plain = guidance(mean_velocity(net), NULL).velocity, mean_velocity(net).velocity
     assert velocity is not None
     assert plain is not None
     with_c, without = plain(X, T, C), plain(X, T, torch.full_like(C, NULL))
@@ -71,15 +61,13 @@ def test_only_rows_inside_the_interval_are_read_twice() -> None:
     assert len(net.passes[1]) == 3
 
 
-def test_a_scale_of_one_is_no_guidance() -> None:
-    reads = read(Small())
+def test_what_needs_no_guidance_gets_none() -> None:
+    """A scale of one, and readings that were not taught."""
+    reads = mean_velocity(Small())
     assert not CFG().active
     assert CFG()(reads, NULL) is reads
     assert CFG(interval=Interval(high=0.5))(reads, NULL) is reads
-
-
-def test_what_was_not_taught_is_not_guided() -> None:
-    found = CFG(scale=2)(Reads(velocity=read(Small()).velocity), NULL)
+    found = CFG(scale=2)(Reads(velocity=reads.velocity), NULL)
     assert found.velocity is not None
     assert (found.endpoint, found.flow_map) == (None, None)
 
@@ -100,7 +88,7 @@ COUNTS = [  # solver, readings asked for, interval, passes counted
 def test_passes_are_counted_not_readings(solver: Solver, nfe: int, interval: Interval, passes: int) -> None:
     """At any batch size: rows of one batch are read at one time."""
     net = Small()
-    reads = CFG(scale=2, interval=interval)(read(net), NULL)
+    reads = CFG(scale=2, interval=interval)(mean_velocity(net), NULL)
     for batch in (3, 7):
         made = generate(net, reads, Linear(), solver, labels(7, 4), nfe=nfe, seed=0, shape=(2,), batch=batch)
         assert made.nfe == passes

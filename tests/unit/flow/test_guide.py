@@ -69,18 +69,13 @@ MAPS = [  # omega, zeta, v* on guided rows, passes
 
 @pytest.mark.parametrize(("omega", "zeta", "v_star", "passes"), MAPS)
 def test_every_affine_map(omega: float, zeta: float, v_star: float, passes: list[str]) -> None:
+    """None of weight zero has a pass, nor has a velocity at hand."""
     guide = Guide(omega=omega, zeta=zeta)
-    found, made = guided(guide, record())
-    assert torch.allclose(found, expected(v_star, KEPT), rtol=0, atol=1e-6)
-    assert made == passes  # none of weight zero
-    assert guide.active == (made != [])
-
-
-@pytest.mark.parametrize(("omega", "zeta", "v_star", "passes"), MAPS)
-def test_a_velocity_at_hand_saves_its_pass(omega: float, zeta: float, v_star: float, passes: list[str]) -> None:
-    found, made = guided(Guide(omega=omega, zeta=zeta), record(), have_v_hat=True)
-    assert torch.allclose(found, expected(v_star, KEPT), rtol=0, atol=1e-6)
-    assert made == [p for p in passes if p == "null"]
+    assert guide.active == (passes != [])
+    for have_v_hat in (False, True):
+        found, made = guided(guide, record(), have_v_hat=have_v_hat)
+        assert torch.allclose(found, expected(v_star, KEPT), rtol=0, atol=1e-6)
+        assert made == [p for p in passes if p == "null" or not have_v_hat]
 
 
 @pytest.mark.parametrize(
@@ -124,14 +119,6 @@ def test_effective_scale_is_where_the_map_settles(omega: float, zeta: float, sca
     assert settled == pytest.approx(v_null + guide.scale * (v - v_null))
 
 
-def test_all_rows_are_taken_where_shapes_must_not_depend_on_numbers() -> None:
-    b, guide = record(), Guide(zeta=0.5)
-    assert guide.needing(b).tolist() == KEPT
-    assert guide.needing(b[torch.tensor(KEPT)]) is None  # all are needed
-    fields = {name: getattr(b, name).to("meta") for name in ("t", "kept")}
-    assert guide.needing(replace(b, **fields)) is None
-
-
 def test_what_is_known_before_a_pass() -> None:
     b = record()
     assert Guide().known_target(b) is b.v_t
@@ -157,13 +144,14 @@ def test_precision_is_the_wider_of_data_and_net(data: str, net: str) -> None:
 
 def test_guidance_waits_for_no_number() -> None:
     """On tensors that hold none it takes all rows: so every rank has the same shapes."""
-    b, seen = record(), list[int]()
+    b, guide, seen = record(), Guide(zeta=0.5), list[int]()
     ghost = {name: getattr(b, name).to("meta") for name in ("x", "z", "t", "r", "x_t", "v_t", "c", "null", "kept")}
 
     def velocity(some: Noised, c: Cond) -> Tensor:
         seen.append(len(some.t))
         return some.x_t
 
-    found = Guide(zeta=0.5)(replace(b, **ghost), None, velocity)
-    assert found.shape == b.x_t.shape
+    assert guide(replace(b, **ghost), None, velocity).shape == b.x_t.shape
     assert seen == [6, 6]
+    assert guide.needing(b).tolist() == KEPT
+    assert guide.needing(b[torch.tensor(KEPT)]) is None  # all are needed
