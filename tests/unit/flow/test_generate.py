@@ -14,7 +14,7 @@ from dumo.flow.path import Linear
 from dumo.flow.reading import mean_velocity
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver
 from dumo.runtime.random import noise, stream
-from dumo.types import Reads, UserError, lift
+from dumo.types import Reads, UserError
 
 SHAPE = (1, 8, 8)
 ALL = [Euler(), Heun(), Restart(m=0.3), Hop()]
@@ -78,9 +78,8 @@ def test_images_are_numbered() -> None:
     """Some images made alone are those of the whole, and one batch of one pass is the formula itself."""
     net, c = Small().eval(), labels(20, 10)
     some = [3, 17, 4]
-    alone = generate(
-        net, mean_velocity(net), Linear(), Hop(), c[some], nfe=1, seed=5, shape=SHAPE, indices=some, batch=2
-    ).x
+    asked = {"nfe": 1, "seed": 5, "shape": SHAPE, "indices": some, "batch": 2}
+    alone = generate(net, mean_velocity(net), Linear(), Hop(), c[some], **asked).x
     z = noise(5, range(20), 0, SHAPE)
     with torch.no_grad():
         u = net(z, c, t=torch.ones(20), r=torch.zeros(20))[0]
@@ -120,18 +119,8 @@ def test_the_net_is_left_as_it_was() -> None:
 
 def test_progress_is_told_by_batch() -> None:
     net, told = Small(), list[int]()
-    generate(
-        net,
-        mean_velocity(net),
-        Linear(),
-        Hop(),
-        labels(16, 10),
-        nfe=1,
-        seed=0,
-        shape=SHAPE,
-        batch=7,
-        on_batch=told.append,
-    )
+    asked = {"nfe": 1, "seed": 0, "shape": SHAPE, "batch": 7, "on_batch": told.append}
+    generate(net, mean_velocity(net), Linear(), Hop(), labels(16, 10), **asked)
     assert told == [7, 14, 16]
 
 
