@@ -1,7 +1,6 @@
 """Consistency training against its authors' formulas, and what of the flow it keeps at steps that are not yet short."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -13,9 +12,9 @@ from dumo.objectives import Consistency
 from dumo.objectives.consistency import KarrasGrid, Ratio
 from dumo.run.config.load import load
 from dumo.training.ema import Ema, MovingAverage
-from dumo.types import Frozen, Noised, UserError
-from theory.exact import APART, PRODUCT, Exact, Flow, column, gaussian, gradient, record
-from theory.formula import Polynomial, gradients
+from dumo.types import Noised, UserError
+from theory.exact import APART, PRODUCT, Exact, Flow, column, falls, gaussian, gradient, record, stiffness
+from theory.formula import Polynomial, agree, half
 
 AUTHORS = {  # with their constants; the distance of CM is LPIPS, here l2, its second choice
     "cm": Consistency(
@@ -65,11 +64,8 @@ def test_formula(name: str, progress: float) -> None:
     else:
         c = {"ict": 2 * 0.00054 * 2**0.5, "ect": 0.0}[name]
         loss = weight * ((apart.square().sum(1) + c**2).sqrt() - c) / 2**0.5
-    found = o.loss(net, Frozen(net), b)
-    assert torch.allclose(found.loss, loss, rtol=1e-8, atol=1e-12)
-    assert torch.allclose(found.parts["u"], (apart / column(t - r)).square().mean(1), rtol=1e-8)
-    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
-        assert torch.allclose(mine, hand, rtol=1e-8, atol=1e-10)
+    error = apart / column(t - r)
+    agree(o, net, b, loss, {"u": error.square().mean(1)}, close=1e-9, near=1e-12, clipped_share=half(error))
 
 
 STAGE = Consistency(low=0.6, discretization=Ratio(stages=1, q=4), boundary=0.3)
@@ -91,10 +87,9 @@ def test_a_second_stage_by_hand() -> None:
     weight = torch.ones_like(t).masked_fill(on_it, 0.3) / (t / (1 - t) - r / (1 - r))
     loss = weight * (denoised(net, t) - target).square().mean(1).sqrt()
     assert 0 < on_it.sum() < (r < 0.6).sum() < len(r)
-    found = STAGE.loss(net, Frozen(first), b)
-    assert torch.allclose(found.loss, loss, rtol=1e-8, atol=1e-12)
-    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
-        assert torch.allclose(mine, hand, rtol=1e-8, atol=1e-10)
+    error = (denoised(net, t) - target) / column(t - r)
+    parts = {"u": error.square().mean(1)}
+    agree(STAGE, net, b, loss, parts, ref=first, close=1e-9, near=1e-12, clipped_share=half(error))
     model = Counted(randomise(nets()[0].build(STAGE.needs, (2,), 3)).double())
     step(STAGE, model, b)
     assert (model.graded, model.still) == (1, 2)
@@ -123,8 +118,7 @@ def test_gradient_vanishes_with_the_step(flow: Flow, weighted: bool, order: int)
     """Along the velocity the secant is off by O(t - r); unweighted, the gradient has a factor t (t - r) besides."""
     objectives = [at_steps(L2.model_copy(update={"weighted": weighted}), q) for q in (250, 500, 1000, 2000)]
     left = [gradient(o, Exact(flow, o.needs), record(o, flow)).abs() for o in objectives]
-    for coarse, fine in pairwise(left):
-        assert ((coarse / fine).log2() - order).abs().max() < 0.1
+    assert falls(left, order)
 
 
 @each_flow
@@ -133,8 +127,7 @@ def test_on_a_grid_it_vanishes_too(flow: Flow) -> None:
     grids = [KarrasGrid(first=n, last=n) for n in (100, 400, 1600)]
     objectives = [L2.model_copy(update={"discretization": grid, "weighted": False}) for grid in grids]
     left = [gradient(o, Exact(flow, o.needs), record(o, flow)).abs() for o in objectives]
-    for coarse, fine in pairwise(left):
-        assert ((coarse / fine).log2() / 2 - 2).abs().max() < 0.2
+    assert falls(left, 4, within=0.4)  # each a quarter of the one before
 
 
 @each_flow
@@ -148,19 +141,14 @@ def test_slopes_that_scatter_cancel_as_steps_get_short(flow: Flow) -> None:
         one, other = (gradient(o, net, replace(b, v_t=b.v_t + sign * off)) for sign in (1, -1))
         assert one.abs().max() > 1e-3
         sums.append((one + other).abs())
-    for coarse, fine in pairwise(sums):
-        assert ((coarse / fine).log2() - 1).abs().max() < 0.15
+    assert falls(sums, 1, within=0.15)
 
 
 @each_flow
 def test_descent_leads_back_to_the_flow(flow: Flow) -> None:
     o = at_steps(L2, 256)
-    net, b = Exact(flow, o.needs), record(o, flow)
-    rest, columns = gradient(o, net, b), []
-    for i in range(2):
-        net.probe.data = 1e-4 * torch.eye(2, dtype=b.t.dtype)[i].view(1, 2)
-        columns.append((gradient(o, net, b) - rest).flatten() / 1e-4)
-    assert torch.linalg.eigvals(torch.stack(columns, 1)).real.min() > 0.05
+    pull = stiffness(o, Exact(flow, o.needs), record(o, flow))
+    assert torch.linalg.eigvals(pull).real.min() > 0.05
 
 
 @each_preset

@@ -13,7 +13,7 @@ from dumo.flow.solver import Restart
 from dumo.objectives import SCT
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Flow, OnTrig, column, gaussian, gradient, record
-from theory.formula import Polynomial, changed, gradients
+from theory.formula import Polynomial, agree, changed
 
 
 class Gauged(nn.Module):
@@ -59,13 +59,8 @@ def test_formula(progress: float, warmup: float, grown: float, floor: float, wei
         square = ((f[i] - (f[i].detach() + pull)) ** 2).mean()
         losses.append(square / tan(held) / s[i].exp() + s[i] if weigh else square)
         sizes.append((g**2).mean())
-    loss, found = torch.stack(losses), o.loss(net, Frozen(net), b)
-    assert torch.allclose(found.loss, loss, rtol=1e-10, atol=1e-12)
-    assert torch.allclose(found.parts["f"], torch.stack(sizes), rtol=1e-10, atol=1e-28)
-    assert not weigh or torch.equal(found.notes["log_variance"], s.detach())
-    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
-        assert (mine is None) == (hand is None)  # the gauge, where there is none
-        assert mine is None or torch.allclose(mine, hand, rtol=1e-9, atol=1e-11 * hand.abs().max().item())
+    parts, notes = {"f": torch.stack(sizes)}, {"log_variance": s.detach()} if weigh else {}
+    agree(o, net, b, torch.stack(losses), parts, close=1e-10, near=1e-12, **notes)
 
 
 def taught(flow: Flow, progress: float = 1.0, weigh: bool = True) -> Tensor:

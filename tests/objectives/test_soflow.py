@@ -1,7 +1,6 @@
 """SoFlow against its formula and its authors' way to write it; the order of its secant; its schedule and edges."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -14,8 +13,8 @@ from dumo.flow.path import Linear
 from dumo.flow.times import Pair
 from dumo.objectives import SoFlow
 from dumo.types import Frozen, Noised
-from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
-from theory.formula import Polynomial, changed, gradients, half, rows
+from theory.exact import APART, PRODUCT, D, Exact, Flow, column, falls, gaussian, gradient, record, stiffness
+from theory.formula import Polynomial, agree, changed, half, rows
 
 MIXED = Pair(velocity_ratio=0.25)
 DUMO = Guide(zeta=0.55)
@@ -46,14 +45,8 @@ def test_formula(progress: float, power: float, floor: float) -> None:
     size = (e**2).mean(1)
     weight = (size + floor) ** -power
     theirs = torch.where(moves, weight * (u * e).mean(1), weight * ((u - v_star) ** 2).mean(1))
-    found = objective.loss(net, Frozen(net), b)
-    for mine, hand in zip(gradients(found.loss, net), gradients(theirs, net), strict=True):
-        assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-11)
     loss = torch.where(moves, 0.5, 1.0) * weight * size
-    (u,) = net(b.x_t, b.c, t=b.t, r=b.r)
-    assert torch.allclose(found.loss, loss, rtol=1e-9, atol=0)
-    assert torch.allclose(found.parts["u"], size, rtol=1e-9, atol=0)
-    assert torch.allclose(found.notes["clipped_share"].double(), half(e))
+    agree(objective, net, b, loss, {"u": size}, moved_as=theirs, close=1e-10, clipped_share=half(e))
 
 
 @pytest.mark.parametrize(("flow", "guide"), [(APART, Guide()), (PRODUCT, Guide()), (gaussian(DUMO), DUMO)])
@@ -63,19 +56,14 @@ def test_gradient_vanishes_with_the_step(flow: Flow, guide: Guide) -> None:
     for q in (0.04, 0.02, 0.01, 0.005):
         o = changed(SoFlow, gap=1e-9, fade=0.9999999)(times=MIXED, guide=guide, drop=0.2, first=q, last=q, power=0.0)
         left.append(gradient(o, Exact(flow, o.needs), record(o, flow)).norm())
-    for coarse, fine in pairwise(left):
-        assert abs((coarse / fine).log2() - 1) < 0.1
+    assert falls(left, 1)
     assert left[-1] < 2e-3
 
 
 def test_descent_leads_back_to_the_flow() -> None:
     o = SoFlow(times=MIXED, guide=Guide(), last=0.1)
-    net, b = Exact(PRODUCT, o.needs), record(o, PRODUCT)
-    start, pull = gradient(o, net, b), []
-    for i in range(2):
-        net.probe.data = 1e-4 * torch.eye(2, dtype=D)[i : i + 1]
-        pull.append((gradient(o, net, b) - start).flatten() / 1e-4)
-    assert torch.linalg.eigvals(torch.stack(pull, 1)).real.min() > 0.1
+    pull = stiffness(o, Exact(PRODUCT, o.needs), record(o, PRODUCT))
+    assert torch.linalg.eigvals(pull).real.min() > 0.1
 
 
 def test_schedule() -> None:

@@ -11,7 +11,7 @@ from contract.case import step
 from dumo.objectives import TVM
 from dumo.types import Frozen, Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
-from theory.formula import gradients
+from theory.formula import agree, gradients
 
 
 class Curved(nn.Module):
@@ -69,12 +69,7 @@ def test_by_hand(scale: float, online: bool) -> None:
     v_star = column(w) * (b.z - b.x) + column(1 - w) * v_null.detach()
     flow = ((v - v_star) ** 2).sum(1) / 2 / w**2
 
-    found = objective.loss(net, Frozen(other), b)
-    assert torch.allclose(found.loss, terminal + flow, rtol=1e-12, atol=0)
-    assert torch.allclose(found.parts["terminal"], terminal, rtol=1e-12, atol=0)
-    assert torch.allclose(found.parts["flow"], flow, rtol=1e-12, atol=0)
-    for mine, hand in zip(gradients(found.loss, net), gradients(terminal + flow, net), strict=True):
-        assert torch.allclose(mine, hand, rtol=1e-11, atol=1e-13)
+    agree(objective, net, b, terminal + flow, {"terminal": terminal, "flow": flow}, ref=other)
     assert all(p.grad is None for p in other.parameters())
 
 

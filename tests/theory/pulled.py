@@ -1,22 +1,12 @@
-"""What the pulls are held against: rows to pull, what a pull adds to DuMo's loss, and samples of another width."""
+"""What the pulls are held against: what a pull adds to DuMo's loss, and samples of another width."""
 
 import torch
 from torch import Tensor
 
 from contract.case import step
-from dumo.flow.draw import draw
-from dumo.flow.path import Linear
 from dumo.objectives.pull import BETA, Pull
 from dumo.types import Heads, Noised
-from theory.exact import Exact, Gaussian, column, gaussian, growth
-
-
-def drawn(objective: Pull, n: int = 16, progress: float = 1.0) -> Noised:
-    """Rows as training draws them."""
-    flow, g = gaussian(), torch.Generator().manual_seed(1)
-    c = torch.arange(n) % flow.classes
-    null = torch.full_like(c, flow.classes)
-    return draw(objective, Linear(), flow.data(c, g), c, null, seed=0, step=0, progress=progress)
+from theory.exact import Exact, Gaussian, column, drawn, gaussian, growth
 
 
 def added(objective: Pull, net: torch.nn.Module, b: Noised) -> Tensor:
@@ -42,7 +32,12 @@ class Wide(Exact):
 
 def width_gradient(objective: Pull, wide: float, n: int = 256) -> float:
     """d loss of the pull / d probe of u: above 0 where descent makes samples wider."""
-    net, b = Wide(gaussian(), objective.needs), drawn(objective, n)
+    net, b = Wide(gaussian(), objective.needs), drawn(objective, n, progress=1.0)
     net.wide = wide
     (grad,) = torch.autograd.grad(added(objective, net, b).mean(), net.probe)
     return grad[1, 1].item()
+
+
+def moves_samples_back(objective: Pull, weight: float) -> bool:
+    """Whether samples that are too wide get narrower, and those that are too narrow wider."""
+    return width_gradient(objective, 1.5) < -1e-2 * weight and width_gradient(objective, 0.6) > 1e-2 * weight
