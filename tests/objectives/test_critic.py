@@ -7,8 +7,8 @@ from contract.case import step
 from dumo.flow.slope import JvpSlope
 from dumo.objectives.critic import CENTRE, FIT, FLOOR, SLOPES, WEIGHT, Critic, reversed_at
 from theory.exact import PRODUCT, D, Exact, Gaussian, Product, column, drawn, gaussian, gradient, record
-from theory.formula import Polynomial, gradients
-from theory.pulled import added, moves_samples_back, width_gradient
+from theory.formula import Polynomial
+from theory.pulled import adds, moves_samples_back, width_gradient
 
 CRITIC = Critic(slope=JvpSlope(), drop=0.3)
 
@@ -34,9 +34,7 @@ def test_by_hand(progress: float) -> None:
     assert torch.allclose(terms.notes["slopes_d"], told, rtol=1e-10, atol=0)
     assert torch.allclose(terms.notes["margin_d"], real - fake, rtol=1e-12, atol=0)
     assert torch.equal(terms.notes["right_d"], (real > fake).to(D))
-    assert torch.allclose(added(CRITIC, net, b), loss, rtol=1e-9, atol=0)
-    for mine, hand in zip(gradients(added(CRITIC, net, b), net), gradients(loss + pull, net), strict=True):
-        assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-13)
+    adds(CRITIC, net, b, loss, moved_as=loss + pull)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])

@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from contract.case import Counted, nets, randomise, step
+from contract.case import step
 from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope
@@ -17,8 +17,8 @@ from dumo.objectives.match import FIT, WEIGHT, Match, identity
 from dumo.run.plan.cost import forward_units
 from dumo.types import Frozen
 from theory.exact import PRODUCT, D, Exact, Gaussian, Product, column, drawn, gaussian, gradient, growth, record
-from theory.formula import Polynomial, gradients
-from theory.pulled import added, moves_samples_back, width_gradient
+from theory.formula import Polynomial, passes
+from theory.pulled import added, adds, moves_samples_back, width_gradient
 
 MATCH, SID = (Match(alpha=alpha, slope=JvpSlope(), drop=0.3) for alpha in (None, 1.2))
 
@@ -36,9 +36,7 @@ def test_by_hand(progress: float) -> None:
     terms = step(MATCH, net, b)
     assert torch.allclose(terms.parts["w"], fit, rtol=1e-12, atol=0)
     assert torch.allclose(terms.notes["pull_w"], (gap**2).sum(1) / 2, rtol=1e-12, atol=0)
-    assert torch.allclose(added(MATCH, net, b), loss, rtol=1e-9, atol=0)
-    for mine, hand in zip(gradients(added(MATCH, net, b), net), gradients(loss, net), strict=True):
-        assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-13)
+    adds(MATCH, net, b, loss)
 
 
 def test_by_identity_by_hand() -> None:
@@ -55,9 +53,7 @@ def test_by_identity_by_hand() -> None:
     loss = FIT * fit + WEIGHT * t**2 * product / distance
     terms = step(SID, net, b)
     assert torch.allclose(terms.notes["pull_w"], ((w - v) ** 2).sum(1) / 2, rtol=1e-12, atol=0)
-    assert torch.allclose(added(SID, net, b), FIT * fit, rtol=1e-9, atol=0)
-    for mine, hand in zip(gradients(added(SID, net, b), net), gradients(loss, net), strict=True):
-        assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-12)
+    adds(SID, net, b, FIT * fit, moved_as=loss, near=1e-12)
 
 
 @pytest.mark.parametrize(("alpha", "exact"), [(0.5, True), (1.2, False)])
@@ -114,13 +110,11 @@ def test_samples_of_another_width_are_moved_back(alpha: float | None) -> None:
 
 
 @pytest.mark.parametrize(("objective", "before", "now"), [(MATCH, (2, 1), (3, 0)), (SID, (2, 1), (4, 0))])
-def test_passes(objective: Match, before: tuple[int, int], now: tuple[int, int]) -> None:
+def test_number_of_passes(objective: Match, before: tuple[int, int], now: tuple[int, int]) -> None:
     """One for the samples, with gradients only where they are moved, and one for w; of SiD another."""
     objective = objective.model_copy(update={"slope": DualSlope()})
     for progress, count in ((0.0, before), (0.7, now)):
-        model = Counted(randomise(nets()[0].build(objective.needs, (2,), 3)).double())
-        step(objective, model, drawn(objective, 16, progress=progress))
-        assert (model.graded, model.still) == count
+        assert passes(objective, drawn(objective, 16, progress=progress)) == count
 
 
 def test_cost() -> None:

@@ -13,9 +13,9 @@ from dumo.flow.solver import Euler, Hop, check
 from dumo.flow.times import Dyadic
 from dumo.objectives import Shortcut
 from dumo.run.config.load import load
-from dumo.types import Frozen, Heads, Noised, Reads, UserError
+from dumo.types import Heads, Noised, Reads, UserError
 from theory import exact
-from theory.exact import D, Exact, column, drawn, falls, gaussian, table
+from theory.exact import D, Exact, column, drawn, falls, gaussian
 from theory.formula import Polynomial, agree, changed
 
 LEVELS = 7
@@ -61,30 +61,6 @@ def test_loss_and_gradient_are_those_of_the_formula(scale: float, clip: float, k
     (u,) = net(b.x_t, b.c, t=b.t, k=k)
     loss = ((u - by_hand(objective, ref, b)) ** 2).sum(1) / 2
     agree(objective, net, b, loss, {"u": loss}, ref=ref, close=1e-10)
-
-
-def test_targets_are_those_of_the_authors_code() -> None:
-    """`targets_shortcut.py` at 6010043, lines 36 to 78, bootstrap_cfg on, with a net on paper; time turned round."""
-
-    class Known(Stepped):
-        def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, k: Tensor) -> Heads:
-            t, k, n = column(t), column(k), column(c.to(D))
-            return (0.5 + 0.8 * x - 0.6 * t * x + 0.3 * x * x + 0.4 * t * t + 0.1 * k * x + 0.2 * n,)
-
-    class Silent(Stepped):
-        def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, k: Tensor) -> Heads:
-            return (0 * self.a.sum() * x,)
-
-    left = [[0.168075, 0.552482], [-0.302239, -0.620584], [-2.325031, -0.218792], [-1.245911, -0.732267]]
-    right = [[0.41079, 0.362121], [0.23424, 1.067975], [-0.128535, 1.366463], [-0.665195, 0.35151]]
-    theirs = [[0.47567371, 1.04575795], [0.45640196, 0.24228614], [1.27402791, 1.13638937], [0.57291173, 0.57993353]]
-    theirs += [[1.26773477, 1.21498804], [0.84811312, 1.61367933], [0.61200972, 1.39239332], [0.97850407, 1.13084261]]
-    k = torch.tensor([6, 5, 4, 3, 2, 1, 0, 0], dtype=D)
-    t = torch.tensor([0.375, 0.75, 1, 1, 0.25, 0.5, 1, 1], dtype=D)
-    objective, c = Shortcut(scale=1.5), torch.tensor([0, 0, 2, 0, 2, 1, 0, 2])
-    b = replace(drawn(objective, 8), x_t=table(*left, *right), t=t, r=t - 0.5**k, c=c, moving=None)
-    found = objective.loss(Silent(1), Frozen(Known(1)), b).loss
-    assert torch.allclose(found, (table(*theirs) ** 2).mean(1), rtol=1e-5, atol=0)
 
 
 class Taught(nn.Module):

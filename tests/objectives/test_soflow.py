@@ -6,15 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.case import Counted, nets, randomise
-from dumo.flow.draw import draw
+from contract.case import step
 from dumo.flow.guide import Guide
-from dumo.flow.path import Linear
 from dumo.flow.times import Pair
 from dumo.objectives import SoFlow
-from dumo.types import Frozen, Noised
-from theory.exact import APART, PRODUCT, D, Exact, Flow, column, falls, gaussian, gradient, record, stiffness
-from theory.formula import Polynomial, agree, changed, half, rows
+from dumo.types import Noised
+from theory.exact import APART, PRODUCT, Exact, Flow, column, drawn, falls, gaussian, gradient, record, stiffness
+from theory.formula import Polynomial, agree, changed, half, passes, rows
 
 MIXED = Pair(velocity_ratio=0.25)
 DUMO = Guide(zeta=0.55)
@@ -76,12 +74,8 @@ def test_schedule() -> None:
 
 def test_the_secant_is_of_the_moving_rows_alone() -> None:
     """The loss is the same whether rows at rest are told by place or not; and where all rest, there is no such pass."""
-    for ratio, passes in ((0.5, 1), (1.0, 0)):
+    for ratio, number in ((0.5, 1), (1.0, 0)):
         o = SoFlow(times=Pair(velocity_ratio=ratio), guide=Guide())
-        net = Counted(randomise(nets()[0].build(o.needs, (2, 4, 4), 3)).double())
-        g = torch.Generator().manual_seed(0)
-        x, c = torch.randn(8, 2, 4, 4, generator=g, dtype=D), torch.zeros(8, dtype=torch.long)
-        b = draw(o, Linear(), x, c, c + 3, seed=0, step=0)
-        terms = o.loss(net, Frozen(net), b)
-        assert (net.graded, net.still) == (1, passes)
-        assert torch.allclose(terms.loss, o.loss(net, Frozen(net), replace(b, moving=None)).loss, rtol=1e-9)
+        b, net = drawn(o, 8), Polynomial(1)
+        assert passes(o, b) == (1, number)
+        assert torch.allclose(step(o, net, b).loss, step(o, net, replace(b, moving=None)).loss, rtol=1e-9)

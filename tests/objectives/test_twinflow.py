@@ -12,7 +12,7 @@ from contract.case import step
 from dumo.flow.guide import Guide, Interval
 from dumo.objectives import TwinFlow
 from dumo.types import Frozen, Heads, Noised
-from theory.exact import D, Exact, column, drawn, falls, gaussian, growth, table
+from theory.exact import D, Exact, column, drawn, falls, gaussian, growth
 from theory.formula import Polynomial, agree, changed, guided, half
 
 GUIDES = [Guide(), Guide(omega=0.8, zeta=0.55, interval=Interval(low=0.2, high=0.8))]
@@ -133,37 +133,3 @@ def test_g_asks_the_net_in_training() -> None:
     one, other = (o.loss(net, Frozen(r), drawn(o, 16)).parts for r in (net, ref))
     assert torch.equal(one["rectify"], other["rectify"])
     assert (one["u"] != other["u"]).any()
-
-
-def test_parts_are_those_of_the_authors_code() -> None:
-    """`training_step` of tutorials/mnist/methodes.py at a109a71, lines 448 to 513, enhanced_ratio 0.5, no average.
-
-    Theirs diffuses samples with their own noise for the twin, and with another, at another time, for G: two records.
-    """
-
-    class Nearly(Polynomial):
-        def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None) -> Heads:
-            assert r is not None
-            t, r, n = column(t), column(r), column(c.to(D))
-            y = 0.3 * x - 0.2 * t * x + 0.1 * x * x + 0.1 * t * t + 0.3 * r * x
-            return (0.1 + 0.1 * n + 0.01 * y + 0.4 * (-t).clamp(min=0) + 0 * self.a.sum(),)
-
-    x = table([0.4623, -0.088], [-0.6536, 0.1705], [-0.3254, -0.4196], [0.121, 0.2514])
-    z = table([-0.2158, -0.121], [-0.179, 0.0546], [-0.257, 0.3302], [-0.3214, 0.0368])
-    other = table([-0.1699, 0.1119], [-0.2676, -0.4527], [0.1111, 0.437], [0.2819, 0.2325])
-    (t, r, t_twin), c = table([0.25, 0.5, 0.75, 1.0], [0.125, 0.495, 0.0, 0.5], [0.5, 0.125, 0.875, 0.25]), [0, 1, 2, 0]
-    o = TwinFlow(guide=Guide(zeta=0.5), drop=0.0)
-    b = replace(drawn(o, 4), x=x, z=z, c=torch.tensor(c), null=torch.full((4,), 3)).at(t)
-    own, fresh = (replace(b, r=r, drawn={"z_twin": noise, "t_twin": t_twin}) for noise in (z, other))
-    one, two = (step(o, Nearly(1), a).parts for a in (own, fresh))
-    theirs = {
-        "u": [0.471167296, 0.102181509, 0.125149533, 0.369300663],
-        "flow": [0.471682429, 0.102183305, 0.119013056, 0.348043531],
-        "one": [0.55466789, 0.110367469, 0.13818723, 0.426253796],
-        "twin": [0.009720186, 0.039572403, 0.089663804, 0.159886226],
-        "rectify": [0.040059686, 0.002506887, 0.122246981, 0.010011818],
-    }
-    for name, part in theirs.items():
-        assert torch.allclose(
-            (two if name == "rectify" else one)[name], torch.tensor(part, dtype=D), rtol=1e-5, atol=1e-8
-        )

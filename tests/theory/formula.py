@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from contract.case import Counted, nets, randomise, step
 from dumo.flow.guide import Guide, Interval
 from dumo.types import Frozen, Heads, Noised, Objective, Spec, Terms
 from theory.exact import D, column, gaussian, record
@@ -102,6 +103,13 @@ class Told(Polynomial):
 def half(e: Tensor) -> Tensor:
     """Share of two numbers that lie beyond 1."""
     return ((e[:, 0] ** 2 > 1).to(D) + (e[:, 1] ** 2 > 1)) / 2
+
+
+def passes(objective: Objective, b: Noised) -> tuple[int, int]:
+    """The passes of a step with gradients and without."""
+    model = Counted(randomise(nets()[0].build(objective.needs, (2,), 3)).double())
+    step(objective, model, b)
+    return model.graded, model.still
 
 
 GUIDES = [Guide(), Guide(zeta=0.55, interval=Interval(low=0.2, high=0.8)), Guide(omega=0.2, zeta=0.9)]

@@ -1,18 +1,29 @@
 """What the pulls are held against: what a pull adds to DuMo's loss, and samples of another width."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from contract.case import step
 from dumo.objectives.pull import BETA, Pull
 from dumo.types import Heads, Noised
 from theory.exact import Exact, Gaussian, column, drawn, gaussian, growth
+from theory.formula import gradients
 
 
-def added(objective: Pull, net: torch.nn.Module, b: Noised) -> Tensor:
+def added(objective: Pull, net: nn.Module, b: Noised) -> Tensor:
     """What the pull adds to the loss of each row."""
     terms = step(objective, net, b)
     return terms.loss - (BETA * terms.parts["v"] + (1 - BETA) * terms.parts["u"])
+
+
+def adds(
+    objective: Pull, net: nn.Module, b: Noised, loss: Tensor, moved_as: Tensor | None = None, near: float = 1e-13
+) -> None:
+    """Assert that this is what the pull adds, and its gradient, or that of what it moves the weights as."""
+    mine = added(objective, net, b)
+    assert torch.allclose(mine, loss, rtol=1e-9, atol=1e-15)
+    for one, hand in zip(gradients(mine, net), gradients(loss if moved_as is None else moved_as, net), strict=True):
+        assert hand is None or torch.allclose(one, hand, rtol=1e-9, atol=near)
 
 
 class Wide(Exact):
