@@ -171,28 +171,3 @@ def test_one_part_has_nothing_to_agree_with() -> None:
     train(begin(Small(), spec), Task(One(), Linear(), CLASSES), batches(), spec, [hook])
     assert [record.probe for record in found] == [None] * 3
     assert calls == [12] * 3  # no pass for nothing
-
-
-RANK = """
-import sys
-from dumo.flow.path import Linear
-from dumo.training.loop import Every
-from dumo.training.spec import Train
-from dumo.training.state import begin
-from meeting import meeting
-from unit.training.toy import Small, run
-
-def found(share=1):
-    spec, records = Train(steps=2, batch=12, ema=(), probe_every=2, share=share), []
-    run(begin(Small(), spec), spec, hooks=[Every(2, lambda _, record: records.append(record.probe))])
-    return records[0]
-
-store, rank = sys.argv[1], int(sys.argv[2])
-alone = found()
-with meeting(store, rank):
-    for probe in (found(share=1), found(share=2)):
-        for mine, whole in ((probe.cosines, alone.cosines), (probe.norms, alone.norms)):
-            assert mine.keys() == whole.keys() != set()
-            assert all(abs(mine[name] - whole[name]) < 1e-10 for name in whole), (mine, whole)
-    print("agrees")
-"""

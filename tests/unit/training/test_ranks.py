@@ -12,7 +12,8 @@ from dumo.training import manifest
 from dumo.training.checkpoint import latest, restore, save
 from forked import main_of
 from meeting import outputs
-from unit.training.ranks import SHARES, built, everything, moved, same
+from unit.training.ranks import SHARES, built, moved, same
+from unit.training.toy import tensors
 
 pytestmark = pytest.mark.slow
 
@@ -25,7 +26,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     one = moved(built(0))
     save(folder / "one", one, 1)
-    safetensors.torch.save_file(everything(one), folder / "one.safetensors")
+    safetensors.torch.save_file(tensors(one), folder / "one.safetensors")
     processes = [main_of("unit.training.ranks", folder, rank, cwd=folder) for rank in range(max(SHARES))]
     for rank, (out, _) in enumerate(outputs(processes, PATIENCE)):
         assert out.splitlines() == [f"{world} agree" for world in SHARES if rank < world]

@@ -12,7 +12,8 @@ from dumo.training.state import begin
 from forked import main_of
 from meeting import outputs
 from unit.training.adapted import Adapted
-from unit.training.trained_ranks import CASES, everything, trained
+from unit.training.toy import tensors
+from unit.training.trained_ranks import CASES, trained
 
 PATIENCE = 300  # seconds, on a busy machine
 
@@ -27,7 +28,7 @@ def met(name: str, folder: Path) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
     met(name, tmp_path)
-    one = everything(trained(CASES[name], tmp_path / "one", 1, reshard=False, ranks=2))
+    one = tensors(trained(CASES[name], tmp_path / "one", 1, reshard=False, ranks=2))
     for share, reshard in CASES[name].layouts:
         two = safetensors.torch.load_file(tmp_path / f"{share}-{reshard}.safetensors")
         assert one.keys() == two.keys()
@@ -45,5 +46,5 @@ def test_one_process_goes_on_from_adapters_of_two_ranks(tmp_path: Path) -> None:
         assert not any("base" in name for name in weights.outline(part(last, "net")))
         state = begin(Adapted(seed=1), CASES["frozen"].spec)
         restore(last, state)
-        again, two = everything(state), safetensors.torch.load_file(tmp_path / f"{share}-{reshard}.safetensors")
+        again, two = tensors(state), safetensors.torch.load_file(tmp_path / f"{share}-{reshard}.safetensors")
         assert all(torch.equal(again[name], x) for name, x in two.items()), (share, reshard)
