@@ -105,13 +105,6 @@ def test_null_spread_of_fewer_points_than_rows_needs_no_scale() -> None:
     assert null_spread(draw.__getitem__, WIDTHS, 40, pairs=10) == pytest.approx(expected, rel=1e-11)
 
 
-def test_kid_of_whole_sets_is_the_sum_over_pairs() -> None:
-    x, y = randn(10, "x", d=4), randn(10, "y", d=4) + 0.3
-    mean, sd = kid(x, y, subsets=3, subset_size=10, generator=stream("kid"))
-    assert mean == pytest.approx(by_hand(x, y, cubic), rel=1e-11)
-    assert sd == pytest.approx(0, abs=1e-12)  # every subset is the whole
-
-
 def test_kid_averages_over_the_subsets_it_draws() -> None:
     x, y = randn(30, "x", d=4), randn(20, "y", d=4) + 0.3
     draws, values = stream("kid"), []
