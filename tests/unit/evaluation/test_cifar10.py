@@ -115,9 +115,6 @@ def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) 
     assert found == score(upside_down, blobs.c, blobs)
     assert found["fd"] > 0.01
     assert evaluator.facts["features_sha256"] == cifar10.sha256
-    again = score(upside_down[order], blobs.c[order], blobs)  # the kernel's subsets are all of the rows here
-    assert again.pop("auc_features") == pytest.approx(found.pop("auc_features"), abs=0.05)  # of other halves
-    assert again == pytest.approx(found, rel=1e-4, abs=1e-6)
 
 
 def test_without_classes_there_is_no_accuracy(blobs: Reference) -> None:

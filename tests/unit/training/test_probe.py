@@ -17,9 +17,9 @@ from dumo.training.record import Probe, ask, compare, drift
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import Record, Task
-from dumo.types import Frozen, Net, Noised, Objective, Reads, Terms, frozen
+from dumo.types import Noised, Objective, Reads, Terms, frozen
 from theory.exact import APART, Exact, record
-from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, run, same, tensors
+from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, run, same, tensors, toy
 
 
 def noised(n: int = 12) -> Noised:
@@ -158,16 +158,13 @@ def test_it_is_of_the_step_s_own_rows_after_the_step() -> None:
 def test_one_part_has_nothing_to_agree_with() -> None:
     calls: list[int] = []
 
-    class One(Toy):
+    def alone(terms: Terms, b: Noised) -> Terms:
         """Without the pull."""
-
-        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-            calls.append(len(b.t))
-            v = super().loss(net, ref, b).parts["v"]
-            return Terms(v, {"v": v})
+        calls.append(len(b.t))
+        return Terms(terms.parts["v"], {"v": terms.parts["v"]})
 
     spec, found = Train(steps=3, batch=12, probe_every=1), list[Record]()
     hook = Every(1, lambda _, record: found.append(record))
-    train(begin(Small(), spec), Task(One(), Linear(), CLASSES), batches(), spec, [hook])
+    train(begin(Small(), spec), Task(toy(alone), Linear(), CLASSES), batches(), spec, [hook])
     assert [record.probe for record in found] == [None] * 3
     assert calls == [12] * 3  # no pass for nothing

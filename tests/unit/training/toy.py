@@ -73,6 +73,16 @@ class Toy(Spec):
 TASK = Task(Toy(), Linear(), CLASSES)
 
 
+def toy(change: Callable[[Terms, Noised], Terms]) -> Toy:
+    """The toy with another loss, which is made of its own."""
+
+    class Changed(Toy):
+        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+            return change(super().loss(net, ref, b), b)
+
+    return Changed()
+
+
 def batches(batch: int = 12, dtype: torch.dtype = torch.float64) -> Callable[[int], tuple[Sample, Cond]]:
     """Points around one place per label."""
 
