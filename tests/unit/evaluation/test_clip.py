@@ -95,10 +95,7 @@ def test_real_images_stand_beside_it_with_their_captions_and_with_others(folder:
         (lambda folder: (folder / "config.json").write_text("{"), "is not JSON"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "holds no CLIPModel"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 30), "model.safetensors"),
-        (
-            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-            r"pytorch_model.bin",
-        ),
+        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), r"pytorch_model.bin"),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer_config.json"),
         (lambda folder: (folder / clip.CUT).write_text('{"image_mean": [1, 2]}'), "image_mean is not three numbers"),
     ],

@@ -87,11 +87,7 @@ def test_a_finite_reference_is_known_by_its_hash_and_features_by_theirs() -> Non
         (ClipProtocol(kind="clip-score", samples=10), "clip-score (10 samples)", 10),
         (ImageProtocol(kind="adm-imagenet256-50k"), "adm-imagenet256-50k", 50_000),
         (ImageProtocol(kind="cifar10-train50k", samples=50_000), "cifar10-train50k", 50_000),
-        (
-            ImageProtocol(kind="folder", samples=9, frechet=False),
-            "folder (9 samples, no Fréchet distances)",
-            9,
-        ),
+        (ImageProtocol(kind="folder", samples=9, frechet=False), "folder (9 samples, no Fréchet distances)", 9),
     ],
 )
 def test_a_name_says_what_is_not_as_it_says_and_labels_are_balanced(protocol: Protocol, name: str, total: int) -> None:

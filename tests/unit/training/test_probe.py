@@ -98,10 +98,7 @@ def test_the_trunk_of_a_net_is_what_both_heads_reach(checkpoint: bool) -> None:
 
 def affine(a: float) -> Reads:
     """Velocity 2 x + t and endpoint a x^2 + 3 t^2, whose drift is 2 a x (2 x + t) + 6 t."""
-    return Reads(
-        velocity=lambda x, t, c: 2 * x + t[:, None],
-        endpoint=lambda x, t, c: a * x**2 + 3 * t[:, None] ** 2,
-    )
+    return Reads(velocity=lambda x, t, c: 2 * x + t[:, None], endpoint=lambda x, t, c: a * x**2 + 3 * t[:, None] ** 2)
 
 
 def test_the_drift_of_an_endpoint_known_beforehand() -> None:
