@@ -82,10 +82,8 @@ def test_agrees_with_the_authors(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     loss = terms.loss - terms.parts["one"] if name == "twinflow_guided" else terms.loss  # the case says why
     loss.mean().backward()
     assert apart(loss, case["loss"]) < CLOSE
-    assert net.a.grad is not None
     assert apart(net.a.grad, case["gradient"]) < CLOSE
     if "gauge_gradient" in case:
-        assert net.gauges.grad is not None
         assert apart(net.gauges.grad[0], case["gauge_gradient"]) < CLOSE
 
 

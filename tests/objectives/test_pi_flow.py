@@ -115,7 +115,6 @@ def test_it_rests_at_the_flow_to_the_order_of_its_guesses(flow: Flow) -> None:
 
 def test_a_jump_begins_at_the_top_of_a_segment() -> None:
     reads = PiFlow(times=Grid(steps=4)).read(nn.Identity())
-    assert reads.hops
     for t, s, taught in ((1.0, 0.75, True), (0.75, 0.6, True), (1.0, 0.5, False), (0.9, 0.8, False), (0.0, 0.0, False)):
         assert reads.hops(t, s) == taught
     assert reads.endpoint is None

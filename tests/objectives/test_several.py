@@ -118,9 +118,6 @@ def test_reading() -> None:
     x, c = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=D), torch.arange(5) % 4
     t, s = torch.full((5,), 0.8, dtype=D), torch.full((5,), 0.3, dtype=D)
     reads, (v, u, m) = Several().read(net), net(x, c, t=t, r=s)
-    assert reads.velocity
-    assert reads.endpoint
-    assert reads.flow_map
     assert torch.equal(reads.velocity(x, t, c), v)
     assert torch.equal(reads.endpoint(x, t, c), x - column(t) * u)
     assert torch.allclose(reads.flow_map(x, t, s, c), x - 0.5 * m)

@@ -133,11 +133,3 @@ def test_a_run_that_asks_for_other_steps_is_refused_when_loaded() -> None:
     load("digits-shortcut", ["sample.nfe=[1,8]"])
     with pytest.raises(UserError, match="nfe = 2 or 4"):
         load("digits-shortcut", ["sample.nfe=[1,3]"])
-
-
-def test_the_velocity_is_the_finest_step() -> None:
-    flow = gaussian()
-    reads = Shortcut().read(Exact(flow, Shortcut().needs))
-    x, c, t = torch.full((3, 2), 0.7, dtype=D), torch.arange(3), torch.tensor([0.3, 0.5, 1.0], dtype=D)
-    assert reads.velocity is not None
-    assert torch.allclose(reads.velocity(x, t, c), flow.velocity(x, c, t), rtol=1e-12, atol=0)

@@ -37,15 +37,6 @@ def test_loss_and_gradient_are_those_of_the_formula(known: bool) -> None:
     agree(objective, net, b, loss, {"u": loss}, ref=ref, close=1e-10, clipped_share=half(u - u_star))
 
 
-def test_rows_that_move_know_nothing_of_the_data() -> None:
-    objective = SplitMeanFlow()
-    b, net = drawn(objective, 24), Polynomial(1)
-    before, after = (step(objective, net, a).loss for a in (b, replace(b, v_t=b.v_t + 1)))
-    moving = torch.tensor(b.moving)
-    assert torch.equal(before[moving], after[moving])
-    assert (before != after)[~moving].all()
-
-
 @pytest.mark.parametrize("low", [0.0, 0.5, 0.999])
 def test_the_flow_is_at_rest_wherever_it_is_split(low: float) -> None:
     """Row by row, not only on average."""

@@ -55,7 +55,6 @@ def test_the_error_falls_with_the_order_of_the_solver(solver: Solver, order: int
 def test_axes_are_exact_and_signs_are_in_the_mean() -> None:
     x, c = data(3)
     t, velocity = torch.tensor([0.0, 0.4, 1.0], dtype=D), reads(FLOW).velocity
-    assert velocity
     full = torch.func.jacfwd(lambda x: FLOW.velocity(x, c, t))(x)
     exact = torch.stack([full[i, :, i].diagonal() for i in range(3)])
     v, div = divergence(velocity, x, t, c, axes(x))

@@ -533,16 +533,6 @@ def test_dropout_shares_its_mask(dtype: torch.dtype) -> None:
     assert 0.3 < float((mask == 0).to(D).mean()) < 0.5
 
 
-@pytest.mark.parametrize(("p", "training"), [(0.4, False), (0.0, True)])
-def test_dropout_that_drops_nothing_is_the_identity(p: float, training: bool) -> None:
-    x = Dual(torch.randn(3), torch.randn(3))
-    state = torch.get_rng_state()
-    y = F.dropout(x, p, training)
-    assert y.p is x.p
-    assert y.t is x.t
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 # Low precision.
 
 LOW = """

@@ -144,7 +144,6 @@ def test_images_held_out_are_judged_against_by_themselves(
     data: Reference, split: Reference, floor: dict[str, float], good: dict[str, float]
 ) -> None:
     """Training images are at the floor, and copies; all else is as it was."""
-    assert split.split
     assert torch.equal(split.x, data.x)
     score = shipped.score_digits(*some(Reference(split.split.x, split.split.c)), split)
     own = ["fd_grey_held", "kid_held", "recall_held", "auc_held", "pixel_fd_held"]
@@ -165,7 +164,6 @@ def test_a_distance_to_few_images_has_a_floor_of_its_own(
 
 
 def test_images_held_out_are_as_far_as_they_are(split: Reference, floor: dict[str, float]) -> None:
-    assert split.split
     score = shipped.score_digits(*some(Reference(split.split.held.x, split.split.held.c)), split)
     assert score["nearest"] == pytest.approx(1, abs=0.03)
     assert score["fd_grey_held"] < floor["fd_grey_held"]

@@ -40,12 +40,6 @@ def test_further_laws_are_drawn_by_name_and_shift_nothing() -> None:
         assert torch.equal(getattr(plain, key), getattr(rich, key))
 
 
-def test_drawn_is_cut_and_kept_with_the_rows() -> None:
-    b = record(Rich(), torch.zeros(50, 2, 3))
-    assert torch.equal(b[3:5].drawn["extra"], b.drawn["extra"][3:5])
-    assert torch.equal(b.at(b.t / 2).drawn["extra"], b.drawn["extra"])
-
-
 @pytest.mark.parametrize("drop", [0.0, 0.1, 1.0])
 def test_labels_are_dropped_at_their_rate(drop: float) -> None:
     b = record(FlowMatching(drop=drop), torch.zeros(20_000, 1))
@@ -130,6 +124,8 @@ def test_at_moves_the_rows_in_time() -> None:
     assert torch.equal(other.v_t, -b.v_t)
     assert torch.equal(other.x, b.z)
     assert torch.equal(other.r, b.r)
+    rich = record(Rich(), torch.zeros(9, 2))
+    assert torch.equal(rich.at(rich.t / 2).drawn["extra"], rich.drawn["extra"])
 
 
 def test_shares_of_what_is_drawn_before_a_step_are_the_whole() -> None:

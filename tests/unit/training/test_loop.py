@@ -41,7 +41,6 @@ def test_resumed_is_uninterrupted(tmp_path: Path, optimizer: AdamW, dtype: torch
         run(first, spec, hooks=[stop, Every(9, interrupt)])
     second = begin(Small(1, dtype=dtype), spec)  # other weights: all must come from the disk
     found = latest(tmp_path)
-    assert found is not None
     restore(found, second)
     assert (second.step, second.images) == (7, 84)
     run(second, spec)
@@ -120,18 +119,6 @@ def test_asked_to_stop_it_ends_after_that_step(monkeypatch: pytest.MonkeyPatch) 
         train(state, TASK, batches(12), spec, [Every(1, hear)], lambda: next(due))
     assert (state.step, stopped.value.number) == (3, signal.SIGUSR1)
     assert seen == [(0, False), (0, True), (signal.SIGUSR1, False)]
-
-
-def test_every_step_has_its_batch() -> None:
-    asked: list[int] = []
-    spec = Train(steps=5, batch=12, ema=AVERAGES)
-
-    def of(step: int) -> tuple[Sample, Cond]:
-        asked.append(step)
-        return batches(12)(step)
-
-    train(trained(Train(steps=2, batch=12, ema=AVERAGES)), TASK, of, spec)
-    assert asked == [2, 3, 4]
 
 
 def test_what_is_drawn_ahead_is_what_a_step_draws_and_nothing_is_drawn_twice() -> None:

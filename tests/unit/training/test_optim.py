@@ -1,12 +1,13 @@
 """Optimizers carry their numbers to torch; schedules are the curves they say."""
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
 
-from dumo.training.optim import WSD, Adam, AdamW, Constant, Cosine
+from dumo.training.optim import WSD, Adam, AdamW, Constant, Cosine, Schedule
 
 
 def net_of(*params: nn.Parameter) -> nn.Module:
@@ -37,14 +38,20 @@ def test_a_gpu_steps_in_one_kernel_and_a_cpu_as_ever() -> None:
         assert kinds == [True, None]
 
 
-def test_constant() -> None:
-    assert [Constant()(step, 10) for step in range(4)] == [1, 1, 1, 1]
-    assert [Constant(warmup=4)(step, 10) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+HALF = 2**0.5 / 4
+CURVES = [  # schedule, its steps, some of them, factors of the rate
+    (Constant(), 10, range(4), [1, 1, 1, 1]),
+    (Constant(warmup=4), 10, range(6), [0.25, 0.5, 0.75, 1, 1, 1]),
+    (Cosine(), 4, range(5), [1, 0.5 + HALF, 0.5, 0.5 - HALF, 0]),
+    (Cosine(warmup=2), 4, range(5), [0.5, 1, 1, 0.5, 0]),
+    (WSD(warmup=2), 20, (0, 1, 16, 17, 20), [0.5, 1, 1, 0.5, 0]),
+    (WSD(warmup=18), 20, (17,), [1]),  # the warm-up is waited for
+]
 
 
-def test_cosine() -> None:
-    assert [Cosine()(step, 4) for step in range(5)] == pytest.approx([1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0])
-    assert [Cosine(warmup=2)(step, 4) for step in range(5)] == pytest.approx([0.5, 1, 1, 0.5, 0])
+@pytest.mark.parametrize(("schedule", "steps", "some", "factors"), CURVES)
+def test_curves(schedule: Schedule, steps: int, some: Iterable[int], factors: list[float]) -> None:
+    assert [schedule(step, steps) for step in some] == pytest.approx(factors)
 
 
 def test_what_has_fallen_stays_there() -> None:
@@ -60,12 +67,6 @@ def test_schedules_climb_then_fall_within_bounds(warmup: int, steps: int) -> Non
         assert all(0 < factor <= 1 for factor in factors)
         assert all(a <= b for a, b in pairwise(factors[:top]))
         assert all(a >= b for a, b in pairwise(factors[max(0, top - 1) :]))
-
-
-def test_wsd() -> None:
-    schedule = WSD(warmup=2)
-    assert [schedule(step, 20) for step in (0, 1, 16, 17, 20)] == pytest.approx([0.5, 1, 1, 0.5, 0])
-    assert WSD(warmup=18)(17, 20) == 1  # the warm-up is waited for
 
 
 def test_wsd_of_more_steps_is_the_same_until_it_falls() -> None:

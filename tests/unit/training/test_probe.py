@@ -51,7 +51,6 @@ def test_a_cosine_known_beforehand() -> None:
     net = Fork()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     found = ask(net, Reads(), ("v", "u"), noised(), net.loss)
-    assert found is not None
     assert found.norms == pytest.approx({"v": 5.0, "u": 2.0})
     assert found.cosines == pytest.approx({"v,u": -0.8})
     assert found.drift is None
