@@ -13,8 +13,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from dumo.lab.cell import from_cells, main_score
 from dumo.lab.plan import read
-from dumo.lab.table import from_cells, main_score
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "src/dumo/recipes/results"

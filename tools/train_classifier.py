@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable
 from importlib.metadata import version
 from io import BytesIO
-from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -24,7 +23,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from dumo.data import Digits
-from dumo.data.parquet import image_column, open_table, read_group, read_labels
+from dumo.data.parquet import Parquet
 from dumo.encoders import classifier
 from dumo.encoders.classifier import cifar10, digits
 from dumo.io.picture import from_uint8
@@ -146,11 +145,11 @@ def cifar_images(folder: Path, split: str, count: int | None = None) -> tuple[Pi
 
     if not (file := folder / FILES[split]).is_file():
         raise UserError(f"there is no {file}: set DUMO_DATA to the folder whose cifar10 holds {FILES[split]}")
-    table = open_table(file)
-    column = image_column(file, table)
-    rows = (row.as_py() for group in range(table.num_row_groups) for row in read_group(table, group, column))
-    pixels = [np.asarray(Image.open(BytesIO(row)).convert("RGB")) for row in islice(rows, count)]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), read_labels(file, table, "label")[:count]
+    table = Parquet([str(file)], label="label")
+    assert table.labels
+    some = range(len(table) if count is None else count)
+    pixels = [np.asarray(Image.open(BytesIO(table.read(i))).convert("RGB")) for i in some]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2), table.labels.c[:count]
 
 
 def train_cifar10(x: Pixels, c: Labels, tick: Tick = lambda epoch, loss: None) -> nn.Module:

@@ -1,15 +1,16 @@
 """dumo: train generative models that make an image in one or two network passes.
 
-The packages, from the ground up; each imports only from those above it in this list, and none of its own line:
+    import dumo
 
-types                            the nouns that all share; how large numbers may be
-autodiff, runtime                exact derivatives that ride on a pass; ranks, signals, memory, random numbers by key
-flow, io                         paths, laws of time, slopes, guidance, solvers; files and pictures
-encoders, objectives, training   autoencoders and text encoders; losses; a step and the loop around it
-data, evaluation, nets           images and latents; protocols and distances; networks
-run                              a run: its spec, what it plans, training, sampling, measuring
-export, lab, report              stock folders; the paper's figures again; a page with all of it
-cli                              the commands, and what `import dumo` offers
+    run = dumo.train("digits", {"train.steps": 200})    # a recipe, a YAML file, or a run's folder: goes on from there
+    run = dumo.load("runs/digits")                      # a run that was trained
+    images = run.sample(classes=[3, 5], nfe=1, seed=0)  # (2, 1, 8, 8), in [-1, 1]; output="pil": pictures
+    run.evaluate(nfe=[1, 2])["results"]                 # distances to the data, and those of the data themselves
+    run.report()                                        # one page with all of it
+    spec = dumo.recipe("digits", {"net.depth": 2})      # the settings alone
+
+What is wrong raises `dumo.UserError`, with the way out. `run.net`, `run.reading` and `run.spec` are the network, what a
+solver calls, and the settings.
 """
 
 from importlib import import_module

@@ -30,11 +30,6 @@ def tensors(b: Noised) -> dict[str, Tensor]:
 
 
 @each
-def test_objective_fits_its_protocol(objective: Objective) -> None:
-    assert isinstance(objective, Objective)
-
-
-@each
 def test_shares_of_the_draw_are_the_whole(objective: Objective) -> None:
     whole = tensors(rows(objective))
     for cut in ([12, 12], [1, 7, 16], [24]):
@@ -42,12 +37,6 @@ def test_shares_of_the_draw_are_the_whole(objective: Objective) -> None:
         parts = [tensors(rows(objective, first=first, n=n)) for first, n in zip(firsts, cut, strict=True)]
         for key, v in whole.items():
             assert torch.equal(torch.cat([p[key] for p in parts]), v), key
-
-
-@each
-def test_a_slice_of_the_record_is_its_rows(objective: Objective) -> None:
-    whole, part = tensors(rows(objective)), tensors(rows(objective)[4:9])
-    assert all(torch.equal(part[key], v[4:9]) for key, v in whole.items())
 
 
 @each
@@ -64,6 +53,7 @@ def test_draws_are_keyed_by_seed_and_step(objective: Objective) -> None:
 @each
 def test_record_is_consistent(objective: Objective) -> None:
     b = rows(objective)
+    assert isinstance(objective, Objective)
     assert torch.equal(b.v_t, b.z - b.x)
     assert torch.allclose(b.x_t, b.x + b.t[:, None, None] * b.v_t, rtol=0, atol=1e-6)
     assert (b.r <= b.t).all() or objective.times.climbs

@@ -26,30 +26,16 @@ def built(cls: type[Spec]) -> Spec:
 
 
 @pytest.mark.parametrize(("family", "cls"), EVERY)
-def test_kind_alone_builds_the_defaults(family: object, cls: type[Spec]) -> None:
-    """But for what has none."""
-    tree = {"kind": kind(cls), **GIVEN.get(kind(cls), {})}
-    assert TypeAdapter(family).validate_python(tree) == built(cls)
-
-
-@pytest.mark.parametrize(("family", "cls"), EVERY)
-def test_a_spec_survives_a_file(family: object, cls: type[Spec]) -> None:
-    adapter = TypeAdapter(family)
-    assert adapter.validate_json(adapter.dump_json(built(cls))) == built(cls)
-
-
-@pytest.mark.parametrize(("family", "cls"), EVERY)
-def test_a_spec_is_a_value(family: object, cls: type[Spec]) -> None:
-    spec = built(cls)
+def test_a_spec_is_a_value_that_survives_a_file(family: object, cls: type[Spec]) -> None:
+    """Its kind alone builds the defaults, but for what has none; it is frozen, and refuses what it does not know."""
+    adapter, tree, spec = TypeAdapter(family), {"kind": kind(cls), **GIVEN.get(kind(cls), {})}, built(cls)
+    assert adapter.validate_python(tree) == spec
+    assert adapter.validate_json(adapter.dump_json(spec)) == spec
     assert hash(spec) == hash(built(cls))
     with pytest.raises(ValidationError, match="frozen"):
         spec.kind = "other"
-
-
-@pytest.mark.parametrize(("family", "cls"), EVERY)
-def test_unknown_keys_are_refused(family: object, cls: type[Spec]) -> None:
     with pytest.raises(ValidationError, match="slop"):
-        TypeAdapter(family).validate_python({"kind": kind(cls), **GIVEN.get(kind(cls), {}), "slop": 1})
+        adapter.validate_python({**tree, "slop": 1})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -103,13 +89,15 @@ def test_what_is_out_of_range_is_refused_by_name(family: object, kind: str, key:
             TypeAdapter(family).validate_python({"kind": kind, key: value})
 
 
-@pytest.mark.parametrize("wrong", [{"omega": 0}, {"zeta": 1}, {"zeta": -0.1}, {"scale": 2}])
-def test_guides_that_have_no_scale_are_refused(wrong: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    ("cls", "wrong"),
+    [
+        *((Guide, wrong) for wrong in ({"omega": 0}, {"zeta": 1}, {"zeta": -0.1}, {"scale": 2})),
+        *((Interval, wrong) for wrong in ({"low": 0.6, "high": 0.5}, {"low": -0.1}, {"high": 1.1})),
+    ],
+)
+def test_guides_that_have_no_scale_and_intervals_out_of_order_are_refused(
+    cls: type[Guide | Interval], wrong: dict[str, float]
+) -> None:
     with pytest.raises(ValidationError):
-        Guide.model_validate(wrong)
-
-
-@pytest.mark.parametrize("wrong", [{"low": 0.6, "high": 0.5}, {"low": -0.1}, {"high": 1.1}])
-def test_intervals_out_of_order_are_refused(wrong: dict[str, float]) -> None:
-    with pytest.raises(ValidationError):
-        Interval.model_validate(wrong)
+        cls.model_validate(wrong)

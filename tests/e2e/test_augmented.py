@@ -1,145 +1,14 @@
-"""Augmentation on its way from the data to the net: told in training, absent from samples, refused where untold.
-
-The recipes are opened without their data, and trained on them where they are.
-"""
+"""Augmentation on its way from the data to the net, of a packaged recipe: told in training, absent from samples."""
 
 import json
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
-from dumo.data.augment import Edm, changes
-from dumo.flow.draw import draw
 from dumo.flow.generate import labels
 from dumo.run.config.load import load
-from dumo.run.config.spec import Run
 from dumo.run.folder import open_run
-from dumo.run.plan import cost
 from dumo.run.train import train
-from dumo.runtime.random import stream
-from dumo.training.optim import AdamW, Constant
-from dumo.training.state import begin
-from dumo.training.step import Task, train_step
-from dumo.types import UserError
-
-RECIPES = ("cifar10", "cifar10-meanflow", "cifar10-small")
-TINY = (
-    "data.root=/nowhere",
-    "data.side=8",
-    "net.width=8",
-    "net.multipliers=[1,2]",
-    "net.depth=1",
-    "net.attend=[4]",
-    "train.batch=6",
-    "evaluate.protocol={kind: folder, samples: 4000}",
-)
-
-
-def tiny(*more: str, of: str = "cifar10") -> Run:
-    """A recipe for images of 8 x 8, and a net of some thousand weights."""
-    return load(of, [*TINY, *more])
-
-
-def batch(run: Run, n: int = 6) -> tuple[Tensor, Tensor]:
-    """Random images, augmented as the run says, more often."""
-    augment: Edm | None = getattr(run.data, "augment", None)
-    assert augment is not None
-    g = stream("augmented")
-    x = 2 * torch.rand(n, *run.data.shape, generator=g) - 1
-    change = changes(dict.fromkeys(augment.shares, 0.7), n, g)
-    return augment(x, change), change.numbers
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_are_read_without_their_data(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("DUMO_DATA", raising=False)
-    size, paper = sum(p.numel() for p in load(name).outline().parameters()), 55.73e6
-    assert 2e6 < size < 4e6 if name == "cifar10-small" else abs(size / paper - 1) < 0.01
-    with pytest.raises(UserError, match="DUMO_DATA"):
-        load(name).data.open()
-
-
-def test_the_rows_of_the_table_differ_in_the_objective() -> None:
-    ours, theirs = load("cifar10"), load("cifar10-meanflow")
-    for part in ("data", "net", "path", "train", "evaluate"):
-        assert getattr(ours, part) == getattr(theirs, part)
-
-
-def test_a_step_teaches_what_the_numbers_mean() -> None:
-    """The layer that reads them moves; at zero they are worth nothing to it."""
-    run = tiny()
-    x, c = batch(run)
-    fast = run.train.model_copy(update={"optimizer": AdamW(lr=1e-2), "schedule": Constant()})
-    for told in (c, torch.zeros_like(c)):
-        state = begin(run.build(), fast)
-        before = [p.clone() for p in state.net.get_parameter("augment.weight")]
-        for _ in range(3):  # all but the last layer are still at first: they start at zero
-            train_step(state, Task(run.objective, run.path, 0), (x, told), fast)
-        moved = any((a != b).any() for a, b in zip(before, state.net.get_parameter("augment.weight"), strict=True))
-        assert moved == (told is c)
-
-
-def test_ranks_see_their_rows() -> None:
-    """What a rank draws for its part is that part of the whole: images, numbers and null."""
-    run = tiny()
-    x, c = batch(run)
-    whole = draw(run.objective, run.path, x, c, torch.full_like(c, 0), seed=0, step=3)
-    part = draw(run.objective, run.path, x[2:5], c[2:5], torch.zeros(3, 6), seed=0, step=3, batch=6, first=2)
-    for field in fields(part):
-        mine, all = getattr(part, field.name), getattr(whole, field.name)
-        if isinstance(mine, Tensor):
-            assert torch.equal(mine, all[2:5]), field.name
-    assert torch.equal(whole.c, c)
-
-
-def test_samples_are_not_augmented() -> None:
-    """An integer, as samplers give it, says the same as zeros; other numbers say something else."""
-    run = tiny()
-    net = run.build().eval()
-    for p in net.parameters():
-        p.data = 0.2 * torch.randn(p.shape, generator=stream("p", *p.shape))
-    x, c = batch(run)
-    t = torch.linspace(0.1, 1, 6)
-    with torch.no_grad():
-        plain, zeros, told = (net(x, c, t=t)[1] for c in (labels(6, run.data.classes), torch.zeros_like(c), c))
-    assert torch.equal(plain, zeros)
-    assert not torch.allclose(plain, told, atol=1e-4)
-
-
-def test_costs_are_counted() -> None:
-    run = tiny()
-    assert cost.forward_units(run.outline(), run.objective, run.path, run.data.shape) == pytest.approx(5, abs=0.02)
-
-
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["net.augment=9"], r"by 6 numbers, net 'unet' takes 9: set net\.augment=6, or data\.augment=null"),
-        (["net.augment=0"], "by 6 numbers, net 'unet' takes 0"),
-        (["data.augment.yflip=true"], r"by 7 numbers.*takes 6: set net\.augment=7"),
-        (["data.augment=null"], r"by 0 numbers, net 'unet' takes 6: set net\.augment=0$"),
-        (["objective.drop=0.1"], r"objective\.drop = 0\.1.*objective\.drop=0"),
-        (["data.labelled=auto", "data.classes=10"], r"data: augment.*10 classes.*labelled=false"),
-        (["data.augment.kind=edm2"], r"data\.augment.*edm"),
-    ],
-)
-def test_what_does_not_fit_is_refused(words: list[str], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        tiny(*words)
-
-
-def test_a_net_that_takes_no_such_numbers_is_refused() -> None:
-    with pytest.raises(UserError, match=r"net 'dit' takes 0: set net\.kind=unet net\.augment=6"):
-        load("cifar10", ["net={kind: dit, width: 8, depth: 1, attention: 1}"])
-
-
-def test_latents_are_of_images_as_they_are() -> None:
-    told = ["data.images.augment={kind: edm}", "data.images.labelled=false", "data.images.classes=0"]
-    with pytest.raises(UserError, match=r"data\.images\.augment=null"):
-        load("cifar10-latents", [*told, "objective.drop=0", "objective.guide.zeta=0"])
 
 
 @pytest.mark.data

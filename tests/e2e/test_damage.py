@@ -1,6 +1,5 @@
 """A run whose files are damaged, edited or not what they claim to be is refused by the file's name, and left alone."""
 
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from e2e.shell import TINY, Done, call, refused, tree
 
@@ -17,63 +17,31 @@ def net_of(run: Path) -> Path:
     return run / "checkpoints/step-00000020/net.safetensors"
 
 
-def weights(kind: str, run: Path) -> None:
-    """Write w.safetensors, or w.pth, that is not what it should be."""
-    found = safetensors.torch.load_file(net_of(run))
-    match kind:
-        case "pth":
-            torch.save(found, "w.pth")
-        case "renamed":
-            torch.save(found, "w.safetensors")
-        case "old":
-            torch.save(found, "w.safetensors", _use_new_zipfile_serialization=False)
-        case "pickle":
-            Path("w.safetensors").write_bytes(pickle.dumps({"a": 1}))
-        case "cut":
-            Path("w.safetensors").write_bytes(net_of(run).read_bytes()[:-100])
-        case "stump":
-            Path("w.safetensors").write_bytes(net_of(run).read_bytes()[:5])
-        case "empty":
-            Path("w.safetensors").write_bytes(b"")
-        case "double":
-            safetensors.torch.save_file({k: v.double() for k, v in found.items()}, "w.safetensors")
-        case "nan":
-            safetensors.torch.save_file({k: v * float("nan") for k, v in found.items()}, "w.safetensors")
-        case "fewer":
-            found.popitem()
-            safetensors.torch.save_file(found, "w.safetensors")
-        case _:
-            raise ValueError(kind)
+def filed(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], None]:
+    """What writes w.safetensors, of the weights of a net."""
+    return lambda net: safetensors.torch.save_file(change(safetensors.torch.load_file(net)), "w.safetensors")
 
 
-WEIGHTS = [
-    ("pth", ("w.pth", "pickle", "save_file")),
-    ("renamed", ("w.safetensors", "pickle", "save_file")),
-    ("old", ("w.safetensors", "pickle", "save_file")),
-    ("pickle", ("w.safetensors", "pickle", "save_file")),
-    ("cut", ("w.safetensors", "damaged")),
-    ("stump", ("w.safetensors", "damaged")),
-    ("empty", ("w.safetensors", "damaged")),
-    ("double", ("w.safetensors", "float64", "float32")),
-    ("fewer", ("w.safetensors", "absent in the file")),
-    ("nan", ("not finite",)),
-]
+WEIGHTS: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
+    "pickle": (lambda net: torch.save(net.name, "w.safetensors"), ("pickle", "save_file")),
+    "cut": (lambda net: Path("w.safetensors").write_bytes(net.read_bytes()[:-100]), ("damaged",)),
+    "stump": (lambda net: Path("w.safetensors").write_bytes(net.read_bytes()[:5]), ("damaged",)),
+    "empty": (lambda net: Path("w.safetensors").write_bytes(b""), ("damaged",)),
+    "double": (filed(lambda found: {k: v.double() for k, v in found.items()}), ("float64", "float32")),
+    "fewer": (filed(lambda found: dict([*found.items()][1:])), ("absent in the file",)),
+    "nan": (filed(lambda found: {k: v * float("nan") for k, v in found.items()}), ("not finite",)),
+}
 
 
-@pytest.mark.parametrize("command", ["sample", "evaluate"])
-@pytest.mark.parametrize(("kind", "named"), WEIGHTS, ids=[kind for kind, _ in WEIGHTS])
-def test_weights(command: str, kind: str, named: tuple[str, ...], here: Path, trained: dict[str, Path]) -> None:
-    run = trained["digits"]
-    weights(kind, run)
-    (file,) = here.iterdir()
-    lines = None if "pickle" in named else 1
-    refused(command, run, "--weights", file.name, named=named, lines=lines, run=run)
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_weights(kind: str, here: Path, trained: dict[str, Path]) -> None:
+    run, (write, named) = trained["digits"], WEIGHTS[kind]
+    write(net_of(run))
+    refused("sample", run, "--weights", "w.safetensors", named=named, lines=None if kind == "pickle" else 1, run=run)
 
 
-def test_weights_that_are_not_there_or_of_another_net(here: Path, trained: dict[str, Path]) -> None:
-    run = trained["digits"]
-    refused("sample", run, "--weights", "no.safetensors", named=("no.safetensors", "no such file"), run=run)
-    other = net_of(trained["moons"])
+def test_weights_of_another_net(here: Path, trained: dict[str, Path]) -> None:
+    run, other = trained["digits"], net_of(trained["moons"])
     refused("sample", run, "--weights", other, named=(str(other), "absent in the file"), run=run)
 
 
@@ -84,9 +52,9 @@ def cut(file: Path) -> None:
 
 LAST = "checkpoints/step-00000020"
 DAMAGED: list[tuple[str, Callable[[Path], object]]] = [
-    *[(f"{LAST}/{name}", harm) for name in ("net.safetensors", "state.json") for harm in (cut, Path.unlink)],
+    (f"{LAST}/net.safetensors", cut),
+    (f"{LAST}/net.safetensors", Path.unlink),
     (f"{LAST}/ema-0.999.safetensors", cut),
-    (f"{LAST}/optimizer.safetensors", cut),
     (f"{LAST}/state.json", lambda file: file.write_text("[]")),
 ]
 
@@ -105,23 +73,6 @@ def test_damaged_checkpoint(name: str, harm: Callable[[Path], object], here: Pat
     shutil.rmtree(run / "checkpoints/step-00000010")
     refused("sample", "run", named=(f"run/{name}", "no whole checkpoint"), run=run)
     refused("train", "run", "--set", "train.steps=25", named=(f"run/{name}", "no whole checkpoint"))
-
-
-@pytest.mark.filterwarnings("default")
-def test_damaged_checkpoint_is_made_again(here: Path, trained: dict[str, Path]) -> None:
-    """Bit for bit, from the one before it."""
-    run = shutil.copytree(trained["digits"], here / "run")
-    wanted = tree(run / LAST)
-    file = run / LAST / "optimizer.safetensors"
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-    done = call("train", "run")
-    assert done.code == 0, done
-    warned(done, "run/checkpoints/step-00000020/optimizer.safetensors")
-    assert tree(run / LAST) == wanted
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000010", "step-00000020"}
-    assert "warning" not in call("sample", "run", "--count", "2", "--nfe", "1").err
 
 
 def warned(done: Done, name: str) -> None:
@@ -167,6 +118,7 @@ EDITS = [
     (edited("width: 32", "widht: 32"), ("run/run.yaml", "net.widht", "'width'")),
     (lambda text: text + "\n}", ("run/run.yaml", "YAML")),
     (lambda text: "", ("run/run.yaml", "names to values")),
+    (edited("width: 32", "width: 64"), (".safetensors", "(32,)", "(64,)")),
 ]
 
 
@@ -176,24 +128,13 @@ def test_run_edited_by_hand(
 ) -> None:
     run = shutil.copytree(trained["digits"], here / "run")
     (run / "run.yaml").write_text(edit((run / "run.yaml").read_text()))
-    refused("train", "run", named=named)
-    refused("train", "digits", *TINY, "--out", "run", named=named)
-    refused("sample", "run", named=named)
+    for words in (["train", "run"], ["train", "digits", *TINY, "--out", "run"], ["sample", "run"]):
+        if "(64,)" not in named or words[1] == "run":
+            refused(*words, named=named)
 
 
-def test_run_edited_to_another_net(here: Path, trained: dict[str, Path]) -> None:
-    run = shutil.copytree(trained["digits"], here / "run")
-    (run / "run.yaml").write_text(edited("width: 32", "width: 64")((run / "run.yaml").read_text()))
-    for command in ("train", "sample", "evaluate", "report"):
-        refused(command, "run", named=(".safetensors", "(32,)", "(64,)"))
-
-
-LINES = [("garbage", "line 1"), ("3", "line 1"), ('{"loss": 1}', "line 1")]
-
-
-@pytest.mark.parametrize(("line", "named"), LINES)
-def test_log_that_is_damaged_in_the_middle(line: str, named: str, here: Path, trained: dict[str, Path]) -> None:
+def test_log_that_is_damaged_in_the_middle(here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained["moons"], here / "run")
     log = run / "metrics.jsonl"
-    log.write_text(f"{line}\n{log.read_text()}")
-    refused("train", "run", "--set", "train.steps=25", named=("run/metrics.jsonl", named))
+    log.write_text(f'{{"loss": 1}}\n{log.read_text()}')
+    refused("train", "run", "--set", "train.steps=25", named=("run/metrics.jsonl", "line 1"))

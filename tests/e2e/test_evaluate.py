@@ -2,20 +2,15 @@
 
 import json
 import shutil
-import socket
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from dumo.encoders import inception as network
-from dumo.evaluation.reference import STANDARDS, Standard
 from dumo.runtime.random import stream
-from e2e.shell import call, finish, refused, sets, start
-from golden import inception
+from e2e.shell import call, refused, sets
 from unit.evaluation.extractor import Peephole
 
 TESTS = Path(__file__).parents[1]
@@ -98,56 +93,6 @@ def test_from_images_to_a_table(here: Path, peephole: Peephole) -> None:
     assert "measured otherwise, seed: 0 in a; 7 in b/evaluation-seed7.json" in anyway.out
 
 
-@pytest.mark.slow
-def test_inception_itself_from_a_file(here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The real network, of random weights that pass for the published ones; six images of each side."""
-    monkeypatch.setitem(STANDARDS, "folder", Standard(6, None, None, None, 4))
-    monkeypatch.setattr(network, "SHA256", "of random weights")
-    save_file(inception.net().state_dict(), tmp_path / "i.safetensors", {"sha256": network.SHA256})
-    root = tmp_path / "few"
-    shutil.copytree(json.loads(call("show", "a", "--json").out)["spec"]["data"]["root"], root)
-    for image in sorted(root.rglob("*.png"))[6:]:
-        image.unlink()
-    few = of(root, "folder", "evaluate.protocol.samples=6", "evaluate.contrast=[]", "data.labelled=false")
-    assert call("train", "digits", "--out", "few", *few, *sets("data.classes=0")).code == 0
-    monkeypatch.setenv(network.VARIABLE, str(tmp_path / "i.safetensors"))
-    report = call("evaluate", "few", "--json").json
-    assert report["card"]["features"].endswith("of a file of sha256 of random weights")
-    assert np.isfinite([report["results"][0][key] for key in ("kid", "is", "precision", "recall")]).all()
-    (kept,) = (tmp_path / "cache").iterdir()
-    before = kept.stat().st_mtime_ns
-    assert call("evaluate", "few", "--json").json == report
-    assert kept.stat().st_mtime_ns == before
-
-
-@pytest.mark.slow
-def test_two_ranks_evaluate_as_one(here: Path, peephole: Peephole, tmp_path: Path) -> None:
-    one = call("evaluate", "a", "--json").json
-    (kept,) = (tmp_path / "cache").iterdir()
-    kept.unlink()
-    (here / "a/evaluation.json").unlink()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    told = {"DUMO_CACHE": str(tmp_path / "cache"), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    told |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    first = f"import os, sys; sys.path.insert(0, {str(TESTS)!r}); os.environ.update({told})"
-    first += "; from unit.evaluation.extractor import Peephole; from dumo.encoders import inception as network"
-    first += "; network.load = lambda path, device: Peephole(); os.environ['RANK'] = os.environ['LOCAL_RANK'] = "
-    words = ("evaluate", "a", "--json", "--device", "cpu")
-    ranks = [start(*words, cwd=here, first=f"{first}'{rank}'") for rank in (0, 1)]
-    main, other = (finish(rank) for rank in ranks)
-    assert (main.code, other.code) == (0, 0), (main, other)
-    assert other.out == ""  # one rank talks
-    both = main.json
-    assert both["card"] == one["card"]
-    for mine, theirs in zip([*both["results"], *both["contrast"]], [*one["results"], *one["contrast"]], strict=True):
-        assert (mine.pop("solver"), mine.pop("nfe")) == (theirs.pop("solver"), theirs.pop("nfe"))
-        assert mine == pytest.approx(theirs, rel=1e-6)
-    assert json.loads((here / "a/evaluation.json").read_text()) == main.json
-    assert kept.is_file()
-
-
 def test_a_sweep_is_one_table(here: Path, peephole: Peephole) -> None:
     done = call("evaluate", "a", "--sweep", "sample.m=0.3:0.5:0.2", "--nfe", "1,2")
     assert done.code == 0, done
@@ -158,52 +103,11 @@ def test_a_sweep_is_one_table(here: Path, peephole: Peephole) -> None:
     assert peephole.seen == 5 * COUNT  # the data once
 
 
-REFUSED = [
-    (["--sweep", "sample.m=0.8:0.2:0.1"], ("--sweep", "'0.8:0.2:0.1'", "nothing in it")),
-    (["--sweep", "sample.m=0.2:2:0.9"], ("sample.solver.m", "less than 1")),
-    (["--sweep", "emma"], ("--sweep emma", "sample.m=0.2:0.8:0.1")),
-    (["--sweep", "train.lr=1,2"], ("train.lr", "sample.solver", "evaluate")),
-]
-
-
-@pytest.mark.parametrize(("words", "named"), REFUSED)
-def test_sweeps_that_are_none(words: list[str], named: tuple[str, ...], here: Path) -> None:
-    refused("evaluate", "a", *words, named=named)
-
-
 def test_weights_that_are_not_inceptions(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing to compare without them."""
     way = (network.URL, "python -c", network.VARIABLE)
     refused("evaluate", "a", named=("no weights of Inception", f"{network.VARIABLE} is not set", *way), lines=None)
     torch.save({"fc.bias": torch.zeros(1008)}, "i.pth")
     monkeypatch.setenv(network.VARIABLE, "i.pth")
     refused("evaluate", "a", named=("i.pth", "dumo reads no pickle", *way), lines=None)
-    save_file(inception.net().state_dict(), "i.safetensors", {"sha256": "0123"})
-    monkeypatch.setenv(network.VARIABLE, "i.safetensors")
-    refused("evaluate", "a", named=("sha256 0123", network.SHA256, *way), lines=None)
-
-
-def test_a_reference_without_its_keys(
-    here: Path, album: Path, peephole: Peephole, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    name = "adm-imagenet256-50k"
-    monkeypatch.setitem(STANDARDS, name, Standard(COUNT, 8, 2, 10, 10, "https://there"))
-    adm = sets(f"evaluate.protocol.kind={name}", "evaluate.protocol.frechet=false")
-    refused("evaluate", "a", *adm, named=("https://there", "evaluate.protocol.reference"))
-    np.savez("r.npz", mu=np.zeros(3))
-    given = [*adm, *sets("evaluate.protocol.reference=r.npz")]
-    refused("evaluate", "a", *given, named=("r.npz", "mu is float64 of shape (3,)"))
-    np.savez("r.npz", arr_0=np.zeros((10, 8, 8, 3), np.uint8))
-    refused("evaluate", "a", *given, named=("r.npz has no mu, only arr_0",))
-
-
-def test_classes_of_another_number(here: Path) -> None:
-    words = sets("data.kind=images", "data.root=x", "data.side=32", "data.classes=17", "net.patch=4")
-    for kind in ("cifar10-train50k", "cifar10-features"):
-        refused("show", "digits", *words, *sets(f"evaluate.protocol.kind={kind}"), named=(kind, "10 classes", "17"))
-
-
-def test_nothing_to_compare(here: Path) -> None:
     refused("compare", "a", "b", named=("a/evaluation.json is not there", "dumo evaluate a"))
-    refused("compare", "c", named=("no run's folder or evaluation c",))
-    Path("a/evaluation.json").write_text("{}")
-    refused("compare", "a", named=("a/evaluation.json has no report card", "dumo evaluate a"))

@@ -18,7 +18,7 @@ from dumo.flow.solver import Euler
 from dumo.run.evaluation.evaluate import FILE
 from dumo.run.folder import open_run
 from dumo.runtime.random import noise
-from e2e.shell import call, sets
+from e2e.shell import call, refused, sets
 from stock.case import LORA, C, Case
 from stock.family import PIXELS, ROWS
 
@@ -118,24 +118,6 @@ def test_the_velocity_is_an_ordinary_flow_model(sd3: Case) -> None:
     torch.testing.assert_close(image, ours, rtol=0, atol=1e-5)
 
 
-FRESH = """
-import sys
-import torch
-from diffusers import DiffusionPipeline
-from safetensors.torch import load_file, save_file
-
-folder, given = sys.argv[1], load_file(sys.argv[2])
-names = ("vae", *(f"{part}{n}" for part in ("text_encoder", "tokenizer") for n in ("", "_2", "_3")))
-pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True, **dict.fromkeys(names))
-out = {}
-for n, sigmas in enumerate(([1.0], [1.0, 0.5])):
-    torch.manual_seed(7)
-    image = pipe(**given, sigmas=sigmas, guidance_scale=1.0, height=64, width=64, output_type="latent").images
-    out[str(n + 1)] = image
-save_file(out, sys.argv[2])
-"""
-
-
 def fresh(program: str, *words: object, folder: Path) -> str:
     """What a new Python process without a network says; stderr, where it fails."""
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
@@ -143,17 +125,6 @@ def fresh(program: str, *words: object, folder: Path) -> str:
     done = subprocess.run(command, env=offline, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-@pytest.mark.slow
-def test_a_fresh_process_makes_the_same_images(sd3: Case, tmp_path: Path) -> None:
-    file = tmp_path / "given.safetensors"
-    save_file({**sd3.row.told(sd3.texts, C), "latents": sd3.z}, file)
-    fresh(FRESH, sd3.folder / "out", file, folder=tmp_path)
-    torch.manual_seed(7)
-    noise, found = torch.randn(1, 1, 8, 8), load_file(file)
-    for n in (1, 2):
-        assert torch.equal(found[str(n)], sd3.dumo([noise], n))
 
 
 ALONE = """
@@ -249,32 +220,27 @@ def test_the_card_of_a_run_with_codes_makes_dumos_images(
     torch.testing.assert_close(case.row.back(image), case.dumo([], 1), rtol=0, atol=1e-5)
 
 
-def refused(*words: object) -> str:
-    """The line that a command is refused with."""
-    done = call("export", *words)
-    assert (done.code, done.out) == (2, "")
-    return done.err
-
-
-def test_refusals_are_lines_and_leave_nothing(sd3: Case, tuned: Case, trained: dict[str, Path], tmp_path: Path) -> None:
-    run, out = sd3.folder / "run", tmp_path / "out"
-    assert "is there already" in refused(run, sd3.folder / "out")
-    assert "no --to 'onnx'; valid: diffusers" in refused(run, out, "--to", "onnx")
-    assert "all weights were tuned" in refused(run, out, "--to", "lora")
-    assert "has u, v" in refused(run, out, "--head", "w")
-    assert "no --parts 'move'" in refused(run, out, "--parts", "move")
-    assert "no --dtype 'int4'" in refused(run, out, "--dtype", "int4")
-    assert "net 'mlp'" in refused(trained["moons"], out)
-    assert "of kind dit --to diffusers" in refused(trained["digits"], out, "--to", "lora")
-    assert "no run's folder" in refused(tmp_path, out)
-    assert [*tmp_path.iterdir()] == []
+def test_refusals_are_lines_and_leave_nothing(sd3: Case, tuned: Case, trained: dict[str, Path], here: Path) -> None:
+    run, out = sd3.folder / "run", here / "out"
+    for words, said in (
+        ((run, sd3.folder / "out"), "is there already"),
+        ((run, out, "--to", "onnx"), "no --to 'onnx'; valid: diffusers"),
+        ((run, out, "--to", "lora"), "all weights were tuned"),
+        ((run, out, "--head", "w"), "has u, v"),
+        ((run, out, "--parts", "move"), "no --parts 'move'"),
+        ((run, out, "--dtype", "int4"), "no --dtype 'int4'"),
+        ((trained["moons"], out), "net 'mlp'"),
+        ((trained["digits"], out, "--to", "lora"), "of kind dit --to diffusers"),
+        ((here, out), "no run's folder"),
+    ):
+        refused("export", *words, named=(said,), lines=None)
 
 
 def test_a_failure_leaves_nothing(sd3: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dumo.export.card.of_pipeline", fails)
+    monkeypatch.setattr("dumo.export.card.of_tuned", fails)
     assert call("export", sd3.folder / "run", tmp_path / "out").code != 0
     assert [*tmp_path.iterdir()] == []
 

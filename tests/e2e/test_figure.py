@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from dumo.lab.plan import read
 from e2e.shell import call, refused, tree
 
 pytestmark = pytest.mark.slow
@@ -53,29 +52,3 @@ def test_figure_3(here: Path) -> None:
     (stopped / "evaluation.json").unlink()
     assert call("reproduce", "fig3", "--scale", "smoke", "--json").json["table"] == results["table"]
     refused("reproduce", "fig3", "--scale", "paper", named=("fig3 has no scale 'paper'", "smoke and laptop"))
-
-
-def test_zoo(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three objectives: all of them would take minutes."""
-    zoo, three = read("zoo"), ("digits", "digits-meanflow", "digits-flow-matching")
-    arms = tuple(arm for arm in zoo.arms if arm.recipe in three)
-    monkeypatch.setattr("dumo.lab.reproduce.read", lambda name: zoo.model_copy(update={"arms": arms}))
-    done = call("reproduce", "zoo", "--scale", "smoke", "--json", "--out", "my zoo")
-    assert done.code == 0
-    results = done.json
-    assert results == json.loads((here / "my zoo/results.json").read_text())
-    rows = results["table"]
-    for name, solver in (("DuMo", "restart"), ("MeanFlow", "hop"), ("Flow matching", "euler")):
-        own = [row["nfe"] for row in rows if (row["objective"], row["solver"]) == (name, solver)]
-        assert own[:3] == [1, 2, 4]
-    cost = [row["steps"] * row["F_per_step"] for row in rows]
-    assert max(cost) - min(cost) <= max(row["F_per_step"] for row in rows)  # equal, to a step
-    assert {row["seeds"] for row in rows} == {1}
-    assert {row["fd_sd"] for row in rows} == {None}
-    for file in results["files"]:
-        assert Path(file).is_file()
-    shown = call("reproduce", "zoo", "--scale", "smoke", "--out", "my zoo")
-    assert shown.code == 0
-    for row in rows:
-        assert f"{row['fd']:.4g}" in shown.out  # no number is cut off
-    refused("reproduce", "zoo", "--out", "my zoo/results.json", "--scale", "smoke", named=("my zoo/results.json",))

@@ -25,12 +25,3 @@ def test_a_run_is_sampled_at_any_scale(here: Path) -> None:
     assert np.array_equal(made("again", "sample.guide.scale=4"), strong)
     refused("sample", run, *sets("sample.guide.scale=0"), named=("sample.guide.scale", "greater than 0"))
     refused("sample", run, *sets("objective.guide.zeta=0.44"), named=("objective.guide.zeta", "0.44"), lines=None)
-
-
-def test_what_was_guided_in_training_is_not_guided_again(here: Path) -> None:
-    refused(
-        "train",
-        "digits-flow-matching",
-        *sets("objective.guide.zeta=0.44", "objective.drop=0.1", "sample.guide.scale=2"),
-        named=("sample.guide.scale = 2", "objective.guide", "set sample.guide.scale=1"),
-    )

@@ -39,17 +39,8 @@ def test_a_skipped_step_is_shown(here: Path) -> None:
     refused("log", "run", "--plot", named=("run: nothing is logged yet",))
 
 
-def test_what_is_refused(here: Path, trained: dict[str, Path]) -> None:
-    run = trained["moons"]
-    refused("log", "none", named=("none has no metrics.jsonl",))
-    refused("log", run, "--to", "tensorbord", named=("'tensorbord'", "tensorboard"), run=run)
-    refused("log", run, "--follow", named=("--follow goes with --to",), run=run)
-    refused("log", run, "--plot", "--json", named=("give one of them",), run=run)
-    refused("log", run, "--out", "a.png", named=("--out goes with --plot",), run=run)
-
-
 def test_a_plan_for_ranks(here: Path) -> None:
-    words = ("dry", "digits", "--set", "net.width=32", "--set", "net.depth=1", "--ranks", 2)
+    words = ("dry", "digits-flow-matching", "--set", "net.width=32", "--set", "net.depth=1", "--ranks", 2)
     facts = call(*words, "--share", 2, "--tflops", 3, "--json").json["cluster"]
     assert (facts["ranks"], facts["share"], facts["fields"], facts["tflops"]) == (2, 2, {}, 3.0)
     done = call(*words, "--share", 2, "--fit", f"{facts['memory']['peak'] // 1024}KiB")

@@ -1,7 +1,6 @@
 """Somebody's own photos in class folders, one of them broken, with no network and nothing fetched: the whole way."""
 
 import json
-import os
 import socket
 import warnings
 from pathlib import Path
@@ -114,14 +113,6 @@ def test_labels_by_name(run: Path) -> None:
     refused("grid", run, "--labels", "fsh", named=("did you mean 'fish'",), run=run)
 
 
-def test_names_stand_above_the_columns(run: Path) -> None:
-    plain = Image.open(call("sample", run, "--labels", "fish", "--count", 8, "--out", "a").out.strip())
-    tall = np.asarray(plain.convert("L"))[:18]
-    assert plain.height == 18 + 64
-    assert (tall < 100).any()
-    assert (tall > 250).mean() > 0.7  # letters on white
-
-
 def test_other_folders_are_refused(photos: Path, run: Path) -> None:
     again = ("train", run)
     (photos / "cats").rename(photos / "lions")
@@ -133,43 +124,12 @@ def test_other_folders_are_refused(photos: Path, run: Path) -> None:
     refused("train", "my-images", *PIXELS, *fields, named=("dogs/broken.png", "data.on_bad=skip"))
 
 
-def test_nothing_need_be_named_to_be_looked_at() -> None:
-    shown = call("show", "my-images", *SMALL)
-    assert shown.code == 0
-    assert "classes: null" in shown.out
-    assert call("dry", "my-images-256", *SMALL, *sets("net.attention=2")).code == 0
-
-
 def test_a_run_that_needs_inception_does_not_hint_at_judging(photos: Path) -> None:
     fields = sets(f"data.root={photos}", "evaluate.protocol={kind: folder, samples: 40, frechet: false}")
     done, told = said("train", "my-images", *PIXELS[: PIXELS.index("evaluate.protocol.samples=40") - 1], *fields)
     assert done.code == 0
     assert "dumo evaluate runs" not in told
     assert "dumo data inception" in told
-
-
-@pytest.mark.data
-def test_in_latents(photos: Path) -> None:
-    """With a real autoencoder: stopped by the broken file, nothing is in the way of the true run."""
-    fields = sets(f"data.images.root={photos}", "data.images.side=32")
-    before = call("encode", "my-images-256", *fields, *sets("data.images.on_bad=raise"))
-    assert before.code == 2
-    assert "broken.png" in before.err
-    assert "data.images.on_bad=skip" in before.err
-    done, told = said("encode", "my-images-256", *fields)
-    assert done.code == 0, told
-    assert "60 images (1 could not be read)" in done.out
-    hint = done.err.split("next:  dumo ")[1].splitlines()[0].split()
-    rest = sets("net.attention=2", "evaluate.protocol.samples=20", "evaluate.contrast=[]")
-    assert hint == ["train", "my-images-256", *fields]
-    done, told = said(*hint, *SMALL, *rest)
-    assert done.code == 0, told
-    run = Path("runs/my-images-256")
-    assert load(str(run)).conditions.name(3) == "zoo birds"
-    for words in (("sample", run, "--labels", "cats"), ("evaluate", run), ("report", run)):
-        done, told = said(*words)
-        assert done.code == 0, told
-    assert os.path.getsize(run / "report.html") > 10_000
 
 
 @pytest.mark.data

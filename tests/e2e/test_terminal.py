@@ -41,21 +41,13 @@ def test_one_process_trains_in_a_folder(here: Path) -> None:
     assert there == ["checkpoints", "data.json", "metrics.jsonl", "run.yaml", "speed.jsonl"]
 
 
-@pytest.mark.parametrize("command", ["grid", "report", "reproduce"])
+@pytest.mark.parametrize("words", [["grid", "R"], ["report", "R"], ["reproduce", "fig3"], ["bench", "step"]])
 def test_work_that_ranks_do_not_share_is_refused(
-    command: str, here: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    words: list[str], here: Path, trained: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    source = "fig3" if command == "reproduce" else str(trained["moons"])
-    refused(command, source, named=("2 were started", "without torchrun"), run=trained["moons"])
-
-
-@pytest.mark.parametrize("bench", ["step", "sample"])
-def test_ranks_that_would_disturb_each_other_are_not_timed(
-    bench: str, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused("bench", bench, named=("2 were started", "without torchrun"))
+    run = trained["moons"]
+    refused(*(run if word == "R" else word for word in words), named=("2 were started", "without torchrun"), run=run)
 
 
 @pytest.mark.parametrize("words", [["--version"], ["train", "--help"], ["train", "--no-such-option"]])
@@ -69,19 +61,15 @@ def test_ranks_may_ask_for_help(words: list[str], here: Path) -> None:
 def test_ranks_that_are_interrupted_say_so_once(here: Path) -> None:
     """Ctrl-C reaches all of them; the others are silent, as where all is well."""
     stop = "from dumo.run.config import recipes\ndef stop(name): raise KeyboardInterrupt\nrecipes.about = stop"
-    done = [
-        finish(start("recipes", cwd=here, first=f"import os; os.environ |= dict(WORLD_SIZE='2', RANK='{k}')\n{stop}"))
-        for k in range(2)
-    ]
-    assert [one.code for one in done] == [130, 130]
-    assert done[0].err.startswith("stopped; the same command goes on")
-    assert done[1].err == ""
+    told = [f"import os; os.environ |= dict(WORLD_SIZE='2', RANK='{k}')\n{stop}" for k in range(2)]
+    main, other = (finish(start("recipes", cwd=here, first=first)) for first in told)
+    assert (main.code, other.code, other.err) == (130, 130, "")
+    assert main.err.startswith("stopped; the same command goes on")
 
 
 def test_ranks_that_nobody_started_are_refused(here: Path) -> None:
-    done = finish(
-        start("train", "moons", "--out", "run", *TINY, cwd=here, first="import os; os.environ['WORLD_SIZE'] = '2'")
-    )
+    told = "import os; os.environ['WORLD_SIZE'] = '2'"
+    done = finish(start("train", "moons", "--out", "run", *TINY, cwd=here, first=told))
     assert done.code == 2
     assert done.err.splitlines()[-1].startswith("error: WORLD_SIZE=2 says 2 ranks")
     assert not (here / "run").exists()
@@ -90,9 +78,7 @@ def test_ranks_that_nobody_started_are_refused(here: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "slow"),
     [
-        (["sample", "run"], "dumo.run.sampler.Sampler.sample"),
         (["evaluate", "run", "--nfe", "1"], "dumo.run.evaluation.evaluate.row"),
-        (["report", "run"], "dumo.report.page.make"),
         (["reproduce", "fig3", "--out", "a b"], "dumo.lab.cell.finish"),
     ],
 )

@@ -95,12 +95,9 @@ def test_a_long_prompt_is_cut_with_a_warning(home: Path, tmp_path: Path) -> None
     assert len(os.listdir(tmp_path)) == 1
 
 
-def test_a_run_of_classes_reads_no_prompts(tmp_path: Path) -> None:
-    run = dumo.train(
-        "digits", {"net.width": 16, "net.depth": 1, "train.steps": 1, "train.batch": 8}, out=tmp_path / "r"
-    )
+def test_a_run_of_classes_reads_no_prompts(trained: dict[str, Path]) -> None:
     with pytest.raises(dumo.UserError, match="trained without captions"):
-        run.sample(prompts=["seven"])
+        dumo.load(trained["digits"]).sample(prompts=["seven"])
 
 
 def test_a_table_of_other_captions_or_otherwise_encoded_is_refused(home: Path, tmp_path: Path) -> None:

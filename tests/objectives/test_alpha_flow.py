@@ -8,16 +8,13 @@ from math import exp, inf, log
 import pytest
 import torch
 
-from contract.case import Counted, nets, randomise
-from dumo.flow.draw import draw
+from contract.case import step
 from dumo.flow.guide import Guide
-from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Pair
 from dumo.objectives import AlphaFlow
-from dumo.types import Frozen
-from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
-from theory.formula import GUIDES, Polynomial, changed, gradients, guided, half, rows
+from theory.exact import APART, PRODUCT, Exact, Flow, column, drawn, gaussian, gradient, record
+from theory.formula import GUIDES, Polynomial, agree, changed, guided, half, passes, rows
 
 MIXED = Pair(velocity_ratio=0.25)
 DUMO = Guide(zeta=0.55)
@@ -61,13 +58,10 @@ def test_formula(progress: float, guide: Guide, clip: float) -> None:
         weight = torch.ones_like(b.t)
     size = ((u - far) ** 2).mean(1)
     theirs = weight * size / (size.detach() + 1e-3)
-    found = objective.loss(net, Frozen(net), b)
-    for mine, hand in zip(gradients(found.loss, net), gradients(theirs, net), strict=True):
-        assert torch.allclose(mine, hand, rtol=1e-8, atol=1e-10)
     e = (u - far).detach() / column(weight)
-    assert torch.allclose(found.parts["u"], (e**2).mean(1), rtol=1e-8)
-    assert torch.allclose(found.notes["clipped_share"].double(), half(e))
-    assert torch.allclose(found.loss, (e**2).mean(1) / ((e**2).mean(1) + 1e-3 / weight**2), rtol=1e-8)
+    size = (e**2).mean(1)
+    loss = size / (size + 1e-3 / weight**2)
+    agree(objective, net, b, loss, {"u": size}, moved_as=theirs, close=1e-9, clipped_share=half(e))
 
 
 @pytest.mark.parametrize(("flow", "guide"), [(APART, Guide()), (PRODUCT, Guide()), (gaussian(DUMO), DUMO)])
@@ -96,15 +90,9 @@ def test_it_rests_at_the_flow_when_alpha_is_zero_and_elsewhere_before(slope: Dua
 def test_passes_follow_the_training_and_nothing_else(progress: float, graded: int, still: int) -> None:
     """Flow matching; a secant; a derivative that rides on the moving rows' share of the pass."""
     o = AlphaFlow(guide=Guide(), slope=DualSlope(), **WIDE)
-    net = Counted(randomise(nets()[0].build(o.needs, (2, 4, 4), 3)).double())
-    x, c = (
-        torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=D),
-        torch.zeros(8, dtype=torch.long),
-    )
-    b = draw(o, Linear(), x, c, c + 3, seed=0, step=0, progress=progress)
-    terms = o.loss(net, Frozen(net), b)
-    assert (net.graded, net.still) == (graded, still)
-    assert torch.allclose(terms.loss, o.loss(net, Frozen(net), replace(b, moving=None)).loss, rtol=1e-8)
+    b, net = drawn(o, 8, progress=progress), Polynomial(1)
+    assert passes(o, b) == (graded, still)
+    assert torch.allclose(step(o, net, b).loss, step(o, net, replace(b, moving=None)).loss, rtol=1e-8)
 
 
 @pytest.mark.parametrize("fields", [{}, {"begin": 0.0, "end": 1.0}, {"begin": 1.0, "end": 1.0}])

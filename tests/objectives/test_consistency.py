@@ -1,21 +1,22 @@
-"""Consistency training against its authors' formulas, and what of the flow it keeps at steps that are not yet short."""
+"""Consistency training and its discretizations against their authors' formulas, and what of the flow it keeps."""
 
 from dataclasses import replace
 from itertools import pairwise
+from math import erf, log, sqrt
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from contract.case import Counted, nets, randomise, step
 from dumo.flow.times import Karras
 from dumo.objectives import Consistency
-from dumo.objectives.consistency import KarrasGrid, Ratio
+from dumo.objectives.consistency import Discretization, KarrasGrid, Ratio
 from dumo.run.config.load import load
 from dumo.training.ema import Ema, MovingAverage
-from dumo.types import Frozen, Noised, UserError
-from theory.exact import APART, PRODUCT, Exact, Flow, column, gaussian, gradient, record
-from theory.formula import Polynomial, gradients
+from dumo.types import Noised, Spec, UserError
+from theory.exact import APART, PRODUCT, Exact, Flow, column, falls, gaussian, gradient, record, stiffness
+from theory.formula import Polynomial, agree, half, passes
 
 AUTHORS = {  # with their constants; the distance of CM is LPIPS, here l2, its second choice
     "cm": Consistency(
@@ -65,11 +66,8 @@ def test_formula(name: str, progress: float) -> None:
     else:
         c = {"ict": 2 * 0.00054 * 2**0.5, "ect": 0.0}[name]
         loss = weight * ((apart.square().sum(1) + c**2).sqrt() - c) / 2**0.5
-    found = o.loss(net, Frozen(net), b)
-    assert torch.allclose(found.loss, loss, rtol=1e-8, atol=1e-12)
-    assert torch.allclose(found.parts["u"], (apart / column(t - r)).square().mean(1), rtol=1e-8)
-    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
-        assert torch.allclose(mine, hand, rtol=1e-8, atol=1e-10)
+    error = apart / column(t - r)
+    agree(o, net, b, loss, {"u": error.square().mean(1)}, close=1e-9, near=1e-12, clipped_share=half(error))
 
 
 STAGE = Consistency(low=0.6, discretization=Ratio(stages=1, q=4), boundary=0.3)
@@ -91,13 +89,10 @@ def test_a_second_stage_by_hand() -> None:
     weight = torch.ones_like(t).masked_fill(on_it, 0.3) / (t / (1 - t) - r / (1 - r))
     loss = weight * (denoised(net, t) - target).square().mean(1).sqrt()
     assert 0 < on_it.sum() < (r < 0.6).sum() < len(r)
-    found = STAGE.loss(net, Frozen(first), b)
-    assert torch.allclose(found.loss, loss, rtol=1e-8, atol=1e-12)
-    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
-        assert torch.allclose(mine, hand, rtol=1e-8, atol=1e-10)
-    model = Counted(randomise(nets()[0].build(STAGE.needs, (2,), 3)).double())
-    step(STAGE, model, b)
-    assert (model.graded, model.still) == (1, 2)
+    error = (denoised(net, t) - target) / column(t - r)
+    parts = {"u": error.square().mean(1)}
+    agree(STAGE, net, b, loss, parts, ref=first, close=1e-9, near=1e-12, clipped_share=half(error))
+    assert passes(STAGE, b) == (1, 2)
 
 
 def test_a_second_stage_goes_on_from_the_first() -> None:
@@ -123,8 +118,7 @@ def test_gradient_vanishes_with_the_step(flow: Flow, weighted: bool, order: int)
     """Along the velocity the secant is off by O(t - r); unweighted, the gradient has a factor t (t - r) besides."""
     objectives = [at_steps(L2.model_copy(update={"weighted": weighted}), q) for q in (250, 500, 1000, 2000)]
     left = [gradient(o, Exact(flow, o.needs), record(o, flow)).abs() for o in objectives]
-    for coarse, fine in pairwise(left):
-        assert ((coarse / fine).log2() - order).abs().max() < 0.1
+    assert falls(left, order)
 
 
 @each_flow
@@ -133,8 +127,7 @@ def test_on_a_grid_it_vanishes_too(flow: Flow) -> None:
     grids = [KarrasGrid(first=n, last=n) for n in (100, 400, 1600)]
     objectives = [L2.model_copy(update={"discretization": grid, "weighted": False}) for grid in grids]
     left = [gradient(o, Exact(flow, o.needs), record(o, flow)).abs() for o in objectives]
-    for coarse, fine in pairwise(left):
-        assert ((coarse / fine).log2() / 2 - 2).abs().max() < 0.2
+    assert falls(left, 4, within=0.4)  # each a quarter of the one before
 
 
 @each_flow
@@ -148,19 +141,14 @@ def test_slopes_that_scatter_cancel_as_steps_get_short(flow: Flow) -> None:
         one, other = (gradient(o, net, replace(b, v_t=b.v_t + sign * off)) for sign in (1, -1))
         assert one.abs().max() > 1e-3
         sums.append((one + other).abs())
-    for coarse, fine in pairwise(sums):
-        assert ((coarse / fine).log2() - 1).abs().max() < 0.15
+    assert falls(sums, 1, within=0.15)
 
 
 @each_flow
 def test_descent_leads_back_to_the_flow(flow: Flow) -> None:
     o = at_steps(L2, 256)
-    net, b = Exact(flow, o.needs), record(o, flow)
-    rest, columns = gradient(o, net, b), []
-    for i in range(2):
-        net.probe.data = 1e-4 * torch.eye(2, dtype=b.t.dtype)[i].view(1, 2)
-        columns.append((gradient(o, net, b) - rest).flatten() / 1e-4)
-    assert torch.linalg.eigvals(torch.stack(columns, 1)).real.min() > 0.05
+    pull = stiffness(o, Exact(flow, o.needs), record(o, flow))
+    assert torch.linalg.eigvals(pull).real.min() > 0.05
 
 
 @each_preset
@@ -174,3 +162,88 @@ def test_recipes_are_the_presets_but_for_times(name: str) -> None:
     assert (ends[0][0] - ends[0][1]).mean() >= (1 if name == "ict" else 2) * (ends[1][0] - ends[1][1]).mean()
     assert run.net.precondition == "edm"
     assert (run.train.ref == "self") == (name != "cm")
+
+
+D = torch.float64
+ALL: list[Spec] = [Ratio(), Ratio(q=256, stages=1), KarrasGrid(), KarrasGrid(growth="root", first=2, last=150)]
+T = torch.linspace(0.003, 0.994, 400, dtype=D)
+
+
+def level(t: Tensor) -> Tensor:
+    """sigma, for data of standard deviation 0.5."""
+    return 0.5 * t / (1 - t)
+
+
+@pytest.mark.parametrize("schedule", ALL)
+@pytest.mark.parametrize("progress", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_r_is_below_t_and_both_are_times(schedule: Discretization, progress: float, dtype: torch.dtype) -> None:
+    t, r = schedule(T.to(dtype), progress)
+    assert t.dtype == r.dtype == dtype
+    assert ((r >= 0) & (r < t) & (t < 1)).all()
+    t, r = schedule(torch.tensor([0.0, 1.0], dtype=dtype), progress)
+    assert ((r >= 0) & (r <= t) & (t <= 1)).all()
+
+
+@pytest.mark.parametrize("schedule", ALL)
+def test_steps_get_shorter(schedule: Discretization) -> None:
+    steps = [(t - r).mean() for t, r in (schedule(T, p) for p in (0.0, 0.25, 0.5, 1.0))]
+    if getattr(schedule, "stages", 0) == 1:
+        assert len({step.item() for step in steps}) == 1
+    else:
+        assert all(a > 1.3 * b for a, b in pairwise(steps))
+
+
+@pytest.mark.parametrize(("progress", "stage"), [(0.0, 0), (0.124, 0), (0.126, 1), (0.99, 7), (1.0, 7)])
+def test_ratio_is_that_of_ect(progress: float, stage: int) -> None:
+    """`training/loss.py`: sigma_r = sigma_t (1 - q^-(stage + 1) (1 + 8 sigmoid(-sigma_t))), at least 0."""
+    t, r = Ratio()(T, progress)
+    assert t is T
+    sigma = level(T)
+    ratio = 1 - (1 + 8 * torch.sigmoid(-sigma)) / 2 ** (stage + 1)
+    assert torch.allclose(level(r), sigma * ratio.clamp(min=0), rtol=1e-9, atol=1e-12)
+    if stage == 0:
+        assert (r == 0).double().mean() > 0.7
+
+
+def test_grid_is_that_of_karras() -> None:
+    """Levels by Eq. 5 of Karras et al., and every t inside its step; the lowest level is 0."""
+    n = 20
+    edge = torch.tensor([(0.002 ** (1 / 7) + i / n * (80 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7 for i in range(n + 1)])
+    t, r = KarrasGrid(first=n, last=n)(T, 0.5)
+    inside = level(T)
+    for sigma, top, bottom in zip(inside, level(t), level(r), strict=True):
+        i = min(max(int((edge.to(D) <= sigma).sum()), 1), n)
+        assert top == pytest.approx(edge[i].item(), rel=1e-5)
+        assert bottom == pytest.approx(edge[i - 1].item() if i > 1 else 0.0, rel=1e-5)
+
+
+def test_numbers_of_steps() -> None:
+    """iCT's double from 10 to 1280 (its Sec. 3.4); CM's grow with the root, 1 to 150 (its App. C)."""
+    ict, cm = KarrasGrid(), KarrasGrid(growth="root", first=2, last=150)
+    assert [ict.steps(k / 8) for k in range(9)] == [10, 20, 40, 80, 160, 320, 640, 1280, 1280]
+    assert ict.steps(0.124) == 10
+    assert [cm.steps(p) for p in (0.0, 1e-4, 0.25, 1.0)] == [1, 2, 75, 150]
+    assert KarrasGrid(first=7, last=7).steps(1.0) == 7
+
+
+def test_a_log_normal_becomes_the_discretised_one_of_ict() -> None:
+    """Its Sec. 3.5: a step is as likely as erf of its top less erf of its bottom, of (log sigma + 1.1) / sqrt(8)."""
+    share = (torch.arange(40000, dtype=D) + 0.5) / 40000
+    s = torch.exp(-1.1 + log(2) + 2 * torch.special.ndtri(share))
+    t, r = KarrasGrid()(s / (1 + s), 0.0)
+    tops = level(t).unique()
+    assert len(tops) == 10
+    assert level(r).unique()[1:] == pytest.approx(tops[:-1], rel=1e-9)
+    edges = [0.002, *tops.tolist()]
+    bell = [erf((log(sigma) + 1.1) / (2 * sqrt(2))) for sigma in edges]
+    for i in range(1, 9):  # the outermost have the tails
+        assert (level(t) == tops[i]).double().mean().item() == pytest.approx((bell[i + 1] - bell[i]) / 2, abs=1e-4)
+    tails = (1 + bell[0]) / 2 + (1 - bell[-1]) / 2
+    assert tails == pytest.approx(0.008, abs=1e-3)
+
+
+@pytest.mark.parametrize("fields", [{"first": 20, "last": 10}, {"first": 0}])
+def test_a_grid_that_is_none_is_refused(fields: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        KarrasGrid(**fields)  # pyright: ignore[reportArgumentType]

@@ -5,15 +5,15 @@ from itertools import product
 import pytest
 import torch
 
-from contract.case import Counted, nets, randomise, step
+from contract.case import step
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.objectives.drift import RADII, WEIGHT, Drift, drift
 from dumo.run.config.load import load
 from dumo.training.step import together
 from dumo.types import UserError
-from theory.exact import D
-from theory.formula import Polynomial, gradients
-from theory.pulled import added, drawn, width_gradient
+from theory.exact import D, drawn
+from theory.formula import Polynomial, passes
+from theory.pulled import adds, moves_samples_back
 
 
 def test_field_by_hand() -> None:
@@ -71,23 +71,17 @@ def test_drift_by_captions_is_drift_by_classes() -> None:
 def test_by_hand() -> None:
     """u(z, 1) descends the field of its samples; one pass more."""
     objective = Drift(size=8, slope=JvpSlope(), drop=0.3)
-    net, b = Polynomial(2), drawn(objective)
+    net, b = Polynomial(2), drawn(objective, 16, progress=1.0)
     u = net(b.z, b.c, t=0 * b.t + 1)[1]
     v, force = drift((b.z - u).detach(), b.x, b.c, RADII, 8)
     loss = WEIGHT * ((u - u.detach() + v) ** 2).sum(1) / 2
     assert torch.equal(step(objective, net, b).notes["force"], force)
-    assert torch.allclose(added(objective, net, b), loss, rtol=1e-9, atol=1e-15)
-    for mine, hand in zip(gradients(added(objective, net, b), net), gradients(loss, net), strict=True):
-        assert hand is None or torch.allclose(mine, hand, rtol=1e-9, atol=1e-13)
-    model = Counted(randomise(nets()[0].build(objective.needs, (2,), 3)).double())
-    step(objective.model_copy(update={"slope": DualSlope()}), model, b)
-    assert (model.graded, model.still) == (2, 0)
+    adds(objective, net, b, loss)
+    assert passes(objective.model_copy(update={"slope": DualSlope()}), b) == (2, 0)
 
 
 def test_samples_of_another_width_are_moved_back() -> None:
-    objective = Drift(slope=JvpSlope(), drop=0.0)
-    assert width_gradient(objective, 1.5) < -1e-2 * WEIGHT
-    assert width_gradient(objective, 0.6) > 1e-2 * WEIGHT
+    assert moves_samples_back(Drift(slope=JvpSlope(), drop=0.0), WEIGHT)
 
 
 def test_rows_of_a_group_stay_together() -> None:

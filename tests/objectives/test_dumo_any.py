@@ -2,33 +2,22 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from contract.case import nets, randomise, step
-from dumo.flow.draw import draw
 from dumo.flow.guide import Guide
-from dumo.flow.path import Linear
 from dumo.flow.slope import JvpSlope
 from dumo.flow.times import Jumps
 from dumo.objectives import DuMo, DuMoAny
 from dumo.run.config.load import load
-from dumo.types import Heads, Noised
-from theory.exact import D, column, gaussian
-from theory.formula import GUIDES, Polynomial, agree, guided, half, rows
-
-
-class Told(Polynomial):
-    """The polynomial, whose u alone is told r."""
-
-    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None) -> Heads:
-        return super().forward(x, c, t=t)[0], super().forward(x, c, t=t, r=r)[1]
+from theory.exact import D, column, drawn
+from theory.formula import GUIDES, Told, agree, guided, half, rows
 
 
 @pytest.mark.parametrize("guide", GUIDES[:3])
 @pytest.mark.parametrize(("power", "beta"), [(0.0, 0.7), (1.0, 0.7), (0.5, 0.4)])
 def test_by_hand(guide: Guide, power: float, beta: float) -> None:
     objective = DuMoAny(guide=guide, power=power, beta=beta, drop=0.3, slope=JvpSlope())
-    net, b = Told(2), rows(objective)
+    net, b = Told(2, 1), rows(objective)
     v, u = net(b.x_t, b.c, t=b.t, r=b.r)
     v_star = guided(b, guide, v, net(b.x_t, b.null, t=b.t)[0])
     e = u - v_star + column(b.t - b.r) * net.slope(1, b.x_t, b.t, b.r, v_star)
@@ -37,13 +26,6 @@ def test_by_hand(guide: Guide, power: float, beta: float) -> None:
     v_loss = ((v - v_star) ** 2).sum(1) / 2
     loss = beta * v_loss + (1 - beta) * measured
     agree(objective, net, b, loss, {"v": v_loss, "u": square / 2}, clipped_share=half(e))
-
-
-def drawn(objective: DuMoAny, n: int = 64) -> Noised:
-    """Rows as training draws them."""
-    g, flow = torch.Generator().manual_seed(1), gaussian()
-    c = torch.arange(n) % 3
-    return draw(objective, Linear(), flow.data(c, g), c, torch.full_like(c, 3), seed=0, step=0)
 
 
 def test_only_the_rows_that_jump_are_derived() -> None:
@@ -57,13 +39,10 @@ def test_only_the_rows_that_jump_are_derived() -> None:
 
 
 def test_reading() -> None:
-    net = Told(2)
+    net = Told(2, 1)
     x, c = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=D), torch.arange(5) % 4
     t, s = torch.full((5,), 0.8, dtype=D), torch.full((5,), 0.3, dtype=D)
     reads = DuMoAny().read(net)
-    assert reads.velocity
-    assert reads.endpoint
-    assert reads.flow_map
     assert torch.equal(reads.velocity(x, t, c), net(x, c, t=t)[0])
     assert torch.allclose(reads.endpoint(x, t, c), x - 0.8 * net(x, c, t=t, r=0 * t)[1])
     assert torch.allclose(reads.flow_map(x, t, s, c), x - 0.5 * net(x, c, t=t, r=s)[1])

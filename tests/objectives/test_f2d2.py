@@ -1,26 +1,17 @@
 """F2D2: the formula by hand, its passes, and what its times must be. `tests/theory/test_likelihood.py` reads it."""
 
 import pytest
-from torch import Tensor
 
 from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.objectives import F2D2
-from dumo.types import Heads
 from theory.exact import column
-from theory.formula import Polynomial, agree, half, rows
-
-
-class Told(Polynomial):
-    """The polynomial, whose v is not told r."""
-
-    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None) -> Heads:
-        return super().forward(x, c, t=t)[0], *super().forward(x, c, t=t, r=r)[1:]
+from theory.formula import Told, agree, half, rows
 
 
 @pytest.mark.parametrize("slope", [JvpSlope(), DualSlope()], ids=lambda s: s.kind)
 def test_by_hand(slope: Slope) -> None:
     objective = F2D2(drop=0.3, slope=slope)
-    net, b = Told(3), rows(objective)
+    net, b = Told(3, 1, 2), rows(objective)
     assert (b.r < b.t).any()
     assert (b.r > b.t).any()
     v, u, g = net(b.x_t, b.c, t=b.t, r=b.r)

@@ -57,16 +57,6 @@ def test_it_rests_at_the_flow() -> None:
     assert at_rest(FACM(guide=guide, drop=0.2, slope=DualSlope()), plane(guide), 64) < 1e-10
 
 
-def test_readings_are_told_apart_by_the_sign_of_time() -> None:
-    o = FACM()
-    net, b = Exact(APART, o.needs), record(o, APART)
-    reads = o.read(net)
-    assert reads.velocity is not None
-    assert reads.endpoint is not None
-    assert (reads.velocity(b.x_t, b.t, b.c) - APART.velocity(b.x_t, b.c, b.t)).abs().max() < 1e-12
-    assert (reads.endpoint(b.x_t, b.t, b.c) - APART.carry(b.x_t, b.c, b.t, 0 * b.t)).abs().max() < 1e-12
-
-
 def test_the_angle() -> None:
     """Of one channel it knows the sign alone: nothing to learn."""
     o = FACM(guide=NONE)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.times import Pair
 from dumo.objectives import ImprovedMeanFlow
-from dumo.types import Frozen, Heads, Noised
+from dumo.types import Heads, Noised
 from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, plane, record
-from theory.formula import Polynomial, changed, gradients, half, rows
+from theory.formula import Polynomial, agree, changed, half, rows
 
 EVEN = Pair(velocity_ratio=0.5)
 
@@ -68,14 +68,8 @@ def test_formula(w: float | None, power: float, floor: float) -> None:
     u_error, v_error = by_hand(o, net, b)
     sizes = [(e**2).sum(1) for e in (u_error, v_error)]
     loss = sum(s / (s + floor).detach() ** power for s in sizes)
-    found = o.loss(net, Frozen(net), b)
-    assert torch.allclose(found.loss, loss, rtol=1e-12, atol=0)
-    assert torch.allclose(found.parts["u"], sizes[0] / 2, rtol=1e-12, atol=0)
-    assert torch.allclose(found.parts["v"], sizes[1] / 2, rtol=1e-12, atol=0)
-    assert torch.allclose(found.notes["clipped_share"].double(), half(u_error))
-    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
-        assert (mine is None) == (hand is None)  # knobs that are not there
-        assert mine is None or torch.allclose(mine, hand, rtol=1e-10, atol=1e-12)
+    parts = {"u": sizes[0] / 2, "v": sizes[1] / 2}
+    agree(o, net, b, loss, parts, clipped_share=half(u_error))
 
 
 def at_rest(o: ImprovedMeanFlow, flow: Flow, n: int = 256, **drawn: float) -> float:

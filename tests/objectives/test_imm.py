@@ -10,7 +10,7 @@ from dumo.flow.times import Below, Groups, Uniform
 from dumo.objectives import IMM
 from dumo.types import Frozen, Noised
 from theory.exact import APART, D, Exact, Gaussian, column, record, table
-from theory.formula import Polynomial, changed, gradients
+from theory.formula import Polynomial, agree, changed
 
 ONE = Gaussian(table([0.5, 0.5])[0], table([0.3, 0.3])[0])  # one class
 
@@ -42,11 +42,7 @@ def test_formula(size: int, constants: dict[str, float]) -> None:
         snr = torch.log((1 - t) / t) * 2
         weight = torch.sigmoid(o.b - snr) / (t * (1 - t)) * (1 - t) ** o.a / ((1 - t) ** 2 + t**2)
         loss.append(weight * distance)
-    found, loss = o.loss(net, Frozen(net), b), torch.stack(loss)
-    assert torch.allclose(found.loss, loss, rtol=1e-6, atol=1e-9)
-    assert torch.allclose(found.parts["u"], torch.stack(far), rtol=1e-6, atol=1e-9)
-    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
-        assert torch.allclose(mine, hand, rtol=1e-6, atol=1e-9)
+    agree(o, net, b, torch.stack(loss), {"u": torch.stack(far)}, close=1e-7, near=1e-9)
 
 
 def test_weight_is_a_derivative() -> None:

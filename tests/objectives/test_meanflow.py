@@ -17,8 +17,7 @@ from theory.formula import GUIDES, Polynomial, agree, guided, half, rows
 
 
 @pytest.mark.parametrize(
-    ("guide", "power", "floor"),
-    [(g, p, c) for g in GUIDES for p, c in ((0.0, 0.01), (1.0, 0.01), (0.75, 1e-3))],
+    ("guide", "power", "floor"), [(g, p, c) for g in GUIDES for p, c in ((0.0, 0.01), (1.0, 0.01), (0.75, 1e-3))]
 )
 def test_formula(guide: Guide, power: float, floor: float) -> None:
     objective = MeanFlow(guide=guide, power=power, floor=floor, drop=0.3, times=Pair(velocity_ratio=0.5))

@@ -6,14 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dumo.flow.draw import draw
-from dumo.flow.path import Linear
 from dumo.flow.times import Grid
 from dumo.objectives import PiFlow
 from dumo.objectives.pi_flow import Policy
 from dumo.run.config.load import load
 from dumo.types import Frozen, Heads, Noised, UserError
-from theory.exact import APART, PRODUCT, D, Flow, column
+from theory.exact import APART, PRODUCT, D, Flow, column, drawn
 from theory.formula import Polynomial, gradients
 
 each_flow = pytest.mark.parametrize("flow", [APART, PRODUCT], ids=["gaussian", "mixture"])
@@ -36,23 +34,6 @@ def stepped(x: Tensor, s: Tensor, to: Tensor, *policy: Tensor | Heads, steps: in
         half = x + column(h / 2) * toward(x, *policy, now)  # pyright: ignore[reportArgumentType]
         x = x + column(h) * toward(half, *policy, now + h / 2)  # pyright: ignore[reportArgumentType]
     return x
-
-
-def record(objective: PiFlow, flow: Flow, n: int = 256) -> Noised:
-    """As training draws it, with the exact velocity for a teacher's."""
-    g = torch.Generator().manual_seed(1)
-    c = torch.randint(0, flow.classes, (n,), generator=g)
-    null = torch.full_like(c, flow.classes)
-    return draw(
-        objective,
-        Linear(),
-        flow.data(c, g),
-        c,
-        null,
-        seed=0,
-        step=0,
-        teacher=lambda x, t, c, v: flow.velocity(x, c, t),
-    )
 
 
 class Guessing(nn.Module):
@@ -99,7 +80,7 @@ def test_a_policy_is_gone_along_in_closed_form() -> None:
 def test_formula() -> None:
     """At three states, of which the policy made two, held still."""
     objective = PiFlow(guesses=3, times=Grid(steps=2))
-    net, b = Polynomial(3), record(objective, APART, 24)
+    net, b = Polynomial(3), drawn(objective, 24, APART, teacher=True)
     heads, end = net(b.x_t, b.c, t=b.t), b.t - 0.5
     policy = b.x_t, tuple(h.detach() for h in heads), b.t, end
     shares = torch.stack([b.drawn["early"], b.drawn["late"]]).to(D)
@@ -124,7 +105,7 @@ def test_it_rests_at_the_flow_to_the_order_of_its_guesses(flow: Flow) -> None:
     left: list[Tensor] = []
     for n in (5, 9, 17):
         objective = PiFlow(guesses=n, times=Grid(steps=2))
-        net, b = Guessing(flow, objective), record(objective, flow, 128)
+        net, b = Guessing(flow, objective), drawn(objective, 128, flow, teacher=True)
         left.append(objective.loss(net, Frozen(net), b).loss.mean().sqrt())
         rest, away = (pull(objective, net, b, off) for off in (0.0, 0.1))
         assert (away - rest).sum() > 0.1  # descent leads back
@@ -133,16 +114,10 @@ def test_it_rests_at_the_flow_to_the_order_of_its_guesses(flow: Flow) -> None:
 
 
 def test_a_jump_begins_at_the_top_of_a_segment() -> None:
-    hops = PiFlow(times=Grid(steps=4)).read(nn.Identity()).hops
-    assert hops
-    assert [hops(t, s) for t, s in ((1.0, 0.75), (0.75, 0.6), (1.0, 0.5), (0.9, 0.8), (0.0, 0.0))] == [
-        True,
-        True,
-        False,
-        False,
-        False,
-    ]
-    assert PiFlow(times=Grid(steps=4)).read(nn.Identity()).endpoint is None
+    reads = PiFlow(times=Grid(steps=4)).read(nn.Identity())
+    for t, s, taught in ((1.0, 0.75, True), (0.75, 0.6, True), (1.0, 0.5, False), (0.9, 0.8, False), (0.0, 0.0, False)):
+        assert reads.hops(t, s) == taught
+    assert reads.endpoint is None
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.flow.solver import Restart
 from dumo.objectives import SCT
 from dumo.types import Frozen, Heads, Noised
-from theory.exact import APART, PRODUCT, D, Exact, Flow, OnTrig, column, gaussian, gradient, record
-from theory.formula import Polynomial, changed, gradients
+from theory.exact import APART, PRODUCT, D, Exact, Flow, gaussian, gradient, record
+from theory.formula import Polynomial, agree, changed
 
 
 class Gauged(nn.Module):
@@ -59,13 +59,8 @@ def test_formula(progress: float, warmup: float, grown: float, floor: float, wei
         square = ((f[i] - (f[i].detach() + pull)) ** 2).mean()
         losses.append(square / tan(held) / s[i].exp() + s[i] if weigh else square)
         sizes.append((g**2).mean())
-    loss, found = torch.stack(losses), o.loss(net, Frozen(net), b)
-    assert torch.allclose(found.loss, loss, rtol=1e-10, atol=1e-12)
-    assert torch.allclose(found.parts["f"], torch.stack(sizes), rtol=1e-10, atol=1e-28)
-    assert not weigh or torch.equal(found.notes["log_variance"], s.detach())
-    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
-        assert (mine is None) == (hand is None)  # the gauge, where there is none
-        assert mine is None or torch.allclose(mine, hand, rtol=1e-9, atol=1e-11 * hand.abs().max().item())
+    parts, notes = {"f": torch.stack(sizes)}, {"log_variance": s.detach()} if weigh else {}
+    agree(o, net, b, torch.stack(losses), parts, close=1e-10, near=1e-12, **notes)
 
 
 def taught(flow: Flow, progress: float = 1.0, weigh: bool = True) -> Tensor:
@@ -113,14 +108,10 @@ def test_the_gauge_settles_at_the_log_of_what_it_divides() -> None:
 def test_the_circle_leads_to_the_data() -> None:
     """From any time, and by two jumps with fresh noise between: samples of the data's width."""
     o, flow = SCT(), gaussian()
-    reads, b = o.read(Exact(flow, o.needs)), record(o, flow)
-    assert reads.endpoint is not None
+    reads = o.read(Exact(flow, o.needs))
     assert reads.velocity is None
-    on = OnTrig(flow)
-    assert (reads.endpoint(b.x_t, b.t, b.c) - on.carry(b.x_t, b.c, b.t, 0 * b.t)).abs().max() < 1e-12
     n, g = 20_000, torch.Generator().manual_seed(0)
     z, again = torch.randn(2, n, 2, generator=g, dtype=D)
     c = torch.arange(n) % 3
     made = Restart(m=0.652)(reads, Trig(), z, c, 2, lambda _: again)
     assert torch.allclose(torch.stack([made[c == k].std() for k in range(3)]), flow.std[:3], rtol=0.02)
-    assert column(flow.std[c]).shape == (n, 1)

@@ -7,15 +7,13 @@ import torch
 from torch import Tensor
 
 from contract.case import nets, randomise, step
-from dumo.flow.draw import draw
 from dumo.flow.guide import Guide, Interval
-from dumo.flow.path import Linear
 from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
 from dumo.flow.times import Below, Beta, Dyadic, Pair, Uniform
 from dumo.objectives import DuMo, Several
-from dumo.types import Frozen, Heads, Noised
-from theory.exact import D, Exact, column, gaussian, gradient, record
-from theory.formula import GUIDES, Polynomial, gradients, guided
+from dumo.types import Frozen, Noised
+from theory.exact import D, Exact, column, drawn, gaussian, gradient, record
+from theory.formula import GUIDES, Told, agree, guided, half
 
 NONE, GUIDED = Guide(), Guide(zeta=0.55)
 STEPS, OTHERS = Dyadic(), Dyadic(flow=Beta())
@@ -30,21 +28,14 @@ def several(third: str, **fields: object) -> Several:
     return Several.model_validate({**own, **fields})
 
 
-class Told(Polynomial):
-    """The polynomial, whose m alone is told r."""
-
-    def __init__(self) -> None:
-        super().__init__(3)
-
-    def forward(self, x: Tensor, c: Tensor, /, *, t: Tensor, r: Tensor | None = None) -> Heads:
-        return *super().forward(x, c, t=t)[:2], super().forward(x, c, t=t, r=r)[2]
-
-
-def by_hand(objective: Several, net: Told, b: Noised, v_star: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and its parts, row by row for shortcuts."""
+def by_hand(objective: Several, net: Told, b: Noised, v_star: Tensor) -> tuple[Tensor, *tuple[dict[str, Tensor], ...]]:
+    """The loss, its parts, row by row for shortcuts, and its notes."""
     v, u, m = net(b.x_t, b.c, t=b.t, r=b.r)
     u_star = v_star - column(b.t) * net.slope(1, b.x_t, b.t, 0 * b.t, v_star)
     m_star = v_star - column(b.t - b.r) * net.slope(2, b.x_t, b.t, b.r, v_star)
+    notes = {"clipped_share_u": half(u - u_star)}
+    if objective.third == "average":
+        notes["clipped_share_m"] = half(m - m_star)
     if objective.third == "shortcut":
         m_star = v_star.clone()
         for k in range(len(b.t)):
@@ -56,7 +47,7 @@ def by_hand(objective: Several, net: Told, b: Noised, v_star: Tensor) -> tuple[T
                 m_star[k] = (first + second).detach()[0] / 2
     pairs = {"v": (v, v_star), "u": (u, u_star), "m": (m, m_star)}
     parts = {name: ((a - b) ** 2).sum(1) / 2 for name, (a, b) in pairs.items()}
-    return 0.7 * parts["v"] + 0.15 * parts["u"] + 0.15 * parts["m"], parts
+    return 0.7 * parts["v"] + 0.15 * parts["u"] + 0.15 * parts["m"], parts, notes
 
 
 @each_third
@@ -64,25 +55,11 @@ def by_hand(objective: Several, net: Told, b: Noised, v_star: Tensor) -> tuple[T
 @pytest.mark.parametrize("guide", GUIDES[:3])
 def test_by_hand(third: str, slope: Slope, guide: Guide) -> None:
     objective = several(third, guide=guide, slope=slope)
-    net, b = Told(), drawn(objective)
+    net, b = Told(3, 2), drawn(objective)
     assert (b.r < b.t).any()
     v_star = guided(b, guide, net(b.x_t, b.c, t=b.t)[0], net(b.x_t, b.null, t=b.t)[0])
-    loss, parts = by_hand(objective, net, b, v_star)
-    found = objective.loss(net, Frozen(net), b)
-    assert torch.allclose(found.loss, loss, rtol=1e-12, atol=0)
-    assert found.parts.keys() == parts.keys()
-    assert all(torch.allclose(found.parts[key], value, rtol=1e-12, atol=0) for key, value in parts.items())
-    derived = {"average": ["u", "m"], "shortcut": ["u"]}[third]
-    assert list(found.notes) == [f"clipped_share_{name}" for name in derived]
-    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
-        assert torch.allclose(mine, hand, rtol=1e-11, atol=1e-13)
-
-
-def drawn(objective: Several, n: int = 64) -> Noised:
-    """Rows as training draws them."""
-    g, flow = torch.Generator().manual_seed(1), gaussian()
-    c = torch.arange(n) % 3
-    return draw(objective, Linear(), flow.data(c, g), c, torch.full_like(c, 3), seed=0, step=0)
+    loss, parts, notes = by_hand(objective, net, b, v_star)
+    agree(objective, net, b, loss, parts, **notes)
 
 
 @pytest.mark.parametrize("slope", [CentralSlope(), DualSlope(), JvpSlope()], ids=lambda s: s.kind)
@@ -113,7 +90,7 @@ def test_without_a_step_m_learns_the_velocity(third: str) -> None:
 def test_heads_apart_learn_where_r_is_t_alone(times: Dyadic | Pair) -> None:
     """Each as if these rows were all; m learns on every row as before."""
     objective = several("shortcut", times=times)
-    net, b = Told(), drawn(objective)
+    net, b = Told(3, 2), drawn(objective)
     alike, mine = (o.loss(net, Frozen(net), b) for o in (objective, objective.model_copy(update={"apart": True})))
     still = b.r == b.t
     heads, third = 0.7 * mine.parts["v"] + 0.15 * mine.parts["u"], 0.15 * mine.parts["m"]
@@ -125,7 +102,7 @@ def test_heads_apart_learn_where_r_is_t_alone(times: Dyadic | Pair) -> None:
 def test_halves_are_those_of_theta_minus() -> None:
     """And of theta^- alone: with another one the target is another, of a step, and of a row without it is not."""
     objective = several("shortcut")
-    net, ref, b = Told(), Told(), drawn(objective)
+    net, ref, b = Told(3, 2), Told(3, 2), drawn(objective)
     ref.a.data.mul_(1.5)
     m, still = net(b.x_t, b.c, t=b.t, r=b.r)[2], b.r == b.t
     middle = (b.t + b.r) / 2
@@ -137,13 +114,10 @@ def test_halves_are_those_of_theta_minus() -> None:
 
 def test_reading() -> None:
     """The endpoint is u's, which aims at the data alone."""
-    net = Told()
+    net = Told(3, 2)
     x, c = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=D), torch.arange(5) % 4
     t, s = torch.full((5,), 0.8, dtype=D), torch.full((5,), 0.3, dtype=D)
     reads, (v, u, m) = Several().read(net), net(x, c, t=t, r=s)
-    assert reads.velocity
-    assert reads.endpoint
-    assert reads.flow_map
     assert torch.equal(reads.velocity(x, t, c), v)
     assert torch.equal(reads.endpoint(x, t, c), x - column(t) * u)
     assert torch.allclose(reads.flow_map(x, t, s, c), x - 0.5 * m)

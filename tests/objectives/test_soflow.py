@@ -1,21 +1,18 @@
 """SoFlow against its formula and its authors' way to write it; the order of its secant; its schedule and edges."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor
 
-from contract.case import Counted, nets, randomise
-from dumo.flow.draw import draw
+from contract.case import step
 from dumo.flow.guide import Guide
-from dumo.flow.path import Linear
 from dumo.flow.times import Pair
 from dumo.objectives import SoFlow
-from dumo.types import Frozen, Noised
-from theory.exact import APART, PRODUCT, D, Exact, Flow, column, gaussian, gradient, record
-from theory.formula import Polynomial, changed, gradients, half, rows
+from dumo.types import Noised
+from theory.exact import APART, PRODUCT, Exact, Flow, column, drawn, falls, gaussian, gradient, record, stiffness
+from theory.formula import Polynomial, agree, changed, half, passes, rows
 
 MIXED = Pair(velocity_ratio=0.25)
 DUMO = Guide(zeta=0.55)
@@ -46,14 +43,8 @@ def test_formula(progress: float, power: float, floor: float) -> None:
     size = (e**2).mean(1)
     weight = (size + floor) ** -power
     theirs = torch.where(moves, weight * (u * e).mean(1), weight * ((u - v_star) ** 2).mean(1))
-    found = objective.loss(net, Frozen(net), b)
-    for mine, hand in zip(gradients(found.loss, net), gradients(theirs, net), strict=True):
-        assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-11)
     loss = torch.where(moves, 0.5, 1.0) * weight * size
-    (u,) = net(b.x_t, b.c, t=b.t, r=b.r)
-    assert torch.allclose(found.loss, loss, rtol=1e-9, atol=0)
-    assert torch.allclose(found.parts["u"], size, rtol=1e-9, atol=0)
-    assert torch.allclose(found.notes["clipped_share"].double(), half(e))
+    agree(objective, net, b, loss, {"u": size}, moved_as=theirs, close=1e-10, clipped_share=half(e))
 
 
 @pytest.mark.parametrize(("flow", "guide"), [(APART, Guide()), (PRODUCT, Guide()), (gaussian(DUMO), DUMO)])
@@ -63,19 +54,14 @@ def test_gradient_vanishes_with_the_step(flow: Flow, guide: Guide) -> None:
     for q in (0.04, 0.02, 0.01, 0.005):
         o = changed(SoFlow, gap=1e-9, fade=0.9999999)(times=MIXED, guide=guide, drop=0.2, first=q, last=q, power=0.0)
         left.append(gradient(o, Exact(flow, o.needs), record(o, flow)).norm())
-    for coarse, fine in pairwise(left):
-        assert abs((coarse / fine).log2() - 1) < 0.1
+    assert falls(left, 1)
     assert left[-1] < 2e-3
 
 
 def test_descent_leads_back_to_the_flow() -> None:
     o = SoFlow(times=MIXED, guide=Guide(), last=0.1)
-    net, b = Exact(PRODUCT, o.needs), record(o, PRODUCT)
-    start, pull = gradient(o, net, b), []
-    for i in range(2):
-        net.probe.data = 1e-4 * torch.eye(2, dtype=D)[i : i + 1]
-        pull.append((gradient(o, net, b) - start).flatten() / 1e-4)
-    assert torch.linalg.eigvals(torch.stack(pull, 1)).real.min() > 0.1
+    pull = stiffness(o, Exact(PRODUCT, o.needs), record(o, PRODUCT))
+    assert torch.linalg.eigvals(pull).real.min() > 0.1
 
 
 def test_schedule() -> None:
@@ -88,12 +74,8 @@ def test_schedule() -> None:
 
 def test_the_secant_is_of_the_moving_rows_alone() -> None:
     """The loss is the same whether rows at rest are told by place or not; and where all rest, there is no such pass."""
-    for ratio, passes in ((0.5, 1), (1.0, 0)):
+    for ratio, number in ((0.5, 1), (1.0, 0)):
         o = SoFlow(times=Pair(velocity_ratio=ratio), guide=Guide())
-        net = Counted(randomise(nets()[0].build(o.needs, (2, 4, 4), 3)).double())
-        g = torch.Generator().manual_seed(0)
-        x, c = torch.randn(8, 2, 4, 4, generator=g, dtype=D), torch.zeros(8, dtype=torch.long)
-        b = draw(o, Linear(), x, c, c + 3, seed=0, step=0)
-        terms = o.loss(net, Frozen(net), b)
-        assert (net.graded, net.still) == (1, passes)
-        assert torch.allclose(terms.loss, o.loss(net, Frozen(net), replace(b, moving=None)).loss, rtol=1e-9)
+        b, net = drawn(o, 8), Polynomial(1)
+        assert passes(o, b) == (1, number)
+        assert torch.allclose(step(o, net, b).loss, step(o, net, replace(b, moving=None)).loss, rtol=1e-9)

@@ -8,20 +8,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from contract.case import Counted, step
-from dumo.flow.draw import draw
-from dumo.flow.path import Linear
 from dumo.flow.times import Pair
 from dumo.objectives import SplitMeanFlow
-from dumo.types import Frozen, Noised
-from theory.exact import D, Exact, column, gaussian, record
-from theory.formula import Polynomial, gradients, half, rows
-
-
-def drawn(objective: SplitMeanFlow, n: int = 24) -> Noised:
-    """Rows as training draws them: which of them move is known by place."""
-    g = torch.Generator().manual_seed(1)
-    c = torch.arange(n) % 3
-    return draw(objective, Linear(), gaussian().data(c, g), c, torch.full_like(c, 3), seed=0, step=0)
+from dumo.types import Noised
+from theory.exact import Exact, column, drawn, gaussian, record
+from theory.formula import Polynomial, agree, half, rows
 
 
 def by_hand(ref: Polynomial, b: Noised) -> Tensor:
@@ -39,25 +30,11 @@ def test_loss_and_gradient_are_those_of_the_formula(known: bool) -> None:
     objective = SplitMeanFlow(drop=0.3)
     net, ref = Polynomial(1), Polynomial(1)
     ref.a.data = ref.a.data.roll(1) / 2
-    b = drawn(objective) if known else rows(objective)
+    b = drawn(objective, 24) if known else rows(objective)
     assert (b.moving is not None) == known
     (u,), u_star = net(b.x_t, b.c, t=b.t, r=b.r), by_hand(ref, b)
     loss = ((u - u_star) ** 2).sum(1) / 2
-    found = objective.loss(net, Frozen(ref), b)
-    assert torch.allclose(found.loss, loss, rtol=1e-10, atol=0)
-    assert torch.equal(found.parts["u"], found.loss)
-    assert torch.allclose(found.notes["clipped_share"].to(D), half(u - u_star))
-    for mine, hand in zip(gradients(found.loss, net), gradients(loss, net), strict=True):
-        assert torch.allclose(mine, hand, rtol=1e-9, atol=1e-13)
-
-
-def test_rows_that_move_know_nothing_of_the_data() -> None:
-    objective = SplitMeanFlow()
-    b, net = drawn(objective), Polynomial(1)
-    before, after = (step(objective, net, a).loss for a in (b, replace(b, v_t=b.v_t + 1)))
-    moving = torch.tensor(b.moving)
-    assert torch.equal(before[moving], after[moving])
-    assert (before != after)[~moving].all()
+    agree(objective, net, b, loss, {"u": loss}, ref=ref, close=1e-10, clipped_share=half(u - u_star))
 
 
 @pytest.mark.parametrize("low", [0.0, 0.5, 0.999])
@@ -82,7 +59,7 @@ class Tally(Counted):
 def test_passes_are_of_the_rows_that_need_them() -> None:
     """One of all 24 rows with gradients; without, two of the half that moves."""
     objective = SplitMeanFlow(drop=0.0)
-    step(objective, net := Tally(Polynomial(1)), drawn(objective))
+    step(objective, net := Tally(Polynomial(1)), drawn(objective, 24))
     assert (net.graded, net.still, net.rows) == (1, 2, 48)
 
 

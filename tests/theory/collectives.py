@@ -45,20 +45,12 @@ class Sent(TorchDispatchMode):
 
 def count(slope: str, share: int, reshard: bool, micro_batch: int | None) -> dict[str, object]:
     """One step of the digits recipe, guided."""
-    spec = load(
-        "digits",
-        [
-            f"objective.slope.kind={slope}",
-            "objective.guide.zeta=0.5",
-            "train.probe_every=0",
-            "train.batch=128",
-            f"train.share={share}",
-            f"train.reshard={reshard}",
-            f"train.micro_batch={micro_batch or 'null'}",
-        ],
-    )
-    state = begin(spec.build(), spec.train)
-    size = sum(p.numel() for p in spec.build().parameters()) * 4
+    guided = ["objective.guide.zeta=0.5", f"objective.slope.kind={slope}", "train.probe_every=0"]
+    cut = [f"train.share={share}", f"train.reshard={reshard}", f"train.micro_batch={micro_batch or 'null'}"]
+    spec = load("digits", [*guided, *cut, "train.batch=64"])
+    net = spec.build()
+    size = sum(p.numel() for p in net.parameters()) * 4
+    state = begin(net, spec.train)
     mine = pieces(spec.train, spec.objective)
     batch = spec.data.open().batch(0, spec.train.batch, 0, span(mine))
     with Sent() as sent:
@@ -86,7 +78,7 @@ def main() -> None:
                 for slope in SLOPES if reshard and world < 64 else SLOPES[:1]:  # only then each pass gathers
                     print(json.dumps({"world": world, **count(slope, share, reshard, None)}))
         if world == 8:
-            print(json.dumps({"world": world, **count("dual", 1, False, 4)}))
-            print(json.dumps({"world": world, **count("dual", world, False, 4)}))
+            print(json.dumps({"world": world, **count("dual", 1, False, 2)}))
+            print(json.dumps({"world": world, **count("dual", world, False, 2)}))
         if world > 1:
             torch.distributed.destroy_process_group()

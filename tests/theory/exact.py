@@ -17,9 +17,10 @@ and for a mixture the mean of these under the posterior of the component. The fl
 class of every flow is its null condition.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from math import inf, pi, prod, sqrt
 from typing import Any, Protocol
 
@@ -424,3 +425,28 @@ def gradient(objective: Objective, net: Exact, b: Noised) -> Tensor:
     """d mean loss / d probe, (heads, 2)."""
     loss = objective.loss(net, Frozen(net), b).loss.mean()
     return torch.autograd.grad(loss, net.probe)[0]
+
+
+def drawn(
+    objective: Objective, n: int = 64, flow: Flow | None = None, *, teacher: bool = False, progress: float = 0.0
+) -> Noised:
+    """Rows as training draws them; with a teacher, v_t is its mean."""
+    flow, g = flow or gaussian(), torch.Generator().manual_seed(1)
+    c = torch.arange(n) % flow.classes
+    mean = (lambda x, t, c, v: flow.velocity(x, c, t)) if teacher else None
+    key: dict[str, Any] = {"seed": 0, "step": 0, "progress": progress, "teacher": mean}
+    return draw(objective, Linear(), flow.data(c, g), c, torch.full_like(c, flow.classes), **key)
+
+
+def stiffness(objective: Objective, net: Exact, b: Noised) -> Tensor:
+    """How the gradient grows with the displacement of the heads, near the flow, where it is linear in it."""
+    rest, columns = gradient(objective, net, b), []
+    for direction in 1e-4 * torch.eye(net.probe.numel(), dtype=D):
+        net.probe.data = direction.view_as(net.probe)
+        columns.append((gradient(objective, net, b) - rest).flatten() / 1e-4)
+    return torch.stack(columns, 1)
+
+
+def falls(left: Sequence[Tensor], order: float, within: float = 0.1) -> bool:
+    """Whether errors, of steps each half of the one before, are of this order."""
+    return all(((coarse / fine).log2() - order).abs().max() < within for coarse, fine in pairwise(left))

@@ -21,11 +21,11 @@ from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.runtime import dist
 from dumo.runtime.random import keyed
-from dumo.training.layout import whole
-from dumo.training.state import State, begin
+from dumo.training.state import begin
 from dumo.training.step import Task, pieces, span, train_step
 from dumo.types import Cond, Sample, Time
 from meeting import meeting
+from unit.training.toy import tensors
 
 STEPS = {2: 2, 3: 30, 4: 30}  # by number of ranks: to the bit, and to rounding
 
@@ -68,16 +68,7 @@ def train(run: Run, case: str, steps: int) -> tuple[dict[str, Tensor], list[floa
         batch += [keyed("pairs", step, rows=range(rows.start, rows.stop), shape=run.data.shape)] * ("+pairs" in case)
         losses.append(train_step(state, task, batch, run.train).loss)
     assert all(hasattr(p, "full_tensor") for p in state.net.parameters()) == (dist.world() > 1)  # none is left gathered
-    return numbers(state), losses
-
-
-def numbers(state: State) -> dict[str, Tensor]:
-    """Weights, averages and moments by name."""
-    modules = {"net": state.net, **{f"ema-{decay}": average.module for decay, average in state.averages.items()}}
-    found = {f"{name}.{key}": x for name, module in modules.items() for key, x in module.state_dict().items()}
-    for name, p in state.net.named_parameters():
-        found |= {f"optimizer.{key}.{name}": x for key, x in state.optimizer.state[p].items()}
-    return {name: whole(x.detach()) for name, x in found.items()}
+    return tensors(state), losses
 
 
 def main(rank: str, ranks: str, file: str, *cases: str) -> None:

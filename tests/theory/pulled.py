@@ -1,28 +1,29 @@
-"""What the pulls are held against: rows to pull, what a pull adds to DuMo's loss, and samples of another width."""
+"""What the pulls are held against: what a pull adds to DuMo's loss, and samples of another width."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from contract.case import step
-from dumo.flow.draw import draw
-from dumo.flow.path import Linear
 from dumo.objectives.pull import BETA, Pull
 from dumo.types import Heads, Noised
-from theory.exact import Exact, Gaussian, column, gaussian, growth
+from theory.exact import Exact, Gaussian, column, drawn, gaussian, growth
+from theory.formula import gradients
 
 
-def drawn(objective: Pull, n: int = 16, progress: float = 1.0) -> Noised:
-    """Rows as training draws them."""
-    flow, g = gaussian(), torch.Generator().manual_seed(1)
-    c = torch.arange(n) % flow.classes
-    null = torch.full_like(c, flow.classes)
-    return draw(objective, Linear(), flow.data(c, g), c, null, seed=0, step=0, progress=progress)
-
-
-def added(objective: Pull, net: torch.nn.Module, b: Noised) -> Tensor:
+def added(objective: Pull, net: nn.Module, b: Noised) -> Tensor:
     """What the pull adds to the loss of each row."""
     terms = step(objective, net, b)
     return terms.loss - (BETA * terms.parts["v"] + (1 - BETA) * terms.parts["u"])
+
+
+def adds(
+    objective: Pull, net: nn.Module, b: Noised, loss: Tensor, moved_as: Tensor | None = None, near: float = 1e-13
+) -> None:
+    """Assert that this is what the pull adds, and its gradient, or that of what it moves the weights as."""
+    mine = added(objective, net, b)
+    assert torch.allclose(mine, loss, rtol=1e-9, atol=1e-15)
+    for one, hand in zip(gradients(mine, net), gradients(loss if moved_as is None else moved_as, net), strict=True):
+        assert hand is None or torch.allclose(one, hand, rtol=1e-9, atol=near)
 
 
 class Wide(Exact):
@@ -42,7 +43,12 @@ class Wide(Exact):
 
 def width_gradient(objective: Pull, wide: float, n: int = 256) -> float:
     """d loss of the pull / d probe of u: above 0 where descent makes samples wider."""
-    net, b = Wide(gaussian(), objective.needs), drawn(objective, n)
+    net, b = Wide(gaussian(), objective.needs), drawn(objective, n, progress=1.0)
     net.wide = wide
     (grad,) = torch.autograd.grad(added(objective, net, b).mean(), net.probe)
     return grad[1, 1].item()
+
+
+def moves_samples_back(objective: Pull, weight: float) -> bool:
+    """Whether samples that are too wide get narrower, and those that are too narrow wider."""
+    return width_gradient(objective, 1.5) < -1e-2 * weight and width_gradient(objective, 0.6) > 1e-2 * weight

@@ -67,9 +67,10 @@ def turn_complex(x: Array, angles: Tensor) -> Array:
 class Modern(nn.Module):
     """RMSNorm, qk-norm, rotary positions, SwiGLU, cross-attention to tokens of text, LayerNorm with weights."""
 
-    def __init__(self, width: int = 16, heads: int = 2, rotary: Callable[[Array, Tensor], Array] = turn) -> None:
+    def __init__(self, rotary: Callable[[Array, Tensor], Array] = turn, drop: float = 0.0) -> None:
         super().__init__()
-        self.heads, self.rotary, n = heads, rotary, width // heads
+        width, heads = 16, 2
+        self.heads, self.rotary, self.drop, n = heads, rotary, drop, width // heads
         self.embed, self.clock, self.text = nn.Linear(8, width), Clock(width), nn.Embedding(CLASSES + 1, 5 * width)
         self.modulation = nn.Linear(width, 6 * width)
         self.before, self.between = nn.RMSNorm(width, eps=1e-6), nn.LayerNorm(width)
@@ -98,59 +99,10 @@ class Modern(nn.Module):
         h = h + F.scaled_dot_product_attention(self.split(self.ask(self.between(h))), k, v).transpose(1, 2).flatten(2)
         gate, value = self.up(torch.addcmul(shift_2[:, None], self.after(h), scale_2[:, None] + 1)).chunk(2, dim=-1)
         h = torch.lerp(h, h + gate_2[:, None] * self.down(F.silu(gate) * value), 0.7)
+        h = F.dropout(h, p=self.drop, training=self.training)
         y = self.last(F.normalize(h, dim=-1) * sqrt(h.shape[-1]))
         y = y.reshape(b, side // 2, side // 2, 2 * ch, 2, 2)
         v, u = torch.einsum("bhwcpq->bchpwq", y).reshape(b, 2 * ch, side, side).split([ch, ch], 1)
-        return v, u
-
-
-class Residual(nn.Module):
-    """A block of DDPM++: two convolutions, scaled and shifted between by an embedding, and attention of one head."""
-
-    def __init__(self, come: int, go: int, width: int, attention: bool = False, drop: float = 0.0) -> None:
-        super().__init__()
-        self.norm_0, self.norm_1 = nn.GroupNorm(4, come, eps=1e-6), nn.GroupNorm(4, go, eps=1e-6)
-        self.conv_0, self.conv_1 = nn.Conv2d(come, go, 3, padding=1), nn.Conv2d(go, go, 3, padding=1)
-        self.affine, self.skip = nn.Linear(width, 2 * go), nn.Conv2d(come, go, 1) if come != go else nn.Identity()
-        self.drop = drop
-        self.norm_2, self.qkv, self.out = (
-            (nn.GroupNorm(4, go), nn.Conv2d(go, 3 * go, 1), nn.Conv2d(go, go, 1)) if attention else (None, None, None)
-        )
-
-    def forward(self, x: Array, e: Array) -> Array:
-        scale, shift = self.affine(e).unsqueeze(2).unsqueeze(3).to(x.dtype).chunk(chunks=2, dim=1)
-        h = F.silu(torch.addcmul(shift, self.norm_1(self.conv_0(F.silu(self.norm_0(x)))), scale + 1))
-        h = self.conv_1(F.dropout(h, p=self.drop, training=self.training))
-        h = (h + self.skip(x)) / sqrt(2)
-        if self.norm_2 is None:
-            return h
-        q, k, v = self.qkv(self.norm_2(h)).reshape(h.shape[0], h.shape[1], 3, -1).unbind(2)
-        w = torch.einsum("ncq,nck->nqk", q, k / sqrt(k.shape[1])).softmax(dim=2)
-        return (self.out(torch.einsum("nqk,nck->ncq", w, v).reshape(*h.shape)) + h) * sqrt(0.5)
-
-
-class Ddpm(nn.Module):
-    """A small DDPM++ of three levels: down by stride and by pooling, up by transposition and by copying."""
-
-    def __init__(self, width: int = 8, drop: float = 0.0) -> None:
-        super().__init__()
-        ch, make = SHAPE[0], partial(Residual, width=width, drop=drop)
-        self.clock, self.enter = Clock(width), nn.Conv2d(ch, width, 3, padding=1)
-        self.down = nn.ModuleList([make(width, width), make(width, 2 * width, attention=True)])
-        self.stride = nn.Conv2d(width, width, 3, stride=2, padding=1)
-        self.middle = make(2 * width, 2 * width, attention=True)
-        self.up = nn.ModuleList([make(4 * width, width), make(2 * width, width)])
-        self.rise = nn.ConvTranspose2d(width, width, 4, stride=2, padding=1)
-        self.norm, self.leave = nn.GroupNorm(4, width), nn.Conv2d(width, 2 * ch, 3, padding=1)
-
-    def forward(self, x: Array, c: Tensor, /, *, t: Array, r: Array) -> Heads:
-        e = F.silu(self.clock(c, t, r))
-        one = self.down[0](self.enter(x), e)
-        two = self.down[1](self.stride(one), e)
-        h = F.interpolate(self.middle(F.avg_pool2d(two, 2), e), scale_factor=2, mode="nearest")
-        h = self.rise(self.up[0](torch.cat([h, two], dim=1), e))
-        h = self.up[1](torch.cat([h, one], dim=1), e)
-        v, u = self.leave(F.silu(self.norm(h))).chunk(2, 1)
         return v, u
 
 
@@ -161,7 +113,6 @@ BUILD: dict[str, Callable[[], nn.Module]] = {
     "dit with all options": partial(LATER.build, NEEDS, SHAPE, CLASSES),
     "modern": Modern,
     "complex": partial(Modern, rotary=turn_complex),
-    "ddpm": Ddpm,
 }
 each_net = pytest.mark.parametrize("name", BUILD)
 each_way = pytest.mark.parametrize("way", WAYS)
@@ -278,7 +229,7 @@ def test_bf16_weights_do_no_harm(name: str) -> None:
 @each_way
 @pytest.mark.parametrize("dtype", [torch.float32, D])
 def test_dropout_moves_with_its_mask(way: str, dtype: torch.dtype) -> None:
-    net = randomise(Ddpm(drop=0.3)).to(dtype).train()
+    net = randomise(Modern(drop=0.3)).to(dtype).train()
     truth = plain(net, dtype)
     heads, slopes = run(net, way, None, dtype)
     assert all(torch.equal(a, b) for a, b in zip(heads, truth, strict=True))

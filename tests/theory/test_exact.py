@@ -1,4 +1,4 @@
-"""The flows that the objectives are held against are what they say: each checked by a way that it is not made by."""
+"""The flows and nets that objectives are held against are what they say, each checked by another way than its own."""
 
 from math import pi, sqrt
 
@@ -24,6 +24,7 @@ from theory.exact import (
     plane,
     table,
 )
+from theory.formula import Polynomial, rows
 
 GUIDE = Guide(omega=0.2, zeta=0.92, interval=Interval(low=0.1, high=0.75))
 
@@ -143,3 +144,11 @@ def test_probes_move_each_head_alone() -> None:
     (after,) = net(x, c, t=t, r=r)
     assert torch.allclose(after - before, 0.1 + 0.2 * x, rtol=0, atol=1e-12)
     assert torch.equal(Exact(APART, MeanFlow().needs).average(x, c, t, t), APART.guided(x, c, t))
+
+
+def test_polynomial_slopes_are_right() -> None:
+    """By central differences, so that the hand has been checked too."""
+    net, b = Polynomial(1), rows(MeanFlow())
+    h, w = 1e-5, table([0.3, -0.7])
+    ahead, behind = (net(b.x_t + s * w, b.c, t=b.t + s, r=b.r)[0] for s in (h, -h))
+    assert ((ahead - behind) / (2 * h) - net.slope(0, b.x_t, b.t, b.r, w)).abs().max() < 1e-8

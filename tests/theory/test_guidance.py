@@ -24,7 +24,6 @@ def test_a_guided_velocity_is_that_of_the_guided_flow(scale: float, interval: In
     """The net trained on plain targets and guided when sampled; the flow that guidance in training settles at."""
     objective, flow = FlowMatching(drop=0.3), gaussian(Guide(omega=scale, interval=interval))
     b, velocity = record(objective, flow), readings(objective, CFG(scale=scale, interval=interval)).velocity
-    assert velocity is not None
     found = velocity(b.x_t, b.t, b.c)
     assert (found - flow.guided(b.x_t, b.c, b.t)).abs().max() < 1e-12
     assert (found - flow.velocity(b.x_t, b.c, b.t)).abs().max() > 0.1
@@ -36,7 +35,6 @@ def test_a_guided_velocity_of_mixtures() -> None:
     objective, flow, guided = FlowMatching(drop=0.3), plane(), plane(Guide(zeta=0.6))
     b = record(objective, flow, 64)
     velocity = CFG(scale=2.5)(objective.read(Exact(flow, objective.needs)), flow.classes).velocity
-    assert velocity is not None
     assert (velocity(b.x_t, b.t, b.c) - guided.guided(b.x_t, b.c, b.t)).abs().max() < 1e-12
 
 
@@ -56,7 +54,6 @@ def test_a_guided_jump_is_near_that_of_the_guided_flow() -> None:
     one, std = torch.ones(3, dtype=D), gaussian().std
     for scale in (1.5, 2.0):
         endpoint = readings(DuMo(), CFG(scale=scale)).endpoint
-        assert endpoint is not None
         found = endpoint(z, one, c)
         assert (found - column(scale * std[c] + (1 - scale) * std[-1]) * z).abs().max() < 1e-12
         exact = gaussian(Guide(omega=scale)).carry(z, c, one, 0 * one)

@@ -55,7 +55,6 @@ def test_the_error_falls_with_the_order_of_the_solver(solver: Solver, order: int
 def test_axes_are_exact_and_signs_are_in_the_mean() -> None:
     x, c = data(3)
     t, velocity = torch.tensor([0.0, 0.4, 1.0], dtype=D), reads(FLOW).velocity
-    assert velocity
     full = torch.func.jacfwd(lambda x: FLOW.velocity(x, c, t))(x)
     exact = torch.stack([full[i, :, i].diagonal() for i in range(3)])
     v, div = divergence(velocity, x, t, c, axes(x))
@@ -90,10 +89,7 @@ def test_jumps_that_know_their_volume_know_the_density(flow: Gaussian | Product,
 
 def test_a_solver_that_does_not_climb_is_refused() -> None:
     x, c = data(2)
-    for solver, says in (
-        (Restart(), "'restart' has no way from data to noise: use heun"),
-        (Hop(), "objective f2d2"),
-    ):
+    for solver, says in ((Restart(), "'restart' has no way from data to noise: use heun"), (Hop(), "objective f2d2")):
         with pytest.raises(UserError, match=says):
             log_likelihood(reads(FLOW), Linear(), solver, x, c, 1, axes(x))
     with pytest.raises(UserError, match="ask for 4"):

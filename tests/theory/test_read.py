@@ -1,7 +1,6 @@
 """Readings of an exact net: each lands where the flow does."""
 
 import pytest
-from torch import nn
 
 from contract.case import name, objectives
 from dumo.flow.guide import Guide
@@ -21,44 +20,23 @@ def readings(objective: Objective, flow: Flow) -> tuple[Reads, Flow, Noised]:
     return reads, net.flow, b
 
 
-def having(reading: str, *, hops: bool | None = None) -> pytest.MarkDecorator:
-    """The objectives that teach a reading; of flow maps those of some jumps alone, or of all."""
-    taught = [(o, o.read(nn.Identity())) for o in objectives(exact=True) if o.kind not in GUESSED]
-    some = [o for o, reads in taught if getattr(reads, reading) and hops in (None, reads.hops is not None)]
-    return pytest.mark.parametrize("objective", some, ids=name)
-
-
 @pytest.mark.parametrize("flow", FLOWS)
-class TestReads:
-    @having("velocity")
-    def test_velocity_is_the_slope_of_the_flow(self, objective: Objective, flow: Flow) -> None:
-        reads, flow, b = readings(objective, flow)
-        assert reads.velocity
+@pytest.mark.parametrize("objective", [o for o in objectives(exact=True) if o.kind not in GUESSED], ids=name)
+def test_readings_are_those_of_the_flow(objective: Objective, flow: Flow) -> None:
+    """The slope, the data, and jumps to any time and back; of a flow map of some jumps, those."""
+    reads, flow, b = readings(objective, flow)
+    if reads.velocity:
         assert (reads.velocity(b.x_t, b.t, b.c) - flow.guided(b.x_t, b.c, b.t)).abs().max() < 1e-12
-
-    @having("endpoint")
-    def test_endpoint_is_the_data(self, objective: Objective, flow: Flow) -> None:
-        reads, flow, b = readings(objective, flow)
-        assert reads.endpoint
+    if reads.endpoint:
         assert (reads.endpoint(b.x_t, b.t, b.c) - flow.carry(b.x_t, b.c, b.t, 0 * b.t)).abs().max() < 1e-12
-
-    @having("flow_map", hops=False)
-    def test_flow_map_goes_to_any_time_and_back(self, objective: Objective, flow: Flow) -> None:
-        reads, flow, b = readings(objective, flow)
-        assert reads.flow_map
+    if reads.flow_map and not reads.hops:
         s = b.t.flip(0)
         x_s = reads.flow_map(b.x_t, b.t, s, b.c)
         assert (x_s - flow.carry(b.x_t, b.c, b.t, s)).abs().max() < 1e-12
         assert (reads.flow_map(x_s, s, b.t, b.c) - b.x_t).abs().max() < 1e-9
-
-    @having("flow_map", hops=True)
-    def test_a_flow_map_of_some_jumps_goes_where_they_go(self, objective: Objective, flow: Flow) -> None:
-        reads, flow, b = readings(objective, flow)
-        assert reads.flow_map
-        assert reads.hops
-        taught = [i for i, (t, r) in enumerate(zip(b.t.tolist(), b.r.tolist(), strict=True)) if r < t]
-        assert taught
-        b = b[taught]
+    if reads.flow_map and reads.hops:
+        b = b[[i for i, moves in enumerate((b.r < b.t).tolist()) if moves]]
+        assert len(b.t)
         assert all(reads.hops(t, r) for t, r in zip(b.t.tolist(), b.r.tolist(), strict=True))
         x_r = reads.flow_map(b.x_t, b.t, b.r, b.c)
         assert (x_r - flow.carry(b.x_t, b.c, b.t, b.r)).abs().max() < 1e-12

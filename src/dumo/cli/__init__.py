@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from dumo import runtime
-from dumo.cli import evaluate, lab, log, preflight, run, share
+from dumo.cli import evaluate, lab, preflight, run, share
 from dumo.cli.terminal import err, explain, plain_warnings, rank_0_speaks, stoppable
 
 app = typer.Typer(
@@ -47,7 +47,7 @@ COMMANDS = (
     preflight.data,
     run.encode,
     run.train,
-    log.log,
+    evaluate.log,
     run.sample,
     run.grid,
     run.average,

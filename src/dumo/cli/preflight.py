@@ -20,8 +20,16 @@ if TYPE_CHECKING:
     from dumo.run.config.spec import Run
 
 
-def recipes(as_json: AsJson = False) -> None:
+def recipes(
+    as_json: AsJson = False,
+    as_schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
+) -> None:
     """List the packaged recipes, by purpose."""
+    if as_schema:
+        from dumo.run.config.schema import schema
+
+        print(json.dumps(schema()))
+        return
     if as_json:
         rows = ((group, name) for group, found in packaged.GROUPS.items() for name in found)
         found = [

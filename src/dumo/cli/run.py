@@ -1,5 +1,6 @@
 """From images to samples: encode, train, sample, draw."""
 
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from shlex import join
@@ -9,12 +10,13 @@ import typer
 
 from dumo.cli.option import Device, Folder, Nfe, Prompts, Seed, Set, SolverName, Source, Weights, numbers, place
 from dumo.cli.option import classes as class_numbers
-from dumo.cli.terminal import err, out, sparing
+from dumo.cli.terminal import err, out, show_lines, sparing
 from dumo.runtime.bound import ROWS
 from dumo.runtime.progress import bar, no_bar, say
 
 if TYPE_CHECKING:
     from dumo.nets import Net
+    from dumo.run.config.spec import Run
     from dumo.training.spec import Train
 
 
@@ -76,19 +78,31 @@ def train(
         typer.Option("--from", metavar="STEP", min=0, help="Go on from the checkpoint of this step; later ones go."),
     ] = None,
     new_data: Annotated[bool, typer.Option("--new-data", help="Go on though the data have changed since.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.5, help="Of a folder of images: how long to train. Default: 6 on a CPU.")
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Of a folder of images: do not ask.")] = False,
     set_: Set = None,
     device: Device = "auto",
 ) -> None:
     """Train a recipe, or go on with a run's folder where it stopped: resuming is starting again.
 
-    Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
+    Given a folder of images, look at them and at this machine, measure a step, propose a run that fits both, and ask
+    before it starts. Under torchrun (torchrun --nproc-per-node 2 -m dumo train digits) the ranks share every batch.
     """
     from dumo.export.model import forms
     from dumo.nets import Pretrained
     from dumo.run import train
     from dumo.run.config.load import default_folder, load
+    from dumo.run.plan import proposal
 
-    spec, folder = load(source, set_ or []), folder or default_folder(source)
+    if proposal.is_place(source):
+        folder = folder or proposal.default_folder(source)
+        spec = proposed(source, folder, set_ or [], minutes, device, ask=not yes)
+    elif minutes or yes:
+        raise typer.BadParameter("--minutes and --yes are for a folder of images; of a recipe set train.steps")
+    else:
+        spec, folder = load(source, set_ or []), folder or default_folder(source)
     with sparing(sparing_words(spec.train, spec.net)):
         state = train.train(spec, folder, device=device, bar=bar, tell=say, step=step, new_data=new_data)
     err.print(
@@ -104,6 +118,24 @@ def train(
     err.print("next:  " + "    ".join(map(join, words)), soft_wrap=True)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
+
+
+def proposed(place: str, folder: Path, sets: list[str], minutes: float | None, device: str, *, ask: bool) -> "Run":
+    """The run that a folder holds already, or one proposed for these images, if the user agrees."""
+    from dumo.run.config.load import FILE, load
+    from dumo.run.plan import proposal
+    from dumo.runtime import dist
+
+    if (folder / FILE).is_file():
+        return load(str(folder), [f"data.root={place}", *sets])
+    dist.alone(f"planning a run on {place}")
+    found = proposal.propose(place, sets, minutes=minutes, device=device, bar=bar)
+    show_lines(found.lines())
+    if ask and not sys.stdin.isatty():
+        raise typer.BadParameter("there is no terminal to ask on: give --yes to train so, or --set to change it")
+    if ask and not typer.confirm("train?", default=True, err=True):
+        raise typer.Exit(1)
+    return found.run
 
 
 def sparing_words(train: "Train", net: "Net") -> str:

@@ -189,6 +189,10 @@ class Images(Spec):
         """All captions by number; () where there are none. Raises UserError as `open`."""
         return kept(self).texts if self.captions else ()  # pyright: ignore[reportArgumentType], specs are frozen
 
+    def undecoded(self) -> Store:
+        """The images as they lie there, without labels. Raises UserError where there are none."""
+        return self._store(user_path(self.root, "data.root"), None)
+
     def _album(self, *, numbered: bool) -> Album:
         root = user_path(self.root, "data.root")
         store = self._store(root, self.label if self.labelled and self.labels else None)

@@ -5,7 +5,8 @@ Every file becomes 8-bit RGB, upright, as one looks at it: transparency lies ove
 read, as in ADM and the references that were computed with it.
 """
 
-from contextlib import nullcontext
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from io import BytesIO
 from threading import Lock
@@ -57,6 +58,22 @@ class Frame:
 
 def upright(data: bytes) -> Image.Image:
     """The first frame, loaded and turned as its EXIF tag says. Raises Unreadable."""
+    with _opened(data) as image:
+        narrow, wide = sorted(image.size)
+        with ONE_AT_A_TIME if narrow * wide > LARGE else nullcontext():
+            image.load()
+            return ImageOps.exif_transpose(image)
+
+
+def short_side(data: bytes) -> int:
+    """The pixels along the shorter side, by the header alone. Raises Unreadable."""
+    with _opened(data) as image:
+        return min(image.size)
+
+
+@contextmanager
+def _opened(data: bytes) -> Generator[Image.Image]:
+    """The image, not yet loaded. Raises Unreadable, for what is raised inside, too."""
     if not data:
         raise Unreadable("is empty: it has 0 bytes")
     try:
@@ -64,9 +81,7 @@ def upright(data: bytes) -> Image.Image:
             narrow, wide = sorted(image.size)
             if wide > LONG * narrow:  # brought to a size by its short side, it would have gigabytes
                 raise Unreadable(f"is {image.width} x {image.height} pixels, too long for its width: cut it first")
-            with ONE_AT_A_TIME if narrow * wide > LARGE else nullcontext():
-                image.load()
-                return ImageOps.exif_transpose(image)
+            yield image
     except Unreadable:
         raise
     except UnidentifiedImageError as error:

@@ -32,7 +32,19 @@ QWEN_STD = (
 )  # fmt: skip
 
 
-class SdVae(Scaled):
+class Model(Scaled):
+    """An autoencoder that diffusers has."""
+
+    name: ClassVar[str]  # of its class there
+    video: ClassVar[bool] = False  # whether it takes videos (b, c, frames, h, w): an image is one frame
+
+    def open(self, device: str | torch.device = "cpu") -> Opened:
+        """Read the weights. Raises UserError where diffusers or they are missing, damaged or of another variant."""
+        net, found = _loaded(self.name, self)
+        return Opened(self, Pair(net.to(device), self), found, torch.device(device))
+
+
+class SdVae(Model):
     """The VAE of Stable Diffusion 1 (sd), fine-tuned as ft-ema, and those of its kind of SD 3 (sd3) and FLUX.1 (flux).
 
     sd's scale is one over the deviation over the first batch it was trained on (Rombach et al. 2022, App. G); the
@@ -41,6 +53,7 @@ class SdVae(Scaled):
 
     kind: Literal["sd-vae"] = "sd-vae"
     variant: Literal["sd", "sd3", "flux"] = "sd"
+    name: ClassVar[str] = "AutoencoderKL"
     gaussian: ClassVar[bool] = True
     variants: ClassVar[Mapping[str, Published]] = {
         "sd": Published("stabilityai/sd-vae-ft-ema", 4, 8, 0.18215),
@@ -48,13 +61,8 @@ class SdVae(Scaled):
         "flux": Published("black-forest-labs/FLUX.1-dev/vae", 16, 8, 0.3611, 0.1159),
     }
 
-    def open(self, device: str | torch.device = "cpu") -> Opened:
-        """Read the weights. Raises UserError where diffusers or they are missing, damaged or of another variant."""
-        net, found = _loaded("AutoencoderKL", self)
-        return Opened(self, Variational(net.to(device)), found, torch.device(device))
 
-
-class DcAe(Scaled):
+class DcAe(Model):
     """DC-AE f32c32 (Chen et al. 2024), a 32nd of the side: trained on ImageNet (in), a mixture (mix), or for SANA.
 
     The scale is the scaling_factor of the published config.
@@ -62,81 +70,47 @@ class DcAe(Scaled):
 
     kind: Literal["dc-ae"] = "dc-ae"
     variant: Literal["in", "mix", "sana"] = "in"
+    name: ClassVar[str] = "AutoencoderDC"
     variants: ClassVar[Mapping[str, Published]] = {
         "in": Published("mit-han-lab/dc-ae-f32c32-in-1.0-diffusers", 32, 32, 0.3189),
         "mix": Published("mit-han-lab/dc-ae-f32c32-mix-1.0-diffusers", 32, 32, 0.4552),
         "sana": Published("mit-han-lab/dc-ae-f32c32-sana-1.0-diffusers", 32, 32, 0.41407),
     }
 
-    def open(self, device: str | torch.device = "cpu") -> Opened:
-        """Read the weights. Raises UserError where diffusers or they are missing, damaged or of another variant."""
-        net, found = _loaded("AutoencoderDC", self)
-        return Opened(self, Deep(net.to(device)), found, torch.device(device))
 
-
-class QwenVae(Scaled):
-    """The VAE of Qwen-Image (Wu et al. 2025), one of videos: an image is a video of one frame.
+class QwenVae(Model):
+    """The VAE of Qwen-Image (Wu et al. 2025), one of videos.
 
     A net learns (raw - latents_mean) / latents_std, as Qwen-Image does; both are per channel.
     """
 
     kind: Literal["qwen-vae"] = "qwen-vae"
+    name: ClassVar[str] = "AutoencoderKLQwenImage"
+    video: ClassVar[bool] = True
     gaussian: ClassVar[bool] = True
     variants: ClassVar[Mapping[str, Published]] = {
         "": Published("Qwen/Qwen-Image/vae", 16, 8, tuple(1 / std for std in QWEN_STD), QWEN_MEAN)
     }
 
-    def open(self, device: str | torch.device = "cpu") -> Opened:
-        """Read the weights. Raises UserError where diffusers or they are missing, damaged or of another model."""
-        net, found = _loaded("AutoencoderKLQwenImage", self)
-        return Opened(self, Frame(net.to(device)), found, torch.device(device))
 
+class Pair:
+    """Encoder and decoder of diffusers."""
 
-class Variational:
-    """diffusers' AutoencoderKL."""
-
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Module, spec: Model) -> None:
         self.net: Any = net
+        self.spec = spec
 
     def encode(self, images: Images) -> Moments:
-        """Means, then standard deviations."""
-        law = self.net.encode(images).latent_dist
-        return torch.cat([law.mean, law.std], 1)
+        """The latent; of Gaussians their means, then their standard deviations."""
+        found = self.net.encode(images.unsqueeze(2) if self.spec.video else images)
+        if not self.spec.gaussian:
+            return found.latent
+        moments = torch.cat([found.latent_dist.mean, found.latent_dist.std], 1)
+        return moments.squeeze(2) if self.spec.video else moments
 
     def decode(self, raw: Latent) -> Images:
         """Images, about in [-1, 1]."""
-        return self.net.decode(raw).sample
-
-
-class Frame:
-    """diffusers' AutoencoderKLQwenImage, on videos (b, c, 1, h, w) of one frame."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self.net: Any = net
-
-    def encode(self, images: Images) -> Moments:
-        """Means, then standard deviations."""
-        law = self.net.encode(images.unsqueeze(2)).latent_dist
-        return torch.cat([law.mean, law.std], 1).squeeze(2)
-
-    def decode(self, raw: Latent) -> Images:
-        """Images, in [-1, 1]."""
-        return self.net.decode(raw.unsqueeze(2)).sample.squeeze(2)
-
-
-class Deep:
-    """diffusers' AutoencoderDC."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self.net: Any = net
-
-    def encode(self, images: Images) -> Moments:
-        """The latent; there are no deviations."""
-        return self.net.encode(images).latent
-
-    def decode(self, raw: Latent) -> Images:
-        """Images, about in [-1, 1]."""
-        return self.net.decode(raw).sample
+        return self.net.decode(raw.unsqueeze(2)).sample.squeeze(2) if self.spec.video else self.net.decode(raw).sample
 
 
 def _loaded(name: str, codec: Scaled) -> tuple[nn.Module, str]:

@@ -210,18 +210,15 @@ def read_contents(folder: Path) -> Contents | None:
 def read_captions(folder: Path, wanted: str) -> tuple[str, ...]:
     """The captions of a folder. Raises UserError where they are missing, damaged, or not those of the digest."""
     file = folder / CAPTIONS
+    lines = read_text(file, REMAKE, LARGEST).split("\n")
     try:
-        found: list[object] = [json.loads(line) for line in read_text(file, REMAKE, LARGEST).split("\n") if line]
-    except FileNotFoundError:
-        wrong = "is not there"
+        texts = tuple(str(json.loads(line)) for line in lines if line)
+        wrong = "" if digest.short(*texts) == wanted else f"holds other captions than {FILE} says"
     except ValueError as error:
-        wrong = f"is damaged ({error})"
-    else:
-        texts = tuple(str(text) for text in found)
-        if digest.short(*texts) == wanted:
-            return texts
-        wrong = f"holds other captions than {FILE} says"
-    raise UserError(f"{file} {wrong}: {REMAKE}")
+        texts, wrong = (), f"is damaged ({error})"
+    if wrong:
+        raise UserError(f"{file} {wrong}: {REMAKE}")
+    return texts
 
 
 def encode(

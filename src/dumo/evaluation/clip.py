@@ -4,7 +4,6 @@ The score is the mean of 100 cosines, clipped at 0. It depends on which CLIP, so
 CLIPs share a table. More is better, as far as real images with their captions.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -40,12 +39,10 @@ class ClipProtocol(Protocol):
         """What must be named before anything can be judged; None: nothing."""
         return None if self.model else f"a CLIP, in {FIELD}: {clip.HINT}"
 
-    def check(self, shape: Sequence[int], classes: int = 0) -> None:
-        """Refuse data that are no images with a `UserError`."""
-        if len(shape) != 3 or shape[0] not in (1, 3):
-            raise UserError(
-                f"protocol {self.kind} judges images, not samples of shape {tuple(shape)}: choose another protocol"
-            )
+    def unfit(self, shape: tuple[int, ...], classes: int) -> str:
+        """Samples must be images."""
+        image = len(shape) == 3 and shape[0] in (1, 3)
+        return "" if image else f"judges images, not samples of shape {shape}: choose another protocol"
 
     def evaluator(self, context: Context) -> "ClipEvaluator":
         """Compares sample i with its caption, and as many real images with theirs.

@@ -37,7 +37,6 @@ Kernel = Callable[[Tensor, Tensor], Tensor]  # (n, d), (m, d) -> (n, m)
 
 SIDE = 8  # pixels: at most this many a side are compared. Ours
 BLOCK = 2**19  # numbers per block of a kernel: 4 MB, about a processor's cache
-FEWEST = 4  # rows of a side of a two-sample test: two to learn, two to order
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,7 @@ class Moments:
 
     @property
     def covariance(self) -> Float64[Tensor, "d d"]:
-        """The unbiased covariance, scatter / (count - 1). Raises `UserError` for fewer than 2 rows."""
-        if self.count < 2:
-            raise UserError(f"a covariance needs 2 rows or more, here are {self.count}: give more samples")
+        """The unbiased covariance, scatter / (count - 1), of 2 rows or more."""
         return self.scatter / (self.count - 1)
 
 
@@ -80,7 +77,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
         if moments.count <= width:
             raise UserError(
                 f"{moments.count} samples cannot give a covariance of {width} features:"
-                f" a Fréchet distance needs more than {width}, give more samples"
+                f" a Fréchet distance needs more than {width}, give more samples, or set frechet to false and go by kid"
             )
     root = _root(a.covariance)
     product = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp(min=0).sqrt().sum()
@@ -112,7 +109,7 @@ def reduced(x: Images, side: int = SIDE) -> Float64[Tensor, "n d"]:
 def mmd2(x: Points, y: Float[Tensor, "m d"], widths: Sequence[float]) -> float:
     """Unbiased MMD^2 of the mean of Gaussian kernels exp(-|a - b|^2 / 2 w^2) over the widths w > 0, in float64.
 
-    Dimensionless, at most 2. Raises `UserError` for fewer than 2 points on a side.
+    Dimensionless, at most 2. There are 2 points or more on each side.
     """
     centre = y.double().mean(0)  # kernels see differences only, and small numbers cancel less
     return _unbiased(x.double() - centre, y.double() - centre, _gaussians(widths))
@@ -129,7 +126,7 @@ def null_spread(
     """
     size = min(rows, count)
     values = [mmd2(draw(2 * i)[:size], draw(2 * i + 1)[:size], widths) * size / count for i in range(pairs)]
-    return _mean_sd(values)
+    return mean_sd(values)
 
 
 def kid(
@@ -146,11 +143,11 @@ def kid(
     values = [
         _unbiased(_pick(a, subset_size, generator), _pick(b, subset_size, generator), _cubic) for _ in range(subsets)
     ]
-    return _mean_sd(values)
+    return mean_sd(values)
 
 
 def kernel_distance(x: Points, y: Float[Tensor, "m d"]) -> float:
-    """The kernel distance of `kid` between all of x and y. Raises `UserError` for fewer than 2 rows on a side."""
+    """The kernel distance of `kid` between all of x and y."""
     return _unbiased(x.double(), y.double(), _cubic)
 
 
@@ -175,10 +172,6 @@ def _cubic(a: Tensor, b: Tensor) -> Tensor:
 def _unbiased(x: Tensor, y: Tensor, kernel: Kernel) -> float:
     """Gretton et al. 2012, Eq. 3, for two sets of possibly different sizes."""
     n, m = len(x), len(y)
-    if min(n, m) < 2:
-        raise UserError(
-            f"an unbiased MMD^2 needs 2 points or more on each side, here are {n} and {m}: give more samples"
-        )
     between = sum(kernel(part, y).sum().item() for part in x.split(_rows(m)))
     return _within(x, kernel) / (n * (n - 1)) + _within(y, kernel) / (m * (m - 1)) - 2 * between / (n * m)
 
@@ -203,7 +196,7 @@ def _pick(x: Tensor, size: int, generator: Generator) -> Tensor:
     return x[torch.randperm(len(x), generator=generator)[:size]]
 
 
-def _mean_sd(values: Sequence[float]) -> tuple[float, float]:
+def mean_sd(values: Sequence[float]) -> tuple[float, float]:
     """Mean and unbiased sd."""
     v = torch.tensor(values, dtype=torch.float64)
     return v.mean().item(), v.std().item()
@@ -213,15 +206,13 @@ def two_sample_auc(real: Real, fake: Fake, generator: Generator) -> float:
     """The mean area over both ways round of one random split in halves, in [0, 1].
 
     The machine is scikit-learn's own: C = 1, a Gaussian kernel whose width comes from the spread of the rows. Its time
-    grows as the square of the rows: half a second for 4,000 of 64 numbers. Raises `UserError` for fewer than `FEWEST`
-    rows on a side.
+    grows as the square of the rows: half a second for 4,000 of 64 numbers. It takes 4 rows or more on each
+    side: two to learn, two to order.
     """
     from sklearn.metrics import roc_auc_score  # slow to import
     from sklearn.svm import SVC
 
-    if min(len(real), len(fake)) < FEWEST:
-        raise UserError(f"to tell two sets apart takes {FEWEST} rows of each, here are {len(real)} and {len(fake)}")
-    halves = [_shuffled(x, generator).chunk(2) for x in (real, fake)]
+    halves = [_pick(x, len(x), generator).double().flatten(1).cpu().chunk(2) for x in (real, fake)]
     areas: list[float] = []
     for learnt in (0, 1):
         x, y = _sides(*(half[learnt] for half in halves))
@@ -229,11 +220,6 @@ def two_sample_auc(real: Real, fake: Fake, generator: Generator) -> float:
         x, y = _sides(*(half[1 - learnt] for half in halves))
         areas.append(float(roc_auc_score(y, machine.decision_function(x))))
     return sum(areas) / 2
-
-
-def _shuffled(x: Tensor, generator: Generator) -> Tensor:
-    """The rows in random order, flat, in float64."""
-    return x[torch.randperm(len(x), generator=generator)].double().flatten(1).cpu()
 
 
 def _sides(real: Tensor, fake: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -261,10 +247,8 @@ class Score:
         return Score(self.count + other.count, self.entropy + other.entropy, self.mass + other.mass)
 
     def value(self) -> tuple[float, float]:
-        """Mean and sd over the splits, the sd that of these splits themselves. Raises `UserError` without images."""
+        """Mean and sd over the splits, the sd that of these splits themselves. There are images."""
         full = self.count > 0
-        if not full.any():
-            raise UserError("an Inception Score of no images: give samples")
         count = self.count[full]
         marginal = torch.special.entr(self.mass[full] / count[:, None]).sum(1)
         scores = (marginal - self.entropy[full] / count).exp()

@@ -7,10 +7,9 @@ Fixed for all: the TF-2015 Inception, TensorFlow's resize without antialiasing, 
 3 neighbours. So `adm-*` are ADM's own definitions; ADM rounds distances of neighbours to half precision, we do not.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import torch
 from pydantic import Field, model_validator
@@ -67,25 +66,21 @@ class ImageProtocol(Protocol):
         named = self.reference is not None or not self.standard.url
         return None if named else "ADM's reference, named in evaluate.protocol.reference: see dumo data adm"
 
-    def check(self, shape: Sequence[int], classes: int = 0) -> None:
-        """Refuse, with a `UserError` and before any work, images that this protocol does not judge, or too few.
-
-        `shape` is that of a decoded image. Unconditional samples, of 0 classes, may be judged by any protocol.
-        """
+    def unfit(self, shape: tuple[int, ...], classes: int) -> str:
+        """Samples must be colour images, enough of them; those of 0 classes may be judged by any protocol."""
         size, wanted = self.standard.size, self.standard.classes
         if len(shape) != 3 or shape[0] != 3 or size not in (None, shape[1]) or size not in (None, shape[2]):
             pixels = "any size" if size is None else f"{size}x{size}"
-            raise UserError(
-                f"protocol {self.kind} judges colour images of {pixels}, not samples of shape {tuple(shape)}:"
-                " decode latents first, or choose another protocol"
+            return (
+                f"judges colour images of {pixels}, not samples of shape {shape}: decode latents first, or choose "
+                "another protocol"
             )
         if classes and wanted not in (None, classes):
-            raise UserError(f"protocol {self.kind} is of {wanted} classes, not {classes}: choose another protocol")
+            return f"is of {wanted} classes, not {classes}: choose another protocol"
         if self.frechet and self.total <= WIDTH:
-            raise UserError(
-                f"a Fréchet distance of {WIDTH} features needs more than {WIDTH} samples, here are {self.total}:"
-                " give more, or set frechet to false and go by kid"
-            )
+            few = f"takes a Fréchet distance of {WIDTH} features, of more than {WIDTH} samples, here are {self.total}"
+            return f"{few}: give more, or set frechet to false and go by kid"
+        return ""
 
     def evaluator(self, context: Context) -> Evaluator:
         """Compares samples with ADM's file where the name says so, else with all images of the data, then opened.
@@ -97,7 +92,13 @@ class ImageProtocol(Protocol):
         standard, device, tick = self.standard, context.device, context.tick
         extractor = inception.load(None, device)
         if standard.url:
-            file = reference.adm_file(self._file(standard.url), self.kind, standard)
+            if self.reference is None:
+                raise UserError(
+                    f"protocol {self.kind} compares with ADM's file {standard.url}: fetch it, and set "
+                    "evaluate.protocol.reference to where it is"
+                )
+            path = user_path(self.reference, "evaluate.protocol.reference")
+            file = reference.adm_file(path, self.kind, standard)
             found, make = reference.adm_facts(file), partial(reference.adm_statistics, extractor, file, tick)
         elif isinstance(data := context.data(), Finite):
             found = reference.album_facts(data, self.kind, standard)
@@ -118,15 +119,6 @@ class ImageProtocol(Protocol):
         if self.reference and not self.standard.url:
             raise UserError(f"protocol {self.kind} compares with the images of the data: leave out its reference")
         return self
-
-    def _file(self, url: str) -> Path:
-        """Where ADM's file is. Raises `UserError` if it is not given."""
-        if self.reference is None:
-            raise UserError(
-                f"protocol {self.kind} compares with ADM's file {url}: fetch it, and set evaluate.protocol.reference"
-                " to where it is"
-            )
-        return user_path(self.reference, "evaluate.protocol.reference")
 
 
 @dataclass(frozen=True)
@@ -190,15 +182,7 @@ class ImageEvaluator:
         if not self.frechet:
             return {}
         real = self.real
-        if min(real.pool.count, fake.pool.count) <= len(real.pool.mean):
-            raise UserError(
-                f"{fake.pool.count} samples and {real.pool.count} images of the data give no Fréchet distance of"
-                f" {len(real.pool.mean)} features: give more of both, or set frechet to false and go by kid"
-            )
-        return {
-            "fid": frechet_distance(fake.pool, real.pool),
-            "sfid": frechet_distance(fake.spatial, real.spatial),
-        }
+        return {"fid": frechet_distance(fake.pool, real.pool), "sfid": frechet_distance(fake.spatial, real.spatial)}
 
 
 def _pixels(made: Made) -> Iterator[Batch]:

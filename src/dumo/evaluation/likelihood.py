@@ -37,10 +37,10 @@ class LikelihoodProtocol(Protocol):
         """Of the data: ours."""
         return 1000
 
-    def check(self, shape: Sequence[int], classes: int = 0) -> None:
-        """Refuse levels of points, which have none, with a `UserError`."""
-        if len(shape) == 1 and self.levels:
-            raise UserError("protocol likelihood knows no levels of points: set evaluate.protocol.levels=null")
+    def unfit(self, shape: tuple[int, ...], classes: int) -> str:
+        """Points have no levels."""
+        odd = len(shape) == 1 and self.levels
+        return "knows no levels of points: set evaluate.protocol.levels=null" if odd else ""
 
     def evaluator(self, context: Context) -> "LikelihoodEvaluator":
         """Holds the data. Raises UserError where they are fewer than samples, or have other levels."""

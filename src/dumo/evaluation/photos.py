@@ -66,9 +66,9 @@ class PhotosEvaluator:
         """`kid` with its sd over splits, `pixel_fd`, `precision`, `recall`, and `copies`.
 
         `copies` is the share of samples whose distance to one image, mirrored or not, is less than `COPY` of that to
-        the next. Raises `UserError` where samples are missing, or are no images like the data.
+        the next. Raises `UserError` where samples are missing.
         """
-        fake = collect(((index, rows_of(self._like(x))) for index, x in made), len(self.c))
+        fake = collect(((index, rows_of(x)) for index, x in made), len(self.c))
         pairs: list[tuple[Rows, Rows]] = []
         for k in range(SPLITS):
             half = self._halves(k)[0]
@@ -90,11 +90,6 @@ class PhotosEvaluator:
             name: {"mean": scores.pop("kid"), "sd": scores.pop("kid_sd"), "splits": float(SPLITS), **scores}
             for name, scores in found.items()
         }
-
-    def _like(self, x: Sample) -> Sample:
-        if tuple(x.shape[1:]) != self.shape:
-            raise UserError(f"protocol {KIND}: samples have shape {tuple(x.shape[1:])}, the images {self.shape}")
-        return x
 
     def _halves(self, k: int) -> tuple[Cond, Cond]:
         """Rows of the two halves of the k-th split, as many of each as are compared."""

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int64
 from pydantic import Field
 from torch import Tensor
 
-from dumo.evaluation.distance import Moments, frechet_distance
+from dumo.evaluation.distance import Moments, frechet_distance, mean_sd
 from dumo.evaluation.statistics import ordered
 from dumo.io import digest
 from dumo.io.source import Data, Split
@@ -76,8 +76,8 @@ class Protocol(Spec, ABC):
         """As many as the name says."""
 
     @abstractmethod
-    def check(self, shape: Sequence[int], classes: int = 0) -> None:
-        """Refuse what this cannot judge with a `UserError`, before any work; `shape` is that of a decoded sample."""
+    def unfit(self, shape: tuple[int, ...], classes: int) -> str:
+        """Why this cannot judge samples of a shape, that of a decoded one, in classes; "": it can."""
 
     @abstractmethod
     def evaluator(self, context: Context) -> Evaluator:
@@ -102,6 +102,11 @@ class Protocol(Spec, ABC):
     def missing(self) -> str | None:
         """What must be fetched or named before anything can be judged here; None: nothing."""
         return None
+
+    def check(self, shape: Sequence[int], classes: int = 0) -> None:
+        """Refuse what this cannot judge with a `UserError`, before any work."""
+        if why := self.unfit(tuple(shape), classes):
+            raise UserError(f"protocol {self.kind} {why}")
 
     def labels(self, classes: int = 0) -> Int64[Tensor, " n"]:
         """The class of sample i: i mod `classes`, all 0 where there are none."""
@@ -151,7 +156,6 @@ class Measure:
 class WholeSet:
     """An evaluator that waits for all samples."""
 
-    name: str
     c: Int64[Tensor, " n"]
     reference: Reference
     facts: dict[str, str]
@@ -159,13 +163,8 @@ class WholeSet:
     real: Callable[[Reference, int], dict[str, Scores]]  # baselines, of a number of samples
 
     def score(self, made: Made) -> Scores:
-        """All samples by the measure. Raises UserError unless each came once, like the data, and is finite."""
-        x, shape = collect(made, len(self.c)), tuple(self.reference.x.shape[1:])
-        if x.shape[1:] != shape:
-            raise UserError(
-                f"protocol {self.name} compares like with like: the samples have shape {tuple(x.shape[1:])}, the data"
-                f" {shape}: give the data that the net was trained on"
-            )
+        """All samples by the measure. Raises UserError unless each came once, and is finite."""
+        x = collect(made, len(self.c))
         if not x.isfinite().all():
             raise UserError("some samples are not finite numbers: train again with a lower rate, or clip the gradient")
         return self.measure(x, self.c, self.reference)
@@ -185,7 +184,7 @@ def whole_set(
     def open(protocol: Protocol, context: Context) -> WholeSet:
         reference = Reference.of(context.data(), protocol.total, context.seed)
         known = facts() | reference.facts(context.seed)
-        return WholeSet(protocol.name, protocol.labels(context.classes), reference, known, measure, real)
+        return WholeSet(protocol.labels(context.classes), reference, known, measure, real)
 
     return open
 
@@ -250,5 +249,5 @@ def distances(real: Float[Tensor, "n f"], samples: int, kind: str) -> dict[str, 
 
 def summary(values: Sequence[float]) -> Scores:
     """Mean, unbiased sd and number of some distances."""
-    v = torch.tensor(values, dtype=torch.float64)
-    return {"mean": v.mean().item(), "sd": v.std().item(), "splits": float(len(values))}
+    mean, sd = mean_sd(values)
+    return {"mean": mean, "sd": sd, "splits": float(len(values))}

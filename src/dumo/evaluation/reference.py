@@ -131,10 +131,7 @@ def cached(of: Mapping[str, str], make: Callable[[], Statistics]) -> Statistics:
     """The statistics of this: as they were kept if every rank can read them, else made and kept."""
     key = digest.of_bytes(json.dumps(dict(of), sort_keys=True).encode())[:16]
     path = folder() / f"statistics-{key}.safetensors"
-    try:
-        found = load_statistics(path, of) if path.is_file() else None
-    except UserError:  # half a file, or another's
-        found = None
+    found = load_statistics(path, of)
     everywhere = all(bool(rank) for rank in dist.gathered(torch.tensor([found is not None])))
     if found is not None and everywhere:
         return found
@@ -237,13 +234,13 @@ def read_adm(path: Path | str, *, count: int) -> AdmReference:
 
 def _numbers(path: Path, key: str, *shape: int) -> Tensor:
     """An array of finite floats of this shape, symmetric if it is a matrix, in float64."""
+    array, rest = np.full((), np.nan), b""
     with _member(path, key) as file:
         found, columns, kind = _header(path, file)
-        if found != shape or kind.kind != "f":  # before it is read, for a header can claim any size
-            raise UserError(f"{path}: {key} is {kind} of shape {found}, not finite floats of shape {shape}")
-        with _reading(f"{path}: {key} cannot be read"):
-            data, rest = file.read(prod(shape) * kind.itemsize), file.read(1)
-            array = np.frombuffer(data, kind).reshape(shape, order="F" if columns else "C")
+        if found == shape and kind.kind == "f":  # before it is read, for a header can claim any size
+            with _reading(f"{path}: {key} cannot be read"):
+                data, rest = file.read(prod(shape) * kind.itemsize), file.read(1)
+                array = np.frombuffer(data, kind).reshape(shape, order="F" if columns else "C")
     if rest or not np.isfinite(array).all():
         more = " and more" if rest else ""
         raise UserError(f"{path}: {key} is {kind} of shape {found}{more}, not finite floats of shape {shape}")

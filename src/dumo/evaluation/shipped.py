@@ -17,7 +17,6 @@ few.
 `toy`: points of a law that can be drawn from without end, by MMD^2 in the points' own space.
 """
 
-from collections.abc import Sequence
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from pydantic import field_validator
 from torch import Tensor
 
 from dumo.encoders.classifier import PIECE, cifar10, digits
+from dumo.encoders.classifier import Shipped as Classifier
 from dumo.evaluation.distance import (
     Moments,
     frechet_distance,
@@ -220,41 +220,30 @@ def _widths(x: Sample) -> list[float]:
     return [w * sd for w in WIDTHS]
 
 
-def facts_cifar10() -> dict[str, str]:
-    """The features, the hash of their weights, and what is done to images before."""
-    return {
-        "features": f"{cifar10.width} of dumo's classifier of CIFAR-10",
-        "features_sha256": cifar10.sha256,
-        "rounding": "0 to 255",
-        "auc_features": "a support vector machine on the features, against as many images",
-    }
+def facts_of(classifier: Classifier, of: str) -> dict[str, str]:
+    """The features of a classifier, and the hash of its weights."""
+    return {"features": f"{classifier.width} of dumo's classifier of {of}", "features_sha256": classifier.sha256}
 
 
-def facts_digits() -> dict[str, str]:
-    """The features, and the hash of their weights."""
-    features = f"{digits.width} of dumo's classifier of digits"
-    return {"features": features, "features_sha256": digits.sha256}
-
-
-def facts_toy() -> dict[str, str]:
-    """That there are no features."""
-    return {"features": f"none: Gaussian kernels on the points, of {WIDTHS} sd of the data"}
-
-
+FACTS_CIFAR10 = {
+    "rounding": "0 to 255",
+    "auc_features": "a support vector machine on the features, against as many images",
+}
+FACTS_TOY = {"features": f"none: Gaussian kernels on the points, of {WIDTHS} sd of the data"}
 MEASURES: dict[Shipped, Measure] = {
     "cifar10-features": Measure(
         samples=5000,
         fewest=OF_CIFAR10,  # a covariance of 128 features needs 129 rows, the kernel a subset
         judges="images of shape (3, 32, 32) in 10 classes or none",
         fits=lambda shape, classes: shape == (3, 32, 32) and classes in (0, 10),
-        open=whole_set(facts_cifar10, score_cifar10, baselines_cifar10),
+        open=whole_set(lambda: facts_of(cifar10, "CIFAR-10") | FACTS_CIFAR10, score_cifar10, baselines_cifar10),
     ),
     "digits": Measure(
         samples=2000,
         fewest=OF_DIGITS,
         judges="samples of shape (1, 8, 8) in 10 classes",
         fits=lambda shape, classes: shape == (1, 8, 8) and classes == 10,
-        open=whole_set(facts_digits, score_digits, baselines_digits),
+        open=whole_set(lambda: facts_of(digits, "digits"), score_digits, baselines_digits),
     ),
     "photos": PHOTOS,
     "toy": Measure(
@@ -262,7 +251,7 @@ MEASURES: dict[Shipped, Measure] = {
         fewest=2,
         judges="vectors, of shape (d,), in any classes",
         fits=lambda shape, classes: len(shape) == 1,
-        open=whole_set(facts_toy, score_toy, baselines_toy),
+        open=whole_set(lambda: FACTS_TOY, score_toy, baselines_toy),
     ),
 }
 
@@ -290,13 +279,11 @@ class ShippedProtocol(Protocol):
             raise ValueError(f"protocol {kind} judges {MEASURES[kind].fewest} samples or more")
         return samples
 
-    def check(self, shape: Sequence[int], classes: int = 0) -> None:
-        """Refuse other data with a `UserError`."""
-        if not self.measure.fits(tuple(shape), classes):
-            raise UserError(
-                f"protocol {self.kind} judges {self.measure.judges}, not samples of shape {tuple(shape)} in {classes}: "
-                "choose another protocol"
-            )
+    def unfit(self, shape: tuple[int, ...], classes: int) -> str:
+        """Samples must be like the data that the measure knows."""
+        if self.measure.fits(shape, classes):
+            return ""
+        return f"judges {self.measure.judges}, not samples of shape {shape} in {classes}: choose another protocol"
 
     def evaluator(self, context: Context) -> Evaluator:
         """An evaluator of this data. Raises `UserError` where they are too few."""

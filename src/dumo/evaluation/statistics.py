@@ -2,7 +2,7 @@
 batch.
 
 Images are known by number, so it does not matter which batch or which rank an image came in. Moments and sums are in
-float64 and merge (`dumo.evaluation.distance`, `dumo.evaluation.distance`). The features themselves are kept too, in
+float64 and merge (`dumo.evaluation.distance`). The features themselves are kept too, in
 float32, for kernels and neighbours: 50,000 of 2048 take 400 MB.
 """
 
@@ -117,17 +117,13 @@ def save_statistics(path: Path, statistics: Statistics, of: Mapping[str, str]) -
     save_file({name: x.contiguous() for name, x in _pack(statistics).items()}, path, dict(of))
 
 
-def load_statistics(path: Path, of: Mapping[str, str]) -> Statistics:
-    """Statistics that were kept. Raises `UserError` if they are of something else than `of`, showing both."""
+def load_statistics(path: Path, of: Mapping[str, str]) -> Statistics | None:
+    """Statistics that were kept; None where there are none, or they are damaged, or of something else than `of`."""
     try:
         parts, found = weights.read(path)
-        statistics = _unpack(parts) if found == dict(of) else None
-    except (UserError, OSError, KeyError) as error:
-        lacks = "it lacks " * isinstance(error, KeyError)
-        raise UserError(f"{path} holds no statistics ({lacks}{error}): remove it, to count them anew") from error
-    if statistics is None:
-        raise UserError(f"{path} has the statistics of {found}, wanted are those of {dict(of)}: name another file")
-    return statistics
+        return _unpack(parts) if found == dict(of) else None
+    except (UserError, OSError, KeyError):
+        return None
 
 
 def _pack(statistics: Statistics) -> dict[str, Tensor]:

@@ -50,30 +50,15 @@ class Provenance:
         return cls(run.about, opened.step, run.train.batch, opened.weights, opened.sha256, baked, report)
 
 
-def of_pipeline(exported: Exported, made: Provenance, stock: Stock, index: Mapping[str, Any], name: str) -> str:
-    """Of a folder called `name` that `from_pretrained` opens, or of its two parts that replace another pipeline's."""
-    parts, scheduler = [key for key, entry in index.items() if isinstance(entry, list)], index["scheduler"]
-    return of_tuned(exported, made, stock, name, scheduler=scheduler[1], own=scheduler == OWN, whole=len(parts) > 2)
-
-
-def of_lora(exported: Exported, made: Provenance, stock: Stock, name: str) -> str:
-    """Of a folder called `name` with a LoRA."""
-    return of_tuned(exported, made, stock, name, lora=True)
-
-
 def of_tuned(
-    exported: Exported,
-    made: Provenance,
-    stock: Stock,
-    name: str,
-    *,
-    scheduler: str = "",
-    own: bool = False,
-    whole: bool = False,
-    lora: bool = False,
+    exported: Exported, made: Provenance, stock: Stock, name: str, index: Mapping[str, Any] | None = None
 ) -> str:
-    """The card of a tuned model."""
-    sampler, codes = exported.sampler, exported.codes
+    """Of a folder called `name` that `from_pretrained` opens, or of its two parts that replace another pipeline's.
+
+    `index` is its model_index.json; None: it holds a LoRA.
+    """
+    sampler, codes, parts = exported.sampler, exported.codes, index or {}
+    scheduler = parts.get("scheduler", ["", ""])
     return render(
         "tuned",
         sampler,
@@ -84,10 +69,10 @@ def of_tuned(
         codes=codes,
         calls=calls(exported, stock, class_words(exported, stock) if codes else [PROMPT]),
         guided=sampler.spec.guide.scale != 1 and stock.off is not None,
-        scheduler=scheduler,
-        own=own,
-        whole=whole,
-        lora=lora,
+        scheduler=scheduler[1],
+        own=scheduler == OWN,
+        whole=sum(isinstance(entry, list) for entry in parts.values()) > 2,
+        lora=index is None,
         head=exported.head,
         tag="text-to-image",
     )
@@ -134,11 +119,8 @@ def render(template: str, sampler: Sampler, made: Provenance, name: str, **parts
     """The card by a template."""
     rows = made.report["results"] if made.report else [{}]
     scores = [key for key in rows[0] if key not in ("nfe", "solver")]
-    return (
-        environment()
-        .get_template(f"{template}.md.j2")
-        .render(sampler=sampler, made=made, name=name, scores=scores, codes_file=CODED, **parts)
-    )
+    found = environment().get_template(f"{template}.md.j2")
+    return found.render(sampler=sampler, made=made, name=name, scores=scores, codes_file=CODED, **parts)
 
 
 @cache

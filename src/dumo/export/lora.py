@@ -38,7 +38,7 @@ def write(exported: Exported, made: card.Provenance, out: Path, name: str, *, dt
         write_scheduler(out / SCHEDULER, stock, exported.solver)
     if codes := exported.codes:
         safetensors.torch.save_file(codes, out / card.CODED, NOTES)
-    (out / "README.md").write_text(card.of_lora(exported, made, stock, name), encoding="utf-8")
+    (out / "README.md").write_text(card.of_tuned(exported, made, stock, name), encoding="utf-8")
 
 
 def tensors(exported: Exported) -> dict[str, Tensor]:

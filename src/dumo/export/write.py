@@ -1,15 +1,29 @@
-"""Exporting a run: checked first, then written whole or not at all."""
+"""Exporting a run: checked first, then written whole or not at all. What stock diffusers opens is a folder.
 
+`DiffusionPipeline.from_pretrained(OUT)`:
+
+transformer/       the model, with one head instead of its last layer
+scheduler/         of a flow map, one that adds fresh noise between two passes; of a velocity, the source's own
+vae/ ...           the other parts of the pipeline that the model came from, if it came from one
+model_index.json   which parts there are
+codes.safetensors  what stands for classes, where the model was tuned on none but them
+README.md          the model card
+"""
+
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import safetensors.torch
 
-from dumo.export import card, folder, lora, standalone
-from dumo.export.model import Exported, Head, of_net
+from dumo.data import Data, Latents
+from dumo.encoders.autoencoder import numbers, same, words
+from dumo.export import card, lora, standalone
+from dumo.export.model import INDEX, SCHEDULER, Exported, Head, of_net, require, write_euler, write_scheduler
 from dumo.flow.path import Linear
-from dumo.flow.path import Path as FlowPath
 from dumo.io import file as files
+from dumo.io.read import read_json, write_json
 from dumo.io.weights import apart
 from dumo.nets import DiT
 from dumo.objectives import Objective
@@ -18,8 +32,12 @@ from dumo.run.folder import RunFolder
 from dumo.types import UserError
 
 Form = Literal["diffusers", "lora", "safetensors"]
+Parts = Literal["copy", "link", "none"]
 FORMS: tuple[Form, ...] = get_args(Form)
+PARTS: tuple[Parts, ...] = get_args(Parts)
 DTYPES = ("float32", "bfloat16", "float16")
+TRANSFORMER, SECOND, VAE = "transformer", "transformer_2", "vae"
+ANOTHER = "take another copy of the pipeline"
 
 
 def export(
@@ -37,35 +55,30 @@ def export(
     or left out. Raises UserError where `out` is there and not empty, for an option that is none, and where no stock
     program runs what the run has; OSError where nothing can be written. Then nothing is.
     """
-    for name, value, known in (("--to", to, FORMS), ("--parts", parts, folder.PARTS), ("--dtype", dtype, DTYPES)):
+    for name, value, known in (("--to", to, FORMS), ("--parts", parts, PARTS), ("--dtype", dtype, DTYPES)):
         require_known(name, value, known)
     vacant(out)
     sampler, spec, made = opened.sampler, opened.run.net, card.Provenance.of(opened)
-    if isinstance(spec, DiT) and to == "diffusers":
-        found = choose_head(sampler.objective, head)
-        linear(sampler.path)
-        with files.whole(out) as half:
-            half.mkdir()
-            standalone.write(sampler, spec, made, half, out.name, head=found, dtype=dtype)
-        return out
-    model = of_net(sampler, spec, choose_head(sampler.objective, head))
-    linear(sampler.path)
+    found, path = choose_head(sampler.objective, head), sampler.path
+    net = spec if isinstance(spec, DiT) and to == "diffusers" else of_net(sampler, spec, found)
+    if path != Linear():
+        raise UserError(
+            f"stock schedulers know the path x_t = (1 - t) x + t z alone, and this run's is {path.kind} with sd "
+            f"{path.sd:g}: train with path.kind=linear and path.sd=1, or sample it by dumo sample"
+        )
     with files.whole(out) as half:
-        if to == "safetensors":
-            write_file(model, made, half, dtype=dtype)
+        if to == "safetensors" and not isinstance(net, DiT):  # by the model's own names
+            weights = apart(net.model(dtype).state_dict())
+            safetensors.torch.save_file(weights, half, metadata=card.notes(net, made))
             return out
         half.mkdir()
-        if to == "lora":
-            lora.write(model, made, half, out.name, dtype=dtype)
+        if isinstance(net, DiT):
+            standalone.write(sampler, net, made, half, out.name, head=found, dtype=dtype)
+        elif to == "lora":
+            lora.write(net, made, half, out.name, dtype=dtype)
         else:
-            folder.write(model, made, half, out.name, parts=cast(folder.Parts, parts), dtype=dtype)
+            write_folder(net, made, half, out.name, parts=cast(Parts, parts), dtype=dtype)
     return out
-
-
-def write_file(model: Exported, made: card.Provenance, out: Path, *, dtype: str = "float32") -> None:
-    """Write all weights as one file `out`, by the model's own names, with notes on what it is in its header."""
-    weights = apart(model.model(dtype).state_dict())
-    safetensors.torch.save_file(weights, out, metadata=card.notes(model, made))
 
 
 def vacant(out: Path) -> None:
@@ -85,10 +98,78 @@ def choose_head(objective: Objective, head: str | None) -> Head:
     return has[0] if head is None else cast(Head, head)
 
 
-def linear(path: FlowPath) -> None:
-    """Raise UserError for a path on which no stock scheduler steps."""
-    if path != Linear():
+def write_folder(
+    exported: Exported,
+    made: card.Provenance,
+    out: Path,
+    out_name: str,
+    *,
+    parts: Parts = "copy",
+    dtype: str = "float32",
+) -> None:
+    """Write the folder `out`, which is there and empty, and will be called `out_name`.
+
+    The source's other parts are copied, linked to, or left out. Raises UserError where no stock pipeline runs the
+    model, or the source's decoder reads other latents than the run has.
+    """
+    stock, source = require(exported), exported.source
+    index: dict[str, Any] = read_index(source) if source else {"_class_name": stock.pipeline}
+    if source and parts != "none":
+        fits(exported.sampler.data, source)
+    exported.model(dtype).save_pretrained(out / TRANSFORMER)
+    index[TRANSFORMER] = ["diffusers", exported.kind]
+    if exported.head == "u":
+        index[SCHEDULER] = write_scheduler(out / SCHEDULER, stock, exported.solver)
+    elif source:
+        bring(source / SCHEDULER, out / SCHEDULER, "copy")
+    else:
+        index[SCHEDULER] = write_euler(out / SCHEDULER)
+    for name in others(index):
+        if source and parts != "none":
+            bring(source / name, out / name, parts)
+        else:
+            del index[name]
+    write_json(out / INDEX, index)
+    if codes := exported.codes:
+        safetensors.torch.save_file(codes, out / card.CODED, {"format": "pt"})
+    (out / "README.md").write_text(card.of_tuned(exported, made, stock, out_name, index), encoding="utf-8")
+
+
+def read_index(source: Path) -> dict[str, Any]:
+    """The model_index.json of a pipeline. Raises UserError for one that is none, or has two transformers."""
+    index = read_json(source / INDEX, ANOTHER)
+    if not isinstance(index, dict) or (index.get(SECOND) or [None])[0] is not None:
         raise UserError(
-            f"stock schedulers know the path x_t = (1 - t) x + t z alone, and this run's is {path.kind} with sd "
-            f"{path.sd:g}: train with path.kind=linear and path.sd=1, or sample it by dumo sample"
+            f"{source} is no pipeline of one transformer: {ANOTHER}; or, of two, {SECOND} was not tuned and would make "
+            "some of the passes: take --to safetensors"
+        )
+    return index
+
+
+def others(index: Mapping[str, Any]) -> list[str]:
+    """The parts of a pipeline other than model and scheduler."""
+    there = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+    return [name for name in there if name not in (TRANSFORMER, SCHEDULER)]
+
+
+def bring(part: Path, to: Path, how: Parts) -> None:
+    """Copy a part, or link to it where it lies now. Raises UserError where it is missing."""
+    if not part.is_dir():
+        raise UserError(f"net.source: {part} is missing, and {INDEX} has it: {ANOTHER}")
+    if how == "link":
+        to.symlink_to(part.resolve(), target_is_directory=True)
+    else:
+        shutil.copytree(part, to)
+
+
+def fits(data: Data, source: Path) -> None:
+    """Raise UserError where the pipeline's decoder takes latents of another shift or scale than the data's."""
+    file = source / VAE / "config.json"
+    if not isinstance(data, Latents) or not file.is_file():
+        return
+    theirs = numbers(read_json(file, ANOTHER))
+    if not same(theirs, data.codec.published):
+        raise UserError(
+            f"data.codec is {data.codec.about}, and the decoder in {source} takes latents of {words(theirs)}: its "
+            "images would differ. Train with its codec, or export with --parts none"
         )

@@ -1,7 +1,8 @@
-"""Samples to look at: eight-bit colours, a sheet of images, a scatter of points, and files of them."""
+"""Samples to look at: eight-bit colours, sheets of images, scatters of points, pictures with names; files of them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ Points = Float[Tensor, "_ 2"]
 READABLE = 64  # pixels; a smaller image is enlarged to at least this height. Ours
 TITLE = 12  # pixels of its letters
 LINES = 3  # of a title: ours
+LETTERS = (16, 14, 12, 10)  # pixels of the names above a sheet: the first that fits
 
 
 def to_uint8(x: Sample) -> Pixels:
@@ -76,9 +78,7 @@ def _tiled(cells: PixelRows, columns: int, gap: int) -> UInt8[Tensor, "height wi
 
 def _titles(texts: Sequence[str], width: int) -> UInt8[Tensor, "n height width 3"]:
     """Texts in black on white, each on as many lines as the longest needs, `LINES` at most, and cut to fit."""
-    from matplotlib.font_manager import findfont  # its font has the letters of many scripts
-
-    font = ImageFont.truetype(findfont("DejaVu Sans"), TITLE)
+    font = letters(TITLE)
     wrapped = [_lines(text, width, font) for text in texts]
     many, strips = max(map(len, wrapped)), list[Tensor]()
     for lines in wrapped:
@@ -112,7 +112,6 @@ def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> I
 
     The frame is the truth's with a tenth around it; samples that fly farther fall outside of it.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = 1 + max(title.count("\n") for title in samples)
@@ -123,9 +122,82 @@ def scatter(real: Points, samples: Mapping[str, Points], side: float = 3.0) -> I
         axes.scatter(*real.T.numpy(), s=6, color="0.8", linewidths=0)
         axes.scatter(*x.T.numpy(), s=2, color="red", linewidths=0)
         axes.set(title=title, xlim=(left, right), ylim=(bottom, top), xticks=[], yticks=[], aspect="equal")
+    return drawn(figure)
+
+
+def drawn(figure: Any) -> Image.Image:  # noqa: ANN401, its Figure is slow to import
+    """A figure of matplotlib as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def letters(size: int) -> ImageFont.FreeTypeFont:
+    """A font of this many pixels: matplotlib's own file, which has Greek and the letters of many scripts."""
+    from matplotlib.font_manager import findfont
+
+    return ImageFont.truetype(findfont("DejaVu Sans"), size)
+
+
+def labelled(
+    rows: Mapping[str, Sequence[Image.Image]] | Sequence[tuple[str, Sequence[Image.Image]]],
+    columns: Sequence[str] = (),
+    gap: int = 6,
+) -> Image.Image:
+    """Pictures in a grid on white, in cells of the largest's size, the rows' names on the left, the columns' above."""
+    rows = list(rows.items() if isinstance(rows, Mapping) else rows)
+    w, h = (max(sides) for sides in zip(*(one.size for _, pictures in rows for one in pictures), strict=True))
+    size = max(14, h // 16 if columns else h // 4)
+    font = letters(size)
+    names = max(font.getlength(line) for name, _ in rows for line in name.split("\n"))
+    left = int(names) + 12 if names else 0
+    top = (1 + max(name.count("\n") + 1 for name in columns)) * size if columns else 0
+    across = max(len(pictures) for _, pictures in rows)
+    page = Image.new("RGB", (left + across * (w + gap) - gap, top + len(rows) * (h + gap) - gap), "white")
+    pen = ImageDraw.Draw(page)
+    for i, name in enumerate(columns):
+        pen.text((left + i * (w + gap) + w / 2, top / 2), name, "black", font, anchor="mm", align="center")
+    for j, (name, pictures) in enumerate(rows):
+        y = top + j * (h + gap)
+        pen.text((left - 8, y + h / 2), name, "black", font, anchor="rm", align="right")
+        for i, picture in enumerate(pictures):
+            page.paste(picture, (left + i * (w + gap), y))
+    return page
+
+
+def headed(sheet: Image.Image, names: Sequence[str]) -> Image.Image:
+    """The sheet on white, names above columns of equal width: one that is too long is written smaller, or cut."""
+    if not names:
+        return sheet
+    width = sheet.width / len(names)
+    longest = max(names, key=letters(LETTERS[0]).getlength)
+    size = next((n for n in LETTERS if letters(n).getlength(longest) < width - 4), LETTERS[-1])
+    font, top = letters(size), 2 * LETTERS[0]
+    page = Image.new("RGB", (sheet.width, sheet.height + top), "white")
+    page.paste(sheet, (0, top), sheet if sheet.mode == "RGBA" else None)
+    for i, name in enumerate(names):
+        cut = next((name[:n] + "…" for n in range(len(name), 0, -1) if font.getlength(name[:n] + "…") < width), "…")
+        shown = name if font.getlength(name) < width else cut
+        ImageDraw.Draw(page).text(((i + 0.5) * width, top / 2), shown, "black", font, anchor="mm")
+    return page
+
+
+def gathered(blocks: Mapping[str, Image.Image], across: int = 3, note: str = "", gap: int = 28) -> Image.Image:
+    """Pictures of one size on white, `across` to a row, the name of each above it; a note below them all."""
+    w, h = next(iter(blocks.values())).size
+    font = letters(size := max(22, w // 30))
+    top = size * (2 + max(name.count("\n") for name in blocks))
+    high, across = h + top + gap, min(across, len(blocks))
+    whole = -(-len(blocks) // across) * high - gap
+    page = Image.new("RGB", (across * (w + gap) - gap, whole + (2 * size if note else 0)), "white")
+    ImageDraw.Draw(page).text((0, whole + size), note, "black", font, anchor="lm")
+    for i, (name, picture) in enumerate(blocks.items()):
+        x, y = i % across * (w + gap), i // across * high
+        ImageDraw.Draw(page).text((x, y + top / 2), name, "black", font, anchor="lm")
+        page.paste(picture, (x, y + top))
+    return page
 
 
 def write_picture(path: Path, picture: Image.Image) -> None:

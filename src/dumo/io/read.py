@@ -39,11 +39,13 @@ def brief(text: object, most: int = 200) -> str:
 
 
 def read_text(path: Path, way_out: str, most: int = MOST) -> str:
-    """What a file holds. Raises FileNotFoundError for none; UserError, with the way out, for what is no such file.
+    """What a file holds. Raises UserError, with the way out, where it is not there, or no such file.
 
     That is a pipe or a device, which may have no end; more than `most` bytes; or what is not UTF-8.
     """
-    if path.exists() and not path.is_file():
+    if not path.exists():
+        wrong = "is not there"
+    elif not path.is_file():
         wrong = "is no file"
     elif (size := path.stat().st_size) > most:
         wrong = f"has {size:,} bytes, and such a file has at most {most:,}"

@@ -241,8 +241,8 @@ def make(
     """Make those of this rank's shards that are not there, or damaged.
 
     `shard` gives the tensors of a number, and calls back with the number of rows of the source that it has read.
-    `others` are other files of the folder, by name. Raises UserError where the folder holds something else, the disk is
-    full, or a shard has changed and is not to be repaired; OSError where nothing can be written; and as `shard`.
+    `others` are other files of the folder, by name. Raises UserError where the folder holds something else, or a shard
+    has changed and is not to be repaired; OSError where the disk is full, or nothing can be written; and as `shard`.
     Finished shards are kept.
     """
     files.check_writable(folder)
@@ -265,7 +265,7 @@ def make(
         done += len(index.span(number))
         tick(done, title)
     for name, data in (others or {}).items():
-        write(folder / name, data, rank)
+        files.write(folder / name, data, writer=rank, durable=True)
     return Done(made, tuple(damaged), finish(folder, index, rank))
 
 
@@ -278,7 +278,8 @@ def claim(folder: Path, index: Index, rank: int) -> None:
         taken = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
         if taken and not (folder / FILE).exists():  # not where another rank has begun meanwhile
             raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder, or remove this one")
-        write(folder / FILE, dump(index.model_copy(update={"inputs": index.inputs_digest()})), rank)
+        index = index.model_copy(update={"inputs": index.inputs_digest()})
+        files.write(folder / FILE, dump(index), writer=rank, durable=True)
         return
     old = there.binding()
     if lines := [f"{key}: {old[key]} there, {new[key]} now" for key in new if old.get(key) != new[key]]:
@@ -304,7 +305,8 @@ def finish(folder: Path, index: Index, rank: int) -> int:
     whole = [note for n in range(index.count) if (note := notes.get(n)) and not note.fault(folder, deep=False)]
     if len(whole) == index.count:
         begun = read(folder, type(index)) or index  # by another rank, which may name another place of the weights
-        write(folder / FILE, dump(begun.model_copy(update={"shards": tuple(whole)})), rank)
+        listed = dump(begun.model_copy(update={"shards": tuple(whole)}))
+        files.write(folder / FILE, listed, writer=rank, durable=True)
         for number in range(index.count):
             (folder / f"{stem(number)}.json").unlink(missing_ok=True)
     return index.count - len(whole)
@@ -320,20 +322,8 @@ def store(folder: Path, number: int, tensors: Tensors, rank: int) -> None:
     data, file = safetensors.torch.save(dict(tensors)), f"{stem(number)}.safetensors"
     rows = len(next(iter(tensors.values())))
     note = Shard(file=file, rows=rows, size=len(data), sha256=digest.of_bytes(data))
-    write(folder / file, data, rank)
-    write(folder / f"{stem(number)}.json", note.model_dump_json().encode(), rank)
-
-
-def write(file: Path, data: bytes, rank: int) -> None:
-    """Write a file next to its place, wait until it is on the disk, and move it there whole."""
-    try:
-        files.write(file, data, writer=rank, durable=True)
-    except OSError as error:
-        if files.full(error):
-            raise UserError(
-                f"{file}: the disk is full ({error.strerror}); free some space and start again, what stands is kept"
-            ) from error
-        raise
+    files.write(folder / file, data, writer=rank, durable=True)
+    files.write(folder / f"{stem(number)}.json", note.model_dump_json().encode(), writer=rank, durable=True)
 
 
 def sweep(folder: Path, rank: int, world: int) -> None:

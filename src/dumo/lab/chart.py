@@ -7,15 +7,13 @@ from textwrap import fill
 
 import numpy as np
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 from PIL import Image
 
 from dumo.evaluation.word import MERITS, word
-from dumo.io import panel, picture
-from dumo.lab.cell import Result
-from dumo.lab.table import Row, by_arm, main_score, passes
+from dumo.io import picture
+from dumo.lab.cell import Result, Row, by_arm, main_score, passes
 from dumo.run.evaluation.score import figures
 
 COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470")
@@ -49,12 +47,12 @@ def samples(results: Sequence[Result]) -> Image.Image:
         c = run.conditions.in_turn(across)
         made = one.trained.sampler.sample(c.repeat(2), nfe=one.report["results"][0]["nfe"])
         names = [run.conditions.name(k) for k in c.tolist()[: run.data.labels]]
-        sheet = panel.headed(picture.sheet(picture.to_rows(made.x), across), names)
+        sheet = picture.headed(picture.sheet(picture.to_rows(made.x), across), names)
         blocks[f"{next(iter(one.cell.labels.values()))}, {value:.3g}"] = value, sheet
     best = {name: sheet for name, (_, sheet) in sorted(blocks.items(), key=lambda of: of[1][0])}
     of = word(MERITS, score)
     note = f"One pass of each (its fewest), seed 0. The number: {of.title}; {of.better}."
-    return panel.gathered(best, note=note)
+    return picture.gathered(best, note=note)
 
 
 def curves(
@@ -89,7 +87,7 @@ def curves(
         figure.legend(frameon=False, loc="outside right upper")
     else:
         axes.legend(frameon=False)
-    return _drawn(figure)
+    return picture.drawn(figure)
 
 
 def heat(title: str, x: str, y: str, values: Mapping[tuple[float, float], float], scale: str) -> Image.Image:
@@ -109,7 +107,7 @@ def heat(title: str, x: str, y: str, values: Mapping[tuple[float, float], float]
     axes.set_xticks(range(len(xs)), [f"{a:g}" for a in xs])
     axes.set_yticks(range(len(ys)), [f"{b:g}" for b in ys])
     figure.colorbar(mesh, ax=axes, label=scale, pad=0.02)
-    return _drawn(figure)
+    return picture.drawn(figure)
 
 
 def dots(
@@ -143,7 +141,7 @@ def dots(
         loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, frameon=False, handletextpad=0.3, columnspacing=1.2
     )
     figure.supxlabel(x, fontsize="medium")
-    return _drawn(figure)
+    return picture.drawn(figure)
 
 
 def bars(title: str, x: str, y: str, rows: Mapping[str, Mapping[str, float]]) -> Image.Image:
@@ -161,7 +159,7 @@ def bars(title: str, x: str, y: str, rows: Mapping[str, Mapping[str, float]]) ->
     axes.set_xticks(range(len(rows)), list(rows))
     axes.margins(y=0.12)
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    return _drawn(figure)
+    return picture.drawn(figure)
 
 
 def _bars(values: Sequence[float], sds: Sequence[float | None]) -> list[list[float]] | None:
@@ -182,9 +180,3 @@ def _spread(axis: Axis, set_scale: Callable[[str], None]) -> None:
     )
     axis.set_major_formatter("{x:g}")
     axis.set_minor_formatter(NullFormatter())
-
-
-def _drawn(figure: Figure) -> Image.Image:
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")

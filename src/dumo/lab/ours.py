@@ -20,10 +20,9 @@ from dumo.evaluation.shipped import features_of
 from dumo.flow.generate import labels
 from dumo.io import picture, weights
 from dumo.lab import chart
-from dumo.lab.cell import Result
+from dumo.lab.cell import Result, Row, averaged, by_arm, main_score, passes
 from dumo.lab.paper import far
 from dumo.lab.plan import Cost, Plan
-from dumo.lab.table import Row, averaged, by_arm, main_score, passes
 from dumo.run import gallery
 from dumo.run.config.tree import Evaluation
 from dumo.run.sample import real_data

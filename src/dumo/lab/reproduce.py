@@ -13,10 +13,9 @@ from PIL import Image
 
 from dumo.io import file, picture
 from dumo.io.read import write_json
-from dumo.lab import cell, chart, fig4b, ours, paper
-from dumo.lab.cell import Result
+from dumo.lab import cell, chart, ours, paper
+from dumo.lab.cell import Result, Row, averaged, from_cells, markdown
 from dumo.lab.plan import SCALES, Plan, read
-from dumo.lab.table import Row, averaged, from_cells, markdown
 from dumo.run.config import recipes
 from dumo.run.config.error import require_known
 from dumo.runtime import dist
@@ -60,7 +59,7 @@ VIEWS = {
     "fair": View(ours.fair_table, ours.fair_charts),
     "fig3": View(paper.fig3_table, none, paper.fig3_draw),
     "fig4a": View(charts=paper.fig4a_charts),
-    "fig4b": View(fig4b.table, fig4b.charts, finish=fig4b.finish),
+    "fig4b": View(paper.fig4b_table, paper.fig4b_charts, finish=paper.fig4b_finish),
     "fig4c": View(paper.fig4c_table, paper.fig4c_charts),
     "fig5": View(paper.fig5_table, none, paper.fig5_draw),
     "pretrained": View(charts=none, draw=ours.pretrained_draw),

@@ -49,30 +49,31 @@ def page(live: Live, name: str, about: str, explain: Explain) -> "gr.Blocks":
     import gradio as gr
 
     numbers = sum(p.numel() for p in live.sampler.net.parameters())
-    facts = f"{about}, {numbers:,} parameters, on {where(live.sampler.device)}."
+    here = live.sampler.device
+    device = torch.cuda.get_device_name(here) if here.type == "cuda" else "the processor"
+    facts = f"{about}, {numbers:,} parameters, on {device}."
+    ways = [(one.title, letter) for letter, one in live.readings.items()]
+    seed = partial(gr.Textbox, max_lines=1)  # text: what is no number is answered in words
+    reading = partial(gr.Radio, ways, value=ways[0][1], label="by", visible=len(ways) > 1)
+    passes = partial(gr.Radio, [*PASSES], value=PASSES[0], label="passes")
     with gr.Blocks(title=f"{name} · dumo", analytics_enabled=False) as blocks:
         gr.HTML(f"<h1>{html.escape(name)}</h1><p>{html.escape(facts)}</p>")
         with gr.Row():
-            given = [condition(live), seed("seed", "0")]
+            given = [condition(live), seed("0", label="seed")]
         with gr.Tab("Passes"):
             button(partial(answer.passes, live), explain, *given)
         if live.sampler.is_image:
             with gr.Tab("Seeds"):
-                button(partial(answer.seeds, live), explain, *given, reading(live))
+                button(partial(answer.seeds, live), explain, *given, reading())
             with gr.Tab("Between two seeds"):
                 with gr.Row():
-                    ways = seed("other seed", "1"), reading(live), passes()
-                button(partial(answer.interpolation, live), explain, *given, *ways)
+                    more = seed("1", label="other seed"), reading(), passes()
+                button(partial(answer.interpolation, live), explain, *given, *more)
             with gr.Tab("Nearest images"):
                 with gr.Row():
-                    ways = reading(live), passes()
-                button(partial(answer.neighbours, live), explain, *given, *ways)
+                    more = reading(), passes()
+                button(partial(answer.neighbours, live), explain, *given, *more)
     return blocks.queue(max_size=WAITING)
-
-
-def where(device: torch.device) -> str:
-    """The device's name."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "the processor"
 
 
 def condition(live: Live) -> "gr.Dropdown | gr.Textbox":
@@ -89,28 +90,6 @@ def condition(live: Live) -> "gr.Dropdown | gr.Textbox":
         names = [conditions.name(c) for c in range(conditions.count)]
         return gr.Dropdown(names, value=names[0], label="class")
     return gr.Textbox("0", label="class, by name or number", max_lines=1, visible=conditions.count > 0)
-
-
-def seed(label: str, value: str) -> "gr.Textbox":
-    """A seed, as text: what is no number is answered in words."""
-    import gradio as gr
-
-    return gr.Textbox(value, label=label, max_lines=1)
-
-
-def reading(live: Live) -> "gr.Radio":
-    """The way to sample; not shown where there is one alone."""
-    import gradio as gr
-
-    ways = [(one.title, letter) for letter, one in live.readings.items()]
-    return gr.Radio(ways, value=ways[0][1], label="by", visible=len(ways) > 1)
-
-
-def passes() -> "gr.Radio":
-    """How many passes through the net."""
-    import gradio as gr
-
-    return gr.Radio([*PASSES], value=PASSES[0], label="passes")
 
 
 def button(answers: Callable[..., Iterator[Answer]], explain: Explain, *inputs: "Component") -> None:

@@ -17,12 +17,12 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 
+from dumo.io.picture import drawn
 from dumo.training import log
 
 INK = {"light": "#23262b", "dark": "#dedbd4"}
@@ -194,10 +194,7 @@ def _address(save: Callable[[BytesIO], object]) -> str:
 
 def curves(runs: Mapping[str, Sequence[log.Row]]) -> Image.Image:
     """All panels: loss, its parts, the gradient norm, the learning rate, notes, drift, images a second."""
-    figure = panels(runs)
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return drawn(panels(runs))
 
 
 def panels(runs: Mapping[str, Sequence[log.Row]]) -> Figure:

@@ -13,8 +13,7 @@ from typing import Any, cast
 
 import jinja2
 import torch
-from matplotlib.font_manager import findfont
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from dumo.evaluation import word
@@ -22,7 +21,7 @@ from dumo.evaluation.neighbours import Real, nearest
 from dumo.flow.generate import labels
 from dumo.flow.solver import able
 from dumo.io import file, picture
-from dumo.io.panel import headed, labelled
+from dumo.io.picture import headed, labelled, letters
 from dumo.report.figure import charts, embed
 from dumo.run.conditions import shown as shown_data
 from dumo.run.config import recipes
@@ -264,9 +263,8 @@ class PromptSheet:
         """All of them as one picture on white, `across` prompts to a row."""
         (_, first), *_ = self.shown
         width = max(NARROWEST, first.width)
-        font = ImageFont.truetype(findfont("DejaVu Sans"), LETTER)
-        letters = max(1, int(width / font.getlength("n")))
-        texts = [textwrap.fill(prompt, letters) for prompt, _ in self.shown]
+        font = letters(LETTER)
+        texts = [textwrap.fill(prompt, max(1, int(width / font.getlength("n")))) for prompt, _ in self.shown]
         high = first.height + (1 + max(text.count("\n") + 1 for text in texts)) * (LETTER + 4) + MARGIN
         rows, across = -(-len(texts) // across), min(across, len(texts))
         page = Image.new("RGB", (across * (width + MARGIN) - MARGIN, rows * high + LETTER + MARGIN), "white")

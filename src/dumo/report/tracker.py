@@ -26,6 +26,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from dumo.io import file
+from dumo.io.read import read_json
 from dumo.run.config.load import load
 from dumo.run.speed import LOG, logged
 from dumo.runtime import install, signals
@@ -69,7 +70,21 @@ class TensorBoard:
         self.writer.close()
 
 
-class Wandb:
+class Hosted:
+    """A run of a tracker that takes rows by their step."""
+
+    run: Any
+
+    def send(self, step: int, at: float | None, values: dict[str, float]) -> None:
+        """One row."""
+        self.run.log(values, step=step)
+
+    def close(self) -> None:
+        """Wait until what was logged is written, or sent."""
+        self.run.finish()
+
+
+class Wandb(Hosted):
     """Weights & Biases: a run of project dumo (WANDB_PROJECT: another), its files in the run's folder."""
 
     def __init__(self, config: Config, folder: Path, key: str) -> None:
@@ -89,16 +104,8 @@ class Wandb:
             text = str(error).partition("\n")[0].rstrip(".")
             raise UserError(f"wandb: {text}. With WANDB_MODE=offline it needs no account") from error
 
-    def send(self, step: int, at: float | None, values: dict[str, float]) -> None:
-        """One row."""
-        self.run.log(values, step=step)
 
-    def close(self) -> None:
-        """Wait until what was logged is written, or sent."""
-        self.run.finish()
-
-
-class Trackio:
+class Trackio(Hosted):
     """Trackio: a run of project dumo, in its own database (TRACKIO_DIR): trackio show."""
 
     def __init__(self, config: Config, folder: Path, key: str) -> None:
@@ -114,14 +121,6 @@ class Trackio:
             auto_log_cpu=False,
         )
         trackio.context_vars.current_run.set(None)  # else the next one to open would close it
-
-    def send(self, step: int, at: float | None, values: dict[str, float]) -> None:
-        """One row."""
-        self.run.log(values, step=step)
-
-    def close(self) -> None:
-        """Wait until what was logged is written."""
-        self.run.finish()
 
 
 TRACKERS: dict[str, Callable[[Config, Path, str], Tracker]] = {
@@ -203,10 +202,7 @@ class Feed:
     def past(self) -> dict[str, Any]:
         """What each tracker was sent. Raises UserError where that cannot be read."""
         path = self.folder / FILE
-        try:
-            return json.loads(path.read_text()) if path.exists() else {}
-        except ValueError as error:
-            raise UserError(f"{path} is damaged ({error}): remove it, and all rows are sent to new runs") from error
+        return read_json(path, "remove it, and all rows are sent to new runs") if path.exists() else {}
 
     def look(self) -> tuple[int, int, int]:
         """Which file the log is, how large, and when it was written to."""

@@ -46,12 +46,12 @@ def fingerprint(folder: Path) -> str | None:
 
 def _read(folder: Path) -> dict[str, Any] | None:
     file, way_out = folder / FILE, "delete it, and it is measured again"
+    if not file.exists():
+        return None
+    there = read_json(file, way_out)
     try:
-        there = read_json(file, way_out)
         if there["sd"] is not None and (type(there["sd"]) not in (int, float) or not there["sd"] >= 0):
             raise TypeError("sd is no number from 0 on")
-    except FileNotFoundError:
-        return None
     except (KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}): {way_out}") from error
     return there

@@ -18,7 +18,7 @@ from dumo.flow.generate import joined, labels
 from dumo.flow.reading import head_of
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, able, check
 from dumo.io import picture
-from dumo.io.panel import labelled
+from dumo.io.picture import labelled
 from dumo.run.folder import RunFolder, load_net
 from dumo.run.sample import real_data
 from dumo.run.sampler import Sampler

@@ -1,8 +1,8 @@
-"""What a run writes down as it trains: its log, its milestones, its checkpoints."""
+"""What a run writes down as it trains: log, milestones, checkpoints; and what has changed when it goes on."""
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from shlex import join
@@ -11,8 +11,12 @@ from typing import Any
 import torch
 
 from dumo.io.source import Source
-from dumo.run import average
+from dumo.run import average, deviation
+from dumo.run.config.change import shown
+from dumo.run.config.load import changes
+from dumo.run.config.source import Noted
 from dumo.run.config.spec import Run
+from dumo.run.folder import note
 from dumo.run.plan import doctor
 from dumo.run.teacher import Coupled
 from dumo.runtime import dist, signals
@@ -21,8 +25,10 @@ from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.training.step import Record
+from dumo.types import UserError
 
 MINUTE = 60.0
+PROGRAMS = ("dumo", "torch")  # whose versions change what a step computes
 COPIES = 4  # of the weights in an examination: in one piece, to be asked, and in float64
 
 
@@ -74,7 +80,7 @@ class Journal:
             row = record.row()
             if record.skipped:
                 row["skipped"]["rows"] = self.numbered(record)
-                rows = "; ".join(said(row) for row in row["skipped"]["rows"][:3])
+                rows = "; ".join(row_text(row) for row in row["skipped"]["rows"][:3])
                 self.tell(f"step {record.step:,} is skipped: {record.skipped}{rows and f': {rows}'}")
             log.append(self.folder / "metrics.jsonl", row)
 
@@ -126,7 +132,7 @@ class Journal:
         doctor.examine_weights(self.run, layout.gathered(state.net, self.run.build), self.device).require()
 
 
-def said(row: dict[str, Any]) -> str:
+def row_text(row: dict[str, Any]) -> str:
     """A row of a batch in words."""
     image = [] if row["image"] is None else [f"image {row['image']}"]
     rank = [f"rank {row['rank']}"] if dist.world() > 1 else []
@@ -147,3 +153,59 @@ def started() -> list[str]:
     """How this program was started, in words for a shell."""
     each = os.environ.get("LOCAL_WORLD_SIZE", "1")
     return ["dumo"] if dist.world() == 1 else ["torchrun", "--nproc-per-node", each, "-m", "dumo"]
+
+
+@dataclass(frozen=True)
+class History:
+    """What of a folder's run has changed when it goes on after `step`; made and written by one process alone."""
+
+    run: Run
+    folder: Path
+    source: Source
+    step: int
+    fingerprint: str | None  # of the data now
+    changed: Sequence[Noted]
+    versions: dict[str, str]  # that wrote the checkpoint
+
+    @classmethod
+    def of(
+        cls, run: Run, folder: Path, source: Source, step: int, last: Path | None, *, new_data: bool = False
+    ) -> "History":
+        """Look, and write nothing. Raises UserError if the data have changed, and may not (`new_data`)."""
+        was, now, changed = deviation.fingerprint(folder), source.fingerprint(), changes(folder, run, step)
+        if last and was is not None and was != now:
+            if not new_data:
+                raise UserError(
+                    f"{folder}: the data are not those that it was trained on (fingerprint {was} in {deviation.FILE}, "
+                    f"{now} now): put them back as they were, give another folder with --out, or go on with these by "
+                    "--new-data"
+                )
+            changed = [*changed, Noted(step=step, field="data", was=was, now=now)]
+        return cls(run, folder, source, step, now, changed, manifest.read(last).versions if last else {})
+
+    def write(self, *, anew: bool = False) -> Iterator[str]:
+        """Bring the folder to this state, and yield what there is to say of it, in lines.
+
+        `anew`: the checkpoints and milestones after the step go; what was logged after it goes anyhow.
+        """
+        file = self.folder / "metrics.jsonl"
+        if anew:
+            gone = [manifest.rewind(place, self.step) for place in manifest.places(self.folder)]
+            rows = sum(row["step"] > self.step for row in log.read_log(file))
+            steps = sorted({step for steps in gone for step in steps})
+            what = [f"the checkpoints and milestones of steps {', '.join(f'{n:,}' for n in steps)}"] if steps else []
+            what += [f"{rows:,} rows of the log"] if rows else []
+            if what:
+                yield f"going on from step {self.step:,}: what came after it is removed, {' and '.join(what)}"
+        log.rewind(file, self.step)
+        for first, last in log.gaps(log.read_log(file), self.run.train.log_every):
+            yield f"{file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
+        note(self.run, self.folder, self.changed)
+        deviation.note(self.folder, self.source, self.fingerprint)
+        for one in self.changed:
+            if one.step == self.step:
+                yield f"from step {self.step:,} on {one.field} is {shown(one.now)}, and was {shown(one.was)}"
+        here = dist.versions()
+        for name in PROGRAMS:
+            if (then := self.versions.get(name, here[name])) != here[name]:
+                yield f"{name} is {here[name]}, and was {then} up to step {self.step:,}: numbers may round otherwise"

@@ -29,19 +29,19 @@ def read(start: Start, spec: Net, path: FlowPath, net: nn.Module) -> dict[str, T
     file = user_path(start.source, "start.source")
     if not isinstance(spec, DiT) or not isinstance(net, Transformer):
         raise UserError(f"start.kind {start.kind} is for net.kind dit, and this run's is {spec.kind}")
-    if spec.texts:
-        raise UserError(f"start.kind {start.kind} is a net of classes, and this one reads texts: set net.texts=null")
     wanted = {**PUBLISHED, "attention": ATTENTION.get(spec.width, spec.attention)}
     del wanted["late"]  # where r = t it is the published one
     wanted |= {"time_scale": 1.0} if start.kind == "sit" else {}
-    if wrong := [field for field, value in wanted.items() if getattr(spec, field) != value]:
-        field = wrong[0]
-        raise UserError(
-            f"start: the published net has {field} {wanted[field]}, and this one {getattr(spec, field)}: set "
-            f"net.{field}={wanted[field]}"
-        )
+    wrong = [
+        f"has {field} {value}, and this one {getattr(spec, field)}: set net.{field}={value}"
+        for field, value in wanted.items()
+        if getattr(spec, field) != value
+    ]
+    wrong += ["is a net of classes, and this one reads texts: set net.texts=null"] if spec.texts else []
     if start.kind == "sit" and (path.kind, path.sd) != ("linear", 1):
-        raise UserError(f"start.kind sit is a velocity on path 'linear' of sd 1, not on {path.kind}: set path.kind")
+        wrong += [f"is a velocity on path 'linear' of sd 1, not on {path.kind}: set path.kind"]
+    if wrong:
+        raise UserError(f"start.kind {start.kind}: the published net {wrong[0]}")
     found = {name: tensor for name, tensor in weights(start, file).items() if not name.startswith(UNUSED)}
     return fitting(start, found, net)
 
@@ -64,25 +64,28 @@ def fitting(start: Start, found: dict[str, Tensor], net: Transformer) -> dict[st
     """The tensors by our names. Raises UserError if the file is not of a SiT of these sizes."""
     own = {name for name in net.state_dict() if name.startswith(TRUNK)}
     have = {name: our_name(name) for name in found}
-    strange = [name for name, ours in have.items() if ours is None or (ours.startswith(TRUNK) and ours not in own)]
-    lacking = [name for name in (*own, *REST) if name not in have.values() and name != "positions"]
-    if strange or lacking:
-        what = f"{strange[0]} is none of its layers here" if strange else f"it has nothing for {sorted(lacking)[0]}"
-        raise UserError(
-            f"start.source: {start.source} is no SiT or DiT of these sizes, {what}: set net.depth, take the part that "
-            "holds the model (`ema`), or another file"
-        )
+    wrong = [
+        f"{name} is none of its layers here"
+        for name, ours in have.items()
+        if ours is None or (ours.startswith(TRUNK) and ours not in own)
+    ]
+    lacking = {*own, *REST} - {*have.values(), "positions"}
+    wrong += [f"it has nothing for {name}" for name in sorted(lacking)]
     (width, patch), p = net.embed.weight.shape, net.patch
     sizes = {
         "x_embedder.proj.weight": [(width, patch // p**2, p, p)],
         "t_embedder.mlp.0.weight": [(width, 2 * FREQUENCIES)],
         "final_layer.linear.weight": [(patch, width), (2 * patch, width)],
     }
-    for name, may in sizes.items():
-        if (shape := tuple(found[name].shape)) not in may:
-            raise UserError(
-                f"start.source: {start.source} has {name} of shape {shape}, and this net takes {may[0]}: set net.patch "
-                "and net.width, or take other data"
-            )
+    wrong += [
+        f"it has {name} of shape {shape}, and this net takes {may[0]}: set net.patch, net.width"
+        for name, may in sizes.items()
+        if name in found and (shape := tuple(found[name].shape)) not in may
+    ]
+    if wrong:
+        raise UserError(
+            f"start.source: {start.source} is no SiT or DiT of these sizes, {wrong[0]}: set net.depth, take the part "
+            "that holds the model (`ema`), or another file"
+        )
     state = converted(found, net)
     return state if start.kind == "sit" else {name: w for name, w in state.items() if name.startswith(TRUNK)}

@@ -26,9 +26,8 @@ from dumo.run.config.check import check_pieces
 from dumo.run.config.resolve import resolve
 from dumo.run.config.spec import Run
 from dumo.run.folder import begin, held
-from dumo.run.history import History
-from dumo.run.journal import Journal, way_back
-from dumo.run.plan import cost, doctor
+from dumo.run.journal import History, Journal, way_back
+from dumo.run.plan import cost, doctor, machine
 from dumo.run.sheet import Sheets
 from dumo.run.speed import Meter, step_flops
 from dumo.runtime import dist
@@ -100,6 +99,9 @@ def go_on(
         lambda: History.of(run, folder, data, state.step, last, new_data=new_data) if dist.is_main() else None
     )
     tell(outlook(run, folder, data.size, state.step, here))
+    left = (run.train.steps - state.step) * run.train.batch / dist.world()
+    for line in machine.unfit(run.train, left * count(), here):
+        tell(line)
     for fit in state.net.fits if isinstance(state.net, Dualized) and not last else ():
         tell(str(fit))
     if known:
@@ -120,7 +122,7 @@ def go_on(
             fed(run.train, run.data.shape, source, task, here) as (batches, draws),
             bar(f"training {folder.name}", run.train.steps) as tick,
         ):
-            tick(state.step, "")
+            tick(state.step, "the first step" + ", compiled first" * (run.train.compile != "none"))
             meter.begin(state.step)
             show = loop.Every(1, lambda state, record: tick(state.step, meter.note(record)))
             hooks = (show, *journal.hooks, loop.Every(1, sheets.draw))

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dumo.autodiff.rule  # noqa: F401, the operations of a Dual
-from dumo.autodiff.dual import Dual, NoRule, carry, pair, primal, primal_only, tangent
+from dumo.autodiff.dual import Dual, carry, pair, primal, primal_only, tangent
 from dumo.autodiff.tape import Later, WrittenTo, holds, play
-from dumo.types import Array, UserError
+from dumo.types import Array
 
 calls: list[str] = []
 
@@ -39,6 +39,19 @@ def forget() -> None:
 def later(x: Tensor) -> Array:
     """A Dual whose tangent is set by hand."""
     return pair(x, Later(x.shape, x.dtype))
+
+
+def along(f: Callable[[Array], Array], p: Tensor, d: Tensor, late: bool) -> tuple[Tensor, Tensor]:
+    """f of p and its tangent along d, which is known at once, or once f is over."""
+    x = later(p) if late else pair(p, d)
+    y = f(x)
+    if late:
+        x.t.value = d
+        play([y.t])
+    return y.p, y.t.value if late else y.t
+
+
+each_way = pytest.mark.parametrize("late", [False, True])
 
 
 def ends(*heads: Array) -> list[Later]:
@@ -65,48 +78,37 @@ def test_one_late_operand_makes_the_outcome_late() -> None:
     assert torch.equal(z.t.value, torch.tensor([5.0, 6.0, 7.0]))
 
 
-@pytest.mark.parametrize("late", [False, True])
+@each_way
 def test_a_tangent_has_shape_and_dtype_of_its_primal(late: bool) -> None:
     """Where only a column moves, where the primal was promoted, and where a sharded module cast it on its way in."""
     w = torch.randn(4, 3, dtype=torch.float64)
     for p in (torch.randn(4, 1), torch.randn(4, 1).bfloat16()):
         d = torch.randn(4, 1)
-        x = later(p) if late else pair(p, d)
-        y = x + w
-        if late:
-            x.t.value = d
-            play([y.t])
-        t = y.t.value if late else y.t
-        assert (t.shape, t.dtype) == (y.p.shape, y.p.dtype) == ((4, 3), torch.float64)
+        y, t = along(lambda x: x + w, p, d, late)
+        assert (t.shape, t.dtype) == (y.shape, y.dtype) == ((4, 3), torch.float64)
         assert torch.equal(t, d.to(p.dtype).double().expand(4, 3))
 
 
-@pytest.mark.parametrize("late", [False, True])
+@each_way
 def test_a_primal_that_was_cast_takes_its_tangent_along(late: bool) -> None:
     """A sharded module replaces the tensors of a dataclass, each for itself, by those of its precision."""
-    x = later(torch.randn(2, 4)) if late else pair(torch.randn(2, 4), torch.randn(2, 4))
-    x.p = x.p.bfloat16()
-    y = F.linear(x, torch.randn(3, 4).bfloat16())
-    if late:
-        x.t.value = torch.randn(2, 4)
-        play([y.t])
-    assert (y.t.value if late else y.t).dtype == torch.bfloat16
+
+    def cast(x: Array) -> Array:
+        x.p = x.p.bfloat16()
+        return F.linear(x, torch.randn(3, 4).bfloat16())
+
+    assert along(cast, torch.randn(2, 4), torch.randn(2, 4), late)[1].dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("late", [False, True])
+@each_way
 def test_tangents_are_never_recorded(late: bool) -> None:
     """Though everything in sight asks for gradients, and gradients are on."""
     w, d = torch.randn(3, 4, requires_grad=True), torch.randn(2, 4, requires_grad=True)
     p = torch.randn(2, 4, requires_grad=True)
-    x = later(p) if late else pair(p, d)
-    with torch.enable_grad():
-        y = F.gelu(F.linear(x, w)) * x.sum(-1, keepdim=True)
-        if late:
-            x.t.value = d
-            play([y.t])
-    assert y.p.requires_grad
-    assert not (y.t.value if late else y.t).requires_grad
-    y.p.sum().backward()
+    y, t = along(lambda x: F.gelu(F.linear(x, w)) * x.sum(-1, keepdim=True), p, d, late)
+    assert y.requires_grad
+    assert not t.requires_grad
+    y.sum().backward()
     assert d.grad is None
     assert p.grad is not None
 
@@ -271,18 +273,12 @@ def test_primal_only_is_of_one_thread() -> None:
 # The type.
 
 
-def test_a_dual_reads_as_its_primal() -> None:
+def test_what_a_number_has_of_a_dual() -> None:
     p = torch.randn(2, 3, requires_grad=True)
     x = pair(p, torch.zeros(2, 3))
-    assert (x.shape, x.dtype, x.device, x.ndim, x.requires_grad, x.is_cuda) == (
-        p.shape, p.dtype, p.device, 2, True, False,
-    )  # fmt: skip
-    assert (x.size(), x.size(0), x.size(dim=1), x.dim(), x.numel(), len(x)) == (p.size(), 2, 3, 2, 6, 2)
-    assert x.is_floating_point()
     assert primal(x) is p
-    assert primal(3) == 3
-    assert tangent(p) is None
     assert tangent(x) is x.t
+    assert (primal(3), tangent(p)) == (3, None)
 
 
 def test_a_dual_is_copied_and_hashed_as_an_object() -> None:
@@ -293,26 +289,16 @@ def test_a_dual_is_copied_and_hashed_as_an_object() -> None:
     assert len({x, twin, x}) == 2
 
 
-def test_what_is_missing_is_named() -> None:
+def test_what_no_tensor_has_a_dual_has_not() -> None:
     x = pair(torch.ones(2), torch.ones(2))
-    with pytest.raises(NoRule, match=r"'Tensor\.acos'.*dumo\.autodiff\.rule.*jvp"):
-        x.acos()
-    with pytest.raises(UserError, match="'acos'"):
-        torch.acos(x)
-    with pytest.raises(AttributeError):
-        _ = x.nothing_of_the_kind
-    with pytest.raises(AttributeError):
-        x.__nothing__()
+    assert not hasattr(x, "nothing_of_the_kind")
+    assert not hasattr(x, "__nothing__")
 
 
-@pytest.mark.parametrize("late", [False, True])
+@each_way
 @pytest.mark.parametrize("f", [lambda x: x[0], lambda x: sum(x), lambda x: torch.stack(list(x)), lambda x: [*x][-1]])
 def test_a_dual_is_walked_row_by_row(f: Callable[[Array], Array], late: bool) -> None:
     p, d = torch.randn(3, 2), torch.randn(3, 2)
-    x = later(p) if late else pair(p, d)
-    y = f(x)
-    if late:
-        x.t.value = d
-        play([y.t])
-    assert torch.equal(y.p, f(p))
-    assert torch.equal(y.t.value if late else y.t, f(d))
+    y, t = along(f, p, d, late)
+    assert torch.equal(y, f(p))
+    assert torch.equal(t, f(d))

@@ -111,6 +111,7 @@ def test_samples_by_default(digits: TrainedRun) -> None:
     same = digits.sample(classes=7, n=2)
     assert torch.equal(same, digits.sample([7, 7], nfe=own.nfe[0], seed=own.seed, solver=own.solver.kind))
     assert torch.equal(digits.sample(n=3), digits.sample(torch.arange(3)))
+    assert len(made(digits, 10)) == 1  # no class is a condition by its number, one past the last, as the net has it
     assert not torch.equal(same, digits.sample(classes=7, n=2, solver="euler"))
 
 
@@ -170,9 +171,7 @@ WRONG: dict[str, Wrong] = {
     "nfe = 0": lambda d, m: d.sample(nfe=0),
     "there is no 'hoop'; did you mean 'hop'": lambda d, m: d.sample(solver="hoop"),
     r"data 'moons' has points of shape \(2,\), not images": lambda d, m: m.pil(m.sample(n=2)),
-    "12 is out of range: classes run from 0 to 9, 10 is": lambda d, m: d.opened.sampler.sample(
-        torch.tensor([0, 12]), nfe=1
-    ),
+    "12 is out of range: classes run from 0 to 9, 10 is": lambda d, m: made(d, 0, 12),
     "-1 is out of range: classes": lambda d, m: made(d, -1),
     "1 is out of range: these data have none": lambda d, m: made(m, 1),
 }
@@ -182,8 +181,3 @@ WRONG: dict[str, Wrong] = {
 def test_what_is_wrong_is_said(said: str, digits: TrainedRun, moons: TrainedRun) -> None:
     with pytest.raises(dumo.UserError, match=said):
         WRONG[said](digits, moons)
-
-
-def test_no_class_is_a_condition(digits: TrainedRun) -> None:
-    """By its number, one past the last, as the net has it."""
-    assert len(made(digits, 10)) == 1

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -17,8 +18,8 @@ from dumo.types import UserError
 from unit.encoders.toy import CLASSES, PLAN, POINT, SIDE, Pictures, Sampled, contents, picture, work
 
 COUNT = 300
-processes = get_context("forkserver")  # forks from a clean process, which has imported once
-processes.set_forkserver_preload(["dumo.data.cache"])
+processes = get_context("fork")
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +58,13 @@ def test_stopped_at_any_step_and_resumed(tmp_path: Path, monkeypatch: pytest.Mon
     """Once before each flush, rename and removal."""
 
     def run(out: Path) -> int:
-        return encode(Pictures(40), POINT, PLAN, out, batch=8).missing
+        return encode(Pictures(20), POINT, PLAN, out, batch=8).missing
 
     run(tmp_path / "whole")
     with monkeypatch.context() as patch:
         seen = watched(patch)
         run(tmp_path / "counted")
-    assert seen == [*["mkdir", "fsync", "replace", "fsync"] * 8, *["unlink"] * 3]  # index.json, 3 shards and notes, it
+    assert seen == [*["mkdir", "fsync", "replace", "fsync"] * 6, *["unlink"] * 2]  # index.json, 2 shards and notes, it
     for at in range(1, len(seen) + 1):
         out = tmp_path / str(at)
         with monkeypatch.context() as patch:
@@ -99,19 +100,13 @@ def test_ranks_may_begin_at_the_same_moment(tmp_path: Path, whole: Path, monkeyp
     assert contents(tmp_path) == contents(whole)
 
 
-def test_half_files_of_ranks_that_are_gone_are_swept(tmp_path: Path, whole: Path) -> None:
-    out = tmp_path / "out"
-    encode(Pictures(COUNT), POINT, PLAN, out, batch=4, rank=0, world=4)
-    for left in (".shard-00001.safetensors.1.tmp", ".shard-00002.json.2.tmp", ".index.json.3.tmp"):
-        (out / left).write_bytes(b"half")
-    encode(Pictures(COUNT), POINT, PLAN, out, batch=4)
-    assert contents(out) == contents(whole)
-
-
 @pytest.mark.parametrize("damage", ["truncated", "a bit", "gone"])
 def test_damaged_shard_is_found_and_made_again(tmp_path: Path, whole: Path, damage: str) -> None:
+    """And what ranks that are gone had half written is swept."""
     out, name = tmp_path / "out", "shard-00003.safetensors"
-    encode(Pictures(COUNT), POINT, PLAN, out, batch=4)
+    shutil.copytree(whole, out)
+    for left in (".shard-00001.safetensors.1.tmp", ".shard-00002.json.2.tmp", ".index.json.3.tmp"):
+        (out / left).write_bytes(b"half")
     data = bytearray((out / name).read_bytes())
     if damage == "gone":
         (out / name).unlink()
@@ -243,7 +238,7 @@ def test_full_disk_keeps_what_stands(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(UserError, match=r"shard-00001.json: the disk is full"):
+        with pytest.raises(OSError, match=r"No space left.*shard-00001.json"):
             encode(Pictures(40), POINT, PLAN, tmp_path)
     assert not list(tmp_path.glob(".*"))
     assert encode(Pictures(40), POINT, PLAN, tmp_path).made == 2

@@ -1,48 +1,51 @@
-"""Laws of latents as data: rows of the cache as the codec has them, and no cache but the one that was meant."""
+"""Latents as data: rows as the codec has them, captions that outlive the images, and no cache but the one meant."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from pydantic import ValidationError
 
 from autoencoder import taef2
 from dumo.data import Latents
+from dumo.data.written import LINES as FILE
 from dumo.run import encode
 from dumo.types import UserError
+from unit.data.animals import COUNT, SIDE, as_folder
+from unit.data.test_written import FILES, TEXTS, TOLD, as_lines
+from unit.encoders.toy import contents
 
-SIDE, COUNT = 8, 22
+WORDS = {"captions": {"kind": "templates", "templates": ["a {}", "{n}"], "held": ["one {}"]}}
+Maker = Callable[..., Latents]
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """Makes the spec of the images of a folder through a codec, in a cache."""
+    weights = str(taef2(tmp_path_factory.mktemp("codec") / "taef2.safetensors"))
+
+    def of(root: Path, cache: Path, **fields: object) -> Latents:
+        images = {"root": str(root), "side": SIDE, "crop": "none", **fields}
+        codec = {"kind": "taef2", "weights": weights}
+        return Latents.model_validate({"root": str(cache), "images": images, "codec": codec}).found()
+
+    return of
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """22 random images in two classes."""
-    root = tmp_path_factory.mktemp("images")
-    for i in range(COUNT):
-        pixels = torch.randint(256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(i))
-        (root / f"class{i % 2}").mkdir(exist_ok=True)
-        Image.fromarray(pixels.numpy()).save(root / f"class{i % 2}" / f"{i:02d}.png")
+    as_folder(root := tmp_path_factory.mktemp("images"))
     return root
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A codec's."""
-    return str(taef2(tmp_path_factory.mktemp("codec") / "taef2.safetensors"))
-
-
-@pytest.fixture(scope="module")
-def latents(images: Path, weights: str) -> Callable[..., Latents]:
-    """Makes the spec of those images through the codec, in a cache at `root`."""
-
-    def of(root: Path, **changes: Any) -> Latents:  # noqa: ANN401, parts of a spec
-        codec = {"kind": "taef2", "weights": weights} | changes.pop("codec", {})
-        shown = {"root": str(images), "side": SIDE, "crop": "none"} | changes.pop("images", {})
-        return Latents.model_validate({"root": str(root), "images": shown, "codec": codec} | changes).found()
-
-    return of
+def cached(latents: Maker, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Latents:
+    """Their cache, of three shards, with both flips."""
+    data = latents(images, tmp_path_factory.mktemp("cache") / "here", flip=True)
+    encode.encode(data, shard_rows=5, dtype="float32")
+    return data
 
 
 def unmirrored(data: Latents) -> Latents:
@@ -50,39 +53,16 @@ def unmirrored(data: Latents) -> Latents:
     return data.model_copy(update={"images": data.images.model_copy(update={"flip": False})})
 
 
-@pytest.fixture(scope="module")
-def cached(latents: Callable[..., Latents], tmp_path_factory: pytest.TempPathFactory) -> Latents:
-    """Their cache, of three shards, with both flips."""
-    data = latents(tmp_path_factory.mktemp("cache") / "here", images={"flip": True})
-    encode.encode(data, shard_rows=10, dtype="float32")
-    return data
-
-
-def test_rows_are_those_of_the_images(cached: Latents) -> None:
-    """Without flips a batch is the batch of images through the codec."""
-    still = unmirrored(cached)
-    x, c = still.open().batch(3, 16, seed=5)
-    pixels, labels = still.images.open().batch(3, 16, seed=5)
-    torch.testing.assert_close(x, cached.codec.open().encode(pixels))
-    assert torch.equal(c, labels)
-    assert still.open().size == COUNT
-
-
-def test_half_of_a_batch_is_mirrored_as_the_images_are(cached: Latents) -> None:
-    """The same rows are mirrored, before the codec."""
-    x, _ = cached.open().batch(1, 64, seed=0)
-    pixels, _ = cached.images.open().batch(1, 64, seed=0)
-    torch.testing.assert_close(x, cached.codec.open().encode(pixels))
-    share = (x != unmirrored(cached).open().batch(1, 64, 0)[0]).flatten(1).any(1).float().mean().item()
+@pytest.mark.parametrize("memory", [2.0, 0.0])
+def test_rows_are_those_of_the_images(cached: Latents, memory: float) -> None:
+    """A batch is that of the images through the codec, also in which are mirrored: half of them, before the codec."""
+    for data in (cached, unmirrored(cached)):
+        x, c = data.model_copy(update={"memory": memory}).open().batch(3, 64, seed=5)
+        pixels, labels = data.images.open().batch(3, 64, seed=5)
+        torch.testing.assert_close(x, data.codec.open().encode(pixels))
+        assert torch.equal(c, labels)
+    share = (x != cached.open().batch(3, 64, 5)[0]).flatten(1).any(1).float().mean().item()
     assert 0.25 < share < 0.75
-
-
-def test_mapped_and_read_rows_are_equal(cached: Latents) -> None:
-    """`memory` chooses how the cache is held, never what is in it."""
-    mapped = cached.model_copy(update={"memory": 0.0})
-    for step in range(3):
-        for one, other in zip(cached.open().batch(step, 16, 0), mapped.open().batch(step, 16, 0), strict=True):
-            assert torch.equal(one, other)
 
 
 def test_reference_is_of_distinct_rows(cached: Latents) -> None:
@@ -90,46 +70,102 @@ def test_reference_is_of_distinct_rows(cached: Latents) -> None:
     source = cached.open()
     x, c = source.reference(9, seed=0)
     assert len(x) == len(c) == len(x.flatten(1).unique(dim=0)) == 9
-    assert len(source.reference(1000, seed=0)[0]) == COUNT
+    assert len(source.reference(1000, seed=0)[0]) == source.size == COUNT
     assert not torch.equal(x, source.reference(9, seed=0, i=1)[0])
 
 
 def test_another_cache_than_meant_is_refused_by_its_field(cached: Latents) -> None:
     other = cached.model_copy(update={"images": cached.images.model_copy(update={"crop": "adm", "classes": 17})})
-    with pytest.raises(UserError, match=r"data\.root: [\s\S]*crop: none in the cache, adm asked\n  classes: 2 in the"):
+    with pytest.raises(UserError, match=r"data\.root: [\s\S]*crop: none in the cache, adm asked\n  classes: 3 in the"):
         other.open()
 
 
-def test_parts_made_apart_are_the_whole(latents: Callable[..., Latents], cached: Latents, tmp_path: Path) -> None:
+def test_parts_made_apart_are_the_whole(latents: Maker, images: Path, cached: Latents, tmp_path: Path) -> None:
     """Part 1 of 2, then 0 of 2: the same files, to the last bit."""
-    data = latents(tmp_path / "cache", images={"flip": True})
-    assert encode.encode(data, shard_rows=10, dtype="float32", part=(1, 2)).contents is None
-    made = encode.encode(data, shard_rows=10, dtype="float32", part=(0, 2))
+    data = latents(images, tmp_path / "cache", flip=True)
+    assert encode.encode(data, shard_rows=5, dtype="float32", part=(1, 2)).contents is None
+    made = encode.encode(data, shard_rows=5, dtype="float32", part=(0, 2))
     assert made.contents is not None
     assert made.done.made == 2
     files, others = (
-        sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
-        for folder in (data.folder, cached.folder)
+        {name: file for name, file in contents(of.folder).items() if name[0] != "."} for of in (data, cached)
     )
     assert files == others
-    assert all((data.folder / name).read_bytes() == (cached.folder / name).read_bytes() for name in files)
+    for text in ("2/2", "1", "-1/2", "a/b", "0/0"):  # K counts from 0 to N - 1
+        with pytest.raises(UserError, match="write K/N"):
+            encode.part_of(text)
 
 
-@pytest.mark.parametrize("text", ["2/2", "1", "-1/2", "a/b", "0/0"])
-def test_a_part_that_is_none_is_refused(text: str) -> None:
-    """K counts from 0 to N - 1."""
-    with pytest.raises(UserError, match="write K/N"):
-        encode.part_of(text)
-
-
-def test_images_without_options_are_refused(images: Path) -> None:
-    """A folder of images says nothing of a codec."""
+def test_a_folder_of_images_with_options_is_enough(images: Path, tmp_path: Path) -> None:
+    """The classes are looked up, and flips are kept; without options it says nothing of a codec."""
+    sets = ["data.images.on_bad=skip"]
+    data = encode.work_of(str(images), sets, out=str(tmp_path / "out"), codec="taef2", side=SIDE).data
+    assert (data.classes, data.shape, data.images.flip, data.images.on_bad) == (3, (32, 1, 1), True, "skip")
     with pytest.raises(UserError, match="--codec"):
         encode.work_of(str(images), out=None, codec="taef2", side=8)
 
 
-def test_a_folder_of_images_with_options_is_enough(images: Path, tmp_path: Path) -> None:
-    """The classes are looked up, and flips are kept."""
-    sets = ["data.images.on_bad=skip"]
-    data = encode.work_of(str(images), sets, out=str(tmp_path / "out"), codec="taef2", side=SIDE).data
-    assert (data.classes, data.shape, data.images.flip, data.images.on_bad) == (2, (32, 1, 1), True, "skip")
+# --- captions: those of the images, kept beside them
+
+
+def again(data: Latents) -> Latents:
+    return Latents.model_validate(data.model_dump(mode="json")).found()
+
+
+def test_latents_have_the_captions_of_the_images(latents: Maker, tmp_path: Path) -> None:
+    """So that the images are no longer needed."""
+    as_lines(root := tmp_path / "images", TOLD)
+    data = latents(root, tmp_path / "cache", **FILES)
+    encode.encode(data, dtype="float32", shard_rows=5)
+    for step in range(3):
+        (x, c), (y, d) = (of.open().batch(step, COUNT, 4) for of in (data, data.images))
+        torch.testing.assert_close(x, data.codec.open().encode(y))
+        assert torch.equal(c, d)
+    assert not data.originals().reference(99, 0)[1].any()  # to judge by there are no classes
+    shutil.rmtree(root)
+    assert data.open().fingerprint() == latents(root, tmp_path / "cache", **FILES).open().fingerprint()
+    assert again(data).caption_texts() == latents(root, tmp_path / "cache", **FILES).caption_texts() == TEXTS
+
+
+def test_templates_are_drawn_over_a_cache_of_classes(latents: Maker, tmp_path: Path) -> None:
+    """One cache serves those who train by classes and by words."""
+    as_folder(root := tmp_path / "images")
+    plain, words = latents(root, tmp_path / "cache"), latents(root, tmp_path / "cache", **WORDS)
+    encode.encode(plain, dtype="float32")
+    encode.encode(words, dtype="float32")  # there is nothing to do
+    (x, label), (y, c) = (of.open().batch(1, 64, 0) for of in (plain, words))
+    assert torch.equal(x, y)
+    assert torch.equal(c // 2, label)
+    shutil.rmtree(root)
+    assert latents(root, tmp_path / "cache", **WORDS) == again(words) == words
+    assert words.caption_texts()[-3:] == ("one ant", "one bee", "one cow")
+
+
+def test_other_captions_are_refused(latents: Maker, tmp_path: Path) -> None:
+    as_lines(root := tmp_path / "images", TOLD)
+    data = latents(root, tmp_path / "cache", **FILES)
+    encode.encode(data)
+    as_lines(root, [*TOLD[:-1], ["another"]])
+    other = latents(root, tmp_path / "new", **FILES)
+    with pytest.raises(UserError, match="holds other captions than the images have now"):
+        encode.encode(other.model_copy(update={"root": str(tmp_path / "cache")}))
+    data.open()  # it knows its own
+    file = tmp_path / "cache" / FILE
+    lines = file.read_text().splitlines(keepends=True)
+    for wrong, told in ((['["x"]\n'], "other captions"), (["{}\n"], "no list of texts"), (["[\n"], "not JSON")):
+        file.write_text("".join(lines[:-1] + wrong))
+        with pytest.raises(UserError, match=told):
+            data.open()
+    file.unlink()
+    encode.encode(latents(root, tmp_path / "cache", **FILES))
+    assert file.is_file()
+
+
+def test_a_cache_of_classes_is_none_of_captions(latents: Maker, tmp_path: Path) -> None:
+    as_lines(root := tmp_path / "images", TOLD)
+    encode.encode(latents(root, tmp_path / "classes"))
+    encode.encode(latents(root, tmp_path / "captions", **FILES))
+    with pytest.raises(UserError, match="captioned: False in the cache, True asked"):
+        latents(root, tmp_path / "classes", **FILES).open()
+    with pytest.raises((UserError, ValidationError), match="captioned: True in the cache, False asked"):
+        latents(root, tmp_path / "captions").open()

@@ -16,11 +16,11 @@ from dumo.data.album import Album
 from dumo.data.augment import Edm
 from dumo.data.cache import encode, open_cache
 from dumo.data.latents import Encoded
-from dumo.data.store import Labels
 from dumo.io.source import rows_of
 from dumo.io.table import Table as Rows
 from dumo.run.teacher import Coupled
 from dumo.runtime.random import stream
+from unit.data.spy import spied
 from unit.encoders.toy import GAUSSIAN, PLAN, Pictures
 
 BATCH, COUNT, SIDE = 64, 50, 9  # more rows than images: a batch crosses epochs. An odd side, no whole vectors of floats
@@ -93,41 +93,15 @@ def test_parts_of_many_points_are_the_whole() -> None:
         assert torch.equal(law.reference(n, 0)[0], whole[:n])
 
 
-class Counted:
-    """A store that notes which images are read."""
-
-    def __init__(self, album: Album) -> None:
-        self.store, self.read_ = album.store, list[int]()
-
-    @property
-    def labels(self) -> Labels | None:
-        return self.store.labels
-
-    def __len__(self) -> int:
-        return len(self.store)
-
-    def fingerprint(self) -> str:
-        return self.store.fingerprint()
-
-    def path(self, i: int) -> str:
-        return self.store.path(i)
-
-    def read(self, i: int) -> bytes:
-        self.read_.append(i)
-        return self.store.read(i)
-
-
 @pytest.mark.parametrize("world", WORLDS)
-def test_a_rank_decodes_its_own_images_only(tmp_path: Path, world: int) -> None:
+def test_a_rank_decodes_its_own_images_only(tmp_path: Path, world: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step's once, and none of another step."""
-    source, share = album(tmp_path, memory=0.0), BATCH // world
-    source.store = store = Counted(source)
-    last = slice(BATCH - share, BATCH)
+    source, last = album(tmp_path, memory=0.0), slice(BATCH - BATCH // world, BATCH)
+    seen = spied(monkeypatch, source.store, "read", lambda i: i)
     for step in range(3):
         source.batch(step, BATCH, 1, last)
     asked = [rows_of(step, BATCH, size=COUNT, seed=1, rows=last) for step in range(3)]
-    assert len(store.read_) == 3 * share
-    assert sorted(store.read_) == torch.cat(asked).sort().values.tolist()
+    assert sorted(seen) == torch.cat(asked).sort().values.tolist()
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -136,13 +110,7 @@ def test_a_rank_reads_and_draws_its_own_latents_only(
 ) -> None:
     """Which are mirrored is drawn for the whole batch."""
     source, share = latents(tmp_path), BATCH // world
-    take, read = Rows.take, list[Tensor]()
-
-    def noted(cache: Rows, rows: Tensor, column: str, other: str = "", where: Tensor | None = None) -> Tensor:
-        read.append(rows)
-        return take(cache, rows, column, other, where)
-
-    monkeypatch.setattr(Rows, "take", noted)
+    read = spied(monkeypatch, Rows, "take", lambda cache, rows, *_: rows)
     for first in range(0, BATCH, share):
         mine = slice(first, first + share)
         wanted = rows_of(2, BATCH, size=COUNT, seed=1, rows=mine)

@@ -90,16 +90,6 @@ def test_images_that_come_or_go_after_opening(memory: float, tmp_path: Path) -> 
     assert lax.batch(0, COUNT, 0)[0].shape[0] == COUNT
 
 
-def test_a_number_that_is_no_class_is_refused(tmp_path: Path) -> None:
-    """A net, and every table of classes, would have a row for each smaller one."""
-    for largest in (10**9, 2**62):
-        pq.write_table(pa.table({"image": [picture(0)] * 2, "label": [0, largest]}), tmp_path / "a.parquet")
-        assert f"has the label {largest}" in refused(tmp_path)
-        assert spec(tmp_path, labelled=False).open().size == 2
-    with pytest.raises(UserError, match=r"data\.label"):
-        spec(tmp_path, classes=10).open()
-
-
 # --- fingerprints
 
 

@@ -23,7 +23,7 @@ def unscaled(x: Tensor) -> Tensor:
     return x.double() * UNIT.sqrt() + torch.tensor([0.5, 0.25])
 
 
-def drawn(n: int = 200_000) -> Tensor:
+def drawn(n: int = 60_000) -> Tensor:
     return Moons().open().reference(n, 0)[0].double()
 
 
@@ -84,12 +84,12 @@ def test_batches_are_fresh_and_keyed() -> None:
 
 def test_steps_are_independent() -> None:
     """No lattice, no memory: neighbouring steps are uncorrelated, and so are the rows of one."""
-    source = Moons().open()
-    first = torch.stack([source.batch(step, 2, 0)[0].flatten() for step in range(4000)])
+    source, n = Moons().open(), 1500
+    first = torch.stack([source.batch(step, 2, 0)[0].flatten() for step in range(n)])
     lagged = torch.corrcoef(torch.cat([first[:-1], first[1:]], 1).T)
     inside, across = lagged[:4, :4] - torch.eye(4), lagged[:4, 4:]
-    assert across.abs().max() < 5 / sqrt(4000)
-    assert inside[:2, 2:].abs().max() < 5 / sqrt(4000)
+    assert across.abs().max() < 5 / sqrt(n)
+    assert inside[:2, 2:].abs().max() < 5 / sqrt(n)
 
 
 def test_digits_are_upright_of_seventeen_levels() -> None:

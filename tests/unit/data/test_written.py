@@ -83,22 +83,17 @@ def test_a_column_by_its_name(tmp_path: Path) -> None:
 
 
 def test_a_run_knows_its_captions_again(tmp_path: Path) -> None:
+    later = spec(tmp_path := tmp_path / "later", **FILES)
+    assert (later.classes, later.names) == (0, None)  # nothing is there to be counted
     as_lines(tmp_path, TOLD)
     images = spec(tmp_path, **FILES)
+    assert type(images).model_validate(later.model_dump(mode="json")).found().classes == len(TEXTS)
     again = type(images).model_validate(images.model_dump(mode="json"))
     assert again == images
     as_lines(tmp_path, [*TOLD[:-1], ["another"]])
     with pytest.raises(UserError, match="other captions than the run was made with"):
         again.open()
     assert "has 9 captions, data.classes says 8" in refused(tmp_path, **FILES, classes=8)
-
-
-def test_where_the_data_are_not_there_captions_are_not_counted(tmp_path: Path) -> None:
-    images = spec(tmp_path / "later", **FILES)
-    assert (images.classes, images.names) == (0, None)
-    as_texts(tmp_path / "later", TOLD)
-    counted = type(images).model_validate(images.model_dump(mode="json")).found()
-    assert counted.classes == len(TEXTS)
 
 
 def test_templates_of_folders(tmp_path: Path) -> None:

@@ -1,19 +1,26 @@
-"""The shipped classifiers are good, small, and say where they come from."""
+"""The shipped classifiers are good, small, say where they come from, and can be trained again, to the bit."""
 
 import json
 import os
+from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
+from pyarrow.parquet import write_table
+from safetensors.torch import load_file
 from torch import Tensor
 
+import train_classifier as tool
 from dumo.data import Digits
 from dumo.encoders.classifier import Shipped, cifar10, digits
 from dumo.io import weights
 from dumo.io.picture import from_uint8
 from dumo.runtime.random import stream
-from train_classifier import accuracy, cifar_images, split_digits
+from dumo.types import UserError
 
 # Another file gives other numbers: not under the same name.
 SHA256 = "cb20e51f59f64f4a0f1a43fb794106bc5e4c7d54c3c7bff3137d510df2320dba"
@@ -49,21 +56,21 @@ def test_shipped_files_are_small_and_say_their_origin() -> None:
 
 
 def test_a_fixed_fifth_of_digits_is_held_out_and_well_known() -> None:
-    taught, held = split_digits(1797)
+    taught, held = tool.split_digits(1797)
     assert torch.equal(torch.cat([taught, held]).sort().values, torch.arange(1797))
     # The shipped weights have not seen these rows. Should torch ever permute otherwise, make the weights again.
     assert (len(held), held[:6].tolist()) == (359, [39, 1197, 601, 412, 1620, 1069])
     right = (digits.predict(DIGITS.x[held]) == DIGITS.c[held]).double().mean().item()
     assert right >= 0.98
     assert f"{right:.4f}" == origin(digits)["accuracy"]
-    assert accuracy(digits.net, DIGITS.x[held], DIGITS.c[held]) == right
+    assert tool.accuracy(digits.net, DIGITS.x[held], DIGITS.c[held]) == right
 
 
 @pytest.mark.data
 def test_accuracy_on_test_images_of_cifar10() -> None:
     """Of the first 1,000, within three standard errors of what the file says of 10,000."""
-    x, c = cifar_images(Path(os.environ["DUMO_DATA"]) / "cifar10", "test", 1000)
-    right = accuracy(cifar10.net, from_uint8(x), c)
+    x, c = tool.cifar_images(Path(os.environ["DUMO_DATA"]) / "cifar10", "test", 1000)
+    right = tool.accuracy(cifar10.net, from_uint8(x), c)
     assert right >= 0.78
     assert right == (cifar10.predict(from_uint8(x)) == c).double().mean().item()
     assert right == pytest.approx(float(origin(cifar10)["accuracy"]), abs=0.033)
@@ -78,7 +85,7 @@ def test_features_of_digits_are_standardised() -> None:
 
 @pytest.mark.data
 def test_features_of_cifar10_are_standardised() -> None:
-    x, _ = cifar_images(Path(os.environ["DUMO_DATA"]) / "cifar10", "train", 1000)
+    x, _ = tool.cifar_images(Path(os.environ["DUMO_DATA"]) / "cifar10", "train", 1000)
     f = cifar10.features(from_uint8(x))
     assert f.mean(0).abs().max() < 0.3
     still = f.var(0) < 1e-3
@@ -104,3 +111,102 @@ def test_loading_draws_nothing_and_asks_for_no_gradient(known: Shipped, x: Tenso
     assert torch.equal(torch.get_rng_state(), before)
     assert not net.training
     assert not any(p.requires_grad for p in net.parameters())
+
+
+# --- made again
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set in the layout of the hub: 96 images to train on, 40 others."""
+    folder = tmp_path_factory.mktemp("cifar10")
+    x, c = pixels(136)
+    for split, rows in (("train", slice(0, 96)), ("test", slice(96, 136))):
+        files = [{"bytes": png(image), "path": "x.png"} for image in x[rows]]
+        write_table(pa.table({"image": files, "label": c[rows].tolist()}), folder / tool.FILES[split])
+    return folder
+
+
+def png(image: Tensor) -> bytes:
+    file = BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_images_are_the_rows_of_the_table(folder: Path) -> None:
+    x, c = pixels(136)
+    taught, tested = tool.cifar_images(folder, "train"), tool.cifar_images(folder, "test", 7)
+    assert torch.equal(torch.cat([taught[0], tested[0]]), x[:103])
+    assert torch.equal(torch.cat([taught[1], tested[1]]), c[:103])
+    with pytest.raises(UserError, match=r"there is no .*train-00000-of-00001\.parquet: set DUMO_DATA"):
+        tool.cifar_images(folder / "none", "train")
+
+
+MAKERS: dict[str, Callable[[Path, Path], dict[str, str]]] = {
+    "digits": lambda out, folder: tool.make_digits(out),
+    "cifar10": tool.make_cifar10,
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_the_same_bytes_are_made_and_none_of_a_bad_classifier(
+    name: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, shipped = MAKERS[name], {"digits": digits, "cifar10": cifar10}[name]
+    for constant, value in (("EPOCHS", 1), ("CIFAR_BATCH", 48), ("STEPS", 5)):
+        monkeypatch.setattr(tool, constant, value)
+    with pytest.raises(UserError, match=r"below 0\.\d+: nothing written"):
+        make(tmp_path / "bad", folder)
+    assert not any(tmp_path.iterdir())
+    monkeypatch.setattr(tool, "FLOOR", 0.0)
+    monkeypatch.setattr(tool, "CIFAR_FLOOR", 0.0)
+    one, two, before = tmp_path / "one", tmp_path / "two", torch.get_rng_state()
+    assert make(one, folder) == make(two, folder)
+    assert one.read_bytes() == two.read_bytes()
+    assert torch.equal(torch.get_rng_state(), before)
+    again, kept = load_file(one), load_file(shipped.file)
+    assert {k: (v.shape, v.dtype) for k, v in again.items()} == {k: (v.shape, v.dtype) for k, v in kept.items()}
+
+
+def test_training_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tool, "EPOCHS", 4)
+    monkeypatch.setattr(tool, "CIFAR_BATCH", 32)
+    x, c = pixels(320)
+    losses: list[tuple[int, float]] = []
+    net = tool.train_cifar10(x[:256], c[:256], lambda epoch, loss: losses.append((epoch, loss)))
+    assert tool.accuracy(net, from_uint8(x[256:]), c[256:]) > 0.8
+    assert [epoch for epoch, _ in losses] == [0, 1, 2, 3]
+    assert losses[-1][1] < losses[0][1] / 2
+
+
+def test_images_are_mirrored_and_moved_by_up_to_four_pixels() -> None:
+    """Every place of a ramp tells where it came from: 0 ... 31 along a row, and its steps whether it was mirrored."""
+    ramp = torch.arange(32, dtype=torch.uint8).expand(2000, 3, 32, 32)
+    across = tool.moved(ramp, stream("across"))
+    middle = across[:, 0, :, 8:24].long()
+    steps = middle[..., 1] - middle[..., 0]
+    assert set(steps.unique().tolist()) == {-1, 1}
+    assert steps[:, 0].double().mean().abs() < 0.1  # half of them, to 4 standard errors
+    assert torch.equal(middle, middle[:, :1].expand_as(middle))  # whole rows
+    assert set((across[:, 0, 0, 16].long() - torch.where(steps[:, 0] > 0, 16, 15)).unique().tolist()) == set(
+        range(-4, 5)
+    )
+    down = tool.moved(ramp.transpose(2, 3), stream("down"))[:, 0, :, 0].long()
+    assert (down[:, 16] > down[:, 15]).all()  # never upside down
+    assert set((down[:, 16] - 16).unique().tolist()) == set(range(-4, 5))
+    assert across.max() == down.max() == 31
+
+
+@pytest.mark.slow
+def test_digits_are_made_as_good(tmp_path: Path) -> None:
+    assert float(tool.make_digits(tmp_path / "again.safetensors")["accuracy"]) >= 0.98
+
+
+def test_shifts_are_by_a_pixel_and_move_background_in() -> None:
+    x = torch.full((400, 1, 8, 8), -1.0)
+    x[:, 0, 3, 3] = 1
+    moved = tool.shifted(x, stream("shift"))
+    places = {tuple(place) for place in (moved[:, 0] == 1).nonzero()[:, 1:].tolist()}
+    assert places == {(i, j) for i in (2, 3, 4) for j in (2, 3, 4)}
+    edge = torch.ones(400, 1, 8, 8)
+    assert set(tool.shifted(edge, stream("edge")).unique().tolist()) == {-1.0, 1.0}

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pyarrow.parquet as parquet
@@ -73,13 +74,12 @@ def deep(tmp_path: Path) -> Path:
     return tmp_path / "deep"
 
 
-@pytest.fixture
-def frame(tmp_path: Path) -> Path:
+def qwen_of(folder: Path) -> Path:
     """A small AutoencoderKLQwenImage of the published 16 channels and factor 8, as diffusers saves it."""
     from diffusers import AutoencoderKLQwenImage
 
-    filled(AutoencoderKLQwenImage(base_dim=4, num_res_blocks=1)).save_pretrained(tmp_path / "frame")
-    return tmp_path / "frame"
+    filled(AutoencoderKLQwenImage(base_dim=4, num_res_blocks=1)).save_pretrained(folder)
+    return folder
 
 
 def test_published_shapes_and_scales() -> None:
@@ -122,8 +122,10 @@ def test_tiny_has_the_published_layout(tiny: Path) -> None:
     assert {key.split(".")[0] for key in net.state_dict()} == {"encoder", "decoder"}
     assert [type(layer).__name__ for layer in net.decoder[:4]] == ["Clamp", "Conv2d", "ReLU", "Block"]
     codec = Taef2(weights=str(tiny)).open()
-    x = codec.encode(images(16))
+    x = codec.encode(images(16).requires_grad_())
     assert x.shape == (2, 32, 2, 2)
+    assert not x.requires_grad
+    (x * torch.ones(1, requires_grad=True)).sum().backward()  # and what comes can be trained on
     assert codec.decode(x).shape == (2, 3, 16, 16)
     with torch.no_grad():
         raw = Tiny(32).requires_grad_(False)
@@ -133,43 +135,27 @@ def test_tiny_has_the_published_layout(tiny: Path) -> None:
     assert codec.sha256 == hashlib.sha256(tiny.read_bytes()).hexdigest()
 
 
-def test_encoding_records_no_gradient(tiny: Path) -> None:
-    codec = Taef2(weights=str(tiny)).open()
-    x = codec.encode(images(16).requires_grad_())
-    assert not x.requires_grad
-    (x * torch.ones(1, requires_grad=True)).sum().backward()  # and what comes can be trained on
-
-
-def test_sd_vae_gives_diffusers_moments(vae: Path) -> None:
+@pytest.mark.parametrize(("variant", "scale", "shift"), [("sd", 0.18215, 0.0), ("sd3", 1.5305, 0.0609)])
+def test_sd_vae_gives_diffusers_moments(variant: Any, scale: float, shift: float, tmp_path: Path) -> None:  # noqa: ANN401
+    """And SD 3's latent is shifted, as its pipeline does it."""
     from diffusers import AutoencoderKL
 
-    net = AutoencoderKL.from_pretrained(vae).eval()
-    codec = SdVae(weights=str(vae)).open()
+    config = {"latent_channels": 16, "scaling_factor": scale, "shift_factor": shift} if shift else {}
+    net = AutoencoderKL.from_pretrained(vae_of(tmp_path, **config)).eval()
+    spec = SdVae(variant=variant, weights=str(tmp_path))
+    codec, n = spec.open(), spec.channels
     moments = codec.encode(images(16))
-    assert moments.shape == (2, 8, 2, 2)
+    assert moments.shape == (2, 2 * n, 2, 2)
     assert moments.is_contiguous()  # as files of tensors want it, whatever layout convolutions take
     with torch.no_grad():
         law = net.encode(images(16)).latent_dist
-        torch.testing.assert_close(moments[:, :4], law.mean * 0.18215)
-        torch.testing.assert_close(moments[:, 4:], law.std * 0.18215)
+        torch.testing.assert_close(moments[:, :n], (law.mean - shift) * scale)
+        torch.testing.assert_close(moments[:, n:], law.std * scale)
         x = codec.codec.sample(moments, "draw", rows=[7, 3])
         z = keyed("draw", rows=[7, 3], shape=x.shape[1:])
-        torch.testing.assert_close(x, moments[:, :4] + moments[:, 4:] * z)
-        torch.testing.assert_close(codec.decode(x), net.decode(x / 0.18215).sample.clamp(-1, 1))
-    assert codec.sha256 == hashlib.sha256((vae / WEIGHTS).read_bytes()).hexdigest()
-
-
-def test_sd3_s_latent_is_shifted(tmp_path: Path) -> None:
-    """As SD 3's pipeline encodes."""
-    spec = SdVae(
-        variant="sd3",
-        weights=str(vae_of(tmp_path, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609)),
-    )
-    codec = spec.open()
-    with torch.no_grad():
-        raw = codec.net.encode(images(16))[:, :16]
-    torch.testing.assert_close(codec.encode(images(16))[:, :16], (raw - 0.0609) * 1.5305)
-    assert spec.digest() == codec.sha256
+        torch.testing.assert_close(x, moments[:, :n] + moments[:, n:] * z)
+        torch.testing.assert_close(codec.decode(x), net.decode(x / scale + shift).sample.clamp(-1, 1))
+    assert spec.digest() == codec.sha256 == hashlib.sha256((tmp_path / WEIGHTS).read_bytes()).hexdigest()
 
 
 def test_dc_ae_gives_diffusers_latent(deep: Path) -> None:
@@ -186,12 +172,12 @@ def test_dc_ae_gives_diffusers_latent(deep: Path) -> None:
         torch.testing.assert_close(codec.decode(x), net.decode(raw).sample.clamp(-1, 1))
 
 
-def test_qwen_vae_gives_the_latent_of_the_stock_pipeline(frame: Path) -> None:
+def test_qwen_vae_gives_the_latent_of_the_stock_pipeline(tmp_path: Path) -> None:
     """As `QwenImagePipeline` decodes and its twin for images encodes, with the mean and deviation of the config."""
     from diffusers import AutoencoderKLQwenImage
 
-    net = AutoencoderKLQwenImage.from_pretrained(frame).eval()
-    codec = QwenVae(weights=str(frame)).open()
+    net = AutoencoderKLQwenImage.from_pretrained(qwen_of(tmp_path)).eval()
+    codec = QwenVae(weights=str(tmp_path)).open()
     mean, std = (torch.tensor(net.config[f"latents_{name}"]).view(1, 16, 1, 1, 1) for name in ("mean", "std"))
     moments = codec.encode(images(16))
     assert moments.shape == (2, 32, 2, 2)
@@ -206,11 +192,6 @@ def test_qwen_vae_gives_the_latent_of_the_stock_pipeline(frame: Path) -> None:
     torch.testing.assert_close(codec.decode(x)[:1], codec.decode(x[:1]))  # a row is a video, and no frame of one
 
 
-def truncated(file: Path) -> None:
-    """Cut the last bytes off."""
-    file.write_bytes(file.read_bytes()[:-10])
-
-
 def other(file: Path) -> None:
     """Weights of one more output channel."""
     save_file(Tiny(33).state_dict(), file)
@@ -220,7 +201,10 @@ def other(file: Path) -> None:
     ("spoil", "said"),
     [
         (Path.unlink, r"there is no such file.*taesd.*set codec.weights"),
-        (truncated, "is damaged or is not safetensors.*take another copy"),
+        (
+            lambda file: os.truncate(file, file.stat().st_size - 10),
+            "is damaged or is not safetensors.*take another copy",
+        ),
         (lambda file: file.write_bytes(b"PK\3\4" * 99), "dumo reads no pickle"),
         (other, r"decoder.1.weight is \(64, 33, 3, 3\) in the file, \(64, 32, 3, 3\) in the codec"),
     ],
@@ -248,6 +232,11 @@ def test_wrong_folders_are_refused(vae: Path) -> None:
     spec = SdVae(weights=str(vae))
     with pytest.raises(UserError, match=r"does not fit|no AutoencoderDC"):
         DcAe(weights=str(vae)).open()
+    tensors = load_file(vae / WEIGHTS)
+    del tensors["decoder.conv_out.weight"]  # diffusers would draw it at random and go on
+    save_file(tensors, vae / WEIGHTS, {"format": "pt"})
+    with pytest.raises(UserError, match=r"decoder.conv_out.weight is missing"):
+        spec.open()
     (vae / CONFIG).unlink()
     with pytest.raises(UserError, match="no AutoencoderKL that diffusers can load"):
         spec.open()
@@ -259,43 +248,30 @@ def test_wrong_folders_are_refused(vae: Path) -> None:
         spec.open()
 
 
-def test_weights_that_lack_a_layer_are_refused(vae: Path) -> None:
-    """diffusers would draw it at random and go on."""
-    tensors = load_file(vae / WEIGHTS)
-    del tensors["decoder.conv_out.weight"]
-    save_file(tensors, vae / WEIGHTS, {"format": "pt"})
-    with pytest.raises(UserError, match=r"decoder.conv_out.weight is missing"):
-        SdVae(weights=str(vae)).open()
+@pytest.mark.parametrize(
+    ("spec", "make", "name", "inside"),
+    [(SdVae(), vae_of, "stabilityai/sd-vae-ft-ema", ""), (QwenVae(), qwen_of, "Qwen/Qwen-Image", "vae/")],
+)
+def test_hub_is_asked_for_what_is_no_folder(
+    spec: Codec, make: Callable[[Path], Path], name: str, inside: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a pipeline, for the part that it needs."""
+    make(tmp_path / inside)
 
-
-def test_hub_is_asked_for_what_is_no_folder(vae: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
-
-    def brings(name: str, *, allow_patterns: list[str]) -> str:
-        asked.append(name)
-        assert allow_patterns == [CONFIG, WEIGHTS]
-        return str(vae)
+    def brings(asked: str, *, allow_patterns: list[str]) -> str:
+        assert (asked, allow_patterns) == (name, [f"{inside}{CONFIG}", f"{inside}{WEIGHTS}"])
+        return str(tmp_path)
 
     def fails(name: str, **rest: object) -> str:
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", brings)
-    assert SdVae().open().sha256
-    assert asked == ["stabilityai/sd-vae-ft-ema"]
+    assert spec.open().sha256
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
-    with pytest.raises(UserError, match=r"sd-vae-ft-ema is no folder, and not available from the hub"):
-        SdVae().open()
+    with pytest.raises(UserError, match=rf"{spec.weights} is no folder, and not available from the hub"):
+        spec.open()
     with pytest.raises(UserError, match="is no folder"):
         SdVae(weights="/no/such/folder").open()
-
-
-def test_hub_is_asked_for_a_folder_of_a_pipeline(frame: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def brings(name: str, *, allow_patterns: list[str]) -> str:
-        assert (name, allow_patterns) == ("Qwen/Qwen-Image", [f"vae/{CONFIG}", f"vae/{WEIGHTS}"])
-        return str(frame.rename(frame.with_name("vae")).parent)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", brings)
-    assert QwenVae().open().sha256
 
 
 def test_without_diffusers_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What an encoder of transformers makes of texts: each by itself, cut where it is too long, never from a pickle."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,37 +75,20 @@ def test_the_hash_is_of_the_weights(t5: Path, tmp_path: Path) -> None:
     assert Encoder(source=str(encoders.t5(tmp_path / "other", seed=1))).sha256() != Encoder(source=str(t5)).sha256()
 
 
-def unweighted(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def pickled(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def lost(folder: Path) -> None:
-    (folder / "tokenizer_config.json").unlink()
-
-
-def shrunk(folder: Path) -> None:
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[:-10])
-
-
 @pytest.mark.parametrize(
-    ("damage", "says"),
+    ("file", "damage", "says"),
     [
-        (unweighted, "has no weights"),
-        (pickled, "reads no pickle"),
-        (lost, "holds no tokenizer"),
-        (shrunk, "is damaged"),
-        (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
+        ("model.safetensors", Path.unlink, "has no weights"),
+        ("model.safetensors", lambda file: file.rename(file.with_name("pytorch_model.bin")), "reads no pickle"),
+        ("model.safetensors", lambda file: os.truncate(file, file.stat().st_size - 10), "is damaged"),
+        ("tokenizer_config.json", Path.unlink, "holds no tokenizer"),
+        ("config.json", Path.unlink, "has no config.json"),
     ],
 )
-def test_what_is_no_encoder_is_refused(tmp_path: Path, damage: Callable[[Path], None], says: str) -> None:
-    damage(folder := encoders.t5(tmp_path / "t5"))
+def test_what_is_no_encoder_is_refused(tmp_path: Path, file: str, damage: Callable[[Path], object], says: str) -> None:
+    damage(encoders.t5(tmp_path / "t5") / file)
     with pytest.raises(UserError, match=says):
-        Encoder(source=str(folder)).open()
+        Encoder(source=str(tmp_path / "t5")).open()
 
 
 def test_what_an_encoder_lacks_is_refused(t5: Path) -> None:

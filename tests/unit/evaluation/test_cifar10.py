@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch.nn import functional as F
 
 from dumo.encoders.classifier import cifar10
@@ -17,11 +16,11 @@ from dumo.evaluation.shipped import baselines_cifar10 as baselines
 from dumo.evaluation.shipped import features_of, known, learned
 from dumo.evaluation.shipped import score_cifar10 as score
 from dumo.io.picture import from_uint8
+from dumo.io.source import Table
 from dumo.runtime.random import stream
 from dumo.types import UserError
 from train_classifier import cifar_images
 
-FULL = ShippedProtocol(kind="cifar10-features")
 QUICK = ShippedProtocol(kind="cifar10-features", samples=1000)
 
 
@@ -109,25 +108,16 @@ def test_accuracy_is_of_the_classes_asked_for(data: Reference, test: Reference) 
 
 
 def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) -> None:
-    class Data:
-        size = 1000
-
-        def reference(self, n: int, seed: int, i: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-            return blobs.x, blobs.c
-
-    evaluator, upside_down = QUICK.evaluator(Context(Data, 10)), blobs.x.flip(2)
+    evaluator = QUICK.evaluator(Context(lambda: Table(blobs.x, blobs.c), 10))
+    upside_down = blobs.x.flip(2)
     order = torch.randperm(1000, generator=stream("order"))
     found = evaluator.score((part, upside_down[part]) for part in order.split(300))
     assert found == score(upside_down, blobs.c, blobs)
     assert found["fd"] > 0.01
     assert evaluator.facts["features_sha256"] == cifar10.sha256
-    again = score(upside_down[order], blobs.c[order], blobs)  # the kernel's subsets are all of the rows here
-    assert again.pop("auc_features") == pytest.approx(found.pop("auc_features"), abs=0.05)  # of other halves
-    assert again == pytest.approx(found, rel=1e-4, abs=1e-6)
 
 
 def test_without_classes_there_is_no_accuracy(blobs: Reference) -> None:
-    assert QUICK.labels(0).tolist() == [0] * 1000
     assert "accuracy" not in score(blobs.x, QUICK.labels(0), blobs)
 
 
@@ -159,26 +149,6 @@ def test_a_reference_is_read_once(blobs: Reference, monkeypatch: pytest.MonkeyPa
     assert len(known) == protocol.KEPT
 
 
-def test_labels_are_balanced() -> None:
-    assert QUICK.labels(10)[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    assert FULL.labels(10).bincount().tolist() == [500] * 10
-
-
-def test_the_name_tells_the_number_of_samples() -> None:
-    assert (FULL.name, FULL.total) == ("cifar10-features", 5000)
-    assert QUICK.name == "cifar10-features (1000 samples)"
-    with pytest.raises(ValidationError, match="judges 1000 samples or more"):
-        ShippedProtocol(kind="cifar10-features", samples=999)
-
-
-def test_other_data_are_refused(blobs: Reference) -> None:
-    FULL.check((3, 32, 32), 10)
-    FULL.check((3, 32, 32), 0)
-    with pytest.raises(
-        UserError, match=r"judges images of shape \(3, 32, 32\) .* not samples of shape \(1, 8, 8\) in 10"
-    ):
-        FULL.check((1, 8, 8), 10)
-    with pytest.raises(UserError, match="in 1000: choose another protocol"):
-        FULL.check((3, 32, 32), 1000)
+def test_another_number_of_samples_than_of_data_is_refused(blobs: Reference) -> None:
     with pytest.raises(UserError, match="do not fit"):
         score(blobs.x, blobs.c, Reference(blobs.x[:900], blobs.c[:900]))

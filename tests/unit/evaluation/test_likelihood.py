@@ -7,15 +7,15 @@ import torch
 
 from dumo.data import Digits
 from dumo.evaluation import Context, LikelihoodProtocol
-from dumo.evaluation.likelihood import dequantised
+from dumo.evaluation.likelihood import LikelihoodEvaluator, dequantised
 from dumo.io.source import Table
 from dumo.types import UserError
 
 LEVELS = torch.arange(17).repeat(4).view(4, 1, 1, 17) / 8 - 1
 
 
-def table(x: torch.Tensor) -> Table:
-    return Table(x, torch.arange(len(x)))
+def judge(x: torch.Tensor = LEVELS, **fields: int | None) -> LikelihoodEvaluator:
+    return LikelihoodProtocol(samples=4, **fields).evaluator(Context(lambda: Table(x, torch.arange(len(x)))))
 
 
 def cells(x: torch.Tensor, of: torch.Tensor) -> bool:
@@ -26,14 +26,11 @@ def cells(x: torch.Tensor, of: torch.Tensor) -> bool:
 def test_a_density_that_knows_nothing_takes_the_bits_of_a_level() -> None:
     """Uniform in [-1, 1] is 1/2 a number: log2 of 17 levels, and 1 bit of points, for these have none."""
     for x, bits in ((LEVELS, log2(17)), (LEVELS.view(4, 17), 1)):
-        judge = LikelihoodProtocol(samples=4, levels=17 if x.ndim > 2 else None).evaluator(
-            Context(lambda x=x: table(x))
-        )
-        found = judge.score([(torch.tensor([2, 0, 1, 3]), torch.full((4,), -17 * log(2)))])
+        evaluator = judge(x, levels=17 if x.ndim > 2 else None)
+        found = evaluator.score([(torch.tensor([2, 0, 1, 3]), torch.full((4,), -17 * log(2)))])
         assert found == {"bits": pytest.approx(bits), "bits_sd": pytest.approx(0)}
-        assert not judge.baselines()
-    images = LikelihoodProtocol(samples=4).evaluator(Context(lambda: table(torch.ones(4, 1, 2, 2))))
-    assert images.score([(torch.arange(4), torch.zeros(4))])["bits"] == 7  # 256 levels
+        assert not evaluator.baselines()
+    assert judge(torch.ones(4, 1, 2, 2)).score([(torch.arange(4), torch.zeros(4))])["bits"] == 7  # 256 levels
 
 
 def test_noise_keeps_levels_and_is_each_row_s_own() -> None:
@@ -47,32 +44,26 @@ def test_noise_keeps_levels_and_is_each_row_s_own() -> None:
 
 
 def test_directions_are_signs_of_the_row() -> None:
-    judge = LikelihoodProtocol(samples=4, levels=17, probes=4).evaluator(Context(lambda: table(LEVELS)))
-    e = torch.stack(judge.directions(range(4)))
+    evaluator = judge(levels=17, probes=4)
+    e = torch.stack(evaluator.directions(range(4)))
     assert (e.abs() == 0.5).all()  # their squares add up to 1
     assert len({tuple(row.flatten().tolist()) for row in e.view(16, 17)}) == 16
-    assert torch.equal(torch.stack(judge.directions([3, 1])), e[:, [3, 1]])
-    assert (
-        LikelihoodProtocol(samples=4, levels=17, probes=0).evaluator(Context(lambda: table(LEVELS))).directions([0])
-        == []
-    )
+    assert torch.equal(torch.stack(evaluator.directions([3, 1])), e[:, [3, 1]])
+    assert judge(levels=17, probes=0).directions([0]) == []
 
 
 def test_it_is_of_what_was_held_out() -> None:
     data = Digits(held=360).originals()
-    judge = LikelihoodProtocol(samples=360, levels=17).evaluator(Context(lambda: data))
-    assert cells(judge.x, data.held.x)
-    assert torch.equal(judge.c, data.held.c)
-    assert judge.facts["reference"] == "360 samples of the data, never trained on"
+    evaluator = LikelihoodProtocol(samples=360, levels=17).evaluator(Context(lambda: data))
+    assert cells(evaluator.x, data.held.x)
+    assert torch.equal(evaluator.c, data.held.c)
+    assert evaluator.facts["reference"] == "360 samples of the data, never trained on"
 
 
 def test_what_cannot_be_judged_is_refused() -> None:
     with pytest.raises(UserError, match=r"here are 4: set evaluate.protocol.samples=4"):
-        LikelihoodProtocol(samples=5).evaluator(Context(lambda: table(LEVELS)))
+        LikelihoodProtocol(samples=5).evaluator(Context(lambda: Table(LEVELS, torch.arange(4))))
     with pytest.raises(UserError, match=r"other levels than 256 .* set evaluate.protocol.levels, for digits 17"):
-        LikelihoodProtocol(samples=4).evaluator(Context(lambda: table(LEVELS)))
-    with pytest.raises(UserError, match="levels=null"):
-        LikelihoodProtocol(levels=17).check((2,))
-    judge = LikelihoodProtocol(samples=4, levels=17).evaluator(Context(lambda: table(LEVELS)))
+        judge()
     with pytest.raises(UserError, match="not finite numbers"):
-        judge.score([(torch.arange(4), torch.tensor([0, 0, 0, torch.nan]))])
+        judge(levels=17).score([(torch.arange(4), torch.tensor([0, 0, 0, torch.nan]))])

@@ -101,7 +101,6 @@ def test_it_says_what_it_is_and_is_not(own: PhotosEvaluator, good: Row) -> None:
     assert "60 images" in own.facts["spread"]
     assert not [name for name in good if "fid" in name]
     assert "spread" not in opened(drawn(500, "real", side=8)).facts
-    assert (PROTOCOL.name, ShippedProtocol(kind="photos").name) == ("photos (60 samples)", "photos")
 
 
 @pytest.mark.parametrize(("count", "side", "channels"), [(20, 40, 3), (25, 8, 1), (41, 100, 3)])
@@ -146,10 +145,6 @@ def test_large_sets_are_sampled_evenly_and_never_held() -> None:
 def test_what_it_does_not_judge() -> None:
     with pytest.raises(UserError, match="needs 20 images or more, here are 19"):
         opened(drawn(19, "real"))
-    with pytest.raises(UserError, match="1 or 3 channels"):
-        PROTOCOL.check((4, 8, 8))
-    with pytest.raises(UserError, match=r"samples have shape \(3, 16, 16\)"):
-        opened(drawn(20, "real")).score([(torch.arange(60), drawn(60, "real", side=16))])
     with pytest.raises(UserError, match="each of 0 to 59 must come once"):
         opened(drawn(20, "real")).score([(torch.arange(40), drawn(40, "real"))])
 

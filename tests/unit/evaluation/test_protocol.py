@@ -1,21 +1,19 @@
 """Protocols see what is wrong with samples, say how large nothing is, and refuse what they cannot judge."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
 from dumo.data import Digits
-from dumo.evaluation import Context, MetricProtocol, ShippedProtocol, shipped
+from dumo.evaluation import Context, ShippedProtocol, shipped
 from dumo.evaluation.protocol import Reference
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
-DIGITS, TOY = ShippedProtocol(kind="digits"), ShippedProtocol(kind="toy", samples=400)
+DIGITS = ShippedProtocol(kind="digits")
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +144,6 @@ def test_images_held_out_are_judged_against_by_themselves(
     data: Reference, split: Reference, floor: dict[str, float], good: dict[str, float]
 ) -> None:
     """Training images are at the floor, and copies; all else is as it was."""
-    assert split.split
     assert torch.equal(split.x, data.x)
     score = shipped.score_digits(*some(Reference(split.split.x, split.split.c)), split)
     own = ["fd_grey_held", "kid_held", "recall_held", "auc_held", "pixel_fd_held"]
@@ -167,16 +164,9 @@ def test_a_distance_to_few_images_has_a_floor_of_its_own(
 
 
 def test_images_held_out_are_as_far_as_they_are(split: Reference, floor: dict[str, float]) -> None:
-    assert split.split
     score = shipped.score_digits(*some(Reference(split.split.held.x, split.split.held.c)), split)
     assert score["nearest"] == pytest.approx(1, abs=0.03)
     assert score["fd_grey_held"] < floor["fd_grey_held"]
-
-
-def test_scores_repeat(data: Reference, good: dict[str, float]) -> None:
-    assert shipped.score_digits(*some(data), data) == good
-    assert shipped.score_toy(points(1), toy().c, toy()) == shipped.score_toy(points(1), toy().c, toy())
-    assert shipped.baselines_toy(toy(), 400) == shipped.baselines_toy(toy(), 400)
 
 
 def test_toy_null_tells_a_draw_from_a_difference() -> None:
@@ -188,6 +178,11 @@ def test_toy_null_tells_a_draw_from_a_difference() -> None:
         assert shipped.score_toy(wrong, toy().c, toy())["mmd2"] > 8 * null["sd"]
 
 
+def test_scores_repeat(data: Reference, good: dict[str, float]) -> None:
+    assert shipped.score_digits(*some(data), data) == good
+    assert shipped.score_toy(points(1), toy().c, toy()) == shipped.score_toy(points(1), toy().c, toy())
+
+
 def test_toy_widths_are_in_sd_of_the_data() -> None:
     """So points in another unit, or another place, have the same score."""
     metres, feet = toy(), Reference(3.28 * toy().x + 5, toy().c)
@@ -195,63 +190,9 @@ def test_toy_widths_are_in_sd_of_the_data() -> None:
     assert shipped.score_toy(3.28 * (points(1) + 0.2) + 5, feet.c, feet)["mmd2"] == pytest.approx(score, rel=1e-4)
 
 
-def test_labels_are_balanced() -> None:
-    labels = DIGITS.labels(10)
-    assert labels[:12].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    assert labels.bincount().tolist() == [200] * 10
-    assert TOY.labels().tolist() == TOY.labels(0).tolist() == [0] * 400
-    assert TOY.labels(4).bincount().tolist() == [100] * 4
-
-
-def test_the_standard_protocols_are_what_their_names_say() -> None:
-    assert (DIGITS.name, DIGITS.total) == ("digits", 2000)
-    assert ShippedProtocol(kind="digits", samples=2000).name == "digits"
-    assert (ShippedProtocol(kind="toy").name, ShippedProtocol(kind="toy").total) == ("toy", 10_000)
-    assert TOY.name == "toy (400 samples)"
-    assert ShippedProtocol(kind="digits", samples=500).name == "digits (500 samples)"
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        {"kind": "faces"},
-        {"kind": "digits", "seed": 1},
-        {"kind": "digits", "samples": 100},
-        {"kind": "toy", "samples": 1},
-    ],
-)
-def test_nothing_else_can_be_set(given: dict[str, Any]) -> None:
-    reader = TypeAdapter[Any](MetricProtocol)
-    assert reader.validate_python({"kind": "toy"}) == ShippedProtocol(kind="toy")
-    with pytest.raises(ValidationError):
-        reader.validate_python(given)
-
-
-def test_data_of_another_kind_are_refused_naming_both() -> None:
-    DIGITS.check((1, 8, 8), 10)
-    TOY.check((2,), 0)
-    with pytest.raises(UserError, match=r"digits judges .*\(1, 8, 8\) in 10 classes, not samples of shape \(2,\) in 0"):
-        DIGITS.check((2,), 0)
-    with pytest.raises(UserError, match="in 1000: choose another protocol"):
-        DIGITS.check((1, 8, 8), 1000)
-    with pytest.raises(UserError, match=r"toy judges vectors.* \(1, 8, 8\)"):
-        TOY.check((1, 8, 8), 10)
-
-
-class Data:
-    """The digits."""
-
-    size = 1797
-
-    def reference(self, n: int, seed: int, i: int = 0) -> tuple[Tensor, Tensor]:
-        return Digits().originals().reference(0, 0)
-
-
 def test_samples_that_do_not_fit_are_refused(data: Reference) -> None:
     x, _ = some(data)
-    evaluator, every = DIGITS.evaluator(Context(Data, 10)), torch.arange(2000)
-    with pytest.raises(UserError, match=r"samples have shape \(64,\), the data \(1, 8, 8\)"):
-        evaluator.score([(every, x.flatten(1))])
+    evaluator, every = DIGITS.evaluator(Context(Digits().originals, 10)), torch.arange(2000)
     with pytest.raises(UserError, match="1999 images came"):
         evaluator.score([(every[1:], x[1:])])
     with pytest.raises(UserError, match="not finite"):

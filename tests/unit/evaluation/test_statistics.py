@@ -80,11 +80,8 @@ def test_is_kept_and_read_for_what_it_is_only(tmp_path: Path) -> None:
     path, told = tmp_path / "data.safetensors", {"data": "cifar10", "inception": "6726825d"}
     save_statistics(path, counted(), told)
     same(load_statistics(path, told), counted())
-    with pytest.raises(UserError, match=r"has the statistics of .*cifar10.*, wanted are those of .*mine.*name another"):
-        load_statistics(path, told | {"data": "mine"})
+    assert load_statistics(path, told | {"data": "mine"}) is None
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"holds no statistics .* remove it"):
-        load_statistics(path, told)
+    assert load_statistics(path, told) is None
     save_file({"rows": torch.zeros(1)}, path, told)
-    with pytest.raises(UserError, match=r"holds no statistics \(it lacks 'score.count'\)"):
-        load_statistics(path, told)
+    assert load_statistics(path, told) is None

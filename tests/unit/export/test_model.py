@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from dumo.export.folder import fits, read_index
 from dumo.export.lora import product
 from dumo.export.model import CONFIG, INDEX, STOCKS, Stock, check_scheduler, restart, write_scheduler
-from dumo.export.write import vacant
+from dumo.export.write import fits, read_index, vacant
 from dumo.flow.solver import Hermite, Restart, jumps
 from dumo.nets.family import FAMILIES
 from dumo.run.config.load import load

@@ -57,23 +57,32 @@ def off(run: RunFolder, pipe: Any, n: int, **more: Any) -> float:  # noqa: ANN40
     return float((out - (ours / 2 + 0.5 if more else ours)).abs().max())
 
 
+RESTART = "sample.solver={kind: restart, m: 0.3, start: 0.9}"
+
+
 @pytest.mark.parametrize(
-    ("recipe", "fields"),
+    ("recipe", "fields", "head"),
     [
-        ("digits", ("net.time_scale=10", "sample.solver={kind: restart, m: 0.3, start: 0.9}")),
-        ("digits-meanflow", ("sample.solver={kind: restart, m: 0.3, start: 0.9}",)),
-        ("digits-flow-matching", ("sample.solver.kind=euler",)),
+        ("digits", ("net.time_scale=10", RESTART), None),
+        ("digits", (), "v"),  # the velocity next to the flow map
+        ("digits-meanflow", (RESTART,), None),
+        ("digits-flow-matching", ("sample.solver.kind=euler",), None),
     ],
 )
-def test_dumos_images_to_the_bit(recipe: str, fields: tuple[str, ...], pipeline: Opener, tmp_path: Path) -> None:
+def test_dumos_images_to_the_bit(
+    recipe: str, fields: tuple[str, ...], head: str | None, pipeline: Opener, tmp_path: Path
+) -> None:
+    """And the card says how they are made."""
     run = drawn(load(recipe, [*SMALL, *fields]), tmp_path)
-    pipe = pipeline(export(run, tmp_path / "out"))
+    pipe = pipeline(out := export(run, tmp_path / "out", head=head))
     assert [off(run, pipe, n) for n in (1, 2, 3)] == [0, 0, 0]
-
-
-def test_the_velocity_beside_the_flow_map(pipeline: Opener, tmp_path: Path) -> None:
-    run = drawn(load("digits", SMALL), tmp_path)
-    assert off(run, pipeline(export(run, tmp_path / "out", head="v")), 4) == 0
+    text, index = (out / "README.md").read_text("utf-8"), json.loads((out / "model_index.json").read_text("utf-8"))
+    assert 'from_pretrained("out", trust_remote_code=True)' in text
+    assert "class_labels=[0, 5], num_inference_steps=" in text
+    assert index["_class_name"] == ["pipeline", "DumoPipeline"]
+    code = {path.name: path.read_text("utf-8") for path in out.rglob("*.py")}
+    assert code.keys() == {"pipeline.py", "dumo_dit.py"}
+    assert not any("import dumo" in text or "from dumo" in text for text in code.values())
 
 
 def codec(kind: str, folder: Path) -> SdVae | Taef2:
@@ -94,7 +103,7 @@ def codec(kind: str, folder: Path) -> SdVae | Taef2:
 
 @pytest.mark.parametrize("kind", ["taef2", "sd-vae"])
 def test_the_decoder_is_inside(kind: str, pipeline: Opener, tmp_path: Path) -> None:
-    run = load("digits", [*SMALL, "sample.solver={kind: restart, m: 0.3, start: 0.9}"])
+    run = load("digits", [*SMALL, RESTART])
     images = Images(root="", side=32, classes=10, names=tuple("abcdefghij"))
     data = Latents(root=str(tmp_path), images=images, codec=codec(kind, tmp_path))
     opened = drawn(run.model_copy(update={"data": data}), tmp_path)
@@ -151,16 +160,3 @@ def test_other_code_than_dumos_is_found_out(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(dumo_dit, "norm", lambda h: torch.nn.functional.layer_norm(h, h.shape[-1:], eps=1e-5))  # pyright: ignore
     with pytest.raises(UserError, match="in another way"):
         export(drawn(load("digits", SMALL), tmp_path), tmp_path / "out")
-
-
-def test_the_card_says_how_it_is_called(tmp_path: Path) -> None:
-    out = export(drawn(load("digits", SMALL), tmp_path), tmp_path / "out")
-    text, index = (out / "README.md").read_text("utf-8"), json.loads((out / "model_index.json").read_text("utf-8"))
-    assert 'from_pretrained("out", trust_remote_code=True)' in text
-    assert "class_labels=[0, 5], num_inference_steps=2" in text
-    assert index["_class_name"] == ["pipeline", "DumoPipeline"]
-    code = {path.name for path in out.rglob("*.py")}
-    assert code == {"pipeline.py", "dumo_dit.py"}
-    assert all(
-        "import dumo" not in path.read_text() and "from dumo" not in path.read_text() for path in out.rglob("*.py")
-    )

@@ -62,13 +62,6 @@ def test_rows_places_layers_and_steps_are_independent() -> None:
     assert (correlation - torch.eye(len(shifted))).abs().max() < 5 * n**-0.5
 
 
-def test_a_row_is_the_same_in_any_batch() -> None:
-    rows = keys(1, 2, 9)
-    some = torch.tensor([7, 0, 3])
-    assert torch.equal(whole(rows[some]), whole(rows)[some])
-    assert not torch.equal(whole(rows)[:3], whole(rows[some]))
-
-
 def test_contexts_nest_and_end() -> None:
     rows = keys(0, 0, 4)
     with using(rows):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from dumo.flow import generate as module
 from dumo.flow.generate import Samples, generate, labels
 from dumo.flow.path import Linear
+from dumo.flow.reading import mean_velocity
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver
 from dumo.runtime.random import noise, stream
-from dumo.types import Reads, UserError, lift
+from dumo.types import Reads, UserError
 
 SHAPE = (1, 8, 8)
 ALL = [Euler(), Heun(), Restart(m=0.3), Hop()]
@@ -34,20 +35,10 @@ class Small(nn.Module):
         return (self.last(self.drop((self.first(x) + h[:, :, None, None]).tanh())),)
 
 
-def read(net: nn.Module) -> Reads:
-    def flow_map(x: Tensor, t: Tensor, s: Tensor, c: Tensor) -> Tensor:
-        return x - lift(t - s, x) * net(x, c, t=t, r=s)[0]
-
-    return Reads(
-        velocity=lambda x, t, c: net(x, c, t=t, r=t)[0],
-        endpoint=lambda x, t, c: flow_map(x, t, 0 * t, c),
-        flow_map=flow_map,
-    )
-
-
 def make(solver: Solver, nfe: int, batch: int, *, n: int = 64, seed: int = 0, net: nn.Module | None = None) -> Samples:
     net = net or Small()
-    return generate(net, read(net), Linear(), solver, labels(n, 10), nfe=nfe, seed=seed, shape=SHAPE, batch=batch)
+    asked = {"nfe": nfe, "seed": seed, "shape": SHAPE, "batch": batch}
+    return generate(net, mean_velocity(net), Linear(), solver, labels(n, 10), **asked)
 
 
 @pytest.mark.parametrize("solver", ALL)
@@ -87,22 +78,17 @@ def test_images_are_numbered() -> None:
     """Some images made alone are those of the whole, and one batch of one pass is the formula itself."""
     net, c = Small().eval(), labels(20, 10)
     some = [3, 17, 4]
-    alone = generate(net, read(net), Linear(), Hop(), c[some], nfe=1, seed=5, shape=SHAPE, indices=some, batch=2).x
+    asked = {"nfe": 1, "seed": 5, "shape": SHAPE, "indices": some, "batch": 2}
+    alone = generate(net, mean_velocity(net), Linear(), Hop(), c[some], **asked).x
     z = noise(5, range(20), 0, SHAPE)
     with torch.no_grad():
         u = net(z, c, t=torch.ones(20), r=torch.zeros(20))[0]
     torch.testing.assert_close(alone, (z - u)[some], atol=1e-5, rtol=0)
 
 
-def test_one_index_a_row() -> None:
-    net = Small()
-    with pytest.raises(ValueError, match="1 images for 2 rows of c"):
-        generate(net, read(net), Linear(), Hop(), labels(2, 10), nfe=1, seed=0, shape=SHAPE, indices=[7])
-
-
 def test_restart_gets_each_image_its_own_fresh_noise() -> None:
     net, c = Small().eval(), labels(6, 10)
-    made = generate(net, read(net), Linear(), Restart(m=0.3), c, nfe=2, seed=1, shape=SHAPE, batch=4).x
+    made = generate(net, mean_velocity(net), Linear(), Restart(m=0.3), c, nfe=2, seed=1, shape=SHAPE, batch=4).x
     z, again = noise(1, range(6), 0, SHAPE), noise(1, range(6), 1, SHAPE)
     one, m, zero = torch.ones(6), torch.full((6,), 0.3), torch.zeros(6)
     with torch.no_grad():
@@ -119,55 +105,50 @@ def test_the_net_is_left_as_it_was() -> None:
     assert modes == [part.training for part in net.modules()]
     assert not net._forward_hooks
     assert not first.x.requires_grad
+    assert (first.x.dtype, first.x.device.type, first.x.shape) == (torch.float32, "cpu", (8, *SHAPE))
     assert torch.equal(first.x, make(Euler(), 2, 4, n=8, net=net).x)  # dropout was off
-
-
-def test_the_net_is_left_as_it_was_when_it_fails() -> None:
-    net = Small()
 
     def broken(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         raise ArithmeticError
 
     with pytest.raises(ArithmeticError):
         generate(net, Reads(broken), Linear(), Euler(), labels(2, 10), nfe=1, seed=0, shape=SHAPE)
-    assert all(part.training for part in net.modules())
+    assert modes == [part.training for part in net.modules()]
     assert not net._forward_hooks
 
 
 def test_progress_is_told_by_batch() -> None:
     net, told = Small(), list[int]()
-    generate(net, read(net), Linear(), Hop(), labels(16, 10), nfe=1, seed=0, shape=SHAPE, batch=7, on_batch=told.append)
+    asked = {"nfe": 1, "seed": 0, "shape": SHAPE, "batch": 7, "on_batch": told.append}
+    generate(net, mean_velocity(net), Linear(), Hop(), labels(16, 10), **asked)
     assert told == [7, 14, 16]
 
 
 def test_refuses_before_the_first_pass() -> None:
-    net = Small()
+    net, c = Small(), labels(2, 10)
 
     def never(x: Tensor, t: Tensor, c: Tensor) -> Tensor:
         raise AssertionError
 
-    c = labels(2, 10)
-    with pytest.raises(UserError, match="needs flow_map"):
-        generate(net, Reads(never), Linear(), Hop(), c, nfe=1, seed=0, shape=SHAPE)
-    with pytest.raises(UserError, match="out of its reach"):
-        generate(net, Reads(never), Linear(), Heun(), c, nfe=3, seed=0, shape=SHAPE)
-
-
-def test_samples_are_single_precision_on_the_cpu() -> None:
-    made = make(Hop(), 1, 8, n=8).x
-    assert (made.dtype, made.device.type, made.shape) == (torch.float32, "cpu", (8, *SHAPE))
+    for solver, nfe, indices, error, says in (
+        (Hop(), 1, None, UserError, "needs flow_map"),
+        (Heun(), 3, None, UserError, "out of its reach"),
+        (Euler(), 1, [7], ValueError, "1 images for 2 rows of c"),
+    ):
+        with pytest.raises(error, match=says):
+            generate(net, Reads(never), Linear(), solver, c, nfe=nfe, seed=0, shape=SHAPE, indices=indices)
 
 
 def test_passes_are_in_the_precision_that_is_asked_for() -> None:
     """bf16 is the net under autocast, what it answers widened before anything is added up; else autocast is off."""
     net, c, z = Small().eval(), labels(8, 10), noise(0, range(8), 0, SHAPE)
     asked = {"nfe": 1, "seed": 0, "shape": SHAPE}
-    plain = generate(net, read(net), Linear(), Hop(), c, **asked).x
+    plain = generate(net, mean_velocity(net), Linear(), Hop(), c, **asked).x
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         (u,) = net(z, c, t=torch.ones(8), r=torch.zeros(8))
-        assert torch.equal(generate(net, read(net), Linear(), Hop(), c, **asked).x, plain)
+        assert torch.equal(generate(net, mean_velocity(net), Linear(), Hop(), c, **asked).x, plain)
     assert u.dtype == torch.bfloat16
-    low = generate(net, read(net), Linear(), Hop(), c, **asked, precision="bf16").x
+    low = generate(net, mean_velocity(net), Linear(), Hop(), c, **asked, precision="bf16").x
     assert torch.equal(low, z - u.float())
     assert 1e-4 < (low - plain).abs().max() < 0.1
 
@@ -199,19 +180,15 @@ def test_labels_go_round() -> None:
 
 
 @pytest.mark.parametrize(
-    ("classes", "only", "message"),
+    ("n", "classes", "only", "message"),
     [
-        (10, [3, 10], "label 10 is out of range: labels run from 0 to 9"),
-        (10, [-1], "label -1 is out of range: labels run from 0 to 9"),
-        (0, [0], "label 0 is out of range: this model has no classes, so give no labels"),
+        (4, 10, [3, 10], "^label 10 is out of range: labels run from 0 to 9$"),
+        (4, 10, [-1], "^label -1 is out of range: labels run from 0 to 9$"),
+        (4, 0, [0], "^label 0 is out of range: this model has no classes, so give no labels$"),
+        (0, 10, None, "ask for 1 to 100,000,000"),
+        (-1, 10, None, "ask for 1 to 100,000,000"),
     ],
 )
-def test_labels_out_of_range_are_refused(classes: int, only: list[int], message: str) -> None:
-    with pytest.raises(UserError, match=f"^{message}$"):
-        labels(4, classes, only)
-
-
-@pytest.mark.parametrize("n", [0, -1])
-def test_no_images_are_refused(n: int) -> None:
-    with pytest.raises(UserError, match="ask for 1 to 100,000,000"):
-        labels(n, 10)
+def test_what_has_no_labels_is_refused(n: int, classes: int, only: list[int] | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        labels(n, classes, only)

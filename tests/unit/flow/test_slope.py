@@ -24,18 +24,6 @@ X, C = torch.ones(2, 3), torch.zeros(2, dtype=torch.long)
 T, R, W = torch.tensor([0.5, 1.0]), torch.tensor([0.1, 0.2]), torch.full((2, 3), 2.0)
 
 
-def test_central_looks_both_ways_and_rests_r() -> None:
-    net = Noting()
-    _, along = CentralSlope(h=0.01)(net, Frozen(net), X, C, t=T, r=R)
-    assert len(net.asked) == 1
-    along(W)
-    behind, ahead = net.asked[1:]
-    for (x, t, r), sign in ((behind, -1), (ahead, 1)):
-        assert torch.allclose(x, X + sign * 0.01 * W)
-        assert torch.allclose(t, T + sign * 0.01)
-        assert torch.equal(r, R)
-
-
 def test_jvp_makes_one_pass_later() -> None:
     net = Noting()
     _, along = JvpSlope()(net, Frozen(net), X, C, t=T, r=R)

@@ -12,6 +12,7 @@ from dumo.data.latents import Encoded
 from dumo.io import audit
 from dumo.io.audit import NAME, Audit
 from dumo.types import UserError
+from unit.data.spy import spied
 from unit.encoders.toy import PLAN, POINT, Pictures
 
 COUNT = 50  # images, in four shards
@@ -28,15 +29,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The shards that are read through from here on."""
-    names: list[str] = []
-    sha256 = audit._sha256
-
-    def noted(file: Path, end: Event) -> str:
-        names.append(file.name)
-        return sha256(file, end)
-
-    monkeypatch.setattr(audit, "_sha256", noted)
-    return names
+    return spied(monkeypatch, audit, "_sha256", lambda file, end: file.name)
 
 
 def opened(folder: Path) -> Encoded:

@@ -19,25 +19,17 @@ POINTS = torch.randn(2_000, 2, generator=stream("points"))
 C = torch.tensor([4, 0, 9])
 
 
-def test_every_colour_comes_back() -> None:
+def test_every_colour_comes_back_in_its_channel_and_place() -> None:
     """k / 127.5 - 1 is the middle of colour k's interval: all 256 are told apart, grey is equal in all channels."""
-    x = (torch.arange(256) / 127.5 - 1).view(1, 1, 16, 16)
-    pixels = to_rows(x)
-    assert (pixels.dtype, pixels.shape) == (torch.uint8, (1, 16, 16, 3))
-    for channel in range(3):
-        assert pixels[..., channel].flatten().tolist() == list(range(256))
+    colours = torch.randint(256, (2, 3, 4, 5), generator=stream("colours"), dtype=torch.uint8)
+    assert torch.equal(to_rows(colours / 127.5 - 1), colours.permute(0, 2, 3, 1))
+    grey = torch.arange(256).to(torch.uint8).view(1, 16, 16, 1)
+    assert torch.equal(to_rows(grey.permute(0, 3, 1, 2) / 127.5 - 1), grey.expand(-1, -1, -1, 3))
 
 
 def test_rounds_to_the_nearest_colour_and_clamps() -> None:
     x = torch.tensor([-9.0, -1.001, -1 + 0.49 / 127.5, -1 + 0.51 / 127.5, 1 - 0.51 / 127.5, 1 - 0.49 / 127.5, 1.3, 9.0])
     assert to_rows(x.view(1, 1, 2, 4))[..., 0].flatten().tolist() == [0, 0, 0, 1, 254, 255, 255, 255]
-
-
-def test_colours_keep_their_channel_and_place() -> None:
-    x = 2 * torch.rand(2, 3, 4, 5, generator=stream("colours")) - 1
-    pixels = to_rows(x)
-    for i, k, h, w in ((0, 0, 0, 0), (1, 2, 3, 4), (0, 1, 2, 3)):
-        assert abs(pixels[i, h, w, k].item() - (x[i, k, h, w].item() + 1) * 127.5) <= 0.5
 
 
 def test_what_is_no_image_is_refused() -> None:
@@ -115,27 +107,16 @@ def full_disk(at: int = 512) -> Generator[None, None, None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_npz_has_the_layout_of_adm(tmp_path: Path) -> None:
-    write_adm(tmp_path / "samples.npz", PIXELS, C.int())
-    with np.load(tmp_path / "samples.npz", allow_pickle=False) as made:
-        assert set(made) == {"arr_0", "arr_1"}
-        x, c = made["arr_0"], made["arr_1"]
-    assert (x.dtype, x.shape) == (np.uint8, (3, 32, 32, 3))
-    assert (x == PIXELS.numpy()).all()
-    assert (x[..., 0] == x[..., 2]).all()
-    assert c.dtype == np.int64
-    assert c.tolist() == [4, 0, 9]
-
-
-def test_points_keep_their_precision(tmp_path: Path) -> None:
+def test_files_hold_what_they_were_given(tmp_path: Path) -> None:
+    """In the layout of ADM, points in their precision, single images numbered and lossless."""
+    write_adm(tmp_path / "images.npz", PIXELS, C.int())
     write_points(tmp_path / "points.npz", POINTS, torch.zeros(len(POINTS), dtype=torch.int64))
-    with np.load(tmp_path / "points.npz", allow_pickle=False) as made:
-        assert made["arr_0"].dtype == np.float32
-        assert (made["arr_0"] == POINTS.numpy()).all()
-        assert made["arr_1"].shape == (2_000,)
-
-
-def test_singles_are_numbered_and_lossless(tmp_path: Path) -> None:
+    for name, x, c in (("images", PIXELS, C), ("points", POINTS, torch.zeros(len(POINTS)))):
+        with np.load(tmp_path / f"{name}.npz", allow_pickle=False) as made:
+            assert set(made) == {"arr_0", "arr_1"}
+            assert (made["arr_0"].dtype, made["arr_1"].dtype) == (x.numpy().dtype, np.int64)
+            assert (made["arr_0"] == x.numpy()).all()
+            assert made["arr_1"].tolist() == c.tolist()
     write_singles(tmp_path / "new" / "folder", PIXELS, first=8)
     files = sorted((tmp_path / "new" / "folder").iterdir())
     assert [f.name for f in files] == ["000008.png", "000009.png", "000010.png"]

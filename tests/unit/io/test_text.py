@@ -1,6 +1,5 @@
 """A file of text is read if it is one: no pipe that would be waited for, no device without an end, nothing huge."""
 
-import json
 import os
 from pathlib import Path
 
@@ -14,7 +13,9 @@ from fuzz.judge import limited
 def test_text_is_read(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("é\n", encoding="utf-8")
     assert read_text(tmp_path / "a", "way out") == "é\n"
-    with pytest.raises(FileNotFoundError):
+    (tmp_path / "a.json").write_text('{"a": [1, null, "NaN"]}')
+    assert read_json(tmp_path / "a.json", "way out") == {"a": [1, None, "NaN"]}
+    with pytest.raises(UserError, match="b is not there: way out"):
         read_text(tmp_path / "b", "way out")
 
 
@@ -38,25 +39,18 @@ def test_what_is_no_json(tmp_path: Path, text: str) -> None:
         read_json(tmp_path / "a.json", "way out")
 
 
-def test_json_is_read(tmp_path: Path) -> None:
-    (tmp_path / "a.json").write_text(json.dumps({"a": [1, None, "NaN"]}))
-    assert read_json(tmp_path / "a.json", "way out") == {"a": [1, None, "NaN"]}
-
-
 def test_a_long_text_is_cut() -> None:
     assert brief("x" * 200) == "x" * 200
     assert brief("x" * 201) == "x" * 200 + "…"
     assert brief([1, 2], 3) == "[1,…"
 
 
-@pytest.mark.parametrize(("text", "said"), [("", "empty"), ("a\0b", "NUL"), ("~nobody-here/x", "no such home")])
-def test_what_is_no_path(text: str, said: str) -> None:
-    with pytest.raises(UserError, match=rf"^data\.root .*{said}.*: .*set "):
-        user_path(text, "data.root")
-
-
-def test_a_home_that_is_not_known_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("", "empty"), ("a\0b", "NUL"), ("~nobody-here/x", "is ~nobody-here/x, and no such home is known")],
+)
+def test_what_is_no_path(text: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/somebody")
     assert user_path("~/data", "data.root") == Path("/home/somebody/data")
-    with pytest.raises(UserError, match=r"^data.root is ~no-such-user/data, and no such home is known"):
-        user_path("~no-such-user/data", "data.root")
+    with pytest.raises(UserError, match=rf"^data\.root .*{said}.*: .*set "):
+        user_path(text, "data.root")

@@ -10,16 +10,15 @@ from typing import Any, cast
 import pytest
 from PIL import Image
 
-from dumo.lab import cell, fig4b, reproduce
+from dumo.lab import cell, paper, reproduce
 from dumo.lab.cell import Result, finish, sources
 from dumo.lab.plan import Cell, Cost, Plan, read
 from dumo.run.config.load import load
 from dumo.run.evaluation.evaluate import evaluate
 from dumo.runtime.progress import no_bar
 from dumo.training import loop
-from dumo.training.state import State
-from dumo.training.step import Record
 from dumo.types import UserError
+from unit.data.spy import spied
 
 TINY = ["net.width=8", "net.depth=1", "train.batch=4", "train.save_every=2", "evaluate.protocol.samples=20"]
 
@@ -39,15 +38,7 @@ def two(*sets: str) -> Plan:
 @pytest.fixture
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The steps that are trained, as they are."""
-    made: list[int] = []
-    original = loop.train_step
-
-    def train_step(state: State, *values: object, **named: object) -> Record:
-        made.append(state.step)
-        return original(state, *values, **named)
-
-    monkeypatch.setattr(loop, "train_step", train_step)
-    return made
+    return spied(monkeypatch, loop, "train_step", lambda state, *_: state.step)
 
 
 def finished(folder: Path, *more: str) -> Result:
@@ -132,18 +123,21 @@ def test_a_cell_is_made_after_those_it_begins_from(monkeypatch: pytest.MonkeyPat
     assert last.start.source == str(tmp_path / "start-1")
 
 
-def test_the_papers_size_needs_data_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "scale", "jobs", "words"),
+    [
+        ("fig4b", "paper", 1, "needs a GPU"),
+        ("fig4b", "smoke", 2, "leave out --jobs"),
+        ("fig4a", "paper", 1, r"data.root is .*, but DUMO_\w+ is not set"),
+    ],
+)
+def test_what_cannot_be_timed_or_read(
+    name: str, scale: str, jobs: int, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for variable in ("DUMO_LATENTS", "IMAGENET", "DUMO_DATA"):
         monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(UserError, match=r"data.root is .*, but DUMO_\w+ is not set"):
-        reproduce.reproduce("fig4a", "paper", tmp_path / "out", device="cpu")
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("scale", "jobs", "words"), [("paper", 1, "needs a GPU"), ("smoke", 2, "leave out --jobs")])
-def test_what_cannot_be_timed(scale: str, jobs: int, words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words):
-        reproduce.reproduce("fig4b", scale, tmp_path / "out", jobs=jobs, device="cpu")
+        reproduce.reproduce(name, scale, tmp_path / "out", jobs=jobs, device="cpu")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -152,7 +146,7 @@ def test_steps_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     chosen = read("fig4b")
     monkeypatch.setattr(reproduce, "read", lambda name: chosen.model_copy(update={"arms": chosen.arms[:4]}))
     results = reproduce.reproduce("fig4b", "smoke", tmp_path, device="cpu")
-    names = [fig4b.PLAIN, fig4b.DUMO, fig4b.MEANFLOW, fig4b.SPARING]
+    names = [paper.PLAIN, paper.DUMO, paper.MEANFLOW, paper.SPARING]
     assert [row["objective"] for row in results["table"]] == names
     plain, dumo, meanflow, sparing = (row["F_per_step"] for row in results["table"])
     assert meanflow > dumo > sparing > plain

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dumo.flow.generate import Samples
-from dumo.lab import chart, fig4b, ours, paper, table
+from dumo.lab import cell, chart, ours, paper
 from dumo.lab.cell import Result
 from dumo.lab.plan import Cell, read
 from dumo.lab.reproduce import redraw
@@ -43,21 +43,21 @@ def test_a_table_is_means_over_seeds() -> None:
         for arm, far in (("a", 1), ("b", 5))
         for seed in (0, 2)
     ]
-    first, second, third, _ = table.averaged(done)
+    first, second, third, _ = cell.averaged(done)
     keys = ["arm", "nfe", "solver", "fd_grey", "fd_grey_sd", "fd", "fd_sd", "kid", "seeds"]  # kid_sd is of another kind
     assert list(first) == keys
     assert (first["fd_grey"], first["fd_grey_sd"], first["fd"], first["seeds"]) == (2, pytest.approx(2**0.5), 1, 2)
     assert (second["nfe"], second["fd_grey_sd"], third["arm"], third["fd_grey"]) == (2, 0, "b", 6)
-    assert table.averaged(done[:1])[0]["fd_grey_sd"] is None
+    assert cell.averaged(done[:1])[0]["fd_grey_sd"] is None
     report = {"results": [row(1, 1.0), row(2, 2.0)], "contrast": [row(2, 7.0), row(50, 3.0)]}
-    assert [one["fd_grey"] for one in table.by_passes(report)] == [1.0, 2.0, 3.0]  # Euler's where there is no other
-    assert table.main_score(first) == table.main_score({"fd": 1, "fd_sd": 2, "fd_grey": 3}) == "fd_grey"
-    assert table.main_score({"fd": 1, "fd_sd": 2, "kid": 3}) == "fd"
+    assert [one["fd_grey"] for one in cell.by_passes(report)] == [1.0, 2.0, 3.0]  # Euler's where there is no other
+    assert cell.main_score(first) == cell.main_score({"fd": 1, "fd_sd": 2, "fd_grey": 3}) == "fd_grey"
+    assert cell.main_score({"fd": 1, "fd_sd": 2, "kid": 3}) == "fd"
 
 
 def test_markdown() -> None:
     rows = [{"a": 1, "b": 0.123456, "c": None}, {"a": 20, "b": 1e-9, "c": "x"}]
-    lines = table.markdown("T", rows).splitlines()
+    lines = cell.markdown("T", rows).splitlines()
     assert lines == ["# T", "", "| a | b | c |", "| --- | --- | --- |", "| 1 | 0.1235 | None |", "| 20 | 1e-09 | x |"]
 
 
@@ -73,16 +73,16 @@ def test_the_zoo_says_why_an_arm_is_far() -> None:
 
 def test_steps_are_compared_within_rounds() -> None:
     """A round that is slow for all changes no ratio."""
-    cost = {fig4b.PLAIN: 1.0, fig4b.DUMO: 2.0, fig4b.MEANFLOW: 4.0}
+    cost = {paper.PLAIN: 1.0, paper.DUMO: 2.0, paper.MEANFLOW: 4.0}
     facts = {"parameters": 7, "F_per_step": 3.0}
     done = [
         result({"size": "s", "objective": name}, 0, [], seconds=[each * slow for slow in (1, 1, 10)], **facts)
         for name, each in cost.items()
     ]
-    found = {one["objective"]: one for one in fig4b.table(read("fig4b"), done)}
+    found = {one["objective"]: one for one in paper.fig4b_table(read("fig4b"), done)}
     assert [found[name]["time_over_flow_matching"] for name in cost] == [1, 2, 4]
     assert [found[name]["speed_over_guided_meanflow"] for name in cost] == [4, 2, 1]
-    assert (found[fig4b.DUMO]["F_by_time"], found[fig4b.DUMO]["steps_per_second"]) == (6, 0.5)
+    assert (found[paper.DUMO]["F_by_time"], found[paper.DUMO]["steps_per_second"]) == (6, 0.5)
 
 
 @pytest.mark.parametrize("power", [0.5, 2.0])
@@ -120,7 +120,7 @@ def test_a_ranking_has_the_best_on_top(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_samples_are_best_first_below_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(chart.panel, "gathered", lambda blocks, note: seen.append((list(blocks), note)))
+    monkeypatch.setattr(chart.picture, "gathered", lambda blocks, note: seen.append((list(blocks), note)))
     monkeypatch.setattr(Sampler, "sample", lambda sampler, c, nfe: Samples(torch.zeros(len(c), 1, 8, 8), nfe))
     chart.samples([result({"arm": name}, 0, [row(1, far)]) for name, far in (("x", 3.0), ("y", 2.0))])
     ((names, note),) = seen
@@ -136,7 +136,7 @@ def test_results_that_ship_are_drawn_again(name: str, tmp_path: Path) -> None:
     """Of the numbers as they were measured: the deviation of the main score is in the cells."""
     found = recipes.results(name)
     assert found is not None
-    for stored, again in zip(found["table"], table.from_cells(found), strict=True):
+    for stored, again in zip(found["table"], cell.from_cells(found), strict=True):
         assert again["fd"] == pytest.approx(stored["fd"])
         assert again["fd_sd"] == pytest.approx(stored["fd_sd"])
     files = redraw(name, tmp_path)

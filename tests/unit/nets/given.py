@@ -1,11 +1,26 @@
-"""Texts made on the spot, instead of a table of embeddings."""
+"""Nets of random weights, what they take, and texts made on the spot, instead of a table of embeddings."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from contract.case import randomise
+from dumo.nets import Net
 from dumo.nets.rows import Rows
-from dumo.types import Spec
+from dumo.types import Needs, Spec
+
+
+def points(n: int, shape: tuple[int, ...] = (3, 4, 4), classes: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+    """x, c and t in float64; all classes in turn, and none."""
+    g = torch.Generator().manual_seed(0)
+    x, t = torch.randn(n, *shape, generator=g).double(), torch.rand(n, generator=g).double()
+    return x, torch.arange(n) % (classes + 1), t
+
+
+def drawn(net: Net, needs: Needs, shape: tuple[int, ...] = (3, 4, 4), classes: int = 5) -> Any:  # noqa: ANN401
+    """A net in float64, every parameter drawn."""
+    return randomise(net.build(needs, shape, classes)).double()
 
 
 class Given(Spec):

@@ -6,30 +6,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.case import randomise
-from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.dit import DiT, Transformer
 from dumo.objectives import FlowMatching, MeanFlow
 from dumo.run.config.load import load
-from dumo.types import Frozen, Needs, UserError
+from dumo.types import Needs, UserError
+from unit.nets.given import drawn, points
 
-SHAPE, CLASSES = (3, 4, 4), 5
 TINY = DiT(patch=2, width=8, depth=5, attention=2, late=3)
 MF = MeanFlow().needs
 
 
-def points(n: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, c, t and r in float64."""
-    g = torch.Generator().manual_seed(0)
-    t = torch.rand(n, generator=g).double()
-    return torch.randn(n, *SHAPE, generator=g).double(), torch.arange(n), t, t / 3
-
-
 def built(needs: Needs = MF, **options: Any) -> Transformer:  # noqa: ANN401
-    """A net in float64, every parameter drawn."""
-    net = TINY.model_copy(update=options).build(needs, SHAPE, CLASSES)
-    randomise(net)
-    return net.double()
+    """Its net."""
+    return drawn(TINY.model_copy(update=options), needs)
 
 
 @pytest.mark.parametrize("options", [{}, {"modern": True}, {"checkpoint": True}], ids=str)
@@ -38,11 +27,11 @@ def test_the_first_blocks_are_told_t_and_the_others_r(options: dict[str, bool]) 
     for part in (*net.blocks, net.heads["u"]):
         modulation = next(m for name, m in part.named_modules() if name.endswith("modulation"))
         modulation.register_forward_pre_hook(lambda _, given: told.append(given[0]))
-    x, c, t, r = points()
+    x, c, t = points(3)
     with torch.no_grad():
-        net(x, c, t=t, r=r)
+        net(x, c, t=t, r=t / 3)
         assert net.label is not None
-        by_t, by_r = (torch.nn.functional.silu(net.scalars(t=s) + net.label(c)) for s in (t, r))
+        by_t, by_r = (torch.nn.functional.silu(net.scalars(t=s) + net.label(c)) for s in (t, t / 3))
     assert [torch.equal(e, by_t) for e in told] == [True] * 3 + [False] * 3
     assert [torch.equal(e, by_r) for e in told] == [False] * 3 + [True] * 3
 
@@ -52,24 +41,13 @@ def test_without_a_step_it_is_the_net_of_one_time() -> None:
     net, plain = built(), built(FlowMatching().needs, late=None)
     names = {name: name.replace("heads.u", "heads.v") for name in net.state_dict()}
     net.load_state_dict({name: plain.state_dict()[other] for name, other in names.items()})
-    x, c, t, r = points()
+    x, c, t = points(3)
     assert torch.equal(net(x, c, t=t, r=t)[0], plain(x, c, t=t)[0])
-    assert not torch.allclose(net(x, c, t=t, r=r)[0], plain(x, c, t=t)[0])
-
-
-def test_its_slope_is_exact() -> None:
-    """r rests: what moves enters by x and the first blocks alone."""
-    net, (x, c, t, r) = built(), points()
-    w, found = torch.ones_like(x), list[Tensor]()
-    for slope, toward in ((JvpSlope(), None), (DualSlope(), None), (DualSlope(), w)):
-        _, along = slope(net, Frozen(net), x, c, t=t, r=r, toward=toward)
-        found.append(along(w)[0])
-    assert all(torch.allclose(found[0], other, rtol=1e-10, atol=1e-12) for other in found[1:])
+    assert not torch.allclose(net(x, c, t=t, r=t / 3)[0], plain(x, c, t=t)[0])
 
 
 def test_what_it_cannot_be_is_refused() -> None:
     for needs, late in ((FlowMatching().needs, 3), (MF, 5)):
         with pytest.raises(UserError, match=r"net\.late=null"):
             built(needs, late=late)
-    assert "late" not in load("digits").net.model_dump()
     assert load("digits-dmf").net.model_dump()["late"] == 3

@@ -4,9 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from contract.case import randomise
 from dumo.encoders.texttable import encode
 from dumo.encoders.tokens import Tokenizer
 from dumo.flow import dropout
@@ -14,9 +12,10 @@ from dumo.flow.slope import DualSlope, JvpSlope
 from dumo.nets.dit import DiT, Transformer
 from dumo.nets.text import Encoded, Learned
 from dumo.types import Frozen, Needs, UserError
+from unit.nets.given import drawn, points
 
 CAPTIONS = ("a seven", "a three", "4")
-SHAPE = (1, 4, 4)
+SHAPE, VU = (1, 4, 4), Needs(heads=("v", "u"))
 
 
 def spec(folder: Path, length: int = 9) -> Learned:
@@ -26,18 +25,9 @@ def spec(folder: Path, length: int = 9) -> Learned:
     return Learned(root=str(folder), tokenizer=tokenizer, width=8, depth=2)
 
 
-def built(texts: Learned, **fields: object) -> Transformer:
-    """A net in float64, every parameter drawn."""
-    net = DiT(patch=2, width=8, depth=2, attention=2, texts=texts).model_copy(update=fields)
-    built = net.build(Needs(heads=("v", "u")), SHAPE, len(CAPTIONS))
-    randomise(built)
-    return built.double()
-
-
-def points() -> tuple[Tensor, Tensor, Tensor]:
-    """x, c and t in float64: all captions, and none."""
-    g = torch.Generator().manual_seed(0)
-    return torch.randn(4, *SHAPE, generator=g).double(), torch.arange(4), torch.rand(4, generator=g).double()
+def built(texts: Learned) -> Transformer:
+    """A net of it."""
+    return drawn(DiT(patch=2, width=8, depth=2, attention=2, texts=texts), VU, SHAPE, len(CAPTIONS))
 
 
 def encoder_of(net: Transformer) -> Encoded:
@@ -49,7 +39,7 @@ def encoder_of(net: Transformer) -> Encoded:
 
 def test_it_learns_with_the_net_and_its_captions_rest(tmp_path: Path) -> None:
     """Every parameter gets a gradient, d/dt is exact, and no pass draws a number."""
-    net, (x, c, t) = built(spec(tmp_path)), points()
+    net, (x, c, t) = built(spec(tmp_path)), points(4, SHAPE, len(CAPTIONS))
     state = torch.get_rng_state()
     torch.stack([head.square().sum() for head in net(x, c, t=t)]).sum().backward()
     assert torch.equal(torch.get_rng_state(), state)
@@ -61,14 +51,14 @@ def test_it_learns_with_the_net_and_its_captions_rest(tmp_path: Path) -> None:
 
 
 def test_room_behind_a_caption_is_nothing(tmp_path: Path) -> None:
-    x, c, t = points()
+    x, c, t = points(4, SHAPE, len(CAPTIONS))
     one, other = (built(spec(tmp_path / str(length), length))(x, c, t=t) for length in (9, 32))
     assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(one, other, strict=True))
 
 
 def test_prompts_stand_behind_all_captions(tmp_path: Path) -> None:
     """A prompt that is a caption is read as that caption, and none as the empty one."""
-    net, (x, c, t) = built(spec(tmp_path)), points()
+    net, (x, c, t) = built(spec(tmp_path)), points(4, SHAPE, len(CAPTIONS))
     before = net(x, c, t=t)
     assert encoder_of(net).append(["a nine", "4"]) == 4
     assert encoder_of(net).append([""]) == 6
@@ -81,7 +71,7 @@ def test_prompts_stand_behind_all_captions(tmp_path: Path) -> None:
 
 def test_a_hidden_word_tells_nothing_and_the_end_stays(tmp_path: Path) -> None:
     """Whatever stands there; a share `drop` is hidden, each row's by its key, and none without keys or in sampling."""
-    net, (x, c, t) = built(spec(tmp_path).model_copy(update={"drop": 0.4})), points()
+    net, (x, c, t) = built(spec(tmp_path).model_copy(update={"drop": 0.4})), points(4, SHAPE, len(CAPTIONS))
     texts, keys = encoder_of(net), dropout.keys(0, 0, 4)
     with dropout.using(keys):
         mask, one = texts(c)[1], net(x, c, t=t)

@@ -109,8 +109,3 @@ def units(net: torch.nn.Module) -> list[Unit]:
 def test_texts_are_refused() -> None:
     with pytest.raises(UserError, match=r"net\.magnitude preserved.*texts"):
         TINY.model_copy(update={"texts": Given()}).build(Needs(), (3, 4, 4), 5)
-
-
-def test_off_it_is_not_written() -> None:
-    assert "magnitude" not in DiT().model_dump()
-    assert DiT.model_validate(TINY.model_dump()) == TINY

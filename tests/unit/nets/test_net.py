@@ -5,14 +5,28 @@ import torch
 from torch import Tensor
 
 from contract.case import kind, nets, randomise
-from dumo.nets import Net
-from dumo.types import Needs
+from dumo.flow.slope import DualSlope, JvpSlope
+from dumo.nets import DiT, Net
+from dumo.nets.unet import UNet
+from dumo.objectives import MeanFlow
+from dumo.types import Frozen, Needs
 from dumo.types import Net as AnyNet
+from unit.nets.given import Given
 
 each = pytest.mark.parametrize("net", nets(), ids=kind)
 SHAPE = (2, 4, 4)
 RICH = Needs(inputs=("t", "r"), heads=("v", "u", "m"), gauges=("doubt", "trust"), knobs={"w": 1.0, "low": 0.0})
-V = Needs(inputs=("t",), heads=("v",))
+V, VU = (Needs(inputs=("t",), heads=heads) for heads in (("v",), ("v", "u")))
+TINY = DiT(patch=2, width=8, depth=2, attention=2)
+MODERN, KEPT, TEXTS = {"modern": True}, {"magnitude": "preserved"}, {"texts": Given()}
+OPTIONS = ({}, MODERN, {"qk_norm": True}, KEPT, MODERN | KEPT, TEXTS, TEXTS | MODERN)
+VARIANTS: list[tuple[Net, Needs]] = [
+    *((TINY.model_copy(update={**some, "checkpoint": lean}), VU) for some in OPTIONS for lean in (False, True)),
+    (TINY.model_copy(update={**TEXTS, "depth": 1}), VU),
+    (TINY.model_copy(update={"depth": 5, "late": 3}), MeanFlow().needs),
+    (UNet(width=8, multipliers=(1, 2), depth=2, attend=(4,), augment=2), Needs(heads=("v", "u"), gauges=("a",))),
+    *((net, Needs(heads=("v", "u", "m"), own={"m": ("r",)})) for net in nets()),
+]
 
 
 def points(n: int = 6) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -40,12 +54,6 @@ def test_outputs_come_in_the_order_of_the_needs(net: Net) -> None:
 
 
 @each
-def test_all_heads_and_gauges_start_at_zero(net: Net) -> None:
-    x, c, inputs = points()
-    assert not any(out.any() for out in net.build(RICH, SHAPE, 3)(x, c, **inputs))
-
-
-@each
 def test_rows_do_not_see_each_other(net: Net) -> None:
     x, c, inputs = points()
     model = randomise(net.build(RICH, SHAPE, 3))
@@ -55,9 +63,10 @@ def test_rows_do_not_see_each_other(net: Net) -> None:
 
 
 @each
-def test_names_are_checked(net: Net) -> None:
+def test_all_heads_and_gauges_start_at_zero_and_names_are_checked(net: Net) -> None:
     x, c, inputs = points()
     model = net.build(RICH, SHAPE, 3)
+    assert not any(out.any() for out in model(x, c, **inputs))
     for wrong in ({}, {"t": inputs["t"]}, inputs | {"s": inputs["t"]}):
         with pytest.raises(TypeError, match="takes t, r, w, low"):
             model(x, c, **wrong)
@@ -87,21 +96,16 @@ def test_r_enters_as_the_gap(net: Net) -> None:
 
 @each
 def test_classes_and_null_are_told_apart(net: Net) -> None:
-    x, _, inputs = points()
-    model = randomise(net.build(V, SHAPE, 3))
+    """Without classes labels do not matter."""
+    x, c, inputs = points()
+    model, alone = (randomise(net.build(V, SHAPE, classes)) for classes in (3, 0))
     outs = [model(x, torch.full((6,), c), t=inputs["t"])[0] for c in range(4)]
     for i in range(4):
         assert all(not torch.allclose(outs[i], outs[j]) for j in range(i))
     with pytest.raises(IndexError):
         model(x, torch.full((6,), 4), t=inputs["t"])
-
-
-@each
-def test_without_classes_labels_do_not_matter(net: Net) -> None:
-    x, c, inputs = points()
-    model = randomise(net.build(V, SHAPE, 0))
-    assert torch.equal(model(x, c, t=inputs["t"])[0], model(x, 0 * c, t=inputs["t"])[0])
-    assert not any("label" in name for name, _ in model.named_parameters())
+    assert torch.equal(alone(x, c, t=inputs["t"])[0], alone(x, 0 * c, t=inputs["t"])[0])
+    assert not any("label" in name for name, _ in alone.named_parameters())
 
 
 @each
@@ -109,3 +113,18 @@ def test_time_scale_is_a_unit_of_time(net: Net) -> None:
     x, c, inputs = points()
     slow, quick = (randomise(net.model_copy(update={"time_scale": s}).build(V, SHAPE, 3)) for s in (1.0, 10.0))
     assert torch.allclose(slow(x, c, t=10 * inputs["t"])[0], quick(x, c, t=inputs["t"])[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("net", "needs"), VARIANTS)
+def test_every_parameter_learns_and_slopes_are_exact(net: Net, needs: Needs) -> None:
+    """Whatever the options; of what rides, what plays a tape, and where blocks are computed again."""
+    augmented, g = isinstance(net, UNet) and bool(net.augment), torch.Generator().manual_seed(0)
+    model = randomise(net.build(needs, SHAPE, 0 if augmented else 3)).double()
+    (x, w), t = torch.randn(2, 6, *SHAPE, generator=g).double(), torch.rand(6, generator=g).double()
+    c = x[:, :2, 0, 0] if augmented else torch.arange(6) % 4
+    inputs = {name: t / 3 if name == "r" else t for name in needs.names}
+    torch.stack([out.square().sum() for out in model(x, c, **inputs)]).sum().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    for toward in (None, w):
+        exact, found = (s(model, Frozen(model), x, c, toward=toward, **inputs)[1](w) for s in (JvpSlope(), DualSlope()))
+        assert all(((a - b).norm() / b.norm()).item() < 1e-12 for a, b in zip(found, exact, strict=True))

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from contract.case import kind, nets, randomise
-from dumo.flow.slope import CentralSlope, DualSlope, JvpSlope, Slope
+from contract.case import kind, nets
 from dumo.nets import DiT, Net
 from dumo.nets.block import normalize
-from dumo.types import Frozen, Needs
+from dumo.types import Needs
+from unit.nets import given
+from unit.nets.given import drawn
 
 each = pytest.mark.parametrize("net", nets(), ids=kind)
 SHAPE = (2, 4, 4)
@@ -18,16 +19,10 @@ TOLD = Needs(heads=("v", "u", "m"), gauges=("doubt",), knobs={"w": 1.0}, own={"m
 THREE = Needs(heads=("v", "u", "m"), own={"m": ("r",)})
 
 
-def points(n: int = 5, *, r: bool = True) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """x, c and times in float64."""
-    g = torch.Generator().manual_seed(0)
-    x, t = torch.randn(n, *SHAPE, generator=g).double(), torch.rand(n, generator=g).double()
-    return x, torch.arange(n) % 4, {"t": t, "r": t / 3} if r else {"t": t}
-
-
-def built(net: Net, needs: Needs, shape: tuple[int, ...] = SHAPE) -> nn.Module:
-    """A net of random weights in float64."""
-    return randomise(net.build(needs, shape, 3)).double()
+def points() -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """x, c and times."""
+    x, c, t = given.points(5, SHAPE, 3)
+    return x, c, {"t": t, "r": t / 3}
 
 
 def test_names_of_all_that_a_pass_is_given() -> None:
@@ -39,7 +34,7 @@ def test_names_of_all_that_a_pass_is_given() -> None:
 @each
 def test_r_reaches_its_head_and_no_other(net: Net) -> None:
     x, c, times = points()
-    model, w = built(net, TOLD), torch.ones(5).double()
+    model, w = drawn(net, TOLD, SHAPE, 3), torch.ones(5).double()
     one, two = (model(x, c, w=w, **times | {"r": times["t"] * share}) for share in (0.2, 0.9))
     for i in (0, 1, 3):  # v, u and the gauge
         assert torch.equal(one[i], two[i])
@@ -51,7 +46,7 @@ def test_a_head_that_is_told_nothing_by_its_embedding_is_as_any_other(net: Net) 
     """And a net of the same weights whose heads are all told the same gives v, u and the gauge bit by bit."""
     x, c, times = points()
     w = torch.ones(5).double()
-    model, plain = built(net, TOLD), built(net, PLAIN)
+    model, plain = drawn(net, TOLD, SHAPE, 3), drawn(net, PLAIN, SHAPE, 3)
     plain.load_state_dict({key: p for key, p in model.state_dict().items() if not key.startswith("own.")})
     expected, found = plain(x, c, t=times["t"], w=w), model(x, c, w=w, **times)
     assert all(torch.equal(expected[i], found[i]) for i in (0, 1, 3))
@@ -65,7 +60,7 @@ def test_a_head_that_is_told_nothing_by_its_embedding_is_as_any_other(net: Net) 
 @each
 def test_what_a_head_is_told_depends_on_the_gap(net: Net) -> None:
     """With its embedding of t silenced, and t - r the same, it is told the same."""
-    model = built(net, THREE)
+    model = drawn(net, THREE, SHAPE, 3)
     for p in model.own.heads["m"].embedders["t"].parameters():
         p.data.zero_()
     told = [model.own(t=torch.tensor([t]).double(), r=torch.tensor([r]).double())[1]["m"] for t, r in GAPS]
@@ -76,31 +71,10 @@ def test_what_a_head_is_told_depends_on_the_gap(net: Net) -> None:
 GAPS = ((0.75, 0.25), (0.5, 0.0), (0.75, 0.0))
 
 
-@each
-@pytest.mark.parametrize("known", [True, False], ids=["ride", "tape"])
-def test_slopes_are_exact_with_r_at_rest(net: Net, known: bool) -> None:
-    """One slope gives every head's: u's as without r, m's with the gap growing."""
-    x, c, times = points()
-    model = built(net, THREE)
-    w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
-
-    def slope(of: Slope) -> tuple[Tensor, ...]:
-        return of(model, Frozen(model), x, c, toward=w if known else None, **times)[1](w)
-
-    h = 1e-5
-    ahead, behind = (model(x + s * w, c, t=times["t"] + s, r=times["r"]) for s in (h, -h))
-    by_hand = [(a - b) / (2 * h) for a, b in zip(ahead, behind, strict=True)]
-    exact, dual, central = slope(JvpSlope()), slope(DualSlope()), slope(CentralSlope(h=1e-4))
-    for i in range(3):
-        assert ((exact[i] - by_hand[i]).norm() / by_hand[i].norm()).item() < 1e-8
-        assert ((dual[i] - exact[i]).norm() / exact[i].norm()).item() < 1e-12
-        assert ((central[i] - exact[i]).norm() / exact[i].norm()).item() < 1e-5
-
-
 def test_a_head_of_the_transformer_by_hand() -> None:
     """Its own embedding is added to the condition before the SiLU; the blocks never see it."""
     spec = DiT(patch=2, width=8, depth=1, attention=2)
-    model, (x, c, times) = built(spec, THREE), points()
+    model, (x, c, times) = drawn(spec, THREE, SHAPE, 3), points()
     seen = list[tuple[Tensor, ...]]()
     model.heads["v"].register_forward_pre_hook(lambda _, args: seen.append(args))
     found = model(x, c, **times)[2]
@@ -113,7 +87,7 @@ def test_a_head_of_the_transformer_by_hand() -> None:
 def test_a_head_of_the_unet_by_hand() -> None:
     """Shift and scale of its norm."""
     (spec,) = (net for net in nets() if net.kind == "unet")
-    model, (x, c, times) = built(spec, THREE), points()
+    model, (x, c, times) = drawn(spec, THREE, SHAPE, 3), points()
     seen = list[Tensor]()
     model.heads["v"].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     found = model(x, c, **times)[2]

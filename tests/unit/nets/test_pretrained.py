@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,9 @@ from dumo.nets.dualized import Dualized
 from dumo.nets.rows import TextFile
 from dumo.nets.table import TextTable
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
+from dumo.training.loop import compile_blocks
 from dumo.types import Frozen, Needs, Noised, UserError
+from forked import python
 from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, SHAPE, asked, batch, saved
 
 pytestmark = [
@@ -178,6 +181,31 @@ def test_checkpointing_changes_no_gradient(folder: Saved, lora: Lora | None) -> 
     plain, lean = (gradient(built(spec.model_copy(update={"checkpoint": c})), DualSlope()) for c in (False, True))
     assert plain.keys() == lean.keys()
     assert all(torch.allclose(plain[n], lean[n], rtol=1e-4, atol=1e-6) for n in plain)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_teach_the_same(tmp_path: Path) -> None:
+    """Of two kinds, Flux's; in a process of its own, for what checks shapes in tests cannot be compiled."""
+    told, _ = python(f"from {__name__} import compiled; compiled('flux')", cwd=tmp_path).communicate()
+    blocks, kinds, off = json.loads(told.splitlines()[-1])
+    assert (blocks, kinds) == (2, 2)
+    assert off < 1e-5
+
+
+def compiled(name: str) -> None:
+    """Print how many blocks are compiled, how many kinds of them, and how far gradients are off, relatively."""
+    spec = saved(Path(), name).model_copy(update={"lora": LORA, "lowpass": 10.0})
+    plain, net = built(spec), built(spec)
+    for block in net.blocks:
+        block.compile = partial(block.compile, backend="eager")  # pyright: ignore[reportAttributeAccessIssue]
+    torch.compile = partial(torch.compile, backend="eager")
+    compile_blocks(net)
+    there, found = gradient(plain, DualSlope()), gradient(net, DualSlope())
+    assert found.keys() == there.keys()
+    off = torch.stack([(found[n] - g).norm() for n, g in there.items()]).norm()
+    size = torch.stack([g.norm() for g in there.values()]).norm()
+    made = [block for block in net.blocks if block._compiled_call_impl is not None]
+    print(json.dumps([len(made), len({type(block) for block in made}), (off / size).item()]))
 
 
 @pytest.mark.parametrize("name", ["qwen", "flux-guided", "flux2"])

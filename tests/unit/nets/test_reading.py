@@ -22,7 +22,7 @@ from dumo.nets.rows import Rows, TextFile
 from dumo.nets.textblock import Cross
 from dumo.objectives import DuMo
 from dumo.types import Frozen, Needs, Spec, UserError
-from unit.nets.given import Given, Labels
+from unit.nets.given import Given, Labels, drawn, points
 
 CLASSES, SHAPE = 5, (3, 4, 4)
 VU = Needs(heads=("v", "u"))
@@ -36,20 +36,8 @@ def spec(texts: Spec | None = None, **options: object) -> DiT:
 
 
 def built(texts: Spec | None = None, **options: object) -> Transformer:
-    """Its net in float64, every parameter drawn."""
-    net = spec(texts, **options).build(VU, SHAPE, CLASSES)
-    randomise(net)
-    return net.double()
-
-
-def points(n: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """x, c and t in float64; all captions and none."""
-    g = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(n, *SHAPE, generator=g).double(),
-        torch.arange(n) % (CLASSES + 1),
-        torch.rand(n, generator=g).double(),
-    )
+    """Its net."""
+    return drawn(spec(texts, **options), VU)
 
 
 def twins() -> tuple[Transformer, Transformer]:
@@ -99,7 +87,7 @@ def test_where_texts_are_labels_samples_are_those_of_classes(solver: Solver) -> 
 
 @pytest.mark.parametrize("options", [{}, MODERN], ids=["plain", "modern"])
 def test_padding_is_nothing(options: dict[str, Any]) -> None:
-    x, c, t = points()
+    x, c, t = points(6)
     short, long = (built(Given(room=room), **options) for room in (4, 16))
     assert all(torch.allclose(a, b, rtol=0, atol=1e-12) for a, b in zip(short(x, c, t=t), long(x, c, t=t), strict=True))
 
@@ -130,7 +118,7 @@ def test_a_block_that_looks_across_by_hand() -> None:
 @pytest.mark.parametrize("pooled", [0, 7])
 def test_every_token_that_is_there_matters_and_no_other(pooled: int) -> None:
     """Tokens by the blocks alone, where the vector is of an embedding of its own; or by their mean, too."""
-    net, (x, _, t) = built(Given(pooled=pooled)), points()
+    net, (x, _, t) = built(Given(pooled=pooled)), points(6)
     assert net.text is not None
     texts, c = net.text.texts, torch.full((6,), 2)  # of three tokens
     assert isinstance(texts, Rows)
@@ -158,26 +146,3 @@ def test_a_text_of_no_token_is_refused(tmp_path: Path) -> None:
     save_file({"tokens": torch.zeros(3, 2, 4), "mask": mask}, file := tmp_path / "texts.safetensors")
     with pytest.raises(UserError, match=r"no token in row 1: an empty text has one"):
         TextFile(source=str(file)).build(2)
-
-
-@pytest.mark.parametrize("checkpoint", [False, True])
-@pytest.mark.parametrize("options", [{}, MODERN], ids=["plain", "modern"])
-def test_slopes_are_exact(options: dict[str, Any], checkpoint: bool) -> None:
-    """Of what rides, what plays a tape, and where blocks are computed again."""
-    net = built(checkpoint=checkpoint, **options)
-    x, c, t = points()
-    w = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).double()
-
-    def off(slope: Slope, toward: Tensor | None) -> float:
-        exact, found = (s(net, Frozen(net), x, c, toward=toward, t=t)[1](w) for s in (JvpSlope(), slope))
-        return max(((a - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True))
-
-    assert max(off(DualSlope(), toward) for toward in (None, w)) < 1e-12
-    assert off(CentralSlope(), None) < 1e-3
-
-
-@pytest.mark.parametrize("options", [{}, {"depth": 1}, MODERN, {"checkpoint": True}], ids=str)
-def test_every_parameter_learns(options: dict[str, Any]) -> None:
-    net, (x, c, t) = built(**options), points()
-    torch.stack([head.square().sum() for head in net(x, c, t=t)]).sum().backward()
-    assert not [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()]

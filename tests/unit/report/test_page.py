@@ -36,35 +36,24 @@ VOID = ("meta", "link", "img", "source", "br", "col")
 
 SECTIONS = ["samples", "trajectories", "neighbours", "loss", "evaluation", "others", "run"]
 NONE: dict[str, Any] = {  # parts of a page that show nothing
-    "sheets": {},
-    "data": None,
-    "texts": None,
-    "trajectories": {},
-    "near": None,
-    "charts": [],
-    "times": None,
-    "benchmarks": [],
+    **dict.fromkeys(("data", "texts", "near", "times")),
+    **{"sheets": {}, "trajectories": {}, "charts": [], "benchmarks": []},
 }
+
+
+def row(solver: str, **scores: float | None) -> dict[str, Any]:
+    """Of an evaluation in one pass."""
+    return {"nfe": 1, "solver": solver, **scores}
+
+
 EVALUATION: dict[str, Any] = {
     "step": 20,
     "weights": "checkpoints/step-00000020/ema-0.999.safetensors",
     "protocol": "digits",
     "samples": 2000,
     "seed": 0,
-    "results": [
-        {
-            "nfe": 1,
-            "solver": "restart",
-            "fd": 2.3456,
-            "fd_grey": 8.642,
-            "kid": 0.14208,
-            "kid_sd": 0.0206,
-            "recall": None,
-        }
-    ],
-    "contrast": [
-        {"nfe": 1, "solver": "euler", "fd": 98.76, "fd_grey": 99.8, "kid": 0.7, "kid_sd": 0.05, "recall": 0.0083}
-    ],
+    "results": [row("restart", fd=2.3456, fd_grey=8.642, kid=0.14208, kid_sd=0.0206, recall=None)],
+    "contrast": [row("euler", fd=98.76, fd_grey=99.8, kid=0.7, kid_sd=0.05, recall=0.0083)],
     "baselines": {"halves": {"mean": 3.579, "sd": 0.1}, "bootstrap": {"mean": 0.0556, "sd": 0.02}},
 }
 ZOO: dict[str, Any] = {
@@ -168,32 +157,34 @@ def rendered(opened: RunFolder) -> Page:
     return Page(report.render(opened, size=1797, judged=judged, **NONE))
 
 
-def test_the_page_needs_nothing_else(folder: Path) -> None:
-    text = (folder / "report.html").read_text()
+KEYS = ("fd", "kid", "fd_grey", "mmd2", "pixel_fd", "auc", "nfe", "bootstrap", "null")
+
+
+def test_what_every_page_has(folder: Path) -> None:
+    """Nothing outside is needed, what to type comes first, every section and picture is there, and no key shows."""
+    text, points = (folder / "report.html").read_text(), "moons" in folder.name
     for outside in ("http://", "https://", "url(", "@import", "<script", "<link", "<iframe", "javascript:"):
         assert outside not in text
     page = Page(text)
     assert len(page.pictures) > 9
     for of in page.pictures:
-        address = of.get("src") or of["srcset"]
-        assert decode(address).size > 0
+        assert decode(of.get("src") or of["srcset"]).size > 0
         assert "srcset" in of or len(of["alt"]) > 10  # words for who cannot see it
-
-
-def test_every_section_is_there(folder: Path) -> None:
-    page = page_of(folder)
-    assert page.sections == [name for name in SECTIONS if name != "neighbours" or "moons" not in folder.name]
+    assert {path.stem for path in (folder / "report").iterdir()} == {"nfe1", "nfe2", "trajectories"} | (
+        set() if points else {"data", "nearest"}
+    )
+    assert not [path for path in folder.rglob(".*") if path.is_file()]  # nothing half done
+    sections = [name for name in SECTIONS if name != "neighbours" or not points]
+    assert page.sections == sections
     assert {"header", "main", "h1", "h2", "figure", "figcaption"} <= page.tags
-    assert f"dumo evaluate {folder}" in page.words
-    assert f"dumo sample {folder}" in page.words
-    assert all(line.strip() in page.words for line in (folder / "run.yaml").read_text().splitlines())
+    top = text[: text.index("<main>")]
+    assert all(f"dumo {command} {folder}" in top for command in ("sample", "evaluate", "report", "train"))
+    assert "go on to step" not in top  # it is done
+    assert re.findall(r'href="#([^"]+)"', top) == sections
+    above, _, below = page.words.partition("All there is to know")
+    assert re.findall(rf"(?<![-\w])({'|'.join(KEYS)})(?![-\w])", above) == []
+    assert all(line.strip() in below for line in (folder / "run.yaml").read_text().splitlines())
     assert torch.__version__ in page.words
-
-
-def test_the_pictures_lie_next_to_the_page_and_nothing_half_done(folder: Path) -> None:
-    names = {"nfe1", "nfe2", "trajectories"} | (set() if "moons" in folder.name else {"data", "nearest"})
-    assert {path.stem for path in (folder / "report").iterdir()} == names
-    assert not [path for path in folder.rglob(".*") if path.is_file()]
 
 
 def test_the_page_is_the_last_path_and_again_it_is_the_same(digits: Path) -> None:
@@ -224,24 +215,6 @@ def test_lead_and_figures_are_facts(digits: Path) -> None:
     assert "baseline: real vs real 3.58 ± 0.10 3.58 ± 0.10" in words
 
 
-@pytest.mark.parametrize("key", ["fd", "kid", "fd_grey", "mmd2", "pixel_fd", "auc", "nfe", "bootstrap", "null"])
-def test_no_key_stands_on_the_page(digits: Path, moons: Path, key: str) -> None:
-    for folder in (digits, moons):
-        words = page_of(folder).words
-        above = words[: words.index("All there is to know")]  # below is run.yaml
-        assert re.search(rf"(?<![-\w]){key}(?![-\w])", above) is None
-
-
-def test_it_begins_with_what_to_type_and_what_there_is(folder: Path) -> None:
-    text = (folder / "report.html").read_text()
-    top = text[: text.index("<main>")]
-    for command in ("sample", "evaluate", "report", "train"):
-        assert f"dumo {command} {folder}" in top
-    assert "go on to step" not in top  # it is done
-    linked = re.findall(r'href="#([^"]+)"', top)
-    assert linked == [name for name in page_of(folder).sections]
-
-
 def test_a_run_that_is_not_done_says_so(digits: Path) -> None:
     words = rendered(open_run(str(digits), ["train.steps=5000"])).words
     assert "Stopped at step 20 of 5,000 : its training is not done." in words
@@ -261,12 +234,9 @@ def test_first_row_of_a_sheet_is_where_the_trajectory_begins(digits: Path) -> No
         assert (np.abs(sheet[:64].astype(int) - strip) <= 1).all()
     one, many = (page.picture(f"v head, Euler steps: the same seeds after {n}.") for n in ("1 pass", "7 passes"))
     assert np.abs(one.astype(int) - many).max() > 20
-
-
-def test_gaps_are_clear_and_images_are_not(digits: Path) -> None:
-    alpha = page_of(digits).picture("Images of the training data, in the same layout.")[..., 3]
+    alpha = page.picture("Images of the training data, in the same layout.")[..., 3]
     assert (alpha[:64, :64] == 255).all()
-    assert (alpha[64 : 64 + report.GAP] == 0).all()
+    assert (alpha[64 : 64 + report.GAP] == 0).all()  # gaps are clear, and images are not
     assert (alpha[:, 64 : 64 + report.GAP] == 0).all()
 
 
@@ -357,17 +327,12 @@ def test_a_log_of_an_older_run_is_shown_as_far_as_it_goes(digits: Path, monkeypa
     old = [row | {"bins": {part: row["bins"][part] for part in ("loss", "v", "u")}} for row in old]
     assert len(report.charts(new)) == 8
     assert len(report.charts(old)) == 4
-    assert [chart.title for chart in report.charts([*old[:3], *new[3:]])][4:] == [
-        "clipped_share",
-        "head_gap",
-    ]  # probed once
+    once = report.charts([*old[:3], *new[3:]])  # probed
+    assert [chart.title for chart in once][4:] == ["clipped_share", "head_gap"]
     found = report.late([*old[:4], new[4] | {"step": 17}])
     assert found is not None
     assert [*found["bins"]] == ["loss", "v", "u"]
-    never = {
-        "notes": {"clipped_share": None},
-        "probe": {"norms": {}, "cosines": {"v,u": None}, "drift": 0.1},
-    }  # a number
+    never = {"notes": {"clipped_share": None}, "probe": {"norms": {}, "cosines": {"v,u": None}, "drift": 0.1}}
     assert [chart.title for chart in report.charts([row | never for row in new])][4:] == ["drift"]
 
 
@@ -437,7 +402,7 @@ def test_late_loss_counts_rows_of_the_last_quarter() -> None:
 
 def test_copies_lie_at_distance_zero_and_held_out_rows_do_not(digits: Path) -> None:
     sampler = open_run(str(digits)).sampler
-    truth, c = sampler.data.open().reference(1, 0)
+    truth, _ = sampler.data.open().reference(1, 0)
     near = report.proximity(sampler, truth[100:180].flip(0), truth)
     copies, held = near["rows"]
     assert copies["mean"] == copies["least"] == 0
@@ -447,10 +412,21 @@ def test_copies_lie_at_distance_zero_and_held_out_rows_do_not(digits: Path) -> N
     moved = report.proximity(sampler, truth[100:180] + 0.25, truth)
     assert moved["rows"][0]["mean"] <= 0.25 * 8  # 64 pixels, each off by a quarter
 
+
+def test_data_are_laid_out_by_class(digits: Path) -> None:
+    """A class without a row leaves its column grey."""
+    sampler = open_run(str(digits)).sampler
+    truth, c = sampler.data.open().reference(1, 0)
     sheet = report.by_class(sampler, truth, c)
     for i in (0, 7, 13, 79):
         same = (truth[c == i % 10] == sheet[i]).all((1, 2, 3)).nonzero()
         assert same[0].item() == i // 10
+    sheet = report.by_class(sampler, truth[c != 3], c[c != 3]).unflatten(0, (-1, 10))
+    assert sheet.shape[:2] == (report.ROWS, 10)
+    assert (sheet[:, 3] == 0).all()
+    assert (sheet[:, [*range(3), *range(4, 10)]] != 0).flatten(2).any(-1).all()
+    assert report.look(sampler, sheet.flatten(0, 1), truth).height > 0
+    assert torch.equal(report.by_class(sampler, truth, c + 10), truth[:80])  # none of the first ten classes
 
 
 @pytest.mark.parametrize(("size", "count"), [(80, 40), (7, 3), (2, 1), (1, 80)])
@@ -461,14 +437,3 @@ def test_little_data_is_compared_as_far_as_it_goes(digits: Path, size: int, coun
     assert near["count"] == count
     assert [row["name"] for row in near["rows"]] == ["samples", "baseline: real vs real"][: 1 + (size > 1)]
     assert all(row["least"] > 0.3 for row in near["rows"])
-
-
-def test_a_class_without_a_row_leaves_its_column_grey(digits: Path) -> None:
-    sampler = open_run(str(digits)).sampler
-    truth, c = sampler.data.open().reference(1, 0)
-    sheet = report.by_class(sampler, truth[c != 3], c[c != 3]).unflatten(0, (-1, 10))
-    assert sheet.shape[:2] == (report.ROWS, 10)
-    assert (sheet[:, 3] == 0).all()
-    assert (sheet[:, [*range(3), *range(4, 10)]] != 0).flatten(2).any(-1).all()
-    assert report.look(sampler, sheet.flatten(0, 1), truth).height > 0
-    assert torch.equal(report.by_class(sampler, truth, c + 10), truth[:80])  # none of the first ten classes

@@ -111,7 +111,7 @@ def test_what_is_wrong_is_named(run: Path, sent: Sent, tmp_path: Path, monkeypat
     with pytest.raises(UserError, match=r"has no metrics.jsonl"):
         feed([tmp_path / "none"], "kept")
     (run / "tracked.json").write_text("{")
-    with pytest.raises(UserError, match=r"tracked.json is damaged .*remove it"):
+    with pytest.raises(UserError, match=r"tracked.json is not JSON .*remove it"):
         feed([run], "kept")
     with pytest.raises(UserError, match=r"--to not_there needs the package .*pip install 'dumo\[not_there\]'"):
         tracker.package("not_there")

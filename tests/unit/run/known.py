@@ -1,9 +1,16 @@
-"""Teachers of the tests: what a user's function returns; and a run that they teach."""
+"""What tests of runs share: a run in no time, what it left, a bar; and teachers, as a user's function returns them."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
+from dumo.runtime.progress import Tick
+from dumo.training import checkpoint
 from dumo.types import Cond, Reads, Sample, Time, lift
 
 TINY = (
@@ -14,13 +21,38 @@ TINY = (
     "train.save_every=2",
     "train.schedule.kind=constant",
     "train.probe_every=0",
-    "evaluate.protocol.samples=40",
 )
 
 
 def tiny(name: str = "moons", *more: str) -> Run:
     """A recipe in no time."""
-    return load(name, [*TINY, *more])
+    return load(name, [*TINY, f"evaluate.protocol.samples={40 if name.startswith('moons') else 500}", *more])
+
+
+def same(one: nn.Module, two: nn.Module) -> bool:
+    """Whether all numbers of both are."""
+    a, b = one.state_dict(), two.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def bits(folder: Path) -> dict[str, bytes]:
+    """The files of the last checkpoint, and the log."""
+    last = checkpoint.latest(folder / "checkpoints")
+    assert last is not None
+    return {file.name: file.read_bytes() for file in (*last.iterdir(), folder / "metrics.jsonl")}
+
+
+class Seen:
+    """A bar that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.titles: list[tuple[str, int]] = []
+        self.ticks: list[int] = []
+
+    @contextmanager
+    def __call__(self, title: str, total: int, /) -> Generator[Tick, None, None]:
+        self.titles.append((title, total))
+        yield lambda done, note: self.ticks.append(done)
 
 
 def line(run: Run, device: torch.device) -> Reads:

@@ -7,19 +7,18 @@ import torch
 
 from dumo.io.weights import load as load_weights
 from dumo.run.average import average
-from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.run.folder import open_run
 from dumo.run.train import train
 from dumo.types import UserError
+from unit.run import known
 
-TINY = ["net.width=8", "net.depth=1", "train.batch=4", "train.schedule.kind=constant"]
-POWERS = "train.ema=[{kind: power, std: 0.05}, {kind: power, std: 0.1}]"
+KEPT = ["train.ema=[{kind: power, std: 0.05}, {kind: power, std: 0.1}]", "train.snapshots=4", "train.save_every=100"]
 
 
 def tiny(steps: int = 24, *more: str) -> Run:
     """DuMo on moons, in no time, with snapshots."""
-    return load("moons", [*TINY, f"train.steps={steps}", POWERS, "train.snapshots=4", *more])
+    return known.tiny("moons", f"train.steps={steps}", *KEPT, *more)
 
 
 def kept(folder: Path) -> dict[str, bytes]:
@@ -82,7 +81,7 @@ def test_widths_that_are_none_are_refused(run: Path, std: float, says: str) -> N
 def test_a_run_without_snapshots_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no run's folder"):
         average(str(tmp_path), 0.1)
-    train(load("moons", [*TINY, "train.steps=1"]), tmp_path / "run")
+    train(known.tiny("moons", "train.steps=1"), tmp_path / "run")
     with pytest.raises(UserError, match=r"train\.snapshots=1 .*kind: power"):
         average(str(tmp_path / "run"), 0.1)
     with pytest.raises(UserError, match=r"ends in \.safetensors"):

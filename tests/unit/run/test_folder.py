@@ -8,11 +8,7 @@ from dumo.run.config.load import dump, load
 from dumo.run.config.spec import Run
 from dumo.run.folder import FILE, LOCK, claim, held, note
 from dumo.types import UserError
-
-
-def tiny(*overrides: str) -> Run:
-    """A recipe made small."""
-    return load("moons", ["net.width=16", "net.depth=1", *overrides])
+from unit.run.known import tiny
 
 
 def settle(spec: Run, folder: Path) -> None:
@@ -26,11 +22,11 @@ def test_a_place_is_settled_once(tmp_path: Path) -> None:
     settle(run, tmp_path / "a/b")
     file = tmp_path / "a/b" / FILE
     assert file.read_text(encoding="utf-8") == dump(run)
-    settle(tiny("train.steps=9", "sample.seed=3"), tmp_path / "a/b")
+    settle(tiny("moons", "train.steps=9", "sample.seed=3"), tmp_path / "a/b")
     assert load(str(file)).train.steps == 9
     before = file.read_bytes()
-    with pytest.raises(UserError, match=r"net\.width: 16 there, 17 asked"):
-        settle(tiny("net.width=17"), tmp_path / "a/b")
+    with pytest.raises(UserError, match=r"net\.width: 8 there, 17 asked"):
+        settle(tiny("moons", "net.width=17"), tmp_path / "a/b")
     with pytest.raises(UserError, match="not empty"):
         settle(run, tmp_path / "a")
     assert file.read_bytes() == before
@@ -46,7 +42,7 @@ def test_a_folder_is_held_by_one(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == [FILE]
     settle_held(tiny(), folder)
     with pytest.raises(UserError, match="another run"):
-        settle_held(tiny("net.width=17"), folder)
+        settle_held(tiny("moons", "net.width=17"), folder)
 
 
 def settle_held(spec: Run, folder: Path) -> None:
@@ -64,15 +60,3 @@ def test_what_a_killed_training_leaves_is_no_hindrance(tmp_path: Path) -> None:
     (tmp_path / LOCK).touch()
     settle_held(tiny(), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
-
-
-def test_what_is_there_must_be_a_run(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text("- 1")
-    with pytest.raises(UserError, match="holds no run"):
-        settle(tiny(), tmp_path)
-    assert (tmp_path / FILE).read_text() == "- 1"
-
-
-def test_an_empty_folder_will_do(tmp_path: Path) -> None:
-    settle(tiny(), tmp_path)
-    assert load(str(tmp_path)) == tiny()

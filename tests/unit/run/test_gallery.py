@@ -15,6 +15,7 @@ from dumo.run.folder import RunFolder, open_run, sampler
 from dumo.run.sampler import Sampler
 from dumo.run.train import train
 from dumo.types import UserError
+from unit.run.known import Seen
 
 TINY = ["net.width=16", "net.depth=1", "train.batch=16", "train.steps=12", "train.schedule.kind=constant"]
 TINY += ["train.optimizer.lr=0.02", "train.milestones=[0,6]"]
@@ -99,11 +100,12 @@ def test_steps_differ_and_the_last_is_the_checkpoint(digits: RunFolder) -> None:
         ("digits-shortcut", "u head, jumps (hop)", "v by the u head, Euler steps"),  # at the last k
         ("digits-sct", "f head, jumps (restart)", None),
         ("digits-three-heads", "u head, jumps (restart)", "v head, Euler steps"),
+        ("digits-three-heads sample.solver.kind=hop", "m head, jumps (hop)", "v head, Euler steps"),
     ],
 )
 def test_readings_are_those_that_were_taught(recipe: str, u: str | None, v: str | None) -> None:
     """Their titles name the head that is read."""
-    found = {letter: one.title for letter, one in gallery.readings(made_of(recipe)).items()}
+    found = {letter: one.title for letter, one in gallery.readings(made_of(*recipe.split())).items()}
     assert found == {letter: title for letter, title in (("u", u), ("v", v)) if title}
 
 
@@ -136,13 +138,6 @@ def test_passes_by_default_are_those_that_can_be_made() -> None:
         assert gallery.within(gallery.PASSES, there, gallery.choose(there, None, None)) == [*gallery.PASSES]
     heun = made_of("digits", "sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[2]")
     assert gallery.within(gallery.PASSES, heun, gallery.choose(heun, None, None)) == [*gallery.PASSES]  # odd by Euler
-
-
-def test_galleries_of_jumps_of_some_sizes_need_no_option(tmp_path: Path) -> None:
-    one = trained(tmp_path / "run", "digits-shortcut", "train.steps=2", "train.milestones=[]")
-    u, v = gallery.trajectories(one, count=1).values()
-    assert u[2].width == v[2].width < 6 * (SIDE + GAP) - GAP  # five columns and the name of the row
-    assert [n for _, _, n in gallery.class_grids(one, [0], count=1)] == [1]
 
 
 def test_heun_where_it_can_and_euler_elsewhere() -> None:
@@ -200,19 +195,10 @@ def test_files_say_what_they_are(digits: RunFolder, tmp_path: Path) -> None:
 
 
 def test_work_is_watched(digits: RunFolder) -> None:
-    from contextlib import contextmanager
-
-    seen: list[int] = []
-
-    @contextmanager
-    def watch(title: str, total: int, /):  # noqa: ANN202
-        yield lambda done, note: seen.append(done)
-        assert seen[-1] == total
-
-    gallery.trajectories(digits, nfe=(1, 2), count=1, bar=watch)
-    assert seen == [1, 3, 4, 6, 7, 9, 10, 12, 13, 15, 16, 18]
+    gallery.trajectories(digits, nfe=(1, 2), count=1, bar=(seen := Seen()))
+    assert seen.ticks == [1, 3, 4, 6, 7, 9, 10, 12, 13, 15, 16, 18]
+    assert {total for _, total in seen.titles} == {18}
 
 
-@pytest.mark.parametrize(("n", "columns"), [(1, 1), (2, 2), (4, 2), (7, 7), (8, 4), (10, 5), (12, 4), (1000, 40)])
-def test_rectangles_are_full_and_wide(n: int, columns: int) -> None:
-    assert gallery.across(n) == columns
+def test_rectangles_are_full_and_wide() -> None:
+    assert [gallery.across(n) for n in (1, 2, 4, 7, 8, 10, 12, 1000)] == [1, 2, 2, 7, 4, 5, 4, 40]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dumo.nets.dit import of_diffusers
@@ -83,6 +83,12 @@ def run_from(file: Path, *fields: str, kind: str = "sit") -> Run:
     return load("digits", [*sizes, "net.time_scale=1", f"start={{kind: {kind}, source: {file}}}", *fields])
 
 
+def begun(run: Run, **start: object) -> nn.Module:
+    """Its net, with the weights of its start."""
+    assert run.start is not None
+    return begin_from(run, run.start.model_copy(update=start), CPU)
+
+
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     """A SiT with a learned sigma."""
@@ -95,8 +101,7 @@ def test_the_velocity_is_the_published_one(sigma: bool, tmp_path: Path) -> None:
     weights, file = published(sigma), tmp_path / "sit.safetensors"
     save_file(weights | {"projectors.0.0.weight": torch.zeros(3, 3)}, file)
     run = run_from(file, "start.heads.u=v")
-    assert run.start is not None
-    net, g = begin_from(run, run.start, CPU).double().eval(), stream("at")
+    net, g = begun(run).double().eval(), stream("at")
     x, c = torch.randn(3, CHANNELS, SIDE, SIDE, generator=g).double(), torch.tensor([0, 7, CLASSES])
     t = torch.tensor([0.05, 0.5, 0.97], dtype=torch.float64)
     with torch.no_grad():
@@ -130,8 +135,7 @@ def test_diffusers_dit_says_the_same(diffusers_dit: Path) -> None:
     file = diffusers_dit / "authors.safetensors"
     save_file(weights, file)
     run = run_from(file)
-    assert run.start is not None
-    net, g = begin_from(run, run.start, CPU).double().eval(), stream("at")
+    net, g = begun(run).double().eval(), stream("at")
     x, c = torch.randn(3, CHANNELS, SIDE, SIDE, generator=g).double(), torch.tensor([0, 7, CLASSES])
     with torch.no_grad():
         noise = theirs(x, timestep=torch.zeros(3).long(), class_labels=c).sample[:, :CHANNELS]
@@ -141,65 +145,55 @@ def test_diffusers_dit_says_the_same(diffusers_dit: Path) -> None:
 
 def test_of_diffusers_folder_the_trunk(diffusers_dit: Path) -> None:
     run, found = run_from(diffusers_dit, kind="dit"), load_file(diffusers_dit / "diffusion_pytorch_model.safetensors")
-    assert run.start is not None
-    state = begin_from(run, run.start, CPU).state_dict()
+    state = begun(run).state_dict()
     assert torch.equal(state["blocks.1.qkv.weight"][WIDTH : 2 * WIDTH], found["transformer_blocks.1.attn1.to_k.weight"])
     assert torch.equal(state["positions"], grid_waves(SIDE // PATCH, WIDTH))
     with pytest.raises(UserError, match=r"is a folder of DiTTransformer2DModel\. A sit is one safetensors file"):
-        begin_from(run, run.start.model_copy(update={"kind": "sit"}), CPU)
+        begun(run, kind="sit")
 
 
 def test_of_a_dit_the_trunk_alone(file: Path) -> None:
     run = run_from(file, "net.time_scale=10", kind="dit")
-    assert run.start is not None
-    net, weights = begin_from(run, run.start, CPU), published(sigma=True)
+    net, weights = begun(run), published(sigma=True)
     fresh = run.build(CPU).state_dict()
     for name, value in net.state_dict().items():
         if name.startswith(("heads.", "scalars.")):
             assert torch.equal(value, fresh[name]), name
     assert torch.equal(net.state_dict()["blocks.1.qkv.weight"], weights["blocks.1.attn.qkv.weight"])
     with pytest.raises(UserError, match="has no head 'v', it has none"):
-        begin_from(run, run.start.model_copy(update={"heads": {"u": "v"}}), CPU)
+        begun(run, heads={"u": "v"})
 
 
 @pytest.mark.parametrize(
-    ("field", "said"),
+    ("fields", "said"),
     [
-        ("net.time_scale=10", r"has time_scale 1\.0, and this one 10\.0: set net\.time_scale=1\.0"),
-        ("net.modern=true", "has modern False"),
-        ("net.depth=1", r"blocks\.1\.\S+ is none of its layers here: set net\.depth"),
-        ("net.depth=3", r"it has nothing for blocks\.2"),
-        ("net.patch=4", r"proj\.weight of shape \(16, 1, 2, 2\), and this net takes \(16, 1, 4, 4\): set net\.patch"),
-        ("net.width=32", r"of shape \(16, 1, 2, 2\), and this net takes \(32, 1, 2, 2\)"),
+        (["net.time_scale=10"], r"has time_scale 1\.0, and this one 10\.0: set net\.time_scale=1\.0"),
+        (["net.modern=true"], "has modern False"),
+        (["net.depth=1"], r"blocks\.1\.\S+ is none of its layers here: set net\.depth"),
+        (["net.depth=3"], r"it has nothing for blocks\.2"),
+        (["net.patch=4"], r"proj\.weight of shape \(16, 1, 2, 2\), and this net takes \(16, 1, 4, 4\): set net\.patch"),
+        (["net.width=32"], r"of shape \(16, 1, 2, 2\), and this net takes \(32, 1, 2, 2\)"),
+        (
+            ["net.width=384", "net.attention=4"],
+            r"has attention 6, and this one 4: set net\.attention=6",
+        ),  # as published
     ],
 )
-def test_another_net_is_refused(field: str, said: str, file: Path) -> None:
-    run = run_from(file, field)
-    assert run.start is not None
+def test_another_net_is_refused(fields: list[str], said: str, file: Path) -> None:
     with pytest.raises(UserError, match=said):
-        begin_from(run, run.start, CPU)
+        begun(
+            load("digits", [f"start={{kind: sit, source: {file}}}", *fields])
+            if "unet" in said
+            else run_from(file, *fields)
+        )
 
 
-def test_a_net_that_reads_texts_is_refused(file: Path) -> None:
-    run = run_from(file)
-    run = run.model_copy(update={"net": run.net.model_copy(update={"texts": Given()})})
-    assert run.start is not None
-    with pytest.raises(UserError, match=r"a net of classes.*set net\.texts=null"):
-        begin_from(run, run.start, CPU)
-
-
-def test_a_net_of_another_kind_is_refused(file: Path) -> None:
-    run = load("digits", ["net={kind: unet, width: 8, multipliers: [1]}", f"start={{kind: sit, source: {file}}}"])
-    assert run.start is not None
+def test_a_net_of_another_kind_or_that_reads_texts_is_refused(file: Path) -> None:
     with pytest.raises(UserError, match=r"is for net\.kind dit, and this run's is unet"):
-        begin_from(run, run.start, CPU)
-
-
-def test_the_published_sizes_have_their_own_number_of_heads(file: Path) -> None:
-    run = run_from(file, "net.width=384", "net.attention=4")
-    assert run.start is not None
-    with pytest.raises(UserError, match=r"has attention 6, and this one 4: set net\.attention=6"):
-        begin_from(run, run.start, CPU)
+        begun(load("digits", ["net={kind: unet, width: 8, multipliers: [1]}", f"start={{kind: sit, source: {file}}}"]))
+    run = run_from(file)
+    with pytest.raises(UserError, match=r"a net of classes.*set net\.texts=null"):
+        begun(run.model_copy(update={"net": run.net.model_copy(update={"texts": Given()})}))
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:
@@ -211,7 +205,5 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         ("", "is a folder"),
         ("none.safetensors", "no such file"),
     ):
-        run = run_from(tmp_path / name)
-        assert run.start is not None
         with pytest.raises(UserError, match=said):
-            begin_from(run, run.start, CPU)
+            begun(run_from(tmp_path / name))

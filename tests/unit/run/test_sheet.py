@@ -12,16 +12,13 @@ from dumo.run.sample import export
 from dumo.run.sheet import Sheets
 from dumo.run.train import train
 from dumo.types import UserError
-
-TINY = ["net.width=16", "net.depth=1", "train.batch=8", "train.steps=6", "train.save_every=2", "train.log_every=3"]
-TINY += ["sample.nfe=[1,2]", "train.schedule.kind=constant"]
+from unit.run import known
 
 
 def tiny(name: str, sheets: str, *more: str) -> Run:
-    """A recipe made small."""
-    return load(
-        name, [*TINY, f"evaluate.protocol.samples={500 if name == 'digits' else 40}", f"train.sheets={sheets}", *more]
-    )
+    """A recipe made small, of six steps."""
+    words = ("train.steps=6", "train.log_every=3", "sample.nfe=[1,2]", f"train.sheets={sheets}")
+    return known.tiny(name, *words, *more)
 
 
 def drawn(folder: Path) -> list[str]:

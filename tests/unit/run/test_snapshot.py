@@ -7,21 +7,10 @@ import pytest
 import torch
 
 from dumo.run.average import Profile, fit, mixed, overlap
-from dumo.runtime.random import stream
-from dumo.training.ema import PowerEma, exponent
+from dumo.training.ema import exponent
 
 STEPS = 400
 KEPT = [Profile(step, std) for step, std in product(range(50, STEPS + 1, 50), (0.05, 0.1))]
-
-
-def averaged(weights: list[float]) -> dict[Profile, float]:
-    """The averages of these weights after each update, by widths that are kept and others."""
-    found: dict[Profile, float] = {}
-    for std in (0.04, 0.05, 0.1, 0.12, 0.15):
-        mean, spec = 0.0, PowerEma(std=std)
-        for n, w in enumerate(weights, 1):
-            found[Profile(n, std)] = mean = spec(n) * mean + (1 - spec(n)) * w
-    return found
 
 
 def test_overlaps_are_the_integrals() -> None:
@@ -39,20 +28,6 @@ def test_a_snapshot_is_found_again(known: Profile) -> None:
     x, error = fit(KEPT, known)
     assert x == pytest.approx([float(one == known) for one in KEPT], abs=1e-9)
     assert error < 1e-6
-
-
-@pytest.mark.parametrize(("std", "off"), [(0.04, 0.033), (0.12, 0.014), (0.15, 0.035)])
-def test_other_widths_are_as_near_as_is_said(std: float, off: float) -> None:
-    """The error of profiles bounds that of averages: by Cauchy and Schwarz, times the norms of profile and weights."""
-    g = stream(0, "path")
-    walk = torch.randn(STEPS, generator=g, dtype=torch.float64).cumsum(0)
-    found, wanted = averaged(walk.tolist()), Profile(STEPS, std)
-    x, error = fit(KEPT, wanted)
-    assert 0.5 * off < error < off
-    made = sum(share * found[one] for share, one in zip(x, KEPT, strict=True))
-    bound = error * np.sqrt(overlap(wanted, wanted) * walk.square().sum().item())
-    assert abs(made - found[wanted]) < bound
-    assert abs(made - found[wanted]) < 0.1 * abs(found[Profile(STEPS, 0.1)] - found[Profile(STEPS, 0.05)])
 
 
 def test_weights_that_rest_stay() -> None:

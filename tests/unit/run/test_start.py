@@ -9,7 +9,7 @@ from dumo.run.config.load import load
 from dumo.run.folder import open_run
 from dumo.run.train import train
 from dumo.types import UserError
-from unit.run.known import tiny
+from unit.run.known import same, tiny
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,4 @@ def test_a_start_is_made_once(known: Path, tmp_path: Path) -> None:
     whole = train(tiny("moons", *asked), tmp_path / "whole")
     train(tiny("moons", *asked, "train.steps=2"), tmp_path / "run")
     again = train(tiny("moons", *asked), tmp_path / "run")
-    assert all(
-        torch.equal(a, b) for a, b in zip(whole.net.state_dict().values(), again.net.state_dict().values(), strict=True)
-    )
+    assert same(whole.net, again.net)

@@ -19,13 +19,12 @@ from dumo.run.config.check import check_guided
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.run.config.teacher import Teacher
-from dumo.run.folder import open_run
 from dumo.run.train import train
 from dumo.runtime import dist
 from dumo.runtime.progress import no_bar
-from dumo.runtime.random import noise
-from dumo.types import Cond, Reads, Sample, Time, UserError
-from unit.run.known import line, nan, shift, tiny
+from dumo.runtime.random import noise, stream
+from dumo.types import Reads, UserError
+from unit.run.known import line, nan, same, shift, tiny
 
 CPU = torch.device("cpu")
 USER = ["teacher.kind=python", "teacher.source=unit.run.known:line"]
@@ -39,17 +38,6 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("teacher") / "fm"
     train(tiny("moons-flow-matching"), folder)
     return folder
-
-
-def rows(n: int = 5) -> tuple[Sample, Time, Cond, Sample]:
-    """Points, times 0, .25, .5, .75, 1, labels, and velocities of the data."""
-    g = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(n, 2, generator=g),
-        torch.linspace(0, 1, n),
-        torch.zeros(n).long(),
-        torch.randn(n, 2, generator=g),
-    )
 
 
 def test_a_teacher_without_a_velocity_is_refused(known: Path, tmp_path: Path) -> None:
@@ -125,17 +113,16 @@ def test_pairs_of_older_versions_are_refused(tmp_path: Path) -> None:
         couple(run, shift(run, CPU), tmp_path)
 
 
+FEW = ("net.width=32", "train.steps=120", "train.batch=64", "train.optimizer.lr=0.01")
+
+
 def test_the_net_learns_what_the_teacher_says(tmp_path: Path) -> None:
     """Of data that are two moons it learns one point, which is what its teacher knows."""
-    few = ["net.width=32", "net.depth=2", "train.steps=300", "train.batch=64", "train.optimizer.lr=0.003"]
-    run = tiny("moons-flow-matching", *USER, *few, "objective.times.low=0.05")
-    train(run, tmp_path / "run")
-    opened = open_run(str(tmp_path / "run"))
-    velocity = opened.run.objective.read(opened.net).velocity
-    x, t, c, _ = rows()
-    t = t.clamp(min=0.5)
+    run = tiny("moons-flow-matching", *USER, *FEW, "objective.times.low=0.05")
+    net = train(run, tmp_path / "run").net
+    velocity, wanted = run.objective.read(net).velocity, line(run, CPU).velocity
+    x, t, c = torch.randn(5, 2, generator=stream("x")), torch.tensor([0.5, 0.5, 0.5, 0.75, 1]), torch.zeros(5).long()
     near = torch.tensor([1.0, -2.0]) * (1 - t)[:, None] + t[:, None] * x
-    wanted = line(run, CPU).velocity
     assert velocity
     assert wanted
     with torch.no_grad():
@@ -146,8 +133,7 @@ def test_a_run_teaches_and_is_remembered(known: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     one = train(tiny("moons-meanflow", f"teacher.source={known}"), folder)
     plain = train(tiny("moons-meanflow"), tmp_path / "plain")
-    a, b = one.net.state_dict(), plain.net.state_dict()
-    assert any(not torch.equal(a[name], b[name]) for name in a)
+    assert not same(one.net, plain.net)
     about = json.loads((folder / "teacher.json").read_text())
     assert about["source"] == str(known)
     assert len(about["sha256"]) == 64
@@ -160,8 +146,7 @@ def test_stopped_and_resumed_is_the_same(known: Path, tmp_path: Path) -> None:
         whole = train(tiny("moons", *taught), tmp_path / f"whole{name}")
         train(tiny("moons", *taught, "train.steps=2"), tmp_path / f"run{name}")
         again = train(tiny("moons", *taught), tmp_path / f"run{name}")
-        for key, value in whole.net.state_dict().items():
-            assert torch.equal(again.net.state_dict()[key], value), key
+        assert same(whole.net, again.net)
 
 
 def test_another_teacher_in_the_middle_is_refused(known: Path, tmp_path: Path) -> None:
@@ -276,24 +261,11 @@ def test_every_rank_hears_of_pairs_that_are_no_numbers(ranks: Ranks, tmp_path: P
 
 def test_pairs_are_trained_on_as_they_are(tmp_path: Path) -> None:
     """Their slopes z - x have no scatter: a net that knows the shift has loss 0 to learn."""
-    few = ["net.width=32", "net.depth=2", "train.steps=300", "train.batch=64", "train.optimizer.lr=0.003"]
     pairs = ["teacher.pairs.count=512"]
-    train(tiny("moons-flow-matching", *SHIFT, *few, *pairs), tmp_path / "run")
-    train(tiny("moons-flow-matching", *few), tmp_path / "plain")
+    train(tiny("moons-flow-matching", *SHIFT, *FEW, *pairs), tmp_path / "run")
+    train(tiny("moons-flow-matching", *FEW), tmp_path / "plain")
     last = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1]) for name in ("run", "plain")]
     assert last[0]["loss"] < 0.1 < 0.3 < last[1]["loss"]
-
-
-def test_guidance_twice_is_refused() -> None:
-    guided = ["teacher.source=x", "teacher.guide.scale=2", "objective.drop=0.1"]
-    with pytest.raises(UserError, match=r"teacher\.guide has guided"):
-        load("digits-guided", guided)
-    with pytest.raises(UserError, match=r"^teacher\.guide\.scale = 2 .*no classes .*set teacher\.guide\.scale=1$"):
-        load("moons", guided)
-    with pytest.raises(UserError, match=r"^sample\.guide\.scale = 2 .*teacher\.guide has .*teacher\.guide\.scale=1$"):
-        load("digits", [*guided, "sample.guide.scale=2"])
-    with pytest.raises(UserError, match=r"^objective\.w would guide .*objective\.w=null"):
-        load("digits-imf", [*guided, KNOBS])
 
 
 @pytest.mark.parametrize(
@@ -311,14 +283,6 @@ def test_a_teacher_is_guided_only_where_it_can_be(recipe: str, more: str, said: 
     check_guided(CFG(), *given)
     with pytest.raises(UserError, match=rf"^teacher\.guide\.scale = 2 .*{said}"):
         check_guided(CFG(scale=2), *given)
-
-
-def test_a_teacher_who_never_lost_a_label_is_not_guided(tmp_path: Path) -> None:
-    few = ["net.width=16", "net.depth=1", "train.batch=4", "train.steps=1", "train.probe_every=0", "objective.drop=0"]
-    train(load("digits-flow-matching", few), tmp_path / "fm")
-    with pytest.raises(UserError, match=r"^teacher\.guide\.scale = 2 .*objective\.drop = 0 of "):
-        train(load("digits", [*few, f"teacher.source={tmp_path / 'fm'}", "teacher.guide.scale=2"]), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
 
 
 def test_a_teacher_is_remembered_once_it_has_taught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

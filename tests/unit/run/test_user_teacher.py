@@ -52,14 +52,3 @@ def test_a_function_of_the_current_folder_is_remembered(tmp_path: Path, monkeypa
     Path("my_teacher.py").write_text("def make(")
     with pytest.raises(UserError, match="my_teacher:make: SyntaxError"):
         train(asked, tmp_path / "run")
-
-
-def test_what_runs_is_said_before_it_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("shouting_teacher.py").write_text("import sys\nprint('it runs', file=sys.stderr)\n")
-    with pytest.raises(UserError, match="no attribute 'make'"):
-        train(tiny("moons", "teacher.kind=python", "teacher.source=shouting_teacher:make"), tmp_path / "run")
-    said = capsys.readouterr().err.splitlines()
-    assert said == ["teacher.source: this run executes shouting_teacher:make", "it runs"]

@@ -1,45 +1,10 @@
-"""One rank without torch.distributed; two ranks train as one."""
+"""One rank without torch.distributed; what is no number of ranks, and no device."""
 
 import pytest
 import torch
 
 from dumo.runtime import dist
 from dumo.types import UserError
-
-RANK = """
-import sys, torch
-from dumo.runtime import dist
-from dumo.training.layout import whole
-from meeting import meeting
-from unit.training.toy import AVERAGES, Small, run, tensors
-from dumo.training.loop import Every
-from dumo.training.spec import Train
-from dumo.training.state import begin
-
-spec = Train(steps=3, batch=12, micro_batch=6, ema=AVERAGES, clip=0.5)
-alone = []
-one = tensors(run(begin(Small(), spec), spec, hooks=[Every(1, lambda _, record: alone.append(record))]))
-
-store, rank = sys.argv[1], int(sys.argv[2])
-with meeting(store, rank):
-    assert (dist.rank(), dist.world(), dist.is_main()) == (rank, 2, rank == 0)
-    x = torch.tensor([float(rank), 4.0])
-    assert dist.mean(x).tolist() == [0.5, 4.0]
-    assert x.tolist() == [rank, 4.0]
-    assert [part.tolist() for part in dist.gathered(torch.arange(rank))] == [[], [0]]
-
-    for share in (1, 2):
-        again, together = spec.model_copy(update={"share": share}), []
-        state = run(begin(Small(), again), again, hooks=[Every(1, lambda _, record: together.append(record))])
-        for name, value in tensors(state).items():
-            if not name.endswith("passes"):
-                torch.testing.assert_close(whole(value), one[name], rtol=0, atol=1e-12)
-        for a, b in zip(alone, together, strict=True):
-            assert (a.step, a.images, a.counts) == (b.step, b.images, b.counts)
-            for c, d in [(a.loss, b.loss), (a.grad_norm, b.grad_norm), *zip(a.bins["pull"], b.bins["pull"])]:
-                assert abs(c - d) < 1e-12 or c != c and d != d
-    print("agrees")
-"""
 
 
 def test_one_rank() -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,15 +50,6 @@ def test_a_process_that_was_stopped_itself_blames_nobody(peers: list[Peers]) -> 
     assert Peers(HashStore(), 0, 2, limit=600).looks == 600
 
 
-def together(*work: Callable[[], object]) -> None:
-    """Do these at the same time."""
-    threads = [threading.Thread(target=one) for one in work]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
 def test_all_meet_or_hear_why_not(peers: list[Peers]) -> None:
     order: list[str] = []
 
@@ -72,7 +63,8 @@ def test_all_meet_or_hear_why_not(peers: list[Peers]) -> None:
 
     slow = threading.Timer(0.2, late)
     slow.start()
-    together(lambda: early(peers[0]), lambda: early(peers[1]))
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(early, peers[:2]))
     assert order == ["late", "met", "met"]
 
     peers[1].report(UserError("images/7.png is damaged"))

@@ -84,14 +84,8 @@ def test_a_terminal_gets_a_bar_that_moves(capsys: pytest.CaptureFixture[str], mo
 
 
 def test_spans() -> None:
-    assert [span(s) for s in (0, 59.6, 61, 3599, 3600, 90061)] == [
-        "0:00",
-        "1:00",
-        "1:01",
-        "59:59",
-        "1:00:00",
-        "25:01:01",
-    ]
+    spans = [span(s) for s in (0, 59.6, 61, 3599, 3600, 90061)]
+    assert spans == ["0:00", "1:00", "1:01", "59:59", "1:00:00", "25:01:01"]
 
 
 def test_sizes() -> None:

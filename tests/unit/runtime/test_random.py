@@ -1,5 +1,6 @@
 """Streams of training and of sampling are apart by every part of their key, and the same for the same key."""
 
+from collections.abc import Callable, Sequence
 from hashlib import blake2b
 
 import numpy as np
@@ -37,34 +38,10 @@ def test_streams_are_uncorrelated() -> None:
     assert (together - torch.eye(len(keys))).abs().max() < 5 / 4000**0.5
 
 
-def test_rows_do_not_depend_on_the_batch() -> None:
-    whole = noise(3, range(64), 0, (1, 8, 8))
-    for size in (1, 7):
-        parts = [noise(3, range(64)[first : first + size], 0, (1, 8, 8)) for first in range(0, 64, size)]
-        assert torch.equal(torch.cat(parts), whole)
-    assert torch.equal(noise(3, [40, 2], 0, (1, 8, 8)), whole[[40, 2]])
-
-
-def test_seed_image_and_draw_each_have_their_own() -> None:
-    rows = torch.cat([noise(seed, range(3), draw, (4,)) for seed in (0, 1) for draw in (0, 1)])
-    assert len(rows.unique(dim=0)) == len(rows) == 12
-
-
 def test_no_two_images_are_twins() -> None:
     """With streams keyed by 32 bits, as torch's are, images 7,875 and 22,435 of seed 9 would be."""
     rows = noise(9, range(50_000), 0, (2,))
     assert len(rows.unique(dim=0)) == len(rows)
-
-
-def test_is_standard_normal_across_images_and_draws() -> None:
-    """Rows are as independent as one stream's numbers: no correlation beyond chance between neighbours."""
-    a, b, c = noise(0, range(2_000), 0, (16,)), noise(0, range(2_000), 1, (16,)), noise(1, range(2_000), 0, (16,))
-    error = 4 / a.numel() ** 0.5
-    for one in (a, b, c):
-        assert abs(one.mean()) < error
-        assert abs(one.var() - 1) < error * 2**0.5
-    for other in (b, c, a.roll(1, 0)):
-        assert abs((a * other).mean()) < error
 
 
 @pytest.mark.parametrize("number", [0, 1, 2**32, 2**64 - 1])
@@ -80,19 +57,34 @@ def test_a_keyed_row_is_numpys_philox_at_its_place(number: int, shape: tuple[int
         assert torch.equal(found[-1], wanted)
 
 
-def test_keyed_rows_do_not_depend_on_the_others() -> None:
-    whole = keyed(0, "z", rows=range(64), shape=(3, 5))
+def keyed_rows(rows: Sequence[int], shape: tuple[int, ...], *key: int | str) -> Tensor:
+    return keyed(*(key or (0, 1, "z")), rows=rows, shape=shape)
+
+
+def noise_rows(rows: Sequence[int], shape: tuple[int, ...], seed: int = 0, draw: int = 0) -> Tensor:
+    return noise(seed, rows, draw, shape)
+
+
+Rows = Callable[..., Tensor]
+OTHERS: list[tuple[Rows, list[tuple[int | str, ...]]]] = [
+    (keyed_rows, [(0, 2, "z"), (1, 1, "z"), (0, 1, "extra")]),
+    (noise_rows, [(0, 1), (1, 0), (1, 1)]),
+]
+
+
+@pytest.mark.parametrize("made", [keyed_rows, noise_rows])
+def test_rows_do_not_depend_on_the_others(made: Rows) -> None:
+    whole = made(range(64), (3, 5))
     for size in (1, 7, 64):
-        parts = [keyed(0, "z", rows=range(64)[i : i + size], shape=(3, 5)) for i in range(0, 64, size)]
-        assert torch.equal(torch.cat(parts), whole)
-    assert torch.equal(keyed(0, "z", rows=[40, 2], shape=(3, 5)), whole[[40, 2]])
+        assert torch.equal(torch.cat([made(range(64)[i : i + size], (3, 5)) for i in range(0, 64, size)]), whole)
+    assert torch.equal(made([40, 2], (3, 5)), whole[[40, 2]])
     assert keyed(0, "z", rows=[], shape=(3, 5)).shape == (0, 3, 5)
 
 
-def test_keyed_rows_are_normal_and_apart() -> None:
-    """In value, from their neighbours, and from the rows of another step, seed and name: no more than chance."""
-    keys: list[tuple[int | str, ...]] = [(0, 1, "z"), (0, 2, "z"), (1, 1, "z"), (0, 1, "extra")]
-    one, *others = (keyed(*key, rows=range(4000), shape=(16,)) for key in keys)
+@pytest.mark.parametrize(("made", "keys"), OTHERS)
+def test_rows_are_normal_and_apart(made: Rows, keys: list[tuple[int | str, ...]]) -> None:
+    """In value, from their neighbours, and from the rows of another step, seed, name or draw: no more than chance."""
+    one, *others = (made(range(4000), (16,), *key) for key in ((), *keys))
     error = 4 / one.numel() ** 0.5
     assert abs(one.mean()) < error
     assert abs(one.var() - 1) < error * 2**0.5

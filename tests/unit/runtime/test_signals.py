@@ -19,43 +19,38 @@ pytestmark = pytest.mark.usefixtures("default_signals")
 
 @pytest.mark.parametrize("number", signals.SIGNALS)
 def test_a_signal_is_heard_once(number: int) -> None:
-    before, heard = signal.getsignal(number), list[int]()
-    ended: list[int] = []
+    heard, ended = list[int](), list[int]()
     signal.signal(number, lambda n, frame: ended.append(n))
-    try:
-        ours = signal.getsignal(number)
-        with signals.listening(heard.append):
+    ours = signal.getsignal(number)
+    with signals.listening(heard.append):
+        signals.check()
+        os.kill(os.getpid(), number)
+        assert (signals.poll(), heard, ended) == (number, [number], [])
+        with pytest.raises(signals.Stopped) as stopped:
             signals.check()
-            os.kill(os.getpid(), number)
-            assert (signals.poll(), heard, ended) == (number, [number], [])
-            with pytest.raises(signals.Stopped) as stopped:
-                signals.check()
-            assert stopped.value.number == number
-            os.kill(os.getpid(), number)
-            assert ended == [number]
-        assert signal.getsignal(number) is ours
-    finally:
-        signal.signal(number, before)
+        assert stopped.value.number == number
+        os.kill(os.getpid(), number)
+        assert ended == [number]
+    assert signal.getsignal(number) is ours
     assert signals.poll() is None
 
 
 def test_what_is_ignored_stays_so_and_other_threads_hear_nothing() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
-    try:
-        with signals.listening():
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert signals.poll() is None
-            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    with signals.listening():
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signals.poll() is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    found: list[bool] = []
 
     def listen() -> None:
         with signals.listening():
-            assert not signals.listens
+            found.append(signals.listens)
 
     thread = threading.Thread(target=listen)
     thread.start()
     thread.join()
+    assert found == [False]
 
 
 def test_within_another_the_outer_one_listens() -> None:
@@ -79,17 +74,14 @@ def test_a_wait_in_c_is_ended_by_the_signal_itself() -> None:
 def test_a_child_may_hear_one_word_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the scheduler, and from torchrun, which had it from there; what comes later is meant."""
     ended: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda n, frame: ended.append(n))
-    try:
-        with signals.listening(child=True):
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert (signals.poll(), ended) == (signal.SIGTERM, [])
-            monkeypatch.setattr(signals, "TWICE", 0)
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert ended == [signal.SIGTERM]
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    signal.signal(signal.SIGTERM, lambda n, frame: ended.append(n))
+    with signals.listening(child=True):
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert (signals.poll(), ended) == (signal.SIGTERM, [])
+        monkeypatch.setattr(signals, "TWICE", 0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended == [signal.SIGTERM]
 
 
 @pytest.mark.parametrize(

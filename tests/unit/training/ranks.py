@@ -15,7 +15,7 @@ from unittest.mock import patch
 import pytest
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -24,7 +24,7 @@ from dumo.runtime import dist, signals
 from dumo.training import agreement, manifest
 from dumo.training.checkpoint import go_on, latest, mark, restore, save
 from dumo.training.ema import MovingAverage
-from dumo.training.layout import local, whole
+from dumo.training.layout import local
 from dumo.training.optim import AdamW
 from dumo.training.record import Record
 from dumo.training.spec import Train
@@ -32,7 +32,7 @@ from dumo.training.state import Diverged, State
 from dumo.training.step import Task, pieces, span, train_step
 from dumo.types import Frozen, Net, Noised, Terms, UserError
 from meeting import leave, met
-from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches
+from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, tensors
 
 SHARES = {2: (1, 2), 3: (1, 3), 4: (1, 2, 4)}  # ranks that hold one copy of the weights, by world
 
@@ -74,19 +74,9 @@ def passed(state: State) -> None:
         net(torch.ones(2, 2, dtype=torch.float64), torch.tensor([0, 1]), t=torch.ones(2))
 
 
-def everything(state: State) -> dict[str, Tensor]:
-    """Every tensor of a state, whole, by name."""
-    found = {f"net.{name}": value for name, value in state.net.state_dict().items()}
-    for decay, average in state.averages.items():
-        found |= {f"{decay}.{name}": value for name, value in average.module.state_dict().items()}
-    for i, memory in state.optimizer.state_dict()["state"].items():
-        found |= {f"optimizer.{i}.{name}": value for name, value in memory.items()}
-    return {name: whole(value.detach()).clone() for name, value in found.items()}
-
-
 def same(state: State, file: Path) -> None:
     """Assert that a state is, bit for bit, the one of a file."""
-    there, here = safetensors.torch.load_file(file), everything(state)
+    there, here = safetensors.torch.load_file(file), tensors(state)
     assert there.keys() == here.keys()
     wrong = [name for name, value in there.items() if not torch.equal(value, here[name])]
     assert not wrong, wrong
@@ -110,7 +100,7 @@ def two(folder: Path) -> None:
         dist.barrier()
         passed(state)
         assert save(there, state, 1) == there / "step-00000002"
-        whole = everything(state)
+        whole = tensors(state)
         mark(folder / f"milestones-{share}", state)
         if dist.is_main():
             safetensors.torch.save_file(whole, folder / f"share-{share}.safetensors")
@@ -141,7 +131,7 @@ def guarded(share: int) -> None:
         return train_step(state, Task(objective, Linear(), CLASSES), batch, spec, **more)
 
     assert step(Toy()).skipped is None
-    before = everything(state)
+    before = tensors(state)
     for rank in (0, 1):
         skipped, (_, labels) = step(Spoilt(rank=rank)).skipped, batches()(state.step - 1)
         assert skipped
@@ -152,7 +142,7 @@ def guarded(share: int) -> None:
             assert 6 * rank <= place < 6 * rank + 6
             assert row["class"] == labels[place]
     assert (state.step, state.skips) == (3, 2)
-    after = everything(state)
+    after = tensors(state)
     assert [name for name in before if not name.endswith("passes") and not torch.equal(before[name], after[name])] == []
 
     with patch.object(signals, "heard", signal.SIGUSR1 if dist.rank() else None):
@@ -200,10 +190,10 @@ def fails(folder: Path) -> None:
     assert agreement.main(lambda: 5 + dist.rank()) == 5
 
     other = built(1, 2, width=9)
-    before = everything(other)
+    before = tensors(other)
     said = refusal(lambda: restore(folder / "share-2/step-00000002", other))
     assert "share-2/step-00000002/net: first.bias is (8,) float64 in the file, (9,) float64 in the run" in said, said
-    assert all(torch.equal(value, before[name]) for name, value in everything(other).items())
+    assert all(torch.equal(value, before[name]) for name, value in tensors(other).items())
 
 
 def unsaved(folder: Path, state: State) -> None:

@@ -21,8 +21,8 @@ from dumo.training.record import Record
 from dumo.training.spec import Train
 from dumo.training.state import Diverged, State, begin
 from dumo.training.step import Task, draws_of
-from dumo.types import Cond, Frozen, Net, Noised, Sample, Terms, UserError
-from unit.training.toy import AVERAGES, CLASSES, OPTIMIZERS, TASK, Small, Toy, batches, run, same, tensors, trained
+from dumo.types import Cond, Noised, Sample, Terms, UserError
+from unit.training.toy import AVERAGES, CLASSES, OPTIMIZERS, TASK, Small, Toy, batches, run, same, tensors, toy, trained
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda o: o.kind)
@@ -41,7 +41,6 @@ def test_resumed_is_uninterrupted(tmp_path: Path, optimizer: AdamW, dtype: torch
         run(first, spec, hooks=[stop, Every(9, interrupt)])
     second = begin(Small(1, dtype=dtype), spec)  # other weights: all must come from the disk
     found = latest(tmp_path)
-    assert found is not None
     restore(found, second)
     assert (second.step, second.images) == (7, 84)
     run(second, spec)
@@ -73,18 +72,16 @@ def test_hooks_come_in_order_and_in_time() -> None:
 
 
 def test_what_an_objective_sees() -> None:
+    """Progress, and the null label, which is the one after the last class."""
     seen: list[tuple[float, bool]] = []
 
-    class Watching(Toy):
-        """Notes progress, and that the null label is the one after the last class."""
-
-        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-            dropped = torch.equal(b.c[~b.kept], b.null[~b.kept])
-            seen.append((b.progress, bool((b.null == CLASSES).all()) and dropped))
-            return super().loss(net, ref, b)
+    def note(terms: Terms, b: Noised) -> Terms:
+        dropped = torch.equal(b.c[~b.kept], b.null[~b.kept])
+        seen.append((b.progress, bool((b.null == CLASSES).all()) and dropped))
+        return terms
 
     spec = Train(steps=4, batch=32)
-    train(begin(Small(), spec), Task(Watching(), Linear(), CLASSES), batches(32), spec)
+    train(begin(Small(), spec), Task(toy(note), Linear(), CLASSES), batches(32), spec)
     assert seen == [(0.0, True), (0.25, True), (0.5, True), (0.75, True)]
 
 
@@ -110,35 +107,18 @@ def test_so_many_skipped_in_a_row_stop_it_after_the_hooks(skips: int, last: int)
 
 
 def test_asked_to_stop_it_ends_after_that_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, state, seen = Train(steps=9, batch=12, ema=AVERAGES), begin(Small(), Train(steps=9, batch=12)), list[int]()
+    """And what is due at a step is in its record."""
+    spec, due = Train(steps=9, batch=12, ema=AVERAGES), iter([False, True, False])
+    state, seen = begin(Small(), spec), list[tuple[int, bool]]()
 
     def hear(state: State, record: Record) -> None:
-        seen.append(record.asked or 0)
+        seen.append((record.asked or 0, record.due))
         monkeypatch.setattr(signals, "heard", signal.SIGUSR1 if state.step == 2 else None)
 
     with pytest.raises(signals.Stopped) as stopped:
-        train(state, TASK, batches(12), spec, [Every(1, hear)])
-    assert (state.step, seen, stopped.value.number) == (3, [0, 0, signal.SIGUSR1], signal.SIGUSR1)
-
-
-def test_what_is_due_reaches_the_record() -> None:
-    due, seen = iter([False, True, False]), list[bool]()
-    spec = Train(steps=3, batch=12, ema=AVERAGES)
-    watch = Every(1, lambda _, record: seen.append(record.due))
-    train(begin(Small(), spec), TASK, batches(12), spec, [watch], lambda: next(due))
-    assert seen == [False, True, False]
-
-
-def test_every_step_has_its_batch() -> None:
-    asked: list[int] = []
-    spec = Train(steps=5, batch=12, ema=AVERAGES)
-
-    def of(step: int) -> tuple[Sample, Cond]:
-        asked.append(step)
-        return batches(12)(step)
-
-    train(trained(Train(steps=2, batch=12, ema=AVERAGES)), TASK, of, spec)
-    assert asked == [2, 3, 4]
+        train(state, TASK, batches(12), spec, [Every(1, hear)], lambda: next(due))
+    assert (state.step, stopped.value.number) == (3, signal.SIGUSR1)
+    assert seen == [(0, False), (0, True), (signal.SIGUSR1, False)]
 
 
 def test_what_is_drawn_ahead_is_what_a_step_draws_and_nothing_is_drawn_twice() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from dumo.io import digest, weights
 from dumo.training import manifest
@@ -82,7 +83,6 @@ def test_damage_is_named_and_the_one_before_is_taken(
     do, said = HARMS[harm]
     do(file)
     wrong = manifest.fault(last)
-    assert wrong is not None
     assert wrong.startswith(str(file))
     assert said in wrong
     with pytest.warns(UserWarning, match="step-00000002, before it, is taken") as caught:
@@ -134,6 +134,7 @@ def test_the_list_names_every_file_but_itself(folder: Path) -> None:
     about = json.loads((last / "state.json").read_text())
     files = {path.relative_to(last).as_posix(): path for path in last.rglob("*") if path.is_file()}
     assert about["files"].keys() | {"state.json"} == files.keys()
+    assert about["versions"]["torch"] == torch.__version__
     assert about["ranks"] == (RANKS if folder.name == "shards" else 1)
     for name, said in about["files"].items():
         assert said == {"bytes": files[name].stat().st_size, "sha256": digest.of_file(files[name])}

@@ -1,12 +1,24 @@
-"""Optimizers carry their numbers to torch; schedules are the curves they say."""
+"""Optimizers carry their numbers to torch; schedules are the curves they say; Muon moves matrices as torch's does."""
 
+from collections.abc import Iterable
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from pydantic import ValidationError
+from torch import Tensor, nn
 
-from dumo.training.optim import WSD, Adam, AdamW, Constant, Cosine
+from dumo.run.config.load import load
+from dumo.run.plan.plan import held
+from dumo.run.train import train
+from dumo.runtime.random import stream
+from dumo.training.optim import WSD, Adam, AdamW, Constant, Cosine, Muon, Schedule, matrices, orthogonal
+from dumo.training.record import Record
+from dumo.training.state import begin
+from dumo.training.step import advance
+from dumo.types import UserError
+from unit.training.toy import Small
 
 
 def net_of(*params: nn.Parameter) -> nn.Module:
@@ -37,14 +49,20 @@ def test_a_gpu_steps_in_one_kernel_and_a_cpu_as_ever() -> None:
         assert kinds == [True, None]
 
 
-def test_constant() -> None:
-    assert [Constant()(step, 10) for step in range(4)] == [1, 1, 1, 1]
-    assert [Constant(warmup=4)(step, 10) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+HALF = 2**0.5 / 4
+CURVES = [  # schedule, its steps, some of them, factors of the rate
+    (Constant(), 10, range(4), [1, 1, 1, 1]),
+    (Constant(warmup=4), 10, range(6), [0.25, 0.5, 0.75, 1, 1, 1]),
+    (Cosine(), 4, range(5), [1, 0.5 + HALF, 0.5, 0.5 - HALF, 0]),
+    (Cosine(warmup=2), 4, range(5), [0.5, 1, 1, 0.5, 0]),
+    (WSD(warmup=2), 20, (0, 1, 16, 17, 20), [0.5, 1, 1, 0.5, 0]),
+    (WSD(warmup=18), 20, (17,), [1]),  # the warm-up is waited for
+]
 
 
-def test_cosine() -> None:
-    assert [Cosine()(step, 4) for step in range(5)] == pytest.approx([1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4, 0])
-    assert [Cosine(warmup=2)(step, 4) for step in range(5)] == pytest.approx([0.5, 1, 1, 0.5, 0])
+@pytest.mark.parametrize(("schedule", "steps", "some", "factors"), CURVES)
+def test_curves(schedule: Schedule, steps: int, some: Iterable[int], factors: list[float]) -> None:
+    assert [schedule(step, steps) for step in some] == pytest.approx(factors)
 
 
 def test_what_has_fallen_stays_there() -> None:
@@ -62,14 +80,164 @@ def test_schedules_climb_then_fall_within_bounds(warmup: int, steps: int) -> Non
         assert all(a >= b for a, b in pairwise(factors[max(0, top - 1) :]))
 
 
-def test_wsd() -> None:
-    schedule = WSD(warmup=2)
-    assert [schedule(step, 20) for step in (0, 1, 16, 17, 20)] == pytest.approx([0.5, 1, 1, 0.5, 0])
-    assert WSD(warmup=18)(17, 20) == 1  # the warm-up is waited for
-
-
 def test_wsd_of_more_steps_is_the_same_until_it_falls() -> None:
     """So a run goes on from a checkpoint before its decay as if it had been longer from the start."""
     short, steps = WSD(warmup=3), 20
     assert [short(step, steps) for step in range(17)] == [short(step, 4 * steps) for step in range(17)]
     assert short(17, steps) < 1 == short(17, 4 * steps)
+
+
+TINY = ["net.width=8", "net.depth=2", "train.batch=4", "train.schedule.kind=wsd", "train.optimizer.kind=muon"]
+
+
+def drawn(*shape: int, name: str = "muon", dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers."""
+    return torch.randn(shape, generator=stream(0, name), dtype=dtype)
+
+
+class Blocks(nn.Module):
+    """A net whose blocks are these layers."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(layers)
+
+
+def stepped(optimizer: torch.optim.Optimizer, net: nn.Module, steps: int = 3) -> nn.Module:
+    """The net after some steps along gradients that are drawn."""
+    for step in range(steps):
+        for i, p in enumerate(net.parameters()):
+            p.grad = drawn(*p.shape, name=f"{step} {i}").to(p.dtype)
+        optimizer.step()
+    return net
+
+
+@pytest.mark.parametrize("shape", [(1, 12, 5), (2, 5, 12), (3, 8, 8)])
+def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int, int]) -> None:
+    m = drawn(*shape)
+    u, s, vh = torch.linalg.svd(m, full_matrices=False)
+    turned = u.mT @ orthogonal(m) @ vh.mT
+    found = turned.diagonal(dim1=1, dim2=2)
+    assert torch.allclose(turned, found.diag_embed(), rtol=0, atol=1e-12)
+    large = s / s.square().sum(1, keepdim=True).sqrt() > 2e-3
+    assert large.float().mean() > 0.9
+    assert 0.6 < found[large].min() < found[large].max() < 1.3
+
+
+def test_a_whole_matrix_moves_as_torchs_does() -> None:
+    """To the bit in bf16, in which torch iterates."""
+    ours, theirs = (Blocks(nn.Linear(6, 20, bias=False)).bfloat16() for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    spec = Muon(lr=0.02, momentum=0.9, weight_decay=0.1, adamw_lr=0.1)
+    torchs = torch.optim.Muon(theirs.parameters(), 0.02, 0.1, 0.9, adjust_lr_fn="match_rms_adamw")
+    for optimizer, net in ((spec(ours), ours), (torchs, theirs)):
+        stepped(optimizer, net)
+    assert torch.equal(next(ours.parameters()), next(theirs.parameters()))
+
+
+def test_a_matrix_moves_as_far_as_by_adamw() -> None:
+    """In the root mean square .2 lr, about what AdamW's step is in training (Moonlight, Sec. 2.2)."""
+    for rows, columns in ((64, 16), (16, 64), (32, 32)):
+        net = Blocks(nn.Linear(columns, rows, bias=False))
+        before = next(net.parameters()).detach().clone()
+        stepped(Muon(lr=0.5)(net), net, 1)
+        assert (next(net.parameters()) - before).square().mean().sqrt().item() == pytest.approx(0.1, rel=0.2)
+
+
+class Fused(nn.Module):
+    """A layer that is two in one."""
+
+    fused = {"both": 2}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both = nn.Linear(6, 8, bias=False, dtype=torch.float64)
+
+
+def test_layers_that_are_two_in_one_move_one_by_one() -> None:
+    net = Blocks(Fused())
+    two = Blocks(*(nn.Linear(6, 4, bias=False, dtype=torch.float64) for _ in range(2)))
+    both = net.get_parameter("blocks.0.both.weight")
+    both.data = torch.cat([p.detach() for p in two.parameters()])
+    one, other = Muon(lr=0.1)(net), Muon(lr=0.1)(two)
+    for step in range(2):
+        both.grad = drawn(8, 6, name=f"{step}")
+        for p, grad in zip(two.parameters(), both.grad.chunk(2), strict=True):
+            p.grad = grad.clone()
+        one.step()
+        other.step()
+    assert torch.allclose(both, torch.cat([*two.parameters()]), rtol=1e-12, atol=0)
+
+
+def test_filters_are_rows() -> None:
+    conv, flat = Blocks(nn.Conv2d(4, 6, 3, bias=False)), Blocks(nn.Linear(36, 6, bias=False))
+    (k,), (w,) = conv.parameters(), flat.parameters()
+    w.data = k.detach().flatten(1).clone()
+    k.grad = drawn(6, 4, 3, 3, dtype=torch.float32)
+    w.grad = k.grad.flatten(1).clone()
+    Muon()(conv).step()
+    Muon()(flat).step()
+    assert torch.equal(k.flatten(1), w)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "taken"),
+    [
+        ("digits", [], {"modulation": 6, "qkv": 3, "out": 1, "up": 1, "down": 1}),
+        ("digits", ["net.modern=true"], {"modulation": 6, "qkv": 3, "out": 1, "up": 2, "down": 1}),
+        ("moons", [], {"0": 1, "1": 1}),
+        ("cifar10-small", [], {"conv_1": 1, "conv_2": 1, "skip": 1, "shift": 1, "qkv": 3, "out": 1}),
+    ],
+)
+def test_matrices_are_those_of_blocks(recipe: str, more: list[str], taken: dict[str, int]) -> None:
+    net = load(recipe, ["net.width=16", *(["net.depth=2"] if recipe != "cifar10-small" else []), *more]).outline()
+    names = {p: name for name, p in net.named_parameters()}
+    found = {names[p]: n for p, n in matrices(net).items()}
+    assert all(name.startswith(("blocks.", "layers.")) for name in found)
+    assert {name.split(".")[-2]: n for name, n in found.items()} == taken
+    groups = Muon()(net).param_groups
+    held = [names[p] for group in groups for p in group["params"]]
+    assert sorted(held) == sorted(names.values())
+    assert {names[p] for group in groups for p in group["params"] if "parts" in group} == found.keys()
+
+
+def test_all_else_moves_by_adamw() -> None:
+    nets = [load("moons", ["net.width=8", "net.depth=2"]).build() for _ in range(2)]
+    muon = stepped(Muon(lr=0.1, adamw_lr=0.01, weight_decay=0.1)(nets[0]), nets[0])
+    adamw = stepped(AdamW(lr=0.01, weight_decay=0.1)(nets[1]), nets[1])
+    same = {name for name, p in muon.named_parameters() if torch.equal(p, adamw.get_parameter(name))}
+    assert {name for name, _ in muon.named_parameters()} - same == {"layers.0.weight", "layers.1.weight"}
+
+
+def test_the_schedule_scales_both_rates() -> None:
+    run = load("moons", [*TINY, "train.optimizer.lr=0.02", "train.optimizer.adamw_lr=0.005"])
+    state = begin(run.build(), run.train)
+    advance(state, Record(1, 4, 1.0, {}, {}, {}, [], 1.0, lr=0.01))
+    assert [group["lr"] for group in state.optimizer.param_groups] == pytest.approx([0.01, 0.0025])
+
+
+def test_stopped_and_resumed_is_the_same_run(tmp_path: Path) -> None:
+    train(load("moons", [*TINY, "train.steps=4", "train.schedule.kind=constant"]), tmp_path / "whole")
+    for steps in (2, 4):
+        train(load("moons", [*TINY, f"train.steps={steps}", "train.schedule.kind=constant"]), tmp_path / "parted")
+    last = "checkpoints/step-00000004/{}.safetensors"
+    for part in ("net", "optimizer"):
+        one, other = ((tmp_path / run / last.format(part)).read_bytes() for run in ("whole", "parted"))
+        assert one == other
+
+
+def test_its_memory_is_counted() -> None:
+    """One number for each weight of a matrix, two of all else, and a count of steps."""
+    run = load("moons", TINY)
+    net = run.outline()
+    both = held(net, run.train)["optimizer"]
+    most = sum(p.nbytes for p in net.parameters())
+    inside = sum(p.nbytes for p in matrices(net))
+    assert both == 2 * most - inside + 4 * (len([*net.parameters()]) - len(matrices(net)))
+
+
+def test_refusals() -> None:
+    with pytest.raises(UserError, match="no matrix in blocks"):
+        Muon()(Small())
+    with pytest.raises(ValidationError, match="momentum"):
+        Muon(momentum=1)

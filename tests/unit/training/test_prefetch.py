@@ -1,7 +1,6 @@
 """Batches made ahead are those that were asked for, in the order asked, of bounded number; errors come as they are."""
 
 import threading
-from collections.abc import Callable
 from threading import Barrier, Event, Lock
 
 import pytest
@@ -56,14 +55,14 @@ def test_so_many_are_made_ahead_and_no_more() -> None:
 
 def test_several_are_made_at_once() -> None:
     """They wait for each other, so one thread would wait for ever."""
-    meet = Barrier(BATCHES)
+    meet, make = Barrier(BATCHES), Made()
 
-    def make(step: int) -> list[Tensor]:
+    def late(step: int) -> list[Tensor]:
         if 1 <= step <= BATCHES:
             meet.wait(timeout=60)
-        return [torch.tensor([step])]
+        return make(step)
 
-    with Prefetch(make, last=LAST, depth=BATCHES) as batches:
+    with Prefetch(late, last=LAST, depth=BATCHES) as batches:
         assert [batches(step)[0].item() for step in range(1 + BATCHES)] == list(range(1 + BATCHES))
 
 
@@ -90,18 +89,15 @@ def test_errors_come_as_they_are_at_their_step() -> None:
     assert not threads()
 
 
-def raising(error: BaseException) -> Callable[[Prefetch], None]:
-    def work(batches: Prefetch) -> None:
-        batches(0)
-        raise error
-
-    return work
+def fail(batches: Prefetch, error: BaseException) -> None:
+    batches(0)
+    raise error
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("diverged"), UserError("no")])
 def test_no_thread_is_left(error: BaseException) -> None:
     """Whatever ends the steps, also amid what is being made."""
     with pytest.raises(type(error)), Prefetch(Made(), last=LAST, depth=BATCHES) as batches:
-        raising(error)(batches)
+        fail(batches, error)
     assert not threads()
     assert batches.threads._shutdown

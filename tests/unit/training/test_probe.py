@@ -17,9 +17,9 @@ from dumo.training.record import Probe, ask, compare, drift
 from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import Record, Task
-from dumo.types import Frozen, Net, Noised, Objective, Reads, Terms, frozen
+from dumo.types import Noised, Objective, Reads, Terms, frozen
 from theory.exact import APART, Exact, record
-from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, run, same, tensors
+from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, run, same, tensors, toy
 
 
 def noised(n: int = 12) -> Noised:
@@ -51,7 +51,6 @@ def test_a_cosine_known_beforehand() -> None:
     net = Fork()
     before = {name: value.clone() for name, value in net.state_dict().items()}
     found = ask(net, Reads(), ("v", "u"), noised(), net.loss)
-    assert found is not None
     assert found.norms == pytest.approx({"v": 5.0, "u": 2.0})
     assert found.cosines == pytest.approx({"v,u": -0.8})
     assert found.drift is None
@@ -98,10 +97,7 @@ def test_the_trunk_of_a_net_is_what_both_heads_reach(checkpoint: bool) -> None:
 
 def affine(a: float) -> Reads:
     """Velocity 2 x + t and endpoint a x^2 + 3 t^2, whose drift is 2 a x (2 x + t) + 6 t."""
-    return Reads(
-        velocity=lambda x, t, c: 2 * x + t[:, None],
-        endpoint=lambda x, t, c: a * x**2 + 3 * t[:, None] ** 2,
-    )
+    return Reads(velocity=lambda x, t, c: 2 * x + t[:, None], endpoint=lambda x, t, c: a * x**2 + 3 * t[:, None] ** 2)
 
 
 def test_the_drift_of_an_endpoint_known_beforehand() -> None:
@@ -158,41 +154,13 @@ def test_it_is_of_the_step_s_own_rows_after_the_step() -> None:
 def test_one_part_has_nothing_to_agree_with() -> None:
     calls: list[int] = []
 
-    class One(Toy):
+    def alone(terms: Terms, b: Noised) -> Terms:
         """Without the pull."""
-
-        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-            calls.append(len(b.t))
-            v = super().loss(net, ref, b).parts["v"]
-            return Terms(v, {"v": v})
+        calls.append(len(b.t))
+        return Terms(terms.parts["v"], {"v": terms.parts["v"]})
 
     spec, found = Train(steps=3, batch=12, probe_every=1), list[Record]()
     hook = Every(1, lambda _, record: found.append(record))
-    train(begin(Small(), spec), Task(One(), Linear(), CLASSES), batches(), spec, [hook])
+    train(begin(Small(), spec), Task(toy(alone), Linear(), CLASSES), batches(), spec, [hook])
     assert [record.probe for record in found] == [None] * 3
     assert calls == [12] * 3  # no pass for nothing
-
-
-RANK = """
-import sys
-from dumo.flow.path import Linear
-from dumo.training.loop import Every
-from dumo.training.spec import Train
-from dumo.training.state import begin
-from meeting import meeting
-from unit.training.toy import Small, run
-
-def found(share=1):
-    spec, records = Train(steps=2, batch=12, ema=(), probe_every=2, share=share), []
-    run(begin(Small(), spec), spec, hooks=[Every(2, lambda _, record: records.append(record.probe))])
-    return records[0]
-
-store, rank = sys.argv[1], int(sys.argv[2])
-alone = found()
-with meeting(store, rank):
-    for probe in (found(share=1), found(share=2)):
-        for mine, whole in ((probe.cosines, alone.cosines), (probe.norms, alone.norms)):
-            assert mine.keys() == whole.keys() != set()
-            assert all(abs(mine[name] - whole[name]) < 1e-10 for name in whole), (mine, whole)
-    print("agrees")
-"""

@@ -16,7 +16,7 @@ from dumo.training.spec import Train
 from dumo.training.state import State, begin
 from dumo.training.step import Pieces, Task, pieces, reference, train_step
 from dumo.types import Frozen, Net, Noised, Terms, Time, TimeLaw, frozen
-from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, same, tensors, trained
+from unit.training.toy import AVERAGES, CLASSES, Small, Toy, batches, same, tensors, toy, trained
 
 STEPS = 9
 
@@ -42,15 +42,17 @@ def test_the_gradient_of_the_mean_loss() -> None:
     state, twin, b = fresh(), Small(), noised()
     terms = Toy().loss(twin, frozen(twin), b)
     terms.loss.mean().backward()
+    state.net.eval()
     record = step(state)
     for mine, other in zip(state.net.parameters(), twin.parameters(), strict=True):
-        assert mine.grad is not None
-        assert other.grad is not None
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-12, atol=1e-14)
     norm = math.sqrt(sum(p.grad.square().sum().item() for p in twin.parameters() if p.grad is not None))
     assert record.grad_norm == pytest.approx(norm, rel=1e-12)
     assert record.loss == pytest.approx(terms.loss.mean().item(), rel=1e-12)
     assert record.parts == pytest.approx({name: part.mean().item() for name, part in terms.parts.items()}, rel=1e-12)
+    assert record.row().keys().isdisjoint({"asked", "due", "skipped"})
+    assert state.net.training
+    assert not any(average.module.training for average in state.averages.values())
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
@@ -84,23 +86,16 @@ def test_bins_are_means_by_time() -> None:
 
 
 def test_notes_are_logged_as_parts_are_and_move_nothing() -> None:
-    class Noting(Toy):
-        """Watches t squared."""
-
-        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-            terms = super().loss(net, ref, b)
-            return Terms(terms.loss, terms.parts, {"late": b.t.square().float()})
-
+    noted = toy(lambda terms, b: Terms(terms.loss, terms.parts, {"late": b.t.square().float()}))
     plain, noting, t = fresh(), fresh(), noised(40).t
-    one, record = step(plain, batch=40), step(noting, Noting(), batch=40, micro_batch=None)
+    one, record = step(plain, batch=40), step(noting, noted, batch=40, micro_batch=None)
     assert same(tensors(plain), tensors(noting))
     assert (one.notes, one.bins.keys()) == ({}, {"loss", "v", "pull"})
     assert record.notes == pytest.approx({"late": t.square().mean().item()}, rel=1e-6)
     assert record.parts == one.parts
     assert record.bins["late"][4] == pytest.approx(t[(t >= 0.4) & (t < 0.5)].square().mean().item(), rel=1e-6)
-    assert step(fresh(), Noting(), batch=40, micro_batch=14).bins["late"] == pytest.approx(
-        record.bins["late"], nan_ok=True
-    )
+    cut = step(fresh(), noted, batch=40, micro_batch=14)
+    assert cut.bins["late"] == pytest.approx(record.bins["late"], nan_ok=True)
 
 
 class Ends(TimeLaw):
@@ -164,12 +159,9 @@ def test_steps_after_a_skipped_one_do_not_depend_on_it() -> None:
     put.step, put.images = 4, 48
     assert step(skipped).loss == step(put).loss
     assert untouched(tensors(skipped), put)
-
-
-def test_a_skipped_step_names_so_many_rows() -> None:
-    record = step(fresh(), Broken(how="loss"), batch=96)
-    assert record.skipped
-    assert record.skipped.count > LISTED == len(record.skipped.rows)
+    many = step(fresh(), Broken(how="loss"), batch=96).skipped
+    assert many
+    assert many.count > LISTED == len(many.rows)
 
 
 @pytest.mark.parametrize("place", [(0, 3), (-1, 0)])
@@ -186,12 +178,6 @@ def test_a_number_of_another_rank_skips_the_step_here(place: tuple[int, int], mo
     monkeypatch.setattr("dumo.training.record.dist.mean", mean)
     assert step(state).skipped
     assert untouched(before, state)
-
-
-def test_a_record_is_logged_without_what_was_agreed() -> None:
-    row = step(fresh()).row()
-    assert row.keys().isdisjoint({"asked", "due", "skipped"})
-    assert row["probe"] is None
 
 
 class Waits(TorchFunctionMode):
@@ -222,14 +208,8 @@ def test_a_step_waits_for_its_device_once(more: dict[str, object], monkeypatch: 
 
 
 def test_a_part_outside_the_loss_may_be_broken() -> None:
-    class Side(Toy):
-        """A part that is only watched."""
-
-        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-            terms = super().loss(net, ref, b)
-            return Terms(terms.loss, terms.parts | {"watched": torch.full_like(b.t, math.nan)})
-
-    assert math.isnan(step(fresh(), Side()).parts["watched"])
+    watched = toy(lambda terms, b: Terms(terms.loss, terms.parts | {"watched": torch.full_like(b.t, math.nan)}))
+    assert math.isnan(step(fresh(), watched).parts["watched"])
 
 
 def test_clip_bounds_the_gradient() -> None:
@@ -243,14 +223,8 @@ def test_clip_bounds_the_gradient() -> None:
 
 
 def test_the_step_number_draws_anew() -> None:
-    class Same(Toy):
-        """The first batch again."""
-
-        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
-            return Terms(b.t + 0 * super().loss(net, ref, b).loss)
-
-    state = fresh()
-    assert step(state, Same()).loss != step(state, Same()).loss
+    state, times = fresh(), toy(lambda terms, b: Terms(b.t + 0 * terms.loss))
+    assert step(state, times).loss != step(state, times).loss
 
 
 def test_bf16_computes_low_and_keeps_high() -> None:
@@ -274,14 +248,6 @@ def test_bf16_keeps_the_gradient_where_the_reference_passes_first() -> None:
             return super().loss(net, ref, b)
 
     assert step(fresh(torch.float32), First(), precision="bf16").grad_norm > 0.1
-
-
-def test_the_net_trains_in_training_mode() -> None:
-    state = fresh()
-    state.net.eval()
-    step(state)
-    assert state.net.training
-    assert not any(average.module.training for average in state.averages.values())
 
 
 def test_reference_is_the_net_or_a_moving_average() -> None:

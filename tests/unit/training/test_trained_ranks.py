@@ -1,5 +1,7 @@
 """A net is the same trained on two ranks as on one: with frozen weights, with texts, and models of others."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,24 +14,33 @@ from dumo.training.state import begin
 from forked import main_of
 from meeting import outputs
 from unit.training.adapted import Adapted
-from unit.training.trained_ranks import CASES, everything, trained
+from unit.training.toy import tensors
+from unit.training.trained_ranks import CASES, trained
 
 PATIENCE = 300  # seconds, on a busy machine
 
 pytestmark = pytest.mark.slow
 
 
-def met(name: str, folder: Path) -> None:
-    """Let two ranks train."""
-    outputs([main_of("unit.training.trained_ranks", rank, name, folder, cwd=folder) for rank in (0, 1)], PATIENCE)
+@pytest.fixture(scope="module")
+def met(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """What two ranks leave that trained a case."""
+
+    @cache
+    def of(name: str) -> Path:
+        folder = tmp_path_factory.mktemp(name)
+        outputs([main_of("unit.training.trained_ranks", rank, name, folder, cwd=folder) for rank in (0, 1)], PATIENCE)
+        return folder
+
+    return of
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
-    met(name, tmp_path)
-    one = everything(trained(CASES[name], tmp_path / "one", 1, reshard=False, ranks=2))
+def test_two_ranks_equal_one_process(name: str, met: Callable[[str], Path]) -> None:
+    folder = met(name)
+    one = tensors(trained(CASES[name], folder / "one", 1, reshard=False, ranks=2))
     for share, reshard in CASES[name].layouts:
-        two = safetensors.torch.load_file(tmp_path / f"{share}-{reshard}.safetensors")
+        two = safetensors.torch.load_file(folder / f"{share}-{reshard}.safetensors")
         assert one.keys() == two.keys()
         for key, x in one.items():
             limit = 1e-12 if x.dtype == torch.float64 else 1e-6
@@ -37,13 +48,12 @@ def test_two_ranks_equal_one_process(name: str, tmp_path: Path) -> None:
             assert (two[key] - x).norm() < limit * x.norm() + 1e-9, (share, reshard, key)
 
 
-def test_one_process_goes_on_from_adapters_of_two_ranks(tmp_path: Path) -> None:
-    met("frozen", tmp_path)
+def test_one_process_goes_on_from_adapters_of_two_ranks(met: Callable[[str], Path]) -> None:
+    folder = met("frozen")
     for share, reshard in CASES["frozen"].layouts:
-        last = latest(tmp_path / f"{share}-{reshard}")
-        assert last is not None
+        last = latest(folder / f"{share}-{reshard}")
         assert not any("base" in name for name in weights.outline(part(last, "net")))
         state = begin(Adapted(seed=1), CASES["frozen"].spec)
         restore(last, state)
-        again, two = everything(state), safetensors.torch.load_file(tmp_path / f"{share}-{reshard}.safetensors")
+        again, two = tensors(state), safetensors.torch.load_file(folder / f"{share}-{reshard}.safetensors")
         assert all(torch.equal(again[name], x) for name, x in two.items()), (share, reshard)

@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 from dumo.flow.path import Linear
 from dumo.runtime.random import stream
 from dumo.training.ema import Ema
+from dumo.training.layout import whole
 from dumo.training.loop import train
 from dumo.training.optim import Adam, AdamW
 from dumo.training.spec import Train
@@ -72,6 +73,16 @@ class Toy(Spec):
 TASK = Task(Toy(), Linear(), CLASSES)
 
 
+def toy(change: Callable[[Terms, Noised], Terms]) -> Toy:
+    """The toy with another loss, which is made of its own."""
+
+    class Changed(Toy):
+        def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+            return change(super().loss(net, ref, b), b)
+
+    return Changed()
+
+
 def batches(batch: int = 12, dtype: torch.dtype = torch.float64) -> Callable[[int], tuple[Sample, Cond]]:
     """Points around one place per label."""
 
@@ -98,13 +109,12 @@ def trained(spec: Train | None = None, seed: int = 0) -> State:
 
 
 def tensors(state: State) -> dict[str, Tensor]:
-    """Every tensor of a state by name."""
-    found = {f"net.{name}": value for name, value in state.net.state_dict().items()}
-    for decay, average in state.averages.items():
-        found |= {f"{decay}.{name}": value for name, value in average.module.state_dict().items()}
-    for i, (_, memory) in enumerate(sorted(state.optimizer.state_dict()["state"].items())):
-        found |= {f"optimizer.{i}.{name}": value for name, value in memory.items()}
-    return {name: value.detach().clone() for name, value in found.items()}
+    """Every tensor of a state, whole, by name; moments by parameter. All ranks must ask."""
+    modules = {"net": state.net, **{f"{decay}": average.module for decay, average in state.averages.items()}}
+    found = {f"{part}.{name}": x for part, module in modules.items() for name, x in module.state_dict().items()}
+    for name, p in state.net.named_parameters():
+        found |= {f"optimizer.{key}.{name}": x for key, x in state.optimizer.state.get(p, {}).items()}
+    return {name: whole(x.detach()).clone() for name, x in found.items()}
 
 
 def same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:

@@ -114,15 +114,6 @@ def trained(case: Case, place: Path, share: int, *, reshard: bool, ranks: int = 
     return state
 
 
-def everything(state: State) -> dict[str, Tensor]:
-    """Every tensor of a state, whole, by name; moments by parameter."""
-    modules = {"net": state.net, **{f"{decay}": average.module for decay, average in state.averages.items()}}
-    found = {f"{part}.{name}": x for part, module in modules.items() for name, x in module.state_dict().items()}
-    for name, p in state.net.named_parameters():
-        found |= {f"optimizer.{key}.{name}": x for key, x in state.optimizer.state.get(p, {}).items()}
-    return {name: layout.whole(x.detach()).clone() for name, x in found.items()}
-
-
 def shared(state: State, found: dict[str, Tensor]) -> None:
     """Of what is frozen, averages still have the net's own parameters, after passes of both; a net is gathered."""
     for average in state.averages.values():
@@ -140,7 +131,7 @@ def main(rank: str, name: str, folder: str) -> None:
         for share, reshard in case.layouts:
             there = Path(folder) / f"{share}-{reshard}"
             state = trained(case, Path(folder) / rank, share, reshard=reshard)
-            found = everything(state)
+            found = toy.tensors(state)
             if name == "frozen":
                 shared(state, found)
                 save(there, state, 1)

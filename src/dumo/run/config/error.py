@@ -9,9 +9,16 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from dumo.io.read import brief
+from dumo.run.config.foreign import ours
 from dumo.types import UserError
 
 Location = tuple[int | str, ...]
+WAYS = {  # out of fields that have no default
+    "data.root": ": where the images are, or the folder of latents that dumo encode writes",
+    "net.source": ": the folder of a pipeline or transformer of diffusers, or a published name (docs/pretrained.md)",
+    "net.texts.root": ": the folder that dumo encode writes the table of captions into, e.g. runs/texts/mine",
+    "teacher.source": ": the folder of a run that has a velocity",
+}
 MOST = 20  # lines that are shown: ours
 JSON = {"a valid array": "a list", "an object": "a mapping of names to values"}  # what pydantic says, and YAML's words
 
@@ -48,18 +55,18 @@ def nearest_few(name: str, names: list[str]) -> str:
 
 def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
     loc, ctx = found["loc"], found.get("ctx", {})
-    path, model = _walk(loc, root)
+    path, model, there = _walk(loc, root)
     match found["type"]:
         case "extra_forbidden":
             known = sorted(model.model_fields) if model else []
-            return f"{path}: unknown key; {nearest(str(loc[-1]), known)}"
+            return f"{path}: unknown key; {ours(str(loc[-1])) or nearest(str(loc[-1]), known)}"
         case "union_tag_invalid":
             tags = ctx["expected_tags"].replace("'", "").split(", ")
             return f"{path}.kind: there is no '{brief(ctx['tag'])}'; {nearest(ctx['tag'], tags)}"
         case "union_tag_not_found":
             return f"{path}.kind: missing; say which kind this is"
         case "missing":
-            return f"{path}: missing"
+            return f"{path}: missing{WAYS.get(path, '')}"
         case "value_error":
             text = str(ctx["error"])
             return text if not path or text.startswith(f"{path} ") else f"{path}: {text}"
@@ -69,11 +76,13 @@ def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
                 message = message.replace(json, plain)
             whole = isinstance(given, float) and found["type"] == "int_type" and given.is_integer()
             way = f"; write {given:.0f}" if whole else ""
+            if isinstance(given, str) and any("kind" in one.model_fields for one in there):
+                way = f"; write {path}.kind={brief(given)}"
             return f"{path}: {message}; got {brief(repr(given))}{way}"
 
 
-def _walk(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | None]:
-    """The dotted path without pydantic's union tags, and the model that lacks or rejects the last key."""
+def _walk(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | None, list[type[BaseModel]]]:
+    """The dotted path without pydantic's tags, the model that lacks or rejects the last key, what may stand there."""
     names: list[str] = []
     annotation: Any = root
     model: type[BaseModel] | None = None
@@ -89,7 +98,7 @@ def _walk(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | 
         model = models[0] if models else None
         field = model.model_fields.get(str(part)) if model and isinstance(part, str) else None
         annotation = field.annotation if field else annotation if isinstance(part, int) else None
-    return ".".join(map(brief, names)), model
+    return ".".join(map(brief, names)), model, [*_models(annotation)]
 
 
 def _models(annotation: object) -> Iterator[type[BaseModel]]:

@@ -15,10 +15,11 @@ four images, two to a row, with nothing between them, for it cuts them apart by 
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -40,45 +41,42 @@ from dumo.types import UserError
 EACH = 4  # images of a prompt, in both
 
 
-class Layout(Protocol):
+class Layout(ABC):
     """The files of one benchmark."""
 
     name: ClassVar[str]
     prompts: ClassVar[int]  # that it has as published
 
-    def check(self, prompts: Sequence[Prompt], source: Path) -> None:
-        """Raise UserError where prompts are not of this benchmark."""
-        ...
+    @abstractmethod
+    def unfit(self, prompts: Sequence[Prompt], source: Path) -> str:
+        """Why prompts are not of this benchmark, and the way out; "": they are."""
 
+    @abstractmethod
     def judged(self, name: str) -> list[str]:
         """The pictures of the prompt of this name that the evaluator looks at."""
-        ...
 
     def files(self, name: str) -> list[str]:
         """All files of that prompt, those first."""
-        ...
+        return self.judged(name)
 
+    @abstractmethod
     def write(self, folder: Path, prompt: Prompt, pixels: picture.PixelRows) -> None:
         """Write the images of a prompt, each file whole or not at all."""
-        ...
 
 
-class GenEval:
+class GenEval(Layout):
     """A folder for each prompt."""
 
     name: ClassVar[str] = "geneval"
     prompts: ClassVar[int] = 553
 
-    def check(self, prompts: Sequence[Prompt], source: Path) -> None:
-        """Raise UserError unless each line is JSON with a tag."""
-        if source.suffix != ".jsonl":
-            raise UserError(f"{source} is no .jsonl: give GenEval's prompts/evaluation_metadata.jsonl")
-        for number, prompt in enumerate(prompts, 1):
-            row: Any = json.loads(prompt.line)
-            if not isinstance(row.get("tag"), str):
-                raise UserError(
-                    f"{source}: prompt {number} has no tag: give GenEval's prompts/evaluation_metadata.jsonl"
-                )
+    def unfit(self, prompts: Sequence[Prompt], source: Path) -> str:
+        """Each line must be JSON with a tag."""
+        wrong = "is no .jsonl" if source.suffix != ".jsonl" else ""
+        for number, prompt in enumerate(() if wrong else prompts, 1):
+            if not isinstance(json.loads(prompt.line).get("tag"), str):
+                wrong = wrong or f"prompt {number} has no tag"
+        return wrong and f"{wrong}: give GenEval's prompts/evaluation_metadata.jsonl"
 
     def judged(self, name: str) -> list[str]:
         """Four samples."""
@@ -97,26 +95,22 @@ class GenEval:
         picture.write_picture(folder / grid, picture.sheet(pixels, 2, scale=1))
 
 
-class DpgBench:
+class DpgBench(Layout):
     """A picture for each prompt."""
 
     name: ClassVar[str] = "dpg"
     prompts: ClassVar[int] = 1065
 
-    def check(self, prompts: Sequence[Prompt], source: Path) -> None:
-        """Raise UserError unless they are files in a folder, with no dot in their names, where its evaluator cuts."""
+    def unfit(self, prompts: Sequence[Prompt], source: Path) -> str:
+        """They must be files in a folder, with no dot in their names, where its evaluator cuts."""
+        dotted = next((prompt.name for prompt in prompts if "." in prompt.name), None)
         if not source.is_dir():
-            raise UserError(f"{source} is no folder: give DPG-Bench's dpg_bench/prompts, a .txt for each prompt")
-        if dotted := next((prompt.name for prompt in prompts if "." in prompt.name), None):
-            raise UserError(f"{source / dotted}.txt: DPG-Bench reads names to their first dot: call it otherwise")
+            return "is no folder: give DPG-Bench's dpg_bench/prompts, a .txt for each prompt"
+        return f"{dotted}.txt: DPG-Bench reads names to their first dot: call it otherwise" if dotted else ""
 
     def judged(self, name: str) -> list[str]:
         """One."""
         return [f"{name}.png"]
-
-    def files(self, name: str) -> list[str]:
-        """That."""
-        return self.judged(name)
 
     def write(self, folder: Path, prompt: Prompt, pixels: picture.PixelRows) -> None:
         """Two rows of two images."""
@@ -147,9 +141,8 @@ def make(
     """
     file.check_writable(folder)
     prompts, sampler = read_prompts(source), opened.sampler
-    layout.check(prompts, source)
-    if not sampler.is_image:
-        raise UserError(f"{opened.folder} makes points of shape {sampler.pixels}, not images: there is nothing to show")
+    if wrong := layout.unfit(prompts, source):
+        raise UserError(f"{source}: {wrong}")
     sampler = with_options(sampler, nfe=nfe, seed=seed, solver=solver)
     c = prompted(sampler, [prompt.text for prompt in prompts]).repeat_interleave(EACH)
     kind, stem = sampler.spec.solver.kind, [source.stem, *said_of(opened, sampler.spec)]
@@ -226,9 +219,7 @@ def require(place: Path, known: Mapping[str, Any]) -> None:
     if not place.exists():
         return
     way = "give another --out, or remove it"
-    before = read_note(place, way)["card"] if note(place).is_file() else None
-    if before is None:
-        raise UserError(f"{place} is there, and no {note(place).name} next to it says what made its images: {way}")
+    before = read_note(place, f"nothing says what made its images; {way}")["card"]
     now: Any = finite(known["card"])
     for field in (field for field in now if field not in ELSEWHERE and now[field] != before.get(field)):
         was, new = brief(before.get(field), 60), brief(now[field], 60)
@@ -238,10 +229,7 @@ def require(place: Path, known: Mapping[str, Any]) -> None:
 def read_note(place: Path, way_out: str) -> dict[str, Any]:
     """The card of a folder of images. Raises UserError for no such file, or a damaged one."""
     path = note(place)
-    try:
-        found = read_json(path, way_out)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there: {way_out}") from error
+    found = read_json(path, way_out)
     parts = {"report": str, "step": int, "card": dict, "prompts": dict}
     if not isinstance(found, dict) or not all(isinstance(found.get(part), kind) for part, kind in parts.items()):
         raise UserError(f"{path} is no card of images: {way_out}")

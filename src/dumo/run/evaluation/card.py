@@ -249,13 +249,14 @@ def _measured(one: Card) -> Card:
 
 def _file(source: str) -> Path:
     """The evaluation that a run's folder holds, or the file itself. Raises UserError for neither."""
-    path = Path(source)
+    path, wrong = Path(source), ""
     if not path.exists():
-        raise UserError(f"there is no run's folder or evaluation {source}: give folders such as runs/digits")
-    if path.is_dir() and not (path / FILE).exists() and (others := sorted(map(str, path.glob("evaluation-*.json")))):
-        raise UserError(
-            f"{source} was not judged as its own spec says: name {' or '.join(others)}, or run dumo evaluate {source}"
-        )
+        wrong = f"there is no run's folder or evaluation {source}: give folders such as runs/digits"
+    elif path.is_dir() and not (path / FILE).exists() and (others := sorted(map(str, path.glob("evaluation-*.json")))):
+        way = f"name {' or '.join(others)}, or run dumo evaluate {source}"
+        wrong = f"{source} was not judged as its own spec says: {way}"
+    if wrong:
+        raise UserError(wrong)
     return path / FILE if path.is_dir() else path
 
 
@@ -264,19 +265,21 @@ def checked(found: Mapping[str, Any], path: Path, way_out: str) -> dict[str, Any
     try:
         report = Report.model_validate(found)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where, what = ".".join(map(str, first["loc"])), first["msg"][0].lower() + first["msg"][1:]
-        raise UserError(f"{path} is damaged, {brief(where)}: {what}: {way_out}") from error
+        raise UserError(f"{path} is damaged, {first_fault(error)}: {way_out}") from error
     return {**found, **report.model_dump(include=Report.model_fields.keys() - {"card", "state"})}
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first fault, and where it is, in words."""
+    first = error.errors(include_url=False)[0]
+    where, what = brief(".".join(map(str, first["loc"]))), first["msg"][0].lower() + first["msg"][1:]
+    return f"{where}: {what}" if where else what
 
 
 def read_report(path: Path) -> dict[str, Any]:
     """A report with its card. Raises UserError where there is none, or it is damaged."""
     again = f"run dumo evaluate {path.parent} first"
-    try:
-        found = read_json(path, again)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there: {again}") from error
+    found = read_json(path, again)
     if not isinstance(found, dict) or found.get("card") is None:
         raise UserError(f"{path} has no report card: {again}")
     report = checked(found, path, again)

@@ -80,21 +80,22 @@ def mark(rows: list[Row]) -> None:
 
 def values(text: str) -> tuple[str, list[str]]:
     """The field and its values, as text. Raises UserError."""
-    field, sign, right = (part.strip() for part in text.partition("="))
-    if not (field and sign and right):
+    field, _, right = (part.strip() for part in text.partition("="))
+    if not (field and right):
         raise UserError(f"--sweep {text}: {HOW}")
     if ":" not in right:
         return field, [value.strip() for value in right.split(",")]
     try:
         first, last, step = (Decimal(part) for part in right.split(":"))
-        count = (last - first) / step + 1 if step else 0
-    except (ArithmeticError, ValueError) as error:
-        raise UserError(f"--sweep {brief(text)}: '{brief(right)}' is no range; {HOW}") from error
-    if not (first.is_finite() and last.is_finite() and step.is_finite()) or step <= 0 or last < first:
-        raise UserError(f"--sweep {text}: '{right}' has nothing in it: go up, from FROM to TO, by a STEP above 0")
-    if count >= MOST + 1:
-        raise UserError(f"--sweep {brief(text)}: these are more than {MOST:,} values: take a larger step")
-    return field, [f"{(first + i * step).normalize():f}" for i in range(int(count))]
+        if not (first.is_finite() and last.is_finite() and step.is_finite()) or step <= 0 or last < first:
+            wrong = f"'{brief(right)}' has nothing in it: go up, from FROM to TO, by a STEP above 0"
+        elif (count := (last - first) / step + 1) < MOST + 1:
+            return field, [f"{(first + i * step).normalize():f}" for i in range(int(count))]
+        else:
+            wrong = f"these are more than {MOST:,} values: take a larger step"
+    except (ArithmeticError, ValueError):
+        wrong = f"'{brief(right)}' is no range; {HOW}"
+    raise UserError(f"--sweep {brief(text)}: {wrong}")
 
 
 def full(field: str) -> str:

@@ -22,7 +22,7 @@ from dumo.io.file import check_writable
 from dumo.io.read import brief, read_text
 from dumo.run.config.load import FILE
 from dumo.run.evaluation.benchmark import EACH, LAYOUTS, note, read_note
-from dumo.run.evaluation.card import Part
+from dumo.run.evaluation.card import Part, first_fault
 from dumo.run.evaluation.evaluate import write
 from dumo.types import UserError
 
@@ -50,13 +50,13 @@ def read_geneval(path: Path) -> Verdict:
     """`geneval`, the mean over tasks, and each task's share of correct images. Raises UserError for another file."""
     way = "give the results.jsonl that GenEval's evaluate_images.py writes"
     found: list[Judged] = []
-    for number, line in enumerate(read(path, way).splitlines(), 1):
+    for number, line in enumerate(read_text(path, way).splitlines(), 1):
         try:
             found += [Judged.model_validate(json.loads(line))] if line.strip() else []
         except (ValueError, RecursionError) as error:
             what = first_fault(error) if isinstance(error, ValidationError) else error
             raise UserError(f"{path} line {number} is no result of GenEval ({brief(what)}): {way}") from error
-    some(found, path, way)
+    require(not found and "has no results", path, way)
     tasks: dict[str, list[bool]] = {}
     for one in found:
         tasks.setdefault(one.tag, []).append(one.correct)
@@ -67,32 +67,26 @@ def read_geneval(path: Path) -> Verdict:
 def read_dpg(path: Path) -> Verdict:
     """`dpg`, out of 100, and that of its five categories where they stand there. Raises UserError for another file."""
     way = "give the results file that DPG-Bench's compute_dpg_bench.py writes, run with --pic-num 4"
-    lines = read(path, way).splitlines()
+    lines = read_text(path, way).splitlines()
     rows = [found for line in lines if (found := LINE.fullmatch(line.strip()))]
-    means = list[float]()
+    wrong, means, broad = "" if rows else "has no results", list[float](), Scores()
     try:
         for row in rows:
             *each, mean = (float(number) for number in row["scores"].split(", ")[1:])
             if len(each) != EACH:
-                raise UserError(f"{path} judges {len(each)} images of {Path(row['image']).name}, not {EACH}: {way}")
+                wrong = f"judges {len(each)} images of {Path(row['image']).name}, not {EACH}"
             means.append(mean)
         broad = categories(lines)
     except ValueError as error:
-        raise UserError(f"{path} has a score that is no number ({brief(error)}): {way}") from error
-    some(rows, path, way)
+        wrong = f"has a score that is no number ({brief(error)})"
+    require(wrong, path, way)
     return Verdict([row["image"] for row in rows], {"dpg": 100 * sum(means) / len(means), **broad})
 
 
-def some(results: Sequence[object], path: Path, way: str) -> None:
-    """Raise UserError if there are no results."""
-    if not results:
-        raise UserError(f"{path} has no results: {way}")
-
-
-def first_fault(error: ValidationError) -> str:
-    """The first fault in words."""
-    first = error.errors(include_url=False)[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}" if first["loc"] else first["msg"].lower()
+def require(wrong: str | bool, path: Path, way: str) -> None:
+    """Raise UserError if something is wrong with a file of results."""
+    if wrong:
+        raise UserError(f"{path} {wrong}: {way}")
 
 
 def categories(lines: Sequence[str]) -> Scores:
@@ -170,17 +164,8 @@ def require_all(verdict: Verdict, name: str, place: Path, prompts: Mapping[str, 
     """Raise UserError unless each of the images was judged, once, and nothing else."""
     wanted = {file for prompt in prompts for file in LAYOUTS[name].judged(prompt)}
     found = Counter("/".join(PurePosixPath(file).parts[-DEPTH[name] :]) for file in verdict.files)
+    odd = next((file for file, times in found.items() if times > 1 or file not in wanted), None)
+    wrong = odd and f"judges {odd}, which is there twice, or is none of {place}"
     if lacking := sorted(wanted - found.keys()):
-        raise UserError(
-            f"{results} lacks {len(lacking):,} of the {len(wanted):,} images of {place}, {lacking[0]} first: judge all"
-        )
-    if odd := next((file for file, times in found.items() if times > 1 or file not in wanted), None):
-        raise UserError(f"{results}: {odd} is there twice, or is none of {place}: judge that folder again")
-
-
-def read(path: Path, way_out: str) -> str:
-    """What a file of results holds. Raises UserError for none."""
-    try:
-        return read_text(path, way_out)
-    except FileNotFoundError as error:
-        raise UserError(f"there are no results {path}: {way_out}") from error
+        wrong = f"lacks {len(lacking):,} of the {len(wanted):,} images of {place}, {lacking[0]} first"
+    require(wrong or "", results, "judge all of that folder, each once")

@@ -16,7 +16,7 @@ from dumo.io import digest, yaml
 from dumo.io.read import user_path
 from dumo.nets.pretrained import PUBLISHED, read_config
 from dumo.run.config import recipes
-from dumo.run.config.error import nearest
+from dumo.run.config.error import require_known
 from dumo.run.config.source import read
 from dumo.runtime import install
 from dumo.types import UserError
@@ -161,10 +161,9 @@ CATALOGUE = (
 
 def find(name: str) -> Item:
     """The item of this name. Raises UserError where there is none."""
-    for item in CATALOGUE:
-        if item.name == name:
-            return item
-    raise UserError(f"there is no data set or model '{name}'; {nearest(name, [item.name for item in CATALOGUE])}")
+    known = {item.name: item for item in CATALOGUE}
+    require_known("data set or model", name, known)
+    return known[name]
 
 
 def described(item: Item) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Literal
@@ -17,6 +17,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from dumo import runtime
 from dumo.runtime import dist, install
+from dumo.training.spec import Train
 
 KERNELS = {
     "math": SDPBackend.MATH,
@@ -28,6 +29,8 @@ DTYPES = {"fp16": torch.float16, "fp64": torch.float64}
 PEAKS = {"H100": 989.0, "H200": 989.0}  # dense bf16 TFLOP/s by the GPU's name (NVIDIA's data sheets, SXM)
 LITTLE = 1.0  # ours: GiB of free disk that are worth a warning
 GIB = 2**30
+HOUR, DAY = 3600.0, 24.0  # seconds, hours
+SIDE = 1024  # of a matrix: ours
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,33 @@ def peak_tflops(here: torch.device) -> float | None:
     """The dense bf16 peak of a GPU that is known, in 10^12 operations a second; None of any other device."""
     name = torch.cuda.get_device_name(here) if here.type == "cuda" else ""
     return next((peak for part, peak in PEAKS.items() if part in name), None)
+
+
+def unfit(train: Train, operations: float, here: torch.device) -> Iterator[str]:
+    """Why a run does not fit this machine, a line each with the --set that does. `operations` are still to be made."""
+    fields = {"train.precision": "fp32" if train.precision == "bf16" else None}
+    fields |= {"train.compile": "none" if train.compile != "none" else None}
+    if here.type == "cpu" and (ways := [f"--set {name}={value}" for name, value in fields.items() if value]):
+        now = f"train.precision = {train.precision} and train.compile = {train.compile}"
+        yield f"{now} are for a GPU; a CPU compiles for minutes and gains little:  {' '.join(ways)}"
+    hours = operations / operations_per_second(here) / HOUR
+    if hours > DAY:
+        steps = max(1, int(train.steps * DAY / hours))
+        yield (
+            f"{train.steps:,} steps take {hours:,.0f} hours here at the least, at the speed of a product of matrices: "
+            f"take a smaller net, other images or fewer steps; a day is  --set train.steps={steps}"
+        )
+
+
+def operations_per_second(here: torch.device) -> float:
+    """What a product of matrices of SIDE x SIDE makes, on a GPU in bf16, which no training reaches; measured."""
+    x = torch.ones(SIDE, SIDE, device=here, dtype=torch.bfloat16 if here.type == "cuda" else torch.float32)
+    taken: list[float] = []
+    for _ in range(4):
+        began = now(here)
+        torch.mm(x, x)
+        taken.append(now(here) - began)
+    return 2 * SIDE**3 / max(min(taken), 1e-9)
 
 
 def now(here: torch.device) -> float:

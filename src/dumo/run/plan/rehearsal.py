@@ -101,11 +101,14 @@ def random_rows(data: Data, rows: int, here: torch.device) -> tuple[Sample, Cond
 
 
 def make_step(
-    net: nn.Module, task: Task, batch: tuple[Sample, Cond], train: Train, *, warm: int = 0
+    net: nn.Module, task: Task, batch: tuple[Sample, Cond], train: Train, *, warm: int = 0, timed: int = 1
 ) -> tuple[State, Record, float, float]:
-    """One step by the training loop, after some to warm up: the state, its record, seconds of its passes and update."""
+    """Steps by the training loop, some to warm up first: the state, the last record, seconds of passes and update.
+
+    Seconds are the median of the `timed` steps.
+    """
     rows, here = len(batch[0]), batch[0].device
-    train = train.model_copy(update={"batch": rows, "micro_batch": None, "steps": warm + 1, "max_skips": 1})
+    train = train.model_copy(update={"batch": rows, "micro_batch": None, "steps": warm + timed, "max_skips": 1})
     state, records, times = begin(net, train), list[Record](), [0.0]
 
     def batches(step: int) -> tuple[Sample, Cond]:
@@ -118,8 +121,8 @@ def make_step(
 
     state.optimizer.register_step_pre_hook(lambda *_: times.append(machine.now(here)))
     loop.train(state, task, batches, train, [loop.Every(1, done)])
-    began, passed, ended = times[-3:]
-    return state, records[-1], passed - began, ended - passed
+    began, passed, ended = torch.tensor(times[1:], dtype=torch.float64).view(-1, 3)[warm:].unbind(1)
+    return state, records[-1], float((passed - began).median()), float((ended - passed).median())
 
 
 def make_sample(sampler: Sampler) -> tuple[int, float]:

@@ -78,26 +78,3 @@ def test_captions_of_files_are_judged_by_those_of_images(tmp_path: Path) -> None
         own = TOLD[i % 12]
         assert (TEXTS[k] in own) if own else k == len(TEXTS)
     assert judged(run).equal(c)
-
-
-@pytest.mark.parametrize(
-    ("sets", "told"),
-    [
-        ([WORDS], "Here data 'digits' give some, and net 'dit' reads none"),
-        ([READ], "data.captions gives the captions that net.texts reads: set both, or neither"),
-        ([WORDS, "net={kind: unet, width: 32}"], "net 'unet' reads none"),
-        (
-            ["evaluate.protocol={kind: clip-score}"],
-            "data 'digits' give none: set data.captions, or choose another protocol",
-        ),
-        (["evaluate.captions=held"], "data.captions.held names none"),
-        (
-            ['data.captions={"kind": "templates", "templates": ["{}"]}', READ, "evaluate.captions=held"],
-            "held names none",
-        ),
-    ],
-)
-def test_what_does_not_fit_is_refused(sets: list[str], told: str) -> None:
-    with pytest.raises(UserError) as caught:
-        load("digits", sets)
-    assert told in str(caught.value)

@@ -55,8 +55,6 @@ def test_a_base_may_have_a_base(tmp_path: Path) -> None:
 def test_a_file_may_say_its_format(name: str, line: str, tmp_path: Path) -> None:
     text = f"{line}base: digits\ntrain: {{micro_batch: 8}}"
     assert load(written(tmp_path / name, text)) == load("digits", ["train.micro_batch=8"])
-    with pytest.raises(UserError, match="format: unknown key"):
-        load("digits", [f"format={FORMAT}"])
 
 
 @pytest.mark.parametrize(
@@ -74,12 +72,6 @@ def test_another_format_is_refused_in_a_line(line: str, said: str, tmp_path: Pat
     with pytest.raises(UserError, match=said) as refused:
         load(written(tmp_path / "run.yaml", text))
     assert "\n" not in str(refused.value)
-
-
-def test_a_run_s_own_file_is_whole(tmp_path: Path) -> None:
-    run = load(written(tmp_path / "mine.yaml", MINE.format(base="digits")))
-    assert "base" not in dump(run)
-    assert load(written(tmp_path / "run.yaml", dump(run))) == run
 
 
 @pytest.mark.parametrize(
@@ -108,8 +100,3 @@ def test_a_base_that_is_none_is_refused_in_a_line(text: str, said: str, tmp_path
     with pytest.raises(UserError, match=said) as refused:
         load(mine)
     assert "\n" not in str(refused.value)
-
-
-def test_a_base_is_no_field() -> None:
-    with pytest.raises(UserError, match="base: unknown key"):
-        load("digits", ["base=moons"])

@@ -144,13 +144,9 @@ def test_what_is_wrong_is_named(place: str, value: object) -> None:
         checked(found, Path("a.json"), "evaluate again")
 
 
-def test_a_whole_one_stays_as_it_is() -> None:
-    assert checked(EVALUATION, Path("a.json"), "way out") == EVALUATION
+def test_a_whole_one_stays_as_it_is_and_a_score_that_was_none_stays_none() -> None:
+    found = checked(EVALUATION, Path("a.json"), "way out")
+    assert found == EVALUATION
+    assert found["contrast"][0] == {"nfe": 1, "solver": "euler", "fd_grey": 5.5, "fd": None, "fd_sd": 0.5}
     old = {name: EVALUATION[name] for name in ("step", "card", "results", "contrast")}
     assert checked(old, Path("a.json"), "way out") == old | {"weights": "", "protocol": "", "baselines": {}}
-
-
-def test_a_score_that_was_none_stays_none() -> None:
-    found = checked(EVALUATION, Path("a.json"), "way out")
-    assert found["contrast"][0] == {"nfe": 1, "solver": "euler", "fd_grey": 5.5, "fd": None, "fd_sd": 0.5}
-    assert list(found["results"][0]) == ["nfe", "solver", "fd_grey", "fd", "fd_sd"]

@@ -3,9 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,19 +15,16 @@ from dumo.run.evaluation.card import compare, contrast, read_report
 from dumo.run.evaluation.evaluate import evaluate, standing
 from dumo.run.folder import RunFolder, open_run, sampler
 from dumo.run.train import train
-from dumo.runtime.progress import Tick
 from dumo.training import checkpoint
 from dumo.types import UserError
-
-TINY = ["net.width=16", "net.depth=1", "train.batch=8", "train.steps=4", "train.save_every=2"]
-TINY += ["evaluate.protocol.samples=40"]
+from unit.run.known import Seen, tiny
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DuMo on moons, barely trained. Not to be written to."""
     folder = tmp_path_factory.mktemp("run") / "moons"
-    train(load("moons", TINY), folder)
+    train(tiny("moons"), folder)
     return folder
 
 
@@ -38,24 +33,12 @@ def folder(first: Path, tmp_path: Path) -> Path:
     return shutil.copytree(first, tmp_path / "run")
 
 
-def open_folder(folder: Path, *overrides: str, weights: str | None = None) -> RunFolder:
-    return open_run(str(folder), overrides, weights=weights, device="cpu")
-
-
 def files(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("evaluation*.json")}
 
 
-class Seen:
-    """A bar that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.titles: list[tuple[str, int]] = []
-
-    @contextmanager
-    def __call__(self, title: str, total: int, /) -> Generator[Tick, None, None]:
-        self.titles.append((title, total))
-        yield lambda done, note: None
+def open_folder(folder: Path, *overrides: str, weights: str | None = None) -> RunFolder:
+    return open_run(str(folder), overrides, weights=weights, device="cpu")
 
 
 def test_a_report_is_of_this_run_and_repeats(folder: Path) -> None:
@@ -149,9 +132,7 @@ def test_rows_of_other_passes_are_collected(folder: Path) -> None:
 def test_guided_rows_are_collected_by_the_passes_asked_for(tmp_path: Path) -> None:
     """The net counts two passes where it is guided, so a row of one asked for says 2."""
     folder = tmp_path / "run"
-    train(
-        load("digits", [*TINY, "evaluate.protocol.samples=500", "objective.drop=0.1", "sample.guide.scale=2"]), folder
-    )
+    train(tiny("digits", "objective.drop=0.1", "sample.guide.scale=2"), folder)
     two, one = (evaluate(open_folder(folder), nfe=[n]) for n in (2, 1))
     kept = read_report(folder / "evaluation.json")
     assert kept["results"] == [*one["results"], *two["results"]]
@@ -198,15 +179,6 @@ def test_v_stands_beside_at_the_passes_that_are_wanted() -> None:
     ):
         run = load(recipe, words)
         assert contrast(sampler(run, nn.Identity()), run.evaluate) == passes
-
-
-def test_wrong_things_are_refused_before_any_work(first: Path) -> None:
-    seen, opened = Seen(), open_folder(first)
-    for wrong in ({"nfe": [0]}, {"solver": "hop"}, {"solver": "heun", "nfe": [3]}):
-        with pytest.raises(UserError):
-            evaluate(opened, bar=seen, **wrong)
-    assert seen.titles == []
-    assert not (first / "evaluation.json").exists()
 
 
 def test_the_work_is_watched(folder: Path) -> None:

@@ -14,8 +14,8 @@ from dumo.run.evaluation.evaluate import demand, evaluate, likelihoods, standing
 from dumo.run.folder import RunFolder, open_run, sampler
 from dumo.run.train import train
 from dumo.types import UserError
+from unit.run.known import tiny
 
-SMALL = ["net.width=8", "net.depth=1", "train.batch=8", "train.steps=2"]
 ASKED = ["evaluate.protocol={kind: likelihood, samples: 300, passes: 4, probes: 2}"]
 BOTH = ["objective={kind: f2d2, drop: 0, times: {kind: jumps, both_ways: true}, slope: {kind: dual}}"]
 
@@ -23,7 +23,7 @@ BOTH = ["objective={kind: f2d2, drop: 0, times: {kind: jumps, both_ways: true}, 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("run") / "moons"
-    train(load("moons", [*SMALL, *BOTH]), path)
+    train(tiny("moons", *BOTH), path)
     return path
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from dumo.data import Digits
 from dumo.evaluation import shipped, word
 from dumo.evaluation.protocol import Reference, headline
-from dumo.io.panel import headed
+from dumo.io.picture import headed
 from dumo.objectives import Objective
 from dumo.report import page
 from dumo.report.figure import smoothed

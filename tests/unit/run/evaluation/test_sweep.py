@@ -5,22 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from dumo.run.config.load import load
-from dumo.run.evaluation.card import read_report
 from dumo.run.evaluation.evaluate import evaluate
 from dumo.run.evaluation.sweep import full, mark, sweep, values
 from dumo.run.folder import open_run
 from dumo.run.train import train
 from dumo.types import UserError
-
-TINY = ["net.width=16", "net.depth=1", "train.batch=8", "train.steps=4", "evaluate.protocol.samples=40"]
+from unit.run.known import tiny
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """DuMo on moons with two averages, barely trained."""
     folder = tmp_path_factory.mktemp("run") / "moons"
-    train(load("moons", [*TINY, "train.ema=[{decay: 0.5, ramp: false}, {decay: 0.99}]"]), folder)
+    train(tiny("moons", "train.ema=[{decay: 0.5, ramp: false}, {decay: 0.99}]"), folder)
     return folder
 
 
@@ -64,6 +61,7 @@ def test_short_names() -> None:
     assert full("sample.m") == full("sample.solver.m") == "sample.solver.m"
     assert full("sample.guide.scale") == "sample.guide.scale"
     assert full("evaluate.seed") == "evaluate.seed"
+    assert full("sample.knobs.w") == "sample.knobs.w"
 
 
 def test_each_value_is_what_evaluating_it_gives(folder: Path) -> None:
@@ -124,12 +122,6 @@ def test_what_a_run_was_trained_on_marks_no_best() -> None:
     rows = [{"value": v, "nfe": 1, "solver": "s", "fd": f, "card": card} for v, f in (("a", 0.1), ("b", 0.3))]
     mark(rows)
     assert not any(row["best"] for row in rows)
-
-
-def test_a_report_of_a_sweep_is_no_evaluation(folder: Path) -> None:
-    sweep(open_run(str(folder)), "sample.m=0.4,0.6")
-    with pytest.raises(UserError, match="no report card"):
-        read_report(folder / "sweep-sample.m-0.4-0.6.json")
 
 
 def test_the_best_of_a_score_that_rises_is_the_highest() -> None:

@@ -44,10 +44,7 @@ def both(count: Callable[[], float], monkeypatch: pytest.MonkeyPatch) -> tuple[f
 
 @pytest.mark.parametrize(
     ("source", "lora"),
-    [
-        ("flux-dev", Lora(rank=4)),
-        *(pytest.param(source, lora, marks=pytest.mark.slow) for source, lora in OTHERS),
-    ],
+    [("flux-dev", Lora(rank=4)), *(pytest.param(source, lora, marks=pytest.mark.slow) for source, lora in OTHERS)],
 )
 def test_a_few_blocks_of_each_kind_tell_of_all(source: str, lora: Lora | None, monkeypatch: pytest.MonkeyPatch) -> None:
     objective = DUAL if source == "flux-dev" else PLAIN

@@ -9,15 +9,14 @@ from torch import Tensor, nn
 
 from contract.case import kind, members
 from dumo.flow.slope import Along, CentralSlope, JvpSlope, Slope
-from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.run.plan import doctor
 from dumo.run.train import train
 from dumo.training import checkpoint
 from dumo.types import Cond, Frozen, Heads, Net, Sample, Spec, Time, UserError
+from unit.run import known
 
 CPU = torch.device("cpu")
-TINY = ["net.width=16", "net.depth=3", "train.batch=8", "train.steps=4", "train.save_every=2", "train.log_every=1"]
 POINTS = ("moons", "moons-meanflow")
 
 
@@ -51,8 +50,7 @@ class Careless(CentralSlope):
 
 def tiny(name: str = "moons", *more: str) -> Run:
     """A recipe made small; with the exact slope of torch."""
-    own = [] if "flow-matching" in name else ["objective.slope.kind=jvp"]
-    return load(name, [*TINY, f"evaluate.protocol.samples={40 if 'moons' in name else 500}", *own, *more])
+    return known.tiny(name, "net.width=16", "net.depth=3", "train.log_every=1", "objective.slope.kind=jvp", *more)
 
 
 def sloped(run: Run, slope: Spec, **net: float) -> Run:
@@ -62,17 +60,10 @@ def sloped(run: Run, slope: Spec, **net: float) -> Run:
     )
 
 
-def bits(folder: Path) -> dict[str, bytes]:
-    """The files of the last checkpoint, and the log."""
-    last = checkpoint.latest(folder / "checkpoints")
-    assert last is not None
-    return {file.name: file.read_bytes() for file in (*last.iterdir(), folder / "metrics.jsonl")}
-
-
 @pytest.mark.parametrize("ref", ["self", "0.999"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("slope", members(Slope), ids=kind)
-@pytest.mark.parametrize("name", ["moons", "moons-meanflow", "digits", "digits-meanflow"])
+@pytest.mark.parametrize("name", ["moons-meanflow", "digits"])
 def test_every_slope_passes_where_it_is_not_refused(name: str, slope: type[Spec], precision: str, ref: str) -> None:
     words = [f"objective.slope.kind={kind(slope)}", f"train.precision={precision}", f"train.ref={ref}"]
     words += ["net.attention=2"] if name.startswith("digits") else []
@@ -92,21 +83,19 @@ def test_every_slope_passes_where_it_is_not_refused(name: str, slope: type[Spec]
 @pytest.mark.parametrize("name", POINTS)
 def test_ten_percent_are_found(name: str) -> None:
     found = doctor.examine(sloped(tiny(name), Skewed()), CPU)
-    *_, last = found.errors.values()
-    assert last == pytest.approx(0.1, rel=1e-3)
+    assert [*found.errors.values()][-1] == pytest.approx(0.1, rel=1e-3)
     assert not found.passed
     assert doctor.examine(sloped(tiny(name), Skewed(factor=1.04)), CPU).passed
 
 
-@pytest.mark.parametrize("slope", [Skewed(head=0), Skewed(head=1), Skewed(known=True), Skewed(known=False)], ids=repr)
-def test_each_head_and_either_use_counts(slope: Skewed) -> None:
-    with pytest.raises(UserError, match="10 %"):
+WRONG = [*(Skewed(head=k) for k in (0, 1)), *(Skewed(known=k) for k in (True, False))]
+WRONG += [Skewed.model_construct(factor=factor) for factor in (float("nan"), float("inf"), -1.0, 0.0)]
+
+
+@pytest.mark.parametrize("slope", WRONG, ids=repr)
+def test_each_head_and_either_use_counts_and_no_number_is_no_derivative(slope: Skewed) -> None:
+    with pytest.raises(UserError, match="10 %" if slope.factor == 1.1 else "slope 'jvp'"):
         doctor.examine(sloped(tiny(), slope), CPU).require()
-
-
-@pytest.mark.parametrize("factor", [float("nan"), float("inf"), -1.0, 0.0])
-def test_no_number_is_no_derivative(factor: float) -> None:
-    assert not doctor.examine(sloped(tiny(), Skewed.model_construct(factor=factor)), CPU).passed
 
 
 @pytest.mark.parametrize(
@@ -118,7 +107,7 @@ def test_no_number_is_no_derivative(factor: float) -> None:
     ],
     ids=["bf16", "time_scale", "h"],
 )
-@pytest.mark.parametrize("name", [*POINTS, "digits"])
+@pytest.mark.parametrize("name", ["moons-meanflow", "digits"])
 def test_differences_that_are_no_derivatives(name: str, slope: CentralSlope, precision: str, scale: float) -> None:
     heads = ["net.attention=2"] if name == "digits" else []
     run = sloped(tiny(name, f"train.precision={precision}", *heads), slope, time_scale=scale)
@@ -194,14 +183,6 @@ def test_times_reach_the_ends() -> None:
     assert len(t.unique()) == 4
 
 
-def test_an_objective_without_a_slope_has_nothing_to_examine() -> None:
-    run = tiny("moons-flow-matching")
-    for found in (doctor.examine(run, CPU), doctor.examine_weights(run, run.build(), CPU)):
-        assert found.slope is None
-        assert found.passed
-        assert "nothing to examine" in str(found)
-
-
 def test_examining_leaves_everything_as_it_is() -> None:
     run = tiny("moons-meanflow")
     net = run.build().train()
@@ -218,23 +199,6 @@ def test_examining_leaves_everything_as_it_is() -> None:
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     for p, grad in zip(net.parameters(), grads, strict=True):
         assert p.grad is None if grad is None else torch.equal(cast(Tensor, p.grad), grad)
-
-
-@pytest.mark.parametrize("slope", members(Slope), ids=kind)
-def test_training_does_not_notice(slope: type[Spec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = tiny("moons", f"objective.slope.kind={kind(slope)}", "train.steps=6", "train.micro_batch=2")
-    train(run, tmp_path / "examined")
-    nothing = doctor.Examination(None, "fp32", 1.0, "none", {})
-    monkeypatch.setattr(doctor, "examine", lambda *_: nothing)
-    monkeypatch.setattr(doctor, "examine_weights", lambda *_: nothing)
-    train(run, tmp_path / "plain")
-    assert bits(tmp_path / "examined") == bits(tmp_path / "plain")
-
-
-def test_train_refuses_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"slope 'jvp'.* 10 %.*limit 5 %.*kind=dual"):
-        train(sloped(tiny(), Skewed(known=False)), tmp_path / "run")
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("steps", "first"), [(6, 2), (4, 2), (2, 2), (1, 1)])
@@ -275,16 +239,11 @@ def test_train_stops_at_a_first_checkpoint_with_a_broken_slope(tmp_path: Path, m
 
 
 def test_diagnosis(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is no number is null, and a slope that cannot be taken is a finding with its way out."""
     monkeypatch.setattr(doctor, "look", lambda _: [])
-    good = doctor.diagnose(tiny())
-    assert good["ok"]
-    assert [line["state"] for line in good["findings"]] == ["ok"]
-    assert good["examination"]["errors"].keys() == {"v", "u"}
-
     bad = doctor.diagnose(sloped(tiny(), Skewed.model_construct(factor=float("nan"))))
     (line,) = bad["findings"]
     assert (bad["ok"], line["state"], bad["examination"]["errors"]["u"]) == (False, "failing", None)
-    assert "kind=dual" in line["way"]
 
     class Refusing(JvpSlope):
         def __call__(self, *_: object, **__: object) -> tuple[Heads, Along]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from dumo import runtime
+from dumo.run.config.load import load
 from dumo.run.plan import machine
 
 CPU = torch.device("cpu")
@@ -116,3 +117,17 @@ def test_a_full_disk_and_a_blind_torch_are_warned_of(monkeypatch: pytest.MonkeyP
     assert (found["disk"].state, found["disk"].text[:7]) == ("warning", "0.2 GiB")
     assert found["device"].state == "warning"
     assert "nvidia-smi" in found["device"].way
+
+
+def test_what_does_not_fit_says_what_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    train = load("my-images").train
+    monkeypatch.setattr(machine, "operations_per_second", lambda here: 1e9)
+    modes, hours = machine.unfit(train, 1e9 * 3600 * 48, CPU)
+    assert modes.endswith("--set train.precision=fp32 --set train.compile=none")
+    assert "20,000 steps take 48 hours" in hours
+    assert hours.endswith("--set train.steps=10000")
+    assert not [*machine.unfit(load("digits").train, 1e9, CPU)]
+
+
+def test_a_product_of_matrices_is_measured() -> None:
+    assert 1e8 < machine.operations_per_second(CPU) < 1e15

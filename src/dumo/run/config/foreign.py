@@ -1,0 +1,63 @@
+"""Names that other trainers give to what dumo has under another name, or in another unit."""
+
+ROWS = "images of a step, of all ranks together"
+STEPS = "steps: epochs times images over train.batch"
+# What other trainers (diffusers, accelerate, lightning, EDM, torchtitan) call it: what to write here, and its unit.
+FOREIGN: dict[str, tuple[str, str]] = {
+    "adam_beta1": ("train.optimizer.betas", "[beta1, beta2]"),
+    "adam_beta2": ("train.optimizer.betas", "[beta1, beta2]"),
+    "adam_epsilon": ("train.optimizer.eps", ""),
+    "adam_weight_decay": ("train.optimizer.weight_decay", ""),
+    "allow_tf32": ("train.precision=tf32", ""),
+    "arch": ("net.kind", ""),
+    "batch_size": ("train.batch", ROWS),
+    "cfg_scale": ("sample.guide.scale", "1 is none"),
+    "center_crop": ("data.crop", "adm, bicubic or none"),
+    "checkpointing_steps": ("train.save_every", "steps"),
+    "checkpoints_total_limit": ("train.keep", ""),
+    "data_dir": ("data.root", ""),
+    "data_path": ("data.root", ""),
+    "dataset": ("data.root", "and data.kind=images"),
+    "dataset_name": ("data.root", "a folder or file on this machine"),
+    "ema_decay": ("train.ema", "[{decay: 0.9999}]"),
+    "epochs": ("train.steps", STEPS),
+    "grad_clip": ("train.clip", "the norm of all gradients"),
+    "gradient_accumulation_steps": ("train.micro_batch", "rows of a pass, not a number of passes"),
+    "gradient_checkpointing": ("net.checkpoint", ""),
+    "gradient_clip_val": ("train.clip", "the norm of all gradients"),
+    "guidance_scale": ("sample.guide.scale", "1 is none"),
+    "image_size": ("data.side", "pixels"),
+    "img_resolution": ("data.side", "pixels"),
+    "learning_rate": ("train.optimizer.lr", ""),
+    "lora_rank": ("net.lora.rank", ""),
+    "lr": ("train.optimizer.lr", ""),
+    "lr_scheduler": ("train.schedule.kind", "constant, cosine or wsd"),
+    "lr_warmup_steps": ("train.schedule.warmup", "steps"),
+    "max_grad_norm": ("train.clip", "the norm of all gradients"),
+    "max_steps": ("train.steps", ""),
+    "max_train_steps": ("train.steps", ""),
+    "mixed_precision": ("train.precision", "bf16, tf32 or fp32"),
+    "num_epochs": ("train.steps", STEPS),
+    "num_inference_steps": ("sample.nfe", "a list: passes through the net"),
+    "num_train_epochs": ("train.steps", STEPS),
+    "output_dir": ("--out", "of dumo train"),
+    "per_device_train_batch_size": ("train.batch", ROWS),
+    "pretrained_model_name_or_path": ("net.source", "with net.kind=diffusers"),
+    "random_flip": ("data.flip", ""),
+    "rank": ("net.lora.rank", ""),
+    "report_to": ("dumo log RUN --to", "tensorboard, wandb or trackio, in another terminal"),
+    "resolution": ("data.side", "pixels"),
+    "resume_from_checkpoint": ("the same command again", "which goes on where it stopped"),
+    "train_batch_size": ("train.batch", ROWS),
+    "train_data_dir": ("data.root", ""),
+    "use_8bit_adam": ("train.optimizer.kind", "adamw, adam or muon, in full precision"),
+    "use_ema": ("train.ema", "[{decay: 0.9999}]"),
+    "warmup_steps": ("train.schedule.warmup", "steps"),
+    "weight_decay": ("train.optimizer.weight_decay", ""),
+}
+
+
+def ours(name: str) -> str | None:
+    """What to write for a name of another trainer; None for a name that none has."""
+    found = FOREIGN.get(name.lower().lstrip("-").replace("-", "_"))
+    return found and f"here it is {found[0]}" + (f" ({found[1]})" if found[1] else "")

@@ -1,0 +1,176 @@
+"""A run for a folder of images: what fits the images, the machine and the time there is, measured before it trains.
+
+The recipe `my-images` is for a GPU, and trains on one as it is. On a CPU a smaller net learns smaller images, in
+float32, for as many steps as there are minutes for. What is proposed is set in the run like any other field, and
+`resolved.proposed` of its run.yaml says which fields those are.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from dumo.data import Images
+from dumo.data.pixel import Frame, Unreadable, short_side
+from dumo.data.store import Store
+from dumo.io.read import user_path
+from dumo.run.config.load import FILE, load
+from dumo.run.config.resolve import resolve
+from dumo.run.config.source import PROPOSED
+from dumo.run.config.spec import Run
+from dumo.run.plan import machine, rehearsal
+from dumo.runtime import dist
+from dumo.runtime.progress import Bar, no_bar, span
+from dumo.training.step import Task
+from dumo.types import UserError
+
+RECIPE = "my-images"
+MINUTES = 6.0  # on a CPU, unless another time is asked for: ours
+TIMED = 8  # steps that are timed: ours
+LOOKED, DECODED = 256, 8  # images whose header is read, and that are decoded to time it: ours
+FEWEST, WARMUP = 100, 10  # steps at least; one step in WARMUP warms up: ours
+SLACK = 1.1  # logs, probes, sheets and checkpoints over the steps alone: ours, measured
+LEAST_SIDE, GRID = 16, 8  # pixels: nets cut them by powers of two
+# Ours: 0.8 M parameters, 64 tokens. A step of 32 rows takes a fifth of a second on two cores.
+ON_A_CPU: dict[str, Any] = {
+    "net.width": 128,
+    "net.depth": 4,
+    "net.attention": 4,
+    "train.batch": 32,
+    "train.precision": "fp32",
+    "train.compile": "none",
+}
+SIDES = {"cpu": 32, "cuda": 64}  # pixels at most: ours
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a place of images holds."""
+
+    count: int
+    headers: int  # images that were looked at
+    bad: int  # how many of those cannot be read
+    side: float  # pixels of the shorter side, the median
+    decode_seconds: float  # of one image on one core
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A run, and what it is expected to take."""
+
+    run: Run
+    look: Look
+    machine: str
+    step_seconds: float
+    prepare_seconds: float  # until the first step
+
+    @property
+    def seconds(self) -> float:
+        """The whole training."""
+        return self.prepare_seconds + SLACK * self.run.train.steps * self.step_seconds
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """What is proposed, by name."""
+        run, look = self.run, self.look
+        of = "all" if look.headers == look.count else f"{look.headers:,}"
+        bad = f"; {look.bad:,} of {of} looked at cannot be read and are left out" if look.bad else ""
+        classes = f" in {run.data.classes} classes" if run.data.classes else ""
+        epochs = run.train.steps * run.train.batch / look.count
+        yield "images", f"{look.count:,}{classes}, {look.side:.0f} pixels high or wide{bad}"
+        yield "machine", self.machine
+        yield "size", f"{' x '.join(map(str, run.pixels[1:]))} pixels (data.side)"
+        parameters = sum(p.numel() for p in run.outline().parameters())
+        yield "network", f"{run.net.kind}, {parameters:,} parameters"
+        yield "objective", f"{run.objective.kind}: {run.about}"
+        yield "precision", f"{run.train.precision}, compile {run.train.compile}"
+        yield "steps", f"{run.train.steps:,} of {run.train.batch} images: each image {epochs:,.0f} times"
+        yield "time", f"{span(self.seconds)}, by {self.step_seconds:.2g} s a step, measured here"
+
+
+def is_place(source: str) -> bool:
+    """Whether this is a folder or a file of images, not a run's folder or a YAML file."""
+    path = Path(source)
+    if path.is_dir():
+        return not (path / FILE).is_file()
+    return path.is_file() and path.suffix in (".parquet", ".tar")
+
+
+def propose(
+    place: str, sets: Sequence[str] = (), *, minutes: float | None = None, device: str = "auto", bar: Bar = no_bar
+) -> Proposal:
+    """A run on these images that takes these minutes (None: on a CPU MINUTES, on a GPU as long as the recipe says).
+
+    `sets`, as --set takes them, go before what is proposed. Raises UserError where there are no images, or a field is
+    wrong.
+    """
+    here, began = dist.device(device), time.monotonic()
+    images = load(RECIPE, [f"data.root={place}", *sets]).data
+    if not isinstance(images, Images):
+        raise UserError(f"{place} is a place of images, and data.kind={images.kind} reads none: leave it out")
+    found = look(images.undecoded(), Frame(images.side, images.crop), bar)
+    fields: dict[str, Any] = {"data.root": place, "data.side": side(found.side, SIDES.get(here.type, 64))}
+    fields |= ON_A_CPU if here.type == "cpu" else {}
+    run = resolve(set_fields(fields, sets))
+    with bar("timing a step", 1) as tick:
+        step = step_seconds(run, here)
+        tick(1, "")
+    prepare = time.monotonic() - began + found.count * found.decode_seconds / torch.get_num_threads()
+    wanted = minutes or (MINUTES if here.type == "cpu" else None)
+    if wanted is not None:
+        steps = max(FEWEST, int((60 * wanted - prepare) / (SLACK * step)))
+        fields |= {"train.steps": steps, "train.schedule.warmup": min(steps // WARMUP, 500)}
+    run = resolve(set_fields(fields, sets))
+    own = {field: value for field, value in fields.items() if field != "data.root"}
+    run = run.model_copy(update={"resolved": run.resolved | {PROPOSED: own}})
+    return Proposal(run, found, machine.hardware(here).text, step, prepare)
+
+
+def step_seconds(run: Run, here: torch.device) -> float:
+    """A step of the training loop, on random numbers. Raises UserError where the net has no room here."""
+    rows = run.train.micro_batch or run.train.batch
+    run.require_room(here, run.train.copies, rows)
+    task, batch = Task(run.objective, run.path, run.data.classes), rehearsal.random_rows(run.data, rows, here)
+    _, _, passes, update = rehearsal.make_step(
+        run.build(here), task, batch, run.train, warm=rehearsal.WARM, timed=TIMED
+    )
+    return run.train.batch / rows * passes + update
+
+
+def set_fields(fields: dict[str, Any], sets: Sequence[str]) -> Run:
+    """The recipe with these fields, and then the user's own."""
+    return load(RECIPE, [*(f"{field}={value}" for field, value in fields.items()), *sets])
+
+
+def look(store: Store, frame: Frame, bar: Bar = no_bar) -> Look:
+    """Some of the images, evenly. Raises UserError where none of them can be read."""
+    places = sorted({round(i * (len(store) - 1) / (LOOKED - 1)) for i in range(LOOKED)})
+    sides, bad, taken = list[int](), 0, list[float]()
+    with bar("looking at images", len(places)) as tick:
+        for done, i in enumerate(places, start=1):
+            try:
+                data = store.read(i)
+                sides.append(short_side(data))
+                if len(taken) < DECODED:
+                    began = time.monotonic()
+                    frame(data)
+                    taken.append(time.monotonic() - began)
+            except (OSError, ValueError, Unreadable):
+                bad += 1
+            tick(done, "")
+    if not sides:
+        raise UserError(f"none of the {bad} images that were looked at can be read: the first is {store.path(0)}")
+    return Look(len(store), len(places), bad, median(sides), median(taken) if taken else 0.0)
+
+
+def side(short: float, most: int) -> int:
+    """The pixels to train at: as many as there are, up to `most`."""
+    return max(LEAST_SIDE, min(most, int(short) // GRID * GRID))
+
+
+def default_folder(place: str) -> Path:
+    """runs/NAME, by the name of the folder or file of images."""
+    return Path("runs") / user_path(place, "the images").resolve().stem

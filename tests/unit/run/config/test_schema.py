@@ -1,0 +1,31 @@
+"""An editor marks what `load` refuses, and nothing that it takes."""
+
+import json
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from dumo.io.yaml import parse
+from dumo.run.config import recipes
+from dumo.run.config.load import dump, load
+from e2e.shell import call
+
+SCHEMA = Draft202012Validator(json.loads(call("recipes", "--schema").out))
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_recipes_are_valid(name: str) -> None:
+    SCHEMA.validate(parse(recipes.text(name)))
+
+
+def test_a_run_is_valid_whole_and_short() -> None:
+    SCHEMA.validate(parse(dump(load("digits"))))
+    SCHEMA.validate(parse(dump(load("digits"), short=True)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["train: {stps: 3}", "train: {steps: many}", "net: {kind: dot}", "objective: meanflow", "trian: {}", "base: 3"],
+)
+def test_mistakes_are_marked(text: str) -> None:
+    assert [*SCHEMA.iter_errors(parse(text))]
