@@ -63,7 +63,7 @@ def test_every_store_gives_the_same(form: str, memory: float, tmp_path: Path) ->
     some, its = source.rows(slice(4, 9))
     assert torch.equal(some, x[4:9])
     assert torch.equal(its, c[4:9])
-    assert [source.path(i) for i in (0, 11)] == [str(tmp_path / end) for end in ENDS[form]]
+    assert [source.store.path(i) for i in (0, 11)] == [str(tmp_path / end) for end in ENDS[form]]
     unread = spec(tmp_path, memory=memory, labelled=False)
     assert unread.classes == 0
     assert not unread.open().batch(0, 20, 0)[1].any()

@@ -314,18 +314,13 @@ def test_too_few_are_refused() -> None:
     assert frechet_distance(enough, enough) >= 0
     assert pixel_frechet(images, images, side=2) == pytest.approx(0, abs=1e-12)
     refused: list[tuple[Callable[[], object], str]] = [
-        (lambda: Moments.of(x[:1]).covariance, "2 rows or more, here are 1"),
-        (lambda: Moments.of(x[:0]).covariance, "2 rows or more, here are 0"),
         (lambda: frechet_distance(few, enough), r"8 samples .* 8 features.*give more samples"),
         (lambda: frechet_distance(enough, few), r"8 samples .* 8 features.*give more samples"),
         (lambda: pixel_frechet(images, images), "20 samples cannot give a covariance of 192"),
-        (lambda: Score.of(logits(1)[:0], torch.arange(0), size=10, splits=1).value(), "no images"),
-        (lambda: mmd2(x[:1], y, WIDTHS), "2 points or more on each side, here are 1 and 5"),
         (
             lambda: kid(x, y, subsets=2, subset_size=6, generator=stream("kid")),
             "subsets of 6 rows do not fit in 9 and 5",
         ),
-        (lambda: auc(x[:3], x), "takes 4 rows of each, here are 3 and 9"),
     ]
     for work, said in refused:
         with pytest.raises(UserError, match=said):
