@@ -113,7 +113,7 @@ def test_what_is_wrong_is_named(run: Path, sent: Sent, tmp_path: Path, monkeypat
     (run / "tracked.json").write_text("{")
     with pytest.raises(UserError, match=r"tracked.json is not JSON .*remove it"):
         feed([run], "kept")
-    with pytest.raises(UserError, match="--to not_there needs the package .*pip install not_there"):
+    with pytest.raises(UserError, match=r"--to not_there needs the package .*pip install not_there"):
         tracker.package("not_there")
 
 
