@@ -190,8 +190,3 @@ def markdown(title: str, table: Sequence[Row]) -> str:
     rows = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in table]
     lines = [head, ["---"] * len(head), *rows]
     return f"# {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def passes(n: int) -> str:
-    """A number of passes in words."""
-    return f"{n} pass{'es' * (n > 1)}"

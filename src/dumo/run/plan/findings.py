@@ -175,7 +175,10 @@ def pretrained(spec: Pretrained, data: Data, build: Callable[[Net], nn.Module]) 
     x, c = (part.to(here) for part in random_batch("pretrained", len(TIMES), data.shape, data.classes))
     t = torch.tensor(TIMES, device=here)
     with torch.no_grad():
-        v, rate, same = moved(net, x, c, t)
+        v = net(x, c, t=t)[0]
+        dual = net(pair(x, v), c, t=pair(t, torch.ones_like(t)))[0]  # along v itself
+        rate, same = tangent(dual), torch.equal(primal(dual), v)
+        assert isinstance(rate, Tensor)
         found = [Finding("dual pass", "ok", "has the bits of the plain one")]
         if not same:
             found = [Finding("dual pass", "failing", "is not the plain one", "objective.slope.kind=jvp")]
@@ -190,12 +193,3 @@ def pretrained(spec: Pretrained, data: Data, build: Callable[[Net], nn.Module]) 
     text = ", ".join(f"{r:.2g} at {s:g}" for s, r in zip(TIMES, ratios, strict=True))
     way = "net.lowpass=10, or less: u may diverge where v changes so quickly" if max(ratios) > ROUGH else ""
     return [*found, judged("|t dv/dt| / |v|", text, way)]
-
-
-def moved(net: nn.Module, x: Tensor, c: Tensor, t: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """v and dv/dt along v itself, and whether a dual pass has the bits of a plain one."""
-    v = net(x, c, t=t)[0]
-    dual = net(pair(x, v), c, t=pair(t, torch.ones_like(t)))[0]
-    rate = tangent(dual)
-    assert isinstance(rate, Tensor)
-    return v, rate, torch.equal(primal(dual), v)
