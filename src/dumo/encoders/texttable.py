@@ -123,16 +123,16 @@ class Table:
         """Itself: it never changes."""
         return self
 
-    def padded(self, rows: Sequence[int] | None = None, length: int | None = None) -> Rows:
+    def padded(self, rows: Sequence[int] | None = None) -> Rows:
         """Tokens (b, l, d), or ids (b, l), zero after the last; mask; pooled or None; in their stored types.
 
-        `rows` None: all, and shards are compared with their checksums. `length` is l, by default that of the encoder.
-        Raises UserError for a damaged shard.
+        `rows` None: all, and shards are compared with their checksums. l is the length of the encoder. Raises UserError
+        for a damaged shard.
         """
         if rows is None:
             table.require(self.folder, self.contents, deep=True)
         at = range(len(self)) if rows is None else rows
-        contents, longest = self.contents, length or self.contents.encoder.length
+        contents, longest = self.contents, self.contents.encoder.length
         tokens = torch.zeros(len(at), longest, *contents.columns["tokens"].shape, dtype=contents.dtype)
         pooled = torch.empty(len(at), contents.pooled, dtype=contents.dtype) if contents.pooled else None
         lengths = torch.empty(len(at), dtype=torch.long)
