@@ -18,7 +18,8 @@ WORDS = (
     "is none's",
     "thither",
 )
-TEXTS = {file: file.read_text(encoding="utf-8") for file in sorted(SRC.rglob("*")) if file.suffix in (".py", ".j2")}
+FILES = (file for file in sorted(SRC.rglob("*")) if file.suffix in (".py", ".j2") or file.name == "words.yaml")
+TEXTS = {file: file.read_text(encoding="utf-8") for file in FILES}
 
 
 @pytest.mark.parametrize("word", WORDS)

@@ -124,10 +124,11 @@ def _loaded(name: str, codec: Scaled) -> tuple[nn.Module, str]:
     try:
         model = getattr(diffusers, name)
         net, info = model.from_pretrained(folder, output_loading_info=True, use_safetensors=True, local_files_only=True)
+        keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if wrong := [key for kind in keys for key in info.get(kind, ())]:
+            raise RuntimeError(f"{wrong[0]} is missing, unknown or misshapen, by its {CONFIG}")
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(f"{folder} holds no {name} that diffusers can load ({error}). {HINT}") from error
-    if wrong := [key for keys in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info.get(keys, ())]:
-        raise UserError(f"{folder / WEIGHTS} does not fit its {CONFIG}: {wrong[0]} is missing, unknown or misshapen")
     require(codec, net.config, folder)
     return net.float().eval().requires_grad_(False), found
 

@@ -22,7 +22,7 @@ from dumo.encoders.tokens import Cutter, cutter
 from dumo.io import digest
 from dumo.io.picture import Pixels
 from dumo.io.read import read_json
-from dumo.io.weights import open_safetensors
+from dumo.io.weights import notes, read
 from dumo.types import UserError
 
 PIECE = 64  # images
@@ -82,14 +82,12 @@ def load(folder: Path, field: str, device: torch.device | str = "cpu") -> Clip:
     """
     missing = next((name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (folder / name).is_file()), None)
     if missing == WEIGHTS and (folder / PICKLES[0]).is_file():
-        with open_safetensors(folder / PICKLES[0], convert=False):  # refuses, and says the way out
-            pass
+        read(folder / PICKLES[0], convert=False)  # refuses, and says the way out
     config: Mapping[str, Any] = {} if missing else read_json(folder / CONFIG, HINT)
     if config.get("model_type") != "clip" or "vision_config" not in config:
         why = f"has no {missing}" if missing else "holds no CLIPModel, of images and texts"
         raise UserError(f"{field}: {folder} {why}: {HINT}")
-    with open_safetensors(folder / WEIGHTS):  # damaged weights are refused with a line
-        pass
+    notes(folder / WEIGHTS)  # damaged weights are refused with a line
     model = load_model(folder, "CLIPModel", field, HINT).to(device)
     length, side = model.config.text_config.max_position_embeddings, model.config.vision_config.image_size
     known: Mapping[str, Any] = read_json(folder / CUT, HINT) if (folder / CUT).is_file() else {}

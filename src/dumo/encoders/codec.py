@@ -146,10 +146,6 @@ class Opened:
             self.codec.shape(side)
         return self.codec.normalise(self.net.encode(images.to(self.device, torch.float32))).contiguous()
 
-    def sample(self, moments: Moments, *key: int | str, rows: Sequence[int]) -> Latent:
-        """As the codec's `sample`."""
-        return self.codec.sample(moments, *key, rows=rows)
-
     @torch.no_grad()
     def decode(self, x: Latent) -> Images:
         """Images in [-1, 1], what overshoots is cut off; a few at a time, whatever the memory."""

@@ -17,6 +17,7 @@ safetensors file of it once, by `MAKE`, which also notes the SHA-256 of its sour
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,16 +73,9 @@ Step = Conv | Pool | list[Conv]  # a list: several side by side on one input
 Branch = tuple[Step, ...]
 
 
-def _average(x: Tensor) -> Tensor:
-    return F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-
-
-def _maximum(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, 1, 1)
-
-
-def _halve(x: Tensor) -> Tensor:
-    return F.max_pool2d(x, 3, 2)
+_average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+_maximum = partial(F.max_pool2d, kernel_size=3, stride=1, padding=1)
+_halve = partial(F.max_pool2d, kernel_size=3, stride=2)
 
 
 def _chain(prefix: str, *shapes: tuple[int, int | tuple[int, int]]) -> Branch:

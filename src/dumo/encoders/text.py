@@ -17,7 +17,7 @@ from dumo.encoders.tokens import Cutter, cutter, transformers
 from dumo.flow.precision import Precision, using
 from dumo.io import digest
 from dumo.io.read import brief, read_json, user_path
-from dumo.io.weights import open_safetensors
+from dumo.io.weights import notes, read
 from dumo.runtime.bound import TOKENS
 from dumo.types import FREE, Spec, UserError
 
@@ -76,8 +76,7 @@ class Encoder(Spec):
         if found and ((found / WEIGHTS).is_file() or (found / INDEX).is_file()):
             return found
         if found and any((found / pickle).is_file() for pickle in PICKLES):
-            with open_safetensors(found / PICKLES[0], convert=False):  # refuses it
-                pass
+            read(found / PICKLES[0], convert=False)  # refuses it
         why = "has no weights" if found else f"has no {CONFIG}" if path.is_dir() else "is no folder"
         raise UserError(f"net.texts.encoder.source: {found or self.source} {why}: {HINT}")
 
@@ -89,8 +88,7 @@ class Encoder(Spec):
             index: Mapping[str, Any] = read_json(folder / INDEX, HINT)
             found = [folder / name for name in sorted(set(index["weight_map"].values()))]
         for file in found:
-            with open_safetensors(file):
-                pass
+            notes(file)  # refuses damaged ones
         return found
 
     def sha256(self) -> str:
@@ -185,12 +183,12 @@ def load_model(folder: Path, name: str, field: str, hint: str) -> Any:  # noqa: 
                 trust_remote_code=False,
                 dtype=torch.float32,
             )
+        if missing := sorted(info["missing_keys"]):
+            raise RuntimeError(f"the weights do not fit {CONFIG}: {missing[0]} is missing")
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise UserError(
             f"{field}: {folder} holds no model that transformers can load ({brief(error)}): {hint}"
         ) from error
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{folder}: the weights do not fit {CONFIG}: {missing[0]} is missing")
     return found.eval()
 
 

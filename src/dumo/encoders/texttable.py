@@ -123,16 +123,16 @@ class Table:
         """Itself: it never changes."""
         return self
 
-    def padded(self, rows: Sequence[int] | None = None, length: int | None = None) -> Rows:
+    def padded(self, rows: Sequence[int] | None = None) -> Rows:
         """Tokens (b, l, d), or ids (b, l), zero after the last; mask; pooled or None; in their stored types.
 
-        `rows` None: all, and shards are compared with their checksums. `length` is l, by default that of the encoder.
-        Raises UserError for a damaged shard.
+        `rows` None: all, and shards are compared with their checksums. l is the length of the encoder. Raises UserError
+        for a damaged shard.
         """
         if rows is None:
             table.require(self.folder, self.contents, deep=True)
         at = range(len(self)) if rows is None else rows
-        contents, longest = self.contents, length or self.contents.encoder.length
+        contents, longest = self.contents, self.contents.encoder.length
         tokens = torch.zeros(len(at), longest, *contents.columns["tokens"].shape, dtype=contents.dtype)
         pooled = torch.empty(len(at), contents.pooled, dtype=contents.dtype) if contents.pooled else None
         lengths = torch.empty(len(at), dtype=torch.long)
@@ -249,7 +249,9 @@ def encode(
         for i in rows[::batch]:
             signals.check()
             some = texts[i : min(i + batch, rows.stop)]
-            parts.append(without_padding(embeddings(read, some)))
+            found = embeddings(read, some)
+            parts.append({"lengths": found.mask.sum(1), "tokens": found.tokens[found.mask]})  # without padding
+            parts[-1] |= {} if found.pooled is None else {"pooled": found.pooled}
             behind(i + len(some) - rows.start)
         return in_stored_types({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, contents)
 
@@ -263,12 +265,6 @@ def embeddings(read: EncoderModel | Cutter, texts: Sequence[str]) -> Embeddings:
         return read(texts)
     ids, mask = read(texts, whole=False)
     return Embeddings(ids, mask, None)
-
-
-def without_padding(found: Embeddings) -> dict[str, Tensor]:
-    """Tokens one after the other, and their number in each text."""
-    parts = {"lengths": found.mask.sum(1), "tokens": found.tokens[found.mask]}
-    return parts if found.pooled is None else parts | {"pooled": found.pooled}
 
 
 def in_stored_types(tensors: dict[str, Tensor], contents: Contents) -> dict[str, Tensor]:

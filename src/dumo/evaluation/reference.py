@@ -136,18 +136,13 @@ def cached(of: Mapping[str, str], make: Callable[[], Statistics]) -> Statistics:
     if found is not None and everywhere:
         return found
     made = make()
-    if dist.is_main():
-        _keep(path, made, of)
-    return made
-
-
-def _keep(path: Path, statistics: Statistics, of: Mapping[str, str]) -> None:
-    """Write it whole or not at all. Where it cannot be written the numbers still stand: only a warning."""
     try:
-        with files.whole(path) as half:
-            save_statistics(half, statistics, of)
-    except (OSError, SafetensorError) as error:
+        if dist.is_main():
+            with files.whole(path) as half:
+                save_statistics(half, made, of)
+    except (OSError, SafetensorError) as error:  # the numbers still stand
         warnings.warn(f"{path} cannot be written ({error}), so the data is counted again next time", stacklevel=2)
+    return made
 
 
 def adm_file(path: Path, name: str, standard: Standard) -> AdmReference:

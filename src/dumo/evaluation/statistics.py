@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dumo.encoders.inception import InceptionFeatures
 from dumo.evaluation.distance import Moments, Score
 from dumo.io import weights
 from dumo.io.picture import Pixels
@@ -31,27 +31,7 @@ Batch = tuple[Int64[Tensor, " _"], UInt8[Tensor, "_ 3 _ _"]]  # numbers and imag
 SPLIT = 5000  # images per split of the Inception Score, as ADM's evaluation has them
 
 
-@runtime_checkable
-class Features(Protocol):
-    """What a network sees in n images."""
-
-    @property
-    def pool(self) -> Tensor:
-        """Features (n, d)."""
-        ...
-
-    @property
-    def spatial(self) -> Tensor:
-        """Features that keep the place, (n, e)."""
-        ...
-
-    @property
-    def logits(self) -> Tensor:
-        """Of a classifier, (n, k)."""
-        ...
-
-
-Extractor = Callable[[Pixels], Features]
+Extractor = Callable[[Pixels], InceptionFeatures]
 
 
 @dataclass(frozen=True)

@@ -100,15 +100,14 @@ def check_writable(folder: Path) -> None:
         raise OSError(number, os.strerror(number), str(folder))
 
 
-def sweep(folder: Path, *, alone: bool = False) -> None:
+def sweep(folder: Path) -> None:
     """Remove what writers that are gone left half-written in a folder; before writing there.
 
-    Of another machine's writers only what is a day old, for nobody here knows whether they run. `alone`: nobody else
-    writes there now, so all goes.
+    Of another machine's writers only what is a day old, for nobody here knows whether they run.
     """
     for half in folder.glob(".*.tmp"):
         with suppress(OSError):  # another one sweeps, too
-            if alone or gone(half):
+            if gone(half):
                 remove(half)
 
 

@@ -184,9 +184,9 @@ def headed(sheet: Image.Image, names: Sequence[str]) -> Image.Image:
     return page
 
 
-def gathered(blocks: Mapping[str, Image.Image], across: int = 3, note: str = "", gap: int = 28) -> Image.Image:
+def gathered(blocks: Mapping[str, Image.Image], across: int = 3, note: str = "") -> Image.Image:
     """Pictures of one size on white, `across` to a row, the name of each above it; a note below them all."""
-    w, h = next(iter(blocks.values())).size
+    (w, h), gap = next(iter(blocks.values())).size, 28
     font = letters(size := max(22, w // 30))
     top = size * (2 + max(name.count("\n") for name in blocks))
     high, across = h + top + gap, min(across, len(blocks))

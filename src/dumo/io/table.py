@@ -195,11 +195,11 @@ def read(folder: Path, kind: type[K]) -> K | None:
     tree = read_json(file, ELSEWHERE) if file.is_file() else None
     try:
         found = None if tree is None else kind.model_validate(tree)
-        if found and found.inputs != found.inputs_digest():
-            raise ValueError("its inputs have another hash")
-    except ValueError as error:  # pydantic's, too
-        why = " ".join(str(error).split())
-        raise UserError(f"{file} is damaged, or another version wrote it ({why}): {ELSEWHERE}") from error
+        why = "its inputs have another hash" if found and found.inputs != found.inputs_digest() else ""
+    except ValidationError as error:
+        found, why = None, " ".join(str(error).split())
+    if why:
+        raise UserError(f"{file} is damaged, or another version wrote it ({why}): {ELSEWHERE}")
     return found
 
 

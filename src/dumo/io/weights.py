@@ -27,10 +27,10 @@ def open_safetensors(file: Path, hint: str = "", *, convert: bool = True) -> Gen
     Raises UserError for no file, a pickle, or a damaged file. `hint` says where to get it; `convert`: a pickle may be
     converted as it is.
     """
-    if file.suffix.lower() in PICKLES:  # whether it is there or not, it is not what to fetch
-        raise UserError(_refusal(file, hint, convert))
-    if not file.is_file():
-        raise UserError(f"{file}: there is no such file{hint and f'. {hint}'}")
+    pickle = file.suffix.lower() in PICKLES  # whether it is there or not, it is not what to fetch
+    if pickle or not file.is_file():
+        missing = f"{file}: there is no such file{hint and f'. {hint}'}"
+        raise UserError(_refusal(file, hint, convert) if pickle else missing)
     try:
         with safe_open(file, "pt") as found:
             yield found

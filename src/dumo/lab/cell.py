@@ -77,18 +77,14 @@ def finish_apart(cells: Sequence[Cell], folder: Path, *, jobs: int, device: str,
     """
     threads, lost = max(1, (os.cpu_count() or 1) // jobs), list[str]()
     with bar(f"{len(cells)} cells, {jobs} at a time", len(cells)) as tick:
-        made = job.side_by_side(partial(work, folder=folder, device=device), cells, jobs=jobs, threads=threads)
+        work = partial(finish, cells=folder, device=device, bar=no_bar)
+        made = job.side_by_side(work, cells, jobs=jobs, threads=threads)
         for done, (cell, error) in enumerate(made, 1):
             lost += [f"{cell.name}: {error}"] if error else []
             tick(done, cell.name)
     if lost:
         ways = "; the others are finished. Start the same command again, with fewer --jobs where memory is short"
         raise Lost("; ".join(lost) + ways)
-
-
-def work(cell: Cell, folder: Path, device: str) -> None:
-    """Finish a cell, in a process without a terminal."""
-    finish(cell, folder, device=device, bar=no_bar)
 
 
 def finish(cell: Cell, cells: Path, *, device: str, bar: Bar) -> Result:
@@ -194,8 +190,3 @@ def markdown(title: str, table: Sequence[Row]) -> str:
     rows = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values()] for row in table]
     lines = [head, ["---"] * len(head), *rows]
     return f"# {title}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def passes(n: int) -> str:
-    """A number of passes in words."""
-    return f"{n} pass{'es' * (n > 1)}"

@@ -13,8 +13,8 @@ from PIL import Image
 
 from dumo.evaluation.word import MERITS, word
 from dumo.io import picture
-from dumo.lab.cell import Result, Row, by_arm, main_score, passes
-from dumo.run.evaluation.score import figures
+from dumo.lab.cell import Result, Row, by_arm, main_score
+from dumo.run.evaluation.score import figures, passes_text
 
 COLOURS = ("#3d9657", "#3f7fbf", "#d2603a", "#8b62b0", "#b08c2c", "#5b6470")
 MARKS = "*osDv^"  # DuMo, which comes first, as green stars, as the paper has it
@@ -33,8 +33,11 @@ def ranking(title: str, rows: Sequence[Row]) -> Image.Image:
     nfes = sorted({row["nfe"] for row in rows})
     points: dict[str, dict[str, tuple[float, float | None]]] = {}
     for row in sorted(rows, key=lambda row: (row["nfe"], row[score])):
-        points.setdefault(str(next(iter(row.values()))), {})[passes(row["nfe"])] = row[score], row.get(f"{score}_sd")
-    return dots(title, axis(score), points, [passes(n) for n in nfes])
+        points.setdefault(str(next(iter(row.values()))), {})[passes_text(row["nfe"])] = (
+            row[score],
+            row.get(f"{score}_sd"),
+        )
+    return dots(title, axis(score), points, [passes_text(n) for n in nfes])
 
 
 def samples(results: Sequence[Result]) -> Image.Image:

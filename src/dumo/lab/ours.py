@@ -20,11 +20,12 @@ from dumo.evaluation.shipped import features_of
 from dumo.flow.generate import labels
 from dumo.io import picture, weights
 from dumo.lab import chart
-from dumo.lab.cell import Result, Row, averaged, by_arm, main_score, passes
+from dumo.lab.cell import Result, Row, averaged, by_arm, main_score
 from dumo.lab.paper import far
 from dumo.lab.plan import Cost, Plan
 from dumo.run import gallery
 from dumo.run.config.tree import Evaluation
+from dumo.run.evaluation.score import passes_text
 from dumo.run.sample import real_data
 from dumo.run.sampler import Sampler
 from dumo.runtime.random import noise
@@ -50,7 +51,7 @@ def fair_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
             name = names[0] if row["heads"] == "two" else names[1] if row["metric"] == "adaptive" else names[2]
             line = f"{row['law']}, {row['jumps']}, on {row['rows']}"
             points.setdefault(line, {})[name] = row[score], row.get(f"{score}_sd")
-        title = f"Two heads and one at the same times and cost, {passes(nfe)}"
+        title = f"Two heads and one at the same times and cost, {passes_text(nfe)}"
         drawn[f"fair-nfe{nfe}"] = chart.dots(title, chart.axis(score), points, names)
     return drawn
 
@@ -182,7 +183,7 @@ def best_charts(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
     steps = plan.at("laptop").steps
     return {
         f"{plan.name}-nfe{nfe}": chart.curves(
-            f"What a budget buys, {passes(nfe)}",
+            f"What a budget buys, {passes_text(nfe)}",
             f"counted operations, over those of {steps:,} steps of {paper}",
             chart.axis(main_score(table[0])),
             {name: curve(table, name, nfe) for name in (ours, *sorted(rivals), paper)},

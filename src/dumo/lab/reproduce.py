@@ -14,13 +14,11 @@ from PIL import Image
 from dumo.io import file, picture
 from dumo.io.read import write_json
 from dumo.lab import cell, chart, ours, paper
-from dumo.lab.cell import Result, Row, averaged, from_cells, markdown
+from dumo.lab.cell import Result, Row, averaged, markdown
 from dumo.lab.plan import SCALES, Plan, read
-from dumo.run.config import recipes
 from dumo.run.config.error import require_known
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
-from dumo.types import UserError
 
 
 def ranking(plan: Plan, table: list[Row]) -> dict[str, Image.Image]:
@@ -96,14 +94,6 @@ def reproduce(
     file.write(folder / "table.md", markdown(chosen.title, table).encode())
     write_json(folder / "results.json", results)
     return results
-
-
-def redraw(name: str, folder: Path) -> list[Path]:
-    """The charts of the results that come with dumo. Raises UserError where none do."""
-    found = recipes.results(name)
-    if not found:
-        raise UserError(f"no results of '{name}' come with dumo: dumo reproduce {name} makes them")
-    return write_charts(read(name), VIEWS.get(name, View()), from_cells(found), folder)
 
 
 def write_charts(plan: Plan, view: View, table: list[Row], folder: Path) -> list[Path]:

@@ -17,14 +17,14 @@ from torch import nn
 from dumo.flow.draw import draw
 from dumo.flow.path import Path
 from dumo.flow.precision import Precision, autocast, products, using
-from dumo.flow.slope import CentralSlope, JvpSlope, Slope
+from dumo.flow.slope import CentralSlope, Slope
 from dumo.io.read import finite
 from dumo.lab import bench
 from dumo.lab.bench import Times
 from dumo.objectives import Objective as AnyObjective
 from dumo.run.config.error import require_known
 from dumo.run.config.spec import Run
-from dumo.run.plan import cost, machine
+from dumo.run.plan import cost, doctor, machine
 from dumo.run.plan.cost import Bytes
 from dumo.runtime import dist
 from dumo.runtime.progress import Bar, no_bar
@@ -313,22 +313,8 @@ def inputs_of(objective: Objective, b: Noised) -> dict[str, Time]:
 
 
 def slope_error(net: nn.Module, ref: Frozen, objective: Objective, b: Noised) -> float | None:
-    """The relative error of du/dt at the rows of a batch along v_t; None for an objective without a slope.
-
-    The truth is `torch.func.jvp` of a float64 copy of theta^-. Of the two uses of a slope, with the direction known
-    before the pass and after it, the worse counts.
-    """
-    slope, heads = objective.needs.slope, objective.needs.heads
-    if slope is None:
+    """The relative error of du/dt at the rows of a batch along v_t; None for an objective without a slope."""
+    if objective.needs.slope is None:
         return None
-    u, inputs = heads.index("u" if "u" in heads else heads[-1]), inputs_of(objective, b)
-    exact = frozen(copy.deepcopy(ref.module).double())
-    with torch.no_grad(), torch.autocast(b.x.device.type, enabled=False):
-        times = {name: value.double() for name, value in inputs.items()}
-        _, along = JvpSlope()(exact, exact, b.x_t.double(), b.c, **times)  # pyright: ignore[reportArgumentType]
-        true = along(b.v_t.double())[u]
-    errors: list[float] = []
-    for toward in (b.v_t, None):
-        _, along = slope(net, ref, b.x_t, b.c, toward=toward, **inputs)
-        errors.append(((along(b.v_t)[u].double() - true).norm() / true.norm()).item())
-    return max(errors)
+    found = doctor.slope_errors(objective, net, ref, b.x_t, b.v_t, b.c, **inputs_of(objective, b))
+    return found["u" if "u" in found else objective.needs.heads[-1]].item()

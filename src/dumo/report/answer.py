@@ -22,6 +22,7 @@ from dumo.io import picture
 from dumo.io.read import brief
 from dumo.report.page import NEAR, POINTS
 from dumo.run.config.error import require_known
+from dumo.run.evaluation.score import passes_text
 from dumo.run.gallery import POINTS as SCATTERED
 from dumo.run.gallery import Reading, readings
 from dumo.run.prompt import prompted
@@ -276,11 +277,6 @@ def seed_of(text: str) -> int:
     if not (word.isascii() and word.isdecimal() and len(word) <= DIGITS):
         raise UserError(f"seed '{brief(word, 40)}' is none: give a whole number from 0 on, of at most {DIGITS} digits")
     return int(word)
-
-
-def passes_text(nfe: int) -> str:
-    """'1 pass', '2 passes'."""
-    return f"{nfe} pass{'es' * (nfe != 1)}"
 
 
 def seconds_text(seconds: float) -> str:

@@ -24,7 +24,7 @@ from dumo.run.sample import real_data
 from dumo.run.sampler import Sampler
 from dumo.runtime.progress import Bar, Tick, no_bar
 from dumo.training import checkpoint
-from dumo.types import Sample, UserError
+from dumo.types import UserError
 
 PASSES = (1, 2, 4, 8, 16, 50)  # of the trajectories
 COUNT = 8  # rows of trajectories; images of a class
@@ -125,7 +125,10 @@ def panel(
         solver = reading.at(n)
         found = sampler.sample(c, nfe=n, seed=seed, solver=solver)
         title = f"NFE {found.nfe}" + ("" if solver is reading.solver else f"\n{solver_title(solver)}")
-        columns[title] = singles(found.x) if behind is None else [picture.scatter(behind, {"": found.x})]
+        if behind is None:
+            columns[title] = [picture.sheet(pixels, 1) for pixels in picture.to_rows(found.x).split(1)]
+        else:
+            columns[title] = [picture.scatter(behind, {"": found.x})]
         tick(n, f"{note}, {n}")
     conditions = sampler.conditions
     names = [conditions.name(k) for k in c.tolist()] if conditions.count else [str(k) for k in range(len(c))]
@@ -176,17 +179,12 @@ def class_grid(
     solver = reading.at(nfe)
     found = joined(sampler.batches(every, nfe=nfe, seed=seed, solver=solver, indices=some))
     sheets = [picture.sheet(part, across(count)) for part in picture.to_rows(found.x).split(count)]
-    names = map(class_title, map(sampler.conditions.name, classes))
+    names = (f"class {name}" if name.isdigit() else name for name in map(sampler.conditions.name, classes))
     blocks = [labelled([("", [sheet])], [name]) for name, sheet in zip(names, sheets, strict=True)]
     pixels = torch.from_numpy(np.stack([np.asarray(block) for block in blocks]))
     page = picture.sheet(pixels, across(len(blocks)), scale=1, gap=GAP)
     name = replace(reading, solver=solver).name
     return labelled([(name, [page])], [f"step {step:,}, NFE {found.nfe}"])
-
-
-def class_title(name: str) -> str:
-    """The name of a class; with a word before it where it is a number."""
-    return f"class {name}" if name.isdigit() else name
 
 
 def side_by_side(rows: Mapping[str, Mapping[int, Image.Image]]) -> Image.Image:
@@ -258,11 +256,6 @@ def choose(sampler: Sampler, letters: Sequence[str] | None, nfe: Sequence[int] |
     for n, reading in ((n, reading) for n in nfe or () for reading in ways):
         check(reading.at(n), sampler.taught, n)
     return ways
-
-
-def singles(x: Sample) -> list[Image.Image]:
-    """Each image as a picture of its own, a small one enlarged."""
-    return [picture.sheet(pixels, 1) for pixels in picture.to_rows(x).split(1)]
 
 
 def across(n: int) -> int:

@@ -100,8 +100,6 @@ def test_what_is_left_of_the_dead_is_swept(tmp_path: Path) -> None:
     os.utime(tmp_path / gone[2], (0, 0))
     file.sweep(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == set(kept)
-    file.sweep(tmp_path, alone=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"a.tmp", ".hidden"}
     file.sweep(tmp_path / "not there")
 
 

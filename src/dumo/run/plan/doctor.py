@@ -136,24 +136,32 @@ def _compare(
     weights: str,
 ) -> Examination:
     """The slope, used as training uses it, against float64. Ranks take the mean, so that all go on or none."""
-    slope, heads = objective.needs.slope, objective.needs.heads
-    if slope is None:
+    if (slope := objective.needs.slope) is None:
         return Examination(None, train.precision, time_scale, weights, {})
     x, w, c = (part.to(device) for part in at[:3])
-    inputs = {name: s.to(device) for name, s in at[3].items()}
     net.eval()  # no dropout
     ref = Frozen(net if train.ref == "self" else copy.deepcopy(net))
-    exact = _exact(net, x, w, c, **inputs)
-    errors: list[Tensor] = []
-    for toward in (w, None):
-        with using(train.precision, device):
-            _, along = slope(net, ref, x, c, toward=toward, **inputs)
-            with torch.no_grad():
-                found = along(w)
-        errors.append(torch.stack([_off(a, b) for a, b, _ in zip(found, exact, heads, strict=False)]))  # no gauges
-    worst = dist.mean(torch.stack(errors).amax(0).to(x)).tolist()
-    by_head = dict(zip(heads, worst, strict=True))
+    with using(train.precision, device):
+        errors = slope_errors(objective, net, ref, x, w, c, **{name: s.to(device) for name, s in at[3].items()})
+    by_head = dict(zip(errors, dist.mean(torch.stack([*errors.values()]).to(x)).tolist(), strict=True))
     return Examination(slope.kind, train.precision, time_scale, weights, by_head)
+
+
+def slope_errors(
+    objective: Objective, net: nn.Module, ref: Frozen, x: Sample, w: Sample, c: Cond, /, **inputs: Time
+) -> dict[str, Tensor]:
+    """How far the objective's slope, in the precision around this, is from d/dt in float64, relative, by head.
+
+    Of its two uses, with the direction w known before the pass and after it, the worse counts.
+    """
+    slope, exact, errors = objective.needs.slope, _exact(ref.module, x, w, c, **inputs), list[Tensor]()
+    assert slope is not None
+    for toward in (w, None):
+        _, along = slope(net, ref, x, c, toward=toward, **inputs)
+        with torch.no_grad():
+            found = along(w)
+        errors.append(torch.stack([_off(a, b) for a, b in zip(found, exact, strict=True)]))
+    return dict(zip(objective.needs.heads, torch.stack(errors).amax(0), strict=False))  # without gauges
 
 
 def _exact(net: nn.Module, x: Sample, w: Sample, c: Cond, /, **inputs: Time) -> Heads:
@@ -166,7 +174,8 @@ def _exact(net: nn.Module, x: Sample, w: Sample, c: Cond, /, **inputs: Time) -> 
     def f(x: Sample, t: Time) -> Heads:
         return net(x, c, t=t, **rest)
 
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
+    # no fused kernel has a forward derivative
+    with torch.no_grad(), torch.autocast(where.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
         return cast(Heads, torch.func.jvp(f, at, (w.to(at[0]), torch.ones_like(t)))[1])
 
 

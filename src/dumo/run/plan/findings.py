@@ -13,7 +13,7 @@ what it was, and can its derivative be regressed on.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -175,36 +175,21 @@ def pretrained(spec: Pretrained, data: Data, build: Callable[[Net], nn.Module]) 
     x, c = (part.to(here) for part in random_batch("pretrained", len(TIMES), data.shape, data.classes))
     t = torch.tensor(TIMES, device=here)
     with torch.no_grad():
-        v, rate, same = moved(net, x, c, t)
+        v = net(x, c, t=t)[0]
+        dual = net(pair(x, v), c, t=pair(t, torch.ones_like(t)))[0]  # along v itself
+        rate, same = tangent(dual), torch.equal(primal(dual), v)
+        assert isinstance(rate, Tensor)
         found = [Finding("dual pass", "ok", "has the bits of the plain one")]
         if not same:
             found = [Finding("dual pass", "failing", "is not the plain one", "objective.slope.kind=jvp")]
         if net.fits:
-            with old(spec, net, build) as before:
-                found.append(lowpassed(net, float((v - before(x, c, t=t)[0]).norm() / v.norm())))
+            # the model that it was: the same with its adapters off, or built again
+            again = None if spec.lora else build(spec.model_copy(update={"lowpass": None})).eval()
+            with net.base() if again is None else nullcontext(again) as before:
+                change = float((v - before(x, c, t=t)[0]).norm() / v.norm())
+            text = "; ".join(map(str, net.fits)) + f"; |dv| / |v| = {100 * change:.2g} %"
+            found.append(judged("low-pass", text, AGAIN if change > CHANGE else ""))
     ratios = [float(r) for r in (lift(t, v) * rate).flatten(1).norm(dim=1) / v.flatten(1).norm(dim=1)]
     text = ", ".join(f"{r:.2g} at {s:g}" for s, r in zip(TIMES, ratios, strict=True))
     way = "net.lowpass=10, or less: u may diverge where v changes so quickly" if max(ratios) > ROUGH else ""
     return [*found, judged("|t dv/dt| / |v|", text, way)]
-
-
-def moved(net: nn.Module, x: Tensor, c: Tensor, t: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """v and dv/dt along v itself, and whether a dual pass has the bits of a plain one."""
-    v = net(x, c, t=t)[0]
-    dual = net(pair(x, v), c, t=pair(t, torch.ones_like(t)))[0]
-    rate = tangent(dual)
-    assert isinstance(rate, Tensor)
-    return v, rate, torch.equal(primal(dual), v)
-
-
-def old(spec: Pretrained, net: Dualized, build: Callable[[Net], nn.Module]) -> AbstractContextManager[nn.Module]:
-    """The model that it was: the same with its adapters off, or built again."""
-    if spec.lora:
-        return net.base()
-    return nullcontext(build(spec.model_copy(update={"lowpass": None})).eval())
-
-
-def lowpassed(net: Dualized, change: float) -> Finding:
-    """How the low-pass went."""
-    text = "; ".join(map(str, net.fits)) + f"; |dv| / |v| = {100 * change:.2g} %"
-    return judged("low-pass", text, AGAIN if change > CHANGE else "")

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from dumo.data import Data, Latents
 from dumo.data.cache import Plan, read_contents
-from dumo.evaluation import MetricProtocol
 from dumo.evaluation.reference import TRAIN, Standard
 from dumo.io.read import user_path
 from dumo.io.table import FILE
@@ -70,7 +69,9 @@ def plan(spec: Run) -> dict[str, Any]:
     shown, images, missing = show(spec, net), train.steps * train.batch, missing_data(spec.data)
     heads = cost.heads(net, spec.objective, shape, rows=1)
     holds = memory(net, spec.objective, spec.path, shape, train, most_rows(train, spec.objective))
-    epoch = (not missing and cached_images(spec.data)) or protocol_images(spec.evaluate.protocol)
+    cached = None if missing or not isinstance(spec.data, Latents) else read_contents(spec.data.folder)
+    standard: Standard | None = getattr(spec.evaluate.protocol, "standard", None)  # a set of images by its name
+    epoch = cached.rows if cached else standard and (TRAIN if standard.url else standard.real)
     return {
         **shown,
         "parameters_total": sum(value.numel() for value in net.state_dict().values()),
@@ -140,18 +141,6 @@ def cache(data: Latents, images: int | None) -> dict[str, int | None]:
     numbers = prod(data.shape) * (2 if moments else 1) * (2 if data.images.flip else 1)
     each: int = numbers * getattr(torch, fields["dtype"].default).itemsize
     return {"images": images, "bytes_per_image": each, "bytes": images and images * each}
-
-
-def cached_images(data: Data) -> int | None:
-    """How many images there are in the cache of latents, which is there; None if unknown, or if data have no cache."""
-    contents = read_contents(data.folder) if isinstance(data, Latents) else None
-    return contents.rows if contents else None
-
-
-def protocol_images(protocol: MetricProtocol) -> int | None:
-    """How many images the set has that a protocol is named after; None if it is named after none."""
-    standard: Standard | None = getattr(protocol, "standard", None)
-    return standard and (TRAIN if standard.url else standard.real)
 
 
 def missing_data(data: Data) -> str | None:
