@@ -197,18 +197,3 @@ def test_positions_are_saved_and_not_trained_and_waves_are_neither() -> None:
     names = set(net.state_dict())
     assert "positions" in names - {name for name, _ in net.named_parameters()}
     assert not any("frequencies" in name for name in names)
-
-
-@pytest.mark.parametrize(
-    ("update", "shape", "says"),
-    [
-        ({}, (2,), "square images.*mlp"),
-        ({}, (3, 4, 6), "square"),
-        ({}, (3, 5, 5), "patch 2 does not divide.*5"),
-        ({"attention": 3}, (3, 4, 4), "attention 3 does not divide.*8"),
-        ({"attention": 4, "modern": True}, (3, 4, 4), "modern.*multiple of 4.*2.*modern=false"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(update: dict[str, int], shape: tuple[int, ...], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        TINY.model_copy(update=update).build(V, shape, 10)

@@ -9,7 +9,7 @@ from torch import Tensor
 from dumo.nets.dit import DiT, Transformer
 from dumo.objectives import FlowMatching, MeanFlow
 from dumo.run.config.load import load
-from dumo.types import Needs, UserError
+from dumo.types import Needs
 from unit.nets.given import drawn, points
 
 TINY = DiT(patch=2, width=8, depth=5, attention=2, late=3)
@@ -46,8 +46,5 @@ def test_without_a_step_it_is_the_net_of_one_time() -> None:
     assert not torch.allclose(net(x, c, t=t, r=t / 3)[0], plain(x, c, t=t)[0])
 
 
-def test_what_it_cannot_be_is_refused() -> None:
-    for needs, late in ((FlowMatching().needs, 3), (MF, 5)):
-        with pytest.raises(UserError, match=r"net\.late=null"):
-            built(needs, late=late)
+def test_the_recipe_has_it() -> None:
     assert load("digits-dmf").net.model_dump()["late"] == 3
