@@ -1,5 +1,6 @@
 """The transformer: its size, its patches, its attention, its start, its refusals."""
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -160,12 +161,9 @@ def test_turned_scores_depend_on_the_offset_alone() -> None:
     tables = turns(side, size)
     scores = (turn(q, *tables) @ turn(k, *tables).mT).view(side, side, side, side)
     seen: dict[tuple[int, int], float] = {}
-    for a in range(side):
-        for b in range(side):
-            for c in range(side):
-                for d in range(side):
-                    score = seen.setdefault((a - c, b - d), scores[a, b, c, d].item())
-                    assert scores[a, b, c, d].item() == pytest.approx(score, abs=1e-5)
+    for a, b, c, d in product(range(side), repeat=4):
+        score = seen.setdefault((a - c, b - d), scores[a, b, c, d].item())
+        assert scores[a, b, c, d].item() == pytest.approx(score, abs=1e-5)
     assert len({round(score, 3) for score in seen.values()}) == (2 * side - 1) ** 2
 
 
