@@ -47,27 +47,8 @@ def test_sizes(spec: UNet, needs: Needs, parameters: int) -> None:
     assert sum(p.numel() for p in net.parameters()) == parameters
 
 
-def test_plan_of_two_resolutions() -> None:
-    assert [*plan(TINY, 4)] == [
-        Place(8, 8, "down", True),
-        Place(8, 8, "down", True),
-        Place(8, 8, "down", resample="half"),
-        Place(8, 16, "down"),
-        Place(16, 16, "down"),
-        Place(16, 16, "through", True),
-        Place(16, 16, "through"),
-        Place(16 + 16, 16, "up"),
-        Place(16 + 16, 16, "up"),
-        Place(16 + 8, 16, "up"),  # the halved
-        Place(16, 16, "through", resample="double"),
-        Place(16 + 8, 8, "up"),
-        Place(8 + 8, 8, "up"),
-        Place(8 + 8, 8, "up", True),  # the image's first convolution
-    ]
-
-
 def test_what_was_kept_last_joins_first() -> None:
-    """The net of that plan, written out."""
+    """The net of two resolutions, two blocks each on the way down, written out."""
     net = tiny(V)
     x, c, t = points(6, SHAPE, 0)
     e, a = F.silu(net.scalars(t=t)), net.embed(x)
