@@ -55,7 +55,7 @@ SOURCES: dict[str, Callable[[Path], Batches]] = {
     "read": lambda root: album(root, flip=True, memory=0.0),
     "augmented": lambda root: album(root, labelled=False, augment=Edm()),
     "latents": latents,
-    "coupled": lambda root: Coupled(*torch.randn(2, COUNT, 1), torch.arange(COUNT)),  # pairs
+    "coupled": lambda root: Coupled(x := torch.arange(COUNT)[:, None].float(), -x, torch.arange(COUNT)),
 }
 
 

@@ -129,21 +129,16 @@ def test_half_precision_is_rounded_once(pipeline: Opener, tmp_path: Path) -> Non
         ("digits-shortcut", "net.depth=1", "its net takes k"),
         ("digits-flow-matching", "sample.guide.scale=2", "sample.guide.scale is 2"),
         ("digits-sct", "net.depth=1", "has no head that can be exported"),
+        ("digits", "net.texts", r"net\.texts is set, which the exported code does not know.*dumo sample"),
     ],
 )
 def test_what_the_code_does_not_know_is_refused(recipe: str, field: str, named: str, tmp_path: Path) -> None:
-    fields = ["net.width=16", "net.attention=2", field]
+    fields = ["net.width=16", "net.attention=2", *[field] * ("=" in field)]
     run = load(recipe, [*fields, *["objective.drop=0.1"] * ("guide" in field)])
+    if field == "net.texts":
+        run = run.model_copy(update={"net": run.net.model_copy(update={"texts": Given()})})
     with pytest.raises(UserError, match=named):
         export(drawn(run, tmp_path), tmp_path / "out")
-    assert [*tmp_path.iterdir()] == []
-
-
-def test_texts_are_refused(tmp_path: Path) -> None:
-    run = load("digits", ["net.width=16", "net.depth=1", "net.attention=2"])
-    texts = {"net": run.net.model_copy(update={"texts": Given()})}
-    with pytest.raises(UserError, match=r"net\.texts is set, which the exported code does not know.*dumo sample"):
-        export(drawn(run.model_copy(update=texts), tmp_path), tmp_path / "out")
     assert [*tmp_path.iterdir()] == []
 
 
