@@ -207,7 +207,7 @@ def late(needs: Needs = MF, **options: Any) -> Transformer:  # noqa: ANN401
 
 
 @pytest.mark.parametrize("options", [{}, {"modern": True}, {"checkpoint": True}], ids=str)
-def test_the_first_blocks_are_told_t_and_the_others_r(options: dict[str, bool]) -> None:
+def test_the_first_blocks_are_told_t_and_the_others_r(options: dict[str, Any]) -> None:
     net, told = late(**options), list[Tensor]()
     for part in (*net.blocks, net.heads["u"]):
         modulation = next(m for name, m in part.named_modules() if name.endswith("modulation"))

@@ -1,5 +1,7 @@
 """What every net keeps: names in, names out, zero at the start, a null class, a gap for r, and smoothness in time."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -131,7 +133,7 @@ def test_every_parameter_learns_and_slopes_are_exact(net: Net, needs: Needs) -> 
 
 
 MF, CONVOLUTIONS = MeanFlow().needs, UNet(width=8, multipliers=(1, 2), depth=2, attend=(4,))
-REFUSED: list[tuple[Net, dict[str, object], Needs, tuple[int, ...], str]] = [
+REFUSED: list[tuple[Net, dict[str, Any], Needs, tuple[int, ...], str]] = [
     (TINY, {}, V, (2,), "square images.*mlp"),
     (TINY, {}, V, (3, 4, 6), "square"),
     (TINY, {}, V, (3, 5, 5), "patch 2 does not divide.*5"),
@@ -149,7 +151,7 @@ REFUSED: list[tuple[Net, dict[str, object], Needs, tuple[int, ...], str]] = [
 
 @pytest.mark.parametrize(("net", "update", "needs", "shape", "says"), REFUSED)
 def test_what_does_not_fit_is_refused(
-    net: Net, update: dict[str, object], needs: Needs, shape: tuple[int, ...], says: str
+    net: Net, update: dict[str, Any], needs: Needs, shape: tuple[int, ...], says: str
 ) -> None:
     with pytest.raises(UserError, match=says):
         net.model_copy(update=update).build(needs, shape, 10)
