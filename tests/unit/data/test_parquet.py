@@ -1,7 +1,8 @@
 """Row groups are kept up to so many bytes; of a larger one a row is read with little memory; damage is named."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Barrier, Thread
+from threading import Barrier
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -63,18 +64,13 @@ def test_groups_are_kept_up_to_so_many_bytes(files: list[str], read: list[int]) 
 
 def test_threads_do_not_read_a_group_twice(files: list[str], read: list[int]) -> None:
     source, meet = Parquet(files, label=None), Barrier(4)
-    wrong: list[int] = []
 
-    def work(first: int) -> None:
+    def wrong(first: int) -> list[int]:
         meet.wait(60)
-        wrong.extend(i for i in range(first, 2 * ROWS, 4) if source.read(i) != image(i))
+        return [i for i in range(first, 2 * ROWS, 4) if source.read(i) != image(i)]
 
-    threads = [Thread(target=work, args=(k,)) for k in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(wrong, range(4))) == [[]] * 4
     assert len(read) == 4
 
 

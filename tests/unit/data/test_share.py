@@ -42,21 +42,10 @@ def album(root: Path, **fields: object) -> Album:
     return Images.model_validate({"root": str(root), "side": SIDE, "crop": "none", **fields}).found().open()
 
 
-def augmented(root: Path) -> Album:
-    """Images changed in every way, some of them."""
-    return album(root, labelled=False, augment=Edm())
-
-
 def latents(root: Path) -> Encoded:
     """A cache of moments, with both flips."""
     encode(Pictures(COUNT), GAUSSIAN, PLAN, root)
     return Encoded(open_cache(root, GAUSSIAN.codec), GAUSSIAN.codec, flip=True)
-
-
-def coupled(root: Path) -> Coupled:
-    """Pairs of one number each."""
-    x = torch.arange(COUNT)[:, None].float()
-    return Coupled(x, -x, torch.arange(COUNT))
 
 
 SOURCES: dict[str, Callable[[Path], Batches]] = {
@@ -64,9 +53,9 @@ SOURCES: dict[str, Callable[[Path], Batches]] = {
     "moons": lambda root: Moons(labelled=True).open(),
     "kept": lambda root: album(root, flip=True),
     "read": lambda root: album(root, flip=True, memory=0.0),
-    "augmented": augmented,
+    "augmented": lambda root: album(root, labelled=False, augment=Edm()),
     "latents": latents,
-    "coupled": coupled,
+    "coupled": lambda root: Coupled(x := torch.arange(COUNT)[:, None].float(), -x, torch.arange(COUNT)),
 }
 
 

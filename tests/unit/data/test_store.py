@@ -19,14 +19,6 @@ from unit.data.animals import COUNT, STORES, archive, as_folder, picture, refuse
 from unit.encoders.toy import PLAN, POINT, Pictures
 
 
-def pipe(file: Path) -> None:
-    os.mkfifo(file)
-
-
-def device(file: Path) -> None:
-    file.symlink_to("/dev/zero")
-
-
 def hole(file: Path) -> None:
     file.touch()
     os.truncate(file, 2**40)
@@ -41,8 +33,8 @@ def listener(file: Path) -> None:
 
 
 ODD: dict[str, tuple[Callable[[Path], None], str]] = {
-    "pipe": (pipe, "is no regular file"),
-    "device": (device, "is no regular file"),
+    "pipe": (os.mkfifo, "is no regular file"),
+    "device": (lambda file: file.symlink_to("/dev/zero"), "is no regular file"),
     "hole": (hole, "has 1099511627776 bytes, more than an image has"),
     "socket": (listener, "cannot be read"),
     "empty": (Path.touch, "is empty"),
@@ -63,12 +55,10 @@ def test_what_only_bears_an_image_s_name_is_named_and_not_waited_for(kind: str, 
 
 
 @pytest.mark.parametrize("ending", ["tar", "parquet"])
-@pytest.mark.parametrize("make", [pipe, device])
-def test_an_archive_or_table_that_is_no_file_is_named(
-    ending: str, make: Callable[[Path], None], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_an_archive_or_table_that_is_no_file_is_named(ending: str, kind: str, tmp_path: Path) -> None:
     STORES[ending](tmp_path)
-    make(file := tmp_path / f"z-train.{ending}")
+    ODD[kind][0](file := tmp_path / f"z-train.{ending}")
     for root in (tmp_path, file):
         assert f"{file} is no regular file" in refused(root)
 
@@ -126,12 +116,8 @@ def replace(form: str, root: Path) -> None:
         archive(file, whole | {"000001.png": picture(1) + b"0"})
 
 
-def remove(form: str, root: Path) -> None:
-    first(root).unlink()
-
-
 @pytest.mark.parametrize("form", STORES)
-@pytest.mark.parametrize("change", [add, rename, replace, remove])
+@pytest.mark.parametrize("change", [add, rename, replace, lambda form, root: first(root).unlink()])
 def test_a_fingerprint_is_of_the_images_and_not_of_where_they_lie(
     form: str, change: Callable[[str, Path], None], tmp_path: Path
 ) -> None:

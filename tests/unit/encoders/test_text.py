@@ -1,4 +1,7 @@
-"""What an encoder of transformers makes of texts: each by itself, cut where it is too long, never from a pickle."""
+"""What an encoder of transformers makes of texts: each by itself, cut where it is too long, never from a pickle.
+
+A table holds it of each caption, and is the same however often its making was interrupted.
+"""
 
 import os
 from collections.abc import Callable
@@ -9,8 +12,10 @@ import torch
 
 import encoders
 from dumo.encoders.text import Encoder
+from dumo.encoders.texttable import encode, open_table
 from dumo.encoders.tokens import Tokenizer
 from dumo.types import UserError
+from unit.encoders.toy import contents
 
 TEXTS = ["a red car", "", "a blue car of a cat"]
 
@@ -25,16 +30,6 @@ def t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that has its tokenizer beside it, as in a pipeline."""
     return encoders.clip(tmp_path_factory.mktemp("encoders") / "clip")
-
-
-def test_a_text_is_the_same_alone_and_among_longer_ones(t5: Path) -> None:
-    read = Encoder(source=str(t5)).open()
-    found = read(TEXTS)
-    for i, text in enumerate(TEXTS):
-        alone = read([text])
-        n = int(found.mask[i].sum())
-        assert n == len(text.encode()) + 1
-        assert torch.allclose(found.tokens[i, :n], alone.tokens[0], atol=1e-6)
 
 
 @torch.no_grad()
@@ -70,11 +65,6 @@ def test_a_long_text_is_cut_with_a_warning(t5: Path) -> None:
         assert int(read(TEXTS).mask[2].sum()) == 10
 
 
-def test_the_hash_is_of_the_weights(t5: Path, tmp_path: Path) -> None:
-    assert Encoder(source=str(encoders.t5(tmp_path / "same"))).sha256() == Encoder(source=str(t5)).sha256()
-    assert Encoder(source=str(encoders.t5(tmp_path / "other", seed=1))).sha256() != Encoder(source=str(t5)).sha256()
-
-
 @pytest.mark.parametrize(
     ("file", "damage", "says"),
     [
@@ -100,3 +90,82 @@ def test_what_an_encoder_lacks_is_refused(t5: Path) -> None:
         Encoder(source=str(t5 / "nowhere")).open()
     with pytest.raises(ValueError, match=r"holds \{\} once"):
         Encoder(source=str(t5), template="a text")
+
+
+# --- a table
+
+CAPTIONS = ("a red car", "a blue car", "cat", "h\u00e9 \u2028 \x85 x", 'a "quoted" text', "photo of a cat", "seven")
+ROWS, BATCH = 3, 2
+
+
+@pytest.fixture(scope="module")
+def spec(t5: Path) -> Encoder:
+    return Encoder(source=str(t5), length=24, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def whole(spec: Encoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The table made in one go."""
+    out = tmp_path_factory.mktemp("tables") / "whole"
+    assert encode(CAPTIONS, spec, out, shard_rows=ROWS, batch=BATCH).missing == 0
+    return out
+
+
+def test_every_row_is_what_the_encoder_makes_of_its_caption_and_the_last_of_nothing(spec: Encoder, whole: Path) -> None:
+    table, read = open_table(whole), spec.open()
+    assert table.captions == CAPTIONS
+    tokens, mask, pooled = table.padded()
+    assert pooled is None
+    for row, text in enumerate((*CAPTIONS, "")):
+        alone = read([text])
+        n = alone.tokens.shape[1]
+        assert mask[row].tolist() == [True] * n + [False] * (24 - n)
+        assert torch.allclose(tokens[row, :n], alone.tokens[0], atol=1e-6)
+        assert not tokens[row, n:].any()
+    some = table.padded([7, 2], length=30)
+    assert torch.equal(some[0][:, :24], tokens[[7, 2]])
+
+
+def test_damage_is_found_and_made_anew(spec: Encoder, whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    encode(CAPTIONS, spec, out, shard_rows=ROWS, batch=BATCH)
+    shard = out / "shard-00001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\7")
+    with pytest.raises(UserError, match=r"shard-00001\.safetensors has changed: its SHA-256 is another"):
+        open_table(out).padded()
+    (out / "captions.jsonl").write_text('"another"\n')
+    with pytest.raises(UserError, match="holds other captions"):
+        _ = open_table(out).captions
+    done = encode(CAPTIONS, spec, out, shard_rows=ROWS, batch=BATCH)
+    assert (done.made, len(done.damaged)) == (1, 1)
+    assert contents(out) == contents(whole)
+
+
+def test_another_encoder_or_other_captions_are_refused(spec: Encoder, whole: Path, tmp_path: Path) -> None:
+    other = spec.model_copy(update={"source": str(encoders.t5(tmp_path / "other", seed=1))})
+    with pytest.raises(UserError, match="holds another table:\n  sha256: "):
+        encode(CAPTIONS, other, whole, shard_rows=ROWS)
+    with pytest.raises(UserError, match="rows: 8 there, 3 now"):
+        encode(CAPTIONS[:2], spec, whole, shard_rows=ROWS)
+    with pytest.raises(UserError, match=r"encoder\.template: {} there, so: {} now"):
+        encode(CAPTIONS, spec.model_copy(update={"template": "so: {}"}), whole, shard_rows=ROWS)
+    with pytest.raises(UserError, match="there are no captions"):
+        encode((), spec, tmp_path / "none")
+    with pytest.raises(UserError, match="holds no texts"):
+        open_table(tmp_path)
+
+
+def test_tokens_alone_are_numbers(tmp_path: Path) -> None:
+    encode(CAPTIONS, Tokenizer(length=40), tmp_path / "ids", shard_rows=ROWS)
+    ids, mask, _ = open_table(tmp_path / "ids").padded()
+    assert ids[2, :4].tolist() == [ord("c") + 3, ord("a") + 3, ord("t") + 3, 1]  # ByT5: 3 special tokens, then bytes
+    assert mask.sum(1).tolist() == [len(text.encode()) + 1 for text in (*CAPTIONS, "")]
+
+
+def test_the_identity_is_of_what_is_encoded_not_of_where_it_lies(spec: Encoder, whole: Path, tmp_path: Path) -> None:
+    moved = spec.model_copy(update={"source": str(encoders.t5(tmp_path / "moved"))})
+    assert encode(CAPTIONS, moved, whole, shard_rows=ROWS).made == 0
+    encode(CAPTIONS, moved, tmp_path / "again", shard_rows=ROWS + 1)
+    encode((*CAPTIONS[::-1],), spec, tmp_path / "turned", shard_rows=ROWS)
+    one, again, turned = (open_table(f).contents.identity for f in (whole, tmp_path / "again", tmp_path / "turned"))
+    assert one == again != turned

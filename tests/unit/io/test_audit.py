@@ -71,20 +71,22 @@ def test_a_large_cache_is_read_through_while_training_begins(
     folder: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is found comes with the next batch, and stays; what was whole is noted all the same."""
+
+    def late() -> Encoded:
+        source = opened(folder)
+        assert source.audit.thread is not None
+        source.audit.thread.join(60)
+        return source
+
     monkeypatch.setattr(audit, "SOON", 0)
     change(folder)
-    source = opened(folder)
-    assert source.audit.thread is not None
-    source.audit.thread.join(60)
+    source = late()
     for _ in range(2):
         with pytest.raises(UserError, match=SAID):
             source.batch(0, 8, 0)
     assert read == SHARDS[:3]
     change(folder)
-    source = opened(folder)
-    assert source.audit.thread is not None
-    source.audit.thread.join(60)
-    source.batch(0, 8, 0)
+    late().batch(0, 8, 0)
     assert read == [*SHARDS[:3], *SHARDS[2:]]
 
 

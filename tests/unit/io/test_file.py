@@ -12,37 +12,30 @@ from safetensors.torch import save_file
 from dumo.io import file
 
 
-def _interrupt(half: Path) -> None:
-    half.write_bytes(b"other")
+def interrupted(half: Path, *inside: str) -> None:
+    """Half of a file, or of a folder."""
+    half.joinpath(*inside).parent.mkdir(exist_ok=True)
+    half.joinpath(*inside).write_bytes(b"other")
     raise KeyboardInterrupt
 
 
-def _interrupt_in(half: Path) -> None:
-    half.mkdir()
-    _interrupt(half / "a")
-
-
 def test_nothing_stands_in_place_until_all_is_written(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "file"
+    """A file, and a folder."""
+    path, folder = tmp_path / "new" / "file", tmp_path / "new" / "folder"
     with file.whole(path) as half:
         half.write_bytes(b"half")
         assert not path.exists()
     assert path.read_bytes() == b"half"
     with pytest.raises(KeyboardInterrupt), file.whole(path) as half:
-        _interrupt(half)
+        interrupted(half)
+    with pytest.raises(KeyboardInterrupt), file.whole(folder) as half:
+        interrupted(half, "a")
     assert path.read_bytes() == b"half"
     assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_folder_is_whole_or_not_there(tmp_path: Path) -> None:
-    path = tmp_path / "folder"
-    with pytest.raises(KeyboardInterrupt), file.whole(path) as half:
-        _interrupt_in(half)
-    assert not list(tmp_path.iterdir())
-    with file.whole(path) as half:
+    with file.whole(folder) as half:
         half.mkdir()
         (half / "a").write_bytes(b"a")
-    assert [part.name for part in tmp_path.rglob("*")] == ["folder", "a"]
+    assert sorted(part.name for part in tmp_path.rglob("*")) == ["a", "file", "folder", "new"]
 
 
 def test_writers_have_places_of_their_own(tmp_path: Path) -> None:
@@ -122,17 +115,14 @@ def test_a_full_disk_names_the_file_and_what_it_needs(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match="No space") as raised, file.whole(tmp_path / "a"):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
     assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "a"))
+    with pytest.raises(FileNotFoundError) as missing, file.whole(tmp_path / "c") as half:
+        (half / "d").write_bytes(b"")
+    assert missing.value.filename == str(tmp_path / "c")  # not its hidden place
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space") as raised:
         file.write(tmp_path / "b", bytes(2_000_000))
     assert raised.value.strerror == "No space left on device (0.3 MB free), 2 MB needed"
     assert raised.value.filename == str(tmp_path / "b")
-
-
-def test_what_is_refused_is_the_file_and_not_its_hidden_place(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError) as raised, file.whole(tmp_path / "a") as half:
-        (half / "b").write_bytes(b"")
-    assert raised.value.filename == str(tmp_path / "a")
 
 
 def test_where_nothing_can_be_written_is_known_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

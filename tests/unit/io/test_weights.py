@@ -20,12 +20,6 @@ def test_no_pickle(tmp_path: Path, name: str, zipped: bool) -> None:
     assert conversion(name, "new-w.safetensors" if name == "w.safetensors" else "w.safetensors") in str(caught.value)
 
 
-def test_a_name_of_pickles_is_refused_whatever_it_holds(tmp_path: Path) -> None:
-    save_file({"w": torch.ones(2)}, tmp_path / "w.bin")
-    with pytest.raises(UserError, match="dumo reads no pickle"):
-        load(tmp_path / "w.bin")
-
-
 def test_the_line_that_converts_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"w": torch.arange(3.0)}, tmp_path / "w.pth")
     monkeypatch.chdir(tmp_path)
@@ -44,17 +38,19 @@ def test_weights_that_look_like_a_pickle_are_read(tmp_path: Path, size: int) -> 
     assert torch.equal(load(path)["w"], values)
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_no_file_and_a_name_of_pickles_are_refused_whatever_it_holds(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "w.bin")
+    with pytest.raises(UserError, match="dumo reads no pickle"):
+        load(tmp_path / "w.bin")
     for path in (tmp_path / "none.safetensors", tmp_path):
         with pytest.raises(UserError, match=str(path)):
             load(path)
 
 
 def test_notes_are_read_without_tensors(tmp_path: Path) -> None:
-    save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors", {"step": "3"})
-    assert notes(tmp_path / "w.safetensors") == {"step": "3"}
-    save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors")
-    assert notes(tmp_path / "w.safetensors") == {}
+    for told in ({"step": "3"}, None):
+        save_file({"w": torch.ones(2)}, tmp_path / "w.safetensors", told)
+        assert notes(tmp_path / "w.safetensors") == (told or {})
 
 
 def test_the_first_difference_is_named_and_how_many_there_are() -> None:

@@ -1,22 +1,24 @@
 """The transformer: its size, its patches, its attention, its start, its refusals."""
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from contract.case import randomise
 from dumo.nets.block import Block, Sizes, gated
 from dumo.nets.dit import DiT, Head, Transformer
 from dumo.nets.embed import turn, turns
-from dumo.objectives import DuMo, FlowMatching, Objective
+from dumo.objectives import DuMo, FlowMatching, MeanFlow, Objective
 from dumo.run.config.load import load
 from dumo.run.plan.cost import forward_flops
 from dumo.types import Needs, UserError
+from unit.nets.given import drawn, points
 
 TINY = DiT(patch=2, width=8, depth=2, attention=2)
-V, VU = Needs(heads=("v",)), Needs(heads=("v", "u"))
+V, VU, MF = Needs(heads=("v",)), Needs(heads=("v", "u")), MeanFlow().needs
 MODERN: dict[str, Any] = {"modern": True}
 KEPT: dict[str, Any] = {"magnitude": "preserved"}
 LATENT, LARGE, DEEP = (4, 32, 32), (4, 64, 64), (32, 16, 16)  # SD-VAE at 256 and 512, DC-AE at 512
@@ -94,7 +96,7 @@ def test_block_by_hand() -> None:
     h, e = torch.randn(3, 5, 8, generator=g), torch.randn(3, 8, generator=g)
     m = (e @ block.modulation.weight.T + block.modulation.bias)[:, None].split(8, -1)
 
-    def norm(h: torch.Tensor) -> torch.Tensor:
+    def norm(h: Tensor) -> Tensor:
         return (h - h.mean(-1, keepdim=True)) / (h.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
 
     middle = h + m[2] * block.attend(norm(h) * (1 + m[1]) + m[0])
@@ -159,12 +161,9 @@ def test_turned_scores_depend_on_the_offset_alone() -> None:
     tables = turns(side, size)
     scores = (turn(q, *tables) @ turn(k, *tables).mT).view(side, side, side, side)
     seen: dict[tuple[int, int], float] = {}
-    for a in range(side):
-        for b in range(side):
-            for c in range(side):
-                for d in range(side):
-                    score = seen.setdefault((a - c, b - d), scores[a, b, c, d].item())
-                    assert scores[a, b, c, d].item() == pytest.approx(score, abs=1e-5)
+    for a, b, c, d in product(range(side), repeat=4):
+        score = seen.setdefault((a - c, b - d), scores[a, b, c, d].item())
+        assert scores[a, b, c, d].item() == pytest.approx(score, abs=1e-5)
     assert len({round(score, 3) for score in seen.values()}) == (2 * side - 1) ** 2
 
 
@@ -199,16 +198,38 @@ def test_positions_are_saved_and_not_trained_and_waves_are_neither() -> None:
     assert not any("frequencies" in name for name in names)
 
 
-@pytest.mark.parametrize(
-    ("update", "shape", "says"),
-    [
-        ({}, (2,), "square images.*mlp"),
-        ({}, (3, 4, 6), "square"),
-        ({}, (3, 5, 5), "patch 2 does not divide.*5"),
-        ({"attention": 3}, (3, 4, 4), "attention 3 does not divide.*8"),
-        ({"attention": 4, "modern": True}, (3, 4, 4), "modern.*multiple of 4.*2.*modern=false"),
-    ],
-)
-def test_sizes_that_do_not_fit_are_refused(update: dict[str, int], shape: tuple[int, ...], says: str) -> None:
-    with pytest.raises(UserError, match=says):
-        TINY.model_copy(update=update).build(V, shape, 10)
+# --- Decoupled MeanFlow's blocks: which are told which time, and the net of one time that they begin as
+
+
+def late(needs: Needs = MF, **options: Any) -> Transformer:  # noqa: ANN401
+    """A net whose last two blocks are told r, in float64."""
+    return drawn(TINY.model_copy(update={"depth": 5, "late": 3, **options}), needs)
+
+
+@pytest.mark.parametrize("options", [{}, {"modern": True}, {"checkpoint": True}], ids=str)
+def test_the_first_blocks_are_told_t_and_the_others_r(options: dict[str, Any]) -> None:
+    net, told = late(**options), list[Tensor]()
+    for part in (*net.blocks, net.heads["u"]):
+        modulation = next(m for name, m in part.named_modules() if name.endswith("modulation"))
+        modulation.register_forward_pre_hook(lambda _, given: told.append(given[0]))
+    x, c, t = points(3)
+    with torch.no_grad():
+        net(x, c, t=t, r=t / 3)
+        assert net.label is not None
+        by_t, by_r = (torch.nn.functional.silu(net.scalars(t=s) + net.label(c)) for s in (t, t / 3))
+    assert [torch.equal(e, by_t) for e in told] == [True] * 3 + [False] * 3
+    assert [torch.equal(e, by_r) for e in told] == [False] * 3 + [True] * 3
+
+
+def test_without_a_step_it_is_the_net_of_one_time() -> None:
+    """To the bit, by the same weights under the same names."""
+    net, plain = late(), late(FlowMatching().needs, late=None)
+    names = {name: name.replace("heads.u", "heads.v") for name in net.state_dict()}
+    net.load_state_dict({name: plain.state_dict()[other] for name, other in names.items()})
+    x, c, t = points(3)
+    assert torch.equal(net(x, c, t=t, r=t)[0], plain(x, c, t=t)[0])
+    assert not torch.allclose(net(x, c, t=t, r=t / 3)[0], plain(x, c, t=t)[0])
+
+
+def test_the_recipe_has_it() -> None:
+    assert load("digits-dmf").net.model_dump()["late"] == 3

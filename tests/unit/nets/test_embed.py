@@ -21,34 +21,23 @@ def test_waves_of_time(scale: float) -> None:
         assert waves[1, 128 + i].item() == pytest.approx(sin(angle), abs=1e-4 * max(1, scale / 100))
 
 
-def test_embeddings_of_all_names_are_added() -> None:
-    scalars = Scalars(("t", "r", "w"), 4, 1.0)
-    t, r, w = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
-    parts = zip(("t", "r", "w"), (t, t - r, w), strict=True)
-    by_hand = sum(scalars.embedders[name](scalars._waves(number)) for name, number in parts)
-    assert torch.allclose(scalars(t=t, r=r, w=w), by_hand, rtol=0, atol=1e-6)
-
-
-def test_a_shift_is_added_to_the_waves_of_every_input() -> None:
+def test_embeddings_of_all_names_are_added_and_a_shift_to_the_waves_of_each() -> None:
     """As EDM's labels are; and there may be fewer frequencies, over the same range."""
-    scalars = Scalars(("t", "w"), 4, 1.0, count=3)
-    t, w = torch.rand(2, 5, generator=torch.Generator().manual_seed(0))
+    scalars = Scalars(("t", "r", "w"), 4, 1.0, count=3)
+    t, r, w = torch.rand(3, 5, generator=torch.Generator().manual_seed(0))
     shift = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
     angles = t[:, None] * torch.tensor([1, 10_000 ** (-1 / 3), 10_000 ** (-2 / 3)])
     assert torch.allclose(scalars._waves(t), torch.cat([angles.cos(), angles.sin()], -1))
-    by_hand = sum(scalars.embedders[name](scalars._waves(s) + shift) for name, s in (("t", t), ("w", w)))
-    assert torch.allclose(scalars(shift, t=t, w=w), by_hand, rtol=0, atol=1e-6)
+    parts = {"t": t, "r": t - r, "w": w}
+    for shifts in ((), (shift,)):
+        by_hand = sum(scalars.embedders[name](scalars._waves(s) + sum(shifts)) for name, s in parts.items())
+        assert torch.allclose(scalars(*shifts, t=t, r=r, w=w), by_hand, rtol=0, atol=1e-6)
 
 
-def test_embedders_start_small() -> None:
-    scalars = Scalars(("t",), 200, 1.0)
-    for key, p in scalars.named_parameters():
-        assert (p.std() if "weight" in key else p.abs().max()).item() == pytest.approx(
-            0.02 * ("weight" in key), rel=0.05
-        )
-
-
-def test_labels_have_a_row_for_null() -> None:
+def test_embedders_and_labels_with_a_row_for_null_start_small() -> None:
+    for key, p in Scalars(("t",), 200, 1.0).named_parameters():
+        size = p.std() if "weight" in key else p.abs().max()
+        assert size.item() == pytest.approx(0.02 * ("weight" in key), rel=0.05)
     table = label_table(10, 300)
     assert table.weight.shape == (11, 300)
     assert table.weight.std().item() == pytest.approx(0.02, rel=0.1)

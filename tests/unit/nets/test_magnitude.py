@@ -15,8 +15,7 @@ from dumo.training.optim import AdamW
 from dumo.training.spec import Train
 from dumo.training.state import begin
 from dumo.training.step import Task, train_step
-from dumo.types import Needs, UserError
-from unit.nets.given import Given
+from dumo.types import Needs
 
 KEPT: dict[str, Any] = {"magnitude": "preserved"}
 TINY = DiT(patch=2, width=8, depth=3, attention=2, **KEPT)
@@ -104,8 +103,3 @@ def test_rows_have_length_1_after_a_step() -> None:
 def units(net: torch.nn.Module) -> list[Unit]:
     """All layers of a net whose rows have no length."""
     return [layer for layer in net.modules() if isinstance(layer, Unit)]
-
-
-def test_texts_are_refused() -> None:
-    with pytest.raises(UserError, match=r"net\.magnitude preserved.*texts"):
-        TINY.model_copy(update={"texts": Given()}).build(Needs(), (3, 4, 4), 5)

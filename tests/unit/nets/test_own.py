@@ -57,20 +57,6 @@ def test_a_head_that_is_told_nothing_by_its_embedding_is_as_any_other(net: Net) 
     assert torch.allclose(model(x, c, w=w, **times)[2], expected[2], rtol=1e-12)
 
 
-@each
-def test_what_a_head_is_told_depends_on_the_gap(net: Net) -> None:
-    """With its embedding of t silenced, and t - r the same, it is told the same."""
-    model = drawn(net, THREE, SHAPE, 3)
-    for p in model.own.heads["m"].embedders["t"].parameters():
-        p.data.zero_()
-    told = [model.own(t=torch.tensor([t]).double(), r=torch.tensor([r]).double())[1]["m"] for t, r in GAPS]
-    assert torch.allclose(told[0], told[1], rtol=1e-12)
-    assert not torch.allclose(told[0], told[2])
-
-
-GAPS = ((0.75, 0.25), (0.5, 0.0), (0.75, 0.0))
-
-
 def test_a_head_of_the_transformer_by_hand() -> None:
     """Its own embedding is added to the condition before the SiLU; the blocks never see it."""
     spec = DiT(patch=2, width=8, depth=1, attention=2)

@@ -5,10 +5,12 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import encoders
@@ -20,13 +22,14 @@ from dumo.flow.guide import Guide
 from dumo.flow.path import Linear
 from dumo.flow.slope import DualSlope, JvpSlope, Slope
 from dumo.nets import Pretrained
-from dumo.nets.adapter import Lora
+from dumo.nets.adapter import Half, Lora
 from dumo.nets.dualized import Dualized
 from dumo.nets.rows import TextFile
 from dumo.nets.table import TextTable
 from dumo.objectives import DuMo, FlowMatching, MeanFlow
+from dumo.run.config.load import load
 from dumo.training.loop import compile_blocks
-from dumo.types import Frozen, Needs, Noised, UserError
+from dumo.types import Frozen, Heads, Needs, Noised, UserError
 from forked import python
 from transformers_saved import CLASSES, IMAGES, NO_LOWPASS, SHAPE, asked, batch, saved
 
@@ -259,39 +262,6 @@ def test_weights_may_be_in_several_files(folder: Saved, tmp_path: Path) -> None:
     assert torch.equal(of_a_pipeline(x, c, t=t)[0], net(x, c, t=t)[0])
 
 
-@pytest.mark.parametrize(
-    ("change", "why"),
-    [
-        ({"_class_name": "UNet2DConditionModel"}, "learned the noise"),
-        ({"_class_name": "PixArtTransformer2DModel"}, "learned the noise"),
-        ({"_class_name": "FooTransformer2DModel"}, "take one of SD3"),
-        ({"_class_name": None}, "take one of SD3"),
-        ({"in_channels": 3}, "takes 3 channels, and the data have 4"),
-        ({"patch_size": 3}, "patches of 3 x 3"),
-    ],
-)
-def test_models_that_do_not_fit_are_refused(folder: Saved, tmp_path: Path, change: dict[str, object], why: str) -> None:
-    config = json.loads((Path(folder("sd3").source) / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
-    with pytest.raises(UserError, match=why):
-        built(Pretrained(source=str(tmp_path), weights="drawn"))
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "why"),
-    [
-        ("sd3", {"source": "nowhere"}, "is no folder"),
-        ("sd3", {"guidance": 3.5}, "embeds no guidance"),
-        ("flux-guided", {"guidance": None}, "set net.guidance"),
-        ("chroma", {"lowpass": 10.0}, "set net.lowpass=null"),
-        ("chroma-masked", {"checkpoint": True}, r"set net\.checkpoint=false"),
-    ],
-)
-def test_fields_that_do_not_fit_are_refused(folder: Saved, name: str, change: dict[str, object], why: str) -> None:
-    with pytest.raises(UserError, match=why):
-        built(folder(name).model_copy(update=change))
-
-
 def test_what_the_objective_asks_beyond_is_refused(folder: Saved) -> None:
     for needs in (MeanFlow().needs, Needs(heads=("v", "m")), Needs(gauges=("g",)), Needs(knobs={"w": 1.0})):
         with pytest.raises(UserError, match=r"objective\.kind dumo"):
@@ -313,34 +283,49 @@ def test_only_safetensors_are_read(folder: Saved, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "why"),
+    ("name", "where", "change", "why"),
     [
-        ("sd3", {"tokens": None}, "has no tokens"),
-        ("sd3", {"tokens": torch.zeros(3, 7, 15)}, "tokens of 15 numbers, this model takes 16"),
-        ("sd3", {"tokens": torch.zeros(4, 7, 16), "pooled": torch.zeros(4, 12)}, "3 and that of no condition"),
-        ("sd3", {"pooled": None}, "pooled of none, this model takes 12 numbers"),
-        ("sd3", {"mask": torch.ones(3, 7)}, "leave it out"),
-        ("chroma", {"pooled": torch.ones(3, 7)}, "pooled of 7 numbers, this model takes none"),
-        ("chroma", {"mask": torch.ones(3, 6)}, "has mask"),
+        ("sd3", "config", {"_class_name": "UNet2DConditionModel"}, "learned the noise"),
+        ("sd3", "config", {"_class_name": "PixArtTransformer2DModel"}, "learned the noise"),
+        ("sd3", "config", {"_class_name": "FooTransformer2DModel"}, "take one of SD3"),
+        ("sd3", "config", {"_class_name": None}, "take one of SD3"),
+        ("sd3", "config", {"in_channels": 3}, "takes 3 channels, and the data have 4"),
+        ("sd3", "config", {"patch_size": 3}, "patches of 3 x 3"),
+        ("sd3", "net", {"source": "nowhere"}, "is no folder"),
+        ("sd3", "net", {"guidance": 3.5}, "embeds no guidance"),
+        ("flux-guided", "net", {"guidance": None}, "set net.guidance"),
+        ("chroma", "net", {"lowpass": 10.0}, "set net.lowpass=null"),
+        ("chroma-masked", "net", {"checkpoint": True}, r"set net\.checkpoint=false"),
+        ("sd3", "texts", {"tokens": None}, "has no tokens"),
+        ("sd3", "texts", {"tokens": torch.zeros(3, 7, 15)}, "tokens of 15 numbers, this model takes 16"),
+        ("sd3", "texts", {"tokens": torch.zeros(4, 7, 16), "pooled": torch.zeros(4, 12)}, "3 and that of no condition"),
+        ("sd3", "texts", {"pooled": None}, "pooled of none, this model takes 12 numbers"),
+        ("sd3", "texts", {"mask": torch.ones(3, 7)}, "leave it out"),
+        ("chroma", "texts", {"pooled": torch.ones(3, 7)}, "pooled of 7 numbers, this model takes none"),
+        ("chroma", "texts", {"mask": torch.ones(3, 6)}, "has mask"),
     ],
 )
-def test_texts_that_do_not_fit_are_refused(
-    folder: Saved, tmp_path: Path, name: str, change: dict[str, Tensor | None], why: str
+def test_what_does_not_fit_is_refused(
+    folder: Saved, tmp_path: Path, name: str, where: str, change: dict[str, Any], why: str
 ) -> None:
-    from safetensors.torch import load_file, save_file
-
     spec = folder(name)
     assert isinstance(spec.texts, TextFile)
-    rows = load_file(spec.texts.source) | change
-    save_file({name: row for name, row in rows.items() if row is not None}, tmp_path / "texts.safetensors")
+    if where == "config":
+        config = json.loads((Path(spec.source) / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        spec = Pretrained(source=str(tmp_path), weights="drawn")
+    elif where == "texts":
+        rows = load_file(spec.texts.source) | change
+        save_file({name: row for name, row in rows.items() if row is not None}, file := tmp_path / "texts.safetensors")
+        spec = spec.model_copy(update={"texts": TextFile(source=str(file))})
+    else:
+        spec = spec.model_copy(update=change)
     with pytest.raises(UserError, match=why):
-        built(spec.model_copy(update={"texts": TextFile(source=str(tmp_path / "texts.safetensors"))}))
+        built(spec)
 
 
 def test_a_table_of_texts_is_a_file_of_the_same_rows(folder: Saved, tmp_path: Path) -> None:
     """Rows that an encoder made, by either kind; a model without a mask is told how to do without."""
-    from safetensors.torch import save_file
-
     captions, (x, c, t) = ("a red car", "cat"), batch()
     encoder = Encoder(source=str(encoders.t5(tmp_path / "t5")), length=12, dtype="float32")
     encode(captions, encoder, tmp_path / "table")
@@ -354,3 +339,81 @@ def test_a_table_of_texts_is_a_file_of_the_same_rows(folder: Saved, tmp_path: Pa
     assert torch.equal(*found)
     with pytest.raises(UserError, match=r"net\.texts\.encoder\.pad=true"):
         built(folder("auraflow").model_copy(update={"texts": table}))
+
+
+# --- frozen weights in bf16: the bits that float32 gives, what stays as it was, and whose memory they are
+
+VIDEOS = ("wan", "ltx", "hunyuan-video")
+HALF = [pytest.param(name, marks=[] if name in QUICK[:4] else [pytest.mark.slow]) for name in (*IMAGES, *VIDEOS)]
+
+
+def both(place: Path, name: str, dtype: torch.dtype) -> list[Dualized]:
+    """With adapters that say something, frozen in float32 and in bf16; in the file linear layers are in `dtype`."""
+    spec, model, found = saved(place, name), tiny.TINY[name].model(), list[Dualized]()
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.to(dtype)
+    model.save_pretrained(spec.source)
+    for frozen in ("float32", "bfloat16"):
+        net = built(spec.model_copy(update={"lora": LORA.model_copy(update={"frozen": frozen})}))
+        g = torch.Generator().manual_seed(0)
+        for p in net.parameters():
+            p.data += 0.1 * torch.randn(p.shape, generator=g) if p.requires_grad else 0
+        found.append(net)
+    return found
+
+
+def passed(net: Dualized, *, low: bool) -> Heads:
+    """The heads, and those of the base; `low`: in bf16."""
+    x, c, t = batch()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=low):
+        tuned = net(x, c, t=t)
+        with net.base():
+            return (*tuned, *net(x, c, t=t))
+
+
+def same(one: Heads, other: Heads) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_a_pass_in_bf16_has_the_bits_of_float32_weights(tmp_path: Path, name: str) -> None:
+    """Heads, base and gradients of a step, of every family."""
+    whole, half = both(tmp_path, name, torch.float32)
+    assert same(passed(whole, low=True), passed(half, low=True))
+    assert not same(passed(whole, low=False), passed(half, low=False))  # what is stored in more bits is rounded
+    with torch.autocast("cpu", torch.bfloat16):
+        one, other = (gradient(net, DualSlope()) for net in (whole, half))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_what_is_stored_in_bf16_is_rounded_nowhere(tmp_path: Path, name: str) -> None:
+    whole, half = both(tmp_path, name, torch.bfloat16)
+    assert same(passed(whole, low=False), passed(half, low=False))
+    for name, p in half.named_parameters():
+        rests = isinstance(half.get_submodule(name.rpartition(".")[0]), Half)
+        assert p.dtype == (torch.bfloat16 if rests else torch.float32), name
+        assert not (rests and p.requires_grad)
+    assert all(b.dtype != torch.bfloat16 for b in half.buffers())
+    merged = [net.stock("u", merged=True).state_dict() for net in (whole, half)]
+    assert merged[0].keys() == merged[1].keys()
+    assert all(torch.equal(x, merged[1][name]) for name, x in merged[0].items())
+
+
+def test_a_file_in_bf16_is_mapped_and_shared(tmp_path: Path) -> None:
+    """Weights that rest lie in the file's own pages."""
+    _, net = both(tmp_path, "sd3", torch.bfloat16)
+    mine = [p.data_ptr() for p in net.parameters() if p.dtype == torch.bfloat16]
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    places = [line.split()[0].split("-") for line in lines if str(tmp_path) in line]
+    assert mine
+    assert all(any(int(low, 16) <= at < int(high, 16) for low, high in places) for at in mine)
+
+
+def test_weights_that_every_pass_would_cast_up_are_refused() -> None:
+    words = ("net.kind=diffusers", "net.source=sd3-digits", "net.lora.frozen=bfloat16")
+    assert load("digits", (*words, "train.precision=bf16"))
+    with pytest.raises(UserError, match=r"train\.precision=bf16"):
+        load("digits", words)

@@ -1,6 +1,7 @@
 """Laws of the demo's answers: its samples are those of `dumo sample`, and a cell without one says why."""
 
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,47 @@ from dumo.io import picture
 from dumo.report import answer
 from dumo.report.answer import PASSES, Answer, Cell, Live, Row, between
 from dumo.report.demo import error_text, render
+from dumo.run.config.load import load
+from dumo.run.folder import open_run
+from dumo.run.train import train
 from dumo.runtime.random import stream
 from dumo.runtime.signals import Stopped
 from dumo.types import UserError
 
 NONSENSE = ["", " ", "abc", "-1", "1.5", "1e9", "٣", "nan", "9" * 19, "9" * 10_000, "<script>alert(1)</script>", "0\0"]
+TINY = ["net.width=16", "net.depth=1", "train.batch=16", "train.steps=5", "train.optimizer.lr=0.02"]
+
+
+def trained(folder: Path, recipe: str, *more: str) -> Live:
+    """A run of a recipe, made small."""
+    train(load(recipe, [*TINY, *more]), folder)
+    return Live(open_run(str(folder), device="cpu").sampler)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Live:
+    """DuMo, which jumps and has a velocity."""
+    return trained(tmp_path_factory.mktemp("demo") / "digits", "digits")
+
+
+@pytest.fixture(scope="session")
+def flow(tmp_path_factory: pytest.TempPathFactory) -> Live:
+    """Flow matching by Heun's steps, two passes each: no jumps, and no single pass."""
+    folder = tmp_path_factory.mktemp("demo") / "flow"
+    return trained(folder, "digits-flow-matching", "sample.solver.kind=heun", "sample.nfe=[2]", "evaluate.nfe=[2]")
+
+
+@pytest.fixture(scope="session")
+def moons(tmp_path_factory: pytest.TempPathFactory) -> Live:
+    """Points."""
+    return trained(tmp_path_factory.mktemp("demo") / "moons", "moons")
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Live:
+    """Digits by captions, with a small encoder."""
+    folder = tmp_path_factory.mktemp("demo")
+    return trained(folder / "words", "digits-words", f"net.texts.root={folder}/ids")
 
 
 def pixels(cell: Cell) -> np.ndarray:

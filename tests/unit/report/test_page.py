@@ -241,33 +241,34 @@ def test_first_row_of_a_sheet_is_where_the_trajectory_begins(digits: Path) -> No
 
 
 def test_velocity_alone_says_what_is_missing() -> None:
-    opened = untrained("digits-flow-matching")
-    page = rendered(opened)
+    page = rendered(untrained("digits-flow-matching"))
     assert "passes of the velocity make the images below" in page.words
     assert "u head" not in page.words
-    assert [*report.make(opened.sampler, no_bar)] == [report.SHEET, "v head, Euler steps"]
     assert "Nothing is logged yet" in page.words
     assert "This run has not been evaluated. dumo evaluate runs/untrained does it" in page.words
 
 
-def test_one_head_at_two_times_has_two_rows() -> None:
-    """No reading takes the row of the other: both are of head u."""
-    opened = untrained("digits-meanflow", "sample.solver.kind=restart")
+@pytest.mark.parametrize(
+    ("recipe", "sets", "rows"),
+    [
+        ("digits-flow-matching", (), {"v head, Euler steps": [1, 2, 7]}),
+        (
+            "digits-meanflow", ("sample.solver.kind=restart",),  # one head at two times
+            {"u head, jumps (restart)": [1, 2, 7], "v = u at r = t, Euler steps": [1, 2, 7]},
+        ),
+        ("digits-shortcut", (), {"u head, jumps (hop)": [1, 2], "v by the u head, Euler steps": [1, 2]}),
+    ],
+)  # fmt: skip
+def test_each_reading_has_a_row_of_the_passes_that_its_solver_can_make(
+    recipe: str, sets: tuple[str, ...], rows: dict[str, list[int]]
+) -> None:
+    opened = untrained(recipe, *sets)
     made = report.make(opened.sampler, no_bar)
     del made[report.SHEET]
-    assert [*made] == ["u head, jumps (restart)", "v = u at r = t, Euler steps"]
+    assert {name: [*row] for name, row in made.items()} == rows
     real = opened.run.data.open().reference(10, 0)[0]
     drawn = {name: {n: report.look(opened.sampler, x, real) for n, x in row.items()} for name, row in made.items()}
-    assert report.joined(opened.sampler, drawn).height == 2 * len(report.PASSES) * (64 + 6) - 6
-
-
-def test_passes_that_the_solver_cannot_make_are_left_out() -> None:
-    """Shortcut jumps by powers of two: of 1, 2 and 7 passes it makes two."""
-    _, *rows = report.make(untrained("digits-shortcut").sampler, no_bar).items()
-    assert {name: [*row] for name, row in rows} == {
-        "u head, jumps (hop)": [1, 2],
-        "v by the u head, Euler steps": [1, 2],
-    }
+    assert report.joined(opened.sampler, drawn).height == sum(map(len, rows.values())) * (64 + 6) - 6
 
 
 @pytest.mark.parametrize(("recipe", "head"), [("digits-imf", "u"), ("digits-three-heads", "u"), ("digits-sct", "f")])

@@ -83,12 +83,9 @@ def test_a_terminal_gets_a_bar_that_moves(capsys: pytest.CaptureFixture[str], mo
     assert "\x1b" not in capsys.readouterr().err
 
 
-def test_spans() -> None:
+def test_spans_and_sizes() -> None:
     spans = [span(s) for s in (0, 59.6, 61, 3599, 3600, 90061)]
     assert spans == ["0:00", "1:00", "1:01", "59:59", "1:00:00", "25:01:01"]
-
-
-def test_sizes() -> None:
     sizes = (0, 999, 1500, 562e6, 999.6e6, 1.234e9, 5e15, 7e19)
     assert [sized(n) for n in sizes] == ["0 kB", "0.999 kB", "1.5 kB", "562 MB", "1 GB", "1.23 GB", "5 PB", "70,000 PB"]
     assert [sized(n, 1024) for n in (1024, 24 * 2**30)] == ["1 KiB", "24 GiB"]
