@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from math import inf, pi, prod, sqrt
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,28 +36,6 @@ from dumo.types import Frozen, Heads, Needs, Noised, Objective
 
 D = torch.float64
 PLAIN = Guide()
-
-
-class Flow(Protocol):
-    """A flow of which everything is known; `classes` is also the index of the null condition."""
-
-    classes: int
-
-    def data(self, c: Tensor, g: torch.Generator) -> Tensor:
-        """One sample of x per class index."""
-        ...
-
-    def velocity(self, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
-        """E[v_t | x_t = x, c]: without guidance."""
-        ...
-
-    def guided(self, x: Tensor, c: Tensor, t: Tensor) -> Tensor:
-        """The velocity that guidance makes of it."""
-        ...
-
-    def carry(self, x: Tensor, c: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        """x_r of the guided flow through x_t = x."""
-        ...
 
 
 def column(a: Tensor) -> Tensor:
@@ -78,6 +56,9 @@ def growth(s: Tensor, t: Tensor) -> Tensor:
 @dataclass(frozen=True)
 class Gaussian:
     """N(m, s^2 I) per class, guided by w at the times low <= t <= high; with guidance, all means are zero.
+
+    As of every flow, `data` are samples of x, `velocity` is E[v_t | x_t = x, c], `guided` what guidance makes of it,
+    and `carry` x_r of the guided flow through x_t = x; `classes` is also the index of the null condition.
 
     d log S_c^w S_0^(1-w) / dt = A_c + (w - 1) (A_c - A_0), and the second part counts only inside [low, high]: clamping
     the time of its integral says just that. An interval that reaches 0 or 1 goes on beyond it, as differences do.
@@ -212,7 +193,7 @@ class OnTrig:
     velocity.
     """
 
-    of: Flow
+    of: "Flow"
 
     @property
     def classes(self) -> int:
@@ -242,6 +223,9 @@ class OnTrig:
         """The time on the linear path, and its n."""
         sin, cos = (t * pi / 2).sin(), (t * pi / 2).cos()
         return sin / (sin + cos), 1 / (sin + cos)
+
+
+Flow = Gaussian | Mixture | OnTrig
 
 
 def integrate(f: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Tensor, r: Tensor) -> Tensor:

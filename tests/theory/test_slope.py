@@ -68,15 +68,11 @@ def test_rows_that_do_not_move_get_zeros(slope: Slope, known: bool, own: bool) -
             assert (found - known_slope.where(moved, 0)).abs().max() < 1e-12
 
 
-def test_a_ride_goes_where_it_was_told() -> None:
+def test_a_ride_goes_where_it_was_told_and_a_tape_plays_once() -> None:
     net, (x, c, t, r, w) = Wave(), inputs()
     _, along = DualSlope()(net, Frozen(net), x, c, t=t, r=r, toward=w)
     with pytest.raises(ValueError, match="toward"):
         along(2 * w)
-
-
-def test_a_tape_plays_once() -> None:
-    net, (x, c, t, r, w) = Wave(), inputs()
     _, along = DualSlope()(net, Frozen(net), x, c, t=t, r=r)
     along(w)
     with pytest.raises(RuntimeError, match="once"):
@@ -84,16 +80,14 @@ def test_a_tape_plays_once() -> None:
 
 
 def test_way_of_a_dual() -> None:
-    net = Wave()
-    assert DualSlope().way(net, Frozen(net), known=False).name == "tape"
-    assert DualSlope().way(net, Frozen(net), known=True).name == "ride"
-    assert DualSlope().way(net, Frozen(Wave()), known=True).name == "pass"
-    assert DualSlope().way(torch.nn.DataParallel(net), Frozen(net), known=False).name == "tape", (
-        "seen through a wrapper"
-    )
+    net, way = Wave(), DualSlope().way
+    assert way(net, Frozen(net), known=False).name == "tape"
+    assert way(net, Frozen(net), known=True).name == "ride"
+    assert way(net, Frozen(Wave()), known=True).name == "pass"
+    assert way(torch.nn.DataParallel(net), Frozen(net), known=False).name == "tape"  # seen through a wrapper
     net.gradient_checkpointing = True  # type: ignore[assignment]
-    assert DualSlope().way(net, Frozen(net), known=False).name == "pass"
-    assert DualSlope().way(net, Frozen(net), known=True).name == "ride"
+    assert way(net, Frozen(net), known=False).name == "pass"
+    assert way(net, Frozen(net), known=True).name == "ride"
 
 
 def test_central_is_of_second_order() -> None:

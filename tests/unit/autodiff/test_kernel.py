@@ -142,32 +142,20 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     return run("compile", tmp_path_factory.mktemp("triton"))
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_kernel_is_exact(errors: dict[str, float], case: str) -> None:
-    assert errors[case] <= (1e-5 if CASES[case][0] == "float32" else 2e-3)
-
-
-def test_any_strides_will_do(errors: dict[str, float]) -> None:
-    assert errors["odd"] <= 1e-5
-
-
-def test_a_compiler_sees_one_operator(errors: dict[str, float]) -> None:
-    assert errors["compiled"] == 0
+def test_the_kernel_is_exact(errors: dict[str, float]) -> None:
+    """On any strides, too; and as the one operator that a compiler sees it is itself."""
+    assert errors.pop("compiled") == 0
+    for case, found in errors.items():
+        assert found <= (2e-3 if case.startswith("half") else 1e-5), case
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_the_kernel_fits_into_shared_memory(code: dict[str, float], machine: str) -> None:
+def test_the_code_fits_the_machine(code: dict[str, float], machine: str) -> None:
+    """Into its shared memory; loads are wide and ahead; Hopper multiplies by groups of warps."""
     assert 0 < code[f"{machine} shared"] <= MACHINES[machine][1] << 10
-
-
-@pytest.mark.parametrize("machine", MACHINES)
-def test_loads_are_wide_and_ahead(code: dict[str, float], machine: str) -> None:
     assert code[f"{machine} ahead"] > 0
     assert code[f"{machine} narrow"] == 0
-
-
-def test_hopper_multiplies_by_warp_groups(code: dict[str, float]) -> None:
-    assert code["H100 groups"] > 0
+    assert (code[f"{machine} groups"] > 0) == (machine == "H100")
 
 
 @pytest.mark.parametrize("size", [1, 16, 20, 40, 64, 72, 80, 96, 112, 128, 256])

@@ -96,14 +96,12 @@ def test_faults_are_seen(fault: str, data: Reference, test: Reference, good: dic
 
 
 @pytest.mark.data
-def test_mirrored_images_are_as_good(data: Reference, test: Reference, good: dict[str, float]) -> None:
+def test_mirrored_images_are_as_good_and_accuracy_is_of_the_classes_asked_for(
+    data: Reference, test: Reference, good: dict[str, float]
+) -> None:
     mirrored = score(test.x.flip(3), test.c, data)
     assert mirrored["fd"] == pytest.approx(good["fd"], rel=0.1)
     assert mirrored["accuracy"] == pytest.approx(good["accuracy"], abs=0.03)
-
-
-@pytest.mark.data
-def test_accuracy_is_of_the_classes_asked_for(data: Reference, test: Reference) -> None:
     assert score(test.x, (test.c + 1) % 10, data)["accuracy"] < 0.1
 
 
@@ -117,7 +115,9 @@ def test_samples_count_by_their_number_whatever_their_batches(blobs: Reference) 
     assert evaluator.facts["features_sha256"] == cifar10.sha256
 
 
-def test_without_classes_there_is_no_accuracy(blobs: Reference) -> None:
+def test_without_classes_there_is_no_accuracy_and_without_as_many_images_no_score(blobs: Reference) -> None:
+    with pytest.raises(UserError, match="do not fit"):
+        score(blobs.x, blobs.c, Reference(blobs.x[:900], blobs.c[:900]))
     assert "accuracy" not in score(blobs.x, QUICK.labels(0), blobs)
 
 
@@ -147,8 +147,3 @@ def test_a_reference_is_read_once(blobs: Reference, monkeypatch: pytest.MonkeyPa
     assert not torch.equal(learned(changed), features_of(first))
     learned(third)
     assert len(known) == protocol.KEPT
-
-
-def test_another_number_of_samples_than_of_data_is_refused(blobs: Reference) -> None:
-    with pytest.raises(UserError, match="do not fit"):
-        score(blobs.x, blobs.c, Reference(blobs.x[:900], blobs.c[:900]))

@@ -25,25 +25,20 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> list[Exception]:
     return errors
 
 
-def test_the_system_s_refusal_names_its_file(failing: list[Exception]) -> None:
-    failing.append(PermissionError(errno.EACCES, "Permission denied", Path("a/b")))
-    with pytest.raises(PermissionError) as caught:
-        agreement.agreed(lambda: 1)
-    assert (caught.value.strerror, caught.value.filename) == ("Permission denied", "a/b")
-
-
-def test_a_full_disk_stays_one(failing: list[Exception]) -> None:
-    failing.append(OSError(errno.EDQUOT, "Disk quota exceeded"))
-    with pytest.raises(OSError, match="quota") as caught:
-        agreement.agreed(lambda: 1)
-    assert files.full(caught.value)
-    assert caught.value.filename is None
-
-
-def test_others_are_told_by_rank(failing: list[Exception]) -> None:
-    failing += [UserError("this is wrong"), KeyError("x")]
-    with pytest.raises(RuntimeError, match="rank 1: KeyError: 'x'"):
-        agreement.own(lambda: 1)
-    failing.pop()
-    with pytest.raises(UserError, match=r"^this is wrong$"):
-        agreement.own(lambda: 1)
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied", Path("a/b")), PermissionError, "Permission denied.*a/b"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), OSError, "quota"),
+        (UserError("this is wrong"), UserError, "^this is wrong$"),
+        (KeyError("x"), RuntimeError, "rank 1: KeyError: 'x'"),
+    ],
+)
+def test_others_are_told_by_rank(failing: list[Exception], error: Exception, kind: type[Exception], says: str) -> None:
+    """The system's refusal names its file, and a full disk stays one."""
+    failing.append(error)
+    for work in (agreement.agreed, agreement.own):
+        with pytest.raises(kind, match=says) as caught:
+            work(lambda: 1)
+        assert not isinstance(error, OSError) or files.full(caught.value) == files.full(error)
+        assert getattr(caught.value, "filename", None) == (str(f) if (f := getattr(error, "filename", None)) else None)

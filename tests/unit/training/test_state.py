@@ -18,14 +18,15 @@ def after(*errors: float) -> Trend:
     return trend
 
 
-def test_nothing_yet_is_good() -> None:
+def test_the_trend_is_a_geometric_mean_of_the_latest() -> None:
+    """Nothing yet is good; no number changes nothing, and nothing nothing for good; it survives JSON."""
     assert Trend().good
-
-
-def test_it_is_a_geometric_mean_of_the_latest() -> None:
-    level = after(4.0, *repeat(0.5, 20)).level
-    assert level == pytest.approx(0.5 * (4 / 0.5) ** (DECAY**20))
+    assert after(4.0, *repeat(0.5, 20)).level == pytest.approx(0.5 * (4 / 0.5) ** (DECAY**20))
     assert after(3.0).level == after(3.0).lowest == 3.0
+    trend = after(0.1, 0.7, 1 / 3)
+    assert trend.after(math.nan) == trend.after(math.inf) == trend
+    assert 0 < (trend.after(0.0).level or 0) < math.inf
+    assert Trend.model_validate_json(trend.model_dump_json()) == trend
 
 
 def test_a_bad_batch_is_no_change_of_course() -> None:
@@ -40,14 +41,3 @@ def test_what_is_lost_is_seen_and_what_comes_back(factor: float) -> None:
     assert not after(*well, *repeat(0.3 * factor, 60)).good
     assert after(*well, *repeat(0.3 * factor, 60), *repeat(0.3, 60)).good
     assert after(*well, *repeat(0.3 * 0.9 * FAR, 500)).good
-
-
-def test_no_number_and_nothing_change_nothing_for_good() -> None:
-    trend = after(1.0, 2.0)
-    assert trend.after(math.nan) == trend.after(math.inf) == trend
-    assert 0 < (trend.after(0.0).level or 0) < math.inf
-
-
-def test_it_survives_json() -> None:
-    trend = after(0.1, 0.7, 1 / 3)
-    assert Trend.model_validate_json(trend.model_dump_json()) == trend
