@@ -92,7 +92,7 @@ def test_a_run_without_snapshots_is_refused(tmp_path: Path) -> None:
 
 
 STEPS = 400
-KEPT = [Profile(step, std) for step, std in product(range(50, STEPS + 1, 50), (0.05, 0.1))]
+PROFILES = [Profile(step, std) for step, std in product(range(50, STEPS + 1, 50), (0.05, 0.1))]
 
 
 def test_overlaps_are_the_integrals() -> None:
@@ -105,16 +105,16 @@ def test_overlaps_are_the_integrals() -> None:
         assert overlap(one, other) == overlap(other, one)
 
 
-@pytest.mark.parametrize("known", KEPT[::5])
+@pytest.mark.parametrize("known", PROFILES[::5])
 def test_a_snapshot_is_found_again(known: Profile) -> None:
-    x, error = fit(KEPT, known)
-    assert x == pytest.approx([float(one == known) for one in KEPT], abs=1e-9)
+    x, error = fit(PROFILES, known)
+    assert x == pytest.approx([float(one == known) for one in PROFILES], abs=1e-9)
     assert error < 1e-6
 
 
 def test_weights_that_rest_stay() -> None:
     for std in (0.01, 0.04, 0.25):
-        assert sum(fit(KEPT, Profile(STEPS, std))[0]) == pytest.approx(1, abs=1e-12)
+        assert sum(fit(PROFILES, Profile(STEPS, std))[0]) == pytest.approx(1, abs=1e-12)
 
 
 def test_more_snapshots_are_nearer() -> None:
