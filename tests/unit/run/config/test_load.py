@@ -216,10 +216,14 @@ def test_what_was_changed_stands_in_run_yaml_and_is_no_field(tmp_path: Path) -> 
             load(str(tmp_path))
 
 
-MINE = "base: {base}\nabout: mine\ntrain:\n  steps: 7\nobjective:\n  kind: flow_matching\n  drop: 0.25\n"
-SETS = ["about=mine", "train.steps=7", "objective.kind=flow_matching", "objective.drop=0.25"]
-MINE += "sample:\n  solver: {{kind: euler}}\n"
-SETS += ["sample.solver.kind=euler"]
+MINE = """base: {base}
+about: mine
+train: {{steps: 7}}
+objective: {{kind: flow_matching, drop: 0.25}}
+sample: {{solver: {{kind: euler}}}}
+"""
+FLOW = ["objective.kind=flow_matching", "objective.drop=0.25"]
+SETS = ["about=mine", "train.steps=7", *FLOW, "sample.solver.kind=euler"]
 
 
 def written(file: Path, text: str) -> str:
