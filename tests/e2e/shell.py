@@ -112,6 +112,11 @@ def tree(folder: Path, *, trains: bool = False) -> dict[str, bytes | int]:
     }
 
 
+def files(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file, by path."""
+    return {name: bits for name, bits in tree(folder).items() if isinstance(bits, bytes)}
+
+
 def refused(*words: object, named: tuple[str, ...], lines: int | None = 1, run: Path | None = None) -> Done:
     """A command that must end with 2: plain words on stderr that name the thing, nothing on stdout, nothing written.
 

@@ -13,7 +13,6 @@ from dumo.runtime.random import stream
 from e2e.shell import call, refused, sets
 from unit.evaluation.extractor import Peephole
 
-TESTS = Path(__file__).parents[1]
 COUNT = 120  # images
 
 

@@ -7,14 +7,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from e2e.shell import call, refused, tree
+from e2e.shell import call, files, refused
 
 pytestmark = pytest.mark.slow
-
-
-def files(folder: Path) -> dict[str, bytes | int]:
-    """The bytes of every file."""
-    return {path: bits for path, bits in tree(folder).items() if isinstance(bits, bytes)}
 
 
 def test_figure_3(here: Path) -> None:

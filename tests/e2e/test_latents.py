@@ -44,11 +44,6 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path / "here")
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 @pytest.mark.slow
 def test_the_whole_way(home: Path) -> None:
     """Each command takes what the one before has left; without a cache training says how to make it."""
@@ -56,7 +51,7 @@ def test_the_whole_way(home: Path) -> None:
     refused("train", home / "run.yml", "--out", run, named=("data.root", "dumo encode"))
     assert not run.exists()
     made = call("encode", home / "run.yml", "--shard-rows", 16)
-    assert (made.code, "60 images" in made.out, "next:  dumo train" in made.err) == (0, True, True)
+    assert (made.code, "60 images" in made.out) == (0, True)
     assert call("train", home / "run.yml", "--out", run).code == 0
     sampled = call("sample", run, "--nfe", 1, "--count", 3, "--format", "images")
     assert sampled.code == 0

@@ -1,6 +1,7 @@
 """Somebody's own photos in class folders, one of them broken, with no network and nothing fetched: the whole way."""
 
 import json
+import os
 import socket
 import warnings
 from pathlib import Path
@@ -130,6 +131,30 @@ def test_a_run_that_needs_inception_does_not_hint_at_judging(photos: Path) -> No
     assert done.code == 0
     assert "dumo evaluate runs" not in told
     assert "dumo data inception" in told
+
+
+@pytest.mark.data
+def test_in_latents(photos: Path) -> None:
+    """With a real autoencoder: stopped by the broken file, nothing is in the way of the true run."""
+    fields = sets(f"data.images.root={photos}", "data.images.side=32")
+    before = call("encode", "my-images-256", *fields, *sets("data.images.on_bad=raise"))
+    assert before.code == 2
+    assert "broken.png" in before.err
+    assert "data.images.on_bad=skip" in before.err
+    done, told = said("encode", "my-images-256", *fields)
+    assert done.code == 0, told
+    assert "60 images (1 could not be read)" in done.out
+    hint = done.err.split("next:  dumo ")[1].splitlines()[0].split()
+    rest = sets("net.attention=2", "evaluate.protocol.samples=20", "evaluate.contrast=[]")
+    assert hint == ["train", "my-images-256", *fields]
+    done, told = said(*hint, *SMALL, *rest)
+    assert done.code == 0, told
+    run = Path("runs/my-images-256")
+    assert load(str(run)).conditions.name(3) == "zoo birds"
+    for words in (("sample", run, "--labels", "cats"), ("evaluate", run), ("report", run)):
+        done, told = said(*words)
+        assert done.code == 0, told
+    assert os.path.getsize(run / "report.html") > 10_000
 
 
 @pytest.mark.data

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e.shell import TINY, call, finish, sets, start, tree, wait
+from e2e.shell import TINY, call, files, finish, sets, start, tree, wait
 
 OFTEN = sets("train.log_every=1", "train.save_every=10", "train.keep=3", "train.schedule.kind=constant")
 
@@ -57,11 +57,6 @@ def test_a_finished_run_is_left_as_it_is(here: Path, trained: dict[str, Path]) -
     before = files(run)
     assert call("train", "run").code == 0
     assert files(run) == before
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file."""
-    return {name: bits for name, bits in tree(folder).items() if isinstance(bits, bytes)}
 
 
 def test_a_run_without_its_checkpoints_starts_over(here: Path, trained: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""The whole way: train, sample, evaluate, report, each with a run's folder and no other flag."""
+"""The whole way: train, sample, evaluate, report, log, each with a run's folder and hardly another flag."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from PIL import Image
 from dumo.io.digest import of_file
 from dumo.run.config.load import load
 from e2e.conftest import RECIPES
-from e2e.shell import TINY, call, finish, sets, start, tree
+from e2e.shell import TINY, call, finish, refused, sets, start, tree
 
 SOLVERS = {"digits": "restart", "digits-flow-matching": "euler", "digits-meanflow": "hop", "moons": "restart"}
 
@@ -75,7 +75,7 @@ def test_archive_in_adm_layout_and_single_images_agree(here: Path, trained: dict
 
 def test_no_sheet_writes_over_another(here: Path, trained: dict[str, Path]) -> None:
     last = trained["digits"] / "checkpoints/step-00000020"
-    asked = {
+    asked: dict[str, list[object]] = {
         "restart-nfe1": [],
         "restart-nfe1-count9": ["--count", 9],
         "restart-nfe1-labels3-5": ["--labels", "3,5"],
@@ -185,3 +185,68 @@ def test_grids_of_milestones(here: Path) -> None:
     assert (done.code, done.out.split()) == (0, ["mine/classes-u-nfe1-step-00000020.png"])
     assert {path.name for path in (here / "mine").iterdir()} == {"classes-u-nfe1-step-00000020.png"}
     assert call("sample", "run", "--weights", "run/milestones/step-00000010.safetensors", "--nfe", "1").code == 0
+
+
+def test_a_run_is_sampled_at_any_scale(here: Path) -> None:
+    run = here / "run"
+    assert call("train", "digits-flow-matching", "--out", run, *TINY, *sets("objective.drop=0.1")).code == 0
+
+    def made(name: str, *words: str) -> np.ndarray:
+        done = call("sample", run, "--out", here / name, "--format", "npz", "--count", 4, "--nfe", 4, *sets(*words))
+        assert done.code == 0, done
+        (file,) = (here / name).glob("*.npz")
+        with np.load(file) as archive:
+            return archive["arr_0"].astype(int)
+
+    plain, strong = made("plain"), made("strong", "sample.guide.scale=4")
+    assert np.abs(strong - plain).max() > 0
+    assert np.array_equal(made("one", "sample.guide.scale=1"), plain)
+    assert np.array_equal(made("never", "sample.guide.scale=4", "sample.guide.interval.high=0.1"), plain)
+    assert np.array_equal(made("again", "sample.guide.scale=4"), strong)
+    refused("sample", run, *sets("sample.guide.scale=0"), named=("sample.guide.scale", "greater than 0"))
+    refused("sample", run, *sets("objective.guide.zeta=0.44"), named=("objective.guide.zeta", "0.44"), lines=None)
+
+
+def test_the_last_rows_of_runs(trained: dict[str, Path]) -> None:
+    done = call("log", trained["digits"], trained["moons"], "--last", 2)
+    assert done.code == 0, done
+    for word in ("loss", "gradient norm", "learning rate", "images/s", str(trained["digits"]), " 15 ", " 20 "):
+        assert word in done.out
+    assert " 10 " not in done.out
+    rows = call("log", trained["digits"], "--json").json["runs"][str(trained["digits"])]
+    assert [row["step"] for row in rows] == [5, 10, 15, 20]
+    assert {"loss", "parts", "grad_norm", "lr", "speed"} <= rows[-1].keys()
+
+
+def test_curves_of_one_run_and_of_several(here: Path, trained: dict[str, Path]) -> None:
+    shutil.copytree(trained["digits"], "one")
+    assert call("log", "one", "--plot").out == "one/log.png\n"
+    assert call("log", "one", trained["moons"], "--plot").out == "log.png\n"
+    assert call("log", "one", "--plot", "--out", "a/b.png").out == "a/b.png\n"
+    assert Image.open("one/log.png").tobytes() == Image.open("a/b.png").tobytes()
+
+
+def test_a_skipped_step_is_shown(here: Path) -> None:
+    Path("run").mkdir()
+    skipped = '{"step": 7, "loss": null, "grad_norm": null, "lr": 0.1, "skipped": {"count": 3, "rows": []}}\n'
+    Path("run/metrics.jsonl").write_text('{"step": 5, "loss": 0.5, "grad_norm": 1, "lr": 0.1}\n' + skipped)
+    out = call("log", "run").out
+    assert "skipped for" in out
+    assert "3 rows" in out
+    Path("run/metrics.jsonl").write_text("")
+    assert call("log", "run").out == "run: nothing is logged yet\n"
+    refused("log", "run", "--plot", named=("run: nothing is logged yet",))
+
+
+def test_a_plan_for_ranks(here: Path) -> None:
+    words = ("dry", "digits-flow-matching", "--set", "net.width=32", "--set", "net.depth=1", "--ranks", 2)
+    facts = call(*words, "--share", 2, "--tflops", 3, "--json").json["cluster"]
+    assert (facts["ranks"], facts["share"], facts["fields"], facts["tflops"]) == (2, 2, {}, 3.0)
+    done = call(*words, "--share", 2, "--fit", f"{facts['memory']['peak'] // 1024}KiB")
+    assert done.code == 0, done
+    flat = " ".join(done.out.split())
+    assert "so set --set train.micro_batch=8" in flat
+    assert "8 rows at a time, in 2 passes a step" in flat
+    assert "hours need --tflops" in flat
+    refused(*words, "--fit", "much", named=("'much' is no size such as 24GiB",), lines=None)
+    refused(*words[:-1], 3, "--share", 2, named=("train.share = 2 does not divide 3 ranks",))

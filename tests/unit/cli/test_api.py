@@ -127,14 +127,11 @@ def test_a_reading_is_the_nets(digits: TrainedRun) -> None:
     assert torch.allclose(guided.velocity(x, t, c), null + 3 * (v - null), atol=1e-5)
 
 
-def test_a_run_says_what_it_is(digits: TrainedRun) -> None:
+def test_a_run_says_what_it_is_and_goes_on(digits: TrainedRun, moons: TrainedRun) -> None:
     assert (digits.step, digits.device.type, digits.codec, digits.net.training) == (2, "cpu", None, False)
     assert digits.spec == load(str(digits.folder))
     last = digits.folder / "checkpoints/step-00000002/net.safetensors"
     assert dumo.load(digits.folder, weights=last).opened.weights == str(last)
-
-
-def test_training_again_goes_on(moons: TrainedRun) -> None:
     again = dumo.train(moons.folder, {"train.steps": 3})
     assert (again.step, again.folder) == (3, moons.folder)
 

@@ -3,15 +3,21 @@
 import json
 import re
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
+from dumo.data import Data
+from dumo.flow.generate import labels
 from dumo.flow.solver import Heun, Restart
 from dumo.io.source import Table
 from dumo.io.weights import load as load_weights
+from dumo.nets.table import Tabled
+from dumo.run import encode
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.run.folder import RunFolder, open_run
@@ -132,3 +138,46 @@ def test_a_difference_is_told_what_the_slope_that_rides_would_take(tmp_path: Pat
         in (said["central"])
     )
     assert "dual takes" not in outlook(tiny("moons-flow-matching"), tmp_path, 1, 0, torch.device("cpu"))
+
+
+def test_stopped_and_resumed_it_hides_the_same_tokens(tmp_path: Path) -> None:
+    tiny = ["net.width=8", "net.depth=1", "net.texts.width=8", "net.texts.drop=0.5", f"net.texts.root={tmp_path}/ids"]
+    tiny += ["train.batch=4", "train.schedule.kind=constant", "train.save_every=1"]
+    runs = {steps: load("digits-words", [*tiny, f"train.steps={steps}"]) for steps in (2, 4)}
+    whole = train(runs[4], tmp_path / "whole").net.state_dict()
+    train(runs[2], tmp_path / "run")
+    assert all(torch.equal(x, whole[name]) for name, x in train(runs[4], tmp_path / "run").net.state_dict().items())
+
+
+def test_runs_that_start_together_make_their_table_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, most, make = 0, list[int](), encode.encode_texts
+
+    def slowly(data: Data, spec: Tabled) -> encode.Made:
+        nonlocal inside
+        inside += 1
+        most.append(inside)
+        time.sleep(0.1)
+        made = make(data, spec)
+        inside -= 1
+        return made
+
+    monkeypatch.setattr(encode, "encode_texts", slowly)
+    run = load("digits-words", [f"net.texts.root={tmp_path}/ids"])
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(encode.make_tokens, [run] * 3))
+    assert most == [1, 1, 1]
+
+
+@pytest.mark.data
+def test_the_recipe_trains_on_its_data(tmp_path: Path) -> None:
+    """On the test images, which are fewer, with a net of a few layers, and makes images in one pass."""
+    small = ["net.width=8", "net.depth=1", "net.multipliers=[1]", "net.attend=[1]", "train.batch=4", "train.steps=2"]
+    few = ["data.split=test", "data.memory=0", "train.log_every=1", "train.probe_every=0"]
+    train(load("cifar10", [*small, *few]), tmp_path, device="cpu")
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["images"] for record in records] == [4, 8]
+    assert all(0 < record["loss"] < 10 for record in records)
+    (made,) = open_run(str(tmp_path), device="cpu").sampler.batches(labels(3, 0), nfe=1)
+    assert made.x.shape == (3, 3, 32, 32)

@@ -4,7 +4,6 @@ import shlex
 
 import pytest
 
-from dumo.run.config import recipes
 from dumo.run.config.advice import advice
 from dumo.run.config.load import load
 
@@ -46,10 +45,6 @@ def test_an_average_that_the_source_takes_is_missed_until_it_is_set(kind: str) -
 )
 def test_of_others_nothing_is_said(sets: list[str], sd: float | None) -> None:
     assert not advice(load("digits", sets), sd=sd)
-
-
-def test_packaged_recipes_are_as_their_sources_have_them() -> None:
-    assert [name for name in recipes.names() if advice(load(name))] == []
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import yaml
 from dumo.encoders import DcAe, QwenVae, SdVae
 from dumo.lab import plan
 from dumo.run.config import recipes
+from dumo.run.config.advice import advice
 from dumo.run.config.load import dump, load, summary
 from dumo.run.config.source import KEY, read
 
@@ -51,6 +52,7 @@ def test_a_recipe_is_complete_and_says_what_it_is(name: str, monkeypatch: pytest
     assert (base, base == name) == (recipes.parse_yaml(recipes.text(name)).get("base"), False)
     if base:
         assert len(recipes.text(name).splitlines()) <= len(dump(run, short=True).splitlines())
+    assert not advice(run)  # it is as its source has it
     assert 10 <= len(about) <= 80
     assert about == about.strip() == run.about
     assert "\n" not in about

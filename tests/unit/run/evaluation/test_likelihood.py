@@ -68,14 +68,17 @@ def test_what_has_no_likelihood_is_refused(folder: Path, overrides: list[str], s
         evaluate(opened(folder, *overrides))
 
 
+GUIDED = ["objective.drop=0.1", "sample.guide.scale=2"]
+
+
 @pytest.mark.parametrize(
-    ("recipe", "says"), [("cifar10-latents", "not of latents"), ("digits-words", "not captions"), ("guided", "scale=1")]
+    ("recipe", "words", "says"),
+    [
+        ("cifar10-latents", [], "not of latents"),
+        ("digits-words", [], "not captions"),
+        ("digits-flow-matching", GUIDED, "scale=1"),
+    ],
 )
-def test_other_data_are_refused(recipe: str, says: str) -> None:
-    run = (
-        load("digits-flow-matching", ["objective.drop=0.1", "sample.guide.scale=2"])
-        if recipe == "guided"
-        else load(recipe)
-    )
+def test_other_data_are_refused(recipe: str, words: list[str], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        demand(sampler(run, nn.Identity()))
+        demand(sampler(load(recipe, words), nn.Identity()))

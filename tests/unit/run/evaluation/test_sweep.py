@@ -32,19 +32,15 @@ def test_ranges_have_both_ends_and_round_numbers() -> None:
     ("text", "said"),
     [
         ("sample.m", "write it as sample.m=0.2:0.8:0.1"),
-        ("=1", "write it as"),
         ("sample.m=", "write it as"),
         ("sample.m=0.2:0.8", "'0.2:0.8' is no range"),
         ("sample.m=a:b:c", "'a:b:c' is no range"),
         ("sample.m=0.2:nan:1", "nothing in it"),
-        ("sample.m=0.8:0.2:0.1", "nothing in it"),
-        ("sample.m=0.2:0.8:0", "nothing in it"),
         ("sample.m=0.2:0.8:-0.1", "nothing in it"),
         ("sample.m=0:1:0.0001", "more than 1,000 values"),
         ("sample.m=0.2:1.2:0.5", r"sample\.solver\.m: .*less than 1"),
         ("sample.q=1", r"sample\.solver\.q: unknown key"),
         ("train.steps=1,2", "no evaluation depends on it"),
-        ("sample.nfe=1,2", "no evaluation depends on it"),
         ("evaluate.nfe=1,2", r"evaluate\.nfe: .*a list"),
         ("evaluate.sede=1,2", r"evaluate\.sede: unknown key; did you mean 'seed'"),
         ("sample.solver.kind=restart,hop", "needs flow_map"),
@@ -100,9 +96,8 @@ def test_every_average_and_the_weights_in_training(folder: Path) -> None:
 
 def test_other_protocols_have_evaluators_of_their_own(folder: Path) -> None:
     report = sweep(open_run(str(folder)), "evaluate.seed=0,1")
-    assert [row["card"]["reference"] for row in report["rows"]] == ["40 draws of seed 0"] * 2 + [
-        "40 draws of seed 1"
-    ] * 2
+    draws = [f"40 draws of seed {seed}" for seed in (0, 0, 1, 1)]
+    assert [row["card"]["reference"] for row in report["rows"]] == draws
 
 
 def test_the_best_is_marked_by_number_of_passes() -> None:
@@ -110,21 +105,17 @@ def test_the_best_is_marked_by_number_of_passes() -> None:
             (("a", 1, 3.0), ("b", 1, 2.0), ("a", 2, 0.5), ("b", 2, 0.5))]  # fmt: skip
     mark(rows)
     assert [row["best"] for row in rows] == [False, True, False, False]
+    rising = [{"value": score, "nfe": 1, "solver": "restart", "clip_score": score} for score in (20.0, 31.5, 24.0)]
+    mark(rising)
+    assert [row["best"] for row in rising] == [False, True, False]
 
 
 def test_what_a_run_was_trained_on_marks_no_best() -> None:
     card = {"features": "dumo's classifier of digits", "trained_on": "classifier of digits"}
-    rows = [
-        {"value": v, "nfe": 1, "solver": "s", "fd": f, "auc": 1 - f, "card": card} for v, f in (("a", 0.1), ("b", 0.3))
-    ]
-    mark(rows)
-    assert [row["best"] for row in rows] == [False, True]  # by auc
-    rows = [{"value": v, "nfe": 1, "solver": "s", "fd": f, "card": card} for v, f in (("a", 0.1), ("b", 0.3))]
-    mark(rows)
-    assert not any(row["best"] for row in rows)
-
-
-def test_the_best_of_a_score_that_rises_is_the_highest() -> None:
-    rows = [{"value": value, "nfe": 1, "solver": "restart", "clip_score": value} for value in (20.0, 31.5, 24.0)]
-    mark(rows)
-    assert [row["best"] for row in rows] == [False, True, False]
+    for figures, best in (("fd auc", [False, True]), ("fd", [False, False])):  # by auc, and by none
+        both = [{"fd": x, "auc": 1 - x} for x in (0.1, 0.3)]
+        rows = [
+            {"value": "a", "nfe": 1, "solver": "s", "card": card, **{k: x[k] for k in figures.split()}} for x in both
+        ]
+        mark(rows)
+        assert [row["best"] for row in rows] == best

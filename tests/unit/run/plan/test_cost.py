@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -46,8 +46,9 @@ def perceptron(needs: Needs, shape: tuple[int, ...] = (2,), classes: int = 0) ->
 
 def ghost(objective: Objective, shape: tuple[int, ...] = (1, 8, 8), **sizes: Any) -> nn.Module:  # noqa: ANN401
     """A transformer of two heads, without numbers."""
+    given: dict[str, Any] = {"attention": 2, "width": 64, **sizes}
     with torch.device("meta"):
-        return DiT(**{"attention": 2, "width": 64} | sizes).build(objective.needs, shape, 10)
+        return DiT(**given).build(objective.needs, shape, 10)
 
 
 def outline(checkpoint: bool = False) -> nn.Module:
@@ -139,7 +140,7 @@ def test_rows_that_are_not_guided_cost_no_pass() -> None:
         (PLAIN, CentralSlope(), "self", None),
     ],
 )
-def test_the_way_of_a_slope(guide: Guide, slope: Slope, ref: float | str, name: str | None) -> None:
+def test_the_way_of_a_slope(guide: Guide, slope: Slope, ref: float | Literal["self"], name: str | None) -> None:
     """With weights of its own for theta^- a dual pass is one pass more than a ride."""
     objective = DuMo(guide=guide, slope=slope)
     given = perceptron(DuMo().needs), objective, Linear(), (2,)

@@ -88,8 +88,11 @@ def test_ten_percent_are_found(name: str) -> None:
     assert doctor.examine(sloped(tiny(name), Skewed(factor=1.04)), CPU).passed
 
 
-WRONG = [*(Skewed(head=k) for k in (0, 1)), *(Skewed(known=k) for k in (True, False))]
-WRONG += [Skewed.model_construct(factor=factor) for factor in (float("nan"), float("inf"), -1.0, 0.0)]
+WRONG = [
+    *(Skewed(head=k) for k in (0, 1)),
+    *(Skewed(known=k) for k in (True, False)),
+    *(Skewed.model_construct(factor=factor) for factor in (float("nan"), float("inf"), -1.0, 0.0)),
+]
 
 
 @pytest.mark.parametrize("slope", WRONG, ids=repr)
