@@ -175,7 +175,7 @@ def guidance(objective: Objective, data: Data) -> Iterator[str]:
     """Guidance in training without classes."""
     guide, scale = objective.needs.guide, GuidanceScale.of(objective.needs)
     guided, field, off = guide.active if isinstance(guide, Guide) else scale.scale != 1, scale.field, scale.off
-    if objective.needs.knobs:
+    if objective.needs.knobs and not guided:  # iMF's, which a field of its own guides
         guided, field, off = True, "objective.w", "objective.w=null"
     if guided and not _classes(data):
         yield f"{field} asks for guidance, but data '{data.kind}' has no classes to guide by: set {off}"

@@ -5,6 +5,7 @@ Nothing is fetched. A hash stands here only where it was counted from the file i
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,13 @@ def standing(place: str, sha256: str | None = None) -> str:
 
 def needing(item: Item) -> Iterator[str]:
     """The names of recipes that have the item's mark, themselves or by their bases."""
-    return (name for name in recipes.names() if item.mark and item.mark in yaml.dump(read(name)[0]))
+    return (name for name in recipes.names() if item.mark and item.mark in whole_text(name))
+
+
+@cache
+def whole_text(recipe: str) -> str:
+    """A recipe over its bases, as text."""
+    return yaml.dump(read(recipe)[0])
 
 
 def _on_this_machine(file: str) -> str:

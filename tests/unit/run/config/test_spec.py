@@ -71,7 +71,7 @@ GUIDED = ["objective.drop=0.1", "sample.guide.scale=2"]
     [
         ("digits", HEUN, "sample.nfe=[2, 3]", "nfe = 3"),
         ("digits", HEUN, "evaluate.nfe=[2, 3]", "nfe = 3"),
-        ("digits-tvm", PLANE, "objective.scale=2", "no classes to guide by: set objective"),
+        ("digits-tvm", PLANE, "objective.scale=2", "no classes to guide by: set objective.scale=1"),
         ("moons", ["objective.drop=0.5"], "objective.guide.zeta=0.5", "'moons' has no classes to guide by"),
         ("digits-tvm", [GUIDED[0], "objective.scale=2"], GUIDED[1], "guide once more"),
         ("moons", [], "sample.guide.scale=2", "data 'moons' has no classes"),
