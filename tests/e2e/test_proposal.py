@@ -82,7 +82,10 @@ def test_what_cannot_be_proposed_is_said(photos: Path, monkeypatch: pytest.Monke
     (photos.parent / "bad/one.png").write_bytes(b"no image")
     for words, said in (
         (("train", "photos", "--device", "cpu"), "give --yes"),
-        (("train", "empty", "--yes"), "no images in empty"),
+        (
+            ("train", "empty", "--yes"),
+            "a place of images, for it has no run.yaml: no images in empty",
+        ),
         (("train", "bad", "--yes"), "none of the 1 images that were looked at can be read"),
         (("train", "digits", "--minutes", "3"), "--minutes and --yes are for a folder of images"),
         (("train", "photos", "--yes", *sets("net.widht=3")), "net.widht: unknown key; did you mean 'width'"),

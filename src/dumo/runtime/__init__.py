@@ -5,16 +5,20 @@ import shlex
 import shutil
 import sys
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 
 
 def version() -> str:
     """This package's version; "source" where it is not installed."""
+    return installed("dumo") or "source"
+
+
+def installed(name: str) -> str | None:
+    """The version of a package, None where it is not installed."""
     try:
-        return metadata.version("dumo")
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
-        return "source"
+        return None
 
 
 def extras() -> dict[str, list[str]]:
@@ -36,7 +40,7 @@ def install(extra: str) -> str:
     here = shlex.quote(sys.executable)
     if (pip := shutil.which("pip")) and Path(pip).parent == Path(sys.executable).parent:
         tool = "pip install"
-    elif find_spec("pip"):
+    elif installed("pip"):
         tool = f"{here} -m pip install"
     else:  # as in an environment that uv made
         tool = f"uv pip install --python {here}"

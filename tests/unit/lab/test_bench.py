@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from dumo.runtime.prefetch import BATCHES
 from torch import Tensor, nn
 
 from contract.case import members
@@ -18,6 +17,7 @@ from dumo.lab.step import Plain, Row, slope_error
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
 from dumo.runtime.progress import no_bar
+from dumo.training.loop import BATCHES
 from dumo.types import Cond, Frozen, Heads, Net, Sample, Time, UserError, frozen
 from e2e.shell import call, refused, sets
 from unit.data.animals import as_folder

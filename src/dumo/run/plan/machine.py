@@ -8,7 +8,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Literal
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from dumo import runtime
-from dumo.runtime import dist, install
+from dumo.runtime import dist, install, installed
 from dumo.training.spec import Train
 
 KERNELS = {
@@ -172,14 +171,6 @@ def extras() -> list[Finding]:
         lacks = ", ".join(name for name in names if not installed(name))
         found.append(Finding(f"extra {extra}", "ok", f"lacks {lacks}: {install(extra)}" if lacks else "installed"))
     return found
-
-
-def installed(name: str) -> str | None:
-    """The version of a package, None where it is not installed."""
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def fault(work: Callable[[], object]) -> str:
