@@ -14,7 +14,7 @@ from dumo.run.plan import proposal
 from e2e.shell import call, sets
 
 pytestmark = pytest.mark.filterwarnings("default:.* cannot be read:UserWarning")
-QUICK = sets("net.width=16", "net.depth=1", "net.attention=2", "train.batch=4")
+QUICK = sets("net.width=8", "net.multipliers=[1, 1]", "net.attend=[]", "train.batch=4")
 
 
 @pytest.fixture

@@ -101,3 +101,11 @@ def test_no_thread_is_left(error: BaseException) -> None:
         fail(batches, error)
     assert not threads()
     assert batches.threads._shutdown
+
+
+def test_what_is_made_ahead_leaves_the_cores_to_the_step() -> None:
+    """A second team of OpenMP's takes them, for it spins."""
+    before = torch.get_num_threads()
+    with Prefetch(lambda step: torch.get_num_threads(), last=4, depth=2) as threads:
+        assert [threads(step) for step in range(4)] == [1] * 4
+    assert torch.get_num_threads() == before
