@@ -80,8 +80,6 @@ def captions(data: Data, net: Net, evaluation: Evaluation) -> Iterator[str]:
 def augmentation(data: Data, net: Net, objective: Objective) -> Iterator[str]:
     """Augmentation for which the net has no input, or one of another size."""
     augment = shown(data).augment
-    if augment and isinstance(data, Latents):
-        yield "data.images.augment: images are encoded as they are: set data.images.augment=null"
     gives, takes = augment.numbers if augment else 0, net.augment
     if gives != takes:
         way = f"net.augment={gives}" if gives == 0 or net.kind == "unet" else f"net.kind=unet net.augment={gives}"
