@@ -112,7 +112,7 @@ def record(name: str, fields: Fields) -> Record:
         "set": sets,
         "weights": sorted(made for file, made in found.items() if file.match(WEIGHTS)),
         "averages": sorted(made for file, made in found.items() if not file.match(WEIGHTS)),
-        "samples": {str(nfe): digest(opened.sample(count=SAMPLES, nfe=nfe)) for nfe in fields["sample.nfe"]},
+        "samples": {str(nfe): digest(opened.sample(n=SAMPLES, nfe=nfe)) for nfe in fields["sample.nfe"]},
         "log": logged(run / "metrics.jsonl"),
     }
 

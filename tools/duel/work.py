@@ -151,7 +151,7 @@ def sampling(folder: Path) -> Work:
     root = f"data.root={photos(folder / 'images', 64, 32, 'png')}"
     train(load("my-images", [root, "data.side=32", *SMALL, *QUIET, "train.steps=1"]), folder / "run")
     run = api.load(folder / "run")
-    return timed(1, lambda: run.sample(count=1024, nfe=1))
+    return timed(1, lambda: run.sample(n=1024, nfe=1))
 
 
 def saving(folder: Path) -> Work:
