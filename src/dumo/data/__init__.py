@@ -2,11 +2,12 @@
 
 from typing import Annotated
 
-from pydantic import Field
-
 from dumo.data.image import Images as Images
 from dumo.data.latents import Latents as Latents
+from dumo.data.memory import Memory as Memory
 from dumo.data.toy import Digits as Digits
 from dumo.data.toy import Moons as Moons
+from dumo.types.outside import OpenTo
 
-Data = Annotated[Digits | Images | Latents | Moons, Field(discriminator="kind")]
+PARTS = ("open", "originals", "shape", "classes", "labels", "names", "captions", "augment")
+Data = Annotated[Digits | Images | Latents | Memory | Moons, OpenTo("data", PARTS)]

@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from dumo.runtime import signals
 from dumo.runtime.bound import PASSES
 from dumo.types import QUIET, Cond, Path, Reads, Sample, Spec, Time, UserError, lift
+from dumo.types.outside import OpenTo
 
 Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from
 Reading = Literal["velocity", "endpoint", "flow_map", "both"]  # the fields of Reads
@@ -173,7 +174,7 @@ class Hermite(Spec):
         return both(x, times[-1], c)[1]
 
 
-Solver = Annotated[Euler | Heun | Restart | Hop | Hermite, Field(discriminator="kind")]
+Solver = Annotated[Euler | Heun | Restart | Hop | Hermite, OpenTo("solver", ("uses", "passes", "__call__"))]
 
 
 def last(xs: Iterable[Sample]) -> Sample:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from dumo.data import Data, Digits, Images, Latents, Moons
+from dumo.data import Data, Digits, Images, Latents, Memory, Moons
 from dumo.data.caption import Captioning, Files, Templates
 from dumo.flow import generate
 from dumo.io.read import brief
@@ -15,7 +15,7 @@ from dumo.run.config.error import nearest
 from dumo.types import UserError
 
 
-def shown(data: Data) -> Digits | Images | Moons:
+def shown(data: Data) -> Digits | Images | Memory | Moons:
     """The images or points that are shown: of latents, the images that were encoded."""
     return data.images if isinstance(data, Latents) else data
 
@@ -44,7 +44,7 @@ class Conditions:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the classes, or the captions; () if they have none."""
-        if self.captions is None or isinstance(self.data, Moons):
+        if self.captions is None or isinstance(self.data, Memory | Moons):
             return shown(self.data).names or ()
         try:
             return self.data.caption_texts()

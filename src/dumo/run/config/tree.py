@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, JsonValue
 from torch import nn
 
-from dumo.data import Data, Digits, Images, Moons
+from dumo.data import Data, Digits, Images, Memory, Moons
 from dumo.evaluation import MetricProtocol
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import Linear, Path
@@ -73,7 +73,7 @@ class Tree(Spec):
     __str__ = __repr__
 
     @property
-    def images(self) -> Digits | Images | Moons:
+    def images(self) -> Digits | Images | Memory | Moons:
         """The images or points that are shown: of latents, the images that were encoded."""
         return shown(self.data)
 
