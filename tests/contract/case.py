@@ -32,7 +32,7 @@ GIVEN = {  # what a spec cannot do without
 
 def members(union: object) -> tuple[type[Spec], ...]:
     """The specs of a union that is told apart by kind."""
-    return get_args(get_args(union)[0])
+    return tuple(one for one in get_args(get_args(union)[0]) if one.model_fields["kind"].annotation is not str)
 
 
 def kind(spec: type[Spec] | Spec) -> str:

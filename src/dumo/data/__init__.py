@@ -7,7 +7,6 @@ from dumo.data.latents import Latents as Latents
 from dumo.data.memory import Memory as Memory
 from dumo.data.toy import Digits as Digits
 from dumo.data.toy import Moons as Moons
-from dumo.types.outside import OpenTo
+from dumo.types.outside import DataSpec, OpenTo
 
-PARTS = ("open", "originals", "shape", "classes", "labels", "names", "captions", "augment")
-Data = Annotated[Digits | Images | Latents | Memory | Moons, OpenTo("data", PARTS)]
+Data = Annotated[Digits | Images | Latents | Memory | Moons | DataSpec, OpenTo(DataSpec)]

@@ -7,6 +7,6 @@ from dumo.nets.mlp import MLP as MLP
 from dumo.nets.module import Module as Module
 from dumo.nets.pretrained import Pretrained as Pretrained
 from dumo.nets.unet import UNet as UNet
-from dumo.types.outside import OpenTo
+from dumo.types.outside import NetSpec, OpenTo
 
-Net = Annotated[DiT | MLP | Module | Pretrained | UNet, OpenTo("net", ("build", "texts", "time_scale"))]
+Net = Annotated[DiT | MLP | Module | Pretrained | UNet | NetSpec, OpenTo(NetSpec)]

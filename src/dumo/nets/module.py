@@ -17,7 +17,7 @@ MODULES: dict[str, nn.Module] = {}  # by layout, as they were given
 class Module(NetSpec):
     """Its copies are trained; what was given keeps its weights, which training begins with."""
 
-    kind: Literal["module"] = "module"
+    kind: Literal["module"] = "module"  # pyright: ignore[reportIncompatibleVariableOverride]
     name: str  # module:Class
     layout: str  # a hash of its structure, and the names, shapes and types of its numbers
     weights: str = Field(json_schema_extra=FREE)  # a hash of the numbers it was given with

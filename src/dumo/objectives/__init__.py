@@ -26,7 +26,7 @@ from dumo.objectives.split_meanflow import SplitMeanFlow as SplitMeanFlow
 from dumo.objectives.tvm import TVM as TVM
 from dumo.objectives.twinflow import TwinFlow as TwinFlow
 from dumo.objectives.ucgm import UCGM as UCGM
-from dumo.types.outside import OpenTo
+from dumo.types.outside import ObjectiveSpec, OpenTo
 
 Objective = Annotated[
     AlphaFlow
@@ -52,6 +52,7 @@ Objective = Annotated[
     | SplitMeanFlow
     | TVM
     | TwinFlow
-    | UCGM,
-    OpenTo("objective", ("needs", "times", "drop", "loss", "read")),
+    | UCGM
+    | ObjectiveSpec,
+    OpenTo(ObjectiveSpec),
 ]

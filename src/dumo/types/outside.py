@@ -1,6 +1,6 @@
 """Classes of a user's own in a run: where a `kind` may stand, `module:Class` names any class that Python can import.
 
-It keeps the contract of its family: a frozen `Spec`, whose `kind` is that name, with the parts that the family lists.
+It has a base below, or a spec of ours, and its `kind` is that name.
 A module is sought on Python's path alone, which holds the current folder for `python -m dumo`, not for `dumo`: a run's
 folder that came from somebody else brings no code.
 """
@@ -9,52 +9,59 @@ import ast
 import inspect
 import sys
 import textwrap
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import import_module
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import Field, GetCoreSchemaHandler
 from pydantic_core import CoreSchema, core_schema, to_json
+from torch import nn
 
-from dumo.types import Spec, UserError
+from dumo.types import Cond, Frozen, Needs, Net, Noised, Path, Reads, Sample, Spec, Terms, UserError
 
 TAG = "module:Class"
 
 
 @dataclass(frozen=True)
 class OpenTo:
-    """In the annotation of a union of specs: a member by its `kind`, or a class from outside that has these parts."""
+    """In the annotation of a union of specs: its members, and classes from outside of this base or below a member."""
 
-    family: str  # objective, net ...
-    parts: tuple[str, ...]
+    base: type[Spec]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:  # noqa: ANN401
         """The union by kind, and one choice more."""
+        union = get_args(source)
         members = {
             kind: handler.generate_schema(member)
-            for member in get_args(source)
+            for member in union
+            if member is not self.base
             for kind in get_args(member.model_fields["kind"].annotation)
         }
         takes = core_schema.typed_dict_schema(
             {"kind": core_schema.typed_dict_field(core_schema.str_schema(pattern=":"))}, extra_behavior="allow"
         )
-        outside = core_schema.no_info_plain_validator_function(self.read, json_schema_input_schema=takes)
+        outside = core_schema.no_info_plain_validator_function(
+            lambda value: read(value, union, self.base), json_schema_input_schema=takes
+        )
         return core_schema.tagged_union_schema({**members, TAG: outside}, discriminator=kind_of)
 
-    def read(self, value: Any) -> Spec:  # noqa: ANN401, a spec or a tree
-        """The spec that a tree describes, or that is given. Raises UserError where it does not keep the contract."""
-        if isinstance(value, Spec):
-            found = value
-        else:
-            name = value["kind"]
-            found = imported(name).model_validate_json(to_json(value, inf_nan_mode="constants"), strict=True)
-        if missing := [part for part in self.parts if not hasattr(found, part)]:
-            raise UserError(
-                f"{name_of(type(found))} is no {self.family}: it lacks {', '.join(missing)}; see docs/library.md"
-            )
-        return found
+
+def read(value: Any, union: tuple[type[Spec], ...], base: type[Spec]) -> Spec:  # noqa: ANN401, a spec or a tree
+    """The spec that a tree describes, or that is given. Raises UserError where it does not keep the contract."""
+    cls = type(value) if isinstance(value, Spec) else imported(value["kind"])
+    if not issubclass(cls, union):
+        raise UserError(
+            f"kind '{name_of(cls)}' is not of its family: make it a class of dumo.types.outside.{base.__name__}"
+        )
+    if isinstance(value, Spec):
+        return value
+    try:
+        return cls.model_validate_json(to_json(value, inf_nan_mode="constants"), strict=True)
+    except TypeError as error:  # it is abstract
+        raise UserError(f"kind '{name_of(cls)}': {error}") from error
 
 
 def kind_of(value: object) -> str | None:
@@ -102,10 +109,31 @@ def code(spec: Spec) -> str | None:
     return sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
-class NetSpec(Spec):
-    """The base of a net from outside: a spec with a `kind` and `build`. What is set here dumo's own nets may choose."""
+class ObjectiveSpec(Spec, ABC):
+    """The base of an objective from outside."""
 
-    build: ClassVar[Callable[..., Any]]  # (needs, shape, classes) -> nn.Module, called as net(x, c, t=t ...)
+    kind: str
+    times: Any  # the law of (t, r): any of `dumo.flow.times`, or a `TimeLaw` of one's own
+    drop: float = Field(default=0.0, ge=0, le=1)  # the probability that a row's condition is dropped
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What it says of itself."""
+
+    @abstractmethod
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """Pure: draws and changes nothing."""
+
+    @abstractmethod
+    def read(self, net: Net) -> Reads:
+        """How to sample a net trained so. Does not call it."""
+
+
+class NetSpec(Spec, ABC):
+    """The base of a net from outside. What is set here dumo's own nets may choose."""
+
+    kind: str
     precondition: ClassVar[str] = "none"
     texts: ClassVar[None] = None
     augment: ClassVar[int] = 0
@@ -113,22 +141,44 @@ class NetSpec(Spec):
     checkpoint: ClassVar[None] = None
     time_scale: float = Field(default=1.0, gt=0)  # radians per unit of t of its quickest wave (`dumo.nets.embed`)
 
+    @abstractmethod
+    def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> nn.Module:
+        """A module called as `net(x, c, t=t ...)`, with the inputs and heads of `needs`; c is `classes` for none."""
 
-class DataSpec(Spec):
-    """The base of data from outside: a spec with a `kind`, `shape`, `classes` and `open`, which gives a `Source`."""
 
-    shape: ClassVar[tuple[int, ...]]
-    open: ClassVar[Callable[..., Any]]
+class DataSpec(Spec, ABC):
+    """The base of data from outside."""
+
+    kind: str
+    shape: ClassVar[tuple[int, ...]]  # of a sample
+    classes: ClassVar[int] = 0
+    names: ClassVar[tuple[str, ...]] = ()
     captions: ClassVar[None] = None
     augment: ClassVar[None] = None
-    names: ClassVar[tuple[str, ...]] = ()
-    classes: ClassVar[int] = 0
 
     @property
     def labels(self) -> int:
         """How many classes there are: they have no captions."""
         return self.classes
 
-    def originals(self) -> Any:  # noqa: ANN401, a source
-        """The images or points themselves."""
+    @abstractmethod
+    def open(self) -> Any:  # noqa: ANN401
+        """A source (`dumo.io.source.Source`), such as a `Table` of rows in memory."""
+
+    def originals(self) -> Any:  # noqa: ANN401
+        """The same."""
         return self.open()
+
+
+class SolverSpec(Spec, ABC):
+    """The base of a solver from outside."""
+
+    kind: str
+    uses: ClassVar[Literal["velocity", "endpoint", "flow_map", "both"]]  # the reading that it calls
+    passes: ClassVar[int] = 1  # through the net, a step
+
+    @abstractmethod
+    def __call__(
+        self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Callable[[int], Sample]
+    ) -> Sample:
+        """Carry noise x to data in nfe passes; `fresh(k)` is the k-th draw of noise more."""
