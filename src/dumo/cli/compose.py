@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from dumo.data import Memory
+from dumo.data import Data, Memory
 from dumo.flow.reading import taught
 from dumo.nets import Module
 from dumo.objectives import Objective
@@ -29,10 +29,11 @@ OF_A_MODULE: Fields = {
 SOLVERS = {"flow_map": "hop", "endpoint": "restart", "velocity": "euler"}  # by reading, the best of few passes first
 
 
-class Part(Spec):
-    """An objective alone."""
+class Parts(Spec):
+    """Some parts of a run."""
 
-    objective: Objective
+    objective: Objective | None = None
+    data: Data | None = None
 
 
 def compose(
@@ -109,9 +110,21 @@ def base(source: str | None, parts: Fields) -> str:
         raise UserError('nothing to train: give a recipe, such as "digits", or data=, objective= or net=')
     data = parts.get("data", {"kind": TOYS[0]})
     if data["kind"] not in TOYS:
-        return proposal.RECIPE if len(data.get("shape", "chw")) == 3 else "moons"
-    twin = f"{data['kind']}-{parts.get('objective', {}).get('kind', '')}".replace("_", "-")
+        return proposal.RECIPE if are_images(data) else "moons"
+    twin = twin_of(data["kind"], parts.get("objective", {"kind": ""}))
     return twin if twin in recipes.names() else data["kind"]
+
+
+def are_images(data: Fields) -> bool:
+    """Whether data are images, not points."""
+    found = parse(Parts, {"data": data}).data
+    assert found is not None
+    return len(found.shape) == 3
+
+
+def twin_of(data: str, objective: Fields) -> str:
+    """The name of the recipe for this objective on toy data, if there is one."""
+    return f"{data}-{objective['kind']}".replace("_", "-")
 
 
 def default_folder(source: str | None, parts: Fields, place: str | None) -> Path:
@@ -128,14 +141,20 @@ def default_folder(source: str | None, parts: Fields, place: str | None) -> Path
 def fitting(parts: Fields, run: Run) -> Fields:
     """The fields that put parts into a run: with other data how these are judged, with another objective a solver.
 
-    A part of the run's own kind that is given by name alone stays as the run has it.
+    A part of the run's own kind that is given by name alone stays as the run has it; another objective is as its recipe
+    on digits has it, unguided, where there is one.
     """
     fields = {name: part for name, part in parts.items() if part != {"kind": getattr(run, name).kind}}
-    if "data" in fields:
-        points = len(fields["data"].get("shape", "chw")) != 3
-        fields["evaluate"] = load("moons" if points else proposal.RECIPE).evaluate.model_dump(mode="json")
+    if "data" in fields and fields["data"]["kind"] != run.data.kind:
+        judged = load(proposal.RECIPE if are_images(fields["data"]) else "moons").evaluate
+        fields["evaluate"] = judged.model_dump(mode="json")
     if "objective" in fields:
-        reads = taught(parse(Part, {"objective": fields["objective"]}).objective)
+        twin = twin_of(TOYS[0], fields["objective"])
+        if fields["objective"].keys() == {"kind"} and twin in recipes.names():
+            fields["objective"] = load(twin).objective.model_dump(mode="json")
+        objective = parse(Parts, {"objective": fields["objective"]}).objective
+        assert objective is not None
+        reads = taught(objective)
         kind = next(kind for reading, kind in SOLVERS.items() if getattr(reads, reading) is not None)
         fields["sample.solver"] = {"kind": kind}
     return fields
