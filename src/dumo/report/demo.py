@@ -154,7 +154,8 @@ def downloads() -> "tuple[Sequence[Component], Callable[[Mapping[str, Answer], P
 
     with gr.Row():
         images, grid = (gr.DownloadButton(label, interactive=False) for label in ("Images (zip)", "Grid (png)"))
-    code = gr.Code(language="python", label="the Python that makes them", interactive=False, visible=False)
+    label = "the Python that makes them"
+    code = gr.Code(language="python", label=label, interactive=False, show_line_numbers=False, visible=False)
 
     def fill(shown: Mapping[str, Answer], folder: Path) -> dict["Component", object]:
         archive, sheet = write(shown, folder)
