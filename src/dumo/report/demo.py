@@ -122,7 +122,7 @@ def guidance(lives: Sequence[Live]) -> "gr.Slider":
     free = "" in reasons
     why = "1: none; else every pass is two" if free else html.escape("; ".join(reasons))
     low, high = min(own, 1), max(own, STRONGEST)
-    return gr.Slider(low, high, own, step=STEP, label="guidance scale", info=why, interactive=free)
+    return gr.Slider(low, high, own, step=STEP, label="guidance scale", info=why, interactive=free, min_width=280)
 
 
 def button(
