@@ -3,6 +3,8 @@
     import dumo
 
     run = dumo.train("digits", {"train.steps": 200})    # a recipe, a YAML file, or a run's folder: goes on from there
+    run = dumo.train("photos", minutes=10)              # a folder of images
+    run = dumo.train(data=array, net=module, objective="meanflow", callbacks=[f], out="runs/mine")
     run = dumo.load("runs/digits")                      # a run that was trained
     images = run.sample(classes=[3, 5], nfe=1, seed=0)  # (2, 1, 8, 8), in [-1, 1]; output="pil": pictures
     run.evaluate(nfe=[1, 2])["results"]                 # distances to the data, and those of the data themselves

@@ -1,10 +1,11 @@
-"""What a user writes in files of their own: a law of times, another law, an objective and a net.
+"""What a user writes in files of their own: laws of times and of more, an objective, a net, data and a solver.
 
-None is in a union of the package. The contract tests, and with them those of the theory, run on these as on ours.
+None is in a union of the package; the last four stand in a run by `kind: module:Class`. The contract tests, and with
+them those of the theory, run on these as on ours.
 """
 
 from math import prod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -13,7 +14,24 @@ from torch import Generator, Tensor, nn
 from dumo.flow.reading import mean_velocity
 from dumo.flow.slope import DualSlope, Slope
 from dumo.flow.times import Number
-from dumo.types import Frozen, Needs, Net, Noised, PerSample, Reads, Spec, Terms, Time, TimeLaw, lift, mean_square
+from dumo.io.source import Table
+from dumo.types import (
+    Cond,
+    Frozen,
+    Needs,
+    Net,
+    Noised,
+    Path,
+    PerSample,
+    Reads,
+    Sample,
+    Terms,
+    Time,
+    TimeLaw,
+    lift,
+    mean_square,
+)
+from dumo.types.outside import DataSpec, NetSpec, ObjectiveSpec, SolverSpec
 
 
 class Alternate(TimeLaw):
@@ -51,10 +69,10 @@ class Weight(Number):
         return 1 + torch.rand(n, generator=g)
 
 
-class Outside(Spec):
+class Outside(ObjectiveSpec):
     """MeanFlow without guidance, by mean squares, with laws of its own."""
 
-    kind: Literal["outside"] = "outside"
+    kind: Literal["contract.outside:Outside"] = "contract.outside:Outside"
     times: Alternate = Alternate()
     counts: Weight = Weight()
     drop: float = Field(default=0.1, ge=0, le=1)
@@ -96,11 +114,42 @@ class Plain(nn.Module):
         return (*heads, *(gauge(h).squeeze(1) for gauge in self.gauges))
 
 
-class PlainNet(Spec):
+class PlainNet(NetSpec):
     """What builds it."""
 
-    kind: Literal["plain"] = "plain"
+    kind: Literal["contract.outside:PlainNet"] = "contract.outside:PlainNet"
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> Plain:
         """A net with the inputs, heads and gauges of `needs`."""
         return Plain(needs, shape, classes)
+
+
+class Bars(DataSpec):
+    """Images of 8 x 8 pixels, white but for a black row or column: two classes."""
+
+    kind: Literal["contract.outside:Bars"] = "contract.outside:Bars"
+    rows: int = Field(default=32, ge=1)
+    shape: ClassVar[tuple[int, ...]] = (1, 8, 8)
+    classes: ClassVar[int] = 2
+
+    def open(self) -> Table:
+        """All in memory."""
+        c = torch.arange(self.rows) % 2
+        x = torch.ones(self.rows, *self.shape)
+        for i in range(self.rows):
+            x[i, 0].movedim(int(c[i]), 0)[i // 2 % 8] = -1
+        return Table(x, c)
+
+
+class Once(SolverSpec):
+    """The endpoint, whatever the number of passes asked for: a solver of one pass."""
+
+    uses: ClassVar[str] = "endpoint"
+    passes: ClassVar[int] = 1
+
+    kind: Literal["contract.outside:Once"] = "contract.outside:Once"
+
+    def __call__(self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: object) -> Sample:
+        """One jump."""
+        assert reads.endpoint is not None
+        return reads.endpoint(x, x.new_ones(len(x)), c)

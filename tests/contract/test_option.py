@@ -15,6 +15,8 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from dumo.data import Memory
+from dumo.nets import Module
 from dumo.objectives import Objective
 from dumo.run.config import recipes
 from dumo.run.config.load import load
@@ -44,7 +46,7 @@ SHARED = ("times", "drop")  # of an objective: what every one draws, and users t
 @cache
 def classes() -> tuple[type[BaseModel], ...]:
     """Every spec that a run may hold."""
-    found: dict[type[BaseModel], None] = {}
+    found = dict.fromkeys((Memory, Module))  # Python's: `dumo.train(data=..., net=...)` makes them
 
     def walk(annotation: Any) -> None:  # noqa: ANN401, a type
         if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in found:
@@ -55,7 +57,7 @@ def classes() -> tuple[type[BaseModel], ...]:
             walk(part)
 
     walk(Run)
-    return tuple(found)
+    return tuple(one for one in found if one not in (Memory, Module))
 
 
 def examples() -> Iterator[tuple[str, Run]]:

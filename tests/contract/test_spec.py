@@ -5,19 +5,22 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
 from contract.case import GIVEN, kind, members
-from contract.outside import Alternate, Outside, PlainNet, Weight
+from contract.outside import Alternate, Bars, Once, Outside, PlainNet, Weight
 from dumo.data import Data
 from dumo.flow.guide import Guide, Interval
 from dumo.flow.slope import Slope
+from dumo.flow.solver import Solver
 from dumo.flow.times import Times
 from dumo.nets import Net
 from dumo.objectives import Objective
 from dumo.types import Spec
 
 FAMILIES = [Objective, Slope, Times, Net, Data]
+FROM_OUTSIDE = [(Objective, Outside), (Net, PlainNet), (Data, Bars), (Solver, Once)]
 EVERY = [
     *(pytest.param(family, cls, id=kind(cls)) for family in FAMILIES for cls in members(family)),
-    *(pytest.param(cls, cls, id=kind(cls)) for cls in (Alternate, Outside, PlainNet, Weight)),
+    *(pytest.param(cls, cls, id=kind(cls)) for cls in (Alternate, Weight)),
+    *(pytest.param(family, cls, id=kind(cls)) for family, cls in FROM_OUTSIDE),
 ]
 
 

@@ -1,10 +1,16 @@
 """The Python on the pages runs as it is written, block after block, where a reader would run it."""
 
+import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+
+from e2e.shell import TINY
 
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -25,6 +31,18 @@ def test_python_on_a_page_runs_as_written(name: str, here: Path, trained: dict[s
     for run in ("digits", "dumo-best"):
         shutil.copytree(trained["digits"], here / "runs" / run)
     assert execute(ROOT / name)
+
+
+@pytest.mark.slow
+def test_a_class_of_a_file_is_trained_by_the_line_below_it(here: Path) -> None:
+    page = (ROOT / "docs/library.md").read_text(encoding="utf-8")
+    (body,) = (block[1] for block in BLOCK.finditer(page) if "class Robust" in block[1])
+    (here / "mine.py").write_text(body)
+    (line,) = re.findall(r"^PYTHONPATH=\. dumo (.*mine:Robust)$", page, re.MULTILINE)
+    command = [sys.executable, "-c", "from dumo.cli import main; main()", *shlex.split(line), *TINY]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": "."}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "mine:Robust: " in (here / "runs/digits-flow-matching/run.yaml").read_text()
 
 
 def test_an_error_on_a_page_is_found(here: Path) -> None:

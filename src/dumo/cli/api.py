@@ -4,7 +4,7 @@ Each does what the command of its name does, with Python's values instead of fla
 """
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from html import escape
@@ -16,6 +16,7 @@ from PIL import Image
 from pydantic_core import PydanticSerializationError
 from torch import Generator, Tensor, nn
 
+from dumo.cli.compose import compose, plain_data, plain_net
 from dumo.encoders.codec import Opened
 from dumo.flow.guide import CFG
 from dumo.io import picture
@@ -32,11 +33,15 @@ from dumo.run.prompt import prompted
 from dumo.run.sample import COUNT, solver_of, turned
 from dumo.run.train import train as train_run
 from dumo.runtime.progress import Bar, bar, no_bar, say
-from dumo.types import Reads, Sample
+from dumo.training.loop import Every
+from dumo.training.record import Record
+from dumo.training.state import State
+from dumo.types import Reads, Sample, Spec
 from dumo.types import UserError as UserError
 
 Changes = Mapping[str, Any]  # dotted fields of a run and their values, e.g. {"train.steps": 100}
 Classes = SupportsIndex | str | Iterable[SupportsIndex | str] | Tensor  # numbers or names
+Callback = Callable[[State, Record], None]
 Output = Literal["pt", "np", "pil"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 
@@ -264,15 +269,19 @@ def load(
     folder: str | Path,
     changes: Changes | None = None,
     *,
+    data: Any = None,  # noqa: ANN401
+    net: nn.Module | None = None,
     weights: str | Path | None = None,
     device: str | torch.device = "auto",
 ) -> TrainedRun:
     """Open a trained run's folder. Raises UserError where it is none, or has no checkpoint yet.
 
-    `changes` may set what sampling and evaluation read, e.g. {"sample.guide.scale": 2}. `weights` is a safetensors
-    file, or a folder of shards, instead of the run's first average. `device`: auto takes the GPU where there is
-    one.
+    `changes` may set what sampling and evaluation read, e.g. {"sample.guide.scale": 2}. `data` and `net` are the
+    objects that `train` was given: another process needs the net to sample, and the data to evaluate. `weights` is a
+    safetensors file, or a folder of shards, instead of the run's first average. `device`: auto takes the GPU where
+    there is one.
     """
+    _ = plain_data(data), plain_net(net)  # remembered
     file = None if weights is None else str(weights)
     return TrainedRun(open_run(str(folder), _settings(changes), weights=file, device=str(device)))
 
@@ -291,23 +300,43 @@ def recipe(source: str | Path | Run, changes: Changes | None = None) -> Run:
 
 
 def train(
-    source: str | Path | Run,
+    source: str | Path | Run | None = None,
     changes: Changes | None = None,
     *,
+    objective: str | Mapping[str, Any] | Spec | None = None,
+    data: Any = None,  # noqa: ANN401, what a notebook has
+    net: str | Mapping[str, Any] | Spec | nn.Module | None = None,
+    callbacks: Sequence[Callback | Every] = (),
+    minutes: float | None = None,
     out: str | Path | None = None,
     device: str | torch.device = "auto",
     bar: Bar = bar,
 ) -> TrainedRun:
-    """Train a recipe, or go on with a run's folder where it stopped; return the trained run.
+    """Train a recipe, a folder of images or parts of your own; or go on with a run where it stopped. Return the run.
 
-    `out` is the run's folder, runs/NAME unless given; `bar` shows the progress, on stderr unless given.
-    Raises UserError as `recipe` does, and where the folder holds another run.
+        train("digits")                                 a recipe, a YAML file, or a run's folder: goes on from there
+        train("photos", minutes=10)                     a folder of images: net, size and steps are proposed
+        train("digits", objective="meanflow", out="runs/mine")
+        train(data=array, net=module, objective=Mine(), callbacks=[f], out="runs/mine")
+
+    `objective`, `data` and `net` are names of kinds, specs, or dicts as YAML has them. `data` may also be a folder, an
+    array, a pair (array, labels), or a data set (`dumo.data.memory.Memory.of`); `net` a module, called as
+    `net(x, c, t=t)` for a tuple of heads. run.yaml keeps the name and a hash of such objects; going on needs the same.
+    A callback is f(state, record), called after every step, or `dumo.training.loop.Every(n, f)`. `minutes` is how long
+    to train where steps are proposed. `out` is the run's folder, runs/NAME unless given; `bar` shows the progress, on
+    stderr unless given. Raises UserError as `recipe` does, and where the folder holds another run.
     """
-    run = recipe(source, changes)
-    if out is None and isinstance(source, Run):
-        raise UserError('a run without a name needs a folder: say out="runs/NAME"')
-    folder = Path(out) if out is not None else config.default_folder(str(source))
-    train_run(run, folder, device=str(device), bar=bar, tell=None if bar is no_bar else say)
+    sets, folder = _settings(changes), None if out is None else Path(out)
+    if isinstance(source, Run):
+        if folder is None or not (objective is data is net is None):
+            raise UserError('a run that has its parts needs a folder: say out="runs/NAME", and no other parts')
+        run = recipe(source, changes)
+    else:
+        named = None if source is None else str(source)
+        parts: Any = {"objective": objective, "data": data, "net": net}
+        run, folder = compose(named, sets, folder, **parts, minutes=minutes, device=str(device), bar=bar)
+    hooks = [one if isinstance(one, Every) else Every(1, one) for one in callbacks]
+    train_run(run, folder, device=str(device), bar=bar, tell=None if bar is no_bar else say, hooks=hooks)
     return load(folder, device=device)
 
 

@@ -2,11 +2,11 @@
 
 from typing import Annotated
 
-from pydantic import Field
-
 from dumo.data.image import Images as Images
 from dumo.data.latents import Latents as Latents
+from dumo.data.memory import Memory as Memory
 from dumo.data.toy import Digits as Digits
 from dumo.data.toy import Moons as Moons
+from dumo.types.outside import DataSpec, OpenTo
 
-Data = Annotated[Digits | Images | Latents | Moons, Field(discriminator="kind")]
+Data = Annotated[Digits | Images | Latents | Memory | Moons | DataSpec, OpenTo(DataSpec)]

@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from dumo.runtime import signals
 from dumo.runtime.bound import PASSES
 from dumo.types import QUIET, Cond, Path, Reads, Sample, Spec, Time, UserError, lift
+from dumo.types.outside import OpenTo, SolverSpec
 
 Fresh = Callable[[int], Sample]  # k -> the k-th draw of noise for these rows; draw 0 is the x a solver starts from
 Reading = Literal["velocity", "endpoint", "flow_map", "both"]  # the fields of Reads
@@ -173,7 +174,7 @@ class Hermite(Spec):
         return both(x, times[-1], c)[1]
 
 
-Solver = Annotated[Euler | Heun | Restart | Hop | Hermite, Field(discriminator="kind")]
+Solver = Annotated[Euler | Heun | Restart | Hop | Hermite | SolverSpec, OpenTo(SolverSpec)]
 
 
 def last(xs: Iterable[Sample]) -> Sample:
@@ -191,7 +192,7 @@ def taught(solver: Solver, reads: Reads) -> Callable[..., Any]:
         given = [name for name in get_args(Reading) if getattr(reads, name) is not None]
         needs = "velocity and endpoint of one pass" if solver.uses == "both" else solver.uses
         gives = ", ".join(name for name in given if name != "both")
-        able = [s.model_fields["kind"].default for s in get_args(get_args(Solver)[0]) if s.uses in given]
+        able = [s.model_fields["kind"].default for s in (Euler, Heun, Restart, Hop, Hermite) if s.uses in given]
         raise UserError(f"solver '{solver.kind}' needs {needs}; this objective gives {gives}: use {_either(able)}")
 
     def stoppable(*values: object) -> Any:  # noqa: ANN401, as the reading

@@ -2,11 +2,11 @@
 
 from typing import Annotated
 
-from pydantic import Field
-
 from dumo.nets.dit import DiT as DiT
 from dumo.nets.mlp import MLP as MLP
+from dumo.nets.module import Module as Module
 from dumo.nets.pretrained import Pretrained as Pretrained
 from dumo.nets.unet import UNet as UNet
+from dumo.types.outside import NetSpec, OpenTo
 
-Net = Annotated[DiT | MLP | Pretrained | UNet, Field(discriminator="kind")]
+Net = Annotated[DiT | MLP | Module | Pretrained | UNet | NetSpec, OpenTo(NetSpec)]

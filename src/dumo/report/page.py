@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
+from dumo.data import Images
 from dumo.evaluation import word
 from dumo.evaluation.neighbours import Real, nearest
 from dumo.flow.generate import labels
@@ -164,7 +165,7 @@ def class_names(sampler: Sampler) -> list[str]:
 def data_name(sampler: Sampler) -> str:
     """What the data are called: their kind, or the folder that images are in."""
     images = shown_data(sampler.data)
-    return Path(images.root).name.lstrip("$") if images.kind == "images" else sampler.data.kind
+    return Path(images.root).name.lstrip("$") if isinstance(images, Images) else sampler.data.kind
 
 
 def make(sampler: Sampler, bar: Bar) -> dict[str, dict[int, Sample]]:

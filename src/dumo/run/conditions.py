@@ -7,15 +7,16 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from dumo.data import Data, Digits, Images, Latents, Moons
+from dumo.data import Data, Digits, Images, Latents, Memory, Moons
 from dumo.data.caption import Captioning, Files, Templates
 from dumo.flow import generate
 from dumo.io.read import brief
 from dumo.run.config.error import nearest
 from dumo.types import UserError
+from dumo.types.outside import DataSpec
 
 
-def shown(data: Data) -> Digits | Images | Moons:
+def shown(data: Data) -> Digits | Images | Memory | Moons | DataSpec:
     """The images or points that are shown: of latents, the images that were encoded."""
     return data.images if isinstance(data, Latents) else data
 
@@ -44,7 +45,7 @@ class Conditions:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the classes, or the captions; () if they have none."""
-        if self.captions is None or isinstance(self.data, Moons):
+        if self.captions is None or isinstance(self.data, Memory | Moons | DataSpec):
             return shown(self.data).names or ()
         try:
             return self.data.caption_texts()

@@ -18,6 +18,7 @@ from dumo.nets import Net
 from dumo.nets.dualized import Dualized
 from dumo.run import published
 from dumo.run.config.load import FILE, Difference, difference, differences, dump, load
+from dumo.run.config.resolve import require_same_code
 from dumo.run.config.source import Noted
 from dumo.run.config.spec import Run
 from dumo.run.config.teacher import Start
@@ -81,6 +82,7 @@ def open_run(
     if not (folder / FILE).is_file():
         raise UserError(f"{source} is no run's folder (it has no {FILE}): train one first, e.g. dumo train digits")
     run = load(source, overrides)
+    require_same_code(run, folder)
     if differs := list(difference(load(source), run)):
         raise UserError(f"these fields of {source} are as they were trained:\n  " + "\n  ".join(differs))
     while True:
@@ -134,7 +136,8 @@ def claim(run: Run, folder: Path, step: int | None = None) -> None:
     if (done := max(steps, default=0) if step is None else step) > run.train.steps:
         raise UserError(f"{folder} has {done} steps behind it, so train.steps={run.train.steps} is no more to do")
     if (folder / FILE).exists():
-        if differs := [one for one in differences(load(str(folder)), run) if not one.may]:
+        require_same_code(there := load(str(folder)), folder)
+        if differs := [one for one in differences(there, run) if not one.may]:
             lines = "\n  ".join([f"{folder} holds another run:", *map(str, differs)])
             raise UserError(f"{lines}\nGive another folder with --out, or remove this one")
     elif folder.is_dir() and any(path.name != LOCK and not ours(path) for path in folder.iterdir()):

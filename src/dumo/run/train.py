@@ -50,15 +50,17 @@ def train(
     tell: Callable[[str], None] | None = None,
     step: int | None = None,
     new_data: bool = False,
+    hooks: Sequence[loop.Every] = (),
 ) -> State:
     """Train, or go on where the folder's last checkpoint stands, or that of `step`. Returns the state at the end.
 
     Under torchrun the ranks share the work, each with a part of every batch; every rank must call it, and rank 0 alone
-    writes and tells. `tell` hears, before the first step, what is trained on what (`outlook`), and what is not as its
-    sources have it, or not as it was; then of steps that are skipped. Raises UserError if the run does not fit the
-    ranks, the folder holds another run or another process trains there, the data have changed (and no `new_data` says
-    that they may), or if the slope fails its examination, before the first step or on the weights that would be saved
-    first; Diverged if the loss is no longer a number; Stopped, once a checkpoint is saved, if a signal asked for it.
+    writes and tells. `hooks` are called after dumo's own, on every rank. `tell` hears, before the first step, what is
+    trained on what (`outlook`), and what is not as its sources have it, or not as it was; then of steps that are
+    skipped. Raises UserError if the run does not fit the ranks, the folder holds another run or another process trains
+    there, the data have changed (and no `new_data` says that they may), or if the slope fails its examination, before
+    the first step or on the weights that would be saved first; Diverged if the loss is no longer a number; Stopped,
+    once a checkpoint is saved, if a signal asked for it.
     """
     rank, ranks = dist.launched()
     run = resolve(run)
@@ -71,7 +73,9 @@ def train(
     with held(run, folder, step) if rank == 0 else nullcontext(), dist.join():
         tell = tell if rank == 0 and tell else quiet
         run = resolve(run)  # with what the first rank has made
-        return go_on(run, folder, dist.device(device), no_bar if rank else bar, tell, step, new_data=new_data)
+        return go_on(
+            run, folder, dist.device(device), no_bar if rank else bar, tell, step, new_data=new_data, hooks=hooks
+        )
 
 
 def quiet(line: str) -> None:
@@ -87,6 +91,7 @@ def go_on(
     step: int | None = None,
     *,
     new_data: bool = False,
+    hooks: Sequence[loop.Every] = (),
 ) -> State:
     """Train in a folder that is held. Returns and raises as `train`."""
     data = open_data(run.data)
@@ -125,8 +130,8 @@ def go_on(
             tick(state.step, "the first step" + ", compiled first" * (run.train.compile != "none"))
             meter.begin(state.step)
             show = loop.Every(1, lambda state, record: tick(state.step, meter.note(record)))
-            hooks = (show, *journal.hooks, loop.Every(1, sheets.draw))
-            loop.train(state, task, batches, run.train, hooks, journal.due, draws)
+            every = (show, *journal.hooks, loop.Every(1, sheets.draw), *hooks)
+            loop.train(state, task, batches, run.train, every, journal.due, draws)
     except Diverged as error:
         raise Diverged(
             f"{error} {agreement.main(lambda: way_back(run.train, folder, state.step - state.skips))}"

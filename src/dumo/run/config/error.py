@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 from dumo.io.read import brief
 from dumo.run.config.foreign import ours
 from dumo.types import UserError
+from dumo.types.outside import TAG
 
 Location = tuple[int | str, ...]
 WAYS = {  # out of fields that have no default
@@ -64,7 +65,11 @@ def _line(found: ErrorDetails, root: type[BaseModel]) -> str:
             tags = ctx["expected_tags"].replace("'", "").split(", ")
             return f"{path}.kind: there is no '{brief(ctx['tag'])}'; {nearest(ctx['tag'], tags)}"
         case "union_tag_not_found":
-            return f"{path}.kind: missing; say which kind this is"
+            bare = found["input"]
+            if (bare := found["input"]) is None or isinstance(bare, dict):
+                return f"{path}.kind: missing; say which kind this is"
+            way = f"; write {path}.kind={brief(bare)}" if isinstance(bare, str) else ""
+            return f"{path}: input should be a mapping of names to values; got {brief(repr(bare))}{way}"
         case "missing":
             return f"{path}: missing{WAYS.get(path, '')}"
         case "value_error":
@@ -87,17 +92,20 @@ def _walk(loc: Location, root: type[BaseModel]) -> tuple[str, type[BaseModel] | 
     annotation: Any = root
     model: type[BaseModel] | None = None
     for part in loc:
+        if part == TAG:  # a class from outside: what follows is its own
+            annotation = Any
+            continue
         models = list(_models(annotation))
         tagged = [m for m in models if part in get_args(m.model_fields["kind"].annotation)] if len(models) > 1 else []
         if tagged:
             annotation = tagged[0]
             continue
-        if isinstance(part, str) and not models:
+        if isinstance(part, str) and not models and annotation is not Any:
             continue  # a choice of a union of plain types
         names.append(str(part))
         model = models[0] if models else None
         field = model.model_fields.get(str(part)) if model and isinstance(part, str) else None
-        annotation = field.annotation if field else annotation if isinstance(part, int) else None
+        annotation = field.annotation if field else annotation if isinstance(part, int) or annotation is Any else None
     return ".".join(map(brief, names)), model, [*_models(annotation)]
 
 

@@ -11,7 +11,7 @@ from pydantic_core import to_json, to_jsonable_python
 from dumo.io import yaml
 from dumo.run.config.change import override, shown
 from dumo.run.config.error import explain
-from dumo.run.config.source import CHANGED, FORMAT, KEY, PROPOSED, RESOLVED, Noted, noted, read
+from dumo.run.config.source import CHANGED, CODE, FORMAT, KEY, PROPOSED, RESOLVED, Noted, noted, read
 from dumo.run.config.source import FILE as FILE
 from dumo.run.config.spec import Run
 from dumo.types import Spec, UserError
@@ -58,7 +58,7 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
 def fill(tree: dict[str, Any], found: object) -> None:
     """Put what was found into the fields it was found for, but where a field is given. The tree is changed."""
     for field, value in found.items() if isinstance(found, dict) else ():
-        if field == PROPOSED:  # a record of fields that are set like any other
+        if field in (CODE, PROPOSED):  # records, of no field
             continue
         part: Any = tree
         *above, last = str(field).split(".")

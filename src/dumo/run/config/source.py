@@ -20,6 +20,7 @@ FILE = "run.yaml"  # the run, in its folder
 KEY, FORMAT = "format", 2  # the first key of a run.yaml, and what `dumo.run.config.load.dump` writes there
 CHANGED = "changed"  # of a run.yaml: the fields that were changed while it trained (`Noted`)
 RESOLVED = "resolved"  # of a run.yaml: the fields that were found when the run was opened (`dumo.run.config.resolve`)
+CODE = "code"  # in `resolved`: hashes of the code of classes from outside, by name
 PROPOSED = "proposed"  # in `resolved`: the fields that were set by `dumo.run.plan.proposal`
 MOST = 2**24  # bytes of a file: ours; the names of 20,000 classes are half a million
 

@@ -7,7 +7,7 @@ import torch
 from pydantic import Field, JsonValue
 from torch import nn
 
-from dumo.data import Data, Digits, Images, Moons
+from dumo.data import Data, Digits, Images, Memory, Moons
 from dumo.evaluation import MetricProtocol
 from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.path import Linear, Path
@@ -23,6 +23,7 @@ from dumo.runtime.bound import PASSES
 from dumo.runtime.random import stream
 from dumo.training.spec import Train
 from dumo.types import FREE, QUIET, Reads, Spec
+from dumo.types.outside import DataSpec
 
 Passes = Annotated[int, Field(le=PASSES)]  # through the net; a solver says how few it can make
 
@@ -73,7 +74,7 @@ class Tree(Spec):
     __str__ = __repr__
 
     @property
-    def images(self) -> Digits | Images | Moons:
+    def images(self) -> Digits | Images | Memory | Moons | DataSpec:
         """The images or points that are shown: of latents, the images that were encoded."""
         return shown(self.data)
 

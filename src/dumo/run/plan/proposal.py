@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from dumo.data import Images
+from dumo.data import Images, Memory
 from dumo.data.pixel import Frame, Unreadable, short_side
 from dumo.data.store import Store
 from dumo.io.read import user_path
@@ -96,29 +96,37 @@ def is_place(source: str) -> bool:
 
 
 def propose(
-    place: str, sets: Sequence[str] = (), *, minutes: float | None = None, device: str = "auto", bar: Bar = no_bar
+    place: str | None,
+    sets: Sequence[str] = (),
+    *,
+    minutes: float | None = None,
+    device: str = "auto",
+    bar: Bar = no_bar,
 ) -> Proposal:
     """A run on these images that takes these minutes (None: on a CPU MINUTES, on a GPU as long as the recipe says).
 
-    `sets`, as --set takes them, go before what is proposed. Raises UserError where there are no images, or a field is
-    wrong.
+    `sets`, as --set takes them, go before what is proposed; without a place they say which images in memory it is.
+    Raises UserError where there are no images, or a field is wrong.
     """
     here, began = dist.device(device), time.monotonic()
-    fields: dict[str, Any] = {"data.root": place}
+    fields: dict[str, Any] = {"data.root": place} if place else {}
     most = SIDES.get(here.type, SIDES["cuda"])
     if here.type == "cpu":
         fields |= {**ON_A_CPU, "net": {**NET, "attend": [most // 4]}}
     images = set_fields(fields, sets).data
-    if not isinstance(images, Images):
+    if isinstance(images, Memory):
+        found = Look(images.open().size, 0, 0, min(images.shape[1:]), 0.0)
+    elif isinstance(images, Images):
+        try:
+            store = images.undecoded()
+        except UserError as error:
+            raise UserError(f"{place} is taken for a place of images, for it has no {FILE}: {error}") from error
+        found = look(store, Frame(images.side, images.crop), bar)
+        fields |= {"data.side": side(found.side, most)}
+    else:
         raise UserError(f"{place} is a place of images, and data.kind={images.kind} reads none: leave it out")
-    try:
-        store = images.undecoded()
-    except UserError as error:
-        raise UserError(f"{place} is taken for a place of images, for it has no {FILE}: {error}") from error
-    found = look(store, Frame(images.side, images.crop), bar)
-    fields |= {"data.side": side(found.side, most)}
     if here.type == "cpu":
-        fields["net"]["attend"] = [fields["data.side"] // 4]
+        fields["net"]["attend"] = [fields.get("data.side", images.shape[-1]) // 4]
     run = resolve(set_fields(fields, sets))
     with bar("timing a step", 1) as tick:
         step = step_seconds(run, here)

@@ -1,0 +1,184 @@
+"""Classes of a user's own in a run: where a `kind` may stand, `module:Class` names any class that Python can import.
+
+It has a base below, or a spec of ours, and its `kind` is that name.
+A module is sought on Python's path alone, which holds the current folder for `python -m dumo`, not for `dumo`: a run's
+folder that came from somebody else brings no code.
+"""
+
+import ast
+import inspect
+import sys
+import textwrap
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib import import_module
+from typing import Any, ClassVar, Literal, get_args
+
+from pydantic import Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema, to_json
+from torch import nn
+
+from dumo.types import Cond, Frozen, Needs, Net, Noised, Path, Reads, Sample, Spec, Terms, UserError
+
+TAG = "module:Class"
+
+
+@dataclass(frozen=True)
+class OpenTo:
+    """In the annotation of a union of specs: its members, and classes from outside of this base or below a member."""
+
+    base: type[Spec]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:  # noqa: ANN401
+        """The union by kind, and one choice more."""
+        union = get_args(source)
+        members = {
+            kind: handler.generate_schema(member)
+            for member in union
+            if member is not self.base
+            for kind in get_args(member.model_fields["kind"].annotation)
+        }
+        takes = core_schema.typed_dict_schema(
+            {"kind": core_schema.typed_dict_field(core_schema.str_schema(pattern=":"))}, extra_behavior="allow"
+        )
+        outside = core_schema.no_info_plain_validator_function(
+            lambda value: read(value, union, self.base), json_schema_input_schema=takes
+        )
+        return core_schema.tagged_union_schema({**members, TAG: outside}, discriminator=kind_of)
+
+
+def read(value: Any, union: tuple[type[Spec], ...], base: type[Spec]) -> Spec:  # noqa: ANN401, a spec or a tree
+    """The spec that a tree describes, or that is given. Raises UserError where it does not keep the contract."""
+    cls = type(value) if isinstance(value, Spec) else imported(value["kind"])
+    if not issubclass(cls, union):
+        raise UserError(
+            f"kind '{name_of(cls)}' is not of its family: make it a class of dumo.types.outside.{base.__name__}"
+        )
+    if isinstance(value, Spec):
+        return value
+    try:
+        return cls.model_validate_json(to_json(value, inf_nan_mode="constants"), strict=True)
+    except TypeError as error:  # it is abstract
+        raise UserError(f"kind '{name_of(cls)}': {error}") from error
+
+
+def kind_of(value: object) -> str | None:
+    """Which choice of a union a tree or a spec is; None: it does not say."""
+    kind: object = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return None if not isinstance(kind, str) else TAG if ":" in kind else kind
+
+
+def name_of(cls: type) -> str:
+    """`module:Class`."""
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def imported(name: str) -> type[Spec]:
+    """The class of a name. Raises UserError where there is none, or it is no spec of this name."""
+    module, _, path = name.partition(":")
+    try:
+        found: Any = import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # a module of somebody else may raise anything
+        way = "where its file is in this folder, put PYTHONPATH=. before the command"
+        if module == "__main__":
+            way = "a class of a notebook or script is there while that runs: move it to a file"
+        raise UserError(f"kind '{name}' cannot be imported ({type(error).__name__}: {error}): {way}") from error
+    if not (isinstance(found, type) and issubclass(found, Spec)):
+        raise UserError(f"kind '{name}' is no dumo.types.Spec: make it a class of that base")
+    field = found.model_fields.get("kind")
+    if field is None or field.default != name:
+        raise UserError(f'kind \'{name}\': the class must say so, kind: Literal["{name}"] = "{name}"')
+    return found
+
+
+def code(spec: Spec) -> str | None:
+    """A hash of a spec's module, comments and layout aside; of the class alone in a notebook. None: no source is there.
+
+    A class of a package is known by the module that defines it, not by what that imports.
+    """
+    cls = type(spec)
+    try:
+        whole = cls if cls.__module__ == "__main__" else sys.modules[cls.__module__]
+        tree = ast.parse(textwrap.dedent(inspect.getsource(whole)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    return sha256(ast.dump(tree).encode()).hexdigest()[:16]
+
+
+class ObjectiveSpec(Spec, ABC):
+    """The base of an objective from outside."""
+
+    kind: str
+    times: Any  # the law of (t, r): any of `dumo.flow.times`, or a `TimeLaw` of one's own
+    drop: float = Field(default=0.0, ge=0, le=1)  # the probability that a row's condition is dropped
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What it says of itself."""
+
+    @abstractmethod
+    def loss(self, net: Net, ref: Frozen, b: Noised) -> Terms:
+        """Pure: draws and changes nothing."""
+
+    @abstractmethod
+    def read(self, net: Net) -> Reads:
+        """How to sample a net trained so. Does not call it."""
+
+
+class NetSpec(Spec, ABC):
+    """The base of a net from outside. What is set here dumo's own nets may choose."""
+
+    kind: str
+    precondition: ClassVar[str] = "none"
+    texts: ClassVar[None] = None
+    augment: ClassVar[int] = 0
+    lora: ClassVar[None] = None
+    checkpoint: ClassVar[None] = None
+    time_scale: float = Field(default=1.0, gt=0)  # radians per unit of t of its quickest wave (`dumo.nets.embed`)
+
+    @abstractmethod
+    def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> nn.Module:
+        """A module called as `net(x, c, t=t ...)`, with the inputs and heads of `needs`; c is `classes` for none."""
+
+
+class DataSpec(Spec, ABC):
+    """The base of data from outside."""
+
+    kind: str
+    shape: ClassVar[tuple[int, ...]]  # of a sample
+    classes: ClassVar[int] = 0
+    names: ClassVar[tuple[str, ...]] = ()
+    captions: ClassVar[None] = None
+    augment: ClassVar[None] = None
+
+    @property
+    def labels(self) -> int:
+        """How many classes there are: they have no captions."""
+        return self.classes
+
+    @abstractmethod
+    def open(self) -> Any:  # noqa: ANN401
+        """A source (`dumo.io.source.Source`), such as a `Table` of rows in memory."""
+
+    def originals(self) -> Any:  # noqa: ANN401
+        """The same."""
+        return self.open()
+
+
+class SolverSpec(Spec, ABC):
+    """The base of a solver from outside."""
+
+    kind: str
+    uses: ClassVar[Literal["velocity", "endpoint", "flow_map", "both"]]  # the reading that it calls
+    passes: ClassVar[int] = 1  # through the net, a step
+
+    @abstractmethod
+    def __call__(
+        self, reads: Reads, path: Path, x: Sample, c: Cond, nfe: int, fresh: Callable[[int], Sample]
+    ) -> Sample:
+        """Carry noise x to data in nfe passes; `fresh(k)` is the k-th draw of noise more."""

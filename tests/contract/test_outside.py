@@ -1,0 +1,95 @@
+"""A class of a user's own stands in a run like one of ours, by `module:Class`, or is refused with the reason."""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+
+import dumo
+from contract import outside
+from dumo.run.config.load import load
+from dumo.run.config.resolve import resolve
+from dumo.types.outside import code
+
+RUN = {
+    "objective": {"kind": "contract.outside:Outside"},
+    "net": {"kind": "contract.outside:PlainNet"},
+    "data": {"kind": "contract.outside:Bars"},
+    "sample.solver": {"kind": "contract.outside:Once"},
+    "sample.nfe": [1],
+    "evaluate": {"protocol": {"kind": "photos", "samples": 24}, "nfe": [1], "contrast": []},
+    "train.steps": 4,
+}
+
+
+def test_a_run_of_four_classes_from_outside_is_trained_sampled_and_judged(tmp_path: Path) -> None:
+    run = dumo.train("digits", RUN, out=tmp_path / "run", device="cpu")
+    again = dumo.load(tmp_path / "run")
+    assert again.spec == run.spec
+    codes = again.spec.resolved["code"]
+    assert isinstance(codes, dict)
+    names = ("Outside", "PlainNet", "Bars", "Once")
+    assert codes.keys() == {f"contract.outside:{name}" for name in names}
+    assert torch.equal(again.sample(classes=[0, 1], seed=3), run.sample(classes=[0, 1], seed=3))
+    assert again.evaluate()["results"][0]["solver"] == "contract.outside:Once"
+    assert again.report().is_file()
+
+
+def test_code_that_changed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dumo.train("digits", RUN, out=tmp_path / "run", device="cpu")
+    monkeypatch.setattr("dumo.run.config.resolve.code", lambda spec: "other")
+    for go_on in (lambda: dumo.load(tmp_path / "run"), lambda: dumo.train(tmp_path / "run", RUN)):
+        with pytest.raises(dumo.UserError, match=r"contract.outside:.* is not the code that .* was trained with"):
+            go_on()
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("class Own(Spec):\n    # a remark\n    kind:   Literal['own:Own'] = 'own:Own'\n", True),
+        ("class Own(Spec):\n    kind: Literal['own:Own'] = 'own:Own'\n    power: float = 2.0\n", False),
+        ("class Own(Spec):\n    kind: Literal['own:Own'] = 'own:Own'\n\ndef other():\n    return 3\n", False),
+    ],
+)
+def test_code_is_known_by_what_it_does(text: str, same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comments and layout aside; what else is in its file counts."""
+    found: list[str | None] = []
+    for i, body in enumerate(("class Own(Spec):\n    kind: Literal['own:Own'] = 'own:Own'\n", text)):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "own.py").write_text(f"from typing import Literal\nfrom dumo.types import Spec\n{body}")
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(tmp_path / str(i))
+            patch.delitem(__import__("sys").modules, "own", raising=False)
+            found.append(code(__import__("own").Own()))
+            patch.delitem(__import__("sys").modules, "own")
+    assert (found[0] == found[1]) == same
+    assert None not in found
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("nowhere:Own", "cannot be imported .*PYTHONPATH=."),
+        ("contract.outside:Nothing", "cannot be imported .*has no attribute 'Nothing'"),
+        ("__main__:Nothing", "move it to a file"),
+        ("torch:Tensor", "is no dumo.types.Spec"),
+        ("dumo.objectives:DuMo", 'the class must say so, kind: Literal\\["dumo.objectives:DuMo"\\]'),
+        ("contract.outside:PlainNet", "is not of its family: make it a class of dumo.types.outside.ObjectiveSpec"),
+        ('"os:"', "cannot be imported"),
+        ('":"', "cannot be imported"),
+    ],
+)
+def test_what_is_no_such_class_is_refused(kind: str, said: str) -> None:
+    with pytest.raises(dumo.UserError, match=f"^objective: .*{said}"):
+        load("digits", [f"objective.kind={kind}"])
+
+
+def test_a_field_of_a_class_from_outside_is_refused_by_its_path() -> None:
+    with pytest.raises(dumo.UserError, match=r"^objective\.drop: input should be less than or equal to 1; got 2"):
+        dumo.recipe("digits", {"objective": {"kind": "contract.outside:Outside", "drop": 2}})
+
+
+def test_a_run_without_such_classes_records_none() -> None:
+    assert resolve(load("moons")).resolved == {}
+    assert code(copy.copy(outside.Once())) == code(outside.Bars()), "both are of one file"

@@ -1,0 +1,172 @@
+"""`dumo.train` takes data, a net and an objective as they lie in a notebook, and says what does not fit."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import dumo
+from dumo.cli.api import TrainedRun
+from dumo.data import Digits, Moons
+from dumo.data import memory as of_data
+from dumo.flow.guide import Guide
+from dumo.nets import module as of_nets
+from dumo.objectives import FlowMatching, MeanFlow
+from dumo.training.loop import Every
+from dumo.training.record import Record
+from dumo.training.state import State
+
+UNGUIDED = Guide(omega=1, zeta=0)
+STEPS = {"train.steps": 2}
+COLOURS = np.random.default_rng(0).integers(0, 256, (24, 3, 16, 16), dtype=np.uint8)
+CLASSES = np.arange(24) % 3
+
+
+class Net(nn.Module):
+    """Two heads on one layer; with classes."""
+
+    def __init__(self, numbers: int, classes: int, heads: int = 2, *, bare: bool = False) -> None:
+        super().__init__()
+        self.label = nn.Embedding(classes + 1, 8)
+        self.first, self.last = nn.Linear(numbers + 1, 8), nn.Linear(8, heads * numbers)
+        self.heads, self.bare = heads, bare
+
+    def forward(self, x: Tensor, c: Tensor, t: Tensor) -> tuple[Tensor, ...] | Tensor:
+        h = torch.tanh(self.first(torch.cat([x.flatten(1), t[:, None]], 1)) + self.label(c))
+        heads = tuple(part.view_as(x) for part in self.last(h).chunk(self.heads, 1))
+        return heads[0] if self.bare else heads
+
+
+def train(tmp_path: Path, **parts: Any) -> TrainedRun:  # noqa: ANN401
+    parts.setdefault("changes", STEPS)
+    return dumo.train(out=tmp_path / "run", device="cpu", **parts)
+
+
+def test_an_array_and_a_module_make_a_run_that_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = Net(3 * 16 * 16, 3)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    run = train(tmp_path, data=(COLOURS, CLASSES), net=net)
+    assert run.spec.net.kind == "module"
+    assert run.spec.data.classes == 3
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items()), "a copy is trained"
+    assert any(not torch.equal(value, before[name]) for name, value in run.net.state_dict().items())
+    assert run.sample(classes=[0, 2], output="np").shape == (2, 16, 16, 3)
+    assert run.evaluate(nfe=1)["protocol"].startswith("photos")
+    assert run.report().is_file()
+
+    for memory in ((of_nets, "MODULES"), (of_data, "TABLES")):  # as in another process
+        monkeypatch.setattr(*memory, {})
+    with pytest.raises(dumo.UserError, match=r"a module of Python, unit.cli.test_compose:Net|test_compose:Net"):
+        dumo.load(tmp_path / "run")
+    opened = dumo.load(tmp_path / "run", net=Net(3 * 16 * 16, 3))
+    assert torch.equal(opened.sample(n=2), run.sample(n=2)), "of the run's weights, not of the module's"
+    with pytest.raises(dumo.UserError, match=r"give the same in Python, dumo.train\(RUN, data=...\)"):
+        opened.evaluate(nfe=1)
+    longer = train(tmp_path, data=(COLOURS, CLASSES), net=Net(3 * 16 * 16, 3), changes={"train.steps": 4})
+    assert longer.step == 4
+
+
+def test_other_data_or_another_layout_are_another_run(tmp_path: Path) -> None:
+    train(tmp_path, data=(COLOURS, CLASSES), net=Net(3 * 16 * 16, 3))
+    with pytest.raises(dumo.UserError, match=r"net\.layout"):
+        train(tmp_path, data=(COLOURS, CLASSES), net=Net(3 * 16 * 16, 5))
+    with pytest.raises(dumo.UserError, match="data"):
+        train(tmp_path, data=(COLOURS[::-1].copy(), CLASSES), net=Net(3 * 16 * 16, 3), changes={"train.steps": 4})
+
+
+@pytest.mark.parametrize(
+    ("net", "said"),
+    [
+        (
+            Net(768, 3, heads=1),
+            r"gave a tuple of \(2, 3, 16, 16\); this objective wants a tuple \(v, u\)",
+        ),
+        (Net(768, 3, bare=True), "gave a Tensor"),
+        (Net(768, 2), "c up to 3 .* raised IndexError"),
+        (Net(700, 3), "raised RuntimeError"),
+        (nn.ReLU(), "has no parameter to train"),
+        (3, "net is a int: give the name of a kind"),
+        ("dti", r"net\.kind: there is no 'dti'; did you mean 'dit'"),
+    ],
+)
+def test_a_net_that_does_not_fit_is_refused_before_anything_is_written(net: object, said: str, tmp_path: Path) -> None:
+    with pytest.raises(dumo.UserError, match=said):
+        train(tmp_path, data=(COLOURS, CLASSES), net=net)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("parts", "objective", "data", "solver"),
+    [
+        ({"objective": "meanflow"}, "meanflow", "digits", "hop"),
+        ({"objective": "flow_matching", "data": "moons"}, "flow_matching", "moons", "heun"),
+        ({"objective": "alpha_flow", "data": Moons()}, "alpha_flow", "moons", "hop"),
+        ({"objective": MeanFlow(guide=UNGUIDED), "data": COLOURS}, "meanflow", "memory", "hop"),
+        ({"source": "moons", "objective": FlowMatching()}, "flow_matching", "moons", "euler"),
+        ({"source": "moons", "objective": "dumo"}, "dumo", "moons", "restart"),
+        ({"data": Digits()}, "dumo", "digits", "restart"),
+        ({"data": np.zeros((8, 2), dtype=np.float32)}, "dumo", "memory", "restart"),
+        ({"source": "digits", "data": COLOURS[:, 0, :8, :8]}, "dumo", "memory", "restart"),
+    ],
+)
+def test_parts_find_what_they_are_trained_with(
+    parts: dict[str, Any], objective: str, data: str, solver: str, tmp_path: Path
+) -> None:
+    spec = train(tmp_path, **parts).spec
+    assert (spec.objective.kind, spec.data.kind, spec.sample.solver.kind) == (objective, data, solver)
+
+
+def test_a_folder_is_proposed_for_as_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for i, pixels in enumerate(COLOURS):
+        Path("photos").mkdir(exist_ok=True)
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(f"photos/{i}.png")
+    run = dumo.train("photos", STEPS, device="cpu")
+    assert run.folder == Path("runs/photos")
+    assert run.spec.data.root == "photos"
+    assert "proposed" in run.spec.resolved
+    again = dumo.train(data=Path("photos"), changes={"train.steps": 3}, device="cpu")
+    assert (again.folder, again.step) == (run.folder, 3)
+
+
+def test_callbacks_hear_of_every_step(tmp_path: Path) -> None:
+    every, second = list[tuple[int, float]](), list[int]()
+
+    def note(state: State, record: Record) -> None:
+        every.append((state.step, float(record.loss)))
+
+    train(
+        tmp_path,
+        source="moons",
+        changes={"train.steps": 4},
+        callbacks=[note, Every(2, lambda state, record: second.append(state.step))],
+    )
+    assert [step for step, _ in every] == [1, 2, 3, 4]
+    assert all(loss > 0 for _, loss in every)
+    assert second == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({}, "nothing to train: give a recipe"),
+        ({"objective": "mean flow"}, r"objective\.kind: there is no 'mean flow'; did you mean 'meanflow'"),
+        ({"objective": 3}, "objective is a int"),
+        ({"data": "nowhere"}, "there is no folder or file nowhere"),
+        ({"data": 3}, "data is a builtins:int"),
+    ],
+)
+def test_what_is_no_part_is_refused(parts: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(dumo.UserError, match=said):
+        train(tmp_path, **parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_parts_of_your_own_need_a_folder() -> None:
+    with pytest.raises(dumo.UserError, match='say out="runs/NAME"'):
+        dumo.train(data=COLOURS)
