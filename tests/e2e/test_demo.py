@@ -1,4 +1,4 @@
-"""`dumo demo` as a person meets it: a port, a browser, nonsense, many questions, Ctrl-C."""
+"""`dumo demo` as a person meets it: a port, a browser, downloads, nonsense, many questions, two runs, Ctrl-C."""
 
 import json
 import re
@@ -9,12 +9,20 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import unquote
+from zipfile import ZipFile
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import browser
-from e2e.shell import PATIENCE, Done, finish, refused, start, wait
-from forked import Program
+from e2e.shell import PATIENCE, TINY, Done, call, finish, refused, sets, start, wait
+from forked import Program, python
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page
 
 if find_spec("gradio") is None:  # to import it takes seconds, of every process that collects tests
     pytest.skip("gradio is not there", allow_module_level=True)
@@ -30,7 +38,7 @@ NONSENSE = [
 QUESTIONS = 100
 
 
-def free() -> int:
+def free_port() -> int:
     """A port that nobody listens at, for now."""
     with socket.socket() as some:
         some.bind(("127.0.0.1", 0))
@@ -42,7 +50,7 @@ def answers(url: str) -> Generator[str, None, None]:
     from gradio_client import Client
 
     client = Client(url, verbose=False, analytics_enabled=False)
-    for job in [client.submit("3", str(k), "7777", "u", 1, fn_index=2) for k in range(QUESTIONS)]:
+    for job in [client.submit("3", str(k), 1, "7777", "u", 1, fn_index=2) for k in range(QUESTIONS)]:
         try:
             yield str(job.result(timeout=PATIENCE))
         except Exception as error:
@@ -52,7 +60,7 @@ def answers(url: str) -> Generator[str, None, None]:
 @contextmanager
 def served(run: Path, *words: object) -> Generator[tuple[str, Program], None, None]:
     """The address of a page, and the program that serves it, once it answers."""
-    port = free()
+    port = free_port()
     process, url = start("demo", run, "--port", port, *words, cwd=run.parent), f"http://127.0.0.1:{port}"
 
     def answers() -> bool:
@@ -69,12 +77,133 @@ def served(run: Path, *words: object) -> Generator[tuple[str, Program], None, No
         finish(process)
 
 
+def number(page: "Page", label: str) -> "Locator":
+    """The field of a slider's number."""
+    return page.get_by_label(f"number input for {label}").locator("visible=true")
+
+
+def kept(page: "Page", label: str, folder: Path) -> Path:
+    """A file that a button downloads."""
+    with page.expect_download() as download:
+        page.get_by_label(label).or_(page.get_by_role("button", name=label)).first.click()
+    file = folder / download.value.suggested_filename
+    download.value.save_as(file)
+    return file
+
+
+def read(file: Path) -> np.ndarray:
+    """A picture's pixels, grey in all three colours."""
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def reproduced(page: "Page", folder: Path) -> list[str]:
+    """The names of the images in the archive, which the script makes again in a process of its own."""
+    archive, script = kept(page, "Images (zip)", folder), kept(page, "Download", folder)
+    there, again = folder / "there", folder / "again"
+    again.mkdir()
+    with ZipFile(archive) as files:
+        files.extractall(there)
+        found = files.namelist()
+    assert script.suffix == ".py"
+    assert finish(python(script.read_text(encoding="utf-8"), cwd=again)).code == 0
+    assert sorted(file.name for file in again.iterdir()) == sorted(found)
+    assert all((read(there / name) == read(again / name)).all() for name in found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def free(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that can be guided."""
+    run = tmp_path_factory.mktemp("free") / "free"
+    assert call("train", "digits", "--out", run, *TINY, *sets("objective.drop=0.1")).code == 0
+    return run
+
+
 def test_a_port_that_is_taken_is_refused(trained: dict[str, Path], here: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         refused("demo", trained["digits"], "--port", port, named=(f"port {port}", "--port"), run=trained["digits"])
     refused("demo", trained["digits"], "--host", "no.such.host.invalid", "--port", 0, named=("--host",))
     refused("demo", here / "nothing", "--port", 0, named=("no run's folder",))
+
+
+def test_two_runs_that_do_not_fit_are_refused(trained: dict[str, Path], here: Path) -> None:
+    digits = trained["digits"]
+    for words, said in {
+        (trained["moons"],): ("moons does not fit next to digits", "data: moons, not digits"),
+        (digits,): ("both runs are",),
+        (here / "none",): ("no run's folder",),
+        (trained["digits-meanflow"], "--weights", "a.safetensors"): ("--weights are of one run",),
+    }.items():
+        refused("demo", digits, *words, "--port", 0, named=said, run=digits)
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_a_person_makes_images_and_keeps_them(free: Path, tmp_path: Path) -> None:
+    """Nine of a class, guided, by passes of their choice; the script makes the same, to the pixel."""
+    with served(free) as (url, _), browser.page(browser.DESK) as page:
+        page.goto(url)
+        make = page.get_by_role("button", name="Make").locator("visible=true")
+        make.wait_for()
+        assert page.get_by_role("tab").all_inner_texts() == ["Make", "Passes", "Between two seeds", "Nearest images"]
+        assert page.get_by_role("button", name="Images (zip)").is_disabled()
+        page.get_by_label("class", exact=True).click()
+        page.get_by_role("option", name="7", exact=True).click()
+        number(page, "images").fill("9")
+        made: list[str] = []
+        for passes, guidance, said in (("1", "1", "1 pass"), ("3", "1", "3 passes"), ("3", "9.5", "6 passes")):
+            number(page, "passes").fill(passes)
+            number(page, "guidance").fill(guidance)
+            make.press("Enter")
+            page.get_by_text(f"9 images, {said} each").wait_for()
+            made.append(page.locator(".answer").inner_html())
+            assert page.locator(".answer img").count() == 9
+        assert len({re.sub(r"<p>.*</p>", "", one) for one in made}) == 3
+        code = page.locator(".cm-content").inner_text()
+        assert "classes='7', n=9, nfe=3, seed=0, guidance=9.5" in code
+        found = reproduced(page, tmp_path)
+        assert found == [f"free-{i:06d}.png" for i in range(9)]
+        assert read(kept(page, "Grid (png)", tmp_path)).shape[0] > 64
+        seen = page.evaluate(browser.LOOK)
+        assert (seen["broken"], seen["beyond"]) == ([], 0)
+        with page.expect_download() as download:
+            page.get_by_role("button", name="Grid (png)").click()
+        place = Path(unquote(download.value.url.partition("file=")[2]))
+        assert place.is_file()
+    assert not place.parents[1].exists()  # the folder of the page
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_two_runs_stand_next_to_each_other(trained: dict[str, Path], tmp_path: Path) -> None:
+    """Both in every answer, by their names; guidance is grey, for neither can be guided."""
+    runs = trained["digits"], trained["digits-flow-matching"]
+    with served(*runs) as (url, _), browser.page(browser.DESK) as page:
+        page.goto(url)
+        make = page.get_by_role("button", name="Make").locator("visible=true")
+        make.wait_for()
+        assert page.title() == "digits and digits-flow-matching · dumo"
+        assert number(page, "guidance").is_disabled()
+        page.get_by_text("guidance needs what the net makes without a label").wait_for()
+        names = page.locator(".answer h3").locator("visible=true")
+        number(page, "images").fill("4")
+        make.click()
+        page.get_by_text("objective flow_matching teaches no jumps").wait_for()
+        assert names.all_inner_texts() == ["digits", "digits-flow-matching"]
+        assert page.locator(".answer img").count() == 4
+        page.get_by_label("velocity: v").locator("visible=true").check()
+        make.click()
+        page.wait_for_function("document.querySelectorAll('.answer img').length == 8")
+        left, right = (page.locator(".run").nth(k).bounding_box() for k in (0, 1))
+        assert left["y"] == right["y"]
+        assert len(reproduced(page, tmp_path)) == 8
+        for tab, count in {"Passes": 12, "Between two seeds": 9, "Nearest images": 16}.items():
+            page.get_by_role("tab", name=tab, exact=True).click()
+            make.click()
+            page.locator(".answer img").locator("visible=true").nth(count - 1).wait_for()
+            assert names.all_inner_texts() == ["digits", "digits-flow-matching"]
 
 
 @pytest.mark.slow
@@ -92,13 +221,14 @@ def test_a_person_plays_with_a_run(trained: dict[str, Path]) -> None:
         make = page.get_by_role("button", name="Make").locator("visible=true")
         pictures = page.locator(".answer img").locator("visible=true")
 
+        page.get_by_role("tab", name="Passes", exact=True).click()
         make.click()
         page.wait_for_function("document.querySelectorAll('.answer img').length == 8")
         assert page.get_by_text(re.compile(r"^50 passes, \d")).count() == 2
         seen = page.evaluate(browser.LOOK)
         assert (seen["broken"], seen["beyond"]) == ([], 0)
 
-        for tab, count in {"Seeds": 16, "Between two seeds": 9, "Nearest images": 16}.items():
+        for tab, count in {"Make": 16, "Between two seeds": 9, "Nearest images": 16}.items():
             page.get_by_role("tab", name=tab, exact=True).click()
             make.click()
             pictures.nth(count - 1).wait_for()

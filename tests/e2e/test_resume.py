@@ -59,12 +59,58 @@ def test_a_finished_run_is_left_as_it_is(here: Path, trained: dict[str, Path]) -
     assert files(run) == before
 
 
-def test_a_run_without_its_checkpoints_starts_over(here: Path, trained: dict[str, Path]) -> None:
+@pytest.mark.parametrize("how", ["gone", "link", "loop", "file"])
+def test_a_run_whose_checkpoints_cannot_be_seen_does_not_start_over(
+    how: str, here: Path, trained: dict[str, Path]
+) -> None:
+    """Their disk is not mounted, readable or restored: nothing is written, and no line advises to remove a thing."""
+    run = shutil.copytree(trained["moons"], here / "run")
+    kept = (run / "checkpoints").rename(here / "disk")
+    if how == "link":
+        (run / "checkpoints").symlink_to(here / "unmounted/disk")
+    elif how == "loop":
+        (run / "checkpoints").symlink_to(run / "checkpoints")
+    elif how == "file":
+        (run / "checkpoints").write_bytes(b"")
+    before = files(run) if how in ("gone", "file") else {}  # a link to nowhere cannot be read here, either
+    for command in ("train", "sample") if how != "gone" else ("train",):
+        done = call(command, "run")
+        assert done.code == 2
+        assert "run/checkpoints" in done.err
+        assert "remove" not in done.err
+    assert not before or files(run) == before
+
+    if how != "gone":
+        (run / "checkpoints").unlink()
+    kept.rename(run / "checkpoints")
+    assert call("train", "run").code == 0
+
+
+def test_a_run_without_its_checkpoints_and_log_starts_over(here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained["moons"], here / "run")
     before = files(run)
     shutil.rmtree(run / "checkpoints")
+    (run / "metrics.jsonl").unlink()
     assert call("train", "run").code == 0
     assert {**files(run), "speed.jsonl": b""} == {**before, "speed.jsonl": b""}  # of the machine
+
+
+@pytest.mark.parametrize("name", ["state.json", "net.safetensors"])
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(
+    name: str, here: Path, trained: dict[str, Path]
+) -> None:
+    """A link to itself fails as a disk or a permission does, for every user."""
+    run = shutil.copytree(trained["moons"], here / "run")
+    file = sorted((run / "checkpoints").iterdir())[-1] / name
+    kept = file.rename(here / "kept")
+    file.symlink_to(file)
+    done = call("train", "run", *sets("train.steps=1000"))
+    assert done.code == 2
+    assert str(file.relative_to(here)) in done.err
+    assert "remove" not in done.err
+    file.unlink()
+    kept.rename(file)
+    assert call("sample", "run").code == 0
 
 
 def test_interrupt_says_so_and_can_go_on(here: Path) -> None:

@@ -18,19 +18,16 @@ from torch import Generator, Tensor, nn
 
 from dumo.cli.compose import compose, plain_data, plain_net
 from dumo.encoders.codec import Opened
-from dumo.flow.guide import CFG
 from dumo.io import picture
 from dumo.io.read import brief
 from dumo.report import page
 from dumo.run.config import load as config
 from dumo.run.config.change import override, shown
-from dumo.run.config.check import check_guided
 from dumo.run.config.spec import Run
-from dumo.run.config.tree import Sampling
 from dumo.run.evaluation import evaluate as evaluation
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.prompt import prompted
-from dumo.run.sample import COUNT, solver_of, turned
+from dumo.run.sample import COUNT, guide_of, solver_of, turned
 from dumo.run.train import train as train_run
 from dumo.runtime.progress import Bar, bar, no_bar, say
 from dumo.training.loop import Every
@@ -127,7 +124,7 @@ class TrainedRun:
                 raise UserError("a generator draws the seed: give it, or seed and noise")
             seed = int(torch.randint(2**63 - 1, (1,), generator=generator, device=generator.device))
         c = self._conditions(classes, None if n is None else integer("n", n, 1), prompts, noise)
-        guide = None if guidance is None else self._guide(guidance)
+        guide = None if guidance is None else guide_of(sampler, self.spec.guided, guidance)
         x = sampler.sample(
             c,
             nfe=spec.nfe[0] if nfe is None else integer("nfe", nfe, 1),
@@ -143,17 +140,6 @@ class TrainedRun:
         if output == "np":
             return ((x.permute(0, 2, 3, 1) + 1) / 2).numpy() if self.makes_images else x.numpy()
         return x
-
-    def _guide(self, guidance: float) -> CFG:
-        """The run's guidance by another scale. Raises UserError where it is none, or the run cannot be guided."""
-        spec, run = self.spec.sample, self.spec
-        tree = spec.guide.model_dump() | {"scale": guidance}
-        try:
-            guide = config.parse(Sampling, {**spec.model_dump(mode="json"), "guide": tree}).guide
-            check_guided(guide, run.data, run.objective, run.guided, name="guide")
-        except UserError as error:
-            raise UserError(str(error).replace("guide.scale", "guidance")) from error
-        return guide
 
     def _conditions(
         self,

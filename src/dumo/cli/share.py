@@ -46,6 +46,9 @@ def export(
 
 def demo(
     run_folder: Folder,
+    other: Annotated[
+        str | None, typer.Argument(metavar="[OTHER]", help="Another run's folder, to show next to it.")
+    ] = None,
     host: Annotated[
         str, typer.Option(help="Where it is served; 0.0.0.0: to all who reach this machine.")
     ] = "127.0.0.1",
@@ -55,18 +58,15 @@ def demo(
     weights: Weights = None,
     device: Device = "auto",
 ) -> None:
-    """Serve a page to play with a run: 1, 2, 4, 50 passes side by side, and more. It needs Gradio, the extra demo."""
-    from dumo.report.answer import Live
+    """Serve a page to play with a run, or with two next to each other. It needs Gradio, the extra demo."""
     from dumo.report.demo import gradio_alone, listening, page, private, serve
-    from dumo.run.folder import open_run
+    from dumo.report.live import open_lives
     from dumo.runtime import dist
 
     dist.alone("dumo demo")
+    folders = [run_folder] if other is None else [run_folder, other]
     with listening(host, port) as opened, gradio_alone():
-        run = open_run(run_folder, set_ or [], weights=weights, device=device)
-        live = Live(run.sampler, limit)
-        live.warm()
+        lives = open_lives(folders, set_ or [], weights=weights, device=device, limit=limit)
         if not private(opened):
             err.print("warning: all who reach this machine can use the page", soft_wrap=True)
-        blocks = page(live, run.folder.resolve().name, f"{run.run.about}. Step {run.step:,}", explain)
-        serve(blocks, opened, lambda address: out.print(address, soft_wrap=True))
+        serve(page(lives, explain), opened, lambda address: out.print(address, soft_wrap=True))

@@ -1,146 +1,35 @@
-"""What the demo answers: a run sampled while a person waits, as rows of pictures with their words.
+"""What the demo answers: rows of pictures with their words, of one run or of several.
 
-A sample is made by any reading and noise, timed, and stopped where it takes too long. What takes long is answered in
-parts: each answer holds what there was before, and more. Nothing here knows a browser or a server.
+What takes long is answered in parts: each answer holds what there was before, and more. Nothing here knows a browser
+or a server.
 """
 
 import time
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
-from math import cos, pi, prod, sin
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import cos, isqrt, pi, sin
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from dumo.evaluation.neighbours import nearest, nearest_other
-from dumo.flow.generate import carried, counting, evaluating, passing
-from dumo.flow.solver import Euler, Fresh, Heun, check
+from dumo.evaluation.neighbours import nearest
+from dumo.flow.guide import CFG
+from dumo.flow.solver import Fresh
 from dumo.io import picture
 from dumo.io.read import brief
-from dumo.report.page import NEAR, POINTS
-from dumo.run.config.error import require_known
+from dumo.report.live import WORDS, Live
 from dumo.run.evaluation.score import passes_text
 from dumo.run.gallery import POINTS as SCATTERED
-from dumo.run.gallery import Reading, readings
-from dumo.run.prompt import prompted
-from dumo.run.sample import real_data
-from dumo.run.sampler import Sampler
-from dumo.runtime.random import noise, stream
+from dumo.run.gallery import Reading, solver_title
+from dumo.run.prompt import names
+from dumo.run.sample import titles
 from dumo.types import Sample, UserError
 
-LIMIT = 60.0  # seconds of an answer: ours
-LONGEST = 10_000  # letters of a prompt: ours; encoders read far fewer
-SOME = 256  # images of the data with their nearest others: ours
 PASSES = (1, 2, 4, 50)  # side by side: what few-step models take, and what flow models do
-SEEDS = 4  # rows of the grid
 STEPS = 9  # from one noise to another, both ends among them
 SAMPLES = 8  # with their nearest images
 DIGITS = 18  # of a seed, at most: ours
-
-
-@dataclass(frozen=True)
-class Made:
-    """Samples (n, *pixels), on the CPU; the passes of each row through the net; the seconds that all took, decoded."""
-
-    x: Sample
-    nfe: int
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Live:
-    """A net that is sampled while a person waits, and the seconds that an answer may take."""
-
-    sampler: Sampler
-    limit: float = LIMIT
-
-    @cached_property
-    def readings(self) -> dict[str, Reading]:
-        """The ways to sample the run, by letter: u by jumps, v by its own steps, or else Euler's; as far as taught."""
-        own = self.sampler.spec.solver
-        return readings(self.sampler, own if isinstance(own, Euler | Heun) else None)
-
-    @cached_property
-    def data(self) -> tuple[Tensor, int | None]:
-        """Samples of the data, as they are shown, and how many there are in all (None: they never end).
-
-        All where they are in memory, else some. Raises UserError or OSError where the data are not there.
-        """
-        sampler, source = self.sampler, real_data(self.sampler.data)
-        few = min(POINTS, NEAR // prod(sampler.pixels[1:])) if sampler.is_image else 2 * POINTS
-        return source.reference(few, sampler.spec.seed)[0], source.size
-
-    @cached_property
-    def spacing(self) -> float:
-        """How far an image of the data lies from the nearest other one, in the mean of some.
-
-        Raises as `data`, and UserError where there is one alone.
-        """
-        real, _ = self.data
-        if len(real) < 2:
-            raise UserError("there is one image alone")
-        some = torch.randperm(len(real), generator=stream(self.sampler.spec.seed, "spacing"))[:SOME]
-        return nearest_other(real, some).mean().item()
-
-    def reading(self, letter: str) -> Reading:
-        """The way to sample of this letter. Raises UserError where it was not taught."""
-        require_known("reading", brief(letter), self.readings)
-        return self.readings[letter]
-
-    def condition(self, text: str) -> int:
-        """The number of a prompt where the net reads captions, else of a class by its name or number.
-
-        0 of data without classes. Raises UserError for no such class, and for a prompt as `prompted`.
-        """
-        conditions = self.sampler.conditions
-        if conditions.captions is None:
-            return conditions.index(text) if conditions.count else 0
-        if len(text) > LONGEST:
-            raise UserError(f"a prompt of {len(text):,} letters is too long: say it in {LONGEST:,} at most")
-        return int(prompted(self.sampler, [text]))
-
-    def fresh(self, seeds: Sequence[int], images: int = 1) -> Fresh:
-        """The draws of the first images of each seed, as `dumo sample --seed` makes them."""
-        shape, device = self.sampler.data.shape, self.sampler.device
-        return lambda k: torch.cat([noise(seed, range(images), k, shape) for seed in seeds]).to(device)
-
-    def make(self, reading: Reading, nfe: int, c: int, fresh: Fresh, until: float | None = None) -> Made:
-        """A sample of condition c for each row of the noise, decoded.
-
-        Raises UserError for a number of passes that the solver cannot make, and where they take longer than to `until`,
-        a time of `time.monotonic`; None: than the limit.
-        """
-        sampler, net, began = self.sampler, self.sampler.net, time.monotonic()
-        check(reading.solver, sampler.taught, nfe)
-        late = began + self.limit if until is None else until
-        rows = torch.full((len(fresh(0)),), c, device=sampler.device)
-        with evaluating(net), counting(net) as passed, passing(net, sampler.precision, sampler.device), due(net, late):
-            _, x = carried(sampler.reads, sampler.path, reading.solver, rows, nfe, fresh)
-        x = sampler.decode(x).cpu()
-        return Made(x, sum(passed) // len(rows), time.monotonic() - began)
-
-    def warm(self) -> None:
-        """Make a sample and forget it: the first pass takes longer than the others, and shows what is amiss."""
-        for reading in self.readings.values():
-            self.make(reading, reading.solver.passes, 0, self.fresh([0]), time.monotonic() + 3600)
-
-
-@contextmanager
-def due(net: nn.Module, until: float) -> Generator[None, None, None]:
-    """Raise UserError before a pass through the net that begins later than this."""
-
-    def look(*_: object) -> None:
-        if time.monotonic() > until:
-            raise UserError("stopped, it took too long: ask for fewer passes, or give dumo demo a higher --limit")
-
-    hook = net.register_forward_pre_hook(look)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def between(a: Fresh, b: Fresh, steps: int) -> Fresh:
@@ -168,68 +57,122 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """Pictures side by side, and what they have in common."""
+    """Pictures side by side, and what they have in common; `across`: how many to a line, all if 0."""
 
     title: str
     cells: Sequence[Cell]
+    across: int = 0
+
+    @property
+    def width(self) -> int:
+        """How many pictures stand in its longest line."""
+        return self.across or len(self.cells)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Rows of pictures, and a line about all of them."""
+    """Rows of pictures, and a line about them all; of samples to keep, their sheet, and the Python that makes them."""
 
     rows: Sequence[Row]
     line: str = ""
+    sheet: Image.Image | None = None
+    script: str = ""
 
 
-def passes(live: Live, what: str, seed: str) -> Iterator[Answer]:
+Answers = Callable[..., Iterator[Answer]]  # of a run, and what a person chose
+
+
+def together(lives: Sequence[Live], answers: Answers, *chosen: object) -> Iterator[dict[str, Answer]]:
+    """The answer of each run by its name, one run after the other, each as far as it is.
+
+    Where a run cannot answer and another can, its line says why. Raises UserError where none can.
+    """
+    done, wrong = dict[str, Answer](), list[UserError]()
+    for live in lives:
+        part = Answer([])
+        try:
+            for part in answers(live, *chosen):
+                yield {**done, live.name: part}
+        except UserError as error:
+            part = replace(part, line=str(error))
+            wrong.append(error)
+        done[live.name] = part
+    if len(wrong) == len(lives):
+        raise wrong[0]
+    if wrong:
+        yield done
+
+
+def make(live: Live, what: str, seed: str, guidance: float, n: int, nfe: int, letter: str) -> Iterator[Answer]:
+    """Samples 0 to n - 1 of a seed, as `dumo sample` and `run.sample` make them. Raises UserError as `passes`."""
+    c, first, reading = live.conditions(what, n), seed_of(seed), live.reading(letter)
+    made = live.make(reading, nfe, c, live.fresh(first, n), live.guide(guidance))
+    conditions, called = live.sampler.conditions, names(live.sampler, c)
+    several = len(set(called)) > 1 and conditions.count
+    cells = [Cell(one, called[i] if several else f"{i}") for i, one in enumerate(pictures(live, made.x))]
+    yield Answer(
+        [Row("", cells, 1 + isqrt(n - 1))],
+        f"{n} image{'s' * (n > 1)}, {passes_text(made.nfe)} each, {seconds_text(made.seconds)} for all.",
+        picture.sheet(picture.to_rows(made.x), **titles(c, conditions, called)),
+        script(live, what, first, guidance, n, nfe, reading),
+    )
+
+
+def script(live: Live, what: str, seed: int, guidance: float, n: int, nfe: int, reading: Reading) -> str:
+    """The Python that makes the same images, and writes them to files."""
+    conditions, options = live.sampler.conditions, dict[str, object]()
+    if conditions.count and what.strip():
+        options["prompts" if conditions.captions else "classes"] = what.strip()
+    options |= {"n": n, "nfe": nfe, "seed": seed}
+    if reading.solver.kind != live.sampler.spec.solver.kind:
+        options["solver"] = reading.solver.kind
+    if not live.unguided:
+        options["guidance"] = guidance
+    given = ", ".join(f"{name}={value!r}" for name, value in (options | {"output": "pil"}).items())
+    file = live.name.replace("{", "{{").replace("}", "}}") + "-{i:06d}.png"
+    lines = f"run = {live.load}", f"images = run.sample({given})", "for i, image in enumerate(images):"
+    return "\n".join([*lines, f"    image.save(f{file!r})\n"])
+
+
+def passes(live: Live, what: str, seed: str, guidance: float) -> Iterator[Answer]:
     """The same noise by 1, 2, 4 and 50 passes, a row for each reading; of points, many in a scatter.
 
-    What a reading cannot make says why. Raises UserError for a class or seed that is none.
+    What a reading cannot make says why. Raises UserError for a class, seed or guidance that is none.
     """
-    c, late = live.condition(what), time.monotonic() + live.limit
-    images = 1 if live.sampler.is_image else SCATTERED
-    fresh = live.fresh([seed_of(seed)], images)
+    late, images = time.monotonic() + live.limit, 1 if live.sampler.is_image else SCATTERED
+    c, fresh, guide = live.conditions(what, images), live.fresh(seed_of(seed), images), live.guide(guidance)
     cells = {letter: [Cell(None)] * len(PASSES) for letter in live.readings}
-    kind = live.sampler.objective.kind
-    lacks = [what for letter, what in {"u": "jumps", "v": "velocity"}.items() if letter not in cells]
-    line = f"Objective {kind} teaches no {' and no '.join(lacks)}." if lacks else ""
+    lacks = [what for letter, what in WORDS.items() if letter not in cells]
+    line = f"Objective {live.sampler.objective.kind} teaches no {' and no '.join(lacks)}." if lacks else ""
     for letter, reading in live.readings.items():
         for i, nfe in enumerate(PASSES):
-            cells[letter][i] = attempt(live, reading, nfe, c, fresh, late)
-            yield Answer([Row(live.readings[name].title, [*row]) for name, row in cells.items()], line)
+            cells[letter][i] = attempt(live, reading, nfe, c, fresh, guide, late)
+            yield Answer([Row(title(live.readings[name]), [*row]) for name, row in cells.items()], line)
 
 
-def attempt(live: Live, reading: Reading, nfe: int, c: int, fresh: Fresh, late: float) -> Cell:
+def title(reading: Reading) -> str:
+    """What it follows, and how: 'jumps: u (Restart)'."""
+    return f"{WORDS[reading.letter]}: {reading.letter} ({solver_title(reading.solver)})"
+
+
+def attempt(live: Live, reading: Reading, nfe: int, c: Tensor, fresh: Fresh, guide: CFG, late: float) -> Cell:
     """A sample as a cell, with its passes and time, or why there is none."""
     try:
-        made = live.make(reading, nfe, c, fresh, late)
+        made = live.make(reading, nfe, c, fresh, guide, late)
         return Cell(pictures(live, made.x)[0], f"{passes_text(made.nfe)}, {seconds_text(made.seconds)}")
     except UserError as error:
         return Cell(None, f"{passes_text(nfe)}: {error}")
 
 
-def seeds(live: Live, what: str, seed: str, letter: str) -> Iterator[Answer]:
-    """A grid: a row for each of some seeds, a column for each number of passes. Raises as `passes`."""
-    c, first, reading = live.condition(what), seed_of(seed), live.reading(letter)
-    some, late = range(first, first + SEEDS), time.monotonic() + live.limit
-    columns: list[list[Cell]] = []
-    for nfe in PASSES:
-        try:
-            made = live.make(reading, nfe, c, live.fresh(some), late)
-            columns.append([Cell(one, passes_text(made.nfe)) for one in pictures(live, made.x)])
-        except UserError as error:
-            columns.append([Cell(None, f"{passes_text(nfe)}: {error}")] * SEEDS)
-        rows = zip(some, zip(*columns, strict=True), strict=True)
-        yield Answer([Row(f"seed {n}", cells) for n, cells in rows])
-
-
-def interpolation(live: Live, what: str, seed: str, other: str, letter: str, nfe: int) -> Iterator[Answer]:
+def interpolation(
+    live: Live, what: str, seed: str, guidance: float, other: str, letter: str, nfe: int
+) -> Iterator[Answer]:
     """Samples along the way from the noise of a seed to that of another. Raises UserError as `passes`, and for one."""
-    c, a, b = live.condition(what), seed_of(seed), seed_of(other)
+    c, a, b = live.conditions(what).expand(STEPS), seed_of(seed), seed_of(other)
     if a == b:
         raise UserError(f"both seeds are {a}: there is no way between them, give another one")
-    made = live.make(live.reading(letter), nfe, c, between(live.fresh([a]), live.fresh([b]), STEPS))
+    noises = between(live.fresh(a), live.fresh(b), STEPS)
+    made = live.make(live.reading(letter), nfe, c, noises, live.guide(guidance))
     notes = [f"seed {a}", *(f"{k}/{STEPS - 1}" for k in range(1, STEPS - 1)), f"seed {b}"]
     cells = [Cell(one, note) for one, note in zip(pictures(live, made.x), notes, strict=True)]
     cost = f"{passes_text(made.nfe)} each, {seconds_text(made.seconds)} for all."
@@ -237,12 +180,11 @@ def interpolation(live: Live, what: str, seed: str, other: str, letter: str, nfe
     yield Answer([Row("", cells)], f"{cost} {where}")
 
 
-def neighbours(live: Live, what: str, seed: str, letter: str, nfe: int) -> Iterator[Answer]:
-    """Samples of some seeds, and below each the nearest image of the data. Raises UserError as `passes`."""
-    c, first, reading = live.condition(what), seed_of(seed), live.reading(letter)
-    some = range(first, first + SAMPLES)
-    made = live.make(reading, nfe, c, live.fresh(some))
-    samples = Row("samples", [Cell(one, f"seed {n}") for n, one in zip(some, pictures(live, made.x), strict=True)])
+def neighbours(live: Live, what: str, seed: str, guidance: float, letter: str, nfe: int) -> Iterator[Answer]:
+    """The first samples of a seed, and below each the nearest image of the data. Raises UserError as `passes`."""
+    c, noises = live.conditions(what, SAMPLES), live.fresh(seed_of(seed), SAMPLES)
+    made = live.make(live.reading(letter), nfe, c, noises, live.guide(guidance))
+    samples = Row("samples", [Cell(one, f"{i}") for i, one in enumerate(pictures(live, made.x))])
     try:
         (real, size), spacing = live.data, live.spacing
     except (UserError, OSError) as error:

@@ -1,8 +1,8 @@
-"""The demo: a page to play with a run, and its server, which listens at one address and ends at a signal.
+"""The demo: a page to play with runs, and its server, which listens at one address and ends at a signal.
 
 An answer is HTML that holds its pictures: nothing is fetched from elsewhere. What a person typed is escaped in it, and
-in what says that it was wrong. Gradio is imported in functions: it reads the environment as it is imported
-(`gradio_alone`).
+in what says that it was wrong. Only what is downloaded lies in files, for a while, in a folder that goes at the end.
+Gradio is imported in functions: it reads the environment as it is imported (`gradio_alone`).
 """
 
 import html
@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
@@ -19,14 +19,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import TYPE_CHECKING, Any, cast
+from zipfile import ZipFile
 
 import jinja2
 import torch
 
-from dumo.io.picture import READABLE
+from dumo.io.picture import READABLE, labelled, write_picture
 from dumo.report import answer
-from dumo.report.answer import PASSES, Answer, Live
+from dumo.report.answer import Answer, Answers, together
 from dumo.report.figure import embed
+from dumo.report.live import WORDS, Live
 from dumo.runtime import install, signals
 from dumo.runtime.signals import Stopped
 from dumo.types import UserError
@@ -37,47 +39,66 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 MENU = 1000  # classes that are listed; of more, one is typed: ours
+IMAGES, COUNT = 64, 16  # to make: at most, and at first: ours
+MOST = 100  # passes: ours
+STRONGEST, STEP = 10, 0.1  # of the scale of guidance, where the run's own is not above: ours
+KEPT = 3600  # seconds that files can be downloaded: ours
 WAITING = 64  # questions in the queue; more are refused: ours
 FONT, MONO = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # the machine's own: no theme's is fetched
+INK = "*body_text_color"  # of what stands below a label: why guidance is grey must be readable
 WAIT = 0.1  # seconds between two looks for a signal
 GRACE = 1  # seconds that open connections have then: ours
 Explain = Callable[[BaseException], tuple[str, int] | None]  # what to say of an error; None: it is a defect
 
 
-def page(live: Live, name: str, about: str, explain: Explain) -> "gr.Blocks":
-    """The page of a run of this name; `explain` says what a person reads of an error."""
+def page(lives: Sequence[Live], explain: Explain) -> "gr.Blocks":
+    """The page of one run, or of several that fit; `explain` says what a person reads of an error."""
     import gradio as gr
 
-    numbers = sum(p.numel() for p in live.sampler.net.parameters())
-    here = live.sampler.device
-    device = torch.cuda.get_device_name(here) if here.type == "cuda" else "the processor"
-    facts = f"{about}, {numbers:,} parameters, on {device}."
-    ways = [(one.title, letter) for letter, one in live.readings.items()]
+    first, called = lives[0], " and ".join(live.name for live in lives)
+    ways = [
+        (f"{WORDS[letter]}: {letter}", letter) for letter in WORDS if any(letter in live.readings for live in lives)
+    ]
+    nfe = max(1, min(first.sampler.spec.nfe[0], MOST))
     seed = partial(gr.Textbox, max_lines=1)  # text: what is no number is answered in words
     reading = partial(gr.Radio, ways, value=ways[0][1], label="by", visible=len(ways) > 1)
-    passes = partial(gr.Radio, [*PASSES], value=PASSES[0], label="passes")
-    with gr.Blocks(title=f"{name} · dumo", analytics_enabled=False) as blocks:
-        gr.HTML(f"<h1>{html.escape(name)}</h1><p>{html.escape(facts)}</p>")
+    passes = partial(gr.Slider, 1, MOST, nfe, step=1, precision=0, label="passes")
+    tab = partial(button, lives, explain)
+    with gr.Blocks(title=f"{called} · dumo", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
         with gr.Row():
-            given = [condition(live), seed("0", label="seed")]
+            for live in lives:
+                gr.HTML(f"<h1>{html.escape(live.name)}</h1><p>{html.escape(about(live))}</p>")
+        with gr.Row():
+            given = [condition(first), seed(f"{first.sampler.spec.seed}", label="seed"), guidance(lives)]
+        if first.sampler.is_image:
+            with gr.Tab("Make"):
+                with gr.Row():
+                    count = gr.Slider(1, IMAGES, COUNT, step=1, precision=0, label="images")
+                    more = count, passes(), reading()
+                tab(answer.make, *given, *more, keeps=True)
         with gr.Tab("Passes"):
-            button(partial(answer.passes, live), explain, *given)
-        if live.sampler.is_image:
-            with gr.Tab("Seeds"):
-                button(partial(answer.seeds, live), explain, *given, reading())
+            tab(answer.passes, *given)
+        if first.sampler.is_image:
             with gr.Tab("Between two seeds"):
                 with gr.Row():
                     more = seed("1", label="other seed"), reading(), passes()
-                button(partial(answer.interpolation, live), explain, *given, *more)
+                tab(answer.interpolation, *given, *more)
             with gr.Tab("Nearest images"):
                 with gr.Row():
                     more = reading(), passes()
-                button(partial(answer.neighbours, live), explain, *given, *more)
+                tab(answer.neighbours, *given, *more)
     return blocks.queue(max_size=WAITING)
 
 
+def about(live: Live) -> str:
+    """A run in a line."""
+    numbers, here = sum(p.numel() for p in live.opened.net.parameters()), live.opened.device
+    device = torch.cuda.get_device_name(here) if here.type == "cuda" else "the processor"
+    return f"{live.opened.run.about}. Step {live.opened.step:,}, {numbers:,} parameters, on {device}."
+
+
 def condition(live: Live) -> "gr.Dropdown | gr.Textbox":
-    """What an image shows: a prompt where the run reads captions, else a class from a list.
+    """What an image shows: a prompt where the run reads captions, else a class from a list, or all of them in turn.
 
     Where classes are too many for a list it is typed, by name or number; where there are none the field is hidden.
     """
@@ -88,34 +109,86 @@ def condition(live: Live) -> "gr.Dropdown | gr.Textbox":
         return gr.Textbox(conditions.name(0), label="prompt", lines=1, scale=3)
     if 0 < conditions.count <= MENU:
         names = [conditions.name(c) for c in range(conditions.count)]
-        return gr.Dropdown(names, value=names[0], label="class")
-    return gr.Textbox("0", label="class, by name or number", max_lines=1, visible=conditions.count > 0)
+        return gr.Dropdown([("all, in turn", ""), *names], value="", label="class")
+    label = "class, by name or number; none: all, in turn"
+    return gr.Textbox("", label=label, max_lines=1, visible=conditions.count > 0)
 
 
-def button(answers: Callable[..., Iterator[Answer]], explain: Explain, *inputs: "Component") -> None:
-    """A button, and below it the answers, each instead of the one before.
+def guidance(lives: Sequence[Live]) -> "gr.Slider":
+    """The scale of guidance; grey, with the reason, where no run can be guided."""
+    import gradio as gr
+
+    own, reasons = lives[0].sampler.spec.guide.scale, dict.fromkeys(live.unguided for live in lives)
+    free = "" in reasons
+    why = "1: none; else every pass is two" if free else html.escape("; ".join(reasons))
+    low, high = min(own, 1), max(own, STRONGEST)
+    return gr.Slider(low, high, own, step=STEP, label="guidance scale", info=why, interactive=free, min_width=280)
+
+
+def button(
+    lives: Sequence[Live], explain: Explain, answers: Answers, *inputs: "Component", keeps: bool = False
+) -> None:
+    """A button, and below it the answers, each instead of the one before; `keeps`: with downloads.
 
     All buttons share a device: one question is answered at a time, the others wait.
     """
     import gradio as gr
 
     pressed, place = gr.Button("Make", variant="primary"), gr.HTML()
+    outputs, fill = downloads() if keeps else ((), lambda shown, folder: {})
 
-    def work(*given: object) -> Iterator[str]:
+    def work(*given: object) -> Iterator[dict["Component", object]]:
         try:
-            yield from map(render, answers(*given))
+            with TemporaryDirectory(prefix="dumo-demo-") as folder:  # Gradio copies what it needs at every yield
+                for shown in together(lives, answers, *given):
+                    yield {place: render(shown), **fill(shown, Path(folder))}
         except Exception as error:
             raise gr.Error(error_text(error, explain), print_exception=False) from None
 
-    pressed.click(work, [*inputs], place, concurrency_id="device", concurrency_limit=1)
+    pressed.click(work, [*inputs], [place, *outputs], concurrency_id="device", concurrency_limit=1)
 
 
-def render(shown: Answer) -> str:
-    """An answer as HTML: the pictures row by row, small ones with their pixels as squares, and their words."""
+def downloads() -> "tuple[Sequence[Component], Callable[[Mapping[str, Answer], Path], dict[Component, object]]]":
+    """Pictures in files and Python to copy, none yet; and what makes them of an answer, by way of a folder."""
+    import gradio as gr
+
+    with gr.Row():
+        images, grid = (gr.DownloadButton(label, interactive=False) for label in ("Images (zip)", "Grid (png)"))
+    label = "the Python that makes them"
+    code = gr.Code(language="python", label=label, interactive=False, show_line_numbers=False, visible=False)
+
+    def fill(shown: Mapping[str, Answer], folder: Path) -> dict["Component", object]:
+        archive, sheet = write(shown, folder)
+        return {
+            images: gr.DownloadButton(value=archive, interactive=True),
+            grid: gr.DownloadButton(value=sheet, interactive=True),
+            code: gr.Code("\n".join(["import dumo\n", *(one.script for one in shown.values())]), visible=True),
+        }
+
+    return (images, grid, code), fill
+
+
+def write(shown: Mapping[str, Answer], folder: Path) -> tuple[Path, Path]:
+    """The pictures of answers, by the runs' names, as an archive of files, and their sheets as one picture."""
+    archive, grid = folder / "images.zip", folder / "grid.png"
+    with ZipFile(archive, "w") as files:
+        for name, one in shown.items():
+            cells = (cell for row in one.rows for cell in row.cells)
+            for i, cell in enumerate(cells):
+                if cell.picture:
+                    with files.open(f"{name}-{i:06d}.png", "w") as file:
+                        cell.picture.save(file, "png")
+    sheets = {name: one.sheet for name, one in shown.items() if one.sheet}
+    write_picture(grid, labelled([("", [*sheets.values()])], [*sheets] if len(shown) > 1 else ()))
+    return archive, grid
+
+
+def render(shown: Mapping[str, Answer]) -> str:
+    """Answers by the runs' names as HTML: pictures row by row, small ones with their pixels as squares, and words."""
     loader = jinja2.FileSystemLoader(HERE)
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     cast(dict[str, Any], environment.filters)["embed"] = embed
-    return environment.get_template("answer.html.j2").render(answer=shown, small=READABLE)
+    return environment.get_template("answer.html.j2").render(shown=shown, small=READABLE)
 
 
 def error_text(error: Exception, explain: Explain) -> str:
@@ -182,7 +255,7 @@ def serve(blocks: "gr.Blocks", opened: socket.socket, tell: Callable[[str], None
         FastAPI(openapi_url=None),
         blocks,
         path="/",
-        theme=Default(font=FONT, font_mono=MONO),
+        theme=Default(font=FONT, font_mono=MONO).set(block_info_text_color=INK, block_info_text_color_dark=INK),
         css=(HERE / "answer.css").read_text(encoding="utf-8"),
         footer_links=[],
         run_history=False,

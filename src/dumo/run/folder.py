@@ -25,6 +25,7 @@ from dumo.run.config.teacher import Start
 from dumo.run.sampler import Sampler
 from dumo.runtime import dist
 from dumo.training import checkpoint, frozen, manifest
+from dumo.training.log import read_log
 from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.training.state import begin as begin_training
@@ -137,11 +138,24 @@ def claim(run: Run, folder: Path, step: int | None = None) -> None:
         raise UserError(f"{folder} has {done} steps behind it, so train.steps={run.train.steps} is no more to do")
     if (folder / FILE).exists():
         require_same_code(there := load(str(folder)), folder)
+        if not steps:
+            require_unsaved(folder, there.train)
         if differs := [one for one in differences(there, run) if not one.may]:
             lines = "\n  ".join([f"{folder} holds another run:", *map(str, differs)])
             raise UserError(f"{lines}\nGive another folder with --out, or remove this one")
     elif folder.is_dir() and any(path.name != LOCK and not ours(path) for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with --out")
+
+
+def require_unsaved(folder: Path, train: Train) -> None:
+    """Raise UserError where a run without a checkpoint has logged so many steps that it must have saved one."""
+    file = folder / "metrics.jsonl"
+    last = max((row["step"] for row in read_log(file)), default=0)
+    if last >= min(train.save_every, train.steps):
+        raise UserError(
+            f"{file} reaches step {last}, and {folder / 'checkpoints'} has no checkpoint: bring back what it was on. "
+            f"To train from the start give another folder with --out, or move {file} away"
+        )
 
 
 def ours(path: Path) -> bool:

@@ -194,9 +194,10 @@ class History:
             rows = sum(row["step"] > self.step for row in log.read_log(file))
             steps = sorted({step for steps in gone for step in steps})
             what = [f"the checkpoints and milestones of steps {', '.join(f'{n:,}' for n in steps)}"] if steps else []
-            what += [f"{rows:,} rows of the log"] if rows else []
             if what:
                 yield f"going on from step {self.step:,}: what came after it is removed, {' and '.join(what)}"
+            if rows:
+                yield f"{rows:,} rows of the log after it are kept in {log.cut(file)}"
         log.rewind(file, self.step)
         for first, last in log.gaps(log.read_log(file), self.run.train.log_every):
             yield f"{file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from dumo.data import Data, Moons
+from dumo.flow.guide import CFG, GuidanceScale
 from dumo.flow.solver import Solver, check
 from dumo.io import file as files
 from dumo.io import picture
 from dumo.io.source import Source
 from dumo.run.conditions import Conditions, shown
+from dumo.run.config.check import check_guided
 from dumo.run.config.load import parse
 from dumo.run.config.tree import Sampling
 from dumo.run.folder import RunFolder
@@ -41,6 +43,20 @@ def solver_of(spec: Sampling, name: str | None) -> Solver:
     if name in (None, spec.solver.kind):
         return spec.solver
     return parse(Sampling, {"solver": {"kind": name}}).solver
+
+
+def guide_of(sampler: Sampler, trained: GuidanceScale, scale: object) -> CFG:
+    """The sampler's guidance by another scale, as a user gave it, of a net that `trained` guided in training.
+
+    Raises UserError where it is none, or the net cannot be guided.
+    """
+    tree = sampler.spec.guide.model_dump() | {"scale": scale}
+    try:
+        guide = parse(Sampling, {**sampler.spec.model_dump(mode="json"), "guide": tree}).guide
+        check_guided(guide, sampler.data, sampler.objective, trained, name="guide")
+    except UserError as error:
+        raise UserError(str(error).replace("guide.scale", "guidance")) from error
+    return guide
 
 
 def with_options(

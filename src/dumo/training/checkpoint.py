@@ -92,8 +92,8 @@ def latest(folder: Path, read: Collection[str] | None = None, *, together: bool 
         damaged.append(wrong)
     if damaged:
         raise UserError(
-            f"{'; '.join(damaged)}: {folder} has no whole checkpoint. Put back the files as they were, or "
-            "remove that folder to train from the start"
+            f"{'; '.join(damaged)}: {folder} has no whole checkpoint. Put back the files as they were, or give another "
+            "folder with --out to train from the start"
         )
     return None
 

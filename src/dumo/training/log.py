@@ -61,11 +61,21 @@ def gaps(rows: Sequence[Row], every: int) -> list[tuple[int, int]]:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop rows after `step` and a torn last line, atomically: a resumed run logs those steps again."""
+    """Move rows after `step` to the end of `cut`, and drop a torn last line: a resumed run logs those steps again."""
     if not path.exists():
         return
-    kept = [row for row in read_log(path) if row["step"] <= step]
+    rows = read_log(path)
+    if later := [row for row in rows if row["step"] > step]:
+        with cut(path).open("a") as log:
+            log.writelines(map(line, later))
+        flush(cut(path))
+    kept = [row for row in rows if row["step"] <= step]
     file.write(path, "".join(map(line, kept)).encode(), writer="", durable=True)
+
+
+def cut(path: Path) -> Path:
+    """Where rows are kept that were logged and undone: metrics.cut.jsonl."""
+    return path.with_suffix(f".cut{path.suffix}")
 
 
 def line(row: Row) -> str:

@@ -5,6 +5,7 @@ is missing: a reader of shards takes those that are there. A run keeps its newes
 before the loss diverged.
 """
 
+import os
 import re
 import shutil
 import warnings
@@ -25,6 +26,15 @@ from dumo.types import UserError
 NAME = "state.json"
 _whole: set[tuple[Path, str]] = set()  # checkpoints that this process wrote, or read to the end, by their lists
 _broken: dict[tuple[Path, str], str] = {}  # those with numbers that are not finite, and which
+
+
+class Unseen(UserError):  # noqa: N818, it says what cannot be seen
+    """A place or a file that cannot be read: nothing is known of it, so it counts neither as missing nor as damaged."""
+
+    @classmethod
+    def of(cls, place: Path, error: OSError) -> "Unseen":
+        """With the system's reason."""
+        return cls(f"{place} cannot be read ({error.strerror}): mount its disk, or make it readable, and start again")
 
 
 class Listed(BaseModel):
@@ -66,20 +76,22 @@ def write(checkpoint: Path, about: Manifest) -> None:
 
 
 def read(checkpoint: Path) -> Manifest:
-    """Read a checkpoint's `state.json`. Raises UserError if it is missing or damaged."""
+    """Read a checkpoint's `state.json`. Raises UserError if it is missing or damaged, Unseen if it cannot be read."""
     file = checkpoint / NAME
     try:
         return Manifest.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise UserError(f"{file} is missing or damaged ({what}): remove that checkpoint to resume earlier") from error
+    except OSError as error:
+        raise Unseen.of(file, error) from error
 
 
 def fault(checkpoint: Path, parts: Collection[str] | None = None, *, together: bool = False) -> str | None:
     """What is wrong with a checkpoint, naming the file; None if the listed files are there, unchanged, and no others.
 
     `parts` (net, ema-0.999; None: all) are hashed; of others only sizes are compared. `together`: all ranks call it,
-    share the hashing and get one answer; else each rank hashes for itself.
+    share the hashing and get one answer; else each rank hashes for itself. Raises Unseen for what cannot be read.
     """
     if not together:
         return _fault(checkpoint, parts)
@@ -118,6 +130,8 @@ def _fault(
     """As `fault`, hashing only some of the files of `parts`; `only`: as if the checkpoint had no other parts."""
     try:
         wanted = read(checkpoint).files
+    except Unseen:
+        raise
     except UserError as error:
         return str(error)
     if found := _broken.get(_key(checkpoint)):
@@ -137,16 +151,30 @@ def _fault(
         try:
             if digest.of_file(checkpoint / name) != wanted[name].sha256:
                 return f"{checkpoint / name} is damaged: its SHA-256 is not the one in {NAME}"
+        except FileNotFoundError:
+            return f"{checkpoint / name} is missing"
         except OSError as error:
-            return f"{checkpoint / name} cannot be read ({error})"
+            raise Unseen.of(checkpoint / name, error) from error
     return None
 
 
 def _sizes(checkpoint: Path) -> dict[str, int]:
     """Bytes of each file that belongs in a list, by path inside the checkpoint; hidden files do not."""
-    seen = [path for path in checkpoint.rglob("*") if path.suffix == ".safetensors" or not path.name.startswith(".")]
-    files = {path.relative_to(checkpoint).as_posix(): path for path in seen if path.is_file()}
-    return {name: path.stat().st_size for name, path in files.items() if name != NAME}
+
+    def unseen(error: OSError) -> None:
+        raise Unseen.of(checkpoint, error) from error
+
+    found: dict[str, int] = {}
+    for path in [Path(above, name) for above, _, names in os.walk(checkpoint, onerror=unseen) for name in names]:
+        if path.name.startswith(".") and path.suffix != ".safetensors":
+            continue
+        try:
+            found[path.relative_to(checkpoint).as_posix()] = path.stat().st_size
+        except OSError as error:
+            if os.path.lexists(path):  # else it was removed meanwhile
+                raise Unseen.of(path, error) from error
+    found.pop(NAME, None)
+    return found
 
 
 def _key(checkpoint: Path) -> tuple[Path, str]:
@@ -160,9 +188,20 @@ def _part(name: str) -> str:
 
 
 def standing(folder: Path, suffix: str = "") -> dict[int, Path]:
-    """The checkpoints in `folder`, damaged ones included, or its files of this suffix, by step, in order."""
+    """The checkpoints in `folder`, damaged ones included, or its files of this suffix, by step, in order.
+
+    Raises Unseen for a folder that cannot be listed, and for a link to none: what cannot be seen may be there.
+    """
     name = re.compile(rf"step-(\d+){re.escape(suffix)}")
-    found = {int(match[1]): path for path in folder.glob("step-*") if (match := name.fullmatch(path.name))}
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError as error:
+        if folder.is_symlink():
+            raise Unseen.of(folder, error) from error
+        return {}
+    except OSError as error:
+        raise Unseen.of(folder, error) from error
+    found = {int(match[1]): folder / match[0] for match in map(name.fullmatch, names) if match}
     return dict(sorted(found.items()))
 
 

@@ -1,7 +1,10 @@
-"""Laws of the demo's answers: its samples are those of `dumo sample`, and a cell without one says why."""
+"""Laws of the demo's answers: its samples are those of `run.sample`, and what a run cannot do says why."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import IO
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
@@ -11,10 +14,10 @@ from PIL import Image
 from dumo.cli.terminal import explain
 from dumo.io import picture
 from dumo.report import answer
-from dumo.report.answer import PASSES, Answer, Cell, Live, Row, between
-from dumo.report.demo import error_text, render
+from dumo.report.answer import PASSES, Answer, Cell, Row, between, together
+from dumo.report.demo import error_text, render, write
+from dumo.report.live import Live, open_lives, require_fit, short
 from dumo.run.config.load import load
-from dumo.run.folder import open_run
 from dumo.run.train import train
 from dumo.runtime.random import stream
 from dumo.runtime.signals import Stopped
@@ -23,17 +26,26 @@ from dumo.types import UserError
 NONSENSE = ["", " ", "abc", "-1", "1.5", "1e9", "٣", "nan", "9" * 19, "9" * 10_000, "<script>alert(1)</script>", "0\0"]
 TINY = ["net.width=16", "net.depth=1", "train.batch=16", "train.steps=5", "train.optimizer.lr=0.02"]
 
+STRONG = 300.5  # of guidance: after five steps a net hardly heeds its labels
+
 
 def trained(folder: Path, recipe: str, *more: str) -> Live:
     """A run of a recipe, made small."""
     train(load(recipe, [*TINY, *more]), folder)
-    return Live(open_run(str(folder), device="cpu").sampler)
+    (live,) = open_lives([str(folder)], device="cpu", limit=60)
+    return live
 
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Live:
     """DuMo, which jumps and has a velocity."""
     return trained(tmp_path_factory.mktemp("demo") / "digits", "digits")
+
+
+@pytest.fixture(scope="session")
+def free(tmp_path_factory: pytest.TempPathFactory) -> Live:
+    """The same, which can be guided."""
+    return trained(tmp_path_factory.mktemp("demo") / "{free}", "digits", "objective.drop=0.1")
 
 
 @pytest.fixture(scope="session")
@@ -64,8 +76,14 @@ def pixels(cell: Cell) -> np.ndarray:
 
 def one(live: Live, letter: str, nfe: int, c: int, seed: int) -> np.ndarray:
     """A sample's pixels, made alone."""
-    x = live.make(live.reading(letter), nfe, c, live.fresh([seed])).x
+    x = live.make(live.reading(letter), nfe, torch.tensor([c]), live.fresh(seed)).x
     return picture.to_rows(x)[0].numpy()
+
+
+def read(file: Path | IO[bytes]) -> np.ndarray:
+    """A picture's pixels, grey in all three colours."""
+    with Image.open(file) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 def near(a: np.ndarray, b: np.ndarray) -> bool:
@@ -75,7 +93,7 @@ def near(a: np.ndarray, b: np.ndarray) -> bool:
 
 def test_passes_stand_side_by_side_from_one_noise(digits: Live) -> None:
     """In the order of their numbers, a row for each reading, and each as soon as it is made."""
-    parts = [*answer.passes(digits, "3", "8")]
+    parts = [*answer.passes(digits, "3", "8", 1)]
     assert len(parts) == 2 * len(PASSES)
     made = [sum(cell.picture is not None for row in part.rows for cell in row.cells) for part in parts]
     assert made == [*range(1, len(parts) + 1)]
@@ -87,24 +105,15 @@ def test_passes_stand_side_by_side_from_one_noise(digits: Live) -> None:
 
 
 def test_what_a_run_cannot_do_says_why(flow: Live) -> None:
-    *_, last = answer.passes(flow, "3", "0")
+    *_, last = answer.passes(flow, "3", "0", 1)
     (row,) = last.rows
     assert [cell.picture is None for cell in row.cells] == [True, False, False, False]
     assert "solver 'heun' makes 2 passes a step" in row.cells[0].note
     assert last.line == "Objective flow_matching teaches no jumps."
-    *_, grid = answer.seeds(flow, "3", "0", "v")
-    assert [[cell.picture is None for cell in row.cells] for row in grid.rows] == [[True, False, False, False]] * 4
-
-
-def test_rows_of_the_grid_are_seeds(digits: Live) -> None:
-    *_, last = answer.seeds(digits, "5", "40", "u")
-    assert [row.title for row in last.rows] == ["seed 40", "seed 41", "seed 42", "seed 43"]
-    for seed, row in enumerate(last.rows, start=40):
-        assert all(near(pixels(cell), one(digits, "u", n, 5, seed)) for n, cell in zip(PASSES, row.cells, strict=True))
 
 
 def test_the_way_between_seeds_begins_and_ends_at_them(digits: Live) -> None:
-    (found,) = answer.interpolation(digits, "5", "3", "9", "u", 2)
+    (found,) = answer.interpolation(digits, "5", "3", 1, "9", "u", 2)
     (row,) = found.rows
     assert near(pixels(row.cells[0]), one(digits, "u", 2, 5, 3))
     assert near(pixels(row.cells[-1]), one(digits, "u", 2, 5, 9))
@@ -112,16 +121,16 @@ def test_the_way_between_seeds_begins_and_ends_at_them(digits: Live) -> None:
     whole = np.abs(pixels(row.cells[0]).astype(int) - pixels(row.cells[-1])).mean()
     assert 0 < max(steps) < whole / 2
     with pytest.raises(UserError, match="give another one"):
-        next(answer.interpolation(digits, "5", "3", "03", "u", 2))
+        next(answer.interpolation(digits, "5", "3", 1, "03", "u", 2))
 
 
 def test_a_copy_of_the_data_is_found(digits: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of eight samples one stands among the data: it is below itself, at distance 0, and the others are farther."""
-    some = digits.make(digits.reading("u"), 1, 2, digits.fresh(range(8))).x
+    some = digits.make(digits.reading("u"), 1, digits.conditions("2", 8), digits.fresh(0, 8)).x
     real = torch.cat([digits.data[0][:50], some[[6]], digits.data[0][50:99]])
-    known = Live(digits.sampler)
+    known = replace(digits)
     monkeypatch.setitem(known.__dict__, "data", (real, 5000))
-    (found,) = answer.neighbours(known, "2", "0", "u", 1)
+    (found,) = answer.neighbours(known, "2", "0", 1, "u", 1)
     samples, nearest = found.rows
     assert near(pixels(nearest.cells[6]), pixels(samples.cells[6]))
     assert [cell.note == "distance 0.00" for cell in nearest.cells] == [k == 6 for k in range(8)]
@@ -133,15 +142,15 @@ def test_without_the_data_there_are_samples_and_a_line(digits: Live, monkeypatch
     def gone(run: object) -> None:
         raise UserError("there is no folder photos")
 
-    monkeypatch.setattr("dumo.report.answer.real_data", gone)
-    (found,) = answer.neighbours(Live(digits.sampler), "2", "0", "u", 1)
+    monkeypatch.setattr("dumo.report.live.real_data", gone)
+    (found,) = answer.neighbours(replace(digits), "2", "0", 1, "u", 1)
     (row,) = found.rows
     assert len(row.cells) == 8
     assert found.line.endswith("there is no folder photos")
 
 
 def test_points_are_a_scatter(moons: Live) -> None:
-    first = next(answer.passes(moons, "0", "0"))
+    first = next(answer.passes(moons, "", "0", 1))
     drawn = pixels(first.rows[0].cells[0])
     for colour in ([255, 0, 0], [204, 204, 204]):  # the samples, the data behind them
         assert (drawn == colour).all(-1).sum() > 100
@@ -156,11 +165,11 @@ def test_a_seed_that_is_none_is_refused_in_a_line() -> None:
 
 
 def test_a_class_or_reading_that_is_none_is_refused(digits: Live) -> None:
-    for what in ("10", "-1", "seven", "<img src=x onerror=alert(1)>", ""):
+    for what in ("10", "-1", "seven", "<img src=x onerror=alert(1)>"):
         with pytest.raises(UserError, match="labels run from 0 to 9"):
-            next(answer.passes(digits, what, "0"))
+            next(answer.passes(digits, what, "0", 1))
     for letter in ("w", "", "<script>"):
-        with pytest.raises(UserError, match="valid: u, v"):
+        with pytest.raises(UserError, match="teaches no reading"):
             digits.reading(letter)
 
 
@@ -179,23 +188,109 @@ def test_what_is_said_of_an_error(caplog: pytest.LogCaptureFixture) -> None:
 def test_words_are_escaped_and_pictures_are_inside() -> None:
     wrong = "<script>alert('x')</script>"
     tiny = Image.fromarray(np.zeros((8, 8, 3), np.uint8))
-    text = render(Answer([Row(wrong, [Cell(tiny, wrong), Cell(None, wrong)])], wrong))
+    text = render({wrong: Answer([Row(wrong, [Cell(tiny, wrong), Cell(None, wrong)])], wrong), "other": Answer([])})
     assert "<script" not in text
     assert (
-        text.count("&lt;script&gt;") == 6
-    )  # the title, both words of the picture's other text, its note, the reason, the line
+        text.count("&lt;script&gt;") == 8
+    )  # the name, the title, three words of the picture's other text, its note, the reason, the line
     assert text.count('src="data:image/png;base64,') == text.count("src=") == 1
 
 
-def test_a_seed_is_that_of_dumo_sample(digits: Live) -> None:
-    """By every reading, with fresh noise between the passes too; alone, and with other seeds."""
-    for reading in digits.readings.values():
-        made = digits.make(reading, 3, 7, digits.fresh([5, 2**60]))
-        assert made.nfe == 3
-        for row, seed in enumerate((5, 2**60)):
-            c = torch.tensor([7])
-            (part,) = digits.sampler.batches(c, nfe=3, seed=seed, solver=reading.solver)
-            torch.testing.assert_close(made.x[[row]], part.x)
+@pytest.mark.parametrize(
+    ("name", "what", "guidance", "letter", "sets"),
+    [
+        ("digits", "", 1, "u", ()),
+        ("digits", " 7\n", 1, "v", ("sample.solver.m=0.3", "sample.precision=fp32")),
+        ("free", "3", STRONG, "u", ("sample.guide.interval.high=0.7", "sample.guide.scale=3")),
+        ("flow", "3", 1, "v", ()),
+        ("words", "a blue 'seven'", 1, "u", ()),
+    ],
+)
+def test_the_script_makes_what_is_shown(
+    name: str,
+    what: str,
+    guidance: float,
+    letter: str,
+    sets: tuple[str, ...],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """To the pixel, in files of the same names as in the archive; a class as it was typed, all in turn if none was."""
+    monkeypatch.chdir(tmp_path)
+    (live,) = open_lives([str(request.getfixturevalue(name).opened.folder)], sets, device="cpu", limit=60)
+    (found,) = answer.make(live, what, "5", guidance, 7, 4, letter)
+    archive, grid = write({live.name: found}, tmp_path)
+    assert (read(grid) == np.asarray(found.sheet)).all()
+    exec("import dumo\n" + found.script)
+    with ZipFile(archive) as files:
+        assert files.namelist() == [f"{live.name}-{i:06d}.png" for i in range(7)]
+        for cell, file in zip(found.rows[0].cells, files.namelist(), strict=True):
+            assert (pixels(cell) == read(Path(file))).all()
+            with files.open(file) as kept:
+                assert (pixels(cell) == read(kept)).all()
+    assert len({pixels(cell).tobytes() for cell in found.rows[0].cells}) == 7
+
+
+def test_what_cannot_be_guided_says_why(digits: Live, free: Live) -> None:
+    """On the page in advance; and where it is tried, as `run.sample` does."""
+    assert free.unguided == ""
+    assert digits.unguided.startswith("guidance needs what the net makes without a label, which objective.drop = 0")
+    with pytest.raises(UserError, match="guidance = 3 needs"):
+        next(answer.make(digits, "3", "0", 3, 1, 1, "u"))
+    plain, guided = (next(answer.make(free, "3", "0", scale, 1, 1, "u")).rows[0].cells[0] for scale in (1, STRONG))
+    assert (pixels(plain) != pixels(guided)).any()
+
+
+def test_two_runs_answer_one_after_the_other(digits: Live, flow: Live) -> None:
+    """From the same noise; what one cannot make is its line, and no error while another can."""
+    parts = [*together([digits, flow], answer.passes, "3", "0", 1)]
+    assert [[*part] for part in parts] == [["digits"]] * 8 + [["digits", "flow"]] * 4
+    assert parts[-1]["digits"] == parts[7]["digits"]
+    *_, last = together([flow, digits], answer.make, "3", "0", 1, 4, 1, "u")
+    assert (last["flow"].rows, last["flow"].line) == ([], "objective flow_matching teaches no jumps")
+    assert len(last["digits"].rows[0].cells) == 4
+    with pytest.raises(UserError, match="seed 'x'"):
+        next(together([digits, flow], answer.passes, "3", "x", 1))
+    with pytest.raises(UserError, match="teaches no reading"):
+        next(together([digits], answer.make, "3", "0", 1, 4, 1, "w"))
+
+
+def test_two_grids_stand_next_to_each_other(digits: Live, free: Live, tmp_path: Path) -> None:
+    *_, shown = together([digits, free], answer.make, "3", "0", 1, 4, 1, "u")
+    archive, grid = write(shown, tmp_path)
+    assert read(grid).shape[1] > 2 * np.asarray(shown["digits"].sheet).shape[1]
+    with ZipFile(archive) as files:
+        assert files.namelist() == [f"{name}-{i:06d}.png" for name in ("digits", "{free}") for i in range(4)]
+
+
+def test_runs_that_do_not_fit_are_refused(
+    digits: Live, free: Live, flow: Live, moons: Live, words: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for other in (free, flow):
+        require_fit(digits, other)
+    with pytest.raises(UserError, match="moons does not fit next to digits, its data: moons, not digits: give two"):
+        require_fit(digits, moons)
+    with pytest.raises(UserError, match="its classes: captions, not 10"):
+        require_fit(digits, words)
+    for name, value in {"shape": "1 x 9 x 9", "fingerprint of the images": "a", "names of classes": "cat, dog"}.items():
+        facts = {"digits": {name: "b"}, free.name: {name: value}, "flow": {name: None}}
+        with monkeypatch.context() as patched:
+            patched.setattr(Live, "facts", lambda self, facts=facts: facts[self.name])
+            with pytest.raises(UserError, match=f"its {name}: {value}, not b"):
+                require_fit(digits, free)
+            require_fit(digits, flow)
+
+
+def test_runs_are_called_by_what_tells_them_apart(digits: Live) -> None:
+    assert short([Path("/runs/a")]) == ["a"]
+    assert short([Path("/runs/a"), Path("/b")]) == ["a", "b"]
+    assert short([Path("/x/one/a"), Path("/x/two/a"), Path("/a")]) == ["one-a", "two-a", "/-a"]
+    folder = digits.opened.folder
+    with pytest.raises(UserError, match="both runs are"):
+        open_lives([str(folder), f"{folder}/../{folder.name}"], limit=60)
+    with pytest.raises(UserError, match="--weights are of one run"):
+        open_lives([str(folder), "other"], weights="w.safetensors", limit=60)
 
 
 def test_between_two_noises_lies_noise() -> None:
@@ -211,20 +306,20 @@ def test_between_two_noises_lies_noise() -> None:
 
 def test_what_takes_too_long_is_stopped_between_passes_and_says_so(digits: Live) -> None:
     """And the net is as it was: without hooks, in its own mode."""
-    late, reading = Live(digits.sampler, limit=0), digits.readings["u"]
+    late, reading = replace(digits, limit=0), digits.readings["u"]
     with pytest.raises(UserError, match="took too long"):
-        late.make(reading, 1, 0, late.fresh([0]))
-    *_, last = answer.passes(late, "0", "0")
+        late.make(reading, 1, torch.tensor([0]), late.fresh(0))
+    *_, last = answer.passes(late, "0", "0", 1)
     assert all("took too long" in cell.note for row in last.rows for cell in row.cells)
     net = digits.sampler.net
     assert [*net._forward_pre_hooks, *net._forward_hooks] == []
-    assert digits.make(reading, 1, 0, digits.fresh([0])).nfe == 1
+    assert digits.make(reading, 1, torch.tensor([0]), digits.fresh(0)).nfe == 1
 
 
 def test_images_that_are_all_equally_far_apart_lie_so_far_from_the_nearest(
     digits: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = Live(digits.sampler)
+    other = replace(digits)
     monkeypatch.setitem(other.__dict__, "data", (torch.eye(12).view(12, 1, 3, 4), 12))
     assert other.spacing == pytest.approx(2**0.5)
 
@@ -232,12 +327,12 @@ def test_images_that_are_all_equally_far_apart_lie_so_far_from_the_nearest(
 def test_a_run_of_captions_takes_prompts(words: Live) -> None:
     """A caption of the data is its own number; another text has one behind all, the same every time."""
     conditions = words.sampler.conditions
-    assert words.condition(conditions.name(3)) == 3
-    new = words.condition("a red bicycle")
+    assert words.conditions(conditions.name(3), 2).tolist() == [3, 3]
+    new = words.conditions("a red bicycle")
     assert new > conditions.count
-    assert words.condition(" a red bicycle ") == new
-    made = [words.make(words.reading("u"), 1, c, words.fresh([1])).x for c in (new, 3)]
+    assert words.conditions(" a red bicycle ") == new
+    made = [words.make(words.reading("u"), 1, c, words.fresh(1)).x for c in (new, torch.tensor([3]))]
     assert not torch.equal(*made)
     for wrong in ("", "  ", "7" * 10_001):
         with pytest.raises(UserError, match="a prompt"):
-            words.condition(wrong)
+            words.conditions(wrong)
