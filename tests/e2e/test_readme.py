@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tomllib
 import urllib.request
 from pathlib import Path
 
@@ -127,3 +128,15 @@ def test_every_line_can_be_typed(person: Person) -> None:
     assert {name for name in pages if (person.here / name).is_file()} == pages
     for venv, code in ((person.here / ".venv", person.here / "src"), (person.yours, person.yours)):
         assert Path(finished(venv / "bin/python", "-c", WHERE, cwd=folder).strip()).is_relative_to(code)
+
+
+def test_lines_of_the_pages_that_install(person: Person) -> None:
+    """Each is typed in the clone; pip only warns of an extra that is not there."""
+    pages = [path for path in (ROOT / "docs").rglob("*.md") if path.name != "log.md" and path.parent.name != "adr"]
+    texts = "\n".join(path.read_text(encoding="utf-8") for path in pages)
+    lines = {line.strip() for line in re.findall(r"(?<!uv )pip install [^`#|&\n]+", texts)}
+    assert len(lines) > 5
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for line in lines:
+        assert {*re.findall(r"\[(\w+)\]", line)} <= extras.keys(), line
+        finished("bash", "-c", f"{line} --dry-run", cwd=ROOT, **person.env())
