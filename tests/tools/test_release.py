@@ -1,0 +1,108 @@
+"""A release is checked before it is built: versions that agree, and a section that says what changed."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import release
+
+WORKFLOWS = sorted((release.ROOT / ".github/workflows").glob("*.yml"))
+PINNED = re.compile(r"[\w.-]+/[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+|\./\.github/workflows/ci\.yml")
+
+CHANGES = """# Changelog
+
+## [Unreleased]
+
+## [1.2.3] - 2026-12-01
+
+### New
+
+- This.
+
+## [1.2.2] - 2026-11-01
+
+- That.
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """What a release reads, of version 1.2.3."""
+    for name, text in {
+        "pyproject.toml": '[project]\nversion = "1.2.3"\n',
+        "CITATION.cff": "version: 1.2.3\n",
+        "CHANGELOG.md": CHANGES,
+    }.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def shell(flow: dict[str, Any]) -> str:
+    """All that a workflow types."""
+    return "\n".join(step.get("run", "") for job in flow["jobs"].values() for step in job.get("steps", ()))
+
+
+def test_a_version_that_all_files_have_can_be_released(tree: Path) -> None:
+    assert list(release.faults("1.2.3", tree)) == []
+    assert release.notes("1.2.3", tree) == "### New\n\n- This."
+    assert release.notes("1.2.2", tree) == "- That."
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [
+        ("pyproject.toml", "1.2.3", "1.2.4", "pyproject.toml has version 1.2.4, not 1.2.3"),
+        ("CITATION.cff", "1.2.3", "1.2.2", "CITATION.cff has version 1.2.2, not 1.2.3"),
+        ("CHANGELOG.md", "### New\n\n- This.\n", "", "no section '## [1.2.3] - YYYY-MM-DD', or an empty one"),
+        ("CHANGELOG.md", "[1.2.3] - 2026-12-01", "[1.2.3]", "no section"),
+    ],
+)
+def test_a_version_that_one_lacks_cannot(tree: Path, file: str, old: str, new: str, said: str) -> None:
+    text = (tree / file).read_text(encoding="utf-8")
+    (tree / file).write_text(text.replace(old, new), encoding="utf-8")
+    (found,) = release.faults("1.2.3", tree)
+    assert said in found
+
+
+@pytest.mark.parametrize("version", ["v1.2.3", "1.2", "1.2.3; rm -rf /", ""])
+def test_what_is_no_version_is_refused(tree: Path, version: str) -> None:
+    assert any("is no version" in found for found in release.faults(version, tree))
+
+
+def test_the_exit_code_says_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (release.main("check", "0.0.0"), release.main("chekc")) == (1, 2)
+    assert "pyproject.toml has version" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda file: file.name)
+def test_a_workflow_runs_known_code_with_few_rights(file: Path) -> None:
+    """Actions are pinned by their commits; what a job may write is said; no input is pasted into a shell."""
+    text = file.read_text(encoding="utf-8")
+    flow = yaml.safe_load(text)
+    assert [name for name in re.findall(r"uses: (.*)", text) if not PINNED.fullmatch(name)] == []
+    assert flow["permissions"] == {"contents": "read"}
+    assert [line for line in shell(flow).splitlines() if "${{" in line] == []
+    for script in re.findall(r"(?:tools|\.ci)/[\w.]+", shell(flow)):
+        assert (release.ROOT / script).is_file(), script
+
+
+def test_a_release_is_a_button_and_ends_with_what_it_tested() -> None:
+    flow = yaml.safe_load((release.ROOT / ".github/workflows/release.yml").read_text(encoding="utf-8"))
+    jobs = flow["jobs"]
+    assert list(flow[True]) == ["workflow_dispatch"]  # YAML 1.1 reads `on` as true
+    wants = {name: job.get("needs") for name, job in jobs.items()}
+    assert wants == {"check": None, "test": "check", "build": "check", "publish": ["test", "build"], "tag": "publish"}
+    assert jobs["test"]["uses"] == "./.github/workflows/ci.yml"
+    assert jobs["publish"]["environment"] == "pypi"
+    writes = {
+        (name, right)
+        for name, job in jobs.items()
+        for right, how in job.get("permissions", {}).items()
+        if how == "write"
+    }
+    assert writes == {("publish", "id-token"), ("tag", "contents")}
+    assert set(re.findall(r"release\.py (\w+)", shell(flow))) == {"check", "build", "install", "notes"}
+    assert "release.py" not in shell({"jobs": {"publish": jobs["publish"]}})  # what was tried is what PyPI gets
