@@ -133,6 +133,8 @@ def render(opened: RunFolder, **parts: object) -> str:
         names=class_names(sampler),
         data_name=data_name(sampler),
         word=word,
+        spread=score.spread,
+        too_few=score.too_few,
         yaml=dump(run),
         versions=dist.versions(),
         **parts,

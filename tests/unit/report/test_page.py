@@ -215,6 +215,21 @@ def test_lead_and_figures_are_facts(digits: Path) -> None:
     assert "baseline: real vs real 3.58 ± 0.10 3.58 ± 0.10" in words
 
 
+def test_a_perfect_sampler_stands_next_to_the_scores(tmp_path: Path, digits: Path) -> None:
+    opened = open_run(str(digits))
+    moved = RunFolder(opened.run, tmp_path, opened.net, opened.step, opened.weights)
+    for perfect, said in (
+        ({"mean": 0.0475, "sd": 0.008, "kid": -0.0047, "kid_sd": 0.0006}, "a perfect sampler 0.0475 ± 0.0080"),
+        (None, "A perfect sampler: too few images to tell."),
+    ):
+        baselines = {"perfect": perfect} if perfect else {}
+        (tmp_path / "evaluation.json").write_text(json.dumps({**EVALUATION, "baselines": baselines}))
+        words = " ".join(rendered(moved).words.split())
+        assert said in words
+        assert ("a perfect sampler 0.0475 ± 0.0080 0.0475 ± 0.0080 −0.00470 ± 0.00060" in words) == bool(perfect)
+        assert ("too few" in words) != bool(perfect)
+
+
 def test_a_run_that_is_not_done_says_so(digits: Path) -> None:
     words = rendered(open_run(str(digits), ["train.steps=5000"])).words
     assert "Stopped at step 20 of 5,000 : its training is not done." in words
