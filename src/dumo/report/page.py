@@ -133,6 +133,7 @@ def render(opened: RunFolder, **parts: object) -> str:
         names=class_names(sampler),
         data_name=data_name(sampler),
         word=word,
+        method=word.method(run.objective),
         spread=score.spread,
         too_few=score.too_few,
         yaml=dump(run),

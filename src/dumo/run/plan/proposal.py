@@ -17,6 +17,7 @@ import torch
 from dumo.data import Images
 from dumo.data.pixel import Frame, Unreadable, short_side
 from dumo.data.store import Store
+from dumo.evaluation.word import method
 from dumo.io.read import user_path
 from dumo.run.config.change import override, shown
 from dumo.run.config.load import FILE, load, parse
@@ -81,7 +82,7 @@ class Proposal:
         yield "size", f"{' x '.join(map(str, run.pixels[1:]))} pixels (data.side)"
         parameters = sum(p.numel() for p in run.outline().parameters())
         yield "network", f"{run.net.kind}, {parameters:,} parameters"
-        yield "objective", f"{run.objective.kind}: {run.about}"
+        yield "objective", str(method(run.objective))
         yield "precision", f"{run.train.precision}, compile {run.train.compile}"
         yield "steps", f"{run.train.steps:,} of {run.train.batch} images: each image {epochs:,.0f} times"
         yield "time", f"{span(self.seconds)}, by {self.step_seconds:.2g} s a step, measured here"

@@ -1,6 +1,7 @@
 """What was measured is set out so that the number which counts leads, and doubts are said."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -107,7 +108,11 @@ def test_every_figure_of_ours_has_words() -> None:
     named = {key for key in [*of_digits, *of_points] if not key.endswith("_sd")}
     assert named <= word.MERITS.keys()
     assert all(of.better and of.meaning for of in word.MERITS.values())
-    assert {spec.model_fields["kind"].default for spec in get_args(get_args(Objective)[0])} <= word.METHODS.keys()
+    for spec in get_args(get_args(Objective)[0]):
+        told = word.method(spec())
+        assert told.name != spec.model_fields["kind"].default, spec
+        assert told.what.endswith("."), spec
+        assert re.search(r"arXiv \d{4}\.\d{5}", told.source) or told.source.startswith("ours"), spec
     assert word.word(word.MERITS, "some_other") == word.Word("some other")
 
 
