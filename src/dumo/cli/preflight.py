@@ -121,6 +121,7 @@ def show(
     far, scale, way = facts["far"], facts["guidance_scale"], facts["slope"]
     lines = [
         ("objective", str(method(spec.objective))),
+        *([("images", f"{' x '.join(map(str, spec.pixels[1:]))} pixels")] if spec.pixels[1:] else []),
         ("parameters", f"{facts['parameters']:,}"),
         ("one pass", f"{facts['forward_flops_per_image'] / 2e9:.4g} G multiply-adds per sample"),
         ("one step", f"{facts['forward_units_per_step']:.2f} F (forward units, counted; a backward pass is 2 F)"),

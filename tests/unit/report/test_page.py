@@ -205,7 +205,8 @@ def test_the_page_is_the_last_path_and_again_it_is_the_same(digits: Path) -> Non
 def test_lead_and_figures_are_facts(digits: Path) -> None:
     words = " ".join(page_of(digits).words.split())
     assert "One pass of the u head makes these images." in words
-    assert "was trained by DuMo on digits (1,797 images in 10 classes) for 20 steps of 8." in words
+    assert "was trained by DuMo on digits (1,797 images of 8 × 8 pixels in 10 classes) for 20 steps of 8." in words
+    assert "Objective: DuMo (Duality Models, arXiv 2602.17682, Sec. 3 and Alg. 1): one input, two outputs." in words
     assert "images seen in training 160" in words
     for found in ("98.8", "0.142 ± 0.021", "0.00830", "two random halves of the data", "0.056 ± 0.020"):
         assert found in words
@@ -253,6 +254,15 @@ def test_first_row_of_a_sheet_is_where_the_trajectory_begins(digits: Path) -> No
     assert (alpha[:64, :64] == 255).all()
     assert (alpha[64 : 64 + report.GAP] == 0).all()  # gaps are clear, and images are not
     assert (alpha[:, 64 : 64 + report.GAP] == 0).all()
+
+
+def test_the_size_is_that_of_the_run() -> None:
+    """Not that of the recipe, whose words no setting changes."""
+    for recipe, field in (("my-images", "data.side"), ("my-images-256", "data.images.side")):
+        page = rendered(untrained(recipe, f"{field}=32", "train.batch=8", f"{field.replace('side', 'classes')}=0"))
+        above, _, _ = page.words.partition("All there is to know")
+        assert "images of 32 × 32 pixels" in above
+        assert not re.search(r"\b(64|256)\b", above)
 
 
 def test_velocity_alone_says_what_is_missing() -> None:
