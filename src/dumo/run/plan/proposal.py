@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dumo.data import Images
+from dumo.data import Data, Images
 from dumo.data.caption import Files
 from dumo.data.pixel import Frame, Unreadable, short_side
 from dumo.data.store import Store
@@ -35,7 +35,7 @@ from dumo.run.plan.findings import of_captions
 from dumo.runtime import dist, install, installed
 from dumo.runtime.progress import Bar, no_bar, span
 from dumo.training.step import Task
-from dumo.types import UserError
+from dumo.types import Spec, UserError
 
 RECIPE = "my-images"
 MINUTES = 6.0  # on a CPU, unless another time is asked for: ours
@@ -53,6 +53,12 @@ SIDES = {"cpu": 32, "cuda": 64}  # pixels at most: ours
 READING = {"kind": "dit", "patch": 4, "width": 128, "depth": 4, "attention": 4, "time_scale": 10.0}
 TEXTS = {"kind": "learned", "width": 32, "depth": 1, "drop": 0.1}  # ours, as cifar10-latents-words
 LONGEST = 128  # bytes of a caption that are read: ours
+
+
+class Place(Spec):
+    """The part of a run that says what images to look at."""
+
+    data: Data
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,9 @@ def propose(
     """
     here, began = dist.device(device), time.monotonic()
     fields: dict[str, Any] = {"data.root": place}
-    images = set_fields(fields, [text for text in sets if text.startswith("data")]).data
+    tree = {"data": set_fields(fields, ()).data.model_dump(mode="json")}
+    override(tree, [text for text in sets if text.startswith("data")])
+    images = parse(Place, tree).data
     if not isinstance(images, Images):
         raise UserError(f"{place} is a place of images, and data.kind={images.kind} reads none: leave it out")
     try:
