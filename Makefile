@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: $(BIN)/.installed ## train DuMo on handwritten digits and write runs/dumo-best/report.html (five to six minutes on two cores)
+demo: $(BIN)/.installed ## train DuMo-Any on handwritten digits and write runs/dumo-best/report.html (five to six minutes on two cores)
 	$(BIN)/dumo train dumo-best
 	$(BIN)/dumo sample runs/dumo-best
 	$(BIN)/dumo evaluate runs/dumo-best --nfe 1,2

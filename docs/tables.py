@@ -13,8 +13,12 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from dumo.data import Digits
+from dumo.evaluation.protocol import Reference
+from dumo.evaluation.shipped import baselines_digits
 from dumo.lab.cell import from_cells, main_score
 from dumo.lab.plan import read
+from dumo.run.config.load import load
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "src/dumo/recipes/results"
@@ -58,6 +62,8 @@ def line(cells: list[str]) -> str:
 def arms(results: Row, *, raw: bool = False) -> Iterator[str]:
     """Every arm: what it cost, and its measures in 1, 2 and 4 passes; `raw`: distances before rounding, too."""
     every, first = by_arm(results), next(iter(results["table"][0].values()))
+    arms = read(results["name"]).arms
+    kinds = {arm.labels["objective"]: load(arm.recipe).objective.kind for arm in arms if "objective" in arm.labels}
     score = main_score(every[0][0])
     scores = {"FD": score} | ({"raw FD": "fd"} if raw else {})
     auc = "auc" if "auc" in every[0][0] else "auc_features"
@@ -68,7 +74,8 @@ def arms(results: Row, *, raw: bool = False) -> Iterator[str]:
     for own in every:
         rows = {row["nfe"]: row for row in own}
         name, steps, cost = next(iter(own[0].values())), own[0]["steps"], own[0]["F_per_step"]
-        cells = [f"**{name}**" if name == first else name, f"{steps:,}", f"{cost:.2f}"]
+        shown = f"[{name}](objectives/{kinds[name]}.md)" if name in kinds else name
+        cells = [f"**{shown}**" if name == first else shown, f"{steps:,}", f"{cost:.2f}"]
         digits = 2 if score == "fd_grey" else 1
         for key in scores.values():
             cells += [spread([rows[n]], key, digits=digits)[0] if n in rows else "" for n in (1, 2, 4)]
@@ -86,13 +93,18 @@ def far(results: Row) -> Iterator[str]:
 
 
 def front(results: Row) -> Iterator[str]:
-    """Five of the arms at a budget of 1, the nearest in one pass first."""
+    """Five of the arms at a budget of 1, the nearest in one pass first; and what a perfect sampler would have."""
     yield "| | steps | 1 pass | 2 | 4 | 50 | recall |"
     yield "|---|---|---|---|---|---|---|"
+    names = {"dumo-best": "DuMo-Any, ours (`dumo-best`)", "the paper's recipe": "DuMo, the paper's recipe"}
     for own in sorted(grouped(results, "arm", "budget"), key=lambda own: own[0]["fd_grey"]):
         if own[0]["budget"] == 1 and not own[0]["arm"].startswith("+"):
             cells = [f"{row['fd_grey']:.2f}±{row['fd_grey_sd']:.2f}" for row in own]
-            yield line([own[0]["arm"], f"{own[0]['steps']:,}", *cells, f"{own[0]['recall']:.2f}"])
+            name = names.get(own[0]["arm"], own[0]["arm"])
+            yield line([name, f"{own[0]['steps']:,}", *cells, f"{own[0]['recall']:.2f}"])
+    data, total = Reference(*Digits().originals().reference(0, 0)), results["cells"][0]["samples"]
+    perfect = baselines_digits(data, total)["perfect"]
+    yield line(["*a perfect sampler*", "", *[f"{perfect['mean']:.2f}±{perfect['sd']:.2f}"] * 4, ""])
 
 
 def best(results: Row) -> Iterator[str]:

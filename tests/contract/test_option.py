@@ -77,7 +77,7 @@ def command(line: str) -> tuple[list[str], list[str]]:
     """The words of a command line, and what it sets."""
     words = shlex.split(line, comments=True)
     sets = [words[i + 1] for i, word in enumerate(words[:-1]) if word == "--set"]
-    return words, [one for one in sets if "$" not in one]  # a folder of the reader's
+    return words, [one for one in sets if "$" not in one and "mine:" not in one]  # a folder, or code, of the reader
 
 
 def away(part: object) -> Iterator[tuple[str, str]]:

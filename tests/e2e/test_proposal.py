@@ -1,6 +1,7 @@
 """A folder of images is enough: what is there and what the machine makes of it say the rest."""
 
 import io
+import os
 import sys
 from pathlib import Path
 
@@ -8,9 +9,11 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from pyarrow.parquet import read_table, write_table
 
 from dumo.run.config.load import load
 from dumo.run.plan import proposal
+from dumo.types import UserError
 from e2e.shell import call, sets
 
 pytestmark = pytest.mark.filterwarnings("default:.* cannot be read:UserWarning")
@@ -47,6 +50,70 @@ def test_a_folder_is_enough(photos: Path) -> None:
     copied = call("show", "runs/photos", "--yaml")
     Path("mine.yaml").write_text(copied.out)
     assert load("mine.yaml").train.steps == 4
+
+
+READING = sets("net.width=16", "net.depth=1", "net.attention=2", "train.batch=4", "train.steps=2")
+
+
+def test_captions_are_read(photos: Path) -> None:
+    for i in range(6):
+        (photos / f"cats/{i}.txt").write_text(f"a cat, number {i}")
+    done = call("train", "photos", "--yes", "--device", "cpu", *READING)
+    assert done.code == 0, done
+    said = " ".join(done.out.split())
+    assert "13, 30 pixels" in said  # captions are no classes
+    assert "captions 6 of 13 images, one each; 7 images have none; the net reads them" in said
+    run = load("runs/photos")
+    assert (run.data.captions.kind, run.net.kind, run.net.texts.kind) == ("files", "dit", "learned")
+    assert run.net.texts.tokenizer.length == len("a cat, number 0") + 1
+    assert call("sample", "runs/photos", "--prompt", "a dog", "--nfe", "1").code == 0
+    assert call("train", "photos", *sets("train.steps=3")).code == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("data.captions=null", "1 found, not used: --set data.captions=null says what the net reads"),
+        ("net.kind=unet", "1 found, not used: --set net.kind=unet says what the net reads"),
+        ("train.steps=3", "1 found, not used: pip install transformers and the same command trains on them"),
+    ],
+)
+def test_captions_that_are_not_read_are_said(
+    photos: Path, monkeypatch: pytest.MonkeyPatch, field: str, said: str
+) -> None:
+    monkeypatch.setattr(proposal, "step_seconds", lambda run, here: 0.5)
+    monkeypatch.setattr(proposal, "installed", lambda name: None)
+    monkeypatch.setattr(proposal, "install", lambda extra: "pip install transformers")
+    (photos / "metadata.jsonl").write_text('{"file_name": "cats/1.png", "text": "a cat"}\n')
+    found = proposal.propose("photos", [field], device="cpu")
+    assert " ".join(dict(found.lines())["captions"].split()) == said
+    assert (found.run.net.kind, found.run.data.classes) == ("unet", 2)
+    (photos / "metadata.jsonl").write_text('{"file_name": "cats/1.png", "text": ')
+    assert "captions" not in dict(proposal.propose("photos", ["data.captions=null"], device="cpu").lines())
+    monkeypatch.setattr(proposal, "installed", lambda name: "5.0")
+    with pytest.raises(UserError, match=r"line 1 is not JSON.*--set data\.captions=null"):
+        proposal.propose("photos", [], device="cpu")
+
+
+@pytest.mark.data
+def test_a_table_of_captions_is_read(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Real photographs, with a class and a text each: what was written of each says more."""
+    monkeypatch.setattr(proposal, "step_seconds", lambda run, here: 0.5)
+    table = read_table(next(Path(os.environ["DUMO_DATA"], "imagenet-sample").glob("*.parquet"))).slice(0, 30)
+    texts = [f"a photo of kind {label}" for label in table["label"].to_pylist()]
+    write_table(table.append_column("text", [texts]), "photos.parquet")
+    found = proposal.propose("photos.parquet", device="cpu")
+    lines = dict(found.lines())
+    assert lines["images"].startswith("30, ")
+    assert lines["captions"].startswith("30 of 30 images, one each; the net reads them")
+    assert found.run.data.classes == 30
+    named = proposal.propose(
+        "photos.parquet", ["data.captions={kind: files, name: text}", "net.texts.depth=2"], device="cpu"
+    ).run
+    assert (named.data.classes, named.data.captions.name, named.net.texts.depth) == (30, "text", 2)
+    without = proposal.propose("photos.parquet", ["data.captions=null"], device="cpu")
+    assert without.run.net.kind == "unet"
+    assert "in 30 classes" in dict(without.lines())["images"]
 
 
 def test_minutes_are_steps(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

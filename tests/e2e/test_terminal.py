@@ -152,13 +152,14 @@ def test_a_name_does_not_steer_the_terminal(here: Path) -> None:
 def test_the_start_line(here: Path) -> None:
     """Printed without a terminal, too, with the last line of the work; on a terminal a bar is below it."""
     done = call("train", "digits", "--out", "run", *TINY, "--device", "cpu")
-    began, ended, *_ = done.err.splitlines()
+    began, objective, ended, *_ = done.err.splitlines()
     facts = call("show", "run", "--json").json
     assert began == (
         "training run on cpu: data digits (1,797 images in 10 classes), "
         f"net dit ({facts['parameters']:,} parameters), {facts['forward_units_per_step']:.2f} F a step "
         "(1 F: one forward pass), steps 0 to 20 of 16 images"
     )
+    assert objective.startswith("objective: DuMo (Duality Models, arXiv 2602.17682, Sec. 3 and Alg. 1): one input")
     assert ended.startswith("training run: 20 of 20 at ")
     assert "/s, loss " in ended
     done = call("train", "moons", *TINY, *sets("train.steps=1"))

@@ -130,16 +130,17 @@ def test_evaluation_is_one_object_and_lies_in_the_folder(name: str, here: Path, 
     assert [(row["nfe"], row["solver"]) for row in report["results"]] == [(1, SOLVERS[name]), (2, SOLVERS[name])]
     euler = [] if name == "digits-flow-matching" else [(1, "euler"), (2, "euler")]  # its own solver is the contrast
     assert [(row["nfe"], row["solver"]) for row in report["contrast"]] == euler
-    assert report["baselines"].keys() == ({"null"} if name == "moons" else {"halves", "bootstrap"})
+    assert report["baselines"].keys() == {"null" if name == "moons" else "perfect"}
     assert report["versions"].keys() == {"dumo", "torch", "python"}
 
     table = call("evaluate", "run", "--nfe", "1,2")
     assert table.code == 0
-    assert "baseline, real vs real" in table.out
+    assert "a perfect sampler: " in table.out
     assert all(f" {measure} " in table.out for measure in measures)
     assert json.loads(Path(report["file"]).read_text()) == report  # the same samples have the same score
     assert table.out.splitlines()[-1] == report["file"]
     assert call("evaluate", "run", "--nfe", "3", "--json").json["file"] == "run/evaluation.json"
+    assert (name == "moons") != ("a perfect sampler: fd_grey 0." in call("compare", "run").out)
     shown = call("compare", "run", "--json").json["rows"]
     assert {row["nfe"] for row in shown if row["solver"] == SOLVERS[name]} == {1, 2, 3}
 

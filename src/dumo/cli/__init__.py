@@ -4,13 +4,15 @@ Exit codes: 0 done, 1 failed, 2 what the user gave was wrong, 128 + n stopped by
 to stderr, answers to stdout.
 """
 
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from dumo import runtime
 from dumo.cli import evaluate, lab, preflight, run, share
 from dumo.cli.terminal import err, explain, plain_warnings, rank_0_speaks, stoppable
+from dumo.run.config.foreign import ours
 
 app = typer.Typer(
     name="dumo",
@@ -58,8 +60,26 @@ COMMANDS = (
     share.export,
     share.demo,
 )
+
+
+class Command(TyperCommand):
+    """A command that answers an option of another trainer with ours."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # noqa: ANN401, typer's own
+        """As typer. Raises UserError for such an option."""
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            name = getattr(error, "option_name", "")
+            if not (known := ours(name)):
+                raise
+            from dumo.types import UserError
+
+            raise UserError(f"there is no option {name}: {known}") from error
+
+
 for command in COMMANDS:
-    app.command()(stoppable(command))
+    app.command(cls=Command)(stoppable(command))
 
 benches = typer.Typer(no_args_is_help=True, help="Measure training steps, sampling and reading data on this machine.")
 for command in (lab.step, lab.sample, lab.data):

@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from dumo.training.log import Row
 
 LAST = 10  # rows of the table of a log
-WHAT = {  # baselines that are not between real and real
-    "noise": "noise vs real",
+WHAT = {  # baselines
+    "perfect": "a perfect sampler",
+    "null": "a perfect sampler",
+    "noise": "noise",
     "captions": "real images with their captions",
     "others": "real images with other captions",
 }
@@ -141,7 +143,7 @@ def evaluate(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Judge a trained run by its protocol, with baselines: the same distances between real and real.
+    """Judge a trained run by its protocol, next to what a perfect sampler would have: new real images.
 
     With --geneval or --dpg: report what that benchmark's own evaluator found, of images that dumo sample --format made.
     Under torchrun (torchrun --nproc-per-node 2 -m dumo evaluate RUN) the ranks share the work.
@@ -170,8 +172,8 @@ def evaluate(
 
 def show(report: dict[str, Any], as_json: bool) -> None:
     """Print an evaluation or a sweep: a table, the baselines, and the file."""
-    from dumo.evaluation.protocol import of_baseline
     from dumo.run.evaluation.card import seen
+    from dumo.run.evaluation.score import too_few
 
     if as_json:
         print(json.dumps(report))
@@ -185,14 +187,15 @@ def show(report: dict[str, Any], as_json: bool) -> None:
         show_table(f"{report['run']} at step {report['step']:,}, protocol {report['protocol']}", rows)
         first = next(key for key in rows[0] if key not in ("nfe", "solver"))
         for name, value in report["baselines"].items():
-            what = WHAT.get(name, f"real vs real ({name})")
-            out.print(f"baseline, {what}: {spelt(value, of_baseline(name, first))}", soft_wrap=True)
+            out.print(f"{WHAT.get(name, name)}: {spelt(value, first)}", soft_wrap=True)
+        if too_few(report):
+            out.print(f"{WHAT['perfect']}: too few images to tell")
         if biased := seen(rows[0], report.get("card") or {}):
             out.print(f"no judges of this run, which was trained on what they are by: {', '.join(biased)}")
     out.print(report["file"], soft_wrap=True)
 
 
-def spelt(baseline: dict[str, float], first: str) -> str:
+def spelt(baseline: dict[str, float], first: str = "") -> str:
     """A baseline in words; its mean and sd are of the first score."""
     found = {{"mean": first, "sd": f"{first}_sd"}.get(key, key): value for key, value in baseline.items()}
     means = {key: value for key, value in found.items() if key != "splits" and not key.endswith("_sd")}
@@ -217,6 +220,8 @@ def compare(
         print(json.dumps(found))
         return
     show_table("", [{key: "" if value is None else value for key, value in row.items()} for row in found["rows"]])
+    for line in {spelt(perfect): None for perfect in found["perfect"].values()}:
+        out.print(f"{WHAT['perfect']}: {line}", soft_wrap=True)
     for field, values in found["differs"].items():
         found_in = "; ".join(f"{value} in {name}" for name, value in values.items())
         out.print(f"measured otherwise, {field}: {found_in}", soft_wrap=True)

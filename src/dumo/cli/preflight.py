@@ -102,6 +102,7 @@ def show(
     Fields of the machine and parts that are empty are left out where they stand at their defaults. All but the spec is
     printed as comments, so that  dumo show digits > my.yaml  makes a file for  dumo train my.yaml.
     """
+    from dumo.evaluation.word import method
     from dumo.run.config.load import dump, summary
     from dumo.run.plan.findings import of_captions
     from dumo.run.plan.plan import show
@@ -119,6 +120,8 @@ def show(
         return
     far, scale, way = facts["far"], facts["guidance_scale"], facts["slope"]
     lines = [
+        ("objective", str(method(spec.objective))),
+        *([("images", f"{' x '.join(map(str, spec.pixels[1:]))} pixels")] if spec.pixels[1:] else []),
         ("parameters", f"{facts['parameters']:,}"),
         ("one pass", f"{facts['forward_flops_per_image'] / 2e9:.4g} G multiply-adds per sample"),
         ("one step", f"{facts['forward_units_per_step']:.2f} F (forward units, counted; a backward pass is 2 F)"),

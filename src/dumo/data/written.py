@@ -28,6 +28,7 @@ LINES = "captions.jsonl"
 TABLES = ("metadata.jsonl", LINES)
 TEXT = "txt"  # in place of a name: files of text
 AUTO = "auto"
+NO_CAPTIONS = "no captions found"
 MEND = "mend it, or set captions.name"
 REWRITE = "remove it, and dumo encode writes it from the images"
 
@@ -94,7 +95,7 @@ def captions_of(root: Path, store: Store, name: str) -> list[Texts]:
         found, sought = in_archives(store, name), ".txt or .json next to each image"
     if not any(text.strip() for some in found for text in some):
         raise UserError(
-            f"no captions found for the {len(store)} images of {root}: looked for {sought}; or leave out data.captions"
+            f"{NO_CAPTIONS} for the {len(store)} images of {root}: looked for {sought}; or leave out data.captions"
         )
     return found
 

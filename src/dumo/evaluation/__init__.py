@@ -8,8 +8,7 @@ number of samples first, shows in its name. It is used in this order:
     evaluator = protocol.evaluator(Context(data, classes, seed, device))
     evaluator.score(batches), evaluator.baselines(), evaluator.facts          see `dumo.evaluation.protocol`
 
-`baselines` says how large a distance is where there is no difference: between two halves of a finite data set, a
-bootstrap of it, or two independent draws.
+`baselines` says what a perfect sampler would have, one that makes new real images: a distance of few to few is not 0.
 """
 
 from typing import Annotated

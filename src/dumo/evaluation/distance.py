@@ -141,7 +141,7 @@ def kid(
         raise UserError(f"subsets of {subset_size} rows do not fit in {len(x)} and {len(y)}: give more samples")
     a, b = x.double(), y.double()
     values = [
-        _unbiased(_pick(a, subset_size, generator), _pick(b, subset_size, generator), _cubic) for _ in range(subsets)
+        _unbiased(pick(a, subset_size, generator), pick(b, subset_size, generator), _cubic) for _ in range(subsets)
     ]
     return mean_sd(values)
 
@@ -191,7 +191,7 @@ def _rows(columns: int) -> int:
     return max(1, BLOCK // columns)
 
 
-def _pick(x: Tensor, size: int, generator: Generator) -> Tensor:
+def pick(x: Tensor, size: int, generator: Generator) -> Tensor:
     """Rows of x at random, without replacement."""
     return x[torch.randperm(len(x), generator=generator)[:size]]
 
@@ -212,7 +212,7 @@ def two_sample_auc(real: Real, fake: Fake, generator: Generator) -> float:
     from sklearn.metrics import roc_auc_score  # slow to import
     from sklearn.svm import SVC
 
-    halves = [_pick(x, len(x), generator).double().flatten(1).cpu().chunk(2) for x in (real, fake)]
+    halves = [pick(x, len(x), generator).double().flatten(1).cpu().chunk(2) for x in (real, fake)]
     areas: list[float] = []
     for learnt in (0, 1):
         x, y = _sides(*(half[learnt] for half in halves))
@@ -220,6 +220,15 @@ def two_sample_auc(real: Real, fake: Fake, generator: Generator) -> float:
         x, y = _sides(*(half[1 - learnt] for half in halves))
         areas.append(float(roc_auc_score(y, machine.decision_function(x))))
     return sum(areas) / 2
+
+
+def auc_sd(samples: int, real: int) -> float:
+    """The deviation of `two_sample_auc` from 0.5 where both are of one law (Mann & Whitney 1947), of one way round.
+
+    Both ways agree, for they see the same difference between the halves: so the mean of both has it too.
+    """
+    n, m = samples // 2, real // 2
+    return ((n + m + 1) / (12 * n * m)) ** 0.5
 
 
 def _sides(real: Tensor, fake: Tensor) -> tuple[np.ndarray, np.ndarray]:

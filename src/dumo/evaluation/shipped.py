@@ -11,12 +11,12 @@ clamped to [-1, 1] and rounded to 8 bits.
 
 `digits`: two measures see no features. The first score, which counts, is of the samples as a file holds them. If images
 were held out of training, samples are judged against these alone as well. A Fréchet distance to few images is larger
-than to many: so it has a baseline of its own, from as many images of the training set as there are samples to the same
-few.
+than to many, whatever is judged: so it stands next to what a perfect sampler would have (`of_perfect`).
 
 `toy`: points of a law that can be drawn from without end, by MMD^2 in the points' own space.
 """
 
+from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from dumo.encoders.classifier import PIECE, cifar10, digits
 from dumo.encoders.classifier import Shipped as Classifier
 from dumo.evaluation.distance import (
     Moments,
+    auc_sd,
     frechet_distance,
     kernel_distance,
     kid,
@@ -40,15 +41,14 @@ from dumo.evaluation.distance import (
 from dumo.evaluation.neighbours import nearest, precision_recall
 from dumo.evaluation.photos import PHOTOS
 from dumo.evaluation.protocol import (
-    SPLITS,
+    LEAST,
     Context,
     Evaluator,
     Measure,
     Protocol,
     Reference,
     Scores,
-    distances,
-    summary,
+    unit,
     whole_set,
 )
 from dumo.io.picture import from_uint8, to_uint8
@@ -58,7 +58,6 @@ from dumo.types import Cond, Sample, UserError
 
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
 SUBSETS, OF_CIFAR10, OF_DIGITS = 50, 1000, 500  # of the kernel distance: how many subsets, and their rows
-FEW = 5  # halves of the digits between which the slower measures are taken
 KIND = "cifar10-features"
 KEPT = 2  # references of which features are kept
 WIDTHS = (0.05, 0.1, 0.2, 0.5, 1.0)  # of the kernels of toy, in sd of the data
@@ -94,8 +93,32 @@ def score_cifar10(x: Sample, c: Cond, reference: Reference) -> Scores:
 
 
 def baselines_cifar10(reference: Reference, samples: int) -> dict[str, Scores]:
-    """The Fréchet distance, real vs real, in halves and resamples of the data (`distances`)."""
-    return distances(learned(reference.x), samples, KIND)
+    """`perfect` (`of_perfect`), of `fd`, `kid` and `auc_features`."""
+    real, c, some = learned(reference.x), reference.c.cpu(), min(samples, len(reference.x))
+    found = of_perfect(KIND, c, real, samples, {"": len(real)}, OF_CIFAR10)
+    return {"perfect": found | null_auc("auc_features", samples, some)} if found else {}
+
+
+def of_perfect(kind: str, c: Cond, real: Features, samples: int, sizes: Mapping[str, int], subset: int) -> Scores:
+    """What a perfect sampler, of new real images, would have of both distances of features; {} of too few to tell.
+
+    `sizes`: of references of these data, by what the names of scores against them end in; the first is of `mean`.
+    `subset`: the rows of one, for the kernel distance of the first.
+    """
+    far = unit(c, lambda a, b: frechet_distance(Moments.of(real[a]), Moments.of(real[b])), kind, LEAST * real.shape[1])
+    near = unit(c, lambda a, b: kernel_distance(real[a], real[b]), kind, 2.0)
+    if not (far and near):
+        return {}
+    found = Scores()
+    for end, size in sizes.items():
+        found |= far.at(samples, size, end and f"fd_grey{end}")
+        found |= near.at(samples, size, f"kid{end}", None if end else (SUBSETS, subset))
+    return found
+
+
+def null_auc(name: str, samples: int, real: int) -> Scores:
+    """That of `two_sample_auc` where both sides are of one law."""
+    return {name: 0.5, f"{name}_sd": auc_sd(samples, real)}
 
 
 def features_of(x: Sample) -> Features:
@@ -144,29 +167,20 @@ def score_digits(x: Sample, c: Cond, reference: Reference) -> Scores:
 
 
 def baselines_digits(reference: Reference, samples: int) -> dict[str, Scores]:
-    """The Fréchet distance of features between real digits, in halves and resamples of the data (`distances`).
+    """`perfect` (`of_perfect`), with `auc` and `pixel_fd`; where images were held out, against these alone as well.
 
-    Digits are grey already, so it is that of `fd` and of `fd_grey`. `halves` has `auc` and `pixel_fd` too, of the
-    first `FEW` of them, each with its sd. Where images were held out, `held` is the floor of `fd_grey_held`, and
-    has `pixel_fd_held`: from `samples` rows of the training set, drawn with replacement, `SPLITS` times.
+    Digits are grey already, so its `mean` is that of `fd_grey` and of `fd`.
     """
-    found, apart = distances(digits.features(reference.x), samples, "digits"), dict[str, list[float]]()
-    for i in range(FEW):
-        order = torch.randperm(len(reference.x), generator=stream("digits", "halves", i))
-        a, b = reference.x[order].chunk(2)
-        apart.setdefault("auc", []).append(two_sample_auc(a, b, stream("digits", "auc", i)))
-        apart.setdefault("pixel_fd", []).append(pixel_frechet(a, b))
-    for name, values in apart.items():
-        of = summary(values)
-        found["halves"] |= {name: of["mean"], f"{name}_sd": of["sd"]}
-    if split := reference.split:
-        known, real = digits.features(split.x), Moments.of(digits.features(split.held.x))
-        draws = [stream("digits", "held", i) for i in range(SPLITS)]
-        again = [torch.randint(split.size, (samples,), generator=g) for g in draws]
-        of = summary([pixel_frechet(split.x[rows], split.held.x) for rows in again])
-        found["held"] = summary([frechet_distance(Moments.of(known[rows]), real) for rows in again])
-        found["held"] |= {"pixel_fd_held": of["mean"], "pixel_fd_held_sd": of["sd"]}
-    return found
+    x, c = reference.x, reference.c.cpu()
+    sizes = {"": len(x)} | ({"_held": len(reference.split.held.x)} if reference.split else {})
+    found = of_perfect("digits", c, digits.features(x), samples, sizes, OF_DIGITS)
+    pixels = unit(c, lambda a, b: pixel_frechet(x[a], x[b]), "digits", LEAST * x[0].numel())
+    if not (found and pixels):
+        return {}
+    found |= {"fd": found["mean"], "fd_sd": found["sd"]}
+    for end, size in sizes.items():
+        found |= null_auc(f"auc{end}", samples, size) | pixels.at(samples, size, f"pixel_fd{end}")
+    return {"perfect": found}
 
 
 def _grey(x: Sample) -> Sample:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import jinja2
 
 from dumo.data import Latents
+from dumo.evaluation.word import method
 from dumo.export.model import OWN, Exported, Stock
 from dumo.flow.guide import GuidanceScale
 from dumo.run.evaluation.card import FILE, read_report
@@ -120,7 +121,8 @@ def render(template: str, sampler: Sampler, made: Provenance, name: str, **parts
     rows = made.report["results"] if made.report else [{}]
     scores = [key for key in rows[0] if key not in ("nfe", "solver")]
     found = environment().get_template(f"{template}.md.j2")
-    return found.render(sampler=sampler, made=made, name=name, scores=scores, codes_file=CODED, **parts)
+    parts |= {"scores": scores, "codes_file": CODED, "method": method(sampler.objective)}
+    return found.render(sampler=sampler, made=made, name=name, **parts)
 
 
 @cache

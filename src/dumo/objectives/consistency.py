@@ -1,8 +1,8 @@
-"""Consistency training: what the net makes of two points of one trajectory must be the same data.
+"""Consistency training (CM, iCT; ECT, Geng et al. 2025, arXiv 2406.14548): two points of a path make the same data.
 
-CM (Song et al. 2023), iCT (Song and Dhariwal 2024) and ECT (Geng et al. 2025, arXiv 2406.14548). The net's guess at
-the data is D(x_t, t) = x_t - t u, with u the mean velocity down to 0. From t to r < t one goes along v_t, which on the
-linear path is with the same data and noise:
+CM is of Song et al. 2023, iCT of Song and Dhariwal 2024. The net's guess at the data is D(x_t, t) = x_t - t u, with u
+the mean velocity down to 0. From t to r < t one goes along v_t, which on the linear path is with the same data and
+noise:
 
     x_r = x_t - (t - r) v_t,   D(x_t, t) = sg D(x_r, r),   and at r = 0   D = x_r = x.
 

@@ -1,4 +1,4 @@
-"""Adversarial flow (AFM, Lin et al. 2025, arXiv 2511.22475), with a critic that is a head of the same trunk.
+"""DuMo and adversarial flow (AFM, Lin et al. 2025, arXiv 2511.22475): the critic is a head of the same trunk.
 
 The mean of the head d at t = 0, the logit D, is to be higher of data than of samples of the same condition, by
 relativistic pairs softplus(D(x') - D(x)); samples climb what the critic descends. Its slopes dD/dx are kept small (R1

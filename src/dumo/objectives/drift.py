@@ -1,4 +1,4 @@
-"""Drifting (Deng et al. 2026, arXiv 2602.04770): samples drift to data of their condition, and away from one another.
+"""DuMo and Drifting (Deng et al. 2026, arXiv 2602.04770): samples drift to data of their condition, and apart.
 
 Of the rows of a class in a group, sample i sees data y and other samples x at distances d in units of their mean. With
 the kernel exp(-d / R), made a softmax over what i sees (rows) and over who sees it (columns), A+ to data and A- to

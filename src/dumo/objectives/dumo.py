@@ -1,4 +1,4 @@
-"""DuMo: one input, two outputs (Duality Models, arXiv 2602.17682, Sec. 3 and Alg. 1).
+"""DuMo (Duality Models, arXiv 2602.17682, Sec. 3 and Alg. 1): one input, two outputs.
 
 One pass of F(x_t, t, c) gives both the velocity v = dx_t/dt and the flow map u = (x_t - x_0) / t.
 Differentiating t u = x_t - x_0 along the flow gives the identity that trains u without a teacher:

@@ -1,4 +1,4 @@
-"""DuMo-Any: DuMo whose flow map ends at any time r (ours).
+"""DuMo-Any (ours): DuMo whose flow map ends at any time r, where that of the paper ends at the data.
 
 DuMo's u jumps from t to the data alone. Here the output layer of u also gets the time r at which the jump ends: u is
 the mean velocity between both times, u(x_t, t, r) = (x_t - x_r) / (t - r). With r at rest, (t - r) u = x_t - x_r, so

@@ -1,5 +1,4 @@
-"""F2D2 (Ai et al. 2025, arXiv 2512.02636): a flow map whose jumps know how much volume they grow, so that likelihood
-takes a few passes.
+"""F2D2 (Ai et al. 2025, arXiv 2512.02636): jumps know how much volume they grow, so likelihood takes a few passes.
 
     v(x_t, t)      dx_t/dt                          v* = v_t
     u(x_t, t, r)   (x_t - x_r) / (t - r)            u* = v* - (t - r) du/dt            (MeanFlow, Eq. 11)

@@ -1,4 +1,4 @@
-"""FACM (Peng et al. 2025): a consistency model in continuous time, anchored by flow matching in the same head.
+"""FACM (Peng et al. 2025, arXiv 2507.03738): a continuous consistency model, anchored by flow matching in its head.
 
 One net with one head and one time, which is given the time t for the flow map u = (x_t - x_0) / t, and -t for the
 velocity v: in "expanded time" the two tasks are one function of [-1, 1], and meet at t = 0, where u = v. Both are

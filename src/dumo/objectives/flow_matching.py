@@ -1,4 +1,4 @@
-"""Flow matching (Lipman et al. 2023): regress the conditional velocity (paper, Eq. 3).
+"""Flow matching (Lipman et al. 2023, arXiv 2210.02747): regress the conditional velocity (paper, Eq. 3).
 
 The mean of v_t given x_t is the velocity of the flow that carries noise to data, and mean squares find means.
 """

@@ -1,4 +1,4 @@
-"""Improved MeanFlow (Geng et al. 2025b): the mean velocity, differentiated along the velocity that the net predicts.
+"""Improved MeanFlow (Geng et al. 2025, arXiv 2512.02012): the mean velocity, its derivative along the net's own v.
 
 MeanFlow's identity holds along the flow, whose velocity v(x_t, t) is the mean of v_t:
 

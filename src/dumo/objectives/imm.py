@@ -1,4 +1,4 @@
-"""Inductive moment matching (Zhou, Ermon and Song 2025, arXiv 2503.07565): two jumps to r land on one distribution.
+"""IMM (Inductive Moment Matching, Zhou et al. 2025, arXiv 2503.07565): two jumps to r land on one distribution.
 
 From t one jumps to r along the mean velocity u, and from q, between r and t, on the same line from x to z, too:
 

@@ -1,4 +1,4 @@
-"""Distribution matching (DMD2, Yin et al. 2024, arXiv 2405.14867), by a head in place of its second net.
+"""DuMo and distribution matching (DMD2, Yin et al. 2024, arXiv 2405.14867): a head replaces its second net.
 
 The head w learns the velocity of the net's own samples x', diffused by fresh noise z' to x'_t = t z' + (1 - t) x', as v
 learns that of the data. The score of a law diffused to t is -(x_t + (1 - t) v) / t, so

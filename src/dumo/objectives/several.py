@@ -1,4 +1,4 @@
-"""Three heads on one trunk: DuMo's two and a mean velocity (Duality Models, arXiv 2602.17682, Sec. 4.3).
+"""Three heads (Duality Models, arXiv 2602.17682, Sec. 4.3): DuMo's two and a mean velocity, on one trunk.
 
     v(x_t, t)      dx_t/dt                   v*                       flow matching, Eq. 3
     u(x_t, t)      (x_t - x_0) / t           v* - t du/dt             DuMo, Alg. 1

@@ -1,4 +1,4 @@
-"""Shortcut models (Frans et al. 2025, arXiv 2410.12557): one step of size d = 2^-k equals two of half the size.
+"""Shortcut (Frans et al. 2025, arXiv 2410.12557): one step of size d = 2^-k equals two of half the size.
 
 The mean velocity u(x_t, t, k) = (x_t - x_(t-d)) / d of a step is the mean over its halves,
 

@@ -1,4 +1,4 @@
-"""Terminal velocity matching (Zhou et al. 2025, arXiv 2511.19797): where a jump lands moves with the velocity there.
+"""TVM (Terminal Velocity Matching, Zhou et al. 2025, arXiv 2511.19797): where a jump lands moves as the flow does.
 
 A jump from t to r, f(x_t, t, r) = x_t - (t - r) u(x_t, t, r), is that of the flow if it stays at t = r, and if its end
 moves along the flow as r does: df/dr = v(f, r). With the net's own u(x, r, r) for v,

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dumo.evaluation import word
 from dumo.flow.generate import joined, labels
 from dumo.flow.reading import head_of
 from dumo.flow.solver import Euler, Heun, Hop, Restart, Solver, able, check
@@ -59,15 +60,20 @@ def readings(sampler: Sampler, along: Euler | Heun | None = None) -> dict[str, R
     objective, reads, along, found = sampler.objective, sampler.taught, along or Euler(), dict[str, Reading]()
     jumps = [s for s in (sampler.spec.solver, Restart(), Hop()) if s.uses != "velocity" and getattr(reads, s.uses)]
     if jumps:
-        head = head_of(objective, jumps[0].uses)
+        head = head_name(head_of(objective, jumps[0].uses))
         heads = f"{head} heads" if " and " in head else f"{head} head"
         found["u"] = Reading("u", head, f"{heads}, jumps ({jumps[0].kind})", jumps[0])
     if reads.velocity:
-        head = head_of(objective, "velocity")
+        head = head_name(head_of(objective, "velocity"))
         other = f"v = {head} at r = t" if "r" in objective.needs.inputs else f"v by the {head} head"
         title = "v head" if head == "v" else other
         found["v"] = Reading("v", head, f"{title}, {along.kind.title()} steps", along)
     return found
+
+
+def head_name(head: str) -> str:
+    """A head as a reader knows it."""
+    return word.HEADS.get(head, head)
 
 
 def within(nfe: Iterable[int], sampler: Sampler, by: Iterable[Reading]) -> list[int]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from dumo.data import Data
 from dumo.data.store import some
+from dumo.evaluation.word import method
 from dumo.flow.draw import Draws
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.slope import CentralSlope, DualSlope
@@ -104,6 +105,7 @@ def go_on(
         lambda: History.of(run, folder, data, state.step, last, new_data=new_data) if dist.is_main() else None
     )
     tell(outlook(run, folder, data.size, state.step, here))
+    tell(f"objective: {method(run.objective)}")
     left = (run.train.steps - state.step) * run.train.batch / dist.world()
     for line in machine.unfit(run.train, left * count(), here):
         tell(line)

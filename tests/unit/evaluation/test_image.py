@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dumo.encoders import inception
 from dumo.evaluation import Context, reference
-from dumo.evaluation.distance import Moments, frechet_distance, kid
-from dumo.evaluation.images import HALVES, ImageEvaluator, ImageProtocol
+from dumo.evaluation.distance import Moments, frechet_distance
+from dumo.evaluation.images import ImageEvaluator, ImageProtocol
 from dumo.evaluation.protocol import Evaluator, Made
 from dumo.evaluation.reference import (
     STANDARDS,
@@ -112,18 +112,17 @@ def replaced(statistics: Statistics, moments: Statistics) -> Statistics:
     return Statistics(moments.pool, moments.spatial, statistics.score, statistics.rows, statistics.index)
 
 
-def test_baselines_are_of_halves_of_the_data() -> None:
-    """So small where the halves are of one law; of too few images there are none."""
+def test_new_images_are_as_far_as_a_perfect_sampler() -> None:
+    """Of parts of one law; of too few images there is none."""
     real = counted(images(400))
-    halves = evaluator(real).baselines()["halves"]
-    assert halves["splits"] == HALVES
+    perfect = evaluator(real).baselines()["perfect"]
     far = evaluator(real).score(made(images(N) // 2))["fid"]
-    assert 0 < halves["mean"] < far / 10
+    assert 0 < perfect["mean"] < far / 10
     without = ImageProtocol(kind="folder", samples=N, frechet=False)
-    a, b = real.rows[:200], real.rows[200:]
-    sd = kid(a, b, subsets=100, subset_size=100, generator=torch.Generator().manual_seed(0))[1]
-    assert abs(evaluator(real, without).baselines()["halves"]["mean"]) < sd
-    assert evaluator(counted(images(199))).baselines() == {}
+    sd = evaluator(real, without).score(made(images(N)))["kid_sd"]
+    assert abs(evaluator(real, without).baselines()["perfect"]["mean"]) < sd
+    assert evaluator(counted(images(399)), without).baselines() == {}
+    assert evaluator(counted(images(59))).baselines() == {}
 
 
 def test_images_that_cannot_be_read_are_left_out_and_the_rest_is_known_by_hash() -> None:

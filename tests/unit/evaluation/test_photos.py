@@ -49,11 +49,11 @@ def good(own: PhotosEvaluator) -> Row:
     return scores(own, drawn(60, "fresh"))
 
 
-def test_fresh_images_of_the_same_law_are_at_the_baseline(own: PhotosEvaluator, good: Row) -> None:
-    halves = own.baselines()["halves"]
-    assert abs(good["kid"] - halves["mean"]) < 3 * halves["sd"]
-    assert good["pixel_fd"] == pytest.approx(halves["pixel_fd"], rel=0.3)
-    assert good["copies"] == halves["copies"] == 0
+def test_fresh_images_of_the_same_law_are_as_a_perfect_sampler(own: PhotosEvaluator, good: Row) -> None:
+    perfect = own.baselines()["perfect"]
+    assert abs(good["kid"] - perfect["mean"]) < 3 * perfect["sd"]
+    assert good["pixel_fd"] == pytest.approx(perfect["pixel_fd"], rel=0.3)
+    assert good["copies"] == perfect["copies"] == 0
     assert min(good["precision"], good["recall"]) > 0.7
     assert state([{"nfe": 1, "solver": "restart", **good}], own.baselines()) in ("like the data", "near")
 
@@ -87,8 +87,8 @@ def test_samples_are_compared_with_images_of_their_classes() -> None:
     fresh = drawn(60, "fresh")
     dark = PROTOCOL.labels(2).bool()
     fresh[dark] = -fresh[dark].abs()
-    halves = evaluator.baselines()["halves"]
-    assert abs(scores(evaluator, fresh)["kid"]) < 3 * halves["sd"]
+    perfect = evaluator.baselines()["perfect"]
+    assert abs(scores(evaluator, fresh)["kid"] - perfect["mean"]) < 3 * perfect["sd"]
     rows = alike(torch.tensor([1, 1, 0, 1]), torch.tensor([0, 1, 0, 1]), stream("alike"))
     assert torch.tensor([0, 1, 0, 1])[rows].tolist() == [1, 1, 0, 1]
     assert set(rows[[0, 1]].tolist()) == {1, 3}  # each once before one is taken again
@@ -150,7 +150,11 @@ def test_what_it_does_not_judge() -> None:
 
 def test_states_without_noise() -> None:
     """Of protocols that do not measure it: by how many times, and by precision."""
-    real = {"halves": {"mean": 0.2, "sd": 0.1}}
+    real = {"perfect": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.01}}
+    for auc, said in ((0.482, "like the data"), (0.518, "like the data"), (0.53, "near"), (0.47, "near")):
+        assert state([{"nfe": 1, "fd": 0.4, "auc": auc}], real) == said
+        assert state([{"nfe": 1, "fd": 0.41, "auc": auc}], real) == "near"
+    assert state([{"nfe": 1, "fd": 0.0}], {"halves": real["perfect"]}) is None  # of other sizes
     found = {0.3: 0.9, 3.0: 0.5, 9.0: 0.5, 12.0: 0.01}
     told = [state([{"nfe": 1, "fd": fd, "precision": precision}], real) for fd, precision in found.items()]
     assert told == ["like the data", "near", "far", "untrained"]

@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dumo.data import Digits
+from dumo.encoders.classifier import digits
 from dumo.evaluation import Context, ShippedProtocol, shipped
+from dumo.evaluation.distance import Moments, frechet_distance, kernel_distance, mean_sd, pixel_frechet
 from dumo.evaluation.protocol import Reference
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
 DIGITS = ShippedProtocol(kind="digits")
-Baselines = dict[str, dict[str, float]]
 
 
 @pytest.fixture(scope="module")
@@ -28,21 +29,9 @@ def split() -> Reference:
 
 
 @pytest.fixture(scope="module")
-def baselines(split: Reference) -> Baselines:
-    """Between all of the data they are the same, whether or not some are held out."""
-    return shipped.baselines_digits(split, DIGITS.total)
-
-
-@pytest.fixture(scope="module")
-def halves(baselines: Baselines) -> dict[str, float]:
-    return baselines["halves"]
-
-
-@pytest.fixture(scope="module")
-def floor(baselines: Baselines) -> dict[str, float]:
-    """Its mean is of fd_grey_held."""
-    told = baselines["held"]
-    return told | {"fd_grey_held": told["mean"], "fd_grey_held_sd": told["sd"]}
+def perfect(split: Reference) -> dict[str, float]:
+    """Against all of the data it is the same, whether or not some are held out."""
+    return shipped.baselines_digits(split, DIGITS.total)["perfect"]
 
 
 @pytest.fixture(scope="module")
@@ -74,19 +63,19 @@ def toy() -> Reference:
     return Reference(points(-1), torch.zeros(400, dtype=torch.long), points)
 
 
-def test_real_digits_score_well(good: dict[str, float], halves: dict[str, float]) -> None:
+def test_real_digits_score_well(good: dict[str, float], perfect: dict[str, float]) -> None:
     assert list(good) == ["fd_grey", "fd", "kid", "kid_sd", "precision", "recall", "accuracy", "auc", "pixel_fd"]
-    assert good["fd"] < halves["mean"]
-    assert abs(good["kid"]) < good["kid_sd"]
+    assert good["fd"] < perfect["mean"] + 3 * perfect["sd"]
+    assert abs(good["kid"] - perfect["kid"]) < good["kid_sd"]
     assert good["precision"] > 0.95
     assert good["recall"] > 0.85
     assert good["accuracy"] > 0.98
     assert good["auc"] < 0.55  # copies of the data, so even below 0.5
-    assert good["pixel_fd"] < halves["pixel_fd"]
+    assert good["pixel_fd"] < perfect["pixel_fd"]
 
 
 @pytest.mark.parametrize("fault", ["blur", "noise", "one class", "no threes"])
-def test_faults_are_seen(fault: str, data: Reference, good: dict[str, float], halves: dict[str, float]) -> None:
+def test_faults_are_seen(fault: str, data: Reference, good: dict[str, float], perfect: dict[str, float]) -> None:
     x, c = some(data)
     if fault == "blur":
         x = blurred(x)
@@ -95,11 +84,11 @@ def test_faults_are_seen(fault: str, data: Reference, good: dict[str, float], ha
     else:
         x, c = some(data, torch.nonzero((data.c == 3) if fault == "one class" else (data.c != 3)).flatten())
     bad = shipped.score_digits(x, c, data)
-    assert bad["fd"] > 3 * halves["mean"]
+    assert bad["fd"] > perfect["mean"] + 10 * perfect["sd"]
     assert bad["fd"] > 10 * good["fd"]
     assert bad["kid"] > 3 * good["kid_sd"]
     assert bad["pixel_fd"] > 4 * good["pixel_fd"]
-    assert bad["auc"] > good["auc"] + 2 * halves["auc_sd"]
+    assert bad["auc"] > good["auc"] + 2 * perfect["auc_sd"]
     share = "recall" if fault in ("one class", "no threes") else "precision"
     assert bad[share] < good[share] - 0.05
 
@@ -120,44 +109,51 @@ def test_filed_digits_are_judged_at_the_grey_levels_of_the_data(data: Reference,
     assert score["accuracy"] < 0.02  # of the classes asked for
 
 
-def test_digits_baselines(data: Reference, good: dict[str, float], halves: dict[str, float]) -> None:
-    """Halves lie above the floor of more samples; both are small beside a variance of 32 features, and repeat."""
-    baselines = shipped.baselines_digits(data, DIGITS.total)
-    floor = baselines["bootstrap"]
-    assert baselines["halves"] == halves
-    assert abs(halves["auc"] - 0.5) < 3 * halves["auc_sd"] < 0.1
-    assert 0 < halves["pixel_fd_sd"] < halves["pixel_fd"] < 0.5
-    assert halves["splits"] == floor["splits"] == 20
-    assert 0 < floor["mean"] + 2 * floor["sd"] < halves["mean"] < 1
-    assert 0 < halves["sd"] < halves["mean"]
-    assert floor["mean"] - 4 * floor["sd"] < good["fd"] < floor["mean"] + 4 * floor["sd"]
+def test_a_perfect_sampler_of_digits(data: Reference, perfect: dict[str, float]) -> None:
+    """As two sets of digits have it that are drawn with replacement, the classes of the samples in turn."""
+    assert perfect.items() >= shipped.baselines_digits(data, DIGITS.total)["perfect"].items()
+    assert (perfect["fd"], perfect["fd_sd"]) == (perfect["mean"], perfect["sd"])
+    found: dict[str, list[float]] = {"mean": [], "pixel_fd": [], "kid": []}
+    features, own = digits.features(data.x), [(data.c == k).nonzero()[:, 0] for k in range(10)]
+    for i in range(30):
+        draws = stream("perfect", i)
+        rows = torch.cat([of[torch.randint(len(of), (200,), generator=draws)] for of in own])
+        again = torch.cat([of[torch.randint(len(of), (len(of),), generator=draws)] for of in own])
+        found["mean"].append(frechet_distance(Moments.of(features[rows]), Moments.of(features[again])))
+        found["pixel_fd"].append(pixel_frechet(data.x[rows], data.x[again]))
+        found["kid"].append(kernel_distance(features[rows], features[again]))
+    for name, values in found.items():
+        mean, sd = mean_sd(values)
+        assert perfect[name] == pytest.approx(mean, abs=sd)
+        if name != "kid":  # the score's is of subsets
+            assert perfect["sd" if name == "mean" else f"{name}_sd"] == pytest.approx(sd, rel=0.5)
 
 
 def test_images_held_out_are_judged_against_by_themselves(
-    data: Reference, split: Reference, floor: dict[str, float], good: dict[str, float]
+    data: Reference, split: Reference, perfect: dict[str, float], good: dict[str, float]
 ) -> None:
-    """Training images are at the floor, and copies; all else is as it was."""
+    """Training images are at most as far as new ones, and copies; all else is as it was."""
     assert torch.equal(split.x, data.x)
     score = shipped.score_digits(*some(Reference(split.split.x, split.split.c)), split)
     own = ["fd_grey_held", "kid_held", "recall_held", "auc_held", "pixel_fd_held"]
     assert list(score) == [*good, *own, "nearest"]
     assert score["nearest"] == 0
     for name in ("fd_grey_held", "pixel_fd_held"):
-        assert abs(score[name] - floor[name]) < 5 * floor[f"{name}_sd"]
+        assert abs(score[name] - perfect[name]) < 5 * perfect[f"{name}_sd"]
     assert "held" in split.facts(0)
 
 
-def test_a_distance_to_few_images_has_a_floor_of_its_own(floor: dict[str, float], baselines: Baselines) -> None:
-    """Larger than to all, whatever is shipped."""
-    assert floor["fd_grey_held"] > baselines["bootstrap"]["mean"] + 4 * baselines["bootstrap"]["sd"]
-    assert floor["splits"] == 20
-    assert 0 < floor["pixel_fd_held_sd"] < floor["pixel_fd_held"] < 1
+def test_a_distance_to_few_images_is_larger_whatever_is_judged(perfect: dict[str, float]) -> None:
+    """As 1/n + 1/m is: 360 of the digits are held out."""
+    larger = (1 / 2000 + 1 / 360) / (1 / 2000 + 1 / 1797)
+    for name, of in (("fd_grey_held", "mean"), ("pixel_fd_held", "pixel_fd"), ("kid_held", "kid")):
+        assert perfect[name] == pytest.approx(larger * perfect[of])
 
 
-def test_images_held_out_are_as_far_as_they_are(split: Reference, floor: dict[str, float]) -> None:
+def test_images_held_out_are_as_far_as_they_are(split: Reference, perfect: dict[str, float]) -> None:
     score = shipped.score_digits(*some(Reference(split.split.held.x, split.split.held.c)), split)
     assert score["nearest"] == pytest.approx(1, abs=0.03)
-    assert score["fd_grey_held"] < floor["fd_grey_held"]
+    assert score["fd_grey_held"] < perfect["fd_grey_held"]
 
 
 def test_toy_null_tells_a_draw_from_a_difference() -> None:

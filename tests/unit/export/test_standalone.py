@@ -1,6 +1,7 @@
 """The exported folder of dumo's own DiT makes dumo's images, by code that is not dumo's."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def test_dumos_images_to_the_bit(
     text, index = (out / "README.md").read_text("utf-8"), json.loads((out / "model_index.json").read_text("utf-8"))
     assert 'from_pretrained("out", trust_remote_code=True)' in text
     assert "class_labels=[0, 5], num_inference_steps=" in text
+    assert "| images | 8 x 8 pixels |" in text
+    assert re.search(r"\| objective \| (DuMo|MeanFlow|Flow matching) \(.*arXiv.*\), \d+ steps", text)
     assert index["_class_name"] == ["pipeline", "DumoPipeline"]
     code = {path.name: path.read_text("utf-8") for path in out.rglob("*.py")}
     assert code.keys() == {"pipeline.py", "dumo_dit.py"}

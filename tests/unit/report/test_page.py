@@ -205,7 +205,8 @@ def test_the_page_is_the_last_path_and_again_it_is_the_same(digits: Path) -> Non
 def test_lead_and_figures_are_facts(digits: Path) -> None:
     words = " ".join(page_of(digits).words.split())
     assert "One pass of the u head makes these images." in words
-    assert "was trained by DuMo on digits (1,797 images in 10 classes) for 20 steps of 8." in words
+    assert "was trained by DuMo on digits (1,797 images of 8 × 8 pixels in 10 classes) for 20 steps of 8." in words
+    assert "Objective: DuMo (Duality Models, arXiv 2602.17682, Sec. 3 and Alg. 1): one input, two outputs." in words
     assert "images seen in training 160" in words
     for found in ("98.8", "0.142 ± 0.021", "0.00830", "two random halves of the data", "0.056 ± 0.020"):
         assert found in words
@@ -213,6 +214,21 @@ def test_lead_and_figures_are_facts(digits: Path) -> None:
     assert "baseline: real vs real 3.58" in words
     assert "Restart 1 8.64 2.35 0.142 ± 0.021 – Euler 1 99.8 98.8" in words  # what a PNG holds first
     assert "baseline: real vs real 3.58 ± 0.10 3.58 ± 0.10" in words
+
+
+def test_a_perfect_sampler_stands_next_to_the_scores(tmp_path: Path, digits: Path) -> None:
+    opened = open_run(str(digits))
+    moved = RunFolder(opened.run, tmp_path, opened.net, opened.step, opened.weights)
+    for perfect, said in (
+        ({"mean": 0.0475, "sd": 0.008, "kid": -0.0047, "kid_sd": 0.0006}, "a perfect sampler 0.0475 ± 0.0080"),
+        (None, "A perfect sampler: too few images to tell."),
+    ):
+        baselines = {"perfect": perfect} if perfect else {}
+        (tmp_path / "evaluation.json").write_text(json.dumps({**EVALUATION, "baselines": baselines}))
+        words = " ".join(rendered(moved).words.split())
+        assert said in words
+        assert ("a perfect sampler 0.0475 ± 0.0080 0.0475 ± 0.0080 −0.00470 ± 0.00060" in words) == bool(perfect)
+        assert ("too few" in words) != bool(perfect)
 
 
 def test_a_run_that_is_not_done_says_so(digits: Path) -> None:
@@ -238,6 +254,15 @@ def test_first_row_of_a_sheet_is_where_the_trajectory_begins(digits: Path) -> No
     assert (alpha[:64, :64] == 255).all()
     assert (alpha[64 : 64 + report.GAP] == 0).all()  # gaps are clear, and images are not
     assert (alpha[:, 64 : 64 + report.GAP] == 0).all()
+
+
+def test_the_size_is_that_of_the_run() -> None:
+    """Not that of the recipe, whose words no setting changes."""
+    for recipe, field in (("my-images", "data.side"), ("my-images-256", "data.images.side")):
+        page = rendered(untrained(recipe, f"{field}=32", "train.batch=8", f"{field.replace('side', 'classes')}=0"))
+        above, _, _ = page.words.partition("All there is to know")
+        assert "images of 32 × 32 pixels" in above
+        assert not re.search(r"\b(64|256)\b", above)
 
 
 def test_velocity_alone_says_what_is_missing() -> None:

@@ -34,7 +34,7 @@ def test_a_run_notes_it_and_tells_what_it_means(tmp_path: Path) -> None:
     told, edm = list[str](), ["net.precondition=edm"]
     train(tiny("digits", *edm, "path.sd=0.75"), tmp_path / "digits", tell=told.append)
     assert noted(tmp_path / "digits") == measure(load("digits").data.open())
-    assert len(told) == 1  # what is trained
+    assert len(told) == 2  # what is trained on what, and by which objective
     train(tiny("digits", *edm, "path.sd=0.3"), tmp_path / "narrow", tell=told.append)
     *_, line = told
     assert f"--set path.sd={noted(tmp_path / 'narrow'):.2g}" in line

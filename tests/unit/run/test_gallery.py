@@ -100,7 +100,7 @@ def test_steps_differ_and_the_last_is_the_checkpoint(digits: RunFolder) -> None:
         ("digits-shortcut", "u head, jumps (hop)", "v by the u head, Euler steps"),  # at the last k
         ("digits-sct", "f head, jumps (restart)", None),
         ("digits-three-heads", "u head, jumps (restart)", "v head, Euler steps"),
-        ("digits-three-heads sample.solver.kind=hop", "m head, jumps (hop)", "v head, Euler steps"),
+        ("digits-three-heads sample.solver.kind=hop", "mean-velocity head, jumps (hop)", "v head, Euler steps"),
     ],
 )
 def test_readings_are_those_that_were_taught(recipe: str, u: str | None, v: str | None) -> None:

@@ -165,7 +165,7 @@ def test_without_a_checkpoint_it_begins_again(fate: Fate, tmp_path: Path) -> Non
 def test_from_an_earlier_step(run: Path) -> None:
     told = list[str]()
     train(tiny("train.clip=1"), run, step=4, tell=told.append)
-    assert "what came after it is removed, the checkpoints and milestones of steps 6, 8" in told[1]
+    assert "what came after it is removed, the checkpoints and milestones of steps 6, 8" in told[2]
     assert steps(run) == [2, 4, 6, 8]
     assert noted(run) == [Noted(step=4, field="train.clip", was=None, now=1.0)]
     assert open_run(str(run)).run.train.clip == 1.0
@@ -213,8 +213,8 @@ def test_other_versions_and_rows_that_are_lost_are_told(run: Path) -> None:
     state.write_text(json.dumps(about | {"versions": about["versions"] | {"torch": "2.12", "dumo": "0.0.1"}}))
     rows.write_text("".join(line for line in rows.read_text().splitlines(keepends=True) if '"step": 4' not in line))
     train(tiny("train.steps=10"), run, tell=told.append)
-    assert told[1] == f"{rows}: rows between steps 2 and 6 are lost; the run goes on without them"
-    assert [line.split(":")[0] for line in told[2:]] == [
+    assert told[2] == f"{rows}: rows between steps 2 and 6 are lost; the run goes on without them"
+    assert [line.split(":")[0] for line in told[3:]] == [
         "dumo is 0.1.0, and was 0.0.1 up to step 8",
         f"torch is {torch.__version__}, and was 2.12 up to step 8",
     ]

@@ -28,19 +28,19 @@ FOREIGN: dict[str, tuple[str, str]] = {
     "guidance_scale": ("sample.guide.scale", "1 is none"),
     "image_size": ("data.side", "pixels"),
     "img_resolution": ("data.side", "pixels"),
-    "learning_rate": ("train.optimizer.lr", ""),
+    "learning_rate": ("train.optimizer.lr", "of a step, however many images it has"),
     "lora_rank": ("net.lora.rank", ""),
-    "lr": ("train.optimizer.lr", ""),
+    "lr": ("train.optimizer.lr", "of a step, however many images it has"),
     "lr_scheduler": ("train.schedule.kind", "constant, cosine or wsd"),
     "lr_warmup_steps": ("train.schedule.warmup", "steps"),
     "max_grad_norm": ("train.clip", "the norm of all gradients"),
-    "max_steps": ("train.steps", ""),
-    "max_train_steps": ("train.steps", ""),
+    "max_steps": ("train.steps", "of the optimizer"),
+    "max_train_steps": ("train.steps", "of the optimizer"),
     "mixed_precision": ("train.precision", "bf16, tf32 or fp32"),
     "num_epochs": ("train.steps", STEPS),
     "num_inference_steps": ("sample.nfe", "a list: passes through the net"),
     "num_train_epochs": ("train.steps", STEPS),
-    "output_dir": ("--out", "of dumo train"),
+    "output_dir": ("--out", "of dumo train: the run's folder"),
     "per_device_train_batch_size": ("train.batch", ROWS),
     "pretrained_model_name_or_path": ("net.source", "with net.kind=diffusers"),
     "random_flip": ("data.flip", ""),
@@ -58,6 +58,10 @@ FOREIGN: dict[str, tuple[str, str]] = {
 
 
 def ours(name: str) -> str | None:
-    """What to write for a name of another trainer; None for a name that none has."""
-    found = FOREIGN.get(name.lower().lstrip("-").replace("-", "_"))
-    return found and f"here it is {found[0]}" + (f" ({found[1]})" if found[1] else "")
+    """What to write for a name of another trainer; None for a name that none has. An option's name begins with --."""
+    if not (found := FOREIGN.get(name.lower().lstrip("-").replace("-", "_"))):
+        return None
+    field, unit = found
+    if name.startswith("--") and "." in field:
+        field = f"--set {field}" + "=..." * ("=" not in field)
+    return f"here it is {field}" + f" ({unit})" * bool(unit)

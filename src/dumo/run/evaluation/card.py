@@ -33,7 +33,8 @@ from dumo.types import UserError
 
 FILE = "evaluation.json"
 UNTRAINED, FAR = 1 / 2, 1 / 20  # of the distance of noise. Ours
-TIMES, SHARE = 20, 0.02  # of the baseline, and of samples among the data, where noise was not measured. Ours
+TIMES, SHARE = 20, 0.02  # of a perfect sampler, and of samples among the data, where noise was not measured. Ours
+AREAS = ("auc", "auc_features")  # under the curve of a two-sample test
 Row = dict[str, Any]
 Card = dict[str, Any]
 Number = float | None  # null: it was no finite number
@@ -69,7 +70,7 @@ class Scores(Part):
 
 
 class Baseline(Part):
-    """The first score, real data against real data."""
+    """The first score, and others, of what is no sample: new real data, or noise."""
 
     __pydantic_extra__: dict[str, Number]  # pyright: ignore[reportIncompatibleVariableOverride], as pydantic has it
     mean: float
@@ -194,7 +195,7 @@ def alike(cards: Mapping[str, Card]) -> None:
 
 
 def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
-    """The evaluations of runs' folders, or files of them, as `rows` of one table.
+    """The evaluations of runs' folders, or files of them, as `rows` of one table; and of each what is `perfect`.
 
     A setting of the solver that differs, such as m, has a column, and scores that a run was trained on stand under
     `trained_on`, where there are any: they are no judges of it. Raises UserError where an evaluation is missing, or
@@ -223,7 +224,16 @@ def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
     return {
         "rows": [{key: row.get(key) for key in columns} for row in rows],
         "differs": {field: dict(zip(cards, found, strict=True)) for field, found in differs.items()},
+        "perfect": {source: found for source, report in reports.items() if (found := perfect(report))},
     }
+
+
+def perfect(report: Mapping[str, Any]) -> Row:
+    """What a perfect sampler would have of a report's scores, by name, with spreads; {} where that is not known."""
+    found = report["baselines"].get("perfect", {})
+    lead = next(key for key in report["results"][0] if key not in ("nfe", "solver"))
+    names = {"mean": lead, "sd": f"{lead}_sd"}
+    return {names.get(key, key): value for key, value in found.items() if value is not None}
 
 
 def shortened(value: object) -> str:
@@ -290,20 +300,19 @@ def read_report(path: Path) -> dict[str, Any]:
 def state(rows: Sequence[Mapping[str, Any]], baselines: Mapping[str, Found]) -> State | None:
     """Where a run stands by the first score, lower being better, of its best row; both as an evaluation has them.
 
-    `like the data`: within two deviations of the first baseline. `untrained`: at least half as far off as noise; where
-    `noise` is not among the baselines, `TIMES` as far as data, and with a precision of at most `SHARE`. `far`: over a
-    twentieth of noise, or `TIMES` as far as data. None: no baseline tells, or more is better.
+    `like the data`: at most two deviations above a perfect sampler, and its AUC within two of 0.5 where it has one.
+    `untrained`: at least half as far off as noise; where `noise` is not among the baselines, `TIMES` as far as a
+    perfect sampler, and with a precision of at most `SHARE`. `far`: over a twentieth of noise, or `TIMES` as far as a
+    perfect sampler. None: no baseline tells, or more is better.
     """
-    if not baselines:
-        return None
-    real, noise = next(iter(baselines.values())), baselines.get("noise")
+    real, noise = baselines.get("perfect") or baselines.get("null"), baselines.get("noise")
     found = [{key: x for key, x in row.items() if isinstance(x, float)} for row in rows]
-    if not any(found) or rising(next(iter(found[0]), "")):
+    if not real or not any(found) or rising(next(iter(found[0]), "")):
         return None
     scores = min(filter(None, found), key=_first)
-    score = _first(scores)
-    usual = abs(real["mean"]) + 2 * real["sd"]
-    if score <= usual:
+    score, usual = _first(scores), abs(real["mean"]) + 2 * real["sd"]
+    apart = [abs(scores[name] - 0.5) > 2 * sd for name in AREAS if name in scores and (sd := real.get(f"{name}_sd"))]
+    if score <= real["mean"] + 2 * real["sd"] and not any(apart):
         return "like the data"
     if noise:
         return "untrained" if score >= UNTRAINED * noise["mean"] else "far" if score > FAR * noise["mean"] else "near"

@@ -19,6 +19,7 @@ from dumo.run.evaluation.card import checked, seen
 FAR_OFF = 1.5  # times the distance of real images to their nearest, beyond which samples are not like them; ours:
 # on digits 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000
 SHIPPED = {"digits": "zoo", "toy": "fig3", "cifar10-features": "latents"}  # protocol: packaged results that are of it
+DISTANCES = ("fd", "fd_grey", "fid", "kid")  # from data of which there may be too few
 BENCHMARKS = ("geneval", "dpg", "clip")  # evaluations other than the run's own that a page shows
 
 Table = dict[str, Any]
@@ -77,8 +78,14 @@ def first(judged: Table, lead: str) -> Table | None:
     """The first baseline: its name, and `mean` and `sd` of the score that leads; None where there is none."""
     for name, value in judged["baselines"].items():
         of = {"mean": value[lead], "sd": value[f"{lead}_sd"]} if lead in value else {}
-        return {"name": name, **value, **of}
+        return {"title": word(BASELINES, name).title, **value, **of}
     return None
+
+
+def too_few(judged: Mapping[str, Any]) -> bool:
+    """Whether there were too few images to say what a perfect sampler would have."""
+    row = judged["results"][0]
+    return not judged["baselines"] and next(key for key in row if key not in ("nfe", "solver")) in DISTANCES
 
 
 def cells(judged: Table, name: str) -> list[str]:

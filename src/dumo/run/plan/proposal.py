@@ -3,31 +3,39 @@
 The recipe `my-images` is for a GPU, and trains on one as it is. On a CPU a smaller net learns smaller images, in
 float32, for as many steps as there are minutes for. What is proposed is set in the run like any other field, and
 `resolved.proposed` of its run.yaml says which fields those are.
+
+Images with captions train a net that reads them: a DiT, with a T5 over their bytes that is trained along and needs no
+file. Other encoders are those of the recipes of text to image.
 """
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from dumo.data import Images, Memory
+from dumo.data import Data, Images, Memory
+from dumo.data.caption import Files
 from dumo.data.pixel import Frame, Unreadable, short_side
 from dumo.data.store import Store
-from dumo.io.read import user_path
+from dumo.data.written import AUTO, NO_CAPTIONS, captions_of
+from dumo.encoders.caption import Captions
+from dumo.evaluation.word import method
+from dumo.io.read import brief, user_path
 from dumo.run.config.change import override, shown
 from dumo.run.config.load import FILE, load, parse
 from dumo.run.config.resolve import resolve
 from dumo.run.config.source import PROPOSED
 from dumo.run.config.spec import Run
-from dumo.run.plan import machine, rehearsal
-from dumo.runtime import dist
+from dumo.run.plan import doctor, machine, rehearsal
+from dumo.run.plan.findings import of_captions
+from dumo.runtime import dist, install, installed
 from dumo.runtime.progress import Bar, no_bar, span
 from dumo.training.step import Task
-from dumo.types import UserError
+from dumo.types import Spec, UserError
 
 RECIPE = "my-images"
 MINUTES = 6.0  # on a CPU, unless another time is asked for: ours
@@ -41,6 +49,16 @@ LEAST_SIDE, GRID = 16, 8  # pixels: nets cut them by powers of two
 NET = {"kind": "unet", "width": 16, "multipliers": [1, 2, 4], "depth": 1, "time_scale": 10.0}
 ON_A_CPU = {"train.batch": 32, "train.precision": "fp32", "train.compile": "none"}
 SIDES = {"cpu": 32, "cuda": 64}  # pixels at most: ours
+# Ours: of captions on a CPU, for a U-Net reads none; the better of two that were tried on photos (docs/log.md).
+READING = {"kind": "dit", "patch": 4, "width": 128, "depth": 4, "attention": 4, "time_scale": 10.0}
+TEXTS = {"kind": "learned", "width": 32, "depth": 1, "drop": 0.1}  # ours, as cifar10-latents-words
+LONGEST = 128  # bytes of a caption that are read: ours
+
+
+class Place(Spec):
+    """The part of a run that says what images to look at."""
+
+    data: Data
 
 
 @dataclass(frozen=True)
@@ -52,6 +70,7 @@ class Look:
     bad: int  # how many of those cannot be read
     side: float  # pixels of the shorter side, the median
     decode_seconds: float  # of one image on one core
+    captions: str = ""  # those that are there, if the run does not read them, and why
 
 
 @dataclass(frozen=True)
@@ -74,14 +93,19 @@ class Proposal:
         run, look = self.run, self.look
         of = "all" if look.headers == look.count else f"{look.headers:,}"
         bad = f"; {look.bad:,} of {of} looked at cannot be read and are left out" if look.bad else ""
-        classes = f" in {run.data.classes} classes" if run.data.classes else ""
+        classes = f" in {run.data.labels} classes" if run.data.labels else ""
         epochs = run.train.steps * run.train.batch / look.count
         yield "images", f"{look.count:,}{classes}, {look.side:.0f} pixels high or wide{bad}"
+        if run.data.captions:
+            read = [one.text for one in of_captions(run.data)]
+            yield "captions", f"{', '.join(read)}; the net reads them, --set data.captions=null leaves them out"
+        elif look.captions:
+            yield "captions", look.captions
         yield "machine", self.machine
         yield "size", f"{' x '.join(map(str, run.pixels[1:]))} pixels (data.side)"
         parameters = sum(p.numel() for p in run.outline().parameters())
         yield "network", f"{run.net.kind}, {parameters:,} parameters"
-        yield "objective", f"{run.objective.kind}: {run.about}"
+        yield "objective", str(method(run.objective))
         yield "precision", f"{run.train.precision}, compile {run.train.compile}"
         yield "steps", f"{run.train.steps:,} of {run.train.batch} images: each image {epochs:,.0f} times"
         yield "time", f"{span(self.seconds)}, by {self.step_seconds:.2g} s a step, measured here"
@@ -110,23 +134,16 @@ def propose(
     """
     here, began = dist.device(device), time.monotonic()
     fields: dict[str, Any] = {"data.root": place} if place else {}
-    most = SIDES.get(here.type, SIDES["cuda"])
-    if here.type == "cpu":
-        fields |= {**ON_A_CPU, "net": {**NET, "attend": [most // 4]}}
-    images = set_fields(fields, sets).data
+    tree = {"data": set_fields(fields, ()).data.model_dump(mode="json")}
+    override(tree, [text for text in sets if text.startswith("data")])
+    images = parse(Place, tree).data
     if isinstance(images, Memory):
-        found = Look(images.open().size, 0, 0, min(images.shape[1:]), 0.0)
+        found, more = Look(images.open().size, 0, 0, min(images.shape[1:]), 0.0), on_a(here, images.shape[-1])
     elif isinstance(images, Images):
-        try:
-            store = images.undecoded()
-        except UserError as error:
-            raise UserError(f"{place} is taken for a place of images, for it has no {FILE}: {error}") from error
-        found = look(store, Frame(images.side, images.crop), bar)
-        fields |= {"data.side": side(found.side, most)}
+        found, more = seen(images, here, sets, bar)
     else:
         raise UserError(f"{place} is a place of images, and data.kind={images.kind} reads none: leave it out")
-    if here.type == "cpu":
-        fields["net"]["attend"] = [fields.get("data.side", images.shape[-1]) // 4]
+    fields |= more
     run = resolve(set_fields(fields, sets))
     with bar("timing a step", 1) as tick:
         step = step_seconds(run, here)
@@ -142,9 +159,60 @@ def propose(
     return Proposal(run, found, machine.hardware(here).text, step, prepare)
 
 
+def on_a(here: torch.device, side: int) -> dict[str, Any]:
+    """Fields for a machine, and images of this side."""
+    return {**ON_A_CPU, "net": {**NET, "attend": [side // 4]}} if here.type == "cpu" else {}
+
+
+def seen(images: Images, here: torch.device, sets: Sequence[str], bar: Bar) -> tuple[Look, dict[str, Any]]:
+    """What files of images hold, and the fields for them: size, net, captions. Raises UserError as `propose`."""
+    try:
+        store = images.undecoded()
+    except UserError as error:
+        raise UserError(f"{images.root} is taken for a place of images, for it has no {FILE}: {error}") from error
+    found = look(store, Frame(images.side, images.crop), bar)
+    fields: dict[str, Any] = {"data.side": side(found.side, SIDES.get(here.type, SIDES["cuda"]))}
+    fields |= on_a(here, fields["data.side"])
+    why = unread(images, sets)
+    if captions := written(images, store, needed=not why):
+        if why:
+            found = replace(found, captions=f"{len(captions):,} found, not used: {why}")
+        else:
+            fields |= reading(images.root, captions, on_a_cpu=here.type == "cpu")
+    return found, fields
+
+
+def written(images: Images, store: Store, *, needed: bool) -> Captions | None:
+    """What was written of the images; None where nothing was. Raises UserError for what is damaged, if it is needed."""
+    name = images.captions.name if isinstance(images.captions, Files) else AUTO
+    try:
+        return Captions.of(captions_of(user_path(images.root, "data.root"), store, name))
+    except UserError as error:
+        if not needed or str(error).startswith(NO_CAPTIONS):
+            return None
+        raise UserError(f"{error}; or leave captions out: --set data.captions=null") from error
+
+
+def unread(images: Images, sets: Sequence[str]) -> str:
+    """Why a run with these fields set is not proposed to read what was written of its images; "": it is."""
+    other = () if isinstance(images.captions, Files) else ("data.captions",)
+    if chosen := [text for text in sets if text.partition("=")[0] in ("net", "net.kind") or text.startswith(other)]:
+        return f"--set {brief(chosen[0])} says what the net reads"
+    return "" if installed("transformers") else f"{install('text')}  and the same command trains on them"
+
+
+def reading(place: str, captions: Captions, *, on_a_cpu: bool) -> dict[str, Any]:
+    """Fields of a net that reads these captions."""
+    length = min(LONGEST, 1 + max(len(text.encode()) for text in captions.texts))  # with the end's token
+    root = Path("runs/texts") / f"{default_folder(place).name}-{captions.digest()}"
+    texts = {**TEXTS, "root": str(root), "tokenizer": {"kind": "tokens", "length": length}}
+    net = {"net": {**READING, "texts": texts}} if on_a_cpu else {"net.texts": texts}
+    return {"data.captions": {"kind": "files"}, **net}
+
+
 def step_seconds(run: Run, here: torch.device) -> float:
     """A step of the training loop, on random numbers. Raises UserError where the net has no room here."""
-    rows = run.train.micro_batch or run.train.batch
+    run, rows = run.model_copy(update={"net": doctor.readable(run.net)}), run.train.micro_batch or run.train.batch
     run.require_room(here, run.train.copies, rows)
     task, batch = Task(run.objective, run.path, run.data.classes), rehearsal.random_rows(run.data, rows, here)
     _, _, passes, update = rehearsal.make_step(

@@ -6,6 +6,7 @@ from pydantic import BaseModel
 import dumo
 from dumo.run.config.foreign import FOREIGN, ours
 from dumo.run.config.load import load
+from e2e.shell import call
 
 ELSEWHERE = {"net.lora.rank": "flux-lora", "net.source": "flux-lora", "data.root": "my-images"}
 ELSEWHERE |= dict.fromkeys(("data.side", "data.crop", "data.flip"), "my-images")
@@ -25,7 +26,7 @@ def test_the_field_that_is_named_exists(name: str) -> None:
 
 
 def test_a_foreign_name_is_answered_with_ours() -> None:
-    assert ours("--train-batch-size") == "here it is train.batch (images of a step, of all ranks together)"
+    assert ours("train-batch-size") == "here it is train.batch (images of a step, of all ranks together)"
     assert ours("stps") is None
     for field, said in (
         ("learning_rate", "learning_rate: unknown key; here it is train.optimizer.lr"),
@@ -34,6 +35,29 @@ def test_a_foreign_name_is_answered_with_ours() -> None:
     ):
         with pytest.raises(dumo.UserError, match=said):
             dumo.recipe("digits", {field: 1})
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--learning_rate 1e-4", "--learning_rate: here it is --set train.optimizer.lr=... (of a step"),
+        ("--train-batch-size 8", "--train-batch-size: here it is --set train.batch=... (images of a step"),
+        ("--resolution=64", "--resolution: here it is --set data.side=... (pixels)"),
+        ("--output_dir x", "--output_dir: here it is --out (of dumo train"),
+        ("--max_train_steps 9", "--set train.steps=... (of the optimizer)"),
+        ("--report_to wandb", "here it is dumo log RUN --to (tensorboard, wandb"),
+        ("--num-train-epochs 3", "--set train.steps=... (steps: epochs times images over train.batch)"),
+        ("--mixed_precision bf16", "--set train.precision=... (bf16, tf32 or fp32)"),
+        ("--gradient_accumulation_steps 4", "--set train.micro_batch=... (rows of a pass, not a number"),
+        ("--allow_tf32", "here it is --set train.precision=tf32"),
+        ("--stps 4", "No such option: --stps"),
+    ],
+)
+def test_a_foreign_option_is_answered_with_ours(words: str, said: str) -> None:
+    done = call("train", "photos", *words.split())
+    assert done.code == 2
+    assert said in done.err
+    assert done.err.count("\n") == 1 or "stps" in words
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,13 @@ def test_a_table_of_runs(tmp_path: Path) -> None:
     ]
 
 
+def test_a_table_says_what_a_perfect_sampler_would_have(tmp_path: Path) -> None:
+    one, other = written(tmp_path / "a"), Path(written(tmp_path / "b")) / "evaluation.json"
+    found = {"perfect": {"mean": 1.5, "sd": 0.1, "kid": None}, "noise": {"mean": 90.0, "sd": 1.0}}
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"baselines": found}))
+    assert compare([one, str(other)])["perfect"] == {str(other): {"fid": 1.5, "fid_sd": 0.1}}
+
+
 def test_a_table_says_what_a_run_was_trained_on(tmp_path: Path) -> None:
     one, two = written(tmp_path / "a"), written(tmp_path / "b", trained_on="Inception")
     assert "trained_on" not in compare([one])["rows"][0]

@@ -1,6 +1,7 @@
 """What was measured is set out so that the number which counts leads, and doubts are said."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -23,7 +24,7 @@ from dumo.run.evaluation.card import seen, settings
 from dumo.run.folder import sampler
 from dumo.types import Sample
 
-HALVES = {"halves": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.02}}
+PERFECT = {"perfect": {"mean": 0.2, "sd": 0.1, "auc": 0.5, "auc_sd": 0.02}}
 
 
 def judged(lead: float = 0.5, **more: Any) -> score.Table:  # noqa: ANN401, what a report holds
@@ -36,8 +37,8 @@ def judged(lead: float = 0.5, **more: Any) -> score.Table:  # noqa: ANN401, what
         "columns": columns,
         "fresh": True,
         "protocol": "digits",
-        "baselines": HALVES,
-        "baseline": {"name": "halves", **HALVES["halves"]},
+        "baselines": PERFECT,
+        "baseline": {"title": "a perfect sampler", **PERFECT["perfect"]},
         "words": word.merits(columns),
     }
 
@@ -80,7 +81,7 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
         "features": "dumo's classifier of digits",
         "trained_on": "classifier of digits",
     }
-    told = {"step": 1, "weights": "w", "protocol": "digits", "results": [row], "contrast": [], "baselines": HALVES}
+    told = {"step": 1, "weights": "w", "protocol": "digits", "results": [row], "contrast": [], "baselines": PERFECT}
     pages: list[score.Table] = []
     for one in (card, {key: value for key, value in card.items() if key != "trained_on"}):
         (tmp_path / "evaluation.json").write_text(json.dumps(told | {"card": one}))
@@ -90,7 +91,7 @@ def test_a_page_marks_what_a_run_was_trained_on(tmp_path: Path) -> None:
     marked, plain = pages
     assert (marked["columns"], marked["baseline"]["mean"]) == (["auc", "fd_grey"], 0.5)
     assert (plain["columns"], plain["baseline"]["mean"]) == (["fd_grey", "auc"], 0.2)
-    assert score.cells(marked, "halves") == ["0.500 ± 0.020", "0.20 ± 0.10"]
+    assert score.cells(marked, "perfect") == ["0.500 ± 0.020", "0.20 ± 0.10"]
     assert [of.better.endswith("; trained on") for of in marked["words"].values()] == [False, True]
     results = recipes.results("zoo")
     assert results is not None
@@ -107,13 +108,25 @@ def test_every_figure_of_ours_has_words() -> None:
     named = {key for key in [*of_digits, *of_points] if not key.endswith("_sd")}
     assert named <= word.MERITS.keys()
     assert all(of.better and of.meaning for of in word.MERITS.values())
-    assert {spec.model_fields["kind"].default for spec in get_args(get_args(Objective)[0])} <= word.METHODS.keys()
+    for spec in get_args(get_args(Objective)[0]):
+        told = word.method(spec())
+        assert told.name != spec.model_fields["kind"].default, spec
+        assert told.what.endswith("."), spec
+        assert re.search(r"arXiv \d{4}\.\d{5}", told.source) or told.source.startswith("ours"), spec
     assert word.word(word.MERITS, "some_other") == word.Word("some other")
 
 
 def test_a_baseline_stands_under_what_it_is_of() -> None:
     """Real digits are grey already, so both distances have it; the kernel distance has none."""
-    assert score.cells(judged(), "halves") == ["0.20 ± 0.10", "0.20 ± 0.10", "", "0.500 ± 0.020"]
+    assert score.cells(judged(), "perfect") == ["0.20 ± 0.10", "0.20 ± 0.10", "", "0.500 ± 0.020"]
+    (told,) = score.baselines(judged())
+    assert (told[0], told[2]) == ("a perfect sampler", score.cells(judged(), "perfect"))
+    before = judged() | {"baselines": {"halves": PERFECT["perfect"], "bootstrap": {"mean": 0.05, "sd": 0.01}}}
+    assert [title for title, *_ in score.baselines(before)] == [
+        "baseline: real vs real",
+        "baseline: real vs real, redrawn",
+    ]
+    assert [score.too_few(one) for one in (judged(), before, before | {"baselines": {}})] == [False, False, True]
     split = judged(fd_grey_held=0.6) | {"baselines": {"held": {"mean": 0.3, "sd": 0.1}}}
     assert score.cells(split, "held") == ["", "", "", "", "0.30 ± 0.10"]  # against images held out alone
     assert split["words"]["fd_grey_held"].title.endswith("images held out")
