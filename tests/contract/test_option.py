@@ -21,6 +21,7 @@ from dumo.objectives import Objective
 from dumo.run.config import recipes
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
+from dumo.types.outside import DataSpec, NetSpec, ObjectiveSpec, SolverSpec
 
 OBJECTIVES = get_args(get_args(Objective)[0])
 ROOT = Path(__file__).parents[2]
@@ -40,13 +41,14 @@ EXEMPT = {  # by class: fields of the run and of the machine, and an optimizer's
     "AdamW": ("weight_decay", "eps"),
     "Muon": ("momentum", "weight_decay", "eps"),
 }
+PYTHON = (Memory, Module, ObjectiveSpec, NetSpec, DataSpec, SolverSpec)  # what Python gives, and bases of classes there
 SHARED = ("times", "drop")  # of an objective: what every one draws, and users tune
 
 
 @cache
 def classes() -> tuple[type[BaseModel], ...]:
     """Every spec that a run may hold."""
-    found = dict.fromkeys((Memory, Module))  # Python's: `dumo.train(data=..., net=...)` makes them
+    found = dict.fromkeys(PYTHON)
 
     def walk(annotation: Any) -> None:  # noqa: ANN401, a type
         if isinstance(annotation, type) and issubclass(annotation, BaseModel) and annotation not in found:
@@ -57,7 +59,7 @@ def classes() -> tuple[type[BaseModel], ...]:
             walk(part)
 
     walk(Run)
-    return tuple(one for one in found if one not in (Memory, Module))
+    return tuple(one for one in found if one not in PYTHON)
 
 
 def examples() -> Iterator[tuple[str, Run]]:
