@@ -148,7 +148,7 @@ def claim(run: Run, folder: Path, step: int | None = None) -> None:
 
 
 def require_unsaved(folder: Path, train: Train) -> None:
-    """Raise UserError where a run without a checkpoint has logged so many steps that it must have saved one."""
+    """Raise UserError where a run without a checkpoint has logged a step at which it saved one."""
     file = folder / "metrics.jsonl"
     last = max((row["step"] for row in read_log(file)), default=0)
     if last >= min(train.save_every, train.steps):
