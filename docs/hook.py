@@ -1,9 +1,10 @@
-"""What the site adds to the pages: formulas as MathML, links into the tree, and the pages that lie at the root.
+"""What the site adds to the pages: formulas as MathML, links into the tree, notebooks, and the pages at the root.
 
 MathML is rendered by the browser itself: no script, no fonts of its own, nothing to fetch.
 """
 
 import html
+import json
 import posixpath
 import re
 from pathlib import Path
@@ -34,7 +35,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         text = re.sub(r"\]\((?!https?:|#)", "](../", text).replace("](../docs/", "](")
         files.append(File.generated(config, page, content=text))
     files.append(File.generated(config, "adr/index.md", content=decisions(docs / "adr")))
+    for book in docs.glob("notebooks/*.ipynb"):
+        page = str(book.relative_to(docs).with_suffix(".md"))
+        files.append(File.generated(config, page, content=cells(book)))
     return files
+
+
+def cells(book: Path) -> str:
+    """A notebook as a page, without what it printed."""
+    made = [f'<a href="{book.name}" download>Download this notebook</a>']
+    for cell in json.loads(book.read_text(encoding="utf-8"))["cells"]:
+        text = "".join(cell["source"])
+        made.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
+    return "\n\n".join([made[1], made[0], *made[2:]])
 
 
 def decisions(folder: Path) -> str:
@@ -53,6 +66,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         if ":" in target or target.startswith("#"):
             return found[0]
         path = posixpath.normpath(posixpath.join(folder, target))
+        if path.endswith(".ipynb"):
+            return found[0].replace(".ipynb", ".md")
         if files.get_file_from_path(f"{path}/index.md"):
             return f"[{words}]({target}/index.md)"
         if not path.startswith("../"):

@@ -20,6 +20,7 @@ PAGES = [
     "objectives/dumo.html",
     "objectives/sct.html",
     "tutorials/own-images.html",
+    "notebooks/own-objective.html",
     "reference/flow.html",
 ]
 

@@ -36,7 +36,7 @@ def extras() -> dict[str, list[str]]:
 
 
 def install(extra: str) -> str:
-    """The command that installs an extra's packages into this environment, however dumo came into it."""
+    """The command that installs an extra's packages, or a package, into this environment, however dumo came into it."""
     here = shlex.quote(sys.executable)
     if (pip := shutil.which("pip")) and Path(pip).parent == Path(sys.executable).parent:
         tool = "pip install"

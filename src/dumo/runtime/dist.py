@@ -20,7 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.torch_version import TorchVersion
 
-from dumo.runtime import signals, version
+from dumo.runtime import install, signals, version
 from dumo.runtime.heartbeat import Lost, Peers
 from dumo.types import UserError
 
@@ -133,7 +133,7 @@ def require_ranks(what: str) -> None:
     """Refuse what sharded weights are needed for on a torch that was not tried with them. Raises UserError."""
     if TorchVersion(torch.__version__) < FIRST:
         raise UserError(
-            f"{what} needs torch {FIRST} or newer, here is {torch.__version__}: pip install 'torch>={FIRST}'"
+            f"{what} needs torch {FIRST} or newer, here is {torch.__version__}: {install(f'torch>={FIRST}')}"
         )
 
 

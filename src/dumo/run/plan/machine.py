@@ -149,7 +149,7 @@ def dtypes(here: torch.device) -> Finding:
 def triton(here: torch.device) -> Finding:
     """Triton, which compiles kernels for GPUs."""
     version = installed("triton")
-    way = "pip install triton" if here.type == "cuda" and not version else ""
+    way = install("triton") if here.type == "cuda" and not version else ""
     return judged("triton", version or "none", way)
 
 
