@@ -19,7 +19,8 @@ sys.addaudithook(refuse)
 """
 # pip takes what is there, and builds with the hatchling that is there
 ALONE = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": ""}
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+OURS = ("PYTHONPATH", "MAKEFLAGS", "MAKELEVEL", "MFLAGS", "SLOW")  # of this test, or of the make that runs it
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in OURS}
 ENVIRONMENT |= {**ALONE, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 

@@ -5,11 +5,11 @@ To set them anew after a change that is meant:  python tests/golden/test_loss.py
 
 import json
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
 
+from contract.case import members
 from dumo.flow.draw import draw
 from dumo.flow.path import Linear
 from dumo.nets import DiT
@@ -17,7 +17,7 @@ from dumo.objectives import Objective
 from dumo.runtime.random import stream
 from dumo.types import Spec, frozen
 
-OBJECTIVES: tuple[type[Spec], ...] = get_args(get_args(Objective)[0])
+OBJECTIVES = members(Objective)
 FILE = Path(__file__).with_name("loss.json")
 CLASSES, SHAPE, ROWS = 3, (1, 4, 4), 8
 

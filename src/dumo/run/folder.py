@@ -148,10 +148,10 @@ def claim(run: Run, folder: Path, step: int | None = None) -> None:
 
 
 def require_unsaved(folder: Path, train: Train) -> None:
-    """Raise UserError where a run without a checkpoint has logged a step at which it saved one."""
+    """Raise UserError where a run without a checkpoint has logged steps after its first one."""
     file = folder / "metrics.jsonl"
     last = max((row["step"] for row in read_log(file)), default=0)
-    if last >= min(train.save_every, train.steps):
+    if last > min(train.save_every, train.steps):  # that one is saved once the slope has been examined on it
         raise UserError(
             f"{file} reaches step {last}, and {folder / 'checkpoints'} has no checkpoint: bring back what it was on. "
             f"To train from the start give another folder with --out, or move {file} away"

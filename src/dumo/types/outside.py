@@ -66,8 +66,10 @@ def read(value: Any, union: tuple[type[Spec], ...], base: type[Spec]) -> Spec:  
 
 def kind_of(value: object) -> str | None:
     """Which choice of a union a tree or a spec is; None: it does not say."""
-    kind: object = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return None if not isinstance(kind, str) else TAG if ":" in kind else kind
+    if isinstance(value, dict) and "kind" not in value:
+        return None
+    kind: object = value["kind"] if isinstance(value, dict) else getattr(value, "kind", None)
+    return TAG if isinstance(kind, str) and ":" in kind else str(kind) if isinstance(value, dict | Spec) else None
 
 
 def name_of(cls: type) -> str:

@@ -3,13 +3,14 @@
 import json
 import re
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+from contract.case import members
 from dumo.data import Digits
 from dumo.evaluation import shipped, word
 from dumo.evaluation.protocol import Reference, headline
@@ -108,7 +109,7 @@ def test_every_figure_of_ours_has_words() -> None:
     named = {key for key in [*of_digits, *of_points] if not key.endswith("_sd")}
     assert named <= word.MERITS.keys()
     assert all(of.better and of.meaning for of in word.MERITS.values())
-    for spec in get_args(get_args(Objective)[0]):
+    for spec in members(Objective):
         told = word.method(spec())
         assert told.name != spec.model_fields["kind"].default, spec
         assert told.what.endswith("."), spec
