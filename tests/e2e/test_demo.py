@@ -139,7 +139,7 @@ def test_two_runs_that_do_not_fit_are_refused(trained: dict[str, Path], here: Pa
         refused("demo", digits, *words, "--port", 0, named=said, run=digits)
 
 
-def pressed(button: Locator, shown: Locator) -> None:
+def pressed(button: "Locator", shown: "Locator") -> None:
     """Press a button until something is shown: on a busy machine a click may come before what was typed."""
     from playwright.sync_api import TimeoutError as Late  # slow to import
 
