@@ -33,6 +33,7 @@ def photos(here: Path) -> Path:
     return here / "photos"
 
 
+@pytest.mark.slow
 def test_a_folder_is_enough(photos: Path) -> None:
     done = call("train", "photos", "--yes", "--minutes", "0.5", "--device", "cpu", *QUICK, *sets("train.steps=3"))
     assert done.code == 0, done
@@ -55,6 +56,7 @@ def test_a_folder_is_enough(photos: Path) -> None:
 READING = sets("net.width=16", "net.depth=1", "net.attention=2", "train.batch=4", "train.steps=2")
 
 
+@pytest.mark.slow
 def test_captions_are_read(photos: Path) -> None:
     for i in range(6):
         (photos / f"cats/{i}.txt").write_text(f"a cat, number {i}")

@@ -100,6 +100,7 @@ def test_a_net_that_does_not_fit_is_refused_before_anything_is_written(net: obje
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parts", "objective", "data", "solver"),
     [
@@ -121,6 +122,7 @@ def test_parts_find_what_they_are_trained_with(
     assert (spec.objective.kind, spec.data.kind, spec.sample.solver.kind) == (objective, data, solver)
 
 
+@pytest.mark.slow
 def test_a_folder_is_proposed_for_as_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for i, pixels in enumerate(COLOURS):
