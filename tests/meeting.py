@@ -1,5 +1,6 @@
 """Processes of a test meet, work, and part."""
 
+import faulthandler
 import os
 import sys
 import time
@@ -14,9 +15,14 @@ from forked import Program
 
 @contextmanager
 def met(file: str, rank: int, ranks: int) -> Generator[None, None, None]:
-    """Work as rank `rank` of so many that meet in `file`, which is not there yet; others may meet afterwards."""
+    """Work as rank `rank` of so many that meet in `file`, which is not there yet; others may meet afterwards.
+
+    Nobody leaves while another still gathers: gloo's threads may crash in a group that is taken apart meanwhile.
+    """
+    faulthandler.enable()
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=ranks)
     yield
+    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
