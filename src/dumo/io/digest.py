@@ -23,8 +23,9 @@ def of_tensor(x: Tensor) -> str:
 
 
 def short(*parts: str) -> str:
-    """Of some texts, in their order: the first 64 bits."""
-    return of_bytes(*(f"{part}\n".encode() for part in parts))[:16]
+    """Of some texts, in their order, each with its length before it: the first 64 bits."""
+    texts = [part.encode("utf-8", "surrogatepass") for part in parts]
+    return of_bytes(*(b"%d:%b" % (len(text), text) for text in texts))[:16]
 
 
 def of_bytes(*parts: bytes | memoryview) -> str:
