@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dumo.encoders.inception import InceptionFeatures
 from dumo.evaluation.distance import Moments, Score
-from dumo.io import weights
+from dumo.io import digest, weights
 from dumo.io.picture import Pixels
 from dumo.runtime import dist
 from dumo.types import UserError
@@ -29,6 +29,7 @@ Index = Int64[Tensor, " n"]
 Batch = tuple[Int64[Tensor, " _"], UInt8[Tensor, "_ 3 _ _"]]  # numbers and images; batches differ in size
 
 SPLIT = 5000  # images per split of the Inception Score, as ADM's evaluation has them
+SUM = "sha256"  # in the notes of kept statistics: of all their tensors
 
 
 Extractor = Callable[[Pixels], InceptionFeatures]
@@ -94,16 +95,22 @@ def gather(mine: Statistics, total: int | None = None) -> Statistics:
 
 def save_statistics(path: Path, statistics: Statistics, of: Mapping[str, str]) -> None:
     """Keep statistics as safetensors, with what it is of, such as the data and the sha256 of the network."""
-    save_file({name: x.contiguous() for name, x in _pack(statistics).items()}, path, dict(of))
+    parts = {name: x.contiguous() for name, x in _pack(statistics).items()}
+    save_file(parts, path, {**of, SUM: _sum(parts)})
 
 
 def load_statistics(path: Path, of: Mapping[str, str]) -> Statistics | None:
     """Statistics that were kept; None where there are none, or they are damaged, or of something else than `of`."""
     try:
         parts, found = weights.read(path)
-        return _unpack(parts) if found == dict(of) else None
+        return _unpack(parts) if found == {**of, SUM: _sum(parts)} else None
     except (UserError, OSError, KeyError):
         return None
+
+
+def _sum(parts: Mapping[str, Tensor]) -> str:
+    """The checksum of all tensors, by their names."""
+    return digest.short(*(text for name in sorted(parts) for text in (name, digest.of_tensor(parts[name]))))
 
 
 def _pack(statistics: Statistics) -> dict[str, Tensor]:

@@ -47,6 +47,13 @@ class Tabled(Spec):
                     return self.model_copy(update={"identity": there.identity})
         return self
 
+    def digest(self) -> str | None:
+        """That of the captions of the table that is there; None: none is there, or it is damaged."""
+        with suppress(UserError):  # raised again when the net is built
+            if (there := read_contents(self.folder)) and there.shards:
+                return there.digest
+        return None
+
     def table(self, captions: int) -> Table:
         """The table in the folder. Raises UserError where there is none, or it is of other captions or encoders."""
         found = open_table(self.folder)

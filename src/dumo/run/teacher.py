@@ -47,7 +47,7 @@ class Known:
     about: dict[str, str]
 
     def check(self, folder: Path) -> None:
-        """Raise UserError where another teacher taught what is in this folder."""
+        """Raise UserError where another teacher taught what is in this folder, or its pairs have changed."""
         file = folder / FILE
         taught = (folder / "checkpoints").is_dir() or any((folder / "pairs").glob("shard-*"))
         if not taught or not file.is_file():
@@ -59,6 +59,11 @@ class Known:
                 f"{folder} began with another teacher: {then} then, {self.about} now. Put the teacher back as it was, "
                 "or start anew in another folder"
             )
+        pairs = folder / "pairs"
+        if there := table.read(pairs, Plan):
+            table.require(pairs, there, deep=True)
+            if there.teacher != self.about["sha256"]:
+                raise UserError(f"{pairs} are another teacher's: {Plan.remake}")
 
     def note(self, folder: Path) -> None:
         """Write down who teaches: the main process does."""
@@ -269,7 +274,7 @@ def couple(plan: Plan, reads: Reads, folder: Path, device: torch.device, bar: Ba
 
     def load() -> dict[str, Tensor]:
         index = table.read(folder, Plan) or plan
-        table.require(folder, index, deep=True)
+        table.require(folder, index)  # `make` has compared the checksums
         parts = [table.Table(folder, index).tensors(number) for number in range(plan.count)]
         return {name: torch.cat([part[name] for part in parts]) for name in plan.columns}
 

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from dumo.evaluation.reference import STANDARDS, album_facts
 from dumo.evaluation.statistics import Statistics, gather, load_statistics, save_statistics, statistics_of
+from dumo.io import weights
 from dumo.types import UserError
 from forked import main_of
 from meeting import outputs
@@ -74,6 +75,9 @@ def test_is_kept_and_read_for_what_it_is_only(tmp_path: Path) -> None:
     save_statistics(path, counted(), told)
     same(load_statistics(path, told), counted())
     assert load_statistics(path, told | {"data": "mine"}) is None
+    parts, notes = weights.read(path)
+    save_file(parts | {"pool.mean": 2 * parts["pool.mean"]}, path, notes)
+    assert load_statistics(path, told) is None
     path.write_bytes(path.read_bytes()[:-1])
     assert load_statistics(path, told) is None
     save_file({"rows": torch.zeros(1)}, path, told)

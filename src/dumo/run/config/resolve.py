@@ -4,7 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dumo.data import Data, Images, Latents
+from dumo.data.caption import Files
+from dumo.io import digest
 from dumo.nets.table import Tabled
+from dumo.run.conditions import Conditions
 from dumo.run.config.check import check
 from dumo.run.config.load import differences
 from dumo.run.config.source import CODE
@@ -20,9 +23,12 @@ def resolve(run: Run) -> Run:
     it is; so does what is not there yet. Raises UserError where what is found contradicts the spec.
     """
     texts, net = run.net.texts, run.net
+    data = found_data(run.data)
     if isinstance(texts, Tabled):
         net = net.model_copy(update={"texts": texts.found()})
-    found = run.model_copy(update={"data": found_data(run.data), "net": net})
+        if texts.identity is None:
+            require_captions(data, texts)
+    found = run.model_copy(update={"data": data, "net": net})
     new = {one.field: one.now for one in differences(run, found)}
     if CODE not in run.resolved and (codes := dict(codes_of(run))):
         new[CODE] = codes
@@ -38,6 +44,18 @@ def found_data(data: Data) -> Data:
         return data.found() if isinstance(data, Images | Latents) else data
     except UserError as error:
         raise UserError(f"data{'.images' * isinstance(data, Latents)}: {error}") from error
+
+
+def require_captions(data: Data, texts: Tabled) -> None:
+    """Raise UserError where there is a table of texts that is not of these data's captions."""
+    captions, names = Conditions(data).captions, Conditions(data).names
+    now = captions.digest if isinstance(captions, Files) else digest.short(*names) if names else None
+    there = texts.digest() if captions and now else None  # else the data are not here
+    if there not in (None, now):
+        raise UserError(
+            f"net.texts.root: {texts.folder} is of other captions (digest {there}) than the data's ({now}): encode "
+            "these into another folder, dumo encode RECIPE --set net.texts.root=DIR"
+        )
 
 
 def codes_of(part: object) -> Iterator[tuple[str, str | None]]:

@@ -1,0 +1,435 @@
+"""What may happen to a run's files while they still look like files of a run, and what dumo must make of it.
+
+A `Harm` changes what lies in the folder that `furnish` fills. The command must then end with exit code 2 and name what
+is wrong, having written nothing; or its end must be what it would have been.
+"""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import safetensors.torch
+import torch
+import yaml
+from PIL import Image
+from pyarrow import parquet
+from torch import Tensor
+
+import encoders
+from autoencoder import taef2
+from dumo.io import digest, weights
+from dumo.run.config import recipes
+from e2e.shell import call, files, sets
+
+COUNT, SHARD = 24, 8  # images, and those in a shard
+LEAN = sets("net.width=16", "net.depth=1", "train.batch=8", "train.steps=4", "train.save_every=2", "train.keep=3")
+LEAN += sets("train.log_every=1", "evaluate.protocol={kind: photos, samples: 24}")
+End = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Harm:
+    """What happens to an artifact, the command that meets it, and what that must say."""
+
+    artifact: str
+    damage: str
+    do: Callable[[], object]
+    words: tuple[str, ...]
+    names: tuple[str, ...] = ()  # what the refusal names; of a harmless one, what is said nevertheless
+    harmless: bool = False
+    older: bool = False  # an older checkpoint is taken, and that is said
+
+
+def train(run: str, *more: str) -> tuple[str, ...]:
+    """Two steps more."""
+    return ("train", f"runs/{run}", "--set", "train.steps=6", *more)
+
+
+def sample(run: str) -> tuple[str, ...]:
+    """Four images, in two passes."""
+    return ("sample", f"runs/{run}", "--nfe", "1,2", "--count", "4")
+
+
+def evaluate(run: str) -> tuple[str, ...]:
+    """In one pass."""
+    return ("evaluate", f"runs/{run}", "--nfe", "1")
+
+
+def furnish() -> None:
+    """Fill the folder we are in: images in each container, what is derived of them, and a run of each."""
+    paint("photos", 0, 8), paint("others", 1, 8), paint("large", 0, 32), paint("strange", 1, 32)
+    pack_tar("photos", "tars"), pack_parquet("photos", "tables")
+    taef2(Path("taef2.safetensors"))
+    for name in ("photos", "others", "tars", "tables"):
+        begin(name, f"data={{kind: images, root: {name}, side: 8, crop: none}}")
+    begin("digits", "data={kind: digits}", "evaluate.protocol={kind: digits, samples: 500}")
+    begin("teacher", "data={kind: digits}", "train.seed=1")
+    begin("paired", "data={kind: digits}", "teacher={source: runs/digits, pairs: {count: 64}}", "train.batch=16")
+    begin("repaired", "data={kind: digits}", "teacher={source: runs/teacher, pairs: {count: 64}}", "train.batch=16")
+    for name in ("large", "strange"):
+        done("encode", name, f"latents/{name}", "--codec", "taef2", "--side", 32, "--shard-rows", SHARD, *CODEC)
+    images = "{root: large, side: 32, flip: true}"
+    latents = (
+        f"{{kind: latents, root: latents/large, images: {images}, codec: {{kind: taef2, weights: taef2.safetensors}}}}"
+    )
+    begin("latents", f"data={latents}", "net.patch=1")
+    words()
+
+
+CODEC = sets("data.codec.weights=taef2.safetensors")
+
+
+def begin(name: str, *fields: str) -> None:
+    """Train a run of a few steps."""
+    done("train", "digits", "--out", f"runs/{name}", *LEAN, *sets(*fields))
+
+
+def words() -> None:
+    """A run whose net reads texts, by a table of them."""
+    tree: dict[str, Any] = yaml.safe_load(recipes.text("digits"))
+    encoder = {"kind": "transformers", "source": str(encoders.t5(Path("t5"))), "length": 40}
+    texts = {"kind": "table", "root": "texts", "encoder": encoder, "width": encoders.WIDTH}
+    tree["data"] = {"kind": "digits", "captions": {"kind": "templates", "templates": ["{}", "the digit {n}"]}}
+    tree["net"] = {"kind": "dit", "patch": 4, "width": 16, "depth": 1, "attention": 2, "texts": texts}
+    Path("words.yaml").write_text(yaml.safe_dump(tree))
+    done("encode", "words.yaml", "--shard-rows", SHARD)
+    done("train", "words.yaml", "--out", "runs/words", *sets("train.steps=4", "train.batch=8", "train.save_every=2"))
+
+
+def done(*words: object) -> None:
+    """A command that must end well."""
+    ended = call(*words)
+    assert ended.code == 0, (words, ended)
+
+
+def paint(folder: str, seed: int, side: int) -> None:
+    """Images of noise in two classes, of one size on disk."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (COUNT, side, side, 3), dtype=np.uint8)
+    for i, one in enumerate(pixels):
+        file = Path(folder) / "ab"[i % 2] / f"{i:02}.bmp"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(one).save(file)
+
+
+def pack_tar(images: str, folder: str) -> None:
+    """The images of a folder as archives of samples."""
+    Path(folder).mkdir(exist_ok=True)
+    every = sorted(Path(images).rglob("*.bmp"), key=lambda file: file.name)
+    for k in range(2):
+        with tarfile.open(f"{folder}/train-{k:05}.tar", "w") as tar:
+            for file in every[k * COUNT // 2 :][: COUNT // 2]:
+                for name, data in ((file.name, file.read_bytes()), (f"{file.stem}.cls", b"%d" % (int(file.stem) % 2))):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+
+
+def pack_parquet(images: str, folder: str) -> None:
+    """The images of a folder as tables."""
+    Path(folder).mkdir(exist_ok=True)
+    every = sorted(Path(images).rglob("*.bmp"), key=lambda file: file.name)
+    for k in range(2):
+        some = every[k * COUNT // 2 :][: COUNT // 2]
+        rows = {"image": [{"bytes": file.read_bytes()} for file in some], "label": [int(f.stem) % 2 for f in some]}
+        parquet.write_table(pa.table(rows), f"{folder}/train-{k:05}.parquet", compression="none", use_dictionary=False)
+
+
+# What happens to files.
+
+
+def tensors(file: str, change: Callable[[str, Tensor], Tensor]) -> Callable[[], None]:
+    """Each tensor of a file changed, in a file of the same names and notes."""
+
+    def do() -> None:
+        found, notes = weights.read(place := one(file))
+        changed = {name: change(name, x.clone()).contiguous() for name, x in found.items()}
+        safetensors.torch.save_file(changed, place, notes or None)
+
+    return do
+
+
+def rolled(name: str, x: Tensor) -> Tensor:
+    """Every row in the place of its neighbour."""
+    return x.roll(1, 0) if x.ndim else x
+
+
+def scaled(name: str, x: Tensor) -> Tensor:
+    """Twice the numbers, where they are no labels."""
+    return 2 * x if x.is_floating_point() else x
+
+
+def zeroed(name: str, x: Tensor) -> Tensor:
+    """Nothing."""
+    return torch.zeros_like(x)
+
+
+def relabelled(name: str, x: Tensor) -> Tensor:
+    """Labels of the neighbours alone."""
+    return x if x.is_floating_point() else x.roll(1, 0)
+
+
+def halved(name: str, x: Tensor) -> Tensor:
+    """The first half of the rows."""
+    return x[: len(x) // 2] if x.ndim else x
+
+
+def swapped(a: str, b: str) -> Callable[[], None]:
+    """Two files, or folders, each under the name of the other."""
+
+    def do() -> None:
+        first, second = one(a), one(b)
+        spare = first.with_name("spare")
+        first.rename(spare)
+        second.rename(first)
+        spare.rename(second)
+
+    return do
+
+
+def taken(a: str, b: str) -> Callable[[], None]:
+    """What lies at b, in place of what lay at a."""
+
+    def do() -> None:
+        place = one(a)
+        if place.is_dir():
+            shutil.rmtree(place)
+            shutil.copytree(one(b), place)
+        else:
+            shutil.copyfile(one(b), place)
+
+    return do
+
+
+def quietly(do: Callable[[], object], *folders: str) -> Callable[[], None]:
+    """Do it, and give each file that is there again the time it had, on a new inode, as a tool that copies does."""
+
+    def quiet() -> None:
+        were = {file: file.stat() for folder in folders for file in sorted(Path(folder).rglob("*")) if file.is_file()}
+        do()
+        for file, was in were.items():
+            if file.is_file():
+                copy = file.with_name("copy")
+                shutil.copyfile(file, copy)
+                os.utime(copy, ns=(was.st_atime_ns, was.st_mtime_ns))
+                copy.replace(file)
+
+    return quiet
+
+
+def edited(file: str, change: Callable[[Any], object]) -> Callable[[], None]:
+    """A file of JSON with another value."""
+
+    def do() -> None:
+        tree = json.loads((place := one(file)).read_text())
+        change(tree)
+        place.write_text(json.dumps(tree))
+
+    return do
+
+
+def lines(file: str, change: Callable[[list[str]], list[str]]) -> Callable[[], None]:
+    """The lines of a file, others or in another order."""
+
+    def do() -> None:
+        place = one(file)
+        place.write_text("".join(change(place.read_text().splitlines(keepends=True))))
+
+    return do
+
+
+def one(pattern: str) -> Path:
+    """The last file or folder of this pattern."""
+    return sorted(Path().glob(pattern))[-1]
+
+
+# What must come of it.
+
+
+def end(words: tuple[str, ...]) -> End:
+    """What a command that went well has left, without what tells of the hour: hashes by name."""
+    run = Path(words[1])
+    if words[0] == "train":
+        last = one(f"{run}/checkpoints/step-*")
+        return {file.stem: digest.of_file(file) for file in sorted(last.glob("*.safetensors"))}
+    if words[0] == "sample":
+        return {name: digest.of_bytes(data) for name, data in files(run / "samples").items()}
+    if words[0] == "evaluate":
+        results = json.loads((run / "evaluation.json").read_text())["results"]
+        return {"results": json.dumps([{k: v for k, v in row.items() if "seconds" not in k} for row in results])}
+    return {name: digest.of_bytes(data) for name, data in files(Path(words[2])).items()}
+
+
+def cases() -> Iterator[Harm]:
+    """All, by artifact."""
+    yield from of_images()
+    yield from of_latents()
+    yield from of_texts()
+    yield from of_pairs()
+    yield from of_checkpoints()
+    yield from of_records()
+
+
+def of_images() -> Iterator[Harm]:
+    """Images in each container, and what reads them."""
+    repainted = {
+        "photos": lambda: paint("photos", 1, 8),
+        "tars": lambda: pack_tar("others", "tars"),
+        "tables": lambda: pack_parquet("others", "tables"),
+    }
+    what = {"photos": "image files", "tars": "images in tar", "tables": "images in parquet"}
+    for name, do in repainted.items():
+        yield Harm(what[name], "content replaced at equal size", do, train(name), (name,))
+        said = "content replaced at equal size and time"
+        yield Harm(what[name], said, quietly(do, name), train(name), (name,))
+        yield Harm(what[name], said, quietly(do, name), train(name, "--verify"), (name,))
+    yield Harm(
+        "image files", "two swapped", swapped("photos/a/00.bmp", "photos/a/02.bmp"), train("photos"), ("photos",)
+    )
+    move = swapped("photos/a/00.bmp", "photos/b/01.bmp")
+    yield Harm("image files", "relabelled: two swapped between classes", move, train("photos"), ("photos",))
+    yield Harm(
+        "image files",
+        "one renamed",
+        lambda: one("photos/a/00.bmp").rename("photos/a/99.bmp"),
+        train("photos"),
+        ("photos",),
+    )
+    yield Harm("image files", "one gone", lambda: one("photos/a/00.bmp").unlink(), train("photos"), ("photos",))
+    yield Harm(
+        "image files", "copied elsewhere and back", quietly(lambda: None, "photos"), train("photos"), harmless=True
+    )
+    touch = lambda: [os.utime(file) for file in Path("photos").rglob("*.bmp")]  # noqa: E731
+    yield Harm("image files", "touched", touch, train("photos"), harmless=True)
+    yield Harm("images in tar", "archives swapped", swapped("tars/*0.tar", "tars/*1.tar"), train("tars"), ("tars",))
+    tables = swapped("tables/*0.parquet", "tables/*1.parquet")
+    yield Harm("images in parquet", "tables swapped", tables, train("tables"), ("tables",))
+
+
+def of_latents() -> Iterator[Harm]:
+    """A cache, and the images behind it."""
+    shard, other = "latents/large/shard-00000.safetensors", "latents/large/shard-00001.safetensors"
+    for how in (rolled, scaled, zeroed, halved):
+        yield Harm("latents", how.__name__, tensors(shard, how), train("latents"), ("shard-00000",))
+    yield Harm("latents", "relabelled", tensors(other, relabelled), train("latents"), ("shard-00001",))
+    yield Harm("latents", "equal-sized shards swapped", swapped(shard, other), train("latents"), ("shard-0000",))
+    strange = "latents/strange/shard-00000.safetensors"
+    yield Harm("latents", "a shard of other images", taken(shard, strange), train("latents"), ("shard-00000",))
+    yield Harm("latents", "a cache of other images", taken("latents/large", "latents/strange"), train("latents"), ("",))
+    encode = (
+        "encode",
+        "large",
+        "latents/large",
+        "--codec",
+        "taef2",
+        "--side",
+        "32",
+        "--shard-rows",
+        f"{SHARD}",
+        *CODEC,
+    )
+    repaint = lambda: paint("large", 1, 32)  # noqa: E731
+    for words in (encode, train("latents"), evaluate("latents")):
+        yield Harm("latents", "their images replaced at equal size", repaint, words, ("large",))
+
+    def half() -> None:
+        shutil.rmtree("latents/large")
+        done(*encode, "--part", "0/2")
+        paint("large", 1, 32)
+
+    yield Harm("latents", "half made of other images", half, (*encode, "--part", "1/2"), ("large",))
+    yield Harm("latents", "another autoencoder's", tensors("taef2.safetensors", scaled), train("latents"), ("taef2",))
+    yield Harm("latents", "another autoencoder's", tensors("taef2.safetensors", scaled), sample("latents"), ("taef2",))
+
+
+def of_texts() -> Iterator[Harm]:
+    """A table of texts, and the captions and the encoder behind it."""
+    shard, other = "texts/shard-00000.safetensors", "texts/shard-00001.safetensors"
+    for how in (rolled, scaled, zeroed, halved):
+        yield Harm("table of texts", how.__name__, tensors(shard, how), train("words"), ("shard-00000",))
+    yield Harm("table of texts", "shards swapped", swapped(shard, other), train("words"), ("shard-0000",))
+    captions = "texts/captions.jsonl"
+    back = lines(captions, lambda rows: rows[::-1])
+    yield Harm("captions", "in another order", back, train("words"), harmless=True)
+    prompt = ("sample", "runs/words", "--nfe", "1,2", "--prompt", "seven")  # by the data's captions
+    yield Harm("captions", "in another order", back, prompt, harmless=True)
+    others = lines("words.yaml", lambda rows: [row.replace("the digit", "a number") for row in rows])
+    yield Harm(
+        "table of texts", "of other captions, as many", others, ("train", "words.yaml", "--out", "new"), ("texts",)
+    )
+    encoder = tensors("t5/model.safetensors", scaled)
+    yield Harm("table of texts", "another encoder's", encoder, ("encode", "words.yaml"), ("texts", "sha256"))
+
+
+def of_pairs() -> Iterator[Harm]:
+    """A teacher's pairs, and the teacher."""
+    shard = "runs/paired/pairs/shard-00000.safetensors"
+    for how in (rolled, scaled, zeroed, relabelled, halved):
+        yield Harm("pairs", how.__name__, tensors(shard, how), train("paired"), ("shard-00000",))
+
+    def lacks() -> None:
+        found = weights.load(place := one(shard))
+        safetensors.torch.save_file({name: x for name, x in found.items() if name != "c"}, place)
+
+    yield Harm("pairs", "without their classes", lacks, train("paired"), ("shard-00000",))
+    mixed = taken(shard, "runs/repaired/pairs/shard-00000.safetensors")
+    yield Harm("pairs", "a shard of another teacher's", mixed, train("paired"), ("shard-00000",))
+    whole = taken("runs/paired/pairs", "runs/repaired/pairs")
+    yield Harm("pairs", "another teacher's", whole, train("paired"), ("pairs",))
+    teacher = taken("runs/digits", "runs/teacher")
+    yield Harm("teacher", "another run in its place", teacher, train("paired"), ("teacher",))
+
+
+def of_checkpoints() -> Iterator[Harm]:
+    """Weights, averages, moments and the notes on them."""
+    last = "runs/digits/checkpoints/step-00000004"
+    for part in ("net", "ema-0.999", "optimizer"):
+        for how in (rolled, scaled, zeroed):
+            harm = tensors(f"{last}/{part}.safetensors", how)
+            yield Harm(f"checkpoint: {part}", how.__name__, harm, train("digits"), (part,), harmless=True)
+    shown = tensors(f"{last}/ema-0.999.safetensors", scaled)
+    yield Harm(
+        "checkpoint: ema-0.999",
+        "scaled",
+        shown,
+        ("evaluate", "runs/digits", "--nfe", "1"),
+        ("ema-0.999", "before it"),
+        older=True,
+    )
+    swap = swapped(f"{last}/net.safetensors", f"{last}/ema-0.999.safetensors")
+    yield Harm("checkpoint", "net and average swapped", swap, train("digits"), ("safetensors",), harmless=True)
+    alien = taken(last, "runs/teacher/checkpoints/step-00000004")
+    for words in (train("digits"), sample("digits"), evaluate("digits"), ("export", "runs/digits", "out")):
+        yield Harm("checkpoint", "another run's", alien, words, ("train.seed",))
+    steps = swapped(last, "runs/digits/checkpoints/step-00000002")
+    yield Harm("checkpoint", "two steps swapped", steps, train("digits"), ("step-0000000",))
+    later = edited(f"{last}/state.json", lambda state: state.update(step=3))
+    yield Harm("checkpoint: state.json", "another step", later, train("digits"), ("state.json",))
+
+
+def of_records() -> Iterator[Harm]:
+    """What a run wrote down: run.yaml, the log, the data's facts."""
+    spec = "runs/digits/run.yaml"
+
+    def reset(old: str, new: str) -> Callable[[], object]:
+        return lines(spec, lambda rows: [row.replace(old, new) for row in rows])
+
+    for words in (train("digits"), sample("digits"), evaluate("digits"), ("export", "runs/digits", "out")):
+        harm = reset("time_scale: 1.0", "time_scale: 10.0")
+        yield Harm("run.yaml", "another net.time_scale", harm, words, ("net.time_scale",))
+    yield Harm("run.yaml", "another run's", taken(spec, "runs/photos/run.yaml"), sample("digits"), ("data",))
+    log = "runs/digits/metrics.jsonl"
+    yield Harm(
+        "log", "rows permuted", lines(log, lambda rows: rows[::-1]), train("digits"), ("metrics",), harmless=True
+    )
+    alien = taken(log, "runs/teacher/metrics.jsonl")
+    yield Harm("log", "another run's", alien, train("digits"), ("metrics",), harmless=True)
+    facts = edited("runs/photos/data.json", lambda tree: tree.update(sd=2 * tree["sd"]))
+    yield Harm("data.json", "another deviation", facts, train("photos"), harmless=True)
