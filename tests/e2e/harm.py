@@ -27,7 +27,7 @@ import encoders
 from autoencoder import taef2
 from dumo.io import digest, weights
 from dumo.run.config import recipes
-from e2e.shell import call, files, sets
+from e2e.shell import Done, call, files, sets
 
 COUNT, SHARD = 24, 8  # images, and those in a shard
 LEAN = sets("net.width=16", "net.depth=1", "train.batch=8", "train.steps=4", "train.save_every=2", "train.keep=3")
@@ -265,6 +265,51 @@ def end(words: tuple[str, ...]) -> End:
         results = json.loads((run / "evaluation.json").read_text())["results"]
         return {"results": json.dumps([{k: v for k, v in row.items() if "seconds" not in k} for row in results])}
     return {name: digest.of_bytes(data) for name, data in files(Path(words[2])).items()}
+
+
+ENDS: dict[tuple[str, ...], End] = {}  # of undisturbed commands
+
+
+def meet(case: Harm) -> Done:
+    """Do the harm in the folder we are in, and see what the command makes of it: fails if it is not as it must be."""
+    if case.harmless and case.words not in ENDS:
+        ENDS[case.words] = undisturbed(case.words)
+    case.do()
+    before = standing()
+    ended = call(*case.words)
+    assert "Traceback" not in ended.err, ended
+    assert all(word in ended.err for word in case.names), (case.names, ended)
+    if case.harmless:
+        assert (ended.code, end(case.words)) == (0, ENDS[case.words]), ended
+    elif case.older:
+        assert (ended.code, "step-00000002, before it, is taken" in ended.err) == (0, True), ended
+    else:
+        assert (ended.code, standing()) == (2, before), ended
+    return ended
+
+
+def undisturbed(words: tuple[str, ...]) -> End:
+    """The end of a command that nothing happened to; the folder is as before."""
+    here = Path.cwd()
+    spare = here.with_name("untouched")
+    shutil.copytree(here, spare)
+    done(*words)
+    found = end(words)
+    restore(here, spare)
+    shutil.rmtree(spare)
+    return found
+
+
+def restore(here: Path, spare: Path) -> None:
+    """Make a folder what its copy is."""
+    for place in here.iterdir():
+        shutil.rmtree(place) if place.is_dir() else place.unlink()
+    shutil.copytree(spare, here, dirs_exist_ok=True)
+
+
+def standing() -> dict[str, bytes]:
+    """Every file but hidden ones: notes on what was looked at."""
+    return {name: data for name, data in files(Path.cwd()).items() if not Path(name).name.startswith(".")}
 
 
 def cases() -> Iterator[Harm]:

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from e2e import harm
-from e2e.harm import End, Harm
-from e2e.shell import call, files
+from e2e.harm import Harm
 
 pytestmark = pytest.mark.filterwarnings("default::UserWarning")  # dumo says what it passes over
 ALL = [*harm.cases()]
@@ -38,46 +37,11 @@ def given(house: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Path]:
         shutil.copytree(house, spare)
     monkeypatch.chdir(house)
     yield house
-    monkeypatch.undo()
-    shutil.rmtree(house)
-    shutil.copytree(spare, house)
-
-
-ENDS: dict[tuple[str, ...], End] = {}  # of undisturbed commands
+    harm.restore(house, spare)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("given")
 @pytest.mark.parametrize("case", ALL, ids=name)
-def test_every_harm(case: Harm, given: Path) -> None:
-    meet(case)
-
-
-def meet(case: Harm) -> None:
-    """Do the harm in the folder we are in, and see what the command makes of it."""
-    if case.harmless and case.words not in ENDS:
-        spare = Path.cwd().with_name("untouched")
-        shutil.copytree(Path.cwd(), spare)
-        assert call(*case.words).code == 0
-        ENDS[case.words] = harm.end(case.words)
-        for place in Path.cwd().iterdir():
-            shutil.rmtree(place) if place.is_dir() else place.unlink()
-        shutil.copytree(spare, Path.cwd(), dirs_exist_ok=True)
-        shutil.rmtree(spare)
-    case.do()
-    before = standing()
-    done = call(*case.words)
-    assert "Traceback" not in done.err, done
-    assert all(word in done.err for word in case.names), (case.names, done)
-    if case.harmless:
-        assert done.code == 0, done
-        assert harm.end(case.words) == ENDS[case.words], done
-    elif case.older:
-        assert (done.code, "step-00000002" in done.err) == (0, True), done
-    else:
-        assert done.code == 2, done
-        assert standing() == before, done
-
-
-def standing() -> dict[str, bytes]:
-    """Every file but hidden ones: notes on what was looked at."""
-    return {name: data for name, data in files(Path.cwd()).items() if "/." not in name}
+def test_every_harm(case: Harm) -> None:
+    harm.meet(case)
