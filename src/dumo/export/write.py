@@ -66,6 +66,7 @@ def export(
             f"stock schedulers know the path x_t = (1 - t) x + t z alone, and this run's is {path.kind} with sd "
             f"{path.sd:g}: train with path.kind=linear and path.sd=1, or sample it by dumo sample"
         )
+    files.sweep(out.parent, ours=False)  # a killed export's may be tens of GB
     with files.whole(out) as half:
         if to == "safetensors" and not isinstance(net, DiT):  # by the model's own names
             weights = apart(net.model(dtype).state_dict())
