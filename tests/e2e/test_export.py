@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -243,6 +244,16 @@ def test_a_failure_leaves_nothing(sd3: Case, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("dumo.export.card.of_tuned", fails)
     assert call("export", sd3.folder / "run", tmp_path / "out").code != 0
     assert [*tmp_path.iterdir()] == []
+
+
+def test_what_a_run_says_of_itself_is_text_on_its_card(trained: dict[str, Path], here: Path) -> None:
+    """A hub shows the card as a page."""
+    run, about = shutil.copytree(trained["digits"], here / "run"), "<script>alert(1)</script> a|b"
+    (run / "run.yaml").write_text(re.sub("about: .*", f"about: '{about}'", (run / "run.yaml").read_text()))
+    assert call("export", run, "out").code == 0
+    card = (here / "out/README.md").read_text()
+    assert "| recipe | &lt;script&gt;alert(1)&lt;/script&gt; a\\|b |" in card
+    assert "<script" not in card
 
 
 def test_what_a_killed_export_left_goes_with_the_next_one(trained: dict[str, Path], here: Path) -> None:
