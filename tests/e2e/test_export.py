@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from dumo.flow.solver import Euler
 from dumo.run.evaluation.evaluate import FILE
 from dumo.run.folder import open_run
 from dumo.runtime.random import noise
-from e2e.shell import call, refused, sets
+from e2e.shell import call, finish, refused, sets, start
 from stock.case import LORA, C, Case
 from stock.family import PIXELS, ROWS
 
@@ -243,6 +244,27 @@ def test_a_failure_leaves_nothing(sd3: Case, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr("dumo.export.card.of_tuned", fails)
     assert call("export", sd3.folder / "run", tmp_path / "out").code != 0
     assert [*tmp_path.iterdir()] == []
+
+
+def test_what_a_run_says_of_itself_is_text_on_its_card(trained: dict[str, Path], here: Path) -> None:
+    """A hub shows the card as a page."""
+    run, about = shutil.copytree(trained["digits"], here / "run"), "<script>alert(1)</script> a|b"
+    (run / "run.yaml").write_text(re.sub("about: .*", f"about: '{about}'", (run / "run.yaml").read_text()))
+    assert call("export", run, "out").code == 0
+    card = (here / "out/README.md").read_text()
+    assert "| recipe | &lt;script&gt;alert(1)&lt;/script&gt; a\\|b |" in card
+    assert "<script" not in card
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one(trained: dict[str, Path], here: Path) -> None:
+    """A whole pipeline may be tens of GB; but what a name of ours might be, in a folder of the user's, stays."""
+    kill = "from dumo.export import standalone; standalone.write = lambda *a, **k: os.kill(os.getpid(), 9)"
+    killed = finish(start("export", trained["digits"], "out/one", cwd=here, first=f"import os; {kill}"))
+    assert killed.code == -9
+    assert [path.name.startswith(".one.") for path in (here / "out").iterdir()] == [True]
+    (here / "out/.mine.old.tmp").write_bytes(b"")
+    assert call("export", trained["digits"], "out/two").code == 0
+    assert sorted(path.name for path in (here / "out").iterdir()) == [".mine.old.tmp", "two"]
 
 
 def test_the_card_says_what_was_measured_of_these_weights_alone(sd3: Case, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from dumo.encoders.codec import WEIGHTS, Images, Latent, Moments, Opened, Published, Scaled
-from dumo.io.read import brief, user_path
+from dumo.io.read import brief, foreign, read_settings, user_path
 from dumo.io.weights import whole_digest
 from dumo.runtime import install
 from dumo.types import UserError
@@ -121,16 +121,16 @@ def _loaded(name: str, codec: Scaled) -> tuple[nn.Module, str]:
         raise UserError(f"{codec.about} needs diffusers: {install('diffusers')}") from error
     folder = _folder(codec.weights)
     found = whole_digest(_weights(folder), HINT)
-    try:
+    if (folder / CONFIG).is_file():
+        read_settings(folder / CONFIG, HINT)
+    with foreign(f"{folder} holds no {name} that diffusers can load", HINT):
         model = getattr(diffusers, name)
         net, info = model.from_pretrained(folder, output_loading_info=True, use_safetensors=True, local_files_only=True)
         keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
         if wrong := [key for kind in keys for key in info.get(kind, ())]:
             raise RuntimeError(f"{wrong[0]} is missing, unknown or misshapen, by its {CONFIG}")
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise UserError(f"{folder} holds no {name} that diffusers can load ({error}). {HINT}") from error
-    require(codec, net.config, folder)
-    return net.float().eval().requires_grad_(False), found
+        require(codec, net.config, folder)
+        return net.float().eval().requires_grad_(False), found
 
 
 def require(codec: Scaled, config: Mapping[str, Any], folder: Path) -> None:

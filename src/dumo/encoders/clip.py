@@ -5,7 +5,7 @@ here, as in the published code, and does not depend on what else is installed: t
 by Pillow, bicubic, the middle cut out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from dumo.encoders.text import CONFIG, PICKLES, WEIGHTS, load_model
 from dumo.encoders.tokens import Cutter, cutter
 from dumo.io import digest
 from dumo.io.picture import Pixels
-from dumo.io.read import read_json
+from dumo.io.read import foreign, read_settings
 from dumo.io.weights import notes, read
 from dumo.types import UserError
 
@@ -57,8 +57,9 @@ class Clip:
             part = slice(first, first + PIECE)
             ids, mask = self.cut(texts[part])
             inputs = {"input_ids": ids, "attention_mask": mask.long(), "pixel_values": self.seen(pixels[part])}
-            output = self.model(**{name: x.to(self.model.device) for name, x in inputs.items()})
-            found.append((output.image_embeds * output.text_embeds).sum(1).float().cpu())  # both of length 1
+            with foreign(f"the CLIP of {self.folder} fails", HINT):
+                output = self.model(**{name: x.to(self.model.device) for name, x in inputs.items()})
+                found.append((output.image_embeds * output.text_embeds).sum(1).float().cpu())  # both of length 1
         return torch.cat([torch.zeros(0), *found])
 
     def seen(self, pixels: Pixels) -> Float[Tensor, "n 3 side side"]:
@@ -83,14 +84,14 @@ def load(folder: Path, field: str, device: torch.device | str = "cpu") -> Clip:
     missing = next((name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (folder / name).is_file()), None)
     if missing == WEIGHTS and (folder / PICKLES[0]).is_file():
         read(folder / PICKLES[0], convert=False)  # refuses, and says the way out
-    config: Mapping[str, Any] = {} if missing else read_json(folder / CONFIG, HINT)
+    config = {} if missing else read_settings(folder / CONFIG, HINT)
     if config.get("model_type") != "clip" or "vision_config" not in config:
         why = f"has no {missing}" if missing else "holds no CLIPModel, of images and texts"
         raise UserError(f"{field}: {folder} {why}: {HINT}")
     notes(folder / WEIGHTS)  # damaged weights are refused with a line
     model = load_model(folder, "CLIPModel", field, HINT).to(device)
     length, side = model.config.text_config.max_position_embeddings, model.config.vision_config.image_size
-    known: Mapping[str, Any] = read_json(folder / CUT, HINT) if (folder / CUT).is_file() else {}
+    known = read_settings(folder / CUT, HINT) if (folder / CUT).is_file() else {}
     mean, sd = (colours(known.get(name, usual), name, folder) for name, usual in zip(NUMBERS, (MEAN, SD), strict=True))
     cut = cutter(folder, length)
     return Clip(folder, model, cut, side, mean, sd)

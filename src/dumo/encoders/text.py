@@ -1,7 +1,7 @@
 """Texts through a pretrained text encoder, from a folder of transformers: an embedding for every token."""
 
 import re
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +16,7 @@ from torch import Tensor
 from dumo.encoders.tokens import Cutter, cutter, transformers
 from dumo.flow.precision import Precision, using
 from dumo.io import digest
-from dumo.io.read import brief, read_json, user_path
+from dumo.io.read import foreign, read_settings, user_path
 from dumo.io.weights import notes, read
 from dumo.runtime.bound import TOKENS
 from dumo.types import FREE, Spec, UserError
@@ -85,8 +85,9 @@ class Encoder(Spec):
         folder = self.folder()
         found = [folder / WEIGHTS]
         if not found[0].is_file():
-            index: Mapping[str, Any] = read_json(folder / INDEX, HINT)
-            found = [folder / name for name in sorted(set(index["weight_map"].values()))]
+            with foreign(f"{folder / INDEX} lists no files", HINT):
+                names = set(read_settings(folder / INDEX, HINT)["weight_map"].values())
+                found = [folder / name for name in sorted(names)]
         for file in found:
             notes(file)  # refuses damaged ones
         return found
@@ -98,7 +99,7 @@ class Encoder(Spec):
 
     def model_type(self) -> str:
         """Its name in config.json. Raises as `folder`."""
-        return str(read_json(self.folder() / CONFIG, HINT).get("model_type"))
+        return str(read_settings(self.folder() / CONFIG, HINT).get("model_type"))
 
     def open(self, device: torch.device | str = "cpu") -> "EncoderModel":
         """The encoder with its weights. Raises UserError as `files`, and where transformers cannot load it."""
@@ -131,7 +132,7 @@ class EncoderModel:
         ids, mask = self.cut(texts, whole=spec.pad)
         inputs: dict[str, Tensor] = {"input_ids": ids.to(self.device)}
         inputs |= {} if spec.pad else {"attention_mask": mask.long().to(self.device)}
-        with using(spec.precision, self.device):
+        with using(spec.precision, self.device), foreign(f"net.texts: the encoder of {spec.source} fails", HINT):
             out = self.model(**inputs, output_hidden_states=spec.layer != -1)
         states = out.last_hidden_state if spec.layer == -1 else self.hidden(out)
         mask = torch.ones_like(mask) if spec.pad else mask
@@ -160,9 +161,9 @@ class EncoderModel:
 
 def model(folder: Path, pooled: bool) -> Any:  # noqa: ANN401, a model of transformers
     """The encoder of a folder, in evaluation mode. Raises UserError where it cannot be loaded whole."""
-    config: Mapping[str, Any] = read_json(folder / CONFIG, HINT)
+    config = read_settings(folder / CONFIG, HINT)
     name = CLASSES.get(str(config.get("model_type")), "AutoModel")
-    if PROJECTED in (config.get("architectures") or ()) and pooled:
+    if pooled and PROJECTED in str(config.get("architectures")):
         name = PROJECTED
     return load_model(folder, name, "net.texts", HINT)
 
@@ -173,23 +174,18 @@ def load_model(folder: Path, name: str, field: str, hint: str) -> Any:  # noqa: 
     Raises UserError, which names the field and ends in the hint, where it cannot be loaded whole.
     """
     known = getattr(transformers(field), name)
-    try:
-        with quietly():
-            found, info = known.from_pretrained(
-                folder,
-                output_loading_info=True,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                dtype=torch.float32,
-            )
+    with foreign(f"{field}: {folder} holds no model that transformers can load", hint), quietly():
+        found, info = known.from_pretrained(
+            folder,
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+        )
         if missing := sorted(info["missing_keys"]):
             raise RuntimeError(f"the weights do not fit {CONFIG}: {missing[0]} is missing")
-    except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{field}: {folder} holds no model that transformers can load ({brief(error)}): {hint}"
-        ) from error
-    return found.eval()
+        return found.eval()
 
 
 @contextmanager

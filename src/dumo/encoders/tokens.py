@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from dumo.io import digest
-from dumo.io.read import brief
+from dumo.io.read import brief, foreign
 from dumo.runtime import install
 from dumo.runtime.bound import TOKENS
 from dumo.types import Spec, UserError
@@ -53,10 +53,12 @@ class Cutter:
         Warns where texts are cut. Raises UserError for a text without any token.
         """
         filled = [self.template.replace("{}", text) for text in texts]
-        self._warn(texts, [len(ids) for ids in self.model(filled, verbose=False)["input_ids"]])
         padded = {"padding": "max_length" if whole else "longest", "padding_side": "right", "return_tensors": "pt"}
-        found = self.model(filled, truncation=True, max_length=self.length, **padded)
-        ids, mask = found["input_ids"], found["attention_mask"].bool()
+        with foreign("net.texts: the tokenizer fails", HINT):
+            lengths = [len(ids) for ids in self.model(filled, verbose=False)["input_ids"]]
+            found = self.model(filled, truncation=True, max_length=self.length, **padded)
+            ids, mask = found["input_ids"], found["attention_mask"].bool()
+        self._warn(texts, lengths)
         if not bool(mask.any(1).all()):
             raise UserError("net.texts: a text has no token, not even one of its end: choose another tokenizer")
         return ids, mask
@@ -70,15 +72,14 @@ class Cutter:
 
 def cutter(folder: Path, length: int, template: str = "{}") -> Cutter:
     """The tokenizer of a folder. Raises UserError where there is none, or transformers is missing."""
-    known = transformers("net.texts").AutoTokenizer
-    try:
-        with (folder / "tokenizer_config.json").open():
-            model = known.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise UserError(f"net.texts: {folder} holds no tokenizer that can be read ({brief(error)}): {HINT}") from error
-    if model.pad_token is None:
-        model.pad_token = model.eos_token
-    return Cutter(model, length, template)
+    known, config = transformers("net.texts").AutoTokenizer, folder / "tokenizer_config.json"
+    if not config.is_file():
+        raise UserError(f"net.texts: {folder} holds no tokenizer, {config.name} is missing: {HINT}")
+    with foreign(f"net.texts: {folder} holds no tokenizer that can be read", HINT):
+        model = known.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if model.pad_token is None:
+            model.pad_token = model.eos_token
+        return Cutter(model, length, template)
 
 
 def transformers(field: str) -> Any:  # noqa: ANN401, a module

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from html import escape
 from typing import Any, cast
 
 import jinja2
@@ -15,6 +16,7 @@ from dumo.run.evaluation.card import FILE, read_report
 from dumo.run.folder import RunFolder
 from dumo.run.sampler import Sampler
 from dumo.runtime import version
+from dumo.runtime.progress import inline
 from dumo.types import UserError
 
 PROMPT = '"a red fox in the snow"'
@@ -135,8 +137,13 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    cast(dict[str, Any], found.filters)["form"] = format
+    cast(dict[str, Any], found.filters).update(form=format, plain=plain)
     return found
+
+
+def plain(text: str) -> str:
+    """What somebody wrote, as text in a cell of a table: no HTML, which a page that shows the card would run."""
+    return escape(inline(text), quote=False).replace("|", "\\|")
 
 
 def notes(exported: Exported, made: Provenance) -> dict[str, str]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dumo.flow.solver import Hermite, Restart, Solver
-from dumo.io.read import read_json, write_json
+from dumo.io.read import read_settings, write_json
 from dumo.nets import Net, Pretrained
 from dumo.nets.dualized import Dualized
 from dumo.nets.pretrained import read_config
@@ -230,7 +230,7 @@ def write_scheduler(folder: Path, stock: Stock | None, solver: Restart) -> Entry
 
 def check_scheduler(folder: Path) -> None:
     """Raise UserError for a scheduler under which a flow map makes no images: one of plain Euler steps, or shifted."""
-    config = read_json(folder / CONFIG, "export the run anew")
+    config = read_settings(folder / CONFIG, "export the run anew")
     wanted = {"stochastic_sampling": True, "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
     for name, value in wanted.items():
         if config.get(name) != value:

@@ -23,7 +23,7 @@ from dumo.export import card, lora, standalone
 from dumo.export.model import INDEX, SCHEDULER, Exported, Head, of_net, require, write_euler, write_scheduler
 from dumo.flow.path import Linear
 from dumo.io import file as files
-from dumo.io.read import read_json, write_json
+from dumo.io.read import brief, foreign, read_settings, write_json
 from dumo.io.weights import apart
 from dumo.nets import DiT
 from dumo.objectives import Objective
@@ -66,6 +66,7 @@ def export(
             f"stock schedulers know the path x_t = (1 - t) x + t z alone, and this run's is {path.kind} with sd "
             f"{path.sd:g}: train with path.kind=linear and path.sd=1, or sample it by dumo sample"
         )
+    files.sweep(out.parent, ours=False)  # a killed export's may be tens of GB
     with files.whole(out) as half:
         if to == "safetensors" and not isinstance(net, DiT):  # by the model's own names
             weights = apart(net.model(dtype).state_dict())
@@ -137,8 +138,8 @@ def write_folder(
 
 def read_index(source: Path) -> dict[str, Any]:
     """The model_index.json of a pipeline. Raises UserError for one that is none, or has two transformers."""
-    index = read_json(source / INDEX, ANOTHER)
-    if not isinstance(index, dict) or (index.get(SECOND) or [None])[0] is not None:
+    index = read_settings(source / INDEX, ANOTHER)
+    if there(index.get(SECOND)):
         raise UserError(
             f"{source} is no pipeline of one transformer: {ANOTHER}; or, of two, {SECOND} was not tuned and would make "
             "some of the passes: take --to safetensors"
@@ -147,9 +148,16 @@ def read_index(source: Path) -> dict[str, Any]:
 
 
 def others(index: Mapping[str, Any]) -> list[str]:
-    """The parts of a pipeline other than model and scheduler."""
-    there = [name for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
-    return [name for name in there if name not in (TRANSFORMER, SCHEDULER)]
+    """The parts of a pipeline other than model and scheduler. Raises UserError for a name that leads elsewhere."""
+    parts = [name for name, entry in index.items() if there(entry) and name not in (TRANSFORMER, SCHEDULER)]
+    if strange := [name for name in parts if Path(name).name != name]:
+        raise UserError(f"net.source: {INDEX} has a part called {brief(strange[0])!r}, which is no folder: {ANOTHER}")
+    return parts
+
+
+def there(entry: object) -> bool:
+    """Whether a pipeline has a part, by its entry: the library and the class, or null for each."""
+    return isinstance(entry, list) and len(entry) > 0 and entry[0] is not None
 
 
 def bring(part: Path, to: Path, how: Parts) -> None:
@@ -167,8 +175,10 @@ def fits(data: Data, source: Path) -> None:
     file = source / VAE / "config.json"
     if not isinstance(data, Latents) or not file.is_file():
         return
-    theirs = numbers(read_json(file, ANOTHER))
-    if not same(theirs, data.codec.published):
+    with foreign(f"{file} says no shift and scale", ANOTHER):
+        theirs = numbers(read_settings(file, ANOTHER))
+        fit = same(theirs, data.codec.published)
+    if not fit:
         raise UserError(
             f"data.codec is {data.codec.about}, and the decoder in {source} takes latents of {words(theirs)}: its "
             "images would differ. Train with its codec, or export with --parts none"

@@ -100,14 +100,15 @@ def check_writable(folder: Path) -> None:
         raise OSError(number, os.strerror(number), str(folder))
 
 
-def sweep(folder: Path) -> None:
+def sweep(folder: Path, *, ours: bool = True) -> None:
     """Remove what writers that are gone left half-written in a folder; before writing there.
 
-    Of another machine's writers only what is a day old, for nobody here knows whether they run.
+    Of another machine's writers only what is a day old, for nobody here knows whether they run. Not `ours`: a folder
+    of the user's, where what is called `.X.old.tmp` may be theirs.
     """
     for half in folder.glob(".*.tmp"):
         with suppress(OSError):  # another one sweeps, too
-            if gone(half):
+            if (ours or not half.name.endswith(f".{GOING}.tmp")) and gone(half):
                 remove(half)
 
 

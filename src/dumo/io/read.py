@@ -7,13 +7,17 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from dumo.io import file
+from dumo.runtime.bound import BLOCKS
+from dumo.runtime.signals import Stopped
 from dumo.types import UserError
 
+DEPTH = re.compile("layer|depth|num_.*block")  # in keys of configs: numbers of layers
 MOST = 2**26  # bytes, ours: a long evaluation has thousands, the names of 20,000 classes are half a million
 
 
@@ -69,6 +73,41 @@ def read_json(path: Path, way_out: str) -> Any:  # noqa: ANN401, whatever stands
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): {way_out}") from error
+
+
+def read_settings(path: Path, way_out: str) -> dict[str, Any]:
+    """What a model's file of settings holds. Raises as `read_json`, and UserError for what is no JSON object.
+
+    So it does for more layers than any net has: those who build the model would build them one by one.
+    """
+    found = read_json(path, way_out)
+    if not isinstance(found, dict):
+        raise UserError(f"{path} is no JSON object: {way_out}")
+    for part in (found, *(inner for inner in found.values() if isinstance(inner, dict))):
+        for key in filter(DEPTH.search, part):
+            values = part[key] if isinstance(part[key], list) else [part[key]]
+            if any(isinstance(value, int | float) and value > BLOCKS for value in values):
+                raise UserError(f"{path}: {key} is above {BLOCKS:,}, which no net has: {way_out}")
+    return found
+
+
+@contextmanager
+def foreign(what: str, way_out: str) -> Generator[None, None, None]:
+    """Inside, files of others are read, which may say anything: UserError for whatever their readers trip over.
+
+    A GPU that is full, a signal and what the system says of a file pass as they are.
+    """
+    try:
+        yield
+    except (UserError, Stopped):
+        raise
+    except BaseException as error:
+        name, of_system = type(error).__name__, isinstance(error, OSError) and error.strerror
+        rust = name == "PanicException"  # of tokenizers, which is no Exception
+        if of_system or name == "OutOfMemoryError" or not (rust or isinstance(error, Exception)):
+            raise
+        said = brief(" ".join(str(error).split()))
+        raise UserError(f"{what} ({name}: {said}): {way_out}") from error
 
 
 def _refuse(name: str) -> None:

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from dumo.io import weights
-from dumo.io.read import read_json, user_path
+from dumo.io.read import foreign, read_settings, user_path
 from dumo.nets.adapter import Lora
 from dumo.nets.block import run_lean
 from dumo.nets.dualized import Dualized
@@ -78,6 +78,13 @@ class Pretrained(Spec):
             raise UserError(f"net 'diffusers' takes images, not samples of shape {shape}: use net.kind mlp")
         folder, config = read_config(self.source)
         row = family(config)
+        with foreign(f"net.source: {self.source} describes no {config['_class_name']}", HINT):
+            return self.made(row, folder, config, needs, shape, classes)
+
+    def made(
+        self, row: Family, folder: Path | None, config: Config, needs: Needs, shape: tuple[int, ...], classes: int
+    ) -> Dualized:
+        """The net of `build`, from a config that may say anything. Raises as that, and whatever diffusers does."""
         model = self.model(folder, self.shaped(config))
         self.fit(row, config := model.config)
         p = row.patch(config, shape[0])
@@ -121,11 +128,11 @@ class Pretrained(Spec):
                 f"{what}, for whose embedding of time there is no low-pass: set net.lowpass=null, and an exact slope"
             )
 
-    def shaped(self, config: dict[str, Any]) -> dict[str, Any]:
+    def shaped(self, config: Config) -> Config:
         """The config of the model that is built: the source's."""
         return config
 
-    def model(self, folder: Path | None, config: dict[str, Any]) -> Any:  # noqa: ANN401, a model of diffusers
+    def model(self, folder: Path | None, config: Config) -> Any:  # noqa: ANN401, a model of diffusers
         """The model in float32, or as it is stored where its frozen weights are kept in bf16.
 
         Raises UserError where weights are missing or do not fit.
@@ -141,10 +148,10 @@ class Pretrained(Spec):
                 return kind.from_config(config)
             return self.load(kind, with_weights(folder, self.source, config), config)
 
-    def load(self, kind: Any, folder: Path, config: dict[str, Any]) -> Any:  # noqa: ANN401, as `model`
+    def load(self, kind: Any, folder: Path, config: Config) -> Any:  # noqa: ANN401, as `model`
         """The model with the weights of a folder. Raises as `model`."""
         halves = self.lora is not None and self.lora.frozen == "bfloat16"
-        try:
+        with foreign(f"{folder} holds no {config['_class_name']} that diffusers can load", HINT):
             model, info = kind.from_pretrained(
                 folder,
                 output_loading_info=True,
@@ -152,10 +159,6 @@ class Pretrained(Spec):
                 local_files_only=True,
                 torch_dtype=torch.bfloat16 if halves else torch.float32,
             )
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{folder} holds no {config['_class_name']} that diffusers can load ({error}). {HINT}"
-            ) from error
         names = ("missing_keys", "unexpected_keys", "mismatched_keys")
         if wrong := [key for name in names for key in info.get(name, ())]:
             raise UserError(f"{folder}: the weights do not fit {CONFIG}: {wrong[0]} is missing, unknown or misshapen")
@@ -169,7 +172,7 @@ class Shortened(Pretrained):
 
     depth: int  # blocks of each kind at most
 
-    def shaped(self, config: dict[str, Any]) -> dict[str, Any]:
+    def shaped(self, config: Config) -> Config:
         """The source's config, with fewer blocks."""
         return {key: min(value, self.depth) if key in DEPTHS else value for key, value in config.items()}
 
@@ -197,10 +200,7 @@ def read_config(source: str) -> tuple[Path | None, dict[str, Any]]:
     if folder is None:
         why = f"has no {CONFIG}" if path.is_dir() else "is no folder"
         raise UserError(f"net.source: {source} {why}. {HINT}")
-    config = read_json(folder / CONFIG, HINT)
-    if not isinstance(config, dict):
-        raise UserError(f"net.source: {folder / CONFIG} is no config. {HINT}")
-    return folder, config
+    return folder, read_settings(folder / CONFIG, HINT)
 
 
 def as_stored(model: nn.Module, folder: Path) -> None:

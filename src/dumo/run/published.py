@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dumo.flow.path import Path as FlowPath
-from dumo.io.read import read_json, user_path
+from dumo.io.read import read_settings, user_path
 from dumo.io.weights import load
 from dumo.nets import Net
 from dumo.nets.dit import PUBLISHED, SIZES, UNUSED, DiT, Transformer, converted, of_diffusers, our_name
@@ -51,7 +51,7 @@ def weights(start: Start, place: Path) -> dict[str, Tensor]:
     if not place.is_dir():
         return load(place)
     folder = next((one for one in (place, place / "transformer") if (one / CONFIG).is_file()), None)
-    kind = read_json(folder / CONFIG, ANOTHER).get("_class_name", "nothing") if folder else "nothing"
+    kind = read_settings(folder / CONFIG, ANOTHER).get("_class_name", "nothing") if folder else "nothing"
     if folder and (start.kind, kind) == ("dit", DIFFUSERS):
         return of_diffusers(load(folder / WEIGHTS))
     raise UserError(

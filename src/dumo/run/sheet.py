@@ -3,7 +3,8 @@
     sheets/step-00001000-nfe1.png
 
 They change nothing of the training: samples have streams of their own (`dumo.runtime.random`), and the net its mode.
-Ranks make them together, each some of the images, so that no rank needs all weights.
+Ranks make them together, each some of the images, so that no rank needs all weights. What a stop leaves out is drawn
+when the run goes on from that step.
 """
 
 from collections.abc import Callable
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from dumo.data import Latents
 from dumo.flow import generate
+from dumo.io import file as files
 from dumo.run.conditions import Conditions, shown
 from dumo.run.config.spec import Run
 from dumo.run.folder import sampler
 from dumo.run.sample import write
 from dumo.run.sampler import gather
-from dumo.runtime import dist
+from dumo.runtime import dist, signals
 from dumo.training import agreement, layout
 from dumo.training.state import State
 from dumo.training.step import Record
@@ -41,15 +43,36 @@ class Sheets:
             agreement.main(lambda: data.codec.open(torch.device("cpu")) and None)  # seen now, not after weeks
 
     def draw(self, state: State, record: Record) -> None:
-        """A sheet for each of the run's numbers of passes, if one is due. Every rank must call it."""
-        if not self.run.train.draws(state.step):
-            return
-        for nfe in self.run.sample.nfe:
-            made = partial(self.made, state, nfe)
-            if dist.world() > 1:  # what fails on one rank fails all: the others wait for it
-                made = partial(torch.as_tensor, made())
-            if dist.is_main():
-                self.attempt(made, state, nfe)
+        """A sheet for each of the run's numbers of passes, if one is due. Every rank must call it.
+
+        None where the run is asked to stop: a checkpoint of this step is saved, from which `open` draws them. A sheet
+        that is begun is finished, for the next checkpoint is of a later step.
+        """
+        if record.asked is None and self.run.train.draws(state.step):
+            with signals.finished():
+                for nfe in self.run.sample.nfe:
+                    self.draw_one(state, nfe)
+
+    def open(self, state: State) -> None:
+        """Before the next step: the sheets of this one that are due and not there. Every rank must call it."""
+        agreement.main(lambda: files.sweep(self.folder))
+        if state.step and self.run.train.draws(state.step):
+            for nfe in self.run.sample.nfe:
+                stem = self.stem(state, nfe)
+                if agreement.main(lambda stem=stem: not stem.with_suffix(".png").exists()):
+                    self.draw_one(state, nfe)
+
+    def draw_one(self, state: State, nfe: int) -> None:
+        """The sheet of one number of passes. Every rank must call it."""
+        made = partial(self.made, state, nfe)
+        if dist.world() > 1:  # what fails on one rank fails all: the others wait for it
+            made = partial(torch.as_tensor, made())
+        if dist.is_main():
+            self.attempt(made, state, nfe)
+
+    def stem(self, state: State, nfe: int) -> Path:
+        """A sheet's file, without its ending."""
+        return self.folder / f"step-{state.step:08d}-nfe{nfe}"
 
     def made(self, state: State, nfe: int) -> Sample:
         """The samples, not decoded, on the CPU of every rank. All ranks make equally many passes."""
@@ -74,7 +97,7 @@ class Sheets:
 
     def attempt(self, made: Callable[[], Sample], state: State, nfe: int) -> None:
         """Write a sheet, or say why there is none: that is no reason to end a run."""
-        run, path = self.run, self.folder / f"step-{state.step:08d}-nfe{nfe}"
+        run, path = self.run, self.stem(state, nfe)
         try:
             write(sampler(run, state.shown).decode(made()), self.c, path, "grid", run.data, run.sample.seed)
         except Exception as error:  # memory, disk, weights that have diverged

@@ -123,6 +123,7 @@ def go_on(
 
     journal = Journal(run, folder, here, source, tell)
     journal.open(state)
+    sheets.open(state)
     task = Task(run.objective, run.path, run.data.classes, known and known.velocity)
     try:
         with (

@@ -22,6 +22,7 @@ LAUNCHED = "TORCHELASTIC_RUN_ID"  # torchrun sets it for those it starts
 
 heard: int | None = None  # the signal that asked, once one has
 listens = False
+finishing = False  # whether `check` waits
 parent: int | None = None  # the process without which this one is to stop
 
 
@@ -48,8 +49,19 @@ def poll() -> int | None:
 
 def check() -> None:
     """Raise Stopped if the process was asked to stop: for work that has nothing to save, or has saved it."""
-    if (number := poll()) is not None:
+    if not finishing and (number := poll()) is not None:
         raise Stopped(number)
+
+
+@contextmanager
+def finished() -> Generator[None, None, None]:
+    """Inside, `check` raises nothing: for a short piece that ranks make together, and that only this step can make."""
+    global finishing
+    before, finishing = finishing, True
+    try:
+        yield
+    finally:
+        finishing = before
 
 
 @contextmanager

@@ -1,9 +1,12 @@
 """Sheets show what the weights make of one noise, as `dumo sample` does, and change nothing of the training."""
 
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from dumo.io import file as files
 from dumo.run import sheet
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
@@ -11,7 +14,11 @@ from dumo.run.folder import open_run
 from dumo.run.sample import export
 from dumo.run.sheet import Sheets
 from dumo.run.train import train
+from dumo.runtime import signals
+from dumo.training import loop
+from dumo.training.state import State
 from dumo.types import UserError
+from e2e.shell import tree
 from unit.run import known
 
 
@@ -48,6 +55,31 @@ def test_a_stop_leaves_the_same_sheets(tmp_path: Path) -> None:
     assert names == drawn(tmp_path / "parts") == [f"step-{n:08d}-nfe{nfe}.png" for n in (2, 4, 6) for nfe in (1, 2)]
     for name in names:
         assert (tmp_path / "parts/sheets" / name).read_bytes() == (tmp_path / "whole/sheets" / name).read_bytes()
+
+
+@pytest.mark.parametrize("step", [4, 6])  # the last one ends by itself
+@pytest.mark.parametrize(("where", "what"), [(loop, "train_step"), (Sheets, "made")])
+def test_a_signal_in_a_step_with_a_sheet_loses_none(
+    where: object, what: str, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The checkpoint that a stop leaves is of this step, or, where the sheet was begun, of the next one."""
+    work, raised = getattr(where, what), list[int]()
+
+    def stop(*given: object, **more: object) -> object:
+        state = next(one for one in given if isinstance(one, State))
+        if not raised and state.step == (step if where is Sheets else step - 1):
+            raised.append(step)
+            signal.raise_signal(signal.SIGTERM)
+        return work(*given, **more)
+
+    train(tiny("moons", "2"), tmp_path / "whole")
+    monkeypatch.setattr(where, what, stop)
+    with suppress(signals.Stopped), signals.listening():
+        train(tiny("moons", "2"), tmp_path / "parts")
+    (tmp_path / f"parts/sheets/.step-00000006-nfe1.png.{files.machine()}-{2**22 + 1}.tmp").write_bytes(b"of a kill")
+    train(tiny("moons", "2"), tmp_path / "parts")
+    assert raised
+    assert tree(tmp_path / "parts/sheets") == tree(tmp_path / "whole/sheets")
 
 
 def test_what_goes_wrong_with_a_sheet_is_told_and_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,39 @@
+"""Folders of others that say what nobody expects are refused in a line: what was once a traceback, and a few more."""
+
+import pytest
+
+from dumo.export import write
+from dumo.types import UserError
+from fuzz.foreign import Folder, folders, tried
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+KNOWN = {  # each ended in a traceback, or never
+    "sd3": [
+        *("config.json: num_layers = x", "config.json: num_layers = -1", "config.json: num_layers = 1000000000"),
+        *("config.json: sample_size = None", "config.json = []", "config.json: no in_channels"),
+        *("diffusion_pytorch_model.safetensors.index.json = []",),
+        *("diffusion_pytorch_model.safetensors.index.json: no weight_map",),
+    ],
+    "t5": [
+        *("config.json: architectures = -1", "config.json = []", "config.json: num_heads = -1"),
+        *("model.safetensors.index.json = []", "model.safetensors.index.json: no weight_map"),
+        *("tokenizer_config.json: model_max_length = x", "tokenizer_config.json: eos_token = None"),
+    ],
+    "clip": ["tokenizer.json: vocab = {}", "config.json: layer_norm_eps = None"],
+    "AutoencoderKL": ["config.json: layers_per_block = 1000000000", "config.json: latents_mean = x"],
+    "pipeline": ["model_index.json = []", "model_index.json: vae = []", "vae/config.json: scaling_factor = x"],
+}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in folders() if kind.name in KNOWN], ids=lambda kind: kind.name)
+def test_folders_of_others(kind: Folder) -> None:
+    ends, found = tried(kind, 4, KNOWN[kind.name])
+    assert not found
+    assert ends.total() >= 4 + len(KNOWN[kind.name]) - 1
+    assert ends["refused"] > len(KNOWN[kind.name]) / 2
+
+
+def test_a_part_of_a_pipeline_is_no_path() -> None:
+    """Copied, it would be written outside of the export."""
+    with pytest.raises(UserError, match=r"'\.\./x', which is no folder"):
+        write.others({"../x": ["diffusers", "A"]})
