@@ -62,6 +62,7 @@ OURS: dict[str, dict[str, Any]] = {  # the spec of ours that each case is held a
     "dmf": DMF | {"guide": NONE},
     "dmf_guided": DMF | {"guide": {"omega": 1, "zeta": 0.6, "interval": {"high": 0.7}}},
     "cmt": {"kind": "cmt", "times": {"kind": "grid", "steps": 10}},
+    "pi_flow": {"kind": "pi_flow", "times": {"kind": "grid", "steps": 2}, "guesses": 3},
     "match": {"kind": "match", "alpha": 1.2},
     "critic": {"kind": "critic"},
     "drift": {"kind": "drift", "size": 8},
