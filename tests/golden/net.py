@@ -9,6 +9,7 @@ An input that a net is not told of counts as 0. All numbers are those of parity.
 """
 
 import json
+from dataclasses import replace
 from math import log
 from pathlib import Path as File
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from dumo.types import Cond, Heads, Needs, Noised, Path, Sample, Time
+from dumo.types import Cond, Frozen, Heads, Needs, Noised, Path, Sample, Time
 
 PARITY: dict[str, Any] = json.loads(File(__file__).with_name("parity.json").read_text())
 KNOBS = ("w", "low", "high", "k", "beta")
@@ -54,13 +55,21 @@ class Closed(nn.Module):
 
 
 def shown(case: dict[str, Any], path: Path) -> Noised:
-    """The record of a case: the fixed inputs, but for those that the case has of its own."""
+    """The record of a case: the fixed inputs, but for those that the case has of its own; one trail is every row's."""
     given = {k: torch.tensor(v, dtype=torch.float64) for k, v in (PARITY["given"] | case["own"]).items()}
     x, z = (given.pop(k).reshape(-1, 2, 2, 2) for k in "xz")
     t, r, kept, c = given.pop("t"), given.pop("r"), given.pop("kept") > 0, given.pop("c").long()
+    trail = given.pop("trail", None)
     (x_t, v_t), null = path.at(x, z, t), torch.full_like(c, NULL)
     drawn = {k: a.reshape(x.shape) if a.ndim > 1 else a for k, a in given.items()}
     if "w" in drawn:
         drawn["w"] = drawn["w"].log() / log(8)  # which is uniform
     c, progress = c.where(kept, null), case.get("progress", 0.0)
-    return Noised(path, x, z, t, r, x_t, v_t, c, null, kept, drawn=drawn, progress=progress)
+    b = Noised(path, x, z, t, r, x_t, v_t, c, null, kept, drawn=drawn, progress=progress)
+    if trail is not None:
+        b = replace(b, trail=trail.reshape(1, -1, 2, 2, 2).expand(len(t), -1, -1, -1, -1))
+        b = replace(b, x_t=b.on(t))
+    if "teacher" in case:
+        taught = Frozen(Closed({"heads": [case["teacher"]]}, Needs(), "average"))
+        b = replace(b, teacher=lambda x, t, c, v: taught(x, c, t=t)[0])
+    return b
