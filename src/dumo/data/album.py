@@ -13,6 +13,7 @@ from torch import Tensor
 from dumo.data.augment import Edm
 from dumo.data.pixel import Frame, Unreadable
 from dumo.data.store import Store
+from dumo.io.content import Hashes
 from dumo.io.picture import from_uint8
 from dumo.io.source import mirrored, rows_of
 from dumo.runtime import signals
@@ -48,6 +49,7 @@ class Album:
     ) -> None:
         """Decode all, if it takes at most `memory` bytes. `numbered`: each image is a class of its own."""
         self.store, self.frame, self.flip, self.augment, self.skip = store, frame, flip, augment, skip
+        self.hashes = Hashes(store.within, store.path, store.read, store.labels and store.labels.c)
         self.classed = not numbered
         self.use(THREADS)
         self.bad: dict[int, str] = {}  # which, and why, by number in the store
@@ -170,24 +172,32 @@ class Album:
                 tick(min(first + size, len(places)), "")
         finally:
             pool.shutdown(cancel_futures=True)
+        self.hashes.rest()
         return pixels, bad
 
     def _piece(self, places: list[int], into: Pixels) -> list[int]:
         bad: list[int] = []
         for i, place in enumerate(places):
-            try:
-                if place not in self.bad:
-                    with self.turn:
-                        into[i] = self.frame(self.store.read(place))
-                    continue
-            except (OSError, ValueError) as error:
-                why = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-                what = f"{self.store.path(place)} {error if isinstance(error, Unreadable) else why}"
-                if not self.skip:
-                    raise UserError(f"{what}: {WAY_OUT}") from error
-                self.bad[place] = what
-            bad.append(i)
+            with self.turn:
+                if place in self.bad or not self._read(place, into[i]):
+                    bad.append(i)
         return bad
+
+    def _read(self, place: int, into: UInt8[Tensor, "c h w"]) -> bool:
+        """Read, hash and decode an image; whether that could be done, or may not fail."""
+        data = None
+        try:
+            data = self.store.read(place)
+            into[:] = self.frame(data)
+        except (OSError, ValueError) as error:
+            why = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+            what = f"{self.store.path(place)} {error if isinstance(error, Unreadable) else why}"
+            if not self.skip:
+                raise UserError(f"{what}: {WAY_OUT}") from error
+            self.bad[place] = what
+        if data is not None:
+            self.hashes.see(place, data)
+        return place not in self.bad
 
     def _tell(self) -> None:
         """Warn of what could not be read since the last time, in one line."""

@@ -23,6 +23,7 @@ from dumo.data.store import Folder, Store, choose, some, walk
 from dumo.data.tar import Tar
 from dumo.data.written import captions_of
 from dumo.encoders.caption import Captions
+from dumo.io.content import State
 from dumo.io.read import user_path
 from dumo.runtime.bound import CLASSES, GIGABYTES, PIXELS
 from dumo.types import FREE, Spec, UserError
@@ -241,11 +242,11 @@ def find(root: Path, *, split: str | None = None, label: str | None = "label") -
     Raises UserError where there are no images, or several ways to take what is there.
     """
     files = walk(root)
-    found: dict[str, dict[str, int]] = {"folder": {}, "parquet": {}, "tar": {}}
-    for file, size in files.items():
+    found: dict[str, dict[str, State]] = {"folder": {}, "parquet": {}, "tar": {}}
+    for file, state in files.items():
         ending = os.path.splitext(file)[1]
         if form := "folder" if ending.lower() in SUFFIXES else FORMS.get(ending):
-            found[form][file] = size
+            found[form][file] = state
     there = [name for name, listed in found.items() if listed]
     if len(there) == 1:
         store = _store_of(root, there[0], found[there[0]], split, label)
@@ -260,7 +261,7 @@ def find(root: Path, *, split: str | None = None, label: str | None = "label") -
     raise UserError(wrong)
 
 
-def _store_of(root: Path, format: str, files: dict[str, int], split: str | None, label: str | None) -> Store:
+def _store_of(root: Path, format: str, files: dict[str, State], split: str | None, label: str | None) -> Store:
     if format == "folder":
         return Folder(root, files, split=split, labelled=label is not None)
     chosen = choose(root, list(files), split)
