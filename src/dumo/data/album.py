@@ -21,6 +21,7 @@ from dumo.runtime.progress import Tick, late
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
+HASH = "sha256"  # of a cache: the column of the images' hashes
 PIECE = 32  # images, at most, that a thread decodes in one go: ours
 TURNS = 4  # pieces of a batch for each thread, at least, so that none waits long for another: ours
 THREADS = min(16, os.cpu_count() or 1)
@@ -110,6 +111,11 @@ class Album:
     def numbered(self, rows: Order) -> Order:
         """Their numbers in the store: others than the rows' own where images were left out."""
         return rows if self.places is None else self.places[rows]
+
+    def origins(self, rows: range) -> dict[str, Tensor]:
+        """The numbers (n,) and hashes (n, 32) of the images that `rows` gave for a stretch of them."""
+        places = [i for i in self.numbered(torch.tensor(rows)).tolist() if i not in self.bad]
+        return {"image": torch.tensor(places), HASH: torch.from_numpy(self.hashes.known[places])}
 
     def fingerprint(self) -> str:
         """Of the store."""

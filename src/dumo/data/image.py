@@ -23,7 +23,7 @@ from dumo.data.store import Folder, Store, choose, some, walk
 from dumo.data.tar import Tar
 from dumo.data.written import captions_of
 from dumo.encoders.caption import Captions
-from dumo.io.content import State
+from dumo.io.content import Hashes, State
 from dumo.io.read import user_path
 from dumo.runtime.bound import CLASSES, GIGABYTES, PIXELS
 from dumo.types import FREE, Spec, UserError
@@ -194,9 +194,23 @@ class Images(Spec):
         """The images as they lie there, without labels. Raises UserError where there are none."""
         return self._store(user_path(self.root, "data.root"), None)
 
+    def hashes(self) -> Hashes | None:
+        """What is known of the images' content; None where they are not on this machine."""
+        if (root := self._root()) is None:
+            return None
+        try:
+            store = self._counted(root)
+        except (UserError, OSError):  # an empty folder where a disk is not mounted
+            return None
+        return Hashes(store.within, store.path, store.read, store.labels and store.labels.c)
+
+    def _counted(self, root: Path) -> Store:
+        """The images, with their classes where the run has some."""
+        return self._store(root, self.label if self.labelled and self.labels else None)
+
     def _album(self, *, numbered: bool) -> Album:
         root = user_path(self.root, "data.root")
-        store = self._store(root, self.label if self.labelled and self.labels else None)
+        store = self._counted(root)
         if wrong := self._fault(store):
             raise UserError(f"{root} {wrong}")
         return Album(

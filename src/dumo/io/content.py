@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ from dumo.types import UserError
 NAME = ".dumo-content.safetensors"
 BYTES = 32  # of a hash
 SAME, CHANGED, COPIED, UNKNOWN = range(4)  # what the note says of a file
-PIECE = 64  # items that a thread hashes in one go: ours
+PIECE, WINDOW = 64, 4096  # items that a thread hashes in one go, and all between two looks at signals: ours
 NOTED = 30.0  # seconds between two notes, or a hundred times what one takes: ours
 FEW = 3  # items that a message names
 
@@ -70,7 +70,7 @@ class Files:
         """Their names below that folder."""
         return joined(path[len(self.above) :] for path in self.paths)
 
-    @property
+    @cached_property
     def owners(self) -> NDArray[np.int64]:
         """The file of each item."""
         return np.repeat(np.arange(len(self.paths)), self.counts)
@@ -87,6 +87,7 @@ class Hashes:
         n = int(of.counts.sum())
         self.known: Hashed = np.zeros((n, BYTES), np.uint8)
         self.expected: Hashed | None = None
+        self.odd = set[int]()  # those that were read, and are others than expected
         self.why = ""  # what is to be said of an item that is another than expected
         self.news, self.noted, self.wait, self.noting = 0, time.monotonic(), NOTED, Lock()
         self.states = _recalled(of, self.known)
@@ -103,16 +104,17 @@ class Hashes:
         if self.pending[i]:
             self._hash(i, data)
             if self.expected is not None and self.expected[i].any() and (self.expected[i] != self.known[i]).any():
-                self.pending[i] = True
+                self.odd.add(i)
                 self.save()
-                raise UserError(f"{self.path(i)} {self.why}")
+        if i in self.odd:
+            raise UserError(f"{self.path(i)} {self.why}")
 
     def _hash(self, i: int, data: bytes) -> None:
         self.known[i] = np.frombuffer(hashlib.sha256(data).digest(), np.uint8)
         self.pending[i] = False
         self.news += 1
 
-    def hash(self, items: Iterable[int]) -> None:
+    def hash(self, items: Iterable[int] | NDArray[np.int64]) -> None:
         """Read and hash these items, if they are not known; one that cannot be read stays unknown."""
         todo = [int(i) for i in items if self.pending[i]]
 
@@ -126,9 +128,11 @@ class Hashes:
         pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="hash")
         try:
             with late("hashing images", len(todo)) as tick:
-                for k, _ in enumerate(pool.map(some, range(0, len(todo), PIECE)), 1):
+                for begin in range(0, len(todo), WINDOW):
                     signals.check()
-                    tick(min(k * PIECE, len(todo)), "")
+                    list(pool.map(some, range(begin, min(begin + WINDOW, len(todo)), PIECE)))
+                    tick(min(begin + WINDOW, len(todo)), "")
+                    self.rest()
         finally:
             pool.shutdown(cancel_futures=True)
             self.save()
@@ -139,16 +143,22 @@ class Hashes:
 
     def expect(self, hashes: Hashed, why: str) -> None:
         """From now on an item is to be as here, where it is not zeros; `why` is said of one that is another."""
-        self.expected, self.why = hashes, why
+        self.expected, self.why, self.odd = hashes, why, set()
 
     def suspect(self, *, copies: bool = False) -> NDArray[np.int64]:
-        """The items that are expected and not known, in files that have changed since they were noted, or are copies."""
+        """The items that are expected and not known, in files that changed since they were noted, or are copies."""
         if self.expected is None:
             return np.zeros(0, np.int64)
         odd = (self.states == CHANGED) | (copies & (self.states == COPIED))
         if not odd.any():
             return np.zeros(0, np.int64)
         return np.flatnonzero(odd[self.files.owners] & self.expected.any(1) & ~self.known.any(1))
+
+    def doubtful(self, items: range) -> bool:
+        """Whether any of these items is known, or its file is not as it was noted."""
+        here = slice(items.start, items.stop)
+        odd = np.isin(self.states[self.files.owners[here]], (CHANGED, COPIED))
+        return bool(odd.any() or self.known[here].any())
 
     def others(self) -> NDArray[np.int64]:
         """The items that are known to be others than expected."""
@@ -159,14 +169,25 @@ class Hashes:
 
     def seen(self) -> Hashed:
         """What was read so far, by this process or by whoever expects it."""
+        known = self._whole()
         if self.expected is None:
-            return self.known
-        return np.where(self.expected.any(1, keepdims=True), self.expected, self.known)
+            return known
+        return np.where(self.expected.any(1, keepdims=True), self.expected, known)
+
+    def _whole(self) -> Hashed:
+        """Those that are known, none half-written by a thread that reads."""
+        pending = np.frombuffer(bytes(self.pending), bool)  # before them
+        return np.where(pending[:, None], np.uint8(0), self.known)
 
     @cached_property
     def names(self) -> bytes:
         """What the items are called, below the folder that holds them all."""
         return joined(self.path(i)[len(self.files.above) :] for i in range(len(self)))
+
+    @cached_property
+    def packed(self) -> Tensor:
+        """The names as a file keeps them."""
+        return torch.from_numpy(np.frombuffer(zlib.compress(self.names, 1), np.uint8).copy())
 
     def labels(self) -> str:
         """A hash of the items' classes."""
@@ -176,9 +197,13 @@ class Hashes:
         """A short text, another one where items were added, removed or renamed, or have other classes."""
         return digest.short(digest.of_bytes(self.names), self.labels())
 
-    def digest(self, items: range) -> str:
-        """A hash of some items, of which none is unknown unless it cannot be read."""
-        return digest.of_bytes(self.known[items.start : items.stop].tobytes())
+    def digest(self, items: Sequence[int]) -> str:
+        """A hash of the hashes of these items."""
+        return digest.of_bytes(self.known[items].tobytes())
+
+    def size(self, items: NDArray[np.int64]) -> int:
+        """How many bytes the files have that these items lie in."""
+        return int(self.files.states[np.unique(self.files.owners[items]), 0].sum())
 
     def rest(self) -> None:
         """Note what is new: where all is known, or it is long ago since the last time."""
@@ -196,11 +221,17 @@ class Hashes:
             if place:
                 try:
                     with note.held(place):
-                        note.write(place, _merged(self.files, self.known, note.read(place)), "")
+                        note.write(place, _merged(self.files, self._whole(), note.read(place)), "")
                 except OSError:
                     pass
             self.noted = time.monotonic()
             self.wait = max(NOTED, 100 * (self.noted - begun))
+
+
+def hashes_of(source: object) -> Hashes | None:
+    """Those of a source of images; None for one whose samples are no files."""
+    found = getattr(source, "hashes", None)
+    return found if isinstance(found, Hashes) else None
 
 
 def joined(names: Iterable[str]) -> bytes:
@@ -213,15 +244,10 @@ def split(names: bytes) -> list[str]:
     return names.decode("utf-8", "surrogateescape").split("\0")
 
 
-def packed(names: bytes) -> Tensor:
-    """Names as a file keeps them."""
-    return torch.from_numpy(np.frombuffer(zlib.compress(names, 1), np.uint8).copy())
-
-
-def unpacked(x: Tensor) -> bytes:
-    """The names again. Raises UserError where they are damaged."""
+def unpacked(data: bytes) -> bytes:
+    """The names that were packed. Raises UserError where they are damaged."""
     try:
-        return zlib.decompress(x.numpy().tobytes())
+        return zlib.decompress(data)
     except zlib.error as error:
         raise UserError(f"names of images are damaged ({error})") from error
 
@@ -230,15 +256,14 @@ def moved(then: bytes, now: bytes) -> str:
     """Which names are gone and which are new, in words."""
     old, new = set(split(then)), set(split(now))
     gone, come = sorted(old - new), sorted(new - old)
-    found = [f"{few(names)} {word}" for names, word in ((gone, "gone"), (come, "new")) if names]
+    found = [f"{few(names, lambda name: name[1:])} {word}" for names, word in ((gone, "gone"), (come, "new")) if names]
     return ", ".join(found) or "they are in another order"
 
 
-def few(names: Sequence[str] | Iterable[str], count: int | None = None) -> str:
-    """The first few of many, in words; `count`: how many there are."""
-    listed = [name.lstrip(os.sep) for name in islice(names, FEW)]
-    more = (len(names) if isinstance(names, Sequence) else count or 0) - len(listed)
-    return ", ".join(listed) + (f" and {more:,} more" if more > 0 else "")
+def few(items: Sequence[Any], name: Callable[[Any], str] = str) -> str:
+    """The names of the first few of many, and how many more there are."""
+    more = len(items) - FEW
+    return ", ".join(map(name, items[:FEW])) + (f" and {more:,} more" if more > 0 else "")
 
 
 def _aligned(of: Files, found: note.Note) -> tuple[NDArray[np.int64], Hashed]:
@@ -289,7 +314,9 @@ def _merged(of: Files, known: Hashed, theirs: note.Note | None) -> dict[str, Ten
         hashes = np.where(take, old, known)
         if rest := _strangers(of, theirs):
             names = b"\0".join((names, rest[0]))
-            states, counts, hashes = (np.concatenate(pair) for pair in zip((states, counts, hashes), rest[1:], strict=True))
+            states, counts, hashes = (
+                np.concatenate(pair) for pair in zip((states, counts, hashes), rest[1:], strict=True)
+            )
     arrays = {"names": np.frombuffer(names, np.uint8), "states": states, "counts": counts, "hashes": hashes}
     return {name: torch.from_numpy(np.ascontiguousarray(array).copy()) for name, array in arrays.items()}
 
