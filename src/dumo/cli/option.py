@@ -43,6 +43,9 @@ Device = Annotated[str, typer.Option(help="auto (the GPU where there is one), cp
 Weights = Annotated[
     str | None, typer.Option("--weights", help="Other weights than the run's first average: a safetensors file.")
 ]
+Verify = Annotated[
+    bool, typer.Option("--verify", help="Read all images first, and compare what is in them with what it was.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dumo.cli.option import Device, Folder, Nfe, Prompts, Seed, Set, SolverName, Source, Weights, numbers, place
+from dumo.cli.option import Device, Folder, Nfe, Prompts, Seed, Set, SolverName, Source, Verify, Weights, numbers, place
 from dumo.cli.option import classes as class_numbers
 from dumo.cli.terminal import err, out, show_lines, sparing
 from dumo.runtime.bound import ROWS
@@ -38,13 +38,14 @@ def encode(
     part: Annotated[
         str | None, typer.Option(metavar="K/N", help="Make part K of N, from 0. Default: as torchrun says.")
     ] = None,
+    verify: Verify = False,
     set_: Set = None,
     device: Device = "auto",
 ) -> None:
     """Encode images into the cache of latents that a recipe trains on, and captions into the table that its net reads.
 
     Started again, it goes on where it stopped. Both flips are kept where the data are flipped. A shard that is damaged
-    is named and made again. Under torchrun the ranks share the work.
+    is named and made again; one of other images than are here is refused. Under torchrun the ranks share the work.
     """
     from dumo.data import Latents
     from dumo.run import encode
@@ -57,7 +58,7 @@ def encode(
         of: dict[str, Any] = {"batch": batch, "part": encode.part_of(part), "device": device, "bar": bar}
         if isinstance(work.data, Latents):
             given = {name: value for name, value in options.items() if value is not None}
-            made.append(encode.encode(work.data, **of, **given))
+            made.append(encode.encode(work.data, **of, **given, verify=verify))
         if work.texts:
             made.append(encode.encode_texts(work.data, work.texts, **of, shard_rows=shard_rows or encode.SHARD_ROWS))
     for line in (line for one in made for line in one.lines()):
@@ -78,6 +79,7 @@ def train(
         typer.Option("--from", metavar="STEP", min=0, help="Go on from the checkpoint of this step; later ones go."),
     ] = None,
     new_data: Annotated[bool, typer.Option("--new-data", help="Go on though the data have changed since.")] = False,
+    verify: Verify = False,
     minutes: Annotated[
         float | None, typer.Option(min=0.5, help="Of a folder of images: how long to train. Default: 6 on a CPU.")
     ] = None,
@@ -104,7 +106,8 @@ def train(
     else:
         spec, folder = load(source, set_ or []), folder or default_folder(source)
     with sparing(sparing_words(spec.train, spec.net)):
-        state = train.train(spec, folder, device=device, bar=bar, tell=say, step=step, new_data=new_data)
+        more: dict[str, Any] = {"new_data": new_data, "verify": verify}
+        state = train.train(spec, folder, device=device, bar=bar, tell=say, step=step, **more)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",
         highlight=False,

@@ -13,6 +13,7 @@ from torch import Tensor
 from dumo.data.augment import Edm
 from dumo.data.pixel import Frame, Unreadable
 from dumo.data.store import Store
+from dumo.io.content import Hashes
 from dumo.io.picture import from_uint8
 from dumo.io.source import mirrored, rows_of
 from dumo.runtime import signals
@@ -20,6 +21,7 @@ from dumo.runtime.progress import Tick, late
 from dumo.runtime.random import stream
 from dumo.types import UserError
 
+HASH = "sha256"  # of a cache: the column of the images' hashes
 PIECE = 32  # images, at most, that a thread decodes in one go: ours
 TURNS = 4  # pieces of a batch for each thread, at least, so that none waits long for another: ours
 THREADS = min(16, os.cpu_count() or 1)
@@ -48,6 +50,7 @@ class Album:
     ) -> None:
         """Decode all, if it takes at most `memory` bytes. `numbered`: each image is a class of its own."""
         self.store, self.frame, self.flip, self.augment, self.skip = store, frame, flip, augment, skip
+        self.hashes = Hashes(store.within, store.path, store.read, store.labels and store.labels.c)
         self.classed = not numbered
         self.use(THREADS)
         self.bad: dict[int, str] = {}  # which, and why, by number in the store
@@ -108,6 +111,11 @@ class Album:
     def numbered(self, rows: Order) -> Order:
         """Their numbers in the store: others than the rows' own where images were left out."""
         return rows if self.places is None else self.places[rows]
+
+    def origins(self, rows: range) -> dict[str, Tensor]:
+        """The numbers (n,) and hashes (n, 32) of the images that `rows` gave for a stretch of them."""
+        places = [i for i in self.numbered(torch.tensor(rows)).tolist() if i not in self.bad]
+        return {"image": torch.tensor(places), HASH: torch.from_numpy(self.hashes.known[places])}
 
     def fingerprint(self) -> str:
         """Of the store."""
@@ -170,24 +178,32 @@ class Album:
                 tick(min(first + size, len(places)), "")
         finally:
             pool.shutdown(cancel_futures=True)
+        self.hashes.rest()
         return pixels, bad
 
     def _piece(self, places: list[int], into: Pixels) -> list[int]:
         bad: list[int] = []
         for i, place in enumerate(places):
-            try:
-                if place not in self.bad:
-                    with self.turn:
-                        into[i] = self.frame(self.store.read(place))
-                    continue
-            except (OSError, ValueError) as error:
-                why = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-                what = f"{self.store.path(place)} {error if isinstance(error, Unreadable) else why}"
-                if not self.skip:
-                    raise UserError(f"{what}: {WAY_OUT}") from error
-                self.bad[place] = what
-            bad.append(i)
+            with self.turn:
+                if place in self.bad or not self._read(place, into[i]):
+                    bad.append(i)
         return bad
+
+    def _read(self, place: int, into: UInt8[Tensor, "c h w"]) -> bool:
+        """Read, hash and decode an image; whether that could be done, or may not fail."""
+        data = None
+        try:
+            data = self.store.read(place)
+            into[:] = self.frame(data)
+        except (OSError, ValueError) as error:
+            why = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+            what = f"{self.store.path(place)} {error if isinstance(error, Unreadable) else why}"
+            if not self.skip:
+                raise UserError(f"{what}: {WAY_OUT}") from error
+            self.bad[place] = what
+        if data is not None:
+            self.hashes.see(place, data)
+        return place not in self.bad
 
     def _tell(self) -> None:
         """Warn of what could not be read since the last time, in one line."""

@@ -3,37 +3,46 @@
     x          what `Opened.encode` gives: the moments where the codec has Gaussians, or one draw of them
     flipped    the same of the mirrored images, if the data are flipped: a mirrored latent decodes to no mirrored image
     labels     classes, or the images' numbers in captions.jsonl, which then says what is written of each
+    image      which of the images each row is of, by number, and
+    sha256     the hash of that image's file, so that a cache is refused where its images are others now
 
 A shard is encoded in the same batches from its own first row, and its draws have a stream of their own.
 """
 
+import sys
 from collections.abc import Callable, Iterator
 from operator import not_
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from dumo.data.album import HASH, Album
 from dumo.data.written import LINES, dump_lines, require_lines
 from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
 from dumo.encoders.codec import Opened
 from dumo.io import table
+from dumo.io.content import BYTES, Hashes, hashes_of, moved, unpacked
 from dumo.io.picture import from_uint8
 from dumo.io.source import Finite
-from dumo.io.table import Done, Index, Table, Tick
+from dumo.io.table import ELSEWHERE, Done, Index, Table, Tick
+from dumo.io.weights import load
 from dumo.runtime import signals
 from dumo.runtime.bound import CLASSES, PIXELS, ROWS
 from dumo.types import Spec, UserError
+
+NAMES = "names.zlib"  # of a cache: what its images are called
 
 
 class Plan(Spec):
     """How a data set is to be encoded, by whatever codec."""
 
     source: str = ""  # what it is, in words
-    fingerprint: str = ""  # of its files
+    fingerprint: str = ""  # of the images' names and classes; what is in them, each shard says
     resolution: int = Field(gt=0, le=PIXELS)  # pixels along a side
     crop: str = ""  # how the images came to be square, in words
     classes: int = Field(default=0, ge=0, le=CLASSES)  # labels are in [0, classes); 0: there are none, and all are 0
@@ -124,7 +133,10 @@ def encode(
     the dtype, or the disk is full, OSError where nothing can be written, Stopped after a signal; finished shards are
     kept.
     """
-    contents = contents_of(source, codec, plan)
+    contents, hashes = contents_of(source, codec, plan), hashes_of(source)
+    if hashes:
+        hashes.hash(i for number in standing(out, contents, rank, world) for i in contents.span(number))
+        require_origin(out, hashes, contents, copies=sys.maxsize)
     if captions:
         require_lines(out / LINES, captions)
 
@@ -132,7 +144,62 @@ def encode(
         return pack(encoded(source, codec, contents, number, batch, behind), codec, contents, number)
 
     others = {LINES: dump_lines(captions)} if captions else {}
-    return table.make(out, contents, shard, rank=rank, world=world, others=others, tick=tick)
+    of = (lambda number: hashes.digest(contents.span(number))) if hashes else (lambda number: "")
+    others |= {NAMES: hashes.packed.numpy().tobytes()} if hashes else {}
+    done = table.make(out, contents, shard, rank=rank, world=world, of=of, others=others, tick=tick)
+    if hashes:
+        hashes.save()
+        require_origin(out, hashes, contents, copies=0)  # another rank may have seen other images meanwhile
+    return done
+
+
+def standing(out: Path, contents: Contents, rank: int, world: int) -> list[int]:
+    """Which of a rank's shards stand in a folder that holds this cache."""
+    there = table.read(out, Contents)
+    if there is None or there.binding() != contents.binding():
+        return []
+    return [number for number in table.noted(out, there) if number % world == rank]
+
+
+def require_origin(folder: Path, hashes: Hashes, like: Contents | None = None, *, copies: int) -> None:
+    """Raise UserError, with a name, where a cache is of other images than those that are here.
+
+    Those that changed since they were hashed are hashed now; copies of files, too, where they have at most `copies`
+    bytes. `like`: nothing is said of a folder that holds another cache anyhow.
+    """
+    there = table.read(folder, Contents)
+    if there is None:
+        return
+    same = {"fingerprint": like.fingerprint, "rows": like.rows} if like else {}
+    if like and there.model_copy(update=same).binding() != like.binding():
+        return
+    way_out = f"put the images back as they were, or {ELSEWHERE}"
+    if HASH not in there.columns:
+        raise UserError(f"{folder} does not say what is in its images, as caches of an older dumo: {ELSEWHERE}")
+    shards = table.noted(folder, there)
+    if there.fingerprint != hashes.title():
+        names = unpacked((folder / NAMES).read_bytes()) if (folder / NAMES).is_file() else b""
+        wrong = moved(names, hashes.names) if names not in (b"", hashes.names) else "of other names or classes"
+        if shards:
+            raise UserError(f"{folder} is of other images than are here, {wrong}: {way_out}")
+        return
+    expected = np.zeros_like(hashes.known)
+    for number, shard in shards.items():
+        span = there.span(number)
+        other = shard.of != hashes.digest(span) and hashes.doubtful(span)
+        if other and shard.fault(folder, deep=True) is None:  # what is damaged is another's to say
+            rows = load(folder / shard.file)
+            expected[rows["image"].numpy()] = rows[HASH].numpy()
+    hashes.expect(expected, f"is not the image that {folder} was made of: {way_out}")
+    hashes.hash(hashes.suspect())
+    if len(odd := hashes.suspect(copies=True)) and hashes.size(odd) <= copies:
+        hashes.hash(odd)
+    if len(others := hashes.others()):
+        shard, more = shards[int(others[0]) // there.shard_rows], len(others) - 1
+        raise UserError(
+            f"{folder}: {shard.file} was made of another {hashes.path(int(others[0]))} than is here"
+            f"{(more and f', and {more:,} more are others') or ''}: {way_out}"
+        )
 
 
 def contents_of(source: Finite, codec: Opened, plan: Plan) -> Contents:
@@ -143,6 +210,8 @@ def contents_of(source: Finite, codec: Opened, plan: Plan) -> Contents:
     both = codec.codec.gaussian and plan.store == "moments"
     x = {"dtype": plan.dtype, "shape": (channels * (1 + both), height, width)}
     columns = {"x": x, **({"flipped": x} if plan.flips else {}), "labels": {"dtype": "int64"}}
+    if hashes_of(source):
+        columns |= {"image": {"dtype": "int64"}, HASH: {"dtype": "uint8", "shape": (BYTES,)}}
     of = {"codec": codec.codec.model_dump(), "weights": codec.sha256, "rows": len(source), "columns": columns}
     return Contents.model_validate(plan.model_dump() | of)
 
@@ -158,6 +227,8 @@ def encoded(
         if len(images):
             images = check_images(images, labels, contents, i)
             parts.append({"labels": labels.long(), "x": codec.encode(images).cpu()})
+            if isinstance(source, Album):
+                parts[-1] |= source.origins(range(i, min(i + batch, places.stop)))
             if contents.flips:
                 parts[-1]["flipped"] = codec.encode(images.flip(3)).cpu()
             behind(min(i + batch, places.stop) - places.start)
@@ -171,14 +242,14 @@ def pack(parts: list[dict[str, Tensor]], codec: Opened, contents: Contents, numb
     if not parts:
         raise UserError(f"{where}: not one could be read")
     whole = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    labels = whole.pop("labels")
+    kept = {name: whole.pop(name) for name in ("labels", "image", HASH) if name in whole}
     if contents.store == "samples":
         keyed = (contents.seed, "posterior", number)
         whole = {key: codec.codec.sample(x, *keyed, key, rows=range(len(x))) for key, x in whole.items()}
     whole = {key: x.to(getattr(torch, contents.dtype)) for key, x in whole.items()}
     if not all(bool(x.isfinite().all()) for x in whole.values()):
         raise UserError(f"{where}: the codec gives no numbers, or too large ones for {contents.dtype}: try float32")
-    return whole | {"labels": labels}
+    return whole | kept
 
 
 def check_images(images: Tensor, labels: Tensor, contents: Contents, first: int) -> Tensor:

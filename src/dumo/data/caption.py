@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dumo.encoders.caption import Captions
 from dumo.io import digest
+from dumo.io.content import Hashes, hashes_of
 from dumo.io.source import Source
 from dumo.types import Spec, UserError
 
@@ -136,6 +137,16 @@ class Captioned:
     def size(self) -> int | None:
         """The number of samples."""
         return self.of.size
+
+    @property
+    def hashes(self) -> Hashes | None:
+        """Of the images."""
+        return hashes_of(self.of)
+
+    @property
+    def origin(self) -> object:
+        """Of latents."""
+        return getattr(self.of, "origin", None)
 
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Its samples, each with one of its captions, keyed by the step and the place in the batch."""

@@ -23,6 +23,7 @@ from dumo.data.store import Folder, Store, choose, some, walk
 from dumo.data.tar import Tar
 from dumo.data.written import captions_of
 from dumo.encoders.caption import Captions
+from dumo.io.content import Hashes, State
 from dumo.io.read import user_path
 from dumo.runtime.bound import CLASSES, GIGABYTES, PIXELS
 from dumo.types import FREE, Spec, UserError
@@ -193,9 +194,23 @@ class Images(Spec):
         """The images as they lie there, without labels. Raises UserError where there are none."""
         return self._store(user_path(self.root, "data.root"), None)
 
+    def hashes(self) -> Hashes | None:
+        """What is known of the images' content; None where they are not on this machine."""
+        if (root := self._root()) is None:
+            return None
+        try:
+            store = self._counted(root)
+        except (UserError, OSError):  # an empty folder where a disk is not mounted
+            return None
+        return Hashes(store.within, store.path, store.read, store.labels and store.labels.c)
+
+    def _counted(self, root: Path) -> Store:
+        """The images, with their classes where the run has some."""
+        return self._store(root, self.label if self.labelled and self.labels else None)
+
     def _album(self, *, numbered: bool) -> Album:
         root = user_path(self.root, "data.root")
-        store = self._store(root, self.label if self.labelled and self.labels else None)
+        store = self._counted(root)
         if wrong := self._fault(store):
             raise UserError(f"{root} {wrong}")
         return Album(
@@ -241,11 +256,11 @@ def find(root: Path, *, split: str | None = None, label: str | None = "label") -
     Raises UserError where there are no images, or several ways to take what is there.
     """
     files = walk(root)
-    found: dict[str, dict[str, int]] = {"folder": {}, "parquet": {}, "tar": {}}
-    for file, size in files.items():
+    found: dict[str, dict[str, State]] = {"folder": {}, "parquet": {}, "tar": {}}
+    for file, state in files.items():
         ending = os.path.splitext(file)[1]
         if form := "folder" if ending.lower() in SUFFIXES else FORMS.get(ending):
-            found[form][file] = size
+            found[form][file] = state
     there = [name for name, listed in found.items() if listed]
     if len(there) == 1:
         store = _store_of(root, there[0], found[there[0]], split, label)
@@ -260,7 +275,7 @@ def find(root: Path, *, split: str | None = None, label: str | None = "label") -
     raise UserError(wrong)
 
 
-def _store_of(root: Path, format: str, files: dict[str, int], split: str | None, label: str | None) -> Store:
+def _store_of(root: Path, format: str, files: dict[str, State], split: str | None, label: str | None) -> Store:
     if format == "folder":
         return Folder(root, files, split=split, labelled=label is not None)
     chosen = choose(root, list(files), split)

@@ -4,9 +4,11 @@ A run has the images, the codec and the cache, so that one file says how to make
 there is the one meant, how samples are decoded, and what they are compared with.
 """
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Literal
 
 import torch
@@ -14,19 +16,22 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.data.album import Album
-from dumo.data.cache import Contents, open_cache, read_contents
+from dumo.data.cache import Contents, open_cache, read_contents, require_origin
 from dumo.data.caption import Captioned, Captioning, Files, Templates, kept
 from dumo.data.image import GIGABYTE, Images, below
 from dumo.data.written import LINES, read_lines
 from dumo.encoders import Codec
 from dumo.encoders.caption import Captions
-from dumo.io.audit import Audit
+from dumo.io.audit import SOON, Audit
 from dumo.io.read import user_path
 from dumo.io.source import mirrored, rows_of
 from dumo.io.table import Table
+from dumo.runtime import signals
 from dumo.runtime.bound import GIGABYTES
 from dumo.runtime.random import stream
 from dumo.types import FREE, Spec, UserError
+
+WAIT = 10.0  # seconds that training waits until the images were looked at: ours
 
 
 class Latents(Spec):
@@ -94,9 +99,18 @@ class Latents(Spec):
         return self.images.model_copy(update=counted)
 
     def originals(self) -> Album:
-        """The images that are encoded, with their classes. Raises UserError as opening them does."""
+        """The images that are encoded, with their classes.
+
+        Raises UserError as opening them does, and where the cache is of others, now or when one is read.
+        """
         with below("data.images"):
-            return self.images.originals()
+            album = self.images.originals()
+        there = None
+        with suppress(UserError):  # a damaged cache is refused where it is opened
+            there = read_contents(self.folder)
+        if there:
+            require_origin(self.folder, album.hashes, copies=SOON)
+        return album
 
     def rows(self) -> Album:
         """The images to encode, none kept decoded, each with its row of captions. Raises UserError as `originals`."""
@@ -135,8 +149,47 @@ class Latents(Spec):
             )
         except UserError as error:
             raise UserError(f"data.root: {error}") from error
-        encoded = Encoded(cache, self.codec, flip=images.flip)
+        encoded = Encoded(cache, self.codec, Origin(self.folder, self.images), flip=images.flip)
         return Captioned(encoded, self.all_captions()) if self.captions else encoded
+
+
+class Origin:
+    """Whether the images that are here are those that a cache was made of: a thread looks, while training begins.
+
+    One process of a machine does. Where the images are not here, the cache stands for itself.
+    """
+
+    def __init__(self, folder: Path, images: Images) -> None:
+        self.folder, self.images, self.wrong = folder, images, list[Exception]()
+        self.thread = Thread(target=self._look, name="origin", daemon=True)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            self.thread.start()
+
+    def require(self, wait: float = 0.0) -> None:
+        """Raise UserError where they are others, as soon as that is known; wait for it at most `wait` seconds."""
+        if wait and self.thread.is_alive():
+            self.thread.join(wait)
+        if self.wrong:
+            raise self.wrong[0]
+
+    def verify(self) -> None:
+        """Read and hash all of the images now. Raises UserError where they are others."""
+        if self.thread.ident:
+            self.thread.join()
+            self._look(verify=True)
+        self.require()
+
+    def _look(self, *, verify: bool = False) -> None:
+        try:
+            if hashes := self.images.hashes():
+                if verify:
+                    hashes.forget()
+                    hashes.hash(range(len(hashes)))
+                require_origin(self.folder, hashes, copies=SOON)
+        except signals.Stopped:  # who trains stops by itself
+            pass
+        except Exception as error:  # who trains raises it
+            self.wrong.append(error)
 
 
 class Encoded:
@@ -145,8 +198,8 @@ class Encoded:
     Raises UserError for a shard that has changed, from the beginning or from `batch` (`dumo.io.audit`).
     """
 
-    def __init__(self, cache: Table, codec: Codec, *, flip: bool) -> None:
-        self.cache, self.codec, self.flip = cache, codec, flip
+    def __init__(self, cache: Table, codec: Codec, origin: "Origin | None" = None, *, flip: bool) -> None:
+        self.cache, self.codec, self.flip, self.origin = cache, codec, flip, origin
         self.audit = Audit(cache.folder, cache.index.shards)
 
     @property
@@ -157,6 +210,8 @@ class Encoded:
     def batch(self, step: int, batch: int, seed: int, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Epoch after epoch, each in its own order, half of the images mirrored if `flip`."""
         self.audit.require()
+        if self.origin:
+            self.origin.require()
         places = rows_of(step, batch, size=self.size, seed=seed, rows=rows)
         x = self.cache.take(places, "x", "flipped", mirrored(step, batch, seed, rows) if self.flip else None)
         return self._drawn(x, seed, step, "posterior", rows=range(batch)[rows]), self.cache.take(places, "labels")

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from dumo.data.pixel import Unreadable
-from dumo.data.store import Labels, counted
+from dumo.data.store import Labels, counted, states_of
 from dumo.io import digest
+from dumo.io.content import Files
 from dumo.types import UserError
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Parquet:
         rows = (self.tables[k].metadata.row_group(group).num_rows for k, group in self.places)
         self.starts = [*accumulate(rows, initial=0)]  # the first row of each group, and behind the last
         self.firsts = [*accumulate((table.metadata.num_rows for table in self.tables), initial=0)]  # of each file
+        self.within = Files.of(files, states_of(files), [table.metadata.num_rows for table in self.tables])
         self.labels = None if label is None else self._labels(label)
         self.locks = [Lock() for _ in files]  # a table is read by one thread at a time
         self.kept: OrderedDict[int, Any] = OrderedDict()  # groups, the last used at the end

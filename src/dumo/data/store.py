@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dumo.data.pixel import Unreadable
 from dumo.io import digest
+from dumo.io.content import Files, State
 from dumo.types import UserError
 
 # Names of the parts of a data set, as they stand in names of folders and files.
@@ -45,6 +46,11 @@ class Store(Protocol):
         ...
 
     @property
+    def within(self) -> Files:
+        """The files that the images lie in, as they were when it was opened."""
+        ...
+
+    @property
     def labels(self) -> Labels | None:
         """None where there are none, or they are not read."""
         ...
@@ -61,21 +67,21 @@ class Store(Protocol):
 
 
 class Folder:
-    """Files, given with their sizes, in the order of their names.
+    """Files, given with their states, in the order of their names.
 
     The class is the folder below the deepest one that holds them all, numbered in the order of its name, however deep
     the files lie in it. Raises UserError where a split must be chosen, or some files are in no class.
     """
 
-    def __init__(self, root: Path, sizes: Mapping[str, int], *, split: str | None, labelled: bool) -> None:
-        files = list(sizes)
+    def __init__(self, root: Path, states: Mapping[str, State], *, split: str | None, labelled: bool) -> None:
+        files = list(states)
         if split is not None:
             files = in_split(root, split, [f for f in files if split in Path(f).relative_to(root).parts[:-1]])
         above = os.path.commonpath([os.path.dirname(file) for file in files])
         tops = [_top(file, above) for file in files]
         if split is None and len(found := set(tops)) > 1 and found <= SPLITS:
             raise UserError(f"{above} holds the splits {some(found)}: choose one with data.split")
-        self.files, self.sizes = files, sizes
+        self.files, self.within = files, Files.of(files, [states[file] for file in files])
         self.labels = _labels(above, tops) if labelled else None
 
     def __len__(self) -> int:
@@ -83,8 +89,8 @@ class Folder:
 
     def fingerprint(self) -> str:
         """Of the files' names below the folder that holds them all, and of their sizes when that was opened."""
-        above = os.path.commonpath([os.path.dirname(file) for file in self.files])
-        return digest.short(*(f"{file[len(above) :]} {self.sizes[file]}" for file in self.files))
+        above, sizes = len(self.within.above), self.within.states[:, 0].tolist()
+        return digest.short(*(f"{file[above:]} {size}" for file, size in zip(self.files, sizes, strict=True)))
 
     def path(self, i: int) -> str:
         """The file."""
@@ -95,18 +101,28 @@ class Folder:
         return read_regular(self.files[i])
 
 
-def walk(root: Path) -> dict[str, int]:
-    """All files under `root`, or itself, with their sizes; by name, hidden ones left out, links followed.
+def walk(root: Path) -> dict[str, State]:
+    """All files under `root`, or itself, with their states; by name, hidden ones left out, links followed.
 
     A link to nowhere has size -1. Raises UserError where there is nothing, or a link leads to a folder above it.
     """
     if root.is_dir():
-        found: dict[str, int] = {}
+        found: dict[str, State] = {}
         _enter(str(root), frozenset(), found)
         return found
     if not root.exists():
         raise UserError(f"there is no folder or file {root}: set data.root to where the images are")
-    return {str(root): root.stat().st_size}
+    return {str(root): state_of(root.stat())}
+
+
+def state_of(about: os.stat_result) -> State:
+    """By what a file is known again."""
+    return about.st_size, about.st_mtime_ns, about.st_ino
+
+
+def states_of(files: Sequence[str]) -> list[State]:
+    """The same of some files. Raises OSError where one is not there."""
+    return [state_of(os.stat(file)) for file in files]
 
 
 def read_regular(file: str) -> bytes:
@@ -174,7 +190,7 @@ def some(items: Iterable[str]) -> str:
     return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
 
 
-def _enter(folder: str, above: frozenset[tuple[int, int]], found: dict[str, int]) -> None:
+def _enter(folder: str, above: frozenset[tuple[int, int]], found: dict[str, State]) -> None:
     own = os.stat(folder)
     if (here := (own.st_dev, own.st_ino)) in above:
         raise UserError(f"{folder} is a link to a folder that holds it, so it never ends: remove the link")
@@ -184,12 +200,12 @@ def _enter(folder: str, above: frozenset[tuple[int, int]], found: dict[str, int]
         try:
             about = os.stat(entry.path)
         except OSError:  # a link to nowhere, or to itself: reading it says so
-            found[entry.path] = -1
+            found[entry.path] = (-1, 0, 0)
             continue
         if stat.S_ISDIR(about.st_mode):
             _enter(entry.path, above | {here}, found)
         else:
-            found[entry.path] = about.st_size
+            found[entry.path] = (about.st_size, about.st_mtime_ns, about.st_ino)
 
 
 def _tokens(root: Path, file: str) -> list[str]:

@@ -21,15 +21,15 @@ from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import safetensors.torch
 import torch
 from jaxtyping import Int64, UInt8
 from torch import Tensor
 
 from dumo.data.pixel import SUFFIXES, Unreadable
-from dumo.data.store import Labels, counted, require_small
-from dumo.io import digest, weights
+from dumo.data.store import Labels, counted, require_small, states_of
+from dumo.io import digest, note
 from dumo.io import file as files
+from dumo.io.content import Files
 from dumo.runtime import signals
 from dumo.runtime.progress import late
 from dumo.types import UserError
@@ -64,10 +64,6 @@ class Scan:
         """The same, not mapped."""
         return Scan(self.members.clone(), self.names.clone(), self.wrong)
 
-    def digest(self) -> str:
-        """Of all there is."""
-        return digest.short(digest.of_tensor(self.members), digest.of_tensor(self.names), self.wrong)
-
 
 class Tar:
     """The images of some archives, in their order there, to be read at random.
@@ -83,6 +79,7 @@ class Tar:
                 self.scans.append(look(file) if k < MAPPED else look(file).copy())
                 tick(k + 1, "")
         self.ends = list(accumulate(map(len, self.scans)))
+        self.within = Files.of(archives, states_of(archives), [*map(len, self.scans)])
         self.labels = self._labels() if labelled else None
 
     def __len__(self) -> int:
@@ -152,42 +149,35 @@ def look(file: str) -> Scan:
     about = os.stat(file)
     state = f"{about.st_size} {about.st_mtime_ns}"
     folder, name = os.path.split(os.path.abspath(file))
-    notes = [place / f"{name}.safetensors" for place in files.places(Path(folder), NAME)]
-    for note in notes:
-        if found := read(note, state):
+    places = [place / f"{name}.safetensors" for place in files.places(Path(folder), NAME)]
+    for place in places:
+        if found := read(place, state):
             return found
-    note = next(filter(files.writable, notes), None)
-    if note is None:
+    if (place := note.best(places)) is None:
         return scan(file)
-    with files.locked(note.with_name(f"{note.name}.lock")):
-        if found := read(note, state):  # another process was quicker
+    with note.held(place):
+        if found := read(place, state):  # another process was quicker
             return found
         found = scan(file)
         try:
-            write(note, found, state)
+            write(place, found, state)
         except OSError as error:
-            what = f"{note.parent} cannot be written ({error.strerror})"
+            what = f"{place.parent} cannot be written ({error.strerror})"
             warnings.warn(f"{what}: the next start looks again", stacklevel=2)
-        return read(note, state) or found  # what was read is mapped
+        return read(place, state) or found  # what was read is mapped
 
 
-def read(note: Path, state: str) -> Scan | None:
-    """What was noted of an archive in this state; None where nothing was, or it is not as it was written."""
-    try:
-        tensors, about = weights.read(note)
-        noted, sha256, wrong = json.loads(about["archive"])
-        found = Scan(tensors["members"], tensors["names"], wrong)
-        same = (noted, sha256) == (state, found.digest())
-    except Exception:  # a damaged file may raise anything in its readers
-        return None
-    return found if same else None
+def read(place: Path, state: str) -> Scan | None:
+    """What was noted of an archive in this state; None where nothing was."""
+    if noted := note.read(place):
+        tensors, (was, wrong) = noted[0], json.loads(noted[1])
+        return Scan(tensors["members"], tensors["names"], wrong) if was == state else None
+    return None
 
 
-def write(note: Path, found: Scan, state: str) -> None:
-    """Note what was found, whole or not at all. Raises OSError."""
-    about = {"archive": json.dumps([state, found.digest(), found.wrong])}  # two entries would come in any order
-    tensors = {"members": found.members, "names": found.names}
-    files.write(note, safetensors.torch.save(tensors, about))
+def write(place: Path, found: Scan, state: str) -> None:
+    """Note what was found. Raises OSError."""
+    note.write(place, {"members": found.members, "names": found.names}, json.dumps([state, found.wrong]))
 
 
 def scan(file: str) -> Scan:

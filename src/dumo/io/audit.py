@@ -19,12 +19,13 @@ from pathlib import Path
 from threading import Event, Thread
 
 from dumo.io import file as files
+from dumo.io import note
 from dumo.io.table import REMAKE, Shard
 from dumo.runtime import signals
 from dumo.runtime.progress import late
 from dumo.types import UserError
 
-NAME = ".dumo-checked.json"
+NAME = ".dumo-checked.safetensors"
 SOON = 2 * 10**9  # bytes that are read through before the first batch: ours
 PIECE = 2**22  # bytes read at a time
 NOTED = 30.0  # seconds between two notes
@@ -121,20 +122,18 @@ def _known(folder: Path) -> dict[str, object]:
     """The states of the shards that were found whole, by all notes there are."""
     known: dict[str, object] = {}
     for place in files.places(folder, NAME):
-        try:
-            known |= json.loads(place.read_bytes())
-        except (OSError, ValueError, TypeError):
-            continue
+        if found := note.read(place):
+            known |= json.loads(found[1])
     return known
 
 
 def _note(folder: Path, whole: dict[str, State]) -> dict[str, State]:
     """Note shards that were found whole, with those that others noted; where that is not allowed, do not."""
-    place = next(filter(files.writable, files.places(folder, NAME)), None)
+    place = note.best(files.places(folder, NAME))
     if whole and place:
         try:
-            with files.locked(place.with_name(f"{place.name}.lock")):
-                files.write(place, json.dumps(_known(folder) | whole).encode())
+            with note.held(place):
+                note.write(place, {}, json.dumps(_known(folder) | whole))
         except OSError:
             pass
     return {}

@@ -72,6 +72,7 @@ class Shard(Spec):
     rows: int
     size: int  # bytes
     sha256: str
+    of: str = Field(default="", exclude_if=not_)  # a hash of what its rows were made of, where that is known
 
     def fault(self, folder: Path, *, deep: bool) -> str | None:
         """What is wrong with the file, if anything is; its checksum is compared only if `deep`."""
@@ -235,15 +236,16 @@ def make(
     *,
     rank: int = 0,
     world: int = 1,
+    of: Callable[[int], str] = lambda number: "",
     others: Mapping[str, bytes] | None = None,
     tick: Tick = lambda done, note: None,
 ) -> Done:
     """Make those of this rank's shards that are not there, or damaged.
 
-    `shard` gives the tensors of a number, and calls back with the number of rows of the source that it has read.
-    `others` are other files of the folder, by name. Raises UserError where the folder holds something else, or a shard
-    has changed and is not to be repaired; OSError where the disk is full, or nothing can be written; and as `shard`.
-    Finished shards are kept.
+    `shard` gives the tensors of a number, and calls back with the number of rows of the source that it has read; `of`
+    then gives a hash of what they were made of. `others` are other files of the folder, by name. Raises UserError where
+    the folder holds something else, or a shard has changed and is not to be repaired; OSError where the disk is full,
+    or nothing can be written; and as `shard`. Finished shards are kept.
     """
     files.check_writable(folder)
     claim(folder, index, rank)
@@ -260,7 +262,7 @@ def make(
         if note is None:
             tensors = shard(number, lambda behind, done=done, title=title: tick(done + behind, title))
             claim(folder, index, rank)  # raises where another took the folder, as long as it was empty
-            store(folder, number, tensors, rank)
+            store(folder, number, tensors, rank, of(number))
             made += 1
         done += len(index.span(number))
         tick(done, title)
@@ -317,11 +319,11 @@ def dump(index: Index) -> bytes:
     return (index.model_dump_json(indent=1) + "\n").encode()
 
 
-def store(folder: Path, number: int, tensors: Tensors, rank: int) -> None:
+def store(folder: Path, number: int, tensors: Tensors, rank: int, of: str) -> None:
     """Write a shard, then its note."""
     data, file = safetensors.torch.save(dict(tensors)), f"{stem(number)}.safetensors"
     rows = len(next(iter(tensors.values())))
-    note = Shard(file=file, rows=rows, size=len(data), sha256=digest.of_bytes(data))
+    note = Shard(file=file, rows=rows, size=len(data), sha256=digest.of_bytes(data), of=of)
     files.write(folder / file, data, writer=rank, durable=True)
     files.write(folder / f"{stem(number)}.json", note.model_dump_json().encode(), writer=rank, durable=True)
 

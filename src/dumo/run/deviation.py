@@ -17,14 +17,15 @@ def measure(source: Source) -> float:
     return x.double().std().item()
 
 
-def note(folder: Path, source: Source, fingerprint: str | None = None) -> float:
-    """The deviation in the folder; it is measured and written if there is none, or for data of another fingerprint.
+def note(folder: Path, source: Source, fingerprint: str | None = None, *, anew: bool = False) -> float:
+    """The deviation in the folder; measured and written if there is none, `anew`, or for data of another fingerprint.
 
     `fingerprint` is the source's, if it has one. Only one process may call it.
     """
     there = _read(folder)
     if (
         there is None
+        or anew
         or there["sd"] is None
         or (fingerprint is not None and there.get("fingerprint", fingerprint) != fingerprint)
     ):

@@ -117,19 +117,24 @@ def encode(
     part: tuple[int, int] = (0, 1),
     device: str = "auto",
     bar: Bar = no_bar,
+    verify: bool = False,
     **options: object,
 ) -> Made:
     """Make shards k, k + n, k + 2 n ... of the cache, `part` being (k, n), with mirrored images where data are flipped.
 
-    `options` are fields of the `Plan`: store, dtype, shard_rows, seed. Raises UserError as opening the images or the
-    codec does, for an option that is none, and where the folder holds something else.
+    `verify`: all images are hashed first, whatever is noted of them. `options` are fields of the `Plan`: store,
+    dtype, shard_rows, seed. Raises UserError as opening the images or the codec does, for an option that is none, and
+    where the folder holds something else, or what was made of other images.
     """
     (rank, world), images = part, data.images
     opened, album = data.codec.open(dist.device(device)), data.rows()
+    if verify:
+        album.hashes.forget()
+        album.hashes.hash(range(len(album)))
     numbered = isinstance(data.captions, Files)
     tree = {
         "source": " ".join(word for word in (images.root, images.split) if word),
-        "fingerprint": album.fingerprint(),
+        "fingerprint": album.hashes.title(),
         "resolution": images.side,
         "crop": images.crop,
         "classes": images.labels,

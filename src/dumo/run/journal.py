@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from dumo.io.content import Hashes
 from dumo.io.source import Source
-from dumo.run import average, deviation
+from dumo.run import average, content, deviation
 from dumo.run.config.change import shown
 from dumo.run.config.load import changes
 from dumo.run.config.source import Noted
@@ -25,7 +26,6 @@ from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.spec import Train
 from dumo.training.state import State
 from dumo.training.step import Record
-from dumo.types import UserError
 
 MINUTE = 60.0
 PROGRAMS = ("dumo", "torch")  # whose versions change what a step computes
@@ -41,6 +41,7 @@ class Journal:
     device: torch.device
     source: Source | Coupled
     tell: Callable[[str], None]
+    hashes: Hashes | None = None  # of the data
     saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was
 
     @property
@@ -115,7 +116,7 @@ class Journal:
     def save(self, state: State) -> None:
         """A checkpoint of this step; the log up to it is on the disk before."""
         agreement.main(lambda: log.flush(self.folder / "metrics.jsonl"))
-        checkpoint.save(self.folder / "checkpoints", state, self.run.train.keep)
+        checkpoint.save(self.folder / "checkpoints", state, self.run.train.keep, content.seen(self.hashes))
         self.saved = time.monotonic()
 
     def examine(self, state: State) -> None:
@@ -166,22 +167,33 @@ class History:
     fingerprint: str | None  # of the data now
     changed: Sequence[Noted]
     versions: dict[str, str]  # that wrote the checkpoint
+    anew: bool = False  # whether the data are others
 
     @classmethod
     def of(
-        cls, run: Run, folder: Path, source: Source, step: int, last: Path | None, *, new_data: bool = False
+        cls,
+        run: Run,
+        folder: Path,
+        source: Source,
+        step: int,
+        last: Path | None,
+        *,
+        new_data: bool = False,
+        change: content.Change | None = None,
     ) -> "History":
-        """Look, and write nothing. Raises UserError if the data have changed, and may not (`new_data`)."""
+        """Look, and write nothing. Raises UserError if the data have changed, and may not (`new_data`).
+
+        `change`: how their content has.
+        """
         was, now, changed = deviation.fingerprint(folder), source.fingerprint(), changes(folder, run, step)
         if last and was is not None and was != now:
             if not new_data:
-                raise UserError(
-                    f"{folder}: the data are not those that it was trained on (fingerprint {was} in {deviation.FILE}, "
-                    f"{now} now): put them back as they were, give another folder with --out, or go on with these by "
-                    "--new-data"
-                )
-            changed = [*changed, Noted(step=step, field="data", was=was, now=now)]
-        return cls(run, folder, source, step, now, changed, manifest.read(last).versions if last else {})
+                raise content.refusal(folder, f"fingerprint {was} in {deviation.FILE}, {now} now")
+            change = content.Change(was, str(now))
+        if change:
+            changed = [*changed, Noted(step=step, field="data", was=change.was, now=change.now)]
+        versions = manifest.read(last).versions if last else {}
+        return cls(run, folder, source, step, now, changed, versions, change is not None)
 
     def write(self, *, anew: bool = False) -> Iterator[str]:
         """Bring the folder to this state, and yield what there is to say of it, in lines.
@@ -202,7 +214,7 @@ class History:
         for first, last in log.gaps(log.read_log(file), self.run.train.log_every):
             yield f"{file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
         note(self.run, self.folder, self.changed)
-        deviation.note(self.folder, self.source, self.fingerprint)
+        deviation.note(self.folder, self.source, self.fingerprint, anew=self.anew)
         for one in self.changed:
             if one.step == self.step:
                 yield f"from step {self.step:,} on {one.field} is {shown(one.now)}, and was {shown(one.was)}"

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,10 +19,11 @@ from dumo.evaluation.word import method
 from dumo.flow.draw import Draws
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.slope import CentralSlope, DualSlope
+from dumo.io.content import hashes_of
 from dumo.io.source import Source
 from dumo.nets.dualized import Dualized
 from dumo.objectives import Objective
-from dumo.run import deviation, encode, teacher
+from dumo.run import content, deviation, encode, teacher
 from dumo.run.config.advice import advice
 from dumo.run.config.check import check_pieces
 from dumo.run.config.resolve import resolve
@@ -51,17 +53,18 @@ def train(
     tell: Callable[[str], None] | None = None,
     step: int | None = None,
     new_data: bool = False,
+    verify: bool = False,
     hooks: Sequence[loop.Every] = (),
 ) -> State:
     """Train, or go on where the folder's last checkpoint stands, or that of `step`. Returns the state at the end.
 
     Under torchrun the ranks share the work, each with a part of every batch; every rank must call it, and rank 0 alone
-    writes and tells. `hooks` are called after dumo's own, on every rank. `tell` hears, before the first step, what is
-    trained on what (`outlook`), and what is not as its sources have it, or not as it was; then of steps that are
-    skipped. Raises UserError if the run does not fit the ranks, the folder holds another run or another process trains
-    there, the data have changed (and no `new_data` says that they may), or if the slope fails its examination, before
-    the first step or on the weights that would be saved first; Diverged if the loss is no longer a number; Stopped,
-    once a checkpoint is saved, if a signal asked for it.
+    writes and tells. `hooks` are called after dumo's own, on every rank. `verify`: all images are hashed first.
+    `tell` hears, before the first step, what is trained on what (`outlook`), and what is not as its sources have it, or
+    not as it was; then of steps that are skipped. Raises UserError if the run does not fit the ranks, the folder holds
+    another run or another process trains there, the data have changed (and no `new_data` says that they may), or if the
+    slope fails its examination, before the first step or on the weights that would be saved first; Diverged if the loss
+    is no longer a number; Stopped, once a checkpoint is saved, if a signal asked for it.
     """
     rank, ranks = dist.launched()
     run = resolve(run)
@@ -74,9 +77,8 @@ def train(
     with held(run, folder, step) if rank == 0 else nullcontext(), dist.join():
         tell = tell if rank == 0 and tell else quiet
         run = resolve(run)  # with what the first rank has made
-        return go_on(
-            run, folder, dist.device(device), no_bar if rank else bar, tell, step, new_data=new_data, hooks=hooks
-        )
+        more: dict[str, Any] = {"new_data": new_data, "verify": verify, "hooks": hooks}
+        return go_on(run, folder, dist.device(device), no_bar if rank else bar, tell, step, **more)
 
 
 def quiet(line: str) -> None:
@@ -92,6 +94,7 @@ def go_on(
     step: int | None = None,
     *,
     new_data: bool = False,
+    verify: bool = False,
     hooks: Sequence[loop.Every] = (),
 ) -> State:
     """Train in a folder that is held. Returns and raises as `train`."""
@@ -101,8 +104,13 @@ def go_on(
     meter, sheets = Meter(run.train, folder, here, count), Sheets(run, folder, tell)
     state, last = begin(run, folder, here, step)
     known = agreement.own(lambda: run.teacher and teacher.open_teacher(run.teacher, run, state, here))
+    change, hashes = content.prove(data, folder, last, new_data=new_data, verify=verify), hashes_of(data)
     history = agreement.own(
-        lambda: History.of(run, folder, data, state.step, last, new_data=new_data) if dist.is_main() else None
+        lambda: (
+            History.of(run, folder, data, state.step, last, new_data=new_data, change=change)
+            if dist.is_main()
+            else None
+        )
     )
     tell(outlook(run, folder, data.size, state.step, here))
     tell(f"objective: {method(run.objective)}")
@@ -121,7 +129,7 @@ def go_on(
     if known:
         source = known.begin(data, points, run.path, run.data, folder, here, bar)
 
-    journal = Journal(run, folder, here, source, tell)
+    journal = Journal(run, folder, here, source, tell, hashes)
     journal.open(state)
     sheets.open(state)
     task = Task(run.objective, run.path, run.data.classes, known and known.velocity)

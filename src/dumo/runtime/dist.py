@@ -57,6 +57,14 @@ def mean(x: Tensor) -> Tensor:
     return total / world()
 
 
+def largest(x: Tensor) -> Tensor:
+    """The largest of x over ranks, on every rank; x is on the CPU. Every rank must call it, with the same shape."""
+    if world() == 1:
+        return x
+    torch.distributed.all_reduce(most := x.clone(), torch.distributed.ReduceOp.MAX)
+    return most
+
+
 def gathered(x: Tensor) -> list[Tensor]:
     """This tensor of every rank, by rank, on the CPU; first axes may differ in length. Every rank must call it.
 

@@ -1,6 +1,7 @@
 """Checkpoints: what a run needs to go on, bit for bit, in safetensors and JSON only, on any number of ranks.
 
     checkpoints/step-00001000/   net.safetensors  ema-<decay>.safetensors ...  optimizer.safetensors  state.json
+                                 data.safetensors, where it is trained on files
     milestones/step-00000200.safetensors
 
 So one process writes it. Several ranks write folders of shards instead of files: net/, ema-<decay>/ ..., optimizer/
@@ -29,23 +30,25 @@ from dumo.training.state import Diverged, State, blank, by_place, flatten
 from dumo.types import UserError
 
 FIT = "resume with the spec that wrote it"  # for weights of another net
+DATA = "data.safetensors"  # of a checkpoint of a run on files: what was in them (`dumo.run.content`)
 ONE_FILE = {"format": "pt"}  # one entry: two are written in any order, so not to the same bytes
 
 
-def save(folder: Path, state: State, keep: int) -> Path:
+def save(folder: Path, state: State, keep: int, data: Mapping[str, Tensor] | None = None) -> Path:
     """Write the checkpoint of this step into `folder`, then drop old ones (`manifest.drop`); return its path.
 
-    A checkpoint of the step is left alone, or replaced if it is damaged. Every rank must call it. Raises, on all ranks,
-    Diverged if a number is not finite and UserError if the disk is full; older checkpoints then stay.
+    `data`: what it is to say of its data (DATA), the same on all ranks. A checkpoint of the step is left alone, or
+    replaced if it is damaged. Every rank must call it. Raises, on all ranks, Diverged if a number is not finite and
+    UserError if the disk is full; older checkpoints then stay.
     """
     target = folder / f"step-{state.step:08d}"
     if not agreement.main(target.exists) or manifest.fault(target, together=True):
         tensors = parts(state)
         if wrong := not_finite(tensors):
             raise Diverged(f"step {state.step}: {wrong} is not finite, so no checkpoint is written of it.")
-        size = sum(tensor.nbytes for named in tensors.values() for tensor in named.values())
+        size = sum(tensor.nbytes for named in (*tensors.values(), data or {}) for tensor in named.values())
         with made(target, "checkpoint", state.step, size) as temp:
-            write(temp, state, tensors)
+            write(temp, state, tensors, data or {})
         agreement.main(lambda: manifest.remember(target))
     agreement.main(lambda: drop(folder, state.step, keep))
     return target
@@ -185,9 +188,11 @@ def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     return next((answer for answer in answers if answer), None)
 
 
-def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]], data: Mapping[str, Tensor]) -> None:
     """Write each part as a file, or as a folder of shards, and `state.json` last. Every rank must call it."""
     agreement.main(folder.mkdir)
+    if data and dist.is_main():
+        safetensors.torch.save_file(dict(data), folder / DATA, metadata=ONE_FILE)
     if dist.world() == 1:
         for name, named in tensors.items():
             safetensors.torch.save_file(weights.apart(named), folder / f"{name}.safetensors", metadata=ONE_FILE)
@@ -197,7 +202,7 @@ def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]
 
         for name, named in tensors.items():
             shards.write(folder / name, weights.apart(named, shards.part))
-        mine = sorted(folder.glob(f"*/{shards.names(dist.rank())}"))
+        mine = sorted([*folder.glob(f"*/{shards.names(dist.rank())}"), *(folder.glob(DATA) if dist.is_main() else ())])
     lists = agreement.agreed(lambda: manifest.listed(folder, mine))
     listed = {name: file for list_of_rank in lists for name, file in list_of_rank.items()}
     about = manifest.Manifest(

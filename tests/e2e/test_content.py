@@ -1,0 +1,258 @@
+"""Images are known by what is in them: another content is refused by name, whatever its size, time and name."""
+
+import io
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from autoencoder import taef2
+from dumo.io import content
+from dumo.run.config import recipes
+from dumo.run.config.source import noted
+from e2e.shell import call, refused, sets
+from unit.data.animals import archive
+from unit.data.spy import spied
+
+COUNT, SIDE = 40, 16
+NET = {"kind": "dit", "patch": 8, "width": 16, "depth": 1, "attention": 2, "time_scale": 10.0}
+CHANGED = "the data are not those that it was trained on"
+
+
+def bmp(seed: int) -> bytes:
+    """Random pixels; all are of one size."""
+    draws, out = torch.Generator().manual_seed(seed), io.BytesIO()
+    pixels = torch.randint(256, (SIDE, SIDE, 3), dtype=torch.uint8, generator=draws)
+    Image.fromarray(pixels.numpy()).save(out, "BMP")
+    return out.getvalue()
+
+
+def as_folder(root: Path, first: int) -> None:
+    for i in range(COUNT):
+        file = root / f"class{i % 2}" / f"{i:02}.bmp"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(bmp(first + i))
+
+
+def as_tar(root: Path, first: int) -> None:
+    archive(root / "a.tar", {f"{i:02}.bmp": bmp(first + i) for i in range(COUNT)})
+
+
+def as_parquet(root: Path, first: int) -> None:
+    import pyarrow as pa
+
+    root.mkdir(exist_ok=True)
+    rows = [{"image": {"bytes": bmp(first + i), "path": ""}, "label": i % 2} for i in range(COUNT)]
+    pq.write_table(pa.Table.from_pylist(rows), root / "train.parquet", compression="none", use_dictionary=False)
+
+
+FORMS: dict[str, Callable[[Path, int], None]] = {"folder": as_folder, "tar": as_tar, "parquet": as_parquet}
+
+
+def back(root: Path, times: dict[str, int]) -> None:
+    """All files again, with new inodes and these times."""
+    for file in [path for path in root.rglob("*.*") if path.is_file() and not path.name.startswith(".")]:
+        shutil.copy(file, other := file.with_name("other"))
+        os.utime(other, ns=(times[file.name],) * 2)
+        other.replace(file)
+
+
+def times(root: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in root.rglob("*.*")}
+
+
+def sizes(root: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in root.rglob("[!.]*.*")}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny run on images, which are read when they are needed; what is noted of them lies outside of where we are."""
+    (here := tmp_path / "here").mkdir()
+    monkeypatch.chdir(here)
+    tree = yaml.safe_load(recipes.text("digits"))
+    tree["data"] = {"kind": "images", "root": "../images", "side": SIDE, "crop": "none", "memory": 0.0}
+    tree["net"] = NET
+    tree["train"] |= {"steps": 2, "batch": COUNT // 2, "schedule": {"kind": "constant"}}
+    tree["evaluate"]["protocol"] = {"kind": "photos", "samples": 20}
+    (file := here / "run.yml").write_text(yaml.safe_dump(tree))
+    return file
+
+
+@pytest.fixture
+def run(recipe: Path) -> Path:
+    """It has seen all of its images, in a folder."""
+    as_folder(Path("../images"), 0)
+    assert call("train", recipe, "--out", "run").code == 0
+    return Path("run")
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The items that are hashed from here on."""
+    return spied(monkeypatch, content.Hashes, "_hash", lambda hashes, i, data: i)
+
+
+LONGER = sets("train.steps=3")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("memory", ["data.memory=0", "data.memory=2"])
+def test_other_content_of_equal_size_is_refused_before_a_step(form: str, memory: str, recipe: Path) -> None:
+    FORMS[form](root := Path("../images"), 0)
+    assert call("train", recipe, "--out", "run", *sets(memory)).code == 0
+    before = sizes(root)
+    FORMS[form](root, 100)
+    assert sizes(root) == before
+    name = {"folder": "class0/00.bmp", "tar": "a.tar member 00.bmp", "parquet": "train.parquet row 0"}[form]
+    refused("train", "run", *LONGER, named=(CHANGED, f"{root / name}, ", "and 37 more changed", "--new-data"))
+
+
+def test_the_same_time_and_another_inode_is_refused_as_it_is_read(run: Path, hashed: list[int]) -> None:
+    was = times(root := Path("../images"))
+    as_folder(root, 100)
+    back(root, was)
+    done = call("train", run, *LONGER)
+    assert (done.code, "is not what it was when run was trained on it" in done.err) == (2, True)
+    assert len(hashed) < COUNT
+    refused("train", run, *LONGER, named=(CHANGED, "changed"))  # now it is known
+
+
+def test_only_verify_sees_a_change_that_hides(run: Path) -> None:
+    """In place, of the same size, with its time set back."""
+    file = Path("../images/class0/00.bmp")
+    was = file.stat().st_mtime_ns
+    file.write_bytes(bmp(100))
+    os.utime(file, ns=(was, was))
+    assert call("train", run, *LONGER).code == 0
+    refused("train", run, *sets("train.steps=4"), "--verify", named=(CHANGED, f"{file} changed"))
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "rename"])
+def test_images_that_come_and_go_are_named(change: str, run: Path) -> None:
+    file, new = Path("../images/class0/00.bmp"), Path("../images/class0/new.bmp")
+    if change == "rename":
+        file.rename(new)
+    elif change == "add":
+        new.write_bytes(bmp(1))
+    else:
+        file.unlink()
+    said = {"add": "class0/new.bmp new", "remove": "class0/00.bmp gone"}
+    said["rename"] = f"{said['remove']}, {said['add']}"
+    refused("train", run, *LONGER, named=(CHANGED, f"images are {said[change]}"))
+
+
+def test_the_same_content_goes_on(run: Path, hashed: list[int]) -> None:
+    """Untouched nothing is hashed; touched or copied, what is needed, once."""
+    for k, change in enumerate(("none", "touch", "none", "copy", "forgotten", "none"), 3):
+        hashed.clear()
+        if change == "touch":
+            for file in Path("../images").rglob("*.bmp"):
+                file.touch()
+        elif change == "copy":
+            shutil.copytree("../images", "copy")
+            shutil.rmtree("../images")
+            Path("copy").rename("../images")
+        elif change == "forgotten":
+            Path("../images", content.NAME).unlink()
+        assert call("train", run, *sets(f"train.steps={2 * k}")).code == 0
+        assert len(hashed) == (0 if change == "none" else COUNT), change
+    assert noted(run) == []
+
+
+def test_new_data_are_noted(run: Path) -> None:
+    as_folder(Path("../images"), 100)
+    done = call("train", run, *LONGER, "--new-data")
+    assert (done.code, "from step 2 on data is" in done.err) == (0, True)
+    assert [one.field for one in noted(run)] == ["data"]
+    assert call("train", run, *sets("train.steps=5")).code == 0
+    as_folder(Path("../images"), 0)
+    refused("train", run, *sets("train.steps=6"), named=(CHANGED,))
+
+
+def test_a_teacher_s_pairs_are_not_trained_on_after_a_swap(run: Path) -> None:
+    """What they were made for has changed."""
+    words = sets("teacher.kind=run", "teacher.source=run", "teacher.pairs.count=16", "data.memory=2")
+    done = call("train", "run.yml", "--out", "pupil", *words)
+    assert done.code == 0, done.err
+    as_folder(Path("../images"), 100)
+    refused("train", "pupil", *LONGER, named=(CHANGED, "class0/00.bmp"))
+
+
+@pytest.fixture
+def latents(recipe: Path) -> Path:
+    """The same of latents, and their cache, of two shards by two parts, the second not made yet."""
+    tree = yaml.safe_load(recipe.read_text())
+    images = tree["data"]
+    del images["memory"]
+    codec = {"kind": "taef2", "weights": str(taef2(Path("taef2.safetensors").absolute()))}
+    tree["data"] = {"kind": "latents", "root": "../cache", "images": images, "codec": codec}
+    tree["net"] = NET | {"patch": 1}
+    recipe.write_text(yaml.safe_dump(tree))
+    as_folder(Path("../images"), 0)
+    assert call(*encode(), "--part", "0/2").code == 0
+    return Path("../cache")
+
+
+def encode(*words: object) -> tuple[object, ...]:
+    return ("encode", "run.yml", "--shard-rows", COUNT // 2, *words)
+
+
+SWAPPED = ("shard-00000.safetensors was made of another ../images/class0/00.bmp than is here, and 19 more are others",)
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_a_cache_of_two_data_sets_is_not_made(same: bool, latents: Path) -> None:
+    """With new times, or with new inodes alone: the second part sees what the first was made of."""
+    was = times(root := Path("../images"))
+    as_folder(root, 100)
+    if same:
+        back(root, was)
+    refused(*encode("--part", "1/2"), named=SWAPPED)
+    as_folder(root, 0)
+    assert "0 shards" not in call(*encode("--part", "1/2")).out
+    as_folder(root, 100)
+    for words in (encode(), ("train", "run.yml", "--out", "new")):
+        refused(*words, named=(SWAPPED[0].replace("19", "39"), "encode into another folder"))
+    assert not Path("new").exists()
+
+
+def test_a_cache_stands_for_its_images(latents: Path, hashed: list[int]) -> None:
+    """A run goes on with the same ones touched, without them, and not with others: nor is it judged by these."""
+    assert call(*encode()).code == 0
+    assert call("train", "run.yml", "--out", "run").code == 0
+    assert len(hashed) == COUNT // 2
+    for file in Path("../images").rglob("*.bmp"):
+        file.touch()
+    assert call("train", "run", *LONGER).code == 0
+    assert len(hashed) == COUNT // 2 + COUNT
+    Path("../images").rename("gone")
+    assert call("train", "run", *sets("train.steps=4")).code == 0
+    Path("gone").rename("../images")
+    file = Path("../images/class0/00.bmp")
+    was = file.stat().st_mtime_ns
+    file.write_bytes(bmp(100))
+    os.utime(file, ns=(was, was))
+    refused("train", "run", *sets("train.steps=5"), "--verify", named=(f"another {file} than",))
+    refused("evaluate", "run", "--nfe", 1, named=(f"another {file} than",))
+    file.unlink()
+    refused("train", "run", *sets("train.steps=5"), named=("class0/00.bmp gone",))
+
+
+@pytest.mark.filterwarnings("ignore:1 of 41 images cannot be read")
+def test_an_image_that_was_left_out_is_not_missed(latents: Path) -> None:
+    shutil.rmtree(latents)
+    (bad := Path("../images/class0/bad.bmp")).write_bytes(b"BM")
+    skip = sets("data.images.on_bad=skip")
+    for _ in range(2):
+        done = call(*encode(), *skip)
+        assert (done.code, "40 images (1 could not be read)" in done.out) == (0, True)
+    (file := Path("../images/class1/01.bmp")).write_bytes(bmp(100))
+    refused(*encode(), *skip, named=(f"shard-00001.safetensors was made of another {file} than",))
+    assert bad.exists()
