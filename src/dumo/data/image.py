@@ -25,7 +25,7 @@ from dumo.data.written import captions_of
 from dumo.encoders.caption import Captions
 from dumo.io.read import user_path
 from dumo.runtime.bound import CLASSES, GIGABYTES, PIXELS
-from dumo.types import FREE, Spec, UserError
+from dumo.types import FREE, PLACE, Spec, UserError
 
 FORMS = {".parquet": "parquet", ".tar": "tar"}
 GIGABYTE = 1e9
@@ -39,7 +39,9 @@ class Images(Spec):
     """
 
     kind: Literal["images"] = "images"
-    root: str  # a folder or a file; may begin with ~ and hold $NAMES of environment variables
+    root: str = Field(
+        json_schema_extra=PLACE
+    )  # a folder or a file; may begin with ~ and hold $NAMES of environment variables
     side: int = Field(ge=1, le=PIXELS)  # pixels
     crop: Crop = "adm"  # adm: as the ImageNet references were made; smaller images are enlarged, bicubically
     flip: bool = False  # mirror half of the images of a batch

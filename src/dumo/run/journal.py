@@ -13,10 +13,10 @@ import torch
 from dumo.io.source import Source
 from dumo.run import average, deviation
 from dumo.run.config.change import shown
-from dumo.run.config.load import changes
-from dumo.run.config.source import Noted
+from dumo.run.config.load import FILE, changes, dump, identity, load
+from dumo.run.config.source import Noted, noted
 from dumo.run.config.spec import Run
-from dumo.run.folder import note
+from dumo.run.folder import Kept, note
 from dumo.run.plan import doctor
 from dumo.run.teacher import Coupled
 from dumo.runtime import dist, signals
@@ -41,6 +41,7 @@ class Journal:
     device: torch.device
     source: Source | Coupled
     tell: Callable[[str], None]
+    text: str = ""  # the run as its checkpoints hold it; of the main rank
     saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was
 
     @property
@@ -97,9 +98,9 @@ class Journal:
     def mark(self, state: State, record: Record | None = None) -> None:
         """The weights that are shown, at a milestone; averages by a power, where a snapshot is due."""
         if state.step in self.run.train.milestones:
-            checkpoint.mark(self.folder / "milestones", state)
+            checkpoint.mark(self.folder / "milestones", state, identity(self.run))
         if self.run.train.snaps(state.step):
-            average.keep(self.folder, state)
+            average.keep(self.folder, state, identity(self.run))
 
     def keep(self, state: State, record: Record) -> None:
         """A checkpoint, where one is due by step or clock, where the run is asked to stop, and at the end.
@@ -115,7 +116,7 @@ class Journal:
     def save(self, state: State) -> None:
         """A checkpoint of this step; the log up to it is on the disk before."""
         agreement.main(lambda: log.flush(self.folder / "metrics.jsonl"))
-        checkpoint.save(self.folder / "checkpoints", state, self.run.train.keep)
+        checkpoint.save(self.folder / "checkpoints", state, self.run.train.keep, self.text)
         self.saved = time.monotonic()
 
     def examine(self, state: State) -> None:
@@ -155,6 +156,19 @@ def started() -> list[str]:
     return ["dumo"] if dist.world() == 1 else ["torchrun", "--nproc-per-node", each, "-m", "dumo"]
 
 
+def before_step(folder: Path, last: Path | None) -> tuple[Run, list[Noted]] | None:
+    """The run that the steps up to a checkpoint were of, and what had changed in it; None: none was written down.
+
+    The checkpoint says so; one from before they did leaves it to run.yaml.
+    """
+    if not (folder / FILE).is_file():
+        return None
+    past, kept = noted(folder), Kept.of(last) if last else None
+    if kept is None:
+        return load(str(folder)), past
+    return kept.run, [*kept.past, *(one for one in past if one.of_data and one.step >= kept.step)]
+
+
 @dataclass(frozen=True)
 class History:
     """What of a folder's run has changed when it goes on after `step`; made and written by one process alone."""
@@ -166,22 +180,26 @@ class History:
     fingerprint: str | None  # of the data now
     changed: Sequence[Noted]
     versions: dict[str, str]  # that wrote the checkpoint
+    was: Train | None  # how it was trained up to it; None: it begins
 
     @classmethod
     def of(
-        cls, run: Run, folder: Path, source: Source, step: int, last: Path | None, *, new_data: bool = False
+        cls, run: Run, folder: Path, source: Source, step: int, last: Path | None, *, accept: bool = False
     ) -> "History":
-        """Look, and write nothing. Raises UserError if the data have changed, and may not (`new_data`)."""
-        was, now, changed = deviation.fingerprint(folder), source.fingerprint(), changes(folder, run, step)
+        """Look, and write nothing. Raises UserError if the data have changed, and that is not accepted (`accept`)."""
+        was, now = deviation.fingerprint(folder), source.fingerprint()
+        before = before_step(folder, last)
+        changed = changes(*before, run, step) if before else []
         if last and was is not None and was != now:
-            if not new_data:
+            if not accept:
                 raise UserError(
                     f"{folder}: the data are not those that it was trained on (fingerprint {was} in {deviation.FILE}, "
                     f"{now} now): put them back as they were, give another folder with --out, or go on with these by "
-                    "--new-data"
+                    "--accept"
                 )
-            changed = [*changed, Noted(step=step, field="data", was=was, now=now)]
-        return cls(run, folder, source, step, now, changed, manifest.read(last).versions if last else {})
+            changed = [*changed, Noted(step=step, field="data", was=was, now=now, accepted=True)]
+        train = before[0].train if before and last else None
+        return cls(run, folder, source, step, now, changed, manifest.read(last).versions if last else {}, train)
 
     def write(self, *, anew: bool = False) -> Iterator[str]:
         """Bring the folder to this state, and yield what there is to say of it, in lines.
@@ -206,6 +224,17 @@ class History:
         for one in self.changed:
             if one.step == self.step:
                 yield f"from step {self.step:,} on {one.field} is {shown(one.now)}, and was {shown(one.was)}"
+        if (
+            self.was
+            and self.was.schedule == self.run.train.schedule
+            and self.was.stretched(self.run.train.steps, self.step)
+        ):
+            now, was = self.run.train.steps, self.was.steps
+            length = "shorter" if was < now else "longer"
+            yield (
+                f"train.steps is {now:,}, and was {was:,}: the rates of the {self.step:,} steps already done were those "
+                f"of the {length} {self.was.schedule.kind} schedule"
+            )
         here = dist.versions()
         for name in PROGRAMS:
             if (then := self.versions.get(name, here[name])) != here[name]:

@@ -24,7 +24,8 @@ from dumo.objectives import Objective
 from dumo.run import deviation, encode, teacher
 from dumo.run.config.advice import advice
 from dumo.run.config.check import check_pieces
-from dumo.run.config.resolve import resolve
+from dumo.run.config.load import FILE, dump, load
+from dumo.run.config.resolve import pinned, placed, resolve
 from dumo.run.config.spec import Run
 from dumo.run.folder import begin, held
 from dumo.run.journal import History, Journal, way_back
@@ -50,7 +51,7 @@ def train(
     bar: Bar = no_bar,
     tell: Callable[[str], None] | None = None,
     step: int | None = None,
-    new_data: bool = False,
+    accept: bool = False,
     hooks: Sequence[loop.Every] = (),
 ) -> State:
     """Train, or go on where the folder's last checkpoint stands, or that of `step`. Returns the state at the end.
@@ -59,24 +60,23 @@ def train(
     writes and tells. `hooks` are called after dumo's own, on every rank. `tell` hears, before the first step, what is
     trained on what (`outlook`), and what is not as its sources have it, or not as it was; then of steps that are
     skipped. Raises UserError if the run does not fit the ranks, the folder holds another run or another process trains
-    there, the data have changed (and no `new_data` says that they may), or if the slope fails its examination, before
+    there, the data have changed (and no `accept` says that they may, as may the run's fields), or if the slope fails its examination, before
     the first step or on the weights that would be saved first; Diverged if the loss is no longer a number; Stopped,
     once a checkpoint is saved, if a signal asked for it.
     """
     rank, ranks = dist.launched()
-    run = resolve(run)
+    before = load(str(folder)) if (folder / FILE).is_file() else None
+    run = resolve(placed(run, before))
     rows, share = -(-run.train.batch // ranks), share_of(run.train.share, ranks)
     run.require_room(dist.device(device), run.train.copies, rows, share)  # of a rank
     check_pieces(run.train, run.objective, ranks)
     if rank == 0:
         encode.make_tokens(run)
-    run = resolve(run)
-    with held(run, folder, step) if rank == 0 else nullcontext(), dist.join():
+    run = pinned(resolve(run), before)
+    with held(run, folder, step, accept=accept) if rank == 0 else nullcontext(), dist.join():
         tell = tell if rank == 0 and tell else quiet
         run = resolve(run)  # with what the first rank has made
-        return go_on(
-            run, folder, dist.device(device), no_bar if rank else bar, tell, step, new_data=new_data, hooks=hooks
-        )
+        return go_on(run, folder, dist.device(device), no_bar if rank else bar, tell, step, accept=accept, hooks=hooks)
 
 
 def quiet(line: str) -> None:
@@ -91,7 +91,7 @@ def go_on(
     tell: Callable[[str], None],
     step: int | None = None,
     *,
-    new_data: bool = False,
+    accept: bool = False,
     hooks: Sequence[loop.Every] = (),
 ) -> State:
     """Train in a folder that is held. Returns and raises as `train`."""
@@ -102,7 +102,7 @@ def go_on(
     state, last = begin(run, folder, here, step)
     known = agreement.own(lambda: run.teacher and teacher.open_teacher(run.teacher, run, state, here))
     history = agreement.own(
-        lambda: History.of(run, folder, data, state.step, last, new_data=new_data) if dist.is_main() else None
+        lambda: History.of(run, folder, data, state.step, last, accept=accept) if dist.is_main() else None
     )
     tell(outlook(run, folder, data.size, state.step, here))
     tell(f"objective: {method(run.objective)}")
@@ -121,7 +121,8 @@ def go_on(
     if known:
         source = known.begin(data, points, run.path, run.data, folder, here, bar)
 
-    journal = Journal(run, folder, here, source, tell)
+    text = dump(run, history.changed) if history else ""
+    journal = Journal(run, folder, here, source, tell, text)
     journal.open(state)
     task = Task(run.objective, run.path, run.data.classes, known and known.velocity)
     try:
