@@ -39,9 +39,8 @@ class Images(Spec):
     """
 
     kind: Literal["images"] = "images"
-    root: str = Field(
-        json_schema_extra=PLACE
-    )  # a folder or a file; may begin with ~ and hold $NAMES of environment variables
+    # A folder or a file; may begin with ~ and hold $NAMES of environment variables.
+    root: str = Field(json_schema_extra=PLACE)
     side: int = Field(ge=1, le=PIXELS)  # pixels
     crop: Crop = "adm"  # adm: as the ImageNet references were made; smaller images are enlarged, bicubically
     flip: bool = False  # mirror half of the images of a batch

@@ -28,9 +28,8 @@ class ClipProtocol(Protocol):
     """Images in colour or grey, decoded, by the cosine of CLIP with their captions."""
 
     kind: Literal["clip-score"]
-    model: str | None = Field(
-        default=None, json_schema_extra=PLACE
-    )  # the folder of a CLIPModel of transformers, in safetensors
+    # The folder of a CLIPModel of transformers, in safetensors.
+    model: str | None = Field(default=None, json_schema_extra=PLACE)
 
     @property
     def standard_samples(self) -> int:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from pydantic.config import JsonDict
 from torch import nn
 
 from dumo.io import digest, weights
@@ -22,7 +23,7 @@ from dumo.nets.rows import Texts, codes
 from dumo.nets.text import Text
 from dumo.runtime import install
 from dumo.runtime.bound import FACTOR
-from dumo.types import FREE, PINNED, QUIET, Needs, Spec, UserError
+from dumo.types import MAYBE_PLACE, PINNED, QUIET, Needs, Spec, UserError
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
@@ -33,6 +34,7 @@ SMALL = ("sd3-small", "sd3-digits")  # ours: for latents of CIFAR-10, and for di
 HINT = (
     f"--set net.source=... names a folder with {CONFIG} and {WEIGHTS}, as diffusers saves a transformer or a pipeline."
 )
+NAMED: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
 HEADS = ("v", "u")
 DEPTHS = (  # keys of a config: numbers of blocks
     "num_layers",
@@ -53,7 +55,7 @@ class Pretrained(Spec):
     precondition: ClassVar[Precondition] = "none"
     augment: ClassVar[int] = 0
     # The folder of a transformer, or of a pipeline; or a name in PUBLISHED or SMALL, which has no weights.
-    source: str = Field(json_schema_extra=FREE | {"where": "maybe", "names": [*PUBLISHED, *SMALL]})
+    source: str = Field(json_schema_extra=NAMED)
     weights: Literal["source", "drawn"] = "source"  # drawn: random weights for the config.json
     lora: Lora | None = None  # None: all weights are tuned
     lowpass: float | None = Field(default=10.0, gt=0, le=FACTOR)  # rad: quicker waves of time are cut; None: none are

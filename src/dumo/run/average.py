@@ -27,7 +27,7 @@ from dumo.io.weights import load as load_weights
 from dumo.run.config.load import identity, load
 from dumo.run.config.source import FILE, noted
 from dumo.run.config.spec import Run
-from dumo.run.folder import identities
+from dumo.run.origin import identities
 from dumo.training import checkpoint, frozen
 from dumo.training.ema import WIDEST, PowerEma, exponent
 from dumo.training.manifest import standing

@@ -1,12 +1,10 @@
 """A run's folder: claimed and held, gone on with where its last checkpoint stands, and opened to read."""
 
-import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from shlex import quote
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +17,12 @@ from dumo.io.weights import load as load_weights
 from dumo.nets import Net
 from dumo.nets.dualized import Dualized
 from dumo.run import published
-from dumo.run.config.load import FILE, Difference, difference, differences, dump, identity, load, undone
+from dumo.run.config.load import FILE, Difference, difference, differences, dump, load
 from dumo.run.config.resolve import require_same_code
-from dumo.run.config.source import Noted, noted
+from dumo.run.config.source import Noted
 from dumo.run.config.spec import Run
 from dumo.run.config.teacher import Start
+from dumo.run.origin import newest, require_own, require_same
 from dumo.run.sampler import Sampler
 from dumo.runtime import dist
 from dumo.training import checkpoint, frozen, manifest
@@ -36,7 +35,6 @@ from dumo.types import Spec, UserError
 LOCK = ".training.lock"  # a file that is held, and there, while the run is trained
 PRIVATE = ("heads.", "gauges.", "scalars.", "own.")  # parts of a net that an objective asks for: another may lack them
 WRITTEN = (FILE, "data.json", "metrics.jsonl")  # by training, at the top of the folder
-FUNCTION = ("data", "net", "objective", "path")  # parts of a run that say what its weights mean
 SAME = ("net.checkpoint:", "net.dropout:", "net.texts.drop:")  # fields of a net that leave it the same function
 
 
@@ -115,64 +113,6 @@ def open_weights(run: Run, folder: Path, weights: str | None, device: torch.devi
     return RunFolder(run, folder, net, step, name, file, last, listed and listed.sha256)
 
 
-@dataclass(frozen=True)
-class Kept:
-    """The run that a checkpoint holds."""
-
-    run: Run
-    past: list[Noted]  # what was changed before its step
-    name: str
-    step: int
-
-    @classmethod
-    def of(cls, place: Path) -> "Kept | None":
-        """That of a checkpoint; None, with a warning, of one from before they held any. Raises UserError if damaged."""
-        if file := manifest.run_of(place):
-            return cls(load(str(file)), noted(file), place.name, manifest.read(place).step)
-        if dist.is_main():
-            words = f"{place} was written before checkpoints held their run: {FILE} is not compared with it"
-            warnings.warn(words, stacklevel=2)
-        return None
-
-    def differs(self, run: Run, past: Sequence[Noted]) -> list[Difference]:
-        """Where a run.yaml, with its changes, is neither this run nor noted to have changed since."""
-        return [*meant(past, self.step), *differences(self.run, undone(run, past, self.step))]
-
-    def lines(self, found: Sequence[Difference]) -> list[str]:
-        """Differences in words."""
-        return [one.between(f"in checkpoint {self.name}", f"in {FILE}") for one in found]
-
-
-def meant(past: Sequence[Noted], step: int) -> list[Difference]:
-    """What was accepted later, and makes weights of this step mean another function."""
-    later = [one for one in past if one.accepted and one.step > step and one.field.split(".")[0] in FUNCTION]
-    return [Difference(one.field, one.was, one.now, may=False) for one in later if not one.of_data]
-
-
-def require_own(run: Run, folder: Path, place: Path) -> None:
-    """Raise UserError where a checkpoint, a part of one, or a milestone is of another run than the folder's run.yaml."""
-    past = noted(folder)
-    holder = next((one for one in (place, place.parent) if (one / manifest.NAME).is_file()), None)
-    if holder is None:
-        about = checkpoint.facts_of(place)
-        if about.get("run") not in (None, *identities(run, past)):
-            raise UserError(f"{place} holds weights of another run than {folder}: take others, or that run's folder")
-        lines = [str(one) for one in meant(past, checkpoint.step_of(place, run.train.steps))]
-    else:
-        kept = Kept.of(holder)
-        lines = kept.lines(kept.differs(run, past)) if kept else []
-    if lines:
-        raise UserError(
-            "\n  ".join([f"{folder / FILE} is not the run that {place} was trained by:", *lines])
-            + f"\nPut these fields back. To train on with them as they are now:  dumo train {quote(str(folder))} --accept"
-        )
-
-
-def identities(run: Run, past: Sequence[Noted]) -> set[str]:
-    """The `identity` of a run, now and before each of its changes."""
-    return {identity(run), *(identity(undone(run, past, step)) for step in {one.step for one in past if one.accepted})}
-
-
 def shown(train: Train) -> str:
     """The part of a checkpoint that is sampled and judged: the first average, or the net without any."""
     return f"ema-{train.ema[0].key}" if train.ema else "net"
@@ -189,8 +129,8 @@ def load_net(net: nn.Module, file: Path) -> nn.Module:
 def claim(run: Run, folder: Path, step: int | None = None, *, accept: bool = False) -> None:
     """See that the folder is free, or holds this run with no more steps behind it than it is to make. Writes nothing.
 
-    `step` is that of the checkpoint to go on from; None: of the last one. `accept`: fields may differ. Raises UserError,
-    with the difference if not, and where it has no checkpoint of that step.
+    `step` is that of the checkpoint to go on from; None: of the last one. `accept`: fields may differ. Raises
+    UserError, with the difference if not, and where it has no checkpoint of that step.
     """
     standing = checkpoint.standing(folder / "checkpoints")
     steps = [*standing]
@@ -200,40 +140,12 @@ def claim(run: Run, folder: Path, step: int | None = None, *, accept: bool = Fal
     if (done := max(steps, default=0) if step is None else step) > run.train.steps:
         raise UserError(f"{folder} has {done} steps behind it, so train.steps={run.train.steps} is no more to do")
     if (folder / FILE).exists():
-        require_same_code(there := load(str(folder)), folder)
+        there = load(str(folder))
         if not steps:
             require_unsaved(folder, there.train)
         require_same(there, run, folder, newest(standing, step), accept=accept)
     elif folder.is_dir() and any(path.name != LOCK and not ours(path) for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with --out")
-
-
-def newest(standing: Mapping[int, Path], step: int | None) -> Kept | None:
-    """The run that the checkpoint of `step` holds, or the last one that can be read; None: there is none."""
-    for place in reversed([path for n, path in standing.items() if step in (None, n)]):
-        with suppress(UserError):  # `begin` looks at the whole of it
-            return Kept.of(place)
-    return None
-
-
-def require_same(there: Run, run: Run, folder: Path, kept: Kept | None, *, accept: bool) -> None:
-    """Raise UserError where a folder's run.yaml is not what its checkpoint holds, or another run is asked for.
-
-    What may change is noted, as is all with `accept`.
-    """
-    before = there if kept is None else kept.run
-    code = {**there.resolved, **before.resolved}  # a run.yaml without it asks for no other code
-    require_same_code(there.model_copy(update={"resolved": code}), folder)
-    edited = [one for one in kept.differs(there, noted(folder)) if not one.may] if kept else []
-    asked = [one for one in differences(there, run) if not one.may]
-    if accept or not (edited or asked):
-        return
-    way = f"or take them as they are by --accept, which notes them in {FILE}"
-    if kept and edited:
-        lines = "\n  ".join([f"{folder / FILE} is not as it was trained:", *kept.lines(edited)])
-        raise UserError(f"{lines}\nPut these fields back, {way}")
-    lines = "\n  ".join([f"{folder} holds another run:", *map(str, asked)])
-    raise UserError(f"{lines}\nGive another folder with --out, or remove this one, {way}")
 
 
 def require_unsaved(folder: Path, train: Train) -> None:

@@ -13,10 +13,11 @@ import torch
 from dumo.io.source import Source
 from dumo.run import average, deviation
 from dumo.run.config.change import shown
-from dumo.run.config.load import FILE, changes, dump, identity, load
-from dumo.run.config.source import Noted, noted
+from dumo.run.config.load import changes, identity
+from dumo.run.config.source import Noted
 from dumo.run.config.spec import Run
-from dumo.run.folder import Kept, note
+from dumo.run.folder import note
+from dumo.run.origin import before_step
 from dumo.run.plan import doctor
 from dumo.run.teacher import Coupled
 from dumo.runtime import dist, signals
@@ -156,17 +157,11 @@ def started() -> list[str]:
     return ["dumo"] if dist.world() == 1 else ["torchrun", "--nproc-per-node", each, "-m", "dumo"]
 
 
-def before_step(folder: Path, last: Path | None) -> tuple[Run, list[Noted]] | None:
-    """The run that the steps up to a checkpoint were of, and what had changed in it; None: none was written down.
-
-    The checkpoint says so; one from before they did leaves it to run.yaml.
-    """
-    if not (folder / FILE).is_file():
-        return None
-    past, kept = noted(folder), Kept.of(last) if last else None
-    if kept is None:
-        return load(str(folder)), past
-    return kept.run, [*kept.past, *(one for one in past if one.of_data and one.step >= kept.step)]
+def stretched(was: Train, now: int, done: int) -> Iterator[str]:
+    """That the steps already done had the rates of a schedule of another length, where those of this one differ."""
+    if was.stretched(now, done):
+        other = f"the {'shorter' if was.steps < now else 'longer'} {was.schedule.kind} schedule"
+        yield f"train.steps is {now:,}, and was {was.steps:,}: the {done:,} steps already done had the rates of {other}"
 
 
 @dataclass(frozen=True)
@@ -224,17 +219,8 @@ class History:
         for one in self.changed:
             if one.step == self.step:
                 yield f"from step {self.step:,} on {one.field} is {shown(one.now)}, and was {shown(one.was)}"
-        if (
-            self.was
-            and self.was.schedule == self.run.train.schedule
-            and self.was.stretched(self.run.train.steps, self.step)
-        ):
-            now, was = self.run.train.steps, self.was.steps
-            length = "shorter" if was < now else "longer"
-            yield (
-                f"train.steps is {now:,}, and was {was:,}: the rates of the {self.step:,} steps already done were those "
-                f"of the {length} {self.was.schedule.kind} schedule"
-            )
+        if self.was and self.was.schedule == self.run.train.schedule:
+            yield from stretched(self.was, self.run.train.steps, self.step)
         here = dist.versions()
         for name in PROGRAMS:
             if (then := self.versions.get(name, here[name])) != here[name]:

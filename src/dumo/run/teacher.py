@@ -141,8 +141,8 @@ def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -
     """
     if not Path(teacher.source, RUN).is_file():
         raise UserError(
-            f"teacher.source: {teacher.source} is no run's folder (it has no {RUN}): train one there, or say where it is "
-            "with --set teacher.source=..."
+            f"teacher.source: {teacher.source} is no run's folder (it has no {RUN}): train one there, or say where "
+            "it is with --set teacher.source=..."
         )
     known = open_run(teacher.source, device=str(device))
     other, there, here = known.run, facts(known.run.data, known.run.path), facts(data, path)

@@ -60,9 +60,9 @@ def train(
     writes and tells. `hooks` are called after dumo's own, on every rank. `tell` hears, before the first step, what is
     trained on what (`outlook`), and what is not as its sources have it, or not as it was; then of steps that are
     skipped. Raises UserError if the run does not fit the ranks, the folder holds another run or another process trains
-    there, the data have changed (and no `accept` says that they may, as may the run's fields), or if the slope fails its examination, before
-    the first step or on the weights that would be saved first; Diverged if the loss is no longer a number; Stopped,
-    once a checkpoint is saved, if a signal asked for it.
+    there, its data or fields have changed (and no `accept` says that they may), or if the slope fails its examination,
+    before the first step or on the weights that would be saved first; Diverged if the loss is no longer a number;
+    Stopped, once a checkpoint is saved, if a signal asked for it.
     """
     rank, ranks = dist.launched()
     before = load(str(folder)) if (folder / FILE).is_file() else None

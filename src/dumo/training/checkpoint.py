@@ -40,8 +40,9 @@ ABOUT = "dumo"
 def save(folder: Path, state: State, keep: int, run: str = "") -> Path:
     """Write the checkpoint of this step into `folder`, then drop old ones (`manifest.drop`); return its path.
 
-    `run` is the run as text. A checkpoint of the step is left alone, or replaced if it is damaged. Every rank must call it. Raises, on all ranks,
-    Diverged if a number is not finite and UserError if the disk is full; older checkpoints then stay.
+    `run` is the run as text. A checkpoint of the step is left alone, or replaced if it is damaged. Every rank must call
+    it. Raises, on all ranks, Diverged if a number is not finite and UserError if the disk is full; older checkpoints
+    then stay.
     """
     target = folder / f"step-{state.step:08d}"
     if not agreement.main(target.exists) or manifest.fault(target, together=True):
@@ -64,8 +65,8 @@ def mark(folder: Path, state: State, run: str = "") -> Path:
 def lone(folder: Path, state: State, module: nn.Module, kind: str, run: str = "") -> Path:
     """Write the trained weights of the net, or of its average `module`, as one file of this step; return its path.
 
-    `run` is the identity of the run. Replaces an older one. Every rank must call it. Raises UserError on all ranks if the disk is full; the older file
-    then stays.
+    `run` is the identity of the run. Replaces an older one. Every rank must call it. Raises UserError on all ranks if
+    the disk is full; the older file then stays.
     """
     target = folder / f"step-{state.step:08d}.safetensors"
     named = frozen.trained(state.net, module)

@@ -91,9 +91,8 @@ def default_folder(source: str) -> Path:
 
 def dump(run: Run, changed: Sequence[Noted] = (), *, short: bool = False) -> str:
     """The complete run as YAML, or `short`ly its summary; its format first, then changes. `load` reads it back."""
-    head = {KEY: FORMAT} | (
-        {CHANGED: [one.model_dump(mode="json", exclude_defaults=True) for one in changed]} if changed else {}
-    )
+    past = [one.model_dump(mode="json", exclude_defaults=True) for one in changed]
+    head = {KEY: FORMAT} | ({CHANGED: past} if past else {})
     tree = summary(run) if short else run.model_dump(mode="json")
     found = tree.pop(RESOLVED, {})
     for field in found:

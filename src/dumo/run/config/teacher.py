@@ -59,7 +59,6 @@ class Start(Spec):
 
     # run: all that the nets share; sit: a velocity, all of it; dit: it predicts noise, so its trunk alone
     kind: Literal["run", "sit", "dit"] = "run"
-    source: str = Field(
-        json_schema_extra={"where": "maybe"}
-    )  # a run's folder; of sit and dit a safetensors file, under the names of their authors
+    # A run's folder; of sit and dit a safetensors file, under the names of their authors.
+    source: str = Field(json_schema_extra={"where": "maybe"})
     heads: dict[str, str] = Field(default_factory=dict[str, str])  # heads that begin as another of the source: {u: v}
