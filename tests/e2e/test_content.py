@@ -111,7 +111,7 @@ def test_other_content_of_equal_size_is_refused_before_a_step(form: str, memory:
     FORMS[form](root, 100)
     assert sizes(root) == before
     name = {"folder": "class0/00.bmp", "tar": "a.tar member 00.bmp", "parquet": "train.parquet row 0"}[form]
-    refused("train", "run", *LONGER, named=(CHANGED, f"{root / name}, ", "and 37 more changed", "--new-data"))
+    refused("train", "run", *LONGER, named=(CHANGED, f"{root / name}, ", "and 37 more changed", "--accept"))
 
 
 def test_the_same_time_and_another_inode_is_refused_as_it_is_read(run: Path, hashed: list[int]) -> None:
@@ -168,7 +168,7 @@ def test_the_same_content_goes_on(run: Path, hashed: list[int]) -> None:
 
 def test_new_data_are_noted(run: Path) -> None:
     as_folder(Path("../images"), 100)
-    done = call("train", run, *LONGER, "--new-data")
+    done = call("train", run, *LONGER, "--accept")
     assert (done.code, "from step 2 on data is" in done.err) == (0, True)
     assert [one.field for one in noted(run)] == ["data"]
     assert call("train", run, *sets("train.steps=5")).code == 0

@@ -78,7 +78,9 @@ def train(
         int | None,
         typer.Option("--from", metavar="STEP", min=0, help="Go on from the checkpoint of this step; later ones go."),
     ] = None,
-    new_data: Annotated[bool, typer.Option("--new-data", help="Go on though the data have changed since.")] = False,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Go on with other fields or data than it was trained by, and note them.")
+    ] = False,
     verify: Verify = False,
     minutes: Annotated[
         float | None, typer.Option(min=0.5, help="Of a folder of images: how long to train. Default: 6 on a CPU.")
@@ -106,7 +108,7 @@ def train(
     else:
         spec, folder = load(source, set_ or []), folder or default_folder(source)
     with sparing(sparing_words(spec.train, spec.net)):
-        more: dict[str, Any] = {"new_data": new_data, "verify": verify}
+        more: dict[str, Any] = {"accept": accept, "verify": verify}
         state = train.train(spec, folder, device=device, bar=bar, tell=say, step=step, **more)
     err.print(
         f"trained {state.step:,} steps on {state.images:,} images: {folder}/checkpoints",

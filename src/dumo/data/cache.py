@@ -76,7 +76,7 @@ class Contents(Plan, Index):
     def binding(self) -> dict[str, Any]:
         """All but where the codec's weights lie, for their hash is there."""
         tree = super().binding()
-        codec = {f"codec.{key}": value for key, value in tree.pop("codec").items() if key != "weights"}
+        codec = {f"codec.{key}": value for key, value in tree.pop("codec").items() if key not in ("weights", "sha256")}
         return tree | codec
 
 
@@ -104,13 +104,15 @@ def open_cache(folder: Path, codec: Codec, memory: float = 0.0, **wanted: object
 def differences(contents: Contents, codec: Codec) -> Iterator[str]:
     """A line per way in which a codec would have given another latent.
 
-    Weights are the same if they have the same name or, where the codec's are here, the same SHA-256.
+    Weights are the same if they have the same SHA-256, of a run that has begun or of a file that is here; else the same
+    name.
     """
-    here, there = (one.model_dump(exclude={"weights"}) for one in (contents.codec, codec))
+    here, there = contents.codec.facts(), codec.facts()
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             yield f"codec.{name}: {here.get(name)} in the cache, {there.get(name)} asked"
-    if here == there and codec.weights != contents.codec.weights and codec.digest() != contents.weights:
+    named = contents.weights if codec.weights == contents.codec.weights else None
+    if here == there and (codec.sha256 or named or codec.digest()) != contents.weights:
         yield f"codec.weights: {contents.codec.weights} in the cache, {codec.weights} asked, which are not the same"
 
 

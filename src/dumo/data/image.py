@@ -26,7 +26,7 @@ from dumo.encoders.caption import Captions
 from dumo.io.content import Hashes, State
 from dumo.io.read import user_path
 from dumo.runtime.bound import CLASSES, GIGABYTES, PIXELS
-from dumo.types import FREE, Spec, UserError
+from dumo.types import FREE, PLACE, Spec, UserError
 
 FORMS = {".parquet": "parquet", ".tar": "tar"}
 GIGABYTE = 1e9
@@ -40,7 +40,8 @@ class Images(Spec):
     """
 
     kind: Literal["images"] = "images"
-    root: str  # a folder or a file; may begin with ~ and hold $NAMES of environment variables
+    # A folder or a file; may begin with ~ and hold $NAMES of environment variables.
+    root: str = Field(json_schema_extra=PLACE)
     side: int = Field(ge=1, le=PIXELS)  # pixels
     crop: Crop = "adm"  # adm: as the ImageNet references were made; smaller images are enlarged, bicubically
     flip: bool = False  # mirror half of the images of a batch

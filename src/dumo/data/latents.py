@@ -29,7 +29,7 @@ from dumo.io.table import Table
 from dumo.runtime import signals
 from dumo.runtime.bound import GIGABYTES
 from dumo.runtime.random import stream
-from dumo.types import FREE, Spec, UserError
+from dumo.types import FREE, PLACE, Spec, UserError
 
 WAIT = 10.0  # seconds that training waits until the images were looked at: ours
 
@@ -38,7 +38,7 @@ class Latents(Spec):
     """Images through a codec, from a cache of them."""
 
     kind: Literal["latents"] = "latents"
-    root: str = Field(json_schema_extra=FREE)  # the cache's folder; may begin with ~ and hold $NAMES
+    root: str = Field(json_schema_extra=PLACE)  # the cache's folder; may begin with ~ and hold $NAMES
     images: Images  # what is encoded; `flip` mirrors them before the codec
     codec: Codec
     # GB of cache read at once, not mapped; ours.

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from dumo.encoders.codec import WEIGHTS, Images, Latent, Moments, Opened, Published, Scaled
+from dumo.encoders.codec import FIELD, WEIGHTS, Images, Latent, Moments, Opened, Published, Scaled
 from dumo.io.read import brief, foreign, read_settings, user_path
 from dumo.io.weights import whole_digest
 from dumo.runtime import install
 from dumo.types import UserError
 
 CONFIG = "config.json"
-HINT = f"codec.weights names a folder with {CONFIG} and {WEIGHTS}, or a model of the Hugging Face hub."
+HINT = f"--set {FIELD}=... names a folder with {CONFIG} and {WEIGHTS}, or a model of the Hugging Face hub."
 # latents_mean and latents_std, per channel, in Qwen-Image's vae/config.json and as defaults in diffusers
 QWEN_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -120,7 +120,7 @@ def _loaded(name: str, codec: Scaled) -> tuple[nn.Module, str]:
     except ImportError as error:
         raise UserError(f"{codec.about} needs diffusers: {install('diffusers')}") from error
     folder = _folder(codec.weights)
-    found = whole_digest(_weights(folder), HINT)
+    codec.require(found := whole_digest(_weights(folder), HINT))
     if (folder / CONFIG).is_file():
         read_settings(folder / CONFIG, HINT)
     with foreign(f"{folder} holds no {name} that diffusers can load", HINT):
@@ -175,7 +175,7 @@ def _latent(config: Mapping[str, Any]) -> tuple[int, int]:
 
 def _folder(name: str) -> Path:
     """The folder of a model: a path, or what the hub's client keeps of `owner/model` or `owner/model/folder`."""
-    path = user_path(name, "codec.weights")
+    path = user_path(name, FIELD)
     if path.is_dir():
         return path
     named = re.fullmatch(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([\w-]+))?", name)

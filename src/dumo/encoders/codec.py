@@ -11,19 +11,20 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from dumo.io import digest
 from dumo.io.read import user_path
 from dumo.runtime.random import keyed
-from dumo.types import Spec, UserError
+from dumo.types import MAYBE_PLACE, PINNED, Spec, UserError
 
 Images = Float[Tensor, "b 3 h w"]  # in [-1, 1]
 Moments = Float[Tensor, "b m y x"]  # m channels, or 2 m: means and standard deviations
 Latent = Float[Tensor, "b l y x"]
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"  # in a folder of diffusers
+FIELD = "data.codec.weights"
 PIECE = 2**20  # pixels decoded at a time: 16 images of 256 x 256. Ours
 
 
@@ -42,7 +43,10 @@ class Scaled(Spec):
 
     gaussian: ClassVar[bool] = False  # whether the encoder gives a Gaussian per pixel, else a point
     variants: ClassVar[Mapping[str, Published]]  # the first by default; of "" where there is one alone
-    weights: str = ""  # where they are: as published, if not given; environment variables and ~ are expanded
+    # Where they are: as published, if not given; environment variables and ~ are expanded.
+    weights: str = Field(default="", json_schema_extra=MAYBE_PLACE)
+    # Of the weights: found when a run begins, so that it decodes by these alone.
+    sha256: str | None = Field(default=None, exclude_if=lambda sha256: sha256 is None, json_schema_extra=PINNED)
 
     @model_validator(mode="before")
     @classmethod
@@ -70,11 +74,23 @@ class Scaled(Spec):
     def digest(self) -> str | None:
         """The SHA-256 of the weights, where they lie on this machine at the path that is set; else None."""
         try:
-            place = user_path(self.weights, "codec.weights")
+            place = user_path(self.weights, FIELD)
         except UserError:
             return None
         file = place / WEIGHTS if place.is_dir() else place
         return digest.of_file(file) if file.is_file() else None
+
+    def require(self, found: str) -> None:
+        """Raise UserError for weights of another SHA-256 than those that the run began with."""
+        if self.sha256 not in (None, found):
+            raise UserError(
+                f"{FIELD}: {self.weights} has SHA-256 {found}, and this run has {self.sha256}: put those weights back, "
+                f"or say where they are with --set {FIELD}=..."
+            )
+
+    def facts(self) -> dict[str, Any]:
+        """What it does, wherever its weights lie."""
+        return self.model_dump(exclude={"weights", "sha256"})
 
     def shape(self, side: int) -> tuple[int, int, int]:
         """The latent of square images of `side` pixels. Raises UserError where they do not divide evenly."""

@@ -10,13 +10,13 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from dumo.encoders.codec import Images, Latent, Moments, Opened, Published, Scaled
+from dumo.encoders.codec import FIELD, Images, Latent, Moments, Opened, Published, Scaled
 from dumo.io.read import user_path
 from dumo.io.weights import compare, load, whole_digest
 
 WIDTH = 64
 SHA256 = "ba389353bb096ea6ca323a1685d45ff8af8e1994f1c0d6fea810f5c1ef2a0db4"  # of taef2.safetensors
-HINT = "It is taef2 of github.com/madebyollin/taesd; set codec.weights to where you keep it."
+HINT = f"It is taef2 of github.com/madebyollin/taesd; say where you keep it with --set {FIELD}=..."
 
 
 class Taef2(Scaled):
@@ -31,8 +31,8 @@ class Taef2(Scaled):
 
     def open(self, device: str | torch.device = "cpu") -> Opened:
         """Read the weights. Raises UserError where they are missing, damaged or of another net."""
-        file = user_path(self.weights, "codec.weights")
-        found = whole_digest(file, HINT)
+        file = user_path(self.weights, FIELD)
+        self.require(found := whole_digest(file, HINT))
         with torch.device("meta"):
             net = Tiny(self.channels)
         compare(file, weights := load(file), net.state_dict(), "the codec", "these are other weights", dtypes=False)

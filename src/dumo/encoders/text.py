@@ -19,7 +19,7 @@ from dumo.io import digest
 from dumo.io.read import foreign, read_settings, user_path
 from dumo.io.weights import notes, read
 from dumo.runtime.bound import TOKENS
-from dumo.types import FREE, Spec, UserError
+from dumo.types import PLACE, Spec, UserError
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -48,7 +48,7 @@ class Encoder(Spec):
 
     kind: Literal["transformers"] = "transformers"
     # A folder of transformers, or of a pipeline's text_encoder with the tokenizer next to it.
-    source: str = Field(json_schema_extra=FREE)
+    source: str = Field(json_schema_extra=PLACE)
     length: int = Field(default=77, ge=1, le=TOKENS)  # tokens of a text at most, without `skip`; longer texts are cut
     template: str = "{}"  # {} is the text
     skip: int = Field(default=0, ge=0, le=TOKENS)  # leave out this many first tokens, those of the template

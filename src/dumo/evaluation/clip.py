@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor
 
 from dumo.encoders import clip
@@ -16,7 +17,7 @@ from dumo.encoders.clip import Clip
 from dumo.evaluation.protocol import Context, Made, Protocol, Scores, collect
 from dumo.io.picture import to_uint8
 from dumo.io.read import user_path
-from dumo.types import Cond, UserError
+from dumo.types import PLACE, Cond, UserError
 
 REAL = 2000  # images of the data that are looked at, at most: ours
 FIELD = "evaluate.protocol.model"
@@ -27,7 +28,8 @@ class ClipProtocol(Protocol):
     """Images in colour or grey, decoded, by the cosine of CLIP with their captions."""
 
     kind: Literal["clip-score"]
-    model: str | None = None  # the folder of a CLIPModel of transformers, in safetensors
+    # The folder of a CLIPModel of transformers, in safetensors.
+    model: str | None = Field(default=None, json_schema_extra=PLACE)
 
     @property
     def standard_samples(self) -> int:

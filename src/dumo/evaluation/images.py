@@ -28,7 +28,7 @@ from dumo.io.read import user_path
 from dumo.io.source import Finite
 from dumo.runtime import bound, version
 from dumo.runtime.random import stream
-from dumo.types import UserError
+from dumo.types import PLACE, UserError
 
 SUBSETS = 100  # of the kernel distance (Binkowski et al. 2018)
 NEIGHBOURS = 3  # of precision and recall (Kynkäänniemi et al. 2019)
@@ -41,7 +41,7 @@ class ImageProtocol(Protocol):
     kind: Inception
     samples: int | None = Field(default=None, ge=1, le=bound.SAMPLES)  # None: as many as the name says
     frechet: bool = True  # without it, FID and sFID are left out: for sets of 2048 images or fewer
-    reference: str | None = Field(default=None)  # ADM's file; None: the run's own data
+    reference: str | None = Field(default=None, json_schema_extra=PLACE)  # ADM's file; None: the run's own data
 
     @property
     def odd(self) -> list[str]:

@@ -2,15 +2,17 @@
 
 import json
 import warnings
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
+from pydantic.config import JsonDict
 from torch import nn
 
-from dumo.io import weights
+from dumo.io import digest, weights
 from dumo.io.read import foreign, read_settings, user_path
 from dumo.nets.adapter import Lora
 from dumo.nets.block import run_lean
@@ -21,7 +23,7 @@ from dumo.nets.rows import Texts, codes
 from dumo.nets.text import Text
 from dumo.runtime import install
 from dumo.runtime.bound import FACTOR
-from dumo.types import QUIET, Needs, Spec, UserError
+from dumo.types import MAYBE_PLACE, PINNED, QUIET, Needs, Spec, UserError
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"  # of weights in several files
@@ -29,7 +31,10 @@ PICKLE = "diffusion_pytorch_model.bin"
 HERE = files("dumo.nets") / "published"  # configs of models on the Hugging Face hub, and of small ones
 PUBLISHED = ("sd3-medium", "sana-1600m", "flux-dev", "qwen-image", "z-image")
 SMALL = ("sd3-small", "sd3-digits")  # ours: for latents of CIFAR-10, and for digits
-HINT = f"net.source names a folder with {CONFIG} and {WEIGHTS}, as diffusers saves a transformer or a pipeline."
+HINT = (
+    f"--set net.source=... names a folder with {CONFIG} and {WEIGHTS}, as diffusers saves a transformer or a pipeline."
+)
+NAMED: JsonDict = {**MAYBE_PLACE, "names": [*PUBLISHED, *SMALL]}
 HEADS = ("v", "u")
 DEPTHS = (  # keys of a config: numbers of blocks
     "num_layers",
@@ -49,12 +54,15 @@ class Pretrained(Spec):
     kind: Literal["diffusers"] = "diffusers"
     precondition: ClassVar[Precondition] = "none"
     augment: ClassVar[int] = 0
-    source: str  # the folder of a transformer, or of a pipeline; or a name in PUBLISHED or SMALL, which has no weights
+    # The folder of a transformer, or of a pipeline; or a name in PUBLISHED or SMALL, which has no weights.
+    source: str = Field(json_schema_extra=NAMED)
     weights: Literal["source", "drawn"] = "source"  # drawn: random weights for the config.json
     lora: Lora | None = None  # None: all weights are tuned
     lowpass: float | None = Field(default=10.0, gt=0, le=FACTOR)  # rad: quicker waves of time are cut; None: none are
     guidance: float | None = Field(default=None, ge=0, le=FACTOR)  # the embedded number of a distilled model
     texts: Text | None = None  # embeddings of captions; None: codes for the classes
+    # Of config.json, found when a run begins; frozen weights have a digest of their own (`dumo.training.frozen`).
+    config: str | None = Field(default=None, exclude_if=lambda config: config is None, json_schema_extra=PINNED)
     # Keep each block's input alone, and compute the rest again in the backward pass.
     checkpoint: bool = Field(default=False, json_schema_extra=QUIET)
 
@@ -65,8 +73,12 @@ class Pretrained(Spec):
 
     def short(self, depth: int) -> "Shortened":
         """The same model with up to `depth` blocks of each kind and random weights: for checks that read no weights."""
-        fields: dict[str, Any] = {**dict(self), "weights": "drawn", "depth": depth}
+        fields: dict[str, Any] = {**dict(self), "weights": "drawn", "depth": depth, "config": None}
         return Shortened.model_construct(None, **fields)  # unchecked: doctor's texts are in no recipe, either
+
+    def found(self) -> "Pretrained":
+        """The same with the hash of its config.json. Raises UserError as `read_config`."""
+        return self.model_copy(update={"config": hashed(read_config(self.source)[1])})
 
     def build(self, needs: Needs, shape: tuple[int, ...], classes: int) -> Dualized:
         """A net with the heads of `needs`, for images or latents of `shape`; on the meta device from config.json alone.
@@ -77,6 +89,11 @@ class Pretrained(Spec):
         if len(shape) != 3:
             raise UserError(f"net 'diffusers' takes images, not samples of shape {shape}: use net.kind mlp")
         folder, config = read_config(self.source)
+        if self.config not in (None, hashed(config)):
+            raise UserError(
+                f"net.source: {folder or self.source} has another {CONFIG} than when this run began: put that back, or "
+                "say where the model is with --set net.source=..."
+            )
         row = family(config)
         with foreign(f"net.source: {self.source} describes no {config['_class_name']}", HINT):
             return self.made(row, folder, config, needs, shape, classes)
@@ -201,6 +218,12 @@ def read_config(source: str) -> tuple[Path | None, dict[str, Any]]:
         why = f"has no {CONFIG}" if path.is_dir() else "is no folder"
         raise UserError(f"net.source: {source} {why}. {HINT}")
     return folder, read_settings(folder / CONFIG, HINT)
+
+
+def hashed(config: Mapping[str, Any]) -> str:
+    """A hash of what a config says of the model, not of who wrote it."""
+    said = {key: value for key, value in config.items() if key == "_class_name" or not key.startswith("_")}
+    return digest.short(json.dumps(said, sort_keys=True))
 
 
 def as_stored(model: nn.Module, folder: Path) -> None:

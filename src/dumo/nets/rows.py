@@ -6,23 +6,26 @@ They come from a table that `dumo encode` makes (`dumo.nets.table`), from an enc
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dumo.io import weights
+from dumo.io import digest, weights
 from dumo.io.read import user_path
 from dumo.runtime.random import keyed
-from dumo.types import Cond, Spec, UserError
+from dumo.types import PINNED, PLACE, Cond, Spec, UserError
 
 Tokens = Float[Tensor, "b l d"]
 TextRows = tuple[Tokens, Bool[Tensor, "b l"] | None, Float[Tensor, "b p"] | None]  # tokens; which there are; pooled
 Reader = Callable[[Sequence[str]], TextRows]  # makes rows of texts
 Opener = Callable[[torch.device], Reader]
+FIELD = "net.texts.source"
 HINT = "It has tokens (n, l, d), and may have mask (n, l) and pooled (n, p); its last row is for no condition."
 
 
@@ -103,12 +106,28 @@ class TextFile(Spec):
     """
 
     kind: Literal["file"] = "file"
-    source: str
+    source: str = Field(json_schema_extra=PLACE)
+    sha256: str | None = Field(default=None, exclude_if=lambda sha256: sha256 is None, json_schema_extra=PINNED)
+
+    def found(self) -> "TextFile":
+        """The same with the hash of the file that is there, if one is."""
+        with suppress(UserError, OSError):
+            return self.model_copy(update={"sha256": digest.of_file(user_path(self.source, FIELD))})
+        return self
 
     def build(self, classes: int) -> Rows:
-        """The rows, on the default device. Raises UserError where the file does not hold one per class and one more."""
-        file = user_path(self.source, "net.texts.source")
+        """The rows, on the default device.
+
+        Raises UserError where the file does not hold one per class and one more, or is not the one that a run began
+        with.
+        """
+        file = user_path(self.source, FIELD)
         found = weights.read(file, HINT, convert=False)[0]
+        if self.sha256 and self.sha256 != (sha256 := digest.of_file(file)):
+            raise UserError(
+                f"{FIELD}: {file} has SHA-256 {sha256}, and this run has {self.sha256}: put that file back, or say "
+                f"where it is with --set {FIELD}=..."
+            )
         require(file, found)
         if (n := len(found["tokens"])) - 1 != classes:
             raise UserError(

@@ -16,7 +16,7 @@ from dumo.encoders.tokens import Tokenizer
 from dumo.io.read import user_path
 from dumo.nets.rows import Reader, Rows, TextRows, Texts
 from dumo.runtime.bound import CHANNELS, GIGABYTES
-from dumo.types import FREE, Cond, Spec, UserError
+from dumo.types import FREE, PLACE, Cond, Spec, UserError
 
 GIGABYTE = 1e9
 
@@ -25,7 +25,7 @@ class Tabled(Spec):
     """Texts whose rows lie in a folder that `dumo encode` makes (`dumo.encoders.texttable`)."""
 
     kind: Any  # a literal of the subclass; declared here to come first
-    root: str = Field(json_schema_extra=FREE)  # may begin with ~ and hold $NAMES
+    root: str = Field(json_schema_extra=PLACE)  # may begin with ~ and hold $NAMES
     # Of captions and encoder: looked up once, so that a run keeps to its rows.
     identity: str | None = Field(default=None, exclude_if=lambda identity: identity is None)
 

@@ -20,11 +20,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.weights import apart, compare
 from dumo.io.weights import load as load_weights
-from dumo.run.config.load import load
-from dumo.run.config.source import FILE
+from dumo.run.config.load import identity, load
+from dumo.run.config.source import FILE, noted
+from dumo.run.config.spec import Run
+from dumo.run.origin import identities
 from dumo.training import checkpoint, frozen
 from dumo.training.ema import WIDEST, PowerEma, exponent
 from dumo.training.manifest import standing
@@ -53,11 +56,11 @@ class Averaged:
     error: float  # a share of the profile's norm
 
 
-def keep(run: Path, state: State) -> None:
-    """Write each average by a power after this step into the run's snapshots; as `checkpoint.lone`."""
+def keep(run: Path, state: State, owner: str) -> None:
+    """Write each average by a power after this step into the snapshots of a run of this identity; as `lone`."""
     for key, average in state.averages.items():
         if isinstance(average.spec, PowerEma):
-            checkpoint.lone(run / FOLDER / f"ema-{key}", state, average.module, "snapshot")
+            checkpoint.lone(run / FOLDER / f"ema-{key}", state, average.module, "snapshot", owner)
 
 
 def kept(run: Path, spec: Train) -> dict[Profile, Path]:
@@ -100,14 +103,31 @@ def average(source: str, std: float, out: Path | None = None) -> Averaged:
             f"{FAR:.0%} is the most: take a width nearer to theirs ({widths}), or train with more of them "
             "(train.snapshots)"
         )
+    sources = of_run(folder, run, [*snapshots.values()])
     found = [load_weights(path) for path in snapshots.values()]
     for path, one in zip(snapshots.values(), found, strict=True):
         compare(path, one, frozen.trained(net), "the run", checkpoint.FIT)
     weights = mixed(found, x, {name for name, _ in net.named_parameters(remove_duplicate=False)})
     file = out or folder / "averages" / f"std-{std:g}.safetensors"
     with files.whole(file) as half:
-        safetensors.torch.save_file(apart(weights), half, metadata={"step": str(last)})
+        about = checkpoint.facts(step=last, run=identity(run), std=std, sources=sources)
+        safetensors.torch.save_file(apart(weights), half, metadata=about)
     return Averaged(file, last, len(snapshots), error)
+
+
+def of_run(folder: Path, run: Run, snapshots: Sequence[Path]) -> dict[str, str]:
+    """The SHA-256 of each snapshot, by its place in the folder. Raises UserError for one of another run.
+
+    Those from before they said whose they are, are taken.
+    """
+    known = {None, *identities(run, noted(folder))}
+    for path in snapshots:
+        if checkpoint.facts_of(path).get("run") not in known:
+            raise UserError(
+                f"{path} is a snapshot of another run than {folder / FILE} says: put back the one that this run kept, "
+                "or remove it"
+            )
+    return {path.relative_to(folder).as_posix(): digest.of_file(path) for path in snapshots}
 
 
 def overlap(one: Profile, other: Profile) -> float:

@@ -21,7 +21,7 @@ from dumo.training import agreement
 from dumo.training.checkpoint import DATA
 from dumo.types import UserError
 
-WAY_OUT = "give another folder with --out, or go on with the data as they are by --new-data"
+WAY_OUT = "give another folder with --out, or go on with the data as they are by --accept"
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Change:
     now: str
 
 
-def prove(source: object, folder: Path, last: Path | None, *, new_data: bool, verify: bool) -> Change | None:
+def prove(source: object, folder: Path, last: Path | None, *, accept: bool, verify: bool) -> Change | None:
     """Hash what changed since it was read, all if `verify`, and from now on expect what the checkpoint was trained on.
 
-    Every rank must call it; they share the reading. Returns what is other with `new_data`, which raises UserError
+    Every rank must call it; they share the reading. Returns what is other with `accept`, which raises UserError
     without, on every rank, with the names.
     """
     if isinstance(origin := getattr(source, "origin", None), Origin):
@@ -59,9 +59,9 @@ def prove(source: object, folder: Path, last: Path | None, *, new_data: bool, ve
         agreement.agreed(lambda: hashes.hash(hashes.suspect()[rank::ranks]))
         others = np.unique(np.concatenate(agreement.agreed(hashes.others)))
         wrong = f"{content.few(others.tolist(), hashes.path)} changed" if len(others) else ""
-    if wrong and not new_data:
+    if wrong and not accept:
         raise refusal(folder, wrong)
-    if not new_data:
+    if not accept:
         return None
     hashes.expected = None
     pieces = (names, expected.tobytes()), (hashes.names, hashes.seen().tobytes())

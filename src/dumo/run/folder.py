@@ -22,6 +22,7 @@ from dumo.run.config.resolve import require_same_code
 from dumo.run.config.source import Noted
 from dumo.run.config.spec import Run
 from dumo.run.config.teacher import Start
+from dumo.run.origin import newest, require_own, require_same
 from dumo.run.sampler import Sampler
 from dumo.runtime import dist
 from dumo.training import checkpoint, frozen, manifest
@@ -103,6 +104,7 @@ def open_weights(run: Run, folder: Path, weights: str | None, device: torch.devi
     file = checkpoint.part(last, shown(run.train)) if weights is None else Path(weights)
     if weights is not None and (wrong := manifest.fault_of(file)):
         raise UserError(f"{wrong}: take other weights")
+    require_own(run, folder, last if weights is None else file)
     net = load_net(run.build(device), file)
     name, about = str(file.relative_to(folder)) if weights is None else weights, manifest.read(last)
     frozen.require(frozen.digest(net), about.frozen, folder)
@@ -124,25 +126,24 @@ def load_net(net: nn.Module, file: Path) -> nn.Module:
     return net.eval()
 
 
-def claim(run: Run, folder: Path, step: int | None = None) -> None:
+def claim(run: Run, folder: Path, step: int | None = None, *, accept: bool = False) -> None:
     """See that the folder is free, or holds this run with no more steps behind it than it is to make. Writes nothing.
 
-    `step` is that of the checkpoint to go on from; None: of the last one. Raises UserError, with the difference if not,
-    and where it has no checkpoint of that step.
+    `step` is that of the checkpoint to go on from; None: of the last one. `accept`: fields may differ. Raises
+    UserError, with the difference if not, and where it has no checkpoint of that step.
     """
-    steps = [*checkpoint.standing(folder / "checkpoints")]
+    standing = checkpoint.standing(folder / "checkpoints")
+    steps = [*standing]
     if step is not None and step not in steps:
         there = f"it has those of step {', '.join(f'{n}' for n in steps)}" if steps else "it has none"
         raise UserError(f"--from {step}: {folder} has no checkpoint of that step: {there}")
     if (done := max(steps, default=0) if step is None else step) > run.train.steps:
         raise UserError(f"{folder} has {done} steps behind it, so train.steps={run.train.steps} is no more to do")
     if (folder / FILE).exists():
-        require_same_code(there := load(str(folder)), folder)
+        there = load(str(folder))
         if not steps:
             require_unsaved(folder, there.train)
-        if differs := [one for one in differences(there, run) if not one.may]:
-            lines = "\n  ".join([f"{folder} holds another run:", *map(str, differs)])
-            raise UserError(f"{lines}\nGive another folder with --out, or remove this one")
+        require_same(there, run, folder, newest(standing, step), accept=accept)
     elif folder.is_dir() and any(path.name != LOCK and not ours(path) for path in folder.iterdir()):
         raise UserError(f"{folder} is not empty and holds no {FILE}: give another folder with --out")
 
@@ -172,17 +173,17 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def held(run: Run, folder: Path, step: int | None = None) -> Generator[None, None, None]:
+def held(run: Run, folder: Path, step: int | None = None, *, accept: bool = False) -> Generator[None, None, None]:
     """Claim the folder and keep every other training out of it; folders made for nothing are removed.
 
     Raises UserError as `claim`, and where another process is training there.
     """
-    claim(run, folder, step)
+    claim(run, folder, step, accept=accept)
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with files.locked(folder / LOCK, f"{folder} is being trained by another process: wait for it, or give --out"):
-            claim(run, folder, step)  # who held it before may have left another run
+            claim(run, folder, step, accept=accept)  # who held it before may have left another run
             sweep(folder)
             yield
     finally:

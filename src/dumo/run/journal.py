@@ -14,10 +14,11 @@ from dumo.io.content import Hashes
 from dumo.io.source import Source
 from dumo.run import average, content, deviation
 from dumo.run.config.change import shown
-from dumo.run.config.load import changes
+from dumo.run.config.load import changes, identity
 from dumo.run.config.source import Noted
 from dumo.run.config.spec import Run
 from dumo.run.folder import note
+from dumo.run.origin import before_step
 from dumo.run.plan import doctor
 from dumo.run.teacher import Coupled
 from dumo.runtime import dist, signals
@@ -42,6 +43,7 @@ class Journal:
     source: Source | Coupled
     tell: Callable[[str], None]
     hashes: Hashes | None = None  # of the data
+    text: str = ""  # the run as its checkpoints hold it; of the main rank
     saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was
 
     @property
@@ -98,9 +100,9 @@ class Journal:
     def mark(self, state: State, record: Record | None = None) -> None:
         """The weights that are shown, at a milestone; averages by a power, where a snapshot is due."""
         if state.step in self.run.train.milestones:
-            checkpoint.mark(self.folder / "milestones", state)
+            checkpoint.mark(self.folder / "milestones", state, identity(self.run))
         if self.run.train.snaps(state.step):
-            average.keep(self.folder, state)
+            average.keep(self.folder, state, identity(self.run))
 
     def keep(self, state: State, record: Record) -> None:
         """A checkpoint, where one is due by step or clock, where the run is asked to stop, and at the end.
@@ -116,7 +118,8 @@ class Journal:
     def save(self, state: State) -> None:
         """A checkpoint of this step; the log up to it is on the disk before."""
         agreement.main(lambda: log.flush(self.folder / "metrics.jsonl"))
-        checkpoint.save(self.folder / "checkpoints", state, self.run.train.keep, content.seen(self.hashes))
+        notes = checkpoint.Notes(self.text, content.seen(self.hashes))
+        checkpoint.save(self.folder / "checkpoints", state, self.run.train.keep, notes)
         self.saved = time.monotonic()
 
     def examine(self, state: State) -> None:
@@ -156,6 +159,13 @@ def started() -> list[str]:
     return ["dumo"] if dist.world() == 1 else ["torchrun", "--nproc-per-node", each, "-m", "dumo"]
 
 
+def stretched(was: Train, now: int, done: int) -> Iterator[str]:
+    """That the steps already done had the rates of a schedule of another length, where those of this one differ."""
+    if was.stretched(now, done):
+        other = f"the {'shorter' if was.steps < now else 'longer'} {was.schedule.kind} schedule"
+        yield f"train.steps is {now:,}, and was {was.steps:,}: the {done:,} steps already done had the rates of {other}"
+
+
 @dataclass(frozen=True)
 class History:
     """What of a folder's run has changed when it goes on after `step`; made and written by one process alone."""
@@ -167,6 +177,7 @@ class History:
     fingerprint: str | None  # of the data now
     changed: Sequence[Noted]
     versions: dict[str, str]  # that wrote the checkpoint
+    was: Train | None  # how it was trained up to it; None: it begins
     anew: bool = False  # whether the data are others
 
     @classmethod
@@ -178,22 +189,24 @@ class History:
         step: int,
         last: Path | None,
         *,
-        new_data: bool = False,
+        accept: bool = False,
         change: content.Change | None = None,
     ) -> "History":
-        """Look, and write nothing. Raises UserError if the data have changed, and may not (`new_data`).
+        """Look, and write nothing. Raises UserError if the data have changed, and that is not accepted (`accept`).
 
         `change`: how their content has.
         """
-        was, now, changed = deviation.fingerprint(folder), source.fingerprint(), changes(folder, run, step)
+        was, now = deviation.fingerprint(folder), source.fingerprint()
+        before = before_step(folder, last)
+        changed = changes(*before, run, step) if before else []
         if last and was is not None and was != now:
-            if not new_data:
+            if not accept:
                 raise content.refusal(folder, f"fingerprint {was} in {deviation.FILE}, {now} now")
             change = content.Change(was, str(now))
         if change:
-            changed = [*changed, Noted(step=step, field="data", was=change.was, now=change.now)]
-        versions = manifest.read(last).versions if last else {}
-        return cls(run, folder, source, step, now, changed, versions, change is not None)
+            changed = [*changed, Noted(step=step, field="data", was=change.was, now=change.now, accepted=True)]
+        train, versions = before[0].train if before and last else None, manifest.read(last).versions if last else {}
+        return cls(run, folder, source, step, now, changed, versions, train, change is not None)
 
     def write(self, *, anew: bool = False) -> Iterator[str]:
         """Bring the folder to this state, and yield what there is to say of it, in lines.
@@ -218,6 +231,8 @@ class History:
         for one in self.changed:
             if one.step == self.step:
                 yield f"from step {self.step:,} on {one.field} is {shown(one.now)}, and was {shown(one.was)}"
+        if self.was and self.was.schedule == self.run.train.schedule:
+            yield from stretched(self.was, self.run.train.steps, self.step)
         here = dist.versions()
         for name in PROGRAMS:
             if (then := self.versions.get(name, here[name])) != here[name]:

@@ -12,7 +12,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from dumo.data import Data
+from dumo.data import Data, Latents
 from dumo.flow import generate
 from dumo.flow.path import Path as FlowPath
 from dumo.flow.precision import Precision, autocast
@@ -23,6 +23,7 @@ from dumo.io.read import read_json, write_json
 from dumo.io.source import Source, Table, rows_of
 from dumo.io.table import Column, Index
 from dumo.run.config.check import check_guided
+from dumo.run.config.source import FILE as RUN
 from dumo.run.config.spec import Run
 from dumo.run.config.teacher import Pairs, Teacher
 from dumo.run.folder import open_run
@@ -34,6 +35,7 @@ from dumo.training.state import State
 from dumo.types import Cond, Heads, Needs, Reads, Sample, Taught, Time, Trail, UserError
 
 FILE = "teacher.json"
+CODEC = "data.codec.sha256"
 SHARD = 1024  # pairs to a shard: what a stop may lose
 
 
@@ -54,7 +56,7 @@ class Known:
             return
         way_out = f"delete it if the teacher is the one that {folder} began with, or start anew in another folder"
         then = read_json(file, way_out)
-        if then != self.about:
+        if not isinstance(then, dict) or then.get("sha256") != self.about["sha256"]:  # wherever it lies
             raise UserError(
                 f"{folder} began with another teacher: {then} then, {self.about} now. Put the teacher back as it was, "
                 "or start anew in another folder"
@@ -142,9 +144,15 @@ def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -
 
     Raises UserError where it knows other data, or cannot be guided as `teacher.guide` says.
     """
+    if not Path(teacher.source, RUN).is_file():
+        raise UserError(
+            f"teacher.source: {teacher.source} is no run's folder (it has no {RUN}): train one there, or say where "
+            "it is with --set teacher.source=..."
+        )
     known = open_run(teacher.source, device=str(device))
     other, there, here = known.run, facts(known.run.data, known.run.path), facts(data, path)
-    if differs := [f"{name} is {there[name]} there, {here[name]} here" for name in here if there[name] != here[name]]:
+    known_to_both = [name for name in here if name != CODEC or None not in (there[name], here[name])]
+    if differs := [f"{n} is {there[n]} there, {here[n]} here" for n in known_to_both if there[n] != here[n]]:
         raise UserError(
             f"the teacher {teacher.source} knows other data: {'; '.join(differs)}. Take a teacher trained on this "
             "data, or set these fields as they are there"
@@ -155,8 +163,9 @@ def of_run(teacher: Teacher, data: Data, path: FlowPath, device: torch.device) -
 
 def facts(data: Data, path: FlowPath) -> dict[str, object]:
     """What a teacher and its pupil must agree on."""
-    names = ("shape", "classes", "codec")
-    facts: dict[str, object] = {f"data.{name}": getattr(data, name, None) for name in names}
+    facts: dict[str, object] = {"data.shape": data.shape, "data.classes": data.classes}
+    codec = data.codec if isinstance(data, Latents) else None
+    facts |= {"data.codec": codec and codec.facts(), CODEC: codec and codec.sha256}
     return {**facts, "path": path.kind, "path.sd": path.sd}
 
 

@@ -26,7 +26,8 @@ from dumo.objectives import Objective
 from dumo.run import content, deviation, encode, teacher
 from dumo.run.config.advice import advice
 from dumo.run.config.check import check_pieces
-from dumo.run.config.resolve import resolve
+from dumo.run.config.load import FILE, dump, load
+from dumo.run.config.resolve import pinned, placed, resolve
 from dumo.run.config.spec import Run
 from dumo.run.folder import begin, held
 from dumo.run.journal import History, Journal, way_back
@@ -52,7 +53,7 @@ def train(
     bar: Bar = no_bar,
     tell: Callable[[str], None] | None = None,
     step: int | None = None,
-    new_data: bool = False,
+    accept: bool = False,
     verify: bool = False,
     hooks: Sequence[loop.Every] = (),
 ) -> State:
@@ -62,22 +63,23 @@ def train(
     writes and tells. `hooks` are called after dumo's own, on every rank. `verify`: all images are hashed first.
     `tell` hears, before the first step, what is trained on what (`outlook`), and what is not as its sources have it, or
     not as it was; then of steps that are skipped. Raises UserError if the run does not fit the ranks, the folder holds
-    another run or another process trains there, the data have changed (and no `new_data` says that they may), or if the
-    slope fails its examination, before the first step or on the weights that would be saved first; Diverged if the loss
-    is no longer a number; Stopped, once a checkpoint is saved, if a signal asked for it.
+    another run or another process trains there, its data or fields have changed (and no `accept` says that they may),
+    or if the slope fails its examination, before the first step or on the weights that would be saved first; Diverged
+    if the loss is no longer a number; Stopped, once a checkpoint is saved, if a signal asked for it.
     """
     rank, ranks = dist.launched()
-    run = resolve(run)
+    before = load(str(folder)) if (folder / FILE).is_file() else None
+    run = resolve(placed(run, before))
     rows, share = -(-run.train.batch // ranks), share_of(run.train.share, ranks)
     run.require_room(dist.device(device), run.train.copies, rows, share)  # of a rank
     check_pieces(run.train, run.objective, ranks)
     if rank == 0:
         encode.make_tokens(run)
-    run = resolve(run)
-    with held(run, folder, step) if rank == 0 else nullcontext(), dist.join():
+    run = pinned(resolve(run), before)
+    with held(run, folder, step, accept=accept) if rank == 0 else nullcontext(), dist.join():
         tell = tell if rank == 0 and tell else quiet
         run = resolve(run)  # with what the first rank has made
-        more: dict[str, Any] = {"new_data": new_data, "verify": verify, "hooks": hooks}
+        more: dict[str, Any] = {"accept": accept, "verify": verify, "hooks": hooks}
         return go_on(run, folder, dist.device(device), no_bar if rank else bar, tell, step, **more)
 
 
@@ -93,7 +95,7 @@ def go_on(
     tell: Callable[[str], None],
     step: int | None = None,
     *,
-    new_data: bool = False,
+    accept: bool = False,
     verify: bool = False,
     hooks: Sequence[loop.Every] = (),
 ) -> State:
@@ -104,12 +106,10 @@ def go_on(
     meter, sheets = Meter(run.train, folder, here, count), Sheets(run, folder, tell)
     state, last = begin(run, folder, here, step)
     known = agreement.own(lambda: run.teacher and teacher.open_teacher(run.teacher, run, state, here))
-    change, hashes = content.prove(data, folder, last, new_data=new_data, verify=verify), hashes_of(data)
+    change, hashes = content.prove(data, folder, last, accept=accept, verify=verify), hashes_of(data)
     history = agreement.own(
         lambda: (
-            History.of(run, folder, data, state.step, last, new_data=new_data, change=change)
-            if dist.is_main()
-            else None
+            History.of(run, folder, data, state.step, last, accept=accept, change=change) if dist.is_main() else None
         )
     )
     tell(outlook(run, folder, data.size, state.step, here))
@@ -129,7 +129,7 @@ def go_on(
     if known:
         source = known.begin(data, points, run.path, run.data, folder, here, bar)
 
-    journal = Journal(run, folder, here, source, tell, hashes)
+    journal = Journal(run, folder, here, source, tell, hashes, dump(run, history.changed) if history else "")
     journal.open(state)
     sheets.open(state)
     task = Task(run.objective, run.path, run.data.classes, known and known.velocity)

@@ -1,21 +1,25 @@
 """Checkpoints: what a run needs to go on, bit for bit, in safetensors and JSON only, on any number of ranks.
 
-    checkpoints/step-00001000/   net.safetensors  ema-<decay>.safetensors ...  optimizer.safetensors  state.json
-                                 data.safetensors, where it is trained on files
+    checkpoints/step-00001000/   net.safetensors  ema-<decay>.safetensors ...  optimizer.safetensors  spec.yaml
+                                 state.json; where it is trained on files, data.safetensors
     milestones/step-00000200.safetensors
 
 So one process writes it. Several ranks write folders of shards instead of files: net/, ema-<decay>/ ..., optimizer/
 (`dumo.io.shards`). A milestone is one file, the weights that are shown after a step, and is never removed. Frozen
-weights are in neither: `state.json` has their digest (`dumo.training.frozen`).
+weights are in neither: `state.json` has their digest (`dumo.training.frozen`). `spec.yaml` is the run that was trained
+up to here, as text; a milestone's metadata have a hash of it.
 
 Each is written to a hidden path, flushed to the disk, then renamed: so whatever is named `step-...` was once whole,
 and `state.json` lists its files and their hashes (`dumo.training.manifest`).
 """
 
+import json
 import warnings
 from collections.abc import Collection, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -31,45 +35,53 @@ from dumo.types import UserError
 
 FIT = "resume with the spec that wrote it"  # for weights of another net
 DATA = "data.safetensors"  # of a checkpoint of a run on files: what was in them (`dumo.run.content`)
-ONE_FILE = {"format": "pt"}  # one entry: two are written in any order, so not to the same bytes
+ONE_FILE = {"format": "pt"}  # one entry, as `facts`
+ABOUT = "dumo"
 
 
-def save(folder: Path, state: State, keep: int, data: Mapping[str, Tensor] | None = None) -> Path:
+@dataclass(frozen=True)
+class Notes:
+    """What a checkpoint holds besides its state: the run as text (of the main rank), and what was in its data."""
+
+    run: str = ""
+    data: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # the same on all ranks
+
+
+def save(folder: Path, state: State, keep: int, notes: Notes = Notes()) -> Path:
     """Write the checkpoint of this step into `folder`, then drop old ones (`manifest.drop`); return its path.
 
-    `data`: what it is to say of its data (DATA), the same on all ranks. A checkpoint of the step is left alone, or
-    replaced if it is damaged. Every rank must call it. Raises, on all ranks, Diverged if a number is not finite and
-    UserError if the disk is full; older checkpoints then stay.
+    A checkpoint of the step is left alone, or replaced if it is damaged. Every rank must call it. Raises, on all ranks,
+    Diverged if a number is not finite and UserError if the disk is full; older checkpoints then stay.
     """
     target = folder / f"step-{state.step:08d}"
     if not agreement.main(target.exists) or manifest.fault(target, together=True):
         tensors = parts(state)
         if wrong := not_finite(tensors):
             raise Diverged(f"step {state.step}: {wrong} is not finite, so no checkpoint is written of it.")
-        size = sum(tensor.nbytes for named in (*tensors.values(), data or {}) for tensor in named.values())
+        size = sum(tensor.nbytes for named in (*tensors.values(), notes.data) for tensor in named.values())
         with made(target, "checkpoint", state.step, size) as temp:
-            write(temp, state, tensors, data or {})
+            write(temp, state, tensors, notes)
         agreement.main(lambda: manifest.remember(target))
     agreement.main(lambda: drop(folder, state.step, keep))
     return target
 
 
-def mark(folder: Path, state: State) -> Path:
+def mark(folder: Path, state: State, run: str = "") -> Path:
     """Write the weights that are shown, the first average or the net's, as this step's milestone, as `lone`."""
-    return lone(folder, state, state.shown, "milestone")
+    return lone(folder, state, state.shown, "milestone", run)
 
 
-def lone(folder: Path, state: State, module: nn.Module, kind: str) -> Path:
+def lone(folder: Path, state: State, module: nn.Module, kind: str, run: str = "") -> Path:
     """Write the trained weights of the net, or of its average `module`, as one file of this step; return its path.
 
-    Replaces an older one. Every rank must call it. Raises UserError on all ranks if the disk is full; the older file
-    then stays.
+    `run` is the identity of the run. Replaces an older one. Every rank must call it. Raises UserError on all ranks if
+    the disk is full; the older file then stays.
     """
     target = folder / f"step-{state.step:08d}.safetensors"
     named = frozen.trained(state.net, module)
     with made(target, kind, state.step, sum(tensor.nbytes for tensor in named.values())) as temp:
         whole = weights.apart(gathered(named))
-        about = {"step": str(state.step)}
+        about = facts(step=state.step, run=run)
         agreement.main(lambda: safetensors.torch.save_file(whole, temp, metadata=about))
     return target
 
@@ -188,11 +200,10 @@ def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     return next((answer for answer in answers if answer), None)
 
 
-def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]], data: Mapping[str, Tensor]) -> None:
+def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]], notes: Notes) -> None:
     """Write each part as a file, or as a folder of shards, and `state.json` last. Every rank must call it."""
     agreement.main(folder.mkdir)
-    if data and dist.is_main():
-        safetensors.torch.save_file(dict(data), folder / DATA, metadata=ONE_FILE)
+    agreement.main(lambda: note(folder, notes))
     if dist.world() == 1:
         for name, named in tensors.items():
             safetensors.torch.save_file(weights.apart(named), folder / f"{name}.safetensors", metadata=ONE_FILE)
@@ -202,7 +213,8 @@ def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]
 
         for name, named in tensors.items():
             shards.write(folder / name, weights.apart(named, shards.part))
-        mine = sorted([*folder.glob(f"*/{shards.names(dist.rank())}"), *(folder.glob(DATA) if dist.is_main() else ())])
+        mine = sorted(folder.glob(f"*/{shards.names(dist.rank())}"))
+        mine += filter(Path.is_file, folder.iterdir()) if dist.is_main() else ()
     lists = agreement.agreed(lambda: manifest.listed(folder, mine))
     listed = {name: file for list_of_rank in lists for name, file in list_of_rank.items()}
     about = manifest.Manifest(
@@ -216,6 +228,14 @@ def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]
         files=listed,
     )
     agreement.main(lambda: manifest.write(folder, about))
+
+
+def note(folder: Path, notes: Notes) -> None:
+    """Write what a checkpoint holds besides its state."""
+    if notes.run:
+        (folder / manifest.RUN).write_text(notes.run, encoding="utf-8")
+    if notes.data:
+        safetensors.torch.save_file(dict(notes.data), folder / DATA, metadata=ONE_FILE)
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -271,9 +291,23 @@ def so(target: Path, kind: str, step: int) -> str:
     return f"so the {kind} of step {step} was not written; {stands}. Free some space and start again."
 
 
+def facts(**values: object) -> dict[str, str]:
+    """Metadata of a file of weights: as one entry, for two are written in any order, so not to the same bytes."""
+    return {ABOUT: json.dumps(values, sort_keys=True)}
+
+
+def facts_of(place: Path) -> dict[str, Any]:
+    """What a file of weights says of itself: its step, and maybe its run; {}: nothing that can be read."""
+    notes = weights.notes(place)
+    with suppress(ValueError, RecursionError):
+        found = json.loads(notes.get(ABOUT, "null"))
+        return found if isinstance(found, dict) else dict(notes)
+    return {}
+
+
 def step_of(place: Path, default: int) -> int:
     """The step of weights: as their file says, else as its checkpoint says, else the default."""
-    step = weights.notes(place).get("step", "")
+    step = str(facts_of(place).get("step", ""))
     if step.isdecimal() and len(step) < 20:  # longer texts are no step
         return int(step)
     return manifest.read(place.parent).step if (place.parent / manifest.NAME).is_file() else default

@@ -67,5 +67,5 @@ def require(now: str | None, then: str | None, whose: object) -> None:
     if now != then:
         raise UserError(
             f"{whose} was trained on other frozen weights than its net has now: put those back where the net's fields "
-            "name them, or train anew in another folder"
+            "name them, or say where they are, as --set net.source=...; or train anew in another folder"
         )

@@ -24,6 +24,7 @@ from dumo.training.state import FAR, Trend
 from dumo.types import UserError
 
 NAME = "state.json"
+RUN = "spec.yaml"  # the run, in a checkpoint; no folder of a checkpoint is a run's
 _whole: set[tuple[Path, str]] = set()  # checkpoints that this process wrote, or read to the end, by their lists
 _broken: dict[tuple[Path, str], str] = {}  # those with numbers that are not finite, and which
 
@@ -99,6 +100,17 @@ def fault(checkpoint: Path, parts: Collection[str] | None = None, *, together: b
     return next((answer for answer in answers if answer), None)
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The file of a checkpoint that says which run it is of; None: it is from before there was one.
+
+    Raises UserError if it is damaged, or `state.json` is.
+    """
+    listed = read(checkpoint).files.get(RUN)
+    if listed and (wrong := _fault(checkpoint, {RUN}, only=True)):
+        raise UserError(wrong)
+    return checkpoint / RUN if listed else None
+
+
 def fault_of(place: Path) -> str | None:
     """What is wrong with one part of a checkpoint, a file or a folder; None if nothing, or if there is no list."""
     listed = (place.parent / NAME).is_file()
@@ -137,7 +149,7 @@ def _fault(
     if found := _broken.get(_key(checkpoint)):
         return found
     sizes = _sizes(checkpoint)
-    full = [name for name in sorted(wanted) if parts is None or _part(name) in parts]
+    full = [name for name in sorted(wanted) if parts is None or _part(name) in parts or (name == RUN and not only)]
     for name in sorted(wanted.keys() | sizes.keys()):
         if only and parts is not None and _part(name) not in parts:
             continue

@@ -70,6 +70,10 @@ class Train(Spec):
         """The learning rate of the update after `step` done ones."""
         return self.optimizer.lr * self.schedule(step, self.steps)
 
+    def stretched(self, steps: int, done: int) -> bool:
+        """Whether another length would have given the steps already done other rates."""
+        return done > 0 and any(self.schedule(k, self.steps) != self.schedule(k, steps) for k in (done // 2, done - 1))
+
     @property
     def copies(self) -> int:
         """How many numbers are kept per trained weight, at least: gradient, moments, averages."""

@@ -195,11 +195,11 @@ def test_other_data_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
     file = folder / deviation.FILE
     now = json.loads(file.read_text())["fingerprint"]
     file.write_text(json.dumps({"sd": 9.0, "rows": 256, "fingerprint": "0123"}))
-    with pytest.raises(UserError, match=f"0123 in data.json, {now} now.*--new-data"):
+    with pytest.raises(UserError, match=f"0123 in data.json, {now} now.*--accept"):
         train(run, folder)
-    train(run, folder, new_data=True, tell=told.append)
+    train(run, folder, accept=True, tell=told.append)
     assert f"from step 2 on data is {now}, and was '0123'" in told
-    assert noted(folder) == [Noted(step=2, field="data", was="0123", now=now)]
+    assert noted(folder) == [Noted(step=2, field="data", was="0123", now=now, accepted=True)]
     assert deviation.noted(folder) == pytest.approx(0.752, abs=0.01)
     train(run, folder, tell=told.append)
     file.write_text(json.dumps({"sd": 0.75, "rows": 256}))  # of a run from before there were any

@@ -290,9 +290,9 @@ def test_a_teacher_is_remembered_once_it_has_taught(tmp_path: Path, monkeypatch:
     """One who failed before may be mended. The main process notes it."""
     with monkeypatch.context() as patch:
         patch.setattr(dist, "rank", lambda: 1)
-        teacher.Known(Teacher(source="a"), Reads(), None, {"source": "a"}).note(tmp_path)
+        teacher.Known(Teacher(source="a"), Reads(), None, {"sha256": "a"}).note(tmp_path)
     assert not list(tmp_path.iterdir())
-    first, second = (teacher.Known(Teacher(source=name), Reads(), None, {"source": name}) for name in "ab")
+    first, second = (teacher.Known(Teacher(source=name), Reads(), None, {"sha256": name}) for name in "ab")
     first.note(tmp_path)
     second.check(tmp_path)
     (tmp_path / "checkpoints").mkdir()

@@ -1,5 +1,6 @@
 """Load a run from a recipe's name, a file or a folder, with `a.b=c` overrides; and write it as YAML."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any, TypeVar, cast
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json, to_jsonable_python
 
-from dumo.io import yaml
+from dumo.io import digest, yaml
 from dumo.run.config.change import override, shown
 from dumo.run.config.error import explain
-from dumo.run.config.source import CHANGED, CODE, FORMAT, KEY, PROPOSED, RESOLVED, Noted, noted, read
+from dumo.run.config.source import CHANGED, CODE, FORMAT, GIVEN, KEY, PROPOSED, RESOLVED, Noted, read
 from dumo.run.config.source import FILE as FILE
 from dumo.run.config.spec import Run
 from dumo.types import Spec, UserError
@@ -29,7 +30,11 @@ class Difference:
     may: bool  # whether it may change when a run is resumed
 
     def __str__(self) -> str:
-        return f"{self.field}: {shown(self.was)} there, {shown(self.now)} asked"
+        return self.between("there", "asked")
+
+    def between(self, there: str, here: str) -> str:
+        """In words, with a name for each of the two."""
+        return f"{self.field}: {shown(self.was)} {there}, {shown(self.now)} {here}"
 
 
 def load(source: str, overrides: Sequence[str] = ()) -> Run:
@@ -58,7 +63,7 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
 def fill(tree: dict[str, Any], found: object) -> None:
     """Put what was found into the fields it was found for, but where a field is given. The tree is changed."""
     for field, value in found.items() if isinstance(found, dict) else ():
-        if field in (CODE, PROPOSED):  # records, of no field
+        if field in (CODE, GIVEN, PROPOSED):  # records, of no field
             continue
         part: Any = tree
         *above, last = str(field).split(".")
@@ -86,7 +91,8 @@ def default_folder(source: str) -> Path:
 
 def dump(run: Run, changed: Sequence[Noted] = (), *, short: bool = False) -> str:
     """The complete run as YAML, or `short`ly its summary; its format first, then changes. `load` reads it back."""
-    head = {KEY: FORMAT} | ({CHANGED: [one.model_dump(mode="json") for one in changed]} if changed else {})
+    past = [one.model_dump(mode="json", exclude_defaults=True) for one in changed]
+    head = {KEY: FORMAT} | ({CHANGED: past} if past else {})
     tree = summary(run) if short else run.model_dump(mode="json")
     found = tree.pop(RESOLVED, {})
     for field in found:
@@ -122,30 +128,53 @@ def differences(old: BaseModel, new: BaseModel, prefix: str = "", *, may: bool =
     """The fields that differ and are not free, field by field in parts of the same kind."""
     for name, field in type(old).model_fields.items():
         extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
-        if extra.get("free"):
-            continue
         before, after, here = getattr(old, name), getattr(new, name), may or bool(extra.get("changes"))
+        if extra.get("free") or (extra.get("pinned") and before is None):
+            continue
         if isinstance(before, BaseModel) and type(before) is type(after):
             yield from differences(before, after, f"{prefix}{name}.", may=here)
         elif before != after:
             yield Difference(f"{prefix}{name}", to_jsonable_python(before), to_jsonable_python(after), here)
 
 
-def changes(folder: Path, run: Run, step: int) -> list[Noted]:
-    """The changes to note in a folder's run, if it goes on after `step` as `run`.
+def changes(was: Run, past: Sequence[Noted], run: Run, step: int) -> list[Noted]:
+    """The changes to note in a run.yaml, if the run `was` with its changes goes on after `step` as `run`.
 
     Changes of later steps are noted at this one, since those steps are made anew. Before the first step there are none.
-    Raises UserError if the folder's run.yaml is damaged.
     """
-    if not (folder / FILE).is_file() or step == 0:
+    if step == 0:
         return []
-    past = noted(folder)
-    undone, last = dict[str, object](), dict[str, object]()
-    for one in [one for one in past if one.step >= step]:
-        undone.setdefault(one.field, one.was)
-        last[one.field] = one.now
-    for one in differences(load(str(folder)), run):
-        undone.setdefault(one.field, one.was)
-        last[one.field] = one.now
-    fresh = [Noted(step=step, field=name, was=was, now=last[name]) for name, was in undone.items() if was != last[name]]
-    return [*(one for one in past if one.step < step), *fresh]
+    found = dict[str, Noted]()
+    new = [Noted(step=step, field=d.field, was=d.was, now=d.now, accepted=not d.may) for d in differences(was, run)]
+    for one in (*(one for one in past if one.step >= step), *new):
+        first = found.get(one.field, one)
+        found[one.field] = one.model_copy(update={"step": step, "was": first.was})
+    return [*(one for one in past if one.step < step), *(one for one in found.values() if one.was != one.now)]
+
+
+def undone(run: Run, past: Sequence[Noted], step: int) -> Run:
+    """The run as it was before the changes that are noted at this step and later ones."""
+    later = [f"{one.field}={shown(one.was)}" for one in reversed(past) if one.step >= step and not one.of_data]
+    tree = run.model_dump(mode="json")
+    for change in later:
+        override(tree, [change])
+    return parse(Run, tree) if later else run
+
+
+def identity(run: Run) -> str:
+    """A hash of what no run may change while it trains: of a snapshot's metadata, to know whose it is.
+
+    Fields at their defaults do not count, so that fields to come leave it as it is.
+    """
+    return digest.of_bytes(json.dumps(_fixed(run), sort_keys=True).encode())
+
+
+def _fixed(part: BaseModel) -> dict[str, Any]:
+    """The fields of a spec that are neither free, nor may change, nor are at their defaults."""
+    tree = dict[str, Any]()
+    for name, field in type(part).model_fields.items():
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        value = getattr(part, name)
+        if not extra.keys() & {"free", "changes", "where"} and value != field.get_default(call_default_factory=True):
+            tree[name] = _fixed(value) if isinstance(value, BaseModel) else to_jsonable_python(value)
+    return tree

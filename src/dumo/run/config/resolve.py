@@ -1,19 +1,35 @@
-"""What disk and machine say of a run: found once, when it is opened, and recorded in its run.yaml as `resolved`."""
+"""What disk and machine say of a run: found once, when it is opened, and recorded in its run.yaml as `resolved`.
 
-from collections.abc import Iterator
+So a run is whole by itself: where things lie is written out (`placed`), and what no data is, but samples depend on, is
+known by its hash (`pinned`). Where it moves to another machine, fields of places say where things are there.
+"""
+
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar, cast
+
+from pydantic import JsonValue
+from pydantic.config import JsonDict
 
 from dumo.data import Data, Images, Latents
+from dumo.data.cache import read_contents
 from dumo.data.caption import Files
 from dumo.io import digest
+from dumo.io.read import user_path
+from dumo.nets import Pretrained
+from dumo.nets.rows import TextFile
 from dumo.nets.table import Tabled
 from dumo.run.conditions import Conditions
+from dumo.run.config.change import override, shown
 from dumo.run.config.check import check
-from dumo.run.config.load import differences
-from dumo.run.config.source import CODE
+from dumo.run.config.load import differences, parse
+from dumo.run.config.source import CODE, GIVEN
 from dumo.run.config.spec import Run
 from dumo.types import Spec, UserError
 from dumo.types.outside import TAG, code, kind_of
+
+S = TypeVar("S", bound=Spec)
 
 
 def resolve(run: Run) -> Run:
@@ -65,6 +81,108 @@ def codes_of(part: object) -> Iterator[tuple[str, str | None]]:
             yield getattr(part, "kind", ""), code(part)
         for name in type(part).model_fields:
             yield from codes_of(getattr(part, name))
+
+
+def placed(run: Run, before: Run | None = None) -> Run:
+    """The run with whole paths in fields that say where something lies; the words given for them are in `resolved`.
+
+    `before` is the run of the folder it goes on in: what is given in the same words is where it was when that began,
+    whatever variables and the working directory say now. What is not there, and may be a name, stays as it is.
+    """
+    old, words, said = dict(places(before)) if before else {}, given(before), dict[str, str]()
+
+    def place(field: str, text: str, extra: JsonDict) -> str:
+        again = field in old and text in (old[field], words.get(field))
+        said[field] = words.get(field, text) if again else text
+        text = old[field] if again else text
+        return text if text in cast(list[str], extra.get("names", ())) else whole(text, maybe=extra["where"] == "maybe")
+
+    there = in_places(run, place)
+    kept: dict[str, JsonValue] = {field: said[field] for field, text in places(there) if said[field] != text}
+    rest = {name: value for name, value in run.resolved.items() if name != GIVEN}
+    return there.model_copy(update={"resolved": rest | ({GIVEN: kept} if kept else {})})
+
+
+def given(run: Run | None) -> dict[str, str]:
+    """The words that places were given in, by field, where these are not the whole paths."""
+    found = run.resolved.get(GIVEN) if run else None
+    return {field: str(text) for field, text in found.items()} if isinstance(found, dict) else {}
+
+
+def as_given(run: Run) -> Run:
+    """The run with its places in the words that they were given in: without the paths of this machine."""
+    words = given(run)
+    there = in_places(run, lambda field, text, _: words.get(field, text))
+    return there.model_copy(update={"resolved": {name: value for name, value in run.resolved.items() if name != GIVEN}})
+
+
+def places(run: Run) -> list[tuple[str, str]]:
+    """The fields that say where something lies, and what they say."""
+    found = list[tuple[str, str]]()
+
+    def note(field: str, text: str, _: JsonDict) -> str:
+        found.append((field, text))
+        return text
+
+    in_places(run, note)
+    return found
+
+
+def in_places(part: S, change: Callable[[str, str, JsonDict], str], prefix: str = "") -> S:
+    """A spec with its places, at any depth, as `change` makes them of field, text, and what the field is marked by."""
+    new = dict[str, object]()
+    for name, field in type(part).model_fields.items():
+        value, extra = getattr(part, name), field.json_schema_extra
+        if isinstance(value, Spec):
+            changed: object = in_places(value, change, f"{prefix}{name}.")
+        elif isinstance(value, str) and isinstance(extra, dict) and "where" in extra:
+            changed = change(f"{prefix}{name}", value, extra)
+        else:
+            continue
+        if changed != value:
+            new[name] = changed
+    return part.model_copy(update=new) if new else part
+
+
+def whole(text: str, *, maybe: bool = False) -> str:
+    """A place as a whole path, with the values of variables; as it is where one is not set.
+
+    `maybe`: also where nothing is there.
+    """
+    try:
+        path = user_path(text, "")
+    except UserError:  # said when it is opened
+        return text
+    return os.path.abspath(path) if path.exists() or not maybe else text
+
+
+def pinned(run: Run, before: Run | None = None) -> Run:
+    """The run with hashes of what no data is, but samples depend on: those of the run that it goes on as, if it has."""
+    old = pins(before) if before else {}
+    lacking = {field: find for field, (known, find) in pins(run).items() if known is None}
+    found = {field: old[field][0] if field in old else None for field in lacking}
+    new = {field: value for field, find in lacking.items() if (value := found[field] or find())}
+    tree = run.model_dump(mode="json")
+    override(tree, [f"{field}={shown(value)}" for field, value in new.items()])
+    return parse(Run, tree | {"resolved": run.resolved | new}) if new else run
+
+
+def pins(run: Run) -> dict[str, tuple[str | None, Callable[[], str | None]]]:
+    """The hashes that a run has a field for, and what finds each: of a codec that is not here, that of the cache."""
+    data, net = run.data, run.net
+    found = dict[str, tuple[str | None, Callable[[], str | None]]]()
+    if isinstance(data, Latents):
+
+        def of_codec() -> str | None:
+            there = read_contents(data.folder)
+            return data.codec.digest() or (there and there.weights)
+
+        found["data.codec.sha256"] = data.codec.sha256, of_codec
+    if isinstance(net, Pretrained):
+        found["net.config"] = net.config, lambda: net.found().config
+    if isinstance(texts := net.texts, TextFile):
+        found["net.texts.sha256"] = texts.sha256, lambda: texts.found().sha256
+    return found
 
 
 def require_same_code(run: Run, folder: Path) -> None:

@@ -22,6 +22,7 @@ CHANGED = "changed"  # of a run.yaml: the fields that were changed while it trai
 RESOLVED = "resolved"  # of a run.yaml: the fields that were found when the run was opened (`dumo.run.config.resolve`)
 CODE = "code"  # in `resolved`: hashes of the code of classes from outside, by name
 PROPOSED = "proposed"  # in `resolved`: the fields that were set by `dumo.run.plan.proposal`
+GIVEN = "given"  # in `resolved`: places in the words they were given in, by the fields that have them whole
 MOST = 2**24  # bytes of a file: ours; the names of 20,000 classes are half a million
 
 
@@ -34,6 +35,12 @@ class Noted(BaseModel):
     field: str  # its dotted path, or data: their fingerprint
     was: Any
     now: Any
+    accepted: bool = False  # by --accept: it is none of those that may change
+
+    @property
+    def of_data(self) -> bool:
+        """Whether it is the fingerprint of the data, and no field."""
+        return self.field == "data" and not isinstance(self.was, dict)
 
 
 def read(source: str) -> tuple[dict[str, Any], str]:
@@ -48,9 +55,9 @@ def read(source: str) -> tuple[dict[str, Any], str]:
     raise UserError(f"there is no recipe, file or run's folder '{source}'; {_hint(source)}")
 
 
-def noted(folder: Path) -> list[Noted]:
-    """The changes of a folder's run while it trained, in order. Raises UserError as `read`."""
-    file = folder / FILE
+def noted(place: Path) -> list[Noted]:
+    """The changes of a run while it trained, in order, of its folder or file. Raises UserError as `read`."""
+    file = _file(place) or place
     return _take_changed(_plain(file), str(file))
 
 

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from dumo.flow.guide import CFG
 from dumo.flow.solver import Heun
 from dumo.runtime.bound import SAMPLES
-from dumo.types import QUIET, Spec
+from dumo.types import MAYBE_PLACE, QUIET, Spec
 
 
 class Pairs(Spec):
@@ -39,7 +39,7 @@ class Teacher(Spec):
 
     kind: Literal["run", "python", "base"] = "run"
     # A run's folder; module:function, which takes the run and the device and returns `dumo.types.Reads`; of base, none.
-    source: str = ""
+    source: str = Field(default="", json_schema_extra=MAYBE_PLACE)  # its weights are known by their hash
     guide: CFG = Field(default=CFG(), json_schema_extra=QUIET)  # of the teacher, as in sampling
     pairs: Pairs | None = None  # learn from whole trajectories instead
 
@@ -59,5 +59,6 @@ class Start(Spec):
 
     # run: all that the nets share; sit: a velocity, all of it; dit: it predicts noise, so its trunk alone
     kind: Literal["run", "sit", "dit"] = "run"
-    source: str  # a run's folder; of sit and dit a safetensors file, under the names of their authors
+    # A run's folder; of sit and dit a safetensors file, under the names of their authors.
+    source: str = Field(json_schema_extra={"where": "maybe"})
     heads: dict[str, str] = Field(default_factory=dict[str, str])  # heads that begin as another of the source: {u: v}

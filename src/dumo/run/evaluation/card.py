@@ -118,7 +118,7 @@ def card(opened: RunFolder, facts: Mapping[str, str], samples: int) -> Card:
         "data": run.images.model_dump(mode="json"),
         "data_sd": deviation.noted(opened.folder),  # None: of a run from before it was measured
         "path": run.path.model_dump(mode="json"),
-        "codec": codec and codec.codec.model_dump(exclude={"weights"}) | {"sha256": codec.sha256},
+        "codec": codec and codec.codec.facts() | {"sha256": codec.sha256},
         "weights": opened.weights,
         "weights_sha256": opened.sha256,
         "step": opened.step,

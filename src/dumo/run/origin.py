@@ -1,0 +1,122 @@
+"""The run that a checkpoint holds, and whether a folder's run.yaml still says the same.
+
+A checkpoint has the run as it was up to its step, with what had changed by then; run.yaml may have been edited since. A
+field that makes another function, training or sample must be the same in both, or be noted as changed at that step or
+later. Files of weights alone have a hash of their run (`dumo.run.config.load.identity`).
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+
+from dumo.run.config.load import Difference, differences, identity, load, undone
+from dumo.run.config.resolve import require_same_code
+from dumo.run.config.source import FILE, Noted, noted
+from dumo.run.config.spec import Run
+from dumo.runtime import dist
+from dumo.training import checkpoint, manifest
+from dumo.types import UserError
+
+FUNCTION = ("data", "net", "objective", "path")  # parts of a run that say what its weights mean
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The run that a checkpoint holds."""
+
+    run: Run
+    past: list[Noted]  # what was changed before its step
+    name: str
+    step: int
+
+    @classmethod
+    def of(cls, place: Path) -> "Kept | None":
+        """That of a checkpoint; None, with a warning, of one from before they held any. Raises UserError if damaged."""
+        if file := manifest.run_of(place):
+            return cls(load(str(file)), noted(file), place.name, manifest.read(place).step)
+        if dist.is_main():
+            words = f"{place} was written before checkpoints held their run: {FILE} is not compared with it"
+            warnings.warn(words, stacklevel=2)
+        return None
+
+    def differs(self, run: Run, past: Sequence[Noted]) -> list[Difference]:
+        """Where a run.yaml, with its changes, is neither this run nor noted to have changed since."""
+        return [*meant(past, self.step), *differences(self.run, undone(run, past, self.step))]
+
+    def lines(self, found: Sequence[Difference]) -> list[str]:
+        """Differences in words."""
+        return [one.between(f"in checkpoint {self.name}", f"in {FILE}") for one in found]
+
+
+def meant(past: Sequence[Noted], step: int) -> list[Difference]:
+    """What was accepted later, and makes another function of weights of this step."""
+    later = [one for one in past if one.accepted and one.step > step and one.field.split(".")[0] in FUNCTION]
+    return [Difference(one.field, one.was, one.now, may=False) for one in later if not one.of_data]
+
+
+def identities(run: Run, past: Sequence[Noted]) -> set[str]:
+    """The `identity` of a run, now and before each change that was accepted."""
+    return {identity(run), *(identity(undone(run, past, one.step)) for one in past if one.accepted)}
+
+
+def require_own(run: Run, folder: Path, place: Path) -> None:
+    """Raise UserError where a checkpoint, a part of one, or a milestone is not of the run that run.yaml says."""
+    past = noted(folder)
+    holder = next((one for one in (place, place.parent) if (one / manifest.NAME).is_file()), None)
+    kept = Kept.of(holder) if holder else None
+    if holder and holder.resolve().parent == (folder / "checkpoints").resolve():
+        lines = kept.lines(kept.differs(run, past)) if kept else []
+    else:
+        whose = identity(kept.run) if kept else checkpoint.facts_of(place).get("run")
+        if whose not in (None, *identities(run, past)):
+            raise UserError(f"{place} has weights of another run than {folder}: take others, or that run's folder")
+        lines = [str(one) for one in meant(past, checkpoint.step_of(place, run.train.steps))]
+    if lines:
+        lines = [f"{folder / FILE} is not the run that {place} was trained by:", *lines]
+        way = f"Put these fields back. To train on with them as they are:  dumo train {quote(str(folder))} --accept"
+        raise UserError("\n  ".join(lines) + f"\n{way}")
+    if kept:
+        require_same_code(run.model_copy(update={"resolved": kept.run.resolved}), folder)
+
+
+def newest(standing: Mapping[int, Path], step: int | None) -> Kept | None:
+    """The run that the checkpoint of `step` holds, or the last one that can be read; None: there is none."""
+    for place in reversed([path for n, path in standing.items() if step in (None, n)]):
+        with suppress(UserError):  # who begins there looks at the whole of it
+            return Kept.of(place)
+    return None
+
+
+def require_same(there: Run, run: Run, folder: Path, kept: Kept | None, *, accept: bool) -> None:
+    """Raise UserError where a folder's run.yaml is not what its checkpoint holds, or another run is asked for.
+
+    What may change is noted, as is all with `accept`.
+    """
+    known = kept.run.resolved if kept else {}
+    require_same_code(there.model_copy(update={"resolved": there.resolved | known}), folder)
+    edited = [one for one in kept.differs(there, noted(folder)) if not one.may] if kept else []
+    asked = [one for one in differences(there, run) if not one.may]
+    if accept or not (edited or asked):
+        return
+    way = f"or take them as they are by --accept, which notes them in {FILE}"
+    if kept and edited:
+        lines = "\n  ".join([f"{folder / FILE} is not as it was trained:", *kept.lines(edited)])
+        raise UserError(f"{lines}\nPut these fields back, {way}")
+    lines = "\n  ".join([f"{folder} holds another run:", *map(str, asked)])
+    raise UserError(f"{lines}\nGive another folder with --out, or remove this one, {way}")
+
+
+def before_step(folder: Path, last: Path | None) -> tuple[Run, list[Noted]] | None:
+    """The run that the steps up to a checkpoint were of, and what had changed in it; None: none was written down.
+
+    The checkpoint says so; one from before they did leaves it to run.yaml.
+    """
+    if not (folder / FILE).is_file():
+        return None
+    past, kept = noted(folder), Kept.of(last) if last else None
+    if kept is None:
+        return load(str(folder)), past
+    return kept.run, [*kept.past, *(one for one in past if one.of_data and one.step >= kept.step)]
