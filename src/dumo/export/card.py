@@ -1,5 +1,6 @@
 """The model card next to an export, README.md: how to call it, what made it, and what it measured."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -11,6 +12,8 @@ from dumo.data import Latents
 from dumo.evaluation.word import method
 from dumo.export.model import OWN, Exported, Stock
 from dumo.flow.guide import GuidanceScale
+from dumo.run.config.load import identity
+from dumo.run.config.resolve import as_given
 from dumo.run.evaluation.card import FILE, read_report
 from dumo.run.folder import RunFolder
 from dumo.run.sampler import Sampler
@@ -33,7 +36,21 @@ class Provenance:
     sha256: str
     baked: Mapping[str, float]  # scales of guidance in the weights, by what guided
     report: Mapping[str, Any] | None  # the evaluation of these weights
+    run: Mapping[str, Any]  # whole, its places in the words that they were given in
+    identity: str  # of the run
     version: str = version()
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What an export says of its origin, for programs."""
+        return {
+            "dumo": self.version,
+            "step": str(self.step),
+            "weights": self.weights,
+            "weights_sha256": self.sha256,
+            "run": json.dumps(self.run),
+            "run_sha256": self.identity,
+        }
 
     @classmethod
     def of(cls, opened: RunFolder) -> "Provenance":
@@ -48,7 +65,8 @@ class Provenance:
         if report and report["card"].get("weights_sha256") != opened.sha256:
             report = None
         baked = {what: scale for what, scale in scales.items() if scale != 1}
-        return cls(run.about, opened.step, run.train.batch, opened.weights, opened.sha256, baked, report)
+        tree, whose = as_given(run).model_dump(mode="json"), identity(run)
+        return cls(run.about, opened.step, run.train.batch, opened.weights, opened.sha256, baked, report, tree, whose)
 
 
 def of_tuned(
@@ -145,7 +163,5 @@ def notes(exported: Exported, made: Provenance) -> dict[str, str]:
         "format": "pt",
         "class": exported.kind,
         "head": exported.head,
-        "step": str(made.step),
-        "weights_sha256": made.sha256,
-        "dumo": made.version,
+        **made.facts,
     }

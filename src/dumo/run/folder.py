@@ -85,7 +85,7 @@ def open_run(
         raise UserError(f"{source} is no run's folder (it has no {FILE}): train one first, e.g. dumo train digits")
     run = load(source, overrides)
     require_same_code(run, folder)
-    if differs := list(difference(load(source), run)):
+    if overrides and (differs := list(difference(load(source), run))):
         raise UserError(f"these fields of {source} are as they were trained:\n  " + "\n  ".join(differs))
     while True:
         there = [*checkpoint.standing(folder / "checkpoints")]
