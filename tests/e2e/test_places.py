@@ -96,3 +96,17 @@ def test_a_moved_run_says_what_it_misses(home: Path) -> None:
     assert (done := call("train", "there/run", *moved)).code == 0, done
     assert load("there/run").data.root == str(home / "there/cache")  # pyright: ignore
     assert sampled("there/run")
+
+
+def test_images_that_were_moved_are_those_that_were_trained_on(home: Path) -> None:
+    """Of images without a cache: their place is free, what they are is not."""
+    fields = sets("data={kind: images, root: images, side: 16, crop: none}", "net.patch=8")
+    assert (done := call("train", "recipe.yml", "--out", "plain", *fields)).code == 0, done
+    (home / "images").rename(home / "moved")
+    assert call("sample", "plain", "--count", "1", "--nfe", "1", *sets("data.root=moved")).code == 0
+    shutil.copytree(home / "moved/class0", home / "fewer/class0")
+    shutil.copytree(home / "moved/class0", home / "fewer/class1")
+    named = ("fewer has other images than plain was trained on",)
+    refused("evaluate", "plain", *sets("data.root=fewer"), named=named, run=home / "plain")
+    refused("train", "plain", *sets("data.root=fewer", "train.steps=3"), named=("the data are not those",))
+    assert call("train", "plain", *sets("data.root=moved", "train.steps=3")).code == 0

@@ -1,6 +1,5 @@
 """The model card next to an export, README.md: how to call it, what made it, and what it measured."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +13,7 @@ from dumo.export.model import OWN, Exported, Stock
 from dumo.flow.guide import GuidanceScale
 from dumo.run.config.load import identity
 from dumo.run.config.resolve import as_given
+from dumo.run.config.spec import Run
 from dumo.run.evaluation.card import FILE, read_report
 from dumo.run.folder import RunFolder
 from dumo.run.sampler import Sampler
@@ -36,20 +36,19 @@ class Provenance:
     sha256: str
     baked: Mapping[str, float]  # scales of guidance in the weights, by what guided
     report: Mapping[str, Any] | None  # the evaluation of these weights
-    run: Mapping[str, Any]  # whole, its places in the words that they were given in
-    identity: str  # of the run
+    run: Run
     version: str = version()
 
     @property
     def facts(self) -> dict[str, str]:
-        """What an export says of its origin, for programs."""
+        """What an export says of its origin, for programs: the run whole, its places in the words they were given in."""
         return {
             "dumo": self.version,
             "step": str(self.step),
             "weights": self.weights,
             "weights_sha256": self.sha256,
-            "run": json.dumps(self.run),
-            "run_sha256": self.identity,
+            "run": as_given(self.run).model_dump_json(),
+            "run_sha256": identity(self.run),
         }
 
     @classmethod
@@ -65,8 +64,7 @@ class Provenance:
         if report and report["card"].get("weights_sha256") != opened.sha256:
             report = None
         baked = {what: scale for what, scale in scales.items() if scale != 1}
-        tree, whose = as_given(run).model_dump(mode="json"), identity(run)
-        return cls(run.about, opened.step, run.train.batch, opened.weights, opened.sha256, baked, report, tree, whose)
+        return cls(run.about, opened.step, run.train.batch, opened.weights, opened.sha256, baked, report, run)
 
 
 def of_tuned(

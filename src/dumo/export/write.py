@@ -11,6 +11,7 @@ README.md          the model card
 dumo.json          the run, and the SHA-256 of the weights that this was made of
 """
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -80,7 +81,8 @@ def export(
             lora.write(net, made, half, out.name, dtype=dtype)
         else:
             write_folder(net, made, half, out.name, parts=cast(Parts, parts), dtype=dtype)
-        write_json(half / ORIGIN, made.facts | {"run": made.run})
+        facts = made.facts
+        write_json(half / ORIGIN, {**facts, "run": json.loads(facts["run"])})
     return out
 
 
