@@ -191,7 +191,7 @@ def test_a_whole_pipeline_comes_along_and_its_card_runs(tmp_path: Path) -> None:
     for parts in ("copy", "link", "none"):
         assert call("export", run, tmp_path / parts, "--parts", parts).code == 0
     assert {path.name for path in (tmp_path / "none").iterdir()} == {
-        *("README.md", "codes.safetensors", "model_index.json", "scheduler", "transformer")
+        *("README.md", "codes.safetensors", "dumo.json", "model_index.json", "scheduler", "transformer")
     }
     assert (tmp_path / "link" / "vae").is_symlink()
     assert not (tmp_path / "copy" / "vae").is_symlink()

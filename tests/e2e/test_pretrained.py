@@ -1,6 +1,7 @@
 """A transformer of diffusers, from the folder that it was saved to: what a user types, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -10,7 +11,7 @@ import torch
 
 from dumo.io.weights import read
 from dumo.nets import lowpass
-from e2e.shell import call, refused, sets
+from e2e.shell import call, files, refused, sets
 
 DIGITS: dict[str, Any] = {
     "sample_size": 8, "patch_size": 2, "in_channels": 1, "out_channels": 1, "num_layers": 2, "attention_head_dim": 8,
@@ -45,6 +46,14 @@ def test_from_a_folder_to_samples(here: Path, folder: Path) -> None:
         assert call("train", "tuned", *sets("train.steps=6")).code == 0
         assert call("sample", "tuned", "--nfe", "1").code == 0
         assert fitted.call_count == 1, "trained weights take its place"
+    another = shutil.copytree(folder, here / "another")
+    same = files(here / "tuned/samples")
+    assert call("sample", "tuned", "--nfe", "1", *sets(f"net.source={another}")).code == 0
+    assert files(here / "tuned/samples") == same
+    file = another / "transformer/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"qk_norm": "rms_norm"}))
+    named = ("net.source", "another config.json", "--set net.source=")
+    refused("sample", "tuned", *sets(f"net.source={another}"), named=named)
     done = call("dry", "digits", *net(folder), "--json")
     assert (done.code, done.json["parameters"]) == (0, 75_976)
 

@@ -12,6 +12,9 @@ from dumo.data import Latents
 from dumo.evaluation.word import method
 from dumo.export.model import OWN, Exported, Stock
 from dumo.flow.guide import GuidanceScale
+from dumo.run.config.load import identity
+from dumo.run.config.resolve import as_given
+from dumo.run.config.spec import Run
 from dumo.run.evaluation.card import FILE, read_report
 from dumo.run.folder import RunFolder
 from dumo.run.sampler import Sampler
@@ -35,7 +38,20 @@ class Provenance:
     sha256: str
     baked: Mapping[str, float]  # scales of guidance in the weights, by what guided
     report: Mapping[str, Any] | None  # the evaluation of these weights
+    run: Run
     version: str = version()
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What an export says of its origin, for programs: the run whole, its places in the words they were given in."""
+        return {
+            "dumo": self.version,
+            "step": str(self.step),
+            "weights": self.weights,
+            "weights_sha256": self.sha256,
+            "run": as_given(self.run).model_dump_json(),
+            "run_sha256": identity(self.run),
+        }
 
     @classmethod
     def of(cls, opened: RunFolder) -> "Provenance":
@@ -50,7 +66,7 @@ class Provenance:
         if report and report["card"].get("weights_sha256") != opened.sha256:
             report = None
         baked = {what: scale for what, scale in scales.items() if scale != 1}
-        return cls(run.about, opened.step, run.train.batch, opened.weights, opened.sha256, baked, report)
+        return cls(run.about, opened.step, run.train.batch, opened.weights, opened.sha256, baked, report, run)
 
 
 def of_tuned(
@@ -152,7 +168,5 @@ def notes(exported: Exported, made: Provenance) -> dict[str, str]:
         "format": "pt",
         "class": exported.kind,
         "head": exported.head,
-        "step": str(made.step),
-        "weights_sha256": made.sha256,
-        "dumo": made.version,
+        **made.facts,
     }

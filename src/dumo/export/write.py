@@ -8,8 +8,10 @@ vae/ ...           the other parts of the pipeline that the model came from, if 
 model_index.json   which parts there are
 codes.safetensors  what stands for classes, where the model was tuned on none but them
 README.md          the model card
+dumo.json          the run, and the SHA-256 of the weights that this was made of
 """
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +39,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 PARTS: tuple[Parts, ...] = get_args(Parts)
 DTYPES = ("float32", "bfloat16", "float16")
 TRANSFORMER, SECOND, VAE = "transformer", "transformer_2", "vae"
+ORIGIN = "dumo.json"
 ANOTHER = "take another copy of the pipeline"
 
 
@@ -79,6 +82,8 @@ def export(
             lora.write(net, made, half, out.name, dtype=dtype)
         else:
             write_folder(net, made, half, out.name, parts=cast(Parts, parts), dtype=dtype)
+        facts = made.facts
+        write_json(half / ORIGIN, {**facts, "run": json.loads(facts["run"])})
     return out
 
 

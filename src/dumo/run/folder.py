@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dumo.data import Images
 from dumo.flow.path import Path as FlowPath
 from dumo.io import digest
 from dumo.io import file as files
@@ -16,7 +17,7 @@ from dumo.io.weights import compare
 from dumo.io.weights import load as load_weights
 from dumo.nets import Net
 from dumo.nets.dualized import Dualized
-from dumo.run import published
+from dumo.run import deviation, published
 from dumo.run.config.load import FILE, Difference, difference, differences, dump, load
 from dumo.run.config.resolve import require_same_code
 from dumo.run.config.source import Noted
@@ -85,8 +86,8 @@ def open_run(
         raise UserError(f"{source} is no run's folder (it has no {FILE}): train one first, e.g. dumo train digits")
     run = load(source, overrides)
     require_same_code(run, folder)
-    if differs := list(difference(load(source), run)):
-        raise UserError(f"these fields of {source} are as they were trained:\n  " + "\n  ".join(differs))
+    if overrides:
+        require_trained(load(source), run, folder)
     while True:
         there = [*checkpoint.standing(folder / "checkpoints")]
         try:
@@ -94,6 +95,19 @@ def open_run(
         except (UserError, OSError):
             if there == [*checkpoint.standing(folder / "checkpoints")]:
                 raise
+
+
+def require_trained(there: Run, run: Run, folder: Path) -> None:
+    """Raise UserError where a run is opened with other fields than may be set, or its images lie where others are."""
+    if differs := list(difference(there, run)):
+        raise UserError(f"these fields of {folder} are as they were trained:\n  " + "\n  ".join(differs))
+    if isinstance(run.data, Images) and run.data != there.data:
+        then, now = deviation.fingerprint(folder), run.data.open().fingerprint()
+        if then not in (None, now):
+            raise UserError(
+                f"data.root: {run.data.root} has other images than {folder} was trained on (fingerprint {now}, and "
+                f"{then} in {deviation.FILE}): say where those are"
+            )
 
 
 def open_weights(run: Run, folder: Path, weights: str | None, device: torch.device) -> RunFolder:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
-from dumo.run.config.load import Difference, differences, identity, load, undone
+from dumo.run.config.load import Difference, differences, identity, load, replayed
 from dumo.run.config.resolve import require_same_code
 from dumo.run.config.source import FILE, Noted, noted
 from dumo.run.config.spec import Run
@@ -43,12 +43,15 @@ class Kept:
         return None
 
     def differs(self, run: Run, past: Sequence[Noted]) -> list[Difference]:
-        """Where a run.yaml, with its changes, is neither this run nor noted to have changed since."""
-        return [*meant(past, self.step), *differences(self.run, undone(run, past, self.step))]
+        """Where a run.yaml, with its changes, is not this run with those that were noted since."""
+        now = replayed(self.run, [one for one in past if one.step >= self.step])
+        return [*meant(past, self.step), *differences(now, run)]
 
-    def lines(self, found: Sequence[Difference]) -> list[str]:
+    def lines(self, found: Sequence[Difference], past: Sequence[Noted]) -> list[str]:
         """Differences in words."""
-        return [one.between(f"in checkpoint {self.name}", f"in {FILE}") for one in found]
+        since = {one.field for one in past if one.step >= self.step}
+        here = f"in checkpoint {self.name}"
+        return [one.between("as noted" if one.field in since else here, f"in {FILE}") for one in found]
 
 
 def meant(past: Sequence[Noted], step: int) -> list[Difference]:
@@ -59,7 +62,9 @@ def meant(past: Sequence[Noted], step: int) -> list[Difference]:
 
 def identities(run: Run, past: Sequence[Noted]) -> set[str]:
     """The `identity` of a run, now and before each change that was accepted."""
-    return {identity(run), *(identity(undone(run, past, one.step)) for one in past if one.accepted)}
+    steps = {one.step for one in past if one.accepted}
+    before = [replayed(run, [one for one in past if one.step >= step], back=True) for step in steps]
+    return {*map(identity, (run, *before))}
 
 
 def require_own(run: Run, folder: Path, place: Path) -> None:
@@ -68,7 +73,7 @@ def require_own(run: Run, folder: Path, place: Path) -> None:
     holder = next((one for one in (place, place.parent) if (one / manifest.NAME).is_file()), None)
     kept = Kept.of(holder) if holder else None
     if holder and holder.resolve().parent == (folder / "checkpoints").resolve():
-        lines = kept.lines(kept.differs(run, past)) if kept else []
+        lines = kept.lines(kept.differs(run, past), past) if kept else []
     else:
         whose = identity(kept.run) if kept else checkpoint.facts_of(place).get("run")
         if whose not in (None, *identities(run, past)):
@@ -97,13 +102,14 @@ def require_same(there: Run, run: Run, folder: Path, kept: Kept | None, *, accep
     """
     known = kept.run.resolved if kept else {}
     require_same_code(there.model_copy(update={"resolved": there.resolved | known}), folder)
-    edited = [one for one in kept.differs(there, noted(folder)) if not one.may] if kept else []
+    past = noted(folder)
+    edited = [one for one in kept.differs(there, past) if not one.may] if kept else []
     asked = [one for one in differences(there, run) if not one.may]
     if accept or not (edited or asked):
         return
     way = f"or take them as they are by --accept, which notes them in {FILE}"
     if kept and edited:
-        lines = "\n  ".join([f"{folder / FILE} is not as it was trained:", *kept.lines(edited)])
+        lines = "\n  ".join([f"{folder / FILE} is not as it was trained:", *kept.lines(edited, past)])
         raise UserError(f"{lines}\nPut these fields back, {way}")
     lines = "\n  ".join([f"{folder} holds another run:", *map(str, asked)])
     raise UserError(f"{lines}\nGive another folder with --out, or remove this one, {way}")

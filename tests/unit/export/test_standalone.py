@@ -15,7 +15,7 @@ from dumo.data.image import Images
 from dumo.encoders import SdVae, Taef2
 from dumo.export.write import export
 from dumo.flow.solver import Euler
-from dumo.run.config.load import load
+from dumo.run.config.load import identity, load, parse
 from dumo.run.config.spec import Run
 from dumo.run.folder import RunFolder
 from dumo.runtime.random import noise, stream
@@ -87,6 +87,9 @@ def test_dumos_images_to_the_bit(
     code = {path.name: path.read_text("utf-8") for path in out.rglob("*.py")}
     assert code.keys() == {"pipeline.py", "dumo_dit.py"}
     assert not any("import dumo" in text or "from dumo" in text for text in code.values())
+    origin = json.loads((out / "dumo.json").read_text("utf-8"))
+    assert (origin["weights_sha256"], origin["run_sha256"]) == ("0" * 64, identity(run.run))
+    assert parse(Run, origin["run"]) == run.run
 
 
 def codec(kind: str, folder: Path) -> SdVae | Taef2:

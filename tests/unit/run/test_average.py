@@ -1,5 +1,6 @@
 """A run keeps averages, the same ones however often it is stopped, and others are made of its snapshots."""
 
+import shutil
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -7,11 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from dumo.io import digest
 from dumo.io.weights import load as load_weights
 from dumo.run.average import Profile, average, fit, mixed, overlap
+from dumo.run.config.load import identity
 from dumo.run.config.spec import Run
 from dumo.run.folder import open_run
 from dumo.run.train import train
+from dumo.training import checkpoint
 from dumo.training.ema import exponent
 from dumo.types import UserError
 from unit.run import known
@@ -64,6 +68,18 @@ def test_it_is_the_average_that_would_have_been_kept(run: Path, tmp_path: Path) 
     opened = open_run(str(run), weights=str(made.file))
     assert opened.step == 24
     assert all(torch.equal(x, found[name]) for name, x in opened.net.state_dict().items())
+
+
+def test_it_says_what_it_was_made_of_and_takes_no_other_runs(run: Path, tmp_path: Path) -> None:
+    about = checkpoint.facts_of(average(str(run), 0.07, tmp_path / "new.safetensors").file)
+    assert (about["step"], about["std"], about["run"]) == (24, 0.07, identity(tiny()))
+    assert about["sources"] == {name: digest.of_bytes(bits) for name, bits in kept(run).items()}
+    train(tiny(4, "train.seed=1"), tmp_path / "other")
+    mixed = shutil.copytree(run, tmp_path / "mixed")
+    name = "snapshots/ema-std-0.05/step-00000004.safetensors"
+    shutil.copy(tmp_path / "other" / name, mixed / name)
+    with pytest.raises(UserError, match=rf"mixed/{name} is a snapshot of another run"):
+        average(str(mixed), 0.12)
 
 
 def test_one_that_was_kept_comes_back(run: Path) -> None:

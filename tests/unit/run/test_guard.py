@@ -22,6 +22,8 @@ from dumo.run.journal import Journal
 from dumo.run.train import train
 from dumo.runtime import signals
 from dumo.training import checkpoint, log, loop, manifest
+from dumo.training.optim import WSD, Cosine
+from dumo.training.spec import Train
 from dumo.training.state import Diverged, State
 from dumo.training.step import Batch, Record, Task, train_step
 from dumo.types import UserError
@@ -218,6 +220,21 @@ def test_other_versions_and_rows_that_are_lost_are_told(run: Path) -> None:
         "dumo is 0.1.0, and was 0.0.1 up to step 8",
         f"torch is {torch.__version__}, and was 2.12 up to step 8",
     ]
+
+
+@pytest.mark.parametrize(("kind", "says"), [("constant", False), ("wsd", True), ("cosine", True)])
+def test_more_steps_under_a_schedule_that_stretches_are_said(kind: str, says: bool, tmp_path: Path) -> None:
+    train(tiny(f"train.schedule.kind={kind}"), tmp_path / "run")
+    told = list[str]()
+    train(tiny(f"train.schedule.kind={kind}", "train.steps=9"), tmp_path / "run", tell=told.append)
+    line = f"train.steps is 9, and was 8: the 8 steps already done had the rates of the shorter {kind} schedule"
+    assert (line in told) == says
+
+
+def test_more_steps_before_the_rate_falls_are_those_of_the_longer_schedule() -> None:
+    assert not Train(steps=100, batch=1, schedule=WSD()).stretched(200, 80)
+    assert Train(steps=100, batch=1, schedule=WSD()).stretched(200, 90)
+    assert not Train(steps=100, batch=1, schedule=Cosine()).stretched(200, 0)
 
 
 def test_a_checkpoint_with_a_number_that_is_none_is_not_gone_on_from(moons: Path, run: Path) -> None:

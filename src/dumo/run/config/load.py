@@ -152,13 +152,13 @@ def changes(was: Run, past: Sequence[Noted], run: Run, step: int) -> list[Noted]
     return [*(one for one in past if one.step < step), *(one for one in found.values() if one.was != one.now)]
 
 
-def undone(run: Run, past: Sequence[Noted], step: int) -> Run:
-    """The run as it was before the changes that are noted at this step and later ones."""
-    later = [f"{one.field}={shown(one.was)}" for one in reversed(past) if one.step >= step and not one.of_data]
+def replayed(run: Run, changes: Sequence[Noted], *, back: bool = False) -> Run:
+    """The run after these changes, in order; `back`: before them."""
     tree = run.model_dump(mode="json")
-    for change in later:
-        override(tree, [change])
-    return parse(Run, tree) if later else run
+    for one in reversed(changes) if back else changes:
+        if not one.of_data:
+            override(tree, [f"{one.field}={shown(one.was if back else one.now)}"])
+    return parse(Run, tree) if changes else run
 
 
 def identity(run: Run) -> str:

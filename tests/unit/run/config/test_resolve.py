@@ -1,0 +1,105 @@
+"""Places are whole once a run begins, and stay where they were; what lies there has a hash."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from dumo.nets.pretrained import PUBLISHED
+from dumo.run.config.load import FILE, dump, load
+from dumo.run.config.resolve import as_given, given, pinned, placed, places, whole
+from dumo.run.config.spec import Run
+from unit.run import known
+
+LATENTS = {"data.root", "data.images.root", "data.codec.weights"}
+IMAGES = "evaluate.protocol={kind: photos, samples: 24}"
+
+
+def images(root: str, *more: str) -> Run:
+    """Of images in a place."""
+    return load("digits", [f"data={{kind: images, root: '{root}', side: 8, classes: 10}}", IMAGES, *more])
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PLACE", str(tmp_path / "one"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("NOWHERE", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_whole"),
+    [("a/b", "a/b"), ("./a", "a"), ("~/a", "home/a"), ("$PLACE/a", "one/a"), ("${PLACE}", "one"), ("a/../b", "b")],
+)
+def test_a_place_is_made_whole(text: str, is_whole: str, tmp_path: Path) -> None:
+    assert whole(text) == str(tmp_path / is_whole) == whole(str(tmp_path / is_whole))
+    assert whole(text, maybe=True) == text  # nothing is there
+    found = placed(images(text))
+    assert found.data.root == str(tmp_path / is_whole)  # pyright: ignore
+    assert given(found) == {"data.root": text}
+    assert as_given(found) == images(text)
+
+
+def test_what_has_no_value_stays(tmp_path: Path) -> None:
+    assert whole("$NOWHERE/a") == "$NOWHERE/a"
+    assert placed(images("$NOWHERE/a")) == images("$NOWHERE/a")
+
+
+def test_the_words_that_a_run_began_with_mean_what_they_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, there = placed(images("$PLACE")), str(tmp_path / "one")
+    (tmp_path / FILE).write_text(dump(began))
+    before = load(str(tmp_path))
+    assert before == began
+    monkeypatch.setenv("PLACE", "/elsewhere")
+    for same in (images("$PLACE"), before):
+        assert placed(same, before) == began
+    monkeypatch.delenv("PLACE")
+    assert placed(images("$PLACE"), before) == began
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir("sub")
+    moved = placed(images("two"), before)
+    assert (moved.data.root, given(moved)) == (str(tmp_path / "sub/two"), {"data.root": "two"})  # pyright: ignore
+    assert placed(images(there), before) == began
+
+
+def test_names_are_no_places(tmp_path: Path) -> None:
+    """Of models that are known by name, and of functions; a folder of that name changes nothing for the first."""
+    fields = ["net.kind=diffusers", f"net.source={PUBLISHED[0]}", "net.weights=drawn"]
+    tuned = known.tiny("digits").model_copy(update={"net": load("sd3-lora", fields[1:]).net})
+    os.mkdir(PUBLISHED[0])
+    assert dict(places(placed(tuned)))["net.source"] == PUBLISHED[0]
+    taught = load("digits", ["teacher={kind: python, source: a:b}"])
+    assert dict(places(placed(taught)))["teacher.source"] == "a:b"
+    os.mkdir("runs")
+    taught = load("digits", ["teacher={source: runs}"])
+    assert dict(places(placed(taught)))["teacher.source"] == str(tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields"),
+    [
+        ("imagenet-sample", LATENTS),
+        ("text-256", {*LATENTS, "net.texts.root", "net.texts.encoder.source"}),
+        ("z-image", {*LATENTS, "net.source"}),
+    ],
+)
+def test_which_fields_are_places(recipe: str, fields: set[str]) -> None:
+    assert {field for field, _ in places(load(recipe))} == fields
+
+
+def test_a_pin_is_taken_from_the_run_that_it_goes_on_as(tmp_path: Path) -> None:
+    file = tmp_path / "taef2.safetensors"
+    file.write_bytes(b"weights")
+    codec = f"codec: {{kind: taef2, weights: '{file}'}}"
+    data = f"data={{kind: latents, root: cache, images: {{root: '.', side: 8, classes: 10}}, {codec}}}"
+    run = load("digits", [data, IMAGES, "net.patch=1"])
+    began = pinned(run)
+    sha256 = began.data.codec.sha256  # pyright: ignore
+    assert sha256
+    assert began.resolved["data.codec.sha256"] == sha256
+    file.write_bytes(b"others")
+    assert pinned(run, began).data == began.data
+    assert pinned(run).data.codec.sha256 != sha256  # pyright: ignore
+    file.unlink()
+    assert pinned(run) == run  # nothing is there

@@ -1,0 +1,246 @@
+"""A checkpoint owns its run: run.yaml, field by field, is what it holds, or noted, or makes no difference."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from dumo.run.config.change import shown
+from dumo.run.config.load import FILE, dump, identity, load
+from dumo.run.config.source import RESOLVED, Noted, noted
+from dumo.run.config.spec import Run
+from dumo.run.folder import claim, open_run
+from dumo.run.origin import Kept
+from dumo.run.train import train
+from dumo.training import checkpoint, manifest
+from dumo.types import UserError
+from unit.run import known
+
+EMA = "[{decay: 0.9}, {kind: power, std: 0.1}]"
+LAST = "checkpoints/step-00000004"
+PHOTOS = "evaluate.protocol={kind: photos, samples: 20}"
+# For fields of which no other value can be guessed: values of them, and of others that they go with.
+OTHERS = {
+    "data.kind": [
+        "data={kind: images, root: ., side: 8, classes: 10}",
+        "evaluate.protocol={kind: photos, samples: 20}",
+    ],
+    "net.kind": ["net={kind: unet, width: 32}"],
+    "net.precondition": ["net.precondition=edm"],
+    "objective.kind": ["objective.kind=flow_matching", "sample.solver.kind=euler"],
+    "objective.times.kind": ["objective.times.kind=logit_normal"],
+    "objective.slope.kind": ["objective.slope.kind=jvp"],
+    "path.kind": ["objective.kind=sct", "path.kind=trig", "sample.solver.kind=restart"],
+    "teacher": ["teacher.source=."],
+    "start": ["start.source=."],
+    "train.coupling": ["train.coupling.group=2"],
+    "train.compile": ["train.compile=blocks"],
+    "train.precision": ["train.precision=bf16"],
+    "train.schedule.kind": ["train.schedule.kind=wsd"],
+    "train.ema": ["train.ema=[{kind: power, std: 0.1}, {decay: 0.5}]"],
+    "train.optimizer.betas": ["train.optimizer.betas=[0.9, 0.9]"],
+    "train.optimizer.kind": ["train.optimizer.kind=adam"],
+    "train.ref": ["train.ref=0.9"],
+    "sample.solver.kind": ["sample.solver.kind=euler"],
+    "evaluate.protocol.kind": [PHOTOS],
+}
+ALONE = ("sample.knobs", "evaluate.captions")  # have one value in this run
+
+
+def tiny(*more: str) -> Run:
+    """Digits in no time."""
+    return known.tiny("digits", "net.attention=2", "objective.drop=0.1", f"train.ema={EMA}", *more)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of four steps, with checkpoints of 2 and 4. Not to be written to."""
+    train(tiny("train.milestones=[2]"), folder := tmp_path_factory.mktemp("origin") / "run")
+    return folder
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(made, tmp_path / "run")
+
+
+def edit(folder: Path, *fields: str) -> None:
+    """Change run.yaml as by hand."""
+    changed = load(str(folder), fields)
+    (folder / FILE).write_text(dump(changed, noted(folder)))
+
+
+def leaves(tree: dict[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """The fields that hold no others, and what they hold."""
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
+
+
+def guesses(value: object) -> Iterator[object]:
+    """Other values that a field may have."""
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int):
+        yield from (2 * value, value + 1, value - 1, 2, 0.5)
+    elif isinstance(value, float):
+        yield from (value / 2, value * 0.9 + 0.01, 2 * value)
+    elif isinstance(value, list):
+        yield from (value[1:], [*value, 3], [3], [0.25])
+    elif isinstance(value, dict):
+        yield {"u": 1.0}
+    elif value is None:
+        yield from (2, 0.5, "bf16", "linear")
+    else:
+        yield from (f"{value}x", "b", 2, 0.5)
+
+
+def marked(run: Run, field: str, mark: str) -> bool:
+    """Whether a field, or one that it is a part of, has a mark."""
+    part: Any = run
+    for name in field.split("."):
+        extra = type(part).model_fields[name].json_schema_extra
+        if isinstance(extra, dict) and extra.get(mark):
+            return True
+        part = getattr(part, name)
+    return False
+
+
+def samples(folder: Path, base: Run) -> Tensor:
+    """Of its weights as they are read now, drawn in one way."""
+    found = open_run(str(folder), device="cpu").sampler
+    return replace(found, spec=base.sample, precision=base.precision).sample(torch.tensor([3, 7]), nfe=1).x
+
+
+def other(folder: Path, field: str, value: object) -> Run:
+    """Write another valid value into a field of run.yaml; return what it says then."""
+    guessed = [[f"{field}={shown(guess)}"] for guess in guesses(value) if guess != value]
+    for sets in [OTHERS[field]] if field in OTHERS else guessed:
+        try:
+            changed = load(str(folder), sets)
+        except UserError:
+            continue
+        (folder / FILE).write_text(dump(changed))
+        return changed
+    pytest.fail(f"no other value is known of {field}, which is {value}")
+
+
+def test_every_field_of_run_yaml_is_compared_or_makes_no_difference(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = Kept.of(run / LAST)
+    monkeypatch.setattr(Kept, "of", lambda place: kept)  # read once, for speed
+    base, text = load(str(run)), (run / FILE).read_text()
+    wanted, seen = samples(run, base), dict[str, list[str]]()
+    tree = yaml.safe_load(text)
+    for field, value in leaves({name: part for name, part in tree.items() if name not in ("format", RESOLVED)}):
+        if field in ALONE:
+            continue
+        (run / FILE).write_text(text)
+        changed = other(run, field, value)
+        free, changes = (marked(base, field, mark) for mark in ("free", "changes"))
+        seen.setdefault("free" if free else "changes" if changes else "fixed", []).append(field)
+        if free:
+            assert torch.equal(samples(run, base), wanted), field
+            claim(changed, run)
+            continue
+        whole = field.removesuffix(".kind")
+        with pytest.raises(UserError, match=rf"\n  {whole}.* in checkpoint step-00000004, .* in run\.yaml"):
+            open_run(str(run), device="cpu")
+        if not changes:
+            with pytest.raises(UserError, match=rf"(?s)\n  {whole}.* in checkpoint step-00000004.*--accept"):
+                claim(changed, run)
+    assert {"net.time_scale", "objective.kind", "train.batch", "train.seed"} <= {*seen["fixed"]}
+    assert {"train.optimizer.lr", "train.clip", "train.precision"} <= {*seen["changes"]}
+    assert {"about", "train.steps", "sample.seed"} <= {*seen["free"]}
+
+
+def test_what_may_change_is_noted_though_run_yaml_was_edited(run: Path) -> None:
+    edit(run, "train.clip=1.0")
+    train(load(str(run), ["train.steps=6"]), run)
+    assert noted(run) == [Noted(step=4, field="train.clip", was=None, now=1.0)]
+    assert open_run(str(run)).step == 6
+
+
+def test_what_is_accepted_is_noted_and_then_as_good_as_trained(run: Path) -> None:
+    trained = load(str(run))
+    edit(run, "net.time_scale=2", "train.batch=6")
+    told = list[str]()
+    train(load(str(run)), run, accept=True, tell=told.append)
+    assert [(one.step, one.field, one.was, one.now, one.accepted) for one in noted(run)] == [
+        (4, "net.time_scale", trained.net.time_scale, 2.0, True),
+        (4, "train.batch", 4, 6, True),
+    ]
+    assert any(line.startswith("from step 4 on net.time_scale is 2") for line in told)
+    assert open_run(str(run)).run.net.time_scale == 2
+    for place in ("checkpoints/step-00000002/net.safetensors", "milestones/step-00000002.safetensors"):
+        with pytest.raises(UserError, match=r"(?s)net\.time_scale: .*--accept"):
+            open_run(str(run), weights=str(run / place))  # they are of the function of before
+    train(load(str(run), ["train.steps=6"]), run)
+    assert open_run(str(run)).step == 6
+    edit(run, "net.time_scale=3")
+    with pytest.raises(UserError, match=r"net\.time_scale: 2.0 in checkpoint step-00000006, 3.0 in run.yaml"):
+        open_run(str(run))
+
+
+def test_a_change_is_no_excuse_for_another_edit(run: Path) -> None:
+    train(load(str(run), ["train.clip=1.0"]), run)
+    assert open_run(str(run)).run.train.clip == 1
+    edit(run, "train.clip=2.0")
+    with pytest.raises(UserError, match=r"train\.clip: 1.0 as noted, 2.0 in run.yaml"):
+        open_run(str(run))
+
+
+def test_a_run_that_is_asked_for_may_be_accepted(run: Path) -> None:
+    asked = load(str(run), ["train.batch=6", "train.steps=6"])
+    with pytest.raises(UserError, match=r"(?s)holds another run.*train\.batch: 4 there, 6 asked.*--accept"):
+        train(asked, run)
+    train(asked, run, accept=True)
+    assert (open_run(str(run)).step, [one.field for one in noted(run)]) == (6, ["train.batch"])
+
+
+def test_a_checkpoint_from_before_is_not_compared(run: Path) -> None:
+    for place in (run / "checkpoints").iterdir():
+        (place / manifest.RUN).unlink()
+        about = manifest.read(place)
+        about.files.pop(manifest.RUN)
+        manifest.write(place, about)
+    edit(run, "net.time_scale=2")
+    with pytest.warns(UserWarning, match="step-00000004 was written before .* run.yaml is not compared"):
+        assert open_run(str(run)).step == 4
+    with pytest.warns(UserWarning, match="not compared"):
+        train(load(str(run), ["train.clip=1"]), run)
+    assert [one.field for one in noted(run)] == ["train.clip"]
+
+
+def test_a_run_that_is_damaged_in_its_checkpoint_is_as_any_damage(run: Path) -> None:
+    file = run / LAST / manifest.RUN
+    file.write_text(file.read_text().replace("batch: 4", "batch: 6"))
+    with pytest.warns(UserWarning, match=r"spec\.yaml is damaged: .*step-00000002, before it, is taken"):
+        assert open_run(str(run)).step == 2
+    with pytest.raises(UserError, match=r"spec\.yaml is damaged"):
+        manifest.run_of(run / LAST)
+
+
+def test_weights_say_whose_they_are(run: Path, tmp_path: Path) -> None:
+    train(tiny("train.seed=1", "train.milestones=[2]"), tmp_path / "other")
+    assert checkpoint.facts_of(run / "milestones/step-00000002.safetensors") == {"step": 2, "run": identity(tiny())}
+    for place in ("milestones/step-00000002.safetensors", f"{LAST}/net.safetensors"):
+        with pytest.raises(UserError, match="has weights of another run than"):
+            open_run(str(run), weights=str(tmp_path / "other" / place))
+        assert open_run(str(tmp_path / "other"), weights=str(tmp_path / "other" / place)).net
+    shutil.copy(tmp_path / "other/milestones/step-00000002.safetensors", run / "milestones")
+    with pytest.raises(UserError, match="another run"):
+        open_run(str(run), weights=str(run / "milestones/step-00000002.safetensors"))
+
+
+def test_an_identity_is_of_what_no_run_may_change() -> None:
+    assert identity(tiny("train.clip=1", "train.steps=9", "about=mine", "sample.seed=3")) == identity(tiny())
+    assert identity(tiny("train.seed=3")) != identity(tiny()) != identity(tiny("net.time_scale=3"))
