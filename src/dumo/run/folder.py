@@ -23,7 +23,7 @@ from dumo.run.config.source import Noted
 from dumo.run.config.spec import Run
 from dumo.run.config.teacher import Start
 from dumo.run.sampler import Sampler
-from dumo.runtime import dist
+from dumo.runtime import dist, typed
 from dumo.training import checkpoint, frozen, manifest
 from dumo.training.log import read_log
 from dumo.training.spec import Train
@@ -99,7 +99,7 @@ def open_weights(run: Run, folder: Path, weights: str | None, device: torch.devi
     """The run with the weights that it shows now, or with others. Raises as `open_run`."""
     last = checkpoint.latest(folder / "checkpoints", {shown(run.train)} if weights is None else ())
     if last is None:
-        raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {folder}")
+        raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {typed(folder)}")
     file = checkpoint.part(last, shown(run.train)) if weights is None else Path(weights)
     if weights is not None and (wrong := manifest.fault_of(file)):
         raise UserError(f"{wrong}: take other weights")
@@ -130,6 +130,8 @@ def claim(run: Run, folder: Path, step: int | None = None) -> None:
     `step` is that of the checkpoint to go on from; None: of the last one. Raises UserError, with the difference if not,
     and where it has no checkpoint of that step.
     """
+    if not str(folder).isascii() and str(folder) != str(folder).encode(errors="replace").decode():
+        raise UserError(f"{folder} is no name in UTF-8, and no file of weights opens there: give another with --out")
     steps = [*checkpoint.standing(folder / "checkpoints")]
     if step is not None and step not in steps:
         there = f"it has those of step {', '.join(f'{n}' for n in steps)}" if steps else "it has none"
