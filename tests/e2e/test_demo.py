@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.error import HTTPError
 from urllib.parse import unquote
 from zipfile import ZipFile
 
@@ -65,7 +66,7 @@ def served(run: Path, *words: object) -> Generator[tuple[str, Program], None, No
 
     def answers() -> bool:
         try:
-            return urllib.request.urlopen(url).status == 200
+            return status(url) == 200
         except OSError:
             return False
 
@@ -75,6 +76,16 @@ def served(run: Path, *words: object) -> Generator[tuple[str, Program], None, No
     finally:
         process.send_signal(signal.SIGINT)
         finish(process)
+
+
+def status(url: str, given: bytes | None = None, **headers: str) -> int:
+    """What a request is answered with."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, given, headers)) as answer:
+            return answer.status
+    except HTTPError as error:
+        error.close()
+        return error.code
 
 
 def number(page: "Page", label: str) -> "Locator":
@@ -125,7 +136,24 @@ def test_a_port_that_is_taken_is_refused(trained: dict[str, Path], here: Path) -
         port = other.getsockname()[1]
         refused("demo", trained["digits"], "--port", port, named=(f"port {port}", "--port"), run=trained["digits"])
     refused("demo", trained["digits"], "--host", "no.such.host.invalid", "--port", 0, named=("--host",))
+    refused("demo", trained["digits"], "--host", "0.0.0.0", "--port", 0, named=("--host 0.0.0.0", "--auth FILE"))
     refused("demo", here / "nothing", "--port", 0, named=("no run's folder",))
+
+
+@pytest.mark.slow
+def test_who_is_answered(trained: dict[str, Path], here: Path) -> None:
+    """Who logs in, by the server's own name, from its own page; beyond this machine nobody without a password."""
+    digits = trained["digits"]
+    (here / "people").write_text("me:secret")
+    (here / "people").chmod(0o600)
+    with served(digits, "--auth", here / "people") as (url, _):
+        assert status(f"{url}/config") == 401
+        assert [status(f"{url}{path}") for path in ("/openapi.json", "/docs", "/gradio_api/openapi.json")] == [404] * 3
+        assert status(url, Host="evil.example:7860") == 403
+        assert status(url, Origin="http://evil.example") == 403
+        wrong, right = (f"username=me&password={word}".encode() for word in ("x", "secret"))
+        assert (status(f"{url}/login", wrong), status(f"{url}/login", right, Origin=url)) == (400, 200)
+        assert status(f"{url}/login", right, Origin="http://evil.example") == 403
 
 
 def test_two_runs_that_do_not_fit_are_refused(trained: dict[str, Path], here: Path) -> None:

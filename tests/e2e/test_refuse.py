@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from dumo.cli.api import recipe
+from dumo.types import UserError
 from e2e.shell import TINY, call, refused, sets
 
 NESTED = "data={kind: latents, root: x, images: {kind: images, root: x, side: 8, sid: 3}, codec: {kind: taef2}}"
@@ -74,6 +76,19 @@ FIELDS = [
     ("sample.nfe.0.x=1", ("sample.nfe.0 is 1", "without fields")),
     ("sample.nfe=[1000000]", ("sample.nfe.0", "less than or equal to 100000")),
 ]
+
+
+def test_half_a_character_and_a_name_that_is_too_long(here: Path) -> None:
+    """Of a field, of a folder, of a base: no text in UTF-8, and no file."""
+    refused("show", "digits", "--set", "net.\udcff=1", named=("half a character",))
+    refused("train", "moons", "--out", "\udcff", *TINY, named=("no name in UTF-8", "--out"))
+    for field in ({"\ud800": 1}, {"net": {"\ud800": 1}}, {"about": "\ud800"}):
+        with pytest.raises(UserError, match=r"half a character|no number, text|not a YAML value"):
+            recipe("digits", field)
+    Path("long.yaml").write_text(f"base: {'x' * 5000}\n")
+    said = refused("show", "long.yaml", named=("long.yaml: base: there is no recipe",))
+    assert len(said.err) < 500
+    assert len(refused("show", "x" * 5000, named=("there is no recipe",)).err) < 500
 
 
 @pytest.mark.parametrize(("field", "named"), FIELDS, ids=[field for field, _ in FIELDS])

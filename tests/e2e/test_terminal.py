@@ -149,6 +149,17 @@ def test_a_name_does_not_steer_the_terminal(here: Path) -> None:
     assert done.err.startswith("error: a\\x1b[2Jb is no run's folder")
 
 
+def test_what_is_printed_of_a_name_with_a_dash_can_be_typed(here: Path) -> None:
+    first = call("train", "moons", "--out", "-x", *TINY)
+    assert first.code == 0
+    _, _, line = first.err.splitlines()[-1].partition("next:  ")
+    words = [shlex.split(one)[1:] for one in line.split("    ")]
+    assert [one[:2] for one in words] == [["sample", "./-x"], ["evaluate", "./-x"], ["report", "./-x"]]
+    assert call(*words[0], "--count", "1", "--nfe", "1").code == 0
+    shutil.rmtree("-x/checkpoints")
+    refused("sample", "./-x", named=("dumo train ./-x",))
+
+
 def test_the_start_line(here: Path) -> None:
     """Printed without a terminal, too, with the last line of the work; on a terminal a bar is below it."""
     done = call("train", "digits", "--out", "run", *TINY, "--device", "cpu")
@@ -202,6 +213,17 @@ def test_a_reader_that_leaves_is_no_error(words: list[str]) -> None:
     os.close(write)
     assert done.err == ""
     assert done.code == 1
+
+
+@pytest.mark.parametrize("words", [["recipes"], ["recipes", "--schema"]])
+@pytest.mark.parametrize("stdout", [">&-", "> /dev/full"])
+def test_an_answer_that_nobody_gets_is_an_error(words: list[str], stdout: str) -> None:
+    """`dumo recipes >&-`: the first prints as it goes, the second at the end."""
+    typed = f"{shlex.join([sys.executable, '-m', 'dumo', *words])} {stdout}"
+    done = subprocess.run(["sh", "-c", typed], capture_output=True, text=True, env=ENVIRONMENT)
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: writing: ")
 
 
 def test_completion(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 what the user gave was wrong, 128 + n stopped by
 to stderr, answers to stdout.
 """
 
+import sys
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -11,7 +12,7 @@ from typer.core import TyperCommand
 
 from dumo import runtime
 from dumo.cli import evaluate, lab, preflight, run, share
-from dumo.cli.terminal import err, explain, plain_warnings, rank_0_speaks, stoppable
+from dumo.cli.terminal import err, explain, plain_warnings, rank_0_speaks, reopen_streams, stoppable
 from dumo.run.config.foreign import ours
 
 app = typer.Typer(
@@ -89,21 +90,24 @@ app.add_typer(benches, name="bench")
 
 def main() -> NoReturn:
     """Run the command line, and turn every failure into a plain line and an exit code."""
+    reopen_streams()
     with rank_0_speaks() as leave:
         leave(exit_code())
 
 
 def exit_code() -> int:
     """Run the command; its exit code."""
+    code = 0
     try:
-        with plain_warnings():
-            app()
-    except SystemExit as end:  # typer's, always
-        return end.code if isinstance(end.code, int) else 1
+        try:
+            with plain_warnings():
+                app()
+        except SystemExit as end:  # typer's, always
+            code = end.code if isinstance(end.code, int) else 1
+        sys.stdout.flush()
     except Exception as error:
         if (found := explain(error)) is None:
             raise
         line, code = found
         err.print(f"error: {line}", soft_wrap=True)
-        return code
-    return 0
+    return code

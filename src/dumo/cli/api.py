@@ -332,7 +332,7 @@ def _settings(changes: Changes | None) -> list[str]:
     def text(name: str, value: object) -> str:
         try:
             return shown(value)
-        except PydanticSerializationError as error:
+        except (PydanticSerializationError, UnicodeEncodeError) as error:
             raise UserError(f"{name}: {value!r} is no number, text, list or dict") from error
 
     return [f"{name}={text(name, value)}" for name, value in (changes or {}).items()]

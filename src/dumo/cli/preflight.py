@@ -12,6 +12,7 @@ from rich.table import Table
 from dumo.cli.option import AsJson, Device, Set, Source, size
 from dumo.cli.terminal import out, show_lines
 from dumo.run.config import recipes as packaged
+from dumo.runtime import typed
 from dumo.runtime.bound import ROWS
 from dumo.runtime.progress import say
 
@@ -111,7 +112,7 @@ def show(
         raise typer.BadParameter("--yaml and --json: give one of them")
     spec = load_with_advice(source, set_)
     if as_yaml:
-        print(comment(shlex.join(["dumo", "show", source, *(f"--set={text}" for text in set_ or [])])))
+        print(comment(" ".join(["dumo show", typed(source), *(shlex.quote(f"--set={text}") for text in set_ or [])])))
         print(dump(spec, short=not whole), end="")
         return
     facts = show(spec)
@@ -217,8 +218,8 @@ def gpu_lines(gpus: int | None, source: str, given: list[str]) -> list[tuple[str
     """What to type where a GPU of 80 GiB does not hold the run."""
     if not gpus:
         return []
-    ranks = ["--ranks", str(gpus)] if gpus > 1 else []
-    command = shlex.join(["dumo", "dry", source, *ranks, "--fit", "80GiB", *(f"--set={text}" for text in given)])
+    ranks = f" --ranks {gpus}" * (gpus > 1)
+    command = " ".join([f"dumo dry {typed(source)}{ranks} --fit 80GiB", *(shlex.quote(f"--set={t}") for t in given)])
     return [("GPUs", f"one of 80 GiB is too small; to look for a layout on {gpus}:  {command}")]
 
 

@@ -11,6 +11,7 @@ import typer
 from dumo.cli.option import Device, Folder, Nfe, Prompts, Seed, Set, SolverName, Source, Verify, Weights, numbers, place
 from dumo.cli.option import classes as class_numbers
 from dumo.cli.terminal import err, out, show_lines, sparing
+from dumo.runtime import typed
 from dumo.runtime.bound import ROWS
 from dumo.runtime.progress import bar, no_bar, say
 
@@ -117,10 +118,10 @@ def train(
     )
     missing: str | None = getattr(spec.evaluate.protocol, "missing", None)
     does = ("sample", "report") if missing else ("sample", "evaluate", "report")
-    words = [["dumo", verb, str(folder)] for verb in does]
+    lines = [f"dumo {verb} {typed(folder)}" for verb in does]
     if isinstance(spec.net, Pretrained):
-        words += (["dumo", "export", str(folder), f"{folder}-{form}", "--to", form] for form in forms(spec.net))
-    err.print("next:  " + "    ".join(map(join, words)), soft_wrap=True)
+        lines += (f"dumo export {typed(folder)} {typed(f'{folder}-{form}')} --to {form}" for form in forms(spec.net))
+    err.print("next:  " + "    ".join(lines), soft_wrap=True)
     if missing:
         err.print(f"dumo evaluate needs {missing}", soft_wrap=True)
 
@@ -237,8 +238,8 @@ def average(
         soft_wrap=True,
     )
     out.print(str(made.file), soft_wrap=True)
-    words = [["dumo", verb, run_folder, "--weights", str(made.file)] for verb in ("sample", "evaluate")]
-    err.print("next:  " + "    ".join(map(join, words)), soft_wrap=True)
+    lines = [f"dumo {verb} {typed(run_folder)} --weights {typed(made.file)}" for verb in ("sample", "evaluate")]
+    err.print("next:  " + "    ".join(lines), soft_wrap=True)
 
 
 def grid(

@@ -86,6 +86,16 @@ def program() -> list[str]:
     return ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "dumo"]
 
 
+def reopen_streams() -> None:
+    """Open streams that the program was started without (>&-): stdout fails where it is used, stderr hears all.
+
+    Python would drop answers without a word, and the next file that is opened would have the stream's number.
+    """
+    for name, flags, mode in (("stdin", os.O_RDONLY, "r"), ("stdout", os.O_RDONLY, "w"), ("stderr", os.O_WRONLY, "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, flags), mode, closefd=False))
+
+
 @contextmanager
 def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
     """Under torchrun what other ranks say is kept back, unless one fails and rank 0 does not: then it says why.
@@ -103,7 +113,10 @@ def rank_0_speaks() -> Generator[Callable[[int], NoReturn], None, None]:
             time.sleep(PATIENCE)
             print(*(f"rank {rank}: {line}" for line in kept.getvalue().splitlines()[-LAST:]), sep="\n", file=own[1])
         for stream in own:
-            stream.flush()
+            try:
+                stream.flush()
+            except OSError:  # said already; Python would say it again
+                sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
         if getattr(sys.modules.get("dumo.runtime.dist"), "joined", False):  # help alone does not import it
             os._exit(code)
         sys.exit(code)

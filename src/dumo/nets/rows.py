@@ -54,6 +54,18 @@ class Texts(nn.Module, ABC):
         """
         raise UserError("this net was trained on rows whose encoder is not known, so it reads no prompts: give labels")
 
+    def forget(self, most: int) -> None:
+        """Keep that many prompts, the last of `prompts`: the rows of others go, and what is left has new numbers."""
+        if len(self.prompts) > most:
+            first, kept = min(self.prompts.values()), [*self.prompts][len(self.prompts) - most :]
+            self.keep(first, [self.prompts[text] for text in kept])
+            self.prompts = {text: first + i for i, text in enumerate(kept)}
+
+    def keep(self, first: int, rows: Sequence[int]) -> None:
+        """Of the rows from the first on, keep these, in this order."""
+        for name, x in [*self.named_buffers(recurse=False)]:
+            setattr(self, name, torch.cat([x[:first], x[[*rows]]]))
+
 
 class Rows(Texts):
     """Rows in memory, as buffers that no checkpoint holds. They may be stored in half precision."""
@@ -93,6 +105,11 @@ class Rows(Texts):
                 setattr(self, name, torch.cat([old, rows.to(old)]))
         self._count()
         return first
+
+    def keep(self, first: int, rows: Sequence[int]) -> None:
+        """As `Texts.keep`."""
+        super().keep(first, rows)
+        self._count()
 
     def _count(self) -> None:
         mask = self.mask

@@ -184,3 +184,9 @@ class Mapped(Texts):
             read = self.spec.reader(self.table, self.like.device)
             self.added = Rows(tokens, mask if self.masked else None, pooled, lambda _: read)
         return len(self.table) + self.added.append(texts)
+
+    def keep(self, first: int, rows: Sequence[int]) -> None:
+        """As `Texts.keep`."""
+        if self.added is not None:
+            n = len(self.table)
+            self.added.keep(first - n, [row - n for row in rows])

@@ -8,13 +8,13 @@ Gradio is imported in functions: it reads the environment as it is imported (`gr
 import html
 import logging
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from ipaddress import ip_address
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
@@ -26,6 +26,7 @@ import torch
 
 from dumo.io.picture import READABLE, labelled, write_picture
 from dumo.report import answer
+from dumo.report.address import guarded, url
 from dumo.report.answer import Answer, Answers, together
 from dumo.report.figure import embed
 from dumo.report.live import WORDS, Live
@@ -46,6 +47,7 @@ KEPT = 3600  # seconds that files can be downloaded: ours
 WAITING = 64  # questions in the queue; more are refused: ours
 FONT, MONO = ["system-ui", "sans-serif"], ["ui-monospace", "monospace"]  # the machine's own: no theme's is fetched
 INK = "*body_text_color"  # of what stands below a label: why guidance is grey must be readable
+HALF = re.compile("[\ud800-\udfff]")
 WAIT = 0.1  # seconds between two looks for a signal
 GRACE = 1  # seconds that open connections have then: ours
 Explain = Callable[[BaseException], tuple[str, int] | None]  # what to say of an error; None: it is a defect
@@ -139,6 +141,8 @@ def button(
 
     def work(*given: object) -> Iterator[dict["Component", object]]:
         try:
+            if HALF.search("".join(text for text in given if isinstance(text, str))):
+                raise UserError("a text has half a character, which cannot be read: type it anew")
             with TemporaryDirectory(prefix="dumo-demo-") as folder:  # Gradio copies what it needs at every yield
                 for shown in together(lives, answers, *given):
                     yield {place: render(shown), **fill(shown, Path(folder))}
@@ -202,34 +206,6 @@ def error_text(error: Exception, explain: Explain) -> str:
 
 
 @contextmanager
-def listening(host: str, port: int) -> Generator[socket.socket, None, None]:
-    """A socket at an address; port 0: any that is free. Raises UserError where it is taken, or none of this machine."""
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        opened = socket.create_server(address[:2], family=family)
-    except (OSError, UnicodeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"the page cannot stand at {host}, port {port} ({why}): give another --port, such as {port + 1}, or 0 for "
-            "any that is free; or another --host"
-        ) from error
-    with opened:
-        yield opened
-
-
-def address(opened: socket.socket) -> str:
-    """What to type in a browser on this machine."""
-    host, port = opened.getsockname()[:2]
-    host = "localhost" if ip_address(host).is_unspecified else f"[{host}]" if ":" in host else host
-    return f"http://{host}:{port}"
-
-
-def private(opened: socket.socket) -> bool:
-    """Whether this machine alone can reach the address."""
-    return ip_address(opened.getsockname()[0]).is_loopback
-
-
-@contextmanager
 def gradio_alone() -> Generator[None, None, None]:
     """Gradio as it is used here: it reports nothing to its makers, and what it keeps in files goes at the end."""
     with TemporaryDirectory(prefix="dumo-demo-") as folder:
@@ -241,10 +217,18 @@ def gradio_alone() -> Generator[None, None, None]:
         yield
 
 
-def serve(blocks: "gr.Blocks", opened: socket.socket, tell: Callable[[str], None]) -> None:
+def serve(
+    blocks: "gr.Blocks",
+    opened: socket.socket,
+    tell: Callable[[str], None],
+    *,
+    host: str,
+    auth: list[tuple[str, str]] | None = None,
+) -> None:
     """Serve a page until a signal (`dumo.runtime.signals`); `tell` gets its address once it answers.
 
-    Raises RuntimeError where the server does not start.
+    `host` is what the server is called, `auth` who may log in (None: nobody need). Raises RuntimeError where the server
+    does not start.
     """
     import gradio as gr
     import uvicorn
@@ -255,6 +239,8 @@ def serve(blocks: "gr.Blocks", opened: socket.socket, tell: Callable[[str], None
         FastAPI(openapi_url=None),
         blocks,
         path="/",
+        auth=auth,
+        app_kwargs={"openapi_url": None, "docs_url": None, "redoc_url": None},
         theme=Default(font=FONT, font_mono=MONO).set(block_info_text_color=INK, block_info_text_color_dark=INK),
         css=(HERE / "answer.css").read_text(encoding="utf-8"),
         footer_links=[],
@@ -265,7 +251,7 @@ def serve(blocks: "gr.Blocks", opened: socket.socket, tell: Callable[[str], None
         mcp_server=False,
         pwa=False,
     )
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE)
+    config = uvicorn.Config(guarded(app, host), log_level="warning", timeout_graceful_shutdown=GRACE)
     server = uvicorn.Server(config)
     thread = Thread(target=server.run, kwargs={"sockets": [opened]}, name="server", daemon=True)
     thread.start()
@@ -273,7 +259,7 @@ def serve(blocks: "gr.Blocks", opened: socket.socket, tell: Callable[[str], None
         time.sleep(WAIT)
     if not server.started:
         raise RuntimeError("the server of the page did not start")
-    tell(address(opened))
+    tell(url(opened))
     while signals.poll() is None and thread.is_alive():
         time.sleep(WAIT)
     server.should_exit = True

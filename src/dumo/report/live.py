@@ -35,6 +35,7 @@ from dumo.types import Sample, UserError
 
 LIMIT = 60.0  # seconds of an answer: ours
 LONGEST = 10_000  # letters of a prompt: ours; encoders read far fewer
+PROMPTS = 64  # that are kept encoded: ours; of a T5-XXL 8 MB each
 SOME = 256  # images of the data with their nearest others: ours
 WORDS = {"u": "jumps", "v": "velocity"}  # what a reading follows, by its letter
 
@@ -124,6 +125,8 @@ class Live:
             return conditions.in_turn(n, [conditions.index(text)] if one else None)
         if len(text) > LONGEST:
             raise UserError(f"a prompt of {len(text):,} letters is too long: say it in {LONGEST:,} at most")
+        if texts := self.sampler.texts:
+            texts.forget(PROMPTS - 1)
         return turned(prompted(self.sampler, [text]), n)
 
     def fresh(self, seed: int, images: int = 1) -> Fresh:

@@ -3,7 +3,6 @@
 The page is one file that needs no other, no script and no network. Numbers are made here, words stand in the template.
 """
 
-import shlex
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from dumo.run.plan.plan import show
 from dumo.run.prompt import names as names_of
 from dumo.run.prompt import prompted
 from dumo.run.sampler import Sampler
-from dumo.runtime import dist
+from dumo.runtime import dist, typed
 from dumo.runtime.progress import Bar, no_bar
 from dumo.runtime.random import stream
 from dumo.training import log
@@ -120,7 +119,7 @@ def render(opened: RunFolder, **parts: object) -> str:
     return environment.get_template("report.html.j2").render(
         run=run,
         facts=facts,
-        folder=shlex.quote(str(opened.folder)),
+        folder=typed(opened.folder),
         name=opened.folder.resolve().name,
         step=opened.step,
         weights=opened.weights,

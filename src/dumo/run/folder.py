@@ -25,7 +25,7 @@ from dumo.run.config.spec import Run
 from dumo.run.config.teacher import Start
 from dumo.run.origin import newest, require_own, require_same
 from dumo.run.sampler import Sampler
-from dumo.runtime import dist
+from dumo.runtime import dist, typed
 from dumo.training import checkpoint, frozen, manifest
 from dumo.training.log import read_log
 from dumo.training.spec import Train
@@ -114,7 +114,7 @@ def open_weights(run: Run, folder: Path, weights: str | None, device: torch.devi
     """The run with the weights that it shows now, or with others. Raises as `open_run`."""
     last = checkpoint.latest(folder / "checkpoints", {shown(run.train)} if weights is None else ())
     if last is None:
-        raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {folder}")
+        raise UserError(f"{folder} has no checkpoint yet: train it first, dumo train {typed(folder)}")
     file = checkpoint.part(last, shown(run.train)) if weights is None else Path(weights)
     if weights is not None and (wrong := manifest.fault_of(file)):
         raise UserError(f"{wrong}: take other weights")
@@ -146,6 +146,8 @@ def claim(run: Run, folder: Path, step: int | None = None, *, accept: bool = Fal
     `step` is that of the checkpoint to go on from; None: of the last one. `accept`: fields may differ. Raises
     UserError, with the difference if not, and where it has no checkpoint of that step.
     """
+    if not str(folder).isascii() and str(folder) != str(folder).encode(errors="replace").decode():
+        raise UserError(f"{folder} is no name in UTF-8, and no file of weights opens there: give another with --out")
     standing = checkpoint.standing(folder / "checkpoints")
     steps = [*standing]
     if step is not None and step not in steps:

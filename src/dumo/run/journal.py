@@ -21,7 +21,7 @@ from dumo.run.folder import note
 from dumo.run.origin import before_step
 from dumo.run.plan import doctor
 from dumo.run.teacher import Coupled
-from dumo.runtime import dist, signals
+from dumo.runtime import dist, signals, typed
 from dumo.runtime.progress import sized
 from dumo.training import agreement, checkpoint, layout, log, loop, manifest
 from dumo.training.spec import Train
@@ -149,7 +149,7 @@ def way_back(train: Train, folder: Path, step: int) -> str:
     good = [n for n, path in standing if manifest.sound(path) and manifest.read(path).trend.good]
     start, words = (["--from", str(good[-1])], "from its last good checkpoint") if good else ([], "from the start")
     rate = f"train.optimizer.lr={train.optimizer.lr / 2:g}"
-    command = join([*started(), "train", str(folder), *start, "--set", rate])
+    command = " ".join([join([*started(), "train"]), typed(folder), join([*start, "--set", rate])])
     return f"To go on {words} at half the rate:  {command}"
 
 

@@ -27,6 +27,7 @@ def prompted(sampler: Sampler, prompts: Sequence[str]) -> Int64[Tensor, " b"]:
     texts = sampler.texts
     if texts is None or sampler.conditions.captions is None:
         raise UserError("this run was trained without captions, so it reads no prompts: give classes (--labels)")
+    texts.prompts |= {text: texts.prompts.pop(text) for text in wanted if text in texts.prompts}  # the last used
     known = {text: k for k, text in enumerate(sampler.conditions.names)} | texts.prompts
     if new := [text for text in dict.fromkeys(wanted) if text not in known]:
         first = texts.append(new)

@@ -8,6 +8,11 @@ from importlib import metadata
 from pathlib import Path
 
 
+def typed(place: str | Path) -> str:
+    """A path as it is typed after a command: quoted, and not as an option where it begins with a dash."""
+    return shlex.quote(f"./{place}" if str(place).startswith("-") else str(place))
+
+
 def version() -> str:
     """This package's version; "source" where it is not installed."""
     return installed("dumo") or "source"

@@ -11,14 +11,13 @@ import shutil
 import warnings
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from shlex import quote
 
 from pydantic import BaseModel, ValidationError
 
 from dumo.io import digest
 from dumo.io.file import hidden
 from dumo.io.weights import title
-from dumo.runtime import dist
+from dumo.runtime import dist, typed
 from dumo.training.agreement import agreed
 from dumo.training.state import FAR, Trend
 from dumo.types import UserError
@@ -236,7 +235,7 @@ def drop(folder: Path, step: int, keep: int) -> None:
             good = True
             warnings.warn(
                 f"{folder}: the loss has risen to more than {FAR:g} times its lowest, so {path.name}, from before, "
-                f"is kept, too. To go on from it:  dumo train {quote(str(folder.parent))} --from {n}",
+                f"is kept, too. To go on from it:  dumo train {typed(folder.parent)} --from {n}",
                 stacklevel=2,
             )
         else:

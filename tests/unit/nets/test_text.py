@@ -53,6 +53,21 @@ def test_rows_in_memory_and_on_disk_are_the_same_before_and_after_prompts(spec: 
         assert one is other is None or torch.equal(one, other)
 
 
+@pytest.mark.parametrize("memory", [0.0, 1.0])
+def test_prompts_that_are_forgotten_leave_the_others_as_they_are(spec: TextTable, memory: float) -> None:
+    texts = spec.model_copy(update={"memory": memory}).build(len(CAPTIONS))
+    texts.forget(1)
+    first = texts.append(["seven", *NEW])
+    texts.prompts = {"red": first + 1, "seven": first, "last": first + 2}
+    before = texts(torch.tensor([0, 3, first, first + 2]))
+    texts.forget(2)
+    assert texts.prompts == {"seven": first, "last": first + 1}
+    after = texts(torch.tensor([0, 3, first, first + 1]))
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    with pytest.raises(IndexError):
+        texts(torch.tensor([first + 2]))
+
+
 def test_a_caption_as_a_prompt_is_the_row_that_it_has(spec: TextTable) -> None:
     texts = spec.build(len(CAPTIONS))
     first = texts.append(CAPTIONS)

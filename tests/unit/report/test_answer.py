@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dumo.cli.terminal import explain
 from dumo.io import picture
-from dumo.report import answer
+from dumo.report import answer, live
 from dumo.report.answer import PASSES, Answer, Cell, Row, between, together
 from dumo.report.demo import error_text, render, write
 from dumo.report.live import Live, open_lives, require_fit, short
@@ -336,3 +337,17 @@ def test_a_run_of_captions_takes_prompts(words: Live) -> None:
     for wrong in ("", "  ", "7" * 10_001):
         with pytest.raises(UserError, match="a prompt"):
             words.conditions(wrong)
+
+
+def test_of_prompts_the_last_ones_are_kept(words: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page is open for weeks, and a prompt of a large encoder takes megabytes."""
+    monkeypatch.setattr(live, "PROMPTS", 3)
+    texts = words.sampler.texts
+
+    def made(text: str) -> Tensor:
+        return words.make(words.reading("u"), 1, words.conditions(text), words.fresh(1)).x
+
+    before = {text: made(text) for text in "abacad"}
+    assert [*texts.prompts] == ["c", "a", "d"]
+    assert len(texts.ids) == words.sampler.conditions.count + 1 + 3
+    assert all(torch.equal(made(text), before[text]) for text in "abcd")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import to_json, to_jsonable_python
+from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
 
 from dumo.io import digest, yaml
 from dumo.run.config.change import override, shown
@@ -55,6 +55,8 @@ def parse(spec: type[S], tree: object, name: str = "") -> S:
     """
     try:
         return spec.model_validate_json(to_json(tree, inf_nan_mode="constants"), strict=True)
+    except PydanticSerializationError as error:  # the name of a field: YAML refuses such values
+        raise UserError(f"a field's name has half a character, which is no text: {error}") from error
     except ValidationError as error:
         where = f"{name}: " if Path(name).suffix else ""
         raise UserError("\n".join(where + line for line in explain(error, spec).splitlines())) from error

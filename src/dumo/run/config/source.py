@@ -3,6 +3,8 @@
 A run.yaml, which training writes complete, says its format (ADR 0032); files that people write need none.
 """
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +52,9 @@ def read(source: str) -> tuple[dict[str, Any], str]:
         return _whole(_tree(file), str(file), file), str(file)
     if source in recipes.names():
         return _whole(_packaged(source), f"recipe {source}", None), f"recipe {source}"
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # False for a name that is too long
         raise UserError(f"{source} is a folder without a {FILE}: give a run's folder, a recipe or a YAML file")
-    raise UserError(f"there is no recipe, file or run's folder '{source}'; {_hint(source)}")
+    raise UserError(f"there is no recipe, file or run's folder '{brief(source)}'; {_hint(source)}")
 
 
 def noted(place: Path) -> list[Noted]:
@@ -90,9 +92,14 @@ def _base(base: object, name: str, file: Path | None) -> tuple[dict[str, Any], s
 
 
 def _file(path: Path) -> Path | None:
-    """The file that a path names, or the run.yaml of a folder; None where there is none."""
-    file = path / FILE if path.is_dir() else path
-    return file if file.is_file() else None
+    """The file that a path names, or the run.yaml of a folder; None where there is none, or can be none."""
+    try:
+        file = path / FILE if path.is_dir() else path
+        return file if file.is_file() else None
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return None
 
 
 def _tree(file: Path) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from dumo.run.conditions import Conditions
 from dumo.run.config.tree import Evaluation
 from dumo.run.folder import RunFolder
 from dumo.run.sampler import Sampler
-from dumo.runtime import dist
+from dumo.runtime import dist, typed
 from dumo.types import UserError
 
 FILE = "evaluation.json"
@@ -263,7 +263,7 @@ def _file(source: str) -> Path:
     if not path.exists():
         wrong = f"there is no run's folder or evaluation {source}: give folders such as runs/digits"
     elif path.is_dir() and not (path / FILE).exists() and (others := sorted(map(str, path.glob("evaluation-*.json")))):
-        way = f"name {' or '.join(others)}, or run dumo evaluate {source}"
+        way = f"name {' or '.join(others)}, or run dumo evaluate {typed(source)}"
         wrong = f"{source} was not judged as its own spec says: {way}"
     if wrong:
         raise UserError(wrong)
@@ -288,7 +288,7 @@ def first_fault(error: ValidationError) -> str:
 
 def read_report(path: Path) -> dict[str, Any]:
     """A report with its card. Raises UserError where there is none, or it is damaged."""
-    again = f"run dumo evaluate {path.parent} first"
+    again = f"run dumo evaluate {typed(path.parent)} first"
     found = read_json(path, again)
     if not isinstance(found, dict) or found.get("card") is None:
         raise UserError(f"{path} has no report card: {again}")

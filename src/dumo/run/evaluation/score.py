@@ -15,6 +15,7 @@ from dumo.evaluation.protocol import headline, of_baseline
 from dumo.evaluation.word import BASELINES, MERITS, STATES, merits, word
 from dumo.io.read import read_json
 from dumo.run.evaluation.card import checked, seen
+from dumo.runtime import typed
 
 FAR_OFF = 1.5  # times the distance of real images to their nearest, beyond which samples are not like them; ours:
 # on digits 4.1 after 20 steps, 1.9 after 500, 1.2 after 5,000
@@ -33,7 +34,7 @@ def judgement(folder: Path, step: int, weights: str) -> Table | None:
     path = folder / "evaluation.json"
     if not path.is_file():
         return None
-    way_out = f"run dumo evaluate {folder} again"
+    way_out = f"run dumo evaluate {typed(folder)} again"
     found = checked(read_json(path, way_out), path, way_out)
     about = found.get("card") or {}
     columns = figures(found["results"][0], about)
@@ -55,7 +56,7 @@ def benchmarks(folder: Path, step: int, weights: str) -> list[Table]:
     found: list[Table] = []
     for path in sorted(folder.glob("evaluation-*.json")):
         if path.name.split("-")[1] in BENCHMARKS:
-            way_out = f"remove it, or run dumo evaluate {folder} again"
+            way_out = f"remove it, or run dumo evaluate {typed(folder)} again"
             one = checked(read_json(path, way_out), path, way_out)
             if (one["step"], one["weights"]) == (step, weights):
                 one["columns"] = figures(one["results"][0])

@@ -24,6 +24,7 @@ from dumo.run.config.load import FILE
 from dumo.run.evaluation.benchmark import EACH, LAYOUTS, note, read_note
 from dumo.run.evaluation.card import Part, first_fault
 from dumo.run.evaluation.evaluate import write
+from dumo.runtime import typed
 from dumo.types import UserError
 
 LINE = re.compile(r"(?P<image>.+\.png)(?P<scores>(?:, \d[\d.eE+-]*)+)")  # of DPG-Bench
@@ -114,7 +115,7 @@ def report(run_folder: Path, name: str, results: Path) -> dict[str, Any]:
     check_writable(run_folder)
     verdict = READERS[name](results)
     place = place_of(verdict, name, run_folder, results)
-    made = read_note(place, f"make them again, dumo sample {run_folder} --format {name}")
+    made = read_note(place, f"make them again, dumo sample {typed(run_folder)} --format {name}")
     require_all(verdict, name, place, made["prompts"], results)
     card = made["card"]
     n, solver = card["nfe"][0], card["solver"]
@@ -156,7 +157,7 @@ def place_of(verdict: Verdict, name: str, run_folder: Path, results: Path) -> Pa
             return place
     raise UserError(
         f"{results} is of images in {named}, and nothing there says what made them: put it into their folder, which "
-        f"dumo sample {run_folder} --format {name} writes"
+        f"dumo sample {typed(run_folder)} --format {name} writes"
     )
 
 
