@@ -391,7 +391,9 @@ def of_latents() -> Iterator[Harm]:
         paint("large", 1, 32)
 
     yield Harm("latents", "half made of other images", half, (*encode, "--part", "1/2"), ("large",))
-    yield Harm("latents", "another autoencoder's", tensors("taef2.safetensors", scaled), train("latents"), ("taef2",))
+    yield Harm(
+        "latents", "another autoencoder's", tensors("taef2.safetensors", scaled), train("latents"), harmless=True
+    )
     yield Harm("latents", "another autoencoder's", tensors("taef2.safetensors", scaled), sample("latents"), ("taef2",))
 
 
@@ -457,7 +459,9 @@ def of_checkpoints() -> Iterator[Harm]:
     steps = swapped(last, "runs/digits/checkpoints/step-00000002")
     yield Harm("checkpoint", "two steps swapped", steps, train("digits"), ("step-0000000",))
     later = edited(f"{last}/state.json", lambda state: state.update(step=3))
-    yield Harm("checkpoint: state.json", "another step", later, train("digits"), ("state.json",))
+    yield Harm("checkpoint: state.json", "another step", later, train("digits"), ("state.json",), harmless=True)
+    seen = edited(f"{last}/state.json", lambda state: state.update(images=1))
+    yield Harm("checkpoint: state.json", "other counts", seen, train("digits"), ("state.json",), harmless=True)
 
 
 def of_records() -> Iterator[Harm]:

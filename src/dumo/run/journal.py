@@ -117,8 +117,10 @@ class Journal:
 
     def save(self, state: State) -> None:
         """A checkpoint of this step; the log up to it is on the disk before."""
-        agreement.main(lambda: log.flush(self.folder / "metrics.jsonl"))
-        notes = checkpoint.Notes(self.text, content.seen(self.hashes))
+        file = self.folder / "metrics.jsonl"
+        agreement.main(lambda: log.flush(file))
+        logged = agreement.own(lambda: log.listed(file) if dist.is_main() else None)
+        notes = checkpoint.Notes(self.text, content.seen(self.hashes), logged)
         checkpoint.save(self.folder / "checkpoints", state, self.run.train.keep, notes)
         self.saved = time.monotonic()
 
@@ -178,6 +180,7 @@ class History:
     changed: Sequence[Noted]
     versions: dict[str, str]  # that wrote the checkpoint
     was: Train | None  # how it was trained up to it; None: it begins
+    logged: manifest.Listed | None = None  # the log up to it
     anew: bool = False  # whether the data are others
 
     @classmethod
@@ -205,8 +208,9 @@ class History:
             change = content.Change(was, str(now))
         if change:
             changed = [*changed, Noted(step=step, field="data", was=change.was, now=change.now, accepted=True)]
-        train, versions = before[0].train if before and last else None, manifest.read(last).versions if last else {}
-        return cls(run, folder, source, step, now, changed, versions, train, change is not None)
+        train, about = before[0].train if before and last else None, manifest.read(last) if last else None
+        versions, logged = (about.versions, about.log) if about else ({}, None)
+        return cls(run, folder, source, step, now, changed, versions, train, logged, change is not None)
 
     def write(self, *, anew: bool = False) -> Iterator[str]:
         """Bring the folder to this state, and yield what there is to say of it, in lines.
@@ -224,6 +228,8 @@ class History:
             if rows:
                 yield f"{rows:,} rows of the log after it are kept in {log.cut(file)}"
         log.rewind(file, self.step)
+        if self.logged not in (None, log.listed(file)):
+            yield f"{file} is not what was logged up to step {self.step:,}: no weight depends on it, but curves may be wrong"
         for first, last in log.gaps(log.read_log(file), self.run.train.log_every):
             yield f"{file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
         note(self.run, self.folder, self.changed)

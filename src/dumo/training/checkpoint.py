@@ -45,6 +45,7 @@ class Notes:
 
     run: str = ""
     data: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])  # the same on all ranks
+    log: manifest.Listed | None = None  # of the main rank
 
 
 def save(folder: Path, state: State, keep: int, notes: Notes = Notes()) -> Path:
@@ -53,7 +54,7 @@ def save(folder: Path, state: State, keep: int, notes: Notes = Notes()) -> Path:
     A checkpoint of the step is left alone, or replaced if it is damaged. Every rank must call it. Raises, on all ranks,
     Diverged if a number is not finite and UserError if the disk is full; older checkpoints then stay.
     """
-    target = folder / f"step-{state.step:08d}"
+    target = folder / manifest.folder_of(state.step)
     if not agreement.main(target.exists) or manifest.fault(target, together=True):
         tensors = parts(state)
         if wrong := not_finite(tensors):
@@ -225,6 +226,7 @@ def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]
         ranks=dist.world(),
         versions=dist.versions(),
         frozen=state.frozen,
+        log=notes.log,
         files=listed,
     )
     agreement.main(lambda: manifest.write(folder, about))

@@ -11,6 +11,7 @@ from typing import Any
 
 from dumo.io import file
 from dumo.io.read import finite
+from dumo.training.manifest import Listed
 from dumo.types import UserError
 
 Row = dict[str, Any]
@@ -27,6 +28,11 @@ def flush(path: Path) -> None:
     if path.exists():
         file.flush(path)
         file.flush(path.parent)
+
+
+def listed(path: Path) -> Listed | None:
+    """The size and the SHA-256 of a log; None where there is none."""
+    return Listed.of(path) if path.exists() else None
 
 
 def read_log(path: Path) -> list[Row]:

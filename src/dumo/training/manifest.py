@@ -43,6 +43,11 @@ class Listed(BaseModel):
     bytes: int
     sha256: str
 
+    @classmethod
+    def of(cls, file: Path) -> "Listed":
+        """As it is now."""
+        return cls(bytes=file.stat().st_size, sha256=digest.of_file(file))
+
 
 class Manifest(BaseModel):
     """A checkpoint's `state.json`."""
@@ -54,15 +59,18 @@ class Manifest(BaseModel):
     ranks: int = 1  # that wrote it
     versions: dict[str, str] = {}
     frozen: str | None = None  # the digest of the frozen weights, which no file holds; None: there are none
+    log: Listed | None = None  # the rows of the run's log up to this step, from its beginning
     files: dict[str, Listed]  # all but this one, by path inside the checkpoint
+    sum: str | None = None  # of all above; None: of a checkpoint from before it was kept
+
+    def summed(self) -> str:
+        """The checksum of all other fields."""
+        return digest.short(self.model_dump_json(exclude={"sum"}))
 
 
 def listed(folder: Path, files: Iterable[Path]) -> dict[str, Listed]:
     """The entries of these files of a folder."""
-    return {
-        file.relative_to(folder).as_posix(): Listed(bytes=file.stat().st_size, sha256=digest.of_file(file))
-        for file in files
-    }
+    return {file.relative_to(folder).as_posix(): Listed.of(file) for file in files}
 
 
 def write(checkpoint: Path, about: Manifest) -> None:
@@ -72,14 +80,18 @@ def write(checkpoint: Path, about: Manifest) -> None:
             f"{checkpoint.parent}: the first rank does not see what another wrote ({lacking[0]}): train in a folder on "
             "a file system that all ranks share"
         )
-    (checkpoint / NAME).write_text(about.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    text = about.model_copy(update={"sum": about.summed()}).model_dump_json(indent=2)
+    (checkpoint / NAME).write_text(f"{text}\n", encoding="utf-8")
 
 
 def read(checkpoint: Path) -> Manifest:
     """Read a checkpoint's `state.json`. Raises UserError if it is missing or damaged, Unseen if it cannot be read."""
     file = checkpoint / NAME
     try:
-        return Manifest.model_validate_json(file.read_text(encoding="utf-8"))
+        about = Manifest.model_validate_json(file.read_text(encoding="utf-8"))
+        if about.sum not in (None, about.summed()):
+            raise ValueError("its own checksum is another")
+        return about
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         what = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
         raise UserError(f"{file} is missing or damaged ({what}): remove that checkpoint to resume earlier") from error
@@ -140,14 +152,16 @@ def _fault(
 ) -> str | None:
     """As `fault`, hashing only some of the files of `parts`; `only`: as if the checkpoint had no other parts."""
     try:
-        wanted = read(checkpoint).files
+        about = read(checkpoint)
     except Unseen:
         raise
     except UserError as error:
         return str(error)
     if found := _broken.get(_key(checkpoint)):
         return found
-    sizes = _sizes(checkpoint)
+    wanted, sizes = about.files, _sizes(checkpoint)
+    if not only and checkpoint.name != folder_of(about.step):
+        return f"{checkpoint / NAME} is of step {about.step}, not of {checkpoint.name}"
     full = [name for name in sorted(wanted) if parts is None or _part(name) in parts or (name == RUN and not only)]
     for name in sorted(wanted.keys() | sizes.keys()):
         if only and parts is not None and _part(name) not in parts:
@@ -214,6 +228,11 @@ def standing(folder: Path, suffix: str = "") -> dict[int, Path]:
         raise Unseen.of(folder, error) from error
     found = {int(match[1]): folder / match[0] for match in map(name.fullmatch, names) if match}
     return dict(sorted(found.items()))
+
+
+def folder_of(step: int) -> str:
+    """What a checkpoint of a step is called."""
+    return f"step-{step:08d}"
 
 
 def places(run: Path) -> list[Path]:
