@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from autoencoder import taef2
 from dumo.io import content
 from dumo.run.config import recipes
 from dumo.run.config.source import noted
-from e2e.shell import call, refused, sets
+from e2e.shell import call, refused, sets, together
 from unit.data.animals import archive
 from unit.data.spy import spied
 
@@ -256,3 +257,15 @@ def test_an_image_that_was_left_out_is_not_missed(latents: Path) -> None:
     (file := Path("../images/class1/01.bmp")).write_bytes(bmp(100))
     refused(*encode(), *skip, named=(f"shard-00001.safetensors was made of another {file} than",))
     assert bad.exists()
+
+
+@pytest.mark.slow
+def test_ranks_know_what_any_of_them_read(recipe: Path) -> None:
+    """Each reads half of the images; one process knows them all again."""
+    as_folder(root := Path("../images"), 0)
+    together(2, "train", recipe, "--out", "run", cwd=Path.cwd())
+    last = Path("run/checkpoints/step-00000002/data.safetensors")
+    assert load_file(last)["hashes"].any(1).all()
+    together(2, "train", "run", *LONGER, "--verify", cwd=Path.cwd())
+    as_folder(root, 100)
+    refused("train", "run", *sets("train.steps=4"), named=(CHANGED, "37 more changed"))
