@@ -11,12 +11,13 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 from autoencoder import taef2
 from dumo.io import content
 from dumo.run.config import recipes
 from dumo.run.config.source import noted
-from e2e.shell import call, refused, sets
+from e2e.shell import call, refused, sets, together
 from unit.data.animals import archive
 from unit.data.spy import spied
 
@@ -77,7 +78,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (here := tmp_path / "here").mkdir()
     monkeypatch.chdir(here)
     tree = yaml.safe_load(recipes.text("digits"))
-    tree["data"] = {"kind": "images", "root": "images", "side": SIDE, "crop": "none", "memory": 0.0}
+    tree["data"] = {"kind": "images", "root": "../images", "side": SIDE, "crop": "none", "memory": 0.0}
     tree["net"] = NET
     tree["train"] |= {"steps": 2, "batch": COUNT // 2, "schedule": {"kind": "constant"}}
     tree["evaluate"]["protocol"] = {"kind": "photos", "samples": 20}
@@ -88,7 +89,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def run(recipe: Path) -> Path:
     """It has seen all of its images, in a folder."""
-    as_folder(Path("images"), 0)
+    as_folder(Path("../images"), 0)
     assert call("train", recipe, "--out", "run").code == 0
     return Path("run")
 
@@ -105,7 +106,7 @@ LONGER = sets("train.steps=3")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("memory", ["data.memory=0", "data.memory=2"])
 def test_other_content_of_equal_size_is_refused_before_a_step(form: str, memory: str, recipe: Path) -> None:
-    FORMS[form](root := Path("images"), 0)
+    FORMS[form](root := Path("../images"), 0)
     assert call("train", recipe, "--out", "run", *sets(memory)).code == 0
     before = sizes(root)
     FORMS[form](root, 100)
@@ -115,7 +116,7 @@ def test_other_content_of_equal_size_is_refused_before_a_step(form: str, memory:
 
 
 def test_the_same_time_and_another_inode_is_refused_as_it_is_read(run: Path, hashed: list[int]) -> None:
-    was = times(root := Path("images"))
+    was = times(root := Path("../images"))
     as_folder(root, 100)
     back(root, was)
     done = call("train", run, *LONGER)
@@ -126,7 +127,7 @@ def test_the_same_time_and_another_inode_is_refused_as_it_is_read(run: Path, has
 
 def test_only_verify_sees_a_change_that_hides(run: Path) -> None:
     """In place, of the same size, with its time set back."""
-    file = Path("images/class0/00.bmp")
+    file = Path("../images/class0/00.bmp")
     was = file.stat().st_mtime_ns
     file.write_bytes(bmp(100))
     os.utime(file, ns=(was, was))
@@ -136,7 +137,7 @@ def test_only_verify_sees_a_change_that_hides(run: Path) -> None:
 
 @pytest.mark.parametrize("change", ["add", "remove", "rename"])
 def test_images_that_come_and_go_are_named(change: str, run: Path) -> None:
-    file, new = Path("images/class0/00.bmp"), Path("images/class0/new.bmp")
+    file, new = Path("../images/class0/00.bmp"), Path("../images/class0/new.bmp")
     if change == "rename":
         file.rename(new)
     elif change == "add":
@@ -153,26 +154,26 @@ def test_the_same_content_goes_on(run: Path, hashed: list[int]) -> None:
     for k, change in enumerate(("none", "touch", "none", "copy", "forgotten", "none"), 3):
         hashed.clear()
         if change == "touch":
-            for file in Path("images").rglob("*.bmp"):
+            for file in Path("../images").rglob("*.bmp"):
                 file.touch()
         elif change == "copy":
-            shutil.copytree("images", "copy")
-            shutil.rmtree("images")
-            Path("copy").rename("images")
+            shutil.copytree("../images", "copy")
+            shutil.rmtree("../images")
+            Path("copy").rename("../images")
         elif change == "forgotten":
-            Path("images", content.NAME).unlink()
+            Path("../images", content.NAME).unlink()
         assert call("train", run, *sets(f"train.steps={2 * k}")).code == 0
         assert len(hashed) == (0 if change == "none" else COUNT), change
     assert noted(run) == []
 
 
 def test_new_data_are_noted(run: Path) -> None:
-    as_folder(Path("images"), 100)
+    as_folder(Path("../images"), 100)
     done = call("train", run, *LONGER, "--accept")
     assert (done.code, "from step 2 on data is" in done.err) == (0, True)
     assert [one.field for one in noted(run)] == ["data"]
     assert call("train", run, *sets("train.steps=5")).code == 0
-    as_folder(Path("images"), 0)
+    as_folder(Path("../images"), 0)
     refused("train", run, *sets("train.steps=6"), named=(CHANGED,))
 
 
@@ -181,7 +182,7 @@ def test_a_teacher_s_pairs_are_not_trained_on_after_a_swap(run: Path) -> None:
     words = sets("teacher.kind=run", "teacher.source=run", "teacher.pairs.count=16", "data.memory=2")
     done = call("train", "run.yml", "--out", "pupil", *words)
     assert done.code == 0, done.err
-    as_folder(Path("images"), 100)
+    as_folder(Path("../images"), 100)
     refused("train", "pupil", *LONGER, named=(CHANGED, "class0/00.bmp"))
 
 
@@ -195,7 +196,7 @@ def latents(recipe: Path) -> Path:
     tree["data"] = {"kind": "latents", "root": "../cache", "images": images, "codec": codec}
     tree["net"] = NET | {"patch": 1}
     recipe.write_text(yaml.safe_dump(tree))
-    as_folder(Path("images"), 0)
+    as_folder(Path("../images"), 0)
     assert call(*encode(), "--part", "0/2").code == 0
     return Path("../cache")
 
@@ -204,13 +205,13 @@ def encode(*words: object) -> tuple[object, ...]:
     return ("encode", "run.yml", "--shard-rows", COUNT // 2, *words)
 
 
-SWAPPED = ("shard-00000.safetensors was made of another images/class0/00.bmp than is here, and 19 more are others",)
+SWAPPED = ("shard-00000.safetensors was made of another ../images/class0/00.bmp than is here, and 19 more are others",)
 
 
 @pytest.mark.parametrize("same", [False, True])
 def test_a_cache_of_two_data_sets_is_not_made(same: bool, latents: Path) -> None:
     """With new times, or with new inodes alone: the second part sees what the first was made of."""
-    was = times(root := Path("images"))
+    was = times(root := Path("../images"))
     as_folder(root, 100)
     if same:
         back(root, was)
@@ -228,14 +229,14 @@ def test_a_cache_stands_for_its_images(latents: Path, hashed: list[int]) -> None
     assert call(*encode()).code == 0
     assert call("train", "run.yml", "--out", "run").code == 0
     assert len(hashed) == COUNT // 2
-    for file in Path("images").rglob("*.bmp"):
+    for file in Path("../images").rglob("*.bmp"):
         file.touch()
     assert call("train", "run", *LONGER).code == 0
     assert len(hashed) == COUNT // 2 + COUNT
-    Path("images").rename("gone")
+    Path("../images").rename("gone")
     assert call("train", "run", *sets("train.steps=4")).code == 0
-    Path("gone").rename("images")
-    file = Path("images/class0/00.bmp")
+    Path("gone").rename("../images")
+    file = Path("../images/class0/00.bmp")
     was = file.stat().st_mtime_ns
     file.write_bytes(bmp(100))
     os.utime(file, ns=(was, was))
@@ -248,11 +249,23 @@ def test_a_cache_stands_for_its_images(latents: Path, hashed: list[int]) -> None
 @pytest.mark.filterwarnings("ignore:1 of 41 images cannot be read")
 def test_an_image_that_was_left_out_is_not_missed(latents: Path) -> None:
     shutil.rmtree(latents)
-    (bad := Path("images/class0/bad.bmp")).write_bytes(b"BM")
+    (bad := Path("../images/class0/bad.bmp")).write_bytes(b"BM")
     skip = sets("data.images.on_bad=skip")
     for _ in range(2):
         done = call(*encode(), *skip)
         assert (done.code, "40 images (1 could not be read)" in done.out) == (0, True)
-    (file := Path("images/class1/01.bmp")).write_bytes(bmp(100))
+    (file := Path("../images/class1/01.bmp")).write_bytes(bmp(100))
     refused(*encode(), *skip, named=(f"shard-00001.safetensors was made of another {file} than",))
     assert bad.exists()
+
+
+@pytest.mark.slow
+def test_ranks_know_what_any_of_them_read(recipe: Path) -> None:
+    """Each reads half of the images; one process knows them all again."""
+    as_folder(root := Path("../images"), 0)
+    together(2, "train", recipe, "--out", "run", cwd=Path.cwd())
+    last = Path("run/checkpoints/step-00000002/data.safetensors")
+    assert load_file(last)["hashes"].any(1).all()
+    together(2, "train", "run", *LONGER, "--verify", cwd=Path.cwd())
+    as_folder(root, 100)
+    refused("train", "run", *sets("train.steps=4"), named=(CHANGED, "37 more changed"))

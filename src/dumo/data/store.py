@@ -77,11 +77,12 @@ class Folder:
         files = list(states)
         if split is not None:
             files = in_split(root, split, [f for f in files if split in Path(f).relative_to(root).parts[:-1]])
-        above = os.path.commonpath([os.path.dirname(file) for file in files])
-        tops = [_top(file, above) for file in files]
+        self.files, self.within = files, Files.of(files, [states[file] for file in files])
+        above, folders = self.within.above, [file.rpartition(os.sep)[0] for file in files]
+        top = {folder: _top(folder, above) for folder in set(folders)}
+        tops = [top[folder] for folder in folders]
         if split is None and len(found := set(tops)) > 1 and found <= SPLITS:
             raise UserError(f"{above} holds the splits {some(found)}: choose one with data.split")
-        self.files, self.within = files, Files.of(files, [states[file] for file in files])
         self.labels = _labels(above, tops) if labelled else None
 
     def __len__(self) -> int:
@@ -214,10 +215,9 @@ def _tokens(root: Path, file: str) -> list[str]:
     return [*relative.parts[:-1], *re.split(r"[-_.]", relative.stem)]
 
 
-def _top(file: str, above: str) -> str:
-    """The first folder between the two, '' where there is none."""
-    first, sign, _ = file.removeprefix(above).lstrip(os.sep).partition(os.sep)
-    return first if sign else ""
+def _top(folder: str, above: str) -> str:
+    """The first folder below `above` on the way to a folder, '' where they are the same."""
+    return folder.removeprefix(above).lstrip(os.sep).partition(os.sep)[0]
 
 
 def _labels(above: str, tops: Sequence[str]) -> Labels | None:

@@ -63,7 +63,8 @@ class Files:
     @cached_property
     def above(self) -> str:
         """The deepest folder that holds them all."""
-        return os.path.commonpath({os.path.dirname(path) for path in self.paths})
+        parts = (path.rpartition(os.sep) for path in self.paths)  # several times as fast as dirname
+        return os.path.commonpath({head or sign for head, sign, _ in parts})
 
     @cached_property
     def names(self) -> bytes:
@@ -168,7 +169,7 @@ class Hashes:
         return np.flatnonzero(both & (self.expected != self.known).any(1))
 
     def seen(self) -> Hashed:
-        """What was read so far, by this process or by whoever expects it."""
+        """What was read so far, by this process or as is expected."""
         known = self._whole()
         if self.expected is None:
             return known

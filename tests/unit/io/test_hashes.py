@@ -1,0 +1,188 @@
+"""Items are hashed once, by any number of threads and processes, and what is noted is what was read."""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+
+from dumo.data.image import find
+from dumo.io import content
+from dumo.io import file as files
+from dumo.io.content import NAME, Hashes
+from dumo.run import content as run_content
+from dumo.runtime import dist
+from dumo.types import UserError
+from unit.data.animals import COUNT, STORES, as_folder, picture
+from unit.data.spy import spied
+
+processes = get_context("fork")
+
+
+def opened(root: Path, split: str | None = None) -> Hashes:
+    store = find(root, split=split)
+    return Hashes(store.within, store.path, store.read, store.labels and store.labels.c)
+
+
+def whole(root: Path) -> Hashes:
+    """All hashed, and noted."""
+    found = opened(root)
+    found.hash(range(len(found)))
+    return found
+
+
+@pytest.mark.parametrize("form", STORES)
+def test_hashes_are_of_the_bytes_and_come_again_with_the_next_start(form: str, tmp_path: Path) -> None:
+    STORES[form](tmp_path)
+    found = whole(tmp_path)
+    for i in range(COUNT):
+        assert found.known[i].tobytes() == hashlib.sha256(picture(i)).digest()
+    again = opened(tmp_path)
+    assert not any(again.pending)
+    assert (again.known == found.known).all()
+    assert (again.names, again.title()) == (found.names, found.title())
+
+
+def test_threads_hash_an_item_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_folder(tmp_path)
+    found, items = opened(tmp_path), list(range(COUNT)) * 20
+    seen = spied(monkeypatch, Hashes, "_hash", lambda hashes, i, data: i)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: found.see(i, picture(i)), items))
+    assert set(seen) == set(range(COUNT))
+    assert (found.known == whole(tmp_path).known).all()
+    before = len(seen)
+    found.see(3, b"not looked at again")
+    assert len(seen) == before
+
+
+def share(root: Path, rank: int) -> None:
+    found = opened(root)
+    found.hash(range(rank, COUNT, 3))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("form", STORES)
+def test_processes_share_a_note(form: str, tmp_path: Path) -> None:
+    """What one adds, no other takes away."""
+    STORES[form](tmp_path)
+    started = [processes.Process(target=share, args=(tmp_path, rank)) for rank in range(3)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+        assert process.exitcode == 0
+    assert not any(opened(tmp_path).pending)
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_splits_share_a_note(tmp_path: Path) -> None:
+    """Where they lie in one folder; what is gone is forgotten."""
+    STORES["tar"](tmp_path)
+    for k in (0, 1):
+        (tmp_path / f"animals-train-00000{k}.tar").rename(tmp_path / f"{('train', 'test')[k]}.tar")
+    for split in ("train", "test", "train"):
+        found = opened(tmp_path, split)
+        found.hash(range(len(found)))
+    assert not any(opened(tmp_path, "train").pending)
+    assert not any(opened(tmp_path, "test").pending)
+    kept = (tmp_path / "test.tar").rename(tmp_path.parent / "test.tar")
+    (tmp_path / "train.tar").touch()
+    found = opened(tmp_path, "train")
+    found.hash(range(len(found)))
+    kept.rename(tmp_path / "test.tar")
+    assert all(opened(tmp_path, "test").pending)
+
+
+def test_what_changed_is_told_apart(tmp_path: Path) -> None:
+    """Touched, copied, new; each is suspected as it deserves."""
+    as_folder(tmp_path)
+    before = whole(tmp_path).known.copy()
+    pngs = sorted(tmp_path.rglob("*.png"))
+    os.utime(pngs[0])
+    was = pngs[1].stat().st_mtime_ns
+    (other := tmp_path / "other").write_bytes(pngs[1].read_bytes())
+    os.utime(other, ns=(was, was))
+    other.replace(pngs[1])
+    pngs[2].write_bytes(picture(7) + b"longer")
+    found = opened(tmp_path)
+    assert [i for i in range(COUNT) if found.pending[i]] == [0, 1, 2]
+    found.expect(before, "is another")
+    assert found.suspect().tolist() == [0, 2]
+    assert found.suspect(copies=True).tolist() == [0, 1, 2]
+    found.hash(found.suspect())
+    assert found.others().tolist() == [2]
+    assert (found.seen() == before).all()
+    found.see(1, pngs[1].read_bytes())
+    again = opened(tmp_path)
+    assert again.states[:4].tolist() == [content.SAME, content.COPIED, content.SAME, content.SAME]
+    again.expect(before, "is another")
+    assert again.others().tolist() == [2]  # it was noted as it is
+
+
+def test_another_content_is_refused_each_time_it_is_read(tmp_path: Path) -> None:
+    as_folder(tmp_path)
+    before = whole(tmp_path).known.copy()
+    (tmp_path / NAME).unlink()
+    found = opened(tmp_path)
+    found.expect(before, "is another")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"ant/01\.png is another"):
+            found.see(1, b"other")
+    found.see(0, picture(0))
+    assert (found.seen() == before).all()
+
+
+@pytest.mark.parametrize("damage", [b"", b"note", None])
+def test_a_damaged_note_is_no_note(damage: bytes | None, tmp_path: Path) -> None:
+    as_folder(tmp_path)
+    whole(tmp_path)
+    data = bytearray((tmp_path / NAME).read_bytes())
+    data[-3] ^= 1
+    (tmp_path / NAME).write_bytes(data if damage is None else damage)
+    assert all(opened(tmp_path).pending)
+    whole(tmp_path)
+    assert not any(opened(tmp_path).pending)
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_folder(root := tmp_path / "images")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    writable = files.writable
+    monkeypatch.setattr(files, "writable", lambda place: root not in place.parents and writable(place))
+    whole(root)
+    assert not (root / NAME).exists()
+    assert not any(opened(root).pending)
+    monkeypatch.setattr("dumo.io.file.writable", lambda place: False)
+    os.utime(next(root.rglob("*.png")))
+    assert sum(whole(root).pending) == 0
+    assert sum(opened(root).pending) == 1
+
+
+def test_names_of_any_bytes() -> None:
+    names = ["/a\nb", "/c d", os.fsdecode(b"/\xff")]
+    assert content.split(content.joined(names)) == names
+    assert content.moved(content.joined(names), content.joined([*names[:2], "/e"])) == f"{names[2][1:]} gone, e new"
+    assert content.moved(content.joined(names), content.joined(names[::-1])) == "they are in another order"
+    with pytest.raises(UserError, match="damaged"):
+        content.unpacked(b"no names")
+
+
+def test_ranks_that_read_other_contents_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint has what any of them has read."""
+    as_folder(tmp_path)
+    found, there = opened(tmp_path), torch.from_numpy(whole(tmp_path).known)
+    found.known[:] = 0
+    found.see(0, picture(0))
+    monkeypatch.setattr(dist, "world", lambda: 2)
+    monkeypatch.setattr(dist, "largest", lambda x: torch.maximum(x, there))
+    monkeypatch.setattr("dumo.training.agreement.agreed", lambda work: [work()])
+    assert torch.equal(run_content.seen(found)["hashes"], there)
+    with pytest.raises(UserError, match="another on another rank"):
+        found.see(1, b"other")
+    found.expected = None
+    with pytest.raises(UserError, match=r"01\.png is another on another rank"):
+        run_content.seen(found)
