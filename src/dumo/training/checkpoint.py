@@ -194,8 +194,7 @@ def not_finite(tensors: Mapping[str, Mapping[str, Tensor]]) -> str | None:
 def write(folder: Path, state: State, tensors: Mapping[str, Mapping[str, Tensor]], run: str) -> None:
     """Write each part as a file, or as a folder of shards, and `state.json` last. Every rank must call it."""
     agreement.main(folder.mkdir)
-    if run:
-        agreement.main(lambda: (folder / manifest.RUN).write_text(run, encoding="utf-8"))
+    agreement.main(lambda: run and (folder / manifest.RUN).write_text(run, encoding="utf-8"))  # others have no text
     if dist.world() == 1:
         for name, named in tensors.items():
             safetensors.torch.save_file(weights.apart(named), folder / f"{name}.safetensors", metadata=ONE_FILE)
