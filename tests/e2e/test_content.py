@@ -112,7 +112,7 @@ def test_other_content_of_equal_size_is_refused_before_a_step(form: str, memory:
     FORMS[form](root, 100)
     assert sizes(root) == before
     name = {"folder": "class0/00.bmp", "tar": "a.tar member 00.bmp", "parquet": "train.parquet row 0"}[form]
-    refused("train", "run", *LONGER, named=(CHANGED, f"{root / name}, ", "and 37 more changed", "--accept"))
+    refused("train", "run", *LONGER, named=(CHANGED, f"{root.resolve() / name}, ", "and 37 more changed", "--accept"))
 
 
 def test_the_same_time_and_another_inode_is_refused_as_it_is_read(run: Path, hashed: list[int]) -> None:

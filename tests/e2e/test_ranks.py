@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageChops
 
 from autoencoder import taef2
-from dumo.io.weights import load
+from dumo.io.weights import load, title
 from e2e.shell import TINY, Done, call, sets, together, tree
 from forked import ENVIRONMENT
 from reliability.process import alive, workers
@@ -61,7 +61,7 @@ def begun(words: tuple[str, ...], out: Path, *before: str) -> tuple["subprocess.
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint, files or shards."""
-    parts = {path.name.removesuffix(".safetensors"): path for path in checkpoint.iterdir() if path.name != "state.json"}
+    parts = {title(path): path for path in checkpoint.iterdir() if path.suffix not in (".json", ".yaml")}
     return {f"{part}.{name}": x for part, path in parts.items() for name, x in load(path).items()}
 
 

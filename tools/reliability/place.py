@@ -126,19 +126,19 @@ def trained(folder: Path) -> End:
     """Every tensor of the last checkpoint, its counters, the names of those kept, every row of the log, the spec."""
     run, checkpoint = folder / "run", last(folder)
     about = json.loads((checkpoint / "state.json").read_text())
-    parts = {path.name.removesuffix(".safetensors"): path for path in checkpoint.iterdir() if path.suffix != ".json"}
+    parts = {weights.title(path): path for path in checkpoint.iterdir() if path.suffix not in (".json", ".yaml")}
     tensors = {f"{part} {name}": digest.of_tensor(x) for part in parts for name, x in weights.load(parts[part]).items()}
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     counters = {f"state.json {key}": str(about[key]) for key in ("step", "images")}
     counters["checkpoints"] = str(sorted(path.name for path in (run / "checkpoints").glob("step-*")))
     counters["metrics.jsonl"] = str([row["step"] for row in logged])
     told = {f"metrics.jsonl {row['step']}": timeless(row) for row in logged}
-    return tensors | counters | told | hashes(run, "run.yaml") | hashes(run, "data.json")
+    return tensors | counters | told | placeless(run, "run.yaml") | hashes(run, "data.json")
 
 
 def taught(folder: Path) -> End:
     """As `trained`, every file of pairs, and who taught."""
-    return trained(folder) | hashes(folder / "run/pairs") | hashes(folder / "run", "teacher.json")
+    return trained(folder) | hashes(folder / "run/pairs") | placeless(folder / "run", "teacher.json")
 
 
 def encoded(folder: Path) -> End:
@@ -150,6 +150,11 @@ def judged(folder: Path) -> End:
     """Every entry of the report."""
     report = json.loads((folder / "judged/evaluation.json").read_text())
     return {key: timeless(value) for key, value in report.items()}
+
+
+def placeless(run: Path, name: str) -> End:
+    """What a file of a run says, but for where it lies."""
+    return {name: (run / name).read_text().replace(str(run.parent.resolve()), "")}
 
 
 def hashes(folder: Path, names: str = "*") -> End:

@@ -43,7 +43,7 @@ class Provenance:
 
     @property
     def facts(self) -> dict[str, str]:
-        """What an export says of its origin, for programs: the run whole, its places in the words they were given in."""
+        """What an export says of its origin, for programs: the run with its places as they were given."""
         return {
             "dumo": self.version,
             "step": str(self.step),

@@ -200,7 +200,7 @@ def other(file: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (Path.unlink, r"there is no such file.*taesd.*set codec.weights"),
+        (Path.unlink, r"there is no such file.*taesd.*--set data.codec.weights"),
         (
             lambda file: os.truncate(file, file.stat().st_size - 10),
             "is damaged or is not safetensors.*take another copy",
@@ -213,6 +213,15 @@ def test_wrong_weights_are_refused(tiny: Path, spoil: Callable[[Path], object], 
     spoil(tiny)
     with pytest.raises(UserError, match=said):
         Taef2(weights=str(tiny)).open()
+
+
+def test_weights_of_another_hash_are_refused(tiny: Path, vae: Path) -> None:
+    """Each kind, where the hash of those that a run began with is known."""
+    for codec in (Taef2(weights=str(tiny)), SdVae(weights=str(vae))):
+        known = codec.digest()
+        assert codec.model_copy(update={"sha256": known}).open().sha256 == known
+        with pytest.raises(UserError, match=rf"data\.codec\.weights: .* SHA-256 {known}, and this run has 0123: put"):
+            codec.model_copy(update={"sha256": "0123"}).open()
 
 
 @pytest.mark.parametrize(

@@ -146,3 +146,14 @@ def test_a_text_of_no_token_is_refused(tmp_path: Path) -> None:
     save_file({"tokens": torch.zeros(3, 2, 4), "mask": mask}, file := tmp_path / "texts.safetensors")
     with pytest.raises(UserError, match=r"no token in row 1: an empty text has one"):
         TextFile(source=str(file)).build(2)
+
+
+def test_another_file_of_texts_is_refused(tmp_path: Path) -> None:
+    save_file({"tokens": torch.zeros(3, 2, 4)}, file := tmp_path / "texts.safetensors")
+    texts = TextFile(source=str(file)).found()
+    assert texts.build(2).tokens.shape == (3, 2, 4)
+    save_file({"tokens": torch.ones(3, 2, 4)}, file)
+    with pytest.raises(UserError, match=rf"net\.texts\.source: .* and this run has {texts.sha256}: put that file back"):
+        texts.build(2)
+    file.unlink()
+    assert TextFile(source=str(file)).found().sha256 is None

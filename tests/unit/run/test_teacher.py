@@ -1,6 +1,7 @@
 """A teacher's velocity replaces the data's, its pairs data and noise; another's is refused. It may be a function."""
 
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Callable
@@ -160,6 +161,15 @@ def test_another_teacher_in_the_middle_is_refused(known: Path, tmp_path: Path) -
     with pytest.raises(UserError, match=r"began with another teacher[\s\S]*Put the teacher back"):
         train(tiny("moons", f"teacher.source={other}"), tmp_path / "run")
     assert sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "run").rglob("*")) == before
+
+
+def test_a_teacher_that_was_moved_is_found_by_its_hash(known: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(known, tmp_path / "moved")
+    train(tiny("moons", f"teacher.source={known}", "train.steps=2"), tmp_path / "run")
+    train(tiny("moons", f"teacher.source={moved}"), tmp_path / "run")
+    assert load(str(tmp_path / "run")).teacher == Teacher(source=str(moved))
+    with pytest.raises(UserError, match=r"teacher\.source: .*/nowhere is no run's folder .* --set teacher\.source="):
+        train(tiny("moons", f"teacher.source={tmp_path}/nowhere"), tmp_path / "run")
 
 
 def test_a_teacher_of_other_data_is_refused(known: Path, tmp_path: Path) -> None:

@@ -45,17 +45,28 @@ def test_one_process_loads_what_ranks_saved(saved: Path, kind: str) -> None:
 @pytest.mark.parametrize("share", SHARES[2])
 def test_layout(saved: Path, share: int) -> None:
     last = saved / f"share-{share}/step-00000002"
-    assert {path.name for path in last.iterdir()} == {"net", "ema-0.99", "ema-0.9", "optimizer", "state.json"}
+    assert {path.name for path in last.iterdir()} == {
+        "net",
+        "ema-0.99",
+        "ema-0.9",
+        "optimizer",
+        "state.json",
+        manifest.RUN,
+    }
     about = json.loads((last / "state.json").read_text())
     assert (about["step"], about["images"], about["ranks"]) == (2, 24, 2)
     files = {path.relative_to(last).as_posix() for path in last.rglob("*.safetensors")}
-    assert about["files"].keys() == files
+    assert about["files"].keys() == files | {manifest.RUN}
     assert files == {
         f"{name}/shard-0000{rank}-model-00001-of-00001.safetensors"
         for name in ("net", "ema-0.99", "ema-0.9", "optimizer")
         for rank in (1, 2)
     }
-    assert {path.suffix for path in last.rglob("*") if path.is_file()} == {".safetensors", ".json"}  # no pickles
+    assert {path.suffix for path in last.rglob("*") if path.is_file()} == {
+        ".safetensors",
+        ".json",
+        ".yaml",
+    }  # no pickles
     assert manifest.fault(last) is None
 
 
