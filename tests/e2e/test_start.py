@@ -125,8 +125,11 @@ def test_what_was_typed_stays_in_its_comment(here: Path) -> None:
     refused("show", "digits", "--yaml", "--json", named=("--yaml and --json",), lines=None)
 
 
-def test_a_teacher_s_code_runs_on_train_alone_and_is_named_before(here: Path) -> None:
+def test_a_teacher_s_code_runs_on_train_alone_and_is_named_before(
+    here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """It may be in a file of somebody else's: to look at that is safe."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))  # where consent is remembered
     text = "open('ran', 'w').close()\nfrom dumo.types import Reads\n"
     text += "make = lambda run, device: Reads(velocity=lambda x, t, c: x)"
     (here / "loud_teacher.py").write_text(text)
@@ -136,6 +139,8 @@ def test_a_teacher_s_code_runs_on_train_alone_and_is_named_before(here: Path) ->
         done = call(command, "theirs.yaml", *words)
         assert (done.code, "executes" in done.err) == (0, False)
     assert not (here / "ran").exists()
-    done = call("train", "theirs.yaml")
+    refused("train", "theirs.yaml", named=("runs code: loud_teacher:make", "--trust-code"), lines=None)
+    assert not (here / "ran").exists()
+    done = call("train", "theirs.yaml", "--trust-code")
     assert (here / "ran").exists()
     assert done.err.startswith("teacher.source: this run executes loud_teacher:make\n")

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 
 from dumo import runtime
 from dumo.cli import evaluate, lab, preflight, run, share
+from dumo.cli.option import trusted
 from dumo.cli.terminal import err, explain, plain_warnings, rank_0_speaks, reopen_streams, stoppable
 from dumo.run.config.foreign import ours
 
@@ -80,11 +81,11 @@ class Command(TyperCommand):
 
 
 for command in COMMANDS:
-    app.command(cls=Command)(stoppable(command))
+    app.command(cls=Command)(trusted(stoppable(command)))
 
 benches = typer.Typer(no_args_is_help=True, help="Measure training steps, sampling and reading data on this machine.")
 for command in (lab.step, lab.sample, lab.data):
-    benches.command()(stoppable(command))
+    benches.command()(trusted(stoppable(command)))
 app.add_typer(benches, name="bench")
 
 

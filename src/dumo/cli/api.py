@@ -24,6 +24,7 @@ from dumo.report import page
 from dumo.run.config import load as config
 from dumo.run.config.change import override, shown
 from dumo.run.config.spec import Run
+from dumo.run.config.trust import trusting
 from dumo.run.evaluation import evaluate as evaluation
 from dumo.run.folder import RunFolder, open_run
 from dumo.run.prompt import prompted
@@ -259,27 +260,30 @@ def load(
     net: nn.Module | None = None,
     weights: str | Path | None = None,
     device: str | torch.device = "auto",
+    trust_code: bool = False,
 ) -> TrainedRun:
     """Open a trained run's folder. Raises UserError where it is none, or has no checkpoint yet.
 
     `changes` may set what sampling and evaluation read, e.g. {"sample.guide.scale": 2}. `data` and `net` are the
     objects that `train` was given: another process needs the net to sample, and the data to evaluate. `weights` is a
     safetensors file, or a folder of shards, instead of the run's first average. `device`: auto takes the GPU where
-    there is one.
+    there is one. `trust_code`: run the code that the folder names (`dumo.run.config.trust`).
     """
     _ = plain_data(data), plain_net(net)  # remembered
     file = None if weights is None else str(weights)
-    return TrainedRun(open_run(str(folder), _settings(changes), weights=file, device=str(device)))
+    with trusting(trust_code):
+        return TrainedRun(open_run(str(folder), _settings(changes), weights=file, device=str(device)))
 
 
-def recipe(source: str | Path | Run, changes: Changes | None = None) -> Run:
+def recipe(source: str | Path | Run, changes: Changes | None = None, *, trust_code: bool = False) -> Run:
     """The complete run of a recipe's name, a YAML file or a run's folder, with these fields changed.
 
-    A value may be a dict or a list, which replaces the field whole. Raises UserError for each wrong field, with the
-    nearest valid name.
+    A value may be a dict or a list, which replaces the field whole. `trust_code` as in `load`. Raises UserError for
+    each wrong field, with the nearest valid name.
     """
     if not isinstance(source, Run):
-        return config.load(str(source), _settings(changes))
+        with trusting(trust_code):
+            return config.load(str(source), _settings(changes))
     tree = source.model_dump(mode="json")
     override(tree, _settings(changes))
     return config.parse(Run, tree)
@@ -297,6 +301,7 @@ def train(
     out: str | Path | None = None,
     device: str | torch.device = "auto",
     bar: Bar = bar,
+    trust_code: bool = False,
 ) -> TrainedRun:
     """Train a recipe, a folder of images or parts of your own; or go on with a run where it stopped. Return the run.
 
@@ -310,20 +315,22 @@ def train(
     `net(x, c, t=t)` for a tuple of heads. run.yaml keeps the name and a hash of such objects; going on needs the same.
     A callback is f(state, record), called after every step, or `dumo.training.loop.Every(n, f)`. `minutes` is how long
     to train where steps are proposed. `out` is the run's folder, runs/NAME unless given; `bar` shows the progress, on
-    stderr unless given. Raises UserError as `recipe` does, and where the folder holds another run.
+    stderr unless given. `trust_code`: run the code that a file or folder names, as an object or `changes` need not say.
+    Raises UserError as `recipe` does, and where the folder holds another run.
     """
-    sets, folder = _settings(changes), None if out is None else Path(out)
-    if isinstance(source, Run):
-        if folder is None or not (objective is data is net is None):
-            raise UserError('a run that has its parts needs a folder: say out="runs/NAME", and no other parts')
-        run = recipe(source, changes)
-    else:
-        named = None if source is None else str(source)
-        parts: Any = {"objective": objective, "data": data, "net": net}
-        run, folder = compose(named, sets, folder, **parts, minutes=minutes, device=str(device), bar=bar)
-    hooks = [one if isinstance(one, Every) else Every(1, one) for one in callbacks]
-    train_run(run, folder, device=str(device), bar=bar, tell=None if bar is no_bar else say, hooks=hooks)
-    return load(folder, device=device)
+    with trusting(trust_code):
+        sets, folder = _settings(changes), None if out is None else Path(out)
+        if isinstance(source, Run):
+            if folder is None or not (objective is data is net is None):
+                raise UserError('a run that has its parts needs a folder: say out="runs/NAME", and no other parts')
+            run = recipe(source, changes)
+        else:
+            named = None if source is None else str(source)
+            parts: Any = {"objective": objective, "data": data, "net": net}
+            run, folder = compose(named, sets, folder, **parts, minutes=minutes, device=str(device), bar=bar)
+        hooks = [one if isinstance(one, Every) else Every(1, one) for one in callbacks]
+        train_run(run, folder, device=str(device), bar=bar, tell=None if bar is no_bar else say, hooks=hooks)
+        return load(folder, device=device)
 
 
 def _settings(changes: Changes | None) -> list[str]:

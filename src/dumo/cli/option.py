@@ -1,6 +1,9 @@
 """Arguments and options that several commands take."""
 
 import re
+from collections.abc import Callable
+from functools import wraps
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -47,6 +50,30 @@ Verify = Annotated[
     bool, typer.Option("--verify", help="Read all images first, and compare what is in them with what it was.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")]
+
+TrustCode = Annotated[
+    bool, typer.Option("--trust-code", help="Run the code that the file or folder of a run names (module:Class).")
+]
+
+
+def trusted(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, with --trust-code where it reads a run (`dumo.run.config.trust`)."""
+    before = signature(command)
+    if not before.parameters.keys() & {"source", "run_folder"}:
+        return command
+
+    @wraps(command)
+    def run(*words: object, trust_code: bool = False, **options: object) -> None:
+        from dumo.run.config.trust import trusting
+
+        with trusting(trust_code):
+            command(*words, **options)
+
+    one = Parameter("trust_code", Parameter.KEYWORD_ONLY, default=False, annotation=TrustCode)
+    whole = before.replace(parameters=[*before.parameters.values(), one])
+    run.__signature__ = whole  # pyright: ignore[reportAttributeAccessIssue], typer reads it
+    run.__annotations__ = {**command.__annotations__, one.name: TrustCode}
+    return run
 
 
 def place(text: str) -> Path:

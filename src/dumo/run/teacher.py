@@ -22,6 +22,7 @@ from dumo.io import digest, table
 from dumo.io.read import read_json, write_json
 from dumo.io.source import Source, Table, rows_of
 from dumo.io.table import Column, Index
+from dumo.run.config import trust
 from dumo.run.config.check import check_guided
 from dumo.run.config.source import FILE as RUN
 from dumo.run.config.spec import Run
@@ -175,6 +176,7 @@ def of_user(teacher: Teacher, run: Run, device: torch.device) -> tuple[Reads, di
     Raises UserError where it cannot be imported, fails, or has no velocity of the shape of x.
     """
     module, _, name = teacher.source.partition(":")
+    trust.require(trust.teachers({"kind": teacher.kind, "source": teacher.source}), "teacher.source of this run")
     if dist.is_main():
         say(f"teacher.source: this run executes {teacher.source}")
     x, c = noise(0, range(2), 0, run.data.shape).to(device), torch.tensor([0, run.data.classes], device=device)

@@ -212,11 +212,13 @@ def test_other_data_are_refused_unless_they_are_meant(tmp_path: Path) -> None:
 def test_other_versions_and_rows_that_are_lost_are_told(run: Path) -> None:
     told, rows, state = list[str](), run / "metrics.jsonl", run / "checkpoints/step-00000008/state.json"
     about = json.loads(state.read_text())
-    state.write_text(json.dumps(about | {"versions": about["versions"] | {"torch": "2.12", "dumo": "0.0.1"}}))
+    about |= {"versions": about["versions"] | {"torch": "2.12", "dumo": "0.0.1"}, "sum": None}
+    state.write_text(json.dumps(about))
     rows.write_text("".join(line for line in rows.read_text().splitlines(keepends=True) if '"step": 4' not in line))
     train(tiny("train.steps=10"), run, tell=told.append)
-    assert told[2] == f"{rows}: rows between steps 2 and 6 are lost; the run goes on without them"
-    assert [line.split(":")[0] for line in told[3:]] == [
+    assert told[2].startswith(f"{rows} is not what was logged up to step 8: ")
+    assert told[3] == f"{rows}: rows between steps 2 and 6 are lost; the run goes on without them"
+    assert [line.split(":")[0] for line in told[4:]] == [
         "dumo is 0.1.0, and was 0.0.1 up to step 8",
         f"torch is {torch.__version__}, and was 2.12 up to step 8",
     ]

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticSerializationError, to_json, to_jsonable_python
 
 from dumo.io import digest, yaml
+from dumo.run.config import trust
 from dumo.run.config.change import override, shown
 from dumo.run.config.error import explain
 from dumo.run.config.source import CHANGED, CODE, FORMAT, GIVEN, KEY, PROPOSED, RESOLVED, Noted, read
@@ -45,14 +46,17 @@ def load(source: str, overrides: Sequence[str] = ()) -> Run:
     tree, name = read(source)
     override(tree, overrides)
     fill(tree, tree.get(RESOLVED))
+    trust.accept(overrides)
     return parse(Run, tree, name)
 
 
 def parse(spec: type[S], tree: object, name: str = "") -> S:
     """A tree of plain values as a spec. Raises UserError, one line per mistake, each after the name of a file.
 
+    So it does where the tree names code that nobody agrees to run (`dumo.run.config.trust`), before that is imported.
     Values are strict as in JSON: neither true nor a text is a number, and 2.0 is no integer.
     """
+    trust.require(trust.classes(tree), name)
     try:
         return spec.model_validate_json(to_json(tree, inf_nan_mode="constants"), strict=True)
     except PydanticSerializationError as error:  # the name of a field: YAML refuses such values

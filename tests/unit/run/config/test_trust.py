@@ -1,0 +1,123 @@
+"""Code that a run names is imported once a person has agreed: by a name that is typed, a flag, or on the terminal."""
+
+import sys
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+import dumo
+from dumo.run.config import trust
+from dumo.run.config.load import load
+
+CODE = """
+open("ran", "a").close()
+from typing import Literal
+from dumo.objectives import FlowMatching
+
+class Theirs(FlowMatching):
+    kind: Literal["{name}:Theirs"] = "{name}:Theirs"
+"""
+
+
+@pytest.fixture(params=["theirs", "many.theirs"])
+def name(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[str, None, None]:
+    """A module that nobody has imported, alone or in a package, and a file of a run that names its class."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(trust, "accepted", set())
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / f"{request.param.replace('.', '/')}.py"
+    file.parent.mkdir(exist_ok=True)
+    (file.parent / "__init__.py").write_text("open('ran', 'a').close()" if "." in request.param else "")
+    file.write_text(CODE.format(name=request.param))
+    Path("theirs.yaml").write_text(f"base: digits-flow-matching\nobjective: {{kind: '{request.param}:Theirs'}}\n")
+    yield request.param
+    forget(request.param)
+
+
+def forget(name: str) -> None:
+    """As in another process, another day."""
+    trust.accepted.clear()
+    for module in ("many", name):
+        sys.modules.pop(module, None)
+
+
+def taken() -> bool:
+    """Whether the file is read; what is refused was not imported."""
+    try:
+        load("theirs.yaml")
+    except dumo.UserError:
+        assert not Path("ran").exists()
+        return False
+    return Path("ran").exists()
+
+
+def test_nobody_agreed(name: str) -> None:
+    with trust.trusting(False):
+        assert not taken()
+    with pytest.raises(dumo.UserError, match=r"theirs.yaml runs code: .*--trust-code"):
+        dumo.recipe("theirs.yaml")
+    with pytest.raises(dumo.UserError, match="runs code"):
+        load("theirs.yaml", ["about=other:Theirs"])
+
+
+@pytest.mark.parametrize("how", ["a flag", "typed", "from Python", "asked"])
+def test_consent_is_remembered_by_the_code(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(["y"])
+    if how == "a flag":
+        with trust.trusting():
+            assert taken()
+    elif how == "typed":
+        load("digits-flow-matching", [f"objective.kind={name}:Theirs"])
+    elif how == "from Python":
+        dumo.recipe("theirs.yaml", trust_code=True)
+    else:
+        monkeypatch.setattr(trust, "agreed", lambda question: name in question and next(answers) == "y")
+        assert taken()
+    forget(name)
+    assert taken()
+    forget(name)
+    monkeypatch.setattr(trust, "agreed", lambda question: False)
+    Path("ran").unlink()
+    file = Path(f"{name.replace('.', '/')}.py")
+    file.write_text(f"{file.read_text()}\nother = 3\n")
+    assert not taken()
+    assert len(Path("cache/dumo/trusted-code").read_text().split()) == 1
+
+
+def test_a_package_above_counts(name: str) -> None:
+    with trust.trusting():
+        assert taken()
+    forget(name)
+    Path("ran").unlink()
+    (Path(name.replace(".", "/")).parent / "__init__.py").write_text("open('ran', 'a').close()  # more")
+    assert taken() == ("." not in name)
+
+
+def test_what_is_imported_already_needs_none(name: str) -> None:
+    __import__(name)
+    assert taken()
+    assert not Path("cache").exists()
+
+
+@pytest.mark.parametrize(("said", "yes"), [("y\n", True), ("Yes\n", True), ("\n", False), ("n\n", False), ("", False)])
+def test_the_question(
+    said: str, yes: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a terminal, of one process."""
+
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
+
+        def readline(self) -> str:
+            return said
+
+    assert not trust.agreed("x")
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert trust.agreed("runs code\x1b[2J. Run it?") == yes
+    assert capsys.readouterr().err == "runs code\\x1b[2J. Run it? [y/N] "
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not trust.agreed("x")
