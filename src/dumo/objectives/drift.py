@@ -9,9 +9,11 @@ samples are the geometric mean of both softmaxes, and
 which changes its sign when data and samples change places: where both have one law, it is 0 on average. The V of each
 radius R is divided by its root mean square over the rows of the class, and they are added.
 
-As the authors' `drift_loss.py` but for two things. Theirs compares features of a pretrained net; here the numbers that
-the net is trained on, pixels or latents. And a sample of theirs sees the data of its own row, ours does not: so as many
-rows attract as repel, and where the samples are the data themselves V is 0 to rounding, not on average.
+As the authors' `drift_loss.py` but for five things. Theirs compares features of a pretrained net; here the numbers that
+the net is trained on, pixels or latents. A sample of theirs sees the data of its own row, ours does not: so as many
+rows attract as repel, and where the samples are the data themselves V is 0 to rounding, not on average. What a sample
+does not see has affinity 0 here; theirs gives it the least with itself. Of several classes in a batch theirs takes one
+unit and one root mean square over all, ours one of each. And V here is in units of the data, not of the distance.
 """
 
 from collections.abc import Sequence

@@ -6,6 +6,7 @@ learns that of the data. The score of a law diffused to t is -(x_t + (1 - t) v) 
     V = w - v    at x'_t
 
 is along the gradient, by x', of KL(samples || data), both diffused to t. V vanishes where samples have the data's law.
+DMD2 divides it by the mean of |z' - x' - v| over the row; here its length counts (ours).
 
 With `alpha` samples descend SiD's loss instead (`identity`), whose slope sees how w and v change with the sample.
 """
