@@ -254,7 +254,7 @@ def test_an_image_that_was_left_out_is_not_missed(latents: Path) -> None:
     for _ in range(2):
         done = call(*encode(), *skip)
         assert (done.code, "40 images (1 could not be read)" in done.out) == (0, True)
-    (file := Path("../images/class1/01.bmp")).write_bytes(bmp(100))
+    Path("../images/class1/01.bmp").write_bytes(bmp(100))
     refused(*encode(), *skip, named=("shard-00001.safetensors was made of another", "images/class1/01.bmp than"))
     assert bad.exists()
 

@@ -6,8 +6,8 @@ and R2), and so is D(x) + D(x'), which pairs do not see. Both sides descend in o
 (Ganin and Lempitsky 2015, arXiv 1409.7495).
 
 A critic's slope g tells a direction, and its length says little: each row's is brought to root mean square 1 (ours; AFM
-divides by a running mean of the norms). AFM's transport cost, the mean square of x' - z, is left out: which x' a z comes
-to is DuMo's to say.
+divides by a running mean of the norms). AFM's transport cost, the mean square of x' - z, is left out: which x' a z
+comes to is DuMo's to say.
 """
 
 from dataclasses import replace
