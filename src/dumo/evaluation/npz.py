@@ -54,8 +54,9 @@ class NpzImages:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.lock = path, Lock()
+        self.path, self.lock, self.file, self.at = path, Lock(), None, 0
         shape = self._begin()
+        self.close()
         self.shape: tuple[int, int, int, int] = (shape[0], shape[1], shape[2], shape[3])  # count, height, width, 3
         self.c = self._classes() if LABELS in keys(path) else None
 
@@ -83,15 +84,28 @@ class NpzImages:
         if stop <= first:
             return torch.empty(0, 3, *self.shape[1:3], dtype=torch.uint8)
         with self.lock, reading(f"{self.path} is damaged at image {first}"):
-            if first < self.at:
+            if self.file is None or first < self.at:
                 self._begin()
+            assert self.file is not None, "it is open now"
             for left in range((first - self.at) * size, 0, -PIECE):
                 self.file.read(min(left, PIECE))
             data, self.at = bytearray(self.file.read((stop - first) * size)), stop
+            if stop == len(self):
+                self.close()
             return torch.frombuffer(data, dtype=torch.uint8).view(-1, *self.shape[1:]).permute(0, 3, 1, 2)
+
+    def close(self) -> None:
+        """Close the file, which is open between two stretches; the next one opens it again."""
+        if self.file is not None:
+            self.file.close()
+        self.file = None
+
+    def __del__(self) -> None:
+        self.close()
 
     def _begin(self) -> tuple[int, ...]:
         """Open the file before its first image; the shape of all."""
+        self.close()
         self.file, self.at = member(self.path, IMAGES), 0
         shape, columns, kind = header(self.path, self.file)
         if kind != np.uint8 or columns or len(shape) != 4 or shape[3] != 3 or 0 in shape:

@@ -135,13 +135,12 @@ def judge(
     place = user_path(images, "--images")
     path = out or Path(f"{place.resolve().name}.evaluation.json")
     check_writable(path.parent)
-    require_known("protocol of images", kind, KINDS)
     tree = settings(kind, against, fields)
     found = look(place, "--images")
     protocol = protocol_of(tree, found, str(place))
-    if why := protocol.missing:
-        raise UserError(f"protocol {kind} needs {why.replace('named in', 'named by --against, or in')}")
     channels, classes = fitting(protocol, found, str(place))
+    if why := protocol.missing:
+        raise UserError(f"protocol {protocol.kind} needs {why.replace('named in', 'named by --against, or in')}")
     data, spec, labels = reference(protocol, tree, against, found, classes)
     total, classes = protocol.total, labels.count if labels else 0
     with bar("reading the images", total) as tick:
@@ -196,11 +195,18 @@ def settings(kind: str, against: str | None, fields: Sequence[str]) -> dict[str,
     """The tree of `Settings`, with the protocol and a reference of ADM's; what is not known yet is not there."""
     tree: dict[str, Any] = {"evaluate": {"protocol": {"kind": kind}}, "data": {}}
     override(tree, fields)
-    for field in tree.keys() - {"evaluate", "data"} or tree["evaluate"].keys() - {"protocol"}:
-        raise UserError(f"--set {field} is of a run: of images set fields of evaluate.protocol, or data, the reference")
-    protocol = parse(Part, tree["evaluate"]).protocol
-    if against and isinstance(protocol, ImageProtocol) and protocol.standard.url:
-        tree["evaluate"]["protocol"]["reference"] = against
+    if (odd := tree.keys() - {"evaluate", "data"}) or not isinstance(tree["data"], dict):
+        field = min(odd or ["data"])
+        raise UserError(f"--set {field}: of images set fields of evaluate.protocol, or fields of data, the reference")
+    protocol = parse(Settings, {"evaluate": tree["evaluate"]}).evaluate.protocol
+    require_known("protocol of images", protocol.kind, KINDS)
+    own = "the digits that ship" if protocol.kind == "digits" else None
+    if isinstance(protocol, ImageProtocol) and protocol.standard.url:
+        own = "ADM's file, which --against names"
+        tree["evaluate"]["protocol"] |= {"reference": against} if against else {}
+        against = None
+    if own and (against or tree["data"]):
+        raise UserError(f"protocol {protocol.kind} compares with {own}: leave out {'--against' if against else 'data'}")
     return tree
 
 
@@ -241,15 +247,13 @@ def reference(
     """
     labels, photos = found.labels if classes else None, protocol.kind == DEFAULT
     if protocol.kind == "digits":
-        if against:
-            raise UserError("protocol digits compares with the digits that ship: leave out --against")
         return Digits().originals(), Digits().model_dump(mode="json"), labels
     if isinstance(protocol, ImageProtocol) and protocol.standard.url:
         return None, None, labels
     if against is None:
         raise UserError(f"protocol {protocol.kind} compares with real images: say where, --against FOLDER or FILE.npz")
     place, (_, height, width) = user_path(against, "--against"), found.shape
-    if place.suffix == ".npz":
+    if place.suffix == ".npz" and not tree["data"]:
         real = look(place, "--against")
         if real.shape != found.shape:
             size = f"{real.shape[2]} x {real.shape[1]} pixels, and those that are judged {width} x {height}"
