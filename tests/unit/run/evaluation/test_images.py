@@ -16,11 +16,12 @@ from dumo.data.pixel import Unreadable
 from dumo.encoders import inception
 from dumo.evaluation import ShippedProtocol
 from dumo.evaluation import images as by_inception
-from dumo.evaluation.reference import STANDARDS, hashed
+from dumo.evaluation.reference import PIECE, STANDARDS, hashed
 from dumo.evaluation.statistics import gather, statistics_of
 from dumo.io.picture import to_rows, to_uint8, write_adm
 from dumo.run.evaluation.card import alike, compare
 from dumo.run.evaluation.images import Found, Same, fitting, judge, look
+from dumo.runtime import dist
 from dumo.types import UserError
 from forked import main_of
 from golden import inception as recipe
@@ -165,9 +166,31 @@ def test_digits_are_grey_and_have_an_accuracy_only_with_classes() -> None:
     write_adm(Path("two.npz"), to_rows(table.x[:600]), table.c[:600] % 2)
     assert fitting(ShippedProtocol(kind="digits"), look(Path("two.npz"), "--images"), "two.npz") == (1, 0)
     assert "accuracy" not in judge("two.npz", "digits")["results"][0]
-    write("colour", 520)
-    with pytest.raises(UserError, match=r"^colour/000\.png is in colour, and this protocol judges grey images$"):
-        judge("colour", "digits")
+
+
+def test_colour_is_no_grey() -> None:
+    """Digits that `dumo sample` wrote have three equal channels."""
+    pixels = np.repeat(DRAWS.integers(0, 256, (520, 8, 8, 1), dtype=np.uint8), 3, 3)
+    pixels[77, 3, 4, 1] ^= 1
+    np.savez("colour.npz", pixels)
+    with pytest.raises(
+        UserError, match=r"^image 77 of colour\.npz is in colour, and this protocol judges grey images$"
+    ):
+        judge("colour.npz", "digits")
+
+
+def test_ranks_take_pieces_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same pieces, so that no batch rounds otherwise; a rank without one gives an empty one, for others wait."""
+    np.savez("many.npz", DRAWS.integers(0, 256, (2 * PIECE + 5, 4, 4, 3), dtype=np.uint8))
+    found = look(Path("many.npz"), "--images")
+    alone = [index.tolist() for index, _ in found.judged(99, 3)]
+    assert [i for piece in alone for i in piece] == [*range(99)]
+    monkeypatch.setattr(dist, "world", lambda: 4)
+    for rank in range(4):
+        monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
+        [(index, x)] = found.judged(99, 3)
+        assert index.tolist() == (alone[rank] if rank < 3 else [])
+        assert x.shape == (len(index), 3, 4, 4)
 
 
 def test_stands_in_one_table_with_runs_that_were_judged_alike(here: Path) -> None:
