@@ -20,7 +20,8 @@ from dumo.evaluation.reference import PIECE, STANDARDS, hashed
 from dumo.evaluation.statistics import gather, statistics_of
 from dumo.io.picture import to_rows, to_uint8, write_adm
 from dumo.run.evaluation.card import alike, compare
-from dumo.run.evaluation.images import Found, Same, fitting, judge, look
+from dumo.run.evaluation.images import fitting, judge
+from dumo.run.evaluation.place import Found, Same, look
 from dumo.runtime import dist
 from dumo.types import UserError
 from forked import main_of
@@ -130,8 +131,8 @@ def test_all_are_judged_or_a_choice_and_the_name_says_it() -> None:
     aside = [path for path in Path.cwd().glob("made.evaluation-*.json")]
     assert [json.loads(path.read_text())["protocol"] for path in aside] == ["photos (30 samples)"]
 
-    write("others", 24, classes=3)  # other classes than the images': both are taken without
-    assert judge("made", against="others", out=Path("o.json"))["card"]["labels"] == "none"
+    Path("real/class 1").rename("real/dogs")  # other classes than the images': both are taken without
+    assert judge("made", against="real", out=Path("o.json"))["card"]["labels"] == "none"
 
 
 def test_classes_matter_to_photos_and_pixels_to_the_hash() -> None:
