@@ -100,15 +100,18 @@ def wait(process: Running, event: Callable[[], bool]) -> None:
 def tree(folder: Path, *, trains: bool = False) -> dict[str, bytes | int]:
     """Every file's bytes and every folder's time of change, by path: equal trees were not written to.
 
-    Not the time of a run's folder, where a training `trains`: its lock comes and goes there.
+    Not the time of a run's folder, where a training `trains`: its lock comes and goes there. Nor dumo's notes on files
+    of the user's, which whoever reads these may write.
     """
 
     def change(path: Path) -> int:
-        return 0 if trains and (path / FILE).exists() else path.stat().st_mtime_ns
+        noted = any(path.glob(".dumo-*"))
+        return 0 if noted or (trains and (path / FILE).exists()) else path.stat().st_mtime_ns
 
     return {
         str(path.relative_to(folder)): change(path) if path.is_dir() else path.read_bytes()
         for path in sorted(folder.rglob("*"))
+        if not any(part.startswith(".dumo-") for part in path.relative_to(folder).parts)
     }
 
 

@@ -102,6 +102,42 @@ def test_a_sweep_is_one_table(here: Path, peephole: Peephole) -> None:
     assert peephole.seen == 5 * COUNT  # the data once
 
 
+def test_samples_in_a_file_are_judged_as_their_run_and_stand_in_its_table(here: Path, album: Path) -> None:
+    """Photos round samples to 8 bits, as a file does: so all numbers are equal."""
+    photos = sets(f"evaluate.protocol={{kind: photos, samples: {COUNT}}}", "evaluate.contrast=[]")
+    run = call("evaluate", "a", *photos, "--json").json
+    call("sample", "a", "--format", "npz", "--count", COUNT, "--nfe", "1", "--out", "samples")
+    [file] = Path("samples").glob("*.npz")
+    done = call("evaluate", "--images", file, "--against", album)
+    assert done.code == 0, done
+    assert done.out.split()[:4] == [f"{file},", "protocol", "photos", f"({COUNT}"]
+    assert done.out.splitlines()[-1] == f"{file.name}.evaluation.json"
+    report = json.loads(Path(f"{file.name}.evaluation.json").read_text())
+    assert report["results"] == [{key: x for key, x in run["results"][0].items() if key not in ("nfe", "solver")}]
+    assert report["baselines"] == run["baselines"]
+    found = call("compare", run["file"], f"{file.name}.evaluation.json", "--json").json["rows"]
+    assert [(row["run"], row["nfe"], row["kid"]) for row in found] == [
+        (run["file"], 1, run["results"][0]["kid"]),
+        (str(file), None, run["results"][0]["kid"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("a", "--images", "b"), "images are made already"),
+        (("--images", "b", "--nfe", "1"), "images are made already"),
+        (("--protocol", "photos"), "name a run's folder"),
+        (("a", "--against", "b"), "name a run's folder"),
+        ((), "name a run's folder"),
+        (("--images", "nothing"), "there is no folder or file nothing: say with --images where the images are"),
+        (("--images", "a", "--against", "b"), "a is a run's folder: dumo evaluate a judges it"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(words: tuple[str, ...], named: str, here: Path) -> None:
+    refused("evaluate", *words, named=(named,))
+
+
 def test_weights_that_are_not_inceptions(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing to compare without them."""
     way = (network.URL, "python -c", network.VARIABLE)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dumo.cli.option import AsJson, Device, Folder, Nfe, Seed, Set, SolverName, Weights, numbers
+from dumo.cli.option import AsJson, Device, Nfe, Seed, Set, SolverName, Weights, numbers
 from dumo.cli.terminal import err, out, show_table
 from dumo.runtime.progress import bar
 
@@ -124,7 +124,7 @@ def send(runs: list[Path], to: str, *, follow: bool) -> None:
 
 
 def evaluate(
-    run_folder: Folder,
+    run_folder: Annotated[str | None, typer.Argument(help="A run's folder, such as runs/digits.")] = None,
     nfe: Nfe = None,
     seed: Seed = None,
     solver: SolverName = None,
@@ -140,11 +140,40 @@ def evaluate(
     dpg: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Read back the results that DPG-Bench wrote of them.")
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACE",
+            help="Judge images that others made, in place of a run: a folder (folders in it are classes), an .npz in "
+            "ADM's layout, parquet or tar shards. All of one size: none is resized.",
+        ),
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --images: photos (default; from 20 images on), cifar10-features, digits; by Inception's "
+            "features folder, cifar10-train50k, adm-imagenet256-50k, adm-imagenet512-50k.",
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACE",
+            help="With --images: the real images to compare with, brought to the size of the others as in training; "
+            "of adm-* ADM's file.",
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option("--out", help="With --images: the report. Default: PLACE.evaluation.json, here.")
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Judge a trained run by its protocol, next to what a perfect sampler would have: new real images.
 
+    With --images: judge what another repository, a stock pipeline or a GAN made; dumo compare takes the report next to
+    those of runs that the same protocol judged: dumo evaluate --images samples.npz --against photos.
     With --geneval or --dpg: report what that benchmark's own evaluator found, of images that dumo sample --format made.
     Under torchrun (torchrun --nproc-per-node 2 -m dumo evaluate RUN) the ranks share the work.
     """
@@ -154,6 +183,13 @@ def evaluate(
     from dumo.runtime import dist
     from dumo.runtime.progress import no_bar
 
+    if images is not None:
+        if any(one is not None for one in (run_folder, nfe, seed, solver, weights, sweep, geneval, dpg)):
+            raise typer.BadParameter("images are made already: --images goes with --protocol, --against, --set, --out")
+        judge(images, protocol, against, set_ or [], file, device, as_json=as_json)
+        return
+    if run_folder is None or protocol or against or file:
+        raise typer.BadParameter("name a run's folder; or, with --protocol, --against and --out, images by --images")
     if found := {name: path for name, path in (("geneval", geneval), ("dpg", dpg)) if path}:
         if len(found) > 1 or any((nfe, seed, solver, set_, weights, sweep)):
             raise typer.BadParameter("results are of images that are made already: give --geneval or --dpg alone")
@@ -170,6 +206,29 @@ def evaluate(
     show(report, as_json)
 
 
+def judge(
+    images: str,
+    protocol: str | None,
+    against: str | None,
+    fields: list[str],
+    file: Path | None,
+    device: str,
+    *,
+    as_json: bool,
+) -> None:
+    """Judge images that others made, and print what came out."""
+    from dumo.run.evaluation import images as others
+    from dumo.runtime import dist
+    from dumo.runtime.progress import no_bar
+
+    with dist.join():
+        main, shown = dist.is_main(), bar if dist.is_main() else no_bar
+        kind = protocol or others.DEFAULT
+        found = others.judge(images, kind, against=against, fields=fields, out=file, device=device, bar=shown)
+    if main:
+        show(found, as_json)
+
+
 def show(report: dict[str, Any], as_json: bool) -> None:
     """Print an evaluation or a sweep: a table, the baselines, and the file."""
     from dumo.run.evaluation.card import seen
@@ -184,7 +243,8 @@ def show(report: dict[str, Any], as_json: bool) -> None:
         show_table(f"{report['run']}, {report['sweep']}; * is the best of its number of passes", rows)
     else:
         rows = [*report["results"], *report["contrast"]]
-        show_table(f"{report['run']} at step {report['step']:,}, protocol {report['protocol']}", rows)
+        what = report["images"] if "images" in report else f"{report['run']} at step {report['step']:,}"
+        show_table(f"{what}, protocol {report['protocol']}", rows)
         first = next(key for key in rows[0] if key not in ("nfe", "solver"))
         for name, value in report["baselines"].items():
             out.print(f"{WHAT.get(name, name)}: {spelt(value, first)}", soft_wrap=True)

@@ -181,7 +181,7 @@ def open(protocol: Protocol, context: Context) -> PhotosEvaluator:
     }
     if len(real) < ROUGH:
         facts["spread"] = f"rough: with {len(real)} images the baseline itself varies, see its sd"
-    return PhotosEvaluator(protocol.labels(context.classes), real, torch.cat(labels), shape, facts)
+    return PhotosEvaluator(protocol.classes_of(context), real, torch.cat(labels), shape, facts)
 
 
 PHOTOS = Measure(

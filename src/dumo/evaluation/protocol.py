@@ -64,6 +64,7 @@ class Context:
     device: torch.device | str = "cpu"
     tick: Tick | None = None
     captions: Callable[[], tuple[Data, Cond, Sequence[str]]] | None = None  # data by captions, those of samples, texts
+    c: Cond | None = None  # the classes of samples that others made; None: those of the protocol
 
 
 class Protocol(Spec, ABC):
@@ -113,6 +114,10 @@ class Protocol(Spec, ABC):
     def labels(self, classes: int = 0) -> Int64[Tensor, " n"]:
         """The class of sample i: i mod `classes`, all 0 where there are none."""
         return torch.arange(self.total) % max(classes, 1)
+
+    def classes_of(self, context: Context) -> Cond:
+        """The classes of the samples that are judged."""
+        return self.labels(context.classes) if context.c is None else context.c
 
 
 @dataclass(frozen=True)
@@ -186,7 +191,7 @@ def whole_set(
     def open(protocol: Protocol, context: Context) -> WholeSet:
         reference = Reference.of(context.data(), protocol.total, context.seed)
         known = facts() | reference.facts(context.seed)
-        return WholeSet(protocol.labels(context.classes), reference, known, measure, real)
+        return WholeSet(protocol.classes_of(context), reference, known, measure, real)
 
     return open
 

@@ -7,24 +7,16 @@ the network's weights, the protocol), so what has changed or is damaged is count
 
 ADM's file (Dhariwal & Nichol 2021), an .npz, is read as it is published: mean and covariance of the features of a whole
 training set, `mu`, `sigma` for the FID and `mu_s`, `sigma_s` for the sFID, and some of its images, `arr_0`, for
-precision and recall. How many images the moments are of it does not say; the protocol does. Arrays of Python objects
-would be pickles and are refused. The images, up to 8 GB, are read in batches.
+precision and recall (`dumo.evaluation.npz`). How many images the moments are of it does not say; the protocol does.
 """
 
 import json
-import lzma
 import os
-import struct
-import tokenize
 import warnings
-import zipfile
-import zlib
-from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +25,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from dumo.encoders.inception import SPATIAL_WIDTH, WIDTH
+from dumo.evaluation import npz
 from dumo.evaluation.distance import Moments
+from dumo.evaluation.npz import NpzImages
 from dumo.evaluation.protocol import Tick
 from dumo.evaluation.statistics import (
     Batch,
@@ -48,7 +42,7 @@ from dumo.evaluation.statistics import (
 from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.picture import Pixels, to_uint8
-from dumo.io.read import brief, user_path
+from dumo.io.read import user_path
 from dumo.io.source import Finite
 from dumo.runtime import dist
 from dumo.types import UserError
@@ -61,24 +55,6 @@ TRAIN = 1_281_167  # images of ImageNet-1k's training set, of which ADM's moment
 
 
 VARIABLE = "DUMO_CACHE"  # of the environment: the folder where statistics are kept
-Header = tuple[tuple[int, ...], bool, np.dtype]  # shape, whether columns come first, type
-
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-BROKEN = (  # what a bad file raises
-    OSError,
-    ValueError,
-    EOFError,
-    LookupError,
-    RuntimeError,  # it has a password
-    MemoryError,
-    SyntaxError,
-    TypeError,
-    struct.error,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    tokenize.TokenError,
-)
 
 
 class Standard(NamedTuple):
@@ -107,19 +83,12 @@ class AdmReference:
     path: Path
     pool: Moments  # of the FID's features
     spatial: Moments  # of the sFID's
-    shape: tuple[int, int, int, int]  # of the images: count, height, width, 3
+    kept: NpzImages  # some of those that the moments are of
 
     def images(self, batch: int = 64) -> Iterator[UInt8[Tensor, "n 3 h w"]]:
         """The images in their order, colours 0 .. 255, channels first. Raises `UserError` where the file ends early."""
-        count, *rest = self.shape
-        with _member(self.path, "arr_0") as file:
-            _header(self.path, file)
-            for first in range(0, count, batch):
-                rows = min(batch, count - first)
-                with _reading(f"{self.path} is damaged at image {first}"):
-                    data = bytearray(file.read(rows * prod(rest)))
-                    pixels = torch.frombuffer(data, dtype=torch.uint8).view(rows, *rest).permute(0, 3, 1, 2)
-                yield pixels
+        for first in range(0, len(self.kept), batch):
+            yield self.kept.pixels(first, min(first + batch, len(self.kept)))
 
 
 def folder() -> Path:
@@ -148,9 +117,9 @@ def cached(of: Mapping[str, str], make: Callable[[], Statistics]) -> Statistics:
 def adm_file(path: Path, name: str, standard: Standard) -> AdmReference:
     """ADM's file. Raises `UserError` where it is none, or is of other images than the protocol of this name says."""
     file = read_adm(path, count=TRAIN)
-    if file.shape[:3] != (standard.real, standard.size, standard.size):
+    if file.kept.shape[:3] != (standard.real, standard.size, standard.size):
         raise UserError(
-            f"{path} has images of shape {file.shape}, protocol {name} compares with {standard.real} of"
+            f"{path} has images of shape {file.kept.shape}, protocol {name} compares with {standard.real} of"
             f" {standard.size}x{standard.size}: give the file {standard.url}"
         )
     return file
@@ -166,7 +135,7 @@ def adm_statistics(extractor: Extractor, file: AdmReference, tick: Tick | None =
     batches = enumerate(file.images(PIECE))
     mine = ((torch.arange(len(x)) + i * PIECE, x) for i, x in batches if i % dist.world() == dist.rank())
     return replace(
-        gather(statistics_of(extractor, _counted(mine, file.shape[0], tick))), pool=file.pool, spatial=file.spatial
+        gather(statistics_of(extractor, _counted(mine, len(file.kept), tick))), pool=file.pool, spatial=file.spatial
     )
 
 
@@ -175,17 +144,21 @@ def album_facts(album: Finite, name: str, standard: Standard) -> dict[str, str]:
 
     Raises `UserError` where the protocol of this name says another number.
     """
-    hashes, numbers = [torch.empty(0, 32, dtype=torch.uint8)], [torch.empty(0, dtype=torch.long)]
-    for first, x in _pieces(album):
-        hashed = "".join(digest.of_bytes(f"{tuple(one.shape)}".encode(), one.numpy().tobytes()) for one in x)
-        hashes.append(torch.tensor(list(bytes.fromhex(hashed)), dtype=torch.uint8).view(-1, 32))
-        numbers.append(torch.arange(first, first + len(x)))
-    all_hashes, index = (torch.cat(dist.gathered(torch.cat(part))) for part in (hashes, numbers))
-    total = len(index)
+    total, whole = hashed((torch.arange(first, first + len(x)), x) for first, x in _pieces(album))
     if standard.real not in (None, total):
         raise UserError(f"protocol {name} compares with {standard.real} images, here are {total}: give them all, once")
-    whole = digest.of_bytes(all_hashes[ordered(index)].numpy().tobytes())
     return {"reference": f"{total:,} images of the data", "reference_sha256": whole}
+
+
+def hashed(mine: Iterable[Batch]) -> tuple[int, str]:
+    """How many images all ranks have, each its share, and the SHA-256 of their pixels in the order of their numbers."""
+    hashes, numbers = [torch.empty(0, 32, dtype=torch.uint8)], [torch.empty(0, dtype=torch.long)]
+    for index, x in mine:
+        each = "".join(digest.of_bytes(f"{tuple(one.shape)}".encode(), one.numpy().tobytes()) for one in x)
+        hashes.append(torch.tensor(list(bytes.fromhex(each)), dtype=torch.uint8).view(-1, 32))
+        numbers.append(index)
+    all_hashes, index = (torch.cat(dist.gathered(torch.cat(part))) for part in (hashes, numbers))
+    return len(index), digest.of_bytes(all_hashes[ordered(index)].numpy().tobytes())
 
 
 def album_statistics(extractor: Extractor, album: Finite, tick: Tick | None = None) -> Statistics:
@@ -220,52 +193,12 @@ def read_adm(path: Path | str, *, count: int) -> AdmReference:
         return Moments(count, mean, covariance * (count - 1))
 
     pool, spatial = moments("", WIDTH), moments("_s", SPATIAL_WIDTH)
-    with _member(path, "arr_0") as file:
-        shape, columns, kind = _header(path, file)
-    if kind != np.uint8 or columns or len(shape) != 4 or shape[3] != 3:
-        raise UserError(f"{path}: arr_0 is {kind} of shape {shape}, not images, uint8 (n, height, width, 3)")
-    return AdmReference(path, pool, spatial, (shape[0], shape[1], shape[2], shape[3]))
+    return AdmReference(path, pool, spatial, NpzImages(path))
 
 
 def _numbers(path: Path, key: str, *shape: int) -> Tensor:
     """An array of finite floats of this shape, symmetric if it is a matrix, in float64."""
-    array, rest = np.full((), np.nan), b""
-    with _member(path, key) as file:
-        found, columns, kind = _header(path, file)
-        if found == shape and kind.kind == "f":  # before it is read, for a header can claim any size
-            with _reading(f"{path}: {key} cannot be read"):
-                data, rest = file.read(prod(shape) * kind.itemsize), file.read(1)
-                array = np.frombuffer(data, kind).reshape(shape, order="F" if columns else "C")
-    if rest or not np.isfinite(array).all():
-        more = " and more" if rest else ""
-        raise UserError(f"{path}: {key} is {kind} of shape {found}{more}, not finite floats of shape {shape}")
+    array = npz.array(path, key, "f", shape, "finite floats")
     if len(shape) == 2 and not np.allclose(array, array.T, rtol=1e-4, atol=1e-6):
         raise UserError(f"{path}: {key} is no covariance, it is not symmetric: fetch the file again")
     return torch.from_numpy(array.astype(np.float64))
-
-
-def _member(path: Path, key: str) -> zipfile.ZipExtFile:
-    """One array of the file, open for reading."""
-    with _reading(f"{path} is no reference of ADM's evaluation, an .npz"):
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise OSError("no file")
-        with zipfile.ZipFile(path) as file:
-            keys = [name.removesuffix(".npy") for name in file.namelist()]
-            if key in keys:
-                return cast(zipfile.ZipExtFile, file.open(f"{key}.npy"))
-    raise UserError(f"{path} has no {key}, only {', '.join(keys) or 'nothing'}: it is no reference of ADM's evaluation")
-
-
-def _header(path: Path, file: zipfile.ZipExtFile) -> Header:
-    """What array comes next."""
-    with _reading(f"{path}: {file.name.removesuffix('.npy')} cannot be read"):
-        return HEADERS[np.lib.format.read_magic(file)](file)
-
-
-@contextmanager
-def _reading(fault: str) -> Generator[None, None, None]:
-    """Raise UserError, as this fault, for all that reading a bad file raises."""
-    try:
-        yield
-    except BROKEN as error:
-        raise UserError(f"{fault} ({brief(error)}): fetch it again") from error

@@ -229,7 +229,7 @@ class History:
                 yield f"{rows:,} rows of the log after it are kept in {log.cut(file)}"
         log.rewind(file, self.step)
         if self.logged not in (None, log.listed(file)):
-            yield f"{file} is not what was logged up to step {self.step:,}: no weight depends on it, a curve may be wrong"
+            yield f"{file} is not what was logged up to step {self.step:,}: weights do not depend on it, curves do"
         for first, last in log.gaps(log.read_log(file), self.run.train.log_every):
             yield f"{file}: rows between steps {first:,} and {last:,} are lost; the run goes on without them"
         note(self.run, self.folder, self.changed)

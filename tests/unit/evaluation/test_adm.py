@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from dumo.evaluation import reference
+from dumo.evaluation import npz, reference
 from dumo.evaluation.reference import read_adm
+from dumo.io.picture import to_rows
 from dumo.types import UserError
 
 WIDE, NARROW, COUNT = 6, 4, 100
@@ -40,7 +41,7 @@ def written(path: Path, compress: bool = False, **changes: np.ndarray | None) ->
 def test_is_read_as_written(tmp_path: Path, compress: bool) -> None:
     kept = arrays()
     file = read_adm(written(tmp_path / "a.npz", compress, **kept), count=COUNT)
-    assert file.shape == IMAGES.shape
+    assert file.kept.shape == IMAGES.shape
     for moments, suffix in ((file.pool, ""), (file.spatial, "_s")):
         assert moments.count == COUNT
         assert np.array_equal(moments.mean.numpy(), kept[f"mu{suffix}"])
@@ -52,6 +53,19 @@ def test_images_come_in_order_channels_first(tmp_path: Path, batch: int) -> None
     parts = list(read_adm(written(tmp_path / "a.npz"), count=COUNT).images(batch))
     assert [len(part) for part in parts[:-1]] == [batch] * (len(parts) - 1)
     assert np.array_equal(torch.cat(parts).permute(0, 2, 3, 1).numpy(), IMAGES)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_any_stretch_is_read(tmp_path: Path, compress: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards, back and again; with classes, which the file may lack."""
+    monkeypatch.setattr(npz, "PIECE", 100)
+    labels = np.arange(10, dtype=np.int16)
+    images = npz.NpzImages(written(tmp_path / "a.npz", compress, arr_1=labels))
+    for rows in (slice(2, 4), slice(7, 9), slice(0, 3), slice(1, 10, 4), slice(10, 12), slice(None), slice(8, 20)):
+        x, c = images.rows(rows)
+        assert np.array_equal(to_rows(x).numpy(), IMAGES[rows])
+        assert c.tolist() == labels[rows].tolist()
+    assert npz.NpzImages(written(tmp_path / "b.npz")).rows(slice(3))[1].tolist() == [0, 0, 0]
 
 
 def test_arrays_from_elsewhere_are_read_too(tmp_path: Path) -> None:

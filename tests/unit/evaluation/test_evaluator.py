@@ -100,7 +100,8 @@ IMAGENET, FOLDER, CIFAR = (ImageProtocol(kind=k) for k in ("adm-imagenet256-50k"
 DIGITS, TOY, FEATURES, PHOTOS = (ShippedProtocol(kind=k) for k in ("digits", "toy", "cifar10-features", "photos"))
 JUDGED = [  # protocol, shape, classes, what is said to it; None: it is judged
     (DIGITS, (1, 8, 8), 10, None),
-    (DIGITS, (2,), 0, r"digits judges .*\(1, 8, 8\) in 10 classes, not samples of shape \(2,\) in 0"),
+    (DIGITS, (1, 8, 8), 0, None),
+    (DIGITS, (2,), 0, r"digits judges .*\(1, 8, 8\) in 10 classes or none, not samples of shape \(2,\) in 0"),
     (DIGITS, (1, 8, 8), 1000, "in 1000: choose another protocol"),
     (TOY, (2,), 0, None),
     (TOY, (1, 8, 8), 10, r"toy judges vectors.* \(1, 8, 8\)"),

@@ -53,6 +53,7 @@ MEASURED = (
     "codec",
     "seed",
 )
+OF_RUNS = ("codec", "seed")  # of how samples are made and decoded; of images that others made nobody knows
 
 
 class Part(BaseModel):
@@ -93,17 +94,30 @@ class OfCard(Part):
     contrast: list[int] = []
 
 
-class Report(Part):
-    """An evaluation."""
+class Judged(Part):
+    """An evaluation, of whatever."""
+
+    protocol: str = ""
+    baselines: dict[str, Baseline] = {}
+    state: str | None = None
+
+
+class Report(Judged):
+    """An evaluation of a run."""
 
     step: int
     weights: str = ""
-    protocol: str = ""
     results: list[Scores] = Field(min_length=1)
     contrast: list[Scores]
-    baselines: dict[str, Baseline] = {}
-    state: str | None = None
     card: OfCard | None = None
+
+
+class OfImages(Judged):
+    """An evaluation of images that others made (`dumo.run.evaluation.images`)."""
+
+    images: str  # where they are
+    results: list[dict[str, Number]] = Field(min_length=1, max_length=1)
+    card: dict[str, JsonValue]
 
 
 def card(opened: RunFolder, facts: Mapping[str, str], samples: int) -> Card:
@@ -181,7 +195,9 @@ def differing(cards: Sequence[Card]) -> dict[str, list[Any]]:
     measured = [_measured(one) for one in cards]
     fields = dict.fromkeys(field for one in measured for field in one)
     found = {field: [one.get(field) for one in measured] for field in fields}
-    return {field: values for field, values in found.items() if any(value != values[0] for value in values)}
+    runs = [i for i, one in enumerate(cards) if "images" not in one]
+    some = {field: [found[field][i] for i in runs] if field in OF_RUNS else values for field, values in found.items()}
+    return {field: found[field] for field, values in some.items() if any(value != values[0] for value in values)}
 
 
 def alike(cards: Mapping[str, Card]) -> None:
@@ -197,29 +213,31 @@ def alike(cards: Mapping[str, Card]) -> None:
 def compare(sources: Sequence[str], *, anyway: bool = False) -> dict[str, Any]:
     """The evaluations of runs' folders, or files of them, as `rows` of one table; and of each what is `perfect`.
 
+    Images that others made go by their place, and have neither steps nor passes.
     A setting of the solver that differs, such as m, has a column, and scores that a run was trained on stand under
     `trained_on`, where there are any: they are no judges of it. Raises UserError where an evaluation is missing, or
     they were measured otherwise, with what differs; `anyway` has the table all the same, what differs in columns of
     their own, and in `differs` the whole of it.
     """
-    reports = {source: read_report(_file(source)) for source in sources}
+    reports = {source: read_report(_file(source), images=True) for source in sources}
     cards = {source: report["card"] for source, report in reports.items()}
     if not anyway:
         alike(cards)
     differs = differing(list(cards.values()))
-    settings = {name for one in cards.values() for name in one["solver"] if name != "kind"}
-    varied = [name for name in sorted(settings) if len({str(one["solver"].get(name)) for one in cards.values()}) > 1]
+    solvers = [one["solver"] for one in cards.values() if "solver" in one]
+    settings = {name for solver in solvers for name in solver if name != "kind"}
+    varied = [name for name in sorted(settings) if len({str(solver.get(name)) for solver in solvers}) > 1]
     rows, trained = list[Row](), any("trained_on" in one for one in cards.values())
     for i, (source, report) in enumerate(reports.items()):
         head = {
-            "run": source,
-            "step": report["step"],
+            "run": report.get("images", source),
+            "step": report.get("step"),
             **{field: shortened(found[i]) for field, found in differs.items()},
         }
-        own = {name: report["card"]["solver"].get(name) for name in varied}
+        own = {name: report["card"].get("solver", {}).get(name) for name in varied}
         on = {"trained_on": ", ".join(seen(report["results"][0], report["card"])) or None} if trained else {}
         rows += [head | own | scores | on for scores in report["results"]]
-        rows += [head | dict.fromkeys(varied) | scores | on for scores in report["contrast"]]
+        rows += [head | dict.fromkeys(varied) | scores | on for scores in report.get("contrast", [])]
     columns = dict.fromkeys(key for row in rows for key in row)
     return {
         "rows": [{key: row.get(key) for key in columns} for row in rows],
@@ -252,7 +270,7 @@ def _side_by_side(cards: Mapping[str, Card], values: Sequence[Any]) -> str:
 def _measured(one: Card) -> Card:
     """What of a card is measure. Where the reference has no hash, the data are in its place."""
     found = {field: one[field] for field in MEASURED if field in one}
-    if codec := found["codec"]:
+    if codec := found.get("codec"):
         found["codec"] = f"{codec['kind']} {codec['sha256']}"
     return found if "reference_sha256" in found else found | {"data": one.get("data")}
 
@@ -270,13 +288,13 @@ def _file(source: str) -> Path:
     return path / FILE if path.is_dir() else path
 
 
-def checked(found: Mapping[str, Any], path: Path, way_out: str) -> dict[str, Any]:
+def checked(found: Mapping[str, Any], path: Path, way_out: str, what: type[Judged] = Report) -> dict[str, Any]:
     """The same, with all parts of a report, whole numbers among the scores as floats. Raises UserError for another."""
     try:
-        report = Report.model_validate(found)
+        report = what.model_validate(found)
     except ValidationError as error:
         raise UserError(f"{path} is damaged, {first_fault(error)}: {way_out}") from error
-    return {**found, **report.model_dump(include=Report.model_fields.keys() - {"card", "state"})}
+    return {**found, **report.model_dump(include=what.model_fields.keys() - {"card", "state"})}
 
 
 def first_fault(error: ValidationError) -> str:
@@ -286,12 +304,14 @@ def first_fault(error: ValidationError) -> str:
     return f"{where}: {what}" if where else what
 
 
-def read_report(path: Path) -> dict[str, Any]:
-    """A report with its card. Raises UserError where there is none, or it is damaged."""
+def read_report(path: Path, *, images: bool = False) -> dict[str, Any]:
+    """A run's report with its card, or one of `images`. Raises UserError where there is none, or it is damaged."""
     again = f"run dumo evaluate {typed(path.parent)} first"
     found = read_json(path, again)
     if not isinstance(found, dict) or found.get("card") is None:
         raise UserError(f"{path} has no report card: {again}")
+    if images and "images" in found:
+        return checked(found, path, "judge the images again, dumo evaluate --images", OfImages)
     report = checked(found, path, again)
     report["card"].setdefault("precision", "fp32")  # of a report from before it could be another
     return report

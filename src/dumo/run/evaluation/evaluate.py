@@ -6,8 +6,8 @@ differs; of an earlier step it is kept under that step.
 """
 
 import json
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -103,15 +103,8 @@ def with_options(
 
 def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar) -> Evaluator:
     """The evaluator of a protocol. Raises UserError as the protocol does, and for what has no likelihood."""
-    ticks, data = list[Tick](), sampler.data
-    with ExitStack() as stack:
-
-        def tick(done: int, total: int) -> None:
-            signals.check()
-            if not ticks:
-                ticks.append(stack.enter_context(bar("looking at the data", total)))
-            ticks[0](done, "")
-
+    data = sampler.data
+    with looking(bar) as tick:
         if isinstance(evaluation.protocol, LikelihoodProtocol):
             demand(sampler)
         return evaluation.protocol.evaluator(
@@ -124,6 +117,21 @@ def evaluator_of(sampler: Sampler, evaluation: Evaluation, bar: Bar) -> Evaluato
                 captions=lambda: (shown(data).open(), conditions(data, evaluation), texts(data)),
             )
         )
+
+
+@contextmanager
+def looking(bar: Bar, what: str = "looking at the data") -> Generator[Callable[[int, int], None]]:
+    """A bar that is there from the first look at the images of the data: how many have been seen, of how many."""
+    ticks = list[Tick]()
+    with ExitStack() as stack:
+
+        def tick(done: int, total: int) -> None:
+            signals.check()
+            if not ticks:
+                ticks.append(stack.enter_context(bar(what, total)))
+            ticks[0](done, "")
+
+        yield tick
 
 
 def conditions(data: Data, evaluation: Evaluation) -> Tensor:
@@ -187,19 +195,21 @@ def name_of(opened: RunFolder, stem: str = "evaluation", *, but: Collection[str]
 def write(path: Path, report: dict[str, Any]) -> None:
     """Write a report with the rows of other passes that stand there, if all else on their cards is the same.
 
-    If not, what stands there is put aside, under its step and, of this step, a part of its card's hash.
+    If not, what stands there is put aside, under its step and, of this step, a part of its card's hash. Images that
+    others made have neither steps nor passes.
     """
     with locked(path.with_name(f".{path.name}.lock")):  # others may judge the same run at other passes
         try:
-            before = read_report(path)
+            before = read_report(path, images=True)
         except UserError:  # there is nothing to keep
             write_json(path, report)
             return
         if _measure(before) == _measure(report):
-            write_json(path, merged(before, report))
+            write_json(path, report if "images" in report else merged(before, report))
             return
-        mark = "" if before["step"] != report["step"] else f"-{digest.of_bytes(_measure(before).encode())[:6]}"
-        path.replace(path.with_name(f"{path.stem}-step{before['step']}{mark}.json"))
+        step, mark = before.get("step"), digest.of_bytes(_measure(before).encode())[:6]
+        marks = [f"-step{step}"] * (step is not None) + [f"-{mark}"] * (step == report.get("step"))
+        path.replace(path.with_name(f"{path.stem}{''.join(marks)}.json"))
         write_json(path, report)
 
 

@@ -1,0 +1,137 @@
+"""Images that lie somewhere, to be judged as they are: files of a folder, an .npz, a table, an archive.
+
+They are read as the field's evaluators read them (pytorch-fid, torch-fidelity and clean-fid: `Image.convert("RGB")`):
+grey becomes three equal channels, and of 16-bit colours pillow gives the high byte. Two things differ: 16-bit grey is
+rounded to 8 bits, as protocols round samples, where theirs clips it, almost all to white; and transparency lies over
+white. No image is resized or cropped, for the way it is done moves a FID (Parmar et al. 2022, arXiv 2104.11222): all
+must have one size.
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dumo.data.album import Album
+from dumo.data.image import GIGABYTE, find
+from dumo.data.pixel import Frame, Unreadable, flat, upright
+from dumo.data.store import Labels, Store
+from dumo.evaluation.npz import NpzImages
+from dumo.evaluation.reference import PIECE
+from dumo.run.config.source import FILE
+from dumo.runtime import dist, signals
+from dumo.runtime.random import stream
+from dumo.types import UserError
+
+Batch = tuple[Tensor, Tensor]  # numbers, and images in [-1, 1]
+
+MEMORY = 2 * GIGABYTE  # of pixels that are kept decoded, as of a run's data
+SKIPPING = ", or leave such images out with data.on_bad=skip"  # of images that are judged none is left out
+
+
+@dataclass(frozen=True)
+class Same(Frame):
+    """RGB at the size of the first image, `width` x `side`."""
+
+    width: int
+    first: str
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height, width."""
+        return (3, self.side, self.width)
+
+    def __call__(self, data: bytes) -> Tensor:
+        """The pixels, 0 ... 255. Raises Unreadable where the bytes are no whole image, or one of another size."""
+        image = flat(upright(data))
+        if image.size != (self.width, self.side):
+            size, wanted = f"{image.width} x {image.height} pixels", f"{self.width} x {self.side}"
+            raise Unreadable(f"is {size}, and {self.first} is {wanted}: images are judged at one size, none is resized")
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The images of a place: a source of them, their shape, classes where they have some, and what each is called."""
+
+    source: Album | NpzImages
+    shape: tuple[int, ...]
+    labels: Labels | None
+    name: Callable[[int], str]
+
+    def judged(self, total: int, channels: int) -> Iterator[Batch]:
+        """This rank's share of those that are judged: numbers and images in [-1, 1] of `channels`.
+
+        The pieces are the same however many ranks there are, and a rank without one has an empty piece.
+        """
+        numbers = torch.full((len(self.source),), -1)
+        numbers[self.chosen(total)] = torch.arange(total)
+        for first in range(dist.rank() * PIECE, len(numbers), dist.world() * PIECE) or [len(numbers)]:
+            signals.check()
+            some = numbers[first : first + PIECE]
+            with plainly("--images"):
+                x = self.source.rows(slice(first, first + PIECE))[0][some >= 0]
+            if channels == 1 and len(odd := (x != x[:, :1]).flatten(1).any(1).nonzero()):
+                place = first + int((some >= 0).nonzero()[odd[0]])
+                raise UserError(f"{self.name(place)} is in colour, and this protocol judges grey images")
+            yield some[some >= 0], x[:, :channels]
+
+    def chosen(self, total: int) -> Tensor:
+        """The rows that are judged, in their order: all, or a random choice, for files often lie in order of class."""
+        order = torch.randperm(len(self.source), generator=stream("images"))
+        return order[:total].sort().values
+
+
+def agree(one: Labels | None, other: Labels | None) -> bool:
+    """Whether both have the same classes: as many, of the same names where both have names."""
+    if one is None or other is None:
+        return False
+    return one.count == other.count and (one.names == other.names or () in (one.names, other.names))
+
+
+def look(place: Path, option: str) -> Found:
+    """The images of an .npz, a folder or a table. Raises UserError where there are none, or the first is unreadable."""
+    require_there(place, option)
+    if (place / FILE).is_file():
+        raise UserError(f"{place} is a run's folder: dumo evaluate {place} judges it, {option} images that are made")
+    if place.suffix == ".npz":
+        source = NpzImages(place)
+        labels = None if source.c is None else Labels(source.c, int(source.c.max()) + 1)
+        return Found(source, (3, *source.shape[1:3]), labels, lambda i: f"image {i} of {place}")
+    with plainly(option):
+        store = stored(place)
+        try:
+            width, height = upright(store.read(0)).size
+        except (OSError, ValueError) as error:
+            raise UserError(f"{store.path(0)} {error}: mend or remove it") from error
+        frame = Same(height, "none", width, store.path(0))
+        source = Album(store, frame, flip=False, skip=False, memory=MEMORY)
+    return Found(source, frame.shape, store.labels, store.path)
+
+
+def require_there(place: Path, option: str) -> None:
+    """Raise UserError where there is nothing."""
+    if not place.exists():
+        raise UserError(f"there is no folder or file {place}: say with {option} where the images are")
+
+
+def stored(place: Path) -> Store:
+    """The images, with their classes where these are in order."""
+    try:
+        return find(place)
+    except UserError:
+        return find(place, label=None)
+
+
+@contextmanager
+def plainly(option: str) -> Generator[None]:
+    """Errors of a run's data as those of images that are named by an option."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error).replace(SKIPPING, "").replace("choose one with data.split", f"name one of them with {option}")
+        raise UserError(text.replace("data.root", option)) from error
