@@ -21,6 +21,7 @@ from dumo.objectives import Objective
 from dumo.run.config import recipes
 from dumo.run.config.load import load
 from dumo.run.config.spec import Run
+from dumo.types import PINNED
 from dumo.types.outside import DataSpec, NetSpec, ObjectiveSpec, SolverSpec
 
 OBJECTIVES = get_args(get_args(Objective)[0])
@@ -109,7 +110,8 @@ def idle() -> list[str]:
             lines.append(kind)
             continue
         exempt = ("kind", *EXEMPT.get(kind, ()), *(SHARED if spec in OBJECTIVES else ()))
-        fields = [name for name in spec.model_fields if name not in exempt]
+        found = spec.model_fields.items()  # what is pinned is found, and set by nobody
+        fields = [name for name, field in found if name not in exempt and field.json_schema_extra != PINNED]
         lines += [f"{kind}.{name}" for name in fields if not users[kind, name]]
     return sorted(lines)
 

@@ -132,6 +132,28 @@ def test_run_edited_by_hand(
         refused(*words, named=named, lines=None)
 
 
+def test_a_field_that_was_edited_is_refused_by_all_and_accepted_by_training(
+    here: Path, trained: dict[str, Path]
+) -> None:
+    run = shutil.copytree(trained["digits"], here / "run")
+    file = run / "run.yaml"
+    file.write_text(edited("time_scale: ", "time_scale: 2")(file.read_text()))
+    named = ("run/run.yaml", "net.time_scale: ", "in checkpoint step-00000020", "in run.yaml", "--accept")
+    for words in (
+        ["sample", "run"],
+        ["evaluate", "run"],
+        ["export", "run", "out"],
+        ["report", "run"],
+        ["train", "run"],
+    ):
+        refused(*words, named=named, lines=None)
+    done = call("train", "run", "--accept")
+    assert done.code == 0
+    assert "from step 20 on net.time_scale is 2" in done.err
+    assert call("sample", "run", "--count", "2", "--nfe", "1").code == 0
+    assert "accepted: true" in file.read_text()
+
+
 def test_log_that_is_damaged_in_the_middle(here: Path, trained: dict[str, Path]) -> None:
     run = shutil.copytree(trained["moons"], here / "run")
     log = run / "metrics.jsonl"

@@ -130,7 +130,7 @@ def test_a_folder_is_proposed_for_as_on_the_command_line(tmp_path: Path, monkeyp
         Image.fromarray(pixels.transpose(1, 2, 0)).save(f"photos/{i}.png")
     run = dumo.train("photos", STEPS, device="cpu")
     assert run.folder == Path("runs/photos")
-    assert run.spec.data.root == "photos"
+    assert run.spec.data.root == str(tmp_path / "photos")
     assert "proposed" in run.spec.resolved
     again = dumo.train(data=Path("photos"), changes={"train.steps": 3}, device="cpu")
     assert (again.folder, again.step) == (run.folder, 3)
