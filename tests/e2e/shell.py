@@ -101,12 +101,12 @@ def tree(folder: Path, *, trains: bool = False) -> dict[str, bytes | int]:
     """Every file's bytes and every folder's time of change, by path: equal trees were not written to.
 
     Not the time of a run's folder, where a training `trains`: its lock comes and goes there. Nor dumo's notes on files
-    of the user's, which whoever reads these may write.
+    of the user's, which whoever reads these may write, nor the time of their folder.
     """
+    noted = {path.parent for path in folder.rglob(".dumo-*")}
 
     def change(path: Path) -> int:
-        noted = any(path.glob(".dumo-*"))
-        return 0 if noted or (trains and (path / FILE).exists()) else path.stat().st_mtime_ns
+        return 0 if path in noted or (trains and (path / FILE).exists()) else path.stat().st_mtime_ns
 
     return {
         str(path.relative_to(folder)): change(path) if path.is_dir() else path.read_bytes()
@@ -140,5 +140,8 @@ def refused(*words: object, named: tuple[str, ...], lines: int | None = 1, run: 
     flat = " ".join(done.err.replace("│", " ").split())
     missing = [name for name in named if name not in flat]
     assert not missing, f"{missing} not in: {done.err}"
-    assert [tree(folder, trains=trains) for folder in watched] == before
+    after = [tree(folder, trains=trains) for folder in watched]
+    assert [
+        was | {name: 0 for name, time in now.items() if time == 0} for was, now in zip(before, after, strict=True)
+    ] == after
     return done

@@ -191,7 +191,6 @@ def latents(recipe: Path) -> Path:
     """The same of latents, and their cache, of two shards by two parts, the second not made yet."""
     tree = yaml.safe_load(recipe.read_text())
     images = tree["data"]
-    del images["memory"]
     codec = {"kind": "taef2", "weights": str(taef2(Path("taef2.safetensors").absolute()))}
     tree["data"] = {"kind": "latents", "root": "../cache", "images": images, "codec": codec}
     tree["net"] = NET | {"patch": 1}
@@ -242,6 +241,8 @@ def test_a_cache_stands_for_its_images(latents: Path, hashed: list[int]) -> None
     os.utime(file, ns=(was, was))
     refused("train", "run", *sets("train.steps=5"), "--verify", named=(f"another {file.resolve()} than",))
     refused("evaluate", "run", "--nfe", 1, named=(f"another {file.resolve()} than",))
+    Path("../images", content.NAME).unlink()
+    assert f"{file.resolve()} is not the image that" in call("evaluate", "run", "--nfe", 1).err
     file.unlink()
     refused("train", "run", *sets("train.steps=5"), named=("class0/00.bmp gone",))
 

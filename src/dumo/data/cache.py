@@ -163,11 +163,14 @@ def standing(out: Path, contents: Contents, rank: int, world: int) -> list[int]:
     return [number for number in table.noted(out, there) if number % world == rank]
 
 
-def require_origin(folder: Path, hashes: Hashes, like: Contents | None = None, *, copies: int) -> None:
+def require_origin(
+    folder: Path, hashes: Hashes, like: Contents | None = None, *, copies: int, later: bool = False
+) -> None:
     """Raise UserError, with a name, where a cache is of other images than those that are here.
 
     Those that changed since they were hashed are hashed now; copies of files, too, where they have at most `copies`
-    bytes. `like`: nothing is said of a folder that holds another cache anyhow.
+    bytes. `later`: the others are compared when they are read. `like`: nothing is said of a folder that holds another
+    cache anyhow.
     """
     there = table.read(folder, Contents)
     if there is None:
@@ -188,8 +191,9 @@ def require_origin(folder: Path, hashes: Hashes, like: Contents | None = None, *
     expected = np.zeros_like(hashes.known)
     for number, shard in shards.items():
         span = there.span(number)
-        other = shard.of != hashes.digest(span) and hashes.doubtful(span)
-        if other and shard.fault(folder, deep=True) is None:  # what is damaged is another's to say
+        doubt = hashes.doubtful(span)
+        other = shard.of != hashes.digest(span) and (doubt or later)
+        if other and shard.fault(folder, deep=doubt) is None:  # what is damaged is another's to say
             rows = load(folder / shard.file)
             expected[rows["image"].numpy()] = rows[HASH].numpy()
     hashes.expect(expected, f"is not the image that {folder} was made of: {way_out}")

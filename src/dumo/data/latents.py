@@ -109,7 +109,7 @@ class Latents(Spec):
         with suppress(UserError):  # a damaged cache is refused where it is opened
             there = read_contents(self.folder)
         if there:
-            require_origin(self.folder, album.hashes, copies=SOON)
+            require_origin(self.folder, album.hashes, copies=SOON, later=True)
         return album
 
     def rows(self) -> Album:

@@ -2,7 +2,7 @@
 
 An item is hashed when it is read for the first time, and never again as long as the file that it lies in has the same
 size, time of change and inode: these are noted with the hashes (`dumo.io.note`), so the next start costs a stat for
-each file. Whoever made something of the items (a checkpoint, a cache) keeps their hashes, and `expect`s them again:
+each file. A checkpoint or a cache keeps the hashes of the items that it was made of, and expects them again:
 
     the file is as noted                    the noted hash is compared at once
     its size or time changed                it is hashed at once

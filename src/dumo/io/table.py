@@ -72,7 +72,7 @@ class Shard(Spec):
     rows: int
     size: int  # bytes
     sha256: str
-    of: str = Field(default="", exclude_if=not_)  # a hash of what its rows were made of, where that is known
+    of: str = ""  # a hash of what its rows were made of, where that is known
 
     def fault(self, folder: Path, *, deep: bool) -> str | None:
         """What is wrong with the file, if anything is; its checksum is compared only if `deep`."""
