@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # One process has all tests of a file, which share what they prepare.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help demo test slow check docs mutants clean
+.PHONY: help demo test slow check docs mutants audit clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -35,6 +35,9 @@ docs: $(BIN)/.developed ## build the documentation: open site/index.html
 
 mutants: $(BIN)/.developed ## plant errors in the mathematics and show that a test catches each
 	$(BIN)/python tools/mutants.py
+
+audit: $(BIN)/.developed ## licences of what is installed, and known vulnerabilities, where pip-audit can ask
+	$(BIN)/python tools/audit.py
 
 clean: ## remove the environment, the site and the caches, not the runs
 	rm -rf $(VENV) site .pytest_cache .ruff_cache .import_linter_cache
