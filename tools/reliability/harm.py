@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -20,14 +21,13 @@ from e2e import harm
 from e2e.harm import Harm
 from e2e.shell import Done
 
-LONG = 150  # letters of what is said
+LONG = 120  # letters of what is said
+HEAD = "| what | what happened to it | the next command | ends | and says, of the first |\n|---|---|---|---|---|"
 
 
-def row(case: Harm, ended: Done) -> str:
-    """A line of the table."""
-    command = " ".join(word for word in case.words if not word.startswith("taef2"))
-    kind = "the undisturbed end, to the bit" if case.harmless else f"exit code {ended.code}"
-    return f"| {case.artifact} | {case.damage} | `dumo {command}` | {kind} | {said(ended)} |"
+def how(case: Harm) -> str:
+    """How the command ends."""
+    return "undisturbed, to the bit" if case.harmless else "from the checkpoint before" if case.older else "refused"
 
 
 def said(ended: Done) -> str:
@@ -37,24 +37,38 @@ def said(ended: Done) -> str:
     return f"`{text[:LONG]}{'...' * (len(text) > LONG)}`" if text else ""
 
 
+def table(met: Sequence[tuple[Harm, Done]]) -> str:
+    """A row for each artifact and each way to end."""
+    groups = dict[tuple[str, str], list[tuple[Harm, Done]]]()
+    for case, ended in met:
+        groups.setdefault((case.artifact, how(case)), []).append((case, ended))
+    rows = [HEAD]
+    for (artifact, ends), group in groups.items():
+        damages = ", ".join(dict.fromkeys(case.damage for case, _ in group))
+        commands = ", ".join(dict.fromkeys(f"`{case.words[0]}`" for case, _ in group))
+        rows.append(f"| {artifact} | {damages} | {commands} | {ends} | {said(group[0][1])} |")
+    return "\n".join(rows)
+
+
 def main() -> None:
     """Each case in turn."""
     warnings.simplefilter("default")
-    wrong = 0
+    met, wrong = list[tuple[Harm, Done]](), 0
     with TemporaryDirectory() as folder:
         here, spare = Path(folder) / "here", Path(folder) / "spare"
         here.mkdir()
         os.chdir(here)
         harm.furnish()
         shutil.copytree(here, spare)
-        print("| what | what happens to it | the next command | ends with | and says |\n|---|---|---|---|---|")
         for case in harm.cases():
             try:
-                print(row(case, harm.meet(case)), flush=True)
+                met.append((case, harm.meet(case)))
             except AssertionError as error:
                 wrong += 1
-                print(f"| {case.artifact} | {case.damage} | {' '.join(case.words)} | WRONG | {error} |", flush=True)
+                print(f"WRONG: {case.artifact}, {case.damage}, {' '.join(case.words)}: {error}", file=sys.stderr)
             harm.restore(here, spare)
+        print(table(met))
+    print(f"{len(met)} as they must be, {wrong} not", file=sys.stderr)
     sys.exit(wrong > 0)
 
 
