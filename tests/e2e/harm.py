@@ -32,7 +32,7 @@ from e2e.shell import Done, call, files, sets
 
 COUNT, SHARD = 24, 8  # images, and those in a shard
 LEAN = sets("net.width=16", "net.depth=1", "train.batch=8", "train.steps=4", "train.save_every=2", "train.keep=3")
-LEAN += sets("train.log_every=1", "evaluate.protocol={kind: photos, samples: 24}")
+LEAN += sets("train.log_every=1", "train.milestones=[2]", "evaluate.protocol={kind: photos, samples: 24}")
 End = dict[str, str]
 
 
@@ -72,6 +72,12 @@ def furnish() -> None:
     for name in ("photos", "others", "tars", "tables"):
         begin(name, f"data={{kind: images, root: {name}, side: 8, crop: none}}")
     begin("digits", "data={kind: digits}", "evaluate.protocol={kind: digits, samples: 500}")
+    begin(
+        "averaged",
+        "data={kind: digits}",
+        "train.snapshots=1",
+        "train.ema=[{kind: power, std: 0.05}, {kind: power, std: 0.1}]",
+    )
     begin("teacher", "data={kind: digits}", "train.seed=1")
     begin("paired", "data={kind: digits}", "teacher={source: runs/digits, pairs: {count: 64}}", "train.batch=16")
     begin("repaired", "data={kind: digits}", "teacher={source: runs/teacher, pairs: {count: 64}}", "train.batch=16")
@@ -462,6 +468,19 @@ def of_checkpoints() -> Iterator[Harm]:
     yield Harm("checkpoint: state.json", "another step", later, train("digits"), ("state.json",), harmless=True)
     seen = edited(f"{last}/state.json", lambda state: state.update(images=1))
     yield Harm("checkpoint: state.json", "other counts", seen, train("digits"), ("state.json",), harmless=True)
+
+    milestone = "runs/digits/milestones/step-00000002.safetensors"
+    shown = ("sample", "runs/digits", "--nfe", "1,2", "--weights", milestone)
+    for how in (rolled, scaled, zeroed):
+        yield Harm("milestone", how.__name__, tensors(milestone, how), shown, (milestone,))
+    alien = taken(milestone, "runs/teacher/milestones/step-00000002.safetensors")
+    yield Harm("milestone", "another run's", alien, shown, (milestone,))
+    snapshot = "runs/averaged/snapshots/ema-std-0.1/step-00000003.safetensors"
+    average = ("average", "runs/averaged", "--std", "0.1", "--out", "made.safetensors")
+    for how in (rolled, scaled, zeroed):
+        yield Harm("snapshot of an average", how.__name__, tensors(snapshot, how), average, (snapshot,))
+    swap = swapped(snapshot, "runs/averaged/snapshots/ema-std-0.1/step-00000004.safetensors")
+    yield Harm("snapshot of an average", "two steps swapped", swap, average, (snapshot,))
 
 
 def of_records() -> Iterator[Harm]:

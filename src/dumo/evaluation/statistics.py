@@ -96,21 +96,16 @@ def gather(mine: Statistics, total: int | None = None) -> Statistics:
 def save_statistics(path: Path, statistics: Statistics, of: Mapping[str, str]) -> None:
     """Keep statistics as safetensors, with what it is of, such as the data and the sha256 of the network."""
     parts = {name: x.contiguous() for name, x in _pack(statistics).items()}
-    save_file(parts, path, {**of, SUM: _sum(parts)})
+    save_file(parts, path, {**of, SUM: digest.of_tensors(parts)})
 
 
 def load_statistics(path: Path, of: Mapping[str, str]) -> Statistics | None:
     """Statistics that were kept; None where there are none, or they are damaged, or of something else than `of`."""
     try:
         parts, found = weights.read(path)
-        return _unpack(parts) if found == {**of, SUM: _sum(parts)} else None
+        return _unpack(parts) if found == {**of, SUM: digest.of_tensors(parts)} else None
     except (UserError, OSError, KeyError):
         return None
-
-
-def _sum(parts: Mapping[str, Tensor]) -> str:
-    """The checksum of all tensors, by their names."""
-    return digest.short(*(text for name in sorted(parts) for text in (name, digest.of_tensor(parts[name]))))
 
 
 def _pack(statistics: Statistics) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """SHA-256 of files, numbers and texts, in hexadecimal."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import safetensors.torch
@@ -20,6 +21,11 @@ def of_file(file: Path) -> str:
 def of_tensor(x: Tensor) -> str:
     """Of a tensor's shape, type and numbers."""
     return of_bytes(f"{tuple(x.shape)} {x.dtype}".encode(), x.detach().cpu().contiguous().numpy().data)
+
+
+def of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Of tensors by their names: the first 64 bits."""
+    return short(*(text for name in sorted(tensors) for text in (name, of_tensor(tensors[name]))))
 
 
 def short(*parts: str) -> str:

@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.weights import apart, compare
-from dumo.io.weights import load as load_weights
 from dumo.run.config.load import identity, load
 from dumo.run.config.source import FILE, noted
 from dumo.run.config.spec import Run
@@ -104,14 +102,13 @@ def average(source: str, std: float, out: Path | None = None) -> Averaged:
             "(train.snapshots)"
         )
     sources = of_run(folder, run, [*snapshots.values()])
-    found = [load_weights(path) for path in snapshots.values()]
+    found = [checkpoint.load(path) for path in snapshots.values()]
     for path, one in zip(snapshots.values(), found, strict=True):
         compare(path, one, frozen.trained(net), "the run", checkpoint.FIT)
     weights = mixed(found, x, {name for name, _ in net.named_parameters(remove_duplicate=False)})
     file = out or folder / "averages" / f"std-{std:g}.safetensors"
     with files.whole(file) as half:
-        about = checkpoint.facts(step=last, run=identity(run), std=std, sources=sources)
-        safetensors.torch.save_file(apart(weights), half, metadata=about)
+        checkpoint.keep_alone(half, apart(weights), step=last, run=identity(run), std=std, sources=sources)
     return Averaged(file, last, len(snapshots), error)
 
 
@@ -122,7 +119,10 @@ def of_run(folder: Path, run: Run, snapshots: Sequence[Path]) -> dict[str, str]:
     """
     known = {None, *identities(run, noted(folder))}
     for path in snapshots:
-        if checkpoint.facts_of(path).get("run") not in known:
+        about = checkpoint.facts_of(path)
+        if f"{about.get('step')}" not in ("None", f"{int(path.stem.removeprefix('step-'))}"):
+            raise UserError(f"{path} is a snapshot of step {about['step']}: put each back under its own name")
+        if about.get("run") not in known:
             raise UserError(
                 f"{path} is a snapshot of another run than {folder / FILE} says: put back the one that this run kept, "
                 "or remove it"

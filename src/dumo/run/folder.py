@@ -14,7 +14,6 @@ from dumo.flow.path import Path as FlowPath
 from dumo.io import digest
 from dumo.io import file as files
 from dumo.io.weights import compare
-from dumo.io.weights import load as load_weights
 from dumo.nets import Net
 from dumo.nets.dualized import Dualized
 from dumo.run import deviation, published
@@ -134,7 +133,7 @@ def shown(train: Train) -> str:
 
 def load_net(net: nn.Module, file: Path) -> nn.Module:
     """A new net with what was trained, from a file or a folder of shards. Raises UserError where it does not fit."""
-    found = load_weights(file)
+    found = checkpoint.load(file)
     compare(file, found, frozen.trained(net), "the run", checkpoint.FIT)
     net.load_state_dict(found, strict=False)  # what is frozen is as it was built
     return net.eval()

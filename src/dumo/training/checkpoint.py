@@ -25,8 +25,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from dumo.io import digest, weights
 from dumo.io import file as files
-from dumo.io import weights
 from dumo.runtime import dist
 from dumo.training import agreement, frozen, layout, manifest
 from dumo.training.manifest import drop, standing
@@ -36,7 +36,7 @@ from dumo.types import UserError
 FIT = "resume with the spec that wrote it"  # for weights of another net
 DATA = "data.safetensors"  # of a checkpoint of a run on files: what was in them (`dumo.run.content`)
 ONE_FILE = {"format": "pt"}  # one entry, as `facts`
-ABOUT = "dumo"
+ABOUT, SUM = "dumo", "sum"  # of the metadata of weights that are in no checkpoint
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ def lone(folder: Path, state: State, module: nn.Module, kind: str, run: str = ""
     named = frozen.trained(state.net, module)
     with made(target, kind, state.step, sum(tensor.nbytes for tensor in named.values())) as temp:
         whole = weights.apart(gathered(named))
-        about = facts(step=state.step, run=run)
-        agreement.main(lambda: safetensors.torch.save_file(whole, temp, metadata=about))
+        agreement.main(lambda: keep_alone(temp, whole, step=state.step, run=run))
     return target
 
 
@@ -293,9 +292,18 @@ def so(target: Path, kind: str, step: int) -> str:
     return f"so the {kind} of step {step} was not written; {stands}. Free some space and start again."
 
 
-def facts(**values: object) -> dict[str, str]:
-    """Metadata of a file of weights: as one entry, for two are written in any order, so not to the same bytes."""
-    return {ABOUT: json.dumps(values, sort_keys=True)}
+def keep_alone(file: Path, tensors: Mapping[str, Tensor], **facts: object) -> None:
+    """Write weights in no checkpoint, with what they are and a checksum: as one entry, for two come in any order."""
+    about = {ABOUT: json.dumps(facts | {SUM: digest.of_tensors(tensors)}, sort_keys=True)}
+    safetensors.torch.save_file(dict(tensors), file, metadata=about)
+
+
+def load(place: Path) -> dict[str, Tensor]:
+    """The tensors of a file of weights, or of a folder of shards. Raises UserError where the file held others."""
+    found = weights.load(place)
+    if place.is_file() and facts_of(place).get(SUM) not in (None, digest.of_tensors(found)):
+        raise UserError(f"{place} has changed: its tensors have another checksum. Take another copy, or other weights")
+    return found
 
 
 def facts_of(place: Path) -> dict[str, Any]:
